@@ -23,7 +23,7 @@ import numpy as np
 
 import tiercache as tc
 from rows import OUT, spread, table, write_rows
-from tiercache.load.coming import Coming
+from tiercache.load.coming import NextEpoch
 
 TOKENS, BATCH = 1024, 256
 SERVE = """
@@ -74,13 +74,13 @@ def measure(dataset: tc.Dataset, given: argparse.Namespace, *, ready: bool) -> t
     """Gaps of one loader, with or without making the next epoch ready."""
     options = tc.LoaderOptions(seed=1, shuffle_group_bytes="all", shuffle_window_bytes=f"{given.window_mib}MiB")
     loader = tc.DataLoader(dataset, batch_size=BATCH, shuffle=True, options=options)
-    prepare = Coming.prepare
+    prepare = NextEpoch.prepare
     if not ready:
-        Coming.prepare = lambda *_: None  # type: ignore[method-assign]  # what it is measured against
+        NextEpoch.prepare = lambda *_: None  # type: ignore[method-assign]  # what it is measured against
     try:
         return gaps(loader, given.epochs, given.step_ms / 1e3)
     finally:
-        Coming.prepare = prepare  # type: ignore[method-assign]
+        NextEpoch.prepare = prepare  # type: ignore[method-assign]
 
 
 def main() -> None:

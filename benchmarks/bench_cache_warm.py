@@ -25,7 +25,7 @@ import numpy as np
 from rows import OUT, spread, table, write_rows
 from tiercache.cache import Cache
 from tiercache.cache.record import name_of_identity
-from tiercache.cli.choosing import Choice
+from tiercache.cli.choosing import ShardSelection
 from tiercache.cli.training import Training
 from tiercache.model import ShardInfo
 from tiercache.shard.commit import commit
@@ -93,7 +93,7 @@ def measure(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     fill(folder / "some", url, objects[:: max(given.shards // given.here, 1)])
     store = open_store(url)
     shards = read_shards(store, latest(store))
-    choice = Choice(training=Training(1, ranks=(3,), world_size=N_RANKS))
+    choice = ShardSelection(training=Training(1, ranks=(3,), world_size=N_RANKS))
     with (
         Cache(folder / "empty", size="100TB", free_floor="0%") as empty,
         Cache(folder / "some", size="100TB", free_floor="0%") as some,

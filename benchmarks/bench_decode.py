@@ -22,7 +22,7 @@ import zstandard
 import tiercache as tc
 from rows import OUT, spread, table, write_rows
 from tiercache import config
-from tiercache.load.split import split
+from tiercache.load.split import split_window
 from tiercache.order import EpochOrder, Layout, OrderOptions
 
 TOKENS, BATCH = 1024, 64
@@ -75,7 +75,7 @@ def parts_of(dataset: tc.Dataset, window_mib: int, n_threads: int) -> list[tuple
     order = EpochOrder(layout, OrderOptions(seed=1, shuffle=True, group_bytes=None, window_bytes=window_mib << 20), 0)
     parts = []
     for window in order.windows(0):
-        work = split(window, np.ones(len(window.blocks), bool), n_threads, lambda _: False).work
+        work = split_window(window, np.ones(len(window.blocks), bool), n_threads, lambda _: False).work
         parts += [(int(window.shards[places[0]]), window.blocks[places].tolist()) for places in work]
     return parts
 

@@ -24,7 +24,7 @@ import numpy as np
 
 import tiercache as tc
 from rows import OUT, spread, table, write_rows
-from tiercache.load.ahead import Ahead
+from tiercache.load.ahead import PagePrefetcher
 from tiercache.testing.cgroup import MemoryGroup, NoCgroup, drop_pages, memory_group
 
 RECORD_BYTES = 2048
@@ -82,7 +82,7 @@ def read(url: str) -> int:
 def child(way: str, url: str, window_mib: str) -> None:
     """Measure one way in this process and print a row."""
     if way == "not_ahead":
-        Ahead.bring_near = lambda *_: []  # there is no option for it: nobody should want to
+        PagePrefetcher.prefetch_pages = lambda *_: []  # there is no option for it: nobody should want to
     before, start_s = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     n_records = read(url) if way == "sequential" else load(url, window_mib)
     wall_s, after = time.perf_counter() - start_s, resource.getrusage(resource.RUSAGE_SELF)

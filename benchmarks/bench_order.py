@@ -25,7 +25,7 @@ from rows import OUT, spread, table, write_rows
 from tiercache._native.permute import RowFinder, permute
 from tiercache.load.plan import pieces
 from tiercache.load.state import RunState
-from tiercache.model import Part
+from tiercache.model import SourcePart
 from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions, RankPlan
 from tiercache.order.mixture import MixtureOrder, MixtureSpec
 
@@ -141,7 +141,7 @@ def resume(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 def state(_: argparse.Namespace) -> list[dict[str, Any]]:
     """Bytes of a state as JSON."""
-    part = Part("01234567-89ab-cdef-0123-456789abcdef", 1234, "0123456789abcdef" * 2)
+    part = SourcePart("01234567-89ab-cdef-0123-456789abcdef", 1234, "0123456789abcdef" * 2)
     rows = []
     for name, n_parts in (("one data set", 1), ("mixture of three", 3)):
         mixture = {"weights": [7, 2, 1], "stop": "first"} if n_parts > 1 else None

@@ -20,9 +20,9 @@ from stages.turns import Effort, tables
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Stage = Callable[[Effort, Path, float], list[dict[str, Any]]]
+    DemoSetup = Callable[[Effort, Path, float], list[dict[str, Any]]]
 
-STAGES: dict[str, Stage] = {
+STAGES: dict[str, DemoSetup] = {
     "checksum": checksum.measure,
     "gather": gathering.measure,
     "assembly": loading.assembly,

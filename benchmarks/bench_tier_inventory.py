@@ -22,7 +22,7 @@ from tiercache.store import MemoryStore
 from tiercache.tier.inventory import take_inventory
 from tiercache.tier.listing import list_tiers
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import Best, Keep, Rule, Tier, TierFile
+from tiercache.tierfile import BestMetric, KeepList, Rule, RuleFile, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,9 +74,9 @@ def ranges_of(n: int) -> dict[str, range]:
 def measure(case: str, options: Mapping[str, int]) -> dict[str, Any]:
     """One case, in this process."""
     ranges, repetitions = ranges_of(options["objects"]), options["repetitions"]
-    keep = {"hot": Keep(best=(Best(metric="val_loss", n=2, mode="min"),))}
+    keep = {"hot": KeepList(best=(BestMetric(metric="val_loss", n=2, mode="min"),))}
     tiers = tuple(Tier(name=name, role=name, url=f"memory://{name}") for name in NAMES)
-    file = TierFile(
+    file = RuleFile(
         path=Path("tiercache.toml"), sha256="0" * 64, tiers=tiers, rules=(Rule(name="r", match=("**",), keep=keep),)
     )
     stores = Stores(file, stores={name: MadeStore(name, case, numbers) for name, numbers in ranges.items()})

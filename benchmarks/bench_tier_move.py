@@ -27,10 +27,10 @@ from tiercache.model import ByteRange
 from tiercache.store import LocalFolder
 from tiercache.testing.s3_server import S3Server
 from tiercache.tier.model import PlannedObject
-from tiercache.tier.pieces import Buffers
+from tiercache.tier.pieces import PartBufferPool
 from tiercache.tier.stores import Stores
 from tiercache.tier.transfer import Transfer
-from tiercache.tierfile import Tier, TierFile
+from tiercache.tierfile import RuleFile, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -88,12 +88,12 @@ def plain(case: Case) -> None:
         else:
             copy_side_by_side(src, archive, one, threads)
 
-    buffers = Buffers()
+    buffers = PartBufferPool()
     with ThreadPoolExecutor(max(case.jobs, TOGETHER)) as threads, ThreadPoolExecutor(case.jobs) as pool:
         list(pool.map(copy, case.objects))
 
 
-def copy_in_order(src: Store, dst: Store, one: PlannedObject, buffers: Buffers) -> None:
+def copy_in_order(src: Store, dst: Store, one: PlannedObject, buffers: PartBufferPool) -> None:
     """A part after the other, in memory like the transfer's: whole pages, which a folder writes past the page cache."""
     buffer = buffers.take(min(one.n_bytes, PART_BYTES))
     with dst.create(one.key) as upload:
@@ -168,7 +168,7 @@ def opened(way: str, server: S3Server, folder: Path) -> Stores:
         return Tier(name=name, role=role, url=url, storage_options={**options, **({"region": name} if options else {})})
 
     tiers = (tier("standard", "standard", src), tier("archive", "archive", dst))
-    file = TierFile(path=Path("bench.toml"), sha256="", tiers=tiers)
+    file = RuleFile(path=Path("bench.toml"), sha256="", tiers=tiers)
     if way.endswith(".obstore"):
         with Stores(file) as plain_stores:
             return Stores(file, stores={name: plain_stores.store(name) for name in ("standard", "archive")})

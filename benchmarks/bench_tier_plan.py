@@ -22,9 +22,9 @@ from cases import Bench, mib, peak_bytes
 from rows import spread
 from tiercache.prices import prices_of
 from tiercache.tier.matching import first_match
-from tiercache.tier.model import CHECKPOINT, FILE, HERE, NO_SERIES, NO_STEP, SHARD, Snapshot
+from tiercache.tier.model import CHECKPOINT, FILE, NO_SERIES, NO_STEP, READABLE, SHARD, Snapshot
 from tiercache.tier.policy import decide
-from tiercache.tierfile import Keep, Rule, Tier, TierFile
+from tiercache.tierfile import KeepList, Rule, RuleFile, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ TIERS = (
 )
 
 
-def made_file(case: str, n_rules: int) -> TierFile:
+def made_file(case: str, n_rules: int) -> RuleFile:
     """Rules of every sort; the last one takes what the others leave."""
     if case == "none":
         rules = [
@@ -65,11 +65,11 @@ def made_file(case: str, n_rules: int) -> TierFile:
             )
             for i in range(n_rules - 2)
         ]
-        keep = {"hot": Keep(last=2), "standard": Keep(last=10, every_steps=5000)}
+        keep = {"hot": KeepList(last=2), "standard": KeepList(last=10, every_steps=5000)}
         ckpt = Rule(name="ckpt", match=("checkpoints/**",), keep=keep, then="archive", after_s=14 * DAY_S)
         rest = Rule(name="rest", match=("**",), to="archive", idle_s=idle_s, promote="on_access")
         rules += [ckpt, rest] if case == "mixed" else [rest, rest]
-    return TierFile(path=Path("tiercache.toml"), sha256="0" * 64, tiers=TIERS, rules=tuple(rules))
+    return RuleFile(path=Path("tiercache.toml"), sha256="0" * 64, tiers=TIERS, rules=tuple(rules))
 
 
 def made_paths(n: int) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
@@ -124,7 +124,7 @@ def made_snapshot(n: int) -> Snapshot:
         smallest_bytes=n_bytes,
         modified_s=created[group],
         storage_class=np.zeros(m, np.int16),
-        state=np.full(m, HERE, np.uint8),
+        state=np.full(m, READABLE, np.uint8),
         whole=np.ones(m, np.bool_),
         verified=random.random(m) < 0.8,
         links={},

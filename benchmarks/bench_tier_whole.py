@@ -25,15 +25,15 @@ from bench_tier_inventory import CASES, NOW_S, MadeStore, ranges_of
 from bench_tier_plan import DAY_S, TIERS
 from cases import Bench, asked, mib, peak_bytes
 from rows import spread
-from tiercache.catalog.tiers import KnownCopy, TierCatalog
+from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.cli.output import Output
 from tiercache.cli.tier_opening import OpenTiers
-from tiercache.cli.tier_plan import made_plan, plan_facts, plan_text, print_plan
-from tiercache.prices import priced
+from tiercache.cli.tier_plan import plan_facts, plan_text, plan_tiers, print_plan
+from tiercache.prices import prices_if_known
 from tiercache.tier.listing import list_tiers
 from tiercache.tier.plan import write_plan
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import Best, Keep, Rule, Tier, TierFile
+from tiercache.tierfile import BestMetric, KeepList, Rule, RuleFile, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ SHOWN = 20
 MEASURED = ("seconds", "listing_s", "rest_s", "cpu_s")
 
 
-def made_file(n_rules: int) -> TierFile:
+def made_file(n_rules: int) -> RuleFile:
     """Rules for files of teams and sets, for checkpoints, and for the rest."""
     tiers = tuple(Tier(**(tier.model_dump() | {"url": f"memory://{tier.name}"})) for tier in TIERS)
     rules = [
@@ -57,25 +57,25 @@ def made_file(n_rules: int) -> TierFile:
         )
         for i in range(n_rules - 2)
     ]
-    best = (Best(metric="val_loss", n=2, mode="min"),)
-    keep = {"hot": Keep(last=2), "standard": Keep(last=10, every_steps=5000, best=best)}
+    best = (BestMetric(metric="val_loss", n=2, mode="min"),)
+    keep = {"hot": KeepList(last=2), "standard": KeepList(last=10, every_steps=5000, best=best)}
     rules.append(Rule(name="ckpt", match=("runs/**",), keep=keep, then="archive", after_s=DAY_S / 2))
     rules.append(Rule(name="rest", match=("**",), to="archive", idle_s=DAY_S / 2, idle_by="mtime", promote="on_access"))
-    return TierFile(path=Path("tiercache.toml"), sha256="0" * 64, tiers=tiers, rules=tuple(rules))
+    return RuleFile(path=Path("tiercache.toml"), sha256="0" * 64, tiers=tiers, rules=tuple(rules))
 
 
-def fill(path: Path, file: TierFile, n: int) -> None:
+def fill(path: Path, file: RuleFile, n: int) -> None:
     """Put all objects on a catalog's books."""
     with TierCatalog(path, {tier.name: tier.url for tier in file.tiers}) as catalog:
         for tier, numbers in ranges_of(n).items():
             name = CASES["books"]
-            catalog.record((tier, name(i), KnownCopy(1_000_000 + i % 7, f'"{i:032x}"', i)) for i in numbers)
+            catalog.record((tier, name(i), CatalogEntry(1_000_000 + i % 7, f'"{i:032x}"', i)) for i in numbers)
 
 
 def planned(tiers: OpenTiers, path: Path) -> dict[str, Any]:
     """What the verb does once its tiers are open; the summary that it prints."""
     output = Output(as_json=False, quiet=True)
-    made = made_plan(output, tiers)
+    made = plan_tiers(output, tiers)
     write_plan(made, path)
     with redirect_stdout(io.StringIO()):
         print_plan(output, made, SHOWN)
@@ -89,7 +89,7 @@ def once(case: str, options: Mapping[str, int], folder: Path) -> dict[str, Any]:
     made = {name: MadeStore(name, case, numbers) for name, numbers in ranges_of(n).items()}
     places = {tier.name: tier.url for tier in file.tiers}
     with Stores(file, stores=made) as stores, TierCatalog(folder / "tiers.sqlite", places) as catalog:
-        tiers = OpenTiers(file, stores, catalog, tuple(priced(tier) for tier in file.tiers))
+        tiers = OpenTiers(file, stores, catalog, tuple(prices_if_known(tier) for tier in file.tiers))
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
         facts = planned(tiers, folder / "plan.jsonl")
         seconds, cpu_s, peak = time.perf_counter() - start_s, time.process_time() - start_cpu_s, peak_bytes()

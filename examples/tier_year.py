@@ -20,9 +20,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.prices import prices_of
-from tiercache.tier.model import ARCHIVED, CHECKPOINT, HERE, NO_SERIES, NO_STEP, SHARD, Decisions, Snapshot
+from tiercache.tier.model import ARCHIVED, CHECKPOINT, NO_SERIES, NO_STEP, READABLE, SHARD, Decisions, Snapshot
 from tiercache.tier.policy import decide
-from tiercache.tierfile import TierFile, load_tiers
+from tiercache.tierfile import RuleFile, load_rule_file
 
 RULES = """\
 [tiers.hot]
@@ -95,7 +95,7 @@ class Bill:
 
 
 @dataclass(frozen=True)
-class Groups:
+class ShardGroups:
     """All that there will be within the year, by the time it is written: shards first, then checkpoints."""
 
     paths: pa.Array
@@ -108,7 +108,7 @@ class Groups:
     loss: NDArray[np.float64]
 
 
-def make_groups(n_shards: int, trainings: Sequence[Training]) -> Groups:
+def make_groups(n_shards: int, trainings: Sequence[Training]) -> ShardGroups:
     """The data set, and what the trainings write, with a validation loss that falls and trembles."""
     random = np.random.default_rng(7)
     rows: list[tuple[float, str, int, int, float]] = []
@@ -120,7 +120,7 @@ def make_groups(n_shards: int, trainings: Sequence[Training]) -> Groups:
             rows.append((born_s, f"checkpoints/{training.name}/step-{step}", step, series, loss))
     born, paths, steps, series_of, losses = zip(*rows, strict=True)
     n = len(rows)
-    return Groups(
+    return ShardGroups(
         paths=pa.array([f"datasets/web/{i:06d}.tcs" for i in range(n_shards)] + list(paths)),
         born_s=np.array([START_S] * n_shards + list(born)),
         kind=np.array([SHARD] * n_shards + [CHECKPOINT] * n, np.uint8),
@@ -135,7 +135,7 @@ def make_groups(n_shards: int, trainings: Sequence[Training]) -> Groups:
 class World:
     """Which copies there are, and what they cost. Copies are flags of groups by tier."""
 
-    def __init__(self, file: TierFile, n_shards: int, *, born_in: str) -> None:
+    def __init__(self, file: RuleFile, n_shards: int, *, born_in: str) -> None:
         self.file, self.n_shards = file, n_shards
         self.groups = make_groups(n_shards, TRAININGS)
         self.bill = Bill()
@@ -229,7 +229,8 @@ class World:
             metrics={"val_loss": all_of.loss[:n]}, unread=np.zeros(n, bool), tags={},
             group=group.astype(np.int32), tier=tier.astype(np.int8), n_objects=n_objects, n_bytes=n_bytes,
             smallest_bytes=n_bytes // n_objects, modified_s=self.since_s[group, tier],
-            storage_class=tier.astype(np.int16), state=np.where(self._archived[tier], ARCHIVED, HERE).astype(np.uint8),
+            storage_class=tier.astype(np.int16),
+            state=np.where(self._archived[tier], ARCHIVED, READABLE).astype(np.uint8),
             whole=everywhere, verified=everywhere, links={},
         )  # fmt: skip
 
@@ -325,7 +326,7 @@ def live(storage_class: str | None, n_shards: int, n_days: int = N_DAYS) -> Year
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tiercache.toml")
         path.write_text(RULES.replace("GLACIER", storage_class or "GLACIER"))
-        world = World(load_tiers(path), n_shards, born_in="hot" if storage_class else "standard")
+        world = World(load_rule_file(path), n_shards, born_in="hot" if storage_class else "standard")
     held = []
     for day in range(n_days):
         world.begin(day)

@@ -8,7 +8,7 @@ from tests import guide_session
 
 from tiercache.prices import prices_of
 from tiercache.testing.s3_server import S3Server
-from tiercache.tierfile import load_tiers
+from tiercache.tierfile import load_rule_file
 
 PAGE = Path(__file__).parents[1] / "docs" / "guide" / "tiers.md"
 
@@ -37,5 +37,5 @@ TIERS = "".join(f"""[tiers.{name}]\nurl = "/{name}"\n""" for name in ("hot", "st
 def test_parts_of_rule_files_in_the_guide_are_read(part, tmp_path):
     path = tmp_path / "tiercache.toml"
     path.write_text(part if "[tiers." in part else TIERS + part)
-    file = load_tiers(path)
+    file = load_rule_file(path)
     assert file.rules or file.pins or prices_of(file.home).store_gb_month == 0.021

@@ -13,7 +13,7 @@ from tiercache.prices import (
     parse_prices,
     price_notes,
     price_table,
-    priced,
+    prices_if_known,
     prices_of,
 )
 from tiercache.tierfile import Tier
@@ -137,7 +137,7 @@ class TestOfATier:
         assert prices_of(tier(prices="gcs:us-central1:ARCHIVE")).min_days == 365
 
     def test_a_remote_tier_without_prices_is_an_error_only_where_dollars_are_needed(self):
-        assert priced(tier()) is None
+        assert prices_if_known(tier()) is None
         with pytest.raises(ValueError, match=r"tiers\.cold\.prices: not given, and dollars are asked for"):
             prices_of(tier())
 

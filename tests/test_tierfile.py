@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from tiercache import tierfile
-from tiercache.tierfile import Best, Keep, Pin, Rule, Tier, Tiering, load_tiers
+from tiercache.tierfile import BestMetric, KeepList, Pin, Rule, Tier, TieringOptions, load_rule_file
 
 TIERS = """
 [tiers.hot]
@@ -54,7 +54,7 @@ def read(tmp_path):
     def run(text):
         path = tmp_path / "tiercache.toml"
         path.write_text(text)
-        return load_tiers(path)
+        return load_rule_file(path)
 
     return run
 
@@ -83,8 +83,8 @@ class TestReading:
             name="rules[1]",
             match=("checkpoints/**",),
             keep={
-                "hot": Keep(last=2),
-                "standard": Keep(last=10, every_steps=5000, best=(Best(metric="val_loss", n=2),)),
+                "hot": KeepList(last=2),
+                "standard": KeepList(last=10, every_steps=5000, best=(BestMetric(metric="val_loss", n=2),)),
             },
             then="archive",
             after_s=14 * 86400.0,
@@ -99,22 +99,22 @@ class TestReading:
             promote="on_access",
         )
         assert file.pins[0].why == "the paper's figures"
-        assert file.tiering == Tiering()
+        assert file.tiering == TieringOptions()
 
     def test_without_a_path_it_is_the_one_upwards_from_the_working_folder(self, tmp_path, monkeypatch):
         (tmp_path / "tiercache.toml").write_text('cache_size = "1GB"\n' + TIERS)
         (tmp_path / "deep" / "er").mkdir(parents=True)
-        assert load_tiers(start=tmp_path / "deep" / "er").path == tmp_path / "tiercache.toml"
+        assert load_rule_file(start=tmp_path / "deep" / "er").path == tmp_path / "tiercache.toml"
         monkeypatch.chdir(tmp_path / "deep")
-        assert load_tiers().path == tmp_path / "tiercache.toml"
+        assert load_rule_file().path == tmp_path / "tiercache.toml"
 
     def test_where_there_is_no_file_it_says_what_to_do(self, tmp_path):
         with pytest.raises(ValueError, match=rf"no tiercache\.toml in {tmp_path}.*\[tiers\.NAME\].*--rules"):
-            load_tiers(start=tmp_path)
+            load_rule_file(start=tmp_path)
 
     def test_a_file_that_is_not_there_is_named(self, tmp_path):
         with pytest.raises(ValueError, match=rf"{tmp_path}/gone\.toml: cannot be read: No such file"):
-            load_tiers(Path("gone.toml"))
+            load_rule_file(Path("gone.toml"))
 
     def test_the_hash_is_of_the_files_bytes(self, read):
         assert read(TIERS).sha256 == hashlib.sha256(TIERS.encode()).hexdigest()
@@ -286,14 +286,14 @@ class TestRules:
             .rules[0]
             .keep["hot"]
         )
-        assert keep == Keep(
+        assert keep == KeepList(
             every_s=21600.0,
             younger_s=604800.0,
             tags=("release",),
             best=(
-                Best(metric="loss", n=2),
-                Best(metric="top 1", n=3, mode="max"),
-                Best(metric=["a", "b"], n=1, mode="max"),
+                BestMetric(metric="loss", n=2),
+                BestMetric(metric="top 1", n=3, mode="max"),
+                BestMetric(metric=["a", "b"], n=1, mode="max"),
             ),
         )
 
@@ -425,7 +425,7 @@ class TestTheRest:
         tiers = TIERS + 'prices = "aws:us-east-1:GLACIER_IR"\n'
         text = 'grace = "1h"\nmax_break_even = "90d"'
         text += '\njobs = 2\nrate = "5MB/s"\nstate_dir = "s"'
-        assert read(f"{tiers}\n[tiering]\n{text}").tiering == Tiering(
+        assert read(f"{tiers}\n[tiering]\n{text}").tiering == TieringOptions(
             grace_s=3600.0,
             max_break_even_s=90 * 86400.0,
             jobs=2,

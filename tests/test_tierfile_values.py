@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiercache.tierfile import load_tiers
+from tiercache.tierfile import load_rule_file
 
 EVERYTHING = """
 [tiers.hot]
@@ -75,6 +75,6 @@ def said_of(path, text):
     """What is said of a file that does not fit; of one that does its name alone."""
     path.write_text(text)
     try:
-        return f"{load_tiers(path).path}: "
+        return f"{load_rule_file(path).path}: "
     except ValueError as error:
         return str(error)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiercache.cache.replay import Trace, bound, replay
+from tiercache.cache.replay import Trace, bound, simulate
 from tiercache.cache.trace import read_trace
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def shares_of_trace(
     return {
         "bound": share(bound(merged, cache_bytes)),
         "bound_of": "any",
-        "simulated": {name: share(replay(merged, name, cache_bytes)) for name in ("plan", "resident", "s3fifo", "lru")},
-        "note": f"simulator: {share(replay(merged, policy, cache_bytes)):.3f}",
+        "simulated": {
+            name: share(simulate(merged, name, cache_bytes)) for name in ("plan", "resident", "s3fifo", "lru")
+        },
+        "note": f"simulator: {share(simulate(merged, policy, cache_bytes)):.3f}",
     }

@@ -92,7 +92,7 @@ def measure(adapter: Any, job: Job) -> dict[str, Any]:
             read_for(consumer.read_and_forget, stream, job.min_s / 2)
         every = timing(consumer, consumer.read, stream, job.min_s)
         consumer.check_sums(every["n_epochs"], whole=every["whole"])
-        touched = timing(consumer, consumer.read_first, stream, job.min_s / 2)
+        touched = timing(consumer, consumer.merge_reads, stream, job.min_s / 2)
         stream.close()
     return {
         "first_batch_s": first_batch_s,

@@ -9,21 +9,21 @@ from tiercache.cache import CachedStore
 from tiercache.model import ByteRange
 from tiercache.shard.reader import ShardReader
 from tiercache.store import LocalStore, MemoryStore, Store
-from tiercache.tier.placed import placed
-from tiercache.tier.reading import TieredReading
+from tiercache.tier.placed import follow_placement
+from tiercache.tier.reading import TieredReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import pyarrow as pa
 
-    from tiercache.cache.place import Place
+    from tiercache.cache.place import DatasetSource
     from tiercache.model import ShardIdentity
-    from tiercache.shard.footers import Footers
+    from tiercache.shard.footers import FooterCache
     from tiercache.shard.segments import ShardTable
 
 
-class Access:
+class VersionStores:
     """Joined stores through which one process reads a data set. Safe from any thread and in a forked child.
 
     Attributes:
@@ -34,14 +34,14 @@ class Access:
         tiers: State of the tiers: counts uses of shards, and promotes shards to the hot tier.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: DatasetSource) -> None:
         self.inner = place.open()
-        self.placed = placed(self.inner, place.storage_options, place.cached)
+        self.placed = follow_placement(self.inner, place.storage_options, place.cached)
         self.cache = place.cache_of(self.inner)
         self.store: Store = self.placed if self.cache is None else self.cache.store(self.placed)
-        self.tiers = TieredReading(self.placed, self.store)
+        self.tiers = TieredReader(self.placed, self.store)
 
-    def is_near(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None) -> bool:
+    def is_local(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None) -> bool:
         """Return whether bytes of a shard are on this machine, in a folder or in the cache.
 
         Args:
@@ -79,8 +79,10 @@ class Access:
         healed = self.tiers.distrust(key, identity)
         return (isinstance(self.store, LocalStore) and self.store.distrust(key, identity)) or healed
 
-    def make_ready(self, keys: pa.ChunkedArray, identity: Callable[[int], ShardIdentity], *, reads_all: bool) -> None:
-        """Prepare a run that reads these shards; see TieredReading.make_ready.
+    def prepare_reading(
+        self, keys: pa.ChunkedArray, identity: Callable[[int], ShardIdentity], *, reads_all: bool
+    ) -> None:
+        """Prepare a run that reads these shards; see TieredReader.prepare_reading.
 
         Args:
             keys: Keys of the shards.
@@ -91,7 +93,7 @@ class Access:
         def is_cached(i: int) -> bool:
             return isinstance(self.store, CachedStore) and self.store.is_here(keys[i].as_py(), identity(i))
 
-        self.tiers.make_ready(keys, is_cached, reads_all=reads_all)
+        self.tiers.prepare_reading(keys, is_cached, reads_all=reads_all)
 
     def figures(self) -> dict[str, float]:
         """Return the counters of this process: requests, bytes_fetched, cache_hits, cache_misses."""
@@ -111,7 +113,7 @@ class Access:
 
 
 @dataclass(frozen=True, slots=True)
-class Opener:
+class ShardOpener:
     """Opens shards of one version.
 
     Attributes:
@@ -123,10 +125,10 @@ class Opener:
     """
 
     store: Store
-    tiers: TieredReading
+    tiers: TieredReader
     table: ShardTable
     dataset_id: str
-    footers: Footers
+    footers: FooterCache
 
     def open(self, shard: int, **how: Any) -> ShardReader:
         """Open a shard through the cache, if there is one."""

@@ -108,7 +108,7 @@ def load(start: str | os.PathLike[str] | None = None, **overrides: object) -> Se
 
     here = Path.cwd() if start is None else Path(start).absolute()
     if (path := find_file(here)) is not None:
-        for name, value in parse_toml(path, read_bytes(path)).items():
+        for name, value in parse_toml(path, read_file(path)).items():
             if name not in TIER_SECTIONS:
                 add(name, value, str(path), path.parent)
     for name, value in _environment().items():
@@ -150,7 +150,7 @@ def state_folder(start: str | os.PathLike[str] | None = None) -> Path:
     return folder
 
 
-def read_bytes(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
     """Return the content of a settings or rule file. Raises ValueError, which names the file."""
     try:
         return path.read_bytes()
@@ -234,7 +234,7 @@ def aws_profile() -> str | None:
     if named:
         return named
     given = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
-    if any(os.environ.get(name) for name in (*given, "AWS_CONTAINER_CREDENTIALS_FULL_URI")) or _flag(
+    if any(os.environ.get(name) for name in (*given, "AWS_CONTAINER_CREDENTIALS_FULL_URI")) or _bool_variable(
         "AWS_SKIP_SIGNATURE"
     ):
         return None
@@ -271,7 +271,7 @@ def aws_ca_bundle() -> str | None:
     return os.environ.get("AWS_CA_BUNDLE") or None
 
 
-def aws_reach() -> dict[str, Any]:
+def aws_endpoint_options() -> dict[str, Any]:
     """Return how AWS clients reach S3 here, from the environment, under obstore's option names.
 
     boto3 reads the same settings from other variables. A client that addressed another server than the store does would
@@ -282,13 +282,13 @@ def aws_reach() -> dict[str, Any]:
         "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
     }
     said: dict[str, Any] = {name: next(filter(None, map(os.environ.get, given)), None) for name, given in names.items()}
-    said["skip_signature"] = _flag("AWS_SKIP_SIGNATURE")
-    said["virtual_hosted_style_request"] = _flag("AWS_VIRTUAL_HOSTED_STYLE_REQUEST")
-    said["request_payer"] = _flag("AWS_REQUEST_PAYER", "requester")
+    said["skip_signature"] = _bool_variable("AWS_SKIP_SIGNATURE")
+    said["virtual_hosted_style_request"] = _bool_variable("AWS_VIRTUAL_HOSTED_STYLE_REQUEST")
+    said["request_payer"] = _bool_variable("AWS_REQUEST_PAYER", "requester")
     return {name: value for name, value in said.items() if value is not None}
 
 
-def _flag(variable: str, *true: str) -> bool | None:
+def _bool_variable(variable: str, *true: str) -> bool | None:
     """Return the boolean value of a variable; None if it is unset or empty. true: Further texts that mean true."""
     text = os.environ.get(variable, "")
     try:

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 import numpy as np
 import pyarrow as pa
 
-from tiercache.cache.place import Place, Verify
+from tiercache.cache.place import DatasetSource, Verify
 from tiercache.errors import SchemaError
 from tiercache.images.values import decode_columns
-from tiercache.load.broken import broken_picture
-from tiercache.load.fills import filled
-from tiercache.load.forms import in_forms
-from tiercache.load.records import Record, Records
-from tiercache.load.serving import Form, Serving
+from tiercache.load.broken import image_decode_error
+from tiercache.load.fills import replace_nulls
+from tiercache.load.forms import apply_layouts
+from tiercache.load.records import LazyRecords, Record
+from tiercache.load.serving import ColumnLayout, OutputSpec
 from tiercache.load.tuples import as_columns, record_tuple, tuple_columns
 from tiercache.opened import OpenedVersion
-from tiercache.shard.cast import checked_casts
+from tiercache.shard.cast import parse_casts
 from tiercache.shard.values import ColumnValues, as_records
-from tiercache.views import Choosing, Joined, Mixed, Plan, Readable, arrow_batches, record_numbers, spans
+from tiercache.views import Joined, Mixed, Readable, SelectionMethods, SourceSpec, arrow_batches, record_numbers, spans
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from tiercache.images.options import DecodeImage
     from tiercache.shard.types import Schema
 
-Recipe = tuple[Plan, Callable[[Record], Any] | None, Serving]
+DatasetSpec = tuple[SourceSpec, Callable[[Record], Any] | None, OutputSpec]
 """Complete picklable description of a data set: the source spec that opens it, the transform, and the output spec."""
 
 
 _OF_THE_PROCESS = ("_recipe", "_lock", "_pid", "_opened")
 
 
-class Dataset(Choosing):
+class Dataset(SelectionMethods):
     """Records of a packed data set.
 
     It is a map-style data set for any loader. `tiercache.DataLoader` reads it by its native path, in which C code
@@ -102,7 +102,7 @@ class Dataset(Choosing):
         version: int | None = None,
         transform: Callable[[Record], Any] | None = None,
         decode: Mapping[str, DecodeImage] | None = None,
-        forms: Mapping[str, Form] | None = None,
+        forms: Mapping[str, ColumnLayout] | None = None,
         nulls: Mapping[str, Any] | None = None,
         cast: Mapping[str, Any] | None = None,
         verify: Verify = "first",
@@ -113,9 +113,9 @@ class Dataset(Choosing):
         columns = None if columns is None else _names(columns)
         if transform is not None and forms:
             raise ValueError("forms= cannot be combined with transform=: the transform's results make up a batch")
-        place = Place(os.fspath(url), cache, verify, dict(storage_options or {}), checked_casts(cast))
+        place = DatasetSource(os.fspath(url), cache, verify, dict(storage_options or {}), parse_casts(cast))
         opened = OpenedVersion(place, version, columns)
-        serving = Serving.of(opened.schema, forms=forms, nulls=nulls, decode=decode, cast=place.casts)
+        serving = OutputSpec.of(opened.schema, forms=forms, nulls=nulls, decode=decode, cast=place.casts)
         self.__setstate__(((opened.plan, transform, serving), {}))
         self._opened = opened
 
@@ -131,14 +131,14 @@ class Dataset(Choosing):
         return self._recipe[1]
 
     @property
-    def serving(self) -> Serving:
+    def serving(self) -> OutputSpec:
         """Output spec: the layouts, fill values, casts and decoders that were given."""
         return self._recipe[2]
 
     @property
     def is_plain(self) -> bool:
         """Whether records are served as stored: no transform, and no subclass overrides record access."""
-        return self.transform is None and not _says_what_records_are(type(self))
+        return self.transform is None and not _overrides_record_access(type(self))
 
     @property
     def schema(self) -> Schema:
@@ -175,10 +175,10 @@ class Dataset(Choosing):
 
     def versions(self) -> list[int]:
         """Return the numbers of all versions of the data set, oldest first. Raises ValueError for joined data sets."""
-        leaves = self.source.leaves
-        if len(leaves) > 1:
-            raise ValueError(f"this data set joins {len(leaves)} data sets: call versions() of each of them")
-        return leaves[0].versions()
+        opened_versions = self.source.opened_versions
+        if len(opened_versions) > 1:
+            raise ValueError(f"this data set joins {len(opened_versions)} data sets: call versions() of each of them")
+        return opened_versions[0].versions()
 
     def select_columns(self, columns: Sequence[str]) -> Self:
         """Return the same records with only these columns, in this order. Raises SchemaError for an unknown column.
@@ -235,7 +235,7 @@ class Dataset(Choosing):
         rows = record_numbers(indices, len(self))
         if self.transform is not None:
             return [self.transform(record) for record in as_records(self._columns(rows))]
-        return Records(self._columns(rows), len(rows), self.serving)
+        return LazyRecords(self._columns(rows), len(rows), self.serving)
 
     def __iter__(self) -> Iterator[Any]:
         for start, stop in spans(self.source):
@@ -292,13 +292,13 @@ class Dataset(Choosing):
             self._opened.close()
 
     def __repr__(self) -> str:
-        urls, versions = [leaf.url for leaf in self.source.leaves], self._recipe[0].versions
+        urls, versions = [leaf.url for leaf in self.source.opened_versions], self._recipe[0].versions
         more = f" and {len(urls) - 1} more" if len(urls) > 1 else ""
         numbers = list(dict.fromkeys(versions))
         version = ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else "")
         return f"Dataset({urls[0]!r}{more}, version {version}, {len(self):,} records: {self.schema!r})"
 
-    def __getstate__(self) -> tuple[Recipe, dict[str, Any]]:
+    def __getstate__(self) -> tuple[DatasetSpec, dict[str, Any]]:
         _derive_from_torchs_class()  # pickle compares __class__ with the type
         return self._recipe, self._own()
 
@@ -308,7 +308,7 @@ class Dataset(Choosing):
         # been imported after this data set was created: the answer then is torch's class, once.
         return _derive_from_torchs_class() or type(self)
 
-    def __setstate__(self, state: tuple[Recipe, dict[str, Any]]) -> None:
+    def __setstate__(self, state: tuple[DatasetSpec, dict[str, Any]]) -> None:
         _derive_from_torchs_class()
         self._recipe = state[0]
         self.__dict__.update(state[1])
@@ -323,7 +323,7 @@ class Dataset(Choosing):
         """Return the same data set (transform, output spec and attributes) over another source. For loaders."""
         return self._derive(source)
 
-    def _derive(self, source: Readable, serving: Serving | None = None) -> Self:
+    def _derive(self, source: Readable, serving: OutputSpec | None = None) -> Self:
         """Return the same data set over another source, with this output spec or another one."""
         derived = type(self).__new__(type(self))
         recipe = (source.plan, self.transform, self.serving if serving is None else serving)
@@ -354,7 +354,7 @@ class Dataset(Choosing):
     def _batch(self, rows: NDArray[np.int64]) -> Any:
         if self.transform is not None:
             return self.__getitems__(rows.tolist())
-        batch, names = in_forms(self._columns(rows), self.serving), self.serving.names
+        batch, names = apply_layouts(self._columns(rows), self.serving), self.serving.names
         return batch if names is None else as_columns(batch, names)
 
     def _columns(self, rows: NDArray[np.int64]) -> list[ColumnValues]:
@@ -364,13 +364,13 @@ class Dataset(Choosing):
     def _served(self, columns: list[ColumnValues], rows: Sequence[int] | NDArray[np.int64]) -> list[ColumnValues]:
         fills, decode = self.serving.nulls, self.serving.decode
         if fills:
-            columns = [filled(c, fills[c.column.name]) if c.column.name in fills else c for c in columns]
+            columns = [replace_nulls(c, fills[c.column.name]) if c.column.name in fills else c for c in columns]
         if not decode:
             return columns
 
         def explain(column: str, index: int, said: str) -> Exception:
             listed, served = self.source.listed, int(rows[index])
-            return broken_picture(self.source, column, served if listed is None else int(listed[served]), said)
+            return image_decode_error(self.source, column, served if listed is None else int(listed[served]), said)
 
         return decode_columns(columns, decode, explain)
 
@@ -385,7 +385,7 @@ def _derive_from_torchs_class() -> type | None:
     if torchs_class is None or issubclass(Dataset, torchs_class):
         return None
     try:
-        Dataset.__bases__ = (Choosing, torchs_class)
+        Dataset.__bases__ = (SelectionMethods, torchs_class)
     except TypeError:  # a subclass derives from both, torch's class first: no order of bases is valid for it
         return None
     return cast("type", torchs_class)
@@ -458,7 +458,7 @@ def _alike(given: Iterable[Any], what: str) -> list[Dataset]:
     if not datasets:
         raise ValueError(f"{what}() needs one or more data sets, got none")
     for number, dataset in enumerate(datasets):
-        if _says_what_records_are(type(dataset)):
+        if _overrides_record_access(type(dataset)):
             why = f"data set {number} is a {type(dataset).__name__}, which overrides record access"
             raise ValueError(f"{why}: join such data sets with torch's ConcatDataset")
         if dataset.source.mixture is not None:
@@ -471,12 +471,12 @@ def _alike(given: Iterable[Any], what: str) -> list[Dataset]:
     return datasets
 
 
-def _check_serving(serving: Serving, first: Serving, number: int) -> None:
+def _check_serving(serving: OutputSpec, first: OutputSpec, number: int) -> None:
     """Raise SchemaError if data set `number` has other output options for a column than data set 0."""
     if serving.names != first.names:
         message = f"data set {number} serves {serving.names or 'dicts'}, data set 0 {first.names or 'dicts'}"
         raise SchemaError(f"{message}: call as_tuple() on both", expected=str(first.names), got=str(serving.names))
-    for argument in (f.name for f in fields(Serving) if f.name != "names"):
+    for argument in (f.name for f in fields(OutputSpec) if f.name != "names"):
         mine, theirs = getattr(first, argument), getattr(serving, argument)
         for column in sorted({*mine, *theirs}):
             if pickle.dumps(mine.get(column)) != pickle.dumps(theirs.get(column)):
@@ -486,7 +486,7 @@ def _check_serving(serving: Serving, first: Serving, number: int) -> None:
                 raise SchemaError(message, column=column, expected=repr(mine.get(column)), got=repr(theirs.get(column)))
 
 
-def _says_what_records_are(kind: type[Dataset]) -> bool:
+def _overrides_record_access(kind: type[Dataset]) -> bool:
     return any(getattr(kind, n) is not getattr(Dataset, n) for n in ("__getitem__", "__getitems__", "__len__"))
 
 

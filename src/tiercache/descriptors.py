@@ -11,23 +11,23 @@ import resource
 
 # Maximum to which the soft limit is raised. Some programs loop over all possible descriptors when they start a child,
 # and in many containers the hard limit is 1,048,576.
-ENOUGH = 65_536
+MAX_SOFT_LIMIT = 65_536
 
 
 def _limits() -> tuple[int, int]:
     """Return the soft limit, and the value that it may be raised to."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft = ENOUGH if soft == resource.RLIM_INFINITY else soft
-    hard = ENOUGH if hard == resource.RLIM_INFINITY else hard
-    return soft, max(soft, min(hard, ENOUGH))
+    soft = MAX_SOFT_LIMIT if soft == resource.RLIM_INFINITY else soft
+    hard = MAX_SOFT_LIMIT if hard == resource.RLIM_INFINITY else hard
+    return soft, max(soft, min(hard, MAX_SOFT_LIMIT))
 
 
-def shard_share() -> int:
+def max_shard_descriptors() -> int:
     """Return the number of descriptors for all open shards of this process; the other half is left to the user."""
     return _limits()[1] // 2
 
 
-def allow(n_descriptors: int) -> None:
+def raise_limit_for(n_descriptors: int) -> None:
     """Raise the soft limit towards the hard limit if open shards may use fewer than n_descriptors.
 
     Many systems set a soft limit of 1,024 because select(2) cannot use larger descriptors, and leave the hard limit
@@ -52,7 +52,7 @@ def _raise_to(soft: int, highest: int) -> bool:
     return False
 
 
-def too_many_open(error: BaseException) -> str:
+def emfile_message(error: BaseException) -> str:
     """Return a message with the limits and how to raise them if the error is EMFILE; "" for any other error."""
     if not isinstance(error, OSError) or error.errno != errno.EMFILE:
         return ""

@@ -178,7 +178,7 @@ class ShardInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SourcePart:
     """Records that a source reads from one data set. Equal parts in equal order are equal records in equal order.
 
     Attributes:
@@ -194,7 +194,7 @@ class Part:
     selection: str | None = None
 
 
-class Keeper(Protocol):
+class CloseListener(Protocol):
     """Owner of prefetched blocks of a source; the source notifies it when the source is closed."""
 
     def forget(self) -> None:
@@ -228,7 +228,7 @@ class ReadingPlan:
     reader: str = ""
 
 
-class Following(Protocol):
+class PublishedPlan(Protocol):
     """Published ReadingPlan, visible to other processes of the machine while its owner lives. Safe from any thread."""
 
     def advance(self, clock: int) -> None:

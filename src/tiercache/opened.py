@@ -16,20 +16,20 @@ from weakref import WeakValueDictionary, ref
 import numpy as np
 import pyarrow as pa
 
-from tiercache.access import Access, Opener
+from tiercache.access import ShardOpener, VersionStores
 from tiercache.cache import CachedStore
 from tiercache.cache.copy_names import CopyNames
-from tiercache.cache.place import Place, announce
+from tiercache.cache.place import DatasetSource, warn_if_larger
 from tiercache.errors import CorruptShard
-from tiercache.model import ByteRange, Keeper, Part, ReadingPlan, ShardIdentity
+from tiercache.model import ByteRange, CloseListener, ReadingPlan, ShardIdentity, SourcePart
 from tiercache.order import BlockTable
 from tiercache.shard import readers
 from tiercache.shard.cast import served_columns
-from tiercache.shard.footers import Footers
-from tiercache.shard.joining import arrow_join, join, none_of
+from tiercache.shard.footers import FooterCache
+from tiercache.shard.joining import empty_values, join_arrow, join_values
 from tiercache.shard.manifest import latest, list_versions, read_shards, read_version
 from tiercache.shard.mapped import MappedRecords
-from tiercache.shard.opening import read_footer_alone
+from tiercache.shard.opening import fetch_footer
 from tiercache.shard.projection import column_ranges
 from tiercache.shard.segments import as_arrow
 from tiercache.shard.statistics import parse_statistics
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.cache import WarmProgress
-    from tiercache.model import Following
+    from tiercache.model import PublishedPlan
     from tiercache.shard.blocks import Blocks
     from tiercache.shard.layout import Footer
     from tiercache.shard.reader import ShardReader
     from tiercache.shard.segments import ShardTable
-    from tiercache.shard.statistics import Facts
+    from tiercache.shard.statistics import Statistics
     from tiercache.shard.types import Schema
     from tiercache.shard.values import ColumnValues
     from tiercache.shard.versions import Version
@@ -62,10 +62,10 @@ logger = logging.getLogger("tiercache")
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class VersionSpec:
     """Spec of an opened version: its location, its number, and the names of the columns in order."""
 
-    place: Place
+    place: DatasetSource
     version: int
     columns: tuple[str, ...]
 
@@ -88,9 +88,9 @@ class OpenedVersion:
     Safe from any thread. After a fork the child opens its own shards. Nothing of a shard is read before it is needed.
     """
 
-    def __init__(self, place: Place, version: int | None, columns: Sequence[str] | None) -> None:
+    def __init__(self, place: DatasetSource, version: int | None, columns: Sequence[str] | None) -> None:
         self.place = place
-        self.access = access = Access(place)
+        self.access = access = VersionStores(place)
         self.inner, self.cache, self.store = access.inner, access.cache, access.store
         self.manifest: Version = latest(self.store) if version is None else read_version(self.store, version)
         self.stored_schema: Schema = self.manifest.schema
@@ -99,26 +99,26 @@ class OpenedVersion:
         self._names = CopyNames(self.manifest, self.table)
         # Live objects of this and other versions with any columns: joined views of one version share its open shards.
         self._kin: WeakValueDictionary[tuple[Any, ...], OpenedVersion] = WeakValueDictionary()
-        self._keepers: list[ref[Keeper]] = []
+        self._keepers: list[ref[CloseListener]] = []
         if self.cache is not None:
-            announce(self.url, self.dataset_id, np.asarray(self.table.n_bytes), self.cache)
+            warn_if_larger(self.url, self.dataset_id, np.asarray(self.table.n_bytes), self.cache)
         self._serve(self.stored_schema.names if columns is None else columns)
 
-    def _serve(self, columns: Sequence[str], open_shard: Callable[..., ShardReader] = Opener.open) -> None:
+    def _serve(self, columns: Sequence[str], open_shard: Callable[..., ShardReader] = ShardOpener.open) -> None:
         self._schema = self.stored_schema.select(columns)
         self._tables: dict[int, BlockTable] = {}
         self._ranges: dict[int, tuple[ByteRange, ...] | None] = {}  # of the served columns; None: the whole shard
         self.stored_columns = tuple(self.stored_schema.index(name) for name in self._schema.names)
-        self.plan = Stored(self.place, self.version, self._schema.names)
+        self.plan = VersionSpec(self.place, self.version, self._schema.names)
         self._served = served_columns(self._schema, self.place.casts)
         self._mapped = MappedRecords(
             self.stored_schema, self.stored_columns, self.table.first_record, self.url, self._served
         )
         # Not a bound method: the reference cycle would keep descriptors open until the garbage collector runs.
         how = {"verify": self.place.verify, "served": self._served}
-        self._footers = Footers()
-        opener = Opener(self.store, self.access.tiers, self.table, self.dataset_id, self._footers)
-        self._readers = readers.Readers(partial(open_shard, opener, **how), self._mapped)
+        self._footers = FooterCache()
+        opener = ShardOpener(self.store, self.access.tiers, self.table, self.dataset_id, self._footers)
+        self._readers = readers.ReaderPool(partial(open_shard, opener, **how), self._mapped)
 
     @property
     def url(self) -> str:
@@ -146,9 +146,9 @@ class OpenedVersion:
         return self._schema
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[SourcePart, ...]:
         """One part: this version with all its records."""
-        return (Part(self.dataset_id, self.version, self.fingerprint),)
+        return (SourcePart(self.dataset_id, self.version, self.fingerprint),)
 
     @property
     def listed(self) -> None:
@@ -179,7 +179,7 @@ class OpenedVersion:
         return True
 
     @property
-    def leaves(self) -> tuple[OpenedVersion, ...]:
+    def opened_versions(self) -> tuple[OpenedVersion, ...]:
         """This version alone."""
         return (self,)
 
@@ -187,7 +187,7 @@ class OpenedVersion:
         """Return the numbers of all versions of the data set, oldest first."""
         return list_versions(self.inner)
 
-    def statistics(self, shard: int) -> Facts:
+    def statistics(self, shard: int) -> Statistics:
         """See Readable.statistics."""
         text = self.table.arrow["statistics"][shard].as_py()
         try:
@@ -268,13 +268,13 @@ class OpenedVersion:
             records: int64[n], numbers of the records in the data set.
         """
         if not len(records):
-            return none_of(self._schema, self._served)
+            return empty_values(self._schema, self._served)
         found = self.take_mapped(records)
         if found is not None:
             return found
         shards, places = self._by_shard(records)
         within = [records[where] - self.first_record[shard] for shard, where in zip(shards, places, strict=True)]
-        return join(self._take_all(shards, within), places)
+        return join_values(self._take_all(shards, within), places)
 
     def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
         """Return the values of records as Arrow arrays; see `values`. Each block is read once."""
@@ -289,7 +289,7 @@ class OpenedVersion:
                 within = pa.array(rows[mine] - (ends[block - 1] if block else 0))
                 taken.append([array.take(within) for array in self.arrays(shard, block)])
                 order.append(where[mine])
-        return arrow_join(taken, order, self._schema)
+        return join_arrow(taken, order, self._schema)
 
     def _by_shard(self, records: NDArray[np.int64]) -> tuple[list[int], list[NDArray[np.int64]]]:
         """Return the shards that hold these records, and for each shard the indices of its records."""
@@ -320,18 +320,18 @@ class OpenedVersion:
         """Whether the data set is read through a cache."""
         return isinstance(self.store, CachedStore)
 
-    def publish(self, plan: ReadingPlan) -> Following | None:
+    def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
         """See Source.publish. The mapped segments stay in use as long as the plan is published."""
         if not isinstance(self.store, CachedStore) or self.cache is None:
             return None
         # Read limit_bytes first: it raises if the cache is being closed, and then nothing must have been published.
         has_room = int(self.table.n_bytes.sum()) <= self.cache.limit_bytes
         following = self.store.publish(*self._names.planned(plan))
-        return following if has_room else readers.Letting(following, self._readers, plan)
+        return following if has_room else readers.ReleasingPlan(following, self._readers, plan)
 
     @property
-    def is_fetched(self) -> bool:
-        """See Source.is_fetched."""
+    def can_prefetch(self) -> bool:
+        """See Source.can_prefetch."""
         return self.access.fetcher is not None
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -348,11 +348,11 @@ class OpenedVersion:
             if self.access.is_worth_fetching(key, identity):
                 fetcher.fetch_ahead(key, identity, self._ranges.get(shard))
 
-    def is_at_hand(self, shard: int) -> bool:
+    def is_mapped(self, shard: int) -> bool:
         """Whether the shard is open and its served columns are mapped in the form in which they are served."""
         return shard in self._readers and self._readers.get(shard).stays_mapped(self.stored_columns)
 
-    def heal(self, shard: int) -> bool:
+    def discard_corrupt_copy(self, shard: int) -> bool:
         """Verify a shard's local copy and drop it if it differs from the source. Returns True if it did: load again."""
         key, identity = self._object(shard)
         healed = self.access.distrust(key, identity)
@@ -361,17 +361,17 @@ class OpenedVersion:
             logger.warning("%s: the local copy of %s was damaged and is fetched again", self.url, key)
         return healed
 
-    def is_near(self, shard: int) -> bool:
+    def is_local(self, shard: int) -> bool:
         """Whether the served columns of the shard are on this machine: in a local folder or in the cache."""
         key, identity = self._object(shard)
-        is_open = self.is_cached and self.is_at_hand(shard)
-        return is_open or self.access.is_near(key, identity, self._ranges.get(shard))
+        is_open = self.is_cached and self.is_mapped(shard)
+        return is_open or self.access.is_local(key, identity, self._ranges.get(shard))
 
-    def make_ready(self, shards: NDArray[np.int64]) -> None:
-        """See Source.make_ready."""
+    def prepare_reading(self, shards: NDArray[np.int64]) -> None:
+        """See Source.prepare_reading."""
         keys = self.table.names.take(as_arrow(shards))
         reads_all = len(shards) == len(self.table)
-        self.access.make_ready(keys, lambda i: self.identity(int(shards[i])), reads_all=reads_all)
+        self.access.prepare_reading(keys, lambda i: self.identity(int(shards[i])), reads_all=reads_all)
 
     def at_versions(self, versions: Sequence[int]) -> OpenedVersion:
         """Return another version with the same columns. Raises NotFound, or SchemaError if it lacks a column."""
@@ -385,14 +385,14 @@ class OpenedVersion:
         Raises:
             SchemaError: A column does not exist.
         """
-        return self._served_otherwise(columns, Opener.open)
+        return self._served_otherwise(columns, ShardOpener.open)
 
     def scanning(self, columns: Sequence[str]) -> OpenedVersion:
         """Return a source as `with_columns` does, for a single pass: shards that are not cached bypass the cache.
 
         Caching them would evict other shards.
         """
-        return self._served_otherwise(columns, Opener.open_past_cache)
+        return self._served_otherwise(columns, ShardOpener.open_past_cache)
 
     def _served_otherwise(self, columns: Sequence[str], open_shard: Callable[..., ShardReader]) -> OpenedVersion:
         def make() -> OpenedVersion:
@@ -432,8 +432,8 @@ class OpenedVersion:
         self._readers.clear()
         self.access.close()
 
-    def when_closed(self, keeper: Keeper) -> None:
-        """See Source.when_closed.
+    def on_close(self, keeper: CloseListener) -> None:
+        """See Source.on_close.
 
         If two threads call it at once, one registration may be lost: that loader keeps its blocks until it is deleted.
         """
@@ -454,7 +454,7 @@ class OpenedVersion:
             if not self.store.is_here(info.name, self.identity(shard), [ByteRange(info.footer_offset, info.n_bytes)]):
                 # The order of a shard group needs all footers of the group. A few KiB for each one now are cheaper than
                 # fetching each shard completely before the first batch.
-                footer = read_footer_alone(self.access.placed.by_ranges, info.name, info)
+                footer = fetch_footer(self.access.placed.by_ranges, info.name, info)
                 self._footers.put(shard, footer)
                 return footer
         return self._read(shard, lambda reader: reader.footer)
@@ -484,6 +484,6 @@ class OpenedVersion:
         try:
             return read(self._readers.get(shard))
         except CorruptShard:
-            if not self.heal(shard) and self.cache is None:
+            if not self.discard_corrupt_copy(shard) and self.cache is None:
                 raise  # without a cache, a retry reads the same bytes
         return read(self._readers.get(shard))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _hook: Callable[[str], object] | None = None
 
 
-def reach(name: str) -> None:
+def crash_point(name: str) -> None:
     """Report that the code reached a point.
 
     Args:

@@ -97,7 +97,7 @@ _LIKE = "like"
 _MOST = 1e15  # largest value of a price key, in dollars, days or bytes
 
 
-class Priced(Protocol):
+class HasPrices(Protocol):
     """Anything with a URL and prices, such as a tier of a rule file."""
 
     @property
@@ -160,13 +160,13 @@ def parse_prices(name: str, given: Mapping[str, Any]) -> Prices:
     return _parsed(f"{base.name} ({name})", start | {key: value for key, value in given.items() if key != _LIKE})
 
 
-def prices_of(tier: Priced) -> Prices:
+def prices_of(tier: HasPrices) -> Prices:
     """Return the prices of a tier; FREE for a local path without prices.
 
     Raises:
         ValueError: A remote tier without prices, an unknown name, or an invalid table; the message names tier and key.
     """
-    found = priced(tier)
+    found = prices_if_known(tier)
     if found is None:
         raise ValueError(
             f"tiers.{tier.name}.prices: not given, and dollars are asked for: give a name of the price table"
@@ -175,7 +175,7 @@ def prices_of(tier: Priced) -> Prices:
     return found
 
 
-def priced(tier: Priced) -> Prices | None:
+def prices_if_known(tier: HasPrices) -> Prices | None:
     """Return the prices of a tier as prices_of(), but None for a remote tier without prices."""
     try:
         if isinstance(tier.prices, str):

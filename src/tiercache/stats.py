@@ -35,7 +35,7 @@ class Counters:
             return dict(self._sums)
 
 
-class Waits:
+class WaitHistogram:
     """Histogram of waiting times. One thread adds; any thread may read, and may miss the addition in progress.
 
     Attributes:

@@ -8,7 +8,7 @@ import pytest
 from tests.cache.conftest import turn
 
 import tiercache as tc
-from tiercache.cache.check import State
+from tiercache.cache.check import CopyState
 from tiercache.model import ByteRange
 from tiercache.testing import Fault, FaultKind, FaultStore
 
@@ -41,7 +41,7 @@ def test_what_is_wrong_is_named_and_left_where_it_is(world, store):
     cut.chmod(0o600)
     os.truncate(cut, 5000)
     report = store.cache.verify()
-    assert states(report) == {"a": State.OK, "b": State.DAMAGED, "c": State.DAMAGED}
+    assert states(report) == {"a": CopyState.OK, "b": CopyState.DAMAGED, "c": CopyState.DAMAGED}
     assert not report.is_right
     said = {one.source[-1]: one.where[0] for one in report.wrong}
     assert f"expected {world.identity('b').crc32c:08x}" in said["b"]
@@ -59,14 +59,14 @@ def test_what_cannot_be_read_is_told_apart_from_what_is_wrong(world, store, monk
 
     monkeypatch.setattr(os, "preadv", read)
     (one,) = store.cache.verify().wrong
-    assert (one.state, one.where) == (State.UNREADABLE, ("it cannot be read at offset 0",))
+    assert (one.state, one.where) == (CopyState.UNREADABLE, ("it cannot be read at offset 0",))
 
 
 def test_a_copy_without_a_record_is_neither_right_nor_wrong(world, store):
     path = world.copy_of("a")
     path.with_name(f"{path.name}.json").unlink()
     report = store.cache.verify()
-    assert [one.state for one in report.checked if not one.source] == [State.UNKNOWN]
+    assert [one.state for one in report.checked if not one.source] == [CopyState.UNKNOWN]
     assert report.is_right
 
 
@@ -132,7 +132,7 @@ def test_copies_in_part_are_checked_unit_by_unit(world):
         assert lease.wait([ByteRange(0, 9000), ByteRange(1 << 20, (1 << 20) + 5)])
     store.cache.close()
     (one,) = store.cache.verify().checked
-    assert (one.state, one.in_part, one.n_bytes) == (State.OK, True, 4 * 4096)
+    assert (one.state, one.in_part, one.n_bytes) == (CopyState.OK, True, 4 * 4096)
     (part,) = (p for p in world.parts() if p.suffix == ".part")
     turn(part, (1 << 20) + 3)
     (one,) = store.cache.verify().wrong

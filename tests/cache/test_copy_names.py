@@ -6,7 +6,7 @@ import numpy as np
 
 import tiercache as tc
 from tiercache.cache.copy_names import CopyNames
-from tiercache.cache.place import Place
+from tiercache.cache.place import DatasetSource
 from tiercache.cache.record import name_of_identity
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.opened import OpenedVersion
@@ -18,7 +18,7 @@ def test_names_of_shards_and_segments_are_those_of_their_identities(tmp_path):
             tmp_path / "d", schema={"i": "int64"}, shard_size="4KiB", mode="append" if first else "create"
         ) as w:
             w.write_batch({"i": np.arange(first * 100, (first + 30) * 100)})
-    opened = OpenedVersion(Place(str(tmp_path / "d")), None, None)
+    opened = OpenedVersion(DatasetSource(str(tmp_path / "d")), None, None)
     names, n = CopyNames(opened.manifest, opened.table), len(opened.table)
     shards = np.array([n - 1, 0, 2, 1], np.int64)
     for _ in range(2):

@@ -14,7 +14,7 @@ from tests.cache.conftest import open_below
 from tiercache.cache import growth, partial
 from tiercache.cache.folder import Folder
 from tiercache.cache.lease import CopyLease
-from tiercache.cache.partial import Part, hold_part, open_map
+from tiercache.cache.partial import PartialCopy, hold_part, open_map
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.shard.memory import _Loan
@@ -32,7 +32,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def part(folder):
-    part = Part.create(folder, NAME, N_BYTES)
+    part = PartialCopy.create(folder, NAME, N_BYTES)
     part.write(0, np.ones(UNIT, np.uint8))
     yield part
     part.close()
@@ -106,7 +106,7 @@ def test_a_part_that_cannot_be_gone_on_with_leaves_nothing_open(folder, part, mo
         with monkeypatch.context() as patch:
             if boot == "of an earlier boot":
                 patch.setattr(partial, "boot_id", lambda: "another-boot")
-            return Part.open(folder, NAME, N_BYTES)
+            return PartialCopy.open(folder, NAME, N_BYTES)
 
     monkeypatch.setattr(partial, "SETTLE_S", 0.01)
     check_each_call(monkeypatch, folder, of_boot)
@@ -116,7 +116,7 @@ def test_a_part_that_cannot_be_made_leaves_nothing_open(folder, monkeypatch):
     def make_anew():
         for kind in (".part", ".map"):
             (folder.copies / f"{NAME}{kind}").unlink(missing_ok=True)
-        return Part.create(folder, NAME, N_BYTES)
+        return PartialCopy.create(folder, NAME, N_BYTES)
 
     check_each_call(monkeypatch, folder, make_anew)
 
@@ -125,7 +125,7 @@ def test_a_part_that_cannot_be_made_leaves_nothing_open(folder, monkeypatch):
     "work",
     [
         lambda part: part.hold().close(),
-        lambda part: Part.open(part.folder, NAME, N_BYTES).close(),
+        lambda part: PartialCopy.open(part.folder, NAME, N_BYTES).close(),
         lambda part: hold_part(part.folder, NAME, N_BYTES + 1),
     ],
     ids=["a hold", "a part", "of another size"],
@@ -164,7 +164,7 @@ def test_a_new_part_is_closed_where_one_cannot_look_for_a_copy(world, monkeypatc
 
 def test_a_new_part_beside_a_copy_is_closed_where_it_cannot_be_removed(world, monkeypatch):
     monkeypatch.setattr(growth, "open_leased", lambda *_: os.open(os.devnull, os.O_RDONLY))
-    monkeypatch.setattr(Part, "forget_name", refuse)
+    monkeypatch.setattr(PartialCopy, "unlink_names", refuse)
     fetch_in_vain(world)
 
 
@@ -173,7 +173,7 @@ def test_a_part_whose_record_is_deleted_is_closed_where_its_name_cannot_be_forgo
         raise FileNotFoundError(errno.ENOENT, "somebody deleted the folder")
 
     monkeypatch.setattr(Folder, "write_record", gone)
-    monkeypatch.setattr(Part, "forget_name", refuse)
+    monkeypatch.setattr(PartialCopy, "unlink_names", refuse)
     fetch_in_vain(world)
 
 

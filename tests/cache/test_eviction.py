@@ -11,7 +11,7 @@ import pytest
 from tiercache.cache import evictor
 from tiercache.cache.locks import NameLock
 from tiercache.cache.record import name_of_identity
-from tiercache.cache.replay import Trace, replay
+from tiercache.cache.replay import Trace, simulate
 from tiercache.catalog import charge_bytes
 from tiercache.model import NEVER, ByteRange, ReadingPlan
 
@@ -364,7 +364,7 @@ def test_a_cache_hits_as_the_simulator_says(world, policy, monkeypatch):
         world.read(store, keys[i])
         hits.append(cache.counters["hits"] > before)
         cache._open().writing.evictor.flush_uses()  # not in batches: the simulator knows the order of every use
-    expected = replay(Trace.of(order, 8192), policy, size).served > 0
+    expected = simulate(Trace.of(order, 8192), policy, size).served > 0
     assert hits == expected.tolist()
 
 
@@ -379,8 +379,8 @@ def test_copies_that_are_read_are_passed_over_without_a_lock_file_for_each(world
         world.fetch(store, key)
         leases.append(store.open_local(key, world.identity(key)))
     locked = []
-    really_take = NameLock.try_take
-    monkeypatch.setattr(NameLock, "try_take", lambda lock: locked.append(lock.path.name) or really_take(lock))
+    really_take = NameLock.try_acquire
+    monkeypatch.setattr(NameLock, "try_acquire", lambda lock: locked.append(lock.path.name) or really_take(lock))
     world.put("more")
     assert (world.read(store, "more") is None) == (locks == "locks hold")
     if locks == "locks hold":

@@ -442,7 +442,7 @@ def test_a_cache_that_cannot_be_opened_again_in_mid_training_is_read_past_and_tr
         raise trouble
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module, "Opened", fail)
+        patch.setattr(cache_module, "CacheSession", fail)
         with pytest.warns(RuntimeWarning, match="cannot be opened"):
             assert world.read(store, "a") is None
         assert not store.is_here("a", world.identity("a"))  # a second warning would be an error here

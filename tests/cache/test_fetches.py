@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tiercache.cache import download
-from tiercache.cache.partial import Part
+from tiercache.cache.partial import PartialCopy
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.testing import CountingStore, Fault, FaultStore, GateStore, WrapperStore
@@ -96,7 +96,7 @@ def test_asking_for_nothing_does_not_give_a_lease_up(world):
 def test_units_that_another_wrote_are_checked_before_the_whole_is_trusted(world, monkeypatch):
     """Where locks lie two may fetch one part at once; what the one got wrong the other must not vouch for."""
     identity = world.put("a", 64 * UNIT)
-    write = Part.write
+    write = PartialCopy.write
 
     def first_the_other(self, start, data):
         if not start:
@@ -107,7 +107,7 @@ def test_units_that_another_wrote_are_checked_before_the_whole_is_trusted(world,
 
     store = world.store()
     with monkeypatch.context() as patch:
-        patch.setattr(Part, "write", first_the_other)
+        patch.setattr(PartialCopy, "write", first_the_other)
         with store.open_local("a", identity) as lease:
             assert not lease.wait([ByteRange(0, 64 * UNIT)], deadline_s=30)
     assert world.copies() == []

@@ -116,7 +116,7 @@ def test_what_somebody_waits_for_comes_before_what_was_only_wanted(world):
         asker = threading.Thread(target=wait, args=(lease, (64 * MIB - UNIT, 64 * MIB)))
         asker.start()
         fetch = lease._fetch
-        while not fetch.open_units()[1].any():
+        while not fetch.missing_units()[1].any():
             pass
         for gate in gates:
             gate.open()
@@ -280,7 +280,7 @@ def test_a_part_of_which_another_has_brought_the_rest_gets_its_name(world):
 
     class Beside(WrapperStore):
         def read_into(self, key, spans, **options):
-            other = partial.Part.open(cache._open().folder, name_of_identity(identity), 2 * MIB)
+            other = partial.PartialCopy.open(cache._open().folder, name_of_identity(identity), 2 * MIB)
             other.write(MIB, np.frombuffer(world.data["a"][MIB:], np.uint8))
             other.close()
             return super().read_into(key, spans, **options)
@@ -338,11 +338,11 @@ def test_a_part_that_another_makes_while_one_looks_for_it_keeps_its_name(world, 
     def look_too_early(*args):
         found = look(*args)
         if not others:
-            others.append(partial.Part.create(folder, name, 4 * UNIT))
+            others.append(partial.PartialCopy.create(folder, name, 4 * UNIT))
         return found
 
     monkeypatch.setattr(partial, "_open_pair", look_too_early)
-    part = partial.Part.open(folder, name, 4 * UNIT)
+    part = partial.PartialCopy.open(folder, name, 4 * UNIT)
     assert others[0].has_name
     for made in [*others, part]:
         if made is not None:

@@ -19,7 +19,7 @@ from tiercache.cache import plans as plan_files
 from tiercache.cache.folder import Folder
 from tiercache.cache.names import Names
 from tiercache.cache.owners import Owners
-from tiercache.cache.plans import Plans, Table, decode, encode
+from tiercache.cache.plans import PlanTable, ReadingPlans, decode, encode
 from tiercache.cache.policy import UNPLANNED
 from tiercache.model import NEVER, ReadingPlan
 
@@ -51,7 +51,7 @@ class Side:
     def __init__(self, folder):
         self.folder = folder
         self.owners = Owners(folder, 1 << 30)
-        self.plans = Plans(folder, self.owners)
+        self.plans = ReadingPlans(folder, self.owners)
 
     def close(self):
         self.plans.close()
@@ -312,7 +312,7 @@ def test_a_file_that_is_no_plan_is_no_plan(open_side, spoil):
 
 def test_numbers_that_no_plan_has_do_not_overflow():
     rows = [(-(1 << 63), (1 << 63) - 1, -5)]
-    table = decode(encode(Table.of(names_of(3), plan_of(rows))))
+    table = decode(encode(PlanTable.of(names_of(3), plan_of(rows))))
     coming, after = table.uses(np.array([0]), 100)
     assert coming.tolist() == [0]
     assert after.tolist() == [1]

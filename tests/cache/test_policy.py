@@ -9,8 +9,8 @@ from tiercache.cache import policy as policy_module
 from tiercache.cache.policy import (
     POLICIES,
     UNPLANNED,
-    Ask,
     Snapshot,
+    SpaceRequest,
     lru,
     plan,
     replaces,
@@ -43,7 +43,7 @@ def snapshots(draw, max_size=12):
     )
 
 
-asks = st.builds(Ask, st.integers(-5, 60), st.integers(0, 60), thens)
+asks = st.builds(SpaceRequest, st.integers(-5, 60), st.integers(0, 60), thens)
 replacing = pytest.mark.parametrize("policy", [lru, s3fifo, plan], ids=lambda p: p.__name__)
 
 
@@ -123,14 +123,14 @@ def test_plan_refuses_only_where_those_that_may_go_are_too_little(copies, ask):
 def test_what_a_plan_sees_no_use_of_does_not_push_out_its_like():
     """One job reads every shard once: then plan is resident, not a queue that gives up what it has just fetched."""
     copies = example(next_use=[NEVER, NEVER])
-    assert not plan(copies, Ask(10, then=NEVER)).admit
-    assert plan(copies, Ask(10, then=100)).admit
+    assert not plan(copies, SpaceRequest(10, then=NEVER)).admit
+    assert plan(copies, SpaceRequest(10, then=100)).admit
 
 
 def test_what_a_plan_names_pushes_out_what_none_names():
     copies = example(next_use=[UNPLANNED, 5])
-    assert plan(copies, Ask(10, then=NEVER)).victims == (0,)
-    assert not plan(copies, Ask(20, then=NEVER)).admit
+    assert plan(copies, SpaceRequest(10, then=NEVER)).victims == (0,)
+    assert not plan(copies, SpaceRequest(20, then=NEVER)).admit
 
 
 def example(next_use, **columns):
@@ -160,7 +160,7 @@ def test_the_decision_does_not_depend_on_the_order_of_the_snapshot(policy, copie
 @replacing
 @given(copies=snapshots(), ask=asks)
 def test_looking_further_names_the_same_victims_first(policy, copies, ask):
-    short, long = policy(copies, ask), policy(copies, Ask(ask.need_bytes, ask.want_bytes + 40, ask.then))
+    short, long = policy(copies, ask), policy(copies, SpaceRequest(ask.need_bytes, ask.want_bytes + 40, ask.then))
     assert long.admit == short.admit
     assert long.victims[: len(short.victims)] == short.victims
 
@@ -177,28 +177,28 @@ def test_large_snapshots_are_decided_as_small_ones_are(copies, ask):
 
 def test_s3fifo_gives_what_was_used_twice_a_place_in_the_main_queue():
     copies = example([UNPLANNED] * 4, freq=np.array([2, 1, 0, 0]))
-    decision = s3fifo(copies, Ask(10))
+    decision = s3fifo(copies, SpaceRequest(10))
     assert decision.victims == (1,)
     assert [(m.row, m.main, m.freq, m.n_before) for m in decision.moves] == [(0, True, 0, 0)]
 
 
 def test_s3fifo_gives_what_was_used_in_the_main_queue_another_turn():
     copies = example([UNPLANNED] * 3, freq=np.array([3, 0, 0]), main=np.ones(3, np.bool_))
-    decision = s3fifo(copies, Ask(10))
+    decision = s3fifo(copies, SpaceRequest(10))
     assert decision.victims == (1,)
     assert [(m.row, m.freq) for m in decision.moves] == [(0, 2)]
 
 
 def test_s3fifo_takes_from_the_main_queue_only_while_that_is_larger_than_its_share():
     main = np.array([False] * 2 + [True] * 8)
-    assert s3fifo(example([UNPLANNED] * 10, main=main), Ask(30)).victims == (0, 1, 2)
+    assert s3fifo(example([UNPLANNED] * 10, main=main), SpaceRequest(30)).victims == (0, 1, 2)
     main = np.ones(10, np.bool_)
-    assert s3fifo(example([UNPLANNED] * 10, main=main), Ask(30)).victims == (0, 1, 2)
+    assert s3fifo(example([UNPLANNED] * 10, main=main), SpaceRequest(30)).victims == (0, 1, 2)
 
 
 def test_before_anything_was_evicted_the_small_queue_keeps_only_its_share():
     copies = example([UNPLANNED] * 20, has_evicted=False)
-    decision = s3fifo(copies, Ask(10))
+    decision = s3fifo(copies, SpaceRequest(10))
     assert decision.victims == (0,)
     assert [m.row for m in decision.moves] == list(range(2, 20))
 

@@ -10,7 +10,7 @@ from tests.cache.conftest import open_below
 
 from tiercache.cache import Cache
 from tiercache.cache.locks import NameLock
-from tiercache.cache.partial import Presence
+from tiercache.cache.partial import UnitMap
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder
@@ -94,7 +94,7 @@ def test_a_part_that_who_waits_for_it_cannot_tell_of_is_not_held_by_him(world, m
         gate.wait_reached()
         open_before = open_below(copies)
         with monkeypatch.context() as patch:
-            patch.setattr(Presence, "mask", no_memory)
+            patch.setattr(UnitMap, "mask", no_memory)
             with pytest.raises(StoreError, match="MemoryError"):
                 second.wait(whole)
         assert open_below(copies) == open_before
@@ -176,13 +176,13 @@ def test_readers_that_race_with_evictions_always_read_the_right_bytes(world):
 def test_a_lock_that_vanished_between_open_and_flock_is_not_taken(tmp_path, monkeypatch):
     path = tmp_path / "lock"
     first = NameLock(path)
-    assert first.try_take()
+    assert first.try_acquire()
     second = NameLock(path)
-    assert not second.try_take()
+    assert not second.try_acquire()
     assert "process" in second.holder()
     first.give_back()
     assert not path.exists()
-    assert second.try_take()
+    assert second.try_acquire()
     second.give_back()
     second.give_back()
 
@@ -195,7 +195,7 @@ def test_fetching_goes_on_without_the_lock_when_its_holder_never_ends(world, mon
     identity = world.put("a")
     cache = world.cache()
     stuck = NameLock(world.root / "cache" / "locks" / name_of_identity(identity))
-    assert stuck.try_take()
+    assert stuck.try_acquire()
     world.fetch(world.store(cache), "a")
     stuck.give_back()
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiercache.cache import runs
-from tiercache.cache.policy import UNPLANNED, Ask, Snapshot, lru, plan, s3fifo
-from tiercache.cache.replay import Trace, bound, replay, trace_of_plans
+from tiercache.cache.policy import UNPLANNED, Snapshot, SpaceRequest, lru, plan, s3fifo
+from tiercache.cache.replay import Trace, bound, simulate, trace_of_plans
 from tiercache.cache.runs import next_positions
 from tiercache.cache.trace import Tracer, read_trace
 from tiercache.catalog import GHOSTS_SHARE
@@ -42,7 +42,7 @@ def test_every_access_hits_or_misses_as_in_libcachesim(policy, kind, size):
         request.obj_id, request.obj_size, request.clock_time = name + 1, 1, i
         request.next_access_vtime = at if at != NEVER else (1 << 63) - 1
         expected.append(theirs.get(request))
-    assert (replay(Trace.of(names), policy, size).served > 0).tolist() == expected
+    assert (simulate(Trace.of(names), policy, size).served > 0).tolist() == expected
 
 
 # -- brute force -------------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ tiny_traces = st.lists(st.integers(0, 4), max_size=9)
 def test_plan_fetches_as_little_as_can_be_and_bound_says_how_little_that_is(names, size):
     best = fewest_fetched(tuple(names), (1,) * 5, size)
     trace = Trace.of(np.array(names, np.int64))
-    assert replay(trace, "plan", size).bytes_fetched == best
+    assert simulate(trace, "plan", size).bytes_fetched == best
     assert bound(trace, size).bytes_fetched == best
 
 
@@ -87,7 +87,7 @@ def test_no_policy_and_no_magic_fetches_less_than_the_bound(names, sizes, size):
     least = bound(trace, size).bytes_fetched
     assert least <= fewest_fetched(tuple(names), sizes, size)
     for policy in ("plan", "belady", "resident", "s3fifo", "lru"):
-        assert replay(trace, policy, size).bytes_fetched >= least
+        assert simulate(trace, policy, size).bytes_fetched >= least
 
 
 # -- the policies as the cache asks them -------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ class Asked:
     def make_room(self, i, need):
         names = list(self.rows)
         at = self.next_at[i]
-        decision = self.policy(self.snapshot(i), Ask(need, then=NEVER if at == NEVER else int(at - i)))
+        decision = self.policy(self.snapshot(i), SpaceRequest(need, then=NEVER if at == NEVER else int(at - i)))
         for move in decision.moves:
             self.rows[names[move.row]] |= {"main": move.main, "freq": move.freq, "turn": self.tick()}
         for row in decision.victims:
@@ -164,7 +164,7 @@ class Asked:
 )
 def test_the_simulator_decides_as_the_evictor_would(policy, names, sizes, size):
     trace = Trace.of(np.array(names, np.int64), np.array([sizes[name] for name in names], np.int64))
-    report = replay(trace, policy.__name__, size)
+    report = simulate(trace, policy.__name__, size)
     asked = Asked(trace, policy, size)
     assert (report.served > 0).tolist() == asked.hits()
     assert report.evicted == asked.n_evicted
@@ -184,8 +184,8 @@ def test_on_scans_resident_hits_the_caches_share_and_lru_far_less(share):
     size = int(400 * share)
     trace = Trace.of(names)
     after_first = slice(400, None)
-    resident = (replay(trace, "resident", size).served[after_first] > 0).mean()
-    lru_ratio = (replay(trace, "lru", size).served[after_first] > 0).mean()
+    resident = (simulate(trace, "resident", size).served[after_first] > 0).mean()
+    lru_ratio = (simulate(trace, "lru", size).served[after_first] > 0).mean()
     assert resident == share
     assert lru_ratio == pytest.approx(share + (1 - share) * np.log(1 - share), abs=0.02)
 
@@ -209,7 +209,7 @@ def mixture(n_shards, n_epochs, seed):
 def test_plan_lies_between_the_bound_and_resident(make, share):
     trace = make(120, 8, seed=3)
     size = int(120 * share)
-    by = {policy: replay(trace, policy, size).bytes_fetched for policy in ("plan", "resident", "lru")}
+    by = {policy: simulate(trace, policy, size).bytes_fetched for policy in ("plan", "resident", "lru")}
     least = bound(trace, size).bytes_fetched
     assert least <= by["plan"] < by["lru"]
     if make is two_jobs:
@@ -223,7 +223,7 @@ def test_plan_lies_between_the_bound_and_resident(make, share):
 def test_plan_is_never_worse_than_resident_on_jobs_that_go_side_by_side(n_shards, n_epochs, seed, share):
     trace = two_jobs(n_shards, n_epochs, seed)
     size = int(n_shards * share)
-    assert replay(trace, "plan", size).bytes_fetched <= replay(trace, "resident", size).bytes_fetched
+    assert simulate(trace, "plan", size).bytes_fetched <= simulate(trace, "resident", size).bytes_fetched
 
 
 def test_a_job_by_its_clock_is_served_as_by_its_positions():
@@ -232,7 +232,7 @@ def test_a_job_by_its_clock_is_served_as_by_its_positions():
     for size in (35, 140, 315):
         hit = bytearray(len(trace))
         n_evicted = runs._plan_of_jobs(trace, size, hit)
-        report = replay(trace, "plan", size)
+        report = simulate(trace, "plan", size)
         assert list(hit) == (report.served > 0).tolist()
         assert n_evicted == report.evicted
 
@@ -282,14 +282,14 @@ def test_an_empty_trace_has_an_empty_report(tmp_path):
     path = tmp_path / "trace"
     path.write_text("")
     for policy in ("plan", "belady", "resident", "s3fifo", "lru"):
-        report = replay(read_trace(path), policy, 10)
+        report = simulate(read_trace(path), policy, 10)
         assert (report.hits, report.misses, report.hit_ratio, report.byte_hit_ratio) == (0, 0, 0.0, 0.0)
     assert bound(read_trace(path), 10).bytes_fetched == 0
 
 
 def test_unknown_policies_and_columns_of_different_length_are_errors():
     with pytest.raises(ValueError, match=r"no policy is called 'best'; there are belady, lru"):
-        replay(Trace.of(np.arange(3)), "best", 1)
+        simulate(Trace.of(np.arange(3)), "best", 1)
     with pytest.raises(ValueError, match="same length"):
         Trace(*(np.arange(n) for n in (3, 3, 3, 2)))
 
@@ -297,7 +297,7 @@ def test_unknown_policies_and_columns_of_different_length_are_errors():
 def test_what_is_larger_than_the_cache_is_never_admitted_and_evicts_nothing():
     names, sizes = np.array([0, 1, 0, 1, 0]), np.array([4, 99, 4, 99, 4])
     for policy in ("plan", "belady", "resident", "s3fifo", "lru"):
-        report = replay(Trace.of(names, sizes), policy, 10)
+        report = simulate(Trace.of(names, sizes), policy, 10)
         assert (report.hits, report.evicted, report.bytes_fetched) == (2, 0, 4 + 2 * 99)
 
 

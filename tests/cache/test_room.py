@@ -167,7 +167,7 @@ def test_a_cache_opened_smaller_while_another_makes_room_gives_up_what_is_named_
     monkeypatch.setattr(evictor_module, "ROOM_WAIT_S", 0.05)
     store, identity = a_large_one_and_two(world)
     other = NameLock(store.cache.path / "locks" / "room")
-    assert other.try_take()
+    assert other.try_acquire()
     with store.open_local("a", identity):
         cache = world.cache("100KB", policy="lru")
         assert {entry.source[-1] for entry in cache.entries()} == {"a", "b", "c"}
@@ -244,7 +244,7 @@ def test_a_size_may_be_a_share_of_the_disk(world, monkeypatch):
 
 
 def test_copies_deleted_by_hand_make_room_again(world, monkeypatch):
-    monkeypatch.setattr(evictor_module, "LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr(evictor_module, "RECONCILE_INTERVAL_S", 0.0)
     store = world.store(world.cache("150KB", policy="resident"))
     for key in "ab":
         world.put(key, 100_000)
@@ -264,7 +264,7 @@ def test_a_process_that_was_stopped_while_it_made_room_is_waited_for_once(world,
 
     monkeypatch.setattr(evictor_module, "wait_for", wait)
     stopped = NameLock(store.cache.path / "locks" / "room")
-    assert stopped.try_take()
+    assert stopped.try_acquire()
     for key in "abcde":
         world.put(key, 100_000)
         world.fetch(store, key)
@@ -298,14 +298,14 @@ def test_a_cache_on_a_full_disk_can_be_evicted_by_a_new_process(world, monkeypat
         world.put(key, 100_000)
         world.fetch(store, key)
     store.cache.close()
-    really_open = opened_module.Writing
+    really_open = opened_module.WriteSession
 
     def full_with_more_than_two(*args, **options):
         if len(world.copies()) > 2:
             raise OSError(errno.ENOSPC, "no space left on device")
         return really_open(*args, **options)
 
-    monkeypatch.setattr(opened_module, "Writing", full_with_more_than_two)
+    monkeypatch.setattr(opened_module, "WriteSession", full_with_more_than_two)
     with pytest.warns(RuntimeWarning, match="cannot be written"):
         cache = world.cache()
     assert cache.evict(target_bytes=4 * CHARGE) == 0

@@ -7,7 +7,7 @@ import pytest
 
 from tiercache.cache import evictor
 from tiercache.cache.record import name_of_identity
-from tiercache.cache.replay import Trace, replay
+from tiercache.cache.replay import Trace, simulate
 from tiercache.catalog import charge_bytes
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.waiting import wait_for
@@ -42,7 +42,7 @@ def fetch_ahead(world, store, key):
     """Fetch ahead, to the end."""
     store.fetch_ahead(key, world.identity(key))
     fetcher, name = store.cache._open().writing.fetcher, name_of_identity(world.identity(key))
-    assert wait_for(lambda: not fetcher.is_coming(name), 60)
+    assert wait_for(lambda: not fetcher.is_fetching(name), 60)
 
 
 def row_of(cache, world, key):
@@ -142,7 +142,7 @@ def test_two_jobs_that_fetch_ahead_fetch_what_the_simulator_says(world, locks):
     ]
     fetched = world.n_reads() + sum(side.n_past for side in sides)
     trace = Trace.of(np.array(read), CHARGE, np.tile([0, 1], len(read) // 2))
-    report = replay(trace, "s3fifo", len(keys) // 4 * CHARGE)
+    report = simulate(trace, "s3fifo", len(keys) // 4 * CHARGE)
     assert fetched == pytest.approx(report.misses, rel=0.05)
 
 

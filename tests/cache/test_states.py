@@ -40,7 +40,7 @@ class CacheStates(RuleBasedStateMachine):
         super().__init__()
         # Copies are lost here all the time; a cache in service looks at its folder less often.
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(evictor, "LOOK_AGAIN_S", 0.0)
+        self.patch.setattr(evictor, "RECONCILE_INTERVAL_S", 0.0)
 
     @initialize(policies=st.tuples(*[st.sampled_from(POLICIES)] * 2))
     def open(self, policies):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiercache._native.checksum import crc32c
 from tiercache.cache import partial, units
 from tiercache.cache.folder import Folder
-from tiercache.cache.partial import Part, charge_of, hold_part, map_bytes
+from tiercache.cache.partial import PartialCopy, charge_of, hold_part, map_bytes
 from tiercache.model import ByteRange
 
 UNIT = units.UNIT_BYTES
@@ -108,7 +108,7 @@ def forget_boot(monkeypatch):
 
 def test_what_was_written_to_a_part_is_there_for_those_who_hold_it(folder):
     data = noise(10 * UNIT + 5)
-    part = Part.create(folder, NAME, len(data))
+    part = PartialCopy.create(folder, NAME, len(data))
     held = part.hold()
     assert not held.presence.covers([ByteRange(0, 1)])
     assert part.write(2 * UNIT, data[2 * UNIT : 4 * UNIT]) == crc32c(data[2 * UNIT : 4 * UNIT])
@@ -124,7 +124,7 @@ def test_what_was_written_to_a_part_is_there_for_those_who_hold_it(folder):
 
 def test_a_unit_that_is_there_is_never_written_again(folder):
     """Where locks lie another process may be serving it already."""
-    part = Part.create(folder, NAME, 3 * UNIT)
+    part = PartialCopy.create(folder, NAME, 3 * UNIT)
     part.write(UNIT, np.zeros(UNIT, np.uint8))
     part.write(0, np.ones(3 * UNIT, np.uint8))
     assert os.pread(part.fd, 3 * UNIT, 0) == b"\1" * UNIT + b"\0" * UNIT + b"\1" * UNIT
@@ -133,7 +133,7 @@ def test_a_unit_that_is_there_is_never_written_again(folder):
 
 def test_a_part_is_no_larger_on_disk_than_it_is_charged(folder):
     n_bytes = 4 * MIB
-    part = Part.create(folder, NAME, n_bytes)
+    part = PartialCopy.create(folder, NAME, n_bytes)
     for unit in range(0, 512, 2):
         part.write(unit * UNIT, noise(UNIT))
     os.fsync(part.fd)
@@ -145,7 +145,7 @@ def test_a_part_is_no_larger_on_disk_than_it_is_charged(folder):
 @pytest.mark.parametrize("damage", ["nothing", "data lost", "sums lost", "cut"])
 def test_after_a_power_failure_a_part_is_trusted_only_where_its_bytes_are_what_was_written(folder, monkeypatch, damage):
     data = noise(5 * UNIT)
-    part = Part.create(folder, NAME, len(data))
+    part = PartialCopy.create(folder, NAME, len(data))
     part.write(UNIT, data[UNIT : 3 * UNIT])
     part.close()
     path, map_path = (folder.copies / f"{NAME}{kind}" for kind in (".part", ".map"))
@@ -161,7 +161,7 @@ def test_after_a_power_failure_a_part_is_trusted_only_where_its_bytes_are_what_w
         os.truncate(path, len(data))
     forget_boot(monkeypatch)
     assert hold_part(folder, NAME, len(data)) is None, "nobody is served before it was read back"
-    again = Part.open(folder, NAME, len(data))
+    again = PartialCopy.open(folder, NAME, len(data))
     if damage == "nothing":
         assert np.flatnonzero(again.present).tolist() == [1, 2]
         held = hold_part(folder, NAME, len(data))
@@ -175,7 +175,7 @@ def test_after_a_power_failure_a_part_is_trusted_only_where_its_bytes_are_what_w
 @pytest.mark.parametrize("damage", ["no map", "no part", "torn map", "short map", "another part", "another size"])
 def test_what_is_no_part_and_its_map_is_removed_and_started_again(folder, monkeypatch, damage):
     monkeypatch.setattr(partial, "SETTLE_S", 0.01)
-    part = Part.create(folder, NAME, 5 * UNIT)
+    part = PartialCopy.create(folder, NAME, 5 * UNIT)
     part.write(0, noise(UNIT))
     part.close()
     path, map_path = (folder.copies / f"{NAME}{kind}" for kind in (".part", ".map"))
@@ -192,16 +192,16 @@ def test_what_is_no_part_and_its_map_is_removed_and_started_again(folder, monkey
         path.write_bytes(b"\0" * 5 * UNIT)
     n_bytes = 6 * UNIT if damage == "another size" else 5 * UNIT
     assert hold_part(folder, NAME, n_bytes) is None
-    assert Part.open(folder, NAME, n_bytes) is None
+    assert PartialCopy.open(folder, NAME, n_bytes) is None
     assert [p.suffix for p in folder.copies.iterdir()] == ([".kept"] if damage == "another part" else [])
 
 
 def test_a_part_that_was_sealed_but_not_named_can_be_gone_on_with(folder):
-    part = Part.create(folder, NAME, 2 * UNIT)
+    part = PartialCopy.create(folder, NAME, 2 * UNIT)
     part.write(0, noise(UNIT))
     part.seal(0o400)
     part.close()
-    part = Part.open(folder, NAME, 2 * UNIT)
+    part = PartialCopy.open(folder, NAME, 2 * UNIT)
     part.write(UNIT, noise(UNIT))
     assert part.present.all()
     part.close()

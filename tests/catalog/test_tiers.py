@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy, TierCatalog
+from tiercache.catalog.tiers import CatalogEntry, JournalObject, JournalRow, TierCatalog
 
 OBJECTS = (JournalObject("a/1", 10, '"e"', 5.5, 7), JournalObject("a/.metadata", 1, None, None, None, "hot"))
 ROW = JournalRow(
@@ -23,27 +23,27 @@ def catalog(tmp_path):
 
 
 def test_copies_are_known_by_the_place_that_a_name_stands_for(catalog):
-    catalog.record([("cold", "k", KnownCopy(3, '"e"', 9))])
+    catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9))])
     assert catalog.checksums("cold") == catalog.checksums("s3://cold") == {"k": (3, '"e"', 9, True, None)}
     catalog.bind({"cold": "s3://other"})
     assert catalog.checksums("cold") == {}
 
 
 def test_a_copy_that_is_recorded_again_is_the_new_one(catalog):
-    catalog.record([("cold", "k", KnownCopy(3, '"e"', 9))])
-    catalog.record([("cold", "k", KnownCopy(4, None, 8, made_from="s3://home"))])
-    assert catalog.known("cold", ["k", "other"]) == {"k": KnownCopy(4, None, 8, made_from="s3://home")}
+    catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9))])
+    catalog.record([("cold", "k", CatalogEntry(4, None, 8, made_from="s3://home"))])
+    assert catalog.known("cold", ["k", "other"]) == {"k": CatalogEntry(4, None, 8, made_from="s3://home")}
 
 
 def test_a_copy_keeps_when_its_object_was_written_first(catalog):
-    copy = KnownCopy(3, '"e"', 9, written_s=1234.5)
+    copy = CatalogEntry(3, '"e"', 9, written_s=1234.5)
     catalog.record([("cold", "k", copy)])
     assert catalog.known("cold", ["k"]) == {"k": copy}
     assert catalog.checksums("cold") == {"k": (3, '"e"', 9, True, 1234.5)}
 
 
 def test_an_object_that_is_known_for_its_date_alone_is_not_verified(catalog):
-    catalog.record([("cold", "k", KnownCopy(3, '"e"', None, written_s=1234.5, verified=False))])
+    catalog.record([("cold", "k", CatalogEntry(3, '"e"', None, written_s=1234.5, verified=False))])
     assert catalog.checksums("cold") == {"k": (3, '"e"', None, False, 1234.5)}
     assert not catalog.known("cold", ["k"])["k"].verified
 
@@ -54,24 +54,24 @@ def test_books_with_other_columns_are_made_anew(catalog):
         db.execute("CREATE TABLE copies (place TEXT, key TEXT, n_bytes INTEGER, etag TEXT, crc32c INTEGER)")
         db.commit()
     assert catalog.checksums("cold") == {}
-    catalog.record([("cold", "k", KnownCopy(3, '"e"', 9))])
+    catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9))])
     assert list(catalog.checksums("cold")) == ["k"]
 
 
 def test_a_copy_that_was_only_intended_is_not_verified(catalog):
-    catalog.record([("cold", "k", KnownCopy(3, None, None, made_from="s3://home"))])
+    catalog.record([("cold", "k", CatalogEntry(3, None, None, made_from="s3://home"))])
     assert catalog.checksums("cold") == {}
     assert catalog.known("cold", ["k"])["k"].is_intended
 
 
 def test_forgotten_copies_are_gone(catalog):
-    catalog.record([("cold", "k", KnownCopy(3, '"e"', 9)), ("cold", "l", KnownCopy(3, '"e"', 9))])
+    catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9)), ("cold", "l", CatalogEntry(3, '"e"', 9))])
     catalog.forget([("cold", "k")])
     assert list(catalog.checksums("cold")) == ["l"]
 
 
 def test_many_copies_are_found_by_key(catalog):
-    catalog.record([("cold", f"k{n}", KnownCopy(n, None, n)) for n in range(2000)])
+    catalog.record([("cold", f"k{n}", CatalogEntry(n, None, n)) for n in range(2000)])
     found = catalog.known("cold", [f"k{n}" for n in range(0, 4000, 2)])
     assert len(found) == 1000
     assert found["k1998"].n_bytes == 1998
@@ -145,7 +145,7 @@ def test_threads_and_other_connections_share_it(catalog):
     def write(n):
         with TierCatalog(catalog.path) as other:
             other.write([replace(ROW, number=n)])
-        catalog.record([("cold", f"k{n}", KnownCopy(n, None, n))])
+        catalog.record([("cold", f"k{n}", CatalogEntry(n, None, n))])
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, range(20)))
@@ -161,7 +161,7 @@ def test_its_folder_is_for_its_user_alone(catalog):
 
 def test_a_copy_whose_source_goes_is_nobodys_copy(catalog):
     catalog.record(
-        [("cold", "k", KnownCopy(3, '"e"', 9, "s3://home")), ("cold", "l", KnownCopy(3, '"e"', 9, "s3://home"))]
+        [("cold", "k", CatalogEntry(3, '"e"', 9, "s3://home")), ("cold", "l", CatalogEntry(3, '"e"', 9, "s3://home"))]
     )
     catalog.keep([("cold", "k")])
     assert [one.made_from for one in catalog.known("cold", ["k", "l"]).values()] == ["", "s3://home"]

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.cli.choosing import Choice, OrderFlags, PartFlags, parse_ranks, read_names
-from tiercache.cli.training import Training, epoch_reads, first_bytes, read_first
+from tiercache.cli.choosing import AmountOptions, ShardSelection, TrainingOptions, parse_ranks, read_names
+from tiercache.cli.training import Training, epoch_reads, merge_reads, take_bytes
 from tiercache.load.share import OrderShare
 from tiercache.model import ShardInfo
 from tiercache.order import EpochOrder, Layout, RankPlan
@@ -47,7 +47,7 @@ def test_a_rank_reads_what_the_loader_says_it_reads_and_all_ranks_read_everythin
         expected = OrderShare(order, plan, seed, epoch).shards_ahead(0, 0, 1 << 60)
         assert mine.shards.tolist() == expected
         assert mine.clock.tolist() == (np.cumsum(sizes[mine.shards]) - sizes[mine.shards]).tolist()
-    assert sorted(read_first(list(reads.values())).tolist()) == np.flatnonzero(records).tolist()
+    assert sorted(merge_reads(list(reads.values())).tolist()) == np.flatnonzero(records).tolist()
 
 
 def test_a_rank_with_several_streams_reads_them_side_by_side():
@@ -65,7 +65,7 @@ def test_without_a_seed_every_rank_reads_everything_in_stored_order():
 
 
 def test_nobody_reads_nothing():
-    assert read_first([]).tolist() == []
+    assert merge_reads([]).tolist() == []
     empty = np.zeros(0, np.int64)
     assert epoch_reads(empty, empty, Training(1))[0].shards.tolist() == []
 
@@ -73,7 +73,7 @@ def test_nobody_reads_nothing():
 @given(sizes=st.lists(st.integers(1, 1000), max_size=20), n_bytes=st.integers(0, 20_000))
 def test_the_first_bytes_are_the_fewest_first_shards_that_hold_them(sizes, n_bytes):
     sizes = np.array(sizes, np.int64)
-    chosen = first_bytes(np.arange(len(sizes)), sizes, n_bytes)
+    chosen = take_bytes(np.arange(len(sizes)), sizes, n_bytes)
     assert chosen.tolist() == list(range(len(chosen)))
     total = int(sizes[chosen].sum())
     assert total >= min(n_bytes, int(sizes.sum()))
@@ -82,29 +82,31 @@ def test_the_first_bytes_are_the_fewest_first_shards_that_hold_them(sizes, n_byt
 
 class TestChoice:
     def test_the_whole_data_set_in_stored_order_is_the_default(self):
-        assert Choice().shards(table([100] * 4)).tolist() == [0, 1, 2, 3]
+        assert ShardSelection().shards(table([100] * 4)).tolist() == [0, 1, 2, 3]
 
     def test_a_share_is_taken_of_what_the_globs_leave_in_the_order_of_the_training(self):
         found = table([100] * 20)
         training = Training(5, ranks=(1,), world_size=2)
         whole = epoch_reads(found.n_records, found.n_bytes, training)[1].shards.tolist()
         even = [i for i in whole if i % 2 == 0]
-        choice = Choice(include=["*[02468].tcs"], training=training, share=0.5)
+        choice = ShardSelection(include=["*[02468].tcs"], training=training, share=0.5)
         assert choice.shards(found).tolist() == even[: -(-len(even) // 2)]
-        assert Choice(training=training, first_bytes=250).shards(found).tolist() == whole[:3]
+        assert ShardSelection(training=training, first_bytes=250).shards(found).tolist() == whole[:3]
 
     def test_a_list_is_followed_in_its_own_order_and_a_training_keeps_its_own(self):
         found = table([100] * 9)
         names = [f"shards/{i:04d}.tcs" for i in (7, 2, 7, 4)]
-        assert Choice(files=names).shards(found).tolist() == [7, 2, 4]
+        assert ShardSelection(files=names).shards(found).tolist() == [7, 2, 4]
         training = Training(5)
         order = epoch_reads(found.n_records, found.n_bytes, training)[0].shards.tolist()
-        assert Choice(files=names, training=training).shards(found).tolist() == [i for i in order if i in (2, 4, 7)]
-        assert Choice(files=[]).shards(found).tolist() == []
+        assert ShardSelection(files=names, training=training).shards(found).tolist() == [
+            i for i in order if i in (2, 4, 7)
+        ]
+        assert ShardSelection(files=[]).shards(found).tolist() == []
 
     def test_a_name_that_is_not_there_is_an_error_that_says_which(self):
         with pytest.raises(ValueError, match="--files-from: the data set has no shard 'shards/9"):
-            Choice(files=["shards/0000.tcs", "shards/9.tcs"]).shards(table([100]))
+            ShardSelection(files=["shards/0000.tcs", "shards/9.tcs"]).shards(table([100]))
 
 
 class TestFlags:
@@ -118,9 +120,9 @@ class TestFlags:
             parse_ranks(texts)
 
     def test_without_any_flag_there_is_no_training(self):
-        assert OrderFlags().training() is None
-        assert OrderFlags(seed=3).training() == Training(3)
-        assert OrderFlags(7, 2, ["1/4"], 8, "global", "all", 32).training() == Training(
+        assert TrainingOptions().training() is None
+        assert TrainingOptions(seed=3).training() == Training(3)
+        assert TrainingOptions(7, 2, ["1/4"], 8, "global", "all", 32).training() == Training(
             7, 2, (1,), 4, 8, "global", None, 32
         )
 
@@ -130,35 +132,35 @@ class TestFlags:
     )
     def test_a_flag_of_the_order_needs_the_seed(self, flags, named):
         with pytest.raises(ValueError, match=f"{named} needs --seed"):
-            OrderFlags(**flags).training()
+            TrainingOptions(**flags).training()
 
     def test_an_order_that_cannot_be_is_an_error(self):
         with pytest.raises(ValueError, match="--placement must be sticky or global, got 'here'"):
-            OrderFlags(1, placement="here").training()
+            TrainingOptions(1, placement="here").training()
         with pytest.raises(ValueError, match="not a size"):
-            OrderFlags(1, group="big").training()
+            TrainingOptions(1, group="big").training()
         with pytest.raises(ValueError, match="streams must be"):
-            Choice(training=Training(1, streams=-1)).shards(table([100]))
+            ShardSelection(training=Training(1, streams=-1)).shards(table([100]))
         with pytest.raises(ValueError, match="from 0 to 1 of 2"):
             Training(1, ranks=(2,), world_size=2)
 
     def test_how_much_is_said_in_one_way(self):
-        assert PartFlags().limits() == (1.0, None)
-        assert PartFlags(share="25%").limits() == (0.25, None)
-        assert PartFlags(first="3KB").limits() == (1.0, 3000)
-        assert PartFlags(minutes=2, rate="1MB/s").limits() == (1.0, 120e6)
+        assert AmountOptions().limits() == (1.0, None)
+        assert AmountOptions(share="25%").limits() == (0.25, None)
+        assert AmountOptions(first="3KB").limits() == (1.0, 3000)
+        assert AmountOptions(minutes=2, rate="1MB/s").limits() == (1.0, 120e6)
         with pytest.raises(ValueError, match="--share and --first cannot be combined"):
-            PartFlags(share="1%", first="1KB").limits()
+            AmountOptions(share="1%", first="1KB").limits()
 
     @pytest.mark.parametrize("flags", [{"minutes": 1.0}, {"rate": "1MB/s"}])
     def test_minutes_and_rate_go_together(self, flags):
         with pytest.raises(ValueError, match="--minutes and --rate must be given together"):
-            PartFlags(**flags).limits()
+            AmountOptions(**flags).limits()
 
     @pytest.mark.parametrize(("minutes", "rate"), [(-1.0, "1MB"), (1.0, "0"), (1.0, "fast"), (float("nan"), "1MB")])
     def test_minutes_and_rate_that_cannot_be_are_errors(self, minutes, rate):
         with pytest.raises(ValueError, match=r"--minutes|--rate"):
-            PartFlags(minutes=minutes, rate=rate).limits()
+            AmountOptions(minutes=minutes, rate=rate).limits()
 
 
 def test_names_are_read_a_line_each(tmp_path):

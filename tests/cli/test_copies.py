@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tiercache.cache import Cache, Entry
-from tiercache.cli.evict import Doomed, least_used
+from tiercache.cli.evict import EvictionFilter, least_recently_used
 from tiercache.cli.status import by_data_set, summary_of
 from tiercache.dataset import Dataset
 from tiercache.store import open_store
@@ -97,13 +97,13 @@ class TestEvict:
 
     def test_the_least_recently_used_go_first(self):
         copies = [entry(name) for name in "abcd"]
-        assert [e.name for e in least_used(copies, 40, 25)] == ["a", "b"]
-        assert [e.name for e in least_used(copies, 40, 40)] == []
-        assert [e.name for e in least_used(copies, 40, None)] == list("abcd")
+        assert [e.name for e in least_recently_used(copies, 40, 25)] == ["a", "b"]
+        assert [e.name for e in least_recently_used(copies, 40, 40)] == []
+        assert [e.name for e in least_recently_used(copies, 40, None)] == list("abcd")
 
     def test_a_clock_that_was_set_back_makes_nothing_old(self):
-        assert not Doomed(older_than_s=10).takes(entry("a", used_s=1000.0), now_s=500.0)
-        assert Doomed(older_than_s=10).takes(entry("a", used_s=1000.0), now_s=1011.0)
+        assert not EvictionFilter(older_than_s=10).takes(entry("a", used_s=1000.0), now_s=500.0)
+        assert EvictionFilter(older_than_s=10).takes(entry("a", used_s=1000.0), now_s=1011.0)
 
 
 class TestStatus:

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import typer
 
-from tiercache.cli.failures import INTERRUPTED, reports_failures
+from tiercache.cli.failures import INTERRUPTED, report_errors
 from tiercache.store import retry
 from tiercache.testing.http_server import HttpFaultServer
 
@@ -18,14 +18,14 @@ def struck(monkeypatch, where):
         if where == "in it":
             raise KeyboardInterrupt
 
-    class Struck(warnings.catch_warnings):
+    class KillResult(warnings.catch_warnings):
         def __exit__(self, *exc):
             super().__exit__(*exc)
             if where == "after it":
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(warnings, "catch_warnings", Struck)
-    return reports_failures(verb, how_to_go_on="nothing was committed")
+    monkeypatch.setattr(warnings, "catch_warnings", KillResult)
+    return report_errors(verb, how_to_go_on="nothing was committed")
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,6 @@ def test_warnings_of_the_log_stand_on_standard_error(capsys):
     def verb():
         logging.getLogger("tiercache").warning("s3://bucket: has waited %d s", 2)
 
-    reports_failures(verb, how_to_go_on="")()
+    report_errors(verb, how_to_go_on="")()
     assert capsys.readouterr().err == "tiercache: warning: s3://bucket: has waited 2 s\n"
     assert not logging.getLogger("tiercache").handlers

@@ -2,7 +2,14 @@
 
 import pytest
 
-from tiercache.cli.options import check_size, parse_columns, parse_share, parse_storage_options, parse_type, parse_types
+from tiercache.cli.options import (
+    check_size,
+    parse_columns,
+    parse_fraction,
+    parse_storage_options,
+    parse_type,
+    parse_types,
+)
 from tiercache.errors import SchemaError
 from tiercache.shard.types import Column, Image, Ragged, Tensor
 
@@ -56,10 +63,10 @@ def test_column_types_may_have_an_equals_sign_in_the_name():
 
 
 def test_shares_columns_and_sizes():
-    assert [parse_share(t) for t in ("25%", "0.5", "100%", "0")] == [0.25, 0.5, 1.0, 0.0]
+    assert [parse_fraction(t) for t in ("25%", "0.5", "100%", "0")] == [0.25, 0.5, 1.0, 0.0]
     for text in ("101%", "-1", "half", "nan"):
         with pytest.raises(ValueError, match="from 0% to 100%"):
-            parse_share(text)
+            parse_fraction(text)
     assert parse_columns("a, b") == ["a", "b"]
     with pytest.raises(ValueError, match="--columns takes names"):
         parse_columns("a,,b")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tiercache.cli.output import Output, aligned, count
-from tiercache.cli.values import plain, shown
+from tiercache.cli.values import format_value, json_value
 from tiercache.shard.types import Column, Image, Ragged, Tensor
 
 
@@ -79,6 +79,6 @@ def test_there_is_no_progress_bar_where_there_is_no_terminal(capsys):
 )
 def test_values_are_shown_in_one_line_and_kept_whole_in_json(kind, value, line, as_json):
     column = Column.of("x", kind)
-    assert shown(column, value) == line
-    assert plain(column, value) == as_json
-    json.dumps(plain(column, value))
+    assert format_value(column, value) == line
+    assert json_value(column, value) == as_json
+    json.dumps(json_value(column, value))

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tiercache.testing.http_server import HttpFaultServer, Misbehave
+from tiercache.testing.http_server import HttpFault, HttpFaultServer
 
 COMMAND = [sys.executable, "-m", "tiercache.cli"]
 
@@ -48,7 +48,7 @@ def test_a_warming_that_is_stopped_says_how_to_go_on_and_goes_on_there(data_set,
     shards = sorted(name for name in objects if name.endswith(".tcs"))
     cache = ["--cache", str(tmp_path / "cache"), "--cache-size", "100MB"]
     with HttpFaultServer(objects) as server:
-        server.when(lambda _method, path: Misbehave("stall") if path.endswith(shards[-1]) else None)
+        server.when(lambda _method, path: HttpFault("stall") if path.endswith(shards[-1]) else None)
         command = [*COMMAND, "warm", server.url, *cache, "-j", "1"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         while not any(seen.path.endswith(shards[-2]) for seen in server.log):

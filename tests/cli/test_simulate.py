@@ -9,19 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiercache.cache import Cache
-from tiercache.cache.replay import Trace, replay
+from tiercache.cache.replay import Trace, simulate
 from tiercache.cache.trace import Tracer
 from tiercache.cli import plot
 from tiercache.cli.simulation import (
-    Access,
+    Bandwidths,
     Cluster,
-    Prices,
-    Question,
-    Speeds,
+    FetchPrices,
+    NodeReads,
+    SimulationCosts,
     distinct_bytes,
-    recorded,
-    run_case,
-    training_accesses,
+    simulate_case,
+    trace_reads,
+    training_reads,
 )
 from tiercache.cli.training import Training
 from tiercache.dataset import Dataset
@@ -30,7 +30,7 @@ N, SIZE = 40, 1000
 
 
 def accesses(training, cluster, n=N):
-    return training_accesses(np.full(n, 10), np.full(n, SIZE), training, cluster)
+    return training_reads(np.full(n, 10), np.full(n, SIZE), training, cluster)
 
 
 class TestTraces:
@@ -77,7 +77,7 @@ class TestCases:
     @pytest.mark.parametrize("policy", ["plan", "resident", "bound"])
     def test_what_is_held_is_saved_of_one_scan_an_epoch(self, policy, share):
         found = accesses(Training(3), Cluster(epochs=4))
-        case = run_case(found, policy, int(share * N * SIZE), Question())
+        case = simulate_case(found, policy, int(share * N * SIZE), SimulationCosts())
         assert case.first_bytes == N * SIZE
         assert case.epoch_bytes == pytest.approx((1 - share) * N * SIZE, rel=0.05)
         assert case.byte_hit_ratio == pytest.approx(share, abs=0.04)
@@ -85,35 +85,35 @@ class TestCases:
     def test_nothing_beats_the_bound_and_a_cache_for_all_fetches_all_once(self):
         found = accesses(Training(3, world_size=4, placement="global"), Cluster(2, 3))
         for size in (0, 5 * SIZE, 20 * SIZE):
-            least = run_case(found, "bound", size, Question()).epoch_bytes
+            least = simulate_case(found, "bound", size, SimulationCosts()).epoch_bytes
             for policy in ("plan", "resident", "s3fifo", "lru"):
-                assert run_case(found, policy, size, Question()).epoch_bytes >= least
-        everything = run_case(accesses(Training(3), Cluster(epochs=2)), "lru", N * SIZE, Question())
+                assert simulate_case(found, policy, size, SimulationCosts()).epoch_bytes >= least
+        everything = simulate_case(accesses(Training(3), Cluster(epochs=2)), "lru", N * SIZE, SimulationCosts())
         assert (everything.first_bytes, everything.epoch_bytes, everything.hit_ratio) == (N * SIZE, 0, 1.0)
 
     def test_dollars_are_bytes_and_requests_and_time_is_that_of_the_slowest_node(self):
         sizes = np.array([4_000_000_000, 1_000_000_000])
-        nodes = [recorded(Trace.of(np.array([i]), sizes[i : i + 1])) for i in (0, 1)]
-        question = Question(Prices(egress=0.09, request=0.4), Speeds(fetch=1e9, read=3e9))
-        case = run_case(nodes, "lru", 0, question)
+        nodes = [trace_reads(Trace.of(np.array([i]), sizes[i : i + 1])) for i in (0, 1)]
+        question = SimulationCosts(FetchPrices(egress=0.09, request=0.4), Bandwidths(fetch=1e9, read=3e9))
+        case = simulate_case(nodes, "lru", 0, question)
         n_requests = -(-4_000_000_000 // (8 << 20)) + -(-1_000_000_000 // (8 << 20))
         assert case.epoch_requests == n_requests
         assert case.dollars == pytest.approx(5e9 / 2**30 * 0.09 + n_requests / 1000 * 0.4)
         assert case.epoch_s == pytest.approx(4.0)
-        held = run_case([recorded(Trace.of(np.zeros(3, int), 3_000_000_000))], "lru", 1 << 40, question)
+        held = simulate_case([trace_reads(Trace.of(np.zeros(3, int), 3_000_000_000))], "lru", 1 << 40, question)
         assert held.epoch_s == pytest.approx(3.0)  # two of three hits: what training reads takes as long
-        assert Speeds().epoch_s(1, 1) is None
+        assert Bandwidths().epoch_s(1, 1) is None
 
     def test_a_trace_without_accesses_costs_nothing(self):
-        nothing = recorded(Trace.of(np.empty(0, np.int64)))
-        case = run_case([nothing], "lru", 10, Question(Prices(1, 1), Speeds(1)))
+        nothing = trace_reads(Trace.of(np.empty(0, np.int64)))
+        case = simulate_case([nothing], "lru", 10, SimulationCosts(FetchPrices(1, 1), Bandwidths(1)))
         assert (case.hit_ratio, case.byte_hit_ratio, case.epoch_bytes, case.dollars) == (0.0, 0.0, 0, 0)
         assert distinct_bytes([nothing]) == 0
 
     def test_a_case_is_what_the_simulator_says(self):
         trace = Trace.of(np.random.default_rng(1).integers(0, 30, 400), 7)
-        case = run_case([Access(trace, np.zeros(400, np.int64))], "s3fifo", 70, Question())
-        report = replay(trace, "s3fifo", 70)
+        case = simulate_case([NodeReads(trace, np.zeros(400, np.int64))], "s3fifo", 70, SimulationCosts())
+        report = simulate(trace, "s3fifo", 70)
         assert (case.hit_ratio, case.epoch_bytes) == (report.hit_ratio, report.bytes_fetched)
 
 
@@ -200,7 +200,7 @@ class TestPlot:
         assert done.out.endswith(f"; drawn in {tmp_path / name}\n")
 
     def test_the_policies_and_axes_are_named(self, tmp_path):
-        lines = [plot.Line(name, [0, 1 << 30], [0.0, 1.0], [3e9, 0.0]) for name in "abcdefg"]
+        lines = [plot.PlotLine(name, [0, 1 << 30], [0.0, 1.0], [3e9, 0.0]) for name in "abcdefg"]
         plot.draw(tmp_path / "a.svg", lines, data_bytes=1 << 30, title="the title")
         assert (tmp_path / "a.svg").stat().st_size > 10_000
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tiercache.demo import claims
-from tiercache.demo.events import Epoch, Held
+from tiercache.demo.events import Epoch, TierContents
 
 
 def epoch(
@@ -135,5 +135,5 @@ def test_a_training_that_is_not_the_same_fails(moved):
 
 @pytest.mark.parametrize(("dollars", "holds"), [(0.5, True), (1.0, False), (0.0, False)])
 def test_what_costs_less_and_something_holds(dollars, holds):
-    before = [Held("before", "hot", 1, 1, 0.0), Held("before", "standard", 1, 1, 1.0)]
-    assert claims.costs_less(before, [Held("after", "archive", 1, 1, dollars)]).holds is holds
+    before = [TierContents("before", "hot", 1, 1, 0.0), TierContents("before", "standard", 1, 1, 1.0)]
+    assert claims.costs_less(before, [TierContents("after", "archive", 1, 1, dollars)]).holds is holds

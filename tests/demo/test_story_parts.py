@@ -4,7 +4,7 @@ import pytest
 
 from tiercache.demo import process
 from tiercache.demo.data import WINDOW_BYTES, check_packages, python_windows, write_digits
-from tiercache.demo.events import Claim, Epoch, Held, Note, Packed, Step
+from tiercache.demo.events import Claim, Epoch, Note, PackedDataSet, Step, TierContents
 from tiercache.demo.jobs import Job, event_from_line, event_to_line
 from tiercache.errors import TierCacheError
 
@@ -36,10 +36,10 @@ def test_a_missing_package_is_named_with_the_way_to_get_it():
     [
         Step("a"),
         Note("b"),
-        Packed("n", "u", "c", 1, 2, 3, 4),
+        PackedDataSet("n", "u", "c", 1, 2, 3, 4),
         Epoch("t", 1, "cold", 1, 1.0, 0.5, 1, 2, 3, 4, 0.5, None, ("x", "y"), "w"),
         Claim("c", True, "f"),
-        Held("before", "hot", 1, 2, 0.5),
+        TierContents("before", "hot", 1, 2, 0.5),
     ],
     ids=lambda event: type(event).__name__,
 )

@@ -20,7 +20,7 @@ from tiercache.images import decoder, planes
 from tiercache.images.crop import plan_crop
 from tiercache.images.decoder import DecodeError, Decoder
 from tiercache.images.options import DecodeImage
-from tiercache.images.planes import PlaneReader, Subsampled
+from tiercache.images.planes import JpegPlanesHeader, PlaneReader
 
 SUBSAMPLED = ("420", "422", "440")
 MIRROR = [0.0] * 24
@@ -314,7 +314,7 @@ def test_a_box_is_widened_to_whole_pixels_of_chroma_and_no_further(data):
     steps = data.draw(st.sampled_from(sorted(planes._STEPS.values())))
     top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     bottom, right = data.draw(st.integers(top + 1, height)), data.draw(st.integers(left + 1, width))
-    luma, chroma = Subsampled(size, steps).boxes((top, bottom, left, right))
+    luma, chroma = JpegPlanesHeader(size, steps).boxes((top, bottom, left, right))
     edges = zip(luma, chroma, ((top, bottom), (left, right)), steps, size, strict=True)
     for of_luma, of_chroma, (low, high), step, n in edges:
         assert low - step < of_luma.start <= low

@@ -15,7 +15,7 @@ from tests.distributed.ranks import run_ranks
 
 import tiercache as tc
 from tiercache.integrations.accelerate import PreparedLoader, prepare
-from tiercache.integrations.even import with_last_repeated
+from tiercache.integrations.even import pad_batch
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -245,7 +245,7 @@ def test_the_last_record_is_repeated_in_every_form(tmp_path, form):
     forms |= {"text": "buffer"} if form == "buffer" else {}
     dataset = tc.Dataset(tmp_path / "data", forms=forms)
     (batch,) = tc.DataLoader(dataset, batch_size=3)
-    longer, n_repeated = with_last_repeated(batch, 5)
+    longer, n_repeated = pad_batch(batch, 5)
     assert n_repeated == 2
     assert longer["id"].tolist() == [0, 1, 2, 2, 2]
     assert longer["score.valid"].tolist() == [True, False, True, True, True]
@@ -257,9 +257,9 @@ def test_the_last_record_is_repeated_in_every_form(tmp_path, form):
 
 def test_what_is_no_batch_of_ours_is_not_made_longer():
     thing = object()
-    assert with_last_repeated({"a": thing, "b": torch.tensor(1.0)}, 4) == ({"a": thing, "b": torch.tensor(1.0)}, 0)
+    assert pad_batch({"a": thing, "b": torch.tensor(1.0)}, 4) == ({"a": thing, "b": torch.tensor(1.0)}, 0)
 
 
 def test_a_list_of_columns_is_made_longer_column_by_column():
-    (ids, texts, thing), n_repeated = with_last_repeated([torch.arange(2), ["a", "b"], None], 3)
+    (ids, texts, thing), n_repeated = pad_batch([torch.arange(2), ["a", "b"], None], 3)
     assert (ids.tolist(), texts, thing, n_repeated) == ([0, 1, 1], ["a", "b", "b"], None, 1)

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from tests.integrations.conftest import CountedFileSystem
 
 from tiercache.cache.record import name_of_object
-from tiercache.integrations.reading import LEAST_AHEAD_BYTES, SMALL_BYTES, Ahead
-from tiercache.integrations.target import Target, place_of
-from tiercache.integrations.verbs import bare, literal
+from tiercache.integrations.reading import LEAST_AHEAD_BYTES, SMALL_BYTES, ReadaheadPolicy
+from tiercache.integrations.target import TargetFileSystem, split_path
+from tiercache.integrations.verbs import literal_prefix, without_protocol
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store import FsspecStore
-from tiercache.store.fsspec_files import described
+from tiercache.store.fsspec_files import to_object_info
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 1 << 20)), max_size=50), st.integers(1, 1 << 23))
 def test_no_more_is_fetched_ahead_than_was_read_in_a_row(reads, most_bytes):
-    ahead, end, run_bytes = Ahead(most_bytes), 0, 0
+    ahead, end, run_bytes = ReadaheadPolicy(most_bytes), 0, 0
     for goes_on, n_bytes in reads:
         start = end if goes_on else end + 1
         run_bytes = n_bytes + (run_bytes if goes_on else 0)
@@ -31,7 +31,7 @@ def test_no_more_is_fetched_ahead_than_was_read_in_a_row(reads, most_bytes):
 
 def test_the_third_small_read_in_a_row_and_the_eighth_large_one_are_fetched_ahead_of():
     for n_bytes, expected in ((SMALL_BYTES, 3), (SMALL_BYTES + 1, 8)):
-        ahead = Ahead()
+        ahead = ReadaheadPolicy()
         asked = [ahead.after(ByteRange(i * n_bytes, (i + 1) * n_bytes)) for i in range(10)]
         assert next(number for number, n in enumerate(asked, start=1) if n) == expected
         assert ahead.after(ByteRange(0, n_bytes)) == 0, "it does not go on"
@@ -58,16 +58,23 @@ def test_the_third_small_read_in_a_row_and_the_eighth_large_one_are_fetched_ahea
     ],
 )
 def test_a_path_is_a_bucket_or_top_folder_and_a_key(path, expected):
-    assert place_of(path) == expected
+    assert split_path(path) == expected
 
 
 def test_a_chain_before_a_path_is_taken_off():
-    assert bare("tiercache::s3://b/k/") == "s3://b/k/"
-    assert bare("tiercache://b/k") == "b/k"
-    assert bare(["tiercache::s3://b/k", "b/l"]) == ["s3://b/k", "b/l"]
-    assert bare({"tiercache://b": 1}) == {"b": 1}
-    assert bare("b/tiercache::x") == "b/tiercache::x"
-    assert [literal(p) for p in ("a/b", "a/b*", "a/*/c", "*", "a[0]/b", "a/b?c")] == ["a/b", "a", "a", "", "", "a"]
+    assert without_protocol("tiercache::s3://b/k/") == "s3://b/k/"
+    assert without_protocol("tiercache://b/k") == "b/k"
+    assert without_protocol(["tiercache::s3://b/k", "b/l"]) == ["s3://b/k", "b/l"]
+    assert without_protocol({"tiercache://b": 1}) == {"b": 1}
+    assert without_protocol("b/tiercache::x") == "b/tiercache::x"
+    assert [literal_prefix(p) for p in ("a/b", "a/b*", "a/*/c", "*", "a[0]/b", "a/b?c")] == [
+        "a/b",
+        "a",
+        "a",
+        "",
+        "",
+        "a",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +89,7 @@ def test_a_chain_before_a_path_is_taken_off():
     ],
 )
 def test_what_says_nothing_of_the_bytes_is_no_identity(about, is_known):
-    info = described("k", {"name": "k", "size": 1, "type": "file"} | about)
+    info = to_object_info("k", {"name": "k", "size": 1, "type": "file"} | about)
     assert (info.etag is not None) == is_known
     assert info.etag is None or not info.etag.startswith("W/")
     assert (name_of_object("memory://k", info) is not None) == is_known
@@ -101,7 +108,7 @@ def test_a_weak_etag_names_a_copy_only_beside_a_date():
 
 def test_a_target_names_places_and_no_secrets():
     def url(**options):
-        return Target(lambda: CountedFileSystem(skip_instance_cache=True, **options)).url("/b/x")
+        return TargetFileSystem(lambda: CountedFileSystem(skip_instance_cache=True, **options)).url("/b/x")
 
     assert url() == "counted:///b/x"
     assert url(token="hunter2", password="hunter2") == "counted:///b/x"
@@ -112,7 +119,7 @@ def test_a_target_names_places_and_no_secrets():
 
 def test_a_store_by_a_file_system_of_its_own_pickles(source):
     source.pipe_file("/b/x", b"data")
-    target = Target(lambda: fsspec.filesystem("counted"))
+    target = TargetFileSystem(lambda: fsspec.filesystem("counted"))
     store = target.store("/b")
     try:
         other = pickle.loads(pickle.dumps(store))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tiercache.load import ahead as ahead_module
-from tiercache.load.ahead import NEAR_SHARE, Ahead
-from tiercache.load.window import Threads
+from tiercache.load.ahead import NEAR_SHARE, PagePrefetcher
+from tiercache.load.window import LoadThreads
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="madvise as Linux has it")
 N_BYTES = 1 << 20
@@ -32,7 +32,9 @@ def mapped(tmp_path):
 @pytest.fixture
 def make_ahead():
     with ThreadPoolExecutor(2) as executor:
-        yield lambda limit_bytes, stored_bytes=N_BYTES: Ahead(Threads(executor, Future(), 2, limit_bytes), stored_bytes)
+        yield lambda limit_bytes, stored_bytes=N_BYTES: PagePrefetcher(
+            LoadThreads(executor, Future(), 2, limit_bytes), stored_bytes
+        )
 
 
 def window_of(memory: np.ndarray, n_parts: int = 1) -> SimpleNamespace:
@@ -45,8 +47,8 @@ def window_of(memory: np.ndarray, n_parts: int = 1) -> SimpleNamespace:
     return SimpleNamespace(held=held, window=SimpleNamespace(key=b"k", is_in_order=False))
 
 
-def bring_near(ahead: Ahead, *windows: SimpleNamespace) -> list[Future[int]]:
-    return ahead.bring_near(windows, [loaded.window for loaded in windows])
+def prefetch_pages(ahead: PagePrefetcher, *windows: SimpleNamespace) -> list[Future[int]]:
+    return ahead.prefetch_pages(windows, [loaded.window for loaded in windows])
 
 
 def near_bytes(futures) -> int:
@@ -55,18 +57,18 @@ def near_bytes(futures) -> int:
 
 def test_all_of_a_window_is_brought_near_when_there_is_room(mapped, make_ahead):
     memory = mapped.memory
-    assert near_bytes(bring_near(make_ahead(1 << 40), window_of(memory, 4))) == N_BYTES
+    assert near_bytes(prefetch_pages(make_ahead(1 << 40), window_of(memory, 4))) == N_BYTES
 
 
 def test_nothing_is_brought_near_without_room(mapped, make_ahead):
     memory = mapped.memory
-    assert bring_near(make_ahead(1), window_of(memory)) == []
+    assert prefetch_pages(make_ahead(1), window_of(memory)) == []
 
 
 def test_a_file_cut_short_meanwhile_is_less_near_and_no_dead_process(mapped, make_ahead):
     memory = mapped.memory
     os.truncate(mapped.path, 4096)
-    assert near_bytes(bring_near(make_ahead(1 << 40), window_of(memory, 4))) == 0
+    assert near_bytes(prefetch_pages(make_ahead(1 << 40), window_of(memory, 4))) == 0
 
 
 @pytest.mark.parametrize("stored_bytes", [N_BYTES, 1 << 50])
@@ -74,7 +76,7 @@ def test_pages_of_windows_that_were_served_can_be_read_again(mapped, make_ahead,
     memory = mapped.memory
     ahead = make_ahead(1 << 40, stored_bytes)
     for _ in range(4):
-        assert near_bytes(bring_near(ahead, window_of(memory))) == N_BYTES
+        assert near_bytes(prefetch_pages(ahead, window_of(memory))) == N_BYTES
         assert not memory.any()
 
 
@@ -117,28 +119,28 @@ WHOLE, BLOCKS, NARROW = (HUGE, HUGE), (HUGE // 2, HUGE), (HUGE // 8, HUGE)
 )
 def test_what_is_read_by_huge_pages_brings_little_that_is_not_wanted(large, make_ahead, lie, fits, is_huge):
     ahead = make_ahead(1 << 40, len(large.memory) if fits else 1 << 50)
-    near_bytes(bring_near(ahead, blocks_of(large.memory, *lie)))
+    near_bytes(prefetch_pages(ahead, blocks_of(large.memory, *lie)))
     assert _is_huge(large.memory) == (is_huge and _kernel_is_new())
 
 
 @pytest.mark.parametrize("kernel", [(6, 15), (5, 18), (0, 0)])
 def test_a_kernel_that_has_none_for_files_is_not_asked(large, make_ahead, monkeypatch, kernel):
     monkeypatch.setattr("tiercache.load.ahead._kernel", lambda: kernel)
-    near_bytes(bring_near(make_ahead(1 << 40), blocks_of(large.memory, *WHOLE)))
+    near_bytes(prefetch_pages(make_ahead(1 << 40), blocks_of(large.memory, *WHOLE)))
     assert not _is_huge(large.memory)
 
 
 @pytest.mark.parametrize("is_in_order", [True, False])
 def test_rows_that_are_served_meanwhile_in_any_order_do_not_wait_for_huge_pages(large, make_ahead, is_in_order):
     window = blocks_of(large.memory, *WHOLE, is_in_order=is_in_order)
-    near_bytes(make_ahead(1 << 40).bring_near([window], [window.window], is_served=True))
+    near_bytes(make_ahead(1 << 40).prefetch_pages([window], [window.window], is_served=True))
     assert _is_huge(large.memory) == (is_in_order and _kernel_is_new())
 
 
 def test_single_rows_of_what_has_no_room_are_read_alone_though_huge_pages_were_expected_before(large, make_ahead):
     window = blocks_of(large.memory, *WHOLE)
-    near_bytes(bring_near(make_ahead(1 << 40), window))
-    assert bring_near(make_ahead(1), window) == []
+    near_bytes(prefetch_pages(make_ahead(1 << 40), window))
+    assert prefetch_pages(make_ahead(1), window) == []
     assert "rr" in _flags(large.memory)
     assert not _is_huge(large.memory)
 
@@ -147,7 +149,7 @@ def test_what_is_in_memory_already_is_not_advised_about(large, make_ahead):
     window = blocks_of(large.memory, *WHOLE)
     window.held[0].tells_residence = True
     large.memory.sum()
-    assert near_bytes(bring_near(make_ahead(1 << 40), window)) == len(large.memory)
+    assert near_bytes(prefetch_pages(make_ahead(1 << 40), window)) == len(large.memory)
     assert not _is_huge(large.memory)
 
 
@@ -175,5 +177,5 @@ def test_windows_that_are_served_side_by_side_share_the_room(mapped, make_ahead,
     monkeypatch.setattr("tiercache.load.ahead.config.private_bytes", lambda: 0)
     half = N_BYTES // 2
     first, second = window_of(mapped.memory[:half]), window_of(mapped.memory[half:])
-    assert near_bytes(bring_near(make_ahead(NEAR_SHARE * N_BYTES), first, second)) == N_BYTES
-    assert near_bytes(bring_near(make_ahead(NEAR_SHARE * (N_BYTES - 1)), first, second)) == half
+    assert near_bytes(prefetch_pages(make_ahead(NEAR_SHARE * N_BYTES), first, second)) == N_BYTES
+    assert near_bytes(prefetch_pages(make_ahead(NEAR_SHARE * (N_BYTES - 1)), first, second)) == half

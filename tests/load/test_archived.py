@@ -14,16 +14,16 @@ import tiercache as tc
 from tiercache.errors import ArchivedShards
 from tiercache.prices import FREE, price_table
 from tiercache.store import LocalFolder, MemoryStore
-from tiercache.testing.http_server import HttpFaultServer, Misbehave
+from tiercache.testing.http_server import HttpFault, HttpFaultServer
 from tiercache.testing.s3_server import S3Server
 from tiercache.tier import placement
-from tiercache.tier.placement import Row
+from tiercache.tier.placement import PlacementRow
 from tiercache.tier.restore import plan_restore
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import Tier, TierFile
+from tiercache.tierfile import RuleFile, Tier
 
 ALL = list(range(N))
-GONE = Misbehave("status", 403, body=b"<Error><Code>InvalidObjectState</Code><Message>archived</Message></Error>")
+GONE = HttpFault("status", 403, body=b"<Error><Code>InvalidObjectState</Code><Message>archived</Message></Error>")
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +159,14 @@ def test_of_very_many_the_message_names_some_and_the_error_all(world):
     dataset = world.dataset()
     names = [f"shards/{n}.tcs" for n in range(50)]
     rows = {
-        key: Row(key, f"{world.cold.url}/far", state="archived", storage_class="DEEP_ARCHIVE", n_bytes=1 << 30)
+        key: PlacementRow(key, f"{world.cold.url}/far", state="archived", storage_class="DEEP_ARCHIVE", n_bytes=1 << 30)
         for key in names
     }
-    placement.commit(world.moved.store, rows)
+    placement.commit_placement(world.moved.store, rows)
     world.archived |= set(names)
     world.cold.objects.update({f"far/{key}": b"x" for key in names})
     with pytest.raises(ArchivedShards) as caught:
-        dataset.source.access.tiers.make_ready(pa.chunked_array([names]), lambda i: False, reads_all=True)
+        dataset.source.access.tiers.prepare_reading(pa.chunked_array([names]), lambda i: False, reads_all=True)
     assert caught.value.names == tuple(names)
     assert "and 42 more" in str(caught.value)
     assert caught.value.command == f"tiercache restore {world.moved.store.url} --wait"
@@ -218,7 +218,7 @@ def test_a_reader_is_told_the_same_cost_as_a_dry_run_of_the_restore(world, tmp_p
         archive.put(info.name, bytes(info.n_bytes))
     home = Tier(name="home", role="standard", url=world.moved.store.url)
     tiers = home, Tier(name="cold", role="archive", url=f"{world.cold.url}/far", storage_class="GLACIER")
-    file = TierFile(path=tmp_path / "tiers.toml", sha256="of the file", tiers=tiers)
+    file = RuleFile(path=tmp_path / "tiers.toml", sha256="of the file", tiers=tiers)
     stores = Stores(file, stores={"home": MemoryStore(tmp_path.name, "home"), "cold": archive}, archives={})
     plan = plan_restore(file, stores, gone, (FREE, price_table()[1]["aws:us-east-1:GLACIER"]))
     assert plan.names == tuple(gone)
@@ -236,7 +236,7 @@ def test_a_class_without_a_known_price_is_named_without_one(world):
 
 def test_a_shard_that_cannot_be_asked_for_another_reason_is_not_called_archived(world):
     world.archive(world.moved.keys[:1])
-    world.cold.when(lambda method, path: Misbehave("status", 403, body=b"forbidden"))
+    world.cold.when(lambda method, path: HttpFault("status", 403, body=b"forbidden"))
     dataset = world.dataset()
     loader = iter(tc.DataLoader(dataset, batch_size=16))
     with pytest.raises(tc.StoreError, match="403"):
@@ -249,7 +249,7 @@ def test_in_a_data_set_that_tiers_do_not_look_after_nothing_is_asked_but_for_the
     dataset = tc.Dataset(moved.store.url)
     loader = tc.DataLoader(dataset, batch_size=N)
     before = dataset.source.inner.counters["requests"]
-    dataset.source.make_ready(np.arange(len(moved.keys)))
+    dataset.source.prepare_reading(np.arange(len(moved.keys)))
     assert dataset.source.inner.counters["requests"] - before == 1
     assert by_loader(dataset) == ALL
     del loader
@@ -263,7 +263,7 @@ def test_it_is_asked_once_in_a_process_however_many_loaders_there_are(world):
         assert by_loader(dataset) == ALL
     counted = dataset.source.inner.counters
     before = counted["requests"]
-    dataset.source.make_ready(np.arange(len(world.moved.keys)))
+    dataset.source.prepare_reading(np.arange(len(world.moved.keys)))
     assert counted["requests"] == before
     dataset.close()
 

@@ -17,7 +17,7 @@ from tests.load.decoded import SCHEMA, N, loader_of, make_columns, write
 import tiercache as tc
 from tiercache._native.ring import held_bytes
 from tiercache.load import memory
-from tiercache.load.decoding import _Job, _Line
+from tiercache.load.decoding import _DecodeQueue, _Job
 from tiercache.load.memory import BatchMemory
 
 
@@ -75,7 +75,7 @@ def test_columns_of_unlike_sizes_use_their_memory_again(tmp_path, made):
 
 
 def test_nothing_more_is_opened_once_a_picture_is_broken():
-    line, broken = _Line(ahead=4), _Job({}, columns=(None,), n_rows=1)
+    line, broken = _DecodeQueue(ahead=4), _Job({}, columns=(None,), n_rows=1)
     line.next_task()
     line.add(broken)
     assert line.next_task() == (broken, 0)

@@ -17,7 +17,7 @@ import pytest
 from tests.load.conftest import join_loading
 
 import tiercache as tc
-from tiercache.load.window import Loading
+from tiercache.load.window import WindowLoad
 from tiercache.testing.http_server import HttpFaultServer
 
 N = 1000
@@ -170,7 +170,7 @@ class Windows:
     def __init__(self, monkeypatch):
         self.refs, self.sizes, self.most_bytes, self.most = [], [], 0, 0
         self._lock = Lock()
-        really_finish = Loading.finish
+        really_finish = WindowLoad.finish
 
         def finish(loading, threads):
             loaded = really_finish(loading, threads)
@@ -179,7 +179,7 @@ class Windows:
             self.look()
             return loaded
 
-        monkeypatch.setattr(Loading, "finish", finish)
+        monkeypatch.setattr(WindowLoad, "finish", finish)
 
     def look(self):
         with self._lock:  # who looks holds windows for that long, and the planner may load the next one meanwhile

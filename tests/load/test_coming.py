@@ -16,7 +16,7 @@ from tests.load.conftest import N_REMOTE as N
 from tests.load.conftest import SCHEMA, check_batch, ids_of, make_columns
 
 import tiercache as tc
-from tiercache.load.coming import Coming
+from tiercache.load.coming import NextEpoch
 from tiercache.load.window import loading_pool
 from tiercache.opened import OpenedVersion
 
@@ -227,9 +227,9 @@ def test_an_epoch_that_ends_before_anybody_began_the_next_is_not_waited_for(make
     dataset = tc.Dataset(make_dataset(100))
     loader = tc.DataLoader(dataset, batch_size=10, shuffle=True)
     gate = threading.Event()
-    begin = Coming._begin
+    begin = NextEpoch._begin
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Coming, "_begin", lambda self, *what: (gate.wait(30), begin(self, *what))[1])
+        patch.setattr(NextEpoch, "_begin", lambda self, *what: (gate.wait(30), begin(self, *what))[1])
         iterator = iter(loader)
         start_s = time.monotonic()
         assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(100))
@@ -256,13 +256,13 @@ def test_what_is_forgotten_while_it_is_made_ready_is_not_taken():
             coming.forget()
             return iter(())
 
-    coming = Coming(SOURCE, "state", lambda _: Share(), is_expected=True)
+    coming = NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True)
     coming.prepare(None, None, 0)
     taken = coming.take(SOURCE, "state")
     assert (taken.share, taken.begun) == (coming.share, None)
     coming.prepare(None, None, 0)  # too late
     assert coming.take(SOURCE, "state").begun is None
-    assert Coming(SOURCE, "state", lambda _: Share(), is_expected=True).take("other", "state") is None
+    assert NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True).take("other", "state") is None
 
 
 def test_the_future_of_a_beginning_that_failed_says_nothing():
@@ -270,7 +270,7 @@ def test_the_future_of_a_beginning_that_failed_says_nothing():
         def pieces(self, _):
             raise tc.StoreError("away", url="u")
 
-    coming = Coming(SOURCE, "state", lambda _: Share(), is_expected=True)
+    coming = NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True)
     coming.prepare(None, None, 0)
     ready = coming.take(SOURCE, "state").begun
     assert isinstance(ready, Future)
@@ -317,7 +317,7 @@ def test_what_was_begun_of_an_epoch_that_is_left_is_not_loaded(make_dataset, whe
     dataset = tc.Dataset(make_dataset(600, compression="zstd:3"))
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1, threads=1))
     gate, begun, left = threading.Event(), threading.Event(), threading.Event()
-    load, begin = OpenedVersion.load, Coming._begin
+    load, begin = OpenedVersion.load, NextEpoch._begin
     futures = []
 
     def slow(self, *what):
@@ -334,7 +334,7 @@ def test_what_was_begun_of_an_epoch_that_is_left_is_not_loaded(make_dataset, whe
         assert when != "before it is made ready" or left.wait(30)
         return found
 
-    monkeypatch.setattr(Coming, "_begin", made_ready)
+    monkeypatch.setattr(NextEpoch, "_begin", made_ready)
     iterator = iter(loader)
     for _ in iterator:
         pass
@@ -354,10 +354,10 @@ def test_what_was_begun_of_an_epoch_that_is_left_is_not_loaded(make_dataset, whe
 
 def test_planning_one_loader_s_next_epoch_waits_for_no_other_s():
     gate = threading.Event()
-    slow = Coming(SOURCE, "state", lambda _: gate.wait(30), is_expected=True)
+    slow = NextEpoch(SOURCE, "state", lambda _: gate.wait(30), is_expected=True)
     thread = threading.Thread(target=lambda: slow.share)
     thread.start()
-    other = Coming(SOURCE, "state", lambda _: "share", is_expected=True)
+    other = NextEpoch(SOURCE, "state", lambda _: "share", is_expected=True)
     other_thread = threading.Thread(target=lambda: other.share, daemon=True)
     other_thread.start()
     other_thread.join(10)
@@ -416,11 +416,11 @@ def test_a_data_set_that_is_closed_while_its_next_epoch_is_loaded_leaves_no_shar
     path = make_dataset(600)
     dataset = tc.Dataset(path)
     loading, loaded, forgetting, go_on = threading.Event(), [], threading.Event(), threading.Event()
-    load_at_hand, load, forget = Coming._load_at_hand, OpenedVersion.load, Coming.forget
+    map_shards, load, forget = NextEpoch._load_at_hand, OpenedVersion.load, NextEpoch.forget
 
     def beginning(self, window):
         loading.set()
-        load_at_hand(self, window)
+        map_shards(self, window)
 
     def slow(self, shard, blocks):
         if loading.is_set() and threading.current_thread().name == "tiercache-plan":
@@ -432,9 +432,9 @@ def test_a_data_set_that_is_closed_while_its_next_epoch_is_loaded_leaves_no_shar
         forgetting.set()
         forget(self)
 
-    monkeypatch.setattr(Coming, "_load_at_hand", beginning)
+    monkeypatch.setattr(NextEpoch, "_load_at_hand", beginning)
     monkeypatch.setattr(OpenedVersion, "load", slow)
-    monkeypatch.setattr(Coming, "forget", seen)
+    monkeypatch.setattr(NextEpoch, "forget", seen)
     options = tc.LoaderOptions(seed=2, shuffle_window_bytes="all", shuffle_group_bytes="all")
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)
     assert sum(len(batch["id"]) for batch in loader) == 600

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader as TorchLoader
 from torch.utils.data import RandomSampler
 
 import tiercache as tc
-from tiercache.load.draws import MAX_PASSED, Draws
+from tiercache.load.draws import MAX_PASSED, TorchDraws
 
 N = 50
 
@@ -115,7 +115,7 @@ def test_the_seed_is_what_a_random_sampler_would_draw(make_dataset):
 @pytest.mark.parametrize("n", [1, 2, 623, 625, 70_000])
 def test_passing_a_permutation_leaves_the_generator_where_the_permutation_does(n):
     ours, theirs = torch.Generator().manual_seed(4), torch.Generator().manual_seed(4)
-    draws = Draws(ours, True, n)
+    draws = TorchDraws(ours, True, n)
     for _ in range(2):
         draws.sample()  # once, however often
     torch.randperm(n, generator=theirs)
@@ -127,7 +127,7 @@ def test_passing_a_permutation_leaves_the_generator_where_the_permutation_does(n
 
 def test_beyond_any_number_that_torch_would_permute_the_generator_moves_by_one_number():
     ours, theirs = torch.Generator().manual_seed(4), torch.Generator().manual_seed(4)
-    Draws(ours, True, MAX_PASSED + 1).sample()
+    TorchDraws(ours, True, MAX_PASSED + 1).sample()
     torch.empty((), dtype=torch.int64).random_(generator=theirs)
     assert torch.equal(ours.get_state(), theirs.get_state())
 

@@ -9,8 +9,8 @@ from tests.load.conftest import check_batch, ids_of, make_columns
 
 import tiercache as tc
 from tiercache.load import fittings
-from tiercache.load.fittings import Fitted, Fittings
-from tiercache.load.serving import Serving
+from tiercache.load.fittings import PipelineCache, PipelineSetup
+from tiercache.load.serving import OutputSpec
 from tiercache.shard.types import Column, Schema
 
 N = 300
@@ -50,22 +50,22 @@ def test_a_run_that_goes_on_with_another_version_has_that_ones_length_and_record
 
 
 def test_what_fits_another_source_or_serving_is_made_anew():
-    source, serving, kept = source_of(Column.of("a", "int32")), Serving(), Fittings()
+    source, serving, kept = source_of(Column.of("a", "int32")), OutputSpec(), PipelineCache()
     fitted = kept.of(source, serving)
     assert kept.of(source, serving) is fitted
-    assert kept.of(source, Serving()) is not fitted
+    assert kept.of(source, OutputSpec()) is not fitted
     other = source_of(Column.of("a", "int32"))
     assert kept.of(other, serving).source is other
 
 
 def test_a_batch_has_no_more_rows_than_its_epoch_and_at_least_one():
-    fitted = Fitted(source_of(Column.of("a", "int32")), Serving())
+    fitted = PipelineSetup(source_of(Column.of("a", "int32")), OutputSpec())
     assert [fitted.sizes(16, n_records).rows for n_records in (100, 16, 5, 0)] == [16, 16, 5, 1]
 
 
 def test_a_slot_is_made_with_room_for_what_records_take_where_they_differ_in_length():
-    lengths = Fitted(source_of(Column.of("a", "bytes")), Serving({"a": "buffer"})).sizes(10, 100)
-    fixed = Fitted(source_of(Column.of("a", "int32")), Serving()).sizes(10, 100)
+    lengths = PipelineSetup(source_of(Column.of("a", "bytes")), OutputSpec({"a": "buffer"})).sizes(10, 100)
+    fixed = PipelineSetup(source_of(Column.of("a", "int32")), OutputSpec()).sizes(10, 100)
     assert lengths.about_bytes == fixed.about_bytes == 1000
     assert lengths.expected_bytes == 1000 + 1000 // 8
     assert 10 * 4 <= fixed.expected_bytes < 1000

@@ -13,7 +13,7 @@ from tests.order.brute import uniform
 from tests.order.brute_mixture import Mixed, mixtures
 
 from tiercache.load import forecast as module
-from tiercache.load.forecast import Clock, forecast, uses_of
+from tiercache.load.forecast import ReadClock, find_shard_uses, make_read_plan
 from tiercache.load.share import OrderShare
 from tiercache.model import NEVER
 from tiercache.order import EpochOrder, OrderOptions, RankPlan
@@ -34,7 +34,7 @@ def read_by(share: OrderShare, start: int) -> list[tuple[int, int]]:
 
 
 def check_in_use(share: OrderShare, start: int, n_shards: int) -> None:
-    uses = uses_of(share, start, n_shards)
+    uses = find_shard_uses(share, start, n_shards)
     for position, shard in read_by(share, start):
         assert uses.begins[shard] <= position < uses.ends[shard]
     assert (uses.begins[uses.shards] >= start).all()
@@ -66,12 +66,12 @@ def test_a_shard_is_read_then_when_the_next_epochs_first_use_of_it_comes(case: C
         share = share_of(case.order, ranks)
         orders = [EpochOrder(case.data.layout, case.how, case.epoch + 1 + i) for i in range(n_later)]
         later = [share_of(order, replace(ranks, offset=0)) for order in orders]
-        uses = uses_of(share, offset, n_shards)
-        plan = forecast("me", uses, later, n_shards + 1)
+        uses = find_shard_uses(share, offset, n_shards)
+        plan = make_read_plan("me", uses, later, n_shards + 1)
         assert plan.owner == "me"
         assert (np.diff(plan.shards) > 0).all()
         then, passed = dict.fromkeys(range(n_shards), NEVER), uses.clock.total
-        for found in (uses_of(one, 0, n_shards) for one in later):
+        for found in (find_shard_uses(one, 0, n_shards) for one in later):
             for shard in found.shards.tolist():
                 then[shard] = min(then[shard], passed + int(found.clock.at(found.begins[[shard]])[0]))
             passed += found.clock.total
@@ -93,7 +93,7 @@ def test_the_clock_stands_where_groups_are_over_at_what_they_and_parts_of_others
     begins = np.array([begin for begin, _, _ in groups], np.int64)
     ends = begins + np.array([length for _, length, _ in groups], np.int64)
     n_bytes = np.array([size for _, _, size in groups], np.int64)
-    clock = Clock(0, begins, ends, n_bytes)
+    clock = ReadClock(0, begins, ends, n_bytes)
     done = np.clip((position - begins) / np.maximum(ends - begins, 1), 0, 1)
     expected = float((n_bytes * done).sum())
     assert clock.at(np.array([position]))[0] == pytest.approx(expected, rel=1e-9, abs=2)
@@ -113,7 +113,7 @@ def plans_of(placement, streams: int, world_size: int, n_later: int, n_shards: i
             yield share_of(order, ranks, epoch)
 
     first = share_of(orders[0], ranks)
-    plan = forecast("me", uses_of(first, 0, n_shards), later(), n_shards, max_shards)
+    plan = make_read_plan("me", find_shard_uses(first, 0, n_shards), later(), n_shards, max_shards)
     assert data.footers == []
     return plan, len(looked)
 

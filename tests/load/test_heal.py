@@ -16,7 +16,7 @@ from tests.load.conftest import SCHEMA, check_batch, make_columns
 from tests.shard.mixed_shard import wait_until_settled
 
 import tiercache as tc
-from tiercache.cache.place import Place
+from tiercache.cache.place import DatasetSource
 from tiercache.load import ahead, window
 from tiercache.opened import OpenedVersion
 from tiercache.testing import Fault, FaultKind, FaultStore
@@ -305,7 +305,7 @@ def test_a_local_file_that_is_cut_inside_a_checked_page_serves_no_zeros(tmp_path
     dataset.close()
 
 
-class FaultyPlace(Place):
+class FaultyPlace(DatasetSource):
     """A place whose store damages what it is scripted to."""
 
     script: ClassVar[list[Fault]] = []

@@ -23,9 +23,9 @@ from tests.order.brute import (
 )
 from tests.order.brute_mixture import Mixed, mixed_sequence, mixtures
 
-from tiercache.load.plan import RUN_ROWS, RUNS, Piece, PieceRows, pieces
+from tiercache.load.plan import RUN_PIECES, RUN_ROWS, Piece, PieceSizes, pieces
 from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions, RankPlan, Window
-from tiercache.order.memory import MOST_ROWS, empty_rows
+from tiercache.order.memory import MOST_ROWS, allocate_rows
 
 # Each takes some 8 ms; `make fuzz` draws 5,000 of every kind.
 MANY, SOME = (max(n, settings.default.max_examples) for n in (1000, 100))
@@ -39,7 +39,7 @@ class Case:
     how: OrderOptions
     epoch: int
     ranks: Ranks
-    sizes: PieceRows
+    sizes: PieceSizes
 
     @cached_property
     def order(self) -> EpochOrder:
@@ -59,7 +59,7 @@ def ranks(draw: st.DrawFn) -> Ranks:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     first, most = draw(st.sampled_from([1, 3, 20, 1 << 13])), draw(st.sampled_from([1, 7, 100, 1 << 20]))
-    sizes = PieceRows(first, most, most * draw(st.sampled_from([1, 4, 50])))
+    sizes = PieceSizes(first, most, most * draw(st.sampled_from([1, 4, 50])))
     return Case(draw(shards(max_shards=6)), draw(options()), draw(st.integers(0, 3)), draw(ranks()), sizes)
 
 
@@ -152,7 +152,7 @@ def test_pieces_of_a_rank_alone_or_with_a_stream_of_its_own_are_runs_and_longer_
     for world_size in (1, 4):
         order = EpochOrder(layout, OrderOptions(1, True, None, None, streams=world_size), 0)
         plan = RankPlan(0, world_size, 0, 256, True, order.n_records, order.n_streams)
-        found = list(itertools.islice(pieces(order, plan, RUNS), 5))
+        found = list(itertools.islice(pieces(order, plan, RUN_PIECES), 5))
         assert all(piece.run is not None for piece in found)
         assert [piece.n_rows for piece in found] == [1 << 15, 1 << 17, 1 << 19, RUN_ROWS, RUN_ROWS]
 
@@ -177,14 +177,14 @@ def test_a_rank_with_few_rows_of_a_window_wants_only_the_blocks_that_they_lie_in
                 assert wanted.tolist() == needed[id(window)].tolist()
 
 
-def mixed_pieces(data: Mixed, epoch: int, plan: RankPlan, sizes: PieceRows) -> list[Piece]:
+def mixed_pieces(data: Mixed, epoch: int, plan: RankPlan, sizes: PieceSizes) -> list[Piece]:
     return list(pieces(data.order(epoch), plan, sizes))
 
 
 @settings(max_examples=SOME)
-@given(mixtures(), st.integers(0, 3), ranks(), st.sampled_from([PieceRows(3, 7, 20), PieceRows()]), st.data())
+@given(mixtures(), st.integers(0, 3), ranks(), st.sampled_from([PieceSizes(3, 7, 20), PieceSizes()]), st.data())
 def test_ranks_serve_the_sequence_of_a_mixture(
-    data: Mixed, epoch: int, how: Ranks, sizes: PieceRows, draw: st.DataObject
+    data: Mixed, epoch: int, how: Ranks, sizes: PieceSizes, draw: st.DataObject
 ) -> None:
     whole = mixed_sequence(data, epoch)
     offset = draw.draw(st.integers(0, len(whole)))
@@ -208,12 +208,12 @@ def test_streams_that_share_a_small_part_of_a_mixture_name_its_window_once() -> 
         (uniform(1, 4, 2, 10), uniform(8, 4, 50, 100)), (1, 9), "all", OrderOptions(1, True, None, None, 4), 20
     )
     order = data.order(0)
-    first = mixed_pieces(data, 0, RankPlan(0, 1, 0, 8, True, order.n_records, 4), PieceRows(100, 100, 100))[0]
+    first = mixed_pieces(data, 0, RankPlan(0, 1, 0, 8, True, order.n_records, 4), PieceSizes(100, 100, 100))[0]
     assert len(first.windows) == 5  # one of each stream of the large part, one of the small part
 
 
 def test_ranks_that_share_a_window_of_tiny_blocks_each_want_a_share_of_them() -> None:
-    case = Case(uniform(4, 8, 1, 10), OrderOptions(1, True, None, None), 0, Ranks(4, 2, True), PieceRows(3, 64, 64))
+    case = Case(uniform(4, 8, 1, 10), OrderOptions(1, True, None, None), 0, Ranks(4, 2, True), PieceSizes(3, 64, 64))
     wanted = [next(iter(served(case, plan)[1])).wanted[0] for plan in case.plans(0)]
     assert [int(blocks.sum()) for blocks in wanted] == [8] * 4
     assert np.logical_or.reduce(wanted).all()
@@ -221,7 +221,7 @@ def test_ranks_that_share_a_window_of_tiny_blocks_each_want_a_share_of_them() ->
 
 def touches(data: Shards, how: OrderOptions, ranks: Ranks) -> list[set[tuple[int, int]]]:
     """The blocks that each rank reads."""
-    case = Case(data, how, 0, ranks, PieceRows(64, 256, 512))
+    case = Case(data, how, 0, ranks, PieceSizes(64, 256, 512))
     found = []
     for plan in case.plans(0):
         _, every = served(case, plan)
@@ -257,7 +257,9 @@ def test_two_ranks_of_a_node_read_each_block_once_and_twice_where_streams_are_ig
 
 def test_a_window_is_in_no_piece_before_its_first_row() -> None:
     # Rank 1 has of each global batch two records of stream 1, then two of stream 0; every window has one record.
-    case = Case(uniform(4, 6, 1, 100), OrderOptions(1, True, None, 100, 2), 0, Ranks(3, 4, True), PieceRows(64, 64, 64))
+    case = Case(
+        uniform(4, 6, 1, 100), OrderOptions(1, True, None, 100, 2), 0, Ranks(3, 4, True), PieceSizes(64, 64, 64)
+    )
     _, every = served(case, case.plans(0)[1])
     assert [piece.n_rows for piece in every] == [1, 2, 2, 2, 1]
     assert [[window.stream for window in piece.windows] for piece in every] == [[1], [0, 1], [0, 1], [0, 1], [0]]
@@ -265,7 +267,7 @@ def test_a_window_is_in_no_piece_before_its_first_row() -> None:
 
 def test_a_window_whose_last_row_was_served_is_in_no_later_piece() -> None:
     # The same ranks, with a window for each stream. The second piece has the last two rows, both of stream 0.
-    case = Case(uniform(4, 6, 1, 100), OrderOptions(1, True, None, None, 2), 0, Ranks(3, 4, True), PieceRows(6, 6, 6))
+    case = Case(uniform(4, 6, 1, 100), OrderOptions(1, True, None, None, 2), 0, Ranks(3, 4, True), PieceSizes(6, 6, 6))
     _, every = served(case, case.plans(0)[1])
     assert [piece.n_rows for piece in every] == [6, 2]
     assert [[window.stream for window in piece.windows] for piece in every] == [[0, 1], [0]]
@@ -274,7 +276,7 @@ def test_a_window_whose_last_row_was_served_is_in_no_later_piece() -> None:
 def test_what_lies_behind_is_not_wanted_of_an_unshuffled_window() -> None:
     data = uniform(2, 10, 100, 10)
     order = EpochOrder(data.layout, OrderOptions(1, False, None, None), 0)
-    first = next(pieces(order, RankPlan(750, 1, 0, 50, False, 2000), PieceRows(10)))
+    first = next(pieces(order, RankPlan(750, 1, 0, 50, False, 2000), PieceSizes(10)))
     assert [wanted.tolist() for wanted in first.wanted] == [[False] * 7 + [True] * 13]
 
 
@@ -290,7 +292,7 @@ def test_pieces_grow_from_a_small_first_one() -> None:
 
 def test_rows_of_one_stretch_take_memory_that_was_used_before() -> None:
     gc.collect()
-    lent = [empty_rows(MOST_ROWS) for _ in range(2)]
+    lent = [allocate_rows(MOST_ROWS) for _ in range(2)]
     used = {rows.ctypes.data for rows in lent}
     del lent
     order = EpochOrder(uniform(2, 10, 10_000, 10).layout, OrderOptions(1, False, None, None), 0)

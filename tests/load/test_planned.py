@@ -18,13 +18,13 @@ import pytest
 from tests.cache.conftest import open_below
 
 import tiercache as tc
-from tiercache.cache.plans import Plans
+from tiercache.cache.plans import ReadingPlans
 from tiercache.load import publishing
-from tiercache.load.coming import Coming
-from tiercache.load.publishing import Publishing
+from tiercache.load.coming import NextEpoch
+from tiercache.load.publishing import ReadPlanPublisher
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.opened import OpenedVersion
-from tiercache.shard.readers import Letting
+from tiercache.shard.readers import ReleasingPlan
 from tiercache.testing.http_server import HttpFaultServer
 
 N, WORDS = 1536, 1536  # records of 15 KiB, in blocks that are further apart than requests are joined
@@ -161,9 +161,9 @@ def test_warming_a_projection_brings_its_columns_and_no_others(server, packed, t
 def test_a_plan_begins_where_a_run_is_resumed_and_goes_on_with_what_is_served(server, packed, tmp_path, monkeypatch):
     plans: list[ReadingPlan] = []
     clocks: list[int] = []
-    publish, advance = OpenedVersion.publish, Letting.advance
+    publish, advance = OpenedVersion.publish, ReleasingPlan.advance
     monkeypatch.setattr(OpenedVersion, "publish", lambda self, plan: (plans.append(plan), publish(self, plan))[1])
-    monkeypatch.setattr(Letting, "advance", lambda self, clock: (clocks.append(clock), advance(self, clock))[1])
+    monkeypatch.setattr(ReleasingPlan, "advance", lambda self, clock: (clocks.append(clock), advance(self, clock))[1])
     with tc.Cache(tmp_path / "cache", size=packed[2] // 2, free_floor=0) as cache:
         with pytest.warns(RuntimeWarning, match="fetched again"):
             dataset = tc.Dataset(f"{server.url}/data", cache=cache)
@@ -232,11 +232,11 @@ def test_an_epoch_is_planned_though_what_was_made_ready_for_it_was_dropped(serve
 def test_at_the_end_of_an_epoch_the_clock_stands_where_nothing_is_in_use(server, packed, tmp_path, monkeypatch):
     plans: list[ReadingPlan] = []
     clocks: list[int] = []
-    publish, advance = OpenedVersion.publish, Letting.advance
+    publish, advance = OpenedVersion.publish, ReleasingPlan.advance
     monkeypatch.setattr(OpenedVersion, "publish", lambda self, plan: (plans.append(plan), publish(self, plan))[1])
-    monkeypatch.setattr(Letting, "advance", lambda self, clock: (clocks.append(clock), advance(self, clock))[1])
+    monkeypatch.setattr(ReleasingPlan, "advance", lambda self, clock: (clocks.append(clock), advance(self, clock))[1])
     # The preparation of the next epoch may open its first shards before this one has ended.
-    monkeypatch.setattr("tiercache.load.coming.Coming.prepare", lambda *_: None)
+    monkeypatch.setattr("tiercache.load.coming.NextEpoch.prepare", lambda *_: None)
     with tc.Cache(tmp_path / "cache", size=packed[2] // 2, free_floor=0) as cache:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -351,7 +351,7 @@ def test_a_planner_that_is_at_work_when_its_cache_is_closed_leaves_no_plan_open(
     The data set is closed last: that waits for the step which is under way.
     """
     ready, asked, closed = threading.Event(), threading.Event(), threading.Event()
-    prepare, uses = Coming.prepare, Plans.uses
+    prepare, uses = NextEpoch.prepare, ReadingPlans.uses
 
     def prepare_late(self, *given):
         ready.set()
@@ -363,8 +363,8 @@ def test_a_planner_that_is_at_work_when_its_cache_is_closed_leaves_no_plan_open(
             assert closed.wait(60)
         return uses(self, *given)
 
-    monkeypatch.setattr(Coming, "prepare", prepare_late)
-    monkeypatch.setattr(Plans, "uses", ask_late)
+    monkeypatch.setattr(NextEpoch, "prepare", prepare_late)
+    monkeypatch.setattr(ReadingPlans, "uses", ask_late)
     with too_small(tmp_path, packed) as cache:
         dataset, loader = read_dealt_anew(server, cache)
         assert asked.wait(60)
@@ -377,16 +377,16 @@ def test_a_planner_that_is_at_work_when_its_cache_is_closed_leaves_no_plan_open(
 
 
 def test_a_plan_that_is_ready_when_all_is_closed_opens_no_cache_again(server, packed, tmp_path, monkeypatch):
-    closed, forecast = threading.Event(), publishing.forecast
+    closed, forecast = threading.Event(), publishing.make_read_plan
 
     def forecast_late(*given):
         plan = forecast(*given)
         assert closed.wait(60)
         return plan
 
-    monkeypatch.setattr(publishing, "forecast", forecast_late)
+    monkeypatch.setattr(publishing, "make_read_plan", forecast_late)
     monkeypatch.setattr(publishing, "QUICK_SHARDS", 1)  # so that a thread of its own makes it
-    monkeypatch.setattr(Coming, "prepare", lambda *_: None)
+    monkeypatch.setattr(NextEpoch, "prepare", lambda *_: None)
     with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
@@ -410,8 +410,8 @@ def test_the_plan_before_is_withdrawn_though_the_clock_of_the_next_cannot_be_tol
 
     plans = [Deaf(), Deaf()]
     coming = iter(plans)
-    monkeypatch.setattr(Publishing, "_follow", lambda *_: next(coming))
-    one = Publishing(SimpleNamespace(is_cached=True), None, None)
+    monkeypatch.setattr(ReadPlanPublisher, "_follow", lambda *_: next(coming))
+    one = ReadPlanPublisher(SimpleNamespace(is_cached=True), None, None)
     one._publish(1)
     with pytest.raises(MemoryError):
         one._advance(5)
@@ -434,7 +434,7 @@ def test_nothing_is_planned_where_nothing_is_cached(server, packed, tmp_path, mo
     def refuse(*_):
         raise AssertionError("planned")
 
-    monkeypatch.setattr(Publishing, "_publish", refuse)
+    monkeypatch.setattr(ReadPlanPublisher, "_publish", refuse)
     dataset = tc.Dataset(f"{server.url}/data", cache=False)
     loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
     assert sum(len(batch["id"]) for batch in loader) == N
@@ -473,7 +473,7 @@ def test_an_epoch_that_is_made_ready_when_its_data_set_is_closed_asks_for_nothin
     server, packed, tmp_path, monkeypatch
 ):
     in_begin, asked, closed = threading.Event(), threading.Event(), threading.Event()
-    begin, ahead = Coming._begin, Coming.shards_ahead
+    begin, ahead = NextEpoch._begin, NextEpoch.shards_ahead
 
     def beginning(self, *what):
         in_begin.set()
@@ -486,8 +486,8 @@ def test_an_epoch_that_is_made_ready_when_its_data_set_is_closed_asks_for_nothin
             assert closed.wait(60)
         return found
 
-    monkeypatch.setattr(Coming, "_begin", beginning)
-    monkeypatch.setattr(Coming, "shards_ahead", late)
+    monkeypatch.setattr(NextEpoch, "_begin", beginning)
+    monkeypatch.setattr(NextEpoch, "shards_ahead", late)
     with too_small(tmp_path, packed) as cache:
         dataset, _loader = read_dealt_anew(server, cache)  # kept: what it makes ready goes with it
         assert asked.wait(60)

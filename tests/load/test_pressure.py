@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.load.conftest import ids_of
 
 import tiercache as tc
-from tiercache.load.pressure import Pressure
+from tiercache.load.pressure import MemoryPressure
 from tiercache.opened import OpenedVersion
 
 
@@ -87,7 +87,7 @@ def test_slices_are_the_pieces_rows_in_order_and_each_needs_blocks_that_fit(size
     block = random.integers(0, sum(map(len, sizes)), n_rows).astype(np.uint32)
     row = random.integers(0, 1 << 20, n_rows).astype(np.uint32)
     piece = SimpleNamespace(windows=windows, rows=lambda: (block, row))
-    slices = list(Pressure(lambda _: False, 4 * room_bytes).slices(piece))
+    slices = list(MemoryPressure(lambda _: False, 4 * room_bytes).slices(piece))
     assert np.array_equal(np.concatenate([part.block for part in slices]), block)
     assert np.array_equal(np.concatenate([part.row for part in slices]), row)
     all_bytes = np.concatenate([window.block_bytes for window in windows])

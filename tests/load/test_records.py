@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader as TorchLoader
 import tiercache as tc
 from tiercache.shard import chunks, readers
 from tiercache.shard.reader import ShardReader
-from tiercache.shard.source import Source
+from tiercache.shard.source import ByteSource
 from tiercache.testing.http_server import HttpFaultServer
 
 N = 300
@@ -420,9 +420,9 @@ def test_an_epoch_of_single_records_in_random_order_takes_two_requests_a_shard(t
 def test_records_of_a_large_shard_come_page_by_page_until_that_costs_as_much_as_all_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "_BYTES_A_REQUEST", 2 * PAGE_BYTES)  # of a column of 256 KiB in a shard
     wanted: list[int] = []
-    want = Source.want
+    want = ByteSource.want
     monkeypatch.setattr(
-        Source, "want", lambda self, ranges: (wanted.append(sum(r.n_bytes for r in ranges)), want(self, ranges))[1]
+        ByteSource, "want", lambda self, ranges: (wanted.append(sum(r.n_bytes for r in ranges)), want(self, ranges))[1]
     )
     wide(tmp_path / "d")
     objects = {f"d/{f.relative_to(tmp_path / 'd').as_posix()}": f.read_bytes() for f in (tmp_path / "d").rglob("*.*")}

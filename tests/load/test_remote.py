@@ -18,7 +18,7 @@ from tests.s3_fixtures import s3_server  # noqa: F401
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
-from tiercache.testing.http_server import HttpFaultServer, Misbehave
+from tiercache.testing.http_server import HttpFault, HttpFaultServer
 
 READ_AN_EPOCH = """
 import json, sys
@@ -113,10 +113,10 @@ def test_one_record_of_a_remote_shard_costs_a_part_of_it(server):
 @pytest.mark.parametrize(
     "fault",
     [
-        Misbehave("status", 503),
-        Misbehave("status", 500),
-        Misbehave("reset"),
-        Misbehave("short"),
+        HttpFault("status", 503),
+        HttpFault("status", 500),
+        HttpFault("reset"),
+        HttpFault("short"),
     ],
     ids=["503", "500", "reset", "short"],
 )

@@ -26,7 +26,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
 
 import tiercache as tc
-from tiercache.load.sampled import SampledRun
+from tiercache.load.sampled import SamplerEngine
 
 # torchdata calls a function that torch 2.13 deprecated; our loader keeps that from its users.
 warnings_of_torchdata = pytest.mark.filterwarnings("ignore:.*set_vital.*:UserWarning")
@@ -181,7 +181,7 @@ def test_windows_may_be_smaller_than_a_batch(make_dataset, compression, window):
     options = tc.LoaderOptions(shuffle_window_bytes=window)
     batches = [np.random.default_rng(i).integers(0, 500, 1 + 13 * i).tolist() for i in range(6)]
     loader = tc.DataLoader(dataset, batch_sampler=batches, options=options)
-    assert isinstance(loader._native, SampledRun)
+    assert isinstance(loader._native, SamplerEngine)
     assert ids_of(loader) == batches
     assert ids_of(loader) == batches
 
@@ -192,7 +192,7 @@ def test_a_users_sampler_is_asked_as_far_ahead_as_torch_would_and_in_the_consume
 ):
     sampler = Counting(range(N))
     loader = tc.DataLoader(dataset, 5, sampler=sampler, num_workers=workers, prefetch_factor=factor)
-    assert isinstance(loader._native, SampledRun)
+    assert isinstance(loader._native, SamplerEngine)
     iterator = iter(loader)
     assert sampler.asked == 5 * ahead
     for taken in range(1, 6):
@@ -435,7 +435,7 @@ def test_pictures_are_decoded_for_batches_of_any_length(tmp_path):
     pictures = tc.Dataset(tmp_path / "pictures", decode={"picture": tc.DecodeImage(16, crop="random", flip=True)})
     batches = [[3], list(range(39, -1, -1)) * 2, [7, 7], list(range(11))]
     loader = tc.DataLoader(pictures, batch_sampler=batches)
-    assert isinstance(loader._native, SampledRun)
+    assert isinstance(loader._native, SamplerEngine)
     for batch, numbers in zip(loader, batches, strict=True):
         assert batch["picture"].shape == (len(numbers), 3, 16, 16)
         assert batch["picture"][:, 0, 5, 5].tolist() == batch["id"].tolist() == numbers

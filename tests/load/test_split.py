@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.load.ahead import STEP_BYTES, count_near, plan_steps, share_of_huge_pages
-from tiercache.load.split import MAX_PART_BYTES, PARTS_A_THREAD, part_bytes, split
+from tiercache.load.split import MAX_PART_BYTES, PARTS_A_THREAD, part_bytes, split_window
 from tiercache.order import Window
 from tiercache.shard.blocks import merge_pages
 
@@ -39,7 +39,7 @@ blocks = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40 << 20), st.bool
 def test_every_wanted_block_is_in_one_part_and_a_part_is_of_one_shard_in_its_order(drawn, n_threads):
     window = make_window([b[0] for b in drawn], [b[1] for b in drawn])
     wanted = np.array([b[2] for b in drawn])
-    found = split(window, wanted, n_threads, lambda shard: shard % 2 == 0)
+    found = split_window(window, wanted, n_threads, lambda shard: shard % 2 == 0)
     parts = [*found.at_hand, *found.work]
     assert sorted(place for part in parts for place in part) == np.flatnonzero(wanted).tolist()
     assert all(window.shards[part[0]] % 2 == 0 for part in found.at_hand)
@@ -56,13 +56,13 @@ def test_a_part_is_not_larger_than_its_share_unless_it_is_one_block(drawn, n_thr
     wanted = np.ones(len(drawn), bool)
     limit = part_bytes(window.raw_bytes, n_threads)
     assert limit <= MAX_PART_BYTES
-    for part in split(window, wanted, n_threads, lambda _: False).work:
+    for part in split_window(window, wanted, n_threads, lambda _: False).work:
         assert len(part) == 1 or int(window.block_bytes[part].sum()) <= limit
 
 
 def test_a_window_in_one_shard_has_work_for_every_thread():
     window = make_window([0] * 64, [1 << 20] * 64)
-    parts = split(window, np.ones(64, bool), 4, lambda _: False).work
+    parts = split_window(window, np.ones(64, bool), 4, lambda _: False).work
     sizes = [int(window.block_bytes[part].sum()) for part in parts]
     assert len(parts) == 4 * PARTS_A_THREAD
     assert max(sizes) == min(sizes)

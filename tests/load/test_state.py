@@ -10,12 +10,12 @@ from tests.load.conftest import ids_of, make_columns
 import tiercache as tc
 from tiercache.errors import UnsupportedFormat
 from tiercache.load.state import STATE_FORMAT, RunState, reopen
-from tiercache.model import Part
+from tiercache.model import SourcePart
 
 
 def state_of(**changes):
     values = {
-        "parts": (Part("a", 1, "f" * 64),),
+        "parts": (SourcePart("a", 1, "f" * 64),),
         "seed": 7,
         "epoch": 1,
         "offset": 30,
@@ -38,7 +38,7 @@ class Data:
         self.parts = parts
 
     def at_versions(self, versions):
-        parts = [Part(p.dataset_id, v, f"of {v}", p.selection) for p, v in zip(self.parts, versions, strict=True)]
+        parts = [SourcePart(p.dataset_id, v, f"of {v}", p.selection) for p, v in zip(self.parts, versions, strict=True)]
         return Data(*parts)
 
 
@@ -46,7 +46,7 @@ class Data:
     "state",
     [
         state_of(),
-        state_of(seed=-(2**70), parts=(Part("a", 1, "f", "hash"), Part("b", 3, "g"))),
+        state_of(seed=-(2**70), parts=(SourcePart("a", 1, "f", "hash"), SourcePart("b", 3, "g"))),
         state_of(mixture={"weights": [2, 1], "stop": "first"}),
     ],
 )
@@ -100,8 +100,8 @@ def test_states_of_other_releases_are_told_from_what_is_no_state(make_dataset):
 
 
 def test_the_versions_that_a_state_names_are_opened(make_dataset):
-    source = Data(Part("a", 5, "of 5"), Part("b", 2, "of 2", "some"))
-    state = state_of(parts=(Part("a", 4, "of 4"), Part("b", 2, "of 2", "some")))
+    source = Data(SourcePart("a", 5, "of 5"), SourcePart("b", 2, "of 2", "some"))
+    state = state_of(parts=(SourcePart("a", 4, "of 4"), SourcePart("b", 2, "of 2", "some")))
     assert reopen(source, state).parts == state.parts
     assert reopen(source, state_of(parts=source.parts)) is source
 
@@ -109,16 +109,16 @@ def test_the_versions_that_a_state_names_are_opened(make_dataset):
 @pytest.mark.parametrize(
     ("parts", "match"),
     [
-        ([Part("b", 5, "of 5")], "another data set"),
-        ([Part("a", 5, "of 5"), Part("a", 5, "of 5")], "another data set"),
-        ([Part("a", 5, "else")], "version 5 is not the one"),
-        ([Part("a", 4, "else")], "version 4 is not the one"),
-        ([Part("a", 5, "of 5", "some")], "another selection"),
+        ([SourcePart("b", 5, "of 5")], "another data set"),
+        ([SourcePart("a", 5, "of 5"), SourcePart("a", 5, "of 5")], "another data set"),
+        ([SourcePart("a", 5, "else")], "version 5 is not the one"),
+        ([SourcePart("a", 4, "else")], "version 4 is not the one"),
+        ([SourcePart("a", 5, "of 5", "some")], "another selection"),
     ],
 )
 def test_what_changed_since_the_state_was_saved_is_told(parts, match):
     with pytest.raises(tc.ObjectChanged, match=match):
-        reopen(Data(Part("a", 5, "of 5")), state_of(parts=tuple(parts)))
+        reopen(Data(SourcePart("a", 5, "of 5")), state_of(parts=tuple(parts)))
 
 
 def test_a_run_that_goes_on_at_an_older_version_leaves_the_users_data_set_alone(make_dataset):

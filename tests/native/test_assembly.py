@@ -250,7 +250,7 @@ def test_what_is_raised_where_a_batch_is_taken_is_told_and_passes_through(error)
 
 
 def test_ctrl_c_in_the_count_of_a_batch_is_told_as_well():
-    class Struck:
+    class KillResult:
         @property
         def n_yielded(self):
             return 1
@@ -259,7 +259,7 @@ def test_ctrl_c_in_the_count_of_a_batch_is_told_as_well():
         def n_yielded(self, n_batches):
             raise KeyboardInterrupt
 
-    iterator = Short(lambda: "short", progress=Struck())
+    iterator = Short(lambda: "short", progress=KillResult())
     with pytest.raises(KeyboardInterrupt):
         next(iterator)
     assert [type(one) for one in iterator.missed] == [KeyboardInterrupt]

@@ -205,7 +205,7 @@ def read(order: Order, position: int = 0) -> list[Record]:
     """Records from a position to the end of the epoch, one by one."""
     n_streams, found = order.n_streams, []
     for p in range(position, order.n_records):
-        stretch = order.stretch_at(p % n_streams, p // n_streams)
+        stretch = order.section_at(p % n_streams, p // n_streams)
         at = p // n_streams - stretch.start
         found += records_of(stretch.windows, *stretch.rows(at, at + 1))
     return found

@@ -12,7 +12,7 @@ from tests.order.brute import Shards, greedy, options, read, records_of, sequenc
 
 from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions
 from tiercache.order.streams import MAX_GROUP_SHARDS
-from tiercache.order.window import cut
+from tiercache.order.window import cut_by_size
 
 
 def numbers(data: Shards, order: EpochOrder) -> list[int]:
@@ -79,7 +79,7 @@ def test_every_position_leads_to_the_window_that_holds_it(data: Shards, how: Ord
             assert (window.stream, window.start) == (stream, stop)
             stop = window.stop
             for position in {window.start, (window.start + stop) // 2, stop - 1}:
-                found = order.stretch_at(stream, position)
+                found = order.section_at(stream, position)
                 assert (found.start, found.stop, found.key) == (window.start, window.stop, window.key)
                 assert found.windows == (found,)
         assert stop == order.stream_records(stream) == len(range(stream, order.n_records, order.n_streams))
@@ -112,7 +112,7 @@ def test_a_group_has_no_more_shards_than_footers_that_a_first_batch_may_wait_for
     for group_bytes, sizes in ((1 << 40, [MAX_GROUP_SHARDS, MAX_GROUP_SHARDS // 2]), (None, [len(data.blocks)])):
         data.footers.clear()
         order = EpochOrder(data.layout, OrderOptions(1, True, group_bytes, None), 0)
-        order.stretch_at(0, 0)
+        order.section_at(0, 0)
         assert len(data.footers) == sizes[0]
         assert [len(window.shards) for window in order.windows(0)] == sizes
 
@@ -123,7 +123,7 @@ def test_a_group_has_no_more_shards_than_footers_that_a_first_batch_may_wait_for
     st.integers(1, 9),
 )
 def test_runs_hold_as_many_items_as_fit_both_limits(sizes: list[int], limit: int | None, most: int) -> None:
-    found = cut(np.array(sizes, np.int64), limit, max_items=most).tolist()
+    found = cut_by_size(np.array(sizes, np.int64), limit, max_items=most).tolist()
     if limit is None:
         assert found == ([0, len(sizes)] if sizes else [0])
         return
@@ -146,7 +146,7 @@ def test_only_the_footers_of_the_current_group_are_read(data: Shards, how: Order
     for every in range(order.n_streams):
         order.shards_ahead(every, 0, None)
     assert data.footers == []
-    group = order.stretch_at(stream, at).group
+    group = order.section_at(stream, at).group
     read_footers = sorted(data.footers)
     windows = EpochOrder(data.layout, how, 0).windows(stream)
     assert read_footers == sorted({int(s) for w in windows if w.group == group for s in w.shards})
@@ -154,8 +154,8 @@ def test_only_the_footers_of_the_current_group_are_read(data: Shards, how: Order
 
 def test_the_window_that_was_asked_for_last_is_kept_for_each_stream() -> None:
     order = EpochOrder(uniform(12, 4, 5, 100).layout, OrderOptions(1, True, 1000, 300, streams=2), 0)
-    kept = [order.stretch_at(stream, 16) for stream in (0, 1)]
-    assert [order.stretch_at(stream, 17) for stream in (0, 1)] == kept
+    kept = [order.section_at(stream, 16) for stream in (0, 1)]
+    assert [order.section_at(stream, 17) for stream in (0, 1)] == kept
 
 
 @pytest.mark.parametrize("n_streams", [1, 3])
@@ -226,7 +226,7 @@ def test_shards_ahead_of_a_stream_are_those_of_its_windows(data: Shards, how: Or
 def test_ten_billion_records_cost_what_their_shards_cost() -> None:
     footer = BlockTable(np.full(10, 10**6), np.full(10, 1 << 20))
     layout = Layout(np.full(1000, 10**7), np.full(1000, 10 << 20), lambda shards: [footer] * len(shards))
-    window = EpochOrder(layout, OrderOptions(1, True, None, None), 0).stretch_at(0, 9_999_999_999)
+    window = EpochOrder(layout, OrderOptions(1, True, None, None), 0).section_at(0, 9_999_999_999)
     assert (window.start, window.stop) == (0, 10**10)
     block, row = window.rows(10**10 - 1000, 10**10)
     assert len(set(zip(block.tolist(), row.tolist(), strict=True))) == 1000
@@ -236,15 +236,15 @@ def test_a_position_outside_the_stream_is_refused() -> None:
     order = EpochOrder(uniform(1, 1, 5, 10).layout, OrderOptions(1, True, None, None, streams=2), 0)
     for position in (-1, 2):
         with pytest.raises(ValueError, match="outside stream 1 of 2 records"):
-            order.stretch_at(1, position)
+            order.section_at(1, position)
     for position in (-1, 4):
         with pytest.raises(ValueError, match="outside stream 0 of 3 records"):
             order.shards_ahead(0, position, None)
     for stream in (-1, 2):
         with pytest.raises(ValueError, match="the order has 2"):
-            order.stretch_at(stream, 0)
+            order.section_at(stream, 0)
     with pytest.raises(ValueError, match="not inside"):
-        order.stretch_at(0, 0).rows(0, 6)
+        order.section_at(0, 0).rows(0, 6)
 
 
 def test_a_footer_that_differs_from_the_version_is_refused_by_name() -> None:
@@ -252,7 +252,7 @@ def test_a_footer_that_differs_from_the_version_is_refused_by_name() -> None:
         np.array([5, 6]), np.array([1, 1]), lambda shards: [BlockTable(np.array([5]), np.array([1]))] * len(shards)
     )
     with pytest.raises(ValueError, match="shard 1: its footer holds 5 records, but the version lists 6"):
-        EpochOrder(layout, OrderOptions(1, True, None, None), 0).stretch_at(0, 0)
+        EpochOrder(layout, OrderOptions(1, True, None, None), 0).section_at(0, 0)
 
 
 def test_options_and_tables_that_cannot_be_are_refused() -> None:

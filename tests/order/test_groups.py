@@ -9,24 +9,24 @@ from hypothesis import strategies as st
 from tests.order.brute import Shards, options, shards
 from tests.order.brute_mixture import Mixed, mixtures
 
-from tiercache.order import EpochOrder, MixtureOrder, OrderOptions, Stretch
+from tiercache.order import EpochOrder, MixtureOrder, OrderOptions, Section
 from tiercache.order import part as part_module
-from tiercache.order.groups import Groups
-from tiercache.order.listed import ListedOrder
+from tiercache.order.groups import ShardGroups
+from tiercache.order.listed import ExplicitOrder
 
 
 def shards_at(order, stream: int) -> list[int]:
     """The shard of each position of a stream, from its windows."""
     found: list[int] = []
     while len(found) < order.stream_records(stream):
-        stretch: Stretch = order.stretch_at(stream, len(found))
+        stretch: Section = order.section_at(stream, len(found))
         of_block = np.concatenate([window.shards for window in stretch.windows])
         block, _ = stretch.rows(len(found) - stretch.start, stretch.stop - stretch.start)
         found += of_block[block].tolist()
     return found
 
 
-def check(groups: Groups, records: list[int]) -> None:
+def check(groups: ShardGroups, records: list[int]) -> None:
     """Every record's shard is in use at its position; no group is empty or outside the stream."""
     at: list[set[int]] = [set() for _ in records]
     for start, stop, members in groups:
@@ -69,7 +69,7 @@ def test_shards_of_a_list_are_in_use_from_their_first_record_to_their_last(draw)
     if not data.n_records:
         return
     numbers = np.array(draw.draw(st.lists(st.integers(0, data.n_records - 1), max_size=40)), np.int64)
-    order = ListedOrder(data.layout, numbers, draw.draw(st.one_of(st.none(), st.integers(1, 500))))
+    order = ExplicitOrder(data.layout, numbers, draw.draw(st.one_of(st.none(), st.integers(1, 500))))
     records = shards_at(order, 0)
     groups = order.groups(0)
     check(groups, records)
@@ -102,4 +102,4 @@ def test_a_stream_that_there_is_not_is_refused():
     with pytest.raises(ValueError, match="there is no stream 1: the order has 1"):
         order.groups(1)
     with pytest.raises(ValueError, match="stream 1"):
-        ListedOrder(data.layout, np.arange(3), None).groups(1)
+        ExplicitOrder(data.layout, np.arange(3), None).groups(1)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiercache.order import BlockTable, Layout
-from tiercache.order.listed import ListedOrder, Locator, count_fitting, listed_window
+from tiercache.order.listed import ExplicitOrder, RecordLocator, count_fitting, explicit_window
 
 SHARDS = st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=5)
 
@@ -41,7 +41,7 @@ def as_list(window, lo=0, hi=None):
 def test_records_are_found_where_they_lie_in_whatever_order(shards, wanted):
     places = all_places(shards)
     numbers = np.array([w % len(places) for w in wanted] if places else [], np.int64)
-    locator = Locator(layout_of(shards))
+    locator = RecordLocator(layout_of(shards))
     found = locator.find(numbers)
     assert locator.n_records == len(places)
     shard, block = found.shards[found.at], found.blocks[found.at]
@@ -53,7 +53,7 @@ def test_records_are_found_where_they_lie_in_whatever_order(shards, wanted):
 
 def test_footers_are_read_once_and_only_of_shards_that_are_asked_for():
     asked = []
-    locator = Locator(layout_of([[3], [2, 2], [4]], asked))
+    locator = RecordLocator(layout_of([[3], [2, 2], [4]], asked))
     locator.find(np.array([8, 0, 9]))
     locator.find(np.array([0, 8, 10]))
     assert asked == [0, 2]
@@ -64,7 +64,7 @@ def test_footers_are_read_once_and_only_of_shards_that_are_asked_for():
 def test_a_footer_that_differs_from_the_version_is_named():
     layout = Layout(np.array([3, 4]), np.array([1, 1]), lambda numbers: [BlockTable([5], [9]) for _ in numbers])
     with pytest.raises(ValueError, match="shard 1: its footer holds 5 records, but the version lists 4"):
-        Locator(layout).find(np.array([4]))
+        RecordLocator(layout).find(np.array([4]))
 
 
 @settings(max_examples=150, deadline=None)
@@ -72,14 +72,14 @@ def test_a_footer_that_differs_from_the_version_is_named():
 def test_an_order_serves_its_list_from_any_position_and_its_windows_fit(shards, wanted, window_bytes, data):
     places = all_places(shards)
     numbers = np.array([w % len(places) for w in wanted] if places else [], np.int64)
-    order = ListedOrder(layout_of(shards), numbers, window_bytes)
+    order = ExplicitOrder(layout_of(shards), numbers, window_bytes)
     assert (order.n_records, order.n_streams, order.stream_records(0)) == (len(numbers), 1, len(numbers))
     position = start = data.draw(st.integers(0, len(numbers)))
     found = []
     while position < len(numbers):
-        window = order.stretch_at(0, position)
+        window = order.section_at(0, position)
         assert window.start <= position < window.stop
-        assert order.stretch_at(0, position) is window
+        assert order.section_at(0, position) is window
         assert window.windows == (window,)
         assert len(set(zip(window.shards, window.blocks, strict=True))) == len(window.blocks)
         assert set(window.rows(0, window.stop - window.start)[0]) == set(range(len(window.blocks)))
@@ -96,7 +96,7 @@ def test_shards_ahead_are_those_that_are_read_next(shards, wanted, data):
     places = all_places(shards)
     numbers = np.array([w % len(places) for w in wanted] if places else [], np.int64)
     layout = layout_of(shards)
-    order = ListedOrder(layout, numbers, None)
+    order = ExplicitOrder(layout, numbers, None)
     position = data.draw(st.integers(0, len(numbers)))
     expected = list(dict.fromkeys(places[n][0] for n in numbers[position:]))
     assert order.shards_ahead(0, position, None).tolist() == expected
@@ -111,23 +111,23 @@ def test_shards_ahead_are_those_that_are_read_next(shards, wanted, data):
     ("stream", "position"), [(1, 0), (0, -1), (0, 4)], ids=["another stream", "before", "behind the end"]
 )
 def test_positions_outside_are_refused(stream, position):
-    order = ListedOrder(layout_of([[3]]), np.array([2, 0, 1]), None)
-    for call in (order.stretch_at, lambda s, p: order.shards_ahead(s, p, None)):
+    order = ExplicitOrder(layout_of([[3]]), np.array([2, 0, 1]), None)
+    for call in (order.section_at, lambda s, p: order.shards_ahead(s, p, None)):
         with pytest.raises(ValueError, match="outside an epoch of 3 records"):
             call(stream, position)
     with pytest.raises(ValueError, match="outside an epoch of 3 records"):
-        order.stretch_at(0, 3)
+        order.section_at(0, 3)
     with pytest.raises(ValueError, match=r"positions \[1, 4\) are outside a window of 3"):
-        order.stretch_at(0, 0).rows(1, 4)
+        order.section_at(0, 0).rows(1, 4)
 
 
 def test_records_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match=r"record numbers -1 to 3 exceed 3 records"):
-        ListedOrder(layout_of([[3]]), np.array([3, -1]), None)
+        ExplicitOrder(layout_of([[3]]), np.array([3, -1]), None)
 
 
 def test_blocks_that_cost_nothing_are_not_counted():
-    locator = Locator(layout_of([[2, 2], [2, 2]]))
+    locator = RecordLocator(layout_of([[2, 2], [2, 2]]))
     found = locator.find(np.array([0, 2, 4, 1, 6]))  # blocks of 12 bytes: 0.0, 0.1, 1.0, 0.0 again, 1.1
     assert count_fitting(found, 24) == 2
     assert count_fitting(found, 36) == 4
@@ -136,17 +136,17 @@ def test_blocks_that_cost_nothing_are_not_counted():
     assert count_fitting(found, 24, [0]) == 5
     assert count_fitting(found, 12, [0]) == 4
     assert count_fitting(found, 1, [1, 0]) == 5
-    assert as_list(listed_window(7, found.cut(1, 3))) == [(0, 1, 0), (1, 0, 0)]
+    assert as_list(explicit_window(7, found.cut(1, 3))) == [(0, 1, 0), (1, 0, 0)]
 
 
 def test_a_window_of_listed_records_promises_no_order():
-    found = Locator(layout_of([[2, 2], [2, 2]])).find(np.arange(8))
-    assert not listed_window(0, found).is_in_order
+    found = RecordLocator(layout_of([[2, 2], [2, 2]])).find(np.arange(8))
+    assert not explicit_window(0, found).is_in_order
 
 
 def test_few_records_of_many_blocks_are_found_as_well():
     layout = layout_of([[1] * 400, [2] * 400])
     numbers = np.array([700, 3, 700, 1199])
-    found = Locator(layout).find(np.concatenate([numbers, np.arange(1200)])).cut(0, 4)
-    assert as_list(listed_window(0, found)) == [(1, 150, 0), (0, 3, 0), (1, 150, 0), (1, 399, 1)]
+    found = RecordLocator(layout).find(np.concatenate([numbers, np.arange(1200)])).cut(0, 4)
+    assert as_list(explicit_window(0, found)) == [(1, 150, 0), (0, 3, 0), (1, 150, 0), (1, 399, 1)]
     assert count_fitting(found, 23) == 3

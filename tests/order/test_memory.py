@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from tiercache.order.memory import MOST_ROWS, empty_rows
+from tiercache.order.memory import MOST_ROWS, allocate_rows
 
 N = 100_000
 
@@ -23,10 +23,10 @@ def place(array):
 
 
 def test_what_nobody_has_is_lent_again():
-    rows = empty_rows(N)
+    rows = allocate_rows(N)
     at = place(rows)
     del rows
-    assert place(empty_rows(MOST_ROWS)) == at
+    assert place(allocate_rows(MOST_ROWS)) == at
 
 
 @pytest.mark.parametrize(
@@ -35,17 +35,17 @@ def test_what_nobody_has_is_lent_again():
     ids=["slice", "other dtype", "memoryview", "view of a view"],
 )
 def test_what_somebody_refers_to_is_not(refer):
-    rows = empty_rows(N)
+    rows = allocate_rows(N)
     at = place(rows)
     view = refer(rows)
     del rows
-    assert at not in {place(empty_rows(N)) for _ in range(20)}
+    assert at not in {place(allocate_rows(N)) for _ in range(20)}
     del view
-    assert place(empty_rows(N)) == at
+    assert place(allocate_rows(N)) == at
 
 
 def test_arrays_that_are_lent_at_a_time_do_not_overlap():
-    held = [empty_rows(N) for _ in range(10)]
+    held = [allocate_rows(N) for _ in range(10)]
     for number, rows in enumerate(held):
         rows[:] = number
     assert [int(rows.min()) == int(rows.max()) == n for n, rows in enumerate(held)] == [True] * 10
@@ -53,7 +53,7 @@ def test_arrays_that_are_lent_at_a_time_do_not_overlap():
 
 def test_few_rows_and_more_than_are_kept_are_new_arrays():
     for n in (0, 1, 1000, MOST_ROWS + 1):
-        rows = empty_rows(n)
+        rows = allocate_rows(n)
         assert (rows.dtype, rows.shape) == (np.uint32, (n,))
         assert rows.base is None
 
@@ -61,7 +61,7 @@ def test_few_rows_and_more_than_are_kept_are_new_arrays():
 def test_threads_never_get_what_another_has():
     def fill(number):
         for _ in range(200):
-            rows = empty_rows(N)
+            rows = allocate_rows(N)
             rows[:] = number
             if not (rows == number).all():
                 return False

@@ -18,7 +18,7 @@ from tests.order.brute_mixture import Mixed, mixed_sequence, mixtures
 
 from tiercache.order import BlockTable, Layout, OrderOptions
 from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture
-from tiercache.order.shares import Deal, StreamShares
+from tiercache.order.shares import StreamAllocation, StreamInterleaving
 
 RAW_BYTES = 10  # of a record, in the parts made here
 
@@ -66,7 +66,7 @@ class Parts:
         """(part, record in it) from a position of a stream to its end, by iteration."""
         numbers, found = self.numbers(), []
         while position < order.stream_records(stream):
-            stretch = order.stretch_at(stream, position)
+            stretch = order.section_at(stream, position)
             assert stretch.start <= position < stretch.stop
             places = [
                 numbers[int(shard), int(block)]
@@ -221,7 +221,7 @@ def test_reading_from_any_position_is_the_rest_of_reading_from_the_start(
     other = MixtureOrder(parts.layout, spec, how, epoch)
     assert parts.stream(other, stream, position) == whole[position:]
     if position < len(whole):
-        stretch, again = other.stretch_at(stream, position), order.stretch_at(stream, position)
+        stretch, again = other.section_at(stream, position), order.section_at(stream, position)
         assert (stretch.start, stretch.stop) == (again.start, again.stop)
         lo = data.draw(st.integers(0, stretch.stop - stretch.start))
         hi = data.draw(st.integers(lo, stretch.stop - stretch.start))
@@ -237,7 +237,7 @@ def test_a_window_is_in_all_stretches_from_its_first_record_to_its_last(
     for stream in range(order.n_streams):
         position, present, drawn = 0, {}, {}
         while position < order.stream_records(stream):
-            stretch = order.stretch_at(stream, position)
+            stretch = order.section_at(stream, position)
             assert stretch.start == position
             block, row = stretch.rows(0, stretch.stop - position)
             ends = np.cumsum([0, *(len(window.blocks) for window in stretch.windows)])
@@ -297,7 +297,7 @@ def test_no_record_of_a_part_is_repeated_within_its_own_epoch(
     for epoch in range(7):
         order = MixtureOrder(data.layout, spec, options(streams), epoch)
         totals = spec.epoch_shares(sizes)
-        deal = Deal(totals, streams)
+        deal = StreamAllocation(totals, streams)
         for stream in range(streams):
             drawn = [0, 0, 0]
             for part, record in data.stream(order, stream):
@@ -331,7 +331,7 @@ def test_a_large_part_has_streams_of_its_own_and_repeats_nothing_in_an_own_epoch
     for part, size in enumerate(sizes):
         seen: list[list[set[int]]] = []
         for stream in range(streams):
-            turned = Deal(totals, streams).turns(stream)[part]
+            turned = StreamAllocation(totals, streams).turns(stream)[part]
             length, drawn = -((turned - size) // streams), sequences[part, stream]
             own = [drawn[at : at + length] for at in range(0, len(drawn) - length + 1, length)]
             assert all(len(set(records)) == length for records in own)
@@ -363,7 +363,7 @@ def test_a_part_of_one_record_that_comes_again_and_again_does_not_end_a_stretch_
     order = MixtureOrder(data.layout, data.spec([1, 1], "all"), OrderOptions(1, True, None, None, 4), 3)
     assert order.n_records == 4000
     for stream in range(4):
-        stretch = order.stretch_at(stream, 500)
+        stretch = order.section_at(stream, 500)
         assert stretch.start == 0
         assert stretch.stop >= 998  # the part's last record ends it
 
@@ -393,7 +393,7 @@ def test_records_by_number_are_checked() -> None:
 def test_records_by_number_are_exact_where_products_need_more_than_63_bits() -> None:
     spec = MixtureSpec((0, 1), (10**12 + 39, 10**12 - 11))
     stored = StoredMixture(spec, (10**12, 10**12))
-    shares = StreamShares(Deal(spec.epoch_shares((10**12, 10**12)), 1), 0)
+    shares = StreamInterleaving(StreamAllocation(spec.epoch_shares((10**12, 10**12)), 1), 0)
     part, record = stored.locate(np.array([len(stored) - 1, 10**12]))
     for position, k, draw in zip((len(stored) - 1, 10**12), part.tolist(), record.tolist(), strict=True):
         assert shares.position_of(k, draw) == position
@@ -414,7 +414,7 @@ def test_what_is_announced_holds_what_is_read(
     if position == n:
         assert every == []
         return
-    stretch = order.stretch_at(stream, position)
+    stretch = order.section_at(stream, position)
     shards = np.concatenate([window.shards for window in stretch.windows])
     if not how.shuffle:  # of its windows some blocks may lie behind
         shards = shards[stretch.rows(position - stretch.start, stretch.stop - stretch.start)[0]]
@@ -426,11 +426,11 @@ def test_places_outside_are_refused() -> None:
     order = MixtureOrder(data.layout, data.spec([1, 1]), options(2), 0)
     for stream, position in ((0, 10), (0, -1), (2, 0), (-1, 0)):
         with pytest.raises(ValueError, match=r"outside stream|there is no stream -?\d: the order has 2"):
-            order.stretch_at(stream, position)
+            order.section_at(stream, position)
     with pytest.raises(ValueError, match="outside stream"):
         order.shards_ahead(0, 11, None)
     with pytest.raises(ValueError, match="outside a section"):
-        order.stretch_at(0, 0).rows(0, 11)
+        order.section_at(0, 0).rows(0, 11)
     with pytest.raises(ValueError, match="epoch must be 0 or more"):
         MixtureOrder(data.layout, data.spec([1, 1]), options(), -1)
 
@@ -440,7 +440,7 @@ def test_windows_are_shared_out_by_what_the_parts_bring() -> None:
     data = even(30_000, 10_000, shard=2000, block=10)
     for weights, expected in (([3, 1], (3000, 1000)), ([99, 1], (3900, 1000))):
         order = MixtureOrder(data.layout, data.spec(weights, "all"), OrderOptions(1, True, None, 4000), 0)
-        stretch = order.stretch_at(0, 20_000)
+        stretch = order.section_at(0, 20_000)
         assert tuple(window.raw_bytes for window in stretch.windows) == expected
 
 

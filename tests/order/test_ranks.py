@@ -14,11 +14,11 @@ from tests.order.brute import Ranks, batches
 from tiercache.order import RankPlan
 
 MANY = max(300, settings.default.max_examples)
-Drawn = tuple[int, Ranks, int, int]  # offset, ranks, records, streams
+SamplerBatch = tuple[int, Ranks, int, int]  # offset, ranks, records, streams
 
 
 @st.composite
-def drawn(draw: st.DrawFn) -> Drawn:
+def drawn(draw: st.DrawFn) -> SamplerBatch:
     """Any share of any epoch; every second one with streams that divide the global batch."""
     n = draw(st.integers(0, 300))
     ranks = Ranks(draw(st.integers(1, 9)), draw(st.integers(1, 20)), draw(st.booleans()))
@@ -27,7 +27,7 @@ def drawn(draw: st.DrawFn) -> Drawn:
     return draw(st.integers(0, n)), ranks, n, draw(st.one_of(st.sampled_from(divisors), st.integers(1, 12)))
 
 
-def plans(how: Drawn) -> list[RankPlan]:
+def plans(how: SamplerBatch) -> list[RankPlan]:
     offset, ranks, n, n_streams = how
     shared = (ranks.batch_size, ranks.drop_last, n, n_streams)
     return [RankPlan(offset, ranks.world_size, rank, *shared) for rank in range(ranks.world_size)]
@@ -39,7 +39,7 @@ def positions(plan: RankPlan) -> list[list[int]]:
 
 @settings(max_examples=MANY)
 @given(drawn())
-def test_ranks_take_what_the_rule_says_in_its_plainest_form(how: Drawn) -> None:
+def test_ranks_take_what_the_rule_says_in_its_plainest_form(how: SamplerBatch) -> None:
     offset, ranks, n, n_streams = how
     for plan, expected in zip(plans(how), batches(ranks, n_streams, offset, n), strict=True):
         found = positions(plan)
@@ -49,7 +49,7 @@ def test_ranks_take_what_the_rule_says_in_its_plainest_form(how: Drawn) -> None:
 
 @settings(max_examples=MANY)
 @given(drawn())
-def test_batches_of_all_ranks_are_the_global_sequence_from_the_offset(how: Drawn) -> None:
+def test_batches_of_all_ranks_are_the_global_sequence_from_the_offset(how: SamplerBatch) -> None:
     offset, ranks, n, _ = how
     shares = plans(how)
     served: list[int] = []
@@ -63,7 +63,7 @@ def test_batches_of_all_ranks_are_the_global_sequence_from_the_offset(how: Drawn
 
 
 @given(drawn())
-def test_every_rank_has_the_same_number_of_batches_none_empty(how: Drawn) -> None:
+def test_every_rank_has_the_same_number_of_batches_none_empty(how: SamplerBatch) -> None:
     shares = plans(how)
     assert len({plan.n_batches for plan in shares}) == 1
     for plan in shares:
@@ -74,7 +74,9 @@ def test_every_rank_has_the_same_number_of_batches_none_empty(how: Drawn) -> Non
 
 
 @given(drawn())
-def test_the_last_global_batch_is_split_evenly_and_filled_to_one_from_the_rank_s_first_stream(how: Drawn) -> None:
+def test_the_last_global_batch_is_split_evenly_and_filled_to_one_from_the_rank_s_first_stream(
+    how: SamplerBatch,
+) -> None:
     _, _, n, _ = how
     shares = plans(how)
     left = shares[0].n_left
@@ -89,7 +91,7 @@ def test_the_last_global_batch_is_split_evenly_and_filled_to_one_from_the_rank_s
 
 @settings(max_examples=MANY)
 @given(drawn())
-def test_what_is_left_may_fill_the_first_ranks(how: Drawn) -> None:
+def test_what_is_left_may_fill_the_first_ranks(how: SamplerBatch) -> None:
     even = plans(how)
     filled = [replace(plan, fills_first=True) for plan in even]
     left = even[0].n_left
@@ -114,7 +116,7 @@ def test_what_is_left_may_fill_the_first_ranks(how: Drawn) -> None:
 
 
 @given(drawn(), st.data())
-def test_any_run_of_rows_is_a_part_of_the_batches_one_after_the_other(how: Drawn, data: st.DataObject) -> None:
+def test_any_run_of_rows_is_a_part_of_the_batches_one_after_the_other(how: SamplerBatch, data: st.DataObject) -> None:
     for plan in plans(how):
         every = list(itertools.chain(*positions(plan)))
         start = data.draw(st.integers(0, len(every)))
@@ -123,7 +125,7 @@ def test_any_run_of_rows_is_a_part_of_the_batches_one_after_the_other(how: Drawn
 
 
 @given(drawn())
-def test_a_rank_owns_what_it_serves_but_not_its_padding(how: Drawn) -> None:
+def test_a_rank_owns_what_it_serves_but_not_its_padding(how: SamplerBatch) -> None:
     _, _, n, _ = how
     for plan in plans(how):
         own = set(itertools.chain(*positions(plan)[: plan.n_batches - plan.padded]))
@@ -131,7 +133,7 @@ def test_a_rank_owns_what_it_serves_but_not_its_padding(how: Drawn) -> None:
 
 
 @given(drawn())
-def test_full_batches_are_of_the_rank_s_own_streams_and_those_are_neighbours(how: Drawn) -> None:
+def test_full_batches_are_of_the_rank_s_own_streams_and_those_are_neighbours(how: SamplerBatch) -> None:
     _, ranks, _, n_streams = how
     shares = plans(how)
     ignored = ranks.world_size * ranks.batch_size % n_streams != 0
@@ -147,7 +149,7 @@ def test_full_batches_are_of_the_rank_s_own_streams_and_those_are_neighbours(how
 
 
 @given(drawn(), st.data())
-def test_a_run_resumed_on_other_ranks_goes_on_where_the_first_stopped(how: Drawn, data: st.DataObject) -> None:
+def test_a_run_resumed_on_other_ranks_goes_on_where_the_first_stopped(how: SamplerBatch, data: st.DataObject) -> None:
     _, _, n, n_streams = how
     first = plans(how)[0]
     offset = first.offset_after(data.draw(st.integers(0, first.n_batches)))
@@ -211,7 +213,9 @@ def test_values_out_of_range_are_refused() -> None:
 
 @settings(max_examples=MANY)
 @given(drawn(), st.integers(0, 300), st.integers(0, 300))
-def test_rows_that_follow_one_another_are_a_range_and_the_same_positions(how: Drawn, start: int, length: int) -> None:
+def test_rows_that_follow_one_another_are_a_range_and_the_same_positions(
+    how: SamplerBatch, start: int, length: int
+) -> None:
     for plan in plans(how):
         start = min(start, plan.n_served)
         stop = min(start + length, plan.n_served)

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tiercache.order.mixture import exact_weight
-from tiercache.order.shares import Deal, StreamShares, apportion
+from tiercache.order.shares import StreamAllocation, StreamInterleaving, apportion
 
 
 def worst(sequence: list[int], shares: list[Fraction]) -> float:
@@ -39,7 +39,7 @@ def test_an_epoch_s_shares_are_exact_to_one_record(n: int, weights: list[int]) -
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=6), st.integers(1, 40))
 def test_streams_take_the_same_of_a_part_but_for_one_record(totals: list[int], n_streams: int) -> None:
-    deal = Deal(tuple(totals), n_streams)
+    deal = StreamAllocation(tuple(totals), n_streams)
     table = np.array([deal.quotas(stream) for stream in range(n_streams)])
     assert table.sum(axis=0).tolist() == totals
     assert table.sum(axis=1).tolist() == [max(0, -((s - sum(totals)) // n_streams)) for s in range(n_streams)]
@@ -54,7 +54,7 @@ def test_a_draw_is_found_at_its_position_and_a_position_by_its_draw(
     totals: list[int], n_streams: int, data: st.DataObject
 ) -> None:
     stream = data.draw(st.integers(0, min(n_streams, sum(totals)) - 1))
-    shares = StreamShares(Deal(tuple(totals), n_streams), stream)
+    shares = StreamInterleaving(StreamAllocation(tuple(totals), n_streams), stream)
     assert shares.drawn(0) == [0] * len(totals)
     assert tuple(shares.drawn(shares.n_records)) == shares.quotas
     position = data.draw(st.integers(0, shares.n_records - 1))
@@ -69,7 +69,7 @@ def test_a_draw_is_found_at_its_position_and_a_position_by_its_draw(
 @given(TOTALS, st.integers(1, 9), st.data())
 def test_places_are_those_of_the_positions_one_by_one(totals: list[int], n_streams: int, data: st.DataObject) -> None:
     stream = data.draw(st.integers(0, min(n_streams, sum(totals)) - 1))
-    shares = StreamShares(Deal(tuple(totals), n_streams), stream)
+    shares = StreamInterleaving(StreamAllocation(tuple(totals), n_streams), stream)
     start = data.draw(st.integers(0, shares.n_records))
     stop = min(shares.n_records, start + data.draw(st.integers(0, 50)))
     drawn, places = shares.drawn(start), shares.places(start, stop)
@@ -79,7 +79,7 @@ def test_places_are_those_of_the_positions_one_by_one(totals: list[int], n_strea
 
 
 def test_places_of_more_than_a_chunk_are_those_of_its_pieces() -> None:
-    shares = StreamShares(Deal((3 * 10**11, 10**11, 7), 2), 1)
+    shares = StreamInterleaving(StreamAllocation((3 * 10**11, 10**11, 7), 2), 1)
     start, n = 10**11, (1 << 21) + 5
     whole = shares.places(start, start + n)
     halves = [shares.places(start, start + n // 2), shares.places(start + n // 2, start + n)]
@@ -89,7 +89,7 @@ def test_places_of_more_than_a_chunk_are_those_of_its_pieces() -> None:
 
 def test_a_stream_too_long_for_exact_arithmetic_is_refused() -> None:
     with pytest.raises(ValueError, match="at most 4398046511104 records"):
-        StreamShares(Deal((2**42, 1), 1), 0)
+        StreamInterleaving(StreamAllocation((2**42, 1), 1), 0)
 
 
 @given(st.lists(st.integers(1, 1000), min_size=2, max_size=8), st.integers(1, 3000))
@@ -98,13 +98,13 @@ def test_a_stream_too_long_for_exact_arithmetic_is_refused() -> None:
 @example([980, 10, 10], 3000)
 @example([1, 1, 2, 3, 5, 8, 13, 21], 3000)
 def test_over_any_stretch_of_one_stream_a_part_is_off_by_less_than_five_records(weights: list[int], n: int) -> None:
-    shares = StreamShares(Deal(apportion(n, weights), 1), 0)
+    shares = StreamInterleaving(StreamAllocation(apportion(n, weights), 1), 0)
     assert worst(shares.locate(np.arange(n))[0].tolist(), shares_of(weights)) < 5
 
 
 def test_two_parts_of_one_stream_are_off_by_less_than_two_records() -> None:
     for weights in ([1, 1], [1, 2], [7, 3], [999, 1]):
-        shares = StreamShares(Deal(apportion(3000, weights), 1), 0)
+        shares = StreamInterleaving(StreamAllocation(apportion(3000, weights), 1), 0)
         assert worst(shares.locate(np.arange(3000))[0].tolist(), shares_of(weights)) < 2
 
 
@@ -116,10 +116,10 @@ def test_two_parts_of_one_stream_are_off_by_less_than_two_records() -> None:
 def test_over_any_stretch_of_several_streams_a_part_is_off_by_a_few_records(
     weights: list[int], n_streams: int, n: int
 ) -> None:
-    deal = Deal(apportion(n, weights), n_streams)
+    deal = StreamAllocation(apportion(n, weights), n_streams)
     sequence = np.empty(n, np.int64)
     for stream in range(min(n_streams, n)):
-        shares = StreamShares(deal, stream)
+        shares = StreamInterleaving(deal, stream)
         sequence[stream::n_streams] = shares.locate(np.arange(shares.n_records))[0]
     assert np.bincount(sequence, minlength=len(weights)).tolist() == list(deal.totals)
     assert worst(sequence.tolist(), shares_of(weights)) < 5 + 2 * math.sqrt(n_streams)

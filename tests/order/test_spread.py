@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tiercache.order import derive_key
 from tiercache.order.keys import permutation
-from tiercache.order.spread import spread
+from tiercache.order.spread import stratified_permutation
 
 
 def keys(seed: int) -> tuple[bytes, bytes]:
@@ -18,7 +18,7 @@ def keys(seed: int) -> tuple[bytes, bytes]:
 
 @given(st.integers(0, 2**64), st.integers(0, 400), st.integers(1, 500))
 def test_it_is_a_permutation(seed: int, n: int, n_run: int) -> None:
-    order = spread(*keys(seed), n, n_run)
+    order = stratified_permutation(*keys(seed), n, n_run)
     assert np.array_equal(np.sort(order), np.arange(n))
     if n_run >= n:
         assert np.array_equal(order, permutation(keys(seed)[0], n))
@@ -30,7 +30,7 @@ def test_any_run_has_one_item_of_each_stratum_wherever_it_begins(
 ) -> None:
     n = n_rounds * n_run
     start = data.draw(st.integers(0, n - n_run))
-    run = spread(*keys(seed), n, n_run)[start : start + n_run]
+    run = stratified_permutation(*keys(seed), n, n_run)[start : start + n_run]
     assert sorted((run // n_rounds).tolist()) == list(range(n_run))
 
 
@@ -41,7 +41,7 @@ def test_any_run_is_spread_where_strata_differ_in_length_too(
     """Whatever the run, in each piece of the stored order it has its share of items, to two."""
     n_run = min(n, n_run)
     start = data.draw(st.integers(0, n - n_run))
-    run = np.sort(spread(*keys(seed), n, n_run)[start : start + n_run])
+    run = np.sort(stratified_permutation(*keys(seed), n, n_run)[start : start + n_run])
     rest = n - n // n_run * n_run  # items of the round that has too few for all strata
     touches_it = rest and (start + n_run > n - rest or start < rest)
     if not touches_it:
@@ -52,7 +52,7 @@ def places(n: int, n_run: int, trials: int = 4000) -> np.ndarray:
     """int[n, n]: how often each item (column) comes at each place (row), with many keys."""
     counts = np.zeros((n, n), np.int64)
     for seed in range(trials):
-        counts[np.arange(n), spread(*keys(seed), n, n_run)] += 1
+        counts[np.arange(n), stratified_permutation(*keys(seed), n, n_run)] += 1
     return counts
 
 

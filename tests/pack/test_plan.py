@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from tiercache.errors import NotFound, SchemaError
 from tiercache.pack.options import PackOptions
-from tiercache.pack.plan import find_source, kind_of, share_out
-from tiercache.pack.source import Part
+from tiercache.pack.plan import divide_splits, find_source, kind_of
+from tiercache.pack.source import InputSplit
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ sizes = st.lists(st.integers(0, 1000), max_size=40)
 
 @given(sizes, st.integers(1, 9), st.integers(1, 500))
 def test_shares_are_the_parts_in_order(n_bytes, jobs, shard_bytes):
-    parts = [Part("x", i, i + 1, n) for i, n in enumerate(n_bytes)]
-    shares = share_out(parts, jobs, shard_bytes)
+    parts = [InputSplit("x", i, i + 1, n) for i, n in enumerate(n_bytes)]
+    shares = divide_splits(parts, jobs, shard_bytes)
     assert [part for share in shares for part in share] == parts
     assert all(shares)
     if jobs == 1:
@@ -80,13 +80,13 @@ def test_shares_are_the_parts_in_order(n_bytes, jobs, shard_bytes):
 
 @given(st.integers(1, 40), st.integers(1, 9))
 def test_equal_parts_are_shared_out_evenly(n_parts, jobs):
-    shares = share_out([Part("x", i, i + 1, 100) for i in range(n_parts)], jobs, 1 << 30)
+    shares = divide_splits([InputSplit("x", i, i + 1, 100) for i in range(n_parts)], jobs, 1 << 30)
     assert len(shares) == min(jobs, n_parts)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_much_work_is_cut_finer_than_the_processes_but_not_below_four_shards():
-    parts = [Part("x", i, i + 1, 10) for i in range(100)]
-    assert len(share_out(parts, 2, 10)) == 8
-    assert len(share_out(parts, 2, 50)) == 5 - 0
-    assert len(share_out(parts, 2, 1000)) == 2
+    parts = [InputSplit("x", i, i + 1, 10) for i in range(100)]
+    assert len(divide_splits(parts, 2, 10)) == 8
+    assert len(divide_splits(parts, 2, 50)) == 5 - 0
+    assert len(divide_splits(parts, 2, 1000)) == 2

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import tiercache as tc
 from tiercache.cli import app
 from tiercache.errors import NotFound, SchemaError
-from tiercache.pack.image_check import damage_of, sniff
+from tiercache.pack.image_check import find_damage, sniff
 from tiercache.pack.options import PackOptions
 from tiercache.pack.packing import pack, plan_pack
 
@@ -192,21 +192,21 @@ class TestImages:
     def test_images_as_pillow_writes_them_are_whole_and_cut_off_ones_are_not(self, encoding, options):
         data = saved(encoding, **options)
         assert sniff(data) == encoding
-        assert damage_of(data, encoding) is None
-        assert damage_of(data + bytes(7), encoding) is None
+        assert find_damage(data, encoding) is None
+        assert find_damage(data + bytes(7), encoding) is None
         for kept in (0.2, 0.5, 0.9):
-            assert damage_of(data[: int(len(data) * kept)], encoding) is not None
-        assert damage_of(data[:20], encoding) is not None
+            assert find_damage(data[: int(len(data) * kept)], encoding) is not None
+        assert find_damage(data[:20], encoding) is not None
 
     def test_an_end_marker_in_a_thumbnail_does_not_stand_for_the_images(self):
         whole = jpeg(payload=jpeg())
-        assert damage_of(whole, "jpeg") is None
-        assert damage_of(whole[:-2], "jpeg") is not None
+        assert find_damage(whole, "jpeg") is None
+        assert find_damage(whole[:-2], "jpeg") is not None
 
     def test_an_image_of_no_pixels_is_damaged(self):
-        assert damage_of(png(width=0), "png") is not None
+        assert find_damage(png(width=0), "png") is not None
         without_pixels = png()[:33] + png()[-12:]
-        assert damage_of(without_pixels, "png") is not None
+        assert find_damage(without_pixels, "png") is not None
 
     @given(encoding=st.sampled_from(sorted(WHOLE)), data=st.data())
     def test_changed_bytes_are_never_an_error_of_the_check_itself(self, encoding, data):
@@ -214,7 +214,7 @@ class TestImages:
         for _ in range(data.draw(st.integers(1, 4))):
             image[data.draw(st.integers(8, min(len(image) - 1, 200)))] = data.draw(st.integers(0, 255))
         image = image[: data.draw(st.integers(12, len(image)))]
-        damage_of(bytes(image), encoding)
+        find_damage(bytes(image), encoding)
 
     @pytest.mark.parametrize(
         ("name", "data"),

@@ -4,8 +4,8 @@ import time
 
 import numpy as np
 
-from tiercache.shard.chunks import LOOK_AGAIN_S
-from tiercache.shard.source import SETTLED_NS
+from tiercache.shard.chunks import STAT_INTERVAL_S
+from tiercache.shard.source import MIN_CTIME_AGE_NS
 from tiercache.shard.types import Image, Ragged, Schema, Tensor
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.waiting import wait_for
@@ -49,4 +49,4 @@ def fill(store, **options):
 def wait_until_settled(*paths):
     """Wait until each file's ctime tells it from what the next write makes of it, and readers have looked at it."""
     changed_ns = max(path.stat().st_ctime_ns for path in paths)
-    assert wait_for(lambda: time.time_ns() - changed_ns > SETTLED_NS + LOOK_AGAIN_S * 1e9, 60.0)
+    assert wait_for(lambda: time.time_ns() - changed_ns > MIN_CTIME_AGE_NS + STAT_INTERVAL_S * 1e9, 60.0)

@@ -267,7 +267,7 @@ class TestRaces:
 
 
 def lost(verb: str, **facts: object) -> Fault:
-    return Fault(verb, kind=FaultKind.LOST_ANSWER, keys=VERSIONS, **facts)
+    return Fault(verb, kind=FaultKind.LOST_RESPONSE, keys=VERSIONS, **facts)
 
 
 class TestLostAnswers:
@@ -372,7 +372,7 @@ class TestLostAnswers:
         store = MemoryStore(secrets.token_hex(8))
         commit(store, [], schema=SCHEMA, mode="create")
         verbs = st.sampled_from(["get", "put", "put_if_absent", "read_into"])
-        kinds = st.sampled_from([FaultKind.ERROR, FaultKind.LOST_ANSWER])
+        kinds = st.sampled_from([FaultKind.ERROR, FaultKind.LOST_RESPONSE])
         fault = st.builds(
             Fault, verb=verbs, nth=st.integers(1, 6), times=st.integers(1, 3), kind=kinds, retryable=st.booleans()
         )

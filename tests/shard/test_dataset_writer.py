@@ -285,7 +285,7 @@ class TestFailures:
         self, url: str, store: MemoryStore, faulty: FaultStore
     ) -> None:
         faulty.add(
-            Fault("put_if_absent", kind=FaultKind.LOST_ANSWER),
+            Fault("put_if_absent", kind=FaultKind.LOST_RESPONSE),
             Fault(
                 "get",
                 keys=version_key(1),
@@ -303,7 +303,7 @@ class TestFailures:
     def test_aborting_what_may_have_been_committed_deletes_nothing(
         self, url: str, store: MemoryStore, faulty: FaultStore
     ) -> None:
-        faulty.add(Fault("put_if_absent", kind=FaultKind.LOST_ANSWER), Fault("get", keys=version_key(1)))
+        faulty.add(Fault("put_if_absent", kind=FaultKind.LOST_RESPONSE), Fault("get", keys=version_key(1)))
         writer = Writer(url, schema=SCHEMA)
         writer.write_batch(batch(0, 10))
         with pytest.raises(StoreError):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.shard import codec, decode
-from tiercache.shard.memory import PIECE_BYTES, Pool
+from tiercache.shard.memory import HUGE_PAGE_BYTES, BufferPool
 from tiercache.shard.source import address_of
 
 
@@ -56,10 +56,10 @@ def test_a_frame_of_another_length_than_promised_is_refused():
 
 
 def test_memory_is_lent_again_while_some_is_in_use_and_given_back_when_none_is():
-    pool = Pool()
+    pool = BufferPool()
     first, second = pool.lend(3 << 20), pool.lend(3 << 20)
     address = address_of(second)
-    assert address % PIECE_BYTES == 0
+    assert address % HUGE_PAGE_BYTES == 0
     part = second[100:200]  # whoever holds a part holds all of it
     del second
     assert pool.lent_bytes == 8 << 20
@@ -73,7 +73,7 @@ def test_memory_is_lent_again_while_some_is_in_use_and_given_back_when_none_is()
 
 
 def test_no_more_memory_is_kept_than_is_in_use():
-    pool = Pool()
+    pool = BufferPool()
     kept = pool.lend(2 << 20)
     for _ in range(4):
         loans = [pool.lend(2 << 20) for _ in range(4)]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tiercache.shard.fit import MisfitError, as_numpy, fit, round_to_bfloat16, widen_bfloat16
+from tiercache.shard.fit import ConversionError, as_numpy, fit, round_to_bfloat16, widen_bfloat16
 from tiercache.shard.spec import INTEGERS, STORED
 
 INTEGER_DTYPES = st.sampled_from(sorted(INTEGERS))
@@ -19,7 +19,7 @@ def test_integers_fit_exactly_or_the_first_that_does_not_is_named(data, source, 
     limits = np.iinfo(target)
     wrong = [i for i, value in enumerate(values.tolist()) if not limits.min <= value <= limits.max]
     if wrong:
-        with pytest.raises(MisfitError) as caught:
+        with pytest.raises(ConversionError) as caught:
             fit(values, source, target)
         assert (caught.value.index, caught.value.got) == (wrong[0], str(values[wrong[0]]))
     else:
@@ -37,7 +37,7 @@ def test_an_integer_goes_into_a_float_that_holds_it_exactly_and_no_other(value, 
         got = fit(np.array([value], source), source, target)
         assert (widen_bfloat16(got) if target == "bfloat16" else got)[0] == value
     else:
-        with pytest.raises(MisfitError):
+        with pytest.raises(ConversionError):
             fit(np.array([value], source), source, target)
 
 
@@ -63,7 +63,7 @@ def test_float64_is_rounded_once(bits, side, shrink):
 def test_floats_become_narrower_but_not_infinite():
     assert fit(np.array([0.1, np.inf, np.nan]), "float64", "float32").tolist()[1] == np.inf
     for target, value in (("float32", 1e39), ("float16", 65520.0), ("bfloat16", 3.4e38)):
-        with pytest.raises(MisfitError, match=f"within the range of {target}"):
+        with pytest.raises(ConversionError, match=f"within the range of {target}"):
             fit(np.array([1.0, value]), "float64", target)
 
 
@@ -82,7 +82,7 @@ def test_bfloat16_tensors_come_as_their_bits():
 
 
 def test_a_tensor_that_numpy_cannot_hold_is_refused():
-    with pytest.raises(MisfitError, match="a dense tensor"):
+    with pytest.raises(ConversionError, match="a dense tensor"):
         as_numpy(torch.zeros(2, 2).to_sparse())
 
 
@@ -90,5 +90,5 @@ def test_a_tensor_that_numpy_cannot_hold_is_refused():
     ("given_dtype", "target"), [("bool", "int8"), ("uint8", "bool"), ("float32", "int64"), ("bool", "float32")]
 )
 def test_other_sorts_of_numbers_are_refused(given_dtype, target):
-    with pytest.raises(MisfitError):
+    with pytest.raises(ConversionError):
         fit(np.zeros(1, given_dtype), given_dtype, target)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tiercache.errors import CorruptShard
-from tiercache.shard.footers import Footers
+from tiercache.shard.footers import FooterCache
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.types import Schema
 from tiercache.shard.writer import ShardOptions, ShardWriter
@@ -47,7 +47,7 @@ def test_a_local_copy_has_its_own_footer_read_whatever_was_read_before(tmp_path)
 def test_footers_are_kept_for_one_opening_and_within_a_limit():
     store = MemoryStore("footers-kept")
     footer = footer_of(store, fill(store))
-    kept = Footers(limit_bytes=2 * footer.nbytes)
+    kept = FooterCache(limit_bytes=2 * footer.nbytes)
     for shard in range(3):
         kept.put(shard, footer)
     assert [kept.take(shard) is footer for shard in (2, 0, 0, 1)] == [False, True, False, True]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tiercache._native.records import join
 from tiercache.errors import SchemaError
-from tiercache.shard.ingest import build_part
+from tiercache.shard.ingest import build_column_data
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.types import Image, Ragged, Schema, Tensor
 from tiercache.shard.values import as_batch
@@ -293,7 +293,7 @@ def test_lists_of_bytes_and_text_are_joined_as_value_by_value(values, text, null
     )
     assert (joined is not None) == usual
     if joined is not None:
-        slow = build_part(column, [v.encode() if isinstance(v, str) else v for v in values])
+        slow = build_column_data(column, [v.encode() if isinstance(v, str) else v for v in values])
         assert joined[0].tobytes() == slow.values.tobytes()
         assert joined[1].tolist() == slow.offsets.tolist()
         assert (joined[2] is None) == (None not in values)

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from tiercache._native.records import Records
 from tiercache.errors import SchemaError
 from tiercache.shard.reader import ShardReader
-from tiercache.shard.record_buffer import KEPT, NOT_USUAL, OVER, RecordBuffer
+from tiercache.shard.record_buffer import EXCEEDS_BLOCK, KEPT, NEEDS_CONVERSION, RecordBuffer
 from tiercache.shard.types import Image, Ragged, Schema, Tensor
 from tiercache.shard.values import as_batch
 from tiercache.shard.writer import ShardOptions, ShardWriter
@@ -169,13 +169,13 @@ UNUSUAL = [
 @pytest.mark.parametrize(("kind", "value"), UNUSUAL)
 def test_what_is_not_usual_is_left_to_a_closer_look_and_nothing_is_kept(kind, value):
     buffer = RecordBuffer(Schema.of({"n": "int8", "x": kind}).columns, 1 << 20)
-    assert buffer.add_usual({"n": 1, "x": value}) == NOT_USUAL
+    assert buffer.add_usual({"n": 1, "x": value}) == NEEDS_CONVERSION
     assert buffer.n_records == 0
 
 
 @pytest.mark.parametrize("record", [{}, {"x": 1}, {"x": 1, "z": 1}, {"x": 1, "y": 1, "z": 1}, [1, 2], None, "xy"])
 def test_records_of_other_names_are_not_usual(record):
-    assert RecordBuffer(Schema.of({"x": "int8", "y": "int8"}).columns, 100).add_usual(record) == NOT_USUAL
+    assert RecordBuffer(Schema.of({"x": "int8", "y": "int8"}).columns, 100).add_usual(record) == NEEDS_CONVERSION
 
 
 MISFITS = [
@@ -237,7 +237,7 @@ def test_what_was_put_of_a_refused_record_is_not_seen_in_the_next():
 def test_a_record_that_is_too_much_for_the_block_stays_for_the_next():
     buffer = RecordBuffer(Schema.of({"b": "bytes", "n": "int64"}).columns, 100)
     kept = [buffer.add_usual({"b": b"x" * 14, "n": n}) for n in range(4)]
-    assert kept == [KEPT, KEPT, KEPT, OVER]
+    assert kept == [KEPT, KEPT, KEPT, EXCEEDS_BLOCK]
     first, (b, n) = buffer.take(3), buffer.take(1)
     assert first[1].values.ravel().tolist() == [0, 1, 2]
     assert (n.values.ravel().tolist(), b.offsets.tolist()) == ([3], [0, 14])
@@ -336,7 +336,7 @@ def test_want_of_memory_leaves_all_records_as_they_were(monkeypatch, n):
             break
     assert failed
     while number < 65:
-        assert buffer.add_usual(record(number)) != NOT_USUAL
+        assert buffer.add_usual(record(number)) != NEEDS_CONVERSION
         number += 1
     t, r, b, k = buffer.take(65)
     assert t.values.tolist() == [[i] * 64 for i in range(65)]

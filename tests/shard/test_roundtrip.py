@@ -20,7 +20,7 @@ from tiercache.shard.fit import widen_bfloat16
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.shard_file import ShardFile
 from tiercache.shard.types import Image, Kind, Ragged, Schema, Tensor
-from tiercache.shard.uploading import Uploads
+from tiercache.shard.uploading import UploadQueue
 from tiercache.shard.values import as_batch, as_records, block_values
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
@@ -224,7 +224,7 @@ def test_a_column_of_nulls_alone_is_read_back():
 def test_a_shard_without_records_is_read_as_one():
     store = MemoryStore("round-trip-empty")
     schema = Schema.of({"x": "int64", "y": "str"})
-    uploads = Uploads(store)
+    uploads = UploadQueue(store)
     block_codec = BlockCodec([ColumnCodec("auto", c.kind) for c in schema.columns])
     info = ShardFile(uploads, "empty", schema, block_codec).finish({})
     uploads.wait()

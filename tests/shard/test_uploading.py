@@ -15,7 +15,7 @@ from tiercache.shard import uploading
 from tiercache.shard.dataset_writer import Writer
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.types import Schema, Tensor
-from tiercache.shard.uploading import Uploads
+from tiercache.shard.uploading import UploadQueue
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.contract import Upload
 from tiercache.store.local import LocalFolder
@@ -94,7 +94,7 @@ def test_the_writer_goes_on_while_a_part_is_uploaded_and_all_is_in_order(store: 
 
 def test_one_part_is_sent_and_two_wait_and_no_more_are_taken(store: Gated) -> None:
     store.gate.clear()
-    uploads = Uploads(store)
+    uploads = UploadQueue(store)
     upload, taken = uploads.begin("a"), threading.Event()
 
     def fourth() -> None:
@@ -114,7 +114,7 @@ def test_one_part_is_sent_and_two_wait_and_no_more_are_taken(store: Gated) -> No
 
 
 def test_memory_of_parts_is_used_again(store: Gated) -> None:
-    uploads = Uploads(store)
+    uploads = UploadQueue(store)
     upload, seen = uploads.begin("a"), set()
     for number in range(20):
         memory = uploads.memory(10)

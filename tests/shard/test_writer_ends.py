@@ -18,7 +18,7 @@ from tiercache.shard.cutter import BlockCutter
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.shard_file import ShardFile
 from tiercache.shard.types import Schema
-from tiercache.shard.uploading import Uploads
+from tiercache.shard.uploading import UploadQueue
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
@@ -42,7 +42,7 @@ HAND_OVERS = [
     (BlockCutter, "end_block"),
     (BlockCutter, "add"),
     (ShardFile, "add_block"),
-    (Uploads, "send"),
+    (UploadQueue, "send"),
 ]
 
 

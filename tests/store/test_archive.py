@@ -10,7 +10,7 @@ from tiercache._native.checksum import crc32c
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.store import CloudStore
 from tiercache.store.archive import CopySizes, S3Archive, open_archive
-from tiercache.store.aws import S3Calls
+from tiercache.store.aws import Boto3Client
 
 PART = 5 << 20  # the smallest that S3 takes
 pytestmark = pytest.mark.s3
@@ -129,7 +129,7 @@ def test_seaweedfs_names_the_sum_of_the_whole(s3, opened):
 
 
 def test_a_part_that_arrives_wrong_is_refused(s3, opened, monkeypatch):
-    monkeypatch.setattr("tiercache.store.s3_upload.sum_text", lambda crc: "AAAAAA==")
+    monkeypatch.setattr("tiercache.store.s3_upload.crc32c_to_text", lambda crc: "AAAAAA==")
     archive = opened(s3)
     with pytest.raises(StoreError, match="BadDigest"):
         put(archive, "a", b"data")
@@ -338,7 +338,7 @@ def test_a_copy_by_the_server_that_must_be_new_leaves_what_is_there(
 ):
     src, dst = opened(s3), opened(s3, "-cold", whole_bytes=whole_bytes, part_bytes=PART)
     if has_old_boto3:
-        monkeypatch.setattr(S3Calls, "takes", lambda *_args: False)
+        monkeypatch.setattr(Boto3Client, "takes", lambda *_args: False)
     put(src, "a", b"x" * PART)
     assert dst.copy_from(src, "a", "free", if_absent=True).n_bytes == PART
     put(dst, "a", b"mine")
@@ -349,7 +349,7 @@ def test_a_copy_by_the_server_that_must_be_new_leaves_what_is_there(
 
 
 def test_an_old_boto3_changes_classes_too(door, opened, monkeypatch):
-    monkeypatch.setattr(S3Calls, "takes", lambda *_args: False)
+    monkeypatch.setattr(Boto3Client, "takes", lambda *_args: False)
     archive = opened(door)
     put(archive, "a", b"data")
     assert archive.set_class("a", "STANDARD_IA").storage_class == "STANDARD_IA"

@@ -11,7 +11,7 @@ import pytest
 from tiercache.errors import StoreError
 from tiercache.store import open_store
 from tiercache.store.archive import S3Archive
-from tiercache.store.cloud import _stand_in
+from tiercache.store.cloud import _fallback_store
 from tiercache.store.options import CloudOptions
 from tiercache.testing.http_server import HttpFaultServer
 
@@ -89,7 +89,7 @@ def test_a_bundle_of_the_environment_is_trusted_by_every_back_end(server, certif
         more = {"root_certificate": str(certificate[0])}
     store = open_store("s3://bucket", **options(server, **more))
     assert store.get("a") == b"data"
-    stand_in = _stand_in(store.place, store.options, store._tuning)
+    stand_in = _fallback_store(store.place, store.options, store._tuning)
     assert stand_in.get("a") == b"data"
     stand_in.close()
     archive = S3Archive.of(store)
@@ -128,7 +128,7 @@ def test_the_requester_pays_for_every_back_end(http_server, given):
     http_server.objects = {"bucket/a": b"data"}
     keys = {"access_key_id": "k", "secret_access_key": "s"}  # S3 lets nobody pay whom it does not know
     store = open_store("s3://bucket", endpoint=http_server.url, region="us-east-1", **given, **keys)
-    stand_in = _stand_in(store.place, store.options, store._tuning)
+    stand_in = _fallback_store(store.place, store.options, store._tuning)
     archive = S3Archive.of(store)
     store.get("a")
     stand_in.get("a")

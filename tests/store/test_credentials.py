@@ -15,16 +15,16 @@ from tiercache.model import ByteRange
 from tiercache.store import open_store
 from tiercache.store.archive import S3Archive
 from tiercache.store.bucket import ObstoreStore
-from tiercache.store.cloud import _stand_in
+from tiercache.store.cloud import _fallback_store
 from tiercache.store.credentials import Credentials, Keys, s3_access
 from tiercache.store.options import CloudOptions
-from tiercache.testing.http_server import Misbehave
+from tiercache.testing.http_server import HttpFault
 from tiercache.testing.reading import read_ranges
 from tiercache.waiting import wait_for
 
 EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
 DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
-REFUSED = Misbehave("status", 400, body=EXPIRED)
+REFUSED = HttpFault("status", 400, body=EXPIRED)
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,7 @@ def test_keys_that_another_program_has_renewed_are_read_again_when_the_old_ones_
     renew(tmp_path, monkeypatch, "NEW")
     listing = b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"
     n_refusals = 2 if call == "head" else 1  # that of a HEAD has no body
-    http_server.next(*[REFUSED] * n_refusals, *([Misbehave("status", 200, body=listing)] if call == "list" else []))
+    http_server.next(*[REFUSED] * n_refusals, *([HttpFault("status", 200, body=listing)] if call == "list" else []))
     {
         "get": lambda: store.get("a"),
         "head": lambda: store.head("a"),
@@ -112,7 +112,7 @@ def test_an_archive_reads_renewed_keys_too(http_server, opened, monkeypatch, tmp
 def test_s3fs_in_forked_processes_reads_renewed_keys_too(http_server, opened, monkeypatch, tmp_path):
     renew_file(tmp_path, monkeypatch, "OLD")
     store = opened(profile="work")
-    stand_in = _stand_in(store.place, store.options, store._tuning)
+    stand_in = _fallback_store(store.place, store.options, store._tuning)
     assert stand_in.get("a") == b"data"
     renew_file(tmp_path, monkeypatch, "NEW")
     http_server.next(REFUSED)
@@ -162,7 +162,7 @@ def test_a_refusal_that_newer_keys_do_not_mend_is_final(http_server, opened):
         return {"AccessKeyId": f"K{len(asked)}", "SecretAccessKey": "s"}
 
     store = opened(credentials=keys)
-    http_server.when(lambda method, path: Misbehave("status", 403, body=DENIED))
+    http_server.when(lambda method, path: HttpFault("status", 403, body=DENIED))
     with pytest.raises(StoreError, match="AccessDenied"):
         store.get("a")
     assert keys_of(http_server) == ["K1", "K2"]
@@ -319,7 +319,7 @@ def test_a_role_of_another_profile_is_taken_on_by_botocore(http_server, opened, 
         "region = us-east-1\nrole_arn = arn:aws:iam::123456789012:role/r\nsource_profile = base\n"
     )
     monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"{http_server.url}/sts")
-    http_server.next(Misbehave("status", 200, body=sts_answer("ROLE", "AssumeRole")))
+    http_server.next(HttpFault("status", 200, body=sts_answer("ROLE", "AssumeRole")))
     assert opened(profile="work").get("a") == b"data"
     assert keys_of(http_server) == ["BASE", "ROLE"]
 
@@ -478,10 +478,10 @@ def role(http_server, tmp_path):
 
 def test_a_tokens_file_is_read_again_when_the_keys_for_it_are_refused(http_server, opened, role, tmp_path):
     store = opened(**role)
-    http_server.next(Misbehave("status", 200, body=sts_answer("ROLE1")))
+    http_server.next(HttpFault("status", 200, body=sts_answer("ROLE1")))
     assert store.get("a") == b"data"
     (tmp_path / "token").write_text("a-newer-token")
-    http_server.next(REFUSED, Misbehave("status", 200, body=sts_answer("ROLE2")))
+    http_server.next(REFUSED, HttpFault("status", 200, body=sts_answer("ROLE2")))
     assert store.get("a") == b"data"
     assert keys_of(http_server) == ["", "ROLE1", "ROLE1", "", "ROLE2"]
     tokens = [parse_qs(seen.body.decode())["WebIdentityToken"] for seen in http_server.log if seen.method == "POST"]
@@ -492,7 +492,7 @@ def test_a_role_of_the_environment_is_taken_on(http_server, opened, role, monkey
     for name, variable in (("role_arn", "ROLE_ARN"), ("web_identity_token_file", "WEB_IDENTITY_TOKEN_FILE")):
         monkeypatch.setenv(f"AWS_{variable}", role[name])
     monkeypatch.setenv("AWS_ENDPOINT_URL_STS", role["sts_endpoint"])
-    http_server.next(Misbehave("status", 200, body=sts_answer("ROLE")))
+    http_server.next(HttpFault("status", 200, body=sts_answer("ROLE")))
     assert opened().get("a") == b"data"
 
 
@@ -501,7 +501,7 @@ def test_what_sts_refuses_is_said_with_its_own_reason(http_server, opened, role)
         b"<ErrorResponse><Error><Type>Sender</Type><Code>ExpiredTokenException</Code><Message>Token expired: now must "
         b"be before</Message></Error></ErrorResponse>"
     )
-    http_server.when(lambda method, path: Misbehave("status", 400, body=body))
+    http_server.when(lambda method, path: HttpFault("status", 400, body=body))
     with pytest.raises(StoreError, match=r"STS at http.*/sts.*ExpiredTokenException: Token expired") as caught:
         opened(**role).get("a")
     assert (caught.value.code, caught.value.retryable) == ("ExpiredTokenException", False)
@@ -510,12 +510,12 @@ def test_what_sts_refuses_is_said_with_its_own_reason(http_server, opened, role)
 
 
 def test_a_write_that_sts_kept_from_being_sent_is_not_in_doubt(http_server, opened, role):
-    http_server.next(Misbehave("status", 500), Misbehave("status", 200, body=sts_answer("ROLE")))
+    http_server.next(HttpFault("status", 500), HttpFault("status", 200, body=sts_answer("ROLE")))
     assert opened(**role).put_if_absent("b", b"x")
 
 
 def test_an_sts_that_is_busy_is_asked_again(http_server, opened, role):
-    http_server.next(Misbehave("status", 503), Misbehave("status", 200, body=sts_answer("ROLE")))
+    http_server.next(HttpFault("status", 503), HttpFault("status", 200, body=sts_answer("ROLE")))
     assert opened(**role).get("a") == b"data"
 
 

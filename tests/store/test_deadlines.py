@@ -13,16 +13,16 @@ from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store import CloudStore, open_store
 from tiercache.store.archive import S3Archive
-from tiercache.store.bucket import Tuning
+from tiercache.store.bucket import ReadSettings
 from tiercache.store.fsspec import FsspecStore
 from tiercache.store.landing import read_requests, worker_pool
-from tiercache.store.obstore import Place
-from tiercache.store.obstore_errors import failure
+from tiercache.store.obstore import BucketFolder
+from tiercache.store.obstore_errors import to_store_error
 from tiercache.store.options import CloudOptions
-from tiercache.store.retry import CallLimit, CallWatch, RetryPolicy, unreachable_fails_at_once, with_retries
+from tiercache.store.retry import CallLimit, CallMonitor, RetryPolicy, fail_fast_if_unreachable, with_retries
 from tiercache.store.spans import RequestSizes, plan_requests
 from tiercache.testing import FakeClock
-from tiercache.testing.http_server import HttpFaultServer, Misbehave
+from tiercache.testing.http_server import HttpFault, HttpFaultServer
 from tiercache.testing.reading import pattern, read_ranges
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
@@ -40,7 +40,7 @@ def opened(http_server):
 
     def build(tuning=None, **options):
         given = {"endpoint": http_server.url, "anon": True, "region": "us-east-1", **options}
-        place = Place("s3", "bucket", "", "s3://bucket")
+        place = BucketFolder("s3", "bucket", "", "s3://bucket")
         made.append(CloudStore(place, CloudOptions.parse("s3", given), tuning))
         return made[-1]
 
@@ -65,7 +65,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_server_that_never_answers_ends_a_call_after_its_timeout(http_server, opened, call):
-    http_server.when(lambda method, path: Misbehave("silence"))
+    http_server.when(lambda method, path: HttpFault("silence"))
     started_s = time.monotonic()
     with pytest.raises(StoreError) as caught:
         CALLS[call](opened(timeout=0.5))
@@ -76,7 +76,7 @@ def test_a_server_that_never_answers_ends_a_call_after_its_timeout(http_server, 
 
 @pytest.mark.parametrize("call", ["get", "read_tail", "read_into", "read_into, many"])
 def test_a_body_that_stalls_ends_a_call_after_its_timeout(http_server, opened, call):
-    http_server.when(lambda method, path: Misbehave("stall", n_bytes=5))
+    http_server.when(lambda method, path: HttpFault("stall", n_bytes=5))
     started_s = time.monotonic()
     with pytest.raises(StoreError) as caught:
         CALLS[call](opened(timeout="0.5"))
@@ -86,7 +86,7 @@ def test_a_body_that_stalls_ends_a_call_after_its_timeout(http_server, opened, c
 
 def test_an_archive_has_the_same_timeout(http_server, opened):
     pytest.importorskip("boto3")
-    http_server.when(lambda method, path: Misbehave("silence"))
+    http_server.when(lambda method, path: HttpFault("silence"))
     archive = S3Archive.of(opened(timeout=0.5))
     started_s = time.monotonic()
     with pytest.raises(StoreError, match=http_server.url):
@@ -150,7 +150,7 @@ def test_time_in_the_queue_behind_other_reads_does_not_count():
 def test_a_long_read_goes_on_as_long_as_bytes_come(http_server, opened):
     clock = FakeClock()
     http_server.when(lambda method, path: clock.advance(40))
-    store = opened(Tuning(clock=clock, n_threads=1, sizes=RequestSizes(gap_bytes=0, part_bytes=MIB)), timeout=60)
+    store = opened(ReadSettings(clock=clock, n_threads=1, sizes=RequestSizes(gap_bytes=0, part_bytes=MIB)), timeout=60)
     assert read_ranges(store, "a", [ByteRange(0, 3 * MIB)]) == [DATA]
 
 
@@ -159,10 +159,10 @@ def test_attempts_that_bring_no_new_bytes_are_no_progress(http_server, opened):
 
     def fail_slowly(method, path):
         clock.advance(25)
-        return Misbehave("reset", n_bytes=2 * MIB)
+        return HttpFault("reset", n_bytes=2 * MIB)
 
     http_server.when(fail_slowly)
-    store = opened(Tuning(clock=clock, policy=RetryPolicy(n_attempts=100)), timeout=60)
+    store = opened(ReadSettings(clock=clock, policy=RetryPolicy(n_attempts=100)), timeout=60)
     with pytest.raises(StoreError):
         read_ranges(store, "a", [ByteRange(0, 3 * MIB)])
     assert len(http_server.log) < 30, "each attempt takes 25 s, and most bring no byte that had not come before"
@@ -181,7 +181,7 @@ def test_the_clients_own_limits_are_no_longer_than_the_calls():
 
 
 def test_a_long_wait_is_reported_once_while_it_lasts_with_the_endpoint(http_server, opened, caplog):
-    http_server.when(lambda method, path: Misbehave("silence"))
+    http_server.when(lambda method, path: HttpFault("silence"))
     store = opened(timeout=30)
     errors = []
 
@@ -205,7 +205,7 @@ def test_a_long_wait_is_reported_once_while_it_lasts_with_the_endpoint(http_serv
 
 
 def test_a_wait_is_reported_after_2_s_and_again_only_after_progress(caplog):
-    clock, calls = FakeClock(), CallWatch()
+    clock, calls = FakeClock(), CallMonitor()
     limit = CallLimit("s3://b/a", "get", clock=clock, timeout_s=60, endpoint=lambda: "http://e")
     with calls.track(limit):
         clock.advance(1.9)
@@ -239,8 +239,8 @@ def nobody():
 def test_a_command_fails_at_its_first_attempt_where_nobody_listens(request, opened, endpoint):
     endpoint = request.getfixturevalue("nobody") if endpoint == "nobody" else endpoint
     clock = FakeClock()
-    store = opened(Tuning(clock=clock), endpoint=endpoint)
-    with unreachable_fails_at_once(), pytest.raises(StoreError, match=f"cannot connect to {endpoint}"):
+    store = opened(ReadSettings(clock=clock), endpoint=endpoint)
+    with fail_fast_if_unreachable(), pytest.raises(StoreError, match=f"cannot connect to {endpoint}"):
         store.get("a")
     assert clock.slept == []
     with pytest.raises(StoreError, match=f"cannot connect to {endpoint}"):
@@ -250,8 +250,8 @@ def test_a_command_fails_at_its_first_attempt_where_nobody_listens(request, open
 
 def test_a_command_waits_for_an_endpoint_that_has_answered(http_server, opened):
     clock = FakeClock()
-    store = opened(Tuning(clock=clock))
-    with unreachable_fails_at_once():
+    store = opened(ReadSettings(clock=clock))
+    with fail_fast_if_unreachable():
         store.get("a")
         http_server.__exit__()
         with pytest.raises(StoreError, match="cannot connect"):
@@ -262,7 +262,7 @@ def test_a_command_waits_for_an_endpoint_that_has_answered(http_server, opened):
 def test_an_archive_says_where_it_cannot_connect(nobody, opened):
     pytest.importorskip("boto3")
     archive = S3Archive.of(opened(endpoint=nobody))
-    with unreachable_fails_at_once(), pytest.raises(StoreError, match=f"cannot connect to {nobody}") as caught:
+    with fail_fast_if_unreachable(), pytest.raises(StoreError, match=f"cannot connect to {nobody}") as caught:
         archive.head("a")
     assert caught.value.retryable
     archive.close()
@@ -282,7 +282,7 @@ def test_an_archive_says_where_it_cannot_connect(nobody, opened):
     ],
 )
 def test_the_reason_is_read_from_the_answers_body(http_server, body, reason):
-    http_server.next(Misbehave("status", 400, body=body))
+    http_server.next(HttpFault("status", 400, body=body))
     store = open_store(http_server.url)
     with pytest.raises(StoreError, match=reason):
         store.get("a")
@@ -291,7 +291,7 @@ def test_the_reason_is_read_from_the_answers_body(http_server, body, reason):
 
 def test_a_refused_head_is_followed_by_a_request_that_says_why(http_server, opened):
     body = b"<Error><Code>AccessDenied</Code><Message>not yours</Message></Error>"
-    http_server.when(lambda method, path: Misbehave("status", 403, body=body))
+    http_server.when(lambda method, path: HttpFault("status", 403, body=body))
     with pytest.raises(StoreError, match="AccessDenied: not yours") as caught:
         opened().head("a")
     assert caught.value.code == "AccessDenied"
@@ -299,6 +299,6 @@ def test_a_refused_head_is_followed_by_a_request_that_says_why(http_server, open
 
 def test_an_error_without_a_server_in_its_text_names_the_one_that_was_asked():
     text = "Generic S3 error: HTTP error: body\n\nDebug source:\nHttpError {\n    kind: Timeout,\n}"
-    error = failure(RuntimeError(text), "get", "s3://b/a", "http://e")
+    error = to_store_error(RuntimeError(text), "get", "s3://b/a", "http://e")
     assert "http://e" in str(error)
     assert error.retryable

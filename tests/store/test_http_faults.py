@@ -10,13 +10,13 @@ import pytest
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import CloudStore, open_store
-from tiercache.store.bucket import Tuning
-from tiercache.store.obstore import Place
+from tiercache.store.bucket import ReadSettings
+from tiercache.store.obstore import BucketFolder
 from tiercache.store.options import CloudOptions
 from tiercache.store.retry import RetryPolicy
 from tiercache.store.spans import RequestSizes
 from tiercache.testing import FakeClock
-from tiercache.testing.http_server import Misbehave
+from tiercache.testing.http_server import HttpFault
 from tiercache.testing.reading import ReadSuite, pattern, read_ranges
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
@@ -52,12 +52,12 @@ def make(http_server, clock):
         tuning = {"policy": RetryPolicy(), "clock": clock, **tuning}
         if cloud == "http":
             options = CloudOptions.parse("http", {"read_timeout": 5})
-            place = Place("http", http_server.url, "", http_server.url)
+            place = BucketFolder("http", http_server.url, "", http_server.url)
         else:
             given = {"endpoint": http_server.url, "anon": True, "region": "us-east-1", "disable_bulk_delete": True}
             options = CloudOptions.parse("s3", given)
-            place = Place("s3", "bucket", "", "s3://bucket")
-        made.append(CloudStore(place, options, Tuning(**tuning)))
+            place = BucketFolder("s3", "bucket", "", "s3://bucket")
+        made.append(CloudStore(place, options, ReadSettings(**tuning)))
         return made[-1]
 
     yield build
@@ -68,14 +68,14 @@ def make(http_server, clock):
 @pytest.mark.parametrize(
     "script",
     [
-        [Misbehave("status", 503)],
-        [Misbehave("status", 500), Misbehave("status", 429), Misbehave("status", 502)],
-        [Misbehave("reset")],
-        [Misbehave("reset", n_bytes=0)],
-        [Misbehave("short", n_bytes=1000)],
-        [Misbehave("whole")],
-        [Misbehave("drop")],
-        [Misbehave("reset"), Misbehave("short"), Misbehave("status", 504), Misbehave("drop")],
+        [HttpFault("status", 503)],
+        [HttpFault("status", 500), HttpFault("status", 429), HttpFault("status", 502)],
+        [HttpFault("reset")],
+        [HttpFault("reset", n_bytes=0)],
+        [HttpFault("short", n_bytes=1000)],
+        [HttpFault("whole")],
+        [HttpFault("drop")],
+        [HttpFault("reset"), HttpFault("short"), HttpFault("status", 504), HttpFault("drop")],
     ],
     ids=lambda script: "+".join(fault.kind for fault in script),
 )
@@ -92,14 +92,14 @@ def test_head_get_and_read_tail_are_retried_too(http_server, make):
     http_server.objects = {"a": b"12345"}
     store = make()
     for call in (lambda: store.head("a").n_bytes, lambda: store.get("a"), lambda: store.read_tail("a", 2)[0]):
-        http_server.next(Misbehave("status", 503))
+        http_server.next(HttpFault("status", 503))
         assert call() in (5, b"12345", b"45")
 
 
 def test_retrying_ends_and_says_what_was_asked_and_answered(http_server, make, clock):
     http_server.objects = {"a": DATA}
     body = b"<Error><Code>SlowDown</Code><Message>Please reduce your rate</Message></Error>"
-    http_server.when(lambda method, path: Misbehave("status", 503, body=body))
+    http_server.when(lambda method, path: HttpFault("status", 503, body=body))
     with pytest.raises(StoreError, match=r"/a: read_into: HTTP 503 .*SlowDown: Please reduce") as caught:
         read_ranges(make(policy=RetryPolicy(n_attempts=4)), "a", WHOLE)
     assert caught.value.retryable
@@ -111,7 +111,7 @@ def test_retrying_ends_and_says_what_was_asked_and_answered(http_server, make, c
 
 @pytest.mark.parametrize("status", [400, 401, 403, 405])
 def test_an_answer_that_trying_again_does_not_mend_is_not_retried(http_server, make, status):
-    http_server.when(lambda method, path: Misbehave("status", status))
+    http_server.when(lambda method, path: HttpFault("status", status))
     with pytest.raises(StoreError) as caught:
         make().get("a")
     assert (caught.value.retryable, caught.value.status) == (False, status)
@@ -135,7 +135,7 @@ def test_what_is_not_there_is_asked_once(http_server, make):
 def test_an_object_replaced_between_two_ranges_is_noticed_without_if_match(http_server, make):
     http_server.objects = {"a": DATA}
     store = make(sizes=RequestSizes(gap_bytes=0, part_bytes=MIB))
-    http_server.next(None, Misbehave("replace"))
+    http_server.next(None, HttpFault("replace"))
     with pytest.raises(ObjectChanged) as caught:
         read_ranges(store, "a", WHOLE)
     assert not caught.value.retryable
@@ -143,7 +143,7 @@ def test_an_object_replaced_between_two_ranges_is_noticed_without_if_match(http_
 
 def test_an_object_replaced_between_a_failure_and_its_retry_is_noticed(http_server, make):
     http_server.objects = {"a": DATA}
-    http_server.next(Misbehave("reset"), Misbehave("replace"))
+    http_server.next(HttpFault("reset"), HttpFault("replace"))
     with pytest.raises(ObjectChanged):
         read_ranges(make(), "a", WHOLE)
     assert http_server.log[-1].if_match is not None
@@ -173,7 +173,7 @@ def _wait_for_workers():
 @pytest.mark.parametrize("how", ["deadline", "cancel"])
 def test_a_stalled_read_ends_in_time_and_nothing_is_written_after_it(http_server, make, how):
     http_server.objects = {"a": DATA}
-    http_server.when(lambda method, path: Misbehave("stall", n_bytes=2 * MIB + 5))
+    http_server.when(lambda method, path: HttpFault("stall", n_bytes=2 * MIB + 5))
     store = open_store(http_server.url)
     buffer = bytearray(len(DATA))
     cancel = threading.Event()
@@ -199,7 +199,7 @@ def test_a_stalled_read_ends_in_time_and_nothing_is_written_after_it(http_server
 
 
 def test_a_deadline_ends_retrying(http_server, make, clock):
-    http_server.when(lambda method, path: Misbehave("status", 503))
+    http_server.when(lambda method, path: HttpFault("status", 503))
     store = make(policy=RetryPolicy(n_attempts=1000, first_s=1.0, longest_s=1.0))
     with pytest.raises(StoreError):
         read_ranges(store, "a", WHOLE, deadline_s=5.0)
@@ -209,7 +209,7 @@ def test_a_deadline_ends_retrying(http_server, make, clock):
 
 def test_put_if_absent_whose_answer_is_lost_says_so_and_is_not_repeated(http_server, make):
     store = make("s3")
-    http_server.next(Misbehave("lost_answer"))
+    http_server.next(HttpFault("lost_answer"))
     with pytest.raises(StoreError) as caught:
         store.put_if_absent("a", b"mine")
     assert caught.value.maybe_done
@@ -220,18 +220,18 @@ def test_put_if_absent_whose_answer_is_lost_says_so_and_is_not_repeated(http_ser
 def test_put_if_absent_is_repeated_where_the_answer_says_that_nothing_was_done(http_server, make):
     store = make("s3")
     conflict = b"<Error><Code>ConditionalRequestConflict</Code></Error>"
-    http_server.next(Misbehave("status", 503), Misbehave("status", 409, body=conflict))
+    http_server.next(HttpFault("status", 503), HttpFault("status", 409, body=conflict))
     assert store.put_if_absent("a", b"mine") is True
-    http_server.next(Misbehave("status", 409, body=conflict))
+    http_server.next(HttpFault("status", 409, body=conflict))
     assert store.put_if_absent("a", b"mine") is False
     assert http_server.objects == {"bucket/a": b"mine"}
 
 
 def test_put_and_delete_are_repeated(http_server, make):
     store = make("s3")
-    http_server.next(Misbehave("lost_answer"), None)
+    http_server.next(HttpFault("lost_answer"), None)
     assert store.put("a", b"x").n_bytes == 1
-    http_server.next(Misbehave("lost_answer"), Misbehave("status", 500), None)
+    http_server.next(HttpFault("lost_answer"), HttpFault("status", 500), None)
     store.delete(["a"])
     assert http_server.objects == {}
 
@@ -251,7 +251,7 @@ def test_missing_credentials_are_said_at_once(http_server):
 
 
 def test_a_missing_bucket_is_named(http_server, make):
-    http_server.next(Misbehave("status", 404, body=b"<Error><Code>NoSuchBucket</Code></Error>"))
+    http_server.next(HttpFault("status", 404, body=b"<Error><Code>NoSuchBucket</Code></Error>"))
     with pytest.raises(NotFound, match="no such bucket"):
         make("s3").get("a")
 
@@ -265,7 +265,7 @@ def test_what_http_cannot_do_is_said(make):
 def test_secrets_of_the_url_stand_in_no_error(http_server):
     url = http_server.url.replace("http://", "http://user:s3cret@")
     store = open_store(url)
-    http_server.when(lambda method, path: Misbehave("status", 403))
+    http_server.when(lambda method, path: HttpFault("status", 403))
     with pytest.raises(StoreError) as caught:
         store.get("a")
     http_server.__exit__()
@@ -281,7 +281,7 @@ def test_secrets_of_the_url_stand_in_no_error(http_server):
 def test_a_store_that_is_closed_tries_nothing_again(http_server, make, n_requests):
     """Else who reads ahead for nobody would ask a server that is gone for half a minute."""
     http_server.objects = {"a": DATA}
-    http_server.when(lambda method, path: Misbehave("status", 503))
+    http_server.when(lambda method, path: HttpFault("status", 503))
     tuning = {"policy": RetryPolicy(n_attempts=99, first_s=60.0, longest_s=60.0), "clock": SYSTEM_CLOCK}
     store, errors = make(**tuning), []
     ranges = WHOLE if n_requests == 1 else [ByteRange(0, 10), ByteRange(len(DATA) - 10, len(DATA))]

@@ -7,7 +7,7 @@ from threading import Event
 import pytest
 
 from tiercache.errors import StoreError
-from tiercache.store.retry import CallLimit, RetryPolicy, trying_until, with_retries
+from tiercache.store.retry import CallLimit, RetryPolicy, stop_retries_when, with_retries
 from tiercache.testing import FakeClock
 from tiercache.waiting import SystemClock, pause, wait_for
 
@@ -124,7 +124,7 @@ def test_what_nobody_wants_any_more_is_asked_once():
         unwanted.set()
         raise StoreError("away", url="u", retryable=True)
 
-    with trying_until(unwanted):
+    with stop_retries_when(unwanted):
         limit = CallLimit("u", "get", clock=FakeClock())
     with pytest.raises(StoreError, match="away"):
         with_retries(attempt, RetryPolicy(), limit)

@@ -10,12 +10,12 @@ import pytest
 from tiercache.errors import StoreError
 from tiercache.stats import Counters
 from tiercache.store import CloudStore, FsspecStore, LocalFolder, MemoryStore, open_store, redact, split_url
-from tiercache.store.aws import S3Calls
-from tiercache.store.bucket import Tuning
-from tiercache.store.cloud import _stand_in
-from tiercache.store.obstore import Client, Place
+from tiercache.store.aws import Boto3Client
+from tiercache.store.bucket import ReadSettings
+from tiercache.store.cloud import _fallback_store
+from tiercache.store.obstore import BucketFolder, Client
 from tiercache.store.options import CloudOptions
-from tiercache.store.urls import endpoint_of
+from tiercache.store.urls import server_url
 
 
 @pytest.mark.parametrize(
@@ -203,11 +203,11 @@ def test_a_server_has_one_name_whatever_client_asks_it(monkeypatch, environment,
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     options = CloudOptions.parse("s3", {"anon": True, **given})
-    place, counters = Place("s3", "bucket", "", "s3://bucket"), Counters("requests")
-    assert endpoint_of("s3", "bucket", options.config) == expected
+    place, counters = BucketFolder("s3", "bucket", "", "s3://bucket"), Counters("requests")
+    assert server_url("s3", "bucket", options.config) == expected
     assert Client(place, options, counters).awaited() == expected
-    assert S3Calls(options, place.url, counters).awaited() == expected
-    assert _stand_in(place, options, Tuning())._call_limit("a", "get").endpoint == expected
+    assert Boto3Client(options, place.url, counters).awaited() == expected
+    assert _fallback_store(place, options, ReadSettings())._call_limit("a", "get").endpoint == expected
 
 
 def test_http_is_allowed_unless_an_https_endpoint_is_given():
@@ -239,9 +239,9 @@ def test_options_that_s3fs_lacks_are_named_and_not_dropped():
     given = {"s3_express": True, "proxy_url": "http://proxy", "region": "eu-west-1"}
     assert CloudOptions.parse("s3", given).unknown_to_s3fs == ["proxy_url", "s3_express"]
     assert CloudOptions.parse("s3", {"key": "a", "secret": "b", "timeout": 5}).unknown_to_s3fs == []
-    place = Place("s3", "bucket", "", "s3://bucket")
+    place = BucketFolder("s3", "bucket", "", "s3://bucket")
     with pytest.raises(StoreError, match=r"not support proxy_url, s3_express; .*forkserver"):
-        _stand_in(place, CloudOptions.parse("s3", given), Tuning())
+        _fallback_store(place, CloudOptions.parse("s3", given), ReadSettings())
 
 
 def test_what_a_stand_in_must_know_too_reaches_it():

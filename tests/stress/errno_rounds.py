@@ -25,8 +25,8 @@ from tests.stress.scene import Model, Scene
 
 from tiercache.cache import evictor, publisher
 from tiercache.catalog import database
-from tiercache.testing.errnos import FOR_EVER, KINDS, Failed, Position, counted, failing
-from tiercache.testing.forks import Ended, Tell, run_forked
+from tiercache.testing.errnos import FOR_EVER, KINDS, FailedCalls, Position, count_calls, fail_calls
+from tiercache.testing.forks import ChildEnd, SendLine, run_forked
 
 
 @dataclass
@@ -94,17 +94,17 @@ class Rounds:
             prepare = chapter.prepare
             self.without_fault(lambda scene, tell: prepare(scene))
         self.keep()
-        calls, ended = counted(self.work, self.scene.cache_root, deadline_s=DEADLINE_S)
+        calls, ended = count_calls(self.work, self.scene.cache_root, deadline_s=DEADLINE_S)
         self.report.calls[chapter.work.__name__] = {kind: n for kind, n in calls.items() if n}
         self.take_in(ended, f"{chapter.work.__name__} without a fault")
 
-    def work(self, tell: Tell) -> None:
+    def work(self, tell: SendLine) -> None:
         self.chapter.work(self.scene, tell)
 
     def without_fault(self, work) -> None:
         self.take_in(run_forked(lambda tell: work(self.scene, tell), deadline_s=DEADLINE_S), "without a fault")
 
-    def take_in(self, ended: Ended, what: str) -> None:
+    def take_in(self, ended: ChildEnd, what: str) -> None:
         if ended.code:
             self.report.problems.append(f"{what}: {ended.error}")
 
@@ -134,7 +134,7 @@ class Rounds:
         """Whether the position was reached."""
         began_s = time.monotonic()
         self.bring_back()
-        failed = failing(self.work, self.scene.cache_root, position, deadline_s=DEADLINE_S)
+        failed = fail_calls(self.work, self.scene.cache_root, position, deadline_s=DEADLINE_S)
         if failed.n_struck:
             self.report.struck[f"{position.kind} {position.error}"] += 1
         else:
@@ -144,7 +144,7 @@ class Rounds:
         self.report.note_time(time.monotonic() - began_s, where)
         return failed.n_struck > 0
 
-    def look(self, failed: Failed) -> list[str]:
+    def look(self, failed: FailedCalls) -> list[str]:
         found = []
         if failed.ended.code:
             found.append(f"it {'hung' if failed.ended.hung else 'failed'}: {failed.ended.error}")

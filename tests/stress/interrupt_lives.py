@@ -18,7 +18,7 @@ from tests.stress.inspection import Inspection
 from tests.stress.jobs import change_heads
 from tests.stress.scene import Model, Scene
 from tests.stress.tier_rounds import HEALING_DAYS, Scenes
-from tests.tier.jobs import TierJob, heal
+from tests.tier.jobs import TierJob, discard_corrupt_copy
 
 import tiercache as tc
 from tiercache.cli.app import app as command
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from tests.stress.life import Chapter
 
-    from tiercache.testing.forks import Ended, Tell
+    from tiercache.testing.forks import ChildEnd, SendLine
 
 DEADLINE_S = 60.0
 SAID = "tiercache: interrupted: "
@@ -42,7 +42,7 @@ class Life(ABC):
     """Work in a folder of its own that can be interrupted again and again. Problems are texts."""
 
     name: str
-    then: Callable[[Tell], object] | None = None
+    then: Callable[[SendLine], object] | None = None
     """What the same process does after it."""
 
     @abstractmethod
@@ -50,7 +50,7 @@ class Life(ABC):
         """Bring the folder to where it was before."""
 
     @abstractmethod
-    def work(self, tell: Tell) -> None:
+    def work(self, tell: SendLine) -> None:
         """What is interrupted."""
 
     @abstractmethod
@@ -68,7 +68,7 @@ class Life(ABC):
         return interrupted(self.work, nth, then=self.then, deadline_s=DEADLINE_S)
 
 
-def fault_of(ended: Ended, what: str) -> list[str]:
+def fault_of(ended: ChildEnd, what: str) -> list[str]:
     """What is wrong with how a child ended."""
     return [f"{what} {'hung' if ended.hung else 'failed'}: {ended.error}"] if ended.code else []
 
@@ -102,10 +102,10 @@ class CacheLife(Life):
             copy_sparse(self._before, self._scene.cache_root)
             change_heads(self._scene.cache_root)
 
-    def work(self, tell: Tell) -> None:
+    def work(self, tell: SendLine) -> None:
         self._chapter.work(self._scene, tell)
 
-    def then(self, tell: Tell) -> None:
+    def then(self, tell: SendLine) -> None:
         gc.collect()
         self._chapter.work(self._scene, tell)
 
@@ -136,7 +136,7 @@ class TierLife(Life):
         assert self._is_ready
         self._world = self._scenes.lay(self._job, self._shape)
 
-    def work(self, tell: Tell) -> None:
+    def work(self, tell: SendLine) -> None:
         with self._world.entered():
             self._world.begin_job()
             self._job.work(self._world)
@@ -151,7 +151,8 @@ class TierLife(Life):
                 is_last = number == len(HEALING_DAYS)
                 world.days_pass(days)
                 yield from fault_of(
-                    run_forked(lambda _tell, last=is_last: heal(world, last), deadline_s=DEADLINE_S), "a run"
+                    run_forked(lambda _tell, last=is_last: discard_corrupt_copy(world, last), deadline_s=DEADLINE_S),
+                    "a run",
                 )
                 found = world.look() + (world.oracle.at_rest(world.picture()) if is_last else [])
                 yield from (f"after run {number}: {problem}" for problem in found)
@@ -181,7 +182,7 @@ class VerbLife(Life):
         shutil.rmtree(self._root / "here", ignore_errors=True)
         copy_sparse(self._root / "kept", self._root / "here")
 
-    def work(self, tell: Tell) -> None:
+    def work(self, tell: SendLine) -> None:
         with (self._root / "said").open("w") as said:
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
@@ -352,13 +353,13 @@ class LoopLife(Life):
         loader.dataset.close()
         return epochs
 
-    def work(self, tell: Tell) -> None:
+    def work(self, tell: SendLine) -> None:
         self._loader = self._make()
         self._iterator = iter(self._loader)
         for batch in self._iterator:
             self._served.append(batch["id"].tolist())
 
-    def then(self, tell: Tell) -> None:
+    def then(self, tell: SendLine) -> None:
         if self._loader is None:
             return
         served = list(self._served)

@@ -18,8 +18,8 @@ from tests.stress.jobs import JOBS, Job
 from tests.stress.kills import PointRounds, points_where, rounds_asked, run_and_report
 from tests.stress.scene import SIZES, Model, Scene
 
-from tiercache.testing.forks import Ended, ForkedChild
-from tiercache.testing.kill_points import Strike, reached, strike
+from tiercache.testing.forks import ChildEnd, ForkedChild
+from tiercache.testing.kill_points import KillAt, count_points, kill_at
 
 EVERY_WITNESS = 4
 # These delete what the witness has open.
@@ -57,17 +57,17 @@ class Rounds(PointRounds[str]):
             self.inspection.plant()
             self.now = f"job {name}, not struck"
             work = self.work_of(name)
-            hits, ended = reached(work, deadline_s=DEADLINE_S)
+            hits, ended = count_points(work, deadline_s=DEADLINE_S)
             self.hits[name] = Counter(hits)
             self.take_in(ended, "it")
             self.problem(*self.inspection.problems())
 
-    def round(self, place: str, at: Strike) -> None:
+    def round(self, place: str, at: KillAt) -> None:
         self.inspection.plant()
         self.now = f"job {place} struck at {at.point} ({self.points[at.point]}), time {at.nth}"
         is_watched = self.report.n_struck % EVERY_WITNESS == 0 and place not in WITHOUT_WITNESS
         witness = Witness(self.scene) if is_watched else None
-        struck = strike(self.work_of(place), at, deadline_s=DEADLINE_S)
+        struck = kill_at(self.work_of(place), at, deadline_s=DEADLINE_S)
         if struck.hit:
             self.model.take_in(struck.lines)
             self.report.struck[at.point] += 1
@@ -83,7 +83,7 @@ class Rounds(PointRounds[str]):
         seed = self.random.random()
         return lambda tell: JOBS[job](Job(self.scene, tell, random.Random(seed)))
 
-    def take_in(self, ended: Ended, who: str) -> None:
+    def take_in(self, ended: ChildEnd, who: str) -> None:
         if not ended.hung:  # what it told stands between the lines of its traceback
             self.model.take_in(ended.lines)
         self.took(ended, who)
@@ -115,7 +115,7 @@ class Witness:
         os.read(ready_r, 1)  # b"": it has closed its end, or died
         os.close(ready_r)
 
-    def go_on(self) -> Ended:
+    def go_on(self) -> ChildEnd:
         """Let it use the cache; how it ended."""
         os.close(self._go_w)
         return self._child.wait(DEADLINE_S)

@@ -21,8 +21,8 @@ from typing import ClassVar, Generic, TypeVar
 from tests.testing.warm_process import WITHOUT_THREADS
 
 import tiercache
-from tiercache.testing.forks import Ended
-from tiercache.testing.kill_points import Strike, points_in
+from tiercache.testing.forks import ChildEnd
+from tiercache.testing.kill_points import KillAt, points_in
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 Place = TypeVar("Place")  # a job, and what else tells where a point can be struck
@@ -132,7 +132,7 @@ class PointRounds(ABC, Generic[Place]):
         """Let every job run once, to its end, and note in hits what it reaches: there it can be struck."""
 
     @abstractmethod
-    def round(self, place: Place, at: Strike) -> None:
+    def round(self, place: Place, at: KillAt) -> None:
         """Strike once, and look what it did."""
 
     def run(self, n_rounds: int) -> None:
@@ -153,16 +153,16 @@ class PointRounds(ABC, Generic[Place]):
             self.round(*chosen)
         self.report.seconds = time.monotonic() - began_s
 
-    def _choose(self) -> tuple[Place, Strike] | None:
+    def _choose(self) -> tuple[Place, KillAt] | None:
         """The point that was struck least, in one of the jobs that reach it, at one of the times."""
         reachable = [point for point in self.points if any(point in hits for hits in self.hits.values())]
         if not reachable:
             return None
         point = min(reachable, key=lambda p: (self.report.struck[p], self.random.random()))
         place = self.random.choice([where for where, hits in self.hits.items() if point in hits])
-        return place, Strike(point, self.random.randint(1, min(self.hits[place][point], self.most_hits)))
+        return place, KillAt(point, self.random.randint(1, min(self.hits[place][point], self.most_hits)))
 
-    def took(self, ended: Ended, who: str) -> bool:
+    def took(self, ended: ChildEnd, who: str) -> bool:
         """Whether a child ended well; the problem is noted where it did not."""
         if ended.code:
             self.problem(f"{who} {'hung' if ended.hung else 'failed'}: {ended.error}")

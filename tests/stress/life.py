@@ -16,7 +16,7 @@ from tests.stress.scene import AMPLE, OBJECTS, TIGHT, Scene
 from tiercache.cache import Cache
 from tiercache.errors import TierCacheError
 from tiercache.model import ByteRange, ReadingPlan, ShardIdentity
-from tiercache.testing.forks import Tell
+from tiercache.testing.forks import SendLine
 
 # What the verbs for people say of a disk that fails.
 DOCUMENTED = (TierCacheError, OSError)
@@ -161,7 +161,7 @@ def come_back(scene: Scene, tell) -> None:
 class Chapter:
     """work: with faults; prepare: before it, without."""
 
-    work: Callable[[Scene, Tell], None]
+    work: Callable[[Scene, SendLine], None]
     prepare: Callable[[Scene], None] | None = None
 
 

@@ -28,14 +28,14 @@ from tests.stress.scene import Model, Scene
 
 from tiercache.cache import evictor, locks, partial
 from tiercache.cache.folder import Folder
-from tiercache.cache.opened import Writing
+from tiercache.cache.opened import WriteSession
 from tiercache.cache.owners import Owners
 from tiercache.cache.publisher import Publisher
 from tiercache.catalog import Accounts
-from tiercache.points import reach
+from tiercache.points import crash_point
 from tiercache.testing.errnos import Position
 from tiercache.testing.forks import run_forked
-from tiercache.testing.kill_points import Strike, strike
+from tiercache.testing.kill_points import KillAt, kill_at
 
 DEADLINE_S = 60.0
 N_POSITIONS = 12
@@ -57,7 +57,7 @@ def struck(root: Path, job: str, point: str, before: tuple[str, ...] = ()) -> li
         chance = random.Random(number)
         work = lambda tell, name=name, chance=chance: JOBS[name](Job(scene, tell, chance))  # noqa: E731 - the child's
         if point and number == len(before):
-            dead = strike(work, Strike(point), deadline_s=DEADLINE_S)
+            dead = kill_at(work, KillAt(point), deadline_s=DEADLINE_S)
             model.take_in(dead.lines)
             found += [dead.ended.error] if dead.ended.error else []
         else:
@@ -107,7 +107,7 @@ def flags_before_data() -> Iterator[None]:
             first, *rest = mine.waiting
             for one in rest:
                 really(*one)
-            reach("mutant.flagged")
+            crash_point("mutant.flagged")
             really(*first)
             mine.waiting = []
 
@@ -122,7 +122,7 @@ def name_before_record() -> Iterator[None]:
 
     def give(self, fd, name):
         was_first = give_name(self, fd, name)
-        reach("mutant.named")
+        crash_point("mutant.named")
         write_record(self, name, waiting[name])
         return was_first
 
@@ -185,14 +185,14 @@ def pins_ignored() -> Iterator[None]:
 @contextmanager
 def foreign_file_deleted() -> Iterator[None]:
     """A sweep takes what it does not know for rubbish."""
-    really = Writing.sweep
+    really = WriteSession.sweep
 
     def sweep(self):
         really(self)
         for path in self.folder.copies.glob("*.txt"):
             path.unlink()
 
-    with patch.object(Writing, "sweep", sweep):
+    with patch.object(WriteSession, "sweep", sweep):
         yield
 
 
@@ -285,7 +285,7 @@ CASES = {
 }
 
 
-def problems_of(case: Case, root: Path, *, broken: bool) -> list[str]:
+def invalid_statistics(case: Case, root: Path, *, broken: bool) -> list[str]:
     """What the trial finds, in a process of its own."""
 
     def work(tell):
@@ -315,8 +315,8 @@ def main() -> None:
     for name in asked.only:
         case = CASES[name]
         answer[name] = {
-            "broken": problems_of(case, asked.folder / name, broken=True),
-            "whole": problems_of(case, asked.folder / name, broken=False),
+            "broken": invalid_statistics(case, asked.folder / name, broken=True),
+            "whole": invalid_statistics(case, asked.folder / name, broken=False),
         }
     print(json.dumps(answer))
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from tests.stress import kills
 from tests.stress.kills import PointRounds, points_where, rounds_asked, run_and_report
-from tests.tier.jobs import JOBS, TierJob, heal
+from tests.tier.jobs import JOBS, TierJob, discard_corrupt_copy
 from tests.tier.world import SHAPES, World
 
-from tiercache.testing.forks import Ended, run_forked
-from tiercache.testing.kill_points import Strike, reached, strike
+from tiercache.testing.forks import ChildEnd, run_forked
+from tiercache.testing.kill_points import KillAt, count_points, kill_at
 
 DEADLINE_S = 120.0
 HEALING_DAYS = (0.0, 1.5, 1.5)  # before each of the runs after a death
@@ -42,7 +42,7 @@ class Scenes:
     def __init__(self, root: Path) -> None:
         self.root, self.here = root, root / "world"
 
-    def make(self, job: TierJob, shape: str) -> Ended:
+    def make(self, job: TierJob, shape: str) -> ChildEnd:
         """Let a child make it ready; what it knows is written beside it."""
         shutil.rmtree(self.here, ignore_errors=True)
         self.here.mkdir(parents=True)
@@ -98,18 +98,18 @@ class Rounds(PointRounds[tuple[str, str]]):
                 world = self.scenes.lay(job, shape)
                 with world.entered():
                     world.begin_job()
-                    hits, ended = reached(self.work(job, world), deadline_s=DEADLINE_S)
+                    hits, ended = count_points(self.work(job, world), deadline_s=DEADLINE_S)
                     self.hits[job.name, shape] = Counter(hits)
                     self.took(ended, "it")
                     self.problem(*world.look())
 
-    def round(self, place: tuple[str, str], at: Strike) -> None:
+    def round(self, place: tuple[str, str], at: KillAt) -> None:
         job, shape = JOBS[place[0]], place[1]
         self.now = f"{job.name} ({shape}) struck at {at.point} ({self.points[at.point]}), time {at.nth}"
         world = self.scenes.lay(job, shape)
         with world.entered():
             world.begin_job()
-            struck = strike(self.work(job, world), at, deadline_s=DEADLINE_S)
+            struck = kill_at(self.work(job, world), at, deadline_s=DEADLINE_S)
             if struck.hit:
                 self.report.struck[at.point] += 1
                 self.report.by_job[f"{job.name} ({shape})"] += 1
@@ -117,17 +117,19 @@ class Rounds(PointRounds[tuple[str, str]]):
                 self.report.missed += 1
                 self.took(struck.ended, "it")
             self.problem(*(f"as it lies: {problem}" for problem in world.look()))
-            self.heal(world)
+            self.discard_corrupt_copy(world)
 
     def work(self, job: TierJob, world: World) -> Callable:
         return lambda tell: job.work(world)
 
-    def heal(self, world: World) -> None:
+    def discard_corrupt_copy(self, world: World) -> None:
         """Runs that come later, days apart; they need no hand."""
         for number, days in enumerate(HEALING_DAYS, start=1):
             world.days_pass(days)
             is_last = number == len(HEALING_DAYS)
-            if not self.took(run_forked(lambda tell, last=is_last: heal(world, last), deadline_s=DEADLINE_S), "a run"):
+            if not self.took(
+                run_forked(lambda tell, last=is_last: discard_corrupt_copy(world, last), deadline_s=DEADLINE_S), "a run"
+            ):
                 return
             found = world.look() + (world.oracle.at_rest(world.picture()) if is_last else [])
             self.problem(*(f"after run {number}: {problem}" for problem in found))

@@ -81,7 +81,7 @@ def test_equal_lines_of_a_script_count_by_themselves_and_lines_may_be_added(inne
 
 @pytest.mark.parametrize("verb", ["put", "put_if_absent"])
 def test_a_lost_answer_comes_after_the_effect(inner, verb):
-    store = FaultStore(inner, [Fault(verb, kind=FaultKind.LOST_ANSWER)])
+    store = FaultStore(inner, [Fault(verb, kind=FaultKind.LOST_RESPONSE)])
     with pytest.raises(StoreError) as caught:
         getattr(store, verb)("new", b"written")
     assert caught.value.maybe_done

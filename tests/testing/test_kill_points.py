@@ -12,7 +12,7 @@ PRELUDE = """
 import json, os, signal, sys, threading
 from tiercache.points import reach
 from tiercache.testing.forks import run_forked
-from tiercache.testing.kill_points import Strike, StruckChild, reached, strike
+from tiercache.testing.kill_points import Strike, KilledChild, reached, strike
 
 def work(tell):
     for i in range(3):
@@ -62,10 +62,10 @@ def test_a_hook_is_called_at_each_point_and_given_back():
     seen = []
     before = points.set_hook(seen.append)
     try:
-        points.reach("rig.one")
+        points.crash_point("rig.one")
     finally:
         assert points.set_hook(before) == seen.append
-    points.reach("rig.two")
+    points.crash_point("rig.two")
     assert seen == ["rig.one"]
 
 
@@ -78,13 +78,13 @@ def test_a_strike_kills_at_the_nth_time_and_keeps_what_was_told(nth):
 
 
 def test_a_point_that_is_not_reached_is_no_hit():
-    code = "struck = strike(work, Strike('rig.step', 4)); print(json.dumps([struck.hit, struck.ended.code]))"
+    code = "struck = strike(work, KillAt('rig.step', 4)); print(json.dumps([struck.hit, struck.ended.code]))"
     assert answer(code) == [False, 0]
 
 
 def test_a_child_that_somebody_else_killed_is_no_hit():
     code = """
-struck = strike(lambda tell: os.kill(os.getpid(), signal.SIGKILL), Strike('rig.step'))
+struck = strike(lambda tell: os.kill(os.getpid(), signal.SIGKILL), KillAt('rig.step'))
 print(json.dumps([struck.hit, struck.ended.code]))"""
     assert answer(code) == [False, -9]
 
@@ -96,7 +96,7 @@ def threaded(tell):
     [t.start() for t in threads]
     [t.join() for t in threads]
     tell("lived on")
-struck = strike(threaded, Strike('rig.step', 7))
+struck = strike(threaded, KillAt('rig.step', 7))
 print(json.dumps([struck.hit, "lived on" in struck.lines]))"""
     assert answer(code) == [True, False]
 

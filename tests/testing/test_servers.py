@@ -13,7 +13,7 @@ import pytest
 from tests.s3_fixtures import s3_server
 
 from tiercache.testing import s3_server as s3_module
-from tiercache.testing.http_server import HttpFaultServer, Misbehave
+from tiercache.testing.http_server import HttpFault, HttpFaultServer
 from tiercache.testing.s3_server import S3Server, free_ports, weed_binary
 from tiercache.waiting import wait_for
 
@@ -71,8 +71,8 @@ def test_it_serves_whole_objects_heads_and_conditions(server):
 
 
 def test_scripts_go_by_order_then_by_rule(server):
-    server.when(lambda method, path: Misbehave("status", 404) if path == "/gone" else None)
-    server.next(Misbehave("status", 418, body=b"teapot", header=(("Retry-After", "1"),)), None)
+    server.when(lambda method, path: HttpFault("status", 404) if path == "/gone" else None)
+    server.next(HttpFault("status", 418, body=b"teapot", header=(("Retry-After", "1"),)), None)
     status, body, header = ask(server)
     assert (status, body, header["Retry-After"]) == (418, b"teapot", "1")
     assert ask(server)[0] == 200
@@ -82,9 +82,9 @@ def test_scripts_go_by_order_then_by_rule(server):
 @pytest.mark.parametrize(
     ("fault", "error"),
     [
-        (Misbehave("reset"), ConnectionResetError),
-        (Misbehave("short", n_bytes=3), http.client.IncompleteRead),
-        (Misbehave("drop"), (ConnectionResetError, urllib.error.URLError)),
+        (HttpFault("reset"), ConnectionResetError),
+        (HttpFault("short", n_bytes=3), http.client.IncompleteRead),
+        (HttpFault("drop"), (ConnectionResetError, urllib.error.URLError)),
     ],
 )
 def test_it_breaks_off(server, fault, error):
@@ -95,14 +95,14 @@ def test_it_breaks_off(server, fault, error):
 
 
 def test_it_answers_a_range_with_the_whole_and_replaces(server):
-    server.next(Misbehave("whole"), Misbehave("replace"), Misbehave("replace", body=b"new"))
+    server.next(HttpFault("whole"), HttpFault("replace"), HttpFault("replace", body=b"new"))
     assert ask(server, Range="bytes=0-1")[:2] == (200, b"0123456789")
     assert ask(server, Range="bytes=0-1")[:2] == (206, b"98")
     assert ask(server)[1] == b"new"
 
 
 def test_a_stall_lasts_until_it_is_released(server):
-    server.next(Misbehave("stall", n_bytes=4))
+    server.next(HttpFault("stall", n_bytes=4))
     connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=5)
     connection.request("GET", "/a%20b")
     answer = connection.getresponse()

@@ -22,9 +22,9 @@ from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.contract import Span, Store, Upload, check_key
-from tiercache.store.parts import in_order
+from tiercache.store.parts import parts_in_order
 from tiercache.store.spans import check_spans
-from tiercache.store.sums import sum_text
+from tiercache.store.sums import crc32c_to_text
 
 UNREADABLE = ("GLACIER", "DEEP_ARCHIVE")
 DAY_S = 86_400.0
@@ -263,7 +263,7 @@ class DiskBucket(Store):
     def sums(self, key: str) -> Mapping[str, str]:
         with self._call("head", key):
             about, _ = self._found(key)
-            sums = {"ChecksumCRC32C": sum_text(about["crc32c"])} if self.says_sums else {}
+            sums = {"ChecksumCRC32C": crc32c_to_text(about["crc32c"])} if self.says_sums else {}
             return {**sums, "ETag": f'"{about["etag"]}"'}
 
     def set_class(self, key: str, storage_class: str, *, if_match: str | None = None) -> ObjectInfo:
@@ -346,7 +346,7 @@ class _BucketUpload(Upload):
             parts, self._parts = self._parts, None
             if parts is None:
                 raise ValueError(f"{self._key}: the upload was completed or aborted before")
-            data = b"".join(in_order(parts, self._key))
+            data = b"".join(parts_in_order(parts, self._key))
             keep = self._bucket._keep_absent if if_absent else self._bucket._keep
             return keep(self._key, data, self._class)
 

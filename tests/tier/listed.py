@@ -10,7 +10,7 @@ from tiercache.model import ObjectInfo
 from tiercache.store import MemoryStore
 from tiercache.tier.inventory import Inventory, take_inventory
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import load_tiers
+from tiercache.tierfile import load_rule_file
 
 NOW_S = 2_000_000_000.0
 OLD_S = NOW_S - 86_400.0
@@ -89,7 +89,7 @@ class Tiers:
     def file(self):
         path = self.folder / "tiercache.toml"
         path.write_text(self.tables + self.rules)
-        return load_tiers(path)
+        return load_rule_file(path)
 
     def clear(self):
         for store in self.stores.values():

@@ -16,7 +16,7 @@ from tiercache.store import LocalFolder, MemoryStore, Store
 from tiercache.testing import WrapperStore
 from tiercache.testing.http_server import HttpFaultServer
 from tiercache.tier import placement
-from tiercache.tier.placement import Row
+from tiercache.tier.placement import PlacementRow
 
 N = 400
 
@@ -55,19 +55,19 @@ class Moved:
     def move(self, keys: list[str], dst: Store, *, drop: bool = True, src: Store | None = None, **row: Any) -> None:
         """Move shards to the folder that dst is, and say so. src: where they lie; None: at home."""
         source = self.store if src is None else src
-        changes: dict[str, Row | None] = {}
+        changes: dict[str, PlacementRow | None] = {}
         for info in self.infos:
             if info.name in keys:
                 dst.put(info.name, source.get(info.name))
                 how = {"n_bytes": info.n_bytes, "crc32c": info.crc32c, **row}
-                changes[info.name] = None if dst.url == self.store.url else Row(info.name, dst.url, **how)
-        placement.commit(self.store, changes)
+                changes[info.name] = None if dst.url == self.store.url else PlacementRow(info.name, dst.url, **how)
+        placement.commit_placement(self.store, changes)
         if drop:
             source.delete(keys)
 
     def adopt(self) -> None:
         """Let tiers look after it."""
-        placement.adopt(self.store)
+        placement.start_tracking(self.store)
 
 
 def by_loader(dataset: tc.Dataset, **how: Any) -> list[int]:

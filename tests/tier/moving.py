@@ -20,9 +20,9 @@ from tiercache.tier.lock import TierLock
 from tiercache.tier.model import Move, Plan, PlannedObject, PlannedTier
 from tiercache.tier.mover import Mover
 from tiercache.tier.stores import Stores
-from tiercache.tier.survey import Survey
+from tiercache.tier.survey import DeletionGuard
 from tiercache.tier.transfer import Transfer
-from tiercache.tierfile import TierFile, load_tiers
+from tiercache.tierfile import RuleFile, load_rule_file
 
 NOW_S = 1_800_000_000.0
 GRACE_S = 86_400.0
@@ -46,7 +46,7 @@ class World:
     rules: str = '[[rules]]\nname = "cold"\nmatch = "**"\nto = "archive"\n'
     classes: bool = False
     now_s: float = NOW_S
-    survey: Survey = field(default_factory=Survey)
+    survey: DeletionGuard = field(default_factory=DeletionGuard)
     inner: dict[str, Store] = field(default_factory=dict)
     faulty: dict[str, FaultStore] = field(default_factory=dict)
     cold_class: str = "GLACIER"
@@ -80,8 +80,8 @@ class World:
         (self.root / "tiercache.toml").write_text(text)
 
     @property
-    def file(self) -> TierFile:
-        return load_tiers(self.root / "tiercache.toml")
+    def file(self) -> RuleFile:
+        return load_rule_file(self.root / "tiercache.toml")
 
     @property
     def catalog_path(self) -> Path:
@@ -112,8 +112,8 @@ class World:
         store = self.inner[name]
         return store._found(key)[1] if isinstance(store, DiskBucket) else store.get(key)
 
-    def row(self, key: str) -> placement.Row | None:
-        found = placement.read(self.inner["standard"])
+    def row(self, key: str) -> placement.PlacementRow | None:
+        found = placement.read_placement(self.inner["standard"])
         return None if found is None else found.find(key)
 
     # -- plans ------------------------------------------------------------------------------------------------------

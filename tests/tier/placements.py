@@ -6,14 +6,14 @@ import pytest
 
 from tiercache.points import set_hook
 from tiercache.tier import placement
-from tiercache.tier.placement import Row
+from tiercache.tier.placement import PlacementRow
 
 
-def row(key: str, url: str = "s3://cold/data", **how) -> Row:
-    return Row(key, url, n_bytes=how.pop("n_bytes", 5), crc32c=how.pop("crc32c", 7), **how)
+def row(key: str, url: str = "s3://cold/data", **how) -> PlacementRow:
+    return PlacementRow(key, url, n_bytes=how.pop("n_bytes", 5), crc32c=how.pop("crc32c", 7), **how)
 
 
-def rows_of(found: placement.Placement) -> dict[str, Row]:
+def rows_of(found: placement.Placement) -> dict[str, PlacementRow]:
     return {one.key: one for one in map(found.row, range(len(found)))}
 
 

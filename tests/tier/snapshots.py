@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from tiercache.prices import FREE, Prices, RestorePrice
-from tiercache.tier.model import HERE, KINDS, NO_SERIES, NO_STEP, Kind, Snapshot
-from tiercache.tierfile import Tier, TierFile
+from tiercache.tier.model import KINDS, NO_SERIES, NO_STEP, READABLE, Kind, Snapshot
+from tiercache.tierfile import RuleFile, Tier
 
 DAY_S = 86_400.0
 NOW_S = 10_000 * DAY_S
@@ -40,7 +40,7 @@ class Copy:
     n_objects: int = 1
     smallest_bytes: int | None = None
     days: float | None = None
-    state: int = HERE
+    state: int = READABLE
     whole: bool = True
     verified: bool = True
     link: str = ""
@@ -129,7 +129,7 @@ def tier_file(
     one_bucket: bool = False,
     marks: Mapping[str, tuple[float, float]] | None = None,
     **parts,
-) -> TierFile:
+) -> RuleFile:
     """Three tiers. one_bucket: standard and archive are classes of one; marks: low and high of tiers."""
     urls = {"hot": "/nvme/train", "standard": "s3://warm/train", "archive": "s3://cold/train"}
     if one_bucket:
@@ -138,4 +138,4 @@ def tier_file(
     for name in TIERS:
         low, high = (marks or {}).get(name, (0.75, 0.9))
         tiers.append(Tier(name=name, role=name, url=urls[name], low=low, high=high))
-    return TierFile(path=Path("tiercache.toml"), sha256="5" * 64, tiers=tuple(tiers), rules=tuple(rules), **parts)
+    return RuleFile(path=Path("tiercache.toml"), sha256="5" * 64, tiers=tuple(tiers), rules=tuple(rules), **parts)

@@ -11,10 +11,10 @@ from tests.tier.test_run import Tiers as Folders
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.testing import JumpingClock
 from tiercache.tier.inventory import take_inventory
-from tiercache.tier.retention import kept
+from tiercache.tier.retention import evaluate_keep_list
 from tiercache.tier.run import catalog_path
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import Keep
+from tiercache.tierfile import KeepList
 
 HOUR_S, DAY_S = 3600.0, 86_400.0
 SPRING_S = 1_700_000_000.0
@@ -121,7 +121,7 @@ def test_a_lost_catalog_makes_things_younger_and_never_older(folders):
 def test_one_of_every_so_many_hours_is_named_as_before_when_a_batch_was_moved(folders):
     def named():
         snapshot = look(folders)
-        return kept(snapshot, np.arange(snapshot.n_groups), Keep(every_s=6 * HOUR_S)).named.tolist()
+        return evaluate_keep_list(snapshot, np.arange(snapshot.n_groups), KeepList(every_s=6 * HOUR_S)).named.tolist()
 
     before = named()
     move_all(folders)

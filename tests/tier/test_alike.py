@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.tier import layouts
-from tiercache.tier.alike import MOST_DIGITS, Alike
-from tiercache.tier.layouts import Layout, recognise
+from tiercache.tier.alike import MOST_DIGITS, NameTemplates
+from tiercache.tier.layouts import Layout, recognise_layout
 
 DIGITS = re.compile("[0-9]+")
 
@@ -19,7 +19,7 @@ texts = st.lists(st.text("019ae/é٣²-", max_size=8) | st.text("01", min_size=1
 
 @given(texts, st.integers(0, 2))
 def test_shapes_have_one_zero_for_each_run_of_digits(some, skipped):
-    alike = Alike.of(pa.array(some, pa.large_string()).slice(skipped))
+    alike = NameTemplates.of(pa.array(some, pa.large_string()).slice(skipped))
     some = some[skipped:]
     assert [alike.shapes[number].as_py() for number in alike.shape.tolist()] == [DIGITS.sub("0", text) for text in some]
     assert len(set(alike.shapes.to_pylist())) == len(alike.shapes)
@@ -28,7 +28,7 @@ def test_shapes_have_one_zero_for_each_run_of_digits(some, skipped):
 
 @given(texts, st.data())
 def test_a_number_is_what_stands_in_its_run(some, data):
-    alike = Alike.of(pa.array(some, pa.large_string()))
+    alike = NameTemplates.of(pa.array(some, pa.large_string()))
     runs = [DIGITS.findall(text) for text in some]
     rows = [i for i, of in enumerate(runs) if of and not alike.is_long[i]]
     chosen = [data.draw(st.integers(1, len(runs[row]))) for row in rows]
@@ -65,7 +65,7 @@ def test_checkpoints_are_known_by_names_that_are_alike_as_by_each(monkeypatch, f
         for least in (few, 1 << 30):
             with monkeypatch.context() as patch:
                 patch.setattr(layouts, "_FEW", least)
-                found[least] = recognise(keys)
+                found[least] = recognise_layout(keys)
         for name in Layout.__slots__:
             together, alone = (getattr(one, name) for one in found.values())
             equal = together.equals(alone) if name == "paths" else np.array_equal(together, alone)
@@ -77,7 +77,7 @@ def test_checkpoints_are_known_by_names_that_are_alike_as_by_each(monkeypatch, f
 def test_one_run_is_one_series_whether_its_names_are_read_together_or_not(monkeypatch):
     monkeypatch.setattr(layouts, "_FEW", 3)
     keys = ["a/step=1.pt", "a/step=2.pt", "a/step=30.pt", "a/step=30-v1.pt", f"a/step=4-v{'1' * 20}.pt", "b/step=1.pt"]
-    found = recognise(pa.array(sorted(keys), pa.large_string()))
+    found = recognise_layout(pa.array(sorted(keys), pa.large_string()))
     of = dict(zip(found.paths.to_pylist(), found.series.tolist(), strict=True))
     assert {of[key] for key in keys[:5]} == {of["a/step=1.pt"]}
     assert of["b/step=1.pt"] != of["a/step=1.pt"]

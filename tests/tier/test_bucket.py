@@ -6,7 +6,7 @@ from tests.tier.bucket import RESTORE_S, Died, DiskBucket, Script, about_now, fi
 from tiercache.errors import StoreError
 from tiercache.testing import JumpingClock
 from tiercache.testing.suite import StoreSuite
-from tiercache.tier.model import ARCHIVED, HERE, RESTORED, RESTORING
+from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
 from tiercache.tier.stores import state_of
 
 
@@ -58,7 +58,7 @@ def test_a_restored_copy_can_be_read_for_as_long_as_was_asked(bucket):
 
 def test_a_change_of_class_keeps_the_bytes(bucket):
     bucket.put("a", b"data")
-    assert state_of(bucket.set_class("a", "STANDARD_IA")) == HERE
+    assert state_of(bucket.set_class("a", "STANDARD_IA")) == READABLE
     assert bucket.get("a") == b"data"
 
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from tiercache.store.archive import BucketSettings, S3Archive, open_archive
-from tiercache.testing.http_server import HttpFaultServer, Misbehave
+from tiercache.testing.http_server import HttpFault, HttpFaultServer
 from tiercache.tier.bucket_rules import bucket_findings
 
 EXPIRES = {"Expiration": {"Days": 30}}
@@ -144,7 +144,7 @@ def test_another_server_is_asked_likewise(s3_server):
 @pytest.mark.parametrize("status", [403, 501])
 def test_settings_that_may_not_be_read_are_named_and_no_error(status):
     with HttpFaultServer() as server:
-        server.when(lambda method, path: Misbehave("status", status))
+        server.when(lambda method, path: HttpFault("status", status))
         options = {"endpoint": server.url, "region": "us-east-1", "access_key_id": "a", "secret_access_key": "b"}
         archive = open_archive("s3://bucket/train", **options)
         settings = archive.settings()

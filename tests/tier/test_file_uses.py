@@ -13,14 +13,14 @@ import tiercache as tc
 from tiercache.catalog import read_log
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.model import ByteRange
-from tiercache.prices import priced
+from tiercache.prices import prices_if_known
 from tiercache.store import open_store
 from tiercache.tier.inventory import take_inventory
 from tiercache.tier.model import Decisions
 from tiercache.tier.policy import decide
 from tiercache.tier.stores import Stores
-from tiercache.tier.survey import Survey, survey_of
-from tiercache.tierfile import load_tiers
+from tiercache.tier.survey import DeletionGuard, survey_of
+from tiercache.tierfile import load_rule_file
 
 DAY_S = 86_400.0
 KEYS = ("data/a.bin", "data/b.bin")
@@ -52,10 +52,10 @@ class Tiers:
 
     def decide(self):
         """Paths of moves, and reasons of refusals by path."""
-        file = load_tiers(self.root / "tiercache.toml")
+        file = load_rule_file(self.root / "tiercache.toml")
         with Stores(file) as stores, TierCatalog(self.root / "state" / "tiers.sqlite") as catalog:
             snapshot = take_inventory(file, stores, catalog, now_s=time.time()).snapshot
-            found = decide(snapshot, file, [priced(tier) for tier in file.tiers], capacity_bytes=[None, None])
+            found = decide(snapshot, file, [prices_if_known(tier) for tier in file.tiers], capacity_bytes=[None, None])
         self.snapshot = snapshot
         paths = snapshot.paths.to_pylist()
         return [paths[m.group] for m in found.moves], {paths[r.group]: r.reason for r in found.refusals}
@@ -191,15 +191,15 @@ def test_full_logs_are_reduced_and_nothing_of_them_is_lost(tiers, monkeypatch, t
     monkeypatch.setenv("TIERCACHE_STATE_DIR", str(tmp_path / "own"))
     monkeypatch.setattr(read_log, "_LOG_BYTES", 200)
     for number in range(30):
-        read_log.note(f"s3://bucket/{number % 5}-{number}")
+        read_log.record_use(f"s3://bucket/{number % 5}-{number}")
     folder = tmp_path / "own" / read_log.FOLDER
     n_logs = len(list(folder.iterdir()))
     assert n_logs > 2
-    before = read_log.read()
+    before = read_log.read_uses()
     shift_clock(monkeypatch, 1)
-    assert read_log.read() == before
+    assert read_log.read_uses() == before
     assert len(list(folder.iterdir())) < n_logs
-    assert read_log.read() == before
+    assert read_log.read_uses() == before
     assert len(before) == 30
 
 
@@ -213,18 +213,18 @@ def test_a_state_folder_that_cannot_be_had_hinders_no_reader(tiers, monkeypatch,
 
 def test_a_line_that_was_torn_is_left_out(monkeypatch, tmp_path):
     monkeypatch.setenv("TIERCACHE_STATE_DIR", str(tmp_path))
-    read_log.note("s3://bucket/torn-test")
+    read_log.record_use("s3://bucket/torn-test")
     path = next((tmp_path / read_log.FOLDER).iterdir())
     with path.open("a") as file:
         file.write('[1.0, "s3://buck\n{}\n[null, 3, 4]\n[5]\n')
-    assert list(read_log.read()) == ["s3://bucket/torn-test"]
+    assert list(read_log.read_uses()) == ["s3://bucket/torn-test"]
 
 
 @pytest.mark.parametrize(("rule", "goes"), [('idle = "1d"\nidle_by = "mtime"', False), ('age = "1d"', True)])
 def test_a_file_that_is_read_during_grace_stays_where_its_rule_asks_for_idleness(tmp_path, rule, goes):
     world = World(tmp_path / "world", rules=f'[[rules]]\nname = "cold"\nmatch = "**"\nto = "archive"\n{rule}\n')
     moved_away(world, "f")
-    world.survey = Survey(used_s={"f": world.now_s + 60})
+    world.survey = DeletionGuard(used_s={"f": world.now_s + 60})
     world.later()
     assert world.settle().done == goes
     assert world.where("f") == (["archive"] if goes else ["standard", "archive"])

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.tier.listed import NOW_S, OLD_S, SETTLE_S, Books, ListedStore, Tiers, scripted
 
-from tiercache.tier.model import ARCHIVED, FILE, HERE, NO_SERIES, NO_STEP, RESTORED, RESTORING
+from tiercache.tier.model import ARCHIVED, FILE, NO_SERIES, NO_STEP, READABLE, RESTORED, RESTORING
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_nothing_anywhere_is_an_empty_inventory(tiers):
 @pytest.mark.parametrize(
     ("facts", "state"),
     [
-        ({}, HERE),
+        ({}, READABLE),
         ({"storage_class": "GLACIER"}, ARCHIVED),
         ({"storage_class": "GLACIER", "restore": 'ongoing-request="true"'}, RESTORING),
         ({"storage_class": "GLACIER", "restore": 'ongoing-request="false"'}, RESTORED),

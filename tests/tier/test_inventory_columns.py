@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.tier.listed import NOW_S, OLD_S, Books, scripted
 
-from tiercache.catalog.checksums import Checksums, batch_of
-from tiercache.catalog.tiers import KnownCopy, TierCatalog
+from tiercache.catalog.checksums import EntryTable, batch_of
+from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.tier import columns, copies, layouts, scores
-from tiercache.tier.columns import rising, taken
-from tiercache.tier.layouts import Layout, recognise
+from tiercache.tier.columns import sort_order, take_rows
+from tiercache.tier.layouts import Layout, recognise_layout
 
 PART = (
     *(
@@ -57,11 +57,11 @@ def test_keys_that_are_recognised_in_parts_are_what_they_are_at_once(monkeypatch
     @given(key_lists)
     def check(some):
         texts = pa.array(some, pa.large_string())
-        whole = recognise(texts)
+        whole = recognise_layout(texts)
         with monkeypatch.context() as patch:
             patch.setattr(layouts, "ROWS_AT_A_TIME", n_rows)
             patch.setattr(columns, "ROWS_AT_A_TIME", n_rows)
-            parts = recognise(texts)
+            parts = recognise_layout(texts)
         for name in Layout.__slots__:
             assert equal(getattr(whole, name), getattr(parts, name)), name
 
@@ -70,7 +70,7 @@ def test_keys_that_are_recognised_in_parts_are_what_they_are_at_once(monkeypatch
 
 @given(key_lists)
 def test_an_object_is_on_top_where_its_group_is_its_folder(some):
-    found = recognise(pa.array(some, pa.large_string()))
+    found = recognise_layout(pa.array(some, pa.large_string()))
     paths = found.paths.to_pylist()
     for key, group, on_top in zip(some, found.group.tolist(), found.on_top.tolist(), strict=True):
         assert on_top == (group >= 0 and key.rpartition("/")[0] == paths[group] and "/" in key)
@@ -80,13 +80,13 @@ def test_an_object_is_on_top_where_its_group_is_its_folder(some):
 def test_texts_are_put_in_order_whether_or_not_they_are_so_already(some, is_sorted):
     some = sorted(some) if is_sorted else some
     texts = pa.array(some, pa.large_string())
-    assert taken(texts, rising(texts)).to_pylist() == sorted(some)
+    assert take_rows(texts, sort_order(texts)).to_pylist() == sorted(some)
 
 
 @given(key_lists, st.data())
 def test_texts_of_rows_are_those_whether_or_not_they_are_all(some, data):
     rows = data.draw(st.permutations(range(len(some))))[: data.draw(st.integers(0, len(some)))]
-    found = taken(pa.array(some, pa.large_string()), np.array(rows, np.int64))
+    found = take_rows(pa.array(some, pa.large_string()), np.array(rows, np.int64))
     assert found.to_pylist() == [some[row] for row in rows]
 
 
@@ -104,17 +104,17 @@ known = st.tuples(
 @given(st.dictionaries(keys, known, max_size=6))
 def test_checksums_in_columns_are_the_mapping_that_they_stand_for(books):
     rows = [(key, *one) for key, one in books.items()]
-    found = Checksums([batch_of(rows[:2]), batch_of(rows[2:])])
+    found = EntryTable([batch_of(rows[:2]), batch_of(rows[2:])])
     assert found == books
     assert [*found] == [*books]
     assert (len(found), bool(found), found.get("nothing")) == (len(books), bool(books), None)
-    assert Checksums.of(books) == books
+    assert EntryTable.of(books) == books
 
 
 def test_a_catalog_reads_its_copies_in_parts_by_their_keys(tmp_path, monkeypatch):
     monkeypatch.setattr("tiercache.catalog.tiers._ROWS_AT_A_TIME", 2)
     with TierCatalog(tmp_path / "tiers.sqlite") as catalog:
-        catalog.record(("memory://x", key, KnownCopy(1, "e", 7)) for key in ("é", "b", "a\n", "Z", "a"))
+        catalog.record(("memory://x", key, CatalogEntry(1, "e", 7)) for key in ("é", "b", "a\n", "Z", "a"))
         assert [*catalog.checksums("memory://x")] == ["Z", "a", "a\n", "b", "é"]
 
 

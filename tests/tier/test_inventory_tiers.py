@@ -11,7 +11,7 @@ from tiercache.errors import StoreError
 from tiercache.testing import CountingStore, Fault, FaultStore
 from tiercache.tier.listing import list_tiers
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import load_tiers
+from tiercache.tierfile import load_rule_file
 
 
 @pytest.fixture
@@ -173,6 +173,6 @@ def test_tiers_with_one_url_are_listed_once(tiers):
 def test_a_folder_that_is_not_there_holds_nothing(tmp_path):
     path = tmp_path / "tiercache.toml"
     path.write_text(f'[tiers.hot]\nurl = "{tmp_path}/hot"\n[tiers.standard]\nurl = "{tmp_path}/standard"\n')
-    file = load_tiers(path)
+    file = load_rule_file(path)
     with Stores(file) as stores:
         assert len(list_tiers(file, stores, now_s=NOW_S)) == 0

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.tier.layouts import INDEX, LACKS, MARK, MEMBER, NO_GROUP, Layout, recognise
+from tiercache.tier.layouts import INDEX, LACKS, MARK, MEMBER, NO_GROUP, Layout, recognise_layout
 from tiercache.tier.model import NO_SERIES, NO_STEP
 
 
 def layout_of(*keys: str) -> Layout:
-    return recognise(pa.array(keys, pa.large_string()))
+    return recognise_layout(pa.array(keys, pa.large_string()))
 
 
 def groups(layout: Layout, keys) -> dict[str, set[str]]:

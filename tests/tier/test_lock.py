@@ -14,7 +14,7 @@ from tiercache.errors import CommitConflict, StoreError
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.testing import FakeClock, Fault, FaultStore
 from tiercache.testing.faults import FaultKind
-from tiercache.tier.lock import DOOMED_S, LOCK_FOLDER, Record, TierLock
+from tiercache.tier.lock import DOOMED_S, LOCK_FOLDER, LockRecord, TierLock
 from tiercache.waiting import SystemClock, wait_for
 
 
@@ -37,7 +37,7 @@ def numbers(store):
 
 def foreign(**changes):
     """A lock object of a process on another machine."""
-    return replace(Record.of_this_process(), boot="another", host="elsewhere", **changes)
+    return replace(LockRecord.of_this_process(), boot="another", host="elsewhere", **changes)
 
 
 class RenewingClock(FakeClock):
@@ -92,7 +92,7 @@ def test_many_who_come_at_once_have_one_winner(store):
 def test_a_process_that_died_on_this_machine_is_followed_at_once(store):
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
-    store.put(key(3), replace(Record.of_this_process(), pid=child.pid, started=1, renewed_s=time.time()).encode())
+    store.put(key(3), replace(LockRecord.of_this_process(), pid=child.pid, started=1, renewed_s=time.time()).encode())
     clock = FakeClock()
     with lock_of(store, clock=clock):
         assert clock.slept == []
@@ -175,7 +175,7 @@ def test_a_holder_that_could_not_renew_itself_does_so_when_it_looks(store):
     with lock_of(store, clock=clock) as lock:
         clock.advance(50)
         lock.check()
-        assert Record.parse(store.get(key(1))).n_renewals == 1
+        assert LockRecord.parse(store.get(key(1))).n_renewals == 1
 
 
 def test_a_holder_that_cannot_renew_itself_does_not_go_on(store):
@@ -189,11 +189,11 @@ def test_a_holder_that_cannot_renew_itself_does_not_go_on(store):
 
 def test_a_thread_renews_it(store):
     with lock_of(store, renew_s=0.005, clock=SystemClock()):
-        assert wait_for(lambda: Record.parse(store.get(key(1))).n_renewals > 2, 10.0)
+        assert wait_for(lambda: LockRecord.parse(store.get(key(1))).n_renewals > 2, 10.0)
 
 
 def test_a_lost_answer_of_taking_it_is_read_back(store):
-    faulty = FaultStore(store, [Fault("put_if_absent", kind=FaultKind.LOST_ANSWER)])
+    faulty = FaultStore(store, [Fault("put_if_absent", kind=FaultKind.LOST_RESPONSE)])
     with lock_of(faulty) as lock:
         lock.check()
 
@@ -236,7 +236,7 @@ def test_what_a_holder_that_may_sleep_was_dropping_counts_for_nothing(store):
 def test_what_a_dead_process_of_this_machine_was_dropping_is_no_danger(store):
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
-    dead = replace(Record.of_this_process(), pid=child.pid, started=1, dropping=(("s3://a", "f"),))
+    dead = replace(LockRecord.of_this_process(), pid=child.pid, started=1, dropping=(("s3://a", "f"),))
     store.put(key(1), dead.encode())
     with lock_of(store) as lock:
         assert lock.doomed == {}
@@ -259,7 +259,7 @@ def test_what_is_doomed_is_so_for_a_week(store):
 def test_what_is_to_be_dropped_is_said_before_the_lock_is_looked_at(store):
     said = []
     with lock_of(store) as lock:
-        hook = HookAt("tier_lock.announced", do=lambda: said.append(Record.parse(store.get(key(1))).dropping))
+        hook = HookAt("tier_lock.announced", do=lambda: said.append(LockRecord.parse(store.get(key(1))).dropping))
         with hook:
             lock.announce([("s3://a", "f")])
     assert said == [(("s3://a", "f"),)]

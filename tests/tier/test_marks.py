@@ -10,7 +10,7 @@ from tests.tier.test_run import DAY_S, RULES, Tiers
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.store import LocalFolder
 from tiercache.testing import Fault, FaultStore, JumpingClock
-from tiercache.tier.marks import MARK_KEY, absence, recognised
+from tiercache.tier.marks import MARKER_KEY, ensure_marker, unavailable_reason
 from tiercache.tier.mover import Mover
 from tiercache.tier.run import DONE, PARTLY, catalog_path, run_once
 from tiercache.tier.stores import Stores
@@ -45,7 +45,7 @@ def mount(tiers, tier):
 
 
 def mark_of(tiers, tier):
-    path = tiers.root / tier / MARK_KEY
+    path = tiers.root / tier / MARKER_KEY
     return path.read_text().strip() if path.exists() else None
 
 
@@ -60,7 +60,7 @@ def test_no_last_copy_is_planned_for_deletion_while_a_tier_is_missing_and_the_pl
     report = tiers.run()
     assert [move for move in report.plan.moves if move.action == "delete"] == []
     reasons = [one.reason for one in report.plan.refusals if one.path == "scratch/a"]
-    assert [f"while tier {tier} cannot be seen: {tiers.root / tier}/{MARK_KEY}: expected " in r for r in reasons] == [
+    assert [f"while tier {tier} cannot be seen: {tiers.root / tier}/{MARKER_KEY}: expected " in r for r in reasons] == [
         True
     ]
 
@@ -147,7 +147,7 @@ def test_a_tier_in_which_nothing_lies_gets_none_until_something_does(tmp_path):
 
 
 def test_a_mark_that_another_machine_has_written_is_taken(tiers):
-    tiers.write("hot", MARK_KEY, b"theirs\n")
+    tiers.write("hot", MARKER_KEY, b"theirs\n")
     tiers.run()
     with TierCatalog(catalog_path(tiers.file)) as catalog:
         assert catalog.mark(str(tiers.root / "hot")) == "theirs"
@@ -162,7 +162,7 @@ def test_a_source_that_cannot_be_written_has_no_mark_and_is_moved_from(tiers):
     file = tiers.file
     store = FaultStore(LocalFolder(tiers.root / "hot"), [Fault("put_if_absent", retryable=False)])
     with TierCatalog(catalog_path(file), {tier.name: tier.url for tier in file.tiers}) as catalog:
-        assert recognised(file.tier("hot"), store, catalog, gets=False) == ""
+        assert ensure_marker(file.tier("hot"), store, catalog, gets=False) == ""
         assert catalog.mark("hot") is None
 
 
@@ -180,12 +180,12 @@ def test_a_tier_without_a_mark_that_had_copies_and_is_empty_is_missing(tiers):
         Stores(file) as stores,
     ):
         for gets in (True, False):
-            assert "hot is empty, although it held copies" in recognised(
+            assert "hot is empty, although it held copies" in ensure_marker(
                 file.tier("hot"), stores.store("hot"), catalog, gets=gets
             )
         (tiers.root / "hot" / "_tiercache").mkdir()
-        (tiers.root / "hot" / MARK_KEY).write_text("it is this one")
-        assert absence(file.tier("hot"), stores.store("hot"), catalog) == ""
+        (tiers.root / "hot" / MARKER_KEY).write_text("it is this one")
+        assert unavailable_reason(file.tier("hot"), stores.store("hot"), catalog) == ""
 
 
 def test_the_summary_of_a_run_stays_json_while_a_tier_is_missing(tiers, clock):
@@ -205,7 +205,7 @@ def test_a_run_ends_with_done_again_when_the_tier_is_back_or_its_mark_is_written
     mount(tiers, "hot")
     assert tiers.run().exit_code == DONE
     unmount(tiers, "hot")
-    tiers.write("hot", MARK_KEY, mark.encode())
+    tiers.write("hot", MARKER_KEY, mark.encode())
     assert tiers.run().exit_code == DONE
 
 

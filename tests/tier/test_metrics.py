@@ -11,7 +11,7 @@ from tiercache.model import ObjectInfo
 from tiercache.store import MemoryStore
 from tiercache.testing import Fault, FaultStore
 from tiercache.tier import metrics
-from tiercache.tier.metrics import MAX_BYTES, metrics_of, parse_metrics, read_metrics
+from tiercache.tier.metrics import MAX_BYTES, metrics_in_name, parse_metrics, read_metrics
 
 
 @pytest.fixture
@@ -46,17 +46,17 @@ def test_names_of_files_that_hold_metrics_are_those_of_the_docs():
     ],
 )
 def test_a_name_says_metrics(name, expected):
-    assert metrics_of(name) == expected
+    assert metrics_in_name(name) == expected
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(0, 10**9))
 def test_what_python_writes_into_a_name_is_read_back(value, step):
-    assert metrics_of(f"epoch=1-step={step}-val_loss={value!r}.ckpt") == {"val_loss": value}
+    assert metrics_in_name(f"epoch=1-step={step}-val_loss={value!r}.ckpt") == {"val_loss": value}
 
 
 @given(st.text(max_size=40))
 def test_any_name_has_metrics_that_are_numbers_or_none(name):
-    assert all(isinstance(value, float) and value == value for value in metrics_of(name).values())
+    assert all(isinstance(value, float) and value == value for value in metrics_in_name(name).values())
 
 
 def test_trainer_s_metrics_are_those_of_the_checkpoint_s_own_step():

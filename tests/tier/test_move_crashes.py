@@ -9,8 +9,8 @@ from tests.tier.moving import PARTS, HookAt, Killed, World, moved_away
 from tiercache.errors import CommitConflict, StoreError
 from tiercache.testing import FakeClock, Fault
 from tiercache.testing.faults import FaultKind
-from tiercache.tier.lock import Record, TierLock
-from tiercache.tier.survey import Survey
+from tiercache.tier.lock import LockRecord, TierLock
+from tiercache.tier.survey import DeletionGuard
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def prepared(tmp_path, name):
         world.move("g", "hot", "standard", number=3),
         world.move("old", "standard", None, action="delete", number=4),
     )
-    world.survey = Survey(deletes=frozenset(["old"]))
+    world.survey = DeletionGuard(deletes=frozenset(["old"]))
     return world
 
 
@@ -124,7 +124,7 @@ def test_killed_at_any_point_nothing_is_lost_and_the_next_finishes(tmp_path):
         check_all_is_done(world)
 
 
-@pytest.mark.parametrize("kind", [FaultKind.ERROR, FaultKind.LOST_ANSWER])
+@pytest.mark.parametrize("kind", [FaultKind.ERROR, FaultKind.LOST_RESPONSE])
 @pytest.mark.parametrize(
     "verb", ["head", "read_tail", "put", "put_if_absent", "read_into", "complete", "delete", "list"]
 )
@@ -164,7 +164,9 @@ def test_a_copy_that_a_sleeping_process_may_still_delete_does_not_count(world):
     """1. Z was about to drop the copy in the archive, and sleeps. 2. We move from home to there. 3. Z wakes up."""
     moved_away(world, "f")
     world.later()
-    sleeper = replace(Record.of_this_process(), boot="another", renewed_s=0.0, dropping=((world.url("archive"), "f"),))
+    sleeper = replace(
+        LockRecord.of_this_process(), boot="another", renewed_s=0.0, dropping=((world.url("archive"), "f"),)
+    )
     world.inner["standard"].put(f"_tiercache/tier.lock/{7:020d}", sleeper.encode())
     with (
         TierLock(world.inner["standard"], lifetime_s=1.0, clock=FakeClock()) as lock,

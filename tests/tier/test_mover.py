@@ -8,7 +8,7 @@ from tests.tier.moving import GRACE_S, PARTS, HookAt, Killed, World, checkpoint,
 
 from tiercache.testing import Fault
 from tiercache.tier import placement
-from tiercache.tier.survey import Survey
+from tiercache.tier.survey import DeletionGuard
 
 
 @pytest.fixture
@@ -331,17 +331,17 @@ def test_a_pin_that_is_over_holds_nothing(world):
 def test_what_a_machine_reads_waits_on(world):
     moved_away(world, "f")
     world.later()
-    world.survey = Survey(in_use=frozenset(["f"]))
+    world.survey = DeletionGuard(in_use=frozenset(["f"]))
     assert world.settle().waiting_drops == 1
     assert world.where("f") == ["standard", "archive"]
-    world.survey = Survey()
+    world.survey = DeletionGuard()
     assert world.settle().done == 1
 
 
 def test_a_changed_rule_file_must_ask_for_a_drop_again(world):
     moved_away(world, "f", "g")
     world.write_rules("# changed")
-    world.survey = Survey(asked=frozenset([("g", "standard")]))
+    world.survey = DeletionGuard(asked=frozenset([("g", "standard")]))
     world.later()
     settled = world.settle()
     assert [one.path for one in settled.stopped] == ["f"]
@@ -368,7 +368,7 @@ def test_a_tier_that_lies_elsewhere_by_now_stops_a_drop(world):
 
 def test_placement_that_leads_home_stops_a_drop_at_home(world):
     moved_away(world, "f")
-    placement.commit(world.inner["standard"], {"f": None})
+    placement.commit_placement(world.inner["standard"], {"f": None})
     world.later()
     assert "expected placement to lead to" in world.settle().stopped[0].reason
     assert world.where("f") == ["standard", "archive"]

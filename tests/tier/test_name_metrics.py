@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.tier.metrics import metrics_of
-from tiercache.tier.name_metrics import metrics_in
+from tiercache.tier.metrics import metrics_in_name
+from tiercache.tier.name_metrics import metrics_in_names
 
 NAMES = ("val_loss", "acc", "a1", "top1_acc", "é")
 metrics = st.sampled_from([*NAMES, "a2", "a12", "top1_acc", "loss"])
@@ -26,13 +26,13 @@ names = st.tuples(st.lists(pieces, max_size=5), st.sampled_from(["-", "_", ""]))
 
 
 def plain(texts: list[str]) -> dict[str, list[float]]:
-    return {name: [metrics_of(text).get(name, np.nan) for text in texts] for name in NAMES}
+    return {name: [metrics_in_name(text).get(name, np.nan) for text in texts] for name in NAMES}
 
 
 @given(st.lists(names, max_size=6), st.integers(1, 12))
 def test_names_read_together_have_the_metrics_that_each_has_alone(texts, times):
     texts = [text for text in texts for _ in range(times)]
-    found = metrics_in(pa.array(texts, pa.large_string()), NAMES)
+    found = metrics_in_names(pa.array(texts, pa.large_string()), NAMES)
     for name, values in plain(texts).items():
         assert np.array_equal(found[name], values, equal_nan=True)
 
@@ -43,7 +43,7 @@ digits = st.text("0123456789", min_size=1, max_size=25)
 @given(st.lists(names.map(lambda text: text or "x"), max_size=3), st.data())
 def test_names_that_differ_in_their_digits_alone_have_each_its_own(texts, data):
     filled = ["".join(data.draw(digits) if c == "0" else c for c in text) for text in texts for _ in range(9)]
-    found = metrics_in(pa.array(filled, pa.large_string()), NAMES)
+    found = metrics_in_names(pa.array(filled, pa.large_string()), NAMES)
     for name, values in plain(filled).items():
         assert np.array_equal(found[name], values, equal_nan=True)
 
@@ -51,5 +51,5 @@ def test_names_that_differ_in_their_digits_alone_have_each_its_own(texts, data):
 @pytest.mark.parametrize("n", [1, 100])
 def test_a_slice_of_names_is_read_as_its_own_names(n):
     texts = [f"epoch={i}-val_loss={i / 8}.ckpt" for i in range(n + 2)]
-    found = metrics_in(pa.array(texts, pa.large_string()).slice(1, n), ["val_loss"])
+    found = metrics_in_names(pa.array(texts, pa.large_string()).slice(1, n), ["val_loss"])
     assert found["val_loss"].tolist() == [i / 8 for i in range(1, n + 1)]

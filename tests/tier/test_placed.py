@@ -18,10 +18,10 @@ from tiercache.errors import ArchivedShards, NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.testing import CountingStore, Fault, FaultStore
-from tiercache.testing.http_server import HttpFaultServer, Misbehave
+from tiercache.testing.http_server import HttpFault, HttpFaultServer
 from tiercache.tier import placement
-from tiercache.tier.placed import PlacedFolder, PlacedStore, placed
-from tiercache.tier.placement import MARK_KEY, Row
+from tiercache.tier.placed import RedirectingLocalStore, RedirectingStore, follow_placement
+from tiercache.tier.placement import TRACKING_MARKER_KEY, PlacementRow
 
 ALL = list(range(N))
 
@@ -149,11 +149,11 @@ def test_reading_by_an_etag_goes_on_where_the_object_lies_by_now(tmp_path, store
     (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
     data = bytes(range(200))
     home.put("a", data)
-    store = placed(home, {})
+    store = follow_placement(home, {})
     tail, info = store.read_tail("a", 4)
     assert tail == data[-4:]
     cold.put("a", data)
-    placement.commit(home, {"a": Row("a", cold.url, n_bytes=200)})
+    placement.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=200)})
     home.delete(["a"])
     for _ in range(3):
         buffer = bytearray(10)
@@ -166,7 +166,7 @@ def test_reading_by_an_etag_goes_on_where_the_object_lies_by_now(tmp_path, store
 def test_an_object_that_was_replaced_where_it_lay_is_no_longer_the_one_that_was_opened(stores):
     home, _ = stores("memory", "home")
     home.put("a", b"first")
-    store = placed(home, {})
+    store = follow_placement(home, {})
     etag = store.head("a").etag
     home.put("a", b"other")
     with pytest.raises(ObjectChanged):
@@ -176,16 +176,16 @@ def test_an_object_that_was_replaced_where_it_lay_is_no_longer_the_one_that_was_
 def test_one_of_another_size_where_it_was_moved_to_is_not_read(stores):
     (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
     cold.put("a", b"longer than it was")
-    placement.commit(home, {"a": Row("a", cold.url, n_bytes=5)})
+    placement.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
     with pytest.raises(ObjectChanged, match=r"expected the moved object, found a different one.*expected 5 bytes"):
-        placed(home, {}).get("a")
+        follow_placement(home, {}).get("a")
 
 
 def test_an_object_that_got_a_new_etag_where_it_lies_by_a_change_of_class_is_read_on(stores):
     (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
     cold.put("a", b"bytes")
-    placement.commit(home, {"a": Row("a", cold.url, n_bytes=5)})
-    store = placed(home, {})
+    placement.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
+    store = follow_placement(home, {})
     _, info = store.read_tail("a", 5)
     cold.put("a", b"bytes")
     buffer = bytearray(5)
@@ -196,8 +196,8 @@ def test_an_object_that_got_a_new_etag_where_it_lies_by_a_change_of_class_is_rea
 def test_while_the_copy_at_home_is_kept_it_serves_what_the_other_place_lost(stores):
     (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
     home.put("a", b"bytes")
-    placement.commit(home, {"a": Row("a", cold.url, n_bytes=5)})
-    store = placed(home, {})
+    placement.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
+    store = follow_placement(home, {})
     store.places.look()
     assert store.get("a") == b"bytes"
 
@@ -206,7 +206,7 @@ def test_what_is_nowhere_is_not_found_after_one_more_question(stores):
     home, _ = stores("memory", "home")
     counting = CountingStore(home)
     with pytest.raises(NotFound, match="home/data/a"):
-        PlacedStore(placed(counting, {}).places).get("a")
+        RedirectingStore(follow_placement(counting, {}).places).get("a")
     assert [verb for verb, _ in counting.calls] == ["get", "list"]
 
 
@@ -215,23 +215,23 @@ def test_a_failure_that_says_nothing_of_moving_asks_for_no_placement(stores):
     home.put("a", b"bytes")
     counting = CountingStore(FaultStore(home, [Fault("get", keys="a", retryable=False, status=403)]))
     with pytest.raises(StoreError, match="scripted fault"):
-        placed(counting, {}).get("a")
+        follow_placement(counting, {}).get("a")
     assert counting.calls == [("get", "a")]
 
 
 def test_a_placement_that_cannot_be_read_leaves_the_error_of_what_was_missing(stores):
     home, _ = stores("memory", "home")
-    placement.adopt(home)
+    placement.start_tracking(home)
     home.put(placement.placement_key(1), b"garbage")
     with pytest.raises(NotFound, match="home/data/a"):
-        placed(home, {}).get("a")
+        follow_placement(home, {}).get("a")
 
 
 def test_objects_of_its_own_are_never_looked_for_elsewhere(stores):
     home, _ = stores("memory", "home")
     counting = CountingStore(home)
     with pytest.raises(NotFound):
-        placed(counting, {}).get("_tiercache/versions/1.json")
+        follow_placement(counting, {}).get("_tiercache/versions/1.json")
     assert len(counting.calls) == 1
 
 
@@ -271,7 +271,7 @@ def test_a_data_set_without_the_mark_costs_one_get_at_the_first_iter_and_none_fo
     loader = tc.DataLoader(dataset, batch_size=16)
     for _ in range(3):
         assert [i for batch in loader for i in batch["id"].tolist()] == ALL
-    assert asked(server) == [f"/home/{MARK_KEY}"]
+    assert asked(server) == [f"/home/{TRACKING_MARKER_KEY}"]
     dataset.close()
 
 
@@ -336,7 +336,7 @@ def test_by_the_default_cache_too(packed, tmp_path):
             assert by_arrow(dataset) == ALL
             for _ in range(n_epochs):
                 assert by_loader(dataset) == ALL
-            assert isinstance(dataset.source.access.placed, PlacedFolder)
+            assert isinstance(dataset.source.access.placed, RedirectingLocalStore)
             dataset.close()
         sent = sum(seen.n_bytes for seen in cold.log if seen.method == "GET")
         assert sent <= sum(2 * info.n_bytes - info.footer_offset for info in moved.infos)
@@ -377,10 +377,10 @@ def test_a_damaged_shard_in_a_folder_of_this_machine_is_read_from_home_instead(s
         data = bytearray(hot.get(key))
         data[200:300] = b"\xff" * 100
         hot.put(key, data)
-    placement.commit(
+    placement.commit_placement(
         moved.store,
         {
-            i.name: Row(i.name, moved.store.url, n_bytes=i.n_bytes, crc32c=i.crc32c, promote=hot.url)
+            i.name: PlacementRow(i.name, moved.store.url, n_bytes=i.n_bytes, crc32c=i.crc32c, promote=hot.url)
             for i in moved.infos
         },
     )
@@ -434,7 +434,7 @@ def test_a_place_that_cannot_be_opened_is_an_error_of_the_store_without_its_cred
     moved = Moved(packed, LocalFolder(tmp_path / "home"))
     moved.move(moved.keys[:1], LocalFolder(tmp_path / "cold"))
     info = moved.infos[0]
-    placement.commit(moved.store, {info.name: Row(info.name, url, n_bytes=info.n_bytes)})
+    placement.commit_placement(moved.store, {info.name: PlacementRow(info.name, url, n_bytes=info.n_bytes)})
     with closing(tc.Dataset(moved.store.url)) as dataset:
         with pytest.raises(StoreError, match="names a location that cannot be opened") as caught:
             by_loader(dataset)
@@ -467,7 +467,7 @@ def test_workers_forked_from_a_reader_of_another_store_open_their_own(server, tm
 
 # -- archived -------------------------------------------------------------------------------------------------------
 
-ARCHIVED = Misbehave("status", 403, body=b"<Error><Code>InvalidObjectState</Code><Message>archived</Message></Error>")
+ARCHIVED = HttpFault("status", 403, body=b"<Error><Code>InvalidObjectState</Code><Message>archived</Message></Error>")
 
 
 def test_an_archived_shard_that_is_met_while_reading_says_that_it_must_be_restored(server, tmp_path):

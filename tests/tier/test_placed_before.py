@@ -6,8 +6,8 @@ from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.store import MemoryStore
 from tiercache.testing import CountingStore, WrapperStore
 from tiercache.tier import placement
-from tiercache.tier.placed import placed
-from tiercache.tier.placement import Row
+from tiercache.tier.placed import follow_placement
+from tiercache.tier.placement import PlacementRow
 
 
 class Frozen(WrapperStore):
@@ -36,14 +36,16 @@ def between(stores, **row):
     """An object that went from one place to another, neither of which is home, and is kept in the first by grace."""
     home, hot, cold = (stores(name) for name in ("home", "hot", "cold"))
     hot.put("a", b"bytes")
-    placement.commit(home, {"a": Row("a", hot.url, n_bytes=5), "b": Row("b", hot.url, n_bytes=5)})
-    placement.commit(home, {"a": Row("a", cold.url, n_bytes=5, **row)})
+    placement.commit_placement(
+        home, {"a": PlacementRow("a", hot.url, n_bytes=5), "b": PlacementRow("b", hot.url, n_bytes=5)}
+    )
+    placement.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5, **row)})
     return home, hot, cold
 
 
 def test_while_the_copy_between_places_is_kept_it_serves_what_the_other_place_lost(stores):
     home, _, _ = between(stores)
-    store = placed(home, {})
+    store = follow_placement(home, {})
     store.places.look()
     assert store.get("a") == b"bytes"
 
@@ -51,7 +53,7 @@ def test_while_the_copy_between_places_is_kept_it_serves_what_the_other_place_lo
 def test_the_copy_that_is_kept_serves_what_is_archived_in_the_other_place(stores):
     home, _, cold = between(stores, state="archived", storage_class="GLACIER")
     cold.put("a", b"other")
-    store = placed(home, {})
+    store = follow_placement(home, {})
     opened = store.places.store_at(store.places.look().find("a"))
     store.places._here.stores[cold.url] = Frozen(opened)
     assert store.places.can_be_read(store.places.row("a"))
@@ -61,7 +63,7 @@ def test_the_copy_that_is_kept_serves_what_is_archived_in_the_other_place(stores
 def test_another_object_where_it_lay_before_is_not_served(stores):
     home, hot, _ = between(stores)
     hot.put("a", b"other bytes")
-    store = placed(home, {})
+    store = follow_placement(home, {})
     store.places.look()
     with pytest.raises(ObjectChanged, match="hot/data/a"):
         store.get("a")
@@ -70,9 +72,9 @@ def test_another_object_where_it_lay_before_is_not_served(stores):
 def test_where_things_lay_before_is_asked_once_for_all_of_them(stores):
     home, hot, cold = between(stores)
     hot.put("b", b"bytes")
-    placement.commit(home, {"b": Row("b", cold.url, n_bytes=5)})
+    placement.commit_placement(home, {"b": PlacementRow("b", cold.url, n_bytes=5)})
     counting = CountingStore(home)
-    store = placed(counting, {})
+    store = follow_placement(counting, {})
     store.places.look()
     assert (store.get("a"), store.get("b")) == (b"bytes", b"bytes")
     old = [key for verb, key in counting.calls if verb == "read_tail" and key < placement.placement_key(3)]
@@ -82,7 +84,7 @@ def test_where_things_lay_before_is_asked_once_for_all_of_them(stores):
 def test_what_earlier_placements_say_is_no_error_where_they_cannot_be_read(stores):
     home, _, _ = between(stores)
     home.put(placement.placement_key(1), b"garbage")
-    store = placed(home, {})
+    store = follow_placement(home, {})
     store.places.look()
     with pytest.raises(NotFound, match="cold/data/a"):
         store.get("a")

@@ -18,13 +18,13 @@ from tiercache.store import LocalFolder, MemoryStore, open_store
 from tiercache.testing import CountingStore, Fault, FaultKind, FaultStore, GateStore
 from tiercache.testing.http_server import HttpFaultServer
 from tiercache.tier import placement
-from tiercache.tier.placement import MARK_KEY, N_KEPT, Row, placement_key
+from tiercache.tier.placement import N_KEPT, TRACKING_MARKER_KEY, PlacementRow, placement_key
 
 # -- what it says ---------------------------------------------------------------------------------------------------
 
 KEYS = st.sampled_from(["a", "b/c.tcs", "shards/é.tcs", "shards/0.tcs", "z", "A"])
 ROWS = st.builds(
-    Row,
+    PlacementRow,
     key=st.just("x"),
     url=st.sampled_from(["s3://cold/data", "/nvme/data", "memory://m/d"]),
     storage_class=st.sampled_from([None, "GLACIER"]),
@@ -35,7 +35,10 @@ ROWS = st.builds(
     hot_bytes=st.none() | st.integers(0, 2**62),
 )
 CHANGES = st.dictionaries(KEYS, st.none() | ROWS, max_size=4).map(
-    lambda found: {key: one and Row(key, *(getattr(one, f) for f in Row.__slots__[1:])) for key, one in found.items()}
+    lambda found: {
+        key: one and PlacementRow(key, *(getattr(one, f) for f in PlacementRow.__slots__[1:]))
+        for key, one in found.items()
+    }
 )
 
 
@@ -45,10 +48,10 @@ def test_after_any_changes_it_says_what_a_dict_would(steps):
     store, oracle = MemoryStore("placement-oracle"), {}
     store.delete([info.key for info in store.list()])
     for changes in steps:
-        committed = placement.commit(store, changes)
+        committed = placement.commit_placement(store, changes)
         oracle = {key: one for key, one in {**oracle, **changes}.items() if one is not None}
         assert rows_of(committed) == oracle
-        found = placement.read(store)
+        found = placement.read_placement(store)
         assert rows_of(found) == oracle
         assert list(rows_of(found)) == sorted(oracle, key=str.encode)
         assert {key: found.find(key) for key in ("a", "shards/0.tcs", "none")} == {
@@ -62,64 +65,64 @@ def test_after_any_changes_it_says_what_a_dict_would(steps):
 
 def test_where_there_is_no_mark_one_small_get_tells(store):
     counting = CountingStore(store)
-    assert placement.read(counting) is None
-    assert counting.calls == [("read_tail", MARK_KEY)]
+    assert placement.read_placement(counting) is None
+    assert counting.calls == [("read_tail", TRACKING_MARKER_KEY)]
 
 
 def test_who_may_not_list_a_bucket_is_told_that_a_mark_that_is_not_there_is_forbidden(store):
-    forbidden = FaultStore(store, [Fault("read_tail", keys=MARK_KEY, status=403, retryable=False)])
-    assert placement.read(forbidden) is None
-    failing = FaultStore(store, [Fault("read_tail", keys=MARK_KEY, status=503)])
+    forbidden = FaultStore(store, [Fault("read_tail", keys=TRACKING_MARKER_KEY, status=403, retryable=False)])
+    assert placement.read_placement(forbidden) is None
+    failing = FaultStore(store, [Fault("read_tail", keys=TRACKING_MARKER_KEY, status=503)])
     with pytest.raises(StoreError, match="scripted fault"):
-        placement.read(failing)
+        placement.read_placement(failing)
 
 
 def test_who_may_not_list_a_bucket_finds_the_newest_though_the_next_one_is_forbidden(store):
     for n in range(3):
-        placement.commit(store, {f"{n}": row(f"{n}")})
+        placement.commit_placement(store, {f"{n}": row(f"{n}")})
     keys = [placement.placement_key(number) for number in range(4, 60)]
     forbidden = [Fault("read_tail", keys=key, status=403, retryable=False, times=9999) for key in keys]
     cannot_list = Fault("list", status=403, retryable=False, times=9999)
-    found = placement.read(FaultStore(store, [*forbidden, cannot_list]))
+    found = placement.read_placement(FaultStore(store, [*forbidden, cannot_list]))
     assert (found.number, len(found)) == (3, 3)
 
 
 def test_a_placement_that_is_there_and_forbidden_is_an_error(store):
-    placement.commit(store, {"a": row("a")})
+    placement.commit_placement(store, {"a": row("a")})
     forbidden = Fault("read_tail", keys=placement.placement_key(1), status=403, retryable=False, times=9999)
     with pytest.raises(StoreError, match="scripted fault"):
-        placement.read(FaultStore(store, [forbidden]))
+        placement.read_placement(FaultStore(store, [forbidden]))
 
 
 def test_a_mark_without_a_placement_says_that_nothing_lies_elsewhere(store):
-    assert not placement.is_adopted(store)
-    placement.adopt(store)
-    placement.adopt(store)
-    assert placement.is_adopted(store)
-    found = placement.read(store)
+    assert not placement.is_tracked(store)
+    placement.start_tracking(store)
+    placement.start_tracking(store)
+    assert placement.is_tracked(store)
+    found = placement.read_placement(store)
     assert (found.number, len(found), found.find("a")) == (0, 0, None)
 
 
 def test_changes_that_are_there_already_make_no_new_number(store):
-    first = placement.commit(store, {"a": row("a"), "b": None})
-    assert placement.commit(store, {"a": row("a"), "gone": None}).number == first.number == 1
+    first = placement.commit_placement(store, {"a": row("a"), "b": None})
+    assert placement.commit_placement(store, {"a": row("a"), "gone": None}).number == first.number == 1
 
 
 def test_the_last_ten_are_kept(store):
     for n in range(3 * N_KEPT):
-        placement.commit(store, {"a": row("a", n_bytes=n)})
+        placement.commit_placement(store, {"a": row("a", n_bytes=n)})
     assert numbers(store) == list(range(2 * N_KEPT + 1, 3 * N_KEPT + 1))
-    assert placement.read(store).find("a").n_bytes == 3 * N_KEPT - 1
+    assert placement.read_placement(store).find("a").n_bytes == 3 * N_KEPT - 1
 
 
 def test_a_row_under_another_key_or_that_cannot_be_is_refused(store):
     with pytest.raises(ValueError, match="the row for 'b' has the key 'a'"):
-        placement.commit(store, {"b": row("a")})
+        placement.commit_placement(store, {"b": row("a")})
     for wrong in ({"url": ""}, {"state": "gone"}, {"n_bytes": -1}):
         with pytest.raises(ValueError, match="a row needs a URL"):
-            Row(**{"key": "a", "url": "u", **wrong})
+            PlacementRow(**{"key": "a", "url": "u", **wrong})
     with pytest.raises(ValueError, match="not a valid key"):
-        Row("../a", "u")
+        PlacementRow("../a", "u")
 
 
 # -- hints ----------------------------------------------------------------------------------------------------------
@@ -130,84 +133,84 @@ def test_a_row_under_another_key_or_that_cannot_be_is_refused(store):
 )
 def test_a_hint_that_leads_nowhere_is_no_error(store, hint):
     for n in range(4):
-        placement.commit(store, {"a": row("a", n_bytes=n)})
-    store.put(MARK_KEY, hint)
-    assert placement.read(store).number == 4
+        placement.commit_placement(store, {"a": row("a", n_bytes=n)})
+    store.put(TRACKING_MARKER_KEY, hint)
+    assert placement.read_placement(store).number == 4
 
 
 @pytest.mark.parametrize("hint", [1, 2, 3, 17])
 def test_an_old_hint_leads_to_the_newest(store, hint):
     for n in range(2 * N_KEPT):
-        placement.commit(store, {"a": row("a", n_bytes=n)})
-    store.put(MARK_KEY, placement.encode_mark(hint))
-    assert placement.read(store).number == 2 * N_KEPT
+        placement.commit_placement(store, {"a": row("a", n_bytes=n)})
+    store.put(TRACKING_MARKER_KEY, placement.encode_mark(hint))
+    assert placement.read_placement(store).number == 2 * N_KEPT
 
 
 def test_where_nothing_can_be_listed_numbers_that_were_forgotten_are_stepped_over():
     memory = MemoryStore("placement-listless")
     for n in range(2 * N_KEPT):
-        placement.commit(memory, {"a": row("a", n_bytes=n)})
-    memory.put(MARK_KEY, placement.encode_mark(3))
+        placement.commit_placement(memory, {"a": row("a", n_bytes=n)})
+    memory.put(TRACKING_MARKER_KEY, placement.encode_mark(3))
     objects = {info.key: memory.get(info.key) for info in memory.list()}
     with HttpFaultServer(objects) as server:
         http = open_store(server.url)
-        assert placement.read(http).number == 2 * N_KEPT
+        assert placement.read_placement(http).number == 2 * N_KEPT
         http.close()
     memory.delete(objects)
 
 
 def test_the_mark_says_since_when_whatever_is_committed_after_it(store):
     before_s = int(time.time())
-    placement.adopt(store)
+    placement.start_tracking(store)
     since_s = placement.adopted_s(store)
     assert before_s <= since_s <= time.time()
-    store.put(MARK_KEY, placement.encode_mark(0, since_s - 1000))
+    store.put(TRACKING_MARKER_KEY, placement.encode_mark(0, since_s - 1000))
     for n in range(2):
-        placement.commit(store, {"a": row("a", n_bytes=n)})
+        placement.commit_placement(store, {"a": row("a", n_bytes=n)})
     assert placement.adopted_s(store) == since_s - 1000
 
 
 @pytest.mark.parametrize("mark", [b"", b"[]", b'{"since": "x"}', b'{"since": true}'])
 def test_a_mark_that_says_no_time_is_a_mark_all_the_same(store, mark):
-    store.put(MARK_KEY, mark)
-    assert (placement.is_adopted(store), placement.adopted_s(store)) == (True, None)
+    store.put(TRACKING_MARKER_KEY, mark)
+    assert (placement.is_tracked(store), placement.adopted_s(store)) == (True, None)
 
 
 def test_what_was_missed_is_searched_for_though_the_mark_is_gone(store):
-    placement.commit(store, {"a": row("a")})
-    store.delete([MARK_KEY])
-    assert placement.read(store) is None
-    assert placement.search(store).find("a") == row("a")
+    placement.commit_placement(store, {"a": row("a")})
+    store.delete([TRACKING_MARKER_KEY])
+    assert placement.read_placement(store) is None
+    assert placement.find_newest_placement(store).find("a") == row("a")
 
 
 def test_who_knows_the_newest_lists_and_asks_for_the_next_only(store):
-    known = placement.commit(store, {"a": row("a")})
+    known = placement.commit_placement(store, {"a": row("a")})
     counting = CountingStore(store)
-    assert placement.search(counting, known) is known
+    assert placement.find_newest_placement(counting, known) is known
     assert counting.calls == [("list", placement.PLACEMENT_FOLDER), ("read_tail", placement_key(2))]
 
 
 def test_what_was_missed_is_found_past_any_number_of_newer_ones_though_hints_fail(store):
-    known = placement.commit(store, {"a": row("a")})
+    known = placement.commit_placement(store, {"a": row("a")})
     for n in range(3 * N_KEPT):
-        placement.commit(store, {"a": row("a", n_bytes=n)})
-    store.put(MARK_KEY, placement.encode_mark(1))
-    assert placement.search(store, known).number == 3 * N_KEPT + 1
+        placement.commit_placement(store, {"a": row("a", n_bytes=n)})
+    store.put(TRACKING_MARKER_KEY, placement.encode_mark(1))
+    assert placement.find_newest_placement(store, known).number == 3 * N_KEPT + 1
 
 
 def test_a_writer_that_slept_while_its_number_was_used_and_removed_loses_nothing(store):
-    placement.commit(store, {"a": row("a")})
+    placement.commit_placement(store, {"a": row("a")})
     gated = GateStore(store)
     gate = gated.stop_at("before_put_if_absent", placement_key(2))
-    late = threading.Thread(target=lambda: placement.commit(gated, {"late": row("late")}))
+    late = threading.Thread(target=lambda: placement.commit_placement(gated, {"late": row("late")}))
     late.start()
     with gate:
         gate.wait_reached()
         for n in range(2 * N_KEPT):
-            placement.commit(store, {f"early/{n}": row(f"early/{n}")})
+            placement.commit_placement(store, {f"early/{n}": row(f"early/{n}")})
         assert 2 not in numbers(store)
     late.join()
-    found = placement.read(store)
+    found = placement.read_placement(store)
     assert found.find("late") == row("late")
     assert len(found) == 2 * N_KEPT + 2
     assert 2 not in numbers(store)
@@ -215,19 +218,19 @@ def test_a_writer_that_slept_while_its_number_was_used_and_removed_loses_nothing
 
 def test_numbers_that_vanish_between_listing_and_reading_are_looked_for_anew(store):
     for n in range(3):
-        placement.commit(store, {"a": row("a", n_bytes=n)})
+        placement.commit_placement(store, {"a": row("a", n_bytes=n)})
 
     class Rushing(CountingStore):
         def list(self, prefix=""):
             found = list(super().list(prefix))
             if self.n_calls("list") == 1:
                 for n in range(2 * N_KEPT):
-                    placement.commit(store, {"a": row("a", n_bytes=100 + n)})
+                    placement.commit_placement(store, {"a": row("a", n_bytes=100 + n)})
             return iter(found)
 
-    store.put(MARK_KEY, b"{}")
+    store.put(TRACKING_MARKER_KEY, b"{}")
     store.delete([placement_key(1)])
-    assert placement.read(Rushing(store)).number == 2 * N_KEPT + 3
+    assert placement.read_placement(Rushing(store)).number == 2 * N_KEPT + 3
 
 
 # -- racing, and failing in between ---------------------------------------------------------------------------------
@@ -246,7 +249,7 @@ def test_of_racing_writers_none_is_lost(kind, tmp_path, request):
     def write(number: int) -> None:
         try:
             for i in range(n_each):
-                placement.commit(home, {f"{number}/{i}": row(f"{number}/{i}"), f"{number}/{i - 1}": None})
+                placement.commit_placement(home, {f"{number}/{i}": row(f"{number}/{i}"), f"{number}/{i - 1}": None})
         except BaseException as error:  # noqa: BLE001 -- a thread's top
             failures.append(error)
 
@@ -256,7 +259,7 @@ def test_of_racing_writers_none_is_lost(kind, tmp_path, request):
     for thread in threads:
         thread.join()
     assert failures == []
-    found = placement.read(home)
+    found = placement.read_placement(home)
     assert set(rows_of(found)) == {f"{number}/{n_each - 1}" for number in range(n_threads)}
     assert found.number == n_threads * n_each
     home.close()
@@ -265,57 +268,57 @@ def test_of_racing_writers_none_is_lost(kind, tmp_path, request):
 def test_who_loses_a_number_merges_his_changes_into_the_winners(store):
     gated = GateStore(store)
     gate = gated.stop_at("before_put_if_absent", placement_key(1))
-    late = threading.Thread(target=lambda: placement.commit(gated, {"late": row("late")}))
+    late = threading.Thread(target=lambda: placement.commit_placement(gated, {"late": row("late")}))
     late.start()
     with gate:
         gate.wait_reached()
-        placement.commit(store, {"early": row("early")})
+        placement.commit_placement(store, {"early": row("early")})
     late.join()
-    assert set(rows_of(placement.read(store))) == {"early", "late"}
+    assert set(rows_of(placement.read_placement(store))) == {"early", "late"}
 
 
 @pytest.mark.parametrize("point", ["tier_placement.written", "tier_placement.hinted"])
 @pytest.mark.parametrize("n_before", [0, N_KEPT + 3])
 def test_a_commit_that_stops_at_any_point_is_done_by_its_repetition(store, point, n_before):
     for n in range(n_before):
-        placement.commit(store, {"a": row("a", n_bytes=n)})
+        placement.commit_placement(store, {"a": row("a", n_bytes=n)})
 
-    stopped_at(point, lambda: placement.commit(store, {"b": row("b")}))
-    assert placement.read(store).find("b") == row("b")
-    assert placement.commit(store, {"b": row("b")}).number == n_before + 1
-    assert placement.commit(store, {"c": row("c")}).number == n_before + 2
+    stopped_at(point, lambda: placement.commit_placement(store, {"b": row("b")}))
+    assert placement.read_placement(store).find("b") == row("b")
+    assert placement.commit_placement(store, {"b": row("b")}).number == n_before + 1
+    assert placement.commit_placement(store, {"c": row("c")}).number == n_before + 2
 
 
 def test_an_answer_that_was_lost_is_settled_by_reading_back(store):
-    faulty = FaultStore(store, [Fault("put_if_absent", keys="*.arrow", kind=FaultKind.LOST_ANSWER)])
-    assert placement.commit(faulty, {"a": row("a")}).number == 1
+    faulty = FaultStore(store, [Fault("put_if_absent", keys="*.arrow", kind=FaultKind.LOST_RESPONSE)])
+    assert placement.commit_placement(faulty, {"a": row("a")}).number == 1
     assert faulty.struck == [("put_if_absent", placement_key(1))]
 
 
 def test_a_put_that_did_nothing_is_an_error(store):
     faulty = FaultStore(store, [Fault("put_if_absent", keys="*.arrow")])
     with pytest.raises(StoreError, match="scripted fault"):
-        placement.commit(faulty, {"a": row("a")})
+        placement.commit_placement(faulty, {"a": row("a")})
     assert numbers(store) == []
 
 
 def test_a_deletion_that_fails_fails_no_commit(store):
     faulty = FaultStore(store, [Fault("delete", times=99)])
     for n in range(N_KEPT + 2):
-        placement.commit(faulty, {"a": row("a", n_bytes=n)})
-    assert placement.read(store).find("a").n_bytes == N_KEPT + 1
+        placement.commit_placement(faulty, {"a": row("a", n_bytes=n)})
+    assert placement.read_placement(store).find("a").n_bytes == N_KEPT + 1
     assert numbers(store) == list(range(1, N_KEPT + 3))
 
 
 def test_who_cannot_write_the_mark_is_told_that_readers_may_know_already_and_repeats_it(store):
-    placement.adopt(store)
-    faulty = FaultStore(store, [Fault("put", keys=MARK_KEY)])
+    placement.start_tracking(store)
+    faulty = FaultStore(store, [Fault("put", keys=TRACKING_MARKER_KEY)])
     with pytest.raises(StoreError, match="scripted fault") as failed:
-        placement.commit(faulty, {"a": row("a")})
+        placement.commit_placement(faulty, {"a": row("a")})
     assert failed.value.maybe_done
-    assert placement.read(store).find("a") == row("a")
-    assert placement.commit(faulty, {"a": row("a")}).number == 1
-    assert json.loads(store.get(MARK_KEY))["placement"] == 1
+    assert placement.read_placement(store).find("a") == row("a")
+    assert placement.commit_placement(faulty, {"a": row("a")}).number == 1
+    assert json.loads(store.get(TRACKING_MARKER_KEY))["placement"] == 1
 
 
 def test_a_crowd_that_always_wins_is_a_conflict(store, monkeypatch):
@@ -324,8 +327,8 @@ def test_a_crowd_that_always_wins_is_a_conflict(store, monkeypatch):
     class Crowd(FaultStore):
         def put_if_absent(self, key, data):
             if key.endswith(".arrow"):
-                placement.commit(store, {"n": row("n", n_bytes=int(key[-26:-6]))})
+                placement.commit_placement(store, {"n": row("n", n_bytes=int(key[-26:-6]))})
             return super().put_if_absent(key, data)
 
     with pytest.raises(CommitConflict, match="3 others changed the placement first"):
-        placement.commit(Crowd(store), {"a": row("a")})
+        placement.commit_placement(Crowd(store), {"a": row("a")})

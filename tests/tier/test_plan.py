@@ -13,10 +13,10 @@ from tests.tier.snapshots import DAY_S, NOW_S, PRICES, TIERS, Copy, Group, snaps
 from tests.tier.test_policy_property import FEWER, applied, bytes_in, capacities, files, fitting, worlds
 
 from tiercache.model import ObjectInfo
-from tiercache.tier.model import Holding, Money, Move, Plan, PlannedObject, PlannedTier, Refusal, Snapshot
-from tiercache.tier.plan import holdings, plan_lines, planned, read_plan, write_plan
+from tiercache.tier.model import Move, MoveCost, Plan, PlannedObject, PlannedTier, Refusal, Snapshot, TierTotals
+from tiercache.tier.plan import holdings, make_plan, plan_lines, read_plan, write_plan
 from tiercache.tier.policy import decide
-from tiercache.tierfile import Rule, Tiering
+from tiercache.tierfile import Rule, TieringOptions
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Stock:
 def made(groups: Sequence[Group], *rules: Rule, **keys) -> Plan:
     file, snapshot = tier_file(rules, **keys), snapshot_of(groups)
     decisions = decide(snapshot, file, PRICES, capacity_bytes=(None, None, None))
-    return planned(decisions, Stock(groups, snapshot), file, PRICES)
+    return make_plan(decisions, Stock(groups, snapshot), file, PRICES)
 
 
 TO_ARCHIVE = Rule(name="cold", match=("**",), to="archive", idle_s=30 * DAY_S)
@@ -82,7 +82,9 @@ def test_the_id_is_that_of_the_contents():
 
 
 def test_a_slow_rate_makes_a_move_longer():
-    (fast,), (slow,) = (made(OLD, TO_ARCHIVE, tiering=Tiering(rate_bytes_s=rate)).moves for rate in (None, 10**6))
+    (fast,), (slow,) = (
+        made(OLD, TO_ARCHIVE, tiering=TieringOptions(rate_bytes_s=rate)).moves for rate in (None, 10**6)
+    )
     assert slow.seconds > 1000 > fast.seconds
 
 
@@ -137,7 +139,7 @@ ways = {
     "rule": texts,
     "reason": texts,
 }
-money = st.builds(Money, amounts, amounts, st.none() | amounts)
+money = st.builds(MoveCost, amounts, amounts, st.none() | amounts)
 
 
 def with_way(one):
@@ -162,7 +164,7 @@ moves = st.builds(
     **ways,
 ).map(lambda move: with_way(below_path(move)))
 refusals = st.builds(Refusal, action=actions, dst=texts, n_bytes=st.integers(0, 2**50), **ways).map(with_way)
-held = st.dictionaries(texts, st.builds(Holding, st.integers(0, 2**60), st.integers(0, 2**40), amounts), max_size=2)
+held = st.dictionaries(texts, st.builds(TierTotals, st.integers(0, 2**60), st.integers(0, 2**40), amounts), max_size=2)
 plans = st.builds(
     Plan,
     id=texts,

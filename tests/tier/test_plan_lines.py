@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.tier import made, moves
-from tiercache.tier.decided import Choices, Dollars, Refused, Ways
-from tiercache.tier.model import KINDS, SHARD, Chosen, Declined, Money, Move, Plan, PlannedObject, Refusal
-from tiercache.tier.moves import Moves, Pieces, Refusals, paths_of, sums, sums_by_way
+from tiercache.tier.decided import CostColumns, MoveColumns, MoveDecisionTable, MoveRejectionTable
+from tiercache.tier.model import KINDS, SHARD, Move, MoveCost, MoveDecision, MoveRejection, Plan, PlannedObject, Refusal
+from tiercache.tier.moves import MoveTable, ObjectTable, RefusalTable, paths_of, total_moves, totals_by_route
 from tiercache.tier.plan_file import plan_lines
 from tiercache.tier.wishes import ACTIONS
 
@@ -21,8 +21,8 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampl
     ['"', "\\", "\x7f", "\n", "é\u2028"]
 )
 amounts = st.floats(-1e12, 1e12) | st.sampled_from([0.0, -0.0, 1e-9, 1e300, 12345678901234567.0])
-money = st.builds(Money, amounts, amounts, st.none() | amounts).map(
-    lambda one: one if one.once or one.saving_month else Money(break_even_days=0.0)
+money = st.builds(MoveCost, amounts, amounts, st.none() | amounts).map(
+    lambda one: one if one.once or one.saving_month else MoveCost(break_even_days=0.0)
 )
 ways = {
     "action": st.sampled_from(ACTIONS),
@@ -42,37 +42,39 @@ objects = st.builds(
 
 
 @st.composite
-def plans(draw) -> tuple[Moves, list[Move], Refusals, list[Refusal]]:
+def plans(draw) -> tuple[MoveTable, list[Move], RefusalTable, list[Refusal]]:
     """Moves and refusals in columns, and the objects that they stand for."""
     paths = draw(st.lists(texts, min_size=1, max_size=5, unique=True))
     kind = draw(st.lists(st.integers(0, 2), min_size=len(paths), max_size=len(paths)))
     groups = st.integers(0, len(paths) - 1)
-    chosen = draw(st.lists(st.builds(Chosen, group=groups, money=money, **ways), max_size=5))
-    declined = draw(st.lists(st.builds(Declined, group=groups, **ways), max_size=5))
+    chosen = draw(st.lists(st.builds(MoveDecision, group=groups, money=money, **ways), max_size=5))
+    declined = draw(st.lists(st.builds(MoveRejection, group=groups, **ways), max_size=5))
     copies = [draw(st.lists(objects, max_size=3)) for _ in chosen]
     sizes = [draw(st.integers(0, 2**50)) for _ in declined]
     pieces = pieces_of(copies)
     of = {"paths": pa.array(paths, pa.large_string()), "kind": np.array(kind, np.uint8), "tiers": TIERS}
-    in_columns = Moves(Ways.of(chosen), Dollars.of(chosen), pieces, pieces.bytes_of_copies(), rate_bytes_s=2e8, **of)
+    in_columns = MoveTable(
+        MoveColumns.of(chosen), CostColumns.of(chosen), pieces, pieces.bytes_of_copies(), rate_bytes_s=2e8, **of
+    )
     named = [words(one, paths, kind) for one in chosen]
     plain = [
         Move(number, **named[number - 1], objects=tuple(copies[number - 1]), money=one.money)
         for number, one in enumerate(chosen, start=1)
     ]
     refusals = [Refusal(**words(one, paths, kind), n_bytes=size) for one, size in zip(declined, sizes, strict=True)]
-    return in_columns, plain, Refusals(Ways.of(declined), np.array(sizes, np.int64), **of), refusals
+    return in_columns, plain, RefusalTable(MoveColumns.of(declined), np.array(sizes, np.int64), **of), refusals
 
 
-def words(one: Chosen | Declined, paths: list[str], kind: list[int]) -> dict:
+def words(one: MoveDecision | MoveRejection, paths: list[str], kind: list[int]) -> dict:
     dst = None if one.dst is None else TIERS[one.dst]
     found = {"path": paths[one.group], "kind": KINDS[kind[one.group]], "action": one.action, "src": TIERS[one.src]}
     return found | {"dst": dst, "rule": one.rule, "reason": one.reason}
 
 
-def pieces_of(copies: list[list[PlannedObject]]) -> Pieces:
+def pieces_of(copies: list[list[PlannedObject]]) -> ObjectTable:
     """In rows that stand the wrong way round, as those of an inventory may."""
     flat = [one for copy in copies for one in copy][::-1]
-    return Pieces(
+    return ObjectTable(
         start=np.cumsum([0, *map(len, copies)]),
         row=np.arange(len(flat))[::-1].copy(),
         crc32c=np.array([-1 if one.crc32c is None else one.crc32c for one in flat[::-1]], np.int64),
@@ -90,7 +92,7 @@ def at_a_time(request, monkeypatch):
     monkeypatch.setattr(moves, "AT_A_TIME", request.param)
 
 
-def timed(plain: list[Move], in_columns: Moves) -> list[Move]:
+def timed(plain: list[Move], in_columns: MoveTable) -> list[Move]:
     """The same, with the seconds that are a guess of the columns."""
     return [
         replace(one, seconds=seconds) for one, seconds in zip(plain, in_columns.seconds(0, len(plain)), strict=True)
@@ -130,9 +132,9 @@ def test_lines_of_columns_say_what_lines_of_objects_say():
 @given(plans())
 def test_sums_and_paths_of_columns_are_those_of_the_objects(drawn):
     in_columns, plain, *_ = drawn
-    assert sums(in_columns) == sums(plain)
+    assert total_moves(in_columns) == total_moves(plain)
     assert paths_of(in_columns, SHARD).to_pylist() == [one.path for one in plain if one.kind == "shard"]
-    found, wanted = sums_by_way(in_columns), sums_by_way(plain)
+    found, wanted = totals_by_route(in_columns), totals_by_route(plain)
     assert [(way, n, of.n_bytes) for way, (n, of) in found.items()] == [
         (w, n, of.n_bytes) for w, (n, of) in wanted.items()
     ]
@@ -141,12 +143,12 @@ def test_sums_and_paths_of_columns_are_those_of_the_objects(drawn):
 
 
 def test_a_rule_that_is_called_as_a_watermark_is_summed_with_it():
-    chosen = [Chosen(0, "move", 0, 1, "tiers.hot.high", "why")] * 3
-    ways = replace(Ways.of(chosen), rule=np.array([0, -1, 0], np.int16), rules=["tiers.hot.high"] * 2)
+    chosen = [MoveDecision(0, "move", 0, 1, "tiers.hot.high", "why")] * 3
+    ways = replace(MoveColumns.of(chosen), rule=np.array([0, -1, 0], np.int16), rules=["tiers.hot.high"] * 2)
     pieces = pieces_of([[]] * 3)
     paths, kind = pa.array(["x"], pa.large_string()), np.zeros(1, np.uint8)
-    some = Moves(ways, Dollars.of(chosen), pieces, pieces.bytes_of_copies(), paths, kind, TIERS, 1.0)
-    assert [n for n, _ in sums_by_way(some).values()] == [3]
+    some = MoveTable(ways, CostColumns.of(chosen), pieces, pieces.bytes_of_copies(), paths, kind, TIERS, 1.0)
+    assert [n for n, _ in totals_by_route(some).values()] == [3]
 
 
 @given(plans(), plans())
@@ -160,17 +162,19 @@ def test_what_moves_other_objects_has_another_digest(one, other):
     assert (one[0].digest() == other[0].digest()) == (content(one[1]) == content(other[1]))
 
 
-@given(st.lists(st.builds(Chosen, group=st.integers(0, 9), money=money, **ways), max_size=5))
+@given(st.lists(st.builds(MoveDecision, group=st.integers(0, 9), money=money, **ways), max_size=5))
 def test_decisions_in_columns_are_those_that_they_were_made_of(chosen):
-    assert Choices(Ways.of(chosen), Dollars.of(chosen)) == chosen
-    declined = [Declined(one.group, one.action, one.src, one.dst, one.rule, one.reason) for one in chosen]
-    assert Refused(Ways.of(declined)) == declined
+    assert MoveDecisionTable(MoveColumns.of(chosen), CostColumns.of(chosen)) == chosen
+    declined = [MoveRejection(one.group, one.action, one.src, one.dst, one.rule, one.reason) for one in chosen]
+    assert MoveRejectionTable(MoveColumns.of(declined)) == declined
 
 
 def test_a_figure_that_json_has_not_is_refused_as_it_is_of_objects():
-    way = Chosen(0, "move", 0, 1, "r", "why", Money(float("inf"), 1.0, None))
+    way = MoveDecision(0, "move", 0, 1, "r", "why", MoveCost(float("inf"), 1.0, None))
     pieces = pieces_of([[]])
     paths, kind = pa.array(["x"], pa.large_string()), np.zeros(1, np.uint8)
-    one = Moves(Ways.of([way]), Dollars.of([way]), pieces, pieces.bytes_of_copies(), paths, kind, TIERS, 1.0)
+    one = MoveTable(
+        MoveColumns.of([way]), CostColumns.of([way]), pieces, pieces.bytes_of_copies(), paths, kind, TIERS, 1.0
+    )
     with pytest.raises(ValueError, match="JSON"):
         list(plan_lines(Plan("id", 1.0, "r", "5" * 64, (), one)))

@@ -21,7 +21,7 @@ from tiercache.prices import FREE, Prices, price_table
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING
 from tiercache.tier.policy import decide
 from tiercache.tier.wishes import ago
-from tiercache.tierfile import Best, Keep, Pin, Rule, Tag, Tiering
+from tiercache.tierfile import BestMetric, KeepList, Pin, Rule, Tag, TieringOptions
 
 MB = 1_000_000
 BIG = Copy(100 * MB, days=100)
@@ -29,7 +29,7 @@ TO_ARCHIVE = Rule(name="cold", match=("**",), to="archive", idle_s=30 * DAY_S)
 KEEP = Rule(
     name="runs",
     match=("ckpt/**",),
-    keep={"hot": Keep(last=1), "standard": Keep(last=2)},
+    keep={"hot": KeepList(last=1), "standard": KeepList(last=2)},
     then="archive",
     after_s=14 * DAY_S,
     delete_after_s=365 * DAY_S,
@@ -65,7 +65,7 @@ def lying(*tiers: str, copy: Copy = BIG, **facts) -> Group:
 
 # -- metrics that are not found ---------------------------------------------------------------------------------------
 
-BEST = KEEP.model_copy(update={"keep": {"standard": Keep(best=(Best(metric="val_los", n=2),))}})
+BEST = KEEP.model_copy(update={"keep": {"standard": KeepList(best=(BestMetric(metric="val_los", n=2),))}})
 
 
 def scored(run: int, *steps: int, metric: str = "val_loss", **facts) -> list[Group]:
@@ -83,7 +83,9 @@ def test_a_misspelt_metric_deletes_nothing_and_moves_nothing_of_the_run():
 
 def test_the_refusal_names_only_the_metric_that_is_not_found():
     rule = BEST.model_copy(
-        update={"keep": {"standard": Keep(best=(Best(metric="val_loss", n=1), Best(metric="val_los", n=1)))}}
+        update={
+            "keep": {"standard": KeepList(best=(BestMetric(metric="val_loss", n=1), BestMetric(metric="val_los", n=1)))}
+        }
     )
     _, refusals = planned(scored(0, 1, 2, 3), rule)
     assert {one.group for one in refusals} == {1}
@@ -96,7 +98,7 @@ def test_a_metric_that_one_run_has_holds_for_that_run_alone():
 
 
 def test_what_another_keep_list_does_not_name_still_goes_down_to_the_tier_that_keeps_all():
-    rule = BEST.model_copy(update={"keep": {"hot": Keep(last=1), **BEST.keep}})
+    rule = BEST.model_copy(update={"keep": {"hot": KeepList(last=1), **BEST.keep}})
     groups = [checkpoint(0, step, {"hot": BIG}, days=400.0) for step in (1, 2, 3)]
     assert moves_of(groups, rule) == [(f"ckpt/r0/step-{step}", "move", "hot", "standard") for step in (1, 2)]
 
@@ -335,12 +337,12 @@ def test_what_lies_further_down_already_is_dropped_and_not_copied_to_the_next_ti
 
 
 def test_what_lies_below_the_end_stays_there():
-    rule = Rule(name="r", match=("**",), keep={"hot": Keep(last=1)}, then="standard")
+    rule = Rule(name="r", match=("**",), keep={"hot": KeepList(last=1)}, then="standard")
     assert moves_of([*run_of(1, tier="archive"), *run_of(2)], rule) == []
 
 
 def test_without_an_end_it_goes_to_the_next_tier():
-    rule = Rule(name="r", match=("**",), keep={"hot": Keep(last=1)})
+    rule = Rule(name="r", match=("**",), keep={"hot": KeepList(last=1)})
     assert moves_of(run_of(1, 2), rule) == [("ckpt/r0/step-1", "move", "hot", "standard")]
 
 
@@ -350,7 +352,7 @@ def test_files_beside_checkpoints_are_not_what_keep_lists_are_about():
 
 
 def test_a_tag_of_the_rule_file_counts_in_keep_lists():
-    rule = KEEP.model_copy(update={"keep": {"hot": Keep(tags=("release",)), "standard": Keep(last=1)}})
+    rule = KEEP.model_copy(update={"keep": {"hot": KeepList(tags=("release",)), "standard": KeepList(last=1)}})
     groups = run_of(1, 2, 3)
     tags = (Tag(match=("ckpt/*/step-1",), tags=("release",)),)
     assert [path for path, *_ in moves_of(groups, rule, tags=tags)] == ["ckpt/r0/step-2"]
@@ -436,12 +438,12 @@ def test_what_is_deleted_soon_must_pay_back_before_that_with_the_days_that_are_p
 def test_a_move_that_is_not_earned_back_in_time_is_refused_with_its_figures():
     prices = (FREE, STANDARD, replace(COLD, put_1000=5.0))
     group = lying("standard", copy=Copy(2**30, days=100))
-    tiering = Tiering(max_break_even_s=5 * DAY_S)
+    tiering = TieringOptions(max_break_even_s=5 * DAY_S)
     assert refusal_of([group], TO_ARCHIVE, prices=prices, tiering=tiering) == (
         "costs $0.005 once and saves $0.016 a month: earned back in 9.38 days (max_break_even = 5 days); "
         "use larger files, another class, or `even_if_dearer = true` in the rule"
     )
-    assert moves_of([group], TO_ARCHIVE, prices=prices, tiering=Tiering(max_break_even_s=10 * DAY_S))
+    assert moves_of([group], TO_ARCHIVE, prices=prices, tiering=TieringOptions(max_break_even_s=10 * DAY_S))
 
 
 def test_without_a_limit_in_the_file_a_move_must_pay_back_within_a_year():
@@ -464,11 +466,11 @@ def test_what_costs_more_where_it_goes_is_never_earned_back():
 
 
 def test_room_on_a_disk_of_ones_own_is_not_weighed_in_dollars():
-    assert moves_of([lying("hot")], TO_ARCHIVE, tiering=Tiering(max_break_even_s=DAY_S))
+    assert moves_of([lying("hot")], TO_ARCHIVE, tiering=TieringOptions(max_break_even_s=DAY_S))
 
 
 def test_where_prices_are_unknown_dollars_decide_nothing():
-    tiering = Tiering(max_break_even_s=1.0)
+    tiering = TieringOptions(max_break_even_s=1.0)
     (move,), _ = planned([lying("standard")], TO_ARCHIVE, prices=(FREE, None, COLD), tiering=tiering)
     assert (move.money.once, move.money.saving_month) == (0.0, 0.0)
 
@@ -532,7 +534,7 @@ def test_what_has_a_verified_copy_further_down_is_only_dropped():
 
 def test_a_keep_list_and_a_pin_hold_against_a_watermark():
     groups = [checkpoint(0, step, {"hot": Copy(10)}, unused_days=float(9 - step), days=20.0) for step in range(10)]
-    rule = Rule(name="runs", match=("**",), keep={"hot": Keep(every_steps=1)})
+    rule = Rule(name="runs", match=("**",), keep={"hot": KeepList(every_steps=1)})
     assert moves_of(groups, rule, capacity=(105, None, None)) == []
     assert moves_of(ten_in_hot(), STAY, capacity=(105, None, None), pins=(Pin(match=("**",)),)) == []
 
@@ -545,7 +547,7 @@ def test_a_watermark_leaves_the_newest_checkpoint_of_a_run_where_it_is():
 def test_a_watermark_is_about_room_and_not_about_earning_back():
     groups = [Group(f"f{i}", {"standard": Copy(10, days=100)}, days=100.0) for i in range(10)]
     prices = (FREE, STANDARD, replace(STANDARD, name="x:r:T"))
-    tiering = Tiering(max_break_even_s=DAY_S)
+    tiering = TieringOptions(max_break_even_s=DAY_S)
     assert moves_of(groups, STAY, capacity=(None, 105, None), prices=prices, tiering=tiering)
 
 

@@ -10,9 +10,9 @@ from tests.tier.planner_oracle import PlannerOracle
 from tests.tier.snapshots import COLD, DAY_S, FROZEN, PRICES, STANDARD, TIERS, Copy, Group, snapshot_of, tier_file
 
 from tiercache.prices import FREE
-from tiercache.tier.model import ARCHIVED, HERE, RESTORED, RESTORING, Decisions
+from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING, Decisions
 from tiercache.tier.policy import decide
-from tiercache.tierfile import Best, Keep, Pin, Rule, Tag, Tiering
+from tiercache.tierfile import BestMetric, KeepList, Pin, Rule, Tag, TieringOptions
 
 # Worlds take long to draw, and half a dozen properties share them.
 FEWER = settings(max_examples=max(settings.default.max_examples // 2, 1))
@@ -22,7 +22,7 @@ copies = st.builds(
     n_bytes=st.sampled_from([50, 90, 1000, 5000, 20_000_000, 4_000_000_000]),
     n_objects=st.sampled_from([1, 1, 3]),
     days=st.none() | days,
-    state=st.sampled_from([HERE, HERE, HERE, ARCHIVED, RESTORING, RESTORED]),
+    state=st.sampled_from([READABLE, READABLE, READABLE, ARCHIVED, RESTORING, RESTORED]),
     whole=st.booleans() | st.just(True),
     verified=st.booleans(),
 )
@@ -86,10 +86,10 @@ to_rules = st.builds(
     delete_after_s=st.none() | st.integers(5, 40).map(lambda n: n * DAY_S),
 )
 keeps = st.builds(
-    Keep,
+    KeepList,
     last=st.none() | st.integers(1, 3),
     every_steps=st.none() | st.just(15),
-    best=st.sampled_from([(), (Best(metric="loss", n=1),)]),
+    best=st.sampled_from([(), (BestMetric(metric="loss", n=1),)]),
     tags=st.sampled_from([(), ("release",)]),
     younger_s=in_days,
 )
@@ -111,7 +111,7 @@ def keep_rules(draw) -> Rule:
 
 
 tierings = st.builds(
-    Tiering,
+    TieringOptions,
     max_break_even_s=st.sampled_from([DAY_S, 30 * DAY_S, 365 * DAY_S]),
 )
 pins = st.sampled_from([(), (), (Pin(match=("c/**",)),), (Pin(match=("a/**",), until_s=5.0),)])
@@ -192,7 +192,7 @@ def test_what_is_held_is_left_alone_and_the_newest_keeps_a_copy_that_can_be_read
         assert not oracle.is_pinned(moved)
         if one.group in oracle.newest:
             others = [c for name, c in moved.copies.items() if TIERS.index(name) != one.src]
-            readable = any(c.state == HERE and c.whole and c.verified for c in others)
+            readable = any(c.state == READABLE and c.whole and c.verified for c in others)
             assert one.action == "copy" or (one.action == "drop" and readable)
 
 
@@ -211,7 +211,7 @@ def test_a_copy_goes_only_for_one_that_is_whole_and_verified_or_that_is_made_of_
             assert dst.verified
         elif one.action != "delete":
             assert src.whole
-            assert src.state in (HERE, RESTORED)
+            assert src.state in (READABLE, RESTORED)
             same_place = file.tiers[one.src].url == file.tiers[one.dst].url
             assert (one.action == "reclass") == same_place
 
@@ -329,7 +329,7 @@ def applied(groups: Sequence[Group], found: Decisions, priced) -> list[Group | N
             continue
         src = at[TIERS[one.src]]
         if one.action != "drop":
-            state = ARCHIVED if priced[one.dst].restore else HERE
+            state = ARCHIVED if priced[one.dst].restore else READABLE
             at[TIERS[one.dst]] = replace(src, days=0.0, state=state, whole=True, verified=True)
         if one.action != "copy":
             del at[TIERS[one.src]]
@@ -341,7 +341,7 @@ def applied(groups: Sequence[Group], found: Decisions, priced) -> list[Group | N
 def test_plan_after_plan_comes_to_rest_and_what_was_whole_stays_so(groups, file, priced, limits):
     """Nothing goes up and down again for ever; no group loses its last whole copy, nor the newest its last readable."""
     groups = fitting(file, groups)
-    file = file.model_copy(update={"tiering": Tiering()})
+    file = file.model_copy(update={"tiering": TieringOptions()})
     for _ in range(12):
         found = decide(snapshot_of(groups), file, priced, capacity_bytes=limits)
         after = applied(groups, found, priced)
@@ -350,8 +350,8 @@ def test_plan_after_plan_comes_to_rest_and_what_was_whole_stays_so(groups, file,
             assert new is not None or row not in newest
             if new is not None:
                 assert any(c.whole for c in new.copies.values()) or not any(c.whole for c in old.copies.values())
-                if row in newest and any(c.whole and c.state == HERE for c in old.copies.values()):
-                    assert any(c.whole and c.state == HERE for c in new.copies.values())
+                if row in newest and any(c.whole and c.state == READABLE for c in old.copies.values()):
+                    assert any(c.whole and c.state == READABLE for c in new.copies.values())
         if not found.moves:
             return
         groups = [one for one in after if one is not None]

@@ -19,8 +19,8 @@ from tiercache.testing import CountingStore, Fault, FaultKind, FaultStore
 from tiercache.testing.http_server import HttpFaultServer
 from tiercache.tier import placement, promote
 from tiercache.tier.machine import tier_above
-from tiercache.tier.places import Places, _same_service
-from tiercache.tier.promote import HotFolder, Promoter, hot_folder
+from tiercache.tier.places import LocationResolver, _same_service
+from tiercache.tier.promote import HotTier, Promoter, hot_folder
 
 ALL = list(range(N))
 
@@ -94,7 +94,7 @@ def _read_known(world: World) -> None:
 def test_one_record_brings_its_own_shard_only(packed, tmp_path):
     world = World(packed, tmp_path)
     dataset = tc.Dataset(world.moved.store.url)
-    dataset.source.make_ready(np.arange(0))
+    dataset.source.prepare_reading(np.arange(0))
     assert dataset[N - 1]["id"] == N - 1
     assert dataset.source.access.tiers._promoter.wait(30)
     dataset.close()
@@ -138,17 +138,17 @@ def test_a_machine_without_a_rule_file_promotes_nothing(packed, tmp_path):
 
 
 def test_hot_folders_are_found_by_the_rule_file(tmp_path):
-    assert hot_folder(f"{tmp_path}/nvme/data/deep") == HotFolder(f"{tmp_path}/nvme", 1_000_000_000)
-    assert hot_folder(f"{tmp_path}/nvme") == HotFolder(f"{tmp_path}/nvme", 1_000_000_000)
+    assert hot_folder(f"{tmp_path}/nvme/data/deep") == HotTier(f"{tmp_path}/nvme", 1_000_000_000)
+    assert hot_folder(f"{tmp_path}/nvme") == HotTier(f"{tmp_path}/nvme", 1_000_000_000)
     assert hot_folder(f"{tmp_path}/home/data") is None
 
 
 def test_a_place_is_opened_by_the_options_that_this_machines_rules_have_for_its_tier(tmp_path):
     rules = '[tiers.archive]\nurl = "s3://cold/train"\nstorage_options = { region = "xx-1", anon = true }\n'
     (tmp_path / "tiercache.toml").write_text(rules)
-    places = Places(MemoryStore("options-home"), {})
-    found = places.store_at(placement.Row("a", "s3://cold/train/data", n_bytes=1))
-    other = places.store_at(placement.Row("a", "s3://cold/training/data", n_bytes=1))
+    places = LocationResolver(MemoryStore("options-home"), {})
+    found = places.store_at(placement.PlacementRow("a", "s3://cold/train/data", n_bytes=1))
+    other = places.store_at(placement.PlacementRow("a", "s3://cold/training/data", n_bytes=1))
     assert found._options.config["region"] == "xx-1"
     assert other._options.config.get("region") != "xx-1"
     assert tier_above("s3://cold/train") == tier_above("s3://cold/train/data/")
@@ -211,9 +211,9 @@ def one(tmp_path):
     cold.put("a.tcs", data)
     identity = ShardIdentity("0" * 32, "1" * 32, len(data), crc32c(data))
     hot = LocalFolder(tmp_path / "nvme")
-    row = placement.Row("a.tcs", cold.url, n_bytes=len(data), crc32c=identity.crc32c, promote=hot.url)
-    placement.commit(home, {"a.tcs": row})
-    places = Places(home, {})
+    row = placement.PlacementRow("a.tcs", cold.url, n_bytes=len(data), crc32c=identity.crc32c, promote=hot.url)
+    placement.commit_placement(home, {"a.tcs": row})
+    places = LocationResolver(home, {})
     places.look()
     yield places, row, identity, cold, hot
     for store in (home, cold):
@@ -269,7 +269,7 @@ def test_closing_stops_it_and_keeps_no_half_copy(one):
 
 def test_processes_that_copy_to_one_tier_keep_one_account_of_its_room(one):
     places, row, identity, cold, hot = one
-    two = HotFolder(hot.url, 2 * identity.n_bytes)
+    two = HotTier(hot.url, 2 * identity.n_bytes)
     promoters = [Promoter(places, lambda: cold, lambda url: two) for _ in range(2)]
     rows = [replace(row, key=f"{n}.tcs") for n in range(3)]
     for one_of_them in rows:
@@ -280,7 +280,7 @@ def test_processes_that_copy_to_one_tier_keep_one_account_of_its_room(one):
 
 def test_what_others_have_put_into_a_tier_counts_after_a_while(one, monkeypatch):
     places, row, identity, cold, hot = one
-    promoter = Promoter(places, lambda: cold, lambda url: HotFolder(hot.url, 2 * identity.n_bytes))
+    promoter = Promoter(places, lambda: cold, lambda url: HotTier(hot.url, 2 * identity.n_bytes))
     assert promoter.copy(row, identity)
     hot.delete(["a.tcs"])
     hot.put("theirs", bytes(2 * identity.n_bytes))

@@ -17,10 +17,10 @@ from tiercache.prices import Prices, RestorePrice
 from tiercache.store import MemoryStore
 from tiercache.testing import FakeClock
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, PlannedObject
-from tiercache.tier.restore import Requested, plan_restore, promotion, request, wait
+from tiercache.tier.restore import RequestCounts, plan_copy_home, plan_restore, request_restore, wait_restored
 from tiercache.tier.stores import Stores, state_of
 from tiercache.tier.transfer import Transfer
-from tiercache.tierfile import Tier, TierFile
+from tiercache.tierfile import RuleFile, Tier
 
 HOUR_S = 3600.0
 GLACIER = Prices(
@@ -73,7 +73,7 @@ class World:
             Tier(name="home", role="standard", url=self.home.url),
             Tier(name="vault", role="archive", url=self.vault.url, storage_class="GLACIER"),
         )
-        self.file = TierFile(path=Path("/etc/tiers.toml"), sha256="of the file", tiers=tiers)
+        self.file = RuleFile(path=Path("/etc/tiers.toml"), sha256="of the file", tiers=tiers)
         self.stores = Stores(
             self.file, stores={"home": self.home, "vault": self.vault.store}, archives={"vault": self.vault}
         )
@@ -125,14 +125,14 @@ def test_it_costs_the_second_copy_while_it_lasts_and_the_writes_to_the_home_tier
 
 def test_what_is_on_its_way_costs_nothing_more(world):
     world.archive(a=500_000)
-    request(world.stores, world.plan("a"))
+    request_restore(world.stores, world.plan("a"))
     plan = world.plan("a")
     assert (plan.cost, plan.hours, plan.asked) == (0.0, 5, ())
 
 
 def test_what_is_restored_takes_no_more_time(world, clock):
     world.archive(a=500_000)
-    request(world.stores, world.plan("a"))
+    request_restore(world.stores, world.plan("a"))
     clock.advance(6 * HOUR_S)
     assert world.plan("a").hours == 0.0
 
@@ -184,23 +184,23 @@ def test_a_command_of_very_many_names_says_that_there_are_more(world):
 
 def test_each_archived_object_is_asked_for_once(world):
     world.archive(a=1, b=1)
-    assert request(world.stores, world.plan("a", "b")) == Requested(started=2)
-    assert request(world.stores, world.plan("a", "b")) == Requested(running=2)
+    assert request_restore(world.stores, world.plan("a", "b")) == RequestCounts(started=2)
+    assert request_restore(world.stores, world.plan("a", "b")) == RequestCounts(running=2)
     assert sorted(key for key, _, _ in world.vault.asked) == ["a", "b"]
 
 
 @pytest.mark.parametrize(("days", "asked"), [(7, 7), (None, 3)])
 def test_copies_stay_as_long_as_was_asked_or_as_their_promotion_takes(world, days, asked):
     world.archive(a=1)
-    request(world.stores, world.plan("a", days=days, speed="bulk"))
+    request_restore(world.stores, world.plan("a", days=days, speed="bulk"))
     assert world.vault.asked == [("a", asked, "bulk")]
 
 
 def test_what_is_restored_is_asked_to_stay_longer(world, clock):
     world.archive(a=1)
-    request(world.stores, world.plan("a"))
+    request_restore(world.stores, world.plan("a"))
     clock.advance(6 * HOUR_S)
-    assert request(world.stores, world.plan("a", days=9)) == Requested(done=1)
+    assert request_restore(world.stores, world.plan("a", days=9)) == RequestCounts(done=1)
     assert world.vault.asked[-1] == ("a", 9, "standard")
 
 
@@ -210,10 +210,10 @@ def test_what_is_restored_is_asked_to_stay_longer(world, clock):
 def test_a_wait_ends_when_the_store_says_that_all_can_be_read(world, clock):
     world.archive(**{f"k{number}": 1 for number in range(40)})
     plan, told = world.plan(*(f"k{number}" for number in range(40))), []
-    request(world.stores, plan)
+    request_restore(world.stores, plan)
     start_s = clock.monotonic()
     plan = world.plan(*plan.names)
-    assert wait(world.stores, plan, clock=clock, on_progress=lambda n, of: told.append((n, of))) == ()
+    assert wait_restored(world.stores, plan, clock=clock, on_progress=lambda n, of: told.append((n, of))) == ()
     assert 5 * HOUR_S <= clock.monotonic() - start_s <= 5 * HOUR_S + 61
     assert told[-1] == (40, 40)
 
@@ -221,39 +221,39 @@ def test_a_wait_ends_when_the_store_says_that_all_can_be_read(world, clock):
 def test_a_store_is_asked_about_once_a_minute_and_of_few_objects(world, clock):
     world.archive(**{f"k{number:03}": 1 for number in range(200)})
     plan = world.plan(*(f"k{number:03}" for number in range(200)))
-    request(world.stores, plan)
+    request_restore(world.stores, plan)
     world.vault.n_heads = 0
-    wait(world.stores, plan, clock=clock)
+    wait_restored(world.stores, plan, clock=clock)
     assert world.vault.n_heads < 400 * 16  # 5 hours of minutes, and those that are found sooner
 
 
 def test_a_wait_that_takes_too_long_says_what_is_missing(world, clock):
     world.archive(a=1, b=1)
     plan = world.plan("a", "b")
-    request(world.stores, plan)
+    request_restore(world.stores, plan)
     world.vault.ready_s["a"] = 0.0
-    assert [one.key for one in wait(world.stores, plan, clock=clock, deadline_s=HOUR_S)] == ["b"]
+    assert [one.key for one in wait_restored(world.stores, plan, clock=clock, deadline_s=HOUR_S)] == ["b"]
 
 
 def test_a_wait_that_is_called_off_ends(world, clock):
     world.archive(a=1)
     plan, cancel = world.plan("a"), threading.Event()
-    request(world.stores, plan)
+    request_restore(world.stores, plan)
     cancel.set()
-    assert [one.key for one in wait(world.stores, plan, clock=clock, cancel=cancel)] == ["a"]
+    assert [one.key for one in wait_restored(world.stores, plan, clock=clock, cancel=cancel)] == ["a"]
 
 
 def test_what_nobody_restores_is_not_waited_for(world, clock):
     world.archive(a=1)
     with pytest.raises(StoreError, match="neither restored nor being restored"):
-        wait(world.stores, world.plan("a"), clock=clock)
+        wait_restored(world.stores, world.plan("a"), clock=clock)
 
 
 # -- promotion --------------------------------------------------------------------------------------------------------
 
 
 def promoted(world, *keys, **more):
-    return promotion(world.file, world.plan(*keys), made_s=1.0, **more)
+    return plan_copy_home(world.file, world.plan(*keys), made_s=1.0, **more)
 
 
 def test_what_was_restored_is_copied_home_and_stays_in_the_archive(world):
@@ -296,13 +296,13 @@ def test_where_the_archive_is_a_class_of_home_the_class_is_changed(clock):
         Tier(name="home", role="standard", url=vault.url),
         Tier(name="vault", role="archive", url=vault.url, storage_class="GLACIER"),
     )
-    file = TierFile(path=Path("t.toml"), sha256="", tiers=tiers)
+    file = RuleFile(path=Path("t.toml"), sha256="", tiers=tiers)
     archives = dict.fromkeys(("home", "vault"), vault)
     stores = Stores(file, stores=dict.fromkeys(archives, vault.store), archives=archives)
     vault.store.put("a", b"x")
     plan = plan_restore(file, stores, ["a"], [FREE, GLACIER])
     assert [one.tier for one in plan.objects] == ["vault"]
-    assert [move.action for move in promotion(file, plan, made_s=1.0).moves] == ["reclass"]
+    assert [move.action for move in plan_copy_home(file, plan, made_s=1.0).moves] == ["reclass"]
 
 
 # -- moto -------------------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_on_moto_an_object_goes_to_glacier_and_comes_home(moto_server, tmp_path,
             storage_options=moto_server.storage_options,
         ),
     )  # fmt: skip
-    file, data = TierFile(path=Path("t.toml"), sha256="", tiers=tiers), os.urandom(1000)
+    file, data = RuleFile(path=Path("t.toml"), sha256="", tiers=tiers), os.urandom(1000)
     with Stores(file) as stores, Transfer(stores) as transfer:
         stores.store("home").put("a", data)
         info = stores.head("home", "a")
@@ -335,10 +335,10 @@ def test_on_moto_an_object_goes_to_glacier_and_comes_home(moto_server, tmp_path,
         stores.store("home").delete(["a"])
         plan = plan_restore(file, stores, ["a"], [FREE, GLACIER])
         assert [one.state for one in plan.objects] == [ARCHIVED]
-        assert request(stores, plan) == Requested(started=1)
+        assert request_restore(stores, plan) == RequestCounts(started=1)
         assert state_of(stores.head("vault", "a")) == RESTORING
-        assert wait(stores, plan, clock=clock) == ()
-        (move,) = promotion(file, plan, made_s=1.0).moves
+        assert wait_restored(stores, plan, clock=clock) == ()
+        (move,) = plan_copy_home(file, plan, made_s=1.0).moves
         transfer.copy(move.src, move.dst, move.objects[0])
         assert stores.store("home").get("a") == data
         assert state_of(stores.head("vault", "a")) == RESTORED
@@ -351,10 +351,10 @@ def test_on_seaweedfs_a_restore_says_that_classes_are_names_only(s3_server):
         name="vault", role="archive", url=f"{s3_server.url}/restore-{os.urandom(4).hex()}", storage_class="GLACIER",
         storage_options=s3_server.storage_options,
     )  # fmt: skip
-    file = TierFile(path=Path("t.toml"), sha256="", tiers=(tier,))
+    file = RuleFile(path=Path("t.toml"), sha256="", tiers=(tier,))
     with Stores(file) as stores:
         with stores.archive("vault").create("a", storage_class="GLACIER") as upload:
             upload.put_part(0, b"x")
             upload.complete()
         with pytest.raises(StoreError, match="only labels"):
-            request(stores, plan_restore(file, stores, ["a"], [None]))
+            request_restore(stores, plan_restore(file, stores, ["a"], [None]))

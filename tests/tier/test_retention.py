@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tests.tier.planner_oracle import kept_plainly, unscored_plainly
 from tests.tier.snapshots import DAY_S, Copy, Group, checkpoint, snapshot_of
 
-from tiercache.tier.retention import kept, newest
-from tiercache.tierfile import Best, Keep
+from tiercache.tier.retention import evaluate_keep_list, find_newest
+from tiercache.tierfile import BestMetric, KeepList
 
 HERE = {"standard": Copy()}
 
@@ -29,13 +29,13 @@ checkpoints = st.builds(
     tags=st.sets(st.sampled_from(["a", "b"]), max_size=1).map(frozenset),
 )
 bests = st.builds(
-    lambda metric, n, mode: Best(metric=metric, n=n, mode=mode),
+    lambda metric, n, mode: BestMetric(metric=metric, n=n, mode=mode),
     st.sampled_from(["loss", ["eval_loss", "loss"], ["loss", "eval_loss"]]),
     st.integers(1, 3),
     st.sampled_from(["min", "max"]),
 )
 keeps = st.builds(
-    Keep,
+    KeepList,
     last=st.none() | st.integers(1, 4),
     every_steps=st.none() | st.integers(1, 12),
     every_s=st.none() | st.sampled_from([DAY_S, 2 * DAY_S, 5 * DAY_S]),
@@ -49,7 +49,7 @@ keeps = st.builds(
 def test_a_keep_list_names_what_walking_each_series_names(groups, keep, data):
     rows = data.draw(st.permutations(range(len(groups)))) if groups else []
     rows = rows[: data.draw(st.integers(0, len(rows)))]
-    found = kept(snapshot_of(groups), np.array(rows, np.int64), keep)
+    found = evaluate_keep_list(snapshot_of(groups), np.array(rows, np.int64), keep)
     assert chosen(rows, found.named) == kept_plainly(groups, rows, keep)
     assert chosen(rows, found.unscored) == unscored_plainly(groups, rows, keep)
 
@@ -60,7 +60,7 @@ def chosen(rows: list[int], mask: np.ndarray) -> set[int]:
 
 @given(st.lists(checkpoints, max_size=14))
 def test_the_newest_of_a_run_is_its_complete_checkpoint_with_the_highest_step(groups):
-    found = set(np.flatnonzero(newest(snapshot_of(groups))).tolist())
+    found = set(np.flatnonzero(find_newest(snapshot_of(groups))).tolist())
     wanted = set()
     for series in {group.series for group in groups}:
         rows = [row for row, group in enumerate(groups) if group.series == series and group.complete]
@@ -70,7 +70,7 @@ def test_the_newest_of_a_run_is_its_complete_checkpoint_with_the_highest_step(gr
 
 def named_steps(groups: list[Group], **keys: object) -> list[int]:
     snapshot = snapshot_of(groups)
-    found = kept(snapshot, np.arange(len(groups)), Keep(**keys))
+    found = evaluate_keep_list(snapshot, np.arange(len(groups)), KeepList(**keys))
     return sorted(group.step for group, is_named in zip(groups, found.named.tolist(), strict=True) if is_named)
 
 
@@ -96,26 +96,26 @@ def test_the_best_of_a_metric_are_lowest_or_highest_and_those_without_it_are_not
     values = {10: 9.0, 20: 1.0, 30: 2.0, 40: 8.0}
     groups = [checkpoint(0, step, HERE, metrics={"loss": value}) for step, value in values.items()]
     groups.append(checkpoint(0, 50, HERE))
-    assert named_steps(groups, best=(Best(metric="loss", n=2, mode=mode),)) == steps
+    assert named_steps(groups, best=(BestMetric(metric="loss", n=2, mode=mode),)) == steps
 
 
 def test_a_metric_that_no_checkpoint_of_a_run_has_keeps_all_of_that_run_and_of_no_other():
     """A misspelt name would otherwise keep nothing, and delete_after would take last copies."""
     groups = [*run(10, 20, 30), *(checkpoint(1, step, HERE, metrics={"loss": float(step)}) for step in (10, 20, 30))]
-    found = kept(snapshot_of(groups), np.arange(6), Keep(best=(Best(metric="loss", n=1),)))
+    found = evaluate_keep_list(snapshot_of(groups), np.arange(6), KeepList(best=(BestMetric(metric="loss", n=1),)))
     assert found.unscored.tolist() == [True, True, True, False, False, False]
     assert found.named.tolist() == [False, False, False, True, False, False]
 
 
 def test_a_run_without_complete_checkpoints_lacks_no_metric():
     groups = [checkpoint(0, step, HERE, complete=False) for step in (10, 20)]
-    found = kept(snapshot_of(groups), np.arange(2), Keep(best=(Best(metric="loss", n=1),)))
+    found = evaluate_keep_list(snapshot_of(groups), np.arange(2), KeepList(best=(BestMetric(metric="loss", n=1),)))
     assert not found.unscored.any()
 
 
 def test_a_metric_that_only_incomplete_checkpoints_have_is_not_found_in_their_run():
     groups = [*run(10, 20), checkpoint(0, 30, HERE, complete=False, metrics={"loss": 1.0})]
-    found = kept(snapshot_of(groups), np.arange(3), Keep(best=(Best(metric="loss", n=1),)))
+    found = evaluate_keep_list(snapshot_of(groups), np.arange(3), KeepList(best=(BestMetric(metric="loss", n=1),)))
     assert found.unscored.tolist() == [True, True, False]
 
 
@@ -128,7 +128,9 @@ def test_of_several_metrics_the_first_that_a_run_has_counts_for_all_of_that_run(
         checkpoint(1, 10, HERE, metrics={"eval_loss": 1.0}),
         checkpoint(1, 20, HERE, metrics={"eval_loss": 2.0}),
     ]
-    found = kept(snapshot_of(groups), np.arange(5), Keep(best=(Best(metric=["val_loss", "eval_loss"], n=1),)))
+    found = evaluate_keep_list(
+        snapshot_of(groups), np.arange(5), KeepList(best=(BestMetric(metric=["val_loss", "eval_loss"], n=1),))
+    )
     assert found.named.tolist() == [False, True, False, True, False]
     assert found.without.tolist() == [False, False, True, False, False]
     assert not found.unscored.any()
@@ -140,13 +142,13 @@ def test_a_checkpoint_whose_metrics_cannot_be_read_may_be_the_best():
         checkpoint(0, 20, HERE, unread=True),
         checkpoint(0, 30, HERE),
     ]
-    found = kept(snapshot_of(groups), np.arange(3), Keep(best=(Best(metric="loss", n=1),)))
+    found = evaluate_keep_list(snapshot_of(groups), np.arange(3), KeepList(best=(BestMetric(metric="loss", n=1),)))
     assert (found.named.tolist(), found.unscored.tolist()) == ([True, False, False], [False, True, False])
 
 
 def test_of_equal_values_the_later_step_is_the_better():
     groups = [checkpoint(0, step, HERE, metrics={"loss": 1.0}) for step in (10, 20, 30)]
-    assert named_steps(groups, best=(Best(metric="loss", n=1),)) == [30]
+    assert named_steps(groups, best=(BestMetric(metric="loss", n=1),)) == [30]
 
 
 def test_one_that_is_not_complete_takes_nobodys_place():

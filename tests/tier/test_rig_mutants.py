@@ -12,9 +12,9 @@ from tests.tier.world import World
 
 from tiercache import points
 from tiercache.tier import applying, policy
-from tiercache.tier.copying import Copying
-from tiercache.tier.settling import Settling
-from tiercache.tier.steps import Sight
+from tiercache.tier.copying import CopyMaker
+from tiercache.tier.settling import DeferredDeletions
+from tiercache.tier.steps import MoveContext
 
 # -- trials: each yields what the oracle finds, step by step -----------------------------------------------------------
 
@@ -65,7 +65,7 @@ def source_is_new(world: World) -> list[str]:
     return found + step(world, world.settle)
 
 
-def at_once(world: World) -> list[str]:
+def map_parallel(world: World) -> list[str]:
     fill(world)
     return step(world, world.run_once)
 
@@ -121,41 +121,41 @@ def copy_is_flipped(world: World) -> list[str]:
 @contextmanager
 def target_not_checked() -> Iterator[None]:
     """What was verified once is there for ever."""
-    with patch.object(Settling, "_unconfirmed", lambda self, row, there: ""):
+    with patch.object(DeferredDeletions, "_unconfirmed", lambda self, row, there: ""):
         yield
 
 
 @contextmanager
 def source_not_checked() -> Iterator[None]:
     """What was to be dropped is dropped, whatever it is by now."""
-    with patch.object(Sight, "moved", lambda self, tier, info, one: ""):
+    with patch.object(MoveContext, "moved", lambda self, tier, info, one: ""):
         yield
 
 
 @contextmanager
 def grace_forgotten() -> Iterator[None]:
     """A source goes as soon as there is a copy."""
-    really = Settling._due
+    really = DeferredDeletions._due
 
     def due(self):
         really(self)
         return list(self._catalog.open_moves(self._file.home.url, "waiting", "dropping"))
 
-    with patch.object(Settling, "_due", due):
+    with patch.object(DeferredDeletions, "_due", due):
         yield
 
 
 @contextmanager
 def class_not_announced() -> Iterator[None]:
     """A class in which nothing can be read is a class like others."""
-    with patch.object(applying, "ends_reading", lambda sight, row: False):
+    with patch.object(applying, "ends_readability", lambda sight, row: False):
         yield
 
 
 @contextmanager
 def target_overwritten() -> Iterator[None]:
     """Whatever lies where a copy goes is written over."""
-    with patch.object(Copying, "_is_there", lambda self, job, one, info: False):
+    with patch.object(CopyMaker, "_is_there", lambda self, job, one, info: False):
         yield
 
 
@@ -163,8 +163,8 @@ def target_overwritten() -> Iterator[None]:
 def pins_not_asked() -> Iterator[None]:
     """What was pinned since is dropped: neither the mover nor the plan that it makes anew asks."""
     with (
-        patch.object(Sight, "pinned", lambda self, rows, now_s: {}),
-        patch.object(policy, "held", lambda view, wishes, refused: wishes),
+        patch.object(MoveContext, "pinned", lambda self, rows, now_s: {}),
+        patch.object(policy, "reject_protected", lambda view, wishes, refused: wishes),
     ):
         yield
 
@@ -172,14 +172,14 @@ def pins_not_asked() -> Iterator[None]:
 @contextmanager
 def pins_asked_too_early() -> Iterator[None]:
     """Who pins something while copies are looked at is not heard."""
-    with patch.object(Settling, "_heed_pins", lambda self, due: None):
+    with patch.object(DeferredDeletions, "_heed_pins", lambda self, due: None):
         yield
 
 
 @contextmanager
 def dropped_in_any_order() -> Iterator[None]:
     """The object that makes a checkpoint whole goes last."""
-    really = Settling._drop
+    really = DeferredDeletions._drop
 
     def drop(self, due):
         return really(self, [turned(one) for one in due])
@@ -187,21 +187,21 @@ def dropped_in_any_order() -> Iterator[None]:
     def turned(one):
         return replace(one, row=replace(one.row, objects=one.row.objects[::-1]))
 
-    with patch.object(Settling, "_drop", drop):
+    with patch.object(DeferredDeletions, "_drop", drop):
         yield
 
 
 @contextmanager
 def copied_in_any_order() -> Iterator[None]:
     """The object that makes a checkpoint whole comes first."""
-    really = Copying.copy
+    really = CopyMaker.copy
 
     def copy(self, jobs):
         for job in jobs:
             job.row = replace(job.row, objects=job.row.objects[::-1])
         return really(self, jobs)
 
-    with patch.object(Copying, "copy", copy):
+    with patch.object(CopyMaker, "copy", copy):
         yield
 
 
@@ -211,7 +211,7 @@ def copies_not_verified() -> Iterator[None]:
     with (
         patch("tiercache.tier.transfer._is_proven", lambda *anything: True),
         patch("tiercache.tier.transfer.Transfer.sum_of", lambda self, name, info: 0),
-        patch.object(Sight, "confirmed", lambda self, *anything: ""),
+        patch.object(MoveContext, "confirmed", lambda self, *anything: ""),
     ):
         yield
 
@@ -237,8 +237,8 @@ CASES = (
     Case(target_not_checked, copy_is_lost, "lie nowhere any more"),
     Case(target_not_checked, copy_is_spoilt, "lie nowhere any more"),
     Case(source_not_checked, source_is_new, "lie nowhere any more"),
-    Case(grace_forgotten, at_once, "grace is"),
-    Case(class_not_announced, at_once, "became unreadable", "one_bucket"),
+    Case(grace_forgotten, map_parallel, "grace is"),
+    Case(class_not_announced, map_parallel, "became unreadable", "one_bucket"),
     Case(target_overwritten, other_is_there, "lie nowhere any more"),
     Case(pins_not_asked, pinned_since, "is pinned, and gone"),
     Case(pins_asked_too_early, pinned_meanwhile, "is pinned, and gone"),

@@ -15,7 +15,7 @@ from tiercache.tier import placement
 from tiercache.tier.lock import TierLock
 from tiercache.tier.run import DONE, PARTLY, catalog_path, run_once
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import load_tiers
+from tiercache.tierfile import load_rule_file
 
 DAY_S = 86_400.0
 RULES = """
@@ -53,7 +53,7 @@ class Tiers:
 
     @property
     def file(self):
-        return load_tiers(self.root / "tiercache.toml")
+        return load_rule_file(self.root / "tiercache.toml")
 
     def write(self, tier, key, data=b"x" * 100):
         path = self.root / tier / key
@@ -124,7 +124,7 @@ def test_readers_find_the_shards_of_a_cold_data_set(tiers, clock):
     clock.jump(2 * DAY_S)
     report = tiers.run()
     assert report.adopted == ("data",)
-    assert placement.is_adopted(LocalFolder(url))
+    assert placement.is_tracked(LocalFolder(url))
     clock.jump(DAY_S + 1)
     report = tiers.run()
     assert report.stopped == ()

@@ -8,7 +8,7 @@ from tests.tier.moving import PARTS, HookAt, Killed, World, checkpoint, moved_aw
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.store import LocalFolder
 from tiercache.testing import Fault, FaultStore
-from tiercache.tier.survey import Survey
+from tiercache.tier.survey import DeletionGuard
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_deletion_waits_for_grace_and_is_made_if_rules_still_ask_for_it(world)
     world.put("standard", "f")
     world.put("archive", "f")
     world.apply(world.plan(world.move("f", "standard", None, action="delete")))
-    world.survey = Survey(deletes=frozenset(["f"]))
+    world.survey = DeletionGuard(deletes=frozenset(["f"]))
     world.settle()
     assert world.where("f") == ["standard", "archive"]
     world.later()
@@ -53,9 +53,9 @@ def test_a_deletion_waits_for_grace_and_is_made_if_rules_still_ask_for_it(world)
 @pytest.mark.parametrize(
     ("survey", "why"),
     [
-        (Survey(), "no rule deletes it now"),
-        (Survey(deletes=frozenset(["f"]), protected=frozenset(["f"])), "newest complete checkpoint"),
-        (Survey(deletes=frozenset(["f"]), in_use=frozenset(["f"])), "a machine reads it"),
+        (DeletionGuard(), "no rule deletes it now"),
+        (DeletionGuard(deletes=frozenset(["f"]), protected=frozenset(["f"])), "newest complete checkpoint"),
+        (DeletionGuard(deletes=frozenset(["f"]), in_use=frozenset(["f"])), "a machine reads it"),
     ],
 )
 def test_a_last_copy_that_is_wanted_by_now_stays(world, survey, why):
@@ -72,7 +72,7 @@ def test_a_copy_that_came_since_stops_a_deletion(world):
     world.apply(world.plan(world.move("f", "standard", None, action="delete")))
     world.put("hot", "f")
     world.later()
-    world.survey = Survey(deletes=frozenset(["f"]))
+    world.survey = DeletionGuard(deletes=frozenset(["f"]))
     assert "expected no copy there" in world.settle().stopped[0].reason
     assert world.where("f") == ["hot", "standard"]
 
@@ -91,7 +91,7 @@ def last_copy_may_go(world):
     world.settle()
     world.apply(world.plan(world.move("f", "archive", None, action="delete"), name="delete"))
     world.later()
-    world.survey = Survey(deletes=frozenset(["f"]))
+    world.survey = DeletionGuard(deletes=frozenset(["f"]))
 
 
 def test_readers_are_told_before_a_last_copy_goes(world):
@@ -140,7 +140,7 @@ def test_the_newest_checkpoint_stays_readable(bucket):
     bucket.put("standard", "f")
     bucket.apply(bucket.plan(bucket.move("f", "standard", "archive", action="reclass")))
     bucket.later()
-    bucket.survey = Survey(protected=frozenset(["f"]))
+    bucket.survey = DeletionGuard(protected=frozenset(["f"]))
     assert "stays where it can be read" in bucket.settle().stopped[0].reason
     assert class_of(bucket, "f") == "STANDARD"
     assert bucket.row("f") is None
@@ -150,7 +150,7 @@ def test_the_newest_checkpoint_keeps_its_readable_copy(tmp_path):
     world = World(tmp_path / "world", classes=True)
     moved_away(world, "f")
     world.later()
-    world.survey = Survey(protected=frozenset(["f"]))
+    world.survey = DeletionGuard(protected=frozenset(["f"]))
     assert "stays where it can be read" in world.settle().stopped[0].reason
     assert world.where("f") == ["standard", "archive"]
 
@@ -213,7 +213,7 @@ def test_a_source_that_is_written_while_it_is_about_to_be_dropped_stays(world, w
     world.put("standard", "f")
     action, dst = ("move", "archive") if what == "a move" else ("delete", None)
     world.apply(world.plan(world.move("f", "standard", dst, action=action)))
-    world.survey = Survey(deletes=frozenset(["f"]))
+    world.survey = DeletionGuard(deletes=frozenset(["f"]))
     world.later()
     with HookAt("tier_drop.journaled", do=lambda: world.inner["standard"].put("f", b"written now")) as hook:
         settled = world.settle()
@@ -252,7 +252,7 @@ def test_what_makes_a_checkpoint_whole_is_deleted_first_also_where_another_tier_
     world.put("hot", *PARTS)
     world.put("standard", *PARTS[:-1])
     plan = world.plan(world.move("ck/step-1", "hot", None, action="delete", keys=PARTS, kind="checkpoint"))
-    world.survey = Survey(deletes=frozenset(["ck/step-1"]))
+    world.survey = DeletionGuard(deletes=frozenset(["ck/step-1"]))
     world.apply(plan)
     world.later()
     seen = []
@@ -276,7 +276,7 @@ def test_a_pin_that_comes_while_things_are_looked_at_holds(tmp_path, point, acti
     world = World(tmp_path / "world", classes=action == "reclass", shared=action == "reclass")
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "standard", None if action == "delete" else "archive", action=action)))
-    world.survey = Survey(deletes=frozenset(["f"]))
+    world.survey = DeletionGuard(deletes=frozenset(["f"]))
     world.later()
     with HookAt(point, do=lambda: world.write_rules(PIN)) as hook:
         settled = world.settle()

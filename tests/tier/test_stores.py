@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tiercache.errors import NotFound
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder, MemoryStore
-from tiercache.tier.model import ARCHIVED, HERE, RESTORED, RESTORING
+from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
 from tiercache.tier.stores import Stores, restored_until, state_of
-from tiercache.tierfile import Tier, TierFile, load_tiers
+from tiercache.tierfile import RuleFile, Tier, load_rule_file
 
 GOES = 'ongoing-request="true"'
 STAYS = 'ongoing-request="false", expiry-date="Fri, 21 Dec 2012 00:00:00 GMT"'
@@ -31,7 +31,7 @@ def rules(tmp_path):
     def write(**tiers):
         path = tmp_path / "tiercache.toml"
         path.write_text("".join(f"[tiers.{name}]\n{text}\n" for name, text in tiers.items()))
-        return load_tiers(path)
+        return load_rule_file(path)
 
     return write
 
@@ -42,14 +42,14 @@ def rules(tmp_path):
 @pytest.mark.parametrize(
     ("storage_class", "restore", "state"),
     [
-        (None, None, HERE),
-        ("STANDARD", None, HERE),
-        ("GLACIER_IR", None, HERE),
+        (None, None, READABLE),
+        ("STANDARD", None, READABLE),
+        ("GLACIER_IR", None, READABLE),
         ("GLACIER", None, ARCHIVED),
         ("DEEP_ARCHIVE", None, ARCHIVED),
         ("GLACIER", GOES, RESTORING),
         ("DEEP_ARCHIVE", STAYS, RESTORED),
-        ("INTELLIGENT_TIERING", None, HERE),
+        ("INTELLIGENT_TIERING", None, READABLE),
         ("INTELLIGENT_TIERING", 'archive-status="DEEP_ARCHIVE_ACCESS"', ARCHIVED),
         ("INTELLIGENT_TIERING", GOES, RESTORING),
     ],
@@ -120,7 +120,7 @@ def test_a_listing_and_a_head_of_a_folder_are_the_stores(rules, tmp_path):
 def two_tiers(first, second, **more):
     """A rule file of two tiers that no file would pass."""
     tiers = (Tier(name="hot", role="hot", url=first), Tier(name="cold", role="archive", url=second, **more))
-    return TierFile(path=Path("rules.toml"), sha256="", tiers=tiers)
+    return RuleFile(path=Path("rules.toml"), sha256="", tiers=tiers)
 
 
 @pytest.mark.parametrize(

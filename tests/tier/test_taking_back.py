@@ -4,7 +4,7 @@ import pytest
 from tests.tier.moving import World
 
 from tiercache.testing import Fault
-from tiercache.tier.survey import Survey
+from tiercache.tier.survey import DeletionGuard
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def waiting(world, action):
         world.move("f", "standard", "archive", number=2),
     ]
     assert world.apply(world.plan(*moves)).stopped == ()
-    world.survey = Survey(deletes=frozenset([SHARD]))
+    world.survey = DeletionGuard(deletes=frozenset([SHARD]))
     world.inner["standard"].put(SHARD, b"anew")
     world.later()
 

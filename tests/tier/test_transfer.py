@@ -19,7 +19,7 @@ from tiercache.testing.wrapper import WrapperStore
 from tiercache.tier.model import PlannedObject
 from tiercache.tier.stores import Stores
 from tiercache.tier.transfer import PART_BYTES, Transfer
-from tiercache.tierfile import Tier, TierFile
+from tiercache.tierfile import RuleFile, Tier
 
 SMALL = b"a small object"
 LARGE = os.urandom(2 * PART_BYTES + 1234)
@@ -47,7 +47,7 @@ class Place:
         )
         self.near, self.far = near, far
         self.stores = Stores(
-            TierFile(path=Path("rules.toml"), sha256="", tiers=tiers),
+            RuleFile(path=Path("rules.toml"), sha256="", tiers=tiers),
             stores={"near": near, "far": far},
             archives=archives,
         )
@@ -215,7 +215,7 @@ def test_a_bit_that_turns_while_the_source_is_read_is_found_by_its_checksum(plac
 
 def test_two_tiers_of_one_place_are_not_copied_onto_themselves(tmp_path):
     tiers = tuple(Tier(name=name, role=name, url=str(tmp_path)) for name in ("hot", "archive"))
-    stores = Stores(TierFile(path=Path("rules.toml"), sha256="", tiers=tiers))
+    stores = Stores(RuleFile(path=Path("rules.toml"), sha256="", tiers=tiers))
     with stores, Transfer(stores) as transfer, pytest.raises(ValueError, match="have one URL"):
         transfer.copy("hot", "archive", PlannedObject("a", 1))
 
@@ -295,7 +295,7 @@ def test_a_source_that_fails_at_any_part_leaves_nothing(place, nth):
 
 
 def test_a_lost_answer_of_the_last_request_is_an_error_though_the_copy_is_there(place):
-    here = place(far=FaultStore(memory(), [Fault("complete", kind=FaultKind.LOST_ANSWER)]))
+    here = place(far=FaultStore(memory(), [Fault("complete", kind=FaultKind.LOST_RESPONSE)]))
     here.near.put("a", SMALL)
     with pytest.raises(StoreError, match="scripted fault"):
         here.copy()

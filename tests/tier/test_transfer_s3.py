@@ -14,7 +14,7 @@ from tiercache.store import open_store
 from tiercache.tier.model import PlannedObject
 from tiercache.tier.stores import Stores
 from tiercache.tier.transfer import PART_BYTES, Transfer
-from tiercache.tierfile import Tier, TierFile
+from tiercache.tierfile import RuleFile, Tier
 
 pytestmark = pytest.mark.s3
 
@@ -39,7 +39,7 @@ class Bucket:
             self._tier("archive", "archive", f"{self.url}/archive", storage_class="GLACIER"),
             self._tier("other", "archive", f"{self.url}/other"),
         )
-        self.stores = Stores(TierFile(path=Path("rules.toml"), sha256="", tiers=tiers))
+        self.stores = Stores(RuleFile(path=Path("rules.toml"), sha256="", tiers=tiers))
         self.transfer = Transfer(self.stores)
 
     def _tier(self, name, role, url, options=None, **more):
@@ -148,7 +148,7 @@ def test_from_one_server_to_another_bytes_are_streamed(s3_server, moto_server, t
         Tier(name=name, role=name, url=f"{server.url}/between", storage_options=server.storage_options)
         for name, server in urls.items()
     )
-    with Stores(TierFile(path=Path("rules.toml"), sha256="", tiers=tiers)) as stores, Transfer(stores) as transfer:
+    with Stores(RuleFile(path=Path("rules.toml"), sha256="", tiers=tiers)) as stores, Transfer(stores) as transfer:
         stores.store("standard").put("a", SMALL)
         info = stores.head("standard", "a")
         transfer.copy("standard", "archive", PlannedObject("a", info.n_bytes, info.etag))

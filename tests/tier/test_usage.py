@@ -25,10 +25,10 @@ import tiercache as tc
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.testing import CountingStore, FakeClock, Fault, FaultStore, GateStore
-from tiercache.testing.http_server import HttpFaultServer, Misbehave
+from tiercache.testing.http_server import HttpFault, HttpFaultServer
 from tiercache.tier import usage
-from tiercache.tier.places import Places
-from tiercache.tier.usage import IN_USE_S, REPORT_S, USAGE_FOLDER, Reader, Recorder, Report
+from tiercache.tier.places import LocationResolver
+from tiercache.tier.usage import IN_USE_S, REPORT_S, USAGE_FOLDER, ActiveReader, UseRecorder, UseReport
 from tiercache.waiting import wait_for
 
 ALL = list(range(N))
@@ -54,11 +54,11 @@ def moved(packed, tmp_path) -> Moved:
     return Moved(packed, LocalFolder(tmp_path / "home"))
 
 
-def reports(moved: Moved) -> list[Report]:
+def reports(moved: Moved) -> list[UseReport]:
     return usage.read_reports(moved.store)
 
 
-def report(moved: Moved) -> Report:
+def report(moved: Moved) -> UseReport:
     (found,) = reports(moved)
     return found
 
@@ -141,15 +141,15 @@ def test_a_store_that_cannot_be_written_is_read_without_reports(packed):
         assert not [key for key in server.objects if USAGE_FOLDER in key]
 
 
-def _refused() -> Misbehave:
-    return Misbehave("status", 403, body=b"read only")
+def _refused() -> HttpFault:
+    return HttpFault("status", 403, body=b"read only")
 
 
 def test_uses_of_a_report_that_failed_are_in_the_next_one():
     home = MemoryStore("usage-failed")
     faulty = FaultStore(home, [Fault("put", keys="*usage*", times=2)])
     home.put("_tiercache/tiers.json", b"{}")
-    recorder = Recorder(Places(faulty, {}))
+    recorder = UseRecorder(LocationResolver(faulty, {}))
     recorder.note("a")
     assert not recorder.report()
     recorder.note("a")
@@ -167,8 +167,8 @@ def test_it_reports_once_an_hour_while_it_is_read_and_not_after_it_is_closed():
     home.put("_tiercache/tiers.json", b"{}")
     clock = FakeClock()
     start_s = clock.monotonic()
-    places = Places(home, {})
-    recorder = Recorder(places, clock=clock, now_s=lambda: NOW_S + clock.monotonic())
+    places = LocationResolver(home, {})
+    recorder = UseRecorder(places, clock=clock, now_s=lambda: NOW_S + clock.monotonic())
     places.look()
     recorder.note("a")
     recorder.begin(())
@@ -210,7 +210,7 @@ def test_a_child_forked_while_a_report_is_written_reports_all_the_same(moved, mo
     monkeypatch.setattr(usage, "LOCK_S", 0.2)
     moved.adopt()
     gated = GateStore(moved.store)
-    recorder = Recorder(Places(gated, {}))
+    recorder = UseRecorder(LocationResolver(gated, {}))
     recorder.note("a")
     gate = gated.stop_at("before_put", "*usage*")
     reporting = threading.Thread(target=recorder.report)
@@ -232,9 +232,9 @@ def test_a_child_forked_while_a_report_is_written_reports_all_the_same(moved, mo
 def test_a_process_that_ends_asks_nothing_of_a_store_that_failed():
     home = CountingStore(FaultStore(MemoryStore("usage-at-exit"), [Fault("put", keys="*usage*", times=99)]))
     home.put("_tiercache/tiers.json", b"{}")
-    recorder = Recorder(Places(home, {}))
+    recorder = UseRecorder(LocationResolver(home, {}))
     recorder.note("a")
-    Places.look(recorder._places)
+    LocationResolver.look(recorder._places)
     assert not recorder.report()
     before = len(home.calls)
     recorder.close_at_exit()
@@ -303,7 +303,7 @@ def test_shards_of_a_view_that_workers_read_are_in_use_from_the_beginning_of_the
         batches = iter(loader)
         next(batches)
         wait_for(lambda: bool(reports(moved)), 30)
-        said = usage.merge(reports(moved), pa.array(moved.keys), now_s=time.time())
+        said = usage.merge_reports(reports(moved), pa.array(moved.keys), now_s=time.time())
         assert said.in_use.tolist() == [True, True] + [False] * (len(moved.keys) - 2)
         assert np.isfinite(said.last_use_s).tolist() == said.in_use.tolist()
         for _ in batches:
@@ -329,9 +329,9 @@ def test_who_was_killed_is_taken_off_the_list_by_the_next_report_of_the_machine(
         "reused": f"{os.getpid()}-1-{own[2]}-0",
         "another container's": f"{dead.stdout.strip()}-1-99-0",
     }
-    reader = Reader(NOW_S, NOW_S, True)
+    reader = ActiveReader(NOW_S, NOW_S, True)
     machine = usage.machine_name()
-    left = Report(machine, NOW_S, NOW_S, dict.fromkeys(names.values(), reader), {})
+    left = UseReport(machine, NOW_S, NOW_S, dict.fromkeys(names.values(), reader), {})
     moved.store.put(usage.usage_key(machine), usage.encode(left))
     dataset = tc.Dataset(moved.store.url)
     assert dataset[0]["id"] == 0
@@ -353,8 +353,8 @@ def test_without_a_state_folder_it_is_reported_too(moved, monkeypatch):
 NAMES = pa.array(["a", "b", "c"])
 
 
-def merged(*found: Report, silence_s: float = 7 * DAY_S) -> usage.Usage:
-    return usage.merge(found, NAMES, now_s=NOW_S, silence_s=silence_s)
+def merged(*found: UseReport, silence_s: float = 7 * DAY_S) -> usage.ShardUse:
+    return usage.merge_reports(found, NAMES, now_s=NOW_S, silence_s=silence_s)
 
 
 def test_of_nothing_nothing_is_known():
@@ -377,14 +377,14 @@ def test_of_nothing_nothing_is_known():
 )
 def test_a_reader_is_in_use_then_unreported_then_gone(heard_s, is_in_use, is_unreported):
     at_s = NOW_S - heard_s
-    found = merged(Report("m", at_s, at_s, {"r": Reader(at_s - 60, at_s, reads_all=True)}, {}))
+    found = merged(UseReport("m", at_s, at_s, {"r": ActiveReader(at_s - 60, at_s, reads_all=True)}, {}))
     assert found.in_use.tolist() == [is_in_use] * 3
     assert found.unreported is is_unreported
 
 
 def test_of_a_reader_of_some_only_what_it_opened_since_it_began_is_in_use():
-    reader = Reader(NOW_S - 100, NOW_S - 10)
-    found = merged(Report("m", NOW_S - 10, 0, {"r": reader}, {"a": (NOW_S - 50, 4), "b": (NOW_S - 150, 2)}))
+    reader = ActiveReader(NOW_S - 100, NOW_S - 10)
+    found = merged(UseReport("m", NOW_S - 10, 0, {"r": reader}, {"a": (NOW_S - 50, 4), "b": (NOW_S - 150, 2)}))
     assert found.in_use.tolist() == [True, False, False]
     assert found.uses.tolist() == [4, 2, 0]
 
@@ -397,18 +397,18 @@ def test_a_report_that_cannot_be_read_is_of_a_machine_that_has_not_reported():
     assert len(found) == 5
     now_s = max(info.modified_s for info in store.list()) + 10
     for one in found:
-        assert usage.merge([one], NAMES, now_s=now_s).unreported
+        assert usage.merge_reports([one], NAMES, now_s=now_s).unreported
     store.delete([info.key for info in store.list()])
 
 
 LYING = {
     "nested": b"[" * 200_000,
-    "no time": usage.encode(Report("m", math.nan)),
-    "no end": usage.encode(Report("m", NOW_S, 0, {"r": Reader(NOW_S, math.inf)})),
-    "no count": usage.encode(Report("m", NOW_S)).replace(b'"shards":{}', b'"shards":{"a":[1,1e999]}'),
-    "a count of many": usage.encode(Report("m", NOW_S, shards={"a": (NOW_S, 10**30)})),
-    "fewer than none": usage.encode(Report("m", NOW_S, shards={"a": (NOW_S, -3)})),
-    "a time of many digits": usage.encode(Report("m", NOW_S)).replace(b'"all_s":0.0', b'"all_s":1' + b"0" * 400),
+    "no time": usage.encode(UseReport("m", math.nan)),
+    "no end": usage.encode(UseReport("m", NOW_S, 0, {"r": ActiveReader(NOW_S, math.inf)})),
+    "no count": usage.encode(UseReport("m", NOW_S)).replace(b'"shards":{}', b'"shards":{"a":[1,1e999]}'),
+    "a count of many": usage.encode(UseReport("m", NOW_S, shards={"a": (NOW_S, 10**30)})),
+    "fewer than none": usage.encode(UseReport("m", NOW_S, shards={"a": (NOW_S, -3)})),
+    "a time of many digits": usage.encode(UseReport("m", NOW_S)).replace(b'"all_s":0.0', b'"all_s":1' + b"0" * 400),
 }
 
 
@@ -417,7 +417,7 @@ def test_a_report_that_cannot_be_true_keeps_the_data_where_it_is_and_stops_no_re
     moved.adopt()
     moved.store.put(usage.usage_key("other"), text)
     moved.store.put(usage.usage_key(usage.machine_name()), text)
-    said = usage.merge(reports(moved), pa.array(moved.keys), now_s=time.time() + 10)
+    said = usage.merge_reports(reports(moved), pa.array(moved.keys), now_s=time.time() + 10)
     assert said.unreported
     with closing(tc.Dataset(moved.store.url)) as dataset:
         assert by_loader(dataset) == ALL
@@ -428,8 +428,8 @@ def test_a_reader_of_a_name_that_is_no_processs_stops_no_report(moved):
     moved.adopt()
     mine = f"-{usage.pid_namespace()}-0"
     names = [f"\u00b2-1{mine}", f"{'9' * 5000}-1{mine}"]
-    readers = {name: Reader(NOW_S, NOW_S) for name in names}
-    moved.store.put(usage.usage_key(usage.machine_name()), usage.encode(Report("m", NOW_S, readers=readers)))
+    readers = {name: ActiveReader(NOW_S, NOW_S) for name in names}
+    moved.store.put(usage.usage_key(usage.machine_name()), usage.encode(UseReport("m", NOW_S, readers=readers)))
     with closing(tc.Dataset(moved.store.url)) as dataset:
         assert by_loader(dataset) == ALL
     assert set(report(moved).shards) == set(moved.keys)
@@ -437,18 +437,18 @@ def test_a_reader_of_a_name_that_is_no_processs_stops_no_report(moved):
 
 TIMES = st.floats(NOW_S - 10 * DAY_S, NOW_S)
 REPORTS = st.builds(
-    Report,
+    UseReport,
     machine=st.just("m"),
     reported_s=TIMES,
     all_s=st.just(0.0) | TIMES,
-    readers=st.dictionaries(st.text(max_size=3), st.builds(Reader, TIMES, TIMES, st.booleans()), max_size=2),
+    readers=st.dictionaries(st.text(max_size=3), st.builds(ActiveReader, TIMES, TIMES, st.booleans()), max_size=2),
     shards=st.dictionaries(st.sampled_from("abcd"), st.tuples(TIMES, st.integers(0, 99))),
 )
 
 
 @given(st.lists(REPORTS, max_size=4))
 def test_merging_says_what_going_through_all_reports_one_by_one_says(found):
-    said = usage.merge(found, NAMES, now_s=NOW_S, silence_s=DAY_S)
+    said = usage.merge_reports(found, NAMES, now_s=NOW_S, silence_s=DAY_S)
     for at, name in enumerate(NAMES.to_pylist()):
         times = [r.all_s for r in found if r.all_s] + [r.shards[name][0] for r in found if name in r.shards]
         assert max(times, default=math.nan) == pytest.approx(said.last_use_s[at], nan_ok=True)

@@ -24,7 +24,7 @@ import tiercache as tc
 from tiercache import store as stores_of_urls
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.dataset import Dataset  # now: what is imported while a world is entered would keep its open_store
-from tiercache.prices import priced
+from tiercache.prices import prices_if_known
 from tiercache.shard.types import Schema
 from tiercache.store import local
 from tiercache.store.posix import file_info
@@ -34,12 +34,12 @@ from tiercache.tier.inventory import take_inventory
 from tiercache.tier.lock import BootClock
 from tiercache.tier.model import Plan
 from tiercache.tier.mover import Mover
-from tiercache.tier.plan import planned
+from tiercache.tier.plan import make_plan
 from tiercache.tier.policy import decide
 from tiercache.tier.run import run_once
 from tiercache.tier.stores import Stores
 from tiercache.tier.transfer import Transfer
-from tiercache.tierfile import TierFile, load_tiers
+from tiercache.tierfile import RuleFile, load_rule_file
 
 GRACE_S, SETTLE_S = DAY_S, 600.0
 SHAPES = ("places", "one_bucket", "one_warm", "warm", "local")
@@ -335,11 +335,11 @@ class World:
                 return DiskBucket(place.root, url, self.script, prefix, says_sums=place.name != "hot")
         return None
 
-    def file(self) -> TierFile:
-        return load_tiers(self.rules_path)
+    def file(self) -> RuleFile:
+        return load_rule_file(self.rules_path)
 
     @contextmanager
-    def mover(self) -> Iterator[tuple[TierFile, Stores, TierCatalog, Mover]]:
+    def mover(self) -> Iterator[tuple[RuleFile, Stores, TierCatalog, Mover]]:
         """All that moves, open."""
         file = self.file()
         with (
@@ -363,10 +363,10 @@ class World:
         """What should be done now."""
         with self.mover() as (file, stores, catalog, _):
             inventory = take_inventory(file, stores, catalog, now_s=time.time())
-            prices = [priced(tier) for tier in file.tiers]
+            prices = [prices_if_known(tier) for tier in file.tiers]
             capacity = [stores.capacity(tier.name) for tier in file.tiers]
             decisions = decide(inventory.snapshot, file, prices, capacity_bytes=capacity)
-            return planned(decisions, inventory, file, prices)
+            return make_plan(decisions, inventory, file, prices)
 
     def apply(self, plan: Plan):
         self.oracle.asked([move.path for move in plan.moves], time.time())

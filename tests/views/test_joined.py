@@ -67,8 +67,8 @@ def test_plus_joins_two_and_sums_do_not_nest(parts):
     assert len(many) == 60 + 300 * 7
     assert int(many[-1]["id"]) == 2006
     assert len(pickle.dumps(many)) < 5000
-    assert pickle.loads(pickle.dumps(many)).source.leaves[1:] != ()
-    assert len(pickle.loads(pickle.dumps(many)).source.leaves) == 2
+    assert pickle.loads(pickle.dumps(many)).source.opened_versions[1:] != ()
+    assert len(pickle.loads(pickle.dumps(many)).source.opened_versions) == 2
     with pytest.raises(TypeError):
         _ = a + parts
 
@@ -107,7 +107,7 @@ def test_figures_of_parts_that_share_a_data_set_are_counted_once(parts):
     a = parts[0]
     a[:]
     assert tc.concat([a.take(3), a.skip(3)]).source.figures() == a.source.figures()
-    assert len(tc.concat([a.take(3), a.skip(3)]).source.leaves) == 1
+    assert len(tc.concat([a.take(3), a.skip(3)]).source.opened_versions) == 1
 
 
 @pytest.mark.parametrize("joined", [tc.concat, lambda parts: tc.mix(parts, [1, 1, 1])], ids=["joined", "mixed"])
@@ -132,9 +132,9 @@ def test_joined_views_of_one_data_set_stay_views_of_one(parts):
     a = parts[0]
     joined = a.take(3) + a.skip(3)
     for made in (joined.select_columns(["id", "text"]), joined.as_tuple("id"), joined.filter(pc.field("id") > 3)):
-        assert len(made.source.leaves) == 1
-    assert len(joined.source.at_versions([1, 1]).leaves) == 1
-    assert len(joined.source.scanning(["id"]).leaves) == 1
+        assert len(made.source.opened_versions) == 1
+    assert len(joined.source.at_versions([1, 1]).opened_versions) == 1
+    assert len(joined.source.scanning(["id"]).opened_versions) == 1
     narrow = joined.select_columns(["id"])
     assert narrow.source.figures() == a.source.figures()
     assert [int(record["id"]) for record in narrow] == A

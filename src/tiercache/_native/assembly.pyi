@@ -104,7 +104,7 @@ class ReadyIterator:
 
     def __init__(self, progress: Any, profiler: Any, n_undrawn: int, is_plain: bool) -> None: ...
     def _take_by(self, take_ready: Callable[[], Any] | None) -> None:
-        """Ask this for batches from here on, as `Taker.take_ready`; None: nobody has any ready."""
+        """SpaceRequest this for batches from here on, as `Taker.take_ready`; None: nobody has any ready."""
 
     def _take_ready(self) -> Any | None:
         """The next batch, counted, if it is ready and nothing is unusual about it. Raises as what is asked for it."""

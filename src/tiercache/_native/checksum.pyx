@@ -28,7 +28,7 @@ cdef extern from "layout.h" nogil:
         int kernel
     int tc_lay_out(const tc_layout *layout, uint8_t *out, uint32_t *sums, uint32_t *whole)
 
-# Below it the hand-over of the GIL costs more than the sum.
+# PrefixStore it the hand-over of the GIL costs more than the sum.
 cdef size_t GIL_DROP_BYTES = 32 << 10
 _NAMES = ("portable", "sse42", "armv8")  # by the numbers of crc32c.h
 

@@ -4,7 +4,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 
-# Below it the hand-over of the GIL costs more than the work (about 10 us).
+# PrefixStore it the hand-over of the GIL costs more than the work (about 10 us).
 cdef size_t GIL_DROP_INDICES = 1024
 MAX_N = int(TC_PERMUTE_MAX_N)
 

@@ -15,9 +15,9 @@ BOOLS: int
 BYTES: int
 TEXT: int
 # What became of a record: nothing; it is kept; it is kept, and all are more than the room.
-NOT_USUAL: int
+NEEDS_CONVERSION: int
 KEPT: int
-OVER: int
+EXCEEDS_BLOCK: int
 
 class Spec(Protocol):
     """A column. dtype: of a stored element.
@@ -53,7 +53,7 @@ class Spec(Protocol):
 class Records:
     """Rows of some columns in memory that grows. One thread.
 
-    room_bytes: above it a record is OVER; n_bytes: of the rows, by which blocks are cut.
+    room_bytes: above it a record is EXCEEDS_BLOCK; n_bytes: of the rows, by which blocks are cut.
     """
 
     n_records: int
@@ -62,7 +62,7 @@ class Records:
     room_bytes: int
     def __new__(cls, specs: Sequence[Spec], room_bytes: int) -> Records: ...
     def add(self, record: object) -> int:
-        """Keep a record: a dict that has the columns' names, no others, and usual values only. Else NOT_USUAL."""
+        """Keep a record: a dict that has exactly the columns' names, and usual values only. Else NEEDS_CONVERSION."""
 
     def fill(self, record: dict[str, Any], start: int) -> int:
         """Put usual values from column `start` on, up to one that is none; returns its number, or that of columns."""
@@ -71,7 +71,7 @@ class Records:
         """Put a converted value: None for a null, what numpy can assign, or a contiguous run of bytes and its shape."""
 
     def commit(self, extra_bytes: int = 0) -> int:
-        """Count the record whose columns were all put. extra_bytes: what it has besides. Returns KEPT or OVER."""
+        """Count the record whose columns were all put, and extra_bytes beside them. Returns KEPT or EXCEEDS_BLOCK."""
 
     def take(self, n: int) -> list[tuple[NDArray[Any], NDArray[np.int64] | None, NDArray[np.int32] | None, Any]]:
         """The first n records, all or all but the last, and begin anew with what is left.

@@ -36,7 +36,7 @@ cdef enum:
     _MAX_DIMENSIONS = 32
 # What records.pyi names.
 NONE, ARRAYS, INTEGERS, FLOATS, BOOLS, BYTES, TEXT = _NONE, _ARRAYS, _INTEGERS, _FLOATS, _BOOLS, _BYTES, _TEXT
-NOT_USUAL, KEPT, OVER = _NOT_USUAL, _KEPT, _OVER
+NEEDS_CONVERSION, KEPT, EXCEEDS_BLOCK = _NOT_USUAL, _KEPT, _OVER
 
 # Rows that a column begins with: so many, or fewer if they are long.
 cdef size_t FIRST_ROWS = 64
@@ -215,7 +215,7 @@ cdef class _Rows:
             PyBuffer_Release(&view)
 
     cdef tuple taken(self, size_t n):
-        """The first n rows, in the memory that adopt() leaves to them."""
+        """The first n rows, in the memory that adopt() opened_versions to them."""
         values, offsets, shapes, valid, typed = self.arrays
         valid = valid[:n] if self.nullable else None
         return (values, offsets[:n + 1], shapes[:n], valid) if self.varying else (typed[:n], None, None, valid)

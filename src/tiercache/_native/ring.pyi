@@ -162,7 +162,7 @@ def held_bytes() -> int:
     """Memory of all batches that somebody still refers to, of all rings of the process, gone ones included."""
 
 class SpareMemory:
-    """While one lives, a ring that ends leaves its memory to the next of the same size."""
+    """While one lives, a ring that ends opened_versions its memory to the next of the same size."""
 
 def is_far() -> bool:
     """Whether what threads gather passes the caches by just now, for a consumer whose core is of another cache."""

@@ -401,7 +401,7 @@ cdef class Ring:
 
 
 cdef class SpareMemory:
-    """While one lives, a ring that ends leaves its memory, up to 64 MiB, to the next of the same size."""
+    """While one lives, a ring that ends opened_versions its memory, up to 64 MiB, to the next of the same size."""
 
     def __cinit__(self):
         tc_pool_hold()

@@ -20,9 +20,9 @@ from tiercache.errors import StoreError, TierCacheError
 
 if TYPE_CHECKING:
     from tiercache.cache.folder import Folder
-    from tiercache.cache.opened import Opened
+    from tiercache.cache.opened import CacheSession
     from tiercache.cache.store import CachedStore
-    from tiercache.cache.writing import Writing
+    from tiercache.cache.writing import WriteSession
     from tiercache.model import ShardIdentity
 
 
@@ -59,7 +59,7 @@ class Entry:
 Selection: TypeAlias = Iterable[str] | Callable[[Entry], bool] | None
 
 
-def entries(opened: Opened) -> list[Entry]:
+def entries(opened: CacheSession) -> list[Entry]:
     """Return all copies, whole and partial, least recently used first."""
     if opened.writing is None:
         rows = [
@@ -73,12 +73,12 @@ def entries(opened: Opened) -> list[Entry]:
     return [_entry(opened, row, in_part=row.name not in whole) for row in rows]
 
 
-def _record(opened: Opened, name: str) -> str:
+def _record(opened: CacheSession, name: str) -> str:
     record = opened.folder.read_record(name)
     return "" if record is None else record.to_json()
 
 
-def _entry(opened: Opened, row: CopyRow, *, in_part: bool) -> Entry:
+def _entry(opened: CacheSession, row: CopyRow, *, in_part: bool) -> Entry:
     record = Record.from_json(row.record)
     entry = Entry(row.name, "", row.charge_bytes, opened.folder.is_pinned(row.name), row.uses, row.last_use)
     entry = replace(entry, used_s=opened.folder.touched_s(row.name), in_part=in_part)
@@ -87,7 +87,7 @@ def _entry(opened: Opened, row: CopyRow, *, in_part: bool) -> Entry:
     return replace(entry, source=record.source, dataset_id=record.dataset_id, shard_id=record.shard_id)
 
 
-def selected(opened: Opened, selection: Selection) -> list[Entry]:
+def selected(opened: CacheSession, selection: Selection) -> list[Entry]:
     """Return the entries that a selection names."""
     everything = entries(opened)
     if selection is None:
@@ -98,7 +98,7 @@ def selected(opened: Opened, selection: Selection) -> list[Entry]:
     return [entry for entry in everything if entry.name in names]
 
 
-def writable(opened: Opened) -> Writing:
+def writable(opened: CacheSession) -> WriteSession:
     """Return the parts that change the cache.
 
     Raises:
@@ -109,11 +109,11 @@ def writable(opened: Opened) -> Writing:
     return opened.writing
 
 
-def evict(opened: Opened, selection: Selection, target_bytes: int | None = None) -> int:
+def evict(opened: CacheSession, selection: Selection, target_bytes: int | None = None) -> int:
     """Delete copies, least recently used first, until the cache uses at most target_bytes; return the bytes freed."""
     chosen = selected(opened, selection)
     freed_bytes = _evict_without_books(opened, chosen, target_bytes or 0)
-    if opened.waits_for_room:
+    if opened.waits_for_disk_space:
         return freed_bytes
     writing, names = writable(opened), {entry.name for entry in chosen}
     rows = [row for row in writing.accounts.rows() if row.name in names]
@@ -121,19 +121,19 @@ def evict(opened: Opened, selection: Selection, target_bytes: int | None = None)
     return freed_bytes + (writing.evictor.evict(rows, need_bytes=need_bytes) if need_bytes > 0 else 0)
 
 
-def _evict_without_books(opened: Opened, chosen: Sequence[Entry], target_bytes: int) -> int:
+def _evict_without_books(opened: CacheSession, chosen: Sequence[Entry], target_bytes: int) -> int:
     """Delete copies while the disk is too full to open the accounts; return the bytes freed."""
-    used_bytes, freed_bytes = sum(opened.folder.sizes().values()) if opened.waits_for_room else 0, 0
+    used_bytes, freed_bytes = sum(opened.folder.sizes().values()) if opened.waits_for_disk_space else 0, 0
     for entry in chosen:
-        if not opened.waits_for_room or used_bytes - freed_bytes <= target_bytes:
+        if not opened.waits_for_disk_space or used_bytes - freed_bytes <= target_bytes:
             break
         if entry.source and delete_copy(opened.folder, entry.name):
             freed_bytes += entry.n_bytes
-            opened.write_after_all()
+            opened.retry_writing()
     return freed_bytes
 
 
-def drop_objects(opened: Opened, sources: Sequence[str]) -> None:
+def drop_objects(opened: CacheSession, sources: Sequence[str]) -> None:
     """Delete the copies of objects without identity at these URLs and below.
 
     A copy that is being read stays for now.
@@ -153,7 +153,7 @@ def drop_objects(opened: Opened, sources: Sequence[str]) -> None:
     opened.writing.evictor.evict(row for row, record in rows if is_gone(record))
 
 
-def pin(opened: Opened, store: CachedStore, pairs: Sequence[tuple[str, ShardIdentity | None]]) -> None:
+def pin(opened: CacheSession, store: CachedStore, pairs: Sequence[tuple[str, ShardIdentity | None]]) -> None:
     """Pin copies that were just fetched."""
     writable(opened)
     for key, identity in pairs:
@@ -167,7 +167,7 @@ def pin(opened: Opened, store: CachedStore, pairs: Sequence[tuple[str, ShardIden
             opened.folder.pin(wanted.name)
 
 
-def unpin(opened: Opened, selection: Selection) -> int:
+def unpin(opened: CacheSession, selection: Selection) -> int:
     """Unpin copies and return how many were pinned."""
     writable(opened)
     n_unpinned = sum(opened.folder.unpin(entry.name) for entry in selected(opened, selection) if entry.pinned)
@@ -177,7 +177,7 @@ def unpin(opened: Opened, selection: Selection) -> int:
     return n_unpinned
 
 
-def stats(opened: Opened, limit_bytes: int) -> dict[str, int]:
+def stats(opened: CacheSession, limit_bytes: int) -> dict[str, int]:
     """Return the values of Cache.stats."""
     if opened.writing is not None:
         with suppress(OSError):  # the folder was deleted; a folder that cannot be recreated holds nothing
@@ -192,7 +192,7 @@ def stats(opened: Opened, limit_bytes: int) -> dict[str, int]:
     return {"bytes_used": used, "limit_bytes": limit, "pinned_bytes": pinned} | counts
 
 
-def status(opened: Opened, limit_bytes: int) -> dict[str, Any]:
+def status(opened: CacheSession, limit_bytes: int) -> dict[str, Any]:
     """Return stats() and the state of the folder and the disk. See Cache.status."""
     figures = stats(opened, limit_bytes)  # first, because it recreates a deleted folder
     disk = room(opened.folder.root)
@@ -211,14 +211,14 @@ def status(opened: Opened, limit_bytes: int) -> dict[str, Any]:
             "bypassed": writing is not None and writing.breaker.is_open,
             "holders": [asdict(holder) for holder in holders(opened)],
             "plans": [] if writing is None else writing.plans.labels(),
-            "poisoned_now": {name: asdict(one) for name, one in poison.poisons(folder).items()},
+            "poisoned_now": {name: asdict(one) for name, one in poison.corrupt_sources(folder).items()},
             "reports": [] if writing is None else writing.quarantine.reports(),
         }
         | _of_all(opened)
     )
 
 
-def _of_all(opened: Opened) -> dict[str, Any]:
+def _of_all(opened: CacheSession) -> dict[str, Any]:
     """Return the counters of all processes since the catalog was created."""
     if opened.writing is not None:
         opened.writing.evictor.flush_uses()
@@ -227,7 +227,7 @@ def _of_all(opened: Opened) -> dict[str, Any]:
     return {"figures": figures, "hit_ratio": n_hits / (n_hits + n_misses) if n_hits + n_misses else None}
 
 
-def holders(opened: Opened) -> list[Holder]:
+def holders(opened: CacheSession) -> list[Holder]:
     """Return the processes that have the cache open or read copies, by process number.
 
     The copies that each process holds are known only if the system lists locks and the process that locked a copy still

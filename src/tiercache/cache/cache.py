@@ -15,7 +15,7 @@ from tiercache.cache.breaker import Breaker
 from tiercache.cache.folder import default_size_bytes
 from tiercache.cache.machine import room
 from tiercache.cache.notices import Notices
-from tiercache.cache.opened import CacheOptions, Opened
+from tiercache.cache.opened import CacheOptions, CacheSession
 from tiercache.cache.store import CachedStore
 from tiercache.cache.warm import WarmOptions, WarmPlan, WarmProgress, WarmReport, plan_warm, warm
 from tiercache.model import ShardIdentity, parse_bytes
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from tiercache.cache.admin import Entry
-    from tiercache.cache.check import CheckProgress, Report
+    from tiercache.cache.check import CheckProgress, VerifyReport
     from tiercache.cache.lease import CopyLease
-    from tiercache.cache.record import Wanted
+    from tiercache.cache.record import CopySpec
     from tiercache.cache.warm import Ranges
-    from tiercache.model import ByteRange, Following, ReadingPlan
+    from tiercache.model import ByteRange, PublishedPlan, ReadingPlan
     from tiercache.store import Span, Store
 
 _WHOLE: Ranges = MappingProxyType({})
@@ -96,7 +96,7 @@ class Cache:
         self._notices = Notices()
         self._reopening = Breaker()
         self._lock = RLock()
-        self._opened: Opened | None = None
+        self._opened: CacheSession | None = None
         self._finalizer: weakref.finalize[Any, Any] | None = None
         _caches.add(self)
         self._open()
@@ -162,7 +162,7 @@ class Cache:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _open(self) -> Opened:
+    def _open(self) -> CacheSession:
         opened = self._opened
         if opened is not None and opened.pid == os.getpid():
             return opened
@@ -170,21 +170,21 @@ class Cache:
             if self._opened is None or self._opened.pid != os.getpid():
                 if self._finalizer is not None:
                     self._finalizer.detach()  # belongs to the parent process
-                self._opened = Opened(self._options, self.counters, self._notices, keep=weakref.ref(self))
+                self._opened = CacheSession(self._options, self.counters, self._notices, keep=weakref.ref(self))
                 self._finalizer = weakref.finalize(self, self._opened.close)
-                if self._opened.waits_for_room:
+                if self._opened.waits_for_disk_space:
                     self._reopening.trip()
             return self._opened
 
-    def _while_reading(self) -> Opened | None:
+    def _while_reading(self) -> CacheSession | None:
         """Return the open cache, or None if it cannot be opened now: a cache must never stop a training.
 
         Opening fails in a forked process, or after close(), while the disk fails or the folder is missing.
         """
         opened = self._opened
         if opened is not None and opened.pid == os.getpid():
-            if opened.waits_for_room and self._reopening.allows():
-                opened.write_after_all()
+            if opened.waits_for_disk_space and self._reopening.allows():
+                opened.retry_writing()
             return opened
         if not self._reopening.allows():
             return None
@@ -194,7 +194,7 @@ class Cache:
             self._reopening.trip()
             self._notices.warn("open", f"cache {self.path}: cannot be opened ({error}); bypassing the cache")
             return None
-        if not opened.waits_for_room:
+        if not opened.waits_for_disk_space:
             self._reopening.mend()
         return opened
 
@@ -214,7 +214,7 @@ class Cache:
 
     # -- for CachedStore --------------------------------------------------------------------------------------------
 
-    def open(self, wanted: Wanted, store: Store, tell: Callable[[bool], object] = bool) -> CopyLease | None:
+    def open(self, wanted: CopySpec, store: Store, tell: Callable[[bool], object] = bool) -> CopyLease | None:
         """Return a lease on a copy, which is cached or will be fetched; None: read the object from the store.
 
         Args:
@@ -228,7 +228,7 @@ class Cache:
             return None
         return opened.open(wanted, store, tell)
 
-    def fetch_ahead(self, wanted: Wanted, store: Store, ranges: Sequence[ByteRange] | None = None) -> None:
+    def fetch_ahead(self, wanted: CopySpec, store: Store, ranges: Sequence[ByteRange] | None = None) -> None:
         """Start to prefetch a copy and return at once.
 
         Args:
@@ -240,7 +240,7 @@ class Cache:
         if opened is not None:
             opened.fetch_ahead(wanted, store, ranges)
 
-    def is_here(self, wanted: Wanted, ranges: Sequence[ByteRange] | None = None) -> bool:
+    def is_here(self, wanted: CopySpec, ranges: Sequence[ByteRange] | None = None) -> bool:
         """Return whether these ranges of a copy are cached now.
 
         A later open may still find that the copy was evicted, or that it is corrupt.
@@ -252,7 +252,7 @@ class Cache:
         opened = self._while_reading()
         return opened is not None and opened.is_here(wanted, ranges)
 
-    def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> Following:
+    def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan:
         """Publish the reading plan of this job to all processes that use the folder.
 
         Args:
@@ -272,7 +272,7 @@ class Cache:
                 self._notices.warn("plan", f"cache {self.path}: a reading plan cannot be published ({error})")
         return _Unheard()
 
-    def read(self, wanted: Wanted, spans: Sequence[Span]) -> bool:
+    def read(self, wanted: CopySpec, spans: Sequence[Span]) -> bool:
         """Fill spans from a cached copy; return False if the copy is missing or corrupt.
 
         Args:
@@ -282,7 +282,7 @@ class Cache:
         opened = self._while_reading()
         return opened is not None and opened.read(wanted, spans)
 
-    def distrust(self, wanted: Wanted) -> bool:
+    def distrust(self, wanted: CopySpec) -> bool:
         """Verify a copy against its checksum after a reader found it corrupt.
 
         Args:
@@ -292,7 +292,7 @@ class Cache:
             True: The copy is missing, or was corrupt and is now quarantined. False: It is what the source sent.
         """
         opened = self._while_reading()
-        return opened is None or check.distrust(opened, wanted)
+        return opened is None or check.verify_copy(opened, wanted)
 
     def drop_objects(self, sources: Sequence[str]) -> None:
         """Evict the copies of objects without identity at some URLs and below them.
@@ -433,7 +433,7 @@ class Cache:
         store: Store | None = None,
         jobs: int = 4,
         on_progress: Callable[[CheckProgress], None] | None = None,
-    ) -> Report:
+    ) -> VerifyReport:
         """Read every copy, whole or partial, and compare it with its recorded checksums.
 
         Args:

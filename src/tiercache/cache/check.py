@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from tiercache.cache.locks import NameLock, try_shared
 from tiercache.cache.partial import hold_part, wrong_units
-from tiercache.cache.record import Record, Wanted
-from tiercache.cache.sums import sum_of
+from tiercache.cache.record import CopySpec, Record
+from tiercache.cache.sums import read_checksum
 from tiercache.cache.units import bytes_of
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ByteRange, ShardIdentity
@@ -24,15 +24,15 @@ from tiercache.store import LocalFolder, redact
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tiercache.cache.opened import Opened
-    from tiercache.cache.partial import Held
+    from tiercache.cache.opened import CacheSession
+    from tiercache.cache.partial import CopyHandle
     from tiercache.cache.store import CachedStore
 
 _MOST_FINDINGS = 4
 _SHARD = ".tcs"  # a segment of a manifest also has an identity, but no blocks
 
 
-class State(StrEnum):
+class CopyState(StrEnum):
     """The result of verifying a copy."""
 
     OK = "ok"
@@ -43,7 +43,7 @@ class State(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class CopyCheck:
     """The result for one copy.
 
     Attributes:
@@ -60,7 +60,7 @@ class Checked:
     name: str
     source: str
     n_bytes: int
-    state: State
+    state: CopyState
     in_part: bool = False
     where: tuple[str, ...] = ()
     removed: bool = False
@@ -73,14 +73,14 @@ class CheckProgress:
 
     n_done: int
     n_all: int
-    last: Checked
+    last: CopyCheck
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class VerifyReport:
     """The results for all copies, by name."""
 
-    checked: tuple[Checked, ...]
+    checked: tuple[CopyCheck, ...]
 
     @property
     def n_bytes(self) -> int:
@@ -88,9 +88,9 @@ class Report:
         return sum(one.n_bytes for one in self.checked)
 
     @property
-    def wrong(self) -> tuple[Checked, ...]:
+    def wrong(self) -> tuple[CopyCheck, ...]:
         """The copies that are damaged or unreadable, including repaired ones."""
-        return tuple(one for one in self.checked if one.state in (State.DAMAGED, State.UNREADABLE))
+        return tuple(one for one in self.checked if one.state in (CopyState.DAMAGED, CopyState.UNREADABLE))
 
     @property
     def is_right(self) -> bool:
@@ -113,14 +113,14 @@ class CheckOptions:
             raise ValueError(f"jobs must be 1 or more, got {self.jobs}")
 
 
-def check(opened: Opened, options: CheckOptions) -> Report:
+def check(opened: CacheSession, options: CheckOptions) -> VerifyReport:
     """Verify the copies. See Cache.verify."""
     here = opened.folder.sizes().keys()
     names = sorted(here if options.names is None else here & options.names)
-    found: list[Checked] = []
+    found: list[CopyCheck] = []
     pool = ThreadPoolExecutor(options.jobs, "tiercache-verify")
     try:
-        mender = _Mender(opened, options.store) if options.repair else None
+        mender = _Repairer(opened, options.store) if options.repair else None
         for number, one in enumerate(pool.map(lambda name: _check_one(opened, name, mender), names)):
             if one is not None:
                 found.append(one)
@@ -128,10 +128,10 @@ def check(opened: Opened, options: CheckOptions) -> Report:
                     options.on_progress(CheckProgress(number + 1, len(names), one))
     finally:
         pool.shutdown(cancel_futures=True)
-    return Report(tuple(found))
+    return VerifyReport(tuple(found))
 
 
-def _check_one(opened: Opened, name: str, mender: _Mender | None) -> Checked | None:
+def _check_one(opened: CacheSession, name: str, mender: _Repairer | None) -> CopyCheck | None:
     """Return the result for a copy, repaired if a mender is given; None: the copy is gone."""
     fd = opened.folder.open_copy(name)
     if fd is None:
@@ -142,34 +142,34 @@ def _check_one(opened: Opened, name: str, mender: _Mender | None) -> Checked | N
             fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NOATIME)  # a check is not a use: the file keeps its time of access
         record = opened.folder.read_record(name)
         checked, found = _check_copy(fd, name, record)
-        if checked.state is State.DAMAGED and checked.source.endswith(_SHARD):
+        if checked.state is CopyState.DAMAGED and checked.source.endswith(_SHARD):
             checked = replace(checked, where=(*checked.where, *_findings(opened, name)))
-        if mender is None or checked.state in (State.OK, State.UNKNOWN):
+        if mender is None or checked.state in (CopyState.OK, CopyState.UNKNOWN):
             return checked
         return mender.mend(checked, fd, record, found)
     finally:
         os.close(fd)
 
 
-def _check_copy(fd: int, name: str, record: Record | None) -> tuple[Checked, int | None]:
+def _check_copy(fd: int, name: str, record: Record | None) -> tuple[CopyCheck, int | None]:
     """Return the result for a whole copy, and its CRC-32C if that was computed."""
     n_bytes = os.fstat(fd).st_size
     if record is None or record.crc32c is None:
-        return Checked(name, "" if record is None else record.source, 0, State.UNKNOWN), None
-    right = Checked(name, record.source, n_bytes, State.OK)
+        return CopyCheck(name, "" if record is None else record.source, 0, CopyState.UNKNOWN), None
+    right = CopyCheck(name, record.source, n_bytes, CopyState.OK)
     if n_bytes != record.n_bytes:
         said = f"it has {n_bytes:,} bytes instead of {record.n_bytes:,}"
-        return replace(right, state=State.DAMAGED, where=(said,)), None
-    whole, offset, _ = sum_of(fd, n_bytes)
+        return replace(right, state=CopyState.DAMAGED, where=(said,)), None
+    whole, offset, _ = read_checksum(fd, n_bytes)
     if offset < n_bytes:
-        return replace(right, state=State.UNREADABLE, where=(f"it cannot be read at offset {offset}",)), None
+        return replace(right, state=CopyState.UNREADABLE, where=(f"it cannot be read at offset {offset}",)), None
     if whole != record.crc32c:
         said = f"its CRC-32C is {whole:08x}, expected {record.crc32c:08x}"
-        return replace(right, state=State.DAMAGED, where=(said,)), whole
+        return replace(right, state=CopyState.DAMAGED, where=(said,)), whole
     return right, whole
 
 
-def _findings(opened: Opened, name: str) -> list[str]:
+def _findings(opened: CacheSession, name: str) -> list[str]:
     """Return which blocks of a cached shard are damaged, by the shard's own checksums."""
     found: list[str] = []
     with closing(LocalFolder(opened.folder.copies)) as folder, suppress(StoreError):
@@ -179,13 +179,13 @@ def _findings(opened: Opened, name: str) -> list[str]:
     return found
 
 
-def _check_part(opened: Opened, name: str, mender: _Mender | None) -> Checked | None:
+def _check_part(opened: CacheSession, name: str, mender: _Repairer | None) -> CopyCheck | None:
     try:
         n_bytes = os.lstat(opened.folder.copy_path(f"{name}.part")).st_size
     except OSError:
         return None
     record = opened.folder.read_record(name)
-    unknown = Checked(name, "" if record is None else record.source, 0, State.UNKNOWN, in_part=True)
+    unknown = CopyCheck(name, "" if record is None else record.source, 0, CopyState.UNKNOWN, in_part=True)
     held = hold_part(opened.folder, name, n_bytes)
     if held is None:  # of an earlier boot, or being created: the next fetch verifies it first
         return unknown
@@ -194,13 +194,13 @@ def _check_part(opened: Opened, name: str, mender: _Mender | None) -> Checked | 
     finally:
         held.close()
     if not wrong:
-        return replace(unknown, n_bytes=n_read, state=State.OK)
+        return replace(unknown, n_bytes=n_read, state=CopyState.OK)
     said = f"{len(wrong)} units are damaged, the first at offset {wrong[0]}"
-    checked = replace(unknown, n_bytes=n_read, state=State.DAMAGED, where=(said,))
+    checked = replace(unknown, n_bytes=n_read, state=CopyState.DAMAGED, where=(said,))
     return checked if mender is None else mender.drop_part(checked)
 
 
-def _wrong_units(held: Held) -> tuple[list[int], int]:
+def _wrong_units(held: CopyHandle) -> tuple[list[int], int]:
     """Return the offsets of the corrupt units of a partial copy, and the number of bytes that are present."""
     presence = held.presence
     if presence is None:
@@ -208,16 +208,16 @@ def _wrong_units(held: Held) -> tuple[list[int], int]:
     return wrong_units(held.fd, presence), bytes_of(presence.mask(), presence.n_bytes)
 
 
-class _Mender:
+class _Repairer:
     """Quarantines corrupt copies, and fetches them again if it has the store that they came from."""
 
-    def __init__(self, opened: Opened, store: CachedStore | None) -> None:
+    def __init__(self, opened: CacheSession, store: CachedStore | None) -> None:
         self._opened, self._store = opened, store
 
-    def mend(self, checked: Checked, fd: int, record: Record | None, found: int | None) -> Checked:
+    def mend(self, checked: CopyCheck, fd: int, record: Record | None, found: int | None) -> CopyCheck:
         """Quarantine a corrupt copy and fetch it again; a step that failed is described in `where`."""
         try:
-            removed = put_aside(self._opened, checked.name, fd, "; ".join(checked.where), found)
+            removed = quarantine_copy(self._opened, checked.name, fd, "; ".join(checked.where), found)
         except OSError as error:
             return replace(checked, where=(*checked.where, f"it cannot be removed: {error}"))
         if not removed or record is None or self._store is None:
@@ -248,12 +248,12 @@ class _Mender:
             writing.quarantine.compare(name)
         return None
 
-    def drop_part(self, checked: Checked) -> Checked:
+    def drop_part(self, checked: CopyCheck) -> CopyCheck:
         """Delete a corrupt partial copy. The next fetch starts it again."""
         writing = self._opened.writing
         lock = NameLock(self._opened.folder.locks / checked.name)
         try:
-            if writing is None or not lock.try_take():
+            if writing is None or not lock.try_acquire():
                 return checked
             self._opened.folder.remove_copy(checked.name)
             writing.accounts.remove([checked.name])
@@ -264,14 +264,14 @@ class _Mender:
         return replace(checked, removed=True)
 
 
-def wanted_of(store: CachedStore, key: str, record: Record) -> Wanted | None:
+def wanted_of(store: CachedStore, key: str, record: Record) -> CopySpec | None:
     """Return the specification with which the copy of a record can be fetched again."""
     if record.dataset_id is None or record.shard_id is None or record.crc32c is None:
         return store.wanted(key)
     return store.wanted(key, ShardIdentity(record.dataset_id, record.shard_id, record.n_bytes, record.crc32c))
 
 
-def put_aside(opened: Opened, name: str, fd: int, reason: str, found_crc32c: int | None) -> bool:
+def quarantine_copy(opened: CacheSession, name: str, fd: int, reason: str, found_crc32c: int | None) -> bool:
     """Quarantine a corrupt copy.
 
     Return False if it is gone, or the folder is read-only, where it is not served any more.
@@ -285,7 +285,7 @@ def put_aside(opened: Opened, name: str, fd: int, reason: str, found_crc32c: int
     return opened.writing.quarantine.take(name, fd, reason=reason, found_crc32c=found_crc32c)
 
 
-def distrust(opened: Opened, wanted: Wanted) -> bool:
+def verify_copy(opened: CacheSession, wanted: CopySpec) -> bool:
     """Verify a copy that a reader found corrupt, and quarantine it if it is.
 
     Return True if the copy is missing or removed.
@@ -299,19 +299,19 @@ def distrust(opened: Opened, wanted: Wanted) -> bool:
         return True
 
 
-def _distrust(opened: Opened, wanted: Wanted) -> bool:
+def _distrust(opened: CacheSession, wanted: CopySpec) -> bool:
     fd = opened.folder.open_copy(wanted.name)
     if fd is None:
-        return opened.distrust_part(wanted)
+        return opened.verify_partial_copy(wanted)
     record = opened.folder.read_record(wanted.name)
     expected = wanted.crc32c if wanted.crc32c is not None or record is None else record.crc32c
     try:
-        found, offset, _ = sum_of(fd, wanted.n_bytes)
+        found, offset, _ = read_checksum(fd, wanted.n_bytes)
         is_whole = offset == wanted.n_bytes == os.fstat(fd).st_size
         if is_whole and found == expected:
             return False
         reason = f"a reader found it corrupt, CRC-32C {found:08x}" if is_whole else f"readable up to offset {offset}"
-        put_aside(opened, wanted.name, fd, reason, found if is_whole else None)
+        quarantine_copy(opened, wanted.name, fd, reason, found if is_whole else None)
     finally:
         os.close(fd)
     return True

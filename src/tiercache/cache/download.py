@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache._native.checksum import combine
-from tiercache.cache.partial import Part
+from tiercache.cache.partial import PartialCopy
 from tiercache.cache.record import name_of_object
 from tiercache.cache.units import (
     LITTLE_BYTES,
@@ -41,7 +41,12 @@ class Download:
     """
 
     def __init__(
-        self, fetch: Fetch, part: Callable[[], Part], admit: Callable[[Mask], bool], counters: Counters, present: Mask
+        self,
+        fetch: Fetch,
+        part: Callable[[], PartialCopy],
+        admit: Callable[[Mask], bool],
+        counters: Counters,
+        present: Mask,
     ) -> None:
         """Create a transfer that has not started.
 
@@ -125,7 +130,7 @@ class Download:
         with self._lock:
             if self._error is not None:
                 return None
-            units, urgent = self._fetch.open_units()
+            units, urgent = self._fetch.missing_units()
             self._grow(units & ~self._admitted)
             todo = self._admitted & ~self._taken
             # A small rest is fetched in one request, urgent or not: a second request would take longer than its bytes.

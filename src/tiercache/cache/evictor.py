@@ -14,12 +14,22 @@ import numpy as np
 from tiercache.cache.locks import NameLock, try_exclusive
 from tiercache.cache.machine import is_disk_full, room
 from tiercache.cache.names import Names
-from tiercache.cache.policy import POLICIES, UNPLANNED, Ask, Decision, Policy, Snapshot, gives_way, lru, replaces
-from tiercache.cache.shelf import Books, Shelf
+from tiercache.cache.policy import (
+    POLICIES,
+    UNPLANNED,
+    Decision,
+    Policy,
+    Snapshot,
+    SpaceRequest,
+    lru,
+    may_be_evicted_for,
+    replaces,
+)
+from tiercache.cache.shelf import AccountsMirror, AccountsSnapshot
 from tiercache.catalog import FIGURES, Accounts, CopyRow
 from tiercache.catalog.files import open_file
 from tiercache.model import parse_bytes
-from tiercache.points import reach
+from tiercache.points import crash_point
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 if TYPE_CHECKING:
@@ -28,7 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.cache.folder import Folder
-    from tiercache.cache.plans import Plans, Uses
+    from tiercache.cache.plans import ReadingPlans, Uses
     from tiercache.stats import Counters
 
 # Number of files that one more copy may need beside it (record, pin, lock file, SQLite's journal); the accounts do not
@@ -51,7 +61,7 @@ SPARED_SHARE = 0.5
 # Copies that were deleted by hand, or by a process that died before it updated the accounts, leave the accounts too
 # high. The folder is scanned again before space is refused, but at most this often: a full cache refuses often, and a
 # scan takes milliseconds.
-LOOK_AGAIN_S = 60.0
+RECONCILE_INTERVAL_S = 60.0
 # Freeing space takes milliseconds; a process that cannot get the lock in this time continues without it.
 ROOM_WAIT_S = 10.0
 # A process that holds the lock for longer was stopped (SIGSTOP, a paused container): for this time nobody waits for it.
@@ -59,7 +69,7 @@ STOPPED_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class EvictorOptions:
     """The settings of an evictor.
 
     Attributes:
@@ -78,13 +88,15 @@ class Evictor:
     while reserve() frees space, including while files are deleted.
     """
 
-    def __init__(self, folder: Folder, accounts: Accounts, counters: Counters, plans: Plans, rules: Rules) -> None:
+    def __init__(
+        self, folder: Folder, accounts: Accounts, counters: Counters, plans: ReadingPlans, rules: EvictorOptions
+    ) -> None:
         self._folder, self._accounts, self._counters, self._plans = folder, accounts, counters, plans
         self._rules, self._policy = rules, POLICIES[rules.policy]
         self._uses_lock, self._look_lock, self._room_lock = Lock(), Lock(), Lock()
         self._uses: dict[str, int] = {}
         self._booked = counters.snapshot()
-        self._shelf = Shelf(accounts)
+        self._shelf = AccountsMirror(accounts)
         self._pins: set[str] | None = None
         self._looked_s = self._waits_again_s = SYSTEM_CLOCK.monotonic()
 
@@ -148,7 +160,7 @@ class Evictor:
             return int(copies.charge_bytes[~copies.keep].sum())
         then = int(np.where(coming == UNPLANNED, UNPLANNED, after).min(initial=UNPLANNED))
         next_use, n_bytes = (c[~copies.keep].tolist() for c in (copies.next_use, copies.charge_bytes))
-        return sum(n for n, use in zip(n_bytes, next_use, strict=True) if use > 0 and gives_way(use, then))
+        return sum(n for n, use in zip(n_bytes, next_use, strict=True) if use > 0 and may_be_evicted_for(use, then))
 
     def would_refuse(self, name: str, charge_bytes: int) -> bool:
         """Return whether a reservation would certainly fail.
@@ -159,7 +171,7 @@ class Evictor:
             return False
         if not replaces(self._rules.policy):
             return True
-        return not self._decide(name, Ask(self.lack_bytes(charge_bytes)), {name})[1].admit
+        return not self._decide(name, SpaceRequest(self.lack_bytes(charge_bytes)), {name})[1].admit
 
     def _has_room(self, charge_bytes: int) -> bool:
         if self.lack_bytes(charge_bytes) <= 0:
@@ -169,7 +181,7 @@ class Evictor:
     def _look_again(self) -> bool:
         """Make the accounts agree with the files, unless that was done recently."""
         now_s = SYSTEM_CLOCK.monotonic()
-        if now_s - self._looked_s < LOOK_AGAIN_S:
+        if now_s - self._looked_s < RECONCILE_INTERVAL_S:
             return False
         self._looked_s = now_s
         self._accounts.reconcile()
@@ -214,7 +226,7 @@ class Evictor:
         with self._room_lock:
             try:
                 now_s = SYSTEM_CLOCK.monotonic()
-                is_alone = wait_for(lock.try_take, ROOM_WAIT_S if now_s >= self._waits_again_s else 0.0)
+                is_alone = wait_for(lock.try_acquire, ROOM_WAIT_S if now_s >= self._waits_again_s else 0.0)
                 if not is_alone:
                     self._waits_again_s = now_s + ROOM_WAIT_S + STOPPED_S
                 yield is_alone
@@ -235,7 +247,7 @@ class Evictor:
         kept: set[str] = set()
         with self._making_room() as is_alone:
             while (need_bytes := self._over_bytes()) > 0:
-                books, decision = self._decide("", Ask(0, need_bytes * wider, then=-1), kept, policy)
+                books, decision = self._decide("", SpaceRequest(0, need_bytes * wider, then=-1), kept, policy)
                 stayed = self._carry_out(books, decision, need_bytes)
                 # If every chosen copy was deleted, that is enough, or there are no more. And a copy that another
                 # process is deleting looks like one in use, and stays in the accounts until that process is done.
@@ -260,20 +272,24 @@ class Evictor:
         until = need_bytes
         if self._rules.policy != "plan":
             until += int(self._accounts.limit_bytes() * WATERMARK_SHARE)
-        books, decision = self._decide(name, Ask(need_bytes, max(until, need_bytes * wider)), kept)
+        books, decision = self._decide(name, SpaceRequest(need_bytes, max(until, need_bytes * wider)), kept)
         if decision.admit:
             kept |= self._carry_out(books, decision, until)
         return bool(decision.victims)
 
-    def _decide(self, name: str, ask: Ask, kept: Set[str], policy: Policy | None = None) -> tuple[Books, Decision]:
+    def _decide(
+        self, name: str, ask: SpaceRequest, kept: Set[str], policy: Policy | None = None
+    ) -> tuple[AccountsSnapshot, Decision]:
         """Return the policy's decision about space for a copy; the name "" stands for no copy in particular."""
         with self._look_lock:
             books, copies, (coming, after) = self._look(kept, [name] if name else [])
             if name:
-                ask = Ask(ask.need_bytes, ask.want_bytes, UNPLANNED if coming[0] == UNPLANNED else int(after[0]))
+                ask = SpaceRequest(
+                    ask.need_bytes, ask.want_bytes, UNPLANNED if coming[0] == UNPLANNED else int(after[0])
+                )
             return books, (policy or self._policy)(copies, ask)
 
-    def _look(self, kept: Iterable[str], wanted: Iterable[str]) -> tuple[Books, Snapshot, Uses]:
+    def _look(self, kept: Iterable[str], wanted: Iterable[str]) -> tuple[AccountsSnapshot, Snapshot, Uses]:
         """Return the accounts, the snapshot for the policy, and the next uses of the names in wanted."""
         self.flush_uses()
         books = self._shelf.look()
@@ -291,7 +307,7 @@ class Evictor:
         self._pins = {name for name in self._pins if self._folder.is_pinned(name)}
         return self._pins
 
-    def _carry_out(self, books: Books, decision: Decision, until_bytes: int) -> set[str]:
+    def _carry_out(self, books: AccountsSnapshot, decision: Decision, until_bytes: int) -> set[str]:
         """Evict the chosen victims until enough space is free; return those that could not be deleted."""
         rows = list(decision.victims)
         names, sizes = [books.names.text(row) for row in rows], books.charge_bytes[rows].tolist()
@@ -340,7 +356,7 @@ class Evictor:
 
     def _book_out(self, gone: list[str], *, evicted: bool) -> None:
         if gone:
-            reach("evict.deleted")
+            crash_point("evict.deleted")
             try:
                 self._accounts.remove(gone, evicted=evicted)
             except OSError as error:
@@ -348,10 +364,10 @@ class Evictor:
                     raise
                 self._looked_s = -math.inf  # the accounts stay too high until they can be written: then reconcile them
             self._counters.add("evicted", len(gone))
-            reach("evict.booked")
+            crash_point("evict.booked")
 
 
-def _wanted_soon(books: Books, next_use: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _wanted_soon(books: AccountsSnapshot, next_use: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return a mask of the copies that a live plan reads now, and of those fetched for a use that comes soon: bool[n].
 
     Copies with the nearest uses are preferred, up to SPARED_SHARE. The mask is for policies that do not use plans. A
@@ -372,10 +388,10 @@ def delete_copy(folder: Folder, name: str) -> bool:
     The lock of the name is held, so that no fetch publishes the copy between the check and the deletion.
     """
     lock = NameLock(folder.locks / name)
-    if _is_read(folder, name) or not lock.try_take():
+    if _is_read(folder, name) or not lock.try_acquire():
         return False
     try:
-        reach("evict.locked")
+        crash_point("evict.locked")
         fd = folder.open_copy(name)
         if fd is None:
             fd = folder.open_to_write(f"{name}.part")
@@ -386,7 +402,7 @@ def delete_copy(folder: Folder, name: str) -> bool:
             if not try_exclusive(fd) or folder.is_pinned(name):
                 return False
             folder.remove_copy(name)
-            reach("evict.removed")
+            crash_point("evict.removed")
         finally:
             os.close(fd)
     finally:

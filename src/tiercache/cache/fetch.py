@@ -16,8 +16,8 @@ from tiercache.model import ByteRange
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence, Set
 
-    from tiercache.cache.partial import Held
-    from tiercache.cache.record import Wanted
+    from tiercache.cache.partial import CopyHandle
+    from tiercache.cache.record import CopySpec
     from tiercache.store import Store
 
 N_FETCHES = 4
@@ -43,7 +43,7 @@ class Fetch:
         spare: Names of copies that must not be evicted for this fetch.
     """
 
-    def __init__(self, wanted: Wanted, store: Store, queue: Fetcher, keep: Callable[[], object]) -> None:
+    def __init__(self, wanted: CopySpec, store: Store, queue: Fetcher, keep: Callable[[], object]) -> None:
         """Create a fetch that is not queued yet.
 
         Args:
@@ -61,7 +61,7 @@ class Fetch:
         self._changed = Condition()
         self._started = self._done = self._closed = False
         self._places = 0
-        self._held: Held | None = None
+        self._held: CopyHandle | None = None
         self._error: BaseException | None = None
         n = n_units(wanted.n_bytes)
         self._asked, self._urgent, self._refused = (np.zeros(n, bool) for _ in range(3))
@@ -94,10 +94,10 @@ class Fetch:
         if is_new:
             self._queue.start(self, urgent=urgent)
         elif urgent:
-            self._queue.hurry(self)
+            self._queue.prioritize(self)
         return True
 
-    def take_up(self) -> bool:
+    def try_start(self) -> bool:
         """Return whether the caller must run this fetch, because nobody has started it."""
         with self._changed:
             started, self._started = self._started, True
@@ -138,7 +138,7 @@ class Fetch:
     def _covers(self, ranges: Sequence[ByteRange]) -> bool:
         return covers(self._present, ranges, self.wanted.n_bytes)
 
-    def claim(self) -> tuple[Held | None, bool]:
+    def claim(self) -> tuple[CopyHandle | None, bool]:
         """Return (a handle on the file, whether the caller's place is given up).
 
         The handle is None as long as nothing has come, and if nothing will come. All handles that a fetch returns share
@@ -165,7 +165,7 @@ class Fetch:
 
     # -- for the thread that runs it -----------------------------------------------------------------------------------
 
-    def offer(self, held: Held, present: Mask) -> None:
+    def offer(self, held: CopyHandle, present: Mask) -> None:
         """Give this file to the leases and set the units that are present. The fetch takes ownership of the handle."""
         held.keep_private()
         with self._changed:
@@ -189,7 +189,7 @@ class Fetch:
         if held is not None:
             held.close()
 
-    def open_units(self) -> tuple[Mask, Mask]:
+    def missing_units(self) -> tuple[Mask, Mask]:
         """Return the requested units that are neither present nor refused, and the urgent ones among them."""
         with self._changed:
             units = self._asked & ~self._present & ~self._refused
@@ -248,7 +248,7 @@ class Fetcher:
         self._threads: set[Thread] = set()
         self._closed = False
 
-    def join(self, wanted: Wanted, store: Store) -> Fetch:
+    def join(self, wanted: CopySpec, store: Store) -> Fetch:
         """Return the running fetch of a copy, or a new one, with a place in it taken."""
         with self._lock:
             fetch = self._table.get(wanted.name)
@@ -260,7 +260,7 @@ class Fetcher:
             fetch.join()
             return fetch
 
-    def is_coming(self, name: str) -> bool:
+    def is_fetching(self, name: str) -> bool:
         """Return whether this process fetches the copy now."""
         with self._lock:
             return name in self._table
@@ -299,7 +299,7 @@ class Fetcher:
                 self._threads.discard(thread)
         return bool(self._threads)
 
-    def hurry(self, fetch: Fetch) -> None:
+    def prioritize(self, fetch: Fetch) -> None:
         """Move a queued prefetch to the fetches that a lease waits for."""
         with self._lock:
             if fetch in self._ahead:

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tiercache.cache.machine import host_name, network_file_system
 from tiercache.cache.record import NAME, Record
-from tiercache.cache.rights import GROUP, PRIVATE, Standing, put_right, standing
+from tiercache.cache.rights import GROUP, PRIVATE, FolderAccess, apply_permissions, folder_access
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.files import (
     NO_LINK,
@@ -47,7 +47,7 @@ from tiercache.catalog.files import (
     set_mode,
 )
 from tiercache.catalog.tables import BLOCK_BYTES
-from tiercache.points import reach
+from tiercache.points import crash_point
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,7 +118,7 @@ class Folder:
             return
         if not _has_marker(self.root):
             _write_marker(self.root, self.rights.file)
-        put_right(self.root, self.BELOW, self.rights)
+        apply_permissions(self.root, self.BELOW, self.rights)
 
     def remember_size(self, size_bytes: int) -> None:
         """Record the size for callers that open the folder without one. With another size, they would evict copies."""
@@ -398,13 +398,13 @@ def default_size_bytes(path: Path, first: int, *, shared: str | None = None) -> 
         return first
 
 
-def _claim(path: Path, shared: str | None) -> Standing:
+def _claim(path: Path, shared: str | None) -> FolderAccess:
     """Create the folder and its marker, or find the marker. A folder that is no cache is not changed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
-        reach("marker.folder")
-    stand = standing(path, shared=shared)
+        crash_point("marker.folder")
+    stand = folder_access(path, shared=shared)
     if _has_marker(path):
         return stand
     if stand.owner is not None:
@@ -416,8 +416,8 @@ def _claim(path: Path, shared: str | None) -> Standing:
     _write_marker(path, stand.rights.file)
     # The mode of an existing empty folder says nothing about sharing.
     rights = GROUP if shared == "group" else PRIVATE
-    put_right(path, (), rights)
-    return Standing(rights)
+    apply_permissions(path, (), rights)
+    return FolderAccess(rights)
 
 
 def _has_marker(root: Path) -> bool:
@@ -430,4 +430,4 @@ def _has_marker(root: Path) -> bool:
 def _write_marker(path: Path, mode: int) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     link_whole(path / MARKER, json.dumps({"format": 0, "id": secrets.token_hex(16)}) + "\n", mode)
-    reach("marker.written")
+    crash_point("marker.written")

@@ -1,4 +1,4 @@
-"""`Growth`: the reserved space and the partial copy of one running fetch."""
+"""`PartialFetch`: the reserved space and the partial copy of one running fetch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache.cache.lease import open_leased
-from tiercache.cache.partial import Part, charge_of
+from tiercache.cache.partial import PartialCopy, charge_of
 from tiercache.cache.units import Mask, n_units
 from tiercache.errors import ObjectChanged
-from tiercache.points import reach
+from tiercache.points import crash_point
 
 if TYPE_CHECKING:
     from tiercache.cache.fetch import Fetch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tiercache.cache.publisher import Publisher
 
 
-class Growth:
+class PartialFetch:
     """The reserved space and the partial copy of one fetch.
 
     Space is reserved before the first byte, and the accounts are settled at the end. admit() and part() are called with
@@ -42,13 +42,13 @@ class Growth:
         self.reserved_bytes = 0
         self._booked_bytes = 0
         fetch.step = f"being fetched by process {os.getpid()}"
-        self._part = Part.open(publisher.folder, self._wanted.name, self._wanted.n_bytes)
+        self._part = PartialCopy.open(publisher.folder, self._wanted.name, self._wanted.n_bytes)
         self.present: Mask = np.zeros(n_units(self._wanted.n_bytes), bool)
         if self._part is not None:
             self.present = self._part.present
             self._begin(self._part)
 
-    def _begin(self, part: Part) -> None:
+    def _begin(self, part: PartialCopy) -> None:
         """Enter an existing partial copy in the accounts and offer it to readers; on an error it is closed."""
         try:
             self._make_known(part)
@@ -56,14 +56,14 @@ class Growth:
             with closing(part):  # for example, the disk is too full for the record; a later fetch starts again
                 # Another process deletes these files, and drop() would not know this one.
                 if isinstance(error, FileNotFoundError):
-                    part.forget_name(keep_map=False)
+                    part.unlink_names(keep_map=False)
             raise
 
-    def _make_known(self, part: Part) -> None:
+    def _make_known(self, part: PartialCopy) -> None:
         folder, name = self._publisher.folder, self._wanted.name
         if folder.read_record(name) is None:
             folder.write_record(name, self._wanted.record(self._wanted.crc32c))
-            reach("fetch.recorded")
+            crash_point("fetch.recorded")
         # Committing releases the reservation. A partial copy that another process created is charged at its current
         # size; this happens on file systems where flock is not enforced.
         if part.present.any() and not self.reserved_bytes:
@@ -87,19 +87,19 @@ class Growth:
         self.note(need_bytes)
         if not evictor.reserve(name, need_bytes, spare=self.fetch.spare | {name}):
             self.note(self.reserved_bytes)
-            self._publisher.tell_of_no_room(self._wanted, need_bytes)
+            self._publisher.warn_no_space(self._wanted, need_bytes)
             return False
         if not self.reserved_bytes:
             evictor.note_fetch(name)
         self.reserved_bytes = need_bytes
-        reach("fetch.reserved")
+        crash_point("fetch.reserved")
         return True
 
     def note(self, n_bytes: int) -> None:
         """Note in the lock file how many bytes this fetch may still add, in case the accounts must be rebuilt."""
         self._lock.note({"owner": str(self._publisher.owners.me), "reserved_bytes": n_bytes})
 
-    def part(self) -> Part:
+    def part(self) -> PartialCopy:
         """Return the partial copy to write to; the first call creates it. Raises OSError."""
         part = self._part
         if part is None:
@@ -108,7 +108,7 @@ class Growth:
             self._part, self.present = part, part.present
         return part
 
-    def _made(self) -> Part:
+    def _made(self) -> PartialCopy:
         """Create a partial copy.
 
         On file systems where flock is not enforced, another process may have created one since the last check, or may
@@ -116,9 +116,9 @@ class Growth:
         """
         folder, name, n_bytes = self._publisher.folder, self._wanted.name, self._wanted.n_bytes
         try:
-            part = Part.create(folder, name, n_bytes)
+            part = PartialCopy.create(folder, name, n_bytes)
         except FileExistsError:
-            found = Part.open(folder, name, n_bytes)
+            found = PartialCopy.open(folder, name, n_bytes)
             if found is None:
                 raise FileNotFoundError(errno.ENOENT, "gone as soon as it was made", name) from None
             return found
@@ -127,7 +127,7 @@ class Growth:
             if copy_fd is None:
                 return part
             os.close(copy_fd)
-            part.forget_name(keep_map=False)
+            part.unlink_names(keep_map=False)
         except BaseException:
             part.close()
             raise
@@ -141,7 +141,7 @@ class Growth:
             self._publisher.accounts.release(self._wanted.name)
         elif self.present.any():
             self._publisher.book(self._wanted, self._record(), charge_of(self.present, self._wanted.n_bytes))
-            reach("fetch.booked")
+            crash_point("fetch.booked")
         else:
             self.drop()
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tiercache.cache.fetch import Fetch
     from tiercache.cache.folder import Folder
-    from tiercache.cache.partial import Held
+    from tiercache.cache.partial import CopyHandle
     from tiercache.store import Span
 
 
@@ -57,7 +57,7 @@ class CopyLease:
     def __init__(
         self,
         n_bytes: int,
-        held: Held | None = None,
+        held: CopyHandle | None = None,
         *,
         join: Callable[[], Fetch] | None = None,
         tell: Callable[[bool], object] | None = None,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 OLD_S = 600.0
 
 
-def sweep(folder: Folder) -> None:
+def sweep_temp_files(folder: Folder) -> None:
     """Remove temporary files whose writers no longer run, or that are older than OLD_S. Raises OSError."""
     for below in ("", *folder.BELOW):
         with suppress(FileNotFoundError):

@@ -52,7 +52,7 @@ class NameLock:
         self.path = path
         self._fd: int | None = None
 
-    def try_take(self) -> bool:
+    def try_acquire(self) -> bool:
         """Take the lock if it is free."""
         while True:
             fd = open_file(self.path, os.O_RDWR | os.O_CREAT)

@@ -1,4 +1,4 @@
-"""`Opened`: the cache as one process has it open. Hits need only the folder; fetches need the parts in `writing.py`."""
+"""`CacheSession`: the cache as one process has it open. Hits need only the folder, fetches also `writing.py`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Literal
 
 from tiercache import config
 from tiercache.cache import poison
-from tiercache.cache.check import distrust
+from tiercache.cache.check import verify_copy
 from tiercache.cache.folder import Folder
 from tiercache.cache.lease import CopyLease, open_leased
 from tiercache.cache.machine import is_disk_full
-from tiercache.cache.partial import Held, hold_part, wrong_units
+from tiercache.cache.partial import CopyHandle, hold_part, wrong_units
 from tiercache.cache.policy import POLICIES
 from tiercache.cache.trace import Tracer
 from tiercache.cache.units import bytes_of
 from tiercache.cache.verified import read_plain, read_verified
-from tiercache.cache.writing import Writing
+from tiercache.cache.writing import WriteSession
 from tiercache.catalog import charge_bytes
 from tiercache.model import ByteRange, format_bytes, parse_bytes
 from tiercache.waiting import SYSTEM_CLOCK
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from tiercache.cache.notices import Notices
-    from tiercache.cache.record import Wanted
-    from tiercache.model import Following, ReadingPlan
+    from tiercache.cache.record import CopySpec
+    from tiercache.model import PublishedPlan, ReadingPlan
     from tiercache.stats import Counters
     from tiercache.store import Span, Store
 
@@ -71,12 +71,12 @@ class CacheOptions:
             raise ValueError(f"shared is None or 'group', got {self.shared!r}")
 
 
-class Opened:
+class CacheSession:
     """An open cache in one process. A forked child opens its own.
 
     Attributes:
         writing: The parts that change the cache; None if the folder can only be read. Then only hits are served.
-        waits_for_room: Whether the folder could not be opened for writing because the disk was full.
+        waits_for_disk_space: Whether the folder could not be opened for writing because the disk was full.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class Opened:
         self.folder = Folder(options.path, shared=options.shared)
         self.notices, self.counters = notices, counters
         self._tracer = self._open_trace(config.load().cache_trace)
-        self.writing: Writing | None = None
-        self.waits_for_room = False
+        self.writing: WriteSession | None = None
+        self.waits_for_disk_space = False
         self._open_to_write = partial(self._open_writing, options, keep)
         if self.folder.network:
             notices.warn(
@@ -121,7 +121,7 @@ class Opened:
             if not (self.folder.copies).is_dir():
                 raise
             notices.warn("read-only", f"cache {options.path}: cannot be written ({error}); no copies are added")
-            self.waits_for_room = is_disk_full(error)
+            self.waits_for_disk_space = is_disk_full(error)
 
     def _open_trace(self, path: Path | None) -> Tracer | None:
         try:
@@ -130,14 +130,14 @@ class Opened:
             self.notices.warn("trace", f"cache {self.folder.root}: no trace is written to {path}: {error}")
             return None
 
-    def write_after_all(self) -> None:
+    def retry_writing(self) -> None:
         """Try again to open the cache for writing, after the disk was full when it was opened first."""
         with suppress(OSError):
             self.writing = self._open_to_write()
-            self.waits_for_room = False
+            self.waits_for_disk_space = False
 
-    def _open_writing(self, options: CacheOptions, keep: Callable[[], object]) -> Writing:
-        writing = Writing(self.folder, options, self.counters, self.notices, keep=keep)
+    def _open_writing(self, options: CacheOptions, keep: Callable[[], object]) -> WriteSession:
+        writing = WriteSession(self.folder, options, self.counters, self.notices, keep=keep)
         try:
             writing.sweep()
             writing.keep_to_limit()
@@ -184,9 +184,9 @@ class Opened:
             return None
         if writing is not None and writing.breaker.is_open:
             writing.breaker.mend()
-        return CopyLease(n_bytes, Held(fd))
+        return CopyLease(n_bytes, CopyHandle(fd))
 
-    def _look_at_part(self, wanted: Wanted) -> Held | None:
+    def _look_at_part(self, wanted: CopySpec) -> CopyHandle | None:
         """Return an open partial copy; None: there is none."""
         if wanted.name in self._distrusted:
             return None
@@ -200,7 +200,7 @@ class Opened:
         if self.writing is not None:
             self.writing.publisher.disk_failed(error)
 
-    def is_here(self, wanted: Wanted, ranges: Sequence[ByteRange] | None = None) -> bool:
+    def is_here(self, wanted: CopySpec, ranges: Sequence[ByteRange] | None = None) -> bool:
         """Return whether these ranges of a copy are cached; None stands for the whole copy.
 
         It is not recorded as a use.
@@ -215,7 +215,7 @@ class Opened:
         finally:
             held.close()
 
-    def peek(self, wanted: Wanted, ranges: Sequence[ByteRange]) -> CopyLease | None:
+    def peek(self, wanted: CopySpec, ranges: Sequence[ByteRange]) -> CopyLease | None:
         """Return a lease on a whole or partial copy that has all of the ranges; None: there is none."""
         lease = self.hit(wanted.name, wanted.n_bytes)
         if lease is None:
@@ -226,7 +226,7 @@ class Opened:
         lease.close()
         return None
 
-    def read(self, wanted: Wanted, spans: Sequence[Span]) -> bool:
+    def read(self, wanted: CopySpec, spans: Sequence[Span]) -> bool:
         """Fill spans from the cached copy; return False if it is missing, or if it is corrupt (it is then removed).
 
         The copy of an object without identity has no checksums inside; each unit is verified against the unit map.
@@ -241,14 +241,14 @@ class Opened:
                 return True
             is_whole = lease.is_whole
         if is_whole:
-            distrust(self, wanted)
+            verify_copy(self, wanted)
         else:
-            self.distrust_part(wanted)
+            self.verify_partial_copy(wanted)
         return False
 
     # -- fetches -------------------------------------------------------------------------------------------------------
 
-    def open(self, wanted: Wanted, store: Store, tell: Callable[[bool], object] = bool) -> CopyLease | None:
+    def open(self, wanted: CopySpec, store: Store, tell: Callable[[bool], object] = bool) -> CopyLease | None:
         """Return a lease on a copy that is cached or will be fetched; None: bypass the cache. See Cache.open."""
         writing = self.writing
         if writing is None or writing.breaker.allows():
@@ -263,7 +263,7 @@ class Opened:
         self._count(wanted, tell, 0)
         return None
 
-    def _open_part(self, wanted: Wanted, store: Store, tell: Callable[[bool], object]) -> CopyLease | None:
+    def _open_part(self, wanted: CopySpec, store: Store, tell: Callable[[bool], object]) -> CopyLease | None:
         """Return a lease on a partial copy or on a future one; None: there is no partial copy and no space for one.
 
         A partial copy counts as a hit or a miss when its reader asks for the first ranges.
@@ -284,7 +284,7 @@ class Opened:
 
         return CopyLease(wanted.n_bytes, held, join=join, tell=tell_when_asked)
 
-    def _count(self, wanted: Wanted, tell: Callable[[bool], object], hit_bytes: int) -> None:
+    def _count(self, wanted: CopySpec, tell: Callable[[bool], object], hit_bytes: int) -> None:
         """Count a hit of hit_bytes, or a miss if that is 0. An empty copy is a hit if its file exists.
 
         A copy that this process prefetched for this opening came from the store: it counts as a miss that took no time.
@@ -302,7 +302,7 @@ class Opened:
             self._trace(wanted, is_hit=is_hit)
         tell(is_hit)
 
-    def _trace(self, wanted: Wanted, *, is_hit: bool) -> None:
+    def _trace(self, wanted: CopySpec, *, is_hit: bool) -> None:
         tracer = self._tracer
         try:
             if tracer is not None:
@@ -311,7 +311,7 @@ class Opened:
             self._tracer = None
             self.notices.warn("trace", f"cache {self.folder.root}: the trace ends here: {error}")
 
-    def fetch_ahead(self, wanted: Wanted, store: Store, ranges: Sequence[ByteRange] | None = None) -> None:
+    def fetch_ahead(self, wanted: CopySpec, store: Store, ranges: Sequence[ByteRange] | None = None) -> None:
         """Start to fetch what is missing of ranges (None: of the whole copy). It is not recorded as a use."""
         writing = self.writing
         if writing is None or not writing.breaker.allows() or self.is_here(wanted, ranges) or self._is_bad(wanted.name):
@@ -325,23 +325,23 @@ class Opened:
             with CopyLease(wanted.n_bytes, join=partial(writing.fetcher.join, wanted, store)) as lease:
                 lease.want(asked)
 
-    def _admits(self, writing: Writing, wanted: Wanted, need_bytes: int | None = None) -> bool:
+    def _admits(self, writing: WriteSession, wanted: CopySpec, need_bytes: int | None = None) -> bool:
         need_bytes = wanted.n_bytes if need_bytes is None else need_bytes
         try:
             writing.owners.ensure()  # a deleted folder cannot be asked for its free space
             writing.quarantine.settle()
-            coming = writing.fetcher.is_coming(wanted.name) or wanted.name in writing.publisher.unrecorded
+            coming = writing.fetcher.is_fetching(wanted.name) or wanted.name in writing.publisher.unrecorded
             if coming or not writing.evictor.would_refuse(wanted.name, charge_bytes(need_bytes)):
                 return True
             if wanted.identity is None:
                 self._tell_if_too_large(wanted, need_bytes, writing.accounts.limit_bytes())
             else:
-                writing.publisher.tell_of_no_room(wanted, charge_bytes(need_bytes))
+                writing.publisher.warn_no_space(wanted, charge_bytes(need_bytes))
         except OSError as error:
             writing.publisher.disk_failed(error)
         return False
 
-    def _tell_if_too_large(self, wanted: Wanted, need_bytes: int, limit_bytes: int) -> None:
+    def _tell_if_too_large(self, wanted: CopySpec, need_bytes: int, limit_bytes: int) -> None:
         """Warn once about an object for which no eviction can make space."""
         if charge_bytes(need_bytes) > limit_bytes:
             self.notices.warn(
@@ -351,7 +351,7 @@ class Opened:
                 "objects; a larger cache (TIERCACHE_CACHE_SIZE, or Cache(path, size=...)) avoids that",
             )
 
-    def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> Following | None:
+    def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan | None:
         """Publish a reading plan to all users of the folder; return None if the folder is read-only. Raises OSError."""
         return None if self.writing is None else self.writing.plans.publish(names, plan)
 
@@ -362,7 +362,7 @@ class Opened:
         given_up_s = self._given_up.get(name)
         if given_up_s is not None and SYSTEM_CLOCK.monotonic() - given_up_s < poison.POISON_S:
             return True
-        return poison.poison_of(self.folder, name) is not None
+        return poison.corrupt_source_of(self.folder, name) is not None
 
     def discard(self, name: str) -> None:
         """Remove a corrupt copy. If it cannot be removed, this process never serves it again."""
@@ -374,7 +374,7 @@ class Opened:
             self.notices.warn("discard", f"cache {self.folder.root}: a corrupt copy cannot be removed: {error}")
         self._distrusted.add(name)
 
-    def distrust_part(self, wanted: Wanted) -> bool:
+    def verify_partial_copy(self, wanted: CopySpec) -> bool:
         """Handle a partial copy that a reader found corrupt; return True if it was removed and can be opened again.
 
         A partial copy has no checksum of the whole. If the disk holds what the source sent, the transfer may have
@@ -405,11 +405,13 @@ class Opened:
         self.discard(wanted.name)
         return not is_bad_there
 
-    def _remember_poison(self, wanted: Wanted) -> None:
+    def _remember_poison(self, wanted: CopySpec) -> None:
         if self.writing is not None:
-            poison.remember(self.folder, wanted.name, poison.Poison(wanted.source, wanted.crc32c, None))
+            poison.record_corrupt_source(
+                self.folder, wanted.name, poison.CorruptSource(wanted.source, wanted.crc32c, None)
+            )
 
-    def _report_part(self, wanted: Wanted, wrong: list[int]) -> None:
+    def _report_part(self, wanted: CopySpec, wrong: list[int]) -> None:
         """Report the corrupt units. The partial copy is not kept: the unit map already says which units differ."""
         if self.writing is not None:
             verdict = f"{len(wrong):,} units of 4 KiB differ from what was fetched, the first at offset {wrong[0]}"

@@ -18,7 +18,7 @@ from tiercache.cache.locks import try_exclusive
 from tiercache.cache.machine import Owner
 from tiercache.cache.record import NAME
 from tiercache.catalog.files import open_file, read_text
-from tiercache.points import reach
+from tiercache.points import crash_point
 
 if TYPE_CHECKING:
     from tiercache.cache.folder import Folder
@@ -40,16 +40,16 @@ class Owners:
     def _make(self) -> int:
         fd = open_file(self._folder.owners / str(self.me), os.O_RDWR | os.O_CREAT, self._folder.rights.file)
         try:
-            reach("owner.made")
+            crash_point("owner.made")
             try_exclusive(fd)
-            reach("owner.locked")
+            crash_point("owner.locked")
             os.pwrite(fd, json.dumps({"limit_bytes": self._limit_bytes}).encode(), 0)
         except BaseException:
             os.close(fd)
             with suppress(OSError):
                 self._folder.remove_file("owners", str(self.me))
             raise
-        reach("owner.written")
+        crash_point("owner.written")
         return keep_private(fd)
 
     def ensure(self) -> None:
@@ -90,11 +90,11 @@ class Owners:
     def bury(self, text: str) -> None:
         """Remove the file of a dead owner. Its partial copies stay: the next fetch of each continues there."""
         with suppress(FileNotFoundError):
-            reach("owner.buried")
+            crash_point("owner.buried")
             if Owner.parse(text) is not None:
                 self._folder.remove_file("owners", text)
 
-    def bury_all(self) -> None:
+    def remove_files_of_dead(self) -> None:
         """Remove the files of all dead owners."""
         for text in [file.name for file in self._folder.owners.iterdir()]:
             if not self.alive(text):

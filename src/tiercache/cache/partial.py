@@ -34,7 +34,7 @@ from tiercache.cache.units import PIECE_BYTES, UNIT_BYTES, Mask, bounds, covers,
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.files import set_mode
 from tiercache.catalog.tables import BLOCK_BYTES
-from tiercache.points import reach
+from tiercache.points import crash_point
 from tiercache.store.posix import write_all
 from tiercache.waiting import wait_for
 
@@ -104,7 +104,7 @@ class Head:
         return cls(n_bytes, inode, boot.rstrip(b"\0").decode("ascii", "replace"))
 
 
-class Presence:
+class UnitMap:
     """The units of a file that are present, as its map says. Owns a descriptor of the map. Safe from any thread.
 
     A unit that was seen to be present is not read from the map again. Two threads may read the same flags, which is
@@ -135,9 +135,9 @@ class Presence:
         self._look(0, len(self._seen))
         return self._seen.copy()
 
-    def dup(self) -> Presence:
+    def dup(self) -> UnitMap:
         """Return the same map with a descriptor of its own."""
-        return Presence(os.dup(self._fd), self.n_bytes)
+        return UnitMap(os.dup(self._fd), self.n_bytes)
 
     def sums(self, first: int, last: int) -> np.ndarray:
         """Return the CRC-32C of the units [first, last), uint32; fewer if the map is shorter.
@@ -168,7 +168,7 @@ def read_flags(map_fd: int, first: int, last: int) -> Mask:
 
 
 @dataclass(slots=True)
-class Held:
+class CopyHandle:
     """An open copy: a descriptor under a reader's lock, and the unit map if the copy is (or was) partial.
 
     Attributes:
@@ -177,13 +177,13 @@ class Held:
     """
 
     fd: int
-    presence: Presence | None = None
+    presence: UnitMap | None = None
 
-    def dup(self) -> Held:
+    def dup(self) -> CopyHandle:
         """Return a second handle. Both share one lock, which lasts until the last of them is closed."""
         fd = os.dup(self.fd)
         try:
-            return Held(fd, None if self.presence is None else self.presence.dup())
+            return CopyHandle(fd, None if self.presence is None else self.presence.dup())
         except BaseException:
             os.close(fd)
             raise
@@ -203,7 +203,7 @@ class Held:
                 self.presence.close()
 
 
-def hold_part(folder: Folder, name: str, n_bytes: int) -> Held | None:
+def hold_part(folder: Folder, name: str, n_bytes: int) -> CopyHandle | None:
     """Open a partial copy under a reader's lock; None: there is none, or it is being evicted, or is not verified yet.
 
     The races with eviction and with an earlier boot are those of open_leased() and Part.open().
@@ -216,7 +216,7 @@ def hold_part(folder: Folder, name: str, n_bytes: int) -> Held | None:
         if try_shared(fd) and os.fstat(fd).st_nlink:
             map_fd = folder.open_copy(f"{name}.map")
             if map_fd is not None and _head_of(map_fd, fd, n_bytes) == boot_id():
-                return Held(fd, Presence(map_fd, n_bytes))
+                return CopyHandle(fd, UnitMap(map_fd, n_bytes))
     except BaseException:
         _close_all(fd, map_fd)
         raise
@@ -256,7 +256,7 @@ def _head_of(map_fd: int, part_fd: int, n_bytes: int) -> str | None:
     return head.boot if head is not None and fits and os.fstat(map_fd).st_size == map_bytes(n_bytes) else None
 
 
-class Part:
+class PartialCopy:
     """A partial copy that is open for writing. Threads write different units; the opener holds the lock of the name.
 
     Attributes:
@@ -270,7 +270,7 @@ class Part:
         self.present: Mask = read_flags(self._map_fd, 0, n_units(n_bytes))
 
     @classmethod
-    def create(cls, folder: Folder, name: str, n_bytes: int) -> Part:
+    def create(cls, folder: Folder, name: str, n_bytes: int) -> PartialCopy:
         """Create a partial copy without units. Raises OSError; FileExistsError if another process has just created one.
 
         The process that creates the partial copy may also create the map: an existing map belongs to a file that is
@@ -279,15 +279,15 @@ class Part:
         fd = folder.new_file(f"{name}.part")
         map_fd = None
         try:
-            reach("fetch.part")
+            crash_point("fetch.part")
             os.ftruncate(fd, n_bytes)
             folder.remove_file("copies", f"{name}.map")
             map_fd = folder.new_file(f"{name}.map")
-            reach("fetch.map")
+            crash_point("fetch.map")
             os.ftruncate(map_fd, map_bytes(n_bytes))
             # The head is written last: a map without a head is ignored.
             os.pwrite(map_fd, Head(n_bytes, os.fstat(fd).st_ino, boot_id()).pack(), 0)
-            reach("fetch.mapped")
+            crash_point("fetch.mapped")
         except BaseException:
             _close_all(fd, map_fd)
             folder.remove_part(name)
@@ -295,7 +295,7 @@ class Part:
         return cls(folder, name, n_bytes, (fd, map_fd))
 
     @classmethod
-    def open(cls, folder: Folder, name: str, n_bytes: int) -> Part | None:
+    def open(cls, folder: Folder, name: str, n_bytes: int) -> PartialCopy | None:
         """Open the existing partial copy; None: there is none. A partial copy that cannot be continued is removed.
 
         The units of an earlier boot are verified against their checksums. A partial copy without a map has lost its
@@ -327,9 +327,9 @@ class Part:
 
     def _vouch(self) -> bool:
         """Verify the present units; if all are right, mark the partial copy as one of this boot and return True."""
-        if wrong_units(self.fd, Presence(self._map_fd, self.n_bytes)):
+        if wrong_units(self.fd, UnitMap(self._map_fd, self.n_bytes)):
             return False
-        reach("fetch.vouched")
+        crash_point("fetch.vouched")
         os.pwrite(self._map_fd, Head(self.n_bytes, os.fstat(self.fd).st_ino, boot_id()).pack(), 0)
         return True
 
@@ -356,12 +356,12 @@ class Part:
         for begin, end in runs_of(missing):
             part = data[begin * UNIT_BYTES : end * UNIT_BYTES]
             write_all(self.fd, part.data, start + begin * UNIT_BYTES)
-            reach("fetch.data")
+            crash_point("fetch.data")
             at = _crc_offset(self.n_bytes) + 4 * (first + begin)
             write_all(self._map_fd, memoryview(sums[begin:end].tobytes()), at)
-            reach("fetch.sums")
+            crash_point("fetch.sums")
             write_all(self._map_fd, memoryview(b"\x01" * (end - begin)), HEAD_BYTES + first + begin)
-            reach("fetch.flags")
+            crash_point("fetch.flags")
         self.present[first : first + n] = True
         return whole if missing.all() else None
 
@@ -372,13 +372,13 @@ class Part:
         """
         self.present |= read_flags(self._map_fd, 0, len(self.present))
 
-    def hold(self) -> Held:
+    def hold(self) -> CopyHandle:
         """Return a reader's handle on this file, even if another file has its name by now."""
         fd, map_fd = _reopen(self.fd, self.folder.copy_path(f"{self.name}.part")), None
         try:
             try_shared(fd)
             map_fd = _reopen(self._map_fd, self.folder.copy_path(f"{self.name}.map"))
-            return Held(fd, Presence(map_fd, self.n_bytes))
+            return CopyHandle(fd, UnitMap(map_fd, self.n_bytes))
         except BaseException:
             _close_all(fd, map_fd)
             raise
@@ -392,7 +392,7 @@ class Part:
         """Set the final mode, so that nobody can open the file for writing."""
         set_mode(self.fd, mode)
 
-    def forget_name(self, *, keep_map: bool) -> None:
+    def unlink_names(self, *, keep_map: bool) -> None:
         """Remove the names of the partial copy, which is complete now, if they still belong to this file."""
         path = self.folder.copy_path(f"{self.name}.part")
         with suppress(FileNotFoundError):
@@ -426,14 +426,14 @@ def _reopen(fd: int, path: str) -> int:
     raise FileNotFoundError(errno.ENOENT, "another file has this name by now", path)
 
 
-def open_map(folder: Folder, name: str, fd: int, n_bytes: int) -> Presence | None:
+def open_map(folder: Folder, name: str, fd: int, n_bytes: int) -> UnitMap | None:
     """Open the unit map of a copy or partial copy that fd is open on; None: no map describes this file."""
     map_fd = folder.open_copy(f"{name}.map")
     if map_fd is None:
         return None
     try:
         if _head_of(map_fd, fd, n_bytes) is not None:
-            return Presence(map_fd, n_bytes)
+            return UnitMap(map_fd, n_bytes)
     except BaseException:
         os.close(map_fd)
         raise
@@ -455,7 +455,7 @@ def read_all(fd: int, buffer: memoryview, offset: int) -> bool:
     return True
 
 
-def wrong_units(fd: int, presence: Presence) -> list[int]:
+def wrong_units(fd: int, presence: UnitMap) -> list[int]:
     """Return the offsets of units that differ from what the source sent.
 
     For a piece that cannot be read, only its first offset is in the list.

@@ -1,4 +1,4 @@
-"""`Place`: the URL of a data set, and the cache through which it is read."""
+"""`DatasetSource`: the URL of a data set, and the cache through which it is read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Verify = Literal["first", "always", "never"]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DatasetSource:
     """The URL of a data set and how it is read: everything except the version and the columns. Picklable.
 
     Attributes:
@@ -78,7 +78,7 @@ def _default_cache() -> Cache | None:
 _warned: set[tuple[str, int, str]] = set()
 
 
-def announce(url: str, dataset_id: str, shard_bytes: NDArray[np.int64], cache: Cache) -> None:
+def warn_if_larger(url: str, dataset_id: str, shard_bytes: NDArray[np.int64], cache: Cache) -> None:
     """Warn once per process about a data set that the cache cannot hold as a whole.
 
     If the data set fits, the cache itself warns later, when it has no space.

@@ -41,7 +41,7 @@ from tiercache.cache.names import NAME_BYTES, Names
 from tiercache.cache.policy import UNPLANNED
 from tiercache.catalog.files import open_file
 from tiercache.model import NEVER
-from tiercache.points import reach
+from tiercache.points import crash_point
 from tiercache.store.posix import write_all
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from tiercache.cache.folder import Folder
     from tiercache.cache.owners import Owners
-    from tiercache.model import Following, ReadingPlan
+    from tiercache.model import PublishedPlan, ReadingPlan
 
 _MAGIC = b"tcplan\x00\x01"
 _HEADER = struct.Struct("<8sQQQ16s16x")
@@ -69,7 +69,7 @@ Uses: TypeAlias = "tuple[NDArray[np.int64], NDArray[np.int64]]"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Table:
+class PlanTable:
     """A plan by names of copies, sorted; first, last and then are int64[m] as in a ReadingPlan."""
 
     names: Names
@@ -80,7 +80,7 @@ class Table:
     reader: bytes = _NOBODY
 
     @classmethod
-    def of(cls, names: NDArray[np.uint8], plan: ReadingPlan) -> Table:
+    def of(cls, names: NDArray[np.uint8], plan: ReadingPlan) -> PlanTable:
         """Return the table of a plan. Shards with the same copy become one row.
 
         Args:
@@ -128,7 +128,7 @@ class Table:
         return coming, after
 
 
-def encode(table: Table) -> bytes:
+def encode(table: PlanTable) -> bytes:
     """Return the bytes of a plan file, at clock 0."""
     rows = np.empty(len(table.names), _ROW)
     rows["name"] = table.names.raw
@@ -137,7 +137,7 @@ def encode(table: Table) -> bytes:
     return _HEADER.pack(_MAGIC, len(rows), 0, len(label), table.reader) + rows.tobytes() + label
 
 
-def decode(data: bytes) -> Table | None:
+def decode(data: bytes) -> PlanTable | None:
     """Return the table of a plan file; None: the data is no plan."""
     if len(data) < _HEADER.size:
         return None
@@ -148,14 +148,14 @@ def decode(data: bytes) -> Table | None:
     rows = np.frombuffer(data, _ROW, m, _HEADER.size)
     # A user with write permission may write invalid values: they must not overflow later computations.
     first, last, then = (np.clip(rows[column].astype(np.int64), 0, NEVER) for column in ("first", "last", "then"))
-    return Table(Names.of(rows["name"]), first, last, then, data[end:].decode(errors="replace"), reader)
+    return PlanTable(Names.of(rows["name"]), first, last, then, data[end:].decode(errors="replace"), reader)
 
 
 _NO_USES = np.empty(0, np.int64)
-_NOTHING = Table(Names.of(np.empty((0, NAME_BYTES), np.uint8)), _NO_USES, _NO_USES, _NO_USES)
+_NOTHING = PlanTable(Names.of(np.empty((0, NAME_BYTES), np.uint8)), _NO_USES, _NO_USES, _NO_USES)
 
 
-class Plans:
+class ReadingPlans:
     """The live plans of a folder. Safe from any thread; the lock guards the known plans.
 
     A thread may still be active when the cache is closed: a loader waits only 5 ms for the planner that prepares the
@@ -167,12 +167,12 @@ class Plans:
         self._folder, self._owners = folder, owners
         self._lock = Lock()
         self._read: dict[str, _Read] = {}
-        self._published: weakref.WeakSet[Published] = weakref.WeakSet()
+        self._published: weakref.WeakSet[PlanFile] = weakref.WeakSet()
         self._is_closed = False
         with self._lock, suppress(OSError):
             self._refresh()
 
-    def publish(self, names: NDArray[np.uint8], plan: ReadingPlan) -> Following:
+    def publish(self, names: NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan:
         """Publish the reading plan of this job to all users of the folder.
 
         Args:
@@ -186,7 +186,7 @@ class Plans:
         lengths = [len(column) for column in (plan.shards, names, plan.first, plan.last, plan.then)]
         if len(set(lengths)) > 1:
             raise ValueError(f"shards, names, first, last and then of a plan must have the same length, got {lengths}")
-        published = Published(self._folder, str(self._owners.me), Table.of(names, plan))
+        published = PlanFile(self._folder, str(self._owners.me), PlanTable.of(names, plan))
         with self._lock:
             is_late = self._is_closed
             if not is_late:
@@ -289,7 +289,7 @@ class Plans:
     def _sweep(self, file: str) -> None:
         with suppress(OSError):  # another user's folder, or a failing disk: the plan is void all the same
             self._folder.remove_file("plans", file)
-        reach("plan.swept")
+        crash_point("plan.swept")
 
 
 def _merged(plans: list[Uses], names: Names) -> Uses:
@@ -308,7 +308,7 @@ def _merged(plans: list[Uses], names: Names) -> Uses:
 class _Read:
     """An open plan file of any process. The clock is read, not mapped, so that a truncated file cannot raise SIGBUS."""
 
-    def __init__(self, fd: int, table: Table) -> None:
+    def __init__(self, fd: int, table: PlanTable) -> None:
         self.fd, self.table = fd, table
         self._names: Names | None = None
         self._rows = _NO_USES
@@ -341,7 +341,7 @@ def _clock_of(fd: int) -> int:
     return min(int(clock), NEVER)
 
 
-class Published:
+class PlanFile:
     """A plan file of this process. Safe from any thread.
 
     The lock is held while the clock is written and while the plan is withdrawn. The garbage collector may close the
@@ -349,7 +349,7 @@ class Published:
     file could get the descriptor's number before the write.
     """
 
-    def __init__(self, folder: Folder, owner: str, table: Table) -> None:
+    def __init__(self, folder: Folder, owner: str, table: PlanTable) -> None:
         """Write the file, and lock it before it gets its name. Raises OSError."""
         stem = f"{owner}.{secrets.token_hex(4)}"
         temp, file = folder.plans / f"{stem}{_TEMP_SUFFIX}", f"{stem}{_SUFFIX}"
@@ -357,9 +357,9 @@ class Published:
         try:
             try_exclusive(fd)
             write_all(fd, memoryview(encode(table)), 0)
-            reach("plan.written")
+            crash_point("plan.written")
             temp.rename(folder.plans / file)
-            reach("plan.named")
+            crash_point("plan.named")
         except BaseException:
             close_private(fd)
             for path in (temp, folder.plans / file):  # under either name, it would live as long as this process
@@ -417,6 +417,6 @@ def _withdraw(folder: Folder, file: str, fd: int, pid: int, left_at: int | None)
                 (folder.plans / file).rename((folder.plans / file).with_suffix(_LEFT_SUFFIX))
             else:
                 folder.remove_file("plans", file)
-        reach("plan.withdrawn")
+        crash_point("plan.withdrawn")
     finally:
         close_private(fd)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tiercache.cache.record import NAME
 from tiercache.catalog.files import read_text, replace_whole
-from tiercache.points import reach
+from tiercache.points import crash_point
 
 if TYPE_CHECKING:
     from tiercache.cache.folder import Folder
@@ -22,7 +22,7 @@ POISON_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Poison:
+class CorruptSource:
     """An object whose bytes were wrong twice.
 
     Attributes:
@@ -36,22 +36,22 @@ class Poison:
     found: int | None
 
 
-def remember(folder: Folder, name: str, poison: Poison) -> None:
+def record_corrupt_source(folder: Folder, name: str, poison: CorruptSource) -> None:
     """Record that an object is corrupt at its source, and delete old records. Raises OSError."""
-    reach("poison.found")
+    crash_point("poison.found")
     replace_whole(folder.poison / f"{name}.json", json.dumps({"format": 0} | asdict(poison)) + "\n", folder.rights.file)
-    reach("poison.noted")
-    sweep(folder)
+    crash_point("poison.noted")
+    sweep_corrupt_sources(folder)
 
 
-def poison_of(folder: Folder, name: str) -> Poison | None:
+def corrupt_source_of(folder: Folder, name: str) -> CorruptSource | None:
     """Return what is known about a corrupt source of a copy; None: nothing, or the record is too old."""
     path = f"{folder.poison}/{name}.json"
     try:
         if not _is_young(os.lstat(path)):
             return None
         fields = json.loads(read_text(path))
-        return Poison(str(fields["url"]), _sum_or_none(fields["expected"]), _sum_or_none(fields["found"]))
+        return CorruptSource(str(fields["url"]), _sum_or_none(fields["expected"]), _sum_or_none(fields["found"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -60,23 +60,23 @@ def _sum_or_none(value: object) -> int | None:
     return None if value is None else int(str(value))
 
 
-def poisons(folder: Folder) -> dict[str, Poison]:
+def corrupt_sources(folder: Folder) -> dict[str, CorruptSource]:
     """Return all objects that are known to be corrupt now, by the names of their copies, except those cached since."""
-    found = {name: poison_of(folder, name) for name in _names(folder) if not folder.has_copy(name)}
+    found = {name: corrupt_source_of(folder, name) for name in _names(folder) if not folder.has_copy(name)}
     return {name: poison for name, poison in found.items() if poison is not None}
 
 
-def forget(folder: Folder, name: str) -> bool:
+def forget_corrupt_source(folder: Folder, name: str) -> bool:
     """Allow an object to be fetched again; return False if it was not known to be corrupt."""
     return folder.remove_file("poison", f"{name}.json")
 
 
-def sweep(folder: Folder) -> None:
+def sweep_corrupt_sources(folder: Folder) -> None:
     """Remove records that are too old."""
     for name in _names(folder):
         with suppress(FileNotFoundError):
             if not _is_young((folder.poison / f"{name}.json").lstat()):
-                forget(folder, name)
+                forget_corrupt_source(folder, name)
 
 
 def _names(folder: Folder) -> list[str]:

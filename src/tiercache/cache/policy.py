@@ -3,7 +3,7 @@
 `plan` evicts the copy with the furthest next use (L. A. Belady, "A study of replacement algorithms for a
 virtual-storage computer", IBM Systems Journal 5(2), 1966), and does not admit a copy that is needed later still.
 `s3fifo` is Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. The simulator (replay.py) uses
-the same three parts: push_out(), Queues, and the functions in POLICIES.
+the same three parts: choose_victims(), Queues, and the functions in POLICIES.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class SpaceRequest:
     """A request for space.
 
     Attributes:
@@ -75,7 +75,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class Requeue:
     """A copy moves to the end of a queue, after the first n_before victims of the decision and before the next."""
 
     row: int
@@ -90,18 +90,18 @@ class Decision:
 
     admit: bool
     victims: tuple[int, ...] = ()
-    moves: tuple[Move, ...] = ()
+    moves: tuple[Requeue, ...] = ()
 
 
 REFUSED = Decision(admit=False)
-Policy: TypeAlias = Callable[[Snapshot, Ask], Decision]
+Policy: TypeAlias = Callable[[Snapshot, SpaceRequest], Decision]
 # (row or key, bytes, next use)
 Candidate: TypeAlias = tuple[int, int, int]
 # [row or key, bytes, freq]: lists, because freq grows while the entry is in a queue.
-Entry: TypeAlias = list[int]
+QueueEntry: TypeAlias = list[int]
 
 
-def gives_way(next_use: int, then: int) -> bool:
+def may_be_evicted_for(next_use: int, then: int) -> bool:
     """Return whether a copy may be evicted for a new one.
 
     Its next use must come after the second next use of the new copy (`then`), or no plan names it.
@@ -109,11 +109,11 @@ def gives_way(next_use: int, then: int) -> bool:
     return next_use > then or next_use == UNPLANNED
 
 
-def push_out(candidates: Iterable[Candidate], ask: Ask) -> tuple[int, ...] | None:
+def choose_victims(candidates: Iterable[Candidate], ask: SpaceRequest) -> tuple[int, ...] | None:
     """Return the candidates to evict for a request, in their order; None: too few of them may be evicted."""
     victims, freed_bytes, want_bytes = [], 0, max(ask.need_bytes, ask.want_bytes)
     for row, n_bytes, next_use in candidates:
-        if freed_bytes >= want_bytes or not gives_way(next_use, ask.then):
+        if freed_bytes >= want_bytes or not may_be_evicted_for(next_use, ask.then):
             break
         victims.append(row)
         freed_bytes += n_bytes
@@ -125,16 +125,16 @@ class Fifo:
 
     __slots__ = ("_head", "_tail", "n_bytes")
 
-    def __init__(self, head: Iterable[Entry] = (), n_bytes: int = 0) -> None:
+    def __init__(self, head: Iterable[QueueEntry] = (), n_bytes: int = 0) -> None:
         """Create a queue. n_bytes is the size of all its entries, including kept ones that head leaves out."""
-        self._head, self._tail, self.n_bytes = iter(head), deque[Entry](), n_bytes
+        self._head, self._tail, self.n_bytes = iter(head), deque[QueueEntry](), n_bytes
 
-    def put(self, entry: Entry) -> None:
+    def put(self, entry: QueueEntry) -> None:
         """Append an entry."""
         self._tail.append(entry)
         self.n_bytes += entry[1]
 
-    def take(self) -> Entry | None:
+    def take(self) -> QueueEntry | None:
         """Remove and return the first entry; None: the queue is empty."""
         entry = next(self._head, None)
         if entry is None:
@@ -145,10 +145,10 @@ class Fifo:
         return entry
 
 
-class Out(NamedTuple):
+class QueueVictim(NamedTuple):
     """An evicted entry, and whether it came from the small queue: only then it becomes a ghost."""
 
-    entry: Entry
+    entry: QueueEntry
     was_small: bool
 
 
@@ -166,26 +166,26 @@ class Queues:
     limit_bytes: int
     small: Fifo = field(default_factory=Fifo)
     main: Fifo = field(default_factory=Fifo)
-    moved: Callable[[Entry], object] | None = None
+    moved: Callable[[QueueEntry], object] | None = None
 
-    def evict(self) -> Out | None:
+    def evict(self) -> QueueVictim | None:
         """Remove and return the next victim; None: no entry can be evicted."""
         if self.main.n_bytes <= self.limit_bytes - small_limit_bytes(self.limit_bytes):
             while entry := self.small.take():
                 if entry[2] < USES_TO_STAY:
-                    return Out(entry, True)
+                    return QueueVictim(entry, True)
                 entry[2] = 0
                 self._stay(entry)
         while entry := self.main.take():
             if entry[2] == 0:
-                return Out(entry, False)
+                return QueueVictim(entry, False)
             entry[2] = min(entry[2], MOST_FREQ) - 1
             self._stay(entry)
         # Reached only if kept copies fill more than the main queue's share.
         entry = self.small.take()
-        return None if entry is None else Out(entry, True)
+        return None if entry is None else QueueVictim(entry, True)
 
-    def _stay(self, entry: Entry) -> None:
+    def _stay(self, entry: QueueEntry) -> None:
         self.main.put(entry)
         if self.moved is not None:
             self.moved(entry)
@@ -215,13 +215,13 @@ def n_first_small(n_bytes: NDArray[np.int64], small_bytes: int) -> int:
 # -- the policies ------------------------------------------------------------------------------------------------------
 
 
-def resident(copies: Snapshot, ask: Ask) -> Decision:
+def resident(copies: Snapshot, ask: SpaceRequest) -> Decision:
     """Admit until the cache is full, then never evict: the best policy for one scan per epoch in an unknown order."""
     del copies
     return Decision(admit=ask.need_bytes <= 0)
 
 
-def lru(copies: Snapshot, ask: Ask) -> Decision:
+def lru(copies: Snapshot, ask: SpaceRequest) -> Decision:
     """Evict the least recently used copy first."""
 
     def order(rows: NDArray[np.int64]) -> Iterator[Candidate]:
@@ -231,14 +231,14 @@ def lru(copies: Snapshot, ask: Ask) -> Decision:
     return _decide(copies, ask, ~copies.keep, order)
 
 
-def s3fifo(copies: Snapshot, ask: Ask) -> Decision:
+def s3fifo(copies: Snapshot, ask: SpaceRequest) -> Decision:
     """Evict by S3-FIFO: a small queue for new copies, a main queue for reused ones, ghosts of evicted new ones."""
     moves = _Moves()
     everything = np.ones(len(copies.keep), np.bool_)
     return _decide(copies, ask, ~copies.keep, lambda _: _queued(copies, everything, copies.limit_bytes, moves), moves)
 
 
-def plan(copies: Snapshot, ask: Ask) -> Decision:
+def plan(copies: Snapshot, ask: SpaceRequest) -> Decision:
     """Evict copies that no plan names, by s3fifo; then the copy with the furthest next use; never one in use.
 
     The new copy is not admitted (and its reader bypasses the cache) if a copy would be evicted whose next use comes
@@ -271,20 +271,20 @@ class _Moves:
     """Collects the moves that a queue makes, each with the number of candidates that came before it."""
 
     def __init__(self) -> None:
-        self.made: list[Move] = []
+        self.made: list[Requeue] = []
         self.n_given = 0
 
-    def note(self, entry: Entry) -> None:
-        self.made.append(Move(entry[0], True, entry[2], self.n_given))
+    def note(self, entry: QueueEntry) -> None:
+        self.made.append(Requeue(entry[0], True, entry[2], self.n_given))
 
-    def before(self, n_victims: int) -> tuple[Move, ...]:
+    def before(self, n_victims: int) -> tuple[Requeue, ...]:
         """Return the moves that were made before the last of n_victims was evicted."""
         return tuple(move for move in self.made if move.n_before < n_victims)
 
 
 def _decide(
     copies: Snapshot,
-    ask: Ask,
+    ask: SpaceRequest,
     may_go: NDArray[np.bool_],
     order: Callable[[NDArray[np.int64]], Iterator[Candidate]],
     moves: _Moves | None = None,
@@ -295,7 +295,7 @@ def _decide(
     # Checked before the order is computed: this sum decides most refusals.
     if int(copies.charge_bytes[rows].sum()) < ask.need_bytes:
         return REFUSED
-    victims = push_out(order(rows), ask)
+    victims = choose_victims(order(rows), ask)
     if victims is None:
         return REFUSED
     return Decision(True, victims, () if moves is None else moves.before(len(victims)))
@@ -323,7 +323,7 @@ def _furthest(copies: Snapshot, rows: NDArray[np.int64]) -> Iterator[Candidate]:
         yield from _candidates(copies, part[np.lexsort((copies.turn[part], -copies.next_use[part]))])
 
 
-def _entries(copies: Snapshot, rows: NDArray[np.int64]) -> Iterator[Entry]:
+def _entries(copies: Snapshot, rows: NDArray[np.int64]) -> Iterator[QueueEntry]:
     for start in range(0, len(rows), _ROWS_AT_A_TIME):
         part = rows[start : start + _ROWS_AT_A_TIME]
         columns = (part.tolist(), copies.charge_bytes[part].tolist(), copies.freq[part].tolist())
@@ -340,7 +340,7 @@ def _queued(copies: Snapshot, among: NDArray[np.bool_], limit_bytes: int, moves:
         late, small = small[n_small:], small[:n_small]
         main = np.concatenate((main, late))
         freqs = copies.freq[late].tolist()
-        moves.made += [Move(row, True, freq, 0) for row, freq in zip(late.tolist(), freqs, strict=True)]
+        moves.made += [Requeue(row, True, freq, 0) for row, freq in zip(late.tolist(), freqs, strict=True)]
     queues = Queues(limit_bytes, _fifo(copies, small), _fifo(copies, main), moves.note)
     while (out := queues.evict()) is not None:
         moves.n_given += 1

@@ -10,19 +10,19 @@ import numpy as np
 
 from tiercache.cache import poison
 from tiercache.cache.download import Download
-from tiercache.cache.growth import Growth
+from tiercache.cache.growth import PartialFetch
 from tiercache.cache.lease import open_leased
 from tiercache.cache.locks import NameLock
 from tiercache.cache.machine import is_disk_full
-from tiercache.cache.partial import Held, Part, hold_part, map_bytes
+from tiercache.cache.partial import CopyHandle, PartialCopy, hold_part, map_bytes
 from tiercache.cache.sums import checksum_of
 from tiercache.cache.units import Mask, n_units
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.tables import BLOCK_BYTES
-from tiercache.descriptors import too_many_open
+from tiercache.descriptors import emfile_message
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import format_bytes
-from tiercache.points import reach
+from tiercache.points import crash_point
 from tiercache.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tiercache.cache.notices import Notices
     from tiercache.cache.owners import Owners
     from tiercache.cache.quarantine import Quarantine
-    from tiercache.cache.record import Wanted
+    from tiercache.cache.record import CopySpec
     from tiercache.catalog import Accounts
     from tiercache.stats import Counters
 
@@ -98,7 +98,7 @@ class Publisher:
             self.disk_is_full()
             return
         self.breaker.trip()
-        what = too_many_open(error) or error
+        what = emfile_message(error) or error
         self.notices.warn("disk", f"cache {self.folder.root}: {what}; bypassing the cache until the disk works again")
 
     def disk_is_full(self) -> None:
@@ -109,7 +109,7 @@ class Publisher:
             "free disk space, or put the cache on another disk (TIERCACHE_CACHE_DIR)",
         )
 
-    def tell_of_no_room(self, wanted: Wanted, need_bytes: int) -> None:
+    def warn_no_space(self, wanted: CopySpec, need_bytes: int) -> None:
         """Warn once that an object has no space although its data set, which is open, could be cached as a whole."""
         dataset_id = "" if wanted.identity is None else wanted.identity.dataset_id
         if not self.notices.is_expected(dataset_id):
@@ -158,20 +158,20 @@ class Publisher:
 
         Waiting leases learn which units the other process has fetched.
         """
-        if lock.try_take():
+        if lock.try_acquire():
             return True
         fetch.step = f"waiting for {lock.holder()}"
         wanted = fetch.wanted
         fd = None if wanted.name in self.unrecorded else open_leased(self.folder, wanted.name, wanted.n_bytes)
         if fd is not None:
-            _offer(fetch, Held(fd))
+            _offer(fetch, CopyHandle(fd))
             return True
         held = hold_part(self.folder, wanted.name, wanted.n_bytes)
         if held is None:
             return False
         present = _offer(fetch, held)
         # A partial copy with all units gets its final name in a moment.
-        return not present.all() and not fetch.open_units()[0].any()
+        return not present.all() and not fetch.missing_units()[0].any()
 
     # -- existing copies -----------------------------------------------------------------------------------------------
 
@@ -194,10 +194,10 @@ class Publisher:
     def _offer_copy(self, fetch: Fetch) -> bool:
         fd = self._existing(fetch.wanted)
         if fd is not None:
-            _offer(fetch, Held(fd))
+            _offer(fetch, CopyHandle(fd))
         return fd is not None and fetch.close_if_done()
 
-    def _existing(self, wanted: Wanted) -> int | None:
+    def _existing(self, wanted: CopySpec) -> int | None:
         """Return a descriptor of the existing copy if it is valid; remove a corrupt one."""
         fd = open_leased(self.folder, wanted.name, wanted.n_bytes)
         if fd is None:
@@ -217,7 +217,7 @@ class Publisher:
         os.close(fd)
         return None
 
-    def _remove_damaged(self, wanted: Wanted) -> None:
+    def _remove_damaged(self, wanted: CopySpec) -> None:
         """Remove a copy of the wrong size: a power failure or a person truncated it."""
         size = self.folder.size_of(wanted.name)
         if size not in (None, wanted.n_bytes):
@@ -241,9 +241,9 @@ class Publisher:
             None: The fetch is closed. Otherwise the CRC-32C of a complete file that was corrupt and is removed.
         """
         for _ in range(MAX_BEGINNINGS):
-            growth = Growth(self, fetch, lock)
+            growth = PartialFetch(self, fetch, lock)
             try:
-                return self._let_grow(fetch, growth)
+                return self._fetch_into(fetch, growth)
             except FileNotFoundError as error:
                 if isinstance(error, StoreError):
                     growth.end(error)
@@ -258,14 +258,14 @@ class Publisher:
                 growth.close()
             if self._offer_copy(fetch):  # without enforced flock: a copy of the process that took the name
                 return None
-        fetch.refuse(fetch.open_units()[0])  # another process deletes partial copies as fast as they are created
+        fetch.refuse(fetch.missing_units()[0])  # another process deletes partial copies as fast as they are created
         return None
 
-    def _let_grow(self, fetch: Fetch, growth: Growth) -> int | None:
+    def _fetch_into(self, fetch: Fetch, growth: PartialFetch) -> int | None:
         """Extend one partial copy; see _grow()."""
         download = Download(fetch, growth.part, growth.admit, self.counters, growth.present)
         while True:
-            while fetch.open_units()[0].any():
+            while fetch.missing_units()[0].any():
                 self._run_download(growth, download)
             if growth.is_whole():
                 growth.note(0)
@@ -279,7 +279,7 @@ class Publisher:
                 growth.book()
                 return None
 
-    def _run_download(self, growth: Growth, download: Download) -> None:
+    def _run_download(self, growth: PartialFetch, download: Download) -> None:
         """Run the download. If the disk is full, evict and retry once; then refuse the missing units."""
         fetch = growth.fetch
         for is_last in (False, True):
@@ -289,7 +289,7 @@ class Publisher:
                 if isinstance(error, StoreError) or not is_disk_full(error):
                     raise
                 if is_last:
-                    fetch.refuse(fetch.open_units()[0])
+                    fetch.refuse(fetch.missing_units()[0])
                     self.disk_is_full()
                 else:
                     self.evictor.free_disk(growth.reserved_bytes, spare=fetch.spare | {fetch.wanted.name})
@@ -298,7 +298,7 @@ class Publisher:
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 
-    def _publish(self, fetch: Fetch, part: Part, whole: int | None) -> int | None:
+    def _publish(self, fetch: Fetch, part: PartialCopy, whole: int | None) -> int | None:
         """Verify a complete partial copy, give it its final name, and enter it in the accounts.
 
         Returns:
@@ -311,9 +311,9 @@ class Publisher:
             self.remove(wanted.name)
             self.accounts.release(wanted.name)
             return whole
-        reach("publish.checked")
+        crash_point("publish.checked")
         part.seal(self.folder.rights.copy)
-        reach("publish.sealed")
+        crash_point("publish.sealed")
         was_first = self._enter(wanted, whole, part)
         if not was_first:  # without enforced flock: the copy that has the name is the one that counts
             self._offer_copy(fetch)
@@ -321,7 +321,7 @@ class Publisher:
             self.quarantine.compare(wanted.name)
         return None
 
-    def _enter(self, wanted: Wanted, whole: int, part: Part | None = None) -> bool:
+    def _enter(self, wanted: CopySpec, whole: int, part: PartialCopy | None = None) -> bool:
         """Write the record, then the name, then the accounts, so that the next process can repair a crash in between.
 
         Returns:
@@ -330,19 +330,19 @@ class Publisher:
         record = wanted.record(whole)
         if part is None or self.folder.read_record(wanted.name) != record:
             self.folder.write_record(wanted.name, record)
-            reach("publish.recorded")
+            crash_point("publish.recorded")
         was_first = part is None or self.folder.give_name(part.fd, wanted.name)
         if part is not None:
-            reach("publish.named")
+            crash_point("publish.named")
             keep_map = wanted.identity is None  # no footer inside contains the checksums of its units
-            part.forget_name(keep_map=keep_map)
-            reach("publish.unparted")
+            part.unlink_names(keep_map=keep_map)
+            crash_point("publish.unparted")
         self.book(wanted, record.to_json(), self.charge_of_copy(wanted))
-        reach("publish.booked")
+        crash_point("publish.booked")
         self.unrecorded.discard(wanted.name)
         return was_first
 
-    def book(self, wanted: Wanted, record: str, charge: int) -> None:
+    def book(self, wanted: CopySpec, record: str, charge: int) -> None:
         """Set the charge of a copy in the accounts.
 
         On a file system where flock is not enforced, two processes may have extended one partial copy, and each may
@@ -358,7 +358,7 @@ class Publisher:
                 self.remove(wanted.name)
                 self.accounts.release(wanted.name)
 
-    def charge_of_copy(self, wanted: Wanted) -> int:
+    def charge_of_copy(self, wanted: CopySpec) -> int:
         """Return the disk space in bytes of a whole copy with its record, and with its map if that is kept.
 
         A file that was written in pieces may take some blocks beyond its size (folder.py). They are charged only up to
@@ -370,13 +370,15 @@ class Publisher:
             return most
         return min(max(self.folder.charge_of(wanted.name) or 0, least), most)
 
-    def _remember_poison(self, wanted: Wanted, found: int) -> None:
+    def _remember_poison(self, wanted: CopySpec, found: int) -> None:
         self.counters.add("poisoned")
         if wanted.crc32c is not None:
-            poison.remember(self.folder, wanted.name, poison.Poison(wanted.source, wanted.crc32c, found))
+            poison.record_corrupt_source(
+                self.folder, wanted.name, poison.CorruptSource(wanted.source, wanted.crc32c, found)
+            )
 
 
-def _offer(fetch: Fetch, held: Held) -> Mask:
+def _offer(fetch: Fetch, held: CopyHandle) -> Mask:
     """Give a handle to a fetch, which then owns it, and return the units that are present.
 
     An error closes the handle.
@@ -390,7 +392,7 @@ def _offer(fetch: Fetch, held: Held) -> Mask:
     return present
 
 
-def _wrong_sum(wanted: Wanted, found: int) -> CorruptShard:
+def _wrong_sum(wanted: CopySpec, found: int) -> CorruptShard:
     expected = "?" if wanted.crc32c is None else f"{wanted.crc32c:08x}"
     return CorruptShard(
         f"corrupt at its source: two fetches did not match the checksum (CRC-32C {found:08x}, expected {expected})",

@@ -28,7 +28,7 @@ from tiercache.cache.locks import NameLock
 from tiercache.cache.record import NAME
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.files import open_file, read_text, replace_whole
-from tiercache.points import reach
+from tiercache.points import crash_point
 from tiercache.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -90,20 +90,20 @@ class Quarantine:
         lock = NameLock(self._folder.locks / name)
         try:
             # Without the lock the result is the same, except for a second download.
-            wait_for(lock.try_take, LOCK_WAIT_S)
+            wait_for(lock.try_acquire, LOCK_WAIT_S)
             status = os.fstat(fd)
             if not self._is(name, status):
                 return False
             self._make_room()
             stem = stem_of(name, status.st_ino)
             self._write(stem, self._facts(name, status.st_size, reason, found_crc32c))
-            reach("quarantine.noted")
+            crash_point("quarantine.noted")
             if not self._folder.set_aside(name, f"{stem}.bad"):
                 return False
-            reach("quarantine.moved")
+            crash_point("quarantine.moved")
             # The record, the map and the charge belong to the name, which a correct copy will take.
             self._folder.remove_copy(name)
-            reach("quarantine.unrecorded")
+            crash_point("quarantine.unrecorded")
             self._accounts.remove([name])
             self._hold(stem, status.st_size)
         finally:
@@ -182,7 +182,7 @@ class Quarantine:
         bad = open_file(self._folder.quarantine / f"{stem}.bad", os.O_RDONLY)
         try:
             difference = difference_of(bad, good)
-            reach("quarantine.compared")
+            crash_point("quarantine.compared")
             self._end(stem, str(difference), difference)
         finally:
             os.close(bad)
@@ -194,11 +194,11 @@ class Quarantine:
         if not facts.get("compared"):
             facts |= {"compared": True, "verdict": verdict} | ({} if difference is None else difference.facts())
             self._write(stem, facts)
-        reach("quarantine.reported")
+        crash_point("quarantine.reported")
         with suppress(FileNotFoundError):
             inode = (self._folder.quarantine / f"{stem}.bad").lstat().st_ino
             self._folder.remove_file("quarantine", f"{stem}.bad")
-            reach("quarantine.deleted")
+            crash_point("quarantine.deleted")
             with self._lock:
                 self._waiting.discard(stem)
                 self._unlinked[stem] = inode

@@ -53,7 +53,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class CopySpec:
     """The specification of a copy: its name and all that is needed to fetch and verify it.
 
     Attributes:

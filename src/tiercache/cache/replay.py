@@ -65,7 +65,7 @@ class Trace:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Report:
+class SimulationReport:
     """The result of a simulation.
 
     Attributes:
@@ -99,7 +99,7 @@ class Report:
         return self.bytes_hit / max(self.bytes_hit + self.bytes_fetched, 1)
 
 
-def replay(trace: Trace, policy: str, size_bytes: int) -> Report:
+def simulate(trace: Trace, policy: str, size_bytes: int) -> SimulationReport:
     """Simulate a cache on a trace.
 
     A million accesses take 1 to 4 s; `plan` with several jobs takes 0.1 to 1 ms per miss.
@@ -122,13 +122,13 @@ def replay(trace: Trace, policy: str, size_bytes: int) -> Report:
     return _report(policy, size_bytes, trace, served, n_evicted)
 
 
-def _report(policy: str, size_bytes: int, trace: Trace, served: NDArray[np.int64], n_evicted: int) -> Report:
+def _report(policy: str, size_bytes: int, trace: Trace, served: NDArray[np.int64], n_evicted: int) -> SimulationReport:
     n_hits, bytes_hit = int(((served == trace.n_bytes) & (served > 0)).sum()), int(served.sum())
     missed = int(trace.n_bytes.sum()) - bytes_hit
-    return Report(policy, size_bytes, n_hits, len(trace) - n_hits, bytes_hit, missed, n_evicted, served)
+    return SimulationReport(policy, size_bytes, n_hits, len(trace) - n_hits, bytes_hit, missed, n_evicted, served)
 
 
-def bound(trace: Trace, size_bytes: int) -> Report:
+def bound(trace: Trace, size_bytes: int) -> SimulationReport:
     """Return the fewest bytes that any cache of this size must fetch for the trace, whatever it knows and does.
 
     Belady's MIN with bypass, on objects that may be cut anywhere: exact for objects of equal size of which a whole

@@ -26,7 +26,7 @@ _SHARED_MODE = 0o750
 
 
 @dataclass(frozen=True, slots=True)
-class Rights:
+class Permissions:
     """Modes of folders, of files that change, and of complete copies."""
 
     folder: int
@@ -34,12 +34,12 @@ class Rights:
     copy: int
 
 
-PRIVATE = Rights(0o700, 0o600, 0o400)
-GROUP = Rights(0o2750, 0o640, 0o440)
+PRIVATE = Permissions(0o700, 0o600, 0o400)
+GROUP = Permissions(0o2750, 0o640, 0o440)
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class FolderAccess:
     """How this user may use the folder of a cache.
 
     Attributes:
@@ -47,11 +47,11 @@ class Standing:
         owner: Name of the other user who owns and shares the folder; None if it is this user's.
     """
 
-    rights: Rights
+    rights: Permissions
     owner: str | None = None
 
 
-def standing(root: Path, *, shared: str | None) -> Standing:
+def folder_access(root: Path, *, shared: str | None) -> FolderAccess:
     """Return how this user may use an existing folder. Nothing is changed.
 
     Args:
@@ -67,9 +67,9 @@ def standing(root: Path, *, shared: str | None) -> Standing:
     status = root.stat()
     if _is_ours(root, status):
         was_shared = status.st_mode & 0o777 == _SHARED_MODE
-        return Standing(GROUP if was_shared or shared == "group" else PRIVATE)
+        return FolderAccess(GROUP if was_shared or shared == "group" else PRIVATE)
     if shared == "group" and os.access(root, os.R_OK | os.X_OK):
-        return Standing(GROUP, user_name(status.st_uid))
+        return FolderAccess(GROUP, user_name(status.st_uid))
     raise PermissionError(errno.EPERM, _foreign(root, status, shared), str(root))
 
 
@@ -130,7 +130,7 @@ def group_name(gid: int) -> str:
         return str(gid)
 
 
-def put_right(root: Path, names: Iterable[str], rights: Rights) -> None:
+def apply_permissions(root: Path, names: Iterable[str], rights: Permissions) -> None:
     """Create missing subfolders, and set the permissions of root and of all subfolders.
 
     If the permissions of a folder change, those of its files change too: a private cache becomes a shared one.
@@ -151,7 +151,7 @@ def put_right(root: Path, names: Iterable[str], rights: Rights) -> None:
             _share_files(folder, rights, root.stat().st_gid)
 
 
-def _set_folder(folder: Path, rights: Rights) -> bool:
+def _set_folder(folder: Path, rights: Permissions) -> bool:
     """Set the mode of a folder; return whether it was different."""
     mode = os.lstat(folder).st_mode
     if stat.S_IMODE(mode) == rights.folder or not is_folder(folder):
@@ -164,7 +164,7 @@ def _set_folder(folder: Path, rights: Rights) -> bool:
         os.close(fd)
 
 
-def _share_files(folder: Path, rights: Rights, gid: int) -> None:
+def _share_files(folder: Path, rights: Permissions, gid: int) -> None:
     with os.scandir(folder) as entries:
         files = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
     for name in files:

@@ -13,15 +13,15 @@ import numpy as np
 
 from tiercache.cache.policy import (
     UNPLANNED,
-    Ask,
     Candidate,
-    Entry,
     Fifo,
+    QueueEntry,
     Queues,
     Snapshot,
+    SpaceRequest,
+    choose_victims,
     n_first_small,
     plan,
-    push_out,
     small_limit_bytes,
 )
 from tiercache.catalog import GHOSTS_SHARE
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tiercache.cache.replay import Trace
 
 # A function that sets hit[i] = 1 for each access that hits, and returns the number of evicted copies.
-Run: TypeAlias = "Callable[[Trace, int, bytearray], int]"
+PolicySimulation: TypeAlias = "Callable[[Trace, int, bytearray], int]"
 
 
 def next_positions(names: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -68,7 +68,7 @@ def _lru(trace: Trace, size_bytes: int, hit: bytearray) -> int:
             held[name] = held.pop(name)
             continue
         if n_bytes > free:
-            victims = push_out(((who, n, UNPLANNED) for who, n in held.items()), Ask(n_bytes - free))
+            victims = choose_victims(((who, n, UNPLANNED) for who, n in held.items()), SpaceRequest(n_bytes - free))
             if victims is None:
                 continue
             free += sum(map(held.pop, victims))
@@ -79,7 +79,7 @@ def _lru(trace: Trace, size_bytes: int, hit: bytearray) -> int:
 
 
 def _s3fifo(trace: Trace, size_bytes: int, hit: bytearray) -> int:
-    held: dict[int, Entry] = {}
+    held: dict[int, QueueEntry] = {}
     ghosts = _Ghosts(int(size_bytes * GHOSTS_SHARE))
     queues = Queues(size_bytes)
     free, n_evicted = size_bytes, 0
@@ -106,7 +106,7 @@ def _s3fifo(trace: Trace, size_bytes: int, hit: bytearray) -> int:
     return n_evicted
 
 
-def _after_first_fill(entries: list[Entry], size_bytes: int) -> Queues:
+def _after_first_fill(entries: list[QueueEntry], size_bytes: int) -> Queues:
     n_small = n_first_small(np.array([entry[1] for entry in entries]), small_limit_bytes(size_bytes))
     small, main = entries[:n_small], entries[n_small:]
     return Queues(size_bytes, Fifo(small, sum(e[1] for e in small)), Fifo(main, sum(e[1] for e in main)))
@@ -124,7 +124,7 @@ class _Ghosts:
         self._free += n_bytes or 0
         return n_bytes is not None
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: QueueEntry) -> None:
         self._bytes[entry[0]] = entry[1]
         self._free -= entry[1]
         while self._free < 0:
@@ -152,7 +152,7 @@ def _plan_of_one(trace: Trace, size_bytes: int, hit: bytearray, *, bypass: bool)
         if n_bytes > free:
             victims = None
             if n_bytes <= size_bytes:
-                victims = push_out(held.candidates(), Ask(n_bytes - free, then=at if bypass else -1))
+                victims = choose_victims(held.candidates(), SpaceRequest(n_bytes - free, then=at if bypass else -1))
             free += held.end(victims)
             if victims is None:
                 continue
@@ -215,7 +215,7 @@ def _plan_of_jobs(trace: Trace, size_bytes: int, hit: bytearray) -> int:
             rows = np.flatnonzero(held)
             then = int(uses.next_use(np.array([row]))[0])
             copies = _snapshot(n_bytes_of[rows], uses.next_use(rows), size_bytes)
-            decision = plan(copies, Ask(n_bytes - free, then=then))
+            decision = plan(copies, SpaceRequest(n_bytes - free, then=then))
             if not decision.admit or n_bytes > size_bytes:
                 continue
             victims = rows[list(decision.victims)]
@@ -259,4 +259,10 @@ class _Uses:
         return nearest
 
 
-RUNS: dict[str, Run] = {"plan": _plan, "resident": _resident, "s3fifo": _s3fifo, "lru": _lru, "belady": _belady}
+RUNS: dict[str, PolicySimulation] = {
+    "plan": _plan,
+    "resident": _resident,
+    "s3fifo": _s3fifo,
+    "lru": _lru,
+    "belady": _belady,
+}

@@ -29,7 +29,7 @@ _ROW = np.dtype(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Books:
+class AccountsSnapshot:
     """All copies at one moment, sorted by name. Immutable.
 
     Attributes:
@@ -55,7 +55,7 @@ class Books:
         return mask
 
 
-class Shelf:
+class AccountsMirror:
     """The accounts in memory, updated by changes. Only one caller at a time; the lock of the evictor ensures that."""
 
     def __init__(self, accounts: Accounts) -> None:
@@ -63,7 +63,7 @@ class Shelf:
         self._since = ("", 0)
         self._names, self._rows = Names.of_texts(()), np.empty(0, _ROW)
 
-    def look(self) -> Books:
+    def look(self) -> AccountsSnapshot:
         """Return the accounts now: one short transaction, and a millisecond if one of 25,000 copies changed."""
         changes = self._accounts.changes(self._since)
         if changes.whole:
@@ -74,7 +74,9 @@ class Shelf:
             self._set(changes.rows)
         self._since = changes.since
         columns = {name: np.ascontiguousarray(self._rows[name]) for name in _ROW.names or ()}
-        return Books(self._names, **columns, has_evicted=changes.has_evicted, limit_bytes=changes.limit_bytes)
+        return AccountsSnapshot(
+            self._names, **columns, has_evicted=changes.has_evicted, limit_bytes=changes.limit_bytes
+        )
 
     def _drop(self, gone: Sequence[str]) -> None:
         rows = self._names.rows_of(Names.of_texts(gone))

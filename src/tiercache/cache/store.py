@@ -6,7 +6,7 @@ from collections import OrderedDict
 from threading import Event, Lock
 from typing import TYPE_CHECKING
 
-from tiercache.cache.record import Wanted, name_of_identity, name_of_object
+from tiercache.cache.record import CopySpec, name_of_identity, name_of_object
 from tiercache.catalog import read_log
 from tiercache.model import OWN_FOLDER
 from tiercache.store import Buffer, Lease, Span, Store, Upload, check_key, redact
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from tiercache.cache.cache import Cache
-    from tiercache.model import ByteRange, Following, ObjectInfo, ReadingPlan, ShardIdentity
+    from tiercache.model import ByteRange, ObjectInfo, PublishedPlan, ReadingPlan, ShardIdentity
 
 N_KNOWN = 4096
 
@@ -39,7 +39,7 @@ class CachedStore(Store):
         self.url, self.counters, self.min_part_bytes = inner.url, inner.counters, inner.min_part_bytes
         self._source = redact(inner.url).rstrip("/")
         self._lock = Lock()
-        self._known: OrderedDict[str, Wanted] = OrderedDict()
+        self._known: OrderedDict[str, CopySpec] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"CachedStore({self.cache!r}, {self.inner!r})"
@@ -71,7 +71,7 @@ class CachedStore(Store):
         placements are not counted as uses of data.
         """
         if not key.startswith(OWN_FOLDER) and f"/{OWN_FOLDER}" not in key:
-            read_log.note(f"{self._source}/{key}")
+            read_log.record_use(f"{self._source}/{key}")
 
     def _tell(self, is_hit: bool) -> None:
         self.counters.add("cache_hits" if is_hit else "cache_misses")
@@ -99,7 +99,7 @@ class CachedStore(Store):
         wanted = self.wanted(key, identity)
         return wanted is not None and self.cache.is_here(wanted, ranges)
 
-    def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> Following:
+    def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan:
         """Publish the reading plan of this job to all processes that use the cache's folder.
 
         Args:
@@ -108,7 +108,7 @@ class CachedStore(Store):
         """
         return self.cache.publish(names, plan)
 
-    def wanted(self, key: str, identity: ShardIdentity | None = None) -> Wanted | None:
+    def wanted(self, key: str, identity: ShardIdentity | None = None) -> CopySpec | None:
         """Return the specification of the copy of an object; None: nothing identifies the version of the object.
 
         Args:
@@ -126,13 +126,13 @@ class CachedStore(Store):
         source = f"{redact(self.url)}/{key}"
         if identity is not None:
             name = name_of_identity(identity)
-            wanted = Wanted(name, key, source, identity.n_bytes, identity.crc32c, identity)
+            wanted = CopySpec(name, key, source, identity.n_bytes, identity.crc32c, identity)
         else:
             info = self.inner.head(key)
             object_name = name_of_object(source, info)
             if object_name is None:
                 return None
-            wanted = Wanted(object_name, key, source, info.n_bytes, info.crc32c, etag=info.etag)
+            wanted = CopySpec(object_name, key, source, info.n_bytes, info.crc32c, etag=info.etag)
         with self._lock:
             self._known[key] = wanted
             if len(self._known) > N_KNOWN:

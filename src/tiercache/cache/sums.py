@@ -19,7 +19,7 @@ def sums_of(data: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint32], int]:
     return sums.astype("<u4"), whole
 
 
-class Summed(NamedTuple):
+class FileChecksum(NamedTuple):
     """The checksum of the readable part of a file.
 
     Attributes:
@@ -33,7 +33,7 @@ class Summed(NamedTuple):
     error: OSError | None
 
 
-def sum_of(fd: int, n_bytes: int) -> Summed:
+def read_checksum(fd: int, n_bytes: int) -> FileChecksum:
     """Return the CRC-32C of the first n_bytes of a file, as far as it can be read."""
     buffer = memoryview(bytearray(min(PIECE_BYTES, max(n_bytes, 1))))
     whole, offset = 0, 0
@@ -41,12 +41,12 @@ def sum_of(fd: int, n_bytes: int) -> Summed:
         try:
             n_read = os.preadv(fd, [buffer[: n_bytes - offset]], offset)
         except OSError as error:
-            return Summed(whole, offset, error)
+            return FileChecksum(whole, offset, error)
         if not n_read:
             break
         whole = crc32c(buffer[:n_read], whole)
         offset += n_read
-    return Summed(whole, offset, None)
+    return FileChecksum(whole, offset, None)
 
 
 def checksum_of(fd: int, n_bytes: int) -> int:
@@ -54,7 +54,7 @@ def checksum_of(fd: int, n_bytes: int) -> int:
 
     Raises OSError if the read fails.
     """
-    summed = sum_of(fd, n_bytes)
+    summed = read_checksum(fd, n_bytes)
     if summed.error is not None:
         raise summed.error
     return summed.crc32c

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tiercache.cache.folder import Folder
-    from tiercache.cache.partial import Presence
+    from tiercache.cache.partial import UnitMap
     from tiercache.store import Span
 
 
@@ -43,12 +43,12 @@ def read_verified(folder: Folder, name: str, fd: int, n_bytes: int, spans: Seque
         presence.close()
 
 
-def read_held(fd: int, presence: Presence, spans: Sequence[Span]) -> bool:
+def read_held(fd: int, presence: UnitMap, spans: Sequence[Span]) -> bool:
     """See read_verified(); the map is already open."""
     return all(_read_span(fd, presence, wanted, buffer) for wanted, buffer in spans)
 
 
-def _read_span(fd: int, presence: Presence, wanted: ByteRange, buffer: memoryview) -> bool:
+def _read_span(fd: int, presence: UnitMap, wanted: ByteRange, buffer: memoryview) -> bool:
     if wanted.end > presence.n_bytes:
         return False
     for start in range(wanted.start // UNIT_BYTES * UNIT_BYTES, wanted.end, PIECE_BYTES):
@@ -61,6 +61,6 @@ def _read_span(fd: int, presence: Presence, wanted: ByteRange, buffer: memoryvie
     return True
 
 
-def _is_right(presence: Presence, start: int, data: np.ndarray) -> bool:
+def _is_right(presence: UnitMap, start: int, data: np.ndarray) -> bool:
     sums, first = sums_of(data)[0], start // UNIT_BYTES
     return np.array_equal(presence.sums(first, first + len(sums)), sums)

@@ -15,17 +15,17 @@ from tiercache.cache.units import UNIT_BYTES, mask_of, n_units
 from tiercache.catalog import charge_bytes
 from tiercache.errors import CacheFull, StoreError
 from tiercache.model import ByteRange, format_bytes
-from tiercache.points import reach
+from tiercache.points import crash_point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from tiercache.cache.fetch import Fetch
-    from tiercache.cache.opened import Opened
-    from tiercache.cache.record import Wanted
+    from tiercache.cache.opened import CacheSession
+    from tiercache.cache.record import CopySpec
     from tiercache.cache.store import CachedStore
     from tiercache.cache.units import Mask
-    from tiercache.cache.writing import Writing
+    from tiercache.cache.writing import WriteSession
     from tiercache.model import ShardIdentity
 
 
@@ -83,7 +83,7 @@ class WarmReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Goal:
+class WarmGoal:
     """A copy that must be present after warming.
 
     Attributes:
@@ -91,7 +91,7 @@ class Goal:
         ranges: Byte ranges that suffice, ascending; None: the whole object.
     """
 
-    wanted: Wanted
+    wanted: CopySpec
     ranges: tuple[ByteRange, ...] | None = None
 
     @property
@@ -106,7 +106,7 @@ class Goal:
 
 
 @dataclass(frozen=True, slots=True)
-class Missing:
+class MissingCopy:
     """A goal that is not present.
 
     Attributes:
@@ -115,7 +115,7 @@ class Missing:
         charge_bytes: Bytes that the fetch adds to the used space.
     """
 
-    goal: Goal
+    goal: WarmGoal
     n_bytes: int
     charge_bytes: int
 
@@ -131,8 +131,8 @@ class WarmPlan:
         fits: Whether there is enough space, or eviction can free enough.
     """
 
-    goals: tuple[Goal, ...]
-    missing: tuple[Missing, ...]
+    goals: tuple[WarmGoal, ...]
+    missing: tuple[MissingCopy, ...]
     freeable_bytes: int
     fits: bool
 
@@ -153,7 +153,7 @@ class WarmPlan:
 
 
 def plan_warm(
-    opened: Opened, store: CachedStore, pairs: Sequence[tuple[str, ShardIdentity | None]], ranges: Ranges
+    opened: CacheSession, store: CachedStore, pairs: Sequence[tuple[str, ShardIdentity | None]], ranges: Ranges
 ) -> WarmPlan:
     """Return what is missing of the requested objects.
 
@@ -162,12 +162,12 @@ def plan_warm(
     Raises:
         StoreError: An object cannot be cached, or the store failed when it was asked for the attributes of an object.
     """
-    goals: dict[str, Goal] = {}
+    goals: dict[str, WarmGoal] = {}
     for key, identity in pairs:
         one = store.wanted(key, identity)
         if one is None:
             raise StoreError("cannot be cached: it has no ETag, version or date", url=f"{store.url}/{key}")
-        goals[one.name] = Goal(one, tuple(ranges[key]) if key in ranges else None)
+        goals[one.name] = WarmGoal(one, tuple(ranges[key]) if key in ranges else None)
     here = _Here(opened)
     missing = tuple(lack for goal in goals.values() if (lack := here.lack(goal)) is not None)
     plan = WarmPlan(tuple(goals.values()), missing, freeable_bytes=0, fits=not missing)
@@ -182,26 +182,26 @@ def plan_warm(
 class _Here:
     """A listing of the folder, used instead of one system call per copy."""
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(self, opened: CacheSession) -> None:
         self._opened = opened
         self._names = frozenset(opened.folder.names(""))
         self._parts = frozenset(opened.folder.names(".part"))
         # Copies that must be verified before they are served.
         self._doubted = frozenset() if opened.writing is None else frozenset(opened.writing.publisher.unrecorded)
 
-    def lack(self, goal: Goal) -> Missing | None:
+    def lack(self, goal: WarmGoal) -> MissingCopy | None:
         """Return what is missing of a goal; None: nothing."""
         name, n_bytes = goal.wanted.name, goal.wanted.n_bytes
         if name in self._names and (name not in self._doubted or _is_here(self._opened, goal)):
             return None
         if goal.ranges is None and name not in self._parts:
-            return Missing(goal, n_bytes, charge_bytes(n_bytes))
+            return MissingCopy(goal, n_bytes, charge_bytes(n_bytes))
         present = self._present(name, n_bytes)
         missing = mask_of(goal.whole_or_ranges, n_bytes) & ~present
         if goal.ranges is not None and not missing.any():
             return None
         # A partial copy that has all units but no final name still counts as missing.
-        return Missing(goal, min(int(missing.sum()) * UNIT_BYTES, n_bytes), _charge(goal, present))
+        return MissingCopy(goal, min(int(missing.sum()) * UNIT_BYTES, n_bytes), _charge(goal, present))
 
     def _present(self, name: str, n_bytes: int) -> Mask:
         """Return the units of a partial copy that are present."""
@@ -212,7 +212,7 @@ class _Here:
         return present
 
 
-def _charge(goal: Goal, present: Mask) -> int:
+def _charge(goal: WarmGoal, present: Mask) -> int:
     """Return the bytes that a goal adds to the used space when the units in `present` are cached."""
     n_bytes, before = goal.wanted.n_bytes, charge_of(present, goal.wanted.n_bytes)
     if goal.ranges is None:
@@ -221,7 +221,7 @@ def _charge(goal: Goal, present: Mask) -> int:
 
 
 def warm(
-    opened: Opened,
+    opened: CacheSession,
     store: CachedStore,
     pairs: Sequence[tuple[str, ShardIdentity | None]],
     *,
@@ -236,7 +236,7 @@ def warm(
     if not plan.fits:
         raise _full(writing, plan.need_bytes, plan.freeable_bytes)
     plan = _without_cut_copies(opened, plan)
-    reach("warm.planned")
+    crash_point("warm.planned")
     round_ = _Round(writing, store, plan)
     _run(round_, plan, options)
     lost = [goal.wanted.source for goal in plan.goals if not _is_here(opened, goal)]
@@ -247,7 +247,7 @@ def warm(
     return WarmReport(len(plan.goals), round_.n_fetched, round_.bytes_fetched)
 
 
-def _without_cut_copies(opened: Opened, plan: WarmPlan) -> WarmPlan:
+def _without_cut_copies(opened: CacheSession, plan: WarmPlan) -> WarmPlan:
     """Return the plan with truncated copies, and files that are not regular, added to the missing ones.
 
     Checking the size takes 2 us per copy, so a plan that is only displayed skips it.
@@ -257,7 +257,7 @@ def _without_cut_copies(opened: Opened, plan: WarmPlan) -> WarmPlan:
     for goal in plan.goals:
         name, n_bytes = goal.wanted.name, goal.wanted.n_bytes
         if name not in missing and opened.folder.size_of(name) not in (n_bytes, None):
-            found.append(Missing(goal, n_bytes, charge_bytes(n_bytes)))
+            found.append(MissingCopy(goal, n_bytes, charge_bytes(n_bytes)))
     return replace(plan, missing=tuple(found))
 
 
@@ -271,7 +271,7 @@ def _run(round_: _Round, plan: WarmPlan, options: WarmOptions) -> None:
         tell(WarmProgress(n_done, n_wanted, bytes_done, bytes_wanted, one.goal.wanted.key))
 
 
-def _is_here(opened: Opened, goal: Goal) -> bool:
+def _is_here(opened: CacheSession, goal: WarmGoal) -> bool:
     if goal.ranges is not None and opened.is_here(goal.wanted, goal.ranges):
         return True
     lease = opened.look(goal.wanted.name, goal.wanted.n_bytes)
@@ -281,7 +281,7 @@ def _is_here(opened: Opened, goal: Goal) -> bool:
     return True
 
 
-def _full(writing: Writing, need_bytes: int, freeable_bytes: int) -> CacheFull:
+def _full(writing: WriteSession, need_bytes: int, freeable_bytes: int) -> CacheFull:
     used, reserved, limit = writing.accounts.sums()
     return CacheFull(
         f"cache {writing.folder.root}: {format_bytes(need_bytes)} more are needed, but of {format_bytes(limit)}, "
@@ -297,20 +297,20 @@ def _full(writing: Writing, need_bytes: int, freeable_bytes: int) -> CacheFull:
 class _Round:
     """The fetches of one call. Threads take copies from one queue and put the results into another."""
 
-    def __init__(self, writing: Writing, store: CachedStore, plan: WarmPlan) -> None:
+    def __init__(self, writing: WriteSession, store: CachedStore, plan: WarmPlan) -> None:
         self._writing, self._store = writing, store
         self._names = frozenset(goal.wanted.name for goal in plan.goals)
-        self._todo: SimpleQueue[Missing] = SimpleQueue()
+        self._todo: SimpleQueue[MissingCopy] = SimpleQueue()
         for missing in plan.missing:
             self._todo.put(missing)
         self._n_missing = len(plan.missing)
-        self._done: SimpleQueue[tuple[Missing, bool, BaseException | None]] = SimpleQueue()
+        self._done: SimpleQueue[tuple[MissingCopy, bool, BaseException | None]] = SimpleQueue()
         self._stop = Event()
         self._running: set[Fetch] = set()
         self.n_fetched = 0
         self.bytes_fetched = 0
 
-    def run(self, jobs: int) -> Iterator[Missing]:
+    def run(self, jobs: int) -> Iterator[MissingCopy]:
         """Yield each missing copy once it is present.
 
         On the first error, or when the caller stops, all fetches are cancelled.
@@ -348,7 +348,7 @@ class _Round:
                 self._stop.set()
                 self._done.put((missing, False, error))
 
-    def _fetch(self, goal: Goal) -> bool:
+    def _fetch(self, goal: WarmGoal) -> bool:
         """Fetch the requested part of one copy; return False if another thread or process fetched it."""
         wanted, ranges = goal.wanted, goal.whole_or_ranges
         fetch, mine = self._join(wanted, ranges)
@@ -363,7 +363,7 @@ class _Round:
             is_here = held is not None and (held.presence is None or held.presence.covers(ranges))
             if held is not None:
                 held.close()
-        reach("warm.fetched")
+        crash_point("warm.fetched")
         if not is_here and fetch.cancel.is_set():
             raise StoreError("not cached: the cache was closed", url=wanted.source, retryable=True)
         if not is_here and self._writing.breaker.is_open:
@@ -372,11 +372,11 @@ class _Round:
             raise _full(self._writing, charge_bytes(goal.n_bytes), 0)
         return mine
 
-    def _join(self, wanted: Wanted, ranges: Sequence[ByteRange]) -> tuple[Fetch, bool]:
+    def _join(self, wanted: CopySpec, ranges: Sequence[ByteRange]) -> tuple[Fetch, bool]:
         """Return a fetch that includes the ranges, with a place in it taken, and whether the caller must run it."""
         while True:
             fetch = self._writing.fetcher.join(wanted, self._store.inner)
-            mine = fetch.take_up()
+            mine = fetch.try_start()
             if fetch.ask(ranges, urgent=True):
                 return fetch, mine
             fetch.leave()  # it ended after join()

@@ -1,4 +1,4 @@
-"""`Writing`: the parts of an open cache that change its folder: owner file, accounts, evictor and fetch threads."""
+"""`WriteSession`: the parts of an open cache that change its folder: owner file, accounts, evictor, threads."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from tiercache.cache import leftovers, poison
 from tiercache.cache.breaker import Breaker
-from tiercache.cache.evictor import Evictor, Rules
+from tiercache.cache.evictor import Evictor, EvictorOptions
 from tiercache.cache.fetch import Fetcher
 from tiercache.cache.locks import NameLock
 from tiercache.cache.machine import boot_id, room
 from tiercache.cache.owners import Owners
-from tiercache.cache.plans import Plans
+from tiercache.cache.plans import ReadingPlans
 from tiercache.cache.publisher import Publisher
 from tiercache.cache.quarantine import Quarantine
 from tiercache.catalog import Accounts
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tiercache.stats import Counters
 
 
-class Writing:
+class WriteSession:
     """The parts of an open cache that require a writable folder."""
 
     def __init__(
@@ -38,8 +38,8 @@ class Writing:
         self.owners = Owners(folder, self.limit_bytes)
         me = str(self.owners.me)
         self.accounts = Accounts(folder.catalog, me, self.owners, wal=folder.network is None, boot=boot_id())
-        self.plans = Plans(folder, self.owners)
-        rules = Rules(options.policy, options.free_floor)
+        self.plans = ReadingPlans(folder, self.owners)
+        rules = EvictorOptions(options.policy, options.free_floor)
         self.evictor = Evictor(folder, self.accounts, counters, self.plans, rules)
         self.quarantine = Quarantine(folder, self.owners, self.accounts, counters)
         self.breaker = Breaker()
@@ -50,8 +50,8 @@ class Writing:
 
     def sweep(self) -> None:
         """Remove the files of dead processes and records without copies, and make the accounts agree with the files."""
-        self.owners.bury_all()
-        leftovers.sweep(self.folder)
+        self.owners.remove_files_of_dead()
+        leftovers.sweep_temp_files(self.folder)
         self.accounts.reconcile()
         self.publisher.unrecorded |= self.accounts.unrecorded()
         sizes = self.folder.sizes()
@@ -63,10 +63,10 @@ class Writing:
             self.accounts.reconcile()
         for path in self.folder.locks.iterdir():
             lock = NameLock(path)
-            if lock.try_take():
+            if lock.try_acquire():
                 lock.give_back()
         self.quarantine.sweep()
-        poison.sweep(self.folder)
+        poison.sweep_corrupt_sources(self.folder)
 
     def _sweep_beside(self, name: str) -> None:
         """Remove useless files beside a copy, or without one, unless the copy is being published at this moment.
@@ -75,7 +75,7 @@ class Writing:
         alone, and the record and the pin of a missing copy.
         """
         lock = NameLock(self.folder.locks / name)
-        if lock.try_take():
+        if lock.try_acquire():
             try:
                 is_whole = self.folder.has_copy(name)
                 if is_whole or not self.folder.has_part(name):

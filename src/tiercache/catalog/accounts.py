@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from tiercache.catalog import tables
 from tiercache.catalog.database import Database
-from tiercache.catalog.tables import BLOCK_BYTES, Changes, CopyRow
+from tiercache.catalog.tables import BLOCK_BYTES, AccountChanges, CopyRow
 
 if TYPE_CHECKING:
     import sqlite3
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 GHOSTS_SHARE = 0.9
 
 
-class Files(Protocol):
+class CacheFiles(Protocol):
     """Questions of the accounts about the cache folder. The accounts can be rebuilt from the answers."""
 
     def ensure(self) -> None:
@@ -61,7 +61,7 @@ class Accounts:
     commits if it takes more than was reserved for it.
     """
 
-    def __init__(self, path: Path, owner: str, files: Files, *, wal: bool, boot: str) -> None:
+    def __init__(self, path: Path, owner: str, files: CacheFiles, *, wal: bool, boot: str) -> None:
         self._owner, self._files, self._boot = owner, files, boot
         self._own_limit_bytes: int | None = None
         # Our reservations, in case the file is lost. Changed only inside run(), which holds its lock.
@@ -69,7 +69,7 @@ class Accounts:
         self._database = Database(path, wal=wal, make_folder=files.ensure, prepare=self._prepare)
 
     def _prepare(self, db: sqlite3.Connection) -> None:
-        tables.make(db, self._boot)
+        tables.create_tables(db, self._boot)
         db.executemany("INSERT INTO openers VALUES (?, ?)", list(self._files.limits().items()))
         for owner, name, charge in self._files.coming():
             if owner != self._owner and self._files.alive(owner):
@@ -175,7 +175,7 @@ class Accounts:
     def _lack(self, db: sqlite3.Connection, charge_bytes: int, spare_bytes: Callable[[], int]) -> int:
         limit = self._limit(db)
         self._release_dead(db)
-        used, reserved = tables.sums(db)
+        used, reserved = tables.read_sums(db)
         # Some of the reserved bytes are on disk already. Counting all of them against the free space is the safe side.
         return max(used + reserved - limit, reserved - spare_bytes()) + charge_bytes
 
@@ -190,7 +190,7 @@ class Accounts:
         db.executemany("DELETE FROM reservations WHERE owner = ? AND name = ?", over)
 
     def _check_budget(self, db: sqlite3.Connection) -> None:
-        used, reserved = tables.sums(db)
+        used, reserved = tables.read_sums(db)
         limit = self._limit(db)
         if used + reserved > limit:
             raise RuntimeError(f"the cache's accounts would exceed the budget: {used} + {reserved} > {limit} bytes")
@@ -272,13 +272,13 @@ class Accounts:
 
     def figures(self) -> dict[str, int]:
         """Return the counters (FIGURES) of all processes since the catalog was made."""
-        return self._database.run(tables.figures)
+        return self._database.run(tables.read_figures)
 
     # -- queries ----------------------------------------------------------------------------------------------------
 
     def sums(self) -> tuple[int, int, int]:
         """Return the bytes of copies, the reserved bytes, and the limit."""
-        return self._database.run(lambda db: (*tables.sums(db), self._limit(db)))
+        return self._database.run(lambda db: (*tables.read_sums(db), self._limit(db)))
 
     def is_reserved(self, name: str) -> bool:
         """Return whether somebody is fetching name."""
@@ -287,15 +287,15 @@ class Accounts:
 
     def rows(self) -> list[CopyRow]:
         """Return the rows of all copies, least recently used first."""
-        return self._database.run(tables.rows)
+        return self._database.run(tables.select_rows)
 
     def rows_with(self, text: str) -> list[CopyRow]:
         """Return the rows of copies whose record contains text."""
-        return self._database.run(lambda db: tables.rows_with(db, text))
+        return self._database.run(lambda db: tables.select_rows_with(db, text))
 
-    def changes(self, since: tuple[str, int]) -> Changes:
+    def changes(self, since: tuple[str, int]) -> AccountChanges:
         """Return the changes since an earlier answer's `since`; ("", 0): all rows."""
-        return self._database.run(lambda db: tables.changes(db, since, self._limit(db)))
+        return self._database.run(lambda db: tables.select_changes(db, since, self._limit(db)))
 
     def unrecorded(self) -> set[str]:
         """Return the names of copies without a record."""
@@ -328,7 +328,7 @@ class Accounts:
         self._forget_dead(db)
         self._release_dead(db)
         charges = self._files.charges()
-        known = {row.name: row.charge_bytes for row in tables.rows(db)}
+        known = {row.name: row.charge_bytes for row in tables.select_rows(db)}
         tables.drop_copies(db, known.keys() - charges.keys(), evicted=False)
         growing = {name for (name,) in db.execute("SELECT name FROM reservations")}
         for name in sorted(charges):

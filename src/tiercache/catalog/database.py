@@ -14,7 +14,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, TypeVar
 
 from tiercache.catalog.files import PRIVATE, open_file
-from tiercache.points import reach
+from tiercache.points import crash_point
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 if TYPE_CHECKING:
@@ -124,9 +124,9 @@ class Database:
         connection.execute("BEGIN IMMEDIATE")
         try:
             answer = work(connection)
-            reach("catalog.changed")
+            crash_point("catalog.changed")
             connection.execute("COMMIT")
-            reach("catalog.committed")
+            crash_point("catalog.committed")
         except BaseException:
             with suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
@@ -140,7 +140,7 @@ class Database:
         self._make_folder()
         with self._door():
             self._guard_files()
-            reach("catalog.guarded")
+            crash_point("catalog.guarded")
             # Before it is opened: if the file is replaced meanwhile (where flock is not enforced), the connection
             # counts as stale.
             self._inode = _inode(self.path)
@@ -185,7 +185,7 @@ class Database:
         connection.execute("BEGIN IMMEDIATE")
         if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
             self._prepare(connection)
-            reach("catalog.prepared")
+            crash_point("catalog.prepared")
         connection.execute("COMMIT")
 
     @contextmanager
@@ -212,7 +212,7 @@ class Database:
             with suppress(FileNotFoundError):
                 Path(f"{self.path}{suffix}").unlink()
             if not suffix:
-                reach("catalog.removed")
+                crash_point("catalog.removed")
 
     def close(self) -> None:
         """Close the connection. The next run() opens a new one."""

@@ -35,7 +35,7 @@ Uses = dict[str, tuple[float, int]]
 _noted: dict[str, float] = {}
 
 
-def note(url: str) -> None:
+def record_use(url: str) -> None:
     """Note that this process opens the object at url now. Raises nothing, because the read must not fail."""
     now_s = time.time()
     if now_s - _noted.get(url, 0.0) < _AGAIN_S:
@@ -60,7 +60,7 @@ def plain_url(url: str) -> str:
     return os.path.realpath(unquote(rest) if found and "%" in rest else rest if found else url)
 
 
-def read() -> Uses:
+def read_uses() -> Uses:
     """Return the last use and the number of noted uses of each object, by URL, from all logs in the state folder.
 
     Machines that share the folder each have their own logs in it. Raises OSError, ValueError.
@@ -85,7 +85,7 @@ def read() -> Uses:
     return found
 
 
-def below(uses: Uses, url: str) -> Uses:
+def uses_under(uses: Uses, url: str) -> Uses:
     """Return the uses of objects below a URL, by key."""
     start = f"{plain_url(url).rstrip('/')}/"
     return {name.removeprefix(start): use for name, use in uses.items() if name.startswith(start)}

@@ -92,12 +92,12 @@ class CopyRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Changes:
+class AccountChanges:
     """The changes of the accounts between two queries.
 
     Attributes:
         since: Value to pass to the next query.
-        whole: Whether `rows` are all rows, and earlier knowledge is void.
+        whole: Whether `select_rows` are all rows, and earlier knowledge is void.
         rows: Rows that changed.
         gone: Names that were removed.
         has_evicted: Whether anything was ever evicted.
@@ -115,7 +115,7 @@ class Changes:
 _ROW = "name, charge_bytes, record, uses, last_use, main, freq, turn"
 
 
-def make(db: sqlite3.Connection, boot: str) -> None:
+def create_tables(db: sqlite3.Connection, boot: str) -> None:
     """Make the tables of a new file. boot: Boot id of the machine; accounts of another boot are not trusted."""
     # A trigger contains ";", but a statement ends only at a ";" at the end of a line, and a trigger ends with "END;".
     for statement in _SCHEMA.split(";\n"):
@@ -125,12 +125,12 @@ def make(db: sqlite3.Connection, boot: str) -> None:
     db.executemany("INSERT INTO figures VALUES (?, 0)", [(name,) for name in FIGURES])
 
 
-def meta(db: sqlite3.Connection, key: str) -> int:
+def read_meta(db: sqlite3.Connection, key: str) -> int:
     """Return one number of the meta table."""
     return int(db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0])
 
 
-def sums(db: sqlite3.Connection) -> tuple[int, int]:
+def read_sums(db: sqlite3.Connection) -> tuple[int, int]:
     """Return the bytes of copies, and the reserved bytes."""
     found = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('used', 'reserved')").fetchall())
     return int(found["used"]), int(found["reserved"])
@@ -176,7 +176,7 @@ def forget_gone(db: sqlite3.Connection, most_bytes: int) -> None:
     """Forget the names that left longest ago, beyond most_bytes of each kind."""
     query = "DELETE FROM gone WHERE name = (SELECT name FROM gone WHERE kind = ? ORDER BY changed LIMIT 1)"
     for kind in _GONE:
-        while meta(db, f"gone {kind}") > most_bytes:
+        while read_meta(db, f"gone {kind}") > most_bytes:
             (last,) = db.execute(f"{query} RETURNING changed", (kind,)).fetchone()
             db.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'forgotten'", (last,))
 
@@ -208,28 +208,30 @@ def _copy_row(row: tuple[Any, ...]) -> CopyRow:
     return CopyRow(name, charge_bytes, record, uses, last_use, bool(main), freq, turn)
 
 
-def rows(db: sqlite3.Connection) -> list[CopyRow]:
+def select_rows(db: sqlite3.Connection) -> list[CopyRow]:
     """Return the rows of all copies, least recently used first."""
     query = f"SELECT {_ROW} FROM copies ORDER BY last_use, name"  # noqa: S608 - our own columns
     return [_copy_row(row) for row in db.execute(query)]
 
 
-def rows_with(db: sqlite3.Connection, text: str) -> list[CopyRow]:
+def select_rows_with(db: sqlite3.Connection, text: str) -> list[CopyRow]:
     """Return the rows whose record contains text. SQLite searches 100,000 records in 40 ms, Python in 2 s."""
     query = f"SELECT {_ROW} FROM copies WHERE instr(record, ?)"  # noqa: S608 - our own columns
     return [_copy_row(row) for row in db.execute(query, (text,))]
 
 
-def changes(db: sqlite3.Connection, since: tuple[str, int], limit_bytes: int) -> Changes:
+def select_changes(db: sqlite3.Connection, since: tuple[str, int], limit_bytes: int) -> AccountChanges:
     """Return the changes since an earlier answer's `since`; ("", 0) for all rows."""
     (catalog,) = db.execute("SELECT value FROM meta WHERE key = 'id'").fetchone()
-    whole = since[0] != catalog or since[1] < meta(db, "forgotten")
+    whole = since[0] != catalog or since[1] < read_meta(db, "forgotten")
     seen = 0 if whole else since[1]
     query = f"SELECT {_ROW} FROM copies WHERE changed > ?"  # noqa: S608 - our own columns
     found = tuple(_copy_row(row) for row in db.execute(query, (seen,)))
     query = "SELECT name FROM gone WHERE kind IN (?, ?, ?) AND changed > ?"
     gone = () if whole else tuple(name for (name,) in db.execute(query, (*_GONE, seen)))
-    return Changes((catalog, meta(db, "clock")), whole, found, gone, meta(db, "evicted") > 0, limit_bytes)
+    return AccountChanges(
+        (catalog, read_meta(db, "clock")), whole, found, gone, read_meta(db, "evicted") > 0, limit_bytes
+    )
 
 
 def add_figures(db: sqlite3.Connection, figures: Mapping[str, int]) -> None:
@@ -240,6 +242,6 @@ def add_figures(db: sqlite3.Connection, figures: Mapping[str, int]) -> None:
     )
 
 
-def figures(db: sqlite3.Connection) -> dict[str, int]:
+def read_figures(db: sqlite3.Connection) -> dict[str, int]:
     """Return the counters, by name."""
     return dict(db.execute("SELECT name, value FROM figures").fetchall())

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
-from tiercache.catalog.checksums import Checksums, batch_of
+from tiercache.catalog.checksums import EntryTable, batch_of
 from tiercache.catalog.database import Database
 from tiercache.catalog.files import make_folder
 
@@ -53,7 +53,7 @@ CREATE INDEX moves_path ON moves (home, path);
 """
 
 
-class KnownCopy(NamedTuple):
+class CatalogEntry(NamedTuple):
     """Catalog entry: an object as it was when its bytes were verified.
 
     While size and ETag are equal, it is that object.
@@ -129,7 +129,7 @@ class JournalRow:
     changed_s: float
 
 
-_COPY = ", ".join(KnownCopy._fields)
+_COPY = ", ".join(CatalogEntry._fields)
 _COLUMNS = ", ".join(field.name for field in fields(JournalRow))
 _MARKS = ", ".join("?" * len(fields(JournalRow)))
 
@@ -170,7 +170,7 @@ class TierCatalog:
 
     # -- copies -----------------------------------------------------------------------------------------------------
 
-    def checksums(self, tier: str) -> Checksums:
+    def checksums(self, tier: str) -> EntryTable:
         """Return the entries of a tier's objects: size, ETag, CRC-32C, whether verified, and time of first writing.
 
         An object with another ETag is another object.
@@ -183,14 +183,14 @@ class TierCatalog:
             rows = db.execute(query, (self.place(tier),))
             return [batch_of(some) for some in iter(lambda: rows.fetchmany(_ROWS_AT_A_TIME), [])]
 
-        return Checksums(self._database.run(work))
+        return EntryTable(self._database.run(work))
 
-    def known(self, tier: str, keys: Iterable[str]) -> Mapping[str, KnownCopy]:
+    def known(self, tier: str, keys: Iterable[str]) -> Mapping[str, CatalogEntry]:
         """Return the entries of these objects, by key."""
         place, wanted = self.place(tier), [*keys]
 
-        def work(db: sqlite3.Connection) -> dict[str, KnownCopy]:
-            found: dict[str, KnownCopy] = {}
+        def work(db: sqlite3.Connection) -> dict[str, CatalogEntry]:
+            found: dict[str, CatalogEntry] = {}
             for start in range(0, len(wanted), _MOST_VARIABLES):
                 some = wanted[start : start + _MOST_VARIABLES]
                 marks = ", ".join("?" * len(some))
@@ -200,7 +200,7 @@ class TierCatalog:
 
         return self._database.run(work)
 
-    def record(self, copies: Iterable[tuple[str, str, KnownCopy]]) -> None:
+    def record(self, copies: Iterable[tuple[str, str, CatalogEntry]]) -> None:
         """Record entries, as (tier, key, entry)."""
         rows = [(self.place(tier), key, *one) for tier, key, one in copies]
         if rows:
@@ -285,9 +285,9 @@ def _prepare(db: sqlite3.Connection) -> None:
             db.execute(statement)
 
 
-def _known(values: tuple[str, int, str | None, int | None, str, float | None, int]) -> tuple[str, KnownCopy]:
+def _known(values: tuple[str, int, str | None, int | None, str, float | None, int]) -> tuple[str, CatalogEntry]:
     key, n_bytes, etag, crc, made_from, written_s, verified = values
-    return key, KnownCopy(n_bytes, etag, crc, made_from, written_s, bool(verified))
+    return key, CatalogEntry(n_bytes, etag, crc, made_from, written_s, bool(verified))
 
 
 def _values(row: JournalRow) -> tuple[object, ...]:

@@ -13,7 +13,7 @@ import typer
 from tiercache.cli.demo import demo
 from tiercache.cli.evict import evict, unpin
 from tiercache.cli.export import export
-from tiercache.cli.failures import reports_failures
+from tiercache.cli.failures import report_errors
 from tiercache.cli.head import head
 from tiercache.cli.listing import info, ls
 from tiercache.cli.pack import pack
@@ -57,7 +57,7 @@ _VERBS: tuple[tuple[Callable[..., None], str], ...] = (
     (export, "no incomplete file was left behind; run the same command again with --overwrite"),
 )
 for _verb, _how_to_go_on in _VERBS:
-    app.command()(reports_failures(_verb, how_to_go_on=_how_to_go_on))
+    app.command()(report_errors(_verb, how_to_go_on=_how_to_go_on))
 app.add_typer(tier, name="tier")
 
 

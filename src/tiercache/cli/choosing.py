@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from tiercache.cli.options import parse_rate, parse_share, parse_size
-from tiercache.cli.training import GROUP_BYTES, Training, epoch_reads, first_bytes, read_first
+from tiercache.cli.options import parse_fraction, parse_rate, parse_size
+from tiercache.cli.training import GROUP_BYTES, Training, epoch_reads, merge_reads, take_bytes
 from tiercache.pack.files import selected
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _RANKS = re.compile(r"(\d+)(?:-(\d+))?/(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ShardSelection:
     """Shards of a data set that the options of a verb select; None: the option was not given. All options must match.
 
     Attributes:
@@ -57,13 +57,13 @@ class Choice:
         limit_bytes = self.share * int(table.n_bytes[shards].sum())
         if self.first_bytes is not None:
             limit_bytes = min(limit_bytes, self.first_bytes)
-        return first_bytes(shards, table.n_bytes, limit_bytes)
+        return take_bytes(shards, table.n_bytes, limit_bytes)
 
     def _in_order(self, table: ShardTable, names: Sequence[str]) -> NDArray[np.int64]:
         shards = np.arange(len(table), dtype=np.int64)
         if self.training is not None:
             reads = epoch_reads(table.n_records, table.n_bytes, self.training)
-            shards = read_first(list(reads.values()))
+            shards = merge_reads(list(reads.values()))
         if self.files is None:
             return shards
         listed = _numbers(self.files, names)
@@ -80,7 +80,7 @@ def _numbers(files: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True, slots=True)
-class OrderFlags:
+class TrainingOptions:
     """The command-line options that describe a training's read order, as given."""
 
     seed: int | None = None
@@ -151,7 +151,7 @@ def parse_ranks(texts: Sequence[str]) -> tuple[tuple[int, ...], int]:
 
 
 @dataclass(frozen=True, slots=True)
-class PartFlags:
+class AmountOptions:
     """The command-line options that limit how many of the selected bytes are fetched, as given."""
 
     share: str | None = None
@@ -176,7 +176,7 @@ class PartFlags:
             if not 0 <= self.minutes < float("inf"):
                 raise ValueError(f"--minutes must be 0 or more, got {self.minutes}")
             return 1.0, self.minutes * 60 * parse_rate("--rate", self.rate)
-        share = 1.0 if self.share is None else parse_share(self.share)
+        share = 1.0 if self.share is None else parse_fraction(self.share)
         return share, None if self.first is None else parse_size("--first", self.first)
 
 

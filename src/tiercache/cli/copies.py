@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from tiercache.cli.evict import in_scope, passes
-from tiercache.cli.failures import CORRUPT, PARTLY
-from tiercache.cli.opening import opened_store
+from tiercache.cli.evict import data_set_filter, name_matches
+from tiercache.cli.failures import CORRUPT, PARTIAL
+from tiercache.cli.opening import open_data_set_store
 from tiercache.cli.output import Output, count
 from tiercache.cli.status import data_set_url
 from tiercache.errors import StoreError
@@ -20,12 +20,12 @@ from tiercache.model import format_bytes
 
 if TYPE_CHECKING:
     from tiercache.cache import Cache, Entry
-    from tiercache.cache.check import Checked, CheckProgress
+    from tiercache.cache.check import CheckProgress, CopyCheck
     from tiercache.store import Store
 
 
 @dataclass(frozen=True, slots=True)
-class CopiesAsked:
+class CopyVerification:
     """The copies to verify, and how.
 
     Attributes:
@@ -45,16 +45,16 @@ class CopiesAsked:
     storage_options: Sequence[str] | None
 
 
-def verify_copies(output: Output, cache: Cache, asked: CopiesAsked) -> None:
+def verify_copies(output: Output, cache: Cache, asked: CopyVerification) -> None:
     """Verify the copies and print each damaged one.
 
     Raises:
         typer.Exit: With CORRUPT if a damaged copy is still in the cache; with PARTLY if one was removed but not
             repaired.
     """
-    of_scope = in_scope(asked.url, asked.storage_options)
-    entries = [e for e in cache.entries() if of_scope(e) and passes(e, asked.include, asked.exclude)]
-    checked: list[Checked] = []
+    of_scope = data_set_filter(asked.url, asked.storage_options)
+    entries = [e for e in cache.entries() if of_scope(e) and name_matches(e, asked.include, asked.exclude)]
+    checked: list[CopyCheck] = []
     total_bytes = sum(entry.n_bytes for entry in entries)
     with output.progress("verifying copies") as advance:
 
@@ -65,16 +65,16 @@ def verify_copies(output: Output, cache: Cache, asked: CopiesAsked) -> None:
 
         for names, store in _batches(entries, asked):
             cache.verify(names=names, repair=asked.repair, store=store, jobs=asked.jobs, on_progress=tell)
-    _finish(output, checked, len(entries))
+    _finish_copies(output, checked, len(entries))
 
 
-def _batches(entries: Sequence[Entry], asked: CopiesAsked) -> Iterator[tuple[list[str], Store | None]]:
+def _batches(entries: Sequence[Entry], asked: CopyVerification) -> Iterator[tuple[list[str], Store | None]]:
     """Yield names of copies, each list with the store to fetch damaged ones from; None if they cannot be fetched."""
     if not asked.repair:
         yield [entry.name for entry in entries], None
         return
     if asked.url is not None:
-        with opened_store(asked.url, asked.storage_options) as store:
+        with open_data_set_store(asked.url, asked.storage_options) as store:
             yield [entry.name for entry in entries], store
         return
     for url, group in groupby(sorted(entries, key=store_url), store_url):
@@ -95,11 +95,11 @@ def _source(url: str, storage_options: Sequence[str] | None) -> Iterator[Store |
         store = None
         if url:
             with suppress(StoreError, ValueError, OSError):
-                store = stack.enter_context(opened_store(url, storage_options))
+                store = stack.enter_context(open_data_set_store(url, storage_options))
         yield store
 
 
-def _print(output: Output, one: Checked) -> None:
+def _print(output: Output, one: CopyCheck) -> None:
     if not one.where:
         return
     facts = {
@@ -115,7 +115,7 @@ def _print(output: Output, one: Checked) -> None:
     output.event("copy", facts, f"{one.source or one.name}: {'; '.join(one.where)}{ending}")
 
 
-def _finish(output: Output, checked: Sequence[Checked], n_asked: int) -> None:
+def _finish_copies(output: Output, checked: Sequence[CopyCheck], n_asked: int) -> None:
     wrong = [one for one in checked if one.where]
     unknown = sum(one.state == "unknown" for one in checked)
     repaired, removed = sum(one.repaired for one in wrong), sum(one.removed for one in wrong)
@@ -136,4 +136,4 @@ def _finish(output: Output, checked: Sequence[Checked], n_asked: int) -> None:
     if removed < len(wrong):
         raise typer.Exit(CORRUPT)
     if repaired < len(wrong):
-        raise typer.Exit(PARTLY)
+        raise typer.Exit(PARTIAL)

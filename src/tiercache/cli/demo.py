@@ -19,8 +19,8 @@ from rich.table import Table
 
 from tiercache.cli.options import Json, Verbose
 from tiercache.cli.output import Output, count
-from tiercache.demo.events import Claim, Epoch, Event, Held, Note, Packed, Step
-from tiercache.demo.story import tell
+from tiercache.demo.events import Claim, Epoch, Event, Note, PackedDataSet, Step, TierContents
+from tiercache.demo.story import run_story
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
 
@@ -34,7 +34,7 @@ SHOWN = ("cold", "warm", "loader only", "whole", "stopped", "resumed", "moved")
 def demo(
     keep: Keep = None,
     as_json: Json = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Demonstrate tiercache on this machine in one to three minutes.
 
@@ -47,14 +47,14 @@ def demo(
     started_s = time.monotonic()
     epochs: list[Epoch] = []
     claims: list[Claim] = []
-    held: list[Held] = []
-    with _ended_by_sigterm(), _work_folder(keep) as folder, closing(tell(folder)) as events:
+    held: list[TierContents] = []
+    with _ended_by_sigterm(), _work_folder(keep) as folder, closing(run_story(folder)) as events:
         for event in events:
             if isinstance(event, Epoch):
                 epochs.append(event)
             elif isinstance(event, Claim):
                 claims.append(event)
-            elif isinstance(event, Held):
+            elif isinstance(event, TierContents):
                 held.append(event)
             if isinstance(event, Step) and not as_json:
                 typer.echo()
@@ -123,7 +123,7 @@ def _text(event: Event) -> str | None:
             return title
         case Note(text):
             return f"  {text}"
-        case Packed():
+        case PackedDataSet():
             return (
                 f"  {event.url}: {count(event.n_records, 'record')} of {event.columns} in "
                 f"{count(event.n_shards, 'shard')}; {format_bytes(event.raw_bytes)} of input, "
@@ -136,7 +136,7 @@ def _text(event: Event) -> str | None:
                 f"  {event.task}, epoch {event.epoch} {event.how}: {count(event.n_samples, 'sample')} in "
                 f"{event.elapsed_s:.1f} s, {format_bytes(event.fetched_bytes)} fetched{loss}{accuracy}"
             )
-        case Held():
+        case TierContents():
             return None  # the table of tiers shows it
         case Claim():
             return f"  {'holds' if event.holds else 'FAILS'}: {event.text} ({event.found})"
@@ -165,7 +165,7 @@ def _table(epochs: Sequence[Epoch]) -> Table:
     return table
 
 
-def _tiers(held: Sequence[Held]) -> Table:
+def _tiers(held: Sequence[TierContents]) -> Table:
     """Return the table of objects, bytes and dollars per tier, before and after the moves."""
     table = Table(title="\nTiers, before and after the rules were applied", title_justify="left")
     table.add_column("tier")

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from tiercache.cache import Cache, Entry
-from tiercache.cli.failures import PARTLY
-from tiercache.cli.opening import opened_store
+from tiercache.cli.failures import PARTIAL
+from tiercache.cli.opening import open_data_set_store
 from tiercache.cli.options import (
     CacheDir,
     CacheSize,
@@ -29,7 +29,7 @@ from tiercache.cli.options import (
 )
 from tiercache.cli.output import Output, count
 from tiercache.cli.status import data_set_url
-from tiercache.cli.warm import existing_cache
+from tiercache.cli.warm import open_existing_cache
 from tiercache.errors import StoreError
 from tiercache.model import format_bytes
 from tiercache.pack.files import selected
@@ -38,7 +38,7 @@ from tiercache.store import Store, redact
 
 
 @dataclass(frozen=True, slots=True)
-class Doomed:
+class EvictionFilter:
     """The copies that evict selects; a copy must pass all conditions.
 
     Attributes:
@@ -57,14 +57,14 @@ class Doomed:
 
     def takes(self, entry: Entry, now_s: float) -> bool:
         """Return whether the copy passes all conditions, pinned or not. now_s: Time now, in seconds since the epoch."""
-        if not self.of_scope(entry) or not passes(entry, self.include, self.exclude):
+        if not self.of_scope(entry) or not name_matches(entry, self.include, self.exclude):
             return False
         if self.larger_than_bytes is not None and entry.n_bytes <= self.larger_than_bytes:
             return False
         return self.older_than_s is None or now_s - entry.used_s > self.older_than_s
 
 
-def least_used(entries: Sequence[Entry], used_bytes: int, target_bytes: int | None) -> list[Entry]:
+def least_recently_used(entries: Sequence[Entry], used_bytes: int, target_bytes: int | None) -> list[Entry]:
     """Return the least recently used entries whose eviction leaves at most target_bytes in use; None: all entries."""
     if target_bytes is None:
         return list(entries)
@@ -108,7 +108,7 @@ def evict(
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Delete cached copies, least recently used first.
 
@@ -117,32 +117,34 @@ def evict(
     output = Output(as_json, quiet)
     if everything == (url is not None):
         raise ValueError("evict takes a URL or --all")
-    doomed = Doomed(
+    doomed = EvictionFilter(
         include=include,
         exclude=exclude,
         older_than_s=None if older_than is None else parse_age("--older-than", older_than),
         larger_than_bytes=None if larger_than is None else parse_size("--larger-than", larger_than),
     )
-    with existing_cache(cache_dir, cache_size) as cache:
+    with open_existing_cache(cache_dir, cache_size) as cache:
         target_bytes = None if to is None else parse_size("--to", to, whole_bytes=cache.limit_bytes)
-        doomed = replace(doomed, of_scope=in_scope(url, storage_option))
-        left = _evict(output, cache, doomed, target_bytes, _Manner(yes, dry_run))
+        doomed = replace(doomed, of_scope=data_set_filter(url, storage_option))
+        left = _evict(output, cache, doomed, target_bytes, _EvictOptions(yes, dry_run))
     if left:
-        raise typer.Exit(PARTLY)
+        raise typer.Exit(PARTIAL)
 
 
 @dataclass(frozen=True, slots=True)
-class _Manner:
+class _EvictOptions:
     yes: bool
     dry_run: bool
 
 
-def _evict(output: Output, cache: Cache, doomed: Doomed, target_bytes: int | None, manner: _Manner) -> int:
+def _evict(
+    output: Output, cache: Cache, doomed: EvictionFilter, target_bytes: int | None, manner: _EvictOptions
+) -> int:
     """Evict, or print what would be evicted; return how many copies should have been evicted but are in use."""
     now_s = time.time()
     found = [entry for entry in cache.entries() if doomed.takes(entry, now_s)]
     free = [entry for entry in found if not entry.pinned]
-    chosen = least_used(free, cache.stats()["bytes_used"], target_bytes)
+    chosen = least_recently_used(free, cache.stats()["bytes_used"], target_bytes)
     n_pinned, n_bytes = len(found) - len(free), sum(entry.n_bytes for entry in chosen)
     what = f"{count(len(chosen), 'copy', 'copies')}, {format_bytes(n_bytes)}"
     if manner.dry_run:
@@ -190,15 +192,15 @@ def unpin(
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Unpin cached copies, so that eviction may delete them."""
     output = Output(as_json, quiet)
     if everything == (url is not None):
         raise ValueError("unpin takes a URL or --all")
-    with existing_cache(cache_dir, cache_size) as cache:
-        of_scope = in_scope(url, storage_option)
-        chosen = [e.name for e in cache.entries() if of_scope(e) and e.pinned and passes(e, include, exclude)]
+    with open_existing_cache(cache_dir, cache_size) as cache:
+        of_scope = data_set_filter(url, storage_option)
+        chosen = [e.name for e in cache.entries() if of_scope(e) and e.pinned and name_matches(e, include, exclude)]
         n = len(chosen) if dry_run else cache.unpin(chosen)
         facts = {"copies": n} | ({"dry_run": True} if dry_run else {})
         output.summary(facts, f"{'would unpin' if dry_run else 'unpinned'} {count(n, 'copy', 'copies')}")
@@ -217,7 +219,7 @@ def entry_facts(entry: Entry) -> dict[str, Any]:
     }
 
 
-def in_scope(url: str | None, storage_options: Sequence[str] | None) -> Callable[[Entry], bool]:
+def data_set_filter(url: str | None, storage_options: Sequence[str] | None) -> Callable[[Entry], bool]:
     """Return a predicate: whether an entry belongs to the data set at url, by data set id or by source URL.
 
     The id finds copies of the same data set that came from a mirror. The source URL finds copies of a data set that no
@@ -225,7 +227,7 @@ def in_scope(url: str | None, storage_options: Sequence[str] | None) -> Callable
     """
     if url is None:
         return lambda _entry: True
-    with opened_store(url, storage_options) as store:
+    with open_data_set_store(url, storage_options) as store:
         prefix = f"{redact(store.url)}/"
         dataset_id = _dataset_id(store)
     return lambda e: (dataset_id is not None and e.dataset_id == dataset_id) or e.source.startswith(prefix)
@@ -238,7 +240,7 @@ def _dataset_id(store: Store) -> str | None:
         return None
 
 
-def passes(entry: Entry, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
+def name_matches(entry: Entry, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
     """Return whether the copy's path inside its data set matches the globs."""
     path = entry.source.removeprefix(data_set_url(entry.source)).lstrip("/")
     return selected(path, include or (), exclude or ())

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tiercache import config
-from tiercache.cli.opening import open_data_set, opened_store
+from tiercache.cli.opening import open_data_set, open_data_set_store
 from tiercache.cli.options import (
     Columns,
     DryRun,
@@ -19,7 +19,7 @@ from tiercache.cli.options import (
     StorageOptions,
     Url,
     Verbose,
-    Version,
+    VersionNumber,
     parse_columns,
     parse_storage_options,
 )
@@ -39,7 +39,7 @@ def export(
         ),
     ],
     columns: Columns = None,
-    at: Version = None,
+    at: VersionNumber = None,
     jobs: Jobs = 1,
     compression: Annotated[
         str, typer.Option(metavar="CODEC", help="Compression of the Parquet files, e.g. zstd, snappy or none.")
@@ -57,7 +57,7 @@ def export(
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Write a data set as Parquet files with standard Arrow types. Images keep their encoding."""
     output = Output(as_json, quiet)
@@ -69,7 +69,7 @@ def export(
     )
     folder, key = split_url(target) if target.lower().endswith(".parquet") else (target, "")
     with (
-        opened_store(url, storage_option) as source,
+        open_data_set_store(url, storage_option) as source,
         closing(open_store(folder, **parse_storage_options(target_option))) as sink,
     ):
         data_set = open_data_set(source, at)

@@ -13,20 +13,20 @@ from typing import ParamSpec
 import typer
 
 from tiercache.errors import TierCacheError
-from tiercache.store.retry import unreachable_fails_at_once
+from tiercache.store.retry import fail_fast_if_unreachable
 
 P = ParamSpec("P")
 
 FAILED = 1
 USAGE = 2
-PARTLY = 3
+PARTIAL = 3
 CORRUPT = 4
 PENDING = 5
 INTERRUPTED = 130
 _DONE = "everything was already done"
 
 
-def reports_failures(verb: Callable[P, object], *, how_to_go_on: str) -> Callable[P, None]:
+def report_errors(verb: Callable[P, object], *, how_to_go_on: str) -> Callable[P, None]:
     """Wrap a verb so that its errors become one line on standard error and an exit code.
 
     With --verbose, the traceback precedes the line. Exceptions other than TierCacheError, ValueError, TypeError,
@@ -41,7 +41,7 @@ def reports_failures(verb: Callable[P, object], *, how_to_go_on: str) -> Callabl
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         is_done = False
         try:
-            with warnings.catch_warnings(), _shown_log(), unreachable_fails_at_once():
+            with warnings.catch_warnings(), _shown_log(), fail_fast_if_unreachable():
                 warnings.showwarning = _show_warning
                 is_done = verb(*args, **kwargs) is None
         except BrokenPipeError:

@@ -7,10 +7,10 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from tiercache.cli.opening import OpenDataSet, open_data_set, opened_store
-from tiercache.cli.options import Columns, Json, Quiet, StorageOptions, Url, Verbose, Version, parse_columns
+from tiercache.cli.opening import OpenDataSet, open_data_set, open_data_set_store
+from tiercache.cli.options import Columns, Json, Quiet, StorageOptions, Url, Verbose, VersionNumber, parse_columns
 from tiercache.cli.output import Output, count
-from tiercache.cli.values import plain, shown
+from tiercache.cli.values import format_value, json_value
 from tiercache.shard.reader import ShardReader
 
 
@@ -21,18 +21,18 @@ def head(
         int, typer.Option("--start", min=0, metavar="I", help="Index of the first record to show, counted from 0.")
     ] = 0,
     columns: Columns = None,
-    at: Version = None,
+    at: VersionNumber = None,
     storage_option: StorageOptions = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Show some records of a data set.
 
     Images are shown as their size, arrays by their first elements. Only the needed bytes are read.
     """
     output = Output(as_json, quiet)
-    with opened_store(url, storage_option) as store:
+    with open_data_set_store(url, storage_option) as store:
         data_set = open_data_set(store, at)
         schema = data_set.version.schema
         chosen = list(schema.select(parse_columns(columns) or schema.names).names)
@@ -66,7 +66,7 @@ def _print_shard(output: Output, data_set: OpenDataSet, place: tuple[int, range]
     for i, row in enumerate(rows):
         record = {v.column.name: (v.column, v.record(i)) for v in values}
         if not output.as_json:
-            lines = [f"  {name:{width}}  {shown(*record[name])}" for name in names]
+            lines = [f"  {name:{width}}  {format_value(*record[name])}" for name in names]
             typer.echo("\n".join([f"record {row}", *lines]))
         else:
-            output.event("record", {"index": row, "record": {name: plain(*record[name]) for name in names}})
+            output.event("record", {"index": row, "record": {name: json_value(*record[name]) for name in names}})

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tiercache.cli.opening import OpenDataSet, open_data_set, opened_store
-from tiercache.cli.options import Exclude, Include, Json, Quiet, StorageOptions, Url, Verbose, Version
+from tiercache.cli.opening import OpenDataSet, open_data_set, open_data_set_store
+from tiercache.cli.options import Exclude, Include, Json, Quiet, StorageOptions, Url, Verbose, VersionNumber
 from tiercache.cli.output import Output, count, printable
 from tiercache.model import format_bytes
 from tiercache.shard.manifest import list_versions, read_version
@@ -20,17 +20,17 @@ def ls(
     versions: Annotated[
         bool, typer.Option("--versions", help="List the versions of the data set instead of its shards.")
     ] = False,
-    at: Version = None,
+    at: VersionNumber = None,
     include: Include = None,
     exclude: Exclude = None,
     storage_option: StorageOptions = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """List the shards of a data set in record order, or its versions."""
     output = Output(as_json, quiet)
-    with opened_store(url, storage_option) as store:
+    with open_data_set_store(url, storage_option) as store:
         if versions:
             _list_versions(output, store)
             return
@@ -82,15 +82,15 @@ def _version_facts(version: DataSetVersion) -> dict[str, Any]:
 
 def info(
     url: Url,
-    at: Version = None,
+    at: VersionNumber = None,
     storage_option: StorageOptions = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Show a data set's version, size, columns and class names."""
     output = Output(as_json, quiet)
-    with opened_store(url, storage_option) as store:
+    with open_data_set_store(url, storage_option) as store:
         data_set = open_data_set(store, at)
     facts = info_of(data_set)
     if as_json:

@@ -12,7 +12,7 @@ from tiercache.shard.manifest import latest, read_shards, read_version
 from tiercache.shard.segments import ShardTable
 from tiercache.shard.versions import Version
 from tiercache.store import Store, open_store
-from tiercache.tier.placed import placed
+from tiercache.tier.placed import follow_placement
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class OpenDataSet:
 
 
 @contextmanager
-def opened_store(url: str, storage_options: Sequence[str] | None) -> Iterator[Store]:
+def open_data_set_store(url: str, storage_options: Sequence[str] | None) -> Iterator[Store]:
     """Yield the store of a data set's URL, and close it at the end. It finds shards that were moved to other tiers."""
     options = parse_storage_options(storage_options)
-    with closing(placed(open_store(url, **options), options)) as store:
+    with closing(follow_placement(open_store(url, **options), options)) as store:
         yield store
 
 

@@ -32,7 +32,7 @@ Include: TypeAlias = Annotated[
 Exclude: TypeAlias = Annotated[
     list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Skip names that match. May be repeated.")
 ]
-Version: TypeAlias = Annotated[
+VersionNumber: TypeAlias = Annotated[
     int | None,
     typer.Option("--at", metavar="VERSION", help="Number of the data set version to use; default: the newest."),
 ]
@@ -178,7 +178,7 @@ def parse_type(text: str) -> UserType:
     return Ragged(match["name"], shape, nullable=nullable)
 
 
-def parse_share(text: str) -> float:
+def parse_fraction(text: str) -> float:
     """Return the fraction, 0 to 1, that "25%" or "0.25" names. Raises ValueError."""
     try:
         share = float(text[:-1]) / 100 if text.endswith("%") else float(text)

@@ -73,7 +73,7 @@ def pack(
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Convert images, Parquet files or JSON lines into a data set.
 

@@ -26,7 +26,7 @@ _LOOKS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class PlotLine:
     """Results of one policy; the sequences have one element per cache size, sizes ascending.
 
     Attributes:
@@ -68,7 +68,7 @@ def check_plot(path: Path | None) -> None:
     load_matplotlib()
 
 
-def draw(path: Path, lines: Sequence[Line], *, data_bytes: int, title: str) -> None:
+def draw(path: Path, lines: Sequence[PlotLine], *, data_bytes: int, title: str) -> None:
     """Write a plot of the bytes fetched per epoch and of the hit ratio, over cache size.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from tiercache.shard.opening import read_footer_alone
+from tiercache.shard.opening import fetch_footer
 from tiercache.shard.projection import column_ranges
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FOOTER_THREADS = 16
 
 
-def projected(
+def read_column_ranges(
     data_set: OpenDataSet, shards: NDArray[np.int64], columns: Sequence[str], advance: Advance
 ) -> Mapping[str, tuple[ByteRange, ...]]:
     """Return the ranges of the columns, by shard name; shards of which nearly all bytes are needed are left out.
@@ -41,7 +41,7 @@ def projected(
     infos = [data_set.shards.info(i) for i in shards.tolist()]
     ranges: dict[str, tuple[ByteRange, ...]] = {}
     with ThreadPoolExecutor(FOOTER_THREADS, "tiercache-footer") as pool:
-        footers = pool.map(lambda info: read_footer_alone(data_set.store, info.name, info), infos)
+        footers = pool.map(lambda info: fetch_footer(data_set.store, info.name, info), infos)
         for n_done, (info, footer) in enumerate(zip(infos, footers, strict=True), start=1):
             found = column_ranges(footer, info, numbers)
             if found is not None:

@@ -11,22 +11,22 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from tiercache.cli.failures import PARTLY, PENDING
+from tiercache.cli.failures import PARTIAL, PENDING
 from tiercache.cli.options import DryRun, Json, Quiet, Verbose, Yes
 from tiercache.cli.output import Output, count
-from tiercache.cli.tier_apply import ask, carry_out
-from tiercache.cli.tier_opening import OpenTiers, Rules, chosen, folder_of, is_glob, opened_tiers, path_of
-from tiercache.cli.tier_texts import dollars
+from tiercache.cli.tier_apply import confirm, execute_plan
+from tiercache.cli.tier_opening import OpenTiers, Rules, base_folder, is_glob, open_tiers, select_paths, tier_path
+from tiercache.cli.tier_texts import format_dollars
 from tiercache.errors import NotFound
 from tiercache.model import ObjectInfo, format_bytes
 from tiercache.store.archive import SPEEDS, Speed
 from tiercache.tier import restore as restoring
 from tiercache.tier.listing import keys_of
-from tiercache.tier.model import HERE
+from tiercache.tier.model import READABLE
 from tiercache.tier.restore import RestorePlan
 from tiercache.tier.stores import state_of
 
-_STATES = ("here", "archived", "restoring", "restored")
+STATES = ("here", "archived", "restoring", "restored")
 
 
 def restore(
@@ -55,7 +55,7 @@ def restore(
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Restore archived objects and copy them to the home tier.
 
@@ -64,8 +64,8 @@ def restore(
     them.
     """
     output = Output(as_json, quiet)
-    manner = _Manner(wait, yes, dry_run)
-    with opened_tiers(rules) as tiers:
+    manner = _RestoreOptions(wait, yes, dry_run)
+    with open_tiers(rules) as tiers:
         keys = _archived_keys(tiers, _paths(tiers, what))
         plan = restoring.plan_restore(tiers.file, tiers.stores, keys, tiers.prices, speed=_speed(speed), days=days)
         code = _restore(output, tiers, plan, manner)
@@ -74,7 +74,7 @@ def restore(
 
 
 @dataclass(frozen=True, slots=True)
-class _Manner:
+class _RestoreOptions:
     wait: bool
     yes: bool
     dry_run: bool
@@ -89,11 +89,11 @@ def _speed(text: str) -> Speed:
 
 def _paths(tiers: OpenTiers, what: Sequence[str]) -> list[str]:
     """Return the paths and globs, relative to the tiers' URLs. A name that follows a URL is relative to that URL."""
-    first = path_of(tiers.file, what[0])
+    first = tier_path(tiers.file, what[0])
     is_place = first != what[0].strip("/")
     found = [first]
     for text in what[1:]:
-        path = path_of(tiers.file, text)
+        path = tier_path(tiers.file, text)
         is_name = is_place and path == text.strip("/")
         found.append(f"{first}/{path}".strip("/") if is_name else path)
     return found[1:] if is_place and len(found) > 1 else found
@@ -112,15 +112,15 @@ def _archived_keys(tiers: OpenTiers, wanted: Sequence[str]) -> list[str]:
         if not found:
             names = ", ".join(tier.name for tier in tiers.file.tiers)
             raise NotFound(f"no object has this name or matches it in the tiers {names}", url=text or "/")
-        here.update(info.key for info in found if state_of(info) == HERE)
-        cold.update(info.key for info in found if state_of(info) != HERE)
+        here.update(info.key for info in found if state_of(info) == READABLE)
+        cold.update(info.key for info in found if state_of(info) != READABLE)
     return sorted(cold - here)
 
 
 def _meant(tiers: OpenTiers, tier: str, text: str) -> list[ObjectInfo]:
     """Return the objects of a tier that a path or glob selects."""
-    listed = list(tiers.stores.listing(tier, folder_of(text)))
-    is_meant = chosen(keys_of(listed), [text])
+    listed = list(tiers.stores.listing(tier, base_folder(text)))
+    is_meant = select_paths(keys_of(listed), [text])
     found = [listed[i] for i in np.flatnonzero(is_meant)]
     if text and not found and not is_glob(text):
         with suppress(NotFound):
@@ -128,25 +128,25 @@ def _meant(tiers: OpenTiers, tier: str, text: str) -> list[ObjectInfo]:
     return found
 
 
-def _restore(output: Output, tiers: OpenTiers, plan: RestorePlan, manner: _Manner) -> int:
+def _restore(output: Output, tiers: OpenTiers, plan: RestorePlan, manner: _RestoreOptions) -> int:
     """Carry out the plan as far as possible now; return the exit code."""
     for one in plan.objects:
-        output.event("object", {"key": one.key, "tier": one.tier, "n_bytes": one.n_bytes, "state": _STATES[one.state]})
+        output.event("object", {"key": one.key, "tier": one.tier, "n_bytes": one.n_bytes, "state": STATES[one.state]})
     if not plan.objects:
-        output.summary(_facts(plan), "nothing to restore: all objects can be read")
+        output.summary(_restore_facts(plan), "nothing to restore: all objects can be read")
         return 0
     if manner.dry_run:
-        output.summary(_facts(plan) | {"dry_run": True}, f"would restore {_text(plan)}")
+        output.summary(_restore_facts(plan) | {"dry_run": True}, f"would restore {_restore_text(plan)}")
         return 0
     if plan.asked and not manner.yes:
-        ask(f"Restore {_text(plan)}?", "nothing was requested")
-    asked = restoring.request(tiers.stores, plan)
+        confirm(f"Restore {_restore_text(plan)}?", "nothing was requested")
+    asked = restoring.request_restore(tiers.stores, plan)
     n_left = asked.started + asked.running
     if n_left:
         deadline_s = None if manner.wait else 0.0  # some stores restore at once
         with output.counting("restoring") as advance:
-            n_left = len(restoring.wait(tiers.stores, plan, deadline_s=deadline_s, on_progress=advance))
-    facts = _facts(plan) | {"started": asked.started, "running": asked.running, "pending": n_left}
+            n_left = len(restoring.wait_restored(tiers.stores, plan, deadline_s=deadline_s, on_progress=advance))
+    facts = _restore_facts(plan) | {"started": asked.started, "running": asked.running, "pending": n_left}
     if n_left:
         text = f"{count(n_left, 'object')} being restored{_hours(plan)}; give --wait to wait and to copy them home"
         output.summary(facts, text)
@@ -159,16 +159,16 @@ def _restore(output: Output, tiers: OpenTiers, plan: RestorePlan, manner: _Manne
 
 def _promote(output: Output, tiers: OpenTiers, plan: RestorePlan, facts: dict[str, Any]) -> int:
     """Copy the restored objects to the home tier; return the exit code."""
-    moves = restoring.promotion(tiers.file, plan, made_s=time.time(), known=tiers.catalog.checksums)
-    applied = carry_out(output, tiers, moves)
+    moves = restoring.plan_copy_home(tiers.file, plan, made_s=time.time(), known=tiers.catalog.checksums)
+    applied = execute_plan(output, tiers, moves)
     stopped = len(applied.stopped)
     text = f"{count(len(plan.objects), 'object')}, {format_bytes(plan.n_bytes)}, restored to {tiers.file.home.name}"
     text += f"; {count(stopped, 'move')} of {len(moves.moves)} stopped" if stopped else ""
     output.summary(facts | {"copied": applied.done, "stopped": stopped}, text)
-    return PARTLY if stopped else 0
+    return PARTIAL if stopped else 0
 
 
-def _facts(plan: RestorePlan) -> dict[str, Any]:
+def _restore_facts(plan: RestorePlan) -> dict[str, Any]:
     return {
         "objects": len(plan.objects),
         "n_bytes": plan.n_bytes,
@@ -181,8 +181,8 @@ def _facts(plan: RestorePlan) -> dict[str, Any]:
     }
 
 
-def _text(plan: RestorePlan) -> str:
-    cost = "at an unknown price" if plan.cost is None else f"for ${dollars(plan.cost)}"
+def _restore_text(plan: RestorePlan) -> str:
+    cost = "at an unknown price" if plan.cost is None else f"for ${format_dollars(plan.cost)}"
     return f"{count(len(plan.objects), 'object')}, {format_bytes(plan.n_bytes)}, {cost}{_hours(plan)}"
 
 

@@ -13,7 +13,7 @@ import typer
 from tiercache.cache.policy import POLICIES
 from tiercache.cache.trace import read_trace
 from tiercache.cli.choosing import parse_group, parse_placement
-from tiercache.cli.opening import open_data_set, opened_store
+from tiercache.cli.opening import open_data_set, open_data_set_store
 from tiercache.cli.options import (
     BatchSize,
     Json,
@@ -23,23 +23,23 @@ from tiercache.cli.options import (
     StorageOptions,
     Streams,
     Verbose,
-    Version,
+    VersionNumber,
     parse_rate,
     parse_size,
 )
 from tiercache.cli.output import Output, count
-from tiercache.cli.plot import Line, check_plot, draw
+from tiercache.cli.plot import PlotLine, check_plot, draw
 from tiercache.cli.simulation import (
-    Access,
-    Case,
+    Bandwidths,
     Cluster,
-    Prices,
-    Question,
-    Speeds,
+    FetchPrices,
+    NodeReads,
+    SimulationCosts,
+    SimulationResult,
     distinct_bytes,
-    recorded,
-    run_case,
-    training_accesses,
+    simulate_case,
+    trace_reads,
+    training_reads,
 )
 from tiercache.cli.training import Training
 from tiercache.model import format_bytes
@@ -48,7 +48,7 @@ SIZES = ("10%", "25%", "50%", "75%", "100%")
 
 
 @dataclass(frozen=True, slots=True)
-class _Scene:
+class _Replay:
     """The reads to replay.
 
     Attributes:
@@ -58,7 +58,7 @@ class _Scene:
         is_training: Whether the reads have epochs, unlike those of a recorded trace.
     """
 
-    accesses: Sequence[Access]
+    accesses: Sequence[NodeReads]
     facts: dict[str, Any]
     text: str
     is_training: bool
@@ -116,11 +116,11 @@ def simulate(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Also draw the results to FILE: .svg, .png or .pdf.")
     ] = None,
-    at: Version = None,
+    at: VersionNumber = None,
     storage_option: StorageOptions = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Simulate caches of several sizes: hits, bytes, dollars, time.
 
@@ -131,7 +131,7 @@ def simulate(
     policies, question = _policies(policy), _question(egress, request, rate, train_rate)
     check_plot(plot)
     if trace is not None and url is None:
-        scene = _recorded(trace)
+        scene = _trace_replay(trace)
     elif url is not None and trace is None:
         training = Training(
             None if no_shuffle else seed,
@@ -154,21 +154,23 @@ def simulate(
     output.summary(facts, scene.text + ("" if plot is None else f"; drawn in {plot}"))
 
 
-def _run(output: Output, scene: _Scene, asked: Sequence[tuple[str, int]], question: Question) -> list[Case]:
-    cases: list[Case] = []
+def _run(
+    output: Output, scene: _Replay, asked: Sequence[tuple[str, int]], question: SimulationCosts
+) -> list[SimulationResult]:
+    cases: list[SimulationResult] = []
     with output.counting("replaying") as advance:
         for policy, size_bytes in asked:
-            cases.append(run_case(scene.accesses, policy, size_bytes, question))
+            cases.append(simulate_case(scene.accesses, policy, size_bytes, question))
             advance(len(cases), len(asked))
     return cases
 
 
-def _question(egress: float, request: float, rate: str | None, train_rate: str | None) -> Question:
+def _question(egress: float, request: float, rate: str | None, train_rate: str | None) -> SimulationCosts:
     if min(egress, request) < 0 or not math.isfinite(egress + request):
         raise ValueError(f"--egress and --request must be dollars, 0 or more, got {egress} and {request}")
     fetch = None if rate is None else parse_rate("--rate", rate)
     read = None if train_rate is None else parse_rate("--train-rate", train_rate)
-    return Question(Prices(egress, request), Speeds(fetch, read))
+    return SimulationCosts(FetchPrices(egress, request), Bandwidths(fetch, read))
 
 
 def _policies(names: Sequence[str] | None) -> list[str]:
@@ -179,22 +181,22 @@ def _policies(names: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(names)) if names else [*POLICIES, "bound"]
 
 
-def _recorded(path: Path) -> _Scene:
+def _trace_replay(path: Path) -> _Replay:
     trace = read_trace(path)
-    access = recorded(trace)
+    access = trace_reads(trace)
     facts = {"trace": str(path), "accesses": len(trace)}
     n_bytes = distinct_bytes([access])
-    return _Scene([access], facts, f"{count(len(trace), 'open')} of {format_bytes(n_bytes)}, from {path}", False)
+    return _Replay([access], facts, f"{count(len(trace), 'open')} of {format_bytes(n_bytes)}, from {path}", False)
 
 
 def _training(
     url: str, at: int | None, storage_options: Sequence[str] | None, training: Training, cluster: Cluster
-) -> _Scene:
-    with opened_store(url, storage_options) as store:
+) -> _Replay:
+    with open_data_set_store(url, storage_options) as store:
         data_set = open_data_set(store, at)
         shown = store.url
     shards = data_set.shards
-    accesses = training_accesses(shards.n_records, shards.n_bytes, training, cluster)
+    accesses = training_reads(shards.n_records, shards.n_bytes, training, cluster)
     facts = {
         "url": shown,
         "version": data_set.version.number,
@@ -208,10 +210,10 @@ def _training(
     }
     who = f"{count(training.world_size, 'rank')} on {count(cluster.nodes, 'node')}"
     size = f"{count(len(shards), 'shard')}, {format_bytes(int(shards.n_bytes.sum()))}"
-    return _Scene(accesses, facts, f"{shown}: {size}, read by {who} in {count(cluster.epochs, 'epoch')}", True)
+    return _Replay(accesses, facts, f"{shown}: {size}, read by {who} in {count(cluster.epochs, 'epoch')}", True)
 
 
-def _print(output: Output, cases: Sequence[Case], data_bytes: int, scene: _Scene) -> None:
+def _print(output: Output, cases: Sequence[SimulationResult], data_bytes: int, scene: _Replay) -> None:
     rows = [asdict(case) | {"share": case.size_bytes / max(data_bytes, 1)} for case in cases]
     has_dollars, has_times = any(case.dollars for case in cases), any(case.epoch_s is not None for case in cases)
     fetched = "fetched per epoch" if scene.is_training else "fetched"
@@ -238,12 +240,12 @@ def _time_text(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
-def _lines(cases: Sequence[Case]) -> list[Line]:
+def _lines(cases: Sequence[SimulationResult]) -> list[PlotLine]:
     found = []
     for policy in dict.fromkeys(case.policy for case in cases):
         mine = [case for case in cases if case.policy == policy]
         found.append(
-            Line(
+            PlotLine(
                 policy,
                 [case.size_bytes for case in mine],
                 [case.byte_hit_ratio for case in mine],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.cache.replay import Trace, bound, replay
+from tiercache.cache.replay import Trace, bound, simulate
 from tiercache.cache.units import PIECE_BYTES
 from tiercache.cli.training import Training, epoch_reads
 from tiercache.prices import GB
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Prices:
+class FetchPrices:
     """Prices of reading from the store.
 
     Attributes:
@@ -36,7 +36,7 @@ class Prices:
 
 
 @dataclass(frozen=True, slots=True)
-class Speeds:
+class Bandwidths:
     """Bandwidths of one node in bytes per second; None: unknown.
 
     Attributes:
@@ -73,16 +73,16 @@ class Cluster:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Access:
+class NodeReads:
     """The reads of one node in order, and the epoch of each read; epoch 0 for all reads of a recorded trace."""
 
     trace: Trace
     epoch: NDArray[np.int64]
 
 
-def training_accesses(
+def training_reads(
     records: NDArray[np.int64], stored_bytes: NDArray[np.int64], training: Training, cluster: Cluster
-) -> list[Access]:
+) -> list[NodeReads]:
     """Return the reads of each node: a shard once per epoch for each local rank that reads it, by the ranks' clocks.
 
     Args:
@@ -116,7 +116,7 @@ def training_accesses(
             for rank, each in mine:
                 began[rank] += int(stored_bytes[each.shards].sum())
         shards, job, clock, _, epoch_of = np.concatenate(rows, axis=1)
-        accesses.append(Access(Trace(shards, stored_bytes[shards], job, clock), epoch_of))
+        accesses.append(NodeReads(Trace(shards, stored_bytes[shards], job, clock), epoch_of))
     return accesses
 
 
@@ -127,7 +127,7 @@ def _rows(rank: int, began: int, shards: NDArray[np.int64], clock: NDArray[np.in
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class SimulationResult:
     """The result of one policy and one cache size per node, for all nodes together.
 
     Figures per epoch are averages over the epochs after the first, or those of the only epoch.
@@ -156,19 +156,21 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class SimulationCosts:
     """Prices and bandwidths that all cases share."""
 
-    prices: Prices = field(default_factory=Prices)
-    speeds: Speeds = field(default_factory=Speeds)
+    prices: FetchPrices = field(default_factory=FetchPrices)
+    speeds: Bandwidths = field(default_factory=Bandwidths)
 
 
-def run_case(accesses: Sequence[Access], policy: str, size_bytes: int, question: Question) -> Case:
+def simulate_case(
+    accesses: Sequence[NodeReads], policy: str, size_bytes: int, question: SimulationCosts
+) -> SimulationResult:
     """Replay every node's reads with one policy and one cache size. Raises ValueError for an unknown policy."""
     nodes = [_counted(access, policy, size_bytes) for access in accesses]
     total = _Counts(*(sum(column) for column in zip(*map(astuple, nodes), strict=True)))
     times = [question.speeds.epoch_s(node.epoch_bytes, node.read_bytes) for node in nodes]
-    return Case(
+    return SimulationResult(
         policy,
         size_bytes,
         hit_ratio=total.hits / max(total.accesses, 1),
@@ -193,9 +195,9 @@ class _Counts:
     requests: float
 
 
-def _counted(access: Access, policy: str, size_bytes: int) -> _Counts:
+def _counted(access: NodeReads, policy: str, size_bytes: int) -> _Counts:
     trace = access.trace
-    report = bound(trace, size_bytes) if policy == "bound" else replay(trace, policy, size_bytes)
+    report = bound(trace, size_bytes) if policy == "bound" else simulate(trace, policy, size_bytes)
     fetched = trace.n_bytes - report.served
     n_epochs = int(access.epoch.max(initial=0)) + 1
     chosen = access.epoch > 0 if n_epochs > 1 else np.ones(len(trace), np.bool_)
@@ -210,12 +212,12 @@ def _counted(access: Access, policy: str, size_bytes: int) -> _Counts:
     )
 
 
-def recorded(trace: Trace) -> Access:
+def trace_reads(trace: Trace) -> NodeReads:
     """Return a recorded trace as one epoch of one node."""
-    return Access(trace, np.zeros(len(trace), np.int64))
+    return NodeReads(trace, np.zeros(len(trace), np.int64))
 
 
-def distinct_bytes(accesses: Sequence[Access]) -> int:
+def distinct_bytes(accesses: Sequence[NodeReads]) -> int:
     """Return the bytes of all objects that are read, each object counted once."""
     names = np.concatenate([access.trace.names for access in accesses])
     n_bytes = np.concatenate([access.trace.n_bytes for access in accesses])

@@ -16,8 +16,8 @@ from tiercache.cli.options import (
     Verbose,
 )
 from tiercache.cli.output import Output, count
-from tiercache.cli.values import cut
-from tiercache.cli.warm import existing_cache
+from tiercache.cli.values import shorten
+from tiercache.cli.warm import open_existing_cache
 from tiercache.model import format_bytes
 
 # Facts that are printed as tables or lines of their own, and not in the summary.
@@ -29,11 +29,11 @@ def status(
     cache_size: CacheSize = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Show what the cache holds, who uses it, and damage found in it."""
     output = Output(as_json, quiet)
-    with existing_cache(cache_dir, cache_size) as cache:
+    with open_existing_cache(cache_dir, cache_size) as cache:
         facts, entries = cache.status(), cache.entries()
     _print_data_sets(output, by_data_set(entries))
     _print_users(output, facts, {entry.name: entry.source for entry in entries})
@@ -67,7 +67,7 @@ def _print_users(output: Output, facts: Mapping[str, Any], sources: Mapping[str,
         if holder["pid"] != os.getpid()
     ]
     texts = [
-        {"process": str(h["pid"]), "holds": count(h["copies"], "copy", "copies"), "command": cut(h["command"])}
+        {"process": str(h["pid"]), "holds": count(h["copies"], "copy", "copies"), "command": shorten(h["command"])}
         for h in holders
     ]
     output.table("holder", holders, texts)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from tiercache.cli.failures import reports_failures
+from tiercache.cli.failures import report_errors
 from tiercache.cli.tier_apply import apply
 from tiercache.cli.tier_check import check
 from tiercache.cli.tier_ls import ls
@@ -26,4 +26,4 @@ _VERBS: tuple[tuple[Callable[..., None], str], ...] = (
     (ls, _AGAIN),
 )
 for _verb, _how_to_go_on in _VERBS:
-    tier.command()(reports_failures(_verb, how_to_go_on=_how_to_go_on))
+    tier.command()(report_errors(_verb, how_to_go_on=_how_to_go_on))

@@ -10,16 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from tiercache.cli.failures import FAILED, PARTLY
+from tiercache.cli.failures import FAILED, PARTIAL
 from tiercache.cli.options import DryRun, Json, Quiet, Verbose, Yes
 from tiercache.cli.output import Output, count, printable
-from tiercache.cli.tier_opening import OpenTiers, Rules, opened_tiers
+from tiercache.cli.tier_opening import OpenTiers, Rules, open_tiers
 from tiercache.cli.tier_plan import Limit, plan_facts, plan_text, print_plan
-from tiercache.cli.tier_texts import span
+from tiercache.cli.tier_texts import format_duration
 from tiercache.model import format_bytes
-from tiercache.tier.adopting import adopt_planned
+from tiercache.tier.adopting import track_planned
 from tiercache.tier.model import Plan
-from tiercache.tier.mover import Applied, Mover, Stopped
+from tiercache.tier.mover import ApplyResult, Mover, StoppedMove
 from tiercache.tier.plan import read_plan
 from tiercache.tier.transfer import Transfer
 
@@ -32,7 +32,7 @@ def apply(
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Make the moves of a stored plan, and no others.
 
@@ -47,21 +47,21 @@ def apply(
         print_plan(output, stored, limit)
         output.summary({**plan_facts(stored), "dry_run": True}, f"would make {plan_text(stored)}")
         return
-    with opened_tiers(rules or Path(stored.rules)) as tiers:
+    with open_tiers(rules or Path(stored.rules)) as tiers:
         if tiers.file.sha256 != stored.rules_sha256:
             text = f"{tiers.file.path} has changed since the plan was made; moves of tiers that differ are stopped"
             output.event("note", {"text": text}, f"note: {text}")
         if stored.moves and not yes:
-            ask(f"Make {plan_text(stored)}{_deletions(stored)}?", "nothing was moved")
-        adopted = adopt_planned(stored, tiers.stores)
-        applied = carry_out(output, tiers, stored)
-    text = _text(stored, applied, tiers.file.tiering.grace_s) + adopted_text(adopted)
-    output.summary(_facts(stored, applied) | {"adopted": list(adopted)}, text)
+            confirm(f"Make {plan_text(stored)}{_deletions(stored)}?", "nothing was moved")
+        adopted = track_planned(stored, tiers.stores)
+        applied = execute_plan(output, tiers, stored)
+    text = _apply_text(stored, applied, tiers.file.tiering.grace_s) + tracked_text(adopted)
+    output.summary(_apply_facts(stored, applied) | {"adopted": list(adopted)}, text)
     if applied.stopped:
-        raise typer.Exit(PARTLY)
+        raise typer.Exit(PARTIAL)
 
 
-def carry_out(output: Output, tiers: OpenTiers, plan: Plan) -> Applied:
+def execute_plan(output: Output, tiers: OpenTiers, plan: Plan) -> ApplyResult:
     """Make a plan's moves with a progress bar, and print the moves that were stopped, with the reason."""
     cancel, tiering = Event(), tiers.file.tiering
     with (
@@ -74,19 +74,19 @@ def carry_out(output: Output, tiers: OpenTiers, plan: Plan) -> Applied:
     return applied
 
 
-def print_stopped(output: Output, stopped: Sequence[Stopped]) -> None:
+def print_stopped(output: Output, stopped: Sequence[StoppedMove]) -> None:
     """Print the moves that were not made, with the reason."""
     for one in stopped:
         facts = {"plan": one.plan, "id": one.number, "path": one.path, "reason": one.reason}
         output.event("stopped", facts, printable(f"stopped: {one.path}: {one.reason}"))
 
 
-def adopted_text(adopted: Sequence[str]) -> str:
+def tracked_text(adopted: Sequence[str]) -> str:
     """Return the end of a summary, which counts data sets that are tracked from now on."""
     return f"; {count(len(adopted), 'data set')} tracked from now on" if adopted else ""
 
 
-def ask(question: str, otherwise: str) -> None:
+def confirm(question: str, otherwise: str) -> None:
     """Ask at the terminal whether to continue, and exit if not. Raises ValueError if standard input is no terminal."""
     if not sys.stdin.isatty():
         raise ValueError("cannot ask for confirmation, because standard input is not a terminal; give --yes")
@@ -100,7 +100,7 @@ def _deletions(plan: Plan) -> str:
     return f", including {count(n, 'permanent deletion')}" if n else ""
 
 
-def _facts(plan: Plan, applied: Applied) -> dict[str, Any]:
+def _apply_facts(plan: Plan, applied: ApplyResult) -> dict[str, Any]:
     return {
         "plan": plan.id,
         "n_moves": len(plan.moves),
@@ -111,11 +111,11 @@ def _facts(plan: Plan, applied: Applied) -> dict[str, Any]:
     }
 
 
-def _text(plan: Plan, applied: Applied, grace_s: float) -> str:
+def _apply_text(plan: Plan, applied: ApplyResult, grace_s: float) -> str:
     text = f"{applied.done:,} of {count(len(plan.moves), 'move')} done, {format_bytes(applied.n_bytes)} copied"
     if applied.waiting_drops:
         text += (
-            f"; {count(applied.waiting_drops, 'deletion')} due after the grace period ({span(grace_s)}), "
+            f"; {count(applied.waiting_drops, 'deletion')} due after the grace period ({format_duration(grace_s)}), "
             "by `tier run --once`"
         )
     return text + (f"; {len(applied.stopped):,} stopped" if applied.stopped else "")

@@ -11,23 +11,31 @@ import numpy as np
 import pyarrow as pa
 import typer
 
-from tiercache.cli.failures import FAILED, PARTLY
+from tiercache.cli.failures import FAILED, PARTIAL
 from tiercache.cli.options import Json, Quiet, Verbose
 from tiercache.cli.output import Output, count, printable
-from tiercache.cli.tier_opening import OpenTiers, Rules, opened_tiers, read_rules, say_doubts, say_losses, say_unseen
+from tiercache.cli.tier_opening import (
+    OpenTiers,
+    Rules,
+    open_tiers,
+    print_losses,
+    print_notes,
+    print_unavailable,
+    read_rules,
+)
 from tiercache.errors import StoreError
 from tiercache.model import format_bytes
 from tiercache.prices import Prices, price_notes, price_table
 from tiercache.store import redact
 from tiercache.store.archive import S3Archive
-from tiercache.store.urls import Location
+from tiercache.store.urls import ParsedUrl
 from tiercache.tier.bucket_rules import bucket_findings
 from tiercache.tier.inventory import Inventory
 from tiercache.tier.losses import Loss
-from tiercache.tier.marks import no_folder
+from tiercache.tier.marks import missing_folder_message
 from tiercache.tier.model import KINDS
 from tiercache.tier.view import rules_of
-from tiercache.tierfile import Rule, Tier, TierFile
+from tiercache.tierfile import Rule, RuleFile, Tier
 
 _NO_RULE = "(no rule)"
 # Facts of an inventory, and why no plan touches the objects that they count.
@@ -50,7 +58,7 @@ def check(
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Check the rule file and its tiers, and print what rules match.
 
@@ -64,10 +72,10 @@ def check(
     elif offline:
         file = read_rules(rules)
         _print_tiers(output, file, {tier.name: _OFFLINE for tier in file.tiers})
-        say_doubts(output, filter(None, map(no_folder, file.tiers)))
+        print_notes(output, filter(None, map(missing_folder_message, file.tiers)))
         _sum_up(output, file, 0, None)
     else:
-        with opened_tiers(rules) as tiers:
+        with open_tiers(rules) as tiers:
             _check(output, tiers)
 
 
@@ -77,7 +85,7 @@ def _check(output: Output, tiers: OpenTiers) -> None:
     failed = {name for name, answer in reached.items() if answer != "yes"}
     unseen = tiers.unseen(but=failed)
     _print_tiers(output, file, reached | dict.fromkeys(unseen, _UNSEEN))
-    say_unseen(output, file, unseen)
+    print_unavailable(output, file, unseen)
     losses: tuple[Loss, ...] | None = None
     if not failed:
         inventory = tiers.stock(output)
@@ -89,16 +97,16 @@ def _check(output: Output, tiers: OpenTiers) -> None:
         tiers.say_left(output)
         folders = [found.folder for found in inventory.facts["datasets"]]
         tiers.say_uncounted(output, inventory, pa.array(folders, pa.large_string()))
-        say_losses(output, losses)
+        print_losses(output, losses)
     n_unreached = len(failed) + len(unseen)
     _sum_up(output, file, n_unreached, losses)
     if n_unreached or losses:
-        raise typer.Exit(FAILED if n_unreached else PARTLY)
+        raise typer.Exit(FAILED if n_unreached else PARTIAL)
 
 
 def _reached(tiers: OpenTiers, tier: Tier) -> str:
     """Return "yes", or why the tier cannot be reached. A listing needs the same permission as everything else."""
-    if tier.is_local and (path := Path(Location.parse(tier.url).path)).exists() and not path.is_dir():
+    if tier.is_local and (path := Path(ParsedUrl.parse(tier.url).path)).exists() and not path.is_dir():
         return f"{path}: not a folder"
     try:
         next(iter(tiers.stores.listing(tier.name)), None)
@@ -107,7 +115,7 @@ def _reached(tiers: OpenTiers, tier: Tier) -> str:
     return "yes"
 
 
-def _print_tiers(output: Output, file: TierFile, reached: dict[str, str]) -> None:
+def _print_tiers(output: Output, file: RuleFile, reached: dict[str, str]) -> None:
     rows: list[dict[str, Any]] = []
     texts: list[dict[str, str]] = []
     for tier in file.tiers:
@@ -121,7 +129,7 @@ def _print_tiers(output: Output, file: TierFile, reached: dict[str, str]) -> Non
     output.table("tier", rows, texts)
 
 
-def _print_rules(output: Output, file: TierFile, inventory: Inventory) -> None:
+def _print_rules(output: Output, file: RuleFile, inventory: Inventory) -> None:
     """Print a row for each rule with the objects that it matches, and a row for objects that no rule matches."""
     snapshot = inventory.snapshot
     matched = rules_of(snapshot, file)
@@ -192,7 +200,7 @@ def _does(rule: Rule) -> str:
     return ", ".join(parts) or "stays where it is"
 
 
-def _doubts(file: TierFile) -> Iterator[str]:
+def _setting_notes(file: RuleFile) -> Iterator[str]:
     """Yield a note for each setting that is valid but probably not intended."""
     for tier in file.tiers:
         if tier.prices is None and not tier.is_local:
@@ -203,8 +211,8 @@ def _doubts(file: TierFile) -> Iterator[str]:
                 yield f"tiers.{tier.name} writes storage class {written}, but has the prices of {priced}"
 
 
-def _sum_up(output: Output, file: TierFile, n_unreached: int, losses: Sequence[Loss] | None) -> None:
-    say_doubts(output, _doubts(file))
+def _sum_up(output: Output, file: RuleFile, n_unreached: int, losses: Sequence[Loss] | None) -> None:
+    print_notes(output, _setting_notes(file))
     facts = {
         "rules_file": str(file.path),
         "tiers": len(file.tiers),

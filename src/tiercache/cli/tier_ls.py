@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from tiercache.cli.options import Json, Quiet, Verbose
 from tiercache.cli.output import Output, count
-from tiercache.cli.tier_opening import Rules, chosen, opened_tiers, path_of, say_unseen
-from tiercache.cli.tier_texts import dollars, span
+from tiercache.cli.tier_opening import Rules, open_tiers, print_unavailable, select_paths, tier_path
+from tiercache.cli.tier_texts import format_dollars, format_duration
 from tiercache.errors import NotFound
 from tiercache.model import format_bytes
 from tiercache.prices import Prices
 from tiercache.tier.costs import Sizes, month_dollars
-from tiercache.tier.model import HERE, KINDS, Snapshot
+from tiercache.tier.model import KINDS, READABLE, Snapshot
 
 _DIGITS = re.compile(r"([0-9]+)")
 STATES = ("here", "archived", "restoring", "restored")
@@ -33,29 +33,29 @@ def ls(
     rules: Rules = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """List shards, checkpoints and files with their tiers and costs.
 
     Each line shows the states of the copies, the last use and the dollars per month.
     """
     output = Output(as_json, quiet)
-    with opened_tiers(rules) as tiers:
-        wanted = "" if path is None else path_of(tiers.file, path)
+    with open_tiers(rules) as tiers:
+        wanted = "" if path is None else tier_path(tiers.file, path)
         inventory = tiers.stock(output)
-        say_unseen(output, tiers.file, tiers.unseen())
+        print_unavailable(output, tiers.file, tiers.unseen())
         tiers.say_left(output)
         snapshot = inventory.snapshot
         note = tiers.without_prices()
-    found = np.flatnonzero(chosen(snapshot.paths, [wanted])).tolist()
+    found = np.flatnonzero(select_paths(snapshot.paths, [wanted])).tolist()
     if path is not None and not found:
         raise NotFound(f"no object has this name or matches it in the tiers {', '.join(snapshot.tiers)}", url=wanted)
     month = monthly(snapshot, tiers.prices)
     first = np.searchsorted(snapshot.group, np.arange(snapshot.n_groups + 1))
     groups = sorted(found, key=lambda group: _natural(snapshot.paths[group].as_py()))
     rows = [_row(snapshot, g, range(first[g], first[g + 1]), month) for g in groups]
-    output.table("group", rows, [_text(row, snapshot.now_s) for row in rows])
-    _sum_up(output, rows, snapshot.tiers, note)
+    output.table("group", rows, [_row_text(row, snapshot.now_s) for row in rows])
+    _print_ls_summary(output, rows, snapshot.tiers, note)
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
@@ -109,9 +109,9 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def _text(row: Mapping[str, Any], now_s: float) -> dict[str, str]:
+def _row_text(row: Mapping[str, Any], now_s: float) -> dict[str, str]:
     """Return a row of _row() for people."""
-    used = "now" if row["in_use"] else f"{span(now_s - row['last_use_s'])} ago"
+    used = "now" if row["in_use"] else f"{format_duration(now_s - row['last_use_s'])} ago"
     return {
         "path": row["path"],
         "kind": row["kind"] if row["complete"] else f"{row['kind']} (not complete)",
@@ -119,17 +119,17 @@ def _text(row: Mapping[str, Any], now_s: float) -> dict[str, str]:
         "where": ", ".join(_where(copy) for copy in row["copies"]),
         "last use": used + (" or later" if row["unreported"] else ""),
         "uses": f"{row['uses']:,}",
-        "$/month": dollars(row["dollars_month"]),
+        "$/month": format_dollars(row["dollars_month"]),
     }
 
 
 def _where(copy: Mapping[str, Any]) -> str:
-    notes = [] if copy["state"] == STATES[HERE] else [copy["state"]]
+    notes = [] if copy["state"] == STATES[READABLE] else [copy["state"]]
     notes += [] if copy["whole"] else ["in part"]
     return f"{copy['tier']} ({', '.join(notes)})" if notes else str(copy["tier"])
 
 
-def _sum_up(output: Output, rows: Sequence[Mapping[str, Any]], tiers: Sequence[str], note: str) -> None:
+def _print_ls_summary(output: Output, rows: Sequence[Mapping[str, Any]], tiers: Sequence[str], note: str) -> None:
     held = {name: [0, 0.0] for name in tiers}
     for copy in (copy for row in rows for copy in row["copies"]):
         held[copy["tier"]][0] += copy["n_bytes"]
@@ -138,4 +138,4 @@ def _sum_up(output: Output, rows: Sequence[Mapping[str, Any]], tiers: Sequence[s
     by_tier = {name: {"n_bytes": n_bytes, "dollars_month": round(d, 6)} for name, (n_bytes, d) in held.items()}
     shown = ", ".join(f"{format_bytes(n_bytes)} in {name}" for name, (n_bytes, _) in held.items())
     facts = {"groups": len(rows), "tiers": by_tier, "dollars_month": round(month, 6)}
-    output.summary(facts, f"{count(len(rows), 'group')}: {shown}; ${dollars(month)} a month{note}")
+    output.summary(facts, f"{count(len(rows), 'group')}: {shown}; ${format_dollars(month)} a month{note}")

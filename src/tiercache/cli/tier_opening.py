@@ -18,17 +18,17 @@ from numpy.typing import NDArray
 
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.cli.output import Output, count, printable
-from tiercache.prices import Prices, priced
+from tiercache.prices import Prices, prices_if_known
 from tiercache.store import redact
-from tiercache.store.urls import Location
+from tiercache.store.urls import ParsedUrl
 from tiercache.tier.inventory import Inventory, take_inventory
 from tiercache.tier.losses import Loss, find_losses
-from tiercache.tier.marks import absences, no_folder
+from tiercache.tier.marks import missing_folder_message, unavailable_tiers
 from tiercache.tier.matching import first_match
 from tiercache.tier.run import catalog_path
 from tiercache.tier.scores import MetricGap, metric_gaps
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import TierFile, load_tiers
+from tiercache.tierfile import RuleFile, load_rule_file
 
 Rules: TypeAlias = Annotated[
     Path | None,
@@ -55,7 +55,7 @@ class OpenTiers:
         prices: Prices of each tier; None: no prices are known.
     """
 
-    file: TierFile
+    file: RuleFile
     stores: Stores
     catalog: TierCatalog
     prices: tuple[Prices | None, ...]
@@ -89,7 +89,7 @@ class OpenTiers:
         Args:
             but: Names of tiers that are not checked.
         """
-        return absences(self.file, self.stores, self.catalog, but=but)
+        return unavailable_tiers(self.file, self.stores, self.catalog, but=but)
 
     def losses(self, inventory: Inventory) -> tuple[Loss, ...]:
         """Return the objects that should be in a tier but are in no tier."""
@@ -103,7 +103,7 @@ class OpenTiers:
             passed_over: Whether checkpoints without a metric are noted too.
         """
         gaps, passed = metric_gaps(inventory.snapshot, self.file, inventory.facts["in_files"])
-        say_gaps(output, gaps)
+        print_metric_gaps(output, gaps)
         for one in passed if passed_over else ():
             output.event("passed_over", asdict(one), printable(f"note: {one.text}"))
 
@@ -127,13 +127,13 @@ class OpenTiers:
         return f"; dollars exclude {', '.join(names)}, which has no prices" if names else ""
 
 
-def say_gaps(output: Output, gaps: Iterable[MetricGap]) -> None:
+def print_metric_gaps(output: Output, gaps: Iterable[MetricGap]) -> None:
     """Print a warning for each run without a metric that a keep list needs."""
     for gap in gaps:
         output.event("no_metric", asdict(gap), printable(f"warning: {gap.text}"))
 
 
-def say_losses(output: Output, losses: Sequence[Loss]) -> None:
+def print_losses(output: Output, losses: Sequence[Loss]) -> None:
     """Print a line for each lost object; people see the first 20."""
     shown = losses if output.as_json else losses[:_LOSSES_SHOWN]
     for loss in shown:
@@ -142,33 +142,33 @@ def say_losses(output: Output, losses: Sequence[Loss]) -> None:
         typer.echo(f"LOST: ... and {count(len(losses) - len(shown), 'object')} more: --json names all")
 
 
-def say_unseen(output: Output, file: TierFile, unseen: Mapping[str, str]) -> None:
+def print_unavailable(output: Output, file: RuleFile, unseen: Mapping[str, str]) -> None:
     """Print a warning for each tier whose copies cannot be seen, and a note for each other tier without a folder."""
     for tier, why in unseen.items():
         text = f"tiers.{tier} cannot be seen: {why}"
         output.event("unseen", {"tier": tier, "reason": why}, printable(f"warning: {text}"))
-    say_doubts(output, filter(None, (no_folder(tier) for tier in file.tiers if tier.name not in unseen)))
+    print_notes(output, filter(None, (missing_folder_message(tier) for tier in file.tiers if tier.name not in unseen)))
 
 
-def say_doubts(output: Output, doubts: Iterable[str]) -> None:
+def print_notes(output: Output, doubts: Iterable[str]) -> None:
     """Print a note for each setting that is valid but probably not intended."""
     for doubt in doubts:
         output.event("doubt", {"text": doubt}, f"note: {doubt}")
 
 
 @contextmanager
-def opened_tiers(rules: Path | None) -> Iterator[OpenTiers]:
+def open_tiers(rules: Path | None) -> Iterator[OpenTiers]:
     """Yield the opened tiers of the rule file, and close them at the end."""
     file = read_rules(rules)
-    prices = tuple(priced(tier) for tier in file.tiers)
+    prices = tuple(prices_if_known(tier) for tier in file.tiers)
     places = {tier.name: tier.url for tier in file.tiers}
     with Stores(file) as stores, TierCatalog(catalog_path(file), places) as catalog:
         yield OpenTiers(file, stores, catalog, prices)
 
 
-def read_rules(rules: Path | None) -> TierFile:
+def read_rules(rules: Path | None) -> RuleFile:
     """Return the rule file after checking that its globs compile. Raises ValueError, which names file and key."""
-    file = load_tiers(rules)
+    file = load_rule_file(rules)
     nothing = pa.array([], pa.large_string())
     globs = [(f"{rule.name}.match", rule.match) for rule in file.rules]
     globs += [(f"{rule.name}.except", rule.excepted) for rule in file.rules]
@@ -183,7 +183,7 @@ def read_rules(rules: Path | None) -> TierFile:
     return file
 
 
-def path_of(file: TierFile, text: str) -> str:
+def tier_path(file: RuleFile, text: str) -> str:
     """Return the path below the tiers' URLs that an argument names; "" is a whole tier.
 
     Args:
@@ -194,21 +194,21 @@ def path_of(file: TierFile, text: str) -> str:
     Raises:
         ValueError: The URL or absolute path is in no tier.
     """
-    place = Location.parse(os.path.abspath(text) if text.startswith(_HERE) else text)  # noqa: PTH100 - keeps links
+    place = ParsedUrl.parse(os.path.abspath(text) if text.startswith(_HERE) else text)  # noqa: PTH100 - keeps links
     if not place.scheme and not Path(place.path).is_absolute():
         return text.strip("/")
     whole = _whole(place)
     for tier in file.tiers:
-        root = _whole(Location.parse(tier.url))
+        root = _whole(ParsedUrl.parse(tier.url))
         if whole == root:
             return ""
         if whole.startswith(root.rstrip("/") + "/"):
             return whole.removeprefix(root.rstrip("/") + "/")
-    known = ", ".join(Location.parse(tier.url).shown for tier in file.tiers)
+    known = ", ".join(ParsedUrl.parse(tier.url).shown for tier in file.tiers)
     raise ValueError(f"{place.shown}: not in any tier of {file.path}: {known}")
 
 
-def _whole(place: Location) -> str:
+def _whole(place: ParsedUrl) -> str:
     return place.full.rstrip("/") if place.scheme else os.path.normpath(place.path)
 
 
@@ -217,7 +217,7 @@ def is_glob(text: str) -> bool:
     return any(sign in text for sign in _SIGNS)
 
 
-def folder_of(text: str) -> str:
+def base_folder(text: str) -> str:
     """Return the deepest folder that contains everything a path or glob matches; "" for all."""
     if not is_glob(text):
         return text
@@ -225,7 +225,7 @@ def folder_of(text: str) -> str:
     return text[:first].rpartition("/")[0]
 
 
-def chosen(paths: pa.Array, wanted: Sequence[str]) -> NDArray[np.bool_]:
+def select_paths(paths: pa.Array, wanted: Sequence[str]) -> NDArray[np.bool_]:
     """Return which paths the arguments select, bool[n].
 
     Args:

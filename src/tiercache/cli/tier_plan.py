@@ -10,12 +10,12 @@ import typer
 
 from tiercache.cli.options import Json, Quiet, Verbose
 from tiercache.cli.output import Output, count
-from tiercache.cli.tier_opening import OpenTiers, Rules, opened_tiers, say_unseen
-from tiercache.cli.tier_texts import dollars, print_holdings, span
+from tiercache.cli.tier_opening import OpenTiers, Rules, open_tiers, print_unavailable
+from tiercache.cli.tier_texts import format_dollars, format_duration, print_holdings
 from tiercache.model import format_bytes
 from tiercache.tier.model import SHARD, Move, Plan, Refusal
-from tiercache.tier.moves import paths_of, sums, sums_by_way
-from tiercache.tier.plan import planned, write_plan
+from tiercache.tier.moves import paths_of, total_moves, totals_by_route
+from tiercache.tier.plan import make_plan, write_plan
 from tiercache.tier.policy import decide
 
 Limit = Annotated[
@@ -32,7 +32,7 @@ def plan(
     rules: Rules = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Show what would be moved, why, and what it costs and saves.
 
@@ -40,8 +40,8 @@ def plan(
     --limit says.
     """
     output = Output(as_json, quiet)
-    with opened_tiers(rules) as tiers:
-        made = made_plan(output, tiers)
+    with open_tiers(rules) as tiers:
+        made = plan_tiers(output, tiers)
         note = tiers.without_prices()
     if out is not None:
         write_plan(made, out)
@@ -50,14 +50,14 @@ def plan(
     output.summary(plan_facts(made) | {"out": None if out is None else str(out)}, f"{plan_text(made)}{written}{note}")
 
 
-def made_plan(output: Output, tiers: OpenTiers) -> Plan:
+def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
     """Return a plan of what is in the tiers now."""
     inventory = tiers.stock(output)
     unseen = tiers.unseen()
     limits = tiers.capacities()
     decisions = decide(inventory.snapshot, tiers.file, tiers.prices, capacity_bytes=limits, missing=unseen)
-    made = planned(decisions, inventory, tiers.file, tiers.prices)
-    say_unseen(output, tiers.file, unseen)
+    made = make_plan(decisions, inventory, tiers.file, tiers.prices)
+    print_unavailable(output, tiers.file, unseen)
     tiers.say_unscored(output, inventory)
     tiers.say_uncounted(output, inventory, paths_of(made.moves, SHARD))
     return made
@@ -86,8 +86,8 @@ def _print_sums(output: Output, moves: Sequence[Move]) -> None:
             "moves": f"{n:,}",
             "size": format_bytes(of.n_bytes),
         }
-        | {"cost": dollars(of.once), "saves/month": dollars(of.saving_month)}
-        for (rule, action, src, dst), (n, of) in sums_by_way(moves).items()
+        | {"cost": format_dollars(of.once), "saves/month": format_dollars(of.saving_month)}
+        for (rule, action, src, dst), (n, of) in totals_by_route(moves).items()
     ]
     output.table("sum", texts, texts)
 
@@ -95,8 +95,8 @@ def _print_sums(output: Output, moves: Sequence[Move]) -> None:
 def _print_moves(output: Output, moves: Sequence[Move]) -> None:
     texts = [
         {"does": move.action, "path": move.path, "from": move.src, "to": move.dst or ""}
-        | {"size": format_bytes(move.n_bytes), "cost": dollars(move.money.once)}
-        | {"saves/month": dollars(move.money.saving_month), "back in": _days(move.money.break_even_days)}
+        | {"size": format_bytes(move.n_bytes), "cost": format_dollars(move.money.once)}
+        | {"saves/month": format_dollars(move.money.saving_month), "back in": _days(move.money.break_even_days)}
         | {"why": f"{move.rule}: {move.reason}"}
         for move in moves
     ]
@@ -106,7 +106,7 @@ def _print_moves(output: Output, moves: Sequence[Move]) -> None:
 def _days(days: float | None) -> str:
     if days is None:
         return ""
-    return span(days * 86400.0) if days > 0 else "at once"
+    return format_duration(days * 86400.0) if days > 0 else "at once"
 
 
 def _print_refusals(output: Output, refusals: Sequence[Refusal]) -> None:
@@ -151,7 +151,7 @@ def refusal_facts(one: Refusal) -> dict[str, Any]:
 
 def plan_facts(made: Plan) -> dict[str, Any]:
     """Return the summary of a plan for JSON output."""
-    of = sums(made.moves)
+    of = total_moves(made.moves)
     return {
         "plan": made.id,
         "n_moves": len(made.moves),
@@ -166,5 +166,5 @@ def plan_text(made: Plan) -> str:
     """Return the summary of a plan for people."""
     facts = plan_facts(made)
     text = f"{count(facts['n_moves'], 'move')}, {format_bytes(facts['n_bytes'])}"
-    text += f", costs ${dollars(facts['cost'])}, saves ${dollars(facts['saving_month'])} a month"
+    text += f", costs ${format_dollars(facts['cost'])}, saves ${format_dollars(facts['saving_month'])} a month"
     return text + (f"; {count(facts['n_refused'], 'move')} refused" if facts["n_refused"] else "")

@@ -8,8 +8,8 @@ import typer
 
 from tiercache.cli.options import DryRun, Json, Quiet, Verbose
 from tiercache.cli.output import Output, count
-from tiercache.cli.tier_apply import adopted_text, print_stopped
-from tiercache.cli.tier_opening import Rules, read_rules, say_gaps, say_losses, say_unseen
+from tiercache.cli.tier_apply import print_stopped, tracked_text
+from tiercache.cli.tier_opening import Rules, print_losses, print_metric_gaps, print_unavailable, read_rules
 from tiercache.cli.tier_plan import Limit, plan_text, print_plan
 from tiercache.cli.tier_texts import print_holdings
 from tiercache.model import format_bytes
@@ -23,7 +23,7 @@ def run(
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Plan and make all moves that are due; for schedulers.
 
@@ -38,21 +38,21 @@ def run(
     file = read_rules(rules)
     with output.progress("moving") as advance:
         report = run_once(file, dry_run=dry_run, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
-    say_unseen(output, file, report.unseen)
-    say_gaps(output, report.gaps)
+    print_unavailable(output, file, report.unseen)
+    print_metric_gaps(output, report.gaps)
     if dry_run:
         print_plan(output, report.plan, limit)
     else:
         print_stopped(output, report.stopped)
-    say_losses(output, report.losses)
+    print_losses(output, report.losses)
     if not dry_run and not as_json:
         print_holdings(output, [tier.name for tier in report.plan.tiers], report.plan.before, report.plan.after)
-    output.summary(report.to_json(), _text(report))
+    output.summary(report.to_json(), _run_text(report))
     if report.exit_code:
         raise typer.Exit(report.exit_code)
 
 
-def _text(report: RunReport) -> str:
+def _run_text(report: RunReport) -> str:
     """Return the summary for people."""
     if report.dry_run:
         return f"would make {plan_text(report.plan)}; {count(report.settled.waiting_drops, 'deletion')} waiting"
@@ -68,4 +68,4 @@ def _text(report: RunReport) -> str:
         (len(report.plan.refusals), f"{len(report.plan.refusals):,} refused"),
         (report.n_restoring, f"{count(report.n_restoring, 'copy', 'copies')} being restored"),
     ]
-    return "; ".join([text, *(words for n, words in parts if n)]) + adopted_text(report.adopted)
+    return "; ".join([text, *(words for n, words in parts if n)]) + tracked_text(report.adopted)

@@ -8,12 +8,12 @@ from typing import Any
 
 from tiercache.cli.output import Output
 from tiercache.model import format_bytes
-from tiercache.tier.model import Holding
+from tiercache.tier.model import TierTotals
 
-_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
+_DURATION_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
-def dollars(amount: float) -> str:
+def format_dollars(amount: float) -> str:
     """Return an amount as "1,234.50"; an amount below 0.01 with two significant digits: "0.00012"."""
     if amount == 0 or abs(amount) >= 0.01:
         return f"{amount:,.2f}"
@@ -21,38 +21,38 @@ def dollars(amount: float) -> str:
     return f"{amount:.{digits}f}" if digits <= 6 else "0.00"
 
 
-def span(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a duration as "12 d", "3 h" or "40 s": in the largest unit of which it has at least two."""
-    for length_s, unit in _UNITS:
+    for length_s, unit in _DURATION_UNITS:
         if seconds >= 2 * length_s:
             return f"{seconds / length_s:,.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
 
 
 def print_holdings(
-    output: Output, tiers: Sequence[str], before: Mapping[str, Holding], after: Mapping[str, Holding]
+    output: Output, tiers: Sequence[str], before: Mapping[str, TierTotals], after: Mapping[str, TierTotals]
 ) -> None:
     """Print a row for each tier with what it holds before and after."""
     rows: list[dict[str, Any]] = []
     texts: list[dict[str, str]] = []
     for name in tiers:
-        old, new = before.get(name, Holding()), after.get(name, Holding())
-        rows.append({"tier": name, "before": _facts(old), "after": _facts(new)})
+        old, new = before.get(name, TierTotals()), after.get(name, TierTotals())
+        rows.append({"tier": name, "before": _holding_facts(old), "after": _holding_facts(new)})
         texts.append(
             {
                 "tier": name,
                 "objects": f"{old.n_objects:,}",
                 "bytes": format_bytes(old.n_bytes),
-                "$/month": dollars(old.dollars_month),
+                "$/month": format_dollars(old.dollars_month),
                 "objects then": f"{new.n_objects:,}",
                 "bytes then": format_bytes(new.n_bytes),
-                "$/month then": dollars(new.dollars_month),
+                "$/month then": format_dollars(new.dollars_month),
             }
         )
     output.table("tier", rows, texts)
 
 
-def _facts(holding: Holding) -> dict[str, Any]:
+def _holding_facts(holding: TierTotals) -> dict[str, Any]:
     return {
         "n_bytes": holding.n_bytes,
         "n_objects": holding.n_objects,

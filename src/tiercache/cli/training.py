@@ -66,7 +66,7 @@ class Training:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reads:
+class ReadOrder:
     """Shards in the order in which one reader first reads them in an epoch.
 
     Attributes:
@@ -78,7 +78,9 @@ class Reads:
     clock: NDArray[np.int64]
 
 
-def epoch_reads(records: NDArray[np.int64], stored_bytes: NDArray[np.int64], training: Training) -> dict[int, Reads]:
+def epoch_reads(
+    records: NDArray[np.int64], stored_bytes: NDArray[np.int64], training: Training
+) -> dict[int, ReadOrder]:
     """Return the reads of each of the training's ranks in its epoch. O(shards).
 
     Args:
@@ -101,10 +103,10 @@ def epoch_reads(records: NDArray[np.int64], stored_bytes: NDArray[np.int64], tra
         n_streams=order.n_streams,
     )
     ranks = {rank: replace(plan, rank=rank).streams for rank in training.ranks}
-    return {rank: _side_by_side([runs[s] for s in streams], stored_bytes) for rank, streams in ranks.items()}
+    return {rank: _interleave([runs[s] for s in streams], stored_bytes) for rank, streams in ranks.items()}
 
 
-def read_first(reads: Sequence[Reads]) -> NDArray[np.int64]:
+def merge_reads(reads: Sequence[ReadOrder]) -> NDArray[np.int64]:
     """Return the shards in the order in which parallel readers first read them, without duplicates: int64[m]."""
     if not reads:
         return np.zeros(0, np.int64)
@@ -113,22 +115,22 @@ def read_first(reads: Sequence[Reads]) -> NDArray[np.int64]:
     return shards[np.sort(np.unique(shards, return_index=True)[1])]
 
 
-def first_bytes(shards: NDArray[np.int64], stored_bytes: NDArray[np.int64], n_bytes: float) -> NDArray[np.int64]:
+def take_bytes(shards: NDArray[np.int64], stored_bytes: NDArray[np.int64], n_bytes: float) -> NDArray[np.int64]:
     """Return the first shards that together hold n_bytes; all shards if they hold less."""
     before = np.cumsum(stored_bytes[shards]) - stored_bytes[shards]
     return shards[: int(np.searchsorted(before, n_bytes, side="left"))]
 
 
-def _side_by_side(runs: Sequence[NDArray[np.int64]], stored_bytes: NDArray[np.int64]) -> Reads:
+def _interleave(runs: Sequence[NDArray[np.int64]], stored_bytes: NDArray[np.int64]) -> ReadOrder:
     """Return the reads of streams that advance together, one record of each in turn, at about equal byte rates."""
     if not runs:
-        return Reads(np.zeros(0, np.int64), np.zeros(0, np.int64))
+        return ReadOrder(np.zeros(0, np.int64), np.zeros(0, np.int64))
     shards = np.concatenate(runs)
     before = np.concatenate([np.cumsum(stored_bytes[run]) - stored_bytes[run] for run in runs])
     shards = shards[np.argsort(before, kind="stable")]
     # A shard that two of the rank's streams read is opened once.
     shards = shards[np.sort(np.unique(shards, return_index=True)[1])]
-    return Reads(shards, np.cumsum(stored_bytes[shards]) - stored_bytes[shards])
+    return ReadOrder(shards, np.cumsum(stored_bytes[shards]) - stored_bytes[shards])
 
 
 def _no_footers(shards: Sequence[int]) -> Sequence[BlockTable]:

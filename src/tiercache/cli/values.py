@@ -14,14 +14,14 @@ _TEXT_CHARACTERS = 70
 _ELEMENTS = 6
 
 
-def shown(column: Column, value: Any) -> str:
+def format_value(column: Column, value: Any) -> str:
     """Return one line for people: "<jpeg 12.3 KiB>" for images and bytes, first elements of arrays, long texts cut."""
     if value is None:
         return "null"
     if column.kind in (Kind.IMAGE, Kind.BYTES):
         return f"<{column.encoding or 'bytes'} {format_bytes(len(value))}>"
     if column.kind is Kind.STR:
-        return cut(json.dumps(value, ensure_ascii=False))
+        return shorten(json.dumps(value, ensure_ascii=False))
     if column.shape:
         array = as_numpy(value)
         first = ", ".join(str(element) for element in array.reshape(-1)[:_ELEMENTS].tolist())
@@ -31,15 +31,15 @@ def shown(column: Column, value: Any) -> str:
         number = as_numpy(value).item()
         name = f" ({column.classes[number]})" if column.classes and 0 <= number < len(column.classes) else ""
         return f"{number}{name}"
-    return cut(json.dumps(value, ensure_ascii=False, default=str))
+    return shorten(json.dumps(value, ensure_ascii=False, default=str))
 
 
-def plain(column: Column, value: Any) -> Any:
+def json_value(column: Column, value: Any) -> Any:
     """Return the value as JSON can hold it: arrays as lists, images and bytes as the text that shown() returns."""
     if value is None:
         return None
     if column.kind in (Kind.IMAGE, Kind.BYTES):
-        return shown(column, value)
+        return format_value(column, value)
     if column.shape or column.kind in (Kind.SCALAR, Kind.BOOL):
         return as_numpy(value).tolist()
     return value
@@ -52,6 +52,6 @@ def as_numpy(value: Any) -> np.ndarray[Any, Any]:
     return np.asarray(value)
 
 
-def cut(text: str) -> str:
+def shorten(text: str) -> str:
     """Return text, shortened to 70 characters if it is longer."""
     return text if len(text) <= _TEXT_CHARACTERS else text[: _TEXT_CHARACTERS - 3] + "..."

@@ -10,9 +10,9 @@ from typing import Annotated, TypeAlias
 import typer
 
 from tiercache import config
-from tiercache.cli.copies import CopiesAsked, verify_copies
-from tiercache.cli.failures import CORRUPT, PARTLY
-from tiercache.cli.opening import OpenDataSet, opened_store
+from tiercache.cli.copies import CopyVerification, verify_copies
+from tiercache.cli.failures import CORRUPT, PARTIAL
+from tiercache.cli.opening import OpenDataSet, open_data_set_store
 from tiercache.cli.options import (
     CacheDir,
     CacheSize,
@@ -23,11 +23,11 @@ from tiercache.cli.options import (
     Quiet,
     StorageOptions,
     Verbose,
-    Version,
-    parse_share,
+    VersionNumber,
+    parse_fraction,
 )
 from tiercache.cli.output import Output, count
-from tiercache.cli.warm import existing_cache
+from tiercache.cli.warm import open_existing_cache
 from tiercache.errors import CorruptShard
 from tiercache.model import ShardInfo, format_bytes
 from tiercache.shard.dataset_check import ShardCheck, check_shards, open_whole
@@ -48,7 +48,7 @@ def verify(
     ] = None,
     include: Include = None,
     exclude: Exclude = None,
-    at: Version = None,
+    at: VersionNumber = None,
     cached: Annotated[
         bool,
         typer.Option(
@@ -62,7 +62,7 @@ def verify(
     storage_option: StorageOptions = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Check every byte of a data set, or of copies in the cache.
 
@@ -74,12 +74,12 @@ def verify(
     if cached or repair or cache_dir is not None:
         if sample is not None or at is not None:
             raise ValueError("--sample and --at apply to data sets, and cannot be given for copies in the cache")
-        with existing_cache(cache_dir, cache_size) as cache:
-            verify_copies(output, cache, CopiesAsked(url, include, exclude, repair, jobs, storage_option))
+        with open_existing_cache(cache_dir, cache_size) as cache:
+            verify_copies(output, cache, CopyVerification(url, include, exclude, repair, jobs, storage_option))
         return
     if url is None:
         raise ValueError("verify needs a URL, or --cached, --repair or --cache DIR for copies in the cache")
-    with opened_store(url, storage_option) as store:
+    with open_data_set_store(url, storage_option) as store:
         try:
             data_set = OpenDataSet(store, *open_whole(store, at))
         except CorruptShard as error:
@@ -89,7 +89,7 @@ def verify(
             output.summary(facts, "the data set cannot be opened: 1 finding")
             raise typer.Exit(CORRUPT) from None
         chosen = data_set.select(include, exclude)
-        infos = [data_set.shards.info(i) for i in _sampled(chosen, 1.0 if sample is None else parse_share(sample))]
+        infos = [data_set.shards.info(i) for i in _sampled(chosen, 1.0 if sample is None else parse_fraction(sample))]
         checks = _check_all(output, data_set, infos, jobs)
     _finish(output, data_set, checks)
 
@@ -139,4 +139,4 @@ def _finish(output: Output, data_set: OpenDataSet, checks: Sequence[ShardCheck])
     of = f" of {len(data_set.shards)}" if len(checks) < len(data_set.shards) else ""
     output.summary(facts, f"checked {count(len(checks), 'shard')}{of}, {format_bytes(n_bytes)}: {said}{missed}")
     if damaged or unread:
-        raise typer.Exit(CORRUPT if damaged else PARTLY)
+        raise typer.Exit(CORRUPT if damaged else PARTIAL)

@@ -12,8 +12,8 @@ import typer
 
 from tiercache import config
 from tiercache.cache import Cache, CachedStore, WarmReport
-from tiercache.cli.choosing import Choice, OrderFlags, PartFlags, read_names
-from tiercache.cli.opening import open_data_set, opened_store
+from tiercache.cli.choosing import AmountOptions, ShardSelection, TrainingOptions, read_names
+from tiercache.cli.opening import open_data_set, open_data_set_store
 from tiercache.cli.options import (
     BatchSize,
     CacheDir,
@@ -33,12 +33,12 @@ from tiercache.cli.options import (
     Streams,
     Url,
     Verbose,
-    Version,
+    VersionNumber,
     check_size,
     parse_columns,
 )
 from tiercache.cli.output import Output, count
-from tiercache.cli.projection import projected
+from tiercache.cli.projection import read_column_ranges
 from tiercache.model import ByteRange, ShardIdentity, format_bytes
 from tiercache.store import LocalStore, Store
 
@@ -90,8 +90,8 @@ def refuse_local(store: Store, folder: str | None) -> None:
 
 
 @contextmanager
-def existing_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
-    """Open a cache that exists, as opened_cache() does.
+def open_existing_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
+    """Open a cache that exists, as open_cache() does.
 
     Raises:
         FileNotFoundError: The folder does not exist. It is not created.
@@ -102,30 +102,30 @@ def existing_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
             f"there is no cache at {path}: a job that reads from a store, or `tiercache warm`, creates one; to name "
             "another folder, use --cache or TIERCACHE_CACHE_DIR"
         )
-    with opened_cache(folder, size) as cache:
+    with open_cache(folder, size) as cache:
         yield cache
 
 
 @contextmanager
-def opened_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
+def open_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
     """Yield the cache that the options or the configuration name, and close it at the end."""
     with Cache.default(path=folder, size=check_size("--cache-size", size)) as cache:
         yield cache
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _CopyRequest:
     """The part of a data set that the options select. columns: Names of columns; None: all."""
 
     url: str
-    choice: Choice
+    choice: ShardSelection
     at: int | None
     columns: list[str] | None
     storage_options: Sequence[str] | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class _CopySet:
     """Objects to copy into a cache.
 
     Attributes:
@@ -172,9 +172,9 @@ class _Wanted:
 
 
 @contextmanager
-def _wanted(asked: _Asked, cache: Cache, cache_dir: str | None, output: Output) -> Iterator[_Wanted]:
+def _open_copy_set(asked: _CopyRequest, cache: Cache, cache_dir: str | None, output: Output) -> Iterator[_CopySet]:
     """Yield the selected objects, while the data set's store is open."""
-    with opened_store(asked.url, asked.storage_options) as inner:
+    with open_data_set_store(asked.url, asked.storage_options) as inner:
         refuse_local(inner, cache_dir)
         data_set = open_data_set(inner, asked.at)
         shards = asked.choice.shards(data_set.shards)
@@ -184,8 +184,8 @@ def _wanted(asked: _Asked, cache: Cache, cache_dir: str | None, output: Output) 
         ranges: Mapping[str, Sequence[ByteRange]] = {}
         if asked.columns is not None:
             with output.counting("reading footers") as advance:
-                ranges = projected(data_set, shards, asked.columns, advance)
-        yield _Wanted(cache, cache.store(inner), objects, ranges)
+                ranges = read_column_ranges(data_set, shards, asked.columns, advance)
+        yield _CopySet(cache, cache.store(inner), objects, ranges)
 
 
 def warm(
@@ -205,7 +205,7 @@ def warm(
     placement: Placement = None,
     shuffle_group: ShuffleGroup = None,
     batch_size: BatchSize = None,
-    at: Version = None,
+    at: VersionNumber = None,
     jobs: Jobs = 4,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = None,
@@ -213,7 +213,7 @@ def warm(
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Copy a data set, or a part of it, from its store into the cache.
 
@@ -221,11 +221,11 @@ def warm(
     reads them: --rank selects the ranks, and --first or --minutes the amount.
     """
     output = Output(as_json, quiet)
-    order = OrderFlags(seed, epoch, rank, streams, placement, shuffle_group, batch_size).training()
-    part, size = PartFlags(share, first, minutes, rate).limits()
-    choice = Choice(include, exclude, read_names(files_from), order, part, size)
-    asked = _Asked(url, choice, at, parse_columns(columns), storage_option)
-    with opened_cache(cache_dir, cache_size) as cache, _wanted(asked, cache, cache_dir, output) as wanted:
+    order = TrainingOptions(seed, epoch, rank, streams, placement, shuffle_group, batch_size).training()
+    part, size = AmountOptions(share, first, minutes, rate).limits()
+    choice = ShardSelection(include, exclude, read_names(files_from), order, part, size)
+    asked = _CopyRequest(url, choice, at, parse_columns(columns), storage_option)
+    with open_cache(cache_dir, cache_size) as cache, _open_copy_set(asked, cache, cache_dir, output) as wanted:
         if dry_run:
             plan = cache.plan_warm(wanted.store, wanted.objects, ranges=wanted.ranges)
             facts = {"fetched": len(plan.missing), "bytes_fetched": plan.missing_bytes, "fits": plan.fits}
@@ -246,7 +246,7 @@ def pin(
     include: Include = None,
     exclude: Exclude = None,
     files_from: FilesFrom = None,
-    at: Version = None,
+    at: VersionNumber = None,
     jobs: Jobs = 4,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = None,
@@ -254,7 +254,7 @@ def pin(
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Copy a data set into the cache, and keep the copies until unpin.
 
@@ -262,10 +262,10 @@ def pin(
     set.
     """
     output = Output(as_json, quiet)
-    part, size = PartFlags(share, first).limits()
-    choice = Choice(include, exclude, read_names(files_from), share=part, first_bytes=size)
-    asked = _Asked(url, choice, at, None, storage_option)
-    with opened_cache(cache_dir, cache_size) as cache, _wanted(asked, cache, cache_dir, output) as wanted:
+    part, size = AmountOptions(share, first).limits()
+    choice = ShardSelection(include, exclude, read_names(files_from), share=part, first_bytes=size)
+    asked = _CopyRequest(url, choice, at, None, storage_option)
+    with open_cache(cache_dir, cache_size) as cache, _open_copy_set(asked, cache, cache_dir, output) as wanted:
         if dry_run:
             output.summary(wanted.facts | {"dry_run": True}, f"would pin {wanted.text}")
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from tiercache.demo.events import Claim, Epoch, Held
+from tiercache.demo.events import Claim, Epoch, TierContents
 
 
 def warm_fetched_nothing(warm: Sequence[Epoch]) -> Claim:
@@ -93,7 +93,7 @@ def trained_alike(warm: Sequence[Epoch], moved: Sequence[Epoch]) -> Iterator[Cla
         yield Claim("training continues after the move", False, f"{len(moved)} of {len(warm)} trainings ran")
 
 
-def costs_less(before: Sequence[Held], after: Sequence[Held]) -> Claim:
+def costs_less(before: Sequence[TierContents], after: Sequence[TierContents]) -> Claim:
     """Return the claim that storage costs less after the move."""
     was, now = (sum(held.dollars_month for held in tiers) for tiers in (before, after))
     return Claim("storage costs less per month", 0 < now < was, f"${now:.2g}, before ${was:.2g}, by the price table")

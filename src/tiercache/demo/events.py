@@ -21,7 +21,7 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PackedDataSet:
     """A packed data set.
 
     Attributes:
@@ -96,7 +96,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class TierContents:
     """The contents of a tier and their monthly cost.
 
     Attributes:
@@ -114,7 +114,7 @@ class Held:
     dollars_month: float
 
 
-Event: TypeAlias = Step | Note | Packed | Epoch | Claim | Held
-EVENTS: dict[str, type[Step | Note | Packed | Epoch | Claim | Held]] = {
-    kind.__name__.lower(): kind for kind in (Step, Note, Packed, Epoch, Claim, Held)
+Event: TypeAlias = Step | Note | PackedDataSet | Epoch | Claim | TierContents
+EVENTS: dict[str, type[Step | Note | PackedDataSet | Epoch | Claim | TierContents]] = {
+    kind.__name__.lower(): kind for kind in (Step, Note, PackedDataSet, Epoch, Claim, TierContents)
 }

@@ -17,7 +17,7 @@ CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class DemoSetup:
     """Folders and URLs of the demo.
 
     Attributes:

@@ -10,9 +10,9 @@ from tiercache.cache import Cache
 from tiercache.dataset import Dataset
 from tiercache.demo import claims
 from tiercache.demo.data import WINDOW_BYTES, check_packages, python_windows, write_digits
-from tiercache.demo.events import Claim, Epoch, Event, Note, Packed, Step
-from tiercache.demo.stage import CACHE_BYTES, NAMES, Stage
-from tiercache.demo.tiers import tell_tiers
+from tiercache.demo.events import Claim, Epoch, Event, Note, PackedDataSet, Step
+from tiercache.demo.stage import CACHE_BYTES, NAMES, DemoSetup
+from tiercache.demo.tiers import run_tiering
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
 from tiercache.pack import pack
@@ -25,7 +25,7 @@ from tiercache.testing.s3_server import S3Server
 PACKAGES = ("torch", "torchdata", "sklearn", "PIL")
 
 
-def tell(folder: Path) -> Generator[Event, None, None]:
+def run_story(folder: Path) -> Generator[Event, None, None]:
     """Yield the events of the whole story in a folder. A claim that does not hold does not end the story.
 
     The S3 server runs until the iterator is closed or exhausted.
@@ -36,13 +36,13 @@ def tell(folder: Path) -> Generator[Event, None, None]:
     check_packages(PACKAGES)
     yield Step("An object store")
     with _started(folder / "server") as server:
-        stage = Stage(folder, server)
+        stage = DemoSetup(folder, server)
         yield _about(server)
         yield from _pack(stage)
         yield from _look(stage)
         warm = yield from _train(stage)
         yield from _evict(stage)
-        yield from tell_tiers(stage, warm)
+        yield from run_tiering(stage, warm)
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def _about(server: S3Server) -> Note:
     return Note(f"SeaweedFS, a real S3 server, one process on this machine, at {server.endpoint}")
 
 
-def _pack(stage: Stage) -> Iterator[Event]:
+def _pack(stage: DemoSetup) -> Iterator[Event]:
     yield Step("Pack two data sets, from files of installed packages, to s3://")
     images = stage.folder / "digits"
     n_train, n_test = write_digits(images)
@@ -88,14 +88,16 @@ def _pack(stage: Stage) -> Iterator[Event]:
     yield _packed(stage, "python", windows.nbytes)
 
 
-def _packed(stage: Stage, name: str, raw_bytes: int) -> Packed:
+def _packed(stage: DemoSetup, name: str, raw_bytes: int) -> PackedDataSet:
     dataset = Dataset(stage.url(name), cache=False, storage_options=stage.server.storage_options)
     shards_bytes = dataset.source.shard_bytes
     columns = ", ".join(dataset.column_names)
-    return Packed(name, stage.url(name), columns, len(dataset), len(shards_bytes), raw_bytes, int(shards_bytes.sum()))
+    return PackedDataSet(
+        name, stage.url(name), columns, len(dataset), len(shards_bytes), raw_bytes, int(shards_bytes.sum())
+    )
 
 
-def _look(stage: Stage) -> Iterator[Event]:
+def _look(stage: DemoSetup) -> Iterator[Event]:
     yield Step("List the data sets and verify every byte")
     for name in NAMES:
         with closing(open_store(stage.url(name), **stage.server.storage_options)) as store:
@@ -108,7 +110,7 @@ def _look(stage: Stage) -> Iterator[Event]:
         )
 
 
-def _train(stage: Stage) -> Generator[Event, None, Sequence[Epoch]]:
+def _train(stage: DemoSetup) -> Generator[Event, None, Sequence[Epoch]]:
     """Yield the events of three epochs; return the epochs of the second."""
     yield Step("Epoch 1, cold: shards are fetched from S3 while the models train on them")
     yield from stage.run("cold")
@@ -127,14 +129,14 @@ def _train(stage: Stage) -> Generator[Event, None, Sequence[Epoch]]:
     return warm
 
 
-def _version_bytes(stage: Stage) -> int:
+def _version_bytes(stage: DemoSetup) -> int:
     """Return the bytes of the version files of all data sets, which an open reads even if everything is cached."""
     with closing(stage.server.store()) as store:
         small = [info for info in store.list("") if "/_tiercache/" in info.key and "/segments/" not in info.key]
     return sum(info.n_bytes for info in small)
 
 
-def _evict(stage: Stage) -> Iterator[Event]:
+def _evict(stage: DemoSetup) -> Iterator[Event]:
     yield Step("Evict: the cache frees its disk space; the store still has everything")
     with Cache(stage.cache, size=CACHE_BYTES) as cache:
         used_bytes, n_copies = cache.stats()["bytes_used"], len(cache.entries())

@@ -10,12 +10,12 @@ from contextlib import closing
 from pathlib import Path
 
 from tiercache.demo import claims
-from tiercache.demo.events import Claim, Epoch, Event, Held, Note, Step
-from tiercache.demo.stage import Stage
+from tiercache.demo.events import Claim, Epoch, Event, Note, Step, TierContents
+from tiercache.demo.stage import DemoSetup
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
 from tiercache.store import open_store
-from tiercache.tier.model import Holding, Plan
+from tiercache.tier.model import Plan, TierTotals
 from tiercache.tier.plan import read_plan
 
 COLD = "python"
@@ -65,7 +65,7 @@ COMMAND_S = 300.0
 N_RUNS = 2
 
 
-def tell_tiers(stage: Stage, warm: Sequence[Epoch]) -> Generator[Event, None, None]:
+def run_tiering(stage: DemoSetup, warm: Sequence[Epoch]) -> Generator[Event, None, None]:
     """Yield the events of the tiering step.
 
     Args:
@@ -90,7 +90,7 @@ def tell_tiers(stage: Stage, warm: Sequence[Epoch]) -> Generator[Event, None, No
     yield from claims.trained_alike([epoch for epoch in warm if epoch.how == "warm"], moved)
 
 
-def _write_rules(stage: Stage) -> Path:
+def _write_rules(stage: DemoSetup) -> Path:
     """Write the rule file. It contains the S3 server's key, as the server's own configuration beside it does."""
     path = stage.folder / "tiers.toml"
     path.touch(mode=0o600)
@@ -107,7 +107,7 @@ def _write_rules(stage: Stage) -> Path:
     return path
 
 
-def _move(rules: Path, folder: Path) -> Generator[Event, None, list[Held]]:
+def _move(rules: Path, folder: Path) -> Generator[Event, None, list[TierContents]]:
     """Yield the events of planning, applying and running; return what each tier held before."""
     stored = folder / "plan.jsonl"
     plan = _plan(rules, stored)
@@ -130,9 +130,9 @@ def _plan(rules: Path, path: Path) -> Plan:
     return read_plan(path)
 
 
-def _holdings(when: str, plan: Plan) -> list[Held]:
-    held = ((tier.name, plan.before.get(tier.name, Holding())) for tier in plan.tiers)
-    return [Held(when, name, one.n_bytes, one.n_objects, one.dollars_month) for name, one in held]
+def _holdings(when: str, plan: Plan) -> list[TierContents]:
+    held = ((tier.name, plan.before.get(tier.name, TierTotals())) for tier in plan.tiers)
+    return [TierContents(when, name, one.n_bytes, one.n_objects, one.dollars_month) for name, one in held]
 
 
 def _command(*arguments: str, rules: Path) -> str:
@@ -148,7 +148,7 @@ def _command(*arguments: str, rules: Path) -> str:
     return done.stdout.strip().rpartition("\n")[2]
 
 
-def _check(stage: Stage, shards: Sequence[str], files: dict[str, str]) -> Iterator[Claim]:
+def _check(stage: DemoSetup, shards: Sequence[str], files: dict[str, str]) -> Iterator[Claim]:
     standard, archive = (_keys(stage, url) for url in (stage.standard_url, stage.archive_url))
     yield claims.moved_whole(COLD, shards, standard, archive)
     hot = _checkpoint_files(stage.hot)
@@ -158,7 +158,7 @@ def _check(stage: Stage, shards: Sequence[str], files: dict[str, str]) -> Iterat
         yield claims.newest_stayed(task, _steps(files, task), _steps(hot, task))
 
 
-def _remote(stage: Stage) -> dict[str, str]:
+def _remote(stage: DemoSetup) -> dict[str, str]:
     return {"standard": stage.standard_url, "archive": stage.archive_url}
 
 
@@ -174,12 +174,12 @@ def _checkpoint_files(hot: Path) -> dict[str, str]:
     return {path.relative_to(hot).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def _keys(stage: Stage, url: str) -> list[str]:
+def _keys(stage: DemoSetup, url: str) -> list[str]:
     with closing(open_store(url, **stage.server.storage_options)) as store:
         return [info.key for info in store.list("")]
 
 
-def _digests(stage: Stage, url: str) -> dict[str, str]:
+def _digests(stage: DemoSetup, url: str) -> dict[str, str]:
     """Return the SHA-256 of each checkpoint file in a tier of the object store, by its path there."""
     with closing(open_store(url, **stage.server.storage_options)) as store:
         keys = [info.key for info in store.list("checkpoints/")]

@@ -44,7 +44,7 @@ _PAD = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Subsampled:
+class JpegPlanesHeader:
     """Header of a JPEG whose chroma has half or a quarter of luma's pixels.
 
     Attributes:
@@ -109,16 +109,16 @@ class PlaneReader:
         self.resized = np.empty((3, *options.shape), np.uint8)  # Y, Cb and Cr of a result; the caller fills it
         self._resized_at = _pointers(self.resized)
 
-    def look(self, data: NDArray[np.uint8]) -> Subsampled | None:
+    def look(self, data: NDArray[np.uint8]) -> JpegPlanesHeader | None:
         """Return the header of a JPEG; None if it is 4:4:4, 4:1:1, grey or of another colour space."""
         self._handle = _Handle(self._tj)
         if self._tj.tjDecompressHeader3(self._handle.at, data.ctypes.data, data.size, *self._header):
             return None
         width, height, sampling, space = (number.value for number in self._header)
         steps = _STEPS.get(sampling)
-        return Subsampled((height, width), steps) if steps and space == _YCBCR else None
+        return JpegPlanesHeader((height, width), steps) if steps and space == _YCBCR else None
 
-    def read(self, data: NDArray[np.uint8], found: Subsampled) -> Planes | None:
+    def read(self, data: NDArray[np.uint8], found: JpegPlanesHeader) -> Planes | None:
         """Return Y, Cb and Cr, valid until the next call, in scratch memory; None if the decoder rejects the image."""
         # Each plane has room for a whole image, and the size is passed explicitly: even if the library reads a
         # different header this time, it does not write outside this memory.

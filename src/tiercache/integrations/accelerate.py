@@ -16,7 +16,7 @@ from accelerate.data_loader import DataLoaderStateMixin
 from accelerate.state import GradientState
 from accelerate.utils import send_to_device, synchronize_rng_states
 
-from tiercache.integrations.even import with_last_repeated
+from tiercache.integrations.even import pad_batch
 from tiercache.load.loader import DataLoader
 
 # Dimensions of a device mesh along which all processes work on the same batch.
@@ -135,7 +135,7 @@ class PreparedLoader(DataLoaderStateMixin, DataLoader[Any]):  # type: ignore[mis
         if self.batch_sampler.even_batches:
             # gather_for_metrics concatenates the batches by rank and cuts off the end. The first ranks have full shares
             # (`fills_first`), so the repeated records are at the end.
-            batch, n_repeated = with_last_repeated(batch, math.ceil(n_global / self.batch_sampler.num_processes))
+            batch, n_repeated = pad_batch(batch, math.ceil(n_global / self.batch_sampler.num_processes))
             self._n_repeated += n_repeated
         return batch
 

@@ -10,7 +10,7 @@ import torch
 from tiercache.load.buffer import Buffer
 
 
-def with_last_repeated(batch: Any, n: int) -> tuple[Any, int]:
+def pad_batch(batch: Any, n: int) -> tuple[Any, int]:
     """Return (the batch padded to n records by repeating the last one, number of repeated records).
 
     The batch is a dict or, with `as_tuple`, a list of columns: tensors, jagged nested tensors, lists or `Buffer`s. A

@@ -7,14 +7,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tiercache.integrations.reading import MOST_AHEAD_BYTES, Ahead
+from tiercache.integrations.reading import MOST_AHEAD_BYTES, ReadaheadPolicy
 from tiercache.model import ByteRange
 from tiercache.store import redact
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-    from tiercache.integrations.reading import Reading
+    from tiercache.integrations.reading import ObjectReader
 
 # Two units of the cache: the maximum overhead of a small random read.
 BUFFER_BYTES = 8192
@@ -41,7 +41,7 @@ class CachedFile(io.BufferedReader):
     Safe for threads, which share one position. A pickled file opens the path again at the same position.
     """
 
-    def __init__(self, fs: FileSystem, path: str, reading: Reading, block_bytes: int | None = None) -> None:
+    def __init__(self, fs: FileSystem, path: str, reading: ObjectReader, block_bytes: int | None = None) -> None:
         """Take ownership of reading.
 
         Args:
@@ -50,7 +50,7 @@ class CachedFile(io.BufferedReader):
             reading: Open object.
             block_bytes: Maximum readahead for a sequential reader.
         """
-        raw = _Raw(reading, Ahead(block_bytes or MOST_AHEAD_BYTES))
+        raw = _Raw(reading, ReadaheadPolicy(block_bytes or MOST_AHEAD_BYTES))
         super().__init__(raw, BUFFER_BYTES)
         self._source = raw
         self.fs, self.path, self.size = fs, path, reading.n_bytes
@@ -121,7 +121,7 @@ def _reopened(fs: FileSystem, path: str, position: int, block_bytes: int) -> Any
 class _Raw(io.RawIOBase):
     """A raw file: the position of one reader in a Reading, which it owns."""
 
-    def __init__(self, reading: Reading, ahead: Ahead) -> None:
+    def __init__(self, reading: ObjectReader, ahead: ReadaheadPolicy) -> None:
         super().__init__()
         self._reading, self._ahead, self._position = reading, ahead, 0
 

@@ -24,9 +24,9 @@ from tiercache.cache import Cache, CachedStore
 from tiercache.catalog import read_log
 from tiercache.errors import TierCacheError
 from tiercache.integrations.files import CachedFile, WrittenFile
-from tiercache.integrations.reading import Reading
-from tiercache.integrations.target import Target, place_of, unshared
-from tiercache.integrations.verbs import TargetVerbs, bare, literal
+from tiercache.integrations.reading import ObjectReader
+from tiercache.integrations.target import TargetFileSystem, private_copy, split_path
+from tiercache.integrations.verbs import DelegatedMethods, literal_prefix, without_protocol
 from tiercache.model import ByteRange
 
 try:
@@ -47,7 +47,7 @@ _OWN_OPTIONS = {
 _HOW = {"block_size", "cache_type", "cache_options", "size", "fill_cache", "max_concurrency", "timeout"}
 
 
-class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]  # fsspec ships no types
+class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[misc]  # fsspec ships no types
     """A file system that reads another file system through the cache, and delegates all other methods to it.
 
     Opening a file sends one request to the target for the object's identity: its ETag, version, or size and date.
@@ -99,7 +99,11 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
         if target_protocol == self.protocol or isinstance(fs, TierCacheFileSystem):
             raise ValueError("tiercache:: over tiercache:: would cache everything twice; name it once")
         super().__init__(**options)
-        self._target = _given(fs) if target_protocol is None else _made(target_protocol, dict(target_options or {}))
+        self._target = (
+            _target_of_instance(fs)
+            if target_protocol is None
+            else _target_of_protocol(target_protocol, dict(target_options or {}))
+        )
         self._cache, self._cache_dir, self._cache_size = cache, cache_dir, cache_size
         self._is_uncached = False
         self._stores: dict[str, CachedStore] = {}
@@ -125,11 +129,11 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
             store.close()
 
     def _strip_target_protocol(self, path: Any) -> Any:
-        return self.fs._strip_protocol(bare(path))  # noqa: SLF001 - part of every fsspec file system's interface
+        return self.fs._strip_protocol(without_protocol(path))  # noqa: SLF001 - part of every fsspec file system's interface
 
     def unstrip_protocol(self, name: str) -> str:
         """Return the URL of a path: "tiercache::s3://bucket/key"."""
-        return f"{self.protocol}::{self.fs.unstrip_protocol(bare(name))}"
+        return f"{self.protocol}::{self.fs.unstrip_protocol(without_protocol(name))}"
 
     # Reads, through the cache
 
@@ -154,13 +158,13 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
         self.drop(path)
         return WrittenFile(file, lambda: self.drop(path))
 
-    def _reading(self, path: str, options: Mapping[str, Any]) -> Reading | None:
+    def _reading(self, path: str, options: Mapping[str, Any]) -> ObjectReader | None:
         """Open the object that the path names now. Return None if the target must read it (or report why it cannot).
 
         In both cases, the read counts as a use of the object for the rules of tiers.
         """
-        read_log.note(str(self.fs.unstrip_protocol(path)))
-        place = None if options.keys() - _HOW else place_of(path)
+        read_log.record_use(str(self.fs.unstrip_protocol(path)))
+        place = None if options.keys() - _HOW else split_path(path)
         # A member of an archive has no identity, but the archive has: zip://name::tiercache::s3://bucket/a.zip
         if place is None or isinstance(self.fs, AbstractArchiveFileSystem):
             return None
@@ -176,7 +180,7 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
             wanted = store.wanted(key)
         except TierCacheError:
             return None
-        return None if wanted is None else Reading(store, wanted)
+        return None if wanted is None else ObjectReader(store, wanted)
 
     def _open_cache(self) -> Cache | None:
         """Return the cache.
@@ -201,7 +205,7 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
 
     def open_many(self, open_files: Any) -> list[Any]:
         """Open the files of an fsspec.OpenFiles in parallel; fsspec calls this in `with open_files as files`."""
-        return at_once(lambda file: file.__enter__(), list(open_files))
+        return map_parallel(lambda file: file.__enter__(), list(open_files))
 
     def commit_many(self, open_files: Any) -> None:
         """Do nothing: each file was written when it was closed. fsspec calls this after open_many()."""
@@ -223,7 +227,7 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
         if isinstance(path, str) and paths == [self._strip_protocol(path)] and not recursive:
             return self.cat_file(paths[0], **options)
         files = [name for name in paths if not (recursive and self.isdir(name))]
-        found = at_once(lambda name: _tried(lambda: self.cat_file(name, **options), on_error != "raise"), files)
+        found = map_parallel(lambda name: _tried(lambda: self.cat_file(name, **options), on_error != "raise"), files)
         contents = zip(files, found, strict=True)
         return {name: data for name, data in contents if on_error != "omit" or not isinstance(data, Exception)}
 
@@ -246,7 +250,7 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
             raise ValueError(f"{len(paths)} paths, {len(first)} starts, {len(last)} ends: expected equal numbers")
         names = list(dict.fromkeys(paths))
         with ExitStack() as stack:
-            opened = at_once(lambda path: self._reading(self._strip_protocol(path), options), names)
+            opened = map_parallel(lambda path: self._reading(self._strip_protocol(path), options), names)
             readings = dict(zip(names, opened, strict=True))
             wanted = {stack.enter_context(one): list[ByteRange]() for one in opened if one is not None}
             for path, start, end in zip(paths, first, last, strict=True):
@@ -260,10 +264,10 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
                 path, start, end = paths[number], first[number], last[number]
                 reading = readings[path]
                 if reading is None:
-                    return bytes(self.fs.cat_file(bare(path), start, end, **options))
+                    return bytes(self.fs.cat_file(without_protocol(path), start, end, **options))
                 return reading.read(_slice(start, end, reading.n_bytes))
 
-            return at_once(lambda number: _tried(lambda: read(number), on_error != "raise"), range(len(paths)))
+            return map_parallel(lambda number: _tried(lambda: read(number), on_error != "raise"), range(len(paths)))
 
     def get(
         self,
@@ -284,7 +288,7 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
                 self.get_file(*pair, callback=child, **options)
             callback.relative_update()
 
-        at_once(copy, planned.pairs)
+        map_parallel(copy, planned.pairs)
 
     def get_file(
         self, rpath: str, lpath: Any, callback: Any = DEFAULT_CALLBACK, outfile: Any = None, **options: Any
@@ -320,7 +324,7 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
 
     def _literals(self, path: Any) -> list[str]:
         if isinstance(path, str | os.PathLike):
-            return [literal(str(self._strip_protocol(path)))]
+            return [literal_prefix(str(self._strip_protocol(path)))]
         return [name for one in path for name in self._literals(one)]
 
     @property
@@ -357,19 +361,19 @@ def _check_options(options: Mapping[str, Any]) -> None:
         )
 
 
-def _given(fs: Any) -> Target:
-    make = partial(unshared, type(fs), fs.storage_args, dict(fs.storage_options))
+def _target_of_instance(fs: Any) -> TargetFileSystem:
+    make = partial(private_copy, type(fs), fs.storage_args, dict(fs.storage_options))
     # A thread cannot wait for a file system that belongs to an event loop of the caller.
-    return Target(make, None if getattr(fs, "asynchronous", False) else fs)
+    return TargetFileSystem(make, None if getattr(fs, "asynchronous", False) else fs)
 
 
-def _made(protocol: str, options: dict[str, Any]) -> Target:
+def _target_of_protocol(protocol: str, options: dict[str, Any]) -> TargetFileSystem:
     kind = fsspec.get_filesystem_class(protocol)
     # Hugging Face datasets turns tiercache::s3://b/k into tiercache::s3://b/k::s3://b/k: s3 chained over s3.
     while options.get("target_protocol") == protocol and not issubclass(kind, ChainedFileSystem):
         inner = options.pop("target_options", None) or {}
         options = {**{n: v for n, v in options.items() if n not in ("fo", "target_protocol")}, **inner}
-    return Target(partial(fsspec.filesystem, protocol, **options))
+    return TargetFileSystem(partial(fsspec.filesystem, protocol, **options))
 
 
 def _slice(start: int | None, end: int | None, n_bytes: int) -> ByteRange:
@@ -387,7 +391,7 @@ def _tried(call: Callable[[], T], keeps_error: bool) -> T | Exception:
         raise
 
 
-def at_once(call: Callable[[A], T], items: Iterable[A]) -> list[T]:
+def map_parallel(call: Callable[[A], T], items: Iterable[A]) -> list[T]:
     """Return the results of calls for all items, run in parallel.
 
     The first error is raised after all calls have ended.
@@ -399,7 +403,7 @@ def at_once(call: Callable[[A], T], items: Iterable[A]) -> list[T]:
         return list(pool.map(call, asked))
 
 
-def _copy(reading: Reading, out: Any, callback: Any) -> None:
+def _copy(reading: ObjectReader, out: Any, callback: Any) -> None:
     """Write a whole object to an open file, and report the progress to callback."""
     n_bytes = reading.n_bytes
     callback.set_size(n_bytes)

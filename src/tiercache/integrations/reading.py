@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from tiercache.cache import CachedStore
     from tiercache.cache.lease import CopyLease
-    from tiercache.cache.record import Wanted
+    from tiercache.cache.record import CopySpec
 
 # Table readers request whole column chunks; readers of text and archives request a few KiB at a time. A read larger
 # than SMALL_BYTES is probably a deliberate choice, so readahead starts only after many such reads in a row.
@@ -29,7 +29,7 @@ MOST_AHEAD_BYTES = 8 << 20
 BLOCK_BYTES = 256 << 10
 
 
-class Ahead:
+class ReadaheadPolicy:
     """Readahead policy of one reader: how many bytes to fetch beyond a read. Pure; needs no lock."""
 
     def __init__(self, most_bytes: int = MOST_AHEAD_BYTES) -> None:
@@ -51,14 +51,14 @@ class Ahead:
         return min(max(self._run_bytes, LEAST_AHEAD_BYTES), self._most_bytes)
 
 
-class Reading:
+class ObjectReader:
     """An open object. All bytes come from the object that was opened, whatever its key names now.
 
     Any thread may read. The lock is held during a read, so reads run one at a time and close() never closes a
     descriptor in use. After a fork, the child continues with its own lease.
     """
 
-    def __init__(self, store: CachedStore, wanted: Wanted) -> None:
+    def __init__(self, store: CachedStore, wanted: CopySpec) -> None:
         """Take a lease on the cached copy, which may still have to be fetched."""
         self._store, self._wanted = store, wanted
         self._lease: CopyLease | None = store.cache.open(wanted, store.inner)
@@ -180,7 +180,7 @@ class Reading:
         if lease is not None:
             lease.close()
 
-    def __enter__(self) -> Reading:
+    def __enter__(self) -> ObjectReader:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -191,7 +191,7 @@ class Reading:
         self._lock = Lock()
 
 
-_readings: weakref.WeakSet[Reading] = weakref.WeakSet()
+_readings: weakref.WeakSet[ObjectReader] = weakref.WeakSet()
 
 
 def _renew_locks() -> None:

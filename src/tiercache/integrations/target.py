@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from tiercache.store import FsspecStore, check_key, redact
-from tiercache.store.landing import PerProcess
+from tiercache.store.landing import ProcessLocal
 
 # Options that say on which server an object is; they are never secret. Objects with the same path, size and date on
 # different servers are different objects.
@@ -25,7 +25,7 @@ _PLAIN = re.compile(r"[\w.:/@ -]*")
 _HTTP = re.compile(r"(https?://[^/]+)/(.+)")
 
 
-class Target:
+class TargetFileSystem:
     """A file system of fsspec, given by its class and options.
 
     Safe for threads; a forked child creates its own instance.
@@ -42,10 +42,10 @@ class Target:
         """
         first = [given]
         # A given instance serves only the process that gave it, because clients and event loops do not survive a fork.
-        self._fs: PerProcess[Any] = PerProcess(lambda: (first and first.pop()) or make(), id)
+        self._fs: ProcessLocal[Any] = ProcessLocal(lambda: (first and first.pop()) or make(), id)
         kind, arguments, options = type(self.fs), self.fs.storage_args, dict(self.fs.storage_options)
         self.protocol: str = _first(kind.protocol)
-        self._make = partial(unshared, kind, arguments, options)
+        self._make = partial(private_copy, kind, arguments, options)
         # A hash that stays in memory, because it covers secrets too.
         self._digest = blake2b(repr((kind, arguments, sorted(options.items()))).encode()).digest()
         self._place = "/".join(_places(_named(kind, arguments, options)))
@@ -78,7 +78,7 @@ class Target:
 _stores: WeakValueDictionary[tuple[bytes, str], FsspecStore] = WeakValueDictionary()
 
 
-def place_of(path: str) -> tuple[str, str] | None:
+def split_path(path: str) -> tuple[str, str] | None:
     """Split the path of a file system into (root, key): its bucket, host or top folder, and the rest.
 
     Returns:
@@ -105,7 +105,7 @@ def _first(protocol: str | tuple[str, ...] | list[str]) -> str:
     return protocol if isinstance(protocol, str) else protocol[0]
 
 
-def unshared(kind: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+def private_copy(kind: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
     """Return a new file system with the same options that shares no event loop, connections or listings."""
     # Not asynchronous, so that it runs on fsspec's own loop, whichever thread or loop calls it.
     kept = {name: value for name, value in options.items() if name not in ("asynchronous", "loop")}

@@ -13,23 +13,23 @@ _CHAIN = re.compile(r"tiercache(?:://|::)")
 _MAGIC = re.compile(r"[*?\[]")
 
 
-def bare(path: Any) -> Any:
+def without_protocol(path: Any) -> Any:
     """Return paths (a path, a list, or the keys of a mapping) without "tiercache::", as the target accepts them."""
     if isinstance(path, Mapping):
-        return {bare(name): value for name, value in path.items()}
+        return {without_protocol(name): value for name, value in path.items()}
     if isinstance(path, list | tuple | set | frozenset):
-        return [bare(name) for name in path]
+        return [without_protocol(name) for name in path]
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     match = _CHAIN.match(text) if isinstance(text, str) else None
     return text if match is None else text[match.end() :]
 
 
-def literal(path: str) -> str:
+def literal_prefix(path: str) -> str:
     """Return the part of a path before its first wildcard: the folder that contains all matches."""
     return _MAGIC.split(path)[0].rpartition("/")[0] if _MAGIC.search(path) else path
 
 
-def passed_on(verb: str, *names: str) -> Verb:
+def delegate(verb: str, *names: str) -> Verb:
     """Return a method that calls the target's method.
 
     Args:
@@ -39,12 +39,12 @@ def passed_on(verb: str, *names: str) -> Verb:
 
     def call(self: Any, *arguments: Any, **options: Any) -> Any:
         paths, rest = _taken(names, arguments, options)
-        return getattr(self.fs, verb)(*[bare(path) for path in paths], *rest, **options)
+        return getattr(self.fs, verb)(*[without_protocol(path) for path in paths], *rest, **options)
 
     return _called(call, verb, f"Call the target's {verb}().")
 
 
-def written(verb: str, *names: str, drops: str) -> Verb:
+def delegate_write(verb: str, *names: str, drops: str) -> Verb:
     """Return a method that calls the target's writing method and drops cached copies.
 
     Args:
@@ -57,7 +57,7 @@ def written(verb: str, *names: str, drops: str) -> Verb:
     def call(self: Any, *arguments: Any, **options: Any) -> Any:
         paths, rest = _taken(names, arguments, options)
         try:
-            return getattr(self.fs, verb)(*[bare(path) for path in paths], *rest, **options)
+            return getattr(self.fs, verb)(*[without_protocol(path) for path in paths], *rest, **options)
         finally:
             self.drop(*(paths[number] for number in dropped if number < len(paths)))
 
@@ -78,44 +78,44 @@ def _called(method: Verb, name: str, doc: str) -> Verb:
     return method
 
 
-class TargetVerbs:
+class DelegatedMethods:
     """All methods of a file system except those that read contents.
 
     The subclass provides fs (the target) and drop().
     """
 
-    ls = passed_on("ls", "path")
-    info = passed_on("info", "path")
-    exists = passed_on("exists", "path")
-    lexists = passed_on("lexists", "path")
-    isdir = passed_on("isdir", "path")
-    isfile = passed_on("isfile", "path")
-    find = passed_on("find", "path")
-    walk = passed_on("walk", "path")
-    glob = passed_on("glob", "path")
-    du = passed_on("du", "path")
-    size = passed_on("size", "path")
-    sizes = passed_on("sizes", "paths")
-    expand_path = passed_on("expand_path", "path")
-    created = passed_on("created", "path")
-    modified = passed_on("modified", "path")
-    checksum = passed_on("checksum", "path")
-    ukey = passed_on("ukey", "path")
-    sign = passed_on("sign", "path")
-    mkdir = passed_on("mkdir", "path")
-    makedirs = passed_on("makedirs", "path")
-    rmdir = passed_on("rmdir", "path")
-    invalidate_cache = passed_on("invalidate_cache", "path")
-    start_transaction = passed_on("start_transaction")
-    end_transaction = passed_on("end_transaction")
+    ls = delegate("ls", "path")
+    info = delegate("info", "path")
+    exists = delegate("exists", "path")
+    lexists = delegate("lexists", "path")
+    isdir = delegate("isdir", "path")
+    isfile = delegate("isfile", "path")
+    find = delegate("find", "path")
+    walk = delegate("walk", "path")
+    glob = delegate("glob", "path")
+    du = delegate("du", "path")
+    size = delegate("size", "path")
+    sizes = delegate("sizes", "paths")
+    expand_path = delegate("expand_path", "path")
+    created = delegate("created", "path")
+    modified = delegate("modified", "path")
+    checksum = delegate("checksum", "path")
+    ukey = delegate("ukey", "path")
+    sign = delegate("sign", "path")
+    mkdir = delegate("mkdir", "path")
+    makedirs = delegate("makedirs", "path")
+    rmdir = delegate("rmdir", "path")
+    invalidate_cache = delegate("invalidate_cache", "path")
+    start_transaction = delegate("start_transaction")
+    end_transaction = delegate("end_transaction")
 
-    pipe = written("pipe", "path", drops="path")
-    pipe_file = written("pipe_file", "path", drops="path")
-    put = written("put", "lpath", "rpath", drops="rpath")
-    put_file = written("put_file", "lpath", "rpath", drops="rpath")
-    copy = written("copy", "path1", "path2", drops="path2")
-    cp_file = written("cp_file", "path1", "path2", drops="path2")
-    mv = written("mv", "path1", "path2", drops="path1 path2")
-    rm = written("rm", "path", drops="path")
-    rm_file = written("rm_file", "path", drops="path")
-    touch = written("touch", "path", drops="path")
+    pipe = delegate_write("pipe", "path", drops="path")
+    pipe_file = delegate_write("pipe_file", "path", drops="path")
+    put = delegate_write("put", "lpath", "rpath", drops="rpath")
+    put_file = delegate_write("put_file", "lpath", "rpath", drops="rpath")
+    copy = delegate_write("copy", "path1", "path2", drops="path2")
+    cp_file = delegate_write("cp_file", "path1", "path2", drops="path2")
+    mv = delegate_write("mv", "path1", "path2", drops="path1 path2")
+    rm = delegate_write("rm", "path", drops="path")
+    rm_file = delegate_write("rm_file", "path", drops="path")
+    touch = delegate_write("touch", "path", drops="path")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.load.window import Loaded, Threads
+    from tiercache.load.window import LoadedWindow, LoadThreads
     from tiercache.order import Window
     from tiercache.shard.blocks import Blocks
 
@@ -50,19 +50,19 @@ _RANDOM, _WILLNEED, _DONTNEED, _HUGEPAGE, _NOHUGEPAGE, _COLD, _POPULATE_READ = 1
 _HUGE_SINCE = (6, 16)
 
 
-class Ahead:
+class PagePrefetcher:
     """Keeps the mapped pages of an epoch's windows in the page cache while they are served. For the planner's thread.
 
     stored_bytes: size of the whole data set: if it fits memory, served pages stay for the next epoch.
     """
 
-    def __init__(self, threads: Threads, stored_bytes: int) -> None:
+    def __init__(self, threads: LoadThreads, stored_bytes: int) -> None:
         self._threads = threads
         self._stored_bytes = stored_bytes
         self._near: list[tuple[Window, list[Blocks]]] = []
 
-    def bring_near(
-        self, windows: Sequence[Loaded], serving: Sequence[Window], *, is_served: bool = False
+    def prefetch_pages(
+        self, windows: Sequence[LoadedWindow], serving: Sequence[Window], *, is_served: bool = False
     ) -> list[Future[int]]:
         """Start to read the mapped pages of windows, as far as there is room; returns at once.
 
@@ -118,7 +118,7 @@ class Ahead:
         gone = [near for near in self._near if id(near[0]) not in ids]
         self._near = [near for near in self._near if id(near[0]) in ids]
         for blocks in [blocks for _, of_window in gone for blocks in of_window] if larger else []:
-            self._threads.executor.submit(_cool, blocks)
+            self._threads.executor.submit(_release_pages, blocks)
 
 
 def is_in_memory(blocks: Blocks) -> bool:
@@ -193,7 +193,7 @@ def _read(blocks: Blocks, stop: Future[None], huge: bool) -> int:
     return near_bytes
 
 
-def _cool(blocks: Blocks) -> None:
+def _release_pages(blocks: Blocks) -> None:
     """Unmap pages that were served, so that the page cache evicts them first.
 
     Looking for pages to evict among mapped ones cost half of the disk's speed: 300 and 426 MB/s without this call, 625

@@ -18,7 +18,7 @@ from tiercache._native.assembly import BufferEntry, Entries, TensorEntry
 from tiercache._native.ring import Layout
 from tiercache.load.buffer import Buffer
 from tiercache.load.fills import stored_fill, value_of
-from tiercache.load.serving import Serving, is_stack_of_rows, varying
+from tiercache.load.serving import OutputSpec, is_stack_of_rows, varying
 from tiercache.load.streams import gather_streams
 from tiercache.shard.types import Column, Kind, Schema
 
@@ -39,7 +39,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 _LIST_KINDS = (Kind.BYTES, Kind.STR, Kind.JSON, Kind.IMAGE)
 
 
-class BadValueError(ValueError):
+class InvalidValueError(ValueError):
     """A stored value is invalid for its column although its checksum is right."""
 
 
@@ -58,8 +58,8 @@ class Assembler:
         order: Names of a batch's entries, in order.
     """
 
-    def __init__(self, schema: Schema, serving: Serving | None = None) -> None:
-        served = serving or Serving()
+    def __init__(self, schema: Schema, serving: OutputSpec | None = None) -> None:
+        served = serving or OutputSpec()
         self.streams = gather_streams(schema, served)
         kinds = self.streams[:, 0].tolist()
         schema = served.schema(schema)
@@ -90,12 +90,12 @@ class Assembler:
 
         Raises:
             OSError: A mapped source could not be read (EIO).
-            BadValueError: Text is not UTF-8, or a JSON value cannot be parsed.
+            InvalidValueError: Text is not UTF-8, or a JSON value cannot be parsed.
         """
         try:
             return self.entries.batch(slot)
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise BadValueError(f"a value cannot be read: {error}") from error
+            raise InvalidValueError(f"a value cannot be read: {error}") from error
 
     def filled(self, name: str, values: list[Any]) -> list[Any]:
         """Return an ARROW column's objects with nulls replaced by its fill value, if it has one."""
@@ -108,7 +108,7 @@ def valid_mask(values: Sequence[Any]) -> torch.Tensor:
     return torch.tensor([value is not None for value in values], dtype=torch.bool, device="cpu")
 
 
-def _entries(column: Column, serving: Serving, first: int) -> list[tuple[str, Entry]]:
+def _entries(column: Column, serving: OutputSpec, first: int) -> list[tuple[str, Entry]]:
     """Return a column's entries in a batch; its streams begin with number `first`. ARROW columns have none."""
     if column.kind is Kind.ARROW:
         return []

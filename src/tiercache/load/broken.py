@@ -18,7 +18,7 @@ def record_number(source: Source, shard: int, block: int, row: int) -> int:
     return int(before) + row
 
 
-def broken_picture(source: Source, column: str, record: int, said: str) -> CorruptShard:
+def image_decode_error(source: Source, column: str, record: int, said: str) -> CorruptShard:
     """Return the error of an image that cannot be decoded: url, block, column, record and the decoder's message."""
     ends = np.cumsum(source.shard_records)
     shard = int(np.searchsorted(ends, record, side="right"))

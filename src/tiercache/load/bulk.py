@@ -19,7 +19,7 @@ from torch.utils.data.dataloader import _InfiniteConstantSampler
 from torchdata.stateful_dataloader import Stateful
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
 
-from tiercache.load.replay import REPLAY, YIELDED, Randomness, Replay, ReplayedSampler, ReplayState
+from tiercache.load.replay import REPLAY, YIELDED, RandomGenerators, Replay, ReplayedSampler, ReplayState
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -106,7 +106,7 @@ OF_TORCHDATA = (BatchSampler, torchdata_samplers.BatchSampler)
 BATCH_ITERATORS = (_BatchIterator, torchdata_samplers._BatchSamplerIterator)  # noqa: SLF001 -- its exact type
 
 
-class Bulk(Iterator[Any]):
+class IndexArrayIterator(Iterator[Any]):
     """The iterator of a batch sampler over a sampler whose indices are known.
 
     replay: The generators' states before the sampler drew; it counts the indices that are returned, from `start` on.
@@ -146,7 +146,7 @@ class Bulk(Iterator[Any]):
         return None, {YIELDED: -(-self._at // self._size), REPLAY: replay}
 
 
-def bulk_of(batch_sampler: Any, n_before: int, state: Any) -> Bulk | None:
+def index_array_iterator(batch_sampler: Any, n_before: int, state: Any) -> IndexArrayIterator | None:
     """Return an iterator over all indices of a batch sampler, new or continued; draws what the sampler draws.
 
     Args:
@@ -171,10 +171,10 @@ def bulk_of(batch_sampler: Any, n_before: int, state: Any) -> Bulk | None:
     if type(sampler) is not torch_data.RandomSampler:
         found = _indices(sampler)
     elif saved is None:
-        with replay.recording(Randomness(sampler), "first"):
+        with replay.recording(RandomGenerators(sampler), "first"):
             found = _indices(sampler)
     else:
-        randomness = Randomness(sampler)
+        randomness = RandomGenerators(sampler)
         with randomness.replaying():
             for step in ("iter", "first"):
                 saved.restore(randomness, step)
@@ -182,7 +182,7 @@ def bulk_of(batch_sampler: Any, n_before: int, state: Any) -> Bulk | None:
         replay.moved = saved.moved
     if found is None:
         return None
-    bulk = Bulk(found[0], batch_sampler, start, found[1], replay)
+    bulk = IndexArrayIterator(found[0], batch_sampler, start, found[1], replay)
     if saved is not None:
         replay.check(sampler, saved)
     return bulk
@@ -196,11 +196,11 @@ def _indices(sampler: Any) -> tuple[NDArray[np.int64], Callable[[], object]] | N
     if type(sampler) is torch_data.RandomSampler:
         return _random(sampler)
     if type(sampler) is torch_data.SequentialSampler:
-        return np.arange(n), _nothing
+        return np.arange(n), _do_nothing
     if type(sampler) is torch_data.distributed.DistributedSampler:
-        return _distributed(sampler), _nothing
+        return _distributed(sampler), _do_nothing
     if type(sampler) is range:
-        return np.arange(sampler.start, sampler.stop, sampler.step), _nothing
+        return np.arange(sampler.start, sampler.stop, sampler.step), _do_nothing
     if type(sampler) not in (list, tuple, np.ndarray, torch.Tensor):
         return None
     try:
@@ -208,7 +208,7 @@ def _indices(sampler: Any) -> tuple[NDArray[np.int64], Callable[[], object]] | N
     except (TypeError, ValueError, RuntimeError):  # lists of unequal lengths, or a type that NumPy does not know
         return None
     is_plain = numbers.ndim == 1 and numbers.dtype.kind in "iu"
-    return (np.ascontiguousarray(numbers, np.int64), _nothing) if is_plain else None
+    return (np.ascontiguousarray(numbers, np.int64), _do_nothing) if is_plain else None
 
 
 def _random(sampler: Any) -> tuple[NDArray[np.int64], Callable[[], object]] | None:
@@ -217,7 +217,7 @@ def _random(sampler: Any) -> tuple[NDArray[np.int64], Callable[[], object]] | No
     if sampler.replacement or sampler.num_samples != n:
         return None
     generator = sampler.generator
-    at_end: Callable[[], object] = _nothing
+    at_end: Callable[[], object] = _do_nothing
     if generator is None:
         generator = torch.Generator()
         generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
@@ -238,7 +238,7 @@ def _distributed(sampler: Any) -> NDArray[np.int64]:
     return np.resize(indices, sampler.total_size)[sampler.rank :: sampler.num_replicas].copy()
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     """Do nothing at the end of a sampler that draws nothing then."""
 
 

@@ -10,8 +10,8 @@ import torch
 
 from tiercache.load.assemble import TORCH_DTYPES
 from tiercache.load.buffer import Buffer
-from tiercache.load.forms import in_forms
-from tiercache.load.records import Records
+from tiercache.load.forms import apply_layouts
+from tiercache.load.records import LazyRecords
 from tiercache.load.tuples import as_columns
 from tiercache.shard.types import Kind
 from tiercache.shard.values import ColumnValues
@@ -33,8 +33,8 @@ def collate(records: Sequence[Any]) -> Any:
     Raises:
         ValueError: There are no records.
     """
-    if isinstance(records, Records) and records.as_gathered:
-        batch = {name: _tensor(values) for name, values in in_forms(records.columns, records.serving).items()}
+    if isinstance(records, LazyRecords) and records.as_gathered:
+        batch = {name: _tensor(values) for name, values in apply_layouts(records.columns, records.serving).items()}
         for values in records.columns:
             if values.column.kind is Kind.RAGGED and records.serving.form(values.column) == "list":
                 batch[values.column.name] = _ragged(values)

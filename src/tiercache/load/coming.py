@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from tiercache.errors import TierCacheError
-from tiercache.load.publishing import Publishing
+from tiercache.load.publishing import ReadPlanPublisher
 from tiercache.load.share import interleaved
-from tiercache.load.window import Loading, loading_pool
+from tiercache.load.window import WindowLoad, loading_pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tiercache.load.plan import Piece
-    from tiercache.load.pressure import Pressure
+    from tiercache.load.pressure import MemoryPressure
     from tiercache.load.share import OrderShare
     from tiercache.load.source import Source
     from tiercache.load.state import RunState
-    from tiercache.load.window import Threads
+    from tiercache.load.window import LoadThreads
 
     PlanEpoch: TypeAlias = Callable[[RunState], OrderShare]
 
@@ -34,37 +34,37 @@ _SHARDS_A_STEP = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Begun:
+class EpochStart:
     """The prepared start of an epoch, for one pipeline.
 
     pieces: all pieces of the epoch; loading: windows of the first piece, loaded or being loaded.
     """
 
     pieces: Iterator[Piece]
-    loading: tuple[Loading, ...]
+    loading: tuple[WindowLoad, ...]
 
 
-def drop(ready: Future[Begun | None]) -> None:
+def cancel_loads(ready: Future[EpochStart | None]) -> None:
     """Cancel the loads of a prepared start: now, or as soon as it is ready. May be called repeatedly."""
     ready.add_done_callback(_cancel)
 
 
-def _cancel(ready: Future[Begun | None]) -> None:
+def _cancel(ready: Future[EpochStart | None]) -> None:
     begun = ready.result()
     for one in begun.loading if begun is not None else ():
         one.cancel()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Taken:
+class ClaimedEpoch:
     """An epoch that began as predicted: its share, its prepared start if there is one, and its read plan."""
 
     share: OrderShare
-    begun: Future[Begun | None] | None
-    publishing: Publishing
+    begun: Future[EpochStart | None] | None
+    publishing: ReadPlanPublisher
 
 
-class Coming:
+class NextEpoch:
     """The epoch after the current one, if it begins as predicted. The planner prepares it, and the engine takes it.
 
     Args:
@@ -74,21 +74,21 @@ class Coming:
             live too long.
         is_expected: Whether this run has gone from one epoch to the next before. If not, no store is read for the next
             epoch.
-        is_foreseen: Whether the next iter() will probably draw the state's seed. If not, only the read plan is
+        is_predicted: Whether the next iter() will probably draw the state's seed. If not, only the read plan is
             published: the cache learns which shards the epoch reads, and nothing is loaded.
     """
 
     def __init__(
-        self, source: Source, state: RunState, plan_epoch: PlanEpoch, *, is_expected: bool, is_foreseen: bool = True
+        self, source: Source, state: RunState, plan_epoch: PlanEpoch, *, is_expected: bool, is_predicted: bool = True
     ) -> None:
         self._source = source
         self._state = state
         self._plan_epoch = plan_epoch
         self._is_expected = is_expected
-        self._is_foreseen = is_foreseen
-        self.publishing = Publishing(source, state, plan_epoch)
+        self._is_predicted = is_predicted
+        self.publishing = ReadPlanPublisher(source, state, plan_epoch)
         self._lock = threading.Lock()
-        self._ready: Future[Begun | None] | None = None  # None: no planner has begun to prepare it
+        self._ready: Future[EpochStart | None] | None = None  # None: no planner has begun to prepare it
         self._share: OrderShare | None = None
         # Set to stop the loads of the next epoch, so that closing the data set does not wait for them.
         self._unwanted = threading.Event()
@@ -110,9 +110,9 @@ class Coming:
 
     def shards_ahead(self, n_bytes: int) -> list[int]:
         """Return the first shards of the epoch, about n_bytes (stored) of them; none if its seed is not predicted."""
-        return self.share.shards_ahead(0, 0, n_bytes) if self._is_foreseen else []
+        return self.share.shards_ahead(0, 0, n_bytes) if self._is_predicted else []
 
-    def prepare(self, threads: Threads, pressure: Pressure, ahead_bytes: int) -> None:
+    def prepare(self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int) -> None:
         """Prepare the start: plan the epoch, prefetch its first shards, and begin to load its first windows.
 
         The windows take memory like any next window. Data that is not on this machine is loaded only if epochs are
@@ -133,7 +133,7 @@ class Coming:
         finally:
             ready.set_result(begun)
 
-    def take(self, source: Source, state: RunState) -> Taken | None:
+    def take(self, source: Source, state: RunState) -> ClaimedEpoch | None:
         """Return the epoch, once, if the loader continues there.
 
         None: the loader continues elsewhere, or this is a forked child. The caller's publisher must then succeed this
@@ -145,9 +145,9 @@ class Coming:
         if source is not self._source or state != self._state:
             self._drop(ready)
             return None
-        taken = Taken(self.share, ready, self.publishing)
+        taken = ClaimedEpoch(self.share, ready, self.publishing)
         # the taken publisher belongs to the engine now
-        self.publishing = Publishing(self._source, self._state, self._plan_epoch)
+        self.publishing = ReadPlanPublisher(self._source, self._state, self._plan_epoch)
         return taken
 
     def forget(self) -> None:
@@ -155,35 +155,37 @@ class Coming:
         if self._pid != os.getpid():
             return
         ready, plan = self._end(), self.publishing
-        self.publishing = Publishing(self._source, self._state, self._plan_epoch)  # the epoch may still begin
+        self.publishing = ReadPlanPublisher(self._source, self._state, self._plan_epoch)  # the epoch may still begin
         self._let_go(ready, plan)
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_exiting() and hasattr(self, "_pid") and self._pid == os.getpid():
             self._let_go(self._end(), self.publishing)
 
-    def _let_go(self, ready: Future[Begun | None] | None, plan: Publishing) -> None:
+    def _let_go(self, ready: Future[EpochStart | None] | None, plan: ReadPlanPublisher) -> None:
         self._drop(ready)
         plan.close()
 
-    def _drop(self, ready: Future[Begun | None] | None) -> None:
+    def _drop(self, ready: Future[EpochStart | None] | None) -> None:
         if ready is not None:  # None: no planner has begun it, or it is taken
             self._unwanted.set()  # Also stops loads that are being submitted now and that no one can cancel yet.
             with self._step:
-                drop(ready)
+                cancel_loads(ready)
 
-    def _end(self) -> Future[Begun | None] | None:
+    def _end(self) -> Future[EpochStart | None] | None:
         with self._lock:
             self._is_over = True
             ready, self._ready = self._ready, None
         return ready
 
-    def _begin(self, threads: Threads, pressure: Pressure, ahead_bytes: int, publishing: Publishing) -> Begun | None:
+    def _begin(
+        self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int, publishing: ReadPlanPublisher
+    ) -> EpochStart | None:
         with self._a_step():
-            if self._is_foreseen or self._source.is_cached:
+            if self._is_predicted or self._source.is_cached:
                 publishing.begin(self.share)
                 publishing.complete()
-        if not self._is_foreseen:
+        if not self._is_predicted:
             return None
         rest = self.share.pieces(0)
         first = next(rest, None)  # Reads footers. forget() does not wait for that, because a store may be slow.
@@ -194,28 +196,28 @@ class Coming:
             first.rows()
         pairs = list(zip(first.windows, first.wanted, strict=True))
         shards = interleaved([list(dict.fromkeys(window.shards[wanted].tolist())) for window, wanted in pairs])
-        near = [*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])] if self._source.is_fetched else []
+        near = [*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])] if self._source.can_prefetch else []
         for start in range(0, len(near), _SHARDS_A_STEP):
             with self._a_step():
                 self._source.prefetch(near[start : start + _SHARDS_A_STEP])
         with self._a_step():
-            if not pressure.fits(first) or not (self._is_expected or all(map(self._source.is_near, shards))):
-                return Begun(pieces, ())
+            if not pressure.fits(first) or not (self._is_expected or all(map(self._source.is_local, shards))):
+                return EpochStart(pieces, ())
             # An executor of its own, because the current epoch shuts its executor down at its end.
             executor = loading_pool(threads.n_threads)
             loading = [
-                Loading(self._source, *pair, executor, threads.n_threads, unwanted=self._unwanted) for pair in pairs
+                WindowLoad(self._source, *pair, executor, threads.n_threads, unwanted=self._unwanted) for pair in pairs
             ]
             executor.shutdown(wait=False)
         for one in loading:
             self._load_at_hand(one)
-        return Begun(pieces, tuple(loading))
+        return EpochStart(pieces, tuple(loading))
 
-    def _load_at_hand(self, loading: Loading) -> None:
+    def _load_at_hand(self, loading: WindowLoad) -> None:
         is_left = True
         while is_left:
             with self._a_step():
-                is_left = loading.load_next_at_hand()
+                is_left = loading.map_next_shard()
 
     @contextlib.contextmanager
     def _a_step(self) -> Iterator[None]:

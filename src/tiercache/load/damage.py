@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 # Location of a record: shard, block in it, row in that. In a location of corruption None stands for a whole shard or
 # block.
-Place: TypeAlias = tuple[int, int, int]
-Damaged: TypeAlias = tuple[int, int | None, int | None]
+RecordLocation: TypeAlias = tuple[int, int, int]
+CorruptLocation: TypeAlias = tuple[int, int | None, int | None]
 
 # rows per search for the next corrupt one: 1 ms in a block without any, little in a corrupt page
 _ROWS_AT_A_TIME = 1024
 _NO_ROWS = np.empty(0, np.int64)
 
 
-class Damage:
+class CorruptionMap:
     """The corrupt records of a source by shard, block and row, as they are stored. Entries are only added.
 
     Thread-safe: writers replace the values under the lock and never change them in place.
@@ -63,13 +63,13 @@ class Damage:
         """Return the rows of a block that cannot be read; None: all of them."""
         return None if shard in self._shards else self._blocks.get((shard, block), _NO_ROWS)
 
-    def is_bad(self, place: Place) -> bool:
+    def is_bad(self, place: RecordLocation) -> bool:
         """Whether a record cannot be read. place: location in the order's row numbers, in a view its own ones."""
         shard, block, row = self.stored(place)
         rows = self.rows(shard, block)
         return rows is None or row in rows
 
-    def stored(self, place: Place) -> Place:
+    def stored(self, place: RecordLocation) -> RecordLocation:
         """Convert a location of the order to stored row numbers: in a view, rows count all rows of their block."""
         shard, block, row = place
         if shard in self._shards:  # A view's choice of its rows is unknown now, and does not matter.
@@ -78,12 +78,12 @@ class Damage:
         found = self.source.stored_rows(*where, np.zeros(1, np.uint32), np.array([row], np.uint32))
         return shard, block, int(found[0])
 
-    def add(self, place: Damaged) -> None:
+    def add(self, place: CorruptLocation) -> None:
         """Add a corrupt record, block (no row) or shard (no block). place: in stored row numbers."""
         shard, block, row = place
         self._add(shard, block, None if row is None else np.array([row], np.int64))
 
-    def learn(self, place: Damaged, error: CorruptShard) -> None:
+    def learn(self, place: CorruptLocation, error: CorruptShard) -> None:
         """Note corruption that a reader found; check the whole shard once, and warn about it once.
 
         Raises:
@@ -156,9 +156,9 @@ class Damage:
         )
 
 
-def damage_of(source: Source, options: LoaderOptions) -> Damage | None:
+def corruption_map_for(source: Source, options: LoaderOptions) -> CorruptionMap | None:
     """Return the record of corruption of a run; None if corrupt data is an error."""
-    return Damage(source) if options.on_corrupt == "previous" else None
+    return CorruptionMap(source) if options.on_corrupt == "previous" else None
 
 
 def _bad_rows(blocks: Blocks, streams: NDArray[np.uint32]) -> Rows:

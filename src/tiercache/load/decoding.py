@@ -25,9 +25,9 @@ import torch
 from tiercache.images.crop import draw_key, keyed_draws
 from tiercache.images.decoder import DecodeError, Decoder, load_libraries, stored_dtype
 from tiercache.load.assemble import TORCH_DTYPES, Batch
-from tiercache.load.broken import broken_picture, record_number
-from tiercache.load.pipeline import Pipeline, Resources, Work
-from tiercache.stats import Waits
+from tiercache.load.broken import image_decode_error, record_number
+from tiercache.load.pipeline import Pipeline, PipelineInputs, Resources
+from tiercache.stats import WaitHistogram
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from tiercache.images.options import DecodeImage
     from tiercache.load.buffer import Buffer
-    from tiercache.load.damage import Place
-    from tiercache.load.serving import Form
+    from tiercache.load.damage import RecordLocation
+    from tiercache.load.serving import ColumnLayout
 
 # Batches ahead: enough to hide a stall of the consumer, and to give each thread some images of later batches while one
 # batch is nearly done. More would only cost memory.
@@ -55,7 +55,7 @@ THREAD_END_S = 1.0
 _live: weakref.WeakSet[DecodedPipeline] = weakref.WeakSet()
 
 
-def start_pipeline(work: Work, resources: Resources) -> Pipeline | DecodedPipeline:
+def start_pipeline(work: PipelineInputs, resources: Resources) -> Pipeline | DecodedPipeline:
     """Return the pipeline for these inputs, with decoding threads if columns are to be decoded."""
     return DecodedPipeline(work, resources) if work.serving.decode else Pipeline(work, resources)
 
@@ -67,14 +67,14 @@ class DecodedPipeline:
     outside reference closes it.
     """
 
-    def __init__(self, work: Work, resources: Resources) -> None:
+    def __init__(self, work: PipelineInputs, resources: Resources) -> None:
         for options in work.serving.decode.values():
             load_libraries(options)  # a missing library is an error of the caller, not of a thread
         self._waits = work.waits
         self._first_batch = work.first_batch
         self._pid = os.getpid()
         ahead = _ahead(work, resources)
-        self._line = _Line(ahead, goes_on=work.damage is not None)
+        self._line = _DecodeQueue(ahead, goes_on=work.damage is not None)
         self._gathered = Pipeline(_as_buffers(work), _gathering(resources))
         work.memory.keep = (ahead + HELD_BY_CONSUMER) * len(work.serving.decode)
         opener = _Opener(work, self._gathered)
@@ -139,9 +139,9 @@ class DecodedPipeline:
         return self._pid != os.getpid()
 
     @property
-    def damaged_shard(self) -> int | None:
-        """The corrupt shard, see Pipeline.damaged_shard. An image that cannot be decoded does not set it."""
-        return self._gathered.damaged_shard
+    def corrupt_shard(self) -> int | None:
+        """The corrupt shard, see Pipeline.corrupt_shard. An image that cannot be decoded does not set it."""
+        return self._gathered.corrupt_shard
 
     def figures(self) -> dict[str, float]:
         """See Pipeline.figures, for the batches handed out; also decode_ns of all threads."""
@@ -191,7 +191,7 @@ class _Job:
     number: int = 0
     n_rows: int = 0
     n_bytes: int = 0
-    replaced: Mapping[int, Place] = field(default_factory=dict)
+    replaced: Mapping[int, RecordLocation] = field(default_factory=dict)
     error: Exception | None = None
     failed_at: int = -1
     n_begun: int = 0
@@ -207,7 +207,7 @@ class _Job:
             self.error, self.failed_at = error, task
 
 
-class _Line:
+class _DecodeQueue:
     """The queue of batches between the ring and the consumer, oldest first.
 
     One lock guards everything. It is re-entrant: the garbage collector may drop, and so close, a pipeline in a thread
@@ -305,7 +305,7 @@ class _Line:
 class _Opener:
     """Prepares gathered batches for decoding. One thread at a time calls it."""
 
-    work: Work
+    work: PipelineInputs
     gathered: Pipeline
     number: int = field(init=False)
     key: bytes = field(init=False)
@@ -344,7 +344,7 @@ class _Opener:
         if place is None:
             place = self.work.share.place(int(self.work.share.positions(job.number)[index]))
         record = record_number(self.work.source, *place)
-        error = broken_picture(self.work.source, job.columns[column].name, record, str(said))
+        error = image_decode_error(self.work.source, job.columns[column].name, record, str(said))
         error.__cause__ = said.with_traceback(None)  # the frames of the traceback would hold the batch's memory
         damage = self.work.damage
         if damage is not None:
@@ -364,7 +364,7 @@ class _Opener:
         return tensor, lent.view(stored_dtype(options.dtype)).reshape(shape)
 
 
-def _decode(line: _Line, opener: _Opener) -> None:
+def _decode(line: _DecodeQueue, opener: _Opener) -> None:
     """Run a decoding thread."""
     decoders: dict[str, Decoder] = {}
     while (found := line.next_task()) is not None:
@@ -431,15 +431,15 @@ def _tensor_of(picture: Any, options: DecodeImage) -> torch.Tensor:
     return tensor.view(torch.bfloat16) if options.dtype == "bfloat16" else tensor
 
 
-def _as_buffers(work: Work) -> Work:
+def _as_buffers(work: PipelineInputs) -> PipelineInputs:
     """Return the inputs of the gather pipeline: encoded images end to end in the slot.
 
     The gather pipeline has its own waiting times, which are not the consumer's.
     """
     serving = work.serving
-    encoded: Form = "buffer"
+    encoded: ColumnLayout = "buffer"
     forms = {**serving.forms, **dict.fromkeys(serving.decode, encoded)}
-    return replace(work, waits=Waits(), serving=replace(serving, forms=forms, decode={}))
+    return replace(work, waits=WaitHistogram(), serving=replace(serving, forms=forms, decode={}))
 
 
 def _gathering(resources: Resources) -> Resources:
@@ -447,12 +447,12 @@ def _gathering(resources: Resources) -> Resources:
     return replace(resources, n_threads=-(-resources.n_threads // DECODING_A_GATHERER), memory_bytes=0)
 
 
-def _longest(work: Work) -> int:
+def _longest(work: PipelineInputs) -> int:
     """Return the records of the longest batch."""
     return max(min(work.share.batch_size, work.share.n_records), 1)
 
 
-def _ahead(work: Work, resources: Resources) -> int:
+def _ahead(work: PipelineInputs, resources: Resources) -> int:
     """Return how many batches are decoded ahead of the consumer."""
     n_rows = _longest(work)
     sized = [options for options in work.serving.decode.values() if options.size is not None]

@@ -23,7 +23,7 @@ _CHUNK = 1 << 16
 
 
 @dataclass(slots=True)
-class Draws:
+class TorchDraws:
     """The draws of one epoch. Each of its methods draws at most once.
 
     Attributes:
@@ -71,7 +71,7 @@ def next_seed(generator: torch.Generator | None, *, after_begin: bool) -> int:
     return _seed_of(_copy(generator), after_begin=after_begin)
 
 
-def foreseen_seeds(generator: torch.Generator | None, n_records: int, *, begins: bool) -> tuple[int, int | None]:
+def predict_seeds(generator: torch.Generator | None, n_records: int, *, begins: bool) -> tuple[int, int | None]:
     """Return the seed of an epoch after its Draws.begin(), and the predicted seed of the next epoch.
 
     The prediction holds if no other code draws until then.

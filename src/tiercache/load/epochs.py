@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from tiercache.load.damage import Damage
-from tiercache.load.plan import ARRAYS, RUNS
+from tiercache.load.damage import CorruptionMap
+from tiercache.load.plan import ARRAY_PIECES, RUN_PIECES
 from tiercache.load.share import OrderShare
 from tiercache.order import EpochOrder, Layout, OrderOptions, RankPlan
-from tiercache.order.listed import ListedOrder
+from tiercache.order.listed import ExplicitOrder
 from tiercache.order.mixture import MixtureOrder
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from tiercache.order import Order
 
 
-def plan_epoch(read: Source | Damage, rank: Rank, batch_size: int, fills_first: bool, state: RunState) -> OrderShare:
+def plan_epoch(
+    read: Source | CorruptionMap, rank: Rank, batch_size: int, fills_first: bool, state: RunState
+) -> OrderShare:
     """Return the rank's share of the state's epoch. Costs O(shards); reads no data.
 
     read: the source, or its corrupt records if they are replaced; fills_first: see `RankPlan`.
@@ -26,9 +28,11 @@ def plan_epoch(read: Source | Damage, rank: Rank, batch_size: int, fills_first: 
     Raises:
         ValueError: The state's offset is outside the epoch, or this release does not know its order.
     """
-    order, damage = make_order(read, state), read if isinstance(read, Damage) else None
-    source = read.source if isinstance(read, Damage) else read
-    sizes = RUNS if damage is None and source.is_whole else ARRAYS  # otherwise the rows are needed as arrays
+    order, damage = make_order(read, state), read if isinstance(read, CorruptionMap) else None
+    source = read.source if isinstance(read, CorruptionMap) else read
+    sizes = (
+        RUN_PIECES if damage is None and source.is_whole else ARRAY_PIECES
+    )  # otherwise the rows are needed as arrays
     ranks = RankPlan(
         offset=state.offset,
         world_size=rank.world_size,
@@ -42,9 +46,9 @@ def plan_epoch(read: Source | Damage, rank: Rank, batch_size: int, fills_first: 
     return OrderShare(order, ranks, state.seed, state.key_epoch, damage, sizes)
 
 
-def make_order(read: Source | Damage, state: RunState) -> Order:
+def make_order(read: Source | CorruptionMap, state: RunState) -> Order:
     """Return the order of the state's epoch."""
-    source = read.source if isinstance(read, Damage) else read
+    source = read.source if isinstance(read, CorruptionMap) else read
     layout = Layout(source.shard_records, source.shard_bytes, read.block_tables)
     options = order_options(state)
     if source.mixture is not None:
@@ -52,7 +56,7 @@ def make_order(read: Source | Damage, state: RunState) -> Order:
     listed = source.listed
     if listed is not None and not state.shuffle:
         # Its windows have the interface of Window; they store their rows, so no permutation is computed.
-        return cast("Order", ListedOrder(layout, listed, state.window_bytes))
+        return cast("Order", ExplicitOrder(layout, listed, state.window_bytes))
     return EpochOrder(layout, options, state.key_epoch)
 
 

@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.load.window import Loaded
+    from tiercache.load.window import LoadedWindow
 
 # Shapes must fit, text must be UTF-8, JSON must parse. Any bytes are a valid number, flag or bytes value.
 _CHECKED = (Kind.RAGGED, Kind.STR, Kind.JSON)
 
 
-def bad_cast(schema: Schema, served: Mapping[str, Column], loaded: Loaded, block: int, row: int) -> SchemaError | None:
+def bad_cast(
+    schema: Schema, served: Mapping[str, Column], loaded: LoadedWindow, block: int, row: int
+) -> SchemaError | None:
     """Return the error of a row's value that its served dtype cannot represent; None if there is none.
 
     Args:
@@ -41,7 +43,7 @@ def bad_cast(schema: Schema, served: Mapping[str, Column], loaded: Loaded, block
     return None
 
 
-def bad_value(schema: Schema, loaded: Loaded, block: int, row: int) -> CorruptShard | None:
+def bad_value(schema: Schema, loaded: LoadedWindow, block: int, row: int) -> CorruptShard | None:
     """Return the error of a row that can be read and has an invalid value; None if there is none.
 
     Args:
@@ -61,7 +63,7 @@ def bad_value(schema: Schema, loaded: Loaded, block: int, row: int) -> CorruptSh
     return None
 
 
-def _columns(schema: Schema, loaded: Loaded, block: int) -> Iterator[tuple[Column, NDArray[np.uint64]]]:
+def _columns(schema: Schema, loaded: LoadedWindow, block: int) -> Iterator[tuple[Column, NDArray[np.uint64]]]:
     """Yield each column with the addresses of its streams in one block, uint64[n_streams, 1, 3]."""
     first = 0
     for column in schema.columns:

@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from tiercache.load.ahead import is_in_memory
-from tiercache.load.mending import mended
-from tiercache.order.listed import Locator, count_fitting, listed_window, whole_window
+from tiercache.load.mending import replace_corrupt
+from tiercache.order.listed import RecordLocator, count_fitting, explicit_window, whole_window
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tiercache.load.damage import Damage, Place
+    from tiercache.load.damage import CorruptionMap, RecordLocation
     from tiercache.load.plan import Piece
     from tiercache.load.source import Source
     from tiercache.order import Window
-    from tiercache.order.listed import ListedWindow, Places
+    from tiercache.order.listed import ExplicitWindow, RecordLocations
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Drawn:
+class SamplerBatch:
     """A batch of record numbers that a sampler returned.
 
     Attributes:
@@ -49,13 +49,13 @@ class ListedPiece:
     (number in the window), row: uint32[n].
     """
 
-    window: ListedWindow
+    window: ExplicitWindow
     batch_rows: NDArray[np.uint32]
     block: NDArray[np.uint32]
     row: NDArray[np.uint32]
 
     @property
-    def windows(self) -> tuple[Window | ListedWindow, ...]:
+    def windows(self) -> tuple[Window | ExplicitWindow, ...]:
         """The one window."""
         return (self.window,)
 
@@ -83,7 +83,7 @@ class ListedPiece:
         return self.block, self.row
 
 
-class Feed:
+class SamplerQueue:
     """A rank's share of an epoch (`load.share.Share`) whose batches a sampler supplies.
 
     Batches are numbered from 0. The consumer's thread calls `add`, `end` and `let_go`; any thread may call the rest.
@@ -100,7 +100,7 @@ class Feed:
     Attributes:
         seed: Seed of the random values of a record.
         batch_size: Records of the longest batch so far.
-        n_let_go, last: Number of batches that were handed out, and the last of them.
+        n_handed_out, last: Number of batches that were handed out, and the last of them.
     """
 
     padded = 0
@@ -108,12 +108,12 @@ class Feed:
     def __init__(
         self,
         source: Source,
-        locator: Locator,
+        locator: RecordLocator,
         window_bytes: int | None,
         *,
         epoch: int,
         first_row: int = 0,
-        damage: Damage | None = None,
+        damage: CorruptionMap | None = None,
     ) -> None:
         self.epoch = epoch
         self.seed = 0
@@ -123,12 +123,12 @@ class Feed:
         self._window_bytes = window_bytes
         self._damage = damage
         self._first_row = first_row
-        self.last: Drawn | None = None
+        self.last: SamplerBatch | None = None
         # The lock is taken directly: entering the condition is Python code, in which Ctrl-C could leave the lock held.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._kept: deque[Drawn] = deque()
-        self.n_let_go = self._n_told = self._n_planned = self._n_closed = 0
+        self._kept: deque[SamplerBatch] = deque()
+        self.n_handed_out = self._n_told = self._n_planned = self._n_closed = 0
         self._ended = False
         self._error: Exception | None = None
 
@@ -136,7 +136,7 @@ class Feed:
     def n_drawn(self) -> int:
         """Number of batches that were added."""
         with self._lock:
-            return self.n_let_go + len(self._kept)
+            return self.n_handed_out + len(self._kept)
 
     @property
     def n_records(self) -> int:
@@ -149,12 +149,12 @@ class Feed:
         return self.n_drawn
 
     @property
-    def n_told(self) -> int:
+    def n_plannable(self) -> int:
         """Number of batches that may be planned."""
         with self._lock:
             return self._n_told
 
-    def add(self, drawn: Drawn) -> None:
+    def add(self, drawn: SamplerBatch) -> None:
         """Append a batch. It is planned only after tell() or end()."""
         with self._lock:
             self._kept.append(drawn)
@@ -163,14 +163,14 @@ class Feed:
     def tell(self) -> None:
         """Let the planner read the batches that were added."""
         with self._lock:
-            self._n_told = self.n_let_go + len(self._kept)
+            self._n_told = self.n_handed_out + len(self._kept)
             self._changed.notify_all()
 
     def end(self, error: Exception | None) -> None:
         """Note that no batch follows. error: the sampler's error, which pieces() raises after all earlier batches."""
         with self._lock:
             self._ended, self._error = True, error
-            self._n_told = self.n_let_go + len(self._kept)
+            self._n_told = self.n_handed_out + len(self._kept)
             self._changed.notify_all()
 
     def let_go(self) -> None:
@@ -179,7 +179,7 @@ class Feed:
             # No call in between, because Ctrl-C is raised at calls.
             self.last = self._kept[0]
             del self._kept[0]
-            self.n_let_go += 1
+            self.n_handed_out += 1
 
     def close(self) -> None:
         """Raise CancelledError in threads that wait in pieces(). Both methods may be called again."""
@@ -199,12 +199,12 @@ class Feed:
             # A pipeline that begins within the epoch begins after all batches that were handed out.
             first_row = self._first_row if self.last is None else self.last.first_row + len(self.last.numbers)
         found = cast("Iterator[Piece]", self._pieces(n_batches, n_closed))  # they have the attributes of Piece
-        return found if self._damage is None else mended(found, self._damage, _Walk(self, first_row))
+        return found if self._damage is None else replace_corrupt(found, self._damage, _Walk(self, first_row))
 
     def positions(self, batch: int) -> NDArray[np.int64]:
         """Return the positions in the epoch of the records of a batch in the queue, int64[n]."""
         with self._lock:
-            drawn = self._kept[batch - self.n_let_go]
+            drawn = self._kept[batch - self.n_handed_out]
         return drawn.first_row + np.arange(len(drawn.numbers), dtype=np.int64)
 
     def place(self, position: int) -> tuple[int, int, int]:
@@ -216,23 +216,23 @@ class Feed:
                 return self._place_of(drawn.numbers[position - drawn.first_row])
         raise ValueError(f"position {position} was handed out, or was not drawn yet")
 
-    def before(self, first_row: int) -> Iterator[Place]:
+    def before(self, first_row: int) -> Iterator[RecordLocation]:
         """Yield the records before a row of the epoch, latest first, back to the batch that was handed out last."""
         for drawn in reversed(self._drawn()):
             for number in drawn.numbers[: max(first_row - drawn.first_row, 0)][::-1]:
                 yield self._place_of(number)
 
-    def after(self, first_row: int) -> Iterator[Place]:
+    def after(self, first_row: int) -> Iterator[RecordLocation]:
         """Yield the records from a row of the epoch on, as far as they are in the queue."""
         for drawn in self._drawn():
             for number in drawn.numbers[max(first_row - drawn.first_row, 0) :]:
                 yield self._place_of(number)
 
-    def _drawn(self) -> list[Drawn]:
+    def _drawn(self) -> list[SamplerBatch]:
         with self._lock:
             return [*([] if self.last is None else [self.last]), *self._kept]
 
-    def _place_of(self, number: np.int64) -> Place:
+    def _place_of(self, number: np.int64) -> RecordLocation:
         found = self._locator.find(np.array([number], np.int64))
         at = int(found.at[0])
         return int(found.shards[at]), int(found.blocks[at]), int(found.row[0])
@@ -240,7 +240,7 @@ class Feed:
     def shards_ahead(self, _n_batches: int, _n_rows: int, n_bytes: int) -> list[int]:
         """Return the shards of the batches that are not planned yet, in the order of need, at most n_bytes (stored)."""
         with self._lock:
-            waiting = list(islice(self._kept, max(self._n_planned - self.n_let_go, 0), None))
+            waiting = list(islice(self._kept, max(self._n_planned - self.n_handed_out, 0), None))
         if not waiting:
             return []
         found, first = np.unique(self._locator.shards(np.concatenate([w.numbers for w in waiting])), return_index=True)
@@ -262,15 +262,15 @@ class Feed:
                 yield ListedPiece(whole, sizes, places.at.astype(np.uint32), places.row)
                 continue
             shards = np.unique(places.shards[places.touched()]).tolist()
-            near = [shard for shard in shards if self._source.is_at_hand(shard)]
+            near = [shard for shard in shards if self._source.is_mapped(shard)]
             start, n = 0, len(places.row)
             while start < n:
                 stop = start + count_fitting(places.cut(start, n), self._window_bytes, near)
-                window = listed_window(start, places.cut(start, stop))
+                window = explicit_window(start, places.cut(start, stop))
                 yield ListedPiece(window, sizes, window.block, window.row)
                 start, sizes = stop, sizes[:0]
 
-    def _whole(self, places: Places) -> ListedWindow | None:
+    def _whole(self, places: RecordLocations) -> ExplicitWindow | None:
         """Return one window of all blocks, for these and all later records, if every shard is mapped.
 
         A window of listed rows costs 1.5 ms and more, and that for each batch if a sampler is asked batch by batch. In
@@ -280,7 +280,7 @@ class Feed:
         """
         source = self._source
         shards = np.flatnonzero(source.shard_records).tolist()
-        if not all(map(source.is_at_hand, shards)):
+        if not all(map(source.is_mapped, shards)):
             return None
         every = self._locator.find_all()
         if 2 * len(places.touched()) < len(every.shards):
@@ -289,13 +289,13 @@ class Feed:
                 return None
         return whole_window(every)
 
-    def _wait(self, at: int, n_closed: int) -> list[Drawn] | None:
+    def _wait(self, at: int, n_closed: int) -> list[SamplerBatch] | None:
         """Return all batches from number `at` on, at least one; None at the end."""
         with self._lock:
             self._changed.wait_for(lambda: self._n_closed != n_closed or self._ended or at < self._n_told)
             if self._n_closed != n_closed:
                 raise CancelledError
-            found = list(islice(self._kept, at - self.n_let_go, self._n_told - self.n_let_go))
+            found = list(islice(self._kept, at - self.n_handed_out, self._n_told - self.n_handed_out))
             if found:
                 self._n_planned = at + len(found)
                 return found
@@ -308,13 +308,13 @@ class Feed:
 class _Walk:
     """A mending.Walk through the batches of a sampler. first_row: row of the epoch with which the pieces begin."""
 
-    feed: Feed
+    feed: SamplerQueue
     first_row: int
 
-    def before(self, n_rows: int) -> Iterator[Place]:
+    def before(self, n_rows: int) -> Iterator[RecordLocation]:
         """See Feed.before."""
         return self.feed.before(self.first_row + n_rows)
 
-    def after(self, n_rows: int) -> Iterator[Place]:
+    def after(self, n_rows: int) -> Iterator[RecordLocation]:
         """See Feed.after."""
         return self.feed.after(self.first_row + n_rows)

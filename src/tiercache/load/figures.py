@@ -11,14 +11,14 @@ from tiercache.model import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from tiercache.stats import Waits
+    from tiercache.stats import WaitHistogram
 
 # Below this share of the wall time, the loader does not make the consumer wait.
 WAITING_SHARE = 0.05
 
 
 def summarise(
-    counters: Mapping[str, float], waits: Waits, fetched: Mapping[str, float], *, threads: int
+    counters: Mapping[str, float], waits: WaitHistogram, fetched: Mapping[str, float], *, threads: int
 ) -> dict[str, Any]:
     """Return the dict of `DataLoader.stats()`.
 

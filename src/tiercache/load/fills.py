@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.errors import SchemaError
-from tiercache.shard.fit import MisfitError
-from tiercache.shard.ingest import converter
+from tiercache.shard.fit import ConversionError
+from tiercache.shard.ingest import value_converter
 from tiercache.shard.types import Column, Kind
 from tiercache.shard.values import ColumnValues
 
@@ -36,8 +36,8 @@ def stored_fill(column: Column, fill: Any) -> Any:
     if column.kind is Kind.TENSOR and _is_single(fill):
         plain = dataclasses.replace(plain, kind=Kind.BOOL if column.dtype == "bool" else Kind.SCALAR, shape=())
     try:
-        value = converter(plain)(fill)
-    except MisfitError as error:
+        value = value_converter(plain)(fill)
+    except ConversionError as error:
         message = f"nulls: the column cannot hold this fill value: {error}"
         raise SchemaError(message, column=column.name, expected=error.expected, got=error.got) from error
     if column.kind is Kind.TENSOR:
@@ -58,7 +58,7 @@ def stream_fills(column: Column, fill: Any) -> tuple[bytes, ...]:
     return (np.ascontiguousarray(stored).tobytes() if column.kind in _NUMBERS else stored,)
 
 
-def filled(found: ColumnValues, fill: Any) -> ColumnValues:
+def replace_nulls(found: ColumnValues, fill: Any) -> ColumnValues:
     """Replace the nulls in place, each by a value of its own; return the values without a mask."""
     column, values = found.column, found.values
     if found.valid is None or found.valid.all():

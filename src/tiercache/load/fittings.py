@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from tiercache._native import gather
 from tiercache.load.assemble import Assembler
-from tiercache.load.streams import form_table, slot_bytes
+from tiercache.load.streams import layout_table, slot_bytes
 
 if TYPE_CHECKING:
-    from tiercache.load.serving import Serving
+    from tiercache.load.serving import OutputSpec
     from tiercache.load.source import Source
 
 
@@ -27,19 +27,19 @@ class Sizes:
     about_bytes: int
 
 
-class Fitted:
+class PipelineSetup:
     """Values that the pipelines of one source and serving share. Thread-safe: two threads compute equal values.
 
-    stored_bytes, largest_bytes: size of all shards and of the largest; forms: see `form_table`.
+    stored_bytes, largest_bytes: size of all shards and of the largest; forms: see `layout_table`.
     """
 
-    def __init__(self, source: Source, serving: Serving) -> None:
+    def __init__(self, source: Source, serving: OutputSpec) -> None:
         self.source, self.serving = source, serving
         self.assembler = Assembler(source.schema, serving)
         self._varies = bool((self.assembler.streams[:, 0] & 0xFF == gather.VAR).any())
         self.stored_bytes = int(source.shard_bytes.sum())
         self.largest_bytes = int(source.shard_bytes.max(initial=1))
-        self.forms = form_table(source.schema, serving)
+        self.forms = layout_table(source.schema, serving)
         self._sizes: dict[tuple[int, int], Sizes] = {}
 
     def sizes(self, batch_size: int, n_records: int) -> Sizes:
@@ -55,7 +55,7 @@ class Fitted:
         return found
 
 
-class Fittings:
+class PipelineCache:
     """Keeps the shared values of a run's last pipeline for the next one, which usually serves the same source.
 
     Computing them took 0.3 ms of an epoch's start, because the batches evict the code from the processor's caches (0.03
@@ -63,11 +63,11 @@ class Fittings:
     """
 
     def __init__(self) -> None:
-        self._last: Fitted | None = None
+        self._last: PipelineSetup | None = None
 
-    def of(self, source: Source, serving: Serving) -> Fitted:
+    def of(self, source: Source, serving: OutputSpec) -> PipelineSetup:
         """Return the values for this source and serving."""
         last = self._last
         if last is None or last.source is not source or last.serving is not serving:
-            last = self._last = Fitted(source, serving)
+            last = self._last = PipelineSetup(source, serving)
         return last

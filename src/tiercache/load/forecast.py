@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.load.share import OrderShare
-    from tiercache.order.groups import Groups
+    from tiercache.order.groups import ShardGroups
 
 # Maximum of later epochs that are examined. If a rank reads the same shards in each epoch, one is enough.
 MAX_EPOCHS_AHEAD = 64
@@ -32,7 +32,7 @@ _SHARDS_A_STREAM = 1024
 EPOCHS_WITHOUT_NEWS = 3
 
 
-class Clock:
+class ReadClock:
     """Maps positions of an epoch, from `start` on, to the clock. Immutable.
 
     Args:
@@ -63,7 +63,7 @@ class Clock:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Uses:
+class ShardUses:
     """The shards that a rank reads in one epoch, and when. Immutable.
 
     begins, ends: int64[n_shards], positions of the epoch between which each shard is in use; NEVER and 0 if it is not
@@ -72,7 +72,7 @@ class Uses:
 
     begins: NDArray[np.int64]
     ends: NDArray[np.int64]
-    clock: Clock
+    clock: ReadClock
 
     @property
     def shards(self) -> NDArray[np.int64]:
@@ -80,7 +80,7 @@ class Uses:
         return np.flatnonzero(self.ends)
 
 
-def uses_of(share: OrderShare, start: int, n_shards: int) -> Uses:
+def find_shard_uses(share: OrderShare, start: int, n_shards: int) -> ShardUses:
     """Return what the rank reads from a position of its epoch to the end. Reads no footers.
 
     Padding, and records of a last batch that come from another rank's stream, are not counted.
@@ -94,18 +94,18 @@ def uses_of(share: OrderShare, start: int, n_shards: int) -> Uses:
         np.minimum.at(begins, groups.shards, np.repeat(groups.starts, sizes))
         np.maximum.at(ends, groups.shards, np.repeat(groups.stops, sizes))
         spans.append((groups.starts, groups.stops, groups.stored_bytes))
-    return Uses(begins, ends, Clock(start, *(np.concatenate(column) for column in zip(*spans, strict=True))))
+    return ShardUses(begins, ends, ReadClock(start, *(np.concatenate(column) for column in zip(*spans, strict=True))))
 
 
-def _from(groups: Groups, stream: int, n_streams: int, start: int) -> Groups:
+def _from(groups: ShardGroups, stream: int, n_streams: int, start: int) -> ShardGroups:
     """Return a stream's groups, in positions of the epoch, without what lies before `start`."""
     # Position p of the stream is position p * n_streams + stream of the epoch.
     begins, ends = groups.starts * n_streams + stream, (groups.stops - 1) * n_streams + stream + 1
     return replace(groups, starts=begins, stops=ends).where(np.maximum(begins, start), ends)
 
 
-def forecast(
-    owner: str, uses: Uses, later: Iterable[OrderShare], n_filled: int, max_shards: int = MAX_SHARDS_AHEAD
+def make_read_plan(
+    owner: str, uses: ShardUses, later: Iterable[OrderShare], n_filled: int, max_shards: int = MAX_SHARDS_AHEAD
 ) -> ReadingPlan:
     """Return the read plan of a rank.
 
@@ -121,7 +121,7 @@ def forecast(
     then = np.full(n_shards, NEVER)
     passed, looked, quiet = uses.clock.total, 0, 0
     for number, share in enumerate(later):
-        found = uses_of(share, 0, n_shards)
+        found = find_shard_uses(share, 0, n_shards)
         news = found.shards[then[found.shards] == NEVER]
         then[news] = passed + found.clock.at(found.begins[news])
         passed += found.clock.total

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from tiercache.errors import SchemaError
 from tiercache.load.buffer import Buffer
-from tiercache.load.serving import Serving, is_stack_of_rows, varying
+from tiercache.load.serving import OutputSpec, is_stack_of_rows, varying
 from tiercache.shard.fit import as_numpy
 from tiercache.shard.types import Column, Kind
 from tiercache.shard.values import ColumnValues, as_batch
@@ -23,7 +23,7 @@ from tiercache.shard.values import ColumnValues, as_batch
 Array: TypeAlias = npt.NDArray[Any]
 
 
-def in_forms(columns: Sequence[ColumnValues], serving: Serving) -> dict[str, Any]:
+def apply_layouts(columns: Sequence[ColumnValues], serving: OutputSpec) -> dict[str, Any]:
     """Return the batch by column: array, list, Buffer or nested tensor.
 
     It also has the lengths of padded columns and the masks of nullable ones.

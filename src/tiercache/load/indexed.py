@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiercache.load.draws import Draws, next_seed
+from tiercache.load.draws import TorchDraws, next_seed
 from tiercache.load.epochs import epoch_records, plan_epoch
-from tiercache.load.iterator import Position
-from tiercache.load.run import Asked, NativeRun
-from tiercache.load.source import make_ready
+from tiercache.load.iterator import EpochPosition
+from tiercache.load.run import LoaderArguments, NativeEngine
+from tiercache.load.source import prepare_reading
 from tiercache.order import BlockTable
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class IndexSampler:
         self._is_batched = is_batched
         self._epoch: Any = None  # (source, share, draws)
 
-    def begin(self, read: Any, share: OrderShare, draws: Draws) -> None:
+    def begin(self, read: Any, share: OrderShare, draws: TorchDraws) -> None:
         """Return the indices of another epoch from now on. read: source of its order."""
         self._epoch = read, share, draws
 
@@ -88,13 +88,13 @@ class IndexSampler:
             yield left.tolist()
 
 
-class IndexedRun(NativeRun):
+class IndexEngine(NativeEngine):
     """The engine of a loader on torch's path. Call begin() before torch's iterator is made, and begun() after it.
 
     sampler: The sampler that torch's iterators ask for indices.
     """
 
-    def __init__(self, dataset: Any, asked: Asked, *, is_batched: bool) -> None:
+    def __init__(self, dataset: Any, asked: LoaderArguments, *, is_batched: bool) -> None:
         super().__init__(dataset.source, asked)
         self.sampler = IndexSampler(is_batched=is_batched)
         self._users = dataset
@@ -124,16 +124,16 @@ class IndexedRun(NativeRun):
         if self._draws_seeds(state) and not keeps_seed:
             state = replace(state, seed=next_seed(self._asked.generator, after_begin=not self._begins()))
         if self._ready is not self._source:
-            make_ready(self._source)
+            prepare_reading(self._source)
             self._ready = self._source
         self._n_records = None  # a subclass may have another length now
         read = self._numbered()
         share = plan_epoch(read, self.rank(), self._asked.batch_size, self._asked.fills_first, state)
         if share.ranks.ignores_streams:
             self._warn_of_streams(share.ranks)
-        draws = Draws(self._asked.generator, self._asked.shuffle, share.n_records, is_sampled=is_resumed)
+        draws = TorchDraws(self._asked.generator, self._asked.shuffle, share.n_records, is_sampled=is_resumed)
         self.sampler.begin(read, share, draws)
-        self._pending = Position(state, share.ranks)
+        self._pending = EpochPosition(state, share.ranks)
         return is_resumed
 
     def begun(self, iterator: Any) -> None:
@@ -141,14 +141,14 @@ class IndexedRun(NativeRun):
         self._position, self._torch_iterator = self._pending, iterator
         self._n_epochs += 1
 
-    def begin_elsewhere(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, Draws]:
-        """See NativeRun.begin_elsewhere."""
+    def begin_for_sampler(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, TorchDraws]:
+        """See NativeEngine.begin_for_sampler."""
         self._n_records = None  # as in begin()
         self._torch_iterator = None
-        return super().begin_elsewhere(state)
+        return super().begin_for_sampler(state)
 
     def state(self) -> RunState:
-        """Return the state after the batches that torch's iterator has handed out. See NativeRun.state."""
+        """Return the state after the batches that torch's iterator has handed out. See NativeEngine.state."""
         if self._position is not None and self._torch_iterator is not None:
             self._position.n_yielded = self._torch_iterator._num_yielded  # noqa: SLF001 -- torchdata's count
             self._position.finished = self._torch_iterator._finished  # noqa: SLF001

@@ -15,8 +15,8 @@ from tiercache._native.assembly import ReadyIterator
 from tiercache.errors import CorruptShard
 from tiercache.load.assemble import Batch
 from tiercache.load.decoding import start_pipeline
-from tiercache.load.draws import Draws
-from tiercache.load.pipeline import Resources, Work
+from tiercache.load.draws import TorchDraws
+from tiercache.load.pipeline import PipelineInputs, Resources
 from tiercache.load.state import RunState
 from tiercache.load.tuples import as_columns
 from tiercache.order import RankPlan
@@ -24,12 +24,12 @@ from tiercache.order import RankPlan
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tiercache.load.damage import Damaged
+    from tiercache.load.damage import CorruptLocation
 
 _profiler = torch.autograd.profiler
 
 
-class Progress(Protocol):
+class EpochProgress(Protocol):
     """How far an epoch is; its iterator updates it.
 
     n_yielded: batches handed out since the epoch began or was resumed; finished: whether its end was reached.
@@ -39,7 +39,7 @@ class Progress(Protocol):
     finished: bool
 
 
-class Position:
+class EpochPosition:
     """The position in an epoch.
 
     The loader keeps it; the epoch's iterator updates it, and may be dropped long before.
@@ -103,13 +103,13 @@ class Delivery:
 
     timeout_s: float
     pin_memory: bool
-    draws: Draws
+    draws: TorchDraws
 
 
 class NativeIterator(ReadyIterator, Iterator[Batch]):
     """Batches of one epoch from a state on. Independent of the loader's other iterators; closes itself when dropped."""
 
-    def __init__(self, position: Progress, work: Work, resources: Resources, delivery: Delivery) -> None:
+    def __init__(self, position: EpochProgress, work: PipelineInputs, resources: Resources, delivery: Delivery) -> None:
         self._position = position
         self._work = work
         self._resources = resources
@@ -119,7 +119,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         self._start_s = time.perf_counter()
         self._counted = False
         self._read_again: set[int] = set()  # numbers of shards that were read a second time
-        self._passed_by: set[Damaged] = set()
+        self._passed_by: set[CorruptLocation] = set()
         self._draws = delivery.draws
         # torch's sampler draws numbers before the first batch. It draws again at its end, which comes before a short
         # last batch.
@@ -161,7 +161,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
             self._count(self.figures())
             self._counted = True
 
-    def _start(self, work: Work) -> None:
+    def _start(self, work: PipelineInputs) -> None:
         self._pipeline = start_pipeline(work, self._resources)
         self._take_by(self._pipeline.take_ready)
 
@@ -241,7 +241,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
                     return self._pipeline.take(self._timeout_s)
                 except CorruptShard as again:
                     # Else keep the first error: it names the block.
-                    if healed or damage is not None or self._pipeline.damaged_shard is not None:
+                    if healed or damage is not None or self._pipeline.corrupt_shard is not None:
                         error = again
         finally:
             del error  # The error's traceback would form a cycle that holds windows.
@@ -251,8 +251,8 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
 
         Every shard is read again once: another loader or process may have replaced the copy in the meantime.
         """
-        shard = self._pipeline.damaged_shard
-        healed = shard is not None and self._work.source.heal(shard)
+        shard = self._pipeline.corrupt_shard
+        healed = shard is not None and self._work.source.discard_corrupt_copy(shard)
         if shard is None or (not healed and shard in self._read_again):
             return None
         self._read_again.add(shard)
@@ -260,7 +260,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
 
     def _pass_by(self, error: CorruptShard) -> None:
         """Replace the corrupt records from now on. Raises the error if they must not be replaced, or already were."""
-        place: Damaged | None = error.facts.get("place")
+        place: CorruptLocation | None = error.facts.get("place")
         if self._work.damage is None or place is None or place in self._passed_by:
             try:
                 raise error

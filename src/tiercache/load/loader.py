@@ -18,15 +18,22 @@ from torchdata.stateful_dataloader import sampler as torchdata_samplers
 from tiercache.load.bulk import BatchSampler, with_state
 from tiercache.load.collate import collate
 from tiercache.load.draws import next_seed
-from tiercache.load.indexed import IndexedRun
+from tiercache.load.indexed import IndexEngine
 from tiercache.load.options import LoaderOptions
 from tiercache.load.order_sampler import OrderSampler, ShuffledOrder, StoredOrder
 from tiercache.load.ranks import Rank, find_rank
-from tiercache.load.replay import Randomness, loadable, settled
-from tiercache.load.run import Asked, NativeRun
-from tiercache.load.sampled import SampledRun
-from tiercache.load.sampling import NEXT_EPOCH, SAMPLER_EPOCH, Lead, RandomSampler, tell_epoch, told_epoch
-from tiercache.load.source import Source, make_ready
+from tiercache.load.replay import RandomGenerators, loadable, settled
+from tiercache.load.run import LoaderArguments, NativeEngine
+from tiercache.load.sampled import SamplerEngine
+from tiercache.load.sampling import (
+    NEXT_EPOCH,
+    SAMPLER_EPOCH,
+    RandomSampler,
+    SamplerLookahead,
+    get_sampler_epoch,
+    set_sampler_epoch,
+)
+from tiercache.load.source import Source, prepare_reading
 from tiercache.load.state import RunState
 from tiercache.load.torch_state import STEPS_SINCE, state_for_workers
 
@@ -158,10 +165,10 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         self.in_order = in_order
         _check_options(options, why_not, is_ordered=is_ordered, has_state=has_state)
         self._is_split = False
-        self._native: NativeRun | SampledRun | None = None
-        self._indexed: IndexedRun | None = None
+        self._native: NativeEngine | SamplerEngine | None = None
+        self._indexed: IndexEngine | None = None
         if ours and (is_ordered or not why_not):
-            asked = Asked(
+            asked = LoaderArguments(
                 batch_size=int(batch_size or 1),
                 shuffle=shuffled,
                 drop_last=drop_last,
@@ -178,7 +185,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             elif has_state:  # torchdata keeps the data set's state beside the sampler's
                 self._is_split = asked.options.split_ranks
             else:
-                self._indexed = IndexedRun(dataset, asked, is_batched=batch_size is not None)
+                self._indexed = IndexEngine(dataset, asked, is_batched=batch_size is not None)
         self._bind_sampler()
         # Set after a mid-epoch state in torchdata's form, which earlier releases saved, was loaded: torchdata serves
         # the rest of that epoch.
@@ -187,7 +194,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         self._newest: Any = None
         if self._native is not None and num_workers:
             run = self._native
-            paces_sampler = isinstance(run, SampledRun) and run.lead.n_batches == run.lead.at_begin
+            paces_sampler = isinstance(run, SamplerEngine) and run.lead.n_batches == run.lead.at_begin
             given = {
                 "worker_init_fn": worker_init_fn is not None,
                 "multiprocessing_context": multiprocessing_context is not None,
@@ -208,7 +215,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             source = getattr(self.dataset, "source", None)
             if isinstance(source, Source):
                 self._check_unsplit()
-                make_ready(source)
+                prepare_reading(source)
             with self._torchdata_iterator():
                 return super().__iter__()
         if self.pin_memory and self.pin_memory_device and hasattr(torch, "accelerator"):  # 2.6 and later
@@ -234,7 +241,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         if run is not None:
             return run.state().to_dict()
         state: dict[str, Any]
-        if isinstance(self._native, SampledRun):
+        if isinstance(self._native, SamplerEngine):
             state = self._native.state()
         else:
             with self._torchdata_iterator():
@@ -242,7 +249,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         if isinstance(self.sampler, RandomSampler) and state["_iterator_finished"]:
             begins = not (self.persistent_workers and self.num_workers)
             state = {**state, NEXT_EPOCH: self.sampler.next_epoch(begins=begins)}
-        epoch = told_epoch(self._index_sampler)
+        epoch = get_sampler_epoch(self._index_sampler)
         return settled(state if epoch is None else {**state, SAMPLER_EPOCH: epoch})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -261,7 +268,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             raise TypeError(f"load_state_dict() takes the dict that state_dict() returned, got {state_dict!r}")
         state_dict = self._for_own_workers(state_dict)
         if SAMPLER_EPOCH in state_dict:  # The sampler must know the epoch before it makes its iterator.
-            tell_epoch(self._index_sampler, state_dict[SAMPLER_EPOCH])
+            set_sampler_epoch(self._index_sampler, state_dict[SAMPLER_EPOCH])
         is_ordered = {"parts", "offset"} <= state_dict.keys()
         if is_ordered and (self._sampled or (self._native is None and self._indexed is None)):
             raise ValueError(
@@ -281,7 +288,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 super().load_state_dict(loadable(state_dict))
             if NEXT_EPOCH in state_dict and isinstance(self.sampler, RandomSampler):
                 self.sampler.load_next_epoch(state_dict[NEXT_EPOCH])
-        elif isinstance(self._native, NativeRun):
+        elif isinstance(self._native, NativeEngine):
             self._native.load(RunState.from_dict(state_dict))
         else:
             self._native.load(loadable(state_dict))
@@ -296,7 +303,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         if run is not None:
             run.set_epoch(epoch)
         else:
-            tell_epoch(self._index_sampler, epoch)
+            set_sampler_epoch(self._index_sampler, epoch)
 
     def stats(self) -> dict[str, Any]:
         """Return the counters of the native path and its bottleneck (docs/guide/loader.md); {} on torch's path."""
@@ -338,7 +345,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 self._native.load(begun)
         if state["_indexed"] is not None:
             asked, begun = state["_indexed"]
-            self._indexed = IndexedRun(self.dataset, asked, is_batched=self.batch_size is not None)
+            self._indexed = IndexEngine(self.dataset, asked, is_batched=self.batch_size is not None)
             if begun is not None:
                 self._indexed.load(begun)
         self._bind_sampler()
@@ -365,19 +372,19 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
     def _bind_sampler(self) -> None:
         """Let the loader's own sampler return this loader's order."""
         run = self._native or self._indexed
-        if isinstance(self.sampler, OrderSampler) and isinstance(run, NativeRun):
+        if isinstance(self.sampler, OrderSampler) and isinstance(run, NativeEngine):
             self.sampler.run = run
 
     @property
-    def _ordered(self) -> NativeRun | None:
+    def _ordered(self) -> NativeEngine | None:
         """Engine of tiercache's own order, whose state is a RunState; None: a sampler or torchdata has the state."""
         if self._indexed is None:
-            return self._native if isinstance(self._native, NativeRun) else None
+            return self._native if isinstance(self._native, NativeEngine) else None
         iterator: Any = self._newest_iterator
         is_over = iterator is not None and iterator._finished  # noqa: SLF001 -- torchdata's
         return None if self._serves_rest and not is_over else self._indexed
 
-    def _iterate_indexed(self, run: IndexedRun) -> Any:
+    def _iterate_indexed(self, run: IndexEngine) -> Any:
         """Return torch's iterator over the next epoch of tiercache's order."""
         is_resumed = run.begin()
         if self._serves_rest:
@@ -405,7 +412,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         if state.get("_iterator_finished") and not isinstance(self.dataset, (IterableDataset, Stateful)):
             # torchdata makes another iterator for the next epoch. This one must not draw what decides the next epoch's
             # order: the user may have reseeded after the state was loaded.
-            with Randomness(self.sampler).replaying(with_own=NEXT_EPOCH in state):
+            with RandomGenerators(self.sampler).replaying(with_own=NEXT_EPOCH in state):
                 iterator = super()._get_iterator()
         else:
             random_state = torch.get_rng_state()
@@ -509,16 +516,16 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             self._native = self._run(replace(asked, shuffle=False))
         self._starts_workers = self._native is None
 
-    def _run(self, asked: Asked) -> NativeRun | SampledRun | None:
+    def _run(self, asked: LoaderArguments) -> NativeEngine | SamplerEngine | None:
         """Return the engine of the native path; None: the sampler must be asked batch by batch, as torch does."""
         source = self.dataset.source
         if not self._sampled:
-            return NativeRun(source, asked)
+            return NativeEngine(source, asked)
         _check_sampled(asked.options)
         index_sampler = super()._index_sampler
-        lead = Lead.of(index_sampler, asked.num_workers, self.prefetch_factor)
+        lead = SamplerLookahead.of(index_sampler, asked.num_workers, self.prefetch_factor)
         # A record of a mixture has no fixed number: which record of a part comes next depends on the epoch.
-        return None if lead is None or source.mixture is not None else SampledRun(source, asked, index_sampler, lead)
+        return None if lead is None or source.mixture is not None else SamplerEngine(source, asked, index_sampler, lead)
 
 
 def _why_not_native(dataset: Any, batch_size: int | None, collate_fn: Any, batch_sampler: Any) -> str:

@@ -12,35 +12,35 @@ from typing import TYPE_CHECKING, Protocol, cast
 import numpy as np
 
 from tiercache.errors import CorruptShard
-from tiercache.order.listed import ListedWindow
+from tiercache.order.listed import ExplicitWindow
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
-    from tiercache.load.damage import Damage, Place
+    from tiercache.load.damage import CorruptionMap, RecordLocation
     from tiercache.load.plan import Piece
     from tiercache.order import Window
 
 _NOTHING = np.empty(0, np.uint32)
 
 
-class Walk(Protocol):
+class RecordWalk(Protocol):
     """A rank's records one by one, counted in rows from the start of its pieces.
 
     Locations have the order's row numbers.
     """
 
-    def before(self, n_rows: int) -> Iterator[Place]:
+    def before(self, n_rows: int) -> Iterator[RecordLocation]:
         """Yield the records before row n_rows, latest first, also those before the start of the pieces."""
 
-    def after(self, n_rows: int) -> Iterator[Place]:
+    def after(self, n_rows: int) -> Iterator[RecordLocation]:
         """Yield the record at row n_rows, and those after it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Mended:
+class PatchedPiece:
     """A piece in which some records are replaced, with the attributes of a `Piece`.
 
     replaced: int64[m], rising, the replaced rows.
@@ -66,25 +66,25 @@ class Mended:
         """See Piece.rows."""
         return self.block, self.row
 
-    def place(self, index: int) -> Place:
+    def place(self, index: int) -> RecordLocation:
         """Return the location of a row's record, in the order's row numbers."""
         return _place(self.windows, int(self.block[index]), int(self.row[index]))
 
 
-def mended(pieces: Iterable[Piece], damage: Damage, walk: Walk) -> Iterator[Piece]:
+def replace_corrupt(pieces: Iterable[Piece], damage: CorruptionMap, walk: RecordWalk) -> Iterator[Piece]:
     """Yield the pieces with corrupt records replaced; pieces without any are unchanged.
 
     Raises:
         CorruptShard: No record of the rank can be read.
     """
-    mender, n_rows = _Mender(damage, walk), 0
+    mender, n_rows = _RecordReplacer(damage, walk), 0
     for piece in pieces:
         yield mender.mend(piece, n_rows) if damage else piece
         n_rows += piece.n_rows
 
 
 @dataclass(slots=True)
-class _Without:
+class _TrimmedWindow:
     """A window without its unreadable blocks; made once, so that all its pieces have the same object."""
 
     window: Window
@@ -93,17 +93,17 @@ class _Without:
 
 
 @dataclass(slots=True)
-class _Mender:
+class _RecordReplacer:
     """Replaces records piece by piece, and keeps state between the pieces.
 
     last: the last good record up to the end of the last piece, if that piece had corruption; None: ask `walk`.
     """
 
-    damage: Damage
-    walk: Walk
-    last: Place | None = None
-    _without: dict[int, _Without] = field(default_factory=dict)
-    _alone: tuple[Place, ListedWindow] | None = None
+    damage: CorruptionMap
+    walk: RecordWalk
+    last: RecordLocation | None = None
+    _without: dict[int, _TrimmedWindow] = field(default_factory=dict)
+    _alone: tuple[RecordLocation, ExplicitWindow] | None = None
 
     def mend(self, piece: Piece, n_before: int) -> Piece:
         """Return the piece, which begins after n_before rows, with its corrupt records replaced."""
@@ -132,7 +132,7 @@ class _Mender:
             window = self._window_of(place)
             block[:n_first], row[:n_first] = sum(len(w.blocks) for w in windows), place[2]
             windows, wanted = (*windows, cast("Window", window)), (*wanted, np.ones(1, np.bool_))
-        return cast("Piece", Mended(windows, wanted, piece.batch_rows, block, row, np.flatnonzero(bad)))
+        return cast("Piece", PatchedPiece(windows, wanted, piece.batch_rows, block, row, np.flatnonzero(bad)))
 
     def _bad(
         self, piece: Piece, shards: NDArray[np.int32], blocks: NDArray[np.int32], suspects: NDArray[np.int64]
@@ -158,12 +158,12 @@ class _Mender:
             bad[at] = np.isin((block[at].astype(np.int64) << 32) + stored, wrong)
         return bad
 
-    def _before(self, n_rows: int) -> Place | None:
+    def _before(self, n_rows: int) -> RecordLocation | None:
         if self.last is not None and not self.damage.is_bad(self.last):
             return self.last
         return next((p for p in self.walk.before(n_rows) if not self.damage.is_bad(p)), None)
 
-    def _after(self, n_rows: int) -> Place:
+    def _after(self, n_rows: int) -> RecordLocation:
         found = next((p for p in self.walk.after(n_rows) if not self.damage.is_bad(p)), None)
         if found is None:
             raise CorruptShard("no record of this rank's share can be read", url=self.damage.source.url)
@@ -182,27 +182,27 @@ class _Mender:
         ]
         return tuple(window for window, _ in pairs), tuple(wanted for _, wanted in pairs), numbers
 
-    def _cut(self, window: Window) -> _Without:
+    def _cut(self, window: Window) -> _TrimmedWindow:
         kept = np.ones(len(window.blocks), np.bool_)
         for number in np.flatnonzero(np.isin(window.shards, self.damage.shards)).tolist():
             kept[number] = self.damage.rows(int(window.shards[number]), int(window.blocks[number])) is not None
         if kept.all():
-            return _Without(window, kept, window)
+            return _TrimmedWindow(window, kept, window)
         parts = window.shards[kept], window.blocks[kept], window.block_bytes[kept]
-        left = ListedWindow(window.start, window.stop, *parts, _NOTHING, _NOTHING)
-        return _Without(window, kept, cast("Window", left))
+        left = ExplicitWindow(window.start, window.stop, *parts, _NOTHING, _NOTHING)
+        return _TrimmedWindow(window, kept, cast("Window", left))
 
-    def _window_of(self, place: Place) -> ListedWindow:
+    def _window_of(self, place: RecordLocation) -> ExplicitWindow:
         """Return a window of the single block of a record; the last one is cached."""
         shard, block, _ = place
         if self._alone is None or self._alone[0][:2] != (shard, block):
             raw_bytes = self.damage.block_tables([shard])[0].raw_bytes[block : block + 1]
             numbers = np.array([shard], np.int32), np.array([block], np.int32)
-            self._alone = place, ListedWindow(0, 0, *numbers, raw_bytes, _NOTHING, _NOTHING)
+            self._alone = place, ExplicitWindow(0, 0, *numbers, raw_bytes, _NOTHING, _NOTHING)
         return self._alone[1]
 
 
-def _place(windows: tuple[Window, ...], block: int, row: int) -> Place:
+def _place(windows: tuple[Window, ...], block: int, row: int) -> RecordLocation:
     for window in windows:
         if block < len(window.blocks):
             return int(window.shards[block]), int(window.blocks[block]), row

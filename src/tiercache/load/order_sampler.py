@@ -16,8 +16,8 @@ from tiercache.load.sampling import RandomSampler
 from tiercache.load.state import RunState
 
 if TYPE_CHECKING:
-    from tiercache.load.draws import Draws
-    from tiercache.load.run import NativeRun
+    from tiercache.load.draws import TorchDraws
+    from tiercache.load.run import NativeEngine
     from tiercache.load.share import OrderShare
 
 _YIELDED, _ORDER = "yielded", "order"
@@ -35,7 +35,7 @@ class OrderSampler(torch_data.Sampler[int]):
         told_epoch: The epoch that set_epoch() chose for the next iterator.
     """
 
-    run: NativeRun | None = None
+    run: NativeEngine | None = None
     is_split_by_others = False
     told_epoch: int | None = None
 
@@ -74,7 +74,7 @@ class StoredOrder(OrderSampler, torch_data.SequentialSampler):
 class OrderIterator(Iterator[int]):
     """This rank's record numbers of one epoch, which begins with the first number: torch's samplers draw then."""
 
-    def __init__(self, sampler: OrderSampler, run: NativeRun) -> None:
+    def __init__(self, sampler: OrderSampler, run: NativeEngine) -> None:
         self._sampler = sampler
         self._run = run
         self._numbers: Iterator[int] | None = None
@@ -104,13 +104,13 @@ class OrderIterator(Iterator[int]):
         epoch, self._sampler.told_epoch = self._sampler.told_epoch, None
         if state is None and epoch is not None:
             self._run.set_epoch(epoch)
-        self._begun, read, share, draws = self._run.begin_elsewhere(state)
+        self._begun, read, share, draws = self._run.begin_for_sampler(state)
         self._numbers = self._given(read, share, draws)
         return self._numbers
 
-    def _given(self, read: Any, share: OrderShare, draws: Draws) -> Iterator[int]:
+    def _given(self, read: Any, share: OrderShare, draws: TorchDraws) -> Iterator[int]:
         draws.sample()
         for numbers in served_numbers(read, share, is_shuffled=draws.shuffle):
             yield from numbers.tolist()
         draws.exhaust()
-        self._run.end_elsewhere(share)
+        self._run.end_for_sampler(share)

@@ -25,15 +25,15 @@ from tiercache._native import gather
 from tiercache._native.assembly import Taker
 from tiercache._native.ring import CLOSED, END, FAILED, Ring, Slot
 from tiercache.errors import CorruptShard, TierCacheError
-from tiercache.load.assemble import BadValueError, Batch, valid_mask
+from tiercache.load.assemble import Batch, InvalidValueError, valid_mask
 from tiercache.load.faults import bad_cast, bad_value
-from tiercache.load.fittings import Fittings
+from tiercache.load.fittings import PipelineCache
 from tiercache.load.memory import BatchMemory, keep_freed_memory
-from tiercache.load.planner import Shared, plan
-from tiercache.load.serving import Serving
+from tiercache.load.planner import PlannerState, run_planner
+from tiercache.load.serving import OutputSpec
 from tiercache.load.streams import gather_streams
-from tiercache.load.window import Threads, loading_pool
-from tiercache.shard.blocks import describe
+from tiercache.load.window import LoadThreads, loading_pool
+from tiercache.shard.blocks import damage_message
 from tiercache.shard.cast import served_columns
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.load.coming import Begun, Coming
-    from tiercache.load.damage import Damage, Place
-    from tiercache.load.publishing import Publishing
-    from tiercache.load.share import Share
+    from tiercache.load.coming import EpochStart, NextEpoch
+    from tiercache.load.damage import CorruptionMap, RecordLocation
+    from tiercache.load.publishing import ReadPlanPublisher
+    from tiercache.load.share import EpochShare
     from tiercache.load.source import Source
-    from tiercache.load.window import Loaded
-    from tiercache.stats import Counters, Waits
+    from tiercache.load.window import LoadedWindow
+    from tiercache.stats import Counters, WaitHistogram
 
 # Batches ahead: more batches hide longer stalls of the consumer. But batches ahead should still be in the processor's
 # last-level cache (32 MiB here, shared with the records and the consumer's data) when they are read. All threads gather
@@ -78,7 +78,7 @@ class Resources:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class PipelineInputs:
     """Inputs of a pipeline: a rank's share of an epoch of a source, and how columns are served.
 
     Attributes:
@@ -97,18 +97,18 @@ class Work:
     """
 
     source: Source
-    share: Share
+    share: EpochShare
     counters: Counters
-    waits: Waits
+    waits: WaitHistogram
     first_batch: int = 0
-    serving: Serving = field(default_factory=Serving)
+    serving: OutputSpec = field(default_factory=OutputSpec)
     memory: BatchMemory = field(default_factory=BatchMemory)
-    fittings: Fittings = field(default_factory=Fittings)
+    fittings: PipelineCache = field(default_factory=PipelineCache)
     said: set[str] = field(default_factory=set)
-    begun: Future[Begun | None] | None = None
-    coming: Coming | None = None
-    damage: Damage | None = None
-    publishing: Publishing | None = None
+    begun: Future[EpochStart | None] | None = None
+    coming: NextEpoch | None = None
+    damage: CorruptionMap | None = None
+    publishing: ReadPlanPublisher | None = None
 
 
 class Pipeline:
@@ -118,7 +118,7 @@ class Pipeline:
     closes itself at the end of the epoch, at an error, when its last reference is dropped, and at interpreter exit.
     """
 
-    def __init__(self, work: Work, resources: Resources) -> None:
+    def __init__(self, work: PipelineInputs, resources: Resources) -> None:
         self._work = work
         fitted = work.fittings.of(work.source, work.serving)
         self._assembler = fitted.assembler
@@ -132,16 +132,16 @@ class Pipeline:
             n_threads=resources.n_threads,
             slot_bytes=sizes.expected_bytes,
         )
-        self._shared = Shared()
+        self._shared = PlannerState()
         self._pool = loading_pool(resources.n_threads)
-        threads = Threads(self._pool, self._shared.stop, resources.n_threads, resources.limit_bytes)
+        threads = LoadThreads(self._pool, self._shared.stop, resources.n_threads, resources.limit_bytes)
         self._memory_bytes = resources.memory_bytes
         self._ahead: deque[Slot | Exception] = deque(maxlen=1)  # taken from the ring, not handed out yet
         # also taken from the ring; empty again at once, unless Ctrl-C struck
         self._waited: deque[Slot | int] = deque(maxlen=1)
         self._n_skipped = 0
         # replaced rows of the batch that take() returned last, and the locations of their replacements
-        self.replaced: dict[int, Place] = {}
+        self.replaced: dict[int, RecordLocation] = {}
         self._pid = os.getpid()
         self._is_closed = False
         self._taking = threading.RLock()
@@ -149,10 +149,10 @@ class Pipeline:
         self._taker = Taker(
             self._ring, self._assembler.entries, self._shared.pieces, odd, self._taking, work.waits.bins
         )
-        self.damaged_shard: int | None = None  # the shard that take() found corrupt before it raised CorruptShard
+        self.corrupt_shard: int | None = None  # the shard that take() found corrupt before it raised CorruptShard
         # The thread holds no reference to this object, so that dropping the last outside reference closes it.
         self._planner = threading.Thread(
-            target=plan, args=(work, self._ring, self._shared, threads), name="tiercache-plan", daemon=True
+            target=run_planner, args=(work, self._ring, self._shared, threads), name="tiercache-plan", daemon=True
         )
         _live.add(self)
         self._planner.start()
@@ -248,7 +248,7 @@ class Pipeline:
             return None
         try:
             batch = self._assembler.batch(slot)
-        except (OSError, BadValueError) as error:
+        except (OSError, InvalidValueError) as error:
             raise self._failed(error) from error
         except (MemoryError, RuntimeError):  # torch raises RuntimeError
             self._lose()
@@ -264,9 +264,9 @@ class Pipeline:
         """Close the pipeline after a batch was lost: the next batch must not be served in its place."""
         self.close()
 
-    def _replaced(self, start: int, stop: int) -> dict[int, Place]:
+    def _replaced(self, start: int, stop: int) -> dict[int, RecordLocation]:
         """Return the replaced rows of [start, stop) of the sequence, counted from `start`, and their replacements."""
-        found: dict[int, Place] = {}
+        found: dict[int, RecordLocation] = {}
         mended = self._shared.mended
         for first, piece in list(mended):  # the planner may append at any time
             rows = piece.replaced[np.searchsorted(piece.replaced, start - first) :]
@@ -386,7 +386,7 @@ class Pipeline:
                 fault = _fault((int(kind), int(width), loaded.addresses[number], check), block, row)
                 if fault is not None:
                     blocks = loaded.held[loaded.holder[block]]
-                    self.damaged_shard = int(loaded.window.shards[block])
+                    self.corrupt_shard = int(loaded.window.shards[block])
                     return CorruptShard(
                         fault,
                         url=blocks.url,
@@ -401,7 +401,7 @@ class Pipeline:
         return CorruptShard(text, url=source.url)
 
 
-def _value(loaded: Loaded, block: int, row: int, index: int) -> object:
+def _value(loaded: LoadedWindow, block: int, row: int, index: int) -> object:
     """See Loaded.value."""
     try:
         return loaded.value(block, row, index)
@@ -410,7 +410,7 @@ def _value(loaded: Loaded, block: int, row: int, index: int) -> object:
         raise
 
 
-def _stored_place(loaded: Loaded, block: int, row: int) -> Place:
+def _stored_place(loaded: LoadedWindow, block: int, row: int) -> RecordLocation:
     """Return the location of a row as it is stored."""
     return int(loaded.window.shards[block]), int(loaded.window.blocks[block]), row
 
@@ -422,7 +422,7 @@ def _fault(stream: tuple[int, int, NDArray[np.uint64], NDArray[np.uint64] | None
     try:
         found = gather.locate(*stream, *place)
         if found is not None:
-            return describe(found[1])
+            return damage_message(found[1])
         if kind in (gather.FIXED, gather.BITS):
             gather.gather(kind, width, addresses, *place, bytearray(max(width, 1)))
         else:

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiercache.order import RowRun, Window
-from tiercache.order.memory import MOST_ROWS, empty_rows
+from tiercache.order.memory import MOST_ROWS, allocate_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tiercache.order import Order, RankPlan, Stretch
+    from tiercache.order import Order, RankPlan, Section
 
 # Rising numbers. A single rank is served all positions, so a range is used for them: as arrays they took a third of the
 # planner's time.
@@ -41,13 +41,13 @@ _SPARSE_ROWS, _SPARSE_POSITIONS = 2, 1 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Lot:
+class _SegmentRows:
     """Rows of a piece that lie in one segment: their indices in the piece (None: all rows) and their positions.
 
     at: positions in the stream, rising; first_blocks: number in the piece of each window's first block.
     """
 
-    stretch: Stretch
+    stretch: Section
     places: NDArray[np.int64] | None
     at: _Rising
     first_blocks: tuple[int, ...]
@@ -89,7 +89,7 @@ class Piece:
     windows: tuple[Window, ...]
     n_rows: int
     wanted: tuple[NDArray[np.bool_], ...]
-    _lots: tuple[_Lot, ...]
+    _lots: tuple[_SegmentRows, ...]
     _found: list[tuple[NDArray[np.uint32], NDArray[np.uint32]]] = field(default_factory=list, init=False, repr=False)
 
     @property
@@ -124,14 +124,14 @@ class Piece:
     def _find(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         if len(self._lots) == 1 and self._lots[0].places is None:
             return self._lots[0].find()
-        block, row = empty_rows(self.n_rows), empty_rows(self.n_rows)
+        block, row = allocate_rows(self.n_rows), allocate_rows(self.n_rows)
         for lot in self._lots:
             block[lot.places], row[lot.places] = lot.find()
         return block, row
 
 
 @dataclass(frozen=True, slots=True)
-class PieceRows:
+class PieceSizes:
     """Maximum rows of the first piece, of later pieces, and of later pieces whose rows are a run."""
 
     first: int = FIRST_PIECE_ROWS
@@ -139,14 +139,14 @@ class PieceRows:
     run: int = PIECE_ROWS
 
 
-ARRAYS, RUNS = PieceRows(), PieceRows(run=RUN_ROWS)
+ARRAY_PIECES, RUN_PIECES = PieceSizes(), PieceSizes(run=RUN_ROWS)
 
 
-def pieces(order: Order, ranks: RankPlan, sizes: PieceRows = ARRAYS) -> Iterator[Piece]:
+def pieces(order: Order, ranks: RankPlan, sizes: PieceSizes = ARRAY_PIECES) -> Iterator[Piece]:
     """Yield what the rank is served from its offset to the end of the epoch, in order, padding last.
 
     A piece ends where a window of one of its streams ends, or at its maximum size, independent of the batches. The
-    maximum is four times as large for each next piece. Making a piece may read footers (`Order.stretch_at`); their
+    maximum is four times as large for each next piece. Making a piece may read footers (`Order.section_at`); their
     errors pass through.
     """
     cutter = _Cutter(order, ranks)
@@ -165,7 +165,7 @@ def pieces(order: Order, ranks: RankPlan, sizes: PieceRows = ARRAYS) -> Iterator
 
 
 @dataclass(slots=True)
-class _Lane:
+class _StreamCursor:
     """The rows that a rank takes from one stream: indices among all rows, and positions in the stream; both rise."""
 
     stream: int
@@ -180,14 +180,14 @@ class _Cutter:
     def __init__(self, order: Order, ranks: RankPlan) -> None:
         self._order = order
         self._ranks = ranks
-        self._held: dict[int, tuple[Stretch, tuple[NDArray[np.bool_], ...]]] = {}
+        self._held: dict[int, tuple[Section, tuple[NDArray[np.bool_], ...]]] = {}
 
     def is_run(self, positions: range | None) -> bool:
         """Whether the rows are runs of windows. positions: consecutive positions of one stream; None: they are not."""
         if positions is None:
             return False
         (lane,) = _lanes(positions, self._order.n_streams)
-        return isinstance(self._order.stretch_at(lane.stream, int(lane.at[0])), Window)
+        return isinstance(self._order.section_at(lane.stream, int(lane.at[0])), Window)
 
     def cut(self, positions: _Rising, is_last: bool) -> Iterator[Piece]:
         """Yield the pieces of consecutive rows.
@@ -211,20 +211,20 @@ class _Cutter:
             start = stop
             self._let_go(lanes, last_position)
 
-    def _hold(self, lane: _Lane, is_last: bool) -> int:
+    def _hold(self, lane: _StreamCursor, is_last: bool) -> int:
         """Hold the segment of the stream's next row; return the index of the stream's first row behind the segment."""
         position = int(lane.at[lane.n_cut])
         held = self._held.get(lane.stream)
         stretch = held[0] if held else None
         if stretch is None or not stretch.start <= position < stretch.stop:
-            stretch = self._order.stretch_at(lane.stream, position)
+            stretch = self._order.section_at(lane.stream, position)
             rest = lane.at[lane.n_cut : _n_before(lane.at, stretch.stop)] if is_last else None
             self._held[lane.stream] = stretch, self._wanted(lane.stream, stretch, position, rest)
         return _n_before(lane.at, stretch.stop)
 
-    def _piece(self, lanes: list[_Lane], start: int, stop: int) -> Piece:
+    def _piece(self, lanes: list[_StreamCursor], start: int, stop: int) -> Piece:
         """Return the piece of the rows [start, stop) and advance the streams."""
-        lots: list[_Lot] = []
+        lots: list[_SegmentRows] = []
         wanted: dict[Window, NDArray[np.bool_]] = {}  # streams that share a window need the same blocks of it
         first_blocks: dict[Window, int] = {}
         n_blocks = 0
@@ -242,11 +242,11 @@ class _Cutter:
             at, all_are = lane.at[lane.n_cut : end], end - lane.n_cut == stop - start
             places = None if all_are else np.asarray(lane.places[lane.n_cut : end]) - start
             firsts = tuple(first_blocks[window] for window in stretch.windows)
-            lots.append(_Lot(stretch, places, at, firsts))
+            lots.append(_SegmentRows(stretch, places, at, firsts))
             lane.n_cut = end
         return Piece(tuple(wanted), stop - start, tuple(wanted.values()), tuple(lots))
 
-    def _let_go(self, lanes: list[_Lane], last_position: int | None) -> None:
+    def _let_go(self, lanes: list[_StreamCursor], last_position: int | None) -> None:
         """Drop segments that are served. last_position: of all streams, if other rows follow; None: no rows follow."""
         by_stream = {lane.stream: lane for lane in lanes}
         for stream, (stretch, _) in list(self._held.items()):
@@ -260,7 +260,7 @@ class _Cutter:
                 del self._held[stream]
 
     def _wanted(
-        self, stream: int, stretch: Stretch, position: int, rest: _Rising | None
+        self, stream: int, stretch: Section, position: int, rest: _Rising | None
     ) -> tuple[NDArray[np.bool_], ...]:
         """Return the blocks of a segment that the rank needs from a position on. rest: its rows there, if known."""
         window = stretch.windows[0]
@@ -289,26 +289,26 @@ def _n_before(rising: _Rising, value: int) -> int:
     return int(np.searchsorted(rising, value))
 
 
-def _lanes(positions: _Rising, n_streams: int) -> list[_Lane]:
+def _lanes(positions: _Rising, n_streams: int) -> list[_StreamCursor]:
     """Group rows at these positions by stream."""
     n = len(positions)
     if n_streams == 1:
-        return [_Lane(0, range(n), positions)]
+        return [_StreamCursor(0, range(n), positions)]
     if isinstance(positions, range) and positions.step == n_streams:
         first, stream = divmod(positions.start, n_streams)
-        return [_Lane(stream, range(n), range(first, first + n))]
+        return [_StreamCursor(stream, range(n), range(first, first + n))]
     if isinstance(positions, range):
         positions = np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)
     at, streams = np.divmod(positions, n_streams)
     if (streams == streams[0]).all():
-        return [_Lane(int(streams[0]), range(n), at)]
+        return [_StreamCursor(int(streams[0]), range(n), at)]
     streams = streams.astype(np.uint16)  # sorted in linear time, 10 ns each
     turn = np.argsort(streams, kind="stable")
     ends = np.flatnonzero(np.diff(streams[turn])) + 1
-    return [_Lane(int(streams[places[0]]), places, at[places]) for places in np.split(turn, ends)]
+    return [_StreamCursor(int(streams[places[0]]), places, at[places]) for places in np.split(turn, ends)]
 
 
-def _rows_at(stretch: Stretch, at: _Rising) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+def _rows_at(stretch: Section, at: _Rising) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     """Return block and row of rising positions of a stream; skips large gaps between them."""
     first, n = int(at[0]) - stretch.start, len(at)
     n_spanned = int(at[-1] - at[0]) + 1

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from tiercache._native.ring import Plan
-from tiercache.load.ahead import Ahead
-from tiercache.load.coming import drop
-from tiercache.load.mending import Mended
-from tiercache.load.pressure import Pressure
+from tiercache.load.ahead import PagePrefetcher
+from tiercache.load.coming import cancel_loads
+from tiercache.load.mending import PatchedPiece
+from tiercache.load.pressure import MemoryPressure
 from tiercache.load.share import OrderShare, interleaved
-from tiercache.load.window import Joined, Loaded, Loading
+from tiercache.load.window import JoinedWindows, LoadedWindow, WindowLoad
 from tiercache.order import RowRun
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache._native.ring import Ring
-    from tiercache.load.coming import Begun
-    from tiercache.load.pipeline import Work
+    from tiercache.load.coming import EpochStart
+    from tiercache.load.pipeline import PipelineInputs
     from tiercache.load.plan import Piece
-    from tiercache.load.pressure import Slice
-    from tiercache.load.window import Threads
+    from tiercache.load.pressure import PieceSlice
+    from tiercache.load.window import LoadThreads
     from tiercache.order import Window
 
 # Locations of rows: a run whose rows are computed as they are gathered, or block and row, uint32[n] each.
@@ -46,11 +46,11 @@ SHARDS_AHEAD = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pushed:
+class PushedRows:
     """Rows that the ring has: a run of the first window, or block (numbered through the windows) and row, uint32[n]."""
 
     rows: Rows
-    joined: Joined
+    joined: JoinedWindows
 
     @property
     def n_rows(self) -> int:
@@ -70,7 +70,7 @@ class Pushed:
 
 
 @dataclass(slots=True)
-class Shared:
+class PlannerState:
     """State shared by the planner and the consumer.
 
     Attributes:
@@ -82,15 +82,15 @@ class Shared:
         forms: Table of column layouts, kept alive while the ring fills lists of bytes.
     """
 
-    pieces: deque[tuple[int, Pushed]] = field(default_factory=deque)
-    mended: deque[tuple[int, Mended]] = field(default_factory=deque)
+    pieces: deque[tuple[int, PushedRows]] = field(default_factory=deque)
+    mended: deque[tuple[int, PatchedPiece]] = field(default_factory=deque)
     error: Exception | None = None
     stop: Future[None] = field(default_factory=Future)
     ended: bool = False
     forms: NDArray[np.uint64] | None = None
 
 
-def plan(work: Work, ring: Ring, shared: Shared, threads: Threads) -> None:
+def run_planner(work: PipelineInputs, ring: Ring, shared: PlannerState, threads: LoadThreads) -> None:
     """Run the planner thread: push each piece of the epoch, then prepare the start of the next epoch."""
     is_planned = False
     try:
@@ -112,7 +112,7 @@ def plan(work: Work, ring: Ring, shared: Shared, threads: Threads) -> None:
     finally:
         # The pipeline was closed before it used the prepared start, which may not be ready yet.
         if work.begun is not None:
-            drop(work.begun)
+            cancel_loads(work.begun)
 
 
 class _Planner:
@@ -121,20 +121,20 @@ class _Planner:
     ahead_bytes: stored bytes of shards to prefetch ahead of the windows.
     """
 
-    def __init__(self, work: Work, ring: Ring, shared: Shared, threads: Threads) -> None:
+    def __init__(self, work: PipelineInputs, ring: Ring, shared: PlannerState, threads: LoadThreads) -> None:
         self._work = work
         self._ring = ring
         self._shared = shared
         self._threads = threads
         self._pushed_rows = self._last_rows = 0  # rows pushed so far; rows of the last push
-        self._held: dict[int, Loaded] = {}  # by the window's id; each holds its window
-        self._loading: dict[int, Loading] = {}  # started by the epoch before
-        self._joined: Joined | None = None
+        self._held: dict[int, LoadedWindow] = {}  # by the window's id; each holds its window
+        self._loading: dict[int, WindowLoad] = {}  # started by the epoch before
+        self._joined: JoinedWindows | None = None
         self._serving: tuple[Window, ...] = ()  # the windows of the last push
         fitted = work.fittings.of(work.source, work.serving)
         self.ahead_bytes = SHARDS_AHEAD * fitted.largest_bytes
-        self._near = Ahead(threads, fitted.stored_bytes)
-        self.pressure = Pressure(work.source.is_at_hand, threads.limit_bytes)
+        self._near = PagePrefetcher(threads, fitted.stored_bytes)
+        self.pressure = MemoryPressure(work.source.is_mapped, threads.limit_bytes)
         shared.forms = fitted.forms
 
     def push_all(self) -> None:
@@ -143,7 +143,7 @@ class _Planner:
             if piece.batch_rows is not None and not self._ring.push_sizes(piece.batch_rows):
                 raise CancelledError
             served: object = piece
-            if isinstance(served, Mended):
+            if isinstance(served, PatchedPiece):
                 self._shared.mended.append((self._pushed_rows, served))
             if self.pressure.fits(piece):
                 self._push(piece)
@@ -166,7 +166,7 @@ class _Planner:
 
     def _pieces(self) -> Iterator[Piece]:
         start_s = time.perf_counter()
-        begun: Begun | None = None if self._work.begun is None else self._threads.result(self._work.begun)
+        begun: EpochStart | None = None if self._work.begun is None else self._threads.result(self._work.begun)
         if begun is not None:
             self._loading = {id(loading.window): loading for loading in begun.loading}
         found = self._work.share.pieces(self._work.first_batch) if begun is None else begun.pieces
@@ -178,7 +178,7 @@ class _Planner:
             yield piece
             start_s = time.perf_counter()
 
-    def _push(self, part: Piece | Slice) -> None:
+    def _push(self, part: Piece | PieceSlice) -> None:
         """Load the windows that a part needs and that are missing, and push its rows."""
         missing = self._let_go_of_others(part)
         rows = None
@@ -197,17 +197,17 @@ class _Planner:
         joined = self._join(part)
         # Prefetch its pages before a row of it is requested, while the window before is served.
         is_first, serving = not self._pushed_rows, (*self._serving, *part.windows)
-        for read in self._near.bring_near(new, serving) if not is_first else ():
+        for read in self._near.prefetch_pages(new, serving) if not is_first else ():
             self._threads.result(read)
         self._count("load_s", start_s)
-        pushed = Pushed(rows, joined)
+        pushed = PushedRows(rows, joined)
         self._last_rows = pushed.n_rows
         self._pushed_rows += self._last_rows
         self._shared.pieces.append((self._pushed_rows, pushed))
         if not self._ring.push(pushed.as_plan(self._shared.forms)):
             raise CancelledError
         if is_first:  # The first batch does not wait for its whole window.
-            self._near.bring_near(new, serving, is_served=True)
+            self._near.prefetch_pages(new, serving, is_served=True)
             if self._work.publishing is not None:
                 self._work.publishing.complete()
         self._serving = part.windows
@@ -217,9 +217,9 @@ class _Planner:
         if self._work.publishing is not None:
             self._work.publishing.advance(self._work.first_batch, self._pushed_rows - self._last_rows)
 
-    def _let_go_of_others(self, part: Piece | Slice) -> list[tuple[Window, NDArray[np.bool_]]]:
+    def _let_go_of_others(self, part: Piece | PieceSlice) -> list[tuple[Window, NDArray[np.bool_]]]:
         """Drop the windows that the part does not need, before more memory is used; return the missing ones."""
-        kept: dict[int, Loaded] = {}
+        kept: dict[int, LoadedWindow] = {}
         missing = []
         for window, wanted in zip(part.windows, part.wanted, strict=True):
             loaded = self._held.get(id(window))
@@ -233,22 +233,22 @@ class _Planner:
         return missing
 
     def _is_work(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> bool:
-        is_at_hand = self._work.source.is_at_hand
+        is_mapped = self._work.source.is_mapped
         # their reading and decoding is under way
         missing = [pair for pair in missing if id(pair[0]) not in self._loading]
-        return any(not is_at_hand(shard) for window, wanted in missing for shard in set(window.shards[wanted].tolist()))
+        return any(not is_mapped(shard) for window, wanted in missing for shard in set(window.shards[wanted].tolist()))
 
-    def _begin(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> list[Loading]:
+    def _begin(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> list[WindowLoad]:
         unasked = [pair for pair in missing if id(pair[0]) not in self._loading]
-        if unasked and self._work.source.is_fetched:
+        if unasked and self._work.source.can_prefetch:
             self._prefetch(unasked)
         return [self._loading_of(window, wanted) for window, wanted in missing]
 
-    def _loading_of(self, window: Window, wanted: NDArray[np.bool_]) -> Loading:
+    def _loading_of(self, window: Window, wanted: NDArray[np.bool_]) -> WindowLoad:
         begun = self._loading.pop(id(window), None)
         if begun is not None:
             return begun
-        return Loading(self._work.source, window, wanted, self._threads.executor, self._threads.n_threads)
+        return WindowLoad(self._work.source, window, wanted, self._threads.executor, self._threads.n_threads)
 
     def _prefetch(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> None:
         """Prefetch shards: those of the windows first, because later shards must not be fetched before them."""
@@ -260,7 +260,7 @@ class _Planner:
             ahead += work.coming.shards_ahead(self.ahead_bytes)
         work.source.prefetch([*dict.fromkeys([*own, *ahead])])
 
-    def _finish(self, loading: list[Loading]) -> list[Loaded]:
+    def _finish(self, loading: list[WindowLoad]) -> list[LoadedWindow]:
         new = []
         try:
             for one in loading:
@@ -273,13 +273,13 @@ class _Planner:
                 one.cancel()
         return new
 
-    def _join(self, part: Piece | Slice) -> Joined:
+    def _join(self, part: Piece | PieceSlice) -> JoinedWindows:
         windows = tuple(self._held[id(window)] for window in part.windows)
         if self._joined is None or self._joined.windows != windows:
-            self._joined = Joined(windows)
+            self._joined = JoinedWindows(windows)
         return self._joined
 
-    def _rows(self, part: Piece | Slice) -> Rows:
+    def _rows(self, part: Piece | PieceSlice) -> Rows:
         """Return the part's rows as they are stored."""
         run = part.run if self._work.source.is_whole else None
         if run is not None:

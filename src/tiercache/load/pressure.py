@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.load.plan import Piece
-    from tiercache.load.window import Loaded
+    from tiercache.load.window import LoadedWindow
     from tiercache.order import Window
 
 # Share of the memory limit for windows, two of which are in memory at a time; the rest is for the model and the
@@ -26,7 +26,7 @@ LOOK_ROWS = 1 << 13
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Slice:
+class PieceSlice:
     """Consecutive rows of a piece, and the blocks that they need. It has the attributes of a Piece."""
 
     windows: tuple[Window, ...]
@@ -48,19 +48,19 @@ class Slice:
         return self.block, self.row
 
 
-class Pressure:
+class MemoryPressure:
     """Decides whether windows fit memory twice: the one that is served and the next one. For the planner's thread.
 
     Mapped bytes do not count. The share of a window that is not mapped is learnt from the windows that were loaded;
     before the first one, all of it counts.
 
     Args:
-        is_at_hand: Function that returns whether a shard's blocks are only mapped.
+        is_mapped: Function that returns whether a shard's blocks are only mapped.
         limit_bytes: Memory limit of the whole process.
     """
 
-    def __init__(self, is_at_hand: Callable[[int], bool], limit_bytes: int) -> None:
-        self._is_at_hand = is_at_hand
+    def __init__(self, is_mapped: Callable[[int], bool], limit_bytes: int) -> None:
+        self._is_at_hand = is_mapped
         self._room_bytes = limit_bytes // WINDOWS_SHARE // 2
         self._private_bytes = self._raw_bytes = 0
         self._need_bytes = 0
@@ -70,7 +70,7 @@ class Pressure:
         """Whether the share of a window that is not mapped is known."""
         return self._raw_bytes > 0
 
-    def learn(self, loaded: Loaded) -> None:
+    def learn(self, loaded: LoadedWindow) -> None:
         """Count the memory that a loaded window takes."""
         here = loaded.holder >= 0
         self._raw_bytes += int(loaded.window.block_bytes[here].sum())
@@ -84,7 +84,7 @@ class Pressure:
         self._need_bytes = max(self._need_bytes, need_bytes)
         return False
 
-    def slices(self, piece: Piece) -> Iterator[Slice]:
+    def slices(self, piece: Piece) -> Iterator[PieceSlice]:
         """Yield the piece's rows in slices whose blocks fit memory twice.
 
         A slice has at least one row, even if its block does not fit.
@@ -94,7 +94,9 @@ class Pressure:
         start = 0
         while start < len(row):
             stop = start + self._fitting(block[start : start + LOOK_ROWS], sizes)
-            yield Slice(piece.windows, _touched(piece.windows, block[start:stop]), block[start:stop], row[start:stop])
+            yield PieceSlice(
+                piece.windows, _touched(piece.windows, block[start:stop]), block[start:stop], row[start:stop]
+            )
             start = stop
 
     def explain(self, url: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache.errors import TierCacheError
-from tiercache.load.forecast import MAX_SHARDS_AHEAD, Uses, cost_of, forecast, uses_of
+from tiercache.load.forecast import MAX_SHARDS_AHEAD, ShardUses, cost_of, find_shard_uses, make_read_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tiercache.load.share import OrderShare
     from tiercache.load.source import Source
     from tiercache.load.state import RunState
-    from tiercache.model import Following
+    from tiercache.model import PublishedPlan
 
 logger = logging.getLogger("tiercache")
 
@@ -30,7 +30,7 @@ logger = logging.getLogger("tiercache")
 QUICK_SHARDS, QUICK_SHARDS_AHEAD = 4096, 1 << 17
 
 
-class Publishing:
+class ReadPlanPublisher:
     """Publishes the read plan of one rank's epoch.
 
     The planner begins, completes and advances it; the owner of the epoch closes it. Without a cache nothing is
@@ -50,9 +50,9 @@ class Publishing:
         self._plan_epoch = plan_epoch
         self._lock = threading.RLock()  # The garbage collector may call close() in a thread that holds the lock.
         self._share: OrderShare | None = None
-        self._uses: Uses | None = None
-        self._following: Following | None = None
-        self._before: Publishing | None = None  # closed once this publisher has published
+        self._uses: ShardUses | None = None
+        self._following: PublishedPlan | None = None
+        self._before: ReadPlanPublisher | None = None  # closed once this publisher has published
         self._is_complete = self._is_closed = False
         self._clock = 0
         self._pid = os.getpid()
@@ -91,7 +91,7 @@ class Publishing:
         if self._uses is not None and self._pid == os.getpid():  # a forked child may have inherited the lock locked
             self._advance(self._uses.clock.total)
 
-    def succeed(self, before: Publishing) -> None:
+    def succeed(self, before: ReadPlanPublisher) -> None:
         """Close another publisher as soon as this one has published, or is closed."""
         if self._pid != os.getpid():
             return
@@ -125,7 +125,7 @@ class Publishing:
                     self._following.advance(clock)
 
     def _publish(self, max_shards: int) -> None:
-        following: Following | None
+        following: PublishedPlan | None
         try:
             following = self._follow(max_shards)
         except (OSError, TierCacheError) as error:
@@ -147,17 +147,17 @@ class Publishing:
             for one in over:
                 one.close()
 
-    def _follow(self, max_shards: int) -> Following | None:
+    def _follow(self, max_shards: int) -> PublishedPlan | None:
         share, source = self._share, self._source
         if share is None:
             return None
         n_shards = len(source.shard_records)
         if self._uses is None:
-            self._uses = uses_of(share, self._start, n_shards)
+            self._uses = find_shard_uses(share, self._start, n_shards)
         ranks, n_filled = share.ranks, int(np.count_nonzero(source.shard_records))
         owner = f"rank {ranks.rank} of {ranks.world_size}, epoch {self._state.epoch}, seed {share.seed}"
         looked: list[int] = []
-        plan = forecast(owner, self._uses, self._later(looked), n_filled, max_shards)
+        plan = make_read_plan(owner, self._uses, self._later(looked), n_filled, max_shards)
         self._is_complete = max_shards >= MAX_SHARDS_AHEAD or sum(looked) < max_shards
         # Closed while the plan was computed. The cache may be closed too, and must not be opened again.
         if self._is_closed:

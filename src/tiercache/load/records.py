@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, SupportsIndex
 
-from tiercache.load.serving import Serving
+from tiercache.load.serving import OutputSpec
 from tiercache.load.tuples import record_tuple
 from tiercache.shard.types import Schema
 from tiercache.shard.values import ColumnValues, as_records
@@ -14,7 +14,7 @@ from tiercache.shard.values import ColumnValues, as_records
 Record = dict[str, Any]
 
 
-def served_records(columns: Sequence[ColumnValues], serving: Serving) -> list[Any]:
+def served_records(columns: Sequence[ColumnValues], serving: OutputSpec) -> list[Any]:
     """Return each record of some columns as the data set serves it: a dict, or a tuple if the settings have names."""
     records = as_records(columns)
     if serving.names is None:
@@ -23,7 +23,7 @@ def served_records(columns: Sequence[ColumnValues], serving: Serving) -> list[An
     return [record_tuple(record, serving.names, schema) for record in records]
 
 
-class Records(list[Any]):
+class LazyRecords(list[Any]):
     """A list of records that is filled at the first access; `columns` holds the same rows by column.
 
     serving: How a batch of the records is served.
@@ -33,10 +33,10 @@ class Records(list[Any]):
     a time owns the list.
     """
 
-    def __init__(self, columns: Sequence[ColumnValues], n_records: int, serving: Serving | None = None) -> None:
+    def __init__(self, columns: Sequence[ColumnValues], n_records: int, serving: OutputSpec | None = None) -> None:
         super().__init__()
         self.columns = columns
-        self.serving = Serving() if serving is None else serving
+        self.serving = OutputSpec() if serving is None else serving
         self._n_unmade: int | None = n_records
 
     def _make(self) -> None:
@@ -72,7 +72,7 @@ def _after_making(name: str) -> Callable[..., Any]:
     method = getattr(list, name)
 
     @wraps(method)
-    def call(self: Records, /, *args: Any, **kwargs: Any) -> Any:
+    def call(self: LazyRecords, /, *args: Any, **kwargs: Any) -> Any:
         self._make()
         return method(self, *args, **kwargs)
 
@@ -80,4 +80,4 @@ def _after_making(name: str) -> Callable[..., Any]:
 
 
 for _name in _LOOK:
-    setattr(Records, _name, _after_making(_name))
+    setattr(LazyRecords, _name, _after_making(_name))

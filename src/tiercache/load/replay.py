@@ -69,13 +69,13 @@ class ReplayState:
         self.checksum = add_checksum(self.checksum or 0, items)
 
     @contextmanager
-    def recording(self, randomness: Randomness, step: str) -> Iterator[None]:
+    def recording(self, randomness: RandomGenerators, step: str) -> Iterator[None]:
         """Record which generators a step of the sampler advances."""
         before = randomness.states()
         yield
         self.moved = {**self.moved, step: randomness.moved_since(before)}
 
-    def restore(self, randomness: Randomness, step: str) -> None:
+    def restore(self, randomness: RandomGenerators, step: str) -> None:
         """Set the generators to their states before a step."""
         randomness.restore(self.moved.get(step, {}))
 
@@ -105,7 +105,7 @@ class Replay:
 
     def __init__(self, sampler: Any) -> None:
         self._sampler = sampler
-        self._randomness = Randomness(sampler)
+        self._randomness = RandomGenerators(sampler)
         self._state = ReplayState.fresh()
         self._is_begun = False
         self._n_given = 0  # items
@@ -285,7 +285,7 @@ def add_checksum(checksum: int, items: Any) -> int:
     return zlib.crc32(data, checksum)
 
 
-class Randomness:
+class RandomGenerators:
     """The generators that a sampler may draw from: those of torch, NumPy and Python, and those that it holds.
 
     Their states are plain values by the generator's name.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _MEMORY_SHARE, _MEMORY_MAX_BYTES = 32, 256 << 20
 
 
-class Machine:
+class ResourceBudget:
     """The machine's cores and memory, divided among its ranks by the loader's options."""
 
     def __init__(self, options: LoaderOptions) -> None:

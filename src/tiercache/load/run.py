@@ -12,31 +12,31 @@ from typing import Any
 
 import torch
 
-from tiercache.load.coming import Coming, Taken
-from tiercache.load.damage import damage_of
-from tiercache.load.draws import Draws, foreseen_seeds, next_seed
+from tiercache.load.coming import ClaimedEpoch, NextEpoch
+from tiercache.load.damage import corruption_map_for
+from tiercache.load.draws import TorchDraws, next_seed, predict_seeds
 from tiercache.load.epochs import epoch_records, mixture_values, order_options, plan_epoch
 from tiercache.load.figures import summarise
-from tiercache.load.fittings import Fittings
-from tiercache.load.iterator import Delivery, NativeIterator, Position
+from tiercache.load.fittings import PipelineCache
+from tiercache.load.iterator import Delivery, EpochPosition, NativeIterator
 from tiercache.load.memory import BatchMemory
 from tiercache.load.options import LoaderOptions
-from tiercache.load.pipeline import Work
-from tiercache.load.publishing import Publishing
+from tiercache.load.pipeline import PipelineInputs
+from tiercache.load.publishing import ReadPlanPublisher
 from tiercache.load.ranks import Rank, agree, find_rank, must_not_draw
-from tiercache.load.resources import Machine
-from tiercache.load.serving import Serving
+from tiercache.load.resources import ResourceBudget
+from tiercache.load.serving import OutputSpec
 from tiercache.load.share import OrderShare
-from tiercache.load.source import Source, make_ready
+from tiercache.load.source import Source, prepare_reading
 from tiercache.load.state import RunState, reopen
 from tiercache.order import RankPlan
-from tiercache.stats import Counters, Waits
+from tiercache.stats import Counters, WaitHistogram
 
 logger = logging.getLogger("tiercache")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class LoaderArguments:
     """The loader's own arguments, as far as the native path needs them.
 
     num_workers, persistent_workers: They start no process here, but they change which random numbers torch's loader
@@ -50,19 +50,19 @@ class Asked:
     pin_memory: bool
     generator: torch.Generator | None
     options: LoaderOptions
-    serving: Serving = field(default_factory=Serving)
+    serving: OutputSpec = field(default_factory=OutputSpec)
     num_workers: int = 0
     persistent_workers: bool = False
     fills_first: bool = False
 
 
-class NativeRun:
+class NativeEngine:
     """The engine of a loader without a sampler: the epochs' order, the loader's position and the counters.
 
     One consumer thread uses it.
     """
 
-    def __init__(self, source: Source, asked: Asked) -> None:
+    def __init__(self, source: Source, asked: LoaderArguments) -> None:
         self._dataset = source
         self._asked = asked
         self._options = asked.options
@@ -72,19 +72,19 @@ class NativeRun:
         self._foreseen: int | None = None  # the next epoch's seed, if only this loader draws random numbers until then
         self._epoch = 0  # set by set_epoch() before the run began
         # position of the newest iter(); None: there was none since the last load()
-        self._position: Position | None = None
+        self._position: EpochPosition | None = None
         self._iterator: weakref.ref[NativeIterator] | None = None
-        self._coming: Coming | None = None
+        self._coming: NextEpoch | None = None
         self._rank: Rank | None = None
         self._counters = Counters("padded")
-        self._waits = Waits()
+        self._waits = WaitHistogram()
         self._memory = BatchMemory()
-        self._fittings = Fittings()
+        self._fittings = PipelineCache()
         self._n_records: int | None = None  # records per epoch of the source, computed on first use
         self._said: set[str] = set()
         self._n_epochs = 0  # epochs that iter() began
-        self._damage = damage_of(source, asked.options)
-        self._machine = Machine(asked.options)
+        self._damage = corruption_map_for(source, asked.options)
+        self._machine = ResourceBudget(asked.options)
         self._figures_before = dict(source.figures())
         self._ready: Source | None = None  # the source whose shards were found readable
 
@@ -101,7 +101,7 @@ class NativeRun:
         return replace(state, seed=next_seed(self._asked.generator, after_begin=not self._begins()))
 
     @property
-    def recipe(self) -> tuple[Asked, RunState | None]:
+    def recipe(self) -> tuple[LoaderArguments, RunState | None]:
         """Arguments that make an equal engine elsewhere, and its position if the run has begun."""
         return self._asked, self._state if self._position is None else self.state()
 
@@ -178,41 +178,41 @@ class NativeRun:
         draws = self._draw(is_resumed=is_resumed)
         state = self._begin(drawn=True) if self._position is None else self._position.next_state()
         foreseen: int | None = None
-        is_foreseen = True
+        is_predicted = True
         if self._draws_seeds(state):
-            seed, foreseen = foreseen_seeds(self._asked.generator, self._epoch_records(), begins=self._begins(1))
+            seed, foreseen = predict_seeds(self._asked.generator, self._epoch_records(), begins=self._begins(1))
             if is_resumed or (self._position is None and self._keeps_seed(state)):
                 foreseen = None if is_resumed else foreseen
             else:
                 state = replace(state, seed=seed)
             # After an epoch whose seed was not the predicted one, no epoch is loaded ahead until a prediction was right
             # again.
-            is_foreseen = foreseen is not None and self._foreseen in (None, state.seed)
+            is_predicted = foreseen is not None and self._foreseen in (None, state.seed)
             self._foreseen = foreseen
         if self._ready is not self._source:
-            make_ready(self._source)
+            prepare_reading(self._source)
             self._ready = self._source
         rank = self.rank()
         read = self._source if self._damage is None else self._damage
         plan_share = partial(plan_epoch, read, rank, self._asked.batch_size, self._asked.fills_first)
         found = None if self._coming is None else self._coming.take(self._source, state)
         if found is None:
-            found = Taken(plan_share(state), None, Publishing(self._source, state, plan_share))
+            found = ClaimedEpoch(plan_share(state), None, ReadPlanPublisher(self._source, state, plan_share))
             if self._coming is not None:
                 found.publishing.succeed(self._coming.publishing)
         share = found.share
         if share.ranks.ignores_streams:
             self._warn_of_streams(share.ranks)
-        position = Position(state, share.ranks)
+        position = EpochPosition(state, share.ranks)
         following = position.next_state()
-        coming = Coming(
+        coming = NextEpoch(
             self._source,
             following if foreseen is None else replace(following, seed=foreseen),
             plan_share,
             is_expected=self._n_epochs > 0,
-            is_foreseen=is_foreseen,
+            is_predicted=is_predicted,
         )
-        work = Work(
+        work = PipelineInputs(
             source=self._source,
             share=share,
             counters=self._counters,
@@ -232,13 +232,13 @@ class NativeRun:
             draws.sample()  # torch sends workers their first indices in iter()
         self._position = position  # set last: if the iterator cannot be made, no epoch has begun
         self._coming = coming
-        self._source.when_closed(coming)
+        self._source.on_close(coming)
         self._n_epochs += 1
         # weak: if a loop is left early, its iterator must be dropped and end its threads
         self._iterator = weakref.ref(iterator)
         return iterator
 
-    def begin_elsewhere(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, Draws]:
+    def begin_for_sampler(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, TorchDraws]:
         """Begin the next epoch for a loader that another library made from this loader's sampler.
 
         Args:
@@ -275,29 +275,29 @@ class NativeRun:
                 f"reads version {versions} of {self._source.url}, which a state or another rank names: open the data "
                 f"set with version={versions}"
             )
-        make_ready(self._source)
+        prepare_reading(self._source)
         rank = self.rank()
         # A single rank also returns the records of a last batch that is dropped, as torch's sampler does: the batch
         # sampler drops it.
         planned = state if rank.world_size > 1 else replace(state, drop_last=False)
         read = self._numbered()
         share = plan_epoch(read, rank, self._asked.batch_size, self._asked.fills_first, planned)
-        self._position = Position(state, share.ranks, is_counted=False)
+        self._position = EpochPosition(state, share.ranks, is_counted=False)
         self._foreseen = None
         self._n_epochs += 1
         return (
             state,
             read,
             share,
-            Draws(self._asked.generator, self._asked.shuffle, self._epoch_records(), is_sampled=is_again),
+            TorchDraws(self._asked.generator, self._asked.shuffle, self._epoch_records(), is_sampled=is_again),
         )
 
     def _numbered(self) -> Any:
         """Return the source whose record numbers the order counts."""
         return self._source
 
-    def end_elsewhere(self, share: OrderShare) -> None:
-        """Note that the last record of begin_elsewhere()'s share was requested.
+    def end_for_sampler(self, share: OrderShare) -> None:
+        """Note that the last record of begin_for_sampler()'s share was requested.
 
         With worker processes the epoch may not have ended then: workers request records that their loader has not
         handed out yet.
@@ -306,12 +306,12 @@ class NativeRun:
         if position is not None and position.ranks is share.ranks and not self._asked.num_workers:
             position.finished = True
 
-    def _draw(self, *, is_resumed: bool) -> Draws:
+    def _draw(self, *, is_resumed: bool) -> TorchDraws:
         """Draw the random numbers that torch's loader draws in iter(); a resumed epoch draws nothing."""
         asked = self._asked
         n_records = self._epoch_records()
         ends_short = not asked.drop_last and n_records % asked.batch_size > 0
-        draws = Draws(asked.generator, asked.shuffle, n_records, ends_short, is_sampled=is_resumed)
+        draws = TorchDraws(asked.generator, asked.shuffle, n_records, ends_short, is_sampled=is_resumed)
         if self._begins() and not is_resumed:
             draws.begin()
         return draws
@@ -387,7 +387,7 @@ class NativeRun:
         if source is not self._source:
             fetched, begins = self._fetched(), source.figures()
             self._source, self._n_records = source, None
-            self._damage = damage_of(source, self._options)
+            self._damage = corruption_map_for(source, self._options)
             self._figures_before = {name: begins[name] - fetched[name] for name in begins}
 
     def _begin(self, *, drawn: bool) -> RunState:

@@ -3,7 +3,7 @@
 A sampler is asked in the consumer's thread, as torch does, and no further ahead than torch would ask it:
 `prefetch_factor * num_workers` batches (the workers are not started). With `num_workers=0` torch's path serves such a
 sampler. Only samplers that draw all their random numbers when they begin are asked further ahead
-(`sampling.runs_ahead`), with any `num_workers`.
+(`sampling.allows_lookahead`), with any `num_workers`.
 """
 
 from __future__ import annotations
@@ -13,32 +13,41 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tiercache.load.damage import damage_of
-from tiercache.load.draws import Draws, next_seed
-from tiercache.load.feed import Feed
+from tiercache.load.damage import corruption_map_for
+from tiercache.load.draws import TorchDraws, next_seed
+from tiercache.load.feed import SamplerQueue
 from tiercache.load.figures import summarise
-from tiercache.load.fittings import Fittings
+from tiercache.load.fittings import PipelineCache
 from tiercache.load.iterator import Delivery, NativeIterator
 from tiercache.load.memory import BatchMemory
-from tiercache.load.pipeline import Work
+from tiercache.load.pipeline import PipelineInputs
 from tiercache.load.ranks import Rank, find_rank
-from tiercache.load.replay import Randomness
-from tiercache.load.resources import Machine
-from tiercache.load.sampling import FINISHED, OURS, STATE_KEYS, Lead, SampledEpoch, batch_rows, says_size, tell_epoch
-from tiercache.load.source import make_ready
+from tiercache.load.replay import RandomGenerators
+from tiercache.load.resources import ResourceBudget
+from tiercache.load.sampling import (
+    FINISHED,
+    OURS,
+    STATE_KEYS,
+    SamplerLookahead,
+    SamplerPass,
+    batch_rows,
+    says_size,
+    set_sampler_epoch,
+)
+from tiercache.load.source import prepare_reading
 from tiercache.order import Layout
-from tiercache.order.listed import Locator
-from tiercache.stats import Counters, Waits
+from tiercache.order.listed import RecordLocator
+from tiercache.stats import Counters, WaitHistogram
 
 if TYPE_CHECKING:
-    from tiercache.load.run import Asked
+    from tiercache.load.run import LoaderArguments
     from tiercache.load.source import Source
 
 
 class SampledIterator(Iterator[Any]):
     """The batches that a sampler selects. Independent of its loader's other iterators; closes itself when dropped."""
 
-    def __init__(self, epoch: SampledEpoch, run: SampledRun, draws: Draws) -> None:
+    def __init__(self, epoch: SamplerPass, run: SamplerEngine, draws: TorchDraws) -> None:
         self._epoch = epoch
         self._run = run
         self._draws = draws
@@ -87,33 +96,33 @@ class SampledIterator(Iterator[Any]):
             feed.tell()
             return
         self._epoch.draw(min(8 if self._epoch.is_bulk else 2, lead.n_batches - ahead))
-        if 2 * (feed.n_told - n_yielded) <= feed.n_drawn - n_yielded:
+        if 2 * (feed.n_plannable - n_yielded) <= feed.n_drawn - n_yielded:
             feed.tell()
 
 
-class SampledRun:
+class SamplerEngine:
     """The engine of a loader with a sampler: the position, one iterator per epoch, and the counters.
 
     One consumer thread uses it.
     """
 
-    def __init__(self, source: Source, asked: Asked, index_sampler: Any, lead: Lead) -> None:
+    def __init__(self, source: Source, asked: LoaderArguments, index_sampler: Any, lead: SamplerLookahead) -> None:
         self.lead = lead
         self._source = source
         self._asked = asked
         self._index_sampler = index_sampler
-        self._damage = damage_of(source, asked.options)
+        self._damage = corruption_map_for(source, asked.options)
         block_tables = source.block_tables if self._damage is None else self._damage.block_tables
-        self._locator = Locator(Layout(source.shard_records, source.shard_bytes, block_tables))
-        self._machine = Machine(asked.options)
+        self._locator = RecordLocator(Layout(source.shard_records, source.shard_bytes, block_tables))
+        self._machine = ResourceBudget(asked.options)
         self._counters = Counters("padded")
-        self._waits = Waits()
+        self._waits = WaitHistogram()
         self._memory = BatchMemory()
-        self._fittings = Fittings()
+        self._fittings = PipelineCache()
         self._said: set[str] = set()
         self._figures_before = dict(source.figures())
         self._next: Mapping[str, Any] | None = None  # the state to continue from
-        self._epoch: SampledEpoch | None = None  # the newest
+        self._epoch: SamplerPass | None = None  # the newest
         self._is_fresh = False  # made only to read its state, so that the next iter() uses it
         self._number = 0  # number of the next epoch
         self._seed = asked.options.seed  # seed of the random values of a record
@@ -137,7 +146,7 @@ class SampledRun:
         return self._epoch.state()
 
     @property
-    def recipe(self) -> tuple[Asked, Mapping[str, Any] | None]:
+    def recipe(self) -> tuple[LoaderArguments, Mapping[str, Any] | None]:
         """Arguments that make an equal engine elsewhere, and its position if the run has begun."""
         return self._asked, self._next if self._epoch is None else self._epoch.state()
 
@@ -155,13 +164,13 @@ class SampledRun:
             )
         self._next, self._epoch, self._is_fresh = state, None, False
         if state[FINISHED]:  # Made now: a reseed between here and iter() decides the next epoch's order.
-            with Randomness(self._index_sampler).replaying():
+            with RandomGenerators(self._index_sampler).replaying():
                 self._epoch, self._is_fresh = self._make(), True
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the samplers that take one."""
         self._number = operator.index(epoch)
-        tell_epoch(self._index_sampler, self._number)
+        set_sampler_epoch(self._index_sampler, self._number)
 
     def n_batches(self) -> int:
         """Return the batches of an epoch. Raises TypeError if the sampler has no length, as torch's loader does."""
@@ -170,21 +179,21 @@ class SampledRun:
     def iterate(self) -> SampledIterator:
         """Return the iterator of the next epoch."""
         if not self._is_ready:
-            make_ready(self._source)
+            prepare_reading(self._source)
             self._is_ready = True
         if not (self._is_fresh and self._epoch is not None):
             self._epoch = self._make()
         if self._epoch.finished:
             self._epoch = self._make()
         self._is_fresh = False
-        iterator = SampledIterator(self._epoch, self, Draws(self._asked.generator, False, 0))
+        iterator = SampledIterator(self._epoch, self, TorchDraws(self._asked.generator, False, 0))
         # weak: if a loop is left early, its iterator must be dropped and end its threads
         self._iterator = weakref.ref(iterator)
         return iterator
 
-    def begin(self, epoch: SampledEpoch, draws: Draws) -> NativeIterator:
+    def begin(self, epoch: SamplerPass, draws: TorchDraws) -> NativeIterator:
         """Start to gather the drawn batches of an epoch."""
-        work = Work(
+        work = PipelineInputs(
             source=self._source,
             share=epoch.feed,
             counters=self._counters,
@@ -208,19 +217,21 @@ class SampledRun:
         fetched = {name: now[name] - self._figures_before.get(name, 0) for name in now}
         return summarise(counters, self._waits, fetched, threads=self._machine.resources(self.rank()).n_threads)
 
-    def _make(self) -> SampledEpoch:
+    def _make(self) -> SamplerPass:
         """Return the next epoch, or that of the loaded state. Draws the random numbers that torch draws in iter()."""
         state, self._next = self._next, None
         ours = {} if state is None else state.get(OURS, {})
         number = ours.get("epoch", self._number)
         window_bytes = self._asked.options.window_bytes
         rows = ours.get("rows", 0)
-        feed = Feed(self._source, self._locator, window_bytes, epoch=number, first_row=rows, damage=self._damage)
+        feed = SamplerQueue(
+            self._source, self._locator, window_bytes, epoch=number, first_row=rows, damage=self._damage
+        )
         feed.batch_size = batch_rows(self._index_sampler)
-        epoch = SampledEpoch(self._index_sampler, feed, self._source)  # first: it may draw from the generator too
+        epoch = SamplerPass(self._index_sampler, feed, self._source)  # first: it may draw from the generator too
         # A resumed epoch drew it before its state was saved.
         if state is None and not (self._asked.persistent_workers and self._asked.num_workers and self._n_epochs):
-            Draws(self._asked.generator, False, 0).begin()
+            TorchDraws(self._asked.generator, False, 0).begin()
         if self._seed is None:
             self._seed = next_seed(self._asked.generator, after_begin=True)
         feed.seed = self._seed = ours.get("seed", self._seed)

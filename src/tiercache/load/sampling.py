@@ -14,9 +14,16 @@ from torchdata.stateful_dataloader import sampler as torchdata_samplers
 from torchdata.stateful_dataloader.worker import try_to_deserialize
 
 from tiercache._native.finder import wrapped
-from tiercache.load.bulk import BATCH_ITERATORS, OF_TORCHDATA, SAMPLES_YIELDED, Bulk, bulk_of, with_state
+from tiercache.load.bulk import (
+    BATCH_ITERATORS,
+    OF_TORCHDATA,
+    SAMPLES_YIELDED,
+    IndexArrayIterator,
+    index_array_iterator,
+    with_state,
+)
 from tiercache.load.draws import next_seed
-from tiercache.load.feed import Drawn, Feed
+from tiercache.load.feed import SamplerBatch, SamplerQueue
 from tiercache.load.replay import REPLAY
 
 if TYPE_CHECKING:
@@ -167,20 +174,20 @@ _RANDOM = (torch_data.RandomSampler, torchdata_samplers.RandomSampler, RandomSam
 _BATCH = (torch_data.BatchSampler, *OF_TORCHDATA)
 
 
-def runs_ahead(sampler: Any) -> bool:
+def allows_lookahead(sampler: Any) -> bool:
     """Whether the sampler may be asked ahead unnoticed: it draws all its random numbers when it begins.
 
     That is known of plain sequences and of the samplers of torch and torchdata, by their exact types; of a
     RandomSampler only if it draws a single permutation.
     """
     if type(sampler) in _BATCH:
-        return runs_ahead(sampler.sampler)
+        return allows_lookahead(sampler.sampler)
     if type(sampler) in _RANDOM:
         return not sampler.replacement and sampler.num_samples <= len(sampler.data_source)
     return type(sampler) in _PLAIN or type(sampler) in _TORCH
 
 
-def tell_epoch(index_sampler: Any, epoch: int) -> None:
+def set_sampler_epoch(index_sampler: Any, epoch: int) -> None:
     """Call set_epoch() of a batch sampler and of its sampler, if they have it."""
     for sampler in (index_sampler, getattr(index_sampler, "sampler", None)):
         set_epoch = getattr(sampler, "set_epoch", None)
@@ -188,7 +195,7 @@ def tell_epoch(index_sampler: Any, epoch: int) -> None:
             set_epoch(epoch)
 
 
-def told_epoch(index_sampler: Any) -> int | None:
+def get_sampler_epoch(index_sampler: Any) -> int | None:
     """Return the epoch that was set in a batch sampler or in its sampler; None: neither has set_epoch()."""
     for sampler in (index_sampler, getattr(index_sampler, "sampler", None)):
         epoch = getattr(sampler, "epoch", None)
@@ -198,19 +205,19 @@ def told_epoch(index_sampler: Any) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Lead:
+class SamplerLookahead:
     """How far ahead a sampler is asked, in batches. at_begin: batches asked in iter(), which torch sends to workers."""
 
     n_batches: int
     at_begin: int
 
     @staticmethod
-    def of(sampler: Any, n_workers: int, prefetch_factor: int | None) -> Lead | None:
+    def of(sampler: Any, n_workers: int, prefetch_factor: int | None) -> SamplerLookahead | None:
         """Return how far ahead a sampler may be asked; None: each batch must be asked for when it is due."""
         at_begin = n_workers * max(prefetch_factor or 0, 1)
-        if not runs_ahead(sampler):
-            return Lead(at_begin, at_begin) if n_workers else None
-        return Lead(max(min(AHEAD_ROWS // batch_rows(sampler), MAX_AHEAD), MIN_AHEAD, at_begin), at_begin)
+        if not allows_lookahead(sampler):
+            return SamplerLookahead(at_begin, at_begin) if n_workers else None
+        return SamplerLookahead(max(min(AHEAD_ROWS // batch_rows(sampler), MAX_AHEAD), MIN_AHEAD, at_begin), at_begin)
 
 
 def batch_rows(index_sampler: Any) -> int:
@@ -224,7 +231,7 @@ def says_size(index_sampler: Any) -> bool:
     return isinstance(size, int) and size > 0
 
 
-class SampledEpoch:
+class SamplerPass:
     """One pass over a sampler: the batches that it returned, their states, and how many were handed out.
 
     One consumer thread uses it. As in torch's loader, the sampler's iterator is made when the first batch is drawn:
@@ -236,7 +243,7 @@ class SampledEpoch:
         finished: Whether the end was reached.
     """
 
-    def __init__(self, index_sampler: Any, feed: Feed, source: Source) -> None:
+    def __init__(self, index_sampler: Any, feed: SamplerQueue, source: Source) -> None:
         self.feed = feed
         self.finished = False
         self._index_sampler = index_sampler
@@ -246,23 +253,23 @@ class SampledEpoch:
         self._n_records = int(source.shard_records.sum()) if self._listed is None else len(self._listed)
         self._n_before = self._n_rows = self._first_row = 0
         self._ended = False
-        self._look: Callable[[], tuple[Any, Any]] = _nothing
+        self._look: Callable[[], tuple[Any, Any]] = _no_states
         self._snapshot = self._look()
 
     @property
     def n_yielded(self) -> int:
         """See the class."""
-        return self.feed.n_let_go
+        return self.feed.n_handed_out
 
     @n_yielded.setter
     def n_yielded(self, n_batches: int) -> None:
-        while self.feed.n_let_go < n_batches:
+        while self.feed.n_handed_out < n_batches:
             self.feed.let_go()
 
     @property
     def is_bulk(self) -> bool:
         """Whether the sampler returned all its indices at once, so that asking ahead costs next to nothing."""
-        return isinstance(self._iterator, Bulk)
+        return isinstance(self._iterator, IndexArrayIterator)
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Continue from a state as torchdata does: by the sampler's own state, else by asking the sampler again."""
@@ -286,7 +293,7 @@ class SampledEpoch:
                 return self._end(None)
             except Exception as error:  # noqa: BLE001 -- the user's code: raised when its batch is due
                 return self._end(error)
-            self.feed.add(Drawn(numbers, self._n_rows, snapshot))
+            self.feed.add(SamplerBatch(numbers, self._n_rows, snapshot))
             self._n_rows += len(numbers)
         return None
 
@@ -297,7 +304,7 @@ class SampledEpoch:
         last = self.feed.last
         index_sampler, sampler_iter = self._snapshot if last is None else last.snapshot
         n_rows = self._first_row if last is None else last.first_row + len(last.numbers)
-        n_batches = self._n_before + self.feed.n_let_go
+        n_batches = self._n_before + self.feed.n_handed_out
         return {
             _INDEX_SAMPLER: index_sampler,
             _SAMPLER_ITER: sampler_iter,
@@ -314,7 +321,9 @@ class SampledEpoch:
     def _begin(self) -> Iterator[Any]:
         """Make the sampler's iterator and advance it to the start of the epoch, or to the loaded state."""
         state = self._begun
-        bulk = bulk_of(self._index_sampler, self._n_before, None if state is None else state[_SAMPLER_ITER])
+        bulk = index_array_iterator(
+            self._index_sampler, self._n_before, None if state is None else state[_SAMPLER_ITER]
+        )
         if bulk is not None:
             self._iterator, self._look, self._snapshot = bulk, bulk.look, bulk.look()
             return bulk
@@ -351,7 +360,7 @@ class SampledEpoch:
         return numbers if self._listed is None else self._listed[numbers]
 
 
-def _nothing() -> tuple[Any, Any]:
+def _no_states() -> tuple[Any, Any]:
     """Return the states of a sampler and an iterator without a state."""
     return None, None
 
@@ -364,7 +373,7 @@ def _snapshots(index_sampler: Any, iterator: Any) -> Callable[[], tuple[Any, Any
     """
     of_sampler, of_iterator = isinstance(index_sampler, Stateful), isinstance(iterator, Stateful)
     if not of_sampler and not of_iterator:
-        return _nothing
+        return _no_states
     if of_sampler or type(iterator) not in BATCH_ITERATORS:
         return lambda: (
             index_sampler.state_dict() if of_sampler else None,

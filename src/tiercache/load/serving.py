@@ -13,22 +13,22 @@ from tiercache.load.fills import stored_fill
 from tiercache.shard.cast import Casts, served_column, served_columns
 from tiercache.shard.types import Column, Kind, Schema
 
-Form: TypeAlias = Literal["list", "padded", "nested", "buffer"]
+ColumnLayout: TypeAlias = Literal["list", "padded", "nested", "buffer"]
 T = TypeVar("T")
-FORMS: tuple[Form, ...] = ("list", "padded", "nested", "buffer")
+COLUMN_LAYOUTS: tuple[ColumnLayout, ...] = ("list", "padded", "nested", "buffer")
 MASK = "mask"
 
-_FORMS_OF: dict[Kind, tuple[Form, ...]] = {
-    Kind.RAGGED: FORMS,
-    Kind.BYTES: FORMS,
-    Kind.STR: FORMS,
-    Kind.IMAGE: FORMS,
+_FORMS_OF: dict[Kind, tuple[ColumnLayout, ...]] = {
+    Kind.RAGGED: COLUMN_LAYOUTS,
+    Kind.BYTES: COLUMN_LAYOUTS,
+    Kind.STR: COLUMN_LAYOUTS,
+    Kind.IMAGE: COLUMN_LAYOUTS,
     Kind.JSON: ("list",),  # its values are objects; the stored text is not served
 }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Serving:
+class OutputSpec:
     """The output settings of columns that are not served in the usual way. Immutable; pickles to little more than that.
 
     Create it with `of`, which checks the settings.
@@ -41,7 +41,7 @@ class Serving:
         names: Names of the entries of a tuple, if records and batches are tuples; else None.
     """
 
-    forms: Mapping[str, Form] = field(default_factory=dict)
+    forms: Mapping[str, ColumnLayout] = field(default_factory=dict)
     nulls: Mapping[str, Any] = field(default_factory=dict)
     decode: Mapping[str, DecodeImage] = field(default_factory=dict)
     cast: Casts = field(default_factory=dict)
@@ -51,11 +51,11 @@ class Serving:
     def of(
         schema: Schema,
         *,
-        forms: Mapping[str, Form] | None = None,
+        forms: Mapping[str, ColumnLayout] | None = None,
         nulls: Mapping[str, Any] | None = None,
         decode: Mapping[str, DecodeImage] | None = None,
         cast: Casts | None = None,
-    ) -> Serving:
+    ) -> OutputSpec:
         """Return the user's settings, checked against `schema`, which has the served columns as they are stored.
 
         Raises:
@@ -83,9 +83,9 @@ class Serving:
         for name, fill in fills.items():
             stored_fill(columns[name], fill)
         casts = {name: column.dtype for name, column in served.items() if column.dtype is not None}
-        return Serving({name: form for name, form in forms.items() if form != "list"}, fills, decode, casts)
+        return OutputSpec({name: form for name, form in forms.items() if form != "list"}, fills, decode, casts)
 
-    def select(self, names: Sequence[str]) -> Serving:
+    def select(self, names: Sequence[str]) -> OutputSpec:
         """Return the settings of these columns."""
         return replace(
             self,
@@ -104,7 +104,7 @@ class Serving:
         """Return the columns as they are served."""
         return Schema([self.column(column) for column in stored.columns]) if self.cast else stored
 
-    def form(self, column: Column) -> Form:
+    def form(self, column: Column) -> ColumnLayout:
         """Return the layout of a column; "list" has no effect if its records do not differ in length."""
         return self.forms.get(column.name, "list")
 
@@ -134,8 +134,8 @@ def is_stack_of_rows(column: Column) -> bool:
 
 def _check_form(column: Column, form: object) -> None:
     allowed = _FORMS_OF.get(column.kind, ())
-    if form not in FORMS:
-        _refuse(column, "unknown form", ", ".join(map(repr, allowed or FORMS)), form)
+    if form not in COLUMN_LAYOUTS:
+        _refuse(column, "unknown form", ", ".join(map(repr, allowed or COLUMN_LAYOUTS)), form)
     if not allowed:
         _refuse(column, f"forms= applies to columns whose records differ in length, and this is {column}", "none", form)
     if form not in allowed:

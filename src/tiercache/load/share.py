@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from tiercache.load.mending import mended
-from tiercache.load.plan import ARRAYS, PieceRows, pieces
+from tiercache.load.mending import replace_corrupt
+from tiercache.load.plan import ARRAY_PIECES, PieceSizes, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from tiercache.load.damage import Damage, Place
+    from tiercache.load.damage import CorruptionMap, RecordLocation
     from tiercache.load.plan import Piece
     from tiercache.order import Order, RankPlan
 
 
-class Share(Protocol):
+class EpochShare(Protocol):
     """A rank's batches of one epoch, in order. Immutable; its methods may be called from any thread."""
 
     @property
@@ -77,8 +77,8 @@ class OrderShare:
     ranks: RankPlan
     seed: int
     epoch: int
-    damage: Damage | None = None
-    sizes: PieceRows = ARRAYS
+    damage: CorruptionMap | None = None
+    sizes: PieceSizes = ARRAY_PIECES
 
     @property
     def n_records(self) -> int:
@@ -104,7 +104,7 @@ class OrderShare:
         """See Share.pieces."""
         ranks = replace(self.ranks, offset=self.ranks.offset_after(n_batches))
         found = pieces(self.order, ranks, self.sizes)
-        return found if self.damage is None else mended(found, self.damage, _Walk(self, ranks))
+        return found if self.damage is None else replace_corrupt(found, self.damage, _Walk(self, ranks))
 
     def positions(self, batch: int) -> NDArray[np.int64]:
         """See Share.positions."""
@@ -113,7 +113,7 @@ class OrderShare:
     def place(self, position: int) -> tuple[int, int, int]:
         """See Share.place."""
         stream, at = position % self.order.n_streams, position // self.order.n_streams
-        stretch = self.order.stretch_at(stream, at)
+        stretch = self.order.section_at(stream, at)
         blocks, rows = stretch.rows(at - stretch.start, at - stretch.start + 1)
         ends = np.cumsum([len(window.blocks) for window in stretch.windows])
         number = int(np.searchsorted(ends, blocks[0], side="right"))
@@ -144,7 +144,7 @@ class _Walk:
     share: OrderShare
     ranks: RankPlan
 
-    def before(self, n_rows: int) -> Iterator[Place]:
+    def before(self, n_rows: int) -> Iterator[RecordLocation]:
         """Yield the records back to the start of the epoch, even if a resumed run began later."""
         ranks, place = self.ranks, self.share.place
         for row in reversed(range(n_rows)):
@@ -153,7 +153,7 @@ class _Walk:
             ranks = replace(ranks, offset=ranks.offset - ranks.global_batch)
             yield from map(place, ranks.positions(0)[::-1].tolist())
 
-    def after(self, n_rows: int) -> Iterator[Place]:
+    def after(self, n_rows: int) -> Iterator[RecordLocation]:
         """Yield the records to the end of the epoch."""
         for row in range(n_rows, self.ranks.n_served):
             yield self.share.place(int(self.ranks.positions_between(row, row + 1)[0]))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from tiercache.model import Following, Keeper, Part, ReadingPlan
+from tiercache.model import CloseListener, PublishedPlan, ReadingPlan, SourcePart
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tiercache.shard.blocks import Blocks
     from tiercache.shard.types import Schema
 
-__all__ = ["Keeper", "Part", "Source", "make_ready"]
+__all__ = ["CloseListener", "Source", "SourcePart", "prepare_reading"]
 
 
 @runtime_checkable
@@ -32,7 +32,7 @@ class Source(Protocol):
         """URL of the data set, without credentials; of several data sets that of the first."""
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[SourcePart, ...]:
         """The data sets that are read, in the order in which their shards are numbered."""
 
     @property
@@ -63,7 +63,7 @@ class Source(Protocol):
     def is_cached(self) -> bool:
         """Whether a cache is in use for any part; publish() gives that cache the read plan."""
 
-    def publish(self, plan: ReadingPlan) -> Following | None:
+    def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
         """Tell the cache when shards are read, until the returned object is closed; None: there is no cache.
 
         Raises:
@@ -100,7 +100,7 @@ class Source(Protocol):
         `Blocks.columns` lists the served columns, in order, by their numbers in that shard's schema.
         """
 
-    def make_ready(self, shards: NDArray[np.int64]) -> None:
+    def prepare_reading(self, shards: NDArray[np.int64]) -> None:
         """Check that a run can read these shards, int64[m]. The engine calls it before the first epoch.
 
         Raises:
@@ -112,19 +112,19 @@ class Source(Protocol):
         """Start to fetch these shards to this machine, in this order; returns at once."""
 
     @property
-    def is_fetched(self) -> bool:
+    def can_prefetch(self) -> bool:
         """Whether prefetch() can fetch anything; if not, no caller needs to compute the shards for it."""
 
-    def is_at_hand(self, shard: int) -> bool:
+    def is_mapped(self, shard: int) -> bool:
         """Whether load() of any block of the shard only maps it: it neither reads, fetches nor decodes.
 
         The answer is what the source knows now, without looking.
         """
 
-    def is_near(self, shard: int) -> bool:
+    def is_local(self, shard: int) -> bool:
         """Whether the whole shard is on this machine, so that load() of any of its blocks needs no network."""
 
-    def heal(self, shard: int) -> bool:
+    def discard_corrupt_copy(self, shard: int) -> bool:
         """Verify the local copy of a shard after load() returned corrupt data; load() reads anew afterwards.
 
         Returns:
@@ -132,7 +132,7 @@ class Source(Protocol):
             it is right.
         """
 
-    def when_closed(self, keeper: Keeper) -> None:
+    def on_close(self, keeper: CloseListener) -> None:
         """Call keeper.forget() when this source is closed. The keeper is referenced weakly."""
 
     def at_versions(self, versions: Sequence[int]) -> Source:
@@ -146,6 +146,6 @@ class Source(Protocol):
         """Return requests, bytes_fetched, cache_hits and cache_misses of this process so far."""
 
 
-def make_ready(source: Source) -> None:
-    """Check that a run can read all shards that have records. See Source.make_ready."""
-    source.make_ready(np.flatnonzero(source.shard_records))
+def prepare_reading(source: Source) -> None:
+    """Check that a run can read all shards that have records. See Source.prepare_reading."""
+    source.prepare_reading(np.flatnonzero(source.shard_records))

@@ -21,7 +21,7 @@ MIN_PART_BYTES, MAX_PART_BYTES = 1 << 20, 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class WindowParts:
     """Parts of a window, each an int64 array of indices of its blocks, adjacent in one shard and in its order.
 
     at_hand: whole shards that are only mapped; work: parts that are read, fetched or decoded.
@@ -31,7 +31,9 @@ class Split:
     work: tuple[NDArray[np.int64], ...]
 
 
-def split(window: Window, wanted: NDArray[np.bool_], n_threads: int, is_at_hand: Callable[[int], bool]) -> Split:
+def split_window(
+    window: Window, wanted: NDArray[np.bool_], n_threads: int, is_mapped: Callable[[int], bool]
+) -> WindowParts:
     """Cut the wanted blocks of a window into parts; those to read, fetch or decode have about the same bytes.
 
     A thread takes the next part when its last one is done, so all threads are busy to the end, whatever the shards.
@@ -40,7 +42,7 @@ def split(window: Window, wanted: NDArray[np.bool_], n_threads: int, is_at_hand:
         window: Window of the order.
         wanted: bool[n_blocks], the blocks to load.
         n_threads: Number of threads that load.
-        is_at_hand: Function that returns whether a shard's blocks are only mapped.
+        is_mapped: Function that returns whether a shard's blocks are only mapped.
 
     Returns:
         The parts. A part to read, fetch or decode has MAX_PART_BYTES at most unless it is a single block. Shards are in
@@ -48,7 +50,7 @@ def split(window: Window, wanted: NDArray[np.bool_], n_threads: int, is_at_hand:
     """
     places = np.flatnonzero(wanted)
     if not len(places):
-        return Split((), ())
+        return WindowParts((), ())
     shards = window.shards[places]
     order = np.lexsort((window.blocks[places], shards))
     places, shards = places[order], shards[order]
@@ -56,11 +58,11 @@ def split(window: Window, wanted: NDArray[np.bool_], n_threads: int, is_at_hand:
     stops = [*starts[1:].tolist(), len(places)]
     turns = np.argsort(np.minimum.reduceat(places, starts))  # sorted by the first block of each shard in the window
     runs = [places[starts[turn] : stops[turn]] for turn in turns.tolist()]
-    free = [is_at_hand(int(window.shards[run[0]])) for run in runs]
+    free = [is_mapped(int(window.shards[run[0]])) for run in runs]
     at_hand = [run for run, is_free in zip(runs, free, strict=True) if is_free]
     work = [run for run, is_free in zip(runs, free, strict=True) if not is_free]
     limit = part_bytes(sum(int(window.block_bytes[run].sum()) for run in work), n_threads)
-    return Split(tuple(at_hand), tuple(part for run in work for part in _cut(run, window, limit)))
+    return WindowParts(tuple(at_hand), tuple(part for run in work for part in _cut(run, window, limit)))
 
 
 def part_bytes(n_bytes: int, n_threads: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from tiercache.errors import ObjectChanged, UnsupportedFormat
-from tiercache.model import Part
+from tiercache.model import SourcePart
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +37,7 @@ class RunState:
         format: Version of this form of the state.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[SourcePart, ...]
     seed: int
     epoch: int
     offset: int
@@ -98,7 +98,7 @@ class RunState:
                 f"the state's keys are not those of format {STATE_FORMAT}: {sorted(set(_NAMES) ^ set(state))} differ"
             )
         _check_values(state)
-        return RunState(**{**state, "parts": tuple(Part(*part) for part in state["parts"])})
+        return RunState(**{**state, "parts": tuple(SourcePart(*part) for part in state["parts"])})
 
 
 _NAMES = tuple(field.name for field in fields(RunState))

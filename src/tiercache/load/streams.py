@@ -8,8 +8,8 @@ import numpy as np
 
 from tiercache._native import gather
 from tiercache.load.fills import stream_fills
-from tiercache.load.serving import Serving, is_stack_of_rows
-from tiercache.shard.cast import cast_kind, growth
+from tiercache.load.serving import OutputSpec, is_stack_of_rows
+from tiercache.shard.cast import cast_kind, size_ratio
 from tiercache.shard.types import Column, Kind, Schema
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ _NONE = 2**64 - 1
 _BYTES_LIKE = (Kind.BYTES, Kind.STR, Kind.IMAGE, Kind.JSON)
 
 
-def gather_streams(schema: Schema, serving: Serving | None = None) -> NDArray[np.uint32]:
+def gather_streams(schema: Schema, serving: OutputSpec | None = None) -> NDArray[np.uint32]:
     """Return (kind, width in bytes) of each stream of the columns, uint32[n_streams, 2], as the ring takes them.
 
     schema: as stored. The higher bytes of a kind state how its column is cast.
     """
-    served = serving or Serving()
+    served = serving or OutputSpec()
     streams: list[tuple[int, int]] = []
     for column in schema.columns:
         for stream in column.streams(0):
@@ -39,7 +39,7 @@ def gather_streams(schema: Schema, serving: Serving | None = None) -> NDArray[np
     return np.array(streams, np.uint32).reshape(-1, 2)
 
 
-def _values_kind(column: Column, serving: Serving) -> int | None:
+def _values_kind(column: Column, serving: OutputSpec) -> int | None:
     """Return the kind of a stream of values if it differs from the stored one."""
     form = serving.form(column)
     if form == "padded":
@@ -54,11 +54,11 @@ def slot_bytes(streams: NDArray[np.uint32], n_rows: int) -> int:
     for kind, width in streams.tolist():
         size = widths[kind & 0xFF] or width
         is_of_elements = kind & 0xFF in (gather.FIXED, gather.BITS)
-        sizes.append((size * growth(kind) if is_of_elements else size) * n_rows)
+        sizes.append((size * size_ratio(kind) if is_of_elements else size) * n_rows)
     return sum(-(-(int(size) + 8) // 64) * 64 for size in sizes)
 
 
-def form_table(schema: Schema, serving: Serving) -> NDArray[np.uint64] | None:
+def layout_table(schema: Schema, serving: OutputSpec) -> NDArray[np.uint64] | None:
     """Return the table of column layouts and fill values, as Plan takes it; None if no stream needs it.
 
     Returns:
@@ -80,7 +80,7 @@ def form_table(schema: Schema, serving: Serving) -> NDArray[np.uint64] | None:
     return table
 
 
-def _column_rows(column: Column, serving: Serving, first: int, tail: bytearray) -> list[list[int]]:
+def _column_rows(column: Column, serving: OutputSpec, first: int, tail: bytearray) -> list[list[int]]:
     """Return a column's rows of the table; its streams begin with number `first`. Pointers are offsets into `tail`."""
     column = serving.column(column)  # fill values have the served dtype; a cast column has the same streams
     streams, form = column.streams(0), serving.form(column)

@@ -12,14 +12,14 @@ from tiercache.load.serving import varying
 from tiercache.shard.types import Column, Kind
 
 if TYPE_CHECKING:
-    from tiercache.load.serving import Serving
+    from tiercache.load.serving import OutputSpec
     from tiercache.shard.types import Schema
 
 # Kinds whose nulls are None in a batch; other kinds have a zero or an empty array, and a mask.
 _SHOWS_NULLS = (Kind.BYTES, Kind.STR, Kind.IMAGE, Kind.JSON, Kind.ARROW)
 
 
-def tuple_columns(names: Sequence[str], schema: Schema, serving: Serving) -> tuple[str, ...]:
+def tuple_columns(names: Sequence[str], schema: Schema, serving: OutputSpec) -> tuple[str, ...]:
     """Return the columns that a tuple of these names needs, in order.
 
     Args:
@@ -70,7 +70,7 @@ def _column_of(name: str, schema: Schema) -> str:
     return name.removesuffix(".valid").removesuffix(".lengths")
 
 
-def _companions(column: Column, serving: Serving) -> list[str]:
+def _companions(column: Column, serving: OutputSpec) -> list[str]:
     names = [f"{column.name}.valid"] if serving.has_mask(column) else []
     return [*names, f"{column.name}.lengths"] if serving.form(column) == "padded" else names
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from tiercache._native.residence import are_resident
 from tiercache.errors import CorruptShard
-from tiercache.load.split import split
+from tiercache.load.split import split_window
 from tiercache.order import Window
-from tiercache.store.retry import trying_until
+from tiercache.store.retry import stop_retries_when
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +47,7 @@ def loading_pool(n_threads: int) -> ThreadPoolExecutor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Loaded:
+class LoadedWindow:
     """The loaded blocks of a window. It owns their memory: addresses are valid while it lives.
 
     addresses: uint64[n_streams, n_blocks, 3], zeros for blocks that were not requested; held: the parts that were
@@ -90,13 +90,13 @@ class Loaded:
         return blocks.array(int(self.position[block]), blocks.columns[column])[int(row)].as_py()
 
 
-class Joined:
+class JoinedWindows:
     """Windows whose rows are served together; their blocks are numbered through, one window after the other.
 
     windows: in that order; addresses: uint64[n_streams, n_blocks, 3] of all windows, valid while this object lives.
     """
 
-    def __init__(self, windows: Sequence[Loaded]) -> None:
+    def __init__(self, windows: Sequence[LoadedWindow]) -> None:
         self.windows = tuple(windows)
         parts = [loaded.addresses for loaded in self.windows]
         self.addresses: NDArray[np.uint64] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
@@ -124,14 +124,14 @@ class Joined:
         nothing = [np.zeros((*loaded.addresses.shape[:2], 4), np.uint64) for loaded in self.windows]
         return np.concatenate([n if part is None else part for part, n in zip(parts, nothing, strict=True)], axis=1)
 
-    def find(self, block: int) -> tuple[Loaded, int]:
+    def find(self, block: int) -> tuple[LoadedWindow, int]:
         """Return the window of a block, and the block's number in that window."""
         number = int(np.searchsorted(self._ends, block, side="right"))
         return self.windows[number], block - (int(self._ends[number - 1]) if number else 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Threads:
+class LoadThreads:
     """Threads that load windows: an executor with n_threads that wait for stores and decode, and a stop signal.
 
     stop: Future that ends all waiting; limit_bytes: memory limit of the whole process.
@@ -151,7 +151,7 @@ class Threads:
         return future.result()
 
 
-class Loading:
+class WindowLoad:
     """A window that is being loaded: threads read and decode, concurrently in parts; finish() maps the rest.
 
     Mapping a shard takes some 0.3 ms of Python, for which threads would only wait for each other.
@@ -179,12 +179,12 @@ class Loading:
         self.wanted = wanted
         self._source, self._unwanted = source, unwanted
         self._n_streams = sum(len(column.streams(0)) for column in source.schema.columns)
-        parts = split(window, wanted, n_threads, source.is_at_hand)
+        parts = split_window(window, wanted, n_threads, source.is_mapped)
         self._at_hand = list(parts.at_hand)
         self._loaded: list[tuple[NDArray[np.int64], Blocks]] = []
         self._work = [(places, executor.submit(self._load_wanted, places)) for places in parts.work]
 
-    def finish(self, threads: Threads) -> Loaded:
+    def finish(self, threads: LoadThreads) -> LoadedWindow:
         """Return the window when all of it is loaded. May be called once.
 
         Raises:
@@ -195,7 +195,7 @@ class Loading:
         addresses = np.zeros((self._n_streams, n_blocks, 3), np.uint64)
         holder, position = np.full(n_blocks, -1, np.int32), np.zeros(n_blocks, np.int32)
         try:
-            self.load_at_hand()
+            self.map_shards()
             loaded = [*self._loaded, *((places, threads.result(future)) for places, future in self._work)]
         finally:
             self.cancel()  # after an error the other parts need not start
@@ -205,14 +205,14 @@ class Loading:
             addresses[:, places] = blocks.addresses
             holder[places] = number
             position[places] = np.arange(len(places))
-        return Loaded(self.window, addresses, tuple(blocks for _, blocks in loaded), holder, position)
+        return LoadedWindow(self.window, addresses, tuple(blocks for _, blocks in loaded), holder, position)
 
-    def load_at_hand(self) -> None:
+    def map_shards(self) -> None:
         """Map all mapped shards in this thread. Raises as finish()."""
-        while self.load_next_at_hand():
+        while self.map_next_shard():
             pass
 
-    def load_next_at_hand(self) -> bool:
+    def map_next_shard(self) -> bool:
         """Map the next mapped shard in this thread; False: there is none left. Raises as finish()."""
         if not self._at_hand:
             return False
@@ -228,7 +228,7 @@ class Loading:
     def _load_wanted(self, places: NDArray[np.int64]) -> Blocks:
         if self._unwanted is not None and self._unwanted.is_set():
             raise CancelledError
-        with trying_until(self._unwanted):
+        with stop_retries_when(self._unwanted):
             return self._load(places)
 
     def _load(self, places: NDArray[np.int64]) -> Blocks:

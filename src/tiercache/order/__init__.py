@@ -4,7 +4,7 @@ An order maps a position of the epoch to a record; a `RankPlan` maps a batch of 
 knows torch or does I/O, except through `Layout.blocks`, the caller's function that reads footers.
 """
 
-from tiercache.order.contract import Order, Stretch
+from tiercache.order.contract import Order, Section
 from tiercache.order.epoch import EpochOrder
 from tiercache.order.keys import derive_key
 from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture
@@ -23,8 +23,8 @@ __all__ = [
     "OrderOptions",
     "RankPlan",
     "RowRun",
+    "Section",
     "StoredMixture",
-    "Stretch",
     "Window",
     "derive_key",
 ]

@@ -8,11 +8,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from tiercache.order.groups import Groups
+    from tiercache.order.groups import ShardGroups
     from tiercache.order.window import Window
 
 
-class Stretch(Protocol):
+class Section(Protocol):
     """Section: consecutive positions of one stream that are served from the same windows. Immutable.
 
     A `Window` is a section by itself: its `windows` are (itself,).
@@ -59,7 +59,7 @@ class Order(Protocol):
     def stream_records(self, stream: int) -> int:
         """Return the number of records of a stream: ceil((n_records - stream) / n_streams)."""
 
-    def stretch_at(self, stream: int, position: int) -> Stretch:
+    def section_at(self, stream: int, position: int) -> Section:
         """Return the section that holds a position of a stream. It may read the footers that this section needs.
 
         Raises:
@@ -81,7 +81,7 @@ class Order(Protocol):
             ValueError: The position is outside the stream.
         """
 
-    def groups(self, stream: int) -> Groups:
+    def groups(self, stream: int) -> ShardGroups:
         """Return the shard groups of a stream, with the positions over which each one is read. Reads no footers.
 
         Raises:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from tiercache.order.groups import Groups, each_alone
+from tiercache.order.groups import ShardGroups, single_shard_groups
 from tiercache.order.keys import derive_key, permutation
-from tiercache.order.streams import Split, Stream
-from tiercache.order.window import RAMP_MIN_WINDOWS, Window, cut, ramp, sums
+from tiercache.order.streams import Stream, StreamSplit
+from tiercache.order.window import RAMP_MIN_WINDOWS, Window, cut_by_size, offsets_of_counts, ramp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -79,7 +79,7 @@ class EpochOrder:
         self.layout = layout
         self.options = options
         self.epoch = epoch
-        self._split = Split(layout, options, epoch)
+        self._split = StreamSplit(layout, options, epoch)
         self._kept: dict[int, _Kept] = {}
 
     @property
@@ -100,7 +100,7 @@ class EpochOrder:
         """
         return self._split.stream_records(stream)
 
-    def stretch_at(self, stream: int, position: int) -> Window:
+    def section_at(self, stream: int, position: int) -> Window:
         """Return the window that holds a position of a stream.
 
         It reads the footers of the window's group, unless that group was the last one used in the stream.
@@ -129,10 +129,10 @@ class EpochOrder:
         """Yield the windows of a stream from the one that holds a position; nothing at the end of the stream.
 
         Raises:
-            ValueError: See `stretch_at`.
+            ValueError: See `section_at`.
         """
         while position != self.stream_records(stream):
-            window = self.stretch_at(stream, position)
+            window = self.section_at(stream, position)
             yield window
             position = window.stop
 
@@ -156,14 +156,14 @@ class EpochOrder:
         wanted = min(int(stored[begin]) + n_bytes, int(stored[-1]))
         return shards[begin : max(int(np.searchsorted(stored, wanted)), begin + 1)]
 
-    def groups(self, stream: int) -> Groups:
+    def groups(self, stream: int) -> ShardGroups:
         """See Order.groups. Without shuffle each shard is a group, so that it is released at its last record."""
         self.stream_records(stream)  # raises ValueError
         found = self._keep(stream).stream
         if not self.options.shuffle:
-            return each_alone(found.rows[:-1], found.rows[1:], found.shards, np.diff(found.stored))
+            return single_shard_groups(found.rows[:-1], found.rows[1:], found.shards, np.diff(found.stored))
         positions, stored = found.group_starts, found.stored[found.cuts]
-        return Groups(positions[:-1], positions[1:], found.cuts, found.shards, np.diff(stored))
+        return ShardGroups(positions[:-1], positions[1:], found.cuts, found.shards, np.diff(stored))
 
     def _keep(self, stream: int) -> _Kept:
         kept = self._kept.get(stream)
@@ -191,13 +191,15 @@ class EpochOrder:
         if self.options.shuffle:
             chosen = chosen[permutation(self._key("blocks", stream.index, index), len(chosen))]
         raw_bytes = raw_bytes[chosen]
-        cuts = cut(raw_bytes, self.options.window_bytes, self._first_limits(stream, index, int(raw_bytes.sum())))
+        cuts = cut_by_size(
+            raw_bytes, self.options.window_bytes, self._first_limits(stream, index, int(raw_bytes.sum()))
+        )
         return _Group(
             index=index,
             start=int(kept.group_starts[index]),
             shards=shards[chosen],
             blocks=blocks[chosen],
-            first=sums(records[chosen]),
+            first=offsets_of_counts(records[chosen]),
             raw_bytes=raw_bytes,
             row_start=None if row_start is None else row_start[chosen],
             cuts=cuts,
@@ -262,7 +264,7 @@ def _own_rows(
     """
     ends = np.cumsum(records)
     shard_ends = np.cumsum(n_blocks)
-    before = sums(records)[shard_ends - n_blocks]  # rows of the preceding shards
+    before = offsets_of_counts(records)[shard_ends - n_blocks]  # rows of the preceding shards
     ends -= np.repeat(before, n_blocks)
     starts = ends - records
     first, last = (np.repeat(bound, n_blocks) for bound in rows)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.order.window import sums
+from tiercache.order.window import offsets_of_counts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Groups:
+class ShardGroups:
     """Shard groups that a stream reads. Immutable.
 
     Every record of the stream lies in a shard of a group whose positions include the record's position. Iteration
@@ -46,7 +46,7 @@ class Groups:
         for start, stop, first, last in bounds:
             yield start, stop, self.shards[first:last]
 
-    def where(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Groups:
+    def where(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> ShardGroups:
         """Return the groups over other positions, with proportional bytes; groups that become empty are dropped.
 
         Args:
@@ -57,31 +57,31 @@ class Groups:
         sizes = np.diff(self.cuts)
         chosen = np.zeros(len(self), np.bool_)
         chosen[kept] = True
-        return Groups(
+        return ShardGroups(
             starts[kept],
             stops[kept],
-            sums(sizes[kept]),
+            offsets_of_counts(sizes[kept]),
             self.shards[np.repeat(chosen, sizes)],
             (self.stored_bytes[kept] * share).astype(np.int64),
         )
 
 
-def each_alone(
+def single_shard_groups(
     starts: NDArray[np.int64], stops: NDArray[np.int64], shards: NDArray[np.int64], stored_bytes: NDArray[np.int64]
-) -> Groups:
+) -> ShardGroups:
     """Return groups of one shard each; all arguments are int64[m]."""
-    return Groups(starts, stops, np.arange(len(shards) + 1), shards, stored_bytes)
+    return ShardGroups(starts, stops, np.arange(len(shards) + 1), shards, stored_bytes)
 
 
-def together(parts: Sequence[Groups]) -> Groups:
+def concat_groups(parts: Sequence[ShardGroups]) -> ShardGroups:
     """Return the groups of several sequences, one sequence after the other."""
     if len(parts) == 1:
         return parts[0]
     nothing = np.empty(0, np.int64)
-    return Groups(
+    return ShardGroups(
         np.concatenate([nothing, *(part.starts for part in parts)]),
         np.concatenate([nothing, *(part.stops for part in parts)]),
-        sums(np.concatenate([nothing, *(np.diff(part.cuts) for part in parts)])),
+        offsets_of_counts(np.concatenate([nothing, *(np.diff(part.cuts) for part in parts)])),
         np.concatenate([nothing, *(part.shards for part in parts)]),
         np.concatenate([nothing, *(part.stored_bytes for part in parts)]),
     )

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.order.groups import Groups, each_alone
-from tiercache.order.window import sums
+from tiercache.order.groups import ShardGroups, single_shard_groups
+from tiercache.order.window import offsets_of_counts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ _MAX_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Places:
+class RecordLocations:
     """Locations of n records: a table of blocks in stored order, and for each record its block in the table.
 
     Attributes:
@@ -44,9 +44,9 @@ class Places:
     at: NDArray[np.int64]
     row: NDArray[np.uint32]
 
-    def cut(self, start: int, stop: int) -> Places:
+    def cut(self, start: int, stop: int) -> RecordLocations:
         """Return the locations of records [start, stop)."""
-        return Places(self.shards, self.blocks, self.block_bytes, self.at[start:stop], self.row[start:stop])
+        return RecordLocations(self.shards, self.blocks, self.block_bytes, self.at[start:stop], self.row[start:stop])
 
     def touched(self) -> NDArray[np.int64]:
         """Return the indices of the blocks that hold any of the records, ascending."""
@@ -62,7 +62,7 @@ class _Table:
     """Blocks of the shards that are known, in stored order, with their records.
 
     Attributes:
-        shards, blocks, block_bytes: See `Places`.
+        shards, blocks, block_bytes: See `RecordLocations`.
         starts: int64[k], first record of each block.
         ends: int64[k], first record of the next block.
         guesses: int64[.], block that holds the first record of each range of 2**shift records, from record `base` on.
@@ -90,14 +90,14 @@ class _Table:
         return np.searchsorted(self.starts, numbers, side="right") - 1
 
 
-class Locator:
+class RecordLocator:
     """Locates records by their numbers. It keeps 24 bytes for each block of the shards that it has looked up.
 
     Threads may share it: at worst two of them read the same footers.
     """
 
     def __init__(self, layout: Layout) -> None:
-        self._first_record = sums(layout.records)
+        self._first_record = offsets_of_counts(layout.records)
         self._n_filled = int(np.count_nonzero(layout.records))  # number of non-empty shards
         self._blocks = layout.blocks
         self._known: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
@@ -116,7 +116,7 @@ class Locator:
         """
         return np.searchsorted(self._first_record, numbers, side="right") - 1
 
-    def find(self, numbers: NDArray[np.int64]) -> Places:
+    def find(self, numbers: NDArray[np.int64]) -> RecordLocations:
         """Return the locations of records; reads the footers of shards that were not looked up before.
 
         Args:
@@ -127,9 +127,9 @@ class Locator:
         table = self._table
         at = table.number_of(numbers)
         row = (numbers - table.starts[at]).astype(np.uint32)
-        return Places(table.shards, table.blocks, table.block_bytes, at, row)
+        return RecordLocations(table.shards, table.blocks, table.block_bytes, at, row)
 
-    def find_all(self) -> Places:
+    def find_all(self) -> RecordLocations:
         """Return the table of all blocks, with no records; reads all footers that were not read before."""
         return self.find(self._first_record[:-1][np.diff(self._first_record) > 0]).cut(0, 0)
 
@@ -138,7 +138,7 @@ class Locator:
         if not missing:
             return
         for shard, table in zip(missing, self._blocks(missing), strict=True):
-            first = sums(table.records)
+            first = offsets_of_counts(table.records)
             found, expected = int(first[-1]), int(self._first_record[shard + 1] - self._first_record[shard])
             if found != expected:
                 raise ValueError(f"shard {shard}: its footer holds {found} records, but the version lists {expected}")
@@ -172,10 +172,10 @@ def _join(known: Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]], stop
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ListedWindow:
+class ExplicitWindow:
     """Blocks that hold the records at positions [start, stop) of an explicit order. Has the attributes of `Window`.
 
-    It is a section (`Stretch`) by itself.
+    It is a section (`Section`) by itself.
 
     Attributes:
         block: uint32[stop - start], index of each record's block in shards and blocks.
@@ -206,7 +206,7 @@ class ListedWindow:
         return False
 
     @property
-    def windows(self) -> tuple[ListedWindow, ...]:
+    def windows(self) -> tuple[ExplicitWindow, ...]:
         """This window alone."""
         return (self,)
 
@@ -217,7 +217,7 @@ class ListedWindow:
         return self.block[lo:hi].copy(), self.row[lo:hi].copy()
 
 
-def listed_window(start: int, places: Places) -> ListedWindow:
+def explicit_window(start: int, places: RecordLocations) -> ExplicitWindow:
     """Return a window of exactly the blocks that hold these records, in stored order.
 
     Args:
@@ -231,7 +231,7 @@ def listed_window(start: int, places: Places) -> ListedWindow:
         numbers = np.empty(len(places.shards), np.int64)
         numbers[touched] = np.arange(len(touched))
         block = numbers[places.at]
-    return ListedWindow(
+    return ExplicitWindow(
         start,
         start + len(places.row),
         places.shards[touched],
@@ -242,13 +242,13 @@ def listed_window(start: int, places: Places) -> ListedWindow:
     )
 
 
-def whole_window(places: Places) -> ListedWindow:
+def whole_window(places: RecordLocations) -> ExplicitWindow:
     """Return a window of all blocks of the table; `at` of any records of the table is then an index into its blocks."""
     nothing = np.empty(0, np.uint32)
-    return ListedWindow(0, 0, places.shards, places.blocks, places.block_bytes, nothing, nothing)
+    return ExplicitWindow(0, 0, places.shards, places.blocks, places.block_bytes, nothing, nothing)
 
 
-def count_fitting(places: Places, limit_bytes: int | None, free_shards: Sequence[int] = ()) -> int:
+def count_fitting(places: RecordLocations, limit_bytes: int | None, free_shards: Sequence[int] = ()) -> int:
     """Return how many of the first records lie in blocks of at most limit_bytes together; at least one.
 
     Each block is counted once.
@@ -269,7 +269,7 @@ def count_fitting(places: Places, limit_bytes: int | None, free_shards: Sequence
     return max(int(np.searchsorted(np.cumsum(cost), limit_bytes, side="right")), 1)
 
 
-class ListedOrder:
+class ExplicitOrder:
     """Order (`order.Order`) of one stream that serves records in an explicit order, without shuffle.
 
     Args:
@@ -283,10 +283,10 @@ class ListedOrder:
 
     def __init__(self, layout: Layout, numbers: NDArray[np.int64], window_bytes: int | None) -> None:
         self._numbers = numbers
-        self._locator = Locator(layout)
+        self._locator = RecordLocator(layout)
         self._stored_bytes = layout.stored_bytes
         self._window_bytes = window_bytes
-        self._last: ListedWindow | None = None
+        self._last: ExplicitWindow | None = None
         if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < self._locator.n_records:
             raise ValueError(
                 f"record numbers {numbers.min()} to {numbers.max()} exceed {self._locator.n_records} records"
@@ -302,7 +302,7 @@ class ListedOrder:
         self._check(stream, 0)
         return self.n_records
 
-    def stretch_at(self, stream: int, position: int) -> ListedWindow:
+    def section_at(self, stream: int, position: int) -> ExplicitWindow:
         """Return the window that holds a position: the last window that was built, or a new one that starts there.
 
         Raises:
@@ -315,7 +315,7 @@ class ListedOrder:
         if last is None or not last.start <= position < last.stop:
             places = self._locator.find(self._numbers[position : position + MAX_WINDOW_ROWS])
             n = count_fitting(places, self._window_bytes)
-            last = self._last = listed_window(position, places.cut(0, n))
+            last = self._last = explicit_window(position, places.cut(0, n))
         return last
 
     def shards_ahead(self, stream: int, position: int, n_bytes: int | None) -> NDArray[np.int64]:
@@ -328,7 +328,7 @@ class ListedOrder:
             return shards
         return shards[: max(int(np.searchsorted(np.cumsum(self._stored_bytes[shards]), n_bytes)) + 1, 1)]
 
-    def groups(self, stream: int) -> Groups:
+    def groups(self, stream: int) -> ShardGroups:
         """See Order.groups. Each shard is a group, from its first record to its last one; takes 50 ns a record."""
         self._check(stream, 0)
         n_shards = len(self._stored_bytes)
@@ -342,7 +342,7 @@ class ListedOrder:
             first[shards] = np.minimum(first[shards], begins[shards])
         read = np.flatnonzero(last >= 0)
         read = read[np.argsort(first[read])]
-        return each_alone(first[read], last[read] + 1, read, self._stored_bytes[read])
+        return single_shard_groups(first[read], last[read] + 1, read, self._stored_bytes[read])
 
     def _check(self, stream: int, position: int) -> None:
         if stream != 0 or not 0 <= position <= self.n_records:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from tiercache.order.groups import Groups, together
-from tiercache.order.memory import empty_rows
-from tiercache.order.part import Lane, MixedPart, Run, part_options
-from tiercache.order.shares import Deal, StreamShares, apportion, stream_records
+from tiercache.order.groups import ShardGroups, concat_groups
+from tiercache.order.memory import allocate_rows
+from tiercache.order.part import DrawRange, MixturePart, PartDraws, part_options
+from tiercache.order.shares import StreamAllocation, StreamInterleaving, apportion, stream_records
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -121,7 +121,7 @@ class StoredMixture:
 
     def __init__(self, spec: MixtureSpec, part_records: Sequence[int]) -> None:
         self._sizes = np.array(part_records, np.int64)
-        self._shares = StreamShares(Deal(spec.epoch_shares(part_records), 1), 0)
+        self._shares = StreamInterleaving(StreamAllocation(spec.epoch_shares(part_records), 1), 0)
 
     def __len__(self) -> int:
         return self._shares.n_records
@@ -141,7 +141,7 @@ class StoredMixture:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MixedStretch:
+class MixtureSection:
     """Section of a mixture's stream: positions [start, stop) over which no part's window changes. Immutable.
 
     Attributes:
@@ -154,14 +154,14 @@ class MixedStretch:
     start: int
     stop: int
     windows: tuple[Window, ...]
-    _shares: StreamShares = field(repr=False)
-    _runs: dict[int, Run] = field(repr=False)  # by part, in the order of windows
+    _shares: StreamInterleaving = field(repr=False)
+    _runs: dict[int, DrawRange] = field(repr=False)  # by part, in the order of windows
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         """See Stretch.rows. Raises ValueError if the positions are outside the section."""
         if not 0 <= lo <= hi <= self.stop - self.start:
             raise ValueError(f"positions [{lo}, {hi}) are outside a section of {self.stop - self.start} positions")
-        block, row = empty_rows(hi - lo), empty_rows(hi - lo)
+        block, row = allocate_rows(hi - lo), allocate_rows(hi - lo)
         drawn = self._shares.drawn(self.start + lo)
         places = self._shares.places(self.start + lo, self.start + hi)
         n_blocks = 0
@@ -179,9 +179,9 @@ class MixedStretch:
 class _Stream:
     """Cached state of a stream: its shares, its draws from each part, and the section that was used last."""
 
-    shares: StreamShares
-    lanes: list[Lane]
-    stretch: MixedStretch | None = None
+    shares: StreamInterleaving
+    lanes: list[PartDraws]
+    stretch: MixtureSection | None = None
 
 
 class MixtureOrder:
@@ -212,12 +212,14 @@ class MixtureOrder:
         self.spec = spec
         self.options = options
         self.epoch = epoch
-        self._deal = Deal(
+        self._deal = StreamAllocation(
             spec.epoch_shares(spec.part_records(layout.records)), options.streams if options.shuffle else 1
         )
         shards = [spec.shards_of(part, len(layout.records)) for part in range(len(spec.weights))]
         brought = part_options(options, spec.weights, [(layout.records[s], layout.stored_bytes[s]) for s in shards])
-        self._parts = [MixedPart(layout, *of_part) for of_part in zip(shards, brought, self._deal.totals, strict=True)]
+        self._parts = [
+            MixturePart(layout, *of_part) for of_part in zip(shards, brought, self._deal.totals, strict=True)
+        ]
         self._streams: dict[int, _Stream] = {}
 
     @property
@@ -240,7 +242,7 @@ class MixtureOrder:
             raise ValueError(f"there is no stream {stream}: the order has {self.n_streams}")
         return stream_records(self.n_records, self.n_streams, stream)
 
-    def stretch_at(self, stream: int, position: int) -> MixedStretch:
+    def section_at(self, stream: int, position: int) -> MixtureSection:
         """Return the section that holds a position of a stream. It ends where the first of the parts' windows ends.
 
         It reads the footers of one shard group of each part that the stream still draws from.
@@ -268,7 +270,7 @@ class MixtureOrder:
         runs = {
             part: run for part, run in runs.items() if run.start < drawn[part]
         }  # drop the draw ranges that start after the section
-        kept.stretch = found = MixedStretch(start, stop, tuple(run.window for run in runs.values()), shares, runs)
+        kept.stretch = found = MixtureSection(start, stop, tuple(run.window for run in runs.values()), shares, runs)
         return found
 
     def shards_ahead(self, stream: int, position: int, n_bytes: int | None) -> NDArray[np.int64]:
@@ -287,7 +289,7 @@ class MixtureOrder:
         when = np.concatenate([(np.arange(len(shards)) + 0.5) / max(len(shards), 1) for shards in lists])
         return np.concatenate(lists)[np.argsort(when, kind="stable")]
 
-    def groups(self, stream: int) -> Groups:
+    def groups(self, stream: int) -> ShardGroups:
         """See Order.groups. The groups of each part follow those of the part before."""
         self.stream_records(stream)  # raises ValueError
         kept = self._keep(stream)
@@ -296,15 +298,15 @@ class MixtureOrder:
             of_part = lane.groups()
             ends = [kept.shares.positions_of(part, draws) for draws in (of_part.starts, of_part.stops - 1)]
             found.append(replace(of_part, starts=ends[0], stops=ends[1] + 1))
-        return together(found)
+        return concat_groups(found)
 
     def _keep(self, stream: int) -> _Stream:
         kept = self._streams.get(stream)
         if kept is None:
-            shares = StreamShares(self._deal, stream)
+            shares = StreamInterleaving(self._deal, stream)
             epoch = self.epoch if self.options.shuffle else 0
             turns = self._deal.turns(stream)
             of_parts = zip(self._parts, turns, shares.quotas, strict=True)
-            lanes = [Lane.of(part, self._deal, turned, quota, epoch) for part, turned, quota in of_parts]
+            lanes = [PartDraws.of(part, self._deal, turned, quota, epoch) for part, turned, quota in of_parts]
             kept = self._streams[stream] = _Stream(shares, lanes)
         return kept

@@ -10,9 +10,9 @@ import numpy as np
 
 from tiercache._native.permute import RowFinder
 from tiercache.order.epoch import EpochOrder
-from tiercache.order.groups import Groups, together
+from tiercache.order.groups import ShardGroups, concat_groups
 from tiercache.order.keys import derive_key
-from tiercache.order.memory import empty_rows
+from tiercache.order.memory import allocate_rows
 from tiercache.order.options import Layout, OrderOptions
 from tiercache.order.shares import stream_records
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.order.options import BlockTable
-    from tiercache.order.shares import Deal
+    from tiercache.order.shares import StreamAllocation
     from tiercache.order.window import Window
 
 # Minimum records of a part per stream, in all and in an epoch, for the part to have its own streams; a smaller part is
@@ -36,7 +36,7 @@ MAX_TURNS = 8
 _KEPT_EPOCHS = 4  # the streams of a part are in the same part epoch or in neighbouring ones
 
 
-class Run(Protocol):
+class DrawRange(Protocol):
     """Draws [start, stop) of one stream from one part that are served from one window."""
 
     @property
@@ -58,7 +58,7 @@ class Run(Protocol):
         """
 
 
-class MixedPart:
+class MixturePart:
     """One part of a mixture: its orders by part epoch; the last few are cached. Threads may share it, as an EpochOrder.
 
     Args:
@@ -95,7 +95,7 @@ class MixedPart:
 
     def window(self, own_epoch: int, stream: int, position: int) -> Window:
         """Return the window at a position of a stream of a part epoch, with joined shard numbers; cached."""
-        own = self.order(own_epoch).stretch_at(stream, position)
+        own = self.order(own_epoch).section_at(stream, position)
         kept = self._windows.get(stream)
         if kept is None or kept[0] is not own:
             shards = own.shards + np.int32(self.first_shard)
@@ -119,7 +119,7 @@ class MixedPart:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Lane:
+class PartDraws:
     """Draws of one stream of one epoch of the mixture from one part.
 
     Draws are numbered 0 to quota. Draw d is record base + d * step of the sequence of the part's own stream, which
@@ -134,16 +134,16 @@ class Lane:
         length: Number of records of the part's own stream in a part epoch.
     """
 
-    part: MixedPart
+    part: MixturePart
     stream: int
     base: int
     step: int
     quota: int
     length: int
-    _last: list[Run]
+    _last: list[DrawRange]
 
     @staticmethod
-    def of(part: MixedPart, deal: Deal, turned: int, quota: int, epoch: int) -> Lane:
+    def of(part: MixturePart, deal: StreamAllocation, turned: int, quota: int, epoch: int) -> PartDraws:
         """Return the draws of a stream of the mixture in an epoch.
 
         Args:
@@ -155,10 +155,10 @@ class Lane:
         """
         if part.n_streams == deal.n_streams:
             length = stream_records(part.n_records, part.n_streams, turned)
-            return Lane(part, turned, epoch * quota, 1, quota, length, [])
-        return Lane(part, 0, epoch * part.n_drawn + turned, deal.n_streams, quota, part.n_records, [])
+            return PartDraws(part, turned, epoch * quota, 1, quota, length, [])
+        return PartDraws(part, 0, epoch * part.n_drawn + turned, deal.n_streams, quota, part.n_records, [])
 
-    def run_at(self, draw: int) -> Run:
+    def run_at(self, draw: int) -> DrawRange:
         """Return the draw range that holds a draw; the last one is cached."""
         for run in self._last:  # at most one; another thread may replace it meanwhile
             if run.start <= draw < run.stop:
@@ -195,10 +195,10 @@ class Lane:
         found += self.part.first_shard
         return found
 
-    def groups(self) -> Groups:
+    def groups(self) -> ShardGroups:
         """Return the part's shard groups, with joined shard numbers, over the draws that they serve."""
         if not self.quota:
-            return together([])
+            return concat_groups([])
         first_epoch, last_epoch = (n // self.length for n in (self.base, self.base + (self.quota - 1) * self.step))
         if last_epoch - first_epoch > MAX_TURNS:
             return self._all_throughout(last_epoch - first_epoch)
@@ -207,19 +207,19 @@ class Lane:
             own = self.part.order(own_epoch).groups(self.stream)
             draws = [self._many_draws_before(own_epoch * self.length + at) for at in (own.starts, own.stops)]
             found.append(own.where(*draws))
-        groups = together(found)
+        groups = concat_groups(found)
         return replace(groups, shards=groups.shards + self.part.first_shard)
 
-    def _all_throughout(self, n_turns: int) -> Groups:
+    def _all_throughout(self, n_turns: int) -> ShardGroups:
         shards = np.flatnonzero(self.part.layout.records) + self.part.first_shard
         starts, stops, cuts = (np.array(bound, np.int64) for bound in ([0], [self.quota], [0, len(shards)]))
         stored_bytes = min(self.part.n_stored_bytes * n_turns, np.iinfo(np.int64).max)
-        return Groups(starts, stops, cuts, shards, np.array([stored_bytes], np.int64))
+        return ShardGroups(starts, stops, cuts, shards, np.array([stored_bytes], np.int64))
 
     def _many_draws_before(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.clip(-((self.base - numbers) // self.step), 0, self.quota)
 
-    def _run(self, draw: int) -> Run:
+    def _run(self, draw: int) -> DrawRange:
         whole = self.part.whole()
         if whole is not None:
             return _WholeRun(whole, 0, self.quota, self)
@@ -240,7 +240,7 @@ class _WindowRun:
     window: Window
     start: int
     stop: int
-    lane: Lane
+    lane: PartDraws
 
     def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         lane, window = self.lane, self.window
@@ -259,11 +259,11 @@ class _WholeRun:
     window: Window
     start: int
     stop: int
-    lane: Lane
+    lane: PartDraws
 
     def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         lane, length = self.lane, self.lane.length
-        block, row = empty_rows(n), empty_rows(n)
+        block, row = allocate_rows(n), allocate_rows(n)
         done = 0
         while done < n:
             own_epoch, position = divmod(lane.base + (draw + done) * lane.step, length)

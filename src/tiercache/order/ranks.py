@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.order.slots import Slots, stream_slots
+from tiercache.order.slots import BatchSlots, stream_slots
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -219,13 +219,13 @@ class RankPlan:
         start, stop = self._last_share
         return stop - start if stop > start else self.padded
 
-    def _full_slots(self) -> Slots:
+    def _full_slots(self) -> BatchSlots:
         return self._slots(self.offset, self.global_batch)
 
-    def _last_slots(self) -> Slots:
+    def _last_slots(self) -> BatchSlots:
         return self._slots(self._left_start, self.n_left)
 
-    def _slots(self, start: int, n: int) -> Slots:
+    def _slots(self, start: int, n: int) -> BatchSlots:
         # If streams are ignored, all positions are one stream.
         return stream_slots(start, n, 1 if self.global_batch % self.n_streams else self.n_streams)
 

@@ -42,7 +42,7 @@ def apportion(n: int, weights: Sequence[int]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Deal:
+class StreamAllocation:
     """Allocation of an epoch's records to streams: a table whose sums are those of the parts and those of the streams.
 
     Stream s of the epoch holds ceil((n - s) / S) records. The records of a part beyond a multiple of S go to
@@ -95,7 +95,7 @@ class _Split:
         return (number * self.n_items + self.phase) // (self.n_items - self.n_left)
 
 
-class StreamShares:
+class StreamInterleaving:
     """One stream of an epoch as a function from position to part and draw number, and back, in O(parts).
 
     The parts are the leaves of a binary tree that joins the two smallest nodes first (Huffman's tree). Of its first q
@@ -111,7 +111,7 @@ class StreamShares:
         stream: Number of the stream.
     """
 
-    def __init__(self, deal: Deal, stream: int) -> None:
+    def __init__(self, deal: StreamAllocation, stream: int) -> None:
         self.quotas = deal.quotas(stream)
         self.n_records = sum(self.quotas)
         if self.n_records > MAX_RECORDS:

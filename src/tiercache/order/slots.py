@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Slots:
+class BatchSlots:
     """Offsets of a global batch (positions counted from its start), sorted by stream, then by offset.
 
     Offset p belongs to the stream whose first offset is p % n_streams; it is that stream's number p // n_streams.
@@ -37,7 +37,7 @@ class Slots:
         rounds, first = np.divmod(places, self.n_streams)
         return by_place[first] + rounds
 
-    def take(self, start: int, stop: int) -> Taken:
+    def take(self, start: int, stop: int) -> RankOffsets:
         """Return the offsets in slots [start, stop), ascending; start < stop."""
         begin = int(np.searchsorted(self.starts, start, side="right")) - 1
         end = int(np.searchsorted(self.starts, stop, side="left"))
@@ -47,7 +47,7 @@ class Slots:
         return _taken(self.first[begin:end][filled], (lo[filled], hi[filled]), self.n_streams)
 
 
-def stream_slots(start: int, n: int, n_streams: int) -> Slots:
+def stream_slots(start: int, n: int, n_streams: int) -> BatchSlots:
     """Return the slots of a global batch.
 
     Args:
@@ -59,7 +59,7 @@ def stream_slots(start: int, n: int, n_streams: int) -> Slots:
     rounds, longer = divmod(n, n_streams)
     starts = np.zeros(n_streams + 1, np.int64)
     np.cumsum(rounds + (first < longer), out=starts[1:])
-    return Slots(n_streams, first, starts)
+    return BatchSlots(n_streams, first, starts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,7 +76,7 @@ class _Rounds:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Taken:
+class RankOffsets:
     """Offsets of a global batch that a rank takes, ascending; any range of them is computed at once.
 
     All streams but the first and the last are taken completely, so there are few parts, whatever the size of the batch:
@@ -102,7 +102,9 @@ class Taken:
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
-def _taken(first: NDArray[np.int64], rounds: tuple[NDArray[np.int64], NDArray[np.int64]], n_streams: int) -> Taken:
+def _taken(
+    first: NDArray[np.int64], rounds: tuple[NDArray[np.int64], NDArray[np.int64]], n_streams: int
+) -> RankOffsets:
     """Return the offsets that a rank takes.
 
     Args:
@@ -119,4 +121,4 @@ def _taken(first: NDArray[np.int64], rounds: tuple[NDArray[np.int64], NDArray[np
             stop = start + (end - begin) * len(columns)
             parts.append(_Rounds(start, stop, begin, columns))
             start = stop
-    return Taken(n_streams, tuple(parts))
+    return RankOffsets(n_streams, tuple(parts))

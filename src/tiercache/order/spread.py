@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def spread(key: bytes, strata_key: bytes, n: int, n_run: int) -> NDArray[np.int64]:
+def stratified_permutation(key: bytes, strata_key: bytes, n: int, n_run: int) -> NDArray[np.int64]:
     """Return a permutation of [0, n) in which any n_run successive items are spread over all of [0, n).
 
     The items are cut into n_run consecutive strata of about n / n_run items. The permutation takes one item of each

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache.order.keys import derive_key, permutation
-from tiercache.order.spread import spread
-from tiercache.order.window import cut, sums
+from tiercache.order.spread import stratified_permutation
+from tiercache.order.window import cut_by_size, offsets_of_counts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -60,7 +60,7 @@ class Stream:
         return self.rows[self.cuts]
 
 
-class Split:
+class StreamSplit:
     """Division of an epoch's shards among its streams. Immutable; creating it costs O(shards)."""
 
     def __init__(self, layout: Layout, options: OrderOptions, epoch: int) -> None:
@@ -73,7 +73,7 @@ class Split:
             where = () if options.placement == "sticky" else (epoch,)
             shards = shards[permutation(derive_key(options.seed, "split", *where), len(shards))]
         self._shards = shards
-        self._ends = sums(layout.records[shards])
+        self._ends = offsets_of_counts(layout.records[shards])
 
     @property
     def n_records(self) -> int:
@@ -107,7 +107,7 @@ class Split:
         if not self._options.shuffle:
             return stream
         key, strata_key = (derive_key(self._options.seed, use, self._epoch, index) for use in ("shards", "strata"))
-        turn = turn[spread(key, strata_key, len(turn), stream.group_shards)]
+        turn = turn[stratified_permutation(key, strata_key, len(turn), stream.group_shards)]
         return self._cut(index, shards[turn], row_start[turn], row_stop[turn])
 
     def _cut(
@@ -120,5 +120,7 @@ class Split:
             stored_bytes[part] = int(stored_bytes[part]) * int(n_rows[part]) // int(whole[part])
         group_bytes = self._options.group_bytes
         max_shards = None if group_bytes is None else MAX_GROUP_SHARDS
-        cuts = cut(stored_bytes, group_bytes, max_items=max_shards)
-        return Stream(index, shards, row_start, sums(n_rows), sums(stored_bytes), cuts, bool(parts))
+        cuts = cut_by_size(stored_bytes, group_bytes, max_items=max_shards)
+        return Stream(
+            index, shards, row_start, offsets_of_counts(n_rows), offsets_of_counts(stored_bytes), cuts, bool(parts)
+        )

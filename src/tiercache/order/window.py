@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from tiercache._native.permute import RowFinder
-from tiercache.order.memory import empty_rows
+from tiercache.order.memory import allocate_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,7 @@ class RowRun(NamedTuple):
         """
         if hi < lo:
             raise ValueError(f"rows [{lo}, {hi}) end before they start")
-        block, row = empty_rows(hi - lo), empty_rows(hi - lo)
+        block, row = allocate_rows(hi - lo), allocate_rows(hi - lo)
         self.finder.find(self.start + lo, block, row)
         return block, row
 
@@ -78,7 +78,7 @@ class Window:
 
     @property
     def windows(self) -> tuple[Window, ...]:
-        """This window alone: a window is a `Stretch` of an order whose sections have one window each."""
+        """This window alone: a window is a `Section` of an order whose sections have one window each."""
         return (self,)
 
     @property
@@ -107,14 +107,14 @@ def ramp(window_bytes: int) -> tuple[int, ...]:
     return tuple(window_bytes >> shift for shift in RAMP_SHIFTS)
 
 
-def sums(values: NDArray[np.int64]) -> NDArray[np.int64]:
+def offsets_of_counts(values: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the cumulative sums from 0, int64[n + 1]."""
     found = np.zeros(len(values) + 1, np.int64)
     np.cumsum(values, out=found[1:])
     return found
 
 
-def cut(
+def cut_by_size(
     sizes: NDArray[np.int64],
     limit_bytes: int | None,
     first_limits: Sequence[int] = (),
@@ -134,7 +134,7 @@ def cut(
     n = len(sizes)
     if limit_bytes is None or n == 0:
         return np.array([0, n] if n else [0], np.int64)
-    total = sums(sizes)
+    total = offsets_of_counts(sizes)
     cuts = [0]
     for limit in first_limits:
         if cuts[-1] < n:

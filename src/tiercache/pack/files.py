@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Protocol
 
 from tiercache.errors import NotFound
 from tiercache.store import Store, StoreFile, open_store, split_url
-from tiercache.store.urls import Location
+from tiercache.store.urls import ParsedUrl
 
 _BUFFER_BYTES = 1 << 20
 _PARALLEL_READS = 16
@@ -35,7 +35,7 @@ class SourceFile:
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
+class SkippedFile:
     """File of a source that is skipped although no option excludes it.
 
     Attributes:
@@ -50,7 +50,7 @@ class LeftOut:
 class Files(Protocol):
     """Location of a source's files. Picklable: each process of a parallel pack opens its own."""
 
-    def list(self) -> Iterator[SourceFile | LeftOut]:
+    def list(self) -> Iterator[SourceFile | SkippedFile]:
         """Yield all files in any order, except hidden ones and those in hidden folders; also the skipped files."""
 
     def open(self, path: str) -> BinaryIO:
@@ -73,14 +73,14 @@ class LocalFiles:
 
     root: str
 
-    def list(self) -> Iterator[SourceFile | LeftOut]:
+    def list(self) -> Iterator[SourceFile | SkippedFile]:
         """See Files.list. Skipped: dangling links, links to a parent folder, and anything but files and folders."""
         pending: list[tuple[str, frozenset[str]]] = [("", frozenset())]
         while pending:
             folder, above = pending.pop()
             real = os.path.realpath(Path(self.root, folder))
             if real in above:
-                yield LeftOut(folder, "a link to one of its parent folders")
+                yield SkippedFile(folder, "a link to one of its parent folders")
                 continue
             with os.scandir(real) as entries:
                 for entry in entries:
@@ -92,9 +92,9 @@ class LocalFiles:
                     elif entry.is_file():
                         yield SourceFile(path, entry.stat().st_size)
                     elif entry.is_symlink() and not Path(entry.path).exists():
-                        yield LeftOut(path, f"a link to {str(Path(entry.path).readlink())!r}, which does not exist")
+                        yield SkippedFile(path, f"a link to {str(Path(entry.path).readlink())!r}, which does not exist")
                     else:
-                        yield LeftOut(path, "a pipe, socket or device")
+                        yield SkippedFile(path, "a pipe, socket or device")
 
     def open(self, path: str) -> BinaryIO:
         """See Files.open."""
@@ -129,7 +129,7 @@ class StoreFiles:
     def __reduce__(self) -> tuple[Any, ...]:
         return StoreFiles, (self.root, self.storage_options)
 
-    def list(self) -> Iterator[SourceFile | LeftOut]:
+    def list(self) -> Iterator[SourceFile | SkippedFile]:
         """See Files.list: the objects that the store lists."""
         for info in self.store.list():
             if not any(map(is_hidden, info.key.split("/"))):
@@ -170,7 +170,7 @@ def selected(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
 
 def find_files(
     source: str | os.PathLike[str], storage_options: Mapping[str, Any]
-) -> tuple[Files, list[SourceFile], list[LeftOut]]:
+) -> tuple[Files, list[SourceFile], list[SkippedFile]]:
     """Return the location of a source's files, the files in order of their paths, and the skipped files.
 
     Args:
@@ -181,7 +181,7 @@ def find_files(
         NotFound: There is no such file.
         ValueError: The source is not a path or URL.
     """
-    place = Location.parse(source)
+    place = ParsedUrl.parse(source)
     remote = bool(place.scheme)
     text = os.fspath(source) if remote else place.path
     root, globs = (text, []) if not remote and Path(text).exists() else _split_glob(text)
@@ -194,7 +194,7 @@ def find_files(
     # Sort by the parts of the path: the files of a folder stay together although "-" and "." sort before "/".
     listed.sort(key=lambda f: f.path.split("/"))
     found = [f for f in listed if isinstance(f, SourceFile)]
-    left_out = [f for f in listed if isinstance(f, LeftOut)]
+    left_out = [f for f in listed if isinstance(f, SkippedFile)]
     if not found:
         what = "no file matches" if globs else "no files in this folder"
         also = f", but {left_out[0].path!r}: {left_out[0].reason}" if left_out else ""
@@ -222,7 +222,7 @@ def _matches(parts: Sequence[str], globs: Sequence[str]) -> bool:
 
 def _single_file(
     text: str, remote: bool, options: Mapping[str, Any]
-) -> tuple[Files, list[SourceFile], list[LeftOut]] | None:
+) -> tuple[Files, list[SourceFile], list[SkippedFile]] | None:
     if not remote:
         path = Path(text).absolute()
         if not path.is_file():

@@ -27,7 +27,7 @@ def sniff(data: bytes) -> str | None:
     return next((encoding for start, encoding in _STARTS.items() if data.startswith(start)), None)
 
 
-def damage_of(data: bytes, encoding: str) -> str | None:
+def find_damage(data: bytes, encoding: str) -> str | None:
     """Return what is wrong with an image; None if its header has a size in pixels and its end is present.
 
     Bytes after the end are accepted, as decoders accept them. Pixels are not decoded and checksums are not compared.

@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from tiercache.errors import SchemaError
 from tiercache.pack.files import Files, SourceFile
-from tiercache.pack.image_check import damage_of, sniff
-from tiercache.pack.source import Batch, Part
+from tiercache.pack.image_check import find_damage, sniff
+from tiercache.pack.source import InputBatch, InputSplit
 from tiercache.shard.types import CLASSES_KEY, Image, Schema
 
 SUFFIXES = {
@@ -55,13 +55,13 @@ class ImageFolder:
         return Schema.of({"image": Image(self.encoding), "label": label, "path": "str"})
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[InputSplit, ...]:
         """Splits of consecutive files."""
         starts = range(0, len(self.images), _PART_FILES)
         runs = [(start, min(start + _PART_FILES, len(self.images))) for start in starts]
-        return tuple(Part("", s, e, sum(f.n_bytes for f in self.images[s:e])) for s, e in runs)
+        return tuple(InputSplit("", s, e, sum(f.n_bytes for f in self.images[s:e])) for s, e in runs)
 
-    def read(self, part: Part, batch_bytes: int) -> Iterator[Batch]:
+    def read(self, part: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
         """Yield the files of a split, unchanged.
 
         Raises:
@@ -78,7 +78,7 @@ class ImageFolder:
                 "label": [labels[path.split("/")[0]] for path in paths],
                 "path": paths,
             }
-            yield Batch(columns, len(run), sum(f.n_bytes for f in run), partial(self._place, paths))
+            yield InputBatch(columns, len(run), sum(f.n_bytes for f in run), partial(self._place, paths))
 
     def _place(self, paths: Sequence[str], record: int) -> str:
         return self.files.place(paths[record])
@@ -95,7 +95,7 @@ class ImageFolder:
                 f"{self.files.place(path)}: this is a {encoding}, but the others are {self.encoding}; "
                 f"a column holds one encoding: convert it, or {_leave_out(path)}"
             )
-        damage = damage_of(image, encoding)
+        damage = find_damage(image, encoding)
         if damage is not None:
             raise SchemaError(f"{self.files.place(path)}: incomplete {encoding}: {damage}; {_leave_out(path)}")
 

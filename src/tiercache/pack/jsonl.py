@@ -16,7 +16,7 @@ from tiercache.errors import SchemaError
 from tiercache.pack.files import Files, SourceFile
 from tiercache.pack.infer import infer_types, say_type
 from tiercache.pack.partitions import Partitions
-from tiercache.pack.source import Batch, Part
+from tiercache.pack.source import InputBatch, InputSplit
 from tiercache.shard.types import Schema, UserType
 
 SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".json")
@@ -65,10 +65,10 @@ class JsonLines:
 
     files: Files
     schema: Schema
-    parts: tuple[Part, ...]
+    parts: tuple[InputSplit, ...]
     partitions: Partitions
 
-    def read(self, part: Part, batch_bytes: int) -> Iterator[Batch]:
+    def read(self, part: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
         """Yield the records of a split.
 
         Raises:
@@ -83,7 +83,7 @@ class JsonLines:
         if run.lines:
             yield self._batch(part.path, run)
 
-    def _batch(self, path: str, run: _Run) -> Batch:
+    def _batch(self, path: str, run: _Run) -> InputBatch:
         constants = self.partitions.values(path, self.schema)
         names = self.schema.names
         for line in run.lines:
@@ -93,7 +93,7 @@ class JsonLines:
                 raise SchemaError(f"{place}: a column that the schema lacks; {say_type(new)}", column=new)
         columns = {name: [line.record.get(name, constants.get(name)) for line in run.lines] for name in names}
         starts = [line.start for line in run.lines]
-        return Batch(columns, len(starts), run.n_bytes, lambda i: line_place(self.files, path, starts[i]))
+        return InputBatch(columns, len(starts), run.n_bytes, lambda i: line_place(self.files, path, starts[i]))
 
 
 def find_jsonl(files: Files, found: Sequence[SourceFile], given: Mapping[str, UserType]) -> JsonLines:
@@ -120,7 +120,7 @@ def find_jsonl(files: Files, found: Sequence[SourceFile], given: Mapping[str, Us
     return JsonLines(files, Schema.of({name: types[name] for name in order}), parts, partitions)
 
 
-def split_files(found: Sequence[SourceFile]) -> tuple[Part, ...]:
+def split_files(found: Sequence[SourceFile]) -> tuple[InputSplit, ...]:
     """Return the splits of files: byte ranges of plain files, and whole gzipped files."""
     return tuple(part for file in found for part in _split(file))
 
@@ -129,16 +129,16 @@ def _is_gzipped(path: str) -> bool:
     return path.lower().endswith(".gz")
 
 
-def _split(file: SourceFile) -> Iterator[Part]:
+def _split(file: SourceFile) -> Iterator[InputSplit]:
     if _is_gzipped(file.path):
-        yield Part(file.path, 0, file.n_bytes, file.n_bytes)
+        yield InputSplit(file.path, 0, file.n_bytes, file.n_bytes)
         return
     for start in range(0, file.n_bytes, _PART_BYTES):
         end = min(start + _PART_BYTES, file.n_bytes)
-        yield Part(file.path, start, end, end - start)
+        yield InputSplit(file.path, start, end, end - start)
 
 
-def read_lines(files: Files, part: Part) -> Iterator[Line]:
+def read_lines(files: Files, part: InputSplit) -> Iterator[Line]:
     """Yield the lines that start in a split, without empty lines.
 
     Raises:

@@ -14,12 +14,12 @@ from typing import Any
 from tiercache import config
 from tiercache.errors import NotFound, SchemaError, StoreError
 from tiercache.model import ShardInfo, parse_bytes
-from tiercache.pack.files import LeftOut
+from tiercache.pack.files import SkippedFile
 from tiercache.pack.options import PackOptions, PackProgress
-from tiercache.pack.plan import find_source, fitted, share_out
-from tiercache.pack.processes import Report, run_in_processes
-from tiercache.pack.source import Batch, Part, Source
-from tiercache.shard.commit import commit, data_set_exists, find_latest, nothing_to_append_to
+from tiercache.pack.plan import divide_splits, find_source, with_schema
+from tiercache.pack.processes import ProgressCallback, run_in_processes
+from tiercache.pack.source import InputBatch, InputSplit, RecordSource
+from tiercache.shard.commit import commit, data_set_exists_error, find_latest, no_data_set_error
 from tiercache.shard.types import Schema
 from tiercache.shard.versions import Version
 from tiercache.shard.writer import ShardOptions, ShardWriter, shard_key
@@ -43,13 +43,13 @@ class PackPlan:
         left_out: Files of the source that are skipped although neither include nor exclude says so.
     """
 
-    source: Source
+    source: RecordSource
     url: str
     options: PackOptions
-    shares: tuple[tuple[Part, ...], ...]
+    shares: tuple[tuple[InputSplit, ...], ...]
     n_processes: int
     parent: Version | None
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[SkippedFile, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -58,11 +58,11 @@ class PackPlan:
 
 
 @dataclass(frozen=True)
-class _Share:
+class _PackTask:
     """Task of one process: neighbouring splits, written to their own shards."""
 
-    source: Source
-    parts: tuple[Part, ...]
+    source: RecordSource
+    parts: tuple[InputSplit, ...]
     url: str
     storage_options: Mapping[str, Any]
     shards: ShardOptions
@@ -86,17 +86,17 @@ def plan_pack(source: str | os.PathLike[str], url: str | os.PathLike[str], optio
     with closing(open_store(url, **options.storage_options)) as store:
         parent = find_latest(store)
         if options.mode == "create" and parent is not None:
-            raise data_set_exists(store, parent)
+            raise data_set_exists_error(store, parent)
         if options.mode == "append" and parent is None:
-            raise nothing_to_append_to(store)
+            raise no_data_set_error(store)
         jobs = options.jobs or config.available_cpus()
         if jobs > 1 and isinstance(store, MemoryStore):
             raise ValueError(f"{store.url}: a memory store exists in one process only; pack into it with jobs=1")
     there = parent.schema if parent is not None and options.mode == "append" else None
     found, left_out = find_source(source, options, classes=_classes(there))
     if there is not None:
-        found = fitted(found, there)
-    shares = share_out(found.parts, jobs, parse_bytes(options.shard_size))
+        found = with_schema(found, there)
+    shares = divide_splits(found.parts, jobs, parse_bytes(options.shard_size))
     n_processes = min(jobs, max(len(shares), 1))
     return PackPlan(found, os.fspath(url), options, tuple(shares), n_processes, parent, tuple(left_out))
 
@@ -146,7 +146,7 @@ def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None 
         raise
 
 
-def _write_shares(plan: PackPlan, tasks: Sequence[_Share], report: Report) -> list[ShardInfo]:
+def _write_shares(plan: PackPlan, tasks: Sequence[_PackTask], report: ProgressCallback) -> list[ShardInfo]:
     """Write all shards and return them in the order of the source."""
     finished: dict[int, list[ShardInfo]] = {}
     if plan.n_processes == 1:
@@ -156,7 +156,7 @@ def _write_shares(plan: PackPlan, tasks: Sequence[_Share], report: Report) -> li
     return [info for i in range(len(tasks)) for info in finished[i]]
 
 
-def _tasks(plan: PackPlan) -> list[_Share]:
+def _tasks(plan: PackPlan) -> list[_PackTask]:
     options = plan.options
     shards = ShardOptions(
         shard_bytes=parse_bytes(options.shard_size),
@@ -164,11 +164,11 @@ def _tasks(plan: PackPlan) -> list[_Share]:
         compression=options.compression,
     )
     return [
-        _Share(plan.source, parts, plan.url, options.storage_options, shards, token_hex(8)) for parts in plan.shares
+        _PackTask(plan.source, parts, plan.url, options.storage_options, shards, token_hex(8)) for parts in plan.shares
     ]
 
 
-def _delete_shards(store: Store, tasks: Iterable[_Share]) -> None:
+def _delete_shards(store: Store, tasks: Iterable[_PackTask]) -> None:
     """Delete the finished shards of all tasks, also those of processes that were killed or did not report."""
     with suppress(StoreError):  # an unnamed shard is harmless; the first error must stay visible
         for task in tasks:
@@ -180,7 +180,7 @@ def _delete_shards(store: Store, tasks: Iterable[_Share]) -> None:
                 store.delete([key])
 
 
-def write_share(share: _Share, report: Report) -> list[ShardInfo]:
+def write_share(share: _PackTask, report: ProgressCallback) -> list[ShardInfo]:
     """Write the records of one task as shards; after an exception nothing is left of them.
 
     Args:
@@ -198,7 +198,7 @@ def write_share(share: _Share, report: Report) -> list[ShardInfo]:
             return writer.finish()
 
 
-def _write(writer: ShardWriter, batch: Batch, first_record: int) -> None:
+def _write(writer: ShardWriter, batch: InputBatch, first_record: int) -> None:
     """Write a batch; if a record does not fit, the error names its location in the source."""
     try:
         writer.write_batch(batch.columns)

@@ -15,7 +15,7 @@ import pyarrow.types as pt
 from tiercache.errors import SchemaError
 from tiercache.pack.files import Files, SourceFile
 from tiercache.pack.partitions import Partitions
-from tiercache.pack.source import Batch, Part
+from tiercache.pack.source import InputBatch, InputSplit
 from tiercache.shard.types import Schema, UserType
 
 SUFFIXES = (".parquet", ".pq", ".parq")
@@ -53,10 +53,10 @@ class ParquetFiles:
 
     files: Files
     schema: Schema
-    parts: tuple[Part, ...]
+    parts: tuple[InputSplit, ...]
     partitions: Partitions
 
-    def read(self, part: Part, batch_bytes: int) -> Iterator[Batch]:
+    def read(self, part: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
         """Yield the rows of a row group, with dictionaries decoded. Raises SchemaError for a damaged file."""
         place, first_row = self.files.place(part.path), 0
         constants = self.partitions.values(part.path, self.schema)
@@ -69,7 +69,7 @@ class ParquetFiles:
                 where = partial(_row_place, place, part.start, first_row)
                 first_row += len(batch)
                 n_bytes = part.n_bytes * len(batch) // n_rows
-                yield Batch(self._columns(batch, constants), len(batch), n_bytes, where)
+                yield InputBatch(self._columns(batch, constants), len(batch), n_bytes, where)
 
     def _columns(self, batch: pa.RecordBatch, constants: Mapping[str, object]) -> pa.RecordBatch:
         """Return the columns of a batch in the order of the schema: stored columns and partition columns."""
@@ -108,7 +108,7 @@ def find_parquet(files: Files, found: Sequence[SourceFile], given: Mapping[str, 
     types |= partitions.types
     if new := [name for name in given if name not in types]:
         raise SchemaError(f"{files.place(found[0].path)}: no such column; there are {', '.join(types)}", column=new[0])
-    parts = [Part(f.path, i, i + 1, n_bytes) for f in footers for i, n_bytes in enumerate(f.row_group_bytes)]
+    parts = [InputSplit(f.path, i, i + 1, n_bytes) for f in footers for i, n_bytes in enumerate(f.row_group_bytes)]
     return ParquetFiles(files, Schema.of(types | dict(given)), tuple(parts), partitions)
 
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from tiercache.errors import NotFound, SchemaError
 from tiercache.pack import images, jsonl, parquet
-from tiercache.pack.files import Files, LeftOut, SourceFile, find_files, selected
+from tiercache.pack.files import Files, SkippedFile, SourceFile, find_files, selected
 from tiercache.pack.foreign import refuse_foreign_files, refuse_foreign_index
 from tiercache.pack.options import KINDS, Kind, PackOptions
 from tiercache.pack.partitions import Partitions
-from tiercache.pack.source import Part, Source
+from tiercache.pack.source import InputSplit, RecordSource
 from tiercache.shard.difference import check_same_schema
 from tiercache.shard.types import Schema
 
@@ -46,7 +46,7 @@ def kind_of(paths: Sequence[str]) -> Kind:
 
 def find_source(
     source: str | os.PathLike[str], options: PackOptions, *, classes: Sequence[str] | None = None
-) -> tuple[Source, list[LeftOut]]:
+) -> tuple[RecordSource, list[SkippedFile]]:
     """Inspect a source and return it with its kind, schema and splits, and the skipped files.
 
     Args:
@@ -78,7 +78,7 @@ def find_source(
     if known:
         taken = set(known)
         left_out += [
-            LeftOut(f.path, f"its name is not that of a {kind} file")
+            SkippedFile(f.path, f"its name is not that of a {kind} file")
             for f in chosen
             if f not in taken and not _is_marker(f)
         ]
@@ -90,7 +90,7 @@ def _is_marker(file: SourceFile) -> bool:
     return file.path.rsplit("/", 1)[-1].startswith("_")
 
 
-def _find_table(kind: Kind, files: Files, found: Sequence[SourceFile], options: PackOptions) -> Source:
+def _find_table(kind: Kind, files: Files, found: Sequence[SourceFile], options: PackOptions) -> RecordSource:
     given = options.schema
     if given is None or isinstance(given, Mapping):
         find = parquet.find_parquet if kind == "parquet" else jsonl.find_jsonl
@@ -103,7 +103,7 @@ def _find_table(kind: Kind, files: Files, found: Sequence[SourceFile], options: 
     return jsonl.JsonLines(files, Schema.of(given), jsonl.split_files(found), partitions)
 
 
-def fitted(source: Source, there: Schema) -> Source:
+def with_schema(source: RecordSource, there: Schema) -> RecordSource:
     """Return the source with the schema of the data set that it is appended to.
 
     If a table has the data set's columns, its inferred types are ignored: each value is checked when it is written.
@@ -120,7 +120,7 @@ def fitted(source: Source, there: Schema) -> Source:
     return source
 
 
-def share_out(parts: Sequence[Part], jobs: int, shard_bytes: int) -> list[tuple[Part, ...]]:
+def divide_splits(parts: Sequence[InputSplit], jobs: int, shard_bytes: int) -> list[tuple[InputSplit, ...]]:
     """Return the splits divided into tasks of neighbouring splits with about equal bytes, in order.
 
     One job has one task; several jobs have one to four tasks each.
@@ -134,7 +134,7 @@ def share_out(parts: Sequence[Part], jobs: int, shard_bytes: int) -> list[tuple[
     n_shares = 1
     if jobs > 1:
         n_shares = max(jobs, min(_SHARES_A_JOB * jobs, total // (_SHARDS_A_SHARE * shard_bytes)))
-    shares: list[list[Part]] = [[] for _ in range(min(n_shares, max(len(parts), 1)))]
+    shares: list[list[InputSplit]] = [[] for _ in range(min(n_shares, max(len(parts), 1)))]
     before = 0
     for part in parts:
         middle = before + part.n_bytes / 2

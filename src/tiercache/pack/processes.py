@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from tiercache.errors import TierCacheError
 
-Report: TypeAlias = Callable[[Any], None]
+ProgressCallback: TypeAlias = Callable[[Any], None]
 # Time to finish a batch and abort its upload. A process that takes longer is killed, which leaves no more behind than
 # an abort does.
 _STOP_S = 10.0
@@ -32,10 +32,10 @@ class _Worker:
 
 
 def run_in_processes(
-    work: Callable[[Any, Report], Any],
+    work: Callable[[Any, ProgressCallback], Any],
     tasks: Sequence[Any],
     n_processes: int,
-    report: Report,
+    report: ProgressCallback,
     keep: Callable[[int, Any], None],
 ) -> None:
     """Run work(task, report) for each task in n_processes processes.
@@ -111,7 +111,7 @@ def _stop(workers: Sequence[_Worker]) -> None:
             worker.process.close()
 
 
-def _serve(connection: Connection, work: Callable[[Any, Report], Any]) -> None:
+def _serve(connection: Connection, work: Callable[[Any, ProgressCallback], Any]) -> None:
     """Run a worker process: receive tasks, send reports and one result each, until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent stops the workers
     with connection, suppress(EOFError, BrokenPipeError, ConnectionResetError):

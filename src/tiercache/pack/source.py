@@ -12,7 +12,7 @@ from tiercache.shard.types import Schema
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class InputSplit:
     """Split of a source, read by one process: [start, end) of path, counted in files, row groups or bytes.
 
     Attributes:
@@ -28,7 +28,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class InputBatch:
     """Some records of a split, as columns.
 
     Attributes:
@@ -44,7 +44,7 @@ class Batch:
     place: Callable[[int], str]
 
 
-class Source(Protocol):
+class RecordSource(Protocol):
     """Source that has been inspected and can be read. Picklable."""
 
     @property
@@ -52,10 +52,10 @@ class Source(Protocol):
         """Schema of all its records."""
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[InputSplit, ...]:
         """Splits; their order, and the order inside each of them, is the order of the data set."""
 
-    def read(self, part: Part, batch_bytes: int) -> Iterator[Batch]:
+    def read(self, part: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
         """Yield the records of a split in batches of about batch_bytes. Only a few batches are in memory at a time.
 
         Args:

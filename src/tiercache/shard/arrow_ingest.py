@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from tiercache.shard.extension import BFloat16Type
-from tiercache.shard.fit import MisfitError, fit
-from tiercache.shard.parts import Part, shapes_of
+from tiercache.shard.fit import ConversionError, fit
+from tiercache.shard.parts import ColumnData, shapes_of
 from tiercache.shard.spec import Kind
 from tiercache.shard.types import Column
 
@@ -21,7 +21,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredArray:
     """An Arrow array that is known to be in the stored form of a column.
 
     Its uint16 values may be bfloat16 bits, and its uint8 values bools; in a plain Arrow array they would be numbers.
@@ -30,25 +30,25 @@ class Stored:
     array: pa.Array | pa.ChunkedArray
 
 
-def part_of_stored(column: Column, data: Stored) -> Part:
+def convert_stored(column: Column, data: StoredArray) -> ColumnData:
     """Return the records of an array in stored form.
 
     Raises:
-        MisfitError: The array is not in stored form, or has nulls that the column does not allow.
+        ConversionError: The array is not in stored form, or has nulls that the column does not allow.
     """
     if column.dtype != "bfloat16" and (column.dtype != "bool" or column.kind is Kind.BOOL):
-        return part_of_arrow(column, data.array)
-    part = part_of_arrow(replace(column, dtype=column.stored.name), data.array)
+        return convert_arrow(column, data.array)
+    part = convert_arrow(replace(column, dtype=column.stored.name), data.array)
     if column.dtype == "bool" and part.values is not None and (part.values > 1).any():
-        raise MisfitError(str(column), "bytes that are neither 0 nor 1")
+        raise ConversionError(str(column), "bytes that are neither 0 nor 1")
     return part
 
 
-def part_of_arrow(column: Column, data: pa.Array | pa.ChunkedArray) -> Part:
+def convert_arrow(column: Column, data: pa.Array | pa.ChunkedArray) -> ColumnData:
     """Return the records of an Arrow array that has the column's type, or a type that casts to it without loss.
 
     Raises:
-        MisfitError: The array has another type, or a value does not fit.
+        ConversionError: The array has another type, or a value does not fit.
     """
     if isinstance(data.type, BFloat16Type) and column.kind is Kind.SCALAR and column.dtype == "bfloat16":
         column = replace(column, dtype="uint16")
@@ -62,7 +62,9 @@ def part_of_arrow(column: Column, data: pa.Array | pa.ChunkedArray) -> Part:
     valid = _valid(column, array)
     part = _HOW[column.kind](column, array)
     return (
-        part if valid is None or part.array is not None else Part(part.n, part.values, part.offsets, part.shapes, valid)
+        part
+        if valid is None or part.array is not None
+        else ColumnData(part.n, part.values, part.offsets, part.shapes, valid)
     )
 
 
@@ -76,12 +78,12 @@ def _valid(column: Column, array: pa.Array) -> Array | None:
         return None
     valid: Array = array.is_valid().to_numpy(zero_copy_only=False)
     if not column.nullable:
-        raise MisfitError(str(column), "null", int(np.argmin(valid)))
+        raise ConversionError(str(column), "null", int(np.argmin(valid)))
     return valid
 
 
-def _no(column: Column, array: pa.Array) -> MisfitError:
-    return MisfitError(str(column), f"an Arrow array of {array.type}")
+def _no(column: Column, array: pa.Array) -> ConversionError:
+    return ConversionError(str(column), f"an Arrow array of {array.type}")
 
 
 def _numbers(column: Column, array: pa.Array) -> Array:
@@ -94,15 +96,15 @@ def _numbers(column: Column, array: pa.Array) -> Array:
     return fit(elements, elements.dtype.name, column.dtype or "")
 
 
-def _scalars(column: Column, array: pa.Array) -> Part:
-    return Part(len(array), _numbers(column, array).reshape(-1, 1))
+def _scalars(column: Column, array: pa.Array) -> ColumnData:
+    return ColumnData(len(array), _numbers(column, array).reshape(-1, 1))
 
 
-def _bools(column: Column, array: pa.Array) -> Part:
-    return Part(len(array), _numbers(column, array))
+def _bools(column: Column, array: pa.Array) -> ColumnData:
+    return ColumnData(len(array), _numbers(column, array))
 
 
-def _tensors(column: Column, array: pa.Array) -> Part:
+def _tensors(column: Column, array: pa.Array) -> ColumnData:
     n, array_type = len(array), array.type
     shape: list[int] = []
     if pt.is_list(array.type) or pt.is_large_list(array.type):
@@ -112,14 +114,14 @@ def _tensors(column: Column, array: pa.Array) -> Part:
         size = inner.type.list_size
         shape.append(size)
         if inner is not array and inner.null_count:
-            raise MisfitError(str(column), "a tensor with nulls inside")
+            raise ConversionError(str(column), "a tensor with nulls inside")
         start = inner.offset * size
         inner = inner.values.slice(start, len(inner) * size)
     flat = len(shape) == 1 and shape[0] == column.n_elements
     if not flat and tuple(shape) != column.shape:
-        raise MisfitError(str(column), f"an Arrow array of {array_type}")
+        raise ConversionError(str(column), f"an Arrow array of {array_type}")
     elements = _elements(column, inner, array.is_valid() if array.null_count else None, max(column.n_elements, 1))
-    return Part(n, elements.reshape(n, column.n_elements))
+    return ColumnData(n, elements.reshape(n, column.n_elements))
 
 
 def _equal_lists(column: Column, array: pa.Array) -> pa.Array:
@@ -128,7 +130,7 @@ def _equal_lists(column: Column, array: pa.Array) -> pa.Array:
     wrong = lengths != column.n_elements
     if wrong.any():
         index = int(np.argmax(wrong))
-        raise MisfitError(str(column), f"a list of {lengths[index]} elements", index)
+        raise ConversionError(str(column), f"a list of {lengths[index]} elements", index)
     return array.cast(pa.list_(array.type.value_type, column.n_elements))
 
 
@@ -140,15 +142,15 @@ def _elements(column: Column, inner: pa.Array, valid: pa.Array | None, per_recor
             allowed = np.repeat(~valid.to_numpy(zero_copy_only=False), per_record)[: len(inner)]
         wrong = inner.is_null().to_numpy(zero_copy_only=False) & ~allowed
         if wrong.any():
-            raise MisfitError(str(column), "a tensor with nulls inside", int(np.argmax(wrong)) // per_record)
+            raise ConversionError(str(column), "a tensor with nulls inside", int(np.argmax(wrong)) // per_record)
     try:
         return _numbers(column, inner)
-    except MisfitError as error:
+    except ConversionError as error:
         error.index //= per_record
         raise
 
 
-def _runs(column: Column, array: pa.Array) -> Part:
+def _runs(column: Column, array: pa.Array) -> ColumnData:
     """Return the records of a column of bytes, text or images: values and 64-bit offsets."""
     text = column.kind is Kind.STR
     kind_fits = pt.is_string(array.type) or pt.is_large_string(array.type) or pt.is_string_view(array.type)
@@ -164,10 +166,10 @@ def _runs(column: Column, array: pa.Array) -> Part:
         try:
             array.validate(full=True)
         except pa.ArrowException as error:
-            raise MisfitError("valid UTF-8", str(error)) from error
+            raise ConversionError("valid UTF-8", str(error)) from error
     _, offsets, values = array.buffers()
     run = np.zeros(0, np.uint8) if values is None else np.frombuffer(values, np.uint8)
-    return Part(len(array), run, _offsets64(offsets, array))
+    return ColumnData(len(array), run, _offsets64(offsets, array))
 
 
 def _offsets64(buffer: pa.Buffer | None, array: pa.Array) -> Array:
@@ -176,7 +178,7 @@ def _offsets64(buffer: pa.Buffer | None, array: pa.Array) -> Array:
     return np.frombuffer(buffer, np.int64)[array.offset : array.offset + len(array) + 1]
 
 
-def _ragged(column: Column, array: pa.Array) -> Part:
+def _ragged(column: Column, array: pa.Array) -> ColumnData:
     """Return the records of a ragged column, from a struct of data and shape, or from lists with one dimension."""
     if pt.is_struct(array.type) and {array.type.field(i).name for i in range(array.type.num_fields)} == {
         "data",
@@ -197,15 +199,15 @@ def _ragged(column: Column, array: pa.Array) -> Part:
 def _shapes(column: Column, shape: pa.Array, valid: Array) -> Array:
     size = shape.type.list_size if pt.is_fixed_size_list(shape.type) else -1
     if size != len(column.shape) or not pt.is_int32(shape.type.value_type):
-        raise MisfitError(str(column), f"shapes of {shape.type}")
+        raise ConversionError(str(column), f"shapes of {shape.type}")
     flat = shape.values.slice(shape.offset * size, len(shape) * size).fill_null(0)
     return np.where(valid[:, None], flat.to_numpy(zero_copy_only=False).reshape(len(shape), size), 0)
 
 
-def _ragged_of(column: Column, data: pa.Array, shapes: Array | None, valid: Array) -> Part:
+def _ragged_of(column: Column, data: pa.Array, shapes: Array | None, valid: Array) -> ColumnData:
     n = len(data)
     if data.null_count and (data.is_null().to_numpy(zero_copy_only=False) & valid).any():
-        raise MisfitError(str(column), "a record without data")
+        raise ConversionError(str(column), "a record without data")
     if not valid.all():
         # The data of a null record is undefined: replace it with an empty list.
         data = pc.if_else(pa.array(valid), data, pa.scalar([], data.type))
@@ -213,7 +215,7 @@ def _ragged_of(column: Column, data: pa.Array, shapes: Array | None, valid: Arra
     first, last = int(offsets[0]), int(offsets[-1])
     try:
         values = _elements(column, data.values.slice(first, last - first), None, 1)
-    except MisfitError as error:
+    except ConversionError as error:
         error.index = int(np.searchsorted(offsets, error.index + first, side="right")) - 1
         raise
     offsets = offsets - first if first else offsets
@@ -222,7 +224,7 @@ def _ragged_of(column: Column, data: pa.Array, shapes: Array | None, valid: Arra
         shapes = lengths.reshape(n, 1)
     shapes = np.where(valid[:, None], shapes, shapes_of(column, n, [d or 0 for d in column.shape]))
     _check_shapes(column, shapes, lengths)
-    return Part(n, values, offsets, np.ascontiguousarray(shapes, np.dtype("<i4")))
+    return ColumnData(n, values, offsets, np.ascontiguousarray(shapes, np.dtype("<i4")))
 
 
 def _check_shapes(column: Column, shapes: Array, lengths: Array) -> None:
@@ -234,16 +236,18 @@ def _check_shapes(column: Column, shapes: Array, lengths: Array) -> None:
             wrong |= shapes[:, number] != dimension
     if len(wrong) and wrong.any():
         index = int(np.argmax(wrong))
-        raise MisfitError(str(column), f"{lengths[index]} elements of the shape {tuple(shapes[index].tolist())}", index)
+        raise ConversionError(
+            str(column), f"{lengths[index]} elements of the shape {tuple(shapes[index].tolist())}", index
+        )
 
 
-def _any_arrow(column: Column, array: pa.Array) -> Part:
+def _any_arrow(column: Column, array: pa.Array) -> ColumnData:
     try:
         found = array if array.type == column.arrow.type else array.cast(column.arrow.type)
         found.validate(full=True)
     except pa.ArrowException as error:
-        raise MisfitError(str(column), f"an Arrow array of {array.type}: {error}") from error
-    return Part(len(found), array=found)
+        raise ConversionError(str(column), f"an Arrow array of {array.type}: {error}") from error
+    return ColumnData(len(found), array=found)
 
 
 # JSON is missing, because its values are parsed and arrive as a list.

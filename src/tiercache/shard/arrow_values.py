@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.types as pt
 
-from tiercache.shard.fit import MisfitError
+from tiercache.shard.fit import ConversionError
 
 _BYTES = bytes | bytearray | memoryview
 _MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 1}
@@ -26,7 +26,7 @@ def check_value(arrow_type: pa.DataType, value: Any) -> None:
     """Check that the Arrow type can hold a value, including nested values, without loss.
 
     Raises:
-        MisfitError: The value has another type, or would lose information.
+        ConversionError: The value has another type, or would lose information.
     """
     if isinstance(value, pa.Scalar):
         value = value.as_py()
@@ -36,7 +36,7 @@ def check_value(arrow_type: pa.DataType, value: Any) -> None:
     if fits is not None and not fits(arrow_type, value):
         what = f"a {type(value).__qualname__}"
         shown = what if isinstance(value, Mapping | Sequence | np.ndarray) else f"{what}, {value!r}"
-        raise MisfitError(str(arrow_type), shown)
+        raise ConversionError(str(arrow_type), shown)
 
 
 def _is_integer(value: Any) -> bool:
@@ -94,7 +94,7 @@ def _fits_struct(arrow_type: pa.DataType, value: Any) -> bool:
         return False
     fields = {field.name: field for field in arrow_type}
     if unknown := [key for key in value if key not in fields]:
-        raise MisfitError(str(arrow_type), f"the unknown key {unknown[0]!r}")
+        raise ConversionError(str(arrow_type), f"the unknown key {unknown[0]!r}")
     for name, field in fields.items():
         _check_field(field, value.get(name))
     return True
@@ -112,7 +112,7 @@ def _fits_map(arrow_type: pa.DataType, value: Any) -> bool:
 
 def _check_field(field: pa.Field, value: Any) -> None:
     if value is None and not field.nullable:
-        raise MisfitError(f"{field.type}, never null", f"None for {field.name!r}")
+        raise ConversionError(f"{field.type}, never null", f"None for {field.name!r}")
     check_value(field.type, value)
 
 

@@ -19,7 +19,7 @@ from tiercache.shard.layout import Footer
 from tiercache.shard.nested import build_array
 from tiercache.shard.types import VAR, Kind, Schema, Stream
 
-Places: TypeAlias = npt.NDArray[np.uint32]
+Indices: TypeAlias = npt.NDArray[np.uint32]
 _MEMORY_PAGE_BYTES = np.uint64(mmap.PAGESIZE)
 
 
@@ -95,7 +95,7 @@ class Blocks:
         chosen = tuple(blocks)
         if chosen == self.blocks:
             return self
-        check_numbers("blocks", chosen, len(self.blocks))
+        check_indices("blocks", chosen, len(self.blocks))
         found = copy.copy(self)
         found._choose(chosen)  # noqa: SLF001 -- a method of the same class
         return found
@@ -198,7 +198,7 @@ class Blocks:
             return pa.ExtensionArray.from_storage(kind.arrow.type, array)
         return array
 
-    def explain(self, column: int, block: Places, row: Places) -> None:
+    def explain(self, column: int, block: Indices, row: Indices) -> None:
         """Raise CorruptShard for the first of these rows of a column that is damaged; return if none is.
 
         Args:
@@ -214,7 +214,7 @@ class Blocks:
             found = gather.locate(stream.kind, stream.width_bytes, self.addresses[number], check, block, row)
             if found is not None:
                 raise CorruptShard(
-                    describe(found[1]),
+                    damage_message(found[1]),
                     url=self.url,
                     block=self.blocks[int(block[found[0]])],
                     column=self.schema.columns[column].name,
@@ -231,7 +231,7 @@ class Blocks:
                 message = f"the local copy cannot be read: {error.strerror}"
                 raise CorruptShard(message, url=self.url, block=self.blocks[position], column=name) from error
             if page is not None:
-                raise CorruptShard(describe(page), url=self.url, block=self.blocks[position], column=name)
+                raise CorruptShard(damage_message(page), url=self.url, block=self.blocks[position], column=name)
         for number, stream in enumerate(self.streams):
             if stream.column == column and stream.kind == VAR:
                 check_offsets(self, number, position)
@@ -260,14 +260,14 @@ def merge_pages(addresses: Addresses, n_bytes: Addresses) -> Addresses:
     return np.stack([starts[is_first], ends[is_last] - starts[is_first]], axis=1)
 
 
-def check_numbers(what: str, numbers: Iterable[int], n: int) -> None:
+def check_indices(what: str, numbers: Iterable[int], n: int) -> None:
     """Raise IndexError if a number is not in [0, n)."""
     for number in numbers:
         if not 0 <= number < n:
             raise IndexError(f"{what} must be 0 to {n - 1}, got {number}")
 
 
-def describe(page: int | None) -> str:
+def damage_message(page: int | None) -> str:
     """Return the description of damage that gather.locate found: a page with a wrong checksum, or None for offsets."""
     return "offsets decrease or exceed the chunk" if page is None else f"CRC-32C of page {page} does not match"
 
@@ -291,4 +291,4 @@ def check_offsets(blocks: Blocks, stream: int, position: int) -> None:
         message = f"the local copy cannot be read: {error.strerror}"
         raise CorruptShard(message, url=blocks.url, block=blocks.blocks[position], column=column) from error
     if not fits:
-        raise CorruptShard(describe(None), url=blocks.url, block=blocks.blocks[position], column=column)
+        raise CorruptShard(damage_message(None), url=blocks.url, block=blocks.blocks[position], column=column)

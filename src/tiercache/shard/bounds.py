@@ -52,7 +52,7 @@ def check_chunks(chunks: Table, pages: Table, footer_offset: int) -> str:
         return "a raw chunk has a stored length that differs from its decoded length"
     if ((codecs == codec.ZSTD) & (raw > np.uint64(codec.ZSTD_LIMIT_BYTES))).any():
         return "a compressed chunk is longer than the limit"
-    if ((codecs == codec.ZSTD) & (raw // np.uint64(codec.ZSTD_MOST_RATIO) > stored)).any():
+    if ((codecs == codec.ZSTD) & (raw // np.uint64(codec.MAX_ZSTD_RATIO) > stored)).any():
         return "a compressed chunk is longer than its frame can hold"
     return _check_numbering("page", flat["first_page"], n_pages(raw, codecs), len(pages))
 

@@ -13,13 +13,13 @@ from typing import Any, NoReturn, TypeAlias
 import numpy.typing as npt
 
 from tiercache.errors import SchemaError
-from tiercache.shard.fit import MisfitError, fit
+from tiercache.shard.fit import ConversionError, fit
 from tiercache.shard.spec import FLOATS, STORED, Kind, Ragged, Tensor, UserType, check_dtype
 from tiercache.shard.types import CLASSES_KEY, Column, Schema
 
 Casts: TypeAlias = Mapping[str, str]
 """Column name -> dtype. A column that has this dtype already is served as it is stored."""
-Served: TypeAlias = Mapping[str, Column]
+ServedColumns: TypeAlias = Mapping[str, Column]
 """Column name -> column as it is served, for the columns that are cast."""
 
 # The numbers equal those in csrc/cast.h.
@@ -36,7 +36,7 @@ DTYPE_NUMBERS: dict[str, int] = {
 _NUMBERS = (Kind.SCALAR, Kind.BOOL, Kind.TENSOR, Kind.RAGGED)
 
 
-def checked_casts(casts: object) -> dict[str, str]:
+def parse_casts(casts: object) -> dict[str, str]:
     """Return the casts that a user states, with dtypes by name.
 
     Raises:
@@ -102,13 +102,13 @@ def cast_kind(kind: int, column: Column, served: Column) -> int:
     return kind | DTYPE_NUMBERS[column.dtype or ""] << 8 | DTYPE_NUMBERS[served.dtype or ""] << 16
 
 
-def growth(kind: int) -> float:
+def size_ratio(kind: int) -> float:
     """Return the ratio of the served to the stored size of an element, from a kind that cast_kind() returned."""
     sizes = [1, *(STORED[name].itemsize for name in DTYPE_NUMBERS)]
     return sizes[kind >> 16 & 0xFF] / sizes[kind >> 8 & 0xFF]
 
 
-def refuse_misfit(column: Column, dtype: str, elements: npt.NDArray[Any]) -> NoReturn:
+def raise_cast_error(column: Column, dtype: str, elements: npt.NDArray[Any]) -> NoReturn:
     """Raise SchemaError for the first of a column's stored elements that has no equal in the dtype."""
     got = "another value"
     expected = f"a value with an equal {dtype}"
@@ -118,7 +118,7 @@ def refuse_misfit(column: Column, dtype: str, elements: npt.NDArray[Any]) -> NoR
             expected, got = "0 or 1", str(wrong[0]) if len(wrong) else got
         else:
             fit(elements, column.dtype or "", dtype)
-    except MisfitError as error:
+    except ConversionError as error:
         expected, got = error.expected, error.got
     raise _refusal(column.name, f"cast to {dtype}: a stored value has no equal in it", expected, got)
 

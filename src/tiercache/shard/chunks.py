@@ -16,8 +16,8 @@ from tiercache.model import ByteRange
 from tiercache.shard import codec
 from tiercache.shard.decode import BadFrameError, Frames, decode
 from tiercache.shard.layout import PAGE_BYTES, Footer, align
-from tiercache.shard.memory import POOL
-from tiercache.shard.source import LocalCopy, Source, address_of
+from tiercache.shard.memory import BUFFER_POOL
+from tiercache.shard.source import ByteSource, LocalCopy, address_of
 from tiercache.shard.spec import Kind
 from tiercache.waiting import SYSTEM_CLOCK
 
@@ -33,7 +33,7 @@ _BYTES_A_REQUEST = 2 << 20
 _MOST_MISSES = 8
 # Interval between two fstat() calls on a file, about one tick of the clock that sets the ctime. A call takes 0.3 to 3
 # us; a call for each record that is read by index took up to 20 % of its time.
-LOOK_AGAIN_S = 0.010
+STAT_INTERVAL_S = 0.010
 
 
 class CheckedPages:
@@ -67,7 +67,7 @@ class CheckedPages:
         now_s = SYSTEM_CLOCK.monotonic()
         if now_s < self._look_s:
             return self._changed_ns
-        self._look_s = now_s + LOOK_AGAIN_S
+        self._look_s = now_s + STAT_INTERVAL_S
         changed_ns = -1 if copy is None else copy.changed_ns()
         if changed_ns != self._changed_ns or not changed_ns:
             self._forget()
@@ -84,7 +84,7 @@ class CheckedPages:
         self._since_s = SYSTEM_CLOCK.monotonic()
 
 
-class Unchecked:
+class PendingChecks:
     """Pending checks of raw chunks in a mapping: the first reader of a page checks it (see gather.pyi).
 
     Args:
@@ -106,7 +106,7 @@ class Unchecked:
         self._first = np.where(n_pages, rows[:, 3] - np.uint64(address_of(flags)), np.uint64(0)).astype(np.int64)
         self._last = self._first + n_pages
 
-    def only(self, blocks: Ids, n_columns: int) -> Unchecked:
+    def only(self, blocks: Ids, n_columns: int) -> PendingChecks:
         """Return the pending checks of some blocks.
 
         Args:
@@ -114,7 +114,7 @@ class Unchecked:
             n_columns: Number of columns; this object must have all chunks of each block.
         """
         rows = self._rows.reshape(-1, n_columns, 4)[blocks]
-        return Unchecked(rows.reshape(-1, 4), self._checked, self._crcs, self._copy)
+        return PendingChecks(rows.reshape(-1, 4), self._checked, self._crcs, self._copy)
 
     def see_changes(self) -> int:
         """See CheckedPages.forget_if_written."""
@@ -165,7 +165,7 @@ class LoadedChunks:
     owners: list[Any] = field(default_factory=list)
     private_bytes: int = 0
     mapped_bytes: Addresses | None = None
-    left: Unchecked | None = None
+    left: PendingChecks | None = None
     copy: LocalCopy | None = None
 
 
@@ -185,7 +185,7 @@ class Chunks:
     mapping have matched their checksums. Two threads may check the same page, which is harmless.
     """
 
-    def __init__(self, source: Source, footer: Footer, verify: Verify) -> None:
+    def __init__(self, source: ByteSource, footer: Footer, verify: Verify) -> None:
         self._source = source
         self._footer = footer
         self._verify = verify
@@ -282,7 +282,7 @@ class Chunks:
 
     def _left(
         self, ids: Ids, addresses: Addresses, mapped: npt.NDArray[np.bool_], inverse: Ids, copy: LocalCopy
-    ) -> Unchecked | None:
+    ) -> PendingChecks | None:
         """Return the pending checks of mapped chunks; None if there are none.
 
         The gather checks mapped pages when it first reads them: checking 500 MB here would delay the first batch.
@@ -297,7 +297,7 @@ class Chunks:
         rows[:, 2] = np.uint64(address_of(self._footer.pages)) + np.uint64(4) * first_page
         rows[:, 3] = np.uint64(address_of(checked.flags)) + first_page
         rows[~mapped] = 0
-        return Unchecked(rows[inverse.ravel()], checked, self._footer.pages, ref(copy))
+        return PendingChecks(rows[inverse.ravel()], checked, self._footer.pages, ref(copy))
 
     def _runs(self, ids: Ids) -> Iterator[_Run]:
         """Yield the ranges that hold these chunks, which are in file order; close chunks form one range."""
@@ -314,7 +314,7 @@ class Chunks:
     def _read(self, ids: Ids, copy: LocalCopy | None, deadline_s: float | None) -> LoadedChunks:
         """Read the stored bytes of chunks into private memory; each chunk keeps its alignment in the file."""
         runs = list(self._runs(ids))
-        memory = POOL.lend(align(runs[-1].position + runs[-1].end - runs[-1].start) if runs else 0)
+        memory = BUFFER_POOL.lend(align(runs[-1].position + runs[-1].end - runs[-1].start) if runs else 0)
         spans = [(ByteRange(r.start, r.end), memory[r.position : r.position + r.end - r.start].data) for r in runs]
         if copy is not None:
             copy.read(spans)

@@ -24,21 +24,21 @@ MAX_LEVEL = 22
 ZSTD_LIMIT_BYTES = 1 << 30
 # A block of a zstd frame takes at least 4 bytes and holds at most 128 KiB, so this is the largest ratio of a frame. A
 # frame that states a larger one is refused before memory is allocated.
-ZSTD_MOST_RATIO = (128 << 10) // 4
+MAX_ZSTD_RATIO = (128 << 10) // 4
 # "auto" compresses the chunks of a column in this many blocks as a test, and keeps zstd for the column if the frames
 # have at most this fraction of the raw bytes. The limit also applies to each single frame. Compression pays if the
 # saved fraction exceeds D / Z, where D is the read speed of the disk (1 to 3 GB/s) and Z the decoding speed of all
 # cores (1 to 1.8 GB/s each, 2 to 4 cores). For data in the page cache it never pays.
 MEASURED_BLOCKS = 4
-WORTH = 1 / 2
+MAX_ZSTD_FRACTION = 1 / 2
 
 # "auto" stores shorter chunks raw: they are a small fraction of their block, and reading a frame of 4 KiB costs about
 # 15 us. For the labels beside 512 MiB of tokens that was 16 ms before the first batch of each epoch.
-LEAST_BYTES = 16 << 10
+MIN_ZSTD_BYTES = 16 << 10
 # "auto" stores a block raw if its columns together save less than this fraction. A shard of raw chunks is served from
 # the mapping; a shard with frames is decoded in every epoch. Example: compressed labels beside 124 bytes of vector and
 # text saved a twentieth of the bytes, and cost a fifth of the epoch's time.
-LEAST_SAVED = 1 / 8
+MIN_SAVED_FRACTION = 1 / 8
 
 # Creating a context costs more than compressing a small chunk; a context is for one thread at a time.
 _here = threading.local()
@@ -102,7 +102,7 @@ def _check_promise(frame: bytes | memoryview, raw_bytes: int) -> None:
         raise CodecError(f"it is not a zstd frame: {error}") from error
     if promised != raw_bytes:
         raise CodecError(f"its zstd frame states {promised} bytes, expected {raw_bytes}")
-    if raw_bytes > ZSTD_MOST_RATIO * len(frame):
+    if raw_bytes > MAX_ZSTD_RATIO * len(frame):
         raise CodecError(f"its zstd frame of {len(frame)} bytes cannot hold {raw_bytes} bytes")
 
 
@@ -142,11 +142,11 @@ class ColumnCodec:
         frame = compress(data, self._level)
         if self._measuring:
             self._measure(n_bytes, len(frame))
-        return frame if self._forced or len(frame) <= n_bytes * WORTH else None
+        return frame if self._forced or len(frame) <= n_bytes * MAX_ZSTD_FRACTION else None
 
     def tries(self, n_bytes: int) -> bool:
         """Return whether encode() tries to compress a chunk of this many bytes."""
-        least_bytes = 1 if self._forced else LEAST_BYTES
+        least_bytes = 1 if self._forced else MIN_ZSTD_BYTES
         return self._level is not None and least_bytes <= n_bytes <= ZSTD_LIMIT_BYTES
 
     @property
@@ -158,7 +158,7 @@ class ColumnCodec:
         self._measuring -= 1
         self._raw_bytes += raw_bytes
         self._zstd_bytes += zstd_bytes
-        if not self._measuring and self._zstd_bytes > self._raw_bytes * WORTH:
+        if not self._measuring and self._zstd_bytes > self._raw_bytes * MAX_ZSTD_FRACTION:
             self._level = None
 
 
@@ -188,7 +188,7 @@ class BlockCodec:
             self._n_blocks += 1
             self._raw_bytes += sum(lengths)
             self._saved_bytes += saved_bytes
-        if not self._is_forced and saved_bytes < LEAST_SAVED * sum(lengths):
+        if not self._is_forced and saved_bytes < MIN_SAVED_FRACTION * sum(lengths):
             return [None] * len(lengths)
         return frames
 
@@ -196,4 +196,4 @@ class BlockCodec:
     def _saves_little(self) -> bool:
         """Whether the first blocks have shown that compression does not pay."""
         is_measured = self._n_blocks == MEASURED_BLOCKS and not self._is_forced
-        return is_measured and self._saved_bytes < LEAST_SAVED * self._raw_bytes
+        return is_measured and self._saved_bytes < MIN_SAVED_FRACTION * self._raw_bytes

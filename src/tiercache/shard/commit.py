@@ -135,10 +135,10 @@ class Commit:
             return parent
         newest = (manifest.newest_from(self._store, parent.number) if parent else None) or find_latest(self._store)
         if self._request.mode == "create" and newest is not None:
-            raise data_set_exists(self._store, newest)
+            raise data_set_exists_error(self._store, newest)
         if self._request.mode == "append":
             if newest is None:
-                raise nothing_to_append_to(self._store)
+                raise no_data_set_error(self._store)
             self._check_base(newest)
         return newest
 
@@ -146,7 +146,7 @@ class Commit:
         """Return the base of the next attempt, after winner took the number of this attempt."""
         mode, number = self._request.mode, winner.number
         if mode == "create":
-            raise data_set_exists(self._store, winner)
+            raise data_set_exists_error(self._store, winner)
         if mode == "overwrite":
             raise CommitConflict(
                 f"version {number} was committed by writer {winner.writer} ({winner.kind}) before this overwrite; "
@@ -267,7 +267,7 @@ def find_latest(store: Store) -> Version | None:
         return None
 
 
-def data_set_exists(store: Store, found: Version) -> CommitConflict:
+def data_set_exists_error(store: Store, found: Version) -> CommitConflict:
     """Return the error of a "create" where a data set exists."""
     return CommitConflict(
         f"a data set exists already (version {found.number}, {found.n_records} records); "
@@ -277,7 +277,7 @@ def data_set_exists(store: Store, found: Version) -> CommitConflict:
     )
 
 
-def nothing_to_append_to(store: Store) -> NotFound:
+def no_data_set_error(store: Store) -> NotFound:
     """Return the error of an "append" where no data set exists."""
     return NotFound('no data set to append to; write with mode="create" first', url=store.url)
 

@@ -12,10 +12,10 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.shard.parts import Part, join, record_bytes
+from tiercache.shard.parts import ColumnData, join_column_data, record_bytes
 from tiercache.shard.types import Column
 
-Parts: TypeAlias = list[Part]
+BlockData: TypeAlias = list[ColumnData]
 
 
 class BlockCutter:
@@ -27,10 +27,10 @@ class BlockCutter:
     def __init__(self, columns: Sequence[Column], block_bytes: int) -> None:
         self._columns = columns
         self._block_bytes = block_bytes
-        self._pending: list[Parts] = []
+        self._pending: list[BlockData] = []
         self._pending_bytes = 0
 
-    def add(self, parts: Parts) -> Iterator[Parts]:
+    def add(self, parts: BlockData) -> Iterator[BlockData]:
         """Add a batch (the data of each column, of equal lengths); yield each full block. The rest stays pending."""
         n = parts[0].n
         ends_bytes = self._ends_bytes(parts)
@@ -50,15 +50,15 @@ class BlockCutter:
         """Number of bytes that still fit into the pending block."""
         return self._block_bytes - self._pending_bytes
 
-    def end_block(self, parts: Parts) -> Parts:
+    def end_block(self, parts: BlockData) -> BlockData:
         """Return the block of the pending records and these records. Without pending records, nothing is copied."""
         return self._joined(parts if parts[0].n else None)
 
-    def flush(self) -> Parts | None:
+    def flush(self) -> BlockData | None:
         """Return the block of the pending records; None if there are none."""
         return self._joined(None) if self._pending else None
 
-    def _ends_bytes(self, parts: Parts) -> npt.NDArray[np.int64]:
+    def _ends_bytes(self, parts: BlockData) -> npt.NDArray[np.int64]:
         """Return int64[n + 1]: the number of bytes before each record; the last entry is the total."""
         ends = np.zeros(parts[0].n + 1, np.int64)
         for column, part in zip(self._columns, parts, strict=True):
@@ -72,7 +72,7 @@ class BlockCutter:
         end = int(np.searchsorted(ends_bytes, room_bytes, side="right")) - 1
         return max(end, start if self._pending else start + 1)
 
-    def _joined(self, head: Parts | None) -> Parts:
+    def _joined(self, head: BlockData | None) -> BlockData:
         batches = [*self._pending, head] if head is not None else self._pending
         self._pending, self._pending_bytes = [], 0
-        return [join([batch[number] for batch in batches]) for number in range(len(self._columns))]
+        return [join_column_data([batch[number] for batch in batches]) for number in range(len(self._columns))]

@@ -15,9 +15,9 @@ from tiercache.shard.commit import (
     Commit,
     CommitRequest,
     check_mode,
-    data_set_exists,
+    data_set_exists_error,
     find_latest,
-    nothing_to_append_to,
+    no_data_set_error,
 )
 from tiercache.shard.difference import check_same_schema
 from tiercache.shard.spec import UserType
@@ -82,12 +82,12 @@ class Writer:
         given = None if schema is None else Schema.of(schema)
         self._parent = find_latest(self._store)
         if mode == "create" and self._parent is not None:
-            raise data_set_exists(self._store, self._parent)
+            raise data_set_exists_error(self._store, self._parent)
         if self._parent is not None:
             check_writable(self._parent, self._store.url)
         if mode == "append":
             if self._parent is None:
-                raise nothing_to_append_to(self._store)
+                raise no_data_set_error(self._store)
             if given is not None:
                 check_same_schema(self._parent.schema, given)
             given = self._parent.schema

@@ -20,10 +20,10 @@ import pyarrow as pa
 from tiercache._native.frames import Decoder
 from tiercache.shard import codec
 from tiercache.shard.layout import align
-from tiercache.shard.memory import POOL
+from tiercache.shard.memory import BUFFER_POOL
 from tiercache.shard.source import Bytes, address_of
 
-Numbers = npt.NDArray[np.uint64]
+_Uint64s = npt.NDArray[np.uint64]
 
 _FUNCTIONS = ("ZSTD_createDCtx", "ZSTD_freeDCtx", "ZSTD_decompressDCtx", "ZSTD_getFrameContentSize")
 # Creating a decoder costs more than decoding a small frame; a decoder is for one thread at a time.
@@ -42,12 +42,12 @@ class BadFrameError(codec.CodecError):
 class Frames:
     """n frames in memory, uint64[n] each: their addresses, their stored lengths and their decoded lengths in bytes."""
 
-    addresses: Numbers
-    stored: Numbers
-    raw: Numbers
+    addresses: _Uint64s
+    stored: _Uint64s
+    raw: _Uint64s
 
 
-def decode(frames: Frames) -> tuple[Bytes, Numbers]:
+def decode(frames: Frames) -> tuple[Bytes, _Uint64s]:
     """Decode all frames.
 
     Returns:
@@ -59,7 +59,7 @@ def decode(frames: Frames) -> tuple[Bytes, Numbers]:
     """
     lengths = np.array([align(n_bytes) for n_bytes in frames.raw.tolist()], np.uint64)
     ends = np.cumsum(lengths, dtype=np.uint64)
-    memory = POOL.lend(int(ends[-1]) if len(ends) else 0)
+    memory = BUFFER_POOL.lend(int(ends[-1]) if len(ends) else 0)
     out = np.uint64(address_of(memory)) + ends - lengths
     n_right = _decode_native(frames, out)
     for number in range(n_right, len(out)):  # the first of these may be damaged; _decode_one raises the reason
@@ -67,7 +67,7 @@ def decode(frames: Frames) -> tuple[Bytes, Numbers]:
     return memory, out
 
 
-def _decode_native(frames: Frames, out: Numbers) -> int:
+def _decode_native(frames: Frames, out: _Uint64s) -> int:
     """Decode frames in one call, until the first bad one. Returns the number of decoded frames; 0 without a libzstd."""
     if not hasattr(_here, "decoder"):
         functions = find_libzstd()

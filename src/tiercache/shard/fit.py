@@ -1,4 +1,4 @@
-"""Converts numbers to the stored dtype of a column, and raises MisfitError for the first number that does not fit.
+"""Converts numbers to the stored dtype of a column, and raises ConversionError for the first number that does not fit.
 
 An integer must fit exactly, also into a float. A float may be rounded to a narrower float, but must not become
 infinite. A bool fits only a bool. No value wraps around or is truncated.
@@ -18,7 +18,7 @@ from tiercache.shard.spec import FLOATS, INTEGERS, STORED
 _GOT_CHARACTERS = 200
 
 
-class MisfitError(ValueError):
+class ConversionError(ValueError):
     """A value does not fit its column. index: Index of the record in the batch."""
 
     def __init__(self, expected: str, got: str, index: int = 0) -> None:
@@ -44,14 +44,14 @@ def as_numpy(data: Any) -> tuple[npt.NDArray[Any], str] | None:
             data = tensor.numpy()
         except (TypeError, RuntimeError) as error:
             got = f"a tensor of {data.dtype}, {data.layout}, on {data.device}"
-            raise MisfitError("a dense tensor of a dtype that numpy has", got) from error
+            raise ConversionError("a dense tensor of a dtype that numpy has", got) from error
     if not isinstance(data, np.ndarray | np.generic):
         if not hasattr(data, "__array__"):
             return None
         try:
             data = np.asarray(data)
         except (TypeError, ValueError, RuntimeError) as error:  # raised by another library's __array__
-            raise MisfitError("an object that numpy can read", f"a {type(data).__qualname__}: {error}") from error
+            raise ConversionError("an object that numpy can read", f"a {type(data).__qualname__}: {error}") from error
     array = np.asarray(data)
     if array.dtype.name == "bfloat16":  # a dtype of ml_dtypes, which need not be installed
         return array.view(np.uint16), "bfloat16"
@@ -70,16 +70,16 @@ def fit(array: npt.NDArray[Any], given: str, dtype: str) -> npt.NDArray[Any]:
         An array of STORED[dtype], over the same memory if no conversion is necessary.
 
     Raises:
-        MisfitError: An element does not fit; its index is along the first dimension.
+        ConversionError: An element does not fit; its index is along the first dimension.
     """
     stored = STORED[dtype]
     if given == dtype:
         return array.view(stored) if array.dtype.isnative else array.astype(stored)
     if given not in STORED or "bool" in (given, dtype):
-        raise MisfitError(dtype, f"elements of dtype {given}")
+        raise ConversionError(dtype, f"elements of dtype {given}")
     if dtype in INTEGERS:
         if given not in INTEGERS:
-            raise MisfitError(dtype, f"elements of dtype {given}")
+            raise ConversionError(dtype, f"elements of dtype {given}")
         return _fit_integers(array, stored, dtype)
     if given == "bfloat16":
         array, given = widen_bfloat16(array), "float32"
@@ -118,7 +118,7 @@ def _fit_integers_to_float(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[A
 
 def _fit_floats(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     if dtype not in FLOATS:
-        raise MisfitError(dtype, f"elements of dtype {array.dtype.name}")
+        raise ConversionError(dtype, f"elements of dtype {array.dtype.name}")
     with np.errstate(over="ignore", invalid="ignore"):
         out = round_to_bfloat16(array) if dtype == "bfloat16" else array.astype(STORED[dtype])
         infinite = np.isinf(widen_bfloat16(out) if dtype == "bfloat16" else out)
@@ -149,4 +149,4 @@ def widen_bfloat16(bits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 def _fail(array: npt.NDArray[Any], wrong: npt.NDArray[Any], expected: str) -> NoReturn:
     place = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
-    raise MisfitError(expected, str(array[place].item()), int(place[0]) if place else 0)
+    raise ConversionError(expected, str(array[place].item()), int(place[0]) if place else 0)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 LIMIT_BYTES = 32 << 20
 
 
-class Footers:
+class FooterCache:
     """Footers by shard number; each is taken once. Thread-safe.
 
     There is no lock, because a fork could leave it locked. Concurrent threads may miscount the bytes; put() counts them

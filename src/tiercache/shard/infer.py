@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from tiercache.errors import SchemaError
-from tiercache.shard.spec import STORED, TYPES_THERE_ARE, Ragged, Tensor, UserType
+from tiercache.shard.spec import STORED, SUPPORTED_TYPES, Ragged, Tensor, UserType
 
 _PYTHON_TYPES: dict[type, str] = {bool: "bool", int: "int64", float: "float64", str: "str", dict: "json"}
 
@@ -38,7 +38,7 @@ def type_of_value(name: str, value: object) -> UserType:
     )
     got = "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
     raise SchemaError(
-        f"cannot infer the column's type from {got}{hint}", column=name, expected=TYPES_THERE_ARE, got=got
+        f"cannot infer the column's type from {got}{hint}", column=name, expected=SUPPORTED_TYPES, got=got
     )
 
 
@@ -91,7 +91,7 @@ def _type_of_list(name: str, values: Sequence[object]) -> UserType:
         found = joined
     if found is None:
         raise SchemaError(
-            "cannot infer the column's type: no value, or only nulls", column=name, expected=TYPES_THERE_ARE, got="None"
+            "cannot infer the column's type: no value, or only nulls", column=name, expected=SUPPORTED_TYPES, got="None"
         )
     return _nullable(found) if any(value is None for value in values) else found
 
@@ -131,7 +131,7 @@ def _dtype_name(name: str, value: Any) -> str:
     if text in STORED:
         return text
     raise SchemaError(
-        f"elements of dtype {value.dtype} cannot be stored", column=name, expected=TYPES_THERE_ARE, got=str(value.dtype)
+        f"elements of dtype {value.dtype} cannot be stored", column=name, expected=SUPPORTED_TYPES, got=str(value.dtype)
     )
 
 

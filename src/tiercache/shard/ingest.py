@@ -13,10 +13,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tiercache._native.records import join
-from tiercache.shard.arrow_ingest import Stored, part_of_arrow, part_of_stored
+from tiercache.shard.arrow_ingest import StoredArray, convert_arrow, convert_stored
 from tiercache.shard.arrow_values import check_value
-from tiercache.shard.fit import MisfitError, as_numpy, fit
-from tiercache.shard.parts import Part, shapes_of
+from tiercache.shard.fit import ConversionError, as_numpy, fit
+from tiercache.shard.parts import ColumnData, shapes_of
 from tiercache.shard.spec import FLOATS, INTEGERS, STORED, Kind
 from tiercache.shard.types import Column
 
@@ -25,16 +25,16 @@ _ARROW_REFUSES = (pa.ArrowException, TypeError, ValueError, OverflowError)
 _BYTES_LIKE = (Kind.BYTES, Kind.IMAGE, Kind.STR, Kind.JSON)
 
 
-def part_of_column(column: Column, data: Any) -> Part:
+def convert_column(column: Column, data: Any) -> ColumnData:
     """Return a column of a batch in stored form. Numpy and Arrow memory is shared if no conversion is necessary.
 
     Raises:
-        MisfitError: A value does not fit the column.
+        ConversionError: A value does not fit the column.
     """
-    if isinstance(data, Stored):
-        return part_of_column(column, data.array) if column.kind is Kind.JSON else part_of_stored(column, data)
+    if isinstance(data, StoredArray):
+        return convert_column(column, data.array) if column.kind is Kind.JSON else convert_stored(column, data)
     if isinstance(data, pa.Array | pa.ChunkedArray):
-        return _part_of_list(column, _parsed(data)) if column.kind is Kind.JSON else part_of_arrow(column, data)
+        return _part_of_list(column, _parsed(data)) if column.kind is Kind.JSON else convert_arrow(column, data)
     if isinstance(data, list | tuple):
         return _part_of_list(column, data)
     found = as_numpy(data)
@@ -42,7 +42,7 @@ def part_of_column(column: Column, data: Any) -> Part:
         return _part_of_numpy(column, *found)
     if isinstance(data, Sequence) and not isinstance(data, str | bytes | bytearray | memoryview):
         return _part_of_list(column, list(data))
-    raise MisfitError(f"an array or a list of {column}", _type_name(data))
+    raise ConversionError(f"an array or a list of {column}", _type_name(data))
 
 
 def _parsed(data: pa.Array | pa.ChunkedArray) -> list[Any]:
@@ -53,62 +53,62 @@ def _parsed(data: pa.Array | pa.ChunkedArray) -> list[Any]:
             try:
                 values[index] = json.loads(value)
             except ValueError as error:
-                raise MisfitError("JSON text", str(error), index) from error
+                raise ConversionError("JSON text", str(error), index) from error
     return values
 
 
-def _part_of_numpy(column: Column, array: Array, dtype: str) -> Part:
+def _part_of_numpy(column: Column, array: Array, dtype: str) -> ColumnData:
     if array.ndim == 0:
-        raise MisfitError(f"an array or a list of {column}", "a single value")
+        raise ConversionError(f"an array or a list of {column}", "a single value")
     if array.dtype.kind in "OU" or column.kind in _BYTES_LIKE:
         return _part_of_list(column, array.tolist())
     if column.kind is Kind.ARROW:
         try:
-            return part_of_arrow(column, pa.array(array))
+            return convert_arrow(column, pa.array(array))
         except (pa.ArrowException, TypeError) as error:
-            raise MisfitError(str(column), f"elements of dtype {array.dtype}") from error
+            raise ConversionError(str(column), f"elements of dtype {array.dtype}") from error
     n, shape = len(array), array.shape[1:]
     _check_shape(column, shape)
     stored = np.ascontiguousarray(fit(array, dtype, column.dtype or ""))
     if column.kind is Kind.RAGGED:
         offsets = np.arange(n + 1, dtype=np.int64) * math.prod(shape)
-        return Part(n, stored.reshape(-1), offsets, shapes_of(column, n, shape))
-    return Part(n, stored if column.kind is Kind.BOOL else stored.reshape(n, column.n_elements))
+        return ColumnData(n, stored.reshape(-1), offsets, shapes_of(column, n, shape))
+    return ColumnData(n, stored if column.kind is Kind.BOOL else stored.reshape(n, column.n_elements))
 
 
 def _check_shape(column: Column, shape: tuple[int, ...]) -> None:
     fits = len(shape) == len(column.shape)
     if fits and all(want in (None, have) for want, have in zip(column.shape, shape, strict=True)):
         return
-    raise MisfitError(str(column), f"the shape {shape}" if shape else "a single number")
+    raise ConversionError(str(column), f"the shape {shape}" if shape else "a single number")
 
 
-def _part_of_list(column: Column, values: Sequence[Any]) -> Part:
-    fast = _scalars(column, values) if column.kind is Kind.SCALAR else None
+def _part_of_list(column: Column, values: Sequence[Any]) -> ColumnData:
+    fast = _plain_numbers(column, values) if column.kind is Kind.SCALAR else None
     if fast is not None:
-        return Part(len(values), fast.reshape(-1, 1))
+        return ColumnData(len(values), fast.reshape(-1, 1))
     if column.kind in _BYTES_LIKE and column.kind is not Kind.JSON:
         joined = join(values, text=column.kind is Kind.STR, nullable=column.nullable)  # None: a value needs conversion
         if joined is not None:
-            return Part(len(values), joined[0], joined[1], valid=joined[2])
+            return ColumnData(len(values), joined[0], joined[1], valid=joined[2])
     if column.kind is Kind.ARROW:
         return _arrow_part_of_list(column, values)
-    return build_part(column, _each(values, converter(column)))
+    return build_column_data(column, _each(values, value_converter(column)))
 
 
 def _each(values: Sequence[Any], convert: Callable[[Any], Any]) -> list[Any]:
-    """Return convert(value) for each value. A MisfitError gets the index of its value."""
+    """Return convert(value) for each value. A ConversionError gets the index of its value."""
     converted = []
     for index, value in enumerate(values):
         try:
             converted.append(convert(value))
-        except MisfitError as error:
+        except ConversionError as error:
             error.index = index
             raise
     return converted
 
 
-def _scalars(column: Column, values: Sequence[Any]) -> Array | None:
+def _plain_numbers(column: Column, values: Sequence[Any]) -> Array | None:
     """Convert a list of plain ints to an integer column, or of floats to a float column; None for all other lists."""
     types = set(map(type, values))
     try:
@@ -121,10 +121,10 @@ def _scalars(column: Column, values: Sequence[Any]) -> Array | None:
     return None
 
 
-def converter(column: Column) -> Callable[[Any], Any]:
-    """Return a function that converts a value for build_part(): to bytes, an array, a Python value, or None for a null.
+def value_converter(column: Column) -> Callable[[Any], Any]:
+    """Return a function that converts a value for build_column_data(): to bytes, an array, a Python value, or None.
 
-    The function raises MisfitError if the value does not fit. An array may share the value's memory.
+    The function raises ConversionError if the value does not fit. An array may share the value's memory.
     """
     scalar = column.kind is Kind.SCALAR
     plain = _number_converter(column) if scalar else partial(_CONVERTERS[column.kind], column)
@@ -146,7 +146,7 @@ def _number_converter(column: Column) -> Callable[[Any], Any]:
         if isinstance(value, np.generic) and value.dtype == stored and dtype != "bfloat16":
             return value
         if integer and kind is int:
-            raise MisfitError(f"{dtype} ({low} to {high})", str(value))
+            raise ConversionError(f"{dtype} ({low} to {high})", str(value))
         return _fit_value(column, value).reshape(-1)[0]
 
     return convert
@@ -178,20 +178,22 @@ def _fit_value(column: Column, value: Any) -> Array:
 
 def _numpy_of_python(column: Column, value: Any) -> tuple[Array, str]:
     if type(value) not in (bool, int, float, list, tuple):
-        raise MisfitError(str(column), _type_name(value))
+        raise ConversionError(str(column), _type_name(value))
     if isinstance(value, list | tuple) and not column.shape:
-        raise MisfitError(str(column), _type_name(value))
+        raise ConversionError(str(column), _type_name(value))
     try:
         array = np.array(value)
     except ValueError as error:
-        raise MisfitError(str(column), "a list of lists of different lengths") from error
+        raise ConversionError(str(column), "a list of lists of different lengths") from error
     if array.size == 0:  # numpy infers float64 for an empty list
         return np.zeros(array.shape, column.stored), column.dtype or ""
     if array.dtype.kind not in "biuf":
-        raise MisfitError(str(column), f"a {type(value).__name__} of {array.dtype}, or numbers beyond 64 bits")
+        raise ConversionError(str(column), f"a {type(value).__name__} of {array.dtype}, or numbers beyond 64 bits")
     if (array.dtype.kind == "f" and column.dtype in INTEGERS) or _lost(array, value):
         what = f"a {type(value).__name__}"
-        raise MisfitError(str(column), f"{what} with elements of other types" if array.ndim else f"{what}, {value!r}")
+        raise ConversionError(
+            str(column), f"{what} with elements of other types" if array.ndim else f"{what}, {value!r}"
+        )
     return array, array.dtype.name
 
 
@@ -218,7 +220,7 @@ def _convert_bool(_: Column, value: Any) -> bool:
         return bool(value)
     found = as_numpy(value)
     if found is None or found[1] != "bool" or found[0].ndim:
-        raise MisfitError("bool", _type_name(value))
+        raise ConversionError("bool", _type_name(value))
     return bool(found[0])
 
 
@@ -227,16 +229,16 @@ def _convert_bytes(column: Column, value: Any) -> bytes:
         return value
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
-    raise MisfitError(str(column), _type_name(value))
+    raise ConversionError(str(column), _type_name(value))
 
 
 def _convert_str(_: Column, value: Any) -> bytes:
     if not isinstance(value, str):
-        raise MisfitError("str", _type_name(value))
+        raise ConversionError("str", _type_name(value))
     try:
         return value.encode()
     except UnicodeEncodeError as error:
-        raise MisfitError("a str that UTF-8 can hold", f"a lone surrogate at {error.start}") from error
+        raise ConversionError("a str that UTF-8 can hold", f"a lone surrogate at {error.start}") from error
 
 
 def _convert_json(_: Column, value: Any) -> bytes:
@@ -245,7 +247,7 @@ def _convert_json(_: Column, value: Any) -> bytes:
         _check_keys(value)
         return text.encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise MisfitError("an object that JSON can hold", f"{_type_name(value)}: {error}") from error
+        raise ConversionError("an object that JSON can hold", f"{_type_name(value)}: {error}") from error
 
 
 def _check_keys(value: Any) -> None:
@@ -262,12 +264,12 @@ def _check_keys(value: Any) -> None:
 
 def _convert_arrow(column: Column, value: Any) -> pa.Array:
     if value is None and not column.nullable:
-        raise MisfitError(str(column), _type_name(value))
+        raise ConversionError(str(column), _type_name(value))
     check_value(column.arrow.type, value)
     try:
         return pa.array([value], column.arrow.type)
     except _ARROW_REFUSES as error:
-        raise MisfitError(str(column), f"{_type_name(value)}: {error}") from error
+        raise ConversionError(str(column), f"{_type_name(value)}: {error}") from error
 
 
 _CONVERTERS: dict[Kind, Callable[[Column, Any], Any]] = {
@@ -282,8 +284,8 @@ _CONVERTERS: dict[Kind, Callable[[Column, Any], Any]] = {
 }
 
 
-def build_part(column: Column, converted: Sequence[Any]) -> Part:
-    """Join the results of converter() into column data in new memory. A null is stored as zeros, or as empty."""
+def build_column_data(column: Column, converted: Sequence[Any]) -> ColumnData:
+    """Join the results of value_converter() into column data in new memory. A null is stored as zeros, or as empty."""
     n = len(converted)
     valid = None
     if column.nullable and None in map(_none_or_not, converted):
@@ -291,16 +293,16 @@ def build_part(column: Column, converted: Sequence[Any]) -> Part:
     if column.kind is Kind.ARROW:
         null = pa.nulls(1, column.arrow.type)
         arrays = [null if value is None else value for value in converted]
-        return Part(n, array=pa.concat_arrays(arrays) if arrays else pa.array([], column.arrow.type))
+        return ColumnData(n, array=pa.concat_arrays(arrays) if arrays else pa.array([], column.arrow.type))
     if column.kind in _BYTES_LIKE:
         pieces = [value or b"" for value in converted]
         values = np.frombuffer(b"".join(pieces), np.uint8)
-        return Part(n, values, _offsets(np.fromiter(map(len, pieces), np.int64, n)), valid=valid)
+        return ColumnData(n, values, _offsets(np.fromiter(map(len, pieces), np.int64, n)), valid=valid)
     if column.kind is Kind.RAGGED:
         return _build_ragged(column, converted, valid)
     zero: Any = np.zeros(column.shape, column.stored) if column.kind is Kind.TENSOR else 0
     values = np.array([zero if value is None else value for value in converted], column.stored)
-    return Part(n, values if column.kind is Kind.BOOL else values.reshape(n, column.n_elements), valid=valid)
+    return ColumnData(n, values if column.kind is Kind.BOOL else values.reshape(n, column.n_elements), valid=valid)
 
 
 def _none_or_not(value: Any) -> bool | None:
@@ -313,24 +315,24 @@ def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return offsets
 
 
-def _build_ragged(column: Column, converted: Sequence[Any], valid: Array | None) -> Part:
+def _build_ragged(column: Column, converted: Sequence[Any], valid: Array | None) -> ColumnData:
     empty = np.zeros([d or 0 for d in column.shape], column.stored)
     arrays = [empty if value is None else value for value in converted]
     runs = [array.reshape(-1) for array in arrays] or [empty.reshape(-1)]
     lengths = np.array([array.size for array in arrays], np.int64)
     shapes = np.array([array.shape for array in arrays], STORED["int32"]).reshape(len(arrays), len(column.shape))
-    return Part(len(arrays), np.concatenate(runs), _offsets(lengths), shapes, valid)
+    return ColumnData(len(arrays), np.concatenate(runs), _offsets(lengths), shapes, valid)
 
 
-def _arrow_part_of_list(column: Column, values: Sequence[Any]) -> Part:
+def _arrow_part_of_list(column: Column, values: Sequence[Any]) -> ColumnData:
     _each(values, partial(check_value, column.arrow.type))
     try:
-        return part_of_arrow(column, pa.array(values, column.arrow.type))
-    except MisfitError:
+        return convert_arrow(column, pa.array(values, column.arrow.type))
+    except ConversionError:
         raise
     except _ARROW_REFUSES as error:
-        _each(values, converter(column))  # finds the bad value, which Arrow does not name
-        raise MisfitError(str(column), f"a list that Arrow cannot convert: {error}") from error
+        _each(values, value_converter(column))  # finds the bad value, which Arrow does not name
+        raise ConversionError(str(column), f"a list that Arrow cannot convert: {error}") from error
 
 
 def _type_name(value: Any) -> str:

@@ -14,11 +14,11 @@ from tiercache.shard.values import ColumnValues, gather_values
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tiercache.shard.cast import Served
+    from tiercache.shard.cast import ServedColumns
     from tiercache.shard.types import Schema
 
 
-def join(parts: Sequence[Sequence[ColumnValues]], places: Sequence[NDArray[np.int64]]) -> list[ColumnValues]:
+def join_values(parts: Sequence[Sequence[ColumnValues]], places: Sequence[NDArray[np.int64]]) -> list[ColumnValues]:
     """Return the values of several reads as one result.
 
     Args:
@@ -53,7 +53,7 @@ def _room(like: Any, n: int) -> Any:
     return like.new_empty((n, *like.shape[1:]))  # bfloat16 values are a torch tensor
 
 
-def none_of(schema: Schema, served: Served) -> list[ColumnValues]:
+def empty_values(schema: Schema, served: ServedColumns) -> list[ColumnValues]:
     """Return the values of zero records. served: Columns that are cast, as they are served."""
     return [_none_of_column(column, served.get(column.name)) for column in schema.columns]
 
@@ -66,7 +66,7 @@ def _none_of_column(column: Column, served: Column | None) -> ColumnValues:
     return gather_values(column, addresses, nowhere, nowhere, url="", served=served)
 
 
-def arrow_join(
+def join_arrow(
     parts: Sequence[Sequence[pa.Array]], places: Sequence[NDArray[np.int64]], schema: Schema
 ) -> list[pa.Array]:
     """Return the Arrow arrays of several reads as one result, by column. See join().

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from tiercache._native import gather
 from tiercache._native.finder import BlockTable, RecordFinder
 from tiercache.errors import CorruptShard
-from tiercache.shard.cast import Served, cast_kind
-from tiercache.shard.chunks import LOOK_AGAIN_S
+from tiercache.shard.cast import ServedColumns, cast_kind
+from tiercache.shard.chunks import STAT_INTERVAL_S
 from tiercache.shard.types import Column, Kind, Schema
 from tiercache.shard.values import ColumnValues, gather_values
 
@@ -47,16 +47,16 @@ class MappedRecords:
         columns: Sequence[int],
         first_record: Numbers,
         url: str,
-        served: Served | None = None,
+        served: ServedColumns | None = None,
     ) -> None:
         self._columns = tuple(columns)
-        self._parts: list[_Part] = []
+        self._parts: list[_ColumnGatherer] = []
         n_streams = 0
         for number in columns:
             column = schema.columns[number]
             part = slice(n_streams, n_streams + len(column.streams(number)))
             other = (served or {}).get(column.name, column)
-            self._parts.append(_part_of(column, other)(column, part, url, other))
+            self._parts.append(_gatherer_class(column, other)(column, part, url, other))
             n_streams = part.stop
         self._names = [part.column.name for part in self._parts]
         self._has_arrow = any(part.column.kind is Kind.ARROW for part in self._parts)
@@ -72,7 +72,7 @@ class MappedRecords:
         if blocks is None or copy is None:
             return None
         changed_ns = blocks.see_changes()  # before `checks`: a later write changes the ctime and so discards the table
-        file = None if changed_ns is None else (copy.lease.fd, changed_ns, round(LOOK_AGAIN_S * 1e9))
+        file = None if changed_ns is None else (copy.lease.fd, changed_ns, round(STAT_INTERVAL_S * 1e9))
         # The table keeps the reader too, which owns the checksums and the flags of checked pages.
         return BlockTable(reader.footer.block_first, blocks.addresses, blocks.checks, (blocks, reader, copy), file)
 
@@ -121,7 +121,7 @@ class MappedRecords:
             return None
 
 
-class _Part:
+class _ColumnGatherer:
     """Gathers a column of any kind but ARROW. streams: The column's streams among those that the finder returns."""
 
     def __init__(self, column: Column, streams: slice, url: str, served: Column) -> None:
@@ -141,7 +141,7 @@ class _Part:
         return self.many(found).record(0)
 
 
-class _PlainPart(_Part):
+class _FixedGatherer(_ColumnGatherer):
     """Gathers a column whose gathered bytes are the values; saves the 2 us of gather_values for other columns."""
 
     def __init__(self, column: Column, streams: slice, url: str, served: Column) -> None:
@@ -168,7 +168,7 @@ class _PlainPart(_Part):
         return out
 
 
-class _ObjectsPart(_Part):
+class _ObjectGatherer(_ColumnGatherer):
     """Gathers a column of bytes or text without nulls."""
 
     def __init__(self, column: Column, streams: slice, url: str, served: Column) -> None:
@@ -187,10 +187,10 @@ class _ObjectsPart(_Part):
         return self._gather(addresses[self._stream], block, row, None if checks is None else checks[self._stream])
 
 
-def _part_of(column: Column, served: Column) -> type[_Part]:
+def _gatherer_class(column: Column, served: Column) -> type[_ColumnGatherer]:
     if column.nullable:
-        return _Part
+        return _ColumnGatherer
     if column.kind in (Kind.BYTES, Kind.STR, Kind.IMAGE):
-        return _ObjectsPart
+        return _ObjectGatherer
     fixed = column.kind in (Kind.SCALAR, Kind.TENSOR) and served.dtype not in ("bool", "bfloat16")
-    return _PlainPart if fixed and column.row_bytes else _Part
+    return _FixedGatherer if fixed and column.row_bytes else _ColumnGatherer

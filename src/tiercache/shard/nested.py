@@ -42,7 +42,7 @@ def storable_type(arrow_type: pa.DataType, depth: int = 0) -> pa.DataType:
         return pa.large_list(_storable_field(arrow_type.value_field, depth))
     if pt.is_list(arrow_type):
         return pa.list_(_storable_field(arrow_type.value_field, depth))
-    count_layout(arrow_type)
+    count_nodes_and_buffers(arrow_type)
     return arrow_type
 
 
@@ -55,7 +55,7 @@ def _storable_field(field: pa.Field, depth: int) -> pa.Field:
 
 
 @lru_cache(maxsize=1024)
-def count_layout(arrow_type: pa.DataType) -> tuple[int, int]:
+def count_nodes_and_buffers(arrow_type: pa.DataType) -> tuple[int, int]:
     """Return the numbers of nodes and of buffers of an array of a storable type.
 
     Raises:
@@ -63,7 +63,7 @@ def count_layout(arrow_type: pa.DataType) -> tuple[int, int]:
     """
     nodes, buffers = 1, _own_buffers(arrow_type)
     for child in _children(arrow_type):
-        child_nodes, child_buffers = count_layout(child)
+        child_nodes, child_buffers = count_nodes_and_buffers(child)
         nodes, buffers = nodes + child_nodes, buffers + child_buffers
     return nodes, buffers
 

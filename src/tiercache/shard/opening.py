@@ -5,7 +5,7 @@ from __future__ import annotations
 from tiercache.errors import CorruptShard
 from tiercache.model import ByteRange, ShardIdentity, ShardInfo
 from tiercache.shard.layout import TAIL_BYTES, Footer, Tail
-from tiercache.shard.source import Source
+from tiercache.shard.source import ByteSource
 from tiercache.store.contract import Store
 
 # Without a data set's description of the shard, the length of the footer is unknown. This many bytes from the end
@@ -13,7 +13,7 @@ from tiercache.store.contract import Store
 TAIL_GUESS_BYTES = 64 << 10
 
 
-def read_footer(source: Source, info: ShardInfo | None) -> tuple[Footer, Tail]:
+def read_footer(source: ByteSource, info: ShardInfo | None) -> tuple[Footer, Tail]:
     """Return footer and tail of a shard, with one ranged read if info is given, and at most two otherwise.
 
     If data from a store fails its checksum, it is fetched once more, because it may have been damaged in transit. Data
@@ -31,7 +31,7 @@ def read_footer(source: Source, info: ShardInfo | None) -> tuple[Footer, Tail]:
     return _read_footer(source, info)
 
 
-def _read_footer(source: Source, info: ShardInfo | None) -> tuple[Footer, Tail]:
+def _read_footer(source: ByteSource, info: ShardInfo | None) -> tuple[Footer, Tail]:
     if info is None:
         data, n_bytes = source.tail(TAIL_GUESS_BYTES)
     else:
@@ -49,14 +49,14 @@ def _read_footer(source: Source, info: ShardInfo | None) -> tuple[Footer, Tail]:
     return Footer.parse(memoryview(data)[start : start + tail.footer_bytes], tail, source.url), tail
 
 
-def read_footer_alone(store: Store, key: str, info: ShardInfo) -> Footer:
+def fetch_footer(store: Store, key: str, info: ShardInfo) -> Footer:
     """Return the footer of a shard that is read later, with one ranged request that bypasses any local copy.
 
     Raises:
         NotFound, StoreError: The store failed.
         CorruptShard, UnsupportedFormat: The object is not the shard that info describes.
     """
-    source = Source(store, key, None)
+    source = ByteSource(store, key, None)
     try:
         footer, _ = read_footer(source, info)
     finally:
@@ -65,7 +65,7 @@ def read_footer_alone(store: Store, key: str, info: ShardInfo) -> Footer:
     return footer
 
 
-def _check_row(source: Source, info: ShardInfo) -> None:
+def _check_row(source: ByteSource, info: ShardInfo) -> None:
     copy = source.copy
     if copy is not None and copy.n_bytes != info.n_bytes:
         message = f"has {copy.n_bytes} bytes, its data set states {info.n_bytes}"

@@ -13,13 +13,13 @@ from tiercache.errors import CorruptShard
 from tiercache.model import ByteRange
 from tiercache.shard.chunks import Addresses, Chunks, Ids, Verify
 from tiercache.shard.layout import PAGE_BYTES, Footer
-from tiercache.shard.source import LocalCopy, Source, address_of, aligned_empty
+from tiercache.shard.source import ByteSource, LocalCopy, address_of, aligned_empty
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Pieces:
+class ChunkRanges:
     """n byte ranges [start, end) of raw chunks.
 
     Attributes:
@@ -33,7 +33,7 @@ class Pieces:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedPieces:
+class LoadedRanges:
     """Addresses of byte ranges, uint64[n]; valid while `owners` are referenced."""
 
     addresses: Addresses
@@ -43,14 +43,14 @@ class LoadedPieces:
 class Pages:
     """The pages of an open shard's raw chunks. Thread-safe. Chunks.pages records the checked pages of a local copy."""
 
-    def __init__(self, source: Source, footer: Footer, verify: Verify, chunks: Chunks) -> None:
+    def __init__(self, source: ByteSource, footer: Footer, verify: Verify, chunks: Chunks) -> None:
         self._source = source
         self._footer = footer
         self._verify = verify
         self._chunks = chunks
         self._rows = footer.chunks.ravel()
 
-    def load(self, pieces: Pieces, deadline_s: float | None) -> LoadedPieces:
+    def load(self, pieces: ChunkRanges, deadline_s: float | None) -> LoadedRanges:
         """Load byte ranges into memory and check their pages. The caller ensures that they are inside raw chunks.
 
         Raises:
@@ -66,16 +66,16 @@ class Pages:
             memory = copy.mapped()
             self._check(pages, chunk_of_page, starts + address_of(memory), ends - starts, copy)
             in_file = self._rows["offset"][pieces.chunk].astype(np.int64) + pieces.start
-            return LoadedPieces((in_file + address_of(memory)).astype(np.uint64), [copy, memory])
+            return LoadedRanges((in_file + address_of(memory)).astype(np.uint64), [copy, memory])
         memory = self._read(runs, starts, pages, deadline_s)
         slots = address_of(memory) + PAGE_BYTES * np.arange(len(pages), dtype=np.int64)
         self._check(pages, chunk_of_page, slots, ends - starts, None)
         first = self._rows["first_page"][pieces.chunk].astype(np.int64) + pieces.start // PAGE_BYTES
         slot = np.searchsorted(pages, first)
         addresses = address_of(memory) + PAGE_BYTES * slot + pieces.start % PAGE_BYTES
-        return LoadedPieces(addresses.astype(np.uint64), [memory])
+        return LoadedRanges(addresses.astype(np.uint64), [memory])
 
-    def _pages_of(self, pieces: Pieces) -> tuple[Numbers, Ids]:
+    def _pages_of(self, pieces: ChunkRanges) -> tuple[Numbers, Ids]:
         """Return the pages that the ranges touch, ascending and without repetition, and the chunk of each page."""
         first, last = pieces.start // PAGE_BYTES, (pieces.end - 1) // PAGE_BYTES
         counts = np.where(pieces.end > pieces.start, last - first + 1, 0)

@@ -19,7 +19,7 @@ _SHAPE = np.dtype("<i4")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ColumnData:
     """n records of a column in stored form.
 
     Attributes:
@@ -39,11 +39,11 @@ class Part:
     valid: Array | None = None
     array: pa.Array | None = None
 
-    def slice(self, start: int, end: int) -> Part:
+    def slice(self, start: int, end: int) -> ColumnData:
         """Return the records [start, end), which share this object's memory."""
         if start == 0 and end == self.n:
             return self
-        return Part(
+        return ColumnData(
             end - start,
             self.values if self.offsets is not None or self.values is None else self.values[start:end],
             None if self.offsets is None else self.offsets[start : end + 1],
@@ -52,12 +52,12 @@ class Part:
             None if self.array is None else self.array.slice(start, end - start),
         )
 
-    def own(self) -> Part:
+    def own(self) -> ColumnData:
         """Return a copy of the records, in no more memory than they need."""
-        return join([self], copy_one=True)
+        return join_column_data([self], copy_one=True)
 
 
-def join(parts: Sequence[Part], *, copy_one: bool = False) -> Part:
+def join_column_data(parts: Sequence[ColumnData], *, copy_one: bool = False) -> ColumnData:
     """Return the records of all items, in order, in new memory; a single item is returned itself unless copy_one."""
     if len(parts) == 1 and not copy_one:
         return parts[0]
@@ -67,13 +67,13 @@ def join(parts: Sequence[Part], *, copy_one: bool = False) -> Part:
         valid = np.concatenate([np.ones(part.n, bool) if part.valid is None else part.valid for part in parts])
     if parts[0].array is not None:
         arrays = [part.array for part in parts]
-        return Part(n, array=pa.concat_arrays(arrays) if len(arrays) > 1 else _plain(arrays[0]))
+        return ColumnData(n, array=pa.concat_arrays(arrays) if len(arrays) > 1 else _plain(arrays[0]))
     if parts[0].offsets is None:
-        return Part(n, np.concatenate([part.values for part in parts if part.values is not None]), valid=valid)
+        return ColumnData(n, np.concatenate([part.values for part in parts if part.values is not None]), valid=valid)
     return replace(_join_runs(parts), valid=valid)
 
 
-def _join_runs(parts: Sequence[Part]) -> Part:
+def _join_runs(parts: Sequence[ColumnData]) -> ColumnData:
     runs, offsets, total = [], [np.zeros(1, np.int64)], 0
     for part in parts:
         if part.offsets is None or part.values is None:
@@ -85,10 +85,10 @@ def _join_runs(parts: Sequence[Part]) -> Part:
     shapes = (
         None if parts[0].shapes is None else np.concatenate([part.shapes for part in parts if part.shapes is not None])
     )
-    return Part(sum(part.n for part in parts), np.concatenate(runs), np.concatenate(offsets), shapes)
+    return ColumnData(sum(part.n for part in parts), np.concatenate(runs), np.concatenate(offsets), shapes)
 
 
-def record_bytes(column: Column, part: Part) -> int | npt.NDArray[np.int64]:
+def record_bytes(column: Column, part: ColumnData) -> int | npt.NDArray[np.int64]:
     """Return the raw bytes of each record, which decide where blocks end: one number for all records, or int64[n]."""
     if column.kind is Kind.ARROW and part.array is not None:
         return max(1, -(-int(part.array.nbytes) // max(part.n, 1)))
@@ -99,14 +99,14 @@ def record_bytes(column: Column, part: Part) -> int | npt.NDArray[np.int64]:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedChunk:
     """The Arrow nodes (length, nulls) and buffers (contiguous arrays, or None) of a chunk, both depth first."""
 
     nodes: tuple[tuple[int, int], ...]
     buffers: tuple[Any, ...]
 
 
-def encode(column: Column, part: Part) -> Encoded:
+def encode(column: Column, part: ColumnData) -> EncodedChunk:
     """Return the Arrow nodes and buffers of column data. Offsets begin at 0; validity bits exist only with nulls."""
     if part.array is not None:
         return _encode_arrow(part.array)
@@ -115,16 +115,16 @@ def encode(column: Column, part: Part) -> Encoded:
     validity = _bits(part.valid) if nulls else None
     top = (n, nulls)
     if column.kind is Kind.SCALAR:
-        return Encoded((top,), (validity, part.values))
+        return EncodedChunk((top,), (validity, part.values))
     if column.kind is Kind.BOOL:
-        return Encoded((top,), (validity, _bits(part.values)))
+        return EncodedChunk((top,), (validity, _bits(part.values)))
     if column.kind is Kind.TENSOR:
-        return Encoded((top, (n * column.n_elements, 0)), (validity, None, part.values))
+        return EncodedChunk((top, (n * column.n_elements, 0)), (validity, None, part.values))
     values, offsets = _from_zero(part)
     if column.kind is not Kind.RAGGED:
-        return Encoded((top,), (validity, offsets, values))
+        return EncodedChunk((top,), (validity, offsets, values))
     inner = ((n, 0), (len(values), 0), (n, 0), (n * len(column.shape), 0))
-    return Encoded((top, *inner), (validity, None, offsets, None, values, None, None, part.shapes))
+    return EncodedChunk((top, *inner), (validity, None, offsets, None, values, None, None, part.shapes))
 
 
 def _bits(flags: Any) -> Array:
@@ -132,7 +132,7 @@ def _bits(flags: Any) -> Array:
     return np.packbits(flags, bitorder="little")
 
 
-def _from_zero(part: Part) -> tuple[Array, Array]:
+def _from_zero(part: ColumnData) -> tuple[Array, Array]:
     values, offsets = part.values, part.offsets
     if values is None or offsets is None:
         raise TypeError("a part without offsets has no runs")
@@ -140,10 +140,10 @@ def _from_zero(part: Part) -> tuple[Array, Array]:
     return values[first : int(offsets[-1])], offsets - first if first else offsets
 
 
-def _encode_arrow(array: pa.Array) -> Encoded:
+def _encode_arrow(array: pa.Array) -> EncodedChunk:
     plain = _plain(array)
     buffers = tuple(None if buffer is None else np.frombuffer(buffer, np.uint8) for buffer in plain.buffers())
-    return Encoded(tuple(_nodes(plain)), buffers)
+    return EncodedChunk(tuple(_nodes(plain)), buffers)
 
 
 def _plain(array: pa.Array) -> pa.Array:

@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.model import ShardIdentity, ShardInfo
-from tiercache.shard.blocks import Blocks, check_numbers
-from tiercache.shard.cast import Served
+from tiercache.shard.blocks import Blocks, check_indices
+from tiercache.shard.cast import ServedColumns
 from tiercache.shard.chunks import Chunks, Ids, Verify, chunk_ids
 from tiercache.shard.layout import Footer
 from tiercache.shard.opening import check_identity, read_footer
 from tiercache.shard.pages import Pages
 from tiercache.shard.records import RecordReader
-from tiercache.shard.source import LocalCopy, Source
+from tiercache.shard.source import ByteSource, LocalCopy
 from tiercache.shard.types import Schema
 from tiercache.shard.values import ColumnValues
 from tiercache.store.contract import Store
@@ -37,7 +37,7 @@ class ShardReader:
         info: ShardInfo | None = None,
         identity: ShardIdentity | None = None,
         verify: Verify = "first",
-        served: Served | None = None,
+        served: ServedColumns | None = None,
         footer: Footer | None = None,
     ) -> None:
         """Open a shard: one ranged request if info is given, at most two otherwise.
@@ -59,7 +59,7 @@ class ShardReader:
         """
         if verify not in ("first", "always", "never"):
             raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
-        self._source = Source(store, key, identity)
+        self._source = ByteSource(store, key, identity)
         self.url = self._source.url
         try:
             if footer is None or self._source.copy is not None:
@@ -124,7 +124,7 @@ class ShardReader:
             StoreError: The store failed, or the deadline passed.
         """
         self._check_open()
-        check_numbers("columns", columns, len(self.schema))
+        check_indices("columns", columns, len(self.schema))
         is_kept = self._kept_of(columns) is not None or self._chunks.can_be_kept(columns)
         whole = self.mapped(columns) if is_kept else None
         return self._load(blocks, columns, deadline_s) if whole is None else whole.only(blocks)
@@ -195,8 +195,8 @@ class ShardReader:
         return Blocks(self.footer, self.url, tuple(map(int, blocks)), tuple(map(int, columns)), loaded)
 
     def _ids(self, blocks: Sequence[int], columns: Sequence[int]) -> Ids:
-        check_numbers("blocks", blocks, self.footer.n_blocks)
-        check_numbers("columns", columns, len(self.schema))
+        check_indices("blocks", blocks, self.footer.n_blocks)
+        check_indices("columns", columns, len(self.schema))
         return chunk_ids(blocks, columns, len(self.schema))
 
     def _check_open(self) -> None:

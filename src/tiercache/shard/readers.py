@@ -16,16 +16,16 @@ from tiercache.errors import CorruptShard, StoreError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tiercache.model import Following, ReadingPlan
+    from tiercache.model import PublishedPlan, ReadingPlan
     from tiercache.shard.mapped import MappedRecords
     from tiercache.shard.reader import ShardReader
 
 # Largest number of open shards of one data set. Each holds a footer (some KiB to 100 KiB) and a mapping.
-# descriptors.shard_share() limits the file descriptors of all data sets of the process together.
+# descriptors.max_shard_descriptors() limits the file descriptors of all data sets of the process together.
 MAX_READERS = 1024
 
 
-class Letting:
+class ReleasingPlan:
     """A published read plan that also closes each shard after its last read.
 
     An open shard is pinned in the cache. If the cache is smaller than the data set, the pinned shards leave no room for
@@ -37,7 +37,7 @@ class Letting:
         plan: Read plan, whose shards are numbers in the pool.
     """
 
-    def __init__(self, following: Following, readers: Readers, plan: ReadingPlan) -> None:
+    def __init__(self, following: PublishedPlan, readers: ReaderPool, plan: ReadingPlan) -> None:
         self._following = following
         self._readers = readers
         order = np.argsort(plan.last, kind="stable")
@@ -57,7 +57,7 @@ class Letting:
         self._following.close()
 
 
-class Readers:
+class ReaderPool:
     """LRU pool of the open shards of a data set. Thread-safe. Reads through `mapped` do not count as uses.
 
     The lock is not held while a shard is opened: threads open different shards in parallel, and a second thread that
@@ -85,7 +85,7 @@ class Readers:
     @property
     def capacity(self) -> int:
         """Largest number of shards that can be open at once."""
-        return min(MAX_READERS, descriptors.shard_share())
+        return min(MAX_READERS, descriptors.max_shard_descriptors())
 
     def get(self, shard: int) -> ShardReader:
         """Return the reader of a shard, and open the shard if necessary. Raises as ShardReader."""
@@ -179,16 +179,16 @@ class Readers:
             while len(self._open) > MAX_READERS:
                 self._forget(next(iter(self._open)))
         n_descriptors = sum(readers.n_descriptors for readers in _all())
-        descriptors.allow(n_descriptors)
-        _drop_to(descriptors.shard_share())
+        descriptors.raise_limit_for(n_descriptors)
+        _drop_to(descriptors.max_shard_descriptors())
 
 
 # The pools of all data sets of this process, by id(): valuerefs() copies a dict in one step, whatever other threads
 # add. There is no lock, because a fork could leave it locked.
-_of_process: WeakValueDictionary[int, Readers] = WeakValueDictionary()
+_of_process: WeakValueDictionary[int, ReaderPool] = WeakValueDictionary()
 
 
-def _all() -> list[Readers]:
+def _all() -> list[ReaderPool]:
     return [readers for found in _of_process.valuerefs() if (readers := found()) is not None]
 
 

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from tiercache._native import records
-from tiercache._native.records import KEPT, NOT_USUAL, OVER, Records
+from tiercache._native.records import EXCEEDS_BLOCK, KEPT, NEEDS_CONVERSION, Records
 from tiercache.errors import SchemaError
-from tiercache.shard.cutter import Parts
-from tiercache.shard.fit import MisfitError
-from tiercache.shard.ingest import build_part, converter
-from tiercache.shard.parts import Part
+from tiercache.shard.cutter import BlockData
+from tiercache.shard.fit import ConversionError
+from tiercache.shard.ingest import build_column_data, value_converter
+from tiercache.shard.parts import ColumnData
 from tiercache.shard.spec import FLOATS, INTEGERS, Kind
 from tiercache.shard.types import Column
 
-__all__ = ["KEPT", "NOT_USUAL", "OVER", "RecordBuffer", "misfit_error"]
+__all__ = ["EXCEEDS_BLOCK", "KEPT", "NEEDS_CONVERSION", "RecordBuffer", "misfit_error"]
 
 _LARGEST_INT64 = 2**63 - 1
 
@@ -29,12 +29,12 @@ class RecordBuffer:
 
     add_usual(record) is the fast path, which takes a tenth of the time of add(): it accepts a dict whose values have
     exactly the types of the columns. It returns KEPT; OVER (the record is kept and exceeds the block: take() the
-    records before it); or NOT_USUAL (nothing was kept: check the names, then call add()).
+    records before it); or NEEDS_CONVERSION (nothing was kept: check the names, then call add()).
     """
 
     def __init__(self, columns: tuple[Column, ...], block_bytes: int) -> None:
         self._columns = columns
-        self._converters = [converter(column) for column in columns]
+        self._converters = [value_converter(column) for column in columns]
         self._objects: dict[int, list[Any]] = {i: [] for i, c in enumerate(columns) if c.kind is Kind.ARROW}
         self._records = Records([_spec_of(column) for column in columns], block_bytes)
         self.add_usual = self._records.add
@@ -72,7 +72,7 @@ class RecordBuffer:
         while index < len(self._columns):
             try:
                 value = self._converters[index](named[self._columns[index].name])
-            except MisfitError as error:
+            except ConversionError as error:
                 raise misfit_error(self._columns[index], error, number) from error
             extra_bytes += self._put(index, value)
             index = self._records.fill(named, index + 1)
@@ -93,13 +93,13 @@ class RecordBuffer:
             self._records.put(index, value)
         return 0
 
-    def take(self, n: int) -> Parts:
+    def take(self, n: int) -> BlockData:
         """Remove and return the first n records: all, or all but the last. The result owns its memory."""
         parts = []
         for index, (column, taken) in enumerate(zip(self._columns, self._records.take(n), strict=True)):
             if column.kind is Kind.ARROW:
                 kept = self._objects[index]
-                parts.append(build_part(column, kept[:n]))
+                parts.append(build_column_data(column, kept[:n]))
                 del kept[:n]
                 continue
             values, offsets, shapes, valid = taken
@@ -108,12 +108,12 @@ class RecordBuffer:
             elif offsets is None and column.kind is not Kind.BOOL:
                 values = values.reshape(n, column.n_elements)
             valid = None if valid is None or valid.all() else valid
-            parts.append(Part(n, values, offsets, shapes if column.kind is Kind.RAGGED else None, valid))
+            parts.append(ColumnData(n, values, offsets, shapes if column.kind is Kind.RAGGED else None, valid))
         return parts
 
 
-def misfit_error(column: Column, error: MisfitError, record: int) -> SchemaError:
-    """Return a MisfitError as a SchemaError. record: Number of the record in the whole input."""
+def misfit_error(column: Column, error: ConversionError, record: int) -> SchemaError:
+    """Return a ConversionError as a SchemaError. record: Number of the record in the whole input."""
     return SchemaError(str(error), column=column.name, record=record, expected=error.expected, got=error.got)
 
 

@@ -12,19 +12,19 @@ import numpy.typing as npt
 from tiercache._native import gather
 from tiercache.shard import codec
 from tiercache.shard.blocks import Blocks
-from tiercache.shard.cast import Served
+from tiercache.shard.cast import ServedColumns
 from tiercache.shard.chunks import Addresses, Chunks, Ids, LoadedChunks, chunk_ids
 from tiercache.shard.layout import Footer
-from tiercache.shard.pages import Pages, Pieces
+from tiercache.shard.pages import ChunkRanges, Pages
 from tiercache.shard.source import address_of
 from tiercache.shard.types import BITS, VAR, Kind, Stream
-from tiercache.shard.values import ColumnValues, block_values, corrupt_as, gather_values
+from tiercache.shard.values import ColumnValues, as_corrupt_shard, block_values, gather_values
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _RowRanges:
     """The positions of a stream's rows: the chunk of each row, and the bytes [start, end) in the decoded chunk.
 
     Attributes:
@@ -41,7 +41,9 @@ class _Place:
 class RecordReader:
     """Reader of single rows of an open shard. Thread-safe."""
 
-    def __init__(self, footer: Footer, url: str, chunks: Chunks, pages: Pages, served: Served | None = None) -> None:
+    def __init__(
+        self, footer: Footer, url: str, chunks: Chunks, pages: Pages, served: ServedColumns | None = None
+    ) -> None:
         self._footer = footer
         self._url = url
         self._chunks = chunks
@@ -93,10 +95,10 @@ class RecordReader:
         memory = _Memory(self._pages, self._rows, whole, deadline_s)
         addresses = memory.addresses(places)
         sources = np.zeros((len(streams), len(row), 3), np.uint64)
-        runs: list[tuple[int, _Place]] = []
+        runs: list[tuple[int, _RowRanges]] = []
         for number, place in enumerate(places):
             column = self._footer.schema.columns[place.stream.column]
-            with corrupt_as(column, self._url):
+            with as_corrupt_shard(column, self._url):
                 if place.stream.kind == VAR:
                     run, lengths = self._run(place, addresses[number])
                     runs.append((number, run))
@@ -134,7 +136,7 @@ class RecordReader:
         rows = self._footer.buffers[self._rows["first_buffer"][chunk] + np.uint64(buffer)].astype(np.int64)
         return rows[:, 0], rows[:, 1]
 
-    def _place(self, stream: Stream, block: Ids, row: Numbers) -> _Place:
+    def _place(self, stream: Stream, block: Ids, row: Numbers) -> _RowRanges:
         """Return the bytes of each row that are read first: two offsets (VAR), one byte (BITS), or the row (FIXED)."""
         chunk = block * self._n_columns + stream.column
         which = stream.values_buffer if stream.offsets_buffer is None else stream.offsets_buffer
@@ -147,9 +149,9 @@ class RecordReader:
             start, n_bytes = offset + stream.width_bytes * row, stream.width_bytes
         stored = length > 0
         start = np.where(stored, start, 0)
-        return _Place(stream, chunk, start, np.where(stored, start + n_bytes, 0), stored)
+        return _RowRanges(stream, chunk, start, np.where(stored, start + n_bytes, 0), stored)
 
-    def _run(self, place: _Place, addresses: Addresses) -> tuple[_Place, Numbers]:
+    def _run(self, place: _RowRanges, addresses: Addresses) -> tuple[_RowRanges, Numbers]:
         """Read and check the offsets of a VAR stream.
 
         Returns:
@@ -165,7 +167,7 @@ class RecordReader:
         end = offset + bounds[:, 1] * width
         lengths = np.zeros_like(bounds)
         lengths[:, 1] = bounds[:, 1] - bounds[:, 0]
-        return _Place(place.stream, place.chunk, start, end, end > start), lengths
+        return _RowRanges(place.stream, place.chunk, start, end, end > start), lengths
 
 
 class _Memory:
@@ -186,7 +188,7 @@ class _Memory:
         self._owners.append(rows)
         return (address_of(rows) + np.arange(len(rows)) * rows.strides[0]).astype(np.uint64)
 
-    def addresses(self, places: Sequence[_Place]) -> list[Addresses]:
+    def addresses(self, places: Sequence[_RowRanges]) -> list[Addresses]:
         """Return the addresses of each item of places, uint64[n], 0 if nothing is stored. One load reads all pages."""
         if not places:
             return []
@@ -195,7 +197,7 @@ class _Memory:
         stored = end > start
         raw = stored & (self._rows["codec"][chunk] == codec.RAW)
         if raw.any():
-            loaded = self._pages.load(Pieces(chunk[raw], start[raw], end[raw]), self._deadline_s)
+            loaded = self._pages.load(ChunkRanges(chunk[raw], start[raw], end[raw]), self._deadline_s)
             addresses[raw] = loaded.addresses
             self._owners.append(loaded.owners)
         decoded = stored & ~raw

@@ -16,11 +16,11 @@ from tiercache.model import ShardInfo
 from tiercache.shard import codec
 from tiercache.shard.codec import BlockCodec
 from tiercache.shard.layout import ALIGN_BYTES, CHUNK_ROW, PAGE_BYTES, Footer, Tail, align, pack_head
-from tiercache.shard.parts import Encoded, Part, encode
+from tiercache.shard.parts import ColumnData, EncodedChunk, encode
 from tiercache.shard.source import address_of
 from tiercache.shard.statistics import ColumnStatistics
 from tiercache.shard.types import Schema
-from tiercache.shard.uploading import Uploads
+from tiercache.shard.uploading import UploadQueue
 
 _Bytes: TypeAlias = npt.NDArray[np.uint8]
 _EMPTY = np.zeros(0, np.uint8)
@@ -32,7 +32,7 @@ class _PartBuffer:
     It holds at most one part and the longest reserved piece.
     """
 
-    def __init__(self, uploads: Uploads, key: str) -> None:
+    def __init__(self, uploads: UploadQueue, key: str) -> None:
         self._uploads = uploads
         self._upload = uploads.begin(key)
         self._memory = uploads.memory(0)
@@ -84,7 +84,7 @@ class _Chunk:
         ends: Offset of each buffer in the chunk, and the end of the chunk.
     """
 
-    def __init__(self, encoded: Encoded) -> None:
+    def __init__(self, encoded: EncodedChunk) -> None:
         self.nodes = encoded.nodes
         self._pieces = [_EMPTY if buffer is None else np.ascontiguousarray(buffer) for buffer in encoded.buffers]
         self.lengths = [piece.nbytes for piece in self._pieces]
@@ -108,7 +108,7 @@ class ShardFile:
     To discard the shard, abort its Uploads.
     """
 
-    def __init__(self, uploads: Uploads, key: str, schema: Schema, block_codec: BlockCodec) -> None:
+    def __init__(self, uploads: UploadQueue, key: str, schema: Schema, block_codec: BlockCodec) -> None:
         self.key = key
         self.n_blocks = 0
         self._schema = schema
@@ -135,7 +135,7 @@ class ShardFile:
         rows = CHUNK_ROW.itemsize * len(self._chunks) + 16 * (len(self._nodes) + len(self._buffers))
         return rows + 4 * self._n_pages
 
-    def add_block(self, parts: Sequence[Part]) -> None:
+    def add_block(self, parts: Sequence[ColumnData]) -> None:
         """Append a block. parts: Data of each column, of equal lengths."""
         chunks = [_Chunk(encode(column, part)) for column, part in zip(self._schema.columns, parts, strict=True)]
         frames = self._codec.encode([chunk.n_bytes for chunk in chunks], lambda number: self._laid_out(chunks[number]))

@@ -22,7 +22,7 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 _ALIGN_BYTES = 64
 # The kernel's file clock ticks every 1 to 10 ms, so two writes within a tick leave the same ctime. A ctime younger than
 # this does not identify a state of the file.
-SETTLED_NS = 20_000_000
+MIN_CTIME_AGE_NS = 20_000_000
 # A longer length that was read from a file is compared with the store before memory of that length is allocated.
 _CLAIMED_BYTES = 1 << 20
 
@@ -84,7 +84,7 @@ class LocalCopy:
             0 if the file was changed so recently that a further write may leave the same ctime.
         """
         changed_ns = os.fstat(self.lease.fd).st_ctime_ns
-        return changed_ns if time.time_ns() - changed_ns > SETTLED_NS else 0
+        return changed_ns if time.time_ns() - changed_ns > MIN_CTIME_AGE_NS else 0
 
     @cached_property
     def tells_residence(self) -> bool:
@@ -110,7 +110,7 @@ class LocalCopy:
                 filled += n_read
 
 
-class Source:
+class ByteSource:
     """The bytes of an object of a store. Thread-safe without locks.
 
     Attributes:

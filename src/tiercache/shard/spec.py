@@ -32,7 +32,7 @@ STORED: Mapping[str, np.dtype[np.generic]] = MappingProxyType(
 )
 INTEGERS = frozenset(name for name in STORED if "int" in name)
 FLOATS = frozenset(name for name in STORED if "float" in name)
-TYPES_THERE_ARE = (
+SUPPORTED_TYPES = (
     f"{', '.join(STORED)}, bytes, str, json (add '?' for nullable), tiercache.Image(encoding), "
     "tiercache.Tensor(dtype, shape), tiercache.Ragged(dtype, shape), or an Arrow type"
 )

@@ -10,17 +10,17 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.shard.parts import Part
+from tiercache.shard.parts import ColumnData
 from tiercache.shard.spec import INTEGERS, Kind
 from tiercache.shard.types import Column, Schema
 
-Facts: TypeAlias = Mapping[str, Mapping[str, Any]]
+Statistics: TypeAlias = Mapping[str, Mapping[str, Any]]
 _MOST = 2**62
 # Largest finite float by its size in bytes.
 _GREATEST = {2: 65504.0, 4: float(np.finfo(np.float32).max), 8: float(np.finfo(np.float64).max)}
 
 
-def parse_statistics(text: str, schema: Schema, n_records: int) -> Facts:
+def parse_statistics(text: str, schema: Schema, n_records: int) -> Statistics:
     """Return the statistics in a shard's row of a segment, by column. Unknown columns are left out.
 
     Args:
@@ -37,12 +37,12 @@ def parse_statistics(text: str, schema: Schema, n_records: int) -> Facts:
         raise ValueError("statistics: the JSON is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"statistics: not JSON: {error}") from error
-    for _, problem in problems_of(facts, schema, n_records):
+    for _, problem in invalid_statistics(facts, schema, n_records):
         raise ValueError(problem)
     return {name: fact for name, fact in facts.items() if name in schema.names}
 
 
-def problems_of(facts: Any, schema: Schema, n_records: int) -> Iterator[tuple[str, str]]:
+def invalid_statistics(facts: Any, schema: Schema, n_records: int) -> Iterator[tuple[str, str]]:
     """Yield (column, message) for each column whose statistics have an invalid value.
 
     Args:
@@ -102,7 +102,7 @@ class ColumnStatistics:
         self._low: Any = None
         self._high: Any = None
 
-    def add(self, part: Part, nulls: int, raw_bytes: int, stored_bytes: int) -> None:
+    def add(self, part: ColumnData, nulls: int, raw_bytes: int, stored_bytes: int) -> None:
         """Add the records of a block. See add_values."""
         self.add_values(part.values, part.valid, part.n, nulls, raw_bytes, stored_bytes)
 

@@ -15,8 +15,8 @@ import pyarrow as pa
 from tiercache.errors import SchemaError
 from tiercache.shard import infer
 from tiercache.shard.extension import BFloat16Type, ImageType, RaggedType, register_extension_types
-from tiercache.shard.nested import count_layout, storable_type
-from tiercache.shard.spec import STORED, TYPES_THERE_ARE, Image, Kind, Ragged, Tensor, UserType, check_name
+from tiercache.shard.nested import count_nodes_and_buffers, storable_type
+from tiercache.shard.spec import STORED, SUPPORTED_TYPES, Image, Kind, Ragged, Tensor, UserType, check_name
 
 __all__ = ["BITS", "FIXED", "VAR", "Column", "Image", "Kind", "Ragged", "Schema", "Stream", "Tensor", "UserType"]
 
@@ -131,7 +131,7 @@ class Column:
 
     def layout(self) -> tuple[int, int]:
         """Return the numbers of Arrow nodes and buffers of a chunk of the column, (n_nodes, n_buffers)."""
-        return count_layout(self.storage_type)
+        return count_nodes_and_buffers(self.storage_type)
 
     def streams(self, index: int) -> tuple[Stream, ...]:
         """Return the streams of the column: values, then shapes, then validity. An ARROW column has none.
@@ -327,7 +327,7 @@ def _column_of(name: str, user: UserType) -> Column:
         return _build(name, Kind.TENSOR, user.nullable, dtype=user.dtype, shape=user.shape)
     elif isinstance(user, Ragged):
         return _build(name, Kind.RAGGED, user.nullable, dtype=user.dtype, shape=user.shape)
-    raise SchemaError(f"no such type: {user!r}", expected=TYPES_THERE_ARE, got=repr(user))
+    raise SchemaError(f"no such type: {user!r}", expected=SUPPORTED_TYPES, got=repr(user))
 
 
 def _build(

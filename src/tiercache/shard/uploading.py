@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.errors import StoreError
-from tiercache.shard.memory import POOL
+from tiercache.shard.memory import BUFFER_POOL
 from tiercache.store.contract import Store, Upload
 
 Memory: TypeAlias = npt.NDArray[np.uint8]
@@ -108,7 +108,7 @@ class _Tasks:
             return task
 
 
-class Uploads:
+class UploadQueue:
     """The uploads of a writer. The writer's thread calls all methods; a background thread calls the store.
 
     The next call that queues a task, or wait(), raises an error of the store; after that the owner can only call
@@ -157,7 +157,7 @@ class Uploads:
         usual_bytes = self.part_bytes + _SLACK_BYTES
         if n_bytes <= usual_bytes and self._free:
             return self._free.pop()
-        return POOL.lend(max(n_bytes, usual_bytes))
+        return BUFFER_POOL.lend(max(n_bytes, usual_bytes))
 
     def send(self, upload: Upload, number: int, memory: Memory, n_bytes: int) -> int:
         """Queue the first n_bytes of memory for upload, as parts with the numbers from `number` on.

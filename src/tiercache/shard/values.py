@@ -20,13 +20,13 @@ import pyarrow as pa
 from tiercache._native import gather
 from tiercache.errors import CorruptShard, SchemaError
 from tiercache.shard.blocks import Blocks
-from tiercache.shard.cast import Served, cast_kind, refuse_misfit
+from tiercache.shard.cast import ServedColumns, cast_kind, raise_cast_error
 from tiercache.shard.types import Column, Kind
 
-Places: TypeAlias = npt.NDArray[np.uint32]
+Indices: TypeAlias = npt.NDArray[np.uint32]
 Addresses: TypeAlias = npt.NDArray[np.uint64]
 # Addresses of several streams: one array, or a sequence with one array per stream.
-OfStreams: TypeAlias = Addresses | Sequence[Addresses]
+StreamAddresses: TypeAlias = Addresses | Sequence[Addresses]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +62,17 @@ class _Rows:
         served: The column as it is served, cast or not.
     """
 
-    addresses: OfStreams
-    checks: OfStreams | None
-    block: Places
-    row: Places
+    addresses: StreamAddresses
+    checks: StreamAddresses | None
+    block: Indices
+    row: Indices
     column: Column
     served: Column
 
     def __len__(self) -> int:
         return len(self.row)
 
-    def at(self, stream: int) -> tuple[Addresses, Places, Places]:
+    def at(self, stream: int) -> tuple[Addresses, Indices, Indices]:
         """Return the kernel's arguments for a stream of the column."""
         return self.addresses[stream], self.block, self.row
 
@@ -113,12 +113,12 @@ class _Rows:
 
 def gather_values(
     column: Column,
-    addresses: OfStreams,
-    block: Places,
-    row: Places,
+    addresses: StreamAddresses,
+    block: Indices,
+    row: Indices,
     *,
     url: str,
-    checks: OfStreams | None = None,
+    checks: StreamAddresses | None = None,
     served: Column | None = None,
 ) -> ColumnValues:
     """Return the values of rows of a column, which may be in blocks of different shards. Not for ARROW columns.
@@ -138,7 +138,7 @@ def gather_values(
             which it is cast.
     """
     served = served or column
-    with corrupt_as(column, url):
+    with as_corrupt_shard(column, url):
         rows = _Rows(addresses, checks, block, row, column, served)
         valid = rows.flags(-1) if column.nullable else None
         try:
@@ -146,14 +146,14 @@ def gather_values(
         except gather.CastError:
             stored = replace(rows, served=column)
             elements = stored.elements()[1] if column.kind is Kind.RAGGED else stored.numbers()
-            refuse_misfit(column, served.dtype or "", elements)
+            raise_cast_error(column, served.dtype or "", elements)
         if valid is not None and not valid.all():
             _blank(values, valid)
     return ColumnValues(served, values, valid)
 
 
 @contextmanager
-def corrupt_as(column: Column, url: str) -> Iterator[None]:
+def as_corrupt_shard(column: Column, url: str) -> Iterator[None]:
     """Turn the errors of reading values into CorruptShard."""
     try:
         yield
@@ -246,7 +246,7 @@ _HOW = {
 }
 
 
-def arrow_values(column: Column, arrays: Sequence[pa.Array], block: Places, row: Places) -> ColumnValues:
+def arrow_values(column: Column, arrays: Sequence[pa.Array], block: Indices, row: Indices) -> ColumnValues:
     """Return the values of rows of an ARROW column as Python objects.
 
     Args:
@@ -273,7 +273,7 @@ def arrow_values(column: Column, arrays: Sequence[pa.Array], block: Places, row:
 
 
 def block_values(
-    blocks: Blocks, columns: Sequence[int], block: Places, row: Places, served: Served | None = None
+    blocks: Blocks, columns: Sequence[int], block: Indices, row: Indices, served: ServedColumns | None = None
 ) -> list[ColumnValues]:
     """Return the values of rows of loaded blocks, by column.
 

@@ -19,8 +19,8 @@ from tiercache.shard.bounds import n_pages
 from tiercache.shard.chunks import LoadedChunks
 from tiercache.shard.layout import HEAD_BYTES, PAGE_BYTES, Footer, align, parse_head
 from tiercache.shard.opening import check_identity, read_footer
-from tiercache.shard.source import Bytes, Source, address_of, aligned_empty
-from tiercache.shard.statistics import ColumnStatistics, problems_of
+from tiercache.shard.source import Bytes, ByteSource, address_of, aligned_empty
+from tiercache.shard.statistics import ColumnStatistics, invalid_statistics
 from tiercache.shard.types import VAR, Column, Kind
 from tiercache.shard.values import gather_values
 from tiercache.store.contract import Store
@@ -72,7 +72,7 @@ def verify_shard(
         NotFound: There is no such object.
         StoreError: The store failed.
     """
-    source = Source(store, key, identity)
+    source = ByteSource(store, key, identity)
     try:
         yield from _Verification(source, info, identity).findings()
     finally:
@@ -80,7 +80,7 @@ def verify_shard(
 
 
 class _Verification:
-    def __init__(self, source: Source, info: ShardInfo | None, identity: ShardIdentity | None) -> None:
+    def __init__(self, source: ByteSource, info: ShardInfo | None, identity: ShardIdentity | None) -> None:
         self._source = source
         self._info = info
         self._identity = identity
@@ -198,7 +198,7 @@ class _Verification:
 
     def _check_facts(self, facts: Any, footer: Footer, part: str) -> Iterator[Finding]:
         whose = "its data set's row: " if part == "segment" else ""
-        bad = dict(problems_of(facts, footer.schema, footer.n_records))
+        bad = dict(invalid_statistics(facts, footer.schema, footer.n_records))
         for column, problem in bad.items():
             yield Finding(self._source.url, part, f"{whose}{problem}", column=column or None)
         for column, counted in self._counted.items() if isinstance(facts, dict) else ():

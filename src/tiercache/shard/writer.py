@@ -13,16 +13,16 @@ import pyarrow as pa
 
 from tiercache.errors import SchemaError, StoreError
 from tiercache.model import ShardInfo
-from tiercache.shard.arrow_ingest import Stored
+from tiercache.shard.arrow_ingest import StoredArray
 from tiercache.shard.codec import BlockCodec, ColumnCodec, parse_compression
-from tiercache.shard.cutter import BlockCutter, Parts
-from tiercache.shard.fit import MisfitError
-from tiercache.shard.ingest import build_part, part_of_column
+from tiercache.shard.cutter import BlockCutter, BlockData
+from tiercache.shard.fit import ConversionError
+from tiercache.shard.ingest import build_column_data, convert_column
 from tiercache.shard.layout import FOOTER_LIMIT_BYTES
-from tiercache.shard.record_buffer import KEPT, NOT_USUAL, RecordBuffer, misfit_error
+from tiercache.shard.record_buffer import KEPT, NEEDS_CONVERSION, RecordBuffer, misfit_error
 from tiercache.shard.shard_file import ShardFile
 from tiercache.shard.types import TYPE_KEY, Column, Schema, check_mapping
-from tiercache.shard.uploading import Uploads
+from tiercache.shard.uploading import UploadQueue
 from tiercache.store.contract import Store
 
 _BROKEN = "broken by an earlier error: only abort() can be called"
@@ -95,7 +95,7 @@ class ShardWriter:
         self._block_bytes = min(self._options.block_bytes, self._options.shard_bytes)
         self._cutter = BlockCutter(schema.columns, self._block_bytes)
         self._rows = RecordBuffer(schema.columns, self._block_bytes)
-        self._uploads = Uploads(store)
+        self._uploads = UploadQueue(store)
         self._file: ShardFile | None = None
         self._infos: list[ShardInfo] = []
         # The reason why nothing can be written now, or "". It is _BROKEN while records are handed on: a
@@ -113,7 +113,7 @@ class ShardWriter:
         if self._ended:
             self._check_open()
         kept = self._rows.add_usual(record)
-        if kept == NOT_USUAL:
+        if kept == NEEDS_CONVERSION:
             self._check_names(record, at_record=self.n_records)
             kept = self._rows.add(record, self.n_records)
         self.n_records += 1
@@ -162,9 +162,9 @@ class ShardWriter:
         self._rows.set_room(self._cutter.room_bytes)
         self._ended = ""
 
-    def _parts(self, columns: Mapping[str, Any]) -> Parts:
+    def _parts(self, columns: Mapping[str, Any]) -> BlockData:
         given = {
-            name: part_of(self._schema.columns[self._schema.index(name)], data, self.n_records)
+            name: convert_batch_column(self._schema.columns[self._schema.index(name)], data, self.n_records)
             for name, data in columns.items()
         }
         lengths = {name: part.n for name, part in given.items()}
@@ -176,7 +176,7 @@ class ShardWriter:
                     f"expected {n} records, as in {first!r}, got {length}", column=name, expected=n, got=length
                 )
         missing = [c for c in self._schema.columns if c.name not in given]
-        given |= {c.name: build_part(c, [None] * n) for c in missing}
+        given |= {c.name: build_column_data(c, [None] * n) for c in missing}
         return [given[name] for name in self._schema.names]
 
     def _check_names(self, named: Mapping[str, Any], *, at_record: int | None) -> None:
@@ -205,7 +205,7 @@ class ShardWriter:
         if self._rows.n_records:
             self._write_blocks(self._cutter.add(self._rows.take(self._rows.n_records)))
 
-    def _write_blocks(self, blocks: Iterable[Parts]) -> None:
+    def _write_blocks(self, blocks: Iterable[BlockData]) -> None:
         for block in blocks:
             if self._file is None:
                 key = shard_key(self.writer_id, len(self._infos))
@@ -270,18 +270,18 @@ class ShardWriter:
 
 def _as_said(field: pa.Field, data: pa.Array | pa.ChunkedArray) -> Any:
     """Return a column of an Arrow table; as Stored if the metadata of its field says that it is in stored form."""
-    return Stored(data) if TYPE_KEY in (field.metadata or {}) else data
+    return StoredArray(data) if TYPE_KEY in (field.metadata or {}) else data
 
 
-def part_of(column: Column, data: Any, first_record: int) -> Any:
-    """Return part_of_column(column, data), with a MisfitError turned into a SchemaError.
+def convert_batch_column(column: Column, data: Any, first_record: int) -> Any:
+    """Return convert_column(column, data), with a ConversionError turned into a SchemaError.
 
     Args:
         column: Column that the data belongs to.
-        data: Values of the batch. See part_of_column.
+        data: Values of the batch. See convert_column.
         first_record: Number of the batch's first record in the whole input.
     """
     try:
-        return part_of_column(column, data)
-    except MisfitError as error:
+        return convert_column(column, data)
+    except ConversionError as error:
         raise misfit_error(column, error, first_record + error.index) from error

@@ -19,10 +19,10 @@ from tiercache.store.fsspec import FsspecStore, check_scheme
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 from tiercache.store.object_file import StoreFile
-from tiercache.store.obstore import Place
+from tiercache.store.obstore import BucketFolder
 from tiercache.store.options import CloudOptions, parse_limit, with_ca_bundle
 from tiercache.store.retry import TIMEOUT_S
-from tiercache.store.urls import Location, redact, split_url
+from tiercache.store.urls import ParsedUrl, redact, split_url
 
 __all__ = [
     "Buffer",
@@ -60,7 +60,7 @@ def open_store(url: str | os.PathLike[str], **storage_options: Any) -> Store:
     Raises:
         ValueError: The URL is invalid, or the back end does not know an option.
     """
-    place = Location.parse(url)
+    place = ParsedUrl.parse(url)
     if place.chain:
         if place.scheme == "tiercache":  # integrations/fsspec.py; it would be a cache of a cache
             raise ValueError(
@@ -79,7 +79,7 @@ def open_store(url: str | os.PathLike[str], **storage_options: Any) -> Store:
     return CloudStore(_place(cloud, place), _options(cloud, storage_options))
 
 
-def _by_fsspec(place: Location, given: dict[str, Any]) -> FsspecStore:
+def _by_fsspec(place: ParsedUrl, given: dict[str, Any]) -> FsspecStore:
     """Return a store through fsspec. `timeout` is tiercache's own option; all other options go to the file system."""
     check_scheme(place.scheme)
     options = dict(given)
@@ -88,11 +88,11 @@ def _by_fsspec(place: Location, given: dict[str, Any]) -> FsspecStore:
     return FsspecStore(place.full, place.shown, options, timeout_s=timeout_s)
 
 
-def _place(cloud: str, place: Location) -> Place:
+def _place(cloud: str, place: ParsedUrl) -> BucketFolder:
     if cloud == "http":
         if place.has_query:
             raise ValueError(f"{place.shown}: URLs with a query (such as presigned ones) cannot be opened")
-        return Place(cloud, place.full, "", place.shown)
+        return BucketFolder(cloud, place.full, "", place.shown)
     if place.has_query:
         raise ValueError(f"{place.shown}: a query or fragment has no meaning for {place.scheme}://")
     if not place.host or place.has_userinfo:
@@ -100,7 +100,7 @@ def _place(cloud: str, place: Location) -> Place:
             f"{place.shown}: {place.scheme}://BUCKET/FOLDER is expected; credentials go into storage_options"
         )
     prefix = place.path.strip("/")
-    return Place(cloud, place.host, check_key(prefix) if prefix else "", place.shown)
+    return BucketFolder(cloud, place.host, check_key(prefix) if prefix else "", place.shown)
 
 
 def _options(cloud: str, given: dict[str, Any]) -> CloudOptions:

@@ -11,17 +11,17 @@ from itertools import islice
 from typing import Any, Literal, Protocol, TypeAlias
 from urllib.parse import quote_plus
 
-from tiercache.config import aws_reach
+from tiercache.config import aws_endpoint_options
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store import CloudStore, open_store
-from tiercache.store.aws import S3Calls, has_boto3, takes_long
+from tiercache.store.aws import Boto3Client, has_boto3, takes_long
 from tiercache.store.contract import Upload, check_key
 from tiercache.store.landing import worker_pool
-from tiercache.store.retry import CallLimit, CallWatch, RetryPolicy, with_retries
-from tiercache.store.s3_answers import bare, described, encryption, is_object, listed
+from tiercache.store.retry import CallLimit, CallMonitor, RetryPolicy, with_retries
+from tiercache.store.s3_answers import encryption, entry_to_object_info, head_to_object_info, is_object, unquoted_etag
 from tiercache.store.s3_upload import S3Upload
-from tiercache.store.sums import whole_sums
+from tiercache.store.sums import whole_object_checksums
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "ArchiveStore",
     "BucketSettings",
     "CopySizes",
-    "Restoring",
+    "RestoreState",
     "S3Archive",
     "Speed",
     "has_boto3",
@@ -38,8 +38,8 @@ __all__ = [
 
 Speed: TypeAlias = Literal["expedited", "standard", "bulk"]
 SPEEDS: tuple[Speed, ...] = ("expedited", "standard", "bulk")
-Restoring: TypeAlias = Literal["started", "running", "done"]
-Failed: TypeAlias = list[tuple[str, str]]  # (key, reason)
+RestoreState: TypeAlias = Literal["started", "running", "done"]
+DeleteFailures: TypeAlias = list[tuple[str, str]]  # (key, reason)
 
 _TIERS = {"expedited": "Expedited", "standard": "Standard", "bulk": "Bulk"}
 _DELETE_KEYS = 1000
@@ -124,7 +124,7 @@ class ArchiveStore(Protocol):
             over: ETag of the object to be replaced; raise ObjectChanged if the key has another object.
         """
 
-    def restore(self, key: str, *, days: int | None, speed: Speed) -> Restoring:
+    def restore(self, key: str, *, days: int | None, speed: Speed) -> RestoreState:
         """Request a temporary readable copy of an archived object.
 
         Args:
@@ -143,7 +143,7 @@ class ArchiveStore(Protocol):
                 labels.
         """
 
-    def delete_many(self, keys: Sequence[str], *, if_match: Sequence[str | None] | None = None) -> Failed:
+    def delete_many(self, keys: Sequence[str], *, if_match: Sequence[str | None] | None = None) -> DeleteFailures:
         """Delete objects, 1,000 per request. Return the objects that could not be deleted, each with the reason.
 
         Args:
@@ -187,7 +187,7 @@ class CopySizes:
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class _CopyRequest:
     """Requirements of a server-side copy.
 
     Attributes:
@@ -222,7 +222,7 @@ class S3Archive:
 
     def __init__(
         self,
-        calls: S3Calls,
+        calls: Boto3Client,
         bucket: str,
         prefix: str,
         *,
@@ -236,7 +236,7 @@ class S3Archive:
         self._timeout_s, self._awaited = calls.timeout_s, calls.awaited
         self._sizes, self._policy, self._clock = sizes or CopySizes(), policy or RetryPolicy(), clock
         self._pool = worker_pool(self._sizes.n_parts)
-        self._under_way = CallWatch()
+        self._under_way = CallMonitor()
 
     @classmethod
     def of(cls, store: CloudStore, *, sizes: CopySizes | None = None) -> S3Archive:
@@ -247,8 +247,8 @@ class S3Archive:
         """
         if store.cloud != "s3":
             raise ValueError(f"{store.url}: only s3:// has storage classes that can be changed and restored")
-        options = replace(store.options, config={**aws_reach(), **store.options.config})
-        calls = S3Calls(options, store.url, store.counters)
+        options = replace(store.options, config={**aws_endpoint_options(), **store.options.config})
+        calls = Boto3Client(options, store.url, store.counters)
         return cls(calls, store.place.bucket, store.place.prefix, sizes=sizes)
 
     def __repr__(self) -> str:
@@ -292,12 +292,12 @@ class S3Archive:
 
     def head(self, key: str) -> ObjectInfo:
         """Send one HEAD."""
-        return described(key, self.call("head_object", key, ChecksumMode="ENABLED"))
+        return head_to_object_info(key, self.call("head_object", key, ChecksumMode="ENABLED"))
 
     def sums(self, key: str) -> Mapping[str, str]:
         """Send one HEAD."""
         said = self.call("head_object", key, ChecksumMode="ENABLED")
-        return {**whole_sums(said), "ETag": str(said.get("ETag", ""))}
+        return {**whole_object_checksums(said), "ETag": str(said.get("ETag", ""))}
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """List by pages of 1,000 objects."""
@@ -315,7 +315,7 @@ class S3Archive:
             for entry in page.get("Contents", ()):
                 key = entry["Key"].removeprefix(root)
                 if is_object(key):
-                    yield listed(key, entry)
+                    yield entry_to_object_info(key, entry)
             token = page.get("NextContinuationToken")
             if not page.get("IsTruncated") or token is None:
                 return
@@ -328,14 +328,14 @@ class S3Archive:
 
     def set_class(self, key: str, storage_class: str, *, if_match: str | None = None) -> ObjectInfo:
         """Copy the object to itself, by one request or in parts."""
-        return self._copied(self, key, key, _Wanted(storage_class, if_match, "itself"))
+        return self._copied(self, key, key, _CopyRequest(storage_class, if_match, "itself"))
 
     def can_copy_from(self, src: ArchiveStore) -> bool:
         """Return whether both have the same endpoint and the same credentials."""
         return isinstance(src, S3Archive) and src.calls.reach == self._calls.reach
 
     @property
-    def calls(self) -> S3Calls:
+    def calls(self) -> Boto3Client:
         """Client that sends single requests."""
         return self._calls
 
@@ -355,10 +355,10 @@ class S3Archive:
         if not isinstance(src, S3Archive) or not self.can_copy_from(src):
             raise ValueError(f"{self.url}: the server cannot copy from {src.url}")
         where: Literal["absent", "over", "any"] = "absent" if if_absent else "any" if over is None else "over"
-        wanted = _Wanted(storage_class, if_match, where, crc32c is not None, None if if_absent else over)
+        wanted = _CopyRequest(storage_class, if_match, where, crc32c is not None, None if if_absent else over)
         return self._copied(src, src_key, key, wanted)
 
-    def _copied(self, src: S3Archive, src_key: str, key: str, wanted: _Wanted) -> ObjectInfo:
+    def _copied(self, src: S3Archive, src_key: str, key: str, wanted: _CopyRequest) -> ObjectInfo:
         head = src.call("head_object", src_key, ChecksumMode="ENABLED")
         expected = wanted.if_match or str(head["ETag"])
         request = {
@@ -367,7 +367,7 @@ class S3Archive:
         }
         # The server gives the copy the source's kinds of checksums. If the source has none, or the caller knows the
         # CRC-32C, request a CRC-32C.
-        sums = whole_sums(head)
+        sums = whole_object_checksums(head)
         kind = "CRC32C" if wanted.needs_crc32c or not sums or "ChecksumCRC32C" in sums else None
         writing = {
             **encryption(head, self._calls.writing),
@@ -385,12 +385,12 @@ class S3Archive:
             writing["ChecksumType"] = "FULL_OBJECT" if kind else None
             etag = self._copy_parts(key, int(head["ContentLength"]), request, writing, condition)
         made = self.head(key)
-        if None not in (etag, made.etag) and bare(etag) != bare(made.etag):
+        if None not in (etag, made.etag) and unquoted_etag(etag) != unquoted_etag(made.etag):
             message = "another writer replaced the destination after the copy"
             raise ObjectChanged(message, url=self.at(key), expected=etag, found=made.etag)
         return made
 
-    def _check(self, key: str, wanted: _Wanted, source_etag: str) -> None:
+    def _check(self, key: str, wanted: _CopyRequest, source_etag: str) -> None:
         """Check the destination of a copy if the request itself cannot. Raises ObjectChanged."""
         try:
             found = self.head(key).etag
@@ -482,7 +482,7 @@ class S3Archive:
         found = self.call("get_object_tagging", key)["TagSet"]
         return "&".join(f"{quote_plus(tag['Key'])}={quote_plus(tag['Value'])}" for tag in found)
 
-    def restore(self, key: str, *, days: int | None, speed: Speed) -> Restoring:
+    def restore(self, key: str, *, days: int | None, speed: Speed) -> RestoreState:
         """Send one POST."""
         wanted: dict[str, Any] = {"GlacierJobParameters": {"Tier": _TIERS[speed]}}
         if days is not None:
@@ -523,9 +523,9 @@ class S3Archive:
             unread,
         )
 
-    def delete_many(self, keys: Sequence[str], *, if_match: Sequence[str | None] | None = None) -> Failed:
+    def delete_many(self, keys: Sequence[str], *, if_match: Sequence[str | None] | None = None) -> DeleteFailures:
         """Send DeleteObjects requests."""
-        failed: Failed = []
+        failed: DeleteFailures = []
         names = {self.full(key): key for key in keys}
         etags = dict(zip(names, if_match or [None] * len(keys), strict=True))
         full = [*names]

@@ -12,10 +12,10 @@ from typing import Any
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.stats import Counters
-from tiercache.store.credentials import Keys, awaited, refusal, s3_access
-from tiercache.store.landing import PerProcess
+from tiercache.store.credentials import Keys, refused_error, s3_access, wait_target
+from tiercache.store.landing import ProcessLocal
 from tiercache.store.options import CloudOptions
-from tiercache.store.urls import endpoint_of
+from tiercache.store.urls import server_url
 
 # The server may copy a GiB, or join its parts, for longer than 20 s without sending a byte.
 _COPYING = ("copy_object", "upload_part_copy", "complete_multipart_upload")
@@ -39,7 +39,7 @@ def has_boto3() -> bool:
     return importlib.util.find_spec("boto3") is not None
 
 
-class S3Calls:
+class Boto3Client:
     """boto3's client of one endpoint. A call is one request, not retried, and raises StoreError.
 
     Safe for threads; each process creates its client at first use. The client counts "requests" in counters.
@@ -55,10 +55,10 @@ class S3Calls:
             raise ValueError(f"{url}: storage classes need boto3, for which {', '.join(unknown)} cannot be set")
         self.url, self.counters = url, counters
         self._options = options
-        self._clients = PerProcess(lambda: _Clients(options, url), lambda clients: clients.close())
+        self._clients = ProcessLocal(lambda: _Clients(options, url), lambda clients: clients.close())
 
-    def __reduce__(self) -> tuple[type[S3Calls], tuple[CloudOptions, str, Counters]]:
-        return S3Calls, (self._options, self.url, self.counters)
+    def __reduce__(self) -> tuple[type[Boto3Client], tuple[CloudOptions, str, Counters]]:
+        return Boto3Client, (self._options, self.url, self.counters)
 
     @property
     def writing(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class S3Calls:
             response = error.response
             if operation == "head_object":
                 response = _reason(client, given, response, exceptions.ClientError)
-            raise refusal(_refused(response, operation, where), clients.credentials, number) from None
+            raise refused_error(_refused(response, operation, where), clients.credentials, number) from None
         except (exceptions.EndpointConnectionError, exceptions.ConnectTimeoutError):
             message = f"{operation}: cannot connect to {endpoint}"
             raise StoreError(message, url=where, retryable=True, sent=False) from None
@@ -118,7 +118,7 @@ class S3Calls:
     def awaited(self) -> str:
         """Return what a request waits for now, for messages."""
         clients = self._clients.get()
-        return awaited(clients.endpoint, clients.credentials)
+        return wait_target(clients.endpoint, clients.credentials)
 
     @property
     def timeout_s(self) -> float:
@@ -145,7 +145,7 @@ class _Clients:
 
     def __init__(self, options: CloudOptions, url: str) -> None:
         config, self.credentials = s3_access(options, url)
-        self._options, self.endpoint = replace(options, config=config), endpoint_of("s3", "", config)
+        self._options, self.endpoint = replace(options, config=config), server_url("s3", "", config)
         self._lock = Lock()
         self._made: dict[bool, tuple[Keys | None, Any]] = {}
         self._old: list[Any] = []  # other threads may still use them

@@ -13,13 +13,13 @@ from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
-from tiercache.store.landing import Landing, read_requests, worker_pool
-from tiercache.store.obstore import WRITER_PART_BYTES, Client, Place, Taken, described
+from tiercache.store.landing import BufferGuard, read_requests, worker_pool
+from tiercache.store.obstore import WRITER_PART_BYTES, BucketFolder, Client, KeyExists, to_object_info
 from tiercache.store.obstore_errors import is_beyond_end, knows_no_range
-from tiercache.store.obstore_upload import StreamedUpload
+from tiercache.store.obstore_upload import OrderedUpload
 from tiercache.store.options import CloudOptions
 from tiercache.store.posix import TEMP_PREFIX
-from tiercache.store.retry import CallLimit, CallWatch, RetryPolicy, with_retries
+from tiercache.store.retry import CallLimit, CallMonitor, RetryPolicy, with_retries
 from tiercache.store.spans import Request, RequestSizes, check_spans, plan_requests
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
@@ -34,7 +34,7 @@ _SLOWEST_BYTES_S = 32 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Tuning:
+class ReadSettings:
     """How a store reads.
 
     Attributes:
@@ -57,21 +57,21 @@ class ObstoreStore(Store):
     """
 
     def __init__(
-        self, place: Place, options: CloudOptions, tuning: Tuning, *, counters: Counters | None = None
+        self, place: BucketFolder, options: CloudOptions, tuning: ReadSettings, *, counters: Counters | None = None
     ) -> None:
         self._place, self._options, self._tuning = place, options, tuning
         self.url = place.url
         self.counters = counters or Counters("requests", "bytes_read", "bytes_written")
         self._client = Client(place, options, self.counters)
         self._pool = worker_pool(tuning.n_threads)
-        self._calls = CallWatch()
+        self._calls = CallMonitor()
         self._timeout_s = options.timeout_s
         self._piece_bytes = min(_PIECE_BYTES, max(64 << 10, int(self._timeout_s * _SLOWEST_BYTES_S)))
 
     def __repr__(self) -> str:
         return f"ObstoreStore({self.url!r})"
 
-    def __reduce__(self) -> tuple[type[ObstoreStore], tuple[Place, CloudOptions, Tuning]]:
+    def __reduce__(self) -> tuple[type[ObstoreStore], tuple[BucketFolder, CloudOptions, ReadSettings]]:
         return ObstoreStore, (self._place, self._options, self._tuning)
 
     def close(self) -> None:
@@ -160,9 +160,9 @@ class ObstoreStore(Store):
         check_key(key)
         check_spans(spans)
         limit = self._call_limit(key, "read_into", deadline_s, cancel)
-        reading, landing = _Reading(self._client, key, if_match, self._piece_bytes, limit), Landing()
+        reading, landing = _ObjectRead(self._client, key, if_match, self._piece_bytes, limit), BufferGuard()
 
-        def read_one(request: Request, landing: Landing) -> None:
+        def read_one(request: Request, landing: BufferGuard) -> None:
             with_retries(
                 lambda: reading.attempt(request, landing),
                 self._tuning.policy,
@@ -189,7 +189,7 @@ class ObstoreStore(Store):
     def _put_new(self, key: str, body: bytes) -> ObjectInfo | None:
         try:
             info = self._written(key, "put_if_absent", lambda: self._client.put_new(key, body))
-        except Taken:
+        except KeyExists:
             return None
         self.counters.add("bytes_written", len(body))
         return info
@@ -202,7 +202,7 @@ class ObstoreStore(Store):
             if_absent: Whether complete(if_absent=True) will be called. More than 16 MiB then go through a temporary
                 object.
         """
-        return StreamedUpload(_Target(self, check_key(key), exclusive=if_absent))
+        return OrderedUpload(_Target(self, check_key(key), exclusive=if_absent))
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete up to 1,000 objects per request if the store supports it."""
@@ -237,7 +237,7 @@ class ObstoreStore(Store):
 
         while (page := self._asked(folder, "list", next_page)) is not None:
             for meta in page:
-                info = described(meta["path"], meta)
+                info = to_object_info(meta["path"], meta)
                 after = info.key
                 if not any(segment.startswith(TEMP_PREFIX) for segment in info.key.split("/")):
                     yield info
@@ -253,7 +253,7 @@ class ObstoreStore(Store):
         """Rename an object to a free key. If the key exists, delete src and return None."""
         try:
             self._written(src, "complete", lambda: self._client.copy_new(src, dst))
-        except Taken:
+        except KeyExists:
             return None
         finally:
             with suppress(StoreError):  # a leftover temporary object is harmless; the first error says more
@@ -276,7 +276,7 @@ class ObstoreStore(Store):
         return self._client
 
 
-class _Reading:
+class _ObjectRead:
     """One read_into: all its ranges must be of one version of the object, named by if_match or by the first answer.
 
     The threads of the call share it; dict.setdefault is atomic.
@@ -287,7 +287,7 @@ class _Reading:
         self._seen: dict[str, str] = {} if if_match is None else {"etag": if_match}
         self._n_landed: dict[int, int] = {}  # start of a request -> most bytes that any attempt has received
 
-    def attempt(self, request: Request, landing: Landing) -> None:
+    def attempt(self, request: Request, landing: BufferGuard) -> None:
         """Send one request and copy its bytes into the buffers."""
         client, wanted = self._client, request.range
         etag = self._seen.get("etag")
@@ -328,7 +328,7 @@ class _Reading:
 
 
 def _land(
-    body: Iterable[memoryview], request: Request, landing: Landing, on_landed: Callable[[Request, int], None]
+    body: Iterable[memoryview], request: Request, landing: BufferGuard, on_landed: Callable[[Request, int], None]
 ) -> int:
     """Copy the body to the request's pieces as it arrives. Return the number of bytes received."""
     n_read = 0
@@ -345,7 +345,7 @@ def _land(
 
 
 class _Target:
-    """Destination of an upload, for StreamedUpload, which does not depend on obstore."""
+    """Destination of an upload, for OrderedUpload, which does not depend on obstore."""
 
     def __init__(self, store: ObstoreStore, key: str, *, exclusive: bool) -> None:
         self.key, self.exclusive, self.part_bytes = key, exclusive, WRITER_PART_BYTES

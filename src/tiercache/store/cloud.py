@@ -9,39 +9,39 @@ from threading import Event
 from tiercache.errors import StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
-from tiercache.store.bucket import ObstoreStore, Tuning
+from tiercache.store.bucket import ObstoreStore, ReadSettings
 from tiercache.store.contract import Buffer, Span, Store, Upload
 from tiercache.store.fsspec import FsspecStore
-from tiercache.store.landing import PerProcess
-from tiercache.store.obstore import Place, is_usable_here
+from tiercache.store.landing import ProcessLocal
+from tiercache.store.obstore import BucketFolder, is_usable_here
 from tiercache.store.options import CloudOptions
 
 
 class CloudStore(Store):
     """A bucket, a container or an HTTP server. Each process that holds the store selects the client for itself."""
 
-    def __init__(self, place: Place, options: CloudOptions, tuning: Tuning | None = None) -> None:
-        self._place, self._options, self._tuning = place, options, tuning or Tuning()
+    def __init__(self, place: BucketFolder, options: CloudOptions, tuning: ReadSettings | None = None) -> None:
+        self._place, self._options, self._tuning = place, options, tuning or ReadSettings()
         self.url = place.url
         self.counters = Counters("requests", "bytes_read", "bytes_written")
-        self._here: PerProcess[Store] = PerProcess(self._open, lambda store: store.close())
+        self._here: ProcessLocal[Store] = ProcessLocal(self._open, lambda store: store.close())
 
     def __repr__(self) -> str:
         return f"CloudStore({self.url!r})"
 
-    def __reduce__(self) -> tuple[type[CloudStore], tuple[Place, CloudOptions, Tuning]]:
+    def __reduce__(self) -> tuple[type[CloudStore], tuple[BucketFolder, CloudOptions, ReadSettings]]:
         return CloudStore, (self._place, self._options, self._tuning)
 
     def _open(self) -> Store:
         if is_usable_here():
             return ObstoreStore(self._place, self._options, self._tuning, counters=self.counters)
         _warn_of_fork()
-        store = _stand_in(self._place, self._options, self._tuning)
+        store = _fallback_store(self._place, self._options, self._tuning)
         store.counters = self.counters
         return store
 
     @property
-    def place(self) -> Place:
+    def place(self) -> BucketFolder:
         """Bucket and folder of the store."""
         return self._place
 
@@ -120,7 +120,7 @@ class CloudStore(Store):
         self._here.drop()
 
 
-def _stand_in(place: Place, options: CloudOptions, tuning: Tuning) -> Store:
+def _fallback_store(place: BucketFolder, options: CloudOptions, tuning: ReadSettings) -> Store:
     if place.cloud == "http":
         given = options.for_fsspec_http()
         return FsspecStore(place.bucket, place.url, given, policy=tuning.policy, timeout_s=options.timeout_s)

@@ -25,7 +25,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from tiercache.config import aws_files, aws_keys, aws_profile, aws_reach, aws_web_identity
+from tiercache.config import aws_endpoint_options, aws_files, aws_keys, aws_profile, aws_web_identity
 from tiercache.errors import StoreError
 from tiercache.store.options import CloudOptions
 
@@ -165,12 +165,12 @@ class Credentials:
         }
 
 
-def awaited(endpoint: str, credentials: Credentials | None) -> str:
+def wait_target(endpoint: str, credentials: Credentials | None) -> str:
     """Return what a call waits for now, for messages: the source of its keys while it is read, else the server."""
     return endpoint if credentials is None or not credentials.is_reading else credentials.origin
 
 
-def refusal(error: StoreError, credentials: Credentials | None, number: int) -> StoreError:
+def refused_error(error: StoreError, credentials: Credentials | None, number: int) -> StoreError:
     """Return the error to raise for a refused request, with .renewed set if new keys are available now.
 
     with_retries() then makes one more attempt.
@@ -221,15 +221,15 @@ def s3_access(options: CloudOptions, url: str) -> tuple[dict[str, Any], Credenti
     if config.get("skip_signature"):
         return config, None
     if {"role_arn", "web_identity_token_file"} & role.keys():
-        return config, _role(role, {**aws_reach(), **config}, options, url)
+        return config, _role(role, {**aws_endpoint_options(), **config}, options, url)
     if options.profile is not None:
         return _of_profile(options.profile, config, options, url)
-    if aws_reach().get("skip_signature"):
+    if aws_endpoint_options().get("skip_signature"):
         return config, None
     if aws_keys() is not None:
         return config, Credentials("the environment (AWS_ACCESS_KEY_ID)", lambda: _from_environment(url), url)
     if "web_identity_token_file" in aws_web_identity():
-        return config, _role(role, {**aws_reach(), **config}, options, url)
+        return config, _role(role, {**aws_endpoint_options(), **config}, options, url)
     return config, None
 
 
@@ -284,7 +284,7 @@ def _of_profile(
     name: str, config: dict[str, Any], options: CloudOptions, url: str
 ) -> tuple[dict[str, Any], Credentials | None]:
     said = _profile(name)
-    environment = aws_reach()
+    environment = aws_endpoint_options()
     endpoint = environment.get("endpoint") or _endpoint_of(said, "s3")
     found = {"region": environment.get("region") or said.get("region"), "endpoint": endpoint}
     config = {**{key: value for key, value in found.items() if value}, **config}

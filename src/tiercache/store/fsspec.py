@@ -15,15 +15,15 @@ from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
-from tiercache.store.credentials import Credentials, Keys, awaited, refusal, s3_access
-from tiercache.store.fsspec_errors import exists_already, failure, is_conflict, may_have_happened
-from tiercache.store.fsspec_files import Files, PlainFiles, S3Files, Taken
-from tiercache.store.landing import Landing, PerProcess, read_requests, worker_pool
+from tiercache.store.credentials import Credentials, Keys, refused_error, s3_access, wait_target
+from tiercache.store.fsspec_errors import exists_already, is_conflict, may_have_taken_effect, to_store_error
+from tiercache.store.fsspec_files import FileSystemAdapter, GenericAdapter, KeyExists, S3fsAdapter
+from tiercache.store.landing import BufferGuard, ProcessLocal, read_requests, worker_pool
 from tiercache.store.options import CloudOptions
 from tiercache.store.posix import TEMP_PREFIX
-from tiercache.store.retry import TIMEOUT_S, Abandons, CallLimit, CallWatch, RetryPolicy, with_retries
+from tiercache.store.retry import TIMEOUT_S, AbandonableAttempts, CallLimit, CallMonitor, RetryPolicy, with_retries
 from tiercache.store.spans import Request, RequestSizes, check_spans, plan_requests
-from tiercache.store.urls import endpoint_of, redact
+from tiercache.store.urls import redact, server_url
 from tiercache.waiting import SYSTEM_CLOCK
 
 T = TypeVar("T")
@@ -64,11 +64,11 @@ class FsspecStore(Store):
         """
         self._full_url, self._options, self._policy = full_url, dict(options), policy or RetryPolicy()
         self._make, self._timeout_s, self._s3 = make, timeout_s, s3
-        self._calls = CallWatch()
+        self._calls = CallMonitor()
         self.url = url
         self.counters = Counters("requests", "bytes_read", "bytes_written")
         self._pool = worker_pool(_N_THREADS)
-        self._files_here: PerProcess[_Opened] = PerProcess(self._open, lambda opened: opened.close())
+        self._files_here: ProcessLocal[_ProcessFileSystem] = ProcessLocal(self._open, lambda opened: opened.close())
 
     def __repr__(self) -> str:
         return f"FsspecStore({self.url!r})"
@@ -77,26 +77,28 @@ class FsspecStore(Store):
         given = (self._full_url, self.url, self._options, self._policy, self._make, self._timeout_s, self._s3)
         return _rebuild, given
 
-    def _open(self) -> _Opened:
+    def _open(self) -> _ProcessFileSystem:
         if self._make is not None:
-            return _Opened(partial(_made_files, self._make, self._full_url), None, self.url)
+            return _ProcessFileSystem(partial(_made_files, self._make, self._full_url), None, self.url)
         if self._s3 is None:
-            endpoint = endpoint_of("http", self.url, {}) if self.url.startswith("http") else self.url
-            return _Opened(partial(_open_files, self._full_url, self._options), None, endpoint)
+            endpoint = server_url("http", self.url, {}) if self.url.startswith("http") else self.url
+            return _ProcessFileSystem(partial(_open_files, self._full_url, self._options), None, endpoint)
         config, credentials = s3_access(self._s3, self.url)
-        endpoint = endpoint_of("s3", self.url, config)
+        endpoint = server_url("s3", self.url, config)
         options = {**self._options, **replace(self._s3, config=config).for_s3fs()}
         if credentials is None:
-            return _Opened(partial(_open_files, self._full_url, options), None, endpoint)
-        return _Opened(lambda keys: _open_files(self._full_url, options | _named(keys)), credentials, endpoint)
+            return _ProcessFileSystem(partial(_open_files, self._full_url, options), None, endpoint)
+        return _ProcessFileSystem(
+            lambda keys: _open_files(self._full_url, options | _named(keys)), credentials, endpoint
+        )
 
     def _awaited(self) -> str:
         """Return what a call waits for now, for messages. fsspec does not say which server a file system uses."""
         opened = self._files_here.get()
-        return awaited(opened.endpoint, opened.credentials)
+        return wait_target(opened.endpoint, opened.credentials)
 
     @property
-    def _files(self) -> Files:
+    def _files(self) -> FileSystemAdapter:
         return self._files_here.get().files()
 
     def _call_limit(
@@ -153,7 +155,7 @@ class FsspecStore(Store):
         if checks:
             self._check_unchanged(key, seen)
 
-        def read_one(request: Request, landing: Landing) -> None:
+        def read_one(request: Request, landing: BufferGuard) -> None:
             with_retries(
                 lambda: self._attempt(key, request, landing, seen),
                 self._policy,
@@ -163,13 +165,13 @@ class FsspecStore(Store):
             )
             limit.progressed()
 
-        landing = Landing()
+        landing = BufferGuard()
         with self._calls.track(limit, landing.stop):
             read_requests(requests, read_one, self._pool, limit, landing)
         if checks:
             self._check_unchanged(key, seen)
 
-    def _attempt(self, key: str, request: Request, landing: Landing, seen: dict[str, str]) -> None:
+    def _attempt(self, key: str, request: Request, landing: BufferGuard, seen: dict[str, str]) -> None:
         wanted = request.range
         try:
             with self._errors(key, "read_into"):
@@ -220,7 +222,7 @@ class FsspecStore(Store):
 
         try:
             return self._calls.retrying(attempt, self._policy, self._call_limit(key, "put_if_absent"))
-        except Taken:
+        except KeyExists:
             return False
 
     def create(self, key: str, *, if_absent: bool = False) -> Upload:  # noqa: ARG002 - complete() decides
@@ -258,7 +260,7 @@ class FsspecStore(Store):
         """Return the result of a read-only request. A request whose time is over is abandoned with its thread."""
         return self._retried(key, doing, attempt, abandons="all")
 
-    def _retried(self, key: str, doing: str, attempt: Callable[[], T], *, abandons: Abandons = "none") -> T:
+    def _retried(self, key: str, doing: str, attempt: Callable[[], T], *, abandons: AbandonableAttempts = "none") -> T:
         def guarded() -> T:
             with self._errors(key, doing):
                 return attempt()
@@ -272,11 +274,11 @@ class FsspecStore(Store):
         number = 0 if credentials is None else credentials.number
         try:
             yield
-        except (StoreError, Taken):
+        except (StoreError, KeyExists):
             raise
         except Exception as error:  # noqa: BLE001 - raised as a StoreError
             # A file system raises its client's errors. From None, because their text may contain a signed URL.
-            raise refusal(failure(error, doing, self._at(key)), credentials, number) from None
+            raise refused_error(to_store_error(error, doing, self._at(key)), credentials, number) from None
 
     @contextmanager
     def _conditional(self, key: str, doing: str) -> Iterator[None]:
@@ -286,9 +288,9 @@ class FsspecStore(Store):
             yield
         except Exception as error:  # noqa: BLE001 - raised as a StoreError
             if exists_already(error) and not is_conflict(error):
-                raise Taken from None
-            ours = failure(error, doing, self._at(key))
-            if not may_have_happened(ours):
+                raise KeyExists from None
+            ours = to_store_error(error, doing, self._at(key))
+            if not may_have_taken_effect(ours):
                 raise ours from None
             message = f"{doing}: the answer was lost, so the object may or may not have been written ({ours.message})"
             raise StoreError(message, url=self._at(key), retryable=True, maybe_done=True) from None
@@ -318,7 +320,7 @@ class _FilesUpload(Upload):
         try:
             with self._store._conditional(self._key, "complete"):  # noqa: SLF001 - same module
                 self._parts.complete(if_absent=if_absent)
-        except Taken:
+        except KeyExists:
             self._drop()
             return None
         except StoreError:
@@ -362,16 +364,16 @@ def _rebuild(
     return FsspecStore(full_url, url, options, policy=policy, make=make, timeout_s=timeout_s, s3=s3)
 
 
-class _Opened:
+class _ProcessFileSystem:
     """This process's file system, created again when the keys change. Safe for threads."""
 
-    def __init__(self, make: Callable[..., Files], credentials: Credentials | None, endpoint: str) -> None:
+    def __init__(self, make: Callable[..., FileSystemAdapter], credentials: Credentials | None, endpoint: str) -> None:
         self.credentials, self.endpoint = credentials, endpoint
         self._make, self._lock = make, Lock()
         self._keys: Keys | None = None
-        self._all: list[Files] = []  # the last one is current; other threads may still use earlier ones
+        self._all: list[FileSystemAdapter] = []  # the last one is current; other threads may still use earlier ones
 
-    def files(self) -> Files:
+    def files(self) -> FileSystemAdapter:
         """Return the file system with keys that are valid now."""
         keys = None if self.credentials is None else self.credentials.get()
         with self._lock:
@@ -393,7 +395,7 @@ def _named(keys: Keys) -> dict[str, Any]:
     return named if keys.token is None else named | {"token": keys.token}
 
 
-def _open_files(full_url: str, options: Mapping[str, Any]) -> Files:
+def _open_files(full_url: str, options: Mapping[str, Any]) -> FileSystemAdapter:
     core = importlib.import_module("fsspec.core")
     scheme = full_url.partition("://")[0]
     more = {"auto_mkdir": True} if scheme in ("file", "local") else {}
@@ -408,12 +410,12 @@ def _open_files(full_url: str, options: Mapping[str, Any]) -> Files:
     return _files_of(fs, root)
 
 
-def _made_files(make: Callable[[], Any], root: str) -> Files:
+def _made_files(make: Callable[[], Any], root: str) -> FileSystemAdapter:
     return _files_of(make(), root)
 
 
-def _files_of(fs: Any, root: str) -> Files:
+def _files_of(fs: Any, root: str) -> FileSystemAdapter:
     if "s3" not in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol):
-        return PlainFiles(fs, root)
+        return GenericAdapter(fs, root)
     asyn = importlib.import_module("fsspec.asyn")
-    return S3Files(fs, root, lambda coroutine, *args: asyn.sync(fs.loop, coroutine, *args))
+    return S3fsAdapter(fs, root, lambda coroutine, *args: asyn.sync(fs.loop, coroutine, *args))

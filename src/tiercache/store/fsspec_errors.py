@@ -18,7 +18,7 @@ _BROKEN = (
 )  # fmt: skip
 
 
-def failure(error: BaseException, doing: str, url: str) -> StoreError:
+def to_store_error(error: BaseException, doing: str, url: str) -> StoreError:
     """Convert an error to a StoreError with .status, .retryable and .sent (False if the request was never sent)."""
     status = status_of(error)
     shown = _SECRET.sub("", str(error).strip() or type(error).__name__)
@@ -46,7 +46,7 @@ def failure(error: BaseException, doing: str, url: str) -> StoreError:
     )
 
 
-def may_have_happened(error: StoreError) -> bool:
+def may_have_taken_effect(error: StoreError) -> bool:
     """Return whether a failed write may still have taken effect."""
     status = error.facts.get("status")
     if status is not None:

@@ -16,7 +16,7 @@ from threading import Lock
 from typing import Any
 
 from tiercache.model import ObjectInfo
-from tiercache.store.parts import in_order
+from tiercache.store.parts import parts_in_order
 
 _MARKS = (
     "ETag",
@@ -41,11 +41,11 @@ _WEAK = "W/"
 _TIMES = ("LastModified", "last_modified", "mtime", "modified", "created")
 
 
-class Taken(Exception):
+class KeyExists(Exception):
     """The key exists."""
 
 
-class Files(ABC):
+class FileSystemAdapter(ABC):
     """A folder of a file system, with the keys of the store. Every method raises the file system's own errors."""
 
     is_conditional = False
@@ -101,7 +101,7 @@ class Files(ABC):
         start = f"{self.root}/" if self.root else ""
         inside = f"{top}/" if top else ""
         return [
-            described(name.removeprefix(start), about)
+            to_object_info(name.removeprefix(start), about)
             for name, about in found.items()
             if name.startswith(inside) and not name.endswith("/")
         ]
@@ -114,7 +114,7 @@ class Files(ABC):
         """Close the connections."""
 
 
-class PlainFiles(Files):
+class GenericAdapter(FileSystemAdapter):
     """Any file system. The lock makes test and write of write_new() atomic within this process."""
 
     def __init__(self, fs: Any, root: str) -> None:
@@ -127,7 +127,7 @@ class PlainFiles(Files):
         about = self.fs.info(self.path(key))
         if about.get("type") == "directory":
             raise FileNotFoundError(key)
-        return described(key, about)
+        return to_object_info(key, about)
 
     def read(
         self, key: str, start: int | None, end: int | None, if_match: str | None = None
@@ -184,7 +184,7 @@ class PlainFiles(Files):
 class _SpooledParts:
     """Parts in a temporary folder; the lock guards the table."""
 
-    def __init__(self, files: PlainFiles, key: str) -> None:
+    def __init__(self, files: GenericAdapter, key: str) -> None:
         self._files, self._key = files, key
         self._folder = tempfile.TemporaryDirectory(prefix="tiercache-upload-", ignore_cleanup_errors=True)
         self._lock = Lock()
@@ -197,12 +197,12 @@ class _SpooledParts:
             self._parts[number] = part
 
     def check(self) -> None:
-        in_order(self._parts, self._key)
+        parts_in_order(self._parts, self._key)
 
     def complete(self, *, if_absent: bool) -> None:
         whole = Path(self._folder.name) / "whole"
         with whole.open("wb") as out:
-            for part in in_order(self._parts, self._key):
+            for part in parts_in_order(self._parts, self._key):
                 with part.open("rb") as file:
                     shutil.copyfileobj(file, out, 1 << 20)
                 part.unlink()
@@ -213,7 +213,7 @@ class _SpooledParts:
         self._folder.cleanup()
 
 
-class S3Files(Files):
+class S3fsAdapter(FileSystemAdapter):
     """S3 through s3fs's client calls. s3fs must not retry by itself.
 
     Args:
@@ -301,7 +301,7 @@ class S3Files(Files):
 class _Multipart:
     """A multipart upload whose parts are sent as they come; the lock guards the table and the id."""
 
-    def __init__(self, files: S3Files, key: str) -> None:
+    def __init__(self, files: S3fsAdapter, key: str) -> None:
         self._files, self._key = files, key
         self._lock = Lock()
         self._id: str | None = None
@@ -317,7 +317,7 @@ class _Multipart:
             self._tags[number] = said["ETag"]
 
     def check(self) -> None:
-        in_order(self._tags, self._key)
+        parts_in_order(self._tags, self._key)
 
     def complete(self, *, if_absent: bool) -> None:
         if self._id is None:
@@ -326,7 +326,7 @@ class _Multipart:
             else:
                 self._files.write(self._key, b"")
             return
-        parts = [{"PartNumber": n + 1, "ETag": tag} for n, tag in enumerate(in_order(self._tags, self._key))]
+        parts = [{"PartNumber": n + 1, "ETag": tag} for n, tag in enumerate(parts_in_order(self._tags, self._key))]
         condition = {"IfNoneMatch": "*"} if if_absent else {}
         place = self._files.place(self._key)
         self._files.call(
@@ -351,7 +351,7 @@ def _answered(key: str, said: Mapping[str, Any], n_bytes: int) -> ObjectInfo:
     )
 
 
-def described(key: str, about: Mapping[str, Any]) -> ObjectInfo:
+def to_object_info(key: str, about: Mapping[str, Any]) -> ObjectInfo:
     """Convert an info() of fsspec to an ObjectInfo.
 
     The ETag is the file system's. If that is missing or weak, the ETag is built from all fields that change with a

@@ -13,7 +13,7 @@ import numpy as np
 
 from tiercache.errors import StoreError
 from tiercache.store.contract import Buffer
-from tiercache.store.retry import CallLimit, bounded
+from tiercache.store.retry import CallLimit, run_within
 from tiercache.store.spans import Request
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ _GIL_DROP_BYTES = 32 << 10
 _CANCEL_POLL_S = 0.05
 
 
-class Landing:
+class BufferGuard:
     """Guard of the caller's buffers: copies succeed only while the call runs.
 
     The lock guards the closed state and the number of running copies; bytes are copied outside the lock.
@@ -64,7 +64,7 @@ class Landing:
             self._changed.wait_for(lambda: not self._n_copies)
 
 
-class PerProcess(Generic[T]):
+class ProcessLocal(Generic[T]):
     """A value that each process creates at first use. It has no lock, because a fork could leave a lock held.
 
     A child keeps a value of its parent but never uses or disposes of it: disposing of clients whose runtime threads do
@@ -97,9 +97,9 @@ class PerProcess(Generic[T]):
             self._dispose(value)
 
 
-def worker_pool(n_threads: int) -> PerProcess[ThreadPoolExecutor]:
+def worker_pool(n_threads: int) -> ProcessLocal[ThreadPoolExecutor]:
     """Return the threads for requests, created at first use. The owner closes them with drop()."""
-    return PerProcess(
+    return ProcessLocal(
         lambda: ThreadPoolExecutor(n_threads, thread_name_prefix="tiercache-store"),
         lambda pool: pool.shutdown(wait=False, cancel_futures=True),
     )
@@ -107,10 +107,10 @@ def worker_pool(n_threads: int) -> PerProcess[ThreadPoolExecutor]:
 
 def read_requests(
     requests: Sequence[Request],
-    read_one: Callable[[Request, Landing], None],
-    pool: PerProcess[ThreadPoolExecutor],
+    read_one: Callable[[Request, BufferGuard], None],
+    pool: ProcessLocal[ThreadPoolExecutor],
     limit: CallLimit,
-    landing: Landing | None = None,
+    landing: BufferGuard | None = None,
 ) -> None:
     """Execute all requests in parallel. After the call has returned or raised, no buffer is written.
 
@@ -127,7 +127,7 @@ def read_requests(
         StoreError: The first error of a request, or the error of the limit.
     """
     limit.check()
-    landing = landing or Landing()
+    landing = landing or BufferGuard()
     if len(requests) <= 1 and limit.is_endless:
         try:
             for request in requests:
@@ -139,7 +139,7 @@ def read_requests(
     threads = pool.get()
 
     def read_bounded(request: Request) -> None:
-        with bounded(limit), limit.running():
+        with run_within(limit), limit.running():
             read_one(request, landing)
 
     futures: list[Future[None]] = []

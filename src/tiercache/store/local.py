@@ -16,7 +16,7 @@ from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.stats import Counters
 from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
 from tiercache.store.local_upload import FileLease, FileUpload
-from tiercache.store.posix import TEMP_PREFIX, NewFile, copy_bytes, file_info, open_folder, os_errors, write_all
+from tiercache.store.posix import TEMP_PREFIX, UnpublishedFile, copy_bytes, file_info, open_folder, os_errors, write_all
 from tiercache.store.spans import Request, RequestSizes, check_spans, plan_requests
 from tiercache.waiting import SYSTEM_CLOCK
 
@@ -130,7 +130,7 @@ class LocalFolder(Store):
         """Start an upload that writes its parts to the disk as they come."""
         folders, name = _split(key)
         with self._errors(key, "create"), open_folder(self.root, folders, make=True) as folder_fd:
-            return FileUpload(NewFile(folder_fd), name, key, self._at(key), self.counters)
+            return FileUpload(UnpublishedFile(folder_fd), name, key, self._at(key), self.counters)
 
     def delete(self, keys: Iterable[str]) -> None:
         """Unlink each file. The folders stay."""
@@ -277,10 +277,10 @@ class LocalFolder(Store):
                 os.close(fd)
 
     @contextmanager
-    def _new_file(self, key: str, doing: str) -> Iterator[tuple[NewFile, str]]:
+    def _new_file(self, key: str, doing: str) -> Iterator[tuple[UnpublishedFile, str]]:
         folders, name = _split(key)
         with self._errors(key, doing), open_folder(self.root, folders, make=True) as folder_fd:
-            file = NewFile(folder_fd)
+            file = UnpublishedFile(folder_fd)
             try:
                 yield file, name
             finally:

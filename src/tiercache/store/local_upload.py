@@ -10,8 +10,8 @@ from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.contract import Buffer, Upload
 from tiercache.store.direct import CACHED_BYTES, MIN_BYTES, DirectWriter
-from tiercache.store.parts import in_order
-from tiercache.store.posix import NewFile, copy_bytes, file_info, os_errors, write_all
+from tiercache.store.parts import parts_in_order
+from tiercache.store.posix import UnpublishedFile, copy_bytes, file_info, os_errors, write_all
 
 
 class FileLease:
@@ -69,7 +69,7 @@ class FileUpload(Upload):
     only when no writer is left, because a descriptor closed during a write could by then refer to another file.
     """
 
-    def __init__(self, file: NewFile, name: str, key: str, url: str, counters: Counters) -> None:
+    def __init__(self, file: UnpublishedFile, name: str, key: str, url: str, counters: Counters) -> None:
         self._file, self._name, self._key, self._url, self._counters = file, name, key, url, counters
         self._changed = Condition()
         self._end = 0
@@ -111,7 +111,7 @@ class FileUpload(Upload):
             raise ValueError(f"{self._key}: the upload is already completed or aborted")
         try:
             with os_errors("complete", self._url):
-                places = in_order(self._parts, self._key)
+                places = parts_in_order(self._parts, self._key)
                 if _is_contiguous(places, self._end):
                     return self._publish(self._file, if_absent=if_absent)
                 ordered = self._file.sibling()
@@ -123,7 +123,7 @@ class FileUpload(Upload):
         finally:
             self._close()
 
-    def _publish(self, file: NewFile, *, if_absent: bool) -> ObjectInfo | None:
+    def _publish(self, file: UnpublishedFile, *, if_absent: bool) -> ObjectInfo | None:
         if not if_absent:
             file.publish(self._name)
         elif not file.publish_absent(self._name):

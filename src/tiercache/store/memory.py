@@ -12,7 +12,7 @@ from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
-from tiercache.store.parts import in_order
+from tiercache.store.parts import parts_in_order
 from tiercache.store.spans import check_spans
 
 
@@ -201,7 +201,7 @@ class _MemoryUpload(Upload):
             parts, self._parts = self._parts, None
         if parts is None:
             raise ValueError(f"{self._key}: the upload is already completed or aborted")
-        data = b"".join(in_order(parts, self._key))
+        data = b"".join(parts_in_order(parts, self._key))
         if if_absent:
             return self._store._store_absent(self._key, data)  # noqa: SLF001 - of one file
         return self._store._store(self._key, data)  # noqa: SLF001

@@ -19,11 +19,11 @@ import obstore.store
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
-from tiercache.store.credentials import Credentials, awaited, refusal, s3_access
-from tiercache.store.landing import PerProcess
-from tiercache.store.obstore_errors import exists_already, failure, may_have_happened
+from tiercache.store.credentials import Credentials, refused_error, s3_access, wait_target
+from tiercache.store.landing import ProcessLocal
+from tiercache.store.obstore_errors import exists_already, may_have_taken_effect, to_store_error
 from tiercache.store.options import CloudOptions
-from tiercache.store.urls import endpoint_of
+from tiercache.store.urls import server_url
 
 # obstore sends the parts of an upload as many requests, which it therefore retries itself.
 _INNER_RETRIES = 8
@@ -41,12 +41,12 @@ def is_usable_here() -> bool:
     return _first_user_pid in (None, os.getpid())
 
 
-class Taken(Exception):
+class KeyExists(Exception):
     """The key exists."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class BucketFolder:
     """Bucket and folder of a store.
 
     Attributes:
@@ -80,23 +80,23 @@ class Client:
     The client counts "requests"; its callers count bytes.
     """
 
-    def __init__(self, place: Place, options: CloudOptions, counters: Counters) -> None:
+    def __init__(self, place: BucketFolder, options: CloudOptions, counters: Counters) -> None:
         self.place, self.counters = place, counters
-        self._access = PerProcess(lambda: self._find_access(options), lambda _access: None)
+        self._access = ProcessLocal(lambda: self._find_access(options), lambda _access: None)
         inner = {"max_retries": _INNER_RETRIES, "retry_timeout": timedelta(seconds=options.timeout_s)}
-        self._once = PerProcess(lambda: self._open(options, _NO_RETRIES), lambda _client: None)
-        self._repeating = PerProcess(lambda: self._open(options, inner), lambda _client: None)
+        self._once = ProcessLocal(lambda: self._open(options, _NO_RETRIES), lambda _client: None)
+        self._repeating = ProcessLocal(lambda: self._open(options, inner), lambda _client: None)
 
     def _find_access(self, options: CloudOptions) -> _Access:
         config, credentials = dict(options.config), None
         if self.place.cloud == "s3":
             config, credentials = s3_access(options, self.place.url)
-        return _Access(config, credentials, endpoint_of(self.place.cloud, self.place.bucket, config))
+        return _Access(config, credentials, server_url(self.place.cloud, self.place.bucket, config))
 
     def awaited(self) -> str:
         """Return the name of what a request waits for now, for messages."""
         access = self._access.get()
-        return awaited(access.endpoint, access.credentials)
+        return wait_target(access.endpoint, access.credentials)
 
     def _open(self, options: CloudOptions, retries: Mapping[str, Any]) -> Any:
         return _open(self.place, self._access.get(), options, retries)
@@ -126,13 +126,15 @@ class Client:
             raise  # NotFound is also an OSError
         except _ERRORS as error:
             if exists_already(error):
-                raise Taken from None
+                raise KeyExists from None
             # From None: obstore's own text may contain a signed URL.
-            raise self._refused(failure(error, doing, self.at(key), access.endpoint), credentials, number) from None
+            raise self._refused(
+                to_store_error(error, doing, self.at(key), access.endpoint), credentials, number
+            ) from None
 
     def _refused(self, error: StoreError, credentials: Credentials | None, number: int) -> StoreError:
         """Return the error, or an error worth another attempt if new credentials are available."""
-        found = refusal(error, credentials, number)
+        found = refused_error(error, credentials, number)
         if found.facts.get("renewed"):  # obstore keeps the old keys until they expire
             self._once.drop()
             self._repeating.drop()
@@ -145,7 +147,7 @@ class Client:
             with self.errors(key, doing):
                 yield
         except StoreError as error:
-            if not may_have_happened(error):
+            if not may_have_taken_effect(error):
                 raise
             message = f"{doing}: the answer was lost, so the object may or may not have been written ({error.message})"
             raise StoreError(message, url=self.at(key), retryable=True, maybe_done=True) from None
@@ -154,7 +156,7 @@ class Client:
         """Send HEAD."""
         try:
             with self.errors(key, doing):
-                return described(key, obstore.head(self._once.get(), key))
+                return to_object_info(key, obstore.head(self._once.get(), key))
         except StoreError as error:
             if self.place.cloud != "s3" or error.status not in (400, 401, 403) or error.facts.get("renewed"):
                 raise
@@ -190,7 +192,7 @@ class Client:
         """Send GET with a suffix range."""
         with self.errors(key, "read_tail"):
             result = obstore.get(self._once.get(), key, options={"range": {"suffix": n_bytes}})
-            return bytes(result.bytes()), described(key, result.meta)
+            return bytes(result.bytes()), to_object_info(key, result.meta)
 
     def range(
         self, key: str, wanted: ByteRange, if_match: str | None, piece_bytes: int
@@ -204,8 +206,8 @@ class Client:
             options["if_match"] = if_match
         result = obstore.get(self._once.get(), key, options=options)
         if wanted.n_bytes <= piece_bytes:
-            return described(key, result.meta), (memoryview(result.bytes()),)
-        return described(key, result.meta), map(memoryview, result.stream(min_chunk_size=piece_bytes))
+            return to_object_info(key, result.meta), (memoryview(result.bytes()),)
+        return to_object_info(key, result.meta), map(memoryview, result.stream(min_chunk_size=piece_bytes))
 
     def put(self, key: str, body: bytes) -> ObjectInfo:
         """Send PUT."""
@@ -247,7 +249,7 @@ class Client:
 
 
 def _open(
-    place: Place,
+    place: BucketFolder,
     access: _Access,
     options: CloudOptions,
     retries: Mapping[str, Any],
@@ -273,7 +275,7 @@ def _open(
     return stores.S3Store(place.bucket, config=config, **common)
 
 
-def described(key: str, meta: Mapping[str, Any]) -> ObjectInfo:
+def to_object_info(key: str, meta: Mapping[str, Any]) -> ObjectInfo:
     """Convert obstore's metadata to an ObjectInfo."""
     when = meta["last_modified"]
     return ObjectInfo(

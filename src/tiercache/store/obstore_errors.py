@@ -27,7 +27,7 @@ _CHANGED = 412
 CONFLICT = 409
 
 
-def failure(error: BaseException, doing: str, url: str, endpoint: str = "") -> StoreError:
+def to_store_error(error: BaseException, doing: str, url: str, endpoint: str = "") -> StoreError:
     """Convert an error of obstore to a StoreError with .status, .code, .retryable and .sent (whether it was sent).
 
     Args:
@@ -81,7 +81,7 @@ def exists_already(error: BaseException) -> bool:
     return type(error).__name__ == "AlreadyExistsError" and "ConditionalRequestConflict" not in str(error)
 
 
-def may_have_happened(error: StoreError) -> bool:
+def may_have_taken_effect(error: StoreError) -> bool:
     """Return whether a failed write may have taken effect: it was sent, and no answer says that it was refused."""
     status = error.facts.get("status")
     if error.facts.get("before_request"):

@@ -18,7 +18,7 @@ _AHEAD_BYTES = 64 << 20
 _AHEAD_WAIT_S = 300.0
 
 
-class Target(Protocol):
+class UploadTarget(Protocol):
     """Destination of an upload.
 
     Attributes:
@@ -47,7 +47,7 @@ class Target(Protocol):
         """Discard the object."""
 
 
-class StreamedUpload(Upload):
+class OrderedUpload(Upload):
     """An upload that holds the first 16 MiB and then streams. Early parts wait in memory, up to 64 MiB of them.
 
     The lock guards the table of parts and the sending flag; one thread at a time sends bytes, outside the lock. After
@@ -55,7 +55,7 @@ class StreamedUpload(Upload):
     called.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: UploadTarget) -> None:
         self._target = target
         self._etag: PartsEtag | None = None
         self.is_confirmed = False

@@ -8,7 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_order(parts: Mapping[int, T], key: str) -> list[T]:
+def parts_in_order(parts: Mapping[int, T], key: str) -> list[T]:
     """Return the parts in the order of their numbers.
 
     Raises:

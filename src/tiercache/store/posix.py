@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tiercache.descriptors import too_many_open
+from tiercache.descriptors import emfile_message
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 
@@ -46,7 +46,7 @@ def store_error(error: OSError, doing: str, url: str) -> StoreError:
         return StoreError(
             f"{doing}: the path contains a symbolic link; a store does not follow links below its root", url=url
         )
-    if limit := too_many_open(error):
+    if limit := emfile_message(error):
         return StoreError(f"{doing}: {limit}", url=url, too_many_open=True)
     return StoreError(f"{doing}: {os.strerror(error.errno or 0)}", url=url, retryable=error.errno in _RETRYABLE)
 
@@ -143,7 +143,7 @@ def _sweep(folder_fd: int) -> None:
                 os.unlink(name, dir_fd=folder_fd)
 
 
-class NewFile:
+class UnpublishedFile:
     """An unpublished file in a folder. It has one owner; close() discards a file that was not published.
 
     Attributes:
@@ -161,9 +161,9 @@ class NewFile:
             raise
         self._open_fds.append(self.fd)
 
-    def sibling(self) -> NewFile:
+    def sibling(self) -> UnpublishedFile:
         """Return another unpublished file in the same folder."""
-        return NewFile(self._folder_fd)
+        return UnpublishedFile(self._folder_fd)
 
     def _open(self) -> int:
         flags = os.O_RDWR | os.O_CLOEXEC

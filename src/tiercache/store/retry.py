@@ -18,7 +18,7 @@ from tiercache.errors import StoreError
 from tiercache.waiting import Clock, pause
 
 T = TypeVar("T")
-Abandons: TypeAlias = Literal["none", "retries", "all"]
+AbandonableAttempts: TypeAlias = Literal["none", "retries", "all"]
 
 logger = logging.getLogger("tiercache")
 
@@ -59,7 +59,7 @@ class RetryPolicy:
         return _jitter.uniform(0.0, min(self.longest_s, self.first_s * 2.0 ** (n_failed - 1)))
 
 
-class _Here(threading.local):
+class _ThreadState(threading.local):
     """State of one thread.
 
     Attributes:
@@ -71,48 +71,48 @@ class _Here(threading.local):
     is_bounded: bool = False
 
 
-_here = _Here()
-# Endpoints that have answered this process while unreachable_fails_at_once() is active; None if it is not active.
-_answered: set[str] | None = None
+_thread_state = _ThreadState()
+# Endpoints that have answered this process while fail_fast_if_unreachable() is active; None if it is not active.
+_answering_endpoints: set[str] | None = None
 
 
 @contextmanager
-def trying_until(unwanted: Event | None) -> Iterator[None]:
+def stop_retries_when(unwanted: Event | None) -> Iterator[None]:
     """Stop retries of this thread's calls once `unwanted` is set. A first attempt is still made.
 
     Prefetch threads use it: a data set may be closed while a thread is about to call a server that does not answer.
     """
-    before, _here.unwanted = _here.unwanted, unwanted
+    before, _thread_state.unwanted = _thread_state.unwanted, unwanted
     try:
         yield
     finally:
-        _here.unwanted = before
+        _thread_state.unwanted = before
 
 
 @contextmanager
-def unreachable_fails_at_once() -> Iterator[None]:
+def fail_fast_if_unreachable() -> Iterator[None]:
     """Make a call fail at its first attempt if it cannot connect to an endpoint that has never answered this process.
 
     The command line uses it, because the user has probably mistyped the endpoint. A call to an endpoint that has
     answered before is retried, so a long command survives a restart of its store. Applies to all threads.
     """
-    global _answered
-    before, _answered = _answered, set()
+    global _answering_endpoints
+    before, _answering_endpoints = _answering_endpoints, set()
     try:
         yield
     finally:
-        _answered = before
+        _answering_endpoints = before
 
 
 @contextmanager
-def bounded(limit: CallLimit) -> Iterator[None]:
+def run_within(limit: CallLimit) -> Iterator[None]:
     """Execute part of a call in this thread for another thread, which waits only as long as the limit allows."""
-    before, _here.is_bounded = _here.is_bounded, True
+    before, _thread_state.is_bounded = _thread_state.is_bounded, True
     try:
-        with trying_until(limit.unwanted):
+        with stop_retries_when(limit.unwanted):
             yield
     finally:
-        _here.is_bounded = before
+        _thread_state.is_bounded = before
 
 
 class CallLimit:
@@ -144,7 +144,7 @@ class CallLimit:
         endpoint: Callable[[], str] | None = None,
     ) -> None:
         self.url, self.doing, self.cancel, self.clock = url, doing, cancel, clock
-        self.deadline_s, self.timeout_s, self.unwanted = deadline_s, timeout_s, _here.unwanted
+        self.deadline_s, self.timeout_s, self.unwanted = deadline_s, timeout_s, _thread_state.unwanted
         self._endpoint = endpoint
         self.start_s = self._progress_s = clock.monotonic()
         self._deadline_end_s = math.inf if deadline_s is None else self.start_s + deadline_s
@@ -166,7 +166,7 @@ class CallLimit:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether the answer is still needed, as far as the calling thread knows: see trying_until()."""
+        """Whether the answer is still needed, as far as the calling thread knows: see stop_retries_when()."""
         return self.unwanted is None or not self.unwanted.is_set()
 
     @property
@@ -244,7 +244,7 @@ class CallLimit:
         )
 
 
-class CallWatch:
+class CallMonitor:
     """The running calls of one store. close() ends their retries, and a long wait is reported while it lasts.
 
     Each process has one watcher thread that checks the calls twice a second and ends at close(), or soon after the last
@@ -265,8 +265,8 @@ class CallWatch:
         self._under_way: dict[CallLimit, Event] = {}
         self._watcher: tuple[threading.Thread, Event, Event] | None = None  # thread, wake event, end event
 
-    def __reduce__(self) -> tuple[type[CallWatch], tuple[()]]:
-        return CallWatch, ()
+    def __reduce__(self) -> tuple[type[CallMonitor], tuple[()]]:
+        return CallMonitor, ()
 
     @contextmanager
     def track(self, limit: CallLimit, stop: Event | None = None) -> Iterator[Event]:
@@ -291,7 +291,7 @@ class CallWatch:
             self._under_way.pop(limit, None)
 
     def retrying(
-        self, attempt: Callable[[], T], policy: RetryPolicy, limit: CallLimit, *, abandons: Abandons = "none"
+        self, attempt: Callable[[], T], policy: RetryPolicy, limit: CallLimit, *, abandons: AbandonableAttempts = "none"
     ) -> T:
         """Return the result of with_retries() on a watched call."""
         with self.track(limit) as stop:
@@ -352,7 +352,7 @@ def with_retries(
     limit: CallLimit,
     *,
     stop: Event | None = None,
-    abandons: Abandons = "none",
+    abandons: AbandonableAttempts = "none",
 ) -> T:
     """Return the result of attempt, retrying while its StoreError is retryable and policy and limit allow it.
 
@@ -373,7 +373,7 @@ def with_retries(
     while True:
         limit.check()
         try:
-            is_left = (abandons == "all" or (abandons == "retries" and n_failed > 0)) and not _here.is_bounded
+            is_left = (abandons == "all" or (abandons == "retries" and n_failed > 0)) and not _thread_state.is_bounded
             answer = _in_time(attempt, limit) if is_left else attempt()
         except StoreError as error:
             n_failed += 1
@@ -389,8 +389,8 @@ def with_retries(
             if not pause(pause_s, limit.clock, stop or limit.cancel) and stop is not None:
                 raise
         else:
-            if _answered is not None:
-                _answered.add(limit.endpoint)
+            if _answering_endpoints is not None:
+                _answering_endpoints.add(limit.endpoint)
             return answer
 
 
@@ -401,7 +401,7 @@ def _in_time(attempt: Callable[[], T], limit: CallLimit) -> T:
     """
 
     def run() -> T:
-        with bounded(limit):
+        with run_within(limit):
             return attempt()
 
     threads = ThreadPoolExecutor(1, thread_name_prefix="tiercache-store-attempt")
@@ -416,11 +416,11 @@ def _is_worth_repeating(error: StoreError, limit: CallLimit, pause_s: float) -> 
     """Return whether another attempt after pause_s may succeed and has time to."""
     if not error.retryable or error.facts.get("maybe_done") or not limit.is_wanted:
         return False
-    if _answered is not None:
+    if _answering_endpoints is not None:
         if error.facts.get("sent") is False:
-            if limit.endpoint not in _answered:
+            if limit.endpoint not in _answering_endpoints:
                 return False
         else:
-            _answered.add(limit.endpoint)
+            _answering_endpoints.add(limit.endpoint)
     left_s = limit.left_s
     return left_s is None or pause_s < left_s

@@ -7,10 +7,10 @@ from typing import Any
 
 from tiercache.model import ObjectInfo
 from tiercache.store.posix import TEMP_PREFIX
-from tiercache.store.sums import sum_value, whole_sums
+from tiercache.store.sums import crc32c_from_text, whole_object_checksums
 
 
-def bare(etag: str | None) -> str:
+def unquoted_etag(etag: str | None) -> str:
     """Return an ETag without quotes, which some servers omit in some answers."""
     return (etag or "").strip('"')
 
@@ -28,7 +28,7 @@ def encryption(head: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]
     return {"ServerSideEncryption": head["ServerSideEncryption"], "SSEKMSKeyId": head.get("SSEKMSKeyId")}
 
 
-def described(key: str, head: Mapping[str, Any]) -> ObjectInfo:
+def head_to_object_info(key: str, head: Mapping[str, Any]) -> ObjectInfo:
     """Convert the answer to a HEAD to an ObjectInfo."""
     when = head.get("LastModified")
     restore = head.get("Restore")
@@ -39,14 +39,14 @@ def described(key: str, head: Mapping[str, Any]) -> ObjectInfo:
         int(head["ContentLength"]),
         etag=head.get("ETag"),
         version=head.get("VersionId"),
-        crc32c=sum_value(whole_sums(head).get("ChecksumCRC32C")),
+        crc32c=crc32c_from_text(whole_object_checksums(head).get("ChecksumCRC32C")),
         modified_s=when.timestamp() if when is not None else None,
         storage_class=head.get("StorageClass") or "STANDARD",
         restore=restore,
     )
 
 
-def listed(key: str, entry: Mapping[str, Any]) -> ObjectInfo:
+def entry_to_object_info(key: str, entry: Mapping[str, Any]) -> ObjectInfo:
     """Convert an entry of a listing to an ObjectInfo, with the restore state in the form of x-amz-restore."""
     status = entry.get("RestoreStatus")
     restore = None

@@ -13,11 +13,11 @@ from tiercache._native.checksum import combine, crc32c
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store.contract import Buffer, Upload
-from tiercache.store.parts import in_order
-from tiercache.store.sums import sum_text, sum_value
+from tiercache.store.parts import parts_in_order
+from tiercache.store.sums import crc32c_from_text, crc32c_to_text
 
 
-class Target(Protocol):
+class S3Requests(Protocol):
     """S3 requests of an upload, retried and with tiercache's errors."""
 
     def call(self, operation: str, key: str, **request: Any) -> Any:
@@ -46,7 +46,7 @@ class S3Upload(Upload):
     matching checksum of each part. If it did, the object need not be read back.
     """
 
-    def __init__(self, target: Target, key: str, writing: dict[str, Any], *, if_match: str | None = None) -> None:
+    def __init__(self, target: S3Requests, key: str, writing: dict[str, Any], *, if_match: str | None = None) -> None:
         """Send nothing yet.
 
         Args:
@@ -112,7 +112,12 @@ class S3Upload(Upload):
         crc = crc32c(data)
         body = data if isinstance(data, bytes | bytearray) else bytes(data)
         said = self._target.call(
-            "upload_part", self._key, UploadId=upload_id, PartNumber=number + 1, Body=body, ChecksumCRC32C=sum_text(crc)
+            "upload_part",
+            self._key,
+            UploadId=upload_id,
+            PartNumber=number + 1,
+            Body=body,
+            ChecksumCRC32C=crc32c_to_text(crc),
         )
         is_confirmed = _confirms(said, crc, body)
         with self._changed:
@@ -145,14 +150,14 @@ class S3Upload(Upload):
         if number:
             raise ValueError(f"{self._key}: part 0 is missing; parts are numbered 0, 1, 2, ... without gaps")
         self.crc32c = crc32c(data)
-        asked = {**self._writing, **condition, "Body": data, "ChecksumCRC32C": sum_text(self.crc32c)}
+        asked = {**self._writing, **condition, "Body": data, "ChecksumCRC32C": crc32c_to_text(self.crc32c)}
         said = self._target.call("put_object", self._key, **asked)
         self.is_confirmed = _confirms(said, self.crc32c, data)
         return ObjectInfo(self._key, len(data), etag=said.get("ETag"), version=said.get("VersionId"))
 
     def _join(self, upload_id: str, condition: dict[str, str]) -> ObjectInfo:
         try:
-            parts = in_order(self._parts, self._key)
+            parts = parts_in_order(self._parts, self._key)
         except ValueError:
             self._drop()
             raise
@@ -161,10 +166,10 @@ class S3Upload(Upload):
             self.crc32c = combine(self.crc32c, part.crc32c, part.n_bytes)
             total += part.n_bytes
         named = [
-            {"PartNumber": number, "ETag": part.etag, "ChecksumCRC32C": sum_text(part.crc32c)}
+            {"PartNumber": number, "ETag": part.etag, "ChecksumCRC32C": crc32c_to_text(part.crc32c)}
             for number, part in enumerate(parts, start=1)
         ]
-        asked = {"ChecksumCRC32C": sum_text(self.crc32c), "ChecksumType": "FULL_OBJECT", "MpuObjectSize": total}
+        asked = {"ChecksumCRC32C": crc32c_to_text(self.crc32c), "ChecksumType": "FULL_OBJECT", "MpuObjectSize": total}
         try:
             said = self._target.call(
                 "complete_multipart_upload",
@@ -203,5 +208,5 @@ class S3Upload(Upload):
 def _confirms(said: Mapping[str, Any], crc: int, data: bytes | bytearray) -> bool:
     """Return whether the server's answer contains a matching checksum of the bytes: CRC-32C, or MD5 as an ETag."""
     if (named := said.get("ChecksumCRC32C")) is not None:
-        return sum_value(str(named)) == crc
+        return crc32c_from_text(str(named)) == crc
     return str(said.get("ETag", "")).strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()

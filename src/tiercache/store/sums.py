@@ -15,12 +15,12 @@ _OF_PARTS = "COMPOSITE"
 _NAME = "Checksum"
 
 
-def sum_text(crc: int) -> str:
+def crc32c_to_text(crc: int) -> str:
     """Return the CRC-32C in S3's text form."""
     return base64.b64encode(crc.to_bytes(4, "big")).decode()
 
 
-def sum_value(text: str | None) -> int | None:
+def crc32c_from_text(text: str | None) -> int | None:
     """Return the CRC-32C of S3's text form, or None if the text is invalid."""
     try:
         data = base64.b64decode(text or "", validate=True)
@@ -29,7 +29,7 @@ def sum_value(text: str | None) -> int | None:
     return int.from_bytes(data, "big") if len(data) == 4 else None
 
 
-def whole_sums(answer: Mapping[str, Any]) -> dict[str, str]:
+def whole_object_checksums(answer: Mapping[str, Any]) -> dict[str, str]:
     """Return the checksums over the whole object in a HEAD's answer, by S3's names such as "ChecksumCRC64NVME"."""
     if answer.get("ChecksumType") == _OF_PARTS:
         return {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tiercache.config import aws_reach
+from tiercache.config import aws_endpoint_options
 from tiercache.store.contract import check_key
 
 # In abfss://container@account/... the "@" separates container and account, not credentials.
@@ -20,7 +20,7 @@ _CHAIN = "::"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Location:
+class ParsedUrl:
     """A parsed URL or local path.
 
     Attributes:
@@ -36,7 +36,7 @@ class Location:
     chain: str = ""
 
     @classmethod
-    def parse(cls, url: str | os.PathLike[str]) -> Location:
+    def parse(cls, url: str | os.PathLike[str]) -> ParsedUrl:
         """Parse a URL or local path. `file://` becomes a local path, and "~/" the user's home.
 
         Raises:
@@ -112,7 +112,7 @@ def redact(url: str | os.PathLike[str]) -> str:
     text = os.fspath(url)
     if text.lower().startswith("file://"):
         return text
-    return Location.parse(text).shown
+    return ParsedUrl.parse(text).shown
 
 
 def split_url(url: str | os.PathLike[str]) -> tuple[str, str]:
@@ -121,7 +121,7 @@ def split_url(url: str | os.PathLike[str]) -> tuple[str, str]:
     Raises:
         ValueError: The URL names no object, or has a query.
     """
-    place = Location.parse(url)
+    place = ParsedUrl.parse(url)
     if place.chain and not place.host and not place.path:  # the rest of the chain names the object
         root, key = split_url(place.chain)
         return f"{place.scheme}{_CHAIN}{root}", key
@@ -135,10 +135,10 @@ def split_url(url: str | os.PathLike[str]) -> tuple[str, str]:
         raise ValueError(f"{place.shown}: the URL names a folder; the URL of an object is expected")
     if not place.scheme:
         return folder or "/", check_key(name)
-    return Location(place.scheme, place.host, folder, place.chain).full, check_key(name)
+    return ParsedUrl(place.scheme, place.host, folder, place.chain).full, check_key(name)
 
 
-def endpoint_of(cloud: str, place: str, config: Mapping[str, Any]) -> str:
+def server_url(cloud: str, place: str, config: Mapping[str, Any]) -> str:
     """Return the server of a store, as far as it is known before the first request; for messages.
 
     Args:
@@ -146,7 +146,7 @@ def endpoint_of(cloud: str, place: str, config: Mapping[str, Any]) -> str:
         place: Bucket or container; for "http" the URL.
         config: Options of the store.
     """
-    said = {**aws_reach(), **config} if cloud == "s3" else config
+    said = {**aws_endpoint_options(), **config} if cloud == "s3" else config
     given = {
         "s3": said.get("aws_endpoint_url_s3") or said.get("endpoint"),
         "gs": said.get("base_url"),

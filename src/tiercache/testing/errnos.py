@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiercache.testing.forks import DEADLINE_S, Ended, Tell, run_forked
+from tiercache.testing.forks import DEADLINE_S, ChildEnd, SendLine, run_forked
 
 _FULL, _DISK, _RIGHTS = ("ENOSPC", "EDQUOT"), ("EIO",), ("EACCES", "EROFS")
 
@@ -67,7 +67,7 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class FailedCalls:
     """The result of failing().
 
     Attributes:
@@ -78,7 +78,7 @@ class Failed:
     """
 
     position: Position
-    ended: Ended
+    ended: ChildEnd
     n_struck: int
     where: str
 
@@ -139,12 +139,12 @@ class Shim:
         return int(self._library.tc_errno_struck()), where.decode(errors="replace")
 
 
-def counted(
-    work: Callable[[Tell], object], folder: Path, *, deadline_s: float = DEADLINE_S
-) -> tuple[Mapping[str, int], Ended]:
+def count_calls(
+    work: Callable[[SendLine], object], folder: Path, *, deadline_s: float = DEADLINE_S
+) -> tuple[Mapping[str, int], ChildEnd]:
     """Return the calls of each kind that work(tell) makes below folder in a forked child, and the end of the child."""
 
-    def child(tell: Tell) -> None:
+    def child(tell: SendLine) -> None:
         shim = Shim()
         shim.count_only(folder)
         work(tell)
@@ -157,12 +157,12 @@ def counted(
     return {kind: int(n) for _, kind, n in counts}, ended
 
 
-def failing(
-    work: Callable[[Tell], object], folder: Path, position: Position, *, deadline_s: float = DEADLINE_S
-) -> Failed:
+def fail_calls(
+    work: Callable[[SendLine], object], folder: Path, position: Position, *, deadline_s: float = DEADLINE_S
+) -> FailedCalls:
     """Run work(tell) in a forked child in which the calls at position fail; n_struck is 0 if it made fewer calls."""
 
-    def child(tell: Tell) -> None:
+    def child(tell: SendLine) -> None:
         shim = Shim()
         shim.arm(folder, position)
         try:
@@ -175,4 +175,4 @@ def failing(
     notes = [line.split(" ", 2) for line in ended.lines if line.startswith("struck ")]
     _, n_struck, where = notes[-1] if notes else ("", "0", "")
     lines = tuple(line for line in ended.lines if not line.startswith("struck "))
-    return Failed(position, Ended(ended.code, lines, ended.hung, ended.error), int(n_struck), where)
+    return FailedCalls(position, ChildEnd(ended.code, lines, ended.hung, ended.error), int(n_struck), where)

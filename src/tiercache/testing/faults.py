@@ -24,7 +24,7 @@ class FaultKind(StrEnum):
 
     ERROR = "error"
     """The call fails without an effect."""
-    LOST_ANSWER = "lost_answer"
+    LOST_RESPONSE = "lost_answer"
     """The call takes effect and then fails; the error has the fact maybe_done."""
     SHORT_READ = "short_read"
     """read_into fills half of each span and then fails."""
@@ -83,7 +83,7 @@ class Fault:
         """
         if self.error in (NotFound, ObjectChanged):
             return self.error(f"scripted fault in {doing}", url=url)
-        maybe = {"maybe_done": True} if self.kind is FaultKind.LOST_ANSWER else {}
+        maybe = {"maybe_done": True} if self.kind is FaultKind.LOST_RESPONSE else {}
         return self.error(
             f"scripted fault in {doing} ({self.kind})", url=url, retryable=self.retryable, status=self.status, **maybe
         )

@@ -234,7 +234,7 @@ class FolderCheck:
         books = _read_books(self.root)
         return (0, None) if books is None else (self._taken_bytes(books), books.limit)
 
-    def _taken_bytes(self, books: _Books) -> int:
+    def _taken_bytes(self, books: _Accounts) -> int:
         total = 0
         for name in books.rows.keys() | books.reserved.keys():
             row, reserved = books.rows.get(name, 0), books.reserved.get(name, 0)
@@ -278,7 +278,7 @@ class FolderCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class _Books:
+class _Accounts:
     """The accounts in the catalog.
 
     Attributes:
@@ -298,7 +298,7 @@ class _Books:
     recorded: Set[str]
 
 
-def _read_books(root: Path) -> _Books | None:
+def _read_books(root: Path) -> _Accounts | None:
     """Return the accounts in the catalog; None if there is no valid catalog."""
     path = root / "catalog.sqlite"
     if not path.exists():
@@ -313,7 +313,7 @@ def _read_books(root: Path) -> _Books | None:
             reserved = dict(db.execute("SELECT name, sum(charge_bytes) FROM reservations GROUP BY name").fetchall())
         except sqlite3.DatabaseError:
             return None
-    return _Books(int(sums["used"]), int(sums["reserved"]), limit, rows, reserved, recorded)
+    return _Accounts(int(sums["used"]), int(sums["reserved"]), limit, rows, reserved, recorded)
 
 
 def _whole_charge(n_bytes: int) -> int:

@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from tiercache.waiting import wait_for
 
-Tell: TypeAlias = Callable[[str], None]
+SendLine: TypeAlias = Callable[[str], None]
 
 DEADLINE_S = 120.0
 DUMP_S = 0.5
@@ -25,7 +25,7 @@ THREADS_GONE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class ChildEnd:
     """The end of a child process.
 
     Attributes:
@@ -60,7 +60,7 @@ class ForkedChild:
         with_threads: Whether this process may have several threads.
     """
 
-    def __init__(self, work: Callable[[Tell], object], *, with_threads: bool = False) -> None:
+    def __init__(self, work: Callable[[SendLine], object], *, with_threads: bool = False) -> None:
         """Fork now. Raises RuntimeError if this process has several threads and with_threads is False."""
         if not with_threads:
             check_no_threads()
@@ -70,7 +70,7 @@ class ForkedChild:
         if self.pid == 0:
             self._be_child(work)
 
-    def _be_child(self, work: Callable[[Tell], object]) -> None:
+    def _be_child(self, work: Callable[[SendLine], object]) -> None:
         code = 1
         faulthandler.register(signal.SIGUSR1, file=self._memory, all_threads=True)
         try:
@@ -93,7 +93,7 @@ class ForkedChild:
         """Return the text after the last line: the stacks of the threads."""
         return os.pread(self._memory, os.fstat(self._memory).st_size, 0).rpartition(b"\0")[2].decode(errors="replace")
 
-    def wait(self, deadline_s: float = DEADLINE_S) -> Ended:
+    def wait(self, deadline_s: float = DEADLINE_S) -> ChildEnd:
         """Wait for the child's end. A child that misses the deadline is killed, and hung is True."""
         pidfd = os.pidfd_open(self.pid)
         try:
@@ -110,7 +110,7 @@ class ForkedChild:
             os.close(pidfd)
             os.close(self._memory)
         errors = [line.removeprefix("error\n") for line in lines if line.startswith("error\n")]
-        return Ended(
+        return ChildEnd(
             code, tuple(line for line in lines if not line.startswith("error\n")), hung, "".join([*errors, dump])
         )
 
@@ -122,6 +122,6 @@ def _other_threads() -> str:
     return "".join(f"\nthread {n}:\n{''.join(traceback.format_stack(frame))}" for n, frame in frames.items())
 
 
-def run_forked(work: Callable[[Tell], object], *, deadline_s: float = DEADLINE_S) -> Ended:
+def run_forked(work: Callable[[SendLine], object], *, deadline_s: float = DEADLINE_S) -> ChildEnd:
     """Run work(tell) in a forked child and wait for its end."""
     return ForkedChild(work).wait(deadline_s)

@@ -20,7 +20,7 @@ _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 
 @dataclass(frozen=True, slots=True)
-class Misbehave:
+class HttpFault:
     """A scripted fault of one request.
 
     Attributes:
@@ -49,7 +49,7 @@ class Misbehave:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class RecordedRequest:
     """A request that was served.
 
     Attributes:
@@ -94,10 +94,10 @@ class HttpFaultServer:
         """
         self._tls = tls
         self.objects: dict[str, bytes] = {} if objects is None else objects
-        self.log: list[Seen] = []
+        self.log: list[RecordedRequest] = []
         self._lock = Lock()
-        self._script: deque[Misbehave | None] = deque()
-        self._rule: Callable[[str, str], Misbehave | None] = lambda _method, _path: None
+        self._script: deque[HttpFault | None] = deque()
+        self._rule: Callable[[str, str], HttpFault | None] = lambda _method, _path: None
         self._released = Event()
         self._server: _Server | None = None
 
@@ -134,12 +134,12 @@ class HttpFaultServer:
         with self._lock:
             return sum(seen.n_bytes for seen in self.log)
 
-    def next(self, *script: Misbehave | None) -> None:
+    def next(self, *script: HttpFault | None) -> None:
         """Script the next requests in this order; None: no fault."""
         with self._lock:
             self._script.extend(script)
 
-    def when(self, rule: Callable[[str, str], Misbehave | None]) -> None:
+    def when(self, rule: Callable[[str, str], HttpFault | None]) -> None:
         """Call rule(method, path) for every request that next() does not cover; its result is the fault, or None."""
         self._rule = rule
 
@@ -151,14 +151,14 @@ class HttpFaultServer:
         """Return the current ETag of an object."""
         return _etag(self.objects[key])
 
-    def take(self, method: str, path: str) -> Misbehave | None:
+    def take(self, method: str, path: str) -> HttpFault | None:
         """Return the fault of this request. Called by the request's thread."""
         with self._lock:
             if self._script:
                 return self._script.popleft()
         return self._rule(method, path)
 
-    def note(self, seen: Seen) -> None:
+    def note(self, seen: RecordedRequest) -> None:
         """Add a request to the log. Called by the request's thread."""
         with self._lock:
             self.log.append(seen)
@@ -241,7 +241,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.owner.objects.pop(self._key, None)
             self._confirm(fault, HTTPStatus.NO_CONTENT, {})
 
-    def _is_prevented(self, fault: Misbehave | None) -> bool:
+    def _is_prevented(self, fault: HttpFault | None) -> bool:
         if fault is not None and fault.kind == "status":
             self._answer(fault.status, fault.body or b"", dict(fault.header), with_body=True)
         elif fault is not None and fault.kind == "silence":
@@ -253,7 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
             return False
         return True
 
-    def _confirm(self, fault: Misbehave | None, status: int, header: dict[str, str]) -> None:
+    def _confirm(self, fault: HttpFault | None, status: int, header: dict[str, str]) -> None:
         if fault is not None and fault.kind == "lost_answer":
             self._note(status, 0)
             self._reset()
@@ -311,7 +311,7 @@ class _Handler(BaseHTTPRequestHandler):
         if with_body:
             self._send(body)
 
-    def _break_off(self, fault: Misbehave, status: int, body: bytes, header: dict[str, str]) -> None:
+    def _break_off(self, fault: HttpFault, status: int, body: bytes, header: dict[str, str]) -> None:
         n_bytes = len(body) // 2 if fault.n_bytes is None else min(fault.n_bytes, len(body))
         self._note(status, n_bytes)
         self._head(status, len(body), header)
@@ -346,6 +346,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _note(self, status: int, n_bytes: int) -> None:
         wanted, if_match = self.headers.get("Range"), self.headers.get("If-Match")
         headers = {name.lower(): value for name, value in self.headers.items()}
-        seen = Seen(self.command, self.path, wanted, if_match, int(status), n_bytes, headers, self._posted)
+        seen = RecordedRequest(self.command, self.path, wanted, if_match, int(status), n_bytes, headers, self._posted)
         self.server.owner.note(seen)
         self._posted = b""

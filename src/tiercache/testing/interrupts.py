@@ -20,7 +20,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from tiercache.testing.forks import DEADLINE_S, Ended, Tell, run_forked
+from tiercache.testing.forks import DEADLINE_S, ChildEnd, SendLine, run_forked
 
 # Outcome of an interrupt: it left the work as an exception; the work ended normally; the work ended normally because
 # Python drops exceptions raised in __del__; another exception left the work.
@@ -41,7 +41,7 @@ class Interrupted:
 
     where: str
     outcome: str
-    ended: Ended
+    ended: ChildEnd
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Lines:
     """
 
     times: Mapping[str, tuple[int, int]]
-    ended: Ended
+    ended: ChildEnd
 
     def positions(self) -> list[int]:
         """Return the numbers of the first and the last execution of each line."""
@@ -121,10 +121,10 @@ def _withs_left(code: CodeType) -> frozenset[int]:
     )
 
 
-def lines_of(work: Callable[[Tell], object], *, deadline_s: float = DEADLINE_S) -> Lines:
+def lines_of(work: Callable[[SendLine], object], *, deadline_s: float = DEADLINE_S) -> Lines:
     """Run work(tell) in a forked child, without an interrupt, and return the lines that it executes."""
 
-    def child(tell: Tell) -> None:
+    def child(tell: SendLine) -> None:
         with _Tracer(0) as tracer:
             work(tell)
         tell(_NOTE + json.dumps(tracer.times))
@@ -136,10 +136,10 @@ def lines_of(work: Callable[[Tell], object], *, deadline_s: float = DEADLINE_S) 
 
 
 def interrupted(
-    work: Callable[[Tell], object],
+    work: Callable[[SendLine], object],
     nth: int,
     *,
-    then: Callable[[Tell], object] | None = None,
+    then: Callable[[SendLine], object] | None = None,
     deadline_s: float = DEADLINE_S,
 ) -> Interrupted:
     """Run work(tell) in a forked child that is interrupted at its nth line, and then then(tell) in the same child.
@@ -147,7 +147,7 @@ def interrupted(
     The child fails if work raises anything but the interrupt, or if then raises.
     """
 
-    def child(tell: Tell) -> None:
+    def child(tell: SendLine) -> None:
         outcome, tracer = CHANGED, _Tracer(nth)
         try:
             with tracer:
@@ -165,8 +165,8 @@ def interrupted(
     return Interrupted(where, outcome, rest)
 
 
-def _sorted_out(ended: Ended) -> tuple[Ended, list[str]]:
+def _sorted_out(ended: ChildEnd) -> tuple[ChildEnd, list[str]]:
     """Return a child's end without our notes, and the notes."""
     notes = [line.removeprefix(_NOTE) for line in ended.lines if line.startswith(_NOTE)]
     lines = tuple(line for line in ended.lines if not line.startswith(_NOTE))
-    return Ended(ended.code, lines, ended.hung, ended.error), notes
+    return ChildEnd(ended.code, lines, ended.hung, ended.error), notes

@@ -3,7 +3,7 @@
 Usage::
 
     names = points_in(Path(tiercache.__file__).parent)
-    struck = strike(work, Strike("fetch.reserved", nth=2))
+    struck = strike(work, KillAt("fetch.reserved", nth=2))
     assert struck.hit, "the child did not die at the point"
     check(struck.lines)  # lines that work passed to tell() before and after each promise
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from threading import Lock
 
 from tiercache import points
-from tiercache.testing.forks import DEADLINE_S, Ended, ForkedChild, Tell, run_forked
+from tiercache.testing.forks import DEADLINE_S, ChildEnd, ForkedChild, SendLine, run_forked
 
 _NAME = re.compile(r"[a-z_]+\.[a-z_]+")
 _STRUCK, _REACHED = "struck ", "reached "
@@ -54,7 +54,7 @@ def _called(node: ast.Call) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Strike:
+class KillAt:
     """The child dies at the n-th time that it reaches a point, counted from 1."""
 
     point: str
@@ -62,7 +62,7 @@ class Strike:
 
 
 @dataclass(frozen=True, slots=True)
-class Struck:
+class KillResult:
     """The result of a strike.
 
     Attributes:
@@ -72,8 +72,8 @@ class Struck:
         lines: Lines that work passed to tell().
     """
 
-    strike: Strike
-    ended: Ended
+    strike: KillAt
+    ended: ChildEnd
     hit: bool
     lines: tuple[str, ...]
 
@@ -81,7 +81,7 @@ class Struck:
 class _Killer:
     """The hook of a child. The lock makes the count exact when several threads reach the point."""
 
-    def __init__(self, strike: Strike, tell: Tell) -> None:
+    def __init__(self, strike: KillAt, tell: SendLine) -> None:
         self._strike, self._tell = strike, tell
         self._lock = Lock()
         self._n_hits = 0
@@ -96,41 +96,43 @@ class _Killer:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-class StruckChild:
+class KilledChild:
     """A child that works until it dies at a point. finish() may be called once."""
 
-    def __init__(self, work: Callable[[Tell], object], strike: Strike) -> None:
+    def __init__(self, work: Callable[[SendLine], object], strike: KillAt) -> None:
         """Fork now. Raises RuntimeError if this process has several threads."""
         self._strike = strike
 
-        def child(tell: Tell) -> None:
+        def child(tell: SendLine) -> None:
             points.set_hook(_Killer(strike, tell))
             work(tell)
 
         self._child = ForkedChild(child)
 
-    def finish(self, deadline_s: float = DEADLINE_S) -> Struck:
+    def finish(self, deadline_s: float = DEADLINE_S) -> KillResult:
         """Wait for the child's end, and return whether it died at the point."""
         ended = self._child.wait(deadline_s)
         note = f"{_STRUCK}{self._strike.point} {self._strike.nth}"
         hit = not ended.hung and ended.code == -signal.SIGKILL and note in ended.lines
         lines = tuple(line for line in ended.lines if not line.startswith(_STRUCK))
-        return Struck(self._strike, ended, hit, lines)
+        return KillResult(self._strike, ended, hit, lines)
 
 
-def strike(work: Callable[[Tell], object], at: Strike, *, deadline_s: float = DEADLINE_S) -> Struck:
+def kill_at(work: Callable[[SendLine], object], at: KillAt, *, deadline_s: float = DEADLINE_S) -> KillResult:
     """Run work(tell) in a forked child that dies at a point; hit is False if it never gets there."""
-    return StruckChild(work, at).finish(deadline_s)
+    return KilledChild(work, at).finish(deadline_s)
 
 
-def reached(work: Callable[[Tell], object], *, deadline_s: float = DEADLINE_S) -> tuple[Mapping[str, int], Ended]:
+def count_points(
+    work: Callable[[SendLine], object], *, deadline_s: float = DEADLINE_S
+) -> tuple[Mapping[str, int], ChildEnd]:
     """Return how often work(tell) reaches each point in a forked child, and the end of the child."""
 
-    def child(tell: Tell) -> None:
+    def child(tell: SendLine) -> None:
         points.set_hook(lambda name: tell(_REACHED + name))
         work(tell)
 
     ended = run_forked(child, deadline_s=deadline_s)
     names = [line.removeprefix(_REACHED) for line in ended.lines if line.startswith(_REACHED)]
     others = tuple(line for line in ended.lines if not line.startswith(_REACHED))
-    return Counter(names), Ended(ended.code, others, ended.hung, ended.error)
+    return Counter(names), ChildEnd(ended.code, others, ended.hung, ended.error)

@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 
 from tiercache.errors import StoreError
 from tiercache.tier import placement
-from tiercache.tier.below import below
+from tiercache.tier.below import prefix_store
 from tiercache.tier.matching import first_match
 from tiercache.tier.model import SHARD
-from tiercache.tier.placing import data_set_above
+from tiercache.tier.placing import dataset_folder_above
 
 if TYPE_CHECKING:
     from tiercache.tier.inventory import Inventory
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tiercache.tier.stores import Stores
 
 
-def adopt_ruled(inventory: Inventory, stores: Stores) -> tuple[str, ...]:
+def track_ruled(inventory: Inventory, stores: Stores) -> tuple[str, ...]:
     """Start tracking the data sets at home that a rule covers. Return the folders of the newly tracked ones."""
     file, snapshot = stores.file, inventory.snapshot
     shards = snapshot.paths.filter(pa.array(snapshot.kind == SHARD))
@@ -40,13 +40,13 @@ def adopt_ruled(inventory: Inventory, stores: Stores) -> tuple[str, ...]:
     )
 
 
-def adopt_planned(plan: Plan, stores: Stores) -> tuple[str, ...]:
+def track_planned(plan: Plan, stores: Stores) -> tuple[str, ...]:
     """Start tracking the data sets at home whose shards a plan moves or refuses. Return the newly tracked folders."""
     home = stores.store(stores.file.home.name)
     shards = [one.path for one in plan.moves if one.kind == "shard"]
     shards += [one.path for one in plan.refusals if one.kind == "shard"]
     folders = {path.rpartition("/")[0] for path in shards}
-    found = {data_set_above(home, folder) for folder in folders}
+    found = {dataset_folder_above(home, folder) for folder in folders}
     return _adopted(stores, sorted(folder for folder in found if folder is not None))
 
 
@@ -55,6 +55,6 @@ def _adopted(stores: Stores, folders: Iterable[str]) -> tuple[str, ...]:
     for folder in folders:
         # A store that cannot be written: the moves report that.
         with suppress(StoreError):
-            if placement.adopt(below(home, folder)):
+            if placement.start_tracking(prefix_store(home, folder)):
                 adopted.append(folder)
     return tuple(adopted)

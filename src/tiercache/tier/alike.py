@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tiercache.tier.columns import numbers, text_of
+from tiercache.tier.columns import as_numpy, text_of
 
 # Every number with so many digits fits into an int64.
 MOST_DIGITS = 18
@@ -17,7 +17,7 @@ _ZERO, _NINE = ord("0"), ord("9")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Alike:
+class NameTemplates:
     """Names, grouped by template.
 
     Attributes:
@@ -35,7 +35,7 @@ class Alike:
     _first_run: NDArray[np.int64]
 
     @classmethod
-    def of(cls, names: pa.Array) -> Alike:
+    def of(cls, names: pa.Array) -> NameTemplates:
         """Find the templates of names: large_string without nulls, which the object keeps."""
         ends, text = text_of(names)
         digit = (text >= _ZERO) & (text <= _NINE)
@@ -52,7 +52,7 @@ class Alike:
         too_long = run_start[run_end - run_start > MOST_DIGITS]
         is_long[np.searchsorted(ends, too_long, side="right") - 1] = True
         first_run = np.searchsorted(run_start, ends[:-1])
-        shape = numbers(encoded.indices, np.int64)
+        shape = as_numpy(encoded.indices, np.int64)
         return cls(encoded.dictionary, shape, is_long, text, run_start, run_end, first_run)
 
     def number(self, rows: NDArray[np.int64], run: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -66,7 +66,7 @@ class Alike:
         cuts = np.stack([self._run_start[at], self._run_end[at]], axis=1).ravel()
         # Every second text is the gap between two runs, and is dropped.
         texts = pa.LargeStringArray.from_buffers(max(len(cuts) - 1, 0), pa.py_buffer(cuts), pa.py_buffer(self._text))
-        return numbers(texts.take(pa.array(np.arange(0, len(texts), 2))).cast(pa.int64()), np.int64)
+        return as_numpy(texts.take(pa.array(np.arange(0, len(texts), 2))).cast(pa.int64()), np.int64)
 
 
 def _short(

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from tiercache.catalog.tiers import JournalObject, JournalRow
 from tiercache.errors import TierCacheError
-from tiercache.points import reach
-from tiercache.tier.copying import Copying, Job
-from tiercache.tier.marks import deletions_wait
-from tiercache.tier.outcome import Applied, Progress, Stopped
-from tiercache.tier.placing import Changes, Heads, Placing, ends_reading, found_infos
-from tiercache.tier.steps import Infos, Sight, as_journaled
+from tiercache.points import crash_point
+from tiercache.tier.copying import CopyMaker, MoveJob
+from tiercache.tier.marks import deletion_block_reason
+from tiercache.tier.outcome import ApplyResult, Progress, StoppedMove
+from tiercache.tier.placing import Heads, PlacementUpdates, RowChanges, ends_readability, found_infos
+from tiercache.tier.steps import Infos, MoveContext, as_journaled
 
 if TYPE_CHECKING:
     from tiercache.tier.lock import TierLock
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 _BATCH_MOVES, _BATCH_OBJECTS, _BATCH_BYTES = 1024, 4096, 64 << 30
 
 
-class Application:
+class PlanExecutor:
     """One call of Mover.apply(). Use it from one thread."""
 
     def __init__(
         self,
-        sight: Sight,
+        sight: MoveContext,
         lock: TierLock,
         plan: Plan,
         clock: Callable[[], float],
@@ -42,17 +42,17 @@ class Application:
         self._sight, self._lock, self._plan, self._clock = sight, lock, plan, clock
         self._now_s = clock()
         self._file, self._catalog = sight.file, sight.catalog
-        self._placing = Placing(sight)
-        self._copying = Copying(sight, self._moved_bytes)
+        self._placing = PlacementUpdates(sight)
+        self._copying = CopyMaker(sight, self._moved_bytes)
         self._home = sight.file.home.url
         self._open: dict[str, list[JournalRow]] = defaultdict(list)
         self._on_progress, self._guard = on_progress, Lock()
         self._n_done, self._done_bytes, self._copied_bytes = 0, 0, 0
         self._n_bytes = sum(move.n_bytes for move in plan.moves if move.action in ("copy", "move"))
-        self._stopped: list[Stopped] = []
+        self._stopped: list[StoppedMove] = []
         self._missing: dict[str, str] = {}
 
-    def run(self) -> Applied:
+    def run(self) -> ApplyResult:
         """Apply the plan and return the result. Raises as Mover.apply()."""
         self._catalog.prune(self._now_s)
         before = self._catalog.of_plan(self._plan.id)
@@ -66,13 +66,13 @@ class Application:
             if earlier is not None and earlier.state in ("waiting", "dropping", "done"):
                 self._n_done += 1
             elif why := self._unfit(move) or ("expected one move of it in the plan" if paths[move.path] > 1 else ""):
-                self._stopped.append(Stopped(move.number, why, move.path, self._plan.id))
+                self._stopped.append(StoppedMove(move.number, why, move.path, self._plan.id))
             else:
-                jobs.append(Job(move, self._row(move)))
-        for batch in _batches(jobs):
+                jobs.append(MoveJob(move, self._row(move)))
+        for batch in _batches_of_jobs(jobs):
             self._work(batch)
         n_waiting = len(self._catalog.open_moves(self._home, "waiting", "dropping"))
-        return Applied(self._n_done, tuple(self._stopped), n_waiting, self._copied_bytes)
+        return ApplyResult(self._n_done, tuple(self._stopped), n_waiting, self._copied_bytes)
 
     def _missing_tiers(self) -> dict[str, str]:
         """Return for each tier the reason why it may not be the tier used before, "" if it is.
@@ -112,7 +112,7 @@ class Application:
             missing = sorted(now.keys() - planned.keys())
             if missing:
                 return f"expected the tiers of the plan, found {', '.join(missing)} too: plan anew"
-            return deletions_wait(self._missing)
+            return deletion_block_reason(self._missing)
         if move.dst is None or move.dst == move.src:
             return f"expected two different tiers, found {move.src} and {move.dst}"
         is_one = self._sight.stores.same_place(move.src, move.dst)
@@ -147,21 +147,21 @@ class Application:
 
     # -- a batch, step by step --------------------------------------------------------------------------------------
 
-    def _work(self, jobs: Sequence[Job]) -> None:
+    def _work(self, jobs: Sequence[MoveJob]) -> None:
         self._lock.check()
         self._look(jobs)
         self._check_pins(jobs)
         self._begin([job for job in jobs if job.goes_on])
-        reach("tier_move.begun")
+        crash_point("tier_move.begun")
         self._make([job for job in jobs if job.goes_on])
         self._look([job for job in jobs if job.goes_on and job.row.action in ("move", "drop")])
-        reach("tier_move.looked")
+        crash_point("tier_move.looked")
         self._place([job for job in jobs if job.goes_on])
-        reach("tier_move.placed")
+        crash_point("tier_move.placed")
         self._end(jobs)
-        reach("tier_move.ended")
+        crash_point("tier_move.ended")
 
-    def _look(self, jobs: Sequence[Job]) -> None:
+    def _look(self, jobs: Sequence[MoveJob]) -> None:
         """Compare the objects in src with the plan. For a delete: compare all tiers, and update the row."""
         wanted = [(tier, one.key) for job in jobs for tier in self._tiers_of(job) for one in job.row.objects]
         heads = self._sight.heads(list(dict.fromkeys(wanted)))
@@ -174,10 +174,10 @@ class Application:
             except TierCacheError as error:
                 job.stop(str(error))
 
-    def _tiers_of(self, job: Job) -> list[str]:
+    def _tiers_of(self, job: MoveJob) -> list[str]:
         return [tier.name for tier in self._file.tiers] if job.row.action == "delete" else [job.row.src]
 
-    def _look_at_source(self, job: Job, heads: Heads) -> None:
+    def _look_at_source(self, job: MoveJob, heads: Heads) -> None:
         row, found = job.row, found_infos(heads, job.row.src, job.row)
         if row.action in ("move", "drop") and not any(found.values()) and self._was_made(row):
             job.over = True
@@ -206,7 +206,7 @@ class Application:
                 return False
         return True
 
-    def _look_everywhere(self, job: Job, heads: Heads) -> None:
+    def _look_everywhere(self, job: MoveJob, heads: Heads) -> None:
         row, stores = job.row, self._sight.stores
         objects: list[JournalObject] = []
         for tier in self._file.tiers:
@@ -231,7 +231,7 @@ class Application:
             )
         job.row = replace(row, objects=tuple(objects) or row.objects)
 
-    def _check_pins(self, jobs: Sequence[Job]) -> None:
+    def _check_pins(self, jobs: Sequence[MoveJob]) -> None:
         asked = [job for job in jobs if job.row.action != "copy"]
         try:
             pinned = self._sight.pinned([job.row for job in asked], self._now_s)
@@ -243,7 +243,7 @@ class Application:
             if why := pinned.get((job.row.plan, job.row.number)):
                 job.stop(why)
 
-    def _begin(self, jobs: Sequence[Job]) -> None:
+    def _begin(self, jobs: Sequence[MoveJob]) -> None:
         """Write the jobs into the journal. Earlier moves of the same paths are cancelled in the same transaction.
 
         A wait for the very same deletion continues where it was. Otherwise, with one plan a day, the wait would never
@@ -261,7 +261,7 @@ class Application:
             rows.append(job.row)
         self._catalog.write(rows, instead_of=gone)
 
-    def _stopped_before(self, job: Job) -> list[tuple[str, int]]:
+    def _stopped_before(self, job: MoveJob) -> list[tuple[str, int]]:
         """Return the earlier, stopped moves of the job's path, whose rows the job's row replaces.
 
         Otherwise a move that is stopped every day would leave one row a day.
@@ -274,20 +274,20 @@ class Application:
                 job.row = replace(job.row, since_s=old.since_s, due_s=old.due_s)
         return [(old.plan, old.number) for old in others]
 
-    def _make(self, jobs: Sequence[Job]) -> None:
+    def _make(self, jobs: Sequence[MoveJob]) -> None:
         """Make the copies, and the class changes that leave objects readable."""
         self._copying.copy([job for job in jobs if job.row.action in ("copy", "move")])
-        reclassed = [j for j in jobs if j.row.action == "reclass" and not ends_reading(self._sight, j.row)]
+        reclassed = [j for j in jobs if j.row.action == "reclass" and not ends_readability(self._sight, j.row)]
         self._check_pins(reclassed)  # again, because the copies may have taken hours
-        reach("tier_move.decided")
+        crash_point("tier_move.decided")
         self._copying.reclass([job for job in reclassed if job.goes_on])
 
-    def _place(self, jobs: Sequence[Job]) -> None:
+    def _place(self, jobs: Sequence[MoveJob]) -> None:
         """Confirm the copies in dst, and commit the placement."""
         placed = [job for job in jobs if job.row.action != "delete"]
         heads = self._sight.heads(self._around([job.row for job in placed]))
-        changes: dict[str, Changes] = defaultdict(dict)
-        chains: dict[str, list[Job]] = defaultdict(list)
+        changes: dict[str, RowChanges] = defaultdict(dict)
+        chains: dict[str, list[MoveJob]] = defaultdict(list)
         for job in placed:
             try:
                 there = found_infos(heads, job.row.dst, job.row)
@@ -328,7 +328,7 @@ class Application:
                 return why
         return ""
 
-    def _end(self, jobs: Sequence[Job]) -> None:
+    def _end(self, jobs: Sequence[MoveJob]) -> None:
         """Journal the moves that wait, the moves that are done, and the moves that stopped, with reasons.
 
         The grace period begins now, when the placement is committed, not when apply() began: the copies may have taken
@@ -343,7 +343,9 @@ class Application:
             elif job.why:
                 gone += self._stopped_before(job)
                 rows.append(replace(job.row, note=job.why))
-            elif job.row.action == "copy" or (job.row.action == "reclass" and not ends_reading(self._sight, job.row)):
+            elif job.row.action == "copy" or (
+                job.row.action == "reclass" and not ends_readability(self._sight, job.row)
+            ):
                 rows.append(replace(job.row, state="done"))
             else:
                 # A new copy did not exist yet when an earlier wait for the same deletion began.
@@ -354,7 +356,7 @@ class Application:
         for job in jobs:
             self._copied_bytes += job.n_bytes
             if job.why:
-                self._stopped.append(Stopped(job.row.number, job.why, job.row.path, job.row.plan))
+                self._stopped.append(StoppedMove(job.row.number, job.why, job.row.path, job.row.plan))
             else:
                 self._n_done += 1
         self._tell()
@@ -378,8 +380,8 @@ def replace_object(one: JournalObject, etag: str | None, modified_s: float | Non
     return one._replace(etag=etag, modified_s=modified_s)
 
 
-def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    batch: list[Job] = []
+def _batches_of_jobs(jobs: Sequence[MoveJob]) -> Iterator[list[MoveJob]]:
+    batch: list[MoveJob] = []
     n_objects = n_bytes = 0
     for job in jobs:
         if batch and (

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from tiercache.store import Buffer, Span, Upload
 
 
-def below(store: Store, folder: str) -> Store:
+def prefix_store(store: Store, folder: str) -> Store:
     """Return the store of a folder; the store itself for ""."""
-    return Below(store, folder) if folder else store
+    return PrefixStore(store, folder) if folder else store
 
 
-class Below(Store):
+class PrefixStore(Store):
     """Store of the keys below a folder of another store. It uses that store's connections, and never closes them."""
 
     def __init__(self, store: Store, folder: str) -> None:

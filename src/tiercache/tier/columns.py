@@ -55,44 +55,44 @@ def text_of(texts: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
 def joined_codes(encoded: Sequence[pa.DictionaryArray], kind: pa.DataType) -> tuple[NDArray[np.int64], pa.Array]:
     """Unify dictionary-encoded arrays: return the code of every value, and the distinct values."""
     once = pa.concat_arrays([pa.array([], kind), *(one.dictionary for one in encoded)]).dictionary_encode()
-    place, codes, start = numbers(once.indices, np.int64), [np.empty(0, np.int64)], 0
+    place, codes, start = as_numpy(once.indices, np.int64), [np.empty(0, np.int64)], 0
     for one in encoded:
-        codes.append(place[start + numbers(one.indices, np.int64)])
+        codes.append(place[start + as_numpy(one.indices, np.int64)])
         start += len(one.dictionary)
     return np.concatenate(codes), once.dictionary
 
 
-def rising(texts: pa.Array) -> NDArray[np.int64]:
+def sort_order(texts: pa.Array) -> NDArray[np.int64]:
     """Return the row numbers of the texts in sorted order.
 
     Sorted input is not sorted again: it would take 1 s per million.
     """
     if len(texts) > 1 and not pc.all(pc.less_equal(texts.slice(0, len(texts) - 1), texts.slice(1))).as_py():
-        return numbers(pc.sort_indices(texts), np.int64)
+        return as_numpy(pc.sort_indices(texts), np.int64)
     return np.arange(len(texts))
 
 
-def taken(texts: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
+def take_rows(texts: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
     """Return the texts of distinct rows; without a copy if these are all rows in order."""
     if len(rows) == len(texts) and (rows[1:] > rows[:-1]).all():
         return texts
     return texts.take(pa.array(rows))
 
 
-def matches(texts: pa.Array, pattern: str) -> NDArray[np.bool_]:
+def match_regex(texts: pa.Array, pattern: str) -> NDArray[np.bool_]:
     """Return whether each text contains the pattern; bool[len(texts)]."""
     found = pc.match_substring_regex(texts, pattern)
     return np.asarray(found.to_numpy(zero_copy_only=False), np.bool_) if len(texts) else np.empty(0, np.bool_)
 
 
-def find(texts: pa.Array, among: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+def index_in(texts: pa.Array, among: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
     """Return the first row of each text in `among`, -1 if there is none; int64[len(texts)]."""
     if not len(texts) or not len(among):
         return np.full(len(texts), -1, np.int64)
-    return numbers(pc.index_in(texts, value_set=among.cast(texts.type)).fill_null(-1), np.int64)
+    return as_numpy(pc.index_in(texts, value_set=among.cast(texts.type)).fill_null(-1), np.int64)
 
 
-def numbers(column: pa.Array | pa.ChunkedArray, kind: type[np.int64] | type[np.float64]) -> NDArray[np.int64]:
+def as_numpy(column: pa.Array | pa.ChunkedArray, kind: type[np.int64] | type[np.float64]) -> NDArray[np.int64]:
     """Return a column without nulls as a numpy array, without pandas."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()

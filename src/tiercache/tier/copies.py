@@ -15,21 +15,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tiercache.catalog.checksums import Checksums
-from tiercache.tier.columns import ROWS_AT_A_TIME, find
+from tiercache.catalog.checksums import EntryTable
+from tiercache.tier.columns import ROWS_AT_A_TIME, index_in
 from tiercache.tier.layouts import MARK
 from tiercache.tier.listing import NO_CRC
-from tiercache.tier.model import ARCHIVED, HERE, RESTORED, RESTORING
+from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
 
 if TYPE_CHECKING:
-    from tiercache.tier.listing import Listed
+    from tiercache.tier.listing import Listing
 
 # Known checksums of a tier: key -> (n_bytes, etag, crc32c, verified, written_s).
-Book: TypeAlias = Mapping[str, tuple[int, str | None, int | None, bool, float | None]]
+ChecksumTable: TypeAlias = Mapping[str, tuple[int, str | None, int | None, bool, float | None]]
 
 # The state of a copy is the state of its least readable object.
 _HARDER = np.array([0, 3, 2, 1], np.uint8)
-_STATES = np.array([HERE, RESTORED, RESTORING, ARCHIVED], np.uint8)
+_STATES = np.array([READABLE, RESTORED, RESTORING, ARCHIVED], np.uint8)
 _NEVER_S = -np.inf
 _TIERS = 256  # above every tier number
 
@@ -120,7 +120,7 @@ def copies_at(
     return np.where(there, at, -1)
 
 
-def copies_of(listed: Listed, objects: Objects, book: Callable[[int], Book]) -> Copies:
+def copies_of(listed: Listing, objects: Objects, book: Callable[[int], ChecksumTable]) -> Copies:
     """Return the copies that the objects form.
 
     A copy is whole if it has every key that any copy of its group has, each with the same size in all copies; of two
@@ -175,7 +175,9 @@ class _Facts:
         written_s: float64[m], time of the first write in the catalog; inf: unknown.
     """
 
-    def __init__(self, listed: Listed, objects: Objects, order: NDArray[np.int64], book: Callable[[int], Book]) -> None:
+    def __init__(
+        self, listed: Listing, objects: Objects, order: NDArray[np.int64], book: Callable[[int], ChecksumTable]
+    ) -> None:
         row, key, is_shard = objects.row[order], objects.key[order], objects.is_shard[order]
         n_bytes = listed.n_bytes[row]
         crc32c, verified = listed.crc32c[row].copy(), np.zeros(len(row), np.bool_)
@@ -205,7 +207,7 @@ class _Facts:
 
 
 def _look_up(
-    listed: Listed, row: NDArray[np.int64], at: NDArray[np.int64], known: Book
+    listed: Listing, row: NDArray[np.int64], at: NDArray[np.int64], known: ChecksumTable
 ) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
     """Yield, in parts, the objects whose size and ETag equal the catalog's, and the catalog's entry of each.
 
@@ -213,7 +215,7 @@ def _look_up(
     """
     if not known or not len(at):
         return
-    book = Checksums.of(known).table
+    book = EntryTable.of(known).table
     if not _is_rising(book["key"]):
         book = book.sort_by("key")
     places, name = range(len(book)), lambda place: book["key"][place].as_py()
@@ -222,7 +224,7 @@ def _look_up(
         keys = listed.keys.take(pa.array(row[some]))
         first = bisect_left(places, keys[0].as_py(), key=name)
         part = book.slice(first, bisect_right(places, keys[-1].as_py(), key=name) - first)
-        hit = find(keys, part["key"])
+        hit = index_in(keys, part["key"])
         some, found = some[hit >= 0], part.drop_columns(["key"]).take(pa.array(hit[hit >= 0])).combine_chunks()
         # Without an ETag, a rewritten object cannot be detected, so that the catalog's entry does not apply.
         etags = pa.chunked_array([listed.etags.take(pa.array(row[some]))])

@@ -18,27 +18,35 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Literal
 
-from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy
+from tiercache.catalog.tiers import CatalogEntry, JournalObject, JournalRow
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
-from tiercache.points import reach
+from tiercache.points import crash_point
 from tiercache.tier.model import ARCHIVED, RESTORING, PlannedObject
-from tiercache.tier.steps import Infos, Sight, as_planned, as_reclassed, earliest, first_written_s, is_same
+from tiercache.tier.steps import (
+    Infos,
+    MoveContext,
+    as_planned,
+    earliest,
+    entry_after_class_change,
+    first_written_s,
+    matches_entry,
+)
 from tiercache.tier.stores import RESTORED_FIRST, state_of
 from tiercache.tier.transfer import is_md5
 
 if TYPE_CHECKING:
     from tiercache.model import ObjectInfo
     from tiercache.tier.model import Move
-    from tiercache.tier.transfer import Copied
+    from tiercache.tier.transfer import VerifiedCopy
 
 # A copy of this size is recorded in the catalog at once, so that a killed process does not have to make it again.
 _AT_ONCE_BYTES = 8 << 20
 # Assumed difference between the clocks of stores.
-_SKEW_S = 60.0
+_STORE_SKEW_S = 60.0
 
 
 @dataclass(slots=True)
-class Job:
+class MoveJob:
     """A move in progress.
 
     Attributes:
@@ -57,7 +65,7 @@ class Job:
     why: str = ""
     over: bool = False
     there: Infos = field(default_factory=dict)
-    made: list[tuple[str, str, KnownCopy]] = field(default_factory=list)
+    made: list[tuple[str, str, CatalogEntry]] = field(default_factory=list)
     n_bytes: int = 0
     is_new: bool = False
     lock: Lock = field(default_factory=Lock)
@@ -73,35 +81,35 @@ class Job:
         return not self.why and not self.over
 
 
-class Copying:
+class CopyMaker:
     """Makes the copies of jobs in parallel. Use it from one thread at a time."""
 
-    def __init__(self, sight: Sight, on_bytes: Callable[[int], object]) -> None:
+    def __init__(self, sight: MoveContext, on_bytes: Callable[[int], object]) -> None:
         self._sight, self._on_bytes = sight, on_bytes
 
-    def copy(self, jobs: Sequence[Job]) -> None:
+    def copy(self, jobs: Sequence[MoveJob]) -> None:
         """Make each job's group complete and verified in dst, and record it in the catalog.
 
         A failure stops its job only.
         """
         self._intend(jobs)
-        reach("tier_move.intended")
+        crash_point("tier_move.intended")
         self._all(self._ensure, [(job, one) for job in jobs for one in job.row.objects[:-1]])
-        reach("tier_move.parts_copied")
+        crash_point("tier_move.parts_copied")
         self._all(self._ensure, [(job, job.row.objects[-1]) for job in jobs])
-        reach("tier_move.copied")
+        crash_point("tier_move.copied")
         self._record(jobs)
-        reach("tier_move.recorded")
+        crash_point("tier_move.recorded")
 
-    def reclass(self, jobs: Sequence[Job]) -> None:
+    def reclass(self, jobs: Sequence[MoveJob]) -> None:
         """Give the objects of each job the storage class of dst."""
         for job in jobs:
             self._sight.remember_dates(job.row.dst, job.row.objects)
         self._all(self._change_class, [(job, one) for job in jobs for one in job.row.objects])
-        reach("tier_move.reclassed")
+        crash_point("tier_move.reclassed")
         self._record(jobs)
 
-    def _intend(self, jobs: Sequence[Job]) -> None:
+    def _intend(self, jobs: Sequence[MoveJob]) -> None:
         """Record the copies that are about to be made in archive classes, where they cannot be read afterwards.
 
         Without the record: 1. An object is copied into an archive class. 2. The process is killed before it records the
@@ -110,20 +118,22 @@ class Copying:
         """
         jobs = [job for job in jobs if self._sight.stores.class_of(job.row.dst) in RESTORED_FIRST]
         wanted = {
-            (job.row.dst, one.key): KnownCopy(one.n_bytes, None, None, job.row.src_place)
+            (job.row.dst, one.key): CatalogEntry(one.n_bytes, None, None, job.row.src_place)
             for job in jobs
             for one in job.row.objects
         }
         found = self._sight.heads(list(wanted))
         self._sight.catalog.record([(*at, copy) for at, copy in wanted.items() if found[at] is None])
 
-    def _record(self, jobs: Sequence[Job]) -> None:
+    def _record(self, jobs: Sequence[MoveJob]) -> None:
         self._sight.catalog.record([copy for job in jobs for copy in job.made])
         for job in jobs:
             job.made.clear()
 
-    def _all(self, work: Callable[[Job, JournalObject], None], objects: Sequence[tuple[Job, JournalObject]]) -> None:
-        def one_of(pair: tuple[Job, JournalObject]) -> None:
+    def _all(
+        self, work: Callable[[MoveJob, JournalObject], None], objects: Sequence[tuple[MoveJob, JournalObject]]
+    ) -> None:
+        def one_of(pair: tuple[MoveJob, JournalObject]) -> None:
             job, one = pair
             if job.goes_on:
                 try:
@@ -138,7 +148,7 @@ class Copying:
 
     # -- one object -------------------------------------------------------------------------------------------------
 
-    def _ensure(self, job: Job, one: JournalObject) -> None:
+    def _ensure(self, job: MoveJob, one: JournalObject) -> None:
         sight, src, dst = self._sight, job.row.src, job.row.dst
         info = sight.head(dst, one.key)
         if info is not None and self._is_there(job, one, info):
@@ -154,13 +164,13 @@ class Copying:
             if not error.facts.get("spoilt"):
                 raise
             source, copied = self._copied_from_others(job, one, replaces, error)
-        reach("tier_move.object")
+        crash_point("tier_move.object")
         crc = copied.crc32c if copied.crc32c is not None else one.crc32c
         # A copy made from a third tier may not be replaced from src: an object that rots there may look new one day.
-        copy = KnownCopy(copied.n_bytes, copied.etag, crc, sight.file.tier(source).url)
+        copy = CatalogEntry(copied.n_bytes, copied.etag, crc, sight.file.tier(source).url)
         self._note(job, one, copy, copied.n_bytes, of_source=source == src)
 
-    def _begin_anew(self, job: Job) -> None:
+    def _begin_anew(self, job: MoveJob) -> None:
         """Record that the copy in dst is new, before it exists or is recorded as verified.
 
         Its grace period starts again. Without the record: 1. A move waits, and its copy is lost. 2. The copy is made
@@ -177,8 +187,8 @@ class Copying:
                 self._sight.catalog.write([job.row])
 
     def _copied_from_others(
-        self, job: Job, one: JournalObject, replaces: bool | str, spoilt: StoreError
-    ) -> tuple[str, Copied]:
+        self, job: MoveJob, one: JournalObject, replaces: bool | str, spoilt: StoreError
+    ) -> tuple[str, VerifiedCopy]:
         """Copy an object that has rotted in src from another tier with an equal object. Return that tier and the copy.
 
         Raises `spoilt` if no tier has one. Without this, the group would stay incomplete in dst on every run until
@@ -196,7 +206,9 @@ class Copying:
                 return tier.name, sight.transfer.copy(tier.name, dst, asked, on_bytes=self._on_bytes, replaces=replaces)
         raise spoilt
 
-    def _note(self, job: Job, one: JournalObject, copy: KnownCopy, n_bytes: int, *, of_source: bool = True) -> None:
+    def _note(
+        self, job: MoveJob, one: JournalObject, copy: CatalogEntry, n_bytes: int, *, of_source: bool = True
+    ) -> None:
         """Record a verified copy in the catalog. If src was the source, record src too: both were read and are equal.
 
         The copy keeps the date of the object that it copies, also when the source is gone.
@@ -208,7 +220,7 @@ class Copying:
         copy = copy._replace(written_s=earliest(copy.written_s, first_s))
         pair = [(job.row.dst, one.key, copy)]
         if of_source and one.etag is not None:
-            pair.append((job.row.src, one.key, KnownCopy(one.n_bytes, one.etag, copy.crc32c, came_from, first_s)))
+            pair.append((job.row.src, one.key, CatalogEntry(one.n_bytes, one.etag, copy.crc32c, came_from, first_s)))
         if copy.n_bytes >= _AT_ONCE_BYTES:
             books.record(pair)
             pair = []
@@ -216,7 +228,7 @@ class Copying:
             job.n_bytes += n_bytes
             job.made.extend(pair)
 
-    def _is_there(self, job: Job, one: JournalObject, info: ObjectInfo) -> bool:
+    def _is_there(self, job: MoveJob, one: JournalObject, info: ObjectInfo) -> bool:
         """Return whether dst has an equal copy.
 
         Stop the job if dst has a different object that must not be overwritten.
@@ -229,19 +241,19 @@ class Copying:
             found = sight.sum_of(dst, info, known)
             # For an object that cannot be read, the checksum that the store reports is all there is.
             if expected == (info.crc32c if found is None else found):
-                same = known if known is not None and known.verified and is_same(info, known) else None
+                same = known if known is not None and known.verified and matches_entry(info, known) else None
                 came_from, first_s = ("", None) if same is None else (same.made_from, same.written_s)
-                copy = KnownCopy(info.n_bytes, info.etag, expected, came_from, first_s)
+                copy = CatalogEntry(info.n_bytes, info.etag, expected, came_from, first_s)
                 return self._found(job, one, copy, is_new=same is None)
         if known is not None and known.made_from == job.row.src_place:
             is_size = known.n_bytes == info.n_bytes == one.n_bytes
             if known.is_intended and is_size and is_cold:  # a readable object was compared above
                 if _is_by_etag(info, one):
-                    copy = KnownCopy(info.n_bytes, info.etag, None, job.row.src_place)
+                    copy = CatalogEntry(info.n_bytes, info.etag, None, job.row.src_place)
                     return self._found(job, one, copy, is_new=True)
                 if self._may_make_again(job, one, info):
                     return False
-            if is_same(info, known) and len(job.row.objects) == 1:
+            if matches_entry(info, known) and len(job.row.objects) == 1:
                 return False  # a copy of an earlier object of src: it may be replaced
         where = f"{sight.stores.store(dst).url}/{one.key}"
         archived = ", which must be restored before it can be compared" if is_cold else ""
@@ -251,7 +263,7 @@ class Copying:
         )
         return False
 
-    def _found(self, job: Job, one: JournalObject, copy: KnownCopy, *, is_new: bool) -> Literal[True]:
+    def _found(self, job: MoveJob, one: JournalObject, copy: CatalogEntry, *, is_new: bool) -> Literal[True]:
         """Record that dst has a copy already."""
         if is_new:
             self._begin_anew(job)
@@ -259,7 +271,7 @@ class Copying:
         self._on_bytes(one.n_bytes)
         return True
 
-    def _may_make_again(self, job: Job, one: JournalObject, info: ObjectInfo) -> bool:
+    def _may_make_again(self, job: MoveJob, one: JournalObject, info: ObjectInfo) -> bool:
         """Return whether src may replace an archived, never verified copy that a killed process has left.
 
         If the store reports a checksum of the copy, it differs from that of src: one of the two is wrong, and it may be
@@ -272,12 +284,12 @@ class Copying:
         """
         if info.crc32c is None:
             return True
-        if one.modified_s is None or info.modified_s is None or one.modified_s <= info.modified_s + _SKEW_S:
+        if one.modified_s is None or info.modified_s is None or one.modified_s <= info.modified_s + _STORE_SKEW_S:
             return False
         objects = job.row.objects
         return len(objects) == 1 or self._sight.head(job.row.dst, objects[-1].key) is None
 
-    def _source_sum(self, job: Job, one: JournalObject) -> int | None:
+    def _source_sum(self, job: MoveJob, one: JournalObject) -> int | None:
         """Return the CRC-32C that a copy must have; None where nothing records it and src cannot be read."""
         if one.crc32c is not None:
             return one.crc32c
@@ -287,7 +299,7 @@ class Copying:
             return None
         return sight.sum_of(src, info, sight.catalog.known(src, [one.key]).get(one.key))
 
-    def _change_class(self, job: Job, one: JournalObject) -> None:
+    def _change_class(self, job: MoveJob, one: JournalObject) -> None:
         sight, dst = self._sight, job.row.dst
         info = sight.head(dst, one.key)
         # Left by an earlier attempt that was killed: its change of class may have changed the ETag.
@@ -295,8 +307,8 @@ class Copying:
             return
         known = sight.catalog.known(dst, [one.key]).get(one.key)
         changed = sight.transfer.reclass(dst, as_planned(one))
-        reach("tier_move.class_changed")
-        if (copy := as_reclassed(one, known, changed)) is not None:
+        crash_point("tier_move.class_changed")
+        if (copy := entry_after_class_change(one, known, changed)) is not None:
             with job.lock:
                 job.made.append((dst, one.key, copy))
 
@@ -311,6 +323,6 @@ def _is_by_etag(info: ObjectInfo, one: JournalObject) -> bool:
     return not has_sum and info.etag is not None and info.etag == one.etag and is_md5(info.etag)
 
 
-def has_class(sight: Sight, tier: str, info: ObjectInfo) -> bool:
+def has_class(sight: MoveContext, tier: str, info: ObjectInfo) -> bool:
     """Return whether an object already has the storage class of a tier."""
     return (info.storage_class or "STANDARD") == sight.stores.class_of(tier)

@@ -20,13 +20,13 @@ from tiercache.shard import manifest
 from tiercache.shard.segments import SegmentRef, ShardTable, read_segments
 from tiercache.shard.versions import VERSIONS_FOLDER, Version
 from tiercache.tier import placement, usage
-from tiercache.tier.below import below
-from tiercache.tier.columns import find, matches
+from tiercache.tier.below import prefix_store
+from tiercache.tier.columns import index_in, match_regex
 
 if TYPE_CHECKING:
-    from tiercache.tier.listing import Listed
+    from tiercache.tier.listing import Listing
     from tiercache.tier.stores import Stores
-    from tiercache.tierfile import TierFile
+    from tiercache.tierfile import RuleFile
 
 OWN_KEY = rf"(?:^|/){re.escape(OWN_FOLDER)}"
 SHARD_KEY = r"\.tcs$"
@@ -37,7 +37,7 @@ _THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class DataSet:
+class FoundDataset:
     """A data set that was found.
 
     Attributes:
@@ -60,7 +60,7 @@ class DataSet:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Shards:
+class LiveShards:
     """The live shards of all data sets. Row i of every column is one; keys are unique.
 
     Attributes:
@@ -92,7 +92,7 @@ class Shards:
         return len(self.keys)
 
 
-_NONE = Shards(
+_NONE = LiveShards(
     pa.array([], pa.large_string()),
     np.empty(0, np.int64),
     np.empty(0, np.int64),
@@ -107,8 +107,8 @@ _NONE = Shards(
 
 
 def read_datasets(
-    file: TierFile, stores: Stores, listed: Listed, own: pa.Array, *, now_s: float
-) -> tuple[Shards, tuple[DataSet, ...]]:
+    file: RuleFile, stores: Stores, listed: Listing, own: pa.Array, *, now_s: float
+) -> tuple[LiveShards, tuple[FoundDataset, ...]]:
     """Read all data sets whose versions are among the listed objects.
 
     Args:
@@ -131,7 +131,9 @@ def read_datasets(
     return _joined(shards), tuple(found)
 
 
-def _versions_of(file: TierFile, listed: Listed, own: pa.Array, own_keys: pa.Array) -> dict[tuple[str, int], list[int]]:
+def _versions_of(
+    file: RuleFile, listed: Listing, own: pa.Array, own_keys: pa.Array
+) -> dict[tuple[str, int], list[int]]:
     """Return the version numbers of each data set by (folder, tier): from the home tier, or else the first with any."""
     parts = pc.extract_regex(own_keys, _VERSION_KEY)
     rows = np.flatnonzero(np.asarray(pc.is_valid(parts).to_numpy(zero_copy_only=False), np.bool_))
@@ -151,26 +153,26 @@ def _versions_of(file: TierFile, listed: Listed, own: pa.Array, own_keys: pa.Arr
 class _Reader:
     """Reads one data set."""
 
-    def __init__(self, file: TierFile, stores: Stores, folder: str, tier: str) -> None:
+    def __init__(self, file: RuleFile, stores: Stores, folder: str, tier: str) -> None:
         self._file, self._folder, self._tier = file, folder, tier
-        self._store = below(stores.store(tier), folder)
+        self._store = prefix_store(stores.store(tier), folder)
 
-    def read(self, numbers: Sequence[int], own_keys: pa.Array, now_s: float) -> tuple[Shards, DataSet]:
+    def read(self, numbers: Sequence[int], own_keys: pa.Array, now_s: float) -> tuple[LiveShards, FoundDataset]:
         """Return the shards of the data set, and its description."""
         try:
             versions = self._versions(numbers)
             table, named_s = self._table(versions)
         except (CorruptShard, UnsupportedFormat) as error:
-            return _NONE, DataSet(self._folder, self._tier, len(numbers), problem=str(error))
-        has_mark = bool(matches(own_keys, f"^{re.escape(self._folder + placement.MARK_KEY)}$").any())
-        reports = matches(own_keys, f"^{re.escape(self._folder + usage.USAGE_FOLDER)}").any()
+            return _NONE, FoundDataset(self._folder, self._tier, len(numbers), problem=str(error))
+        has_mark = bool(match_regex(own_keys, f"^{re.escape(self._folder + placement.TRACKING_MARKER_KEY)}$").any())
+        reports = match_regex(own_keys, f"^{re.escape(self._folder + usage.USAGE_FOLDER)}").any()
         found = usage.read_reports(self._store) if reports else []
-        used = usage.merge(found, table.names, now_s=now_s, silence_s=self._file.tiering.silence_s)
+        used = usage.merge_reports(found, table.names, now_s=now_s, silence_s=self._file.tiering.silence_s)
         urls, elsewhere = self._elsewhere(table.names) if has_mark else ((), np.zeros(len(table), np.bool_))
         # Without the adoption marker, readers do not report: a data set that is read daily must not be archived on the
         # day of the first rules. A marker without a date comes from an early release: uses have been recorded for long.
         since_s = (placement.adopted_s(self._store) or 0.0) if has_mark else np.inf
-        shards = Shards(
+        shards = LiveShards(
             keys=_below(self._folder, table.names),
             n_bytes=table.n_bytes,
             crc32c=table.crc32c.astype(np.int64),
@@ -182,7 +184,9 @@ class _Reader:
             elsewhere=elsewhere,
             counted_since_s=np.full(len(table), since_s),
         )
-        return shards, DataSet(self._folder, self._tier, len(versions), len(table), is_adopted=has_mark, elsewhere=urls)
+        return shards, FoundDataset(
+            self._folder, self._tier, len(versions), len(table), is_adopted=has_mark, elsewhere=urls
+        )
 
     def _versions(self, numbers: Sequence[int]) -> list[Version]:
         """Return the versions with these numbers that still exist."""
@@ -227,7 +231,7 @@ class _Reader:
 
     def _elsewhere(self, names: pa.ChunkedArray) -> tuple[tuple[tuple[str, int], ...], NDArray[np.bool_]]:
         """Return the shards that are placed at a URL that is not a tier's: their number by URL, and bool[n]."""
-        placed = placement.read(self._store)
+        placed = placement.read_placement(self._store)
         if placed is None or not len(placed):
             return (), np.zeros(len(names), np.bool_)
         at = placed.among(names)
@@ -259,15 +263,15 @@ def _below(folder: str, names: pa.ChunkedArray) -> pa.Array:
     return pc.binary_join_element_wise(pa.scalar(folder, large), texts, pa.scalar("", large))
 
 
-def _joined(shards: Sequence[Shards]) -> Shards:
+def _joined(shards: Sequence[LiveShards]) -> LiveShards:
     """Concatenate the shards of all data sets; of duplicate keys, the first is kept."""
     every = [_NONE, *shards]
     keys = pa.concat_arrays([one.keys for one in every])
-    rows = np.flatnonzero(find(keys, keys) == np.arange(len(keys)))
+    rows = np.flatnonzero(index_in(keys, keys) == np.arange(len(keys)))
 
     def column(name: str) -> NDArray[np.float64]:
         joined: NDArray[np.float64] = np.concatenate([getattr(one, name) for one in every])
         return joined[rows]
 
-    columns = {one.name: column(one.name) for one in fields(Shards) if one.name != "keys"}
-    return Shards(keys=keys.take(pa.array(rows, pa.int64())), **columns)  # type: ignore[arg-type]
+    columns = {one.name: column(one.name) for one in fields(LiveShards) if one.name != "keys"}
+    return LiveShards(keys=keys.take(pa.array(rows, pa.int64())), **columns)  # type: ignore[arg-type]

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tiercache.tier.made import Made
-from tiercache.tier.model import KINDS, Action, Chosen, Declined, Kind, Money
+from tiercache.tier.made import LazySequence
+from tiercache.tier.model import KINDS, Action, Kind, MoveCost, MoveDecision, MoveRejection
 from tiercache.tier.view import Rows
 from tiercache.tier.wishes import ACTIONS, Texts
 
-FREE = Money(break_even_days=0.0)
+FREE = MoveCost(break_even_days=0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ways:
+class MoveColumns:
     """Columns of moves or refusals; row i of every column is one.
 
     Attributes:
@@ -43,9 +43,9 @@ class Ways:
         return len(self.group)
 
     @classmethod
-    def of(cls, some: Sequence[Chosen] | Sequence[Declined]) -> Ways:
+    def of(cls, some: Sequence[MoveDecision] | Sequence[MoveRejection]) -> MoveColumns:
         """Return the columns of a sequence of decisions, without a copy if it is kept as columns."""
-        if isinstance(some, Choices | Refused):
+        if isinstance(some, MoveDecisionTable | MoveRejectionTable):
             return some.ways
         names = sorted({one.rule for one in some})
         text = np.empty(len(some), np.object_)
@@ -93,7 +93,7 @@ class Ways:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Dollars:
+class CostColumns:
     """Costs of moves; float64[n] each.
 
     Attributes:
@@ -113,9 +113,9 @@ class Dollars:
             object.__setattr__(self, name, np.where(free, 0.0, column))
 
     @classmethod
-    def of(cls, moves: Sequence[Chosen]) -> Dollars:
+    def of(cls, moves: Sequence[MoveDecision]) -> CostColumns:
         """Return the columns of a sequence of decisions, without a copy if it is kept as columns."""
-        if isinstance(moves, Choices):
+        if isinstance(moves, MoveDecisionTable):
             return moves.dollars
         days = [np.inf if one.money.break_even_days is None else one.money.break_even_days for one in moves]
         columns: tuple[list[Any], ...] = ([m.money.once for m in moves], [m.money.saving_month for m in moves], days)
@@ -126,36 +126,36 @@ class Dollars:
         days = [None if day == np.inf else day for day in self.days[start:end].tolist()]
         return zip(self.once[start:end].tolist(), self.saving_month[start:end].tolist(), days, strict=True)
 
-    def made(self, start: int, end: int) -> Iterator[Money]:
+    def made(self, start: int, end: int) -> Iterator[MoveCost]:
         """Yield the costs of rows from start to end as objects."""
-        return (Money(*row) if row[0] or row[1] else FREE for row in self.rows(start, end))
+        return (MoveCost(*row) if row[0] or row[1] else FREE for row in self.rows(start, end))
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Choices(Made[Chosen]):
+class MoveDecisionTable(LazySequence[MoveDecision]):
     """A sequence of decided moves over columns."""
 
-    ways: Ways
-    dollars: Dollars
+    ways: MoveColumns
+    dollars: CostColumns
 
     def __len__(self) -> int:
         return len(self.ways)
 
-    def made(self, start: int, end: int) -> Iterator[Chosen]:
+    def made(self, start: int, end: int) -> Iterator[MoveDecision]:
         """See Made.made."""
         for columns, money in zip(self.ways.named(start, end), self.dollars.made(start, end), strict=True):
-            yield Chosen(*columns, money)
+            yield MoveDecision(*columns, money)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Refused(Made[Declined]):
+class MoveRejectionTable(LazySequence[MoveRejection]):
     """A sequence of rejected moves over columns."""
 
-    ways: Ways
+    ways: MoveColumns
 
     def __len__(self) -> int:
         return len(self.ways)
 
-    def made(self, start: int, end: int) -> Iterator[Declined]:
+    def made(self, start: int, end: int) -> Iterator[MoveRejection]:
         """See Made.made."""
-        return (Declined(*columns) for columns in self.ways.named(start, end))
+        return (MoveRejection(*columns) for columns in self.ways.named(start, end))

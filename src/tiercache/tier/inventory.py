@@ -23,24 +23,24 @@ from numpy.typing import NDArray
 from tiercache.catalog import read_log
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder
-from tiercache.tier.columns import find, matches, rising, taken
+from tiercache.tier.columns import index_in, match_regex, sort_order, take_rows
 from tiercache.tier.copies import Copies, Objects, copies_at, copies_of
-from tiercache.tier.datasets import OWN_KEY, SHARD_KEY, DataSet, Shards, read_datasets
-from tiercache.tier.layouts import LACKS, MEMBER, NO_GROUP, NOTHING, Layout, recognise
-from tiercache.tier.listing import Listed, Progress, give_back, list_tiers
+from tiercache.tier.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
+from tiercache.tier.layouts import LACKS, MEMBER, NO_GROUP, NOTHING, Layout, recognise_layout
+from tiercache.tier.listing import Listing, Progress, list_tiers, release_memory
 from tiercache.tier.model import CHECKPOINT, FILE, NO_SERIES, NO_STEP, SHARD, Snapshot
-from tiercache.tier.moves import Pieces
-from tiercache.tier.scores import Scores, wanted_metrics
+from tiercache.tier.moves import ObjectTable
+from tiercache.tier.scores import MetricReader, wanted_metrics
 
 if TYPE_CHECKING:
     from tiercache.tier.stores import Stores
-    from tiercache.tierfile import TierFile
+    from tiercache.tierfile import RuleFile
 
 # Number of example names that a fact contains.
 _MANY = 10
 
 
-class Known(Protocol):
+class KnownChecksums(Protocol):
     """The catalog's knowledge of copies."""
 
     def checksums(self, tier: str, /) -> Mapping[str, tuple[int, str | None, int | None, bool, float | None]]:
@@ -55,7 +55,7 @@ class Inventory:
         snapshot: Snapshot for the planner.
         facts: Further findings, by name:
 
-            - `datasets`: tuple of DataSet.
+            - `datasets`: tuple of FoundDataset.
             - `missed`: tiers that were not listed.
             - `n_objects`: number of listed objects; `n_own`: number of tiercache's own objects among them.
             - Findings with a count and example names: `orphans` (shards that no version names), `missing` (shards that
@@ -70,7 +70,7 @@ class Inventory:
 
     snapshot: Snapshot
     facts: Mapping[str, Any]
-    _listed: Listed = field(repr=False)
+    _listed: Listing = field(repr=False)
     _copies: Copies = field(repr=False)
 
     def objects(self, group: int, tier: int) -> tuple[ObjectInfo, ...]:
@@ -86,9 +86,9 @@ class Inventory:
 
     def lies(self, keys: pa.Array) -> NDArray[np.bool_]:
         """Return whether an object with each key was listed in any tier; bool[len(keys)]."""
-        return find(keys, self._listed.keys) >= 0
+        return index_in(keys, self._listed.keys) >= 0
 
-    def pieces(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> Pieces:
+    def pieces(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> ObjectTable:
         """Return the objects of many copies as columns: for each group, its copy in the tier at the same index.
 
         See objects().
@@ -99,13 +99,13 @@ class Inventory:
         start = np.concatenate([[0], np.cumsum(n_objects)])
         at = np.arange(start[-1]) + np.repeat(copies.start[copy] - start[:-1], n_objects)
         row, crc32c = copies.row[at], copies.crc32c[at]
-        return Pieces(start, row, crc32c, listed.keys, listed.etags, listed.n_bytes, listed.modified_s)
+        return ObjectTable(start, row, crc32c, listed.keys, listed.etags, listed.n_bytes, listed.modified_s)
 
 
 def take_inventory(
-    file: TierFile,
+    file: RuleFile,
     stores: Stores,
-    known: Known,
+    known: KnownChecksums,
     *,
     now_s: float,
     on_progress: Progress | None = None,
@@ -126,14 +126,14 @@ def take_inventory(
         ValueError: The URL or the options of a tier's store are invalid.
     """
     listed = list_tiers(file, stores, now_s=now_s, on_progress=on_progress, may_miss=may_miss)
-    give_back()
-    own = matches(listed.keys, OWN_KEY)
+    release_memory()
+    own = match_regex(listed.keys, OWN_KEY)
     shards, datasets = read_datasets(file, stores, listed, pa.array(np.flatnonzero(own)), now_s=now_s)
     grouped = _grouped(listed, own, shards)
-    give_back()
+    release_memory()
     copies = copies_of(listed, grouped.objects, lambda tier: known.checksums(file.tiers[tier].name))
     complete = _complete(grouped, copies, now_s=now_s, settle_s=file.tiering.settle_s)
-    scores = Scores(stores, tuple(tier.name for tier in file.tiers), listed, copies)
+    scores = MetricReader(stores, tuple(tier.name for tier in file.tiers), listed, copies)
     metrics = scores.of(wanted_metrics(file), grouped.paths, np.flatnonzero(grouped.kind == CHECKPOINT))
     links = _links(file, stores, listed, grouped.paths, copies)
     of_groups = {
@@ -178,7 +178,7 @@ class _Grouped:
     shard: NDArray[np.int64]
     of: NDArray[np.int64]
     layout: Layout
-    shards: Shards
+    shards: LiveShards
     objects: Objects
     orphans: pa.Array
     unfinished: pa.Array
@@ -191,20 +191,20 @@ class _Grouped:
         return found
 
 
-def _grouped(listed: Listed, own: NDArray[np.bool_], shards: Shards) -> _Grouped:
+def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards) -> _Grouped:
     rows = np.flatnonzero(~own)
-    keys, key = _numbered(taken(listed.keys, rows))
-    give_back()
-    shard = find(keys, shards.keys)
-    is_orphan = (shard < 0) & matches(keys, SHARD_KEY)
+    keys, key = _numbered(take_rows(listed.keys, rows))
+    release_memory()
+    shard = index_in(keys, shards.keys)
+    is_orphan = (shard < 0) & match_regex(keys, SHARD_KEY)
     others = np.flatnonzero((shard < 0) & ~is_orphan)
-    layout = recognise(taken(keys, others))
-    give_back()
+    layout = recognise_layout(take_rows(keys, others))
+    release_memory()
     is_shard = np.flatnonzero(shard >= 0)
     # A checkpoint folder may have the name of a shard; paths of the snapshot must be unique, so the folder wins.
-    is_shard = is_shard[find(keys.take(pa.array(is_shard)), layout.paths) < 0]
+    is_shard = is_shard[index_in(keys.take(pa.array(is_shard)), layout.paths) < 0]
     paths = pa.concat_arrays([layout.paths, keys.take(pa.array(is_shard))]) if len(is_shard) else layout.paths
-    order = rising(paths)
+    order = sort_order(paths)
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     group = np.full(len(keys), NO_GROUP, np.int64)
@@ -219,7 +219,7 @@ def _grouped(listed: Listed, own: NDArray[np.bool_], shards: Shards) -> _Grouped
     kind[of < 0] = SHARD
     left = ~in_layout
     return _Grouped(
-        paths=taken(paths, order),
+        paths=take_rows(paths, order),
         kind=kind,
         shard=shard_of,
         of=of,
@@ -244,14 +244,14 @@ class _Columns:
 def _numbered(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
     """Return the distinct keys, sorted, and the number of each key."""
     encoded = keys.dictionary_encode()
-    order = rising(encoded.dictionary)
+    order = sort_order(encoded.dictionary)
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
-    return taken(encoded.dictionary, order), place[np.asarray(encoded.indices.to_numpy(), np.int64)]
+    return take_rows(encoded.dictionary, order), place[np.asarray(encoded.indices.to_numpy(), np.int64)]
 
 
 def _objects(
-    rows: NDArray[np.int64], keys: pa.Array, key: NDArray[np.int64], of: _Columns, known: tuple[Layout, Shards]
+    rows: NDArray[np.int64], keys: pa.Array, key: NDArray[np.int64], of: _Columns, known: tuple[Layout, LiveShards]
 ) -> Objects:
     layout, shards = known
     rank, unfinished = np.full(len(keys), MEMBER, np.uint8), np.zeros(len(keys), np.bool_)
@@ -308,7 +308,7 @@ def _unread(groups: NDArray[np.int64], copies: Copies, n_groups: int) -> NDArray
     return found
 
 
-def _links(file: TierFile, stores: Stores, listed: Listed, paths: pa.Array, copies: Copies) -> dict[int, str]:
+def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, copies: Copies) -> dict[int, str]:
     """Return, by copy, a symbolic link in its tier that points to the copy or into it."""
     found: dict[int, str] = {}
     for number in listed.tiers:
@@ -318,7 +318,7 @@ def _links(file: TierFile, stores: Stores, listed: Listed, paths: pa.Array, copi
         # The target may be the group, or lie in a folder that is one.
         pairs = [(link, above) for link, key in sorted(store.links()) for above in _with_folders(key)]
         pairs = [(link, above) for link, above in pairs if not link.startswith(f"{above}/")]  # moves with the group
-        rows = find(pa.array([above for _, above in pairs], pa.large_string()), paths)
+        rows = index_in(pa.array([above for _, above in pairs], pa.large_string()), paths)
         for (link, _), row in zip(pairs, rows.tolist(), strict=True):
             copy = copies.find(row, number) if row >= 0 else None
             if copy is not None:
@@ -339,19 +339,19 @@ class _Used:
     uses: NDArray[np.int64]
 
     @classmethod
-    def of(cls, file: TierFile, listed: Listed, grouped: _Grouped) -> _Used:
+    def of(cls, file: RuleFile, listed: Listing, grouped: _Grouped) -> _Used:
         """Aggregate the logs: the use of any object, in any tier, is a use of its group."""
         n_groups = len(grouped.kind)
         last_s, counts = np.full(n_groups, np.nan), np.zeros(n_groups, np.int64)
         try:
-            known = read_log.read()
+            known = read_log.read_uses()
         except (OSError, ValueError):  # there is no usable state folder, so that no use is known
             known = {}
         for number in listed.tiers if known else ():
-            found = read_log.below(known, file.tiers[number].url)
+            found = read_log.uses_under(known, file.tiers[number].url)
             rows = np.flatnonzero(listed.tier[grouped.objects.row] == number)
-            keys = taken(listed.keys, grouped.objects.row[rows])
-            at = find(keys, pa.array(list(found), pa.large_string()))
+            keys = take_rows(listed.keys, grouped.objects.row[rows])
+            at = index_in(keys, pa.array(list(found), pa.large_string()))
             rows, at = rows[at >= 0], at[at >= 0]
             group = grouped.objects.group[rows]
             columns = np.array(list(found.values()), np.float64).reshape(-1, 2)[at]
@@ -361,7 +361,7 @@ class _Used:
 
 
 def _snapshot(
-    file: TierFile, listed: Listed, grouped: _Grouped, copies: Copies, used: _Used, *, now_s: float, **columns: Any
+    file: RuleFile, listed: Listing, grouped: _Grouped, copies: Copies, used: _Used, *, now_s: float, **columns: Any
 ) -> Snapshot:
     created_s, last_use_s = np.full(len(grouped.kind), np.inf), np.full(len(grouped.kind), np.inf)
     np.minimum.at(created_s, copies.group, copies.written_s)
@@ -405,7 +405,7 @@ def _snapshot(
 
 
 def _facts(
-    listed: Listed, grouped: _Grouped, copies: Copies, complete: NDArray[np.bool_], datasets: tuple[DataSet, ...]
+    listed: Listing, grouped: _Grouped, copies: Copies, complete: NDArray[np.bool_], datasets: tuple[FoundDataset, ...]
 ) -> dict[str, Any]:
     lacks = grouped.from_layout(grouped.layout.lacks, NOTHING)[~complete]
     there = np.zeros(len(grouped.shards), np.bool_)

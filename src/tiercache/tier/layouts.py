@@ -27,16 +27,16 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.store.posix import TEMP_PREFIX
-from tiercache.tier.alike import Alike
+from tiercache.tier.alike import NameTemplates
 from tiercache.tier.columns import (
     ROWS_AT_A_TIME,
-    find,
+    as_numpy,
+    index_in,
     joined_codes,
-    matches,
-    numbers,
-    rising,
+    match_regex,
+    sort_order,
     split_keys,
-    taken,
+    take_rows,
 )
 from tiercache.tier.model import NO_SERIES, NO_STEP
 
@@ -127,13 +127,13 @@ class Layout:
     on_top: NDArray[np.bool_]
 
 
-def recognise(keys: pa.Array) -> Layout:
+def recognise_layout(keys: pa.Array) -> Layout:
     """Return the groups that these keys form. keys: string or large_string, unique, without nulls."""
     keys = keys.cast(pa.large_string())
     folders, folder, names = split_keys(keys)
     in_folder = _checkpoint_folders(folders, folder, names)
     at_row = in_folder.row[folder] if len(keys) else np.empty(0, np.int64)
-    unfinished, no_key = matches(keys, _TEMPORARY), matches(keys, _NO_KEY)
+    unfinished, no_key = match_regex(keys, _TEMPORARY), match_regex(keys, _NO_KEY)
     left = np.flatnonzero((at_row < 0) & ~unfinished & ~no_key)
     group, paths, place = _numbered(keys, at_row, in_folder.table["path"], left, no_key)
     known = _known_groups(in_folder.table, _checkpoint_files(folders, folder, names, left), place, len(paths))
@@ -172,7 +172,7 @@ def _checkpoint_folders(folders: pa.Array, folder: NDArray[np.int64], names: pa.
     if len(folders):
         # A temporary folder is still being written; the writer renames it at the end.
         named = pc.and_(named, pc.invert(pc.match_substring_regex(folders, _TEMPORARY)))
-    by_name = np.flatnonzero(numbers(named, np.int64))
+    by_name = np.flatnonzero(as_numpy(named, np.int64))
     found = whole.take(pa.array(by_name))
     path = _joined([pc.struct_field(found, "parent"), pc.struct_field(found, "name")], "")
     by_number = dict(_number_folders(folders, folder, names, np.asarray(named.to_numpy(zero_copy_only=False), bool)))
@@ -195,7 +195,7 @@ def _first_of_each(rows: pa.Table) -> tuple[pa.Table, NDArray[np.int64]]:
     encoded = rows["path"].combine_chunks().dictionary_encode() if len(rows) else None
     if encoded is None:
         return rows, np.empty(0, np.int64)
-    which = numbers(encoded.indices, np.int64)
+    which = as_numpy(encoded.indices, np.int64)
     return rows.take(pa.array(np.unique(which, return_index=True)[1])).combine_chunks(), which
 
 
@@ -207,11 +207,11 @@ def _number_folders(
     A numbered folder is a checkpoint if it has a numbered sibling and both contain files with names of weights: folders
     are numbered by class, day and part too.
     """
-    numbered = matches(folders, _IN_NUMBER) & ~named & ~matches(folders, _TEMPORARY)
+    numbered = match_regex(folders, _IN_NUMBER) & ~named & ~match_regex(folders, _TEMPORARY)
     if not numbered.any():
         return
     holding = np.zeros(len(folders), np.bool_)
-    holding[folder[matches(names, _HOLDS_STATE)]] = True
+    holding[folder[match_regex(names, _HOLDS_STATE)]] = True
     like: dict[str, set[str]] = defaultdict(set)
     for i in np.flatnonzero(numbered & holding).tolist():
         for path in _numbered_above(folders[i].as_py()):
@@ -240,14 +240,14 @@ def _checkpoint_files(
     for start in range(0, len(left), ROWS_AT_A_TIME):
         some = left[start : start + ROWS_AT_A_TIME]
         texts, of = names.take(pa.array(some)), folder[some]
-        alike = Alike.of(texts)
+        alike = NameTemplates.of(texts)
         known, row, alone = _known_shapes(alike)
         together = np.flatnonzero((row[alike.shape] >= 0) & ~alike.is_long)
         shapes = known.take(pa.array(row[alike.shape[together]]))
         yield start + together, _known_together(alike, together, shapes, folders, of)
         rest = np.flatnonzero(alone[alike.shape] | alike.is_long)
         found = pc.extract_regex(texts.take(pa.array(rest)), _FILE_NAME)
-        is_one = np.flatnonzero(numbers(pc.is_valid(found), np.int64))
+        is_one = np.flatnonzero(as_numpy(pc.is_valid(found), np.int64))
         yield start + rest[is_one], _known_of(_columns_of(found, is_one, folders.take(pa.array(of[rest[is_one]]))))
 
 
@@ -257,7 +257,7 @@ def _columns_of(found: pa.Array, rows: NDArray[np.int64], parents: pa.Array) -> 
     return {name: pc.struct_field(found, name) for name in (*_NAMES[1:], "number")} | {"parent": parents}
 
 
-def _known_shapes(alike: Alike) -> tuple[pa.Table, NDArray[np.int64], NDArray[np.bool_]]:
+def _known_shapes(alike: NameTemplates) -> tuple[pa.Table, NDArray[np.int64], NDArray[np.bool_]]:
     """Parse each template of names once.
 
     The number of a digit run, from 1, replaces each run, so that the parsed step tells which run it is. Names whose
@@ -267,7 +267,7 @@ def _known_shapes(alike: Alike) -> tuple[pa.Table, NDArray[np.int64], NDArray[np
         The parsed templates; the row of each template in this table, -1: not parsed; the templates to parse name by
         name.
     """
-    is_one = matches(alike.shapes, _FILE_NAME)
+    is_one = match_regex(alike.shapes, _FILE_NAME)
     many = np.bincount(alike.shape, minlength=len(is_one)) >= _FEW
     some = np.flatnonzero(is_one & many)
     counted = [_counted(shape) for shape in alike.shapes.take(pa.array(some)).to_pylist()]
@@ -275,7 +275,7 @@ def _known_shapes(alike: Alike) -> tuple[pa.Table, NDArray[np.int64], NDArray[np
     no_parents = pa.array([""] * len(some), pa.large_string())
     known = _known_of(_columns_of(found, np.arange(len(some)), no_parents))
     series = _one(known["series"])
-    plain = np.flatnonzero(~matches(series.dictionary, "[0-9]")[numbers(series.indices, np.int64)])
+    plain = np.flatnonzero(~match_regex(series.dictionary, "[0-9]")[as_numpy(series.indices, np.int64)])
     row = np.full(len(is_one), -1, np.int64)
     row[some[plain]] = plain
     return known, row, is_one & (row < 0)
@@ -288,16 +288,16 @@ def _counted(shape: str) -> str:
 
 
 def _known_together(
-    alike: Alike, rows: NDArray[np.int64], shapes: pa.Table, folders: pa.Array, folder: NDArray[np.int64]
+    alike: NameTemplates, rows: NDArray[np.int64], shapes: pa.Table, folders: pa.Array, folder: NDArray[np.int64]
 ) -> pa.Table:
     """Return step and series of the names in rows, from their parsed templates. folder: Folder of every name."""
     series = _one(shapes["series"])
     n_series = len(series.dictionary)
-    code = folder[rows] * n_series + numbers(series.indices, np.int64)
+    code = folder[rows] * n_series + as_numpy(series.indices, np.int64)
     once, place = np.unique(code, return_inverse=True)
     parents, rest = folders.take(pa.array(once // n_series)), series.dictionary.take(pa.array(once % n_series))
     texts = pa.DictionaryArray.from_arrays(pa.array(place, pa.int32()), _joined([parents, rest], ""))
-    step = alike.number(rows, numbers(shapes["step"], np.int64))
+    step = alike.number(rows, as_numpy(shapes["step"], np.int64))
     return pa.Table.from_arrays([pa.array(step), texts], schema=_KNOWN)
 
 
@@ -339,7 +339,7 @@ def _known_groups(
     for rows, table in chain(files, [(np.flatnonzero(place[: len(in_folder)] >= 0), in_folder)]):
         groups.append(place[rows])
         some = table if table is not in_folder else table.take(pa.array(rows))
-        steps.append(numbers(some["step"], np.int64))
+        steps.append(as_numpy(some["step"], np.int64))
         series.append(_one(some["series"]))
     group, codes = np.concatenate(groups), joined_codes(series, pa.large_string())[0]
     step, code = np.full(n_groups, NO_STEP, np.int64), np.full(n_groups, NO_SERIES, np.int64)
@@ -371,13 +371,13 @@ def _numbered(
     is_used = np.zeros(n_folders + 1, np.bool_)  # index -1 (no folder) is the last entry
     is_used[row[inside]] = True
     used = np.flatnonzero(is_used)
-    of_folders, of_keys = _one(folders), taken(keys, left)
+    of_folders, of_keys = _one(folders), take_rows(keys, left)
     # A key with the name of a checkpoint folder belongs to that folder's group, even if the folder is otherwise empty.
-    same = find(of_keys, of_folders)
+    same = index_in(of_keys, of_folders)
     alone, to_folder = np.flatnonzero(~is_used[same]), np.flatnonzero(is_used[same])
-    paths = taken(of_keys, alone)
+    paths = take_rows(of_keys, alone)
     paths = pa.concat_arrays([of_folders.take(pa.array(used)), paths]) if len(used) else paths
-    order = rising(paths)
+    order = sort_order(paths)
     of_path = np.empty(len(order), np.int64)
     of_path[order] = np.arange(len(order))
     place = np.full(n_folders + len(left), -1, np.int64)
@@ -389,15 +389,15 @@ def _numbered(
     group = np.full(len(keys), NO_GROUP, np.int32)
     group[inside] = place[row[inside]]
     group[left] = place[n_folders:]
-    return group, taken(paths, order), place
+    return group, take_rows(paths, order), place
 
 
 def _on_top(
     folders: pa.Array, folder: NDArray[np.int64], paths: pa.Array, group: NDArray[np.int32]
 ) -> NDArray[np.bool_]:
     """Return whether each key lies directly in the folder of its group; bool[n_keys]."""
-    group_bytes = np.append(numbers(pc.binary_length(paths), np.int64), NO_GROUP)  # entry -1 matches no length
-    folder_bytes = numbers(pc.binary_length(folders), np.int64)
+    group_bytes = np.append(as_numpy(pc.binary_length(paths), np.int64), NO_GROUP)  # entry -1 matches no length
+    folder_bytes = as_numpy(pc.binary_length(folders), np.int64)
     return np.asarray((group != NO_GROUP) & (folder_bytes[folder] == group_bytes[group] + 1), np.bool_)
 
 
@@ -429,7 +429,7 @@ class _Members:
         of_checkpoint = self._is_in.copy()
         of_checkpoint[self._is_in] = checkpoint[group[self._is_in]]
         self._rows = np.flatnonzero(of_checkpoint)
-        self._names = taken(names, self._rows)
+        self._names = take_rows(names, self._rows)
         self.metadata, self.trainer_state = self.called(".metadata"), self.called("trainer_state.json")
 
     def called(self, name: str) -> NDArray[np.bool_]:
@@ -439,7 +439,7 @@ class _Members:
     def named(self, pattern: str) -> NDArray[np.bool_]:
         """Return whether each key belongs to a checkpoint and its name contains the pattern; bool[n_keys]."""
         found = np.zeros(len(self.names), np.bool_)
-        found[self._rows[matches(self._names, pattern)]] = True
+        found[self._rows[match_regex(self._names, pattern)]] = True
         return found
 
     def groups_with(self, members: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -460,7 +460,7 @@ class _Members:
 
     def ranks(self) -> NDArray[np.uint8]:
         """Return MEMBER, INDEX or MARK for each key; uint8[n_keys]."""
-        rank = np.where(matches(self.names, _INDEX) & self._is_in, INDEX, MEMBER).astype(np.uint8)
+        rank = np.where(match_regex(self.names, _INDEX) & self._is_in, INDEX, MEMBER).astype(np.uint8)
         rank[self.marks()] = MARK
         return rank
 
@@ -472,8 +472,8 @@ class _Members:
         table = pa.table(columns | {"folder": self.folder[at], "group": self.group[at]})
         sets = table.group_by(["group", "folder", "stem", "total", "suffix"]).aggregate([("number", "count_distinct")])
         wrong = np.zeros(self._n_groups, np.bool_)
-        short = numbers(sets["number_count_distinct"], np.int64) < numbers(sets["total"].cast(pa.int64()), np.int64)
-        wrong[numbers(sets["group"], np.int64)[short]] = True
+        short = as_numpy(sets["number_count_distinct"], np.int64) < as_numpy(sets["total"].cast(pa.int64()), np.int64)
+        wrong[as_numpy(sets["group"], np.int64)[short]] = True
         return wrong
 
 

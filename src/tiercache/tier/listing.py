@@ -18,7 +18,7 @@ from tiercache.tier.stores import state_of
 
 if TYPE_CHECKING:
     from tiercache.tier.stores import Stores
-    from tiercache.tierfile import TierFile
+    from tiercache.tierfile import RuleFile
 
 # Callback (tier, number of its objects listed so far), called from several threads.
 Progress: TypeAlias = Callable[[str, int], None]
@@ -29,7 +29,7 @@ _BATCH = 1 << 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Listed:
+class Listing:
     """The objects of all tiers. Row i of every column is one object.
 
     Attributes:
@@ -83,13 +83,13 @@ class Listed:
 
 
 def list_tiers(
-    file: TierFile,
+    file: RuleFile,
     stores: Stores,
     *,
     now_s: float,
     on_progress: Progress | None = None,
     may_miss: Collection[str] = (),
-) -> Listed:
+) -> Listing:
     """List all tiers; tiers with the same URL share one listing.
 
     Args:
@@ -119,7 +119,7 @@ def keys_of(infos: Sequence[ObjectInfo]) -> pa.Array:
         return pa.array([key.encode(errors="backslashreplace").decode() for key in keys], pa.large_string())
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Return free memory to the system: Arrow and the C library keep freed memory for reuse."""
     # The next stage cannot reuse all of it: 200 MB per million objects stayed idle. The second call trims malloc.
     pa.default_memory_pool().release_unused()
@@ -163,7 +163,7 @@ class _Work:
     """One listing of all locations. Each location is listed by one thread; `words` has a lock."""
 
     def __init__(
-        self, file: TierFile, stores: Stores, now_s: float, on_progress: Progress, may_miss: frozenset[str]
+        self, file: RuleFile, stores: Stores, now_s: float, on_progress: Progress, may_miss: frozenset[str]
     ) -> None:
         self.file, self.stores, self.now_s, self.on_progress, self.may_miss = file, stores, now_s, on_progress, may_miss
         self.words = _Words(now_s)
@@ -221,12 +221,12 @@ class _Work:
         part.rest.append((crcs, np.array([self.words.number(info) for info in infos], np.int32)))
 
 
-def _joined(file: TierFile, parts: list[_Part], missed: list[str], words: _Words) -> Listed:
+def _joined(file: RuleFile, parts: list[_Part], missed: list[str], words: _Words) -> Listing:
     columns = [column for part in parts for column in part.columns]
     rest = [column for part in parts for column in part.rest]
     named = ["", *sorted({word[0] for word in words.numbers if word[0]})]
     empty = pa.array([], pa.large_string())
-    return Listed(
+    return Listing(
         tiers=tuple(sorted(number for part in parts for number in part.tiers)),
         missed=tuple(tier.name for tier in file.tiers if tier.name in missed),
         classes=tuple(named),

@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiercache.catalog.files import make_folder, open_file, pid_namespace, start_time
 from tiercache.errors import CommitConflict, NotFound, StoreError
-from tiercache.points import reach
+from tiercache.points import crash_point
 from tiercache.waiting import SYSTEM_CLOCK, SystemClock, pause, wait_for
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ BOOT_CLOCK = BootClock()
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class LockRecord:
     """Content of a lock object.
 
     Attributes:
@@ -101,14 +101,14 @@ class Record:
     doomed: tuple[tuple[str, str, float], ...] = field(default=())
 
     @classmethod
-    def of_this_process(cls) -> Record:
+    def of_this_process(cls) -> LockRecord:
         """Return a new record of this process."""
         pid = os.getpid()
         where = socket.gethostname(), boot_id(), pid_namespace(), pid, start_time(pid) or 0
         return cls(secrets.token_hex(16), *where, renewed_s=time.time())
 
     @classmethod
-    def parse(cls, data: bytes) -> Record | None:
+    def parse(cls, data: bytes) -> LockRecord | None:
         """Return the record that encode() wrote; None if data is not a record."""
         try:
             body: dict[str, Any] = json.loads(data)
@@ -168,7 +168,7 @@ class TierLock:
         self._lifetime_s, self._renew_s = lifetime_s, renew_s
         self._guard = Lock()
         self._number = 0
-        self._record: Record | None = None
+        self._record: LockRecord | None = None
         self._renewed_s = 0.0
         self._fd: int | None = None
         self._stop = Event()
@@ -193,7 +193,7 @@ class TierLock:
         self._take_file()
         try:
             self._take_number()
-            reach("tier_lock.taken")
+            crash_point("tier_lock.taken")
             self._forget_older()
         except BaseException:
             self.release()
@@ -225,7 +225,7 @@ class TierLock:
             newest, before = self._newest()
             if newest:
                 self._see_over(newest, before)
-            mine = replace(Record.of_this_process(), doomed=_doomed_after(before, time.time()))
+            mine = replace(LockRecord.of_this_process(), doomed=_doomed_after(before, time.time()))
             started_s = self._clock.monotonic()
             _held_here.add(mine.owner)  # before the put, so that no other thread takes it for a leftover
             try:
@@ -237,7 +237,7 @@ class TierLock:
                     _held_here.discard(mine.owner)
         raise self._refusal("others, again and again, are")
 
-    def _put(self, number: int, mine: Record) -> bool:
+    def _put(self, number: int, mine: LockRecord) -> bool:
         """Put the next number. Return False if another process did, or if it is not the newest number.
 
         It may not be the newest: 1. We see k as the newest. 2. Others take and release k + 1 and k + 2, and delete k +
@@ -251,7 +251,7 @@ class TierLock:
             self._store.delete([_key(number)])
         return False
 
-    def _put_absent(self, number: int, mine: Record) -> bool:
+    def _put_absent(self, number: int, mine: LockRecord) -> bool:
         try:
             return self._store.put_if_absent(_key(number), mine.encode())
         except StoreError as error:
@@ -259,26 +259,26 @@ class TierLock:
                 raise
             return False
 
-    def _is_at(self, number: int, mine: Record) -> bool:
+    def _is_at(self, number: int, mine: LockRecord) -> bool:
         """Return whether the lock object is ours: a refused put may mean that our first attempt has written it."""
         there = self._read(number)
         return there is not None and there[1] is not None and there[1].owner == mine.owner
 
-    def _newest(self) -> tuple[int, Record | None]:
+    def _newest(self) -> tuple[int, LockRecord | None]:
         """Return the newest number, 0 if there is none, and its record, None if it cannot be read."""
         matches = (_NAME.fullmatch(info.key) for info in self._store.list(LOCK_FOLDER))
         number = max((int(match[1]) for match in matches if match), default=0)
         there = self._read(number) if number else None
         return number, None if there is None else there[1]
 
-    def _read(self, number: int) -> tuple[bytes, Record | None] | None:
+    def _read(self, number: int) -> tuple[bytes, LockRecord | None] | None:
         try:
             data = self._store.get(_key(number))
         except NotFound:
             return None
-        return data, Record.parse(data)
+        return data, LockRecord.parse(data)
 
-    def _see_over(self, number: int, record: Record | None) -> None:
+    def _see_over(self, number: int, record: LockRecord | None) -> None:
         """Return when the holder of a number no longer holds it. Raise CommitConflict if it does."""
         if record is not None:
             if record.released or record.runs is False:
@@ -341,7 +341,7 @@ class TierLock:
         The record is written before the check, so that a process that takes over after the check reads it.
         """
         self._write(dropping=tuple(dropping))
-        reach("tier_lock.announced")
+        crash_point("tier_lock.announced")
         self.check()
 
     def renew(self) -> None:
@@ -390,7 +390,7 @@ def _key(number: int) -> str:
     return f"{LOCK_FOLDER}{number:020d}"
 
 
-def _doomed_after(before: Record | None, now_s: float) -> tuple[tuple[str, str, float], ...]:
+def _doomed_after(before: LockRecord | None, now_s: float) -> tuple[tuple[str, str, float], ...]:
     """Return the copies that the next holder must not rely on. before: Record of the previous holder."""
     if before is None:
         return ()

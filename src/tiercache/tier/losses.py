@@ -18,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tiercache.catalog.checksums import Checksums
+from tiercache.catalog.checksums import EntryTable
 from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.tier import placement
-from tiercache.tier.columns import matches
+from tiercache.tier.columns import match_regex
 from tiercache.tier.datasets import OWN_KEY, SHARD_KEY
-from tiercache.tier.marks import absences
+from tiercache.tier.marks import unavailable_tiers
 from tiercache.tier.matching import first_match
 from tiercache.tier.view import Flags
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tiercache.catalog.tiers import TierCatalog
     from tiercache.tier.inventory import Inventory
     from tiercache.tier.stores import Stores
-    from tiercache.tierfile import TierFile
+    from tiercache.tierfile import RuleFile
 
 # Number of losses that are confirmed, by one HEAD per tier: a mover may have moved objects during the listing.
 _CONFIRMED = 1000
@@ -64,7 +64,7 @@ class Loss:
 
 
 def find_losses(
-    inventory: Inventory, file: TierFile, stores: Stores, catalog: TierCatalog, *, now_s: float
+    inventory: Inventory, file: RuleFile, stores: Stores, catalog: TierCatalog, *, now_s: float
 ) -> tuple[Loss, ...]:
     """Return all lost objects, by path. Changes nothing.
 
@@ -78,7 +78,7 @@ def find_losses(
     Raises:
         StoreError: A store cannot be reached now.
     """
-    hidden = {*absences(file, stores, catalog), *inventory.facts["missed"]}
+    hidden = {*unavailable_tiers(file, stores, catalog), *inventory.facts["missed"]}
     known = _Expected()
     keys, named_s = inventory.facts["missing_shards"]
     known.add(keys, named_s, "", "a version of its data set names it")
@@ -121,12 +121,12 @@ class _Expected:
                 one.tiers.add(tier)
 
 
-def _add_from_catalog(known: _Expected, inventory: Inventory, file: TierFile, catalog: TierCatalog) -> None:
+def _add_from_catalog(known: _Expected, inventory: Inventory, file: RuleFile, catalog: TierCatalog) -> None:
     for tier in file.tiers:
-        book = Checksums.of(catalog.checksums(tier.name)).table
+        book = EntryTable.of(catalog.checksums(tier.name)).table
         book = book.filter(book["verified"]).combine_chunks()
         keys = pa.concat_arrays([pa.array([], pa.large_string()), *book["key"].chunks])
-        lacking = ~inventory.lies(keys) & ~matches(keys, _NO_FILE)
+        lacking = ~inventory.lies(keys) & ~match_regex(keys, _NO_FILE)
         if lacking.any():
             mask = pa.array(lacking)
             written_s = book["written_s"].fill_null(np.nan).filter(mask).to_numpy()
@@ -135,7 +135,7 @@ def _add_from_catalog(known: _Expected, inventory: Inventory, file: TierFile, ca
     _add_tiers_of_shards(known, file, catalog)
 
 
-def _add_tiers_of_shards(known: _Expected, file: TierFile, catalog: TierCatalog) -> None:
+def _add_tiers_of_shards(known: _Expected, file: RuleFile, catalog: TierCatalog) -> None:
     shards = [path for path in known.by_path if path.endswith(".tcs")]
     if not shards:
         return
@@ -145,18 +145,18 @@ def _add_tiers_of_shards(known: _Expected, file: TierFile, catalog: TierCatalog)
                 known.by_path[key].tiers.add(tier.name)
 
 
-def _add_from_placement(known: _Expected, inventory: Inventory, file: TierFile, stores: Stores) -> None:
+def _add_from_placement(known: _Expected, inventory: Inventory, file: RuleFile, stores: Stores) -> None:
     """Add files and checkpoints that the home tier's placement leads readers to."""
-    if not inventory.lies(pa.array([placement.MARK_KEY], pa.large_string()))[0]:
+    if not inventory.lies(pa.array([placement.TRACKING_MARKER_KEY], pa.large_string()))[0]:
         return
     try:
-        placed = placement.read(stores.store(file.home.name))
+        placed = placement.read_placement(stores.store(file.home.name))
     except (CorruptShard, UnsupportedFormat):
         return  # the mover reports the damaged placement, and moves nothing
     if placed is None or not len(placed):
         return
     keys = pa.concat_arrays([pa.array([], pa.large_string()), *placed.rows["key"].cast(pa.large_string()).chunks])
-    lacking = ~inventory.lies(keys) & ~matches(keys, _NO_FILE)
+    lacking = ~inventory.lies(keys) & ~match_regex(keys, _NO_FILE)
     tiers: Mapping[str, str] = {tier.url.rstrip("/"): tier.name for tier in file.tiers}
     rows: dict[str, list[str]] = defaultdict(list)
     urls = placed.rows["url"].filter(pa.array(lacking)).to_pylist()
@@ -168,13 +168,13 @@ def _add_from_placement(known: _Expected, inventory: Inventory, file: TierFile, 
         known.add(pa.array(some, pa.large_string()), nobody_knows, tier, "readers are led there")
 
 
-def _said_gone(paths: pa.Array, file: TierFile) -> Flags:
+def _said_gone(paths: pa.Array, file: RuleFile) -> Flags:
     return first_match(paths, [(file.tiering.gone, ())]) >= 0 if file.tiering.gone else np.zeros(len(paths), np.bool_)
 
 
-def _may_be_deleted(paths: pa.Array, age_s: NDArray[np.float64], file: TierFile) -> Flags:
+def _may_be_deleted(paths: pa.Array, age_s: NDArray[np.float64], file: RuleFile) -> Flags:
     """Return whether a rule deletes objects of this age: another machine's mover may have done so; bool[n]."""
-    is_shard = matches(paths, SHARD_KEY)
+    is_shard = match_regex(paths, SHARD_KEY)
     found = np.zeros(len(paths), np.bool_)
     for rule in file.rules:
         if rule.delete_after_s is not None:

@@ -16,7 +16,7 @@ from tiercache.model import parse_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class HereTier:
+class LocalTier:
     """A tier of the rule file. url: For a local folder, its absolute path without a "/" at the end."""
 
     role: str
@@ -32,7 +32,7 @@ class HereTier:
         return parse_bytes(self.capacity, whole_bytes=shutil.disk_usage(existing(self.url)).total)
 
 
-def tier_above(url: str) -> HereTier | None:
+def tier_above(url: str) -> LocalTier | None:
     """Return the tier at url or at a folder above it; None if this machine's rule file has none, or is missing."""
     steps = url.split("/")
     if ".." in steps or "." in steps:
@@ -45,18 +45,18 @@ def existing(path: str) -> str:
     return str(next(folder for folder in (Path(path), *Path(path).parents) if folder.is_dir()))
 
 
-def _tiers() -> list[HereTier]:
+def _tiers() -> list[LocalTier]:
     try:
         file = config.find_file(Path.cwd())
-        tables = {} if file is None else config.parse_toml(file, config.read_bytes(file)).get("tiers", {})
+        tables = {} if file is None else config.parse_toml(file, config.read_file(file)).get("tiers", {})
         return [] if file is None else [_tier(name, table, file.parent) for name, table in tables.items()]
     except (ValueError, TypeError, AttributeError, OSError):
         return []
 
 
-def _tier(name: str, table: dict[str, Any], folder: Path) -> HereTier:
+def _tier(name: str, table: dict[str, Any], folder: Path) -> LocalTier:
     url = str(table["url"]) if "url" in table else ""
     if not url:
         raise ValueError(f"tiers.{name}.url: not given")
     whole = url.rstrip("/") if "://" in url else os.path.normpath(folder / Path(url).expanduser())
-    return HereTier(table.get("role", name), whole, table.get("capacity"), dict(table.get("storage_options", {})))
+    return LocalTier(table.get("role", name), whole, table.get("capacity"), dict(table.get("storage_options", {})))

@@ -12,7 +12,7 @@ T = TypeVar("T")
 AT_A_TIME = 1 << 14
 
 
-class Made(Sequence[T], Generic[T]):
+class LazySequence(Sequence[T], Generic[T]):
     """A sequence that behaves as a tuple and creates its elements on access. Immutable; safe from any thread."""
 
     __slots__ = ()

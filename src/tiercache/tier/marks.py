@@ -8,28 +8,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiercache.errors import NotFound, StoreError
-from tiercache.store.urls import Location
+from tiercache.store.urls import ParsedUrl
 
 if TYPE_CHECKING:
     from tiercache.catalog.tiers import TierCatalog
     from tiercache.store import Store
     from tiercache.tier.stores import Stores
-    from tiercache.tierfile import Tier, TierFile
+    from tiercache.tierfile import RuleFile, Tier
 
-MARK_KEY = "_tiercache/tier.id"
+MARKER_KEY = "_tiercache/tier.id"
 
 
-def read_mark(store: Store) -> str | None:
+def read_marker(store: Store) -> str | None:
     """Return the content of a tier's mount marker; None: there is none. Raises StoreError."""
     try:
-        return store.get(MARK_KEY).decode(errors="replace").strip()
+        return store.get(MARKER_KEY).decode(errors="replace").strip()
     except NotFound:
         return None
 
 
-def unlike(tier: str, store: Store, found: str | None, before: str | None) -> str:
+def marker_mismatch(tier: str, store: Store, found: str | None, before: str | None) -> str:
     """Return why a tier's marker differs from the remembered one; "": it is the same, or none was remembered."""
-    at = f"{store.url}/{MARK_KEY}"
+    at = f"{store.url}/{MARKER_KEY}"
     if before is None or found == before:
         return ""
     if found is None:
@@ -40,23 +40,26 @@ def unlike(tier: str, store: Store, found: str | None, before: str | None) -> st
     return f"{at}: expected {before}, found {found}: another disk is mounted for tier {tier}"
 
 
-def absence(tier: Tier, store: Store, catalog: TierCatalog) -> str:
+def unavailable_reason(tier: Tier, store: Store, catalog: TierCatalog) -> str:
     """Return why a local tier may be unmounted or another disk; "": it is as before, or was never used. Writes nothing.
 
     Raises StoreError.
     """
     if not tier.is_local:
         return ""
-    found, before = read_mark(store), catalog.mark(tier.name)
+    found, before = read_marker(store), catalog.mark(tier.name)
     if found is None and before is None and _is_empty(store) and catalog.checksums(tier.name):
         return was_seen(store)
-    return unlike(tier.name, store, found, before)
+    return marker_mismatch(tier.name, store, found, before)
 
 
-def absences(file: TierFile, stores: Stores, catalog: TierCatalog, *, but: Collection[str] = ()) -> dict[str, str]:
+def unavailable_tiers(
+    file: RuleFile, stores: Stores, catalog: TierCatalog, *, but: Collection[str] = ()
+) -> dict[str, str]:
     """Return the reason for each tier that may be unmounted, or that cannot be reached, by name. Writes nothing.
 
-    A local tier that this machine has never used and whose folder does not exist is not included; see no_folder().
+    A local tier that this machine has never used and whose folder does not exist is not included; for it see
+    missing_folder_message().
 
     Args:
         file: Rule file.
@@ -69,7 +72,7 @@ def absences(file: TierFile, stores: Stores, catalog: TierCatalog, *, but: Colle
         if tier.name in but:
             continue
         try:
-            why = absence(tier, stores.store(tier.name), catalog)
+            why = unavailable_reason(tier, stores.store(tier.name), catalog)
         except StoreError as error:
             why = str(error)
         if why:
@@ -77,7 +80,7 @@ def absences(file: TierFile, stores: Stores, catalog: TierCatalog, *, but: Colle
     return found
 
 
-def recognised(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool) -> str:
+def ensure_marker(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool) -> str:
     """Return what absence() returns; on first use, create the marker of a local tier and remember it in the catalog.
 
     The race that the marker prevents:
@@ -98,8 +101,8 @@ def recognised(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool) ->
         StoreError: The store fails, or the marker cannot be written although the mover is about to copy into the tier.
     """
     if not tier.is_local or catalog.mark(tier.name) is not None:
-        return absence(tier, store, catalog)
-    found = read_mark(store)
+        return unavailable_reason(tier, store, catalog)
+    found = read_marker(store)
     if found is None:
         is_empty = _is_empty(store)
         if is_empty and catalog.checksums(tier.name):
@@ -107,17 +110,17 @@ def recognised(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool) ->
         if is_empty and not gets:
             return ""
         try:
-            store.put_if_absent(MARK_KEY, f"{secrets.token_hex(16)}\n".encode())
+            store.put_if_absent(MARKER_KEY, f"{secrets.token_hex(16)}\n".encode())
         except StoreError:
             if gets:
                 raise
-        found = read_mark(store)  # another process may have created it first
+        found = read_marker(store)  # another process may have created it first
     if found is not None:
         catalog.remember_mark(tier.name, found)
     return ""
 
 
-def deletions_wait(missing: Mapping[str, str]) -> str:
+def deletion_block_reason(missing: Mapping[str, str]) -> str:
     """Return why nothing may be deleted while a tier may be unmounted; "": no tier is.
 
     The race that this prevents:
@@ -138,7 +141,7 @@ def was_seen(store: Store) -> str:
     """Return the message for a tier without a marker that is empty although copies in it are known."""
     return (
         f"{store.url} is empty, although it held copies before: is its disk mounted? If it is, write any text to "
-        f"{store.url}/{MARK_KEY}"
+        f"{store.url}/{MARKER_KEY}"
     )
 
 
@@ -146,9 +149,9 @@ def _is_empty(store: Store) -> bool:
     return next(iter(store.list()), None) is None
 
 
-def no_folder(tier: Tier) -> str:
+def missing_folder_message(tier: Tier) -> str:
     """Return the message for a local tier whose folder does not exist, and which is listed as empty; "": it exists."""
-    path = Path(Location.parse(tier.url).path)
+    path = Path(ParsedUrl.parse(tier.url).path)
     if not tier.is_local or path.exists():
         return ""
     return f"tiers.{tier.name}: there is no folder {path}: it counts as empty"

@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tiercache.tier.columns import ROWS_AT_A_TIME, matches, split_keys, taken
+from tiercache.tier.columns import ROWS_AT_A_TIME, match_regex, split_keys, take_rows
 
 # Limit for the globs that one glob with braces expands to.
 _MOST_ALTERNATIVES = 1000
 _MOST_BRACES = 100
-_SLASH, _LAST_CODE = ord("/"), 0x10FFFF
+_SLASH_CODE, _LAST_CODE = ord("/"), 0x10FFFF
 # Replaces `**` before braces are expanded: `*{,x}*` must yield two stars and not `**`. No key contains a NUL.
 _DEEP = "\0"
 _NOT_ALONE = "'**' must be a whole path segment; within a name write '*'"
@@ -70,9 +70,9 @@ class _Paths:
         """Return which rows match; bool[len(rows)], owned by the caller."""
         hit = np.zeros(len(rows), np.bool_)
         for of_folder, of_name in patterns.items():
-            near = np.flatnonzero(~hit & matches(self.folders, of_folder)[self.folder[rows]])
+            near = np.flatnonzero(~hit & match_regex(self.folders, of_folder)[self.folder[rows]])
             if len(near):
-                hit[near] = matches(taken(self.names, rows[near]), of_name)
+                hit[near] = match_regex(take_rows(self.names, rows[near]), of_name)
         return hit
 
 
@@ -82,7 +82,7 @@ def _patterns(globs: tuple[str, ...]) -> _Patterns:
     for glob in globs:
         try:
             for one in _without_braces(_marked(glob)):
-                for of_folder, of_name in _cut(one):
+                for of_folder, of_name in _split_glob(one):
                     names[of_folder].append(of_name)
         except ValueError as error:
             raise ValueError(f"not a glob: {glob!r}: {error}") from error
@@ -158,7 +158,7 @@ def _signs(glob: str) -> Iterator[tuple[int, str]]:
         at = end
 
 
-def _cut(glob: str) -> Iterator[tuple[str, str]]:
+def _split_glob(glob: str) -> Iterator[tuple[str, str]]:
     """Yield pairs of expressions, for folder and last segment, that together match the glob without braces."""
     end = max((at + 1 for at, sign in _signs(glob) if sign == "/"), default=0)
     folder, name = _translated(glob[:end]), glob[end:]
@@ -207,15 +207,15 @@ def _class(sign: str) -> str:
         ranges.append((first, last))
         at += 3 if ranged else 1
     if negated:
-        return "[^" + "".join(map(_range, [*ranges, (_SLASH, _SLASH)])) + "]"
+        return "[^" + "".join(map(_range, [*ranges, (_SLASH_CODE, _SLASH_CODE)])) + "]"
     parts = [part for first, last in ranges for part in _around_slash(first, last)]
     return "[" + "".join(map(_range, parts)) + "]" if parts else _NOTHING
 
 
 def _around_slash(first: int, last: int) -> list[tuple[int, int]]:
-    if not first <= _SLASH <= last:
+    if not first <= _SLASH_CODE <= last:
         return [(first, last)]
-    return [(a, b) for a, b in ((first, _SLASH - 1), (_SLASH + 1, last)) if a <= b]
+    return [(a, b) for a, b in ((first, _SLASH_CODE - 1), (_SLASH_CODE + 1, last)) if a <= b]
 
 
 def _range(ends: tuple[int, int]) -> str:

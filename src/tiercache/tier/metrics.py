@@ -37,7 +37,7 @@ _SUFFIX = re.compile(rf"(?i){SUFFIXES}+$")
 _NO_METRICS = ("step", "epoch", "total_flos")
 
 
-def metrics_of(name: str) -> dict[str, float]:
+def metrics_in_name(name: str) -> dict[str, float]:
     """Return the metrics in the name of a file or folder: "val_loss=1.9", "val_loss-1.9", "val_loss1.9".
 
     Counters (epoch, step and similar) are not metrics. Without "=", a value must have a decimal point.

@@ -24,7 +24,7 @@ Action: TypeAlias = Literal["copy", "move", "drop", "reclass", "delete"]
 
 # States of a copy. HERE: readable; ARCHIVED: must be restored first; RESTORING: a restore is in progress;
 # RESTORED: readable until the restored copy expires.
-HERE, ARCHIVED, RESTORING, RESTORED = range(4)
+READABLE, ARCHIVED, RESTORING, RESTORED = range(4)
 
 NO_STEP = -1
 NO_SERIES = -1
@@ -111,7 +111,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class Money:
+class MoveCost:
     """The cost of a move and its effect on the monthly cost, in US dollars.
 
     Attributes:
@@ -126,7 +126,7 @@ class Money:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class MoveDecision:
     """A move that the policy decided, with the group and the tiers as numbers.
 
     Attributes:
@@ -145,11 +145,11 @@ class Chosen:
     dst: int | None
     rule: str
     reason: str
-    money: Money = field(default_factory=Money)
+    money: MoveCost = field(default_factory=MoveCost)
 
 
 @dataclass(frozen=True, slots=True)
-class Declined:
+class MoveRejection:
     """A move that a rule proposes and that the policy rejects, with the reason."""
 
     group: int
@@ -169,8 +169,8 @@ class Decisions:
         refusals: Rejected moves; at most one per group, and none for groups that are moved.
     """
 
-    moves: Sequence[Chosen] = ()
-    refusals: Sequence[Declined] = ()
+    moves: Sequence[MoveDecision] = ()
+    refusals: Sequence[MoveRejection] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +219,7 @@ class Move:
     rule: str
     reason: str
     objects: tuple[PlannedObject, ...]
-    money: Money = field(default_factory=Money)
+    money: MoveCost = field(default_factory=MoveCost)
     seconds: float = 0.0
 
     @property
@@ -254,7 +254,7 @@ class PlannedTier:
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class TierTotals:
     """Totals of one tier: bytes, objects and monthly cost in US dollars."""
 
     n_bytes: int = 0
@@ -285,8 +285,8 @@ class Plan:
     tiers: tuple[PlannedTier, ...]
     moves: Sequence[Move]
     refusals: Sequence[Refusal] = ()
-    before: Mapping[str, Holding] = field(default_factory=dict)
-    after: Mapping[str, Holding] = field(default_factory=dict)
+    before: Mapping[str, TierTotals] = field(default_factory=dict)
+    after: Mapping[str, TierTotals] = field(default_factory=dict)
 
     def of(self, numbers: Sequence[int]) -> tuple[Move, ...]:
         """Return the moves with these numbers, in the plan's order."""

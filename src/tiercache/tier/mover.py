@@ -64,21 +64,21 @@ from contextlib import contextmanager
 from threading import Event
 from typing import TYPE_CHECKING
 
-from tiercache.tier.applying import Application
+from tiercache.tier.applying import PlanExecutor
 from tiercache.tier.lock import TierLock
-from tiercache.tier.outcome import Applied, Progress, Settled, Stopped
-from tiercache.tier.settling import Settling
-from tiercache.tier.steps import Sight
-from tiercache.tier.survey import Survey, take_survey
+from tiercache.tier.outcome import ApplyResult, Progress, SettlementCounts, StoppedMove
+from tiercache.tier.settling import DeferredDeletions
+from tiercache.tier.steps import MoveContext
+from tiercache.tier.survey import DeletionGuard, take_deletion_guard
 
 if TYPE_CHECKING:
     from tiercache.catalog.tiers import TierCatalog
     from tiercache.tier.model import Plan
     from tiercache.tier.stores import Stores
     from tiercache.tier.transfer import Transfer
-    from tiercache.tierfile import TierFile
+    from tiercache.tierfile import RuleFile
 
-__all__ = ["Applied", "Mover", "Progress", "Stopped"]
+__all__ = ["ApplyResult", "Mover", "Progress", "StoppedMove"]
 
 
 class Mover:
@@ -89,14 +89,14 @@ class Mover:
 
     def __init__(
         self,
-        file: TierFile,
+        file: RuleFile,
         stores: Stores,
         catalog: TierCatalog,
         transfer: Transfer,
         *,
         clock: Callable[[], float] | None = None,
         lock: TierLock | None = None,
-        survey: Callable[[float], Survey] | None = None,
+        survey: Callable[[float], DeletionGuard] | None = None,
         cancel: Event | None = None,
     ) -> None:
         """Store the arguments; no store is asked yet. The caller keeps the ownership of all arguments.
@@ -115,14 +115,14 @@ class Mover:
         """
         self._file, self._stores, self._catalog, self._transfer = file, stores, catalog, transfer
         self._clock, self._lock, self._cancel = clock, lock, cancel
-        self._survey = survey or (lambda now_s: take_survey(file, stores, catalog, now_s))
+        self._survey = survey or (lambda now_s: take_deletion_guard(file, stores, catalog, now_s))
         catalog.bind({tier.name: tier.url for tier in file.tiers})
 
     def now_s(self) -> float:
         """Return the seconds since the epoch, by the clock that the caller gave."""
         return time.time() if self._clock is None else self._clock()
 
-    def apply(self, plan: Plan, *, on_progress: Callable[[Progress], object] | None = None) -> Applied:
+    def apply(self, plan: Plan, *, on_progress: Callable[[Progress], object] | None = None) -> ApplyResult:
         """Make the moves of a plan, exactly as planned. Moves that were made earlier stay as they are.
 
         A move is stopped where the objects are not as the plan saw them; the other moves go on. Deletions wait for
@@ -141,9 +141,11 @@ class Mover:
             OSError: The catalog of this machine cannot be written.
         """
         with self._locked() as lock, self._sight() as sight:
-            return Application(sight, lock, plan, self.now_s, on_progress).run()
+            return PlanExecutor(sight, lock, plan, self.now_s, on_progress).run()
 
-    def settle(self, now_s: float | None = None, *, on_progress: Callable[[Progress], object] | None = None) -> Applied:
+    def settle(
+        self, now_s: float | None = None, *, on_progress: Callable[[Progress], object] | None = None
+    ) -> ApplyResult:
         """Make the deletions and the class changes whose grace period is over, and finish those that were interrupted.
 
         Each of them is checked again: what is not in the required state stays, and is reported. Raises as apply().
@@ -154,12 +156,12 @@ class Mover:
         """
         now_s = self.now_s() if now_s is None else now_s
         with self._locked() as lock, self._sight() as sight:
-            return _applied(Settling(sight, lock, self._survey, now_s, on_progress=on_progress).run())
+            return _applied(DeferredDeletions(sight, lock, self._survey, now_s, on_progress=on_progress).run())
 
-    def finish(self) -> Applied:
+    def finish(self) -> ApplyResult:
         """Finish the deletions that were begun and interrupted, and make no others. Raises as apply()."""
         with self._locked() as lock, self._sight() as sight:
-            return _applied(Settling(sight, lock, self._survey, self.now_s(), only_begun=True).run())
+            return _applied(DeferredDeletions(sight, lock, self._survey, self.now_s(), only_begun=True).run())
 
     @contextmanager
     def _locked(self) -> Iterator[TierLock]:
@@ -171,10 +173,10 @@ class Mover:
             yield lock
 
     @contextmanager
-    def _sight(self) -> Iterator[Sight]:
+    def _sight(self) -> Iterator[MoveContext]:
         pool = ThreadPoolExecutor(self._file.tiering.jobs, thread_name_prefix="tiercache-mover")
         try:
-            yield Sight(self._file, self._stores, self._catalog, self._transfer, pool)
+            yield MoveContext(self._file, self._stores, self._catalog, self._transfer, pool)
         except BaseException:
             if self._cancel is not None:
                 self._cancel.set()
@@ -183,6 +185,6 @@ class Mover:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _applied(settled: Settled) -> Applied:
-    stopped = tuple(Stopped(row.number, why, row.path, row.plan) for row, why in settled.stopped)
-    return Applied(settled.n_done, stopped, settled.n_waiting, settled.n_bytes, settled.proof_bytes)
+def _applied(settled: SettlementCounts) -> ApplyResult:
+    stopped = tuple(StoppedMove(row.number, why, row.path, row.plan) for row, why in settled.stopped)
+    return ApplyResult(settled.n_done, stopped, settled.n_waiting, settled.n_bytes, settled.proof_bytes)

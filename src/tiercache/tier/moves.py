@@ -12,9 +12,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.model import ObjectInfo
-from tiercache.tier.decided import Dollars, Ways
+from tiercache.tier.decided import CostColumns, MoveColumns
 from tiercache.tier.listing import NO_CRC, keys_of
-from tiercache.tier.made import AT_A_TIME, Made
+from tiercache.tier.made import AT_A_TIME, LazySequence
 from tiercache.tier.model import KINDS, Action, Kind, Move, PlannedObject, Refusal
 from tiercache.tier.wishes import COPY, MOVE
 
@@ -23,7 +23,7 @@ _OBJECTS_A_SECOND = 100.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pieces:
+class ObjectTable:
     """The objects of some copies, as row numbers of columns that contain other objects too.
 
     Attributes:
@@ -45,7 +45,7 @@ class Pieces:
     modified_s: NDArray[np.float64]
 
     @classmethod
-    def of(cls, copies: Sequence[Sequence[ObjectInfo]]) -> Pieces:
+    def of(cls, copies: Sequence[Sequence[ObjectInfo]]) -> ObjectTable:
         """Return the columns of these objects, given per copy."""
         infos = [info for copy in copies for info in copy]
         return cls(
@@ -90,7 +90,7 @@ class Sums(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Moves(Made[Move]):
+class MoveTable(LazySequence[Move]):
     """The moves of a plan, numbered from 1.
 
     Attributes:
@@ -104,9 +104,9 @@ class Moves(Made[Move]):
         rate_bytes_s: Assumed copy rate, in bytes per second.
     """
 
-    ways: Ways
-    dollars: Dollars
-    pieces: Pieces
+    ways: MoveColumns
+    dollars: CostColumns
+    pieces: ObjectTable
     n_bytes: NDArray[np.int64]
     paths: pa.Array
     kind: NDArray[np.uint8]
@@ -175,13 +175,13 @@ class Moves(Made[Move]):
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Refusals(Made[Refusal]):
+class RefusalTable(LazySequence[Refusal]):
     """The refusals of a plan. Columns as in Moves.
 
     n_bytes: int64[n], size of the copy in src; 0: there is none.
     """
 
-    ways: Ways
+    ways: MoveColumns
     n_bytes: NDArray[np.int64]
     paths: pa.Array
     kind: NDArray[np.uint8]
@@ -200,9 +200,9 @@ class Refusals(Made[Refusal]):
         return _named(self.ways, self.paths, self.kind, self.tiers, (start, end))
 
 
-def sums(moves: Sequence[Move]) -> Sums:
+def total_moves(moves: Sequence[Move]) -> Sums:
     """Return the total bytes and costs of all moves."""
-    if isinstance(moves, Moves):
+    if isinstance(moves, MoveTable):
         # Summed in order, so that the result equals the sum over the objects to the last digit.
         dollars = (sum(column.tolist()) for column in (moves.dollars.once, moves.dollars.saving_month))
         return Sums(int(moves.n_bytes.sum()), *dollars)
@@ -210,13 +210,13 @@ def sums(moves: Sequence[Move]) -> Sums:
     return Sums(sum(move.n_bytes for move in moves), once, saving_month)
 
 
-def sums_by_way(moves: Sequence[Move]) -> dict[tuple[str, str, str, str | None], tuple[int, Sums]]:
+def totals_by_route(moves: Sequence[Move]) -> dict[tuple[str, str, str, str | None], tuple[int, Sums]]:
     """Return count and totals for each (rule, action, src, dst), in order of first appearance."""
-    if not isinstance(moves, Moves):
+    if not isinstance(moves, MoveTable):
         found: dict[tuple[str, str, str, str | None], list[Move]] = {}
         for move in moves:
             found.setdefault((move.rule, move.action, move.src, move.dst), []).append(move)
-        return {way: (len(some), sums(some)) for way, some in found.items()}
+        return {way: (len(some), total_moves(some)) for way, some in found.items()}
     ways, dollars = moves.ways, moves.dollars
     # A rule may have the name of a watermark; both count as one then.
     number_of = np.array([ways.rules.index(name) for name in ways.rules], np.int64)
@@ -234,13 +234,13 @@ def sums_by_way(moves: Sequence[Move]) -> dict[tuple[str, str, str, str | None],
 
 def paths_of(moves: Sequence[Move], kind: int) -> pa.Array:
     """Return the paths of the moves of one kind (FILE, SHARD or CHECKPOINT)."""
-    if isinstance(moves, Moves):
+    if isinstance(moves, MoveTable):
         return moves.paths_of(kind)
     return pa.array([move.path for move in moves if move.kind == KINDS[kind]], pa.large_string())
 
 
 def _named(
-    ways: Ways, paths: pa.Array, kind: NDArray[np.uint8], tiers: tuple[str, ...], part: tuple[int, int]
+    ways: MoveColumns, paths: pa.Array, kind: NDArray[np.uint8], tiers: tuple[str, ...], part: tuple[int, int]
 ) -> Iterator[Named]:
     group = ways.group[slice(*part)]
     texts = paths.take(pa.array(group)).to_pylist()

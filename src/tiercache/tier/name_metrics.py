@@ -11,16 +11,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tiercache.tier.alike import Alike
-from tiercache.tier.metrics import metrics_of, spans_of
+from tiercache.tier.alike import NameTemplates
+from tiercache.tier.metrics import metrics_in_name, spans_of
 
 # Minimum number of names of one template for which an expression is built.
 _FEW = 8
 _DIGITS = re.compile("[0-9]+")
 
 
-def metrics_in(names: pa.Array, wanted: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """Return the wanted metrics of each name as metrics.metrics_of() does; float64[n] each, NaN where there is none.
+def metrics_in_names(names: pa.Array, wanted: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """Return the wanted metrics of each name, as metrics.metrics_in_name(): float64[n] each, NaN where there is none.
 
     Args:
         names: large_string, names of files or folders, without nulls.
@@ -29,7 +29,7 @@ def metrics_in(names: pa.Array, wanted: Sequence[str]) -> dict[str, NDArray[np.f
     found = {name: np.full(len(names), np.nan) for name in wanted}
     if not len(names):
         return found
-    alike = Alike.of(names)
+    alike = NameTemplates.of(names)
     order = np.argsort(alike.shape, kind="stable")
     starts = np.searchsorted(alike.shape[order], np.arange(len(alike.shapes) + 1)).tolist()
     for i, template in enumerate(alike.shapes.to_pylist()):
@@ -64,7 +64,7 @@ def _read(
 
 def _one_by_one(found: dict[str, NDArray[np.float64]], rows: NDArray[np.int64], names: pa.Array) -> None:
     for row, name in zip(rows.tolist(), names.to_pylist(), strict=True):
-        for metric, value in metrics_of(name).items():
+        for metric, value in metrics_in_name(name).items():
             if metric in found:
                 found[metric][row] = value
 

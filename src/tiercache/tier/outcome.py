@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Stopped:
+class StoppedMove:
     """A move that was not made. plan, number: Identify the move. reason: What was expected, and what was found."""
 
     number: int
@@ -20,7 +20,7 @@ class Stopped:
 
 
 @dataclass(frozen=True, slots=True)
-class Applied:
+class ApplyResult:
     """Result of apply() or settle().
 
     Attributes:
@@ -32,7 +32,7 @@ class Applied:
     """
 
     done: int = 0
-    stopped: tuple[Stopped, ...] = ()
+    stopped: tuple[StoppedMove, ...] = ()
     waiting_drops: int = 0
     n_bytes: int = 0
     proof_bytes: int = 0
@@ -49,7 +49,7 @@ class Progress:
 
 
 @dataclass(slots=True)
-class Settled:
+class SettlementCounts:
     """Counts of one settlement, which grow as it runs. stopped: Moves that were kept or cancelled, with reasons."""
 
     n_done: int = 0

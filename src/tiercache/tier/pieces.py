@@ -25,7 +25,7 @@ def ranges_of(n_bytes: int) -> list[tuple[int, ByteRange]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class PartReader:
     """An object that is read in parts. All parts are of the object version in `info`."""
 
     store: Store
@@ -47,15 +47,15 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class CopiedPart:
     """A part that was read. buffer: Holds its bytes where they are still to be written, otherwise None."""
 
     crc32c: int
     n_bytes: int
-    buffer: Buffer | None
+    buffer: PartBuffer | None
 
 
-class Buffer:
+class PartBuffer:
     """Memory of a part. It consists of whole pages, which a local folder writes with direct I/O."""
 
     def __init__(self, n_bytes: int) -> None:
@@ -69,23 +69,23 @@ class Buffer:
         return self.data.nbytes
 
 
-class Buffers:
+class PartBufferPool:
     """Pool of buffers: new memory costs a page fault for every 4 KiB. Small buffers are not kept. Thread-safe."""
 
     def __init__(self) -> None:
-        self._free: SimpleQueue[Buffer] = SimpleQueue()
+        self._free: SimpleQueue[PartBuffer] = SimpleQueue()
 
-    def take(self, n_bytes: int) -> Buffer:
+    def take(self, n_bytes: int) -> PartBuffer:
         """Return a buffer of at least n_bytes."""
         if n_bytes < PART_BYTES:
-            return Buffer(n_bytes)
+            return PartBuffer(n_bytes)
         try:
             buffer = self._free.get_nowait()
         except Empty:
-            return Buffer(n_bytes)
-        return buffer if buffer.n_bytes >= n_bytes else Buffer(n_bytes)
+            return PartBuffer(n_bytes)
+        return buffer if buffer.n_bytes >= n_bytes else PartBuffer(n_bytes)
 
-    def give(self, buffer: Buffer | None) -> None:
+    def give(self, buffer: PartBuffer | None) -> None:
         """Return a buffer to the pool."""
         if buffer is not None and buffer.n_bytes == PART_BYTES:
             self._free.put(buffer)
@@ -95,7 +95,7 @@ class Buffers:
         self._free = SimpleQueue()
 
 
-class Pace:
+class RateLimit:
     """Rate limit of reads, in the order of the requests. The lock guards the time until which the rate is used up."""
 
     def __init__(self, rate_bytes_s: int | None, clock: Clock, cancel: Event) -> None:

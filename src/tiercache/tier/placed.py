@@ -17,12 +17,12 @@ from tiercache.model import ObjectInfo, ShardIdentity, format_bytes
 from tiercache.prices import FREE, Prices, is_free, price_table
 from tiercache.store import Buffer, Lease, LocalStore, Span, Store, Upload
 from tiercache.tier.costs import region_of, restored_home_dollars
-from tiercache.tier.places import Found, Places, is_far
+from tiercache.tier.places import LocationResolver, ObjectLocation, is_remote
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from tiercache.tier.placement import Placement, Row
+    from tiercache.tier.placement import Placement, PlacementRow
 
 # Restores of archived shards are queried in parallel, because the time is round trips.
 ASKING_THREADS = 16
@@ -37,7 +37,7 @@ def as_it_is(store: Store) -> Store:
     return store
 
 
-def placed(home: Store, options: Mapping[str, Any], cached: Cached = as_it_is) -> PlacedStore:
+def follow_placement(home: Store, options: Mapping[str, Any], cached: Cached = as_it_is) -> RedirectingStore:
     """Return a store that follows the placement of a home: a LocalStore where the home is one.
 
     Args:
@@ -45,18 +45,18 @@ def placed(home: Store, options: Mapping[str, Any], cached: Cached = as_it_is) -
         options: Storage options with which the home was opened.
         cached: Function that wraps a store in the cache, used for remote objects of a local home.
     """
-    places = Places(home, options)
-    return PlacedFolder(places, cached) if isinstance(home, LocalStore) else PlacedStore(places)
+    places = LocationResolver(home, options)
+    return RedirectingLocalStore(places, cached) if isinstance(home, LocalStore) else RedirectingStore(places)
 
 
-class PlacedStore(Store):
+class RedirectingStore(Store):
     """Store whose reads follow the placement; all other calls go to the home.
 
     The placement is read when an object is missing. `counters` are those of the home; `figures()` includes the other
     locations.
     """
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: LocationResolver) -> None:
         self.places = places
         home = places.home
         self.url, self.counters, self.min_part_bytes = home.url, home.counters, home.min_part_bytes
@@ -68,7 +68,7 @@ class PlacedStore(Store):
         return type(self), (self.places,)
 
     @property
-    def by_ranges(self) -> PlacedStore:
+    def by_ranges(self) -> RedirectingStore:
         """The same store for reads by ranges only, without local files or a cache."""
         return self
 
@@ -93,7 +93,7 @@ class PlacedStore(Store):
     ) -> None:
         """See Store.read_into. An ETag means the object as it was opened, wherever it has moved since."""
 
-        def read(found: Found) -> None:
+        def read(found: ObjectLocation) -> None:
             etag = self.places.etag_of(key, if_match) if found.info is None else found.info.etag
             wanted = None if if_match is None else etag
             found.store.read_into(key, spans, if_match=wanted, deadline_s=deadline_s, cancel=cancel)
@@ -143,13 +143,13 @@ class PlacedStore(Store):
         self.places.close()
 
 
-class PlacedFolder(PlacedStore):
+class RedirectingLocalStore(RedirectingStore):
     """A local home: its own files are opened directly, remote objects are read through the cache.
 
     cached: Function that wraps a store in the cache.
     """
 
-    def __init__(self, places: Places, cached: Cached) -> None:
+    def __init__(self, places: LocationResolver, cached: Cached) -> None:
         super().__init__(places)
         self._cached = cached
         self._far: Store | None = None
@@ -158,9 +158,9 @@ class PlacedFolder(PlacedStore):
         return type(self), (self.places, self._cached)
 
     @property
-    def by_ranges(self) -> PlacedStore:
+    def by_ranges(self) -> RedirectingStore:
         """The same store for reads by ranges only, without local files or a cache."""
-        return PlacedStore(self.places)
+        return RedirectingStore(self.places)
 
     @property
     def far(self) -> Store:
@@ -173,13 +173,13 @@ class PlacedFolder(PlacedStore):
     def is_far(self, key: str) -> bool:
         """Return whether the known placement has key in a remote store, for which a cache pays off."""
         row = self.places.row(key) if self.places.has_far else None
-        return row is not None and is_far(row.url)
+        return row is not None and is_remote(row.url)
 
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> Lease | None:
         """Return a lease on the file, or on the cached copy of a remote object; None if it is read by ranges."""
 
-        def open_at(found: Found) -> Lease | None:
-            is_cached = found.row is not None and is_far(found.row.url)
+        def open_at(found: ObjectLocation) -> Lease | None:
+            is_cached = found.row is not None and is_remote(found.row.url)
             store = self.far if is_cached else found.store
             return store.open_local(key, identity) if isinstance(store, LocalStore) else None
 
@@ -201,7 +201,7 @@ class _Needed:
     """Shards of a data set that must be restored. rows: Their rows of the placement."""
 
     url: str
-    rows: tuple[Row, ...]
+    rows: tuple[PlacementRow, ...]
 
     def estimate(self) -> tuple[float | None, float | None]:
         """Return the hours until the last shard can be read, and the minimum cost in dollars, at standard speed.
@@ -245,7 +245,7 @@ class _Needed:
         )
 
 
-def check_readable(store: PlacedStore, keys: pa.ChunkedArray, is_here: Callable[[int], bool]) -> None:
+def check_readable(store: RedirectingStore, keys: pa.ChunkedArray, is_here: Callable[[int], bool]) -> None:
     """Check that none of these objects must be restored before it can be read.
 
     Costs one small GET if the home is not tracked. For objects that the placement calls archived, the store is asked
@@ -269,8 +269,8 @@ def check_readable(store: PlacedStore, keys: pa.ChunkedArray, is_here: Callable[
 
 
 def _archived(
-    store: PlacedStore, placement: Placement, keys: pa.ChunkedArray, is_here: Callable[[int], bool]
-) -> tuple[Row, ...]:
+    store: RedirectingStore, placement: Placement, keys: pa.ChunkedArray, is_here: Callable[[int], bool]
+) -> tuple[PlacementRow, ...]:
     if not len(placement):
         return ()
     at = placement.among(keys)

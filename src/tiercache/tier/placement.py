@@ -43,17 +43,17 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tiercache.errors import CommitConflict, CorruptShard, NotFound, StoreError, UnsupportedFormat
-from tiercache.points import reach
+from tiercache.points import crash_point
 from tiercache.tier.placement_file import (
     FORMAT_VERSION,
     MOST_BYTES,
     MOST_ROWS,
     Placement,
-    Row,
+    PlacementRow,
     State,
-    decode,
-    encode,
-    nothing,
+    decode_placement,
+    empty_placement,
+    encode_placement,
     too_large,
 )
 
@@ -62,9 +62,20 @@ if TYPE_CHECKING:
 
     from tiercache.store import Store
 
-__all__ = ["Placement", "Row", "State", "adopt", "commit", "decode", "encode", "nothing", "read", "search"]
+__all__ = [
+    "Placement",
+    "PlacementRow",
+    "State",
+    "commit_placement",
+    "decode_placement",
+    "empty_placement",
+    "encode_placement",
+    "find_newest_placement",
+    "read_placement",
+    "start_tracking",
+]
 
-MARK_KEY = "_tiercache/tiers.json"
+TRACKING_MARKER_KEY = "_tiercache/tiers.json"
 PLACEMENT_FOLDER = "_tiercache/placement/"
 # Readers that opened an older placement may still probe from it.
 N_KEPT = 10
@@ -81,12 +92,12 @@ _NAME = re.compile(rf"{re.escape(PLACEMENT_FOLDER)}([0-9]{{20}})\.arrow")
 # -- reading --------------------------------------------------------------------------------------------------------
 
 
-def is_adopted(store: Store) -> bool:
+def is_tracked(store: Store) -> bool:
     """Return whether what is in store is tracked: its marker exists. One small GET. Raises StoreError."""
     return _marked(store) is not None
 
 
-def read(store: Store) -> Placement | None:
+def read_placement(store: Store) -> Placement | None:
     """Return the newest placement; None if there is no marker, known from one GET; number 0 if nothing was placed yet.
 
     Raises:
@@ -98,7 +109,7 @@ def read(store: Store) -> Placement | None:
     return None if marked is None else _newest(store, marked)
 
 
-def search(store: Store, known: Placement | None = None) -> Placement:
+def find_newest_placement(store: Store, known: Placement | None = None) -> Placement:
     """Return the newest placement as read() does, but from a listing. For use when an object is missing."""
     listed = _listed(store)
     if listed is None:
@@ -106,10 +117,10 @@ def search(store: Store, known: Placement | None = None) -> Placement:
     if known is not None and known.number + known.n_spoilt == listed:
         newer = _probe(store, listed + 1)
         return known if newer is None else newer
-    return _newest(store, listed) if listed else nothing()
+    return _newest(store, listed) if listed else empty_placement()
 
 
-def moved_since(store: Store, newest: Placement) -> tuple[Placement, ...]:
+def earlier_placements(store: Store, newest: Placement) -> tuple[Placement, ...]:
     """Return the earlier placements, newest first, each reduced to the rows that name another location than `newest`.
 
     Stops at the first one that is gone, and skips damaged ones: they are only a fallback.
@@ -171,7 +182,7 @@ def _number(mark: dict[str, Any]) -> int | None:
 def _mark(store: Store) -> dict[str, Any] | None:
     """Return the facts in the marker, {} if it cannot be parsed; None if there is no marker."""
     try:
-        data, _ = store.read_tail(MARK_KEY, _MARK_BYTES)
+        data, _ = store.read_tail(TRACKING_MARKER_KEY, _MARK_BYTES)
     except NotFound:
         return None
     except StoreError as error:
@@ -195,7 +206,7 @@ def _newest(store: Store, start: int) -> Placement:
         if listed is None:
             return _beyond(store, start)
         if not listed:
-            return nothing()
+            return empty_placement()
         found = _probe(store, listed, is_listed=True)  # finds it unless ten newer ones have replaced it since
     raise StoreError("placement changes faster than it can be read", url=store.url, retryable=True)
 
@@ -204,7 +215,7 @@ def _beyond(store: Store, start: int) -> Placement:
     """Return the newest placement of a store that cannot list, where `start` is gone."""
     further = range(start + 1, start + 1 + _MAX_GAP) if start else ()
     found = next((number for number in further if _get(store, number) is not None), 0)
-    return _probe(store, found) or nothing()
+    return _probe(store, found) or empty_placement()
 
 
 def _probe(store: Store, number: int, *, is_listed: bool = False) -> Placement | None:
@@ -238,19 +249,19 @@ def _sound(store: Store, top: int, data: bytes) -> Placement:
                     raise
             else:
                 return Placement(number, sound.rows, sound.nonce, n_spoilt=top - number)
-        return nothing(n_spoilt=top)
+        return empty_placement(n_spoilt=top)
 
 
 def _decoded(store: Store, number: int, data: bytes) -> Placement:
     """Return the decoded placement. Read it once more if it cannot be decoded: a bit may have flipped on the way."""
     url = f"{store.url}/{placement_key(number)}"
     try:
-        return decode(data, number, url=url)
+        return decode_placement(data, number, url=url)
     except CorruptShard:
         again = _get(store, number)
         if again is None or again == data:
             raise
-        return decode(again, number, url=url)
+        return decode_placement(again, number, url=url)
 
 
 def _get(store: Store, number: int, *, is_listed: bool = False) -> bytes | None:
@@ -294,16 +305,16 @@ def _listed(store: Store) -> int | None:
 # -- changing -------------------------------------------------------------------------------------------------------
 
 
-def adopt(store: Store) -> bool:
+def start_tracking(store: Store) -> bool:
     """Put the marker: machines report their use from now on. Return whether it was missing. Raises StoreError."""
-    if is_adopted(store):
+    if is_tracked(store):
         return False
     # If a marker was there and is gone, existing placements may have been acted upon: they count as read back.
-    store.put_if_absent(MARK_KEY, encode_mark(_listed(store), time.time()))
+    store.put_if_absent(TRACKING_MARKER_KEY, encode_mark(_listed(store), time.time()))
     return True
 
 
-def commit(store: Store, changes: Mapping[str, Row | None]) -> Placement:
+def commit_placement(store: Store, changes: Mapping[str, PlacementRow | None]) -> Placement:
     """Change the location of objects, in one atomic step, and return the placement that has the changes.
 
     Changes that the placement has already make no new one, so a commit may be repeated after a crash at any instant.
@@ -321,8 +332,8 @@ def commit(store: Store, changes: Mapping[str, Row | None]) -> Placement:
     for key, row in changes.items():
         if row is not None and row.key != key:
             raise ValueError(f"the row for {key!r} has the key {row.key!r}")
-    adopt(store)  # first: a reader that sees no marker reads no placement
-    current = search(store)
+    start_tracking(store)  # first: a reader that sees no marker reads no placement
+    current = find_newest_placement(store)
     for _ in range(MAX_REBASES):
         rows = current.with_changes(changes)
         if rows.equals(current.rows):
@@ -332,20 +343,20 @@ def commit(store: Store, changes: Mapping[str, Row | None]) -> Placement:
         if _put(store, proposed):
             try:
                 if _holds(store, proposed.number, current):
-                    reach("tier_placement.hinted")
+                    crash_point("tier_placement.hinted")
                     _tidy(store, proposed.number)
                     return proposed
             except StoreError as error:
                 error.facts["maybe_done"] = True
                 raise
             store.delete([placement_key(proposed.number)])  # it was put too late, see the module docstring
-        current = search(store)
+        current = find_newest_placement(store)
     raise CommitConflict(f"{MAX_REBASES} others changed the placement first", url=store.url, number=current.number)
 
 
 def _put(store: Store, proposed: Placement) -> bool:
     """Return whether `proposed` was put and read back intact; False if its number is taken or gone, or it is bad."""
-    number, failure, data = proposed.number, None, encode(proposed)
+    number, failure, data = proposed.number, None, encode_placement(proposed)
     if len(data) > MOST_BYTES or len(proposed) > MOST_ROWS:
         raise StoreError(
             f"expected a placement of at most {MOST_BYTES} bytes and {MOST_ROWS} rows, found {len(data)} bytes and "
@@ -354,7 +365,7 @@ def _put(store: Store, proposed: Placement) -> bool:
         )
     try:
         if store.put_if_absent(placement_key(number), data):
-            reach("tier_placement.written")
+            crash_point("tier_placement.written")
     except StoreError as error:
         failure = error
     # A refused put may mean that our own first attempt was written: a back end that retries finds it there.
@@ -384,10 +395,10 @@ def _say_read_back(store: Store, number: int) -> None:
         mark = _mark(store) or _mark(store) or {}  # twice: after one wrong read `since` would be lost
         if (_number(mark) or 0) >= number:
             return
-        store.put(MARK_KEY, encode_mark(number, _since_s(mark)))
+        store.put(TRACKING_MARKER_KEY, encode_mark(number, _since_s(mark)))
     raise StoreError(
         f"expected the marker to say {number} after it was written, found other content {_TRIES} times",
-        url=f"{store.url}/{MARK_KEY}",
+        url=f"{store.url}/{TRACKING_MARKER_KEY}",
         retryable=True,
     )
 

@@ -54,7 +54,7 @@ _SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PlacementRow:
     """Location of an object that is away from home.
 
     Attributes:
@@ -90,14 +90,14 @@ class Placement:
 
     Attributes:
         number: Number of the placement; 0 if nothing was ever placed.
-        rows: Table with the columns of `Row`, sorted by key; each key once.
+        rows: Table with the columns of `PlacementRow`, sorted by key; each key once.
         nonce: Random text that identifies the writer's attempt.
         n_spoilt: Number of later placements that were damaged while they were written, and do not count.
     """
 
     def __init__(self, number: int, rows: pa.Table, nonce: str = "", *, n_spoilt: int = 0) -> None:
         self.number, self.rows, self.nonce, self.n_spoilt = number, rows, nonce, n_spoilt
-        self._keys: pa.Array = _one(rows["key"])
+        self._keys: pa.Array = _as_one_array(rows["key"])
 
     def __repr__(self) -> str:
         return f"Placement({self.number}, {len(self)} rows)"
@@ -105,14 +105,14 @@ class Placement:
     def __len__(self) -> int:
         return int(self.rows.num_rows)
 
-    def find(self, key: str) -> Row | None:
+    def find(self, key: str) -> PlacementRow | None:
         """Return the row of key; None if it is at home, as far as this placement knows. 10 us among a million rows."""
         at = bisect_left(range(len(self)), key, key=lambda i: self._keys[i].as_py())
         return self.row(at) if at < len(self) and self._keys[at].as_py() == key else None
 
-    def row(self, at: int) -> Row:
+    def row(self, at: int) -> PlacementRow:
         """Return row `at` of the table."""
-        return Row(**self.rows.slice(at, 1).to_pylist()[0])
+        return PlacementRow(**self.rows.slice(at, 1).to_pylist()[0])
 
     def among(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
         """Return the row number of each key, -1 for those at home; int64[len(keys)]."""
@@ -126,7 +126,7 @@ class Placement:
         is_other = pc.and_(pa.array(at >= 0), pc.not_equal(self.rows["url"], there))
         return Placement(self.number, self.rows.filter(is_other).combine_chunks(), self.nonce)
 
-    def with_changes(self, changes: Mapping[str, Row | None]) -> pa.Table:
+    def with_changes(self, changes: Mapping[str, PlacementRow | None]) -> pa.Table:
         """Return the rows after changes: key -> new row, or None to remove the row."""
         gone = pa.array(list(changes), pa.large_string())
         kept = self.rows.filter(pc.invert(pc.is_in(self.rows["key"], value_set=gone)))
@@ -136,7 +136,7 @@ class Placement:
         return table.take(pc.sort_indices(table, [("key", "ascending")])).combine_chunks()
 
 
-def nothing(n_spoilt: int = 0) -> Placement:
+def empty_placement(n_spoilt: int = 0) -> Placement:
     """Return an empty placement, number 0."""
     return Placement(0, _SCHEMA.empty_table(), n_spoilt=n_spoilt)
 
@@ -144,7 +144,7 @@ def nothing(n_spoilt: int = 0) -> Placement:
 # -- the file -------------------------------------------------------------------------------------------------------
 
 
-def encode(placement: Placement) -> bytes:
+def encode_placement(placement: Placement) -> bytes:
     """Return the Arrow IPC file, with number, nonce and a CRC-32C of the rows in the schema's metadata."""
     facts = {
         "format": FORMAT_VERSION,
@@ -160,7 +160,7 @@ def encode(placement: Placement) -> bytes:
     return data
 
 
-def decode(data: bytes, number: int, *, url: str) -> Placement:
+def decode_placement(data: bytes, number: int, *, url: str) -> Placement:
     """Return the placement in a file that was read from placement_key(number). url: URL of the file, for errors.
 
     Raises:
@@ -259,7 +259,7 @@ def _problem(table: pa.Table, number: int, stated: tuple[object, object]) -> str
 def _sum_of(table: pa.Table) -> int:
     """Return a CRC-32C over all values and null positions, independent of the layout of the file."""
     crc = 0
-    for column in map(_one, table.columns):
+    for column in map(_as_one_array, table.columns):
         crc = crc32c(np.packbits(np.asarray(pc.is_valid(column).to_numpy(zero_copy_only=False), bool)).tobytes(), crc)
         is_text = pa.types.is_large_string(column.type)
         filled = pa.concat_arrays([column.fill_null("" if is_text else 0)])
@@ -270,6 +270,6 @@ def _sum_of(table: pa.Table) -> int:
     return crc
 
 
-def _one(column: pa.ChunkedArray) -> pa.Array:
+def _as_one_array(column: pa.ChunkedArray) -> pa.Array:
     """Return a column as one array."""
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([*column.chunks, pa.array([], column.type)])

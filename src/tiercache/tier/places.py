@@ -27,7 +27,7 @@ from tiercache.tier.machine import tier_above
 
 if TYPE_CHECKING:
     from tiercache.model import ObjectInfo
-    from tiercache.tier.placement import Placement, Row
+    from tiercache.tier.placement import Placement, PlacementRow
 
 T = TypeVar("T")
 
@@ -37,11 +37,11 @@ _CLOUDS = ("s3", "s3a", "gs", "gcs", "az", "azure")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ObjectLocation:
     """Location at which an object was found. info: Answer of a HEAD there; None if none was made."""
 
     store: Store
-    row: Row | None
+    row: PlacementRow | None
     info: ObjectInfo | None = None
 
 
@@ -51,7 +51,7 @@ def is_archived(error: StoreError) -> bool:
 
 
 @dataclass(slots=True)
-class _Known:
+class _ResolverState:
     """State of one process.
 
     Attributes:
@@ -79,7 +79,7 @@ class _Known:
     has_far: bool = False
 
 
-class Places:
+class LocationResolver:
     """Resolves the locations of a home's objects. Thread-safe. A forked child opens its own stores.
 
     The lock guards opening stores and reading the placement; known state is read without it.
@@ -93,17 +93,17 @@ class Places:
     def __init__(self, home: Store, options: Mapping[str, Any]) -> None:
         self.home = home
         self.options = dict(options)
-        self._known = _Known()
+        self._known = _ResolverState()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Places, (self.home, self.options)
+        return LocationResolver, (self.home, self.options)
 
     @property
-    def _here(self) -> _Known:
+    def _here(self) -> _ResolverState:
         known = self._known
         if known.pid != os.getpid():  # the parent's lock may be held for ever, and its stores are the parent's
             asked, found = known.asked, known.placement
-            known = self._known = _Known()
+            known = self._known = _ResolverState()
             if asked:
                 self._learn(known, found)
         return known
@@ -116,14 +116,14 @@ class Places:
         if not known.asked:
             with known.lock:
                 if not known.asked:
-                    self._learn(known, placement.read(self.home))
+                    self._learn(known, placement.read_placement(self.home))
         return known.placement
 
     def look_again(self) -> Placement | None:
         """Read and return the newest placement. Raises as placement.search()."""
         known = self._here
         with known.lock:
-            found = placement.search(self.home, known.placement)
+            found = placement.find_newest_placement(self.home, known.placement)
             if found.number or known.placement is not None:
                 self._learn(known, found)
         return known.placement
@@ -144,22 +144,22 @@ class Places:
         """The known placement, without a request."""
         return self._known.placement
 
-    def row(self, key: str) -> Row | None:
+    def row(self, key: str) -> PlacementRow | None:
         """Return the row of key in the known placement; None: at home."""
         known = self._known.placement
         return None if known is None or not len(known) else known.find(key)
 
-    def _learn(self, known: _Known, found: Placement | None) -> None:
+    def _learn(self, known: _ResolverState, found: Placement | None) -> None:
         known.placement, known.asked = found, True
         urls, hot = (
             set() if found is None else set(found.rows[name].unique().to_pylist()) for name in ("url", "promote")
         )
         known.has_near = any(is_local(url) for url in urls | hot if url is not None)
-        known.has_far = any(is_far(url) for url in urls)
+        known.has_far = any(is_remote(url) for url in urls)
 
     # -- stores -----------------------------------------------------------------------------------------------------
 
-    def store_at(self, row: Row | None) -> Store:
+    def store_at(self, row: PlacementRow | None) -> Store:
         """Return the store of a row's location, opened once per process; the home for None."""
         if row is None or self._is_home(row.url):
             return self.home
@@ -170,7 +170,7 @@ class Places:
     def _is_home(self, url: str) -> bool:
         return url.rstrip("/") == self.home.url.rstrip("/")
 
-    def _opened(self, known: _Known, url: str) -> Store:
+    def _opened(self, known: _ResolverState, url: str) -> Store:
         found = known.stores.get(url)
         if found is None:
             tier = tier_above(url)
@@ -194,7 +194,7 @@ class Places:
 
     # -- resolving --------------------------------------------------------------------------------------------------
 
-    def follow(self, key: str, call: Callable[[Found], T], if_match: str | None = None) -> T:
+    def follow(self, key: str, call: Callable[[ObjectLocation], T], if_match: str | None = None) -> T:
         """Return call(location) for the location of key. Call it once more if the object has moved since.
 
         Args:
@@ -208,7 +208,7 @@ class Places:
         """
         row = None if key.startswith(OWN_FOLDER) else self.row(key)
         try:
-            return call(Found(self.store_at(row), row))
+            return call(ObjectLocation(self.store_at(row), row))
         except StoreError as error:
             archived = is_archived(error)
             if key.startswith(OWN_FOLDER) or not (archived or isinstance(error, NotFound | ObjectChanged)):
@@ -234,7 +234,7 @@ class Places:
             etags.clear()
         etags[key, etag] = now
 
-    def _find_again(self, key: str, before: Row | None, error: StoreError) -> Found:
+    def _find_again(self, key: str, before: PlacementRow | None, error: StoreError) -> ObjectLocation:
         """Return the new location of an object that is not where `before` says. Raises error if it is nowhere."""
         row = self._read_again(key, error)
         expected = row or before
@@ -256,7 +256,7 @@ class Places:
                 last = failure if isinstance(error, NotFound) and not isinstance(failure, NotFound) else last
                 continue
             if _is_same(info, expected):
-                return Found(store, place, info)
+                return ObjectLocation(store, place, info)
             last = ObjectChanged(
                 "expected the moved object, found a different one",
                 url=f"{store.url}/{key}",
@@ -267,7 +267,9 @@ class Places:
             raise archived_error(key, expected, self.store_at(expected)) from error
         raise last from (None if last is error else error)
 
-    def _candidates(self, key: str, row: Row | None, before: Row | None) -> Iterator[Row | None]:
+    def _candidates(
+        self, key: str, row: PlacementRow | None, before: PlacementRow | None
+    ) -> Iterator[PlacementRow | None]:
         """Yield the locations where an object may be, each once.
 
         First the location in the newest placement; then the home, where the object stays during the grace period; then
@@ -281,7 +283,7 @@ class Places:
                 asked.add(url)
                 yield place
 
-    def _earlier(self, key: str, row: Row | None) -> Iterator[Row]:
+    def _earlier(self, key: str, row: PlacementRow | None) -> Iterator[PlacementRow]:
         """Yield the locations of key in earlier placements, newest first. They are read once per newest placement."""
         known = self._here
         newest = known.placement
@@ -289,18 +291,18 @@ class Places:
             return
         with known.lock:
             if known.earlier is None or known.earlier[0] != newest.number:
-                known.earlier = newest.number, placement.moved_since(self.home, newest)
+                known.earlier = newest.number, placement.earlier_placements(self.home, newest)
             found = known.earlier[1]
         yield from (one for one in (each.find(key) for each in found) if one is not None)
 
-    def _read_again(self, key: str, error: StoreError) -> Row | None:
+    def _read_again(self, key: str, error: StoreError) -> PlacementRow | None:
         try:
             self.look_again()
         except TierCacheError:
             raise error from None  # without the placement, report the original error
         return self.row(key)
 
-    def can_be_read(self, row: Row) -> bool:
+    def can_be_read(self, row: PlacementRow) -> bool:
         """Return whether an object that the placement calls archived can be read now, there or at an earlier location.
 
         Its store is asked for one byte: a storage class alone does not tell whether an object was restored.
@@ -317,7 +319,7 @@ class Places:
         others = self._candidates(row.key, row, None)
         return any(self._has_readable(place, row) for place in others if place is not row)
 
-    def _has_readable(self, place: Row | None, expected: Row) -> bool:
+    def _has_readable(self, place: PlacementRow | None, expected: PlacementRow) -> bool:
         try:
             store = self.store_at(place)
             _read_a_byte(store, expected.key)
@@ -360,13 +362,13 @@ def _read_a_byte(store: Store, key: str) -> None:
     store.read_into(key, [(ByteRange(0, 1), memoryview(bytearray(1)))])
 
 
-def _is_same(info: ObjectInfo, expected: Row) -> bool:
+def _is_same(info: ObjectInfo, expected: PlacementRow) -> bool:
     """Return whether an object is the one in a row, as far as the store tells."""
     sums = (info.crc32c, expected.crc32c)
     return info.n_bytes == expected.n_bytes and (None in sums or sums[0] == sums[1])
 
 
-def archived_error(key: str, row: Row | None, store: Store) -> ArchivedShards:
+def archived_error(key: str, row: PlacementRow | None, store: Store) -> ArchivedShards:
     """Return the error for one object that must be restored."""
     kind = "" if row is None or row.storage_class is None else f" (storage class {row.storage_class})"
     return ArchivedShards(
@@ -394,7 +396,7 @@ def _same_service(url: str, home: str) -> bool:
     return scheme in _CLOUDS or url.split("/")[:3] == home.split("/")[:3]
 
 
-def is_far(url: str) -> bool:
+def is_remote(url: str) -> bool:
     """Return whether a URL belongs to a remote store, for which a cache pays off."""
     return scheme_of(url) not in ("", "memory")
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from tiercache.errors import StoreError, TierCacheError
 from tiercache.tier import placement
-from tiercache.tier.below import below
-from tiercache.tier.placement import Placement, Row
+from tiercache.tier.below import prefix_store
+from tiercache.tier.placement import Placement, PlacementRow
 from tiercache.tier.steps import is_readable
 from tiercache.tier.stores import RESTORED_FIRST
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from tiercache.catalog.tiers import JournalRow
     from tiercache.model import ObjectInfo
     from tiercache.store import Store
-    from tiercache.tier.steps import Infos, Sight
+    from tiercache.tier.steps import Infos, MoveContext
 
-Changes: TypeAlias = "dict[str, Row | None]"
+RowChanges: TypeAlias = "dict[str, PlacementRow | None]"
 Heads: TypeAlias = "Mapping[tuple[str, str], ObjectInfo | StoreError | None]"
 
 _VERSIONS = "_tiercache/versions/"
 
 
-class Placing:
+class PlacementUpdates:
     """Updates the placements of one rule file's home tier.
 
     Each placement log is known by its data set's folder; "" is home's. Thread-safe. A placement that was read is cached
     until forget().
     """
 
-    def __init__(self, sight: Sight) -> None:
+    def __init__(self, sight: MoveContext) -> None:
         self._sight = sight
         self._file, self._stores = sight.file, sight.stores
         self.home = sight.file.home.name
@@ -52,7 +52,7 @@ class Placing:
             return ""
         parent = row.path.rpartition("/")[0]
         if parent not in self._folders:
-            self._folders[parent] = data_set_above(self._stores.store(self.home), parent)
+            self._folders[parent] = dataset_folder_above(self._stores.store(self.home), parent)
         found = self._folders[parent]
         if found is None:
             url = self._stores.store(self.home).url
@@ -62,7 +62,7 @@ class Placing:
 
     def chain(self, folder: str) -> Store:
         """Return the store whose placement log covers the objects below a folder."""
-        return below(self._stores.store(self.home), folder)
+        return prefix_store(self._stores.store(self.home), folder)
 
     def url(self, tier: str, folder: str) -> str:
         """Return the URL of a folder in a tier, as placement rows have it."""
@@ -75,7 +75,7 @@ class Placing:
 
     # -- writing placements -----------------------------------------------------------------------------------------
 
-    def wanted(self, row: JournalRow, there: Infos, at_home: Infos) -> Changes:
+    def wanted(self, row: JournalRow, there: Infos, at_home: Infos) -> RowChanges:
         """Return the placement changes for a finished move, by key in its placement log: a row, or None for "at home".
 
         Args:
@@ -87,15 +87,15 @@ class Placing:
         start = f"{folder}/" if folder else ""
         if row.action == "delete" or self._home_has(row, at_home):
             return {one.key.removeprefix(start): None for one in row.objects}
-        ends = ends_reading(self._sight, row)
+        ends = ends_readability(self._sight, row)
         if self.is_home(row.dst) and not ends:
             return {one.key.removeprefix(start): None for one in row.objects}
         promote = self._promotion(row)
         books = self._sight.catalog.known(row.dst, [one.key for one in row.objects])
-        changes: Changes = {}
+        changes: RowChanges = {}
         for one in row.objects:
             key, info, known = one.key.removeprefix(start), there.get(one.key), books.get(one.key)
-            changes[key] = Row(
+            changes[key] = PlacementRow(
                 key,
                 self.url(row.dst, folder),
                 storage_class=self._file.tier(row.dst).storage_class,
@@ -122,12 +122,12 @@ class Placing:
             return None
         return hot.name if self._file.index(hot.name) < self._file.index(row.dst) else None
 
-    def commit(self, changes: Mapping[str, Changes]) -> dict[str, str]:
+    def commit(self, changes: Mapping[str, RowChanges]) -> dict[str, str]:
         """Commit the changes of each placement log, and return {folder: reason} of the logs for which that failed."""
         failed: dict[str, str] = {}
         for folder, some in changes.items():
             try:
-                self._read[folder] = placement.commit(self.chain(folder), some)
+                self._read[folder] = placement.commit_placement(self.chain(folder), some)
             except TierCacheError as error:
                 self._read.pop(folder, None)
                 failed[folder] = f"the placement could not be written: {error}"
@@ -139,9 +139,9 @@ class Placing:
 
     # -- checking placements ----------------------------------------------------------------------------------------
 
-    def _said(self, folder: str, key: str) -> Row | None:
+    def _said(self, folder: str, key: str) -> PlacementRow | None:
         if folder not in self._read:
-            self._read[folder] = placement.read(self.chain(folder))
+            self._read[folder] = placement.read_placement(self.chain(folder))
         found = self._read[folder]
         return None if found is None else found.find(key)
 
@@ -155,7 +155,7 @@ class Placing:
         there = self.url(row.dst, folder)
         for one in row.objects:
             said = self._said(folder, one.key.removeprefix(start))
-            if said is not None and same_url(said.url, there):
+            if said is not None and equal_urls(said.url, there):
                 if row.action == "reclass" and said.state != "archived":
                     return f"{row.path}: expected placement to say that it is archived, found {said.state!r}"
                 continue
@@ -177,7 +177,7 @@ class Placing:
             {(plan, number): reason} of the moves for which that failed. A failure of one move does not affect the
             others.
         """
-        changes: dict[str, Changes] = defaultdict(dict)
+        changes: dict[str, RowChanges] = defaultdict(dict)
         chains: dict[str, list[JournalRow]] = defaultdict(list)
         failed: dict[tuple[str, int], str] = {}
         for row in rows:
@@ -192,18 +192,18 @@ class Placing:
             failed.update({(row.plan, row.number): why for row in chains[folder]})
         return failed
 
-    def _way_back(self, row: JournalRow, folder: str) -> Changes:
+    def _way_back(self, row: JournalRow, folder: str) -> RowChanges:
         """Return the changes that undo the redirect of a move, or its removal of rows. Raises as placement.read()."""
         if row.action == "delete":
             return self._still_there(row, folder)
         start, there = f"{folder}/" if folder else "", self.url(row.dst, folder)
         keys = [one.key.removeprefix(start) for one in row.objects]
         said = {key: self._said(folder, key) for key in keys}
-        led = [key for key, one in said.items() if one is not None and same_url(one.url, there)]
+        led = [key for key, one in said.items() if one is not None and equal_urls(one.url, there)]
         back = self._back(row, keys) if led else {}
         return {key: back[key] for key in led if key in back}
 
-    def _still_there(self, row: JournalRow, folder: str) -> Changes:
+    def _still_there(self, row: JournalRow, folder: str) -> RowChanges:
         """Return rows for the objects of a cancelled delete, if the placement has none of them and home has no copy."""
         start, keys = f"{folder}/" if folder else "", {one.key for one in row.objects}
         if any(self.is_home(one.where) or self._said(folder, one.key.removeprefix(start)) for one in row.objects):
@@ -217,7 +217,7 @@ class Placing:
                     return self.wanted(moved, infos, {})
         return {}
 
-    def _back(self, row: JournalRow, keys: Iterable[str]) -> Changes:
+    def _back(self, row: JournalRow, keys: Iterable[str]) -> RowChanges:
         """Return rows that lead to a move's objects in src; nothing if they are not there unchanged."""
         if self.is_home(row.src):
             return dict.fromkeys(keys)
@@ -229,7 +229,7 @@ class Placing:
         return self.wanted(replace(row, dst=row.src, dst_place=row.src_place), infos, {})
 
 
-def data_set_above(home: Store, folder: str) -> str | None:
+def dataset_folder_above(home: Store, folder: str) -> str | None:
     """Return the nearest folder, from `folder` upwards, that holds versions of a data set. Raises StoreError."""
     while True:
         prefix = f"{folder}/{_VERSIONS}" if folder else _VERSIONS
@@ -240,12 +240,12 @@ def data_set_above(home: Store, folder: str) -> str | None:
         folder = folder.rpartition("/")[0]
 
 
-def ends_reading(sight: Sight, row: JournalRow) -> bool:
+def ends_readability(sight: MoveContext, row: JournalRow) -> bool:
     """Return whether a move gives objects, in place, a class from which they must be restored before a read."""
     return row.action == "reclass" and sight.stores.class_of(row.dst) in RESTORED_FIRST
 
 
-def same_url(first: str, second: str) -> bool:
+def equal_urls(first: str, second: str) -> bool:
     """Return whether two folder URLs are equal, apart from a "/" at the end."""
     return first.rstrip("/") == second.rstrip("/")
 

@@ -16,9 +16,20 @@ from typing import Any, NoReturn, TypeVar, get_args
 
 from tiercache.model import OWN_FOLDER
 from tiercache.store.contract import check_key
-from tiercache.store.posix import NewFile, open_folder, write_all
-from tiercache.tier.model import KINDS, Action, Holding, Kind, Money, Move, Plan, PlannedObject, PlannedTier, Refusal
-from tiercache.tier.moves import Moves, Refusals, sums
+from tiercache.store.posix import UnpublishedFile, open_folder, write_all
+from tiercache.tier.model import (
+    KINDS,
+    Action,
+    Kind,
+    Move,
+    MoveCost,
+    Plan,
+    PlannedObject,
+    PlannedTier,
+    Refusal,
+    TierTotals,
+)
+from tiercache.tier.moves import MoveTable, RefusalTable, total_moves
 from tiercache.tier.plan_lines import HEAD_KEYS, lines_of_moves, lines_of_refusals
 
 FORMAT, VERSION = "tiercache-plan", 1
@@ -45,7 +56,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 def write_plan(plan: Plan, path: Path) -> None:
     """Write a plan to a file, which replaces an existing file atomically. Raises OSError."""
     with open_folder(path.absolute().parent, [], make=True) as folder_fd:
-        new = NewFile(folder_fd)
+        new = UnpublishedFile(folder_fd)
         try:
             at, some = 0, bytearray()
             for block in _blocks(plan):
@@ -84,13 +95,13 @@ def _header(plan: Plan) -> dict[str, Any]:
 
 def _lines_of_moves(moves: Sequence[Move]) -> Iterator[bytes | memoryview]:
     # Figures that JSON cannot represent take the slow path, where json.dumps() raises for them.
-    if isinstance(moves, Moves) and moves.is_finite():
+    if isinstance(moves, MoveTable) and moves.is_finite():
         return lines_of_moves(moves)
     return (_line(_move_row(move)) for move in moves)
 
 
 def _lines_of_refusals(refusals: Sequence[Refusal]) -> Iterator[bytes | memoryview]:
-    if isinstance(refusals, Refusals):
+    if isinstance(refusals, RefusalTable):
         return lines_of_refusals(refusals)
     return (_line(_refusal_row(one)) for one in refusals)
 
@@ -115,10 +126,10 @@ def _move_row(move: Move) -> dict[str, Any]:
 
 
 def _summary(plan: Plan) -> dict[str, Any]:
-    def held(by_tier: Mapping[str, Holding]) -> dict[str, Any]:
+    def held(by_tier: Mapping[str, TierTotals]) -> dict[str, Any]:
         return {name: {key: getattr(one, key) for key in _HOLDING_KEYS} for name, one in by_tier.items()}
 
-    sums_of = sums(plan.moves)
+    sums_of = total_moves(plan.moves)
     return {
         "line": "summary",
         "before": held(plan.before),
@@ -257,12 +268,12 @@ class _Reader:
             role, url = self.field(row, "role", str), self.field(row, "url", str)
             yield PlannedTier(name, role, url, self.maybe(row, "storage_class", str), self.field(row, "prices", str))
 
-    def held(self, row: Mapping[str, Any], key: str) -> dict[str, Holding]:
+    def held(self, row: Mapping[str, Any], key: str) -> dict[str, TierTotals]:
         return {name: self.holding(self.table(one)) for name, one in self.field(row, key, dict).items()}
 
-    def holding(self, row: Mapping[str, Any]) -> Holding:
+    def holding(self, row: Mapping[str, Any]) -> TierTotals:
         n_bytes, n_objects = (self.field(row, key, int) for key in ("n_bytes", "n_objects"))
-        return Holding(n_bytes, n_objects, self.field(row, "dollars_month", float))
+        return TierTotals(n_bytes, n_objects, self.field(row, "dollars_month", float))
 
     def way(self, row: Mapping[str, Any]) -> tuple[str, Kind, Action, str, str | None]:
         kind, action = self.one_of(row, "kind", KINDS), self.one_of(row, "action", get_args(Action))
@@ -291,7 +302,7 @@ class _Reader:
             rule=self.field(row, "rule", str),
             reason=self.field(row, "reason", str),
             objects=tuple(self.object(one) for one in self.field(row, "objects", list)),
-            money=Money(
+            money=MoveCost(
                 self.field(row, "cost", float),
                 self.field(row, "saving_month", float),
                 self.maybe(row, "break_even_days", float),

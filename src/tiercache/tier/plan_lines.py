@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tiercache.tier.decided import Ways
+from tiercache.tier.decided import MoveColumns
 from tiercache.tier.listing import NO_CRC
-from tiercache.tier.moves import Moves, Refusals
+from tiercache.tier.moves import MoveTable, RefusalTable
 
 HEAD_KEYS = ("kind", "action", "src", "dst", "rule", "reason")
 
@@ -26,14 +26,14 @@ _MOST_HEADS = 10_000
 _LARGE = pa.large_string()
 
 
-def lines_of_moves(moves: Moves) -> Iterator[memoryview]:
+def lines_of_moves(moves: MoveTable) -> Iterator[memoryview]:
     """Yield blocks of whole lines, with line ends; the caller owns each block."""
     heads = _Heads()
     for start, end in moves.parts():
         yield _bytes(_move_lines(moves, start, end, heads))
 
 
-def lines_of_refusals(refusals: Refusals) -> Iterator[memoryview]:
+def lines_of_refusals(refusals: RefusalTable) -> Iterator[memoryview]:
     """Yield blocks of whole lines, with line ends; the caller owns each block."""
     heads = _Heads()
     for start, end in refusals.parts():
@@ -49,7 +49,7 @@ def lines_of_refusals(refusals: Refusals) -> Iterator[memoryview]:
         yield _bytes(lines)
 
 
-def _move_lines(moves: Moves, start: int, end: int, heads: _Heads) -> pa.Array:
+def _move_lines(moves: MoveTable, start: int, end: int, heads: _Heads) -> pa.Array:
     part, dollars = slice(start, end), moves.dollars
     group, starts = moves.ways.group[part], moves.pieces.start[start : end + 1]
     objects = pa.LargeListArray.from_arrays(pa.array(starts - starts[0]), _objects(moves, start, end))
@@ -77,7 +77,7 @@ def _move_lines(moves: Moves, start: int, end: int, heads: _Heads) -> pa.Array:
     )
 
 
-def _objects(moves: Moves, start: int, end: int) -> pa.Array:
+def _objects(moves: MoveTable, start: int, end: int) -> pa.Array:
     """Format the objects of moves from start to end, each as a JSON list."""
     pieces, part = moves.pieces, slice(*moves.pieces.start[[start, end]].tolist())
     row, crc32c = pieces.row[part], pieces.crc32c[part]
@@ -106,7 +106,9 @@ class _Heads(dict[tuple[Any, ...], str]):
         found = self[values] = f", {json.dumps(dict(zip(HEAD_KEYS, values, strict=True)))[1:-1]}"
         return found
 
-    def column(self, ways: Ways, kind: NDArray[np.uint8], tiers: tuple[str, ...], part: tuple[int, int]) -> pa.Array:
+    def column(
+        self, ways: MoveColumns, kind: NDArray[np.uint8], tiers: tuple[str, ...], part: tuple[int, int]
+    ) -> pa.Array:
         """Return the column for the decisions of a part."""
         return pa.array([self[values] for values in ways.worded(kind, tiers, part)], _LARGE)
 

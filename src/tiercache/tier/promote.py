@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from tiercache.model import ShardIdentity
     from tiercache.store import Lease, Store
-    from tiercache.tier.placement import Row
-    from tiercache.tier.places import Places
+    from tiercache.tier.placement import PlacementRow
+    from tiercache.tier.places import LocationResolver
 
 PART_BYTES = 8 << 20
 # Share of a disk that stays free: a full shared disk would stop more than promotion.
@@ -51,20 +51,20 @@ logger = logging.getLogger("tiercache")
 
 
 @dataclass(frozen=True, slots=True)
-class HotFolder:
+class HotTier:
     """A hot tier of this machine. limit_bytes: Capacity in bytes; None: limited only by the disk."""
 
     url: str
     limit_bytes: int | None
 
 
-def hot_folder(url: str) -> HotFolder | None:
+def hot_folder(url: str) -> HotTier | None:
     """Return this machine's hot tier at url or above it; None if there is none: then nothing may be written there."""
     tier = tier_above(url)
     if tier is None or tier.role != "hot":
         return None
     try:
-        return HotFolder(tier.url, tier.limit_bytes)
+        return HotTier(tier.url, tier.limit_bytes)
     except (ValueError, TypeError, OSError):
         return None
 
@@ -81,14 +81,17 @@ class Promoter:
     """
 
     def __init__(
-        self, places: Places, source: Callable[[], Store], find_hot: Callable[[str], HotFolder | None] = hot_folder
+        self,
+        places: LocationResolver,
+        source: Callable[[], Store],
+        find_hot: Callable[[str], HotTier | None] = hot_folder,
     ) -> None:
         self._places, self._source, self._find_hot = places, source, find_hot
         self._begin()
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: deque[tuple[Row, ShardIdentity]] = deque()
+        self._waiting: deque[tuple[PlacementRow, ShardIdentity]] = deque()
         self._seen: set[str] = set()
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
@@ -132,7 +135,7 @@ class Promoter:
             self._closed = threading.Event()
             self._seen.clear()
 
-    def next(self) -> tuple[Row, ShardIdentity] | None:
+    def next(self) -> tuple[PlacementRow, ShardIdentity] | None:
         """Return the next object to copy; None if the queue is empty, and the thread ends."""
         with self._lock:
             if not self._waiting:
@@ -140,7 +143,7 @@ class Promoter:
                 return None
             return self._waiting.popleft()
 
-    def copy(self, row: Row, identity: ShardIdentity) -> bool:
+    def copy(self, row: PlacementRow, identity: ShardIdentity) -> bool:
         """Copy an object to its hot tier. Return False if it is there, may not or does not fit, or is being copied."""
         hot = None if row.promote is None else self._find_hot(row.promote)
         if row.promote is None or hot is None:
@@ -156,7 +159,7 @@ class Promoter:
                 os.close(fd)
         return False
 
-    def _copy(self, row: Row, identity: ShardIdentity, hot: HotFolder) -> bool:
+    def _copy(self, row: PlacementRow, identity: ShardIdentity, hot: HotTier) -> bool:
         store = self._places.store_of(str(row.promote))
         try:
             if store.head(row.key).n_bytes == identity.n_bytes:
@@ -180,7 +183,7 @@ class Promoter:
                 return False
             return upload.complete(if_absent=True) is not None
 
-    def _take_room(self, hot: HotFolder, row: Row, n_bytes: int) -> bool:
+    def _take_room(self, hot: HotTier, row: PlacementRow, n_bytes: int) -> bool:
         limits = [limit for limit in (hot.limit_bytes, row.hot_bytes) if limit is not None]
         folder = self._places.store_of(hot.url)
         if isinstance(folder, LocalFolder):

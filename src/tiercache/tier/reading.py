@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tiercache.tier.placed import PlacedFolder, PlacedStore, check_readable
+from tiercache.tier.placed import RedirectingLocalStore, RedirectingStore, check_readable
 from tiercache.tier.promote import Promoter
-from tiercache.tier.usage import Recorder
+from tiercache.tier.usage import UseRecorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tiercache.store import LocalFolder, Store
 
 
-class TieredReading:
+class TieredReader:
     """How one process reads one data set whose shards may be moved. Thread-safe, and fork-safe.
 
     It queries no store before a run begins, or before a shard is missing from its known location.
@@ -27,9 +27,9 @@ class TieredReading:
         store: Store that reads go through: the same store, or the cache around it.
     """
 
-    def __init__(self, placed: PlacedStore, store: Store) -> None:
+    def __init__(self, placed: RedirectingStore, store: Store) -> None:
         self._placed, self._places = placed, placed.places
-        self._recorder = Recorder(self._places)
+        self._recorder = UseRecorder(self._places)
         self._promoter = Promoter(self._places, lambda: store)
 
     def opened(self, key: str, identity: ShardIdentity) -> LocalFolder | None:
@@ -51,17 +51,17 @@ class TieredReading:
 
     def is_far(self, key: str) -> bool:
         """Return whether a shard of a local home is in a remote store."""
-        return isinstance(self._placed, PlacedFolder) and self._placed.is_far(key)
+        return isinstance(self._placed, RedirectingLocalStore) and self._placed.is_far(key)
 
     def far(self) -> Store | None:
         """Return the store that reads the moved shards of a local home through the cache; None if there are none."""
-        return self._placed.far if self._places.has_far and isinstance(self._placed, PlacedFolder) else None
+        return self._placed.far if self._places.has_far and isinstance(self._placed, RedirectingLocalStore) else None
 
     def distrust(self, key: str, identity: ShardIdentity) -> bool:
         """Stop using a damaged local copy of a shard. Return True if the shard was read from a local tier's folder."""
         return self.has_moved and self._places.distrust_near(key, identity.n_bytes)
 
-    def make_ready(self, keys: pa.ChunkedArray, is_here: Callable[[int], bool], *, reads_all: bool) -> None:
+    def prepare_reading(self, keys: pa.ChunkedArray, is_here: Callable[[int], bool], *, reads_all: bool) -> None:
         """Prepare for a run that reads these shards, and check that they can be read. See check_readable."""
         check_readable(self._placed, keys, is_here)
         if self._places.is_adopted:

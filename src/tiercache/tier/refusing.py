@@ -19,10 +19,22 @@ from tiercache.tier.costs import (
     month_dollars,
     reclass_dollars,
 )
-from tiercache.tier.marks import deletions_wait
-from tiercache.tier.model import CHECKPOINT, HERE
-from tiercache.tier.view import Flags, View
-from tiercache.tier.wishes import COPY, DELETE, DROP, MOVE, RECLASS, Texts, Wishes, ending, one_text, say, span
+from tiercache.tier.marks import deletion_block_reason
+from tiercache.tier.model import CHECKPOINT, READABLE
+from tiercache.tier.view import Flags, SnapshotIndex
+from tiercache.tier.wishes import (
+    COPY,
+    DELETE,
+    DROP,
+    MOVE,
+    RECLASS,
+    Proposals,
+    Texts,
+    append_to_reasons,
+    format_reasons,
+    one_text,
+    span,
+)
 
 Dollars = NDArray[np.float64]
 
@@ -30,7 +42,7 @@ _NOT_WHOLE = "no copy of it is whole: it is not complete yet, or two copies diff
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Bill:
+class MoveCosts:
     """Costs of proposed moves in US dollars; one row per move: one-time cost, and savings per month."""
 
     once: Dollars
@@ -42,19 +54,19 @@ class Bill:
         return break_even_days(self.once, self.saving_month)
 
     @classmethod
-    def all(cls, parts: Iterable[Bill]) -> Bill:
+    def all(cls, parts: Iterable[MoveCosts]) -> MoveCosts:
         """Concatenate the parts."""
         parts = [cls(*(np.zeros(0) for _ in cls.__slots__)), *parts]
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__))
 
-    def take(self, chosen: NDArray[Any]) -> Bill:
+    def take(self, chosen: NDArray[Any]) -> MoveCosts:
         """Return the rows that a boolean mask, or an array of row numbers, selects."""
-        return Bill(self.once[chosen], self.saving_month[chosen])
+        return MoveCosts(self.once[chosen], self.saving_month[chosen])
 
 
-def bill(view: View, wishes: Wishes) -> Bill:
+def compute_costs(view: SnapshotIndex, wishes: Proposals) -> MoveCosts:
     """Return the costs of proposed moves; zero where a tier has no prices."""
-    out = Bill(np.zeros(len(wishes)), np.zeros(len(wishes)))
+    out = MoveCosts(np.zeros(len(wishes)), np.zeros(len(wishes)))
     stays_s = _stays_s(view, wishes)
     code = (wishes.action.astype(np.int64) * 256 + wishes.src) * 256 + (wishes.dst + 1)
     for one in np.unique(code).tolist():
@@ -69,7 +81,12 @@ def bill(view: View, wishes: Wishes) -> Bill:
 
 
 def _add(
-    view: View, wishes: Wishes, out: Bill, rows: NDArray[np.int64], way: tuple[int, int, int], stays_s: Dollars
+    view: SnapshotIndex,
+    wishes: Proposals,
+    out: MoveCosts,
+    rows: NDArray[np.int64],
+    way: tuple[int, int, int],
+    stays_s: Dollars,
 ) -> None:
     """Add the costs of one (action, src, dst) to rows of the bill. stays_s: See _stays_s(), for all proposed moves."""
     action, src, dst = way
@@ -88,11 +105,11 @@ def _add(
         if action == RECLASS:
             out.once[rows] += reclass_dollars(old, new, sizes)
         else:
-            leaves, streams = bool(view.leaves[src, dst]), bool(view.streams[src, dst])
-            out.once[rows] += copy_dollars(old, new, sizes, leaves=leaves, streams=streams)
+            opened_versions, streams = bool(view.opened_versions[src, dst]), bool(view.streams[src, dst])
+            out.once[rows] += copy_dollars(old, new, sizes, opened_versions=opened_versions, streams=streams)
 
 
-def _stays_s(view: View, wishes: Wishes) -> NDArray[np.float64]:
+def _stays_s(view: SnapshotIndex, wishes: Proposals) -> NDArray[np.float64]:
     """Return the seconds from now until the rule of each proposed move deletes its group; inf: never."""
     limits = [np.inf if rule.delete_after_s is None else rule.delete_after_s for rule in view.file.rules]
     by_rule = np.array([*limits, np.inf])[np.where(wishes.rule < 0, len(limits), wishes.rule)]
@@ -103,7 +120,7 @@ def _stays_s(view: View, wishes: Wishes) -> NDArray[np.float64]:
 # -- rejections ------------------------------------------------------------------------------------------------------
 
 
-def sift(wishes: Wishes, refused: list[Wishes], mask: Flags, text: Texts) -> Wishes:
+def reject(wishes: Proposals, refused: list[Proposals], mask: Flags, text: Texts) -> Proposals:
     """Reject the proposed moves of a mask, and return the others. text: Reason of each rejected move."""
     if not mask.any():
         return wishes
@@ -111,22 +128,22 @@ def sift(wishes: Wishes, refused: list[Wishes], mask: Flags, text: Texts) -> Wis
     return wishes.take(~mask)
 
 
-def held(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
+def reject_protected(view: SnapshotIndex, wishes: Proposals, refused: list[Proposals]) -> Proposals:
     """Reject moves of groups that are pinned, in use or incomplete, and deletions of tagged groups."""
     whys = [f": {pin.why}" if pin.why else "" for pin in view.file.pins]
     pinned = view.pin[wishes.group]
-    text = say(lambda pin: f"pinned (pins[{pin + 1}]){whys[pin]}", pinned[pinned >= 0])
-    wishes = sift(wishes, refused, pinned >= 0, text)
+    text = format_reasons(lambda pin: f"pinned (pins[{pin + 1}]){whys[pin]}", pinned[pinned >= 0])
+    wishes = reject(wishes, refused, pinned >= 0, text)
     in_use = view.snapshot.in_use[wishes.group]
-    wishes = sift(wishes, refused, in_use, one_text("in use", in_use))
+    wishes = reject(wishes, refused, in_use, one_text("in use", in_use))
     partial = ~view.snapshot.complete[wishes.group] & (view.snapshot.kind[wishes.group] == CHECKPOINT)
     whole = view.whole[:, wishes.group[partial]].any(axis=0)
-    wishes = sift(wishes, refused, partial, np.where(whole, "not complete yet", _NOT_WHOLE).astype(np.object_))
+    wishes = reject(wishes, refused, partial, np.where(whole, "not complete yet", _NOT_WHOLE).astype(np.object_))
     tagged = view.tagged[wishes.group] & (wishes.action == DELETE)
-    return sift(wishes, refused, tagged, _tagged(view, wishes.take(tagged)))
+    return reject(wishes, refused, tagged, _tagged(view, wishes.take(tagged)))
 
 
-def newest_stays(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
+def keep_newest(view: SnapshotIndex, wishes: Proposals, refused: list[Proposals]) -> Proposals:
     """Reject moves that would remove the newest complete checkpoint of a run.
 
     The checkpoint may be copied, and dropped where another copy is readable. A move of it becomes a copy, so that a
@@ -136,14 +153,14 @@ def newest_stays(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
     lasts = of_newest & ((wishes.action == DELETE) | (wishes.action == RECLASS))
     lasts |= of_newest & (wishes.action == DROP) & ~_readable_elsewhere(view, wishes)
     what = "the newest complete checkpoint of a run is never deleted, and keeps at least one readable copy"
-    wishes = sift(wishes, refused, lasts, one_text(what, lasts))
+    wishes = reject(wishes, refused, lasts, one_text(what, lasts))
     becomes = view.newest[wishes.group] & (wishes.action == MOVE)
     action = np.where(becomes, COPY, wishes.action).astype(np.int8)
-    text = ending(wishes.text, becomes, "; copied only: it is the newest complete checkpoint of its run")
-    return Wishes(wishes.group, action, wishes.src, wishes.dst, wishes.rule, text)
+    text = append_to_reasons(wishes.text, becomes, "; copied only: it is the newest complete checkpoint of its run")
+    return Proposals(wishes.group, action, wishes.src, wishes.dst, wishes.rule, text)
 
 
-def linked_stays(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
+def keep_symlink_targets(view: SnapshotIndex, wishes: Proposals, refused: list[Proposals]) -> Proposals:
     """Reject moves that would remove a copy to which a symbolic link points. A move of such a copy becomes a copy."""
     links = view.snapshot.links
     if not links:
@@ -158,57 +175,63 @@ def linked_stays(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
     for row, group in enumerate(wishes.group[stays].tolist()):
         link = next(links[copy] for copy in view.at[:, group].tolist() if copy in links)
         text[row] = f"the symbolic link {link} points to it and would dangle"
-    wishes, takes = sift(wishes, refused, stays, text), takes[~stays]
+    wishes, takes = reject(wishes, refused, stays, text), takes[~stays]
     becomes = takes & (wishes.action == MOVE)
     action = np.where(becomes, COPY, wishes.action).astype(np.int8)
-    text = ending(wishes.text, becomes, "; copied only: a symbolic link points to it")
-    return Wishes(wishes.group, action, wishes.src, wishes.dst, wishes.rule, text)
+    text = append_to_reasons(wishes.text, becomes, "; copied only: a symbolic link points to it")
+    return Proposals(wishes.group, action, wishes.src, wishes.dst, wishes.rule, text)
 
 
-def in_sight(view: View, wishes: Wishes, refused: list[Wishes], missing: Mapping[str, str]) -> Wishes:
+def reject_unavailable(
+    view: SnapshotIndex, wishes: Proposals, refused: list[Proposals], missing: Mapping[str, str]
+) -> Proposals:
     """Reject moves to tiers that may not be mounted, and all deletions while there is such a tier (see marks.py)."""
-    if why := deletions_wait(missing):
+    if why := deletion_block_reason(missing):
         deletes = wishes.action == DELETE
-        wishes = sift(wishes, refused, deletes, one_text(why, deletes))
+        wishes = reject(wishes, refused, deletes, one_text(why, deletes))
     for name, why in missing.items():
         there = wishes.dst == view.file.index(name)
-        wishes = sift(wishes, refused, there, one_text(f"nothing goes to tier {name}: {why}", there))
+        wishes = reject(wishes, refused, there, one_text(f"nothing goes to tier {name}: {why}", there))
     return wishes
 
 
-def _readable_elsewhere(view: View, wishes: Wishes) -> Flags:
+def _readable_elsewhere(view: SnapshotIndex, wishes: Proposals) -> Flags:
     """Return whether another tier than src holds a verified copy that stays readable; bool[n_rows]."""
     found = np.zeros(len(wishes), np.bool_)
     for tier in range(view.n_tiers):
         copies = view.at[tier, wishes.group]
-        here = view.ok[tier, wishes.group] & (view.snapshot.state[copies] == HERE) if view.snapshot.n_copies else found
+        here = (
+            view.ok[tier, wishes.group] & (view.snapshot.state[copies] == READABLE) if view.snapshot.n_copies else found
+        )
         found |= here & (wishes.src != tier)
     return found
 
 
-def _tagged(view: View, wishes: Wishes) -> Texts:
+def _tagged(view: SnapshotIndex, wishes: Proposals) -> Texts:
     out = np.empty(len(wishes), np.object_)
     out[:] = [f"tagged {', '.join(sorted(view.snapshot.tags[group]))}" for group in wishes.group.tolist()]
     return out
 
 
-def costly(view: View, wishes: Wishes, refused: list[Wishes]) -> tuple[Wishes, Bill]:
+def reject_unprofitable(
+    view: SnapshotIndex, wishes: Proposals, refused: list[Proposals]
+) -> tuple[Proposals, MoveCosts]:
     """Reject moves that do not pay back within max_break_even, or before their rule deletes the group.
 
     The costs include minimum sizes and durations, overheads, requests and fees. A rule with even_if_dearer = true is
     exempt. The policy does not apply this check to moves of a watermark, whose purpose is room.
     """
-    dollars = bill(view, wishes)
+    dollars = compute_costs(view, wishes)
     limit_s = view.file.tiering.max_break_even_s
     stays_s = _stays_s(view, wishes)
     may_lose = np.array([rule.even_if_dearer for rule in view.file.rules], np.bool_)[wishes.rule]
     late = dollars.break_even_days * DAY_S > np.minimum(limit_s, stays_s)
     late &= _earns(view, wishes) & ~may_lose
-    left = sift(wishes, refused, late, _too_late(dollars.take(late), limit_s, stays_s[late]))
+    left = reject(wishes, refused, late, _too_late(dollars.take(late), limit_s, stays_s[late]))
     return left, dollars.take(~late)
 
 
-def _earns(view: View, wishes: Wishes) -> Flags:
+def _earns(view: SnapshotIndex, wishes: Proposals) -> Flags:
     """Return whether each move is about cost: storage in src has a price.
 
     A local disk has none, and costs are not compared.
@@ -219,10 +242,10 @@ def _earns(view: View, wishes: Wishes) -> Flags:
     return np.asarray(moves & paid[wishes.src] & known[wishes.dst], np.bool_)
 
 
-def _too_late(dollars: Bill, limit_s: float, stays_s: NDArray[np.float64]) -> Texts:
+def _too_late(dollars: MoveCosts, limit_s: float, stays_s: NDArray[np.float64]) -> Texts:
     def words(once: float, saving: float, days: float, stays_days: int) -> str:
         when = "never earned back" if np.isinf(days) else f"earned back in {days:.3g} days"
-        what = f"costs {money(once)} once and saves {money(saving)} a month: {when}"
+        what = f"costs {format_dollars(once)} once and saves {format_dollars(saving)} a month: {when}"
         if stays_days >= 0:
             limit = f", and it is deleted in {stays_days} days (delete_after)"
         else:
@@ -230,7 +253,7 @@ def _too_late(dollars: Bill, limit_s: float, stays_s: NDArray[np.float64]) -> Te
         return f"{what}{limit}; use larger files, another class, or `even_if_dearer = true` in the rule"
 
     stays_days = np.where(stays_s < limit_s, np.minimum(stays_s, limit_s) // DAY_S, -1).astype(np.int64)
-    return say(
+    return format_reasons(
         words, figures(dollars.once), figures(dollars.saving_month), figures(dollars.break_even_days), stays_days
     )
 
@@ -245,26 +268,26 @@ def figures(values: NDArray[Any]) -> Dollars:
     return np.asarray(rounded, np.float64)
 
 
-def money(dollars: float) -> str:
+def format_dollars(dollars: float) -> str:
     """Format US dollars for people."""
     sign = "-" if dollars < 0 else ""
     return f"{sign}${abs(dollars):,.2f}" if abs(dollars) >= 1 else f"{sign}${abs(dollars):.3g}"
 
 
-class Room:
+class CapacityLedger:
     """Bytes in each tier: present, arriving and leaving.
 
     Leaving bytes still occupy the tier until the grace period is over.
     """
 
-    def __init__(self, view: View, capacity_bytes: Sequence[int | None]) -> None:
+    def __init__(self, view: SnapshotIndex, capacity_bytes: Sequence[int | None]) -> None:
         snapshot = view.snapshot
         self._view, self.limits = view, tuple(capacity_bytes)
         there = np.bincount(snapshot.tier, weights=snapshot.n_bytes.astype(np.float64), minlength=view.n_tiers)
         self.there = there.astype(np.int64)
         self.coming, self.going = np.zeros_like(self.there), np.zeros_like(self.there)
 
-    def fitting(self, wishes: Wishes, share: float = 1.0) -> Flags:
+    def fitting(self, wishes: Proposals, share: float = 1.0) -> Flags:
         """Return which proposed moves fit, in their order; bool[n]. share: Usable fraction of the capacity."""
         fits = np.ones(len(wishes), np.bool_)
         for tier, limit in enumerate(self.limits):
@@ -274,18 +297,18 @@ class Room:
                 fits[rows] = _fits(bytes_of(self._view, wishes.take(rows)), left_bytes)
         return fits
 
-    def admit(self, wishes: Wishes, refused: list[Wishes], share: float = 1.0) -> Flags:
+    def admit(self, wishes: Proposals, refused: list[Proposals], share: float = 1.0) -> Flags:
         """Return which proposed moves fit, as fitting(). Counts these, and rejects the others."""
         fits = self.fitting(wishes, share)
         full = [f"no room in {name}: its capacity is {format_bytes(limit or 0)}" for name, limit in self._limits()]
-        sift(wishes, refused, ~fits, np.array([*full, ""], np.object_)[wishes.dst[~fits]])
+        reject(wishes, refused, ~fits, np.array([*full, ""], np.object_)[wishes.dst[~fits]])
         self._count(wishes.take(fits))
         return fits
 
     def _limits(self) -> list[tuple[str, int | None]]:
         return [(self._view.name(tier), limit) for tier, limit in enumerate(self.limits)]
 
-    def _count(self, wishes: Wishes) -> None:
+    def _count(self, wishes: Proposals) -> None:
         n_bytes = bytes_of(self._view, wishes)
         for tier in range(self._view.n_tiers):
             goes = (wishes.src == tier) & (wishes.action != COPY) & (wishes.action != DELETE)
@@ -295,7 +318,7 @@ class Room:
             self.going[tier] += self._view.snapshot.n_bytes[deleted[deleted >= 0]].sum()
 
 
-def bytes_of(view: View, wishes: Wishes) -> NDArray[np.int64]:
+def bytes_of(view: SnapshotIndex, wishes: Proposals) -> NDArray[np.int64]:
     """Return the size in bytes of each move's copy in src; int64[n]."""
     return view.snapshot.n_bytes[view.at[wishes.src, wishes.group]]
 

@@ -17,18 +17,18 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store.archive import SPEEDS, Speed
 from tiercache.tier.costs import PROMOTION_DAYS, restore_dollars, restored_home_dollars
-from tiercache.tier.layouts import recognise
+from tiercache.tier.layouts import recognise_layout
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, Action, Kind, Move, Plan, PlannedObject, PlannedTier
 from tiercache.tier.stores import RESTORED_FIRST, Stores, state_of
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 
 if TYPE_CHECKING:
     from tiercache.prices import Prices, RestorePrice
-    from tiercache.tier.copies import Book
-    from tiercache.tierfile import TierFile
+    from tiercache.tier.copies import ChecksumTable
+    from tiercache.tierfile import RuleFile
 
 # Name of a tier -> catalog entries of its objects, by key. TierCatalog.checksums is such a function.
-Books: TypeAlias = "Callable[[str], Book]"
+Books: TypeAlias = "Callable[[str], ChecksumTable]"
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -39,7 +39,7 @@ _NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Archived:
+class ArchivedObject:
     """An archived object, as the store describes it. state: ARCHIVED, RESTORING or RESTORED."""
 
     tier: str
@@ -67,7 +67,7 @@ class RestorePlan:
         command: Command line that makes this restore.
     """
 
-    objects: tuple[Archived, ...]
+    objects: tuple[ArchivedObject, ...]
     here: tuple[str, ...]
     speed: Speed
     days: int | None
@@ -86,13 +86,13 @@ class RestorePlan:
         return sum(one.n_bytes for one in self.objects)
 
     @property
-    def asked(self) -> tuple[Archived, ...]:
+    def asked(self) -> tuple[ArchivedObject, ...]:
         """Objects that need a request: nobody has made one."""
         return tuple(one for one in self.objects if one.state == ARCHIVED)
 
 
 @dataclass(frozen=True, slots=True)
-class Requested:
+class RequestCounts:
     """Answers of the stores. started: Requests made now. running: Requests made earlier. done: Readable objects."""
 
     started: int = 0
@@ -101,7 +101,7 @@ class Requested:
 
 
 def plan_restore(
-    file: TierFile,
+    file: RuleFile,
     stores: Stores,
     keys: Iterable[str],
     prices: Sequence[Prices | None],
@@ -148,7 +148,7 @@ def plan_restore(
 _NEARER = {ARCHIVED: 0, RESTORING: 1, RESTORED: 2}
 
 
-def _found(stores: Stores, names: Sequence[str], key: str) -> list[Archived]:
+def _found(stores: Stores, names: Sequence[str], key: str) -> list[ArchivedObject]:
     """Return the copies of a key, in the order of the tiers."""
     copies = []
     for name in names:
@@ -162,11 +162,11 @@ def _found(stores: Stores, names: Sequence[str], key: str) -> list[Archived]:
     return copies
 
 
-def _archived(name: str, info: ObjectInfo) -> Archived:
-    return Archived(name, info.key, info.n_bytes, state_of(info), info.etag, info.storage_class, info.modified_s)
+def _archived(name: str, info: ObjectInfo) -> ArchivedObject:
+    return ArchivedObject(name, info.key, info.n_bytes, state_of(info), info.etag, info.storage_class, info.modified_s)
 
 
-def _speed_price(one: Archived, known: Prices | None, speed: Speed) -> RestorePrice | None:
+def _speed_price(one: ArchivedObject, known: Prices | None, speed: Speed) -> RestorePrice | None:
     """Return the price of one speed; None if unknown. Raises ValueError where the class does not have the speed."""
     if known is None or not known.restore:
         return None
@@ -177,10 +177,14 @@ def _speed_price(one: Archived, known: Prices | None, speed: Speed) -> RestorePr
 
 
 def _cost(
-    file: TierFile, objects: Sequence[Archived], prices: Mapping[str, Prices | None], speed: Speed, days: int | None
+    file: RuleFile,
+    objects: Sequence[ArchivedObject],
+    prices: Mapping[str, Prices | None],
+    speed: Speed,
+    days: int | None,
 ) -> float | None:
     """Return the dollars for requests that are not made yet; None if a price is unknown. days: None: copy home too."""
-    asked: dict[str, list[Archived]] = {}
+    asked: dict[str, list[ArchivedObject]] = {}
     for one in objects:
         _speed_price(one, prices.get(one.tier), speed)
         if one.state == ARCHIVED:
@@ -203,14 +207,14 @@ def _cost(
     return cost
 
 
-def _hours(objects: Sequence[Archived], prices: Mapping[str, Prices | None], speed: Speed) -> float | None:
+def _hours(objects: Sequence[ArchivedObject], prices: Mapping[str, Prices | None], speed: Speed) -> float | None:
     """Return the maximum hours until all objects can be read; None where the price table does not say."""
     waited = [_speed_price(one, prices.get(one.tier), speed) for one in objects if one.state != RESTORED]
     known = [price.hours for price in waited if price is not None]
     return None if len(known) < len(waited) else max(known, default=0.0)
 
 
-def _command(file: TierFile, keys: Sequence[str], speed: Speed, days: int | None) -> str:
+def _command(file: RuleFile, keys: Sequence[str], speed: Speed, days: int | None) -> str:
     """Return the command line of the restore. For very many keys it has the first ones, and a comment."""
     words = ["tiercache", "restore", *keys[:_NAMED], "--rules", str(file.path), "--speed", speed]
     words += ["--days", str(days)] if days is not None else []
@@ -219,7 +223,7 @@ def _command(file: TierFile, keys: Sequence[str], speed: Speed, days: int | None
     return shlex.join(words) + (f"  # and {more} more" if more > 0 else "")
 
 
-def request(stores: Stores, plan: RestorePlan) -> Requested:
+def request_restore(stores: Stores, plan: RestorePlan) -> RequestCounts:
     """Request the restore of all objects without a request, and extend restored copies to the days of the plan.
 
     Repeatable: a running restore is not requested again.
@@ -230,7 +234,7 @@ def request(stores: Stores, plan: RestorePlan) -> Requested:
     """
     days = PROMOTION_DAYS if plan.days is None else plan.days
 
-    def ask(one: Archived) -> str:
+    def ask(one: ArchivedObject) -> str:
         if one.state == RESTORING:
             return "running"
         archive = stores.archive(one.tier)
@@ -240,10 +244,10 @@ def request(stores: Stores, plan: RestorePlan) -> Requested:
         return archive.restore(one.key, days=days if takes_days else None, speed=plan.speed)
 
     answers = _side_by_side(ask, plan.objects)
-    return Requested(*(answers.count(answer) for answer in ("started", "running", "done")))
+    return RequestCounts(*(answers.count(answer) for answer in ("started", "running", "done")))
 
 
-def wait(
+def wait_restored(
     stores: Stores,
     plan: RestorePlan,
     *,
@@ -251,7 +255,7 @@ def wait(
     deadline_s: float | None = None,
     cancel: Event | None = None,
     on_progress: Callable[[int, int], object] | None = None,
-) -> tuple[Archived, ...]:
+) -> tuple[ArchivedObject, ...]:
     """Wait until all objects of a plan can be read. Return those that cannot at the deadline, or when cancelled.
 
     The stores are asked at most once a minute, about 16 of the missing objects.
@@ -287,8 +291,8 @@ def wait(
     return tuple(waiting)
 
 
-def promotion(
-    file: TierFile, plan: RestorePlan, *, made_s: float, to: str | None = None, known: Books | None = None
+def plan_copy_home(
+    file: RuleFile, plan: RestorePlan, *, made_s: float, to: str | None = None, known: Books | None = None
 ) -> Plan:
     """Return a plan that copies restored objects to the home tier. The archived copies stay until a rule deletes them.
 
@@ -316,19 +320,19 @@ def promotion(
     return Plan(secrets.token_hex(8), made_s, str(file.path), file.sha256, tiers, tuple(moves))
 
 
-def _planned(one: Archived, book: Book) -> PlannedObject:
+def _planned(one: ArchivedObject, book: ChecksumTable) -> PlannedObject:
     n_bytes, etag, crc32c, *_ = book.get(one.key, (-1, None, None, False, None))
     is_it = n_bytes == one.n_bytes and etag is not None and etag == one.etag
     return PlannedObject(one.key, one.n_bytes, one.etag, one.modified_s, crc32c if is_it else None)
 
 
-def _groups(objects: Sequence[Archived]) -> list[tuple[str, Kind, list[Archived]]]:
+def _groups(objects: Sequence[ArchivedObject]) -> list[tuple[str, Kind, list[ArchivedObject]]]:
     """Return the groups that are moved as one: path, kind, and objects of one tier, the completing objects last."""
-    layout = recognise(pa.array([one.key for one in objects], pa.large_string()))
+    layout = recognise_layout(pa.array([one.key for one in objects], pa.large_string()))
     found: dict[tuple[int, str], list[int]] = {}
     for i, one in enumerate(objects):
         found.setdefault((int(layout.group[i]), one.tier), []).append(i)
-    groups: list[tuple[str, Kind, list[Archived]]] = []
+    groups: list[tuple[str, Kind, list[ArchivedObject]]] = []
     for (number, _), rows in found.items():
         rows.sort(key=lambda i: int(layout.rank[i]))
         if number < 0:  # in no group, for example a leftover of an unfinished write: each is a group of its own
@@ -340,7 +344,7 @@ def _groups(objects: Sequence[Archived]) -> list[tuple[str, Kind, list[Archived]
     return groups
 
 
-def _is_restored(stores: Stores, one: Archived) -> bool:
+def _is_restored(stores: Stores, one: ArchivedObject) -> bool:
     info = stores.head(one.tier, one.key)
     state = state_of(info)
     if state == ARCHIVED:

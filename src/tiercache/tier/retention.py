@@ -19,14 +19,14 @@ from tiercache.tier.model import CHECKPOINT
 
 if TYPE_CHECKING:
     from tiercache.tier.model import Snapshot
-    from tiercache.tierfile import Best, Keep
+    from tiercache.tierfile import BestMetric, KeepList
 
 _Rows = NDArray[np.int64]
 _Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Kept:
+class KeepResult:
     """The result of a keep list for some groups; bool[n_rows] each, in the order of the rows.
 
     Attributes:
@@ -45,7 +45,7 @@ class Kept:
     without_by: tuple[tuple[str, ...], ...] = ()
 
 
-def kept(snapshot: Snapshot, rows: _Rows, keep: Keep) -> Kept:
+def evaluate_keep_list(snapshot: Snapshot, rows: _Rows, keep: KeepList) -> KeepResult:
     """Return which of the groups a keep list keeps, evaluated per run.
 
     Args:
@@ -78,7 +78,7 @@ def kept(snapshot: Snapshot, rows: _Rows, keep: Keep) -> Kept:
         named[[group for group, tags in snapshot.tags.items() if not wanted.isdisjoint(tags)]] = True
     if keep.younger_s is not None:
         named[rows[snapshot.now_s - snapshot.created_s[rows] <= keep.younger_s]] = True
-    return Kept(named[rows], unscored[rows], without[rows], tuple(unscored_by), tuple(without_by))
+    return KeepResult(named[rows], unscored[rows], without[rows], tuple(unscored_by), tuple(without_by))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,7 +94,7 @@ class BestScores:
     is_unscored: _Flags
 
 
-def scores_of(snapshot: Snapshot, complete: _Rows, best: Best) -> BestScores:
+def scores_of(snapshot: Snapshot, complete: _Rows, best: BestMetric) -> BestScores:
     """Return the metric of complete checkpoints: per run, the first metric that any of its checkpoints has.
 
     One metric is used per run, because values of two metrics cannot be compared.
@@ -111,7 +111,7 @@ def scores_of(snapshot: Snapshot, complete: _Rows, best: Best) -> BestScores:
     return BestScores(values, ~has[run])
 
 
-def newest(snapshot: Snapshot) -> _Flags:
+def find_newest(snapshot: Snapshot) -> _Flags:
     """Return whether each group is the newest complete checkpoint of its run; bool[n_groups]."""
     found = np.zeros(snapshot.n_groups, np.bool_)
     rows = _sorted(snapshot, np.flatnonzero((snapshot.kind == CHECKPOINT) & snapshot.complete))
@@ -156,7 +156,7 @@ def _first_of_stretches(snapshot: Snapshot, rows: _Rows, every_s: float) -> _Row
     return rows[_begins(series, np.floor((created_s - first_s) / every_s))]
 
 
-def _best(snapshot: Snapshot, rows: _Rows, values: NDArray[np.float64], best: Best) -> _Rows:
+def _best(snapshot: Snapshot, rows: _Rows, values: NDArray[np.float64], best: BestMetric) -> _Rows:
     """Return the best rows of each run. Among equal values, the higher step is better. values: Value of each row."""
     rows, values = rows[~np.isnan(values)], values[~np.isnan(values)]
     worse = values if best.mode == "min" else -values

@@ -17,23 +17,23 @@ import numpy as np
 
 from tiercache import config
 from tiercache.catalog.tiers import TierCatalog
-from tiercache.points import reach
-from tiercache.prices import priced
-from tiercache.tier.adopting import adopt_ruled
+from tiercache.points import crash_point
+from tiercache.prices import prices_if_known
+from tiercache.tier.adopting import track_ruled
 from tiercache.tier.inventory import Inventory, take_inventory
 from tiercache.tier.lock import TierLock
 from tiercache.tier.losses import Loss, find_losses
-from tiercache.tier.marks import absences
+from tiercache.tier.marks import unavailable_tiers
 from tiercache.tier.model import RESTORING, Plan
-from tiercache.tier.mover import Applied, Mover, Progress, Stopped
-from tiercache.tier.plan import planned
+from tiercache.tier.mover import ApplyResult, Mover, Progress, StoppedMove
+from tiercache.tier.plan import make_plan
 from tiercache.tier.policy import decide
 from tiercache.tier.scores import MetricGap, metric_gaps
 from tiercache.tier.stores import Stores
 from tiercache.tier.transfer import Transfer
 
 if TYPE_CHECKING:
-    from tiercache.tierfile import TierFile
+    from tiercache.tierfile import RuleFile
 
 # Exit codes that a scheduler sees: docs/reference/tiers.md.
 DONE, PARTLY, PENDING = 0, 3, 5
@@ -49,7 +49,7 @@ class RunReport:
         settled: Deletions whose grace period was over, and those that an earlier run had left unfinished.
         adopted: Folders of data sets whose use is tracked from now on.
         unseen: Tiers whose copies cannot be seen now (for example a disk that is not mounted), with reasons; see
-            marks.absences().
+            marks.unavailable_tiers().
         gaps: Metrics that keep rules need and that are missing for some checkpoint runs.
         losses: Objects that should exist and of which no tier has a copy.
         n_groups: Number of groups (shards, checkpoints, files) in all tiers.
@@ -59,8 +59,8 @@ class RunReport:
     """
 
     plan: Plan
-    applied: Applied = field(default_factory=Applied)
-    settled: Applied = field(default_factory=Applied)
+    applied: ApplyResult = field(default_factory=ApplyResult)
+    settled: ApplyResult = field(default_factory=ApplyResult)
     adopted: tuple[str, ...] = ()
     unseen: Mapping[str, str] = field(default_factory=dict)
     gaps: tuple[MetricGap, ...] = ()
@@ -71,7 +71,7 @@ class RunReport:
     dry_run: bool = False
 
     @property
-    def stopped(self) -> tuple[Stopped, ...]:
+    def stopped(self) -> tuple[StoppedMove, ...]:
         """All moves that were not made, with reasons."""
         return self.applied.stopped + self.settled.stopped
 
@@ -116,13 +116,13 @@ class RunReport:
         }
 
 
-def catalog_path(file: TierFile) -> Path:
+def catalog_path(file: RuleFile) -> Path:
     """Return the path of this machine's tier catalog for a rule file."""
     return (file.tiering.state_dir or config.state_folder(file.path.parent)) / "tiers.sqlite"
 
 
 def run_once(
-    file: TierFile,
+    file: RuleFile,
     *,
     dry_run: bool = False,
     on_progress: Callable[[Progress], object] | None = None,
@@ -156,7 +156,7 @@ def run_once(
 class _Run:
     """One run of a rule file."""
 
-    def __init__(self, file: TierFile, stores: Stores, catalog: TierCatalog) -> None:
+    def __init__(self, file: RuleFile, stores: Stores, catalog: TierCatalog) -> None:
         self._file, self._stores, self._catalog = file, stores, catalog
         self._started_s, self._unseen = time.monotonic(), dict[str, str]()
         self._losses: tuple[Loss, ...] = ()
@@ -164,7 +164,7 @@ class _Run:
     def rehearse(self) -> RunReport:
         inventory, plan = self._planned()
         waiting = len(self._catalog.open_moves(self._file.home.url, "waiting", "dropping"))
-        return self._report(inventory, plan, settled=Applied(waiting_drops=waiting), dry_run=True)
+        return self._report(inventory, plan, settled=ApplyResult(waiting_drops=waiting), dry_run=True)
 
     def carry_out(self, lock: TierLock, on_progress: Callable[[Progress], object] | None) -> RunReport:
         tiering, cancel = self._file.tiering, Event()
@@ -172,33 +172,33 @@ class _Run:
             mover = Mover(self._file, self._stores, self._catalog, transfer, lock=lock, cancel=cancel)
             # First, because the plan would otherwise count half of a copy.
             finished = mover.finish()
-            reach("tier_run.finished")
+            crash_point("tier_run.finished")
             inventory, plan = self._planned()
-            reach("tier_run.planned")
-            adopted = adopt_ruled(inventory, self._stores)
-            reach("tier_run.adopted")
+            crash_point("tier_run.planned")
+            adopted = track_ruled(inventory, self._stores)
+            crash_point("tier_run.adopted")
             applied = mover.apply(plan, on_progress=on_progress)
-            reach("tier_run.applied")
+            crash_point("tier_run.applied")
             settled = mover.settle(on_progress=on_progress)
         return self._report(inventory, plan, applied, _both(finished, settled), adopted)
 
     def _planned(self) -> tuple[Inventory, Plan]:
         file, stores = self._file, self._stores
-        prices = [priced(tier) for tier in file.tiers]
+        prices = [prices_if_known(tier) for tier in file.tiers]
         now_s = time.time()
         inventory = take_inventory(file, stores, self._catalog, now_s=now_s)
         self._losses = find_losses(inventory, file, stores, self._catalog, now_s=now_s)
-        self._unseen = absences(file, stores, self._catalog)
+        self._unseen = unavailable_tiers(file, stores, self._catalog)
         capacity = [stores.capacity(tier.name) for tier in file.tiers]
         decisions = decide(inventory.snapshot, file, prices, capacity_bytes=capacity, missing=self._unseen)
-        return inventory, planned(decisions, inventory, file, prices)
+        return inventory, make_plan(decisions, inventory, file, prices)
 
     def _report(
         self,
         inventory: Inventory,
         plan: Plan,
-        applied: Applied | None = None,
-        settled: Applied | None = None,
+        applied: ApplyResult | None = None,
+        settled: ApplyResult | None = None,
         adopted: Sequence[str] = (),
         *,
         dry_run: bool = False,
@@ -206,8 +206,8 @@ class _Run:
         snapshot = inventory.snapshot
         return RunReport(
             plan,
-            applied or Applied(),
-            settled or Applied(),
+            applied or ApplyResult(),
+            settled or ApplyResult(),
             tuple(adopted),
             self._unseen,
             metric_gaps(snapshot, self._file, inventory.facts["in_files"])[0],
@@ -219,12 +219,12 @@ class _Run:
         )
 
 
-def _both(first: Applied, then: Applied) -> Applied:
+def _both(first: ApplyResult, then: ApplyResult) -> ApplyResult:
     """Return two settlements as one. What the first one kept was checked again by the second one."""
     again = {(one.plan, one.number) for one in then.stopped}
     stopped = tuple(one for one in first.stopped if (one.plan, one.number) not in again)
     n_bytes, proof_bytes = first.n_bytes + then.n_bytes, first.proof_bytes + then.proof_bytes
-    return Applied(first.done + then.done, stopped + then.stopped, then.waiting_drops, n_bytes, proof_bytes)
+    return ApplyResult(first.done + then.done, stopped + then.stopped, then.waiting_drops, n_bytes, proof_bytes)
 
 
 def _holdings(plan: Plan, when: str) -> Mapping[str, Mapping[str, float]]:

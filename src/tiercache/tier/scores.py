@@ -17,26 +17,26 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.errors import StoreError
-from tiercache.tier.columns import ROWS_AT_A_TIME, matches, split_keys
+from tiercache.tier.columns import ROWS_AT_A_TIME, match_regex, split_keys
 from tiercache.tier.listing import NO_CRC
-from tiercache.tier.metrics import MAY_HOLD, metrics_of, read_metrics
-from tiercache.tier.model import CHECKPOINT, HERE, RESTORED
-from tiercache.tier.name_metrics import metrics_in
+from tiercache.tier.metrics import MAY_HOLD, metrics_in_name, read_metrics
+from tiercache.tier.model import CHECKPOINT, READABLE, RESTORED
+from tiercache.tier.name_metrics import metrics_in_names
 from tiercache.tier.retention import scores_of
 from tiercache.tier.view import fits_size, largest_copies, rules_of
 
 if TYPE_CHECKING:
     from tiercache.tier.copies import Copies
-    from tiercache.tier.listing import Listed
+    from tiercache.tier.listing import Listing
     from tiercache.tier.model import Snapshot
     from tiercache.tier.stores import Stores
-    from tiercache.tierfile import Best, TierFile
+    from tiercache.tierfile import BestMetric, RuleFile
 
 _THREADS = 16
 _MAY_SAY = r"=|\d\.\d"
 
 
-def wanted_metrics(file: TierFile) -> tuple[tuple[str, ...], ...]:
+def wanted_metrics(file: RuleFile) -> tuple[tuple[str, ...], ...]:
     """Return the metrics that keep lists use, sorted.
 
     Each is a tuple of names; a run uses the first name that any of its checkpoints has.
@@ -45,7 +45,7 @@ def wanted_metrics(file: TierFile) -> tuple[tuple[str, ...], ...]:
     return tuple(sorted({best.metrics for keep in keeps for best in keep.best}))
 
 
-class Scores:
+class MetricReader:
     """Finds the metrics of checkpoints.
 
     Attributes (valid after of()):
@@ -53,7 +53,7 @@ class Scores:
         in_files: Group to the names of all metrics in its files, for groups whose files were read.
     """
 
-    def __init__(self, stores: Stores, tiers: Sequence[str], listed: Listed, copies: Copies) -> None:
+    def __init__(self, stores: Stores, tiers: Sequence[str], listed: Listing, copies: Copies) -> None:
         self._stores, self._tiers, self._listed, self._copies = stores, tiers, listed, copies
         self.unread = np.empty(0, np.int64)
         self.in_files: dict[int, frozenset[str]] = {}
@@ -80,9 +80,9 @@ class Scores:
             return found
         for groups in _parts(checkpoints):
             texts = paths.take(pa.array(groups))
-            says = matches(texts, _MAY_SAY)
+            says = match_regex(texts, _MAY_SAY)
             last = split_keys(texts.filter(pa.array(says)))[2]
-            for name, column in metrics_in(last, names).items():
+            for name, column in metrics_in_names(last, names).items():
                 found[name][groups[says]] = column
         lacking = np.isnan(np.array([found[some[0]][checkpoints] for some in wanted])).any(axis=0)
         self._read(found, paths, checkpoints[lacking])
@@ -116,18 +116,18 @@ class Scores:
         for copy in np.unique(copy_of[rows]).tolist():
             group = int(copies.group[copy])
             if asked.get(group) is None:
-                asked[group] = copy if copies.state[copy] in (HERE, RESTORED) else None
+                asked[group] = copy if copies.state[copy] in (READABLE, RESTORED) else None
         return asked
 
     def _holding(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the rows of objects that may hold metrics."""
-        return rows[matches(self._listed.keys.take(pa.array(self._copies.row[rows])), MAY_HOLD)]
+        return rows[match_regex(self._listed.keys.take(pa.array(self._copies.row[rows])), MAY_HOLD)]
 
     def _one(self, readable: tuple[int, int, str]) -> Mapping[str, float] | None:
         _, copy, path = readable
         start, end = self._copies.start[copy : copy + 2].tolist()
         rows = self._copies.row[start:end]
-        rows = rows[matches(self._listed.keys.take(pa.array(rows)), MAY_HOLD)]
+        rows = rows[match_regex(self._listed.keys.take(pa.array(rows)), MAY_HOLD)]
         objects = self._listed.objects(rows, np.full(len(rows), NO_CRC))
         try:
             return read_metrics(self._stores.store(self._tiers[int(self._copies.tier[copy])]), objects, path)
@@ -197,7 +197,7 @@ class MetricGap:
 
 
 @dataclass(frozen=True, slots=True)
-class PassedOver:
+class UnscoredCheckpoints:
     """Complete checkpoints without a metric that others of their runs have, so that `best` does not keep them.
 
     Attributes:
@@ -226,8 +226,8 @@ class PassedOver:
 
 
 def metric_gaps(
-    snapshot: Snapshot, file: TierFile, in_files: Mapping[int, frozenset[str]]
-) -> tuple[tuple[MetricGap, ...], tuple[PassedOver, ...]]:
+    snapshot: Snapshot, file: RuleFile, in_files: Mapping[int, frozenset[str]]
+) -> tuple[tuple[MetricGap, ...], tuple[UnscoredCheckpoints, ...]]:
     """Return the metrics that keep lists use and that are missing: in whole runs, and in some checkpoints of a run.
 
     Args:
@@ -236,14 +236,14 @@ def metric_gaps(
         in_files: Group to the names of the metrics in its files.
     """
     gaps: list[MetricGap] = []
-    passed: list[PassedOver] = []
+    passed: list[UnscoredCheckpoints] = []
     if not wanted_metrics(file):
         return (), ()
     rule_of, n_bytes = rules_of(snapshot, file), largest_copies(snapshot)
     for number, rule in enumerate(file.rules):
         rows = np.flatnonzero((rule_of == number) & (snapshot.kind == CHECKPOINT) & snapshot.complete)
         rows = rows[fits_size(rule, n_bytes[rows])]
-        asked: dict[tuple[str, ...], tuple[Best, list[str]]] = {}
+        asked: dict[tuple[str, ...], tuple[BestMetric, list[str]]] = {}
         for tier, keep in rule.keep.items():
             for best in keep.best:
                 asked.setdefault(best.metrics, (best, []))[1].append(tier)
@@ -259,7 +259,7 @@ def metric_gaps(
             if len(without):
                 paths = tuple(snapshot.paths[row].as_py() for row in without[:3].tolist())
                 n_runs = len(np.unique(snapshot.series[without]))
-                passed.append(PassedOver(rule.name, metrics, len(without), n_runs, paths))
+                passed.append(UnscoredCheckpoints(rule.name, metrics, len(without), n_runs, paths))
     return tuple(gaps), tuple(passed)
 
 
@@ -269,7 +269,7 @@ def _names_in(snapshot: Snapshot, run: NDArray[np.int64], in_files: Mapping[int,
     for group in run.tolist():
         found |= in_files.get(group, frozenset())
     for group in run[:_MOST_NAMES].tolist():
-        found |= metrics_of(snapshot.paths[group].as_py().rpartition("/")[2]).keys()
+        found |= metrics_in_name(snapshot.paths[group].as_py().rpartition("/")[2]).keys()
     return tuple(sorted(found))
 
 

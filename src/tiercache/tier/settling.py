@@ -14,35 +14,35 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy
+from tiercache.catalog.tiers import CatalogEntry, JournalObject, JournalRow
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
-from tiercache.points import reach
+from tiercache.points import crash_point
 from tiercache.store import LocalFolder
 from tiercache.tier.copying import has_class
-from tiercache.tier.marks import absences, deletions_wait
-from tiercache.tier.outcome import Progress, Settled
-from tiercache.tier.placing import Changes, Heads, Placing, found_in, found_infos
-from tiercache.tier.steps import Infos, as_planned, as_reclassed, is_readable
+from tiercache.tier.marks import deletion_block_reason, unavailable_tiers
+from tiercache.tier.outcome import Progress, SettlementCounts
+from tiercache.tier.placing import Heads, PlacementUpdates, RowChanges, found_in, found_infos
+from tiercache.tier.steps import Infos, as_planned, entry_after_class_change, is_readable
 from tiercache.waiting import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
     from tiercache.tier.lock import TierLock
-    from tiercache.tier.steps import Sight
-    from tiercache.tier.survey import Survey
+    from tiercache.tier.steps import MoveContext
+    from tiercache.tier.survey import DeletionGuard
 
 # go: no check speaks against the deletion. done: nothing is left to delete. keep: it waits, the reason may pass.
 # cancel: objects or rules have changed.
 Verdict: TypeAlias = Literal["go", "done", "keep", "cancel"]
 
 # Small batches: between the checks and the deletions lie the queries of one batch, and the reading of its local copies.
-_BATCH_MOVES, _BATCH_OBJECTS, _BATCH_BYTES = 64, 1000, 64 << 30
-_SKEW_S = 60.0
+_DELETE_BATCH_MOVES, _DELETE_BATCH_OBJECTS, _DELETE_BATCH_BYTES = 64, 1000, 64 << 30
+_CLOCK_SKEW_S = 60.0
 # Maximum age of the survey, which says what is in use, which checkpoint is the newest, and what the rules ask for.
 _SURVEY_S = 600.0
 
 
 @dataclass(slots=True)
-class Due:
+class DueDeletion:
     """A move whose grace period is over.
 
     Attributes:
@@ -67,7 +67,7 @@ class Due:
             self.verdict, self.why = verdict, why
 
 
-class Settling:
+class DeferredDeletions:
     """One call of Mover.settle().
 
     Args:
@@ -82,9 +82,9 @@ class Settling:
 
     def __init__(
         self,
-        sight: Sight,
+        sight: MoveContext,
         lock: TierLock,
-        survey: Callable[[float], Survey],
+        survey: Callable[[float], DeletionGuard],
         now_s: float,
         *,
         only_begun: bool = False,
@@ -94,18 +94,18 @@ class Settling:
         self._ask_survey, self._on_progress = survey, on_progress
         self._guard, self._n_due, self._due_bytes = Lock(), 0, 0
         self._file, self._catalog = sight.file, sight.catalog
-        self._placing = Placing(sight)
+        self._placing = PlacementUpdates(sight)
         self._by_use = {rule.name for rule in sight.file.rules if rule.idle_s or rule.uses_below is not None}
-        self._settled = Settled()
+        self._settled = SettlementCounts()
 
-    def run(self) -> Settled:
+    def run(self) -> SettlementCounts:
         """Make the deletions that are due, and return the counts. Raises as Mover.settle()."""
         due = self._due()
         if due:
             proven = [row for row in due if _needs_proof(row) and self._sight.transfer.must_prove(row.dst)]
             self._n_due, self._due_bytes = len(due), sum(one.n_bytes for row in proven for one in row.objects)
             survey, asked_s = self._ask_survey(self._now_s), SYSTEM_CLOCK.monotonic()
-            for batch in _batches(due):
+            for batch in _batches_of_rows(due):
                 if SYSTEM_CLOCK.monotonic() - asked_s > _SURVEY_S:  # reading the copies of earlier batches took long
                     survey, asked_s = self._ask_survey(self._now_s), SYSTEM_CLOCK.monotonic()
                 self._work(batch, survey)
@@ -118,29 +118,29 @@ class Settling:
                 due.append(row)
                 continue
             self._settled.n_waiting += 1
-            if row.since_s > self._now_s + _SKEW_S:
+            if row.since_s > self._now_s + _CLOCK_SKEW_S:
                 # The clock was ahead when the grace period began: without this it would last that much longer.
                 due_s = self._now_s + self._file.tiering.grace_s
                 again.append(replace(row, since_s=self._now_s, due_s=due_s, changed_s=self._now_s))
         self._catalog.write(again)
         return due
 
-    def _work(self, rows: Sequence[JournalRow], survey: Survey) -> None:
+    def _work(self, rows: Sequence[JournalRow], survey: DeletionGuard) -> None:
         self._lock.check()
         self._placing.forget()
-        due = [Due(row, is_begun=row.state == "dropping") for row in rows]
+        due = [DueDeletion(row, is_begun=row.state == "dropping") for row in rows]
         self._check(due, survey)
         self._part(due)
         self._prove([one for one in due if one.verdict == "go" and _needs_proof(one.row)])
         self._heed_pins(due)
-        reach("tier_drop.checked")
+        crash_point("tier_drop.checked")
         self._carry_out([one for one in due if one.verdict == "go"])
         self._end(due)
-        reach("tier_drop.ended")
+        crash_point("tier_drop.ended")
 
     # -- checks -----------------------------------------------------------------------------------------------------
 
-    def _check(self, due: Sequence[Due], survey: Survey) -> None:
+    def _check(self, due: Sequence[DueDeletion], survey: DeletionGuard) -> None:
         for one in due:
             if why := self._misnamed(one.row):
                 one.say("cancel", why)
@@ -148,7 +148,7 @@ class Settling:
         pinned = self._pins_of(fit)
         wanted = [pair for one in fit for pair in self._asked_of(one.row)]
         heads = self._sight.heads(list(dict.fromkeys(wanted)))
-        missing = absences(self._file, self._sight.stores, self._catalog)
+        missing = unavailable_tiers(self._file, self._sight.stores, self._catalog)
         for one in fit:
             if why := _out_of_sight(one.row, missing):
                 one.say("keep", why)
@@ -158,7 +158,7 @@ class Settling:
             except TierCacheError as error:
                 one.say("keep", str(error))
 
-    def _pins_of(self, due: Sequence[Due]) -> Mapping[tuple[str, int], str]:
+    def _pins_of(self, due: Sequence[DueDeletion]) -> Mapping[tuple[str, int], str]:
         """Return the moves that a pin protects now, as Sight.pinned(). All are kept where the pins cannot be read."""
         try:
             return self._sight.pinned([one.row for one in due], self._now_s)
@@ -167,7 +167,7 @@ class Settling:
                 one.say("keep", str(error))
             return {}
 
-    def _heed_pins(self, due: Sequence[Due]) -> None:
+    def _heed_pins(self, due: Sequence[DueDeletion]) -> None:
         """Cancel what was pinned since the first check: reading copies may have taken hours."""
         going = [one for one in due if one.verdict == "go"]
         pinned = self._pins_of(going)
@@ -190,7 +190,7 @@ class Settling:
         tiers = {row.src, row.dst, self._placing.home}
         return [(tier, one.key) for tier in tiers for one in row.objects]
 
-    def _check_one(self, one: Due, heads: Heads, survey: Survey, pin: str) -> None:
+    def _check_one(self, one: DueDeletion, heads: Heads, survey: DeletionGuard, pin: str) -> None:
         row = one.row
         if changed := self._look(one, heads):
             one.say("cancel", changed)
@@ -218,7 +218,7 @@ class Settling:
         if one.verdict == "cancel" and one.is_begun and not one.is_whole:
             one.verdict = "keep"  # some objects are gone: the rest must be deleted when that is possible again
 
-    def _look(self, one: Due, heads: Heads) -> str:
+    def _look(self, one: DueDeletion, heads: Heads) -> str:
         """Compare the objects to delete with those that the journal recorded, and note which of them exist."""
         row, sight, changed = one.row, self._sight, ""
         for obj in row.objects:
@@ -248,14 +248,14 @@ class Settling:
                     return f"{tier.url}/{info.key}: expected no copy there, found one of {info.n_bytes} bytes"
         return ""
 
-    def _check_delete(self, one: Due, survey: Survey) -> None:
+    def _check_delete(self, one: DueDeletion, survey: DeletionGuard) -> None:
         row = one.row
         if row.path in survey.protected:
             one.say("cancel", f"{row.path}: it is the newest complete checkpoint of its run")
         elif one.is_whole and row.path not in survey.deletes:
             one.say("cancel", f"{row.path}: no rule deletes it now")
 
-    def _check_target(self, one: Due, heads: Heads, survey: Survey) -> None:
+    def _check_target(self, one: DueDeletion, heads: Heads, survey: DeletionGuard) -> None:
         row, sight = one.row, self._sight
         there = found_infos(heads, row.dst, row)
         if row.action != "reclass":
@@ -286,7 +286,7 @@ class Settling:
                 return why
         return ""
 
-    def _part(self, due: Sequence[Due]) -> None:
+    def _part(self, due: Sequence[DueDeletion]) -> None:
         """Keep a deletion whose source another deletion of the batch relies on, or the reverse, whatever the paths are.
 
         Without this: 1. A drops from src, because dst has a copy. 2. B drops from dst, because src has a copy. 3. Both
@@ -306,9 +306,9 @@ class Settling:
             counted |= needs
             dropped |= takes
 
-    def _prove(self, due: Sequence[Due]) -> None:
+    def _prove(self, due: Sequence[DueDeletion]) -> None:
         """Read local copies back from disk, once, before their sources are deleted: no store verifies their bytes."""
-        copies: list[tuple[Due, str, KnownCopy | None]] = []
+        copies: list[tuple[DueDeletion, str, CatalogEntry | None]] = []
         for one in due:
             if self._sight.transfer.must_prove(one.row.dst):
                 keys = [obj.key for obj in one.row.objects]
@@ -320,7 +320,7 @@ class Settling:
                 # forgotten.
                 one.say("keep" if one.is_begun and not one.is_whole else verdict, why)
 
-    def _proof(self, copy: tuple[Due, str, KnownCopy | None]) -> tuple[Verdict, str]:
+    def _proof(self, copy: tuple[DueDeletion, str, CatalogEntry | None]) -> tuple[Verdict, str]:
         one, key, known = copy
         try:
             return "cancel", self._sight.proof(one.row.dst, key, known, self._have_read)
@@ -342,18 +342,18 @@ class Settling:
 
     # -- deletions --------------------------------------------------------------------------------------------------
 
-    def _carry_out(self, due: Sequence[Due]) -> None:
+    def _carry_out(self, due: Sequence[DueDeletion]) -> None:
         if not due:
             return
         self._catalog.write([replace(one.row, state="dropping", changed_s=self._now_s) for one in due])
         for one in due:
             one.is_begun = True
         self._catalog.keep([(o.row.dst, one.key) for o in due if o.row.dst for one in o.row.objects])
-        reach("tier_drop.journaled")
+        crash_point("tier_drop.journaled")
         self._unplace([one for one in due if one.row.action == "delete"])
         self._look_again(due)
         self._heed_pins(due)
-        reach("tier_drop.decided")  # a pin that is added from here on is too late for this batch
+        crash_point("tier_drop.decided")  # a pin that is added from here on is too late for this batch
         going = [one for one in due if one.verdict == "go"]
         drops = [one for one in going if one.row.action != "reclass"]
         places = {tier.name: tier.url for tier in self._file.tiers}
@@ -362,7 +362,7 @@ class Settling:
         self._drop(drops)
         self._reclass([one for one in going if one.row.action == "reclass"])
 
-    def _look_again(self, due: Sequence[Due]) -> None:
+    def _look_again(self, due: Sequence[DueDeletion]) -> None:
         """Keep what was written, or has lost its other copy, since the first check, which may be hours ago."""
         drops = [one for one in due if one.verdict == "go" and one.row.action != "reclass"]
         wanted = [(where, obj.key) for one in drops for where, obj in one.there]
@@ -385,12 +385,12 @@ class Settling:
                     continue
                 if why:
                     one.say("cancel", why)
-        reach("tier_drop.looked_again")
+        crash_point("tier_drop.looked_again")
 
-    def _unplace(self, due: Sequence[Due]) -> None:
+    def _unplace(self, due: Sequence[DueDeletion]) -> None:
         """Remove placement rows of last copies, so that readers find no object rather than a location without one."""
-        changes: dict[str, Changes] = defaultdict(dict)
-        chains: dict[str, list[Due]] = defaultdict(list)
+        changes: dict[str, RowChanges] = defaultdict(dict)
+        chains: dict[str, list[DueDeletion]] = defaultdict(list)
         for one in due:
             try:
                 folder = self._placing.folder(one.row)
@@ -401,27 +401,27 @@ class Settling:
         for folder, why in self._placing.commit(changes).items():
             for one in chains[folder]:
                 one.say("keep", why)
-        reach("tier_drop.unplaced")
+        crash_point("tier_drop.unplaced")
 
-    def _drop(self, due: Sequence[Due]) -> None:
+    def _drop(self, due: Sequence[DueDeletion]) -> None:
         """Delete the objects that make groups complete, so that no partial group looks complete; then all others."""
         # By tier: the object that makes the group complete may exist in one of several tiers, and only there comes
         # last.
         rows = [one.row for one in due if len(one.row.objects) > 1]
         keys = {(row.plan, row.number, obj.where): obj.key for row in rows for obj in row.objects}
-        first: list[tuple[Due, str, JournalObject]] = []
-        rest: list[tuple[Due, str, JournalObject]] = []
+        first: list[tuple[DueDeletion, str, JournalObject]] = []
+        rest: list[tuple[DueDeletion, str, JournalObject]] = []
         for one in due:
             for where, obj in one.there:
                 last = keys.get((one.row.plan, one.row.number, obj.where))
                 (first if obj.key == last else rest).append((one, where, obj))
         self._delete(first)
-        reach("tier_drop.unmade")
+        crash_point("tier_drop.unmade")
         self._delete(rest)
-        reach("tier_drop.dropped")
+        crash_point("tier_drop.dropped")
 
-    def _delete(self, objects: Iterable[tuple[Due, str, JournalObject]]) -> None:
-        by_tier: dict[str, list[tuple[Due, JournalObject]]] = defaultdict(list)
+    def _delete(self, objects: Iterable[tuple[DueDeletion, str, JournalObject]]) -> None:
+        by_tier: dict[str, list[tuple[DueDeletion, JournalObject]]] = defaultdict(list)
         for one, where, obj in objects:
             if one.verdict == "go":
                 by_tier[where].append((one, obj))
@@ -432,15 +432,15 @@ class Settling:
                 for one, _ in pairs:
                     one.say("keep", str(error))
 
-    def _reclass(self, due: Sequence[Due]) -> None:
+    def _reclass(self, due: Sequence[DueDeletion]) -> None:
         pairs = [(one, obj) for one in due for _, obj in one.there]
         for one in due:
             self._sight.remember_dates(one.row.dst, [obj for _, obj in one.there])
         made = [copy for copy in self._sight.pool.map(self._reclassed, pairs) if copy is not None]
-        reach("tier_drop.reclassed")
+        crash_point("tier_drop.reclassed")
         self._catalog.record(made)
 
-    def _reclassed(self, pair: tuple[Due, JournalObject]) -> tuple[str, str, KnownCopy] | None:
+    def _reclassed(self, pair: tuple[DueDeletion, JournalObject]) -> tuple[str, str, CatalogEntry] | None:
         one, obj = pair
         dst = one.row.dst
         try:
@@ -451,12 +451,12 @@ class Settling:
         except TierCacheError as error:
             one.say("keep", str(error))
             return None
-        copy = as_reclassed(obj, known, changed)
+        copy = entry_after_class_change(obj, known, changed)
         return None if copy is None else (dst, obj.key, copy)
 
     # -- results ----------------------------------------------------------------------------------------------------
 
-    def _end(self, due: Sequence[Due]) -> None:
+    def _end(self, due: Sequence[DueDeletion]) -> None:
         back = [one for one in due if one.verdict == "cancel" and one.is_whole and one.there]
         # The placement of a last copy changes when its deletion begins, not before.
         self._take_back([one for one in back if one.is_begun or one.row.action != "delete"])
@@ -483,10 +483,10 @@ class Settling:
         self._remove_folders([one for one in due if one.verdict in ("go", "done") and one.row.action != "reclass"])
         self._catalog.keep(lasting)  # also of sources that somebody else deleted
         self._catalog.write(rows)
-        reach("tier_drop.done")
+        crash_point("tier_drop.done")
         self._catalog.forget(gone)
 
-    def _remove_folders(self, due: Sequence[Due]) -> None:
+    def _remove_folders(self, due: Sequence[DueDeletion]) -> None:
         """Remove empty folders of deleted checkpoints from local tiers: frameworks would try to resume from them."""
         for one in due:
             row = one.row
@@ -498,13 +498,13 @@ class Settling:
                     with suppress(StoreError):  # the objects are gone; an empty folder is only cosmetic
                         store.remove_empty(row.path)
 
-    def _take_back(self, due: Sequence[Due]) -> None:
+    def _take_back(self, due: Sequence[DueDeletion]) -> None:
         """Revert the placement where src stays, before the redirect is forgotten."""
         failed = self._placing.take_back([one.row for one in due])
         for one in due:
             if why := failed.get((one.row.plan, one.row.number)):
                 one.verdict, one.why = "keep", f"{one.why}; {why}"
-        reach("tier_drop.taken_back")
+        crash_point("tier_drop.taken_back")
 
 
 def _needs_proof(row: JournalRow) -> bool:
@@ -518,17 +518,17 @@ def _out_of_sight(row: JournalRow, missing: Mapping[str, str]) -> str:
     Where dst cannot be seen, its copies cannot be confirmed: the checks of the copies find that.
     """
     if row.action == "delete":
-        return deletions_wait(missing)
+        return deletion_block_reason(missing)
     return missing.get(row.src, "")
 
 
-def _batches(rows: Sequence[JournalRow]) -> Iterator[list[JournalRow]]:
+def _batches_of_rows(rows: Sequence[JournalRow]) -> Iterator[list[JournalRow]]:
     batch: list[JournalRow] = []
     n_objects = n_bytes = 0
     for row in rows:
         row_bytes = sum(one.n_bytes for one in row.objects)
-        is_full = len(batch) >= _BATCH_MOVES or n_objects + len(row.objects) > _BATCH_OBJECTS
-        if batch and (is_full or n_bytes + row_bytes > _BATCH_BYTES):
+        is_full = len(batch) >= _DELETE_BATCH_MOVES or n_objects + len(row.objects) > _DELETE_BATCH_OBJECTS
+        if batch and (is_full or n_bytes + row_bytes > _DELETE_BATCH_BYTES):
             yield batch
             batch, n_objects, n_bytes = [], 0, 0
         batch.append(row)

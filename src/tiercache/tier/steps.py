@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import pyarrow as pa
 
-from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy
+from tiercache.catalog.tiers import CatalogEntry, JournalObject, JournalRow
 from tiercache.errors import NotFound, StoreError, TierCacheError
-from tiercache.tier.marks import recognised
+from tiercache.tier.marks import ensure_marker
 from tiercache.tier.matching import first_match
-from tiercache.tier.model import ARCHIVED, HERE, RESTORING, PlannedObject
+from tiercache.tier.model import ARCHIVED, READABLE, RESTORING, PlannedObject
 from tiercache.tier.stores import state_of
-from tiercache.tierfile import load_tiers
+from tiercache.tierfile import load_rule_file
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from tiercache.catalog.tiers import TierCatalog
     from tiercache.model import ObjectInfo
     from tiercache.tier.stores import Stores
-    from tiercache.tier.transfer import Copied, Transfer
-    from tiercache.tierfile import TierFile
+    from tiercache.tier.transfer import Transfer, VerifiedCopy
+    from tiercache.tierfile import RuleFile
 
 Infos: TypeAlias = Mapping[str, "ObjectInfo | None"]
 
@@ -37,13 +37,13 @@ _PROBE_FOLDER = "_tiercache/probe/"
 
 
 @dataclass(slots=True)
-class Sight:
+class MoveContext:
     """The stores, the catalog and the transfer that moves use, with their checks. Thread-safe.
 
     The caller owns the pool.
     """
 
-    file: TierFile
+    file: RuleFile
     stores: Stores
     catalog: TierCatalog
     transfer: Transfer
@@ -104,7 +104,7 @@ class Sight:
             return ""
         return f"{self.stores.store(tier).url}/{path}: expected {len(known)} objects, found {min(new)!r} beside them"
 
-    def confirmed(self, tier: str, key: str, info: ObjectInfo | None, known: KnownCopy | None) -> str:
+    def confirmed(self, tier: str, key: str, info: ObjectInfo | None, known: CatalogEntry | None) -> str:
         """Return why a copy cannot be relied on; "" if it is the verified one. Raises StoreError.
 
         If the ETag differs but the bytes are equal (a server may assign a new ETag with a new class), the catalog is
@@ -135,7 +135,7 @@ class Sight:
         self.catalog.record([(tier, key, known._replace(etag=info.etag, crc32c=found))])
         return ""
 
-    def proof(self, tier: str, key: str, known: KnownCopy | None, on_bytes: Callable[[int], object]) -> str:
+    def proof(self, tier: str, key: str, known: CatalogEntry | None, on_bytes: Callable[[int], object]) -> str:
         """Return why a copy is not equal to its source, read from its disk; "" if it is.
 
         A wrong copy loses its verified mark in the catalog: it counts as made by a move, and a later move may replace
@@ -165,13 +165,13 @@ class Sight:
             f"look at that disk, and remove this copy: the next plan makes it again"
         )
 
-    def disbelieve(self, tier: str, key: str, known: KnownCopy) -> None:
+    def disbelieve(self, tier: str, key: str, known: CatalogEntry) -> None:
         """Mark a copy as not verified in the catalog. If a move made it, a later move may still replace it."""
         self.catalog.record([(tier, key, known._replace(crc32c=None, verified=False))])
 
-    def sum_of(self, tier: str, info: ObjectInfo, known: KnownCopy | None) -> int | None:
+    def sum_of(self, tier: str, info: ObjectInfo, known: CatalogEntry | None) -> int | None:
         """Return an object's CRC-32C, from the catalog if unchanged, else by reading; None if it is archived."""
-        if known is not None and known.crc32c is not None and is_same(info, known):
+        if known is not None and known.crc32c is not None and matches_entry(info, known):
             return known.crc32c
         if state_of(info) in (ARCHIVED, RESTORING):
             return None
@@ -186,7 +186,7 @@ class Sight:
             if one.etag is None or (first_s := first_written_s(one, known)) is None:
                 continue
             if known is None or (known.n_bytes, known.etag) != (one.n_bytes, one.etag):
-                known = KnownCopy(one.n_bytes, one.etag, None, verified=False)
+                known = CatalogEntry(one.n_bytes, one.etag, None, verified=False)
             dated.append((tier, one.key, known._replace(written_s=first_s)))
         self.catalog.record(dated)
 
@@ -202,7 +202,7 @@ class Sight:
         if not rows:
             return {}
         try:
-            file = load_tiers(self.file.path)
+            file = load_rule_file(self.file.path)
         except ValueError as error:
             raise TierCacheError(f"expected to read the pins anew, found no rule file: {error}") from error
         both = (*file.pins, *(pin for pin in self.file.pins if pin not in file.pins))
@@ -223,9 +223,9 @@ class Sight:
         return why
 
     def missing(self, tier: str, *, gets: bool = True) -> str:
-        """Return why a local tier may not be the one used before; "" if it is, or was never used. See recognised()."""
+        """Return why a local tier may not be the one used before, or "". See ensure_marker()."""
         try:
-            return recognised(self.file.tier(tier), self.stores.store(tier), self.catalog, gets=gets)
+            return ensure_marker(self.file.tier(tier), self.stores.store(tier), self.catalog, gets=gets)
         except StoreError as error:
             return str(error)
 
@@ -257,12 +257,12 @@ class Sight:
         return f"expected two locations, found that {urls} (tiers {src}, {dst}) are one: a drop would delete both"
 
 
-def is_same(info: ObjectInfo, known: KnownCopy) -> bool:
+def matches_entry(info: ObjectInfo, known: CatalogEntry) -> bool:
     """Return whether an object is the one in the catalog, by size and ETag."""
     return info.n_bytes == known.n_bytes and None not in (info.etag, known.etag) and info.etag == known.etag
 
 
-def first_written_s(one: JournalObject, known: KnownCopy | None) -> float | None:
+def first_written_s(one: JournalObject, known: CatalogEntry | None) -> float | None:
     """Return when an object was first written: its date, or an earlier one that the catalog has of this very object."""
     is_it = known is not None and one.etag is not None and (known.n_bytes, known.etag) == (one.n_bytes, one.etag)
     return earliest(one.modified_s, known.written_s if known is not None and is_it else None)
@@ -273,7 +273,9 @@ def earliest(*dates_s: float | None) -> float | None:
     return min((date_s for date_s in dates_s if date_s is not None), default=None)
 
 
-def as_reclassed(one: JournalObject, known: KnownCopy | None, changed: Copied) -> KnownCopy | None:
+def entry_after_class_change(
+    one: JournalObject, known: CatalogEntry | None, changed: VerifiedCopy
+) -> CatalogEntry | None:
     """Return the new catalog entry of an object whose class was changed; None if nothing changes.
 
     known: The entry before, see Sight.remember_dates. An object without a checksum has an entry only for its date.
@@ -281,15 +283,15 @@ def as_reclassed(one: JournalObject, known: KnownCopy | None, changed: Copied) -
     crc = changed.crc32c if changed.crc32c is not None else one.crc32c
     came_from, first_s = ("", one.modified_s) if known is None else (known.made_from, first_written_s(one, known))
     if crc is not None:
-        return KnownCopy(changed.n_bytes, changed.etag, crc, came_from, first_s)
+        return CatalogEntry(changed.n_bytes, changed.etag, crc, came_from, first_s)
     if changed.etag in (None, one.etag):
         return None
-    return KnownCopy(changed.n_bytes, changed.etag, None, written_s=first_s, verified=False)
+    return CatalogEntry(changed.n_bytes, changed.etag, None, written_s=first_s, verified=False)
 
 
 def is_readable(info: ObjectInfo) -> bool:
     """Return whether an object can be read permanently. A temporarily restored object cannot."""
-    return state_of(info) == HERE
+    return state_of(info) == READABLE
 
 
 def as_planned(one: JournalObject) -> PlannedObject:

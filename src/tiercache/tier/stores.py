@@ -15,11 +15,11 @@ from tiercache.errors import StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store import CloudStore, LocalFolder, Store, open_store
 from tiercache.store.archive import ArchiveStore, S3Archive, has_boto3
-from tiercache.store.urls import Location
-from tiercache.tier.model import ARCHIVED, HERE, RESTORED, RESTORING
+from tiercache.store.urls import ParsedUrl
+from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
 
 if TYPE_CHECKING:
-    from tiercache.tierfile import Tier, TierFile
+    from tiercache.tierfile import RuleFile, Tier
 
 STANDARD = "STANDARD"
 # Classes whose objects must be restored before a read. For INTELLIGENT_TIERING, the object's restore field tells.
@@ -47,7 +47,7 @@ def state_of(info: ObjectInfo, now_s: float | None = None) -> int:
         return ARCHIVED if now_s is not None and until_s is not None and until_s <= now_s else RESTORED
     if "archive-status" in said or info.storage_class in RESTORED_FIRST:
         return ARCHIVED
-    return HERE
+    return READABLE
 
 
 def restored_until(info: ObjectInfo) -> float | None:
@@ -69,7 +69,7 @@ class Stores:
 
     def __init__(
         self,
-        file: TierFile,
+        file: RuleFile,
         *,
         stores: Mapping[str, Store] | None = None,
         archives: Mapping[str, ArchiveStore] | None = None,
@@ -193,12 +193,12 @@ class Stores:
             return ("cloud", *store.identity)
         if isinstance(store, LocalFolder):
             return ("local", os.path.realpath(store.root))
-        return ("other", Location.parse(self.file.tier(name).url).full.rstrip("/"))
+        return ("other", ParsedUrl.parse(self.file.tier(name).url).full.rstrip("/"))
 
     def capacity(self, name: str) -> int | None:
         """Return the capacity of a tier in bytes; None: unlimited. A percentage refers to the disk of a local path."""
         tier = self.file.tier(name)
-        place = Location.parse(tier.url)
+        place = ParsedUrl.parse(tier.url)
         if tier.capacity is None or place.scheme:
             return tier.capacity_bytes(None)
         return tier.capacity_bytes(_disk_bytes(place.path))

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.prices import priced
+from tiercache.prices import prices_if_known
 from tiercache.tier.inventory import take_inventory
-from tiercache.tier.marks import absences
-from tiercache.tier.model import CHECKPOINT, HERE, SHARD
+from tiercache.tier.marks import unavailable_tiers
+from tiercache.tier.model import CHECKPOINT, READABLE, SHARD
 from tiercache.tier.policy import decide
-from tiercache.tier.retention import newest
+from tiercache.tier.retention import find_newest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from tiercache.catalog.tiers import TierCatalog
     from tiercache.tier.model import Decisions, Snapshot
     from tiercache.tier.stores import Stores
-    from tiercache.tierfile import TierFile
+    from tiercache.tierfile import RuleFile
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class DeletionGuard:
     """State of the tiers, as far as deletions depend on it. Paths are paths of groups.
 
     Attributes:
@@ -45,23 +45,23 @@ class Survey:
     used_s: Mapping[str, float] = field(default_factory=dict)
 
 
-def take_survey(file: TierFile, stores: Stores, catalog: TierCatalog, now_s: float) -> Survey:
+def take_deletion_guard(file: RuleFile, stores: Stores, catalog: TierCatalog, now_s: float) -> DeletionGuard:
     """List all tiers and plan once more. Raises as take_inventory()."""
     snapshot = take_inventory(file, stores, catalog, now_s=now_s).snapshot
-    prices = [priced(tier) for tier in file.tiers]
+    prices = [prices_if_known(tier) for tier in file.tiers]
     capacity = [stores.capacity(tier.name) for tier in file.tiers]
-    missing = absences(file, stores, catalog)
+    missing = unavailable_tiers(file, stores, catalog)
     return survey_of(snapshot, decide(snapshot, file, prices, capacity_bytes=capacity, missing=missing))
 
 
-def survey_of(snapshot: Snapshot, decisions: Decisions) -> Survey:
+def survey_of(snapshot: Snapshot, decisions: Decisions) -> DeletionGuard:
     """Return the survey of a snapshot and of the decisions on it."""
     tiers = snapshot.tiers
     is_used = np.isfinite(snapshot.counted_since_s) & (snapshot.kind != SHARD)
     takes = [move for move in decisions.moves if move.action in ("move", "drop", "reclass")]
-    return Survey(
+    return DeletionGuard(
         in_use=_paths(snapshot, snapshot.in_use),
-        protected=_paths(snapshot, newest(snapshot) | newest(_readable(snapshot))),
+        protected=_paths(snapshot, find_newest(snapshot) | find_newest(_readable(snapshot))),
         deletes=frozenset(snapshot.paths[m.group].as_py() for m in decisions.moves if m.action == "delete"),
         asked=frozenset((snapshot.paths[move.group].as_py(), tiers[move.src]) for move in takes),
         linked={
@@ -75,7 +75,7 @@ def survey_of(snapshot: Snapshot, decisions: Decisions) -> Survey:
 def _readable(snapshot: Snapshot) -> Snapshot:
     """Return the snapshot where a checkpoint is complete only if one copy is complete, readable now and permanent."""
     can_be_read = np.zeros(snapshot.n_groups, np.bool_)
-    can_be_read[snapshot.group[snapshot.whole & (snapshot.state == HERE)]] = True
+    can_be_read[snapshot.group[snapshot.whole & (snapshot.state == READABLE)]] = True
     return replace(snapshot, complete=snapshot.complete & can_be_read & (snapshot.kind == CHECKPOINT))
 
 

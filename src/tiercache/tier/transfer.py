@@ -13,13 +13,22 @@ from threading import Event, Lock
 from tiercache._native.checksum import combine, crc32c
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
-from tiercache.points import reach
+from tiercache.points import crash_point
 from tiercache.store import CloudStore, LocalFolder
 from tiercache.store.archive import ArchiveStore
 from tiercache.store.contract import Upload
-from tiercache.store.obstore_upload import StreamedUpload
+from tiercache.store.obstore_upload import OrderedUpload
 from tiercache.tier.model import ARCHIVED, RESTORING, PlannedObject
-from tiercache.tier.pieces import MOST_PARTS, PART_BYTES, Buffers, Pace, Part, Reading, cancelled, ranges_of
+from tiercache.tier.pieces import (
+    MOST_PARTS,
+    PART_BYTES,
+    CopiedPart,
+    PartBufferPool,
+    PartReader,
+    RateLimit,
+    cancelled,
+    ranges_of,
+)
 from tiercache.tier.stores import Stores, state_of
 from tiercache.tier.targets import check_absent, check_over
 from tiercache.waiting import SYSTEM_CLOCK, Clock
@@ -34,7 +43,7 @@ _MD5 = re.compile(r'"?[0-9a-f]{32}"?')
 
 
 @dataclass(frozen=True, slots=True)
-class Copied:
+class VerifiedCopy:
     """A copy that was made and verified, as far as that is possible at once: see Transfer.must_prove().
 
     Attributes:
@@ -82,9 +91,9 @@ class Transfer:
         if jobs < 1 or (rate_bytes_s is not None and rate_bytes_s < 1):
             raise ValueError(f"jobs and rate_bytes_s must be at least 1, got {jobs} and {rate_bytes_s}")
         self._stores, self._cancel = stores, cancel or Event()
-        self._pace = Pace(rate_bytes_s, clock, self._cancel)
+        self._pace = RateLimit(rate_bytes_s, clock, self._cancel)
         self._pool = ThreadPoolExecutor(max(jobs, _TOGETHER), thread_name_prefix="tiercache-transfer")
-        self._buffers = Buffers()
+        self._buffers = PartBufferPool()
         self._lock, self._n_reading = Lock(), 0
 
     def __enter__(self) -> Transfer:
@@ -106,7 +115,7 @@ class Transfer:
         *,
         on_bytes: Callable[[int], object] | None = None,
         replaces: bool | str = True,
-    ) -> Copied:
+    ) -> VerifiedCopy:
         """Copy an object to another tier, under the same key and with that tier's storage class, and verify the copy.
 
         The copy appears complete, and replaces what was there. If one server has both tiers, the server copies. If the
@@ -174,7 +183,7 @@ class Transfer:
 
     def _by_server(
         self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object], *, replaces: bool | str
-    ) -> Copied | None:
+    ) -> VerifiedCopy | None:
         """Return the copy that the server made; None, after removing it, if checksums do not show that it is equal."""
         info = self.check(src, one)
         source, target = self._archive(src), self._archive(dst)
@@ -208,11 +217,11 @@ class Transfer:
             self._remove(dst, made)
             return None
         on_bytes(info.n_bytes)
-        return Copied(made.n_bytes, one.crc32c if made.crc32c is None else made.crc32c, made.etag)
+        return VerifiedCopy(made.n_bytes, one.crc32c if made.crc32c is None else made.crc32c, made.etag)
 
     def _at_once(
         self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object], *, replaces: bool | str
-    ) -> Copied:
+    ) -> VerifiedCopy:
         """Copy a small object.
 
         One request reads it and its metadata, because requests dominate the cost of small objects.
@@ -233,16 +242,16 @@ class Transfer:
 
     def _streamed(
         self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object], *, replaces: bool | str
-    ) -> Copied:
+    ) -> VerifiedCopy:
         info = self.check(src, one)
-        reading = Reading(self._stores.store(src), info, self._cancel)
+        reading = PartReader(self._stores.store(src), info, self._cancel)
         with self._upload(dst, info, replaces) as (upload, in_order):
             crc = self._written(upload, self._parts(reading, None if in_order else upload, on_bytes))
             return self._completed(src, dst, one, (upload, crc), replaces=replaces)
 
     def _completed(
         self, src: str, dst: str, one: PlannedObject, written: tuple[Upload, int], *, replaces: bool | str
-    ) -> Copied:
+    ) -> VerifiedCopy:
         """Publish and verify the copy. written: The upload, and the CRC-32C of the bytes that it was given."""
         upload, crc = written
         if one.crc32c is not None and crc != one.crc32c:
@@ -250,9 +259,9 @@ class Transfer:
             raise _wrong(self._at(src, one.key), one.crc32c, crc, "the source")
         self._check_cancelled(dst, one.key)
         made = self._published(dst, one, upload, replaces=replaces)
-        reach("tier_transfer.published")
+        crash_point("tier_transfer.published")
         if getattr(upload, "is_confirmed", False) and made.etag is not None and made.n_bytes == one.n_bytes:
-            return Copied(one.n_bytes, crc, made.etag)
+            return VerifiedCopy(one.n_bytes, crc, made.etag)
         return self._verified(dst, one.n_bytes, crc, made)
 
     def _published(self, dst: str, one: PlannedObject, upload: Upload, *, replaces: bool | str) -> ObjectInfo:
@@ -274,7 +283,7 @@ class Transfer:
             raise ObjectChanged("the destination was changed concurrently: run again", url=self._at(dst, one.key))
         return made
 
-    def _written(self, upload: Upload, parts: Generator[Part, None, None]) -> int:
+    def _written(self, upload: Upload, parts: Generator[CopiedPart, None, None]) -> int:
         """Write the parts that bring their bytes, and return the CRC-32C of all. No part is in flight afterwards."""
         crc = 0
         with closing(parts):
@@ -300,13 +309,13 @@ class Transfer:
             hint = ": pip install 'tiercache[archive]'" if store.cloud == "s3" else ""
             raise StoreError(message + hint, url=f"{store.url}/{info.key}")
         with store.create(info.key) as upload:
-            if isinstance(upload, StreamedUpload):
+            if isinstance(upload, OrderedUpload):
                 upload.confirm()
             yield upload, True
 
     def _parts(
-        self, reading: Reading, upload: Upload | None, on_bytes: Callable[[int], object]
-    ) -> Generator[Part, None, None]:
+        self, reading: PartReader, upload: Upload | None, on_bytes: Callable[[int], object]
+    ) -> Generator[CopiedPart, None, None]:
         """Yield the object's parts in order, read ahead.
 
         If upload is given, the threads that read the parts also write them.
@@ -315,7 +324,7 @@ class Transfer:
         if len(ranges) == 1:
             yield self._part(reading, ranges[0], upload, on_bytes)
             return
-        running: deque[Future[Part]] = deque()
+        running: deque[Future[CopiedPart]] = deque()
         is_file = upload is None and isinstance(reading.store, LocalFolder)
         self._count(1)
         try:
@@ -338,7 +347,7 @@ class Transfer:
         with self._lock:
             self._n_reading += n
 
-    def _give_up(self, running: deque[Future[Part]]) -> None:
+    def _give_up(self, running: deque[Future[CopiedPart]]) -> None:
         """Wait for the parts in flight, which use the upload, and take their buffers back."""
         for future in running:
             future.cancel()
@@ -348,11 +357,11 @@ class Transfer:
 
     def _part(
         self,
-        reading: Reading,
+        reading: PartReader,
         wanted: tuple[int, ByteRange],
         upload: Upload | None,
         on_bytes: Callable[[int], object],
-    ) -> Part:
+    ) -> CopiedPart:
         number, span = wanted
         self._pace.take(span.n_bytes)
         buffer = self._buffers.take(span.n_bytes)
@@ -368,9 +377,9 @@ class Transfer:
             if not kept:
                 self._buffers.give(buffer)
         on_bytes(span.n_bytes)
-        return Part(crc, span.n_bytes, buffer if kept else None)
+        return CopiedPart(crc, span.n_bytes, buffer if kept else None)
 
-    def _verified(self, dst: str, n_bytes: int, crc: int, made: ObjectInfo) -> Copied:
+    def _verified(self, dst: str, n_bytes: int, crc: int, made: ObjectInfo) -> VerifiedCopy:
         """Return the copy, if it is there and equals what was read; otherwise remove it and raise."""
         info, found = self._looked_at(dst, made, n_bytes, crc)
         where = self._at(dst, made.key)
@@ -381,7 +390,7 @@ class Transfer:
             self._remove(dst, info)
             raise _wrong(where, f"{n_bytes} bytes", f"{info.n_bytes} bytes", "the copy")
         if crc in (info.crc32c, found):
-            return Copied(n_bytes, crc, info.etag)
+            return VerifiedCopy(n_bytes, crc, info.etag)
         if not _is_readable(info):
             self._remove(dst, info)
             message = "the store names no checksum of the copy, and archived it cannot be read back: it was removed"
@@ -393,7 +402,7 @@ class Transfer:
         if found != crc:
             self._remove(dst, info)
             raise _wrong(where, crc, found, "the copy")
-        return Copied(n_bytes, crc, info.etag)
+        return VerifiedCopy(n_bytes, crc, info.etag)
 
     def _looked_at(self, name: str, made: ObjectInfo, n_bytes: int, crc: int) -> tuple[ObjectInfo, int | None]:
         """Return the metadata of a copy, and its CRC-32C if known. crc: CRC-32C of the bytes that were written."""
@@ -420,13 +429,13 @@ class Transfer:
     def sum_of(self, name: str, info: ObjectInfo, on_bytes: Callable[[int], object] = _nothing) -> int:
         """Read all bytes of an object, and return their CRC-32C. on_bytes, errors: As copy()."""
         crc = 0
-        with closing(self._parts(Reading(self._stores.store(name), info, self._cancel), None, on_bytes)) as parts:
+        with closing(self._parts(PartReader(self._stores.store(name), info, self._cancel), None, on_bytes)) as parts:
             for part in parts:
                 crc = combine(crc, part.crc32c, part.n_bytes)
                 self._buffers.give(part.buffer)
         return crc
 
-    def reclass(self, dst: str, one: PlannedObject) -> Copied:
+    def reclass(self, dst: str, one: PlannedObject) -> VerifiedCopy:
         """Give an object, in place, the storage class of a tier with the same URL.
 
         No data is read unless checksums leave doubt.
@@ -445,12 +454,12 @@ class Transfer:
             found = f"{made.n_bytes} bytes, {made.storage_class}"
             raise _wrong(where, f"{info.n_bytes} bytes, {wanted}", found, "the object")
         if _is_proven(before, archive.sums(one.key), one, made):
-            return Copied(made.n_bytes, one.crc32c if made.crc32c is None else made.crc32c, made.etag)
+            return VerifiedCopy(made.n_bytes, one.crc32c if made.crc32c is None else made.crc32c, made.etag)
         # The checksums are not conclusive: a readable object is read; of an archived one only size and class are known.
         crc = self.sum_of(dst, made) if _is_readable(made) else None
         if None not in (crc, one.crc32c) and crc != one.crc32c:
             raise _wrong(where, one.crc32c, crc, "the object")
-        return Copied(made.n_bytes, crc, made.etag)
+        return VerifiedCopy(made.n_bytes, crc, made.etag)
 
     def drop(self, name: str, objects: Sequence[PlannedObject]) -> None:
         """Delete objects of a tier, 1000 per request where the store can. A missing object is not an error.

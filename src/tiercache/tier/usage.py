@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.store import Store
-    from tiercache.tier.places import Places
+    from tiercache.tier.places import LocationResolver
 
 USAGE_FOLDER = "_tiercache/usage/"
 FORMAT_VERSION = 1
@@ -57,7 +57,7 @@ _UNFIT = re.compile(r"[^A-Za-z0-9.-]+")
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
+class ActiveReader:
     """A process that has a data set open. since_s: Start of reading. reads_all: Whether its run reads every shard."""
 
     since_s: float
@@ -66,7 +66,7 @@ class Reader:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class UseReport:
     """Uses of one machine. Times are seconds since the epoch, by its own clock; read_reports() corrects a late clock.
 
     Attributes:
@@ -80,12 +80,12 @@ class Report:
     machine: str
     reported_s: float = 0.0
     all_s: float = 0.0
-    readers: dict[str, Reader] = field(default_factory=dict)
+    readers: dict[str, ActiveReader] = field(default_factory=dict)
     shards: dict[str, tuple[float, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Usage:
+class ShardUse:
     """Known use of n shards.
 
     Attributes:
@@ -104,7 +104,7 @@ class Usage:
 # -- for the planner ------------------------------------------------------------------------------------------------
 
 
-def read_reports(store: Store) -> list[Report]:
+def read_reports(store: Store) -> list[UseReport]:
     """Return the reports of all machines. An unreadable one counts as an overdue report. Raises StoreError."""
     found = []
     for info in store.list(USAGE_FOLDER):
@@ -115,7 +115,7 @@ def read_reports(store: Store) -> list[Report]:
     return found
 
 
-def by_store_clock(report: Report, modified_s: float) -> Report:
+def by_store_clock(report: UseReport, modified_s: float) -> UseReport:
     """Return a report with its times shifted later, if the machine's clock is behind.
 
     The store knows the time of writing. Without the shift, a machine whose clock is a week behind would count as gone,
@@ -131,12 +131,12 @@ def by_store_clock(report: Report, modified_s: float) -> Report:
     }
     shards = {name: (last_s + behind_s, uses) for name, (last_s, uses) in report.shards.items()}
     all_s = report.all_s and report.all_s + behind_s
-    return Report(report.machine, modified_s, all_s, readers, shards)
+    return UseReport(report.machine, modified_s, all_s, readers, shards)
 
 
-def merge(
-    reports: Sequence[Report], names: pa.Array | pa.ChunkedArray, *, now_s: float, silence_s: float = 7 * 86400.0
-) -> Usage:
+def merge_reports(
+    reports: Sequence[UseReport], names: pa.Array | pa.ChunkedArray, *, now_s: float, silence_s: float = 7 * 86400.0
+) -> ShardUse:
     """Merge the reports on these shards. Pure.
 
     Args:
@@ -167,13 +167,13 @@ def merge(
         uses[mine] += used[:, 1].astype(np.int64)
         if heard:
             in_use[mine] |= used[:, 0] >= min(reader.since_s for reader in heard)
-    return Usage(last, uses, in_use, unreported)
+    return ShardUse(last, uses, in_use, unreported)
 
 
 # -- the file -------------------------------------------------------------------------------------------------------
 
 
-def encode(report: Report) -> bytes:
+def encode(report: UseReport) -> bytes:
     """Return a report as JSON."""
     readers = {
         name: {"since_s": one.since_s, "reported_s": one.reported_s, "reads_all": one.reads_all}
@@ -191,7 +191,7 @@ def encode(report: Report) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode() + b"\n"
 
 
-def decode(data: bytes, machine: str, modified_s: float = 0.0) -> Report:
+def decode(data: bytes, machine: str, modified_s: float = 0.0) -> UseReport:
     """Return the report in a JSON text. For an unreadable or newer text, return an overdue reader of all shards.
 
     Args:
@@ -204,19 +204,19 @@ def decode(data: bytes, machine: str, modified_s: float = 0.0) -> Report:
         if body["version"] > FORMAT_VERSION:
             raise ValueError(f"a report of version {body['version']}")
         readers = {
-            str(name): Reader(float(one["since_s"]), float(one["reported_s"]), bool(one["reads_all"]))
+            str(name): ActiveReader(float(one["since_s"]), float(one["reported_s"]), bool(one["reads_all"]))
             for name, one in body["readers"].items()
         }
         shards = {str(name): (float(last), int(uses)) for name, (last, uses) in body["shards"].items()}
-        report = Report(machine, float(body["reported_s"]), float(body["all_s"]), readers, shards)
+        report = UseReport(machine, float(body["reported_s"]), float(body["all_s"]), readers, shards)
         times = [one for reader in readers.values() for one in (reader.since_s, reader.reported_s)]
         times += [report.reported_s, report.all_s, *(last for last, _ in shards.values())]
         if not all(map(math.isfinite, times)) or not all(0 <= uses < _MANY_USES for _, uses in shards.values()):
             raise ValueError("times or counts that no machine has")
         return report
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
-        lost = Reader(modified_s, modified_s - IN_USE_S, reads_all=True)
-        return Report(machine, modified_s, readers={"unreadable": lost})
+        lost = ActiveReader(modified_s, modified_s - IN_USE_S, reads_all=True)
+        return UseReport(machine, modified_s, readers={"unreadable": lost})
 
 
 def usage_key(machine: str) -> str:
@@ -242,7 +242,7 @@ def _machine_of(key: str) -> str:
 # -- for readers ----------------------------------------------------------------------------------------------------
 
 
-class Recorder:
+class UseRecorder:
     """Counts which shards of one data set this process opens, and reports them.
 
     Thread-safe; a forked child starts anew. The lock guards the counts. Reports are made outside it, one at a time per
@@ -254,7 +254,9 @@ class Recorder:
         now_s: Function that returns seconds since the epoch.
     """
 
-    def __init__(self, places: Places, *, clock: Clock = SYSTEM_CLOCK, now_s: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, places: LocationResolver, *, clock: Clock = SYSTEM_CLOCK, now_s: Callable[[], float] = time.time
+    ) -> None:
         self._places, self._clock, self._now_s = places, clock, now_s
         self._number = next(_numbers)
         self._begin()
@@ -334,7 +336,7 @@ class Recorder:
                     return False  # closed while this call waited: a reader that is gone must not be in the report
                 opened, self._opened = self._opened, {}
                 self._held.update(opened)
-                reader = Reader(self._since_s, self._now_s(), self._reads_all)
+                reader = ActiveReader(self._since_s, self._now_s(), self._reads_all)
                 news = _News(_name_of(self._number), reader, opened, frozenset(self._held), is_last)
                 if is_last:
                     self._forget()
@@ -359,12 +361,12 @@ class _News:
     """
 
     name: str
-    reader: Reader
+    reader: ActiveReader
     opened: dict[str, int]
     held: frozenset[str]
     is_last: bool
 
-    def added_to(self, before: Report) -> Report:
+    def added_to(self, before: UseReport) -> UseReport:
         """Return the report with this addition, without readers whose process is gone."""
         now_s = self.reader.reported_s
         readers = {name: one for name, one in before.readers.items() if _may_live(name)}
@@ -375,7 +377,7 @@ class _News:
         for name in self.held:
             shards[name] = now_s, shards.get(name, (0.0, 0))[1] + self.opened.get(name, 0)
         all_s = max(before.all_s, now_s if self.reader.reads_all else 0.0)
-        return Report(before.machine, now_s, all_s, readers, shards)
+        return UseReport(before.machine, now_s, all_s, readers, shards)
 
 
 def _add(store: Store, news: _News) -> None:
@@ -384,11 +386,11 @@ def _add(store: Store, news: _News) -> None:
     try:
         before = decode(store.get(usage_key(machine)), machine)
     except NotFound:
-        before = Report(machine)
+        before = UseReport(machine)
     store.put(usage_key(machine), encode(news.added_to(before)))
 
 
-def _report_hourly(recorder: weakref.ref[Recorder], stop: threading.Event, clock: Clock) -> None:
+def _report_hourly(recorder: weakref.ref[UseRecorder], stop: threading.Event, clock: Clock) -> None:
     while not stop.is_set():
         found = recorder()
         if found is None:
@@ -399,11 +401,11 @@ def _report_hourly(recorder: weakref.ref[Recorder], stop: threading.Event, clock
 
 
 # Recorders that count in this process, whose pid is _watching_pid.
-_counting: weakref.WeakSet[Recorder] = weakref.WeakSet()
+_counting: weakref.WeakSet[UseRecorder] = weakref.WeakSet()
 _watching_pid = 0
 
 
-def _watch(recorder: Recorder) -> None:
+def _watch(recorder: UseRecorder) -> None:
     """Make a recorder report at process exit."""
     global _watching_pid
     _counting.add(recorder)

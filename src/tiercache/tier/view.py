@@ -12,20 +12,20 @@ from numpy.typing import NDArray
 
 from tiercache.tier.costs import leaves_and_streams
 from tiercache.tier.matching import first_match
-from tiercache.tier.model import CHECKPOINT, HERE, KINDS, RESTORED
-from tiercache.tier.retention import newest
+from tiercache.tier.model import CHECKPOINT, KINDS, READABLE, RESTORED
+from tiercache.tier.retention import find_newest
 
 if TYPE_CHECKING:
     from tiercache.prices import Prices
     from tiercache.tier.model import Snapshot
-    from tiercache.tierfile import Rule, Tier, TierFile
+    from tiercache.tierfile import Rule, RuleFile, Tier
 
 Rows = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class View:
+class SnapshotIndex:
     """The snapshot indexed for the policy. In two-dimensional columns, tiers are rows and groups are columns.
 
     Attributes:
@@ -51,7 +51,7 @@ class View:
     """
 
     snapshot: Snapshot
-    file: TierFile
+    file: RuleFile
     prices: Sequence[Prices | None]
     at: NDArray[np.int32]
     readable: Flags
@@ -65,11 +65,11 @@ class View:
     unused_s: NDArray[np.float64]
     group_bytes: NDArray[np.int64]
     same_place: Flags
-    leaves: Flags
+    opened_versions: Flags
     streams: Flags
 
     @classmethod
-    def of(cls, snapshot: Snapshot, file: TierFile, prices: Sequence[Prices | None]) -> View:
+    def of(cls, snapshot: Snapshot, file: RuleFile, prices: Sequence[Prices | None]) -> SnapshotIndex:
         """Index a snapshot. Raises ValueError if its tiers differ from those of the rule file."""
         names = tuple(tier.name for tier in file.tiers)
         if snapshot.tiers != names:
@@ -98,18 +98,18 @@ class View:
             file=file,
             prices=prices,
             at=at,
-            readable=spread((snapshot.state == HERE) | (snapshot.state == RESTORED)),
+            readable=spread((snapshot.state == READABLE) | (snapshot.state == RESTORED)),
             whole=spread(snapshot.whole),
             ok=spread(snapshot.whole & snapshot.verified),
             rule=rules_of(snapshot, file),
             pin=np.append([file.pins.index(pin) for pin in pins], -1).astype(np.int16)[pin],
-            newest=newest(snapshot),
+            newest=find_newest(snapshot),
             tagged=tagged,
             age_s=snapshot.now_s - snapshot.created_s,
             unused_s=snapshot.now_s - np.maximum(snapshot.last_use_s, snapshot.created_s),
             group_bytes=largest_copies(snapshot),
             same_place=_pairs(file.tiers, lambda a, b: _folder(file.tiers[a]) == _folder(file.tiers[b])),
-            leaves=_pairs(file.tiers, lambda a, b: way(a, b)[0]),
+            opened_versions=_pairs(file.tiers, lambda a, b: way(a, b)[0]),
             streams=_pairs(file.tiers, lambda a, b: way(a, b)[1]),
         )
 
@@ -132,7 +132,7 @@ class View:
         return np.asarray(self.at[tier, rows] >= 0)
 
 
-def rules_of(snapshot: Snapshot, file: TierFile) -> NDArray[np.int16]:
+def rules_of(snapshot: Snapshot, file: RuleFile) -> NDArray[np.int16]:
     """Return the number of the first rule whose globs and kind match each group; -1: none. int16[n_groups]."""
     if all(rule.kind is None for rule in file.rules):
         return first_match(snapshot.paths, [(rule.match, rule.excepted) for rule in file.rules])
@@ -163,7 +163,7 @@ def largest_copies(snapshot: Snapshot) -> NDArray[np.int64]:
     return n_bytes
 
 
-def with_tags(snapshot: Snapshot, file: TierFile) -> Snapshot:
+def with_tags(snapshot: Snapshot, file: RuleFile) -> Snapshot:
     """Return the snapshot with the tags of the rule file added to those that its checkpoints have."""
     if not file.tags:
         return snapshot

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from tiercache.tier.costs import Sizes, copy_dollars, reclass_dollars
 from tiercache.tier.model import CHECKPOINT, RESTORING, SHARD, Action
-from tiercache.tier.retention import kept
-from tiercache.tier.view import Flags, Rows, View, fits_size
+from tiercache.tier.retention import evaluate_keep_list
+from tiercache.tier.view import Flags, Rows, SnapshotIndex, fits_size
 
 if TYPE_CHECKING:
     from tiercache.tierfile import Rule
@@ -26,7 +26,7 @@ Texts = NDArray[np.object_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Wishes:
+class Proposals:
     """Proposed moves, or rejected ones with the reason for the rejection as text; row i of each column is one.
 
     Attributes:
@@ -48,22 +48,22 @@ class Wishes:
     def __len__(self) -> int:
         return len(self.group)
 
-    def take(self, chosen: NDArray[Any]) -> Wishes:
+    def take(self, chosen: NDArray[Any]) -> Proposals:
         """Return the rows that a boolean mask, or an array of row numbers, selects."""
-        return Wishes(*(getattr(self, name)[chosen] for name in Wishes.__slots__))
+        return Proposals(*(getattr(self, name)[chosen] for name in Proposals.__slots__))
 
-    def saying(self, text: Texts) -> Wishes:
+    def saying(self, text: Texts) -> Proposals:
         """Return the same moves with other reasons."""
-        return Wishes(self.group, self.action, self.src, self.dst, self.rule, text)
+        return Proposals(self.group, self.action, self.src, self.dst, self.rule, text)
 
     @classmethod
-    def all(cls, parts: Iterable[Wishes]) -> Wishes:
+    def all(cls, parts: Iterable[Proposals]) -> Proposals:
         """Concatenate the parts."""
-        parts = [NOTHING, *parts]
+        parts = [NO_PROPOSALS, *parts]
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__))
 
 
-NOTHING = Wishes(
+NO_PROPOSALS = Proposals(
     np.empty(0, np.int64),
     np.empty(0, np.int8),
     np.empty(0, np.int8),
@@ -74,7 +74,7 @@ NOTHING = Wishes(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Asked:
+class RuleProposals:
     """The proposals of one rule.
 
     Attributes:
@@ -87,8 +87,8 @@ class Asked:
     """
 
     rows: Rows
-    wanted: Wishes
-    refused: Wishes
+    wanted: Proposals
+    refused: Proposals
     stays: Flags
     kept: Flags | None = None
 
@@ -101,7 +101,7 @@ def column(wishes: int, value: int, dtype: type[np.signedinteger[Any]]) -> NDArr
 # -- reasons ---------------------------------------------------------------------------------------------------------
 
 
-def say(words: Callable[..., str], *figures: NDArray[Any]) -> Texts:
+def format_reasons(words: Callable[..., str], *figures: NDArray[Any]) -> Texts:
     """Return words(figure, ...) of each row. Rows with equal figures share one text object, which is formatted once."""
     code = np.zeros(len(figures[0]), np.int64)
     for figure in figures:
@@ -118,7 +118,7 @@ def one_text(text: str, mask: Flags) -> Texts:
     return np.full(int(mask.sum()), text, np.object_)
 
 
-def ending(texts: Texts, mask: Flags, end: str) -> Texts:
+def append_to_reasons(texts: Texts, mask: Flags, end: str) -> Texts:
     """Append `end` to the texts of the mask. Rows that shared one text share the new text."""
     known: dict[str, str] = {}
     out = texts.copy()
@@ -150,7 +150,9 @@ def ago(n_hours: int) -> str:
 # -- moves between two tiers -----------------------------------------------------------------------------------------
 
 
-def send(view: View, rows: Rows, sources: Flags, dst: int, why: tuple[int, Texts]) -> tuple[Wishes, Wishes]:
+def propose_move(
+    view: SnapshotIndex, rows: Rows, sources: Flags, dst: int, why: tuple[int, Texts]
+) -> tuple[Proposals, Proposals]:
     """Propose how groups get from any of their source tiers to dst. Returns (proposed, rejected).
 
     A copy is dropped where dst has a verified copy already; otherwise it is moved, from the source tier with the lowest
@@ -169,7 +171,7 @@ def send(view: View, rows: Rows, sources: Flags, dst: int, why: tuple[int, Texts
         drops = sources[tier] & (src < 0) & droppable(view, rows, tier, dst)
         src[drops], action[drops] = tier, DROP
     drops = action == DROP
-    text = ending(text, drops, f"; a verified copy is in {view.name(dst)}")
+    text = append_to_reasons(text, drops, f"; a verified copy is in {view.name(dst)}")
     least = np.full(len(rows), np.inf)
     for tier in range(view.n_tiers):
         can = np.flatnonzero(~drops & sources[tier] & view.whole[tier, rows] & view.readable[tier, rows])
@@ -181,12 +183,12 @@ def send(view: View, rows: Rows, sources: Flags, dst: int, why: tuple[int, Texts
     nowhere = src < 0
     src[nowhere] = np.argmax(sources[:, nowhere], axis=0)
     many = column(len(rows), dst, np.int8), column(len(rows), rule, np.int16)
-    wishes = Wishes(rows, action, src, *many, text)
+    wishes = Proposals(rows, action, src, *many, text)
     stuck = wishes.take(nowhere)
     return wishes.take(~nowhere), stuck.saying(_why_stuck(view, stuck))
 
 
-def droppable(view: View, rows: Rows, src: int, dst: int) -> Flags:
+def droppable(view: SnapshotIndex, rows: Rows, src: int, dst: int) -> Flags:
     """Return whether the copy in src may be dropped because dst holds the same data; bool[n_rows].
 
     The copy in dst must be whole and verified. An unverified copy in src must not be newer than it: somebody has
@@ -201,18 +203,18 @@ def droppable(view: View, rows: Rows, src: int, dst: int) -> Flags:
     return np.asarray(found, np.bool_)
 
 
-def _cost(view: View, rows: Rows, src: int, dst: int) -> NDArray[np.float64]:
+def _cost(view: SnapshotIndex, rows: Rows, src: int, dst: int) -> NDArray[np.float64]:
     src_prices, dst_prices = view.prices[src], view.prices[dst]
     if src_prices is None or dst_prices is None:
         return np.zeros(len(rows))
     sizes = Sizes.of(view.snapshot, view.at[src, rows].astype(np.int64))
     if view.same_place[src, dst]:
         return reclass_dollars(src_prices, dst_prices, sizes)
-    leaves, streams = bool(view.leaves[src, dst]), bool(view.streams[src, dst])
-    return copy_dollars(src_prices, dst_prices, sizes, leaves=leaves, streams=streams)
+    opened_versions, streams = bool(view.opened_versions[src, dst]), bool(view.streams[src, dst])
+    return copy_dollars(src_prices, dst_prices, sizes, opened_versions=opened_versions, streams=streams)
 
 
-def _why_stuck(view: View, stuck: Wishes) -> Texts:
+def _why_stuck(view: SnapshotIndex, stuck: Proposals) -> Texts:
     out = np.empty(len(stuck), np.object_)
     state = view.snapshot.state[view.at[stuck.src, stuck.group]]
     paths = view.snapshot.paths.take(pa.array(stuck.group)).to_pylist()
@@ -230,7 +232,7 @@ def _why_stuck(view: View, stuck: Wishes) -> Texts:
 # -- proposals of a rule ---------------------------------------------------------------------------------------------
 
 
-def asked(view: View, rule: Rule, number: int) -> Asked:
+def propose(view: SnapshotIndex, rule: Rule, number: int) -> RuleProposals:
     """Return the proposals of a rule for the groups that it applies to."""
     rows = np.flatnonzero(view.rule == number)
     rows = rows[fits_size(rule, view.group_bytes[rows])]
@@ -239,7 +241,7 @@ def asked(view: View, rule: Rule, number: int) -> Asked:
     deletes = _deletes(view, rule, number, rows)
     left = _left(view, rows, deletes)
     if rule.to is None:
-        return Asked(left, deletes, NOTHING, np.ones(len(left), np.bool_))
+        return RuleProposals(left, deletes, NO_PROPOSALS, np.ones(len(left), np.bool_))
     dst = view.file.index(rule.to)
     fits, unsure = _fits(view, rule, left)
     tiers = [view.file.index(name) for name in rule.sources] or list(range(dst))
@@ -248,17 +250,17 @@ def asked(view: View, rule: Rule, number: int) -> Asked:
     sources[dst] = False
     lies = sources.any(axis=0)
     goes, waits = lies & fits & ~unsure, lies & unsure
-    wanted, refused = send(view, left[goes], sources[:, goes], dst, (number, _why(view, rule, left[goes])))
-    waiting = Wishes.all(send(view, left[waits], sources[:, waits], dst, (number, one_text("", waits))))
+    wanted, refused = propose_move(view, left[goes], sources[:, goes], dst, (number, _why(view, rule, left[goes])))
+    waiting = Proposals.all(propose_move(view, left[waits], sources[:, waits], dst, (number, one_text("", waits))))
     late = view.snapshot.unreported[waiting.group]
     unknown = waiting.saying(np.where(late, _UNREPORTED, _uncounted(rule, view, waiting)))
-    return Asked(left, Wishes.all([deletes, wanted]), Wishes.all([refused, unknown]), ~fits | unsure)
+    return RuleProposals(left, Proposals.all([deletes, wanted]), Proposals.all([refused, unknown]), ~fits | unsure)
 
 
 _UNREPORTED = "its use is not known yet: a machine that may have used it has not reported"
 
 
-def _uncounted(rule: Rule, view: View, waiting: Wishes) -> Texts:
+def _uncounted(rule: Rule, view: SnapshotIndex, waiting: Proposals) -> Texts:
     """Explain why a rule on idle time does not move groups whose uses are not recorded."""
     key = "idle" if rule.idle_s is not None else "uses_below"
 
@@ -269,10 +271,10 @@ def _uncounted(rule: Rule, view: View, waiting: Wishes) -> Texts:
             how = "it was never read through tiercache here, and other programs do not report their reads"
         return f'its use is not known: {how}; to use its modification time for {key}, write idle_by = "mtime"'
 
-    return say(words, view.snapshot.kind[waiting.group] == SHARD)
+    return format_reasons(words, view.snapshot.kind[waiting.group] == SHARD)
 
 
-def _left(view: View, rows: Rows, deletes: Wishes) -> Rows:
+def _left(view: SnapshotIndex, rows: Rows, deletes: Proposals) -> Rows:
     """Return the rows that will not be deleted.
 
     The newest checkpoint of a run and tagged groups are never deleted, so that the rule moves them as it does others.
@@ -282,7 +284,7 @@ def _left(view: View, rows: Rows, deletes: Wishes) -> Rows:
     return rows[~out[rows] | view.newest[rows] | view.tagged[rows]]
 
 
-def _fits(view: View, rule: Rule, rows: Rows) -> tuple[Flags, Flags]:
+def _fits(view: SnapshotIndex, rule: Rule, rows: Rows) -> tuple[Flags, Flags]:
     """Return whether the conditions hold, and for which of these groups an unreported use may contradict them."""
     fits = np.ones(len(rows), np.bool_)
     if rule.age_s is not None:
@@ -296,7 +298,7 @@ def _fits(view: View, rule: Rule, rows: Rows) -> tuple[Flags, Flags]:
     return fits, fits & (view.snapshot.unreported[rows] | uncounted) & asks_use
 
 
-def _unused_s(view: View, rule: Rule, rows: Rows) -> NDArray[np.float64]:
+def _unused_s(view: SnapshotIndex, rule: Rule, rows: Rows) -> NDArray[np.float64]:
     """Return the idle time of each row in seconds, at most the time since which uses are recorded.
 
     A rule with idle_by = "mtime" uses the time since the last write or use instead.
@@ -307,7 +309,7 @@ def _unused_s(view: View, rule: Rule, rows: Rows) -> NDArray[np.float64]:
     return np.where(np.isposinf(since_s), unused_s, np.minimum(unused_s, view.snapshot.now_s - since_s))
 
 
-def _why(view: View, rule: Rule, rows: Rows) -> Texts:
+def _why(view: SnapshotIndex, rule: Rule, rows: Rows) -> Texts:
     def words(unused: int, age: int, uses: int, is_by_mtime: bool) -> str:
         parts = []
         if rule.idle_s is not None and is_by_mtime:
@@ -326,30 +328,32 @@ def _why(view: View, rule: Rule, rows: Rows) -> Texts:
     age = none if rule.age_s is None else hours(view.age_s[rows])
     n_uses = none if rule.uses_below is None else view.snapshot.uses[rows]
     is_by_mtime = np.isposinf(view.snapshot.counted_since_s[rows]) & (rule.idle_by == "mtime")
-    return say(words, unused, age, n_uses, is_by_mtime)
+    return format_reasons(words, unused, age, n_uses, is_by_mtime)
 
 
-def _deletes(view: View, rule: Rule, number: int, rows: Rows, named: Flags | None = None) -> Wishes:
+def _deletes(view: SnapshotIndex, rule: Rule, number: int, rows: Rows, named: Flags | None = None) -> Proposals:
     """Propose to delete the rows that are old enough and that no keep list keeps."""
     limit_s = rule.delete_after_s
     if limit_s is None:
-        return NOTHING
+        return NO_PROPOSALS
     old = view.age_s[rows] >= limit_s
     rows = rows[old if named is None else old & ~named]
     what = "" if named is None else ", in no keep list"
-    text = say(lambda age: f"written {ago(age)} ago (delete_after = {span(limit_s)}){what}", hours(view.age_s[rows]))
+    text = format_reasons(
+        lambda age: f"written {ago(age)} ago (delete_after = {span(limit_s)}){what}", hours(view.age_s[rows])
+    )
     src = np.argmax(view.at[:, rows] >= 0, axis=0).astype(np.int8)
     n = len(rows)
-    return Wishes(rows, column(n, DELETE, np.int8), src, column(n, -1, np.int8), column(n, number, np.int16), text)
+    return Proposals(rows, column(n, DELETE, np.int8), src, column(n, -1, np.int8), column(n, number, np.int16), text)
 
 
-def _by_keep_lists(view: View, rule: Rule, number: int, rows: Rows) -> Asked:
+def _by_keep_lists(view: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> RuleProposals:
     named, by_keys = np.zeros((view.n_tiers, len(rows)), np.bool_), view.newest[rows]
     without = np.zeros(view.snapshot.n_groups, np.bool_)
     unscored_by: list[tuple[str, ...]] = []
     without_by: list[tuple[str, ...]] = []
     for name, keep in rule.keep.items():
-        found = kept(view.snapshot, rows, keep)
+        found = evaluate_keep_list(view.snapshot, rows, keep)
         # Each keep list keeps the newest checkpoint of a run.
         named[view.file.index(name)] = found.named | found.unscored | view.newest[rows]
         by_keys = by_keys | found.named
@@ -359,7 +363,7 @@ def _by_keep_lists(view: View, rule: Rule, number: int, rows: Rows) -> Asked:
     anywhere = np.asarray(named.any(axis=0), np.bool_)
     deletes = _deletes(view, rule, number, rows, anywhere)
     says = f"; it lacks {_worded(without_by)}, which other checkpoints of its run have"
-    deletes = deletes.saying(ending(deletes.text, without[deletes.group], says))
+    deletes = deletes.saying(append_to_reasons(deletes.text, without[deletes.group], says))
     # Checkpoints that only the unknown result of `best` saves from deletion: reported as rejected deletions.
     unscored = _deletes(view, rule, number, rows[anywhere], by_keys[anywhere])
     where = "found in no checkpoint of its run, or only in files that cannot be read"
@@ -377,10 +381,10 @@ def _by_keep_lists(view: View, rule: Rule, number: int, rows: Rows) -> Asked:
         goes = undecided & ~named[tier] & view.has(tier, rows)
         undecided &= ~goes
         parts.append(_down(view, rows[goes], tier, named[:, goes], number))
-    wanted, refused = (Wishes.all(part) for part in zip(*parts, strict=True))
+    wanted, refused = (Proposals.all(part) for part in zip(*parts, strict=True))
     hot = view.hot
     stays = ~old if hot is None or view.name(hot) not in rule.keep else ~old & named[hot]
-    return Asked(rows, wanted, refused, stays, named)
+    return RuleProposals(rows, wanted, refused, stays, named)
 
 
 def _worded(metrics: Iterable[tuple[str, ...]]) -> str:
@@ -388,20 +392,20 @@ def _worded(metrics: Iterable[tuple[str, ...]]) -> str:
     return ", ".join(dict.fromkeys(" or ".join(map(repr, names)) for names in metrics))
 
 
-def _then(view: View, rule: Rule, number: int, rows: Rows) -> tuple[Wishes, Wishes]:
+def _then(view: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> tuple[Proposals, Proposals]:
     """Propose to move what no keep list keeps to the tier of `then`, from any tier, once it is old enough."""
     if rule.then is None:
-        return NOTHING, NOTHING
+        return NO_PROPOSALS, NO_PROPOSALS
     dst = view.file.index(rule.then)
     sources = view.at[:, rows] >= 0
     sources[dst:] = False
     lies = sources.any(axis=0)
     after = "" if rule.after_s is None else f" (after = {span(rule.after_s)})"
-    text = say(lambda age: f"in no keep list, written {ago(age)} ago{after}", hours(view.age_s[rows[lies]]))
-    return send(view, rows[lies], sources[:, lies], dst, (number, text))
+    text = format_reasons(lambda age: f"in no keep list, written {ago(age)} ago{after}", hours(view.age_s[rows[lies]]))
+    return propose_move(view, rows[lies], sources[:, lies], dst, (number, text))
 
 
-def _down(view: View, rows: Rows, tier: int, named: Flags, number: int) -> tuple[Wishes, Wishes]:
+def _down(view: SnapshotIndex, rows: Rows, tier: int, named: Flags, number: int) -> tuple[Proposals, Proposals]:
     """Propose to send down what the tier's keep list does not keep.
 
     A copy is dropped if a lower tier holds a verified copy, and otherwise moved to the next tier.
@@ -409,22 +413,24 @@ def _down(view: View, rows: Rows, tier: int, named: Flags, number: int) -> tuple
     named: bool[n_tiers, n_rows]: a group that the keep list of the next tier keeps must get a copy in that tier.
     """
     if tier + 1 == view.n_tiers:
-        return NOTHING, NOTHING
+        return NO_PROPOSALS, NO_PROPOSALS
     dst = column(len(rows), tier + 1, np.int8)
     for lower in range(view.n_tiers - 1, tier + 1, -1):
         dst[~named[tier + 1] & droppable(view, rows, tier, lower)] = lower
     dst[droppable(view, rows, tier, tier + 1)] = tier + 1
     text = np.full(len(rows), f"keep_{view.name(tier)} does not name it", np.object_)
-    return send_each(view, rows, tier, dst, (number, text))
+    return propose_moves(view, rows, tier, dst, (number, text))
 
 
-def send_each(view: View, rows: Rows, src: int, dst: NDArray[np.int8], why: tuple[int, Texts]) -> tuple[Wishes, Wishes]:
+def propose_moves(
+    view: SnapshotIndex, rows: Rows, src: int, dst: NDArray[np.int8], why: tuple[int, Texts]
+) -> tuple[Proposals, Proposals]:
     """As send(), from one source tier, with a destination tier for each row."""
     parts = []
     for tier in np.unique(dst).tolist():
         to = dst == tier
         sources = np.zeros((view.n_tiers, int(to.sum())), np.bool_)
         sources[src] = True
-        parts.append(send(view, rows[to], sources, tier, (why[0], why[1][to])))
+        parts.append(propose_move(view, rows[to], sources, tier, (why[0], why[1][to])))
     wanted, refused = zip(*parts, strict=True) if parts else ((), ())
-    return Wishes.all(wanted), Wishes.all(refused)
+    return Proposals.all(wanted), Proposals.all(refused)

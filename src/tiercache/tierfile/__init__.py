@@ -7,7 +7,32 @@ line.
 ``models`` holds the frozen tables, ``reading`` finds and checks the file, ``values`` converts single values.
 """
 
-from tiercache.tierfile.models import ROLES, Best, Keep, Kind, Pin, Role, Rule, Tag, Tier, TierFile, Tiering
-from tiercache.tierfile.reading import load_tiers
+from tiercache.tierfile.models import (
+    ROLES,
+    BestMetric,
+    KeepList,
+    Kind,
+    Pin,
+    Role,
+    Rule,
+    RuleFile,
+    Tag,
+    Tier,
+    TieringOptions,
+)
+from tiercache.tierfile.reading import load_rule_file
 
-__all__ = ["ROLES", "Best", "Keep", "Kind", "Pin", "Role", "Rule", "Tag", "Tier", "TierFile", "Tiering", "load_tiers"]
+__all__ = [
+    "ROLES",
+    "BestMetric",
+    "KeepList",
+    "Kind",
+    "Pin",
+    "Role",
+    "Rule",
+    "RuleFile",
+    "Tag",
+    "Tier",
+    "TieringOptions",
+    "load_rule_file",
+]

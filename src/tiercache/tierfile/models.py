@@ -26,14 +26,14 @@ from tiercache.prices import named_prices, parse_prices
 from tiercache.tierfile.values import (
     read_bytes,
     read_capacity,
+    read_fraction,
     read_globs,
     read_moment,
     read_path,
     read_rate,
     read_seconds,
-    read_share,
     read_texts,
-    some,
+    require_values,
 )
 
 Role: TypeAlias = Literal["hot", "standard", "archive"]
@@ -43,9 +43,9 @@ ROLES: tuple[Role, ...] = ("hot", "standard", "archive")
 Seconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds)]
 SomeSeconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds), Field(gt=0)]
 Bytes: TypeAlias = Annotated[int, BeforeValidator(read_bytes)]
-Share: TypeAlias = Annotated[float, BeforeValidator(read_share)]
+Share: TypeAlias = Annotated[float, BeforeValidator(read_fraction)]
 Texts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(read_texts)]
-Globs: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(read_globs), AfterValidator(some)]
+Globs: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(read_globs), AfterValidator(require_values)]
 
 MOST = 1 << 62  # largest count in a rule file: the planner stores counts as int64
 
@@ -55,7 +55,7 @@ _CONDITIONS = {"sources": "from", "idle_s": "idle", "age_s": "age", "uses_below"
 _URLS_WITHOUT_USERS = ("s3:", "gs:", "http:", "https:")
 
 
-class Table(BaseModel):
+class RuleTable(BaseModel):
     """Base class of the tables of a rule file: frozen, and without unknown keys."""
 
     model_config = ConfigDict(
@@ -67,7 +67,7 @@ class Table(BaseModel):
     )
 
 
-class Tier(Table):
+class Tier(RuleTable):
     """A storage location that holds copies: a local folder or a URL.
 
     Attributes:
@@ -151,7 +151,7 @@ class Tier(Table):
         return self
 
 
-class Best(Table):
+class BestMetric(RuleTable):
     """The n checkpoints with the lowest ("min") or the highest ("max") value of a metric.
 
     Attributes:
@@ -160,7 +160,7 @@ class Best(Table):
         mode: Whether the lowest or the highest values are the best.
     """
 
-    metrics: Annotated[Texts, AfterValidator(some)] = Field(validation_alias="metric")
+    metrics: Annotated[Texts, AfterValidator(require_values)] = Field(validation_alias="metric")
     n: int = Field(ge=1, le=MOST)
     mode: Literal["min", "max"] = "min"
 
@@ -171,19 +171,21 @@ def read_bests(value: object) -> tuple[object, ...]:
 
 
 def _best(given: object) -> object:
-    if isinstance(given, Best):
+    if isinstance(given, BestMetric):
         return given
     if isinstance(given, dict):
         return _best_of(given)
     match = _BEST.fullmatch(given) if isinstance(given, str) else None
     if match is None or not 1 <= int(match["n"]) <= MOST:
         raise ValueError(f"expected METRIC:N or METRIC:N:max, as in 'val_loss:2' or 'accuracy:1:max', got {given!r}")
-    return Best(metrics=(match["metric"].strip(),), n=int(match["n"]), mode="max" if match["mode"] == "max" else "min")
+    return BestMetric(
+        metrics=(match["metric"].strip(),), n=int(match["n"]), mode="max" if match["mode"] == "max" else "min"
+    )
 
 
-def _best_of(given: dict[str, object]) -> Best:
+def _best_of(given: dict[str, object]) -> BestMetric:
     try:
-        return Best.model_validate(given)
+        return BestMetric.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key, text = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
@@ -192,18 +194,18 @@ def _best_of(given: dict[str, object]) -> Best:
         ) from error
 
 
-class Keep(Table):
+class KeepList(RuleTable):
     """A keep list: the checkpoints that stay in a tier. It keeps a checkpoint that any of its keys selects."""
 
     last: int | None = Field(default=None, ge=1, le=MOST)
     every_steps: int | None = Field(default=None, ge=1, le=MOST)
     every_s: SomeSeconds | None = Field(default=None, validation_alias="every")
-    best: Annotated[tuple[Best, ...], BeforeValidator(read_bests)] = ()
+    best: Annotated[tuple[BestMetric, ...], BeforeValidator(read_bests)] = ()
     tags: Texts = ()
     younger_s: SomeSeconds | None = Field(default=None, validation_alias="younger")
 
 
-class Rule(Table):
+class Rule(RuleTable):
     """A rule: to which tier the objects that it matches belong.
 
     Attributes:
@@ -227,7 +229,7 @@ class Rule(Table):
     idle_by: Literal["use", "mtime"] = "use"
     even_if_dearer: bool = False
     promote: Literal["never", "on_access"] = "never"
-    keep: Mapping[str, Keep] = Field(default_factory=dict)
+    keep: Mapping[str, KeepList] = Field(default_factory=dict)
     then: str | None = None
     after_s: Seconds | None = Field(default=None, validation_alias="after")
     delete_after_s: SomeSeconds | None = Field(default=None, validation_alias="delete_after")
@@ -257,7 +259,7 @@ class Rule(Table):
         return self
 
 
-class Pin(Table):
+class Pin(RuleTable):
     """Globs of objects that no rule may move.
 
     Attributes:
@@ -271,14 +273,14 @@ class Pin(Table):
     why: str = ""
 
 
-class Tag(Table):
+class Tag(RuleTable):
     """Tags for the checkpoints that match the globs."""
 
     match: Globs
-    tags: Annotated[Texts, AfterValidator(some)]
+    tags: Annotated[Texts, AfterValidator(require_values)]
 
 
-class Tiering(Table):
+class TieringOptions(RuleTable):
     """Options of the planner and the mover. state_dir: None: config.state_folder()."""
 
     grace_s: Seconds = Field(default=86400.0, validation_alias="grace")
@@ -291,7 +293,7 @@ class Tiering(Table):
     state_dir: Annotated[Path, BeforeValidator(read_path)] | None = None
 
 
-class TierFile(Table):
+class RuleFile(RuleTable):
     """A rule file.
 
     Attributes:
@@ -310,7 +312,7 @@ class TierFile(Table):
     rules: tuple[Rule, ...] = ()
     pins: tuple[Pin, ...] = ()
     tags: tuple[Tag, ...] = ()
-    tiering: Tiering = Tiering()
+    tiering: TieringOptions = TieringOptions()
 
     def tier(self, name: str) -> Tier:
         """Return the tier of this name. Raises ValueError, which lists the names of all tiers."""

@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from tiercache import config
 from tiercache.prices import prices_of
-from tiercache.tierfile.models import ROLES, Keep, Pin, Rule, Table, Tag, Tier, TierFile, Tiering
+from tiercache.tierfile.models import ROLES, KeepList, Pin, Rule, RuleFile, RuleTable, Tag, Tier, TieringOptions
 
-T = TypeVar("T", bound=Table)
+T = TypeVar("T", bound=RuleTable)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _MOST_TIERS = 100
@@ -36,7 +36,7 @@ _REPLACED = {
 _COMPLETE = ("value_error", "missing")
 
 
-def load_tiers(path: Path | None = None, *, start: Path | None = None) -> TierFile:
+def load_rule_file(path: Path | None = None, *, start: Path | None = None) -> RuleFile:
     """Read a rule file.
 
     Args:
@@ -54,7 +54,7 @@ def load_tiers(path: Path | None = None, *, start: Path | None = None) -> TierFi
             f"no {config.FILE_NAME} in {here}, in a folder above it or in the user's configuration folder:"
             " write one with [tiers.NAME] tables, or name a file with --rules"
         )
-    data = config.read_bytes(found)
+    data = config.read_file(found)
     tables = config.parse_toml(found, data)
     try:
         return _file(tables, found, hashlib.sha256(data).hexdigest())
@@ -62,7 +62,7 @@ def load_tiers(path: Path | None = None, *, start: Path | None = None) -> TierFi
         raise ValueError(f"{found}: {error}") from error
 
 
-def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> TierFile:
+def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> RuleFile:
     known = (*config.TIER_SECTIONS, *config.Settings.model_fields)
     for key in tables:
         if key not in known:
@@ -76,13 +76,13 @@ def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> TierFile:
         rules.append(_rule(given, where, tiers, tags))
         if rules[-1].name in [rule.name for rule in rules[:-1]]:
             raise ValueError(f"{where}.name: another rule is called {rules[-1].name!r}")
-    tiering = _built(Tiering, tables.get("tiering", {}), "tiering")
+    tiering = _built(TieringOptions, tables.get("tiering", {}), "tiering")
     if tiering.state_dir is not None:
         tiering = tiering.model_copy(update={"state_dir": path.parent / tiering.state_dir})
     if "max_break_even_s" in tiering.model_fields_set:
         for tier in tiers:
             _priced_for_break_even(tier)
-    return TierFile(
+    return RuleFile(
         path=path,
         sha256=sha256,
         tiers=tiers,
@@ -163,17 +163,17 @@ def _place(tier: Tier) -> str:
 def _rule(given: object, where: str, tiers: Sequence[Tier], tags: Sequence[Tag]) -> Rule:
     values = dict(_table(given, where))
     names = [tier.name for tier in tiers]
-    keep: dict[str, Keep] = {}
+    keep: dict[str, KeepList] = {}
     for key in [key for key in values if key.startswith(_KEEP)]:
         table = values.pop(key)
         name = _one_tier(key.removeprefix(_KEEP), f"{where}.{key}", tiers)
         if name in keep:
             raise ValueError(f"{where}.{key}: tier {name!r} has a keep list already")
         if not _table(table, f"{where}.{key}"):
-            raise ValueError(f"{where}.{key}: is empty; its keys are {', '.join(sorted(_keys(Keep)))}")
+            raise ValueError(f"{where}.{key}: is empty; its keys are {', '.join(sorted(_keys(KeepList)))}")
         if empty := [inner for inner, value in table.items() if value == []]:
             raise ValueError(f"{where}.{key}.{empty[0]}: expected one or more values, got an empty list")
-        keep[name] = _built(Keep, table, f"{where}.{key}")
+        keep[name] = _built(KeepList, table, f"{where}.{key}")
         _check_tags(keep[name].tags, f"{where}.{key}", tags)
     values.setdefault("name", where)
     rule = _built(Rule, values, where, keep={name: keep[name] for name in names if name in keep})
@@ -241,7 +241,7 @@ def _table(given: object, where: str) -> Mapping[str, Any]:
     return given
 
 
-def _keys(model: type[Table]) -> dict[str, str]:
+def _keys(model: type[RuleTable]) -> dict[str, str]:
     """Return a dict from each key of the file to the attribute of the model."""
     fields = model.model_fields.items()
     return {(f.validation_alias if isinstance(f.validation_alias, str) else name): name for name, f in fields}

@@ -42,7 +42,7 @@ def read_rate(value: object) -> int:
     return n_bytes
 
 
-def read_share(value: object) -> float:
+def read_fraction(value: object) -> float:
     """Return the fraction, 0 to 1, of "90%" or 0.9. Raises ValueError."""
     match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
     share = float(match[1]) / 100 if match else value
@@ -67,7 +67,7 @@ def read_texts(value: object) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def some(values: tuple[str, ...]) -> tuple[str, ...]:
+def require_values(values: tuple[str, ...]) -> tuple[str, ...]:
     """Return the values. Raises ValueError if there are none."""
     if not values:
         raise ValueError("expected one or more values, got an empty list")

@@ -4,11 +4,21 @@
 `joined` and `mixed` are the sources, and `contract` holds their interface.
 """
 
-from tiercache.views.choosing import Choosing, record_numbers
-from tiercache.views.contract import Plan, Readable
+from tiercache.views.choosing import SelectionMethods, record_numbers
+from tiercache.views.contract import Readable, SourceSpec
 from tiercache.views.joined import Joined
 from tiercache.views.mixed import Mixed
 from tiercache.views.reading import arrow_batches, spans
 from tiercache.views.view import View
 
-__all__ = ["Choosing", "Joined", "Mixed", "Plan", "Readable", "View", "arrow_batches", "record_numbers", "spans"]
+__all__ = [
+    "Joined",
+    "Mixed",
+    "Readable",
+    "SelectionMethods",
+    "SourceSpec",
+    "View",
+    "arrow_batches",
+    "record_numbers",
+    "spans",
+]

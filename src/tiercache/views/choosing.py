@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from tiercache._native.finder import wrapped
 from tiercache.views.selection import Selection
-from tiercache.views.steps import Filter, Select, Shard, Span, Step
-from tiercache.views.view import choose
+from tiercache.views.steps import FilterStep, RangeStep, SelectStep, ShardStep, ViewStep
+from tiercache.views.view import apply_step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tiercache.views.contract import Readable
 
 
-class Choosing:
+class SelectionMethods:
     """Mixin with the selection methods of a data set. They return views: fewer records with the same output options.
 
     A view is a data set in every respect: any loader reads it, `tiercache.DataLoader` by its native path; it can be
@@ -55,7 +55,7 @@ class Choosing:
         if isinstance(chosen, pc.Expression) or callable(chosen):
             raise TypeError("select() takes record numbers or a mask; filter() takes a pyarrow expression")
         if isinstance(chosen, range):
-            return self._choose(Select(_of_range(chosen, n)))
+            return self._choose(SelectStep(_of_range(chosen, n)))
         given = np.asarray(chosen)
         if given.ndim != 1:
             found = f"{given.ndim} dimensions" if given.ndim else f"the type {type(chosen).__name__}"
@@ -63,8 +63,8 @@ class Choosing:
         if given.dtype == np.bool_:
             if len(given) != n:
                 raise ValueError(f"the mask has {len(given)} values for {n} records; it needs one value per record")
-            return self._choose(Select(Selection.of(np.flatnonzero(given))))
-        return self._choose(Select(Selection.of(record_numbers(given, n))))
+            return self._choose(SelectStep(Selection.of(np.flatnonzero(given))))
+        return self._choose(SelectStep(Selection.of(record_numbers(given, n))))
 
     def filter(self, expression: pc.Expression) -> Self:
         """Return the records for which an expression is true, in their order; null is not true.
@@ -85,7 +85,7 @@ class Choosing:
                 f"filter() takes a pyarrow expression, such as pyarrow.compute.field('label') == 3, got {expression!r};"
                 " for a Python function: dataset.select([i for i, record in enumerate(dataset) if function(record)])"
             )
-        return self._choose(Filter(expression))
+        return self._choose(FilterStep(expression))
 
     def shard(self, num_shards: int, index: int) -> Self:
         """Return part `index` of `num_shards` runs of consecutive records, whose lengths differ by at most one.
@@ -102,7 +102,7 @@ class Choosing:
             raise ValueError(f"num_shards must be 1 or more, got {num_shards}")
         if not 0 <= index < num_shards:
             raise ValueError(f"index must be 0 to {num_shards - 1}, got {index}")
-        return self._choose(Shard(num_shards, index))
+        return self._choose(ShardStep(num_shards, index))
 
     def take(self, n: int) -> Self:
         """Return the first n records, or all records if there are fewer.
@@ -113,7 +113,7 @@ class Choosing:
         Raises:
             ValueError: n is negative.
         """
-        return self._choose(Span(0, _count(n)))
+        return self._choose(RangeStep(0, _count(n)))
 
     def skip(self, n: int) -> Self:
         """Return all records except the first n; none if there are fewer.
@@ -124,13 +124,13 @@ class Choosing:
         Raises:
             ValueError: n is negative.
         """
-        return self._choose(Span(_count(n), None))
+        return self._choose(RangeStep(_count(n), None))
 
-    def _choose(self, step: Step) -> Self:
+    def _choose(self, step: ViewStep) -> Self:
         source = self.source
         if source.mixture is not None:
             raise ValueError("cannot select from a mixture: select from the data sets before mix()")
-        return self._derive(choose(source, step))
+        return self._derive(apply_step(source, step))
 
 
 def record_numbers(indices: Any, n: int) -> NDArray[np.int64]:

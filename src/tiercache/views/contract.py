@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.cache import Cache, WarmProgress
-    from tiercache.shard.statistics import Facts
+    from tiercache.shard.statistics import Statistics
     from tiercache.shard.types import Schema
     from tiercache.shard.values import ColumnValues
 
 
-class Plan(Protocol):
+class SourceSpec(Protocol):
     """Small picklable spec of a source: everything needed to open it, and nothing that is open."""
 
     @property
@@ -38,7 +38,7 @@ class Plan(Protocol):
 
 
 @runtime_checkable
-class Leaf(Protocol):
+class VersionHandle(Protocol):
     """One opened version below a source, where its counters are kept."""
 
     @property
@@ -66,7 +66,7 @@ class Readable(Source, Protocol):
         """See Source.at_versions."""
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> SourceSpec:
         """Spec that opens the source again."""
 
     @property
@@ -86,10 +86,10 @@ class Readable(Source, Protocol):
         """All stored columns, served or not."""
 
     @property
-    def leaves(self) -> tuple[Leaf, ...]:
+    def opened_versions(self) -> tuple[VersionHandle, ...]:
         """Opened versions below the source, each once."""
 
-    def statistics(self, shard: int) -> Facts:
+    def statistics(self, shard: int) -> Statistics:
         """Return the statistics of a shard's columns: {column: {"nulls", "bytes", "stored", "min", "max"}}.
 
         Any entry may be missing. Entries have been checked for plausibility.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.order import BlockTable
-    from tiercache.shard.statistics import Facts
+    from tiercache.shard.statistics import Statistics
     from tiercache.shard.types import Column, Schema
     from tiercache.views.contract import Readable
 
@@ -157,7 +157,7 @@ def _may_match(source: Readable, expression: pc.Expression, shards: Sequence[int
         return list(shards)
 
 
-def _known(numbers: dict[str, Column], facts: Facts) -> pc.Expression:
+def _known(numbers: dict[str, Column], facts: Statistics) -> pc.Expression:
     """Return an expression that is true for every record of a shard."""
     known = pc.scalar(True)
     for name, column in numbers.items():

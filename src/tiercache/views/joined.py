@@ -11,32 +11,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiercache.errors import SchemaError
-from tiercache.shard.joining import arrow_join, join
+from tiercache.shard.joining import join_arrow, join_values
 from tiercache.shard.types import Schema
-from tiercache.views.plans import Followings, merged, part_of, root_of
+from tiercache.views.plans import PublishedPlans, merge_plans, part_of, root_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
     from tiercache.cache import WarmProgress
-    from tiercache.model import Following, Keeper, Part, ReadingPlan
+    from tiercache.model import CloseListener, PublishedPlan, ReadingPlan, SourcePart
     from tiercache.order import BlockTable
     from tiercache.order.mixture import MixtureSpec
     from tiercache.shard.blocks import Blocks
-    from tiercache.shard.statistics import Facts
+    from tiercache.shard.statistics import Statistics
     from tiercache.shard.values import ColumnValues
-    from tiercache.views.contract import Leaf, Plan, Readable
+    from tiercache.views.contract import Readable, SourceSpec, VersionHandle
 
 # Number of threads that read footers of several sources in parallel.
 _THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Joint:
+class JoinedSpec:
     """Spec of joined sources."""
 
-    below: tuple[Plan, ...]
+    below: tuple[SourceSpec, ...]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -76,9 +76,9 @@ class Joined:
         self.first_record = np.r_[0, np.cumsum(self.shard_records)]
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> SourceSpec:
         """See Readable.plan."""
-        return Joint(tuple(source.plan for source in self.below))
+        return JoinedSpec(tuple(source.plan for source in self.below))
 
     @property
     def url(self) -> str:
@@ -86,7 +86,7 @@ class Joined:
         return self.below[0].url
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[SourcePart, ...]:
         """Parts of all sources."""
         return tuple(part for source in self.below for part in source.parts)
 
@@ -103,9 +103,9 @@ class Joined:
         return Schema(kept)
 
     @cached_property
-    def leaves(self) -> tuple[Leaf, ...]:
+    def opened_versions(self) -> tuple[VersionHandle, ...]:
         """Opened versions below all sources, each once."""
-        return tuple({id(leaf): leaf for source in self.below for leaf in source.leaves}.values())
+        return tuple({id(leaf): leaf for source in self.below for leaf in source.opened_versions}.values())
 
     @property
     def is_in_stored_order(self) -> bool:
@@ -186,7 +186,7 @@ class Joined:
         source, number = self.of_shard(shard)
         return source.arrays(number, block)
 
-    def statistics(self, shard: int) -> Facts:
+    def statistics(self, shard: int) -> Statistics:
         """See Readable.statistics."""
         source, number = self.of_shard(shard)
         return source.statistics(number)
@@ -204,13 +204,13 @@ class Joined:
             return self.below[0].values(records)
         groups = self.of_parts(records)
         found = [self.below[part].values(records[where] - self._first_number[part]) for part, where in groups]
-        return join(found, [where for _, where in groups])
+        return join_values(found, [where for _, where in groups])
 
     def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
         """See Readable.take_arrow."""
         groups = self.of_parts(records)
         found = [self.below[part].take_arrow(records[where] - self._first_number[part]) for part, where in groups]
-        return arrow_join(found, [where for _, where in groups], self.schema)
+        return join_arrow(found, [where for _, where in groups], self.schema)
 
     def of_parts(self, records: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
         """Return (source index, indices of its records) for each source that has any of the records."""
@@ -221,38 +221,38 @@ class Joined:
         """See Source.is_cached; true if it is true of any source."""
         return any(source.is_cached for source in self.below)
 
-    def publish(self, plan: ReadingPlan) -> Following | None:
+    def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
         """See Source.publish. All views of one source share one plan, because there may be many views."""
         plans: dict[int, tuple[Readable, list[ReadingPlan]]] = {}
         for part, where in self._by_part(self._first_shard, plan.shards):
             own = part_of(plan, where, int(self._first_shard[part]))
             root = root_of(self.below[part])
             plans.setdefault(id(root), (root, []))[1].append(own)
-        found: list[Following] = []
+        found: list[PublishedPlan] = []
         try:
             for root, of_root in plans.values():
-                one = root.publish(merged(of_root))
+                one = root.publish(merge_plans(of_root))
                 if one is not None:
                     found.append(one)
         except BaseException:  # the plans published so far have no other owner that could withdraw them
-            Followings(tuple(found)).close()
+            PublishedPlans(tuple(found)).close()
             raise
-        return Followings(tuple(found))
+        return PublishedPlans(tuple(found))
 
-    def make_ready(self, shards: NDArray[np.int64]) -> None:
-        """See Source.make_ready. Views of one source are prepared together."""
+    def prepare_reading(self, shards: NDArray[np.int64]) -> None:
+        """See Source.prepare_reading. Views of one source are prepared together."""
         places = shards.astype(np.int64)
         of_root: dict[int, tuple[Readable, list[NDArray[np.int64]]]] = {}
         for part, where in self._by_part(self._first_shard, places):
             root = root_of(self.below[part])
             of_root.setdefault(id(root), (root, []))[1].append(places[where] - self._first_shard[part])
         for root, asked in of_root.values():
-            root.make_ready(np.unique(np.concatenate(asked)))
+            root.prepare_reading(np.unique(np.concatenate(asked)))
 
     @property
-    def is_fetched(self) -> bool:
-        """See Source.is_fetched; true if it is true of any source."""
-        return any(source.is_fetched for source in self.below)
+    def can_prefetch(self) -> bool:
+        """See Source.can_prefetch; true if it is true of any source."""
+        return any(source.can_prefetch for source in self.below)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """See Source.prefetch; each source prefetches its own shards."""
@@ -260,20 +260,20 @@ class Joined:
         for part, where in self._by_part(self._first_shard, places):
             self.below[part].prefetch((places[where] - self._first_shard[part]).tolist())
 
-    def is_at_hand(self, shard: int) -> bool:
-        """See Source.is_at_hand."""
+    def is_mapped(self, shard: int) -> bool:
+        """See Source.is_mapped."""
         source, number = self.of_shard(shard)
-        return source.is_at_hand(number)
+        return source.is_mapped(number)
 
-    def is_near(self, shard: int) -> bool:
-        """See Source.is_near."""
+    def is_local(self, shard: int) -> bool:
+        """See Source.is_local."""
         source, number = self.of_shard(shard)
-        return source.is_near(number)
+        return source.is_local(number)
 
-    def heal(self, shard: int) -> bool:
-        """See Source.heal."""
+    def discard_corrupt_copy(self, shard: int) -> bool:
+        """See Source.discard_corrupt_copy."""
         source, number = self.of_shard(shard)
-        return source.heal(number)
+        return source.discard_corrupt_copy(number)
 
     def at_versions(self, versions: Sequence[int]) -> Joined:
         """Return the same sources at other versions, joined in the same way."""
@@ -296,7 +296,7 @@ class Joined:
         """See Source.figures: sums over all versions; counters of a shared cache count once."""
         sums: dict[str, float] = {}
         caches: set[int] = set()
-        for leaf in self.leaves:
+        for leaf in self.opened_versions:
             for name, figure in leaf.figures().items():
                 if not (name.startswith("cache_") and id(leaf.cache) in caches):
                     sums[name] = sums.get(name, 0) + figure
@@ -315,13 +315,13 @@ class Joined:
 
     def close(self) -> None:
         """See Readable.close."""
-        for leaf in self.leaves:
+        for leaf in self.opened_versions:
             leaf.close()
 
-    def when_closed(self, keeper: Keeper) -> None:
-        """See Source.when_closed: the listener is notified when any source is closed."""
+    def on_close(self, keeper: CloseListener) -> None:
+        """See Source.on_close: the listener is notified when any source is closed."""
         for source in self.below:
-            source.when_closed(keeper)
+            source.on_close(keeper)
 
     def _of(self, below: Sequence[Readable]) -> Joined:
         """Return other sources, joined in the same way."""

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from tiercache.order.mixture import MixtureSpec, StoredMixture
-from tiercache.views.joined import Joined, Joint
-from tiercache.views.steps import InStoredOrder
-from tiercache.views.view import choose
+from tiercache.views.joined import Joined, JoinedSpec
+from tiercache.views.steps import StoredOrderStep
+from tiercache.views.view import apply_step
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,7 +25,7 @@ Stop = Literal["first", "all"]
 
 
 @dataclass(frozen=True, slots=True)
-class Blend(Joint):
+class MixedSpec(JoinedSpec):
     """Spec of mixed sources."""
 
     weights: tuple[Any, ...]
@@ -49,16 +49,18 @@ class Mixed(Joined):
 
     def __init__(self, below: Sequence[Readable], weights: Sequence[Any], stop: Stop) -> None:
         # A mixture decides the order itself: explicit orders of the sources are dropped.
-        super().__init__([source if source.listed is None else choose(source, InStoredOrder()) for source in below])
+        super().__init__(
+            [source if source.listed is None else apply_step(source, StoredOrderStep()) for source in below]
+        )
         self._weights, self._stop = tuple(weights), stop
         self._spec = MixtureSpec(tuple(self._first_shard[:-1].tolist()), self._weights, stop)
         self._records = StoredMixture(self._spec, self._spec.part_records(self.shard_records))
         self.n_records = len(self._records)
 
     @property
-    def plan(self) -> Blend:
+    def plan(self) -> MixedSpec:
         """See Readable.plan."""
-        return Blend(tuple(source.plan for source in self.below), self._weights, self._stop)
+        return MixedSpec(tuple(source.plan for source in self.below), self._weights, self._stop)
 
     @property
     def mixture(self) -> MixtureSpec:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.model import NEVER, Following, ReadingPlan
+from tiercache.model import NEVER, PublishedPlan, ReadingPlan
 from tiercache.views.view import View
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Followings:
-    """Several published plans as one (`model.Following`)."""
+class PublishedPlans:
+    """Several published plans as one (`model.PublishedPlan`)."""
 
-    every: tuple[Following, ...]
+    every: tuple[PublishedPlan, ...]
 
     def advance(self, clock: int) -> None:
         """See Following.advance; advances all of them."""
@@ -50,7 +50,7 @@ def part_of(plan: ReadingPlan, where: NDArray[np.int64], first_shard: int) -> Re
     return replace(plan, shards=plan.shards[where] - first_shard, first=first, last=last, then=then)
 
 
-def merged(plans: Sequence[ReadingPlan]) -> ReadingPlan:
+def merge_plans(plans: Sequence[ReadingPlan]) -> ReadingPlan:
     """Return the plans of one job for the same source as one.
 
     A shard of several plans is in use from its first to its last use.

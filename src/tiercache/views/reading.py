@@ -45,7 +45,7 @@ def arrow_batches(source: Readable) -> Iterator[pa.RecordBatch]:
     for shard in np.flatnonzero(source.shard_records).tolist():
         records = source.block_tables([shard])[0].records
         for block in np.flatnonzero(records).tolist():
-            rows = _rows(source, shard, block, int(records[block]))
+            rows = _block_rows(source, shard, block, int(records[block]))
             arrays = source.arrays(shard, block)
             if bool((np.diff(rows.astype(np.int64)) == 1).all()):
                 arrays = [array.slice(int(rows[0]), len(rows)) for array in arrays]
@@ -54,6 +54,6 @@ def arrow_batches(source: Readable) -> Iterator[pa.RecordBatch]:
             yield pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def _rows(source: Readable, shard: int, block: int, n: int) -> NDArray[np.uint32]:
+def _block_rows(source: Readable, shard: int, block: int, n: int) -> NDArray[np.uint32]:
     where = (np.array([shard], np.int32), np.array([block], np.int32))
     return source.stored_rows(*where, np.zeros(n, np.uint32), np.arange(n, dtype=np.uint32))

@@ -24,7 +24,7 @@ LAID_OUT_ROWS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
-class Spans:
+class BlockSpans:
     """Blocks, and a selection's records in them; int64[k] each.
 
     Attributes:
@@ -52,7 +52,7 @@ class RowTables:
         self._lock, self._pid = threading.Lock(), os.getpid()
 
     def rows(
-        self, key: bytes, spans: Callable[[], Spans], block: NDArray[np.uint32], row: NDArray[np.uint32]
+        self, key: bytes, spans: Callable[[], BlockSpans], block: NDArray[np.uint32], row: NDArray[np.uint32]
     ) -> NDArray[np.uint32]:
         """Return the rows in the stored blocks, uint32[n].
 
@@ -71,7 +71,9 @@ class RowTables:
         found: NDArray[np.uint32] = laid_out[shift[block] + row]
         return found
 
-    def _table(self, key: bytes, spans: Callable[[], Spans]) -> tuple[NDArray[np.int64], NDArray[np.uint32] | None]:
+    def _table(
+        self, key: bytes, spans: Callable[[], BlockSpans]
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint32] | None]:
         if self._pid != os.getpid():
             self._lock, self._pid = threading.Lock(), os.getpid()
         with self._lock:
@@ -87,7 +89,7 @@ class RowTables:
         return made
 
 
-def _lay_out(selection: Selection, spans: Spans) -> tuple[NDArray[np.int64], NDArray[np.uint32] | None]:
+def _lay_out(selection: Selection, spans: BlockSpans) -> tuple[NDArray[np.int64], NDArray[np.uint32] | None]:
     """Return (shift of each block's rows, None), or (start of each block's rows in the layout, the layout)."""
     filled = spans.n_rows > 0
     place, n_rows, stored = spans.place[filled], spans.n_rows[filled], spans.stored[filled]

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from tiercache.views.contract import Readable
 
 
-class Step(Protocol):
+class ViewStep(Protocol):
     """One step of a view, evaluated anew on each version."""
 
     @property
-    def is_fixed(self) -> bool:
+    def selects_by_place(self) -> bool:
         """Whether it selects by place alone, so that it can be merged into a list of records before it."""
 
     def choose(self, source: Readable) -> Selection:
@@ -29,14 +29,14 @@ class Step(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class RangeStep:
     """Records [start, stop), for take(n) and skip(n); stop None: to the end."""
 
     start: int
     stop: int | None
 
     @property
-    def is_fixed(self) -> bool:
+    def selects_by_place(self) -> bool:
         """True: it selects by place."""
         return True
 
@@ -47,14 +47,14 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class ShardStep:
     """One of n_shards runs of records, whose lengths differ by at most one; the longer runs come first."""
 
     n_shards: int
     index: int
 
     @property
-    def is_fixed(self) -> bool:
+    def selects_by_place(self) -> bool:
         """True: it selects by place."""
         return True
 
@@ -66,13 +66,13 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Select:
+class SelectStep:
     """Records by their numbers. choose() raises IndexError if another version has fewer records."""
 
     selection: Selection
 
     @property
-    def is_fixed(self) -> bool:
+    def selects_by_place(self) -> bool:
         """True: it selects by place."""
         return True
 
@@ -86,11 +86,11 @@ class Select:
 
 
 @dataclass(frozen=True, slots=True)
-class InStoredOrder:
+class StoredOrderStep:
     """All records, sorted in stored order; mix() applies it to sources with an explicit order."""
 
     @property
-    def is_fixed(self) -> bool:
+    def selects_by_place(self) -> bool:
         """False: it depends on the order of the records before it."""
         return False
 
@@ -101,13 +101,13 @@ class InStoredOrder:
 
 
 @dataclass(frozen=True, slots=True)
-class Filter:
+class FilterStep:
     """Records for which an expression is true."""
 
     expression: pc.Expression
 
     @property
-    def is_fixed(self) -> bool:
+    def selects_by_place(self) -> bool:
         """False: it depends on the contents of the records."""
         return False
 
@@ -121,5 +121,5 @@ class Filter:
         )  # 0.6 KB instead of 2.2 KB, most of which are zeros
 
 
-def _filter(compressed: bytes) -> Filter:
-    return Filter(pickle.loads(zlib.decompress(compressed)))  # noqa: S301 -- part of a pickle itself
+def _filter(compressed: bytes) -> FilterStep:
+    return FilterStep(pickle.loads(zlib.decompress(compressed)))  # noqa: S301 -- part of a pickle itself

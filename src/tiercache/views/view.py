@@ -12,27 +12,27 @@ import numpy as np
 
 from tiercache.errors import NotFound, ObjectChanged
 from tiercache.order import BlockTable
-from tiercache.views.rows import RowTables, Spans
+from tiercache.views.rows import BlockSpans, RowTables
 from tiercache.views.selection import Selection
-from tiercache.views.steps import Select, Step
+from tiercache.views.steps import SelectStep, ViewStep
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
     from tiercache.cache import WarmProgress
-    from tiercache.model import Following, Keeper, Part, ReadingPlan
+    from tiercache.model import CloseListener, PublishedPlan, ReadingPlan, SourcePart
     from tiercache.shard.blocks import Blocks
-    from tiercache.shard.statistics import Facts
+    from tiercache.shard.statistics import Statistics
     from tiercache.shard.types import Schema
     from tiercache.shard.values import ColumnValues
-    from tiercache.views.contract import Leaf, Plan, Readable
+    from tiercache.views.contract import Readable, SourceSpec, VersionHandle
 
 _NO_BLOCKS = BlockTable(np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ViewSpec:
     """Spec of a view.
 
     Attributes:
@@ -41,8 +41,8 @@ class Chosen:
         selection: Result of the steps; None: evaluate them when the view is opened.
     """
 
-    below: Plan
-    steps: tuple[Step, ...]
+    below: SourceSpec
+    steps: tuple[ViewStep, ...]
     selection: Selection | None
 
     @property
@@ -61,17 +61,17 @@ class Chosen:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A single Select step contains the selection itself.
-        unsaid = self.selection is not None and self.steps != (Select(self.selection),)
+        unsaid = self.selection is not None and self.steps != (SelectStep(self.selection),)
         packed = self.selection.pack() if self.selection is not None and unsaid else None
         return _chosen, (self.below, self.steps, packed)
 
 
-def _chosen(below: Plan, steps: tuple[Step, ...], packed: tuple[Any, ...] | None) -> Chosen:
+def _chosen(below: SourceSpec, steps: tuple[ViewStep, ...], packed: tuple[Any, ...] | None) -> ViewSpec:
     try:
         selection = None if packed is None else Selection.unpack(packed)
     except NotFound:
         selection = None  # the steps are evaluated again; a list of record numbers has its own file
-    return Chosen(below, steps, selection)
+    return ViewSpec(below, steps, selection)
 
 
 class View:
@@ -85,7 +85,7 @@ class View:
         selection: Selected records, as served places of `below`.
     """
 
-    def __init__(self, below: Readable, steps: tuple[Step, ...], selection: Selection) -> None:
+    def __init__(self, below: Readable, steps: tuple[ViewStep, ...], selection: Selection) -> None:
         if selection.stop > below.n_records:
             raise ObjectChanged(
                 "the selection names records beyond the end of the data set",
@@ -106,7 +106,7 @@ class View:
         self._tables = RowTables(served)
 
     @staticmethod
-    def of(below: Readable, steps: Sequence[Step], selection: Selection | None = None) -> View:
+    def of(below: Readable, steps: Sequence[ViewStep], selection: Selection | None = None) -> View:
         """Return the view that steps make, one after the other.
 
         Args:
@@ -116,15 +116,15 @@ class View:
         """
         if selection is not None:
             return View(below, tuple(steps), selection)
-        view = choose(below, steps[0])
+        view = apply_step(below, steps[0])
         for step in steps[1:]:
-            view = choose(view, step)
+            view = apply_step(view, step)
         return view
 
     @property
-    def plan(self) -> Chosen:
+    def plan(self) -> ViewSpec:
         """See Readable.plan."""
-        return Chosen(self.below.plan, self.steps, self.selection)
+        return ViewSpec(self.below.plan, self.steps, self.selection)
 
     @property
     def url(self) -> str:
@@ -132,7 +132,7 @@ class View:
         return self.below.url
 
     @cached_property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[SourcePart, ...]:
         """Parts of the source below, with the hash of the selection."""
         if self.selection.is_all(self.below.n_records):
             return self.below.parts
@@ -151,9 +151,9 @@ class View:
         return self.below.stored_schema
 
     @property
-    def leaves(self) -> tuple[Leaf, ...]:
+    def opened_versions(self) -> tuple[VersionHandle, ...]:
         """Opened versions below."""
-        return self.below.leaves
+        return self.below.opened_versions
 
     @property
     def first_record(self) -> NDArray[np.int64]:
@@ -214,7 +214,7 @@ class View:
         """See Readable.arrays. It returns the whole block."""
         return self.below.arrays(shard, block)
 
-    def statistics(self, shard: int) -> Facts:
+    def statistics(self, shard: int) -> Statistics:
         """See Readable.statistics. They describe the whole shard."""
         return self.below.statistics(shard)
 
@@ -237,34 +237,34 @@ class View:
         """See Source.is_cached."""
         return self.below.is_cached
 
-    def publish(self, plan: ReadingPlan) -> Following | None:
+    def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
         """See Source.publish; shards keep their numbers."""
         return self.below.publish(plan)
 
-    def make_ready(self, shards: NDArray[np.int64]) -> None:
-        """See Source.make_ready; only shards with selected records count."""
-        self.below.make_ready(shards[self.shard_records[shards] > 0])
+    def prepare_reading(self, shards: NDArray[np.int64]) -> None:
+        """See Source.prepare_reading; only shards with selected records count."""
+        self.below.prepare_reading(shards[self.shard_records[shards] > 0])
 
     @property
-    def is_fetched(self) -> bool:
-        """See Source.is_fetched."""
-        return self.below.is_fetched
+    def can_prefetch(self) -> bool:
+        """See Source.can_prefetch."""
+        return self.below.can_prefetch
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """See Source.prefetch; only shards with selected records are fetched."""
         self.below.prefetch([shard for shard in shards if self.shard_records[shard]])
 
-    def is_at_hand(self, shard: int) -> bool:
-        """See Source.is_at_hand."""
-        return self.below.is_at_hand(shard)
+    def is_mapped(self, shard: int) -> bool:
+        """See Source.is_mapped."""
+        return self.below.is_mapped(shard)
 
-    def is_near(self, shard: int) -> bool:
-        """See Source.is_near."""
-        return self.below.is_near(shard)
+    def is_local(self, shard: int) -> bool:
+        """See Source.is_local."""
+        return self.below.is_local(shard)
 
-    def heal(self, shard: int) -> bool:
-        """See Source.heal."""
-        return self.below.heal(shard)
+    def discard_corrupt_copy(self, shard: int) -> bool:
+        """See Source.discard_corrupt_copy."""
+        return self.below.discard_corrupt_copy(shard)
 
     def at_versions(self, versions: Sequence[int]) -> View:
         """Return the same steps, evaluated on other versions."""
@@ -293,11 +293,11 @@ class View:
         """See Readable.close."""
         self.below.close()
 
-    def when_closed(self, keeper: Keeper) -> None:
-        """See Source.when_closed."""
-        self.below.when_closed(keeper)
+    def on_close(self, keeper: CloseListener) -> None:
+        """See Source.on_close."""
+        self.below.on_close(keeper)
 
-    def _spans(self, shards: NDArray[np.int32], blocks: NDArray[np.int32]) -> Spans:
+    def _spans(self, shards: NDArray[np.int32], blocks: NDArray[np.int32]) -> BlockSpans:
         """Return the spans of k blocks, given by shard and number in the shard."""
         first, n_rows = np.empty(len(blocks), np.int64), np.empty(len(blocks), np.int64)
         named = np.unique(shards)
@@ -307,23 +307,23 @@ class View:
             n_rows[where] = table.records[blocks[where]]
             first[where] = ends - n_rows[where] + self.below.first_record[shard]
         place = self._stored.n_below(first)
-        return Spans(first, place, self._stored.n_below(first + n_rows) - place)
+        return BlockSpans(first, place, self._stored.n_below(first + n_rows) - place)
 
     def _counted(self, shard: int, table: BlockTable) -> BlockTable:
         bounds = np.r_[0, np.cumsum(table.records)] + self.below.first_record[shard]
         return BlockTable(np.diff(self._stored.n_below(bounds)), table.raw_bytes)
 
 
-def choose(source: Readable, step: Step) -> View:
+def apply_step(source: Readable, step: ViewStep) -> View:
     """Return the view that a step makes of a source. Views of views, and lists of numbers, are merged."""
     chosen = step.choose(source)
     if not isinstance(source, View):
         return View(source, (step,), chosen)
     last, selection = source.steps[-1], source.selection.compose(chosen)
-    if not step.is_fixed or not isinstance(last, Select):
+    if not step.selects_by_place or not isinstance(last, SelectStep):
         return View(source.below, (*source.steps, step), selection)
     listed = selection if len(source.steps) == 1 else last.selection.compose(chosen)
-    return View(source.below, (*source.steps[:-1], Select(listed)), selection)
+    return View(source.below, (*source.steps[:-1], SelectStep(listed)), selection)
 
 
 def _combined(before: str | None, digest: str) -> str:
