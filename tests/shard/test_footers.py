@@ -33,7 +33,7 @@ def test_a_footer_that_was_read_before_saves_the_request_but_not_the_check():
     before = store.n_calls("read_into")
     with ShardReader(store, info.name, info=info, footer=footer) as reader:
         assert (store.n_calls("read_into"), reader.n_records) == (before, 1000)
-    with pytest.raises(CorruptShard, match="not ffff"):
+    with pytest.raises(CorruptShard, match="states ffff"):
         ShardReader(store, info.name, info=replace(info, shard_id="ff" * 16), footer=footer)
 
 
