@@ -141,7 +141,9 @@ def moved(case: Case) -> None:
 def proven(case: Case) -> None:
     """What the mover does before it drops what copies in a folder were made from."""
     with Transfer(case.stores, jobs=case.jobs) as transfer, ThreadPoolExecutor(case.jobs) as pool:
-        list(pool.map(lambda one: transfer.prove(case.dst, case.stores.head(case.dst, one.key)), case.objects))
+        list(
+            pool.map(lambda one: transfer.checksum_on_disk(case.dst, case.stores.head(case.dst, one.key)), case.objects)
+        )
 
 
 def cases(server: S3Server, folder: Path, asked: argparse.Namespace, wanted_bytes: int) -> Iterator[Case]:

@@ -59,7 +59,7 @@ def made_file(case: str, n_rules: int) -> RuleFile:
             Rule(
                 name=f"r{i}",
                 match=(f"datasets/set-{i}/**", f"**/team-{i}/*.{{bin,npz}}"),
-                excepted=("**/*.keep",),
+                exclude=("**/*.keep",),
                 to="archive",
                 idle_s=idle_s,
             )
@@ -111,7 +111,7 @@ def made_snapshot(n: int) -> Snapshot:
         created_s=created,
         last_use_s=created + random.random(n) * (NOW_S - created),
         uses=random.integers(0, 100, n),
-        counted_since_s=np.full(n, -np.inf),
+        uses_recorded_since_s=np.full(n, -np.inf),
         unreported=random.random(n) < 0.01,
         in_use=random.random(n) < 0.01,
         metrics={"val_loss": np.where(kind == CHECKPOINT, random.random(n), np.nan)},
@@ -145,7 +145,7 @@ def measure(case: str, options: Mapping[str, int]) -> dict[str, Any]:
         found = {"moves": len(decided.moves), "refusals": len(decided.refusals)}
         del decided
         start_s = time.perf_counter()
-        first_match(snapshot.paths, [(rule.match, rule.excepted) for rule in file.rules])
+        first_match(snapshot.paths, [(rule.match, rule.exclude) for rule in file.rules])
         matching.append(time.perf_counter() - start_s)
     peak = peak_bytes()
     return {

@@ -50,7 +50,7 @@ def made_file(n_rules: int) -> RuleFile:
         Rule(
             name=f"r{i}",
             match=(f"datasets/set-{i}/**", f"**/team-{i}/**/*.{{bin,npz}}"),
-            excepted=("**/*.keep",),
+            exclude=("**/*.keep",),
             to="archive",
             idle_s=DAY_S / 2,
             idle_by="mtime",

@@ -248,7 +248,7 @@ class TestRules:
         assert rule == Rule(
             name="cold files",
             match=("a/**", "b/*"),
-            excepted=("a/keep/*",),
+            exclude=("a/keep/*",),
             kind="file",
             larger_than_bytes=65536,
             smaller_than_bytes=1000000,

@@ -57,8 +57,8 @@ class VersionStores:
 
     def _is_at_a_disk(self, key: str, identity: ShardIdentity) -> bool:
         """Return whether a shard lies in a local folder that is not a cache."""
-        is_home = isinstance(self.inner, LocalStore) and not self.tiers.is_far(key)
-        return is_home or self.tiers.near(key, identity) is not None
+        is_home = isinstance(self.inner, LocalStore) and not self.tiers.is_remote(key)
+        return is_home or self.tiers.local_copy(key, identity) is not None
 
     @property
     def fetcher(self) -> CachedStore | None:
@@ -76,8 +76,8 @@ class VersionStores:
         Returns:
             Whether a local copy was to blame; it is no longer read.
         """
-        healed = self.tiers.distrust(key, identity)
-        return (isinstance(self.store, LocalStore) and self.store.distrust(key, identity)) or healed
+        healed = self.tiers.reject_local_copy(key, identity)
+        return (isinstance(self.store, LocalStore) and self.store.verify_copy(key, identity)) or healed
 
     def prepare_reading(
         self, keys: pa.ChunkedArray, identity: Callable[[int], ShardIdentity], *, reads_all: bool

@@ -116,7 +116,7 @@ class Dataset(SelectionMethods):
         place = DatasetSource(os.fspath(url), cache, verify, dict(storage_options or {}), parse_casts(cast))
         opened = OpenedVersion(place, version, columns)
         serving = OutputSpec.of(opened.schema, forms=forms, nulls=nulls, decode=decode, cast=place.casts)
-        self.__setstate__(((opened.plan, transform, serving), {}))
+        self.__setstate__(((opened.spec, transform, serving), {}))
         self._opened = opened
 
     @property
@@ -319,14 +319,14 @@ class Dataset(SelectionMethods):
         """Return the attributes that a subclass has set."""
         return {name: value for name, value in vars(self).items() if name not in _OF_THE_PROCESS}
 
-    def over(self, source: Readable) -> Self:
+    def with_source(self, source: Readable) -> Self:
         """Return the same data set (transform, output spec and attributes) over another source. For loaders."""
         return self._derive(source)
 
     def _derive(self, source: Readable, serving: OutputSpec | None = None) -> Self:
         """Return the same data set over another source, with this output spec or another one."""
         derived = type(self).__new__(type(self))
-        recipe = (source.plan, self.transform, self.serving if serving is None else serving)
+        recipe = (source.spec, self.transform, self.serving if serving is None else serving)
         derived.__setstate__((recipe, self._own()))
         derived._opened = source  # noqa: SLF001 -- of this class
         return derived
@@ -441,7 +441,7 @@ def mix(datasets: Iterable[Dataset], weights: Iterable[float], stop: Literal["fi
 
 def _over(source: Readable, first: Dataset) -> Dataset:
     made = Dataset.__new__(Dataset)
-    made.__setstate__(((source.plan, first.transform, first.serving), {}))
+    made.__setstate__(((source.spec, first.transform, first.serving), {}))
     made._opened = source  # noqa: SLF001 -- of this class
     return made
 

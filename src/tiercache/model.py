@@ -197,7 +197,7 @@ class SourcePart:
 class CloseListener(Protocol):
     """Owner of prefetched blocks of a source; the source notifies it when the source is closed."""
 
-    def forget(self) -> None:
+    def on_source_closed(self) -> None:
         """Release the blocks. May be called repeatedly and from any thread."""
 
 

@@ -109,7 +109,7 @@ class OpenedVersion:
         self._tables: dict[int, BlockTable] = {}
         self._ranges: dict[int, tuple[ByteRange, ...] | None] = {}  # of the served columns; None: the whole shard
         self.stored_columns = tuple(self.stored_schema.index(name) for name in self._schema.names)
-        self.plan = VersionSpec(self.place, self.version, self._schema.names)
+        self.spec = VersionSpec(self.place, self.version, self._schema.names)
         self._served = served_columns(self._schema, self.place.casts)
         self._mapped = MappedRecords(
             self.stored_schema, self.stored_columns, self.table.first_record, self.url, self._served
@@ -303,7 +303,7 @@ class OpenedVersion:
         if found is None:
             shards = np.unique(np.searchsorted(self.table.first_record, records, side="right") - 1)
             # More shards than may be open at once would evict each other.
-            if len(shards) <= self._readers.capacity and all(map(self._readers.map, shards.tolist())):
+            if len(shards) <= self._readers.capacity and all(map(self._readers.map_shard, shards.tolist())):
                 found = self._mapped.take(records)
         return found
 
@@ -350,7 +350,7 @@ class OpenedVersion:
 
     def is_mapped(self, shard: int) -> bool:
         """Whether the shard is open and its served columns are mapped in the form in which they are served."""
-        return shard in self._readers and self._readers.get(shard).stays_mapped(self.stored_columns)
+        return shard in self._readers and self._readers.get(shard).is_mapped(self.stored_columns)
 
     def discard_corrupt_copy(self, shard: int) -> bool:
         """Verify a shard's local copy and drop it if it differs from the source. Returns True if it did: load again."""
@@ -387,7 +387,7 @@ class OpenedVersion:
         """
         return self._served_otherwise(columns, ShardOpener.open)
 
-    def scanning(self, columns: Sequence[str]) -> OpenedVersion:
+    def for_scan(self, columns: Sequence[str]) -> OpenedVersion:
         """Return a source as `with_columns` does, for a single pass: shards that are not cached bypass the cache.
 
         Caching them would evict other shards.
@@ -428,7 +428,7 @@ class OpenedVersion:
         for keeper in self._keepers:  # first: a prefetching loader would open shards again, on a closed store
             found = keeper()
             if found is not None:
-                found.forget()
+                found.on_source_closed()
         self._readers.clear()
         self.access.close()
 

@@ -57,7 +57,7 @@ class WaitHistogram:
         self.bins[bisect_left(_EDGES_S, wait_s)] += 1
         self.total_s += wait_s
 
-    def add_none(self) -> None:
+    def add_zero(self) -> None:
         """Count an item that needed no wait, without reading the clock."""
         self.bins[0] += 1
 

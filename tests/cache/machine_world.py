@@ -117,7 +117,7 @@ class MachineWorld:
             name = name_of_identity(identity)
             is_past = self.objects.get(key) != data
             assert name in self.rotten or is_past, f"{key}: wrong bytes that nobody turned"
-            cache.store(self.source).distrust(key, identity)
+            cache.store(self.source).verify_copy(key, identity)
             self.rotten.discard(name)
             if is_last:
                 assert is_past, f"{key}: wrong bytes again"
@@ -128,7 +128,7 @@ class MachineWorld:
             lease = store.open_local(key, identity)
             if lease is not None:
                 with lease:
-                    lease.want([wanted])
+                    lease.prefetch([wanted])
                     if lease.wait([wanted], deadline_s=WAIT_S):
                         return os.pread(lease.fd, wanted.n_bytes, wanted.start)
             buffer = bytearray(wanted.n_bytes)
@@ -201,7 +201,7 @@ class MachineWorld:
         What opened the folder with a smaller limit has evicted all that is not pinned, held, or nobody's. What was laid
         there by hand, or is booked anew from the files, counts whenever somebody looks.
         """
-        taken_bytes, limit_bytes = look.taken()
+        taken_bytes, limit_bytes = look.charged_bytes()
         excess_bytes, before_bytes = max(taken_bytes - (limit_bytes or taken_bytes), 0), self.excess_bytes
         is_new_limit, self.excess_bytes, self.limit_bytes = limit_bytes != self.limit_bytes, excess_bytes, limit_bytes
         if self.books_are_old or excess_bytes <= before_bytes:
@@ -222,7 +222,7 @@ class MachineWorld:
         if self.outside.read_bytes() != b"not the cache's":
             found.append("a file outside of the cache was changed")
         if not self.books_are_old:
-            found += look.wrong_books()
+            found += look.wrong_accounts()
         return found
 
 

@@ -167,7 +167,7 @@ def test_closing_in_mid_fetch_ends_the_wait_without_a_copy(world):
     gated = GateStore(world.inner)
     cache = world.cache()
     with gated.stop_at("before_read_into") as gate, cache.store(gated).open_local("a", identity) as lease:
-        lease.want([ByteRange(0, 1)])
+        lease.prefetch([ByteRange(0, 1)])
         gate.wait_reached()
         closing = threading.Thread(target=cache.close)
         closing.start()

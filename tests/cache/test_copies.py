@@ -54,7 +54,7 @@ def test_a_lease_is_pending_until_it_is_waited_for(world):
     whole = [ByteRange(0, 10_000)]
     with gated.stop_at("before_read_into") as gate, store.open_local("a", identity) as lease:
         assert (lease.present(whole), lease.n_bytes, lease.fd) == (False, 10_000, -1)
-        lease.want(whole)
+        lease.prefetch(whole)
         gate.wait_reached()
         assert not lease.present(whole)
         gate.open()
@@ -76,7 +76,7 @@ def test_a_lease_that_is_closed_early_leaves_the_fetch_going_and_no_descriptor(w
     store = cache.store(gated)
     with gated.stop_at("before_read_into") as gate:
         lease = store.open_local("a", identity)
-        lease.want([ByteRange(0, 1)])
+        lease.prefetch([ByteRange(0, 1)])
         gate.wait_reached()
         lease.close()
         lease.close()
@@ -91,7 +91,7 @@ def test_a_wait_ends_at_its_deadline_and_names_who_is_waited_for(world):
     store = world.cache().store(gated)
     gate: Gate
     with gated.stop_at("before_read_into") as gate, store.open_local("a", identity) as lease:
-        lease.want([ByteRange(0, 1)])
+        lease.prefetch([ByteRange(0, 1)])
         gate.wait_reached()
         with pytest.raises(Exception, match=f"not in the cache after 0.01 s: being fetched by process {os.getpid()}"):
             lease.wait([ByteRange(0, 1)], deadline_s=0.01)
@@ -214,13 +214,13 @@ def test_a_copy_that_was_found_wrong_is_removed_and_fetched_again(world):
     identity = world.put("a")
     store = world.store()
     world.fetch(store, "a")
-    assert store.distrust("a", identity) is False
+    assert store.verify_copy("a", identity) is False
     copy = world.copy("a")
     copy.chmod(0o644)
     copy.write_bytes(b"x" + world.data["a"][1:])
-    assert store.distrust("a", identity) is True
+    assert store.verify_copy("a", identity) is True
     assert world.copies() == []
-    assert store.distrust("a", identity) is True
+    assert store.verify_copy("a", identity) is True
     world.fetch(store, "a")
     assert world.caches[0].stats()["bytes_used"] == 16384
 

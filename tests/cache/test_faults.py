@@ -37,7 +37,7 @@ def test_bytes_with_a_wrong_checksum_are_fetched_once_more(world):
     world.put("a")
     source, store = faulty(world, Fault("read_into", kind=FaultKind.BIT_FLIP))
     world.fetch(store, "a")
-    assert len(source.struck) == 1
+    assert len(source.faulted_calls) == 1
     assert world.n_reads() == 2
 
 
@@ -46,7 +46,7 @@ def test_bytes_that_are_wrong_twice_are_never_published_and_not_asked_for_again_
     source, store = faulty(world, Fault("read_into", kind=FaultKind.BIT_FLIP, times=9))
     assert world.read(store, "a") is None
     assert world.read(store, "a") is None
-    assert (len(source.struck), world.copies(), world.parts()) == (2, [], [])
+    assert (len(source.faulted_calls), world.copies(), world.parts()) == (2, [], [])
     status = store.cache.status()
     assert (status["reserved_bytes"], status["poisoned"]) == (0, 1)
     (poison,) = status["poisoned_now"].values()
@@ -311,7 +311,7 @@ def test_a_folder_that_is_deleted_in_mid_fetch_costs_no_more_than_a_download(wor
     cache = world.cache("100MB")
     store = cache.store(gated)
     with gated.stop_at("before_read_into") as gate, store.open_local("a", world.identity("a")) as lease:
-        lease.want([ByteRange(0, 20 << 20)])
+        lease.prefetch([ByteRange(0, 20 << 20)])
         gate.wait_reached()
         shutil.rmtree(world.root / "cache")
         gate.open()
@@ -445,7 +445,7 @@ def test_a_cache_that_cannot_be_opened_again_in_mid_training_is_read_past_and_tr
         patch.setattr(cache_module, "CacheSession", fail)
         with pytest.warns(RuntimeWarning, match="cannot be opened"):
             assert world.read(store, "a") is None
-        assert not store.is_here("a", world.identity("a"))  # a second warning would be an error here
+        assert not store.is_cached("a", world.identity("a"))  # a second warning would be an error here
         store.fetch_ahead("a", world.identity("a"))
         store.publish(np.zeros((0, 20), np.uint8), ReadingPlan("me", *np.zeros((4, 0), np.int64))).close()
         buffer = memoryview(bytearray(10_000))

@@ -134,9 +134,9 @@ def test_a_copy_that_comes_bit_by_bit_was_evicted_too_early_once(world):
     world.fetch(store, "b")
     gated = GateStore(world.inner)
     with gated.stop_at("before_read_into") as gate, cache.store(gated).open_local("a", identity) as lease:
-        lease.want([ByteRange(0, UNIT)])
+        lease.prefetch([ByteRange(0, UNIT)])
         gate.wait_reached()
-        lease.want([ByteRange(MIB, MIB + UNIT)])
+        lease.prefetch([ByteRange(MIB, MIB + UNIT)])
         gate.open()
         assert lease.wait([ByteRange(0, UNIT), ByteRange(MIB, MIB + UNIT)], deadline_s=30)
     assert cache.stats()["evicted_early"] == 1
@@ -160,14 +160,14 @@ def test_what_a_process_fetches_ahead_for_itself_is_no_hit_the_first_time(world)
         return [cache.stats()[name] for name in ("hits", "misses", "prefetched")]
 
     store.fetch_ahead("a", identity)
-    assert wait_for(lambda: store.is_here("a", identity), 30)
+    assert wait_for(lambda: store.is_cached("a", identity), 30)
     world.fetch(store, "a")
     assert figures() == [0, 1, 1]
     store.fetch_ahead("a", identity)
     world.fetch(store, "a")
     assert figures() == [1, 1, 1]
     store.fetch_ahead("b", world.put("b"))
-    assert wait_for(lambda: store.is_here("b", world.identity("b")), 30)
+    assert wait_for(lambda: store.is_cached("b", world.identity("b")), 30)
     other = world.cache()
     world.fetch(world.store(other), "b")
     assert other.stats()["hits"] == 1, "it was here before the other asked"

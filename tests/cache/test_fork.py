@@ -81,7 +81,7 @@ def test_a_fork_in_mid_fetch_leaves_the_fetch_to_the_parent(world):
     cache = world.cache()
     store = cache.store(gated)
     with gated.stop_at("before_read_into") as gate, store.open_local("a", identity) as lease:
-        lease.want(WHOLE)
+        lease.prefetch(WHOLE)
         gate.wait_reached()
 
         def work():
@@ -103,7 +103,7 @@ def test_a_child_that_dies_in_mid_fetch_leaves_nothing_that_needs_a_hand(world):
     def die():
         gated = GateStore(world.inner)
         with gated.stop_at("after_read_into") as gate, cache.store(gated).open_local("a", world.identity("a")) as lease:
-            lease.want(WHOLE)
+            lease.prefetch(WHOLE)
             gate.wait_reached()
             os._exit(0)
 

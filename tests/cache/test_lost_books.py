@@ -26,7 +26,7 @@ def fetching(world):
     busy, other = (world.cache(size=100 * UNIT, policy="lru") for _ in range(2))
     with gated.stop_at("before_read_into") as gate:
         lease = busy.store(gated).open_local("a", identity)
-        lease.want([ByteRange(0, 80 * UNIT)])
+        lease.prefetch([ByteRange(0, 80 * UNIT)])
         gate.wait_reached()
         yield busy, other
         gate.open()

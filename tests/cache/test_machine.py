@@ -65,7 +65,7 @@ def test_processes_of_another_container_are_known_by_their_lock(tmp_path, monkey
     assert here.limits() == {str(here.me): 1000, str(stranger): 2000}
     there.close()
     assert not here.alive(str(stranger))
-    here.bury(str(stranger))
+    here.remove_files_of(str(stranger))
     assert [path.name for path in file.parent.iterdir()] == [str(here.me)]
     here.close()
 

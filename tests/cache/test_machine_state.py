@@ -178,7 +178,7 @@ class CacheMachine(RuleBasedStateMachine):
                 if known is not None:
                     lease = cache.store(self.world.source).open_local(key, known[0])
                     if lease is not None:
-                        lease.want([ByteRange(0, len(known[1]))])
+                        lease.prefetch([ByteRange(0, len(known[1]))])
             finally:
                 os._exit(0)
         os.waitpid(pid, 0)

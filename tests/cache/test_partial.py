@@ -73,7 +73,7 @@ def test_a_reader_waits_for_its_own_bytes_only(world):
     store = world.cache("100MB").store(gated)
     gates = [gated.stop_at("before_read_into") for _ in range(3)]
     with store.open_local("a", identity) as whole, store.open_local("a", identity) as tail:
-        whole.want([ByteRange(0, 20 * MIB)])
+        whole.prefetch([ByteRange(0, 20 * MIB)])
         for gate in gates:
             gate.wait_reached()
         # Three of three pieces are held up; the reader of the last bytes is served as soon as the third goes on.
@@ -110,7 +110,7 @@ def test_what_somebody_waits_for_comes_before_what_was_only_wanted(world):
     store = world.cache("200MB").store(gated)
     gates = [gated.stop_at("before_read_into") for _ in range(4)]
     with store.open_local("a", identity) as lease:
-        lease.want([ByteRange(0, 64 * MIB)])
+        lease.prefetch([ByteRange(0, 64 * MIB)])
         for gate in gates:
             gate.wait_reached()
         asker = threading.Thread(target=wait, args=(lease, (64 * MIB - UNIT, 64 * MIB)))
@@ -165,7 +165,7 @@ def test_a_process_that_is_killed_leaves_its_bytes_to_the_next(world):
         gated = GateStore(world.inner)
         gates = [gated.stop_at("after_read_into") for _ in range(2)]
         lease = world.cache("100MB").store(gated).open_local("a", identity)
-        lease.want([ByteRange(0, 24 * MIB)])
+        lease.prefetch([ByteRange(0, 24 * MIB)])
         for gate in gates:
             gate.wait_reached()
         while not any(try_wait(lease, (start * MIB, start * MIB + 1)) for start in (0, 8, 16)):

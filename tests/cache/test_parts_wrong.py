@@ -28,10 +28,10 @@ def test_bytes_of_a_part_that_a_reader_finds_wrong_are_fetched_once_more_and_the
             return wait(lease, (0, UNIT))
 
     assert read()
-    assert store.distrust("a", identity) is True
+    assert store.verify_copy("a", identity) is True
     assert world.parts() == []
     assert read()
-    assert store.distrust("a", identity) is False
+    assert store.verify_copy("a", identity) is False
     assert store.open_local("a", identity) is None
     assert cache.stats()["poisoned"] == 1
 
@@ -46,7 +46,7 @@ def test_a_part_that_rots_on_disk_is_not_blamed_on_its_source(world):
         (part,) = [path for path in world.parts() if path.suffix == ".part"]
         with part.open("r+b") as file:
             file.write(b"rot")
-        assert store.distrust("a", identity) is True
+        assert store.verify_copy("a", identity) is True
     assert (cache.stats()["poisoned"], cache.stats()["quarantined"]) == (0, 3)
 
 
@@ -153,13 +153,13 @@ def test_a_part_that_rots_is_reported_and_one_that_is_bad_at_its_source_is_known
     with part.open("r+b") as file:
         file.seek(UNIT + 5)
         file.write(b"rot")
-    assert store.distrust("a", identity) is True
+    assert store.verify_copy("a", identity) is True
     (report,) = other.status()["reports"]
     assert f"1 units of 4 KiB differ from what was fetched, the first at offset {UNIT}" in report["verdict"]
     assert report["source"].endswith("/a")
     for _ in range(2):
         read()
-        store.distrust("a", identity)
+        store.verify_copy("a", identity)
     assert [one["url"].rpartition("/")[2] for one in other.status()["poisoned_now"].values()] == ["a"]
     assert world.store(other).open_local("a", identity) is None
 
@@ -174,11 +174,11 @@ def test_a_pin_outlives_a_copy_that_was_found_wrong(world, harm):
     copy.chmod(0o600)
     if harm == "rot":
         copy.write_bytes(bytes(10_000))
-        assert world.store(cache).distrust("a", identity) is True
+        assert world.store(cache).verify_copy("a", identity) is True
     else:
         copy.write_bytes(b"short")
         with world.store(cache).open_local("a", identity) as lease:  # (what is found is removed by who fetches it)
-            lease.want([ByteRange(0, 1)])
+            lease.prefetch([ByteRange(0, 1)])
         source = FaultStore(world.inner, [Fault("read_into", times=2)])
         cache.close()
         with cache.store(source).open_local("a", identity) as lease, suppress(StoreError):
@@ -196,7 +196,7 @@ def test_letting_all_copies_go_forgets_pins_of_what_is_not_here_again(world):
     cache.pin(world.inner, [("a", identity)])
     world.copy("a").chmod(0o600)
     world.copy("a").write_bytes(bytes(10_000))
-    assert world.store(cache).distrust("a", identity) is True
+    assert world.store(cache).verify_copy("a", identity) is True
     assert cache.unpin() == 0
     world.fetch(world.store(cache), "a")
     assert [entry.pinned for entry in cache.entries()] == [False]

@@ -36,7 +36,7 @@ def store(world):
 
 def test_a_wrong_copy_is_never_served_again_and_the_report_says_where_it_differed(world, store):
     world.damage("a")
-    assert store.distrust("a", world.identity("a")) is True
+    assert store.verify_copy("a", world.identity("a")) is True
     assert world.copies() == []
     assert [path.suffix for path in files(world)] == [".bad", ".json"]
     world.fetch(store, "a")
@@ -52,7 +52,7 @@ def test_a_wrong_copy_is_never_served_again_and_the_report_says_where_it_differe
 
 
 def test_a_right_copy_stays_where_it_is(world, store):
-    assert store.distrust("a", world.identity("a")) is False
+    assert store.verify_copy("a", world.identity("a")) is False
     assert (files(world), store.cache.stats()["quarantined"], world.n_reads()) == ([], 0, 1)
 
 
@@ -61,7 +61,7 @@ def test_a_copy_that_was_cut_is_compared_too(world, store, n_bytes):
     path = world.copy("a")
     path.chmod(0o600)
     os.truncate(path, n_bytes)
-    assert store.distrust("a", world.identity("a")) is True
+    assert store.verify_copy("a", world.identity("a")) is True
     world.fetch(store, "a")
     assert f"{n_bytes:,} bytes instead of 10,000" in reports(world)[0]["verdict"]
 
@@ -76,7 +76,7 @@ def test_a_copy_that_cannot_be_read_is_put_aside_as_well(world, store, monkeypat
 
     inode = copy.stat().st_ino
     monkeypatch.setattr(os, "preadv", read)
-    assert store.distrust("a", world.identity("a")) is True
+    assert store.verify_copy("a", world.identity("a")) is True
     world.fetch(store, "a")
     (report,) = reports(world)
     assert "up to offset 0" in report["reason"]
@@ -99,7 +99,7 @@ def test_a_wrong_copy_that_the_disk_does_not_let_us_look_at_is_served_no_more(wo
 
     with monkeypatch.context() as patch:
         patch.setattr(place, call, fail)
-        assert store.distrust("a", world.identity("a")) is True
+        assert store.verify_copy("a", world.identity("a")) is True
     assert failed
     assert world.read(store, "a") in (None, world.data["a"])
 
@@ -110,7 +110,7 @@ def test_the_bytes_of_a_wrong_copy_count_until_its_last_reader_has_let_it_go(wor
     with store.open_local("a", world.identity("a")) as lease:
         assert lease.wait([ByteRange(0, 10_000)])
         world.damage("a")
-        assert store.distrust("a", world.identity("a")) is True
+        assert store.verify_copy("a", world.identity("a")) is True
         assert cache.status()["reserved_bytes"] == used
         world.fetch(store, "a")
         assert len(files(world)) == 1
@@ -155,7 +155,7 @@ def test_the_second_of_two_who_find_it_wrong_leaves_the_right_copy_alone(world, 
     writing = store.cache._open().writing
     fd = store.cache._open().folder.open_copy(world.copy("a").name)
     try:
-        assert store.distrust("a", world.identity("a")) is True
+        assert store.verify_copy("a", world.identity("a")) is True
         world.fetch(store, "a")
         name = world.copy("a").name
         assert writing.quarantine.take(name, fd, reason="late") is False
@@ -166,7 +166,7 @@ def test_the_second_of_two_who_find_it_wrong_leaves_the_right_copy_alone(world, 
 
 def test_a_cache_that_closes_ends_what_still_waits(world, store):
     world.damage("a")
-    store.distrust("a", world.identity("a"))
+    store.verify_copy("a", world.identity("a"))
     store.cache.close()
     (report,) = reports(world)
     assert [path.suffix for path in files(world)] == [".json"]
@@ -180,7 +180,7 @@ def test_many_wrong_copies_are_not_kept(world, monkeypatch):
         world.put(key)
         world.fetch(store, key)
         world.damage(key)
-        store.distrust(key, world.identity(key))
+        store.verify_copy(key, world.identity(key))
     assert [path.suffix for path in files(world)].count(".bad") == 2
     assert sum("too many" in report.get("verdict", "") for report in reports(world)) == 2
 
@@ -188,7 +188,7 @@ def test_many_wrong_copies_are_not_kept(world, monkeypatch):
 @pytest.mark.parametrize(("jump_s", "n_left"), [(0, 1), (40 * 86400, 0), (-40 * 86400, 0), (-3600, 1)])
 def test_reports_are_kept_for_a_month_whatever_the_clock_does(world, store, monkeypatch, jump_s, n_left):
     world.damage("a")
-    store.distrust("a", world.identity("a"))
+    store.verify_copy("a", world.identity("a"))
     world.fetch(store, "a")
     now_s = time.time()
     monkeypatch.setattr(time, "time", lambda: now_s + jump_s)
@@ -221,14 +221,14 @@ def test_dying_at_any_step_leaves_nothing_that_needs_a_hand(world, store, step):
         try:
             points.set_hook(die)
             child = world.store(world.cache())
-            child.distrust("a", identity)
+            child.verify_copy("a", identity)
             world.fetch(child, "a")
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     store.cache.close()
     store = world.store(world.cache())
-    store.distrust("a", identity)
+    store.verify_copy("a", identity)
     world.fetch(store, "a")
     store.cache._open().writing.quarantine.sweep()
     assert {path.suffix for path in files(world)} <= {".json"}

@@ -60,9 +60,9 @@ def test_two_caches_of_one_folder_download_once_where_locks_hold(world, locks):
     whole = [ByteRange(0, 10_000)]
     with gated.stop_at("before_read_into") as gate:
         first, second = (store.open_local("a", identity) for store in stores)
-        first.want(whole)
+        first.prefetch(whole)
         gate.wait_reached()
-        second.want(whole)
+        second.prefetch(whole)
         if locks == "locks hold":
             with pytest.raises(StoreError, match=f"waiting for process {os.getpid()}"):
                 second.wait(whole, deadline_s=0.2)
@@ -90,7 +90,7 @@ def test_a_part_that_who_waits_for_it_cannot_tell_of_is_not_held_by_him(world, m
 
     with gated.stop_at("before_read_into") as gate:
         first, second = (store.open_local("a", identity) for store in stores)
-        first.want(whole)
+        first.prefetch(whole)
         gate.wait_reached()
         open_before = open_below(copies)
         with monkeypatch.context() as patch:
@@ -180,11 +180,11 @@ def test_a_lock_that_vanished_between_open_and_flock_is_not_taken(tmp_path, monk
     second = NameLock(path)
     assert not second.try_acquire()
     assert "process" in second.holder()
-    first.give_back()
+    first.release()
     assert not path.exists()
     assert second.try_acquire()
-    second.give_back()
-    second.give_back()
+    second.release()
+    second.release()
 
 
 def test_fetching_goes_on_without_the_lock_when_its_holder_never_ends(world, monkeypatch):
@@ -197,7 +197,7 @@ def test_fetching_goes_on_without_the_lock_when_its_holder_never_ends(world, mon
     stuck = NameLock(world.root / "cache" / "locks" / name_of_identity(identity))
     assert stuck.try_acquire()
     world.fetch(world.store(cache), "a")
-    stuck.give_back()
+    stuck.release()
 
 
 def test_identities_are_what_is_locked_not_keys(world):

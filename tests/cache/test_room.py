@@ -62,7 +62,7 @@ def test_room_is_reserved_before_the_first_byte(world):
     cache = world.cache("150KB", policy="resident")
     store = cache.store(gated)
     with gated.stop_at("before_read_into", "a") as gate, store.open_local("a", first) as lease:
-        lease.want([ByteRange(0, 1)])
+        lease.prefetch([ByteRange(0, 1)])
         gate.wait_reached()
         assert cache.status()["reserved_bytes"] == CHARGE_IN_PART
         assert store.open_local("b", second) is None
@@ -171,7 +171,7 @@ def test_a_cache_opened_smaller_while_another_makes_room_gives_up_what_is_named_
     with store.open_local("a", identity):
         cache = world.cache("100KB", policy="lru")
         assert {entry.source[-1] for entry in cache.entries()} == {"a", "b", "c"}
-        other.give_back()
+        other.release()
         cache = world.cache("99KB", policy="lru")
         assert {entry.source[-1] for entry in cache.entries()} == {"a"}
 
@@ -268,7 +268,7 @@ def test_a_process_that_was_stopped_while_it_made_room_is_waited_for_once(world,
     for key in "abcde":
         world.put(key, 100_000)
         world.fetch(store, key)
-    stopped.give_back()
+    stopped.release()
     expected = [evictor_module.ROOM_WAIT_S, 0.0, 0.0] if locks == "locks hold" else [evictor_module.ROOM_WAIT_S] * 3
     assert waits == expected
 

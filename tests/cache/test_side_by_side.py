@@ -59,11 +59,11 @@ def test_what_a_job_fetched_ahead_stays_for_it_whatever_another_fetches(world, p
         fetch_ahead(world, world.store(yours), first)
         for key in others[:6]:
             world.fetch(world.store(mine), key)
-        assert world.store(yours).is_here(first, world.identity(first))
+        assert world.store(yours).is_cached(first, world.identity(first))
         plan.advance(2 * SHARD_BYTES)  # read, and not needed again
         for key in others[:6]:
             world.fetch(world.store(mine), key)
-        assert not world.store(yours).is_here(first, world.identity(first))
+        assert not world.store(yours).is_cached(first, world.identity(first))
 
 
 @pytest.mark.parametrize("policy", ["lru", "s3fifo"])
@@ -89,7 +89,7 @@ def test_a_cache_of_which_all_is_wanted_soon_lets_others_in_and_keeps_to_a_small
         for key in keys:
             fetch_ahead(world, store, key)
         world.fetch(store, more)
-        assert store.is_here(more, world.identity(more))
+        assert store.is_cached(more, world.identity(more))
         smaller = shards_cache(world, 4, policy=policy)
         stats = smaller.stats()
         assert 2 * CHARGE <= stats["bytes_used"] <= stats["limit_bytes"] == 4 * CHARGE + 4 * MAP_BYTES

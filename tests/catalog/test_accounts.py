@@ -32,7 +32,7 @@ class FakeFiles:
     def alive(self, owner):
         return owner in self.living
 
-    def bury(self, owner):
+    def remove_files_of(self, owner):
         self.buried.append(owner)
 
     def limits(self):
@@ -41,7 +41,7 @@ class FakeFiles:
     def is_over(self, owner, name):
         return (owner, name) in self.over
 
-    def coming(self):
+    def running_fetches(self):
         return self.making
 
     def charge_of(self, name):

@@ -32,20 +32,20 @@ def test_copies_are_known_by_the_place_that_a_name_stands_for(catalog):
 def test_a_copy_that_is_recorded_again_is_the_new_one(catalog):
     catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9))])
     catalog.record([("cold", "k", CatalogEntry(4, None, 8, made_from="s3://home"))])
-    assert catalog.known("cold", ["k", "other"]) == {"k": CatalogEntry(4, None, 8, made_from="s3://home")}
+    assert catalog.entries("cold", ["k", "other"]) == {"k": CatalogEntry(4, None, 8, made_from="s3://home")}
 
 
 def test_a_copy_keeps_when_its_object_was_written_first(catalog):
     copy = CatalogEntry(3, '"e"', 9, written_s=1234.5)
     catalog.record([("cold", "k", copy)])
-    assert catalog.known("cold", ["k"]) == {"k": copy}
+    assert catalog.entries("cold", ["k"]) == {"k": copy}
     assert catalog.checksums("cold") == {"k": (3, '"e"', 9, True, 1234.5)}
 
 
 def test_an_object_that_is_known_for_its_date_alone_is_not_verified(catalog):
     catalog.record([("cold", "k", CatalogEntry(3, '"e"', None, written_s=1234.5, verified=False))])
     assert catalog.checksums("cold") == {"k": (3, '"e"', None, False, 1234.5)}
-    assert not catalog.known("cold", ["k"])["k"].verified
+    assert not catalog.entries("cold", ["k"])["k"].verified
 
 
 def test_books_with_other_columns_are_made_anew(catalog):
@@ -61,7 +61,7 @@ def test_books_with_other_columns_are_made_anew(catalog):
 def test_a_copy_that_was_only_intended_is_not_verified(catalog):
     catalog.record([("cold", "k", CatalogEntry(3, None, None, made_from="s3://home"))])
     assert catalog.checksums("cold") == {}
-    assert catalog.known("cold", ["k"])["k"].is_intended
+    assert catalog.entries("cold", ["k"])["k"].is_intended
 
 
 def test_forgotten_copies_are_gone(catalog):
@@ -72,7 +72,7 @@ def test_forgotten_copies_are_gone(catalog):
 
 def test_many_copies_are_found_by_key(catalog):
     catalog.record([("cold", f"k{n}", CatalogEntry(n, None, n)) for n in range(2000)])
-    found = catalog.known("cold", [f"k{n}" for n in range(0, 4000, 2)])
+    found = catalog.entries("cold", [f"k{n}" for n in range(0, 4000, 2)])
     assert len(found) == 1000
     assert found["k1998"].n_bytes == 1998
 
@@ -163,5 +163,5 @@ def test_a_copy_whose_source_goes_is_nobodys_copy(catalog):
     catalog.record(
         [("cold", "k", CatalogEntry(3, '"e"', 9, "s3://home")), ("cold", "l", CatalogEntry(3, '"e"', 9, "s3://home"))]
     )
-    catalog.keep([("cold", "k")])
-    assert [one.made_from for one in catalog.known("cold", ["k", "l"]).values()] == ["", "s3://home"]
+    catalog.source_deleted([("cold", "k")])
+    assert [one.made_from for one in catalog.entries("cold", ["k", "l"]).values()] == ["", "s3://home"]

@@ -89,9 +89,9 @@ class TestChoice:
         training = Training(5, ranks=(1,), world_size=2)
         whole = epoch_reads(found.n_records, found.n_bytes, training)[1].shards.tolist()
         even = [i for i in whole if i % 2 == 0]
-        choice = ShardSelection(include=["*[02468].tcs"], training=training, share=0.5)
+        choice = ShardSelection(include=["*[02468].tcs"], training=training, fraction=0.5)
         assert choice.shards(found).tolist() == even[: -(-len(even) // 2)]
-        assert ShardSelection(training=training, first_bytes=250).shards(found).tolist() == whole[:3]
+        assert ShardSelection(training=training, limit_bytes=250).shards(found).tolist() == whole[:3]
 
     def test_a_list_is_followed_in_its_own_order_and_a_training_keeps_its_own(self):
         found = table([100] * 9)
@@ -146,11 +146,11 @@ class TestFlags:
 
     def test_how_much_is_said_in_one_way(self):
         assert AmountOptions().limits() == (1.0, None)
-        assert AmountOptions(share="25%").limits() == (0.25, None)
-        assert AmountOptions(first="3KB").limits() == (1.0, 3000)
+        assert AmountOptions(fraction="25%").limits() == (0.25, None)
+        assert AmountOptions(limit="3KB").limits() == (1.0, 3000)
         assert AmountOptions(minutes=2, rate="1MB/s").limits() == (1.0, 120e6)
         with pytest.raises(ValueError, match="--share and --first cannot be combined"):
-            AmountOptions(share="1%", first="1KB").limits()
+            AmountOptions(fraction="1%", limit="1KB").limits()
 
     @pytest.mark.parametrize("flags", [{"minutes": 1.0}, {"rate": "1MB/s"}])
     def test_minutes_and_rate_go_together(self, flags):

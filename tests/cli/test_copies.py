@@ -102,8 +102,8 @@ class TestEvict:
         assert [e.name for e in least_recently_used(copies, 40, None)] == list("abcd")
 
     def test_a_clock_that_was_set_back_makes_nothing_old(self):
-        assert not EvictionFilter(older_than_s=10).takes(entry("a", used_s=1000.0), now_s=500.0)
-        assert EvictionFilter(older_than_s=10).takes(entry("a", used_s=1000.0), now_s=1011.0)
+        assert not EvictionFilter(older_than_s=10).matches(entry("a", used_s=1000.0), now_s=500.0)
+        assert EvictionFilter(older_than_s=10).matches(entry("a", used_s=1000.0), now_s=1011.0)
 
 
 class TestStatus:

@@ -52,7 +52,7 @@ def test_json_is_one_object_a_line_and_quiet_hides_only_the_summary_for_people(c
 
 
 def test_there_is_no_progress_bar_where_there_is_no_terminal(capsys):
-    with Output().progress("working") as advance:
+    with Output().byte_progress("working") as advance:
         advance(1, 2)
     assert capsys.readouterr() == ("", "")
 

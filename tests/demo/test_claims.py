@@ -10,7 +10,7 @@ def epoch(
     how: str, *, digests: tuple[str, ...] = (), fetched_bytes: int = 0, task: str = "digits", weights: str = "w"
 ) -> Epoch:
     return Epoch(
-        task=task, epoch=3, how=how, n_samples=10, elapsed_s=1.0, wait_share=0.0, served_bytes=100,
+        task=task, epoch=3, mode=how, n_samples=10, elapsed_s=1.0, wait_share=0.0, served_bytes=100,
         fetched_bytes=fetched_bytes, hits=1, misses=0, loss=1.0, accuracy=None, digests=digests, weights=weights,
     )  # fmt: skip
 

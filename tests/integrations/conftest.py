@@ -70,7 +70,7 @@ class CountedFileSystem(MemoryFileSystem):
         return n_bytes
 
     @classmethod
-    def forget(cls) -> None:
+    def on_source_closed(cls) -> None:
         cls.store.clear()
         cls.pseudo_dirs[:] = [""]
         cls.reads.clear()
@@ -86,9 +86,9 @@ def _registered():
 @pytest.fixture
 def source():
     """The counted target itself: write to it to change an object behind the cache's back."""
-    CountedFileSystem.forget()
+    CountedFileSystem.on_source_closed()
     yield CountedFileSystem()
-    CountedFileSystem.forget()
+    CountedFileSystem.on_source_closed()
 
 
 @pytest.fixture

@@ -26,15 +26,15 @@ def test_no_more_is_fetched_ahead_than_was_read_in_a_row(reads, most_bytes):
         start = end if goes_on else end + 1
         run_bytes = n_bytes + (run_bytes if goes_on else 0)
         end = start + n_bytes
-        assert ahead.after(ByteRange(start, end)) <= min(max(run_bytes, LEAST_AHEAD_BYTES), most_bytes)
+        assert ahead.readahead_bytes(ByteRange(start, end)) <= min(max(run_bytes, LEAST_AHEAD_BYTES), most_bytes)
 
 
 def test_the_third_small_read_in_a_row_and_the_eighth_large_one_are_fetched_ahead_of():
     for n_bytes, expected in ((SMALL_BYTES, 3), (SMALL_BYTES + 1, 8)):
         ahead = ReadaheadPolicy()
-        asked = [ahead.after(ByteRange(i * n_bytes, (i + 1) * n_bytes)) for i in range(10)]
+        asked = [ahead.readahead_bytes(ByteRange(i * n_bytes, (i + 1) * n_bytes)) for i in range(10)]
         assert next(number for number, n in enumerate(asked, start=1) if n) == expected
-        assert ahead.after(ByteRange(0, n_bytes)) == 0, "it does not go on"
+        assert ahead.readahead_bytes(ByteRange(0, n_bytes)) == 0, "it does not go on"
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_single_rows_of_what_has_no_room_are_read_alone_though_huge_pages_were_e
 
 def test_what_is_in_memory_already_is_not_advised_about(large, make_ahead):
     window = blocks_of(large.memory, *WHOLE)
-    window.held[0].tells_residence = True
+    window.held[0].reports_residency = True
     large.memory.sum()
     assert near_bytes(prefetch_pages(make_ahead(1 << 40), window)) == len(large.memory)
     assert not _is_huge(large.memory)

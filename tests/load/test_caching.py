@@ -174,7 +174,7 @@ class Windows:
 
         def finish(loading, threads):
             loaded = really_finish(loading, threads)
-            self.refs.append([weakref.ref(blocks) for blocks in loaded.held])
+            self.refs.append([weakref.ref(blocks) for blocks in loaded.block_groups])
             self.sizes.append(loaded.private_bytes)
             self.look()
             return loaded

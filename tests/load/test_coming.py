@@ -253,7 +253,7 @@ def test_another_epoch_than_the_next_begins_afresh(make_dataset):
 def test_what_is_forgotten_while_it_is_made_ready_is_not_taken():
     class Share:
         def pieces(self, _):
-            coming.forget()
+            coming.on_source_closed()
             return iter(())
 
     coming = NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True)
@@ -416,7 +416,7 @@ def test_a_data_set_that_is_closed_while_its_next_epoch_is_loaded_leaves_no_shar
     path = make_dataset(600)
     dataset = tc.Dataset(path)
     loading, loaded, forgetting, go_on = threading.Event(), [], threading.Event(), threading.Event()
-    map_shards, load, forget = NextEpoch._load_at_hand, OpenedVersion.load, NextEpoch.forget
+    map_shards, load, forget = NextEpoch._load_at_hand, OpenedVersion.load, NextEpoch.on_source_closed
 
     def beginning(self, window):
         loading.set()
@@ -434,7 +434,7 @@ def test_a_data_set_that_is_closed_while_its_next_epoch_is_loaded_leaves_no_shar
 
     monkeypatch.setattr(NextEpoch, "_load_at_hand", beginning)
     monkeypatch.setattr(OpenedVersion, "load", slow)
-    monkeypatch.setattr(NextEpoch, "forget", seen)
+    monkeypatch.setattr(NextEpoch, "on_source_closed", seen)
     options = tc.LoaderOptions(seed=2, shuffle_window_bytes="all", shuffle_group_bytes="all")
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)
     assert sum(len(batch["id"]) for batch in loader) == 600

@@ -26,10 +26,10 @@ def share_of(order, ranks: RankPlan, epoch: int = 0) -> OrderShare:
 def read_by(share: OrderShare, start: int) -> list[tuple[int, int]]:
     """(position, shard) of each record that the rank is served from a position on, without padding."""
     found = []
-    for row in range(share.ranks.n_served - share.ranks.padded):
+    for row in range(share.ranks.n_served - share.ranks.n_padding):
         position = int(share.ranks.positions_between(row, row + 1)[0])
         if position >= start and position % share.order.n_streams in share.ranks.streams:
-            found.append((position, share.place(position)[0]))
+            found.append((position, share.locate(position)[0]))
     return found
 
 

@@ -299,7 +299,7 @@ def test_forms_and_fills_survive_pickling_and_choosing_columns(packed):
     assert len(pickle.dumps(dataset)) < 1500
     assert plain_batch(again[[0, 3]]) == plain_batch(dataset[[0, 3]])
     chosen = dataset.select_columns(["count", "box"])
-    assert (dict(chosen.serving.forms), dict(chosen.serving.nulls)) == ({"box": "padded"}, {"count": 3})
+    assert (dict(chosen.serving.layouts), dict(chosen.serving.nulls)) == ({"box": "padded"}, {"count": 3})
     loader = pickle.loads(pickle.dumps(tc.DataLoader(chosen, batch_size=N)))
     assert list(next(iter(loader))) == ["count", "box", "box.lengths", "box.valid"]
 

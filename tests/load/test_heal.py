@@ -198,7 +198,7 @@ def test_what_must_be_read_from_the_disk_again_is_checked_again(tmp_path):
     dataset[list(range(1024))]
     blocks = dataset.source.load(0, range(dataset.source._footer(0).n_blocks))
     window.renew_checks(blocks)
-    assert blocks.checks is None  # in memory, and checked a moment ago
+    assert blocks.pending_checks is None  # in memory, and checked a moment ago
     with path.open("rb") as file:
         os.fsync(file.fileno())
         memory = dataset.source._readers.get(0).copy.mapped()
@@ -207,7 +207,7 @@ def test_what_must_be_read_from_the_disk_again_is_checked_again(tmp_path):
     if ahead.is_in_memory(blocks):
         pytest.skip("the system keeps the file in memory")
     window.renew_checks(blocks)
-    assert blocks.checks is not None
+    assert blocks.pending_checks is not None
     dataset.close()
 
 
@@ -345,7 +345,7 @@ def test_a_first_answer_that_is_damaged_costs_a_fetch_and_no_error(faulty, cache
         assert version.block_tables([0])[0].records.sum() == version.shard_records[0]
     ids = version.values(np.arange(40))[0].values
     assert ids.tolist() == list(range(40))
-    assert len(store.struck) == 1
+    assert len(store.faulted_calls) == 1
 
 
 @pytest.mark.parametrize("is_cached", [True, False])
@@ -353,4 +353,4 @@ def test_answers_that_are_damaged_each_time_are_corruption_that_names_the_shard(
     version, store = faulty(cache if is_cached else False, 10_000)
     with pytest.raises(tc.CorruptShard, match=r"shards/.*\.tcs"):
         version.block_tables([0])
-    assert 2 <= len(store.struck) <= 6
+    assert 2 <= len(store.faulted_calls) <= 6

@@ -412,9 +412,9 @@ def test_nothing_is_looked_for_where_nothing_is_wrong(make_dataset, monkeypatch)
     def refuse(*_):
         raise AssertionError("looked for damage")
 
-    monkeypatch.setattr(damage.CorruptionMap, "learn", refuse)
+    monkeypatch.setattr(damage.CorruptionMap, "note_corruption", refuse)
     monkeypatch.setattr(damage.CorruptionMap, "rows", refuse)
-    monkeypatch.setattr(mending._RecordReplacer, "mend", refuse)
+    monkeypatch.setattr(mending._RecordReplacer, "repair", refuse)
     loader = tc.DataLoader(tc.Dataset(make_dataset(N)), 8, shuffle=True, options=options())
     assert sorted(flat(ids_of(loader))) == list(range(N))
     assert loader.stats()["skipped"] == 0

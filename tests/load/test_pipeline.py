@@ -243,7 +243,7 @@ def test_a_slow_store_holds_nobody_up_who_leaves_the_loop(make_dataset, monkeypa
         return load(self, *args, **kwargs)
 
     monkeypatch.setattr(ShardReader, "load", slow)
-    monkeypatch.setattr(ShardReader, "stays_mapped", lambda self, columns: False)  # not at hand: loaded by a thread
+    monkeypatch.setattr(ShardReader, "is_mapped", lambda self, columns: False)  # not at hand: loaded by a thread
     iterator = iter(tc.DataLoader(dataset, batch_size=10))
     assert opened.wait(30)
     start_s = time.monotonic()

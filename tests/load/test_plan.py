@@ -89,9 +89,9 @@ def test_ranks_serve_the_global_sequence_wherever_they_stop_and_however_many_go_
         for plan, own in zip(plans, expected, strict=True):
             found, _ = served(case, plan)
             assert len(found) == plan.n_batches == plans[0].n_batches  # of all ranks
-            padding = [[whole[p] for p in plan.positions(plan.n_full).tolist()]] if plan.padded else []
+            padding = [[whole[p] for p in plan.positions(plan.n_full).tolist()]] if plan.n_padding else []
             assert found == [[whole[p] for p in batch] for batch in own if batch] + padding
-            assert sum(map(len, padding)) == plan.padded
+            assert sum(map(len, padding)) == plan.n_padding
         offset = plans[0].offset_after(n_taken)
 
 
@@ -124,7 +124,7 @@ def test_pieces_end_where_windows_do_and_name_what_they_need(case: Case, data: s
             assert len(wanted) == len(own) == len(window.blocks)
             assert (wanted | ~own).all()
             with_it = [i for i, other in enumerate(every) if any(w is window for w in other.windows)]
-            if not plan.padded:
+            if not plan.n_padding:
                 assert with_it == list(range(with_it[0], with_it[-1] + 1))  # until it is served, without a gap
                 assert every[with_it[0]].touched[_place(every[with_it[0]], window)].any()  # and not before
     assert sum(piece.n_rows for piece in every) == plan.n_served
@@ -142,7 +142,7 @@ def test_a_run_names_the_rows_of_its_piece(case: Case, data: st.DataObject) -> N
             hi = data.draw(st.integers(lo, piece.n_rows))
             found = piece.run.find(lo, hi)
             assert [part.tolist() for part in found] == [block[lo:hi].tolist(), row[lo:hi].tolist()]
-    if len(plan.streams) == 1 and not plan.padded and plan.run_between(0, plan.n_served) is not None:
+    if len(plan.streams) == 1 and not plan.n_padding and plan.range_between(0, plan.n_served) is not None:
         assert all(piece.run is not None for piece in every)
 
 
@@ -171,7 +171,7 @@ def test_a_rank_with_few_rows_of_a_window_wants_only_the_blocks_that_they_lie_in
     for piece in every:
         for window, own in zip(piece.windows, piece.touched, strict=True):
             needed[id(window)] = needed.get(id(window), np.zeros(len(own), bool)) | own
-    for piece in every[: len(every) - plan.padded]:
+    for piece in every[: len(every) - plan.n_padding]:
         for window, wanted in zip(piece.windows, piece.wanted, strict=True):
             if window.stop - window.start <= len(window.blocks):
                 assert wanted.tolist() == needed[id(window)].tolist()
@@ -193,10 +193,10 @@ def test_ranks_serve_the_sequence_of_a_mixture(
         plan = RankPlan(offset, how.world_size, rank, how.batch_size, how.drop_last, len(whole), data.n_streams)
         every = mixed_pieces(data, epoch, plan, sizes)
         rows = [record for piece in every for record in records_of(piece.windows, *piece.rows())]
-        assert rows[: plan.n_served - plan.padded] == [whole[p] for batch in own for p in batch]
+        assert rows[: plan.n_served - plan.n_padding] == [whole[p] for batch in own for p in batch]
         assert len(rows) == plan.n_served
         asked: dict[Window, np.ndarray] = {}
-        for piece in every[: len(every) - plan.padded]:
+        for piece in every[: len(every) - plan.n_padding]:
             assert len(set(piece.windows)) == len(piece.windows)  # each once, also where streams share it
             for window, wanted, touched in zip(piece.windows, piece.wanted, piece.touched, strict=True):
                 assert not (touched & ~wanted).any()

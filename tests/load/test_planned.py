@@ -220,7 +220,7 @@ def test_an_epoch_is_planned_though_what_was_made_ready_for_it_was_dropped(serve
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
         for number, _ in enumerate(loader):
             if number == 40:
-                loader._native._coming.forget()  # as where a damaged copy is fetched again
+                loader._native._coming.on_source_closed()  # as where a damaged copy is fetched again
         assert plan_files(tmp_path)
         live = [len(plan_files(tmp_path)) for _ in loader]
         assert min(live) >= 1
@@ -270,7 +270,7 @@ def test_a_forked_child_drops_an_epoch_whose_plan_was_being_written(server, pack
         child = os.fork()
         if not child:
             batches.close()
-            loader._native._coming.forget()
+            loader._native._coming.on_source_closed()
             os._exit(7)
         try:
             assert wait_for_exit(child, 60) == 7

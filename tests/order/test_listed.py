@@ -136,7 +136,7 @@ def test_blocks_that_cost_nothing_are_not_counted():
     assert count_fitting(found, 24, [0]) == 5
     assert count_fitting(found, 12, [0]) == 4
     assert count_fitting(found, 1, [1, 0]) == 5
-    assert as_list(explicit_window(7, found.cut(1, 3))) == [(0, 1, 0), (1, 0, 0)]
+    assert as_list(explicit_window(7, found.slice(1, 3))) == [(0, 1, 0), (1, 0, 0)]
 
 
 def test_a_window_of_listed_records_promises_no_order():
@@ -147,6 +147,6 @@ def test_a_window_of_listed_records_promises_no_order():
 def test_few_records_of_many_blocks_are_found_as_well():
     layout = layout_of([[1] * 400, [2] * 400])
     numbers = np.array([700, 3, 700, 1199])
-    found = RecordLocator(layout).find(np.concatenate([numbers, np.arange(1200)])).cut(0, 4)
+    found = RecordLocator(layout).find(np.concatenate([numbers, np.arange(1200)])).slice(0, 4)
     assert as_list(explicit_window(0, found)) == [(1, 150, 0), (0, 3, 0), (1, 150, 0), (1, 399, 1)]
     assert count_fitting(found, 23) == 3

@@ -43,8 +43,8 @@ def test_ranks_take_what_the_rule_says_in_its_plainest_form(how: SamplerBatch) -
     offset, ranks, n, n_streams = how
     for plan, expected in zip(plans(how), batches(ranks, n_streams, offset, n), strict=True):
         found = positions(plan)
-        assert found[: plan.n_batches - plan.padded] == [batch for batch in expected if batch]
-        assert plan.padded == int(expected[-1:] == [[]])
+        assert found[: plan.n_batches - plan.n_padding] == [batch for batch in expected if batch]
+        assert plan.n_padding == int(expected[-1:] == [[]])
 
 
 @settings(max_examples=MANY)
@@ -54,7 +54,9 @@ def test_batches_of_all_ranks_are_the_global_sequence_from_the_offset(how: Sampl
     shares = plans(how)
     served: list[int] = []
     for i in range(shares[0].n_batches):
-        together = [p for plan in shares if not (plan.padded and i == plan.n_full) for p in plan.positions(i).tolist()]
+        together = [
+            p for plan in shares if not (plan.n_padding and i == plan.n_full) for p in plan.positions(i).tolist()
+        ]
         assert sorted(together) == list(range(offset + len(served), offset + len(served) + len(together)))
         served += together
         assert {plan.offset_after(i + 1) for plan in shares} == {offset + len(served)}
@@ -82,9 +84,9 @@ def test_the_last_global_batch_is_split_evenly_and_filled_to_one_from_the_rank_s
     left = shares[0].n_left
     sizes = [len(positions(plan)[-1]) for plan in shares] if left else []
     assert not sizes or max(sizes) - min(sizes) <= 1
-    assert sum(plan.padded for plan in shares) == (max(0, len(shares) - left) if left else 0)
+    assert sum(plan.n_padding for plan in shares) == (max(0, len(shares) - left) if left else 0)
     for plan in shares:
-        if plan.padded:
+        if plan.n_padding:
             filled = [stream for stream in plan.streams if stream < n]
             assert positions(plan)[-1] == [filled[0] if filled else 0]
 
@@ -99,9 +101,9 @@ def test_what_is_left_may_fill_the_first_ranks(how: SamplerBatch) -> None:
     assert [positions(plan)[: plan.n_full] for plan in filled] == [positions(plan)[: plan.n_full] for plan in even]
     if left:
         longest = max(len(positions(plan)[-1]) for plan in even)
-        last = [[] if plan.padded else positions(plan)[-1] for plan in filled]
+        last = [[] if plan.n_padding else positions(plan)[-1] for plan in filled]
         assert sorted(itertools.chain(*last)) == sorted(
-            itertools.chain(*(positions(plan)[-1] for plan in even if not plan.padded))
+            itertools.chain(*(positions(plan)[-1] for plan in even if not plan.n_padding))
         )
         shares = [len(share) for share in last]
         n_whole = left // longest
@@ -111,7 +113,7 @@ def test_what_is_left_may_fill_the_first_ranks(how: SamplerBatch) -> None:
     for plan in filled:
         assert len(positions(plan)) == plan.n_batches
         assert all(positions(plan))
-        own = set(itertools.chain(*positions(plan)[: plan.n_batches - plan.padded]))
+        own = set(itertools.chain(*positions(plan)[: plan.n_batches - plan.n_padding]))
         assert plan.owns(np.arange(how[2])).tolist() == [p in own for p in range(how[2])]
 
 
@@ -128,7 +130,7 @@ def test_any_run_of_rows_is_a_part_of_the_batches_one_after_the_other(how: Sampl
 def test_a_rank_owns_what_it_serves_but_not_its_padding(how: SamplerBatch) -> None:
     _, _, n, _ = how
     for plan in plans(how):
-        own = set(itertools.chain(*positions(plan)[: plan.n_batches - plan.padded]))
+        own = set(itertools.chain(*positions(plan)[: plan.n_batches - plan.n_padding]))
         assert plan.owns(np.arange(n)).tolist() == [p in own for p in range(n)]
 
 
@@ -155,7 +157,7 @@ def test_a_run_resumed_on_other_ranks_goes_on_where_the_first_stopped(how: Sampl
     offset = first.offset_after(data.draw(st.integers(0, first.n_batches)))
     other = Ranks(data.draw(st.integers(1, 9)), data.draw(st.integers(1, 20)), False)
     rest = plans((offset, other, n, n_streams))
-    found = [p for plan in rest for batch in positions(plan)[: plan.n_batches - plan.padded] for p in batch]
+    found = [p for plan in rest for batch in positions(plan)[: plan.n_batches - plan.n_padding] for p in batch]
     assert sorted(found) == list(range(offset, n))
 
 
@@ -219,7 +221,7 @@ def test_rows_that_follow_one_another_are_a_range_and_the_same_positions(
     for plan in plans(how):
         start = min(start, plan.n_served)
         stop = min(start + length, plan.n_served)
-        found, run = plan.rising_between(start, stop), plan.run_between(start, stop)
+        found, run = plan.range_or_positions(start, stop), plan.range_between(start, stop)
         positions = plan.positions_between(start, stop).tolist()
         assert list(found) == positions
         assert isinstance(found, range) == (plan.world_size == 1 or run is not None)
@@ -233,13 +235,13 @@ def test_rows_that_follow_one_another_are_a_range_and_the_same_positions(
 def test_rows_of_the_last_global_batch_may_lie_in_other_streams_and_are_no_run() -> None:
     plan = RankPlan(37, 3, 1, 2, False, 48, 3)
     assert plan.positions_between(0, 4).tolist() == [37, 40, 44, 46]  # as far apart as a run of four would be
-    assert plan.run_between(0, 4) is None
-    assert plan.run_between(0, 2) == range(37, 41, 3)
-    assert list(plan.rising_between(0, 4)) == [37, 40, 44, 46]
+    assert plan.range_between(0, 4) is None
+    assert plan.range_between(0, 2) == range(37, 41, 3)
+    assert list(plan.range_or_positions(0, 4)) == [37, 40, 44, 46]
 
 
 def test_all_full_batches_of_a_rank_with_a_stream_of_its_own_are_one_run() -> None:
     for rank in range(8):
         plan = RankPlan(4096, 8, rank, 64, True, 10**12, 8)
-        run = plan.run_between(0, plan.n_served)
+        run = plan.range_between(0, plan.n_served)
         assert run == range(4096 + rank, 10**12 // 512 * 512 - 8 + rank + 1, 8)

@@ -72,7 +72,7 @@ def test_places_are_those_of_the_positions_one_by_one(totals: list[int], n_strea
     shares = StreamInterleaving(StreamAllocation(tuple(totals), n_streams), stream)
     start = data.draw(st.integers(0, shares.n_records))
     stop = min(shares.n_records, start + data.draw(st.integers(0, 50)))
-    drawn, places = shares.drawn(start), shares.places(start, stop)
+    drawn, places = shares.drawn(start), shares.offsets_by_part(start, stop)
     assert sorted(np.concatenate(places).tolist()) == list(range(stop - start))
     for part, where in enumerate(places):
         assert [shares.position_of(part, drawn[part] + i) for i in range(len(where))] == (where + start).tolist()
@@ -81,8 +81,8 @@ def test_places_are_those_of_the_positions_one_by_one(totals: list[int], n_strea
 def test_places_of_more_than_a_chunk_are_those_of_its_pieces() -> None:
     shares = StreamInterleaving(StreamAllocation((3 * 10**11, 10**11, 7), 2), 1)
     start, n = 10**11, (1 << 21) + 5
-    whole = shares.places(start, start + n)
-    halves = [shares.places(start, start + n // 2), shares.places(start + n // 2, start + n)]
+    whole = shares.offsets_by_part(start, start + n)
+    halves = [shares.offsets_by_part(start, start + n // 2), shares.offsets_by_part(start + n // 2, start + n)]
     for part in range(3):
         assert np.array_equal(whole[part], np.concatenate([halves[0][part], halves[1][part] + n // 2]))
 

@@ -76,7 +76,7 @@ class TestModes:
     def test_a_hint_that_cannot_be_written_does_not_matter(self, store: MemoryStore, first: Version) -> None:
         faulty = FaultStore(store, [Fault("put", keys=manifest.HINT_KEY)])
         assert append(faulty, shard()).number == 2
-        assert faulty.struck
+        assert faulty.faulted_calls
         assert manifest.latest(store).number == 2
 
     def test_creating_on_a_data_set_names_the_other_modes(self, store: MemoryStore, first: Version) -> None:
@@ -277,7 +277,7 @@ class TestLostAnswers:
             commit(store, [shard()], schema=SCHEMA, mode="create")
         faulty, ours = FaultStore(store, [lost("put_if_absent")]), shard()
         version = commit(faulty, [ours], schema=SCHEMA, mode=mode)
-        assert faulty.struck
+        assert faulty.faulted_calls
         assert manifest.latest(store) == version
         assert names(store).count(ours.name) == 1
 
@@ -324,11 +324,11 @@ class TestLostAnswers:
         landing = Commit(faulty, CommitRequest((ours,), SCHEMA, "append", first))
         for _ in range(n_closes):
             with pytest.raises(StoreError, match=r"may have happened.*close\(\) again") as failure:
-                landing.land()
+                landing.run()
             assert (failure.value.maybe_done, failure.value.number, failure.value.retryable) == (True, 2, True)
             assert failure.value.nonce == manifest.read_version(store, 2).nonce
-        version = landing.land()
-        assert version == landing.land() == manifest.latest(store)
+        version = landing.run()
+        assert version == landing.run() == manifest.latest(store)
         assert names(store)[1:] == [ours.name]
         assert manifest.list_versions(store) == [1, 2]
 
@@ -343,28 +343,28 @@ class TestLostAnswers:
         faulty, ours = TimesOutOnce(FaultStore(store, [Fault("get", keys=version_key(2), nth=2)])), shard()
         landing = Commit(faulty, CommitRequest((ours,), SCHEMA, "append", first))
         with pytest.raises(StoreError, match="may have happened"):
-            landing.land()
+            landing.run()
         append(store, shard())
-        assert landing.land().number == 3
+        assert landing.run().number == 3
         assert names(store)[2] == ours.name
 
     def test_a_refused_put_is_the_stores_error_and_may_be_tried_again(self, store: MemoryStore, first: Version) -> None:
         faulty = FaultStore(store, [Fault("put_if_absent", retryable=False, status=403)])
         landing = Commit(faulty, CommitRequest((shard(),), SCHEMA, "append"))
         with pytest.raises(StoreError) as failure:
-            landing.land()
+            landing.run()
         assert failure.value.status == 403
         assert not getattr(failure.value, "maybe_done", False)
         assert manifest.list_versions(store) == [1]
-        assert landing.land().number == 2
+        assert landing.run().number == 2
 
     def test_a_segment_that_cannot_be_written_commits_nothing(self, store: MemoryStore, first: Version) -> None:
         faulty = FaultStore(store, [Fault("put", keys="_tiercache/segments/*")])
         landing = Commit(faulty, CommitRequest((shard(),), SCHEMA, "append"))
         with pytest.raises(StoreError):
-            landing.land()
+            landing.run()
         assert manifest.list_versions(store) == [1]
-        assert landing.land().number == 2
+        assert landing.run().number == 2
 
     @settings(max_examples=60, deadline=None)
     @given(data=st.data())
@@ -383,7 +383,7 @@ class TestLostAnswers:
             landing = Commit(faulty, CommitRequest((ours,), SCHEMA, "append"))
             for _ in range(data.draw(st.integers(1, 4))):
                 try:
-                    landing.land()
+                    landing.run()
                 except StoreError as error:
                     maybe_done = getattr(error, "maybe_done", False)
                 else:

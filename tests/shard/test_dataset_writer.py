@@ -260,7 +260,7 @@ class TestFailures:
         faulty.add(Fault(verb, nth=nth, keys="shards/*"))
         with pytest.raises(StoreError), Writer(url, schema=SCHEMA, shard_size=4000, block_size=1000) as writer:
             writer.write_batch(batch(0, 1000))
-        assert faulty.struck
+        assert faulty.faulted_calls
         assert [info.key for info in store.list()] == []
 
     def test_a_shard_that_cannot_be_finished_by_close_aborts(

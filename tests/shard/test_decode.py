@@ -57,26 +57,26 @@ def test_a_frame_of_another_length_than_promised_is_refused():
 
 def test_memory_is_lent_again_while_some_is_in_use_and_given_back_when_none_is():
     pool = BufferPool()
-    first, second = pool.lend(3 << 20), pool.lend(3 << 20)
+    first, second = pool.allocate(3 << 20), pool.allocate(3 << 20)
     address = address_of(second)
     assert address % HUGE_PAGE_BYTES == 0
     part = second[100:200]  # whoever holds a part holds all of it
     del second
-    assert pool.lent_bytes == 8 << 20
+    assert pool.used_bytes == 8 << 20
     del part
-    assert (pool.lent_bytes, pool.free_bytes) == (4 << 20, 4 << 20)
-    again = pool.lend(3 << 20)
+    assert (pool.used_bytes, pool.free_bytes) == (4 << 20, 4 << 20)
+    again = pool.allocate(3 << 20)
     assert address_of(again) == address
     del first, again
     gc.collect()
-    assert (pool.lent_bytes, pool.free_bytes) == (0, 0)
+    assert (pool.used_bytes, pool.free_bytes) == (0, 0)
 
 
 def test_no_more_memory_is_kept_than_is_in_use():
     pool = BufferPool()
-    kept = pool.lend(2 << 20)
+    kept = pool.allocate(2 << 20)
     for _ in range(4):
-        loans = [pool.lend(2 << 20) for _ in range(4)]
+        loans = [pool.allocate(2 << 20) for _ in range(4)]
         del loans
-        assert pool.free_bytes <= pool.lent_bytes
+        assert pool.free_bytes <= pool.used_bytes
     assert kept.nbytes == 2 << 20

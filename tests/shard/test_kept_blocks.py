@@ -29,36 +29,36 @@ def test_blocks_chosen_from_a_mapped_shard_are_what_loading_them_alone_gives(fol
     with ShardReader(store, info.name) as reader, ShardReader(store, info.name, verify="always") as alone:
         whole, part, anew = reader.load(range(3), RAW), reader.load(chosen, RAW), alone.load(chosen, RAW)
         assert reader.footer.n_blocks == 3
-        assert reader.load(range(3), RAW) is reader.mapped(RAW) is whole
+        assert reader.load(range(3), RAW) is reader.mapped_blocks(RAW) is whole
         assert part.blocks == anew.blocks == tuple(chosen)
         assert part.n_rows.tolist() == anew.n_rows.tolist()
         assert np.array_equal(part.addresses, whole.addresses[:, list(chosen)])
         assert part.addresses.flags.c_contiguous
         shift = (
-            reader._source.copy.mapped().__array_interface__["data"][0]
-            - alone._source.copy.mapped().__array_interface__["data"][0]
+            reader._source.copy.map_file().__array_interface__["data"][0]
+            - alone._source.copy.map_file().__array_interface__["data"][0]
         )
         assert (part.pages - np.array([shift % 2**64, 0], np.uint64)).tolist() == anew.pages.tolist()
-        assert (part.checks is None) is (anew.checks is None) is (not chosen)
+        assert (part.pending_checks is None) is (anew.pending_checks is None) is (not chosen)
         for position in range(len(chosen)):
             for column in RAW:
                 assert part.array(position, column).equals(anew.array(position, column))
-        assert part.checks is None  # found right by it, and so by all
-        left = whole.checks
+        assert part.pending_checks is None  # found right by it, and so by all
+        left = whole.pending_checks
         assert left is None or not left[:, list(chosen)].any()
-        whole.forget_checks()
-        assert (part.checks is None) is (not chosen)
+        whole.reset_checks()
+        assert (part.pending_checks is None) is (not chosen)
 
 
 def test_what_is_kept_of_a_shard_is_of_the_columns_that_were_asked_for_last(folder):
     store, info = folder
     with ShardReader(store, info.name) as reader:
-        both = reader.mapped(RAW[:2])
-        assert reader.mapped(RAW[1:2]).columns == (RAW[1],)
-        assert reader.mapped(RAW[:2]) is not both
-        assert reader.stays_mapped(RAW[:2])
-        assert not reader.stays_mapped([SCHEMA.index("s")])
-        assert reader.mapped([SCHEMA.index("s")]) is None
+        both = reader.mapped_blocks(RAW[:2])
+        assert reader.mapped_blocks(RAW[1:2]).columns == (RAW[1],)
+        assert reader.mapped_blocks(RAW[:2]) is not both
+        assert reader.is_mapped(RAW[:2])
+        assert not reader.is_mapped([SCHEMA.index("s")])
+        assert reader.mapped_blocks([SCHEMA.index("s")]) is None
         with pytest.raises(IndexError, match="blocks must be 0 to 2, got 3"):
             reader.load([0, 3], RAW[:2])
 
@@ -66,7 +66,7 @@ def test_what_is_kept_of_a_shard_is_of_the_columns_that_were_asked_for_last(fold
 def test_nothing_is_kept_where_every_read_is_checked_or_something_is_decoded(folder):
     store, info = folder
     with ShardReader(store, info.name, verify="always") as reader:
-        assert reader.mapped(RAW) is None
+        assert reader.mapped_blocks(RAW) is None
         assert reader.load([0], RAW) is not reader.load([0], RAW)
     with ShardReader(store, info.name) as reader:
         decoded = reader.load([0], [SCHEMA.index("s")])
@@ -87,7 +87,7 @@ def test_arrow_is_given_no_offsets_that_changed_since_they_were_looked_at(tmp_pa
         for one in (reader, checking):
             one.load(range(n_blocks), [0]).array(0, 0)
         stream = reader.load(range(n_blocks), [0]).addresses[0, 0]
-        at = int(stream[1]) - reader._source.copy.mapped().__array_interface__["data"][0]
+        at = int(stream[1]) - reader._source.copy.map_file().__array_interface__["data"][0]
         with (store.root / info.name).open("r+b") as file:
             file.seek(at + 8)
             file.write((1 << 40).to_bytes(8, "little"))

@@ -342,7 +342,7 @@ class TestTransferErrors:
         faulty = FaultStore(store, [Fault("get", kind=FaultKind.BIT_FLIP, times=99, keys=version_key(1))])
         with pytest.raises(CorruptShard, match="version"):
             read(faulty)
-        assert len(faulty.struck) == 2
+        assert len(faulty.faulted_calls) == 2
 
     @pytest.mark.parametrize(("times", "is_read"), [(1, True), (99, False)])
     def test_a_segment_is_fetched_twice_at_most(self, store: MemoryStore, times, is_read) -> None:
@@ -353,4 +353,4 @@ class TestTransferErrors:
         else:
             with pytest.raises(CorruptShard, match="CRC-32C"):
                 manifest.read_shards(faulty, version)
-        assert len(faulty.struck) == min(times, 2)
+        assert len(faulty.faulted_calls) == min(times, 2)

@@ -105,7 +105,7 @@ def test_records_are_read_in_any_order_from_anywhere(remote):
     store, info = remote
     reader = ShardReader(store, info.name, info=info)
     expect(reader.take(ROWS, range(len(SCHEMA))), ROWS)
-    assert not reader.local
+    assert not reader.is_cached
 
 
 def test_a_record_of_raw_columns_costs_the_pages_it_touches(remote):
@@ -145,7 +145,7 @@ def test_only_the_columns_that_were_asked_for_are_read(remote):
 def test_a_local_shard_is_mapped_and_not_copied(folder):
     store, info = folder
     with ShardReader(store, info.name, info=info) as reader:
-        assert reader.local
+        assert reader.is_cached
         blocks = reader.load([0, 1], [SCHEMA.index("t"), SCHEMA.index("b")])
         assert blocks.private_bytes == 0
         expect(reader.take(ROWS, range(len(SCHEMA))), ROWS)
@@ -271,9 +271,9 @@ def test_a_local_shard_that_nobody_writes_to_is_checked_on_first_touch_only(fold
         values_of(reader.load([0], [column]), "t", [0])
         reader.take([0], [column])
         blocks = reader.load([0], [column])
-        blocks.forget_old_checks(1e9)
+        blocks.reset_old_checks(1e9)
         assert values_of(blocks, "t", [0])[0][0] == batch()["t"][0, 0] ^ 1
-        blocks.forget_old_checks(0.0)
+        blocks.reset_old_checks(0.0)
         with pytest.raises(CorruptShard, match="CRC-32C of page 0"):
             values_of(blocks, "t", [0])
 
@@ -293,7 +293,7 @@ def test_loading_reads_nothing_of_mapped_chunks(folder):
     damage(store, info, "t")
     with ShardReader(store, info.name) as reader:
         blocks = reader.load(range(reader.footer.n_blocks), [SCHEMA.index("t"), SCHEMA.index("b")])
-        assert blocks.checks.shape == (2, reader.footer.n_blocks, 4)
+        assert blocks.pending_checks.shape == (2, reader.footer.n_blocks, 4)
         with pytest.raises(CorruptShard, match="column 't': CRC-32C of page 0"):
             values_of(blocks, "t", [5])
         with pytest.raises(CorruptShard, match="column 't': CRC-32C of page 0"):
@@ -310,17 +310,17 @@ def test_once_every_page_was_right_nothing_is_left_to_check(folder, verify):
         n_rows = int(blocks.n_rows[0])
         values_of(blocks, "t", range(n_rows))
         values_of(blocks, "b", [0])
-        left = blocks.checks
+        left = blocks.pending_checks
         assert (left[0, 0] == 0).all()
         assert left[0, 1].all()
         assert left[1].all()
         for position in (0, 1):
             for column in columns:
                 blocks.array(position, column)
-        assert blocks.checks is None
-        assert (reader.load([0, 1], columns).checks is None) is (verify == "first")
-        blocks.forget_checks()
-        assert blocks.checks is not None
+        assert blocks.pending_checks is None
+        assert (reader.load([0, 1], columns).pending_checks is None) is (verify == "first")
+        blocks.reset_checks()
+        assert blocks.pending_checks is not None
     with ShardReader(store, info.name, verify="never") as reader:
         assert reader.load([0, 1], columns).checks is None
 
@@ -330,7 +330,7 @@ def test_what_is_not_mapped_is_checked_when_it_is_loaded(remote, folder):
     damage(store, info, "s")  # compressed
     with ShardReader(store, info.name) as reader, pytest.raises(CorruptShard, match="column 's': CRC-32C"):
         reader.load([0], [SCHEMA.index("s")])
-    assert ShardReader(remote[0], remote[1].name).load([0], range(len(SCHEMA))).checks is None
+    assert ShardReader(remote[0], remote[1].name).load([0], range(len(SCHEMA))).pending_checks is None
 
 
 def test_a_flipped_bit_is_found_by_the_rows_of_its_page_and_by_no_other(folder):
@@ -517,7 +517,7 @@ def test_a_footer_that_is_damaged_on_the_way_is_fetched_once_more_and_no_more_th
     else:
         with pytest.raises(CorruptShard, match=info.name):
             ShardReader(faulty, info.name, info=known)
-    assert len(faulty.struck) == min(times, 2)
+    assert len(faulty.faulted_calls) == min(times, 2)
 
 
 def test_a_footer_of_a_local_file_that_is_damaged_is_not_read_again(folder):

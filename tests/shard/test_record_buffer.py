@@ -135,7 +135,7 @@ USUAL = {
 @pytest.mark.parametrize(("kind", "value"), USUAL.items())
 def test_usual_values_need_no_closer_look(kind, value):
     buffer = RecordBuffer(Schema.of({"x": kind}).columns, 1 << 20)
-    assert buffer.add_usual({"x": value}) == KEPT
+    assert buffer.add_fast({"x": value}) == KEPT
     assert buffer.n_records == 1
 
 
@@ -169,13 +169,13 @@ UNUSUAL = [
 @pytest.mark.parametrize(("kind", "value"), UNUSUAL)
 def test_what_is_not_usual_is_left_to_a_closer_look_and_nothing_is_kept(kind, value):
     buffer = RecordBuffer(Schema.of({"n": "int8", "x": kind}).columns, 1 << 20)
-    assert buffer.add_usual({"n": 1, "x": value}) == NEEDS_CONVERSION
+    assert buffer.add_fast({"n": 1, "x": value}) == NEEDS_CONVERSION
     assert buffer.n_records == 0
 
 
 @pytest.mark.parametrize("record", [{}, {"x": 1}, {"x": 1, "z": 1}, {"x": 1, "y": 1, "z": 1}, [1, 2], None, "xy"])
 def test_records_of_other_names_are_not_usual(record):
-    assert RecordBuffer(Schema.of({"x": "int8", "y": "int8"}).columns, 100).add_usual(record) == NEEDS_CONVERSION
+    assert RecordBuffer(Schema.of({"x": "int8", "y": "int8"}).columns, 100).add_fast(record) == NEEDS_CONVERSION
 
 
 MISFITS = [
@@ -236,7 +236,7 @@ def test_what_was_put_of_a_refused_record_is_not_seen_in_the_next():
 
 def test_a_record_that_is_too_much_for_the_block_stays_for_the_next():
     buffer = RecordBuffer(Schema.of({"b": "bytes", "n": "int64"}).columns, 100)
-    kept = [buffer.add_usual({"b": b"x" * 14, "n": n}) for n in range(4)]
+    kept = [buffer.add_fast({"b": b"x" * 14, "n": n}) for n in range(4)]
     assert kept == [KEPT, KEPT, KEPT, EXCEEDS_BLOCK]
     first, (b, n) = buffer.take(3), buffer.take(1)
     assert first[1].values.ravel().tolist() == [0, 1, 2]
@@ -245,9 +245,9 @@ def test_a_record_that_is_too_much_for_the_block_stays_for_the_next():
 
 def test_parts_that_were_taken_do_not_change_when_more_is_written():
     buffer = RecordBuffer(Schema.of({"n": "int64"}).columns, 1 << 20)
-    buffer.add_usual({"n": 1})
+    buffer.add_fast({"n": 1})
     (taken,) = buffer.take(1)
-    buffer.add_usual({"n": 2})
+    buffer.add_fast({"n": 2})
     assert taken.values.tolist() == [[1]]
 
 
@@ -255,7 +255,7 @@ def test_parts_that_were_taken_do_not_change_when_more_is_written():
 def test_only_all_records_or_all_but_the_last_can_be_taken(n):
     buffer = RecordBuffer(Schema.of({"n": "int64"}).columns, 1 << 20)
     for i in range(3):
-        buffer.add_usual({"n": i})
+        buffer.add_fast({"n": i})
     if n == 2:
         assert buffer.take(n)[0].n == 2
         return
@@ -276,7 +276,7 @@ def test_a_record_that_needs_more_memory_keeps_its_shape_and_that_it_is_there():
     buffer = RecordBuffer(schema.columns, 1 << 24)
     rows = [np.full((1 << (i % 13), 2), i, np.int16) for i in range(130)]
     for row in rows:
-        assert buffer.add_usual({"r": row, "b": row.tobytes(), "s": "x" * len(row)}) == KEPT
+        assert buffer.add_fast({"r": row, "b": row.tobytes(), "s": "x" * len(row)}) == KEPT
     r, b, s = buffer.take(len(rows))
     assert r.shapes.tolist() == [list(row.shape) for row in rows]
     assert r.values[: r.offsets[-1]].tobytes() == b.values[: b.offsets[-1]].tobytes() == b"".join(rows)
@@ -326,7 +326,7 @@ def test_want_of_memory_leaves_all_records_as_they_were(monkeypatch, n):
             patch.setattr(np, "empty", Scarce(n))
             try:
                 while number < goal and not failed:
-                    buffer.add_usual(record(number))
+                    buffer.add_fast(record(number))
                     number += 1
                 buffer.take(goal)
             except MemoryError:
@@ -336,7 +336,7 @@ def test_want_of_memory_leaves_all_records_as_they_were(monkeypatch, n):
             break
     assert failed
     while number < 65:
-        assert buffer.add_usual(record(number)) != NEEDS_CONVERSION
+        assert buffer.add_fast(record(number)) != NEEDS_CONVERSION
         number += 1
     t, r, b, k = buffer.take(65)
     assert t.values.tolist() == [[i] * 64 for i in range(65)]
@@ -359,7 +359,7 @@ def test_columns_of_huge_records_take_no_memory_before_one_comes():
 
 def test_one_long_record_does_not_make_the_memory_of_later_blocks_long():
     buffer = RecordBuffer(Schema.of({"b": "bytes"}).columns, 1000)
-    buffer.add_usual({"b": bytes(1 << 20)})
+    buffer.add_fast({"b": bytes(1 << 20)})
     buffer.take(1)
-    buffer.add_usual({"b": b"x"})
+    buffer.add_fast({"b": b"x"})
     assert buffer.take(1)[0].values.nbytes <= 2000

@@ -272,7 +272,7 @@ def test_sums_tell_that_two_copies_are_equal(s3, opened):
     src, dst = opened(s3), opened(s3, "-cold")
     put(src, "a", b"data")
     dst.copy_from(src, "a", "a")
-    assert dst.sums("a")["ETag"] == src.sums("a")["ETag"]
+    assert dst.checksums("a")["ETag"] == src.sums("a")["ETag"]
 
 
 # -- restores -------------------------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def test_a_copy_by_the_server_that_must_be_new_leaves_what_is_there(
 ):
     src, dst = opened(s3), opened(s3, "-cold", whole_bytes=whole_bytes, part_bytes=PART)
     if has_old_boto3:
-        monkeypatch.setattr(Boto3Client, "takes", lambda *_args: False)
+        monkeypatch.setattr(Boto3Client, "supports", lambda *_args: False)
     put(src, "a", b"x" * PART)
     assert dst.copy_from(src, "a", "free", if_absent=True).n_bytes == PART
     put(dst, "a", b"mine")
@@ -349,7 +349,7 @@ def test_a_copy_by_the_server_that_must_be_new_leaves_what_is_there(
 
 
 def test_an_old_boto3_changes_classes_too(door, opened, monkeypatch):
-    monkeypatch.setattr(Boto3Client, "takes", lambda *_args: False)
+    monkeypatch.setattr(Boto3Client, "supports", lambda *_args: False)
     archive = opened(door)
     put(archive, "a", b"data")
     assert archive.set_class("a", "STANDARD_IA").storage_class == "STANDARD_IA"

@@ -205,8 +205,8 @@ def test_a_server_has_one_name_whatever_client_asks_it(monkeypatch, environment,
     options = CloudOptions.parse("s3", {"anon": True, **given})
     place, counters = BucketFolder("s3", "bucket", "", "s3://bucket"), Counters("requests")
     assert server_url("s3", "bucket", options.config) == expected
-    assert Client(place, options, counters).awaited() == expected
-    assert Boto3Client(options, place.url, counters).awaited() == expected
+    assert Client(place, options, counters).wait_target() == expected
+    assert Boto3Client(options, place.url, counters).wait_target() == expected
     assert _fallback_store(place, options, ReadSettings())._call_limit("a", "get").endpoint == expected
 
 

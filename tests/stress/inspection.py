@@ -31,7 +31,7 @@ class Inspection:
         """What is wrong now, and what the next process cannot put right."""
         found = []
         look = FolderCheck(self.scene.cache_root, self.model.expected())
-        found += [f"as it lies: {problem}" for problem in look.as_it_lies()]
+        found += [f"as it lies: {problem}" for problem in look.crash_problems()]
         seed = self.random.random()
         ended = run_forked(lambda tell: self.use(tell, seed), deadline_s=DEADLINE_S)
         if not ended.hung:
@@ -57,7 +57,7 @@ class Inspection:
             store = cache.store(self.scene.source)
             for key, name in self.scene.names.items():
                 if name in self.model.rotten:
-                    store.distrust(key, self.scene.identity(key))  # as a reader does whose checks fail
+                    store.verify_copy(key, self.scene.identity(key))  # as a reader does whose checks fail
                 job.read_whole(store, key)
             for key in OBJECTS:
                 read_object(job, store, key)

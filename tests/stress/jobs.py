@@ -43,7 +43,7 @@ class Job:
         try:
             self.scene.read(store, key)
         except AssertionError:
-            store.distrust(key, self.scene.identity(key))
+            store.verify_copy(key, self.scene.identity(key))
             self.scene.read(store, key)
 
     def read_some(self, size, policy) -> None:
@@ -284,7 +284,7 @@ def distrust(job: Job) -> None:
         job.scene.read(store, key)
         job.tell(f"rotting {name}")
         if damage(job.scene.cache_root / "copies" / name):
-            store.distrust(key, job.scene.identity(key))
+            store.verify_copy(key, job.scene.identity(key))
         job.read_whole(store, key)
 
 
@@ -300,7 +300,7 @@ def poison(job: Job) -> None:
             if (job.scene.cache_root / "copies" / name_of_identity(identity)).exists():
                 raise AssertionError("what is bad at its source was published as a copy")
             if is_held:
-                store.distrust("bad", identity)
+                store.verify_copy("bad", identity)
 
 
 def holds(lease, n_bytes: int) -> bool:

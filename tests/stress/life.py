@@ -123,7 +123,7 @@ def _read_doubting(scene: Scene, store, key: str) -> None:
     try:
         scene.read(store, key)
     except AssertionError:
-        store.distrust(key, scene.identity(key))
+        store.verify_copy(key, scene.identity(key))
         scene.read(store, key)
 
 
@@ -133,7 +133,7 @@ def _meet_poison(scene: Scene, store) -> None:
     identity = ShardIdentity(good.dataset_id, "bad0", good.n_bytes, good.crc32c)
     for _ in range(2):
         if holds(store.open_local("bad", identity), good.n_bytes):
-            store.distrust("bad", identity)
+            store.verify_copy("bad", identity)
 
 
 def cut_off(scene: Scene) -> None:

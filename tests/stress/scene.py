@@ -58,7 +58,7 @@ class Scene:
         lease = store.open_local(key, self.identity(key))
         if lease is not None:
             with lease:
-                lease.want(wanted)
+                lease.prefetch(wanted)
                 if lease.wait(wanted, deadline_s=DEADLINE_S) and all(_is_right(lease.fd, key, data, w) for w in wanted):
                     return True
         for one in wanted:

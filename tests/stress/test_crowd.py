@@ -74,7 +74,7 @@ class Crowd:
             seen.most_bytes = max(seen.most_bytes, taken_bytes)
             if taken_bytes > LIMIT_BYTES:
                 seen.breaches.append(f"the files take {taken_bytes} bytes of {LIMIT_BYTES}")
-        seen.breaches += FolderCheck(self.scene.cache_root, self.expected).breaches()
+        seen.breaches += FolderCheck(self.scene.cache_root, self.expected).over_limit()
 
     def problems(self) -> list[str]:
         """What the next process does not find in order."""

@@ -53,7 +53,7 @@ def test_the_nth_calls_of_a_verb_fail_and_no_other(inner):
         assert (caught.value.retryable, caught.value.status) == (True, 500)
     assert store.get("a")
     assert store.head("a").n_bytes == 10
-    assert store.struck == [("get", "a"), ("get", "a")]
+    assert store.faulted_calls == [("get", "a"), ("get", "a")]
 
 
 def test_a_script_may_speak_of_some_keys_only(inner):

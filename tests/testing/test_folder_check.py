@@ -40,7 +40,7 @@ def test_a_folder_that_is_not_there_takes_nothing(tmp_path):
 def test_a_whole_copy_with_its_record_is_right_at_any_time(copies):
     lay(copies, NAME, DATA)
     lay(copies, f"{NAME}.json")
-    assert look(copies).as_it_lies() == []
+    assert look(copies).crash_problems() == []
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_what_no_crash_may_leave_is_named(copies, change, says):
     lay(copies, f"{NAME}.json")
     (copies / NAME).chmod(0o400)
     change(copies)
-    assert any(says in problem for problem in look(copies, pins=[NAME]).as_it_lies())
+    assert any(says in problem for problem in look(copies, pins=[NAME]).crash_problems())
 
 
 @pytest.mark.parametrize(("record", "is_wrong"), [(b'{"shard_id": "7"}', True), (b'{"etag": "e"}', False)])
@@ -65,4 +65,4 @@ def test_a_map_stays_beside_a_copy_only_where_no_footer_checks_it(copies, record
     lay(copies, NAME, DATA)
     lay(copies, f"{NAME}.map")
     lay(copies, f"{NAME}.json", record)
-    assert any("beside a finished copy" in problem for problem in look(copies).strays()) == is_wrong
+    assert any("beside a finished copy" in problem for problem in look(copies).leftover_files()) == is_wrong

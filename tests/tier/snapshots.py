@@ -96,7 +96,7 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         created_s=created,
         last_use_s=np.array([now_s - days * DAY_S for days in unused], np.float64),
         uses=np.array([group.uses for group in groups], np.int64),
-        counted_since_s=np.array(
+        uses_recorded_since_s=np.array(
             [np.inf if group.counted_days is None else now_s - group.counted_days * DAY_S for group in groups],
             np.float64,
         ),

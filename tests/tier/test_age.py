@@ -188,4 +188,4 @@ def test_an_object_that_nobody_has_verified_keeps_its_age_and_is_not_verified(tm
     after, dated = written_s(world)
     assert (after, dated > before) == (before, True)
     with TierCatalog(world.catalog_path) as catalog:
-        assert not catalog.known(world.url("archive"), ["f"])["f"].verified
+        assert not catalog.entries(world.url("archive"), ["f"])["f"].verified

@@ -56,7 +56,7 @@ def test_shards_that_only_an_old_version_names_are_live(local):
 
 def test_before_anybody_counts_no_use_is_known(local):
     snapshot = local.take().snapshot
-    assert np.isposinf(snapshot.counted_since_s).all()
+    assert np.isposinf(snapshot.uses_recorded_since_s).all()
     assert not snapshot.unreported.any()
 
 
@@ -65,7 +65,7 @@ def test_uses_are_counted_from_when_tiers_begin_to_look(local):
     for path in local.home.rglob("*.tcs"):
         os.utime(path, (NOW_S - 10**6, NOW_S - 10**6))
     snapshot = local.take().snapshot
-    assert (snapshot.counted_since_s == int(NOW_S - 5000)).all()
+    assert (snapshot.uses_recorded_since_s == int(NOW_S - 5000)).all()
     assert (snapshot.last_use_s == snapshot.created_s).all()
 
 

@@ -228,9 +228,9 @@ def test_what_could_not_be_given_back_is_a_leftover_of_this_process(store):
 def test_what_a_holder_that_may_sleep_was_dropping_counts_for_nothing(store):
     store.put(key(1), foreign(renewed_s=0.0, dropping=(("s3://a", "f"),)).encode())
     with lock_of(store) as lock:
-        assert list(lock.doomed) == [("s3://a", "f")]
+        assert list(lock.unreliable_copies) == [("s3://a", "f")]
     with lock_of(store) as lock:  # the next after that hears of it too
-        assert list(lock.doomed) == [("s3://a", "f")]
+        assert list(lock.unreliable_copies) == [("s3://a", "f")]
 
 
 def test_what_a_dead_process_of_this_machine_was_dropping_is_no_danger(store):
@@ -239,21 +239,21 @@ def test_what_a_dead_process_of_this_machine_was_dropping_is_no_danger(store):
     dead = replace(LockRecord.of_this_process(), pid=child.pid, started=1, dropping=(("s3://a", "f"),))
     store.put(key(1), dead.encode())
     with lock_of(store) as lock:
-        assert lock.doomed == {}
+        assert lock.unreliable_copies == {}
 
 
 def test_what_was_given_back_dooms_nothing(store):
     with lock_of(store) as lock:
         lock.announce([("s3://a", "f")])
     with lock_of(store) as lock:
-        assert lock.doomed == {}
+        assert lock.unreliable_copies == {}
 
 
 def test_what_is_doomed_is_so_for_a_week(store):
     doomed = (("s3://a", "old", time.time() - DOOMED_S - 1), ("s3://a", "new", time.time() - DOOMED_S + 60))
     store.put(key(1), foreign(renewed_s=0.0, released=True, doomed=doomed).encode())
     with lock_of(store) as lock:
-        assert list(lock.doomed) == [("s3://a", "new")]
+        assert list(lock.unreliable_copies) == [("s3://a", "new")]
 
 
 def test_what_is_to_be_dropped_is_said_before_the_lock_is_looked_at(store):

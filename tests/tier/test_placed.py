@@ -198,7 +198,7 @@ def test_while_the_copy_at_home_is_kept_it_serves_what_the_other_place_lost(stor
     home.put("a", b"bytes")
     placement.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
     store = follow_placement(home, {})
-    store.places.look()
+    store.places.placement_once()
     assert store.get("a") == b"bytes"
 
 
@@ -347,7 +347,7 @@ def test_a_damaged_cached_copy_of_a_moved_shard_is_fetched_again(packed, tmp_pat
         moved = Moved(packed, LocalFolder(tmp_path / "home"))
         moved.move(moved.keys, ServedStore(cold, "far"))
         dataset = tc.Dataset(moved.store.url, cache=cache)
-        far = dataset.source.access.placed.far
+        far = dataset.source.access.placed.remote_store
         cache.warm(far, [(info.name, info.identity(moved.dataset_id)) for info in moved.infos])
         for copy in (tmp_path / "cache").rglob("*"):
             if copy.is_file() and copy.stat().st_size == moved.infos[0].n_bytes:
@@ -492,7 +492,7 @@ def test_a_shard_that_was_brought_back_while_its_archived_copy_was_asked_is_read
         far = ServedStore(cold, "far")
         moved.move(moved.keys, far, state="archived", storage_class="GLACIER")
         dataset = tc.Dataset(f"{server.url}/home", cache=False)
-        dataset.source.access.placed.places.look()
+        dataset.source.access.placed.places.placement_once()
         moved.move(moved.keys, moved.store, src=far, drop=False)
         cold.when(lambda method, path: ARCHIVED if method == "GET" else None)
         assert by_loader(dataset) == ALL

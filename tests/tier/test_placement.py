@@ -58,7 +58,7 @@ def test_after_any_changes_it_says_what_a_dict_would(steps):
             key: oracle.get(key) for key in ("a", "shards/0.tcs", "none")
         }
         wanted = pa.array(["z", "none", "a"])
-        assert [None if at < 0 else found.row(int(at)) for at in found.among(wanted)] == [
+        assert [None if at < 0 else found.row(int(at)) for at in found.row_numbers(wanted)] == [
             oracle.get(key) for key in wanted.to_pylist()
         ]
 
@@ -292,7 +292,7 @@ def test_a_commit_that_stops_at_any_point_is_done_by_its_repetition(store, point
 def test_an_answer_that_was_lost_is_settled_by_reading_back(store):
     faulty = FaultStore(store, [Fault("put_if_absent", keys="*.arrow", kind=FaultKind.LOST_RESPONSE)])
     assert placement.commit_placement(faulty, {"a": row("a")}).number == 1
-    assert faulty.struck == [("put_if_absent", placement_key(1))]
+    assert faulty.faulted_calls == [("put_if_absent", placement_key(1))]
 
 
 def test_a_put_that_did_nothing_is_an_error(store):

@@ -197,7 +197,7 @@ def test_what_the_cache_has_fetched_is_not_fetched_twice(packed, tmp_path):
         assert {info.key for info in hot.list()} == set(moved.keys)
         sent = sum(seen.n_bytes for seen in server.log if seen.method == "GET")
         assert sent <= sum(2 * info.n_bytes - info.footer_offset for info in moved.infos)
-        served.forget()
+        served.on_source_closed()
 
 
 # -- what goes wrong ------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_a_rotten_copy_is_believed_no_more_and_made_again(world):
     world.later()
     world.settle()
     with TierCatalog(world.catalog_path) as catalog:
-        assert not catalog.known(str(world.inner["archive"].root), ["f"])["f"].verified
+        assert not catalog.entries(str(world.inner["archive"].root), ["f"])["f"].verified
     applied = world.apply(replace(world.plan(world.move("f", "standard", "archive")), id="again"))
     assert applied.stopped == ()
     world.later()

@@ -103,7 +103,7 @@ def test_a_plan_names_what_must_be_restored_and_what_is_there_already(world):
     world.archive(a=1000, b=10)
     world.home.put("b", b"near")
     plan = world.plan("b", "a")
-    assert (plan.names, plan.here, plan.n_bytes) == (("a",), ("b",), 1000)
+    assert (plan.names, plan.readable_keys, plan.n_bytes) == (("a",), ("b",), 1000)
 
 
 def test_it_costs_what_the_price_table_says(world):

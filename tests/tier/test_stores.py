@@ -135,19 +135,19 @@ def two_tiers(first, second, **more):
 )
 def test_two_urls_are_one_place_or_two(first, second, is_same):
     with Stores(two_tiers(first, second)) as stores:
-        assert stores.same_place("hot", "cold") == is_same
+        assert stores.same_url("hot", "cold") == is_same
 
 
 def test_a_link_leads_to_the_same_place(rules, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with Stores(rules(hot=f"url = '{tmp_path / 'real'}'", standard=f"url = '{tmp_path / 'link'}'")) as stores:
-        assert stores.same_place("hot", "standard")
+        assert stores.same_url("hot", "standard")
 
 
 def test_one_bucket_at_two_endpoints_is_two_places():
     with Stores(two_tiers("s3://b/x", "s3://b/x", storage_options={"endpoint": "http://two"})) as stores:
-        assert not stores.same_place("hot", "cold")
+        assert not stores.same_url("hot", "cold")
 
 
 @pytest.mark.parametrize(

@@ -119,13 +119,13 @@ def test_a_large_file_is_not_read_back_when_it_is_written_but_when_it_is_proven(
     here.near.put("a", LARGE)
     here.copy()
     assert far.counters["bytes_read"] == 0
-    assert here.transfer.prove("far", far.head("a")) == crc32c(LARGE)
+    assert here.transfer.checksum_on_disk("far", far.head("a")) == crc32c(LARGE)
     assert far.counters["bytes_read"] == len(LARGE)
 
 
 def test_only_files_in_a_folder_must_be_proven(place, tmp_path):
     here = place(LocalFolder(tmp_path / "near"))
-    assert [here.transfer.must_prove(name) for name in ("near", "far")] == [True, False]
+    assert [here.transfer.needs_disk_check(name) for name in ("near", "far")] == [True, False]
 
 
 def test_the_source_stays(place):
@@ -279,7 +279,7 @@ def test_a_target_that_fails_is_an_error_and_the_next_try_makes_the_copy(place, 
     here.near.put("a", data)
     with pytest.raises(StoreError, match="scripted fault"):
         here.copy()
-    assert far.struck == [(verb, "a")]
+    assert far.faulted_calls == [(verb, "a")]
     here.copy()
     assert far.inner.get("a") == data
 

@@ -112,7 +112,7 @@ def test_where_the_servers_sums_do_not_tell_the_bytes_are_streamed(s3_server, tm
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
 def test_a_class_changes_where_the_object_lies(bucket, data):
     bucket.stores.store("standard").put("a", data)
-    done = bucket.transfer.reclass("cold", bucket.planned("standard"))
+    done = bucket.transfer.change_class("cold", bucket.planned("standard"))
     info = bucket.stores.head("cold", "a")
     assert (info.storage_class, info.n_bytes, done.etag) == ("GLACIER_IR", len(data), info.etag)
     assert bucket.stores.store("standard").get("a") == data
@@ -121,16 +121,16 @@ def test_a_class_changes_where_the_object_lies(bucket, data):
 def test_tiers_of_one_url_list_what_has_their_class(bucket):
     for key in ("a", "b"):
         bucket.stores.store("standard").put(key, SMALL)
-    bucket.transfer.reclass("cold", bucket.planned("standard", "b"))
+    bucket.transfer.change_class("cold", bucket.planned("standard", "b"))
     listed = {name: [info.key for info in bucket.stores.listing(name)] for name in ("standard", "cold")}
     assert listed == {"standard": ["a"], "cold": ["b"]}
 
 
 def test_a_class_that_it_has_already_costs_no_copy(bucket):
     bucket.stores.store("standard").put("a", SMALL)
-    bucket.transfer.reclass("cold", bucket.planned("standard"))
+    bucket.transfer.change_class("cold", bucket.planned("standard"))
     before = bucket.stores.head("cold", "a")
-    bucket.transfer.reclass("cold", bucket.planned("cold"))
+    bucket.transfer.change_class("cold", bucket.planned("cold"))
     assert bucket.stores.head("cold", "a").modified_s == before.modified_s
 
 
@@ -186,7 +186,7 @@ def test_an_object_of_another_class_than_was_planned_for_is_what_it_was(bucket, 
     one = bucket.planned("standard")
     bucket.stores.store("standard").put("a", data[::-1])
     with pytest.raises(ObjectChanged, match="what was planned"):
-        bucket.transfer.reclass("cold", one)
+        bucket.transfer.change_class("cold", one)
     assert bucket.stores.head("standard", "a").storage_class == "STANDARD"
 
 
@@ -233,5 +233,5 @@ def test_what_is_no_longer_what_was_planned_is_not_dropped(s3_server, tmp_path):
         planned = here.planned("standard")
         here.stores.store("standard").put("a", b"new")
         with pytest.raises(StoreError, match="PreconditionFailed"):
-            here.transfer.drop("standard", [planned])
+            here.transfer.delete_objects("standard", [planned])
         assert here.stores.store("standard").get("a") == b"new"

@@ -134,7 +134,7 @@ def test_joined_views_of_one_data_set_stay_views_of_one(parts):
     for made in (joined.select_columns(["id", "text"]), joined.as_tuple("id"), joined.filter(pc.field("id") > 3)):
         assert len(made.source.opened_versions) == 1
     assert len(joined.source.at_versions([1, 1]).opened_versions) == 1
-    assert len(joined.source.scanning(["id"]).opened_versions) == 1
+    assert len(joined.source.for_scan(["id"]).opened_versions) == 1
     narrow = joined.select_columns(["id"])
     assert narrow.source.figures() == a.source.figures()
     assert [int(record["id"]) for record in narrow] == A

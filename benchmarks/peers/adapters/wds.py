@@ -61,7 +61,7 @@ def opened(job: Job) -> Iterator[Opened]:
     dataset = wds.WebDataset(shards, shardshuffle=len(shards) if job.shuffled else False, seed=SEED, empty_check=False)
     if job.shuffled:
         dataset = dataset.shuffle(BUFFER_RECORDS)
-    dataset = dataset.map(partial(_record, job.workload)).batched(job.workload.batch_size, collation_fn=stack)
+    dataset = dataset.map_shard(partial(_record, job.workload)).batched(job.workload.batch_size, collation_fn=stack)
     loader = wds.WebLoader(dataset, batch_size=None, num_workers=job.workers, persistent_workers=job.workers > 0)
     note = f"{job.workers} workers" + (f", a buffer of {BUFFER_RECORDS:,} records" if job.shuffled else "")
     yield Opened(lambda: (batch for batch in loader), note)

@@ -182,7 +182,7 @@ def stats(opened: CacheSession, limit_bytes: int) -> dict[str, int]:
     if opened.writing is not None:
         with suppress(OSError):  # the folder was deleted; a folder that cannot be recreated holds nothing
             opened.writing.owners.ensure()
-            opened.writing.quarantine.settle()
+            opened.writing.quarantine.release_unused()
     used, _, limit = (0, 0, limit_bytes) if opened.writing is None else opened.writing.accounts.sums()
     if opened.writing is None:
         used = sum(opened.folder.sizes().values())

@@ -250,7 +250,7 @@ class Cache:
             ranges: Byte ranges of the object; None stands for the whole object.
         """
         opened = self._while_reading()
-        return opened is not None and opened.is_here(wanted, ranges)
+        return opened is not None and opened.is_cached(wanted, ranges)
 
     def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan:
         """Publish the reading plan of this job to all processes that use the folder.
@@ -282,7 +282,7 @@ class Cache:
         opened = self._while_reading()
         return opened is not None and opened.read(wanted, spans)
 
-    def distrust(self, wanted: CopySpec) -> bool:
+    def verify_copy(self, wanted: CopySpec) -> bool:
         """Verify a copy against its checksum after a reader found it corrupt.
 
         Args:

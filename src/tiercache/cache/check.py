@@ -260,7 +260,7 @@ class _Repairer:
         except OSError as error:
             return replace(checked, where=(*checked.where, f"it cannot be removed: {error}"))
         finally:
-            lock.give_back()
+            lock.release()
         return replace(checked, removed=True)
 
 
@@ -282,7 +282,7 @@ def quarantine_copy(opened: CacheSession, name: str, fd: int, reason: str, found
     if opened.writing is None:
         opened.discard(name)
         return False
-    return opened.writing.quarantine.take(name, fd, reason=reason, found_crc32c=found_crc32c)
+    return opened.writing.quarantine.add(name, fd, reason=reason, found_crc32c=found_crc32c)
 
 
 def verify_copy(opened: CacheSession, wanted: CopySpec) -> bool:

@@ -118,7 +118,7 @@ class Download:
             buffer = np.empty(min(PIECE_BYTES, n_units(self._wanted.n_bytes) * UNIT_BYTES), np.uint8)
             ranges = self._take() if ranges is None else ranges
             while ranges is not None:
-                self._bring(ranges, buffer)
+                self._fetch_ranges(ranges, buffer)
                 ranges = self._take()
         except BaseException as error:  # noqa: BLE001 - top of a thread: run() raises the first error
             with self._lock:
@@ -151,7 +151,7 @@ class Download:
                 return
         self._fetch.refuse(units)
 
-    def _bring(self, ranges: Sequence[ByteRange], buffer: np.ndarray) -> None:
+    def _fetch_ranges(self, ranges: Sequence[ByteRange], buffer: np.ndarray) -> None:
         """Fetch ranges into the buffer, one after another, and write them to the partial copy."""
         part = self._part()  # _take() has created it
         position = 0

@@ -231,7 +231,7 @@ class Evictor:
                     self._waits_again_s = now_s + ROOM_WAIT_S + STOPPED_S
                 yield is_alone
             finally:
-                lock.give_back()
+                lock.release()
 
     def free_disk(self, charge_bytes: int, *, spare: Set[str] = frozenset()) -> None:
         """Evict charge_bytes of copies that no plan names, whatever the accounts say: the disk itself is full."""
@@ -406,7 +406,7 @@ def delete_copy(folder: Folder, name: str) -> bool:
         finally:
             os.close(fd)
     finally:
-        lock.give_back()
+        lock.release()
     return True
 
 

@@ -76,7 +76,7 @@ class Fetch:
                 self._places += 1
             return not self._closed
 
-    def ask(self, ranges: Sequence[ByteRange], *, urgent: bool = False) -> bool:
+    def request(self, ranges: Sequence[ByteRange], *, urgent: bool = False) -> bool:
         """Request ranges, with priority if urgent.
 
         Return False if the fetch has ended and the caller needs another one.
@@ -165,7 +165,7 @@ class Fetch:
 
     # -- for the thread that runs it -----------------------------------------------------------------------------------
 
-    def offer(self, held: CopyHandle, present: Mask) -> None:
+    def set_file(self, held: CopyHandle, present: Mask) -> None:
         """Give this file to the leases and set the units that are present. The fetch takes ownership of the handle."""
         held.keep_private()
         with self._changed:
@@ -181,7 +181,7 @@ class Fetch:
             self._present |= present
             self._changed.notify_all()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Mark all units as missing, so that they are fetched again. Leases keep the handles that they have."""
         with self._changed:
             held, self._held = self._held, None

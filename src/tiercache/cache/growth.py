@@ -69,7 +69,7 @@ class PartialFetch:
         if part.present.any() and not self.reserved_bytes:
             self._booked_bytes = charge_of(part.present, part.n_bytes)
             self._publisher.book(self._wanted, self._record(), self._booked_bytes)
-        self.fetch.offer(part.hold(), part.present)
+        self.fetch.set_file(part.hold(), part.present)
 
     def _record(self) -> str:
         return self._wanted.record(self._wanted.crc32c).to_json()
@@ -151,7 +151,7 @@ class PartialFetch:
         If it has lost its name, the name belongs to another file and is left alone.
         """
         self.note(0)
-        self.fetch.forget()  # with our own handle open, the file would count as deleted but still in use
+        self.fetch.reset()  # with our own handle open, the file would count as deleted but still in use
         if self._part is not None and self._part.has_name:
             self._publisher.remove(self._wanted.name)
         self._publisher.accounts.release(self._wanted.name)

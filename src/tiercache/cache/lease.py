@@ -123,7 +123,7 @@ class CopyLease:
             return False
         return read_held(fd, presence, spans)
 
-    def want(self, ranges: Sequence[ByteRange]) -> None:
+    def prefetch(self, ranges: Sequence[ByteRange]) -> None:
         """Start to fetch missing ranges, or join the fetch that brings them."""
         if ranges and not self._is_settled(ranges):
             self._ask(ranges, urgent=False)
@@ -177,10 +177,10 @@ class CopyLease:
             return None
         while True:
             fetch = self._fetch
-            if fetch is not None and fetch.ask(ranges, urgent=urgent):
+            if fetch is not None and fetch.request(ranges, urgent=urgent):
                 return fetch
             fetch = join()
-            is_asked = fetch.ask(ranges, urgent=urgent)
+            is_asked = fetch.request(ranges, urgent=urgent)
             self._take(fetch)
             if is_asked:
                 return fetch

@@ -96,7 +96,7 @@ class NameLock:
         except (OSError, ValueError, KeyError, TypeError):
             return f"another process (lock {self.path})"
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Release the lock and remove its file. Harmless if the lock is not held."""
         fd, self._fd = self._fd, None
         if fd is not None:

@@ -200,7 +200,7 @@ class CacheSession:
         if self.writing is not None:
             self.writing.publisher.disk_failed(error)
 
-    def is_here(self, wanted: CopySpec, ranges: Sequence[ByteRange] | None = None) -> bool:
+    def is_cached(self, wanted: CopySpec, ranges: Sequence[ByteRange] | None = None) -> bool:
         """Return whether these ranges of a copy are cached; None stands for the whole copy.
 
         It is not recorded as a use.
@@ -314,7 +314,12 @@ class CacheSession:
     def fetch_ahead(self, wanted: CopySpec, store: Store, ranges: Sequence[ByteRange] | None = None) -> None:
         """Start to fetch what is missing of ranges (None: of the whole copy). It is not recorded as a use."""
         writing = self.writing
-        if writing is None or not writing.breaker.allows() or self.is_here(wanted, ranges) or self._is_bad(wanted.name):
+        if (
+            writing is None
+            or not writing.breaker.allows()
+            or self.is_cached(wanted, ranges)
+            or self._is_bad(wanted.name)
+        ):
             return
         asked = [ByteRange(0, wanted.n_bytes)] if ranges is None else list(ranges)
         need_bytes = wanted.n_bytes if ranges is None else sum(one.n_bytes for one in asked)
@@ -323,13 +328,13 @@ class CacheSession:
                 self._ahead.clear()
             self._ahead[wanted.name] = True
             with CopyLease(wanted.n_bytes, join=partial(writing.fetcher.join, wanted, store)) as lease:
-                lease.want(asked)
+                lease.prefetch(asked)
 
     def _admits(self, writing: WriteSession, wanted: CopySpec, need_bytes: int | None = None) -> bool:
         need_bytes = wanted.n_bytes if need_bytes is None else need_bytes
         try:
             writing.owners.ensure()  # a deleted folder cannot be asked for its free space
-            writing.quarantine.settle()
+            writing.quarantine.release_unused()
             coming = writing.fetcher.is_fetching(wanted.name) or wanted.name in writing.publisher.unrecorded
             if coming or not writing.evictor.would_refuse(wanted.name, charge_bytes(need_bytes)):
                 return True
@@ -416,7 +421,7 @@ class CacheSession:
         if self.writing is not None:
             verdict = f"{len(wrong):,} units of 4 KiB differ from what was fetched, the first at offset {wrong[0]}"
             reason = "a reader found this partial copy corrupt"
-            self.writing.quarantine.tell(wanted.name, wanted.n_bytes, reason=reason, verdict=verdict)
+            self.writing.quarantine.report(wanted.name, wanted.n_bytes, reason=reason, verdict=verdict)
 
     def close(self) -> None:
         """Close the traces and the parts that write.

@@ -87,7 +87,7 @@ class Owners:
         finally:
             os.close(fd)
 
-    def bury(self, text: str) -> None:
+    def remove_files_of(self, text: str) -> None:
         """Remove the file of a dead owner. Its partial copies stay: the next fetch of each continues there."""
         with suppress(FileNotFoundError):
             crash_point("owner.buried")
@@ -98,7 +98,7 @@ class Owners:
         """Remove the files of all dead owners."""
         for text in [file.name for file in self._folder.owners.iterdir()]:
             if not self.alive(text):
-                self.bury(text)
+                self.remove_files_of(text)
 
     def limits(self) -> dict[str, int]:
         """Return the size limit in bytes of every live owner."""
@@ -125,7 +125,7 @@ class Owners:
             return False
         return not os.path.lexists(self._folder.quarantine / f"{name}.bad") and not is_locked(int(inode, 16))
 
-    def coming(self) -> list[tuple[str, str, int]]:
+    def running_fetches(self) -> list[tuple[str, str, int]]:
         """Return (owner, name, bytes) of what each fetch may still add, as its lock file says.
 
         A fetch writes this note before it reserves, and clears it before it commits. Notes of dead owners are included.

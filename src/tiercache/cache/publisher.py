@@ -148,10 +148,10 @@ class Publisher:
                 if fetch.cancel.is_set():
                     raise StoreError("cancelled", url=wanted.source, retryable=True)
                 if not is_there or lock.is_held:
-                    self._bring(fetch, lock)
+                    self._serve(fetch, lock)
                     return
         finally:
-            lock.give_back()
+            lock.release()
 
     def _watch(self, fetch: Fetch, lock: NameLock) -> bool:
         """Return whether this process may fetch, or another one has fetched all requested units.
@@ -175,7 +175,7 @@ class Publisher:
 
     # -- existing copies -----------------------------------------------------------------------------------------------
 
-    def _bring(self, fetch: Fetch, lock: NameLock) -> None:
+    def _serve(self, fetch: Fetch, lock: NameLock) -> None:
         """Serve the request from an existing copy, or fetch what is missing.
 
         Fetch once more if the bytes were corrupt.
@@ -184,7 +184,7 @@ class Publisher:
             return
         found = 0
         for _ in range(2):
-            wrong = self._grow(fetch, lock)
+            wrong = self._fetch_missing(fetch, lock)
             if wrong is None:
                 return
             found = wrong
@@ -208,7 +208,7 @@ class Publisher:
         try:
             whole = checksum_of(fd, wanted.n_bytes)
             if wanted.crc32c is None or whole == wanted.crc32c:
-                self._enter(wanted, whole)
+                self._commit(wanted, whole)
                 return fd
             self.remove(wanted.name)
         except BaseException:
@@ -222,7 +222,7 @@ class Publisher:
         size = self.folder.size_of(wanted.name)
         if size not in (None, wanted.n_bytes):
             said = f"it had {size:,} bytes instead of {wanted.n_bytes:,}"
-            self.quarantine.tell(wanted.name, wanted.n_bytes, reason="it was truncated", verdict=said)
+            self.quarantine.report(wanted.name, wanted.n_bytes, reason="it was truncated", verdict=said)
             self.remove(wanted.name)
 
     def remove(self, name: str) -> None:
@@ -234,7 +234,7 @@ class Publisher:
 
     # -- download ------------------------------------------------------------------------------------------------------
 
-    def _grow(self, fetch: Fetch, lock: NameLock) -> int | None:
+    def _fetch_missing(self, fetch: Fetch, lock: NameLock) -> int | None:
         """Extend the partial copy while units are requested, and publish it when it is complete.
 
         Returns:
@@ -248,7 +248,7 @@ class Publisher:
                 if isinstance(error, StoreError):
                     growth.end(error)
                     raise
-                fetch.forget()
+                fetch.reset()
                 self.owners.ensure()
                 growth.drop()
             except BaseException as error:
@@ -271,7 +271,7 @@ class Publisher:
                 growth.note(0)
                 wrong = self._publish(fetch, growth.part(), download.whole_sum())
                 if wrong is not None:
-                    fetch.forget()
+                    fetch.reset()
                 elif not fetch.close_if_done():
                     continue
                 return wrong
@@ -314,14 +314,14 @@ class Publisher:
         crash_point("publish.checked")
         part.seal(self.folder.rights.copy)
         crash_point("publish.sealed")
-        was_first = self._enter(wanted, whole, part)
+        was_first = self._commit(wanted, whole, part)
         if not was_first:  # without enforced flock: the copy that has the name is the one that counts
             self._offer_copy(fetch)
         if self.quarantine.awaits(wanted.name):
             self.quarantine.compare(wanted.name)
         return None
 
-    def _enter(self, wanted: CopySpec, whole: int, part: PartialCopy | None = None) -> bool:
+    def _commit(self, wanted: CopySpec, whole: int, part: PartialCopy | None = None) -> bool:
         """Write the record, then the name, then the accounts, so that the next process can repair a crash in between.
 
         Returns:
@@ -388,7 +388,7 @@ def _offer(fetch: Fetch, held: CopyHandle) -> Mask:
     except BaseException:
         held.close()
         raise
-    fetch.offer(held, present)
+    fetch.set_file(held, present)
     return present
 
 

@@ -71,7 +71,7 @@ class Quarantine:
 
     # -- adding copies -------------------------------------------------------------------------------------------------
 
-    def take(self, name: str, fd: int, *, reason: str, found_crc32c: int | None = None) -> bool:
+    def add(self, name: str, fd: int, *, reason: str, found_crc32c: int | None = None) -> bool:
         """Move a corrupt copy into the quarantine; return False if another process has done so, or the copy is gone.
 
         The race with another reader of the same copy: (1) both verify the file, (2) the other one moves it and a
@@ -107,11 +107,11 @@ class Quarantine:
             self._accounts.remove([name])
             self._hold(stem, status.st_size)
         finally:
-            lock.give_back()
+            lock.release()
         self._counters.add("quarantined")
         return True
 
-    def tell(self, name: str, n_bytes: int, *, reason: str, verdict: str) -> None:
+    def report(self, name: str, n_bytes: int, *, reason: str, verdict: str) -> None:
         """Report a corrupt copy that needs no comparison and that the caller deletes. Raises OSError."""
         facts = self._facts(name, n_bytes, reason, None) | {"compared": True, "verdict": verdict}
         self._write(f"{name}-{secrets.token_hex(4)}", facts)
@@ -202,7 +202,7 @@ class Quarantine:
             with self._lock:
                 self._waiting.discard(stem)
                 self._unlinked[stem] = inode
-        self.settle()
+        self.release_unused()
 
     @contextmanager
     def unlinking(self, name: str) -> Iterator[None]:
@@ -218,7 +218,7 @@ class Quarantine:
             with self._lock:
                 self._unlinked[stem] = inode
 
-    def settle(self) -> None:
+    def release_unused(self) -> None:
         """Release the reservations for deleted copies that nobody has open any more. Cheap if there are none."""
         with self._lock:
             unlinked = dict(self._unlinked)

@@ -139,7 +139,7 @@ class CachedStore(Store):
                 self._known.popitem(last=False)
         return wanted
 
-    def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:
+    def verify_copy(self, key: str, identity: ShardIdentity | None = None) -> bool:
         """Verify the cached copy after a reader found it corrupt.
 
         Args:
@@ -151,7 +151,7 @@ class CachedStore(Store):
                 source sent.
         """
         wanted = self.wanted(key, identity)
-        return wanted is not None and self.cache.distrust(wanted)
+        return wanted is not None and self.cache.verify_copy(wanted)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 

@@ -272,7 +272,7 @@ def _run(round_: _Round, plan: WarmPlan, options: WarmOptions) -> None:
 
 
 def _is_here(opened: CacheSession, goal: WarmGoal) -> bool:
-    if goal.ranges is not None and opened.is_here(goal.wanted, goal.ranges):
+    if goal.ranges is not None and opened.is_cached(goal.wanted, goal.ranges):
         return True
     lease = opened.look(goal.wanted.name, goal.wanted.n_bytes)
     if lease is None:
@@ -377,7 +377,7 @@ class _Round:
         while True:
             fetch = self._writing.fetcher.join(wanted, self._store.inner)
             mine = fetch.try_start()
-            if fetch.ask(ranges, urgent=True):
+            if fetch.request(ranges, urgent=True):
                 return fetch, mine
             fetch.leave()  # it ended after join()
 

@@ -64,7 +64,7 @@ class WriteSession:
         for path in self.folder.locks.iterdir():
             lock = NameLock(path)
             if lock.try_acquire():
-                lock.give_back()
+                lock.release()
         self.quarantine.sweep()
         poison.sweep_corrupt_sources(self.folder)
 
@@ -87,7 +87,7 @@ class WriteSession:
                         self.folder.unpin(name)
                     self.accounts.remove([name])  # a partial copy without a map was in the accounts
             finally:
-                lock.give_back()
+                lock.release()
 
     def keep_to_limit(self) -> None:
         """Register the size limit, and evict copies if the limit is smaller than before."""

@@ -26,7 +26,7 @@ class CacheFiles(Protocol):
     def alive(self, owner: str) -> bool:
         """Return whether the owner's process still has the folder open."""
 
-    def bury(self, owner: str) -> None:
+    def remove_files_of(self, owner: str) -> None:
         """Remove the files of a dead owner."""
 
     def limits(self) -> Mapping[str, int]:
@@ -35,7 +35,7 @@ class CacheFiles(Protocol):
     def is_over(self, owner: str, name: str) -> bool:
         """Return whether a reservation of a live owner is no longer used."""
 
-    def coming(self) -> Iterable[tuple[str, str, int]]:
+    def running_fetches(self) -> Iterable[tuple[str, str, int]]:
         """Yield (owner, name, charge) of each running fetch. The charge is that of the bytes that may still come."""
 
     def charge_of(self, name: str) -> int | None:
@@ -71,7 +71,7 @@ class Accounts:
     def _prepare(self, db: sqlite3.Connection) -> None:
         tables.create_tables(db, self._boot)
         db.executemany("INSERT INTO openers VALUES (?, ?)", list(self._files.limits().items()))
-        for owner, name, charge in self._files.coming():
+        for owner, name, charge in self._files.running_fetches():
             if owner != self._owner and self._files.alive(owner):
                 db.execute("INSERT OR IGNORE INTO reservations VALUES (?, ?, ?)", (owner, name, charge))
         self._come_back(db)
@@ -112,7 +112,7 @@ class Accounts:
         for owner, limit_bytes in db.execute("SELECT owner, limit_bytes FROM openers ORDER BY limit_bytes").fetchall():
             if owner == self._owner or self._files.alive(owner):
                 return int(limit_bytes)
-            self._files.bury(owner)
+            self._files.remove_files_of(owner)
             self._forget(db, owner)
         return 0
 
@@ -184,7 +184,7 @@ class Accounts:
         rows = db.execute("SELECT owner, name FROM reservations WHERE owner <> ?", (self._owner,)).fetchall()
         alive = {owner: self._files.alive(owner) for owner, _ in rows}
         for owner in [owner for owner, lives in alive.items() if not lives]:
-            self._files.bury(owner)
+            self._files.remove_files_of(owner)
             self._forget(db, owner)
         over = [(owner, name) for owner, name in rows if alive[owner] and self._files.is_over(owner, name)]
         db.executemany("DELETE FROM reservations WHERE owner = ? AND name = ?", over)
@@ -318,7 +318,7 @@ class Accounts:
         """Forget all owners that died without unregistering: worker processes often do, several per epoch."""
         for (owner,) in db.execute("SELECT owner FROM openers WHERE owner <> ?", (self._owner,)).fetchall():
             if not self._files.alive(owner):
-                self._files.bury(owner)
+                self._files.remove_files_of(owner)
                 self._forget(db, owner)
 
     def _take_in(self, db: sqlite3.Connection, *, is_new: bool) -> None:

@@ -185,7 +185,7 @@ class TierCatalog:
 
         return EntryTable(self._database.run(work))
 
-    def known(self, tier: str, keys: Iterable[str]) -> Mapping[str, CatalogEntry]:
+    def entries(self, tier: str, keys: Iterable[str]) -> Mapping[str, CatalogEntry]:
         """Return the entries of these objects, by key."""
         place, wanted = self.place(tier), [*keys]
 
@@ -207,7 +207,7 @@ class TierCatalog:
             query = f"INSERT OR REPLACE INTO copies (place, key, {_COPY}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
             self._database.run(lambda db: db.executemany(query, rows))
 
-    def keep(self, copies: Iterable[tuple[str, str]]) -> None:
+    def source_deleted(self, copies: Iterable[tuple[str, str]]) -> None:
         """Record that the sources of copies are being deleted: the copies may be the last ones.
 
         copies: (tier, key) pairs.

@@ -40,8 +40,8 @@ class ShardSelection:
     exclude: Sequence[str] | None = None
     files: Sequence[str] | None = None
     training: Training | None = None
-    share: float = 1.0
-    first_bytes: float | None = None
+    fraction: float = 1.0
+    limit_bytes: float | None = None
 
     def shards(self, table: ShardTable) -> NDArray[np.int64]:
         """Return the numbers of the selected shards, in order: int64[m].
@@ -54,9 +54,9 @@ class ShardSelection:
         if self.include or self.exclude:
             wanted = [selected(names[i], self.include or (), self.exclude or ()) for i in shards.tolist()]
             shards = shards[np.array(wanted, bool)]
-        limit_bytes = self.share * int(table.n_bytes[shards].sum())
-        if self.first_bytes is not None:
-            limit_bytes = min(limit_bytes, self.first_bytes)
+        limit_bytes = self.fraction * int(table.n_bytes[shards].sum())
+        if self.limit_bytes is not None:
+            limit_bytes = min(limit_bytes, self.limit_bytes)
         return take_bytes(shards, table.n_bytes, limit_bytes)
 
     def _in_order(self, table: ShardTable, names: Sequence[str]) -> NDArray[np.int64]:
@@ -154,8 +154,8 @@ def parse_ranks(texts: Sequence[str]) -> tuple[tuple[int, ...], int]:
 class AmountOptions:
     """The command-line options that limit how many of the selected bytes are fetched, as given."""
 
-    share: str | None = None
-    first: str | None = None
+    fraction: str | None = None
+    limit: str | None = None
     minutes: float | None = None
     rate: str | None = None
 
@@ -176,8 +176,8 @@ class AmountOptions:
             if not 0 <= self.minutes < float("inf"):
                 raise ValueError(f"--minutes must be 0 or more, got {self.minutes}")
             return 1.0, self.minutes * 60 * parse_rate("--rate", self.rate)
-        share = 1.0 if self.share is None else parse_fraction(self.share)
-        return share, None if self.first is None else parse_size("--first", self.first)
+        share = 1.0 if self.fraction is None else parse_fraction(self.fraction)
+        return share, None if self.limit is None else parse_size("--first", self.limit)
 
 
 def read_names(path: str | None) -> list[str] | None:

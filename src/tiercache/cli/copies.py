@@ -56,7 +56,7 @@ def verify_copies(output: Output, cache: Cache, asked: CopyVerification) -> None
     entries = [e for e in cache.entries() if of_scope(e) and name_matches(e, asked.include, asked.exclude)]
     checked: list[CopyCheck] = []
     total_bytes = sum(entry.n_bytes for entry in entries)
-    with output.progress("verifying copies") as advance:
+    with output.byte_progress("verifying copies") as advance:
 
         def tell(progress: CheckProgress) -> None:
             checked.append(progress.last)

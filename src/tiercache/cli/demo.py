@@ -133,7 +133,7 @@ def _text(event: Event) -> str | None:
             loss = "" if event.loss is None else f", loss {event.loss:.3f}"
             accuracy = "" if event.accuracy is None else f", {event.accuracy:.1%} accuracy on held-out images"
             return (
-                f"  {event.task}, epoch {event.epoch} {event.how}: {count(event.n_samples, 'sample')} in "
+                f"  {event.task}, epoch {event.epoch} {event.mode}: {count(event.n_samples, 'sample')} in "
                 f"{event.elapsed_s:.1f} s, {format_bytes(event.fetched_bytes)} fetched{loss}{accuracy}"
             )
         case TierContents():
@@ -149,11 +149,11 @@ def _table(epochs: Sequence[Epoch]) -> Table:
         table.add_column(name)
     for name in ("samples/s", "MB/s", "waited", "fetched", "hit ratio", "loss", "accuracy"):
         table.add_column(name, justify="right")
-    for epoch in sorted(epochs, key=lambda e: (e.task, SHOWN.index(e.how))):
+    for epoch in sorted(epochs, key=lambda e: (e.task, SHOWN.index(e.mode))):
         table.add_row(
             epoch.task,
             str(epoch.epoch),
-            epoch.how,
+            epoch.mode,
             f"{epoch.n_samples / epoch.elapsed_s:,.0f}",
             f"{epoch.served_bytes / epoch.elapsed_s / 1e6:.2f}",
             f"{epoch.wait_share:.0%}",

@@ -49,15 +49,15 @@ class EvictionFilter:
         larger_than_bytes: Bytes that a copy's size must exceed.
     """
 
-    of_scope: Callable[[Entry], bool] = lambda _entry: True
+    in_data_set: Callable[[Entry], bool] = lambda _entry: True
     include: Sequence[str] | None = None
     exclude: Sequence[str] | None = None
     older_than_s: float | None = None
     larger_than_bytes: int | None = None
 
-    def takes(self, entry: Entry, now_s: float) -> bool:
+    def matches(self, entry: Entry, now_s: float) -> bool:
         """Return whether the copy passes all conditions, pinned or not. now_s: Time now, in seconds since the epoch."""
-        if not self.of_scope(entry) or not name_matches(entry, self.include, self.exclude):
+        if not self.in_data_set(entry) or not name_matches(entry, self.include, self.exclude):
             return False
         if self.larger_than_bytes is not None and entry.n_bytes <= self.larger_than_bytes:
             return False
@@ -125,7 +125,7 @@ def evict(
     )
     with open_existing_cache(cache_dir, cache_size) as cache:
         target_bytes = None if to is None else parse_size("--to", to, whole_bytes=cache.limit_bytes)
-        doomed = replace(doomed, of_scope=data_set_filter(url, storage_option))
+        doomed = replace(doomed, in_data_set=data_set_filter(url, storage_option))
         left = _evict(output, cache, doomed, target_bytes, _EvictOptions(yes, dry_run))
     if left:
         raise typer.Exit(PARTIAL)
@@ -142,7 +142,7 @@ def _evict(
 ) -> int:
     """Evict, or print what would be evicted; return how many copies should have been evicted but are in use."""
     now_s = time.time()
-    found = [entry for entry in cache.entries() if doomed.takes(entry, now_s)]
+    found = [entry for entry in cache.entries() if doomed.matches(entry, now_s)]
     free = [entry for entry in found if not entry.pinned]
     chosen = least_recently_used(free, cache.stats()["bytes_used"], target_bytes)
     n_pinned, n_bytes = len(found) - len(free), sum(entry.n_bytes for entry in chosen)

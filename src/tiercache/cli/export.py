@@ -84,7 +84,7 @@ def export(
                 output.event("column", {"name": column.name, "type": str(column)}, f"{column.name}: {column}")
             output.summary(facts | {"dry_run": True}, f"would export {text}")
             return
-        with output.progress("exporting") as advance:
+        with output.byte_progress("exporting") as advance:
             on_progress = _Sum(advance, data_set.version.n_bytes).add
             n_records = task.to_file(key, on_progress) if key else task.to_folder(on_progress)
         facts |= {"records": n_records, "bytes_written": int(sink.counters["bytes_written"])}

@@ -74,11 +74,11 @@ class Output:
         if self.as_json or not self.quiet:
             self.event("summary", facts, text)
 
-    def progress(self, doing: str) -> AbstractContextManager[Advance]:
+    def byte_progress(self, doing: str) -> AbstractContextManager[Advance]:
         """Show a progress bar of bytes on standard error while the block runs, if that is a terminal and not quiet."""
         return self._bar(doing, DownloadColumn(binary_units=True), TransferSpeedColumn())
 
-    def counting(self, doing: str) -> AbstractContextManager[Advance]:
+    def count_progress(self, doing: str) -> AbstractContextManager[Advance]:
         """Show a progress bar of a count of items, under the same conditions as progress()."""
         return self._bar(doing, MofNCompleteColumn())
 

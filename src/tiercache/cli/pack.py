@@ -101,7 +101,7 @@ def pack(
         return
     version = None
     try:
-        with output.progress("packing") as advance:
+        with output.byte_progress("packing") as advance:
             version = run_pack(plan, lambda done: advance(done.n_bytes, done.total_bytes))
         _print_version(output, redact(url), version)
     except KeyboardInterrupt as error:

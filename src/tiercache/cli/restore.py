@@ -144,7 +144,7 @@ def _restore(output: Output, tiers: OpenTiers, plan: RestorePlan, manner: _Resto
     n_left = asked.started + asked.running
     if n_left:
         deadline_s = None if manner.wait else 0.0  # some stores restore at once
-        with output.counting("restoring") as advance:
+        with output.count_progress("restoring") as advance:
             n_left = len(restoring.wait_restored(tiers.stores, plan, deadline_s=deadline_s, on_progress=advance))
     facts = _restore_facts(plan) | {"started": asked.started, "running": asked.running, "pending": n_left}
     if n_left:
@@ -172,7 +172,7 @@ def _restore_facts(plan: RestorePlan) -> dict[str, Any]:
     return {
         "objects": len(plan.objects),
         "n_bytes": plan.n_bytes,
-        "here": len(plan.here),
+        "here": len(plan.readable_keys),
         "cost": plan.cost,
         "hours": plan.hours,
         "speed": plan.speed,

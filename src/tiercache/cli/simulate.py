@@ -158,7 +158,7 @@ def _run(
     output: Output, scene: _Replay, asked: Sequence[tuple[str, int]], question: SimulationCosts
 ) -> list[SimulationResult]:
     cases: list[SimulationResult] = []
-    with output.counting("replaying") as advance:
+    with output.count_progress("replaying") as advance:
         for policy, size_bytes in asked:
             cases.append(simulate_case(scene.accesses, policy, size_bytes, question))
             advance(len(cases), len(asked))

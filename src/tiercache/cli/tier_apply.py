@@ -66,7 +66,7 @@ def execute_plan(output: Output, tiers: OpenTiers, plan: Plan) -> ApplyResult:
     cancel, tiering = Event(), tiers.file.tiering
     with (
         Transfer(tiers.stores, jobs=tiering.jobs, rate_bytes_s=tiering.rate_bytes_s, cancel=cancel) as transfer,
-        output.progress("moving") as advance,
+        output.byte_progress("moving") as advance,
     ):
         mover = Mover(tiers.file, tiers.stores, tiers.catalog, transfer, cancel=cancel)
         applied = mover.apply(plan, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))

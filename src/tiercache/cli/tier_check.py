@@ -83,20 +83,20 @@ def _check(output: Output, tiers: OpenTiers) -> None:
     file = tiers.file
     reached = {tier.name: _reached(tiers, tier) for tier in file.tiers}
     failed = {name for name, answer in reached.items() if answer != "yes"}
-    unseen = tiers.unseen(but=failed)
+    unseen = tiers.unavailable_tiers(but=failed)
     _print_tiers(output, file, reached | dict.fromkeys(unseen, _UNSEEN))
     print_unavailable(output, file, unseen)
     losses: tuple[Loss, ...] | None = None
     if not failed:
-        inventory = tiers.stock(output)
+        inventory = tiers.read_inventory(output)
         _print_rules(output, file, inventory)
         losses = tiers.losses(inventory)
         _print_buckets(output, tiers)
         _print_left_alone(output, inventory.facts, lost={loss.path for loss in losses})
-        tiers.say_unscored(output, inventory, passed_over=True)
-        tiers.say_left(output)
+        tiers.print_missing_metrics(output, inventory, passed_over=True)
+        tiers.print_pending_moves(output)
         folders = [found.folder for found in inventory.facts["datasets"]]
-        tiers.say_uncounted(output, inventory, pa.array(folders, pa.large_string()))
+        tiers.print_untracked(output, inventory, pa.array(folders, pa.large_string()))
         print_losses(output, losses)
     n_unreached = len(failed) + len(unseen)
     _sum_up(output, file, n_unreached, losses)

@@ -42,11 +42,11 @@ def ls(
     output = Output(as_json, quiet)
     with open_tiers(rules) as tiers:
         wanted = "" if path is None else tier_path(tiers.file, path)
-        inventory = tiers.stock(output)
-        print_unavailable(output, tiers.file, tiers.unseen())
-        tiers.say_left(output)
+        inventory = tiers.read_inventory(output)
+        print_unavailable(output, tiers.file, tiers.unavailable_tiers())
+        tiers.print_pending_moves(output)
         snapshot = inventory.snapshot
-        note = tiers.without_prices()
+        note = tiers.unpriced_note()
     found = np.flatnonzero(select_paths(snapshot.paths, [wanted])).tolist()
     if path is not None and not found:
         raise NotFound(f"no object has this name or matches it in the tiers {', '.join(snapshot.tiers)}", url=wanted)

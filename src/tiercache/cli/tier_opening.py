@@ -60,12 +60,12 @@ class OpenTiers:
     catalog: TierCatalog
     prices: tuple[Prices | None, ...]
 
-    def stock(self, output: Output) -> Inventory:
+    def read_inventory(self, output: Output) -> Inventory:
         """Take the inventory: all objects in the tiers now. A progress bar counts the objects."""
         # All keys exist from the start, because threads set their values.
         listed = {tier.name: 0 for tier in self.file.tiers}
 
-        with output.counting("listing") as advance:
+        with output.count_progress("listing") as advance:
 
             def progress(tier: str, n_objects: int) -> None:
                 listed[tier] = n_objects
@@ -74,7 +74,7 @@ class OpenTiers:
 
             return take_inventory(self.file, self.stores, self.catalog, now_s=time.time(), on_progress=progress)
 
-    def say_uncounted(self, output: Output, inventory: Inventory, paths: pa.Array) -> None:
+    def print_untracked(self, output: Output, inventory: Inventory, paths: pa.Array) -> None:
         """Print a note for each data set among paths whose use is not tracked: whether it is idle is unknown."""
         for found in inventory.facts.get("datasets", ()):
             if not found.is_adopted and not found.problem and pc.any(pc.starts_with(paths, found.folder)).as_py():
@@ -83,7 +83,7 @@ class OpenTiers:
                 text = f"{folder}: its use is not tracked yet; {from_then}"
                 output.event("uncounted", {"data_set": folder}, f"note: {text}")
 
-    def unseen(self, *, but: Collection[str] = ()) -> dict[str, str]:
+    def unavailable_tiers(self, *, but: Collection[str] = ()) -> dict[str, str]:
         """Return the tiers whose copies cannot be seen now, with the reason.
 
         Args:
@@ -95,7 +95,7 @@ class OpenTiers:
         """Return the objects that should be in a tier but are in no tier."""
         return find_losses(inventory, self.file, self.stores, self.catalog, now_s=inventory.snapshot.now_s)
 
-    def say_unscored(self, output: Output, inventory: Inventory, *, passed_over: bool = False) -> None:
+    def print_missing_metrics(self, output: Output, inventory: Inventory, *, passed_over: bool = False) -> None:
         """Print a warning for each run without a metric that a keep list needs.
 
         Args:
@@ -107,7 +107,7 @@ class OpenTiers:
         for one in passed if passed_over else ():
             output.event("passed_over", asdict(one), printable(f"note: {one.text}"))
 
-    def say_left(self, output: Output) -> None:
+    def print_pending_moves(self, output: Output) -> None:
         """Print a note for each home tier of another rule file that moves in this machine's catalog wait for."""
         for home, n_moves in self.catalog.waiting_homes().items():
             if home != self.file.home.url:
@@ -121,7 +121,7 @@ class OpenTiers:
         """Return the bytes that each tier may hold; None: no limit."""
         return [self.stores.capacity(tier.name) for tier in self.file.tiers]
 
-    def without_prices(self) -> str:
+    def unpriced_note(self) -> str:
         """Return the end of a summary that names tiers without prices; "" if all tiers have prices."""
         names = [tier.name for tier, prices in zip(self.file.tiers, self.prices, strict=True) if prices is None]
         return f"; dollars exclude {', '.join(names)}, which has no prices" if names else ""
@@ -171,7 +171,7 @@ def read_rules(rules: Path | None) -> RuleFile:
     file = load_rule_file(rules)
     nothing = pa.array([], pa.large_string())
     globs = [(f"{rule.name}.match", rule.match) for rule in file.rules]
-    globs += [(f"{rule.name}.except", rule.excepted) for rule in file.rules]
+    globs += [(f"{rule.name}.except", rule.exclude) for rule in file.rules]
     globs += [(f"pins[{i}].match", pin.match) for i, pin in enumerate(file.pins, start=1)]
     globs += [("tiering.gone", file.tiering.gone)]
     globs += [(f"tags[{i}].match", tag.match) for i, tag in enumerate(file.tags, start=1)]

@@ -42,7 +42,7 @@ def plan(
     output = Output(as_json, quiet)
     with open_tiers(rules) as tiers:
         made = plan_tiers(output, tiers)
-        note = tiers.without_prices()
+        note = tiers.unpriced_note()
     if out is not None:
         write_plan(made, out)
     print_plan(output, made, limit)
@@ -52,14 +52,14 @@ def plan(
 
 def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
     """Return a plan of what is in the tiers now."""
-    inventory = tiers.stock(output)
-    unseen = tiers.unseen()
+    inventory = tiers.read_inventory(output)
+    unseen = tiers.unavailable_tiers()
     limits = tiers.capacities()
     decisions = decide(inventory.snapshot, tiers.file, tiers.prices, capacity_bytes=limits, missing=unseen)
     made = make_plan(decisions, inventory, tiers.file, tiers.prices)
     print_unavailable(output, tiers.file, unseen)
-    tiers.say_unscored(output, inventory)
-    tiers.say_uncounted(output, inventory, paths_of(made.moves, SHARD))
+    tiers.print_missing_metrics(output, inventory)
+    tiers.print_untracked(output, inventory, paths_of(made.moves, SHARD))
     return made
 
 

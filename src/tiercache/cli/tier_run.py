@@ -36,7 +36,7 @@ def run(
         raise ValueError("give --once: tiercache does not stay resident, a scheduler such as cron repeats the command")
     output = Output(as_json, quiet)
     file = read_rules(rules)
-    with output.progress("moving") as advance:
+    with output.byte_progress("moving") as advance:
         report = run_once(file, dry_run=dry_run, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
     print_unavailable(output, file, report.unseen)
     print_metric_gaps(output, report.gaps)

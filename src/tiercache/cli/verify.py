@@ -103,7 +103,7 @@ def _sampled(shards: Sequence[int], share: float) -> list[int]:
 def _check_all(output: Output, data_set: OpenDataSet, infos: Sequence[ShardInfo], jobs: int) -> list[ShardCheck]:
     checks: list[ShardCheck] = []
     total_bytes = sum(info.n_bytes for info in infos)
-    with output.progress("verifying") as advance:
+    with output.byte_progress("verifying") as advance:
         for check in check_shards(data_set.store, data_set.version, infos, jobs=jobs):
             checks.append(check)
             advance(sum(c.info.n_bytes for c in checks), total_bytes)

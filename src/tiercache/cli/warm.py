@@ -161,7 +161,7 @@ class _CopySet:
     def fetch(self, output: Output, doing: str, jobs: int) -> WarmReport:
         """Copy all objects into the cache, with a progress bar labelled doing."""
         jobs = jobs or config.available_cpus()
-        with output.progress(doing) as advance:
+        with output.byte_progress(doing) as advance:
             return self.cache.warm(
                 self.store,
                 self.objects,
@@ -183,7 +183,7 @@ def _open_copy_set(asked: _CopyRequest, cache: Cache, cache_dir: str | None, out
         objects += data_set.shards.objects(dataset_id, shards)
         ranges: Mapping[str, Sequence[ByteRange]] = {}
         if asked.columns is not None:
-            with output.counting("reading footers") as advance:
+            with output.count_progress("reading footers") as advance:
                 ranges = read_column_ranges(data_set, shards, asked.columns, advance)
         yield _CopySet(cache, cache.store(inner), objects, ranges)
 
@@ -263,7 +263,7 @@ def pin(
     """
     output = Output(as_json, quiet)
     part, size = AmountOptions(share, first).limits()
-    choice = ShardSelection(include, exclude, read_names(files_from), share=part, first_bytes=size)
+    choice = ShardSelection(include, exclude, read_names(files_from), fraction=part, limit_bytes=size)
     asked = _CopyRequest(url, choice, at, None, storage_option)
     with open_cache(cache_dir, cache_size) as cache, _open_copy_set(asked, cache, cache_dir, output) as wanted:
         if dry_run:

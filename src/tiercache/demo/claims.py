@@ -31,8 +31,8 @@ def resumed_exactly(before: Sequence[Epoch], after: Sequence[Epoch]) -> Iterator
         before: Epochs "whole" and "stopped" of all tasks.
         after: Epochs "resumed" of all tasks.
     """
-    for whole in (e for e in before if e.how == "whole"):
-        parts = [e for e in (*before, *after) if e.task == whole.task and e.how in ("stopped", "resumed")]
+    for whole in (e for e in before if e.mode == "whole"):
+        parts = [e for e in (*before, *after) if e.task == whole.task and e.mode in ("stopped", "resumed")]
         served = tuple(digest for part in parts for digest in part.digests)
         holds = len(parts) == 2 and all(part.digests for part in parts) and served == whole.digests
         same = sum(a == b for a, b in zip(served, whole.digests, strict=False))

@@ -66,7 +66,7 @@ class Epoch:
 
     task: str
     epoch: int
-    how: str
+    mode: str
     n_samples: int
     elapsed_s: float
     wait_share: float

@@ -87,7 +87,7 @@ def run_tiering(stage: DemoSetup, warm: Sequence[Epoch]) -> Generator[Event, Non
     yield claims.costs_less(before, after)
     yield Step("The next training, unchanged, in a fifth process with an empty cache")
     moved = yield from stage.run("moved")
-    yield from claims.trained_alike([epoch for epoch in warm if epoch.how == "warm"], moved)
+    yield from claims.trained_alike([epoch for epoch in warm if epoch.mode == "warm"], moved)
 
 
 def _write_rules(stage: DemoSetup) -> Path:

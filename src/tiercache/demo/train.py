@@ -79,7 +79,7 @@ class Trainer:
         return Epoch(
             task=self.task.name,
             epoch=epoch,
-            how=how,
+            mode=how,
             n_samples=n_samples,
             elapsed_s=elapsed_s,
             wait_share=waited_s / elapsed_s,
@@ -103,7 +103,7 @@ class Trainer:
         return Epoch(
             task=self.task.name,
             epoch=epoch,
-            how="loader only",
+            mode="loader only",
             n_samples=n_samples,
             elapsed_s=elapsed_s,
             wait_share=1.0,

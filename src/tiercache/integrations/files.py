@@ -127,14 +127,14 @@ class _Raw(io.RawIOBase):
 
     def read_range(self, wanted: ByteRange) -> bytes:
         """Return the bytes of a range; the position stays."""
-        ahead_bytes = self._ahead.after(wanted)
+        ahead_bytes = self._ahead.readahead_bytes(wanted)
         if ahead_bytes:
-            self._reading.want([ByteRange(wanted.start, min(wanted.end + ahead_bytes, self._reading.n_bytes))])
+            self._reading.prefetch([ByteRange(wanted.start, min(wanted.end + ahead_bytes, self._reading.n_bytes))])
         return self._reading.read(wanted)
 
     def read_into(self, wanted: ByteRange, buffer: memoryview) -> None:
         """Fill buffer with a range; the position stays."""
-        self._reading.read_into(wanted, buffer, ahead_bytes=self._ahead.after(wanted))
+        self._reading.read_into(wanted, buffer, ahead_bytes=self._ahead.readahead_bytes(wanted))
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         view = memoryview(buffer).cast("B")

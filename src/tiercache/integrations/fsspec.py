@@ -258,7 +258,7 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
                 if reading is not None:
                     wanted[reading].append(_slice(start, end, reading.n_bytes))
             for one, ranges in wanted.items():
-                one.want(ranges)
+                one.prefetch(ranges)
 
             def read(number: int) -> bytes:
                 path, start, end = paths[number], first[number], last[number]
@@ -407,7 +407,7 @@ def _copy(reading: ObjectReader, out: Any, callback: Any) -> None:
     """Write a whole object to an open file, and report the progress to callback."""
     n_bytes = reading.n_bytes
     callback.set_size(n_bytes)
-    reading.want([ByteRange(0, n_bytes)])
+    reading.prefetch([ByteRange(0, n_bytes)])
     buffer = memoryview(bytearray(min(COPY_BYTES, n_bytes)))
     for start in range(0, n_bytes, COPY_BYTES):
         piece = ByteRange(start, min(start + COPY_BYTES, n_bytes))

@@ -37,7 +37,7 @@ class ReadaheadPolicy:
         self._most_bytes = most_bytes
         self._next, self._n_in_a_row, self._run_bytes = -1, 0, 0
 
-    def after(self, wanted: ByteRange) -> int:
+    def readahead_bytes(self, wanted: ByteRange) -> int:
         """Return the number of bytes to fetch beyond wanted; 0 if wanted does not start where the last read ended."""
         if wanted.start != self._next:
             self._n_in_a_row = self._run_bytes = 0
@@ -71,11 +71,11 @@ class ObjectReader:
         """Size of the object."""
         return self._wanted.n_bytes
 
-    def want(self, ranges: Sequence[ByteRange]) -> None:
+    def prefetch(self, ranges: Sequence[ByteRange]) -> None:
         """Start to fetch the missing bytes of the ranges. Returns at once."""
         with self._lock:
             if self._lease is not None:
-                self._lease.want(ranges)
+                self._lease.prefetch(ranges)
 
     def read(self, wanted: ByteRange) -> bytes:
         """Return the bytes of a range that ends within the object. Raises as read_into()."""
@@ -106,17 +106,17 @@ class ObjectReader:
             if start >= 0 and start + wanted.n_bytes <= len(self._block):
                 buffer[:] = memoryview(self._block)[start : start + wanted.n_bytes]
                 return
-            if not self._read_here(wanted, buffer, ahead_bytes):
-                self._read_past(wanted, buffer, ahead_bytes)
+            if not self._read_cached(wanted, buffer, ahead_bytes):
+                self._read_source(wanted, buffer, ahead_bytes)
 
-    def _read_here(self, wanted: ByteRange, buffer: memoryview, ahead_bytes: int) -> bool:
+    def _read_cached(self, wanted: ByteRange, buffer: memoryview, ahead_bytes: int) -> bool:
         """Read from the copy. Return False if the range will not be cached. A wrong copy is fetched again."""
         for _ in range(2):
             lease = self._lease
             if lease is None:
                 return False
             if ahead_bytes:
-                lease.want([self._until(wanted, ahead_bytes)])
+                lease.prefetch([self._until(wanted, ahead_bytes)])
             if not (lease.present([wanted]) or lease.wait([wanted])):
                 return False
             block = self._until(wanted, min(ahead_bytes, BLOCK_BYTES))
@@ -150,7 +150,7 @@ class ObjectReader:
     def _until(self, wanted: ByteRange, ahead_bytes: int) -> ByteRange:
         return ByteRange(wanted.start, min(wanted.end + ahead_bytes, self.n_bytes))
 
-    def _read_past(self, wanted: ByteRange, buffer: memoryview, ahead_bytes: int) -> None:
+    def _read_source(self, wanted: ByteRange, buffer: memoryview, ahead_bytes: int) -> None:
         """Read ranges from the source. A sequential reader of small pieces is served from a larger block."""
         block = self._until(wanted, ahead_bytes)
         if block == wanted:

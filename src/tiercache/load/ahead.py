@@ -87,18 +87,18 @@ class PagePrefetcher:
         room_bytes = free_bytes // NEAR_SHARE
         reads: list[Future[int]] = []
         for loaded in windows:
-            sizes = [int(blocks.pages[:, 1].sum()) for blocks in loaded.held]
+            sizes = [int(blocks.pages[:, 1].sum()) for blocks in loaded.block_groups]
             n_near = count_near(sizes, room_bytes)
             room_bytes -= sum(sizes[:n_near])
             if loaded.window.key is not None:
-                for blocks in loaded.held[n_near:]:
+                for blocks in loaded.block_groups[n_near:]:
                     _expect_single_rows(blocks.pages)
             # These mappings are kept until the window is served. Decoded blocks are not: others may need their memory
             # before.
-            self._near.append((loaded.window, [blocks for blocks in loaded.held if not blocks.private_bytes]))
+            self._near.append((loaded.window, [blocks for blocks in loaded.block_groups if not blocks.private_bytes]))
             waits = is_served and not loaded.window.is_in_order
             most = 0.0 if waits else _MOST_BESIDE if fits else _MOST_BESIDE_IF_LARGER
-            reads += [self._start(blocks, most) for blocks in loaded.held[:n_near] if len(blocks.pages)]
+            reads += [self._start(blocks, most) for blocks in loaded.block_groups[:n_near] if len(blocks.pages)]
         return reads
 
     def _start(self, blocks: Blocks, most: float) -> Future[int]:
@@ -123,7 +123,7 @@ class PagePrefetcher:
 
 def is_in_memory(blocks: Blocks) -> bool:
     """Whether all mapped pages of blocks are in memory, as far as the file system reports that reliably."""
-    return _LINUX and blocks.tells_residence and are_resident(blocks.pages)
+    return _LINUX and blocks.reports_residency and are_resident(blocks.pages)
 
 
 def plan_steps(pages: NDArray[np.uint64]) -> list[tuple[int, int]]:

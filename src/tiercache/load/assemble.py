@@ -113,7 +113,7 @@ def _entries(column: Column, serving: OutputSpec, first: int) -> list[tuple[str,
     if column.kind is Kind.ARROW:
         return []
     valid = first + len(column.streams(0)) - 1 if serving.has_mask(column) else None
-    form, name = serving.form(column), column.name
+    form, name = serving.layout(column), column.name
     entries: list[tuple[str, Entry]]
     if form == "padded":
         entries = [(name, _padded_maker(column, first)), (f"{name}.lengths", _lengths_maker(column, first))]

@@ -36,7 +36,7 @@ def collate(records: Sequence[Any]) -> Any:
     if isinstance(records, LazyRecords) and records.as_gathered:
         batch = {name: _tensor(values) for name, values in apply_layouts(records.columns, records.serving).items()}
         for values in records.columns:
-            if values.column.kind is Kind.RAGGED and records.serving.form(values.column) == "list":
+            if values.column.kind is Kind.RAGGED and records.serving.layout(values.column) == "list":
                 batch[values.column.name] = _ragged(values)
             elif values.column.name in records.serving.decode and isinstance(values.values, list):
                 batch[values.column.name] = _pictures(values)

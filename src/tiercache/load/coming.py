@@ -150,7 +150,7 @@ class NextEpoch:
         self.publishing = ReadPlanPublisher(self._source, self._state, self._plan_epoch)
         return taken
 
-    def forget(self) -> None:
+    def on_source_closed(self) -> None:
         """Drop the preparation: a local copy that it reads may be gone, or the data set is closed."""
         if self._pid != os.getpid():
             return

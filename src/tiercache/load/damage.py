@@ -83,7 +83,7 @@ class CorruptionMap:
         shard, block, row = place
         self._add(shard, block, None if row is None else np.array([row], np.int64))
 
-    def learn(self, place: CorruptLocation, error: CorruptShard) -> None:
+    def note_corruption(self, place: CorruptLocation, error: CorruptShard) -> None:
         """Note corruption that a reader found; check the whole shard once, and warn about it once.
 
         Raises:
@@ -163,8 +163,8 @@ def corruption_map_for(source: Source, options: LoaderOptions) -> CorruptionMap 
 
 def _bad_rows(blocks: Blocks, streams: NDArray[np.uint32]) -> Rows:
     """Return the corrupt rows of the single loaded block; None if all of it is unreadable."""
-    blocks.forget_checks()  # the file may have been corrupted since
-    checks, n_rows = blocks.checks, int(blocks.n_rows[0])
+    blocks.reset_checks()  # the file may have been corrupted since
+    checks, n_rows = blocks.pending_checks, int(blocks.n_rows[0])
     found: set[int] = set()
     try:
         for number, (kind, width) in enumerate(streams.tolist()):

@@ -57,7 +57,7 @@ _live: weakref.WeakSet[DecodedPipeline] = weakref.WeakSet()
 
 def start_pipeline(work: PipelineInputs, resources: Resources) -> Pipeline | DecodedPipeline:
     """Return the pipeline for these inputs, with decoding threads if columns are to be decoded."""
-    return DecodedPipeline(work, resources) if work.serving.decode else Pipeline(work, resources)
+    return DecodedPipeline(work, resources) if work.output_spec.decode else Pipeline(work, resources)
 
 
 class DecodedPipeline:
@@ -68,15 +68,15 @@ class DecodedPipeline:
     """
 
     def __init__(self, work: PipelineInputs, resources: Resources) -> None:
-        for options in work.serving.decode.values():
+        for options in work.output_spec.decode.values():
             load_libraries(options)  # a missing library is an error of the caller, not of a thread
         self._waits = work.waits
         self._first_batch = work.first_batch
         self._pid = os.getpid()
         ahead = _ahead(work, resources)
-        self._line = _DecodeQueue(ahead, goes_on=work.damage is not None)
+        self._line = _DecodeQueue(ahead, goes_on=work.corruption is not None)
         self._gathered = Pipeline(_as_buffers(work), _gathering(resources))
-        work.memory.keep = (ahead + HELD_BY_CONSUMER) * len(work.serving.decode)
+        work.memory.keep = (ahead + HELD_BY_CONSUMER) * len(work.output_spec.decode)
         opener = _Opener(work, self._gathered)
         self._n_rows = self._n_batches = self._n_bytes = self._n_skipped = 0
         self._threads = [
@@ -94,7 +94,7 @@ class DecodedPipeline:
             Exception: See Pipeline.take.
             CorruptShard: An image cannot be decoded.
         """
-        if self.inherited:
+        if self.is_forked_copy:
             raise RuntimeError("this iterator is closed, or was made before a fork: call iter(loader) again")
         start_s = time.perf_counter()
         job = self._line.next_done(None if timeout_s < 0 else timeout_s)
@@ -117,7 +117,7 @@ class DecodedPipeline:
 
     def close(self) -> None:
         """End all threads; batches that were taken stay valid. See Pipeline.close."""
-        if self.inherited:
+        if self.is_forked_copy:
             return
         self._line.close()
         self._gathered.close()
@@ -134,7 +134,7 @@ class DecodedPipeline:
         return self._first_batch + self._line.n_taken
 
     @property
-    def inherited(self) -> bool:
+    def is_forked_copy(self) -> bool:
         """Whether this is a forked child's copy, which has no threads and cannot be used."""
         return self._pid != os.getpid()
 
@@ -320,7 +320,7 @@ class _Opener:
         batch = self.gathered.take()
         if batch is None:
             return _Job(None)
-        decode = self.work.serving.decode
+        decode = self.work.output_spec.decode
         positions = self.work.share.positions(self.number)
         n_rows = len(positions)
         draws: Sequence[Sequence[float]] = [()] * n_rows
@@ -342,11 +342,11 @@ class _Opener:
         column, index = divmod(task, job.n_rows)
         place = job.replaced.get(index)
         if place is None:
-            place = self.work.share.place(int(self.work.share.positions(job.number)[index]))
+            place = self.work.share.locate(int(self.work.share.positions(job.number)[index]))
         record = record_number(self.work.source, *place)
         error = image_decode_error(self.work.source, job.columns[column].name, record, str(said))
         error.__cause__ = said.with_traceback(None)  # the frames of the traceback would hold the batch's memory
-        damage = self.work.damage
+        damage = self.work.corruption
         if damage is not None:
             error.facts["place"] = stored = damage.stored(place)
             damage.add(stored)  # so that later images are replaced without starting a new pipeline for each
@@ -436,10 +436,10 @@ def _as_buffers(work: PipelineInputs) -> PipelineInputs:
 
     The gather pipeline has its own waiting times, which are not the consumer's.
     """
-    serving = work.serving
+    serving = work.output_spec
     encoded: ColumnLayout = "buffer"
-    forms = {**serving.forms, **dict.fromkeys(serving.decode, encoded)}
-    return replace(work, waits=WaitHistogram(), serving=replace(serving, forms=forms, decode={}))
+    forms = {**serving.layouts, **dict.fromkeys(serving.decode, encoded)}
+    return replace(work, waits=WaitHistogram(), output_spec=replace(serving, layouts=forms, decode={}))
 
 
 def _gathering(resources: Resources) -> Resources:
@@ -455,7 +455,7 @@ def _longest(work: PipelineInputs) -> int:
 def _ahead(work: PipelineInputs, resources: Resources) -> int:
     """Return how many batches are decoded ahead of the consumer."""
     n_rows = _longest(work)
-    sized = [options for options in work.serving.decode.values() if options.size is not None]
+    sized = [options for options in work.output_spec.decode.values() if options.size is not None]
     batch_bytes = n_rows * sum(int(np.prod(options.batch_shape)) * options.itemsize for options in sized)
     wanted = max(BATCHES_AHEAD, -(-PICTURES_A_THREAD * resources.n_threads // n_rows))
     return max(MIN_AHEAD, min(wanted, resources.memory_bytes // max(batch_bytes, 1)))

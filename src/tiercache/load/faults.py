@@ -33,7 +33,7 @@ def bad_cast(
         block: Number of the block in the window.
         row: Number of the row in the block.
     """
-    url = loaded.held[loaded.holder[block]].url
+    url = loaded.block_groups[loaded.group_of_block[block]].url
     for column, addresses in _columns(schema, loaded, block):
         if column.name in served:
             try:
@@ -52,7 +52,7 @@ def bad_value(schema: Schema, loaded: LoadedWindow, block: int, row: int) -> Cor
         block: Number of the block in the window.
         row: Number of the row in the block.
     """
-    blocks = loaded.held[loaded.holder[block]]
+    blocks = loaded.block_groups[loaded.group_of_block[block]]
     for column, addresses in _columns(schema, loaded, block):
         if column.kind in _CHECKED:
             try:

@@ -128,7 +128,7 @@ class SamplerQueue:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._kept: deque[SamplerBatch] = deque()
-        self.n_handed_out = self._n_told = self._n_planned = self._n_closed = 0
+        self.n_handed_out = self._n_plannable = self._n_planned = self._n_closed = 0
         self._ended = False
         self._error: Exception | None = None
 
@@ -152,7 +152,7 @@ class SamplerQueue:
     def n_plannable(self) -> int:
         """Number of batches that may be planned."""
         with self._lock:
-            return self._n_told
+            return self._n_plannable
 
     def add(self, drawn: SamplerBatch) -> None:
         """Append a batch. It is planned only after tell() or end()."""
@@ -160,20 +160,20 @@ class SamplerQueue:
             self._kept.append(drawn)
             self.batch_size = max(self.batch_size, len(drawn.numbers))
 
-    def tell(self) -> None:
+    def make_plannable(self) -> None:
         """Let the planner read the batches that were added."""
         with self._lock:
-            self._n_told = self.n_handed_out + len(self._kept)
+            self._n_plannable = self.n_handed_out + len(self._kept)
             self._changed.notify_all()
 
     def end(self, error: Exception | None) -> None:
         """Note that no batch follows. error: the sampler's error, which pieces() raises after all earlier batches."""
         with self._lock:
             self._ended, self._error = True, error
-            self._n_told = self.n_handed_out + len(self._kept)
+            self._n_plannable = self.n_handed_out + len(self._kept)
             self._changed.notify_all()
 
-    def let_go(self) -> None:
+    def drop_oldest(self) -> None:
         """Drop the oldest batch, which was handed out."""
         with self._lock:
             # No call in between, because Ctrl-C is raised at calls.
@@ -207,7 +207,7 @@ class SamplerQueue:
             drawn = self._kept[batch - self.n_handed_out]
         return drawn.first_row + np.arange(len(drawn.numbers), dtype=np.int64)
 
-    def place(self, position: int) -> tuple[int, int, int]:
+    def locate(self, position: int) -> tuple[int, int, int]:
         """Return (shard, block, row in the block) of a position in a batch in the queue."""
         with self._lock:
             kept = list(self._kept)
@@ -265,8 +265,8 @@ class SamplerQueue:
             near = [shard for shard in shards if self._source.is_mapped(shard)]
             start, n = 0, len(places.row)
             while start < n:
-                stop = start + count_fitting(places.cut(start, n), self._window_bytes, near)
-                window = explicit_window(start, places.cut(start, stop))
+                stop = start + count_fitting(places.slice(start, n), self._window_bytes, near)
+                window = explicit_window(start, places.slice(start, stop))
                 yield ListedPiece(window, sizes, window.block, window.row)
                 start, sizes = stop, sizes[:0]
 
@@ -292,10 +292,10 @@ class SamplerQueue:
     def _wait(self, at: int, n_closed: int) -> list[SamplerBatch] | None:
         """Return all batches from number `at` on, at least one; None at the end."""
         with self._lock:
-            self._changed.wait_for(lambda: self._n_closed != n_closed or self._ended or at < self._n_told)
+            self._changed.wait_for(lambda: self._n_closed != n_closed or self._ended or at < self._n_plannable)
             if self._n_closed != n_closed:
                 raise CancelledError
-            found = list(islice(self._kept, at - self.n_handed_out, self._n_told - self.n_handed_out))
+            found = list(islice(self._kept, at - self.n_handed_out, self._n_plannable - self.n_handed_out))
             if found:
                 self._n_planned = at + len(found)
                 return found

@@ -101,7 +101,7 @@ def _from(groups: ShardGroups, stream: int, n_streams: int, start: int) -> Shard
     """Return a stream's groups, in positions of the epoch, without what lies before `start`."""
     # Position p of the stream is position p * n_streams + stream of the epoch.
     begins, ends = groups.starts * n_streams + stream, (groups.stops - 1) * n_streams + stream + 1
-    return replace(groups, starts=begins, stops=ends).where(np.maximum(begins, start), ends)
+    return replace(groups, starts=begins, stops=ends).moved_to(np.maximum(begins, start), ends)
 
 
 def make_read_plan(

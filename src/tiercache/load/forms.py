@@ -31,11 +31,11 @@ def apply_layouts(columns: Sequence[ColumnValues], serving: OutputSpec) -> dict[
     Raises:
         SchemaError: A nested tensor is requested, and torch is not installed.
     """
-    if not serving.forms:
+    if not serving.layouts:
         return as_batch(columns)
     batch: dict[str, Any] = {}
     for found in columns:
-        name, form = found.column.name, serving.form(found.column)
+        name, form = found.column.name, serving.layout(found.column)
         if form == "list":
             batch[name] = found.values
         elif form == "padded":

@@ -115,7 +115,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         self._resources = resources
         self._timeout_s = delivery.timeout_s if delivery.timeout_s > 0 else -1.0
         self._pin = _pinning() if delivery.pin_memory else None
-        self._names = work.serving.names  # names of the entries of a tuple; None: batches are dicts
+        self._names = work.output_spec.names  # names of the entries of a tuple; None: batches are dicts
         self._start_s = time.perf_counter()
         self._counted = False
         self._read_again: set[int] = set()  # numbers of shards that were read a second time
@@ -151,13 +151,13 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         self._pipeline.close()
         if self._counted:
             return
-        publishing, coming = self._work.publishing, self._work.coming
+        publishing, coming = self._work.publisher, self._work.next_epoch
         if publishing is not None and coming is not None and self._position.finished:
             publishing.finish()
             coming.publishing.succeed(publishing)  # If another epoch follows, the cache has a plan at every moment.
         elif publishing is not None:
             publishing.close()
-        if not self._pipeline.inherited:
+        if not self._pipeline.is_forked_copy:
             self._count(self.figures())
             self._counted = True
 
@@ -226,16 +226,16 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         Raises:
             CorruptShard: The data is corrupt in the store, and corrupt records are not replaced.
         """
-        damage = self._work.damage
+        damage = self._work.corruption
         try:
             while True:
                 healed = self._may_read_again()
                 if healed is None:
-                    self._pass_by(error)
+                    self._replace_corrupt(error)
                 self._count(self._pipeline.figures())
-                if self._work.coming is not None:
-                    self._work.coming.forget()
-                here = replace(self._work, first_batch=self._position.n_yielded, begun=None)
+                if self._work.next_epoch is not None:
+                    self._work.next_epoch.on_source_closed()
+                here = replace(self._work, first_batch=self._position.n_yielded, epoch_start=None)
                 self._start(here)
                 try:
                     return self._pipeline.take(self._timeout_s)
@@ -258,16 +258,16 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         self._read_again.add(shard)
         return healed
 
-    def _pass_by(self, error: CorruptShard) -> None:
+    def _replace_corrupt(self, error: CorruptShard) -> None:
         """Replace the corrupt records from now on. Raises the error if they must not be replaced, or already were."""
         place: CorruptLocation | None = error.facts.get("place")
-        if self._work.damage is None or place is None or place in self._passed_by:
+        if self._work.corruption is None or place is None or place in self._passed_by:
             try:
                 raise error
             finally:
                 del error  # as in _take_past()
         self._passed_by.add(place)
-        self._work.damage.learn(place, error)
+        self._work.corruption.note_corruption(place, error)
 
 
 def _pinning() -> Any:

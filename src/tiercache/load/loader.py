@@ -181,7 +181,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 persistent_workers=persistent_workers,
             )
             if not why_not:
-                self._native = self._run(asked)
+                self._native = self._make_engine(asked)
             elif has_state:  # torchdata keeps the data set's state beside the sampler's
                 self._is_split = asked.options.split_ranks
             else:
@@ -207,7 +207,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
     def __iter__(self) -> Any:
         if self.batch_sampler is not self._run_of:
-            self._follow(self.batch_sampler)
+            self._replace_batch_sampler(self.batch_sampler)
         if self._native is None:
             if self._indexed is not None and not self._has_rest:
                 return self._iterate_indexed(self._indexed)
@@ -324,7 +324,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for pickling: the copy continues at this loader's position, with its own threads."""
         runs = {name: getattr(self, name) for name in ("_native", "_indexed")}
-        state = {**vars(self), **{name: None if run is None else run.recipe for name, run in runs.items()}}
+        state = {**vars(self), **{name: None if run is None else run.rebuild_arguments for name, run in runs.items()}}
         newest = self._newest_iterator
         if newest is not None and self._ordered is None:
             state |= {"next_iter_state": newest.state_dict(), "_has_rest": self._serves_rest}
@@ -340,7 +340,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             self.__dict__.update(sampler=sampler, batch_sampler=batch_sampler)  # torch forbids setting them
         if state["_native"] is not None:
             asked, begun = state["_native"]
-            self._native = self._run(asked)
+            self._native = self._make_engine(asked)
             if begun is not None and self._native is not None:
                 self._native.load(begun)
         if state["_indexed"] is not None:
@@ -503,7 +503,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             )
         return found
 
-    def _follow(self, batch_sampler: Any) -> None:
+    def _replace_batch_sampler(self, batch_sampler: Any) -> None:
         """Serve a batch sampler that replaced the loader's own after the loader was made.
 
         torch's loader asks whichever batch sampler it has at iter(). MultiEpochsDataLoader (timm and others) installs
@@ -512,11 +512,11 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         native, self._run_of = self._native, batch_sampler
         self._sampled, self._native, self._indexed = True, None, None
         if native is not None:
-            asked, _ = native.recipe
-            self._native = self._run(replace(asked, shuffle=False))
+            asked, _ = native.rebuild_arguments
+            self._native = self._make_engine(replace(asked, shuffle=False))
         self._starts_workers = self._native is None
 
-    def _run(self, asked: LoaderArguments) -> NativeEngine | SamplerEngine | None:
+    def _make_engine(self, asked: LoaderArguments) -> NativeEngine | SamplerEngine | None:
         """Return the engine of the native path; None: the sampler must be asked batch by batch, as torch does."""
         source = self.dataset.source
         if not self._sampled:

@@ -79,7 +79,7 @@ def replace_corrupt(pieces: Iterable[Piece], damage: CorruptionMap, walk: Record
     """
     mender, n_rows = _RecordReplacer(damage, walk), 0
     for piece in pieces:
-        yield mender.mend(piece, n_rows) if damage else piece
+        yield mender.repair(piece, n_rows) if damage else piece
         n_rows += piece.n_rows
 
 
@@ -105,7 +105,7 @@ class _RecordReplacer:
     _without: dict[int, _TrimmedWindow] = field(default_factory=dict)
     _alone: tuple[RecordLocation, ExplicitWindow] | None = None
 
-    def mend(self, piece: Piece, n_before: int) -> Piece:
+    def repair(self, piece: Piece, n_before: int) -> Piece:
         """Return the piece, which begins after n_before rows, with its corrupt records replaced."""
         shards = np.concatenate([window.shards for window in piece.windows])
         blocks = np.concatenate([window.blocks for window in piece.windows])

@@ -37,7 +37,7 @@ class OrderSampler(torch_data.Sampler[int]):
 
     run: NativeEngine | None = None
     is_split_by_others = False
-    told_epoch: int | None = None
+    requested_epoch: int | None = None
 
     def __iter__(self) -> Iterator[int]:
         run = self.run
@@ -53,7 +53,7 @@ class OrderSampler(torch_data.Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of this sampler's next iterator. The loader's own iterators ignore it."""
-        self.told_epoch = epoch
+        self.requested_epoch = epoch
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, without the engine, which has threads.
@@ -101,7 +101,7 @@ class OrderIterator(Iterator[int]):
                 self._n_yielded += 1
 
     def _begin(self, state: RunState | None) -> Iterator[int]:
-        epoch, self._sampler.told_epoch = self._sampler.told_epoch, None
+        epoch, self._sampler.requested_epoch = self._sampler.requested_epoch, None
         if state is None and epoch is not None:
             self._run.set_epoch(epoch)
         self._begun, read, share, draws = self._run.begin_for_sampler(state)

@@ -101,14 +101,14 @@ class PipelineInputs:
     counters: Counters
     waits: WaitHistogram
     first_batch: int = 0
-    serving: OutputSpec = field(default_factory=OutputSpec)
+    output_spec: OutputSpec = field(default_factory=OutputSpec)
     memory: BatchMemory = field(default_factory=BatchMemory)
-    fittings: PipelineCache = field(default_factory=PipelineCache)
-    said: set[str] = field(default_factory=set)
-    begun: Future[EpochStart | None] | None = None
-    coming: NextEpoch | None = None
-    damage: CorruptionMap | None = None
-    publishing: ReadPlanPublisher | None = None
+    cache: PipelineCache = field(default_factory=PipelineCache)
+    warned: set[str] = field(default_factory=set)
+    epoch_start: Future[EpochStart | None] | None = None
+    next_epoch: NextEpoch | None = None
+    corruption: CorruptionMap | None = None
+    publisher: ReadPlanPublisher | None = None
 
 
 class Pipeline:
@@ -120,7 +120,7 @@ class Pipeline:
 
     def __init__(self, work: PipelineInputs, resources: Resources) -> None:
         self._work = work
-        fitted = work.fittings.of(work.source, work.serving)
+        fitted = work.cache.of(work.source, work.output_spec)
         self._assembler = fitted.assembler
         sizes = fitted.sizes(work.share.batch_size, work.share.n_records)
         if self._assembler.bytes_streams:
@@ -145,7 +145,7 @@ class Pipeline:
         self._pid = os.getpid()
         self._is_closed = False
         self._taking = threading.RLock()
-        odd = (self._waited, self._shared.mended)
+        odd = (self._waited, self._shared.patched)
         self._taker = Taker(
             self._ring, self._assembler.entries, self._shared.pieces, odd, self._taking, work.waits.bins
         )
@@ -167,7 +167,7 @@ class Pipeline:
             RuntimeError: The pipeline is closed, or a forked child called.
         """
         # Another thread of the parent may have held the lock, and that thread does not exist in the child.
-        if self.inherited:
+        if self.is_forked_copy:
             self._stop(CLOSED, timeout_s)
             return None
         with self._taking:
@@ -189,7 +189,7 @@ class Pipeline:
         A read from a store that is under way ends by itself later. In a forked child close() does nothing: the child
         has no such threads, and any lock may be held for ever.
         """
-        if self._is_closed or self.inherited:
+        if self._is_closed or self.is_forked_copy:
             return
         with contextlib.suppress(InvalidStateError):  # The pipeline was closed before.
             self._shared.stop.set_result(None)
@@ -215,7 +215,7 @@ class Pipeline:
         return self._work.first_batch + self._ring.figures()["batches"] - len(self._ahead) - len(self._waited)
 
     @property
-    def inherited(self) -> bool:
+    def is_forked_copy(self) -> bool:
         """Whether this is a forked child's copy, which has no threads and cannot be used."""
         return self._pid != os.getpid()
 
@@ -255,7 +255,7 @@ class Pipeline:
             raise
         if self._assembler.object_columns:
             batch = self._with_objects(batch, slot)
-        self.replaced = self._replaced(slot.first_row, slot.first_row + slot.n_rows) if self._shared.mended else {}
+        self.replaced = self._replaced(slot.first_row, slot.first_row + slot.n_rows) if self._shared.patched else {}
         self._n_skipped += len(self.replaced)
         self._taker.count(slot)
         return batch
@@ -267,7 +267,7 @@ class Pipeline:
     def _replaced(self, start: int, stop: int) -> dict[int, RecordLocation]:
         """Return the replaced rows of [start, stop) of the sequence, counted from `start`, and their replacements."""
         found: dict[int, RecordLocation] = {}
-        mended = self._shared.mended
+        mended = self._shared.patched
         for first, piece in list(mended):  # the planner may append at any time
             rows = piece.replaced[np.searchsorted(piece.replaced, start - first) :]
             rows = rows[: np.searchsorted(rows, stop - first)]
@@ -281,7 +281,7 @@ class Pipeline:
         if not self._waited:
             slot = self._ring.take(0.0)
             if not isinstance(slot, int):
-                self._work.waits.add_none()
+                self._work.waits.add_zero()
                 return slot
             start_s = time.perf_counter()
             try:
@@ -299,7 +299,7 @@ class Pipeline:
         """
         found: Slot | int | Exception
         if self._ahead:
-            self._work.waits.add_none()
+            self._work.waits.add_zero()
             found = self._ahead.popleft()
         else:
             found = self._started(self._next_slot(timeout_s))
@@ -374,12 +374,14 @@ class Pipeline:
         # Ctrl-C may have lost batches: the ring counted them, but the taker did not.
         n_uncounted = self._ring.figures()["batches"] - self._taker.batches
         stop = self._taker.rows + (1 + n_uncounted) * self._work.share.batch_size
-        served = served_columns(source.schema, self._work.serving.cast if isinstance(error, gather.CastError) else {})
+        served = served_columns(
+            source.schema, self._work.output_spec.cast if isinstance(error, gather.CastError) else {}
+        )
         for loaded, block, row in self._places(self._taker.rows, stop):
             misfit = bad_cast(source.schema, served, loaded, block, row) if served else None
             if misfit is not None:
                 return misfit
-            loaded.held[loaded.holder[block]].forget_checks()  # the file may have been corrupted since
+            loaded.held[loaded.holder[block]].reset_checks()  # the file may have been corrupted since
             checks = loaded.checks
             for number, (kind, width) in enumerate(streams):
                 check = None if checks is None else checks[number]

@@ -155,12 +155,12 @@ def pieces(order: Order, ranks: RankPlan, sizes: PieceSizes = ARRAY_PIECES) -> I
     while row < ranks.n_served:
         limit = full_stop if row < full_stop else ranks.n_served
         stop = min(row + n_rows, limit)
-        if n_rows > sizes.most and not cutter.is_run(ranks.run_between(row, stop)):
+        if n_rows > sizes.most and not cutter.is_run(ranks.range_between(row, stop)):
             stop = min(row + sizes.most, limit)
-        if row == full_stop and ranks.padded:
+        if row == full_stop and ranks.n_padding:
             # Padding repeats earlier records, so the blocks that are held say nothing about the blocks that it needs.
             cutter = _Cutter(order, ranks)
-        yield from cutter.cut(ranks.rising_between(row, stop), is_last=stop == ranks.n_served)
+        yield from cutter.cut(ranks.range_or_positions(row, stop), is_last=stop == ranks.n_served)
         row, n_rows = stop, min(4 * n_rows, max(sizes.most, sizes.run))
 
 

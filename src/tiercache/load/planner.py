@@ -83,7 +83,7 @@ class PlannerState:
     """
 
     pieces: deque[tuple[int, PushedRows]] = field(default_factory=deque)
-    mended: deque[tuple[int, PatchedPiece]] = field(default_factory=deque)
+    patched: deque[tuple[int, PatchedPiece]] = field(default_factory=deque)
     error: Exception | None = None
     stop: Future[None] = field(default_factory=Future)
     ended: bool = False
@@ -94,15 +94,15 @@ def run_planner(work: PipelineInputs, ring: Ring, shared: PlannerState, threads:
     """Run the planner thread: push each piece of the epoch, then prepare the start of the next epoch."""
     is_planned = False
     try:
-        if work.publishing is not None and isinstance(work.share, OrderShare):
-            work.publishing.begin(work.share, work.first_batch)
+        if work.publisher is not None and isinstance(work.share, OrderShare):
+            work.publisher.begin(work.share, work.first_batch)
         planner = _Planner(work, ring, shared, threads)
         planner.push_all()
         ring.finish()
         is_planned = True  # Later errors concern the next epoch, which raises them itself.
-        if work.coming is not None and planner.has_room():
-            planner.let_go()
-            work.coming.prepare(threads, planner.pressure, planner.ahead_bytes)
+        if work.next_epoch is not None and planner.has_room():
+            planner.drop_windows()
+            work.next_epoch.prepare(threads, planner.pressure, planner.ahead_bytes)
     except CancelledError:  # close() was called while a window was loaded.
         ring.finish(failed=True)
     except Exception as error:  # noqa: BLE001 -- top of a thread: the consumer raises it in its place in the order
@@ -111,8 +111,8 @@ def run_planner(work: PipelineInputs, ring: Ring, shared: PlannerState, threads:
         ring.finish(failed=True)
     finally:
         # The pipeline was closed before it used the prepared start, which may not be ready yet.
-        if work.begun is not None:
-            cancel_loads(work.begun)
+        if work.epoch_start is not None:
+            cancel_loads(work.epoch_start)
 
 
 class _Planner:
@@ -131,7 +131,7 @@ class _Planner:
         self._loading: dict[int, WindowLoad] = {}  # started by the epoch before
         self._joined: JoinedWindows | None = None
         self._serving: tuple[Window, ...] = ()  # the windows of the last push
-        fitted = work.fittings.of(work.source, work.serving)
+        fitted = work.cache.of(work.source, work.output_spec)
         self.ahead_bytes = SHARDS_AHEAD * fitted.largest_bytes
         self._near = PagePrefetcher(threads, fitted.stored_bytes)
         self.pressure = MemoryPressure(work.source.is_mapped, threads.limit_bytes)
@@ -144,13 +144,13 @@ class _Planner:
                 raise CancelledError
             served: object = piece
             if isinstance(served, PatchedPiece):
-                self._shared.mended.append((self._pushed_rows, served))
+                self._shared.patched.append((self._pushed_rows, served))
             if self.pressure.fits(piece):
                 self._push(piece)
                 continue
             for part in self.pressure.slices(piece):
                 self._push(part)
-                if "pressure" not in self._work.said and self.pressure.is_told and not self.pressure.fits(piece):
+                if "pressure" not in self._work.warned and self.pressure.is_told and not self.pressure.fits(piece):
                     self._warn()
 
     def has_room(self) -> bool:
@@ -159,14 +159,16 @@ class _Planner:
         self._advance()
         return (has_room or self._shared.ended) and (self._shared.ended or not self._shared.stop.done())
 
-    def let_go(self) -> None:
+    def drop_windows(self) -> None:
         """Drop all windows: the ring holds those whose rows are not served yet."""
         self._held.clear()
         self._joined = None
 
     def _pieces(self) -> Iterator[Piece]:
         start_s = time.perf_counter()
-        begun: EpochStart | None = None if self._work.begun is None else self._threads.result(self._work.begun)
+        begun: EpochStart | None = (
+            None if self._work.epoch_start is None else self._threads.result(self._work.epoch_start)
+        )
         if begun is not None:
             self._loading = {id(loading.window): loading for loading in begun.loading}
         found = self._work.share.pieces(self._work.first_batch) if begun is None else begun.pieces
@@ -208,14 +210,14 @@ class _Planner:
             raise CancelledError
         if is_first:  # The first batch does not wait for its whole window.
             self._near.prefetch_pages(new, serving, is_served=True)
-            if self._work.publishing is not None:
-                self._work.publishing.complete()
+            if self._work.publisher is not None:
+                self._work.publisher.complete()
         self._serving = part.windows
 
     def _advance(self) -> None:
         """Tell the cache that all rows but those of the last push are served, so that it may evict their shards."""
-        if self._work.publishing is not None:
-            self._work.publishing.advance(self._work.first_batch, self._pushed_rows - self._last_rows)
+        if self._work.publisher is not None:
+            self._work.publisher.advance(self._work.first_batch, self._pushed_rows - self._last_rows)
 
     def _let_go_of_others(self, part: Piece | PieceSlice) -> list[tuple[Window, NDArray[np.bool_]]]:
         """Drop the windows that the part does not need, before more memory is used; return the missing ones."""
@@ -256,8 +258,8 @@ class _Planner:
         own = interleaved([list(dict.fromkeys(window.shards[wanted].tolist())) for window, wanted in missing])
         ahead = work.share.shards_ahead(work.first_batch, self._pushed_rows, self.ahead_bytes)
         # Near the end of an epoch the shards of the next epoch come next.
-        if work.coming is not None and int(work.source.shard_bytes[ahead].sum()) < self.ahead_bytes:
-            ahead += work.coming.shards_ahead(self.ahead_bytes)
+        if work.next_epoch is not None and int(work.source.shard_bytes[ahead].sum()) < self.ahead_bytes:
+            ahead += work.next_epoch.shards_ahead(self.ahead_bytes)
         work.source.prefetch([*dict.fromkeys([*own, *ahead])])
 
     def _finish(self, loading: list[WindowLoad]) -> list[LoadedWindow]:
@@ -266,7 +268,7 @@ class _Planner:
             for one in loading:
                 loaded = one.finish(self._threads)
                 self._held[id(loaded.window)] = loaded
-                self.pressure.learn(loaded)
+                self.pressure.record_usage(loaded)
                 new.append(loaded)
         finally:
             for one in loading:
@@ -299,5 +301,5 @@ class _Planner:
 
     def _warn(self) -> None:
         """Warn that blocks are read again and again."""
-        self._work.said.add("pressure")
+        self._work.warned.add("pressure")
         warnings.warn(self.pressure.explain(self._work.source.url), RuntimeWarning, stacklevel=2)

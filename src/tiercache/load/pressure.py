@@ -70,9 +70,9 @@ class MemoryPressure:
         """Whether the share of a window that is not mapped is known."""
         return self._raw_bytes > 0
 
-    def learn(self, loaded: LoadedWindow) -> None:
+    def record_usage(self, loaded: LoadedWindow) -> None:
         """Count the memory that a loaded window takes."""
-        here = loaded.holder >= 0
+        here = loaded.group_of_block >= 0
         self._raw_bytes += int(loaded.window.block_bytes[here].sum())
         self._private_bytes += loaded.private_bytes
 

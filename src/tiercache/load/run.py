@@ -101,7 +101,7 @@ class NativeEngine:
         return replace(state, seed=next_seed(self._asked.generator, after_begin=not self._begins()))
 
     @property
-    def recipe(self) -> tuple[LoaderArguments, RunState | None]:
+    def rebuild_arguments(self) -> tuple[LoaderArguments, RunState | None]:
         """Arguments that make an equal engine elsewhere, and its position if the run has begun."""
         return self._asked, self._state if self._position is None else self.state()
 
@@ -217,14 +217,14 @@ class NativeEngine:
             share=share,
             counters=self._counters,
             waits=self._waits,
-            serving=self._asked.serving,
+            output_spec=self._asked.serving,
             memory=self._memory,
-            fittings=self._fittings,
-            said=self._said,
-            begun=found.begun,
-            coming=coming,
-            damage=self._damage,
-            publishing=found.publishing,
+            cache=self._fittings,
+            warned=self._said,
+            epoch_start=found.begun,
+            next_epoch=coming,
+            corruption=self._damage,
+            publisher=found.publishing,
         )
         delivery = Delivery(self._asked.timeout_s, self._asked.pin_memory, draws)
         iterator = NativeIterator(position, work, self._machine.resources(rank), delivery)

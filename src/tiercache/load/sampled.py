@@ -52,7 +52,7 @@ class SampledIterator(Iterator[Any]):
         self._run = run
         self._draws = draws
         epoch.draw(run.lead.at_begin)
-        epoch.feed.tell()
+        epoch.feed.make_plannable()
         # Begun now if possible: torch's loader gives its warnings (about pinning) in iter().
         self._native = run.begin(epoch, draws) if run.says_size else None
 
@@ -93,11 +93,11 @@ class SampledIterator(Iterator[Any]):
         ahead = feed.n_drawn - n_yielded
         if lead.n_batches == lead.at_begin:  # as torch: one more for each batch that is taken
             self._epoch.draw(lead.n_batches + 1 - ahead)
-            feed.tell()
+            feed.make_plannable()
             return
         self._epoch.draw(min(8 if self._epoch.is_bulk else 2, lead.n_batches - ahead))
         if 2 * (feed.n_plannable - n_yielded) <= feed.n_drawn - n_yielded:
-            feed.tell()
+            feed.make_plannable()
 
 
 class SamplerEngine:
@@ -146,7 +146,7 @@ class SamplerEngine:
         return self._epoch.state()
 
     @property
-    def recipe(self) -> tuple[LoaderArguments, Mapping[str, Any] | None]:
+    def rebuild_arguments(self) -> tuple[LoaderArguments, Mapping[str, Any] | None]:
         """Arguments that make an equal engine elsewhere, and its position if the run has begun."""
         return self._asked, self._next if self._epoch is None else self._epoch.state()
 
@@ -198,11 +198,11 @@ class SamplerEngine:
             share=epoch.feed,
             counters=self._counters,
             waits=self._waits,
-            serving=self._asked.serving,
+            output_spec=self._asked.serving,
             memory=self._memory,
-            fittings=self._fittings,
-            said=self._said,
-            damage=self._damage,
+            cache=self._fittings,
+            warned=self._said,
+            corruption=self._damage,
         )
         delivery = Delivery(self._asked.timeout_s, self._asked.pin_memory, draws)
         return NativeIterator(epoch, work, self._machine.resources(self.rank()), delivery)

@@ -264,7 +264,7 @@ class SamplerPass:
     @n_yielded.setter
     def n_yielded(self, n_batches: int) -> None:
         while self.feed.n_handed_out < n_batches:
-            self.feed.let_go()
+            self.feed.drop_oldest()
 
     @property
     def is_bulk(self) -> bool:

@@ -41,7 +41,7 @@ class OutputSpec:
         names: Names of the entries of a tuple, if records and batches are tuples; else None.
     """
 
-    forms: Mapping[str, ColumnLayout] = field(default_factory=dict)
+    layouts: Mapping[str, ColumnLayout] = field(default_factory=dict)
     nulls: Mapping[str, Any] = field(default_factory=dict)
     decode: Mapping[str, DecodeImage] = field(default_factory=dict)
     cast: Casts = field(default_factory=dict)
@@ -89,7 +89,7 @@ class OutputSpec:
         """Return the settings of these columns."""
         return replace(
             self,
-            forms=_only(names, self.forms),
+            layouts=_only(names, self.layouts),
             nulls=_only(names, self.nulls),
             decode=_only(names, self.decode),
             cast=_only(names, self.cast),
@@ -104,9 +104,9 @@ class OutputSpec:
         """Return the columns as they are served."""
         return Schema([self.column(column) for column in stored.columns]) if self.cast else stored
 
-    def form(self, column: Column) -> ColumnLayout:
+    def layout(self, column: Column) -> ColumnLayout:
         """Return the layout of a column; "list" has no effect if its records do not differ in length."""
-        return self.forms.get(column.name, "list")
+        return self.layouts.get(column.name, "list")
 
     def has_mask(self, column: Column) -> bool:
         """Whether a batch has the entry "<column>.valid"."""

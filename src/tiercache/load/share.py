@@ -53,7 +53,7 @@ class EpochShare(Protocol):
     def positions(self, batch: int) -> NDArray[np.int64]:
         """Return the positions in the epoch of a batch's records, int64[n], in served order."""
 
-    def place(self, position: int) -> tuple[int, int, int]:
+    def locate(self, position: int) -> tuple[int, int, int]:
         """Return (shard, block, row in the block) of a position of the epoch. Reads footers."""
 
     def shards_ahead(self, n_batches: int, n_rows: int, n_bytes: int) -> list[int]:
@@ -98,7 +98,7 @@ class OrderShare:
     @property
     def padded(self) -> int:
         """Number of this rank's records that are not part of the global sequence."""
-        return self.ranks.padded
+        return self.ranks.n_padding
 
     def pieces(self, n_batches: int) -> Iterator[Piece]:
         """See Share.pieces."""
@@ -110,7 +110,7 @@ class OrderShare:
         """See Share.positions."""
         return self.ranks.positions(batch)
 
-    def place(self, position: int) -> tuple[int, int, int]:
+    def locate(self, position: int) -> tuple[int, int, int]:
         """See Share.place."""
         stream, at = position % self.order.n_streams, position // self.order.n_streams
         stretch = self.order.section_at(stream, at)
@@ -146,7 +146,7 @@ class _Walk:
 
     def before(self, n_rows: int) -> Iterator[RecordLocation]:
         """Yield the records back to the start of the epoch, even if a resumed run began later."""
-        ranks, place = self.ranks, self.share.place
+        ranks, place = self.ranks, self.share.locate
         for row in reversed(range(n_rows)):
             yield place(int(ranks.positions_between(row, row + 1)[0]))
         while ranks.offset >= ranks.global_batch:
@@ -156,7 +156,7 @@ class _Walk:
     def after(self, n_rows: int) -> Iterator[RecordLocation]:
         """Yield the records to the end of the epoch."""
         for row in range(n_rows, self.ranks.n_served):
-            yield self.share.place(int(self.ranks.positions_between(row, row + 1)[0]))
+            yield self.share.locate(int(self.ranks.positions_between(row, row + 1)[0]))
 
 
 def interleaved(runs: Sequence[Sequence[int]]) -> list[int]:

@@ -41,7 +41,7 @@ def gather_streams(schema: Schema, serving: OutputSpec | None = None) -> NDArray
 
 def _values_kind(column: Column, serving: OutputSpec) -> int | None:
     """Return the kind of a stream of values if it differs from the stored one."""
-    form = serving.form(column)
+    form = serving.layout(column)
     if form == "padded":
         return PADDED
     return gather.REF if form == "list" and column.kind in (Kind.BYTES, Kind.IMAGE) else None
@@ -83,7 +83,7 @@ def layout_table(schema: Schema, serving: OutputSpec) -> NDArray[np.uint64] | No
 def _column_rows(column: Column, serving: OutputSpec, first: int, tail: bytearray) -> list[list[int]]:
     """Return a column's rows of the table; its streams begin with number `first`. Pointers are offsets into `tail`."""
     column = serving.column(column)  # fill values have the served dtype; a cast column has the same streams
-    streams, form = column.streams(0), serving.form(column)
+    streams, form = column.streams(0), serving.layout(column)
     rows = [[0, _NONE, 0, 0, _NONE, 0, 0, 0] for _ in streams]
     if not rows:
         return rows

@@ -47,7 +47,7 @@ def tuple_columns(names: Sequence[str], schema: Schema, serving: OutputSpec) -> 
             raise SchemaError(f"there is no {name!r}: {kinds}", column=column.name, expected=kinds, got=name)
         found[column.name] = column
     for column in found.values():
-        visible = column.kind in _SHOWS_NULLS and serving.form(column) == "list" and column.name not in serving.decode
+        visible = column.kind in _SHOWS_NULLS and serving.layout(column) == "list" and column.name not in serving.decode
         if serving.has_mask(column) and not visible and f"{column.name}.valid" not in names:
             way = f"name {column.name + '.valid'!r} too, or give the data set nulls={{{column.name!r}: ...}}"
             raise SchemaError(f"its nulls would be zeros in a tuple: {way}", column=column.name, expected=way, got="")
@@ -72,7 +72,7 @@ def _column_of(name: str, schema: Schema) -> str:
 
 def _companions(column: Column, serving: OutputSpec) -> list[str]:
     names = [f"{column.name}.valid"] if serving.has_mask(column) else []
-    return [*names, f"{column.name}.lengths"] if serving.form(column) == "padded" else names
+    return [*names, f"{column.name}.lengths"] if serving.layout(column) == "padded" else names
 
 
 def _companion(record: Mapping[str, Any], name: str, schema: Schema) -> Any:

@@ -35,10 +35,10 @@ MIN_LOAD_THREADS = 4
 
 def renew_checks(blocks: Blocks) -> None:
     """Mark blocks unchecked if they will be read from the disk again, or were checked long ago."""
-    if not blocks.tells_residence or are_resident(blocks.pages):
-        blocks.forget_old_checks(CHECKED_FOR_S)
+    if not blocks.reports_residency or are_resident(blocks.pages):
+        blocks.reset_old_checks(CHECKED_FOR_S)
     else:
-        blocks.forget_checks()
+        blocks.reset_checks()
 
 
 def loading_pool(n_threads: int) -> ThreadPoolExecutor:
@@ -57,36 +57,36 @@ class LoadedWindow:
 
     window: Window
     addresses: NDArray[np.uint64]
-    held: tuple[Blocks, ...]
-    holder: NDArray[np.int32]
+    block_groups: tuple[Blocks, ...]
+    group_of_block: NDArray[np.int32]
     position: NDArray[np.int32]
 
     @property
     def checks(self) -> NDArray[np.uint64] | None:
-        """Checks that the blocks still need, uint64[n_streams, n_blocks, 4] as Blocks.checks; None: none."""
+        """Checks that the blocks still need, uint64[n_streams, n_blocks, 4] as Blocks.pending_checks; None: none."""
         checks = None
-        for number, blocks in enumerate(self.held):
-            left = blocks.checks
+        for number, blocks in enumerate(self.block_groups):
+            left = blocks.pending_checks
             if left is None:
                 continue
             if checks is None:
                 checks = np.zeros((*self.addresses.shape[:2], 4), np.uint64)
-            places = np.flatnonzero(self.holder == number)
+            places = np.flatnonzero(self.group_of_block == number)
             checks[:, places[np.argsort(self.position[places])]] = left
         return checks
 
     @property
     def private_bytes(self) -> int:
         """Bytes of memory that are neither mapped nor shared: data that was read or decoded."""
-        return sum(blocks.private_bytes for blocks in self.held)
+        return sum(blocks.private_bytes for blocks in self.block_groups)
 
     def covers(self, wanted: NDArray[np.bool_]) -> bool:
         """Whether all of these blocks are loaded. wanted: bool[n_blocks]."""
-        return bool((self.holder[wanted] >= 0).all())
+        return bool((self.group_of_block[wanted] >= 0).all())
 
     def value(self, block: int, row: int, column: int) -> object:
         """Return a record's value of an ARROW column as Python objects. column: its index among the served columns."""
-        blocks = self.held[self.holder[block]]
+        blocks = self.block_groups[self.group_of_block[block]]
         return blocks.array(int(self.position[block]), blocks.columns[column])[int(row)].as_py()
 
 

@@ -46,7 +46,7 @@ class ShardGroups:
         for start, stop, first, last in bounds:
             yield start, stop, self.shards[first:last]
 
-    def where(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> ShardGroups:
+    def moved_to(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> ShardGroups:
         """Return the groups over other positions, with proportional bytes; groups that become empty are dropped.
 
         Args:

@@ -44,7 +44,7 @@ class RecordLocations:
     at: NDArray[np.int64]
     row: NDArray[np.uint32]
 
-    def cut(self, start: int, stop: int) -> RecordLocations:
+    def slice(self, start: int, stop: int) -> RecordLocations:
         """Return the locations of records [start, stop)."""
         return RecordLocations(self.shards, self.blocks, self.block_bytes, self.at[start:stop], self.row[start:stop])
 
@@ -131,7 +131,7 @@ class RecordLocator:
 
     def find_all(self) -> RecordLocations:
         """Return the table of all blocks, with no records; reads all footers that were not read before."""
-        return self.find(self._first_record[:-1][np.diff(self._first_record) > 0]).cut(0, 0)
+        return self.find(self._first_record[:-1][np.diff(self._first_record) > 0]).slice(0, 0)
 
     def _learn(self, shards: Sequence[int]) -> None:
         missing = [shard for shard in shards if shard not in self._known]
@@ -315,7 +315,7 @@ class ExplicitOrder:
         if last is None or not last.start <= position < last.stop:
             places = self._locator.find(self._numbers[position : position + MAX_WINDOW_ROWS])
             n = count_fitting(places, self._window_bytes)
-            last = self._last = explicit_window(position, places.cut(0, n))
+            last = self._last = explicit_window(position, places.slice(0, n))
         return last
 
     def shards_ahead(self, stream: int, position: int, n_bytes: int | None) -> NDArray[np.int64]:

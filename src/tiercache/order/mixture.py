@@ -163,7 +163,7 @@ class MixtureSection:
             raise ValueError(f"positions [{lo}, {hi}) are outside a section of {self.stop - self.start} positions")
         block, row = allocate_rows(hi - lo), allocate_rows(hi - lo)
         drawn = self._shares.drawn(self.start + lo)
-        places = self._shares.places(self.start + lo, self.start + hi)
+        places = self._shares.offsets_by_part(self.start + lo, self.start + hi)
         n_blocks = 0
         for part, run in self._runs.items():
             where = places[part]

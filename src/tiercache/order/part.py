@@ -206,7 +206,7 @@ class PartDraws:
         for own_epoch in range(first_epoch, last_epoch + 1):
             own = self.part.order(own_epoch).groups(self.stream)
             draws = [self._many_draws_before(own_epoch * self.length + at) for at in (own.starts, own.stops)]
-            found.append(own.where(*draws))
+            found.append(own.moved_to(*draws))
         groups = concat_groups(found)
         return replace(groups, shards=groups.shards + self.part.first_shard)
 

@@ -84,7 +84,7 @@ class RankPlan:
         return self.n_full + (self.n_left > 0)
 
     @property
-    def padded(self) -> int:
+    def n_padding(self) -> int:
         """Number of padding records of this rank: 0, or 1 in its last batch."""
         start, stop = self._last_share
         return int(self.n_left > 0 and start == stop)
@@ -142,14 +142,14 @@ class RankPlan:
             found = np.concatenate([found, last]) if len(found) else last
         return found
 
-    def rising_between(self, start: int, stop: int) -> range | NDArray[np.int64]:
+    def range_or_positions(self, start: int, stop: int) -> range | NDArray[np.int64]:
         """Return positions_between(), as a range if possible, which takes no memory however many rows there are."""
         if self.world_size == 1 and 0 <= start <= stop <= self.n_served:
             return range(self.offset + start, self.offset + stop)
-        run = self.run_between(start, stop)
+        run = self.range_between(start, stop)
         return self.positions_between(start, stop) if run is None else run
 
-    def run_between(self, start: int, stop: int) -> range | None:
+    def range_between(self, start: int, stop: int) -> range | None:
         """Return positions_between() as a range if the rows follow one another in one stream; else None.
 
         None also stands for no rows. With several ranks, only rows of full global batches qualify: a rank's rows of the
@@ -217,7 +217,7 @@ class RankPlan:
     def _n_last(self) -> int:
         """Number of records of the last, incomplete batch, if there is one."""
         start, stop = self._last_share
-        return stop - start if stop > start else self.padded
+        return stop - start if stop > start else self.n_padding
 
     def _full_slots(self) -> BatchSlots:
         return self._slots(self.offset, self.global_batch)
@@ -237,19 +237,19 @@ class RankPlan:
         taken = self._full_slots().take(first, first + size)
         begin, end = -(-start // size), stop // size  # whole batches [begin, end)
         if begin > end:  # the rows lie inside one batch
-            return taken.places(start % size, stop - end * size) + (self.offset + end * step)
+            return taken.offsets(start % size, stop - end * size) + (self.offset + end * step)
         parts = []
         if start < begin * size:
-            parts.append(taken.places(start % size, size) + (self.offset + (begin - 1) * step))
+            parts.append(taken.offsets(start % size, size) + (self.offset + (begin - 1) * step))
         if begin < end:
             batches = np.arange(begin, end, dtype=np.int64) * step + self.offset
-            parts.append((batches[:, None] + taken.places(0, size)).ravel())
+            parts.append((batches[:, None] + taken.offsets(0, size)).ravel())
         if stop > end * size:
-            parts.append(taken.places(0, stop - end * size) + (self.offset + end * step))
+            parts.append(taken.offsets(0, stop - end * size) + (self.offset + end * step))
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def _last_positions(self, start: int, stop: int) -> NDArray[np.int64]:
-        if self.padded:
+        if self.n_padding:
             stream = self.streams[0]
             return np.full(1, stream if stream < self.n_records else 0, np.int64)[start:stop]
-        return self._last_slots().take(*self._last_share).places(start, stop) + self._left_start
+        return self._last_slots().take(*self._last_share).offsets(start, stop) + self._left_start

@@ -158,7 +158,7 @@ class StreamInterleaving:
             parts[where], draws[where] = part, number
         return parts, draws
 
-    def places(self, start: int, stop: int) -> list[NDArray[np.int64]]:
+    def offsets_by_part(self, start: int, stop: int) -> list[NDArray[np.int64]]:
         """Return where each part's draws are among positions [start, stop).
 
         The first of them is the part's draw drawn(start)[part]; the others follow it.

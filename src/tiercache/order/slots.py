@@ -86,7 +86,7 @@ class RankOffsets:
     n_streams: int
     parts: tuple[_Rounds, ...]
 
-    def places(self, start: int, stop: int) -> NDArray[np.int64]:
+    def offsets(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return rows [start, stop) of the offsets taken, int64[stop - start]."""
         found = []
         for part in self.parts:

@@ -47,7 +47,7 @@ class Blocks:
             there is none; an argument of the native gather.
         private_bytes: Number of bytes of memory that is not a mapping.
         is_local: Whether the blocks were read from a local copy.
-        tells_residence: See LocalCopy.tells_residence; False without a local copy.
+        tells_residence: See LocalCopy.reports_residency; False without a local copy.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class Blocks:
         self.blocks = blocks
         self.columns = columns
         self.private_bytes = loaded.private_bytes
-        self.is_local = loaded.copy is not None
-        self.tells_residence = loaded.copy is not None and loaded.copy.tells_residence
+        self.is_cached = loaded.copy is not None
+        self.reports_residency = loaded.copy is not None and loaded.copy.reports_residency
         self.n_rows: npt.NDArray[np.int64] = footer.block_records[list(blocks)].astype(np.int64)
         self.streams: tuple[Stream, ...] = tuple(s for c in columns for s in footer.schema.columns[c].streams(c))
         self._footer = footer
@@ -68,7 +68,7 @@ class Blocks:
         self._mapped_bytes = mapped_bytes.reshape(self._bases.shape)
         self._pages: Addresses | None = None
         self._memory = _Memory(tuple(loaded.owners))
-        self._unchecked = loaded.left
+        self._unchecked = loaded.pending_checks
         self._arrays: dict[tuple[int, int], pa.Array] = {}
         self.addresses = self._find()
 
@@ -87,7 +87,7 @@ class Blocks:
                 addresses[number, :, 2] = values[:, 1] // np.uint64(stream.width_bytes)
         return addresses
 
-    def only(self, blocks: Sequence[int]) -> Blocks:
+    def select(self, blocks: Sequence[int]) -> Blocks:
         """Return some of the blocks over the same memory. This object must hold all blocks of its shard.
 
         Raises IndexError if a block does not exist.
@@ -106,7 +106,7 @@ class Blocks:
         self.blocks, self.n_rows = tuple(map(int, chosen)), self.n_rows[places]
         self.addresses = np.ascontiguousarray(self.addresses[:, places])
         self._bases, self._mapped_bytes = self._bases[places], self._mapped_bytes[places]
-        self._unchecked = None if self._unchecked is None else self._unchecked.only(places, len(self.columns))
+        self._unchecked = None if self._unchecked is None else self._unchecked.select(places, len(self.columns))
         self._pages, self._arrays = None, {}
 
     @property
@@ -117,7 +117,7 @@ class Blocks:
         return self._pages
 
     @property
-    def checks(self) -> Addresses | None:
+    def pending_checks(self) -> Addresses | None:
         """Pending checks for the gather: uint64[n_streams, n_blocks, 4] as gather.pyi describes; None if none are left.
 
         Each access computes the checks again, because each gather checks what it touches: about 20 us for 100 chunks.
@@ -130,28 +130,28 @@ class Blocks:
         by_column = rows.reshape(len(self.blocks), len(self.columns), 4).transpose(1, 0, 2)
         return np.ascontiguousarray(by_column[numbers])
 
-    def forget_checks(self) -> None:
+    def reset_checks(self) -> None:
         """Mark all pages of the blocks as unchecked. A caller that has read an invalid value uses this.
 
         A file may have been damaged since its pages were checked.
         """
         if self._unchecked is not None:
-            self._unchecked.forget()
+            self._unchecked.reset()
 
-    def forget_old_checks(self, age_s: float) -> None:
+    def reset_old_checks(self, age_s: float) -> None:
         """Mark all pages of the shard as unchecked if a page may have been checked more than age_s seconds ago."""
         if self._unchecked is not None:
-            self._unchecked.forget_if_older(age_s)
+            self._unchecked.reset_if_older(age_s)
 
-    def see_changes(self) -> int | None:
+    def reset_if_written(self) -> int | None:
         """Mark all pages as unchecked if the file has been written to since they were checked.
 
         Returns:
             LocalCopy.changed_ns() to which `checks` now refer; None if there are no pending checks at all.
         """
-        return None if self._unchecked is None else self._unchecked.see_changes()
+        return None if self._unchecked is None else self._unchecked.reset_if_written()
 
-    def of_column(self, column: int) -> slice:
+    def column_streams(self, column: int) -> slice:
         """Return the slice of `streams` that belongs to a column, given by its index in the schema."""
         numbers = [number for number, stream in enumerate(self.streams) if stream.column == column]
         return slice(numbers[0], numbers[-1] + 1) if numbers else slice(0)
@@ -198,7 +198,7 @@ class Blocks:
             return pa.ExtensionArray.from_storage(kind.arrow.type, array)
         return array
 
-    def explain(self, column: int, block: Indices, row: Indices) -> None:
+    def raise_damage(self, column: int, block: Indices, row: Indices) -> None:
         """Raise CorruptShard for the first of these rows of a column that is damaged; return if none is.
 
         Args:
@@ -206,7 +206,7 @@ class Blocks:
             block: uint32[n], positions of the rows' blocks in `blocks`.
             row: uint32[n], the rows in their blocks.
         """
-        checks = self.checks
+        checks = self.pending_checks
         for number, stream in enumerate(self.streams):
             if stream.column != column:
                 continue

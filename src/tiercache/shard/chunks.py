@@ -51,7 +51,7 @@ class CheckedPages:
         self._look_s = 0.0
         self._since_s = SYSTEM_CLOCK.monotonic()
 
-    def forget_if_written(self, copy: LocalCopy | None) -> int:
+    def reset_if_written(self, copy: LocalCopy | None) -> int:
         """Reset all flags if the file may have been written to since the pages were checked.
 
         A rename, a link or a change of permissions counts as a write. The caller calls this before it reads or sets
@@ -74,7 +74,7 @@ class CheckedPages:
             self._changed_ns = changed_ns
         return changed_ns
 
-    def forget_if_older(self, age_s: float) -> None:
+    def reset_if_older(self, age_s: float) -> None:
         """Reset all flags if a page may have been checked more than age_s seconds ago."""
         if SYSTEM_CLOCK.monotonic() - self._since_s > age_s:
             self._forget()
@@ -106,7 +106,7 @@ class PendingChecks:
         self._first = np.where(n_pages, rows[:, 3] - np.uint64(address_of(flags)), np.uint64(0)).astype(np.int64)
         self._last = self._first + n_pages
 
-    def only(self, blocks: Ids, n_columns: int) -> PendingChecks:
+    def select(self, blocks: Ids, n_columns: int) -> PendingChecks:
         """Return the pending checks of some blocks.
 
         Args:
@@ -116,15 +116,15 @@ class PendingChecks:
         rows = self._rows.reshape(-1, n_columns, 4)[blocks]
         return PendingChecks(rows.reshape(-1, 4), self._checked, self._crcs, self._copy)
 
-    def see_changes(self) -> int:
-        """See CheckedPages.forget_if_written."""
-        return self._checked.forget_if_written(self._copy())
+    def reset_if_written(self) -> int:
+        """See CheckedPages.reset_if_written."""
+        return self._checked.reset_if_written(self._copy())
 
-    def forget_if_older(self, age_s: float) -> None:
-        """See CheckedPages.forget_if_older."""
-        self._checked.forget_if_older(age_s)
+    def reset_if_older(self, age_s: float) -> None:
+        """See CheckedPages.reset_if_older."""
+        self._checked.reset_if_older(age_s)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Reset the flags of these chunks' pages, so that they are checked again."""
         for first, last in zip(self._first.tolist(), self._last.tolist(), strict=True):
             self._flags[first:last] = 0
@@ -134,7 +134,7 @@ class PendingChecks:
 
         If the file has been written to, all pages count as unchecked.
         """
-        self.see_changes()
+        self.reset_if_written()
         if self._flags.all():  # the usual case from the second epoch on, if all columns are served
             return None
         # Number of checked pages before each page of the shard: about 10 us for a shard of 1 GiB.
@@ -165,7 +165,7 @@ class LoadedChunks:
     owners: list[Any] = field(default_factory=list)
     private_bytes: int = 0
     mapped_bytes: Addresses | None = None
-    left: PendingChecks | None = None
+    pending_checks: PendingChecks | None = None
     copy: LocalCopy | None = None
 
 
@@ -200,7 +200,7 @@ class Chunks:
         """Return the ranges of the file that hold these chunks, int64[n]; neighbours form one range."""
         return [ByteRange(run.start, run.end) for run in self._runs(np.unique(ids))]
 
-    def is_here(self, ids: Ids) -> bool:
+    def is_cached(self, ids: Ids) -> bool:
         """Return whether a complete or partial local copy holds these chunks now."""
         copy = self._source.copy
         if copy is None:
@@ -210,9 +210,9 @@ class Chunks:
 
     def are_mapped(self, ids: Ids) -> bool:
         """Return whether these chunks are read in place in the mapping of a local copy."""
-        return bool(self._mappable[ids].all()) and self.is_here(ids)
+        return bool(self._mappable[ids].all()) and self.is_cached(ids)
 
-    def can_be_kept(self, columns: Sequence[int]) -> bool:
+    def can_keep_blocks(self, columns: Sequence[int]) -> bool:
         """Return whether can_stay_mapped() holds for all chunks of these columns; False if the answer takes long."""
         copy = self._source.copy
         if copy is None or self._verify == "always" or not self._mappable_columns[list(columns)].all():
@@ -223,7 +223,7 @@ class Chunks:
         """Return whether these chunks are read in place, and need no new check at each read."""
         return self._verify != "always" and self.are_mapped(ids)
 
-    def bring_whole(self, columns: Sequence[int], deadline_s: float | None) -> bool:
+    def prefetch_columns(self, columns: Sequence[int], deadline_s: float | None) -> bool:
         """Have the local copy fetch whole columns whose single records are read, once that is as cheap.
 
         Returns:
@@ -255,12 +255,12 @@ class Chunks:
             return LoadedChunks(np.zeros(0, np.uint64))
         ids, inverse = np.unique(ids, return_inverse=True)
         # If the copy has the chunks, Source.local() is not called: it would touch each range, and wait for a cold disk.
-        copy = self._source.copy if self.is_here(ids) else self._source.local(self.ranges(ids), deadline_s)
+        copy = self._source.copy if self.is_cached(ids) else self._source.local(self.ranges(ids), deadline_s)
         addresses = np.zeros(len(ids), np.uint64)
         mapped = self._mappable[ids] if copy is not None else np.zeros(len(ids), bool)
         owners: list[Any] = []
         if copy is not None and mapped.any():
-            memory = copy.mapped()
+            memory = copy.map_file()
             addresses[mapped] = np.uint64(address_of(memory)) + self._rows["offset"][ids[mapped]]
             owners.append(memory)
         read = self._read(ids[~mapped], copy, deadline_s)
@@ -314,7 +314,7 @@ class Chunks:
     def _read(self, ids: Ids, copy: LocalCopy | None, deadline_s: float | None) -> LoadedChunks:
         """Read the stored bytes of chunks into private memory; each chunk keeps its alignment in the file."""
         runs = list(self._runs(ids))
-        memory = BUFFER_POOL.lend(align(runs[-1].position + runs[-1].end - runs[-1].start) if runs else 0)
+        memory = BUFFER_POOL.allocate(align(runs[-1].position + runs[-1].end - runs[-1].start) if runs else 0)
         spans = [(ByteRange(r.start, r.end), memory[r.position : r.position + r.end - r.start].data) for r in runs]
         if copy is not None:
             copy.read(spans)

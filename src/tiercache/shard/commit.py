@@ -82,9 +82,9 @@ def commit(
     parent: Version | None = None,
     writer_id: str | None = None,
 ) -> Version:
-    """Commit finished shards as the next version of the store's data set, and return it. Raises as Commit.land()."""
+    """Commit finished shards as the next version of the store's data set, and return it. Raises as Commit.run()."""
     who = {} if writer_id is None else {"writer_id": writer_id}
-    return Commit(store, CommitRequest(tuple(infos), schema, mode, parent, **who)).land()
+    return Commit(store, CommitRequest(tuple(infos), schema, mode, parent, **who)).run()
 
 
 class Commit:
@@ -97,7 +97,7 @@ class Commit:
         self._unsettled: Version | None = None
         self._landed: Version | None = None
 
-    def land(self) -> Version:
+    def run(self) -> Version:
         """Commit, and return the version that contains the shards. A repeated call returns the same version.
 
         An append without shards commits nothing and returns the newest version.

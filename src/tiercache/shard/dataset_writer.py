@@ -164,7 +164,7 @@ class Writer:
             finally:
                 if self._commit is None:
                     self.abort()
-        self.version = self._commit.land()
+        self.version = self._commit.run()
         self._ended = "closed"
         self._store.close()
 

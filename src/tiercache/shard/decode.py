@@ -59,7 +59,7 @@ def decode(frames: Frames) -> tuple[Bytes, _Uint64s]:
     """
     lengths = np.array([align(n_bytes) for n_bytes in frames.raw.tolist()], np.uint64)
     ends = np.cumsum(lengths, dtype=np.uint64)
-    memory = BUFFER_POOL.lend(int(ends[-1]) if len(ends) else 0)
+    memory = BUFFER_POOL.allocate(int(ends[-1]) if len(ends) else 0)
     out = np.uint64(address_of(memory)) + ends - lengths
     n_right = _decode_native(frames, out)
     for number in range(n_right, len(out)):  # the first of these may be damaged; _decode_one raises the reason

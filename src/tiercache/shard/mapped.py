@@ -68,13 +68,17 @@ class MappedRecords:
 
     def table(self, reader: ShardReader) -> BlockTable | None:
         """Return the table of a shard for put(); None if the shard cannot be read through a mapping (yet)."""
-        blocks, copy = None if self._has_arrow else reader.mapped(self._columns), reader.copy
+        blocks, copy = None if self._has_arrow else reader.mapped_blocks(self._columns), reader.local_copy
         if blocks is None or copy is None:
             return None
-        changed_ns = blocks.see_changes()  # before `checks`: a later write changes the ctime and so discards the table
+        changed_ns = (
+            blocks.reset_if_written()
+        )  # before `checks`: a later write changes the ctime and so discards the table
         file = None if changed_ns is None else (copy.lease.fd, changed_ns, round(STAT_INTERVAL_S * 1e9))
         # The table keeps the reader too, which owns the checksums and the flags of checked pages.
-        return BlockTable(reader.footer.block_first, blocks.addresses, blocks.checks, (blocks, reader, copy), file)
+        return BlockTable(
+            reader.footer.block_first, blocks.addresses, blocks.pending_checks, (blocks, reader, copy), file
+        )
 
     def put(self, shard: int, table: BlockTable) -> None:
         """Use this table for the shard's records from now on."""

@@ -53,7 +53,7 @@ class _Loan:
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_exiting() and hasattr(self, "_piece"):  # a KeyboardInterrupt in __init__ leaves no _piece
-            self._pool.take_back(self._piece)
+            self._pool.release(self._piece)
 
 
 class BufferPool:
@@ -68,7 +68,7 @@ class BufferPool:
         self._lent: dict[int, _Piece] = {}
         self._free: list[_Piece] = []
 
-    def lend(self, n_bytes: int) -> Bytes:
+    def allocate(self, n_bytes: int) -> Bytes:
         """Return writable, uninitialised uint8[n_bytes], aligned to 64 bytes, or to PIECE_BYTES if it is large."""
         if n_bytes < SMALL_BYTES:
             return aligned_empty(n_bytes)
@@ -76,16 +76,16 @@ class BufferPool:
         self._lent[id(piece)] = piece
         return np.asarray(_Loan(self, piece, n_bytes))
 
-    def take_back(self, piece: _Piece) -> None:
+    def release(self, piece: _Piece) -> None:
         """Keep a piece that is no longer used, or free it. Called when the last array over the piece is dropped."""
         self._lent.pop(id(piece), None)
         self._free.append(piece)
-        while self._free and self.free_bytes > self.lent_bytes:
+        while self._free and self.free_bytes > self.used_bytes:
             with contextlib.suppress(IndexError):  # another thread took the last piece
                 self._free.pop(0)
 
     @property
-    def lent_bytes(self) -> int:
+    def used_bytes(self) -> int:
         """Number of bytes of the pieces in use."""
         return sum(piece.n_bytes for piece in list(self._lent.values()))
 

@@ -63,7 +63,7 @@ class Pages:
         runs = _runs(starts, ends)
         copy = self._source.local(runs, deadline_s)
         if copy is not None:
-            memory = copy.mapped()
+            memory = copy.map_file()
             self._check(pages, chunk_of_page, starts + address_of(memory), ends - starts, copy)
             in_file = self._rows["offset"][pieces.chunk].astype(np.int64) + pieces.start
             return LoadedRanges((in_file + address_of(memory)).astype(np.uint64), [copy, memory])
@@ -115,7 +115,7 @@ class Pages:
         todo = np.ones(len(pages), bool)
         checked = self._chunks.pages if copy is not None and self._verify == "first" else None
         if copy is not None and checked is not None:
-            checked.forget_if_written(copy)
+            checked.reset_if_written(copy)
             todo = checked.flags[pages] == 0
         if not todo.any():
             return

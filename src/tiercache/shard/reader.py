@@ -86,12 +86,12 @@ class ShardReader:
         return self.footer.n_records
 
     @property
-    def local(self) -> bool:
+    def is_cached(self) -> bool:
         """Whether the shard is read through a local copy (as long as the cache has room for its bytes)."""
         return self._source.copy is not None
 
     @property
-    def copy(self) -> LocalCopy | None:
+    def local_copy(self) -> LocalCopy | None:
         """The local copy; None if there is none or the reader is closed."""
         return self._source.copy
 
@@ -101,7 +101,7 @@ class ShardReader:
         copy = self._source.copy
         return 0 if copy is None else copy.lease.n_descriptors
 
-    def want(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
+    def prefetch(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
         """Start fetching these blocks into the local copy, without waiting. Does nothing without a local copy."""
         self._check_open()
         self._source.want(self._chunks.ranges(self._ids(blocks, columns)))
@@ -111,7 +111,7 @@ class ShardReader:
 
         Raw chunks of a local copy stay in the mapping. Their pages are checked when they are first read: by the caller
         of
-        the gather (Blocks.checks), by block_values, or by Blocks.array. If the local copy is complete, the blocks are a
+        the gather (Blocks.pending_checks), by block_values, or by Blocks.array. If the local copy is complete, the blocks are a
         selection of the result of mapped().
 
         Args:
@@ -125,18 +125,18 @@ class ShardReader:
         """
         self._check_open()
         check_indices("columns", columns, len(self.schema))
-        is_kept = self._kept_of(columns) is not None or self._chunks.can_be_kept(columns)
-        whole = self.mapped(columns) if is_kept else None
-        return self._load(blocks, columns, deadline_s) if whole is None else whole.only(blocks)
+        is_kept = self._kept_of(columns) is not None or self._chunks.can_keep_blocks(columns)
+        whole = self.mapped_blocks(columns) if is_kept else None
+        return self._load(blocks, columns, deadline_s) if whole is None else whole.select(blocks)
 
-    def stays_mapped(self, columns: Sequence[int]) -> bool:
+    def is_mapped(self, columns: Sequence[int]) -> bool:
         """Return whether all blocks of these columns are read in place, in the mapping of a local copy."""
         self._check_open()
         if self._kept_of(columns) is not None:
             return True  # the kept blocks hold the lease, so the copy cannot disappear
         return self._chunks.are_mapped(self._ids(range(self.footer.n_blocks), columns))
 
-    def mapped(self, columns: Sequence[int]) -> Blocks | None:
+    def mapped_blocks(self, columns: Sequence[int]) -> Blocks | None:
         """Return all blocks of these columns in the mapping of a local copy.
 
         The result is kept until a call with other columns: computing it again costs 0.4 ms per shard and epoch.
@@ -151,13 +151,13 @@ class ShardReader:
         self._check_open()
         kept, copy = self._kept_of(columns), self._source.copy
         if kept is not None and copy is not None:
-            copy.mapped()  # raises if the file has been truncated
+            copy.map_file()  # raises if the file has been truncated
             return kept
         blocks = range(self.footer.n_blocks)
         if not blocks or not self._chunks.can_stay_mapped(self._ids(blocks, columns)):
             return None
         found = self._load(blocks, columns, None)
-        if not found.is_local:  # another thread closed the reader
+        if not found.is_cached:  # another thread closed the reader
             return None
         self._kept = found
         if self._closed:  # close() may have run before the assignment

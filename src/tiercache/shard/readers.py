@@ -116,7 +116,7 @@ class ReaderPool:
                 raise
         return self._opener(shard)
 
-    def map(self, shard: int) -> bool:
+    def map_shard(self, shard: int) -> bool:
         """Make the records of a shard available through its mapping, for as long as its reader stays open.
 
         Returns:

@@ -37,7 +37,7 @@ class RecordBuffer:
         self._converters = [value_converter(column) for column in columns]
         self._objects: dict[int, list[Any]] = {i: [] for i, c in enumerate(columns) if c.kind is Kind.ARROW}
         self._records = Records([_spec_of(column) for column in columns], block_bytes)
-        self.add_usual = self._records.add
+        self.add_fast = self._records.add
 
     @property
     def cuts_exactly(self) -> bool:

@@ -51,14 +51,14 @@ class RecordReader:
         self._rows = footer.chunks.ravel()
         self._n_columns = len(footer.schema)
         self._served = served or {}
-        self._brought: frozenset[int] = frozenset()  # columns that need no further call of Chunks.bring_whole()
+        self._brought: frozenset[int] = frozenset()  # columns that need no further call of Chunks.prefetch_columns()
 
     def take(self, rows: Numbers, columns: Sequence[int], deadline_s: float | None) -> list[ColumnValues]:
         """Return the values of rows, in order, for each column. The caller has checked that the rows exist."""
         block = np.searchsorted(self._footer.block_first, rows.astype(np.uint64), side="right").astype(np.int64) - 1
         row = rows - self._footer.block_first[block].astype(np.int64)
         asked = list(dict.fromkeys(columns))
-        if not self._brought.issuperset(asked) and self._chunks.bring_whole(asked, deadline_s):
+        if not self._brought.issuperset(asked) and self._chunks.prefetch_columns(asked, deadline_s):
             self._brought = self._brought.union(asked)
         by_block = [c for c in asked if self._needs_blocks(c, block)]
         found = self._take_plain([c for c in asked if c not in by_block], block, row, deadline_s)
@@ -68,7 +68,7 @@ class RecordReader:
     def _needs_blocks(self, number: int, block: Ids) -> bool:
         """Return whether to read whole chunks: single pages cannot be read, or a local copy holds the chunks."""
         ids = block * self._n_columns + number
-        if self._footer.schema.columns[number].kind is Kind.ARROW or self._chunks.is_here(np.unique(ids)):
+        if self._footer.schema.columns[number].kind is Kind.ARROW or self._chunks.is_cached(np.unique(ids)):
             return True
         return not (self._rows["codec"][ids] == codec.RAW).any()
 

@@ -216,7 +216,7 @@ def _read_segment(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Table:
     # If the local copy differs from what the version states, only the copy may be damaged: read the source instead.
     if data is None or not _is_whole(data, ref):
         if isinstance(store, LocalStore):
-            store.distrust(ref.key, ref.identity(dataset_id))
+            store.verify_copy(ref.key, ref.identity(dataset_id))
         data = _fetched(store, ref)
         if not _is_whole(data, ref):  # the data may have been damaged in transit
             data = _fetched(store, ref)
@@ -350,7 +350,7 @@ def _local(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Buffer | None:
     try:
         if not lease.present(whole):
             _check_size(store, ref)
-        lease.want(whole)
+        lease.prefetch(whole)
         return _open_copy(lease.fd, ref.n_bytes) if lease.wait(whole) else None
     finally:
         lease.close()

@@ -54,7 +54,7 @@ class LocalCopy:
         self._mapped: dict[str, Bytes] = {}
         weakref.finalize(self, lease.close).atexit = False
 
-    def mapped(self) -> Bytes:
+    def map_file(self) -> Bytes:
         """Return the whole copy, read-only uint8[n_bytes]. The caller must not touch bytes that are not present yet.
 
         Each call reads the size of the file (0.4 us). Reason: if a file is truncated in the middle of a memory page,
@@ -87,7 +87,7 @@ class LocalCopy:
         return changed_ns if time.time_ns() - changed_ns > MIN_CTIME_AGE_NS else 0
 
     @cached_property
-    def tells_residence(self) -> bool:
+    def reports_residency(self) -> bool:
         """Whether mincore(2) reports page residency correctly: only for a file that the user owns or may write."""
         return os.fstat(self.lease.fd).st_uid == os.geteuid() or os.access(f"/proc/self/fd/{self.lease.fd}", os.W_OK)
 
@@ -137,7 +137,7 @@ class ByteSource:
     def want(self, ranges: Sequence[ByteRange]) -> None:
         """Start fetching ranges into the local copy, if there is one."""
         if self._copy is not None:
-            self._copy.lease.want(ranges)
+            self._copy.lease.prefetch(ranges)
 
     def local(self, ranges: Sequence[ByteRange], deadline_s: float | None) -> LocalCopy | None:
         """Return the local copy after these ranges are present; None if the caller must read() them from the store."""
@@ -146,7 +146,7 @@ class ByteSource:
             return None
         if not copy.lease.present(ranges):
             self.n_misses += 1
-            copy.lease.want(ranges)
+            copy.lease.prefetch(ranges)
         with os_errors("open the local copy", self.url):  # wait() may open the file that was fetched
             return copy if copy.lease.wait(ranges, deadline_s=deadline_s) else None
 

@@ -129,17 +129,17 @@ class UploadQueue:
         return self._tasks is not None and self._tasks.error is not None
 
     @property
-    def is_here(self) -> bool:
+    def is_owner(self) -> bool:
         """Whether the uploads belong to this process; False in a child process that was forked after claim()."""
         return self._pid in (None, os.getpid())
 
-    def claim(self) -> None:
+    def claim_process(self) -> None:
         """Make this process the owner of the uploads.
 
         Raises:
             ValueError: The uploads belong to the parent process.
         """
-        if not self.is_here:
+        if not self.is_owner:
             raise ValueError(
                 "a writer can be used only in the process that began to write, not in a forked child of it"
             )
@@ -147,7 +147,7 @@ class UploadQueue:
 
     def begin(self, key: str) -> Upload:
         """Return a new upload for the object with this key, for send() and complete()."""
-        self.claim()
+        self.claim_process()
         upload = self._store.create(key)
         self._open.append(upload)
         return upload
@@ -157,7 +157,7 @@ class UploadQueue:
         usual_bytes = self.part_bytes + _SLACK_BYTES
         if n_bytes <= usual_bytes and self._free:
             return self._free.pop()
-        return BUFFER_POOL.lend(max(n_bytes, usual_bytes))
+        return BUFFER_POOL.allocate(max(n_bytes, usual_bytes))
 
     def send(self, upload: Upload, number: int, memory: Memory, n_bytes: int) -> int:
         """Queue the first n_bytes of memory for upload, as parts with the numbers from `number` on.
@@ -194,7 +194,7 @@ class UploadQueue:
         self._put(complete)
 
     def _put(self, task: Task) -> None:
-        self.claim()
+        self.claim_process()
         if self._tasks is None:
             self._tasks = _Tasks()
             weakref.finalize(self, self._tasks.cancel)
@@ -206,7 +206,7 @@ class UploadQueue:
         Raises:
             StoreError: The store failed.
         """
-        self.claim()
+        self.claim_process()
         if self._tasks is not None:
             self._tasks.wait()
             self._end()
@@ -216,7 +216,7 @@ class UploadQueue:
 
         Errors of the store are ignored here, so that the caller sees the error that led to the abort.
         """
-        if not self.is_here:
+        if not self.is_owner:
             return
         self._end()
         while self._open:

@@ -129,7 +129,7 @@ def gather_values(
         block: uint32[n], index of each row's block in addresses, below n_blocks.
         row: uint32[n], number of the row in its block.
         url: URL for errors.
-        checks: Pending checks of pages, as Blocks.checks; None if nothing is left to check.
+        checks: Pending checks of pages, as Blocks.pending_checks; None if nothing is left to check.
         served: The column as it is served, if it is cast.
 
     Raises:
@@ -288,9 +288,9 @@ def block_values(
         CorruptShard: See gather_values. The error also names the block if a page or an offset is wrong.
         SchemaError: See gather_values and arrow_values.
     """
-    found, checks = [], blocks.checks
+    found, checks = [], blocks.pending_checks
     for number in columns:
-        column, part = blocks.schema.columns[number], blocks.of_column(number)
+        column, part = blocks.schema.columns[number], blocks.column_streams(number)
         if column.kind is Kind.ARROW:
             arrays = [blocks.array(position, number) for position in range(len(blocks.blocks))]
             found.append(arrow_values(column, arrays, block, row))
@@ -303,7 +303,7 @@ def block_values(
             )
         except CorruptShard as error:
             if isinstance(error.__cause__, gather.CorruptError):
-                blocks.explain(number, block, row)
+                blocks.raise_damage(number, block, row)
             raise
     return found
 

@@ -240,7 +240,7 @@ def check_values(blocks: Blocks, number: int) -> None:
         row = np.arange(n, dtype=np.uint32)
         # bfloat16 values would need torch; the shapes do not depend on the dtype.
         plain = replace(column, dtype="uint16") if column.dtype == "bfloat16" else column
-        addresses = blocks.addresses[blocks.of_column(number)]
+        addresses = blocks.addresses[blocks.column_streams(number)]
         gather_values(plain, addresses, np.zeros(n, np.uint32), row, url=blocks.url)
     try:
         blocks.array(0, number).validate(full=True)

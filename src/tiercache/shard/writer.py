@@ -112,7 +112,7 @@ class ShardWriter:
         """
         if self._ended:
             self._check_open()
-        kept = self._rows.add_usual(record)
+        kept = self._rows.add_fast(record)
         if kept == NEEDS_CONVERSION:
             self._check_names(record, at_record=self.n_records)
             kept = self._rows.add(record, self.n_records)
@@ -193,7 +193,7 @@ class ShardWriter:
 
     def _check_open(self) -> None:
         if self._ended == _NEW:
-            self._uploads.claim()
+            self._uploads.claim_process()
             self._ended = ""
         if self._ended:
             raise ValueError(f"the writer is {self._ended}")
@@ -224,7 +224,7 @@ class ShardWriter:
         """Write the pending records and close the last shard. Returns all shards in the order of their records."""
         if self._ended != "finished":
             self._check_open()
-            self._uploads.claim()
+            self._uploads.claim_process()
             self._ended = _BROKEN
             self._add_rows()
             last = self._cutter.flush()
@@ -242,7 +242,7 @@ class ShardWriter:
         if self._ended in ("finished", "aborted"):
             return
         self._ended = _BROKEN  # if a second Ctrl-C interrupts the wait for the thread, the next abort() continues
-        if self._uploads.is_here:
+        if self._uploads.is_owner:
             self._drop()
         self._ended = "aborted"
 

@@ -68,7 +68,7 @@ class ArchiveStore(Protocol):
         Raises NotFound.
         """
 
-    def sums(self, key: str) -> Mapping[str, str]:
+    def checksums(self, key: str) -> Mapping[str, str]:
         """Return the store's checksums over the whole object, and its ETag, by name. Raises NotFound."""
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -233,7 +233,7 @@ class S3Archive:
         self._calls, self.bucket, self.prefix = calls, bucket, prefix
         self.url = calls.url
         self.counters = calls.counters
-        self._timeout_s, self._awaited = calls.timeout_s, calls.awaited
+        self._timeout_s, self._awaited = calls.timeout_s, calls.wait_target
         self._sizes, self._policy, self._clock = sizes or CopySizes(), policy or RetryPolicy(), clock
         self._pool = worker_pool(self._sizes.n_parts)
         self._under_way = CallMonitor()
@@ -260,17 +260,17 @@ class S3Archive:
         self._pool.drop()
         self._calls.close()
 
-    def at(self, key: str) -> str:
+    def url_of(self, key: str) -> str:
         """Return the URL of a key, for messages."""
         return f"{self.url}/{key}" if key else self.url
 
-    def full(self, key: str) -> str:
+    def full_key(self, key: str) -> str:
         """Return the key with the store's prefix, as it is in the bucket."""
         return f"{self.prefix}/{check_key(key)}" if self.prefix else check_key(key)
 
     def call(self, operation: str, key: str, **request: Any) -> Mapping[str, Any]:
         """Send one request about an object, with retries."""
-        return self._ask(operation, self.at(key), Key=self.full(key), **request)
+        return self._ask(operation, self.url_of(key), Key=self.full_key(key), **request)
 
     def _ask(self, operation: str, where: str, **request: Any) -> Mapping[str, Any]:
         copies = takes_long(operation)
@@ -294,7 +294,7 @@ class S3Archive:
         """Send one HEAD."""
         return head_to_object_info(key, self.call("head_object", key, ChecksumMode="ENABLED"))
 
-    def sums(self, key: str) -> Mapping[str, str]:
+    def checksums(self, key: str) -> Mapping[str, str]:
         """Send one HEAD."""
         said = self.call("head_object", key, ChecksumMode="ENABLED")
         return {**whole_object_checksums(said), "ETag": str(said.get("ETag", ""))}
@@ -307,7 +307,7 @@ class S3Archive:
         while True:
             page = self._ask(
                 "list_objects_v2",
-                self.at(folder),
+                self.url_of(folder),
                 Prefix=root + (f"{folder}/" if folder else ""),
                 ContinuationToken=token,
                 OptionalObjectAttributes=["RestoreStatus"],
@@ -322,8 +322,8 @@ class S3Archive:
 
     def create(self, key: str, *, storage_class: str | None = None, if_match: str | None = None) -> S3Upload:
         """Start an upload: one request for an object of one part, else a multipart upload."""
-        writing = {**self._calls.writing, **({"StorageClass": storage_class} if storage_class else {})}
-        takes = all(self._calls.takes(one, "IfMatch") for one in ("PutObject", "CompleteMultipartUpload"))
+        writing = {**self._calls.write_arguments, **({"StorageClass": storage_class} if storage_class else {})}
+        takes = all(self._calls.supports(one, "IfMatch") for one in ("PutObject", "CompleteMultipartUpload"))
         return S3Upload(self, check_key(key), writing, if_match=if_match if takes else None)
 
     def set_class(self, key: str, storage_class: str, *, if_match: str | None = None) -> ObjectInfo:
@@ -332,7 +332,7 @@ class S3Archive:
 
     def can_copy_from(self, src: ArchiveStore) -> bool:
         """Return whether both have the same endpoint and the same credentials."""
-        return isinstance(src, S3Archive) and src.calls.reach == self._calls.reach
+        return isinstance(src, S3Archive) and src.calls.endpoint_and_identity == self._calls.endpoint_and_identity
 
     @property
     def calls(self) -> Boto3Client:
@@ -362,7 +362,7 @@ class S3Archive:
         head = src.call("head_object", src_key, ChecksumMode="ENABLED")
         expected = wanted.if_match or str(head["ETag"])
         request = {
-            "CopySource": {"Bucket": src.bucket, "Key": src.full(src_key)},
+            "CopySource": {"Bucket": src.bucket, "Key": src.full_key(src_key)},
             "CopySourceIfMatch": expected,
         }
         # The server gives the copy the source's kinds of checksums. If the source has none, or the caller knows the
@@ -370,13 +370,13 @@ class S3Archive:
         sums = whole_object_checksums(head)
         kind = "CRC32C" if wanted.needs_crc32c or not sums or "ChecksumCRC32C" in sums else None
         writing = {
-            **encryption(head, self._calls.writing),
+            **encryption(head, self._calls.write_arguments),
             "StorageClass": wanted.storage_class,
             "ChecksumAlgorithm": kind,
         }
         condition = wanted.condition(expected)
         if int(head["ContentLength"]) <= self._sizes.whole_bytes:
-            if condition and not self._calls.takes("CopyObject", *condition):  # boto3 before 2025-10
+            if condition and not self._calls.supports("CopyObject", *condition):  # boto3 before 2025-10
                 self._check(key, wanted, expected)
                 condition = {}
             etag = self._copy_whole(key, head, request, writing | condition)
@@ -387,7 +387,7 @@ class S3Archive:
         made = self.head(key)
         if None not in (etag, made.etag) and unquoted_etag(etag) != unquoted_etag(made.etag):
             message = "another writer replaced the destination after the copy"
-            raise ObjectChanged(message, url=self.at(key), expected=etag, found=made.etag)
+            raise ObjectChanged(message, url=self.url_of(key), expected=etag, found=made.etag)
         return made
 
     def _check(self, key: str, wanted: _CopyRequest, source_etag: str) -> None:
@@ -398,7 +398,7 @@ class S3Archive:
             found = None
         expected = wanted.expected(source_etag)
         if found != expected:
-            raise ObjectChanged("the destination has changed", url=self.at(key), expected=expected, found=found)
+            raise ObjectChanged("the destination has changed", url=self.url_of(key), expected=expected, found=found)
 
     def _copy_whole(
         self, key: str, head: Mapping[str, Any], request: dict[str, Any], writing: dict[str, Any]
@@ -497,7 +497,7 @@ class S3Archive:
                     f"restore: this store has no restores (HTTP {error.status}); its storage classes are only labels, "
                     "and its objects can be read without one"
                 )
-                raise StoreError(message, url=self.at(key), status=error.status, unable=True) from None
+                raise StoreError(message, url=self.url_of(key), status=error.status, unable=True) from None
             if error.facts.get("archived"):  # S3's error code for a class that needs no restore
                 return "done"
             raise
@@ -526,14 +526,14 @@ class S3Archive:
     def delete_many(self, keys: Sequence[str], *, if_match: Sequence[str | None] | None = None) -> DeleteFailures:
         """Send DeleteObjects requests."""
         failed: DeleteFailures = []
-        names = {self.full(key): key for key in keys}
+        names = {self.full_key(key): key for key in keys}
         etags = dict(zip(names, if_match or [None] * len(keys), strict=True))
         full = [*names]
         for start in range(0, len(full), _DELETE_KEYS):
             some = full[start : start + _DELETE_KEYS]
             objects = [{"Key": name, **({"ETag": etags[name]} if etags[name] else {})} for name in some]
             wanted = {"Objects": objects, "Quiet": True}
-            said = self._ask("delete_objects", self.at(names[some[0]]), Delete=wanted)
+            said = self._ask("delete_objects", self.url_of(names[some[0]]), Delete=wanted)
             failed += [
                 (names[error["Key"]], f"{error.get('Code', '')}: {error.get('Message', '')}")
                 for error in said.get("Errors", ())

@@ -61,7 +61,7 @@ class Boto3Client:
         return Boto3Client, (self._options, self.url, self.counters)
 
     @property
-    def writing(self) -> dict[str, Any]:
+    def write_arguments(self) -> dict[str, Any]:
         """Request arguments that set the encryption of a written object."""
         config = self._options.config
         kind = config.get("server_side_encryption")
@@ -71,7 +71,7 @@ class Boto3Client:
         return {"ServerSideEncryption": kind, **more}
 
     @property
-    def reach(self) -> tuple[object, ...]:
+    def endpoint_and_identity(self) -> tuple[object, ...]:
         """Endpoint and identity: equal for clients between whose buckets the server can copy."""
         config = self._options.config
         names = ("endpoint", "region", "access_key_id", "session_token", "skip_signature", "role_arn")
@@ -115,7 +115,7 @@ class Boto3Client:
             raise StoreError(text, url=where, retryable=lost) from None
         return answer
 
-    def awaited(self) -> str:
+    def wait_target(self) -> str:
         """Return what a request waits for now, for messages."""
         clients = self._clients.get()
         return wait_target(clients.endpoint, clients.credentials)
@@ -125,7 +125,7 @@ class Boto3Client:
         """Seconds without an answer after which a call fails, retries included."""
         return self._options.timeout_s
 
-    def takes(self, operation: str, *names: str) -> bool:
+    def supports(self, operation: str, *names: str) -> bool:
         """Return whether the installed boto3 supports these arguments of an operation (such as "CopyObject")."""
         shape = self._clients.get().get("head_object")[0].meta.service_model.operation_model(operation).input_shape
         return set(names) <= set(shape.members)

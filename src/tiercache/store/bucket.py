@@ -85,21 +85,21 @@ class ObstoreStore(Store):
     ) -> CallLimit:
         client = self._client
         return CallLimit(
-            client.at(key),
+            client.url_of(key),
             doing,
             deadline_s,
             cancel,
             clock=self._tuning.clock,
             timeout_s=self._timeout_s,
-            endpoint=client.awaited,
+            endpoint=client.wait_target,
         )
 
-    def _asked(self, key: str, doing: str, attempt: Callable[[CallLimit], T]) -> T:
+    def _retry_read(self, key: str, doing: str, attempt: Callable[[CallLimit], T]) -> T:
         """Return the result of a read-only request. A request whose time is over is abandoned with its thread."""
         limit = self._call_limit(key, doing)
         return self._calls.retrying(lambda: attempt(limit), self._tuning.policy, limit, abandons="retries")
 
-    def _written(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
+    def _retry_write(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
         """Return the result of a write request.
 
         Its last attempt is always awaited, because its effect would be unknown otherwise.
@@ -109,12 +109,12 @@ class ObstoreStore(Store):
     def head(self, key: str) -> ObjectInfo:
         """Send one HEAD."""
         check_key(key)
-        return self._asked(key, "head", lambda _limit: self._client.head(key))
+        return self._retry_read(key, "head", lambda _limit: self._client.head(key))
 
     def get(self, key: str) -> bytes:
         """Send one GET."""
         check_key(key)
-        data = self._asked(key, "get", lambda limit: self._client.get(key, self._piece_bytes, limit.progressed))
+        data = self._retry_read(key, "get", lambda limit: self._client.get(key, self._piece_bytes, limit.progressed))
         self.counters.add("bytes_read", len(data))
         return data
 
@@ -135,7 +135,7 @@ class ObstoreStore(Store):
             self.counters.add("bytes_read", len(tail))
             return tail, info
 
-        return self._asked(key, "read_tail", attempt)
+        return self._retry_read(key, "read_tail", attempt)
 
     def _tail_by_head(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
         info = self.head(key)
@@ -178,7 +178,7 @@ class ObstoreStore(Store):
         """Send one PUT."""
         check_key(key)
         body = bytes(data)  # a connection may hold the body longer than the call; bytes are not copied
-        info = self._written(key, "put", lambda: self._client.put(key, body))
+        info = self._retry_write(key, "put", lambda: self._client.put(key, body))
         self.counters.add("bytes_written", len(body))
         return info
 
@@ -188,7 +188,7 @@ class ObstoreStore(Store):
 
     def _put_new(self, key: str, body: bytes) -> ObjectInfo | None:
         try:
-            info = self._written(key, "put_if_absent", lambda: self._client.put_new(key, body))
+            info = self._retry_write(key, "put_if_absent", lambda: self._client.put_new(key, body))
         except KeyExists:
             return None
         self.counters.add("bytes_written", len(body))
@@ -217,7 +217,7 @@ class ObstoreStore(Store):
                         self._delete([key])
 
     def _delete(self, keys: Sequence[str]) -> None:
-        self._written(keys[0], "delete", lambda: self._client.delete(keys))
+        self._retry_write(keys[0], "delete", lambda: self._client.delete(keys))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """List by pages of 1,000 objects."""
@@ -235,7 +235,7 @@ class ObstoreStore(Store):
                     pages = None  # the next attempt begins after the last key
                     raise
 
-        while (page := self._asked(folder, "list", next_page)) is not None:
+        while (page := self._retry_read(folder, "list", next_page)) is not None:
             for meta in page:
                 info = to_object_info(meta["path"], meta)
                 after = info.key
@@ -246,13 +246,13 @@ class ObstoreStore(Store):
         """Copy on the server."""
         check_key(src)
         check_key(dst)
-        self._written(src, f"copy to {dst}", lambda: self._client.copy(src, dst))
+        self._retry_write(src, f"copy to {dst}", lambda: self._client.copy(src, dst))
         return self.head(dst)
 
     def publish_new(self, src: str, dst: str) -> ObjectInfo | None:
         """Rename an object to a free key. If the key exists, delete src and return None."""
         try:
-            self._written(src, "complete", lambda: self._client.copy_new(src, dst))
+            self._retry_write(src, "complete", lambda: self._client.copy_new(src, dst))
         except KeyExists:
             return None
         finally:
@@ -298,14 +298,14 @@ class _ObjectRead:
                 self._check(info, wanted)
                 n_read = _land(body, request, landing, self._note_landed)
         except ObjectChanged as error:
-            raise ObjectChanged(url=client.at(self._key), expected=etag, found=error.found) from None
+            raise ObjectChanged(url=client.url_of(self._key), expected=etag, found=error.found) from None
         except StoreError as error:
             if is_beyond_end(error):
                 raise self._too_far(wanted, "before the range") from None
             raise
         if n_read != wanted.n_bytes and not landing.closed.is_set():
             message = f"read_into: received only {n_read} bytes of the range [{wanted.start}, {wanted.end})"
-            raise StoreError(message, url=client.at(self._key), retryable=True)
+            raise StoreError(message, url=client.url_of(self._key), retryable=True)
         client.counters.add("bytes_read", n_read)
 
     def _note_landed(self, request: Request, n_bytes: int) -> None:
@@ -319,12 +319,12 @@ class _ObjectRead:
         name, found = ("etag", info.etag) if info.etag is not None else ("date", str(info.modified_s))
         expected = self._seen.setdefault(name, found)
         if found != expected:
-            raise ObjectChanged(url=self._client.at(self._key), expected=expected, found=found)
+            raise ObjectChanged(url=self._client.url_of(self._key), expected=expected, found=found)
         if info.n_bytes < wanted.end:
             raise self._too_far(wanted, f"at byte {info.n_bytes}")
 
     def _too_far(self, wanted: ByteRange, end: str) -> StoreError:
-        return StoreError(f"a range ends at byte {wanted.end}, the object {end}", url=self._client.at(self._key))
+        return StoreError(f"a range ends at byte {wanted.end}, the object {end}", url=self._client.url_of(self._key))
 
 
 def _land(
@@ -380,7 +380,7 @@ class _Target:
             store.delete([self._streamed_key])
         if info is not None and info.n_bytes != n_bytes:
             message = f"complete: sent {n_bytes} bytes, stored {info.n_bytes}"
-            raise StoreError(message, url=store.client.at(self.key))
+            raise StoreError(message, url=store.client.url_of(self.key))
         return info
 
     def abort(self, writer: Any) -> None:

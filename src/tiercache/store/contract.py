@@ -196,7 +196,7 @@ class Lease(Protocol):
     def present(self, ranges: Sequence[ByteRange]) -> bool:
         """Return whether all bytes of the ranges are local now."""
 
-    def want(self, ranges: Sequence[ByteRange]) -> None:
+    def prefetch(self, ranges: Sequence[ByteRange]) -> None:
         """Start to fetch the missing bytes of the ranges, or join a fetch that is running. Returns at once."""
 
     def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:
@@ -222,7 +222,7 @@ class LocalStore(Protocol):
     """A store that can provide its objects as local files: a local folder, or the cache of any other store."""
 
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> Lease | None:
-        """Return a lease on the local copy of key. The copy may still have to be fetched: see Lease.want.
+        """Return a lease on the local copy of key. The copy may still have to be fetched: see Lease.prefetch.
 
         Args:
             key: Key of the object.
@@ -235,7 +235,7 @@ class LocalStore(Protocol):
             NotFound: The object does not exist.
         """
 
-    def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:
+    def verify_copy(self, key: str, identity: ShardIdentity | None = None) -> bool:
         """Verify the local copy of key after a reader found wrong bytes in it.
 
         Returns:

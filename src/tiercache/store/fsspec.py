@@ -118,12 +118,12 @@ class FsspecStore(Store):
     def head(self, key: str) -> ObjectInfo:
         """Return the description from the file system's info()."""
         check_key(key)
-        return self._asked(key, "head", lambda: self._files.info(key))
+        return self._retry_read(key, "head", lambda: self._files.info(key))
 
     def get(self, key: str) -> bytes:
         """Return the whole object."""
         check_key(key)
-        data = self._asked(key, "get", lambda: self._files.read(key, None, None)[0])
+        data = self._retry_read(key, "get", lambda: self._files.read(key, None, None)[0])
         self.counters.add("bytes_read", len(data))
         return data
 
@@ -132,7 +132,7 @@ class FsspecStore(Store):
         check_key(key)
         if n_bytes <= 0:
             return b"", self.head(key)
-        tail, info = self._asked(key, "read_tail", lambda: self._files.read_tail(key, n_bytes))
+        tail, info = self._retry_read(key, "read_tail", lambda: self._files.read_tail(key, n_bytes))
         self.counters.add("bytes_read", len(tail))
         return tail, info
 
@@ -205,7 +205,7 @@ class FsspecStore(Store):
         """Write the whole object."""
         check_key(key)
         body = bytes(data)
-        info = self._retried(key, "put", lambda: self._files.write(key, body))
+        info = self._retry(key, "put", lambda: self._files.write(key, body))
         self.counters.add("bytes_written", len(body))
         return info
 
@@ -236,12 +236,12 @@ class FsspecStore(Store):
         """Delete one by one."""
         wanted = [check_key(key) for key in keys]
         if wanted:
-            self._retried(wanted[0], "delete", lambda: self._files.delete(wanted))
+            self._retry(wanted[0], "delete", lambda: self._files.delete(wanted))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """List by the file system's find()."""
         folder = check_key(prefix.removesuffix("/")) if prefix else ""
-        found = self._asked(prefix, "list", lambda: self._files.find(folder))
+        found = self._retry_read(prefix, "list", lambda: self._files.find(folder))
         for info in found:
             if not any(segment.startswith(TEMP_PREFIX) for segment in info.key.split("/")):
                 yield info
@@ -250,17 +250,17 @@ class FsspecStore(Store):
         """Copy by the file system."""
         check_key(src)
         check_key(dst)
-        self._retried(src, f"copy to {dst}", lambda: self._files.copy(src, dst))
+        self._retry(src, f"copy to {dst}", lambda: self._files.copy(src, dst))
         return self.head(dst)
 
     def _at(self, key: str) -> str:
         return f"{self.url}/{key}" if key else self.url
 
-    def _asked(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
+    def _retry_read(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
         """Return the result of a read-only request. A request whose time is over is abandoned with its thread."""
-        return self._retried(key, doing, attempt, abandons="all")
+        return self._retry(key, doing, attempt, abandons="all")
 
-    def _retried(self, key: str, doing: str, attempt: Callable[[], T], *, abandons: AbandonableAttempts = "none") -> T:
+    def _retry(self, key: str, doing: str, attempt: Callable[[], T], *, abandons: AbandonableAttempts = "none") -> T:
         def guarded() -> T:
             with self._errors(key, doing):
                 return attempt()
@@ -308,7 +308,7 @@ class _FilesUpload(Upload):
         if number < 0 or not self._is_open:
             raise ValueError(f"{self._key}: part {number}: numbers start at 0; add parts before complete() or abort()")
         body = bytes(data)
-        self._store._retried(self._key, f"put_part {number}", lambda: self._parts.put(number, body))  # noqa: SLF001
+        self._store._retry(self._key, f"put_part {number}", lambda: self._parts.put(number, body))  # noqa: SLF001
         self._store.counters.add("bytes_written", len(body))
 
     def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:

@@ -228,7 +228,7 @@ class S3fsAdapter(FileSystemAdapter):
         fs.retries = 1  # otherwise s3fs retries a conditional put whose answer was lost
         self.bucket, _, self._prefix = self.root.partition("/")
 
-    def place(self, key: str) -> dict[str, str]:
+    def location(self, key: str) -> dict[str, str]:
         """Return Bucket and Key of a key."""
         return {"Bucket": self.bucket, "Key": f"{self._prefix}/{key}" if self._prefix else key}
 
@@ -239,13 +239,13 @@ class S3fsAdapter(FileSystemAdapter):
 
     def info(self, key: str) -> ObjectInfo:
         """Send one HEAD."""
-        said = self.call("head_object", **self.place(key))
+        said = self.call("head_object", **self.location(key))
         return _answered(key, said, said["ContentLength"])
 
     def _get(self, key: str, **arguments: str) -> tuple[bytes, Mapping[str, Any]]:
         async def whole() -> tuple[bytes, Mapping[str, Any]]:
             # s3fs has no public method for a GET that also returns the ETag.
-            said = await self.fs._call_s3("get_object", **self.place(key), **arguments)  # noqa: SLF001
+            said = await self.fs._call_s3("get_object", **self.location(key), **arguments)  # noqa: SLF001
             async with said["Body"] as body:
                 return await body.read(), said
 
@@ -275,16 +275,16 @@ class S3fsAdapter(FileSystemAdapter):
 
     def write(self, key: str, data: bytes) -> ObjectInfo:
         """Send one PUT."""
-        return _answered(key, self.call("put_object", Body=data, **self.place(key)), len(data))
+        return _answered(key, self.call("put_object", Body=data, **self.location(key)), len(data))
 
     def write_new(self, key: str, data: bytes) -> None:
         """Send one PUT with If-None-Match."""
-        self.call("put_object", Body=data, IfNoneMatch="*", **self.place(key))
+        self.call("put_object", Body=data, IfNoneMatch="*", **self.location(key))
 
     def delete(self, keys: Sequence[str]) -> None:
         """Send one DELETE per object."""
         for key in keys:
-            self.call("delete_object", **self.place(key))
+            self.call("delete_object", **self.location(key))
 
     def begin(self, key: str) -> Any:
         """Return a multipart upload."""
@@ -308,7 +308,7 @@ class _Multipart:
         self._tags: dict[int, str] = {}
 
     def put(self, number: int, data: bytes) -> None:
-        place = self._files.place(self._key)
+        place = self._files.location(self._key)
         with self._lock:
             if self._id is None:
                 self._id = str(self._files.call("create_multipart_upload", **place)["UploadId"])
@@ -328,14 +328,14 @@ class _Multipart:
             return
         parts = [{"PartNumber": n + 1, "ETag": tag} for n, tag in enumerate(parts_in_order(self._tags, self._key))]
         condition = {"IfNoneMatch": "*"} if if_absent else {}
-        place = self._files.place(self._key)
+        place = self._files.location(self._key)
         self._files.call(
             "complete_multipart_upload", UploadId=self._id, MultipartUpload={"Parts": parts}, **place, **condition
         )
 
     def abort(self) -> None:
         if self._id is not None:
-            self._files.call("abort_multipart_upload", UploadId=self._id, **self._files.place(self._key))
+            self._files.call("abort_multipart_upload", UploadId=self._id, **self._files.location(self._key))
 
 
 def _answered(key: str, said: Mapping[str, Any], n_bytes: int) -> ObjectInfo:

@@ -119,7 +119,7 @@ class LocalFolder(Store):
         """Write a temporary file, sync it, and link it: exactly one concurrent link(2) succeeds."""
         with self._new_file(key, "put_if_absent") as (file, name):
             self._write(file.fd, data)
-            return file.publish_absent(name)
+            return file.publish_if_absent(name)
 
     def _write(self, fd: int, data: Buffer) -> None:
         flat = memoryview(data).cast("B")
@@ -250,7 +250,7 @@ class LocalFolder(Store):
         with self._opened(key, "forget_cached") as fd:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:  # noqa: ARG002 -- the contract's names
+    def verify_copy(self, key: str, identity: ShardIdentity | None = None) -> bool:  # noqa: ARG002 -- the contract's names
         """Return False: the file is the object itself, and there is no other source to fetch it from."""
         return False
 

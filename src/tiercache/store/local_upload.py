@@ -39,7 +39,7 @@ class FileLease:
         """Return whether the ranges lie inside the file."""
         return all(wanted.end <= self._n_bytes for wanted in ranges)
 
-    def want(self, ranges: Sequence[ByteRange]) -> None:
+    def prefetch(self, ranges: Sequence[ByteRange]) -> None:
         """Ask the kernel to read the ranges ahead."""
         for wanted in ranges:
             if wanted.n_bytes:
@@ -126,7 +126,7 @@ class FileUpload(Upload):
     def _publish(self, file: UnpublishedFile, *, if_absent: bool) -> ObjectInfo | None:
         if not if_absent:
             file.publish(self._name)
-        elif not file.publish_absent(self._name):
+        elif not file.publish_if_absent(self._name):
             return None
         return file_info(self._key, os.fstat(file.fd))
 

@@ -93,7 +93,7 @@ class Client:
             config, credentials = s3_access(options, self.place.url)
         return _Access(config, credentials, server_url(self.place.cloud, self.place.bucket, config))
 
-    def awaited(self) -> str:
+    def wait_target(self) -> str:
         """Return the name of what a request waits for now, for messages."""
         access = self._access.get()
         return wait_target(access.endpoint, access.credentials)
@@ -107,7 +107,7 @@ class Client:
         self._repeating.drop()
         self._access.drop()
 
-    def at(self, key: str) -> str:
+    def url_of(self, key: str) -> str:
         """Return the URL of a key, for messages."""
         return f"{self.place.url}/{key}" if key else self.place.url
 
@@ -129,7 +129,7 @@ class Client:
                 raise KeyExists from None
             # From None: obstore's own text may contain a signed URL.
             raise self._refused(
-                to_store_error(error, doing, self.at(key), access.endpoint), credentials, number
+                to_store_error(error, doing, self.url_of(key), access.endpoint), credentials, number
             ) from None
 
     def _refused(self, error: StoreError, credentials: Credentials | None, number: int) -> StoreError:
@@ -150,7 +150,7 @@ class Client:
             if not may_have_taken_effect(error):
                 raise
             message = f"{doing}: the answer was lost, so the object may or may not have been written ({error.message})"
-            raise StoreError(message, url=self.at(key), retryable=True, maybe_done=True) from None
+            raise StoreError(message, url=self.url_of(key), retryable=True, maybe_done=True) from None
 
     def head(self, key: str, doing: str = "head") -> ObjectInfo:
         """Send HEAD."""

@@ -178,7 +178,7 @@ class UnpublishedFile:
         self._temp_name = name
         return fd
 
-    def publish_absent(self, name: str) -> bool:
+    def publish_if_absent(self, name: str) -> bool:
         """Give the file its name atomically if the name is free. Return whether it was; the file is then durable."""
         os.fsync(self.fd)
         try:

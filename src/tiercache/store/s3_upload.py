@@ -23,7 +23,7 @@ class S3Requests(Protocol):
     def call(self, operation: str, key: str, **request: Any) -> Any:
         """Send one request about an object."""
 
-    def at(self, key: str) -> str:
+    def url_of(self, key: str) -> str:
         """Return the URL of the object, for messages."""
 
     def head(self, key: str) -> ObjectInfo:
@@ -140,7 +140,7 @@ class S3Upload(Upload):
                 raise
             self._drop()
             message = "the object to be replaced does not exist any more"
-            raise ObjectChanged(message, url=self._target.at(self._key), expected=self._if_match) from error
+            raise ObjectChanged(message, url=self._target.url_of(self._key), expected=self._if_match) from error
 
     def _published(self, condition: dict[str, str]) -> ObjectInfo:
         return self._put(condition) if self._upload_id is None else self._join(self._upload_id, condition)

@@ -102,7 +102,7 @@ class FaultStore(WrapperStore):
 
     def __init__(self, inner: Store, script: Sequence[Fault] = ()) -> None:
         super().__init__(inner)
-        self.struck: list[tuple[str, str]] = []
+        self.faulted_calls: list[tuple[str, str]] = []
         self._lock = Lock()
         self._script = [*script]
         self._n_calls = [0] * len(self._script)
@@ -122,7 +122,7 @@ class FaultStore(WrapperStore):
                     if due is None and fault.nth <= self._n_calls[line] < fault.nth + fault.times:
                         due = fault
             if due is not None:
-                self.struck.append((verb, key))
+                self.faulted_calls.append((verb, key))
             return due
 
     def around(self, verb: str, key: str, call: Callable[[], T]) -> T:

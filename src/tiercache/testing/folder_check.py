@@ -94,14 +94,14 @@ class FolderCheck:
         """Return everything that is wrong with a folder that was swept and closed; [] if nothing is."""
         return [
             *self.wrong_bytes(),
-            *self.strays(),
+            *self.leftover_files(),
             *self._wrong_pins(),
-            *self.breaches(),
-            *self.wrong_books(),
+            *self.over_limit(),
+            *self.wrong_accounts(),
             *self.lost_foreign(),
         ]
 
-    def as_it_lies(self) -> list[str]:
+    def crash_problems(self) -> list[str]:
         """Return violations of what must hold wherever a process died, before any recovery."""
         return [*self.wrong_bytes(), *self.unfinished(), *self.lost_pinned(), *self.lost_foreign()]
 
@@ -137,7 +137,7 @@ class FolderCheck:
             elif int(sums[unit]) != crc32c(data[here]):
                 yield f"part {path.name[:8]}: the checksum of unit {unit} is not that of its bytes"
 
-    def strays(self) -> Iterator[str]:
+    def leftover_files(self) -> Iterator[str]:
         """Yield files without an owner, which a crash left behind and a sweep did not remove."""
         yield from self._strays_of_copies()
         for folder in ("locks", "owners"):
@@ -219,13 +219,13 @@ class FolderCheck:
     def _files(self) -> list[Path]:
         return sorted(self.copies.iterdir()) if self.copies.is_dir() else []
 
-    def breaches(self) -> Iterator[str]:
+    def over_limit(self) -> Iterator[str]:
         """Yield a problem if the catalog's accounts exceed the size limit."""
-        taken_bytes, limit_bytes = self.taken()
+        taken_bytes, limit_bytes = self.charged_bytes()
         if limit_bytes is not None and taken_bytes > limit_bytes:
             yield f"the books exceed the limit: {taken_bytes} > {limit_bytes}"
 
-    def taken(self) -> tuple[int, int | None]:
+    def charged_bytes(self) -> tuple[int, int | None]:
         """Return the bytes of copies, partial copies and reservations, and the limit; (0, None) without a catalog.
 
         A process that opens the folder charges what it finds there, so the growth of a partial copy may count twice
@@ -257,7 +257,7 @@ class FolderCheck:
         reserved = {} if books is None else books.reserved
         return {name: n for name, n in reserved.items() if name not in waiting and not held & set(name.split("-")[1:2])}
 
-    def wrong_books(self) -> Iterator[str]:
+    def wrong_accounts(self) -> Iterator[str]:
         """Yield differences between the catalog's accounts and the files, and reservations without an owner."""
         books = _read_books(self.root)
         if books is None:

@@ -227,7 +227,7 @@ class LocalStoreSuite:
         assert lease is not None
         try:
             ranges = [ByteRange(10, 20), ByteRange(0, 10_000)]
-            lease.want(ranges)
+            lease.prefetch(ranges)
             assert lease.wait(ranges, deadline_s=30.0)
             assert lease.present(ranges)
             assert lease.n_bytes == 10_000

@@ -27,14 +27,14 @@ def track_ruled(inventory: Inventory, stores: Stores) -> tuple[str, ...]:
     """Start tracking the data sets at home that a rule covers. Return the folders of the newly tracked ones."""
     file, snapshot = stores.file, inventory.snapshot
     shards = snapshot.paths.filter(pa.array(snapshot.kind == SHARD))
-    ruled = shards.filter(pa.array(first_match(shards, [(rule.match, rule.excepted) for rule in file.rules]) >= 0))
+    ruled = shards.filter(pa.array(first_match(shards, [(rule.match, rule.exclude) for rule in file.rules]) >= 0))
     return _adopted(
         stores,
         (
             found.folder.rstrip("/")
             for found in inventory.facts.get("datasets", ())
             if not (found.problem or found.is_adopted)
-            and stores.same_place(found.tier, file.home.name)
+            and stores.same_url(found.tier, file.home.name)
             and np.any(pc.starts_with(ruled, found.folder).to_numpy(zero_copy_only=False))
         ),
     )

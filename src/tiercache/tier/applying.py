@@ -80,7 +80,10 @@ class PlanExecutor:
         Tiers used first get a marker.
         """
         gets = {move.dst for move in self._plan.moves if move.action in ("copy", "move", "drop")}
-        return {tier.name: self._sight.missing(tier.name, gets=tier.name in gets) for tier in self._file.tiers}
+        return {
+            tier.name: self._sight.tier_unavailable_reason(tier.name, gets=tier.name in gets)
+            for tier in self._file.tiers
+        }
 
     def _moved_bytes(self, n_bytes: int) -> None:
         with self._guard:
@@ -115,7 +118,7 @@ class PlanExecutor:
             return deletion_block_reason(self._missing)
         if move.dst is None or move.dst == move.src:
             return f"expected two different tiers, found {move.src} and {move.dst}"
-        is_one = self._sight.stores.same_place(move.src, move.dst)
+        is_one = self._sight.stores.same_url(move.src, move.dst)
         if is_one != (move.action == "reclass"):
             return f"expected {'one location' if not is_one else 'two locations'}, found {move.src} and {move.dst}"
         if any(row.state == "dropping" for row in self._open[move.path]):
@@ -151,12 +154,12 @@ class PlanExecutor:
         self._lock.check()
         self._look(jobs)
         self._check_pins(jobs)
-        self._begin([job for job in jobs if job.goes_on])
+        self._begin([job for job in jobs if job.is_active])
         crash_point("tier_move.begun")
-        self._make([job for job in jobs if job.goes_on])
-        self._look([job for job in jobs if job.goes_on and job.row.action in ("move", "drop")])
+        self._make([job for job in jobs if job.is_active])
+        self._look([job for job in jobs if job.is_active and job.row.action in ("move", "drop")])
         crash_point("tier_move.looked")
-        self._place([job for job in jobs if job.goes_on])
+        self._place([job for job in jobs if job.is_active])
         crash_point("tier_move.placed")
         self._end(jobs)
         crash_point("tier_move.ended")
@@ -180,7 +183,7 @@ class PlanExecutor:
     def _look_at_source(self, job: MoveJob, heads: Heads) -> None:
         row, found = job.row, found_infos(heads, job.row.src, job.row)
         if row.action in ("move", "drop") and not any(found.values()) and self._was_made(row):
-            job.over = True
+            job.is_finished = True
             return
         for one in row.objects:
             info = found[one.key]
@@ -188,20 +191,22 @@ class PlanExecutor:
                 job.stop(f"{row.src_place}/{one.key}: expected {one.n_bytes} bytes, found nothing")
                 return
             has_class = row.action == "reclass" and info.storage_class == self._sight.stores.class_of(row.dst)
-            if not (has_class and info.n_bytes == one.n_bytes) and (why := self._sight.moved(row.src, info, one)):
+            if not (has_class and info.n_bytes == one.n_bytes) and (
+                why := self._sight.change_reason(row.src, info, one)
+            ):
                 job.stop(why)
                 return
-        if why := self._sight.strangers(row.src, row.path, found):
+        if why := self._sight.extra_object_reason(row.src, row.path, found):
             job.stop(why)
 
     def _was_made(self, row: JournalRow) -> bool:
         """Return whether a move whose source is gone was made before: as far as can be told, dst is complete."""
-        books = self._catalog.known(row.dst, [one.key for one in row.objects])
+        books = self._catalog.entries(row.dst, [one.key for one in row.objects])
         for one in row.objects:
             info = self._sight.head(row.dst, one.key)
             if info is None or info.n_bytes != one.n_bytes:
                 return False
-            found = self._sight.sum_of(row.dst, info, books.get(one.key)) if one.crc32c is not None else None
+            found = self._sight.checksum_of(row.dst, info, books.get(one.key)) if one.crc32c is not None else None
             if found is not None and found != one.crc32c:
                 return False
         return True
@@ -216,16 +221,16 @@ class PlanExecutor:
                 if info is None or stores.tier_of(stores.sharing(tier.name), info) != tier.name:
                     continue
                 planned = as_journaled(one, tier.name)
-                if tier.name == row.src and (why := self._sight.moved(tier.name, info, planned)):
+                if tier.name == row.src and (why := self._sight.change_reason(tier.name, info, planned)):
                     job.stop(why)
                 elif info.n_bytes != one.n_bytes:
                     at = f"{tier.url}/{one.key}"
                     job.stop(f"{at}: expected a copy of {one.n_bytes} bytes, found {info.n_bytes}")
                 objects.append(replace_object(planned, info.etag, info.modified_s))
-            if why := self._sight.strangers(tier.name, row.path, found):
+            if why := self._sight.extra_object_reason(tier.name, row.path, found):
                 job.stop(why)
         if not any(one.where == row.src for one in objects):
-            job.over = not objects
+            job.is_finished = not objects
             job.stop(
                 "" if not objects else f"{row.src_place}/{row.path}: expected the copy that was planned, found none"
             )
@@ -234,7 +239,7 @@ class PlanExecutor:
     def _check_pins(self, jobs: Sequence[MoveJob]) -> None:
         asked = [job for job in jobs if job.row.action != "copy"]
         try:
-            pinned = self._sight.pinned([job.row for job in asked], self._now_s)
+            pinned = self._sight.pin_reasons([job.row for job in asked], self._now_s)
         except TierCacheError as error:
             for job in asked:
                 job.stop(str(error))
@@ -280,7 +285,7 @@ class PlanExecutor:
         reclassed = [j for j in jobs if j.row.action == "reclass" and not ends_readability(self._sight, j.row)]
         self._check_pins(reclassed)  # again, because the copies may have taken hours
         crash_point("tier_move.decided")
-        self._copying.reclass([job for job in reclassed if job.goes_on])
+        self._copying.reclass([job for job in reclassed if job.is_active])
 
     def _place(self, jobs: Sequence[MoveJob]) -> None:
         """Confirm the copies in dst, and commit the placement."""
@@ -321,9 +326,9 @@ class PlanExecutor:
     def _unconfirmed(self, row: JournalRow, there: Infos) -> str:
         if row.action == "reclass":
             return ""
-        books = self._catalog.known(row.dst, [one.key for one in row.objects])
+        books = self._catalog.entries(row.dst, [one.key for one in row.objects])
         for one in row.objects:
-            why = self._sight.confirmed(row.dst, one.key, there[one.key], books.get(one.key))
+            why = self._sight.unconfirmed_reason(row.dst, one.key, there[one.key], books.get(one.key))
             if why:
                 return why
         return ""
@@ -337,12 +342,12 @@ class PlanExecutor:
         grace_s, now_s, rows = self._file.tiering.grace_s, self._clock(), []
         gone: list[tuple[str, int]] = []
         for job in jobs:
-            if job.over and not job.why:
+            if job.is_finished and not job.stop_reason:
                 rows.append(replace(job.row, state="done"))
                 self._keep(job.row)
-            elif job.why:
+            elif job.stop_reason:
                 gone += self._stopped_before(job)
-                rows.append(replace(job.row, note=job.why))
+                rows.append(replace(job.row, note=job.stop_reason))
             elif job.row.action == "copy" or (
                 job.row.action == "reclass" and not ends_readability(self._sight, job.row)
             ):
@@ -355,15 +360,15 @@ class PlanExecutor:
         self._catalog.write([replace(row, changed_s=now_s) for row in rows], instead_of=gone)
         for job in jobs:
             self._copied_bytes += job.n_bytes
-            if job.why:
-                self._stopped.append(StoppedMove(job.row.number, job.why, job.row.path, job.row.plan))
+            if job.stop_reason:
+                self._stopped.append(StoppedMove(job.row.number, job.stop_reason, job.row.path, job.row.plan))
             else:
                 self._n_done += 1
         self._tell()
 
     def _keep(self, row: JournalRow) -> None:
         """Record that the source is gone, whoever deleted it: the copy in dst may be the last one."""
-        self._catalog.keep([(row.dst, one.key) for one in row.objects if row.dst])
+        self._catalog.source_deleted([(row.dst, one.key) for one in row.objects if row.dst])
 
 
 def _asks_the_same(old: JournalRow, new: JournalRow) -> bool:

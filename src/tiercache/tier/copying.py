@@ -62,8 +62,8 @@ class MoveJob:
 
     move: Move
     row: JournalRow
-    why: str = ""
-    over: bool = False
+    stop_reason: str = ""
+    is_finished: bool = False
     there: Infos = field(default_factory=dict)
     made: list[tuple[str, str, CatalogEntry]] = field(default_factory=list)
     n_bytes: int = 0
@@ -73,12 +73,12 @@ class MoveJob:
     def stop(self, why: str) -> None:
         """Stop the move. Only the first reason is kept."""
         with self.lock:
-            self.why = self.why or why
+            self.stop_reason = self.stop_reason or why
 
     @property
-    def goes_on(self) -> bool:
+    def is_active(self) -> bool:
         """Whether there is more to do."""
-        return not self.why and not self.over
+        return not self.stop_reason and not self.is_finished
 
 
 class CopyMaker:
@@ -135,7 +135,7 @@ class CopyMaker:
     ) -> None:
         def one_of(pair: tuple[MoveJob, JournalObject]) -> None:
             job, one = pair
-            if job.goes_on:
+            if job.is_active:
                 try:
                     work(job, one)
                 except CommitConflict:
@@ -153,7 +153,7 @@ class CopyMaker:
         info = sight.head(dst, one.key)
         if info is not None and self._is_there(job, one, info):
             return
-        if not job.goes_on:
+        if not job.is_active:
             return
         self._begin_anew(job)
         replaces = False if info is None else info.etag or True
@@ -196,9 +196,9 @@ class CopyMaker:
         """
         sight, dst = self._sight, job.row.dst
         for tier in sight.file.tiers:
-            if any(sight.stores.same_place(tier.name, other) for other in (job.row.src, dst)):
+            if any(sight.stores.same_url(tier.name, other) for other in (job.row.src, dst)):
                 continue
-            known = sight.catalog.known(tier.name, [one.key]).get(one.key)
+            known = sight.catalog.entries(tier.name, [one.key]).get(one.key)
             if known is None or not known.verified or (known.n_bytes, known.crc32c) != (one.n_bytes, one.crc32c):
                 continue
             asked = PlannedObject(one.key, one.n_bytes, known.etag, None, one.crc32c)
@@ -214,7 +214,7 @@ class CopyMaker:
         The copy keeps the date of the object that it copies, also when the source is gone.
         """
         books = self._sight.catalog
-        source = books.known(job.row.src, [one.key]).get(one.key)
+        source = books.entries(job.row.src, [one.key]).get(one.key)
         came_from = source.made_from if source is not None and source.etag == one.etag else ""
         first_s = first_written_s(one, source)
         copy = copy._replace(written_s=earliest(copy.written_s, first_s))
@@ -234,11 +234,11 @@ class CopyMaker:
         Stop the job if dst has a different object that must not be overwritten.
         """
         sight, dst = self._sight, job.row.dst
-        known = sight.catalog.known(dst, [one.key]).get(one.key)
+        known = sight.catalog.entries(dst, [one.key]).get(one.key)
         expected = self._source_sum(job, one)
         is_cold = state_of(info) in (ARCHIVED, RESTORING)
         if info.n_bytes == one.n_bytes and expected is not None:
-            found = sight.sum_of(dst, info, known)
+            found = sight.checksum_of(dst, info, known)
             # For an object that cannot be read, the checksum that the store reports is all there is.
             if expected == (info.crc32c if found is None else found):
                 same = known if known is not None and known.verified and matches_entry(info, known) else None
@@ -295,9 +295,9 @@ class CopyMaker:
             return one.crc32c
         sight, src = self._sight, job.row.src
         info = sight.head(src, one.key)
-        if info is None or sight.moved(src, info, one):
+        if info is None or sight.change_reason(src, info, one):
             return None
-        return sight.sum_of(src, info, sight.catalog.known(src, [one.key]).get(one.key))
+        return sight.checksum_of(src, info, sight.catalog.entries(src, [one.key]).get(one.key))
 
     def _change_class(self, job: MoveJob, one: JournalObject) -> None:
         sight, dst = self._sight, job.row.dst
@@ -305,8 +305,8 @@ class CopyMaker:
         # Left by an earlier attempt that was killed: its change of class may have changed the ETag.
         if info is not None and info.n_bytes == one.n_bytes and has_class(sight, dst, info):
             return
-        known = sight.catalog.known(dst, [one.key]).get(one.key)
-        changed = sight.transfer.reclass(dst, as_planned(one))
+        known = sight.catalog.entries(dst, [one.key]).get(one.key)
+        changed = sight.transfer.change_class(dst, as_planned(one))
         crash_point("tier_move.class_changed")
         if (copy := entry_after_class_change(one, known, changed)) is not None:
             with job.lock:

@@ -167,7 +167,7 @@ class _Reader:
         has_mark = bool(match_regex(own_keys, f"^{re.escape(self._folder + placement.TRACKING_MARKER_KEY)}$").any())
         reports = match_regex(own_keys, f"^{re.escape(self._folder + usage.USAGE_FOLDER)}").any()
         found = usage.read_reports(self._store) if reports else []
-        used = usage.merge_reports(found, table.names, now_s=now_s, silence_s=self._file.tiering.silence_s)
+        used = usage.merge_reports(found, table.names, now_s=now_s, silence_s=self._file.tiering.reader_timeout_s)
         urls, elsewhere = self._elsewhere(table.names) if has_mark else ((), np.zeros(len(table), np.bool_))
         # Without the adoption marker, readers do not report: a data set that is read daily must not be archived on the
         # day of the first rules. A marker without a date comes from an early release: uses have been recorded for long.
@@ -234,7 +234,7 @@ class _Reader:
         placed = placement.read_placement(self._store)
         if placed is None or not len(placed):
             return (), np.zeros(len(names), np.bool_)
-        at = placed.among(names)
+        at = placed.row_numbers(names)
         urls = placed.rows["url"].take(pa.array(at[at >= 0]))
         tiers = {f"{tier.url.rstrip('/')}/{self._folder}".rstrip("/") for tier in self._file.tiers}
         is_elsewhere = np.zeros(len(names), np.bool_)

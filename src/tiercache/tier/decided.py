@@ -141,7 +141,7 @@ class MoveDecisionTable(LazySequence[MoveDecision]):
     def __len__(self) -> int:
         return len(self.ways)
 
-    def made(self, start: int, end: int) -> Iterator[MoveDecision]:
+    def create(self, start: int, end: int) -> Iterator[MoveDecision]:
         """See Made.made."""
         for columns, money in zip(self.ways.named(start, end), self.dollars.made(start, end), strict=True):
             yield MoveDecision(*columns, money)
@@ -156,6 +156,6 @@ class MoveRejectionTable(LazySequence[MoveRejection]):
     def __len__(self) -> int:
         return len(self.ways)
 
-    def made(self, start: int, end: int) -> Iterator[MoveRejection]:
+    def create(self, start: int, end: int) -> Iterator[MoveRejection]:
         """See Made.made."""
         return (MoveRejection(*columns) for columns in self.ways.named(start, end))

@@ -132,7 +132,7 @@ def take_inventory(
     grouped = _grouped(listed, own, shards)
     release_memory()
     copies = copies_of(listed, grouped.objects, lambda tier: known.checksums(file.tiers[tier].name))
-    complete = _complete(grouped, copies, now_s=now_s, settle_s=file.tiering.settle_s)
+    complete = _complete(grouped, copies, now_s=now_s, settle_s=file.tiering.quiet_period_s)
     scores = MetricReader(stores, tuple(tier.name for tier in file.tiers), listed, copies)
     metrics = scores.of(wanted_metrics(file), grouped.paths, np.flatnonzero(grouped.kind == CHECKPOINT))
     links = _links(file, stores, listed, grouped.paths, copies)
@@ -386,7 +386,7 @@ def _snapshot(
         created_s=created_s,
         last_use_s=last_use_s,
         uses=n_uses,
-        counted_since_s=counted_since_s,
+        uses_recorded_since_s=counted_since_s,
         unreported=unreported,
         in_use=in_use,
         tags={},

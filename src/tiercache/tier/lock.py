@@ -312,7 +312,7 @@ class TierLock:
     # -- holding ----------------------------------------------------------------------------------------------------
 
     @property
-    def doomed(self) -> dict[tuple[str, str], float]:
+    def unreliable_copies(self) -> dict[tuple[str, str], float]:
         """Copies that must not be relied on, as (place, path) -> since_s: an earlier holder may still delete them."""
         record = self._record
         return {} if record is None else {(place, path): since for place, path, since in record.doomed}

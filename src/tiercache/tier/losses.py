@@ -140,7 +140,7 @@ def _add_tiers_of_shards(known: _Expected, file: RuleFile, catalog: TierCatalog)
     if not shards:
         return
     for tier in file.tiers:
-        for key, copy in catalog.known(tier.name, shards).items():
+        for key, copy in catalog.entries(tier.name, shards).items():
             if copy.verified and not copy.is_intended:
                 known.by_path[key].tiers.add(tier.name)
 
@@ -181,7 +181,7 @@ def _may_be_deleted(paths: pa.Array, age_s: NDArray[np.float64], file: RuleFile)
             fits = is_shard if rule.kind == "shard" else ~is_shard if rule.kind else np.ones(len(paths), np.bool_)
             # A glob may match the folder of a checkpoint; these paths are of objects in the folder.
             globs = rule.match + tuple(f"{glob}/**" for glob in rule.match if not glob.endswith("**"))
-            found |= fits & (age_s >= rule.delete_after_s) & (first_match(paths, [(globs, rule.excepted)]) >= 0)
+            found |= fits & (age_s >= rule.delete_after_s) & (first_match(paths, [(globs, rule.exclude)]) >= 0)
     return found
 
 

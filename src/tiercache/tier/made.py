@@ -19,7 +19,7 @@ class LazySequence(Sequence[T], Generic[T]):
     __hash__ = None  # type: ignore[assignment]
 
     @abstractmethod
-    def made(self, start: int, end: int) -> Iterator[T]:
+    def create(self, start: int, end: int) -> Iterator[T]:
         """Create the elements from start to end; both are in range."""
 
     @overload
@@ -31,15 +31,15 @@ class LazySequence(Sequence[T], Generic[T]):
     def __getitem__(self, at: int | slice) -> T | tuple[T, ...]:
         if not isinstance(at, slice):
             place = range(len(self))[at]  # accepts numpy integers and negative indices, as a tuple does
-            return next(self.made(place, place + 1))
+            return next(self.create(place, place + 1))
         start, end, step = at.indices(len(self))
         if step == 1:
-            return tuple(self.made(start, max(start, end)))
+            return tuple(self.create(start, max(start, end)))
         return tuple(self[i] for i in range(start, end, step))
 
     def __iter__(self) -> Iterator[T]:
         for start, end in self.parts():
-            yield from self.made(start, end)
+            yield from self.create(start, end)
 
     def parts(self) -> Iterator[tuple[int, int]]:
         """Yield (start, end) of successive parts that cover the sequence."""

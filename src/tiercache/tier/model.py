@@ -81,7 +81,7 @@ class Snapshot:
     created_s: NDArray[np.float64]
     last_use_s: NDArray[np.float64]
     uses: NDArray[np.int64]
-    counted_since_s: NDArray[np.float64]
+    uses_recorded_since_s: NDArray[np.float64]
     unreported: NDArray[np.bool_]
     in_use: NDArray[np.bool_]
     metrics: Mapping[str, NDArray[np.float64]]

@@ -116,7 +116,7 @@ class MoveTable(LazySequence[Move]):
     def __len__(self) -> int:
         return len(self.ways)
 
-    def made(self, start: int, end: int) -> Iterator[Move]:
+    def create(self, start: int, end: int) -> Iterator[Move]:
         """See Made.made."""
         objects = self.pieces.named(start, end)
         n_objects, seconds = np.diff(self.pieces.start[start : end + 1]).tolist(), self.seconds(start, end).tolist()
@@ -190,7 +190,7 @@ class RefusalTable(LazySequence[Refusal]):
     def __len__(self) -> int:
         return len(self.ways)
 
-    def made(self, start: int, end: int) -> Iterator[Refusal]:
+    def create(self, start: int, end: int) -> Iterator[Refusal]:
         """See Made.made."""
         sizes = self.n_bytes[start:end].tolist()
         return (Refusal(*one, n_bytes) for one, n_bytes in zip(self.named(start, end), sizes, strict=True))

@@ -163,14 +163,14 @@ class RedirectingLocalStore(RedirectingStore):
         return RedirectingStore(self.places)
 
     @property
-    def far(self) -> Store:
+    def remote_store(self) -> Store:
         """Store for remote objects, through the cache if there is one. It follows the placement too."""
         far = self._far
         if far is None:
             far = self._far = self._cached(self.by_ranges)
         return far
 
-    def is_far(self, key: str) -> bool:
+    def is_remote(self, key: str) -> bool:
         """Return whether the known placement has key in a remote store, for which a cache pays off."""
         row = self.places.row(key) if self.places.has_far else None
         return row is not None and is_remote(row.url)
@@ -180,17 +180,17 @@ class RedirectingLocalStore(RedirectingStore):
 
         def open_at(found: ObjectLocation) -> Lease | None:
             is_cached = found.row is not None and is_remote(found.row.url)
-            store = self.far if is_cached else found.store
+            store = self.remote_store if is_cached else found.store
             return store.open_local(key, identity) if isinstance(store, LocalStore) else None
 
         return self.places.follow(key, open_at)
 
-    def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:
-        """Distrust the cached copy of a remote object, see LocalStore.distrust; False for a file of this home."""
-        if not self.is_far(key):
+    def verify_copy(self, key: str, identity: ShardIdentity | None = None) -> bool:
+        """Distrust the cached copy of a remote object, see LocalStore.verify_copy; False for a file of this home."""
+        if not self.is_remote(key):
             return False
-        far = self.far
-        return isinstance(far, LocalStore) and far.distrust(key, identity)
+        far = self.remote_store
+        return isinstance(far, LocalStore) and far.verify_copy(key, identity)
 
 
 # -- check before a run ---------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def _archived(
 ) -> tuple[PlacementRow, ...]:
     if not len(placement):
         return ()
-    at = placement.among(keys)
+    at = placement.row_numbers(keys)
     archived = pc.equal(placement.rows["state"], "archived").to_numpy()
     rows = [placement.row(int(at[i])) for i in np.flatnonzero(at >= 0).tolist() if archived[at[i]] and not is_here(i)]
     with ThreadPoolExecutor(min(ASKING_THREADS, max(len(rows), 1)), "tiercache-archived") as pool:

@@ -114,7 +114,7 @@ def find_newest_placement(store: Store, known: Placement | None = None) -> Place
     listed = _listed(store)
     if listed is None:
         return _newest(store, max(_marked(store) or 0, 0 if known is None else known.number))
-    if known is not None and known.number + known.n_spoilt == listed:
+    if known is not None and known.number + known.n_damaged == listed:
         newer = _probe(store, listed + 1)
         return known if newer is None else newer
     return _newest(store, listed) if listed else empty_placement()
@@ -132,7 +132,7 @@ def earlier_placements(store: Store, newest: Placement) -> tuple[Placement, ...]
                 data = _get(store, number)
                 if data is None:
                     break
-                before = _decoded(store, number, data).unlike(newest)
+                before = _decoded(store, number, data).rows_elsewhere(newest)
                 if len(before):
                     found.append(before)
     return tuple(found)
@@ -339,7 +339,7 @@ def commit_placement(store: Store, changes: Mapping[str, PlacementRow | None]) -
         if rows.equals(current.rows):
             _say_read_back(store, current.number)
             return current
-        proposed = Placement(current.number + current.n_spoilt + 1, rows, secrets.token_hex(16))
+        proposed = Placement(current.number + current.n_damaged + 1, rows, secrets.token_hex(16))
         if _put(store, proposed):
             try:
                 if _holds(store, proposed.number, current):
@@ -383,7 +383,7 @@ def _put(store: Store, proposed: Placement) -> bool:
 
 def _holds(store: Store, number: int, before: Placement) -> bool:
     """Return whether a placement that was read back may be acted on, after raising the marker. before: Its base."""
-    if before.n_spoilt and (_marked(store) or 0) > before.number:
+    if before.n_damaged and (_marked(store) or 0) > before.number:
         return False  # the placement that was stepped over was intact
     _say_read_back(store, number)
     return (_listed(store) or 0) <= number

@@ -96,7 +96,7 @@ class Placement:
     """
 
     def __init__(self, number: int, rows: pa.Table, nonce: str = "", *, n_spoilt: int = 0) -> None:
-        self.number, self.rows, self.nonce, self.n_spoilt = number, rows, nonce, n_spoilt
+        self.number, self.rows, self.nonce, self.n_damaged = number, rows, nonce, n_spoilt
         self._keys: pa.Array = _as_one_array(rows["key"])
 
     def __repr__(self) -> str:
@@ -114,14 +114,14 @@ class Placement:
         """Return row `at` of the table."""
         return PlacementRow(**self.rows.slice(at, 1).to_pylist()[0])
 
-    def among(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+    def row_numbers(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
         """Return the row number of each key, -1 for those at home; int64[len(keys)]."""
         found = pc.index_in(keys.cast(pa.large_string()), value_set=self._keys).fill_null(-1)
         return np.asarray(found.to_numpy(), np.int64) if len(keys) else np.empty(0, np.int64)
 
-    def unlike(self, other: Placement) -> Placement:
+    def rows_elsewhere(self, other: Placement) -> Placement:
         """Return the rows of objects for which `other` has another location."""
-        at = other.among(self.rows["key"])
+        at = other.row_numbers(self.rows["key"])
         there = pc.take(other.rows["url"], pa.array(np.maximum(at, 0))) if len(other) else self.rows["url"]
         is_other = pc.and_(pa.array(at >= 0), pc.not_equal(self.rows["url"], there))
         return Placement(self.number, self.rows.filter(is_other).combine_chunks(), self.nonce)

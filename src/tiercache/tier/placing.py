@@ -71,7 +71,7 @@ class PlacementUpdates:
 
     def is_home(self, tier: str) -> bool:
         """Return whether a tier has the same location as home."""
-        return self._stores.same_place(tier, self.home)
+        return self._stores.same_url(tier, self.home)
 
     # -- writing placements -----------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ class PlacementUpdates:
         if self.is_home(row.dst) and not ends:
             return {one.key.removeprefix(start): None for one in row.objects}
         promote = self._promotion(row)
-        books = self._sight.catalog.known(row.dst, [one.key for one in row.objects])
+        books = self._sight.catalog.entries(row.dst, [one.key for one in row.objects])
         changes: RowChanges = {}
         for one in row.objects:
             key, info, known = one.key.removeprefix(start), there.get(one.key), books.get(one.key)
@@ -133,7 +133,7 @@ class PlacementUpdates:
                 failed[folder] = f"the placement could not be written: {error}"
         return failed
 
-    def forget(self) -> None:
+    def on_source_closed(self) -> None:
         """Drop the cached placements, so that they are read again."""
         self._read.clear()
 
@@ -145,7 +145,7 @@ class PlacementUpdates:
         found = self._read[folder]
         return None if found is None else found.find(key)
 
-    def misleads(self, row: JournalRow, at_home: Infos) -> str:
+    def unredirected_reason(self, row: JournalRow, at_home: Infos) -> str:
         """Return why readers would still look where a move deletes; "" if all are redirected.
 
         Raises as placement.read().
@@ -224,7 +224,7 @@ class PlacementUpdates:
         infos = self._sight.infos(row.src, [one.key for one in row.objects])
         for one in row.objects:
             info = infos[one.key]
-            if info is None or self._sight.moved(row.src, info, one):
+            if info is None or self._sight.change_reason(row.src, info, one):
                 return {}
         return self.wanted(replace(row, dst=row.src, dst_place=row.src_place), infos, {})
 

@@ -208,7 +208,7 @@ class _Reading:
         lease = self._lease
         if lease is not None:
             if not lease.present([part]):
-                lease.want([part])
+                lease.prefetch([part])
             if lease.wait([part]) and os.preadv(lease.fd, [data], part.start) == part.n_bytes:
                 return data
         self._store.read_into(self._key, [(part, memoryview(data))])

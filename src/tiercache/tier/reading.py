@@ -38,26 +38,30 @@ class TieredReader:
         if not self.has_moved:
             return None
         self._promoter.offer(key, identity)
-        return self.near(key, identity)
+        return self.local_copy(key, identity)
 
     @property
     def has_moved(self) -> bool:
         """Whether any object is away from home, as far as is known."""
         return bool(self._places.placed)
 
-    def near(self, key: str, identity: ShardIdentity) -> LocalFolder | None:
+    def local_copy(self, key: str, identity: ShardIdentity) -> LocalFolder | None:
         """Return a folder of this machine, other than the home, that has the shard; None if there is none."""
         return self._places.near(key, identity.n_bytes)
 
-    def is_far(self, key: str) -> bool:
+    def is_remote(self, key: str) -> bool:
         """Return whether a shard of a local home is in a remote store."""
-        return isinstance(self._placed, RedirectingLocalStore) and self._placed.is_far(key)
+        return isinstance(self._placed, RedirectingLocalStore) and self._placed.is_remote(key)
 
     def far(self) -> Store | None:
         """Return the store that reads the moved shards of a local home through the cache; None if there are none."""
-        return self._placed.far if self._places.has_far and isinstance(self._placed, RedirectingLocalStore) else None
+        return (
+            self._placed.remote_store
+            if self._places.has_far and isinstance(self._placed, RedirectingLocalStore)
+            else None
+        )
 
-    def distrust(self, key: str, identity: ShardIdentity) -> bool:
+    def reject_local_copy(self, key: str, identity: ShardIdentity) -> bool:
         """Stop using a damaged local copy of a shard. Return True if the shard was read from a local tier's folder."""
         return self.has_moved and self._places.distrust_near(key, identity.n_bytes)
 

@@ -68,7 +68,7 @@ class RestorePlan:
     """
 
     objects: tuple[ArchivedObject, ...]
-    here: tuple[str, ...]
+    readable_keys: tuple[str, ...]
     speed: Speed
     days: int | None
     cost: float | None

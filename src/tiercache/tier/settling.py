@@ -57,11 +57,11 @@ class DueDeletion:
     row: JournalRow
     verdict: Verdict = "go"
     why: str = ""
-    there: list[tuple[str, JournalObject]] = field(default_factory=list)
+    present: list[tuple[str, JournalObject]] = field(default_factory=list)
     is_whole: bool = True
     is_begun: bool = False
 
-    def say(self, verdict: Verdict, why: str) -> None:
+    def set_verdict(self, verdict: Verdict, why: str) -> None:
         """Set the verdict. Only the first call counts."""
         if self.verdict == "go":
             self.verdict, self.why = verdict, why
@@ -102,7 +102,7 @@ class DeferredDeletions:
         """Make the deletions that are due, and return the counts. Raises as Mover.settle()."""
         due = self._due()
         if due:
-            proven = [row for row in due if _needs_proof(row) and self._sight.transfer.must_prove(row.dst)]
+            proven = [row for row in due if _needs_proof(row) and self._sight.transfer.needs_disk_check(row.dst)]
             self._n_due, self._due_bytes = len(due), sum(one.n_bytes for row in proven for one in row.objects)
             survey, asked_s = self._ask_survey(self._now_s), SYSTEM_CLOCK.monotonic()
             for batch in _batches_of_rows(due):
@@ -127,7 +127,7 @@ class DeferredDeletions:
 
     def _work(self, rows: Sequence[JournalRow], survey: DeletionGuard) -> None:
         self._lock.check()
-        self._placing.forget()
+        self._placing.on_source_closed()
         due = [DueDeletion(row, is_begun=row.state == "dropping") for row in rows]
         self._check(due, survey)
         self._part(due)
@@ -143,7 +143,7 @@ class DeferredDeletions:
     def _check(self, due: Sequence[DueDeletion], survey: DeletionGuard) -> None:
         for one in due:
             if why := self._misnamed(one.row):
-                one.say("cancel", why)
+                one.set_verdict("cancel", why)
         fit = [one for one in due if one.verdict == "go"]
         pinned = self._pins_of(fit)
         wanted = [pair for one in fit for pair in self._asked_of(one.row)]
@@ -151,20 +151,20 @@ class DeferredDeletions:
         missing = unavailable_tiers(self._file, self._sight.stores, self._catalog)
         for one in fit:
             if why := _out_of_sight(one.row, missing):
-                one.say("keep", why)
+                one.set_verdict("keep", why)
                 continue
             try:
                 self._check_one(one, heads, survey, pinned.get((one.row.plan, one.row.number), ""))
             except TierCacheError as error:
-                one.say("keep", str(error))
+                one.set_verdict("keep", str(error))
 
     def _pins_of(self, due: Sequence[DueDeletion]) -> Mapping[tuple[str, int], str]:
         """Return the moves that a pin protects now, as Sight.pinned(). All are kept where the pins cannot be read."""
         try:
-            return self._sight.pinned([one.row for one in due], self._now_s)
+            return self._sight.pin_reasons([one.row for one in due], self._now_s)
         except TierCacheError as error:
             for one in due:
-                one.say("keep", str(error))
+                one.set_verdict("keep", str(error))
             return {}
 
     def _heed_pins(self, due: Sequence[DueDeletion]) -> None:
@@ -173,7 +173,7 @@ class DeferredDeletions:
         pinned = self._pins_of(going)
         for one in going:
             if pin := pinned.get((one.row.plan, one.row.number)):
-                one.say("keep" if one.is_begun and not one.is_whole else "cancel", pin)
+                one.set_verdict("keep" if one.is_begun and not one.is_whole else "cancel", pin)
 
     def _misnamed(self, row: JournalRow) -> str:
         """Return why the rule file no longer has the tiers of a move; "" if it has."""
@@ -193,28 +193,28 @@ class DeferredDeletions:
     def _check_one(self, one: DueDeletion, heads: Heads, survey: DeletionGuard, pin: str) -> None:
         row = one.row
         if changed := self._look(one, heads):
-            one.say("cancel", changed)
+            one.set_verdict("cancel", changed)
             return
-        if not one.there and (one.is_begun or row.action in ("delete", "reclass")):
-            one.say("done", "")
+        if not one.present and (one.is_begun or row.action in ("delete", "reclass")):
+            one.set_verdict("done", "")
             return
         if row.action == "delete":
             self._check_delete(one, survey)
         else:
             self._check_target(one, heads, survey)
         if pin:
-            one.say("cancel", pin)
-        links = [survey.linked.get((row.path, where)) for where in sorted({where for where, _ in one.there})]
+            one.set_verdict("cancel", pin)
+        links = [survey.linked.get((row.path, where)) for where in sorted({where for where, _ in one.present})]
         # A link cannot use a group whose objects are partly deleted already: such a deletion is finished.
         if (link := next(filter(None, links), None)) and (one.is_whole or not one.is_begun):
-            one.say("keep", f"{row.path}: expected no symbolic link to it, found {link}")
+            one.set_verdict("keep", f"{row.path}: expected no symbolic link to it, found {link}")
         if row.rule in self._by_use and survey.used_s.get(row.path, 0.0) > row.since_s > 0:
             # No placement redirects readers of plain files to the copy: a reader that uses the URL reads the source.
-            one.say("cancel", f"{row.path}: expected no reader since it was copied, found that it was read")
+            one.set_verdict("cancel", f"{row.path}: expected no reader since it was copied, found that it was read")
         if row.path in survey.in_use:
-            one.say("keep", f"{row.path}: expected no reader, found that a machine reads it now")
+            one.set_verdict("keep", f"{row.path}: expected no reader, found that a machine reads it now")
         if row.rules != self._file.sha256 and row.action != "delete" and (row.path, row.src) not in survey.asked:
-            one.say("cancel", f"{row.path}: the rule file was changed and no longer asks for this")
+            one.set_verdict("cancel", f"{row.path}: the rule file was changed and no longer asks for this")
         if one.verdict == "cancel" and one.is_begun and not one.is_whole:
             one.verdict = "keep"  # some objects are gone: the rest must be deleted when that is possible again
 
@@ -229,12 +229,12 @@ class DeferredDeletions:
                 continue
             if row.action == "reclass" and has_class(sight, row.dst, info) and info.n_bytes == obj.n_bytes:
                 continue
-            one.there.append((where, obj))
-            changed = changed or sight.moved(where, info, obj)
+            one.present.append((where, obj))
+            changed = changed or sight.change_reason(where, info, obj)
         if row.action == "reclass" and not one.is_whole:
             changed = changed or f"{row.src_place}/{row.path}: expected {len(row.objects)} objects, some are missing"
         for where in sorted({obj.where for obj in row.objects} if row.action == "delete" else {row.src}):
-            changed = changed or sight.strangers(where, row.path, [obj.key for obj in row.objects])
+            changed = changed or sight.extra_object_reason(where, row.path, [obj.key for obj in row.objects])
         return changed or (self._new_copies(row, heads) if row.action == "delete" else "")
 
     def _new_copies(self, row: JournalRow, heads: Heads) -> str:
@@ -251,38 +251,40 @@ class DeferredDeletions:
     def _check_delete(self, one: DueDeletion, survey: DeletionGuard) -> None:
         row = one.row
         if row.path in survey.protected:
-            one.say("cancel", f"{row.path}: it is the newest complete checkpoint of its run")
+            one.set_verdict("cancel", f"{row.path}: it is the newest complete checkpoint of its run")
         elif one.is_whole and row.path not in survey.deletes:
-            one.say("cancel", f"{row.path}: no rule deletes it now")
+            one.set_verdict("cancel", f"{row.path}: no rule deletes it now")
 
     def _check_target(self, one: DueDeletion, heads: Heads, survey: DeletionGuard) -> None:
         row, sight = one.row, self._sight
         there = found_infos(heads, row.dst, row)
         if row.action != "reclass":
             if why := self._unconfirmed(row, there):
-                one.say("cancel", why)
-            if since_s := self._lock.doomed.get((row.dst_place, row.path)):
-                one.say(
+                one.set_verdict("cancel", why)
+            if since_s := self._lock.unreliable_copies.get((row.dst_place, row.path)):
+                one.set_verdict(
                     "keep",
                     f"{row.dst_place}/{row.path}: another process lost the tier lock {self._now_s - since_s:.0f} s ago "
                     f"and may still delete this copy: it is not relied on for a week",
                 )
-            if not one.there:
-                one.say("done", "")
-            elif why := sight.joined(row.src, row.dst):
-                one.say("cancel", why)
+            if not one.present:
+                one.set_verdict("done", "")
+            elif why := sight.shared_location_reason(row.src, row.dst):
+                one.set_verdict("cancel", why)
         stays = row.action != "reclass" and all(info is not None and is_readable(info) for info in there.values())
         if row.path in survey.protected and not stays:
-            one.say("cancel", f"{row.path}: the newest complete checkpoint of its run stays where it can be read")
+            one.set_verdict(
+                "cancel", f"{row.path}: the newest complete checkpoint of its run stays where it can be read"
+            )
         between = not self._placing.is_home(row.src) and not self._placing.is_home(row.dst)
         at_home: Infos = found_infos(heads, self._placing.home, row) if between else {}
-        if one.verdict == "go" and (why := self._placing.misleads(row, at_home)):
-            one.say("cancel", why)
+        if one.verdict == "go" and (why := self._placing.unredirected_reason(row, at_home)):
+            one.set_verdict("cancel", why)
 
     def _unconfirmed(self, row: JournalRow, there: Infos) -> str:
-        books = self._catalog.known(row.dst, [one.key for one in row.objects])
+        books = self._catalog.entries(row.dst, [one.key for one in row.objects])
         for one in row.objects:
-            if why := self._sight.confirmed(row.dst, one.key, there[one.key], books.get(one.key)):
+            if why := self._sight.unconfirmed_reason(row.dst, one.key, there[one.key], books.get(one.key)):
                 return why
         return ""
 
@@ -298,10 +300,10 @@ class DeferredDeletions:
         for one in due:
             if one.verdict != "go" or one.row.action == "reclass":
                 continue
-            takes = {(where, obj.key) for where, obj in one.there}
+            takes = {(where, obj.key) for where, obj in one.present}
             needs = {(one.row.dst, obj.key) for obj in one.row.objects} if one.row.action != "delete" else set()
             if takes & counted or needs & dropped:
-                one.say("keep", f"{one.row.path}: another move of the same objects comes first")
+                one.set_verdict("keep", f"{one.row.path}: another move of the same objects comes first")
                 continue
             counted |= needs
             dropped |= takes
@@ -310,15 +312,15 @@ class DeferredDeletions:
         """Read local copies back from disk, once, before their sources are deleted: no store verifies their bytes."""
         copies: list[tuple[DueDeletion, str, CatalogEntry | None]] = []
         for one in due:
-            if self._sight.transfer.must_prove(one.row.dst):
+            if self._sight.transfer.needs_disk_check(one.row.dst):
                 keys = [obj.key for obj in one.row.objects]
-                books = self._catalog.known(one.row.dst, keys)
+                books = self._catalog.entries(one.row.dst, keys)
                 copies += [(one, key, books.get(key)) for key in keys]
         for (one, _, _), (verdict, why) in zip(copies, self._sight.pool.map(self._proof, copies), strict=True):
             if why:
                 # Where some source objects are gone, the deletion is finished when that is possible again, not
                 # forgotten.
-                one.say("keep" if one.is_begun and not one.is_whole else verdict, why)
+                one.set_verdict("keep" if one.is_begun and not one.is_whole else verdict, why)
 
     def _proof(self, copy: tuple[DueDeletion, str, CatalogEntry | None]) -> tuple[Verdict, str]:
         one, key, known = copy
@@ -348,7 +350,7 @@ class DeferredDeletions:
         self._catalog.write([replace(one.row, state="dropping", changed_s=self._now_s) for one in due])
         for one in due:
             one.is_begun = True
-        self._catalog.keep([(o.row.dst, one.key) for o in due if o.row.dst for one in o.row.objects])
+        self._catalog.source_deleted([(o.row.dst, one.key) for o in due if o.row.dst for one in o.row.objects])
         crash_point("tier_drop.journaled")
         self._unplace([one for one in due if one.row.action == "delete"])
         self._look_again(due)
@@ -358,33 +360,33 @@ class DeferredDeletions:
         drops = [one for one in going if one.row.action != "reclass"]
         places = {tier.name: tier.url for tier in self._file.tiers}
         # From here to the deletions there are no further queries: see lock.py.
-        self._lock.announce(sorted({(places[where], one.row.path) for one in drops for where, _ in one.there}))
+        self._lock.announce(sorted({(places[where], one.row.path) for one in drops for where, _ in one.present}))
         self._drop(drops)
         self._reclass([one for one in going if one.row.action == "reclass"])
 
     def _look_again(self, due: Sequence[DueDeletion]) -> None:
         """Keep what was written, or has lost its other copy, since the first check, which may be hours ago."""
         drops = [one for one in due if one.verdict == "go" and one.row.action != "reclass"]
-        wanted = [(where, obj.key) for one in drops for where, obj in one.there]
+        wanted = [(where, obj.key) for one in drops for where, obj in one.present]
         placed = [one for one in drops if one.row.dst]
         wanted += [(one.row.dst, obj.key) for one in placed for obj in one.row.objects]
         heads = self._sight.heads(list(dict.fromkeys(wanted)))
         for one in placed:
             try:
                 if why := self._unconfirmed(one.row, found_infos(heads, one.row.dst, one.row)):
-                    one.say("keep", why)  # the next run checks it again
+                    one.set_verdict("keep", why)  # the next run checks it again
             except TierCacheError as error:
-                one.say("keep", str(error))
+                one.set_verdict("keep", str(error))
         for one in drops:
-            for where, obj in one.there:
+            for where, obj in one.present:
                 try:
                     info = found_in(heads, where, obj.key)
-                    why = "" if info is None else self._sight.moved(where, info, obj)
+                    why = "" if info is None else self._sight.change_reason(where, info, obj)
                 except TierCacheError as error:
-                    one.say("keep", str(error))
+                    one.set_verdict("keep", str(error))
                     continue
                 if why:
-                    one.say("cancel", why)
+                    one.set_verdict("cancel", why)
         crash_point("tier_drop.looked_again")
 
     def _unplace(self, due: Sequence[DueDeletion]) -> None:
@@ -397,10 +399,10 @@ class DeferredDeletions:
                 changes[folder].update(self._placing.wanted(one.row, {}, {}))
                 chains[folder].append(one)
             except TierCacheError as error:
-                one.say("keep", str(error))
+                one.set_verdict("keep", str(error))
         for folder, why in self._placing.commit(changes).items():
             for one in chains[folder]:
-                one.say("keep", why)
+                one.set_verdict("keep", why)
         crash_point("tier_drop.unplaced")
 
     def _drop(self, due: Sequence[DueDeletion]) -> None:
@@ -412,7 +414,7 @@ class DeferredDeletions:
         first: list[tuple[DueDeletion, str, JournalObject]] = []
         rest: list[tuple[DueDeletion, str, JournalObject]] = []
         for one in due:
-            for where, obj in one.there:
+            for where, obj in one.present:
                 last = keys.get((one.row.plan, one.row.number, obj.where))
                 (first if obj.key == last else rest).append((one, where, obj))
         self._delete(first)
@@ -427,15 +429,15 @@ class DeferredDeletions:
                 by_tier[where].append((one, obj))
         for tier, pairs in by_tier.items():
             try:
-                self._sight.transfer.drop(tier, [as_planned(obj) for _, obj in pairs])
+                self._sight.transfer.delete_objects(tier, [as_planned(obj) for _, obj in pairs])
             except StoreError as error:  # some may be gone: the row says "dropping", and the next run deletes the rest
                 for one, _ in pairs:
-                    one.say("keep", str(error))
+                    one.set_verdict("keep", str(error))
 
     def _reclass(self, due: Sequence[DueDeletion]) -> None:
-        pairs = [(one, obj) for one in due for _, obj in one.there]
+        pairs = [(one, obj) for one in due for _, obj in one.present]
         for one in due:
-            self._sight.remember_dates(one.row.dst, [obj for _, obj in one.there])
+            self._sight.remember_dates(one.row.dst, [obj for _, obj in one.present])
         made = [copy for copy in self._sight.pool.map(self._reclassed, pairs) if copy is not None]
         crash_point("tier_drop.reclassed")
         self._catalog.record(made)
@@ -444,12 +446,12 @@ class DeferredDeletions:
         one, obj = pair
         dst = one.row.dst
         try:
-            known = self._catalog.known(dst, [obj.key]).get(obj.key)
-            changed = self._sight.transfer.reclass(dst, as_planned(obj))
+            known = self._catalog.entries(dst, [obj.key]).get(obj.key)
+            changed = self._sight.transfer.change_class(dst, as_planned(obj))
         except CommitConflict:
             raise
         except TierCacheError as error:
-            one.say("keep", str(error))
+            one.set_verdict("keep", str(error))
             return None
         copy = entry_after_class_change(obj, known, changed)
         return None if copy is None else (dst, obj.key, copy)
@@ -457,7 +459,7 @@ class DeferredDeletions:
     # -- results ----------------------------------------------------------------------------------------------------
 
     def _end(self, due: Sequence[DueDeletion]) -> None:
-        back = [one for one in due if one.verdict == "cancel" and one.is_whole and one.there]
+        back = [one for one in due if one.verdict == "cancel" and one.is_whole and one.present]
         # The placement of a last copy changes when its deletion begins, not before.
         self._take_back([one for one in back if one.is_begun or one.row.action != "delete"])
         rows, gone, lasting = [], [], []
@@ -468,10 +470,10 @@ class DeferredDeletions:
                 self._settled.n_done += 1
                 if row.action != "reclass":
                     lasting += [(row.dst, obj.key) for obj in row.objects if row.dst]
-                    gone += [(where, obj.key) for where, obj in one.there]
+                    gone += [(where, obj.key) for where, obj in one.present]
                 if row.action == "delete":  # and the catalog entries of copies that others have deleted
                     gone += [(tier.name, obj.key) for tier in self._file.tiers for obj in row.objects]
-                self._settled.n_bytes += sum(obj.n_bytes for _, obj in one.there) if one.verdict == "go" else 0
+                self._settled.n_bytes += sum(obj.n_bytes for _, obj in one.present) if one.verdict == "go" else 0
                 continue
             if one.verdict == "cancel":
                 rows.append(replace(row, state="cancelled", note=one.why, changed_s=self._now_s))
@@ -481,7 +483,7 @@ class DeferredDeletions:
                 self._settled.n_waiting += 1
             self._settled.stopped.append((row, one.why))
         self._remove_folders([one for one in due if one.verdict in ("go", "done") and one.row.action != "reclass"])
-        self._catalog.keep(lasting)  # also of sources that somebody else deleted
+        self._catalog.source_deleted(lasting)  # also of sources that somebody else deleted
         self._catalog.write(rows)
         crash_point("tier_drop.done")
         self._catalog.forget(gone)

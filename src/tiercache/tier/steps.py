@@ -78,7 +78,7 @@ class MoveContext:
 
     # -- the copy that is moved -------------------------------------------------------------------------------------
 
-    def moved(self, tier: str, info: ObjectInfo, one: JournalObject) -> str:
+    def change_reason(self, tier: str, info: ObjectInfo, one: JournalObject) -> str:
         """Return why an object is not the planned one; "" if it is."""
         at = f"{self.stores.store(tier).url}/{one.key}"
         if info.n_bytes != one.n_bytes:
@@ -91,10 +91,10 @@ class MoveContext:
             return "" if same else f"{at}: expected date {one.modified_s:.0f}, found {info.modified_s:.0f}"
         if one.crc32c is None:
             return f"{at}: the store says neither ETag nor date, and its checksum is not known: it cannot be compared"
-        found = self.transfer.sum_of(tier, info)
+        found = self.transfer.checksum_of(tier, info)
         return "" if found == one.crc32c else f"{at}: expected CRC-32C {one.crc32c:08x}, found {found:08x}"
 
-    def strangers(self, tier: str, path: str, keys: Iterable[str]) -> str:
+    def extra_object_reason(self, tier: str, path: str, keys: Iterable[str]) -> str:
         """Return why a group has more objects than planned; "" if it has not. Raises StoreError."""
         known = set(keys)
         if known == {path}:
@@ -104,7 +104,7 @@ class MoveContext:
             return ""
         return f"{self.stores.store(tier).url}/{path}: expected {len(known)} objects, found {min(new)!r} beside them"
 
-    def confirmed(self, tier: str, key: str, info: ObjectInfo | None, known: CatalogEntry | None) -> str:
+    def unconfirmed_reason(self, tier: str, key: str, info: ObjectInfo | None, known: CatalogEntry | None) -> str:
         """Return why a copy cannot be relied on; "" if it is the verified one. Raises StoreError.
 
         If the ETag differs but the bytes are equal (a server may assign a new ETag with a new class), the catalog is
@@ -129,7 +129,7 @@ class MoveContext:
             )
         if known.crc32c is None:
             return f"{at}: expected ETag {known.etag}, found {info.etag}, and its checksum is not known"
-        found = self.transfer.sum_of(tier, info)
+        found = self.transfer.checksum_of(tier, info)
         if found != known.crc32c:
             return f"{at}: expected CRC-32C {known.crc32c:08x}, found {found:08x}"
         self.catalog.record([(tier, key, known._replace(etag=info.etag, crc32c=found))])
@@ -151,12 +151,12 @@ class MoveContext:
             StoreError: The copy cannot be read, or changed during the read.
         """
         info = self.head(tier, key)
-        if why := self.confirmed(tier, key, info, known):
+        if why := self.unconfirmed_reason(tier, key, info, known):
             return why
         at = f"{self.stores.store(tier).url}/{key}"
         if info is None or known is None or known.crc32c is None:
             return f"{at}: its checksum is not known: it cannot be compared"
-        found = self.transfer.prove(tier, info, on_bytes)
+        found = self.transfer.checksum_on_disk(tier, info, on_bytes)
         if found == known.crc32c:
             return ""
         self.disbelieve(tier, key, known)
@@ -169,17 +169,17 @@ class MoveContext:
         """Mark a copy as not verified in the catalog. If a move made it, a later move may still replace it."""
         self.catalog.record([(tier, key, known._replace(crc32c=None, verified=False))])
 
-    def sum_of(self, tier: str, info: ObjectInfo, known: CatalogEntry | None) -> int | None:
+    def checksum_of(self, tier: str, info: ObjectInfo, known: CatalogEntry | None) -> int | None:
         """Return an object's CRC-32C, from the catalog if unchanged, else by reading; None if it is archived."""
         if known is not None and known.crc32c is not None and matches_entry(info, known):
             return known.crc32c
         if state_of(info) in (ARCHIVED, RESTORING):
             return None
-        return self.transfer.sum_of(tier, info)
+        return self.transfer.checksum_of(tier, info)
 
     def remember_dates(self, tier: str, objects: Sequence[JournalObject]) -> None:
         """Record in the catalog when these objects were first written: a change of class gives them a new date."""
-        books = self.catalog.known(tier, [one.key for one in objects])
+        books = self.catalog.entries(tier, [one.key for one in objects])
         dated = []
         for one in objects:
             known = books.get(one.key)
@@ -192,7 +192,7 @@ class MoveContext:
 
     # -- checks of a whole move -------------------------------------------------------------------------------------
 
-    def pinned(self, rows: Sequence[JournalRow], now_s: float) -> dict[tuple[str, int], str]:
+    def pin_reasons(self, rows: Sequence[JournalRow], now_s: float) -> dict[tuple[str, int], str]:
         """Return the moves that a pin forbids now, as {(plan, number): reason}.
 
         The rule file is read again: a run may take days, and a pin that is added during it must count. The pins at the
@@ -222,21 +222,21 @@ class MoveContext:
                 why[owner] = f"expected no pin, found {', '.join(pin.match)}" + (f" ({pin.why})" if pin.why else "")
         return why
 
-    def missing(self, tier: str, *, gets: bool = True) -> str:
+    def tier_unavailable_reason(self, tier: str, *, gets: bool = True) -> str:
         """Return why a local tier may not be the one used before, or "". See ensure_marker()."""
         try:
             return ensure_marker(self.file.tier(tier), self.stores.store(tier), self.catalog, gets=gets)
         except StoreError as error:
             return str(error)
 
-    def joined(self, src: str, dst: str) -> str:
+    def shared_location_reason(self, src: str, dst: str) -> str:
         """Return why two tiers may be one location, whose copies are one copy; "" if they are not. Raises StoreError.
 
         URLs do not show this: 1. /data/a and /mnt/b are one folder by a link, a mount or NFS. 2. The copy "in both" is
         verified. 3. It is dropped from one tier, and is gone from the other. So a probe object is written to one tier
         and looked up in the other.
         """
-        if self.stores.same_place(src, dst):
+        if self.stores.same_url(src, dst):
             return f"tiers {src} and {dst} have one URL"
         pair = src, dst
         if pair not in self._apart:

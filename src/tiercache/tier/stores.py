@@ -157,7 +157,7 @@ class Stores:
 
     def sharing(self, name: str) -> tuple[str, ...]:
         """Return the names of the tiers with this tier's URL, including itself, in the file's order."""
-        return tuple(tier.name for tier in self.file.tiers if tier.name == name or self.same_place(tier.name, name))
+        return tuple(tier.name for tier in self.file.tiers if tier.name == name or self.same_url(tier.name, name))
 
     def tier_of(self, sharing: Sequence[str], info: ObjectInfo) -> str:
         """Return which of the tiers with one URL an object belongs to: the tier with its storage class.
@@ -171,7 +171,7 @@ class Stores:
         """Return the storage class of a tier's copies: "STANDARD" if the file names none."""
         return self.file.tier(name).storage_class or STANDARD
 
-    def same_place(self, first: str, second: str) -> bool:
+    def same_url(self, first: str, second: str) -> bool:
         """Return whether two tiers have one URL: a move between them changes the class and copies no bytes."""
         return first == second or self._known_place(first) == self._known_place(second)
 

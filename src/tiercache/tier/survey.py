@@ -57,7 +57,7 @@ def take_deletion_guard(file: RuleFile, stores: Stores, catalog: TierCatalog, no
 def survey_of(snapshot: Snapshot, decisions: Decisions) -> DeletionGuard:
     """Return the survey of a snapshot and of the decisions on it."""
     tiers = snapshot.tiers
-    is_used = np.isfinite(snapshot.counted_since_s) & (snapshot.kind != SHARD)
+    is_used = np.isfinite(snapshot.uses_recorded_since_s) & (snapshot.kind != SHARD)
     takes = [move for move in decisions.moves if move.action in ("move", "drop", "reclass")]
     return DeletionGuard(
         in_use=_paths(snapshot, snapshot.in_use),

@@ -44,7 +44,7 @@ _MD5 = re.compile(r'"?[0-9a-f]{32}"?')
 
 @dataclass(frozen=True, slots=True)
 class VerifiedCopy:
-    """A copy that was made and verified, as far as that is possible at once: see Transfer.must_prove().
+    """A copy that was made and verified, as far as that is possible at once: see Transfer.needs_disk_check().
 
     Attributes:
         n_bytes: Size, in bytes.
@@ -142,7 +142,7 @@ class Transfer:
                 have the expected checksum. Otherwise a store failed.
             ValueError: Both tiers are one location: use reclass().
         """
-        if self._stores.same_place(src, dst):
+        if self._stores.same_url(src, dst):
             raise ValueError(f"{src} and {dst} have one URL: a move between them changes the class of {one.key}")
         self._check_cancelled(src, one.key)
         said = on_bytes or _nothing
@@ -190,7 +190,7 @@ class Transfer:
         if isinstance(replaces, str):
             check_over(self._stores, dst, one.key, replaces)
         self._pace.take(info.n_bytes)
-        before = source.sums(one.key)
+        before = source.checksums(one.key)
         try:
             made = target.copy_from(
                 source,
@@ -208,9 +208,9 @@ class Transfer:
             raise
         if one.crc32c is not None and made.crc32c is None:
             # A copy that equals the source does not show that the source is the expected object: only its bytes do.
-            is_proven = _is_readable(made) and self.sum_of(dst, made) == one.crc32c
+            is_proven = _is_readable(made) and self.checksum_of(dst, made) == one.crc32c
         else:
-            is_proven = _is_proven(before, target.sums(one.key), one, made)
+            is_proven = _is_proven(before, target.checksums(one.key), one, made)
         if made.n_bytes != info.n_bytes or not is_proven:
             # This copy is ours, perhaps of a source that rotted: it must not stay, nor be taken for somebody else's
             # object.
@@ -398,7 +398,7 @@ class Transfer:
         # A checksum of the store that differs does not prove a bad copy (moto computes it of something else): bytes
         # decide.
         if found is None:
-            found = self.sum_of(dst, info)
+            found = self.checksum_of(dst, info)
         if found != crc:
             self._remove(dst, info)
             raise _wrong(where, crc, found, "the copy")
@@ -411,22 +411,22 @@ class Transfer:
             data, info = store.read_tail(made.key, n_bytes + 1)
             return info, crc32c(data)
         # A local folder has just checked the file.
-        return (made, crc) if self.must_prove(name) else (self._stores.head(name, made.key), None)
+        return (made, crc) if self.needs_disk_check(name) else (self._stores.head(name, made.key), None)
 
-    def must_prove(self, name: str) -> bool:
+    def needs_disk_check(self, name: str) -> bool:
         """Return whether copies in a tier must pass prove() before their sources are deleted: files in a local folder.
 
         Only reading a disk shows what it has, and a later read shows more: docs/design/tiers.md.
         """
         return isinstance(self._stores.store(name), LocalFolder)
 
-    def prove(self, name: str, info: ObjectInfo, on_bytes: Callable[[int], object] = _nothing) -> int:
+    def checksum_on_disk(self, name: str, info: ObjectInfo, on_bytes: Callable[[int], object] = _nothing) -> int:
         """Return the CRC-32C of a file as its disk has it, past the page cache. on_bytes, errors: As copy()."""
         if isinstance(store := self._stores.store(name), LocalFolder):
             store.forget_cached(info.key)
-        return self.sum_of(name, info, on_bytes)
+        return self.checksum_of(name, info, on_bytes)
 
-    def sum_of(self, name: str, info: ObjectInfo, on_bytes: Callable[[int], object] = _nothing) -> int:
+    def checksum_of(self, name: str, info: ObjectInfo, on_bytes: Callable[[int], object] = _nothing) -> int:
         """Read all bytes of an object, and return their CRC-32C. on_bytes, errors: As copy()."""
         crc = 0
         with closing(self._parts(PartReader(self._stores.store(name), info, self._cancel), None, on_bytes)) as parts:
@@ -435,7 +435,7 @@ class Transfer:
                 self._buffers.give(part.buffer)
         return crc
 
-    def reclass(self, dst: str, one: PlannedObject) -> VerifiedCopy:
+    def change_class(self, dst: str, one: PlannedObject) -> VerifiedCopy:
         """Give an object, in place, the storage class of a tier with the same URL.
 
         No data is read unless checksums leave doubt.
@@ -447,21 +447,21 @@ class Transfer:
         archive = self._archive(dst)
         info = self.check(dst, one)
         wanted = self._stores.class_of(dst)
-        before = archive.sums(one.key)
+        before = archive.checksums(one.key)
         made = info if info.storage_class == wanted else archive.set_class(one.key, wanted, if_match=info.etag)
         where = self._at(dst, one.key)
         if made.n_bytes != info.n_bytes or made.storage_class != wanted:
             found = f"{made.n_bytes} bytes, {made.storage_class}"
             raise _wrong(where, f"{info.n_bytes} bytes, {wanted}", found, "the object")
-        if _is_proven(before, archive.sums(one.key), one, made):
+        if _is_proven(before, archive.checksums(one.key), one, made):
             return VerifiedCopy(made.n_bytes, one.crc32c if made.crc32c is None else made.crc32c, made.etag)
         # The checksums are not conclusive: a readable object is read; of an archived one only size and class are known.
-        crc = self.sum_of(dst, made) if _is_readable(made) else None
+        crc = self.checksum_of(dst, made) if _is_readable(made) else None
         if None not in (crc, one.crc32c) and crc != one.crc32c:
             raise _wrong(where, one.crc32c, crc, "the object")
         return VerifiedCopy(made.n_bytes, crc, made.etag)
 
-    def drop(self, name: str, objects: Sequence[PlannedObject]) -> None:
+    def delete_objects(self, name: str, objects: Sequence[PlannedObject]) -> None:
         """Delete objects of a tier, 1000 per request where the store can. A missing object is not an error.
 
         The order is not defined. Only S3 and local folders check that an object still has its ETag; a local folder

@@ -135,12 +135,12 @@ class SnapshotIndex:
 def rules_of(snapshot: Snapshot, file: RuleFile) -> NDArray[np.int16]:
     """Return the number of the first rule whose globs and kind match each group; -1: none. int16[n_groups]."""
     if all(rule.kind is None for rule in file.rules):
-        return first_match(snapshot.paths, [(rule.match, rule.excepted) for rule in file.rules])
+        return first_match(snapshot.paths, [(rule.match, rule.exclude) for rule in file.rules])
     found = np.full(snapshot.n_groups, -1, np.int16)
     for number, kind in enumerate(KINDS):
         of_kind = snapshot.kind == number
         rules = [i for i, rule in enumerate(file.rules) if rule.kind in (None, kind)]
-        globs = [(file.rules[i].match, file.rules[i].excepted) for i in rules]
+        globs = [(file.rules[i].match, file.rules[i].exclude) for i in rules]
         hits = first_match(snapshot.paths.filter(pa.array(of_kind)), globs)
         found[of_kind] = np.append(rules, -1).astype(np.int16)[hits]
     return found

@@ -294,7 +294,7 @@ def _fits(view: SnapshotIndex, rule: Rule, rows: Rows) -> tuple[Flags, Flags]:
     if rule.uses_below is not None:
         fits &= view.snapshot.uses[rows] < rule.uses_below
     asks_use = bool(rule.idle_s) or rule.uses_below is not None  # idle = 0 holds for every group
-    uncounted = np.isposinf(view.snapshot.counted_since_s[rows]) & (rule.idle_by == "use")
+    uncounted = np.isposinf(view.snapshot.uses_recorded_since_s[rows]) & (rule.idle_by == "use")
     return fits, fits & (view.snapshot.unreported[rows] | uncounted) & asks_use
 
 
@@ -303,7 +303,7 @@ def _unused_s(view: SnapshotIndex, rule: Rule, rows: Rows) -> NDArray[np.float64
 
     A rule with idle_by = "mtime" uses the time since the last write or use instead.
     """
-    unused_s, since_s = view.unused_s[rows], view.snapshot.counted_since_s[rows]
+    unused_s, since_s = view.unused_s[rows], view.snapshot.uses_recorded_since_s[rows]
     if rule.idle_by == "mtime":
         return unused_s
     return np.where(np.isposinf(since_s), unused_s, np.minimum(unused_s, view.snapshot.now_s - since_s))
@@ -327,7 +327,7 @@ def _why(view: SnapshotIndex, rule: Rule, rows: Rows) -> Texts:
     unused = none if rule.idle_s is None else hours(_unused_s(view, rule, rows))
     age = none if rule.age_s is None else hours(view.age_s[rows])
     n_uses = none if rule.uses_below is None else view.snapshot.uses[rows]
-    is_by_mtime = np.isposinf(view.snapshot.counted_since_s[rows]) & (rule.idle_by == "mtime")
+    is_by_mtime = np.isposinf(view.snapshot.uses_recorded_since_s[rows]) & (rule.idle_by == "mtime")
     return format_reasons(words, unused, age, n_uses, is_by_mtime)
 
 

@@ -98,7 +98,7 @@ class Tier(RuleTable):
         return "://" not in self.url or self.url.lower().startswith("file://")
 
     @property
-    def is_share(self) -> bool:
+    def is_percentage(self) -> bool:
         """Whether the capacity is a percentage of a disk."""
         return self.capacity is not None and self.capacity.strip().endswith("%")
 
@@ -113,7 +113,7 @@ class Tier(RuleTable):
         """
         if self.capacity is None:
             return None
-        if self.is_share and disk_bytes is None:
+        if self.is_percentage and disk_bytes is None:
             raise ValueError(f"tiers.{self.name}.capacity: the size of the disk is unknown, got {self.capacity}")
         return parse_bytes(self.capacity, whole_bytes=disk_bytes)
 
@@ -144,7 +144,7 @@ class Tier(RuleTable):
     def _fits(self) -> Tier:
         if self.low >= self.high:
             raise ValueError(f"low: must be below high, got {self.low:.0%} and {self.high:.0%}")
-        if self.is_share and not self.is_local:
+        if self.is_percentage and not self.is_local:
             raise ValueError(
                 f"capacity: only a local tier may have a percentage; expected a size, got {self.capacity!r}"
             )
@@ -217,7 +217,7 @@ class Rule(RuleTable):
 
     name: str = Field(min_length=1)
     match: Globs
-    excepted: Annotated[tuple[str, ...], BeforeValidator(read_globs)] = Field(default=(), validation_alias="except")
+    exclude: Annotated[tuple[str, ...], BeforeValidator(read_globs)] = Field(default=(), validation_alias="except")
     kind: Kind | None = None
     larger_than_bytes: Bytes | None = Field(default=None, validation_alias="larger_than")
     smaller_than_bytes: Bytes | None = Field(default=None, validation_alias="smaller_than")
@@ -284,8 +284,8 @@ class TieringOptions(RuleTable):
     """Options of the planner and the mover. state_dir: None: config.state_folder()."""
 
     grace_s: Seconds = Field(default=86400.0, validation_alias="grace")
-    settle_s: Seconds = Field(default=600.0, validation_alias="settle")
-    silence_s: Seconds = Field(default=604800.0, validation_alias="silence")
+    quiet_period_s: Seconds = Field(default=600.0, validation_alias="settle")
+    reader_timeout_s: Seconds = Field(default=604800.0, validation_alias="silence")
     max_break_even_s: Seconds = Field(default=365 * 86400.0, validation_alias="max_break_even")
     jobs: int = Field(default=8, ge=1, le=1024)
     rate_bytes_s: Annotated[int, BeforeValidator(read_rate)] | None = Field(default=None, validation_alias="rate")

@@ -66,7 +66,7 @@ class Readable(Source, Protocol):
         """See Source.at_versions."""
 
     @property
-    def plan(self) -> SourceSpec:
+    def spec(self) -> SourceSpec:
         """Spec that opens the source again."""
 
     @property
@@ -117,7 +117,7 @@ class Readable(Source, Protocol):
     def with_columns(self, columns: Sequence[str]) -> Readable:
         """Return the same records with other columns of the stored schema. Raises SchemaError for an unknown column."""
 
-    def scanning(self, columns: Sequence[str]) -> Readable:
+    def for_scan(self, columns: Sequence[str]) -> Readable:
         """Return a source as `with_columns` does, for a single pass: shards that are not cached bypass the cache."""
 
     def warm(

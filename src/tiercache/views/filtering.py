@@ -52,7 +52,7 @@ def matching(source: Readable, expression: pc.Expression) -> Selection:
     names = columns_of(source.stored_schema, expression)
     if not names:  # a constant: Arrow needs some column to know the number of rows
         names = [source.schema.names[0]]
-    scanned = source.scanning(names)
+    scanned = source.for_scan(names)
     shards = _may_match(scanned, expression, np.flatnonzero(scanned.shard_records).tolist())
     found = list(_ahead(lambda shard: _runs_of_shard(scanned, expression, shard), shards))
     starts, lengths = (np.concatenate([np.empty(0, np.int64), *(runs[i] for runs in found)]) for i in (0, 1))

@@ -76,9 +76,9 @@ class Joined:
         self.first_record = np.r_[0, np.cumsum(self.shard_records)]
 
     @property
-    def plan(self) -> SourceSpec:
-        """See Readable.plan."""
-        return JoinedSpec(tuple(source.plan for source in self.below))
+    def spec(self) -> SourceSpec:
+        """See Readable.spec."""
+        return JoinedSpec(tuple(source.spec for source in self.below))
 
     @property
     def url(self) -> str:
@@ -288,9 +288,9 @@ class Joined:
         """Return the same records with other columns."""
         return self._of([source.with_columns(columns) for source in self.below])
 
-    def scanning(self, columns: Sequence[str]) -> Joined:
-        """See Readable.scanning."""
-        return self._of([source.scanning(columns) for source in self.below])
+    def for_scan(self, columns: Sequence[str]) -> Joined:
+        """See Readable.for_scan."""
+        return self._of([source.for_scan(columns) for source in self.below])
 
     def figures(self) -> Mapping[str, float]:
         """See Source.figures: sums over all versions; counters of a shared cache count once."""

@@ -58,9 +58,9 @@ class Mixed(Joined):
         self.n_records = len(self._records)
 
     @property
-    def plan(self) -> MixedSpec:
-        """See Readable.plan."""
-        return MixedSpec(tuple(source.plan for source in self.below), self._weights, self._stop)
+    def spec(self) -> MixedSpec:
+        """See Readable.spec."""
+        return MixedSpec(tuple(source.spec for source in self.below), self._weights, self._stop)
 
     @property
     def mixture(self) -> MixtureSpec:

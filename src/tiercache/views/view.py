@@ -122,9 +122,9 @@ class View:
         return view
 
     @property
-    def plan(self) -> ViewSpec:
-        """See Readable.plan."""
-        return ViewSpec(self.below.plan, self.steps, self.selection)
+    def spec(self) -> ViewSpec:
+        """See Readable.spec."""
+        return ViewSpec(self.below.spec, self.steps, self.selection)
 
     @property
     def url(self) -> str:
@@ -274,9 +274,9 @@ class View:
         """Return the same records with other columns."""
         return View(self.below.with_columns(columns), self.steps, self.selection)
 
-    def scanning(self, columns: Sequence[str]) -> View:
-        """See Readable.scanning."""
-        return View(self.below.scanning(columns), self.steps, self.selection)
+    def for_scan(self, columns: Sequence[str]) -> View:
+        """See Readable.for_scan."""
+        return View(self.below.for_scan(columns), self.steps, self.selection)
 
     def figures(self) -> Mapping[str, float]:
         """See Source.figures."""
