@@ -70,7 +70,7 @@ class VersionStores:
         """Return whether prefetching a shard is useful: it does not lie in a local folder."""
         return not self.tiers.has_moved or not self._is_at_a_disk(key, identity)
 
-    def distrust(self, key: str, identity: ShardIdentity) -> bool:
+    def verify_copy(self, key: str, identity: ShardIdentity) -> bool:
         """Verify the local copy of a shard that was found to be corrupt.
 
         Returns:

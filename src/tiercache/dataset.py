@@ -369,7 +369,7 @@ class Dataset(SelectionMethods):
             return columns
 
         def explain(column: str, index: int, said: str) -> Exception:
-            listed, served = self.source.listed, int(rows[index])
+            listed, served = self.source.record_order, int(rows[index])
             return image_decode_error(self.source, column, served if listed is None else int(listed[served]), said)
 
         return decode_columns(columns, decode, explain)

@@ -151,7 +151,7 @@ class OpenedVersion:
         return (SourcePart(self.dataset_id, self.version, self.fingerprint),)
 
     @property
-    def listed(self) -> None:
+    def record_order(self) -> None:
         """None: records are served in stored order."""
 
     @property
@@ -215,8 +215,8 @@ class OpenedVersion:
         return [tables[shard] for shard in shards]
 
     @property
-    def is_whole(self) -> bool:
-        """See Source.is_whole."""
+    def selects_all(self) -> bool:
+        """See Source.selects_all."""
         return True
 
     def stored_rows(
@@ -316,7 +316,7 @@ class OpenedVersion:
             return list(pool.map(self._take, shards, rows))
 
     @property
-    def is_cached(self) -> bool:
+    def has_cache(self) -> bool:
         """Whether the data set is read through a cache."""
         return isinstance(self.store, CachedStore)
 
@@ -355,7 +355,7 @@ class OpenedVersion:
     def discard_corrupt_copy(self, shard: int) -> bool:
         """Verify a shard's local copy and drop it if it differs from the source. Returns True if it did: load again."""
         key, identity = self._object(shard)
-        healed = self.access.distrust(key, identity)
+        healed = self.access.verify_copy(key, identity)
         self._readers.drop(shard)  # even if the copy is right: it may be newer than the opened one
         if healed:
             logger.warning("%s: the local copy of %s was damaged and is fetched again", self.url, key)
@@ -364,7 +364,7 @@ class OpenedVersion:
     def is_local(self, shard: int) -> bool:
         """Whether the served columns of the shard are on this machine: in a local folder or in the cache."""
         key, identity = self._object(shard)
-        is_open = self.is_cached and self.is_mapped(shard)
+        is_open = self.has_cache and self.is_mapped(shard)
         return is_open or self.access.is_local(key, identity, self._ranges.get(shard))
 
     def prepare_reading(self, shards: NDArray[np.int64]) -> None:
@@ -444,7 +444,7 @@ class OpenedVersion:
 
     def _read_table(self, shard: int) -> BlockTable:
         footer = self._footer(shard)
-        if self.is_cached:
+        if self.has_cache:
             self._ranges[shard] = column_ranges(footer, self.table.info(shard), self.stored_columns)
         return BlockTable(footer.block_records.astype(np.int64), footer.block_raw_bytes.astype(np.int64))
 

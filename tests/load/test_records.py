@@ -420,9 +420,11 @@ def test_an_epoch_of_single_records_in_random_order_takes_two_requests_a_shard(t
 def test_records_of_a_large_shard_come_page_by_page_until_that_costs_as_much_as_all_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "_BYTES_A_REQUEST", 2 * PAGE_BYTES)  # of a column of 256 KiB in a shard
     wanted: list[int] = []
-    want = ByteSource.want
+    want = ByteSource.prefetch
     monkeypatch.setattr(
-        ByteSource, "want", lambda self, ranges: (wanted.append(sum(r.n_bytes for r in ranges)), want(self, ranges))[1]
+        ByteSource,
+        "prefetch",
+        lambda self, ranges: (wanted.append(sum(r.n_bytes for r in ranges)), want(self, ranges))[1],
     )
     wide(tmp_path / "d")
     objects = {f"d/{f.relative_to(tmp_path / 'd').as_posix()}": f.read_bytes() for f in (tmp_path / "d").rglob("*.*")}

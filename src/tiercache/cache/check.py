@@ -146,7 +146,7 @@ def _check_one(opened: CacheSession, name: str, mender: _Repairer | None) -> Cop
             checked = replace(checked, where=(*checked.where, *_findings(opened, name)))
         if mender is None or checked.state in (CopyState.OK, CopyState.UNKNOWN):
             return checked
-        return mender.mend(checked, fd, record, found)
+        return mender.repair(checked, fd, record, found)
     finally:
         os.close(fd)
 
@@ -214,7 +214,7 @@ class _Repairer:
     def __init__(self, opened: CacheSession, store: CachedStore | None) -> None:
         self._opened, self._store = opened, store
 
-    def mend(self, checked: CopyCheck, fd: int, record: Record | None, found: int | None) -> CopyCheck:
+    def repair(self, checked: CopyCheck, fd: int, record: Record | None, found: int | None) -> CopyCheck:
         """Quarantine a corrupt copy and fetch it again; a step that failed is described in `where`."""
         try:
             removed = quarantine_copy(self._opened, checked.name, fd, "; ".join(checked.where), found)

@@ -182,7 +182,7 @@ class NextEpoch:
         self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int, publishing: ReadPlanPublisher
     ) -> EpochStart | None:
         with self._a_step():
-            if self._is_predicted or self._source.is_cached:
+            if self._is_predicted or self._source.has_cache:
                 publishing.begin(self.share)
                 publishing.complete()
         if not self._is_predicted:
@@ -192,7 +192,7 @@ class NextEpoch:
         if first is None:
             return None
         pieces = itertools.chain([first], rest)
-        if first.run is None or not self._source.is_whole:
+        if first.run is None or not self._source.selects_all:
             first.rows()
         pairs = list(zip(first.windows, first.wanted, strict=True))
         shards = interleaved([list(dict.fromkeys(window.shards[wanted].tolist())) for window, wanted in pairs])

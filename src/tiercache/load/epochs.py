@@ -31,7 +31,7 @@ def plan_epoch(
     order, damage = make_order(read, state), read if isinstance(read, CorruptionMap) else None
     source = read.source if isinstance(read, CorruptionMap) else read
     sizes = (
-        RUN_PIECES if damage is None and source.is_whole else ARRAY_PIECES
+        RUN_PIECES if damage is None and source.selects_all else ARRAY_PIECES
     )  # otherwise the rows are needed as arrays
     ranks = RankPlan(
         offset=state.offset,
@@ -53,7 +53,7 @@ def make_order(read: Source | CorruptionMap, state: RunState) -> Order:
     options = order_options(state)
     if source.mixture is not None:
         return MixtureOrder(layout, source.mixture, options, state.key_epoch)
-    listed = source.listed
+    listed = source.record_order
     if listed is not None and not state.shuffle:
         # Its windows have the interface of Window; they store their rows, so no permutation is computed.
         return cast("Order", ExplicitOrder(layout, listed, state.window_bytes))

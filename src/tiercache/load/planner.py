@@ -283,7 +283,7 @@ class _Planner:
 
     def _rows(self, part: Piece | PieceSlice) -> Rows:
         """Return the part's rows as they are stored."""
-        run = part.run if self._work.source.is_whole else None
+        run = part.run if self._work.source.selects_all else None
         if run is not None:
             return run
         start_s = time.perf_counter()

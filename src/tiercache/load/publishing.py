@@ -62,7 +62,7 @@ class ReadPlanPublisher:
 
         n_batches: number of batches of the share that were served before.
         """
-        if self._share is not None or self._is_closed or not self._source.is_cached:
+        if self._share is not None or self._is_closed or not self._source.has_cache:
             return
         self._share, self._start = share, share.ranks.offset_after(n_batches)
         if len(self._source.shard_records) <= QUICK_SHARDS:
@@ -96,7 +96,7 @@ class ReadPlanPublisher:
         if self._pid != os.getpid():
             return
         with self._lock:
-            if self._following is None and not self._is_closed and self._source.is_cached:
+            if self._following is None and not self._is_closed and self._source.has_cache:
                 self._before = before
                 return
         before.close()

@@ -249,7 +249,7 @@ class SamplerPass:
         self._index_sampler = index_sampler
         self._iterator: Iterator[Any] | None = None
         self._begun: Mapping[str, Any] | None = None  # the state to begin from
-        self._listed = source.listed
+        self._listed = source.record_order
         self._n_records = int(source.shard_records.sum()) if self._listed is None else len(self._listed)
         self._n_before = self._n_rows = self._first_row = 0
         self._ended = False

@@ -48,7 +48,7 @@ class Source(Protocol):
         """Stored bytes of each shard, int64[n_shards], whatever is selected."""
 
     @property
-    def listed(self) -> NDArray[np.int64] | None:
+    def record_order(self) -> NDArray[np.int64] | None:
         """Record numbers in served order, int64[n], if records are reordered or repeated.
 
         The numbers count the records of shard_records and block_tables in stored order. None: each record once, in
@@ -60,7 +60,7 @@ class Source(Protocol):
         """The mixture of the parts (order.MixtureSpec); None: the parts follow one another."""
 
     @property
-    def is_cached(self) -> bool:
+    def has_cache(self) -> bool:
         """Whether a cache is in use for any part; publish() gives that cache the read plan."""
 
     def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
@@ -77,7 +77,7 @@ class Source(Protocol):
         """
 
     @property
-    def is_whole(self) -> bool:
+    def selects_all(self) -> bool:
         """Whether all records are selected, so that stored_rows() returns each row unchanged."""
 
     def stored_rows(

@@ -59,7 +59,7 @@ class Files(Protocol):
     def read_many(self, paths: Sequence[str]) -> Sequence[bytes]:
         """Return the contents of small files, in the order of paths."""
 
-    def place(self, path: str) -> str:
+    def location(self, path: str) -> str:
         """Return the name of a file for messages."""
 
 
@@ -104,8 +104,8 @@ class LocalFiles:
         """See Files.read_many. One file after the other: threads do not speed up reads from the page cache."""
         return [Path(self.root, path).read_bytes() for path in paths]
 
-    def place(self, path: str) -> str:
-        """See Files.place: the file's path."""
+    def location(self, path: str) -> str:
+        """See Files.location: the file's path."""
         return str(Path(self.root, path))
 
 
@@ -145,8 +145,8 @@ class StoreFiles:
         with ThreadPoolExecutor(_PARALLEL_READS) as pool:
             return list(pool.map(self.store.get, paths))
 
-    def place(self, path: str) -> str:
-        """See Files.place: the file's URL without credentials."""
+    def location(self, path: str) -> str:
+        """See Files.location: the file's URL without credentials."""
         return f"{self.store.url.rstrip('/')}/{path}"
 
 
@@ -198,7 +198,7 @@ def find_files(
     if not found:
         what = "no file matches" if globs else "no files in this folder"
         also = f", but {left_out[0].path!r}: {left_out[0].reason}" if left_out else ""
-        raise NotFound(f"{what}{also}", url=files.place("/".join(globs)))
+        raise NotFound(f"{what}{also}", url=files.location("/".join(globs)))
     return files, found, left_out
 
 

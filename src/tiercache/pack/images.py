@@ -81,23 +81,23 @@ class ImageFolder:
             yield InputBatch(columns, len(run), sum(f.n_bytes for f in run), partial(self._place, paths))
 
     def _place(self, paths: Sequence[str], record: int) -> str:
-        return self.files.place(paths[record])
+        return self.files.location(paths[record])
 
     def _check(self, path: str, image: bytes) -> None:
         encoding = sniff(image)
         if encoding is None:
             what = f"starts with {image[:8]!r}" if image else "is empty"
             raise SchemaError(
-                f"{self.files.place(path)}: not an image in a supported format: it {what}; {_leave_out(path)}"
+                f"{self.files.location(path)}: not an image in a supported format: it {what}; {_leave_out(path)}"
             )
         if encoding != self.encoding:
             raise SchemaError(
-                f"{self.files.place(path)}: this is a {encoding}, but the others are {self.encoding}; "
+                f"{self.files.location(path)}: this is a {encoding}, but the others are {self.encoding}; "
                 f"a column holds one encoding: convert it, or {_leave_out(path)}"
             )
         damage = find_damage(image, encoding)
         if damage is not None:
-            raise SchemaError(f"{self.files.place(path)}: incomplete {encoding}: {damage}; {_leave_out(path)}")
+            raise SchemaError(f"{self.files.location(path)}: incomplete {encoding}: {damage}; {_leave_out(path)}")
 
 
 def find_images(files: Files, found: Sequence[SourceFile], *, classes: Sequence[str] | None = None) -> ImageFolder:
@@ -116,10 +116,10 @@ def find_images(files: Files, found: Sequence[SourceFile], *, classes: Sequence[
     for file in found:
         suffix = _suffix(file.path)
         if suffix and suffix not in SUFFIXES:
-            raise SchemaError(f"{files.place(file.path)}: its name is not that of an image; {_leave_out(file.path)}")
+            raise SchemaError(f"{files.location(file.path)}: its name is not that of an image; {_leave_out(file.path)}")
         if "/" not in file.path:
             raise SchemaError(
-                f"{files.place(file.path)}: an image must lie in a sub-folder that is named after its class"
+                f"{files.location(file.path)}: an image must lie in a sub-folder that is named after its class"
             )
     first = {SUFFIXES[_suffix(f.path)]: f.path for f in reversed(found) if _suffix(f.path)}
     if len(first) > 1:
@@ -134,7 +134,7 @@ def find_images(files: Files, found: Sequence[SourceFile], *, classes: Sequence[
         )
     encoding = next(iter(first), None) or sniff(files.read_many([found[0].path])[0])
     if encoding is None:
-        raise SchemaError(f"{files.place(found[0].path)}: not an image in a supported format")
+        raise SchemaError(f"{files.location(found[0].path)}: not an image in a supported format")
     return ImageFolder(files, tuple(found), tuple(names if classes is None else classes), encoding)
 
 

@@ -110,7 +110,7 @@ def find_jsonl(files: Files, found: Sequence[SourceFile], given: Mapping[str, Us
     parts = split_files(found)
     sample = list(islice(((p.path, line) for p in parts for line in read_lines(files, p)), SAMPLE_RECORDS))
     if not sample:
-        raise SchemaError(f"{files.place(found[0].path)}: the source has no record, so no schema can be inferred")
+        raise SchemaError(f"{files.location(found[0].path)}: the source has no record, so no schema can be inferred")
     records = [{n: v for n, v in line.record.items() if n not in given} for _, line in sample]
     inferred = infer_types(records, lambda i: line_place(files, sample[i][0], sample[i][1].start))
     stored = dict.fromkeys(name for _, line in sample for name in line.record)
@@ -151,7 +151,7 @@ def read_lines(files: Files, part: InputSplit) -> Iterator[Line]:
             file.seek(part.start - 1)
             at = part.start - 1 + len(file.readline())
         while whole or at < part.end:
-            text = _readline(file, files.place(part.path))
+            text = _readline(file, files.location(part.path))
             if not text:
                 return
             start, at = at, at + len(text)
@@ -193,4 +193,4 @@ def line_place(files: Files, path: str, offset: int) -> str:
         while left and (block := file.read(min(left, 1 << 20))):
             n_lines += block.count(b"\n")
             left -= len(block)
-    return f"{files.place(path)}, line {n_lines}"
+    return f"{files.location(path)}, line {n_lines}"

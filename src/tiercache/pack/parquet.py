@@ -58,7 +58,7 @@ class ParquetFiles:
 
     def read(self, part: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
         """Yield the rows of a row group, with dictionaries decoded. Raises SchemaError for a damaged file."""
-        place, first_row = self.files.place(part.path), 0
+        place, first_row = self.files.location(part.path), 0
         constants = self.partitions.values(part.path, self.schema)
         names = [name for name in self.schema.names if name not in constants]
         with _opened(self.files, part.path) as parquet:
@@ -101,13 +101,15 @@ def find_parquet(files: Files, found: Sequence[SourceFile], given: Mapping[str, 
     with ThreadPoolExecutor(_PARALLEL_FOOTERS) as pool:
         footers = list(pool.map(partial(_read_footer, files), [f.path for f in found]))
     for footer in footers[1:]:
-        _check_same(files.place(footer.path), footer.schema, files.place(footers[0].path), footers[0].schema)
+        _check_same(files.location(footer.path), footer.schema, files.location(footers[0].path), footers[0].schema)
     with_nulls = frozenset().union(*(footer.with_nulls for footer in footers))
     types: dict[str, UserType] = {f.name: f.with_nullable(f.name in with_nulls) for f in footers[0].schema}
     partitions = Partitions.find(files, found, stored=footers[0].schema.names)
     types |= partitions.types
     if new := [name for name in given if name not in types]:
-        raise SchemaError(f"{files.place(found[0].path)}: no such column; there are {', '.join(types)}", column=new[0])
+        raise SchemaError(
+            f"{files.location(found[0].path)}: no such column; there are {', '.join(types)}", column=new[0]
+        )
     parts = [InputSplit(f.path, i, i + 1, n_bytes) for f in footers for i, n_bytes in enumerate(f.row_group_bytes)]
     return ParquetFiles(files, Schema.of(types | dict(given)), tuple(parts), partitions)
 
@@ -117,7 +119,7 @@ def _read_footer(files: Files, path: str) -> Footer:
         metadata, schema = parquet.metadata, parquet.schema_arrow
         if len(set(schema.names)) < len(schema.names):
             twice = next(name for name in schema.names if schema.names.count(name) > 1)
-            raise SchemaError(f"{files.place(path)}: the file has two columns with this name", column=twice)
+            raise SchemaError(f"{files.location(path)}: the file has two columns with this name", column=twice)
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         with_nulls: set[str] = set()
         for group in groups:
@@ -142,7 +144,7 @@ def _opened(files: Files, path: str) -> Iterator[pq.ParquetFile]:
         try:
             parquet = pq.ParquetFile(file, pre_buffer=True)
         except (pa.ArrowException, OSError) as error:
-            raise _damaged(files.place(path), error) from error
+            raise _damaged(files.location(path), error) from error
         with parquet:
             yield parquet
 

@@ -50,8 +50,8 @@ class Partitions:
                 texts = {name: [] for name in pairs}
             if tuple(pairs) != first:
                 raise SchemaError(
-                    f"{files.place(file.path)}: its folders name the partition columns {_listed(pairs)}, those of "
-                    f"{files.place(found[0].path)} name {_listed(first)}; pack only files with the same partition "
+                    f"{files.location(file.path)}: its folders name the partition columns {_listed(pairs)}, those of "
+                    f"{files.location(found[0].path)} name {_listed(first)}; pack only files with the same partition "
                     "columns, chosen with include and exclude"
                 )
             for name, text in pairs.items():

@@ -63,7 +63,7 @@ def find_source(
     chosen = [f for f in found if selected(f.path, options.include, options.exclude)]
     left_out = [f for f in left_out if selected(f.path, options.include, options.exclude)]
     if not chosen:
-        raise NotFound(f"include and exclude leave none of the {len(found)} files", url=files.place(""))
+        raise NotFound(f"include and exclude leave none of the {len(found)} files", url=files.location(""))
     refuse_foreign_index(files, chosen)
     if options.kind is None:
         refuse_foreign_files(files, chosen)

@@ -202,7 +202,7 @@ class Chunks:
 
     def is_cached(self, ids: Ids) -> bool:
         """Return whether a complete or partial local copy holds these chunks now."""
-        copy = self._source.copy
+        copy = self._source.local_copy
         if copy is None:
             return False
         # The check for a complete copy takes 1 us; computing the ranges of a shard's chunks takes tens of us.
@@ -214,7 +214,7 @@ class Chunks:
 
     def can_keep_blocks(self, columns: Sequence[int]) -> bool:
         """Return whether can_stay_mapped() holds for all chunks of these columns; False if the answer takes long."""
-        copy = self._source.copy
+        copy = self._source.local_copy
         if copy is None or self._verify == "always" or not self._mappable_columns[list(columns)].all():
             return False
         return copy.lease.present([ByteRange(0, copy.n_bytes)])
@@ -232,16 +232,16 @@ class Chunks:
         Raises:
             StoreError: The store failed, or the deadline passed.
         """
-        if self._source.copy is None:
+        if self._source.local_copy is None:
             return True
         ids = chunk_ids(range(self._footer.n_blocks), columns, len(self._footer.schema))
         n_bytes = int(self._rows["stored"][ids].sum())
         if n_bytes <= _BYTES_A_REQUEST:
-            self._source.local(self.ranges(ids), deadline_s)
+            self._source.ensure_cached(self.ranges(ids), deadline_s)
         elif self._source.n_misses < min(n_bytes // _BYTES_A_REQUEST, _MOST_MISSES):
             return False
         else:
-            self._source.want(self.ranges(ids))
+            self._source.prefetch(self.ranges(ids))
         return True
 
     def load(self, ids: Ids, deadline_s: float | None) -> LoadedChunks:
@@ -255,7 +255,9 @@ class Chunks:
             return LoadedChunks(np.zeros(0, np.uint64))
         ids, inverse = np.unique(ids, return_inverse=True)
         # If the copy has the chunks, Source.local() is not called: it would touch each range, and wait for a cold disk.
-        copy = self._source.copy if self.is_cached(ids) else self._source.local(self.ranges(ids), deadline_s)
+        copy = (
+            self._source.local_copy if self.is_cached(ids) else self._source.ensure_cached(self.ranges(ids), deadline_s)
+        )
         addresses = np.zeros(len(ids), np.uint64)
         mapped = self._mappable[ids] if copy is not None else np.zeros(len(ids), bool)
         owners: list[Any] = []

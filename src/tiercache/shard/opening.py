@@ -25,7 +25,7 @@ def read_footer(source: ByteSource, info: ShardInfo | None) -> tuple[Footer, Tai
     try:
         return _read_footer(source, info)
     except CorruptShard:
-        copy = source.copy
+        copy = source.local_copy
         if copy is not None and copy.lease.present([ByteRange(max(copy.n_bytes - TAIL_BYTES, 0), copy.n_bytes)]):
             raise
     return _read_footer(source, info)
@@ -66,7 +66,7 @@ def fetch_footer(store: Store, key: str, info: ShardInfo) -> Footer:
 
 
 def _check_row(source: ByteSource, info: ShardInfo) -> None:
-    copy = source.copy
+    copy = source.local_copy
     if copy is not None and copy.n_bytes != info.n_bytes:
         message = f"has {copy.n_bytes} bytes, its data set states {info.n_bytes}"
         raise CorruptShard(message, url=source.url, part="file")

@@ -61,7 +61,7 @@ class Pages:
         starts = self._starts(pages, chunk_of_page)
         ends = np.minimum(starts + PAGE_BYTES, self._ends(chunk_of_page))
         runs = _runs(starts, ends)
-        copy = self._source.local(runs, deadline_s)
+        copy = self._source.ensure_cached(runs, deadline_s)
         if copy is not None:
             memory = copy.map_file()
             self._check(pages, chunk_of_page, starts + address_of(memory), ends - starts, copy)

@@ -62,7 +62,7 @@ class ShardReader:
         self._source = ByteSource(store, key, identity)
         self.url = self._source.url
         try:
-            if footer is None or self._source.copy is not None:
+            if footer is None or self._source.local_copy is not None:
                 footer, _ = read_footer(self._source, info)
             self.footer = footer
             check_identity(self.footer, info, identity, self.url)
@@ -88,31 +88,30 @@ class ShardReader:
     @property
     def is_cached(self) -> bool:
         """Whether the shard is read through a local copy (as long as the cache has room for its bytes)."""
-        return self._source.copy is not None
+        return self._source.local_copy is not None
 
     @property
     def local_copy(self) -> LocalCopy | None:
         """The local copy; None if there is none or the reader is closed."""
-        return self._source.copy
+        return self._source.local_copy
 
     @property
     def n_descriptors(self) -> int:
         """Number of file descriptors that the reader holds until it is closed or dropped."""
-        copy = self._source.copy
+        copy = self._source.local_copy
         return 0 if copy is None else copy.lease.n_descriptors
 
     def prefetch(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
         """Start fetching these blocks into the local copy, without waiting. Does nothing without a local copy."""
         self._check_open()
-        self._source.want(self._chunks.ranges(self._ids(blocks, columns)))
+        self._source.prefetch(self._chunks.ranges(self._ids(blocks, columns)))
 
     def load(self, blocks: Sequence[int], columns: Sequence[int], *, deadline_s: float | None = None) -> Blocks:
         """Load blocks into memory, checked and decoded.
 
         Raw chunks of a local copy stay in the mapping. Their pages are checked when they are first read: by the caller
-        of
-        the gather (Blocks.pending_checks), by block_values, or by Blocks.array. If the local copy is complete, the blocks are a
-        selection of the result of mapped().
+        of the gather (Blocks.pending_checks), by block_values, or by Blocks.array. If the local copy is complete, the
+        blocks are a selection of the result of mapped_blocks().
 
         Args:
             blocks: Numbers of the blocks, below footer.n_blocks.
@@ -149,7 +148,7 @@ class ShardReader:
             CorruptShard: The file of the copy has been truncated.
         """
         self._check_open()
-        kept, copy = self._kept_of(columns), self._source.copy
+        kept, copy = self._kept_of(columns), self._source.local_copy
         if kept is not None and copy is not None:
             copy.map_file()  # raises if the file has been truncated
             return kept

@@ -130,16 +130,16 @@ class ByteSource:
             self._copy = None if lease is None else LocalCopy(lease, self.url)
 
     @property
-    def copy(self) -> LocalCopy | None:
+    def local_copy(self) -> LocalCopy | None:
         """The local copy; None if there is none."""
         return self._copy
 
-    def want(self, ranges: Sequence[ByteRange]) -> None:
+    def prefetch(self, ranges: Sequence[ByteRange]) -> None:
         """Start fetching ranges into the local copy, if there is one."""
         if self._copy is not None:
             self._copy.lease.prefetch(ranges)
 
-    def local(self, ranges: Sequence[ByteRange], deadline_s: float | None) -> LocalCopy | None:
+    def ensure_cached(self, ranges: Sequence[ByteRange], deadline_s: float | None) -> LocalCopy | None:
         """Return the local copy after these ranges are present; None if the caller must read() them from the store."""
         copy = self._copy
         if copy is None:
@@ -176,7 +176,7 @@ class ByteSource:
         copy = self._copy
         if copy is not None:
             span = ByteRange(max(copy.n_bytes - n_bytes, 0), copy.n_bytes)
-            if self.local([span], None) is not None:
+            if self.ensure_cached([span], None) is not None:
                 data = bytearray(span.n_bytes)
                 copy.read([(span, memoryview(data))])
                 return bytes(data), copy.n_bytes
@@ -195,7 +195,7 @@ class ByteSource:
         if span.n_bytes > _CLAIMED_BYTES:
             self._check_length(span)
         data = bytearray(span.n_bytes)
-        copy = self.local([span], None)
+        copy = self.ensure_cached([span], None)
         if copy is not None:
             copy.read([(span, memoryview(data))])
         else:

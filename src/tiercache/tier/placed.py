@@ -172,7 +172,7 @@ class RedirectingLocalStore(RedirectingStore):
 
     def is_remote(self, key: str) -> bool:
         """Return whether the known placement has key in a remote store, for which a cache pays off."""
-        row = self.places.row(key) if self.places.has_far else None
+        row = self.places.row(key) if self.places.has_remote else None
         return row is not None and is_remote(row.url)
 
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> Lease | None:
@@ -260,9 +260,9 @@ def check_readable(store: RedirectingStore, keys: pa.ChunkedArray, is_here: Call
         ArchivedShards: Some objects must be restored; the error has all names, time, cost and command.
         StoreError, CorruptShard, UnsupportedFormat: The placement cannot be read.
     """
-    placement = store.places.look()
+    placement = store.places.placement_once()
     needed = () if placement is None else _archived(store, placement, keys, is_here)
-    if needed and (newer := store.places.look_again()) is not placement and newer is not None:
+    if needed and (newer := store.places.refresh()) is not placement and newer is not None:
         needed = _archived(store, newer, keys, is_here)  # they may have been restored to the home since
     if needed:
         raise _Needed(store.url, needed).error()

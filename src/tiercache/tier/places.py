@@ -110,7 +110,7 @@ class LocationResolver:
 
     # -- state ------------------------------------------------------------------------------------------------------
 
-    def look(self) -> Placement | None:
+    def placement_once(self) -> Placement | None:
         """Return the placement, read once per process; None if the home is not tracked. Raises as placement.read()."""
         known = self._here
         if not known.asked:
@@ -119,7 +119,7 @@ class LocationResolver:
                     self._learn(known, placement.read_placement(self.home))
         return known.placement
 
-    def look_again(self) -> Placement | None:
+    def refresh(self) -> Placement | None:
         """Read and return the newest placement. Raises as placement.search()."""
         known = self._here
         with known.lock:
@@ -129,18 +129,18 @@ class LocationResolver:
         return known.placement
 
     @property
-    def is_adopted(self) -> bool | None:
+    def is_tracked(self) -> bool | None:
         """Whether the home is tracked; None if the marker was not read yet."""
         known = self._here
         return known.placement is not None if known.asked else None
 
     @property
-    def has_far(self) -> bool:
+    def has_remote(self) -> bool:
         """Whether the known placement names a remote store, for which a cache pays off."""
         return self._known.has_far
 
     @property
-    def placed(self) -> Placement | None:
+    def known_placement(self) -> Placement | None:
         """The known placement, without a request."""
         return self._known.placement
 
@@ -297,7 +297,7 @@ class LocationResolver:
 
     def _read_again(self, key: str, error: StoreError) -> PlacementRow | None:
         try:
-            self.look_again()
+            self.refresh()
         except TierCacheError:
             raise error from None  # without the placement, report the original error
         return self.row(key)
@@ -329,7 +329,7 @@ class LocationResolver:
 
     # -- local folders ----------------------------------------------------------------------------------------------
 
-    def near(self, key: str, n_bytes: int) -> LocalFolder | None:
+    def local_copy(self, key: str, n_bytes: int) -> LocalFolder | None:
         """Return a folder of this machine that has the object under its key, with this size; None if there is none."""
         known = self._known
         if not known.has_near or key in known.wrong:
@@ -351,9 +351,9 @@ class LocationResolver:
         with known.lock:
             return self._opened(known, url)
 
-    def distrust_near(self, key: str, n_bytes: int) -> bool:
+    def reject_local_copy(self, key: str, n_bytes: int) -> bool:
         """Stop using a damaged local copy. Return True if there was one."""
-        was_near = self.near(key, n_bytes) is not None
+        was_near = self.local_copy(key, n_bytes) is not None
         self._here.wrong.add(key)
         return was_near
 

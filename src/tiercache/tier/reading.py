@@ -43,11 +43,11 @@ class TieredReader:
     @property
     def has_moved(self) -> bool:
         """Whether any object is away from home, as far as is known."""
-        return bool(self._places.placed)
+        return bool(self._places.known_placement)
 
     def local_copy(self, key: str, identity: ShardIdentity) -> LocalFolder | None:
         """Return a folder of this machine, other than the home, that has the shard; None if there is none."""
-        return self._places.near(key, identity.n_bytes)
+        return self._places.local_copy(key, identity.n_bytes)
 
     def is_remote(self, key: str) -> bool:
         """Return whether a shard of a local home is in a remote store."""
@@ -57,18 +57,18 @@ class TieredReader:
         """Return the store that reads the moved shards of a local home through the cache; None if there are none."""
         return (
             self._placed.remote_store
-            if self._places.has_far and isinstance(self._placed, RedirectingLocalStore)
+            if self._places.has_remote and isinstance(self._placed, RedirectingLocalStore)
             else None
         )
 
     def reject_local_copy(self, key: str, identity: ShardIdentity) -> bool:
         """Stop using a damaged local copy of a shard. Return True if the shard was read from a local tier's folder."""
-        return self.has_moved and self._places.distrust_near(key, identity.n_bytes)
+        return self.has_moved and self._places.reject_local_copy(key, identity.n_bytes)
 
     def prepare_reading(self, keys: pa.ChunkedArray, is_here: Callable[[int], bool], *, reads_all: bool) -> None:
         """Prepare for a run that reads these shards, and check that they can be read. See check_readable."""
         check_readable(self._placed, keys, is_here)
-        if self._places.is_adopted:
+        if self._places.is_tracked:
             self._recorder.begin(None if reads_all else keys.to_pylist())
 
     def close(self) -> None:

@@ -311,7 +311,9 @@ class UseRecorder:
         if stop is not None:
             stop.set()
         with suppress(TierCacheError):
-            if self._places.is_adopted or (self._places.is_adopted is None and self._places.look() is not None):
+            if self._places.is_tracked or (
+                self._places.is_tracked is None and self._places.placement_once() is not None
+            ):
                 self.report(is_last=True)
                 return
         with self._lock:
@@ -322,7 +324,7 @@ class UseRecorder:
 
     def close_at_exit(self) -> None:
         """As close(), at process exit: makes no request to a store that was not asked before, or that failed."""
-        if self._pid == os.getpid() and self._since_s and self._places.is_adopted and not self._has_failed:
+        if self._pid == os.getpid() and self._since_s and self._places.is_tracked and not self._has_failed:
             self.close()
 
     def report(self, *, is_last: bool = False) -> bool:

@@ -57,7 +57,7 @@ def matching(source: Readable, expression: pc.Expression) -> Selection:
     found = list(_ahead(lambda shard: _runs_of_shard(scanned, expression, shard), shards))
     starts, lengths = (np.concatenate([np.empty(0, np.int64), *(runs[i] for runs in found)]) for i in (0, 1))
     stored = Selection.of_runs(starts, lengths)
-    listed = source.listed
+    listed = source.record_order
     if listed is None:
         return stored
     keep = np.zeros(source.n_records, np.bool_)

@@ -110,7 +110,7 @@ class Joined:
     @property
     def is_in_stored_order(self) -> bool:
         """Whether no source has an explicit order."""
-        return self.listed is None
+        return self.record_order is None
 
     @property
     def mixture(self) -> MixtureSpec | None:
@@ -118,13 +118,13 @@ class Joined:
         return None
 
     @cached_property
-    def listed(self) -> NDArray[np.int64] | None:
+    def record_order(self) -> NDArray[np.int64] | None:
         """Explicit order, int64[n]: place of each served record in stored order. None if no source has one."""
-        if all(source.listed is None for source in self.below):
+        if all(source.record_order is None for source in self.below):
             return None
         runs = []
         for start, source in zip(self._first_number.tolist(), self.below, strict=False):
-            listed = source.listed
+            listed = source.record_order
             runs.append(start + (np.arange(source.n_records) if listed is None else listed))
         return np.concatenate(runs)
 
@@ -154,9 +154,9 @@ class Joined:
         return tables
 
     @property
-    def is_whole(self) -> bool:
-        """See Source.is_whole."""
-        return all(source.is_whole for source in self.below)
+    def selects_all(self) -> bool:
+        """See Source.selects_all."""
+        return all(source.selects_all for source in self.below)
 
     def stored_rows(
         self, shards: NDArray[np.int32], blocks: NDArray[np.int32], block: NDArray[np.uint32], row: NDArray[np.uint32]
@@ -217,9 +217,9 @@ class Joined:
         return self._by_part(self._first_number, records)
 
     @property
-    def is_cached(self) -> bool:
-        """See Source.is_cached; true if it is true of any source."""
-        return any(source.is_cached for source in self.below)
+    def has_cache(self) -> bool:
+        """See Source.has_cache; true if it is true of any source."""
+        return any(source.has_cache for source in self.below)
 
     def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
         """See Source.publish. All views of one source share one plan, because there may be many views."""

@@ -50,7 +50,7 @@ class Mixed(Joined):
     def __init__(self, below: Sequence[Readable], weights: Sequence[Any], stop: Stop) -> None:
         # A mixture decides the order itself: explicit orders of the sources are dropped.
         super().__init__(
-            [source if source.listed is None else apply_step(source, StoredOrderStep()) for source in below]
+            [source if source.record_order is None else apply_step(source, StoredOrderStep()) for source in below]
         )
         self._weights, self._stop = tuple(weights), stop
         self._spec = MixtureSpec(tuple(self._first_shard[:-1].tolist()), self._weights, stop)
@@ -77,7 +77,7 @@ class Mixed(Joined):
         return False
 
     @cached_property
-    def listed(self) -> NDArray[np.int64]:
+    def record_order(self) -> NDArray[np.int64]:
         """Explicit order of an unshuffled epoch, int64[n]: place of each record in stored order.
 
         Samplers number records by it. The native path does not use this array; it computes the order from the mixture.

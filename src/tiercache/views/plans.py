@@ -40,7 +40,7 @@ class PublishedPlans:
 def root_of(source: Readable) -> Readable:
     """Return the source below a view, which has the same shard numbers; any other source is returned itself."""
     while isinstance(source, View):
-        source = source.below
+        source = source.source
     return source
 
 

@@ -96,7 +96,7 @@ class StoredOrderStep:
 
     def choose(self, source: Readable) -> Selection:
         """See Step.choose."""
-        listed = source.listed
+        listed = source.record_order
         return Selection.span(0, source.n_records) if listed is None else Selection.of(np.argsort(listed))
 
 

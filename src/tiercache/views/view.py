@@ -93,13 +93,13 @@ class View:
                 expected=selection.stop,
                 found=below.n_records,
             )
-        self.below = below
+        self.source = below
         self.steps = steps
         self.selection = selection
         self.n_records = len(selection)
         # If the source below has an explicit order, its served numbers differ from the stored numbers that shards
         # count.
-        listed = below.listed
+        listed = below.record_order
         served = selection if listed is None else Selection.of(listed[selection.numbers(np.arange(len(selection)))])
         self._stored = served
         self._places = served.n_below(below.first_record)
@@ -124,36 +124,36 @@ class View:
     @property
     def spec(self) -> ViewSpec:
         """See Readable.spec."""
-        return ViewSpec(self.below.spec, self.steps, self.selection)
+        return ViewSpec(self.source.spec, self.steps, self.selection)
 
     @property
     def url(self) -> str:
         """URL of the source below."""
-        return self.below.url
+        return self.source.url
 
     @cached_property
     def parts(self) -> tuple[SourcePart, ...]:
         """Parts of the source below, with the hash of the selection."""
-        if self.selection.is_all(self.below.n_records):
-            return self.below.parts
+        if self.selection.is_all(self.source.n_records):
+            return self.source.parts
         return tuple(
-            replace(part, selection=_combined(part.selection, self.selection.digest)) for part in self.below.parts
+            replace(part, selection=_combined(part.selection, self.selection.digest)) for part in self.source.parts
         )
 
     @property
     def schema(self) -> Schema:
         """Served columns, in order."""
-        return self.below.schema
+        return self.source.schema
 
     @property
     def stored_schema(self) -> Schema:
         """All stored columns."""
-        return self.below.stored_schema
+        return self.source.stored_schema
 
     @property
     def opened_versions(self) -> tuple[VersionHandle, ...]:
         """Opened versions below."""
-        return self.below.opened_versions
+        return self.source.opened_versions
 
     @property
     def first_record(self) -> NDArray[np.int64]:
@@ -168,17 +168,17 @@ class View:
     @property
     def shard_bytes(self) -> NDArray[np.int64]:
         """Stored bytes of each whole shard, int64[n_shards]."""
-        return self.below.shard_bytes
+        return self.source.shard_bytes
 
     @property
-    def listed(self) -> NDArray[np.int64] | None:
+    def record_order(self) -> NDArray[np.int64] | None:
         """Explicit order, int64[n]: place of each served record in stored order. None: stored order."""
         return self._stored.order
 
     @property
     def is_in_stored_order(self) -> bool:
         """Whether the view has no explicit order."""
-        return self.listed is None
+        return self.record_order is None
 
     @property
     def mixture(self) -> None:
@@ -190,11 +190,11 @@ class View:
         Shards without selected records have no blocks.
         """
         chosen = [shard for shard in dict.fromkeys(shards) if self.shard_records[shard]]
-        found = dict(zip(chosen, self.below.block_tables(chosen), strict=True))
+        found = dict(zip(chosen, self.source.block_tables(chosen), strict=True))
         return [self._counted(shard, found[shard]) if shard in found else _NO_BLOCKS for shard in shards]
 
     @property
-    def is_whole(self) -> bool:
+    def selects_all(self) -> bool:
         """False: a view is a selection."""
         return False
 
@@ -204,113 +204,113 @@ class View:
         """Return the rows of the stored blocks at which the view's rows lie, uint32[n]."""
         key = shards.tobytes() + blocks.tobytes()
         rows = self._tables.rows(key, lambda: self._spans(shards, blocks), block, row)
-        return self.below.stored_rows(shards, blocks, block, rows)
+        return self.source.stored_rows(shards, blocks, block, rows)
 
     def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
         """See Source.load."""
-        return self.below.load(shard, blocks)
+        return self.source.load(shard, blocks)
 
     def arrays(self, shard: int, block: int) -> list[pa.Array]:
         """See Readable.arrays. It returns the whole block."""
-        return self.below.arrays(shard, block)
+        return self.source.arrays(shard, block)
 
     def statistics(self, shard: int) -> Statistics:
         """See Readable.statistics. They describe the whole shard."""
-        return self.below.statistics(shard)
+        return self.source.statistics(shard)
 
     def record(self, number: int) -> dict[str, Any] | None:
         """See Readable.record."""
         if not 0 <= number < self.n_records:
             raise IndexError(f"record {number} of a data set of {self.n_records}")
-        return self.below.record(self.selection.number(number))
+        return self.source.record(self.selection.number(number))
 
     def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
         """See Readable.values."""
-        return self.below.values(self.selection.numbers(records))
+        return self.source.values(self.selection.numbers(records))
 
     def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
         """See Readable.take_arrow."""
-        return self.below.take_arrow(self.selection.numbers(records))
+        return self.source.take_arrow(self.selection.numbers(records))
 
     @property
-    def is_cached(self) -> bool:
-        """See Source.is_cached."""
-        return self.below.is_cached
+    def has_cache(self) -> bool:
+        """See Source.has_cache."""
+        return self.source.has_cache
 
     def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
         """See Source.publish; shards keep their numbers."""
-        return self.below.publish(plan)
+        return self.source.publish(plan)
 
     def prepare_reading(self, shards: NDArray[np.int64]) -> None:
         """See Source.prepare_reading; only shards with selected records count."""
-        self.below.prepare_reading(shards[self.shard_records[shards] > 0])
+        self.source.prepare_reading(shards[self.shard_records[shards] > 0])
 
     @property
     def can_prefetch(self) -> bool:
         """See Source.can_prefetch."""
-        return self.below.can_prefetch
+        return self.source.can_prefetch
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """See Source.prefetch; only shards with selected records are fetched."""
-        self.below.prefetch([shard for shard in shards if self.shard_records[shard]])
+        self.source.prefetch([shard for shard in shards if self.shard_records[shard]])
 
     def is_mapped(self, shard: int) -> bool:
         """See Source.is_mapped."""
-        return self.below.is_mapped(shard)
+        return self.source.is_mapped(shard)
 
     def is_local(self, shard: int) -> bool:
         """See Source.is_local."""
-        return self.below.is_local(shard)
+        return self.source.is_local(shard)
 
     def discard_corrupt_copy(self, shard: int) -> bool:
         """See Source.discard_corrupt_copy."""
-        return self.below.discard_corrupt_copy(shard)
+        return self.source.discard_corrupt_copy(shard)
 
     def at_versions(self, versions: Sequence[int]) -> View:
         """Return the same steps, evaluated on other versions."""
-        return View.of(self.below.at_versions(versions), self.steps)
+        return View.of(self.source.at_versions(versions), self.steps)
 
     def with_columns(self, columns: Sequence[str]) -> View:
         """Return the same records with other columns."""
-        return View(self.below.with_columns(columns), self.steps, self.selection)
+        return View(self.source.with_columns(columns), self.steps, self.selection)
 
     def for_scan(self, columns: Sequence[str]) -> View:
         """See Readable.for_scan."""
-        return View(self.below.for_scan(columns), self.steps, self.selection)
+        return View(self.source.for_scan(columns), self.steps, self.selection)
 
     def figures(self) -> Mapping[str, float]:
         """See Source.figures."""
-        return self.below.figures()
+        return self.source.figures()
 
     def warm(
         self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
     ) -> None:
         """See Readable.warm; only shards with selected records are fetched."""
         chosen = [shard for shard in shards if self.shard_records[shard]]
-        self.below.warm(chosen, jobs=jobs, on_progress=on_progress)
+        self.source.warm(chosen, jobs=jobs, on_progress=on_progress)
 
     def close(self) -> None:
         """See Readable.close."""
-        self.below.close()
+        self.source.close()
 
     def on_close(self, keeper: CloseListener) -> None:
         """See Source.on_close."""
-        self.below.on_close(keeper)
+        self.source.on_close(keeper)
 
     def _spans(self, shards: NDArray[np.int32], blocks: NDArray[np.int32]) -> BlockSpans:
         """Return the spans of k blocks, given by shard and number in the shard."""
         first, n_rows = np.empty(len(blocks), np.int64), np.empty(len(blocks), np.int64)
         named = np.unique(shards)
-        for shard, table in zip(named.tolist(), self.below.block_tables(named.tolist()), strict=True):
+        for shard, table in zip(named.tolist(), self.source.block_tables(named.tolist()), strict=True):
             where = np.flatnonzero(shards == shard)
             ends = np.cumsum(table.records)[blocks[where]]
             n_rows[where] = table.records[blocks[where]]
-            first[where] = ends - n_rows[where] + self.below.first_record[shard]
+            first[where] = ends - n_rows[where] + self.source.first_record[shard]
         place = self._stored.n_below(first)
         return BlockSpans(first, place, self._stored.n_below(first + n_rows) - place)
 
     def _counted(self, shard: int, table: BlockTable) -> BlockTable:
-        bounds = np.r_[0, np.cumsum(table.records)] + self.below.first_record[shard]
+        bounds = np.r_[0, np.cumsum(table.records)] + self.source.first_record[shard]
         return BlockTable(np.diff(self._stored.n_below(bounds)), table.raw_bytes)
 
 
@@ -321,9 +321,9 @@ def apply_step(source: Readable, step: ViewStep) -> View:
         return View(source, (step,), chosen)
     last, selection = source.steps[-1], source.selection.compose(chosen)
     if not step.selects_by_place or not isinstance(last, SelectStep):
-        return View(source.below, (*source.steps, step), selection)
+        return View(source.source, (*source.steps, step), selection)
     listed = selection if len(source.steps) == 1 else last.selection.compose(chosen)
-    return View(source.below, (*source.steps[:-1], SelectStep(listed)), selection)
+    return View(source.source, (*source.steps[:-1], SelectStep(listed)), selection)
 
 
 def _combined(before: str | None, digest: str) -> str:
