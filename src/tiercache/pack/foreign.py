@@ -89,6 +89,6 @@ def _start(files: Files, path: str) -> bytes:
 
 def _refused(files: Files, path: str, what: str, remedy: str) -> SchemaError:
     return SchemaError(
-        f"{files.location(path)}: this is {what}. pack takes folders of images, Parquet and JSON lines. Write the records "
+        f"{files.location(path)}: this is {what}. pack takes folders of images, Parquet and JSON lines. Write records "
         f"of other formats with tiercache.Writer, or {remedy}"
     )
