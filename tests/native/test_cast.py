@@ -202,7 +202,7 @@ def test_pairs_that_would_lose_values_have_no_kernel(stored, served):
     ("kind", "width", "match"),
     [
         (kind_of("uint8", "int64", gather.BITS), 0, "bits are cast from bool"),
-        (kind_of("int32", "int64", gather.FIXED), 6, "no whole number"),
+        (kind_of("int32", "int64", gather.FIXED), 6, "6 bytes"),
         (gather.FIXED | 99 << 8 | 1 << 16, 8, "no cast from dtype number 99"),
         (kind_of("uint8", "int64", gather.FIXED), 3, "at least 24 bytes, got 8"),
     ],

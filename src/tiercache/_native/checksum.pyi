@@ -8,8 +8,7 @@ KERNEL: str
 """Kernel in use: "sse42", "armv8" or "portable".
 
 The default is the fastest kernel that runs on this machine. The environment variable TIERCACHE_KERNEL selects another
-one;
-importing the module raises ImportError if that kernel is unknown or does not run here.
+kernel; importing the module raises ImportError if that kernel is unknown or does not run here.
 """
 KERNEL_NUMBER: int
 """Number of the kernel in csrc/crc32c.h."""

@@ -15,9 +15,8 @@ Found: TypeAlias = tuple[tuple[U64, ...], tuple[U64, ...] | None, Places, Places
 """Result of a search: addresses, checks, block, row, kept.
 
 addresses: uint64[n_blocks, 3] for each stream. checks: uint64[n_blocks, 4] for each stream, or None if nothing is to be
-checked; both
-as the gather takes them. block, row: uint32[n], one for each record. kept: Object that must stay alive during the
-gather.
+checked; both in the form of gather.pyi. block, row: uint32[n], one for each record. kept: Object that must stay alive
+during the gather.
 """
 
 @final

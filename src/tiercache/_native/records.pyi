@@ -6,8 +6,7 @@ from typing import Any, Protocol, final
 import numpy as np
 from numpy.typing import NDArray
 
-# The kinds of values that a column takes on the fast path: none, arrays of its dtype, int, float, bool, bytes, ASCII
-# str.
+# Kinds of values that a column takes on the fast path: none, arrays of its dtype, int, float, bool, bytes, ASCII str.
 NONE: int
 ARRAYS: int
 INTEGERS: int
@@ -82,8 +81,7 @@ class Records:
 
         Returns:
             For each column (values, offsets int64[n + 1], shapes int32[n, dimensions], valid bool[n]), owned by the
-            caller.
-            values: Stored elements [n, *shape], or the bytes that offsets, in elements, refer to.
+            caller. values: Stored elements [n, *shape], or the bytes that offsets, in elements, refer to.
         """
 
 def join(
