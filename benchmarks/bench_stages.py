@@ -1,9 +1,10 @@
-"""Stages of the read path, each beside the plain baseline of the same run: a table, and JSON rows in out/stages.jsonl.
+"""Stages of the read path, each compared with the plain baseline of the same run.
 
     python benchmarks/bench_stages.py [--only checksum gather ...] [--repetitions 5] [--min-s 0.1] [--quick]
 
-checksum, gather by column kind, assembly of a ready batch, overhead of the pipeline, the first and checking epoch, the
-first batch. Decoding, writing and single records have files of their own.
+The stages are: checksum, gather by column kind, assembly of a ready batch, overhead of the pipeline, the first and
+checking epoch, the first batch. Decoding, writing and single records have benchmarks of their own. The rows are written
+to out/stages.jsonl.
 """
 
 from __future__ import annotations

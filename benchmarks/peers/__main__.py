@@ -1,8 +1,8 @@
-"""Compare tiercache with other libraries: `python -m peers` in the folder of the benchmarks, or `make bench-peers`.
+"""Compare tiercache with other libraries: `python -m peers` in the benchmarks' folder, or `make bench-peers`.
 
-Each contender runs in processes of its own, in an environment of its own that is made when it is first needed. Every
-repetition first checks each record of an epoch that is not timed, then times epochs that are read to the last byte, and
-epochs that are only touched. docs/benchmarks.md has the method.
+Each library runs in processes of its own, in an environment of its own that is made on first use. Each repetition first
+checks each record of an epoch that is not timed, then times epochs of which every byte is read, and epochs whose
+batches are only touched. docs/benchmarks.md describes the method.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ QUICK_PEERS = ("tiercache", "torch_map", "numpy_memmap", "c_floor")
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="peers", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=[*PEERS], metavar="PEER", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--workload", nargs="+", choices=[*WORKLOADS], default=[*WORKLOADS])
@@ -55,7 +55,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def plan_of(given: argparse.Namespace) -> Plan:
-    """The plan that was asked for."""
+    """Return the plan of the command line."""
     quick = given.quick
     return Plan(
         folder=given.folder.resolve(),
@@ -73,7 +73,7 @@ def plan_of(given: argparse.Namespace) -> Plan:
 
 
 def merged(rows: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All rows, new ones in place of those of the same case."""
+    """Return all rows, with new rows in place of old ones of the same case."""
 
     def case(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["benchmark"], row["peer"], row["shuffle"], row["form"], row["workload"]["name"]
@@ -83,13 +83,13 @@ def merged(rows: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> lis
 
 
 def durations(took_s: Mapping[str, float]) -> str:
-    """How long the workloads took, each and together. took_s: by name."""
+    """Return the duration of each workload and of all. took_s: Seconds by name."""
     every = {**took_s, "all": sum(took_s.values())}
     return "took " + ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in every.items())
 
 
 def draw(plan: Plan) -> None:
-    """Draw the rows with matplotlib, which lives in an environment of its own."""
+    """Draw the rows with matplotlib, which is in an environment of its own."""
     try:
         python = interpreter("plots", PLOTS, plan.environments)
     except NotInstalledError as error:
@@ -99,7 +99,7 @@ def draw(plan: Plan) -> None:
 
 
 def main(arguments_given: list[str] | None = None) -> None:
-    """Run, print the tables, write the rows."""
+    """Run the comparison, print the tables, write the rows."""
     given = arguments(arguments_given)
     plan, scale = plan_of(given), QUICK_SCALE if given.quick else given.scale
     path, tasks = plan.folder / "peers.jsonl", Tasks(plan)
