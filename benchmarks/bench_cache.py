@@ -163,12 +163,12 @@ def main() -> None:
     """Measure, print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS, help="of readers")
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS, help="Kinds of readers.")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--shards", type=int, default=320)
-    parser.add_argument("--folder", type=Path, default=OUT, help="where data, cache and rows go")
-    parser.add_argument("--into", type=Path, help="a Markdown file with the marks")
-    parser.add_argument("--quick", action="store_true", help="small: to see that it runs")
+    parser.add_argument("--folder", type=Path, default=OUT, help="Folder for data, cache and rows.")
+    parser.add_argument("--into", type=Path, help="Markdown file with the marks that enclose the table.")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: small data.")
     given = parser.parse_args()
     if given.quick:
         given.shards, given.repetitions = 20, 2

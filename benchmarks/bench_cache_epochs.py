@@ -95,7 +95,7 @@ class Bench:
                 # The records of a mixture come from two data sets that both number them from 0.
                 twice = len(job.urls) == 1 and one["n_distinct"] != one["n_records"]
                 if twice or one["used_bytes"] > one["limit_bytes"]:
-                    raise RuntimeError(f"a record came twice, or the cache grew beyond its budget: {one}")
+                    raise RuntimeError(f"a record was served twice, or the cache exceeded its size: {one}")
             found.append({"bytes": sent, "other_bytes": taken.get("", 0), "ranks": each})
         return found
 
@@ -176,16 +176,18 @@ def main() -> None:
     """Measure, print and write the rows, and insert a table into a document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=RUNS, default=PARTS)
-    parser.add_argument("--policy", nargs="+", default=None, help="only these")
+    parser.add_argument("--policy", nargs="+", default=None, help="Policies to run. Default: all.")
     parser.add_argument("--shards", type=int, default=320)
     parser.add_argument("--shard-kib", type=int, default=512)
-    parser.add_argument("--group-shards", type=int, default=4, help="that are read at a time")
-    parser.add_argument("--epochs", type=int, default=3, help="that are measured, after those that fill the cache")
+    parser.add_argument("--group-shards", type=int, default=4, help="Number of shards in a shuffle group.")
+    parser.add_argument(
+        "--epochs", type=int, default=3, help="Number of measured epochs, after those that fill the cache."
+    )
     parser.add_argument("--store", choices=("http", "s3"), default="http")
-    parser.add_argument("--folder", type=Path, default=OUT, help="where data, caches and rows go")
-    parser.add_argument("--resume", action="store_true", help="keep rows that are there")
-    parser.add_argument("--into", type=Path, help="a Markdown file with the marks")
-    parser.add_argument("--quick", action="store_true", help="small: to see that it runs")
+    parser.add_argument("--folder", type=Path, default=OUT, help="Folder for data, caches and rows.")
+    parser.add_argument("--resume", action="store_true", help="Keep existing rows, and measure only the missing cases.")
+    parser.add_argument("--into", type=Path, help="Markdown file with the marks that enclose the table.")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: small data.")
     given = parser.parse_args()
     if given.quick:
         given.shards, given.shard_kib, given.epochs = 24, 64, 1

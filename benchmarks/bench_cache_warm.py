@@ -114,7 +114,7 @@ def main() -> None:
     """Measure, write the rows, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=100_000)
-    parser.add_argument("--here", type=int, default=10_000, help="of them in the fuller cache")
+    parser.add_argument("--here", type=int, default=10_000, help="Number of shards in the fuller cache.")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()

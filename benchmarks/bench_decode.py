@@ -85,7 +85,9 @@ def main() -> None:
     """Measure, print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=128)
-    parser.add_argument("--window-mib", type=int, default=8, help="an epoch of many windows, as a large data set has")
+    parser.add_argument(
+        "--window-mib", type=int, default=8, help="Size of a window; small, for many windows per epoch."
+    )
     parser.add_argument("--repetitions", type=int, default=5)
     given = parser.parse_args()
     n_threads = config.available_cpus()

@@ -86,10 +86,10 @@ def measure(folder: Path, n_parts: int, n_threads: int, repetitions: int) -> dic
 def main(given: list[str] | None = None) -> None:
     """Measure, print a table, write the rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=OUT / "disk", help="on the disk that is measured")
+    parser.add_argument("--folder", type=Path, default=OUT / "disk", help="Folder on the disk to measure.")
     parser.add_argument("--megabytes", type=int, default=512)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="a smoke test: little data, no figures to speak of")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: little data, and no meaningful figures.")
     asked = parser.parse_args(given)
     n_parts, repetitions = (2, 1) if asked.quick else (max((asked.megabytes << 20) // PART_BYTES, 1), asked.repetitions)
     data = asked.folder / "data"

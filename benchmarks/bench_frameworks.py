@@ -96,8 +96,8 @@ def main() -> None:
     """Measure, print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="small data, two repetitions: does it run at all?")
-    parser.add_argument("--scale", type=float, default=0.05, help="of the workloads")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: small data, two repetitions.")
+    parser.add_argument("--scale", type=float, default=0.05, help="Factor on the numbers of records of the workloads.")
     parser.add_argument("--folder", type=Path, default=OUT / "frameworks")
     given = parser.parse_args()
     torch.set_num_threads(1)

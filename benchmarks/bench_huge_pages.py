@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--kinds", nargs="+", choices=[*KINDS], default=[*KINDS])
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk whose file system is asked about")
+    parser.add_argument("--folder", type=Path, default=None, help="Folder on the file system to measure.")
     given = parser.parse_args()
     rows = []
     for kind in given.kinds:

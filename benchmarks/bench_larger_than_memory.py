@@ -62,10 +62,10 @@ def load(url: str, window_mib: str) -> int:
             break
     else:
         if not seen.all():
-            raise RuntimeError("a record did not come")
+            raise RuntimeError("a record was not served")
     dataset.close()
     if seen.max() > 1:
-        raise RuntimeError("a record came twice")
+        raise RuntimeError("a record was served twice")
     return int(seen.sum())
 
 
@@ -103,10 +103,12 @@ def main() -> None:
     """Measure, print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit-mib", type=int, default=512)
-    parser.add_argument("--times", type=float, default=3.0, help="the data set's size, in limits")
-    parser.add_argument("--window-mib", default="64", help="or all")
+    parser.add_argument(
+        "--times", type=float, default=3.0, help="Size of the data set, in multiples of the memory limit."
+    )
+    parser.add_argument("--window-mib", default="64", help="Size of a window in MiB, or all.")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured")
+    parser.add_argument("--folder", type=Path, default=None, help="Folder on the disk to measure.")
     parser.add_argument("--child", nargs=3, default=None, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:

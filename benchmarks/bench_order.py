@@ -228,9 +228,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=5, help="two or more")
-    parser.add_argument("--folder", type=Path, default=OUT, help="where the rows go")
-    parser.add_argument("--quick", action="store_true", help="small: to see that it runs")
+    parser.add_argument("--seeds", type=int, default=5, help="Number of seeds, 2 or more.")
+    parser.add_argument("--folder", type=Path, default=OUT, help="Folder for the rows.")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: small data.")
     given = parser.parse_args()
     stages = {"speed": speed, "resume": resume, "state": state, "quality": quality, "training": training}
     write_rows(given.folder / "order.jsonl", [row for name in given.only for row in stages[name](given)])

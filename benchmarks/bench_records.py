@@ -215,7 +215,7 @@ def main() -> None:
     """Measure, print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="few and small: does it run?")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: few and small records.")
     parser.add_argument("--folder", type=Path, default=OUT / "records")
     asked = parser.parse_args()
     scale, repetitions = (0.002, 1) if asked.quick else (0.25, asked.repetitions)

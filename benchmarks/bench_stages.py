@@ -39,9 +39,9 @@ def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=[*STAGES], default=[*STAGES])
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--min-s", type=float, default=0.1, help="seconds of a repetition")
-    parser.add_argument("--folder", type=Path, default=OUT / "stages", help="for data and rows")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: little data, no figures to speak of")
+    parser.add_argument("--min-s", type=float, default=0.1, help="Seconds of a repetition.")
+    parser.add_argument("--folder", type=Path, default=OUT / "stages", help="Folder for data and rows.")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: little data, and no meaningful figures.")
     asked = parser.parse_args(given)
     effort = Effort(1, 0.0) if asked.quick else Effort(asked.repetitions, asked.min_s)
     data = asked.folder / "data"

@@ -260,12 +260,12 @@ def line(found: dict[str, Any]) -> Sequence[str]:
 def main(given: list[str] | None = None) -> None:
     """Measure, print a table, write the rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--megabytes", type=int, default=512, help="copied by each in each repetition")
+    parser.add_argument("--megabytes", type=int, default=512, help="Megabytes that each way copies in each repetition.")
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--jobs", type=int, default=4, help="objects at once")
+    parser.add_argument("--jobs", type=int, default=4, help="Number of objects that are copied concurrently.")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=[*WAYS])
-    parser.add_argument("--folder", type=Path, default=OUT / "tier_move", help="on the disk that is measured")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: little data, no figures to speak of")
+    parser.add_argument("--folder", type=Path, default=OUT / "tier_move", help="Folder on the disk to measure.")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: little data, and no meaningful figures.")
     asked = parser.parse_args(given)
     n_bytes, repetitions = (QUICK_BYTES, 1) if asked.quick else (asked.megabytes << 20, asked.repetitions)
     data = asked.folder / "data"

@@ -212,10 +212,10 @@ def main(given: list[str] | None = None) -> None:
     """Measure, print a table for each workload, write the rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--workload", nargs="+", choices=[*WORKLOADS], default=[*DEFAULT])
-    parser.add_argument("--megabytes", type=int, default=512, help="written by each way in each repetition")
+    parser.add_argument("--megabytes", type=int, default=512, help="Megabytes that each way writes in each repetition.")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=OUT / "write", help="on the disk that is measured")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: little data, no figures to speak of")
+    parser.add_argument("--folder", type=Path, default=OUT / "write", help="Folder on the disk to measure.")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: little data, and no meaningful figures.")
     asked = parser.parse_args(given)
     n_bytes, repetitions = (QUICK_BYTES, 1) if asked.quick else (asked.megabytes << 20, asked.repetitions)
     rows: list[dict[str, Any]] = []

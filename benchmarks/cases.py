@@ -61,8 +61,8 @@ class Bench:
         for name, default in self.options.items():
             parser.add_argument(f"--{name}", type=int, default=default)
         parser.add_argument("--only", nargs="+", choices=self.cases, default=self.cases)
-        parser.add_argument("--folder", type=Path, default=OUT, help="where the rows go")
-        parser.add_argument("--quick", action="store_true", help="small: to see that it runs")
+        parser.add_argument("--folder", type=Path, default=OUT, help="Folder for the rows.")
+        parser.add_argument("--quick", action="store_true", help="Smoke test: small data.")
         parser.add_argument("--case", choices=self.cases, help=argparse.SUPPRESS)
         return parser.parse_args()
 

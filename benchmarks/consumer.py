@@ -143,7 +143,7 @@ class Consumer:
         for batch in batches:
             keys = as_array(batch[KEY]).reshape(-1)
             if len(keys) > self._workload.batch_size:
-                raise WrongBatchesError(f"a batch of {len(keys)} records, not {self._workload.batch_size}")
+                raise WrongBatchesError(f"a batch has {len(keys)} records, expected {self._workload.batch_size}")
             self._check_numbers(keys)
             for field in self._workload.fields:
                 if not self._same(field, batch[field.name], keys):
@@ -161,7 +161,7 @@ class Consumer:
 
     def _check_numbers(self, keys: np.ndarray) -> None:
         if len(keys) and not 0 <= keys.min() <= keys.max() < self._workload.n_records:
-            raise WrongBatchesError(f"record numbers from {keys.min()} to {keys.max()}")
+            raise WrongBatchesError(f"unexpected record numbers from {keys.min()} to {keys.max()}")
 
     def _same(self, field: Field, value: Any, keys: np.ndarray) -> bool:
         expected = self._expected[field.name][keys]
@@ -204,15 +204,15 @@ class Consumer:
             words = self._words[field.name] if field.kind == "jpeg" else self._expected[field.name]
             expected = int(np.add.reduce(words * seen.astype(field.word), dtype=field.word))
             if (self.totals[field.name] - expected) % 2 ** (8 * field.word.itemsize):
-                raise WrongBatchesError(f"the {int(seen.sum()):,} records of {field.name!r} do not sum up")
+                raise WrongBatchesError(f"the sum of the {int(seen.sum()):,} records read of {field.name!r} is wrong")
 
     def check_counts(self, n_epochs: int, *, whole: bool = True) -> None:
         """Raise WrongBatchesError unless each record came once per epoch, or at most once if epochs were cut."""
         seen = self.seen
         wrong = np.flatnonzero(seen != n_epochs if whole else seen > n_epochs)
         if len(wrong):
-            example = f"record {wrong[0]} came {seen[wrong[0]]} times"
-            raise WrongBatchesError(f"{len(wrong)} records did not come {n_epochs} times: {example}")
+            example = f"record {wrong[0]} was served {seen[wrong[0]]} times"
+            raise WrongBatchesError(f"{len(wrong)} records were not served {n_epochs} times: {example}")
 
 
 def shuffle_quality(order: np.ndarray, n_records: int) -> dict[str, float]:

@@ -90,7 +90,7 @@ def served(order: EpochOrder, first: np.ndarray, block_records: int) -> np.ndarr
 
 
 def rank_correlation(order: np.ndarray) -> float:
-    """Return Spearman's correlation of stored and output order: 1 if equal, about 0 +- 1 / sqrt(n) if fully shuffled."""
+    """Return Spearman's correlation of stored and output order: 1 if equal, 0 +- 1 / sqrt(n) if fully shuffled."""
     return float(np.corrcoef(order, np.arange(len(order)))[0, 1])
 
 

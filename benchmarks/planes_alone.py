@@ -55,12 +55,12 @@ class Decoder:
         data, flag = np.frombuffer(encoded, np.uint8), FAST_DCT if fastdct else ACCURATE_DCT
         picture = data.ctypes.data, data.size, self.planes, IMAGE_WIDTH, None, IMAGE_HEIGHT, flag
         if self.tj.tjDecompressToYUVPlanes(self.handle, *picture):
-            raise ValueError("no picture of the benchmark")
+            raise ValueError("not a picture of the benchmark")
         for part, small in zip(self.parts, self.small, strict=True):
             cv2.resize(part, (self.size, self.size), small, interpolation=cv2.INTER_LINEAR)
         result = self.rgb.ctypes.data, self.size, 0, self.size, RGB, 0
         if self.tj.tjDecodeYUVPlanes(self.handle, self.resized, None, WHOLE_CHROMA, *result):
-            raise MemoryError("no memory for a row")
+            raise MemoryError("no memory to convert a picture")
         np.copyto(out, self.rgb)
 
 

@@ -31,7 +31,7 @@ def orders(packed: Packed, job: Job, n_epochs: int) -> list[list[int]]:
 
 
 def _no_footers(shards: Sequence[int]) -> Sequence[object]:
-    raise RuntimeError(f"footers of {len(shards)} shards are not needed for an order of shards")
+    raise RuntimeError(f"footers of {len(shards)} shards were read; an order of shards must not need them")
 
 
 def min_misses(epochs: Sequence[Sequence[int]], capacity: int) -> list[int]:

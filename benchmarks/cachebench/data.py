@@ -108,7 +108,7 @@ class Served(Protocol):
         """Return the URL of a data set."""
 
     def taken(self) -> dict[str, int]:
-        """Return the bytes sent since the last call, by shard key, others under "". Empty if the server cannot count."""
+        """Return the bytes sent since the last call, by shard key, others under "". Empty if they are not counted."""
 
 
 class ServedByHttp:

@@ -101,7 +101,7 @@ class Tasks:
 
 
 def compare(workload: Workload, plan: Plan, tasks: Tasks) -> list[dict[str, Any]]:
-    """Return all rows of a workload: one per contender for packing, one per case for loading, even without figures.
+    """Return all rows of a workload: per contender (packing) and per case (loading), even without figures.
 
     The workload of a row has the records that its contender got; whole_records are those of the other contenders.
     """
@@ -221,7 +221,7 @@ def tuned(case: Case, chosen: dict[bool, Case], plan: Plan, tasks: Tasks) -> Cas
 
 
 def measure(running: Sequence[Case], plan: Plan, tasks: Tasks) -> list[dict[str, Any]]:
-    """Return a row for each case; cases are interleaved, so that disturbances of the machine affect all of them alike."""
+    """Return a row for each case; cases are interleaved, so that disturbances affect all of them alike."""
     found: dict[int, list[dict[str, Any]]] = {i: [] for i in range(len(running))}
     missing: dict[int, str] = {}
     for repetition in range(plan.repetitions):

@@ -47,10 +47,10 @@ def _check_system(peer: Peer) -> None:
     if not peer.system:
         return
     if shutil.which("pkg-config") is None:
-        raise NotInstalledError(f"it is built from source, which needs pkg-config and {', '.join(peer.system)}")
+        raise NotInstalledError(f"the build from source needs pkg-config and {', '.join(peer.system)}")
     for module in peer.system:
         if subprocess.run(["pkg-config", "--exists", module], check=False).returncode:
-            raise NotInstalledError(f"it is built from source, which needs the development files of {module}")
+            raise NotInstalledError(f"the build from source needs the development files of {module}")
 
 
 def _run(command: list[str]) -> None:

@@ -86,8 +86,8 @@ def colour(peer: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("rows", type=Path, help="peers.jsonl")
-    parser.add_argument("--into", type=Path, help="a folder; default: that of the rows")
+    parser.add_argument("rows", type=Path, help="File peers.jsonl.")
+    parser.add_argument("--into", type=Path, help="Folder for the plots. Default: folder of the rows.")
     given = parser.parse_args()
     for path in draw(read(given.rows), given.into or given.rows.parent):
         print(path)

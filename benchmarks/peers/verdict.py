@@ -197,8 +197,8 @@ def markdown(rows: Sequence[Row]) -> str:
 def main() -> None:
     """Print the table, or put it into a document."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("rows", type=Path, help="peers.jsonl")
-    parser.add_argument("--into", type=Path, help="a Markdown file with the marks")
+    parser.add_argument("rows", type=Path, help="File peers.jsonl.")
+    parser.add_argument("--into", type=Path, help="Markdown file with the marks that enclose the table.")
     given = parser.parse_args()
     text = markdown(read(given.rows))
     if given.into:
