@@ -127,7 +127,7 @@ def main() -> None:
         for row in rows
     ]
     print(table(["", "batch median", "p99", "max", "boundary min", "median", "max"], lines))
-    print(f"a batch every {given.step_ms} ms; a boundary of no more than that costs no more than a batch")
+    print(f"a batch every {given.step_ms} ms: a boundary below this costs no more than a batch")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def fill(path: Path, url: str, objects: Sequence[tuple[str, ShardIdentity]]) -> 
         for key, identity in objects:
             wanted = store.wanted(key, identity)
             if wanted is None:
-                raise RuntimeError("a shard has an identity")
+                raise RuntimeError("a shard has no identity")
             copy = path / "copies" / wanted.name
             copy.touch(0o600)
             os.truncate(copy, identity.n_bytes)
@@ -130,7 +130,7 @@ def main() -> None:
         [row["case"], f"{row['seconds']['median']:.3f}", f"{1e6 * row['seconds']['median'] / given.shards:.1f}"]
         for row in rows
     ]
-    print(table([f"{given.shards:,} shards", "s", "us a shard"], lines))
+    print(table([f"{given.shards:,} shards", "s", "us per shard"], lines))
 
 
 if __name__ == "__main__":

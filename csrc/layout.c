@@ -1,4 +1,4 @@
-/* One loop copies ranges that end at page boundaries, whatever piece they come from. */
+/* One loop copies ranges that end at page boundaries, independent of the pieces. */
 #include "layout.h"
 
 #include <string.h>
