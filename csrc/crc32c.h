@@ -3,9 +3,9 @@
  *
  * A checksum starts from seed 0, and checksums chain: tc_crc32c_run(k, tc_crc32c_run(k, 0, a), b) is the checksum of a
  * followed by b. TC_CRC_PORTABLE is the reference kernel and runs everywhere. The other kernels give identical results
- * and are not usable on processors without the instruction. The functions that return int read memory under the SIGBUS
- * guard (guard.h). They return 0, or TC_EIO if a mapping could not be read; the output is then undefined. No function
- * allocates memory or takes a lock, so any thread may call them without the GIL.
+ * and are not usable on processors without the instruction. tc_crc32c, tc_crc32c_many and tc_crc32c_pages read memory
+ * under the SIGBUS guard (guard.h). They return 0, or TC_EIO if a mapping could not be read; the output is then
+ * undefined. No function allocates memory or takes a lock, so any thread may call them without the GIL.
  */
 #ifndef TC_CRC32C_H
 #define TC_CRC32C_H
@@ -26,8 +26,8 @@ int tc_crc32c(int kernel, uint32_t seed, const uint8_t *data, size_t n, uint32_t
 /* out[i] = checksum of the lengths[i] bytes at addresses[i]. */
 int tc_crc32c_many(int kernel, const uint64_t *addresses, const uint64_t *lengths, size_t count, uint32_t *out);
 
-/* out[i] = checksum of page i of data[0..n) (the last page may be short); *whole = checksum of all data. page_bytes >
- * 0. */
+/* out[i] = checksum of page i of data[0..n) (the last page may be short); *whole = checksum of all data. page_bytes must
+ * be 1 or more. */
 int tc_crc32c_pages(int kernel, const uint8_t *data, size_t n, size_t page_bytes, uint32_t *out, uint32_t *whole);
 
 /* tc_crc32c for callers that are inside a guard of their own, because guards do not nest. The kernel must be usable. */
