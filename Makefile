@@ -1,8 +1,8 @@
-# Every target does its own set-up: a virtual environment in .venv, the package in it (editable), the native modules built.
-# Nothing is done twice: stamps in .venv know what is installed and from which sources the native modules were built.
-#   make test ARGS='-k cache'      ARGS goes to pytest, or to the demo
-#   make test ARGS='-n0 --pdb'     in one process; else files of tests are shared out to one a core, four at most
-#   make build PYTHON=python3.13   another interpreter than the first fitting one on the PATH
+# Every target makes what it needs: a virtual environment in .venv, the package in it (editable), and the native modules.
+# Stamp files in .venv record what is installed and when the native modules were built, so nothing is done twice.
+#   make test ARGS='-k cache'      ARGS is passed to pytest, to a benchmark or to the demo
+#   make test ARGS='-n0 --pdb'     in one process; by default, one process per core, four at most, shares the test files
+#   make build PYTHON=python3.13   another interpreter than the first suitable one on the PATH
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -20,7 +20,7 @@ PYTEST := $(BIN)/python -m pytest
 NATIVE_SOURCES := $(wildcard csrc/*.c csrc/*.h src/tiercache/_native/*.pyx src/tiercache/_native/*.pxd)
 PYX := $(wildcard src/tiercache/_native/*.pyx)
 UNBUILT := $(foreach pyx,$(PYX),$(if $(wildcard $(pyx:.pyx=.*.so)),,$(pyx)))
-# What has the developer's packages has the demo's too.
+# The developer's packages include those of the demo.
 DEMO_STAMP := $(if $(wildcard $(VENV)/stamp-dev),$(VENV)/stamp-dev,$(VENV)/stamp-demo)
 
 .PHONY: FORCE
@@ -44,7 +44,7 @@ lint: build
 stress: build
 	$(PYTEST) -m stress -o faulthandler_timeout=1800 $(ARGS)
 
-# Every property test with many more examples, and the long random inputs.
+# All property tests with many more examples, and the tests with long random inputs.
 fuzz: build
 	$(PYTEST) -m '(fuzz or hypothesis) and not stress and not integration' --hypothesis-profile=fuzz --timeout=1800 $(ARGS)
 
@@ -52,22 +52,22 @@ bench: build
 	@mkdir -p benchmarks/out
 	set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench" $(ARGS); done
 
-# Other libraries, each in an environment of its own below benchmarks/out/envs; docs/benchmarks.md has the method.
+# Comparison with other libraries, each in its own environment below benchmarks/out/envs; docs/benchmarks.md describes the method.
 bench-peers: build
 	cd benchmarks && ../$(BIN)/python -m peers $(ARGS)
 
-# Frameworks that are too heavy for everybody's environment, in one of their own.
+# Tests with frameworks that are too large for the development environment, in an environment of their own.
 integration: build $(FRAMEWORKS)/stamp
 	$(FRAMEWORKS)/bin/python -m pytest -m integration tests/integration $(ARGS)
 
-# The docs are plain Markdown: their links must lead somewhere, their examples must run.
+# The docs are plain Markdown. The tests check that their links resolve and that their examples run.
 docs: build
 	$(PYTEST) tests/test_docs.py $(ARGS)
 
 demo: $(DEMO_STAMP) $(VENV)/stamp-native
 	$(BIN)/tiercache demo $(ARGS)
 
-# An sdist, the wheel made from it, and that wheel in an empty environment without torch.
+# Build an sdist and a wheel from it, and check the wheel in an empty environment without torch.
 dist: build
 	.ci/check-dist $(BIN)/python
 
@@ -79,7 +79,7 @@ clean:
 distclean: clean
 	rm -rf $(VENV) $(FRAMEWORKS)
 
-# The first interpreter that is 3.11 or newer, can make a virtual environment and can compile extensions.
+# Use the first interpreter that is 3.11 or newer, can make a virtual environment and can compile extensions.
 $(BIN)/python:
 	@ok='import sys, ensurepip, sysconfig, pathlib; sys.exit(sys.version_info < (3, 11) or not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())'; \
 	for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -90,17 +90,17 @@ $(BIN)/python:
 	fi; \
 	if ! command -v $(CC) >/dev/null; then echo 'tiercache needs a C11 compiler ($(CC) was not found); name one: make CC=gcc' >&2; exit 1; fi; \
 	echo "making $(VENV) with $$("$$found" --version)"; "$$found" -m venv $(VENV)
-	@$(PIP) install --upgrade 'pip>=25'    # what Python 3.11 brings does not find versions of boto3, s3fs and fsspec that fit together
+	@$(PIP) install --upgrade 'pip>=25'    # the pip of Python 3.11 finds no compatible versions of boto3, s3fs and fsspec
 
-# The install builds the native modules too, so it counts as a native build.
+# The installation builds the native modules too, so it also sets the stamp of the native build.
 $(VENV)/stamp-%: pyproject.toml setup.py | $(BIN)/python
 	@echo 'installing tiercache[$*] into $(VENV) (minutes, the first time)'
-	@# First, and alone: beside boto3 and aiobotocore, which take pip many tries, it also tries builds of torchvision that do not fit torch's.
+	@# torch is installed first and alone: together with boto3 and aiobotocore, pip backtracks to builds of torchvision that do not match torch.
 	@$(if $(filter dev,$*),$(PIP) install torch torchvision)
 	@$(PIP) install --editable '.[$*]'
 	@touch $@ $(VENV)/stamp-native
 
-# What is built here is what `make build` has built: the same interpreter and the same sources.
+# The native modules are those of `make build`, because interpreter and sources are the same.
 $(FRAMEWORKS)/stamp: pyproject.toml setup.py | $(BIN)/python
 	@echo 'installing tiercache[integration] into $(FRAMEWORKS) (minutes, the first time)'
 	@$(BIN)/python -m venv $(FRAMEWORKS)
@@ -108,7 +108,7 @@ $(FRAMEWORKS)/stamp: pyproject.toml setup.py | $(BIN)/python
 	@$(FRAMEWORKS)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[integration]'
 	@touch $@
 
-# Runs after an install (| order), which has built everything; so it looks again whether a source is newer or a module missing.
+# Runs after an installation (order-only prerequisite), which may have built everything, so the recipe checks again whether a source is newer or a module is missing.
 $(VENV)/stamp-native: $(NATIVE_SOURCES) $(if $(UNBUILT),FORCE) | $(if $(filter demo,$(MAKECMDGOALS)),$(DEMO_STAMP),$(VENV)/stamp-dev)
 	@stale="$$(find $(NATIVE_SOURCES) -newer $@ 2>/dev/null || echo all)"; \
 	for pyx in $(PYX); do compgen -G "$${pyx%.pyx}.*.so" >/dev/null || stale="$$stale $$pyx"; done; \

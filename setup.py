@@ -1,4 +1,4 @@
-"""Builds the C kernels and their Cython faces; everything else is in pyproject.toml."""
+"""Build of the C kernels and their Cython modules; everything else is in pyproject.toml."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 NATIVE = Path("src/tiercache/_native")
-# Our own C is held to -Wall -Wextra -Werror by `make lint`; what Cython writes compares signed with unsigned numbers.
+# `make lint` checks our own C with -Wall -Wextra -Werror. The C code that Cython generates compares signed with
+# unsigned numbers.
 C_FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-fno-strict-aliasing", "-fvisibility=hidden", "-Wall"]
 
-# extension -> the C files that it is made of; SIMD variants choose themselves by target attributes, so that the flags
-# stay portable
+# Extension: its C files. SIMD variants are selected with target attributes, so that the flags stay portable.
 SOURCES = {
     "assembly": [],
     "checksum": ["csrc/crc32c.c", "csrc/layout.c", "csrc/guard.c"],

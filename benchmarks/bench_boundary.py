@@ -1,12 +1,13 @@
-"""The gap between two epochs, beside the gap between two batches: what a training loop waits for at each.
+"""Wait of a training loop between two epochs, compared with the wait between two batches.
 
     python benchmarks/bench_boundary.py [--mib 96] [--window-mib 16] [--step-ms 5] [--epochs 6]
 
-A loop takes a batch and works for step-ms, epoch after epoch. The gap of a batch is the time from asking for it until
-it is there; that of a boundary from asking for the batch after the last until the first one of the next epoch is there
-(the end of the iterator and iter() among it). Data: stored raw and as zstd in a local folder, and as zstd on an HTTP
-server of another process, through a cache that holds half of it. Beside each the same loop without making the next
-epoch ready (`not_ready`). Milliseconds; the first epoch, which may be cold, is left out.
+A loop takes a batch and works for step-ms, epoch after epoch. The gap of a batch is the time from its request to its
+arrival. The gap of an epoch boundary is the time from the request after the last batch to the arrival of the first
+batch of the next epoch, including the end of the iterator and iter(). Data: uncompressed and zstd in a local folder,
+and zstd on an HTTP server in another process, through a cache that holds half of it. Each is compared with the same
+loop without the preparation of the next epoch (`not_ready`). Times are in milliseconds; the first epoch, which may be
+cold, is left out.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ with HttpFaultServer(files) as server:
 
 
 def write(folder: Path, n_bytes: int, compression: str) -> None:
-    """Pack records of 1,024 tokens, as unevenly distributed as words are."""
+    """Pack records of 1,024 tokens with a word-like distribution."""
     random, step = np.random.default_rng(0), 2048
     schema = {"tokens": tc.Tensor("uint16", (TOKENS,))}
     with tc.Writer(folder, schema=schema, compression=compression, shard_size="4MiB") as writer:
@@ -50,7 +51,7 @@ def write(folder: Path, n_bytes: int, compression: str) -> None:
 
 
 def gaps(loader: tc.DataLoader, n_epochs: int, step_s: float) -> tuple[list[float], list[float]]:
-    """(of batches, of boundaries) in ms, after the first epoch."""
+    """Return the gaps (of batches, of boundaries) in ms, after the first epoch."""
     of_batches, of_boundaries = [], []
     iterator, asked_s, first = iter(loader), time.perf_counter(), True
     epoch = 0
@@ -64,19 +65,19 @@ def gaps(loader: tc.DataLoader, n_epochs: int, step_s: float) -> tuple[list[floa
             (of_boundaries if first else of_batches).append(1e3 * (time.perf_counter() - asked_s))
         end_s = time.perf_counter() + step_s
         while time.perf_counter() < end_s:
-            time.sleep(step_s / 10)  # as a loop that waits for its accelerator does
+            time.sleep(step_s / 10)  # Like a loop that waits for its accelerator.
         asked_s, first = time.perf_counter(), False
     iterator.close()
     return of_batches, of_boundaries
 
 
 def measure(dataset: tc.Dataset, given: argparse.Namespace, *, ready: bool) -> tuple[list[float], list[float]]:
-    """Gaps of one loader, with or without making the next epoch ready."""
+    """Return the gaps of one loader, with or without preparation of the next epoch."""
     options = tc.LoaderOptions(seed=1, shuffle_group_bytes="all", shuffle_window_bytes=f"{given.window_mib}MiB")
     loader = tc.DataLoader(dataset, batch_size=BATCH, shuffle=True, options=options)
     prepare = NextEpoch.prepare
     if not ready:
-        NextEpoch.prepare = lambda *_: None  # type: ignore[method-assign]  # what it is measured against
+        Coming.prepare = lambda *_: None  # type: ignore[method-assign]  # the baseline
     try:
         return gaps(loader, given.epochs, given.step_ms / 1e3)
     finally:
@@ -84,7 +85,7 @@ def measure(dataset: tc.Dataset, given: argparse.Namespace, *, ready: bool) -> t
 
 
 def main() -> None:
-    """Measure, print and write rows."""
+    """Measure, print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=96)
     parser.add_argument("--window-mib", type=int, default=16)
@@ -126,7 +127,7 @@ def main() -> None:
         for row in rows
     ]
     print(table(["", "batch median", "p99", "max", "boundary min", "median", "max"], lines))
-    print(f"a batch every {given.step_ms} ms; a boundary of no more than that costs no more than a batch")
+    print(f"a batch every {given.step_ms} ms: a boundary below this costs no more than a batch")
 
 
 if __name__ == "__main__":

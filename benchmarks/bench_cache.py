@@ -1,15 +1,15 @@
-"""What a hit of the cache costs, that records of cached copies cost nothing more, and how many readers go on at once.
+"""Time of a cache hit, loader speed on cached copies, and hit rate of many concurrent readers.
 
     python benchmarks/bench_cache.py [--only hit records readers] [--repetitions 7] [--quick]
 
-hit: a lookup, a lease and a mapping in an open data set, given back again, beside open, flock, fstat, mmap and close by
-hand in Python and in C. The required figure is a median under 20 us.
-records: shuffled epochs by the loader, of copies in the cache and of the same files in a local folder, in turns.
-readers: hits a second of 1 to 32 threads and processes, beside the same by hand; of threads also how often one had to
-wait (voluntary switches) a hit.
+hit: time to look up, lease, map and release a copy in an open data set, compared with open, flock, fstat, mmap and
+close in plain Python and in C. The required median is below 20 us.
+records: shuffled epochs of the loader on copies in the cache and on the same files in a local folder, interleaved.
+readers: hits per second of 1 to 32 threads and processes, compared with the same system calls in plain Python; for
+threads also the voluntary context switches per hit.
 
-Rows go to cache.jsonl. On a busy machine: chrt -f 10 (root), but not with --kind processes: each would have a processor
-alone, one after the other.
+The rows are written to cache.jsonl. On a busy machine, run it under `chrt -f 10` (as root), but not with --kind
+processes, because each process would then have a processor to itself, one after the other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))  # for processes that are started from here
+sys.path.insert(0, str(Path(__file__).parent))  # For processes that this script starts.
 
 import tiercache as tc
 from cachebench.data import Sizes, pack
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 
 def warmed(folder: Path, url: str) -> None:
-    """A cache with the whole data set in it."""
+    """Fill a cache with the whole data set."""
     shutil.rmtree(folder, ignore_errors=True)
     cache, store = opened(str(folder), url)
     cache.warm(store, objects_of(url))
@@ -53,7 +53,7 @@ def warmed(folder: Path, url: str) -> None:
 
 
 def hit(given: argparse.Namespace, folder: Path, url: str) -> list[Row]:
-    """Times of single hits, the ways in turns."""
+    """Return the times of single hits, interleaved."""
     objects = objects_of(url)
     cache, store = opened(str(folder), url)
     paths = paths_of(folder, objects)
@@ -84,18 +84,18 @@ def _each(way: Callable[[int, int], None], n: int) -> np.ndarray:
 
 
 def records(given: argparse.Namespace, folder: Path, url: str) -> list[Row]:
-    """Records a second of shuffled epochs, both ways in turns."""
+    """Return the records per second of shuffled epochs of both ways, interleaved."""
     cache = Cache(folder, size="1TB", policy="resident", free_floor="0%")
     ways = {"through the cache": tc.Dataset(url, cache=cache), "local folder": tc.Dataset(url, cache=False)}
     options = tc.LoaderOptions(seed=1, rank=0, world_size=1)
     loaders = {n: tc.DataLoader(one, batch_size=256, shuffle=True, options=options) for n, one in ways.items()}
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for repetition in range(given.repetitions + 1):
-        # Who comes second finds the processor's caches full of the other's data.
+        # The second loader finds the processor's caches filled with the other's data, so the order alternates.
         for name, loader in list(loaders.items())[:: 1 if repetition % 2 else -1]:
             started_s = time.perf_counter()
             n = sum(len(batch["id"]) for batch in loader)
-            if repetition:  # the first epoch checks the pages
+            if repetition:  # The first epoch checks the pages.
                 rates[name].append(n / (time.perf_counter() - started_s))
     for one in ways.values():
         one.close()
@@ -105,7 +105,7 @@ def records(given: argparse.Namespace, folder: Path, url: str) -> list[Row]:
 
 
 def readers(given: argparse.Namespace, folder: Path, url: str) -> list[Row]:
-    """Hits a second of many readers."""
+    """Return the hits per second of many readers."""
     objects, min_s = objects_of(url), 0.05 if given.quick else 0.5
     cache, store = opened(str(folder), url)
     in_threads = {"cache": through_cache(store, objects), "by hand": by_hand(paths_of(folder, objects))}
@@ -132,13 +132,13 @@ def readers(given: argparse.Namespace, folder: Path, url: str) -> list[Row]:
 
 
 def _scaled(rows: Sequence[Row]) -> list[Row]:
-    """Each row with its rate over that of one reader of its kind."""
+    """Return the rows with their rate relative to one reader of the same kind."""
     alone = {(row["kind"], row["case"]): row["median"] for row in rows if row["n"] == 1}
     return [row | {"of_one": row["median"] / alone[row["kind"], row["case"]]} for row in rows]
 
 
 def lines(rows: Sequence[Row]) -> Iterator[list[str]]:
-    """What a person wants to see."""
+    """Yield the cells of the printed table."""
     for row in rows:
         if row["stage"] == "hit":
             figure = f"{row['median']:.1f} us (p99 {row['p99']:.1f})"
@@ -160,15 +160,15 @@ STAGES = {"hit": hit, "records": records, "readers": readers}
 
 
 def main() -> None:
-    """Measure, print and write rows."""
+    """Measure, print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS, help="of readers")
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS, help="Kinds of readers.")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--shards", type=int, default=320)
-    parser.add_argument("--folder", type=Path, default=OUT, help="where data, cache and rows go")
-    parser.add_argument("--into", type=Path, help="a Markdown file with the marks")
-    parser.add_argument("--quick", action="store_true", help="small: to see that it runs")
+    parser.add_argument("--folder", type=Path, default=OUT, help="Folder for data, cache and rows.")
+    parser.add_argument("--into", type=Path, help="Markdown file with the marks that enclose the table.")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: small data.")
     given = parser.parse_args()
     if given.quick:
         given.shards, given.repetitions = 20, 2

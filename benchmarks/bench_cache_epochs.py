@@ -1,21 +1,20 @@
-"""Bytes fetched per epoch of a data set that is larger than the cache, by policy, beside what no cache can beat.
+"""Bytes fetched per epoch for a data set that is larger than the cache, by policy, compared with the lower bound.
 
     python benchmarks/bench_cache_epochs.py [--only one two nodes jobs peers] [--resume] [--into FILE]
 
-A data set of 320 shards is read by the real loader, shuffled in groups of 4 shards (as 4 GiB of 320) and windows of
-one shard's size, through the real cache from a real store (HTTP on loopback; --store s3: SeaweedFS). Each epoch of each
-rank is a process of its own, so that nothing but the cache's folder outlives it, and two windows are the most that is
-in memory. The server counts the bytes.
+The loader reads a data set of 320 shards, shuffled in groups of 4 shards (as 4 GiB of 320 GiB) and windows of one
+shard, through the cache from a store (HTTP on loopback; with --store s3: SeaweedFS). Each epoch of each rank runs in a
+process of its own, so that only the cache's folder outlives it, and at most two windows are in memory. The server
+counts the bytes.
 
-one, two: one node, one or two ranks, a cache that holds a share f of the data set; no cache can fetch less than 1 - f.
-nodes: 2, 4, 8 nodes with a cache each, shards dealt anew in each epoch (placement="global"), beside Belady's MIN; 24
-epochs.
-jobs: two jobs side by side, one of them a mixture, beside what the simulator says of the trace.
-peers (when asked for): MosaicML Streaming and LitData with their cache limits on the same records and budget, in their
-environments; they copy from a folder.
+one, two: one node with one or two ranks; the cache holds a fraction f of the data set, so at least 1 - f is fetched.
+nodes: 2, 4 or 8 nodes with a cache each; shards are assigned anew in each epoch (placement="global"); compared with
+Belady's MIN; 24 epochs.
+jobs: two concurrent jobs, one of them a mixture, compared with the simulator's result for the trace.
+peers (only on request): MosaicML Streaming and LitData with their own cache limits, on the same records and with the
+same budget, in environments of their own; they copy from a folder.
 
-Rows go to cache_epochs.jsonl as they are found; --resume takes those that are there. --quick is small, to see that it
-runs.
+The rows are written to cache_epochs.jsonl as they are measured; --resume keeps existing rows. --quick uses small data.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # for processes that are started from here
+sys.path.insert(0, str(Path(__file__).parent))  # For processes that this script starts.
 
 from cachebench.bounds import belady, lru_share
 from cachebench.data import Packed, Served, Sizes, pack, serving, serving_s3
@@ -47,17 +46,17 @@ if TYPE_CHECKING:
 POLICIES = ("plan", "resident", "s3fifo", "lru")
 SHARES = (0.1, 0.25, 0.5, 0.75)
 NODES = (2, 4, 8)
-# Of 8 nodes MIN itself fetched 0.41, 0.28 and 0.47 in the first three epochs after the cold ones: three say little of
-# what a cache adds.
+# With 8 nodes, MIN itself fetched 0.41, 0.28 and 0.47 in the first three warm epochs, so three epochs say little about
+# a cache.
 NODES_EPOCHS = 24
-# Not the peers: they need environments of their own.
+# Without the peers, which need environments of their own.
 PARTS = ("one", "two", "nodes", "jobs")
 PEER_SHARES = (0.25, 0.75)
 Case = dict[str, Any]
 
 
 class Bench:
-    """One run: the data, its server, and processes to read it."""
+    """One run: the data, its server, and the processes that read it."""
 
     def __init__(self, given: argparse.Namespace, stack: ExitStack) -> None:
         self.given, self.folder = given, given.folder / "cache_epochs"
@@ -69,7 +68,7 @@ class Bench:
         self.nursery = Nursery()
 
     def job(self, case: Case, *packed: Packed, cache: str = "cache") -> Job:
-        """A job over these data sets, with the case's cache."""
+        """Return a job over these data sets with the cache of the case."""
         room = sum(one.budget(case["f"]) for one in packed)
         return Job(
             urls=tuple(self.served.url(one) for one in packed),
@@ -83,7 +82,7 @@ class Bench:
         )
 
     def epochs(self, jobs: Sequence[Job], n_epochs: int) -> list[Case]:
-        """Run the jobs side by side, epoch after epoch, with caches that begin empty. Figures of each epoch."""
+        """Run jobs concurrently, epoch by epoch, from empty caches. Return the figures of each epoch."""
         for job in jobs:
             shutil.rmtree(job.cache_dir, ignore_errors=True)
         found = []
@@ -93,16 +92,16 @@ class Bench:
             taken = self.served.taken()
             sent = sum(n for key, n in taken.items() if key) if taken else sum(one["fetched_bytes"] for one in each)
             for job, one in zip(jobs, each, strict=True):
-                # Records of a mixture come from two data sets that both number them from 0.
+                # The records of a mixture come from two data sets that both number them from 0.
                 twice = len(job.urls) == 1 and one["n_distinct"] != one["n_records"]
                 if twice or one["used_bytes"] > one["limit_bytes"]:
-                    raise RuntimeError(f"a record came twice, or the cache grew beyond its budget: {one}")
+                    raise RuntimeError(f"a record was served twice, or the cache exceeded its size: {one}")
             found.append({"bytes": sent, "other_bytes": taken.get("", 0), "ranks": each})
         return found
 
 
 def summary(found: Sequence[Case], n_cold: int, n_bytes: int) -> Case:
-    """What of some epochs goes into a row."""
+    """Return the summary of epochs for a row."""
     ranks = [rank for epoch in found[n_cold:] for rank in epoch["ranks"]]
     shares = [epoch["bytes"] / n_bytes for epoch in found]
     return {
@@ -118,7 +117,7 @@ def summary(found: Sequence[Case], n_cold: int, n_bytes: int) -> Case:
 
 
 def one_node(bench: Bench, case: Case) -> Case:
-    """One node, case["ranks"] ranks that share its cache."""
+    """Measure one node with case["ranks"] ranks that share its cache."""
     job, n_ranks = bench.job(case, bench.main), case["ranks"]
     jobs = [replace(job, rank=rank, world_size=n_ranks) for rank in range(n_ranks)]
     found = summary(bench.epochs(jobs, 1 + bench.given.epochs), 1, bench.main.n_bytes)
@@ -126,7 +125,7 @@ def one_node(bench: Bench, case: Case) -> Case:
 
 
 def nodes(bench: Bench, case: Case) -> Case:
-    """Some nodes, a rank and a cache each."""
+    """Measure several nodes, each with one rank and one cache."""
     n_nodes = case["nodes"]
     n_cold, n_epochs = (1, 1) if bench.given.quick else (n_nodes, max(bench.given.epochs, NODES_EPOCHS))
     jobs = [
@@ -139,7 +138,7 @@ def nodes(bench: Bench, case: Case) -> Case:
 
 
 def jobs(bench: Bench, case: Case) -> Case:
-    """A job on the one data set, beside one on a mixture of both, in one cache."""
+    """Measure a job on one data set concurrent with a job on a mixture, with one cache."""
     trace = bench.folder / "trace"
     trace.unlink(missing_ok=True)
     job = replace(bench.job(case, bench.main, bench.other), trace=str(trace))
@@ -151,7 +150,7 @@ def jobs(bench: Bench, case: Case) -> Case:
 
 
 def peers(bench: Bench, case: Case) -> Case:
-    """Another library's own cache, with the same budget for the same records."""
+    """Measure another library's own cache with the same budget on the same records."""
     job = peer_job(case["policy"], bench.main, case["f"], bench.folder)
     return epochs_of(job | {"group_shards": bench.given.group_shards}, case["f"], 1 + bench.given.epochs)
 
@@ -160,7 +159,7 @@ RUNS = {"one": one_node, "two": one_node, "nodes": nodes, "jobs": jobs, "peers":
 
 
 def cases(given: argparse.Namespace) -> Iterator[Case]:
-    """What is to be run."""
+    """Yield the cases of this run."""
     quick = given.quick
     shares = (0.25,) if quick else SHARES
     policies = ("plan", "lru") if quick else POLICIES
@@ -174,19 +173,21 @@ def cases(given: argparse.Namespace) -> Iterator[Case]:
 
 
 def main() -> None:
-    """Measure, print, write rows, and put a table into a document."""
+    """Measure, print and write the rows, and insert a table into a document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=RUNS, default=PARTS)
-    parser.add_argument("--policy", nargs="+", default=None, help="only these")
+    parser.add_argument("--policy", nargs="+", default=None, help="Policies to run. Default: all.")
     parser.add_argument("--shards", type=int, default=320)
     parser.add_argument("--shard-kib", type=int, default=512)
-    parser.add_argument("--group-shards", type=int, default=4, help="that are read at a time")
-    parser.add_argument("--epochs", type=int, default=3, help="that are measured, after those that fill the cache")
+    parser.add_argument("--group-shards", type=int, default=4, help="Number of shards in a shuffle group.")
+    parser.add_argument(
+        "--epochs", type=int, default=3, help="Number of measured epochs, after those that fill the cache."
+    )
     parser.add_argument("--store", choices=("http", "s3"), default="http")
-    parser.add_argument("--folder", type=Path, default=OUT, help="where data, caches and rows go")
-    parser.add_argument("--resume", action="store_true", help="keep rows that are there")
-    parser.add_argument("--into", type=Path, help="a Markdown file with the marks")
-    parser.add_argument("--quick", action="store_true", help="small: to see that it runs")
+    parser.add_argument("--folder", type=Path, default=OUT, help="Folder for data, caches and rows.")
+    parser.add_argument("--resume", action="store_true", help="Keep existing rows, and measure only the missing cases.")
+    parser.add_argument("--into", type=Path, help="Markdown file with the marks that enclose the table.")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: small data.")
     given = parser.parse_args()
     if given.quick:
         given.shards, given.shard_kib, given.epochs = 24, 64, 1

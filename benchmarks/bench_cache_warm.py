@@ -1,11 +1,11 @@
-"""Planning `tiercache warm` of many shards: the metadata of 100 GB and more, in a store without the bytes.
+"""Planning of `tiercache warm` for many shards: the metadata of a very large data set in a store without the bytes.
 
     python benchmarks/bench_cache_warm.py [--shards 100000] [--here 10000] [--repetitions 5]
 
-open: the newest version and its segments; choose: the shards of one rank of eight in its reading order; plan: what of
-all shards is missing and whether it fits, in an empty cache and in one that has some (files without bytes); names: the
-same as `plan` without a cache, its floor; dry run: the whole command in a process of its own, imports included.
-Rows go to cache_warm.jsonl; --quick is small, to see that it runs.
+open: read the newest version and its segments. choose: the shards of one rank of eight in its reading order. plan:
+which shards are missing and whether they fit, for an empty cache and for a cache with some shards (files without
+bytes). names: the lower bound of `plan`, without a cache. dry run: the whole command in a process of its own, including
+imports. The rows are written to cache_warm.jsonl. --quick uses small data.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ N_RANKS = 8
 
 
 def make(folder: Path, n_shards: int) -> list[tuple[str, ShardIdentity]]:
-    """A data set of which only version and segments exist; keys and identities of its shards."""
+    """Write a data set with a version and segments only. Return keys and identities of its shards."""
     sizes = np.random.default_rng(0).integers(SHARD_BYTES // 2, SHARD_BYTES * 3 // 2, n_shards).tolist()
     infos = [
         ShardInfo(f"shards/{i:012d}.tcs", f"{i:032x}", 100, size, i, size - 1200, 1168) for i, size in enumerate(sizes)
@@ -54,13 +54,13 @@ def make(folder: Path, n_shards: int) -> list[tuple[str, ShardIdentity]]:
 
 
 def fill(path: Path, url: str, objects: Sequence[tuple[str, ShardIdentity]]) -> None:
-    """Put copies of these objects into the cache: files with a size and no bytes, and their records."""
+    """Put copies of the objects into the cache: sparse files of the right size, and their catalog entries."""
     with Cache(path, size="100TB", free_floor="0%") as cache:
         store = cache.store(open_store(url))
         for key, identity in objects:
             wanted = store.wanted(key, identity)
             if wanted is None:
-                raise RuntimeError("a shard has an identity")
+                raise RuntimeError("a shard has no identity")
             copy = path / "copies" / wanted.name
             copy.touch(0o600)
             os.truncate(copy, identity.n_bytes)
@@ -71,7 +71,7 @@ def fill(path: Path, url: str, objects: Sequence[tuple[str, ShardIdentity]]) -> 
 
 
 def timed(work: Callable[[], Any], repetitions: int) -> dict[str, float]:
-    """Seconds of some repetitions, after one that is not counted."""
+    """Return the seconds of several repetitions, after one that is not counted."""
     found = []
     for _ in range(repetitions + 1):
         start_s = time.perf_counter()
@@ -81,13 +81,13 @@ def timed(work: Callable[[], Any], repetitions: int) -> dict[str, float]:
 
 
 def dry_run(url: str, cache: Path) -> None:
-    """The whole command."""
+    """Run the whole command."""
     command = [sys.executable, "-m", "tiercache.cli", "warm", url, "--cache", str(cache), "--cache-size", "100TB"]
     subprocess.run([*command, "--dry-run", "--seed", "1"], check=True, stdout=subprocess.DEVNULL)
 
 
 def measure(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """All cases, of one data set and two caches."""
+    """Measure all cases on one data set and two caches."""
     url = str(folder / "set")
     objects = make(folder / "set", given.shards)
     fill(folder / "some", url, objects[:: max(given.shards // given.here, 1)])
@@ -111,10 +111,10 @@ def measure(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, write rows, print a table."""
+    """Measure, write the rows, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=100_000)
-    parser.add_argument("--here", type=int, default=10_000, help="of them in the fuller cache")
+    parser.add_argument("--here", type=int, default=10_000, help="Number of shards in the fuller cache.")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
@@ -130,7 +130,7 @@ def main() -> None:
         [row["case"], f"{row['seconds']['median']:.3f}", f"{1e6 * row['seconds']['median'] / given.shards:.1f}"]
         for row in rows
     ]
-    print(table([f"{given.shards:,} shards", "s", "us a shard"], lines))
+    print(table([f"{given.shards:,} shards", "s", "us per shard"], lines))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""A loader on compressed columns, beside the machine's own decompression of the same frames on as many threads.
+"""The loader on compressed columns, compared with decompression of the same frames alone on as many threads.
 
     python benchmarks/bench_decode.py [--mib 128] [--window-mib 8] [--repetitions 5]
 
-The measure is threads that decode whole frames with python-zstandard, one call a frame, and drop what they get. Beside
-it the loader's stage alone (the same parts as its windows, by as many threads: read, checked, decoded), and the whole
-loader, which shuffles fully and whose consumer reads the first byte of every batch. Interleaved; MB/s of decoded bytes.
+The baseline is threads that decode whole frames with python-zstandard, one call per frame, and drop the result.
+Compared are the loader's decode stage alone (the same parts as its windows, with as many threads: read, checked,
+decoded), and the whole loader, which shuffles fully and whose consumer reads the first byte of every batch. All are
+interleaved; figures are MB/s of decoded bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _here = threading.local()
 
 
 def write(folder: Path, n_bytes: int) -> int:
-    """Pack records of 1,024 tokens, as unevenly distributed as words are, compressed; their bytes."""
+    """Pack records of 1,024 tokens with a word-like distribution, compressed. Return their bytes."""
     n, step = n_bytes // (2 * TOKENS), 2048
     random = np.random.default_rng(0)
     with tc.Writer(folder, schema={"tokens": tc.Tensor("uint16", (TOKENS,))}, compression="zstd:3") as writer:
@@ -41,7 +42,7 @@ def write(folder: Path, n_bytes: int) -> int:
 
 
 def frames_of(folder: Path) -> list[bytes]:
-    """Every frame of the data set, as stored."""
+    """Return every frame of the data set, as stored."""
     dataset = tc.Dataset(folder)
     found = []
     for shard in range(len(dataset.source.shard_records)):
@@ -53,14 +54,14 @@ def frames_of(folder: Path) -> list[bytes]:
 
 
 def decode(frame: bytes) -> None:
-    """One frame, by a context of the thread's own."""
+    """Decode one frame with a context of the thread."""
     if not hasattr(_here, "context"):
         _here.context = zstandard.ZstdDecompressor()
     _here.context.decompress(frame)
 
 
 def load(folder: Path, window_mib: int) -> None:
-    """One epoch of the loader."""
+    """Read one epoch with the loader."""
     dataset = tc.Dataset(folder)
     options = tc.LoaderOptions(shuffle_group_bytes="all", shuffle_window_bytes=f"{window_mib}MiB", seed=1)
     for batch in tc.DataLoader(dataset, batch_size=BATCH, shuffle=True, options=options):
@@ -69,7 +70,7 @@ def load(folder: Path, window_mib: int) -> None:
 
 
 def parts_of(dataset: tc.Dataset, window_mib: int, n_threads: int) -> list[tuple[int, list[int]]]:
-    """(shard, blocks) of every part that is loaded at a time, in the order of an epoch."""
+    """Return (shard, blocks) of every part that is loaded at a time, in the order of an epoch."""
     source = dataset.source
     layout = Layout(source.shard_records, source.shard_bytes, source.block_tables)
     order = EpochOrder(layout, OrderOptions(seed=1, shuffle=True, group_bytes=None, window_bytes=window_mib << 20), 0)
@@ -81,10 +82,12 @@ def parts_of(dataset: tc.Dataset, window_mib: int, n_threads: int) -> list[tuple
 
 
 def main() -> None:
-    """Measure, print and write rows."""
+    """Measure, print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=128)
-    parser.add_argument("--window-mib", type=int, default=8, help="an epoch of many windows, as a large data set has")
+    parser.add_argument(
+        "--window-mib", type=int, default=8, help="Size of a window; small, for many windows per epoch."
+    )
     parser.add_argument("--repetitions", type=int, default=5)
     given = parser.parse_args()
     n_threads = config.available_cpus()

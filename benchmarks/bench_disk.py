@@ -1,9 +1,9 @@
-"""A disk in both directions: writing alone, reading alone, and both at once, past the page cache.
+"""Speed of a disk past the page cache: writing alone, reading alone, and both concurrently.
 
     python benchmarks/bench_disk.py [--folder DIR] [--megabytes 512] [--repetitions 5] [--quick]
 
-Whether a copy can be read back while the next one is written hangs on it: where a disk does as many bytes a second in
-all, whichever way they go, reading back costs as much as writing. The ways take turns; what is written is synced.
+It decides whether a copy can be read back while the next one is written: if a disk has one total speed for both
+directions, reading back costs as much as writing. The ways are interleaved; written files are synced.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ TITLES = ("threads", "writing alone MB/s", "reading alone MB/s", "both at once, 
 
 
 def memory() -> memoryview:
-    """A part's worth of noise, in whole pages."""
+    """Return page-aligned memory of one part with random bytes."""
     pages = mmap.mmap(-1, PART_BYTES)
     pages.write(os.urandom(PART_BYTES))
     return memoryview(pages)
 
 
 def write(path: Path, n_parts: int, n_threads: int, buffers: Sequence[memoryview]) -> None:
-    """A new file, synced."""
+    """Write a new file and sync it."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
     try:
         with ThreadPoolExecutor(n_threads) as pool:
@@ -46,7 +46,7 @@ def write(path: Path, n_parts: int, n_threads: int, buffers: Sequence[memoryview
 
 
 def read(path: Path, n_parts: int, n_threads: int, buffers: Sequence[memoryview]) -> None:
-    """All of a file; what it holds is looked at by nobody, so threads may share memory."""
+    """Read a whole file. The content is not examined, so threads may share memory."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
     try:
         with ThreadPoolExecutor(n_threads) as pool:
@@ -56,7 +56,7 @@ def read(path: Path, n_parts: int, n_threads: int, buffers: Sequence[memoryview]
 
 
 def measure(folder: Path, n_parts: int, n_threads: int, repetitions: int) -> dict[str, Any]:
-    """Bytes a second of the three ways."""
+    """Return the bytes per second of the three ways."""
     source, target = folder / "source", folder / "target"
     noise, landing = [memory() for _ in range(n_threads)], [memory() for _ in range(n_threads)]
     write(source, n_parts, n_threads, noise)
@@ -86,10 +86,10 @@ def measure(folder: Path, n_parts: int, n_threads: int, repetitions: int) -> dic
 def main(given: list[str] | None = None) -> None:
     """Measure, print a table, write the rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=OUT / "disk", help="on the disk that is measured")
+    parser.add_argument("--folder", type=Path, default=OUT / "disk", help="Folder on the disk to measure.")
     parser.add_argument("--megabytes", type=int, default=512)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="a smoke test: little data, no figures to speak of")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: little data, and no meaningful figures.")
     asked = parser.parse_args(given)
     n_parts, repetitions = (2, 1) if asked.quick else (max((asked.megabytes << 20) // PART_BYTES, 1), asked.repetitions)
     data = asked.folder / "data"

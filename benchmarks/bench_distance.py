@@ -1,11 +1,11 @@
-"""Epochs whose batches come through the caches, past them, and as the loader finds it best, in turns.
+"""Epochs whose batches are written through the caches, past them, or as the loader decides, interleaved.
 
     python benchmarks/bench_distance.py [--mib 512] [--seconds 20] [--folder ON_THE_DISK]
 
-Between cores of one cache a batch comes quicker through it; between cores of different caches through memory. A virtual
-machine's host may move its processors from the one to the other at any time, so rounds of three epochs are sorted by
-what the loader found in them. The consumer sums every byte. Prints medians of microseconds a batch; where all rounds
-are of one sort, so is the machine.
+Between cores that share a cache, a batch arrives faster through the cache; between cores with different caches, through
+memory. The host of a virtual machine may move its processors between the two at any time, so rounds of three epochs are
+sorted by the distance that the loader measured in them. The consumer sums every byte. The output has the median
+microseconds per batch. If all rounds are of one kind, so is the machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WAYS = {"caches": False, "memory": True, "found": None}
 
 
 def measure(folder: Path, kind: str, seconds: float, *, shuffled: bool) -> list[dict[str, Any]]:
-    """A row for what was found."""
+    """Return a row for each measured distance."""
     batch_size = KINDS[kind][2]
     options = tc.LoaderOptions(seed=1, shuffle_group_bytes="all", shuffle_window_bytes="all")
     dataset = tc.Dataset(folder / kind, forms={"wide": "buffer"} if kind == "bytes" else {})
@@ -51,7 +51,7 @@ def measure(folder: Path, kind: str, seconds: float, *, shuffled: bool) -> list[
 
 
 def main() -> None:
-    """Measure, print and write rows."""
+    """Measure, print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=20.0)

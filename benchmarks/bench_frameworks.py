@@ -1,10 +1,10 @@
-"""What is left of the speed where a framework rebuilds the loader, beside the native path and torch's own way.
+"""Loader speed when a framework rebuilds the loader, compared with the native path and with torch's DataLoader.
 
     python benchmarks/bench_frameworks.py [--repetitions 7] [--quick] [--folder benchmarks/out/frameworks]
 
-Whole shuffled epochs of the same records in one process, one way after the other in each repetition; medians of records
-a second, and ratios to torch's DataLoader over a map-style data set that holds the same records in memory. A batch is
-touched, not read: what is compared is what each way costs on top of the bytes.
+Whole shuffled epochs of the same records in one process; the ways are interleaved in each repetition. Reported are the
+median records per second and the ratio to torch's DataLoader over a map-style data set with the same records in memory.
+The bytes of a batch are not read: the benchmark compares the overhead of each way.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ BASE = "torch's loader, records in memory"
 
 
 def columns_removed(records: Sequence[dict[str, Any]]) -> Any:
-    """What Hugging Face's Trainer does of itself: a new dict for each record, then the collate function."""
+    """Collate as Hugging Face's Trainer does by default: a new dict for each record, then the collate function."""
     return tc.collate([dict(record) for record in records])
 
 
 def ways(dataset: tc.Dataset, plain: Memmap, batch_size: int) -> dict[str, Iterable[Any]]:
-    """By name, what an epoch's batches come from."""
+    """Return the iterables that are compared, by name."""
     accelerator = Accelerator(cpu=True)
 
     def ours(**chosen: Any) -> tc.DataLoader:
@@ -56,7 +56,7 @@ def ways(dataset: tc.Dataset, plain: Memmap, batch_size: int) -> dict[str, Itera
 
 
 def records_per_s(batches: Iterable[Any], n_records: int) -> float:
-    """Of one epoch. n_records: that it must have."""
+    """Return the records per second of one epoch, which must have n_records records."""
     begin = time.perf_counter()
     n_found = sum(len(next(iter(batch.values()))) for batch in batches)
     seconds = time.perf_counter() - begin
@@ -66,7 +66,7 @@ def records_per_s(batches: Iterable[Any], n_records: int) -> float:
 
 
 def measure(workload: Workload, folder: Path, repetitions: int) -> dict[str, Any]:
-    """One row: records a second by way."""
+    """Return the row of a workload: records per second of each way."""
     source = generate(workload, folder / f"{workload.name}-source")
     dataset = tc.Dataset(pack(source, folder / f"{workload.name}-{workload.n_records}"))
     compared = ways(dataset, Memmap(source, in_memory=True), workload.batch_size)
@@ -74,7 +74,7 @@ def measure(workload: Workload, folder: Path, repetitions: int) -> dict[str, Any
     for repetition in range(repetitions + 1):
         for name, batches in compared.items():
             figure = records_per_s(batches, len(dataset))
-            if repetition:  # the first one touches and checks
+            if repetition:  # The first epoch touches and checks the pages.
                 found[name].append(figure)
     dataset.close()
     speeds = {name: spread(figures) for name, figures in found.items()}
@@ -82,7 +82,7 @@ def measure(workload: Workload, folder: Path, repetitions: int) -> dict[str, Any
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    """For people: thousands of records a second, times torch's own way, share of the native path."""
+    """Return a table: thousands of records per second, and the ratios to torch's DataLoader and the native path."""
     lines = []
     for row in rows:
         speeds = {name: figures["median"] for name, figures in row["records_per_s"].items()}
@@ -96,8 +96,8 @@ def main() -> None:
     """Measure, print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="small data, two repetitions: does it run at all?")
-    parser.add_argument("--scale", type=float, default=0.05, help="of the workloads")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: small data, two repetitions.")
+    parser.add_argument("--scale", type=float, default=0.05, help="Factor on the numbers of records of the workloads.")
     parser.add_argument("--folder", type=Path, default=OUT / "frameworks")
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,10 +1,11 @@
-"""Shuffled epochs over the same records in files that lie in memory in pages of 4 KiB, and in huge pages.
+"""Shuffled epochs over records in the page cache, in pages of 4 KiB and in huge pages.
 
     python benchmarks/bench_huge_pages.py [--mib 512] [--epochs 15] [--folder ON_THE_DISK]
 
-Two copies of each data set: one was read page by page, the other from end to end by large reads. Epochs of both take
-turns in one process; the consumer sums every byte. Prints medians and quartiles of the ratios of their speeds, and how
-much of either lies in huge pages: none where the kernel has none for the file system, and then the ratios are noise.
+Each data set has two copies: one was read page by page, the other with large sequential reads. Epochs of both are
+interleaved in one process; the consumer sums every byte. The output has the median and the quartiles of the speed
+ratios, and how much of each copy is in huge pages. If the kernel has no huge pages for the file system, this is 0, and
+the ratios are noise.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rows import OUT, table, write_rows
 from tiercache.testing.cgroup import drop_pages
 
 PAGE = 4096
-# kind -> schema of the wide column, its bytes a record, the batch
+# Kind: (schema of the wide column, bytes per record, batch size).
 KINDS: dict[str, tuple[Any, int, int]] = {
     "tokens": (tc.Tensor("uint16", (1024,)), 2048, 64),
     "tensors": (tc.Tensor("uint8", (3, 64, 64)), 12288, 256),
@@ -48,7 +49,7 @@ def write(folder: Path, kind: str, n: int) -> None:
 
 
 def read(folder: Path, *, by_pages: bool) -> None:
-    """Bring a data set into the page cache, in pages or in what the kernel makes of large reads."""
+    """Read a data set into the page cache, page by page or with large reads."""
     drop_pages(folder)
     for path in sorted(folder.rglob("*.tcs")) if by_pages else ():
         with path.open("rb", buffering=0) as file:
@@ -59,7 +60,7 @@ def read(folder: Path, *, by_pages: bool) -> None:
 
 
 def epoch(loader: tc.DataLoader) -> float:
-    """Seconds of one, every byte read."""
+    """Return the seconds of one epoch in which every byte is read."""
     start_s, total = time.perf_counter(), 0
     for batch in loader:
         for value in batch.values():
@@ -70,7 +71,7 @@ def epoch(loader: tc.DataLoader) -> float:
 
 
 def huge_mib(folder: Path) -> int:
-    """How much of a data set this process has mapped by huge pages."""
+    """Return how many MiB of a data set this process has mapped with huge pages."""
     found, is_ours = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         words = line.split()
@@ -82,7 +83,7 @@ def huge_mib(folder: Path) -> int:
 
 
 def measure(folder: Path, kind: str, n_bytes: int, n_epochs: int) -> dict[str, Any]:
-    """A row."""
+    """Return the row of one kind."""
     _, record_bytes, batch_size = KINDS[kind]
     n, loaders = n_bytes // record_bytes, {}
     options = tc.LoaderOptions(seed=1, shuffle_group_bytes="all", shuffle_window_bytes="all")
@@ -99,12 +100,12 @@ def measure(folder: Path, kind: str, n_bytes: int, n_epochs: int) -> dict[str, A
 
 
 def main() -> None:
-    """Measure, print and write rows."""
+    """Measure, print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--kinds", nargs="+", choices=[*KINDS], default=[*KINDS])
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk whose file system is asked about")
+    parser.add_argument("--folder", type=Path, default=None, help="Folder on the file system to measure.")
     given = parser.parse_args()
     rows = []
     for kind in given.kinds:

@@ -1,17 +1,17 @@
-"""JPEG 500x375 to 224: what decoders do alone, and what the loader makes of the chosen one, in turns, in one process.
+"""JPEG 500x375 to 224: image decoders alone, and the loader with the selected decoder, interleaved in one process.
 
     python benchmarks/bench_images.py [--threads 1 2] [--repetitions 5] [--min-s 0.5] [--images 512] [--brief] [--quick]
 
-On a busy machine `chrt -f 10 python benchmarks/bench_images.py --brief` (root) has the processors nearly to itself.
+On a busy machine, `chrt -f 10 python benchmarks/bench_images.py --brief` (as root) has the processors almost to itself.
 
-The baseline of each number of threads is the chosen decoder and resize alone: simplejpeg into a thread's own memory,
-the centre square resized by OpenCV into a thread's own memory, with as many threads as the loader has. The loader's
-rows are shuffled epochs, `dtype="uint8"`, `layout="CHW"`, every batch taken and dropped. Where there is a libturbojpeg,
-the same stands there for planes that are resized before they become RGB.
+The baseline for each number of threads is the selected decoder and resize alone: simplejpeg decodes into a buffer of
+the thread, and OpenCV resizes the centre square into another one, with as many threads as the loader has. The loader's
+rows are shuffled epochs with `dtype="uint8"` and `layout="CHW"`; every batch is taken and dropped. If libturbojpeg is
+available, the same is measured for planes that are resized before they become RGB.
 
     python benchmarks/bench_images.py --places [--repetitions 15]
 
-What it costs where the memory lies that pictures of several sizes are decoded into, before they are resized.
+Effect of the alignment of the memory that pictures of several sizes are decoded into before they are resized.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ if TYPE_CHECKING:
 SIZE = (DECODED_SIZE, DECODED_SIZE)
 PLANES = "libturbojpeg's planes + OpenCV linear"
 PLACED = ((375, 500), (256, 256), (384, 512), (480, 640))
-# An epoch has each picture so many times: threads and memory to begin with cost a training's long epochs nothing.
+# Copies of each picture in an epoch, so that the start of threads and memory counts as little as in a long epoch.
 COPIES = 4
 _own = threading.local()
 
 
 def _memory() -> tuple[np.ndarray, np.ndarray]:
-    """A thread's own: for a whole picture, and for the result."""
+    """Return the calling thread's memory for a whole picture and for the result."""
     if not hasattr(_own, "memory"):
         _own.memory = np.empty(4 << 20, np.uint8), np.empty((*SIZE, 3), np.uint8)
     return _own.memory
@@ -69,34 +69,34 @@ def _centre(picture: np.ndarray) -> np.ndarray:
 
 
 def by_simplejpeg(data: bytes) -> np.ndarray:
-    """Decoded, whole."""
+    """Decode a whole picture."""
     return simplejpeg.decode_jpeg(data, buffer=_memory()[0])
 
 
 def by_simplejpeg_fast_dct(data: bytes) -> np.ndarray:
-    """Decoded, whole, with the faster and less exact transform: `DecodeImage(dct="fast")`."""
+    """Decode a whole picture with the faster and less exact transform: `DecodeImage(dct="fast")`."""
     return simplejpeg.decode_jpeg(data, fastdct=True, buffer=_memory()[0])
 
 
 def by_simplejpeg_fast(data: bytes) -> np.ndarray:
-    """Decoded, whole, with the faster and less exact transform and upsampling."""
+    """Decode a whole picture with the faster and less exact transform and upsampling."""
     return simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True, buffer=_memory()[0])
 
 
 def by_simplejpeg_five_eighths(data: bytes) -> np.ndarray:
-    """Decoded to the smallest of libjpeg's scales that holds the result."""
+    """Decode at the smallest of libjpeg's scales that covers the result."""
     return simplejpeg.decode_jpeg(data, min_height=DECODED_SIZE, min_width=DECODED_SIZE, buffer=_memory()[0])
 
 
 def by_simplejpeg_half(data: bytes) -> np.ndarray:
-    """Decoded at half the size: what is done first where the result is at most as large."""
-    # simplejpeg takes the smallest scale that has both lengths: with lengths of 1 that is an eighth.
+    """Decode at half the size, as the loader does if the result is not larger than that."""
+    # simplejpeg uses the smallest scale that covers both lengths: with lengths of 1 that would be an eighth.
     height, width = -(-IMAGE_HEIGHT // 2), -(-IMAGE_WIDTH // 2)
     return simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=2, buffer=_memory()[0])
 
 
 def chosen(data: bytes) -> None:
-    """Decoded, and the centre square resized: what the loader does besides layout and hand-over."""
+    """Decode, and resize the centre square: the loader's work without layout and delivery."""
     cv2.resize(_centre(by_simplejpeg(data)), SIZE, _memory()[1], interpolation=cv2.INTER_LINEAR)
 
 
@@ -106,7 +106,7 @@ def chosen_by_area(data: bytes) -> None:
 
 
 def by_opencv(data: bytes) -> np.ndarray:
-    """Decoded, whole, by OpenCV."""
+    """Decode a whole picture with OpenCV."""
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
@@ -116,7 +116,7 @@ def by_opencv_resized(data: bytes) -> None:
 
 
 def by_pillow_resized(data: bytes) -> np.ndarray:
-    """Pillow, with its draft mode, which decodes at the smallest of libjpeg's scales that holds the result."""
+    """Pillow with its draft mode, which decodes at the smallest of libjpeg's scales that covers the result."""
     with Image.open(io.BytesIO(data)) as image:
         image.draft("RGB", SIZE)
         side = min(image.size)
@@ -125,7 +125,7 @@ def by_pillow_resized(data: bytes) -> np.ndarray:
 
 
 def by_planes(data: bytes, *, fastdct: bool = False) -> None:
-    """Planes, the centre of which is resized and made RGB: `DecodeImage(resize_in="ycbcr")`."""
+    """Decode to planes, resize their centre and convert it to RGB: `DecodeImage(resize_in="ycbcr")`."""
     planes_alone.decode_into(data, _memory()[1], fastdct=fastdct)
 
 
@@ -138,7 +138,7 @@ def _has_planes() -> bool:
 
 
 def _torchvision() -> dict[str, Decode]:
-    """The decoder of torchvision, alone and with its resize; nothing where it is not installed."""
+    """Return torchvision's decoder, alone and with its resize; nothing if torchvision is not installed."""
     try:
         io_, functional = import_module("torchvision.io"), import_module("torchvision.transforms.v2.functional")
     except ModuleNotFoundError:
@@ -173,7 +173,7 @@ def _decoders() -> dict[str, Decode]:
 def _cases(
     pictures: Sequence[bytes], path: Path, n_threads: int, pool: ThreadPoolExecutor, others: Mapping[str, Decode]
 ) -> list[Case]:
-    """The chosen decoder, the loader with its crops, other decoders; all with so many threads."""
+    """Return the cases for a number of threads: the selected decoder, the loader with its crops, other decoders."""
     stage, baseline = f"{n_threads} threads" if n_threads > 1 else "1 thread", "simplejpeg + OpenCV linear"
     shares = [pictures[k::n_threads] for k in range(n_threads)]
 
@@ -208,7 +208,7 @@ def _cases(
 
 
 def _in_turns(cases: Sequence[Case], effort: Effort) -> list[dict[str, Any]]:
-    """As in_turns, with processor_us in the rows: processor time a picture, which busy neighbours change less."""
+    """Like in_turns, with processor_us in the rows: processor time per picture, less disturbed by a busy machine."""
     spent: dict[str, list[float]] = {case.name: [] for case in cases}
 
     def watched(case: Case) -> Case:
@@ -224,7 +224,7 @@ def _in_turns(cases: Sequence[Case], effort: Effort) -> list[dict[str, Any]]:
 
 
 def _processor_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Processor time a picture, the smallest and the median; how many times the first row's speed that is."""
+    """Return a table of processor time per picture, minimum and median, and of the speed relative to the first row."""
     first = rows[0]["processor_us"]
     lines = []
     for row in rows:
@@ -235,7 +235,7 @@ def _processor_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _place_table(repetitions: int) -> str:
-    """Microseconds of decoding and resize, the smallest of all turns, into memory on a multiple of 32 and beyond it."""
+    """Return a table of the minimum decode and resize time, into memory at a multiple of 32 and 16 bytes after it."""
     rng, lines = np.random.default_rng(13), []
     for height, width in PLACED:
         coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
@@ -256,7 +256,7 @@ def _place_table(repetitions: int) -> str:
 
 
 def _pack(folder: Path, n_images: int) -> tuple[list[bytes], Path]:
-    """The pictures, and a data set of them."""
+    """Return the pictures and the path of a data set of them."""
     source = generate(replace(IMAGES, n_records=n_images), folder / f"pictures-{n_images}")
     path = folder / "dataset"
     shutil.rmtree(path, ignore_errors=True)
@@ -272,12 +272,12 @@ def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--min-s", type=float, default=0.5, help="seconds of a repetition")
+    parser.add_argument("--min-s", type=float, default=0.5, help="Seconds of a repetition.")
     parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--brief", action="store_true", help="the chosen decoder and the loader alone")
-    parser.add_argument("--folder", type=Path, default=OUT / "images", help="for data and rows")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: little data, no figures to speak of")
-    parser.add_argument("--places", action="store_true", help="where decoded pictures lie, and nothing else")
+    parser.add_argument("--brief", action="store_true", help="Only the selected decoder and the loader.")
+    parser.add_argument("--folder", type=Path, default=OUT / "images", help="Folder for data and rows.")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: little data, and no meaningful figures.")
+    parser.add_argument("--places", action="store_true", help="Only measure the alignment of decoded pictures.")
     asked = parser.parse_args(given)
     effort = Effort(1, 0.0) if asked.quick else Effort(asked.repetitions, asked.min_s)
     torch.set_num_threads(1)

@@ -1,10 +1,10 @@
-"""A data set three times as large as the memory that may be used, fully shuffled groups, read from a cold disk.
+"""A data set three times as large as the available memory, with fully shuffled groups, read from a cold disk.
 
     python benchmarks/bench_larger_than_memory.py [--limit-mib 512] [--times 3] [--window-mib 64] [--repetitions 3]
 
-Each epoch runs in a process of its own inside a control group with a memory limit, after every page of the data set was
-dropped: with the reading ahead, without it, and, as the measure, the same files read from end to end by large reads.
-Prints MB/s and the major faults (waits for the disk) of the process.
+Each epoch runs in a process of its own in a control group with a memory limit, after all pages of the data set were
+dropped: with page prefetch, without it, and, as the baseline, large sequential reads of the same files. The output has
+MB/s and the major faults (waits for the disk) of the process.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from tiercache.testing.cgroup import MemoryGroup, NoCgroup, drop_pages, memory_g
 RECORD_BYTES = 2048
 READ_BYTES = 4 << 20
 BATCH = 256
-# A way that waits for the disk at each record is not measured to its end.
+# A way that waits for the disk at each record is stopped after this time.
 LONGEST_S = 20.0
 WAYS = ("ahead", "not_ahead", "sequential")
 
 
 def write(folder: Path, n_bytes: int) -> int:
-    """Pack records of random bytes, stored raw, that tell their number; how many."""
+    """Pack uncompressed records of random bytes that contain their number. Return their count."""
     n, step = n_bytes // RECORD_BYTES, 4096
     schema = {"id": "int64", "content": tc.Tensor("uint8", (RECORD_BYTES - 8,))}
     random = np.random.default_rng(0)
@@ -49,7 +49,7 @@ def write(folder: Path, n_bytes: int) -> int:
 
 
 def load(url: str, window_mib: str) -> int:
-    """An epoch by the loader, or as much of it as LONGEST_S allows; the records that came, none twice."""
+    """Read an epoch, or as much as LONGEST_S allows, with the loader. Return the number of records, all distinct."""
     stop_s = time.perf_counter() + LONGEST_S
     options = tc.LoaderOptions(
         seed=1, shuffle_group_bytes="all", shuffle_window_bytes="all" if window_mib == "all" else f"{window_mib}MiB"
@@ -62,15 +62,15 @@ def load(url: str, window_mib: str) -> int:
             break
     else:
         if not seen.all():
-            raise RuntimeError("a record did not come")
+            raise RuntimeError("a record was not served")
     dataset.close()
     if seen.max() > 1:
-        raise RuntimeError("a record came twice")
+        raise RuntimeError("a record was served twice")
     return int(seen.sum())
 
 
 def read(url: str) -> int:
-    """Every file from end to end; the records that would fit."""
+    """Read every file sequentially. Return the number of records that would fit."""
     memory, n_bytes = memoryview(bytearray(READ_BYTES)), 0
     for path in sorted(Path(url).rglob("*.tcs")):
         with path.open("rb", buffering=0) as file:
@@ -82,7 +82,7 @@ def read(url: str) -> int:
 def child(way: str, url: str, window_mib: str) -> None:
     """Measure one way in this process and print a row."""
     if way == "not_ahead":
-        PagePrefetcher.prefetch_pages = lambda *_: []  # there is no option for it: nobody should want to
+        Ahead.bring_near = lambda *_: []  # There is no option for it, because no user needs one.
     before, start_s = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     n_records = read(url) if way == "sequential" else load(url, window_mib)
     wall_s, after = time.perf_counter() - start_s, resource.getrusage(resource.RUSAGE_SELF)
@@ -91,7 +91,7 @@ def child(way: str, url: str, window_mib: str) -> None:
 
 
 def measure(group: MemoryGroup, folder: Path, way: str, window_mib: str) -> dict[str, float]:
-    """One epoch, cold."""
+    """Measure one cold epoch."""
     drop_pages(folder)
     command = group.command([sys.executable, __file__, "--child", way, str(folder), window_mib])
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
@@ -100,13 +100,15 @@ def measure(group: MemoryGroup, folder: Path, way: str, window_mib: str) -> dict
 
 
 def main() -> None:
-    """Measure, print and write rows."""
+    """Measure, print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit-mib", type=int, default=512)
-    parser.add_argument("--times", type=float, default=3.0, help="the data set's size, in limits")
-    parser.add_argument("--window-mib", default="64", help="or all")
+    parser.add_argument(
+        "--times", type=float, default=3.0, help="Size of the data set, in multiples of the memory limit."
+    )
+    parser.add_argument("--window-mib", default="64", help="Size of a window in MiB, or all.")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured")
+    parser.add_argument("--folder", type=Path, default=None, help="Folder on the disk to measure.")
     parser.add_argument("--child", nargs=3, default=None, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -127,7 +129,7 @@ def main() -> None:
 
 
 def report(rows: list[dict[str, float]]) -> None:
-    """Print medians, and speeds as shares of the sequential read's."""
+    """Print medians, and speeds relative to the sequential read."""
     of = {way: [row for row in rows if row["way"] == way] for way in WAYS}
     speeds = {way: spread([row["mb_s"] for row in of[way]]) for way in WAYS}
     lines = [

@@ -1,8 +1,8 @@
-"""Loaders on fixed-shape records, local, warm, fully shuffled: ours, torch's DataLoader and a plain C gather.
+"""Loaders on records of fixed shape, local, warm, fully shuffled: tiercache, torch's DataLoader and a plain C gather.
 
     python benchmarks/bench_loader.py [--repetitions 5] [--workload tokens] [--quick]
 
-A part of the comparison with other libraries (`make bench-peers`) that needs no environment but this one, with the same
+The part of the comparison with other libraries (`make bench-peers`) that needs no other environment, with the same
 arguments. torch's loader reads a map-style data set in memory with the best of several numbers of workers.
 """
 

@@ -1,11 +1,12 @@
-"""The order: how fast it is computed, how soon a run resumes, how large a state is, and how good the shuffle is.
+"""The record order: speed of computing it, time to resume a run, size of a state, and quality of the shuffle.
 
     python benchmarks/bench_order.py [--only speed resume state quality training] [--repetitions 5] [--seeds 5]
 
-speed: indices a second of the keyed permutation and rows of windows, beside numpy's shuffle and a copy of the indices.
-resume: from nothing to the first piece of rows at some offsets of 10^9 records (made-up shards), also of a mixture.
-quality: correlation of stored and served order, and how alike the records of a run are. training: small networks on
-real data that is stored sorted by label. Rows go to order.jsonl; --quick is small, to see that it runs.
+speed: indices per second of the keyed permutation and rows of windows, compared with numpy's shuffle and with a copy of
+the indices. resume: time from nothing to the first piece of rows at several offsets of 10^9 records (synthetic shards),
+also for a mixture. quality: correlation of stored and output order, and similarity of the records in a run. training:
+small networks on real data that is stored sorted by label. The rows are written to order.jsonl. --quick uses small
+data.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 KEY = (1, 2)
 STAGES = ("speed", "resume", "state", "quality", "training")
 
-# With the defaults a group is 32 shards of 128 MiB and 16 windows of 256 MiB. The same of data that is as small as the
-# real data here: shards of a few records.
+# By default a group is 32 shards of 128 MiB and 16 windows of 256 MiB. The same for data as small as the real data
+# here: shards of a few records.
 FULL = Setting("numpy's shuffle", 0)
 SETTINGS = (
     FULL,
@@ -57,7 +58,7 @@ SETTINGS = (
 
 
 def timed(work: Callable[[], Any], repetitions: int) -> list[float]:
-    """Seconds of each repetition, after one that is not counted."""
+    """Return the seconds of each repetition, after one that is not counted."""
     found = []
     for _ in range(repetitions + 1):
         start_s = time.perf_counter()
@@ -67,7 +68,7 @@ def timed(work: Callable[[], Any], repetitions: int) -> list[float]:
 
 
 def speed(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Million indices a second, ways interleaved, and as shares of numpy's shuffle and of a copy."""
+    """Return million indices per second, interleaved, also relative to numpy's shuffle and to a copy."""
     n = 1 << (18 if given.quick else 22)
     out, source = np.empty(n, np.uint64), np.arange(n, dtype=np.uint64)
     block, row = np.empty(n, np.uint32), np.empty(n, np.uint32)
@@ -104,7 +105,7 @@ def speed(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def made_up(n_records: int, n_shards: int, n_blocks: int) -> Layout:
-    """A layout of equal shards of equal blocks; a block table costs what it costs to make two arrays."""
+    """Return a layout of equal shards with equal blocks; reading a block table costs as much as making two arrays."""
     per_block = n_records // n_shards // n_blocks
 
     def tables(shards: Sequence[int]) -> list[BlockTable]:
@@ -115,7 +116,7 @@ def made_up(n_records: int, n_shards: int, n_blocks: int) -> Layout:
 
 
 def resume(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Milliseconds from a layout and an offset to the first piece's rows."""
+    """Return the milliseconds from a layout and an offset to the first piece's rows."""
     n_shards = 250 if given.quick else 10_000
     layout = made_up(n_shards * 100_000, n_shards, 100)
     options = OrderOptions(1, True, 4 << 30, 256 << 20, 8)
@@ -140,8 +141,8 @@ def resume(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def state(_: argparse.Namespace) -> list[dict[str, Any]]:
-    """Bytes of a state as JSON."""
-    part = SourcePart("01234567-89ab-cdef-0123-456789abcdef", 1234, "0123456789abcdef" * 2)
+    """Return the bytes of a state as JSON."""
+    part = Part("01234567-89ab-cdef-0123-456789abcdef", 1234, "0123456789abcdef" * 2)
     rows = []
     for name, n_parts in (("one data set", 1), ("mixture of three", 3)):
         mixture = {"weights": [7, 2, 1], "stop": "first"} if n_parts > 1 else None
@@ -164,7 +165,7 @@ def state(_: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def quality(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Figures of the order alone, over some seeds: no data is needed."""
+    """Return statistics of the order alone, over several seeds; no data is needed."""
     n = 3_000 if given.quick else 28_672
     rows = []
     for setting in SETTINGS:
@@ -190,7 +191,7 @@ def quality(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def training(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Held-out loss and accuracy of networks trained by each setting, over seeds."""
+    """Return held-out loss and accuracy of networks trained with each setting, over several seeds."""
     torch.set_num_threads(1)
     tasks = [(digits(), Training(2 if given.quick else 10, 16, 0.02, decays=True))]
     if not given.quick:
@@ -199,7 +200,7 @@ def training(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def trained(task: Task, how: Training, n_seeds: int) -> list[dict[str, Any]]:
-    """All settings on one task."""
+    """Train all settings on one task."""
     jobs = [(setting, seed) for setting in SETTINGS for seed in range(n_seeds)]
     losses, hits = (found.reshape(len(SETTINGS), n_seeds) for found in train(task, jobs, how))
     rows = [
@@ -223,13 +224,13 @@ def trained(task: Task, how: Training, n_seeds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, print and write rows."""
+    """Measure, print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=5, help="two or more")
-    parser.add_argument("--folder", type=Path, default=OUT, help="where the rows go")
-    parser.add_argument("--quick", action="store_true", help="small: to see that it runs")
+    parser.add_argument("--seeds", type=int, default=5, help="Number of seeds, 2 or more.")
+    parser.add_argument("--folder", type=Path, default=OUT, help="Folder for the rows.")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: small data.")
     given = parser.parse_args()
     stages = {"speed": speed, "resume": resume, "state": state, "quality": quality, "training": training}
     write_rows(given.folder / "order.jsonl", [row for name in given.only for row in stages[name](given)])

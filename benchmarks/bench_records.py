@@ -1,11 +1,12 @@
-"""Records by number: dataset[i] and dataset[[...]] beside numpy's memmap and a map-style data set of torch's.
+"""Random access: dataset[i] and dataset[[...]] compared with numpy's memmap and a map-style data set of torch.
 
     python benchmarks/bench_records.py [--repetitions 7] [--quick] [--folder benchmarks/out/records]
 
-The same random records for all, in the same process, one contender after the other in each repetition; medians, and
-ratios to numpy's. numpy copies what it serves, as we do. Warm: in the page cache and checked. Cold: dropped from the
-page cache where the system allows it, by a data set that was just opened, so that pages are checked too. Remote: what
-a record that was never touched costs in requests and bytes, from a server of this process without a cache.
+All contenders read the same random records in the same process, interleaved in each repetition. Reported are medians
+and ratios to numpy, which copies what it returns, as we do. Warm: the records are in the page cache and checked. Cold:
+the pages are dropped from the page cache, if the system allows it, and the data set has just been opened, so that pages
+are checked too. Remote: requests and bytes of a record that was never read, from a server in this process, without a
+cache.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ REMOTE_SCALE = 0.05
 
 
 def pack(source: Source, path: Path) -> Path:
-    """The workload as a data set of many shards, raw: what is measured is finding and copying."""
+    """Pack the workload into many uncompressed shards: the benchmark measures finding and copying."""
     if not path.exists():
         names = [field.name for field in source.workload.fields]
         schema = {KEY: "int64", **{name: _type_of(source, name) for name in names}}
@@ -55,7 +56,7 @@ def _type_of(source: Source, name: str) -> Any:
 
 
 class Memmap(Dataset[dict[str, Any]]):
-    """The same records in numpy's hands; as a map-style data set of torch's too."""
+    """The same records as numpy memmaps; also a map-style data set of torch."""
 
     def __init__(self, source: Source, *, in_memory: bool) -> None:
         def held(array: np.ndarray) -> np.ndarray:
@@ -75,7 +76,7 @@ class Memmap(Dataset[dict[str, Any]]):
         return record
 
     def take(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Many records by fancy indexing."""
+        """Return several records by fancy indexing."""
         batch: dict[str, Any] = {name: array[indices] for name, array in self.arrays.items()}
         for name, (data, at) in self.texts.items():
             batch[name] = [data[at[i] : at[i + 1]].tobytes().decode() for i in indices]
@@ -83,7 +84,7 @@ class Memmap(Dataset[dict[str, Any]]):
 
 
 def seconds_each(read: Callable[[Any], Any], asked: Sequence[Any]) -> float:
-    """Seconds of one read of many."""
+    """Return the mean seconds per read."""
     begin = time.perf_counter()
     for indices in asked:
         read(indices)
@@ -91,7 +92,7 @@ def seconds_each(read: Callable[[Any], Any], asked: Sequence[Any]) -> float:
 
 
 def warm(source: Source, dataset: tc.Dataset, size: int, repetitions: int) -> dict[str, Any]:
-    """Seconds of a read of `size` records of each contender."""
+    """Return the seconds of a read of `size` records for each contender."""
     rng, plain = np.random.default_rng(size), Memmap(source, in_memory=False)
     readers: dict[str, Callable[[Any], Any]] = {
         "tiercache": dataset.__getitem__,
@@ -104,13 +105,13 @@ def warm(source: Source, dataset: tc.Dataset, size: int, repetitions: int) -> di
         for name, read in readers.items():
             read(asked[0])
             seconds = seconds_each(read, asked)
-            if repetition:  # the first one touches and checks
+            if repetition:  # The first repetition touches and checks the pages.
                 found[name].append(seconds)
     return {name: spread(seconds) for name, seconds in found.items()}
 
 
 def loaders(source: Source, dataset: tc.Dataset, repetitions: int) -> dict[str, Any]:
-    """Seconds of a batch of torch's own DataLoader over ours and over a map-style data set in memory."""
+    """Return the seconds per batch of torch's DataLoader over our data set and over a map-style data set in memory."""
     plain, batch_size = Memmap(source, in_memory=True), source.workload.batch_size
     over: dict[str, tuple[Any, Any]] = {"tiercache": (dataset, tc.collate), "torch_map": (plain, None)}
     found: dict[str, list[float]] = {name: [] for name in over}
@@ -131,7 +132,7 @@ def _order(n: int) -> list[int]:
 
 
 def cold(source: Source, path: Path, repetitions: int) -> dict[str, Any]:
-    """Seconds of a record of a data set that nobody has read from, and of numpy's."""
+    """Return the seconds of the first record of a newly opened data set, and of numpy's."""
     found: dict[str, list[float]] = {"tiercache": [], "numpy_memmap": []}
     asked = np.random.default_rng(3).integers(0, source.workload.n_records, COLD_READS).tolist()
     for _ in range(repetitions):
@@ -143,7 +144,7 @@ def cold(source: Source, path: Path, repetitions: int) -> dict[str, Any]:
 
 
 def drop(files: Sequence[Path]) -> None:
-    """Ask the system to forget what it has of files; it may not listen."""
+    """Ask the system to drop the files' pages; it may ignore the request."""
     for file in files:
         fd = os.open(file, os.O_RDONLY)
         try:
@@ -154,7 +155,7 @@ def drop(files: Sequence[Path]) -> None:
 
 @contextmanager
 def opened(url: Any, **options: Any) -> Iterator[tc.Dataset]:
-    """A data set for a while."""
+    """Open a data set, and close it at the end of the block."""
     dataset = tc.Dataset(url, **options)
     try:
         yield dataset
@@ -163,7 +164,7 @@ def opened(url: Any, **options: Any) -> Iterator[tc.Dataset]:
 
 
 def remote(path: Path) -> list[dict[str, Any]]:
-    """Requests and bytes of the first record of a shard, of the next one, and of 64 records of one shard."""
+    """Return the requests and bytes of a shard's first record, of the next one, and of 64 records of one shard."""
     files = {f"d/{f.relative_to(path).as_posix()}": f.read_bytes() for f in path.rglob("*") if f.is_file()}
     found = []
     with HttpFaultServer(files) as server, opened(f"{server.url}/d", cache=False) as dataset:
@@ -178,7 +179,7 @@ def remote(path: Path) -> list[dict[str, Any]]:
 
 
 def measure(workload: Workload, folder: Path, repetitions: int) -> list[dict[str, Any]]:
-    """All rows of a workload."""
+    """Return all rows of a workload."""
     source = generate(workload, folder / f"{workload.name}-source")
     path = pack(source, folder / f"{workload.name}-{workload.n_records}")
     base = {"benchmark": "records", "workload": workload.as_json()}
@@ -192,7 +193,7 @@ def measure(workload: Workload, folder: Path, repetitions: int) -> list[dict[str
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows for people: microseconds, and how many times as fast as the other contender."""
+    """Return a table in microseconds, with the speed relative to the other contender."""
     lines, fetched = [], []
     for row in rows:
         name = row["workload"]["name"]
@@ -214,7 +215,7 @@ def main() -> None:
     """Measure, print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="few and small: does it run?")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: few and small records.")
     parser.add_argument("--folder", type=Path, default=OUT / "records")
     asked = parser.parse_args()
     scale, repetitions = (0.002, 1) if asked.quick else (0.25, asked.repetitions)

@@ -1,9 +1,9 @@
-"""Samplers on the native path beside torch's own DataLoader with `tc.collate`, over the same mapped data set.
+"""Samplers on the native path, compared with torch's DataLoader with `tc.collate`, over the same mapped data set.
 
     python benchmarks/bench_samplers.py [--repetitions 5] [--records 160000] [--folder benchmarks/out/samplers]
 
-Whole epochs of records of 520 bytes in the page cache, batches of 256, one way after the other in each repetition; the
-median of records a second, and of the ratio to torch's loader with the same sampler and without workers.
+Whole epochs of records of 520 bytes in the page cache, in batches of 256; the ways are interleaved in each repetition.
+Reported are the median records per second, and the median ratio to torch's loader with the same sampler and no workers.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ BATCH = 256
 
 
 class OfTheUser(RandomSampler):
-    """A type that our loader does not know."""
+    """A sampler type that our loader does not know."""
 
 
 def pack(folder: Path, n_records: int) -> tc.Dataset:
-    """The data set, packed where it is not there yet."""
+    """Return the data set, packed unless it exists."""
     path = folder / f"records-{n_records}"
     if not path.exists():
         numbers = np.random.default_rng(1)
@@ -43,7 +43,7 @@ def pack(folder: Path, n_records: int) -> tc.Dataset:
 
 
 def ways(data: tc.Dataset) -> dict[str, Callable[[], dict[str, Any]]]:
-    """By name, what gives a loader's arguments."""
+    """Return functions that make a loader's arguments, by name."""
     return {
         "RandomSampler": lambda: {"batch_size": BATCH, "sampler": RandomSampler(data)},
         "SequentialSampler": lambda: {"batch_size": BATCH, "sampler": SequentialSampler(data)},
@@ -55,7 +55,7 @@ def ways(data: tc.Dataset) -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 def records_per_s(make: Callable[[], Iterable[Any]]) -> float:
-    """Of one epoch, the making of the loader included."""
+    """Return the records per second of one epoch, including the construction of the loader."""
     begin = time.perf_counter()
     n = sum(len(batch["id"]) for batch in make())
     return n / (time.perf_counter() - begin)

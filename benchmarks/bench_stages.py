@@ -1,9 +1,10 @@
-"""Stages of the read path, each beside the plain baseline of the same run: a table, and JSON rows in out/stages.jsonl.
+"""Stages of the read path, each compared with the plain baseline of the same run.
 
     python benchmarks/bench_stages.py [--only checksum gather ...] [--repetitions 5] [--min-s 0.1] [--quick]
 
-checksum, gather by column kind, assembly of a ready batch, overhead of the pipeline, the first and checking epoch, the
-first batch. Decoding, writing and single records have files of their own.
+The stages are: checksum, gather by column kind, assembly of a ready batch, overhead of the pipeline, the first and
+checking epoch, the first batch. Decoding, writing and single records have benchmarks of their own. The rows are written
+to out/stages.jsonl.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=[*STAGES], default=[*STAGES])
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--min-s", type=float, default=0.1, help="seconds of a repetition")
-    parser.add_argument("--folder", type=Path, default=OUT / "stages", help="for data and rows")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: little data, no figures to speak of")
+    parser.add_argument("--min-s", type=float, default=0.1, help="Seconds of a repetition.")
+    parser.add_argument("--folder", type=Path, default=OUT / "stages", help="Folder for data and rows.")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: little data, and no meaningful figures.")
     asked = parser.parse_args(given)
     effort = Effort(1, 0.0) if asked.quick else Effort(asked.repetitions, asked.min_s)
     data = asked.folder / "data"

@@ -1,12 +1,12 @@
-"""The inventory: seconds and memory of seeing what many objects in three tiers are.
+"""The tier inventory: seconds and memory to classify many objects in three tiers.
 
     python benchmarks/bench_tier_inventory.py [--objects 1000000] [--only files folders named books] [--repetitions 3]
 
-files: each of them a group; folders: checkpoints of ten objects each, with counted shards; named: checkpoints that are
-a file each, with a metric in the name that a rule asks for; books: files, all of which the catalog knows. Stores list
-from memory, so that what is measured is ours: `listing_s` is what making the columns takes of `seconds`, Python objects
-of the stores included. Each case runs in a process of its own; `peak_bytes` is the process's. Rows go to
-tier_inventory.jsonl; --quick is small, to see that it runs.
+files: each object is a group. folders: checkpoints of ten objects each, with numbered shards. named: checkpoints of one
+file each, with a metric in the name that a rule uses. books: files, all of which are in the catalog. The stores list
+from memory, so that our own code is measured: `listing_s` is the part of `seconds` that builds the columns, including
+the stores' Python objects. Each case runs in a process of its own; `peak_bytes` is the peak memory of the process. The
+rows are written to tier_inventory.jsonl. --quick uses small data.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ CASES: dict[str, Callable[[int], str]] = {
 
 
 class MadeStore(MemoryStore):
-    """Lists objects first, first + 1 and so on, which are not there."""
+    """A store that lists the objects first, first + 1, ..., which do not exist."""
 
     def __init__(self, name: str, case: str, numbers: range) -> None:
         super().__init__(name)
         self.case, self.numbers = case, numbers
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:  # noqa: ARG002 - all is asked for
-        """All of them."""
+        """Yield all objects."""
         name = CASES[self.case]
         for i in self.numbers:
             yield ObjectInfo(name(i), 1_000_000 + i % 7, f'"{i:032x}"', modified_s=NOW_S - DAY_S - i % 1000)
 
 
 class Books:
-    """A catalog that knows every object of a case, or none."""
+    """A catalog that has every object of a case, or none."""
 
     def __init__(self, case: str, ranges: Mapping[str, range]) -> None:
         self._known = {
@@ -67,12 +67,12 @@ class Books:
 
 
 def ranges_of(n: int) -> dict[str, range]:
-    """Numbers of objects in each tier: seven of ten at home, two in the archive, one in the hot tier and at home."""
+    """Return the numbers of the objects in each tier: 70% in standard, 20% in archive, 10% in hot and in standard."""
     return {"hot": range(n // 10), "standard": range(n * 7 // 10), "archive": range(n * 8 // 10, n)}
 
 
 def measure(case: str, options: Mapping[str, int]) -> dict[str, Any]:
-    """One case, in this process."""
+    """Measure one case in this process."""
     ranges, repetitions = ranges_of(options["objects"]), options["repetitions"]
     keep = {"hot": KeepList(best=(BestMetric(metric="val_loss", n=2, mode="min"),))}
     tiers = tuple(Tier(name=name, role=name, url=f"memory://{name}") for name in NAMES)
@@ -109,7 +109,7 @@ def measure(case: str, options: Mapping[str, int]) -> dict[str, Any]:
 
 
 def cells(row: Mapping[str, Any]) -> Sequence[str]:
-    """What people see of a row."""
+    """Return the printed cells of a row."""
     counts = [f"{row[name]:,}" for name in ("objects", "groups", "copies")]
     times = [f"{row[name]['median']:.2f}" for name in ("seconds", "listing_s")]
     return [*counts, *times, mib(row["peak_bytes"]), mib(row["made_bytes"])]

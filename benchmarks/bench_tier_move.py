@@ -1,14 +1,15 @@
-"""Moving objects from store to store: tier/transfer.py beside a plain copy by the same client.
+"""Speed of moving objects between stores with tier/transfer.py, compared with a plain copy by the same client.
 
     python benchmarks/bench_tier_move.py [--megabytes 512] [--repetitions 7] [--jobs 4] [--only folder-s3 ...] [--quick]
 
-The plain copy reads a part, writes it, and reads the next, several objects at once and the parts of an upload to S3
-side by side, as a transfer has them; it sums nothing and looks at nothing afterwards. The S3 server is SeaweedFS on
-this machine. A case is a way (from, to) with objects of one size. The two take turns, each repetition beginning with
-the other one; the disk is idle when the clock starts, and files are durable when it stops.
+The plain copy reads a part, writes it, and reads the next one. Like a transfer, it copies several objects at a time and
+uploads the parts of an S3 object concurrently; unlike a transfer, it computes no checksums and verifies nothing. The S3
+server is SeaweedFS on this machine. A case is a pair of stores (from, to) with objects of one size. The two ways are
+interleaved, and each repetition begins with the other one. The disk is idle when the clock starts, and files are
+durable when it stops.
 
-Copies in a folder are read back from their disk a grace later, before their sources go. That is timed, too, by a clock
-of its own: "proof" is its speed, and "in all" the share of the plain copy's speed when both are counted.
+Before the source of a copy in a folder is deleted, the copy is read back from its disk after a grace period. This is
+timed separately: "proof" is its speed, and "in all" is the speed relative to the plain copy with both included.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ TITLES = (
 
 @dataclass(frozen=True)
 class Case:
-    """Objects in a store, to be copied to another.
+    """Objects in one store that are copied to another.
 
-    archive: what writes to dst where it is S3 by boto3.
+    archive: The client that writes to dst if dst is S3 by boto3.
     """
 
     name: str
@@ -74,12 +75,12 @@ class Case:
 
     @property
     def n_bytes(self) -> int:
-        """All of them."""
+        """Total size in bytes."""
         return sum(one.n_bytes for one in self.objects)
 
 
 def plain(case: Case) -> None:
-    """The same client, and nothing else."""
+    """Copy with the same client and nothing else."""
     src, dst, archive = case.stores.store(case.src), case.stores.store(case.dst), case.stores.archive(case.dst)
 
     def copy(one: PlannedObject) -> None:
@@ -93,8 +94,8 @@ def plain(case: Case) -> None:
         list(pool.map(copy, case.objects))
 
 
-def copy_in_order(src: Store, dst: Store, one: PlannedObject, buffers: PartBufferPool) -> None:
-    """A part after the other, in memory like the transfer's: whole pages, which a folder writes past the page cache."""
+def copy_in_order(src: Store, dst: Store, one: PlannedObject, buffers: Buffers) -> None:
+    """Copy part by part, in page-aligned memory as in a transfer, which a folder writes past the page cache."""
     buffer = buffers.take(min(one.n_bytes, PART_BYTES))
     with dst.create(one.key) as upload:
         for number, span in enumerate(parts(one.n_bytes)):
@@ -106,7 +107,7 @@ def copy_in_order(src: Store, dst: Store, one: PlannedObject, buffers: PartBuffe
 
 
 def copy_side_by_side(src: Store, archive: S3Archive, one: PlannedObject, threads: ThreadPoolExecutor) -> None:
-    """S3's upload in parts, by boto3 without sums; an object of one part by one request."""
+    """Copy with a multipart upload by boto3 without checksums; an object of one part with one request."""
 
     def read(span: ByteRange) -> bytearray:
         data = bytearray(span.n_bytes)
@@ -128,18 +129,18 @@ def copy_side_by_side(src: Store, archive: S3Archive, one: PlannedObject, thread
 
 
 def parts(n_bytes: int) -> Iterator[ByteRange]:
-    """An object's parts."""
+    """Return the parts of an object."""
     return (ByteRange(start, min(start + PART_BYTES, n_bytes)) for start in range(0, n_bytes, PART_BYTES))
 
 
 def moved(case: Case) -> None:
-    """What the mover does with them: copied, summed, verified."""
+    """Copy, checksum and verify the objects, as the mover does."""
     with Transfer(case.stores, jobs=case.jobs) as transfer, ThreadPoolExecutor(case.jobs) as pool:
         list(pool.map(lambda one: transfer.copy(case.src, case.dst, one), case.objects))
 
 
 def proven(case: Case) -> None:
-    """What the mover does before it drops what copies in a folder were made from."""
+    """Read back the copies, as the mover does before it deletes the sources."""
     with Transfer(case.stores, jobs=case.jobs) as transfer, ThreadPoolExecutor(case.jobs) as pool:
         list(
             pool.map(lambda one: transfer.checksum_on_disk(case.dst, case.stores.head(case.dst, one.key)), case.objects)
@@ -147,7 +148,7 @@ def proven(case: Case) -> None:
 
 
 def cases(server: S3Server, folder: Path, asked: argparse.Namespace, wanted_bytes: int) -> Iterator[Case]:
-    """One after the other; each finds its objects written, and leaves nothing."""
+    """Yield the cases one after another. Each one finds its objects written and deletes them at its end."""
     for way in asked.only:
         for size, n_bytes in SIZES.items():
             each_bytes = min(n_bytes, wanted_bytes // 2)
@@ -160,13 +161,13 @@ def cases(server: S3Server, folder: Path, asked: argparse.Namespace, wanted_byte
 
 
 def opened(way: str, server: S3Server, folder: Path) -> Stores:
-    """The tiers of a way. Without their archives where obstore is to write."""
+    """Return the tiers of a case, without their archives if obstore writes."""
     src, _, dst = way.removesuffix(".obstore").partition("-")
 
     def tier(name: str, role: str, kind: str) -> Tier:
         options = server.storage_options if kind == "s3" else {}
         url = f"{server.url}/{role}" if kind == "s3" else str(folder / role)
-        # Another region: the server is not to copy by itself.
+        # Another region, so that the server does not copy by itself.
         return Tier(name=name, role=role, url=url, storage_options={**options, **({"region": name} if options else {})})
 
     tiers = (tier("standard", "standard", src), tier("archive", "archive", dst))
@@ -178,7 +179,7 @@ def opened(way: str, server: S3Server, folder: Path) -> Stores:
 
 
 def written(store: Store, key: str, n_bytes: int) -> PlannedObject:
-    """An object that holds noise."""
+    """Write an object of random bytes."""
     with store.create(key) as upload:
         for number, span in enumerate(parts(n_bytes)):
             upload.put_part(number, os.urandom(span.n_bytes))
@@ -188,13 +189,13 @@ def written(store: Store, key: str, n_bytes: int) -> PlannedObject:
 
 
 def measure(case: Case, repetitions: int) -> dict[str, Any]:
-    """Seconds of both, taking turns."""
+    """Return the seconds of both ways, interleaved."""
     ways: dict[str, Callable[[Case], None]] = {"plain": plain, "moved": moved}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     proof_s: list[float] = []
     is_folder = isinstance(case.stores.store(case.dst), LocalFolder)
-    for copy in ways.values():  # the first request of a client takes its time
+    for copy in ways.values():  # The first request of a client takes longer.
         copy(replace(case, objects=case.objects[:1]))
         case.stores.store(case.dst).delete([case.objects[0].key])
     for repetition in range(repetitions):
@@ -213,7 +214,7 @@ def measure(case: Case, repetitions: int) -> dict[str, Any]:
 
 
 def proof_row(case: Case, seconds: dict[str, list[float]], proof_s: list[float]) -> dict[str, Any]:
-    """The speed of reading back, and the share of the plain copy's when it is counted in; None where nothing is."""
+    """Return the speed of reading back, and the relative speed with it included; None if nothing is read back."""
     if not proof_s:
         return {"proof_bytes_per_s": None, "share_in_all": None}
     in_all = [a / (b + c) for a, b, c in zip(seconds["plain"], seconds["moved"], proof_s, strict=True)]
@@ -221,7 +222,10 @@ def proof_row(case: Case, seconds: dict[str, list[float]], proof_s: list[float])
 
 
 def row(case: Case, seconds: dict[str, list[float]], cpu: dict[str, list[float]]) -> dict[str, Any]:
-    """The figures of a case. share: of the plain copy's speed, by medians; shares: of each repetition."""
+    """Return the figures of a case.
+
+    share: Speed relative to the plain copy, by medians. shares: The same for each repetition.
+    """
     speeds = {name: spread([case.n_bytes / s for s in found]) for name, found in seconds.items()}
     shares = [a / b for a, b in zip(seconds["plain"], seconds["moved"], strict=True)]
     return {
@@ -238,7 +242,7 @@ def row(case: Case, seconds: dict[str, list[float]], cpu: dict[str, list[float]]
 
 
 def line(found: dict[str, Any]) -> Sequence[str]:
-    """A row for people."""
+    """Return the printed cells of a row."""
     speeds, cpu = found["bytes_per_s"], found["cpu_s_per_gb"]
     proof, in_all = found["proof_bytes_per_s"], found["share_in_all"]
     return [
@@ -258,12 +262,12 @@ def line(found: dict[str, Any]) -> Sequence[str]:
 def main(given: list[str] | None = None) -> None:
     """Measure, print a table, write the rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--megabytes", type=int, default=512, help="copied by each in each repetition")
+    parser.add_argument("--megabytes", type=int, default=512, help="Megabytes that each way copies in each repetition.")
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--jobs", type=int, default=4, help="objects at once")
+    parser.add_argument("--jobs", type=int, default=4, help="Number of objects that are copied concurrently.")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=[*WAYS])
-    parser.add_argument("--folder", type=Path, default=OUT / "tier_move", help="on the disk that is measured")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: little data, no figures to speak of")
+    parser.add_argument("--folder", type=Path, default=OUT / "tier_move", help="Folder on the disk to measure.")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: little data, and no meaningful figures.")
     asked = parser.parse_args(given)
     n_bytes, repetitions = (QUICK_BYTES, 1) if asked.quick else (asked.megabytes << 20, asked.repetitions)
     data = asked.folder / "data"

@@ -1,12 +1,11 @@
-"""Planning: seconds and memory of deciding what is to be done with many objects under many rules.
+"""The tier planner: seconds and memory to plan moves of many objects under many rules.
 
     python benchmarks/bench_tier_plan.py [--objects 1000000] [--rules 20] [--only mixed all none] [--repetitions 3]
 
-mixed: shards, files and checkpoints, of which some move, some are refused, and one tier is over its watermark; all:
-every object moves; none: no rule matches, which is what matching costs at most. Each case runs in a process of its own,
-so that its peak is its own: `peak_bytes` is the process's, with Python, numpy and Arrow; `made_bytes` is what deciding
-adds to what the snapshot takes; `cpu_s` is what a machine with nothing else to do would need. Rows go to
-tier_plan.jsonl; --quick is small, to see that it runs.
+mixed: shards, files and checkpoints, of which some move and some are rejected, with one tier over its watermark. all:
+every object moves. none: no rule matches, which is the largest cost of matching. Each case runs in a process of its
+own: `peak_bytes` is the peak memory of the process, including Python, numpy and Arrow; `made_bytes` is what planning
+adds to the snapshot; `cpu_s` is the processor time. The rows are written to tier_plan.jsonl. --quick uses small data.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ TIERS = (
 )
 
 
-def made_file(case: str, n_rules: int) -> RuleFile:
-    """Rules of every sort; the last one takes what the others leave."""
+def made_file(case: str, n_rules: int) -> TierFile:
+    """Return rules of every kind; the last one matches everything that the others leave."""
     if case == "none":
         rules = [
             Rule(name=f"r{i}", match=(f"**/run-{i}x/**/*.pt", f"datasets/**/part-{i}-?.bin"), to="archive", age_s=0.0)
@@ -73,7 +72,7 @@ def made_file(case: str, n_rules: int) -> RuleFile:
 
 
 def made_paths(n: int) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Paths, kinds, steps and series: six of ten are shards, three files, one a checkpoint."""
+    """Return paths, kinds, steps and series: 60% shards, 30% files, 10% checkpoints."""
     kind = np.array([SHARD] * 6 + [FILE] * 3 + [CHECKPOINT], np.uint8)[np.arange(n) % 10]
     paths, step, series = [], np.full(n, NO_STEP, np.int64), np.full(n, NO_SERIES, np.int32)
     for i, of_kind in enumerate(kind.tolist()):
@@ -88,7 +87,7 @@ def made_paths(n: int) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
 
 
 def made_snapshot(n: int) -> Snapshot:
-    """So many groups, each in one or two tiers, of all ages."""
+    """Return a snapshot of n groups, each in one or two tiers, of all ages."""
     random = np.random.default_rng(0)
     paths, kind, step, series = made_paths(n)
     created = NOW_S - random.uniform(0, 400, n) * DAY_S
@@ -132,7 +131,7 @@ def made_snapshot(n: int) -> Snapshot:
 
 
 def measure(case: str, options: Mapping[str, int]) -> dict[str, Any]:
-    """One case, in this process."""
+    """Measure one case in this process."""
     n, n_rules, repetitions = (options[name] for name in ("objects", "rules", "repetitions"))
     snapshot, file = made_snapshot(n), made_file(case, n_rules)
     prices = [prices_of(tier) for tier in TIERS]
@@ -164,7 +163,7 @@ def measure(case: str, options: Mapping[str, int]) -> dict[str, Any]:
 
 
 def cells(row: Mapping[str, Any]) -> Sequence[str]:
-    """What people see of a row."""
+    """Return the printed cells of a row."""
     counts = [f"{row[name]:,}" for name in ("objects", "rules", "moves", "refusals")]
     times = [f"{row[name]['median']:.2f}" for name in ("seconds", "cpu_s", "matching_s")]
     return [*counts, *times, mib(row["peak_bytes"]), mib(row["made_bytes"])]

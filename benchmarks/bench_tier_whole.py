@@ -1,12 +1,13 @@
-"""`tiercache tier plan --out`, whole: seconds and memory of all that it does for many objects, in one process.
+"""The whole of `tiercache tier plan --out`: seconds and memory for many objects, in one process.
 
     python benchmarks/bench_tier_whole.py [--objects 1000000] [--rules 20] [--only files folders named books]
 
-Inventory, decision, plan, its file, and what is printed: the functions of the verb, on stores that list from memory.
-The cases are those of bench_tier_inventory.py, books with a catalog in SQLite. Most files move; of checkpoints in
-folders what keep lists do not name. `listing_s` is what listing alone takes, which is the stores' (Python objects of a
-million keys included), `rest_s` all else: that has to be under 10 s, `peak_bytes`, the process's, under 1 GiB. A
-repetition is a process of its own. Rows go to tier_whole.jsonl; --quick is small, to see that it runs.
+It runs the command's functions for inventory, decision, plan, plan file and output, on stores that list from memory.
+The cases are those of bench_tier_inventory.py, with a SQLite catalog for books. Most files move; of the checkpoints in
+folders, those that keep lists do not name. `listing_s` is the time of the stores' listing (including Python objects of
+a million keys), and `rest_s` that of everything else, which must be below 10 s; `peak_bytes`, the peak memory of the
+process, must be below 1 GiB. Each repetition is a process of its own. The rows are written to tier_whole.jsonl. --quick
+uses small data.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ SHOWN = 20
 MEASURED = ("seconds", "listing_s", "rest_s", "cpu_s")
 
 
-def made_file(n_rules: int) -> RuleFile:
-    """Rules for files of teams and sets, for checkpoints, and for the rest."""
+def made_file(n_rules: int) -> TierFile:
+    """Return rules for files of teams and sets, for checkpoints, and for the rest."""
     tiers = tuple(Tier(**(tier.model_dump() | {"url": f"memory://{tier.name}"})) for tier in TIERS)
     rules = [
         Rule(
@@ -64,8 +65,8 @@ def made_file(n_rules: int) -> RuleFile:
     return RuleFile(path=Path("tiercache.toml"), sha256="0" * 64, tiers=tiers, rules=tuple(rules))
 
 
-def fill(path: Path, file: RuleFile, n: int) -> None:
-    """Put all objects on a catalog's books."""
+def fill(path: Path, file: TierFile, n: int) -> None:
+    """Put all objects into a catalog."""
     with TierCatalog(path, {tier.name: tier.url for tier in file.tiers}) as catalog:
         for tier, numbers in ranges_of(n).items():
             name = CASES["books"]
@@ -73,7 +74,7 @@ def fill(path: Path, file: RuleFile, n: int) -> None:
 
 
 def planned(tiers: OpenTiers, path: Path) -> dict[str, Any]:
-    """What the verb does once its tiers are open; the summary that it prints."""
+    """Do what the command does once its tiers are open. Return the summary that it prints."""
     output = Output(as_json=False, quiet=True)
     made = plan_tiers(output, tiers)
     write_plan(made, path)
@@ -84,7 +85,7 @@ def planned(tiers: OpenTiers, path: Path) -> dict[str, Any]:
 
 
 def once(case: str, options: Mapping[str, int], folder: Path) -> dict[str, Any]:
-    """One case, once, in this process."""
+    """Run one case once, in this process."""
     file, n = made_file(options["rules"]), options["objects"]
     made = {name: MadeStore(name, case, numbers) for name, numbers in ranges_of(n).items()}
     places = {tier.name: tier.url for tier in file.tiers}
@@ -110,7 +111,7 @@ def once(case: str, options: Mapping[str, int], folder: Path) -> dict[str, Any]:
 
 
 def measure(case: str, options: Mapping[str, int]) -> dict[str, Any]:
-    """One case: as often as is wanted, each time in a process of its own, after one that fills the books."""
+    """Measure one case: one process fills the catalog, then each repetition runs in a process of its own."""
     numbers = [str(options["objects"]), str(options["rules"])]
     with tempfile.TemporaryDirectory() as folder:
         if case == "books":
@@ -124,7 +125,7 @@ def measure(case: str, options: Mapping[str, int]) -> dict[str, Any]:
 
 
 def cells(row: Mapping[str, Any]) -> Sequence[str]:
-    """What people see of a row."""
+    """Return the printed cells of a row."""
     counts = [f"{row[name]:,}" for name in ("objects", "rules", "moves", "refusals")]
     times = [f"{row[name]['median']:.2f}" for name in MEASURED]
     return [*counts, *times, mib(row["peak_bytes"]), mib(row["plan_bytes"])]
@@ -143,7 +144,7 @@ BENCH = Bench(
 
 
 def main() -> None:
-    """The benchmark, or one of the processes that it starts."""
+    """Run the benchmark, or one of the processes that it starts."""
     if sys.argv[1:2] not in (["--once"], ["--fill"]):
         BENCH.main()
         return

@@ -1,10 +1,10 @@
-"""Writing a data set: write_batch() and write() beside what disk, checksum and numpy do with the same bytes.
+"""Writing a data set: write_batch() and write(), compared with disk, checksum and numpy on the same bytes.
 
     python benchmarks/bench_write.py [--workload tokens ...] [--megabytes 512] [--repetitions 5] [--quick]
 
-The records lie in memory, as arrays, bytes and str, and are written again and again until it is enough. All is durable
-when the clock stops (fsync), the disk is idle when it starts, and the ways take turns, each repetition beginning with
-another one.
+The records are in memory, as arrays, bytes and str, and are written repeatedly until the requested size is reached. All
+files are durable when the clock stops (fsync), and the disk is idle when it starts. The ways are interleaved, and each
+repetition begins with another one.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ TITLES = ("way", "k records/s", "MB/s", "min - max", "x disk", "CPU s / GB")
 
 @dataclass(frozen=True)
 class Piece:
-    """Some records in memory, to be written `rounds` times.
+    """Records in memory that are written `rounds` times.
 
-    columns: for write_batch(); records: the same for write(); flat: the same bytes in one array.
+    columns: For write_batch(). records: The same records for write(). flat: The same bytes in one array.
     """
 
     workload: Workload
@@ -52,24 +52,24 @@ class Piece:
 
     @property
     def n_records(self) -> int:
-        """Records that a way writes in all."""
+        """Total number of records that a way writes."""
         return len(self.records) * self.rounds
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of values that a way writes in all."""
+        """Total size of the values that a way writes."""
         return self.flat.nbytes * self.rounds
 
     @property
     def schema(self) -> dict[str, Any]:
-        """The columns as tiercache has them."""
+        """The columns as a tiercache schema."""
         fields = self.workload.fields
         types = {f.name: COLUMN_TYPES.get(f.kind) or tc.Tensor(f.dtype, f.shape) for f in fields}
         return {**types, KEY: "int64"}
 
 
 def load(workload: Workload, n_bytes: int, folder: Path) -> Piece:
-    """The first megabytes of a workload."""
+    """Load the first n_bytes of a workload."""
     piece_bytes = min(n_bytes, PIECE_BYTES)
     small = scaled(workload, piece_bytes / workload.record_bytes / workload.n_records)
     found = generate(small, folder / "data" / small.name).batch(0, small.n_records)
@@ -82,14 +82,14 @@ def load(workload: Workload, n_bytes: int, folder: Path) -> Piece:
 
 
 def flat_bytes(values: Any) -> np.ndarray:
-    """The bytes of a column."""
+    """Return the bytes of a column."""
     if isinstance(values, np.ndarray):
         return values.reshape(-1).view(np.uint8)
     return np.frombuffer(b"".join(v.encode() if isinstance(v, str) else v for v in values), np.uint8)
 
 
 def write_disk(piece: Piece, folder: Path) -> None:
-    """What the disk takes: one file, long writes, fsync."""
+    """Write one file with large writes and fsync: the speed of the disk."""
     with synced(folder / "disk") as fd:
         for _ in range(piece.rounds):
             for start in range(0, piece.flat.nbytes, PART_BYTES):
@@ -97,7 +97,7 @@ def write_disk(piece: Piece, folder: Path) -> None:
 
 
 def copy_sum_write(piece: Piece, folder: Path) -> None:
-    """The least that a writer with checksums does: each part copied to a buffer, summed and written."""
+    """Copy each part to a buffer, checksum it and write it: the minimum for a writer with checksums."""
     buffer = np.empty(PART_BYTES, np.uint8)
     with synced(folder / "summed") as fd:
         for _ in range(piece.rounds):
@@ -109,7 +109,7 @@ def copy_sum_write(piece: Piece, folder: Path) -> None:
 
 
 def numpy_tofile(piece: Piece, folder: Path) -> None:
-    """A file a column by numpy; of what varies in length all bytes and where records begin."""
+    """Write a file per column with numpy; for varying lengths, one file of bytes and one of offsets."""
     for name, values in piece.columns.items():
         with (folder / name).open("wb") as file, (folder / f"{name}.offsets").open("wb") as offsets:
             for _ in range(piece.rounds):
@@ -121,20 +121,20 @@ def numpy_tofile(piece: Piece, folder: Path) -> None:
 
 
 def sum_only(piece: Piece, folder: Path) -> None:  # noqa: ARG001 -- writes nothing
-    """The checksum alone, of bytes in memory."""
+    """Compute only the checksum of bytes in memory."""
     for _ in range(piece.rounds):
         crc32c(piece.flat)
 
 
 def write_batch(piece: Piece, folder: Path) -> None:
-    """tiercache, by columns; default options."""
+    """Write with tiercache by columns, with default options."""
     with tc.Writer(folder / "batches", schema=piece.schema) as writer:
         for _ in range(piece.rounds):
             writer.write_batch(piece.columns)
 
 
 def write_records(piece: Piece, folder: Path) -> None:
-    """tiercache, record by record; default options."""
+    """Write with tiercache record by record, with default options."""
     with tc.Writer(folder / "records", schema=piece.schema) as writer:
         for _ in range(piece.rounds):
             for record in piece.records:
@@ -153,18 +153,18 @@ WAYS: dict[str, Callable[[Piece, Path], None]] = {
 
 @contextmanager
 def synced(path: Path) -> Iterator[int]:
-    """A new file's descriptor; what was written is on the disk at the end."""
+    """Open a new file and yield its descriptor. Its content is on the disk when the block ends."""
     with path.open("wb", buffering=0) as file:
         yield file.fileno()
         os.fsync(file.fileno())
 
 
 def measure(piece: Piece, repetitions: int, folder: Path) -> list[dict[str, Any]]:
-    """A row a way."""
+    """Return one row per way."""
     wall_s: dict[str, list[float]] = {name: [] for name in WAYS}
     cpu_s: dict[str, list[float]] = {name: [] for name in WAYS}
     names = [*WAYS]
-    for name in names:  # imports and first allocations are nobody's speed
+    for name in names:  # Imports and first allocations are not measured.
         (folder / "written" / name).mkdir(parents=True)
         WAYS[name](replace(piece, rounds=1), folder / "written" / name)
     shutil.rmtree(folder / "written")
@@ -177,7 +177,7 @@ def measure(piece: Piece, repetitions: int, folder: Path) -> list[dict[str, Any]
             WAYS[name](piece, target)
             wall_s[name].append(time.perf_counter() - start_s)
             cpu_s[name].append(time.process_time() - start_cpu_s)
-        # Not between two ways: what is deleted may be discarded on the disk while the next way waits for it.
+        # Not between two ways, because the disk may discard the deleted blocks while the next way waits for it.
         shutil.rmtree(folder / "written")
     disk_s = wall_s["disk: write, fsync"]
     return [
@@ -196,7 +196,7 @@ def measure(piece: Piece, repetitions: int, folder: Path) -> list[dict[str, Any]
 
 
 def line(row: dict[str, Any]) -> list[str]:
-    """The cells of a row."""
+    """Return the printed cells of a row."""
     speed = row["bytes_per_s"]
     return [
         row["way"],
@@ -209,13 +209,13 @@ def line(row: dict[str, Any]) -> list[str]:
 
 
 def main(given: list[str] | None = None) -> None:
-    """Measure, print a table a workload, write the rows."""
+    """Measure, print a table for each workload, write the rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--workload", nargs="+", choices=[*WORKLOADS], default=[*DEFAULT])
-    parser.add_argument("--megabytes", type=int, default=512, help="written by each way in each repetition")
+    parser.add_argument("--megabytes", type=int, default=512, help="Megabytes that each way writes in each repetition.")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=OUT / "write", help="on the disk that is measured")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: little data, no figures to speak of")
+    parser.add_argument("--folder", type=Path, default=OUT / "write", help="Folder on the disk to measure.")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: little data, and no meaningful figures.")
     asked = parser.parse_args(given)
     n_bytes, repetitions = (QUICK_BYTES, 1) if asked.quick else (asked.megabytes << 20, asked.repetitions)
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Benchmarks that run each of their cases in a process of its own, so that its peak of memory is its own."""
+"""Benchmarks that run each of their cases in a process of its own, so that peak memory is measured per case."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Bench:
-    """A benchmark of cases.
+    """A benchmark with several cases.
 
     Attributes:
-        name: of its rows' file.
-        script: its own file, which is run once a case with --case.
-        doc: for --help.
-        cases: names.
-        options: whole numbers that may be given, with what they are if not; "objects" and "repetitions" are among them.
-        measure: (case, options) -> the row of it, in a process that has done nothing else.
-        titles: of the columns that people see, after the case.
-        cells: of a row, for these columns.
+        name: Name of the file of its rows.
+        script: File of the benchmark, which is run once per case with --case.
+        doc: Text for --help.
+        cases: Names of the cases.
+        options: Integer options and their defaults, including "objects" and "repetitions".
+        measure: Function (case, options) that returns the row, called in a process that has done nothing else.
+        titles: Titles of the printed columns after the case.
+        cells: Function that returns a row's cells for these columns.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Bench:
     cells: Callable[[Mapping[str, Any]], Sequence[str]]
 
     def main(self) -> None:
-        """Measure, print and write rows."""
+        """Measure, print and write the rows."""
         given = self._parsed()
         options = {name: getattr(given, name) for name in self.options}
         if given.case:
@@ -61,8 +61,8 @@ class Bench:
         for name, default in self.options.items():
             parser.add_argument(f"--{name}", type=int, default=default)
         parser.add_argument("--only", nargs="+", choices=self.cases, default=self.cases)
-        parser.add_argument("--folder", type=Path, default=OUT, help="where the rows go")
-        parser.add_argument("--quick", action="store_true", help="small: to see that it runs")
+        parser.add_argument("--folder", type=Path, default=OUT, help="Folder for the rows.")
+        parser.add_argument("--quick", action="store_true", help="Smoke test: small data.")
         parser.add_argument("--case", choices=self.cases, help=argparse.SUPPRESS)
         return parser.parse_args()
 
@@ -72,17 +72,17 @@ class Bench:
 
 
 def asked(arguments: Sequence[str]) -> dict[str, Any]:
-    """The row that a script prints."""
+    """Run a script and return the row that it prints."""
     done = subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True)
     row: dict[str, Any] = json.loads(done.stdout)
     return row
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held."""
+    """Return the peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def mib(n_bytes: int) -> str:
-    """For people."""
+    """Format bytes as MiB."""
     return f"{n_bytes / MIB:.0f}"

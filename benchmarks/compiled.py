@@ -1,4 +1,4 @@
-"""C sources of the benchmarks, compiled once into a folder of results."""
+"""C sources of the benchmarks, compiled once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-Wall", "-Wextra", "-Werror", "-sh
 
 
 def compiled(source: Path, folder: Path) -> ctypes.CDLL:
-    """The library that a C source makes, from folder if it is there already. Raises CalledProcessError."""
+    """Compile a C source, unless folder has it already, and return the library. Raises CalledProcessError."""
     digest = hashlib.sha256(source.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
     target = folder / f"{source.stem}-{digest}.so"
     if not target.exists():

@@ -1,4 +1,4 @@
-"""The one who reads the batches: every byte of them, as a training step would, and keeps the books."""
+"""A consumer that reads every byte of the batches, as a training step would, and verifies them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ if TYPE_CHECKING:
     # By column: a tensor or array; a list of bytes, str or 1-d arrays; or (uint8 values, int64 offsets), one buffer.
     Batch = dict[str, Any]
 
-# Decoders differ in rounding, in the transform and in how they resize; other pictures differ by some tens.
+# Decoders differ in rounding, in the transform and in the resize method by less than this; other pictures differ by
+# several tens.
 IMAGE_TOLERANCE = 6.0
 
 
 class WrongBatchesError(ValueError):
-    """A loader did not give each record once, with its own content."""
+    """A loader did not serve each record once with its own content."""
 
 
 def as_array(value: Any) -> np.ndarray:
-    """The numpy view of a tensor or array."""
+    """Return the numpy view of a tensor or array."""
     return value.numpy() if hasattr(value, "numpy") else np.asarray(value)
 
 
 def total(value: Any, word: np.dtype[Any]) -> int:
-    """The sum of all words of a column of a batch, wrapping, each byte read once."""
+    """Return the wrapping sum of all words of a batch's column. Each byte is read once."""
     if isinstance(value, list):
         if not value:
             return 0
@@ -44,20 +45,20 @@ def total(value: Any, word: np.dtype[Any]) -> int:
 
 
 def first_word(value: Any) -> int:
-    """Something of the first record only."""
+    """Return a word of the first record only."""
     if isinstance(value, list):
         return ord(value[0][0]) if isinstance(value[0], str) else int(value[0][0])
     return int(as_array(value[0] if isinstance(value, tuple) else value).reshape(-1)[0])
 
 
 class Consumer:
-    """Reads batches and knows what they must hold.
+    """Reads batches and verifies their content.
 
     Attributes:
-        seen: how often each record came, int64[n]; made of what was kept when a check asks for it.
-        totals: by column, the sum of all words read.
-        order: the records' numbers as they came in the epoch that was checked, int64[up to n].
-        wait_s: time spent waiting for batches.
+        seen: Number of times that each record was served, int64[n]; computed when a check needs it.
+        totals: Sum of all words read, by column.
+        order: Record numbers in the order of the checked epoch, int64[up to n].
+        wait_s: Time spent waiting for batches.
     """
 
     def __init__(self, source: Source) -> None:
@@ -73,31 +74,31 @@ class Consumer:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was read."""
+        """Discard everything that was recorded."""
         self.totals = {field.name: 0 for field in self._workload.fields}
         self.wait_s = 0.0
         self._keys: list[np.ndarray] = []
 
     @property
     def seen(self) -> np.ndarray:
-        """How often each record came since the last reset, int64[n]."""
+        """Return how often each record was served since the last reset, int64[n]."""
         keys = np.concatenate(self._keys) if self._keys else np.empty(0, np.int64)
         self._check_numbers(keys)
         return np.bincount(keys, minlength=self._workload.n_records)
 
     @property
     def n_samples(self) -> int:
-        """Records read since the last reset."""
+        """Number of records read since the last reset."""
         return sum(map(len, self._keys))
 
     def read(self, batches: Iterable[Batch], until_s: float = math.inf) -> bool:
-        """Read all batches of an epoch: values and numbers, each byte once. False: the clock passed until_s before."""
-        # Numbers are copied, and counted when the clock has stopped: counting 64 of them here takes four times as long,
-        # 7 us on a busy machine where reading their tokens takes 12.
+        """Read all batches of an epoch, each byte once. Return False if until_s passed before its end."""
+        # Numbers are copied here and counted after the clock has stopped. Counting 64 numbers takes 7 us on a busy
+        # machine, four times as long as copying them; reading their tokens takes 12 us.
         return self._read(batches, until_s, self._keys.append)
 
     def read_and_forget(self, batches: Iterable[Batch], until_s: float = math.inf) -> bool:
-        """The same without the books, whose memory would count as the loader's: 250 MB a second of 30 M records/s."""
+        """Like read(), but record nothing: at 30 M records/s the records' numbers take 250 MB per second."""
         return self._read(batches, until_s, len)
 
     def _read(self, batches: Iterable[Batch], until_s: float, keep: Callable[[np.ndarray], object]) -> bool:
@@ -115,8 +116,8 @@ class Consumer:
         self.wait_s += clock() - asked
         return True
 
-    def merge_reads(self, batches: Iterable[Batch], until_s: float = math.inf) -> bool:
-        """Read the numbers and something of each batch's first record: what is left without the reading."""
+    def read_first(self, batches: Iterable[Batch], until_s: float = math.inf) -> bool:
+        """Read the numbers and one word of each batch's first record, to measure the loader without the reading."""
         names = [field.name for field in self._workload.fields]
         clock, keep = time.perf_counter, self._keys.append
         asked = clock()
@@ -132,17 +133,17 @@ class Consumer:
         return True
 
     def check_records(self, batches: Iterable[Batch], until_s: float = math.inf) -> bool:
-        """Check each record of an epoch that is not timed. False: the clock passed until_s before its end.
+        """Check each record of an epoch that is not timed. Return False if until_s passed before its end.
 
         Raises:
-            WrongBatchesError: a record is not what was written, or came twice, or never in an epoch read to its end.
+            WrongBatchesError: A record is not what was written, was served twice, or was missing in a complete epoch.
         """
         self.reset()
         whole = True
         for batch in batches:
             keys = as_array(batch[KEY]).reshape(-1)
             if len(keys) > self._workload.batch_size:
-                raise WrongBatchesError(f"a batch of {len(keys)} records, not {self._workload.batch_size}")
+                raise WrongBatchesError(f"a batch has {len(keys)} records, expected {self._workload.batch_size}")
             self._check_numbers(keys)
             for field in self._workload.fields:
                 if not self._same(field, batch[field.name], keys):
@@ -160,7 +161,7 @@ class Consumer:
 
     def _check_numbers(self, keys: np.ndarray) -> None:
         if len(keys) and not 0 <= keys.min() <= keys.max() < self._workload.n_records:
-            raise WrongBatchesError(f"record numbers from {keys.min()} to {keys.max()}")
+            raise WrongBatchesError(f"unexpected record numbers from {keys.min()} to {keys.max()}")
 
     def _same(self, field: Field, value: Any, keys: np.ndarray) -> bool:
         expected = self._expected[field.name][keys]
@@ -176,7 +177,7 @@ class Consumer:
         return np.array_equal(found, expected)
 
     def _same_images(self, field: Field, served: np.ndarray, keys: np.ndarray) -> bool:
-        """Whether decoded images look as they should; pixels are the decoder's own, so their sums are learnt here."""
+        """Return whether decoded images look right. Their sums are learnt here: pixels depend on the decoder."""
         images = served if served.shape[-1] == 3 else served.transpose(0, 2, 3, 1)
         if images.shape != (len(keys), DECODED_SIZE, DECODED_SIZE, 3) or images.dtype != np.uint8:
             return False
@@ -191,9 +192,9 @@ class Consumer:
         return [values[a:b] for a, b in pairwise(offsets)]
 
     def check_sums(self, n_epochs: int, *, whole: bool = True) -> None:
-        """Compare what was read, in some epochs or parts of them, with what was written. Raises WrongBatchesError.
+        """Compare the sums of epochs, or of parts of them, with what was written. Raises WrongBatchesError.
 
-        Images are compared where all that came were checked record by record before.
+        Images are compared only if all served images were checked record by record before.
         """
         self.check_counts(n_epochs, whole=whole)
         seen = self.seen
@@ -203,24 +204,24 @@ class Consumer:
             words = self._words[field.name] if field.kind == "jpeg" else self._expected[field.name]
             expected = int(np.add.reduce(words * seen.astype(field.word), dtype=field.word))
             if (self.totals[field.name] - expected) % 2 ** (8 * field.word.itemsize):
-                raise WrongBatchesError(f"the {int(seen.sum()):,} records of {field.name!r} do not sum up")
+                raise WrongBatchesError(f"the sum of the {int(seen.sum()):,} records read of {field.name!r} is wrong")
 
     def check_counts(self, n_epochs: int, *, whole: bool = True) -> None:
-        """Raises WrongBatchesError unless each record came once an epoch; not more often, where epochs were cut."""
+        """Raise WrongBatchesError unless each record came once per epoch, or at most once if epochs were cut."""
         seen = self.seen
         wrong = np.flatnonzero(seen != n_epochs if whole else seen > n_epochs)
         if len(wrong):
-            example = f"record {wrong[0]} came {seen[wrong[0]]} times"
-            raise WrongBatchesError(f"{len(wrong)} records did not come {n_epochs} times: {example}")
+            example = f"record {wrong[0]} was served {seen[wrong[0]]} times"
+            raise WrongBatchesError(f"{len(wrong)} records were not served {n_epochs} times: {example}")
 
 
 def shuffle_quality(order: np.ndarray, n_records: int) -> dict[str, float]:
-    """How far an order, or the beginning of one, is from the stored one.
+    """Return how far an order, or the beginning of one, is from the stored order.
 
     Returns:
-        rank_correlation: of stored and served place; 1 as stored, near 0 shuffled.
-        neighbour_distance: the mean distance of records served one after the other, over that of a uniform order; near
-            0 where they lie together, 1 shuffled.
+        rank_correlation: Correlation of stored and served position; 1 if unshuffled, near 0 if shuffled.
+        neighbour_distance: Mean distance of records served one after the other, relative to a uniform order; near 0 if
+            they are stored together, 1 if shuffled.
     """
     n = len(order)
     if n < 3:

@@ -1,10 +1,11 @@
-/* The floor: the plainest C that gathers shuffled rows of mapped columns into batches and hands them over.
+/* The baseline: the simplest C code that gathers shuffled rows of mapped columns into batches.
  *
  * Threads claim batches by number, wait for a free slot of a ring, copy the rows of all columns into it and mark it
- * ready; the consumer takes batches in order, and gives a slot back by taking the next. One mutex and two conditions,
- * taken for every batch: no spinning, no prefetch, no wake-ups saved. Compiled by floor.py.
+ * ready. The consumer takes batches in order and returns a slot by taking the next one. One mutex and two conditions
+ * are used for every batch: no spinning, no prefetch, no saved wake-ups. Compiled by floor.py.
  *
- * Rows of a column with offsets vary in length: its part of a slot is int64[batch_rows + 1] new offsets, then the rows.
+ * A column with offsets has rows of varying length: its part of a slot is int64[batch_rows + 1] new offsets, then the
+ * rows.
  */
 #include <pthread.h>
 #include <stdint.h>
@@ -15,7 +16,7 @@ enum { MAX_COLUMNS = 8, MAX_THREADS = 256 };
 
 typedef struct {
     const uint8_t *source;
-    const int64_t *offsets; /* NULL: every row is width bytes; else width is that of the longest */
+    const int64_t *offsets; /* NULL: every row has `width` bytes; otherwise `width` is that of the longest row. */
     size_t width;
 } column;
 
@@ -90,7 +91,7 @@ void floor_free(ring *r) {
     free(r);
 }
 
-/* NULL without memory. Slots are touched here, so that no epoch pays for their pages. */
+/* Returns NULL if no memory is left. Slots are touched here, so that no epoch pays for mapping their pages. */
 ring *floor_new(const column *columns, size_t n_columns, size_t batch_rows, size_t n_slots, size_t n_threads) {
     ring *r = calloc(1, sizeof *r);
     if (!r || n_columns > MAX_COLUMNS || n_threads > MAX_THREADS) {
@@ -124,7 +125,7 @@ ring *floor_new(const column *columns, size_t n_columns, size_t batch_rows, size
 
 void *floor_memory(const ring *r, size_t slot, size_t c) { return r->memory[slot * r->n_columns + c]; }
 
-/* Start an epoch; order is kept until floor_end. Returns the threads that run, 0 if none could be made. */
+/* Start an epoch; `order` is kept until floor_end. Returns the number of running threads, 0 if none could be started. */
 size_t floor_begin(ring *r, const int64_t *order, size_t n_rows) {
     r->order = order, r->n_rows = n_rows, r->n_batches = (n_rows + r->batch_rows - 1) / r->batch_rows;
     r->next_claimed = r->next_taken = r->n_released = 0;
@@ -136,12 +137,12 @@ size_t floor_begin(ring *r, const int64_t *order, size_t n_rows) {
     return r->n_started;
 }
 
-/* The slot of the next batch, or -1 at the end. The slot taken before goes back to the threads. */
+/* Returns the slot of the next batch, or -1 at the end. The slot taken before returns to the threads. */
 int64_t floor_take(ring *r) {
     pthread_mutex_lock(&r->lock);
     if (r->next_taken > r->n_released) {
         r->n_released = r->next_taken;
-        pthread_cond_broadcast(&r->became_free); /* each waiting thread waits for a slot of its own */
+        pthread_cond_broadcast(&r->became_free); /* Each waiting thread waits for a slot of its own. */
     }
     if (r->next_taken == r->n_batches) {
         pthread_mutex_unlock(&r->lock);

@@ -1,4 +1,4 @@
-"""The floor's Python side: compiles floor.c once and serves its batches as new tensors over the ring's slots."""
+"""Python side of the plain C gather: compiles floor.c and serves its batches as new tensors over the ring's slots."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("floor.c")
 
-# A ring that stays in the last cache level is the fastest one, and more slots are better as long as it does: on 2 cores
-# with 32 MiB of cache, batches of 3 MiB ran at 1,150 thousand records/s with 4 slots and at 630 with 16; batches of
-# 128 KiB at 1,600 with 4 slots and at 2,900 with 32.
+# A ring that stays in the last-level cache is the fastest, and more slots are better as long as it does: on 2 cores
+# with 32 MiB of cache, batches of 3 MiB ran at 1,150 thousand records/s with 4 slots and at 630 with 16; batches of 128
+# KiB at 1,600 with 4 slots and at 2,900 with 32.
 RING_BYTES = 12 << 20
 MIN_SLOTS, MAX_SLOTS = 4, 32
 
 
 def build(folder: Path) -> ctypes.CDLL:
-    """The compiled floor, from folder if it is there already."""
+    """Return the compiled library; reuse the one in folder if it is up to date."""
     library = compiled(SOURCE, folder)
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     library.floor_new.restype = library.floor_memory.restype = pointer
@@ -39,14 +39,14 @@ def build(folder: Path) -> ctypes.CDLL:
 
 
 class Column(ctypes.Structure):
-    """The C side's column."""
+    """The C structure of a column."""
 
     _fields_: ClassVar = [("source", ctypes.c_void_p), ("offsets", ctypes.c_void_p), ("width", ctypes.c_size_t)]
 
 
 @dataclass(frozen=True, slots=True)
 class Varied:
-    """A column of records of varied length. data: uint8[total]; offsets: int64[n + 1], where they begin and end."""
+    """A column of records of varying length. data: uint8[total]; offsets: int64[n + 1]."""
 
     data: np.ndarray
     offsets: np.ndarray
@@ -58,9 +58,9 @@ class Varied:
 
 
 class Floor:
-    """Batches of mapped columns in a given order. One epoch at a time; a batch is valid until the next is asked for.
+    """Batches of mapped columns in a given order. One epoch at a time; a batch is valid until the next request.
 
-    columns: C-contiguous arrays of one length, or Varied, kept; folder: where the compiled library lies.
+    columns: C-contiguous arrays of equal length, or Varied; they are kept. folder: Folder of the compiled library.
     """
 
     def __init__(
@@ -90,9 +90,9 @@ class Floor:
         return np.frombuffer(memory, like.dtype).reshape(shape)
 
     def epoch(self, order: np.ndarray) -> Iterator[dict[str, Any]]:
-        """All batches of int64 row numbers, in order; the last may be short.
+        """Yield all batches of int64 row numbers, in order; the last one may be short.
 
-        By column a tensor, or (uint8 values, int64 offsets) for a Varied one.
+        The value of a column is a tensor, or (uint8 values, int64 offsets) for a Varied column.
         """
         take, ring, left = self._library.floor_take, self._ring, len(order)
         if not self._library.floor_begin(ring, order.ctypes.data, left):
@@ -107,7 +107,7 @@ class Floor:
                 self._library.floor_end(ring)
 
     def close(self) -> None:
-        """End an epoch that is under way and give the memory back; no batch may be in use. Repeatable."""
+        """End a running epoch and free the memory; no batch may be in use. May be called repeatedly."""
         if self._ring:
             self._library.floor_end(self._ring)
             self._library.floor_free(self._ring)

@@ -1,4 +1,4 @@
-"""Makes the records of a workload: random, the same every time."""
+"""Generation of the records of a workload: random, and the same every time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def generate(workload: Workload, folder: Path) -> Source:
-    """Write the columns and what is expected of them to a folder, unless they are there already."""
+    """Write the columns and their expected checksums to a folder, unless they exist."""
     done, text = folder / "done", json.dumps(workload.as_json())
     if not (done.exists() and done.read_text() == text):
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def generate(workload: Workload, folder: Path) -> Source:
 
 
 def _write_words(workload: Workload, field: Field, folder: Path, rng: np.random.Generator) -> np.ndarray:
-    """Random words, in records of one length or of 0.2 to 1.8 times the mean; the sum of each record's."""
+    """Write random words in records of one length, or of 0.2 to 1.8 times the mean. Return the sum of each record."""
     word, n = field.word, workload.n_records
     n_words = np.full(n, field.n_bytes // word.itemsize)
     if field.kind == "bytes":
@@ -62,7 +62,7 @@ def _random_words(field: Field, n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _write_images(workload: Workload, field: Field, folder: Path) -> np.ndarray:
-    """JPEGs of smooth random colours under noise, each another picture; the cells of each."""
+    """Write JPEGs of smooth random colours with noise, all different. Return the cells of each."""
     rng = np.random.default_rng(13)
     expected = np.empty((workload.n_records, GRID, GRID, 3), np.float32)
     ends = [0]

@@ -1,4 +1,4 @@
-"""The Python way from a JPEG to what is served: Pillow, the centre square, resized."""
+"""Decoding of a JPEG in Python: Pillow, the centre square, resized."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from workloads import DECODED_SIZE
 
 
 def decode(data: bytes) -> np.ndarray:
-    """The decoded image, uint8[size, size, 3]."""
+    """Return the decoded image, uint8[size, size, 3]."""
     with Image.open(io.BytesIO(data)) as image:
         side = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2

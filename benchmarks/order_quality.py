@@ -1,6 +1,6 @@
-"""How well an order mixes data that is stored sorted: figures of the order, and models trained by it on real data.
+"""Quality of the shuffle of data stored in sorted order: statistics, and models trained with it on real data.
 
-Orders come from `EpochOrder` over a layout that is made up: what a loader serves of such shards, without writing them.
+The orders come from `EpochOrder` over synthetic layouts: they are what a loader would serve, without written shards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 RECORD_BYTES = 1000
 HELD_OUT_EVERY = 8
 
-# What the environment has anyway: each package's source, in windows of 256 bytes, is a class.
+# Each installed package is a class: its source in windows of 256 bytes.
 PACKAGES = (
     "botocore", "hypothesis", "moto", "mypy", "networkx", "numpy", "pandas", "pyarrow",
     "pydantic", "pygments", "scipy", "setuptools", "sklearn", "sympy", "torch", "torchvision",
@@ -33,9 +33,11 @@ HASHES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """An order of n records: how many groups the epoch has, shards a group, windows a group.
+    """An order of n records.
 
-    n_groups: 0 for a full shuffle by numpy, None for the stored order; n_windows: of the whole epoch.
+    n_groups: Number of groups in the epoch; 0 for a full shuffle by numpy, None for the stored order. n_windows: Number
+    of
+    windows in the epoch.
     """
 
     name: str
@@ -46,7 +48,7 @@ class Setting:
     streams: int = 1
 
     def order(self, n: int, seed: int, epoch: int) -> np.ndarray:
-        """Stored numbers of the records in served order, int64[n]."""
+        """Return the stored numbers of the records in output order, int64[n]."""
         if self.n_groups is None:
             return np.arange(n)
         if self.n_groups == 0:
@@ -64,7 +66,7 @@ class Setting:
 
 
 def even_layout(n: int, n_shards: int, block_records: int) -> tuple[Layout, np.ndarray]:
-    """Shards of about equal size in blocks of so many records; and the first record of each shard."""
+    """Return shards of about equal size in blocks of block_records records, and the first record of each shard."""
     ends = np.linspace(0, n, n_shards + 1).astype(np.int64)
     records = np.diff(ends)
 
@@ -76,7 +78,7 @@ def even_layout(n: int, n_shards: int, block_records: int) -> tuple[Layout, np.n
 
 
 def served(order: EpochOrder, first: np.ndarray, block_records: int) -> np.ndarray:
-    """Stored numbers of all records in the global sequence, int64[n]."""
+    """Return the stored numbers of all records in the global sequence, int64[n]."""
     out = np.empty(order.n_records, np.int64)
     for stream in range(order.n_streams):
         found = [np.empty(0, np.int64)]
@@ -88,14 +90,14 @@ def served(order: EpochOrder, first: np.ndarray, block_records: int) -> np.ndarr
 
 
 def rank_correlation(order: np.ndarray) -> float:
-    """Spearman's between stored and served order: 1 as stored, about 0 +- 1 / sqrt(n) of a full shuffle."""
+    """Return Spearman's correlation of stored and output order: 1 if equal, 0 +- 1 / sqrt(n) if fully shuffled."""
     return float(np.corrcoef(order, np.arange(len(order)))[0, 1])
 
 
 def clumping(order: np.ndarray, run: int) -> float:
-    """How alike the records of a run are: the variance of the runs' mean stored numbers, over that of a full shuffle.
+    """Return the similarity of a run's records: variance of runs' mean stored numbers, relative to a full shuffle.
 
-    1 of a full shuffle, `run` of the stored order; 4 means that a run of 100 is as good as one of 25 drawn at random.
+    It is 1 for a full shuffle, `run` for the stored order; with 4, a run of 100 is as good as a random sample of 25.
     """
     n = len(order) // run * run
     means = order[:n].reshape(-1, run).mean(axis=1)
@@ -105,7 +107,7 @@ def clumping(order: np.ndarray, run: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Records stored sorted by label. x: float32[n, d]; y: int64[n]; the same of held-out ones."""
+    """Records stored sorted by label. x: float32[n, d]; y: int64[n]; and the same of held-out records."""
 
     name: str
     x: torch.Tensor
@@ -125,7 +127,7 @@ class Task:
 
 
 def digits() -> Task:
-    """scikit-learn's digits: 1,797 handwritten ones, 10 classes."""
+    """Return scikit-learn's digits: 1,797 handwritten digits, 10 classes."""
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
@@ -133,7 +135,7 @@ def digits() -> Task:
 
 
 def sources(per_class: int) -> Task:
-    """Python source by the package it is of: hashed groups of three bytes, projected at random. 16 classes."""
+    """Return Python source by package: hashed 3-grams of bytes, projected at random. 16 classes."""
     root = Path(sysconfig.get_paths()["purelib"])
     windows = [_windows(root / package, per_class) for package in PACKAGES]
     labels = np.repeat(np.arange(len(PACKAGES)), [len(found) for found in windows])
@@ -158,7 +160,7 @@ def _hashed(windows: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How models are trained: SGD with momentum 0.9; decays: whether the rate falls to 0 in a line, or stays."""
+    """How models are trained: SGD with momentum 0.9. decays: Whether the rate falls linearly to 0 or stays constant."""
 
     epochs: int
     batch: int
@@ -167,9 +169,9 @@ class Training:
 
 
 def train(task: Task, orders: Sequence[tuple[Setting, int]], how: Training) -> tuple[np.ndarray, np.ndarray]:
-    """Train one small network (one hidden layer of 96) for each setting and seed, side by side in one batched product.
+    """Train one small network (one hidden layer of 96) for each setting and seed, all in one batched product.
 
-    Networks of equal seeds start equal.
+    Networks with equal seeds start equal.
 
     Returns:
         Held-out loss and held-out accuracy, float64[m] each.

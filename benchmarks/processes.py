@@ -1,4 +1,4 @@
-"""What a process and its children take: processor seconds and private memory, from /proc."""
+"""Processor time and private memory of a process and its children, from /proc."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PRIVATE = ("Pss_Anon:", "Pss_Shmem:")
 
 
 def _family() -> list[int]:
-    """This process and all living ones below it."""
+    """Return this process and all its living descendants."""
     children: dict[int, list[int]] = {}
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
@@ -26,7 +26,7 @@ def _family() -> list[int]:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat after the name, which may hold spaces; none if the process is gone."""
+    """Return the fields of /proc/PID/stat after the name, which may contain spaces; none if the process has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -34,13 +34,13 @@ def _stat(pid: int) -> list[str]:
 
 
 def cpu_s() -> float:
-    """Processor seconds of this process, of its living children, and of those that were waited for."""
+    """Return the processor seconds of this process, its living children, and the children that were waited for."""
     fields = [found for pid in _family() if (found := _stat(pid))]
     return sum(int(value) for found in fields for value in found[11:15]) / os.sysconf("SC_CLK_TCK")
 
 
 def private_bytes() -> int:
-    """Memory of this process and its children that is not a mapped file; what they share counts once."""
+    """Return the memory of this process and its children that is not a mapped file; shared memory counts once."""
     n_kib = 0
     for pid in _family():
         try:
@@ -52,9 +52,9 @@ def private_bytes() -> int:
 
 
 class PeakMemory:
-    """Looks at `private_bytes` all the time while it is entered; not while something is timed, it costs processor time.
+    """Samples `private_bytes` continuously inside its block. It takes processor time: do not time anything meanwhile.
 
-    n_bytes: the most that was seen.
+    n_bytes: Maximum that was sampled.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""JSON rows of benchmarks: one a case, with the machine it ran on, and tables of them for people."""
+"""Result rows of benchmarks as JSON lines, one per case, with the machine; and printed tables of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VERSIONED = ("torch", "torchdata", "numpy", "pyarrow")
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on: processor, cores that may be used, memory, kernel, versions, and when."""
+    """Return the facts that figures depend on: processor, usable cores, memory, kernel, versions and time."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -43,19 +43,19 @@ def _processor() -> str:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Smallest, median and largest of some repetitions."""
+    """Return the minimum, median and maximum of repetitions."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as JSON lines, in place of what the file held; the machine stands in each row that has none yet."""
+    """Write rows as JSON lines, replacing the file's content. Rows without a machine get this one."""
     here = machine()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({**here, **row}) + "\n" for row in rows))
 
 
 def table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Text columns: the first to the left, the others to the right."""
+    """Return a text table: the first column left-aligned, the others right-aligned."""
     widths = [max(len(line[i]) for line in (titles, *lines)) for i in range(len(titles))]
     cells = [
         [

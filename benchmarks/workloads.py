@@ -1,4 +1,4 @@
-"""What the loaders are measured on: the shapes of the records, by name."""
+"""Workloads of the loader benchmarks: the shapes of the records, by name."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ class Field:
     """One column of random values.
 
     Attributes:
-        name: of the column.
-        kind: "array" (fixed dtype and shape), "bytes" (of varied length), "text" (ASCII, of one length) or "jpeg"
-            (images that are served decoded, cut to the centre square and resized).
-        dtype, shape: of an array's record.
-        n_bytes: of a record; of bytes the mean, of images a guess.
+        name: Name of the column.
+        kind: "array" (fixed dtype and shape), "bytes" (varying length), "text" (ASCII of fixed length) or "jpeg"
+        (images
+            that are served decoded, cropped to the centre square and resized).
+        dtype, shape: Dtype and shape of an array's record.
+        n_bytes: Bytes per record; the mean for "bytes", an estimate for "jpeg".
     """
 
     name: str
@@ -31,21 +32,21 @@ class Field:
 
     @property
     def word(self) -> np.dtype[Any]:
-        """What a consumer reads the column as: 8-byte words, or 4-byte words where a record is no whole number of them.
+        """The word that a consumer reads the column in: 8 bytes, or 4 bytes if a record's size is not a multiple of 8.
 
-        A sum of words, wrapping, is the same in every order of the records and in every form of the batch.
+        A wrapping sum of words is the same for every order of the records and every layout of the batch.
         """
         return np.dtype(np.int64 if self.n_bytes % 8 == 0 else np.uint32)
 
 
 def array_field(name: str, dtype: str, shape: tuple[int, ...] = ()) -> Field:
-    """A column of arrays of one shape."""
+    """Return a column of arrays of one shape."""
     return Field(name, "array", dtype, shape, np.dtype(dtype).itemsize * int(np.prod(shape)))
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Records of some columns and an int64 column KEY, which is the record's number; served in batches."""
+    """Records with several columns and an int64 column KEY, the record's number; served in batches."""
 
     name: str
     fields: tuple[Field, ...]
@@ -54,12 +55,12 @@ class Workload:
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of a record without its number, the mean where they vary."""
+        """Bytes of a record without its number; the mean if lengths vary."""
         return sum(field.n_bytes for field in self.fields)
 
     @property
     def varied(self) -> bool:
-        """Whether a column is served as a list of objects or as one buffer and offsets."""
+        """Whether a column is served as a list of objects or as one buffer with offsets."""
         return any(field.kind in ("bytes", "text") for field in self.fields)
 
     @property
@@ -68,11 +69,11 @@ class Workload:
         return any(field.kind == "jpeg" for field in self.fields)
 
     def as_json(self) -> dict[str, Any]:
-        """What `workload_of` takes."""
+        """Return the JSON form that `workload_of` reads."""
         return asdict(self)
 
     def describe(self) -> str:
-        """The columns in words."""
+        """Return a description of the columns."""
         texts = {"bytes": "bytes of varied length, mean {0.n_bytes:,}", "text": "text of {0.n_bytes} bytes"}
         texts |= {"array": "{0.dtype}{1}", "jpeg": f"JPEG {IMAGE_WIDTH}x{IMAGE_HEIGHT} decoded to {DECODED_SIZE}"}
         columns = [texts[field.kind].format(field, list(field.shape)) for field in self.fields]
@@ -80,7 +81,7 @@ class Workload:
 
 
 def workload_of(value: dict[str, Any]) -> Workload:
-    """A workload from its JSON form."""
+    """Return a workload from its JSON form."""
     fields = tuple(Field(**{**field, "shape": tuple(field["shape"])}) for field in value["fields"])
     return Workload(**{**value, "fields": fields})
 
@@ -96,10 +97,10 @@ WORKLOADS = {workload.name: workload for workload in (TOKENS, BYTES, TENSORS, RO
 
 
 def scaled(workload: Workload, scale: float) -> Workload:
-    """The workload with so many times its records; at least two batches and a short one."""
+    """Return the workload with its number of records scaled; at least two batches and a short one."""
     return replace(workload, n_records=max(int(workload.n_records * scale), 2 * workload.batch_size + 3))
 
 
 def first_of(workload: Workload, n_records: int) -> Workload:
-    """The workload with its first records only, so many of them; itself, if it has no more."""
+    """Return the workload with its first n_records records, or itself if it has no more."""
     return replace(workload, n_records=min(n_records, workload.n_records))

@@ -1,9 +1,10 @@
-/* Ask the memory for what is copied soon, and is more than a line or two: into the second cache.
+/* Prefetch the source lines of upcoming copies into L2. Used for rows that are longer than one or two cache lines.
  *
- * The first has few places for lines that are still to come; and what is asked for without keeping (prefetchnta, the compiler's locality 0) is on
- * Intel's processors in no other, so that it is gone, or in the way, when it is copied. Measured on a Granite Rapids, two threads, against that: rows
- * of 12 KiB at random places 1.15 times the speed, runs of 256 KiB 1.15, by copy_pieces (copy.c) 1.6. On a Zen 4 rows of up to 4 KiB came at 1.2 to
- * 1.5 times the speed, longer ones at the same.
+ * L1 can track only a few outstanding lines. A non-temporal prefetch (prefetchnta, the compiler's locality 0) fills no
+ * other cache on Intel processors, so the line may be evicted before it is copied. Measured against prefetchnta on a
+ * Granite Rapids with two threads: random rows of 12 KiB and runs of 256 KiB are copied at 1.15 times the speed, and
+ * copy_pieces (copy.c) reaches 1.6 times. On a Zen 4, rows of up to 4 KiB reach 1.2 to 1.5 times, and longer rows do
+ * not change.
  */
 #ifndef TC_ASK_H
 #define TC_ASK_H
@@ -12,15 +13,16 @@
 
 enum { LINE = 64, PAGE = 4096 };
 
-/* The lines that hold n_bytes from `at` on. */
+/* Prefetch the cache lines that hold n_bytes from address `at`. */
 static inline void ask_lines(const uint8_t *at, size_t n_bytes) {
     const uint8_t *end = at + n_bytes;
     for (at -= (uintptr_t)at & (LINE - 1); at < end; at += LINE) __builtin_prefetch(at, 0, 2);
 }
 
-/* The first lines of each page of a long row; the processor goes on from there by itself, as far as the page goes. Finding where a page lies (its
- * address translated) takes some 200 ns in a virtual machine, and several are found at a time only if they are asked for one right after the other.
- * Of a very long row the first pages only: who copies it asks for the others. */
+/* Prefetch the first lines of each page of a long row. The hardware prefetcher continues from there to the end of the
+ * page. An address translation takes about 200 ns in a virtual machine, and several translations overlap only if their
+ * prefetches follow each other directly. Of a very long row only the first pages are prefetched here; the copy loop
+ * prefetches the rest. */
 static inline void ask_row(const uint8_t *row, size_t n_bytes) {
     enum { PAGE_START_BYTES = 8 * LINE, MOST_BYTES = 8 * PAGE };
     const uint8_t *end = row + (n_bytes < MOST_BYTES ? n_bytes : MOST_BYTES);

@@ -2,8 +2,8 @@
 
 #include <stdlib.h>
 
-/* A share takes some 20 us: long beside the lock, short beside what the consumer may have to wait for another's. Shares of half and of twice
- * the size gave the same. */
+/* Copying this much takes about 20 us: long compared with taking the lock, and short compared with the time that the
+ * consumer may wait for another thread's range. Half and twice the size gave the same. */
 enum { SHARE_BYTES = 256 << 10 };
 
 void tc_batch_reset(tc_batch *batch, size_t n_rows, uint64_t first_row) {
@@ -30,7 +30,8 @@ void tc_batch_add(tc_batch *batch, const tc_part *part) {
     batch->parts[batch->n_parts++] = *part;
 }
 
-/* While they are few: of a whole window they would be 8 bytes a row to be written to memory and read again, by one thread. */
+/* Rows are located per batch, while they are few. The locations of a whole window would be 8 bytes per row that one
+ * thread writes to memory and reads again. */
 void tc_batch_find_rows(tc_batch *batch) {
     for (size_t p = 0, done = 0; p < batch->n_parts; done += batch->parts[p++].n) {
         tc_part *part = &batch->parts[p];
@@ -40,7 +41,7 @@ void tc_batch_find_rows(tc_batch *batch) {
             part->row = plan->row + part->first;
             continue;
         }
-        if (batch->n_found < batch->n_rows) { /* at the first such part: none refers to it yet */
+        if (batch->n_found < batch->n_rows) { /* At the first such part, so that no part refers to the old memory yet. */
             uint32_t *found = realloc(batch->found, 2 * batch->n_rows * sizeof *found);
             if (found == NULL) {
                 batch->status = TC_NOMEM;

@@ -3,8 +3,8 @@
 #include <float.h>
 #include <string.h>
 
-/* One loop for each pair, which the compiler vectorises: no branches, what does not fit is or-ed together and looked at behind the loop. Checks
- * that a pair does not need are constants, so that its loop has none. */
+/* One loop per pair of dtypes, without branches, so that the compiler vectorises it: what does not fit is or-ed into
+ * one variable, which is examined after the loop. Checks that a pair does not need are compile-time constants. */
 
 #define ANY_PLACE __attribute__((aligned(1), may_alias))
 typedef uint8_t ANY_PLACE any_u8;
@@ -33,16 +33,18 @@ static inline float float_of(uint32_t bits) {
 
 static inline float widen_bf16(uint16_t bits) { return float_of((uint32_t)bits << 16); }
 
-/* a where mask is all ones, b where it is zero: compilers make branches of ?: where a side is float arithmetic, and then no vectors. */
+/* a where mask is all ones, b where it is zero. For ?: with float arithmetic on one side compilers generate branches,
+ * and then no vector code. */
 static inline uint32_t choose(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
 
 static inline uint32_t mask_if(int is_so) { return (uint32_t)-is_so; }
 
-/* In whole numbers, and tiny ones by a subtraction of normal floats: right in a thread that takes denormal floats for zero too. */
+/* Integer arithmetic, and a subtraction of normal floats for subnormal halves: right in threads that flush subnormal
+ * floats to zero, too. */
 static inline float widen_f16(uint16_t half) {
     uint32_t rest = (uint32_t)(half & 0x7fff) << 13, exponent = rest & 0x0f800000u;
     uint32_t tiny = bits_of(float_of(rest + (113u << 23)) - float_of(113u << 23));
-    uint32_t normal = rest + (112u << 23) + (mask_if(exponent == 0x0f800000u) & (112u << 23)); /* infinity and NaN: to the end */
+    uint32_t normal = rest + (112u << 23) + (mask_if(exponent == 0x0f800000u) & (112u << 23)); /* Infinity and NaN: the largest exponent. */
     uint32_t sign = (uint32_t)(half & 0x8000) << 16;
     return float_of(choose(mask_if(exponent == 0), tiny, normal) | sign);
 }
@@ -56,12 +58,13 @@ static inline uint16_t round_to_bf16(float value) {
 static inline uint16_t round_to_f16(float value) {
     uint32_t sign = (bits_of(value) >> 16) & 0x8000, bits = bits_of(value) & 0x7fffffff;
     uint32_t normal = (bits - (112u << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
-    uint32_t tiny = bits_of(float_of(bits) + 0.5f) - bits_of(0.5f); /* 0.5 has its last bit where the least float16 has */
+    uint32_t tiny = bits_of(float_of(bits) + 0.5f) - bits_of(0.5f); /* The last bit of 0.5f has the value of the smallest float16. */
     uint32_t large = 0x7c00 | (mask_if(bits > 0x7f800000) & 0x200);
     return (uint16_t)(sign | choose(mask_if(bits >= 0x47800000), large, choose(mask_if(bits < 0x38800000), tiny, normal)));
 }
 
-/* The float next to zero of the two, with its last bit set, where neither is exact: rounded on from there, the result is as if rounded once. */
+/* Round to odd: if the value is not exact, return the neighbour nearer to zero with its last bit set. Rounding this
+ * result again to a shorter type is the same as rounding once. */
 static inline float round_to_odd(double value) {
     float nearest = (float)value;
     double back = (double)nearest;
@@ -70,7 +73,8 @@ static inline float round_to_odd(double value) {
     return float_of((bits_of(nearest) - is_away) | is_inexact);
 }
 
-/* from, to: short names of dtypes. body: makes `out`, of the target's stored type, of `in`, and ors into `wrong` what does not fit. */
+/* from, to: Short names of dtypes. body: Computes `out`, in the target's stored type, from `in`, and ors into `wrong`
+ * what does not fit. */
 #define CASTER(from, to, wrong_type, body)                                                                                     \
     static uint64_t from##_to_##to(const uint8_t *restrict source, uint8_t *restrict target, size_t n) {                       \
         const STORED_##from *ins = (const STORED_##from *)source;                                                              \
@@ -94,7 +98,7 @@ static inline float round_to_odd(double value) {
 #define STORED_f32 any_f32
 #define STORED_f64 any_f64
 
-/* The type to count what is wrong in, as wide as the source, so that a loop's lanes are of one width. */
+/* Type of `wrong`: as wide as the source, so that all lanes of a loop have one width. */
 #define WRONG_bool uint8_t
 #define WRONG_u8 uint8_t
 #define WRONG_i8 uint8_t
@@ -105,7 +109,7 @@ static inline float round_to_odd(double value) {
 #define WRONG_u64 uint64_t
 #define WRONG_i64 uint64_t
 
-#define VALUE_bool(in) ((uint8_t)((in) != 0)) /* any byte but 0 is stored truth */
+#define VALUE_bool(in) ((uint8_t)((in) != 0)) /* Any stored byte but 0 is true. */
 #define VALUE_u8(in) (in)
 #define VALUE_i8(in) (in)
 #define VALUE_u16(in) (in)
@@ -125,8 +129,8 @@ static inline float round_to_odd(double value) {
 #define TYPE_u64 uint64_t
 #define TYPE_i64 int64_t
 
-/* A number that is not the same when it comes back, and one whose sign is taken for a digit or the other way round; of bool all but the last
- * bit. Without a comparison, which SSE2 has not for 64 bits. */
+/* Nonzero if the number changes when it is converted and back, or if a sign bit becomes a value bit or the other way
+ * round; for bool, if any bit but the last is set. Without a comparison, because SSE2 has none for 64 bits. */
 #define IS_SIGNED(type) ((TYPE_##type)-1 < 1)
 #define TURNS_SIGN(from, to)                                                                                                   \
     ((IS_SIGNED(from) && !IS_SIGNED(to)) ||                                                                                    \
@@ -151,8 +155,9 @@ static inline float round_to_odd(double value) {
         outs[i] = (TYPE_##to)in;                                                                                               \
     })
 
-/* Whether a float is the integer that it was made of. Up to 32 bits doubles have them all; of 64 bits the float is looked at as an integer
- * again, which is defined only inside the type: of float16 it may be infinity on either side. */
+/* Whether a float differs from the integer that it was made from. A double represents all integers of up to 32 bits.
+ * For 64 bits, the float is converted back to an integer, which is defined only inside the range of the type; a float16
+ * may be infinite in either direction. */
 #define DIFFERS_32(in, back) ((double)(back) != (double)(in))
 #define DIFFERS_bool DIFFERS_32
 #define DIFFERS_u8 DIFFERS_32
@@ -180,9 +185,9 @@ static inline float round_to_odd(double value) {
 #define HELD_f16 uint16_t
 #define HELD_bf16 uint16_t
 
-/* All integers of the type are floats of the other: nothing to check. */
+/* Every integer of the source type is exact in the target type: nothing to check. */
 #define EXACT(from, to) CASTER(from, to, uint64_t, outs[i] = OUT_##to(VALUE_##from(ins[i])))
-/* Rounded by way of float where the target is a short one: an integer that is exactly one of those is exactly a float. */
+/* Integers reach float16 and bfloat16 by way of float: an integer that is exact in one of them is exact in float. */
 #define TO_FLOAT(from, to)                                                                                                     \
     CASTER(from, to, uint64_t, {                                                                                               \
         TYPE_##from in = VALUE_##from(ins[i]);                                                                                 \
@@ -225,7 +230,7 @@ INTEGERS_FROM(i32)
 INTEGERS_FROM(u64)
 INTEGERS_FROM(i64)
 
-/* float16 has integers to 2048, bfloat16 to 256, float32 to 2^24, float64 to 2^53. */
+/* All integers up to these are exact: float16 2048, bfloat16 256, float32 2^24, float64 2^53. */
 EXACT(bool, f16)
 EXACT(u8, f16)
 EXACT(i8, f16)
@@ -265,7 +270,7 @@ TO_FLOAT(i64, f64)
 
 WIDEN(f16, f32)
 WIDEN(f16, f64)
-WIDEN(f16, bf16) /* rounds, and nothing that float16 has is too large */
+WIDEN(f16, bf16) /* Rounds; no float16 is too large for bfloat16. */
 WIDEN(bf16, f32)
 WIDEN(bf16, f64)
 NARROW(bf16, f16, )

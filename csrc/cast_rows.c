@@ -1,25 +1,25 @@
-/* The gather of streams that are cast: as gather.c's kernels, with a cast where they copy. */
+/* The gather of streams with a cast: the kernels of gather.c, with a cast in place of the copy. */
 #include "cast.h"
 #include "copy.h"
 
 #include "runs.h"
 
-/* Rows up to SMALL_BYTES are gathered into a buffer that stays in the first cache, and cast from there, many in one call: of 8 bytes each
- * a call would cost more than the row. */
+/* Rows of up to SMALL_BYTES are gathered into a buffer that stays in L1, and cast from there, many rows in one call.
+ * For rows of 8 bytes, a call per row would cost more than the row. */
 enum { AHEAD = 6, SMALL_BYTES = 128, BUFFER_BYTES = 4096, PIECE_BYTES = 2048 };
 
 size_t tc_cast_bytes(const tc_stream *stream, size_t n_bytes) {
     return stream->to == TC_AS_IS ? n_bytes : n_bytes / tc_dtype_bytes(stream->from) * tc_dtype_bytes(stream->to);
 }
 
-/* width: bytes of a row as it is gathered. */
+/* width: Bytes of a gathered row. */
 static uint64_t cast_buffered(const tc_stream *stream, const tc_rows *rows, size_t width, uint8_t *values) {
     uint8_t buffer[BUFFER_BYTES] __attribute__((aligned(64)));
     tc_caster cast = tc_caster_of(stream->from, stream->to);
     tc_stream plain = {.kind = stream->kind, .width = stream->width};
     size_t step = BUFFER_BYTES / width, n_elements = width / tc_dtype_bytes(stream->from), out_bytes = tc_cast_bytes(stream, width);
     uint64_t wrong = 0;
-    int passed = tc_copy_pass(0); /* if a source cannot be read, it stays so, until the thread begins anew */
+    int passed = tc_copy_pass(0); /* If a source cannot be read, the setting stays off until the thread starts its next copy. */
     for (size_t first = 0; first < rows->n; first += step) {
         tc_rows some = *rows;
         some.block += first;
@@ -33,7 +33,8 @@ static uint64_t cast_buffered(const tc_stream *stream, const tc_rows *rows, size
     return wrong;
 }
 
-/* A long run, a piece at a time, with the next piece asked for: the processor's own prefetch ends at each page. */
+/* Cast a long run piece by piece, and prefetch the next piece, because the hardware prefetcher stops at the end of each
+ * page. */
 static uint64_t cast_long(const tc_stream *stream, uint8_t *to, const uint8_t *from, size_t n_bytes) {
     tc_caster cast = tc_caster_of(stream->from, stream->to);
     size_t from_bytes = tc_dtype_bytes(stream->from), out_bytes = tc_cast_bytes(stream, PIECE_BYTES);
@@ -59,7 +60,7 @@ static uint64_t cast_wide(const tc_stream *stream, const tc_rows *rows, uint8_t 
     return wrong;
 }
 
-/* As gather.c: sizes are tc_measure's, each start is read again and so checked again. */
+/* As in gather.c: the sizes are those of tc_measure. The start is read again here and therefore checked again. */
 static int cast_var(const tc_stream *stream, const tc_rows *rows, const tc_sink *sink, uint64_t *wrong) {
     const size_t n = rows->n, width = stream->width, out_bytes = tc_cast_bytes(stream, width);
     const int64_t *offsets = sink->offsets;

@@ -1,4 +1,5 @@
-/* The checks of gather.h: pages on first touch, in the gathering thread. A page that was right is one byte load for each later row. */
+/* The checks of gather.h: the gathering thread checks a page when it first touches it. For each later row of a verified
+ * page, the check is one load of a byte. */
 #include <stdatomic.h>
 
 #include "copy.h"
@@ -17,8 +18,8 @@ void tc_gather_init(int crc_kernel) {
     kernel = crc_kernel;
 }
 
-/* Relaxed: the byte says that the mapping's bytes were right, and those are seen by every thread without it. Two threads that find a 0
- * both sum the page and both write 1. */
+/* Relaxed order is sufficient: the byte says that the mapping's bytes were right, and every thread sees those bytes
+ * anyway. Two threads that both find 0 both compute the checksum and both write 1. */
 static int was_right(const tc_chunk *chunk, size_t page) {
     return atomic_load_explicit((_Atomic uint8_t *)&chunk->checked[page], memory_order_relaxed);
 }
@@ -31,7 +32,7 @@ __attribute__((noinline, cold)) static int sum_is_right(const tc_chunk *chunk, s
     return 1;
 }
 
-/* The first wrong page under n_bytes > 0 of a chunk that is to be checked, or NONE. */
+/* The first wrong page among those of n_bytes > 0 at `from`, in a chunk that is to be checked, or NONE. */
 static inline int64_t wrong_page(const tc_chunk *chunk, const void *from, size_t n_bytes) {
     size_t start = (size_t)((const uint8_t *)from - chunk->base);
     for (size_t page = start / PAGE_BYTES; page <= (start + n_bytes - 1) / PAGE_BYTES; page++)
@@ -43,7 +44,6 @@ int64_t tc_check_chunk(const tc_chunk *chunk) {
     return chunk->checked == NULL || chunk->n_bytes == 0 ? NONE : wrong_page(chunk, chunk->base, chunk->n_bytes);
 }
 
-/* Rows of fixed width: 0 or TC_CORRUPT. */
 static int check_fixed(size_t width, const tc_rows *rows, tc_fault *fault) {
     if (width == 0) return 0;
     for (size_t i = 0, k; i < rows->n; i += k) {
@@ -71,7 +71,8 @@ static int check_bits(const tc_rows *rows, tc_fault *fault) {
 
 static const tc_chunk unchecked = {NULL, 0, NULL, NULL};
 
-/* Offsets first, for they say which pages of values are needed; they are checked again where they are used. */
+/* The offsets are checked first, because they tell which pages of values are needed. They are checked again where they
+ * are used. */
 static int check_var(size_t width, const tc_rows *rows, tc_fault *fault) {
     for (size_t i = 0, k; i < rows->n; i += k) {
         k = run_at(rows, i);

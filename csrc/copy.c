@@ -2,12 +2,13 @@
 
 #include "ask.h"
 
-/* Below 2 KiB, where libc would turn to a string instruction: 1.1 to 1.5 times the speed of one call for runs of 16 KiB and more. */
+/* Below 2 KiB, the size at which libc's memcpy changes to a string instruction. Runs of 16 KiB and more are copied at
+ * 1.1 to 1.5 times the speed of one memcpy. */
 enum { PIECE_BYTES = 31 * LINE };
-/* So much of the next page is asked for while one is copied: the processor's own prefetch ends at each page, and begins again there. With it runs
- * are copied at 1.2 times the speed; twice as much gives the same. */
+/* Bytes of the next page that are prefetched while a page is copied: the hardware prefetcher stops at the end of each
+ * page and starts again. Runs are copied at 1.2 times the speed; twice as many bytes give the same. */
 enum { NEXT_BYTES = 8 * LINE };
-enum { PASS_AHEAD = 1024 }; /* as far ahead is asked for what is copied past the caches */
+enum { PASS_AHEAD = 1024 }; /* Prefetch distance in bytes for copies with non-temporal stores. */
 
 static void copy_pieces(uint8_t *to, const uint8_t *from, size_t n_bytes) {
     while (n_bytes > PIECE_BYTES) {
@@ -25,9 +26,9 @@ static void copy_pieces(uint8_t *to, const uint8_t *from, size_t n_bytes) {
 #include <cpuid.h>
 #include <immintrin.h>
 
-static int has_quick_string;     /* it says so itself: ERMS and FSRM */
-static int can_pass;             /* the caches by: measured on AMD's processors only */
-static _Thread_local int passes; /* this thread does, just now */
+static int has_quick_string;     /* The processor reports ERMS and FSRM. */
+static int can_pass;             /* Non-temporal stores are used on AMD processors only, where they were measured. */
+static _Thread_local int passes; /* The setting of tc_copy_pass for this thread. */
 
 void tc_copy_init(int kernel) {
     enum { ERMS = 1 << 9, FSRM = 1 << 4 };
@@ -54,7 +55,8 @@ static inline void copy_string(uint8_t *to, const uint8_t *from, size_t n_bytes)
     __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(n_bytes)::"memory");
 }
 
-/* Whole lines are written, so the target is aligned first. Then pieces end where the source's pages do, or less than a line before. */
+/* The string instruction writes whole lines if the target is aligned, so the target is aligned first. Each piece then
+ * ends where a source page ends, or less than a line before. */
 static void copy_pages(uint8_t *to, const uint8_t *from, size_t n_bytes) {
     size_t n = -(uintptr_t)to & (LINE - 1);
     memcpy(to, from, LINE);
@@ -68,7 +70,7 @@ static void copy_pages(uint8_t *to, const uint8_t *from, size_t n_bytes) {
     copy_string(to, from, n_bytes);
 }
 
-/* Past the caches: whole lines, each written at once. */
+/* Copy with non-temporal stores: whole lines, each written at once. */
 __attribute__((target("avx2"))) static void copy_lines(uint8_t *to, const uint8_t *from, size_t n_bytes) {
     size_t n = -(uintptr_t)to & (LINE - 1);
     memcpy(to, from, n);
@@ -82,7 +84,8 @@ __attribute__((target("avx2"))) static void copy_lines(uint8_t *to, const uint8_
     memcpy(to, from, n_bytes);
 }
 
-/* Where the target lies 1 to 31 bytes behind the source, counted within a page, the instruction takes four times as long here. */
+/* If the target is 1 to 31 bytes after the source (modulo the page size), the instruction takes four times as long on a
+ * Zen 4. */
 static int is_quick(const uint8_t *to, const uint8_t *from) {
     return has_quick_string && (((uintptr_t)to - (uintptr_t)from - 1) & (PAGE - 1)) >= LINE;
 }

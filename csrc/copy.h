@@ -1,8 +1,9 @@
-/* Copies of a kilobyte and more from memory that is in no cache to memory that is: rows, and runs of rows, from mapped shards to slots.
+/* Copies of 1 KiB and more from uncached memory to cached memory: rows and runs of rows from mapped shards to slots.
  *
- * The processor's string instruction writes whole lines without reading them first; glibc's memcpy, which does not use it on AMD's processors,
- * reads them. Measured on a Zen 4, two threads, from a mapped file, times memcpy's speed: rows at random places of 12 KiB 1.20, 4 KiB 1.17, 2 KiB
- * 1.12, 1 KiB 1.05; runs of 256 KiB 1.2 to 1.4, which is the speed of reading alone.
+ * The processor's string instruction (rep movsb) writes whole lines without reading them first. glibc's memcpy does not
+ * use this instruction on AMD processors and reads the target lines. Measured on a Zen 4 with two threads from a mapped
+ * file, relative to memcpy: random rows of 12 KiB 1.20, 4 KiB 1.17, 2 KiB 1.12, 1 KiB 1.05; runs of 256 KiB 1.2 to 1.4,
+ * which is the speed of reading alone.
  */
 #ifndef TC_COPY_H
 #define TC_COPY_H
@@ -11,19 +12,21 @@
 
 enum { TC_LONG_COPY = 1024 };
 
-/* Look at the processor, unless portable kernels are asked for (kernel 0, as in crc32c.h). Once a process; before it, and where the
- * instruction is slow, copies are memcpy's. */
+/* Detect the processor's features, unless `kernel` is 0 (portable, as in crc32c.h). Call it once per process. Before
+ * this call, and on processors with a slow string instruction, long copies use memcpy. */
 void tc_copy_init(int kernel);
 
-/* Whether this processor copies past its caches; where not, tc_copy_pass changes nothing. */
+/* Whether this processor can copy with non-temporal stores. If not, tc_copy_pass has no effect. */
 int tc_copy_can_pass(void);
 
-/* Have this thread's long copies, until tc_copy_end, pass the caches by on their way to memory, or not: for what a core of another cache reads
- * next (distance.h), for 128 KiB came from that cache at 3 GB/s and from memory at 26. Not for what the thread itself reads again at once: a buffer
- * of 4 KiB took five times as long. Returns whether they did before. */
+/* Turn non-temporal stores for this thread's long copies on or off, until tc_copy_end. Turn them on if a core with
+ * another cache reads the data next (distance.h): measured, such a core read 128 KiB from the writer's cache at 3 GB/s
+ * and from memory at 26 GB/s. Leave them off for data that this thread reads again at once: a 4 KiB buffer took five
+ * times as long. Returns the previous setting. */
 int tc_copy_pass(int on);
 
-/* Before others are told of what this thread has copied: what passed the caches by is then there. Its copies pass them no more. */
+/* End this thread's copies before other threads are told about the data: waits until non-temporal stores have reached
+ * memory, and turns non-temporal stores off. */
 void tc_copy_end(void);
 
 void tc_copy_long(uint8_t *to, const uint8_t *from, size_t n_bytes);

@@ -1,7 +1,9 @@
-/* Three ideas: table slicing for every processor; the CRC instruction on three independent runs at once, because its latency is three
- * times its throughput; and sums of neighbours joined by multiplying with a power of x, which is what appending zero bytes does.
+/* Three techniques: table slicing for every processor; the CRC instruction on three independent parts at once, because
+ * its latency is three times its throughput; and joining the checksums of neighbours by multiplication with a power of
+ * x, which is what appending zero bytes does.
  *
- * Polynomials over GF(2) are kept reflected, as the instruction does: bit 31 is x^0, so a shift right multiplies by x.
+ * Polynomials over GF(2) are stored reflected, as the instruction does: bit 31 is x^0, so a shift to the right
+ * multiplies by x.
  */
 #include "crc32c.h"
 
@@ -26,15 +28,16 @@
 #include <arm_acle.h>
 #define TC_STEP8(crc, word) __crc32cd((crc), (word))
 #define TC_STEP1(crc, byte) __crc32cb((crc), (byte))
-#define TC_HWCAP_CRC32 (1UL << 7) /* HWCAP_CRC32 of the kernel's ABI; old libc headers lack the name */
+#define TC_HWCAP_CRC32 (1UL << 7) /* HWCAP_CRC32 of the kernel's ABI; old libc headers do not define it. */
 #endif
 
 static const uint32_t POLYNOMIAL = 0x82f63b78u;
-static const uint32_t X0 = 0x80000000u; /* the polynomial 1 */
+static const uint32_t X0 = 0x80000000u; /* The polynomial 1. */
 
-/* slices[k][b]: what byte b adds to the sum after k more bytes */
+/* slices[k][b]: contribution of byte b to the checksum after k more bytes. */
 static uint32_t slices[8][256];
-/* powers[k] = x^(2^k). The order of x is 2^31 - 1, so x^(2^31) is x again and 31 of them reach any power. */
+/* powers[k] = x^(2^k). The order of x is 2^31 - 1, so x^(2^31) is x again, and 31 powers are sufficient for any
+ * exponent. */
 enum { N_POWERS = 31 };
 static uint32_t powers[N_POWERS];
 
@@ -47,7 +50,7 @@ static uint32_t times(uint32_t a, uint32_t b) {
     return product;
 }
 
-/* x^(8 n_bytes): what a sum is multiplied by when n_bytes zero bytes follow */
+/* x^(8 n_bytes): the factor for a checksum that is followed by n_bytes zero bytes. */
 static uint32_t power_of_bytes(uint64_t n_bytes) {
     uint32_t power = X0;
     for (unsigned k = 3; n_bytes; n_bytes >>= 1, k++)
@@ -76,7 +79,7 @@ static uint32_t run_portable(uint32_t crc, const uint8_t *p, size_t n) {
 }
 
 #ifdef TC_HARDWARE
-/* Two lengths of a run, so that little is left for the slow single stream: joining costs about as much as 100 bytes. */
+/* Two part lengths, so that few bytes remain for the slow single stream: joining costs about as much as 100 bytes. */
 enum { LONG_BYTES = 4096, SHORT_BYTES = 256 };
 static uint32_t after_long[4][256], after_short[4][256];
 
@@ -163,7 +166,7 @@ int tc_crc32c_many(int kernel, const uint64_t *addresses, const uint64_t *length
     return 0;
 }
 
-/* A frame of its own: what changes here must not live in the frame that a fault jumps back to. */
+/* A separate frame: variables that change here must not be in the frame that a fault jumps back to. */
 __attribute__((noinline)) static uint32_t run_pages(int kernel, const uint8_t *data, size_t n, size_t page_bytes, uint32_t *out) {
     const uint32_t power = power_of_bytes(page_bytes);
     uint32_t whole = 0;

@@ -4,11 +4,12 @@
 
 #include "clock.h"
 
-/* Per line; and so many answers more of one sort than of the other, for a thread may lose its processor while it reads. */
+/* FAR_NS is per line. The estimate changes only after several measurements agree (AGREE), because a thread may lose its
+ * processor while it reads. */
 enum { FAR_NS = 90, AGREE = 3, UNWRITTEN = 512, STALE_NS = 1000000 };
 
-/* Each in a page of its own, and each says which one is read next: lines of one page the processor fetches before it is asked, and eight of a far
- * core took 330 to 410 ns instead of 1,150; those of a near one 100 to 140, and 270. */
+/* Each line is in a page of its own and names the next line to read. The hardware prefetches lines of one page: eight
+ * lines of a far core then took 330 to 410 ns instead of 1,150, and those of a near core 100 to 140 ns instead of 270. */
 static _Atomic uint32_t *line(tc_distance *distance, size_t number) {
     return (_Atomic uint32_t *)(distance->memory + number * TC_DISTANCE_STRIDE);
 }
@@ -42,10 +43,12 @@ static uint32_t read_line(tc_distance *distance, size_t number) { return atomic_
 void tc_distance_look(tc_distance *distance) {
     if (tc_distance_step(distance) != MARKED) return;
     uint32_t at = 0;
-    for (size_t i = 0; i < TC_DISTANCE_LINES; i++) at += *(volatile uint8_t *)((uint8_t *)line(distance, i) + UNWRITTEN); /* finds the page */
-    uint64_t before_ns = now_ns(), start_ns = now_ns(); /* what taking the time takes is not counted */
+    /* Loads the page's address translation. */
+    for (size_t i = 0; i < TC_DISTANCE_LINES; i++) at += *(volatile uint8_t *)((uint8_t *)line(distance, i) + UNWRITTEN);
+    uint64_t before_ns = now_ns(), start_ns = now_ns(); /* The cost of reading the clock is subtracted. */
     for (size_t i = 0; i < TC_DISTANCE_LINES; i++) at = read_line(distance, at % TC_DISTANCE_LINES);
-    uint64_t end_ns = now_ns() + at / TC_DISTANCE_LINES; /* once the last line has come, which holds no such number */
+    /* Depends on the last line, so that the clock is read after it has arrived; the line's value adds 0. */
+    uint64_t end_ns = now_ns() + at / TC_DISTANCE_LINES;
     if (start_ns < atomic_load_explicit(&distance->marked_ns, memory_order_relaxed) + STALE_NS)
         tc_distance_learn(distance, end_ns - start_ns > start_ns - before_ns + FAR_NS * TC_DISTANCE_LINES);
     go_to(distance, IDLE);

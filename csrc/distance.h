@@ -1,12 +1,14 @@
-/* Distance: whether what one thread writes is far from the one that reads it. Between cores of one cache a line that was just written takes some
- * 40 ns to come, from a core of another 150 and more. Which of the two holds is nowhere to be read in a virtual machine, whose host moves its
- * processors as it likes: within seconds here. So the writer writes some lines now and then, and the reader takes the time of reading them. */
+/* Core distance: whether the thread that reads batches runs on a core that shares a cache with the thread that writes
+ * them. A line that was just written takes about 40 ns to read within one cache, and 150 ns or more from a core with
+ * another cache. A virtual machine does not expose its topology, and the host moves virtual processors between cores
+ * within seconds, so the distance is measured: the writer writes a few lines from time to time, and the reader times
+ * its reads of them. */
 #ifndef TC_DISTANCE_H
 #define TC_DISTANCE_H
 #include <stdatomic.h>
 #include <stdint.h>
 
-enum { TC_DISTANCE_LINES = 8, TC_DISTANCE_STRIDE = 4096 + 7 * 64 }; /* not in one set of a cache */
+enum { TC_DISTANCE_LINES = 8, TC_DISTANCE_STRIDE = 4096 + 7 * 64 }; /* Lines with this distance do not fall into one set of a cache. */
 
 typedef struct {
     _Alignas(4096) uint8_t memory[TC_DISTANCE_LINES * TC_DISTANCE_STRIDE];
@@ -14,25 +16,27 @@ typedef struct {
     _Atomic int step, is_far, score;
 } tc_distance;
 
-/* The reader's, now and then: have the lines written. Written long before they are read they would have left the caches. */
+/* Reader: request that the writer writes the lines. They are requested shortly before they are read, because old lines
+ * have left the caches. */
 void tc_distance_ask(tc_distance *distance);
 
-/* The writer's: write the lines, if that was asked for. */
+/* Writer: write the lines, if the reader has requested it. */
 void tc_distance_mark(tc_distance *distance);
 
-/* The reader's: read them, if they were written since, and learn from it; at most some 3 us. Not what was written more than a millisecond before:
- * out of all caches by then, it would look far. */
+/* Reader: time the reads of the lines, if they were written since the request, and update the estimate. Takes at most
+ * about 3 us. Lines that were written more than 1 ms ago are ignored: they have left all caches and would look far. */
 void tc_distance_look(tc_distance *distance);
 
-/* An answer: the other core was found far, or near. It takes seven more of one sort than of the other to change what is held true for long. */
+/* Add one measurement: far (1) or near (0). To change a long-held estimate, seven more measurements of one kind than of
+ * the other are needed. */
 void tc_distance_learn(tc_distance *distance, int is_far);
 
 int tc_distance_is_far(const tc_distance *distance);
 
-/* For tests: 0 idle, 1 asked for, 2 written. */
+/* For tests: 0 idle, 1 requested, 2 written. */
 int tc_distance_step(const tc_distance *distance);
 
-/* For tests: all are far (1), near (0), or as they are (-1). */
+/* For tests: report far (1) or near (0) for all distances, or what was measured (-1). */
 void tc_distance_pretend(int is_far);
 
 #endif

@@ -4,7 +4,8 @@
 #include "copy.h"
 #include "guard.h"
 
-/* Slices that take some 15 us: long beside the lock, short beside what two threads may then wait for each other. */
+/* Copying a slice takes about 15 us: long compared with taking the lock, and short compared with the time that two
+ * threads may then wait for each other. */
 enum { SLICE_BYTES = 128 << 10 };
 
 tc_slice tc_errand_slice(tc_errand *errand) {

@@ -1,29 +1,31 @@
-/* Errand: objects that the consumer has made room for, filled from their sources by all of a ring's threads, slice by slice. */
+/* Copy task: objects whose memory the consumer has allocated. All threads of a ring copy the objects from their
+ * sources, slice by slice. */
 #ifndef TC_ERRAND_H
 #define TC_ERRAND_H
 #include "gather.h"
 
-/* Owned by the caller, with refs, places and sources, until it is finished or cancelled. The ring's lock guards what is below the line. */
+/* The caller owns the task, refs, places and the sources until the task is finished or cancelled. The ring's lock
+ * guards the fields below the line. */
 typedef struct tc_errand {
-    const tc_ref *refs; /* [n], what is copied */
-    char **places;      /* [n], where to: room for refs[i].n_bytes */
+    const tc_ref *refs; /* [n] Source of each object. */
+    char **places;      /* [n] Destination of each object: refs[i].n_bytes bytes. */
     size_t n;
     /* ---- */
-    size_t begun;   /* objects before it are somebody's */
-    size_t running; /* slices that are being copied */
-    int status;     /* 0, or TC_EIO: a source could not be read */
+    size_t begun;   /* Objects before this index are copied or being copied. */
+    size_t running; /* Number of slices that threads are copying. */
+    int status;     /* 0, or TC_EIO if a source could not be read. */
     struct tc_errand *next;
 } tc_errand;
 
-/* Objects [first, stop). */
+/* The objects [first, stop) of a task. */
 typedef struct {
     size_t first, stop;
 } tc_slice;
 
-/* The next slice that nobody has begun; there is one while begun < n. */
+/* Reserve and return the next slice. There is one while begun < n. */
 tc_slice tc_errand_slice(tc_errand *errand);
 
-/* Copy a slice. 0 or TC_EIO. */
+/* Copy a slice. Returns 0 or TC_EIO. */
 int tc_errand_copy(const tc_errand *errand, tc_slice slice);
 
 #endif

@@ -6,7 +6,7 @@
 #include "runs.h"
 #include "slot.h"
 
-enum { AHEAD = 6 }; /* rows: they may be short */
+enum { AHEAD = 6 }; /* Rows: they may be short. */
 
 tc_stream tc_stored_as(const tc_stream *stream) {
     return (tc_stream){.kind = stream->kind == TC_PADDED ? TC_VAR : stream->kind, .width = stream->width};
@@ -22,7 +22,7 @@ size_t tc_form_head_bytes(const tc_form *form, size_t n) { return (n + 1 + (n + 
 
 static int64_t *offsets_of(tc_slot *slot, size_t s) { return (int64_t *)(slot->memory + slot->offsets_at[s]); }
 
-/* One byte a row, 0: a null that gets the fill. NULL: no row does. */
+/* One byte per row, 0: a null that gets the fill. NULL: no row gets it. */
 static const uint8_t *mask_of(const tc_slot *slot, const tc_form *form) {
     if (form->valid == TC_NONE) return NULL;
     const uint8_t *valid = slot->memory + slot->values_at[form->valid];
@@ -34,7 +34,7 @@ static size_t row_bytes(const tc_stream *stream) {
     return stream->kind == TC_REF ? sizeof(tc_ref) : tc_cast_bytes(stream, stream->width);
 }
 
-/* Rows of one size: those of nulls become the fill, or point to it. */
+/* Rows of fixed size: the rows of nulls become the fill, or point to it. */
 static void fill_rows(tc_slot *slot, const tc_stream *stream, size_t s, const tc_form *form) {
     const uint8_t *valid = mask_of(slot, form);
     if (valid == NULL) return;
@@ -60,7 +60,7 @@ static int gather_early(tc_slot *slot, const tc_stream *stream, size_t s, const 
 
 static int gather_all_early(tc_slot *slot, const tc_stream *streams, size_t n_streams, const tc_part *parts, size_t n_parts) {
     const tc_form *forms = parts[0].plan->forms;
-    for (size_t pass = 0; pass < 2; pass++) /* masks, then the shapes that they choose fills for */
+    for (size_t pass = 0; pass < 2; pass++) /* First the masks, then the shapes, whose fills depend on masks. */
         for (size_t s = 0; s < n_streams; s++) {
             if (!forms[s].early || (streams[s].kind == TC_BITS) != (pass == 0)) continue;
             int status = gather_early(slot, &streams[s], s, parts, n_parts);
@@ -80,7 +80,7 @@ static void measure_fills(int64_t *offsets, size_t n, const uint8_t *valid, int6
     }
 }
 
-/* Whether a record's shape is one of its column, of n elements. The product is compared without ever overflowing. */
+/* Whether the shape of a record with n elements fits its column. The product cannot overflow unnoticed. */
 static int shape_fits(const int32_t *shape, const tc_form *form, int64_t n) {
     int64_t product = 1;
     int has_none = 0;
@@ -100,11 +100,11 @@ static int check_shapes(const int32_t *shapes, const tc_form *form, const int64_
     return 0;
 }
 
-/* Where the parts of a TC_PADDED stream's head are. */
+/* Addresses of the parts of a TC_PADDED stream's head. */
 typedef struct {
     int64_t *offsets, *lengths, *longest;
     size_t n_varying;
-    const int32_t *shapes; /* NULL: one dimension, whose lengths are those of the offsets */
+    const int32_t *shapes; /* NULL: one dimension, whose lengths follow from the offsets. */
 } head;
 
 static head head_of(tc_slot *slot, size_t s, const tc_form *form) {
@@ -127,7 +127,7 @@ static void find_longest(const head *h, const tc_form *form, size_t n) {
         }
 }
 
-/* Dimensions of the box that every record fits into. */
+/* Dimensions of the smallest box that every record fits into. */
 static void box_of(const head *h, const tc_form *form, int64_t *box) {
     for (size_t d = 0, v = 0; d < form->n_dims; d++) box[d] = form->dims[d] >= 0 ? form->dims[d] : h->longest[v++];
 }
@@ -164,17 +164,18 @@ int tc_forms_begin(tc_slot *slot, const tc_stream *streams, size_t n_streams, co
     return status;
 }
 
-/* Where records go: boxes of the same size, or one behind the other (n_dims 0). */
+/* Destination of records: boxes of one size, or one record after the other (n_dims 0). */
 typedef struct {
     uint8_t *values;
-    size_t width, n_dims; /* width: bytes of an element there */
-    const int32_t *shapes; /* NULL: one dimension */
+    size_t width, n_dims; /* Bytes of an output element. */
+    const int32_t *shapes; /* NULL: one dimension. */
     int64_t box[TC_MAX_DIMS];
-    size_t strides[TC_MAX_DIMS]; /* bytes from one element to the next of each dimension of a box */
+    size_t strides[TC_MAX_DIMS]; /* Bytes from one element to the next, for each dimension of a box. */
     size_t box_bytes;
 } layout;
 
-/* Where elements come from: a source, or a fill, which is of the served dtype already (cast NULL). wrong: some did not fit. */
+/* Origin of elements: a source, or a fill, which has the output dtype already (cast NULL). wrong: Nonzero if a value
+ * did not fit. */
 typedef struct {
     const uint8_t *at;
     size_t width;
@@ -189,7 +190,8 @@ static void read_elements(origin *from, uint8_t *to, size_t n) {
     from->at += n * from->width;
 }
 
-/* A record of several dimensions into its box, whose other elements are zero. From dimension `inner` on it is as wide as the box. */
+/* Copy a record of several dimensions into its box, whose other elements are already zero. From dimension `inner` on,
+ * the record is as wide as the box. */
 static void put_inside(const layout *to, const int32_t *shape, size_t d, size_t inner, uint8_t *box, origin *from) {
     if (d == inner) {
         read_elements(from, box, (size_t)shape[d] * (to->strides[d] / to->width));
@@ -198,7 +200,7 @@ static void put_inside(const layout *to, const int32_t *shape, size_t d, size_t 
     for (int32_t i = 0; i < shape[d]; i++) put_inside(to, shape, d + 1, inner, box + (size_t)i * to->strides[d], from);
 }
 
-/* Record i, n elements of it, which without boxes begin with element `start`. */
+/* Write record i with n elements; without boxes, it starts at element `start`. */
 static void put(const layout *to, size_t i, size_t start, origin *from, size_t n) {
     if (to->n_dims == 0) {
         read_elements(from, to->values + start * to->width, n);
@@ -236,10 +238,11 @@ static layout layout_of(tc_slot *slot, const tc_stream *stream, size_t s, const 
 typedef struct {
     const tc_stream *stream;
     const tc_form *form;
-    const uint8_t *valid; /* mask_of, of the whole batch */
+    const uint8_t *valid; /* Result of mask_of, for the whole batch. */
 } placed;
 
-/* Rows one by one, each to its place, from its source or from the fill. offsets: of these rows; first: their number in the batch. */
+/* Write rows one by one, from their source or from the fill. offsets: Of these rows. first: Index of the first row in
+ * the batch. */
 static int put_rows(const layout *to, const placed *stream, const tc_rows *rows, const int64_t *offsets, size_t first) {
     const size_t width = stream->stream->width;
     origin from = {NULL, width, tc_caster_of(stream->stream->from, stream->stream->to), 0};
@@ -251,7 +254,8 @@ static int put_rows(const layout *to, const placed *stream, const tc_rows *rows,
             continue;
         }
         const tc_source *source = &rows->sources[rows->block[i]];
-        uint64_t start = (uint64_t)source->offsets[rows->row[i]]; /* read again, so checked again: the file may have changed meanwhile */
+        /* The offset is read again and therefore checked again: the file may change concurrently. */
+        uint64_t start = (uint64_t)source->offsets[rows->row[i]];
         if (start > source->n_elements || n_elements > source->n_elements - start) return TC_CORRUPT;
         from.at = source->values + start * width;
         put(to, first + i, (size_t)offsets[i], &from, n_elements);

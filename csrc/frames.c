@@ -4,9 +4,10 @@ size_t tc_frames_decode(const tc_zstd *zstd, void *context, const uint64_t *fram
                         const uint64_t *raw, size_t count) {
     for (size_t i = 0; i < count; i++) {
         const void *frame = (const void *)(uintptr_t)frames[i];
-        /* Before it is decoded: several frames in a row, and those that say nothing, are not what was written. */
+        /* Checked before decoding: several concatenated frames, and frames without a content size, are not what the
+         * writer wrote. */
         if (zstd->promise(frame, (size_t)stored[i]) != raw[i]) return i;
-        /* An error is a number close to the largest, and so never raw[i]. */
+        /* An error is a number close to the largest size_t, so it never equals raw[i]. */
         if (zstd->decode(context, (void *)(uintptr_t)out[i], (size_t)raw[i], frame, (size_t)stored[i]) != raw[i]) return i;
     }
     return count;

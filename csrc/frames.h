@@ -1,7 +1,7 @@
-/* Many zstd frames decoded in one call.
+/* Decode many zstd frames in one call.
  *
- * The library is not linked: whoever calls has found its functions in a libzstd of the machine. Their types are those of zstd.h, which
- * has not changed them since 1.0.
+ * libzstd is not linked: the caller passes the addresses of its functions, which it has looked up at run time. Their
+ * types are those of zstd.h, which have not changed since version 1.0.
  */
 #ifndef TC_FRAMES_H
 #define TC_FRAMES_H
@@ -15,9 +15,9 @@ typedef struct {
     unsigned long long (*promise)(const void *in, size_t n);                         /* ZSTD_getFrameContentSize */
 } tc_zstd;
 
-/* Decode frame i (stored[i] bytes at frames[i]) to out[i], which takes raw[i] bytes, for all i below count.
- * context: of zstd->create, used by one thread at a time.
- * Returns count, or the number of the first frame that does not hold exactly raw[i] bytes or cannot be decoded. */
+/* Decode frame i (stored[i] bytes at address frames[i]) to address out[i], which has room for raw[i] bytes, for all i <
+ * count. context: Result of zstd->create, used by one thread at a time. Returns count, or the index of the first frame
+ * that does not decode to exactly raw[i] bytes. */
 size_t tc_frames_decode(const tc_zstd *zstd, void *context, const uint64_t *frames, const uint64_t *stored, const uint64_t *out,
                         const uint64_t *raw, size_t count);
 #endif

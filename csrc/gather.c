@@ -1,5 +1,5 @@
-/* Two kernels of each kind: for rows anywhere, which asks the memory for rows ahead, and for runs of rows that follow one another, which
- * are one copy. Which is quicker is seen from the number of breaks; both give the same. */
+/* Two kernels of each kind, with equal results: one for scattered rows, which prefetches the rows ahead, and one for
+ * runs of consecutive rows, which copies each run at once. The number of breaks decides which one is faster. */
 #include "gather.h"
 
 #include <string.h>
@@ -9,8 +9,9 @@
 #include "runs.h"
 #include "spans.h"
 
-/* Rows are asked for this far ahead. At 100 ns a miss, 16 small ones in flight hide the latency; 8 to 24 are within 10 %. Of long ones two do, for
- * the starts of all their pages are asked for; 3 and 4 are the same. */
+/* Number of rows that are prefetched ahead. With 100 ns per cache miss, 16 small rows in flight hide the latency; 8 to
+ * 24 are within 10 %. For long rows 2 are sufficient, because the start of each of their pages is prefetched; 3 and 4
+ * give the same. */
 enum { AHEAD_LONG = 2, AHEAD_SMALL = 16, SMALL_BYTES = 128, FEW_ROWS = 32 };
 
 static size_t count_breaks(const uint32_t *block, const uint32_t *row, size_t n) {
@@ -19,26 +20,26 @@ static size_t count_breaks(const uint32_t *block, const uint32_t *row, size_t n)
     return breaks;
 }
 
-/* The first rows tell whether it is worth counting. */
+/* The first rows show whether all rows are worth counting. */
 size_t tc_count_breaks(const uint32_t *block, const uint32_t *row, size_t n) {
     size_t few = n < FEW_ROWS ? n : FEW_ROWS;
     if (n > UINT32_MAX || count_breaks(block, row, few) * SHORTEST_RUN >= few) return n;
     return count_breaks(block, row, n);
 }
 
-/* Loops over single rows keep what they need of the rows in locals: the bytes that they write could be anybody's, so that the compiler would
- * read it from memory again for each row (half the speed for rows of 8 bytes). */
+/* Loops over single rows keep the row arrays in locals. The output bytes may alias anything, so the compiler would
+ * otherwise reload the arrays for each row (half the speed for rows of 8 bytes). */
 #define LOCALS(rows)                                                                                                           \
     const tc_source *const sources = (rows)->sources;                                                                          \
     const uint32_t *const block = (rows)->block, *const row = (rows)->row;                                                     \
     const size_t n = (rows)->n
 
-/* A small row is read soon, and once: it goes to the first cache. */
+/* A small row is read soon and once, so it is prefetched into L1. */
 static inline void ask_small(const uint8_t *row, size_t width) {
     for (size_t at = 0; at < width; at += LINE) __builtin_prefetch(row + at, 0, 0);
 }
 
-/* width is a constant where this is inlined for small rows: their copies are a few loads then, without a call. */
+/* Inlined with a constant width for small rows, so that a copy is a few loads without a call. */
 static inline __attribute__((always_inline)) void copy_rows(const tc_rows *rows, size_t width, uint8_t *values) {
     LOCALS(rows);
     for (size_t i = 0; i < n && i < AHEAD_SMALL; i++) ask_small(sources[block[i]].values + row[i] * width, width);
@@ -48,7 +49,7 @@ static inline __attribute__((always_inline)) void copy_rows(const tc_rows *rows,
     }
 }
 
-/* Long rows, anywhere. */
+/* Scattered long rows. */
 static void copy_long_rows(const tc_rows *rows, size_t width, uint8_t *values) {
     LOCALS(rows);
     for (size_t i = 0; i < n && i < AHEAD_LONG; i++) ask_row(sources[block[i]].values + row[i] * width, width);
@@ -62,7 +63,7 @@ typedef struct {
     const tc_rows *rows;
     size_t width;
     uint8_t *values;
-    const int64_t *offsets; /* of the batch's elements, where rows vary in length */
+    const int64_t *offsets; /* Offsets of the batch's elements, for rows of varying length. */
 } target;
 
 static inline span fixed_at(const void *of, size_t i) {
@@ -71,7 +72,7 @@ static inline span fixed_at(const void *of, size_t i) {
     return (span){rows->sources[rows->block[i]].values + rows->row[i] * t->width, t->values + i * t->width, t->width};
 }
 
-/* No prefetch: the processor runs ahead of such a short loop by itself. */
+/* Without prefetch: out-of-order execution runs ahead in such a short loop. */
 #define COPY_AS(type)                                                                                                          \
     do {                                                                                                                       \
         LOCALS(rows);                                                                                                          \
@@ -91,7 +92,7 @@ static void gather_fixed(const tc_rows *rows, size_t width, uint8_t *values) {
         copy_runs(rows, width, values);
         return;
     }
-    switch (width) { /* chunks are 64-byte aligned, so these loads are aligned too */
+    switch (width) { /* Chunks are aligned to 64 bytes, so these loads are aligned too. */
         case 0: return;
         case 1: COPY_AS(uint8_t); return;
         case 2: COPY_AS(uint16_t); return;
@@ -110,7 +111,7 @@ static void gather_fixed(const tc_rows *rows, size_t width, uint8_t *values) {
 
 static inline uint8_t bit_at(const uint8_t *bits, size_t at) { return (bits[at >> 3] >> (at & 7)) & 1; }
 
-/* Eight bits a step: each byte keeps its own bit, and 127 more carries it to the top if it was set. */
+/* Eight bits per step: each byte keeps its own bit, and adding 127 carries it to the top bit if it is set. */
 static void spread_bits(const uint8_t *bits, size_t at, size_t n, uint8_t *values) {
     size_t i = 0;
     for (; i < n && ((at + i) & 7); i++) values[i] = bit_at(bits, at + i);
@@ -139,8 +140,8 @@ static void gather_bits(const tc_rows *rows, uint8_t *values) {
     }
 }
 
-/* k rows of a block that follow one another. Their sizes are tc_measure's, the start is read again and so checked again: a file may have
- * changed between. */
+/* The elements of k consecutive rows of a block. The sizes are those of tc_measure. The start is read again and
+ * therefore checked again, because the file may change concurrently. */
 static inline span elements_at(const tc_source *source, uint32_t row, size_t width, const int64_t *offsets, size_t k, uint8_t *values) {
     uint64_t start = (uint64_t)source->offsets[row], n_elements = (uint64_t)(offsets[k] - offsets[0]);
     if (start > source->n_elements || n_elements > source->n_elements - start) return (span){NULL, NULL, OUTSIDE};
@@ -204,7 +205,7 @@ static int measure_runs(const tc_rows *rows, int64_t *offsets) {
         int64_t shift = offsets[i] - from[0];
         if (!is_inside(from[0], from[k], source->n_elements)) return TC_CORRUPT;
         for (size_t j = 1; j <= k; j++) offsets[i + j] = (int64_t)((uint64_t)from[j] + (uint64_t)shift);
-        if (!never_falls(offsets + i, k)) return TC_CORRUPT; /* of the copy: the source may change meanwhile */
+        if (!never_falls(offsets + i, k)) return TC_CORRUPT; /* The copy is checked, because the source may change concurrently. */
     }
     return 0;
 }

@@ -4,16 +4,17 @@
 #include <stdatomic.h>
 #include <stddef.h>
 
-typedef void (*handler)(int, siginfo_t *, void *); /* a plain handler is called with more than it takes, which does no harm */
+typedef void (*handler)(int, siginfo_t *, void *); /* A handler without SA_SIGINFO is called with more arguments than it takes, which is harmless. */
 
 enum { MOST_HANDLERS = 16 };
 
 __thread tc_guard tc_guard_here;
 
-/* Whoever's handler ours was put in the place of, oldest first. Each is kept but once: two guards that take turns (each extension has its
- * own) or an older handler that is put back (faulthandler does so when it has dumped) must neither make a ring nor push another out. */
+/* Handlers that ours replaced, oldest first. Each handler is stored once: two guards that replace each other in turns
+ * (each extension has its own), or an older handler that is restored (faulthandler does so after a dump), must neither
+ * form a cycle nor fill the array. */
 static _Atomic(handler) others[MOST_HANDLERS];
-/* How many of them this thread has asked about the fault that it is in. */
+/* Number of handlers that this thread has called for the current fault. */
 static __thread int n_asked;
 
 static void on_sigbus(int number, siginfo_t *info, void *context) {
@@ -21,8 +22,9 @@ static void on_sigbus(int number, siginfo_t *info, void *context) {
         tc_guard_here.armed = 0;
         siglongjmp(tc_guard_here.jump, 1);
     }
-    /* Not ours: the others are called in place, one after the other (one may be another extension's guard, armed for this thread, or
-     * faulthandler's). After the last the default is restored and the faulting instruction runs again, so that the core dump shows it. */
+    /* Not our fault: the other handlers are called one after the other (one of them may be another extension's guard
+     * that is armed for this thread, or faulthandler's). After the last one, the default action is restored and the
+     * faulting instruction runs again, so that the core dump shows it. */
     handler other = n_asked < MOST_HANDLERS ? atomic_load(&others[n_asked]) : NULL;
     if (other == NULL) {
         signal(SIGBUS, SIG_DFL);
@@ -45,7 +47,7 @@ static void keep(const struct sigaction *found) {
 
 void tc_guard_install(void) {
     struct sigaction action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_NODEFER}, found;
-    n_asked = 0; /* a guard that jumped out of a handler left it as it was */
+    n_asked = 0; /* A guard that jumped out of a handler has left the counter as it was. */
     if (sigaction(SIGBUS, NULL, &found) || is_ours(&found)) return;
     sigemptyset(&action.sa_mask);
     keep(&found);

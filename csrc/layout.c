@@ -1,4 +1,4 @@
-/* One loop hands out stretches that end where a page ends, whatever piece they come from. */
+/* One loop copies ranges that end at page boundaries, independent of the pieces. */
 #include "layout.h"
 
 #include <string.h>
@@ -8,7 +8,7 @@
 
 typedef struct {
     const tc_layout *layout;
-    uint8_t *page; /* the one that is filled */
+    uint8_t *page; /* The page that is being filled. */
     size_t filled;
     uint32_t *sums;
     uint32_t whole;
@@ -22,7 +22,7 @@ static void end_page(laying *at) {
     at->filled = 0;
 }
 
-/* The next n bytes: source's, or zeros without one. */
+/* Append n bytes of source, or n zero bytes if source is NULL. */
 static void put(laying *at, const uint8_t *source, size_t n) {
     while (n) {
         const size_t room = at->layout->page_bytes - at->filled, length = n < room ? n : room;
@@ -37,7 +37,7 @@ static void put(laying *at, const uint8_t *source, size_t n) {
     }
 }
 
-/* A frame of its own: what changes here must not live in the frame that a fault jumps back to. */
+/* A separate frame: variables that change here must not be in the frame that a fault jumps back to. */
 __attribute__((noinline)) static uint32_t lay_out(const tc_layout *layout, uint8_t *out, uint32_t *sums) {
     laying at = {.layout = layout, .page = out, .sums = sums};
     for (size_t i = 0; i < layout->count; i++) {

@@ -2,15 +2,15 @@
 
 __extension__ typedef unsigned __int128 tc_u128;
 
-/* The finalizer of splitmix64 (public domain, Steele, Lea and Flood): every input bit reaches every output bit. */
+/* The finalizer of splitmix64 (public domain; Steele, Lea and Flood): every input bit affects every output bit. */
 static inline uint64_t mix64(uint64_t x) {
     x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
     x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
     return x ^ (x >> 31);
 }
 
-/* A number below `limit` from a 32-bit half and a round's keys. Two multiplications with a fold between: one alone
- * leaves an arithmetic progression in the high bits, which are the ones the last step takes. */
+/* A number below `limit`, from a 32-bit half and the keys of a round. Two multiplications with a fold between them: a
+ * single one leaves an arithmetic progression in the high bits, which the last step uses. */
 static inline uint64_t draw(uint64_t half, uint64_t add, uint64_t mul, uint64_t limit) {
     uint64_t x = (half + add) * mul;
     x = (x ^ (x >> 32)) * UINT64_C(0xd6e8feb86659fd93);
@@ -44,14 +44,14 @@ void tc_permute_init(tc_permutation *p, uint64_t key_low, uint64_t key_high, uin
     }
 }
 
-/* (x + drawn) mod limit without a branch: both are below limit. */
+/* (x + drawn) mod limit without a branch, for two numbers below limit. */
 static inline uint64_t turn(uint64_t x, uint64_t drawn, uint64_t limit) {
     uint64_t sum = x + drawn, wrapped = sum - limit;
     return sum >= limit ? wrapped : sum;
 }
 
-/* One index is a chain of some 150 cycles of latency; lanes side by side fill the gaps (1 lane 57, 4 lanes 88, 8 lanes
- * 103 million a second on the machine where this was written). */
+/* One index is a chain of about 150 cycles of latency, and several lanes side by side fill the gaps: 1 lane 57, 4 lanes
+ * 88, 8 lanes 103 million indices per second. */
 enum { LANES = 8 };
 
 static inline void encipher(const tc_permutation *p, uint64_t *left, uint64_t *right, unsigned n_lanes) {
@@ -90,7 +90,7 @@ uint64_t tc_permute_invert(const tc_permutation *p, uint64_t y) {
 }
 
 void tc_permute_fill(const tc_permutation *p, uint64_t start, size_t m, uint64_t *out) {
-    const tc_permutation local = *p; /* out might alias *p for all the compiler knows */
+    const tc_permutation local = *p; /* The compiler must assume that out may alias *p. */
     uint64_t next_left = start / local.b, next_right = start % local.b;
     size_t done = 0;
     for (; done + LANES <= m; done += LANES) {
@@ -140,7 +140,8 @@ static inline void place(const tc_finder *finder, uint64_t x, uint32_t *block, u
     *row = (uint32_t)(x - (uint64_t)finder->first[at]);
 }
 
-/* Positions as they are: a run of each block, in loops that the compiler makes vectors of (a tenth of the time of place() for each). */
+/* Positions without a permutation: consecutive rows of each block, in loops that the compiler vectorises (a tenth of
+ * the time of one call of place() per row). */
 static void find_runs(const tc_finder *finder, uint64_t start, size_t m, uint32_t *block, uint32_t *row) {
     for (size_t done = 0, k; done < m; done += k) {
         uint32_t at, first;
@@ -154,7 +155,7 @@ static void find_runs(const tc_finder *finder, uint64_t start, size_t m, uint32_
     }
 }
 
-enum { CHUNK = 256 }; /* 2 KiB of indices between the two loops: stays in the first cache */
+enum { CHUNK = 256 }; /* 2 KiB of indices between the two loops stay in L1. */
 
 static void find_permuted(const tc_finder *finder, uint64_t start, size_t m, uint32_t *block, uint32_t *row) {
     uint64_t drawn[CHUNK];

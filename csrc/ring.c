@@ -15,40 +15,42 @@
 #include "pool.h"
 #include "sequence.h"
 
-enum { LOOK_EVERY = 16 }; /* batches: to look takes a microsecond */
+enum { LOOK_EVERY = 16 }; /* Batches: a measurement takes about 1 us. */
 
 struct tc_ring {
     pthread_mutex_t lock;
     pthread_cond_t work, ready, room;
     size_t n_work_waiting, n_ready_waiting, n_room_waiting;
     pthread_cond_t helped;
-    size_t n_helping; /* consumers that gather */
+    size_t n_helping; /* Number of consumers that gather. */
     pid_t pid;
 
     size_t n_streams, depth;
     tc_stream *streams;
 
     tc_sequence sequence;
-    tc_errand *errands; /* of which something is not begun */
+    tc_errand *errands; /* Tasks with slices that no thread has begun. */
     uint64_t taken_rows, retired_rows, retired_target;
-    int end_status; /* 0 until tc_ring_finish */
+    int end_status; /* 0 until tc_ring_finish. */
     tc_batch *cells;
     uint64_t next_cut, next_take;
-    size_t n_open; /* cells with rows that nobody has begun to copy */
+    size_t n_open; /* Number of open batches with rows that no thread has begun to copy. */
 
     tc_pool pool;
-    size_t n_out; /* slots at consumers */
+    size_t n_out; /* Number of taken slots. */
     int closing, dropped;
 
     size_t n_threads;
     pthread_t *threads;
-    pthread_mutex_t joining; /* held while workers are joined: who closes second returns no earlier than they end */
+    pthread_mutex_t joining; /* Held while the workers are joined, so that a concurrent second close returns only after they have ended. */
     tc_figures figures;
 };
 
 static _Atomic size_t held_bytes;
 static _Thread_local int is_worker;
-static tc_distance distance; /* between workers and consumers, of all rings: an epoch's knows it from the one before */
+/* Between workers and consumers, shared by all rings, so that the ring of the next epoch starts with the current
+ * estimate. */
+static tc_distance distance;
 
 int tc_ring_is_far(void) { return tc_distance_is_far(&distance); }
 
@@ -56,10 +58,10 @@ uint64_t tc_ring_n_answers(void) { return atomic_load_explicit(&distance.n_answe
 
 size_t tc_held_bytes(void) { return atomic_load_explicit(&held_bytes, memory_order_relaxed); }
 
-/* ---- making batches, with the lock ---- */
+/* ---- Gathering batches. The caller holds the lock. ---- */
 
-/* Rows of the next batch, 0 while it cannot be known. Not fewer before a failure: whoever resumed after it would pass over the rows that such
- * a batch lacked. */
+/* Number of rows of the next batch, 0 while it cannot be determined. Before a failure there is no short batch: a run
+ * that resumes after it would skip the rows that such a batch lacks. */
 static size_t next_batch_rows(const tc_ring *ring) { return tc_sequence_next_rows(&ring->sequence, ring->end_status == TC_END); }
 
 static int can_cut(const tc_ring *ring) {
@@ -81,13 +83,14 @@ static void set_ready(tc_ring *ring, tc_batch *c) {
     if (ring->n_ready_waiting && c == &ring->cells[ring->next_take % ring->depth]) pthread_cond_broadcast(&ring->ready);
 }
 
-/* There is, or may be, something to gather: for a worker, who wakes the next one, and for a consumer that sleeps. */
+/* There may be something to gather: wake a worker, which wakes the next one, and a consumer that sleeps. */
 static void wake_for_more(tc_ring *ring) {
     if (ring->n_work_waiting) pthread_cond_signal(&ring->work);
     if (ring->n_ready_waiting) pthread_cond_broadcast(&ring->ready);
 }
 
-/* Copy a share of an open cell, with the lock let go meanwhile. Who is the last to have copied one makes the batch ready. */
+/* Copy one row range of an open batch, with the lock released meanwhile. The thread that finishes the last range makes
+ * the batch ready. */
 static void run_share(tc_ring *ring, tc_batch *c) {
     tc_content content = tc_batch_content(c, ring->streams, ring->n_streams);
     tc_share share = tc_batch_share(c);
@@ -113,10 +116,10 @@ static void run_share(tc_ring *ring, tc_batch *c) {
     ring->figures.gather_ns += now_ns() - start_ns;
 }
 
-/* Cut the next batch, find its sizes and copy its first share, with the lock let go meanwhile. */
+/* Cut the next batch, locate and measure its rows and copy its first row range, with the lock released meanwhile. */
 static void begin_next(tc_ring *ring) {
     tc_batch *c = cut(ring);
-    if (ring->n_work_waiting && can_cut(ring)) pthread_cond_signal(&ring->work); /* wake the next, who wakes the next */
+    if (ring->n_work_waiting && can_cut(ring)) pthread_cond_signal(&ring->work); /* Each woken worker wakes the next one. */
     if (ring->n_room_waiting && next_batch_rows(ring) == 0) pthread_cond_signal(&ring->room);
     pthread_mutex_unlock(&ring->lock);
 
@@ -137,7 +140,7 @@ static void begin_next(tc_ring *ring) {
     run_share(ring, c);
 }
 
-/* The first cell that has a share; there is one while n_open > 0. */
+/* The oldest open batch with a row range; there is one while n_open > 0. */
 static tc_batch *oldest_open(const tc_ring *ring) {
     uint64_t number = ring->next_take;
     while (!tc_batch_has_share(&ring->cells[number % ring->depth])) number++;
@@ -150,10 +153,10 @@ static void unlink_errand(tc_ring *ring, tc_errand *errand) {
     *at = errand->next;
 }
 
-/* Copy a slice of an errand, with the lock let go meanwhile. Its owner waits until no slice is running. */
+/* Copy a slice of a copy task, with the lock released meanwhile. The task's owner waits until no slice is running. */
 static void run_slice(tc_ring *ring, tc_errand *errand) {
     tc_slice slice = tc_errand_slice(errand);
-    if (errand->begun == errand->n) unlink_errand(ring, errand); /* nobody else has anything to do with it */
+    if (errand->begun == errand->n) unlink_errand(ring, errand); /* No other thread has to do anything for it. */
     errand->running++;
     if (ring->n_work_waiting && ring->errands) pthread_cond_signal(&ring->work);
     pthread_mutex_unlock(&ring->lock);
@@ -165,7 +168,7 @@ static void run_slice(tc_ring *ring, tc_errand *errand) {
     if (--errand->running == 0 && ring->n_ready_waiting) pthread_cond_broadcast(&ring->ready);
 }
 
-/* Do one thing that is to be done, errands first: a consumer waits for them. 0: there is none. */
+/* Do one unit of work, copy tasks first, because a consumer waits for them. Returns 0 if there is none. */
 static int work_once(tc_ring *ring) {
     if (ring->closing) return 0;
     if (ring->errands)
@@ -179,7 +182,7 @@ static int work_once(tc_ring *ring) {
     return 1;
 }
 
-/* The same by a consumer. Whoever closes the ring waits for it. */
+/* work_once() on behalf of a consumer. Closing the ring waits for it. */
 static int help_once(tc_ring *ring) {
     ring->n_helping++;
     int helped = work_once(ring);
@@ -204,7 +207,7 @@ static void *worker(void *argument) {
     return NULL;
 }
 
-/* ---- the faces ---- */
+/* ---- The functions of ring.h ---- */
 
 static void free_ring(tc_ring *ring) {
     tc_sequence_free(&ring->sequence);
@@ -223,7 +226,8 @@ static void free_ring(tc_ring *ring) {
 }
 
 static int start_threads(tc_ring *ring, size_t n_threads) {
-    /* Signals are the interpreter's; only what a thread does itself (SIGBUS and its kin) may be delivered here. */
+    /* Signals are handled by the interpreter's threads. Only signals that this thread itself causes (SIGBUS and
+     * similar) may be delivered here. */
     sigset_t all, before;
     sigfillset(&all);
     sigdelset(&all, SIGBUS);
@@ -233,7 +237,7 @@ static int start_threads(tc_ring *ring, size_t n_threads) {
     pthread_sigmask(SIG_SETMASK, &all, &before);
     while (ring->n_threads < n_threads && pthread_create(&ring->threads[ring->n_threads], NULL, worker, ring) == 0) ring->n_threads++;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return ring->n_threads > 0 ? TC_OK : TC_NOMEM; /* fewer threads than asked for only make it slower */
+    return ring->n_threads > 0 ? TC_OK : TC_NOMEM; /* With fewer threads than requested, the ring is only slower. */
 }
 
 tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_rows, size_t depth, size_t n_threads, size_t slot_bytes) {
@@ -242,7 +246,7 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
     pthread_condattr_t monotonic;
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_mutexattr_t adaptive; /* held for some 50 ns at a time: spin a little before a system call */
+    pthread_mutexattr_t adaptive; /* The lock is held for about 50 ns at a time, so a thread spins a little before it makes a system call. */
     pthread_mutexattr_init(&adaptive);
     pthread_mutexattr_settype(&adaptive, PTHREAD_MUTEX_ADAPTIVE_NP);
     pthread_mutex_init(&ring->lock, &adaptive);
@@ -259,7 +263,7 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
     ring->depth = depth;
     ring->streams = malloc((n_streams + 1) * sizeof *ring->streams);
     ring->cells = calloc(depth, sizeof *ring->cells);
-    size_t n_workers = n_threads > 1 ? n_threads - 1 : 1; /* the consumer is the last of the threads: see wait_ready */
+    size_t n_workers = n_threads > 1 ? n_threads - 1 : 1; /* The consumer is the last of the threads: see wait_ready. */
     ring->threads = calloc(n_workers, sizeof *ring->threads);
     if (ring->streams == NULL || ring->cells == NULL || ring->threads == NULL) {
         ring->depth = ring->cells ? depth : 0;
@@ -317,7 +321,7 @@ int tc_ring_wait_room(tc_ring *ring, uint64_t row, uint64_t *retired) {
     return status;
 }
 
-/* The status of the next batch if it can be told now, else TC_TIMEOUT. */
+/* The status of the next batch if it is known now, else TC_TIMEOUT. */
 static int next_status(const tc_ring *ring) {
     const tc_batch *c = &ring->cells[ring->next_take % ring->depth];
     if (ring->closing) return TC_CLOSED;
@@ -347,8 +351,8 @@ static int take_cell(tc_ring *ring, tc_slot **slot, uint64_t *first_row) {
     return status;
 }
 
-/* The status of the next batch once it can be told, or TC_TIMEOUT. Until then the consumer gathers too: asleep, it would have to be woken for
- * each batch, by a worker more than there are cores. What it gathers is in its own processor's cache when it is read. */
+/* Wait until the status of the next batch is known, and return it, or TC_TIMEOUT. Meanwhile the consumer gathers too
+ * (ring.h). What it gathers is in its own core's cache when it is read. */
 static int wait_ready(tc_ring *ring, uint64_t start_ns, uint64_t timeout_ns) {
     uint64_t then = start_ns + timeout_ns;
     struct timespec until = {(time_t)(then / 1000000000u), (long)(then % 1000000000u)};
@@ -366,13 +370,13 @@ static int wait_ready(tc_ring *ring, uint64_t start_ns, uint64_t timeout_ns) {
     return status;
 }
 
-/* Rows of the batch that was taken before are not read any more. */
+/* The rows of the batch that was taken before are not read any more. */
 static void retire_taken(tc_ring *ring) {
     ring->retired_rows = ring->taken_rows;
     if (ring->n_room_waiting && ring->retired_rows >= ring->retired_target) pthread_cond_signal(&ring->room);
 }
 
-/* Let the lock go, and find out now and then how far the workers are. */
+/* Release the lock, and measure from time to time how far the workers' cores are. */
 static int end_take(tc_ring *ring, int status) {
     int asks = ring->next_take % LOOK_EVERY == 0;
     pthread_mutex_unlock(&ring->lock);
@@ -409,7 +413,7 @@ int tc_ring_take_ready(tc_ring *ring, tc_slot **slot, uint64_t *first_row) {
 void tc_slot_hold(tc_slot *slot) { atomic_fetch_add_explicit(&slot->n_holders, 1, memory_order_relaxed); }
 
 void tc_slot_release(tc_slot *slot) {
-    /* Whoever fills it again must come after all that its holders did with it. */
+    /* acq_rel: the thread that fills the slot again must see everything that its holders did with it. */
     if (atomic_fetch_sub_explicit(&slot->n_holders, 1, memory_order_acq_rel) != 1) return;
     tc_ring *ring = slot->ring;
     if (ring->pid != getpid()) return;
@@ -448,7 +452,7 @@ int tc_ring_finish_errand(tc_slot *slot, tc_errand *errand) {
     tc_ring *ring = slot->ring;
     if (ring->pid != getpid()) return TC_CLOSED;
     pthread_mutex_lock(&ring->lock);
-    ring->n_helping++; /* sources are read until it is done, also if somebody closes */
+    ring->n_helping++; /* Sources are read until the task is done, even if another thread closes the ring. */
     while (errand->begun < errand->n) run_slice(ring, errand);
     wait_copied(ring, errand);
     if (--ring->n_helping == 0 && ring->closing) pthread_cond_broadcast(&ring->helped);

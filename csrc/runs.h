@@ -1,15 +1,16 @@
-/* What the kernels of gather.c and check.c share: runs of rows that follow one another, and offsets that stay inside. */
+/* Shared by the kernels of gather.c, check.c and others: runs of consecutive rows, and bounds checks of offsets. */
 #ifndef TC_RUNS_H
 #define TC_RUNS_H
 #include "ask.h"
 #include "gather.h"
 
-/* Runs shorter than this on average are not worth their search: the row loops prefetch, which beats one short copy after another. */
+/* Shorter runs (on average) are not worth detecting: the row loops prefetch, which is faster than one short copy after
+ * another. */
 enum { SHORTEST_RUN = 4 };
 
 static inline int in_runs(const tc_rows *rows) { return rows->n_breaks * SHORTEST_RUN < rows->n; }
 
-/* How many rows from i on follow one another in one block; 1 where rows lie anywhere. */
+/* Number of rows from i that are consecutive in one block; 1 if the rows are scattered. */
 static inline size_t run_at(const tc_rows *rows, size_t i) {
     if (rows->n_breaks == 0) return rows->n - i;
     if (!in_runs(rows)) return 1;
@@ -18,18 +19,19 @@ static inline size_t run_at(const tc_rows *rows, size_t i) {
     return end - i;
 }
 
-/* Ask for the elements of a row whose source has its place, and of which offsets has the length. */
+/* Prefetch the elements of row i. The source must have its offsets; `offsets` gives the row's length in the batch. */
 static inline void ask_elements(const tc_rows *rows, size_t i, size_t width, const int64_t *offsets) {
     const tc_source *source = &rows->sources[rows->block[i]];
     ask_row(source->values + (size_t)source->offsets[rows->row[i]] * width, (size_t)(offsets[i + 1] - offsets[i]) * width);
 }
 
-/* Whether elements [start, end) are some, or none, of n_elements. Compared as unsigned numbers, negative ones are too large. */
+/* Whether [start, end) is a valid range of n_elements elements. The comparisons are unsigned, so negative numbers are
+ * too large. */
 static inline int is_inside(int64_t start, int64_t end, uint64_t n_elements) {
     return (uint64_t)end <= n_elements && (uint64_t)start <= (uint64_t)end;
 }
 
-/* Whether offsets[0..n] never fall: without a branch, so that the loop is vectorised. */
+/* Whether offsets[0..n] never decrease. Without branches, so that the compiler vectorises the loop. */
 static inline int never_falls(const int64_t *offsets, size_t n) {
     int64_t falls = 0;
     for (size_t i = 0; i < n; i++) falls |= offsets[i + 1] < offsets[i];

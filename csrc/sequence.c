@@ -5,7 +5,7 @@
 
 typedef struct tc_queued {
     const tc_plan *plan;
-    size_t first, n; /* what is not cut yet */
+    size_t first, n; /* The rows that are not cut yet. */
     struct tc_queued *next;
 } queued;
 
@@ -23,7 +23,7 @@ int tc_sequence_push(tc_sequence *sequence, const tc_plan *plan) {
     return 0;
 }
 
-/* Make room for n more sizes behind those that are left. */
+/* Make room for n more sizes after the remaining ones. */
 static int sizes_grow(tc_sequence *sequence, size_t n) {
     size_t left = sequence->n_sizes - sequence->next_size;
     if (sequence->next_size) memmove(sequence->sizes, sequence->sizes + sequence->next_size, left * sizeof *sequence->sizes);

@@ -22,7 +22,7 @@ uint8_t *tc_map_bytes(size_t n_bytes) {
     size_t before = (HUGE_BYTES - ((uintptr_t)memory & (HUGE_BYTES - 1))) & (HUGE_BYTES - 1);
     if (before) munmap(memory, before);
     munmap(memory + before + n_bytes, HUGE_BYTES - before);
-    madvise(memory + before, n_bytes, MADV_HUGEPAGE); /* a hint: kernels without it say EINVAL */
+    madvise(memory + before, n_bytes, MADV_HUGEPAGE); /* A hint only: kernels without huge pages return EINVAL. */
     return memory + before;
 }
 
@@ -31,10 +31,10 @@ size_t tc_page_rounded(size_t n_bytes) {
     return (n_bytes + unit - 1) / unit * unit;
 }
 
-/* Make room for n_bytes, keeping the first keep_bytes. */
+/* Make room for n_bytes, and keep the first keep_bytes. */
 static int slot_grow(tc_slot *slot, size_t n_bytes, size_t keep_bytes) {
     if (n_bytes <= slot->capacity) return 0;
-    size_t capacity = tc_page_rounded(n_bytes + n_bytes / 4); /* batches of varied length: do not grow by a page each time */
+    size_t capacity = tc_page_rounded(n_bytes + n_bytes / 4); /* A quarter in reserve: batches of varying length must not grow by a page each time. */
     uint8_t *memory = tc_map_bytes(capacity);
     if (memory == NULL) return TC_NOMEM;
     if (keep_bytes) memcpy(memory, slot->memory, keep_bytes);
@@ -67,7 +67,8 @@ void tc_slot_free(tc_slot *slot) {
     free(slot);
 }
 
-/* The rows of a part, of its plan's stream 0; of_stream makes those of the others. Breaks are counted once for all streams. */
+/* The rows of a part, for stream 0 of its plan; of_stream derives those of the other streams. Breaks are counted once
+ * for all streams. */
 static tc_rows rows_of(const tc_part *part) {
     const tc_plan *plan = part->plan;
     return (tc_rows){plan->sources, plan->chunks, part->block, part->row, part->n, tc_count_breaks(part->block, part->row, part->n)};
@@ -87,7 +88,8 @@ tc_rows tc_rows_of(const tc_part *part, size_t stream) {
 
 static int is_var(const tc_stream *stream) { return stream->kind == TC_VAR || stream->kind == TC_PADDED; }
 
-/* Check what nobody checked, before anything of it is used, and find the sizes of TC_VAR streams. */
+/* Check the pages that are not checked yet, before any of their bytes is used, and find the sizes of the TC_VAR
+ * streams. */
 static int measure(tc_slot *slot, const tc_stream *streams, size_t n_streams, const tc_part *parts, size_t n_parts) {
     if (tc_guard_enter()) return TC_EIO;
     int status = 0;
@@ -119,7 +121,8 @@ static size_t out_width(const tc_stream *stream) {
     }
 }
 
-/* All rows of a part, as rows of the batch from `done` on; what its forms copy comes in the end. */
+/* Copy all rows of a part to the rows of the batch from `done` on. The streams that output layouts own are copied in
+ * the last step. */
 static int copy_part(tc_slot *slot, const tc_stream *streams, size_t n_streams, const tc_part *part, size_t done) {
     const tc_form *forms = part->plan->forms;
     tc_rows rows = rows_of(part);
@@ -150,14 +153,14 @@ static size_t batch_bytes(const tc_slot *slot, const tc_stream *streams, size_t 
     return n_bytes;
 }
 
-/* Lay the streams out in the slot (sizes known first, values of varied length after). */
+/* Lay out the streams in the slot: first those of known size, then the values of varying length. */
 int tc_slot_begin(tc_slot *slot, const tc_content *content) {
     const tc_stream *streams = content->streams;
     const tc_part *parts = content->parts;
     size_t n_streams = content->n_streams, n_parts = content->n_parts;
     const tc_form *forms = parts[0].plan->forms;
     size_t end = 0;
-    int is_measured = 0; /* or at least looked at: there are sizes to find, or pages to check */
+    int is_measured = 0; /* 1: measure() must run, because there are sizes to find or pages to check. */
     slot->n_rows = 0;
     for (size_t p = 0; p < n_parts; p++) {
         slot->n_rows += parts[p].n;
@@ -192,7 +195,7 @@ int tc_slot_begin(tc_slot *slot, const tc_content *content) {
 int tc_slot_copy(tc_slot *slot, const tc_content *content, size_t first, size_t stop) {
     if (tc_guard_enter()) return TC_EIO;
     int status = 0;
-    size_t done = 0; /* rows of the parts before */
+    size_t done = 0; /* Number of rows of the previous parts. */
     for (size_t p = 0; status == 0 && done < stop; done += content->parts[p++].n) {
         const tc_part *part = &content->parts[p];
         size_t from = first > done ? first - done : 0, to = part->n < stop - done ? part->n : stop - done;

@@ -1,4 +1,5 @@
-/* Slot: a batch's memory, and how it is filled from the rows of windows. No locks here: a slot has one owner at a time (see ring.h). */
+/* Slot: the memory of a batch, and how it is filled with rows of windows. There are no locks here: a slot has one owner
+ * at a time (ring.h). */
 #ifndef TC_SLOT_H
 #define TC_SLOT_H
 #include <stdatomic.h>
@@ -8,55 +9,59 @@
 
 #define TC_NOMEM (-12)
 
-/* Rows of a window in served order. Owned by the caller, must live until its rows are retired (tc_ring_wait_room) or the ring is closed. */
+/* Rows of a window in output order. The caller owns the plan, which must live until its rows are retired
+ * (tc_ring_wait_room) or the ring is closed. */
 typedef struct {
     const tc_source *sources; /* [n_streams][n_blocks] */
-    const tc_chunk *chunks;   /* as sources, or NULL: nothing of this plan is to be checked */
+    const tc_chunk *chunks;   /* Like sources, or NULL: nothing of this plan is to be checked. */
     size_t n_blocks;
-    const uint32_t *block; /* with row: [n_rows], where the rows lie */
+    const uint32_t *block; /* [n_rows] Location of each row: block, and row in the block. */
     const uint32_t *row;
-    const tc_finder *finder; /* instead: finds those from position start on, batch by batch */
+    const tc_finder *finder; /* If set, used instead of block and row: it locates the rows of each batch, from position `start`. */
     uint64_t start;
     size_t n_rows;
-    const struct tc_form *forms; /* [n_streams] (forms.h), or NULL: streams are served as they are gathered */
+    const struct tc_form *forms; /* [n_streams] Output layouts (forms.h), or NULL: streams are served as gathered. */
 } tc_plan;
 
-/* Rows [first, first + n) of a plan, and where they lie (tc_batch_find_rows). */
+/* The rows [first, first + n) of a plan, and their locations (tc_batch_find_rows). */
 typedef struct tc_part {
     const tc_plan *plan;
     size_t first, n;
     const uint32_t *block, *row;
 } tc_part;
 
-/* The rows of a part, of one stream. */
+/* The rows of a part, for one stream. */
 tc_rows tc_rows_of(const tc_part *part, size_t stream);
 
-/* values_at[s], offsets_at[s]: where stream s lies in memory; n_elements[s]: elements of a TC_VAR or TC_PADDED stream. */
+/* A batch's memory. values_at[s], offsets_at[s]: Byte position of stream s in memory; n_elements[s]: Number of elements
+ * of a TC_VAR or TC_PADDED stream. */
 typedef struct tc_slot {
     struct tc_ring *ring;
     struct tc_slot *next;
-    const void *filler; /* the ring's: the thread that filled it last */
-    _Atomic size_t n_holders; /* while it is at a consumer */
+    const void *filler; /* Used by the ring: the thread that filled the slot last. */
+    _Atomic size_t n_holders; /* Number of holders while the slot is taken. */
     uint8_t *memory;
     size_t capacity;
-    int own; /* memory is this slot's own mapping, not a piece of the ring's arena */
+    int own; /* 1: the memory is a mapping of this slot, and not a part of the ring's arena. */
     size_t n_rows;
-    size_t n_bytes; /* of the batch's values, those that references point to included */
-    size_t end;     /* of the memory that it takes */
+    size_t n_bytes; /* Size of the batch's values, including the bytes that references point to. */
+    size_t end;     /* Used bytes of the memory. */
     size_t *values_at, *offsets_at, *n_elements;
 } tc_slot;
 
-/* Private memory of n_bytes, a multiple of the page; from 2 MiB up aligned to 2 MiB with huge pages asked for. NULL without memory. */
+/* Map n_bytes of private memory, a multiple of the page size. From 2 MiB, the memory is aligned to 2 MiB and advised to
+ * use huge pages. NULL if no memory is left. */
 uint8_t *tc_map_bytes(size_t n_bytes);
 
-/* n_bytes rounded up to whole pages, from 2 MiB up to whole huge pages. */
+/* n_bytes rounded up to whole pages; from 2 MiB, to whole huge pages. */
 size_t tc_page_rounded(size_t n_bytes);
 
-/* A slot for n_streams streams over memory of capacity bytes (or NULL and 0: it maps its own when filled). NULL without memory. */
+/* A slot for n_streams streams in `memory` of `capacity` bytes. With NULL and 0, the slot maps its own memory when it
+ * is filled. NULL if no memory is left. */
 tc_slot *tc_slot_new(size_t n_streams, uint8_t *memory, size_t capacity);
 void tc_slot_free(tc_slot *slot);
 
-/* What a slot is filled from: the parts' rows, in order. */
+/* The content of a slot: the rows of the parts, in order. */
 typedef struct {
     const tc_stream *streams;
     size_t n_streams;
@@ -64,8 +69,9 @@ typedef struct {
     size_t n_parts;
 } tc_content;
 
-/* Filling a slot: begin (check what nobody checked, find sizes, lay out; it grows as needed), copy each row of the batch once (threads may
- * share the rows out), then end. Each returns 0, TC_EIO (a source could not be read), TC_CORRUPT or TC_MISFIT (see gather.h), or TC_NOMEM. */
+/* Filling a slot has three steps. begin: check pages that are not checked yet, measure and lay out the streams; the
+ * memory grows if needed. copy: copy each row of the batch once; threads may share the rows. end: apply the output
+ * layouts. Each step returns 0, TC_EIO (a source could not be read), TC_CORRUPT or TC_MISFIT (gather.h), or TC_NOMEM. */
 int tc_slot_begin(tc_slot *slot, const tc_content *content);
 int tc_slot_copy(tc_slot *slot, const tc_content *content, size_t first, size_t stop);
 int tc_slot_end(tc_slot *slot, const tc_content *content);

@@ -1,6 +1,7 @@
-/* Tensor: a part of a slot as DLPack hands memory from one library to another (https://dmlc.github.io/dlpack: DLManagedTensor).
+/* Tensor: a part of a slot in DLPack's exchange format (https://dmlc.github.io/dlpack: DLManagedTensor).
  *
- * What it is made of keeps the slot (tc_slot_hold) until whoever got it calls its deleter, from any thread, with or without the GIL.
+ * The tensor holds the slot (tc_slot_hold) until its receiver calls the deleter, from any thread, with or without the
+ * GIL.
  */
 #ifndef TC_TENSOR_H
 #define TC_TENSOR_H
@@ -8,18 +9,19 @@
 
 enum { TC_TENSOR_DIMS = 64 };
 
-/* How rows lie one after the other: DLPack's code and bits of the type, and the shape of a row. */
+/* Layout of consecutive rows: code and bits of the element type as in DLPack, and the shape of a row. */
 typedef struct {
     uint8_t code, bits;
-    int32_t n_dims; /* of a row */
+    int32_t n_dims; /* Number of dimensions of a row. */
     int64_t dims[TC_TENSOR_DIMS];
     size_t row_bytes;
 } tc_layout;
 
-/* n_rows from offset on, which the caller has seen to lie in the slot: a DLManagedTensor. NULL without memory. */
+/* A DLManagedTensor of n_rows rows from byte position `offset`. The caller has checked that the rows are inside the
+ * slot. NULL if no memory is left. */
 void *tc_tensor_new(tc_slot *slot, size_t offset, const tc_layout *layout, size_t n_rows);
 
-/* Call its deleter: nobody has taken it over. */
+/* Call the deleter of a tensor that no receiver has taken over. */
 void tc_tensor_drop(void *tensor);
 
 #endif

@@ -1,4 +1,4 @@
-"""Check the rules of the source that ruff and mypy cannot express; `make lint` runs it.
+"""Checks of the source that ruff and mypy cannot express; `make lint` runs them.
 
 The layers are those of docs/architecture.md, which is the only list of them. ``python tools/lint_source.py [ROOT]``
 prints one line for each violation, as ``file:line: rule``, and exits with 1 if there is one.
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# Packages that only these files and folders may import, so that they can be changed or left out there.
+# Only these files and folders may import these packages, so that a package can be replaced or left out there.
 _TORCH_HOMES = ("load/", "integrations/", "demo/train.py", "demo/models.py")
 _TERMINAL_HOMES = ("cli/", "config.py", "tierfile/")
 HOMES = {
@@ -31,7 +31,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 LAYER_LINE = re.compile(r"^\s*`?([\w/.]+)`?\s+\[(\d)\]", re.MULTILINE)
 CYTHON_IMPORT = re.compile(r"^\s*(?:from|cimport|import)\s+(tiercache[\w.]*)(?:\s+c?import\s+(\w+))?")
-# A broad handler is right where a thread begins, whose error goes to whoever waits for it, and around the user's code.
+# A broad handler is allowed at the top of a thread, which passes the error on, and around the user's code.
 BROAD_HANDLER_REASON = re.compile(r"#.*\b(top|the user's code)\b")
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 MACHINE_PATH = re.compile(r"""["'](/tmp|/home|/root|/work|/var|/mnt|/Users)\b""")
@@ -39,7 +39,12 @@ MACHINE_PATH = re.compile(r"""["'](/tmp|/home|/root|/work|/var|/mnt|/Users)\b"""
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A Python or Cython file of the package. name: path below the package, with "/"; tree: None for Cython."""
+    """A Python or Cython file of the package.
+
+    Attributes:
+        name: Path below the package, with "/".
+        tree: Syntax tree, or None for Cython.
+    """
 
     path: Path
     name: str
@@ -48,7 +53,7 @@ class Module:
 
     @property
     def part(self) -> str:
-        """Top-level module or package that the file belongs to; the layers are those of parts."""
+        """Top-level module or package that contains the file; layers are assigned to these."""
         return self.name.split("/")[0].removesuffix(".py")
 
     @property
@@ -64,7 +69,7 @@ class Module:
 
 
 def read_modules(source: Path) -> list[Module]:
-    """Return the modules of the package, but its own __init__.py, which imports lazily from every layer."""
+    """Return the modules of the package, except its own __init__.py, which imports lazily from every layer."""
     paths = [path for path in (*source.rglob("*.py"), *source.rglob("*.pyx")) if path != source / "__init__.py"]
     modules = []
     for path in sorted(paths):
@@ -75,15 +80,15 @@ def read_modules(source: Path) -> list[Module]:
 
 
 def read_layers(architecture: Path) -> dict[str, int]:
-    """Return the layer of each part of the package, as the document lists them."""
+    """Return the layer of each top-level module or package, as listed in the document."""
     lines = LAYER_LINE.finditer(architecture.read_text(encoding="utf-8"))
     return {match[1].removesuffix("/").removesuffix(".py"): int(match[2]) for match in lines}
 
 
 def imports_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yield (line, dotted name) of every import in the tree; a relative one has no dotted name but its dots.
+    """Yield (line, dotted name) of every import in the tree; a relative import yields its dots.
 
-    A call of import_module() with a literal name is an import; one with a computed name cannot be seen.
+    A call of import_module() with a literal name is an import; one with a computed name cannot be detected.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -97,7 +102,7 @@ def imports_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def check_layers(module: Module, layers: Mapping[str, int]) -> Iterator[tuple[int, str]]:
-    """Yield imports of a layer that is not lower, and files whose layer is not listed."""
+    """Yield imports from layers that are not lower, and files whose layer is not listed."""
     own = layers.get(module.part)
     if own is None:
         yield 1, f"{module.part} has no layer in docs/architecture.md"
@@ -132,7 +137,7 @@ def check_functions(module: Module) -> Iterator[tuple[int, str]]:
 
 
 def check_calls(module: Module) -> Iterator[tuple[int, str]]:
-    """Yield sleeps and reads of the environment outside the one file for each."""
+    """Yield sleeps and reads of the environment outside the one file that may do so."""
     for node in ast.walk(module.tree or ast.Module([], [])):
         if isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] == "sleep":
             if module.name != SLEEPING_FILE and module.part != "testing":
@@ -145,7 +150,7 @@ def check_calls(module: Module) -> Iterator[tuple[int, str]]:
 
 
 def check_handlers(module: Module) -> Iterator[tuple[int, str]]:
-    """Yield handlers of all exceptions that neither raise again nor say why they are right."""
+    """Yield handlers of all exceptions that neither raise again nor give the allowed reason."""
     lines = module.text.splitlines()
     for node in ast.walk(module.tree or ast.Module([], [])):
         if not isinstance(node, ast.ExceptHandler):
@@ -158,9 +163,9 @@ def check_handlers(module: Module) -> Iterator[tuple[int, str]]:
 
 
 def check_finalizers(module: Module) -> Iterator[tuple[int, str]]:
-    """Yield __del__ methods that do not ask whether the interpreter exits, when module globals may be None.
+    """Yield __del__ methods that do not check whether the interpreter exits, when module globals may be None.
 
-    The function that asks must be a default argument, for its name may be None too.
+    The function that checks must be a default argument, because its global name may be None too.
     """
     functions = (n for n in ast.walk(module.tree or ast.Module([], [])) if isinstance(n, ast.FunctionDef))
     for function in functions:
@@ -169,7 +174,7 @@ def check_finalizers(module: Module) -> Iterator[tuple[int, str]]:
 
 
 def check_text(text: str) -> Iterator[tuple[int, str]]:
-    """Yield what no file may hold: unfinished work, and paths of somebody's machine."""
+    """Yield unfinished work, and paths of one machine, which no file may contain."""
     for number, line in enumerate(text.splitlines(), start=1):
         if UNFINISHED.search(line):
             yield number, "unfinished work is named; finish it or open an issue"
@@ -178,7 +183,7 @@ def check_text(text: str) -> Iterator[tuple[int, str]]:
 
 
 def dotted(node: ast.expr | None) -> str:
-    """Return the name that an expression is written as, such as os.environ.get; "" for anything computed."""
+    """Return the dotted name of an expression, such as os.environ.get, or "" for a computed one."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""

@@ -1,1 +1,1 @@
-"""What the benchmarks of the cache are made of."""
+"""Parts of the cache benchmarks."""

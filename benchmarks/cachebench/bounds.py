@@ -1,4 +1,4 @@
-"""What no cache can beat: Belady's MIN with bypass, the share that fits, and what an LRU is expected to get."""
+"""Lower bounds of fetched bytes (Belady's MIN with bypass, the share that does not fit), and an LRU's expectation."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from cachebench.data import Packed
     from cachebench.jobs import Job
 
-# Epochs after those that are measured, of which MIN knows too: at the end of a trace it would know that nothing comes.
+# Epochs after the measured ones that MIN also knows: at the end of a trace it would know that nothing follows.
 AHEAD_EPOCHS = 24
 
 
 def orders(packed: Packed, job: Job, n_epochs: int) -> list[list[int]]:
-    """The shards that the job's rank reads in each epoch, in reading order."""
+    """Return the shards that the job's rank reads in each epoch, in reading order."""
     layout = Layout(packed.shard_records, packed.shard_bytes, _no_footers)
     options = OrderOptions(
         job.seed, True, job.group_bytes, job.window_bytes, streams=job.world_size, placement=job.placement
@@ -31,13 +31,13 @@ def orders(packed: Packed, job: Job, n_epochs: int) -> list[list[int]]:
 
 
 def _no_footers(shards: Sequence[int]) -> Sequence[object]:
-    raise RuntimeError(f"footers of {len(shards)} shards are not needed for an order of shards")
+    raise RuntimeError(f"footers of {len(shards)} shards were read; an order of shards must not need them")
 
 
 def min_misses(epochs: Sequence[Sequence[int]], capacity: int) -> list[int]:
-    """Misses of each epoch under Belady's MIN, which may pass by what it fetches. All shards count alike.
+    """Return the misses of each epoch under Belady's MIN, which may bypass the cache. All shards count alike.
 
-    Written apart from tiercache.cache.replay.bound(): what is judged shall not be its own judge.
+    Written independently of tiercache.cache.replay.bound(), so that the code under test is not its own reference.
 
     L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2), 1966.
     """
@@ -70,12 +70,12 @@ def _next_uses(trace: Sequence[int]) -> list[int]:
 
 
 def lru_share(f: float) -> float:
-    """Share of the bytes that an LRU of share f is expected to fetch in an epoch that is dealt anew."""
+    """Return the share of bytes that an LRU with a fraction f is expected to fetch in a newly shuffled epoch."""
     return 1 - (f + (1 - f) * math.log(1 - f)) if f < 1 else 0.0
 
 
 def belady(packed: Packed, jobs: Sequence[Job], n_cold: int, n_measured: int, f: float) -> float:
-    """Shards fetched per measured epoch under MIN by all jobs together, each with a cache of its own, as a share."""
+    """Return the share of shards fetched per measured epoch under MIN by all jobs together, each with its own cache."""
     capacity, total = round(len(packed.shard_bytes) * f), 0
     for job in jobs:
         misses = min_misses(orders(packed, job, n_cold + n_measured + AHEAD_EPOCHS), capacity)

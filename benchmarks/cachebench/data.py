@@ -1,4 +1,4 @@
-"""The data set of the cache's benchmarks, and a server on loopback that counts what is fetched of it."""
+"""The data set of the cache benchmarks, and a server on loopback that counts the bytes fetched from it."""
 
 from __future__ import annotations
 
@@ -29,22 +29,23 @@ BLOCK_BYTES = 256 << 10
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large a data set is. shard_bytes: about, of its records."""
+    """Size of a data set. shard_bytes: Approximate size of a shard's records."""
 
     n_shards: int
     shard_bytes: int
 
     @property
     def n_records(self) -> int:
-        """Records of all shards."""
+        """Number of records of all shards."""
         return self.n_shards * (self.shard_bytes // RECORD_BYTES)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A data set that was packed.
+    """A packed data set.
 
-    names, shard_records, shard_bytes: of each shard, its key and int64[n_shards]; segment_bytes: of lists of shards.
+    names, shard_records, shard_bytes: Key, records and bytes of each shard, int64[n_shards]. segment_bytes: Size of the
+    lists of shards.
     """
 
     folder: Path
@@ -57,20 +58,20 @@ class Packed:
 
     @property
     def n_bytes(self) -> int:
-        """Of all shards."""
+        """Total size of the shards in bytes."""
         return int(self.shard_bytes.sum())
 
     def budget(self, share: float) -> int:
-        """The budget under which this share of the shards fits: with the whole blocks and the record that each takes.
+        """Return the cache size that holds a share of the shards, including file-system blocks and catalog entries.
 
-        A shard of 128 MiB takes 0.003 % more than its bytes, one of 1 MiB 0.6 %: the bounds are of shards, not of that.
+        A shard of 128 MiB takes 0.003 % more than its bytes, one of 1 MiB 0.6 %; the bounds do not count this overhead.
         """
         shards = sum(charge_bytes(int(n)) for n in self.shard_bytes)
         return int(shards * share) + charge_bytes(self.segment_bytes)
 
 
 def pack(folder: Path, name: str, sizes: Sizes) -> Packed:
-    """Pack numbered records of random bytes, or take them from an earlier run."""
+    """Pack numbered records of random bytes, or reuse those of an earlier run."""
     digest = hashlib.sha256(f"{name} {sizes} {Path(__file__).read_text()}".encode()).hexdigest()[:12]
     place = folder / f"data-{name}-{digest}"
     if not (place / "_tiercache" / "latest").exists():
@@ -101,17 +102,17 @@ class Served(Protocol):
 
     @property
     def storage_options(self) -> dict[str, Any]:
-        """What a store needs to reach them."""
+        """Options that a store needs to reach them."""
 
     def url(self, packed: Packed) -> str:
-        """Where a data set is read from."""
+        """Return the URL of a data set."""
 
     def taken(self) -> dict[str, int]:
-        """Bytes that were sent since the last call, by the shard's key; under "" all else. Empty: it cannot tell."""
+        """Return the bytes sent since the last call, by shard key, others under "". Empty if they are not counted."""
 
 
 class ServedByHttp:
-    """Data sets behind HTTP; counts the bytes of answers, by object."""
+    """Data sets behind an HTTP server that counts the bytes of responses by object."""
 
     storage_options: ClassVar[dict[str, Any]] = {}
 
@@ -119,11 +120,11 @@ class ServedByHttp:
         self._server = server
 
     def url(self, packed: Packed) -> str:
-        """See Served."""
+        """See Served.url."""
         return f"{self._server.url}/{packed.name}"
 
     def taken(self) -> dict[str, int]:
-        """See Served."""
+        """See Served.taken."""
         found: dict[str, int] = {}
         log, self._server.log = self._server.log, []
         for seen in log:
@@ -146,17 +147,17 @@ def serving(*packed: Packed) -> Iterator[Served]:
 
 
 class ServedByS3:
-    """Data sets in a bucket of a real S3 server, which counts nothing."""
+    """Data sets in a bucket of a real S3 server, which does not count bytes."""
 
     def __init__(self, server: S3Server) -> None:
         self._server, self.storage_options = server, server.storage_options
 
     def url(self, packed: Packed) -> str:
-        """See Served."""
+        """See Served.url."""
         return f"{self._server.url}/{packed.name}"
 
     def taken(self) -> dict[str, int]:
-        """See Served."""
+        """See Served.taken."""
         return {}
 
 

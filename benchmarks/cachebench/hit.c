@@ -1,4 +1,5 @@
-// The floor of a hit in the cache: what the kernel takes to open, lock, look at, map, unmap and close files, in turns.
+/* The baseline of a cache hit: the time that the kernel takes to open, lock, stat, map, unmap and close files, one by
+ * one. */
 #include <fcntl.h>
 #include <stddef.h>
 #include <sys/file.h>
@@ -6,7 +7,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-// paths: n of them; each file is opened once. Returns how many were mapped; -1 if one could not be.
+/* paths: n paths; each file is opened once. Returns the number of mapped files; -1 if one could not be opened or
+ * mapped. */
 long hits(const char *const *paths, size_t n) {
     long mapped = 0;
     for (size_t i = 0; i < n; i++) {

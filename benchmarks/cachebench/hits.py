@@ -1,4 +1,4 @@
-"""Hits of the cache, and the same by hand: in Python, and in C without the interpreter."""
+"""Cache hits, and the same system calls in plain Python and in C without the interpreter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Objects = list[tuple[str, "ShardIdentity"]]
 
 
 def through_cache(store: CachedStore, objects: Objects) -> Callable[[int, int], None]:
-    """Looks up, leases, maps and lets go of copies [first, last)."""
+    """Return a function that looks up, leases, maps and releases the copies [first, last)."""
 
     def hit(first: int, last: int) -> None:
         for key, identity in objects[first:last]:
@@ -38,7 +38,7 @@ def through_cache(store: CachedStore, objects: Objects) -> Callable[[int, int], 
 
 
 def by_hand(paths: Sequence[str]) -> Callable[[int, int], None]:
-    """open, flock, fstat, mmap, close in Python."""
+    """Return a function that calls open, flock, fstat, mmap and close from Python."""
 
     def hit(first: int, last: int) -> None:
         for path in paths[first:last]:
@@ -54,7 +54,7 @@ def by_hand(paths: Sequence[str]) -> Callable[[int, int], None]:
 
 
 def in_c(paths: Sequence[str], folder: Path) -> Callable[[int, int], None]:
-    """The same in C. folder: where the compiled code lies."""
+    """Return a function that makes the same calls from C. folder: Folder of the compiled code."""
     library = _build(folder)
     encoded = (ctypes.c_char_p * len(paths))(*(path.encode() for path in paths))
     size = ctypes.sizeof(ctypes.c_char_p)
@@ -68,7 +68,7 @@ def in_c(paths: Sequence[str], folder: Path) -> Callable[[int, int], None]:
 
 
 def paths_of(folder: Path, objects: Objects) -> list[str]:
-    """Where the copies lie."""
+    """Return the paths of the copies."""
     return [str(folder / "copies" / name_of_identity(identity)) for _, identity in objects]
 
 

@@ -1,4 +1,4 @@
-"""Epochs of jobs, each in a process of its own, forked from a warm one that never had threads."""
+"""Epochs of jobs, each in a process of its own, forked from a warm process that never had threads."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Job:
     """One rank of one job over one epoch.
 
     Attributes:
-        urls: of data sets; several are mixed in equal shares.
-        cache_dir, cache_bytes, policy: of the cache; other jobs may name the same folder.
-        epoch, seed, rank, world_size, placement, group_bytes, window_bytes: as the loader's options.
-        trace: file to which openings of copies are appended; "": none.
-        storage_options: of the data sets' store.
+        urls: URLs of the data sets; several are mixed in equal parts.
+        cache_dir, cache_bytes, policy: Cache of the job; several jobs may use the same folder.
+        epoch, seed, rank, world_size, placement, group_bytes, window_bytes: Options of the loader.
+        trace: File to which the opened copies are appended, or "".
+        storage_options: Options of the data sets' store.
     """
 
     urls: tuple[str, ...]
@@ -55,7 +55,7 @@ class Job:
 
 
 class _PrivateMemory:
-    """The most private memory of this process, looked at from a thread."""
+    """Samples the private memory of this process from a thread."""
 
     def __init__(self) -> None:
         self.first_bytes = self.most_bytes = self._now()
@@ -73,17 +73,17 @@ class _PrivateMemory:
             self.most_bytes = max(self.most_bytes, self._now())
 
     def end(self) -> int:
-        """How much it grew at most."""
+        """Stop sampling. Return the maximum growth in bytes."""
         self._stop.set()
         self._thread.join()
         return max(self.most_bytes, self._now()) - self.first_bytes
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Read the epoch; every record once, or it is an error. Figures of this process."""
+    """Read the epoch and return the figures of this process. Each record must be served exactly once."""
     if job.trace:
         os.environ["TIERCACHE_CACHE_TRACE"] = job.trace
-    # That the data set is larger than the cache is what is measured here.
+    # Expected here: the data set is larger than the cache.
     warnings.filterwarnings("ignore", message=".*will be fetched again in every epoch", category=RuntimeWarning)
     memory, started_s = _PrivateMemory(), time.perf_counter()
     cache = Cache(job.cache_dir, size=job.cache_bytes, policy=job.policy, free_floor="0%")
@@ -125,7 +125,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _child(job: Job, answer: Connection) -> None:
-    faulthandler.dump_traceback_later(LONGEST_S, exit=True)  # where it stands, if it does not end
+    faulthandler.dump_traceback_later(LONGEST_S, exit=True)  # Dumps the stacks if the job does not end.
     try:
         answer.send(("found", run(job)))
     except BaseException:
@@ -136,17 +136,17 @@ def _child(job: Job, answer: Connection) -> None:
 
 
 class Nursery:
-    """Starts processes from one that has everything imported and nothing opened."""
+    """Forks processes from one that has everything imported and nothing opened."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["torch", "cachebench.jobs"])
 
     def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """Run jobs side by side, each in a new process, to their ends.
+        """Run jobs concurrently to their ends, each in a new process.
 
         Raises:
-            RuntimeError: one failed, with its traceback; or took longer than LONGEST_S.
+            RuntimeError: A job failed (with its traceback), or took longer than LONGEST_S.
         """
         started = []
         for job in jobs:

@@ -1,7 +1,7 @@
-"""One epoch of another library, in its environment: `python peer_child.py JSON`; the last line is the result.
+"""One epoch of another library, in its environment: `python peer_child.py JSON`; the last line of output is the result.
 
-Both copy their files from a folder, as from a store, into a cache folder with a limit; the copied bytes are counted
-where they do that. Without workers, so that one process does all of it.
+Both libraries copy their files from a folder, as from a store, into a cache folder with a limit. The copied bytes are
+counted where the libraries copy. There are no workers, so one process does everything.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ BATCH = 256
 
 
 def records(job: dict[str, Any]) -> Any:
-    """The records, as the data set has them."""
+    """Return the records of the data set."""
     random = np.random.default_rng(7)
     for i in range(job["n_records"]):
         yield {"id": i, "content": random.integers(0, 256, job["content_bytes"], np.uint8)}
 
 
 def lit_record(i: int, content_bytes: int) -> dict[str, Any]:
-    """One record for LitData, which packs in several processes; its bytes do not matter, their number does."""
+    """Return one record for LitData, which packs in several processes; only the size of its bytes matters."""
     return {"id": i, "content": np.random.default_rng(i).integers(0, 256, content_bytes, np.uint8)}
 
 
 class Counted:
-    """Adds up the bytes of files that were copied, but those of indexes."""
+    """Adds up the bytes of copied files, except index files."""
 
     def __init__(self) -> None:
         self.n_bytes = 0
 
     def wrap(self, owner: Any, name: str, local: int) -> None:
-        """Count what owner.name(...) makes; local: which argument is the path that it copies to."""
+        """Count the file that owner.name(...) writes. local: Index of the argument with the destination path."""
         inner = getattr(owner, name)
 
         def counted(*args: Any, **options: Any) -> Any:
@@ -53,7 +53,7 @@ class Counted:
 
 
 def mosaic(job: dict[str, Any]) -> dict[str, Any]:
-    """MosaicML Streaming."""
+    """Measure MosaicML Streaming."""
     from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
     from streaming.base.storage.download import LocalDownloader
     from streaming.base.util import clean_stale_shared_memory
@@ -89,7 +89,7 @@ def mosaic(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def lit(job: dict[str, Any]) -> dict[str, Any]:
-    """LitData."""
+    """Measure LitData."""
     from functools import partial
 
     import litdata
@@ -127,7 +127,7 @@ def _files(folder: Path, ending: str) -> int:
 
 
 def main() -> None:
-    """Do what the argument says."""
+    """Run the job of the argument."""
     warnings.simplefilter("ignore")
     job = json.loads(sys.argv[1])
     started_s = time.perf_counter()

@@ -24,7 +24,7 @@ REASON_LENGTH = 200
 
 
 def peer_job(peer: str, packed: Packed, f: float, folder: Path) -> dict[str, Any]:
-    """What a peer's child is told, but for the epoch: the same records in as many files, a limit of their share f."""
+    """Return a peer's arguments, except the epoch: the same records in as many files, and a limit of share f."""
     return {
         "peer": peer,
         "data": str(folder / f"{peer}-{packed.folder.name}"),
@@ -38,7 +38,7 @@ def peer_job(peer: str, packed: Packed, f: float, folder: Path) -> dict[str, Any
 
 
 def epochs_of(job: dict[str, Any], f: float, n_epochs: int) -> dict[str, Any]:
-    """Epochs from an empty cache on; "missing": why there are no figures."""
+    """Measure epochs from an empty cache. "missing" in the result: the reason why there are no figures."""
     peer = job["peer"]
     try:
         python = interpreter(peer, PEERS[peer], OUT / "envs")

@@ -1,4 +1,4 @@
-"""Many readers of one cache at once: threads of a process, or processes."""
+"""Many concurrent readers of one cache: threads of a process, or processes."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ START_S = 60.0
 
 
 def objects_of(url: str) -> Objects:
-    """Keys and identities of the shards of a data set."""
+    """Return keys and identities of a data set's shards."""
     store = open_store(url)
     version = latest(store)
     return [(info.name, info.identity(version.dataset_id)) for info in read_shards(store, version).infos()]
 
 
 def opened(folder: str, url: str) -> tuple[Cache, CachedStore]:
-    """A cache that holds the whole of a data set, and the data set's store through it."""
+    """Return a cache that holds a whole data set, and the data set's store through it."""
     cache = Cache(folder, size="1TB", policy="resident", free_floor="0%")
     return cache, cache.store(open_store(url))
 
 
 def timed(hit: Callable[[int, int], None], n_objects: int, min_s: float, first: int = 0) -> tuple[int, float]:
-    """Hits one after another for some time: (how many, seconds)."""
+    """Hit repeatedly for at least min_s. Return (number of hits, seconds)."""
     at, n, started_s = first % n_objects, 0, time.perf_counter()
     while True:
         last = min(at + STEP, n_objects)
@@ -56,7 +56,7 @@ def timed(hit: Callable[[int, int], None], n_objects: int, min_s: float, first: 
 def rate_of_threads(
     hit: Callable[[int, int], None], n_objects: int, n_threads: int, min_s: float
 ) -> tuple[float, float]:
-    """Hits a second of some threads together, and how often a hit's thread had to wait for Python's lock or another."""
+    """Return the hits per second of all threads, and the voluntary context switches per hit (waits for a lock)."""
     gate, rates, counts = threading.Barrier(n_threads), [0.0] * n_threads, [0] * n_threads
     waits = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
 
@@ -86,7 +86,7 @@ def _child(how: str, folder: str, url: str, min_s: float, number: int, pipe: Con
 
 
 def rate_of_processes(how: str, folder: str, url: str, n_processes: int, min_s: float) -> float:
-    """Hits a second of some processes together. how: "cache" or "by hand"."""
+    """Return the hits per second of several processes together. how: "cache" or "by hand"."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cachebench.readers"])
     pipes, processes = [], []
@@ -109,7 +109,7 @@ def rate_of_processes(how: str, folder: str, url: str, n_processes: int, min_s: 
 
 
 def spread_us(times: np.ndarray) -> dict[str, float]:
-    """Least, median, and 99th percentile of some times in seconds, in microseconds."""
+    """Return minimum, median and 99th percentile of times in seconds, in microseconds."""
     times.sort()
     n = len(times)
     return {"min": times[0] * 1e6, "median": times[n // 2] * 1e6, "p99": times[n * 99 // 100] * 1e6}

@@ -1,4 +1,4 @@
-"""Tables of the cache's rows in Markdown."""
+"""Markdown tables of the cache benchmarks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MARKS = ("<!-- cache epochs: begin -->", "<!-- cache epochs: end -->")
-# What was required: the share of bytes fetched above the bound.
+# Requirement: allowed share of fetched bytes above the bound.
 ALLOWED = {"1 - f": 0.03, "MIN": 0.05}
 NAMES = {"mosaic": "MosaicML Streaming", "lit": "LitData"}
 Row = dict[str, Any]
 
 
 def show(rows: Sequence[Row]) -> str:
-    """The table of each part that has rows."""
+    """Return the table of each part that has rows."""
     parts: dict[str, tuple[str, Callable[[Row], str]]] = {
         "one": ("one node, one rank", lambda row: f"{row['f']:g}"),
         "two": ("one node, two ranks", lambda row: f"{row['f']:g}"),
@@ -35,14 +35,14 @@ def show(rows: Sequence[Row]) -> str:
 
 
 def table(rows: Iterable[Row], where: Callable[[Row], str]) -> str:
-    """A Markdown table: what was fetched, as a share of the data set, beside the bound."""
+    """Return a Markdown table: fetched bytes as a share of the data set, and the bound."""
     titles = ("policy", "cache f", "fetched", "bound", "above it", "required", "s/epoch", "remark")
     lines = [titles, (":--", *["--:"] * 6, ":--"), *(line(row, where(row)) for row in rows)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def line(row: Row, where: str) -> tuple[str, ...]:
-    """The cells of a row."""
+    """Return the cells of a row."""
     name = NAMES.get(row["policy"], row["policy"])
     if "missing" in row:
         return name, where, "", "", "", "", "", row["missing"]
@@ -63,5 +63,5 @@ def line(row: Row, where: str) -> tuple[str, ...]:
 
 
 def put_into(path: Path, text: str) -> None:
-    """Put the tables between the marks of a document. Raises ValueError if it has none."""
+    """Replace the text between the marks of a document. Raises ValueError if it has no marks."""
     put(path, text, MARKS)

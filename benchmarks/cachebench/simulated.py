@@ -1,4 +1,4 @@
-"""What the simulator makes of the trace that some jobs left in the cache."""
+"""The simulator's result for the trace that jobs left in the cache."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 def shares_of_trace(
     path: Path, epochs: Sequence[dict[str, Any]], n_cold: int, sizes: tuple[int, int], policy: str
 ) -> dict[str, Any]:
-    """What should have been fetched in an epoch.
+    """Return the share that should have been fetched in an epoch.
 
     Args:
-        path: of the trace.
-        epochs: what each epoch's processes found, the jobs in one order; their pids tell whose an opening was.
-        n_cold: epochs that are not measured.
-        sizes: bytes of the data sets, and of the cache.
-        policy: that ran.
+        path: Path of the trace.
+        epochs: Results of each epoch's processes, in the order of the jobs; their pids assign the trace's entries.
+        n_cold: Number of epochs that are not measured.
+        sizes: Bytes of the data sets, and of the cache.
+        policy: Policy of the run.
     """
     job_of, epoch_of = {}, {}
     for number, epoch in enumerate(epochs):
         for job, rank in enumerate(epoch["ranks"]):
             job_of[rank["pid"]], epoch_of[rank["pid"]] = job, number
     trace = read_trace(path)
-    least = trace.n_bytes.max() // 2  # lists of shards are copies too
+    least = trace.n_bytes.max() // 2  # Lists of shards are copies too.
     _, first = np.unique(np.stack([trace.job, trace.names]), axis=1, return_index=True)
     kept = np.sort(first)[trace.n_bytes[np.sort(first)] > least]
     pids = trace.job[kept]

@@ -1,8 +1,8 @@
-"""Compare tiercache with other libraries: `python -m peers` in the folder of the benchmarks, or `make bench-peers`.
+"""Compare tiercache with other libraries: `python -m peers` in the benchmarks' folder, or `make bench-peers`.
 
-Each contender runs in processes of its own, in an environment of its own that is made when it is first needed. Every
-repetition first checks each record of an epoch that is not timed, then times epochs that are read to the last byte, and
-epochs that are only touched. docs/benchmarks.md has the method.
+Each library runs in processes of its own, in an environment of its own that is made on first use. Each repetition first
+checks each record of an epoch that is not timed, then times epochs of which every byte is read, and epochs whose
+batches are only touched. docs/benchmarks.md describes the method.
 """
 
 from __future__ import annotations
@@ -31,31 +31,43 @@ QUICK_PEERS = ("tiercache", "torch_map", "numpy_memmap", "c_floor")
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="peers", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=[*PEERS], metavar="PEER", help=f"of {', '.join(PEERS)}")
-    parser.add_argument("--workload", nargs="+", choices=[*WORKLOADS], default=[*WORKLOADS])
-    parser.add_argument("--shuffle", nargs="+", choices=ALL, default=[*ALL], help="default: the library's own")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of records; 1 is 1.5 GB of data")
-    parser.add_argument("--workers", type=int, nargs="+", help="that are tried; default: 0 and one a core")
-    parser.add_argument("--min-s", type=float, default=0.5, help="seconds of a timing")
-    parser.add_argument("--check-s", type=float, default=8.0, help="the most that the checked epoch may take")
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds of one task")
-    parser.add_argument("--folder", type=Path, default=OUT / "peers", help="for data, logs, rows and tables")
-    parser.add_argument("--environments", type=Path, default=OUT / "envs", help="for the contenders' environments")
-    parser.add_argument("--reuse", action="store_true", help="what is packed already; no figures of packing")
     parser.add_argument(
-        "--resume", action="store_true", help="a run that was stopped, or add to one; with --keep there"
+        "--only", nargs="+", choices=[*PEERS], metavar="PEER", help=f"Contenders to run, of {', '.join(PEERS)}."
     )
-    parser.add_argument("--keep", action="store_true", help="the data, when done")
-    parser.add_argument("--plots", action="store_true", help="draw them too; makes an environment with matplotlib")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: few records, no figures to speak of")
+    parser.add_argument("--workload", nargs="+", choices=[*WORKLOADS], default=[*WORKLOADS])
+    parser.add_argument(
+        "--shuffle", nargs="+", choices=ALL, default=[*ALL], help="Orders to run; default is the library's own shuffle."
+    )
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="Factor on the numbers of records; 1 is 1.5 GB of data."
+    )
+    parser.add_argument(
+        "--workers", type=int, nargs="+", help="Numbers of workers to try. Default: 0 and one per core."
+    )
+    parser.add_argument("--min-s", type=float, default=0.5, help="Seconds of a timing.")
+    parser.add_argument("--check-s", type=float, default=8.0, help="Maximum seconds of the checked epoch.")
+    parser.add_argument("--timeout", type=float, default=900.0, help="Timeout of one task in seconds.")
+    parser.add_argument("--folder", type=Path, default=OUT / "peers", help="Folder for data, logs, rows and tables.")
+    parser.add_argument(
+        "--environments", type=Path, default=OUT / "envs", help="Folder for the contenders' environments."
+    )
+    parser.add_argument("--reuse", action="store_true", help="Use existing packed data; no figures for packing.")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="Continue an interrupted run, or add to a run that was started with --keep.",
+    )
+    parser.add_argument("--keep", action="store_true", help="Keep the data after the run.")
+    parser.add_argument("--plots", action="store_true", help="Also draw plots; makes an environment with matplotlib.")
+    parser.add_argument("--quick", action="store_true", help="Smoke test: few records, and no meaningful figures.")
     return parser.parse_args(given)
 
 
 def plan_of(given: argparse.Namespace) -> Plan:
-    """The plan that was asked for."""
+    """Return the plan of the command line."""
     quick = given.quick
     return Plan(
         folder=given.folder.resolve(),
@@ -73,7 +85,7 @@ def plan_of(given: argparse.Namespace) -> Plan:
 
 
 def merged(rows: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All rows, new ones in place of those of the same case."""
+    """Return all rows, with new rows in place of old ones of the same case."""
 
     def case(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["benchmark"], row["peer"], row["shuffle"], row["form"], row["workload"]["name"]
@@ -83,13 +95,13 @@ def merged(rows: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> lis
 
 
 def durations(took_s: Mapping[str, float]) -> str:
-    """How long the workloads took, each and together. took_s: by name."""
+    """Return the duration of each workload and of all. took_s: Seconds by name."""
     every = {**took_s, "all": sum(took_s.values())}
     return "took " + ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in every.items())
 
 
 def draw(plan: Plan) -> None:
-    """Draw the rows with matplotlib, which lives in an environment of its own."""
+    """Draw the rows with matplotlib, which is in an environment of its own."""
     try:
         python = interpreter("plots", PLOTS, plan.environments)
     except NotInstalledError as error:
@@ -99,7 +111,7 @@ def draw(plan: Plan) -> None:
 
 
 def main(arguments_given: list[str] | None = None) -> None:
-    """Run, print the tables, write the rows."""
+    """Run the comparison, print the tables, write the rows."""
     given = arguments(arguments_given)
     plan, scale = plan_of(given), QUICK_SCALE if given.quick else given.scale
     path, tasks = plan.folder / "peers.jsonl", Tasks(plan)

@@ -1,4 +1,4 @@
-"""Who is compared, what each needs, and in which ways each is run."""
+"""The compared libraries, their requirements, and the ways in which each one is run."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ if TYPE_CHECKING:
 
 TORCH = "torch"
 PILLOW = "pillow"
-# Both, at most: shuffled to the last record, and as the library itself would shuffle.
+# At most both: shuffled fully, and with the library's own default shuffle.
 ALL = ("none", "full", "default")
-# Forms of decoded pictures beside the usual one: by libjpeg-turbo's faster and less exact transform, which FFCV has no
-# way around, so that rows of the same work stand beside each other; and, with it, resized as planes before they become
-# RGB, the fastest way that tiercache has. FFCV is run once more beside each.
+# Layouts of decoded pictures besides the usual one: with libjpeg-turbo's faster and less exact transform, which FFCV
+# always uses, so that rows of the same work can be compared; and, in addition, resized as planes before they become
+# RGB, the fastest way of tiercache. FFCV is run again next to each.
 FAST_DCT = "fast DCT"
 PLANES = "planes and fast DCT"
 PICTURE_FORMS = (FAST_DCT, PLANES)
 
 
 def manner(form: str) -> str:
-    """The form of a row in words, as "as list" or "by fast DCT"; "" where it has none."""
+    """Return the layout of a row in words, such as "as list" or "by fast DCT"; "" if it has none."""
     return f"by {form}" if form in PICTURE_FORMS else form and f"as {form}"
 
 
@@ -30,20 +30,20 @@ class Peer:
     """A contender.
 
     Attributes:
-        title: its name for people.
-        distribution: whose version is reported; "": none.
-        requirements: for pip, in an environment of its own; none: the interpreter that runs the comparison.
-        system: pkg-config modules that building it needs.
-        shuffles: the orders it has, of "none", "full" and "default".
-        tuned: whether the best number of workers is looked for once a workload; or for each order of it, where those
-            are read in different ways; or never, since it has none.
-        min_workers: it cannot do with fewer.
-        forms: what it gives for columns of varied length.
-        picture_forms: of decoded pictures, those that it has beside its usual one, or that its usual one is.
-        workloads: names of those that it is run on.
-        fewer: by workload, the most records of it that it gets, the first ones, where all of them would take minutes.
-        baseline: no library, but something that libraries are measured against.
-        packs: whether it has a format, and so a way to write it.
+        title: Name in the output.
+        distribution: Distribution whose version is reported, or "".
+        requirements: Requirements for pip, in an environment of its own; none: the interpreter of the comparison.
+        system: pkg-config modules that its build needs.
+        shuffles: The orders that it supports, of "none", "full" and "default".
+        tuned: Whether the best number of workers is searched once per workload, once per order (if orders are read in
+            different ways), or never (without workers).
+        min_workers: Minimum number of workers.
+        forms: Layouts of columns of varying length.
+        picture_forms: Layouts of decoded pictures besides its usual one, or which its usual one is.
+        workloads: Names of the workloads that it is run on.
+        fewer: By workload, the maximum number of records, if all records would take minutes.
+        baseline: Whether it is a baseline and not a library.
+        packs: Whether it has a format of its own, and so a way to write it.
     """
 
     title: str
@@ -89,7 +89,7 @@ PEERS = {
         distribution="mosaicml-streaming",
         requirements=("numpy", "mosaicml-streaming==0.13.0", TORCH, PILLOW),
         shuffles=ALL,
-        # It packs 34 to 55 thousand a second, two million in up to a minute, and reads 12 to 20 thousand.
+        # It packs 34 to 55 thousand records/s, two million in up to a minute, and reads 12 to 20 thousand.
         fewer={"rows": 131_072},
     ),
     "lit": Peer(
@@ -97,8 +97,8 @@ PEERS = {
         distribution="litdata",
         requirements=("numpy", "litdata==0.2.76", TORCH, PILLOW),
         shuffles=ALL,
-        # It packs 40 to 71 thousand a second, two million in up to a minute. In the stored order it reads 71 to 118
-        # thousand: with less than these an epoch would be no longer than a span.
+        # It packs 40 to 71 thousand records/s, two million in up to a minute. In the stored order it reads 71 to 118
+        # thousand: with fewer records than these, an epoch would be shorter than a span.
         fewer={"rows": 262_144},
     ),
     "wds": Peer(
@@ -106,7 +106,7 @@ PEERS = {
         distribution="webdataset",
         requirements=("numpy", "webdataset==1.0.2", TORCH, PILLOW),
         shuffles=("none", "default"),
-        # It packs 2.4 to 4 thousand a second, 6 KB of tar each: two million in nine minutes or more, and 12 GB.
+        # It packs 2.4 to 4 thousand records/s, 6 KB of tar each: two million take nine minutes or more, and 12 GB.
         fewer={"rows": 65_536},
     ),
     "beton": Peer(
@@ -130,7 +130,7 @@ PEERS = {
         title="Grain + ArrayRecord",
         distribution="grain",
         requirements=("numpy", "grain==0.2.18", "array-record==0.8.6", TORCH, PILLOW),
-        # The first batch of two million took more than five minutes, of 131,072 10 s.
+        # The first batch of two million records took more than five minutes, of 131,072 records 10 s.
         fewer={"rows": 65_536},
     ),
     "lance_arrow": Peer(
@@ -157,5 +157,5 @@ PEERS = {
     ),
 }
 
-# Not compared: it draws.
+# Not compared: for the plots.
 PLOTS = Peer(title="plots", requirements=("matplotlib",))

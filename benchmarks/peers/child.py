@@ -1,4 +1,4 @@
-"""One task of one contender, in a process of its own: `python -m peers.child JSON`, whose last line is the result."""
+"""One task of one contender, in its own process: `python -m peers.child JSON`; the last line is the result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PACK_TIMES, PACK_S = 3, 10.0
 
 
 def stored_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder."""
+    """Return the bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -40,7 +40,7 @@ def sync(folder: Path) -> None:
 
 
 def pack(adapter: Any, job: Job) -> dict[str, Any]:
-    """Pack the records anew, and say how fast, all of it on the disk, and how large."""
+    """Pack the records anew. Return the speed, with all files on the disk, and the size."""
     ways = {"pack": "records_per_s", "pack_one_by_one": "one_by_one_records_per_s"}
     found: dict[str, Any] = {}
     for way, measure in reversed(ways.items()):
@@ -51,7 +51,7 @@ def pack(adapter: Any, job: Job) -> dict[str, Any]:
 
 
 def seconds_to_pack(way: Any, job: Job) -> float:
-    """The median of PACK_TIMES times, or of as many as begin within PACK_S: the first one maps the source's pages."""
+    """Return the median of up to PACK_TIMES times that begin within PACK_S; the first one maps the source's pages."""
     took: list[float] = []
     while len(took) < PACK_TIMES and sum(took) < PACK_S:
         if job.path.exists():
@@ -65,7 +65,7 @@ def seconds_to_pack(way: Any, job: Job) -> float:
 
 
 def tune(adapter: Any, job: Job) -> dict[str, Any]:
-    """How fast the batches come for a little while, with the job's number of workers; the first one is not counted."""
+    """Return the speed of a short run with the job's number of workers; the first batch is not counted."""
     consumer = Consumer(job.source)
     with adapter.opened(job) as opened:
         stream = Stream(opened.epoch)
@@ -77,7 +77,7 @@ def tune(adapter: Any, job: Job) -> dict[str, Any]:
 
 
 def measure(adapter: Any, job: Job) -> dict[str, Any]:
-    """One repetition: first batch, the checked epoch if there is to be one, warming up, then the timed spans."""
+    """Measure one repetition: first batch, the checked epoch if there is one, warm-up, then the timed spans."""
     consumer, idle_bytes, checked = Consumer(job.source), private_bytes(), {}
     started = time.perf_counter()
     with adapter.opened(job) as opened:
@@ -87,8 +87,8 @@ def measure(adapter: Any, job: Job) -> dict[str, Any]:
         with PeakMemory() as peak:
             if job.check_s:
                 checked = check(consumer, stream, job)
-            # What a loader has read ahead when the clock starts shall be what it has when it stops, and what it does in
-            # its first epoch only shall be over.
+            # The loader must have read ahead as much when the clock starts as when it stops, and the special work of
+            # the first epoch must be over.
             read_for(consumer.read_and_forget, stream, job.min_s / 2)
         every = timing(consumer, consumer.read, stream, job.min_s)
         consumer.check_sums(every["n_epochs"], whole=every["whole"])
@@ -106,16 +106,16 @@ def measure(adapter: Any, job: Job) -> dict[str, Any]:
 
 
 def check(consumer: Consumer, stream: Stream, job: Job) -> dict[str, Any]:
-    """An epoch checked record by record, or what of it comes in time: its share, and what the shuffle is worth."""
+    """Check an epoch, or the part that comes in time, record by record. Return its share and the shuffle quality."""
     stream.read(consumer.check_records, time.perf_counter() + job.check_s)
     share = len(consumer.order) / job.workload.n_records
     return {"checked_share": share, **shuffle_quality(consumer.order, job.workload.n_records)}
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Do the task. Returns its figures, or why it cannot be done as "unsupported"."""
+    """Run the task. Return its figures, or the reason why it cannot be run as "unsupported"."""
     if job.task == "measure":
-        # A training process has torch in memory, and so has each contender here, whether it needs it or not.
+        # A training process has torch in memory, so each contender here does, whether it needs torch or not.
         importlib.import_module("torch")
     adapter = importlib.import_module(f"peers.adapters.{job.peer}")
     try:
@@ -126,7 +126,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def version(adapter: Any, distribution: str) -> str:
-    """Of what is measured: as the adapter says, else as it was installed."""
+    """Return the version of the contender, from the adapter or else from the installed distribution."""
     return getattr(adapter, "VERSION", "") or (metadata.version(distribution) if distribution else "")
 
 

@@ -1,4 +1,4 @@
-"""Forms that several adapters share: text as one matrix, records as bytes, Arrow columns as arrays."""
+"""Conversions that several adapters share: text as one matrix, records as bytes, Arrow columns as arrays."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ if TYPE_CHECKING:
 
 
 def slices(values: np.ndarray, offsets: np.ndarray) -> list[bytes]:
-    """The records of one buffer as bytes objects. values: uint8[total]; offsets: int64[n + 1]."""
+    """Return the records of one buffer as bytes objects. values: uint8[total]; offsets: int64[n + 1]."""
     data, ends = memoryview(values), offsets.tolist()
     return [bytes(data[a:b]) for a, b in pairwise(ends)]
 
 
 def texts(values: np.ndarray, n_bytes: int) -> list[str]:
-    """ASCII records of one length as str objects. values: uint8[n * n_bytes]."""
+    """Return ASCII records of one length as str objects. values: uint8[n * n_bytes]."""
     whole = values.tobytes().decode("ascii")
     return [whole[at : at + n_bytes] for at in range(0, len(whole), n_bytes)]
 
 
 def even_offsets(n: int, n_bytes: int) -> np.ndarray:
-    """Where n records of one length begin and end, int64[n + 1]."""
+    """Return the offsets of n records of one length, int64[n + 1]."""
     return np.arange(0, (n + 1) * n_bytes, n_bytes, dtype=np.int64)
 
 
 def chunks(order: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """The order cut into batches; the last may be short."""
+    """Yield the order cut into batches; the last one may be short."""
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
 def to_bytes(record: dict[str, Any], workload: Workload) -> bytes:
-    """A record as bytes: its number, then its columns in order; one of varied length comes last."""
+    """Return a record as bytes: its number, then its columns in order; a column of varying length comes last."""
     parts = [int(record[KEY]).to_bytes(8, "little")]
     for field in workload.fields:
         value = record[field.name]
@@ -46,7 +46,7 @@ def to_bytes(record: dict[str, Any], workload: Workload) -> bytes:
 
 
 def from_bytes(data: bytes, workload: Workload) -> dict[str, Any]:
-    """The record: views of the bytes for arrays, bytes or str for the others, an int64 for the number."""
+    """Return the record: views of the bytes for arrays, bytes or str for the others, an int64 for the number."""
     record: dict[str, Any] = {KEY: np.frombuffer(data, np.int64, 1)[0]}
     at = 8
     for field in workload.fields:
@@ -60,7 +60,7 @@ def from_bytes(data: bytes, workload: Workload) -> dict[str, Any]:
 
 
 def stack(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of records: arrays and numbers stacked, other objects in lists."""
+    """Return a batch of records: arrays and numbers stacked, other objects in lists."""
     first = records[0]
     return {
         name: [record[name] for record in records]
@@ -71,7 +71,7 @@ def stack(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def from_arrow(array: Any, field: Field, form: str) -> Any:
-    """A pyarrow array of a field's column, whatever way it holds it, as a batch's column; arrays without a copy."""
+    """Return a pyarrow array of a field's column, of any Arrow type, as a batch's column; arrays without a copy."""
     if field.kind == "array":
         size, item = field.n_bytes, np.dtype(field.dtype).itemsize
         while hasattr(array, "storage"):

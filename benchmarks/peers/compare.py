@@ -1,4 +1,4 @@
-"""The comparison: makes the data, packs it for each contender, runs all of them in turn, writes a row a case."""
+"""The comparison: generates data, packs it for each contender, interleaves all contenders, writes a row per case."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
 
     from workloads import Workload
 
-# Measured in each repetition, and in the one that checks.
+# Measured in each repetition, also in the one that checks.
 SPREAD = ("first_batch_s", "peak_private_bytes", "idle_private_bytes")
 CHECKED = ("rank_correlation", "neighbour_distance", "checked_share")
 READS = ("every", "first")
-# Of images a span of the usual length holds a dozen batches, and one more or less would be several percent.
+# A span of the usual length holds a dozen batches of images, so that one batch more or less would be several percent.
 LONGER = 3
 TIMED = ("samples_per_s", "cpu_s_per_million", "wait_share")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How much is run.
+    """Extent of a comparison.
 
     Attributes:
-        folder: for data, packed data, logs.
-        environments: the folder of the virtual environments.
-        peers: names of those who are compared.
-        shuffles: the orders that are run: "none", "full", "default".
-        workers: numbers that are tried where a contender has workers; the fastest one is used.
-        repetitions: of each case.
-        min_s: of a timing.
-        check_s: the most that the checked epoch, once a case, may take.
-        timeout_s: of a child process.
-        reuse: take what is packed already.
-        resume: take what an earlier run with the same folder has measured.
+        folder: Folder for data, packed data and logs.
+        environments: Folder of the virtual environments.
+        peers: Names of the contenders.
+        shuffles: Orders that are run: "none", "full", "default".
+        workers: Numbers of workers to try; the fastest is used.
+        repetitions: Number of repetitions of each case.
+        min_s: Seconds of a timing.
+        check_s: Maximum seconds of the checked epoch, once per case.
+        timeout_s: Timeout of a child process in seconds.
+        reuse: Whether existing packed data is used.
+        resume: Whether results of an earlier run with the same folder are used.
     """
 
     folder: Path
@@ -64,7 +64,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One row: a contender in one of its ways. python: None, and why, where it cannot be run."""
+    """One row: a contender in one of its ways. python: None if it cannot be run, with the reason."""
 
     job: Job
     python: Path | None
@@ -72,28 +72,28 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name in the output."""
         job = self.job
         said = (f"{job.workload.name}: {PEERS[job.peer].title}", f"shuffle {job.shuffle}", manner(job.shown_form))
         return ", ".join(filter(None, said))
 
 
 class Tasks:
-    """Runs tasks in processes of their own, or takes what the ledger has of them."""
+    """Runs tasks in processes of their own, or returns results from the ledger."""
 
     def __init__(self, plan: Plan) -> None:
         self._runner = Runner(plan.folder / "logs", plan.timeout_s)
         self._ledger = Ledger(plan.folder / "ledger.jsonl", resume=plan.resume)
 
     def known(self, job: Job, repetition: int = 0) -> dict[str, Any] | None:
-        """What a task found before."""
+        """Return the stored result of a task, if any."""
         return self._ledger.get(job, repetition)
 
     def run(self, python: Path, job: Job, repetition: int = 0) -> dict[str, Any]:
-        """What a task finds.
+        """Return the result of a task.
 
         Raises:
-            FailedError: it failed; that is not kept, another run tries again.
+            FailedError: The task failed. Failures are not stored, so another run tries again.
         """
         found = self._runner.run(python, job)
         self._ledger.put(job, repetition, found)
@@ -101,9 +101,9 @@ class Tasks:
 
 
 def compare(workload: Workload, plan: Plan, tasks: Tasks) -> list[dict[str, Any]]:
-    """All rows of a workload: one a contender for packing, one a case for loading, also where there are no figures.
+    """Return all rows of a workload: per contender (packing) and per case (loading), even without figures.
 
-    A row's workload has the records that its contender got; its whole_records are those that the others got.
+    The workload of a row has the records that its contender got; whole_records are those of the other contenders.
     """
     generate(workload, plan.folder / "data" / workload.name)
     rows, running = [], []
@@ -128,7 +128,7 @@ def compare(workload: Workload, plan: Plan, tasks: Tasks) -> list[dict[str, Any]
 
 def _job(name: str, workload: Workload, plan: Plan) -> Job:
     mine = first_of(workload, PEERS[name].fewer.get(workload.name, workload.n_records))
-    # What was packed before its contender got fewer records, or gets more, shall not pass for this.
+    # Data packed with another number of records for the same contender must not be reused.
     place = workload.name if mine == workload else f"{workload.name}-{mine.n_records}"
     return Job(
         task="pack",
@@ -153,7 +153,7 @@ def _say(text: str) -> None:
 
 
 def pack(job: Job, peer: Peer, plan: Plan, tasks: Tasks) -> tuple[Case, dict[str, Any]]:
-    """A contender with its environment made and its data packed, and the row of that."""
+    """Return a contender with its environment made and its data packed, and the row of the packing."""
     done, task = job.path.with_name(f"{job.path.name}.done"), replace(job, min_s=0.0)
     try:
         python = interpreter(job.peer, peer, plan.environments)
@@ -174,14 +174,14 @@ def pack(job: Job, peer: Peer, plan: Plan, tasks: Tasks) -> tuple[Case, dict[str
 
 
 def forms(peer: Peer, workload: Workload) -> tuple[str, ...]:
-    """The forms of a contender's jobs of a workload."""
+    """Return the layouts of a contender's jobs for a workload."""
     if workload.varied:
         return peer.forms
     return (USUAL, *peer.picture_forms) if workload.pictures else (USUAL,)
 
 
 def cases(packed: Case, plan: Plan) -> Iterator[Case]:
-    """The ways that a contender is run in."""
+    """Yield the ways in which a contender is run."""
     peer = PEERS[packed.job.peer]
     for shuffle in plan.shuffles:
         if shuffle in peer.shuffles:
@@ -190,9 +190,9 @@ def cases(packed: Case, plan: Plan) -> Iterator[Case]:
 
 
 def tuned(case: Case, chosen: dict[bool, Case], plan: Plan, tasks: Tasks) -> Case:
-    """The case with the number of workers that a short look finds the fastest; missing where none runs.
+    """Return the case with the number of workers that is fastest in a short run; missing if none runs.
 
-    chosen: what was found so far, by whether the order is shuffled: forms and kinds of shuffle share it.
+    chosen: Results so far, by whether the order is shuffled; layouts and kinds of shuffle share them.
     """
     peer, job = PEERS[case.job.peer], case.job
     key = job.shuffled and peer.tuned == "orders"
@@ -221,7 +221,7 @@ def tuned(case: Case, chosen: dict[bool, Case], plan: Plan, tasks: Tasks) -> Cas
 
 
 def measure(running: Sequence[Case], plan: Plan, tasks: Tasks) -> list[dict[str, Any]]:
-    """A row for each case; they take turns, so that what disturbs the machine disturbs all of them."""
+    """Return a row for each case; cases are interleaved, so that disturbances affect all of them alike."""
     found: dict[int, list[dict[str, Any]]] = {i: [] for i in range(len(running))}
     missing: dict[int, str] = {}
     for repetition in range(plan.repetitions):
@@ -243,7 +243,7 @@ def measure(running: Sequence[Case], plan: Plan, tasks: Tasks) -> list[dict[str,
 
 
 def _repetition(case: Case, repetition: int, plan: Plan, tasks: Tasks) -> dict[str, Any]:
-    """What one repetition finds; the first one checks record by record, all of them count and sum."""
+    """Return the result of one repetition. The first one checks each record; all of them check counts and sums."""
     task = replace(case.job, check_s=0.0 if repetition else plan.check_s)
     found = tasks.known(task, repetition)
     if found is not None or case.python is None:

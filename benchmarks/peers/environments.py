@@ -1,4 +1,4 @@
-"""Virtual environments, one a contender, made when they are first needed."""
+"""Virtual environments, one per contender, made on first use."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ REASON_LENGTH = 300
 
 
 class NotInstalledError(Exception):
-    """A contender's environment could not be made; the message says why."""
+    """The environment of a contender could not be made; the message gives the reason."""
 
 
 def interpreter(name: str, peer: Peer, folder: Path) -> Path:
-    """The Python that runs a contender; its environment is made, or made again after a change of its requirements.
+    """Return the Python that runs a contender. Its environment is made, or made again if requirements changed.
 
     Raises:
-        NotInstalledError: something that it needs is missing, or pip failed.
+        NotInstalledError: A requirement is missing, or pip failed.
     """
     if not peer.requirements:
         return Path(sys.executable)
@@ -47,10 +47,10 @@ def _check_system(peer: Peer) -> None:
     if not peer.system:
         return
     if shutil.which("pkg-config") is None:
-        raise NotInstalledError(f"it is built from source, which needs pkg-config and {', '.join(peer.system)}")
+        raise NotInstalledError(f"the build from source needs pkg-config and {', '.join(peer.system)}")
     for module in peer.system:
         if subprocess.run(["pkg-config", "--exists", module], check=False).returncode:
-            raise NotInstalledError(f"it is built from source, which needs the development files of {module}")
+            raise NotInstalledError(f"the build from source needs the development files of {module}")
 
 
 def _run(command: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a child process is asked to do, and what an adapter gives it."""
+"""The job of a child process, and the result of an adapter."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from source import Source
 from workloads import Workload, workload_of
 
 SEED = 7
-# The form of a job whose workload has but one, or of pictures in a contender's usual way: an odd word for it, but that
-# of all ledgers so far.
+# Layout of a job whose workload has only one, or of pictures in a contender's usual way. The name is kept for existing
+# ledgers.
 USUAL = "list"
 
 
 class UnsupportedError(Exception):
-    """A contender cannot do this case; the message says why."""
+    """A contender cannot run this case; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,17 +27,18 @@ class Job:
     """One task of a child process.
 
     Attributes:
-        task: "pack"; "tune", a short look at how fast a number of workers is; or "measure", one repetition.
-        peer: the name of the adapter's module.
-        workload: what is packed or read.
-        source_folder: of the generated records.
-        folder: of the packed ones.
-        library_folder: where the compiled floor lies.
-        shuffle: "none", "full" or "default", what the contender itself would do.
-        form: "list" or "buffer", for columns of varied length; USUAL or one of PICTURE_FORMS, for pictures; else USUAL.
-        workers: threads or processes, whichever the contender has; 0: none beside the consumer's.
-        min_s: of each timing; epochs are repeated until they took so long together.
-        check_s: the most that the checked epoch may take; 0: no epoch is checked record by record.
+        task: "pack"; "tune", a short run to compare numbers of workers; or "measure", one repetition.
+        peer: Name of the adapter's module.
+        workload: Workload that is packed or read.
+        source_folder: Folder of the generated records.
+        folder: Folder of the packed records.
+        library_folder: Folder of the compiled floor.
+        shuffle: "none", "full" or "default", the contender's own.
+        form: "list" or "buffer", for columns of varying length; USUAL or one of PICTURE_FORMS, for pictures; else
+        USUAL.
+        workers: Number of threads or processes of the contender; 0: none besides the consumer's thread.
+        min_s: Seconds of each timing; epochs are repeated until this time is reached.
+        check_s: Maximum seconds of the checked epoch; 0: no epoch is checked record by record.
     """
 
     task: str
@@ -54,42 +55,42 @@ class Job:
 
     @property
     def source(self) -> Source:
-        """The generated records."""
+        """Return the generated records."""
         return Source(self.workload, Path(self.source_folder))
 
     @property
     def path(self) -> Path:
-        """The folder of the packed records."""
+        """Folder of the packed records."""
         return Path(self.folder)
 
     @property
     def shuffled(self) -> bool:
-        """Whether the order is not the stored one."""
+        """Whether the order differs from the stored order."""
         return self.shuffle != "none"
 
     @property
     def shown_form(self) -> str:
-        """The form that rows have: "" for USUAL where no column is of varied length."""
+        """Layout shown in rows: "" for USUAL if no column has varying length."""
         return "" if self.form == USUAL and not self.workload.varied else self.form
 
     def as_json(self) -> dict[str, Any]:
-        """What `job_of` takes."""
+        """Return the JSON form that `job_of` reads."""
         return asdict(self)
 
 
 def job_of(value: dict[str, Any]) -> Job:
-    """A job from its JSON form."""
+    """Return a job from its JSON form."""
     return Job(**{**value, "workload": workload_of(value["workload"])})
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A loader ready to run. epoch: gives the batches of the next epoch; note: how it is run, for the reader."""
+    """A loader ready to run. epoch: Function that returns the next epoch's batches. note: How it is run."""
 
     epoch: Callable[[], Iterator[dict[str, Any]]]
     note: str = ""
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""Draws the rows, in an environment with matplotlib: `python -m peers.plots ROWS [--into FOLDER]`, or `--plots`."""
+"""Plots of the rows, in an environment with matplotlib: `python -m peers.plots ROWS [--into FOLDER]`, or `--plots`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ BAR_INCHES, PANEL_INCHES = 0.27, 5.6
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """A picture for each workload, a panel for each order and form: medians with the slowest and fastest run."""
+    """Draw a picture per workload with a panel per order and layout: medians with the slowest and fastest run."""
     mpl.use("agg")
-    # Text stays text: a tenth of the size, and readable by those who do not see it.
+    # Text stays text: a tenth of the size, and accessible to screen readers.
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "tiercache", "font.size": 9})
     folder.mkdir(parents=True, exist_ok=True)
     shown = [row for row in rows if row["benchmark"] == "load" and "missing" not in row]
@@ -36,7 +36,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def picture(rows: Sequence[Row], name: str, folder: Path) -> Path:
-    """The picture of a workload, as SVG."""
+    """Draw the picture of a workload as SVG."""
     forms = list(dict.fromkeys(row["form"] for row in rows))
     panels = [[chosen(rows, order, form) for order in ORDERS] for form in forms]
     n_bars = sum(max(len(panel) for panel in line) for line in panels)
@@ -56,7 +56,7 @@ def picture(rows: Sequence[Row], name: str, folder: Path) -> Path:
 
 
 def chosen(rows: Sequence[Row], shuffle: str, form: str) -> list[Row]:
-    """The rows of a panel, the slowest first; a library without a shuffle of all records is shown with its own one."""
+    """Return the rows of a panel, slowest first; a library without a full shuffle is shown with its own shuffle."""
     of_form = [row for row in rows if row["form"] == form]
     found = [row for row in of_form if row["shuffle"] == shuffle]
     if shuffle == "full":
@@ -66,7 +66,7 @@ def chosen(rows: Sequence[Row], shuffle: str, form: str) -> list[Row]:
 
 
 def bars(axes: Any, rows: Sequence[Row]) -> None:
-    """Bars of thousands of samples a second, each with its figure."""
+    """Draw bars of thousands of samples per second, each with its figure."""
     rates = [{name: rate / 1e3 for name, rate in row["samples_per_s.every"].items()} for row in rows]
     medians = [rate["median"] for rate in rates]
     spans = [[rate["median"] - rate["min"] for rate in rates], [rate["max"] - rate["median"] for rate in rates]]
@@ -80,14 +80,14 @@ def bars(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def colour(peer: str) -> str:
-    """By what it is."""
+    """Return the colour of a contender's kind."""
     return OURS if peer == "tiercache" else BASELINE if PEERS[peer].baseline else LIBRARY
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("rows", type=Path, help="peers.jsonl")
-    parser.add_argument("--into", type=Path, help="a folder; default: that of the rows")
+    parser.add_argument("rows", type=Path, help="File peers.jsonl.")
+    parser.add_argument("--into", type=Path, help="Folder for the plots. Default: folder of the rows.")
     given = parser.parse_args()
     for path in draw(read(given.rows), given.into or given.rows.parent):
         print(path)

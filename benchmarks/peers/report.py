@@ -1,4 +1,4 @@
-"""Tables of the rows in Markdown: `python -m peers.report ROWS`, and `--into FILE` to put them between its marks."""
+"""Markdown tables of the rows: `python -m peers.report ROWS`, with `--into FILE` between the marks of the file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 ORDERS = {"none": "in the stored order", "full": "shuffled"}
-# Of a workload there is one or the other.
+# Each workload has one of them.
 FLOORS = ("c_floor", "decoder_alone")
 LOAD_TITLES = (
     "contender",
@@ -36,17 +36,17 @@ PACK_TITLES = ("contender", "k records/s", "one by one", "MB stored", "of the re
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file."""
+    """Return the rows of a file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """All tables: a workload and an order each, then packing, then who is missing and why."""
+    """Return all tables: one per workload and order, then packing, then the missing contenders with reasons."""
     parts = [machine(rows[0])]
     for name in dict.fromkeys(row["workload"]["name"] for row in rows):
         of_it = [row for row in rows if row["workload"]["name"] == name]
         workload = workload_of(of_it[0]["workload"])
-        # Rows without that number are of earlier runs, in which every contender got all records.
+        # Rows without this number are from earlier runs, in which every contender got all records.
         n_records = max(row.get("whole_records", row["workload"]["n_records"]) for row in of_it)
         parts.append(f"### {name}")
         parts.append(f"{n_records:,} records of {workload.describe()}; batches of {workload.batch_size}.")
@@ -61,14 +61,14 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def machine(row: Row) -> str:
-    """Where and with what the rows were measured."""
+    """Return the machine and the versions of the rows."""
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
     memory = f"{row['memory_bytes'] / 2**30:.0f} GiB"
     return f"{row['date']}: {row['processor']}, {row['cores']} cores, {memory}, Linux {row['kernel']}; {versions}."
 
 
 def loading(rows: Sequence[Row], shuffle: str, form: str, order: str) -> list[str]:
-    """The table of one order and form, the fastest first; shuffled also shows each library's own shuffle."""
+    """Return the table of an order and layout, fastest first; shuffled ones also show each library's own shuffle."""
     chosen = [
         row
         for row in rows
@@ -87,7 +87,7 @@ def loading(rows: Sequence[Row], shuffle: str, form: str, order: str) -> list[st
 
 
 def load_line(row: Row, floor: float | None) -> list[str]:
-    """The cells of one case."""
+    """Return the cells of one case."""
     every, touched = row["samples_per_s.every"], row["samples_per_s.first"]
     name = f"{row['title']} {row['version']}".strip() + (", its own shuffle" if row["shuffle"] == "default" else "")
     return [
@@ -106,18 +106,18 @@ def load_line(row: Row, floor: float | None) -> list[str]:
 
 
 def fewer(row: Row) -> str:
-    """How many records a contender got, if not all of the workload's."""
+    """Return how many records a contender got, if not all of the workload's."""
     n_records = row["workload"].get("n_records")
     return f"{n_records:,} records" if n_records != row.get("whole_records", n_records) else ""
 
 
 def partly(share: float) -> str:
-    """A word on an epoch of which only the beginning was checked, for want of time."""
+    """Return a note on an epoch of which only the beginning was checked, for lack of time."""
     return f"{share:.0%} of an epoch checked" if share < 1 else ""
 
 
 def pack_line(row: Row, record_bytes: int) -> list[str]:
-    """The cells of one contender's packing."""
+    """Return the cells of one contender's packing."""
     raw = (record_bytes + 8) * row["workload"]["n_records"]
     one_by_one = row.get("one_by_one_records_per_s")
     return [
@@ -130,7 +130,7 @@ def pack_line(row: Row, record_bytes: int) -> list[str]:
 
 
 def missing(rows: Iterable[Row]) -> list[str]:
-    """Who has no figures and why, each reason once. Data that needs no packing is no such case."""
+    """Return the contenders without figures and the reasons, each once. Data that needs no packing is not listed."""
     seen: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if "missing" in row and row["benchmark"] == "load":
@@ -141,18 +141,18 @@ def missing(rows: Iterable[Row]) -> list[str]:
 
 
 def thousands(rate: float) -> str:
-    """A rate in thousands, with three digits or more."""
+    """Format a rate in thousands, with three digits or more."""
     return f"{rate / 1e3:,.2f}" if rate < 1e4 else f"{rate / 1e3:,.1f}" if rate < 1e5 else f"{rate / 1e3:,.0f}"
 
 
 def table(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; numbers to the right, the first and the last column to the left."""
+    """Return a Markdown table; numbers right-aligned, the first and the last column left-aligned."""
     marks = [":--", *["--:"] * (len(titles) - 2), "--:" if titles is PACK_TITLES else ":--"]
     return "\n".join("| " + " | ".join(line) + " |" for line in (titles, marks, *lines))
 
 
 def put(path: Path, text: str, marks: tuple[str, str] = (BEGIN, END)) -> None:
-    """Replace what stands between the marks of a file. Raises ValueError if it has none."""
+    """Replace the text between the marks of a file. Raises ValueError if it has no marks."""
     before, begin, rest = path.read_text().partition(marks[0])
     _, end, after = rest.partition(marks[1])
     if not (begin and end):
@@ -163,8 +163,8 @@ def put(path: Path, text: str, marks: tuple[str, str] = (BEGIN, END)) -> None:
 def main() -> None:
     """Print the tables, or put them into a document."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("rows", type=Path, help="peers.jsonl")
-    parser.add_argument("--into", type=Path, help="a Markdown file with the marks")
+    parser.add_argument("rows", type=Path, help="File peers.jsonl.")
+    parser.add_argument("--into", type=Path, help="Markdown file with the marks that enclose the table.")
     given = parser.parse_args()
     text = markdown(read(given.rows))
     if given.into:

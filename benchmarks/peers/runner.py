@@ -1,4 +1,4 @@
-"""Starts child processes: one task of one contender each, with a limit, and what they say when they fail."""
+"""Child processes that run one task of one contender each, with a timeout, and the reasons of failures."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class FailedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """Runs tasks. logs: the folder for what they write to stderr; timeout_s: the most that one may take."""
+    """Runs tasks. logs: Folder for their stderr. timeout_s: Timeout of a task in seconds."""
 
     logs: Path
     timeout_s: float
 
     def run(self, python: Path, job: Job) -> dict[str, Any]:
-        """What a task found.
+        """Return the result of a task.
 
         Raises:
-            FailedError: it failed, served wrong records, or took too long.
+            FailedError: The task failed, served wrong records, or took too long.
         """
         self.logs.mkdir(parents=True, exist_ok=True)
         if job.task != "pack":
@@ -63,7 +63,7 @@ class Runner:
 
 
 def read_through(folder: Path) -> None:
-    """Bring all files of a folder into the page cache: some kernels throw out what was not read for some minutes."""
+    """Read all files of a folder into the page cache: some kernels evict files that were not read for minutes."""
     memory = memoryview(bytearray(READ_BYTES))
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb", buffering=0) as file:
@@ -72,14 +72,14 @@ def read_through(folder: Path) -> None:
 
 
 def _end_group(child: subprocess.Popen[str]) -> None:
-    """End what is left of the child and of the workers that it started, which would disturb those that follow."""
+    """Kill the remains of the child and of its workers, which would disturb the next tasks."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
 
 def _reason(log: Path) -> str:
-    """The last line of a traceback, wherever other lines follow it."""
+    """Return the last line of a traceback, even if other lines follow it."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "error"))]
     return ([*lines[-1:], *errors[-1:]] or ["no message"])[-1][:REASON_LENGTH]

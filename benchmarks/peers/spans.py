@@ -1,4 +1,4 @@
-"""Timed spans of a loader's epochs: whole ones where they are short, parts of one where it is long."""
+"""Timed spans of a loader's epochs: whole epochs if they are short, parts of one if it is long."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Batches = Iterator[dict[str, Any]]
 Epoch = Callable[[], Batches]
 Reader = Callable[[Batches, float], bool]
 
-# A span ends at the end of an epoch, unless it would take more than so many times what was asked for.
+# A span ends at the end of an epoch, unless it would take more than this factor of the requested time.
 CUT_AFTER = 2.0
 
 
 class Stream:
-    """The batches of one epoch after the other; who stops in the middle of one goes on there.
+    """The batches of consecutive epochs; a reader that stops in the middle of an epoch continues there.
 
-    n_epochs: how many were begun.
+    n_epochs: Number of epochs begun.
     """
 
     def __init__(self, epoch: Epoch) -> None:
@@ -34,23 +34,23 @@ class Stream:
 
     @property
     def at_start(self) -> bool:
-        """Whether what comes next is the first batch of an epoch."""
+        """Whether the next batch is the first one of an epoch."""
         return self._left is None
 
     def first(self) -> None:
-        """Wait for the first batch of all, which stays the first to be read."""
+        """Wait for the very first batch, which stays the first one to be read."""
         batches = self._batches()
         self._left = itertools.chain([next(batches)], batches)
 
     def read(self, reader: Reader, until_s: float = math.inf) -> bool:
-        """Read to the end of the epoch that is under way, or else of the next. False: until_s came before."""
+        """Read to the end of the current epoch, or else of the next one. Return False if until_s passed before."""
         ended = reader(self._batches(), until_s)
         if ended:
             self._left = None
         return ended
 
     def close(self) -> None:
-        """Let go of the epoch that is under way, if one is, before its loader goes."""
+        """Drop the current epoch, if there is one, before its loader is dropped."""
         self._left = None
 
     def _batches(self) -> Batches:
@@ -61,7 +61,7 @@ class Stream:
 
 
 def read_for(reader: Reader, stream: Stream, min_s: float) -> None:
-    """Read epochs until they took min_s together, the last one cut where it is long."""
+    """Read epochs until min_s have passed; the last one is cut if it is long."""
     started = time.perf_counter()
     until_s = started + CUT_AFTER * min_s if min_s else math.inf
     while stream.read(reader, until_s):
@@ -70,13 +70,14 @@ def read_for(reader: Reader, stream: Stream, min_s: float) -> None:
 
 
 def timing(consumer: Consumer, reader: Reader, stream: Stream, min_s: float) -> dict[str, float]:
-    """Epochs read for min_s (read_for): figures, and what was read.
+    """Read epochs for min_s (read_for). Return figures, and what was read.
 
     Returns:
-        samples_per_s, cpu_s_per_million, wait_share; n_samples; n_epochs, whole or not; whole: 1 if all were.
+        samples_per_s, cpu_s_per_million, wait_share; n_samples; n_epochs, complete or not; whole: 1 if all were
+        complete.
 
     Raises:
-        WrongBatchesError: a record did not come once an epoch.
+        WrongBatchesError: A record was not served once per epoch.
     """
     consumer.reset()
     begun, whole = stream.n_epochs, stream.at_start

@@ -1,6 +1,6 @@
-"""What was required of a run, and what it shows: `python -m peers.verdict ROWS`, and `--into FILE` to put it there.
+"""Requirements and results of a run: `python -m peers.verdict ROWS`, and `--into FILE` to put the table there.
 
-Each line compares medians of one run: tiercache's over another contender's, on the same workload, order and form.
+Each line compares medians of one run: tiercache's with another contender's, for the same workload, order and layout.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Case = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Required:
-    """A rate of ours over that of another contender, at least."""
+    """Minimum ratio of tiercache's rate to another contender's rate."""
 
     workload: str
     shuffle: str
@@ -40,7 +40,7 @@ class Required:
 
     @property
     def case(self) -> Case:
-        """What is run."""
+        """The case that is run."""
         return self.workload, self.shuffle, self.form
 
 
@@ -62,13 +62,13 @@ TABLE = (
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A figure of ours beside that of the library that is best at it.
+    """A figure of tiercache compared with the library that is best at it.
 
     Attributes:
-        required: in words.
-        figure: its name in a row.
-        scale, unit: to show it.
-        at_least, at_most: bounds of ours over the best one's; at_least: more is better, and the best has the most.
+        required: Requirement in words.
+        figure: Name of the figure in a row.
+        scale, unit: Scale and unit of the output.
+        at_least, at_most: Bounds of the ratio to the best library. With at_least, more is better.
     """
 
     required: str
@@ -80,11 +80,11 @@ class Measure:
 
     @property
     def is_required(self) -> bool:
-        """Whether it has bounds; else it is shown only."""
+        """Whether it has bounds; otherwise it is only shown."""
         return self.at_least > 0.0 or self.at_most < float("inf")
 
     def of(self, row: Row) -> float:
-        """The figure of a row."""
+        """Return the figure of a row."""
         if self.figure == "own_bytes":
             return row["peak_private_bytes"]["median"] - row["idle_private_bytes"]["median"]
         return row[self.figure]["median"]
@@ -102,7 +102,7 @@ PACK_RATIO = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One requirement and what the rows say of it. met: None where they say nothing."""
+    """One requirement and the result of the rows. met: None if the rows have no result."""
 
     what: str
     required: str
@@ -112,13 +112,13 @@ class Line:
     met: bool | None = None
 
     def cells(self) -> list[str]:
-        """For a table."""
+        """Return the cells of the table."""
         said = {None: "-", True: "met", False: "NOT MET"}[self.met]
         return [self.what, self.required, self.measured, self.touched, self.figures, said]
 
 
 def verdict(rows: Sequence[Row]) -> list[Line]:
-    """All requirements. rows: of one run."""
+    """Return the lines of all requirements. rows: Rows of one run."""
     loads = {(row["peer"], *_case(row)): row for row in rows if row["benchmark"] == "load" and "missing" not in row}
     lines = [_ratio(required, loads) for required in TABLE]
     for (peer, *case), ours in loads.items():
@@ -139,7 +139,7 @@ def _named(case: Case) -> str:
 
 
 def _is_beside(row: Row, case: Case) -> bool:
-    """Whether a library did the same, or the nearest to it that it can: its own shuffle."""
+    """Return whether a library did the same, or the nearest that it supports: its own shuffle."""
     workload, shuffle, form = _case(row)
     same_order = shuffle == case[1] or (shuffle == "default" and case[1] == "full")
     return row["peer"] != OURS and not PEERS[row["peer"]].baseline and same_order and (workload, form) == case[::2]
@@ -166,7 +166,7 @@ def _beside(measure: Measure, ours: Row, libraries: Iterable[Row]) -> Line:
 
 
 def _packing(rows: Iterable[Row]) -> Line:
-    """Record by record on tokens, beside the fastest library's, which may batch."""
+    """Return the line of packing tokens record by record, compared with the fastest library, which may batch."""
     packed = [row for row in rows if row["benchmark"] == "pack" and row["workload"]["name"] == "tokens"]
     ours = next((row.get("one_by_one_records_per_s") for row in packed if row["peer"] == OURS), None)
     rates = {
@@ -187,7 +187,7 @@ def _writes(peer: str) -> bool:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The requirements as a table, and the machine."""
+    """Return the requirements as a table, and the machine."""
     lines = verdict(rows)
     n_met, n_measured = sum(line.met is True for line in lines), sum(line.met is not None for line in lines)
     summary = f"{n_met} of {n_measured} requirements that were measured are met."
@@ -197,8 +197,8 @@ def markdown(rows: Sequence[Row]) -> str:
 def main() -> None:
     """Print the table, or put it into a document."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("rows", type=Path, help="peers.jsonl")
-    parser.add_argument("--into", type=Path, help="a Markdown file with the marks")
+    parser.add_argument("rows", type=Path, help="File peers.jsonl.")
+    parser.add_argument("--into", type=Path, help="Markdown file with the marks that enclose the table.")
     given = parser.parse_args()
     text = markdown(read(given.rows))
     if given.into:

@@ -1,4 +1,4 @@
-"""How fast bytes are summed, beside reading and copying them; one thread."""
+"""Speed of the checksum, compared with reading and copying the same bytes; one thread."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from stages.turns import Effort
 
 PAGE_BYTES = 64 << 10
-# One that stays in the second cache level, one that is far larger than the last.
+# One size that stays in L2, one that is much larger than the last-level cache.
 SIZES = {"256 KiB, in the cache": 256 << 10, "128 MiB, from memory": 128 << 20}
 
 
 def measure(effort: Effort, _folder: Path, scale: float) -> list[dict[str, Any]]:
-    """Rows for both sizes."""
+    """Return the rows for both sizes."""
     rows: list[dict[str, Any]] = []
     for title, n_bytes in SIZES.items():
         rows += in_turns(cases(title, max(int(n_bytes * scale), PAGE_BYTES)), effort)
@@ -29,7 +29,7 @@ def measure(effort: Effort, _folder: Path, scale: float) -> list[dict[str, Any]]
 
 
 def cases(title: str, n_bytes: int) -> list[Case]:
-    """CRC-32C of a buffer, at once and by pages, beside numpy's sum of 8-byte words and its copy."""
+    """Return the cases: CRC-32C of a buffer, at once and by pages; numpy's sum of 8-byte words; numpy's copy."""
     data = np.random.default_rng(1).integers(0, 256, n_bytes, np.uint8)
     words, copy, sums = data.view(np.uint64), np.zeros_like(data), np.empty(-(-n_bytes // PAGE_BYTES), np.uint32)
     address, stage, read = data.ctypes.data, f"checksum, {title}", "read: numpy's sum of words"

@@ -1,4 +1,4 @@
-"""Milliseconds from constructing Dataset to the first batch, in fresh processes; also run as one of those processes."""
+"""Milliseconds from the construction of Dataset to the first batch, in fresh processes; also their main program."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ STAGE = "first batch, ms"
 
 
 def measure(effort: Effort, folder: Path, scale: float) -> list[dict[str, Any]]:
-    """Rows for the stored order, the usual shuffle and the full one, with all modules imported, and without."""
-    # Here, because the child processes shall import nothing that they do not time.
+    """Return rows for the stored order, the default and the full shuffle, with all modules imported, and without."""
+    # Here, because the child processes must not import anything that they do not time.
     from stages import stored
 
     n = max(int(N_RECORDS * scale), FEWEST)
     path, found = stored.small_rows(folder / "rows", n), {}
-    for file in path.rglob("*"):  # into the page cache, which large parts are written past
+    for file in path.rglob("*"):  # Read the files into the page cache, because large parts are written past it.
         if file.is_file():
             file.read_bytes()
     for _ in range(effort.repetitions):
@@ -64,7 +64,12 @@ def _first_batch_ms(path: str, shuffle: str) -> float:
 
 
 def _figures(path: str, shuffle: str, imported: str) -> dict[str, float]:
-    """imported: "lazy", torch and the library's modules are in the time; else not, and a second go is timed too."""
+    """Return the figures of one process.
+
+    imported: "lazy": the import of torch and of the library is included in the time. Otherwise it is not, and a second
+    open
+    is timed as well.
+    """
     if imported == "lazy":
         return {"with torch and all that is imported lazily": _first_batch_ms(path, shuffle)}
     import tiercache.dataset

@@ -1,4 +1,4 @@
-"""Shuffled rows copied into one buffer by kind of column, in one thread, beside numpy and a plain copy of as much."""
+"""Shuffled rows copied into one buffer by kind of column, in one thread, compared with numpy and with a plain copy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stages.turns import Effort
 
 SOURCE_BYTES = 128 << 20
-# Bytes of a batch, about: it stays in the cache, as a slot of the ring does.
+# Approximate bytes of a batch: it stays in the cache, as a slot of the ring does.
 BATCH_BYTES = 1 << 20
 MAX_BATCH_ROWS = 4096
 FIXED_WIDTHS = (8, 64, 2048, 12288)
@@ -28,9 +28,9 @@ COPY = "memcpy of as many bytes"
 
 @dataclass(frozen=True)
 class Rows:
-    """A source in one block and the rows of a batch. Its memory lives as long as it does.
+    """A source in one block and the rows of a batch. The object owns the memory.
 
-    values: uint8[n * width], or of all rows; offsets: int64[n + 1]; row: uint32[rows of the batch].
+    values: uint8[n * width], or the bytes of all rows. offsets: int64[n + 1]. row: uint32[rows of the batch].
     """
 
     values: np.ndarray
@@ -39,18 +39,18 @@ class Rows:
 
     @cached_property
     def addresses(self) -> np.ndarray:
-        """As the gather takes them."""
+        """Return the addresses in the form of the gather."""
         offsets = 0 if self.offsets is None else self.offsets.ctypes.data
         return np.array([[self.values.ctypes.data, offsets, len(self.values)]], np.uint64)
 
     @cached_property
     def block(self) -> np.ndarray:
-        """The block of each row."""
+        """Return the block of each row."""
         return np.zeros(len(self.row), np.uint32)
 
 
 def measure(effort: Effort, _folder: Path, scale: float) -> list[dict[str, Any]]:
-    """Rows for columns of each kind."""
+    """Return the rows for all kinds of columns."""
     rng, n_bytes = np.random.default_rng(2), max(int(SOURCE_BYTES * scale), 4 * BATCH_BYTES)
     rows: list[dict[str, Any]] = []
     for width in FIXED_WIDTHS:
@@ -66,7 +66,7 @@ def _batch(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
 
 
 def fixed(rng: np.random.Generator, width: int, n_bytes: int) -> list[Case]:
-    """Rows of one width."""
+    """Return the cases for rows of one width."""
     n = n_bytes // width
     rows = Rows(rng.integers(0, 256, n * width, np.uint8), None, _batch(rng, n, width))
     matrix, out = rows.values.reshape(n, width), np.zeros((len(rows.row), width), np.uint8)
@@ -80,7 +80,7 @@ def fixed(rng: np.random.Generator, width: int, n_bytes: int) -> list[Case]:
 
 
 def bits(rng: np.random.Generator, n_bytes: int) -> list[Case]:
-    """Booleans stored as bits."""
+    """Return the cases for booleans stored as bits."""
     rows = Rows(rng.integers(0, 256, n_bytes, np.uint8), None, rng.integers(0, 8 * n_bytes, 4096).astype(np.uint32))
     row, out = rows.row, np.zeros(len(rows.row), np.uint8)
     flags = np.unpackbits(rows.values, bitorder="little")
@@ -92,7 +92,7 @@ def bits(rng: np.random.Generator, n_bytes: int) -> list[Case]:
 
 
 def varied(rng: np.random.Generator, mean: int, n_bytes: int) -> list[Case]:
-    """Text and bytes of varied length: as one buffer with offsets, and as lists of objects."""
+    """Return the cases for text and bytes of varying length: as one buffer with offsets, and as lists of objects."""
     lengths = rng.integers(mean // 5, mean * 9 // 5 + 1, n_bytes // mean)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     rows = Rows(rng.integers(97, 123, offsets[-1], np.uint8), offsets, _batch(rng, len(lengths), mean))
@@ -134,7 +134,7 @@ def varied(rng: np.random.Generator, mean: int, n_bytes: int) -> list[Case]:
 
 
 def _cases(stage: str, runs: dict[str, Any], n_rows: int) -> list[Case]:
-    """The first is the baseline of the others."""
+    """Return cases of which the first is the baseline."""
     first = next(iter(runs))
     return [
         Case(stage, name, run, n_rows / 1e6, "M rows/s", "" if name == first else first) for name, run in runs.items()

@@ -1,4 +1,4 @@
-"""What a batch costs beyond its copy: a ready one for the consumer, a small one for the whole pipeline."""
+"""Cost of a batch beyond its copy: a ready batch for the consumer, a small batch for the whole pipeline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COLUMNS = (1, 2, 4, 8, 16)
 BATCH_ROWS = 16
 N_CALLS = 1000
-# Longer than the gathering of a batch of so few rows takes, so that the next one is ready when it is asked for.
+# Longer than the gather of a batch of so few rows, so that the next batch is ready when it is requested.
 PAUSE_S = 60e-6
 OVERHEAD_RECORDS, SHORTEST = 1 << 18, 1 << 12
 CHECKS = ("never", "first", "always")
@@ -32,7 +32,7 @@ Rates: TypeAlias = dict[tuple[str, str, str], list[float]]
 
 
 def assembly(effort: Effort, folder: Path, scale: float) -> list[dict[str, Any]]:
-    """Microseconds of the consumer's thread for a batch that is ready, by the number of int64 columns."""
+    """Return the microseconds of the consumer's thread for a ready batch, by the number of int64 columns."""
     n_calls = max(int(N_CALLS * scale), 20)
     paths = {n: stored.wide(folder / f"wide{n}", (n_calls + 64) * BATCH_ROWS, n) for n in COLUMNS}
     found: dict[int, list[float]] = {n: [] for n in COLUMNS}
@@ -47,7 +47,7 @@ def assembly(effort: Effort, folder: Path, scale: float) -> list[dict[str, Any]]
 
 
 def _ready_us(batches: Iterator[Any], n_calls: int) -> float:
-    """The median time of taking a batch, with a pause before each in which the threads get ahead."""
+    """Return the median time to take a batch, with a pause before each in which the threads get ahead."""
     clock, took_s = time.perf_counter, []
     for _ in range(n_calls):
         until_s = clock() + PAUSE_S
@@ -61,7 +61,7 @@ def _ready_us(batches: Iterator[Any], n_calls: int) -> float:
 
 
 def overhead(effort: Effort, folder: Path, scale: float) -> list[dict[str, Any]]:
-    """Batches a second where there is next to nothing to copy: two int64 columns, 16 records."""
+    """Return the batches per second with almost nothing to copy: two int64 columns, 16 records."""
     n = max(int(OVERHEAD_RECORDS * scale), SHORTEST)
     path, column = stored.wide(folder / "small", n, 2), np.arange(n, dtype=np.int64)
     floor = Floor({"c0": column, "c1": column.copy()}, BATCH_ROWS, cores(), folder)
@@ -79,10 +79,11 @@ def overhead(effort: Effort, folder: Path, scale: float) -> list[dict[str, Any]]
 
 
 def first_epoch(effort: Effort, folder: Path, scale: float) -> list[dict[str, Any]]:
-    """The first epoch, later ones and records by index, by what is checked of a data set that lies in memory.
+    """Return the speed of the first epoch, of later epochs and of records by index, by `verify`, for data in memory.
 
-    The baseline of each row is the same without any check (verify="never"); verify="always" shows what it would cost to
-    check each page once an epoch, and at each access by index.
+    The baseline of each row is the same without checks (verify="never"). verify="always" shows the cost of checking
+    each
+    page once per epoch, and at each access by index.
     """
     n_tokens, n_tensors = (max(int(n * scale), SHORTEST) for n in (1 << 17, 1 << 14))
     paths = {
@@ -111,7 +112,7 @@ def first_epoch(effort: Effort, folder: Path, scale: float) -> list[dict[str, An
 
 
 def _checked_epochs(found: Rates, stage: str, path: Path, n: int, *, shuffle: bool) -> None:
-    """Four epochs of each way to check, in turns."""
+    """Measure four epochs for each setting of `verify`, interleaved."""
     with ExitStack() as stack:
         loaders = {v: stack.enter_context(_loader(path, 64, shuffle=shuffle, verify=v)) for v in CHECKS}
         for case in ("first epoch", "later epochs", "later epochs", "later epochs"):
@@ -123,7 +124,7 @@ def _checked_epochs(found: Rates, stage: str, path: Path, n: int, *, shuffle: bo
 
 
 def _checked_records(found: Rates, stage: str, path: Path, asked: list[list[int]]) -> None:
-    """Some records by index, of each way to check in turns, once they were read before."""
+    """Measure several records by index for each setting of `verify`, interleaved, after they were read once."""
     datasets = {verify: tc.Dataset(path, verify=verify) for verify in CHECKS}
     for turn in range(5):
         for verify, dataset in datasets.items():

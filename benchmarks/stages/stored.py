@@ -1,4 +1,4 @@
-"""Small data sets that stages read: written once, local, in the page cache."""
+"""Small data sets for the stages: written once, local, in the page cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PIECE_ROWS = 1 << 16
 
 
 def tokens(folder: Path, n_records: int) -> Path:
-    """uint16[1024] and an int64 label."""
+    """Return a data set of uint16[1024] and an int64 label."""
 
     def piece(rng: np.random.Generator, rows: NDArray[np.int64]) -> dict[str, Any]:
         return {"values": rng.integers(0, 50_000, (len(rows), 1024), np.uint16), "label": rows}
@@ -27,7 +27,7 @@ def tokens(folder: Path, n_records: int) -> Path:
 
 
 def tensors(folder: Path, n_records: int) -> Path:
-    """uint8[3, 64, 64] and an int64 label."""
+    """Return a data set of uint8[3, 64, 64] and an int64 label."""
 
     def piece(rng: np.random.Generator, rows: NDArray[np.int64]) -> dict[str, Any]:
         return {"values": rng.integers(0, 256, (len(rows), 3, 64, 64), np.uint8), "label": rows}
@@ -37,7 +37,7 @@ def tensors(folder: Path, n_records: int) -> Path:
 
 
 def wide(folder: Path, n_records: int, n_columns: int) -> Path:
-    """Some int64 columns c0, c1, ..., each the record's number."""
+    """Return a data set of int64 columns c0, c1, ..., each of them the record's number."""
     names = [f"c{i}" for i in range(n_columns)]
 
     def piece(_rng: np.random.Generator, rows: NDArray[np.int64]) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def wide(folder: Path, n_records: int, n_columns: int) -> Path:
 
 
 def small_rows(folder: Path, n_records: int) -> Path:
-    """float32[16], text of 60 bytes and an int64 label."""
+    """Return a data set of float32[16], text of 60 bytes and an int64 label."""
 
     def piece(rng: np.random.Generator, rows: NDArray[np.int64]) -> dict[str, Any]:
         letters = rng.integers(97, 123, len(rows) * 60, np.uint8).tobytes().decode()
@@ -59,7 +59,7 @@ def small_rows(folder: Path, n_records: int) -> Path:
 
 
 def _written(folder: Path, schema: dict[str, Any], n_records: int, piece: Any, *, piece_rows: int = PIECE_ROWS) -> Path:
-    """The data set, anew."""
+    """Write the data set anew."""
     if folder.exists():
         shutil.rmtree(folder)
     rng = np.random.default_rng(3)

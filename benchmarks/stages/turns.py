@@ -1,4 +1,4 @@
-"""Cases of a stage that take turns, so that what disturbs the machine disturbs all of them, and rows of them."""
+"""Interleaved cases of a stage, so that disturbances of the machine affect all of them alike, and their rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TITLES = ("case", "unit", "median", "min - max", "of the baseline")
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long is measured. repetitions: of each case; min_s: of each repetition."""
+    """Effort of a measurement. repetitions: Number of repetitions of each case. min_s: Seconds of each repetition."""
 
     repetitions: int
     min_s: float
@@ -25,14 +25,14 @@ class Effort:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Something to measure.
+    """One thing to measure.
 
     Attributes:
-        stage, name: for people.
-        run: does it once.
-        amount: how much of the unit one run is; a rate is amounts a second.
-        unit: as "GB/s".
-        baseline: the name of the case of the same stage that it is compared with, if any.
+        stage, name: Names for the output.
+        run: Function that runs it once.
+        amount: Amount of the unit that one run does; a rate is amounts per second.
+        unit: Unit, such as "GB/s".
+        baseline: Name of the case of the same stage that it is compared with, if any.
     """
 
     stage: str
@@ -44,7 +44,7 @@ class Case:
 
 
 def in_turns(cases: Sequence[Case], effort: Effort) -> list[dict[str, Any]]:
-    """A row for each case: its rates, and the median over the repetitions of its rate over the baseline's."""
+    """Return a row for each case: its rates, and the median of its rate relative to the baseline's."""
     rates: dict[str, list[float]] = {case.name: [] for case in cases}
     for case in cases:
         case.run()
@@ -64,7 +64,7 @@ def _rate(case: Case, min_s: float) -> float:
 
 
 def row_of(stage: str, name: str, unit: str, values: Sequence[float], baseline: Sequence[float] = ()) -> dict[str, Any]:
-    """A row of some repetitions' values; baseline: those of the case beside it, one for each."""
+    """Return a row for the values of repetitions. baseline: Values of the baseline, one for each repetition."""
     row: dict[str, Any] = {"benchmark": "stage", "stage": stage, "case": name, "unit": unit, "value": spread(values)}
     if baseline:
         ratio = statistics.median(value / other for value, other in zip(values, baseline, strict=True))
@@ -73,7 +73,7 @@ def row_of(stage: str, name: str, unit: str, values: Sequence[float], baseline: 
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """A table for each stage."""
+    """Return a table for each stage."""
     parts = []
     for stage in dict.fromkeys(row["stage"] for row in rows):
         lines = [_line(row) for row in rows if row["stage"] == stage]
@@ -89,5 +89,5 @@ def _line(row: dict[str, Any]) -> list[str]:
 
 
 def _digits(value: float) -> str:
-    """Three digits or more."""
+    """Format with three digits or more."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:,.1f}" if abs(value) >= 10 else f"{value:,.2f}"

@@ -409,7 +409,7 @@ def test_text_that_is_none_names_its_block_and_column(tmp_path):
 
 def test_a_table_of_forms_that_is_too_short_is_refused():
     one = np.zeros((1, 1, 3), np.uint64)
-    with pytest.raises(ValueError, match="forms need 8 words a stream"):
+    with pytest.raises(ValueError, match="forms need 8 words"):
         Plan(one, np.zeros(1, np.uint32), np.zeros(1, np.uint32), None, forms=np.zeros(7, np.uint64))
 
 

@@ -158,7 +158,7 @@ def test_offsets_that_fall_or_leave_their_chunk_are_found_always(spoil, run):
     assert gather.gather_bytes(sources, *places(good)) == [bytes(10)] * len(good)
     assert gather.measure(sources, *places(good)).tolist() == [10 * k for k in range(len(good) + 1)]
     for read in (gather.gather_bytes, gather.gather_str, gather.measure):
-        with pytest.raises(gather.CorruptError, match="offsets fall"):
+        with pytest.raises(gather.CorruptError, match="offsets"):
             read(sources, *places(bad))
     index, page = gather.locate(gather.VAR, 1, sources, None, *places(bad))
     assert (bad[index] in wrong, page) == (True, None)

@@ -134,7 +134,7 @@ def test_room_of_the_wrong_size_is_refused() -> None:
         crc32c_many(three, three[:2], np.zeros(3, np.uint32))
     with pytest.raises(ValueError, match="2 pages"):
         crc32c_pages(address_of(NOISE), 5000, 4096, np.zeros(3, np.uint32))
-    with pytest.raises(ValueError, match="at least one byte"):
+    with pytest.raises(ValueError, match="page"):
         crc32c_pages(address_of(NOISE), 5000, 0, np.zeros(3, np.uint32))
 
 

@@ -136,7 +136,7 @@ def test_tables_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match="need the shape"):
             BlockTable(first, *(None if s is None else np.zeros(s, np.uint64) for s in (addresses, checks)), None)
     for rows in ([1, 8], [0, 9, 8]):
-        with pytest.raises(ValueError, match="never fall"):
+        with pytest.raises(ValueError, match="start at 0"):
             BlockTable(np.array(rows, np.uint64), np.zeros((2, len(rows) - 1, 3), np.uint64), None, None)
     with pytest.raises(ValueError, match="one number more"):
         RecordFinder(np.zeros(0, np.int64), 1)

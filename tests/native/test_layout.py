@@ -51,7 +51,7 @@ def test_pieces_lie_aligned_and_every_page_is_summed(lengths, align, page_bytes,
 def test_lengths_that_do_not_fit_one_another_are_refused(lengths, align, room, page_bytes, n_sums):
     piece, out = np.zeros(10, np.uint8), np.zeros(room, np.uint8)
     addresses = np.full(len(lengths), piece.ctypes.data, np.uint64)
-    with pytest.raises(ValueError, match=r"longer|expected|at least one"):
+    with pytest.raises(ValueError, match=r"longer|expected|align"):
         lay_out(addresses, np.array(lengths, np.uint64), align, out, page_bytes, np.zeros(n_sums, np.uint32))
     with pytest.raises(ValueError, match="need as many"):
         lay_out(addresses[:0], np.array(lengths, np.uint64), 64, out, 64, np.zeros(n_sums, np.uint32))

@@ -1,10 +1,12 @@
-/* Rings of all shapes, under a sanitizer: every byte of every batch is compared, and every batch fails that must.
+/* Stress test of rings with random parameters, run under a sanitizer: every byte of every batch is compared, and every
+ * batch that must fail does.
  *
- *   ring_stress SEED N_RUNS      prints what was wrong, and ends with 1 then
+ *   ring_stress SEED N_RUNS      prints what was wrong and exits with 1 in that case
  *
- * Damage that a run may carry: the page of a chunk with a wrong sum, a mapped file that is cut short, a number that does not fit its cast. Runs
- * may be closed at any instant, told the sizes of their batches, taken from with hardly any patience, and released from other threads,
- * which may have tensors over them for longer than whoever took them, or than the ring.
+ * A run may have these faults: a page of a chunk with a wrong checksum, a mapped file that is truncated, a number that
+ * does not fit its cast. A run may be closed at any time, have pushed batch sizes, and be taken from with short
+ * timeouts. Its slots may be released by other threads, and tensors over them may live longer than the consumer's
+ * reference, or than the ring.
  */
 #include <pthread.h>
 #include <stdio.h>
@@ -28,7 +30,7 @@ enum { N_PAGES = (WIDTH * N_ROWS + PAGE_BYTES - 1) / PAGE_BYTES };
 enum { FIXED, VAR, CAST, REF, N_STREAMS };
 enum { CUT_FROM_ROW = 250, CUT_BLOCK = 1, BAD_PAGE = 9, BAD_BLOCK = 2, MISFIT_BLOCK = 0, MISFIT_ROW = 77 };
 
-#ifdef __SANITIZE_THREAD__ /* it does not stand jumps out of a signal's handler */
+#ifdef __SANITIZE_THREAD__ /* ThreadSanitizer does not support jumps out of a signal handler. */
 enum { CAN_CUT = 0 };
 #else
 enum { CAN_CUT = 1 };
@@ -51,9 +53,9 @@ static const tc_stream streams[N_STREAMS] = {
 
 typedef struct {
     tc_ring *ring;
-    size_t batch_rows, depth, n_threads, n_sizes; /* n_sizes 0: batches have batch_rows */
+    size_t batch_rows, depth, n_threads, n_sizes; /* n_sizes 0: batches have batch_rows rows. */
     uint32_t sizes[MOST_SIZES];
-    int is_cut, is_bad, is_misfit, close_us; /* close_us 0: to its end */
+    int is_cut, is_bad, is_misfit, close_us; /* close_us 0: runs to its end. */
     uint64_t timeout_ns;
 } run;
 
@@ -67,7 +69,7 @@ static void *random_bytes(size_t n) {
     return bytes;
 }
 
-/* A copy of block CUT_BLOCK in a file that then loses what comes behind CUT_FROM_ROW. */
+/* Map a copy of block CUT_BLOCK in a file that is then truncated after row CUT_FROM_ROW. */
 static void make_cut(void) {
     FILE *file = tmpfile();
     fwrite(fixed[CUT_BLOCK], 1, WIDTH * N_ROWS, file);
@@ -135,7 +137,7 @@ static int status_is_right(const run *r, int status, size_t first, size_t n) {
     return n_expected ? is_found : status == TC_OK;
 }
 
-/* The objects of a batch's references, filled by an errand that is finished, or given up. */
+/* Check the objects of a batch's references, filled by a copy task that is finished or cancelled. */
 static int errand_is_right(tc_slot *slot, size_t first) {
     const tc_ref *refs = (const tc_ref *)(slot->memory + slot->values_at[REF]);
     char **places = calloc(slot->n_rows, sizeof *places);
@@ -196,7 +198,7 @@ static void *release(void *slot) {
 static pthread_t holder;
 static int has_holder;
 
-/* What a user does with a tensor of the FIXED stream: writes to it, and drops it. The first thing in it is where it begins. */
+/* What a user does with a tensor of the FIXED stream: writes to it and drops it. Its first field is its address. */
 static void *write_and_drop(void *tensor) {
     memset(*(uint8_t **)tensor, 0xee, WIDTH);
     tc_tensor_drop(tensor);
@@ -216,7 +218,7 @@ static void hold(tc_slot *slot) {
     has_holder = 1;
 }
 
-/* Take all, keeping a slot now and then. The status at the end, or -1 where anything was wrong. */
+/* Take all batches, and sometimes keep a slot. Returns the final status, or -1 if anything was wrong. */
 static int take_all(run *r) {
     tc_slot *slot, *kept = NULL;
     uint64_t first;
@@ -281,7 +283,7 @@ int main(int count, char **words) {
     if (count != 3) return 2;
     seed = (unsigned)atoi(words[1]);
     tc_gather_init(0);
-    if (seed % 2) tc_copy_init(1); /* copies as this processor does them best, which the sanitizers do not see into */
+    if (seed % 2) tc_copy_init(1); /* The processor's fastest copies, which sanitizers do not see. */
     make_blocks();
     tc_pool_hold();
     for (int i = 0; i < atoi(words[2]); i++) {

@@ -1,4 +1,4 @@
-"""One module a contender: `pack(source, folder)`, and `opened(job)`, which is entered and gives Opened.
+"""One module per contender, with `pack(source, folder)` and the context manager `opened(job)`, which yields an Opened.
 
-Each is imported in a process, and an environment, of its own; nothing else imports it.
+Each module is imported in a process and an environment of its own, and by nothing else.
 """

@@ -1,6 +1,6 @@
-"""FFCV: its own fields and decoders, the page cache of the system.
+"""FFCV with its own fields and decoders, and the system's page cache.
 
-Its decoder always takes libjpeg-turbo's fast transform (TJFLAG_FASTDCT), so that pictures are the same in both forms.
+Its decoder always uses libjpeg-turbo's fast transform (TJFLAG_FASTDCT), so pictures are equal in both layouts.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
     from source import Source
 
-# It keeps no length beside a record of varied length, so this column does.
+# FFCV stores no length of records of varying length, so this column does.
 LENGTH = "n_bytes"
 
 
 class Indexed:
-    """The records as the writer wants them: tuples by index."""
+    """The records as FFCV's writer needs them: tuples by index."""
 
     def __init__(self, source: Source) -> None:
         self._n_records = source.workload.n_records
@@ -74,13 +74,13 @@ def _fields(workload: Workload) -> dict[str, Any]:
 
 
 def pack(source: Source, folder: Path) -> None:
-    """Write by index, a process a core; images are encoded again, which it cannot do without."""
+    """Write by index, with a process per core; FFCV always encodes images again."""
     DatasetWriter(str(folder / "data.beton"), _fields(source.workload)).from_indexed_dataset(Indexed(source))
 
 
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
-    """The loader; bytes come as rows of a padded matrix, text as a matrix."""
+    """Yield the loader; bytes are rows of a padded matrix, text is a matrix."""
     decoders: dict[str, Any] = {
         field.name: [CenterCropRGBImageDecoder((DECODED_SIZE, DECODED_SIZE), 1), ToTensor()]
         for field in job.workload.fields

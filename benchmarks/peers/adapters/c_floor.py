@@ -1,4 +1,4 @@
-"""The plain C gather, a thread a core; objects are made by the consumer's thread where a list is asked for."""
+"""The plain C gather with a thread per core; for lists, the consumer's thread makes the objects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
-    """The floor over the generated columns as they lie."""
+    """Yield the floor over the generated columns as they are stored."""
     source, fields = job.source, job.workload.fields
     if any(field.kind == "jpeg" for field in fields):
         raise UnsupportedError("it copies, it does not decode")

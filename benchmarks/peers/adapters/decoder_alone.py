@@ -1,4 +1,4 @@
-"""The baseline of decoding: a decoder and OpenCV's linear resize, as many threads as cores, no loader around them."""
+"""The baseline of decoding: a decoder and OpenCV's linear resize, with as many threads as cores, and no loader."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from workloads import DECODED_SIZE, KEY
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# A batch a thread at a time, and one more that waits, so that no thread does.
+# One batch per thread, and one more, so that no thread waits.
 AHEAD = cores() + 1
 
 
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
-    """Threads that decode whole batches of the mapped JPEGs as they lie. Raises UnsupportedError."""
+    """Yield threads that decode whole batches of the mapped JPEGs. Raises UnsupportedError."""
     by_planes = job.form == PLANES
     if by_planes:
         try:
             planes_alone.library()
         except OSError as error:
             raise UnsupportedError(f"no libturbojpeg: {error}") from error
-    # Its own threads would fight with ours: a picture is too small to be shared.
+    # OpenCV's own threads would compete with ours: a picture is too small to be divided.
     cv2.setNumThreads(1)
     rng, n = np.random.default_rng(SEED), job.workload.n_records
     with ThreadPoolExecutor(cores()) as pool:
@@ -65,7 +65,7 @@ def _epoch(job: Job, order: np.ndarray, pool: ThreadPoolExecutor) -> Iterator[di
 
 
 def decode_into(encoded: Any, out: np.ndarray, *, fastdct: bool) -> None:
-    """Decode a JPEG, cut the centre square and resize it into out, uint8[size, size, 3]. fastdct: as simplejpeg's."""
+    """Decode a JPEG, crop the centre square and resize it into out, uint8[size, size, 3]. fastdct: As in simplejpeg."""
     image = simplejpeg.decode_jpeg(encoded, fastdct=fastdct)
     height, width, _ = image.shape
     side = min(height, width)

@@ -1,4 +1,4 @@
-"""Grain over ArrayRecord: one record a group, read by threads, batched there, processes for decoding."""
+"""Grain over ArrayRecord: one record per group, read and batched by threads, with processes for decoding."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def pack(source: Source, folder: Path) -> None:
-    """Write record by record; groups of one, as its guide asks for random access."""
+    """Write record by record, in groups of one, as its guide requires for random access."""
     writer = ArrayRecordWriter(str(folder / "data.array_record"), "group_size:1")
     for record in source.records():
         writer.write(to_bytes(record, source.workload))
@@ -41,7 +41,7 @@ def _record(workload: Workload, data: bytes) -> dict[str, Any]:
 
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
-    """The pipeline; epochs follow each other in one iterator, so that its processes are started once."""
+    """Yield the pipeline; all epochs are in one iterator, so that its processes are started once."""
     flags.FLAGS(["peers"], known_only=True)
     source = grain.sources.ArrayRecordDataSource([str(job.path / "data.array_record")])
     batches = iter(_batches(source, job))

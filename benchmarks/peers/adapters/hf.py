@@ -51,7 +51,7 @@ def pack(source: Source, folder: Path) -> None:
 
 
 def pack_one_by_one(source: Source, folder: Path) -> None:
-    """Write examples with its Arrow writer, which gathers them to batches of its own."""
+    """Write examples with its Arrow writer, which collects them in batches of its own."""
     arrays = [field.name for field in source.workload.fields if field.kind == "array"]
     with _writer(source, folder) as writer:
         for record in source.records():
@@ -61,7 +61,7 @@ def pack_one_by_one(source: Source, folder: Path) -> None:
 
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
-    """Batches of rows through torch's loader, as its guide has it; straight iteration for the stored order."""
+    """Yield batches of rows through torch's loader, as its guide shows; direct iteration for the stored order."""
     dataset = datasets.Dataset.from_file(str(job.path / "data.arrow")).with_format("arrow")
     with ThreadPoolExecutor(cores()) as pool:
         to_batch = Batches(job, pool if job.workers == 0 else None)
@@ -83,20 +83,20 @@ def opened(job: Job) -> Iterator[Opened]:
 
 
 def map_batches(dataset: Any, to_batch: Batches, batch_size: int) -> Iterator[dict[str, Any]]:
-    """Batches in the stored order."""
+    """Yield batches in the stored order."""
     for table in dataset.iter(batch_size):
         yield to_batch(table)
 
 
 class Batches:
-    """Arrow tables to batches; pool: threads that decode images, if any."""
+    """Converts Arrow tables to batches. pool: Threads that decode images, if any."""
 
     def __init__(self, job: Job, pool: ThreadPoolExecutor | None) -> None:
         self._fields, self._form = job.workload.fields, job.form
         self._map = pool.map if pool else map
 
     def __call__(self, table: Any) -> dict[str, Any]:
-        """The columns of one table."""
+        """Return the columns of one table."""
         batch = table.combine_chunks().to_batches()[0]
         found: dict[str, Any] = {KEY: batch.column(KEY).to_numpy()}
         for field in self._fields:

@@ -1,4 +1,4 @@
-"""Lance: scans for the stored order, takes of a batch's rows, some ahead in threads, for the shuffled one."""
+"""Lance: scans for the stored order; for the shuffled order, takes of a batch's rows, several ahead in threads."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def _type(field: Field) -> pa.DataType:
 
 
 def schema(workload: Workload) -> pa.Schema:
-    """The columns as Arrow has them."""
+    """Return the columns as an Arrow schema."""
     columns = [(field.name, _type(field)) for field in workload.fields]
     return pa.schema([*columns, (KEY, pa.int64())])
 
 
 def record_batch(batch: dict[str, Any], workload: Workload) -> pa.RecordBatch:
-    """A batch of the source as Arrow, arrays without a copy."""
+    """Return a batch of the source as Arrow, arrays without a copy."""
     columns = []
     for field in workload.fields:
         value, kind = batch[field.name], _type(field)
@@ -62,7 +62,7 @@ def pack(source: Source, folder: Path) -> None:
 
 
 def pack_one_by_one(source: Source, folder: Path) -> None:
-    """Records gathered to record batches, for it takes nothing less."""
+    """Write records collected into record batches, because Lance accepts nothing smaller."""
     lance.write_dataset(
         pa.RecordBatchReader.from_batches(schema(source.workload), _gathered(source)), str(folder / "data.lance")
     )
@@ -80,7 +80,7 @@ def _gathered(source: Source) -> Iterator[pa.RecordBatch]:
 
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
-    """The data set; its own threads read, ours wait for several batches at a time and decode."""
+    """Yield the data set; its own threads read, ours wait for several batches at a time and decode."""
     dataset, rng = lance.dataset(str(job.path / "data.lance")), np.random.default_rng(SEED)
     n = job.workload.n_records
     with ThreadPoolExecutor(max(job.workers, 1)) as pool:

@@ -1,4 +1,4 @@
-"""LitData: chunks made by optimize, StreamingDataLoader."""
+"""LitData: chunks made by optimize, and StreamingDataLoader."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PIECES = 16
 
 
 def pack(source: Source, folder: Path) -> None:
-    """Optimize ranges of records, a process a core, in chunks of the size that its guides use."""
+    """Optimize ranges of records, with a process per core, in chunks of the size in its guides."""
     n = source.workload.n_records
     step = -(-n // PIECES)
     litdata.optimize(
@@ -53,8 +53,8 @@ def _copied(record: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
-    """The loader; it shuffles the chunks, and inside a chunk blocks of 256 records, or all records as "full"."""
-    # It serves bytes as views of a chunk, which torch's collate function, and so its own loader, cannot batch.
+    """Yield the loader; it shuffles chunks, and inside a chunk blocks of 256 records, or all records with "full"."""
+    # LitData serves bytes as views of a chunk, which torch's collate function, used by its own loader, cannot batch.
     transforms = {"jpeg": _decoded, "bytes": _copied}
     transform = next((transforms[field.kind] for field in job.workload.fields if field.kind in transforms), None)
     dataset = litdata.StreamingDataset(

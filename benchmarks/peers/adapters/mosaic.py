@@ -1,4 +1,4 @@
-"""MosaicML Streaming: MDS shards that lie locally, StreamingDataLoader."""
+"""MosaicML Streaming: local MDS shards, and StreamingDataLoader."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pack(source: Source, folder: Path) -> None:
 
 
 class Decoded(StreamingDataset):
-    """Records whose images are decoded, as the library's own vision data sets do it."""
+    """Records whose images are decoded as in the library's own vision data sets."""
 
     def __getitem__(self, at: Any) -> Any:
         record = super().__getitem__(at)
@@ -46,7 +46,7 @@ class Decoded(StreamingDataset):
 
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
-    """The loader; "naive" is its only shuffle over all records."""
+    """Yield the loader; "naive" is its only shuffle over all records."""
     clean_stale_shared_memory()
     images = any(field.kind == "jpeg" for field in job.workload.fields)
     algorithm = {"full": "naive", "default": "py1e", "none": "py1e"}[job.shuffle]

@@ -1,4 +1,4 @@
-"""What one writes by hand: raw columns in files, mapped, and fancy indices; images decoded by a thread a core."""
+"""Hand-written code: raw columns in mapped files, and fancy indexing; images decoded with a thread per core."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pack(source: Source, folder: Path) -> None:
 
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
-    """Batches in the consumer's own thread."""
+    """Yield batches made in the consumer's own thread."""
     source, rng = Source(job.workload, job.path), np.random.default_rng(SEED)
     with ThreadPoolExecutor(cores()) as pool:
         gathers = columns(source, job.form, lambda encoded: np.stack(list(pool.map(decode, encoded))))
@@ -44,7 +44,7 @@ def opened(job: Job) -> Iterator[Opened]:
 
 
 def columns(source: Source, form: str, decode_all: Decode) -> dict[str, Gather]:
-    """By column, a function from rows, a slice or int64[n], to the column of a batch; always new memory."""
+    """Return, by column, a function from rows (a slice or int64[n]) to the column of a batch; always new memory."""
     return {field.name: _column(source, field, form, decode_all) for field in source.workload.fields}
 
 
@@ -87,20 +87,20 @@ def _text_buffer(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Bytes:
-    """A mapped column of records of varied length."""
+    """A mapped column of records of varying length."""
 
     def __init__(self, data: np.ndarray, offsets: np.ndarray) -> None:
         self._data, self._offsets = np.asarray(data), np.asarray(offsets)
 
     def objects(self, rows: Any) -> list[bytes]:
-        """Rows as a list of bytes."""
+        """Return rows as a list of bytes."""
         if isinstance(rows, slice):
             return slices(self._data, self._offsets[rows.start : rows.stop + 1])
         starts, ends, data = self._offsets[rows].tolist(), self._offsets[rows + 1].tolist(), memoryview(self._data)
         return [bytes(data[a:b]) for a, b in zip(starts, ends, strict=True)]
 
     def buffer(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Rows one after the other, and where they begin and end."""
+        """Return the joined rows and their offsets."""
         if isinstance(rows, slice):
             offsets = self._offsets[rows.start : rows.stop + 1]
             return np.array(self._data[offsets[0] : offsets[-1]]), offsets - offsets[0]

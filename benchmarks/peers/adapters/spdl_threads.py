@@ -1,4 +1,4 @@
-"""SPDL: its pipeline of threads and its image decoder. It has no format, so it reads raw mapped columns."""
+"""SPDL: its pipeline of threads and its image decoder. SPDL has no format, so it reads raw mapped columns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FILTER = f"crop={SIDE}:{SIDE},scale=w={DECODED_SIZE}:h={DECODED_SIZE}:flags=bili
 
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
-    """One pipeline for all epochs, since making one takes longer than a short epoch; batches come in order."""
+    """Yield one pipeline for all epochs, because making one takes longer than a short epoch; batches come in order."""
     source, rng = Source(job.workload, job.path), np.random.default_rng(SEED)
     for field in job.workload.fields:
         if field.kind == "jpeg":
@@ -51,7 +51,7 @@ def opened(job: Job) -> Iterator[Opened]:
 
 
 def _rows(job: Job, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """The rows of each batch, one epoch after the other, without end."""
+    """Yield the rows of each batch, one epoch after the other, without end."""
     n = job.workload.n_records
     while True:
         yield from chunks(rng.permutation(n) if job.shuffled else np.arange(n), job.workload.batch_size)

@@ -1,4 +1,4 @@
-"""tiercache: default options, but for the full shuffle and the fast transform of pictures."""
+"""tiercache with default options, except for the full shuffle and the fast transform of pictures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLUMN_TYPES: dict[str, Any] = {"bytes": "bytes", "text": "str", "jpeg": Image("
 
 
 def schema(workload: Workload) -> dict[str, Any]:
-    """The columns as tiercache has them."""
+    """Return the columns as a tiercache schema."""
     columns: dict[str, Any] = {
         field.name: COLUMN_TYPES.get(field.kind) or Tensor(field.dtype, field.shape) for field in workload.fields
     }
@@ -46,7 +46,7 @@ def pack_one_by_one(source: Source, folder: Path) -> None:
 
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
-    """The loader; epochs follow each other in it."""
+    """Yield the loader; all epochs use it."""
     fields = job.workload.fields
     varied = [field.name for field in fields if field.kind in ("bytes", "text")] if job.form == "buffer" else []
     dct, resize_in = "fast" if job.form in PICTURE_FORMS else "accurate", "ycbcr" if job.form == PLANES else "rgb"
@@ -67,7 +67,7 @@ def opened(job: Job) -> Iterator[Opened]:
 
 
 def _pairs(loader: Any, varied: list[str]) -> Iterator[dict[str, Any]]:
-    """Batches with buffers as the consumer takes them: values and offsets."""
+    """Yield batches with buffers in the consumer's form: values and offsets."""
     for batch in loader:
         for name in varied:
             batch[name] = (batch[name].values, batch[name].offsets)

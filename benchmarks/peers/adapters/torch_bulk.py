@@ -1,6 +1,6 @@
-"""torch's DataLoader over columns in memory that are indexed once a batch: its documented way to load in bulk.
+"""torch's DataLoader over columns in memory that are indexed once per batch: its documented way to load in bulk.
 
-Few data sets are written like this, and images gain nothing: there it is the same as `torch_map`.
+Few data sets are written like this, and images gain nothing: for images it is the same as `torch_map`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Columns(torch.utils.data.Dataset[dict[str, Any]]):
-    """Columns in memory: tensors, or lists of bytes or str; a batch is asked for with all its rows."""
+    """Columns in memory: tensors, or lists of bytes or str. A batch is requested with all its rows."""
 
     def __init__(self, source: Source) -> None:
         whole = source.batch(0, source.workload.n_records)
@@ -44,7 +44,7 @@ class Columns(torch.utils.data.Dataset[dict[str, Any]]):
 
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
-    """The loader, without batching of its own: its sampler gives whole batches of rows."""
+    """Yield the loader, without batching of its own: its sampler returns whole batches of rows."""
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     data = torch.utils.data
     dataset, generator = Columns(job.source), torch.Generator().manual_seed(SEED)

@@ -1,4 +1,4 @@
-"""torch's DataLoader over a map-style data set in memory: the simplest that it can be given, and its fastest."""
+"""torch's DataLoader over a map-style data set in memory: the simplest data set, and its fastest."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class InMemory(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class Images:
-    """Images that are decoded when they are asked for."""
+    """Images that are decoded when they are requested."""
 
     def __init__(self, encoded: list[bytes]) -> None:
         self._encoded = encoded
@@ -51,7 +51,7 @@ class Images:
 
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
-    """The loader; its workers stay over the epochs, so that starting them is not timed."""
+    """Yield the loader; its workers persist over the epochs, so that their start is not timed."""
     # More workers than cores are tried on purpose.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     loader = torch.utils.data.DataLoader(

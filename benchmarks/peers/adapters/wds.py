@@ -56,7 +56,7 @@ def _record(workload: Workload, members: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
-    """The loader; it shuffles the shards, and records in a buffer."""
+    """Yield the loader; it shuffles the shards, and records in a buffer."""
     shards = [str(path) for path in sorted(job.path.glob("*.tar"))]
     dataset = wds.WebDataset(shards, shardshuffle=len(shards) if job.shuffled else False, seed=SEED, empty_check=False)
     if job.shuffled:

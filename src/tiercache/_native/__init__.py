@@ -1,1 +1,1 @@
-"""The Cython faces of the C kernels in csrc/; each module has a .pyi that is its contract."""
+"""Cython modules over the C kernels in csrc/. The .pyi file of each module is its contract."""

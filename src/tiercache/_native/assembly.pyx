@@ -1,4 +1,4 @@
-"""Batches of slots: what most are made of, tensors and buffers, in one call; and what an iterator does for each."""
+"""Batches built from slots in one native call, and the fast path of the iterator for batches that are ready."""
 
 cimport cython
 from cpython.object cimport PyObject_GenericSetAttr
@@ -8,7 +8,7 @@ from tiercache._native.ring cimport Layout, Ring, Slot
 
 
 cdef class TensorEntry:
-    """A tensor over a stream of rows of one size."""
+    """A tensor over a stream of rows of fixed size."""
 
     cdef size_t stream
     cdef Layout layout
@@ -18,7 +18,7 @@ cdef class TensorEntry:
 
 
 cdef class BufferEntry:
-    """Values of varied length and their offsets, as an object of `cls` with these attributes and a third one that is None."""
+    """Values of varying length and their offsets, as an object of `cls` with attributes values, offsets and shapes."""
 
     cdef size_t stream, n_inner
     cdef Layout values, offsets
@@ -29,11 +29,11 @@ cdef class BufferEntry:
         self.cls, self.make_empty = cls, make_empty
         self.n_inner = 8 * values.layout.row_bytes // values.layout.bits
         if self.n_inner == 0:
-            raise ValueError("rows of no elements cannot be counted by them")
+            raise ValueError("a row of the values has no elements, so the number of rows cannot be computed")
 
 
 cdef class Entries:
-    """What batches hold, in order."""
+    """The names and makers of a batch's entries, in order."""
 
     cdef readonly bint is_native
     cdef list names, makers
@@ -55,7 +55,7 @@ cdef class Entries:
                 self.is_native = False
                 continue
             if stream >= n_streams:
-                raise ValueError(f"an entry of stream {stream} of {n_streams}")
+                raise ValueError(f"an entry has stream {stream}, but there are {n_streams} streams")
 
     def batch(self, Slot slot not None):
         cdef dict out = {}
@@ -80,7 +80,7 @@ cdef class Entries:
             return entry.make_empty(slot, slot.slot.n_rows)
         values = self.from_dlpack(slot.capsule(entry.values, slot.slot.values_at[stream], n_elements // entry.n_inner))
         offsets = self.from_dlpack(slot.capsule(entry.offsets, slot.slot.offsets_at[stream], slot.slot.n_rows + 1))
-        out = entry.cls.__new__(entry.cls)  # its own way, a frozen dataclass', takes 0.6 us
+        out = entry.cls.__new__(entry.cls)  # The __init__ of a frozen dataclass takes 0.6 us.
         PyObject_GenericSetAttr(out, "values", values)
         PyObject_GenericSetAttr(out, "offsets", offsets)
         PyObject_GenericSetAttr(out, "shapes", None)
@@ -88,7 +88,7 @@ cdef class Entries:
 
 
 cdef class Taker:
-    """Counts what was taken of a ring, and takes what needs nothing else."""
+    """Takes ready batches from a ring, and counts all batches that are taken."""
 
     cdef readonly uint64_t rows, samples, batches, n_bytes
     cdef Ring ring
@@ -101,7 +101,7 @@ cdef class Taker:
         self.lock, self.waits = lock, waits
 
     def count(self, Slot slot not None):
-        self.rows = slot.first_row + slot.slot.n_rows  # not a sum: a batch that Ctrl-C struck was never counted
+        self.rows = slot.first_row + slot.slot.n_rows  # Not a sum: a batch that Ctrl-C interrupted was not counted.
         self.samples += slot.slot.n_rows
         self.batches += 1
         self.n_bytes += slot.slot.n_bytes
@@ -127,9 +127,9 @@ cdef class Taker:
             self.lock.release()
 
 
-@cython.auto_pickle(False)  # who inherits says what pickling it is
+@cython.auto_pickle(False)  # The subclass defines pickling.
 cdef class ReadyIterator:
-    """An iterator's short way. Who inherits has the long one: `_next()`, and `_missed(error)`."""
+    """The fast path of an iterator. A subclass implements the normal path: `_next()` and `_missed(error)`."""
 
     cdef object progress, profiler, take_ready
     cdef int64_t n_undrawn

@@ -1,58 +1,63 @@
-"""CRC-32C (Castagnoli). All functions may be called from any thread; kernels give identical sums."""
+"""CRC-32C (Castagnoli). Any thread may call the functions, and all kernels give identical checksums."""
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 KERNEL: str
-"""The kernel in use: "sse42", "armv8" or "portable". The fastest usable, or what the environment variable
-TIERCACHE_KERNEL names; importing the module raises ImportError where that is unknown or does not run here."""
+"""Kernel in use: "sse42", "armv8" or "portable".
+
+The default is the fastest kernel that runs on this machine. The environment variable TIERCACHE_KERNEL selects another
+kernel; importing the module raises ImportError if that kernel is unknown or does not run here.
+"""
 KERNEL_NUMBER: int
-"""Its number in csrc/crc32c.h."""
+"""Number of the kernel in csrc/crc32c.h."""
 
 def kernels() -> tuple[str, ...]:
-    """Names of the kernels that run on this machine, slowest ("portable") first."""
+    """Return the names of the kernels that run on this machine, slowest ("portable") first."""
 
 def crc32c(data: Buffer, seed: int = 0, *, kernel: str | None = None) -> int:
-    """The sum of data, going on from seed, so that sums chain: crc32c of b, seeded with that of a, is that of a + b.
+    """Return the checksum of data, continued from seed: seeded with the checksum of a, that of b is that of a + b.
 
     Args:
-        data: any C-contiguous buffer, read-only or not, of any item type; held for the call only. The GIL is dropped
-            from 32 KiB up.
-        seed: uint32, the sum of what came before.
-        kernel: one of kernels(); for tests.
+        data: Any C-contiguous buffer, writable or not, of any item type; held only during the call. The GIL is released
+            for 32 KiB or more.
+        seed: uint32 checksum of the preceding bytes.
+        kernel: One of kernels(); for tests.
 
     Returns:
         uint32.
 
     Raises:
-        BufferError, ValueError: data is strided (numpy says it with a ValueError); an unusable kernel is a ValueError.
-        OSError: EIO, data is a mapping and its file was truncated or could not be read.
+        BufferError, ValueError: data is strided (numpy raises ValueError), or the kernel is not usable (ValueError).
+        OSError: EIO; data is a mapping whose file was truncated or could not be read.
     """
 
 def crc32c_many(
     addresses: NDArray[np.uint64], lengths: NDArray[np.uint64], out: NDArray[np.uint32], *, kernel: str | None = None
 ) -> None:
-    """out[i] = the sum of the lengths[i] bytes at addresses[i], in one call without the GIL.
+    """Compute out[i] = checksum of the lengths[i] bytes at addresses[i], in one call without the GIL.
 
     Args:
-        addresses, lengths: uint64[n]; the caller keeps the memory alive and readable for the call.
-        out: uint32[n], owned by the caller, not kept; undefined after an error.
+        addresses, lengths: uint64[n]. The caller keeps the memory alive and readable during the call.
+        out: uint32[n], owned by the caller and not kept; undefined after an error.
+        kernel: One of kernels(); for tests.
 
     Raises:
-        ValueError: the three lengths differ.
+        ValueError: The three lengths differ.
         OSError: EIO, as for crc32c().
     """
 
 def crc32c_pages(
     address: int, n_bytes: int, page_bytes: int, out: NDArray[np.uint32], *, kernel: str | None = None
 ) -> int:
-    """out[i] = the sum of page i (the last may be short). Returns the sum of all n_bytes, without reading them twice.
+    """Compute out[i] = checksum of page i; the last page may be short. Return the checksum of all bytes.
 
     Args:
-        address, n_bytes: the memory, kept alive and readable by the caller for the call.
-        page_bytes: more than 0.
-        out: uint32[ceil(n_bytes / page_bytes)], owned by the caller, not kept; undefined after an error.
+        address, n_bytes: Memory that the caller keeps alive and readable during the call.
+        page_bytes: Size of a page, more than 0.
+        out: uint32[ceil(n_bytes / page_bytes)], owned by the caller and not kept; undefined after an error.
+        kernel: One of kernels(); for tests.
 
     Raises:
         ValueError: page_bytes is 0, or out has another length.
@@ -67,20 +72,22 @@ def lay_out(
     page_bytes: int,
     sums: NDArray[np.uint32],
 ) -> int:
-    """Copy the pieces one after another, each filled up with zeros to a multiple of align; sum out as crc32c_pages().
+    """Copy pieces one after another, each padded with zeros to a multiple of align, and compute the checksums of out.
 
     Args:
-        addresses, lengths: uint64[n]; the caller keeps the memory alive and readable for the call.
-        align, page_bytes: more than 0.
-        out, sums: uint8[all pieces filled up] and uint32[its pages]; the caller's, not kept; undefined after an error.
+        addresses, lengths: uint64[n]. The caller keeps the memory alive and readable during the call.
+        align: Alignment of the pieces in bytes, more than 0.
+        out: uint8[size of all padded pieces], owned by the caller and not kept; undefined after an error.
+        page_bytes: Size of a page, more than 0.
+        sums: uint32[number of pages]. Receives the checksum of each page, as in crc32c_pages().
 
     Returns:
-        The sum of all of out.
+        Checksum of all of out.
 
     Raises:
-        ValueError: lengths do not fit one another, or align or page_bytes is 0.
+        ValueError: The lengths do not fit together, or align or page_bytes is 0.
         OSError: EIO, as for crc32c().
     """
 
 def combine(crc_a: int, crc_b: int, n_bytes_b: int) -> int:
-    """The sum of a followed by b from their sums and b's length in bytes."""
+    """Return the checksum of a followed by b, from their checksums and the length of b in bytes."""

@@ -1,8 +1,8 @@
 # cython: freethreading_compatible = True
-"""CRC-32C of buffers, of many addresses, and of the pages of one; every call runs under the SIGBUS guard.
+"""CRC-32C of buffers, of many addresses, and of the pages of a buffer. Every call runs under the SIGBUS guard.
 
-This module reads one environment variable itself, once, when it is imported: TIERCACHE_KERNEL (checksum.pyi says what it does).
-config.py cannot do it: it stands beside this layer, and a kernel is chosen before anything is configured.
+The module reads one environment variable itself when it is imported: TIERCACHE_KERNEL (see checksum.pyi). config.py
+cannot read it, because it is in the same layer, and the kernel is selected before anything is configured.
 """
 
 import os
@@ -28,9 +28,9 @@ cdef extern from "layout.h" nogil:
         int kernel
     int tc_lay_out(const tc_layout *layout, uint8_t *out, uint32_t *sums, uint32_t *whole)
 
-# PrefixStore it the hand-over of the GIL costs more than the sum.
+# Below this size, releasing the GIL costs more than the checksum.
 cdef size_t GIL_DROP_BYTES = 32 << 10
-_NAMES = ("portable", "sse42", "armv8")  # by the numbers of crc32c.h
+_NAMES = ("portable", "sse42", "armv8")  # Indexed by the numbers of crc32c.h.
 
 
 cdef int _check(int status) except -1:
@@ -105,7 +105,7 @@ def crc32c_pages(uintptr_t address, size_t n_bytes, size_t page_bytes, uint32_t[
     cdef uint32_t whole = 0
     cdef int status
     if page_bytes == 0:
-        raise ValueError("a page has at least one byte")
+        raise ValueError("page_bytes must be 1 or more")
     cdef size_t n_pages = n_bytes // page_bytes + (n_bytes % page_bytes != 0)
     if <size_t>out.shape[0] != n_pages:
         raise ValueError(f"{n_bytes} bytes are {n_pages} pages of {page_bytes} bytes, got room for {out.shape[0]} sums")
@@ -129,13 +129,13 @@ def lay_out(const uint64_t[::1] addresses not None, const uint64_t[::1] lengths 
     cdef int status
     cdef tc_layout layout
     if page_bytes == 0 or align == 0:
-        raise ValueError("a page and an alignment have at least one byte")
+        raise ValueError("page_bytes and align must be 1 or more")
     if <size_t>lengths.shape[0] != count:
         raise ValueError(f"{count} addresses need as many lengths, got {lengths.shape[0]}")
     for i in range(count):
         padded = lengths[i] + (align - lengths[i] % align) % align
         if padded < lengths[i] or padded > room - n_bytes:
-            raise ValueError(f"the pieces and what fills them up are longer than the {room} bytes they go to")
+            raise ValueError(f"the padded pieces are longer than the {room} bytes of out")
         n_bytes += padded
     cdef size_t n_pages = n_bytes // page_bytes + (n_bytes % page_bytes != 0)
     if n_bytes != room or <size_t>sums.shape[0] != n_pages:

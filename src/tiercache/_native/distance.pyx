@@ -1,4 +1,4 @@
-"""Face of csrc/distance.h, for its tests: the ring has one of its own."""
+"""Wrapper of csrc/distance.h for its tests; the ring has a measurement of its own."""
 
 from libc.stdlib cimport free
 from libc.string cimport memset

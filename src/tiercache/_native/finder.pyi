@@ -1,7 +1,7 @@
-"""Where records lie in the mapped shards that are open, for a gather of all of them at once.
+"""Location of records in the open mapped shards: block, row and the addresses for one gather of many records.
 
-A finder is safe from any thread, without locks: nothing here drops the GIL. In a forked child it is as it was in the
-parent; whoever owns it sees to what that means.
+Any thread may use a finder without locks, because no function here releases the GIL. A forked child inherits the finder
+as it is; its owner must handle forks.
 """
 
 from typing import Any, TypeAlias, final
@@ -12,21 +12,28 @@ from numpy.typing import NDArray
 U64: TypeAlias = NDArray[np.uint64]
 Places: TypeAlias = NDArray[np.uint32]
 Found: TypeAlias = tuple[tuple[U64, ...], tuple[U64, ...] | None, Places, Places, Any]
-"""Of each stream, addresses uint64[n_blocks, 3] and checks uint64[n_blocks, 4] (or None: nothing is to be checked), as
-the gather takes them; block and row of each record, uint32[n]; and what must be kept while they are gathered."""
+"""Result of a search: addresses, checks, block, row, kept.
+
+addresses: uint64[n_blocks, 3] for each stream. checks: uint64[n_blocks, 4] for each stream, or None if nothing is to be
+checked; both in the form of gather.pyi. block, row: uint32[n], one for each record. kept: Object that must stay alive
+during the gather.
+"""
 
 @final
 class BlockTable:
-    """A shard's blocks. Immutable; keeps owner, and with it the mapping.
+    """The blocks of one shard. Immutable. The table keeps owner alive, and with it the mapping.
 
-    first: uint64[n_blocks + 1], the first row of each block and the number of rows; addresses: uint64[n_streams,
-    n_blocks, 3]; checks: uint64[n_streams, n_blocks, 4] or None; file: (fd, changed_ns, pause_ns): a descriptor of the
-    mapped file, open as long as owner is; its ctime for which checks hold: once the file has another one the finder
-    drops the table, and 0 is none that a file has; and how long after a look the file is not looked at again. None:
-    nothing is ever checked.
+    Args:
+        first: uint64[n_blocks + 1], the first row of each block, and the number of rows.
+        addresses: uint64[n_streams, n_blocks, 3].
+        checks: uint64[n_streams, n_blocks, 4], or None if nothing is to be checked.
+        owner: Owner of the mapping.
+        file: (fd, changed_ns, pause_ns), or None if the file's ctime is not checked. fd: Descriptor of the mapped file,
+            open while owner lives. changed_ns: ctime for which `checks` hold; the finder drops the table when the file
+            has another ctime (0 never matches). pause_ns: Interval after which the ctime is read again.
 
     Raises:
-        ValueError: shapes do not fit, or there are no blocks.
+        ValueError: The shapes do not fit, or there are no blocks.
     """
 
     def __new__(
@@ -35,9 +42,11 @@ class BlockTable:
 
 @final
 class RecordFinder:
-    """Tables of shards by number, and the way from record numbers to them.
+    """Finds records in the block tables of shards.
 
-    first_record: int64[n_shards + 1], of each shard's first record and of all records; held. n_streams: of each table.
+    Args:
+        first_record: int64[n_shards + 1], the first record of each shard, and the number of all records. It is kept.
+        n_streams: Number of streams of each table.
 
     Raises:
         ValueError: first_record is empty.
@@ -45,35 +54,39 @@ class RecordFinder:
 
     def __new__(cls, first_record: NDArray[np.int64], n_streams: int) -> RecordFinder: ...
     def __len__(self) -> int:
-        """Shards whose tables are here."""
+        """Return the number of shards that have a table."""
 
     def __contains__(self, shard: int) -> bool:
-        """Whether a shard's table is here."""
+        """Return whether a shard has a table."""
 
     def put(self, shard: int, table: BlockTable) -> None:
-        """Take a shard's table. Raises ValueError for one that does not fit."""
+        """Set the table of a shard. Raises ValueError if the table does not fit the shard."""
 
     def forget(self, shard: int) -> None:
-        """Drop a shard's table, if it is here; who has found records in it keeps it."""
+        """Drop the table of a shard, if there is one. Results of earlier searches keep it alive."""
 
     def clear(self) -> None:
         """Drop all tables."""
 
     def find(self, records: NDArray[np.int64]) -> Found | None:
-        """Where records are, int64[n]; None if one of them is in a shard without a table, or was written to since.
+        """Return the locations of records, int64[n]; None if a record's shard has no table, or its file has changed.
 
-        Records of several shards become blocks of their own, so that one gather serves them all.
+        The records of several shards become separate blocks, so that one gather serves all of them.
 
         Raises:
-            IndexError: a record that is not there.
+            IndexError: A record does not exist.
         """
 
     def find_one(self, record: int) -> Found | None:
-        """Where one record is, as `find`, without an array to look for it by."""
+        """Return the location of one record, as `find` does, without an array of record numbers."""
 
 def wrapped(records: NDArray[np.int64], n_records: int) -> NDArray[np.int64]:
-    """Records with those below 0 counted from the end; the array itself where there are none.
+    """Return records with negative numbers counted from the end; the array itself if there are none.
+
+    Args:
+        records: int64[n], each from -n_records to n_records - 1.
+        n_records: Number of records.
 
     Raises:
-        IndexError: a record that is not there.
+        IndexError: A record does not exist.
     """

@@ -1,7 +1,8 @@
-"""Where records lie in the mapped shards that are open: block and row of each, and the addresses to gather from.
+"""Location of records in the open mapped shards: block, row and the addresses for one gather of many records.
 
-No C file below it: what it walks are Python objects, and it reads no stored bytes and never drops the GIL. So what it
-finds and what it gives the caller to keep belong together, whatever other threads put in or take out meanwhile.
+There is no C file: the module works on Python objects, reads no stored bytes and never releases the GIL. A search
+result and the objects that it keeps alive therefore fit together, whatever tables other threads set or drop
+concurrently.
 """
 
 from cpython.ref cimport PyObject
@@ -46,12 +47,12 @@ cdef class BlockTable:
     cdef const uint64_t[:, :, ::1] addresses
     cdef const uint64_t[:, :, ::1] checks
     cdef size_t n_blocks, n_streams
-    cdef bint is_checked  # whether there are checks
-    cdef int fd  # of the mapped file; -1: it is not looked at
-    cdef int64_t changed_ns, pause_ns, look_ns  # the next look at the file is due at look_ns
-    cdef uint64_t call  # the last search that has found something here
+    cdef bint is_checked  # Whether the table has checks.
+    cdef int fd  # Descriptor of the mapped file, or -1: its ctime is not checked.
+    cdef int64_t changed_ns, pause_ns, look_ns  # look_ns: Time of the next check of the ctime.
+    cdef uint64_t call  # Number of the last search that found a record in this table.
     cdef object owner
-    cdef tuple addresses_of, checks_of  # stream by stream
+    cdef tuple addresses_of, checks_of  # One entry for each stream.
 
     def __cinit__(self, const uint64_t[::1] first not None, addresses not None, checks, owner, file=None):
         self.first = first
@@ -63,8 +64,8 @@ cdef class BlockTable:
             raise ValueError(f"addresses need the shape [n_streams, {first.shape[0] - 1}, {SOURCE_WORDS}]")
         cdef size_t block
         for block in range(self.n_blocks):
-            if first[0] or first[block] > first[block + 1]:  # rows are counted from them, and nobody checks rows again
-                raise ValueError("the first rows of blocks must start at 0 and never fall")
+            if first[0] or first[block] > first[block + 1]:  # Rows are located by these numbers and not checked again.
+                raise ValueError("the first rows of blocks must start at 0 and never decrease")
         self.is_checked = checks is not None
         if self.is_checked:
             self.checks = checks
@@ -98,18 +99,18 @@ cdef class BlockTable:
 cdef class RecordFinder:
     cdef const int64_t[::1] first_record
     cdef size_t n_shards, n_streams
-    cdef PyObject **tables  # borrowed from `owned`
+    cdef PyObject **tables  # Borrowed references, owned by `owned`.
     cdef dict owned
     cdef uint64_t call
 
     def __cinit__(self, const int64_t[::1] first_record not None, size_t n_streams):
         if not first_record.shape[0]:
-            raise ValueError("first_record needs one number more than there are shards")
+            raise ValueError("first_record is empty; it needs one number more than there are shards")
         self.first_record = first_record
         self.n_shards = <size_t>first_record.shape[0] - 1
         self.n_streams = n_streams
         self.owned = {}
-        # Untouched pages of it cost nothing: of a million shards' 8 MB a few hundred words are used.
+        # Untouched pages of this array take no memory: of 8 MB for a million shards, a few hundred words are used.
         self.tables = <PyObject **>calloc(self.n_shards + 1, sizeof(PyObject *))
         if self.tables == NULL:
             raise MemoryError
@@ -125,10 +126,10 @@ cdef class RecordFinder:
 
     def put(self, size_t shard, BlockTable table not None):
         if shard >= self.n_shards or table.n_streams != self.n_streams:
-            raise ValueError(f"needed is a table of {self.n_streams} streams, of a shard below {self.n_shards}")
+            raise ValueError(f"expected a table of {self.n_streams} streams for a shard below {self.n_shards}, got {table.n_streams} streams for shard {shard}")
         if <int64_t>table.first[table.n_blocks] != self.first_record[shard + 1] - self.first_record[shard]:
             raise ValueError(f"shard {shard}: the table has another number of records")
-        old = self.owned.get(shard)  # dropped after the new one stands
+        old = self.owned.get(shard)  # The old table is dropped after the new one is set.
         self.owned[shard] = table
         self.tables[shard] = <PyObject *>table
 
@@ -185,7 +186,7 @@ cdef class RecordFinder:
         try:
             if not self.look_up(records, block, row, table_of, kept):
                 return None
-            if len(kept) == 1:  # the gather reads by the shard's own addresses: nothing is copied
+            if len(kept) == 1:  # The gather uses the shard's own addresses: nothing is copied.
                 only = <BlockTable>kept[0]
                 return only.addresses_of, only.checks_of, block, row, kept
             addresses, checks = self.join(block, table_of, kept)
@@ -196,13 +197,14 @@ cdef class RecordFinder:
     cdef bint look_up(
         self, const int64_t[::1] records, uint32_t[::1] to_block, uint32_t[::1] to_row, PyObject **table_of, list kept
     ) except -1:
-        """Block and row of each record, and its table, which `kept` holds. False: not all are here."""
+        """Find block, row and table of each record; `kept` keeps the tables alive. Return False if a table is missing."""
         cdef size_t n = <size_t>records.shape[0], i, shard, block
         cdef int64_t start = 0, end = 0
         cdef uint64_t within
         cdef BlockTable table = None
         self.call += 1
-        cdef uint64_t call = self.call  # a collector's finalizer may let another thread in: it has a number of its own
+        # A finalizer run by the garbage collector may let another thread search, which then has a number of its own.
+        cdef uint64_t call = self.call
         for i in range(n):
             if not start <= records[i] < end:
                 self.check(records[i])
@@ -225,7 +227,7 @@ cdef class RecordFinder:
         return True
 
     cdef tuple join(self, const uint32_t[::1] block, PyObject **table_of, list kept):
-        """Addresses and checks of each record, as if it were a block of its own."""
+        """Return addresses and checks as if each record were a block of its own."""
         cdef size_t n = <size_t>block.shape[0], i, s
         cdef BlockTable table
         cdef bint is_checked = False

@@ -4,17 +4,21 @@ import numpy.typing as npt
 _Numbers = npt.NDArray[np.uint64]
 
 class Decoder:
-    """A zstd context and the functions that use it. For one thread at a time.
+    """A zstd context and the functions that use it. Only one thread may use it at a time.
 
     Args:
-        create, destroy, decode, promise: addresses of ZSTD_createDCtx, ZSTD_freeDCtx, ZSTD_decompressDCtx and
-            ZSTD_getFrameContentSize of one library, which stays loaded.
+        create: Address of ZSTD_createDCtx of a libzstd that stays loaded.
+        destroy: Address of ZSTD_freeDCtx of the same library.
+        decode: Address of ZSTD_decompressDCtx of the same library.
+        promise: Address of ZSTD_getFrameContentSize of the same library.
     """
 
     def __init__(self, create: int, destroy: int, decode: int, promise: int) -> None: ...
     def decode(self, frames: _Numbers, stored: _Numbers, out: _Numbers, raw: _Numbers) -> int:
-        """Decode frame i, stored[i] bytes at address frames[i], to raw[i] bytes at out[i]; the GIL is dropped once.
+        """Decode frame i, stored[i] bytes at address frames[i], to raw[i] bytes at address out[i].
 
-        All uint64[n]. The addresses are trusted. Returns how many were right: n, or the number of the first frame that
-        does not hold exactly raw[i] bytes.
+        The GIL is released once. All arguments are uint64[n], and the addresses are trusted.
+
+        Returns:
+            Number of decoded frames: n, or the index of the first frame that does not decode to exactly raw[i] bytes.
         """

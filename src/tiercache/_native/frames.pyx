@@ -1,5 +1,5 @@
 # cython: freethreading_compatible = True
-"""Many zstd frames decoded in one call without the GIL, by a libzstd that the caller has found."""
+"""Decoding of many zstd frames in one call without the GIL, by a libzstd that the caller has found."""
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint64_t, uintptr_t

@@ -1,4 +1,4 @@
-"""Python face of csrc/gather.h: convert, hold, one C call with the GIL dropped."""
+"""Wrapper of csrc/gather.h: each function converts and holds its arguments, and makes one C call without the GIL."""
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.list cimport PyList_New, PyList_SET_ITEM
@@ -46,15 +46,15 @@ tc_gather_init(checksum.KERNEL_NUMBER)
 
 
 class CorruptError(ValueError):
-    """Bytes are not what was written."""
+    """Stored bytes are not what was written."""
 
 
 class CastError(ValueError):
-    """A value has no equal in the dtype that it is cast to."""
+    """A value cannot be represented in the dtype of the cast."""
 
 
 cdef tc_stream stream_of(uint32_t kind, uint32_t width_bytes) except *:
-    """The stream that the two words say (csrc/gather.h)."""
+    """Return the stream that the two words describe (csrc/gather.h)."""
     cdef tc_stream stream = tc_stream(kind & 0xff, (kind >> 8) & 0xff, (kind >> 16) & 0xff, 0, width_bytes)
     if kind >> 8 == 0:
         return stream
@@ -63,7 +63,7 @@ cdef tc_stream stream_of(uint32_t kind, uint32_t width_bytes) except *:
     if stream.kind == TC_BITS and stream.from_dtype != TC_BOOL:
         raise ValueError(f"bits are cast from bool, got dtype number {stream.from_dtype}")
     if stream.kind != TC_BITS and width_bytes % tc_dtype_bytes(stream.from_dtype):
-        raise ValueError(f"{width_bytes} bytes are no whole number of elements of dtype number {stream.from_dtype}")
+        raise ValueError(f"{width_bytes} bytes are not a whole number of elements of dtype number {stream.from_dtype}")
     return stream
 
 
@@ -127,14 +127,14 @@ cdef int check(int64_t code) except -1:
     if code == TC_EIO:
         raise OSError(EIO, "a mapped file could not be read: it was truncated, or its disk failed")
     if code == TC_CORRUPT:
-        raise CorruptError("a page's CRC-32C does not match, or offsets fall or point outside the chunk")
+        raise CorruptError("a page's CRC-32C does not match, or offsets decrease or point outside the chunk")
     if code == TC_MISFIT:
-        raise CastError("a value has no equal in the dtype that it is cast to")
+        raise CastError("a value cannot be represented in the dtype that it is cast to")
     return 0
 
 
 cdef class Rows:
-    """The arguments of a call as csrc/gather.h takes them, and what keeps them alive."""
+    """The arguments of a call in the form of csrc/gather.h, and the arrays that own them."""
 
     cdef tc_rows rows
     cdef const uint64_t[:, ::1] addresses
@@ -158,14 +158,14 @@ cdef class Rows:
             self.rows.chunks = <const tc_chunk *>&self.checks[0, 0] if self.checks.shape[0] else NULL
         if self.rows.n:
             if not self.addresses.shape[0]:
-                raise ValueError("rows of no blocks")
+                raise ValueError("there are rows, but no blocks")
             self.rows.sources = <const tc_source *>&self.addresses[0, 0]
             self.rows.block = &self.block[0]
             self.rows.row = &self.row[0]
             self.rows.n_breaks = tc_count_breaks(self.rows.block, self.rows.row, self.rows.n)
 
     cdef int check_pages(self, tc_stream stream) except -1:
-        """Check the pages of the rows, if there is anything to check."""
+        """Check the pages of the rows, if there are checks."""
         cdef tc_fault fault
         cdef int code
         if self.rows.chunks != NULL:
@@ -235,7 +235,8 @@ def gather(
 
 
 cdef list bytes_of_refs(const tc_ref *refs, size_t n):
-    # Objects are made at their size and filled once. CPython shares no object that is made with NULL save the empty one, which is not written.
+    # Each object is made at its size and filled once. CPython does not share an object made with NULL, except the empty
+    # one, which is not written.
     cdef uint8_t **places = <uint8_t **>malloc((n + 1) * sizeof(uint8_t *))
     if places == NULL:
         raise MemoryError
@@ -257,7 +258,7 @@ cdef list bytes_of_refs(const tc_ref *refs, size_t n):
 
 
 cdef bint is_ascii(const uint8_t *values, size_t n) noexcept nogil:
-    # Whole blocks are joined without a branch, so that the loop is vectorised.
+    # Blocks of 4 KiB are joined without a branch, so that the compiler vectorises the loop.
     cdef size_t i = 0, end
     cdef uint8_t found = 0
     while i < n and found < 128:
@@ -269,7 +270,8 @@ cdef bint is_ascii(const uint8_t *values, size_t n) noexcept nogil:
 
 
 cdef list str_of_buffer(const uint8_t *values, const int64_t *offsets, size_t n):
-    # One look at all of the text tells whether any of it has to be decoded; mostly none has, and objects are filled by a copy.
+    # One pass over the whole text tells whether any of it must be decoded. Usually none must, and the objects are
+    # filled by copying.
     cdef bint ascii
     cdef list out = PyList_New(<Py_ssize_t>n)
     cdef size_t i
@@ -278,7 +280,7 @@ cdef list str_of_buffer(const uint8_t *values, const int64_t *offsets, size_t n)
         ascii = is_ascii(values + offsets[0], <size_t>(offsets[n] - offsets[0]))
     for i in range(n):
         length = <Py_ssize_t>(offsets[i + 1] - offsets[i])
-        if ascii and length > 1:  # CPython keeps one object for each text of one character: decoding gives those
+        if ascii and length > 1:  # CPython shares the str objects of one character; decoding returns the shared ones.
             item = PyUnicode_New(length, 127)
             memcpy(PyUnicode_DATA(item), values + offsets[i], <size_t>length)
         else:
@@ -303,7 +305,7 @@ def gather_bytes(addresses, block, row, checks=None):
 
 
 def gather_str(addresses, block, row, checks=None):
-    # Through a buffer: making text allocates, and a fault must not jump out of an allocation.
+    # Through a buffer: creating str objects allocates, and a SIGBUS must not jump out of an allocation.
     offsets = measure(addresses, block, row, checks)
     text = np.empty(max(int(offsets[len(row)]), 1), np.uint8)
     gather(TC_VAR, 1, addresses, block, row, text, offsets, checks)
@@ -317,7 +319,7 @@ def locate(uint32_t kind, uint32_t width_bytes, addresses, checks, block, row):
     cdef tc_stream stream = stream_of(kind, width_bytes)
     cdef tc_fault fault
     cdef int code
-    rows.rows.n_breaks = rows.rows.n  # row by row, to be exact
+    rows.rows.n_breaks = rows.rows.n  # Row by row, so that the position is exact.
     with nogil:
         code = guarded_check(&stream, &rows.rows, &fault)
     if code == TC_CORRUPT:

@@ -24,7 +24,7 @@ cdef class RowFinder:
     cdef int64_t *first
     cdef uint32_t *hints
     cdef uint32_t *row_start
-    cdef tc_finder finder  # of the three
+    cdef tc_finder finder  # refers to the three arrays above and to `permutation`
     cdef tc_permutation permutation
     cdef readonly object n_rows
     cdef readonly Py_ssize_t n_blocks

@@ -1,10 +1,10 @@
-"""Keyed permutations of [0, n), and the places of the rows of a permuted run of blocks: the face of csrc/permute.h."""
+"""Keyed permutations of [0, n), and the location of rows in a permuted run of blocks (wrapper of csrc/permute.h)."""
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 
-# PrefixStore it the hand-over of the GIL costs more than the work (about 10 us).
+# Below this count, releasing the GIL costs more than the work (about 10 us).
 cdef size_t GIL_DROP_INDICES = 1024
 MAX_N = int(TC_PERMUTE_MAX_N)
 
@@ -31,16 +31,16 @@ cdef int check_range(start, size_t m, n) except -1:
 
 
 def permute(key, n, start, uint64_t[::1] out not None):
-    """Fill out with the records at positions start, start + 1, ... of the permutation of [0, n); the GIL is dropped.
+    """Fill out with the records at positions start, start + 1, ... of the permutation of [0, n). Releases the GIL.
 
     Args:
-        key: 16 bytes, or (low, high) words of 64 bits (the bytes read as two little-endian words).
-        n: 1 to 2**63.
-        start: the first position.
-        out: writable, contiguous uint64[m], owned by the caller, not kept; start + m <= n.
+        key: 16 bytes, or (low, high), two 64-bit words (the bytes read as two little-endian words).
+        n: Number of records, 1 to 2**63.
+        start: First position.
+        out: Writable, contiguous uint64[m], owned by the caller and not kept; start + m <= n.
 
     Raises:
-        ValueError: n, the key's length or the positions are out of range.
+        ValueError: n, the length of the key or the positions are out of range.
     """
     cdef tc_permutation p
     cdef size_t m = out.shape[0]
@@ -58,7 +58,7 @@ def permute(key, n, start, uint64_t[::1] out not None):
 
 
 def permute_one(key, n, position):
-    """The record at one position of the permutation of [0, n). Raises ValueError as `permute` does."""
+    """Return the record at one position of the permutation of [0, n). Raises ValueError as `permute` does."""
     cdef tc_permutation p
     prepare(&p, key, n)
     check_range(position, 1, n)
@@ -66,7 +66,7 @@ def permute_one(key, n, position):
 
 
 def invert_one(key, n, record):
-    """The position of one record in the permutation of [0, n). Raises ValueError as `permute` does."""
+    """Return the position of one record in the permutation of [0, n). Raises ValueError as `permute` does."""
     cdef tc_permutation p
     prepare(&p, key, n)
     check_range(record, 1, n)
@@ -74,9 +74,9 @@ def invert_one(key, n, record):
 
 
 cdef class RowFinder:
-    """Places of the rows of a run of blocks: position -> (block, row in the block), permuted by a key or as they stand.
+    """Maps positions of an output order to (block, row in the block), permuted by a key or in stored order.
 
-    Immutable and free of locks: any thread may call it.
+    Immutable and without locks: any thread may call it.
     """
 
     def __cinit__(self, const int64_t[::1] first not None, key, const uint32_t[::1] row_start=None):
@@ -119,12 +119,14 @@ cdef class RowFinder:
         free(self.row_start)
 
     def find(self, start, uint32_t[::1] block not None, uint32_t[::1] row not None):
-        """Fill block and row with the places of positions start, start + 1, ...; the GIL is dropped for long runs.
+        """Fill block and row with the locations of positions start, start + 1, ... Releases the GIL for long runs.
 
-        block, row: writable, contiguous uint32[m] of one length, owned by the caller, not kept.
+        Args:
+            start: First position.
+            block, row: Writable, contiguous uint32[m] of equal length, owned by the caller and not kept.
 
         Raises:
-            ValueError: positions outside the blocks, or arrays of different lengths.
+            ValueError: A position is outside the blocks, or the lengths differ.
         """
         cdef size_t m = block.shape[0]
         if row.shape[0] != block.shape[0]:

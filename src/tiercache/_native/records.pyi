@@ -1,4 +1,4 @@
-"""Records one by one into the memory of a block."""
+"""Builder of a block's memory from single records."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, final
@@ -6,7 +6,7 @@ from typing import Any, Protocol, final
 import numpy as np
 from numpy.typing import NDArray
 
-# The values that a column takes without a closer look: none, arrays of its dtype, int, float, bool, bytes, ASCII str.
+# Kinds of values that a column takes on the fast path: none, arrays of its dtype, int, float, bool, bytes, ASCII str.
 NONE: int
 ARRAYS: int
 INTEGERS: int
@@ -14,16 +14,17 @@ FLOATS: int
 BOOLS: int
 BYTES: int
 TEXT: int
-# What became of a record: nothing; it is kept; it is kept, and all are more than the room.
-NEEDS_CONVERSION: int
+# Results of add() and commit(): not added, because a value needs conversion; added; added, and the block is full.
+NOT_USUAL: int
 KEPT: int
 EXCEEDS_BLOCK: int
 
 class Spec(Protocol):
-    """A column. dtype: of a stored element.
+    """A column of the block.
 
-    varying: whether records differ in length; shape: of a record, None where they differ. usual: see above; format:
-    of an array's buffer; scalar_type: numpy's; low, high: the least and the greatest int; limit: the greatest float.
+    dtype: Dtype of a stored element. shape: Shape of a record, None where it varies. varying: Whether records differ in
+    length. usual: Kind of values for the fast path. format: Format of an array's buffer. scalar_type: numpy's scalar
+    type. low, high: Least and greatest integer. limit: Greatest finite float.
     """
 
     @property
@@ -51,9 +52,11 @@ class Spec(Protocol):
 
 @final
 class Records:
-    """Rows of some columns in memory that grows. One thread.
+    """Rows of several columns in memory that grows. Only one thread may use it.
 
-    room_bytes: above it a record is EXCEEDS_BLOCK; n_bytes: of the rows, by which blocks are cut.
+    Args:
+        specs: Columns.
+        room_bytes: Size of a full block in bytes. n_bytes, the size of the rows, is compared with it.
     """
 
     n_records: int
@@ -62,28 +65,29 @@ class Records:
     room_bytes: int
     def __new__(cls, specs: Sequence[Spec], room_bytes: int) -> Records: ...
     def add(self, record: object) -> int:
-        """Keep a record: a dict that has exactly the columns' names, and usual values only. Else NEEDS_CONVERSION."""
+        """Add a dict with exactly the columns' names and values for the fast path; otherwise return NOT_USUAL."""
 
     def fill(self, record: dict[str, Any], start: int) -> int:
-        """Put usual values from column `start` on, up to one that is none; returns its number, or that of columns."""
+        """Put values from column `start` on. Return the first column that needs conversion, or their number."""
 
     def put(self, index: int, value: Any, shape: Sequence[int] = ()) -> None:
-        """Put a converted value: None for a null, what numpy can assign, or a contiguous run of bytes and its shape."""
+        """Put a converted value: None (a null), a value that numpy can assign, or contiguous bytes and their shape."""
 
     def commit(self, extra_bytes: int = 0) -> int:
-        """Count the record whose columns were all put, and extra_bytes beside them. Returns KEPT or EXCEEDS_BLOCK."""
+        """Count the record whose columns are all put. extra_bytes: Further bytes of the record. Return KEPT or OVER."""
 
     def take(self, n: int) -> list[tuple[NDArray[Any], NDArray[np.int64] | None, NDArray[np.int32] | None, Any]]:
-        """The first n records, all or all but the last, and begin anew with what is left.
+        """Return the first n records (all, or all but the last); the rest becomes the start of a new block.
 
-        Of each column (values, offsets int64[n + 1], shapes int32[n, dimensions], valid bool[n]), the caller's from now
-        on. values: stored elements [n, *shape], or all bytes that offsets, in elements, point into.
+        Returns:
+            For each column (values, offsets int64[n + 1], shapes int32[n, dimensions], valid bool[n]), owned by the
+            caller. values: Stored elements [n, *shape], or the bytes that offsets, in elements, refer to.
         """
 
 def join(
     values: Sequence[Any], text: bool, nullable: bool
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.bool_] | None] | None:
-    """All bytes one after another, the offsets int64[n + 1] and, if there are nulls, which are none: bool[n].
+    """Return the joined bytes, offsets int64[n + 1] and, if there are nulls, a mask bool[n], True for a value.
 
-    None if a value is anything but bytes, or ASCII str if text, or None if nullable.
+    Returns None if a value is neither bytes (with text: ASCII str) nor, if nullable, None.
     """

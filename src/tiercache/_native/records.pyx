@@ -1,7 +1,8 @@
 # cython: freethreading_compatible = True
-"""Records one by one into the memory of a block: usual values straight from C, all others by way of the caller.
+"""Builder of a block's memory from single records. Common values are stored directly; the caller converts others.
 
-The exception to "one call a block, never a record": users hand over one record a call. And lists of bytes and text, joined.
+This module is the exception to "one call per block, never one per record", because users pass one record per call. It
+also joins lists of bytes and text.
 """
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
@@ -34,11 +35,11 @@ cdef enum:
     _KEPT = 1
     _OVER = 2
     _MAX_DIMENSIONS = 32
-# What records.pyi names.
+# Names of records.pyi.
 NONE, ARRAYS, INTEGERS, FLOATS, BOOLS, BYTES, TEXT = _NONE, _ARRAYS, _INTEGERS, _FLOATS, _BOOLS, _BYTES, _TEXT
 NEEDS_CONVERSION, KEPT, EXCEEDS_BLOCK = _NOT_USUAL, _KEPT, _OVER
 
-# Rows that a column begins with: so many, or fewer if they are long.
+# Initial capacity of a column: FIRST_ROWS rows, or fewer if they are long.
 cdef size_t FIRST_ROWS = 64
 cdef size_t FIRST_BYTES = 64 << 10
 cdef object _array = np.ndarray
@@ -52,9 +53,9 @@ cdef struct _Room:
 
 
 cdef class _Rows:
-    """The rows of one column. `values` holds rows of row_bytes or, if varying, one run of elements that offsets cut.
+    """The rows of one column. `values` holds rows of row_bytes or, if varying, one run of elements that offsets divide.
 
-    Only Records uses it. A row that was begun and not counted by Records is overwritten by the next.
+    Used only by Records. A row that was started and not counted by Records is overwritten by the next one.
     """
 
     cdef object name, scalar_type, dtype, shape
@@ -65,7 +66,8 @@ cdef class _Rows:
     cdef size_t item_bytes, row_bytes, counted_bytes
     cdef int64_t low, high
     cdef double limit
-    # Where the rows lie, and the numpy arrays that own it: values, offsets, shapes, valid, and values in their dtype.
+    # Addresses of the rows, and the numpy arrays that own them: values, offsets, shapes, valid, and values in their
+    # dtype.
     cdef _Room room, next_room
     cdef tuple arrays, next_arrays
 
@@ -83,11 +85,11 @@ cdef class _Rows:
             self.dimensions[i] = -1 if self.shape[i] is None else self.shape[i]
             self.row_bytes *= 0 if self.varying else self.dimensions[i]
         self.counted_bytes = 8 + 4 * <size_t>self.n_dimensions if self.varying else max(self.row_bytes, <size_t>1)
-        self.prepare(0, 0)  # a column of long rows that only get batches takes no memory
+        self.prepare(0, 0)  # A column of long rows that only receives whole batches takes no memory.
         self.adopt(0, 0)
 
     cdef int prepare(self, size_t rows, size_t n_bytes) except -1:
-        """Get memory of that room for adopt(). If it fails, by want of memory or Ctrl-C, nothing has changed."""
+        """Allocate memory of this capacity for adopt(). If it fails (no memory, Ctrl-C), nothing has changed."""
         cdef _Room room
         if not self.varying:
             n_bytes = rows * self.row_bytes
@@ -106,7 +108,7 @@ cdef class _Rows:
         return 0
 
     cdef void adopt(self, size_t first, size_t kept) noexcept:
-        """Go on in the memory that was prepared, with copies of the rows [first, first + kept) and of one that is begun."""
+        """Continue in the prepared memory, with copies of the rows [first, first + kept) and of a started row."""
         cdef _Room old = self.room
         cdef _Room new = self.next_room
         cdef size_t begun = min(kept + 1, old.rows - first, new.rows)
@@ -126,11 +128,11 @@ cdef class _Rows:
         self.room, self.arrays, self.next_arrays = new, self.next_arrays, None
 
     cdef size_t bytes_of(self, size_t first, size_t kept) noexcept:
-        """Bytes of the runs of these rows."""
+        """Return the size in bytes of the runs of these rows."""
         return (self.room.offsets[first + kept] - self.room.offsets[first]) * self.item_bytes if self.varying else 0
 
     cdef int make_room(self, size_t row, size_t n_bytes) except -1:
-        """Room for row number `row`, with a run of n_bytes if varying."""
+        """Make room for row number `row`, with a run of n_bytes if varying."""
         cdef size_t rows = self.room.rows
         cdef size_t wanted = 0
         if row >= rows:
@@ -162,12 +164,12 @@ cdef class _Rows:
             self.room.shapes[row * self.n_dimensions + i] = max(self.dimensions[i], 0)
 
     cdef bint put_usual(self, size_t row, object value) except -1:
-        """Put a value if it is of the usual sort, which needs no converting; False if somebody must look closer."""
+        """Put a value that needs no conversion. Return False if the value needs conversion."""
         if row >= self.room.rows:
             self.make_room(row, 0)
         self.room.valid[row] = 1
         if value is None:
-            if not self.nullable or self.usual == _NONE:  # None is an object in JSON
+            if not self.nullable or self.usual == _NONE:  # In JSON, None is a value.
                 return False
             self.put_null(row)
             return True
@@ -215,7 +217,7 @@ cdef class _Rows:
             PyBuffer_Release(&view)
 
     cdef tuple taken(self, size_t n):
-        """The first n rows, in the memory that adopt() opened_versions to them."""
+        """Return the first n rows, in the memory that adopt() leaves to them."""
         values, offsets, shapes, valid, typed = self.arrays
         valid = valid[:n] if self.nullable else None
         return (values, offsets[:n + 1], shapes[:n], valid) if self.varying else (typed[:n], None, None, valid)
@@ -245,7 +247,7 @@ cdef class _Rows:
         if not PyFloat_CheckExact(value) and type(value) is not self.scalar_type:
             return False
         number = PyFloat_AsDouble(value)
-        if not -self.limit <= number <= self.limit:  # infinity and NaN, whose bits must stay, too
+        if not -self.limit <= number <= self.limit:  # Also excludes infinity and NaN, whose bits must be kept.
             return False
         if self.item_bytes == 8:
             (<double *>self.room.values)[row] = number
@@ -279,7 +281,8 @@ cdef class Records:
         cdef Py_ssize_t i
         for i in range(start, len(self.columns)):
             column = <_Rows>self.columns[i]
-            value = record.get(column.name, record)  # the record itself stands for nothing: it is in no record
+            # The record itself is the marker for a missing name: no record contains itself.
+            value = record.get(column.name, record)
             if value is record or not column.put_usual(self.n_records, value):
                 return i
         return len(self.columns)
@@ -327,11 +330,11 @@ cdef class Records:
         cdef _Rows column
         cdef size_t left, wanted
         if self.n_records < n or n + 1 < self.n_records:
-            raise ValueError(f"all records can be taken, or all but the last, not {n} of {self.n_records}")
+            raise ValueError(f"expected n to be all {self.n_records} records or all but the last, got {n}")
         left = self.n_records - n
-        for rows in self.columns:  # first all that can fail
+        for rows in self.columns:  # First everything that can fail.
             column = <_Rows>rows
-            # One long record shall not make every later block's memory as long.
+            # One long record must not make the memory of every later block as long.
             wanted = max(min(column.room.n_bytes, 2 * self.block_bytes), column.bytes_of(n, left))
             column.prepare(column.room.rows, wanted)
         taken = [(<_Rows>rows).taken(n) for rows in self.columns]
@@ -343,7 +346,7 @@ cdef class Records:
 
 
 def join(values, bint text, bint nullable) -> tuple | None:
-    cdef tuple items = tuple(values)  # which no other thread can change between the two passes
+    cdef tuple items = tuple(values)  # A copy that no other thread can change between the two passes.
     cdef Py_ssize_t n = len(items)
     cdef Py_ssize_t i
     cdef int64_t total = 0

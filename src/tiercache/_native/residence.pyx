@@ -1,4 +1,4 @@
-"""Mappings of files that hold no descriptor, and which mapped pages are in memory, as the kernel says (mincore(2))."""
+"""Mappings of files without a descriptor, and whether mapped pages are in the page cache (mincore(2))."""
 
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.exc cimport PyErr_SetFromErrno
@@ -18,7 +18,7 @@ cdef extern from "unistd.h" nogil:
         _SC_PAGESIZE
     long sysconf(int)
 
-# Pages of one call: the kernel holds a lock of the process's mappings meanwhile, and the answer lies on our stack.
+# Pages per call: the kernel locks the process's mappings during the call, and the result is on our stack.
 cdef enum:
     MOST_PAGES = 4096
 

@@ -50,13 +50,13 @@ cdef class Layout:
 cdef class Slot:
     cdef tc_slot *slot
     cdef readonly uint64_t first_row
-    cdef dict fillings  # by stream; None: there never was one
+    cdef dict fillings  # stream -> Filling; None until the first one
 
     cdef object capsule(self, Layout layout, size_t offset, size_t n_rows)
 
 cdef class Ring:
     cdef tc_ring *ring
-    cdef object plans  # deque of (row after its last, Plan): pushed by the planner, retired by it
+    cdef object plans  # deque of (end row in the sequence, Plan), appended and retired by the planner
     cdef uint64_t pushed
 
-    cdef Slot take_ready(self)  # None: the next batch is not ready, or it failed, which take() says
+    cdef Slot take_ready(self)  # None if the next batch is not ready or has an error, which take() raises

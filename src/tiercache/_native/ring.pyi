@@ -1,4 +1,4 @@
-"""Threads that gather batches ahead of one consumer, without Python (csrc/ring.h)."""
+"""Threads without Python that gather batches ahead of one consumer (csrc/ring.h)."""
 
 from typing import Final, TypedDict
 
@@ -12,7 +12,7 @@ FAILED: Final[int]
 CLOSED: Final[int]
 
 class Figures(TypedDict):
-    """Batches taken, ns of gathering (all threads) and of waiting (the consumer), waits, batches ready now."""
+    """Batches taken, gather time (all threads) and wait time (consumer) in ns, number of waits, batches ready now."""
 
     batches: int
     gather_ns: int
@@ -21,12 +21,15 @@ class Figures(TypedDict):
     ready: int
 
 class Plan:
-    """A window's rows in served order, and what keeps their memory alive.
+    """The rows of a window in output order, and the objects that keep their memory alive.
 
-    addresses: uint64[n_streams, n_blocks, 3]; block, row: uint32[n_rows]; held: any object that owns the memory behind
-        addresses and checks; checks: uint64[n_streams, n_blocks, 4], the chunks to be checked on first touch (as
-        gather.pyi says), or None; forms: uint64[n], a struct tc_form (csrc/forms.h) for each stream and what they point
-        to, the same for all plans of a ring, or None.
+    Args:
+        addresses: uint64[n_streams, n_blocks, 3]; see gather.pyi.
+        block, row: uint32[n_rows], location of each row.
+        held: Object that owns the memory behind addresses and checks.
+        checks: uint64[n_streams, n_blocks, 4], chunks that are checked on first touch (see gather.pyi), or None.
+        forms: uint64[n], a struct tc_form (csrc/forms.h) for each stream and the data that they point to, equal for all
+            plans of a ring; or None.
     """
 
     def __init__(
@@ -46,10 +49,14 @@ class Plan:
         checks: NDArray[np.uint64] | None = None,
         forms: NDArray[np.uint64] | None = None,
     ) -> Plan:
-        """A plan of n rows from position `start` of a finder on, run = (finder, start, n): found batch by batch.
+        """Return a plan whose rows a finder locates batch by batch.
+
+        Args:
+            addresses, held, checks, forms: See Plan.
+            run: (finder, start, n): n rows from position start.
 
         Raises:
-            ValueError: the finder has not so many rows, or more blocks than addresses.
+            ValueError: The finder has fewer rows, or more blocks than addresses.
         """
 
     @property
@@ -58,17 +65,19 @@ class Plan:
     def held(self) -> object: ...
 
 class Layout:
-    """How rows of a column lie one after the other.
+    """Layout of consecutive rows.
 
-    code, bits: of their type, as DLPack has them (0 int, 1 uint, 2 float, 4 bfloat, 6 bool); shape: of a row.
+    Args:
+        code, bits: Element type in DLPack's terms (0 int, 1 uint, 2 float, 4 bfloat, 6 bool) and its size in bits.
+        shape: Shape of a row.
     """
 
     def __init__(self, code: int, bits: int, shape: tuple[int, ...] = ()) -> None: ...
 
 class Slot:
-    """A batch's memory, a writable buffer of bytes (give it to torch.frombuffer).
+    """The memory of a batch, a writable buffer of bytes (for torch.frombuffer).
 
-    Reused when nothing refers to it any more.
+    The memory is reused when nothing refers to the slot any more.
     """
 
     first_row: int
@@ -76,102 +85,107 @@ class Slot:
     def n_rows(self) -> int: ...
     @property
     def n_bytes(self) -> int:
-        """Bytes of the batch's values, those that references point to included."""
+        """Size of the batch's values, including the bytes that references point to."""
 
     def places(self, stream: int) -> tuple[int, int, int]:
-        """Where a stream lies: its values and (VAR) its int64 offsets, in bytes, and (VAR) how many elements it has."""
+        """Return the byte positions of a stream's values and (VAR) int64 offsets, and (VAR) its number of elements."""
 
     def tensor(self, layout: Layout, offset: int, n_rows: int) -> object:
-        """A DLPack capsule of n_rows from offset on, in bytes, for whoever takes such: it keeps the slot by itself.
+        """Return a DLPack capsule of n_rows rows from byte position offset. The capsule keeps the slot.
 
         Raises:
-            ValueError: they are not all in the slot.
+            ValueError: The rows are not all inside the slot.
         """
 
     def start_bytes(self, stream: int) -> None:
-        """Make the objects of a REF stream, and have the ring's threads begin to fill them."""
+        """Create the bytes objects of a REF stream, and let the ring's threads start to fill them."""
 
     def bytes_list(self, stream: int) -> list[bytes]:
-        """New bytes objects of a REF stream, those that were started or started now, filled from the source.
+        """Return new bytes objects of a REF stream, filled from the source. start_bytes() may have started them.
 
-        The source must be kept, and with it the plan's `held`.
+        The caller must keep the source alive, and with it the plan's `held`.
 
         Raises:
-            OSError: EIO, the source could not be read.
+            OSError: EIO; the source could not be read.
         """
 
     def str_list(self, stream: int) -> list[str]:
-        """New str objects of a VAR stream of bytes. Raises UnicodeDecodeError."""
+        """Return new str objects of a VAR stream of bytes. Raises UnicodeDecodeError."""
 
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class Ring:
-    """Batches in order.
+    """Gathers batches in order, in threads without Python.
 
-    push, finish and wait_room are one planner thread's; take is one consumer thread's; close and figures
-    anyone's; forget that of whoever closed.
+    One planner thread calls push, push_sizes, finish and wait_room; one consumer thread calls take. Any thread may call
+    close and figures. The thread that has closed the ring calls forget.
 
-    streams: uint32[n_streams, 2], kind (gather.FIXED, BITS, VAR or 3: references) and width in bytes; depth: batches
-        gathered ahead;
-    slot_bytes: expected size of a batch.
+    Args:
+        streams: uint32[n_streams, 2], kind (gather.FIXED, BITS, VAR or REF) and width in bytes.
+        batch_rows: Number of rows of a batch.
+        depth: Number of batches gathered ahead.
+        n_threads: Number of gather threads, including the consumer's own thread while it waits.
+        slot_bytes: Expected size of a batch in bytes, 0 if unknown.
     """
 
     def __init__(
         self, streams: NDArray[np.uint32], *, batch_rows: int, depth: int, n_threads: int, slot_bytes: int = 0
     ) -> None: ...
     def push(self, plan: Plan) -> bool:
-        """Append a plan's rows. False: the ring is closed."""
+        """Append the rows of a plan. Return False if the ring is closed."""
 
     def push_sizes(self, rows: NDArray[np.uint32]) -> bool:
-        """Say how many rows each of the next batches has, after those that were told of before. False: closed.
+        """Append the row counts of the next batches. Return False if the ring is closed.
 
-        From the first call on, which comes before the first push, batches have these sizes, instead of batch_rows.
+        The first call must come before the first push; from then on, batches have these sizes instead of batch_rows.
 
         Raises:
-            ValueError: a batch of no rows.
+            ValueError: A size is 0.
         """
 
     def finish(self, failed: bool = False) -> None:
-        """End the sequence: take() gives a last, short batch of the rows left, then END; or FAILED."""
+        """End the sequence: take() returns the remaining rows as a short batch, then END; or, if failed, FAILED."""
 
     def wait_room(self, n_plans: int) -> bool:
-        """Wait until at most n_plans pushed plans are still needed, or the next batch needs rows that are not pushed.
+        """Wait until at most n_plans plans are still needed, or the next batch needs rows that are not pushed yet.
 
-        Drops the plans that are no longer needed. False: the ring is closed.
+        Drops the plans that are no longer needed. Returns False if the ring is closed.
         """
 
     def take(self, timeout_s: float = -1.0) -> Slot | int:
-        """The next batch, or END, FAILED, CLOSED, or another int when timeout_s passed (negative: no limit).
+        """Return the next batch, or END, FAILED or CLOSED, or another int after timeout_s seconds (negative: no limit).
 
         Raises:
-            OSError: EIO, a mapped source of this batch could not be read.
-            gather.CorruptError: its bytes are not what was written.
-            KeyboardInterrupt: and whatever else a signal handler raises while it waits.
+            OSError: EIO; a mapped source of this batch could not be read.
+            gather.CorruptError: The stored bytes are not what was written.
+            gather.CastError: A value cannot be represented in the dtype of the cast.
+            MemoryError: No memory for the batch.
+            KeyboardInterrupt: Ctrl-C; exceptions of other signal handlers are passed on, too.
         """
 
     def close(self) -> None:
-        """Wake everyone and end the threads; slots that are out stay valid. Repeatable."""
+        """Wake all waiting threads and end the workers. Slots that are taken stay valid. May be called repeatedly."""
 
     def forget(self) -> None:
-        """Let go of all plans, once the ring is closed and no slot's lists will be made any more."""
+        """Drop all plans. Call it after close(), when bytes_list() will not be called for any slot any more."""
 
     def figures(self) -> Figures:
-        """What it has done so far."""
+        """Return the statistics of the ring."""
 
 def held_bytes() -> int:
-    """Memory of all batches that somebody still refers to, of all rings of the process, gone ones included."""
+    """Return the bytes of all batches still referred to, of all rings of the process, including dropped rings."""
 
 class SpareMemory:
-    """While one lives, a ring that ends opened_versions its memory to the next of the same size."""
+    """While an instance lives, a ring that ends leaves its memory (up to 64 MiB) to the next ring of the same size."""
 
 def is_far() -> bool:
-    """Whether what threads gather passes the caches by just now, for a consumer whose core is of another cache."""
+    """Return whether the workers use non-temporal stores now, because the consumer's core has another cache."""
 
 def pretend_far(is_far: bool | None) -> None:
-    """For tests: have all rings take their consumer's core for one of another cache, or of the same; None: find out."""
+    """For tests: make all rings treat the consumer's core as far (True) or near (False), or measure it (None)."""
 
 def n_answers() -> int:
-    """For tests: how often consumers have found out whether their core is far."""
+    """For tests: return the number of distance measurements that consumers have made."""
 
 def can_pass() -> bool:
-    """Whether this processor copies past its caches, with the kernels that are used."""
+    """Return whether this processor can copy with non-temporal stores, with the kernels in use."""

@@ -1,4 +1,4 @@
-"""Python face of csrc/ring.h: owns the ring, its plans and its slots; every wait is without the GIL and sees signals."""
+"""Wrapper of csrc/ring.h: owns the ring, its plans and its slots. Every wait releases the GIL and handles signals."""
 
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
@@ -81,14 +81,14 @@ END = TC_END
 FAILED = TC_FAILED
 CLOSED = TC_CLOSED
 
-# A wait is cut into slices, so that Ctrl-C is seen: PyErr_CheckSignals costs nothing beside one.
+# Waits are divided into slices, so that Ctrl-C is handled. Compared with a slice, PyErr_CheckSignals is free.
 cdef uint64_t SLICE_NS = 50_000_000
 cdef const char *DLPACK = "dltensor"
-cdef double LONGEST_S = 1e9  # of a timeout: its nanoseconds must fit 64 bits
+cdef double LONGEST_S = 1e9  # Longest timeout: its nanoseconds must fit into 64 bits.
 
 
 cdef class Plan:
-    """A window's rows in served order, and what keeps their memory alive."""
+    """The rows of a window in output order, and the objects that keep their memory alive."""
 
     cdef tc_plan plan
     cdef object held
@@ -151,7 +151,7 @@ cdef class Plan:
         if checks is not None and tuple(checks.shape)[:3] != (addresses.shape[0], addresses.shape[1], 4):
             raise ValueError(f"checks need the shape [n_streams, n_blocks, 4] of addresses, got {tuple(checks.shape)[:3]}")
         if forms is not None and forms.shape[0] < addresses.shape[0] * <Py_ssize_t>(sizeof(tc_form) // sizeof(uint64_t)):
-            raise ValueError(f"forms need {sizeof(tc_form) // sizeof(uint64_t)} words a stream, got {forms.shape[0]} of {addresses.shape[0]}")
+            raise ValueError(f"forms need {sizeof(tc_form) // sizeof(uint64_t)} words per stream, got {forms.shape[0]} for {addresses.shape[0]} streams")
         self.addresses = addresses
         self.checks = checks
         self.forms = forms
@@ -172,8 +172,8 @@ cdef class Plan:
 
 
 cdef class Filling:
-    """Bytes objects of a batch, made at their size and filled once by the ring's threads. CPython shares no object that is made with NULL
-    save the empty one, which is not written.
+    """The bytes objects of a batch, made at their size and filled once by the ring's threads. CPython does not share an
+    object made with NULL, except the empty one, which is not written.
     """
 
     cdef tc_slot *slot
@@ -207,32 +207,33 @@ cdef class Filling:
         with nogil:
             status = tc_ring_finish_errand(self.slot, &self.errand)
         if status == TC_CLOSED:
-            raise RuntimeError("the ring was made before a fork")
+            raise RuntimeError("the batch was made before a fork; only the parent process can fill its bytes objects")
         if status != TC_OK:
             raise OSError(EIO, "a mapped file could not be read: it was truncated, or its disk failed")
         return self.objects
 
 
 cdef class Layout:
-    """How rows of a column lie one after the other: DLPack's code and bits of their type, and their shape."""
+    """Layout of consecutive rows: DLPack's code and bits of the element type, and the shape of a row."""
 
     def __init__(self, uint8_t code, uint8_t bits, shape=()):
         if len(shape) >= TC_TENSOR_DIMS or bits % 8 or min(shape, default=0) < 0:
             raise ValueError(f"expected fewer than {TC_TENSOR_DIMS} dimensions of whole bytes, got {tuple(shape)} of {bits} bits")
         self.layout.code, self.layout.bits, self.layout.n_dims = code, bits, <int>len(shape)
-        self.layout.row_bytes = math.prod(shape, start=bits // 8)  # exact: wrapped, it would let rows outside a slot pass
+        # Exact: a product that wrapped would let rows outside the slot pass.
+        self.layout.row_bytes = math.prod(shape, start=bits // 8)
         for i, n in enumerate(shape):
             self.layout.dims[<Py_ssize_t>i] = n
 
 
 cdef void drop_unused(object capsule) noexcept:
-    # Who takes a tensor over names its capsule anew.
+    # A receiver that takes the tensor over renames its capsule.
     if PyCapsule_IsValid(capsule, DLPACK):
         tc_tensor_drop(PyCapsule_GetPointer(capsule, DLPACK))
 
 
 cdef class Slot:
-    """A batch's memory, as a writable buffer of bytes; goes back to the ring when the last tensor over it is dropped."""
+    """The memory of a batch, as a writable buffer of bytes. It returns to the ring when the last tensor over it is dropped."""
 
     def __cinit__(self):
         self.slot = NULL
@@ -241,7 +242,7 @@ cdef class Slot:
         raise TypeError("slots come from Ring.take()")
 
     def __dealloc__(self):
-        self.fillings = None  # they need the slot to their end
+        self.fillings = None  # They use the slot until they are finished or cancelled.
         if self.slot != NULL:
             tc_slot_release(self.slot)
 
@@ -265,7 +266,7 @@ cdef class Slot:
     cdef object capsule(self, Layout layout, size_t offset, size_t n_rows):
         cdef size_t row_bytes = layout.layout.row_bytes, capacity = self.slot.capacity
         if offset > capacity or (row_bytes > 0 and n_rows > (capacity - offset) // row_bytes):
-            raise ValueError(f"{n_rows} rows of {row_bytes} bytes from {offset} on are more than the slot's {capacity} bytes")
+            raise ValueError(f"{n_rows} rows of {row_bytes} bytes at offset {offset} exceed the slot's {capacity} bytes")
         cdef void *tensor = tc_tensor_new(self.slot, offset, &layout.layout, n_rows)
         if tensor == NULL:
             raise MemoryError("no memory for a tensor over a batch")
@@ -298,8 +299,9 @@ cdef Slot slot_of(tc_slot *slot, uint64_t first_row):
 
 
 cdef class Ring:
-    """Gathers batches ahead of one consumer, in threads without Python. push, push_sizes, finish and wait_room are the planner's;
-    take the consumer's; close and figures anyone's, forget whoever closed.
+    """Gathers batches ahead of one consumer, in threads without Python. The planner calls push, push_sizes, finish and
+    wait_room, the consumer calls take, any thread calls close and figures, and the thread that has closed the ring
+    calls forget.
     """
 
     def __cinit__(self):
@@ -367,7 +369,8 @@ cdef class Ring:
             slice_ns = SLICE_NS if for_ever or left_ns > SLICE_NS else left_ns
             with nogil:
                 status = tc_ring_take(self.ring, slice_ns, &slot, &first_row)
-            if status == TC_TIMEOUT:  # with a batch in hand the interpreter will see signals soon enough, and the batch is not lost
+            # With a batch in hand, signals are left to the interpreter, so that the batch is not lost.
+            if status == TC_TIMEOUT:
                 PyErr_CheckSignals()
             left_ns -= slice_ns if not for_ever else 0
         if status == TC_OK:
@@ -375,9 +378,9 @@ cdef class Ring:
         if status == TC_EIO:
             raise OSError(EIO, "a mapped file could not be read: it was truncated, or its disk failed")
         if status == TC_CORRUPT:
-            raise CorruptError("a page's CRC-32C does not match, or offsets fall or point outside the chunk")
+            raise CorruptError("a page's CRC-32C does not match, or offsets decrease or point outside the chunk")
         if status == TC_MISFIT:
-            raise CastError("a value has no equal in the dtype that it is cast to")
+            raise CastError("a value cannot be represented in the dtype that it is cast to")
         if status == TC_NOMEM:
             raise MemoryError("no memory for a batch")
         return status
@@ -401,7 +404,7 @@ cdef class Ring:
 
 
 cdef class SpareMemory:
-    """While one lives, a ring that ends opened_versions its memory, up to 64 MiB, to the next of the same size."""
+    """While an instance lives, a ring that ends leaves its memory, up to 64 MiB, to the next ring of the same size."""
 
     def __cinit__(self):
         tc_pool_hold()
