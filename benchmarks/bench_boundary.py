@@ -77,7 +77,7 @@ def measure(dataset: tc.Dataset, given: argparse.Namespace, *, ready: bool) -> t
     loader = tc.DataLoader(dataset, batch_size=BATCH, shuffle=True, options=options)
     prepare = NextEpoch.prepare
     if not ready:
-        Coming.prepare = lambda *_: None  # type: ignore[method-assign]  # the baseline
+        NextEpoch.prepare = lambda *_: None  # type: ignore[method-assign]  # the baseline
     try:
         return gaps(loader, given.epochs, given.step_ms / 1e3)
     finally:

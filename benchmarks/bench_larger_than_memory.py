@@ -82,7 +82,7 @@ def read(url: str) -> int:
 def child(way: str, url: str, window_mib: str) -> None:
     """Measure one way in this process and print a row."""
     if way == "not_ahead":
-        Ahead.bring_near = lambda *_: []  # There is no option for it, because no user needs one.
+        PagePrefetcher.prefetch_pages = lambda *_: []  # There is no option for it, because no user needs one.
     before, start_s = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     n_records = read(url) if way == "sequential" else load(url, window_mib)
     wall_s, after = time.perf_counter() - start_s, resource.getrusage(resource.RUSAGE_SELF)

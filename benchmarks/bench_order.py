@@ -142,7 +142,7 @@ def resume(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 def state(_: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the bytes of a state as JSON."""
-    part = Part("01234567-89ab-cdef-0123-456789abcdef", 1234, "0123456789abcdef" * 2)
+    part = SourcePart("01234567-89ab-cdef-0123-456789abcdef", 1234, "0123456789abcdef" * 2)
     rows = []
     for name, n_parts in (("one data set", 1), ("mixture of three", 3)):
         mixture = {"weights": [7, 2, 1], "stop": "first"} if n_parts > 1 else None

@@ -94,7 +94,7 @@ def plain(case: Case) -> None:
         list(pool.map(copy, case.objects))
 
 
-def copy_in_order(src: Store, dst: Store, one: PlannedObject, buffers: Buffers) -> None:
+def copy_in_order(src: Store, dst: Store, one: PlannedObject, buffers: PartBufferPool) -> None:
     """Copy part by part, in page-aligned memory as in a transfer, which a folder writes past the page cache."""
     buffer = buffers.take(min(one.n_bytes, PART_BYTES))
     with dst.create(one.key) as upload:

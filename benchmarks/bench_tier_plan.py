@@ -45,7 +45,7 @@ TIERS = (
 )
 
 
-def made_file(case: str, n_rules: int) -> TierFile:
+def made_file(case: str, n_rules: int) -> RuleFile:
     """Return rules of every kind; the last one matches everything that the others leave."""
     if case == "none":
         rules = [

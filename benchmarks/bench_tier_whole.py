@@ -44,7 +44,7 @@ SHOWN = 20
 MEASURED = ("seconds", "listing_s", "rest_s", "cpu_s")
 
 
-def made_file(n_rules: int) -> TierFile:
+def made_file(n_rules: int) -> RuleFile:
     """Return rules for files of teams and sets, for checkpoints, and for the rest."""
     tiers = tuple(Tier(**(tier.model_dump() | {"url": f"memory://{tier.name}"})) for tier in TIERS)
     rules = [
@@ -65,7 +65,7 @@ def made_file(n_rules: int) -> TierFile:
     return RuleFile(path=Path("tiercache.toml"), sha256="0" * 64, tiers=tiers, rules=tuple(rules))
 
 
-def fill(path: Path, file: TierFile, n: int) -> None:
+def fill(path: Path, file: RuleFile, n: int) -> None:
     """Put all objects into a catalog."""
     with TierCatalog(path, {tier.name: tier.url for tier in file.tiers}) as catalog:
         for tier, numbers in ranges_of(n).items():

@@ -116,7 +116,7 @@ class Consumer:
         self.wait_s += clock() - asked
         return True
 
-    def read_first(self, batches: Iterable[Batch], until_s: float = math.inf) -> bool:
+    def merge_reads(self, batches: Iterable[Batch], until_s: float = math.inf) -> bool:
         """Read the numbers and one word of each batch's first record, to measure the loader without the reading."""
         names = [field.name for field in self._workload.fields]
         clock, keep = time.perf_counter, self._keys.append

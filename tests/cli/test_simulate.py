@@ -131,7 +131,7 @@ class TestVerb:
     def test_the_table_has_what_was_asked_for(self, tiercache, data_set):
         flags = "--policy", "plan", "--size", "50%", "--size", "1KB"
         text = tiercache("simulate", data_set, *flags).out.splitlines()
-        assert text[0].split() == ["policy", "cache", "of", "data", "hits", "fetched", "an", "epoch"]
+        assert text[0].split() == ["policy", "cache", "of", "data", "hits", "fetched", "per", "epoch"]
         assert [line.split()[0] for line in text[1:3]] == ["plan", "plan"]
         assert text[-1].startswith(f"{data_set}: ")
         assert text[-1].endswith(", read by 1 rank on 1 node in 5 epochs")

@@ -38,7 +38,7 @@ CALLS = {
 PRELUDE = """
 import fcntl, json, mmap, os, sqlite3, sys
 from pathlib import Path
-from tiercache.testing.errnos import FOR_EVER, Position, Shim, counted, failing
+from tiercache.testing.errnos import FOR_EVER, Position, Shim, count_calls, fail_calls
 
 root = Path(sys.argv[1])
 ours, others = root / "ours", root / "ours-not"
@@ -85,8 +85,8 @@ def work(tell):
         exec(do(ours, call))
     except OSError as error:
         tell(str(error.errno))
-failed = failing(work, ours, Position({kind!r}, "EIO", 1))
-print(json.dumps([failed.ended.lines, failed.n_struck, failed.ended.error]))"""
+failed = fail_calls(work, ours, Position({kind!r}, "EIO", 1))
+print(json.dumps([failed.ended.lines, failed.n_failed, failed.ended.error]))"""
     # access() only says yes or no: then unlink() fails, of what is not there.
     assert answer(shim, tmp_path, code) == [["2" if kind == "access" else "5"], 1, ""]
 
@@ -99,11 +99,11 @@ def work(tell):
             os.pwrite(fd_ours, b"x", 0)
         except OSError as error:
             tell(f"{i} {error.errno}")
-once = failing(work, ours, Position("pwrite", "ENOSPC", 3))
-for_ever = failing(work, ours, Position("pwrite", "EDQUOT", 4, FOR_EVER))
-never = failing(work, ours, Position("pwrite", "EIO", 6))
-counts, _ = counted(work, ours)
-print(json.dumps([once.ended.lines, for_ever.ended.lines, never.n_struck, counts["pwrite"], once.where]))"""
+once = fail_calls(work, ours, Position("pwrite", "ENOSPC", 3))
+for_ever = fail_calls(work, ours, Position("pwrite", "EDQUOT", 4, FOR_EVER))
+never = fail_calls(work, ours, Position("pwrite", "EIO", 6))
+counts, _ = count_calls(work, ours)
+print(json.dumps([once.ended.lines, for_ever.ended.lines, never.n_failed, counts["pwrite"], once.where]))"""
     once, for_ever, n_never, n_calls, where = answer(shim, tmp_path, code)
     assert once == ["2 28"]
     assert for_ever == ["3 122", "4 122"]
@@ -120,7 +120,7 @@ def work(tell):
         os.pread(other, 1, 0)
     except OSError as error:
         tell(str(error.errno))
-print(json.dumps(failing(work, ours, Position("pread", "EIO", 1)).ended.lines))"""
+print(json.dumps(fail_calls(work, ours, Position("pread", "EIO", 1)).ended.lines))"""
     assert answer(shim, tmp_path, code) == ["5"]
 
 
@@ -133,9 +133,9 @@ def work(tell):
     except sqlite3.OperationalError as error:
         tell(str(error))
     db.close()
-counts, _ = counted(work, ours)
+counts, _ = count_calls(work, ours)
 (ours / "db").unlink()
-failed = failing(work, ours, Position("pwrite", "ENOSPC", 1))
+failed = fail_calls(work, ours, Position("pwrite", "ENOSPC", 1))
 print(json.dumps([failed.ended.lines, counts["lock"] > 0, failed.where]))"""
     lines, has_locks, where = answer(shim, tmp_path, code)
     assert lines == ["database or disk is full"]

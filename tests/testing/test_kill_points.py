@@ -10,14 +10,14 @@ from tiercache.testing.kill_points import points_in
 
 PRELUDE = """
 import json, os, signal, sys, threading
-from tiercache.points import reach
+from tiercache.points import crash_point
 from tiercache.testing.forks import run_forked
-from tiercache.testing.kill_points import Strike, KilledChild, reached, strike
+from tiercache.testing.kill_points import KillAt, KilledChild, count_points, kill_at
 
 def work(tell):
     for i in range(3):
         tell(f"before {i}")
-        reach("rig.step")
+        crash_point("rig.step")
         tell(f"after {i}")
 """
 
@@ -35,8 +35,8 @@ def write(folder, name, text):
 
 def test_points_are_listed_with_their_places(tmp_path):
     (tmp_path / "cache").mkdir()
-    write(tmp_path, "cache/a.py", 'def f():\n    reach("fetch.reserved")\n    points.reach("fetch.named")\n')
-    write(tmp_path, "b.py", 'reach("evict.locked")\n')
+    write(tmp_path, "cache/a.py", 'def f():\n    crash_point("fetch.reserved")\n    points.crash_point("fetch.named")\n')
+    write(tmp_path, "b.py", 'crash_point("evict.locked")\n')
     assert points_in(tmp_path) == {
         "evict.locked": "b.py:1",
         "fetch.reserved": "cache/a.py:2",
@@ -46,14 +46,14 @@ def test_points_are_listed_with_their_places(tmp_path):
 
 @pytest.mark.parametrize("argument", ["name", "", '"fetch"', '"Fetch.Named"', 'f"fetch.{i}"', '"a.b.c"'])
 def test_a_point_without_a_plain_name_is_refused_with_its_place(tmp_path, argument):
-    write(tmp_path, "a.py", f"\nreach({argument})\n")
+    write(tmp_path, "a.py", f"\ncrash_point({argument})\n")
     with pytest.raises(ValueError, match=r"a\.py:2"):
         points_in(tmp_path)
 
 
 def test_a_name_that_stands_twice_is_refused_with_both_places(tmp_path):
-    write(tmp_path, "a.py", 'reach("a.b")\n')
-    write(tmp_path, "b.py", 'reach("a.b")\n')
+    write(tmp_path, "a.py", 'crash_point("a.b")\n')
+    write(tmp_path, "b.py", 'crash_point("a.b")\n')
     with pytest.raises(ValueError, match=r"b\.py:1.*a\.py:1"):
         points_in(tmp_path)
 
@@ -71,20 +71,20 @@ def test_a_hook_is_called_at_each_point_and_given_back():
 
 @pytest.mark.parametrize("nth", [1, 3])
 def test_a_strike_kills_at_the_nth_time_and_keeps_what_was_told(nth):
-    code = f"struck = strike(work, Strike('rig.step', {nth}))\n"
+    code = f"struck = kill_at(work, KillAt('rig.step', {nth}))\n"
     code += "print(json.dumps([struck.hit, struck.ended.code, struck.lines]))"
     told = [f"{when} {i}" for i in range(nth) for when in ("before", "after")][:-1]
     assert answer(code) == [True, -9, told]
 
 
 def test_a_point_that_is_not_reached_is_no_hit():
-    code = "struck = strike(work, KillAt('rig.step', 4)); print(json.dumps([struck.hit, struck.ended.code]))"
+    code = "struck = kill_at(work, KillAt('rig.step', 4)); print(json.dumps([struck.hit, struck.ended.code]))"
     assert answer(code) == [False, 0]
 
 
 def test_a_child_that_somebody_else_killed_is_no_hit():
     code = """
-struck = strike(lambda tell: os.kill(os.getpid(), signal.SIGKILL), KillAt('rig.step'))
+struck = kill_at(lambda tell: os.kill(os.getpid(), signal.SIGKILL), KillAt('rig.step'))
 print(json.dumps([struck.hit, struck.ended.code]))"""
     assert answer(code) == [False, -9]
 
@@ -96,13 +96,13 @@ def threaded(tell):
     [t.start() for t in threads]
     [t.join() for t in threads]
     tell("lived on")
-struck = strike(threaded, KillAt('rig.step', 7))
+struck = kill_at(threaded, KillAt('rig.step', 7))
 print(json.dumps([struck.hit, "lived on" in struck.lines]))"""
     assert answer(code) == [True, False]
 
 
 def test_all_times_that_points_are_reached_are_counted():
-    code = "hits, ended = reached(work); print(json.dumps([hits, ended.code, len(ended.lines)]))"
+    code = "hits, ended = count_points(work); print(json.dumps([hits, ended.code, len(ended.lines)]))"
     assert answer(code) == [{"rig.step": 3}, 0, 6]
 
 

@@ -210,7 +210,7 @@ def copies_not_verified() -> Iterator[None]:
     """What the server answers is believed, and what lies there is not looked at again."""
     with (
         patch("tiercache.tier.transfer._is_proven", lambda *anything: True),
-        patch("tiercache.tier.transfer.Transfer.sum_of", lambda self, name, info: 0),
+        patch("tiercache.tier.transfer.Transfer.checksum_of", lambda self, name, info: 0),
         patch.object(MoveContext, "confirmed", lambda self, *anything: ""),
     ):
         yield
@@ -219,7 +219,7 @@ def copies_not_verified() -> Iterator[None]:
 @contextmanager
 def copies_not_proven() -> Iterator[None]:
     """A file is what it was as long as it looks like that."""
-    with patch("tiercache.tier.transfer.Transfer.must_prove", lambda self, name: False):
+    with patch("tiercache.tier.transfer.Transfer.needs_disk_check", lambda self, name: False):
         yield
 
 

@@ -15,7 +15,7 @@ BOOLS: int
 BYTES: int
 TEXT: int
 # Results of add() and commit(): not added, because a value needs conversion; added; added, and the block is full.
-NOT_USUAL: int
+NEEDS_CONVERSION: int
 KEPT: int
 EXCEEDS_BLOCK: int
 
@@ -65,7 +65,7 @@ class Records:
     room_bytes: int
     def __new__(cls, specs: Sequence[Spec], room_bytes: int) -> Records: ...
     def add(self, record: object) -> int:
-        """Add a dict with exactly the columns' names and values for the fast path; otherwise return NOT_USUAL."""
+        """Add a dict with exactly the column names and values of the fast path, or return NEEDS_CONVERSION."""
 
     def fill(self, record: dict[str, Any], start: int) -> int:
         """Put values from column `start` on. Return the first column that needs conversion, or their number."""
@@ -74,7 +74,7 @@ class Records:
         """Put a converted value: None (a null), a value that numpy can assign, or contiguous bytes and their shape."""
 
     def commit(self, extra_bytes: int = 0) -> int:
-        """Count the record whose columns are all put. extra_bytes: Further bytes of the record. Return KEPT or OVER."""
+        """Count the record whose columns are all put, with extra_bytes beside them. Return KEPT or EXCEEDS_BLOCK."""
 
     def take(self, n: int) -> list[tuple[NDArray[Any], NDArray[np.int64] | None, NDArray[np.int32] | None, Any]]:
         """Return the first n records (all, or all but the last); the rest becomes the start of a new block.

@@ -3,7 +3,7 @@
 The usual last steps of decoding, upsampling chroma and converting to RGB, happen after the planes have been resized:
 work for the result's pixels instead of the image's. No library on PyPI exposes the planes, so this is an option, and
 the code uses only functions that libturbojpeg 2 and 3 both have. Measurements and alternatives:
-docs/design/2026-11-25-images.md.
+docs/design/images.md.
 """
 
 from __future__ import annotations

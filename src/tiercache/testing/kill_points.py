@@ -36,7 +36,7 @@ def points_in(package: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(package.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not (isinstance(node, ast.Call) and _called(node) == "reach"):
+            if not (isinstance(node, ast.Call) and _called(node) == "crash_point"):
                 continue
             place = f"{path.relative_to(package).as_posix()}:{node.lineno}"
             name = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
