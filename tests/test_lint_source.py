@@ -88,7 +88,7 @@ def test_what_is_allowed_in_one_place_is_no_violation_there(lint, root):
 def test_a_back_end_may_be_imported_where_it_is_named_and_by_testing(lint, root):
     architecture = root / "docs" / "architecture.md"
     architecture.write_text(DOCUMENT + "  store/  [2] x\n  testing/  [4] y\n")
-    for name in ("store/aws.py", "testing/s3_server.py"):
+    for name in ("store/s3.py", "testing/s3_server.py"):
         path = root / "src" / "tiercache" / name
         path.parent.mkdir()
         path.write_text("from importlib import import_module\nimport boto3\nimport_module('botocore.session')\n")

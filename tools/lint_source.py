@@ -19,8 +19,8 @@ _TERMINAL_HOMES = ("cli/", "config.py", "tierfile/")
 HOMES = {
     "obstore": ("store/obstore.py", "testing/"),
     "fsspec": ("store/fsspec.py", "integrations/fsspec.py", "testing/"),
-    "boto3": ("store/aws.py", "testing/"),
-    "botocore": ("store/aws.py", "store/credentials.py", "testing/"),
+    "boto3": ("store/s3.py", "testing/"),
+    "botocore": ("store/s3.py", "store/credentials.py", "testing/"),
     **dict.fromkeys(("torch", "torchdata"), _TORCH_HOMES),
     **dict.fromkeys(("typer", "rich", "pydantic", "click"), _TERMINAL_HOMES),
 }

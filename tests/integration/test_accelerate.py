@@ -14,8 +14,7 @@ from accelerate.utils import DataLoaderConfiguration
 from tests.distributed.ranks import run_ranks
 
 import tiercache as tc
-from tiercache.integrations.accelerate import PreparedLoader, prepare
-from tiercache.integrations.even import pad_batch
+from tiercache.integrations.accelerate import PreparedLoader, pad_batch, prepare
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -16,8 +16,8 @@ from tests.forks import in_child
 from tests.integrations.conftest import DATA
 
 import tiercache as tc
-from tiercache.integrations.files import CachedFile
-from tiercache.store.spans import RequestSizes
+from tiercache.integrations.fsspec_files import CachedFile
+from tiercache.store.range_reads import RequestSizes
 
 # -- files ----------------------------------------------------------------------------------------------------------
 

@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from tests.integrations.conftest import CountedFileSystem
 
 from tiercache.cache.record import name_of_object
-from tiercache.integrations.reading import LEAST_AHEAD_BYTES, SMALL_BYTES, ReadaheadPolicy
-from tiercache.integrations.target import TargetFileSystem, split_path
-from tiercache.integrations.verbs import literal_prefix, without_protocol
+from tiercache.integrations.fsspec import TargetFileSystem, literal_prefix, split_path, without_protocol
+from tiercache.integrations.fsspec_files import LEAST_AHEAD_BYTES, SMALL_BYTES, ReadaheadPolicy
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store import FsspecStore
-from tiercache.store.fsspec_files import to_object_info
+from tiercache.store.fsspec import to_object_info
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 1 << 20)), max_size=50), st.integers(1, 1 << 23))

@@ -10,7 +10,7 @@ from tiercache._native.checksum import crc32c
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.store import CloudStore
 from tiercache.store.archive import CopySizes, S3Archive, open_archive
-from tiercache.store.aws import Boto3Client
+from tiercache.store.s3 import Boto3Client
 
 PART = 5 << 20  # the smallest that S3 takes
 pytestmark = pytest.mark.s3
@@ -129,7 +129,7 @@ def test_seaweedfs_names_the_sum_of_the_whole(s3, opened):
 
 
 def test_a_part_that_arrives_wrong_is_refused(s3, opened, monkeypatch):
-    monkeypatch.setattr("tiercache.store.s3_upload.crc32c_to_text", lambda crc: "AAAAAA==")
+    monkeypatch.setattr("tiercache.store.s3.crc32c_to_text", lambda crc: "AAAAAA==")
     archive = opened(s3)
     with pytest.raises(StoreError, match="BadDigest"):
         put(archive, "a", b"data")
@@ -402,7 +402,7 @@ def test_only_s3_has_an_archive(tmp_path):
 
 
 def test_without_boto3_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setattr("tiercache.store.aws.has_boto3", lambda: False)
+    monkeypatch.setattr("tiercache.store.s3.has_boto3", lambda: False)
     with pytest.raises(ValueError, match=r"tiercache\[archive\]"):
         open_archive("s3://bucket/folder", access_key_id="a", secret_access_key="b")
 

@@ -14,8 +14,7 @@ from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store import open_store
 from tiercache.store.archive import S3Archive
-from tiercache.store.bucket import ObstoreStore
-from tiercache.store.cloud import _fallback_store
+from tiercache.store.cloud import ObstoreStore, _fallback_store
 from tiercache.store.credentials import Credentials, Keys, s3_access
 from tiercache.store.options import CloudOptions
 from tiercache.testing.http_server import HttpFault

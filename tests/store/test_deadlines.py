@@ -13,14 +13,12 @@ from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store import CloudStore, open_store
 from tiercache.store.archive import S3Archive
-from tiercache.store.bucket import ReadSettings
+from tiercache.store.cloud import ReadSettings
 from tiercache.store.fsspec import FsspecStore
-from tiercache.store.landing import read_requests, worker_pool
-from tiercache.store.obstore import BucketFolder
-from tiercache.store.obstore_errors import to_store_error
+from tiercache.store.obstore import BucketFolder, to_store_error
 from tiercache.store.options import CloudOptions
+from tiercache.store.range_reads import RequestSizes, plan_requests, read_requests, worker_pool
 from tiercache.store.retry import CallLimit, CallMonitor, RetryPolicy, fail_fast_if_unreachable, with_retries
-from tiercache.store.spans import RequestSizes, plan_requests
 from tiercache.testing import FakeClock
 from tiercache.testing.http_server import HttpFault, HttpFaultServer
 from tiercache.testing.reading import pattern, read_ranges

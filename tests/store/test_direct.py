@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tiercache.errors import StoreError
-from tiercache.store import direct, local_upload
-from tiercache.store.direct import ALIGN_BYTES, MIN_BYTES, DirectWriter
+from tiercache.store import local, posix
 from tiercache.store.local import LocalFolder
+from tiercache.store.posix import ALIGN_BYTES, MIN_BYTES, DirectWriter
 
 SIZES = (MIN_BYTES - 1, MIN_BYTES, MIN_BYTES + 1, 2 * MIN_BYTES + ALIGN_BYTES - 1, 3 * MIN_BYTES)
 
@@ -20,7 +20,7 @@ SIZES = (MIN_BYTES - 1, MIN_BYTES, MIN_BYTES + 1, 2 * MIN_BYTES + ALIGN_BYTES - 
 @pytest.fixture(autouse=True)
 def from_the_first_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing stays in the cache because it is written first."""
-    monkeypatch.setattr(local_upload, "CACHED_BYTES", 0)
+    monkeypatch.setattr(local, "CACHED_BYTES", 0)
 
 
 def aligned(n_bytes: int, shift: int = 0) -> np.ndarray:
@@ -68,7 +68,7 @@ def test_what_a_store_writes_first_stays_in_the_cache(tmp_path: Path, monkeypatc
         return 0
 
     monkeypatch.setattr(DirectWriter, "write", write)
-    monkeypatch.setattr(local_upload, "CACHED_BYTES", 4 * MIN_BYTES)
+    monkeypatch.setattr(local, "CACHED_BYTES", 4 * MIN_BYTES)
     store = LocalFolder(tmp_path)
     for key in ("a", "b"):  # two shards
         made = store.create(key)
@@ -102,7 +102,7 @@ def test_a_file_system_that_refuses_what_it_opened_gets_the_rest_the_usual_way(
         pwrite, open, close = staticmethod(refuse), staticmethod(os.open), staticmethod(os.close)
         O_WRONLY = O_CLOEXEC = O_DIRECT = os.O_WRONLY
 
-    monkeypatch.setattr(direct, "os", Refusing)
+    monkeypatch.setattr(posix, "os", Refusing)
     part = aligned(2 * MIN_BYTES)
     assert upload(tmp_path, [part, part]) == 2 * part.tobytes()
 

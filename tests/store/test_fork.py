@@ -11,7 +11,7 @@ import warnings
 import pytest
 
 from tiercache.model import ByteRange
-from tiercache.store.bucket import ObstoreStore
+from tiercache.store.cloud import ObstoreStore
 from tiercache.store.fsspec import FsspecStore
 
 pytestmark = pytest.mark.s3

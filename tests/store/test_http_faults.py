@@ -10,11 +10,11 @@ import pytest
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import CloudStore, open_store
-from tiercache.store.bucket import ReadSettings
+from tiercache.store.cloud import ReadSettings
 from tiercache.store.obstore import BucketFolder
 from tiercache.store.options import CloudOptions
+from tiercache.store.range_reads import RequestSizes
 from tiercache.store.retry import RetryPolicy
-from tiercache.store.spans import RequestSizes
 from tiercache.testing import FakeClock
 from tiercache.testing.http_server import HttpFault
 from tiercache.testing.reading import ReadSuite, pattern, read_ranges

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from tiercache.errors import StoreError
-from tiercache.store.landing import read_requests, worker_pool
+from tiercache.store.range_reads import read_requests, worker_pool
 from tiercache.store.retry import CallLimit
 from tiercache.waiting import SYSTEM_CLOCK
 

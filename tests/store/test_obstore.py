@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tiercache.store import CloudStore
-from tiercache.store.bucket import ObstoreStore
+from tiercache.store.cloud import ObstoreStore
 from tiercache.testing.suite import StoreSuite
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.model import ByteRange
-from tiercache.store.spans import RequestSizes, check_spans, plan_requests
+from tiercache.store.range_reads import RequestSizes, check_spans, plan_requests
 
 ranges = st.tuples(st.integers(0, 300), st.integers(0, 120)).map(lambda r: ByteRange(r[0], r[0] + r[1]))
 sizes = st.builds(RequestSizes, st.integers(0, 40), st.integers(1, 100))

@@ -5,7 +5,7 @@ import hashlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.store.sums import PartsEtag, is_md5_of
+from tiercache.store.s3 import PartsEtag, is_md5_of
 
 
 def plain(data: bytes, part_bytes: int) -> str:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tiercache.store import FsspecStore, obstore_upload, open_store
+from tiercache.store import FsspecStore, cloud, open_store
 from tiercache.store.options import CloudOptions
 from tiercache.testing.reading import pattern
 
@@ -60,11 +60,11 @@ def test_a_large_upload_if_absent_needs_to_be_said_first_and_has_one_winner(s3, 
 
 
 def test_parts_that_come_much_too_early_wait(monkeypatch, store):
-    monkeypatch.setattr(obstore_upload, "_AHEAD_BYTES", 7 * MIB)
-    monkeypatch.setattr(obstore_upload, "_AHEAD_WAIT_S", 0.2)
+    monkeypatch.setattr(cloud, "_AHEAD_BYTES", 7 * MIB)
+    monkeypatch.setattr(cloud, "_AHEAD_WAIT_S", 0.2)
     with store.create("big") as upload:
         upload.put_part(1, PARTS[1])
-        with pytest.raises(obstore_upload.StoreError, match="part 0 is still missing"):
+        with pytest.raises(cloud.StoreError, match="part 0 is still missing"):
             upload.put_part(2, PARTS[2])
 
 
@@ -123,7 +123,7 @@ def test_a_profile_opens_a_bucket(s3, monkeypatch, tmp_path):
 
 def test_wrong_keys_are_refused_and_that_is_not_retryable(s3):
     store = open_store(s3.server.url, **{**s3.server.storage_options, "secret_access_key": "wrong-s3cret"})
-    with pytest.raises(obstore_upload.StoreError, match="403") as caught:
+    with pytest.raises(cloud.StoreError, match="403") as caught:
         store.get("a")
     assert not caught.value.retryable
     assert "wrong-s3cret" not in str(caught.value)
@@ -140,13 +140,13 @@ def test_parts_from_many_threads_are_sent_in_their_order(s3, store):
 
 def test_a_part_that_fails_fails_the_upload_and_leaves_nothing(s3, store, monkeypatch):
     def fail(writer, data):
-        raise obstore_upload.StoreError("broken", url="u", retryable=False)
+        raise cloud.StoreError("broken", url="u", retryable=False)
 
     with store.create("broken") as upload:
         upload.put_part(0, bytes(17 * MIB))
         monkeypatch.setattr(upload._target, "write", fail)
         for call in (lambda: upload.put_part(1, b"x"), lambda: upload.put_part(2, b"x"), upload.complete):
-            with pytest.raises(obstore_upload.StoreError, match="broken"):
+            with pytest.raises(cloud.StoreError, match="broken"):
                 call()
     assert list(store.list()) == []
     assert s3.uploads() == []

@@ -10,12 +10,10 @@ import pytest
 from tiercache.errors import StoreError
 from tiercache.stats import Counters
 from tiercache.store import CloudStore, FsspecStore, LocalFolder, MemoryStore, open_store, redact, split_url
-from tiercache.store.aws import Boto3Client
-from tiercache.store.bucket import ReadSettings
-from tiercache.store.cloud import _fallback_store
+from tiercache.store.cloud import ReadSettings, _fallback_store
 from tiercache.store.obstore import BucketFolder, Client
-from tiercache.store.options import CloudOptions
-from tiercache.store.urls import server_url
+from tiercache.store.options import CloudOptions, server_url
+from tiercache.store.s3 import Boto3Client
 
 
 @pytest.mark.parametrize(

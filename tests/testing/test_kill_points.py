@@ -35,7 +35,9 @@ def write(folder, name, text):
 
 def test_points_are_listed_with_their_places(tmp_path):
     (tmp_path / "cache").mkdir()
-    write(tmp_path, "cache/a.py", 'def f():\n    crash_point("fetch.reserved")\n    points.crash_point("fetch.named")\n')
+    write(
+        tmp_path, "cache/a.py", 'def f():\n    crash_point("fetch.reserved")\n    points.crash_point("fetch.named")\n'
+    )
     write(tmp_path, "b.py", 'crash_point("evict.locked")\n')
     assert points_in(tmp_path) == {
         "evict.locked": "b.py:1",

@@ -171,8 +171,8 @@ def test_without_boto3_a_copy_whose_etag_is_made_of_its_bytes_is_not_read(s3_ser
 def test_without_boto3_a_copy_whose_etag_says_nothing_is_read_back(s3_server, tmp_path, monkeypatch, data):
     monkeypatch.setattr("tiercache.tier.stores.has_boto3", lambda: False)
     # As of objects that are encrypted by a key.
-    monkeypatch.setattr("tiercache.store.obstore_upload.is_md5_of", lambda _etag, _data: False)
-    monkeypatch.setattr("tiercache.store.obstore_upload.PartsEtag.matches", lambda _self, _etag: False)
+    monkeypatch.setattr("tiercache.store.cloud.is_md5_of", lambda _etag, _data: False)
+    monkeypatch.setattr("tiercache.store.cloud.PartsEtag.matches", lambda _self, _etag: False)
     here = Bucket(s3_server, tmp_path)
     here.stores.store("hot").put("a", data)
     with here.transfer, here.stores:

@@ -1,4 +1,4 @@
-"""The administrative operations of a cache: list copies, pin, unpin, evict, and report the status."""
+"""The administrative operations of a cache: list copies, pin, unpin, evict, warm, and report the status."""
 
 from __future__ import annotations
 

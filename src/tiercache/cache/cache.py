@@ -1,4 +1,7 @@
-"""`Cache`, the public class of the local cache: one folder, one size limit, any number of processes."""
+"""`Cache`, the public class of the local cache, and `CachedStore`, a store that reads another store through it.
+
+The cache is one folder with one size limit, shared by any number of processes.
+"""
 
 from __future__ import annotations
 

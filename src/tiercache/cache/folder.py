@@ -19,6 +19,8 @@
 Folders have mode 0700, files 0600 and copies 0400, whatever the umask; rights.py says who else may read. No file is
 opened, and no folder is entered, through a symbolic link below the root. Only the user could create such a link, so
 reading a copy checks only the copy's own name; opening the cache and starting a fetch check the folders too.
+
+The modes of the folder itself decide about sharing: see `Permissions`.
 """
 
 from __future__ import annotations

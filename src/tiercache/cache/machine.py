@@ -1,4 +1,9 @@
-"""Facts about the machine: running processes, the file system of a folder, and free disk space."""
+"""The machine as the cache needs it: file locks and fork-safe descriptors, lock holders, disk space, process identity.
+
+Locks only save bandwidth: all results are correct on file systems where flock is not enforced. A descriptor that is
+inherited through fork shares its lock with the parent: close() keeps the parent's lock, LOCK_UN would release it.
+`Breaker` bypasses a failing disk, `Notices` gives each warning once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`Names`: tables of the 20-byte names of copies, and vectorised lookups in them."""
+"""The names, specifications and records of copies, and tables of many names.
+
+A copy of a shard is named by the hash of its identity, which is the same for all mirrors; a copy of another object by
+the hash of its URL and version.
+"""
 
 from __future__ import annotations
 

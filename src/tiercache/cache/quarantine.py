@@ -1,11 +1,13 @@
-"""The quarantine of corrupt copies.
+"""Corrupt data: quarantined copies that differ from their checksum, and objects that are corrupt at their source.
 
-A corrupt copy is never served again. It is compared with the copy that is fetched in its place, and then deleted.
+A corrupt copy is never served again; it is compared with the copy that is fetched in its place, and then deleted. A
+corrupt source is remembered for some minutes, to prevent repeated fetches.
 
 ::
 
     quarantine/NAME-INODE-RANDOM.json  the report; written before the copy is moved, and again after the comparison
     quarantine/NAME-INODE-RANDOM.bad   the corrupt copy, until then
+    poison/NAME.json                   an object that is corrupt at its source
 
 A crash leaves one of three states, and the next sweep ends each of them: a report without a copy (the copy was not
 moved yet), a copy with an unfinished report (it is compared with the present copy, or deleted), or a copy with a

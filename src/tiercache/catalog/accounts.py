@@ -1,4 +1,8 @@
-"""The cache's accounts: bytes of copies, reservations of processes, and the last use of each copy."""
+"""The cache's accounts: bytes of copies, reservations of processes, and the last use of each copy.
+
+The first part has the SQL tables and the statements on them, as plain functions that run inside a transaction.
+`Accounts` is the interface: each method is one transaction.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """This machine's catalog of tiers: verified copies, and the journal of moves, in `<state>/tiers.sqlite`.
 
 The file is durable, but nothing depends on it: a copy without an entry is verified again, a move without a journal row
-is started again. If the file is lost, work is lost, never data; tier/mover.py gives the reasons. The dates of first
-writing are lost too: a moved object then counts as young as its copies, which is the safe side, because it is deleted
-later.
+is started again. If the file is lost, work is lost, never data; tier/move/mover.py gives the reasons. The dates of
+first writing are lost too: a moved object then counts as young as its copies, which is the safe side, because it is
+deleted later.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Output of a verb: results and a summary on standard output, progress on standard error."""
+"""Output of a verb: results and a summary on standard output, progress and errors on standard error, and exit codes."""
 
 from __future__ import annotations
 

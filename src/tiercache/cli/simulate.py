@@ -1,4 +1,4 @@
-"""The verb simulate: what caches of several sizes and policies would save."""
+"""The verb simulate: replays a training or a trace in caches of several sizes and policies, as a table or a plot."""
 
 from __future__ import annotations
 

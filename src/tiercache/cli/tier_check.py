@@ -28,7 +28,7 @@ from tiercache.model import format_bytes
 from tiercache.prices import Prices, price_notes, price_table
 from tiercache.store import redact
 from tiercache.store.archive import S3Archive
-from tiercache.store.urls import ParsedUrl
+from tiercache.store.options import ParsedUrl
 from tiercache.tier.bucket_rules import bucket_findings
 from tiercache.tier.inventory import Inventory
 from tiercache.tier.losses import Loss

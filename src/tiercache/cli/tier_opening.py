@@ -20,7 +20,7 @@ from tiercache.catalog.tiers import TierCatalog
 from tiercache.cli.output import Output, count, printable
 from tiercache.prices import Prices, prices_if_known
 from tiercache.store import redact
-from tiercache.store.urls import ParsedUrl
+from tiercache.store.options import ParsedUrl
 from tiercache.tier.inventory import Inventory, take_inventory
 from tiercache.tier.losses import Loss, find_losses
 from tiercache.tier.marks import missing_folder_message, unavailable_tiers

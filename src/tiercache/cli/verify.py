@@ -1,4 +1,4 @@
-"""The verb verify."""
+"""The verb verify: every byte of a data set, or of its copies in the cache."""
 
 from __future__ import annotations
 

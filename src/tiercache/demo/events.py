@@ -1,4 +1,4 @@
-"""The events that the demo yields while it runs, which the command prints as text or JSON."""
+"""The events that the demo yields, its messages to and from training processes, and the claims that it checks."""
 
 from __future__ import annotations
 

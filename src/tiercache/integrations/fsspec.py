@@ -7,14 +7,18 @@ the package's entry point.
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
+from weakref import WeakValueDictionary
 
 import fsspec
 from fsspec.archive import AbstractArchiveFileSystem
@@ -23,11 +27,247 @@ from fsspec.callbacks import DEFAULT_CALLBACK
 from tiercache.cache import Cache, CachedStore
 from tiercache.catalog import read_log
 from tiercache.errors import TierCacheError
-from tiercache.integrations.files import CachedFile, WrittenFile
-from tiercache.integrations.reading import ObjectReader
-from tiercache.integrations.target import TargetFileSystem, private_copy, split_path
-from tiercache.integrations.verbs import DelegatedMethods, literal_prefix, without_protocol
+from tiercache.integrations.fsspec_files import CachedFile, ObjectReader, WrittenFile
 from tiercache.model import ByteRange
+from tiercache.store import FsspecStore, check_key, redact
+from tiercache.store.range_reads import ProcessLocal
+
+Verb: TypeAlias = Callable[..., Any]
+
+_CHAIN = re.compile(r"tiercache(?:://|::)")
+_MAGIC = re.compile(r"[*?\[]")
+
+
+def without_protocol(path: Any) -> Any:
+    """Return paths (a path, a list, or the keys of a mapping) without "tiercache::", as the target accepts them."""
+    if isinstance(path, Mapping):
+        return {without_protocol(name): value for name, value in path.items()}
+    if isinstance(path, list | tuple | set | frozenset):
+        return [without_protocol(name) for name in path]
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    match = _CHAIN.match(text) if isinstance(text, str) else None
+    return text if match is None else text[match.end() :]
+
+
+def literal_prefix(path: str) -> str:
+    """Return the part of a path before its first wildcard: the folder that contains all matches."""
+    return _MAGIC.split(path)[0].rpartition("/")[0] if _MAGIC.search(path) else path
+
+
+def delegate(verb: str, *names: str) -> Verb:
+    """Return a method that calls the target's method.
+
+    Args:
+        verb: Name of the method.
+        names: Names of the arguments that are paths, in order.
+    """
+
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        paths, rest = _taken(names, arguments, options)
+        return getattr(self.fs, verb)(*[without_protocol(path) for path in paths], *rest, **options)
+
+    return _called(call, verb, f"Call the target's {verb}().")
+
+
+def delegate_write(verb: str, *names: str, drops: str) -> Verb:
+    """Return a method that calls the target's writing method and drops cached copies.
+
+    Args:
+        verb: Name of the method.
+        names: Names of the arguments that are paths, in order.
+        drops: Names of the arguments whose cached copies are dropped, such as "path1 path2".
+    """
+    dropped = [names.index(name) for name in drops.split()]
+
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        paths, rest = _taken(names, arguments, options)
+        try:
+            return getattr(self.fs, verb)(*[without_protocol(path) for path in paths], *rest, **options)
+        finally:
+            self.drop(*(paths[number] for number in dropped if number < len(paths)))
+
+    return _called(call, verb, f"Call the target's {verb}() and drop the cached copies of the written paths.")
+
+
+def _taken(
+    names: tuple[str, ...], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[list[Any], tuple[Any, ...]]:
+    """Return (paths, other arguments), and remove paths given by name from options."""
+    paths = list(arguments[: len(names)])
+    paths += [options.pop(name) for name in names[len(paths) :] if name in options]
+    return paths, arguments[len(names) :]
+
+
+def _called(method: Verb, name: str, doc: str) -> Verb:
+    method.__name__, method.__qualname__, method.__doc__ = name, f"TargetVerbs.{name}", doc
+    return method
+
+
+class DelegatedMethods:
+    """All methods of a file system except those that read contents.
+
+    The subclass provides fs (the target) and drop().
+    """
+
+    ls = delegate("ls", "path")
+    info = delegate("info", "path")
+    exists = delegate("exists", "path")
+    lexists = delegate("lexists", "path")
+    isdir = delegate("isdir", "path")
+    isfile = delegate("isfile", "path")
+    find = delegate("find", "path")
+    walk = delegate("walk", "path")
+    glob = delegate("glob", "path")
+    du = delegate("du", "path")
+    size = delegate("size", "path")
+    sizes = delegate("sizes", "paths")
+    expand_path = delegate("expand_path", "path")
+    created = delegate("created", "path")
+    modified = delegate("modified", "path")
+    checksum = delegate("checksum", "path")
+    ukey = delegate("ukey", "path")
+    sign = delegate("sign", "path")
+    mkdir = delegate("mkdir", "path")
+    makedirs = delegate("makedirs", "path")
+    rmdir = delegate("rmdir", "path")
+    invalidate_cache = delegate("invalidate_cache", "path")
+    start_transaction = delegate("start_transaction")
+    end_transaction = delegate("end_transaction")
+
+    pipe = delegate_write("pipe", "path", drops="path")
+    pipe_file = delegate_write("pipe_file", "path", drops="path")
+    put = delegate_write("put", "lpath", "rpath", drops="rpath")
+    put_file = delegate_write("put_file", "lpath", "rpath", drops="rpath")
+    copy = delegate_write("copy", "path1", "path2", drops="path2")
+    cp_file = delegate_write("cp_file", "path1", "path2", drops="path2")
+    mv = delegate_write("mv", "path1", "path2", drops="path1 path2")
+    rm = delegate_write("rm", "path", drops="path")
+    rm_file = delegate_write("rm_file", "path", drops="path")
+    touch = delegate_write("touch", "path", drops="path")
+
+
+# Options that say on which server an object is; they are never secret. Objects with the same path, size and date on
+# different servers are different objects.
+_PLACES = (
+    "endpoint_url", "endpoint", "host", "hostname", "port", "account_name", "account_host", "base_url", "url",
+    "instance", "org", "repo", "sha", "ref", "gist_id", "root_file_id", "share", "namespace", "project_id",
+    "path", "fo", "target_protocol",
+)  # fmt: skip
+_WITH_PLACES = ("client_kwargs", "target_options")
+_PLAIN = re.compile(r"[\w.:/@ -]*")
+_HTTP = re.compile(r"(https?://[^/]+)/(.+)")
+
+
+class TargetFileSystem:
+    """A file system of fsspec, given by its class and options.
+
+    Safe for threads; a forked child creates its own instance.
+
+    Values of options are never shown.
+    """
+
+    def __init__(self, make: Callable[[], Any], given: Any = None) -> None:
+        """Open the file system.
+
+        Args:
+            make: Function that creates the file system that users see.
+            given: Existing instance to use in this process instead.
+        """
+        first = [given]
+        # A given instance serves only the process that gave it, because clients and event loops do not survive a fork.
+        self._fs: ProcessLocal[Any] = ProcessLocal(lambda: (first and first.pop()) or make(), id)
+        kind, arguments, options = type(self.fs), self.fs.storage_args, dict(self.fs.storage_options)
+        self.protocol: str = _first(kind.protocol)
+        self._make = partial(private_copy, kind, arguments, options)
+        # A hash that stays in memory, because it covers secrets too.
+        self._digest = blake2b(repr((kind, arguments, sorted(options.items()))).encode()).digest()
+        self._place = "/".join(_places(_named(kind, arguments, options)))
+
+    def __repr__(self) -> str:
+        return f"Target({self.protocol!r})"
+
+    @property
+    def fs(self) -> Any:
+        """File system of this process."""
+        return self._fs.get()
+
+    def store(self, root: str) -> FsspecStore:
+        """Return the store of a bucket or top folder. Its own file system does not cache listings.
+
+        Equal targets share the store: fsspec creates a file system per thread, and each would have its own connections.
+        """
+        store = _stores.get((self._digest, root))
+        if store is None:
+            store = _stores[self._digest, root] = FsspecStore(root, self.url(root), {}, make=self._make)
+        return store
+
+    def url(self, path: str) -> str:
+        """Return the URL of a path without credentials and query."""
+        if path.startswith(("http://", "https://")):
+            return redact(path)
+        return f"{self.protocol}://{self._place}{'/' if self._place and not path.startswith('/') else ''}{path}"
+
+
+_stores: WeakValueDictionary[tuple[bytes, str], FsspecStore] = WeakValueDictionary()
+
+
+def split_path(path: str) -> tuple[str, str] | None:
+    """Split the path of a file system into (root, key): its bucket, host or top folder, and the rest.
+
+    Returns:
+        None if the object cannot be cached: the path of a version or with a signature ("?", with HTTP also "#"), of an
+            S3
+        access point, of a file directly below "/", or a path that is not a key (see check_key).
+    """
+    match = _HTTP.fullmatch(path)
+    if match is not None:
+        root, key = match[1], match[2]
+    else:
+        start = 1 if path.startswith("/") else 0
+        cut = path.find("/", start)
+        root, key = ("", path) if cut < 0 else (path[:cut], path[cut + 1 :])
+    if "?" in path or path.startswith("arn:") or (match is not None and "#" in path):
+        return None
+    try:
+        return root, check_key(key)
+    except ValueError:
+        return None
+
+
+def _first(protocol: str | tuple[str, ...] | list[str]) -> str:
+    return protocol if isinstance(protocol, str) else protocol[0]
+
+
+def private_copy(kind: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    """Return a new file system with the same options that shares no event loop, connections or listings."""
+    # Not asynchronous, so that it runs on fsspec's own loop, whichever thread or loop calls it.
+    kept = {name: value for name, value in options.items() if name not in ("asynchronous", "loop")}
+    try:
+        return kind(*arguments, **{**kept, "use_listings_cache": False}, skip_instance_cache=True)
+    except TypeError:  # a class that does not pass on unknown options has no fsspec listings cache
+        return kind(*arguments, **kept, skip_instance_cache=True)
+
+
+def _named(kind: type[Any], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options by name, including those that were given by position."""
+    names = list(inspect.signature(kind.__init__).parameters)[1:]
+    return {**dict(zip(names, arguments, strict=False)), **options}
+
+
+def _places(options: Mapping[str, Any]) -> list[str]:
+    """Return the values of options that name a server or folder, such as "127.0.0.1:9000" or "host:22"."""
+    found = []
+    for name in _PLACES:
+        value = options.get(name)
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            text = redact(str(value) or "-").rpartition("://")[2]
+            found += [text] if _PLAIN.fullmatch(text) else []
+    for name in _WITH_PLACES:
+        inner = options.get(name)
+        if isinstance(inner, Mapping):
+            found += _places(inner)
+    return found
+
 
 try:
     from fsspec.implementations.chained import ChainedFileSystem

@@ -1,8 +1,7 @@
 """The pipeline of one epoch, from windows to batches: a planner thread, load threads and the gather ring.
 
 The planner (Python) loads windows and pushes their rows to the ring (C threads), which gathers batches ahead of the
-consumer. A window is dropped when its last batch was taken; only then the window after the next is loaded. So two
-windows of each stream are in memory at a time.
+consumer. A window is dropped when its last batch was taken; only then the window after the next is loaded.
 """
 
 from __future__ import annotations

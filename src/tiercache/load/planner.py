@@ -1,7 +1,7 @@
 """The planner thread: it loads windows and pushes their rows to the ring until the epoch ends.
 
-The planner is at most one piece ahead of the piece that is served. It starts reading and decoding a piece's windows
-before it computes the piece's rows, so that the two overlap.
+The planner is at most one piece ahead of the piece that is served. At the end of the epoch it prepares the start of
+the next one (NextEpoch).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The loader's interface to a data set: a Protocol, so that load/ knows neither stores nor caches."""
+"""The loader's interface to a data set, a Protocol, and the error that names a record of it.
+
+load/ knows neither stores nor caches, only this Protocol.
+"""
 
 from __future__ import annotations
 

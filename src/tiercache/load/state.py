@@ -1,4 +1,8 @@
-"""The state of a run: a few hundred bytes of plain values, equal on all ranks, that determine the order."""
+"""The state of a run: plain values, equal on all ranks, that determine the order; and conversion of torchdata's states.
+
+torchdata writes two kinds of state. Without workers it is flat. With workers it holds a snapshot of the sampler and a
+snapshot of the data set for each worker. state_for_workers() converts one into the other.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Interfaces of an order: `Order` has streams; a stream has sections of positions, with the windows that they need."""
+"""Inputs and interface of an order.
+
+`OrderOptions`, `Layout` and `BlockTable` are what an order is made from; `Order` and its sections are what a loader
+reads by.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Order of one epoch of a data set: streams, shard groups, blocks of a group, windows of blocks, rows of a window."""
+"""Order of one epoch of a data set: streams, shard groups, blocks of a group, windows of blocks, rows of a window.
+
+Every permutation has a key that is derived from the seed and its use. The keys are part of a run's state and must never
+change.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Mixture of several data sets in exact shares: a pure function of epoch and position, like any other order."""
+"""Mixture of several data sets in exact shares: a pure function of epoch and position, like any other order.
+
+Shares are exact by integer arithmetic, without counters. Each part of a mixture is an endless sequence of its records,
+part epoch after part epoch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which positions of the global order a rank serves, as functions of the batch number."""
+"""Which positions of the global order a rank serves, as functions of the batch number, in closed form."""
 
 from __future__ import annotations
 

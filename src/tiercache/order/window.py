@@ -1,4 +1,7 @@
-"""Windows: runs of blocks whose rows are shuffled together, and how items are cut into runs."""
+"""Windows of blocks whose rows are shuffled together, shard groups, and the cutting of items into runs.
+
+Row numbers are written into reused memory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Files of a source: a local file, folder or glob, or the same below a store's URL."""
+"""Files of a source: their listing, the formats of other libraries that are refused, and Hive partitions.
+
+`RecordSource` is the interface of a source that has been inspected: its schema, its splits and their records.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from typing import Any, BinaryIO, Protocol
 
 from tiercache.errors import NotFound
 from tiercache.store import Store, StoreFile, open_store, split_url
-from tiercache.store.urls import ParsedUrl
+from tiercache.store.options import ParsedUrl
 
 _BUFFER_BYTES = 1 << 20
 _PARALLEL_READS = 16

@@ -1,4 +1,7 @@
-"""A folder of images with one sub-folder per class, as columns image (encoded bytes), label and path."""
+"""A folder of images with one sub-folder per class, as columns image (encoded bytes), label and path.
+
+Each file is checked to be a complete image by its header and its end, without decoding it.
+"""
 
 from __future__ import annotations
 

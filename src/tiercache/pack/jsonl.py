@@ -1,4 +1,4 @@
-"""JSON lines, plain or gzipped: one object per line; columns are inferred from the first records."""
+"""JSON lines, plain or gzipped: one object per line; column types are inferred from the first records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Planning of a packing: the kind of the source, its splits, and their division into tasks. Only reads the source."""
+"""Options of packing, and its plan: the kind of the source, its splits, and their division into tasks."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
 """Shards and versions: the record format, its writers and its readers.
 
-The package uses stores, not the cache or loader.
-
-Writing: `Writer` (`dataset_writer`) -> `ShardWriter` (`writer`) -> `cutter` (records to blocks) -> `shard_file` (blocks
-to bytes, `codec`) -> `uploading` -> `commit` (shards to a version). Reading: `manifest` (the newest version) ->
-`segments` (its shards) -> `readers` (open shards) -> `reader` -> `chunks` or `pages` (checked bytes) -> `values`
-(arrays and objects).
+The package uses stores; it does not know the cache or the loader. A written record goes from `write/` (ingest, column
+data, shard file) through `versions/commit` into a version. A read goes from `versions/manifest` (which shards there
+are) through `read/reader_pool` and `read/shard_reader` to blocks and values. `format/` has the bytes of both:
+`schema`, `column_types` and `conversion` say what a column holds.
 """

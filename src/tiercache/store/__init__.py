@@ -13,16 +13,14 @@ from typing import Any
 
 from tiercache.config import aws_ca_bundle
 from tiercache.store.cloud import CloudStore
-from tiercache.store.contract import Buffer, Lease, LocalStore, Span, Store, Upload, check_key
+from tiercache.store.contract import Buffer, Lease, LocalStore, Span, Store, StoreFile, Upload, check_key
 from tiercache.store.credentials import default_profile
 from tiercache.store.fsspec import FsspecStore, check_scheme
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
-from tiercache.store.object_file import StoreFile
 from tiercache.store.obstore import BucketFolder
-from tiercache.store.options import CloudOptions, parse_limit, with_ca_bundle
+from tiercache.store.options import CloudOptions, ParsedUrl, parse_limit, redact, split_url, with_ca_bundle
 from tiercache.store.retry import TIMEOUT_S
-from tiercache.store.urls import ParsedUrl, redact, split_url
 
 __all__ = [
     "Buffer",

@@ -15,13 +15,21 @@ from tiercache.config import aws_endpoint_options
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store import CloudStore, open_store
-from tiercache.store.aws import Boto3Client, has_boto3, takes_long
 from tiercache.store.contract import Upload, check_key
-from tiercache.store.landing import worker_pool
+from tiercache.store.range_reads import worker_pool
 from tiercache.store.retry import CallLimit, CallMonitor, RetryPolicy, with_retries
-from tiercache.store.s3_answers import encryption, entry_to_object_info, head_to_object_info, is_object, unquoted_etag
-from tiercache.store.s3_upload import S3Upload
-from tiercache.store.sums import whole_object_checksums
+from tiercache.store.s3 import (
+    Boto3Client,
+    S3Upload,
+    encryption,
+    entry_to_object_info,
+    has_boto3,
+    head_to_object_info,
+    is_object,
+    takes_long,
+    unquoted_etag,
+    whole_object_checksums,
+)
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The Store contract: what every back end provides, and what callers may rely on.
+"""The Store contract (Store, Upload, Lease, LocalStore), and helpers for every back end and its users.
 
 A key is a relative path of plain segments joined by "/"; "" is never a key, and check_key() is the only rule. A store
 neither keeps nor writes to a caller's buffer after the call has returned. Any thread of any process that holds a store
@@ -9,10 +9,11 @@ back end has finished its own retries by then.
 
 from __future__ import annotations
 
+import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from threading import Event
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.stats import Counters
@@ -243,3 +244,72 @@ class LocalStore(Protocol):
                 right,
             or is the object itself.
         """
+
+
+T = TypeVar("T")
+
+
+def parts_in_order(parts: Mapping[int, T], key: str) -> list[T]:
+    """Return the parts in the order of their numbers.
+
+    Raises:
+        ValueError: A number is missing.
+    """
+    missing = [number for number in range(len(parts)) if number not in parts]
+    if missing:
+        raise ValueError(f"{key}: part {missing[0]} is missing; parts are numbered 0, 1, 2, ... without gaps")
+    return [parts[number] for number in range(len(parts))]
+
+
+class StoreFile(io.RawIOBase):
+    """A seekable raw file over an object. Each read is one range request. Only one thread may use it at a time."""
+
+    def __init__(self, store: Store, key: str, n_bytes: int, etag: str | None = None) -> None:
+        """Open the object as a file, without a request.
+
+        Args:
+            store: Store that holds the object.
+            key: Key of the object.
+            n_bytes: Size of the object.
+            etag: ETag that the object must have; a read of a changed object raises ObjectChanged. None: do not check.
+        """
+        super().__init__()
+        self.store, self.key, self.n_bytes, self.etag = store, key, n_bytes, etag
+        self._position = 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Set and return the position. Raises ValueError if the position is negative."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.n_bytes}[whence]
+        if base + offset < 0:
+            raise ValueError(f"cannot seek to {base + offset}: the position must not be negative")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill buffer from the position on.
+
+        Return the number of bytes read, 0 at the end. Raises as Store.read_into().
+        """
+        view = memoryview(buffer).cast("B")
+        end = min(self._position + view.nbytes, self.n_bytes)
+        wanted = ByteRange(self._position, max(self._position, end))
+        if wanted.n_bytes:
+            self.fill(wanted, view[: wanted.n_bytes])
+            self._position = end
+        return wanted.n_bytes
+
+    def fill(self, wanted: ByteRange, buffer: memoryview) -> None:
+        """Fill buffer with a byte range of the object."""
+        self.store.read_into(self.key, [(wanted, buffer)], if_match=self.etag)

@@ -11,9 +11,8 @@ from threading import Event, Lock
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
-from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
-from tiercache.store.parts import parts_in_order
-from tiercache.store.spans import check_spans
+from tiercache.store.contract import Buffer, Span, Store, Upload, check_key, parts_in_order
+from tiercache.store.range_reads import check_spans
 
 
 class _Bucket:

@@ -1,4 +1,4 @@
-"""Stores that inject scripted faults, delays and stops, so that tests need neither mocks nor sleeps."""
+"""Stores that wrap another store and inject scripted faults, delays and stops, in place of mocks and sleeps."""
 
 from __future__ import annotations
 

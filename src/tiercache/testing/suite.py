@@ -8,7 +8,7 @@ The test file of a store is a subclass of a few lines::
         def raw_put(self, store, key, data): (store.root / key).write_bytes(data)
         def raw_get(self, store, key): return (store.root / key).read_bytes()
 
-raw_put and raw_get must not use the class under test. Needs pytest.
+raw_put and raw_get must not use the class under test. A read-only store subclasses ReadSuite. Needs pytest.
 """
 # ruff: noqa: D102 - the names of tests are sentences
 

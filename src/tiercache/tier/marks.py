@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiercache.errors import NotFound, StoreError
-from tiercache.store.urls import ParsedUrl
+from tiercache.store.options import ParsedUrl
 
 if TYPE_CHECKING:
     from tiercache.catalog.tiers import TierCatalog

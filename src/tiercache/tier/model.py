@@ -1,4 +1,4 @@
-"""Frozen values of tiering: the snapshot of all copies, decisions and refusals, and the plan with its moves.
+"""Frozen values of tiering: the snapshot of all copies, decisions, the plan with its moves, lazy sequences.
 
 A *group* is the unit of a move: a file, a shard or a checkpoint. Its path is relative to the URLs of the tiers. A
 *copy* is a group in one tier. Columns refer to tiers and groups by number; values for people contain names.

@@ -1,4 +1,7 @@
-"""The stores of a rule file's tiers, opened on first use, and the state (readable, archived, ...) of a copy."""
+"""The stores of a rule file's tiers, opened on first use; the state of a copy; and mount markers.
+
+A mount marker is an object that tells a local tier from the empty mount point of a disk that is not mounted.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from tiercache.errors import StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store import CloudStore, LocalFolder, Store, open_store
 from tiercache.store.archive import ArchiveStore, S3Archive, has_boto3
-from tiercache.store.urls import ParsedUrl
+from tiercache.store.options import ParsedUrl
 from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
 
 if TYPE_CHECKING:

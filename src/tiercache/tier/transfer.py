@@ -16,8 +16,8 @@ from tiercache.model import ByteRange, ObjectInfo
 from tiercache.points import crash_point
 from tiercache.store import CloudStore, LocalFolder
 from tiercache.store.archive import ArchiveStore
+from tiercache.store.cloud import OrderedUpload
 from tiercache.store.contract import Upload
-from tiercache.store.obstore_upload import OrderedUpload
 from tiercache.tier.model import ARCHIVED, RESTORING, PlannedObject
 from tiercache.tier.pieces import (
     MOST_PARTS,

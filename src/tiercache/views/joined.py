@@ -1,4 +1,7 @@
-"""Joined sources: several sources, one after the other, with consecutively numbered shards and records."""
+"""Joined and mixed sources: several sources as one, with consecutively numbered shards.
+
+The read plan of a joined source is divided among its sources; sources that share shards get one plan.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Selection: the records of a source that a view has, as runs of record numbers, and their served order. Pure."""
+"""Selection: the records of a source that a view has, as runs of record numbers, and their served order.
+
+Includes the mapping of its rows to rows of stored blocks, and the files by which large selections reach other processes
+of the machine.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""View: some records of a source, in the source's stored order or in an explicit order; itself a source."""
+"""View: some records of a source; itself a source.
+
+Each step selects from the records of the step before; `SelectionMethods` are the methods of `Dataset` that add a step.
+"""
 
 from __future__ import annotations
 
