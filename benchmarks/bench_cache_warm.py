@@ -28,9 +28,9 @@ from tiercache.cache.record import name_of_identity
 from tiercache.cli.choosing import ShardSelection
 from tiercache.cli.training import Training
 from tiercache.model import ShardInfo
-from tiercache.shard.commit import commit
-from tiercache.shard.manifest import latest, read_shards
-from tiercache.shard.types import Schema
+from tiercache.shard.schema import Schema
+from tiercache.shard.versions.commit import commit
+from tiercache.shard.versions.manifest import latest, read_shards
 from tiercache.store import open_store
 
 if TYPE_CHECKING:

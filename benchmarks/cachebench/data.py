@@ -13,7 +13,7 @@ import numpy as np
 
 import tiercache as tc
 from tiercache.catalog.accounts import charge_bytes
-from tiercache.shard.manifest import latest, read_shards
+from tiercache.shard.versions.manifest import latest, read_shards
 from tiercache.store import open_store
 from tiercache.testing.http_server import HttpFaultServer
 from tiercache.testing.s3_server import S3Server

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from tiercache.load.loader import DataLoader
     from tiercache.load.options import LoaderOptions
     from tiercache.pack import pack
-    from tiercache.shard.dataset_writer import Writer
-    from tiercache.shard.types import Image, Ragged, Tensor
+    from tiercache.shard.schema import Image, Ragged, Tensor
+    from tiercache.shard.write.dataset_writer import Writer
 
 __all__ = [
     "Buffer",
@@ -67,11 +67,11 @@ _HOMES = {
     "DataLoader": "tiercache.load.loader",
     "Dataset": "tiercache.dataset",
     "DecodeImage": "tiercache.images.options",
-    "Image": "tiercache.shard.types",
+    "Image": "tiercache.shard.schema",
     "LoaderOptions": "tiercache.load.options",
-    "Ragged": "tiercache.shard.types",
-    "Tensor": "tiercache.shard.types",
-    "Writer": "tiercache.shard.dataset_writer",
+    "Ragged": "tiercache.shard.schema",
+    "Tensor": "tiercache.shard.schema",
+    "Writer": "tiercache.shard.write.dataset_writer",
     "collate": "tiercache.load.collate",
     "concat": "tiercache.dataset",
     "mix": "tiercache.dataset",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiercache.cache import CachedStore
 from tiercache.model import ByteRange
-from tiercache.shard.reader import ShardReader
+from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.store import LocalStore, MemoryStore, Store
 from tiercache.tier.placed import follow_placement
 from tiercache.tier.reading import TieredReader
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from tiercache.cache.place import DatasetSource
     from tiercache.model import ShardIdentity
-    from tiercache.shard.footers import FooterCache
-    from tiercache.shard.segments import ShardTable
+    from tiercache.shard.read.reader_pool import FooterCache
+    from tiercache.shard.versions.segments import ShardTable
 
 
 class VersionStores:

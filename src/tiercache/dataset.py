@@ -25,8 +25,8 @@ from tiercache.load.records import LazyRecords, Record
 from tiercache.load.serving import ColumnLayout, OutputSpec
 from tiercache.load.tuples import as_columns, record_tuple, tuple_columns
 from tiercache.opened import OpenedVersion
-from tiercache.shard.cast import parse_casts
-from tiercache.shard.values import ColumnValues, as_records
+from tiercache.shard.conversion import parse_casts
+from tiercache.shard.read.values import ColumnValues, as_records
 from tiercache.views import Joined, Mixed, Readable, SelectionMethods, SourceSpec, arrow_batches, record_numbers, spans
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from tiercache.cache import Cache, WarmProgress
     from tiercache.images.options import DecodeImage
-    from tiercache.shard.types import Schema
+    from tiercache.shard.schema import Schema
 
 DatasetSpec = tuple[SourceSpec, Callable[[Record], Any] | None, OutputSpec]
 """Complete picklable description of a data set: the source spec that opens it, the transform, and the output spec."""

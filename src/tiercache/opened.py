@@ -23,16 +23,14 @@ from tiercache.cache.place import DatasetSource, warn_if_larger
 from tiercache.errors import CorruptShard
 from tiercache.model import ByteRange, CloseListener, ReadingPlan, ShardIdentity, SourcePart
 from tiercache.order import BlockTable
-from tiercache.shard import readers
-from tiercache.shard.cast import served_columns
-from tiercache.shard.footers import FooterCache
-from tiercache.shard.joining import empty_values, join_arrow, join_values
-from tiercache.shard.manifest import latest, list_versions, read_shards, read_version
-from tiercache.shard.mapped import MappedRecords
-from tiercache.shard.opening import fetch_footer
-from tiercache.shard.projection import column_ranges
-from tiercache.shard.segments import as_arrow
-from tiercache.shard.statistics import parse_statistics
+from tiercache.shard.conversion import served_columns
+from tiercache.shard.format.statistics import parse_statistics
+from tiercache.shard.read import reader_pool
+from tiercache.shard.read.reader_pool import FooterCache, MappedRecords
+from tiercache.shard.read.source import column_ranges, fetch_footer
+from tiercache.shard.read.values import empty_values, join_arrow, join_values
+from tiercache.shard.versions.manifest import latest, list_versions, read_shards, read_version
+from tiercache.shard.versions.segments import as_arrow
 from tiercache.store import LocalStore
 
 if TYPE_CHECKING:
@@ -42,14 +40,14 @@ if TYPE_CHECKING:
 
     from tiercache.cache import WarmProgress
     from tiercache.model import PublishedPlan
-    from tiercache.shard.blocks import Blocks
-    from tiercache.shard.layout import Footer
-    from tiercache.shard.reader import ShardReader
-    from tiercache.shard.segments import ShardTable
-    from tiercache.shard.statistics import Statistics
-    from tiercache.shard.types import Schema
-    from tiercache.shard.values import ColumnValues
-    from tiercache.shard.versions import Version
+    from tiercache.shard.format.layout import Footer
+    from tiercache.shard.format.statistics import Statistics
+    from tiercache.shard.read.blocks import Blocks
+    from tiercache.shard.read.shard_reader import ShardReader
+    from tiercache.shard.read.values import ColumnValues
+    from tiercache.shard.schema import Schema
+    from tiercache.shard.versions.manifest import Version
+    from tiercache.shard.versions.segments import ShardTable
 
 # Footers of a shard group are read in parallel: their time is round trips.
 FOOTER_THREADS = 16
@@ -118,7 +116,7 @@ class OpenedVersion:
         how = {"verify": self.place.verify, "served": self._served}
         self._footers = FooterCache()
         opener = ShardOpener(self.store, self.access.tiers, self.table, self.dataset_id, self._footers)
-        self._readers = readers.ReaderPool(partial(open_shard, opener, **how), self._mapped)
+        self._readers = reader_pool.ReaderPool(partial(open_shard, opener, **how), self._mapped)
 
     @property
     def url(self) -> str:
@@ -327,7 +325,7 @@ class OpenedVersion:
         # Read limit_bytes first: it raises if the cache is being closed, and then nothing must have been published.
         has_room = int(self.table.n_bytes.sum()) <= self.cache.limit_bytes
         following = self.store.publish(*self._names.planned(plan))
-        return following if has_room else readers.ReleasingPlan(following, self._readers, plan)
+        return following if has_room else reader_pool.ReleasingPlan(following, self._readers, plan)
 
     @property
     def can_prefetch(self) -> bool:

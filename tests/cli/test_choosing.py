@@ -11,7 +11,7 @@ from tiercache.cli.training import Training, epoch_reads, merge_reads, take_byte
 from tiercache.load.share import OrderShare
 from tiercache.model import ShardInfo
 from tiercache.order import EpochOrder, Layout, RankPlan
-from tiercache.shard.segments import ShardTable, new_segment, parse_segment
+from tiercache.shard.versions.segments import ShardTable, new_segment, parse_segment
 
 
 def table(sizes, records=None):

@@ -11,7 +11,7 @@ from tiercache.cli.options import (
     parse_types,
 )
 from tiercache.errors import SchemaError
-from tiercache.shard.types import Column, Image, Ragged, Tensor
+from tiercache.shard.schema import Column, Image, Ragged, Tensor
 
 
 def test_storage_options_are_texts_but_for_true_false_and_objects():

@@ -7,7 +7,7 @@ import pytest
 
 from tiercache.cli.output import Output, aligned, count
 from tiercache.cli.values import format_value, json_value
-from tiercache.shard.types import Column, Image, Ragged, Tensor
+from tiercache.shard.schema import Column, Image, Ragged, Tensor
 
 
 def test_columns_stand_under_each_other_and_numbers_to_the_right():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiercache.shard.dataset_check import verify_dataset
+from tiercache.shard.read.verify import verify_dataset
 from tiercache.store import open_store
 
 
@@ -79,12 +79,12 @@ def test_a_sample_looks_at_a_share_of_the_shards(tiercache, data_set, shards):
 
 def test_a_shard_that_cannot_be_read_now_is_not_damaged_but_not_done_either(tiercache, data_set, shards, monkeypatch):
     from tiercache.errors import StoreError
-    from tiercache.shard import dataset_check
+    from tiercache.shard.read import verify
 
     def refuse(_store, key, *_rest):
         raise StoreError("the network is down", url=key, retryable=True)
 
-    monkeypatch.setattr(dataset_check, "verify_shard", refuse)
+    monkeypatch.setattr(verify, "verify_shard", refuse)
     done = tiercache("verify", data_set, code=3)
     assert done.out.endswith(f": nothing is damaged, {len(shards)} could not be read\n")
     with pytest.raises(StoreError, match="the network is down"):

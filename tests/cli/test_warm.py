@@ -14,9 +14,9 @@ from tiercache.dataset import Dataset
 from tiercache.load.loader import DataLoader
 from tiercache.load.options import LoaderOptions
 from tiercache.model import ShardInfo
-from tiercache.shard.commit import commit
-from tiercache.shard.manifest import latest, read_shards
-from tiercache.shard.types import Schema
+from tiercache.shard.schema import Schema
+from tiercache.shard.versions.commit import commit
+from tiercache.shard.versions.manifest import latest, read_shards
 from tiercache.store import MemoryStore, open_store
 
 

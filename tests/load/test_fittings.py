@@ -11,7 +11,7 @@ import tiercache as tc
 from tiercache.load import fittings
 from tiercache.load.fittings import PipelineCache, PipelineSetup
 from tiercache.load.serving import OutputSpec
-from tiercache.shard.types import Column, Schema
+from tiercache.shard.schema import Column, Schema
 
 N = 300
 SHARD_BYTES = np.array([6000, 4000])

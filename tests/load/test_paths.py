@@ -11,7 +11,7 @@ import torch
 from tests.load.conftest import check_batch, ids_of
 
 import tiercache as tc
-from tiercache.shard.types import Schema
+from tiercache.shard.schema import Schema
 
 
 def test_a_pickled_loader_goes_on_where_the_loader_stands(make_dataset):

@@ -24,7 +24,7 @@ import tiercache as tc
 from tiercache.load.pipeline import Pipeline
 from tiercache.load.plan import PieceSizes
 from tiercache.order import RowRun
-from tiercache.shard.reader import ShardReader
+from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.waiting import wait_for
 
 

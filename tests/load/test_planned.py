@@ -24,7 +24,7 @@ from tiercache.load.coming import NextEpoch
 from tiercache.load.publishing import ReadPlanPublisher
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.opened import OpenedVersion
-from tiercache.shard.readers import ReleasingPlan
+from tiercache.shard.read.reader_pool import ReleasingPlan
 from tiercache.testing.http_server import HttpFaultServer
 
 N, WORDS = 1536, 1536  # records of 15 KiB, in blocks that are further apart than requests are joined

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiercache.load.ahead import STEP_BYTES, count_near, plan_steps, share_of_huge_pages
 from tiercache.load.split import MAX_PART_BYTES, PARTS_A_THREAD, part_bytes, split_window
 from tiercache.order import Window
-from tiercache.shard.blocks import merge_pages
+from tiercache.shard.read.blocks import merge_pages
 
 PAGE = 4096
 

@@ -4,7 +4,7 @@ import pytest
 
 from tiercache.errors import SchemaError
 from tiercache.pack.infer import infer_types, join, type_of
-from tiercache.shard.types import Ragged
+from tiercache.shard.schema import Ragged
 
 
 def infer(*records):

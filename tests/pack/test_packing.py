@@ -17,9 +17,9 @@ from tests.testing.strikes import strike
 
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError, TierCacheError
 from tiercache.pack import PackOptions, jsonl, pack, packing, plan_pack, run_pack
-from tiercache.shard.manifest import latest, list_versions, read_shards
-from tiercache.shard.reader import ShardReader
-from tiercache.shard.types import Image, Kind, Ragged, Schema
+from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.schema import Image, Kind, Ragged, Schema
+from tiercache.shard.versions.manifest import latest, list_versions, read_shards
 from tiercache.store import open_store
 
 PNG = png()

@@ -16,11 +16,11 @@ import pyarrow as pa
 
 from tiercache._native.checksum import crc32c
 from tiercache.model import ShardInfo
-from tiercache.shard import codec, segments
-from tiercache.shard.layout import Footer, Tail, align
-from tiercache.shard.manifest import read_version
-from tiercache.shard.reader import ShardReader
-from tiercache.shard.versions import version_key
+from tiercache.shard.format import codec
+from tiercache.shard.format.layout import Footer, Tail, align
+from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.versions import segments
+from tiercache.shard.versions.manifest import read_version, version_key
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 

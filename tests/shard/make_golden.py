@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import later
 
 import tiercache as tc
-from tiercache.shard.layout import pack_head
-from tiercache.shard.manifest import read_version
-from tiercache.shard.reader import ShardReader
-from tiercache.shard.spec import STORED
-from tiercache.shard.types import Image, Ragged, Schema, Tensor
-from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.shard.column_types import STORED
+from tiercache.shard.format.layout import pack_head
+from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.schema import Image, Ragged, Schema, Tensor
+from tiercache.shard.versions.manifest import read_version
+from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError
 from tiercache.model import ShardInfo
-from tiercache.shard import commit as commits
-from tiercache.shard import manifest
-from tiercache.shard.commit import MAX_SEGMENTS, Commit, CommitRequest, commit, plan_merge
-from tiercache.shard.types import Schema
-from tiercache.shard.versions import Version, version_key
+from tiercache.shard.schema import Schema
+from tiercache.shard.versions import commit as commits
+from tiercache.shard.versions import manifest
+from tiercache.shard.versions.commit import MAX_SEGMENTS, Commit, CommitRequest, commit, plan_merge
+from tiercache.shard.versions.manifest import Version, version_key
 from tiercache.store import LocalFolder, MemoryStore, Store
 from tiercache.testing import CountingStore, Fault, FaultKind, FaultStore, GateStore
 

@@ -16,11 +16,12 @@ import pytest
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError
-from tiercache.shard import dataset_writer, manifest
-from tiercache.shard.dataset_writer import Writer
-from tiercache.shard.reader import ShardReader
-from tiercache.shard.types import Schema
-from tiercache.shard.versions import version_key
+from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.schema import Schema
+from tiercache.shard.versions import manifest
+from tiercache.shard.versions.manifest import version_key
+from tiercache.shard.write import dataset_writer
+from tiercache.shard.write.dataset_writer import Writer
 from tiercache.store import LocalFolder, MemoryStore, Store
 from tiercache.testing import Fault, FaultKind, FaultStore
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tiercache.errors import CorruptShard
-from tiercache.shard.footers import FooterCache
-from tiercache.shard.reader import ShardReader
-from tiercache.shard.types import Schema
-from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.shard.read.reader_pool import FooterCache
+from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.schema import Schema
+from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 from tiercache.testing import CountingStore

@@ -21,12 +21,11 @@ from tests.shard.later import sealed
 import tiercache as tc
 from tiercache._native.checksum import crc32c
 from tiercache.errors import CorruptShard, TierCacheError
-from tiercache.shard import codec
-from tiercache.shard.dataset_check import verify_dataset
-from tiercache.shard.layout import TAIL_BYTES, Footer, Tail
-from tiercache.shard.manifest import latest, read_shards
-from tiercache.shard.segments import SegmentRef, digest_rows
-from tiercache.shard.versions import encode_version, fingerprint_of, version_key
+from tiercache.shard.format import codec
+from tiercache.shard.format.layout import TAIL_BYTES, Footer, Tail
+from tiercache.shard.read.verify import verify_dataset
+from tiercache.shard.versions.manifest import encode_version, fingerprint_of, latest, read_shards, version_key
+from tiercache.shard.versions.segments import SegmentRef, digest_rows
 from tiercache.store import LocalFolder
 
 N = 300
@@ -353,7 +352,7 @@ CHILD = """
 import json, resource, sys
 import pyarrow.compute as pc
 import tiercache as tc
-from tiercache.shard.dataset_check import verify_dataset
+from tiercache.shard.read.verify import verify_dataset
 from tiercache.store import LocalFolder
 folder, cache = sys.argv[1:3]
 dataset = tc.Dataset(sys.argv[3], cache=False)

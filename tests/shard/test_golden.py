@@ -15,11 +15,10 @@ import torch
 
 import tiercache as tc
 from tiercache.model import ShardInfo
-from tiercache.shard.dataset_check import verify_dataset
-from tiercache.shard.manifest import latest, list_versions, read_shards, read_version
-from tiercache.shard.reader import ShardReader
-from tiercache.shard.values import as_records
-from tiercache.shard.verify import verify_shard
+from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.read.values import as_records
+from tiercache.shard.read.verify import verify_dataset, verify_shard
+from tiercache.shard.versions.manifest import latest, list_versions, read_shards, read_version
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from tiercache.errors import CorruptShard, NotFound, StoreError
 from tiercache.model import ShardInfo
-from tiercache.shard import manifest, segments, versions
-from tiercache.shard.segments import SegmentRef, new_segment, pack_segment
-from tiercache.shard.types import Schema, Tensor
-from tiercache.shard.versions import Version, encode_version, fingerprint_of, parse_version, version_key
+from tiercache.shard.schema import Schema, Tensor
+from tiercache.shard.versions import manifest, segments
+from tiercache.shard.versions import manifest as manifest_module
+from tiercache.shard.versions.manifest import Version, encode_version, fingerprint_of, parse_version, version_key
+from tiercache.shard.versions.segments import SegmentRef, new_segment, pack_segment
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.testing import CountingStore, Fault, FaultKind, FaultStore
 
@@ -265,7 +266,7 @@ class TestLatest:
     def test_other_files_among_the_versions_are_passed_by(self, store: MemoryStore) -> None:
         store_version(store, 1)
         for name in ("00000000000000000002.json.tmp", "notes.txt", "00000000000000000000.json", "2.json"):
-            store.put(versions.VERSIONS_FOLDER + name, b"x")
+            store.put(manifest_module.VERSIONS_FOLDER + name, b"x")
         assert manifest.list_versions(store) == [1]
 
 

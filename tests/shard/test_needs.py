@@ -16,15 +16,15 @@ import tiercache as tc
 from tiercache import __version__
 from tiercache._native.checksum import crc32c
 from tiercache.errors import CorruptShard, UnsupportedFormat
-from tiercache.shard import codec, layout, segments
-from tiercache.shard.commit import commit
-from tiercache.shard.layout import Footer, Tail, pack_head, parse_head
-from tiercache.shard.manifest import latest, read_version
-from tiercache.shard.reader import ShardReader
-from tiercache.shard.types import Schema
-from tiercache.shard.verify import verify_shard
-from tiercache.shard.versions import encode_version, parse_version, version_key
-from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.shard.format import codec, layout
+from tiercache.shard.format.layout import Footer, Tail, pack_head, parse_head
+from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.read.verify import verify_shard
+from tiercache.shard.schema import Schema
+from tiercache.shard.versions import segments
+from tiercache.shard.versions.commit import commit
+from tiercache.shard.versions.manifest import encode_version, latest, parse_version, read_version, version_key
+from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
 from tiercache.store.memory import MemoryStore
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -14,12 +14,12 @@ from tests.shard.mixed_shard import SCHEMA, N, batch, fill, wait_until_settled
 
 from tiercache._native import gather
 from tiercache.errors import CorruptShard, NotFound, SchemaError, StoreError
-from tiercache.shard import types
-from tiercache.shard.layout import PAGE_BYTES
-from tiercache.shard.reader import ShardReader
-from tiercache.shard.types import Schema
-from tiercache.shard.values import as_batch, block_values
-from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.shard import schema
+from tiercache.shard.format.layout import PAGE_BYTES
+from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.read.values import as_batch, block_values
+from tiercache.shard.schema import Schema
+from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 from tiercache.testing import Fault, FaultKind, FaultStore
@@ -76,7 +76,7 @@ ROWS = [0, N - 1, 17, 1234, 1234, 2000]
 
 
 def test_the_kernel_and_the_streams_mean_the_same():
-    assert (types.FIXED, types.BITS, types.VAR) == (gather.FIXED, gather.BITS, gather.VAR)
+    assert (schema.FIXED, schema.BITS, schema.VAR) == (gather.FIXED, gather.BITS, gather.VAR)
 
 
 def test_opening_costs_one_request_with_its_row_and_two_at_most_without(remote):

@@ -14,11 +14,17 @@ from hypothesis.extra import numpy as hnp
 
 from tiercache._native.records import Records
 from tiercache.errors import SchemaError
-from tiercache.shard.reader import ShardReader
-from tiercache.shard.record_buffer import EXCEEDS_BLOCK, KEPT, NEEDS_CONVERSION, RecordBuffer
-from tiercache.shard.types import Image, Ragged, Schema, Tensor
-from tiercache.shard.values import as_batch
-from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.read.values import as_batch
+from tiercache.shard.schema import Image, Ragged, Schema, Tensor
+from tiercache.shard.write.shard_writer import (
+    EXCEEDS_BLOCK,
+    KEPT,
+    NEEDS_CONVERSION,
+    RecordBuffer,
+    ShardOptions,
+    ShardWriter,
+)
 from tiercache.store.memory import MemoryStore
 
 INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]

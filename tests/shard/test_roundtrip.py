@@ -15,14 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tiercache.shard.codec import BlockCodec, ColumnCodec
-from tiercache.shard.fit import widen_bfloat16
-from tiercache.shard.reader import ShardReader
-from tiercache.shard.shard_file import ShardFile
-from tiercache.shard.types import Image, Kind, Ragged, Schema, Tensor
-from tiercache.shard.uploading import UploadQueue
-from tiercache.shard.values import as_batch, as_records, block_values
-from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.shard.conversion import widen_bfloat16
+from tiercache.shard.format.codec import BlockCodec, ColumnCodec
+from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.read.values import as_batch, as_records, block_values
+from tiercache.shard.schema import Image, Kind, Ragged, Schema, Tensor
+from tiercache.shard.write.shard_file import ShardFile, UploadQueue
+from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 

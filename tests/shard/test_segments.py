@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from tiercache.errors import CorruptShard
 from tiercache.model import ShardIdentity, ShardInfo
-from tiercache.shard import segments
-from tiercache.shard.segments import ShardTable, new_segment, pack_segment, parse_segment, read_segments
+from tiercache.shard.versions import segments
+from tiercache.shard.versions.segments import ShardTable, new_segment, pack_segment, parse_segment, read_segments
 from tiercache.store import LocalFolder, MemoryStore, check_key
 from tiercache.testing import CountingStore
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tiercache.errors import SchemaError
-from tiercache.shard.extension import register_extension_types
-from tiercache.shard.types import BITS, FIXED, VAR, Column, Image, Kind, Ragged, Schema, Stream, Tensor
+from tiercache.shard.column_types import register_extension_types
+from tiercache.shard.schema import BITS, FIXED, VAR, Column, Image, Kind, Ragged, Schema, Stream, Tensor
 
 EVERYTHING = {
     "i": "int64?",

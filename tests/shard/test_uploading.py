@@ -11,12 +11,12 @@ import pytest
 from tests.forks import in_a_fork
 
 from tiercache.errors import StoreError
-from tiercache.shard import uploading
-from tiercache.shard.dataset_writer import Writer
-from tiercache.shard.reader import ShardReader
-from tiercache.shard.types import Schema, Tensor
-from tiercache.shard.uploading import UploadQueue
-from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.schema import Schema, Tensor
+from tiercache.shard.write import shard_file
+from tiercache.shard.write.dataset_writer import Writer
+from tiercache.shard.write.shard_file import UploadQueue
+from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
 from tiercache.store.contract import Upload
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
@@ -28,8 +28,8 @@ DEADLINE_S = 20
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploading, "PART_BYTES", PART_BYTES)
-    monkeypatch.setattr(uploading, "_SLACK_BYTES", 1024)
+    monkeypatch.setattr(shard_file, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(shard_file, "_SLACK_BYTES", 1024)
 
 
 class Gated(MemoryStore):

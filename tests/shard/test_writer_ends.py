@@ -13,13 +13,12 @@ import pytest
 from tests.forks import in_a_fork
 
 from tiercache.errors import StoreError
-from tiercache.shard import record_buffer, uploading
-from tiercache.shard.cutter import BlockCutter
-from tiercache.shard.reader import ShardReader
-from tiercache.shard.shard_file import ShardFile
-from tiercache.shard.types import Schema
-from tiercache.shard.uploading import UploadQueue
-from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.schema import Schema
+from tiercache.shard.write import shard_file, shard_writer
+from tiercache.shard.write.column_data import BlockCutter
+from tiercache.shard.write.shard_file import ShardFile, UploadQueue
+from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 
@@ -38,7 +37,7 @@ def values(store, info):
 
 
 HAND_OVERS = [
-    (record_buffer.RecordBuffer, "take"),
+    (shard_writer.RecordBuffer, "take"),
     (BlockCutter, "end_block"),
     (BlockCutter, "add"),
     (ShardFile, "add_block"),
@@ -49,7 +48,7 @@ HAND_OVERS = [
 @pytest.mark.parametrize(("owner", "name"), HAND_OVERS, ids=lambda x: getattr(x, "__name__", x))
 @pytest.mark.parametrize("by", ["write", "batch"])
 def test_ctrl_c_between_two_hand_overs_breaks_the_writer(store, monkeypatch, owner, name, by):
-    monkeypatch.setattr(uploading, "PART_BYTES", 2048)
+    monkeypatch.setattr(shard_file, "PART_BYTES", 2048)
     store.min_part_bytes = 2048
     before, calls = getattr(owner, name), []
 
@@ -69,7 +68,7 @@ def test_ctrl_c_between_two_hand_overs_breaks_the_writer(store, monkeypatch, own
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, struck)
         if name == "add" and by == "write":
-            patch.setattr(record_buffer.RecordBuffer, "cuts_exactly", False)
+            patch.setattr(shard_writer.RecordBuffer, "cuts_exactly", False)
         with pytest.raises(KeyboardInterrupt):
             write()
     assert calls
@@ -127,7 +126,7 @@ def test_an_abort_that_was_interrupted_can_be_repeated(store, monkeypatch):
         def struck(self):
             raise KeyboardInterrupt
 
-        patch.setattr(uploading._Tasks, "join", struck)
+        patch.setattr(shard_file._Tasks, "join", struck)
         with pytest.raises(KeyboardInterrupt):
             writer.abort()
     with pytest.raises(ValueError, match="only abort"):
@@ -147,7 +146,7 @@ def test_a_process_that_ends_without_closing_ends_quietly_and_leaves_no_data_set
 
 
 def test_many_writers_at_once_do_not_disturb_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(uploading, "PART_BYTES", 4096)
+    monkeypatch.setattr(shard_file, "PART_BYTES", 4096)
     store = LocalFolder(tmp_path)
 
     def write(first):
@@ -198,7 +197,7 @@ class Faulty(MemoryStore):
 
 @pytest.mark.parametrize("n", range(14))
 def test_whichever_call_of_the_store_fails_the_error_comes_and_nothing_stays(monkeypatch, n):
-    monkeypatch.setattr(uploading, "PART_BYTES", 2048)
+    monkeypatch.setattr(shard_file, "PART_BYTES", 2048)
     store = Faulty("ends-faulty", n)
 
     def write():

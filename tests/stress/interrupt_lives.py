@@ -22,7 +22,7 @@ from tests.tier.jobs import TierJob, discard_corrupt_copy
 
 import tiercache as tc
 from tiercache.cli.app import app as command
-from tiercache.shard.commit import find_latest
+from tiercache.shard.versions.commit import find_latest
 from tiercache.store import open_store
 from tiercache.testing.forks import run_forked
 from tiercache.testing.interrupts import DROPPED, RAISED, Interrupted, Lines, interrupted, lines_of

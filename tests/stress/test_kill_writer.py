@@ -8,7 +8,7 @@ from tests.stress.kills import KillLoop
 from tests.stress.writing import N_RECORDS, records
 
 import tiercache as tc
-from tiercache.shard.dataset_check import verify_dataset
+from tiercache.shard.read.verify import verify_dataset
 from tiercache.store import open_store
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 import tiercache as tc
-from tiercache.shard.types import Schema
+from tiercache.shard.schema import Schema
 
 SCHEMA = Schema.of({"id": "int64", "values": tc.Tensor("uint16", (64,)), "text": "str"})
 N_RECORDS = 700  # of a version

@@ -11,7 +11,7 @@ import numpy as np
 from tests.load.conftest import SCHEMA, check_batch, make_columns
 
 import tiercache as tc
-from tiercache.shard import manifest
+from tiercache.shard.versions import manifest
 from tiercache.store import LocalFolder, MemoryStore, Store
 from tiercache.testing import WrapperStore
 from tiercache.testing.http_server import HttpFaultServer

@@ -10,7 +10,7 @@ from tests.tier.listed import NOW_S, Books, Look
 
 import tiercache as tc
 from tiercache.catalog.tiers import CatalogEntry, TierCatalog
-from tiercache.shard import manifest
+from tiercache.shard.versions import manifest
 from tiercache.store import LocalFolder
 from tiercache.testing import Fault, FaultStore
 from tiercache.tier import placement, usage

@@ -25,7 +25,7 @@ from tiercache import store as stores_of_urls
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.dataset import Dataset  # now: what is imported while a world is entered would keep its open_store
 from tiercache.prices import prices_if_known
-from tiercache.shard.types import Schema
+from tiercache.shard.schema import Schema
 from tiercache.store import local
 from tiercache.store.posix import file_info
 from tiercache.testing import JumpingClock

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader as TorchLoader
 import tiercache as tc
 from tiercache import opened
 from tiercache.opened import OpenedVersion
-from tiercache.shard.reader import ShardReader
+from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.views import rows
 
 N = 150

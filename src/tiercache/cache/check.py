@@ -18,7 +18,7 @@ from tiercache.cache.sums import read_checksum
 from tiercache.cache.units import bytes_of
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ByteRange, ShardIdentity
-from tiercache.shard.verify import verify_shard
+from tiercache.shard.read.verify import verify_shard
 from tiercache.store import LocalFolder, redact
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.shard.segments import ShardTable
-    from tiercache.shard.versions import Version
+    from tiercache.shard.versions.manifest import Version
+    from tiercache.shard.versions.segments import ShardTable
 
 
 class CopyNames:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from tiercache.shard.cast import Casts
+    from tiercache.shard.conversion import Casts
 
 Verify = Literal["first", "always", "never"]
 

@@ -18,7 +18,7 @@ from tiercache.pack.files import selected
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tiercache.shard.segments import ShardTable
+    from tiercache.shard.versions.segments import ShardTable
 
 _RANKS = re.compile(r"(\d+)(?:-(\d+))?/(\d+)")
 

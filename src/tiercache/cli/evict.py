@@ -33,7 +33,7 @@ from tiercache.cli.warm import open_existing_cache
 from tiercache.errors import StoreError
 from tiercache.model import format_bytes
 from tiercache.pack.files import selected
-from tiercache.shard.manifest import latest
+from tiercache.shard.versions.manifest import latest
 from tiercache.store import Store, redact
 
 

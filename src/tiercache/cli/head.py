@@ -11,7 +11,7 @@ from tiercache.cli.opening import OpenDataSet, open_data_set, open_data_set_stor
 from tiercache.cli.options import Columns, Json, Quiet, StorageOptions, Url, Verbose, VersionNumber, parse_columns
 from tiercache.cli.output import Output, count
 from tiercache.cli.values import format_value, json_value
-from tiercache.shard.reader import ShardReader
+from tiercache.shard.read.shard_reader import ShardReader
 
 
 def head(

@@ -10,8 +10,8 @@ from tiercache.cli.opening import OpenDataSet, open_data_set, open_data_set_stor
 from tiercache.cli.options import Exclude, Include, Json, Quiet, StorageOptions, Url, Verbose, VersionNumber
 from tiercache.cli.output import Output, count, printable
 from tiercache.model import format_bytes
-from tiercache.shard.manifest import list_versions, read_version
-from tiercache.shard.versions import Version as DataSetVersion
+from tiercache.shard.versions.manifest import Version as DataSetVersion
+from tiercache.shard.versions.manifest import list_versions, read_version
 from tiercache.store import Store
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from tiercache.cli.options import parse_storage_options
 from tiercache.pack.files import selected
-from tiercache.shard.manifest import latest, read_shards, read_version
-from tiercache.shard.segments import ShardTable
-from tiercache.shard.versions import Version
+from tiercache.shard.versions.manifest import Version, latest, read_shards, read_version
+from tiercache.shard.versions.segments import ShardTable
 from tiercache.store import Store, open_store
 from tiercache.tier.placed import follow_placement
 

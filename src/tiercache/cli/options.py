@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 
 from tiercache.model import parse_bytes, parse_duration
-from tiercache.shard.types import Image, Ragged, Tensor, UserType
+from tiercache.shard.schema import Image, Ragged, Tensor, UserType
 
 Url: TypeAlias = Annotated[
     str, typer.Argument(metavar="URL", help="Data set: a local path, or a URL such as s3://bucket/name.")

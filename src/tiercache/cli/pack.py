@@ -21,7 +21,7 @@ from tiercache.cli.options import (
 from tiercache.cli.output import Output, count
 from tiercache.model import format_bytes
 from tiercache.pack import PackOptions, PackPlan, plan_pack, run_pack
-from tiercache.shard.versions import Version
+from tiercache.shard.versions.manifest import Version
 from tiercache.store import redact
 
 _MOST_LEFT_OUT = 20

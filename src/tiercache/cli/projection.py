@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from tiercache.shard.opening import fetch_footer
-from tiercache.shard.projection import column_ranges
+from tiercache.shard.read.source import column_ranges, fetch_footer
 
 if TYPE_CHECKING:
     import numpy as np

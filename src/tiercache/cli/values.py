@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tiercache.model import format_bytes
-from tiercache.shard.types import Column, Kind
+from tiercache.shard.schema import Column, Kind
 
 _TEXT_CHARACTERS = 70
 _ELEMENTS = 6

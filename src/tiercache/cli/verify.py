@@ -30,8 +30,7 @@ from tiercache.cli.output import Output, count
 from tiercache.cli.warm import open_existing_cache
 from tiercache.errors import CorruptShard
 from tiercache.model import ShardInfo, format_bytes
-from tiercache.shard.dataset_check import ShardCheck, check_shards, open_whole
-from tiercache.shard.verify import Finding, finding_of
+from tiercache.shard.read.verify import Finding, ShardCheck, check_shards, finding_of, open_whole
 
 MaybeUrl: TypeAlias = Annotated[
     str | None, typer.Argument(metavar="[URL]", help="Data set: a local path, or a URL such as s3://bucket/name.")

@@ -16,9 +16,9 @@ from tiercache.demo.tiers import run_tiering
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
 from tiercache.pack import pack
-from tiercache.shard.dataset_check import verify_dataset
-from tiercache.shard.dataset_writer import Writer
-from tiercache.shard.types import Tensor
+from tiercache.shard.read.verify import verify_dataset
+from tiercache.shard.schema import Tensor
+from tiercache.shard.write.dataset_writer import Writer
 from tiercache.store import open_store
 from tiercache.testing.s3_server import S3Server
 

@@ -11,7 +11,7 @@ import numpy as np
 from tiercache.errors import SchemaError
 from tiercache.images.crop import fresh_draws
 from tiercache.images.decoder import DecodeError, Decoder, stored_dtype
-from tiercache.shard.values import ColumnValues
+from tiercache.shard.read.values import ColumnValues
 
 if TYPE_CHECKING:
     from tiercache.images.options import DecodeImage

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from tiercache.load.window import LoadedWindow, LoadThreads
     from tiercache.order import Window
-    from tiercache.shard.blocks import Blocks
+    from tiercache.shard.read.blocks import Blocks
 
 # Share of the memory that the process does not use, for the pages of one window of each stream. Two windows are
 # prefetched at a time; more pages would evict pages that are still to be served.

@@ -20,7 +20,7 @@ from tiercache.load.buffer import Buffer
 from tiercache.load.fills import stored_fill, value_of
 from tiercache.load.serving import OutputSpec, is_stack_of_rows, varying
 from tiercache.load.streams import gather_streams
-from tiercache.shard.types import Column, Kind, Schema
+from tiercache.shard.schema import Column, Kind, Schema
 
 if TYPE_CHECKING:
     from tiercache._native.ring import Slot

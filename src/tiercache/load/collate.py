@@ -13,8 +13,8 @@ from tiercache.load.buffer import Buffer
 from tiercache.load.forms import apply_layouts
 from tiercache.load.records import LazyRecords
 from tiercache.load.tuples import as_columns
-from tiercache.shard.types import Kind
-from tiercache.shard.values import ColumnValues
+from tiercache.shard.read.values import ColumnValues
+from tiercache.shard.schema import Kind
 
 
 def collate(records: Sequence[Any]) -> Any:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from tiercache.load.options import LoaderOptions
     from tiercache.load.source import Source
-    from tiercache.shard.blocks import Blocks
+    from tiercache.shard.read.blocks import Blocks
 
     Rows: TypeAlias = NDArray[np.int64] | None  # rows of a block, rising; None: all rows
 

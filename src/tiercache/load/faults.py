@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache.errors import CorruptShard, SchemaError
-from tiercache.shard.types import Column, Kind, Schema
-from tiercache.shard.values import gather_values
+from tiercache.shard.read.values import gather_values
+from tiercache.shard.schema import Column, Kind, Schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

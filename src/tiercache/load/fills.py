@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.errors import SchemaError
-from tiercache.shard.fit import ConversionError
-from tiercache.shard.ingest import value_converter
-from tiercache.shard.types import Column, Kind
-from tiercache.shard.values import ColumnValues
+from tiercache.shard.conversion import ConversionError
+from tiercache.shard.read.values import ColumnValues
+from tiercache.shard.schema import Column, Kind
+from tiercache.shard.write.ingest import value_converter
 
 Array: TypeAlias = npt.NDArray[Any]
 

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from tiercache.errors import SchemaError
 from tiercache.load.buffer import Buffer
 from tiercache.load.serving import OutputSpec, is_stack_of_rows, varying
-from tiercache.shard.fit import as_numpy
-from tiercache.shard.types import Column, Kind
-from tiercache.shard.values import ColumnValues, as_batch
+from tiercache.shard.conversion import as_numpy
+from tiercache.shard.read.values import ColumnValues, as_batch
+from tiercache.shard.schema import Column, Kind
 
 Array: TypeAlias = npt.NDArray[Any]
 

@@ -32,8 +32,8 @@ from tiercache.load.planner import PlannerState, run_planner
 from tiercache.load.serving import OutputSpec
 from tiercache.load.streams import gather_streams
 from tiercache.load.window import LoadThreads, loading_pool
-from tiercache.shard.blocks import damage_message
-from tiercache.shard.cast import served_columns
+from tiercache.shard.conversion import served_columns
+from tiercache.shard.read.blocks import damage_message
 
 if TYPE_CHECKING:
     from collections.abc import Callable

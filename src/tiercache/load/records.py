@@ -8,8 +8,8 @@ from typing import Any, SupportsIndex
 
 from tiercache.load.serving import OutputSpec
 from tiercache.load.tuples import record_tuple
-from tiercache.shard.types import Schema
-from tiercache.shard.values import ColumnValues, as_records
+from tiercache.shard.read.values import ColumnValues, as_records
+from tiercache.shard.schema import Schema
 
 Record = dict[str, Any]
 

@@ -10,8 +10,8 @@ from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
 from tiercache.errors import SchemaError
 from tiercache.images.options import DecodeImage
 from tiercache.load.fills import stored_fill
-from tiercache.shard.cast import Casts, served_column, served_columns
-from tiercache.shard.types import Column, Kind, Schema
+from tiercache.shard.conversion import Casts, served_column, served_columns
+from tiercache.shard.schema import Column, Kind, Schema
 
 ColumnLayout: TypeAlias = Literal["list", "padded", "nested", "buffer"]
 T = TypeVar("T")

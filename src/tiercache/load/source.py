@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.order import BlockTable
-    from tiercache.shard.blocks import Blocks
-    from tiercache.shard.types import Schema
+    from tiercache.shard.read.blocks import Blocks
+    from tiercache.shard.schema import Schema
 
 __all__ = ["CloseListener", "Source", "SourcePart", "prepare_reading"]
 

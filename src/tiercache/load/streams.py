@@ -9,8 +9,8 @@ import numpy as np
 from tiercache._native import gather
 from tiercache.load.fills import stream_fills
 from tiercache.load.serving import OutputSpec, is_stack_of_rows
-from tiercache.shard.cast import cast_kind, size_ratio
-from tiercache.shard.types import Column, Kind, Schema
+from tiercache.shard.conversion import cast_kind, size_ratio
+from tiercache.shard.schema import Column, Kind, Schema
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

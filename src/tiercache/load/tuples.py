@@ -9,11 +9,11 @@ import numpy as np
 
 from tiercache.errors import SchemaError
 from tiercache.load.serving import varying
-from tiercache.shard.types import Column, Kind
+from tiercache.shard.schema import Column, Kind
 
 if TYPE_CHECKING:
     from tiercache.load.serving import OutputSpec
-    from tiercache.shard.types import Schema
+    from tiercache.shard.schema import Schema
 
 # Kinds whose nulls are None in a batch; other kinds have a zero or an empty array, and a mask.
 _SHOWS_NULLS = (Kind.BYTES, Kind.STR, Kind.IMAGE, Kind.JSON, Kind.ARROW)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.load.source import Source
-    from tiercache.shard.blocks import Blocks
+    from tiercache.shard.read.blocks import Blocks
 
 T = TypeVar("T")
 

@@ -13,11 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tiercache.errors import StoreError
-from tiercache.shard.manifest import read_shards
-from tiercache.shard.reader import ShardReader
-from tiercache.shard.segments import ShardTable
-from tiercache.shard.types import Schema
-from tiercache.shard.versions import Version
+from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.schema import Schema
+from tiercache.shard.versions.manifest import Version, read_shards
+from tiercache.shard.versions.segments import ShardTable
 from tiercache.store import Store, Upload
 
 _PART_BYTES = 16 << 20

@@ -17,7 +17,7 @@ from tiercache.errors import SchemaError
 from tiercache.pack.files import Files, SourceFile
 from tiercache.pack.image_check import find_damage, sniff
 from tiercache.pack.source import InputBatch, InputSplit
-from tiercache.shard.types import CLASSES_KEY, Image, Schema
+from tiercache.shard.schema import CLASSES_KEY, Image, Schema
 
 SUFFIXES = {
     ".jpg": "jpeg",

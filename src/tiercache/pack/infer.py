@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tiercache.errors import SchemaError
-from tiercache.shard.types import Ragged, UserType
+from tiercache.shard.schema import Ragged, UserType
 
 _SCALARS = {bool: "bool", int: "int64", float: "float64", str: "str"}
 

@@ -17,7 +17,7 @@ from tiercache.pack.files import Files, SourceFile
 from tiercache.pack.infer import infer_types, say_type
 from tiercache.pack.partitions import Partitions
 from tiercache.pack.source import InputBatch, InputSplit
-from tiercache.shard.types import Schema, UserType
+from tiercache.shard.schema import Schema, UserType
 
 SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".json")
 SAMPLE_RECORDS = 1000

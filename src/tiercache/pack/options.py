@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import pyarrow as pa
 
 from tiercache.model import parse_bytes
-from tiercache.shard.types import Schema, UserType
+from tiercache.shard.schema import Schema, UserType
 
 Kind: TypeAlias = Literal["images", "parquet", "jsonl"]
 KINDS: tuple[Kind, ...] = ("images", "parquet", "jsonl")

@@ -19,10 +19,10 @@ from tiercache.pack.options import PackOptions, PackProgress
 from tiercache.pack.plan import divide_splits, find_source, with_schema
 from tiercache.pack.processes import ProgressCallback, run_in_processes
 from tiercache.pack.source import InputBatch, InputSplit, RecordSource
-from tiercache.shard.commit import commit, data_set_exists_error, find_latest, no_data_set_error
-from tiercache.shard.types import Schema
-from tiercache.shard.versions import Version
-from tiercache.shard.writer import ShardOptions, ShardWriter, shard_key
+from tiercache.shard.schema import Schema
+from tiercache.shard.versions.commit import commit, data_set_exists_error, find_latest, no_data_set_error
+from tiercache.shard.versions.manifest import Version
+from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter, shard_key
 from tiercache.store import MemoryStore, Store, open_store, redact
 
 _SHOWN_LEFT_OUT = 5

@@ -16,7 +16,7 @@ from tiercache.errors import SchemaError
 from tiercache.pack.files import Files, SourceFile
 from tiercache.pack.partitions import Partitions
 from tiercache.pack.source import InputBatch, InputSplit
-from tiercache.shard.types import Schema, UserType
+from tiercache.shard.schema import Schema, UserType
 
 SUFFIXES = (".parquet", ".pq", ".parq")
 _PARALLEL_FOOTERS = 16

@@ -9,8 +9,8 @@ from urllib.parse import unquote
 
 from tiercache.errors import SchemaError
 from tiercache.pack.files import Files, SourceFile
-from tiercache.shard.spec import FLOATS, INTEGERS, Kind
-from tiercache.shard.types import Column, Schema, UserType
+from tiercache.shard.column_types import FLOATS, INTEGERS, Kind
+from tiercache.shard.schema import Column, Schema, UserType
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _NULL = "__HIVE_DEFAULT_PARTITION__"

@@ -13,8 +13,7 @@ from tiercache.pack.foreign import refuse_foreign_files, refuse_foreign_index
 from tiercache.pack.options import KINDS, Kind, PackOptions
 from tiercache.pack.partitions import Partitions
 from tiercache.pack.source import InputSplit, RecordSource
-from tiercache.shard.difference import check_same_schema
-from tiercache.shard.types import Schema
+from tiercache.shard.schema import Schema, check_same_schema
 
 _SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "images": tuple(images.SUFFIXES),

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from tiercache.shard.types import Schema
+from tiercache.shard.schema import Schema
 
 
 @dataclass(frozen=True, slots=True)

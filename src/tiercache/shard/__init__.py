@@ -5,3 +5,5 @@ data, shard file) through `versions/commit` into a version. A read goes from `ve
 are) through `read/reader_pool` and `read/shard_reader` to blocks and values. `format/` has the bytes of both:
 `schema`, `column_types` and `conversion` say what a column holds.
 """
+
+from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiercache.shard.source import Bytes, address_of, aligned_empty
+from tiercache.shard.read.source import Bytes, address_of, aligned_empty
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from tiercache.errors import CorruptShard, NotFound, UnsupportedFormat
 from tiercache.model import OWN_FOLDER
-from tiercache.shard import manifest
-from tiercache.shard.segments import SegmentRef, ShardTable, read_segments
-from tiercache.shard.versions import VERSIONS_FOLDER, Version
+from tiercache.shard.versions import manifest
+from tiercache.shard.versions.manifest import VERSIONS_FOLDER, Version
+from tiercache.shard.versions.segments import SegmentRef, ShardTable, read_segments
 from tiercache.tier import placement, usage
 from tiercache.tier.below import prefix_store
 from tiercache.tier.columns import index_in, match_regex

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.cache import Cache, WarmProgress
-    from tiercache.shard.statistics import Statistics
-    from tiercache.shard.types import Schema
-    from tiercache.shard.values import ColumnValues
+    from tiercache.shard.format.statistics import Statistics
+    from tiercache.shard.read.values import ColumnValues
+    from tiercache.shard.schema import Schema
 
 
 class SourceSpec(Protocol):

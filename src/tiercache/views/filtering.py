@@ -14,15 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tiercache.errors import SchemaError
-from tiercache.shard.types import Kind
+from tiercache.shard.schema import Kind
 from tiercache.views.selection import Selection
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.order import BlockTable
-    from tiercache.shard.statistics import Statistics
-    from tiercache.shard.types import Column, Schema
+    from tiercache.shard.format.statistics import Statistics
+    from tiercache.shard.schema import Column, Schema
     from tiercache.views.contract import Readable
 
     Runs = tuple[NDArray[np.int64], NDArray[np.int64]]

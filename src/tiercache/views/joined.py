@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiercache.errors import SchemaError
-from tiercache.shard.joining import join_arrow, join_values
-from tiercache.shard.types import Schema
+from tiercache.shard.read.values import join_arrow, join_values
+from tiercache.shard.schema import Schema
 from tiercache.views.plans import PublishedPlans, merge_plans, part_of, root_of
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from tiercache.model import CloseListener, PublishedPlan, ReadingPlan, SourcePart
     from tiercache.order import BlockTable
     from tiercache.order.mixture import MixtureSpec
-    from tiercache.shard.blocks import Blocks
-    from tiercache.shard.statistics import Statistics
-    from tiercache.shard.values import ColumnValues
+    from tiercache.shard.format.statistics import Statistics
+    from tiercache.shard.read.blocks import Blocks
+    from tiercache.shard.read.values import ColumnValues
     from tiercache.views.contract import Readable, SourceSpec, VersionHandle
 
 # Number of threads that read footers of several sources in parallel.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-    from tiercache.shard.values import ColumnValues
+    from tiercache.shard.read.values import ColumnValues
     from tiercache.views.contract import Readable
 
 Stop = Literal["first", "all"]

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from tiercache.cache import WarmProgress
     from tiercache.model import CloseListener, PublishedPlan, ReadingPlan, SourcePart
-    from tiercache.shard.blocks import Blocks
-    from tiercache.shard.statistics import Statistics
-    from tiercache.shard.types import Schema
-    from tiercache.shard.values import ColumnValues
+    from tiercache.shard.format.statistics import Statistics
+    from tiercache.shard.read.blocks import Blocks
+    from tiercache.shard.read.values import ColumnValues
+    from tiercache.shard.schema import Schema
     from tiercache.views.contract import Readable, SourceSpec, VersionHandle
 
 _NO_BLOCKS = BlockTable(np.empty(0, np.int64), np.empty(0, np.int64))

@@ -1,0 +1,294 @@
+"""Blocks: loaded and decoded blocks, as addresses for the native gather and as Arrow arrays."""
+
+from __future__ import annotations
+
+import copy
+import mmap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from tiercache._native import gather
+from tiercache.errors import CorruptShard
+from tiercache.shard.column_types import build_array
+from tiercache.shard.format.layout import Footer
+from tiercache.shard.read.chunks import Addresses, LoadedChunks
+from tiercache.shard.schema import VAR, Kind, Schema, Stream
+
+Indices: TypeAlias = npt.NDArray[np.uint32]
+_MEMORY_PAGE_BYTES = np.uint64(mmap.PAGESIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """Reference that Arrow buffers hold: the owners of the bytes to which the buffers point."""
+
+    owners: tuple[Any, ...]
+
+
+class Blocks:
+    """Loaded blocks of a shard, with some of its columns.
+
+    Immutable and thread-safe. The object keeps its memory until it is dropped; a mapping pins its file without a file
+    descriptor.
+
+    Attributes:
+        schema: Schema of the shard.
+        url: URL of the shard, for errors.
+        blocks: Numbers of the blocks in the shard.
+        columns: Indices of the columns in the schema.
+        n_rows: int64[n_blocks], number of records of each block.
+        streams: Streams of the columns, in order.
+        addresses: uint64[n_streams, n_blocks, 3], (values, offsets, number of elements) of each stream and block, 0 if
+            there is none; an argument of the native gather.
+        private_bytes: Number of bytes of memory that is not a mapping.
+        is_local: Whether the blocks were read from a local copy.
+        tells_residence: See LocalCopy.reports_residency; False without a local copy.
+    """
+
+    def __init__(
+        self, footer: Footer, url: str, blocks: tuple[int, ...], columns: tuple[int, ...], loaded: LoadedChunks
+    ) -> None:
+        self.schema: Schema = footer.schema
+        self.url = url
+        self.blocks = blocks
+        self.columns = columns
+        self.private_bytes = loaded.private_bytes
+        self.is_cached = loaded.copy is not None
+        self.reports_residency = loaded.copy is not None and loaded.copy.reports_residency
+        self.n_rows: npt.NDArray[np.int64] = footer.block_records[list(blocks)].astype(np.int64)
+        self.streams: tuple[Stream, ...] = tuple(s for c in columns for s in footer.schema.columns[c].streams(c))
+        self._footer = footer
+        self._bases = loaded.addresses.reshape(len(blocks), len(columns))
+        mapped_bytes = np.zeros_like(loaded.addresses) if loaded.mapped_bytes is None else loaded.mapped_bytes
+        self._mapped_bytes = mapped_bytes.reshape(self._bases.shape)
+        self._pages: Addresses | None = None
+        self._memory = _Memory(tuple(loaded.owners))
+        self._unchecked = loaded.pending_checks
+        self._arrays: dict[tuple[int, int], pa.Array] = {}
+        self.addresses = self._find()
+
+    def _find(self) -> Addresses:
+        addresses = np.zeros((len(self.streams), len(self.blocks), 3), np.uint64)
+        position = {column: number for number, column in enumerate(self.columns)}
+        for number, stream in enumerate(self.streams):
+            bases = self._bases[:, position[stream.column]]
+            first = self._footer.chunks["first_buffer"][list(self.blocks), stream.column]
+            values = self._footer.buffers[first + np.uint64(stream.values_buffer)]
+            addresses[number, :, 0] = bases + values[:, 0]
+            if stream.role == "valid":
+                addresses[number, values[:, 1] == 0, 0] = 0
+            if stream.offsets_buffer is not None:
+                addresses[number, :, 1] = bases + self._footer.buffers[first + np.uint64(stream.offsets_buffer), 0]
+                addresses[number, :, 2] = values[:, 1] // np.uint64(stream.width_bytes)
+        return addresses
+
+    def select(self, blocks: Sequence[int]) -> Blocks:
+        """Return some of the blocks over the same memory. This object must hold all blocks of its shard.
+
+        Raises IndexError if a block does not exist.
+        """
+        chosen = tuple(blocks)
+        if chosen == self.blocks:
+            return self
+        check_indices("blocks", chosen, len(self.blocks))
+        found = copy.copy(self)
+        found._choose(chosen)  # noqa: SLF001 -- a method of the same class
+        return found
+
+    def _choose(self, chosen: tuple[int, ...]) -> None:
+        """Restrict this object to the chosen blocks. Only the caller holds a reference to it yet."""
+        places = np.array(chosen, np.int64)
+        self.blocks, self.n_rows = tuple(map(int, chosen)), self.n_rows[places]
+        self.addresses = np.ascontiguousarray(self.addresses[:, places])
+        self._bases, self._mapped_bytes = self._bases[places], self._mapped_bytes[places]
+        self._unchecked = None if self._unchecked is None else self._unchecked.select(places, len(self.columns))
+        self._pages, self._arrays = None, {}
+
+    @property
+    def pages(self) -> Addresses:
+        """Memory pages that the mapped chunks occupy: uint64[m, 2]. See merge_pages."""
+        if self._pages is None:
+            self._pages = merge_pages(self._bases.ravel(), self._mapped_bytes.ravel())
+        return self._pages
+
+    @property
+    def pending_checks(self) -> Addresses | None:
+        """Pending checks for the gather: uint64[n_streams, n_blocks, 4] as gather.pyi describes; None if none are left.
+
+        Each access computes the checks again, because each gather checks what it touches: about 20 us for 100 chunks.
+        """
+        rows = None if self._unchecked is None else self._unchecked.rows()
+        if rows is None:
+            return None
+        position = {column: number for number, column in enumerate(self.columns)}
+        numbers = [position[stream.column] for stream in self.streams]
+        by_column = rows.reshape(len(self.blocks), len(self.columns), 4).transpose(1, 0, 2)
+        return np.ascontiguousarray(by_column[numbers])
+
+    def reset_checks(self) -> None:
+        """Mark all pages of the blocks as unchecked. A caller that has read an invalid value uses this.
+
+        A file may have been damaged since its pages were checked.
+        """
+        if self._unchecked is not None:
+            self._unchecked.reset()
+
+    def reset_old_checks(self, age_s: float) -> None:
+        """Mark all pages of the shard as unchecked if a page may have been checked more than age_s seconds ago."""
+        if self._unchecked is not None:
+            self._unchecked.reset_if_older(age_s)
+
+    def reset_if_written(self) -> int | None:
+        """Mark all pages as unchecked if the file has been written to since they were checked.
+
+        Returns:
+            LocalCopy.changed_ns() to which `checks` now refer; None if there are no pending checks at all.
+        """
+        return None if self._unchecked is None else self._unchecked.reset_if_written()
+
+    def column_streams(self, column: int) -> slice:
+        """Return the slice of `streams` that belongs to a column, given by its index in the schema."""
+        numbers = [number for number, stream in enumerate(self.streams) if stream.column == column]
+        return slice(numbers[0], numbers[-1] + 1) if numbers else slice(0)
+
+    def array(self, position: int, column: int) -> pa.Array:
+        """Return a column of a block as an Arrow array, without a copy. The array keeps the block's memory alive.
+
+        Args:
+            position: Position of the block in `blocks`.
+            column: Index of the column in the schema.
+
+        Raises:
+            CorruptShard: A page does not match its checksum, offsets decrease or exceed the chunk, or the buffers of a
+                nested column are inconsistent. All values are checked, because Arrow uses them unchecked.
+        """
+        if self.schema.columns[column].kind is not Kind.ARROW:
+            return self._build(position, column)  # built at each call, because the file of a mapping may have changed
+        key = (position, column)
+        if key not in self._arrays:
+            self._arrays[key] = self._build(position, column)
+        return self._arrays[key]
+
+    def _build(self, position: int, column: int) -> pa.Array:
+        block, kind = self.blocks[position], self.schema.columns[column]
+        n_nodes, n_buffers = kind.layout()
+        row = self._footer.chunks[block, column]
+        nodes = self._footer.nodes[int(row["first_node"]) :][:n_nodes].tolist()
+        self._check_whole(position, column)
+        base = int(self._bases[position, self.columns.index(column)])
+        buffers = [
+            pa.foreign_buffer(base + offset, length, self._memory)
+            for offset, length in self._footer.buffers[int(row["first_buffer"]) :][:n_buffers].tolist()
+        ]
+        try:
+            array = build_array(kind.storage_type, iter(nodes), iter(buffers))
+            # Arrow code relies on valid UTF-8, and on a null count that equals that of the validity bits.
+            if kind.nullable or kind.kind in (Kind.ARROW, Kind.STR, Kind.JSON):
+                array.validate(full=True)
+        except (pa.ArrowException, ValueError) as error:
+            raise CorruptShard(
+                f"not an array of {kind}: {error}", url=self.url, block=block, column=kind.name
+            ) from error
+        if isinstance(kind.arrow.type, pa.BaseExtensionType):
+            return pa.ExtensionArray.from_storage(kind.arrow.type, array)
+        return array
+
+    def raise_damage(self, column: int, block: Indices, row: Indices) -> None:
+        """Raise CorruptShard for the first of these rows of a column that is damaged; return if none is.
+
+        Args:
+            column: Index of the column in the schema.
+            block: uint32[n], positions of the rows' blocks in `blocks`.
+            row: uint32[n], the rows in their blocks.
+        """
+        checks = self.pending_checks
+        for number, stream in enumerate(self.streams):
+            if stream.column != column:
+                continue
+            check = None if checks is None else checks[number]
+            found = gather.locate(stream.kind, stream.width_bytes, self.addresses[number], check, block, row)
+            if found is not None:
+                raise CorruptShard(
+                    damage_message(found[1]),
+                    url=self.url,
+                    block=self.blocks[int(block[found[0]])],
+                    column=self.schema.columns[column].name,
+                )
+
+    def _check_whole(self, position: int, column: int) -> None:
+        """Check the pages and the offsets of a block's column, before Arrow reads it."""
+        place, name = position * len(self.columns) + self.columns.index(column), self.schema.columns[column].name
+        left = None if self._unchecked is None else self._unchecked.rows()
+        if left is not None:
+            try:
+                page = gather.check_chunk(left[place])
+            except OSError as error:
+                message = f"the local copy cannot be read: {error.strerror}"
+                raise CorruptShard(message, url=self.url, block=self.blocks[position], column=name) from error
+            if page is not None:
+                raise CorruptShard(damage_message(page), url=self.url, block=self.blocks[position], column=name)
+        for number, stream in enumerate(self.streams):
+            if stream.column == column and stream.kind == VAR:
+                check_offsets(self, number, position)
+
+
+def merge_pages(addresses: Addresses, n_bytes: Addresses) -> Addresses:
+    """Return the memory pages that ranges occupy, with adjacent pages merged and no page twice.
+
+    Args:
+        addresses: uint64[n], start addresses. Two ranges may be equal, but must not overlap otherwise.
+        n_bytes: uint64[n], lengths in bytes. Empty ranges are ignored.
+
+    Returns:
+        uint64[m, 2], (address, bytes), ascending, multiples of the page size.
+    """
+    is_filled = n_bytes > 0
+    starts = addresses[is_filled]
+    ends = starts + n_bytes[is_filled]
+    if not (starts[1:] > starts[:-1]).all():  # the chunks of a shard are usually in file order
+        order = np.argsort(starts)
+        starts, ends = starts[order], ends[order]
+    starts = starts // _MEMORY_PAGE_BYTES * _MEMORY_PAGE_BYTES
+    ends = (ends + (_MEMORY_PAGE_BYTES - np.uint64(1))) // _MEMORY_PAGE_BYTES * _MEMORY_PAGE_BYTES
+    is_first, is_last = np.ones((2, len(starts)), bool)
+    is_first[1:] = is_last[:-1] = starts[1:] > ends[:-1]  # other ranges share a page or are adjacent
+    return np.stack([starts[is_first], ends[is_last] - starts[is_first]], axis=1)
+
+
+def check_indices(what: str, numbers: Iterable[int], n: int) -> None:
+    """Raise IndexError if a number is not in [0, n)."""
+    for number in numbers:
+        if not 0 <= number < n:
+            raise IndexError(f"{what} must be 0 to {n - 1}, got {number}")
+
+
+def damage_message(page: int | None) -> str:
+    """Return the description of damage that gather.locate found: a page with a wrong checksum, or None for offsets."""
+    return "offsets decrease or exceed the chunk" if page is None else f"CRC-32C of page {page} does not match"
+
+
+def check_offsets(blocks: Blocks, stream: int, position: int) -> None:
+    """Check that the offsets of a VAR stream do not decrease, and stay within the values of the block.
+
+    Args:
+        blocks: Loaded blocks.
+        stream: Index of the stream in blocks.streams.
+        position: Position of the block in blocks.blocks.
+
+    Raises:
+        CorruptShard: The offsets are invalid, or the mapping cannot be read.
+    """
+    column = blocks.schema.columns[blocks.streams[stream].column].name
+    address, n_rows = int(blocks.addresses[stream, position, 1]), int(blocks.n_rows[position])
+    try:
+        fits = gather.offsets_ok(address, n_rows, int(blocks.addresses[stream, position, 2]))
+    except OSError as error:
+        message = f"the local copy cannot be read: {error.strerror}"
+        raise CorruptShard(message, url=blocks.url, block=blocks.blocks[position], column=column) from error
+    if not fits:
+        raise CorruptShard(damage_message(None), url=blocks.url, block=blocks.blocks[position], column=column)

@@ -1,0 +1,325 @@
+"""Bytes of a shard, from a mapped local copy or by ranged reads; its footer; and the byte ranges of its columns."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from tiercache._native.residence import Mapping
+from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
+from tiercache.model import ByteRange, ShardIdentity, ShardInfo
+from tiercache.shard.format.layout import TAIL_BYTES, Footer, Tail
+from tiercache.store.contract import Lease, LocalStore, Span, Store
+from tiercache.store.posix import os_errors
+
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+_ALIGN_BYTES = 64
+# The kernel's file clock ticks every 1 to 10 ms, so two writes within a tick leave the same ctime. A ctime younger than
+# this does not identify a state of the file.
+MIN_CTIME_AGE_NS = 20_000_000
+# A longer length that was read from a file is compared with the store before memory of that length is allocated.
+_CLAIMED_BYTES = 1 << 20
+
+
+def aligned_empty(n_bytes: int) -> Bytes:
+    """Return uninitialised memory, uint8[n_bytes], whose address is a multiple of 64."""
+    memory = np.empty(n_bytes + _ALIGN_BYTES, np.uint8)
+    start = -address_of(memory) % _ALIGN_BYTES
+    return memory[start : start + n_bytes]
+
+
+def address_of(memory: npt.NDArray[Any]) -> int:
+    """Return the address of an array's memory."""
+    address: int = memory.__array_interface__["data"][0]
+    return address
+
+
+class LocalCopy:
+    """A lease on a local copy and, after the first call of mapped(), its mapping. Dropping the object closes the lease.
+
+    Loaded blocks keep only the mapping. The mapping holds no file descriptor, but like a lease it keeps the bytes of
+    the file and the flock(2) that the cache's evictor tests.
+    """
+
+    def __init__(self, lease: Lease, url: str) -> None:
+        self.lease = lease
+        self.n_bytes = lease.n_bytes
+        self._url = url
+        self._mapped: dict[str, Bytes] = {}
+        weakref.finalize(self, lease.close).atexit = False
+
+    def map_file(self) -> Bytes:
+        """Return the whole copy, read-only uint8[n_bytes]. The caller must not touch bytes that are not present yet.
+
+        Each call reads the size of the file (0.4 us). Reason: if a file is truncated in the middle of a memory page,
+        the rest of that page reads as zeros without a signal, although the page was checked before.
+
+        Two threads may both map the file at first; one mapping is kept. There is no lock, because a fork could leave it
+        locked.
+
+        Raises:
+            CorruptShard: The file is shorter than its lease states.
+        """
+        found = self._mapped.get("it")
+        if found is None:
+            try:
+                mapping = Mapping(self.lease.fd, self.n_bytes)
+            except OSError as error:
+                raise StoreError(f"cannot map the local copy: {error}", url=self._url) from error
+            found = self._mapped.setdefault("it", np.frombuffer(memoryview(mapping), np.uint8))
+        if os.fstat(self.lease.fd).st_size < self.n_bytes:
+            raise CorruptShard(f"the local copy is shorter than {self.n_bytes} bytes", url=self._url)
+        return found
+
+    def changed_ns(self) -> int:
+        """Return the ctime of the file in ns. Every write changes it, and no program can set it back.
+
+        Returns:
+            0 if the file was changed so recently that a further write may leave the same ctime.
+        """
+        changed_ns = os.fstat(self.lease.fd).st_ctime_ns
+        return changed_ns if time.time_ns() - changed_ns > MIN_CTIME_AGE_NS else 0
+
+    @cached_property
+    def reports_residency(self) -> bool:
+        """Whether mincore(2) reports page residency correctly: only for a file that the user owns or may write."""
+        return os.fstat(self.lease.fd).st_uid == os.geteuid() or os.access(f"/proc/self/fd/{self.lease.fd}", os.W_OK)
+
+    def read(self, spans: Sequence[Span]) -> None:
+        """Fill each span from the file with pread, so that a concurrent truncation raises an error and no SIGBUS.
+
+        Raises:
+            CorruptShard: The file ends before the end of a span.
+            StoreError: The disk failed.
+        """
+        for span, buffer in spans:
+            filled = 0
+            while filled < span.n_bytes:
+                try:
+                    n_read = os.preadv(self.lease.fd, [buffer[filled:]], span.start + filled)
+                except OSError as error:
+                    raise StoreError(f"reading the local copy failed: {error}", url=self._url) from error
+                if not n_read:
+                    raise CorruptShard(f"the local copy is truncated at byte {span.start + filled}", url=self._url)
+                filled += n_read
+
+
+class ByteSource:
+    """The bytes of an object of a store. Thread-safe without locks.
+
+    Attributes:
+        n_misses: Approximate number of reads whose bytes were not in the local copy yet. Concurrent threads may lose
+            counts.
+    """
+
+    def __init__(self, store: Store, key: str, identity: ShardIdentity | None) -> None:
+        self.url = f"{store.url.rstrip('/')}/{key}"
+        self.etag: str | None = None
+        self.n_misses = 0
+        self._store = store
+        self._key = key
+        self._copy: LocalCopy | None = None
+        if isinstance(store, LocalStore):
+            lease = store.open_local(key, identity)
+            self._copy = None if lease is None else LocalCopy(lease, self.url)
+
+    @property
+    def local_copy(self) -> LocalCopy | None:
+        """The local copy; None if there is none."""
+        return self._copy
+
+    def prefetch(self, ranges: Sequence[ByteRange]) -> None:
+        """Start fetching ranges into the local copy, if there is one."""
+        if self._copy is not None:
+            self._copy.lease.prefetch(ranges)
+
+    def ensure_cached(self, ranges: Sequence[ByteRange], deadline_s: float | None) -> LocalCopy | None:
+        """Return the local copy after these ranges are present; None if the caller must read() them from the store."""
+        copy = self._copy
+        if copy is None:
+            return None
+        if not copy.lease.present(ranges):
+            self.n_misses += 1
+            copy.lease.prefetch(ranges)
+        with os_errors("open the local copy", self.url):  # wait() may open the file that was fetched
+            return copy if copy.lease.wait(ranges, deadline_s=deadline_s) else None
+
+    def read(self, spans: Sequence[Span], deadline_s: float | None) -> None:
+        """Fill each span from the store. If tail() has read an ETag, an object that has changed since is an error.
+
+        Raises:
+            CorruptShard: The object ends before the end of a span.
+            StoreError: See Store.read_into.
+        """
+        try:
+            self._store.read_into(self._key, spans, if_match=self.etag, deadline_s=deadline_s)
+        except (NotFound, ObjectChanged):
+            raise
+        except StoreError as error:
+            end = max(span.end for span, _ in spans)
+            # A permanent error does not tell whether the object is too short; head() does.
+            if not error.retryable and self._store.head(self._key).n_bytes < end:
+                raise CorruptShard(f"is truncated: {end} bytes expected", url=self.url, part="file") from error
+            raise
+
+    def tail(self, n_bytes: int) -> tuple[bytes, int]:
+        """Return the last n_bytes of the object (or all of it, if it is shorter) and its size, with one request.
+
+        The ETag of the response is kept for later reads.
+        """
+        copy = self._copy
+        if copy is not None:
+            span = ByteRange(max(copy.n_bytes - n_bytes, 0), copy.n_bytes)
+            if self.ensure_cached([span], None) is not None:
+                data = bytearray(span.n_bytes)
+                copy.read([(span, memoryview(data))])
+                return bytes(data), copy.n_bytes
+        data_read, info = self._store.read_tail(self._key, n_bytes)
+        self.etag = info.etag
+        return data_read, info.n_bytes
+
+    def range(self, start: int, end: int) -> bytes:
+        """Return the bytes [start, end) of the object.
+
+        Raises:
+            CorruptShard: The object is shorter.
+            StoreError: See Store.read_into.
+        """
+        span = ByteRange(start, end)
+        if span.n_bytes > _CLAIMED_BYTES:
+            self._check_length(span)
+        data = bytearray(span.n_bytes)
+        copy = self.ensure_cached([span], None)
+        if copy is not None:
+            copy.read([(span, memoryview(data))])
+        else:
+            self.read([(span, memoryview(data))], None)
+        return bytes(data)
+
+    def _check_length(self, span: ByteRange) -> None:
+        copy = self._copy
+        if copy is None or not copy.lease.present([span]):
+            n_bytes = self._store.head(self._key).n_bytes
+            if n_bytes < span.end:
+                message = f"has {n_bytes} bytes, but its data set or its tail states {span.end} or more"
+                raise CorruptShard(message, url=self.url, part="file")
+
+    def close(self) -> None:
+        """Drop the reference to the local copy. The copy stays open while others hold it."""
+        self._copy = None
+
+
+# Without a data set's description of the shard, the length of the footer is unknown. This many bytes from the end
+# contain nearly every footer, so one request is sufficient.
+TAIL_GUESS_BYTES = 64 << 10
+
+
+def read_footer(source: ByteSource, info: ShardInfo | None) -> tuple[Footer, Tail]:
+    """Return footer and tail of a shard, with one ranged read if info is given, and at most two otherwise.
+
+    If data from a store fails its checksum, it is fetched once more, because it may have been damaged in transit. Data
+    of a local copy is not read again: the caller drops the copy and opens the shard again.
+
+    Raises:
+        CorruptShard, UnsupportedFormat: The object is not a shard that this release reads.
+    """
+    try:
+        return _read_footer(source, info)
+    except CorruptShard:
+        copy = source.local_copy
+        if copy is not None and copy.lease.present([ByteRange(max(copy.n_bytes - TAIL_BYTES, 0), copy.n_bytes)]):
+            raise
+    return _read_footer(source, info)
+
+
+def _read_footer(source: ByteSource, info: ShardInfo | None) -> tuple[Footer, Tail]:
+    if info is None:
+        data, n_bytes = source.tail(TAIL_GUESS_BYTES)
+    else:
+        _check_row(source, info)
+        data, n_bytes = source.range(info.footer_offset, info.n_bytes), info.n_bytes
+    tail = Tail.parse(data[-TAIL_BYTES:], n_bytes, source.url)
+    if info is not None and tail.footer_offset != info.footer_offset:
+        message = "its tail and its data set state different positions of the footer"
+        raise CorruptShard(message, url=source.url, part="tail")
+    have = n_bytes - len(data)
+    if tail.footer_offset < have:
+        data = source.range(tail.footer_offset, have) + data
+        have = tail.footer_offset
+    start = tail.footer_offset - have
+    return Footer.parse(memoryview(data)[start : start + tail.footer_bytes], tail, source.url), tail
+
+
+def fetch_footer(store: Store, key: str, info: ShardInfo) -> Footer:
+    """Return the footer of a shard that is read later, with one ranged request that bypasses any local copy.
+
+    Raises:
+        NotFound, StoreError: The store failed.
+        CorruptShard, UnsupportedFormat: The object is not the shard that info describes.
+    """
+    source = ByteSource(store, key, None)
+    try:
+        footer, _ = read_footer(source, info)
+    finally:
+        source.close()
+    check_identity(footer, info, None, source.url)
+    return footer
+
+
+def _check_row(source: ByteSource, info: ShardInfo) -> None:
+    copy = source.local_copy
+    if copy is not None and copy.n_bytes != info.n_bytes:
+        message = f"has {copy.n_bytes} bytes, its data set states {info.n_bytes}"
+        raise CorruptShard(message, url=source.url, part="file")
+    end = info.footer_offset + info.footer_bytes + TAIL_BYTES
+    if info.footer_offset < 0 or info.footer_bytes < 0 or end != info.n_bytes:
+        raise CorruptShard("its data set's row states an inconsistent footer or size", url=source.url, part="segment")
+
+
+def check_identity(footer: Footer, info: ShardInfo | None, identity: ShardIdentity | None, url: str) -> None:
+    """Check that a footer belongs to the shard that the data set describes.
+
+    Args:
+        footer: Footer that was read.
+        info: The data set's description of the shard, or None.
+        identity: Identity under which the cache keeps the shard, or None.
+        url: URL of the shard, for errors.
+
+    Raises:
+        CorruptShard: The footer belongs to another shard, or states another number of records.
+    """
+    shard_id = footer.shard_id.hex()
+    for named in (info, identity):
+        if named is not None and named.shard_id != shard_id:
+            message = f"is shard {shard_id}, its data set states {named.shard_id}"
+            raise CorruptShard(message, url=url, part="footer")
+    if info is not None and info.n_records != footer.n_records:
+        message = f"has {footer.n_records} records, its data set states {info.n_records}"
+        raise CorruptShard(message, url=url, part="footer")
+
+
+# Columns that occupy at least 15/16 of a shard are not fetched by ranges: the whole shard takes the same time, and
+# other readers can use it.
+_MOST, _OF = 15, 16
+# Ranges with a smaller gap are merged, because the bytes between cost less than another request.
+_GAP_BYTES = 16 << 10
+
+
+def column_ranges(footer: Footer, info: ShardInfo, columns: Sequence[int]) -> tuple[ByteRange, ...] | None:
+    """Return the ranges of all blocks of these columns and of the footer; None if they are nearly the whole shard."""
+    chunks = footer.chunks[:, list(columns)].ravel()
+    starts = np.sort(chunks["offset"].astype(np.int64))
+    ends = (chunks["offset"] + chunks["stored"]).astype(np.int64)[np.argsort(chunks["offset"], kind="stable")]
+    starts, ends = np.append(starts, info.footer_offset), np.append(ends, info.n_bytes)
+    breaks = np.flatnonzero(starts[1:] > ends[:-1] + _GAP_BYTES) + 1
+    first, last = np.append(0, breaks), np.append(breaks, len(starts)) - 1
+    if int((ends[last] - starts[first]).sum()) * _OF >= info.n_bytes * _MOST:
+        return None
+    return tuple(map(ByteRange, starts[first].tolist(), ends[last].tolist()))

@@ -1,0 +1,395 @@
+"""Values as users get them: numpy arrays, bytes, text and objects, in the order of the request.
+
+All arrays are new, writable and owned by the caller. In a record, a null is None. In a batch, a null is zero (None in a
+list), and the array "<column>.valid" is False for it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from tiercache._native import gather
+from tiercache.errors import CorruptShard, SchemaError
+from tiercache.shard.conversion import ServedColumns, cast_kind, raise_cast_error
+from tiercache.shard.read.blocks import Blocks
+from tiercache.shard.schema import Column, Kind
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tiercache.shard.schema import Schema
+
+
+Indices: TypeAlias = npt.NDArray[np.uint32]
+Addresses: TypeAlias = npt.NDArray[np.uint64]
+# Addresses of several streams: one array, or a sequence with one array per stream.
+StreamAddresses: TypeAlias = Addresses | Sequence[Addresses]
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnValues:
+    """n values of a column.
+
+    Attributes:
+        column: The column as it is served.
+        values: Array [n, ...], bfloat16 torch tensor, or list.
+        valid: bool[n] if the column is nullable, otherwise None.
+    """
+
+    column: Column
+    values: Any
+    valid: npt.NDArray[np.bool_] | None = None
+
+    def record(self, index: int) -> Any:
+        """Return the value at index, in its own memory; None for a null."""
+        if self.valid is not None and not self.valid[index]:
+            return None
+        value = self.values[index]
+        if len(self.values) > 1 and isinstance(value, np.ndarray):
+            return value.copy()
+        return value.clone() if hasattr(value, "clone") else value
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of a column: the addresses and checks of its streams in some blocks, and the (block, row) of each row.
+
+    Attributes:
+        column: The column as it is stored.
+        served: The column as it is served, cast or not.
+    """
+
+    addresses: StreamAddresses
+    checks: StreamAddresses | None
+    block: Indices
+    row: Indices
+    column: Column
+    served: Column
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def at(self, stream: int) -> tuple[Addresses, Indices, Indices]:
+        """Return the kernel's arguments for a stream of the column."""
+        return self.addresses[stream], self.block, self.row
+
+    def check(self, stream: int) -> Addresses | None:
+        """Return the pending checks of a stream."""
+        return None if self.checks is None else self.checks[stream]
+
+    def fixed(self, stream: int, width_bytes: int) -> npt.NDArray[np.uint8]:
+        """Return width_bytes of each row, concatenated."""
+        out = np.empty(len(self) * width_bytes, np.uint8)
+        if width_bytes:
+            gather.gather(gather.FIXED, width_bytes, *self.at(stream), out, checks=self.check(stream))
+        return out
+
+    def flags(self, stream: int) -> npt.NDArray[np.bool_]:
+        """Return the bit of each row."""
+        out = np.empty(len(self), np.uint8)
+        gather.gather(gather.BITS, 0, *self.at(stream), out, checks=self.check(stream))
+        return out.view(np.bool_)
+
+    def numbers(self) -> npt.NDArray[Any]:
+        """Return the served elements of all rows of a column whose rows have equal lengths."""
+        out = np.empty(len(self) * self.served.n_elements, self.served.stored)
+        if out.size:
+            kind = gather.BITS if self.column.kind is Kind.BOOL else gather.FIXED
+            kind = cast_kind(kind, self.column, self.served)
+            gather.gather(kind, self.column.row_bytes, *self.at(0), out.view(np.uint8), checks=self.check(0))
+        return out
+
+    def elements(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+        """Return the offsets, int64[n + 1], and the served elements of all rows of a RAGGED column."""
+        offsets = gather.measure(*self.at(0), self.check(0))
+        out = np.empty(int(offsets[-1]), self.served.stored)
+        kind, width_bytes = cast_kind(gather.VAR, self.column, self.served), self.column.stored.itemsize
+        gather.gather(kind, width_bytes, *self.at(0), out.view(np.uint8), offsets, self.check(0))
+        return offsets, out
+
+
+def gather_values(
+    column: Column,
+    addresses: StreamAddresses,
+    block: Indices,
+    row: Indices,
+    *,
+    url: str,
+    checks: StreamAddresses | None = None,
+    served: Column | None = None,
+) -> ColumnValues:
+    """Return the values of rows of a column, which may be in blocks of different shards. Not for ARROW columns.
+
+    Args:
+        column: The column as it is stored.
+        addresses: uint64[n_streams of the column, n_blocks, 3], as Blocks.addresses. The caller keeps the memory alive.
+        block: uint32[n], index of each row's block in addresses, below n_blocks.
+        row: uint32[n], number of the row in its block.
+        url: URL for errors.
+        checks: Pending checks of pages, as Blocks.pending_checks; None if nothing is left to check.
+        served: The column as it is served, if it is cast.
+
+    Raises:
+        CorruptShard: The mapping cannot be read, the checksum of a page does not match, or a value is invalid.
+        SchemaError: The column has dtype bfloat16 and torch is not imported; or a value has no equal in the dtype to
+            which it is cast.
+    """
+    served = served or column
+    with as_corrupt_shard(column, url):
+        rows = _Rows(addresses, checks, block, row, column, served)
+        valid = rows.flags(-1) if column.nullable else None
+        try:
+            values = _HOW[column.kind](served, rows)
+        except gather.CastError:
+            stored = replace(rows, served=column)
+            elements = stored.elements()[1] if column.kind is Kind.RAGGED else stored.numbers()
+            raise_cast_error(column, served.dtype or "", elements)
+        if valid is not None and not valid.all():
+            _blank(values, valid)
+    return ColumnValues(served, values, valid)
+
+
+@contextmanager
+def as_corrupt_shard(column: Column, url: str) -> Iterator[None]:
+    """Turn the errors of reading values into CorruptShard."""
+    try:
+        yield
+    except OSError as error:
+        raise CorruptShard(f"the local copy cannot be read: {error.strerror}", url=url, column=column.name) from error
+    except (gather.CorruptError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, _NotAShapeError) as error:
+        raise CorruptShard(str(error), url=url, column=column.name) from error
+
+
+class _NotAShapeError(ValueError):
+    """The shape of a ragged record does not match its number of elements."""
+
+
+def _blank(values: Any, valid: npt.NDArray[np.bool_]) -> None:
+    if isinstance(values, list):
+        for index in np.flatnonzero(~valid).tolist():
+            values[index] = None
+    elif isinstance(values, np.ndarray):
+        values[~valid] = 0
+    else:
+        for index in np.flatnonzero(~valid).tolist():  # values is a torch tensor
+            values[index] = 0
+
+
+def _numbers(column: Column, rows: _Rows) -> Any:
+    return _as_dtype(column, rows.numbers().reshape(len(rows), *(d or 0 for d in column.shape)))
+
+
+def _as_dtype(column: Column, stored: npt.NDArray[Any]) -> Any:
+    """Return stored elements as elements of the column's dtype."""
+    if column.dtype == "bool":
+        return stored.view(np.bool_) if column.kind is Kind.BOOL else stored != 0  # a tensor's byte may have any value
+    if column.dtype != "bfloat16":
+        return stored
+    torch = sys.modules.get("torch")
+    if torch is None:
+        message = "values of dtype bfloat16 are torch tensors: import torch first (numpy has no such dtype)"
+        raise SchemaError(message, column=column.name, expected="torch", got="no torch")
+    return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
+
+
+def _ragged(column: Column, rows: _Rows) -> list[Any]:
+    offsets, flat = rows.elements()
+    n_dimensions = len(column.shape)
+    shapes = rows.fixed(1, 4 * n_dimensions).view(np.dtype("<i4")).reshape(len(rows), n_dimensions)
+    _check_shapes(column, shapes, np.diff(offsets))
+    elements = _as_dtype(column, flat)
+    bounds, dimensions = offsets.tolist(), shapes.tolist()
+    return [
+        elements[start:end].reshape(shape) for start, end, shape in zip(bounds, bounds[1:], dimensions, strict=False)
+    ]
+
+
+def _check_shapes(column: Column, shapes: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> None:
+    # An int64 product may wrap around to the correct number; a float64 product cannot.
+    wrong = (shapes < 0).any(axis=1) | (shapes.prod(axis=1, dtype=np.int64) != lengths)
+    wrong |= shapes.prod(axis=1, dtype=np.float64) != lengths
+    for number, dimension in enumerate(column.shape):
+        if dimension is not None:
+            wrong |= shapes[:, number] != dimension
+    if wrong.any():
+        index = int(np.argmax(wrong))
+        raise _NotAShapeError(
+            f"{lengths[index]} elements of the shape {tuple(shapes[index].tolist())} are not {column}"
+        )
+
+
+def _bytes(_: Column, rows: _Rows) -> list[Any]:
+    return gather.gather_bytes(*rows.at(0), rows.check(0))
+
+
+def _texts(_: Column, rows: _Rows) -> list[Any]:
+    return gather.gather_str(*rows.at(0), rows.check(0))
+
+
+def _objects(column: Column, rows: _Rows) -> list[Any]:
+    # A null has no text to parse.
+    return [json.loads(text) if text else None for text in _bytes(column, rows)]
+
+
+_HOW = {
+    Kind.SCALAR: _numbers,
+    Kind.TENSOR: _numbers,
+    Kind.BOOL: _numbers,
+    Kind.RAGGED: _ragged,
+    Kind.BYTES: _bytes,
+    Kind.IMAGE: _bytes,
+    Kind.STR: _texts,
+    Kind.JSON: _objects,
+}
+
+
+def arrow_values(column: Column, arrays: Sequence[pa.Array], block: Indices, row: Indices) -> ColumnValues:
+    """Return the values of rows of an ARROW column as Python objects.
+
+    Args:
+        column: The column.
+        arrays: Arrow arrays, one per block.
+        block: uint32[n], index of each row's block in arrays.
+        row: uint32[n], number of the row in its block.
+
+    Raises:
+        SchemaError: Python has no object for a value, such as a timestamp in the year 20000.
+    """
+    values: list[Any] = [None] * len(row)
+    for number in np.unique(block).tolist():
+        places = np.flatnonzero(block == number)
+        try:
+            found = arrays[number].take(pa.array(row[places])).to_pylist()
+        except (OverflowError, ValueError) as error:
+            message = f"Python cannot hold a value of the type {column}: {error}; read it as Arrow, with to_arrow()"
+            raise SchemaError(message, column=column.name) from error
+        for place, value in zip(places.tolist(), found, strict=True):
+            values[place] = value
+    valid = np.array([value is not None for value in values], np.bool_) if column.nullable else None
+    return ColumnValues(column, values, valid)
+
+
+def block_values(
+    blocks: Blocks, columns: Sequence[int], block: Indices, row: Indices, served: ServedColumns | None = None
+) -> list[ColumnValues]:
+    """Return the values of rows of loaded blocks, by column.
+
+    Args:
+        blocks: Loaded blocks.
+        columns: Indices of the columns in the schema; all of them must be loaded.
+        block: uint32[n], position of each row's block in blocks.blocks.
+        row: uint32[n], number of the row in its block.
+        served: Columns that are cast, as they are served.
+
+    Raises:
+        CorruptShard: See gather_values. The error also names the block if a page or an offset is wrong.
+        SchemaError: See gather_values and arrow_values.
+    """
+    found, checks = [], blocks.pending_checks
+    for number in columns:
+        column, part = blocks.schema.columns[number], blocks.column_streams(number)
+        if column.kind is Kind.ARROW:
+            arrays = [blocks.array(position, number) for position in range(len(blocks.blocks))]
+            found.append(arrow_values(column, arrays, block, row))
+            continue
+        left = None if checks is None else checks[part]
+        try:
+            other = (served or {}).get(column.name)
+            found.append(
+                gather_values(column, blocks.addresses[part], block, row, url=blocks.url, checks=left, served=other)
+            )
+        except CorruptShard as error:
+            if isinstance(error.__cause__, gather.CorruptError):
+                blocks.raise_damage(number, block, row)
+            raise
+    return found
+
+
+def as_batch(columns: Sequence[ColumnValues]) -> dict[str, Any]:
+    """Return the result of dataset[[...]]: column -> array or list, and "<column>.valid" for nullable columns."""
+    batch: dict[str, Any] = {}
+    for values in columns:
+        batch[values.column.name] = values.values
+        if values.valid is not None:
+            batch[f"{values.column.name}.valid"] = values.valid
+    return batch
+
+
+def as_records(columns: Sequence[ColumnValues]) -> list[dict[str, Any]]:
+    """Return the result of dataset[i] for each of the n records."""
+    n = len(columns[0].values) if columns else 0
+    return [{values.column.name: values.record(index) for values in columns} for index in range(n)]
+
+
+def join_values(parts: Sequence[Sequence[ColumnValues]], places: Sequence[NDArray[np.int64]]) -> list[ColumnValues]:
+    """Return the values of several reads as one result.
+
+    Args:
+        parts: Values by read and column.
+        places: Positions in the result of the values of each read; together a permutation of 0..n-1.
+    """
+    if len(parts) == 1:  # a single read has its values in order already
+        return list(parts[0])
+    n = sum(len(place) for place in places)
+    return [_join_column([part[c] for part in parts], places, n) for c in range(len(parts[0]))]
+
+
+def _join_column(parts: Sequence[ColumnValues], places: Sequence[NDArray[np.int64]], n: int) -> ColumnValues:
+    first, values = parts[0], _room(parts[0].values, n)
+    valid = None if first.valid is None else np.empty(n, np.bool_)
+    for part, place in zip(parts, places, strict=True):
+        if isinstance(values, list):
+            for at, value in zip(place.tolist(), part.values, strict=True):
+                values[at] = value
+        else:
+            values[place] = part.values
+        if valid is not None:
+            valid[place] = part.valid
+    return ColumnValues(first.column, values, valid)
+
+
+def _room(like: Any, n: int) -> Any:
+    if isinstance(like, list):
+        return [None] * n
+    if isinstance(like, np.ndarray):
+        return np.empty((n, *like.shape[1:]), like.dtype)
+    return like.new_empty((n, *like.shape[1:]))  # bfloat16 values are a torch tensor
+
+
+def empty_values(schema: Schema, served: ServedColumns) -> list[ColumnValues]:
+    """Return the values of zero records. served: Columns that are cast, as they are served."""
+    return [_none_of_column(column, served.get(column.name)) for column in schema.columns]
+
+
+def _none_of_column(column: Column, served: Column | None) -> ColumnValues:
+    if column.kind is Kind.ARROW:
+        return ColumnValues(column, [], np.empty(0, np.bool_) if column.nullable else None)
+    addresses = np.zeros((len(column.streams(0)), 1, 3), np.uint64)
+    nowhere = np.empty(0, np.uint32)
+    return gather_values(column, addresses, nowhere, nowhere, url="", served=served)
+
+
+def join_arrow(
+    parts: Sequence[Sequence[pa.Array]], places: Sequence[NDArray[np.int64]], schema: Schema
+) -> list[pa.Array]:
+    """Return the Arrow arrays of several reads as one result, by column. See join().
+
+    Without parts, the arrays are empty.
+    """
+    if not parts:
+        return [pa.array([], column.arrow.type) for column in schema.columns]
+    where = np.concatenate(places)
+    order = np.empty(len(where), np.int64)
+    order[where] = np.arange(len(where))
+    is_in_order = bool((where[1:] > where[:-1]).all())
+    columns = [pa.concat_arrays([part[c] for part in parts]) for c in range(len(parts[0]))]
+    return columns if is_in_order else [column.take(pa.array(order)) for column in columns]

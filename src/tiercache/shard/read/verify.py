@@ -1,0 +1,324 @@
+"""Verifies shards and data sets: every byte against the checksums, and every value against the type of its column."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from tiercache._native.checksum import crc32c, crc32c_pages
+from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
+from tiercache.model import ShardIdentity, ShardInfo
+from tiercache.shard.format import codec
+from tiercache.shard.format.layout import HEAD_BYTES, PAGE_BYTES, Footer, align, n_pages, parse_head
+from tiercache.shard.format.statistics import ColumnStatistics, invalid_statistics
+from tiercache.shard.read.blocks import Blocks, check_offsets
+from tiercache.shard.read.chunks import LoadedChunks
+from tiercache.shard.read.source import Bytes, ByteSource, address_of, aligned_empty, check_identity, read_footer
+from tiercache.shard.read.values import gather_values
+from tiercache.shard.schema import VAR, Column, Kind
+from tiercache.shard.versions.manifest import Version, latest, read_shards, read_version
+from tiercache.shard.versions.segments import ShardTable
+from tiercache.store.contract import Store
+
+_PIECE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Damage that was found in a shard, or in a segment or version of a data set.
+
+    Attributes:
+        url: URL of the damaged object.
+        part: "head", "footer", "tail", "file", "chunk", "segment" or "version".
+        message: Description of the damage.
+        block: Number of the block, if known.
+        column: Name of the column, if known.
+    """
+
+    url: str
+    part: str
+    message: str
+    block: int | None = None
+    column: str | None = None
+
+
+def finding_of(error: CorruptShard | UnsupportedFormat, part: str = "") -> Finding:
+    """Return an error as a finding. part: Damaged part, for an error that does not name it."""
+    facts = error.facts
+    return Finding(facts["url"], facts.get("part") or part, facts["reason"], facts.get("block"), facts.get("column"))
+
+
+def verify_shard(
+    store: Store, key: str, info: ShardInfo | None = None, identity: ShardIdentity | None = None
+) -> Iterator[Finding]:
+    """Yield all damage of a shard; nothing if it is intact.
+
+    The function checks head, footer and tail, the checksums of all chunks and pages, and that chunks decode to valid
+    arrays of their columns. With info or identity, it also checks that the shard is the expected one and that the
+    CRC-32C of the whole file matches. It reads each byte once, in large requests, and holds about a block in memory.
+
+    Args:
+        store: Store of the shard.
+        key: Key of the shard.
+        info: The data set's description of the shard, or None.
+        identity: Identity under which a cache keeps the shard, or None.
+
+    Raises:
+        NotFound: There is no such object.
+        StoreError: The store failed.
+    """
+    source = ByteSource(store, key, identity)
+    try:
+        yield from _Verification(source, info, identity).findings()
+    finally:
+        source.close()
+
+
+class _Verification:
+    def __init__(self, source: ByteSource, info: ShardInfo | None, identity: ShardIdentity | None) -> None:
+        self._source = source
+        self._info = info
+        self._identity = identity
+        self._crc = self._position = self._file_bytes = 0
+        self._ahead: Bytes = np.zeros(0, np.uint8)
+        self._counted: dict[str, ColumnStatistics] = {}  # only columns without damage so far
+
+    def findings(self) -> Iterator[Finding]:
+        """Yield all damage in file order, but the footer first, because the other checks need it."""
+        try:
+            footer, tail = read_footer(self._source, None)
+            self._file_bytes = tail.file_bytes
+            check_identity(footer, self._info, self._identity, self._source.url)
+        except (CorruptShard, UnsupportedFormat) as error:
+            yield finding_of(error, "footer")
+            return
+        info = self._info
+        if info is not None and (info.footer_offset, info.footer_bytes) != (tail.footer_offset, tail.footer_bytes):
+            message = (
+                f"its data set's row states 'footer_offset' {info.footer_offset} and 'footer_bytes' "
+                f"{info.footer_bytes}, its tail {tail.footer_offset} and {tail.footer_bytes}"
+            )
+            yield Finding(self._source.url, "segment", message)
+        try:
+            head = parse_head(self._read_to(HEAD_BYTES).tobytes(), self._source.url)
+            if head != footer.shard_id:
+                yield Finding(self._source.url, "head", "head and footer name different shards")
+        except (CorruptShard, UnsupportedFormat) as error:
+            yield finding_of(error, "head")
+        self._counted = {column.name: ColumnStatistics(column) for column in footer.schema.columns}
+        for block in range(footer.n_blocks):
+            yield from self._block(footer, block)
+        yield from self._check_statistics(footer)
+        yield from self._rest()
+
+    def _read_to(self, end: int) -> Bytes:
+        """Return the bytes from the end of the previous call to end, and add them to the checksum of the file.
+
+        Each request to the store reads at least _PIECE_BYTES.
+        """
+        n_bytes = end - self._position
+        if n_bytes > len(self._ahead):
+            start = self._position + len(self._ahead)
+            stop = max(end, min(start + _PIECE_BYTES, self._file_bytes))
+            self._ahead = np.concatenate([self._ahead, np.frombuffer(self._source.range(start, stop), np.uint8)])
+        memory, self._ahead = self._ahead[:n_bytes], self._ahead[n_bytes:]
+        self._crc = crc32c(memory.data, self._crc)
+        self._position = end
+        return memory
+
+    def _block(self, footer: Footer, block: int) -> Iterator[Finding]:
+        last = footer.chunks[block, -1]
+        start, end = self._position, 0
+        memory = self._read_to(align(int(last["offset"] + last["stored"])))
+        for number, column in enumerate(footer.schema.columns):
+            row = footer.chunks[block, number]
+            first = int(row["offset"]) - start
+            yield from self._gap(footer, block, memory[end:first])
+            end = first + int(row["stored"])
+            try:
+                self._chunk(footer, block, number, memory[first : first + int(row["stored"])])
+            except CorruptShard as error:
+                self._counted.pop(column.name, None)
+                yield replace(finding_of(error, "chunk"), block=block, column=column.name)
+        yield from self._gap(footer, block, memory[end:])
+
+    def _gap(self, footer: Footer, block: int, between: Bytes) -> Iterator[Finding]:
+        """Check that the bytes between chunks are zero. A later release with its own sections may use them."""
+        if not footer.n_later_sections and between.any():
+            yield Finding(self._source.url, "chunk", "the bytes between chunks are not zeros", block)
+
+    def _chunk(self, footer: Footer, block: int, number: int, stored: Bytes) -> None:
+        row = footer.chunks[block, number]
+        sums = np.zeros(int(n_pages(row["raw"], row["codec"])), np.uint32)
+        paged = row["codec"] == codec.RAW
+        crc = crc32c_pages(address_of(stored), len(stored), PAGE_BYTES, sums) if paged else crc32c(stored.data)
+        first_page = int(row["first_page"])
+        if crc != row["crc"] or (sums != footer.pages[first_page : first_page + len(sums)]).any():
+            raise CorruptShard("CRC-32C does not match", url=self._source.url)
+        raw = aligned_empty(int(row["raw"]))
+        if row["codec"] == codec.RAW:
+            raw[:] = stored
+        else:
+            try:
+                codec.decompress_into(stored.data, raw.data)
+            except codec.CodecError as error:
+                raise CorruptShard(str(error), url=self._source.url) from error
+        loaded = LoadedChunks(np.array([address_of(raw)], np.uint64), [raw])
+        blocks = Blocks(footer, self._source.url, (block,), (number,), loaded)
+        check_values(blocks, number)
+        self._count(blocks.array(0, number), footer.schema.columns[number], row)
+
+    def _count(self, array: pa.Array, column: Column, row: np.void) -> None:
+        counted = self._counted.get(column.name)
+        if counted is None:  # an earlier block was damaged
+            return
+        values = valid = None
+        if column.kind is Kind.SCALAR:
+            values = np.frombuffer(array.buffers()[1], column.stored, len(array))
+            # to_numpy() would import pandas if it is installed.
+            valid = np.frombuffer(array.is_valid().cast(pa.uint8()).buffers()[1], np.bool_, len(array))
+        counted.add_values(values, valid, len(array), array.null_count, int(row["raw"]), int(row["stored"]))
+
+    def _check_statistics(self, footer: Footer) -> Iterator[Finding]:
+        """Compare the statistics of the footer and of the data set's row with those of the undamaged columns."""
+        yield from self._check_facts(footer.statistics, footer, "footer")
+        if self._info is None:
+            return
+        try:
+            facts = json.loads(self._info.stats_json or "{}")
+        except (ValueError, RecursionError) as error:
+            yield Finding(self._source.url, "segment", f"statistics of its data set's row: not JSON: {error}")
+            return
+        yield from self._check_facts(facts, footer, "segment")
+
+    def _check_facts(self, facts: Any, footer: Footer, part: str) -> Iterator[Finding]:
+        whose = "its data set's row: " if part == "segment" else ""
+        bad = dict(invalid_statistics(facts, footer.schema, footer.n_records))
+        for column, problem in bad.items():
+            yield Finding(self._source.url, part, f"{whose}{problem}", column=column or None)
+        for column, counted in self._counted.items() if isinstance(facts, dict) else ():
+            if column in facts and column not in bad and (difference := counted.difference(facts[column])):
+                message = f"{whose}statistics of column {column!r}: {difference}"
+                yield Finding(self._source.url, part, message, column=column)
+
+    def _rest(self) -> Iterator[Finding]:
+        """Read footer and tail for the checksum of the file, and compare size and checksum with the data set's."""
+        end = self._file_bytes
+        while self._position < end:
+            self._read_to(min(self._position + _PIECE_BYTES, end))
+        for named in (self._info, self._identity):
+            if named is None:
+                continue
+            if named.n_bytes != end:
+                yield Finding(self._source.url, "file", f"has {end} bytes, its data set states {named.n_bytes}")
+            if named.crc32c != self._crc:
+                message = f"CRC-32C of the file is {self._crc:08x}, its data set states {named.crc32c:08x}"
+                yield Finding(self._source.url, "file", message)
+
+
+def check_values(blocks: Blocks, number: int) -> None:
+    """Check that a column of the first of loaded blocks holds valid values of its type.
+
+    Args:
+        blocks: Loaded blocks.
+        number: Index of the column in the schema.
+
+    Raises:
+        CorruptShard: Offsets, text, JSON, shapes or nested buffers are invalid.
+    """
+    column = blocks.schema.columns[number]
+    n = int(blocks.n_rows[0])
+    for place, stream in enumerate(blocks.streams):
+        if stream.kind == VAR:
+            check_offsets(blocks, place, 0)
+    if column.kind in (Kind.JSON, Kind.RAGGED):
+        row = np.arange(n, dtype=np.uint32)
+        # bfloat16 values would need torch; the shapes do not depend on the dtype.
+        plain = replace(column, dtype="uint16") if column.dtype == "bfloat16" else column
+        addresses = blocks.addresses[blocks.column_streams(number)]
+        gather_values(plain, addresses, np.zeros(n, np.uint32), row, url=blocks.url)
+    try:
+        blocks.array(0, number).validate(full=True)
+    except pa.ArrowException as error:
+        raise CorruptShard(str(error), url=blocks.url, column=column.name) from error
+
+
+@dataclass(frozen=True, slots=True)
+class ShardCheck:
+    """Result of the verification of a shard.
+
+    Attributes:
+        findings: Damage that was found.
+        error: Error of the store, because of which the shard could not be verified; None if it was read.
+    """
+
+    info: ShardInfo
+    findings: tuple[Finding, ...] = ()
+    error: StoreError | None = None
+
+
+def verify_dataset(store: Store, number: int | None = None, *, jobs: int = 4) -> Iterator[Finding]:
+    """Yield all damage of a version of the data set in a store; nothing if the version is intact.
+
+    Args:
+        store: Store of the data set.
+        number: Number of the version; None for the newest.
+        jobs: Number of shards that are verified in parallel.
+
+    Raises:
+        NotFound: There is no data set, or no such version.
+        StoreError: The store failed.
+    """
+    try:
+        version, shards = open_whole(store, number)
+    except CorruptShard as error:
+        yield finding_of(error)
+        return
+    for check in check_shards(store, version, list(shards.infos()), jobs=jobs):
+        if check.error is not None:
+            raise check.error
+        yield from check.findings
+
+
+def open_whole(store: Store, number: int | None) -> tuple[Version, ShardTable]:
+    """Return a version (None: the newest) and its shards. A missing segment counts as damage.
+
+    Raises:
+        CorruptShard: The version or a segment is damaged, or a segment is missing.
+        NotFound: There is no data set, or no such version.
+        StoreError: The store failed.
+    """
+    version = latest(store) if number is None else read_version(store, number)
+    try:
+        return version, read_shards(store, version)
+    except NotFound as error:
+        raise CorruptShard("it is missing", url=error.url, part="segment") from error
+
+
+def check_shards(store: Store, version: Version, infos: Sequence[ShardInfo], *, jobs: int) -> Iterator[ShardCheck]:
+    """Verify some shards of a version, `jobs` in parallel, and yield each result as soon as it is known.
+
+    If the caller closes the generator early, no further shard is started.
+    """
+    with ThreadPoolExecutor(jobs, "tiercache-verify") as pool:
+        try:
+            for future in as_completed([pool.submit(_check, store, version, info) for info in infos]):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _check(store: Store, version: Version, info: ShardInfo) -> ShardCheck:
+    """Verify a shard. A missing shard is damage; a shard that the store fails to deliver is an error."""
+    try:
+        return ShardCheck(info, tuple(verify_shard(store, info.name, info, info.identity(version.dataset_id))))
+    except NotFound:
+        return ShardCheck(info, (Finding(f"{store.url}/{info.name}", "file", "it is missing"),))
+    except StoreError as error:
+        return ShardCheck(info, error=error)

@@ -1,0 +1,637 @@
+"""Column and Schema, the inference of types from values, and the comparison of two schemas."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.types as pt
+
+from tiercache.errors import SchemaError
+from tiercache.shard.column_types import (
+    STORED,
+    SUPPORTED_TYPES,
+    BFloat16Type,
+    Image,
+    ImageType,
+    Kind,
+    Ragged,
+    RaggedType,
+    Tensor,
+    UserType,
+    check_name,
+    count_nodes_and_buffers,
+    register_extension_types,
+    storable_type,
+)
+
+_PYTHON_TYPES: dict[type, str] = {bool: "bool", int: "int64", float: "float64", str: "str", dict: "json"}
+
+
+def type_of_value(name: str, value: object) -> UserType:
+    """Return the type of a column that has this value in a record.
+
+    Raises:
+        SchemaError: The value is None, which has no type, or an object whose type cannot be inferred.
+    """
+    for python_type, text in _PYTHON_TYPES.items():
+        if type(value) is python_type:
+            return text
+    if isinstance(value, bytes | bytearray | memoryview):
+        return "bytes"
+    shape = _shape_of(value)
+    if shape is not None:
+        dtype = _dtype_name(name, value)
+        return Tensor(dtype, shape) if shape else dtype
+    hint = (
+        "; a list may be a Ragged, a Tensor, json or an Arrow list: pass a schema"
+        if isinstance(value, list | tuple)
+        else ""
+    )
+    got = "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
+    raise SchemaError(
+        f"cannot infer the column's type from {got}{hint}", column=name, expected=SUPPORTED_TYPES, got=got
+    )
+
+
+def type_of_column(name: str, values: Any) -> UserType:
+    """Return the type of a column with these values: a numpy or Arrow array, a torch tensor, or a list.
+
+    Raises:
+        SchemaError: The type cannot be inferred, or the values have different types.
+    """
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return pa.field(name, values.type, nullable=values.null_count > 0)
+    if isinstance(values, np.ndarray) and values.dtype.kind in "OUMm":
+        if values.dtype.kind in "Mm":
+            return pa.from_numpy_dtype(values.dtype)
+        values = values.tolist()
+    shape = _shape_of(values)
+    if shape is None and hasattr(values, "__array__"):  # for example a pandas Series
+        return type_of_column(name, np.asarray(values))
+    if shape is not None:
+        if not shape:
+            raise SchemaError(
+                "a column of a batch is an array with a first dimension of records, or a list", column=name
+            )
+        dtype = _dtype_name(name, values)
+        return Tensor(dtype, shape[1:]) if shape[1:] else dtype
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes | bytearray | memoryview):
+        got = type(values).__qualname__
+        raise SchemaError(
+            f"a column of a batch is an array or a list, got {got}", column=name, expected="an array or a list", got=got
+        )
+    return _type_of_list(name, values)
+
+
+def _type_of_list(name: str, values: Sequence[object]) -> UserType:
+    """Return a type for all values of a list. It may mix int and float, or arrays of one dtype and several shapes."""
+    found: UserType | None = None
+    for record, value in enumerate(values):
+        if value is None:
+            continue
+        here = type_of_value(name, value)
+        joined = here if found is None else _join(found, here)
+        if joined is None:
+            raise SchemaError(
+                f"expected {found}, like the records before, got {here}",
+                column=name,
+                record=record,
+                expected=str(found),
+                got=str(here),
+            )
+        found = joined
+    if found is None:
+        raise SchemaError(
+            "cannot infer the column's type: no value, or only nulls", column=name, expected=SUPPORTED_TYPES, got="None"
+        )
+    return _nullable(found) if any(value is None for value in values) else found
+
+
+def _join(first: UserType, second: UserType) -> UserType | None:
+    if first == second:
+        return first
+    if {first, second} == {"int64", "float64"}:
+        return "float64"
+    if isinstance(first, Tensor | Ragged) and isinstance(second, Tensor):
+        if first.dtype != second.dtype or len(first.shape) != len(second.shape):
+            return None
+        shape = tuple(a if a == b else None for a, b in zip(first.shape, second.shape, strict=True))
+        return Ragged(first.dtype, shape) if None in shape else first
+    return None
+
+
+def _nullable(user: UserType) -> UserType:
+    if isinstance(user, Tensor):
+        return Tensor(user.dtype, user.shape, nullable=True)
+    if isinstance(user, Ragged):
+        return Ragged(user.dtype, user.shape, nullable=True)
+    return f"{user}?"
+
+
+def _shape_of(value: Any) -> tuple[int, ...] | None:
+    """Return the shape of a numpy scalar or array, or of a torch tensor; None for any other object."""
+    torch = sys.modules.get("torch")
+    if isinstance(value, np.ndarray | np.generic) or (torch is not None and isinstance(value, torch.Tensor)):
+        return tuple(value.shape)
+    return None
+
+
+def _dtype_name(name: str, value: Any) -> str:
+    text = str(value.dtype).removeprefix("torch.")
+    text = np.dtype(text).name if text[:1] in "<>=|" else text
+    if text in STORED:
+        return text
+    raise SchemaError(
+        f"elements of dtype {value.dtype} cannot be stored", column=name, expected=SUPPORTED_TYPES, got=str(value.dtype)
+    )
+
+
+def type_of_arrow(arrow_type: pa.DataType) -> UserType:
+    """Return the column type that corresponds to an Arrow type; the Arrow type itself if there is none."""
+    if isinstance(arrow_type, pa.BaseExtensionType):
+        return _type_of_extension(arrow_type)
+    if pt.is_dictionary(arrow_type):
+        return type_of_arrow(arrow_type.value_type)
+    if pt.is_boolean(arrow_type):
+        return "bool"
+    if pt.is_integer(arrow_type) or pt.is_floating(arrow_type):
+        return _element_name(arrow_type)
+    if pt.is_string(arrow_type) or pt.is_large_string(arrow_type) or pt.is_string_view(arrow_type):
+        return "str"
+    if pt.is_binary(arrow_type) or pt.is_large_binary(arrow_type) or pt.is_binary_view(arrow_type):
+        return "bytes"
+    if pt.is_fixed_size_list(arrow_type):
+        return _type_of_fixed_list(arrow_type)
+    return arrow_type
+
+
+def _element_name(arrow_type: pa.DataType) -> str:
+    return {"halffloat": "float16", "float": "float32", "double": "float64"}.get(str(arrow_type), str(arrow_type))
+
+
+def _type_of_fixed_list(arrow_type: pa.DataType) -> UserType:
+    """Return a Tensor for fixed-size lists of numbers of any depth; the Arrow type itself for other lists."""
+    shape: list[int] = []
+    inner = arrow_type
+    while pt.is_fixed_size_list(inner):
+        shape.append(inner.list_size)
+        inner = inner.value_type
+    if not (pt.is_integer(inner) or pt.is_floating(inner)):
+        return arrow_type
+    return Tensor(_element_name(inner), tuple(shape))
+
+
+def _type_of_extension(arrow_type: pa.BaseExtensionType) -> UserType:
+    name = arrow_type.extension_name
+    if name == "arrow.fixed_shape_tensor" and arrow_type.permutation is None:
+        return Tensor(_element_name(arrow_type.value_type), tuple(arrow_type.shape))
+    if name == "arrow.json":
+        return "json"
+    if name == "arrow.bool8":
+        return "bool"
+    return type_of_arrow(arrow_type.storage_type)
+
+
+__all__ = ["BITS", "FIXED", "VAR", "Column", "Image", "Kind", "Ragged", "Schema", "Stream", "Tensor", "UserType"]
+
+# These values equal those in csrc/gather.h; a test compares them.
+FIXED, BITS, VAR = 0, 1, 2
+TYPE_KEY = b"tiercache.type"
+# Field metadata that a data set keeps: a JSON list of the class names of the labels 0, 1, 2, ...
+CLASSES_KEY = b"tiercache.classes"
+_BYTE_KINDS = {
+    Kind.BYTES: pa.large_binary(),
+    Kind.STR: pa.large_string(),
+    Kind.JSON: pa.large_string(),
+    Kind.IMAGE: pa.large_binary(),
+}
+
+register_extension_types()
+
+
+class UnknownKindError(SchemaError):
+    """A column has a kind that only a later release knows."""
+
+    @property
+    def needed(self) -> str:
+        """Name of the feature that a release needs to read the column."""
+        return f"kind {self.facts['kind']!r} of column {self.column!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The Arrow buffers of a column that the gather kernel reads as one unit.
+
+    Attributes:
+        column: Index of the column in the schema.
+        role: Content of the buffers: the values, the validity bits, or the shapes of a ragged column.
+        kind: FIXED, BITS or VAR.
+        width_bytes: Number of bytes of a row (FIXED) or of an element (VAR).
+        values_buffer: Index of the values among the buffers of the chunk.
+        offsets_buffer: Index of the offsets (VAR) among the buffers of the chunk.
+    """
+
+    column: int
+    role: Literal["values", "valid", "shape"]
+    kind: int
+    width_bytes: int
+    values_buffer: int
+    offsets_buffer: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A typed column.
+
+    Attributes:
+        dtype: Name of the dtype of the elements; None for a kind without numbers.
+        shape: Shape of a record's value, () for a scalar, None for a dimension that varies.
+        encoding: Encoding of an IMAGE column; None for other kinds.
+        arrow: Arrow field of the column, with metadata.
+    """
+
+    name: str
+    kind: Kind
+    dtype: str | None
+    shape: tuple[int | None, ...]
+    nullable: bool
+    encoding: str | None
+    arrow: pa.Field
+
+    @staticmethod
+    def of(name: str, user: UserType) -> Column:
+        """Return the column with this name and this type, as a user states it.
+
+        Raises:
+            SchemaError: The type does not exist, or the name is invalid.
+        """
+        check_name(name)
+        try:
+            return _column_of(name, user)
+        except SchemaError as error:
+            if error.column is None:
+                raise SchemaError(error.message, column=name, **_rest(error)) from error
+            raise
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names of the labels 0, 1, 2, ..., if the metadata of the field lists them; otherwise ()."""
+        return tuple(json.loads((self.arrow.metadata or {}).get(CLASSES_KEY, b"[]")))
+
+    @property
+    def stored(self) -> np.dtype[np.generic]:
+        """Numpy dtype of a stored element (uint8 for the bytes-like kinds)."""
+        return STORED[self.dtype] if self.dtype is not None else np.dtype("u1")
+
+    @property
+    def n_elements(self) -> int:
+        """Number of elements of a record of a SCALAR or TENSOR column."""
+        return math.prod(d or 0 for d in self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        """Number of stored bytes of a record of a SCALAR or TENSOR column."""
+        return self.n_elements * self.stored.itemsize
+
+    @property
+    def storage_type(self) -> pa.DataType:
+        """Arrow storage type of the extension type; the Arrow type itself if it is not an extension type."""
+        return self.arrow.type.storage_type if isinstance(self.arrow.type, pa.BaseExtensionType) else self.arrow.type
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether the records of the column differ in length (RAGGED and the bytes-like kinds)."""
+        return self.kind is Kind.RAGGED or self.kind in _BYTE_KINDS
+
+    def layout(self) -> tuple[int, int]:
+        """Return the numbers of Arrow nodes and buffers of a chunk of the column, (n_nodes, n_buffers)."""
+        return count_nodes_and_buffers(self.storage_type)
+
+    def streams(self, index: int) -> tuple[Stream, ...]:
+        """Return the streams of the column: values, then shapes, then validity. An ARROW column has none.
+
+        Args:
+            index: Index of the column in its schema.
+        """
+        if self.kind is Kind.ARROW:
+            return ()
+        found: list[Stream] = []
+        if self.kind is Kind.SCALAR:
+            found.append(Stream(index, "values", FIXED, self.row_bytes, 1))
+        elif self.kind is Kind.BOOL:
+            found.append(Stream(index, "values", BITS, 0, 1))
+        elif self.kind is Kind.TENSOR:
+            found.append(Stream(index, "values", FIXED, self.row_bytes, 2))
+        elif self.kind is Kind.RAGGED:
+            found.append(Stream(index, "values", VAR, self.stored.itemsize, 4, 2))
+            found.append(Stream(index, "shape", FIXED, 4 * len(self.shape), 7))
+        else:
+            found.append(Stream(index, "values", VAR, 1, 2, 1))
+        if self.nullable:
+            found.append(Stream(index, "valid", BITS, 0, 0))
+        return tuple(found)
+
+    def __str__(self) -> str:
+        dimensions = ", ".join("*" if d is None else str(d) for d in self.shape)
+        text = {
+            Kind.TENSOR: f"{self.dtype}[{dimensions}]",
+            Kind.RAGGED: f"{self.dtype}[{dimensions}]",
+            Kind.IMAGE: f"image<{self.encoding}>",
+            Kind.ARROW: str(self.arrow.type),
+        }.get(self.kind, self.dtype or self.kind.value)
+        return f"{text}?" if self.nullable else text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not every pyarrow release can pickle a field of an extension type; the metadata of the field holds the type.
+        return _column_from_bytes, (_schema_bytes(pa.schema([self.arrow])),)
+
+
+class Schema:
+    """An ordered list of named, typed columns. Immutable, and hashable by content."""
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self.columns = tuple(columns)
+        self._index = {column.name: i for i, column in enumerate(self.columns)}
+        if len(self._index) != len(self.columns):
+            raise SchemaError(f"column names must differ, got {[c.name for c in self.columns]}")
+        for column in self.columns:
+            if column.nullable and f"{column.name}.valid" in self._index:
+                raise SchemaError(
+                    "the name is taken: batches have the nulls of a nullable column there",
+                    column=f"{column.name}.valid",
+                )
+
+    @staticmethod
+    def of(user: Mapping[str, UserType] | pa.Schema | Schema) -> Schema:
+        """Return the schema that a user states as a mapping of names to types, or as an Arrow schema.
+
+        Raises:
+            SchemaError: A type or a name is invalid.
+        """
+        if isinstance(user, Schema):
+            return user
+        if isinstance(user, pa.Schema):
+            return Schema([Column.of(field.name, field) for field in user])
+        if not isinstance(user, Mapping):
+            raise SchemaError(f"a schema is a mapping of names to types or an Arrow schema, got {type(user).__name__}")
+        return Schema([Column.of(name, kind) for name, kind in user.items()])
+
+    @staticmethod
+    def infer_record(record: Mapping[str, object]) -> Schema:
+        """Return the schema inferred from the values of one record.
+
+        Raises:
+            SchemaError: The type of a value cannot be inferred.
+        """
+        check_mapping(record)
+        return Schema.of({name: type_of_value(name, value) for name, value in record.items()})
+
+    @staticmethod
+    def infer_columns(columns: Mapping[str, object] | pa.RecordBatch | pa.Table) -> Schema:
+        """Return the schema inferred from a batch: arrays or lists by column name, or an Arrow record batch or table.
+
+        Raises:
+            SchemaError: The type of a column cannot be inferred, or its values differ in type.
+        """
+        if isinstance(columns, pa.RecordBatch | pa.Table):
+            return Schema.of(columns.schema)
+        check_mapping(columns)
+        return Schema.of({name: type_of_column(name, values) for name, values in columns.items()})
+
+    @cached_property
+    def arrow(self) -> pa.Schema:
+        """Arrow schema of the columns, with extension types and metadata."""
+        return pa.schema([column.arrow for column in self.columns])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the columns, in order."""
+        return tuple(column.name for column in self.columns)
+
+    def index(self, name: str) -> int:
+        """Return the index of the column with this name.
+
+        Raises:
+            SchemaError: There is no such column; the message lists the existing columns.
+        """
+        if name not in self._index:
+            raise SchemaError(f"no such column; there are {', '.join(map(repr, self.names)) or 'none'}", column=name)
+        return self._index[name]
+
+    def select(self, names: Sequence[str]) -> Schema:
+        """Return a schema of these columns, in the order of names. Raises SchemaError if a column does not exist."""
+        return Schema([self.columns[self.index(name)] for name in names])
+
+    def to_bytes(self) -> bytes:
+        """Return the schema as an Arrow IPC schema message."""
+        return _schema_bytes(self.arrow)
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Schema:
+        """Return the schema that to_bytes() wrote.
+
+        Raises:
+            SchemaError: The data is not a schema that this release can read.
+        """
+        return _schema_from_bytes(data)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schema) and self.arrow.equals(other.arrow, check_metadata=True)
+
+    def __hash__(self) -> int:
+        return hash(self.to_bytes())
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def __repr__(self) -> str:
+        return f"Schema({', '.join(f'{column.name}: {column}' for column in self.columns)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Schema.from_bytes, (self.to_bytes(),)
+
+
+def check_mapping(named: object) -> None:
+    """Check that values are given as a mapping of column names to values. Raises TypeError otherwise."""
+    if not isinstance(named, Mapping):
+        raise TypeError(f"values come as a mapping from column names (or an Arrow batch), got {type(named).__name__}")
+
+
+def _schema_bytes(schema: pa.Schema) -> bytes:
+    return bytes(schema.serialize())
+
+
+@lru_cache(maxsize=64)
+def _schema_from_bytes(data: bytes) -> Schema:
+    """Return the schema of an IPC message.
+
+    Schemas are cached: all shards of a data set share one, and parsing it costs more than the rest of a footer.
+    """
+    try:
+        arrow = pa.ipc.read_schema(pa.py_buffer(data))
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise SchemaError(f"not an Arrow schema message: {error}") from error
+    return Schema.of(arrow)
+
+
+def _column_from_bytes(data: bytes) -> Column:
+    return Schema.from_bytes(data).columns[0]
+
+
+def _rest(error: SchemaError) -> dict[str, Any]:
+    return {name: fact for name, fact in error.facts.items() if name != "column"}
+
+
+def _column_of(name: str, user: UserType) -> Column:
+    if isinstance(user, pa.Field):
+        return _column_of_field(name, user)
+    if isinstance(user, pa.DataType):
+        return _column_of_field(name, pa.field(name, user, nullable=pa.types.is_null(user)))
+    if isinstance(user, str):
+        text, nullable = user.removesuffix("?"), user.endswith("?")
+        if text in ("bytes", "str", "json"):
+            return _build(name, Kind(text), nullable)
+        if text == "bool":
+            return _build(name, Kind.BOOL, nullable, dtype=text)
+        if text in STORED:
+            return _build(name, Kind.SCALAR, nullable, dtype=text)
+    elif isinstance(user, Image):
+        return _build(name, Kind.IMAGE, user.nullable, encoding=user.encoding)
+    elif isinstance(user, Tensor):
+        return _build(name, Kind.TENSOR, user.nullable, dtype=user.dtype, shape=user.shape)
+    elif isinstance(user, Ragged):
+        return _build(name, Kind.RAGGED, user.nullable, dtype=user.dtype, shape=user.shape)
+    raise SchemaError(f"no such type: {user!r}", expected=SUPPORTED_TYPES, got=repr(user))
+
+
+def _build(
+    name: str,
+    kind: Kind,
+    nullable: bool,
+    *,
+    dtype: str | None = None,
+    shape: tuple[int | None, ...] = (),
+    encoding: str | None = None,
+    kept: Mapping[bytes, bytes] | None = None,
+) -> Column:
+    said = {"kind": kind.value, "dtype": dtype, "shape": list(shape), "encoding": encoding}
+    metadata = {TYPE_KEY: json.dumps({key: value for key, value in said.items() if value}, sort_keys=True).encode()}
+    metadata |= kept or {}
+    field = pa.field(name, _arrow_type(kind, dtype, shape, encoding), nullable=nullable, metadata=metadata)
+    return Column(name, kind, dtype, shape, nullable, encoding, field)
+
+
+def _arrow_type(kind: Kind, dtype: str | None, shape: tuple[int | None, ...], encoding: str | None) -> pa.DataType:
+    if kind is Kind.IMAGE:
+        return ImageType(encoding or "")
+    if kind in _BYTE_KINDS:
+        return _BYTE_KINDS[kind]
+    if kind is Kind.BOOL:
+        return pa.bool_()
+    if kind is Kind.SCALAR and dtype == "bfloat16":
+        return BFloat16Type()
+    element = pa.from_numpy_dtype(STORED[dtype or ""])
+    if kind is Kind.SCALAR:
+        return element
+    if kind is Kind.TENSOR:
+        return pa.fixed_shape_tensor(element, list(shape))
+    return RaggedType(element, shape)
+
+
+def _column_of_field(name: str, field: pa.Field) -> Column:
+    said = (field.metadata or {}).get(TYPE_KEY)
+    if said is not None:
+        return _column_as_said(name, field, said)
+    user = type_of_arrow(field.type)
+    if isinstance(user, pa.DataType):
+        storable = storable_type(user)
+        return Column(
+            name, Kind.ARROW, None, (), field.nullable, None, pa.field(name, storable, nullable=field.nullable)
+        )
+    column = _column_of(name, user)
+    return _build(
+        name,
+        column.kind,
+        field.nullable,
+        dtype=column.dtype,
+        shape=column.shape,
+        encoding=column.encoding,
+        kept=_kept(field),
+    )
+
+
+def _column_as_said(name: str, field: pa.Field, said: bytes) -> Column:
+    """Return the column that the metadata of the field describes, if the field's storage type agrees with it."""
+    try:
+        facts = json.loads(said)
+        if isinstance(facts["kind"], str) and facts["kind"] not in set(Kind):
+            raise UnknownKindError(f"no such kind here: {facts['kind']!r}", column=name, kind=facts["kind"])
+        kind, shape = Kind(facts["kind"]), tuple(facts.get("shape", ()))
+        dtype, encoding = facts.get("dtype"), facts.get("encoding")
+        users: dict[Kind, UserType] = {Kind.SCALAR: dtype, Kind.BOOL: "bool"}
+        if kind is Kind.TENSOR:
+            users[kind] = Tensor(dtype, shape)
+        elif kind is Kind.RAGGED:
+            users[kind] = Ragged(dtype, shape)
+        elif kind is Kind.IMAGE:
+            users[kind] = Image(encoding)
+        plain = _column_of(name, users.get(kind, kind.value))
+    except UnknownKindError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SchemaError(f"cannot read the type {said!r}: {error}", column=name) from error
+    storage = field.type.storage_type if isinstance(field.type, pa.BaseExtensionType) else field.type
+    if plain.kind is not kind or plain.storage_type != storage:
+        raise SchemaError(f"the type {said!r} is not stored as {storage}", column=name)
+    return _build(
+        name, kind, field.nullable, dtype=plain.dtype, shape=plain.shape, encoding=plain.encoding, kept=_kept(field)
+    )
+
+
+def _kept(field: pa.Field) -> dict[bytes, bytes]:
+    """Return the metadata that a schema keeps of a field: known keys only, so equal data sets have equal schemas."""
+    said = (field.metadata or {}).get(CLASSES_KEY)
+    if said is None:
+        return {}
+    try:
+        names = json.loads(said)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SchemaError(f"{CLASSES_KEY.decode()} is a JSON list of names, got {said[:80]!r}", column=field.name)
+    return {CLASSES_KEY: said}
+
+
+def check_same_schema(there: Schema, given: Schema) -> None:
+    """Check that records of the schema `given` can be appended to a data set of the schema `there`.
+
+    Raises:
+        SchemaError: The schemas differ. The message describes the first difference: a missing or an additional column,
+            another type, another order, or other metadata.
+    """
+    if there == given:
+        return
+    for name in there.names:
+        if name not in given.names:
+            raise SchemaError("the data set has this column, the appended records do not", column=name)
+    for name, column in zip(given.names, given.columns, strict=True):
+        if name not in there.names:
+            raise SchemaError("the appended records have this column, the data set does not", column=name)
+        expected = there.columns[there.index(name)]
+        if str(expected) != str(column):
+            text = f"the data set has {expected}, the appended records have {column}"
+            raise SchemaError(text, column=name, expected=str(expected), got=str(column))
+    if there.names != given.names:
+        text = (
+            f"the columns are in another order: the data set has {', '.join(there.names)}, not {', '.join(given.names)}"
+        )
+        raise SchemaError(text, expected=there.names, got=given.names)
+    raise SchemaError("the columns' Arrow metadata differs from the data set's", expected=there.arrow, got=given.arrow)

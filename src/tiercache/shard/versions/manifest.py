@@ -1,0 +1,396 @@
+"""Versions of a data set: their JSON form, and how a reader finds a version and its shards.
+
+A version is small and immutable. Store.get() is sufficient to read it; Store.list() is called only without a usable
+hint.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+from tiercache._native.checksum import crc32c
+from tiercache.errors import CorruptShard, NotFound, SchemaError, StoreError
+from tiercache.shard.format.compatibility import FORMAT_VERSION, RELEASE_TEXT, SOFTWARE, check_features, check_format
+from tiercache.shard.schema import Schema, UnknownKindError
+from tiercache.shard.versions.segments import SegmentRef, ShardTable, read_segments
+from tiercache.store.contract import Store
+
+VERSIONS_FOLDER = "_tiercache/versions/"
+VersionKind: TypeAlias = Literal["create", "append", "overwrite"]
+_KIND = re.compile("[a-z][a-z-]{0,31}")
+MAX_NUMBER = 2**63 - 1
+_HEX32, _HEX64 = re.compile("[0-9a-f]{32}"), re.compile("[0-9a-f]{64}")
+_TEXT = re.compile(r"[^\0]{1,200}")
+_SEGMENT_NAME = re.compile(r"[0-9a-f]{32}\.arrow")
+_RELEASE = re.compile(r"[0-9]{1,5}\.[0-9]{1,5}")
+_FEATURE = re.compile("[a-z][a-z0-9-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a data set.
+
+    Attributes:
+        dataset_id: Random id of the data set, 32 hex digits; all versions have the same.
+        number: Number of the version, from 1.
+        parent: Number of the version from which this one was made; None for the first.
+        kind: How the version was made, for information only. A later release may use values that are not in
+            VersionKind.
+        schema_bytes: Schema as an Arrow IPC schema message.
+        writer: Identifier of the writer.
+        nonce: Random identifier of the commit that made the version.
+        created: Time of the commit, UTC in ISO 8601.
+        fingerprint: See fingerprint_of().
+        n_records: Number of records.
+        n_bytes: Number of stored bytes of all shards.
+        segments: Entries of the segments, in data-set order.
+        software: Name and release of the software that wrote the version.
+        release: First release that reads the version, such as "0.1".
+        needs_to_write: Features that a release must have to append to the data set or to overwrite it. parse_version
+            checks the features that reading needs.
+    """
+
+    dataset_id: str
+    number: int
+    parent: int | None
+    kind: str
+    schema_bytes: bytes
+    writer: str
+    nonce: str
+    created: str
+    fingerprint: str
+    n_records: int
+    n_bytes: int
+    segments: tuple[SegmentRef, ...]
+    software: str = SOFTWARE
+    release: str = RELEASE_TEXT
+    needs_to_write: tuple[str, ...] = ()
+
+    @cached_property
+    def schema(self) -> Schema:
+        """Schema of the data set. Raises SchemaError if this release cannot read it."""
+        return Schema.from_bytes(self.schema_bytes)
+
+    @property
+    def n_shards(self) -> int:
+        """Number of shards in all segments."""
+        return sum(segment.n_shards for segment in self.segments)
+
+
+def version_key(number: int) -> str:
+    """Return the key of the version with this number."""
+    return f"{VERSIONS_FOLDER}{number:020d}.json"
+
+
+def fingerprint_of(dataset_id: str, number: int, schema_bytes: bytes, n_records: int, digests: Iterable[str]) -> str:
+    """Return the fingerprint that a resumed run compares: 32 hex digits.
+
+    The fingerprint covers the data set, the version, the schema, and the ids and record counts of the shards, in order.
+    """
+    facts = [dataset_id, number, hashlib.sha256(schema_bytes).hexdigest(), n_records, list(digests)]
+    return hashlib.sha256(_canonical(facts)).hexdigest()[:32]
+
+
+def encode_version(version: Version) -> bytes:
+    """Return the canonical text of a version: JSON in ASCII with sorted keys and without spaces, then a newline.
+
+    Its key "crc32c" is the checksum of the text without that key and without the newline.
+    """
+    body: dict[str, object] = {
+        "format": FORMAT_VERSION,
+        "release": version.release,
+        "needs_to_read": [],
+        "needs_to_write": list(version.needs_to_write),
+        "software": version.software,
+        "dataset_id": version.dataset_id,
+        "number": version.number,
+        "parent": version.parent,
+        "kind": version.kind,
+        "schema": base64.b64encode(version.schema_bytes).decode("ascii"),
+        "writer": version.writer,
+        "nonce": version.nonce,
+        "created": version.created,
+        "fingerprint": version.fingerprint,
+        "records": version.n_records,
+        "bytes": version.n_bytes,
+        "segments": [
+            {"name": s.name, "bytes": s.n_bytes, "crc32c": s.crc32c, "rows": s.n_shards, "digest": s.digest}
+            for s in version.segments
+        ],
+    }
+    return _canonical(body | {"crc32c": crc32c(_canonical(body))}) + b"\n"
+
+
+def parse_version(data: bytes, *, number: int, url: str) -> Version:
+    """Return the version that a text describes.
+
+    Args:
+        data: Text that was read from version_key(number).
+        number: Number that the version must have.
+        url: URL of the text, for errors.
+
+    Raises:
+        CorruptShard: A byte differs from what was written, or a value is invalid.
+        UnsupportedFormat: A newer release wrote the version.
+    """
+    body = _checked_body(data, url)
+    _check_readable(body, url)
+    try:
+        version = _version_of(body)
+        problem = _problem(version, number)
+    except (ValueError, KeyError, TypeError) as error:
+        problem = str(error)
+    if problem:
+        raise CorruptShard(problem, url=url, part="version")
+    return version
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+def _checked_body(data: bytes, url: str) -> dict[str, Any]:
+    """Return the JSON object without its CRC, if the CRC matches and the text is canonical."""
+    try:
+        body = json.loads(data)
+        if not isinstance(body, dict):
+            raise TypeError(f"a version is a JSON object, got {type(body).__name__}")
+        canonical = _canonical(body) + b"\n"
+        stated = body.pop("crc32c", None)
+        whole = canonical == data and type(stated) is int and crc32c(_canonical(body)) == stated
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CorruptShard(f"cannot be read: {error}", url=url, part="version") from error
+    if not whole:
+        raise CorruptShard("the text does not match its CRC-32C", url=url, part="version")
+    return body
+
+
+def _check_readable(body: Mapping[str, Any], url: str) -> None:
+    """Check that this release can read the version. The three keys keep their meaning in every later format."""
+    try:
+        found, release = _int(body, "format"), body.get("release")
+        known = release if isinstance(release, str) and _RELEASE.fullmatch(release) else ""
+        check_format(found, known, what="data set", url=url)
+        check_features(_features(body, "needs_to_read"), known, what="data set", url=url)
+    except (ValueError, KeyError) as error:
+        raise CorruptShard(f"format, release or needs_to_read: {error}", url=url, part="version") from error
+
+
+def check_writable(version: Version, url: str) -> None:
+    """Check that this release may append to the data set or overwrite it.
+
+    Args:
+        version: Newest version of the data set.
+        url: URL of the data set, for errors.
+
+    Raises:
+        UnsupportedFormat: The data set uses features of a later release.
+    """
+    check_features(version.needs_to_write, version.release, what="data set", url=url, doing="writing to")
+
+
+def _version_of(body: Mapping[str, Any]) -> Version:
+    """Return the version that a JSON object describes; unknown keys, which a later release wrote, are ignored."""
+    return Version(
+        dataset_id=_text(body, "dataset_id", _HEX32),
+        number=_int(body, "number"),
+        parent=None if body["parent"] is None else _int(body, "parent"),
+        kind=_text(body, "kind", _KIND),
+        schema_bytes=base64.b64decode(_text(body, "schema", re.compile(r"[A-Za-z0-9+/]+=*")), validate=True),
+        writer=_text(body, "writer", _TEXT),
+        nonce=_text(body, "nonce", _HEX32),
+        created=_text(body, "created", _TEXT),
+        fingerprint=_text(body, "fingerprint", _HEX32),
+        n_records=_int(body, "records"),
+        n_bytes=_int(body, "bytes"),
+        segments=tuple(map(_segment_of, body["segments"])),
+        software=_text(body, "software", _TEXT),
+        release=_text(body, "release", _RELEASE),
+        needs_to_write=_features(body, "needs_to_write"),
+    )
+
+
+def _segment_of(line: Mapping[str, Any]) -> SegmentRef:
+    return SegmentRef(
+        name=_text(line, "name", _SEGMENT_NAME),
+        n_bytes=_int(line, "bytes"),
+        crc32c=_int(line, "crc32c"),
+        n_shards=_int(line, "rows"),
+        digest=_text(line, "digest", _HEX64),
+    )
+
+
+def _int(body: Mapping[str, Any], name: str) -> int:
+    value = body[name]
+    if type(value) is not int or not 0 <= value <= MAX_NUMBER:
+        raise ValueError(f"{name} is an integer from 0 to 2^63 - 1, got {value!r}")
+    return value
+
+
+def _text(body: Mapping[str, Any], name: str, pattern: re.Pattern[str]) -> str:
+    value = body[name]
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise ValueError(f"{name} has the invalid value {value!r}")
+    return value
+
+
+def _features(body: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    value = body[name]
+    if not isinstance(value, list) or not all(isinstance(one, str) and _FEATURE.fullmatch(one) for one in value):
+        raise ValueError(f"{name} is a list of feature names, got {value!r}")
+    return tuple(value)
+
+
+def _problem(version: Version, number: int) -> str:
+    if version.number != number:
+        return f"the text says that it is version {version.number}, expected {number}"
+    if version.parent is not None and not 0 < version.parent < number:
+        return f"version {number} cannot have version {version.parent} as its parent"
+    digests = [segment.digest for segment in version.segments]
+    facts = version.dataset_id, number, version.schema_bytes, version.n_records
+    if fingerprint_of(*facts, digests) != version.fingerprint:
+        return "the fingerprint does not match the contents"
+    return ""
+
+
+__all__ = [
+    "HINT_KEY",
+    "SegmentRef",
+    "ShardTable",
+    "Version",
+    "encode_hint",
+    "latest",
+    "list_versions",
+    "newest_from",
+    "parse_hint",
+    "read_shards",
+    "read_version",
+]
+
+HINT_KEY = "_tiercache/latest"
+_VERSION_NAME = re.compile(rf"{re.escape(VERSIONS_FOLDER)}([0-9]{{20}})\.json")
+_HINT_DIGITS = 18  # every number of at most 18 digits is below MAX_NUMBER
+
+
+def encode_hint(number: int) -> bytes:
+    """Return the text of the hint object, which names a recent version."""
+    return b"%d\n" % number
+
+
+def parse_hint(data: bytes) -> int | None:
+    """Return the version number in a hint; None if the hint is invalid, which is no error: no reader trusts a hint."""
+    text = data.strip()
+    return int(text) if 0 < len(text) <= _HINT_DIGITS and text.isdigit() and int(text) > 0 else None
+
+
+def latest(store: Store) -> Version:
+    """Return the newest version: probe upward from the hint, else from the highest listed version, else from version 1.
+
+    Raises:
+        NotFound: There is no data set.
+        CorruptShard, UnsupportedFormat: The newest version cannot be read.
+        StoreError: The store failed.
+    """
+    found = newest_from(store, _hinted(store) or 0) or newest_from(store, _listed(store))
+    if found is None:
+        raise NotFound("no data set here: it has no version", url=store.url)
+    return found
+
+
+def newest_from(store: Store, number: int) -> Version | None:
+    """Return the last of the versions number, number + 1, ... before the first gap; None without a version `number`."""
+    if number < 1:
+        return None
+    data, newer = None, _get(store, number)
+    while newer is not None:
+        data, number = newer, number + 1
+        newer = _get(store, number)
+    return None if data is None else _parsed(store, data, number - 1)
+
+
+def read_version(store: Store, number: int) -> Version:
+    """Return the version with this number.
+
+    Raises:
+        NotFound: There is no such version.
+        CorruptShard, UnsupportedFormat: The version cannot be read.
+        StoreError: The store failed.
+    """
+    data = _get(store, number) if 0 < number <= MAX_NUMBER else None
+    if data is None:
+        raise NotFound(f"no version {number}", url=store.url, number=number)
+    return _parsed(store, data, number)
+
+
+def list_versions(store: Store) -> list[int]:
+    """Return the numbers of all versions, ascending. Raises StoreError if the store cannot list."""
+    matches = (_VERSION_NAME.fullmatch(info.key) for info in store.list(VERSIONS_FOLDER))
+    return sorted(int(match[1]) for match in matches if match and int(match[1]))
+
+
+def read_shards(store: Store, version: Version) -> ShardTable:
+    """Return the shards of a version. On a store with local files (such as a cache), the segments are memory-mapped.
+
+    Raises:
+        CorruptShard: A segment, or the totals of all segments, differ from what the version states.
+        NotFound, StoreError: The store failed.
+    """
+    table = ShardTable(read_segments(store, version.dataset_id, version.segments))
+    for name, found, stated in (
+        ("records", int(table.n_records.sum()), version.n_records),
+        ("bytes", int(table.n_bytes.sum()), version.n_bytes),
+    ):
+        if found != stated:
+            url = f"{store.url}/{version_key(version.number)}"
+            raise CorruptShard(f"the segments have {found} {name}, the version says {stated}", url=url, part="version")
+    return table
+
+
+def _get(store: Store, number: int) -> bytes | None:
+    try:
+        return store.get(version_key(number))
+    except NotFound:
+        return None
+
+
+def _parsed(store: Store, data: bytes, number: int) -> Version:
+    url = f"{store.url}/{version_key(number)}"
+    try:
+        version = parse_version(data, number=number, url=url)
+    except CorruptShard:  # the data may have been damaged in transit: fetch once more
+        again = _get(store, number)
+        if again is None or again == data:
+            raise
+        version = parse_version(again, number=number, url=url)
+    try:
+        len(version.schema)
+    except UnknownKindError as error:
+        check_features([error.needed], version.release, what="data set", url=url)
+        raise
+    except SchemaError as error:
+        raise CorruptShard(f"the schema cannot be read: {error}", url=url, part="version") from error
+    return version
+
+
+def _hinted(store: Store) -> int | None:
+    try:
+        return parse_hint(store.get(HINT_KEY))
+    except NotFound:
+        return None
+
+
+def _listed(store: Store) -> int:
+    """Return the version number to probe from without a hint: the highest listed one, or 1 if the store cannot list."""
+    try:
+        return max(list_versions(store), default=0)
+    except StoreError as error:
+        if error.retryable:
+            raise
+        return 1

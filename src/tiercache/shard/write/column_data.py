@@ -1,0 +1,235 @@
+"""ColumnData: records of a column in memory in stored form; BlockCutter splits a stream of batches into blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.types as pt
+
+from tiercache.shard.column_types import Kind
+from tiercache.shard.schema import Column
+
+Array: TypeAlias = npt.NDArray[Any]
+_SHAPE = np.dtype("<i4")
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnData:
+    """n records of a column in stored form.
+
+    Attributes:
+        n: Number of records.
+        values: Stored elements: [n, n_elements] for SCALAR and TENSOR, uint8[n] for BOOL, otherwise a flat array to
+            which offsets refer.
+        offsets: int64[n + 1], indices into values; the first need not be 0.
+        shapes: int32[n, n_dimensions], for RAGGED.
+        valid: bool[n]; None if there are no nulls.
+        array: Arrow array of the records, for ARROW; then all other arrays are None.
+    """
+
+    n: int
+    values: Array | None = None
+    offsets: Array | None = None
+    shapes: Array | None = None
+    valid: Array | None = None
+    array: pa.Array | None = None
+
+    def slice(self, start: int, end: int) -> ColumnData:
+        """Return the records [start, end), which share this object's memory."""
+        if start == 0 and end == self.n:
+            return self
+        return ColumnData(
+            end - start,
+            self.values if self.offsets is not None or self.values is None else self.values[start:end],
+            None if self.offsets is None else self.offsets[start : end + 1],
+            None if self.shapes is None else self.shapes[start:end],
+            None if self.valid is None else self.valid[start:end],
+            None if self.array is None else self.array.slice(start, end - start),
+        )
+
+    def own(self) -> ColumnData:
+        """Return a copy of the records, in no more memory than they need."""
+        return join_column_data([self], copy_one=True)
+
+
+def join_column_data(parts: Sequence[ColumnData], *, copy_one: bool = False) -> ColumnData:
+    """Return the records of all items, in order, in new memory; a single item is returned itself unless copy_one."""
+    if len(parts) == 1 and not copy_one:
+        return parts[0]
+    n = sum(part.n for part in parts)
+    valid = None
+    if any(part.valid is not None for part in parts):
+        valid = np.concatenate([np.ones(part.n, bool) if part.valid is None else part.valid for part in parts])
+    if parts[0].array is not None:
+        arrays = [part.array for part in parts]
+        return ColumnData(n, array=pa.concat_arrays(arrays) if len(arrays) > 1 else _plain(arrays[0]))
+    if parts[0].offsets is None:
+        return ColumnData(n, np.concatenate([part.values for part in parts if part.values is not None]), valid=valid)
+    return replace(_join_runs(parts), valid=valid)
+
+
+def _join_runs(parts: Sequence[ColumnData]) -> ColumnData:
+    runs, offsets, total = [], [np.zeros(1, np.int64)], 0
+    for part in parts:
+        if part.offsets is None or part.values is None:
+            continue
+        first, last = int(part.offsets[0]), int(part.offsets[-1])
+        runs.append(part.values[first:last])
+        offsets.append(part.offsets[1:] + (total - first))
+        total += last - first
+    shapes = (
+        None if parts[0].shapes is None else np.concatenate([part.shapes for part in parts if part.shapes is not None])
+    )
+    return ColumnData(sum(part.n for part in parts), np.concatenate(runs), np.concatenate(offsets), shapes)
+
+
+def record_bytes(column: Column, part: ColumnData) -> int | npt.NDArray[np.int64]:
+    """Return the raw bytes of each record, which decide where blocks end: one number for all records, or int64[n]."""
+    if column.kind is Kind.ARROW and part.array is not None:
+        return max(1, -(-int(part.array.nbytes) // max(part.n, 1)))
+    if part.offsets is None:
+        return max(1, column.row_bytes)
+    sizes: npt.NDArray[np.int64] = np.diff(part.offsets) * column.stored.itemsize + (8 + 4 * len(column.shape))
+    return sizes
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedChunk:
+    """The Arrow nodes (length, nulls) and buffers (contiguous arrays, or None) of a chunk, both depth first."""
+
+    nodes: tuple[tuple[int, int], ...]
+    buffers: tuple[Any, ...]
+
+
+def encode(column: Column, part: ColumnData) -> EncodedChunk:
+    """Return the Arrow nodes and buffers of column data. Offsets begin at 0; validity bits exist only with nulls."""
+    if part.array is not None:
+        return _encode_arrow(part.array)
+    n = part.n
+    nulls = 0 if part.valid is None else n - int(np.count_nonzero(part.valid))
+    validity = _bits(part.valid) if nulls else None
+    top = (n, nulls)
+    if column.kind is Kind.SCALAR:
+        return EncodedChunk((top,), (validity, part.values))
+    if column.kind is Kind.BOOL:
+        return EncodedChunk((top,), (validity, _bits(part.values)))
+    if column.kind is Kind.TENSOR:
+        return EncodedChunk((top, (n * column.n_elements, 0)), (validity, None, part.values))
+    values, offsets = _from_zero(part)
+    if column.kind is not Kind.RAGGED:
+        return EncodedChunk((top,), (validity, offsets, values))
+    inner = ((n, 0), (len(values), 0), (n, 0), (n * len(column.shape), 0))
+    return EncodedChunk((top, *inner), (validity, None, offsets, None, values, None, None, part.shapes))
+
+
+def _bits(flags: Any) -> Array:
+    """Return flags as an Arrow bitmap."""
+    return np.packbits(flags, bitorder="little")
+
+
+def _from_zero(part: ColumnData) -> tuple[Array, Array]:
+    values, offsets = part.values, part.offsets
+    if values is None or offsets is None:
+        raise TypeError("a part without offsets has no runs")
+    first = int(offsets[0])
+    return values[first : int(offsets[-1])], offsets - first if first else offsets
+
+
+def _encode_arrow(array: pa.Array) -> EncodedChunk:
+    plain = _plain(array)
+    buffers = tuple(None if buffer is None else np.frombuffer(buffer, np.uint8) for buffer in plain.buffers())
+    return EncodedChunk(tuple(_nodes(plain)), buffers)
+
+
+def _plain(array: pa.Array) -> pa.Array:
+    """Return a copy of an array, made through an IPC record batch.
+
+    The copy has no slice offsets, no unused child values, and no validity bits without nulls, at any depth.
+    """
+    batch = pa.RecordBatch.from_arrays([array], ["x"])
+    return pa.ipc.read_record_batch(batch.serialize(), batch.schema).column(0)
+
+
+def _nodes(array: pa.Array) -> Iterator[tuple[int, int]]:
+    yield len(array), array.null_count
+    if pt.is_struct(array.type):
+        children = [array.field(i) for i in range(array.type.num_fields)]
+    elif pt.is_nested(array.type):
+        children = [array.values]
+    else:
+        children = []
+    for child in children:
+        yield from _nodes(child)
+
+
+def shapes_of(column: Column, n: int, shape: Sequence[int]) -> Array:
+    """Return int32[n, n_dimensions], the shapes of n ragged records that have the same shape."""
+    return np.tile(np.array(shape, _SHAPE), (n, 1)).reshape(n, len(column.shape))
+
+
+BlockData: TypeAlias = list[ColumnData]
+
+
+class BlockCutter:
+    """Collects records until they fill a block.
+
+    Records that are kept between calls are copied, so callers may change their arrays.
+    """
+
+    def __init__(self, columns: Sequence[Column], block_bytes: int) -> None:
+        self._columns = columns
+        self._block_bytes = block_bytes
+        self._pending: list[BlockData] = []
+        self._pending_bytes = 0
+
+    def add(self, parts: BlockData) -> Iterator[BlockData]:
+        """Add a batch (the data of each column, of equal lengths); yield each full block. The rest stays pending."""
+        n = parts[0].n
+        ends_bytes = self._ends_bytes(parts)
+        start = 0
+        while start < n:
+            end = self._end_of_block(ends_bytes, start)
+            if end == n:
+                self._pending.append([part.slice(start, n).own() for part in parts])
+                self._pending_bytes += int(ends_bytes[n] - ends_bytes[start])
+                return
+            head = [part.slice(start, end) for part in parts]
+            yield self._joined(head if end > start else None)
+            start = end
+
+    @property
+    def room_bytes(self) -> int:
+        """Number of bytes that still fit into the pending block."""
+        return self._block_bytes - self._pending_bytes
+
+    def end_block(self, parts: BlockData) -> BlockData:
+        """Return the block of the pending records and these records. Without pending records, nothing is copied."""
+        return self._joined(parts if parts[0].n else None)
+
+    def flush(self) -> BlockData | None:
+        """Return the block of the pending records; None if there are none."""
+        return self._joined(None) if self._pending else None
+
+    def _ends_bytes(self, parts: BlockData) -> npt.NDArray[np.int64]:
+        """Return int64[n + 1]: the number of bytes before each record; the last entry is the total."""
+        ends = np.zeros(parts[0].n + 1, np.int64)
+        for column, part in zip(self._columns, parts, strict=True):
+            ends[1:] += record_bytes(column, part)
+        np.cumsum(ends, out=ends)
+        return ends
+
+    def _end_of_block(self, ends_bytes: npt.NDArray[np.int64], start: int) -> int:
+        """Return the first record that does not fit into the block; an empty block takes a record of any size."""
+        room_bytes = int(ends_bytes[start]) + self._block_bytes - self._pending_bytes
+        end = int(np.searchsorted(ends_bytes, room_bytes, side="right")) - 1
+        return max(end, start if self._pending else start + 1)
+
+    def _joined(self, head: BlockData | None) -> BlockData:
+        batches = [*self._pending, head] if head is not None else self._pending
+        self._pending, self._pending_bytes = [], 0
+        return [join_column_data([batch[number] for batch in batches]) for number in range(len(self._columns))]

@@ -1,0 +1,428 @@
+"""ShardFile: lays out and checksums the chunks of a shard, and uploads them in parts by a background thread."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import accumulate
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from tiercache._native.checksum import combine, crc32c, lay_out
+from tiercache.errors import StoreError
+from tiercache.model import ShardInfo
+from tiercache.shard.format import codec
+from tiercache.shard.format.codec import BlockCodec
+from tiercache.shard.format.layout import ALIGN_BYTES, CHUNK_ROW, PAGE_BYTES, Footer, Tail, align, pack_head
+from tiercache.shard.format.statistics import ColumnStatistics
+from tiercache.shard.memory import BUFFER_POOL
+from tiercache.shard.read.source import address_of
+from tiercache.shard.schema import Schema
+from tiercache.shard.write.column_data import ColumnData, EncodedChunk, encode
+from tiercache.store.contract import Store, Upload
+
+Memory: TypeAlias = npt.NDArray[np.uint8]
+Task: TypeAlias = Callable[[], None]
+
+# At least the minimum part size of every store, and large enough to make the overhead of a request negligible. While
+# the writer is busy, the thread waits 5 ms for the GIL each time, so it should need the GIL rarely.
+PART_BYTES = 8 << 20
+# With the part that is being filled and the part that is being sent, four parts are in memory. With a queue of one,
+# writer and thread would wait for each other in turn if both are equally fast.
+_MAX_WAITING = 2
+# Space after a part for the rest of the chunk that fills it; one huge page, because parts consist of huge pages.
+_SLACK_BYTES = 2 << 20
+
+
+class _Tasks:
+    """A thread that runs tasks in order. The lock guards all attributes; tasks run outside the lock.
+
+    The object holds no reference to its owner, so that an abandoned writer can be collected while its thread waits.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[Task] = deque()
+        self._busy = self._cancelled = False
+        self.error: BaseException | None = None
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._work, name="tiercache-upload", daemon=True)
+        self._thread.start()
+
+    def put(self, task: Task) -> None:
+        """Queue a task; wait while the queue is full. Raises the error of an earlier task."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._waiting) < _MAX_WAITING or self.error is not None)
+            self._check()
+            self._waiting.append(task)
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait until all tasks are done. Raises the error of a failed task."""
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._waiting or self._busy) or self.error is not None)
+            self._check()
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def cancel(self) -> None:
+        """Discard the queued tasks, and end the thread after its current task.
+
+        In a forked child process the call does nothing: the child has no thread, and the lock may be locked forever.
+        """
+        if os.getpid() == self._pid:
+            with self._changed:
+                # The thread clears the queue, because the garbage collector may call this method in the middle of
+                # _next().
+                self._cancelled = True
+                self._changed.notify_all()
+
+    def join(self) -> None:
+        """Wait for the thread to end."""
+        self._thread.join()
+
+    def _work(self) -> None:
+        self._do_all()
+        self._waiting.clear()  # after cancel(), no thread queues tasks
+
+    def _do_all(self) -> None:
+        while (task := self._next()) is not None:
+            try:
+                task()
+            except BaseException as error:  # noqa: BLE001 -- top of a thread: the writer raises it at its next call
+                with self._changed:
+                    self.error = error
+                    self._waiting.clear()
+            finally:
+                del task  # the task references the memory of a part
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()
+
+    def _next(self) -> Task | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._cancelled)
+            if self._cancelled:
+                return None
+            self._busy = True
+            task = self._waiting.popleft()
+            self._changed.notify_all()
+            return task
+
+
+class UploadQueue:
+    """The uploads of a writer. The writer's thread calls all methods; a background thread calls the store.
+
+    The next call that queues a task, or wait(), raises an error of the store; after that the owner can only call
+    abort(). The thread starts with the first part. The owner must call wait() or abort() at the end.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.part_bytes = max(PART_BYTES, store.min_part_bytes)
+        self._tasks: _Tasks | None = None
+        self._pid: int | None = None
+        self._open: list[Upload] = []
+        self._free: list[Memory] = []  # append and pop are atomic; the thread returns the memory of sent parts
+
+    @property
+    def failed(self) -> bool:
+        """Whether a task has failed; the next call raises its error."""
+        return self._tasks is not None and self._tasks.error is not None
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether the uploads belong to this process; False in a child process that was forked after claim()."""
+        return self._pid in (None, os.getpid())
+
+    def claim_process(self) -> None:
+        """Make this process the owner of the uploads.
+
+        Raises:
+            ValueError: The uploads belong to the parent process.
+        """
+        if not self.is_owner:
+            raise ValueError(
+                "a writer can be used only in the process that began to write, not in a forked child of it"
+            )
+        self._pid = os.getpid()
+
+    def begin(self, key: str) -> Upload:
+        """Return a new upload for the object with this key, for send() and complete()."""
+        self.claim_process()
+        upload = self._store.create(key)
+        self._open.append(upload)
+        return upload
+
+    def memory(self, n_bytes: int) -> Memory:
+        """Return memory of at least n_bytes, and at least a part and some slack. send() takes it back."""
+        usual_bytes = self.part_bytes + _SLACK_BYTES
+        if n_bytes <= usual_bytes and self._free:
+            return self._free.pop()
+        return BUFFER_POOL.allocate(max(n_bytes, usual_bytes))
+
+    def send(self, upload: Upload, number: int, memory: Memory, n_bytes: int) -> int:
+        """Queue the first n_bytes of memory for upload, as parts with the numbers from `number` on.
+
+        Args:
+            upload: Upload that begin() returned.
+            number: Number of the first part.
+            memory: Memory that memory() returned. The caller must not use it afterwards.
+            n_bytes: Number of bytes to upload.
+
+        Returns:
+            Number of the next part.
+        """
+        parts = [memory[start : min(start + self.part_bytes, n_bytes)] for start in range(0, n_bytes, self.part_bytes)]
+        free, reusable = self._free, len(memory) == self.part_bytes + _SLACK_BYTES
+
+        def send() -> None:
+            for i, part in enumerate(parts):
+                upload.put_part(number + i, part.data)
+            if reusable:
+                free.append(memory)
+
+        self._put(send)
+        return number + len(parts)
+
+    def complete(self, upload: Upload) -> None:
+        """Queue the completion of an upload, which publishes the object after all its parts are sent."""
+        open_uploads = self._open
+
+        def complete() -> None:
+            upload.complete()
+            open_uploads.remove(upload)
+
+        self._put(complete)
+
+    def _put(self, task: Task) -> None:
+        self.claim_process()
+        if self._tasks is None:
+            self._tasks = _Tasks()
+            weakref.finalize(self, self._tasks.cancel)
+        self._tasks.put(task)
+
+    def wait(self) -> None:
+        """Wait until all tasks are done, and end the thread.
+
+        Raises:
+            StoreError: The store failed.
+        """
+        self.claim_process()
+        if self._tasks is not None:
+            self._tasks.wait()
+            self._end()
+
+    def abort(self) -> None:
+        """Abort the uploads that are not complete, after the current task of the thread. A repeated call does nothing.
+
+        Errors of the store are ignored here, so that the caller sees the error that led to the abort.
+        """
+        if not self.is_owner:
+            return
+        self._end()
+        while self._open:
+            with suppress(StoreError):
+                self._open[-1].abort()
+            self._open.pop()
+
+    def _end(self) -> None:
+        if self._tasks is not None:
+            self._tasks.cancel()
+            self._tasks.join()
+        self._free.clear()
+
+
+_Bytes: TypeAlias = npt.NDArray[np.uint8]
+_EMPTY = np.zeros(0, np.uint8)
+
+
+class _PartBuffer:
+    """Buffer that collects bytes into upload parts, and computes the CRC-32C of the whole file.
+
+    It holds at most one part and the longest reserved piece.
+    """
+
+    def __init__(self, uploads: UploadQueue, key: str) -> None:
+        self._uploads = uploads
+        self._upload = uploads.begin(key)
+        self._memory = uploads.memory(0)
+        self._filled = self._number = 0
+        self.n_bytes = 0
+        self.crc = 0
+
+    def reserve(self, n_bytes: int) -> _Bytes:
+        """Return the memory for the next n_bytes, uint8[n_bytes], which the caller fills before add()."""
+        if self._filled + n_bytes > len(self._memory):
+            grown = np.empty(max(self._filled + n_bytes, len(self._memory) * 5 // 4), np.uint8)
+            grown[: self._filled] = self._memory[: self._filled]
+            self._memory = grown
+        return self._memory[self._filled : self._filled + n_bytes]
+
+    def add(self, n_bytes: int, crc: int) -> None:
+        """Append the first n_bytes of the reserved memory. crc: CRC-32C of these bytes."""
+        self.crc = combine(self.crc, crc, n_bytes)
+        self._filled += n_bytes
+        self.n_bytes += n_bytes
+        if self._filled >= self._uploads.part_bytes:
+            self._send(self._filled // self._uploads.part_bytes * self._uploads.part_bytes)
+
+    def append(self, data: bytes) -> None:
+        """Append a copy of data."""
+        self.reserve(len(data))[:] = np.frombuffer(data, np.uint8)
+        self.add(len(data), crc32c(data))
+
+    def _send(self, n_bytes: int) -> None:
+        """Send the first n_bytes as parts, and copy the rest to new memory."""
+        rest = self._memory[n_bytes : self._filled]
+        memory = self._uploads.memory(len(rest))
+        memory[: len(rest)] = rest
+        self._number = self._uploads.send(self._upload, self._number, self._memory, n_bytes)
+        self._memory, self._filled = memory, len(rest)
+
+    def complete(self) -> None:
+        """Send the remaining bytes, and complete the upload."""
+        if self._filled:
+            self._number = self._uploads.send(self._upload, self._number, self._memory, self._filled)
+        self._uploads.complete(self._upload)
+
+
+class _Chunk:
+    """A chunk to be written: its buffers one after the other, each aligned to ALIGN_BYTES.
+
+    Attributes:
+        lengths: Number of bytes of each buffer, without padding.
+        ends: Offset of each buffer in the chunk, and the end of the chunk.
+    """
+
+    def __init__(self, encoded: EncodedChunk) -> None:
+        self.nodes = encoded.nodes
+        self._pieces = [_EMPTY if buffer is None else np.ascontiguousarray(buffer) for buffer in encoded.buffers]
+        self.lengths = [piece.nbytes for piece in self._pieces]
+        self.ends = list(accumulate(map(align, self.lengths), initial=0))
+
+    @property
+    def n_bytes(self) -> int:
+        """Number of bytes of the chunk before compression."""
+        return self.ends[-1]
+
+    def lay_out(self, raw: _Bytes) -> tuple[int, npt.NDArray[np.uint32]]:
+        """Copy the buffers to raw, uint8[n_bytes]. Returns the CRC-32C of the chunk and of each page."""
+        sums = np.empty(-(-len(raw) // PAGE_BYTES), np.uint32)
+        addresses = np.array([address_of(piece) for piece in self._pieces], np.uint64)
+        return lay_out(addresses, np.array(self.lengths, np.uint64), ALIGN_BYTES, raw, PAGE_BYTES, sums), sums
+
+
+class ShardFile:
+    """A shard that is being written. It is not visible under `key` before finish(). For one thread.
+
+    To discard the shard, abort its Uploads.
+    """
+
+    def __init__(self, uploads: UploadQueue, key: str, schema: Schema, block_codec: BlockCodec) -> None:
+        self.key = key
+        self.n_blocks = 0
+        self._schema = schema
+        self._codec = block_codec
+        self._shard_id = secrets.token_bytes(16)
+        self._block_first = [0]
+        self._chunks: list[tuple[int, ...]] = []
+        self._nodes: list[tuple[int, int]] = []
+        self._buffers: list[tuple[int, int]] = []
+        self._pages: list[npt.NDArray[np.uint32]] = []
+        self._n_pages = 0
+        self._statistics = [ColumnStatistics(column) for column in schema.columns]
+        self._out = _PartBuffer(uploads, key)
+        self._out.append(pack_head(self._shard_id))
+
+    @property
+    def n_bytes(self) -> int:
+        """Number of bytes written so far, without the footer."""
+        return self._out.n_bytes
+
+    @property
+    def table_bytes(self) -> int:
+        """Approximate number of decoded bytes of the footer's tables so far."""
+        rows = CHUNK_ROW.itemsize * len(self._chunks) + 16 * (len(self._nodes) + len(self._buffers))
+        return rows + 4 * self._n_pages
+
+    def add_block(self, parts: Sequence[ColumnData]) -> None:
+        """Append a block. parts: Data of each column, of equal lengths."""
+        chunks = [_Chunk(encode(column, part)) for column, part in zip(self._schema.columns, parts, strict=True)]
+        frames = self._codec.encode([chunk.n_bytes for chunk in chunks], lambda number: self._laid_out(chunks[number]))
+        for number, (chunk, frame) in enumerate(zip(chunks, frames, strict=True)):
+            stored_bytes = self._add_chunk(chunk, frame)
+            self._statistics[number].add(parts[number], chunk.nodes[0][1], chunk.n_bytes, stored_bytes)
+        self._block_first.append(self._block_first[-1] + parts[0].n)
+        self.n_blocks += 1
+
+    def _laid_out(self, chunk: _Chunk) -> _Bytes:
+        """Lay out a chunk in the memory of the file's next bytes, and return it; it is not appended yet."""
+        raw = self._out.reserve(chunk.n_bytes)
+        chunk.lay_out(raw)
+        return raw
+
+    def _add_chunk(self, chunk: _Chunk, frame: bytes | None) -> int:
+        """Append a chunk, raw if frame is None, otherwise as the frame. Returns its number of stored bytes."""
+        first_node, first_buffer, first_page = len(self._nodes), len(self._buffers), self._n_pages
+        self._nodes.extend(chunk.nodes)
+        self._buffers.extend(zip(chunk.ends, chunk.lengths, strict=False))  # no buffer begins at the last end
+        if frame is None:
+            stored_bytes = chunk.n_bytes
+            crc, sums = chunk.lay_out(self._out.reserve(stored_bytes))
+            self._pages.append(sums)
+            self._n_pages += len(sums)
+        else:
+            stored_bytes, crc = len(frame), crc32c(frame)
+            self._out.reserve(stored_bytes)[:] = np.frombuffer(frame, np.uint8)
+        offset, kind = self._out.n_bytes, codec.RAW if frame is None else codec.ZSTD
+        self._out.add(stored_bytes, crc)
+        self._chunks.append((offset, stored_bytes, chunk.n_bytes, kind, crc, first_node, first_buffer, first_page))
+        self._out.append(bytes(align(stored_bytes) - stored_bytes))
+        return stored_bytes
+
+    def finish(self, metadata: Mapping[str, Any]) -> ShardInfo:
+        """Write footer and tail, and queue the completion of the upload. Returns the description of the shard."""
+        names = self._schema.names
+        statistics = {name: column.as_json() for name, column in zip(names, self._statistics, strict=True)}
+        footer = self._footer(statistics, metadata)
+        stored, raw_bytes = footer.pack()
+        tail = Tail(self._out.n_bytes, len(stored), raw_bytes, crc32c(stored))
+        self._out.append(stored)
+        self._out.append(tail.pack())
+        self._out.complete()
+        return ShardInfo(
+            name=self.key,
+            shard_id=self._shard_id.hex(),
+            n_records=footer.n_records,
+            n_bytes=self._out.n_bytes,
+            crc32c=self._out.crc,
+            footer_offset=tail.footer_offset,
+            footer_bytes=tail.footer_bytes,
+            stats_json=json.dumps(statistics, sort_keys=True, separators=(",", ":")),
+        )
+
+    def _footer(self, statistics: Mapping[str, Any], metadata: Mapping[str, Any]) -> Footer:
+        return Footer(
+            schema=self._schema,
+            shard_id=self._shard_id,
+            n_records=self._block_first[-1],
+            n_blocks=self.n_blocks,
+            block_first=np.array(self._block_first, np.uint64),
+            chunks=np.array(self._chunks, CHUNK_ROW).reshape(self.n_blocks, len(self._schema)),
+            nodes=np.array(self._nodes, np.uint64).reshape(-1, 2),
+            buffers=np.array(self._buffers, np.uint64).reshape(-1, 2),
+            pages=np.concatenate([np.zeros(0, np.uint32), *self._pages]),
+            statistics=statistics,
+            metadata=metadata,
+        )
