@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tiercache.order.contract import Layout, OrderOptions
 from tiercache.order.epoch import EpochOrder
-from tiercache.order.options import Layout, OrderOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

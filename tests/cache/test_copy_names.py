@@ -9,7 +9,7 @@ from tiercache.cache.copy_names import CopyNames
 from tiercache.cache.place import DatasetSource
 from tiercache.cache.record import name_of_identity
 from tiercache.model import NEVER, ReadingPlan
-from tiercache.opened import OpenedVersion
+from tiercache.opened_version import OpenedVersion
 
 
 def test_names_of_shards_and_segments_are_those_of_their_identities(tmp_path):

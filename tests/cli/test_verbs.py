@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tiercache.pack import pack, packing
+from tiercache.pack import executor, pack
 from tiercache.version import __version__
 
 
@@ -60,7 +60,7 @@ class TestPack:
         def struck(*_given, **_named):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(packing, "commit", struck)
+        monkeypatch.setattr(executor, "commit", struck)
         said = tiercache("pack", photos, tmp_path / "out", code=130).err
         assert said.startswith("tiercache: interrupted: during the commit: check whether the version exists")
         assert said.count("\n") == 1

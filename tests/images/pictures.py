@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tiercache.images.planes import load_turbojpeg
+from tiercache.images.decoder import load_turbojpeg
 
 
 def has_turbojpeg() -> bool:

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from tests.images.pictures import BY_PLANES, encode, picture
 
-from tiercache.images import decoder, planes
+from tiercache.images import decoder
+from tiercache.images import decoder as decoder_module
 from tiercache.images.crop import plan_crop
-from tiercache.images.decoder import DecodeError, Decoder
+from tiercache.images.decoder import DecodeError, Decoder, JpegPlanesHeader, PlaneReader
 from tiercache.images.options import DecodeImage
-from tiercache.images.planes import JpegPlanesHeader, PlaneReader
 
 SUBSAMPLED = ("420", "422", "440")
 MIRROR = [0.0] * 24
@@ -280,7 +280,7 @@ def test_a_large_picture_leaves_no_memory_of_its_size_behind():
 
 @BY_PLANES
 def test_no_handle_is_left(monkeypatch):
-    library, made, gone = planes.load_turbojpeg(), [], []
+    library, made, gone = decoder_module.load_turbojpeg(), [], []
 
     class Recorded:
         def __getattr__(self, name):
@@ -294,7 +294,7 @@ def test_no_handle_is_left(monkeypatch):
             gone.append(handle)
             library.tjDestroy(handle)
 
-    monkeypatch.setattr(planes, "load_turbojpeg", Recorded)
+    monkeypatch.setattr(decoder_module, "load_turbojpeg", Recorded)
     one = Decoder(DecodeImage(32, resize_in="ycbcr"))
     for data in (jpeg(40, 50), jpeg(40, 50)[:200], encode(picture(40, 50), "png"), jpeg(40, 50, "444")):
         with contextlib.suppress(DecodeError):
@@ -311,7 +311,7 @@ def test_no_handle_is_left(monkeypatch):
 @given(st.data())
 def test_a_box_is_widened_to_whole_pixels_of_chroma_and_no_further(data):
     size = height, width = data.draw(st.integers(1, 99)), data.draw(st.integers(1, 99))
-    steps = data.draw(st.sampled_from(sorted(planes._STEPS.values())))
+    steps = data.draw(st.sampled_from(sorted(decoder_module._STEPS.values())))
     top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     bottom, right = data.draw(st.integers(top + 1, height)), data.draw(st.integers(left + 1, width))
     luma, chroma = JpegPlanesHeader(size, steps).boxes((top, bottom, left, right))
@@ -327,12 +327,12 @@ def test_a_box_is_widened_to_whole_pixels_of_chroma_and_no_further(data):
 
 
 def test_a_missing_library_is_an_error_that_says_whence_to_get_it(monkeypatch):
-    monkeypatch.setattr(planes, "_NAME", "no-such-library.so")
-    monkeypatch.setattr(planes, "find_library", lambda name: None)
-    planes.load_turbojpeg.cache_clear()
+    monkeypatch.setattr(decoder_module, "_NAME", "no-such-library.so")
+    monkeypatch.setattr(decoder_module, "find_library", lambda name: None)
+    decoder_module.load_turbojpeg.cache_clear()
     try:
         with pytest.raises(ModuleNotFoundError, match=r"libturbojpeg0 \(Debian\)"):
             Decoder(DecodeImage(32, resize_in="ycbcr"))
         assert Decoder(DecodeImage(32)).decode(jpeg(40, 40), ()).shape == (3, 32, 32)
     finally:
-        planes.load_turbojpeg.cache_clear()
+        decoder_module.load_turbojpeg.cache_clear()

@@ -18,7 +18,7 @@ from tests.load.conftest import SCHEMA, check_batch, ids_of, make_columns
 import tiercache as tc
 from tiercache.load.coming import NextEpoch
 from tiercache.load.window import loading_pool
-from tiercache.opened import OpenedVersion
+from tiercache.opened_version import OpenedVersion
 
 SOURCE = SimpleNamespace(is_cached=False)
 OPTIONS = {"seed": 2, "shuffle_window_bytes": "2KiB", "shuffle_group_bytes": "9KiB"}

@@ -18,7 +18,7 @@ from tests.shard.mixed_shard import wait_until_settled
 import tiercache as tc
 from tiercache.cache.place import DatasetSource
 from tiercache.load import ahead, window
-from tiercache.opened import OpenedVersion
+from tiercache.opened_version import OpenedVersion
 from tiercache.testing import Fault, FaultKind, FaultStore
 from tiercache.testing.http_server import HttpFaultServer
 

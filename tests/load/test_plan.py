@@ -25,7 +25,7 @@ from tests.order.brute_mixture import Mixed, mixed_sequence, mixtures
 
 from tiercache.load.plan import RUN_PIECES, RUN_ROWS, Piece, PieceSizes, pieces
 from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions, RankPlan, Window
-from tiercache.order.memory import MOST_ROWS, allocate_rows
+from tiercache.order.window import MOST_ROWS, allocate_rows
 
 # Each takes some 8 ms; `make fuzz` draws 5,000 of every kind.
 MANY, SOME = (max(n, settings.default.max_examples) for n in (1000, 100))

@@ -23,7 +23,7 @@ from tiercache.load import publishing
 from tiercache.load.coming import NextEpoch
 from tiercache.load.publishing import ReadPlanPublisher
 from tiercache.model import NEVER, ReadingPlan
-from tiercache.opened import OpenedVersion
+from tiercache.opened_version import OpenedVersion
 from tiercache.shard.read.reader_pool import ReleasingPlan
 from tiercache.testing.http_server import HttpFaultServer
 

@@ -15,7 +15,7 @@ from tests.load.conftest import ids_of
 
 import tiercache as tc
 from tiercache.load.pressure import MemoryPressure
-from tiercache.opened import OpenedVersion
+from tiercache.opened_version import OpenedVersion
 
 
 def limited(monkeypatch, limit_bytes):

@@ -18,7 +18,7 @@ from tests.load.conftest import ids_of, make_columns
 
 import tiercache as tc
 from tiercache.load.broken import record_number
-from tiercache.opened import OpenedVersion
+from tiercache.opened_version import OpenedVersion
 
 # Of each some 60 ms; `pytest --hypothesis-profile fuzz` draws 5,000.
 SOME = settings.default.max_examples

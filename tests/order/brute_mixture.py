@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.order.brute import Record, Shards, options, shards, shuffled, stream_windows
 
 from tiercache.order import MixtureOrder, MixtureSpec, OrderOptions, derive_key
-from tiercache.order import part as part_module
+from tiercache.order import mixture as part_module
 
 _BASES = (2, 3, 5, 7, 11, 13, 17, 19)
 

@@ -10,9 +10,9 @@ from tests.order.brute import Shards, options, shards
 from tests.order.brute_mixture import Mixed, mixtures
 
 from tiercache.order import EpochOrder, MixtureOrder, OrderOptions, Section
-from tiercache.order import part as part_module
-from tiercache.order.groups import ShardGroups
-from tiercache.order.listed import ExplicitOrder
+from tiercache.order import mixture as part_module
+from tiercache.order.explicit import ExplicitOrder
+from tiercache.order.window import ShardGroups
 
 
 def shards_at(order, stream: int) -> list[int]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiercache.order import BlockTable, Layout
-from tiercache.order.listed import ExplicitOrder, RecordLocator, count_fitting, explicit_window
+from tiercache.order.explicit import ExplicitOrder, RecordLocator, count_fitting, explicit_window
 
 SHARDS = st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=5)
 

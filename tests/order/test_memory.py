@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from tiercache.order.memory import MOST_ROWS, allocate_rows
+from tiercache.order.window import MOST_ROWS, allocate_rows
 
 N = 100_000
 

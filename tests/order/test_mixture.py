@@ -17,8 +17,7 @@ from tests.order.brute import read
 from tests.order.brute_mixture import Mixed, mixed_sequence, mixtures
 
 from tiercache.order import BlockTable, Layout, OrderOptions
-from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture
-from tiercache.order.shares import StreamAllocation, StreamInterleaving
+from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture, StreamAllocation, StreamInterleaving
 
 RAW_BYTES = 10  # of a record, in the parts made here
 

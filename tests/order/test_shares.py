@@ -10,8 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tiercache.order.mixture import exact_weight
-from tiercache.order.shares import StreamAllocation, StreamInterleaving, apportion
+from tiercache.order.mixture import StreamAllocation, StreamInterleaving, apportion, exact_weight
 
 
 def worst(sequence: list[int], shares: list[Fraction]) -> float:

@@ -3,7 +3,7 @@
 import pytest
 
 from tiercache.errors import SchemaError
-from tiercache.pack.infer import infer_types, join, type_of
+from tiercache.pack.jsonl import infer_types, join, type_of
 from tiercache.shard.schema import Ragged
 
 

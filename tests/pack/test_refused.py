@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 import tiercache as tc
 from tiercache.cli import app
 from tiercache.errors import NotFound, SchemaError
-from tiercache.pack.image_check import find_damage, sniff
-from tiercache.pack.options import PackOptions
-from tiercache.pack.packing import pack, plan_pack
+from tiercache.pack.executor import pack, plan_pack
+from tiercache.pack.images import find_damage, sniff
+from tiercache.pack.plan import PackOptions
 
 MDS_INDEX = {"version": 2, "shards": [{"column_encodings": ["int"], "raw_data": {"basename": "shard.00000.mds"}}]}
 LITDATA_INDEX = {"chunks": [{"chunk_bytes": 10, "filename": "chunk-0-0.bin"}], "config": {"data_format": ["int"]}}

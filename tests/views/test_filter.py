@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiercache as tc
-from tiercache.opened import OpenedVersion
-from tiercache.views import filtering
+from tiercache.opened_version import OpenedVersion
+from tiercache.views import scan
 
 N = 400
 
@@ -202,9 +202,9 @@ def test_shards_whose_numbers_rule_them_out_are_not_read(dataset, monkeypatch):
 
 
 def test_a_filter_takes_little_memory_whatever_its_shards_hold(dataset, monkeypatch, frame):
-    monkeypatch.setattr(filtering, "CHUNK_BYTES", 1)  # block by block
-    sizes, evaluate = [], filtering._evaluate
-    monkeypatch.setattr(filtering, "_evaluate", lambda table, e: sizes.append(table.num_rows) or evaluate(table, e))
+    monkeypatch.setattr(scan, "CHUNK_BYTES", 1)  # block by block
+    sizes, evaluate = [], scan._evaluate
+    monkeypatch.setattr(scan, "_evaluate", lambda table, e: sizes.append(table.num_rows) or evaluate(table, e))
     assert ids_of(dataset.filter(pc.field("label") < 5)) == frame["id"][frame["label"] < 5].tolist()
     assert max(sizes) < N / len(dataset.source.shard_records)
 

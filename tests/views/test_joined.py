@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
 from tiercache.model import NEVER, ReadingPlan
-from tiercache.opened import OpenedVersion
+from tiercache.opened_version import OpenedVersion
 
 
 @pytest.fixture(scope="module")

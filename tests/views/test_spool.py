@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pytest
 
 import tiercache as tc
-from tiercache.views import spool
+from tiercache.views import selection
 from tiercache.views.selection import Selection
 
 N = 20_000
@@ -119,7 +119,7 @@ class _Together:
 
 def test_threads_that_pickle_at_once_share_one_file(packed, own_folder, monkeypatch):
     view, found = shuffled(packed), []
-    monkeypatch.setattr(spool, "_lock", _Together(8))
+    monkeypatch.setattr(selection, "_lock", _Together(8))
     threads = [threading.Thread(target=lambda: found.append(pickle.dumps(view))) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -224,10 +224,10 @@ def test_files_of_processes_that_are_gone_go_with_the_next_pickle(own_folder, en
 
 
 def test_a_sweep_leaves_other_files_alone(own_folder):
-    os.mkfifo(own_folder / f"{spool.PREFIX}pipe")
+    os.mkfifo(own_folder / f"{selection.PREFIX}pipe")
     (own_folder / "mine.txt").write_text("x")
-    (own_folder / f"{spool.PREFIX}link").symlink_to(own_folder / "mine.txt")
+    (own_folder / f"{selection.PREFIX}link").symlink_to(own_folder / "mine.txt")
     kept = Selection.of(np.random.default_rng(1).permutation(1000))
     pickle.dumps(kept)
     assert (own_folder / "mine.txt").exists()
-    assert Path(own_folder / f"{spool.PREFIX}link").is_symlink()
+    assert Path(own_folder / f"{selection.PREFIX}link").is_symlink()

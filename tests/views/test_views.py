@@ -17,10 +17,10 @@ from tests.load.conftest import SCHEMA, check_batch, make_columns
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
-from tiercache import opened
-from tiercache.opened import OpenedVersion
+from tiercache import opened_version
+from tiercache.opened_version import OpenedVersion
 from tiercache.shard.read.shard_reader import ShardReader
-from tiercache.views import rows
+from tiercache.views import selection
 
 N = 150
 
@@ -119,7 +119,7 @@ def test_block_tables_that_another_thread_pushes_out_are_still_given(packed, mon
     source = tc.Dataset(packed).source
     expected = [table.records.tolist() for table in source.block_tables([0, 1])]
     source = tc.Dataset(packed).source
-    monkeypatch.setattr(opened, "MAX_TABLES", 2)
+    monkeypatch.setattr(opened_version, "MAX_TABLES", 2)
     read = OpenedVersion._read_table
 
     def crowded(self, shard):
@@ -296,7 +296,7 @@ def test_a_view_resumes_at_every_batch_also_from_an_appended_data_set(tmp_path, 
 def test_rows_are_laid_out_in_pieces_as_at_once(dataset, monkeypatch):
     mask = np.random.default_rng(5).random(N) < 0.6
     whole = [batch["id"].tolist() for batch in tc.DataLoader(dataset.select(mask), batch_size=16)]
-    monkeypatch.setattr(rows, "LAID_OUT_ROWS", 3)
+    monkeypatch.setattr(selection, "LAID_OUT_ROWS", 3)
     assert [batch["id"].tolist() for batch in tc.DataLoader(dataset.select(mask), batch_size=16)] == whole
     assert list(itertools.chain(*whole)) == np.flatnonzero(mask).tolist()
 

@@ -19,8 +19,8 @@ from tiercache.cache.sums import checksum_of
 from tiercache.cache.units import Mask, n_units
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.tables import BLOCK_BYTES
-from tiercache.descriptors import emfile_message
 from tiercache.errors import CorruptShard, StoreError
+from tiercache.file_limit import emfile_message
 from tiercache.model import format_bytes
 from tiercache.points import crash_point
 from tiercache.waiting import wait_for

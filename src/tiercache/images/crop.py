@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.order.keys import derive_key
+from tiercache.order.epoch import derive_key
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,7 +8,7 @@ from tiercache.load.damage import CorruptionMap
 from tiercache.load.plan import ARRAY_PIECES, RUN_PIECES
 from tiercache.load.share import OrderShare
 from tiercache.order import EpochOrder, Layout, OrderOptions, RankPlan
-from tiercache.order.listed import ExplicitOrder
+from tiercache.order.explicit import ExplicitOrder
 from tiercache.order.mixture import MixtureOrder
 
 if TYPE_CHECKING:

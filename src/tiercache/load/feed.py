@@ -14,7 +14,7 @@ import numpy as np
 
 from tiercache.load.ahead import is_in_memory
 from tiercache.load.mending import replace_corrupt
-from tiercache.order.listed import RecordLocator, count_fitting, explicit_window, whole_window
+from tiercache.order.explicit import RecordLocator, count_fitting, explicit_window, whole_window
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tiercache.load.plan import Piece
     from tiercache.load.source import Source
     from tiercache.order import Window
-    from tiercache.order.listed import ExplicitWindow, RecordLocations
+    from tiercache.order.explicit import ExplicitWindow, RecordLocations
 
 
 @dataclass(frozen=True, slots=True, eq=False)

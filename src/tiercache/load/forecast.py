@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.load.share import OrderShare
-    from tiercache.order.groups import ShardGroups
+    from tiercache.order.window import ShardGroups
 
 # Maximum of later epochs that are examined. If a rank reads the same shards in each epoch, one is enough.
 MAX_EPOCHS_AHEAD = 64

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import numpy as np
 
 from tiercache.errors import CorruptShard
-from tiercache.order.listed import ExplicitWindow
+from tiercache.order.explicit import ExplicitWindow
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiercache.order import RowRun, Window
-from tiercache.order.memory import MOST_ROWS, allocate_rows
+from tiercache.order.window import MOST_ROWS, allocate_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

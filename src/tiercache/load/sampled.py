@@ -36,7 +36,7 @@ from tiercache.load.sampling import (
 )
 from tiercache.load.source import prepare_reading
 from tiercache.order import Layout
-from tiercache.order.listed import RecordLocator
+from tiercache.order.explicit import RecordLocator
 from tiercache.stats import Counters, WaitHistogram
 
 if TYPE_CHECKING:

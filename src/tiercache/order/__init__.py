@@ -4,11 +4,9 @@ An order maps a position of the epoch to a record; a `RankPlan` maps a batch of 
 knows torch or does I/O, except through `Layout.blocks`, the caller's function that reads footers.
 """
 
-from tiercache.order.contract import Order, Section
-from tiercache.order.epoch import EpochOrder
-from tiercache.order.keys import derive_key
+from tiercache.order.contract import MAX_STREAMS, BlockTable, Layout, Order, OrderOptions, Section
+from tiercache.order.epoch import EpochOrder, derive_key
 from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture
-from tiercache.order.options import MAX_STREAMS, BlockTable, Layout, OrderOptions
 from tiercache.order.ranks import RankPlan
 from tiercache.order.window import RowRun, Window
 

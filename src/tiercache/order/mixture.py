@@ -6,26 +6,519 @@ part epoch after part epoch.
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import accumulate
 from numbers import Rational, Real
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from tiercache.order.groups import ShardGroups, concat_groups
-from tiercache.order.memory import allocate_rows
-from tiercache.order.part import DrawRange, MixturePart, PartDraws, part_options
-from tiercache.order.shares import StreamAllocation, StreamInterleaving, apportion, stream_records
+from tiercache._native.permute import RowFinder
+from tiercache.order.contract import Layout, OrderOptions
+from tiercache.order.epoch import EpochOrder, derive_key
+from tiercache.order.window import ShardGroups, allocate_rows, concat_groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from tiercache.order.options import Layout, OrderOptions
+    from tiercache.order.contract import BlockTable
     from tiercache.order.window import Window
+
+
+# Each stream starts each split at its own phase; otherwise all streams take the same part at once (256 streams deviated
+# by 400 records together, with these phases by 24). The phases are radical inverses in these bases, by depth: splits
+# below each other need phases that are not correlated (the golden ratio for all of them: deviation 200).
+_BASES = (2, 3, 5, 7, 11, 13, 17, 19)
+
+MAX_RECORDS = 1 << 42  # per stream: 2**20 positions times this fit 63 bits
+_CHUNK_PLACES = 1 << 20
+
+
+def apportion(n: int, weights: Sequence[int]) -> tuple[int, ...]:
+    """Return the shares of n records by weights, by the largest-remainder method; the shares add up to n.
+
+    Every share is its exact value rounded down or up. Therefore a part of n_k records gets at most n_k if n <= n_k /
+    share, and at least n_k if n >= n_k / share.
+
+    Args:
+        n: Number of records to share out.
+        weights: Positive weights of the parts.
+    """
+    total = sum(weights)
+    shares = [n * weight // total for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda part: (-(n * weights[part] % total), part))
+    for part in by_remainder[: n - sum(shares)]:
+        shares[part] += 1
+    return tuple(shares)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamAllocation:
+    """Allocation of an epoch's records to streams: a table whose sums are those of the parts and those of the streams.
+
+    Stream s of the epoch holds ceil((n - s) / S) records. The records of a part beyond a multiple of S go to
+    neighbouring streams, and those of the next part to the streams after them: therefore the streams' records of a part
+    differ by at most one.
+
+    Attributes:
+        totals: Number of records of each part in the epoch.
+        n_streams: Number of streams, S.
+    """
+
+    totals: tuple[int, ...]
+    n_streams: int
+
+    def turns(self, stream: int) -> tuple[int, ...]:
+        """Return the stream's number in each part's rotation; number 0 is the first to get an extra record."""
+        before = accumulate(self.totals[:-1], initial=0)
+        return tuple((stream - n_records) % self.n_streams for n_records in before)
+
+    def quotas(self, stream: int) -> tuple[int, ...]:
+        """Return the number of records that a stream takes of each part; their sum is ceil((n - stream) / S)."""
+        of_parts = zip(self.totals, self.turns(stream), strict=True)
+        return tuple(stream_records(total, self.n_streams, turned) for total, turned in of_parts)
+
+
+def stream_records(n_records: int, n_streams: int, stream: int) -> int:
+    """Return the number of records of one stream: ceil((n_records - stream) / n_streams)."""
+    return max(0, -((stream - n_records) // n_streams))
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """Node of the tree: it decides which of its items go left. Nodes are numbered parts first, then splits."""
+
+    node: int
+    left: int
+    right: int
+    n_left: int
+    n_items: int
+    phase: int
+
+    def left_before(self, items: int) -> int:
+        """Return how many of the first `items` items go left; n_left for all items."""
+        return (items * self.n_left + self.phase) // self.n_items if self.n_items else 0
+
+    def item_of(self, child: int, number: Any) -> Any:
+        """Return the index of the item that is the child's item of a number: an integer, or an array of integers."""
+        if child == self.left:
+            return -((self.phase - (number + 1) * self.n_items) // self.n_left) - 1
+        return (number * self.n_items + self.phase) // (self.n_items - self.n_left)
+
+
+class StreamInterleaving:
+    """One stream of an epoch as a function from position to part and draw number, and back, in O(parts).
+
+    The parts are the leaves of a binary tree that joins the two smallest nodes first (Huffman's tree). Of its first q
+    items a split sends floor((q * n_left + phase) / n_items) left, so each split deviates by less than one record, of
+    which a part deeper in the tree gets its share. In any range of the stream a part deviates from its quota's share by
+    less than 4 records, however many parts there are, since only the last split of a path gives one side more than two
+    thirds.
+
+    Immutable; threads may share it.
+
+    Args:
+        deal: Allocation of the epoch's records.
+        stream: Number of the stream.
+    """
+
+    def __init__(self, deal: StreamAllocation, stream: int) -> None:
+        self.quotas = deal.quotas(stream)
+        self.n_records = sum(self.quotas)
+        if self.n_records > MAX_RECORDS:
+            raise ValueError(f"a stream of a mixture has at most {MAX_RECORDS} records, got {self.n_records}")
+        self._splits = _tree(deal.totals, self.quotas, stream)
+        self._above = {child: split for split in self._splits for child in (split.left, split.right)}
+
+    def drawn(self, position: int) -> list[int]:
+        """Return the number of records of each part among the first `position` positions."""
+        items = [0] * (2 * len(self.quotas) - 1)
+        items[-1] = position
+        for split in self._splits:
+            items[split.left] = split.left_before(items[split.node])
+            items[split.right] = items[split.node] - items[split.left]
+        return items[: len(self.quotas)]
+
+    def position_of(self, part: int, draw: int) -> int:
+        """Return the position of a part's draw; draws count from 0 and are fewer than its quota."""
+        node, number = part, draw
+        while split := self._above.get(node):
+            node, number = split.node, split.item_of(node, number)
+        return int(number)
+
+    def positions_of(self, part: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return `position_of` of many draws, int64[n]."""
+        node, number = part, np.asarray(draws).astype(np.int64 if self.n_records < 1 << 31 else object)
+        while split := self._above.get(node):
+            node, number = split.node, split.item_of(node, number)
+        return number.astype(np.int64)
+
+    def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the part and the draw number of any positions, int64[n] each."""
+        # The code multiplies two counts: object arrays of Python integers if the product may exceed 63 bits.
+        whole = np.int64 if self.n_records < 1 << 31 else object
+        parts, draws = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
+        items = {2 * len(self.quotas) - 2: (np.arange(len(positions)), np.asarray(positions).astype(whole))}
+        for split in self._splits:
+            where, number = items.pop(split.node)
+            left = (number * split.n_left + split.phase) // max(split.n_items, 1)
+            goes_left = (((number + 1) * split.n_left + split.phase) // max(split.n_items, 1) > left).astype(np.bool_)
+            items[split.left] = where[goes_left], left[goes_left]
+            items[split.right] = where[~goes_left], (number - left)[~goes_left]
+        for part, (where, number) in items.items():
+            parts[where], draws[where] = part, number
+        return parts, draws
+
+    def offsets_by_part(self, start: int, stop: int) -> list[NDArray[np.int64]]:
+        """Return where each part's draws are among positions [start, stop).
+
+        The first of them is the part's draw drawn(start)[part]; the others follow it.
+
+        Returns:
+            For each part ascending int64[m], counted from start.
+        """
+        chunks = [self._places(at, min(at + _CHUNK_PLACES, stop), start) for at in range(start, stop, _CHUNK_PLACES)]
+        if len(chunks) == 1:
+            return chunks[0]
+        return [np.concatenate([np.empty(0, np.int64), *parts]) for parts in zip(*chunks, strict=True)] or [
+            np.empty(0, np.int64) for _ in self.quotas
+        ]
+
+    def _places(self, start: int, stop: int, origin: int) -> list[NDArray[np.int64]]:
+        n_nodes = 2 * len(self.quotas) - 1
+        first, places = [0] * n_nodes, [np.empty(0, np.int64)] * n_nodes
+        first[-1], places[-1] = start, np.arange(start - origin, stop - origin)
+        for split in self._splits:
+            here, begin = places[split.node], first[split.node]
+            first[split.left] = split.left_before(begin)
+            first[split.right] = begin - first[split.left]
+            if len(here):
+                rest = (begin * split.n_left + split.phase) % split.n_items
+                left = np.diff((rest + np.arange(len(here) + 1) * split.n_left) // split.n_items).astype(np.bool_)
+                places[split.left], places[split.right] = here[left], here[~left]
+        return places[: len(self.quotas)]
+
+
+def _tree(totals: Sequence[int], quotas: Sequence[int], stream: int) -> tuple[_Split, ...]:
+    """Return the splits of a stream, from the root down. All streams of the epoch have the same tree."""
+    waiting = [(total, part) for part, total in enumerate(totals)]
+    heapq.heapify(waiting)
+    joined: list[tuple[int, int]] = []
+    while len(waiting) > 1:
+        (small, right), (large, left) = heapq.heappop(waiting), heapq.heappop(waiting)
+        heapq.heappush(waiting, (small + large, len(totals) + len(joined)))
+        joined.append((left, right))
+    n_items = list(quotas)
+    for left, right in joined:
+        n_items.append(n_items[left] + n_items[right])
+    depth = [0] * len(n_items)
+    splits: list[_Split] = []
+    for node in range(len(n_items) - 1, len(totals) - 1, -1):
+        left, right = joined[node - len(totals)]
+        depth[left] = depth[right] = depth[node] + 1
+        numerator, denominator = _radical_inverse(stream, _BASES[depth[node] % len(_BASES)])
+        phase = n_items[node] * numerator // denominator
+        splits.append(_Split(node, left, right, n_items[left], n_items[node], phase))
+    return tuple(splits)
+
+
+def _radical_inverse(number: int, base: int) -> tuple[int, int]:
+    """Return the number with its digits mirrored at the point, a fraction below one, as (numerator, denominator)."""
+    numerator, denominator = 0, 1
+    while number:
+        number, digit = divmod(number, base)
+        numerator, denominator = numerator * base + digit, denominator * base
+    return numerator, denominator
+
+
+# Minimum records of a part per stream, in all and in an epoch, for the part to have its own streams; a smaller part is
+# one sequence from which all streams draw in turn. A stream of a smaller part could be empty, and one record more or
+# less than in the next stream would change the frequency of its records noticeably (of 1,024 by 0.1 %).
+OWN_STREAM_RECORDS = 1024
+
+# A part that restarts more often than this in one epoch of the mixture has all its shards in use throughout the epoch.
+MAX_TURNS = 8
+
+_KEPT_EPOCHS = 4  # the streams of a part are in the same part epoch or in neighbouring ones
+
+
+class DrawRange(Protocol):
+    """Draws [start, stop) of one stream from one part that are served from one window."""
+
+    @property
+    def start(self) -> int:
+        """First draw."""
+
+    @property
+    def stop(self) -> int:
+        """Draw after the last one."""
+
+    @property
+    def window(self) -> Window:
+        """Window that holds the drawn records, with joined shard numbers."""
+
+    def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """Return the block and the row of n draws, n > 0, from a draw on; uint32[n] each.
+
+        A block is an index into the blocks of the window; a row is counted from the start of the block.
+        """
+
+
+class MixturePart:
+    """One part of a mixture: its orders by part epoch; the last few are cached. Threads may share it, as an EpochOrder.
+
+    Args:
+        layout: Shards of all parts, in the joined numbering.
+        shards: Slice of the part's shards.
+        options: Options of the part, with the mixture's number of streams.
+        n_drawn: Number of records that an epoch of the mixture draws from the part.
+    """
+
+    def __init__(self, layout: Layout, shards: slice, options: OrderOptions, n_drawn: int) -> None:
+        self.first_shard = shards.start
+        self.n_drawn = n_drawn
+        self.layout = Layout(layout.records[shards], layout.stored_bytes[shards], self._blocks)
+        self.n_records = int(self.layout.records.sum())
+        self.n_stored_bytes = int(self.layout.stored_bytes.sum())
+        has_streams = min(self.n_records, n_drawn) >= OWN_STREAM_RECORDS * options.streams
+        self.options = options if has_streams else replace(options, streams=1)
+        self._joined = layout
+        self._orders: dict[int, EpochOrder] = {}
+        self._windows: dict[int, tuple[Window, Window]] = {}
+
+    @property
+    def n_streams(self) -> int:
+        """Number of the part's own streams: as many as the mixture has, or one."""
+        return self.options.streams if self.options.shuffle else 1
+
+    def order(self, own_epoch: int) -> EpochOrder:
+        """Return the part's order of one part epoch."""
+        found = self._orders.get(own_epoch)
+        if found is None:
+            found = EpochOrder(self.layout, self.options, own_epoch)
+            self._orders = {**dict(list(self._orders.items())[1 - _KEPT_EPOCHS :]), own_epoch: found}
+        return found
+
+    def window(self, own_epoch: int, stream: int, position: int) -> Window:
+        """Return the window at a position of a stream of a part epoch, with joined shard numbers; cached."""
+        own = self.order(own_epoch).section_at(stream, position)
+        kept = self._windows.get(stream)
+        if kept is None or kept[0] is not own:
+            shards = own.shards + np.int32(self.first_shard)
+            shards.flags.writeable = False
+            kept = self._windows[stream] = own, replace(own, shards=shards)
+        return kept[1]
+
+    def whole(self) -> Window | None:
+        """Return the window that holds the whole part, if there is one: then every part epoch has the same blocks."""
+        if self.n_streams > 1:
+            return None
+        window = self.window(0, 0, 0)
+        return window if window.stop == self.n_records else None
+
+    def key(self, own_epoch: int) -> bytes | None:
+        """Return the key of the row order of the whole part in a part epoch; None without shuffle."""
+        return derive_key(self.options.seed, "whole", own_epoch) if self.options.shuffle else None
+
+    def _blocks(self, shards: Sequence[int]) -> Sequence[BlockTable]:
+        return self._joined.blocks([self.first_shard + shard for shard in shards])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PartDraws:
+    """Draws of one stream of one epoch of the mixture from one part.
+
+    Draws are numbered 0 to quota. Draw d is record base + d * step of the sequence of the part's own stream, which
+    passes through part epochs of `length` records each.
+
+    Attributes:
+        part: Part that is drawn from.
+        stream: Number of the part's own stream.
+        base: Number in the sequence of draw 0.
+        step: Distance in the sequence between two draws.
+        quota: Number of draws.
+        length: Number of records of the part's own stream in a part epoch.
+    """
+
+    part: MixturePart
+    stream: int
+    base: int
+    step: int
+    quota: int
+    length: int
+    _last: list[DrawRange]
+
+    @staticmethod
+    def of(part: MixturePart, deal: StreamAllocation, turned: int, quota: int, epoch: int) -> PartDraws:
+        """Return the draws of a stream of the mixture in an epoch.
+
+        Args:
+            part: Part that is drawn from.
+            deal: Allocation of the epoch's records to streams.
+            turned: Number of the stream in the part's own rotation of the streams.
+            quota: Number of draws.
+            epoch: Number of the mixture's epoch.
+        """
+        if part.n_streams == deal.n_streams:
+            length = stream_records(part.n_records, part.n_streams, turned)
+            return PartDraws(part, turned, epoch * quota, 1, quota, length, [])
+        return PartDraws(part, 0, epoch * part.n_drawn + turned, deal.n_streams, quota, part.n_records, [])
+
+    def run_at(self, draw: int) -> DrawRange:
+        """Return the draw range that holds a draw; the last one is cached."""
+        for run in self._last:  # at most one; another thread may replace it meanwhile
+            if run.start <= draw < run.stop:
+                return run
+        run = self._run(draw)
+        self._last[:] = [run]
+        return run
+
+    def shards_ahead(self, draw: int, n_bytes: int | None) -> NDArray[np.int64]:
+        """Return the shards that are read from a draw on, in reading order.
+
+        Args:
+            draw: Number of the draw.
+            n_bytes: Stored bytes that the shards hold together; None: the shards of all remaining draws.
+        """
+        left = self.quota - draw
+        if left <= 0:
+            return np.empty(0, np.int64)
+        group_bytes = self.part.options.group_bytes
+        wanted = -(-left * self.step * self.part.n_stored_bytes // self.part.n_records)
+        if n_bytes is not None:
+            wanted = min(wanted, n_bytes)
+        elif group_bytes is None:
+            wanted = self.part.n_stored_bytes
+        else:
+            wanted += group_bytes  # shards count from the start of their group, which lies before this draw
+        own_epoch, position = divmod(self.base + draw * self.step, self.length)
+        found = self.part.order(own_epoch).shards_ahead(self.stream, position, wanted).copy()
+        wanted -= int(self.part.layout.stored_bytes[found].sum())
+        if wanted > 0:
+            found = np.concatenate([found, self.part.order(own_epoch + 1).shards_ahead(self.stream, 0, wanted)])
+            _, first = np.unique(found, return_index=True)
+            found = found[np.sort(first)]
+        found += self.part.first_shard
+        return found
+
+    def groups(self) -> ShardGroups:
+        """Return the part's shard groups, with joined shard numbers, over the draws that they serve."""
+        if not self.quota:
+            return concat_groups([])
+        first_epoch, last_epoch = (n // self.length for n in (self.base, self.base + (self.quota - 1) * self.step))
+        if last_epoch - first_epoch > MAX_TURNS:
+            return self._all_throughout(last_epoch - first_epoch)
+        found = []
+        for own_epoch in range(first_epoch, last_epoch + 1):
+            own = self.part.order(own_epoch).groups(self.stream)
+            draws = [self._many_draws_before(own_epoch * self.length + at) for at in (own.starts, own.stops)]
+            found.append(own.moved_to(*draws))
+        groups = concat_groups(found)
+        return replace(groups, shards=groups.shards + self.part.first_shard)
+
+    def _all_throughout(self, n_turns: int) -> ShardGroups:
+        shards = np.flatnonzero(self.part.layout.records) + self.part.first_shard
+        starts, stops, cuts = (np.array(bound, np.int64) for bound in ([0], [self.quota], [0, len(shards)]))
+        stored_bytes = min(self.part.n_stored_bytes * n_turns, np.iinfo(np.int64).max)
+        return ShardGroups(starts, stops, cuts, shards, np.array([stored_bytes], np.int64))
+
+    def _many_draws_before(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.clip(-((self.base - numbers) // self.step), 0, self.quota)
+
+    def _run(self, draw: int) -> DrawRange:
+        whole = self.part.whole()
+        if whole is not None:
+            return _WholeRun(whole, 0, self.quota, self)
+        own_epoch, position = divmod(self.base + draw * self.step, self.length)
+        window = self.part.window(own_epoch, self.stream, position)
+        start, stop = (self._draws_before(own_epoch * self.length + at) for at in (window.start, window.stop))
+        return _WindowRun(window, start, stop, self)
+
+    def _draws_before(self, number: int) -> int:
+        """Return the number of draws that come before a number of the sequence."""
+        return min(max(0, -((self.base - number) // self.step)), self.quota)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _WindowRun:
+    """Draws from one window of one part epoch."""
+
+    window: Window
+    start: int
+    stop: int
+    lane: PartDraws
+
+    def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        lane, window = self.lane, self.window
+        first = (lane.base + draw * lane.step) % lane.length - window.start
+        block, row = window.rows(first, first + (n - 1) * lane.step + 1)
+        return block[:: lane.step], row[:: lane.step]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _WholeRun:
+    """Draws from a part that is one window: the blocks stay the same, and each part epoch has its own key.
+
+    A part of a few records that is repeated often therefore does not end a section with each repetition.
+    """
+
+    window: Window
+    start: int
+    stop: int
+    lane: PartDraws
+
+    def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        lane, length = self.lane, self.lane.length
+        block, row = allocate_rows(n), allocate_rows(n)
+        done = 0
+        while done < n:
+            own_epoch, position = divmod(lane.base + (draw + done) * lane.step, length)
+            here = min(-((position - length) // lane.step), n - done)
+            span = (here - 1) * lane.step + 1
+            blocks, rows = np.empty(span, np.uint32), np.empty(span, np.uint32)
+            RowFinder(self.window.first, lane.part.key(own_epoch)).find(position, blocks, rows)
+            block[done : done + here], row[done : done + here] = blocks[:: lane.step], rows[:: lane.step]
+            done += here
+        return block, row
+
+
+def part_options(
+    options: OrderOptions, weights: Sequence[int], shards: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
+) -> list[OrderOptions]:
+    """Return the options of each part: its own seed, and a share of the sizes by the stored bytes that it contributes.
+
+    The sizes therefore hold for the mixture as a whole. A part gets at least half of an equal share: otherwise a part
+    of 1 % would be mixed over windows of a hundredth of the size.
+
+    Args:
+        options: Options of the mixture.
+        weights: Weight of each part, in records.
+        shards: For each part the records and the stored bytes of its shards, int64[m] each.
+    """
+    brings = [
+        Fraction(weight * max(int(stored_bytes.sum()), 1), int(records.sum()))
+        for weight, (records, stored_bytes) in zip(weights, shards, strict=True)
+    ]
+    total = sum(brings)
+    least = Fraction(1, 2 * len(brings))
+
+    def scaled(size: int | None, share: Fraction) -> int | None:
+        return None if size is None else max(int(size * max(share, least)), 1)
+
+    return [
+        replace(
+            options,
+            seed=int.from_bytes(derive_key(options.seed, "part", number)),
+            group_bytes=scaled(options.group_bytes, amount / total),
+            window_bytes=scaled(options.window_bytes, amount / total),
+        )
+        for number, amount in enumerate(brings)
+    ]
 
 
 def exact_weight(weight: Real | Fraction | float) -> Fraction:

@@ -7,7 +7,7 @@ writes a data set back to Parquet.
 
 from __future__ import annotations
 
-from tiercache.pack.options import PackOptions, PackProgress
-from tiercache.pack.packing import PackPlan, pack, plan_pack, run_pack
+from tiercache.pack.executor import PackPlan, pack, plan_pack, run_pack
+from tiercache.pack.plan import PackOptions, PackProgress
 
 __all__ = ["PackOptions", "PackPlan", "PackProgress", "pack", "plan_pack", "run_pack"]

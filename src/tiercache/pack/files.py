@@ -7,17 +7,80 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
+from urllib.parse import unquote
 
-from tiercache.errors import NotFound
+import pyarrow as pa
+
+from tiercache.errors import NotFound, SchemaError
+from tiercache.shard.column_types import FLOATS, INTEGERS, Kind
+from tiercache.shard.schema import Column, Schema, UserType
 from tiercache.store import Store, StoreFile, open_store, split_url
 from tiercache.store.options import ParsedUrl
+
+
+@dataclass(frozen=True, slots=True)
+class InputSplit:
+    """Split of a source, read by one process: [start, end) of path, counted in files, row groups or bytes.
+
+    Attributes:
+        path: Path of the file below the source's root; "" for a split of several files.
+        start, end: Half-open range.
+        n_bytes: Size of the split, for load balancing and progress.
+    """
+
+    path: str
+    start: int
+    end: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class InputBatch:
+    """Some records of a split, as columns.
+
+    Attributes:
+        columns: Values by column name, or a record batch.
+        n_records: Number of records.
+        n_bytes: Bytes of the source.
+        place: Function that returns the location in the source of record i of the batch, for messages.
+    """
+
+    columns: Mapping[str, Sequence[Any]] | pa.RecordBatch
+    n_records: int
+    n_bytes: int
+    place: Callable[[int], str]
+
+
+class RecordSource(Protocol):
+    """Source that has been inspected and can be read. Picklable."""
+
+    @property
+    def schema(self) -> Schema:
+        """Schema of all its records."""
+
+    @property
+    def parts(self) -> tuple[InputSplit, ...]:
+        """Splits; their order, and the order inside each of them, is the order of the data set."""
+
+    def read(self, part: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
+        """Yield the records of a split in batches of about batch_bytes. Only a few batches are in memory at a time.
+
+        Args:
+            part: Split to read.
+            batch_bytes: Target size of a batch.
+
+        Raises:
+            SchemaError: A record cannot be read; the message names its location.
+        """
+
 
 _BUFFER_BYTES = 1 << 20
 _PARALLEL_READS = 16
@@ -237,3 +300,187 @@ def _single_file(
         return files, [SourceFile(key, files.store.head(key).n_bytes)], []
     except (NotFound, ValueError):  # ValueError: the root of a bucket is not an object
         return None
+
+
+# suffix -> format and the library that reads it
+_BY_SUFFIX: Mapping[str, str] = {
+    ".mds": "a MosaicML Streaming (MDS) shard; mosaicml-streaming reads it",
+    ".beton": "an FFCV data set; ffcv reads it",
+    ".tar": "a tar archive, as WebDataset writes; webdataset or tarfile reads it",
+    ".tfrecord": "a TFRecord file; tensorflow reads it",
+    ".tfrecords": "a TFRecord file; tensorflow reads it",
+    ".array_record": "an ArrayRecord file; array_record reads it",
+    ".arrayrecord": "an ArrayRecord file; array_record reads it",
+    ".arrow": "an Arrow file, as Hugging Face datasets writes; datasets or pyarrow reads it",
+    ".feather": "a Feather file; pyarrow reads it",
+    ".lance": "a Lance file; lance reads it",
+    ".h5": "an HDF5 file; h5py reads it",
+    ".hdf5": "an HDF5 file; h5py reads it",
+    ".npy": "a NumPy array; numpy.load() reads it",
+    ".npz": "an archive of NumPy arrays; numpy.load() reads it",
+    ".zip": "a zip archive; unpack it",
+    ".orc": "an ORC file; pyarrow reads it",
+    ".avro": "an Avro file",
+}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
+# Shards of TFRecord and ArrayRecord data sets are named train.tfrecord-00000-of-00010.
+_NUMBERED = re.compile(r"-\d+-of-\d+$")
+# offset, bytes, format
+_BY_START: Sequence[tuple[int, bytes, str]] = (
+    (257, b"ustar", _BY_SUFFIX[".tar"]),
+    (0, b"PK\x03\x04", _BY_SUFFIX[".zip"]),
+    (0, b"\x89HDF\r\n\x1a\n", _BY_SUFFIX[".h5"]),
+    (0, b"\x93NUMPY", _BY_SUFFIX[".npy"]),
+    (0, b"ARROW1", _BY_SUFFIX[".arrow"]),
+    (0, b"ORC", _BY_SUFFIX[".orc"]),
+    (0, b"Obj\x01", _BY_SUFFIX[".avro"]),
+)
+_START_BYTES = 4096
+_INDEX = "index.json"
+_MDS_INDEX = re.compile(rb'\s*\{\s*("version"\s*:\s*\d+\s*,\s*)?"shards"\s*:\s*\[')
+_LITDATA_INDEX = re.compile(rb'\s*\{\s*"chunks"\s*:\s*\[')
+
+
+def format_by_name(path: str) -> str | None:
+    """Return the description of the foreign format that a file's name indicates; None if there is none."""
+    name = _NUMBERED.sub("", path.rsplit("/", 1)[-1].lower())
+    if name.endswith(".tgz"):
+        return _BY_SUFFIX[".tar"]
+    for suffix in _COMPRESSED:
+        name = name.removesuffix(suffix)
+    return _BY_SUFFIX.get("." + name.rsplit(".", 1)[1]) if "." in name else None
+
+
+def refuse_foreign_index(files: Files, found: Sequence[SourceFile]) -> None:
+    """Raise SchemaError for a folder of MosaicML Streaming or LitData; its index would be packed as a JSON record."""
+    for file in found:
+        if file.path.rsplit("/", 1)[-1] == _INDEX:
+            start = _start(files, file.path)
+            if _MDS_INDEX.match(start):
+                what = "the index of a MosaicML Streaming (MDS) data set; mosaicml-streaming reads it"
+                raise _refused(files, file.path, what, "leave the index out with exclude")
+            if _LITDATA_INDEX.match(start):
+                what = "the index of a LitData data set; litdata reads it"
+                raise _refused(files, file.path, what, "leave the index out with exclude")
+
+
+def refuse_foreign_files(files: Files, found: Sequence[SourceFile]) -> None:
+    """Raise SchemaError for a file in a foreign format, by its name; for a single file also by its first bytes."""
+    for file in found:
+        format_name = format_by_name(file.path)
+        if format_name is None and len(found) == 1:
+            start = _start(files, file.path)
+            matches = (text for offset, magic, text in _BY_START if start[offset : offset + len(magic)] == magic)
+            format_name = next(matches, None)
+        if format_name is not None:
+            raise _refused(files, file.path, format_name, "choose files with kind, include and exclude")
+
+
+def _start(files: Files, path: str) -> bytes:
+    with files.open(path) as file:
+        return file.read(_START_BYTES)
+
+
+def _refused(files: Files, path: str, what: str, remedy: str) -> SchemaError:
+    return SchemaError(
+        f"{files.location(path)}: this is {what}. pack takes folders of images, Parquet and JSON lines. Write records "
+        f"of other formats with tiercache.Writer, or {remedy}"
+    )
+
+
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
+_NULL = "__HIVE_DEFAULT_PARTITION__"
+
+
+@dataclass(frozen=True, slots=True)
+class Partitions:
+    """The partition columns of a source's files.
+
+    Attributes:
+        types: Column names to types, in the order of the folders. Empty for a source without partitions.
+    """
+
+    types: Mapping[str, UserType]
+
+    @staticmethod
+    def find(files: Files, found: Sequence[SourceFile], *, stored: Sequence[str] = ()) -> Partitions:
+        """Return the partition columns that the files' folders name.
+
+        A column whose values are all integers of up to 18 digits is int64; any other column is str. A column with a
+        null partition is nullable.
+
+        Args:
+            files: Location of the files, for messages.
+            found: Files of the source; the folders are those below the source's root.
+            stored: Columns that the files hold themselves. Their stored values are packed, not the folders'.
+
+        Raises:
+            SchemaError: Files with different partition columns.
+        """
+        texts: dict[str, list[str | None]] = {}
+        first: tuple[str, ...] | None = None
+        for file in found:
+            pairs = _pairs(file.path)
+            if first is None:
+                first = tuple(pairs)
+                texts = {name: [] for name in pairs}
+            if tuple(pairs) != first:
+                raise SchemaError(
+                    f"{files.location(file.path)}: its folders name the partition columns {_listed(pairs)}, those of "
+                    f"{files.location(found[0].path)} name {_listed(first)}; pack only files with the same partition "
+                    "columns, chosen with include and exclude"
+                )
+            for name, text in pairs.items():
+                texts[name].append(text)
+        return Partitions({name: _type_of(values) for name, values in texts.items() if name not in stored})
+
+    def values(self, path: str, schema: Schema) -> dict[str, object]:
+        """Return the value of each partition column for the records of a file.
+
+        Args:
+            path: Path of the file below the source's root.
+            schema: Columns that are packed; a partition column that it does not have is left out.
+
+        Raises:
+            SchemaError: A value that does not fit the column's type.
+        """
+        pairs = _pairs(path)
+        columns = {column.name: column for column in schema.columns}
+        return {name: _value(path, columns[name], pairs[name]) for name in self.types if name in columns}
+
+
+def _pairs(path: str) -> dict[str, str | None]:
+    """Return the partition columns in a path, and their texts."""
+    pairs = {}
+    for folder in path.split("/")[:-1]:
+        name, is_pair, text = folder.partition("=")
+        if is_pair and name:
+            pairs[unquote(name)] = None if text == _NULL else unquote(text)
+    return pairs
+
+
+def _listed(names: Sequence[str] | Mapping[str, object]) -> str:
+    return ", ".join(map(repr, names)) or "none"
+
+
+def _type_of(texts: Sequence[str | None]) -> str:
+    known = [text for text in texts if text is not None]
+    type_name = "int64" if known and all(map(_INTEGER.fullmatch, known)) else "str"
+    return f"{type_name}?" if len(known) < len(texts) else type_name
+
+
+def _value(path: str, column: Column, text: str | None) -> object:
+    if text is None:
+        return None
+    try:
+        if column.kind is Kind.SCALAR and column.dtype in INTEGERS:
+            return int(text)
+        if column.kind is Kind.SCALAR and column.dtype in FLOATS:
+            return float(text)
+        if column.kind is Kind.BOOL:
+            return {"true": True, "false": False}[text.lower()]
+    except (ValueError, KeyError):
+        raise SchemaError(
+            f"{path}: expected {column} in the name of the folder, got {text!r}", column=column.name
+        ) from None
+    return text

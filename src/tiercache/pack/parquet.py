@@ -13,9 +13,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from tiercache.errors import SchemaError
-from tiercache.pack.files import Files, SourceFile
-from tiercache.pack.partitions import Partitions
-from tiercache.pack.source import InputBatch, InputSplit
+from tiercache.pack.files import Files, InputBatch, InputSplit, Partitions, SourceFile
 from tiercache.shard.schema import Schema, UserType
 
 SUFFIXES = (".parquet", ".pq", ".parq")

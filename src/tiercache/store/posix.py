@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tiercache.descriptors import emfile_message
 from tiercache.errors import NotFound, StoreError
+from tiercache.file_limit import emfile_message
 from tiercache.model import ObjectInfo
 
 TEMP_PREFIX = ".tiercache-tmp-"

@@ -4,12 +4,10 @@
 `joined` and `mixed` are the sources, and `contract` holds their interface.
 """
 
-from tiercache.views.choosing import SelectionMethods, record_numbers
 from tiercache.views.contract import Readable, SourceSpec
-from tiercache.views.joined import Joined
-from tiercache.views.mixed import Mixed
-from tiercache.views.reading import arrow_batches, spans
-from tiercache.views.view import View
+from tiercache.views.joined import Joined, Mixed
+from tiercache.views.scan import arrow_batches, spans
+from tiercache.views.view import SelectionMethods, View, record_numbers
 
 __all__ = [
     "Joined",

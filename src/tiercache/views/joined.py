@@ -7,29 +7,82 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from tiercache.errors import SchemaError
+from tiercache.model import NEVER, PublishedPlan, ReadingPlan
+from tiercache.order.mixture import MixtureSpec, StoredMixture
 from tiercache.shard.read.values import join_arrow, join_values
 from tiercache.shard.schema import Schema
-from tiercache.views.plans import PublishedPlans, merge_plans, part_of, root_of
+from tiercache.views.view import StoredOrderStep, View, apply_step
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
     from tiercache.cache import WarmProgress
-    from tiercache.model import CloseListener, PublishedPlan, ReadingPlan, SourcePart
+    from tiercache.model import CloseListener, SourcePart
     from tiercache.order import BlockTable
-    from tiercache.order.mixture import MixtureSpec
     from tiercache.shard.format.statistics import Statistics
     from tiercache.shard.read.blocks import Blocks
     from tiercache.shard.read.values import ColumnValues
     from tiercache.views.contract import Readable, SourceSpec, VersionHandle
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedPlans:
+    """Several published plans as one (`model.PublishedPlan`)."""
+
+    every: tuple[PublishedPlan, ...]
+
+    def advance(self, clock: int) -> None:
+        """See Following.advance; advances all of them."""
+        for one in self.every:
+            one.advance(clock)
+
+    def close(self) -> None:
+        """See Following.close; closes all of them, even if one raises."""
+        with ExitStack() as closing:
+            for one in reversed(self.every):
+                closing.callback(one.close)
+
+
+def root_of(source: Readable) -> Readable:
+    """Return the source below a view, which has the same shard numbers; any other source is returned itself."""
+    while isinstance(source, View):
+        source = source.source
+    return source
+
+
+def part_of(plan: ReadingPlan, where: NDArray[np.int64], first_shard: int) -> ReadingPlan:
+    """Return some rows of a plan, with shards counted from first_shard. The clock stays that of the job."""
+    first, last, then = plan.first[where], plan.last[where], plan.then[where]
+    return replace(plan, shards=plan.shards[where] - first_shard, first=first, last=last, then=then)
+
+
+def merge_plans(plans: Sequence[ReadingPlan]) -> ReadingPlan:
+    """Return the plans of one job for the same source as one.
+
+    A shard of several plans is in use from its first to its last use.
+    """
+    if len(plans) == 1:
+        return plans[0]
+    every = np.concatenate([plan.shards for plan in plans])
+    shards, at = np.unique(every, return_inverse=True)
+    first, then = np.full(len(shards), NEVER), np.full(len(shards), NEVER)
+    last = np.full(len(shards), -1, np.int64)
+    np.minimum.at(first, at, np.concatenate([plan.first for plan in plans]))
+    np.minimum.at(then, at, np.concatenate([plan.then for plan in plans]))
+    ends = np.concatenate([plan.last for plan in plans])
+    np.maximum.at(last, at, np.where(ends == NEVER, -1, ends))
+    last = np.where(first == NEVER, NEVER, last)
+    return ReadingPlan(plans[0].owner, shards, first, last, then, plans[0].reader)
+
 
 # Number of threads that read footers of several sources in parallel.
 _THREADS = 16
@@ -359,3 +412,87 @@ def _check_same(first: Schema, other: Schema, number: int) -> None:
         longer = (first if len(first) > len(other) else other).names[min(len(first), len(other))]
         message = f"data set {number} has {len(other)} columns and data set 0 has {len(first)}: only one has {longer!r}"
         raise SchemaError(message, column=longer, expected=str(list(first.names)), got=str(list(other.names)))
+
+
+Stop = Literal["first", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class MixedSpec(JoinedSpec):
+    """Spec of mixed sources."""
+
+    weights: tuple[Any, ...]
+    stop: Stop
+
+    def open(self, opened: dict[int, Any]) -> Mixed:
+        """See Plan.open."""
+        return Mixed([plan.open(opened) for plan in self.below], self.weights, self.stop)
+
+
+class Mixed(Joined):
+    """Several sources mixed; implements Readable. Shards are those of all sources, one source after the other.
+
+    Record i is the record at position i of an unshuffled epoch: each source is taken in stored order, and again from
+    its start after its end. n_records counts a record as often as an epoch serves it.
+
+    Raises:
+        SchemaError: The sources' columns differ.
+        ValueError: A source has no records, or the weights are invalid.
+    """
+
+    def __init__(self, below: Sequence[Readable], weights: Sequence[Any], stop: Stop) -> None:
+        # A mixture decides the order itself: explicit orders of the sources are dropped.
+        super().__init__(
+            [source if source.record_order is None else apply_step(source, StoredOrderStep()) for source in below]
+        )
+        self._weights, self._stop = tuple(weights), stop
+        self._spec = MixtureSpec(tuple(self._first_shard[:-1].tolist()), self._weights, stop)
+        self._records = StoredMixture(self._spec, self._spec.part_records(self.shard_records))
+        self.n_records = len(self._records)
+
+    @property
+    def spec(self) -> MixedSpec:
+        """See Readable.spec."""
+        return MixedSpec(tuple(source.spec for source in self.below), self._weights, self._stop)
+
+    @property
+    def mixture(self) -> MixtureSpec:
+        """Parts and weights of the mixture."""
+        return self._spec
+
+    def unmixed(self) -> Joined:
+        """Return the sources joined: a shuffled epoch may serve records that have no number in the mixture."""
+        return Joined(self.below)
+
+    @property
+    def is_in_stored_order(self) -> bool:
+        """False: the sources alternate."""
+        return False
+
+    @cached_property
+    def record_order(self) -> NDArray[np.int64]:
+        """Explicit order of an unshuffled epoch, int64[n]: place of each record in stored order.
+
+        Samplers number records by it. The native path does not use this array; it computes the order from the mixture.
+        """
+        return self._joined_numbers(np.arange(self.n_records))
+
+    def record(self, number: int) -> dict[str, Any] | None:
+        """See Readable.record."""
+        part, within = self._records.locate(np.array([number]))
+        return self.below[int(part[0])].record(int(within[0]))
+
+    def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
+        """See Readable.values."""
+        return super().values(self._joined_numbers(records))
+
+    def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
+        """See Readable.take_arrow."""
+        return super().take_arrow(self._joined_numbers(records))
+
+    def _joined_numbers(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
+        part, within = self._records.locate(records)
+        return self._first_number[part] + within
+
+    def _of(self, below: Sequence[Readable]) -> Joined:
+        return Mixed(below, self._weights, self._stop)

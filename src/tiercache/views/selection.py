@@ -6,16 +6,157 @@ of the machine.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import mmap
+import os
+import secrets
+import tempfile
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiercache.views.spool import Spool, restore
+from tiercache.errors import NotFound
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Arrays = Sequence[NDArray[np.int64] | None]
+
+PREFIX = "tiercache-selection-"
+_TOKEN_BYTES = 16
+
+_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _lock  # a thread of the parent may hold it for ever
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class Spool:
+    """File of some arrays, written on the first request for its ticket and removed with this object. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._file: _File | None = None
+
+    def ticket(self, arrays: Arrays) -> tuple[Any, ...] | None:
+        """Return plain values by which `restore` finds the arrays; None if no file can be written.
+
+        A forked child writes its own file, because the parent may remove its file at any time.
+
+        Args:
+            arrays: Arrays to pass on; the same ones in each call.
+        """
+        with _lock:  # two threads that pickle at once share one file
+            if self._file is None or self._file.pid != os.getpid():
+                _sweep()
+                try:
+                    self._file = _write(arrays)
+                except OSError:  # a full disk makes pickles large, not wrong
+                    return None
+            return self._file.ticket
+
+
+class _File:
+    """File that this process has written and removes."""
+
+    def __init__(self, path: Path, fd: int, ticket: tuple[Any, ...]) -> None:
+        self.ticket = ticket
+        self.pid = os.getpid()
+        weakref.finalize(self, _remove, path, fd, self.pid)
+
+
+def restore(ticket: tuple[Any, ...]) -> list[NDArray[np.int64] | None]:
+    """Return the arrays of a ticket, mapped read-only; they stay valid after the file is removed.
+
+    Raises:
+        NotFound: The file is gone, or another file has its name.
+    """
+    path, token, lengths = ticket
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _gone(path, lengths) from error
+    try:
+        n_bytes = _TOKEN_BYTES + sum(8 * n for n in lengths if n is not None)
+        if os.fstat(fd).st_size != n_bytes or os.pread(fd, _TOKEN_BYTES, 0) != token:
+            raise _gone(path, lengths)
+        memory = mmap.mmap(fd, n_bytes, prot=mmap.PROT_READ)
+    finally:
+        os.close(fd)
+    arrays: list[NDArray[np.int64] | None] = []
+    offset = _TOKEN_BYTES
+    for n in lengths:
+        arrays.append(None if n is None else np.frombuffer(memory, np.int64, n, offset))
+        offset += 0 if n is None else 8 * n
+    return arrays
+
+
+def _gone(path: str, lengths: Sequence[int | None]) -> NotFound:
+    n_records = lengths[-1] or "many"
+    return NotFound(
+        f"the file of a pickled selection of {n_records} records is gone: it exists on one machine, while the pickled "
+        "data set exists. Keep that data set until its pickle has been read, or pickle its URL and record numbers",
+        url=path,
+    )
+
+
+def _write(arrays: Arrays) -> _File:
+    while True:
+        fd, name = tempfile.mkstemp(prefix=PREFIX)
+        path, token = Path(name), secrets.token_bytes(_TOKEN_BYTES)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            is_here = path.exists()  # False: another process swept it before it was locked
+            with open(fd, "wb", closefd=False) as file:
+                file.write(token)
+                for array in arrays if is_here else ():
+                    if array is not None:
+                        file.write(array.data)
+        except BaseException:
+            _remove(path, fd, os.getpid())
+            raise
+        if is_here:
+            return _File(path, fd, (name, token, tuple(None if array is None else len(array) for array in arrays)))
+        os.close(fd)
+
+
+def _remove(path: Path, fd: int, pid: int) -> None:
+    """Close and remove the file; a forked child only closes its descriptor, because the file belongs to its parent."""
+    os.close(fd)
+    if pid == os.getpid():
+        path.unlink(missing_ok=True)
+
+
+def _sweep() -> None:
+    """Remove the files of killed processes: no process holds a lock on them."""
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError):  # another user's, already gone, or in use
+            # O_NONBLOCK: opening a pipe of that name would block.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(fd)
+
 
 # Arrays above this size are pickled as a reference to a file, so that a pickled view stays a few hundred bytes long.
 INLINE_BYTES = 256
@@ -215,3 +356,95 @@ def _frozen(array: NDArray[np.int64]) -> NDArray[np.int64]:
     array = np.ascontiguousarray(array, np.int64)
     array.flags.writeable = False
     return array
+
+
+# Number of cached sets of blocks: the window that is served, and the one that is prefetched.
+KEPT_TABLES = 2
+# Rows laid out at a time; each takes 40 bytes meanwhile.
+LAID_OUT_ROWS = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSpans:
+    """Blocks, and a selection's records in them; int64[k] each.
+
+    Attributes:
+        stored: Number of the block's first record.
+        place: Number of the selection's records before the block.
+        n_rows: Number of the selection's records in the block.
+    """
+
+    stored: NDArray[np.int64]
+    place: NDArray[np.int64]
+    n_rows: NDArray[np.int64]
+
+
+class RowTables:
+    """Translates rows of a selection to rows of their blocks. Safe from any thread, and after a fork.
+
+    If the selected rows of each block are one run, as with ranges, a row is shifted by the number of omitted rows
+    before it. Otherwise the rows of all the blocks are laid out once (4 bytes each) and then looked up: a binary search
+    per row would cost a cache miss per step.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        self._selection = selection
+        self._tables: OrderedDict[bytes, tuple[NDArray[np.int64], NDArray[np.uint32] | None]] = OrderedDict()
+        self._lock, self._pid = threading.Lock(), os.getpid()
+
+    def rows(
+        self, key: bytes, spans: Callable[[], BlockSpans], block: NDArray[np.uint32], row: NDArray[np.uint32]
+    ) -> NDArray[np.uint32]:
+        """Return the rows in the stored blocks, uint32[n].
+
+        Args:
+            key: Key that identifies the blocks and their order.
+            spans: Function that returns the spans of these blocks; called if the key is new.
+            block: uint32[n], index of each row's block.
+            row: uint32[n], number of each row among the selection's rows of its block.
+        """
+        if not len(block):
+            return row
+        shift, laid_out = self._table(key, spans)
+        if laid_out is None:
+            moved: NDArray[np.uint32] = row + shift.astype(np.uint32)[block] if shift.any() else row
+            return moved
+        found: NDArray[np.uint32] = laid_out[shift[block] + row]
+        return found
+
+    def _table(
+        self, key: bytes, spans: Callable[[], BlockSpans]
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint32] | None]:
+        if self._pid != os.getpid():
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        with self._lock:
+            found = self._tables.get(key)
+            if found is not None:
+                self._tables.move_to_end(key)
+                return found
+        made = _lay_out(self._selection, spans())
+        with self._lock:
+            self._tables[key] = made
+            while len(self._tables) > KEPT_TABLES:
+                self._tables.popitem(last=False)
+        return made
+
+
+def _lay_out(selection: Selection, spans: BlockSpans) -> tuple[NDArray[np.int64], NDArray[np.uint32] | None]:
+    """Return (shift of each block's rows, None), or (start of each block's rows in the layout, the layout)."""
+    filled = spans.n_rows > 0
+    place, n_rows, stored = spans.place[filled], spans.n_rows[filled], spans.stored[filled]
+    shift = np.zeros(len(filled), np.int64)
+    ends = np.searchsorted(selection.first, place + n_rows - 1, side="right")
+    if bool((np.searchsorted(selection.first, place, side="right") == ends).all()):
+        shift[filled] = selection.stored_numbers(place) - stored
+        return shift, None
+    last = np.cumsum(n_rows)
+    shift[filled] = begin = last - n_rows
+    laid_out = np.empty(int(last[-1]), np.uint32)
+    cuts = np.searchsorted(last, np.arange(0, len(laid_out), LAID_OUT_ROWS), side="right").tolist()
+    for lo, hi in pairwise([*dict.fromkeys(cuts), len(last)]):
+        counts, rows = n_rows[lo:hi], slice(int(begin[lo]), int(last[hi - 1]))
+        places = np.arange(rows.start, rows.stop) + np.repeat(place[lo:hi] - begin[lo:hi], counts)
+        laid_out[rows] = selection.stored_numbers(places) - np.repeat(stored[lo:hi], counts)
+    return shift, laid_out

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
-from tiercache import descriptors
+from tiercache import file_limit
 from tiercache._native import gather
 from tiercache._native.finder import BlockTable, RecordFinder
 from tiercache.errors import CorruptShard, StoreError
@@ -305,7 +305,7 @@ class ReaderPool:
     @property
     def capacity(self) -> int:
         """Largest number of shards that can be open at once."""
-        return min(MAX_READERS, descriptors.max_shard_descriptors())
+        return min(MAX_READERS, file_limit.max_shard_descriptors())
 
     def get(self, shard: int) -> ShardReader:
         """Return the reader of a shard, and open the shard if necessary. Raises as ShardReader."""
@@ -332,7 +332,7 @@ class ReaderPool:
             return self._opener(shard)
         except StoreError as error:
             # Other files of the process use the descriptors that were meant for open shards: close half of the shards.
-            if not error.facts.get("too_many_open") or not (descriptors.raise_limit() or _drop_half()):
+            if not error.facts.get("too_many_open") or not (file_limit.raise_limit() or _drop_half()):
                 raise
         return self._opener(shard)
 
@@ -399,8 +399,8 @@ class ReaderPool:
             while len(self._open) > MAX_READERS:
                 self._forget(next(iter(self._open)))
         n_descriptors = sum(readers.n_descriptors for readers in _all())
-        descriptors.raise_limit_for(n_descriptors)
-        _drop_to(descriptors.max_shard_descriptors())
+        file_limit.raise_limit_for(n_descriptors)
+        _drop_to(file_limit.max_shard_descriptors())
 
 
 # The pools of all data sets of this process, by id(): valuerefs() copies a dict in one step, whatever other threads

@@ -1,29 +1,140 @@
-"""Packing of a source: writes its splits as shards, in this process or in several, then commits once."""
+"""Execution of a packing: writes splits as shards, in this process or in several, then commits once.
+
+Each process has its own pipe to this process, and there are no shared locks: a killed process cannot block the others
+and is not mistaken for a slow one, because its pipe ends.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from itertools import count
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from secrets import token_hex
-from typing import Any
+from typing import Any, TypeAlias
 
 from tiercache import config
-from tiercache.errors import NotFound, SchemaError, StoreError
+from tiercache.errors import NotFound, SchemaError, StoreError, TierCacheError
 from tiercache.model import ShardInfo, parse_bytes
-from tiercache.pack.files import SkippedFile
-from tiercache.pack.options import PackOptions, PackProgress
-from tiercache.pack.plan import divide_splits, find_source, with_schema
-from tiercache.pack.processes import ProgressCallback, run_in_processes
-from tiercache.pack.source import InputBatch, InputSplit, RecordSource
+from tiercache.pack.files import InputBatch, InputSplit, RecordSource, SkippedFile
+from tiercache.pack.plan import PackOptions, PackProgress, divide_splits, find_source, with_schema
 from tiercache.shard.schema import Schema
 from tiercache.shard.versions.commit import commit, data_set_exists_error, find_latest, no_data_set_error
 from tiercache.shard.versions.manifest import Version
 from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter, shard_key
 from tiercache.store import MemoryStore, Store, open_store, redact
+
+ProgressCallback: TypeAlias = Callable[[Any], None]
+# Time to finish a batch and abort its upload. A process that takes longer is killed, which leaves no more behind than
+# an abort does.
+_STOP_S = 10.0
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: SpawnProcess
+    connection: Connection
+    task: int = -1
+
+
+def run_in_processes(
+    work: Callable[[Any, ProgressCallback], Any],
+    tasks: Sequence[Any],
+    n_processes: int,
+    report: ProgressCallback,
+    keep: Callable[[int, Any], None],
+) -> None:
+    """Run work(task, report) for each task in n_processes processes.
+
+    Processes are spawned: forked ones would inherit the threads and clients of stores, which do not survive a fork.
+
+    Args:
+        work: Function of a module. Tasks, results and reports are pickled.
+        tasks: Arguments of work.
+        n_processes: Number of processes.
+        report: Function called in this thread with each value that work reports.
+        keep: Function called in this thread with the index of a task and its result.
+
+    Raises:
+        TierCacheError: A process died. An exception of work is raised here, after the other processes have been
+            stopped.
+    """
+    context = get_context("spawn")
+    workers: list[_Worker] = []
+    n_left = len(tasks)
+    pending = iter(enumerate(tasks))
+    try:
+        for _ in range(min(n_processes, len(tasks))):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+            workers.append(_Worker(process, ours))
+            process.start()
+            theirs.close()
+            _give(workers[-1], pending)
+        while n_left:
+            for connection in wait([w.connection for w in workers]):
+                worker = next(w for w in workers if w.connection is connection)
+                kind, value = _receive(worker)
+                if kind == "report":
+                    report(value)
+                elif kind == "failed":
+                    raise value
+                else:
+                    keep(worker.task, value)
+                    n_left -= 1
+                    _give(worker, pending)
+    finally:
+        _stop(workers)
+
+
+def _give(worker: _Worker, pending: Any) -> None:
+    task = next(pending, None)
+    if task is not None:
+        worker.task = task[0]
+        worker.connection.send(task[1])
+
+
+def _receive(worker: _Worker) -> tuple[str, Any]:
+    try:
+        message: tuple[str, Any] = worker.connection.recv()
+    except (EOFError, OSError) as error:
+        worker.process.join(_STOP_S)
+        code = worker.process.exitcode
+        hint = "; the system may have killed it for lack of memory" if code == -signal.SIGKILL else ""
+        raise TierCacheError(f"a worker process died (exit code {code}){hint}; nothing was committed") from error
+    return message
+
+
+def _stop(workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        worker.connection.close()
+    for worker in workers:
+        if worker.process.pid is not None:
+            worker.process.join(_STOP_S)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+            worker.process.close()
+
+
+def _serve(connection: Connection, work: Callable[[Any, ProgressCallback], Any]) -> None:
+    """Run a worker process: receive tasks, send reports and one result each, until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent stops the workers
+    with connection, suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            task = connection.recv()
+            try:
+                answer = ("done", work(task, lambda value: connection.send(("report", value))))
+            except Exception as error:  # noqa: BLE001 - top-level function of a process: the error goes to the parent
+                answer = ("failed", error)
+            connection.send(answer)
+
 
 _SHOWN_LEFT_OUT = 5
 _COMMITTING = "during the commit: check whether the version exists before you run the command again"

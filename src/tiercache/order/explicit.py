@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.order.groups import ShardGroups, single_shard_groups
-from tiercache.order.window import offsets_of_counts
+from tiercache.order.window import ShardGroups, offsets_of_counts, single_shard_groups
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from tiercache.order.options import Layout
+    from tiercache.order.contract import Layout
 
 # Record locations of a window take 24 bytes a row; this many are located in about 20 ms.
 MAX_WINDOW_ROWS = 1 << 18
