@@ -24,7 +24,7 @@ import numpy as np
 
 from rows import OUT, spread, table, write_rows
 from tiercache.cache import Cache
-from tiercache.cache.record import name_of_identity
+from tiercache.cache.names import name_of_identity
 from tiercache.cli.choosing import ShardSelection
 from tiercache.cli.training import Training
 from tiercache.model import ShardInfo

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from tiercache import config
-from tiercache.cache.policy import POLICIES
+from tiercache.cache.evict.policy import POLICIES
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compiled import compiled
-from tiercache.cache.record import name_of_identity
+from tiercache.cache.names import name_of_identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tiercache.cache.store import CachedStore
+    from tiercache.cache.cache import CachedStore
     from tiercache.model import ShardIdentity
 
 SOURCE = Path(__file__).with_name("hit.c")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cachebench.hits import Objects
-    from tiercache.cache.store import CachedStore
+    from tiercache.cache.cache import CachedStore
 
 STEP = 16
 START_S = 60.0

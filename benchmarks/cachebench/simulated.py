@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiercache.cache.replay import Trace, bound, simulate
-from tiercache.cache.trace import read_trace
+from tiercache.cache.simulate import Trace, bound, read_trace, simulate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

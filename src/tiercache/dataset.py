@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 import numpy as np
 import pyarrow as pa
 
-from tiercache.cache.place import DatasetSource, Verify
+from tiercache.cache.dataset_source import DatasetSource, Verify
 from tiercache.errors import SchemaError
 from tiercache.images.decoder import decode_columns
 from tiercache.load.broken import image_decode_error

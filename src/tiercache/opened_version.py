@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from tiercache.cache import CachedStore
-from tiercache.cache.copy_names import CopyNames
-from tiercache.cache.place import DatasetSource, warn_if_larger
+from tiercache.cache.dataset_source import DatasetSource, warn_if_larger
+from tiercache.cache.names import CopyNames
 from tiercache.errors import CorruptShard
 from tiercache.model import ByteRange, CloseListener, ReadingPlan, ShardIdentity, SourcePart
 from tiercache.order import BlockTable

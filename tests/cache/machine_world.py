@@ -11,7 +11,7 @@ from pathlib import Path
 from tiercache._native.checksum import crc32c
 from tiercache.cache import Cache
 from tiercache.cache.lease import CopyLease
-from tiercache.cache.record import name_of_identity
+from tiercache.cache.names import name_of_identity
 from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder

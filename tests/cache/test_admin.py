@@ -11,7 +11,7 @@ import pytest
 
 from tiercache.cache import Cache
 from tiercache.cache.machine import Room
-from tiercache.cache.record import name_of_identity
+from tiercache.cache.names import name_of_identity
 from tiercache.errors import CacheFull, CorruptShard, NotFound, StoreError
 from tiercache.model import ByteRange, ReadingPlan
 from tiercache.testing import Fault, FaultKind, FaultStore, GateStore

@@ -6,7 +6,7 @@ import sqlite3
 
 import pytest
 
-from tiercache.cache.record import Record, name_of_identity, name_of_object
+from tiercache.cache.names import Record, name_of_identity, name_of_object
 from tiercache.errors import NotFound
 from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.store import LocalStore, Store

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from tests.cache.conftest import open_below
 
-from tiercache.cache import growth, partial
+from tiercache.cache.fetch import partial, publish
+from tiercache.cache.fetch.partial import PartialCopy, hold_part, open_map
 from tiercache.cache.folder import Folder
 from tiercache.cache.lease import CopyLease
-from tiercache.cache.partial import PartialCopy, hold_part, open_map
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.shard.memory import _Loan
@@ -158,12 +158,12 @@ def fetch_in_vain(world):
 
 
 def test_a_new_part_is_closed_where_one_cannot_look_for_a_copy(world, monkeypatch):
-    monkeypatch.setattr(growth, "open_leased", refuse)
+    monkeypatch.setattr(publish, "open_leased", refuse)
     fetch_in_vain(world)
 
 
 def test_a_new_part_beside_a_copy_is_closed_where_it_cannot_be_removed(world, monkeypatch):
-    monkeypatch.setattr(growth, "open_leased", lambda *_: os.open(os.devnull, os.O_RDONLY))
+    monkeypatch.setattr(publish, "open_leased", lambda *_: os.open(os.devnull, os.O_RDONLY))
     monkeypatch.setattr(PartialCopy, "unlink_names", refuse)
     fetch_in_vain(world)
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.cache import difference
-from tiercache.cache.difference import Difference, difference_of
+from tiercache.cache import quarantine
+from tiercache.cache.quarantine import Difference, difference_of
 
 
 def compared(tmp_path, bad, good):
@@ -26,7 +26,7 @@ def compared(tmp_path, bad, good):
 @given(st.binary(max_size=40), st.binary(max_size=40))
 def test_what_differs_is_counted_and_found(tmp_path_factory, bad, good):
     patch = pytest.MonkeyPatch()
-    patch.setattr(difference, "_PIECE_BYTES", 7)
+    patch.setattr(quarantine, "_PIECE_BYTES", 7)
     try:
         found = compared(tmp_path_factory.mktemp("files"), bad, good)
     finally:
@@ -48,7 +48,7 @@ def test_it_is_said_in_words(tmp_path):
 
 def test_a_file_that_cannot_be_read_on_is_compared_up_to_there(tmp_path, monkeypatch):
     really_read = os.preadv
-    monkeypatch.setattr(difference, "_PIECE_BYTES", 4)
+    monkeypatch.setattr(quarantine, "_PIECE_BYTES", 4)
     broken = (tmp_path / "bad").resolve()
 
     def read(fd, buffers, offset):

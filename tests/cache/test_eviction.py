@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tiercache.cache import evictor
-from tiercache.cache.locks import NameLock
-from tiercache.cache.record import name_of_identity
-from tiercache.cache.replay import Trace, simulate
+from tiercache.cache.evict import evictor
+from tiercache.cache.machine import NameLock
+from tiercache.cache.names import name_of_identity
+from tiercache.cache.simulate import Trace, simulate
 from tiercache.catalog import charge_bytes
 from tiercache.model import NEVER, ByteRange, ReadingPlan
 

@@ -12,10 +12,11 @@ import pytest
 
 from tiercache.cache import cache as cache_module
 from tiercache.cache import folder as folder_module
-from tiercache.cache import locks, machine, opened, partial, publisher
-from tiercache.cache.breaker import Breaker
-from tiercache.cache.folder import Folder
-from tiercache.cache.owners import Owners
+from tiercache.cache import machine, session
+from tiercache.cache import machine as machine_module
+from tiercache.cache.fetch import partial, publish
+from tiercache.cache.folder import Folder, Owners
+from tiercache.cache.machine import Breaker
 from tiercache.catalog import Accounts
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ReadingPlan
@@ -189,7 +190,7 @@ def full(kind):
 
 
 STEPS = {
-    "the lock": (locks, "open_file", "disk"),
+    "the lock": (machine_module, "open_file", "disk"),
     "the part": (Folder, "new_file", "quota"),
     "the record": (Folder, "write_record", "disk"),
     "the name": (Folder, "give_name", "disk"),
@@ -409,8 +410,8 @@ def test_a_busy_catalog_makes_reading_go_past_the_cache(world, monkeypatch):
 
 
 def test_the_modules_that_wait_for_other_processes_have_deadlines():
-    assert 0 < publisher.LOCK_WAIT_S < 600
-    assert opened.USES_PER_FLUSH > 1
+    assert 0 < publish.LOCK_WAIT_S < 600
+    assert session.USES_PER_FLUSH > 1
 
 
 def test_a_deleted_folder_is_empty_to_those_who_ask_and_is_made_again(world):

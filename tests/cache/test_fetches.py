@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tiercache.cache import download
-from tiercache.cache.partial import PartialCopy
+from tiercache.cache.fetch import download
+from tiercache.cache.fetch.partial import PartialCopy
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.testing import CountingStore, Fault, FaultStore, GateStore, WrapperStore

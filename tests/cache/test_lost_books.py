@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiercache.cache.record import name_of_identity
+from tiercache.cache.names import name_of_identity
 from tiercache.model import ByteRange
 from tiercache.testing import GateStore
 

@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 
 from tiercache.cache import machine
-from tiercache.cache.breaker import Breaker
-from tiercache.cache.folder import Folder
-from tiercache.cache.machine import Owner, network_file_system, room
-from tiercache.cache.owners import Owners
+from tiercache.cache.folder import Folder, Owners
+from tiercache.cache.machine import Breaker, Owner, network_file_system, room
 from tiercache.catalog.files import start_time
 from tiercache.testing import FakeClock
 

@@ -17,8 +17,8 @@ from hypothesis.stateful import (
 )
 from tests.cache.machine_world import KEYS, LIMITS, SIZES, MachineWorld, random_bytes
 
-from tiercache.cache import publisher
-from tiercache.cache.record import name_of_identity
+from tiercache.cache.fetch import publish
+from tiercache.cache.names import name_of_identity
 from tiercache.errors import CacheFull, NotFound, TierCacheError
 from tiercache.model import ByteRange
 from tiercache.testing import JumpingClock
@@ -249,9 +249,9 @@ def refuse(fd, operation):
 
 
 def test_a_lock_that_is_never_to_be_had_delays_reading_and_stops_nothing(world, monkeypatch):
-    monkeypatch.setattr(publisher, "LOCK_WAIT_S", 0.05)
-    monkeypatch.setattr(publisher, "SLOWEST_BYTES_S", 1e12)
-    monkeypatch.setattr("tiercache.cache.evictor.ROOM_WAIT_S", 0.05)
+    monkeypatch.setattr(publish, "LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(publish, "SLOWEST_BYTES_S", 1e12)
+    monkeypatch.setattr("tiercache.cache.evict.evictor.ROOM_WAIT_S", 0.05)
     monkeypatch.setattr("tiercache.catalog.database.BUSY_S", 0.05)
     monkeypatch.setattr(fcntl, "flock", refuse)
     cache = world.cache("40KB", policy="lru")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import tiercache as tc
-from tiercache.cache import partial
-from tiercache.cache.publisher import Publisher
-from tiercache.cache.record import name_of_identity
+from tiercache.cache.fetch import partial
+from tiercache.cache.fetch.publish import Publisher
+from tiercache.cache.names import name_of_identity
 from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder

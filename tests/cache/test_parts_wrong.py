@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import pytest
 
-from tiercache.cache.record import name_of_identity
+from tiercache.cache.names import name_of_identity
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.testing import Fault, FaultKind, FaultStore

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from tests.cache.conftest import open_below
 
 from tiercache import points
-from tiercache.cache import plans as plan_files
-from tiercache.cache.folder import Folder
+from tiercache.cache.evict import reading_plans as plan_files
+from tiercache.cache.evict.policy import UNPLANNED
+from tiercache.cache.evict.reading_plans import PlanTable, ReadingPlans, decode, encode
+from tiercache.cache.folder import Folder, Owners
 from tiercache.cache.names import Names
-from tiercache.cache.owners import Owners
-from tiercache.cache.plans import PlanTable, ReadingPlans, decode, encode
-from tiercache.cache.policy import UNPLANNED
 from tiercache.model import NEVER, ReadingPlan
 
 

@@ -9,8 +9,8 @@ import pytest
 from tests.cache.conftest import open_below
 
 from tiercache.cache import Cache
-from tiercache.cache.locks import NameLock
-from tiercache.cache.partial import UnitMap
+from tiercache.cache.fetch.partial import UnitMap
+from tiercache.cache.machine import NameLock
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder
@@ -188,10 +188,10 @@ def test_a_lock_that_vanished_between_open_and_flock_is_not_taken(tmp_path, monk
 
 
 def test_fetching_goes_on_without_the_lock_when_its_holder_never_ends(world, monkeypatch):
-    from tiercache.cache import publisher
-    from tiercache.cache.record import name_of_identity
+    from tiercache.cache.fetch import publish
+    from tiercache.cache.names import name_of_identity
 
-    monkeypatch.setattr(publisher, "LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(publish, "LOCK_WAIT_S", 0.05)
     identity = world.put("a")
     cache = world.cache()
     stuck = NameLock(world.root / "cache" / "locks" / name_of_identity(identity))

@@ -8,11 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiercache.cache import runs
-from tiercache.cache.policy import UNPLANNED, Snapshot, SpaceRequest, lru, plan, s3fifo
-from tiercache.cache.replay import Trace, bound, simulate, trace_of_plans
-from tiercache.cache.runs import next_positions
-from tiercache.cache.trace import Tracer, read_trace
+from tiercache.cache import simulate as simulate_module
+from tiercache.cache.evict.policy import UNPLANNED, Snapshot, SpaceRequest, lru, plan, s3fifo
+from tiercache.cache.simulate import Trace, Tracer, bound, next_positions, read_trace, simulate, trace_of_plans
 from tiercache.catalog import GHOSTS_SHARE
 from tiercache.model import NEVER, ReadingPlan
 
@@ -231,7 +229,7 @@ def test_a_job_by_its_clock_is_served_as_by_its_positions():
     trace = Trace.of(scans(50, 6, seed=5), 7)
     for size in (35, 140, 315):
         hit = bytearray(len(trace))
-        n_evicted = runs._plan_of_jobs(trace, size, hit)
+        n_evicted = simulate_module._plan_of_jobs(trace, size, hit)
         report = simulate(trace, "plan", size)
         assert list(hit) == (report.served > 0).tolist()
         assert n_evicted == report.evicted

@@ -6,10 +6,9 @@ import warnings
 import pytest
 
 from tiercache.cache import Cache
-from tiercache.cache import evictor as evictor_module
-from tiercache.cache import opened as opened_module
-from tiercache.cache.locks import NameLock
-from tiercache.cache.machine import Room
+from tiercache.cache import session as opened_module
+from tiercache.cache.evict import evictor as evictor_module
+from tiercache.cache.machine import NameLock, Room
 from tiercache.catalog import Accounts
 from tiercache.errors import CacheFull
 from tiercache.model import ByteRange

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tiercache.cache import Cache, rights
+from tiercache.cache import Cache
 from tiercache.cache import folder as folder_module
 from tiercache.cache.folder import MARKER, Folder
 
@@ -123,7 +123,7 @@ def foreign(world, monkeypatch):
     else:
         me = os.geteuid()
         monkeypatch.setattr(os, "geteuid", lambda: me + 1)
-        monkeypatch.setattr(rights, "_squashes", lambda root, status: False)
+        monkeypatch.setattr(folder_module, "_squashes", lambda root, status: False)
     return root
 
 
@@ -132,7 +132,7 @@ def test_a_folder_of_somebody_else_is_an_error_that_says_whose_and_what_to_do(wo
     with pytest.raises(PermissionError) as caught:
         world.cache()
     text = str(caught.value)
-    assert rights.user_name(foreign.stat().st_uid) in text
+    assert folder_module.user_name(foreign.stat().st_uid) in text
     assert f"uid {foreign.stat().st_uid}" in text
     assert "folder of your own" in text
     assert "shared='group'" in text
@@ -147,7 +147,7 @@ def test_a_folder_that_is_not_shared_with_ones_group_says_which_group_that_is(wo
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(PermissionError, match="and its group") as caught:
         world.cache(shared="group")
-    assert rights.group_name(foreign.stat().st_gid) in str(caught.value)
+    assert folder_module.group_name(foreign.stat().st_gid) in str(caught.value)
 
 
 def test_a_folder_of_somebody_else_that_is_trusted_is_read_and_never_written(world, foreign):
@@ -174,7 +174,7 @@ def test_somebody_elses_folder_that_is_no_cache_is_not_made_one(world, tmp_path,
     else:
         me = os.geteuid()
         monkeypatch.setattr(os, "geteuid", lambda: me + 1)
-        monkeypatch.setattr(rights, "_squashes", lambda root, status: False)
+        monkeypatch.setattr(folder_module, "_squashes", lambda root, status: False)
     for shared in (None, "group"):
         with pytest.raises((PermissionError, ValueError)):
             Cache(tmp_path / "theirs", size=1, shared=shared)

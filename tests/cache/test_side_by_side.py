@@ -5,9 +5,9 @@ from contextlib import ExitStack, closing
 import numpy as np
 import pytest
 
-from tiercache.cache import evictor
-from tiercache.cache.record import name_of_identity
-from tiercache.cache.replay import Trace, simulate
+from tiercache.cache.evict import evictor
+from tiercache.cache.names import name_of_identity
+from tiercache.cache.simulate import Trace, simulate
 from tiercache.catalog import charge_bytes
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.waiting import wait_for

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache._native.checksum import crc32c
-from tiercache.cache import partial, units
+from tiercache.cache.fetch import partial, units
+from tiercache.cache.fetch.partial import PartialCopy, charge_of, hold_part, map_bytes
 from tiercache.cache.folder import Folder
-from tiercache.cache.partial import PartialCopy, charge_of, hold_part, map_bytes
 from tiercache.model import ByteRange
 
 UNIT = units.UNIT_BYTES

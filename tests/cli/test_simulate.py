@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiercache.cache import Cache
-from tiercache.cache.replay import Trace, simulate
-from tiercache.cache.trace import Tracer
+from tiercache.cache.simulate import Trace, Tracer, simulate
 from tiercache.cli import plot
 from tiercache.cli.simulation import (
     Bandwidths,

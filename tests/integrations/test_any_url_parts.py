@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.integrations.conftest import CountedFileSystem
 
-from tiercache.cache.record import name_of_object
+from tiercache.cache.names import name_of_object
 from tiercache.integrations.fsspec import TargetFileSystem, literal_prefix, split_path, without_protocol
 from tiercache.integrations.fsspec_files import LEAST_AHEAD_BYTES, SMALL_BYTES, ReadaheadPolicy
 from tiercache.model import ByteRange, ObjectInfo

@@ -16,7 +16,7 @@ from tests.load.conftest import SCHEMA, check_batch, make_columns
 from tests.shard.mixed_shard import wait_until_settled
 
 import tiercache as tc
-from tiercache.cache.place import DatasetSource
+from tiercache.cache.dataset_source import DatasetSource
 from tiercache.load import ahead, window
 from tiercache.opened_version import OpenedVersion
 from tiercache.testing import Fault, FaultKind, FaultStore

@@ -18,7 +18,7 @@ import pytest
 from tests.cache.conftest import open_below
 
 import tiercache as tc
-from tiercache.cache.plans import ReadingPlans
+from tiercache.cache.evict.reading_plans import ReadingPlans
 from tiercache.load import publishing
 from tiercache.load.coming import NextEpoch
 from tiercache.load.publishing import ReadPlanPublisher

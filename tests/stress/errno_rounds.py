@@ -23,7 +23,8 @@ from tests.stress.jobs import change_heads
 from tests.stress.life import CHAPTERS, Chapter
 from tests.stress.scene import Model, Scene
 
-from tiercache.cache import evictor, publisher
+from tiercache.cache.evict import evictor
+from tiercache.cache.fetch import publish
 from tiercache.catalog import database
 from tiercache.testing.errnos import FOR_EVER, KINDS, FailedCalls, Position, count_calls, fail_calls
 from tiercache.testing.forks import ChildEnd, SendLine, run_forked
@@ -162,8 +163,8 @@ def copy_sparse(source: Path, target: Path) -> None:
 
 def wait_shortly() -> None:
     """A lock that is never to be had is waited for as always, only not as long: some lives would take half an hour."""
-    database.BUSY_S = publisher.LOCK_WAIT_S = evictor.ROOM_WAIT_S = 0.1
-    publisher.SLOWEST_BYTES_S = 1e12
+    database.BUSY_S = publish.LOCK_WAIT_S = evictor.ROOM_WAIT_S = 0.1
+    publish.SLOWEST_BYTES_S = 1e12
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from tests.stress.scene import AMPLE, DEADLINE_S, OBJECTS, SIZES, TIGHT, Scene, content
 
-from tiercache.cache.partial import HEAD_BYTES, Head
-from tiercache.cache.record import name_of_identity
+from tiercache.cache.fetch.partial import HEAD_BYTES, Head
+from tiercache.cache.names import name_of_identity
 from tiercache.errors import CacheFull, CorruptShard, StoreError
 from tiercache.model import ByteRange, ReadingPlan, ShardIdentity
 from tiercache.points import set_hook

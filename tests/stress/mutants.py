@@ -26,11 +26,12 @@ from tests.stress.jobs import JOBS, Job
 from tests.stress.life import CHAPTERS
 from tests.stress.scene import Model, Scene
 
-from tiercache.cache import evictor, locks, partial
-from tiercache.cache.folder import Folder
-from tiercache.cache.opened import WriteSession
-from tiercache.cache.owners import Owners
-from tiercache.cache.publisher import Publisher
+from tiercache.cache import machine as machine_module
+from tiercache.cache.evict import evictor
+from tiercache.cache.fetch import partial
+from tiercache.cache.fetch.publish import Publisher
+from tiercache.cache.folder import Folder, Owners
+from tiercache.cache.session import WriteSession
 from tiercache.catalog import Accounts
 from tiercache.points import crash_point
 from tiercache.testing.errnos import Position
@@ -243,7 +244,7 @@ def lock_files_left() -> Iterator[None]:
         if fd is not None:
             os.close(fd)
 
-    with patch.object(locks.NameLock, "give_back", give_back):
+    with patch.object(machine_module.NameLock, "give_back", give_back):
         yield
 
 

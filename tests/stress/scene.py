@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tiercache._native.checksum import crc32c
 from tiercache.cache import Cache, CachedStore
-from tiercache.cache.record import name_of_identity
+from tiercache.cache.names import name_of_identity
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder
 from tiercache.testing.folder_check import Expected

@@ -12,9 +12,7 @@ the bytes into a partial copy (`partial.py`), and the publisher verifies the com
 policies.
 """
 
-from tiercache.cache.admin import Entry
-from tiercache.cache.cache import Cache
-from tiercache.cache.store import CachedStore
-from tiercache.cache.warm import WarmPlan, WarmProgress, WarmReport
+from tiercache.cache.admin import Entry, WarmPlan, WarmProgress, WarmReport
+from tiercache.cache.cache import Cache, CachedStore
 
 __all__ = ["Cache", "CachedStore", "Entry", "WarmPlan", "WarmProgress", "WarmReport"]

@@ -11,11 +11,10 @@ from enum import StrEnum
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from tiercache.cache.locks import NameLock, try_shared
-from tiercache.cache.partial import hold_part, wrong_units
-from tiercache.cache.record import CopySpec, Record
-from tiercache.cache.sums import read_checksum
-from tiercache.cache.units import bytes_of
+from tiercache.cache.fetch.partial import hold_part, wrong_units
+from tiercache.cache.fetch.units import bytes_of, read_checksum
+from tiercache.cache.machine import NameLock, try_shared
+from tiercache.cache.names import CopySpec, Record
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.shard.read.verify import verify_shard
@@ -24,9 +23,9 @@ from tiercache.store import LocalFolder, redact
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tiercache.cache.opened import CacheSession
-    from tiercache.cache.partial import CopyHandle
-    from tiercache.cache.store import CachedStore
+    from tiercache.cache.cache import CachedStore
+    from tiercache.cache.fetch.partial import CopyHandle
+    from tiercache.cache.session import CacheSession
 
 _MOST_FINDINGS = 4
 _SHARD = ".tcs"  # a segment of a manifest also has an identity, but no blocks

@@ -26,33 +26,207 @@ The modes of the folder itself decide about sharing: see `Permissions`.
 from __future__ import annotations
 
 import errno
+import grp
 import json
 import os
+import pwd
 import secrets
 import stat
+import time
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, ClassVar
 
-from tiercache.cache.machine import host_name, network_file_system
-from tiercache.cache.record import NAME, Record
-from tiercache.cache.rights import GROUP, PRIVATE, FolderAccess, apply_permissions, folder_access
+from tiercache.cache.machine import (
+    Owner,
+    close_private,
+    host_name,
+    is_locked,
+    keep_private,
+    network_file_system,
+    try_exclusive,
+)
+from tiercache.cache.names import NAME, Record
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.files import (
     NO_LINK,
     is_folder,
     link_whole,
+    make_folder,
+    maker_of,
     open_file,
     open_folder,
+    pid_namespace,
     read_text,
     replace_whole,
     set_mode,
+    start_time,
 )
 from tiercache.catalog.tables import BLOCK_BYTES
 from tiercache.points import crash_point
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+
+
+_SHARED_MODE = 0o750
+
+
+@dataclass(frozen=True, slots=True)
+class Permissions:
+    """Modes of folders, of files that change, and of complete copies."""
+
+    folder: int
+    file: int
+    copy: int
+
+
+PRIVATE = Permissions(0o700, 0o600, 0o400)
+GROUP = Permissions(0o2750, 0o640, 0o440)
+
+
+@dataclass(frozen=True, slots=True)
+class FolderAccess:
+    """How this user may use the folder of a cache.
+
+    Attributes:
+        rights: Permissions of new files.
+        owner: Name of the other user who owns and shares the folder; None if it is this user's.
+    """
+
+    rights: Permissions
+    owner: str | None = None
+
+
+def folder_access(root: Path, *, shared: str | None) -> FolderAccess:
+    """Return how this user may use an existing folder. Nothing is changed.
+
+    Args:
+        root: The folder. It may be a symbolic link, because the caller named it; no link below it is ever followed.
+        shared: "group" lets the folder's group read it; for a folder of another user, it says that the contents are
+            trusted.
+
+    Raises:
+        PermissionError: The folder belongs to another user and is not shared, or the caller did not allow a shared
+            folder.
+        OSError: The folder cannot be examined.
+    """
+    status = root.stat()
+    if _is_ours(root, status):
+        was_shared = status.st_mode & 0o777 == _SHARED_MODE
+        return FolderAccess(GROUP if was_shared or shared == "group" else PRIVATE)
+    if shared == "group" and os.access(root, os.R_OK | os.X_OK):
+        return FolderAccess(GROUP, user_name(status.st_uid))
+    raise PermissionError(errno.EPERM, _foreign(root, status, shared), str(root))
+
+
+def _is_ours(root: Path, status: os.stat_result) -> bool:
+    return status.st_uid == os.geteuid() or _squashes(root, status)
+
+
+def _squashes(root: Path, status: os.stat_result) -> bool:
+    """Return whether the file system assigns this user's files to the owner of the folder: then both are one user.
+
+    NFS with all_squash, CIFS and 9p do so; a comparison of user ids alone would refuse a folder that this user created.
+    """
+    probe = root / f".probe.0-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        fd = open_file(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    except OSError:
+        return False
+    try:
+        return os.fstat(fd).st_uid == status.st_uid
+    finally:
+        os.close(fd)
+        with suppress(OSError):
+            probe.unlink()
+
+
+def _foreign(root: Path, status: os.stat_result, shared: str | None) -> str:
+    owner, me = user_name(status.st_uid), user_name(os.geteuid())
+    if shared == "group":
+        mode, group = stat.S_IMODE(status.st_mode), group_name(status.st_gid)
+        fix = (
+            f"its mode is {mode:04o} and its group {group}: {owner} has to open it with shared='group' first, and {me} "
+            f"has to be in that group (or {owner} changes the group with chgrp -R)"
+        )
+    else:
+        # A mount point of root that everyone may write to has space for one; nothing can be created inside another
+        # user's cache.
+        own = root / me if status.st_mode & stat.S_IWOTH else f"{root}-{me}"
+        fix = (
+            f"choose a folder of your own, such as {own}; or, where {owner} shares it with your group on purpose "
+            f"and you trust what {owner} put there, open it with shared='group'"
+        )
+    return f"this cache folder belongs to {owner} (uid {status.st_uid}), not to {me}; {fix}"
+
+
+def user_name(uid: int) -> str:
+    """Return the name of a user, or the number of a user without a name."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def group_name(gid: int) -> str:
+    """Return the name of a group, or the number of a group without a name."""
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
+
+
+def apply_permissions(root: Path, names: Iterable[str], rights: Permissions) -> None:
+    """Create missing subfolders, and set the permissions of root and of all subfolders.
+
+    If the permissions of a folder change, those of its files change too: a private cache becomes a shared one.
+
+    Args:
+        root: Folder of the cache.
+        names: Names of the subfolders.
+        rights: Permissions to set.
+
+    Raises:
+        NotADirectoryError: A link or a file has the name of a folder.
+        OSError: A folder cannot be created.
+    """
+    is_changed = _set_folder(root.resolve(), rights)
+    for name in names:
+        folder = root / name
+        if not make_folder(folder, rights.folder) and (_set_folder(folder, rights) or is_changed):
+            _share_files(folder, rights, root.stat().st_gid)
+
+
+def _set_folder(folder: Path, rights: Permissions) -> bool:
+    """Set the mode of a folder; return whether it was different."""
+    mode = os.lstat(folder).st_mode
+    if stat.S_IMODE(mode) == rights.folder or not is_folder(folder):
+        return False
+    fd = open_folder(folder)
+    try:
+        set_mode(fd, rights.folder)
+        return stat.S_IMODE(os.fstat(fd).st_mode) != stat.S_IMODE(mode)
+    finally:
+        os.close(fd)
+
+
+def _share_files(folder: Path, rights: Permissions, gid: int) -> None:
+    with os.scandir(folder) as entries:
+        files = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+    for name in files:
+        with suppress(OSError):  # deleted meanwhile, or a file of another user, which then stays unreadable
+            fd = open_file(folder / name, os.O_RDONLY)
+            try:
+                if rights == GROUP:
+                    os.fchown(fd, -1, gid)
+                is_copy = folder.name == "copies" and "." not in name
+                set_mode(fd, rights.copy if is_copy else rights.file)
+            finally:
+                os.close(fd)
+
 
 MARKER = "tiercache-cache.json"
 _DEFAULT_SIZE = "default-size.json"
@@ -433,3 +607,170 @@ def _write_marker(path: Path, mode: int) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     link_whole(path / MARKER, json.dumps({"format": 0, "id": secrets.token_hex(16)}) + "\n", mode)
     crash_point("marker.written")
+
+
+# A small file is written in microseconds. An older temporary file has lost its writer, even if a process with that
+# number runs again.
+OLD_S = 600.0
+
+
+def sweep_temp_files(folder: Folder) -> None:
+    """Remove temporary files whose writers no longer run, or that are older than OLD_S. Raises OSError."""
+    for below in ("", *folder.BELOW):
+        with suppress(FileNotFoundError):
+            for file in os.listdir(folder.root / below):  # noqa: PTH208 - names, thousands of them
+                if file.startswith(".") and _is_left(folder, below, file):
+                    folder.remove_file(below, file)
+
+
+def _is_left(folder: Folder, below: str, file: str) -> bool:
+    maker = maker_of(file)
+    if maker is None:
+        return False
+    if maker[0] == pid_namespace() and start_time(maker[1]) is None:
+        return True
+    try:
+        return abs(time.time() - (folder.root / below / file).lstat().st_mtime) > OLD_S
+    except FileNotFoundError:
+        return False
+
+
+_open_here: set[str] = set()
+
+
+class Owners:
+    """This process as an owner, and the state of the other owners. Safe from any thread."""
+
+    def __init__(self, folder: Folder, limit_bytes: int) -> None:
+        """Create the owner file. Raises OSError if the folder is not writable."""
+        self._folder, self._limit_bytes, self._lock = folder, limit_bytes, Lock()
+        self.me = Owner.of_this_process()
+        self.is_closed = False
+        self._fd = self._make()
+        _open_here.add(str(self.me))
+
+    def _make(self) -> int:
+        fd = open_file(self._folder.owners / str(self.me), os.O_RDWR | os.O_CREAT, self._folder.rights.file)
+        try:
+            crash_point("owner.made")
+            try_exclusive(fd)
+            crash_point("owner.locked")
+            os.pwrite(fd, json.dumps({"limit_bytes": self._limit_bytes}).encode(), 0)
+        except BaseException:
+            os.close(fd)
+            with suppress(OSError):
+                self._folder.remove_file("owners", str(self.me))
+            raise
+        crash_point("owner.written")
+        return keep_private(fd)
+
+    def ensure(self) -> None:
+        """Recreate the folder and the owner file if they were deleted. Raises OSError after close()."""
+        # Two fetches may find it deleted: the second would close the file that the first has just locked.
+        with self._lock:
+            if self.is_closed:  # called during a close: another file may have this descriptor number now
+                raise OSError(errno.EBADF, f"cache {self._folder.root} is closed")
+            self._folder.ensure()
+            if not os.fstat(self._fd).st_nlink:
+                fd, self._fd = self._fd, self._make()
+                close_private(fd)
+
+    def alive(self, text: str) -> bool:
+        """Return whether the process of an owner still has the cache open.
+
+        The process number, start time and boot decide if they can be compared; otherwise (another container) the lock
+        of the owner file decides.
+        """
+        owner = Owner.parse(text)
+        if owner is None:
+            return False
+        if owner.pid == self.me.pid and owner.started == self.me.started and owner.namespace == self.me.namespace:
+            return text in _open_here
+        runs = owner.runs()
+        return self._is_locked(text) if runs is None else runs
+
+    def _is_locked(self, text: str) -> bool:
+        try:
+            fd = open_file(self._folder.owners / text, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            return not try_exclusive(fd)
+        finally:
+            os.close(fd)
+
+    def remove_files_of(self, text: str) -> None:
+        """Remove the file of a dead owner. Its partial copies stay: the next fetch of each continues there."""
+        with suppress(FileNotFoundError):
+            crash_point("owner.buried")
+            if Owner.parse(text) is not None:
+                self._folder.remove_file("owners", text)
+
+    def remove_files_of_dead(self) -> None:
+        """Remove the files of all dead owners."""
+        for text in [file.name for file in self._folder.owners.iterdir()]:
+            if not self.alive(text):
+                self.remove_files_of(text)
+
+    def limits(self) -> dict[str, int]:
+        """Return the size limit in bytes of every live owner."""
+        limits = {str(self.me): self._limit_bytes}
+        with suppress(FileNotFoundError):
+            for file in self._folder.owners.iterdir():
+                with suppress(OSError, ValueError, KeyError, TypeError):
+                    note = json.loads(read_text(file))
+                    if self.alive(file.name):
+                        limits[file.name] = int(note["limit_bytes"])
+        return limits
+
+    # -- queries of the accounts ---------------------------------------------------------------------------------------
+
+    def is_over(self, owner: str, name: str) -> bool:
+        """Return whether a reservation belongs to a corrupt copy that is deleted and that no reader has open any more.
+
+        The process that deleted the copy releases the reservation when it next uses the cache, which may be much later.
+        Locks of another container are not visible here.
+        """
+        inode = name.partition("-")[2].partition("-")[0]
+        who = Owner.parse(owner)
+        if not inode or who is None or who.namespace != self.me.namespace:
+            return False
+        return not os.path.lexists(self._folder.quarantine / f"{name}.bad") and not is_locked(int(inode, 16))
+
+    def running_fetches(self) -> list[tuple[str, str, int]]:
+        """Return (owner, name, bytes) of what each fetch may still add, as its lock file says.
+
+        A fetch writes this note before it reserves, and clears it before it commits. Notes of dead owners are included.
+        """
+        found: list[tuple[str, str, int]] = []
+        with suppress(OSError):
+            for file in self._folder.locks.iterdir():
+                # Not the lock of a fetch, or released meanwhile.
+                with suppress(OSError, ValueError, KeyError, TypeError):
+                    note = json.loads(read_text(file))
+                    coming = str(note["owner"]), file.name, int(note["reserved_bytes"])
+                    if coming[2] > 0 and NAME.fullmatch(file.name):
+                        found.append(coming)
+        return found
+
+    def charge_of(self, name: str) -> int | None:
+        """Return the bytes that a copy, whole or partial, takes of the size limit; None: it does not exist."""
+        return self._folder.charge_of(name)
+
+    def charges(self) -> dict[str, int]:
+        """Return the bytes that each copy, whole or partial, takes of the size limit, by name."""
+        return self._folder.sizes()
+
+    def record(self, name: str) -> str:
+        """Return the record of a copy, "" if there is none."""
+        record = self._folder.read_record(name)
+        return "" if record is None else record.to_json()
+
+    def close(self) -> None:
+        """Remove the owner file. Must be called only once."""
+        with self._lock:
+            self.is_closed = True
+        _open_here.discard(str(self.me))
+        with suppress(OSError):
+            self._folder.remove_file("owners", str(self.me))
+        close_private(self._fd)

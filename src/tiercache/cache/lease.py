@@ -10,17 +10,17 @@ import weakref
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from tiercache.cache.locks import try_shared
-from tiercache.cache.verified import read_held
+from tiercache.cache.fetch.partial import read_held
+from tiercache.cache.machine import try_shared
 from tiercache.errors import CorruptShard
 from tiercache.model import ByteRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tiercache.cache.fetch import Fetch
+    from tiercache.cache.fetch.download import Fetch
+    from tiercache.cache.fetch.partial import CopyHandle
     from tiercache.cache.folder import Folder
-    from tiercache.cache.partial import CopyHandle
     from tiercache.store import Span
 
 

@@ -21,13 +21,15 @@ import os
 import secrets
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from tiercache.cache.difference import Difference, difference_of
-from tiercache.cache.holders import is_locked
-from tiercache.cache.locks import NameLock
-from tiercache.cache.record import NAME
+import numpy as np
+from numpy.typing import NDArray
+
+from tiercache.cache.machine import NameLock, is_locked
+from tiercache.cache.names import NAME
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.files import open_file, read_text, replace_whole
 from tiercache.points import crash_point
@@ -36,10 +38,165 @@ from tiercache.waiting import wait_for
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tiercache.cache.folder import Folder
-    from tiercache.cache.owners import Owners
+    from tiercache.cache.folder import Folder, Owners
     from tiercache.catalog import Accounts
     from tiercache.stats import Counters
+
+
+_PIECE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How a corrupt file differs from the correct one.
+
+    Attributes:
+        n_bad_bytes: Size of the corrupt file.
+        n_good_bytes: Size of the correct file.
+        n_differ: Number of differing bytes within the shorter length.
+        first: Offset of the first differing byte, or the end of the shorter file; None: the files are equal.
+        last: Offset of the last differing byte; None if no byte differs.
+        unreadable: Offset at which the corrupt file could not be read; the rest was not compared. None: all was read.
+    """
+
+    n_bad_bytes: int
+    n_good_bytes: int
+    n_differ: int = 0
+    first: int | None = None
+    last: int | None = None
+    unreadable: int | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Return the facts for a report."""
+        return {
+            "n_bytes_differ": self.n_differ,
+            "first_offset": self.first,
+            "last_offset": self.last,
+            "unreadable_at": self.unreadable,
+            "n_bytes_bad": self.n_bad_bytes,
+            "n_bytes_good": self.n_good_bytes,
+        }
+
+    def __str__(self) -> str:
+        said = []
+        if self.n_bad_bytes != self.n_good_bytes:
+            said.append(f"it had {self.n_bad_bytes:,} bytes instead of {self.n_good_bytes:,}")
+        if self.n_differ:
+            said.append(f"{self.n_differ:,} bytes differed, from offset {self.first} to {self.last}")
+        if self.unreadable is not None:
+            said.append(f"it could not be read at offset {self.unreadable}")
+        return "; ".join(said) or "it equals what was fetched again: a read failed, or the object itself is corrupt"
+
+
+def difference_of(bad_fd: int, good_fd: int) -> Difference:
+    """Return how the file bad_fd differs from good_fd. Raises OSError: the correct file cannot be read."""
+    n_bad_bytes, n_good_bytes = os.fstat(bad_fd).st_size, os.fstat(good_fd).st_size
+    both = min(n_bad_bytes, n_good_bytes)
+    n_differ, first, last, unreadable = 0, None, None, None
+    for start in range(0, both, _PIECE_BYTES):
+        n_bytes = min(_PIECE_BYTES, both - start)
+        good = _piece(good_fd, start, n_bytes)
+        try:
+            bad = _piece(bad_fd, start, n_bytes)
+        except OSError:
+            unreadable = start
+            break
+        offsets = np.flatnonzero(bad != good)
+        if len(offsets):
+            n_differ += len(offsets)
+            first = start + int(offsets[0]) if first is None else first
+            last = start + int(offsets[-1])
+    if first is None and n_bad_bytes != n_good_bytes:
+        first = both
+    return Difference(n_bad_bytes, n_good_bytes, n_differ, first, last, unreadable)
+
+
+def _piece(fd: int, start: int, n_bytes: int) -> NDArray[np.uint8]:
+    """Return n_bytes at start; zeros beyond the end of a truncated file."""
+    piece = np.zeros(n_bytes, np.uint8)
+    done = 0
+    while done < n_bytes:
+        n_read = os.preadv(fd, [piece[done:].data], start + done)
+        if not n_read:
+            break
+        done += n_read
+    return piece
+
+
+# Long enough that an epoch does not fetch a corrupt shard for each of its blocks; short enough that a repaired shard is
+# soon cached again.
+POISON_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class CorruptSource:
+    """An object whose bytes were wrong twice.
+
+    Attributes:
+        url: URL without credentials.
+        expected: Expected CRC-32C of the whole object; None if unknown.
+        found: CRC-32C that was found; None if only a part was fetched.
+    """
+
+    url: str
+    expected: int | None
+    found: int | None
+
+
+def record_corrupt_source(folder: Folder, name: str, poison: CorruptSource) -> None:
+    """Record that an object is corrupt at its source, and delete old records. Raises OSError."""
+    crash_point("poison.found")
+    replace_whole(folder.poison / f"{name}.json", json.dumps({"format": 0} | asdict(poison)) + "\n", folder.rights.file)
+    crash_point("poison.noted")
+    sweep_corrupt_sources(folder)
+
+
+def corrupt_source_of(folder: Folder, name: str) -> CorruptSource | None:
+    """Return what is known about a corrupt source of a copy; None: nothing, or the record is too old."""
+    path = f"{folder.poison}/{name}.json"
+    try:
+        if not _is_young(os.lstat(path)):
+            return None
+        fields = json.loads(read_text(path))
+        return CorruptSource(str(fields["url"]), _sum_or_none(fields["expected"]), _sum_or_none(fields["found"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _sum_or_none(value: object) -> int | None:
+    return None if value is None else int(str(value))
+
+
+def corrupt_sources(folder: Folder) -> dict[str, CorruptSource]:
+    """Return all objects that are known to be corrupt now, by the names of their copies, except those cached since."""
+    found = {name: corrupt_source_of(folder, name) for name in _names(folder) if not folder.has_copy(name)}
+    return {name: poison for name, poison in found.items() if poison is not None}
+
+
+def forget_corrupt_source(folder: Folder, name: str) -> bool:
+    """Allow an object to be fetched again; return False if it was not known to be corrupt."""
+    return folder.remove_file("poison", f"{name}.json")
+
+
+def sweep_corrupt_sources(folder: Folder) -> None:
+    """Remove records that are too old."""
+    for name in _names(folder):
+        with suppress(FileNotFoundError):
+            if not _is_young((folder.poison / f"{name}.json").lstat()):
+                forget_corrupt_source(folder, name)
+
+
+def _names(folder: Folder) -> list[str]:
+    try:
+        return [file.stem for file in folder.poison.iterdir() if file.suffix == ".json" and NAME.fullmatch(file.stem)]
+    except OSError:
+        return []
+
+
+def _is_young(status: os.stat_result) -> bool:
+    # The absolute value: after the clock was set back, a record must not stay valid for a year.
+    return abs(time.time() - status.st_mtime) < POISON_S
+
 
 # How long a corrupt copy waits for a correct one to compare with, and how long a report is kept for users.
 WAIT_S = 3600.0

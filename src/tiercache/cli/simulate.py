@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tiercache.cache.policy import POLICIES
-from tiercache.cache.trace import read_trace
+from tiercache.cache.evict.policy import POLICIES
+from tiercache.cache.simulate import read_trace
 from tiercache.cli.choosing import parse_group, parse_placement
 from tiercache.cli.opening import open_data_set, open_data_set_store
 from tiercache.cli.options import (

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.cache.replay import Trace, bound, simulate
-from tiercache.cache.units import PIECE_BYTES
+from tiercache.cache.fetch.units import PIECE_BYTES
+from tiercache.cache.simulate import Trace, bound, simulate
 from tiercache.cli.training import Training, epoch_reads
 from tiercache.prices import GB
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from tiercache.cache import CachedStore
     from tiercache.cache.lease import CopyLease
-    from tiercache.cache.record import CopySpec
+    from tiercache.cache.names import CopySpec
 
 
 # Table readers request whole column chunks; readers of text and archives request a few KiB at a time. A read larger

@@ -1,4 +1,8 @@
-"""`CacheSession`: the cache as one process has it open. Hits need only the folder, fetches also `writing.py`."""
+"""`CacheSession`: the cache as one process has it open, and `WriteSession`, the parts that change its folder.
+
+Hits need only the folder; evictor, publisher, fetch threads and accounts exist only if the folder is writable. A forked
+child opens its own session.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from tiercache import config
-from tiercache.cache import poison
+from tiercache.cache import folder as folder_module
+from tiercache.cache import quarantine
 from tiercache.cache.check import verify_copy
-from tiercache.cache.folder import Folder
+from tiercache.cache.evict.evictor import Evictor, EvictorOptions
+from tiercache.cache.evict.policy import POLICIES
+from tiercache.cache.evict.reading_plans import ReadingPlans
+from tiercache.cache.fetch.download import Fetcher
+from tiercache.cache.fetch.partial import CopyHandle, hold_part, read_plain, read_verified, wrong_units
+from tiercache.cache.fetch.publish import Publisher
+from tiercache.cache.fetch.units import bytes_of
+from tiercache.cache.folder import Folder, Owners
 from tiercache.cache.lease import CopyLease, open_leased
-from tiercache.cache.machine import is_disk_full
-from tiercache.cache.partial import CopyHandle, hold_part, wrong_units
-from tiercache.cache.policy import POLICIES
-from tiercache.cache.trace import Tracer
-from tiercache.cache.units import bytes_of
-from tiercache.cache.verified import read_plain, read_verified
-from tiercache.cache.writing import WriteSession
-from tiercache.catalog import charge_bytes
+from tiercache.cache.machine import Breaker, NameLock, boot_id, is_disk_full, room
+from tiercache.cache.quarantine import Quarantine
+from tiercache.cache.simulate import Tracer
+from tiercache.catalog import Accounts, charge_bytes
 from tiercache.model import ByteRange, format_bytes, parse_bytes
 from tiercache.waiting import SYSTEM_CLOCK
 
@@ -31,11 +39,97 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from tiercache.cache.notices import Notices
-    from tiercache.cache.record import CopySpec
+    from tiercache.cache.machine import Notices
+    from tiercache.cache.names import CopySpec
     from tiercache.model import PublishedPlan, ReadingPlan
     from tiercache.stats import Counters
     from tiercache.store import Span, Store
+
+
+class WriteSession:
+    """The parts of an open cache that require a writable folder."""
+
+    def __init__(
+        self, folder: Folder, options: CacheOptions, counters: Counters, notices: Notices, *, keep: Callable[[], object]
+    ) -> None:
+        self.limit_bytes = parse_bytes(options.size, whole_bytes=room(folder.root).total_bytes)
+        self.folder, self.notices = folder, notices
+        self.owners = Owners(folder, self.limit_bytes)
+        me = str(self.owners.me)
+        self.accounts = Accounts(folder.catalog, me, self.owners, wal=folder.network is None, boot=boot_id())
+        self.plans = ReadingPlans(folder, self.owners)
+        rules = EvictorOptions(options.policy, options.free_floor)
+        self.evictor = Evictor(folder, self.accounts, counters, self.plans, rules)
+        self.quarantine = Quarantine(folder, self.owners, self.accounts, counters)
+        self.breaker = Breaker()
+        self.publisher = Publisher(
+            folder, self.owners, self.accounts, self.evictor, self.quarantine, self.breaker, notices, counters
+        )
+        self.fetcher = Fetcher(self.publisher.run, keep)
+
+    def sweep(self) -> None:
+        """Remove the files of dead processes and records without copies, and make the accounts agree with the files."""
+        self.owners.remove_files_of_dead()
+        folder_module.sweep_temp_files(self.folder)
+        self.accounts.reconcile()
+        self.publisher.unrecorded |= self.accounts.unrecorded()
+        sizes = self.folder.sizes()
+        beside = {name for kind in (".json", ".pin", ".map") for name in self.folder.names(kind)}
+        doubtful = (beside - sizes.keys()) | set(self.folder.names(".part"))
+        for name in doubtful:
+            self._sweep_beside(name)
+        if doubtful:
+            self.accounts.reconcile()
+        for path in self.folder.locks.iterdir():
+            lock = NameLock(path)
+            if lock.try_acquire():
+                lock.release()
+        self.quarantine.sweep()
+        quarantine.sweep_corrupt_sources(self.folder)
+
+    def _sweep_beside(self, name: str) -> None:
+        """Remove useless files beside a copy, or without one, unless the copy is being published at this moment.
+
+        These are a partial copy whose copy is complete, its unit map if that is not kept, a partial copy or a unit map
+        alone, and the record and the pin of a missing copy.
+        """
+        lock = NameLock(self.folder.locks / name)
+        if lock.try_acquire():
+            try:
+                is_whole = self.folder.has_copy(name)
+                if is_whole or not self.folder.has_part(name):
+                    record = self.folder.read_record(name)
+                    self.folder.remove_part(name, keep_map=is_whole and record is not None and record.shard_id is None)
+                if self.folder.charge_of(name) is None and not self.accounts.is_reserved(name):
+                    self.folder.remove_record(name)
+                    if not self.quarantine.knows(name):  # a corrupt copy stays pinned when it is fetched again
+                        self.folder.unpin(name)
+                    self.accounts.remove([name])  # a partial copy without a map was in the accounts
+            finally:
+                lock.release()
+
+    def keep_to_limit(self) -> None:
+        """Register the size limit, and evict copies if the limit is smaller than before."""
+        smallest = self.accounts.register(self.limit_bytes)
+        self.folder.remember_size(self.limit_bytes)
+        if smallest < self.limit_bytes:
+            self.notices.warn(
+                "limit",
+                f"cache {self.folder.root}: opened with size {format_bytes(self.limit_bytes)}, but another process has "
+                f"it open with {format_bytes(smallest)}; the smaller limit applies",
+            )
+        self.evictor.shrink()
+
+    def close(self) -> None:
+        """Stop the fetches, withdraw the plans, write the recorded uses, and remove the owner file."""
+        self.fetcher.close()
+        self.plans.close()
+        for last in (self.quarantine.close, self.evictor.flush_uses, self.accounts.unregister):
+            with suppress(OSError):
+                last()
+        self.accounts.close()
+        self.owners.close()
+
 
 USES_PER_FLUSH = 1024
 # Limit of remembered prefetches whose copies were not opened yet. A prefetch runs a few hundred shards ahead at most.
@@ -365,9 +459,9 @@ class CacheSession:
     def _is_bad(self, name: str) -> bool:
         """Return whether the object is known to be corrupt at its source."""
         given_up_s = self._given_up.get(name)
-        if given_up_s is not None and SYSTEM_CLOCK.monotonic() - given_up_s < poison.POISON_S:
+        if given_up_s is not None and SYSTEM_CLOCK.monotonic() - given_up_s < quarantine.POISON_S:
             return True
-        return poison.corrupt_source_of(self.folder, name) is not None
+        return quarantine.corrupt_source_of(self.folder, name) is not None
 
     def discard(self, name: str) -> None:
         """Remove a corrupt copy. If it cannot be removed, this process never serves it again."""
@@ -412,8 +506,8 @@ class CacheSession:
 
     def _remember_poison(self, wanted: CopySpec) -> None:
         if self.writing is not None:
-            poison.record_corrupt_source(
-                self.folder, wanted.name, poison.CorruptSource(wanted.source, wanted.crc32c, None)
+            quarantine.record_corrupt_source(
+                self.folder, wanted.name, quarantine.CorruptSource(wanted.source, wanted.crc32c, None)
             )
 
     def _report_part(self, wanted: CopySpec, wrong: list[int]) -> None:

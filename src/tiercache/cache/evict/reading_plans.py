@@ -35,10 +35,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from tiercache.cache.inherit import close_private, keep_private
-from tiercache.cache.locks import try_exclusive, try_shared
+from tiercache.cache.evict.policy import UNPLANNED
+from tiercache.cache.machine import close_private, keep_private, try_exclusive, try_shared
 from tiercache.cache.names import NAME_BYTES, Names
-from tiercache.cache.policy import UNPLANNED
 from tiercache.catalog.files import open_file
 from tiercache.model import NEVER
 from tiercache.points import crash_point
@@ -49,9 +48,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.cache.folder import Folder
-    from tiercache.cache.owners import Owners
+    from tiercache.cache.folder import Folder, Owners
     from tiercache.model import PublishedPlan, ReadingPlan
+
 
 _MAGIC = b"tcplan\x00\x01"
 _HEADER = struct.Struct("<8sQQQ16s16x")

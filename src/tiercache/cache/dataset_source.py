@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from tiercache.shard.conversion import Casts
 
+
 Verify = Literal["first", "always", "never"]
 
 

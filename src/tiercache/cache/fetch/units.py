@@ -1,4 +1,4 @@
-"""Units: the 4 KiB blocks of a file in which a partial copy grows. All functions are pure.
+"""Units, the 4 KiB blocks in which a partial copy grows, and the CRC-32C of units and files.
 
 A mask is bool[n_units], True for the selected units. An empty file has one unit of no bytes: it too must be fetched
 once before it counts as present.
@@ -6,15 +6,18 @@ once before it counts as present.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+import os
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from tiercache._native.checksum import crc32c, crc32c_pages
 from tiercache.model import ByteRange
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
 
 # The block size of the disk. A smaller unit would take as much space; a larger one would fetch more bytes that no
 # reader needs when columns are selected, up to two units per chunk.
@@ -99,3 +102,51 @@ def to_fetch(present: Mask, wanted: Mask, n_bytes: int) -> Mask:
     rest = ~present & ~missing
     left_bytes = bytes_of(rest, n_bytes)
     return missing | rest if left_bytes < LITTLE_BYTES or left_bytes * LITTLE_SHARE < n_bytes else missing
+
+
+def sums_of(data: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint32], int]:
+    """Return the CRC-32C of each unit of data, "<u4"[n], and of all data."""
+    sums = np.empty(-(-len(data) // UNIT_BYTES), np.uint32)
+    whole = crc32c_pages(int(data.__array_interface__["data"][0]), len(data), UNIT_BYTES, sums)
+    return sums.astype("<u4"), whole
+
+
+class FileChecksum(NamedTuple):
+    """The checksum of the readable part of a file.
+
+    Attributes:
+        crc32c: CRC-32C of the bytes that were read.
+        n_bytes: Number of bytes that were read.
+        error: Error that ended the read early; None if the file was read to its end.
+    """
+
+    crc32c: int
+    n_bytes: int
+    error: OSError | None
+
+
+def read_checksum(fd: int, n_bytes: int) -> FileChecksum:
+    """Return the CRC-32C of the first n_bytes of a file, as far as it can be read."""
+    buffer = memoryview(bytearray(min(PIECE_BYTES, max(n_bytes, 1))))
+    whole, offset = 0, 0
+    while offset < n_bytes:
+        try:
+            n_read = os.preadv(fd, [buffer[: n_bytes - offset]], offset)
+        except OSError as error:
+            return FileChecksum(whole, offset, error)
+        if not n_read:
+            break
+        whole = crc32c(buffer[:n_read], whole)
+        offset += n_read
+    return FileChecksum(whole, offset, None)
+
+
+def checksum_of(fd: int, n_bytes: int) -> int:
+    """Return the CRC-32C of the first n_bytes of a file, or of all of a shorter file.
+
+    Raises OSError if the read fails.
+    """
+    summed = read_checksum(fd, n_bytes)
+    if summed.error is not None:
+        raise summed.error
+    return summed.crc32c

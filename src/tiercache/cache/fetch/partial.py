@@ -12,6 +12,8 @@ verified against its checksums before it is served.
 
 A flag only changes from 0 to 1. Readers read flags with pread(2), and only while the flag was 0: with a mapping, SIGBUS
 would kill the process if another process truncated the map.
+
+`read_verified()` and `read_held()` read a copy and compare each unit with the map.
 """
 
 from __future__ import annotations
@@ -26,14 +28,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache._native.checksum import crc32c
-from tiercache.cache.inherit import close_private, keep_private
-from tiercache.cache.locks import try_shared
-from tiercache.cache.machine import boot_id
-from tiercache.cache.sums import sums_of
-from tiercache.cache.units import PIECE_BYTES, UNIT_BYTES, Mask, bounds, covers, n_units, ranges_of, runs_of
+from tiercache.cache.fetch.units import (
+    PIECE_BYTES,
+    UNIT_BYTES,
+    Mask,
+    bounds,
+    covers,
+    n_units,
+    ranges_of,
+    runs_of,
+    sums_of,
+)
+from tiercache.cache.machine import boot_id, close_private, keep_private, try_shared
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.files import set_mode
 from tiercache.catalog.tables import BLOCK_BYTES
+from tiercache.model import ByteRange
 from tiercache.points import crash_point
 from tiercache.store.posix import write_all
 from tiercache.waiting import wait_for
@@ -42,7 +52,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tiercache.cache.folder import Folder
-    from tiercache.model import ByteRange
+    from tiercache.store import Span
+
 
 MAGIC = b"\x89TCMAP\r\n"
 HEAD_BYTES = 64
@@ -478,3 +489,50 @@ def wrong_units(fd: int, presence: UnitMap) -> list[int]:
             is_wrong[: len(expected)] = expected != sums[: len(expected)]
             wrong += (start + UNIT_BYTES * np.flatnonzero(is_wrong)).tolist()
     return wrong
+
+
+def read_plain(fd: int, spans: Sequence[Span]) -> bool:
+    """Fill every span from a file, without verification; return False if a read failed."""
+    return all(read_all(fd, buffer, wanted.start) for wanted, buffer in spans)
+
+
+def read_verified(folder: Folder, name: str, fd: int, n_bytes: int, spans: Sequence[Span]) -> bool:
+    """Fill every span from a copy, whole or partial; return False if a read failed, or the data is corrupt.
+
+    Args:
+        folder: Folder of the cache.
+        name: Name of the copy, whose unit map is used.
+        fd: Descriptor of the copy, open for the duration of the call.
+        n_bytes: Size of the copy.
+        spans: Ranges inside the copy and their buffers. The buffers are undefined if the result is False.
+    """
+    presence = open_map(folder, name, fd, n_bytes)
+    if presence is None:
+        return False
+    try:
+        return read_held(fd, presence, spans)
+    finally:
+        presence.close()
+
+
+def read_held(fd: int, presence: UnitMap, spans: Sequence[Span]) -> bool:
+    """See read_verified(); the map is already open."""
+    return all(_read_span(fd, presence, wanted, buffer) for wanted, buffer in spans)
+
+
+def _read_span(fd: int, presence: UnitMap, wanted: ByteRange, buffer: memoryview) -> bool:
+    if wanted.end > presence.n_bytes:
+        return False
+    for start in range(wanted.start // UNIT_BYTES * UNIT_BYTES, wanted.end, PIECE_BYTES):
+        end = min(start + PIECE_BYTES, -(-wanted.end // UNIT_BYTES) * UNIT_BYTES, presence.n_bytes)
+        data = np.empty(end - start, np.uint8)
+        if not read_all(fd, data.data, start) or not _is_right(presence, start, data):
+            return False
+        begin, stop = max(start, wanted.start), min(end, wanted.end)
+        buffer[begin - wanted.start : stop - wanted.start] = data.data[begin - start : stop - start]
+    return True
+
+
+def _is_right(presence: UnitMap, start: int, data: np.ndarray) -> bool:
+    sums, first = sums_of(data)[0], start // UNIT_BYTES
+    return np.array_equal(presence.sums(first, first + len(sums)), sums)
