@@ -23,7 +23,7 @@ import zstandard
 import tiercache as tc
 from rows import OUT, spread, table, write_rows
 from tiercache import config
-from tiercache.load.split import split_window
+from tiercache.load.prefetch import split_window
 from tiercache.order import EpochOrder, Layout, OrderOptions
 
 TOKENS, BATCH = 1024, 64

@@ -24,7 +24,7 @@ import numpy as np
 
 import tiercache as tc
 from rows import OUT, spread, table, write_rows
-from tiercache.load.ahead import PagePrefetcher
+from tiercache.load.prefetch import PagePrefetcher
 from tiercache.testing.cgroup import MemoryGroup, NoCgroup, drop_pages, memory_group
 
 RECORD_BYTES = 2048

@@ -24,7 +24,7 @@ import torch
 from order_quality import RECORD_BYTES, Setting, Task, Training, clumping, digits, rank_correlation, sources, train
 from rows import OUT, spread, table, write_rows
 from tiercache._native.permute import RowFinder, permute
-from tiercache.load.plan import pieces
+from tiercache.load.epoch import pieces
 from tiercache.load.state import RunState
 from tiercache.model import SourcePart
 from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions, RankPlan

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from tiercache.cache import Cache
     from tiercache.dataset import Dataset, concat, mix
     from tiercache.images.options import DecodeImage
-    from tiercache.load.buffer import Buffer
-    from tiercache.load.collate import collate
+    from tiercache.load.batch import collate
     from tiercache.load.loader import DataLoader
     from tiercache.load.options import LoaderOptions
+    from tiercache.load.output_spec import Buffer
     from tiercache.pack import pack
     from tiercache.shard.schema import Image, Ragged, Tensor
     from tiercache.shard.write.dataset_writer import Writer
@@ -62,7 +62,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Buffer": "tiercache.load.buffer",
+    "Buffer": "tiercache.load.output_spec",
     "Cache": "tiercache.cache",
     "DataLoader": "tiercache.load.loader",
     "Dataset": "tiercache.dataset",
@@ -72,7 +72,7 @@ _HOMES = {
     "Ragged": "tiercache.shard.schema",
     "Tensor": "tiercache.shard.schema",
     "Writer": "tiercache.shard.write.dataset_writer",
-    "collate": "tiercache.load.collate",
+    "collate": "tiercache.load.batch",
     "concat": "tiercache.dataset",
     "mix": "tiercache.dataset",
     "pack": "tiercache.pack",

@@ -18,12 +18,18 @@ import pyarrow as pa
 from tiercache.cache.dataset_source import DatasetSource, Verify
 from tiercache.errors import SchemaError
 from tiercache.images.decoder import decode_columns
-from tiercache.load.broken import image_decode_error
-from tiercache.load.fills import replace_nulls
-from tiercache.load.forms import apply_layouts
-from tiercache.load.records import LazyRecords, Record
-from tiercache.load.serving import ColumnLayout, OutputSpec
-from tiercache.load.tuples import as_columns, record_tuple, tuple_columns
+from tiercache.load.output_spec import (
+    ColumnLayout,
+    LazyRecords,
+    OutputSpec,
+    Record,
+    apply_layouts,
+    as_columns,
+    record_tuple,
+    replace_nulls,
+    tuple_columns,
+)
+from tiercache.load.source import image_decode_error
 from tiercache.opened_version import OpenedVersion
 from tiercache.shard.conversion import parse_casts
 from tiercache.shard.read.values import ColumnValues, as_records

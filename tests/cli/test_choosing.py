@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tiercache.cli.choosing import AmountOptions, ShardSelection, TrainingOptions, parse_ranks, read_names
 from tiercache.cli.training import Training, epoch_reads, merge_reads, take_bytes
-from tiercache.load.share import OrderShare
+from tiercache.load.epoch import OrderShare
 from tiercache.model import ShardInfo
 from tiercache.order import EpochOrder, Layout, RankPlan
 from tiercache.shard.versions.segments import ShardTable, new_segment, parse_segment

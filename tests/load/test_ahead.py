@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tiercache.load import ahead as ahead_module
-from tiercache.load.ahead import NEAR_SHARE, PagePrefetcher
-from tiercache.load.window import LoadThreads
+from tiercache.load import prefetch as ahead_module
+from tiercache.load.prefetch import NEAR_SHARE, LoadThreads, PagePrefetcher
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="madvise as Linux has it")
 N_BYTES = 1 << 20
@@ -125,7 +124,7 @@ def test_what_is_read_by_huge_pages_brings_little_that_is_not_wanted(large, make
 
 @pytest.mark.parametrize("kernel", [(6, 15), (5, 18), (0, 0)])
 def test_a_kernel_that_has_none_for_files_is_not_asked(large, make_ahead, monkeypatch, kernel):
-    monkeypatch.setattr("tiercache.load.ahead._kernel", lambda: kernel)
+    monkeypatch.setattr("tiercache.load.prefetch._kernel", lambda: kernel)
     near_bytes(prefetch_pages(make_ahead(1 << 40), blocks_of(large.memory, *WHOLE)))
     assert not _is_huge(large.memory)
 
@@ -174,7 +173,7 @@ def _flags(memory: np.ndarray) -> list[str]:
 
 
 def test_windows_that_are_served_side_by_side_share_the_room(mapped, make_ahead, monkeypatch):
-    monkeypatch.setattr("tiercache.load.ahead.config.private_bytes", lambda: 0)
+    monkeypatch.setattr("tiercache.load.prefetch.config.private_bytes", lambda: 0)
     half = N_BYTES // 2
     first, second = window_of(mapped.memory[:half]), window_of(mapped.memory[half:])
     assert near_bytes(prefetch_pages(make_ahead(NEAR_SHARE * N_BYTES), first, second)) == N_BYTES

@@ -16,9 +16,9 @@ from tests.load.decoded import SCHEMA, N, loader_of, make_columns, write
 
 import tiercache as tc
 from tiercache._native.ring import held_bytes
-from tiercache.load import memory
-from tiercache.load.decoding import _DecodeQueue, _Job
-from tiercache.load.memory import BatchMemory
+from tiercache.load import batch as batch_module
+from tiercache.load.batch import BatchMemory
+from tiercache.load.decode import _DecodeQueue, _Job
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def made(monkeypatch):
         made.append(n_bytes)
         return np.empty(n_bytes, dtype)
 
-    monkeypatch.setattr(memory, "np", SimpleNamespace(empty=empty, uint8=np.uint8))
+    monkeypatch.setattr(batch_module, "np", SimpleNamespace(empty=empty, uint8=np.uint8))
     return made
 
 

@@ -17,7 +17,7 @@ import pytest
 from tests.load.conftest import join_loading
 
 import tiercache as tc
-from tiercache.load.window import WindowLoad
+from tiercache.load.prefetch import WindowLoad
 from tiercache.testing.http_server import HttpFaultServer
 
 N = 1000

@@ -16,8 +16,8 @@ from tests.load.conftest import N_REMOTE as N
 from tests.load.conftest import SCHEMA, check_batch, ids_of, make_columns
 
 import tiercache as tc
-from tiercache.load.coming import NextEpoch
-from tiercache.load.window import loading_pool
+from tiercache.load.planner import NextEpoch
+from tiercache.load.prefetch import loading_pool
 from tiercache.opened_version import OpenedVersion
 
 SOURCE = SimpleNamespace(is_cached=False)
@@ -325,8 +325,8 @@ def test_what_was_begun_of_an_epoch_that_is_left_is_not_loaded(make_dataset, whe
         return load(self, *what)
 
     def made_ready(self, *what):
-        monkeypatch.setattr("tiercache.load.split.MIN_PART_BYTES", 1)
-        monkeypatch.setattr("tiercache.load.split.MAX_PART_BYTES", 1 << 10)  # many parts
+        monkeypatch.setattr("tiercache.load.prefetch.MIN_PART_BYTES", 1)
+        monkeypatch.setattr("tiercache.load.prefetch.MAX_PART_BYTES", 1 << 10)  # many parts
         monkeypatch.setattr(OpenedVersion, "load", slow)
         found = begin(self, *what)
         futures.extend(future for one in found.loading for _, future in one._work)
@@ -402,7 +402,7 @@ def test_a_data_set_that_is_closed_while_the_next_epoch_is_begun_loads_nothing_f
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OpenedVersion, "load", lambda self, *what: (loads.append(what), load(self, *what))[1])
-        patch.setattr("tiercache.load.coming.loading_pool", closing)
+        patch.setattr("tiercache.load.planner.loading_pool", closing)
         iterator = iter(loader)  # epochs follow one another by now
         for _ in iterator:
             pass

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader as TorchLoader
 from torch.utils.data import RandomSampler
 
 import tiercache as tc
-from tiercache.load.draws import MAX_PASSED, TorchDraws
+from tiercache.load.torch_rng import MAX_PASSED, TorchDraws
 
 N = 50
 

@@ -8,9 +8,9 @@ import numpy as np
 from tests.load.conftest import check_batch, ids_of, make_columns
 
 import tiercache as tc
-from tiercache.load import fittings
-from tiercache.load.fittings import PipelineCache, PipelineSetup
-from tiercache.load.serving import OutputSpec
+from tiercache.load import batch
+from tiercache.load.batch import PipelineCache, PipelineSetup
+from tiercache.load.output_spec import OutputSpec
 from tiercache.shard.schema import Column, Schema
 
 N = 300
@@ -22,8 +22,8 @@ def source_of(*columns):
 
 
 def test_all_epochs_of_a_run_are_served_by_one_assembler(make_dataset, monkeypatch):
-    made, assembler = [], fittings.Assembler
-    monkeypatch.setattr(fittings, "Assembler", lambda *what: made.append(assembler(*what)) or made[-1])
+    made, assembler = [], batch.Assembler
+    monkeypatch.setattr(batch, "Assembler", lambda *what: made.append(assembler(*what)) or made[-1])
     loader = tc.DataLoader(tc.Dataset(make_dataset(N)), batch_size=16)
     epochs = [ids_of(loader) for _ in range(3)]
     assert [[i for ids in epoch for i in ids] for epoch in epochs] == [list(range(N))] * 3

@@ -12,9 +12,9 @@ from tests.load.test_plan import Case, cases
 from tests.order.brute import uniform
 from tests.order.brute_mixture import Mixed, mixtures
 
-from tiercache.load import forecast as module
-from tiercache.load.forecast import ReadClock, find_shard_uses, make_read_plan
-from tiercache.load.share import OrderShare
+from tiercache.load import read_plan as module
+from tiercache.load.epoch import OrderShare
+from tiercache.load.read_plan import ReadClock, find_shard_uses, make_read_plan
 from tiercache.model import NEVER
 from tiercache.order import EpochOrder, OrderOptions, RankPlan
 

@@ -18,7 +18,7 @@ from torch.utils.data import Subset, default_collate
 
 import tiercache as tc
 from tiercache._native.ring import Plan
-from tiercache.load.streams import PADDED
+from tiercache.load.batch import PADDED
 
 N = 60
 FIXTURE = [HealthCheck.function_scoped_fixture]

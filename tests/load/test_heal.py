@@ -17,7 +17,7 @@ from tests.shard.mixed_shard import wait_until_settled
 
 import tiercache as tc
 from tiercache.cache.dataset_source import DatasetSource
-from tiercache.load import ahead, window
+from tiercache.load import prefetch
 from tiercache.opened_version import OpenedVersion
 from tiercache.testing import Fault, FaultKind, FaultStore
 from tiercache.testing.http_server import HttpFaultServer
@@ -180,7 +180,7 @@ def test_a_later_epoch_checks_again_what_no_write_has_announced(server, cache, m
         assert read_all(dataset, "loader", loaders) == list(range(N))
         memory[100] ^= 4
         wait_until_settled(*copies)
-        monkeypatch.setattr(window, "CHECKED_FOR_S", -1.0)
+        monkeypatch.setattr(prefetch, "CHECKED_FOR_S", -1.0)
         loaders.clear()  # the windows with which its next epoch begins are loaded already
         for _ in range(2):
             assert read_all(dataset, "loader", loaders) == list(range(N))
@@ -197,16 +197,16 @@ def test_what_must_be_read_from_the_disk_again_is_checked_again(tmp_path):
     wait_until_settled(path)
     dataset[list(range(1024))]
     blocks = dataset.source.load(0, range(dataset.source._footer(0).n_blocks))
-    window.renew_checks(blocks)
+    prefetch.renew_checks(blocks)
     assert blocks.pending_checks is None  # in memory, and checked a moment ago
     with path.open("rb") as file:
         os.fsync(file.fileno())
         memory = dataset.source._readers.get(0).copy.mapped()
-        ahead._advise(memory.__array_interface__["data"][0] // mmap.PAGESIZE * mmap.PAGESIZE, len(memory), 4)
+        prefetch._advise(memory.__array_interface__["data"][0] // mmap.PAGESIZE * mmap.PAGESIZE, len(memory), 4)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if ahead.is_in_memory(blocks):
+    if prefetch.is_in_memory(blocks):
         pytest.skip("the system keeps the file in memory")
-    window.renew_checks(blocks)
+    prefetch.renew_checks(blocks)
     assert blocks.pending_checks is not None
     dataset.close()
 

@@ -18,7 +18,7 @@ from tests.images.pictures import encode, picture
 from tests.load.conftest import check_batch, ids_of, join_loading
 
 import tiercache as tc
-from tiercache.load import damage, mending
+from tiercache.load import corrupt
 from tiercache.testing.http_server import HttpFaultServer
 
 N = 300
@@ -412,9 +412,9 @@ def test_nothing_is_looked_for_where_nothing_is_wrong(make_dataset, monkeypatch)
     def refuse(*_):
         raise AssertionError("looked for damage")
 
-    monkeypatch.setattr(damage.CorruptionMap, "note_corruption", refuse)
-    monkeypatch.setattr(damage.CorruptionMap, "rows", refuse)
-    monkeypatch.setattr(mending._RecordReplacer, "repair", refuse)
+    monkeypatch.setattr(corrupt.CorruptionMap, "note_corruption", refuse)
+    monkeypatch.setattr(corrupt.CorruptionMap, "rows", refuse)
+    monkeypatch.setattr(corrupt._RecordReplacer, "repair", refuse)
     loader = tc.DataLoader(tc.Dataset(make_dataset(N)), 8, shuffle=True, options=options())
     assert sorted(flat(ids_of(loader))) == list(range(N))
     assert loader.stats()["skipped"] == 0

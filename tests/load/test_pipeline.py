@@ -21,8 +21,8 @@ import torch
 from tests.load.conftest import check_batch, ids_of, make_columns
 
 import tiercache as tc
+from tiercache.load.epoch import PieceSizes
 from tiercache.load.pipeline import Pipeline
-from tiercache.load.plan import PieceSizes
 from tiercache.order import RowRun
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.waiting import wait_for
@@ -134,7 +134,7 @@ def test_what_makes_the_next_epoch_ready_may_fail_and_is_heard_of_when_that_epoc
         raise PermissionError(errno.EACCES, "not for you")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tiercache.load.coming.WindowLoad", refuse)
+        patch.setattr("tiercache.load.planner.WindowLoad", refuse)
         iterator = iter(loader)
         assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(100))
         iterator._pipeline._planner.join(30)
@@ -190,7 +190,7 @@ def test_objects_are_found_while_the_planner_pushes_more(make_dataset):
 
 
 def test_only_some_of_a_windows_order_is_in_memory(make_dataset, monkeypatch):
-    monkeypatch.setattr("tiercache.load.epochs.ARRAY_PIECES", PieceSizes(64, 64, 64))
+    monkeypatch.setattr("tiercache.load.epoch.ARRAY_PIECES", PieceSizes(64, 64, 64))
     options = tc.LoaderOptions(shuffle_window_bytes="all", memory_bytes=1, seed=0)
     chosen = tc.Dataset(make_dataset(3005)).select(range(5, 3005))  # rows of a view are looked up by piece
     loader = tc.DataLoader(chosen, batch_size=16, shuffle=True, options=options)
@@ -205,7 +205,7 @@ def test_only_some_of_a_windows_order_is_in_memory(make_dataset, monkeypatch):
 
 
 def test_of_one_stream_no_row_s_place_is_in_memory_before_its_batch_is_gathered(make_dataset, monkeypatch):
-    monkeypatch.setattr("tiercache.load.epochs.RUN_PIECES", PieceSizes(3008, 64, 3008))
+    monkeypatch.setattr("tiercache.load.epoch.RUN_PIECES", PieceSizes(3008, 64, 3008))
     options = tc.LoaderOptions(shuffle_window_bytes="all", seed=0)
     loader = tc.DataLoader(tc.Dataset(make_dataset(3008)), batch_size=16, shuffle=True, options=options)
     iterator = iter(loader)

@@ -23,7 +23,7 @@ from tests.order.brute import (
 )
 from tests.order.brute_mixture import Mixed, mixed_sequence, mixtures
 
-from tiercache.load.plan import RUN_PIECES, RUN_ROWS, Piece, PieceSizes, pieces
+from tiercache.load.epoch import RUN_PIECES, RUN_ROWS, Piece, PieceSizes, pieces
 from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions, RankPlan, Window
 from tiercache.order.window import MOST_ROWS, allocate_rows
 

@@ -19,9 +19,9 @@ from tests.cache.conftest import open_below
 
 import tiercache as tc
 from tiercache.cache.evict.reading_plans import ReadingPlans
-from tiercache.load import publishing
-from tiercache.load.coming import NextEpoch
-from tiercache.load.publishing import ReadPlanPublisher
+from tiercache.load import read_plan
+from tiercache.load.planner import NextEpoch
+from tiercache.load.read_plan import ReadPlanPublisher
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.opened_version import OpenedVersion
 from tiercache.shard.read.reader_pool import ReleasingPlan
@@ -236,7 +236,7 @@ def test_at_the_end_of_an_epoch_the_clock_stands_where_nothing_is_in_use(server,
     monkeypatch.setattr(OpenedVersion, "publish", lambda self, plan: (plans.append(plan), publish(self, plan))[1])
     monkeypatch.setattr(ReleasingPlan, "advance", lambda self, clock: (clocks.append(clock), advance(self, clock))[1])
     # The preparation of the next epoch may open its first shards before this one has ended.
-    monkeypatch.setattr("tiercache.load.coming.NextEpoch.prepare", lambda *_: None)
+    monkeypatch.setattr("tiercache.load.planner.NextEpoch.prepare", lambda *_: None)
     with tc.Cache(tmp_path / "cache", size=packed[2] // 2, free_floor=0) as cache:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -304,7 +304,7 @@ def test_the_plan_of_a_data_set_of_many_shards_holds_up_no_batch(server, packed,
         return publish(self, plan)
 
     monkeypatch.setattr(OpenedVersion, "publish", publish_when_all_is_served)
-    monkeypatch.setattr(publishing, "QUICK_SHARDS", 1)
+    monkeypatch.setattr(read_plan, "QUICK_SHARDS", 1)
     with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options(), timeout=30)
@@ -377,15 +377,15 @@ def test_a_planner_that_is_at_work_when_its_cache_is_closed_leaves_no_plan_open(
 
 
 def test_a_plan_that_is_ready_when_all_is_closed_opens_no_cache_again(server, packed, tmp_path, monkeypatch):
-    closed, forecast = threading.Event(), publishing.make_read_plan
+    closed, forecast = threading.Event(), read_plan.make_read_plan
 
     def forecast_late(*given):
         plan = forecast(*given)
         assert closed.wait(60)
         return plan
 
-    monkeypatch.setattr(publishing, "make_read_plan", forecast_late)
-    monkeypatch.setattr(publishing, "QUICK_SHARDS", 1)  # so that a thread of its own makes it
+    monkeypatch.setattr(read_plan, "make_read_plan", forecast_late)
+    monkeypatch.setattr(read_plan, "QUICK_SHARDS", 1)  # so that a thread of its own makes it
     monkeypatch.setattr(NextEpoch, "prepare", lambda *_: None)
     with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.load.conftest import ids_of
 
 import tiercache as tc
-from tiercache.load.pressure import MemoryPressure
+from tiercache.load.prefetch import MemoryPressure
 from tiercache.opened_version import OpenedVersion
 
 

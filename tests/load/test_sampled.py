@@ -26,7 +26,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
 
 import tiercache as tc
-from tiercache.load.sampled import SamplerEngine
+from tiercache.load.sampler_engines import SamplerEngine
 
 # torchdata calls a function that torch 2.13 deprecated; our loader keeps that from its users.
 warnings_of_torchdata = pytest.mark.filterwarnings("ignore:.*set_vital.*:UserWarning")
@@ -458,10 +458,10 @@ def test_blocks_that_are_mapped_and_in_memory_are_loaded_once_for_the_rest_of_an
 
 
 def test_blocks_that_are_not_known_to_be_in_memory_are_loaded_as_they_are_listed(dataset, monkeypatch):
-    monkeypatch.setattr("tiercache.load.feed.is_in_memory", lambda blocks: False)
+    monkeypatch.setattr("tiercache.load.sampler_queue.is_in_memory", lambda blocks: False)
     batches = [[n] for n in range(N)]
     feeds = []
-    monkeypatch.setattr("tiercache.load.feed.whole_window", feeds.append)
+    monkeypatch.setattr("tiercache.load.sampler_queue.whole_window", feeds.append)
     for _ in range(2):  # in the second epoch its shards are open
         assert ids_of(tc.DataLoader(dataset, batch_sampler=Lists(batches), num_workers=1)) == batches
     assert not feeds

@@ -4,8 +4,16 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.load.ahead import STEP_BYTES, count_near, plan_steps, share_of_huge_pages
-from tiercache.load.split import MAX_PART_BYTES, PARTS_A_THREAD, part_bytes, split_window
+from tiercache.load.prefetch import (
+    MAX_PART_BYTES,
+    PARTS_A_THREAD,
+    STEP_BYTES,
+    count_near,
+    part_bytes,
+    plan_steps,
+    share_of_huge_pages,
+    split_window,
+)
 from tiercache.order import Window
 from tiercache.shard.read.blocks import merge_pages
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.load.conftest import ids_of, make_columns
 
 import tiercache as tc
-from tiercache.load.broken import record_number
+from tiercache.load.source import record_number
 from tiercache.opened_version import OpenedVersion
 
 # Of each some 60 ms; `pytest --hypothesis-profile fuzz` draws 5,000.
@@ -196,7 +196,7 @@ def loads_by_rank(monkeypatch, dataset, world_size, **options):
 
 def test_two_ranks_on_a_node_read_and_decode_each_block_once(make_dataset, monkeypatch):
     path = make_dataset(2000)
-    monkeypatch.setattr("tiercache.load.coming.NextEpoch.prepare", lambda *_: None)  # of the next epoch
+    monkeypatch.setattr("tiercache.load.planner.NextEpoch.prepare", lambda *_: None)  # of the next epoch
     options = {"shuffle_window_bytes": "8KiB"}
     first, second = loads_by_rank(monkeypatch, path, 2, **options)
     n_blocks = sum(len(table.records) for table in tables_of(path))

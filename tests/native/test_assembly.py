@@ -19,7 +19,7 @@ from torch.utils.dlpack import from_dlpack
 from tiercache._native import gather
 from tiercache._native.assembly import BufferEntry, Entries, ReadyIterator, Taker, TensorEntry
 from tiercache._native.ring import Layout, Plan, Ring, held_bytes
-from tiercache.load.buffer import Buffer
+from tiercache.load.output_spec import Buffer
 from tiercache.waiting import wait_for
 
 N_ROWS, BATCH_ROWS = 40, 8

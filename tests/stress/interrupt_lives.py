@@ -330,7 +330,7 @@ class LoopLife(Life):
         self._root, self._by_state, self._cached = root, by_state, cached
 
     def lay(self) -> None:
-        import_module("tiercache.load.run")  # torch, once in the warm parent: two seconds in each child
+        import_module("tiercache.load.engine")  # torch, once in the warm parent: two seconds in each child
         if not self._root.exists():
             self._root.mkdir(parents=True)
             with tc.Writer(self._root / "set", schema=SCHEMA, shard_size="4KiB", block_size="1KiB") as writer:

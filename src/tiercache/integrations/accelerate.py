@@ -17,8 +17,8 @@ from accelerate.data_loader import DataLoaderStateMixin
 from accelerate.state import GradientState
 from accelerate.utils import send_to_device, synchronize_rng_states
 
-from tiercache.load.buffer import Buffer
 from tiercache.load.loader import DataLoader
+from tiercache.load.output_spec import Buffer
 
 
 def pad_batch(batch: Any, n: int) -> tuple[Any, int]:

@@ -15,27 +15,24 @@ from torch.utils.data import IterableDataset, default_collate
 from torchdata.stateful_dataloader import Stateful, StatefulDataLoader
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
 
-from tiercache.load.bulk import BatchSampler, with_state
-from tiercache.load.collate import collate
-from tiercache.load.draws import next_seed
-from tiercache.load.indexed import IndexEngine
+from tiercache.load.batch import collate
+from tiercache.load.engine import LoaderArguments, NativeEngine
 from tiercache.load.options import LoaderOptions
-from tiercache.load.order_sampler import OrderSampler, ShuffledOrder, StoredOrder
 from tiercache.load.ranks import Rank, find_rank
-from tiercache.load.replay import RandomGenerators, loadable, settled
-from tiercache.load.run import LoaderArguments, NativeEngine
-from tiercache.load.sampled import SamplerEngine
-from tiercache.load.sampling import (
+from tiercache.load.sampler_engines import IndexEngine, OrderSampler, SamplerEngine, ShuffledOrder, StoredOrder
+from tiercache.load.samplers import (
     NEXT_EPOCH,
     SAMPLER_EPOCH,
+    BatchSampler,
     RandomSampler,
     SamplerLookahead,
     get_sampler_epoch,
     set_sampler_epoch,
+    with_state,
 )
 from tiercache.load.source import Source, prepare_reading
-from tiercache.load.state import RunState
-from tiercache.load.torch_state import STEPS_SINCE, state_for_workers
+from tiercache.load.state import STEPS_SINCE, RunState, state_for_workers
+from tiercache.load.torch_rng import RandomGenerators, loadable, next_seed, settled
 
 logger = logging.getLogger("tiercache")
 

@@ -16,22 +16,30 @@ import weakref
 from collections import deque
 from concurrent.futures import InvalidStateError
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import numpy as np
 
+from tiercache import config
 from tiercache._native import gather
 from tiercache._native.assembly import Taker
 from tiercache._native.ring import CLOSED, END, FAILED, Ring, Slot
 from tiercache.errors import CorruptShard, TierCacheError
-from tiercache.load.assemble import Batch, InvalidValueError, valid_mask
-from tiercache.load.faults import bad_cast, bad_value
-from tiercache.load.fittings import PipelineCache
-from tiercache.load.memory import BatchMemory, keep_freed_memory
+from tiercache.load.batch import (
+    Batch,
+    BatchMemory,
+    InvalidValueError,
+    PipelineCache,
+    gather_streams,
+    keep_freed_memory,
+    valid_mask,
+)
+from tiercache.load.corrupt import bad_cast, bad_value
+from tiercache.load.output_spec import OutputSpec
 from tiercache.load.planner import PlannerState, run_planner
-from tiercache.load.serving import OutputSpec
-from tiercache.load.streams import gather_streams
-from tiercache.load.window import LoadThreads, loading_pool
+from tiercache.load.prefetch import LoadThreads, loading_pool
+from tiercache.model import parse_bytes
 from tiercache.shard.conversion import served_columns
 from tiercache.shard.read.blocks import damage_message
 
@@ -41,13 +49,16 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.load.coming import EpochStart, NextEpoch
-    from tiercache.load.damage import CorruptionMap, RecordLocation
-    from tiercache.load.publishing import ReadPlanPublisher
-    from tiercache.load.share import EpochShare
+    from tiercache.load.corrupt import CorruptionMap, RecordLocation
+    from tiercache.load.epoch import EpochShare
+    from tiercache.load.options import LoaderOptions
+    from tiercache.load.planner import EpochStart, NextEpoch
+    from tiercache.load.prefetch import LoadedWindow
+    from tiercache.load.ranks import Rank
+    from tiercache.load.read_plan import ReadPlanPublisher
     from tiercache.load.source import Source
-    from tiercache.load.window import LoadedWindow
     from tiercache.stats import Counters, WaitHistogram
+
 
 # Batches ahead: more batches hide longer stalls of the consumer. But batches ahead should still be in the processor's
 # last-level cache (32 MiB here, shared with the records and the consumer's data) when they are read. All threads gather
@@ -443,3 +454,31 @@ def _close_all() -> None:
     # Planner threads are daemons: if they ran on, they would wake while the interpreter exits.
     for pipeline in list(_live):
         pipeline.close()
+
+
+# Share of the memory limit for batches gathered ahead: enough for 32 batches of 8 MiB, and little beside a model.
+_MEMORY_SHARE, _MEMORY_MAX_BYTES = 32, 256 << 20
+
+
+class ResourceBudget:
+    """The machine's cores and memory, divided among its ranks by the loader's options."""
+
+    def __init__(self, options: LoaderOptions) -> None:
+        self._options = options
+
+    def resources(self, rank: Rank) -> Resources:
+        """Return the resources of one of the machine's ranks."""
+        options = self._options
+        n_cpus, limit_bytes = self._limits
+        n_threads = options.threads or max(1, n_cpus // rank.local_ranks)
+        share_bytes = min(_MEMORY_MAX_BYTES, limit_bytes // _MEMORY_SHARE) // rank.local_ranks
+        memory_bytes = share_bytes if options.memory_bytes is None else parse_bytes(options.memory_bytes)
+        return Resources(n_threads, memory_bytes, limit_bytes // rank.local_ranks)
+
+    @cached_property
+    def _limits(self) -> tuple[int, int]:
+        """Number of cores and bytes of memory.
+
+        Cached: reading the cgroups takes 1.2 ms, which shows in short epochs.
+        """
+        return config.available_cpus(), config.memory_limit_bytes()

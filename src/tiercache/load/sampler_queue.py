@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from tiercache.load.ahead import is_in_memory
-from tiercache.load.mending import replace_corrupt
+from tiercache.load.corrupt import replace_corrupt
+from tiercache.load.prefetch import is_in_memory
 from tiercache.order.explicit import RecordLocator, count_fitting, explicit_window, whole_window
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tiercache.load.damage import CorruptionMap, RecordLocation
-    from tiercache.load.plan import Piece
+    from tiercache.load.corrupt import CorruptionMap, RecordLocation
+    from tiercache.load.epoch import Piece
     from tiercache.load.source import Source
     from tiercache.order import Window
     from tiercache.order.explicit import ExplicitWindow, RecordLocations

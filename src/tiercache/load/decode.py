@@ -24,9 +24,9 @@ import torch
 
 from tiercache.images.crop import draw_key, keyed_draws
 from tiercache.images.decoder import DecodeError, Decoder, load_libraries, stored_dtype
-from tiercache.load.assemble import TORCH_DTYPES, Batch
-from tiercache.load.broken import image_decode_error, record_number
+from tiercache.load.batch import TORCH_DTYPES, Batch
 from tiercache.load.pipeline import Pipeline, PipelineInputs, Resources
+from tiercache.load.source import image_decode_error, record_number
 from tiercache.stats import WaitHistogram
 
 if TYPE_CHECKING:
@@ -35,9 +35,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.images.options import DecodeImage
-    from tiercache.load.buffer import Buffer
-    from tiercache.load.damage import RecordLocation
-    from tiercache.load.serving import ColumnLayout
+    from tiercache.load.corrupt import RecordLocation
+    from tiercache.load.output_spec import Buffer, ColumnLayout
 
 # Batches ahead: enough to hide a stall of the consumer, and to give each thread some images of later batches while one
 # batch is nearly done. More would only cost memory.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tiercache._native.ring import held_bytes
-from tiercache.load.memory import lent_bytes
+from tiercache.load.batch import lent_bytes
 from tiercache.model import format_bytes
 
 if TYPE_CHECKING:

@@ -1,21 +1,29 @@
-"""The pieces that a rank is served: a pure function of the order and of the rank's share."""
+"""A rank's share of an epoch: its order, and the pieces of rows in which it is served. Pure functions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tiercache.order import RowRun, Window
+from tiercache.load.corrupt import CorruptionMap, replace_corrupt
+from tiercache.order import EpochOrder, Layout, OrderOptions, RankPlan, RowRun, Window
+from tiercache.order.explicit import ExplicitOrder
+from tiercache.order.mixture import MixtureOrder
 from tiercache.order.window import MOST_ROWS, allocate_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from tiercache.order import Order, RankPlan, Section
+    from tiercache.load.corrupt import RecordLocation
+    from tiercache.load.ranks import Rank
+    from tiercache.load.source import Source
+    from tiercache.load.state import RunState
+    from tiercache.order import Order, Section
+
 
 # Rising numbers. A single rank is served all positions, so a range is used for them: as arrays they took a third of the
 # planner's time.
@@ -94,7 +102,7 @@ class Piece:
 
     @property
     def batch_rows(self) -> NDArray[np.uint32] | None:
-        """None: all batches have the loader's size. The pieces of a sampler (load/feed.py) state each batch's rows."""
+        """None: all batches have the loader's size. The pieces of a sampler (load/sampler_queue.py) state each batch's rows."""
         return None
 
     @property
@@ -324,3 +332,219 @@ def _rows_at(stretch: Section, at: _Rising) -> tuple[NDArray[np.uint32], NDArray
     runs = zip((at[starts] - stretch.start).tolist(), lengths.tolist(), strict=True)
     found = [stretch.rows(lo, lo + length) for lo, length in runs]
     return np.concatenate([block for block, _ in found]), np.concatenate([row for _, row in found])
+
+
+class EpochShare(Protocol):
+    """A rank's batches of one epoch, in order. Immutable; its methods may be called from any thread."""
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run: random values of a record follow from the seed, the epoch and the record's position."""
+
+    @property
+    def n_records(self) -> int:
+        """Number of records of the epoch, all ranks together."""
+
+    @property
+    def batch_size(self) -> int:
+        """Number of records of a full batch."""
+
+    @property
+    def n_batches(self) -> int:
+        """Number of batches of this rank, from where the epoch begins for it."""
+
+    @property
+    def padded(self) -> int:
+        """Number of this rank's records that are repeated so that all ranks have equally many batches."""
+
+    def pieces(self, n_batches: int) -> Iterator[Piece]:
+        """Yield what is served after n_batches, in order, padding last. Reads footers."""
+
+    def positions(self, batch: int) -> NDArray[np.int64]:
+        """Return the positions in the epoch of a batch's records, int64[n], in served order."""
+
+    def locate(self, position: int) -> tuple[int, int, int]:
+        """Return (shard, block, row in the block) of a position of the epoch. Reads footers."""
+
+    def shards_ahead(self, n_batches: int, n_rows: int, n_bytes: int) -> list[int]:
+        """Return the shards that are read after n_batches and then n_rows, in reading order. Reads no footers.
+
+        Their stored bytes are about n_bytes, or less near the end of the epoch.
+        """
+
+    def close(self) -> None:
+        """Raise CancelledError in threads that wait in pieces(). May be called repeatedly, from any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class OrderShare:
+    """A rank's share of an order.
+
+    sizes: maximum rows of its pieces; damage: corrupt records that are replaced; None: corrupt data is an error.
+    """
+
+    order: Order
+    ranks: RankPlan
+    seed: int
+    epoch: int
+    damage: CorruptionMap | None = None
+    sizes: PieceSizes = ARRAY_PIECES
+
+    @property
+    def n_records(self) -> int:
+        """See Share.n_records."""
+        return self.ranks.n_records
+
+    @property
+    def batch_size(self) -> int:
+        """See Share.batch_size."""
+        return self.ranks.batch_size
+
+    @property
+    def n_batches(self) -> int:
+        """Number of batches from the offset on, the same for all ranks."""
+        return self.ranks.n_batches
+
+    @property
+    def padded(self) -> int:
+        """Number of this rank's records that are not part of the global sequence."""
+        return self.ranks.n_padding
+
+    def pieces(self, n_batches: int) -> Iterator[Piece]:
+        """See Share.pieces."""
+        ranks = replace(self.ranks, offset=self.ranks.offset_after(n_batches))
+        found = pieces(self.order, ranks, self.sizes)
+        return found if self.damage is None else replace_corrupt(found, self.damage, _Walk(self, ranks))
+
+    def positions(self, batch: int) -> NDArray[np.int64]:
+        """See Share.positions."""
+        return self.ranks.positions(batch)
+
+    def locate(self, position: int) -> tuple[int, int, int]:
+        """See Share.place."""
+        stream, at = position % self.order.n_streams, position // self.order.n_streams
+        stretch = self.order.section_at(stream, at)
+        blocks, rows = stretch.rows(at - stretch.start, at - stretch.start + 1)
+        ends = np.cumsum([len(window.blocks) for window in stretch.windows])
+        number = int(np.searchsorted(ends, blocks[0], side="right"))
+        # negative: counted from the window's end
+        window, within = stretch.windows[number], int(blocks[0]) - int(ends[number])
+        return int(window.shards[within]), int(window.blocks[within]), int(rows[0])
+
+    def shards_ahead(self, n_batches: int, n_rows: int, n_bytes: int) -> list[int]:
+        """See Share.shards_ahead."""
+        n_done = min(n_batches + n_rows // self.batch_size, self.n_batches)
+        offset, n_streams, streams = self.ranks.offset_after(n_done), self.order.n_streams, self.ranks.streams
+        share_bytes = max(n_bytes // len(streams), 1)
+        runs = [
+            self.order.shards_ahead(stream, -(-(offset - stream) // n_streams), share_bytes).tolist()
+            for stream in streams
+            if self.order.stream_records(stream)
+        ]
+        return interleaved(runs)
+
+    def close(self) -> None:
+        """Do nothing: no thread waits in pieces()."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """A mending.Walk through a share whose pieces begin at `ranks`."""
+
+    share: OrderShare
+    ranks: RankPlan
+
+    def before(self, n_rows: int) -> Iterator[RecordLocation]:
+        """Yield the records back to the start of the epoch, even if a resumed run began later."""
+        ranks, place = self.ranks, self.share.locate
+        for row in reversed(range(n_rows)):
+            yield place(int(ranks.positions_between(row, row + 1)[0]))
+        while ranks.offset >= ranks.global_batch:
+            ranks = replace(ranks, offset=ranks.offset - ranks.global_batch)
+            yield from map(place, ranks.positions(0)[::-1].tolist())
+
+    def after(self, n_rows: int) -> Iterator[RecordLocation]:
+        """Yield the records to the end of the epoch."""
+        for row in range(n_rows, self.ranks.n_served):
+            yield self.share.locate(int(self.ranks.positions_between(row, row + 1)[0]))
+
+
+def interleaved(runs: Sequence[Sequence[int]]) -> list[int]:
+    """Return the first of each run, then the second of each, and so on; each number once."""
+    longest = max(map(len, runs), default=0)
+    return list(dict.fromkeys(run[i] for i in range(longest) for run in runs if i < len(run)))
+
+
+def plan_epoch(
+    read: Source | CorruptionMap, rank: Rank, batch_size: int, fills_first: bool, state: RunState
+) -> OrderShare:
+    """Return the rank's share of the state's epoch. Costs O(shards); reads no data.
+
+    read: the source, or its corrupt records if they are replaced; fills_first: see `RankPlan`.
+
+    Raises:
+        ValueError: The state's offset is outside the epoch, or this release does not know its order.
+    """
+    order, damage = make_order(read, state), read if isinstance(read, CorruptionMap) else None
+    source = read.source if isinstance(read, CorruptionMap) else read
+    sizes = (
+        RUN_PIECES if damage is None and source.selects_all else ARRAY_PIECES
+    )  # otherwise the rows are needed as arrays
+    ranks = RankPlan(
+        offset=state.offset,
+        world_size=rank.world_size,
+        rank=rank.rank,
+        batch_size=batch_size,
+        drop_last=state.drop_last,
+        n_records=order.n_records,
+        n_streams=order.n_streams,
+        fills_first=fills_first,
+    )
+    return OrderShare(order, ranks, state.seed, state.key_epoch, damage, sizes)
+
+
+def make_order(read: Source | CorruptionMap, state: RunState) -> Order:
+    """Return the order of the state's epoch."""
+    source = read.source if isinstance(read, CorruptionMap) else read
+    layout = Layout(source.shard_records, source.shard_bytes, read.block_tables)
+    options = order_options(state)
+    if source.mixture is not None:
+        return MixtureOrder(layout, source.mixture, options, state.key_epoch)
+    listed = source.record_order
+    if listed is not None and not state.shuffle:
+        # Its windows have the interface of Window; they store their rows, so no permutation is computed.
+        return cast("Order", ExplicitOrder(layout, listed, state.window_bytes))
+    return EpochOrder(layout, options, state.key_epoch)
+
+
+def order_options(state: RunState) -> OrderOptions:
+    """Return the state's options of the order. Raises ValueError for values that this release does not know."""
+    return OrderOptions(
+        seed=state.seed,
+        shuffle=state.shuffle,
+        group_bytes=state.group_bytes,
+        window_bytes=state.window_bytes,
+        streams=state.streams,
+        placement=state.placement,
+    )
+
+
+def epoch_records(source: Source) -> int:
+    """Return the number of records of an epoch, all ranks together."""
+    mixture = source.mixture
+    if mixture is not None:
+        return int(mixture.epoch_records(mixture.part_records(source.shard_records)))
+    return int(source.shard_records.sum())
+
+
+def mixture_values(source: Source) -> dict[str, Any] | None:
+    """Return the source's mixture as plain values for a state; None if the parts are not mixed."""
+    mixture = source.mixture
+    if mixture is None:
+        return None
+    # The state omits which shards belong to which part: that follows from the parts, and changes with their versions.
+    return {"weights": list(mixture.weights), "stop": mixture.stop}

@@ -1,0 +1,442 @@
+"""Corrupt records: how they are found, which are known, and how the record before them replaces them.
+
+Replacement is used only with `LoaderOptions(on_corrupt="previous")`. It is a function of the sequence and of the known
+corruption, so a resumed run serves the same records.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
+
+import numpy as np
+
+from tiercache._native import gather
+from tiercache.errors import CorruptShard, SchemaError
+from tiercache.load.batch import gather_streams
+from tiercache.order import BlockTable
+from tiercache.order.explicit import ExplicitWindow
+from tiercache.shard.read.values import gather_values
+from tiercache.shard.schema import Column, Kind, Schema
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from tiercache.load.epoch import Piece
+    from tiercache.load.prefetch import LoadedWindow
+    from tiercache.order import Window
+
+
+# Shapes must fit, text must be UTF-8, JSON must parse. Any bytes are a valid number, flag or bytes value.
+_CHECKED = (Kind.RAGGED, Kind.STR, Kind.JSON)
+
+
+def bad_cast(
+    schema: Schema, served: Mapping[str, Column], loaded: LoadedWindow, block: int, row: int
+) -> SchemaError | None:
+    """Return the error of a row's value that its served dtype cannot represent; None if there is none.
+
+    Args:
+        schema: Served columns, as stored.
+        served: Columns that are cast, by name.
+        loaded: Loaded window.
+        block: Number of the block in the window.
+        row: Number of the row in the block.
+    """
+    url = loaded.block_groups[loaded.group_of_block[block]].url
+    for column, addresses in _columns(schema, loaded, block):
+        if column.name in served:
+            try:
+                gather_values(column, addresses, *_only(row), url=url, served=served[column.name])
+            except SchemaError as error:
+                return error
+    return None
+
+
+def bad_value(schema: Schema, loaded: LoadedWindow, block: int, row: int) -> CorruptShard | None:
+    """Return the error of a row that can be read and has an invalid value; None if there is none.
+
+    Args:
+        schema: Served columns.
+        loaded: Loaded window.
+        block: Number of the block in the window.
+        row: Number of the row in the block.
+    """
+    blocks = loaded.block_groups[loaded.group_of_block[block]]
+    for column, addresses in _columns(schema, loaded, block):
+        if column.kind in _CHECKED:
+            try:
+                gather_values(column, addresses, *_only(row), url=blocks.url)
+            except CorruptShard as error:
+                place = int(blocks.blocks[loaded.position[block]])
+                return CorruptShard(error.reason, url=blocks.url, block=place, column=column.name)
+    return None
+
+
+def _columns(schema: Schema, loaded: LoadedWindow, block: int) -> Iterator[tuple[Column, NDArray[np.uint64]]]:
+    """Yield each column with the addresses of its streams in one block, uint64[n_streams, 1, 3]."""
+    first = 0
+    for column in schema.columns:
+        stop = first + len(column.streams(0))
+        yield column, np.ascontiguousarray(loaded.addresses[first:stop, block : block + 1])
+        first = stop
+
+
+def _only(row: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Return (block, row) arrays for one row of a single block."""
+    return np.zeros(1, np.uint32), np.array([row], np.uint32)
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from tiercache.load.options import LoaderOptions
+    from tiercache.load.source import Source
+    from tiercache.shard.read.blocks import Blocks
+
+    Rows: TypeAlias = NDArray[np.int64] | None  # rows of a block, rising; None: all rows
+
+# Location of a record: shard, block in it, row in that. In a location of corruption None stands for a whole shard or
+# block.
+RecordLocation: TypeAlias = tuple[int, int, int]
+CorruptLocation: TypeAlias = tuple[int, int | None, int | None]
+
+# rows per search for the next corrupt one: 1 ms in a block without any, little in a corrupt page
+_ROWS_AT_A_TIME = 1024
+_NO_ROWS = np.empty(0, np.int64)
+
+
+class CorruptionMap:
+    """The corrupt records of a source by shard, block and row, as they are stored. Entries are only added.
+
+    Thread-safe: writers replace the values under the lock and never change them in place.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._lock, self._pid = threading.Lock(), os.getpid()
+        self._blocks: dict[tuple[int, int], Rows] = {}
+        # wholly corrupt shards; block numbers are those of the shard, or of its stand-in table
+        self._shards: frozenset[int] = frozenset()
+        self._stand_ins: dict[int, BlockTable] = {}
+        self._surveyed: set[int] = set()
+        self._warned: set[int] = set()
+        self.shards = np.empty(0, np.int64)  # shards with any corruption
+
+    def __bool__(self) -> bool:
+        return len(self.shards) > 0
+
+    def rows(self, shard: int, block: int) -> Rows:
+        """Return the rows of a block that cannot be read; None: all of them."""
+        return None if shard in self._shards else self._blocks.get((shard, block), _NO_ROWS)
+
+    def is_bad(self, place: RecordLocation) -> bool:
+        """Whether a record cannot be read. place: location in the order's row numbers, in a view its own ones."""
+        shard, block, row = self.stored(place)
+        rows = self.rows(shard, block)
+        return rows is None or row in rows
+
+    def stored(self, place: RecordLocation) -> RecordLocation:
+        """Convert a location of the order to stored row numbers: in a view, rows count all rows of their block."""
+        shard, block, row = place
+        if shard in self._shards:  # A view's choice of its rows is unknown now, and does not matter.
+            return place
+        where = np.array([shard], np.int32), np.array([block], np.int32)
+        found = self.source.stored_rows(*where, np.zeros(1, np.uint32), np.array([row], np.uint32))
+        return shard, block, int(found[0])
+
+    def add(self, place: CorruptLocation) -> None:
+        """Add a corrupt record, block (no row) or shard (no block). place: in stored row numbers."""
+        shard, block, row = place
+        self._add(shard, block, None if row is None else np.array([row], np.int64))
+
+    def note_corruption(self, place: CorruptLocation, error: CorruptShard) -> None:
+        """Note corruption that a reader found; check the whole shard once, and warn about it once.
+
+        Raises:
+            StoreError: The shard cannot be checked.
+        """
+        shard = place[0]
+        if shard not in self._surveyed:
+            self._surveyed.add(shard)
+            for block, rows in self._survey(shard).items():
+                self._add(shard, block, rows)
+        if place[1] is not None:
+            self.add(place)
+        self._warn(shard, error)
+
+    def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
+        """See Source.block_tables. A shard with an unreadable footer has one block, which is corrupt."""
+        found = dict(self._stand_ins)
+        left = [shard for shard in dict.fromkeys(shards) if shard not in found]
+        try:
+            found.update(zip(left, self.source.block_tables(left), strict=True))
+        except CorruptShard:
+            found.update((shard, self._table(shard)) for shard in left)
+        return [found[shard] for shard in shards]
+
+    def _add(self, shard: int, block: int | None, rows: Rows) -> None:
+        if self._pid != os.getpid():  # a forked child may have inherited the lock locked
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        with self._lock:
+            if block is None:
+                self._shards = self._shards | {shard}
+            else:
+                known = self._blocks.get((shard, block), _NO_ROWS)
+                both = None if rows is None or known is None else np.union1d(known, rows)
+                self._blocks = {**self._blocks, (shard, block): both}
+            self.shards = np.union1d(self.shards, [shard])
+
+    def _table(self, shard: int) -> BlockTable:
+        try:
+            return self.source.block_tables([shard])[0]
+        except CorruptShard as error:
+            counts = self.source.shard_records[shard : shard + 1], self.source.shard_bytes[shard : shard + 1]
+            table = self._stand_ins[shard] = BlockTable(*counts)
+            self.add((shard, None, None))
+            self._warn(shard, error)
+            return table
+
+    def _survey(self, shard: int) -> dict[int, Rows]:
+        """Return the corrupt rows of a shard, by block. Reads and checks the whole shard once, block by block."""
+        found: dict[int, Rows] = {}
+        for block in range(len(self.block_tables([shard])[0].records)):
+            if shard in self._shards:
+                break
+            try:
+                rows = _bad_rows(self.source.load(shard, [block]), gather_streams(self.source.schema))
+            except CorruptShard:
+                rows = None
+            if rows is None or len(rows):
+                found[block] = rows
+        return found
+
+    def _warn(self, shard: int, error: CorruptShard) -> None:
+        if shard in self._warned:
+            return
+        self._warned.add(shard)
+        warnings.warn(
+            f"{error}; its records that cannot be read are replaced by the ones before them (on_corrupt='previous'), "
+            "and counted in stats()['skipped']",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def corruption_map_for(source: Source, options: LoaderOptions) -> CorruptionMap | None:
+    """Return the record of corruption of a run; None if corrupt data is an error."""
+    return CorruptionMap(source) if options.on_corrupt == "previous" else None
+
+
+def _bad_rows(blocks: Blocks, streams: NDArray[np.uint32]) -> Rows:
+    """Return the corrupt rows of the single loaded block; None if all of it is unreadable."""
+    blocks.reset_checks()  # the file may have been corrupted since
+    checks, n_rows = blocks.pending_checks, int(blocks.n_rows[0])
+    found: set[int] = set()
+    try:
+        for number, (kind, width) in enumerate(streams.tolist()):
+            stream = kind, width, blocks.addresses[number], None if checks is None else checks[number]
+            start = 0
+            while start < n_rows:
+                rows = np.arange(start, min(start + _ROWS_AT_A_TIME, n_rows), dtype=np.uint32)
+                bad = gather.locate(*stream, np.zeros(len(rows), np.uint32), rows)
+                start += len(rows) if bad is None else bad[0] + 1
+                if bad is not None:
+                    found.add(start - 1)
+    except OSError:
+        return None
+    return np.array(sorted(found), np.int64)
+
+
+_NOTHING = np.empty(0, np.uint32)
+
+
+class RecordWalk(Protocol):
+    """A rank's records one by one, counted in rows from the start of its pieces.
+
+    Locations have the order's row numbers.
+    """
+
+    def before(self, n_rows: int) -> Iterator[RecordLocation]:
+        """Yield the records before row n_rows, latest first, also those before the start of the pieces."""
+
+    def after(self, n_rows: int) -> Iterator[RecordLocation]:
+        """Yield the record at row n_rows, and those after it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PatchedPiece:
+    """A piece in which some records are replaced, with the attributes of a `Piece`.
+
+    replaced: int64[m], rising, the replaced rows.
+    """
+
+    windows: tuple[Window, ...]
+    wanted: tuple[NDArray[np.bool_], ...]
+    batch_rows: NDArray[np.uint32] | None
+    block: NDArray[np.uint32]
+    row: NDArray[np.uint32]
+    replaced: NDArray[np.int64]
+
+    @property
+    def run(self) -> None:
+        """None: the rows are arrays."""
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return len(self.row)
+
+    def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """See Piece.rows."""
+        return self.block, self.row
+
+    def place(self, index: int) -> RecordLocation:
+        """Return the location of a row's record, in the order's row numbers."""
+        return _place(self.windows, int(self.block[index]), int(self.row[index]))
+
+
+def replace_corrupt(pieces: Iterable[Piece], damage: CorruptionMap, walk: RecordWalk) -> Iterator[Piece]:
+    """Yield the pieces with corrupt records replaced; pieces without any are unchanged.
+
+    Raises:
+        CorruptShard: No record of the rank can be read.
+    """
+    mender, n_rows = _RecordReplacer(damage, walk), 0
+    for piece in pieces:
+        yield mender.repair(piece, n_rows) if damage else piece
+        n_rows += piece.n_rows
+
+
+@dataclass(slots=True)
+class _TrimmedWindow:
+    """A window without its unreadable blocks; made once, so that all its pieces have the same object."""
+
+    window: Window
+    kept: NDArray[np.bool_]
+    left: Window
+
+
+@dataclass(slots=True)
+class _RecordReplacer:
+    """Replaces records piece by piece, and keeps state between the pieces.
+
+    last: the last good record up to the end of the last piece, if that piece had corruption; None: ask `walk`.
+    """
+
+    damage: CorruptionMap
+    walk: RecordWalk
+    last: RecordLocation | None = None
+    _without: dict[int, _TrimmedWindow] = field(default_factory=dict)
+    _alone: tuple[RecordLocation, ExplicitWindow] | None = None
+
+    def repair(self, piece: Piece, n_before: int) -> Piece:
+        """Return the piece, which begins after n_before rows, with its corrupt records replaced."""
+        shards = np.concatenate([window.shards for window in piece.windows])
+        blocks = np.concatenate([window.blocks for window in piece.windows])
+        suspects = np.flatnonzero(np.isin(shards, self.damage.shards))
+        if not len(suspects):
+            self.last, self._without = None, {}  # the next piece then follows this piece's last record
+            return piece
+        bad = self._bad(piece, shards, blocks, suspects)
+        good = np.flatnonzero(~bad)
+        block, row = (values.copy() for values in piece.rows())
+        stand_in = np.maximum.accumulate(np.where(bad, -1, np.arange(len(bad))))
+        inside = np.flatnonzero(bad & (stand_in >= 0))
+        block[inside], row[inside] = block[stand_in[inside]], row[stand_in[inside]]
+        n_first = int(good[0]) if len(good) else len(bad)
+        place = self._before(n_before) if n_first else None
+        if n_first and place is None and len(good):
+            block[:n_first], row[:n_first] = block[n_first], row[n_first]
+        elif n_first and place is None:
+            place = self._after(n_before + len(bad))
+        self.last = _place(piece.windows, int(block[good[-1]]), int(row[good[-1]])) if len(good) else place
+        windows, wanted, numbers = self._left(piece)
+        block = numbers[block].astype(np.uint32)
+        if place is not None:
+            window = self._window_of(place)
+            block[:n_first], row[:n_first] = sum(len(w.blocks) for w in windows), place[2]
+            windows, wanted = (*windows, cast("Window", window)), (*wanted, np.ones(1, np.bool_))
+        return cast("Piece", PatchedPiece(windows, wanted, piece.batch_rows, block, row, np.flatnonzero(bad)))
+
+    def _bad(
+        self, piece: Piece, shards: NDArray[np.int32], blocks: NDArray[np.int32], suspects: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Return bool[n_rows]: the rows of a piece that cannot be read."""
+        block, row = piece.rows()
+        whole, keys = np.zeros(len(shards), np.bool_), [np.empty(0, np.int64)]
+        for number in suspects.tolist():
+            rows = self.damage.rows(int(shards[number]), int(blocks[number]))
+            if rows is None:
+                whole[number] = True
+            else:
+                keys.append((number << 32) + rows)
+        bad: NDArray[np.bool_] = whole[block]
+        wrong = np.concatenate(keys)
+        if len(wrong):
+            some = np.zeros(len(shards), np.bool_)
+            some[wrong >> 32] = True
+            at = np.flatnonzero(some[block])
+            chosen = np.flatnonzero(some)  # a view cannot convert rows of a shard whose footer is unreadable
+            numbers = np.searchsorted(chosen, block[at]).astype(np.uint32)
+            stored = self.damage.source.stored_rows(shards[chosen], blocks[chosen], numbers, row[at])
+            bad[at] = np.isin((block[at].astype(np.int64) << 32) + stored, wrong)
+        return bad
+
+    def _before(self, n_rows: int) -> RecordLocation | None:
+        if self.last is not None and not self.damage.is_bad(self.last):
+            return self.last
+        return next((p for p in self.walk.before(n_rows) if not self.damage.is_bad(p)), None)
+
+    def _after(self, n_rows: int) -> RecordLocation:
+        found = next((p for p in self.walk.after(n_rows) if not self.damage.is_bad(p)), None)
+        if found is None:
+            raise CorruptShard("no record of this rank's share can be read", url=self.damage.source.url)
+        return found
+
+    def _left(self, piece: Piece) -> tuple[tuple[Window, ...], tuple[NDArray[np.bool_], ...], NDArray[np.int64]]:
+        """Return the windows without unreadable blocks, their wanted blocks, and the new number of each block."""
+        going = {id(window): self._without.get(id(window)) or self._cut(window) for window in piece.windows}
+        self._without = going
+        kept = np.concatenate([one.kept for one in going.values()])
+        numbers = np.cumsum(kept) - 1
+        pairs = [
+            (one.left, wanted[one.kept])
+            for one, wanted in zip(going.values(), piece.wanted, strict=True)
+            if len(one.left.blocks)
+        ]
+        return tuple(window for window, _ in pairs), tuple(wanted for _, wanted in pairs), numbers
+
+    def _cut(self, window: Window) -> _TrimmedWindow:
+        kept = np.ones(len(window.blocks), np.bool_)
+        for number in np.flatnonzero(np.isin(window.shards, self.damage.shards)).tolist():
+            kept[number] = self.damage.rows(int(window.shards[number]), int(window.blocks[number])) is not None
+        if kept.all():
+            return _TrimmedWindow(window, kept, window)
+        parts = window.shards[kept], window.blocks[kept], window.block_bytes[kept]
+        left = ExplicitWindow(window.start, window.stop, *parts, _NOTHING, _NOTHING)
+        return _TrimmedWindow(window, kept, cast("Window", left))
+
+    def _window_of(self, place: RecordLocation) -> ExplicitWindow:
+        """Return a window of the single block of a record; the last one is cached."""
+        shard, block, _ = place
+        if self._alone is None or self._alone[0][:2] != (shard, block):
+            raw_bytes = self.damage.block_tables([shard])[0].raw_bytes[block : block + 1]
+            numbers = np.array([shard], np.int32), np.array([block], np.int32)
+            self._alone = place, ExplicitWindow(0, 0, *numbers, raw_bytes, _NOTHING, _NOTHING)
+        return self._alone[1]
+
+
+def _place(windows: tuple[Window, ...], block: int, row: int) -> RecordLocation:
+    for window in windows:
+        if block < len(window.blocks):
+            return int(window.shards[block]), int(window.blocks[block]), row
+        block -= len(window.blocks)
+    raise IndexError(f"block {block} behind the last of a piece")

@@ -1,0 +1,509 @@
+"""The engines of loaders with a sampler: a user's sampler on the native path, and tiercache's order on torch's path.
+
+SamplerEngine asks a user's sampler which records to serve. IndexEngine gives torch's fetchers the indices of the native
+order. OrderSampler gives that order to libraries that rebuild a loader from its sampler.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from torch.utils import data as torch_data
+
+from tiercache.load.batch import BatchMemory, PipelineCache
+from tiercache.load.corrupt import corruption_map_for
+from tiercache.load.engine import Delivery, EpochPosition, LoaderArguments, NativeEngine, NativeIterator
+from tiercache.load.epoch import epoch_records, plan_epoch
+from tiercache.load.pipeline import PipelineInputs, ResourceBudget
+from tiercache.load.ranks import Rank, find_rank
+from tiercache.load.sampler_queue import SamplerQueue
+from tiercache.load.samplers import (
+    FINISHED,
+    OURS,
+    STATE_KEYS,
+    RandomSampler,
+    SamplerLookahead,
+    SamplerPass,
+    batch_rows,
+    says_size,
+    set_sampler_epoch,
+)
+from tiercache.load.source import prepare_reading
+from tiercache.load.state import RunState
+from tiercache.load.stats import summarise
+from tiercache.load.torch_rng import RandomGenerators, TorchDraws, next_seed
+from tiercache.order import BlockTable, Layout
+from tiercache.order.explicit import RecordLocator
+from tiercache.stats import Counters, WaitHistogram
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tiercache.load.epoch import OrderShare, Piece
+    from tiercache.load.source import Source
+
+
+class SampledIterator(Iterator[Any]):
+    """The batches that a sampler selects. Independent of its loader's other iterators; closes itself when dropped."""
+
+    def __init__(self, epoch: SamplerPass, run: SamplerEngine, draws: TorchDraws) -> None:
+        self._epoch = epoch
+        self._run = run
+        self._draws = draws
+        epoch.draw(run.lead.at_begin)
+        epoch.feed.make_plannable()
+        # Begun now if possible: torch's loader gives its warnings (about pinning) in iter().
+        self._native = run.begin(epoch, draws) if run.says_size else None
+
+    def __next__(self) -> Any:
+        if self._epoch.finished:
+            raise StopIteration
+        self._ask()
+        if self._native is None:
+            self._native = self._run.begin(self._epoch, self._draws)
+        return next(self._native)
+
+    def __iter__(self) -> SampledIterator:
+        return self
+
+    def __len__(self) -> int:
+        return self._run.n_batches()
+
+    def __getstate__(self) -> NoReturn:
+        raise NotImplementedError(f"{type(self).__name__} cannot be pickled")  # torch's iterators raise the same error
+
+    def figures(self) -> Mapping[str, float]:
+        """See NativeIterator.figures."""
+        return {} if self._native is None else self._native.figures()
+
+    def close(self) -> None:
+        """End this epoch, early or not. May be called repeatedly."""
+        self._epoch.feed.close()
+        if self._native is not None:
+            self._native.close()
+
+    def _ask(self) -> None:
+        """Ask the sampler as far ahead as allowed.
+
+        If that is far, each batch that is taken asks for two more, so that no call takes long. The planner gets the new
+        batches together when half of the queue is not planned yet: few for the first batch, then more and more.
+        """
+        feed, lead, n_yielded = self._epoch.feed, self._run.lead, self._epoch.n_yielded
+        ahead = feed.n_drawn - n_yielded
+        if lead.n_batches == lead.at_begin:  # as torch: one more for each batch that is taken
+            self._epoch.draw(lead.n_batches + 1 - ahead)
+            feed.make_plannable()
+            return
+        self._epoch.draw(min(8 if self._epoch.is_bulk else 2, lead.n_batches - ahead))
+        if 2 * (feed.n_plannable - n_yielded) <= feed.n_drawn - n_yielded:
+            feed.make_plannable()
+
+
+class SamplerEngine:
+    """The engine of a loader with a sampler: the position, one iterator per epoch, and the counters.
+
+    One consumer thread uses it.
+    """
+
+    def __init__(self, source: Source, asked: LoaderArguments, index_sampler: Any, lead: SamplerLookahead) -> None:
+        self.lead = lead
+        self._source = source
+        self._asked = asked
+        self._index_sampler = index_sampler
+        self._damage = corruption_map_for(source, asked.options)
+        block_tables = source.block_tables if self._damage is None else self._damage.block_tables
+        self._locator = RecordLocator(Layout(source.shard_records, source.shard_bytes, block_tables))
+        self._machine = ResourceBudget(asked.options)
+        self._counters = Counters("padded")
+        self._waits = WaitHistogram()
+        self._memory = BatchMemory()
+        self._fittings = PipelineCache()
+        self._said: set[str] = set()
+        self._figures_before = dict(source.figures())
+        self._next: Mapping[str, Any] | None = None  # the state to continue from
+        self._epoch: SamplerPass | None = None  # the newest
+        self._is_fresh = False  # made only to read its state, so that the next iter() uses it
+        self._number = 0  # number of the next epoch
+        self._seed = asked.options.seed  # seed of the random values of a record
+        self._n_epochs = 0  # epochs that began in this process
+        self._iterator: weakref.ref[SampledIterator] | None = None
+        self._is_ready = False  # whether the source's shards were found readable
+
+    @property
+    def says_size(self) -> bool:
+        """Whether the length of the batches is known before the first one, so that their memory can be allocated."""
+        return says_size(self._index_sampler)
+
+    def rank(self) -> Rank:
+        """Return a rank that is served all records: the sampler decides this process's share."""
+        return Rank(0, 1, "sampler", find_rank(self._asked.options).local_ranks)
+
+    def state(self) -> dict[str, Any]:
+        """Return the position; makes the sampler's iterator if the epoch has not begun."""
+        if self._epoch is None:
+            self._epoch, self._is_fresh = self._make(), True
+        return self._epoch.state()
+
+    @property
+    def rebuild_arguments(self) -> tuple[LoaderArguments, Mapping[str, Any] | None]:
+        """Arguments that make an equal engine elsewhere, and its position if the run has begun."""
+        return self._asked, self._next if self._epoch is None else self._epoch.state()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Resume from a saved state.
+
+        Raises:
+            ValueError: The state is not one of a loader with a sampler.
+        """
+        missing = [key for key in STATE_KEYS if key not in state]
+        if missing:
+            raise ValueError(
+                f"not a state of a loader with a sampler (and num_workers=0): it lacks {missing[0]!r}, "
+                f"it has the keys {sorted(state)}"
+            )
+        self._next, self._epoch, self._is_fresh = state, None, False
+        if state[FINISHED]:  # Made now: a reseed between here and iter() decides the next epoch's order.
+            with RandomGenerators(self._index_sampler).replaying():
+                self._epoch, self._is_fresh = self._make(), True
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the samplers that take one."""
+        self._number = operator.index(epoch)
+        set_sampler_epoch(self._index_sampler, self._number)
+
+    def n_batches(self) -> int:
+        """Return the batches of an epoch. Raises TypeError if the sampler has no length, as torch's loader does."""
+        return len(self._index_sampler)
+
+    def iterate(self) -> SampledIterator:
+        """Return the iterator of the next epoch."""
+        if not self._is_ready:
+            prepare_reading(self._source)
+            self._is_ready = True
+        if not (self._is_fresh and self._epoch is not None):
+            self._epoch = self._make()
+        if self._epoch.finished:
+            self._epoch = self._make()
+        self._is_fresh = False
+        iterator = SampledIterator(self._epoch, self, TorchDraws(self._asked.generator, False, 0))
+        # weak: if a loop is left early, its iterator must be dropped and end its threads
+        self._iterator = weakref.ref(iterator)
+        return iterator
+
+    def begin(self, epoch: SamplerPass, draws: TorchDraws) -> NativeIterator:
+        """Start to gather the drawn batches of an epoch."""
+        work = PipelineInputs(
+            source=self._source,
+            share=epoch.feed,
+            counters=self._counters,
+            waits=self._waits,
+            output_spec=self._asked.serving,
+            memory=self._memory,
+            cache=self._fittings,
+            warned=self._said,
+            corruption=self._damage,
+        )
+        delivery = Delivery(self._asked.timeout_s, self._asked.pin_memory, draws)
+        return NativeIterator(epoch, work, self._machine.resources(self.rank()), delivery)
+
+    def stats(self) -> dict[str, Any]:
+        """See DataLoader.stats."""
+        counters = self._counters.snapshot()
+        iterator = self._iterator() if self._iterator is not None else None
+        for name, figure in (iterator.figures() if iterator is not None else {}).items():
+            counters[name] = counters.get(name, 0) + figure
+        now = self._source.figures()
+        fetched = {name: now[name] - self._figures_before.get(name, 0) for name in now}
+        return summarise(counters, self._waits, fetched, threads=self._machine.resources(self.rank()).n_threads)
+
+    def _make(self) -> SamplerPass:
+        """Return the next epoch, or that of the loaded state. Draws the random numbers that torch draws in iter()."""
+        state, self._next = self._next, None
+        ours = {} if state is None else state.get(OURS, {})
+        number = ours.get("epoch", self._number)
+        window_bytes = self._asked.options.window_bytes
+        rows = ours.get("rows", 0)
+        feed = SamplerQueue(
+            self._source, self._locator, window_bytes, epoch=number, first_row=rows, damage=self._damage
+        )
+        feed.batch_size = batch_rows(self._index_sampler)
+        epoch = SamplerPass(self._index_sampler, feed, self._source)  # first: it may draw from the generator too
+        # A resumed epoch drew it before its state was saved.
+        if state is None and not (self._asked.persistent_workers and self._asked.num_workers and self._n_epochs):
+            TorchDraws(self._asked.generator, False, 0).begin()
+        if self._seed is None:
+            self._seed = next_seed(self._asked.generator, after_begin=True)
+        feed.seed = self._seed = ours.get("seed", self._seed)
+        self._number, self._n_epochs = number + 1, self._n_epochs + 1
+        if state is not None:
+            epoch.resume(state)
+        return epoch
+
+
+# Positions of an unshuffled epoch that are converted to lists of indices at a time.
+_CHUNK_ROWS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbered:
+    """The records of a data set whose class defines its own length, as one block.
+
+    It has the part of Source that an order needs. Its record numbers are not places in shards, so nothing is known
+    about which records are adjacent.
+    """
+
+    n_records: int
+    mixture: None = None
+    listed: None = None
+    is_whole: bool = True
+
+    @property
+    def shard_records(self) -> NDArray[np.int64]:
+        return np.array([self.n_records], np.int64)
+
+    @property
+    def shard_bytes(self) -> NDArray[np.int64]:
+        return np.array([self.n_records], np.int64)
+
+    def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
+        return [BlockTable(self.shard_records, self.shard_records) for _ in shards]
+
+
+class IndexSampler:
+    """The sampler of torch's iterators: it returns the indices of the current epoch. It does not refer to a loader.
+
+    torch makes more than one iterator of a sampler per epoch. Each returns the indices of the epoch that begin() set
+    last.
+    """
+
+    def __init__(self, *, is_batched: bool) -> None:
+        self._is_batched = is_batched
+        self._epoch: Any = None  # (source, share, draws)
+
+    def begin(self, read: Any, share: OrderShare, draws: TorchDraws) -> None:
+        """Return the indices of another epoch from now on. read: source of its order."""
+        self._epoch = read, share, draws
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield lists of indices for batches, or single indices."""
+        read, share, draws = self._epoch
+        size = share.batch_size
+        left = np.empty(0, np.int64)
+        draws.sample()
+        for numbers in served_numbers(read, share, is_shuffled=draws.shuffle):
+            rows = np.concatenate([left, numbers]) if len(left) else numbers
+            n_whole = len(rows) // size * size
+            whole = rows[:n_whole].tolist()
+            yield from (whole[i : i + size] for i in range(0, n_whole, size)) if self._is_batched else whole
+            left = rows[n_whole:]
+        draws.exhaust()  # torch asks its sampler until it ends before it returns a short last batch
+        if len(left):
+            yield left.tolist()
+
+
+class IndexEngine(NativeEngine):
+    """The engine of a loader on torch's path. Call begin() before torch's iterator is made, and begun() after it.
+
+    sampler: The sampler that torch's iterators ask for indices.
+    """
+
+    def __init__(self, dataset: Any, asked: LoaderArguments, *, is_batched: bool) -> None:
+        super().__init__(dataset.source, asked)
+        self.sampler = IndexSampler(is_batched=is_batched)
+        self._users = dataset
+        self._pending: Any = None  # the position of the epoch that begin() chose
+        self._torch_iterator: Any = None  # of the newest epoch
+        self._over: tuple[Source, Any] | None = None  # the source, and the data set over it
+
+    @property
+    def fetched_dataset(self) -> Any:
+        """The data set of the indices: the user's, or a copy over other versions or over a mixture's parts."""
+        if self._over is None or self._over[0] is not self._source:
+            source: Any = self._source
+            found = self._users if source is self._users.source else self._users.over(source)
+            is_mixed = source.mixture is not None and self._asked.shuffle
+            self._over = source, found.over(source.unmixed()) if is_mixed else found
+        return self._over[1]
+
+    def begin(self) -> bool:
+        """Choose the next epoch. Draws nothing: torch's iterator makes the draws.
+
+        Returns:
+            Whether the run resumes within the epoch: the iterator's draws were then made before the state was saved.
+        """
+        is_resumed = self._position is None and self._state is not None and self._state.offset > 0
+        state = self._begin(drawn=False) if self._position is None else self._position.next_state()
+        keeps_seed = is_resumed or (self._position is None and self._keeps_seed(state))
+        if self._draws_seeds(state) and not keeps_seed:
+            state = replace(state, seed=next_seed(self._asked.generator, after_begin=not self._begins()))
+        if self._ready is not self._source:
+            prepare_reading(self._source)
+            self._ready = self._source
+        self._n_records = None  # a subclass may have another length now
+        read = self._numbered()
+        share = plan_epoch(read, self.rank(), self._asked.batch_size, self._asked.fills_first, state)
+        if share.ranks.ignores_streams:
+            self._warn_of_streams(share.ranks)
+        draws = TorchDraws(self._asked.generator, self._asked.shuffle, share.n_records, is_sampled=is_resumed)
+        self.sampler.begin(read, share, draws)
+        self._pending = EpochPosition(state, share.ranks)
+        return is_resumed
+
+    def begun(self, iterator: Any) -> None:
+        """Note that torch's iterator of the epoch was made."""
+        self._position, self._torch_iterator = self._pending, iterator
+        self._n_epochs += 1
+
+    def begin_for_sampler(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, TorchDraws]:
+        """See NativeEngine.begin_for_sampler."""
+        self._n_records = None  # as in begin()
+        self._torch_iterator = None
+        return super().begin_for_sampler(state)
+
+    def state(self) -> RunState:
+        """Return the state after the batches that torch's iterator has handed out. See NativeEngine.state."""
+        if self._position is not None and self._torch_iterator is not None:
+            self._position.n_yielded = self._torch_iterator._num_yielded  # noqa: SLF001 -- torchdata's count
+            self._position.finished = self._torch_iterator._finished  # noqa: SLF001
+        return super().state()
+
+    def _records_of(self, source: Source) -> int:
+        return len(self._users if source is self._users.source else self._users.over(source))
+
+    def _numbered(self) -> Any:
+        """Return the source of the order; a _Numbered if the data set's class defines its own length."""
+        n_records = self._epoch_records()
+        return self._source if n_records == epoch_records(self._source) else _Numbered(n_records)
+
+
+def served_numbers(read: Any, share: OrderShare, *, is_shuffled: bool) -> Iterator[NDArray[np.int64]]:
+    """Yield the indices of a rank's records in served order, some at a time. Reads footers for a shuffled order."""
+    ranks = share.ranks
+    if not is_shuffled:  # position p is record p, also in listed and mixed sources
+        for start in range(0, ranks.n_served, _CHUNK_ROWS):
+            yield ranks.positions_between(start, min(start + _CHUNK_ROWS, ranks.n_served))
+        return
+    listed = None if read.mixture is not None else read.listed
+    served = None if listed is None else np.argsort(listed, kind="stable")  # by number in stored order
+    first_records = np.concatenate([[0], np.cumsum(read.shard_records)])
+    starts: dict[int, NDArray[np.int64]] = {}
+    for piece in share.pieces(0):
+        shards = sorted({int(shard) for window in piece.windows for shard in window.shards})
+        missing = [shard for shard in shards if shard not in starts]
+        starts = {shard: starts[shard] for shard in shards if shard in starts}
+        for shard, table in zip(missing, read.block_tables(missing), strict=True):
+            starts[shard] = first_records[shard] + np.cumsum(table.records) - table.records
+        numbers = _record_numbers(piece, starts)
+        yield numbers if served is None else served[numbers]
+
+
+def _record_numbers(piece: Piece, starts: dict[int, NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return the stored numbers of a piece's rows. starts: by shard, the number of each block's first record."""
+    first = [
+        starts[shard][block]
+        for window in piece.windows
+        for shard, block in zip(window.shards.tolist(), window.blocks.tolist(), strict=True)
+    ]
+    block, row = piece.rows()
+    return np.array(first, np.int64)[block] + row
+
+
+_YIELDED, _ORDER = "yielded", "order"
+
+
+class OrderSampler(torch_data.Sampler[int]):
+    """Mixin for torch's samplers: its iterators return the record numbers of the loader's next epoch.
+
+    Such an iterator begins the epoch, as iter(loader) does. If `run` is None, the class behaves as torch's sampler.
+
+    Attributes:
+        run: The loader's engine.
+        is_split_by_others: Whether another library splits the record numbers among processes. Then the sampler returns
+            all records in torch's order: that library keeps the generators of torch's samplers equal on all processes.
+        told_epoch: The epoch that set_epoch() chose for the next iterator.
+    """
+
+    run: NativeEngine | None = None
+    is_split_by_others = False
+    requested_epoch: int | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        run = self.run
+        if run is None or (self.is_split_by_others and run.rank().world_size > 1):
+            return super().__iter__()
+        return OrderIterator(self, run)
+
+    def __len__(self) -> int:
+        run = self.run
+        if run is None or (self.is_split_by_others and run.rank().world_size > 1):
+            return super().__len__()  # type: ignore[misc, no-any-return]  # torch's samplers define it
+        return run.n_served()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of this sampler's next iterator. The loader's own iterators ignore it."""
+        self.requested_epoch = epoch
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, without the engine, which has threads.
+
+        The copy behaves as torch's sampler until it is bound to a loader.
+        """
+        return {name: value for name, value in vars(self).items() if name != "run"}
+
+
+class ShuffledOrder(OrderSampler, RandomSampler):
+    """The sampler of a shuffled loader."""
+
+
+class StoredOrder(OrderSampler, torch_data.SequentialSampler):
+    """The sampler of a loader that does not shuffle."""
+
+
+class OrderIterator(Iterator[int]):
+    """This rank's record numbers of one epoch, which begins with the first number: torch's samplers draw then."""
+
+    def __init__(self, sampler: OrderSampler, run: NativeEngine) -> None:
+        self._sampler = sampler
+        self._run = run
+        self._numbers: Iterator[int] | None = None
+        self._begun: RunState | None = None
+        self._n_yielded = 0
+
+    def __next__(self) -> int:
+        numbers = self._begin(None) if self._numbers is None else self._numbers
+        number = next(numbers)
+        self._n_yielded += 1
+        return number
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values: the epoch's order, once it has begun, and how many numbers were returned."""
+        order = None if self._begun is None else self._begun.to_dict()
+        return {_YIELDED: self._n_yielded, _ORDER: order}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue in the epoch of a state."""
+        self._n_yielded = 0
+        if state[_ORDER] is not None:
+            numbers = self._begin(RunState.from_dict(state[_ORDER]))
+            for _ in zip(range(state[_YIELDED]), numbers, strict=False):
+                self._n_yielded += 1
+
+    def _begin(self, state: RunState | None) -> Iterator[int]:
+        epoch, self._sampler.requested_epoch = self._sampler.requested_epoch, None
+        if state is None and epoch is not None:
+            self._run.set_epoch(epoch)
+        self._begun, read, share, draws = self._run.begin_for_sampler(state)
+        self._numbers = self._given(read, share, draws)
+        return self._numbers
+
+    def _given(self, read: Any, share: OrderShare, draws: TorchDraws) -> Iterator[int]:
+        draws.sample()
+        for numbers in served_numbers(read, share, is_shuffled=draws.shuffle):
+            yield from numbers.tolist()
+        draws.exhaust()
+        self._run.end_for_sampler(share)
