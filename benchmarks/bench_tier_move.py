@@ -1,4 +1,4 @@
-"""Speed of moving objects between stores with tier/transfer.py, compared with a plain copy by the same client.
+"""Speed of moving objects between stores with tier/move/transfer.py, compared with a plain copy by the same client.
 
     python benchmarks/bench_tier_move.py [--megabytes 512] [--repetitions 7] [--jobs 4] [--only folder-s3 ...] [--quick]
 
@@ -28,9 +28,9 @@ from tiercache.model import ByteRange
 from tiercache.store import LocalFolder
 from tiercache.testing.s3_server import S3Server
 from tiercache.tier.model import PlannedObject
-from tiercache.tier.pieces import PartBufferPool
+from tiercache.tier.move.parts import PartBufferPool
+from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.stores import Stores
-from tiercache.tier.transfer import Transfer
 from tiercache.tierfile import RuleFile, Tier
 
 if TYPE_CHECKING:

@@ -32,8 +32,8 @@ from tiercache.shard.read.values import empty_values, join_arrow, join_values
 from tiercache.shard.versions.manifest import latest, list_versions, read_shards, read_version
 from tiercache.shard.versions.segments import as_arrow
 from tiercache.store import LocalStore, MemoryStore, Store
-from tiercache.tier.placed import follow_placement
-from tiercache.tier.reading import TieredReader
+from tiercache.tier.placement.reading import TieredReader
+from tiercache.tier.placement.redirecting_store import follow_placement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -9,7 +9,7 @@ import pytest
 from tiercache.cache import machine
 from tiercache.cache.folder import Folder, Owners
 from tiercache.cache.machine import Breaker, Owner, network_file_system, room
-from tiercache.catalog.files import start_time
+from tiercache.catalog.private_files import start_time
 from tiercache.testing import FakeClock
 
 # From Python 3.12 on: what these tests are about.

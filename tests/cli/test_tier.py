@@ -13,7 +13,7 @@ from tiercache.pack import pack
 from tiercache.store import open_store
 from tiercache.store.archive import open_archive
 from tiercache.testing.s3_server import S3Server
-from tiercache.tier.lock import TierLock
+from tiercache.tier.move.lock import TierLock
 
 RULES = """
 [tiers.hot]

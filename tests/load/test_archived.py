@@ -16,8 +16,8 @@ from tiercache.prices import FREE, price_table
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.testing.http_server import HttpFault, HttpFaultServer
 from tiercache.testing.s3_server import S3Server
-from tiercache.tier import placement
-from tiercache.tier.placement import PlacementRow
+from tiercache.tier.placement import log
+from tiercache.tier.placement.log import PlacementRow
 from tiercache.tier.restore import plan_restore
 from tiercache.tier.stores import Stores
 from tiercache.tierfile import RuleFile, Tier
@@ -162,7 +162,7 @@ def test_of_very_many_the_message_names_some_and_the_error_all(world):
         key: PlacementRow(key, f"{world.cold.url}/far", state="archived", storage_class="DEEP_ARCHIVE", n_bytes=1 << 30)
         for key in names
     }
-    placement.commit_placement(world.moved.store, rows)
+    log.commit_placement(world.moved.store, rows)
     world.archived |= set(names)
     world.cold.objects.update({f"far/{key}": b"x" for key in names})
     with pytest.raises(ArchivedShards) as caught:

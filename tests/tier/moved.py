@@ -15,8 +15,8 @@ from tiercache.shard.versions import manifest
 from tiercache.store import LocalFolder, MemoryStore, Store
 from tiercache.testing import WrapperStore
 from tiercache.testing.http_server import HttpFaultServer
-from tiercache.tier import placement
-from tiercache.tier.placement import PlacementRow
+from tiercache.tier.placement import log
+from tiercache.tier.placement.log import PlacementRow
 
 N = 400
 
@@ -61,13 +61,13 @@ class Moved:
                 dst.put(info.name, source.get(info.name))
                 how = {"n_bytes": info.n_bytes, "crc32c": info.crc32c, **row}
                 changes[info.name] = None if dst.url == self.store.url else PlacementRow(info.name, dst.url, **how)
-        placement.commit_placement(self.store, changes)
+        log.commit_placement(self.store, changes)
         if drop:
             source.delete(keys)
 
     def adopt(self) -> None:
         """Let tiers look after it."""
-        placement.start_tracking(self.store)
+        log.start_tracking(self.store)
 
 
 def by_loader(dataset: tc.Dataset, **how: Any) -> list[int]:

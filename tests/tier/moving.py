@@ -15,13 +15,13 @@ from tiercache.catalog.tiers import TierCatalog
 from tiercache.errors import NotFound
 from tiercache.store import MemoryStore, Store
 from tiercache.testing import Fault, FaultStore
-from tiercache.tier import placement
-from tiercache.tier.lock import TierLock
 from tiercache.tier.model import Move, Plan, PlannedObject, PlannedTier
-from tiercache.tier.mover import Mover
+from tiercache.tier.move.deletions import DeletionGuard
+from tiercache.tier.move.lock import TierLock
+from tiercache.tier.move.mover import Mover
+from tiercache.tier.move.transfer import Transfer
+from tiercache.tier.placement import log
 from tiercache.tier.stores import Stores
-from tiercache.tier.survey import DeletionGuard
-from tiercache.tier.transfer import Transfer
 from tiercache.tierfile import RuleFile, load_rule_file
 
 NOW_S = 1_800_000_000.0
@@ -112,8 +112,8 @@ class World:
         store = self.inner[name]
         return store._found(key)[1] if isinstance(store, DiskBucket) else store.get(key)
 
-    def row(self, key: str) -> placement.PlacementRow | None:
-        found = placement.read_placement(self.inner["standard"])
+    def row(self, key: str) -> log.PlacementRow | None:
+        found = log.read_placement(self.inner["standard"])
         return None if found is None else found.find(key)
 
     # -- plans ------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from tests.tier.test_run import Tiers as Folders
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.testing import JumpingClock
 from tiercache.tier.inventory import take_inventory
+from tiercache.tier.move.mover import catalog_path
 from tiercache.tier.retention import evaluate_keep_list
-from tiercache.tier.run import catalog_path
 from tiercache.tier.stores import Stores
 from tiercache.tierfile import KeepList
 

@@ -8,9 +8,9 @@ from tests.tier.world import World
 
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.store import LocalFolder
-from tiercache.tier.mover import Mover
+from tiercache.tier.move.mover import Mover
+from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.stores import Stores
-from tiercache.tier.transfer import Transfer
 
 KEY, MINE = "files/a.bin", b"written while a copy was under way"
 
@@ -28,7 +28,7 @@ class Contested(LocalFolder):
 @pytest.mark.parametrize("is_small", [True, False])
 def test_an_object_that_comes_while_a_copy_is_made_is_not_overwritten(tmp_path, monkeypatch, is_small):
     if not is_small:
-        monkeypatch.setattr("tiercache.tier.transfer._SMALL_BYTES", 0)
+        monkeypatch.setattr("tiercache.tier.move.transfer._SMALL_BYTES", 0)
     world = World(tmp_path, "local")
     with world.entered():
         fill(world)

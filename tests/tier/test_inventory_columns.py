@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.tier.listed import NOW_S, OLD_S, Books, scripted
 
-from tiercache.catalog.checksums import EntryTable, batch_of
-from tiercache.catalog.tiers import CatalogEntry, TierCatalog
+from tiercache.catalog.tiers import CatalogEntry, EntryTable, TierCatalog, batch_of
 from tiercache.tier import columns, copies, layouts, scores
 from tiercache.tier.columns import sort_order, take_rows
 from tiercache.tier.layouts import Layout, recognise_layout

@@ -13,10 +13,10 @@ from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.shard.versions import manifest
 from tiercache.store import LocalFolder
 from tiercache.testing import Fault, FaultStore
-from tiercache.tier import placement, usage
 from tiercache.tier.inventory import take_inventory
 from tiercache.tier.model import KINDS, SHARD
-from tiercache.tier.placement import PlacementRow
+from tiercache.tier.placement import log, use_reports
+from tiercache.tier.placement.log import PlacementRow
 from tiercache.tier.stores import Stores
 from tiercache.tierfile import load_rule_file
 
@@ -61,7 +61,7 @@ def test_before_anybody_counts_no_use_is_known(local):
 
 
 def test_uses_are_counted_from_when_tiers_begin_to_look(local):
-    local.store.put(placement.TRACKING_MARKER_KEY, placement.encode_mark(0, NOW_S - 5000))
+    local.store.put(log.TRACKING_MARKER_KEY, log.encode_mark(0, NOW_S - 5000))
     for path in local.home.rglob("*.tcs"):
         os.utime(path, (NOW_S - 10**6, NOW_S - 10**6))
     snapshot = local.take().snapshot
@@ -159,7 +159,7 @@ def test_a_copy_of_a_shard_with_another_checksum_than_its_manifest_s_is_not_whol
 
 
 def report(local, machine, **facts):
-    local.store.put(usage.usage_key(machine), usage.encode(usage.UseReport(machine, **facts)))
+    local.store.put(use_reports.usage_key(machine), use_reports.encode(use_reports.UseReport(machine, **facts)))
 
 
 def test_what_machines_report_of_a_shard_is_in_the_snapshot(local):
@@ -172,7 +172,7 @@ def test_what_machines_report_of_a_shard_is_in_the_snapshot(local):
 
 def test_what_is_read_now_is_in_use(local):
     name = local.names[0].removeprefix("sets/a/")
-    readers = {"1": usage.ActiveReader(NOW_S - 100, NOW_S - 10)}
+    readers = {"1": use_reports.ActiveReader(NOW_S - 100, NOW_S - 10)}
     report(local, "m", reported_s=NOW_S, readers=readers, shards={name: (NOW_S - 5, 1)})
     look = local.take()
     assert (look.of(local.names[0], "in_use"), look.of(local.names[1], "in_use")) == (True, False)
@@ -180,7 +180,7 @@ def test_what_is_read_now_is_in_use(local):
 
 def test_while_a_reader_is_waited_for_nothing_of_its_data_set_is_reported(local):
     heard_s = NOW_S - 86_400
-    report(local, "m", reported_s=heard_s, readers={"1": usage.ActiveReader(heard_s, heard_s)})
+    report(local, "m", reported_s=heard_s, readers={"1": use_reports.ActiveReader(heard_s, heard_s)})
     assert local.take().snapshot.unreported.all()
 
 
@@ -195,17 +195,15 @@ def test_versions_at_home_count_and_not_those_of_an_old_copy(local):
 
 def test_whether_tiers_look_after_a_data_set_is_said(local):
     assert not local.take().facts["datasets"][0].is_adopted
-    placement.start_tracking(local.store)
+    log.start_tracking(local.store)
     assert local.take().facts["datasets"][0].is_adopted
 
 
 def test_shards_that_are_placed_where_no_tier_is_are_counted_by_place(local):
     names = [name.removeprefix("sets/a/") for name in local.names[:3]]
     places = [f"{local.root}/archive/sets/a", "/gone/sets/a", "/gone/sets/a"]
-    placement.start_tracking(local.store)
-    placement.commit_placement(
-        local.store, {name: PlacementRow(name, url) for name, url in zip(names, places, strict=True)}
-    )
+    log.start_tracking(local.store)
+    log.commit_placement(local.store, {name: PlacementRow(name, url) for name, url in zip(names, places, strict=True)})
     assert local.take().facts["datasets"][0].elsewhere == (("/gone/sets/a", 2),)
 
 

@@ -14,7 +14,7 @@ from tiercache.errors import CommitConflict, StoreError
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.testing import FakeClock, Fault, FaultStore
 from tiercache.testing.faults import FaultKind
-from tiercache.tier.lock import DOOMED_S, LOCK_FOLDER, LockRecord, TierLock
+from tiercache.tier.move.lock import DOOMED_S, LOCK_FOLDER, LockRecord, TierLock
 from tiercache.waiting import SystemClock, wait_for
 
 

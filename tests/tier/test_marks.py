@@ -11,10 +11,9 @@ from tiercache.catalog.tiers import TierCatalog
 from tiercache.store import LocalFolder
 from tiercache.testing import Fault, FaultStore, JumpingClock
 from tiercache.tier.marks import MARKER_KEY, ensure_marker, unavailable_reason
-from tiercache.tier.mover import Mover
-from tiercache.tier.run import DONE, PARTLY, catalog_path, run_once
+from tiercache.tier.move.mover import DONE, PARTLY, Mover, catalog_path, run_once
+from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.stores import Stores
-from tiercache.tier.transfer import Transfer
 
 
 @pytest.fixture

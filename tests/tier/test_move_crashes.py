@@ -9,8 +9,8 @@ from tests.tier.moving import PARTS, HookAt, Killed, World, moved_away
 from tiercache.errors import CommitConflict, StoreError
 from tiercache.testing import FakeClock, Fault
 from tiercache.testing.faults import FaultKind
-from tiercache.tier.lock import LockRecord, TierLock
-from tiercache.tier.survey import DeletionGuard
+from tiercache.tier.move.deletions import DeletionGuard
+from tiercache.tier.move.lock import LockRecord, TierLock
 
 
 @pytest.fixture

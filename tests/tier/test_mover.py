@@ -7,8 +7,8 @@ from tests.tier.bucket import flipped, read_object, write_object
 from tests.tier.moving import GRACE_S, PARTS, HookAt, Killed, World, checkpoint, content, moved_away
 
 from tiercache.testing import Fault
-from tiercache.tier import placement
-from tiercache.tier.survey import DeletionGuard
+from tiercache.tier.move.deletions import DeletionGuard
+from tiercache.tier.placement import log
 
 
 @pytest.fixture
@@ -368,7 +368,7 @@ def test_a_tier_that_lies_elsewhere_by_now_stops_a_drop(world):
 
 def test_placement_that_leads_home_stops_a_drop_at_home(world):
     moved_away(world, "f")
-    placement.commit_placement(world.inner["standard"], {"f": None})
+    log.commit_placement(world.inner["standard"], {"f": None})
     world.later()
     assert "expected placement to lead to" in world.settle().stopped[0].reason
     assert world.where("f") == ["standard", "archive"]

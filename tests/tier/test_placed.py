@@ -19,9 +19,9 @@ from tiercache.model import ByteRange
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.testing import CountingStore, Fault, FaultStore
 from tiercache.testing.http_server import HttpFault, HttpFaultServer
-from tiercache.tier import placement
-from tiercache.tier.placed import RedirectingLocalStore, RedirectingStore, follow_placement
-from tiercache.tier.placement import TRACKING_MARKER_KEY, PlacementRow
+from tiercache.tier.placement import log
+from tiercache.tier.placement.log import TRACKING_MARKER_KEY, PlacementRow
+from tiercache.tier.placement.redirecting_store import RedirectingLocalStore, RedirectingStore, follow_placement
 
 ALL = list(range(N))
 
@@ -153,7 +153,7 @@ def test_reading_by_an_etag_goes_on_where_the_object_lies_by_now(tmp_path, store
     tail, info = store.read_tail("a", 4)
     assert tail == data[-4:]
     cold.put("a", data)
-    placement.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=200)})
+    log.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=200)})
     home.delete(["a"])
     for _ in range(3):
         buffer = bytearray(10)
@@ -176,7 +176,7 @@ def test_an_object_that_was_replaced_where_it_lay_is_no_longer_the_one_that_was_
 def test_one_of_another_size_where_it_was_moved_to_is_not_read(stores):
     (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
     cold.put("a", b"longer than it was")
-    placement.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
+    log.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
     with pytest.raises(ObjectChanged, match=r"expected the moved object, found a different one.*expected 5 bytes"):
         follow_placement(home, {}).get("a")
 
@@ -184,7 +184,7 @@ def test_one_of_another_size_where_it_was_moved_to_is_not_read(stores):
 def test_an_object_that_got_a_new_etag_where_it_lies_by_a_change_of_class_is_read_on(stores):
     (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
     cold.put("a", b"bytes")
-    placement.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
+    log.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
     store = follow_placement(home, {})
     _, info = store.read_tail("a", 5)
     cold.put("a", b"bytes")
@@ -196,7 +196,7 @@ def test_an_object_that_got_a_new_etag_where_it_lies_by_a_change_of_class_is_rea
 def test_while_the_copy_at_home_is_kept_it_serves_what_the_other_place_lost(stores):
     (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
     home.put("a", b"bytes")
-    placement.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
+    log.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
     store = follow_placement(home, {})
     store.places.placement_once()
     assert store.get("a") == b"bytes"
@@ -221,8 +221,8 @@ def test_a_failure_that_says_nothing_of_moving_asks_for_no_placement(stores):
 
 def test_a_placement_that_cannot_be_read_leaves_the_error_of_what_was_missing(stores):
     home, _ = stores("memory", "home")
-    placement.start_tracking(home)
-    home.put(placement.placement_key(1), b"garbage")
+    log.start_tracking(home)
+    home.put(log.placement_key(1), b"garbage")
     with pytest.raises(NotFound, match="home/data/a"):
         follow_placement(home, {}).get("a")
 
@@ -377,7 +377,7 @@ def test_a_damaged_shard_in_a_folder_of_this_machine_is_read_from_home_instead(s
         data = bytearray(hot.get(key))
         data[200:300] = b"\xff" * 100
         hot.put(key, data)
-    placement.commit_placement(
+    log.commit_placement(
         moved.store,
         {
             i.name: PlacementRow(i.name, moved.store.url, n_bytes=i.n_bytes, crc32c=i.crc32c, promote=hot.url)
@@ -434,7 +434,7 @@ def test_a_place_that_cannot_be_opened_is_an_error_of_the_store_without_its_cred
     moved = Moved(packed, LocalFolder(tmp_path / "home"))
     moved.move(moved.keys[:1], LocalFolder(tmp_path / "cold"))
     info = moved.infos[0]
-    placement.commit_placement(moved.store, {info.name: PlacementRow(info.name, url, n_bytes=info.n_bytes)})
+    log.commit_placement(moved.store, {info.name: PlacementRow(info.name, url, n_bytes=info.n_bytes)})
     with closing(tc.Dataset(moved.store.url)) as dataset:
         with pytest.raises(StoreError, match="names a location that cannot be opened") as caught:
             by_loader(dataset)

@@ -5,9 +5,9 @@ import pytest
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.store import MemoryStore
 from tiercache.testing import CountingStore, WrapperStore
-from tiercache.tier import placement
-from tiercache.tier.placed import follow_placement
-from tiercache.tier.placement import PlacementRow
+from tiercache.tier.placement import log
+from tiercache.tier.placement.log import PlacementRow
+from tiercache.tier.placement.redirecting_store import follow_placement
 
 
 class Frozen(WrapperStore):
@@ -36,10 +36,8 @@ def between(stores, **row):
     """An object that went from one place to another, neither of which is home, and is kept in the first by grace."""
     home, hot, cold = (stores(name) for name in ("home", "hot", "cold"))
     hot.put("a", b"bytes")
-    placement.commit_placement(
-        home, {"a": PlacementRow("a", hot.url, n_bytes=5), "b": PlacementRow("b", hot.url, n_bytes=5)}
-    )
-    placement.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5, **row)})
+    log.commit_placement(home, {"a": PlacementRow("a", hot.url, n_bytes=5), "b": PlacementRow("b", hot.url, n_bytes=5)})
+    log.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5, **row)})
     return home, hot, cold
 
 
@@ -72,18 +70,18 @@ def test_another_object_where_it_lay_before_is_not_served(stores):
 def test_where_things_lay_before_is_asked_once_for_all_of_them(stores):
     home, hot, cold = between(stores)
     hot.put("b", b"bytes")
-    placement.commit_placement(home, {"b": PlacementRow("b", cold.url, n_bytes=5)})
+    log.commit_placement(home, {"b": PlacementRow("b", cold.url, n_bytes=5)})
     counting = CountingStore(home)
     store = follow_placement(counting, {})
     store.places.look()
     assert (store.get("a"), store.get("b")) == (b"bytes", b"bytes")
-    old = [key for verb, key in counting.calls if verb == "read_tail" and key < placement.placement_key(3)]
-    assert old == [placement.placement_key(n) for n in (2, 1)]
+    old = [key for verb, key in counting.calls if verb == "read_tail" and key < log.placement_key(3)]
+    assert old == [log.placement_key(n) for n in (2, 1)]
 
 
 def test_what_earlier_placements_say_is_no_error_where_they_cannot_be_read(stores):
     home, _, _ = between(stores)
-    home.put(placement.placement_key(1), b"garbage")
+    home.put(log.placement_key(1), b"garbage")
     store = follow_placement(home, {})
     store.places.look()
     with pytest.raises(NotFound, match="cold/data/a"):

@@ -17,8 +17,8 @@ from tiercache.errors import CommitConflict, StoreError
 from tiercache.store import LocalFolder, MemoryStore, open_store
 from tiercache.testing import CountingStore, Fault, FaultKind, FaultStore, GateStore
 from tiercache.testing.http_server import HttpFaultServer
-from tiercache.tier import placement
-from tiercache.tier.placement import N_KEPT, TRACKING_MARKER_KEY, PlacementRow, placement_key
+from tiercache.tier.placement import log
+from tiercache.tier.placement.log import N_KEPT, TRACKING_MARKER_KEY, PlacementRow, placement_key
 
 # -- what it says ---------------------------------------------------------------------------------------------------
 
@@ -48,10 +48,10 @@ def test_after_any_changes_it_says_what_a_dict_would(steps):
     store, oracle = MemoryStore("placement-oracle"), {}
     store.delete([info.key for info in store.list()])
     for changes in steps:
-        committed = placement.commit_placement(store, changes)
+        committed = log.commit_placement(store, changes)
         oracle = {key: one for key, one in {**oracle, **changes}.items() if one is not None}
         assert rows_of(committed) == oracle
-        found = placement.read_placement(store)
+        found = log.read_placement(store)
         assert rows_of(found) == oracle
         assert list(rows_of(found)) == sorted(oracle, key=str.encode)
         assert {key: found.find(key) for key in ("a", "shards/0.tcs", "none")} == {
@@ -65,59 +65,59 @@ def test_after_any_changes_it_says_what_a_dict_would(steps):
 
 def test_where_there_is_no_mark_one_small_get_tells(store):
     counting = CountingStore(store)
-    assert placement.read_placement(counting) is None
+    assert log.read_placement(counting) is None
     assert counting.calls == [("read_tail", TRACKING_MARKER_KEY)]
 
 
 def test_who_may_not_list_a_bucket_is_told_that_a_mark_that_is_not_there_is_forbidden(store):
     forbidden = FaultStore(store, [Fault("read_tail", keys=TRACKING_MARKER_KEY, status=403, retryable=False)])
-    assert placement.read_placement(forbidden) is None
+    assert log.read_placement(forbidden) is None
     failing = FaultStore(store, [Fault("read_tail", keys=TRACKING_MARKER_KEY, status=503)])
     with pytest.raises(StoreError, match="scripted fault"):
-        placement.read_placement(failing)
+        log.read_placement(failing)
 
 
 def test_who_may_not_list_a_bucket_finds_the_newest_though_the_next_one_is_forbidden(store):
     for n in range(3):
-        placement.commit_placement(store, {f"{n}": row(f"{n}")})
-    keys = [placement.placement_key(number) for number in range(4, 60)]
+        log.commit_placement(store, {f"{n}": row(f"{n}")})
+    keys = [log.placement_key(number) for number in range(4, 60)]
     forbidden = [Fault("read_tail", keys=key, status=403, retryable=False, times=9999) for key in keys]
     cannot_list = Fault("list", status=403, retryable=False, times=9999)
-    found = placement.read_placement(FaultStore(store, [*forbidden, cannot_list]))
+    found = log.read_placement(FaultStore(store, [*forbidden, cannot_list]))
     assert (found.number, len(found)) == (3, 3)
 
 
 def test_a_placement_that_is_there_and_forbidden_is_an_error(store):
-    placement.commit_placement(store, {"a": row("a")})
-    forbidden = Fault("read_tail", keys=placement.placement_key(1), status=403, retryable=False, times=9999)
+    log.commit_placement(store, {"a": row("a")})
+    forbidden = Fault("read_tail", keys=log.placement_key(1), status=403, retryable=False, times=9999)
     with pytest.raises(StoreError, match="scripted fault"):
-        placement.read_placement(FaultStore(store, [forbidden]))
+        log.read_placement(FaultStore(store, [forbidden]))
 
 
 def test_a_mark_without_a_placement_says_that_nothing_lies_elsewhere(store):
-    assert not placement.is_tracked(store)
-    placement.start_tracking(store)
-    placement.start_tracking(store)
-    assert placement.is_tracked(store)
-    found = placement.read_placement(store)
+    assert not log.is_tracked(store)
+    log.start_tracking(store)
+    log.start_tracking(store)
+    assert log.is_tracked(store)
+    found = log.read_placement(store)
     assert (found.number, len(found), found.find("a")) == (0, 0, None)
 
 
 def test_changes_that_are_there_already_make_no_new_number(store):
-    first = placement.commit_placement(store, {"a": row("a"), "b": None})
-    assert placement.commit_placement(store, {"a": row("a"), "gone": None}).number == first.number == 1
+    first = log.commit_placement(store, {"a": row("a"), "b": None})
+    assert log.commit_placement(store, {"a": row("a"), "gone": None}).number == first.number == 1
 
 
 def test_the_last_ten_are_kept(store):
     for n in range(3 * N_KEPT):
-        placement.commit_placement(store, {"a": row("a", n_bytes=n)})
+        log.commit_placement(store, {"a": row("a", n_bytes=n)})
     assert numbers(store) == list(range(2 * N_KEPT + 1, 3 * N_KEPT + 1))
-    assert placement.read_placement(store).find("a").n_bytes == 3 * N_KEPT - 1
+    assert log.read_placement(store).find("a").n_bytes == 3 * N_KEPT - 1
 
 
 def test_a_row_under_another_key_or_that_cannot_be_is_refused(store):
     with pytest.raises(ValueError, match="the row for 'b' has the key 'a'"):
-        placement.commit_placement(store, {"b": row("a")})
+        log.commit_placement(store, {"b": row("a")})
     for wrong in ({"url": ""}, {"state": "gone"}, {"n_bytes": -1}):
         with pytest.raises(ValueError, match="a row needs a URL"):
             PlacementRow(**{"key": "a", "url": "u", **wrong})
@@ -133,84 +133,84 @@ def test_a_row_under_another_key_or_that_cannot_be_is_refused(store):
 )
 def test_a_hint_that_leads_nowhere_is_no_error(store, hint):
     for n in range(4):
-        placement.commit_placement(store, {"a": row("a", n_bytes=n)})
+        log.commit_placement(store, {"a": row("a", n_bytes=n)})
     store.put(TRACKING_MARKER_KEY, hint)
-    assert placement.read_placement(store).number == 4
+    assert log.read_placement(store).number == 4
 
 
 @pytest.mark.parametrize("hint", [1, 2, 3, 17])
 def test_an_old_hint_leads_to_the_newest(store, hint):
     for n in range(2 * N_KEPT):
-        placement.commit_placement(store, {"a": row("a", n_bytes=n)})
-    store.put(TRACKING_MARKER_KEY, placement.encode_mark(hint))
-    assert placement.read_placement(store).number == 2 * N_KEPT
+        log.commit_placement(store, {"a": row("a", n_bytes=n)})
+    store.put(TRACKING_MARKER_KEY, log.encode_mark(hint))
+    assert log.read_placement(store).number == 2 * N_KEPT
 
 
 def test_where_nothing_can_be_listed_numbers_that_were_forgotten_are_stepped_over():
     memory = MemoryStore("placement-listless")
     for n in range(2 * N_KEPT):
-        placement.commit_placement(memory, {"a": row("a", n_bytes=n)})
-    memory.put(TRACKING_MARKER_KEY, placement.encode_mark(3))
+        log.commit_placement(memory, {"a": row("a", n_bytes=n)})
+    memory.put(TRACKING_MARKER_KEY, log.encode_mark(3))
     objects = {info.key: memory.get(info.key) for info in memory.list()}
     with HttpFaultServer(objects) as server:
         http = open_store(server.url)
-        assert placement.read_placement(http).number == 2 * N_KEPT
+        assert log.read_placement(http).number == 2 * N_KEPT
         http.close()
     memory.delete(objects)
 
 
 def test_the_mark_says_since_when_whatever_is_committed_after_it(store):
     before_s = int(time.time())
-    placement.start_tracking(store)
-    since_s = placement.adopted_s(store)
+    log.start_tracking(store)
+    since_s = log.adopted_s(store)
     assert before_s <= since_s <= time.time()
-    store.put(TRACKING_MARKER_KEY, placement.encode_mark(0, since_s - 1000))
+    store.put(TRACKING_MARKER_KEY, log.encode_mark(0, since_s - 1000))
     for n in range(2):
-        placement.commit_placement(store, {"a": row("a", n_bytes=n)})
-    assert placement.adopted_s(store) == since_s - 1000
+        log.commit_placement(store, {"a": row("a", n_bytes=n)})
+    assert log.adopted_s(store) == since_s - 1000
 
 
 @pytest.mark.parametrize("mark", [b"", b"[]", b'{"since": "x"}', b'{"since": true}'])
 def test_a_mark_that_says_no_time_is_a_mark_all_the_same(store, mark):
     store.put(TRACKING_MARKER_KEY, mark)
-    assert (placement.is_tracked(store), placement.adopted_s(store)) == (True, None)
+    assert (log.is_tracked(store), log.adopted_s(store)) == (True, None)
 
 
 def test_what_was_missed_is_searched_for_though_the_mark_is_gone(store):
-    placement.commit_placement(store, {"a": row("a")})
+    log.commit_placement(store, {"a": row("a")})
     store.delete([TRACKING_MARKER_KEY])
-    assert placement.read_placement(store) is None
-    assert placement.find_newest_placement(store).find("a") == row("a")
+    assert log.read_placement(store) is None
+    assert log.find_newest_placement(store).find("a") == row("a")
 
 
 def test_who_knows_the_newest_lists_and_asks_for_the_next_only(store):
-    known = placement.commit_placement(store, {"a": row("a")})
+    known = log.commit_placement(store, {"a": row("a")})
     counting = CountingStore(store)
-    assert placement.find_newest_placement(counting, known) is known
-    assert counting.calls == [("list", placement.PLACEMENT_FOLDER), ("read_tail", placement_key(2))]
+    assert log.find_newest_placement(counting, known) is known
+    assert counting.calls == [("list", log.PLACEMENT_FOLDER), ("read_tail", placement_key(2))]
 
 
 def test_what_was_missed_is_found_past_any_number_of_newer_ones_though_hints_fail(store):
-    known = placement.commit_placement(store, {"a": row("a")})
+    known = log.commit_placement(store, {"a": row("a")})
     for n in range(3 * N_KEPT):
-        placement.commit_placement(store, {"a": row("a", n_bytes=n)})
-    store.put(TRACKING_MARKER_KEY, placement.encode_mark(1))
-    assert placement.find_newest_placement(store, known).number == 3 * N_KEPT + 1
+        log.commit_placement(store, {"a": row("a", n_bytes=n)})
+    store.put(TRACKING_MARKER_KEY, log.encode_mark(1))
+    assert log.find_newest_placement(store, known).number == 3 * N_KEPT + 1
 
 
 def test_a_writer_that_slept_while_its_number_was_used_and_removed_loses_nothing(store):
-    placement.commit_placement(store, {"a": row("a")})
+    log.commit_placement(store, {"a": row("a")})
     gated = GateStore(store)
     gate = gated.stop_at("before_put_if_absent", placement_key(2))
-    late = threading.Thread(target=lambda: placement.commit_placement(gated, {"late": row("late")}))
+    late = threading.Thread(target=lambda: log.commit_placement(gated, {"late": row("late")}))
     late.start()
     with gate:
         gate.wait_reached()
         for n in range(2 * N_KEPT):
-            placement.commit_placement(store, {f"early/{n}": row(f"early/{n}")})
+            log.commit_placement(store, {f"early/{n}": row(f"early/{n}")})
         assert 2 not in numbers(store)
     late.join()
-    found = placement.read_placement(store)
+    found = log.read_placement(store)
     assert found.find("late") == row("late")
     assert len(found) == 2 * N_KEPT + 2
     assert 2 not in numbers(store)
@@ -218,19 +218,19 @@ def test_a_writer_that_slept_while_its_number_was_used_and_removed_loses_nothing
 
 def test_numbers_that_vanish_between_listing_and_reading_are_looked_for_anew(store):
     for n in range(3):
-        placement.commit_placement(store, {"a": row("a", n_bytes=n)})
+        log.commit_placement(store, {"a": row("a", n_bytes=n)})
 
     class Rushing(CountingStore):
         def list(self, prefix=""):
             found = list(super().list(prefix))
             if self.n_calls("list") == 1:
                 for n in range(2 * N_KEPT):
-                    placement.commit_placement(store, {"a": row("a", n_bytes=100 + n)})
+                    log.commit_placement(store, {"a": row("a", n_bytes=100 + n)})
             return iter(found)
 
     store.put(TRACKING_MARKER_KEY, b"{}")
     store.delete([placement_key(1)])
-    assert placement.read_placement(Rushing(store)).number == 2 * N_KEPT + 3
+    assert log.read_placement(Rushing(store)).number == 2 * N_KEPT + 3
 
 
 # -- racing, and failing in between ---------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def test_of_racing_writers_none_is_lost(kind, tmp_path, request):
     def write(number: int) -> None:
         try:
             for i in range(n_each):
-                placement.commit_placement(home, {f"{number}/{i}": row(f"{number}/{i}"), f"{number}/{i - 1}": None})
+                log.commit_placement(home, {f"{number}/{i}": row(f"{number}/{i}"), f"{number}/{i - 1}": None})
         except BaseException as error:  # noqa: BLE001 -- a thread's top
             failures.append(error)
 
@@ -259,7 +259,7 @@ def test_of_racing_writers_none_is_lost(kind, tmp_path, request):
     for thread in threads:
         thread.join()
     assert failures == []
-    found = placement.read_placement(home)
+    found = log.read_placement(home)
     assert set(rows_of(found)) == {f"{number}/{n_each - 1}" for number in range(n_threads)}
     assert found.number == n_threads * n_each
     home.close()
@@ -268,67 +268,67 @@ def test_of_racing_writers_none_is_lost(kind, tmp_path, request):
 def test_who_loses_a_number_merges_his_changes_into_the_winners(store):
     gated = GateStore(store)
     gate = gated.stop_at("before_put_if_absent", placement_key(1))
-    late = threading.Thread(target=lambda: placement.commit_placement(gated, {"late": row("late")}))
+    late = threading.Thread(target=lambda: log.commit_placement(gated, {"late": row("late")}))
     late.start()
     with gate:
         gate.wait_reached()
-        placement.commit_placement(store, {"early": row("early")})
+        log.commit_placement(store, {"early": row("early")})
     late.join()
-    assert set(rows_of(placement.read_placement(store))) == {"early", "late"}
+    assert set(rows_of(log.read_placement(store))) == {"early", "late"}
 
 
 @pytest.mark.parametrize("point", ["tier_placement.written", "tier_placement.hinted"])
 @pytest.mark.parametrize("n_before", [0, N_KEPT + 3])
 def test_a_commit_that_stops_at_any_point_is_done_by_its_repetition(store, point, n_before):
     for n in range(n_before):
-        placement.commit_placement(store, {"a": row("a", n_bytes=n)})
+        log.commit_placement(store, {"a": row("a", n_bytes=n)})
 
-    stopped_at(point, lambda: placement.commit_placement(store, {"b": row("b")}))
-    assert placement.read_placement(store).find("b") == row("b")
-    assert placement.commit_placement(store, {"b": row("b")}).number == n_before + 1
-    assert placement.commit_placement(store, {"c": row("c")}).number == n_before + 2
+    stopped_at(point, lambda: log.commit_placement(store, {"b": row("b")}))
+    assert log.read_placement(store).find("b") == row("b")
+    assert log.commit_placement(store, {"b": row("b")}).number == n_before + 1
+    assert log.commit_placement(store, {"c": row("c")}).number == n_before + 2
 
 
 def test_an_answer_that_was_lost_is_settled_by_reading_back(store):
     faulty = FaultStore(store, [Fault("put_if_absent", keys="*.arrow", kind=FaultKind.LOST_RESPONSE)])
-    assert placement.commit_placement(faulty, {"a": row("a")}).number == 1
+    assert log.commit_placement(faulty, {"a": row("a")}).number == 1
     assert faulty.faulted_calls == [("put_if_absent", placement_key(1))]
 
 
 def test_a_put_that_did_nothing_is_an_error(store):
     faulty = FaultStore(store, [Fault("put_if_absent", keys="*.arrow")])
     with pytest.raises(StoreError, match="scripted fault"):
-        placement.commit_placement(faulty, {"a": row("a")})
+        log.commit_placement(faulty, {"a": row("a")})
     assert numbers(store) == []
 
 
 def test_a_deletion_that_fails_fails_no_commit(store):
     faulty = FaultStore(store, [Fault("delete", times=99)])
     for n in range(N_KEPT + 2):
-        placement.commit_placement(faulty, {"a": row("a", n_bytes=n)})
-    assert placement.read_placement(store).find("a").n_bytes == N_KEPT + 1
+        log.commit_placement(faulty, {"a": row("a", n_bytes=n)})
+    assert log.read_placement(store).find("a").n_bytes == N_KEPT + 1
     assert numbers(store) == list(range(1, N_KEPT + 3))
 
 
 def test_who_cannot_write_the_mark_is_told_that_readers_may_know_already_and_repeats_it(store):
-    placement.start_tracking(store)
+    log.start_tracking(store)
     faulty = FaultStore(store, [Fault("put", keys=TRACKING_MARKER_KEY)])
     with pytest.raises(StoreError, match="scripted fault") as failed:
-        placement.commit_placement(faulty, {"a": row("a")})
+        log.commit_placement(faulty, {"a": row("a")})
     assert failed.value.maybe_done
-    assert placement.read_placement(store).find("a") == row("a")
-    assert placement.commit_placement(faulty, {"a": row("a")}).number == 1
+    assert log.read_placement(store).find("a") == row("a")
+    assert log.commit_placement(faulty, {"a": row("a")}).number == 1
     assert json.loads(store.get(TRACKING_MARKER_KEY))["placement"] == 1
 
 
 def test_a_crowd_that_always_wins_is_a_conflict(store, monkeypatch):
-    monkeypatch.setattr(placement, "MAX_REBASES", 3)
+    monkeypatch.setattr(log, "MAX_REBASES", 3)
 
     class Crowd(FaultStore):
         def put_if_absent(self, key, data):
             if key.endswith(".arrow"):
-                placement.commit_placement(store, {"n": row("n", n_bytes=int(key[-26:-6]))})
+                log.commit_placement(store, {"n": row("n", n_bytes=int(key[-26:-6]))})
             return super().put_if_absent(key, data)
 
     with pytest.raises(CommitConflict, match="3 others changed the placement first"):
-        placement.commit_placement(Crowd(store), {"a": row("a")})
+        log.commit_placement(Crowd(store), {"a": row("a")})

@@ -17,10 +17,9 @@ from tiercache.model import ShardIdentity
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.testing import CountingStore, Fault, FaultKind, FaultStore
 from tiercache.testing.http_server import HttpFaultServer
-from tiercache.tier import placement, promote
-from tiercache.tier.machine import tier_above
-from tiercache.tier.places import LocationResolver, _same_service
-from tiercache.tier.promote import HotTier, Promoter, hot_folder
+from tiercache.tier.placement import log, reading
+from tiercache.tier.placement.reading import HotTier, Promoter, hot_folder
+from tiercache.tier.placement.resolver import LocationResolver, _same_service, tier_above
 
 ALL = list(range(N))
 
@@ -147,8 +146,8 @@ def test_a_place_is_opened_by_the_options_that_this_machines_rules_have_for_its_
     rules = '[tiers.archive]\nurl = "s3://cold/train"\nstorage_options = { region = "xx-1", anon = true }\n'
     (tmp_path / "tiercache.toml").write_text(rules)
     places = LocationResolver(MemoryStore("options-home"), {})
-    found = places.store_at(placement.PlacementRow("a", "s3://cold/train/data", n_bytes=1))
-    other = places.store_at(placement.PlacementRow("a", "s3://cold/training/data", n_bytes=1))
+    found = places.store_at(log.PlacementRow("a", "s3://cold/train/data", n_bytes=1))
+    other = places.store_at(log.PlacementRow("a", "s3://cold/training/data", n_bytes=1))
     assert found._options.config["region"] == "xx-1"
     assert other._options.config.get("region") != "xx-1"
     assert tier_above("s3://cold/train") == tier_above("s3://cold/train/data/")
@@ -211,8 +210,8 @@ def one(tmp_path):
     cold.put("a.tcs", data)
     identity = ShardIdentity("0" * 32, "1" * 32, len(data), crc32c(data))
     hot = LocalFolder(tmp_path / "nvme")
-    row = placement.PlacementRow("a.tcs", cold.url, n_bytes=len(data), crc32c=identity.crc32c, promote=hot.url)
-    placement.commit_placement(home, {"a.tcs": row})
+    row = log.PlacementRow("a.tcs", cold.url, n_bytes=len(data), crc32c=identity.crc32c, promote=hot.url)
+    log.commit_placement(home, {"a.tcs": row})
     places = LocationResolver(home, {})
     places.look()
     yield places, row, identity, cold, hot
@@ -284,7 +283,7 @@ def test_what_others_have_put_into_a_tier_counts_after_a_while(one, monkeypatch)
     assert promoter.copy(row, identity)
     hot.delete(["a.tcs"])
     hot.put("theirs", bytes(2 * identity.n_bytes))
-    monkeypatch.setattr(promote, "LOOK_S", 0.0)
+    monkeypatch.setattr(reading, "LOOK_S", 0.0)
     assert not promoter.copy(row, identity)
 
 

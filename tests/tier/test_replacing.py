@@ -44,7 +44,7 @@ def test_what_came_since_is_not_overwritten(bucket, src, data):  # noqa: F811
 @SOURCES
 def test_what_came_after_the_last_look_is_kept_by_the_server(s3_server, tmp_path, monkeypatch, src, data):
     """SeaweedFS looks at If-Match of all three requests; moto at that of a put alone."""
-    monkeypatch.setattr("tiercache.tier.transfer.check_over", lambda *_: None)
+    monkeypatch.setattr("tiercache.tier.move.transfer.check_over", lambda *_: None)
     here = Bucket(s3_server, tmp_path)
     with here.transfer, here.stores:
         here.stores.store("other").put("a", THEIRS)
@@ -56,7 +56,7 @@ def test_what_came_after_the_last_look_is_kept_by_the_server(s3_server, tmp_path
 
 @pytest.mark.s3
 def test_moto_keeps_what_came_after_the_last_look_where_it_is_put_whole(moto_server, tmp_path, monkeypatch):
-    monkeypatch.setattr("tiercache.tier.transfer.check_over", lambda *_: None)
+    monkeypatch.setattr("tiercache.tier.move.transfer.check_over", lambda *_: None)
     here = Bucket(moto_server, tmp_path)
     with here.transfer, here.stores:
         here.stores.store("other").put("a", THEIRS)

@@ -17,9 +17,9 @@ from tiercache.prices import Prices, RestorePrice
 from tiercache.store import MemoryStore
 from tiercache.testing import FakeClock
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, PlannedObject
+from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.restore import RequestCounts, plan_copy_home, plan_restore, request_restore, wait_restored
 from tiercache.tier.stores import Stores, state_of
-from tiercache.tier.transfer import Transfer
 from tiercache.tierfile import RuleFile, Tier
 
 HOUR_S = 3600.0

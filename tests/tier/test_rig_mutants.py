@@ -11,10 +11,11 @@ from tests.tier.jobs import fill, write
 from tests.tier.world import World
 
 from tiercache import points
-from tiercache.tier import applying, policy
-from tiercache.tier.copying import CopyMaker
-from tiercache.tier.settling import DeferredDeletions
-from tiercache.tier.steps import MoveContext
+from tiercache.tier import policy
+from tiercache.tier.move import executor
+from tiercache.tier.move.checks import MoveContext
+from tiercache.tier.move.deletions import DeferredDeletions
+from tiercache.tier.move.executor import CopyMaker
 
 # -- trials: each yields what the oracle finds, step by step -----------------------------------------------------------
 
@@ -148,7 +149,7 @@ def grace_forgotten() -> Iterator[None]:
 @contextmanager
 def class_not_announced() -> Iterator[None]:
     """A class in which nothing can be read is a class like others."""
-    with patch.object(applying, "ends_readability", lambda sight, row: False):
+    with patch.object(executor, "ends_readability", lambda sight, row: False):
         yield
 
 
@@ -209,8 +210,8 @@ def copied_in_any_order() -> Iterator[None]:
 def copies_not_verified() -> Iterator[None]:
     """What the server answers is believed, and what lies there is not looked at again."""
     with (
-        patch("tiercache.tier.transfer._is_proven", lambda *anything: True),
-        patch("tiercache.tier.transfer.Transfer.checksum_of", lambda self, name, info: 0),
+        patch("tiercache.tier.move.transfer._is_proven", lambda *anything: True),
+        patch("tiercache.tier.move.transfer.Transfer.checksum_of", lambda self, name, info: 0),
         patch.object(MoveContext, "confirmed", lambda self, *anything: ""),
     ):
         yield
@@ -219,7 +220,7 @@ def copies_not_verified() -> Iterator[None]:
 @contextmanager
 def copies_not_proven() -> Iterator[None]:
     """A file is what it was as long as it looks like that."""
-    with patch("tiercache.tier.transfer.Transfer.needs_disk_check", lambda self, name: False):
+    with patch("tiercache.tier.move.transfer.Transfer.needs_disk_check", lambda self, name: False):
         yield
 
 

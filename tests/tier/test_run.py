@@ -11,9 +11,9 @@ import tiercache as tc
 from tiercache.errors import CommitConflict
 from tiercache.store import LocalFolder
 from tiercache.testing import JumpingClock, WrapperStore
-from tiercache.tier import placement
-from tiercache.tier.lock import TierLock
-from tiercache.tier.run import DONE, PARTLY, catalog_path, run_once
+from tiercache.tier.move.lock import TierLock
+from tiercache.tier.move.mover import DONE, PARTLY, catalog_path, run_once
+from tiercache.tier.placement import log
 from tiercache.tier.stores import Stores
 from tiercache.tierfile import load_rule_file
 
@@ -124,7 +124,7 @@ def test_readers_find_the_shards_of_a_cold_data_set(tiers, clock):
     clock.jump(2 * DAY_S)
     report = tiers.run()
     assert report.adopted == ("data",)
-    assert placement.is_tracked(LocalFolder(url))
+    assert log.is_tracked(LocalFolder(url))
     clock.jump(DAY_S + 1)
     report = tiers.run()
     assert report.stopped == ()

@@ -8,7 +8,7 @@ from tests.tier.moving import PARTS, HookAt, Killed, World, checkpoint, moved_aw
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.store import LocalFolder
 from tiercache.testing import Fault, FaultStore
-from tiercache.tier.survey import DeletionGuard
+from tiercache.tier.move.deletions import DeletionGuard
 
 
 @pytest.fixture

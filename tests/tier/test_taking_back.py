@@ -4,7 +4,7 @@ import pytest
 from tests.tier.moving import World
 
 from tiercache.testing import Fault
-from tiercache.tier.survey import DeletionGuard
+from tiercache.tier.move.deletions import DeletionGuard
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from tiercache.store import LocalFolder, MemoryStore
 from tiercache.testing import CountingStore, FakeClock, Fault, FaultKind, FaultStore, GateStore
 from tiercache.testing.wrapper import WrapperStore
 from tiercache.tier.model import PlannedObject
+from tiercache.tier.move.transfer import PART_BYTES, Transfer
 from tiercache.tier.stores import Stores
-from tiercache.tier.transfer import PART_BYTES, Transfer
 from tiercache.tierfile import RuleFile, Tier
 
 SMALL = b"a small object"

@@ -12,8 +12,8 @@ from tiercache._native.checksum import crc32c
 from tiercache.errors import ObjectChanged, StoreError
 from tiercache.store import open_store
 from tiercache.tier.model import PlannedObject
+from tiercache.tier.move.transfer import PART_BYTES, Transfer
 from tiercache.tier.stores import Stores
-from tiercache.tier.transfer import PART_BYTES, Transfer
 from tiercache.tierfile import RuleFile, Tier
 
 pytestmark = pytest.mark.s3

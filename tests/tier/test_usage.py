@@ -26,9 +26,9 @@ from tiercache.errors import StoreError
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.testing import CountingStore, FakeClock, Fault, FaultStore, GateStore
 from tiercache.testing.http_server import HttpFault, HttpFaultServer
-from tiercache.tier import usage
-from tiercache.tier.places import LocationResolver
-from tiercache.tier.usage import IN_USE_S, REPORT_S, USAGE_FOLDER, ActiveReader, UseRecorder, UseReport
+from tiercache.tier.placement import use_reports
+from tiercache.tier.placement.resolver import LocationResolver
+from tiercache.tier.placement.use_reports import IN_USE_S, REPORT_S, USAGE_FOLDER, ActiveReader, UseRecorder, UseReport
 from tiercache.waiting import wait_for
 
 ALL = list(range(N))
@@ -55,7 +55,7 @@ def moved(packed, tmp_path) -> Moved:
 
 
 def reports(moved: Moved) -> list[UseReport]:
-    return usage.read_reports(moved.store)
+    return use_reports.read_reports(moved.store)
 
 
 def report(moved: Moved) -> UseReport:
@@ -73,7 +73,7 @@ def test_a_run_reports_while_it_reads_and_when_it_is_closed(moved):
     assert _wait_for_reports(moved)
     begun = report(moved)
     assert [reader.reads_all for reader in begun.readers.values()] == [True]
-    assert begun.machine == usage.machine_name()
+    assert begun.machine == use_reports.machine_name()
     assert [len(batch["id"]) for batch in iterator] == [16] * (N // 16)
     dataset.close()
     closed = report(moved)
@@ -156,7 +156,7 @@ def test_uses_of_a_report_that_failed_are_in_the_next_one():
     assert not recorder.report()
     recorder.note("b")
     assert recorder.report()
-    (found,) = usage.read_reports(home)
+    (found,) = use_reports.read_reports(home)
     assert {name: uses for name, (_, uses) in found.shards.items()} == {"a": 2, "b": 1}
     recorder.close()
     home.delete([info.key for info in home.list()])
@@ -178,7 +178,7 @@ def test_it_reports_once_an_hour_while_it_is_read_and_not_after_it_is_closed():
         threading.Event().wait(0.01)
     recorder.close()
     assert home.n_calls("put", "*usage*") >= 5
-    (found,) = usage.read_reports(home)
+    (found,) = use_reports.read_reports(home)
     assert found.readers == {}
     for thread in threading.enumerate():
         if thread.name == "tiercache-usage":
@@ -207,7 +207,7 @@ def test_racing_processes_and_threads_lose_no_use(moved):
 
 
 def test_a_child_forked_while_a_report_is_written_reports_all_the_same(moved, monkeypatch):
-    monkeypatch.setattr(usage, "LOCK_S", 0.2)
+    monkeypatch.setattr(use_reports, "LOCK_S", 0.2)
     moved.adopt()
     gated = GateStore(moved.store)
     recorder = UseRecorder(LocationResolver(gated, {}))
@@ -303,7 +303,7 @@ def test_shards_of_a_view_that_workers_read_are_in_use_from_the_beginning_of_the
         batches = iter(loader)
         next(batches)
         wait_for(lambda: bool(reports(moved)), 30)
-        said = usage.merge_reports(reports(moved), pa.array(moved.keys), now_s=time.time())
+        said = use_reports.merge_reports(reports(moved), pa.array(moved.keys), now_s=time.time())
         assert said.in_use.tolist() == [True, True] + [False] * (len(moved.keys) - 2)
         assert np.isfinite(said.last_use_s).tolist() == said.in_use.tolist()
         for _ in batches:
@@ -323,16 +323,16 @@ def test_who_was_killed_is_taken_off_the_list_by_the_next_report_of_the_machine(
     dead = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
     )
-    own = usage._name_of(0).split("-")
+    own = use_reports._name_of(0).split("-")
     names = {
         "dead": f"{dead.stdout.strip()}-1-{own[2]}-0",
         "reused": f"{os.getpid()}-1-{own[2]}-0",
         "another container's": f"{dead.stdout.strip()}-1-99-0",
     }
     reader = ActiveReader(NOW_S, NOW_S, True)
-    machine = usage.machine_name()
+    machine = use_reports.machine_name()
     left = UseReport(machine, NOW_S, NOW_S, dict.fromkeys(names.values(), reader), {})
-    moved.store.put(usage.usage_key(machine), usage.encode(left))
+    moved.store.put(use_reports.usage_key(machine), use_reports.encode(left))
     dataset = tc.Dataset(moved.store.url)
     assert dataset[0]["id"] == 0
     dataset.close()
@@ -353,8 +353,8 @@ def test_without_a_state_folder_it_is_reported_too(moved, monkeypatch):
 NAMES = pa.array(["a", "b", "c"])
 
 
-def merged(*found: UseReport, silence_s: float = 7 * DAY_S) -> usage.ShardUse:
-    return usage.merge_reports(found, NAMES, now_s=NOW_S, silence_s=silence_s)
+def merged(*found: UseReport, silence_s: float = 7 * DAY_S) -> use_reports.ShardUse:
+    return use_reports.merge_reports(found, NAMES, now_s=NOW_S, silence_s=silence_s)
 
 
 def test_of_nothing_nothing_is_known():
@@ -392,44 +392,50 @@ def test_of_a_reader_of_some_only_what_it_opened_since_it_began_is_in_use():
 def test_a_report_that_cannot_be_read_is_of_a_machine_that_has_not_reported():
     store = MemoryStore("usage-unreadable")
     for n, text in enumerate([b"", b"{}", b'{"version": 2}', b"[1]", b'{"version": 1, "readers": 3}']):
-        store.put(usage.usage_key(f"m{n}"), text)
-    found = usage.read_reports(store)
+        store.put(use_reports.usage_key(f"m{n}"), text)
+    found = use_reports.read_reports(store)
     assert len(found) == 5
     now_s = max(info.modified_s for info in store.list()) + 10
     for one in found:
-        assert usage.merge_reports([one], NAMES, now_s=now_s).unreported
+        assert use_reports.merge_reports([one], NAMES, now_s=now_s).unreported
     store.delete([info.key for info in store.list()])
 
 
 LYING = {
     "nested": b"[" * 200_000,
-    "no time": usage.encode(UseReport("m", math.nan)),
-    "no end": usage.encode(UseReport("m", NOW_S, 0, {"r": ActiveReader(NOW_S, math.inf)})),
-    "no count": usage.encode(UseReport("m", NOW_S)).replace(b'"shards":{}', b'"shards":{"a":[1,1e999]}'),
-    "a count of many": usage.encode(UseReport("m", NOW_S, shards={"a": (NOW_S, 10**30)})),
-    "fewer than none": usage.encode(UseReport("m", NOW_S, shards={"a": (NOW_S, -3)})),
-    "a time of many digits": usage.encode(UseReport("m", NOW_S)).replace(b'"all_s":0.0', b'"all_s":1' + b"0" * 400),
+    "no time": use_reports.encode(UseReport("m", math.nan)),
+    "no end": use_reports.encode(UseReport("m", NOW_S, 0, {"r": ActiveReader(NOW_S, math.inf)})),
+    "no count": use_reports.encode(UseReport("m", NOW_S)).replace(b'"shards":{}', b'"shards":{"a":[1,1e999]}'),
+    "a count of many": use_reports.encode(UseReport("m", NOW_S, shards={"a": (NOW_S, 10**30)})),
+    "fewer than none": use_reports.encode(UseReport("m", NOW_S, shards={"a": (NOW_S, -3)})),
+    "a time of many digits": use_reports.encode(UseReport("m", NOW_S)).replace(
+        b'"all_s":0.0', b'"all_s":1' + b"0" * 400
+    ),
 }
 
 
 @pytest.mark.parametrize("text", LYING.values(), ids=LYING.keys())
 def test_a_report_that_cannot_be_true_keeps_the_data_where_it_is_and_stops_no_reader(moved, text):
     moved.adopt()
-    moved.store.put(usage.usage_key("other"), text)
-    moved.store.put(usage.usage_key(usage.machine_name()), text)
-    said = usage.merge_reports(reports(moved), pa.array(moved.keys), now_s=time.time() + 10)
+    moved.store.put(use_reports.usage_key("other"), text)
+    moved.store.put(use_reports.usage_key(use_reports.machine_name()), text)
+    said = use_reports.merge_reports(reports(moved), pa.array(moved.keys), now_s=time.time() + 10)
     assert said.unreported
     with closing(tc.Dataset(moved.store.url)) as dataset:
         assert by_loader(dataset) == ALL
-    assert len(usage.decode(moved.store.get(usage.usage_key(usage.machine_name())), "m").shards) == len(moved.keys)
+    assert len(
+        use_reports.decode(moved.store.get(use_reports.usage_key(use_reports.machine_name())), "m").shards
+    ) == len(moved.keys)
 
 
 def test_a_reader_of_a_name_that_is_no_processs_stops_no_report(moved):
     moved.adopt()
-    mine = f"-{usage.pid_namespace()}-0"
+    mine = f"-{use_reports.pid_namespace()}-0"
     names = [f"\u00b2-1{mine}", f"{'9' * 5000}-1{mine}"]
     readers = {name: ActiveReader(NOW_S, NOW_S) for name in names}
-    moved.store.put(usage.usage_key(usage.machine_name()), usage.encode(UseReport("m", NOW_S, readers=readers)))
+    moved.store.put(
+        use_reports.usage_key(use_reports.machine_name()), use_reports.encode(UseReport("m", NOW_S, readers=readers))
+    )
     with closing(tc.Dataset(moved.store.url)) as dataset:
         assert by_loader(dataset) == ALL
     assert set(report(moved).shards) == set(moved.keys)
@@ -448,7 +454,7 @@ REPORTS = st.builds(
 
 @given(st.lists(REPORTS, max_size=4))
 def test_merging_says_what_going_through_all_reports_one_by_one_says(found):
-    said = usage.merge_reports(found, NAMES, now_s=NOW_S, silence_s=DAY_S)
+    said = use_reports.merge_reports(found, NAMES, now_s=NOW_S, silence_s=DAY_S)
     for at, name in enumerate(NAMES.to_pylist()):
         times = [r.all_s for r in found if r.all_s] + [r.shards[name][0] for r in found if name in r.shards]
         assert max(times, default=math.nan) == pytest.approx(said.last_use_s[at], nan_ok=True)
@@ -467,11 +473,11 @@ def test_merging_says_what_going_through_all_reports_one_by_one_says(found):
 
 @given(REPORTS)
 def test_a_report_is_read_as_it_was_written(one):
-    assert usage.decode(usage.encode(one), "m") == one
-    json.loads(usage.encode(one))
+    assert use_reports.decode(use_reports.encode(one), "m") == one
+    json.loads(use_reports.encode(one))
 
 
 def test_what_no_store_gives_is_no_report():
     store = FaultStore(MemoryStore("usage-fails"), [Fault("list")])
     with pytest.raises(StoreError):
-        usage.read_reports(store)
+        use_reports.read_reports(store)

@@ -7,8 +7,15 @@ import pytest
 
 from tiercache.store import MemoryStore
 from tiercache.testing import CountingStore, WrapperStore
-from tiercache.tier import usage
-from tiercache.tier.usage import IN_USE_S, ActiveReader, UseReport, merge_reports, read_reports, usage_key
+from tiercache.tier.placement import use_reports
+from tiercache.tier.placement.use_reports import (
+    IN_USE_S,
+    ActiveReader,
+    UseReport,
+    merge_reports,
+    read_reports,
+    usage_key,
+)
 
 NAMES = pa.array(["a", "b"])
 DAY_S = 86_400.0
@@ -37,7 +44,7 @@ def reported(store, machine_s, *, store_s, reads_all=False):
     """What a machine whose clock says machine_s has reported, as the planner reads it; it began an hour before."""
     reader = ActiveReader(machine_s - 3600, machine_s, reads_all)
     report = UseReport("m", machine_s, machine_s if reads_all else 0.0, {"r": reader}, {"a": (machine_s - 60, 3)})
-    store.put(usage_key("m"), usage.encode(report))
+    store.put(usage_key("m"), use_reports.encode(report))
     (found,) = read_reports(Dated(store, store_s))
     return found
 
@@ -72,7 +79,7 @@ def test_times_are_as_reported_where_the_store_says_none_an_earlier_one_or_nearl
 
 def test_a_report_that_is_longer_than_any_is_not_read_and_is_of_a_machine_that_has_not_reported(store, monkeypatch):
     reported(store, NOW_S - 100, store_s=NOW_S - 100)
-    monkeypatch.setattr(usage, "_MOST_BYTES", 10)
+    monkeypatch.setattr(use_reports, "_MOST_BYTES", 10)
     counting = CountingStore(Dated(store, NOW_S - 100))
     assert merge_reports(read_reports(counting), NAMES, now_s=NOW_S).unreported
     assert counting.n_calls("get") == 0

@@ -31,14 +31,13 @@ from tiercache.store.posix import file_info
 from tiercache.testing import JumpingClock
 from tiercache.tier import stores as tier_stores
 from tiercache.tier.inventory import take_inventory
-from tiercache.tier.lock import BootClock
 from tiercache.tier.model import Plan
-from tiercache.tier.mover import Mover
+from tiercache.tier.move.lock import BootClock
+from tiercache.tier.move.mover import Mover, run_once
+from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.plan import make_plan
 from tiercache.tier.policy import decide
-from tiercache.tier.run import run_once
 from tiercache.tier.stores import Stores
-from tiercache.tier.transfer import Transfer
 from tiercache.tierfile import RuleFile, load_rule_file
 
 GRACE_S, SETTLE_S = DAY_S, 600.0

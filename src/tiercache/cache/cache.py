@@ -20,7 +20,7 @@ from tiercache.cache.folder import default_size_bytes
 from tiercache.cache.machine import Breaker, Notices, room
 from tiercache.cache.names import CopySpec, name_of_identity, name_of_object
 from tiercache.cache.session import CacheOptions, CacheSession
-from tiercache.catalog import read_log
+from tiercache.catalog import use_log
 from tiercache.model import OWN_FOLDER, ShardIdentity, parse_bytes
 from tiercache.stats import Counters
 from tiercache.store import Buffer, Lease, Span, Store, Upload, check_key, redact
@@ -88,7 +88,7 @@ class CachedStore(Store):
         placements are not counted as uses of data.
         """
         if not key.startswith(OWN_FOLDER) and f"/{OWN_FOLDER}" not in key:
-            read_log.record_use(f"{self._source}/{key}")
+            use_log.record_use(f"{self._source}/{key}")
 
     def _tell(self, is_hit: bool) -> None:
         self.counters.add("cache_hits" if is_hit else "cache_misses")

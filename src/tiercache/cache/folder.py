@@ -50,7 +50,8 @@ from tiercache.cache.machine import (
 )
 from tiercache.cache.names import NAME, Record
 from tiercache.catalog import charge_bytes
-from tiercache.catalog.files import (
+from tiercache.catalog.accounts import BLOCK_BYTES
+from tiercache.catalog.private_files import (
     NO_LINK,
     is_folder,
     link_whole,
@@ -64,7 +65,6 @@ from tiercache.catalog.files import (
     set_mode,
     start_time,
 )
-from tiercache.catalog.tables import BLOCK_BYTES
 from tiercache.points import crash_point
 
 if TYPE_CHECKING:

@@ -5,8 +5,15 @@ and the journal of moves; `checksums` holds them in columns. `database` shares o
 `read_log` logs uses of single objects. `files` opens private files safely.
 """
 
-from tiercache.catalog.accounts import GHOSTS_SHARE, Accounts, CacheFiles, charge_bytes
+from tiercache.catalog.accounts import (
+    FIGURES,
+    GHOSTS_SHARE,
+    AccountChanges,
+    Accounts,
+    CacheFiles,
+    CopyRow,
+    charge_bytes,
+)
 from tiercache.catalog.database import Database
-from tiercache.catalog.tables import FIGURES, AccountChanges, CopyRow
 
 __all__ = ["FIGURES", "GHOSTS_SHARE", "AccountChanges", "Accounts", "CacheFiles", "CopyRow", "Database", "charge_bytes"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, TypeVar
 
-from tiercache.catalog.files import PRIVATE, open_file
+from tiercache.catalog.private_files import PRIVATE, open_file
 from tiercache.points import crash_point
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 

@@ -11,7 +11,7 @@ from tiercache.pack.files import selected
 from tiercache.shard.versions.manifest import Version, latest, read_shards, read_version
 from tiercache.shard.versions.segments import ShardTable
 from tiercache.store import Store, open_store
-from tiercache.tier.placed import follow_placement
+from tiercache.tier.placement.redirecting_store import follow_placement
 
 
 @dataclass(frozen=True)

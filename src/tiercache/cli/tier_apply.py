@@ -17,11 +17,11 @@ from tiercache.cli.tier_opening import OpenTiers, Rules, open_tiers
 from tiercache.cli.tier_plan import Limit, plan_facts, plan_text, print_plan
 from tiercache.cli.tier_texts import format_duration
 from tiercache.model import format_bytes
-from tiercache.tier.adopting import track_planned
 from tiercache.tier.model import Plan
-from tiercache.tier.mover import ApplyResult, Mover, StoppedMove
+from tiercache.tier.move.mover import ApplyResult, Mover, StoppedMove
+from tiercache.tier.move.placement_updates import track_planned
+from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.plan import read_plan
-from tiercache.tier.transfer import Transfer
 
 
 def apply(

@@ -25,7 +25,7 @@ from tiercache.tier.inventory import Inventory, take_inventory
 from tiercache.tier.losses import Loss, find_losses
 from tiercache.tier.marks import missing_folder_message, unavailable_tiers
 from tiercache.tier.matching import first_match
-from tiercache.tier.run import catalog_path
+from tiercache.tier.move.mover import catalog_path
 from tiercache.tier.scores import MetricGap, metric_gaps
 from tiercache.tier.stores import Stores
 from tiercache.tierfile import RuleFile, load_rule_file

@@ -13,7 +13,7 @@ from tiercache.cli.tier_opening import Rules, print_losses, print_metric_gaps, p
 from tiercache.cli.tier_plan import Limit, plan_text, print_plan
 from tiercache.cli.tier_texts import print_holdings
 from tiercache.model import format_bytes
-from tiercache.tier.run import RunReport, run_once
+from tiercache.tier.move.mover import RunReport, run_once
 
 
 def run(

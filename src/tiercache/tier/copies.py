@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tiercache.catalog.checksums import EntryTable
+from tiercache.catalog.tiers import EntryTable
 from tiercache.tier.columns import ROWS_AT_A_TIME, index_in
 from tiercache.tier.layouts import MARK
 from tiercache.tier.listing import NO_CRC

@@ -19,9 +19,9 @@ from tiercache.model import OWN_FOLDER
 from tiercache.shard.versions import manifest
 from tiercache.shard.versions.manifest import VERSIONS_FOLDER, Version
 from tiercache.shard.versions.segments import SegmentRef, ShardTable, read_segments
-from tiercache.tier import placement, usage
-from tiercache.tier.below import prefix_store
 from tiercache.tier.columns import index_in, match_regex
+from tiercache.tier.placement import log, use_reports
+from tiercache.tier.placement.log import prefix_store
 
 if TYPE_CHECKING:
     from tiercache.tier.listing import Listing
@@ -164,14 +164,14 @@ class _Reader:
             table, named_s = self._table(versions)
         except (CorruptShard, UnsupportedFormat) as error:
             return _NONE, FoundDataset(self._folder, self._tier, len(numbers), problem=str(error))
-        has_mark = bool(match_regex(own_keys, f"^{re.escape(self._folder + placement.TRACKING_MARKER_KEY)}$").any())
-        reports = match_regex(own_keys, f"^{re.escape(self._folder + usage.USAGE_FOLDER)}").any()
-        found = usage.read_reports(self._store) if reports else []
-        used = usage.merge_reports(found, table.names, now_s=now_s, silence_s=self._file.tiering.reader_timeout_s)
+        has_mark = bool(match_regex(own_keys, f"^{re.escape(self._folder + log.TRACKING_MARKER_KEY)}$").any())
+        reports = match_regex(own_keys, f"^{re.escape(self._folder + use_reports.USAGE_FOLDER)}").any()
+        found = use_reports.read_reports(self._store) if reports else []
+        used = use_reports.merge_reports(found, table.names, now_s=now_s, silence_s=self._file.tiering.reader_timeout_s)
         urls, elsewhere = self._elsewhere(table.names) if has_mark else ((), np.zeros(len(table), np.bool_))
         # Without the adoption marker, readers do not report: a data set that is read daily must not be archived on the
         # day of the first rules. A marker without a date comes from an early release: uses have been recorded for long.
-        since_s = (placement.adopted_s(self._store) or 0.0) if has_mark else np.inf
+        since_s = (log.adopted_s(self._store) or 0.0) if has_mark else np.inf
         shards = LiveShards(
             keys=_below(self._folder, table.names),
             n_bytes=table.n_bytes,
@@ -231,7 +231,7 @@ class _Reader:
 
     def _elsewhere(self, names: pa.ChunkedArray) -> tuple[tuple[tuple[str, int], ...], NDArray[np.bool_]]:
         """Return the shards that are placed at a URL that is not a tier's: their number by URL, and bool[n]."""
-        placed = placement.read_placement(self._store)
+        placed = log.read_placement(self._store)
         if placed is None or not len(placed):
             return (), np.zeros(len(names), np.bool_)
         at = placed.row_numbers(names)

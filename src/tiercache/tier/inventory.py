@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tiercache.catalog import read_log
+from tiercache.catalog import use_log
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder
 from tiercache.tier.columns import index_in, match_regex, sort_order, take_rows
@@ -344,11 +344,11 @@ class _Used:
         n_groups = len(grouped.kind)
         last_s, counts = np.full(n_groups, np.nan), np.zeros(n_groups, np.int64)
         try:
-            known = read_log.read_uses()
+            known = use_log.read_uses()
         except (OSError, ValueError):  # there is no usable state folder, so that no use is known
             known = {}
         for number in listed.tiers if known else ():
-            found = read_log.uses_under(known, file.tiers[number].url)
+            found = use_log.uses_under(known, file.tiers[number].url)
             rows = np.flatnonzero(listed.tier[grouped.objects.row] == number)
             keys = take_rows(listed.keys, grouped.objects.row[rows])
             at = index_in(keys, pa.array(list(found), pa.large_string()))

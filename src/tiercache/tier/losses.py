@@ -18,13 +18,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tiercache.catalog.checksums import EntryTable
+from tiercache.catalog.tiers import EntryTable
 from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
-from tiercache.tier import placement
 from tiercache.tier.columns import match_regex
 from tiercache.tier.datasets import OWN_KEY, SHARD_KEY
 from tiercache.tier.marks import unavailable_tiers
 from tiercache.tier.matching import first_match
+from tiercache.tier.placement import log
 from tiercache.tier.view import Flags
 
 if TYPE_CHECKING:
@@ -147,10 +147,10 @@ def _add_tiers_of_shards(known: _Expected, file: RuleFile, catalog: TierCatalog)
 
 def _add_from_placement(known: _Expected, inventory: Inventory, file: RuleFile, stores: Stores) -> None:
     """Add files and checkpoints that the home tier's placement leads readers to."""
-    if not inventory.lies(pa.array([placement.TRACKING_MARKER_KEY], pa.large_string()))[0]:
+    if not inventory.lies(pa.array([log.TRACKING_MARKER_KEY], pa.large_string()))[0]:
         return
     try:
-        placed = placement.read_placement(stores.store(file.home.name))
+        placed = log.read_placement(stores.store(file.home.name))
     except (CorruptShard, UnsupportedFormat):
         return  # the mover reports the damaged placement, and moves nothing
     if placed is None or not len(placed):

@@ -41,8 +41,8 @@ from tiercache.cache.fetch.units import (
 )
 from tiercache.cache.machine import boot_id, close_private, keep_private, try_shared
 from tiercache.catalog import charge_bytes
-from tiercache.catalog.files import set_mode
-from tiercache.catalog.tables import BLOCK_BYTES
+from tiercache.catalog.accounts import BLOCK_BYTES
+from tiercache.catalog.private_files import set_mode
 from tiercache.model import ByteRange
 from tiercache.points import crash_point
 from tiercache.store.posix import write_all

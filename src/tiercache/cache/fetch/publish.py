@@ -20,7 +20,7 @@ from tiercache.cache.fetch.units import Mask, checksum_of, n_units
 from tiercache.cache.lease import open_leased
 from tiercache.cache.machine import NameLock, is_disk_full
 from tiercache.catalog import charge_bytes
-from tiercache.catalog.tables import BLOCK_BYTES
+from tiercache.catalog.accounts import BLOCK_BYTES
 from tiercache.errors import CorruptShard, ObjectChanged, StoreError
 from tiercache.file_limit import emfile_message
 from tiercache.model import format_bytes

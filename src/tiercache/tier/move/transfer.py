@@ -19,7 +19,7 @@ from tiercache.store.archive import ArchiveStore
 from tiercache.store.cloud import OrderedUpload
 from tiercache.store.contract import Upload
 from tiercache.tier.model import ARCHIVED, RESTORING, PlannedObject
-from tiercache.tier.pieces import (
+from tiercache.tier.move.parts import (
     MOST_PARTS,
     PART_BYTES,
     CopiedPart,
@@ -30,8 +30,31 @@ from tiercache.tier.pieces import (
     ranges_of,
 )
 from tiercache.tier.stores import Stores, state_of
-from tiercache.tier.targets import check_absent, check_over
 from tiercache.waiting import SYSTEM_CLOCK, Clock
+
+
+def check_absent(stores: Stores, tier: str, key: str) -> None:
+    """Raise ObjectChanged if the destination has an object."""
+    try:
+        info = stores.head(tier, key)
+    except NotFound:
+        return
+    # The object may be our own, if the answer of the store was lost: the next attempt compares it.
+    message = "the destination was created concurrently: it is not overwritten"
+    url = f"{stores.store(tier).url}/{key}"
+    raise ObjectChanged(message, url=url, expected="nothing", found=f"{info.n_bytes} bytes")
+
+
+def check_over(stores: Stores, tier: str, key: str, etag: str) -> None:
+    """Raise ObjectChanged if the destination does not have the object with this ETag."""
+    try:
+        found = stores.head(tier, key).etag
+    except NotFound:
+        found = None
+    if found != etag:
+        message = "the object to replace was changed concurrently: it is not overwritten"
+        raise ObjectChanged(message, url=f"{stores.store(tier).url}/{key}", expected=etag, found=found)
+
 
 # Parts of one object that are read ahead of the part that is written, or in flight at once where the upload allows it.
 _AHEAD = 2

@@ -1,24 +1,34 @@
-"""Placement updates of moves: written beside data sets and at home before anything that readers use is deleted."""
+"""Placement updates of moves, written before anything that readers use is deleted, and the start of use tracking."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from tiercache.errors import StoreError, TierCacheError
-from tiercache.tier import placement
-from tiercache.tier.below import prefix_store
-from tiercache.tier.placement import Placement, PlacementRow
-from tiercache.tier.steps import is_readable
+from tiercache.tier.matching import first_match
+from tiercache.tier.model import SHARD
+from tiercache.tier.move.checks import is_readable
+from tiercache.tier.placement import log
+from tiercache.tier.placement.log import Placement, PlacementRow, prefix_store
 from tiercache.tier.stores import RESTORED_FIRST
 
 if TYPE_CHECKING:
     from tiercache.catalog.tiers import JournalRow
     from tiercache.model import ObjectInfo
     from tiercache.store import Store
-    from tiercache.tier.steps import Infos, MoveContext
+    from tiercache.tier.inventory import Inventory
+    from tiercache.tier.model import Plan
+    from tiercache.tier.move.checks import Infos, MoveContext
+    from tiercache.tier.stores import Stores
+
 
 RowChanges: TypeAlias = "dict[str, PlacementRow | None]"
 Heads: TypeAlias = "Mapping[tuple[str, str], ObjectInfo | StoreError | None]"
@@ -127,7 +137,7 @@ class PlacementUpdates:
         failed: dict[str, str] = {}
         for folder, some in changes.items():
             try:
-                self._read[folder] = placement.commit_placement(self.chain(folder), some)
+                self._read[folder] = log.commit_placement(self.chain(folder), some)
             except TierCacheError as error:
                 self._read.pop(folder, None)
                 failed[folder] = f"the placement could not be written: {error}"
@@ -141,7 +151,7 @@ class PlacementUpdates:
 
     def _said(self, folder: str, key: str) -> PlacementRow | None:
         if folder not in self._read:
-            self._read[folder] = placement.read_placement(self.chain(folder))
+            self._read[folder] = log.read_placement(self.chain(folder))
         found = self._read[folder]
         return None if found is None else found.find(key)
 
@@ -264,3 +274,40 @@ def found_in(heads: Heads, tier: str, key: str) -> ObjectInfo | None:
     if isinstance(info, StoreError):
         raise info
     return info
+
+
+def track_ruled(inventory: Inventory, stores: Stores) -> tuple[str, ...]:
+    """Start tracking the data sets at home that a rule covers. Return the folders of the newly tracked ones."""
+    file, snapshot = stores.file, inventory.snapshot
+    shards = snapshot.paths.filter(pa.array(snapshot.kind == SHARD))
+    ruled = shards.filter(pa.array(first_match(shards, [(rule.match, rule.exclude) for rule in file.rules]) >= 0))
+    return _adopted(
+        stores,
+        (
+            found.folder.rstrip("/")
+            for found in inventory.facts.get("datasets", ())
+            if not (found.problem or found.is_adopted)
+            and stores.same_url(found.tier, file.home.name)
+            and np.any(pc.starts_with(ruled, found.folder).to_numpy(zero_copy_only=False))
+        ),
+    )
+
+
+def track_planned(plan: Plan, stores: Stores) -> tuple[str, ...]:
+    """Start tracking the data sets at home whose shards a plan moves or refuses. Return the newly tracked folders."""
+    home = stores.store(stores.file.home.name)
+    shards = [one.path for one in plan.moves if one.kind == "shard"]
+    shards += [one.path for one in plan.refusals if one.kind == "shard"]
+    folders = {path.rpartition("/")[0] for path in shards}
+    found = {dataset_folder_above(home, folder) for folder in folders}
+    return _adopted(stores, sorted(folder for folder in found if folder is not None))
+
+
+def _adopted(stores: Stores, folders: Iterable[str]) -> tuple[str, ...]:
+    home, adopted = stores.store(stores.file.home.name), []
+    for folder in folders:
+        # A store that cannot be written: the moves report that.
+        with suppress(StoreError):
+            if log.start_tracking(prefix_store(home, folder)):
+                adopted.append(folder)
+    return tuple(adopted)

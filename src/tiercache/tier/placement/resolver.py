@@ -7,6 +7,9 @@ A moved object is found without a notification::
        read again, and the location it names is asked by one HEAD; then the home, and the locations in earlier
        placements, where a copy stays during the grace period.
     3. If the size and, where both are known, the checksum are as expected, the read continues there.
+
+The tiers of this machine's rule file are read here without the models that validate a rule file, because building these
+takes 50 ms in every process of a training job.
 """
 
 from __future__ import annotations
@@ -14,20 +17,70 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tiercache import config
 from tiercache.errors import ArchivedShards, NotFound, ObjectChanged, StoreError, TierCacheError
-from tiercache.model import OWN_FOLDER, ByteRange
+from tiercache.model import OWN_FOLDER, ByteRange, parse_bytes
 from tiercache.store import LocalFolder, Store, open_store, redact
-from tiercache.tier import placement
-from tiercache.tier.machine import tier_above
+from tiercache.tier.placement import log
 
 if TYPE_CHECKING:
     from tiercache.model import ObjectInfo
-    from tiercache.tier.placement import Placement, PlacementRow
+    from tiercache.tier.placement.log import Placement, PlacementRow
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTier:
+    """A tier of the rule file. url: For a local folder, its absolute path without a "/" at the end."""
+
+    role: str
+    url: str
+    capacity: str | int | None = None
+    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """Capacity in bytes; None: limited only by the disk. Raises ValueError, TypeError, OSError."""
+        if self.capacity is None:
+            return None
+        return parse_bytes(self.capacity, whole_bytes=shutil.disk_usage(existing(self.url)).total)
+
+
+def tier_above(url: str) -> LocalTier | None:
+    """Return the tier at url or at a folder above it; None if this machine's rule file has none, or is missing."""
+    steps = url.split("/")
+    if ".." in steps or "." in steps:
+        return None
+    return next((tier for tier in _tiers() if f"{url.rstrip('/')}/".startswith(f"{tier.url}/")), None)
+
+
+def existing(path: str) -> str:
+    """Return the nearest existing folder, from path upwards."""
+    return str(next(folder for folder in (Path(path), *Path(path).parents) if folder.is_dir()))
+
+
+def _tiers() -> list[LocalTier]:
+    try:
+        file = config.find_file(Path.cwd())
+        tables = {} if file is None else config.parse_toml(file, config.read_file(file)).get("tiers", {})
+        return [] if file is None else [_tier(name, table, file.parent) for name, table in tables.items()]
+    except (ValueError, TypeError, AttributeError, OSError):
+        return []
+
+
+def _tier(name: str, table: dict[str, Any], folder: Path) -> LocalTier:
+    url = str(table["url"]) if "url" in table else ""
+    if not url:
+        raise ValueError(f"tiers.{name}.url: not given")
+    whole = url.rstrip("/") if "://" in url else os.path.normpath(folder / Path(url).expanduser())
+    return LocalTier(table.get("role", name), whole, table.get("capacity"), dict(table.get("storage_options", {})))
+
 
 T = TypeVar("T")
 
@@ -116,14 +169,14 @@ class LocationResolver:
         if not known.asked:
             with known.lock:
                 if not known.asked:
-                    self._learn(known, placement.read_placement(self.home))
+                    self._learn(known, log.read_placement(self.home))
         return known.placement
 
     def refresh(self) -> Placement | None:
         """Read and return the newest placement. Raises as placement.search()."""
         known = self._here
         with known.lock:
-            found = placement.find_newest_placement(self.home, known.placement)
+            found = log.find_newest_placement(self.home, known.placement)
             if found.number or known.placement is not None:
                 self._learn(known, found)
         return known.placement
@@ -291,7 +344,7 @@ class LocationResolver:
             return
         with known.lock:
             if known.earlier is None or known.earlier[0] != newest.number:
-                known.earlier = newest.number, placement.earlier_placements(self.home, newest)
+                known.earlier = newest.number, log.earlier_placements(self.home, newest)
             found = known.earlier[1]
         yield from (one for one in (each.find(key) for each in found) if one is not None)
 

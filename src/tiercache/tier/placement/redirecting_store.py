@@ -17,12 +17,13 @@ from tiercache.model import ObjectInfo, ShardIdentity, format_bytes
 from tiercache.prices import FREE, Prices, is_free, price_table
 from tiercache.store import Buffer, Lease, LocalStore, Span, Store, Upload
 from tiercache.tier.costs import region_of, restored_home_dollars
-from tiercache.tier.places import LocationResolver, ObjectLocation, is_remote
+from tiercache.tier.placement.resolver import LocationResolver, ObjectLocation, is_remote
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from tiercache.tier.placement import Placement, PlacementRow
+    from tiercache.tier.placement.log import Placement, PlacementRow
+
 
 # Restores of archived shards are queried in parallel, because the time is round trips.
 ASKING_THREADS = 16

@@ -1,8 +1,9 @@
 """Log of uses of single objects that this machine reads through a cache, in the state folder, for the tier planner.
 
-A shard that a `Dataset` reads is counted beside its data set (tier/usage.py). Other objects that are read through
-`Cache` or `tiercache::` are noted here, by URL. Opening an object appends a line, at most once a minute per process and
-object, whatever the spelling of its URL. This costs about 100 us, needs no lock, and survives a killed process.
+A shard that a `Dataset` reads is counted beside its data set (tier/placement/use_reports.py). Other objects that are
+read through `Cache` or `tiercache::` are noted here, by URL. Opening an object appends a line, at most once a minute
+per process and object, whatever the spelling of its URL. This costs about 100 us, needs no lock, and survives a killed
+process.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from tiercache import config
-from tiercache.catalog.files import make_folder, open_file
+from tiercache.catalog.private_files import make_folder, open_file
 
 FOLDER = "uses"
 # Minimum time between two lines of a process on one object.

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tiercache import config
-from tiercache.catalog.files import make_folder, open_file, pid_namespace
+from tiercache.catalog.private_files import make_folder, open_file, pid_namespace
 from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.waiting import SYSTEM_CLOCK, Clock, pause, wait_for
 
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.store import Store
-    from tiercache.tier.places import LocationResolver
+    from tiercache.tier.placement.resolver import LocationResolver
+
 
 USAGE_FOLDER = "_tiercache/usage/"
 FORMAT_VERSION = 1
