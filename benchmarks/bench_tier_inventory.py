@@ -19,10 +19,10 @@ from cases import Bench, mib, peak_bytes
 from rows import spread
 from tiercache.model import ObjectInfo
 from tiercache.store import MemoryStore
-from tiercache.tier.inventory import take_inventory
-from tiercache.tier.listing import list_tiers
+from tiercache.tier.inventory.groups import take_inventory
+from tiercache.tier.inventory.listing import list_tiers
+from tiercache.tier.rules import BestMetric, KeepList, Rule, RuleFile, Tier
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import BestMetric, KeepList, Rule, RuleFile, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -30,8 +30,8 @@ from tiercache.testing.s3_server import S3Server
 from tiercache.tier.model import PlannedObject
 from tiercache.tier.move.parts import PartBufferPool
 from tiercache.tier.move.transfer import Transfer
+from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import RuleFile, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -20,10 +20,10 @@ import pyarrow as pa
 from cases import Bench, mib, peak_bytes
 from rows import spread
 from tiercache.prices import prices_of
-from tiercache.tier.matching import first_match
 from tiercache.tier.model import CHECKPOINT, FILE, NO_SERIES, NO_STEP, READABLE, SHARD, Snapshot
-from tiercache.tier.policy import decide
-from tiercache.tierfile import KeepList, Rule, RuleFile, Tier
+from tiercache.tier.plan.policy import decide
+from tiercache.tier.rules import KeepList, Rule, RuleFile, Tier
+from tiercache.tier.text_columns import first_match
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

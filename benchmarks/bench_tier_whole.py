@@ -31,10 +31,10 @@ from tiercache.cli.output import Output
 from tiercache.cli.tier_opening import OpenTiers
 from tiercache.cli.tier_plan import plan_facts, plan_text, plan_tiers, print_plan
 from tiercache.prices import prices_if_known
-from tiercache.tier.listing import list_tiers
-from tiercache.tier.plan import write_plan
+from tiercache.tier.inventory.listing import list_tiers
+from tiercache.tier.plan.plan import write_plan
+from tiercache.tier.rules import BestMetric, KeepList, Rule, RuleFile, Tier
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import BestMetric, KeepList, Rule, RuleFile, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

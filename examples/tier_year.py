@@ -2,7 +2,7 @@
 
     python examples/tier_year.py [--shards 16000] [--into docs/guide/tiers.md]
 
-Each day the real policy (`tiercache.tier.policy.decide`) sees what there is and says what goes where; nothing else is
+Each day the real policy (`tiercache.tier.plan.policy.decide`) sees what there is and says what goes where; nothing else is
 real. The bill is kept by this file from the price table, and not from what the policy says that its moves cost.
 """
 
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from tiercache.prices import prices_of
 from tiercache.tier.model import ARCHIVED, CHECKPOINT, NO_SERIES, NO_STEP, READABLE, SHARD, Decisions, Snapshot
-from tiercache.tier.policy import decide
-from tiercache.tierfile import RuleFile, load_rule_file
+from tiercache.tier.plan.policy import decide
+from tiercache.tier.rules import RuleFile, load_rule_file
 
 RULES = """\
 [tiers.hot]

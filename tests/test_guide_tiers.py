@@ -8,7 +8,7 @@ from tests import guide_session
 
 from tiercache.prices import prices_of
 from tiercache.testing.s3_server import S3Server
-from tiercache.tierfile import load_rule_file
+from tiercache.tier.rules import load_rule_file
 
 PAGE = Path(__file__).parents[1] / "docs" / "guide" / "tiers.md"
 

@@ -16,7 +16,7 @@ from tiercache.prices import (
     prices_if_known,
     prices_of,
 )
-from tiercache.tierfile import Tier
+from tiercache.tier.rules import Tier
 
 S3 = {"STANDARD", "INTELLIGENT_TIERING", "STANDARD_IA", "ONEZONE_IA", "GLACIER_IR", "GLACIER", "DEEP_ARCHIVE"}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from tiercache import tierfile
-from tiercache.tierfile import BestMetric, KeepList, Pin, Rule, Tier, TieringOptions, load_rule_file
+from tiercache.tier import rules as rules_module
+from tiercache.tier.rules import BestMetric, KeepList, Pin, Rule, Tier, TieringOptions, load_rule_file
 
 TIERS = """
 [tiers.hot]
@@ -461,4 +461,4 @@ class TestTheRest:
 
 
 def test_what_the_package_lists_is_there():
-    assert all(hasattr(tierfile, name) for name in tierfile.__all__)
+    assert all(hasattr(rules_module, name) for name in rules_module.__all__)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiercache.tierfile import load_rule_file
+from tiercache.tier.rules import load_rule_file
 
 EVERYTHING = """
 [tiers.hot]

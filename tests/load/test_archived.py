@@ -19,8 +19,8 @@ from tiercache.testing.s3_server import S3Server
 from tiercache.tier.placement import log
 from tiercache.tier.placement.log import PlacementRow
 from tiercache.tier.restore import plan_restore
+from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import RuleFile, Tier
 
 ALL = list(range(N))
 GONE = HttpFault("status", 403, body=b"<Error><Code>InvalidObjectState</Code><Message>archived</Message></Error>")

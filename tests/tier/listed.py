@@ -8,9 +8,9 @@ import numpy as np
 
 from tiercache.model import ObjectInfo
 from tiercache.store import MemoryStore
-from tiercache.tier.inventory import Inventory, take_inventory
+from tiercache.tier.inventory.groups import Inventory, take_inventory
+from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import load_rule_file
 
 NOW_S = 2_000_000_000.0
 OLD_S = NOW_S - 86_400.0

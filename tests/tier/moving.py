@@ -21,8 +21,8 @@ from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.mover import Mover
 from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.placement import log
+from tiercache.tier.rules import RuleFile, load_rule_file
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import RuleFile, load_rule_file
 
 NOW_S = 1_800_000_000.0
 GRACE_S = 86_400.0

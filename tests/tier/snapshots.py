@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from tiercache.prices import FREE, Prices, RestorePrice
 from tiercache.tier.model import KINDS, NO_SERIES, NO_STEP, READABLE, Kind, Snapshot
-from tiercache.tierfile import RuleFile, Tier
+from tiercache.tier.rules import RuleFile, Tier
 
 DAY_S = 86_400.0
 NOW_S = 10_000 * DAY_S

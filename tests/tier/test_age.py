@@ -10,11 +10,11 @@ from tests.tier.test_run import Tiers as Folders
 
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.testing import JumpingClock
-from tiercache.tier.inventory import take_inventory
+from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.move.mover import catalog_path
-from tiercache.tier.retention import evaluate_keep_list
+from tiercache.tier.plan.proposals import evaluate_keep_list
+from tiercache.tier.rules import KeepList
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import KeepList
 
 HOUR_S, DAY_S = 3600.0, 86_400.0
 SPRING_S = 1_700_000_000.0

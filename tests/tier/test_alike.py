@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.tier import layouts
-from tiercache.tier.alike import MOST_DIGITS, NameTemplates
-from tiercache.tier.layouts import Layout, recognise_layout
+from tiercache.tier.inventory import layouts
+from tiercache.tier.inventory.layouts import Layout, recognise_layout
+from tiercache.tier.text_columns import MOST_DIGITS, NameTemplates
 
 DIGITS = re.compile("[0-9]+")
 

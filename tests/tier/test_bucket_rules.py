@@ -7,7 +7,7 @@ import pytest
 
 from tiercache.store.archive import BucketSettings, S3Archive, open_archive
 from tiercache.testing.http_server import HttpFault, HttpFaultServer
-from tiercache.tier.bucket_rules import bucket_findings
+from tiercache.tier.findings import bucket_findings
 
 EXPIRES = {"Expiration": {"Days": 30}}
 

@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.tier import columns
-from tiercache.tier.columns import split_keys, text_of
+from tiercache.tier import text_columns
+from tiercache.tier.text_columns import split_keys, text_of
 
 keys = st.lists(st.text("ab/é\n/", max_size=8), max_size=12)
 
 
 @pytest.mark.parametrize("n_rows", [1, 3, 1 << 16])
 def test_keys_are_cut_at_their_last_slash(monkeypatch, n_rows):
-    monkeypatch.setattr(columns, "ROWS_AT_A_TIME", n_rows)
+    monkeypatch.setattr(text_columns, "ROWS_AT_A_TIME", n_rows)
 
     @given(keys, st.integers(0, 3))
     def check(texts, skipped):

@@ -15,12 +15,12 @@ from tiercache.catalog.tiers import TierCatalog
 from tiercache.model import ByteRange
 from tiercache.prices import prices_if_known
 from tiercache.store import open_store
-from tiercache.tier.inventory import take_inventory
+from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.model import Decisions
 from tiercache.tier.move.deletions import DeletionGuard, survey_of
-from tiercache.tier.policy import decide
+from tiercache.tier.plan.policy import decide
+from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import load_rule_file
 
 DAY_S = 86_400.0
 KEYS = ("data/a.bin", "data/b.bin")

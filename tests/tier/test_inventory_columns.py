@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from tests.tier.listed import NOW_S, OLD_S, Books, scripted
 
 from tiercache.catalog.tiers import CatalogEntry, EntryTable, TierCatalog, batch_of
-from tiercache.tier import columns, copies, layouts, scores
-from tiercache.tier.columns import sort_order, take_rows
-from tiercache.tier.layouts import Layout, recognise_layout
+from tiercache.tier import text_columns
+from tiercache.tier.inventory import groups as groups_module
+from tiercache.tier.inventory import layouts, metrics
+from tiercache.tier.inventory.layouts import Layout, recognise_layout
+from tiercache.tier.text_columns import sort_order, take_rows
 
 PART = (
     *(
@@ -59,7 +61,7 @@ def test_keys_that_are_recognised_in_parts_are_what_they_are_at_once(monkeypatch
         whole = recognise_layout(texts)
         with monkeypatch.context() as patch:
             patch.setattr(layouts, "ROWS_AT_A_TIME", n_rows)
-            patch.setattr(columns, "ROWS_AT_A_TIME", n_rows)
+            patch.setattr(text_columns, "ROWS_AT_A_TIME", n_rows)
             parts = recognise_layout(texts)
         for name in Layout.__slots__:
             assert equal(getattr(whole, name), getattr(parts, name)), name
@@ -130,7 +132,7 @@ def test_books_that_are_looked_up_in_parts_say_what_they_say_at_once(tmp_path, m
             tiers.hot.add(key, data.draw(st.integers(0, 2)), etag=data.draw(st.none() | st.sampled_from(["x", '"y"'])))
         tiers.books = Books({("hot", key): one for key, one in books.items()})
         with monkeypatch.context() as patch:
-            patch.setattr(copies, "ROWS_AT_A_TIME", n_rows)
+            patch.setattr(groups_module, "ROWS_AT_A_TIME", n_rows)
             look = tiers.take()
         for path in look.paths:
             (info,) = look.objects(path, "hot")
@@ -161,7 +163,7 @@ def test_the_objects_of_many_copies_are_those_of_each(tmp_path):
 
 @pytest.mark.parametrize("n_rows", [1, 1 << 16])
 def test_metrics_in_names_are_found_in_parts_too(tmp_path, monkeypatch, n_rows):
-    monkeypatch.setattr(scores, "ROWS_AT_A_TIME", n_rows)
+    monkeypatch.setattr(metrics, "ROWS_AT_A_TIME", n_rows)
     tiers = scripted(tmp_path, f"metrics-{n_rows}")
     tiers.rules = '[[rules]]\nname = "r"\nmatch = "**"\nkeep_hot = { best = "loss:1" }\n'
     for n in range(12):

@@ -13,12 +13,12 @@ from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.shard.versions import manifest
 from tiercache.store import LocalFolder
 from tiercache.testing import Fault, FaultStore
-from tiercache.tier.inventory import take_inventory
+from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.model import KINDS, SHARD
 from tiercache.tier.placement import log, use_reports
 from tiercache.tier.placement.log import PlacementRow
+from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import load_rule_file
 
 
 @pytest.fixture

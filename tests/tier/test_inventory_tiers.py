@@ -9,9 +9,9 @@ from tests.tier.listed import NOW_S, scripted
 
 from tiercache.errors import StoreError
 from tiercache.testing import CountingStore, Fault, FaultStore
-from tiercache.tier.listing import list_tiers
+from tiercache.tier.inventory.listing import list_tiers
+from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import load_rule_file
 
 
 @pytest.fixture

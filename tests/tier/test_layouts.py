@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.tier.layouts import INDEX, LACKS, MARK, MEMBER, NO_GROUP, Layout, recognise_layout
+from tiercache.tier.inventory.layouts import INDEX, LACKS, MARK, MEMBER, NO_GROUP, Layout, recognise_layout
 from tiercache.tier.model import NO_SERIES, NO_STEP
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiercache.errors import StoreError
 from tiercache.store import MemoryStore
 from tiercache.testing import Fault, FaultStore
-from tiercache.tier.lightning import read_scores
+from tiercache.tier.inventory.metrics import read_scores
 
 NAME = "epoch=1-step=8.ckpt"
 
@@ -166,7 +166,7 @@ def test_a_zip_file_of_something_else_has_no_scores(scores_in, name):
 
 
 def test_a_pickle_that_is_too_large_is_not_read(scores_in, monkeypatch):
-    monkeypatch.setattr("tiercache.tier.lightning._MAX_PICKLE_BYTES", 100)
+    monkeypatch.setattr("tiercache.tier.inventory.metrics._MAX_PICKLE_BYTES", 100)
     assert scores_in(saved(checkpoint(callback("val_loss", {NAME: 0.25})))) == {}
 
 

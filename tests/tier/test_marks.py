@@ -10,10 +10,9 @@ from tests.tier.test_run import DAY_S, RULES, Tiers
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.store import LocalFolder
 from tiercache.testing import Fault, FaultStore, JumpingClock
-from tiercache.tier.marks import MARKER_KEY, ensure_marker, unavailable_reason
 from tiercache.tier.move.mover import DONE, PARTLY, Mover, catalog_path, run_once
 from tiercache.tier.move.transfer import Transfer
-from tiercache.tier.stores import Stores
+from tiercache.tier.stores import MARKER_KEY, Stores, ensure_marker, unavailable_reason
 
 
 @pytest.fixture

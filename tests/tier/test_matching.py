@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.tier.matching import first_match
+from tiercache.tier.text_columns import first_match
 
 # -- the plain matcher, which shares nothing with the fast one ------------------------------------------------------
 

@@ -10,8 +10,8 @@ from tiercache.errors import StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store import MemoryStore
 from tiercache.testing import Fault, FaultStore
-from tiercache.tier import metrics
-from tiercache.tier.metrics import MAX_BYTES, metrics_in_name, parse_metrics, read_metrics
+from tiercache.tier.inventory import metrics
+from tiercache.tier.inventory.metrics import MAX_BYTES, metrics_in_name, parse_metrics, read_metrics
 
 
 @pytest.fixture

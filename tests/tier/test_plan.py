@@ -14,9 +14,9 @@ from tests.tier.test_policy_property import FEWER, applied, bytes_in, capacities
 
 from tiercache.model import ObjectInfo
 from tiercache.tier.model import Move, MoveCost, Plan, PlannedObject, PlannedTier, Refusal, Snapshot, TierTotals
-from tiercache.tier.plan import holdings, make_plan, plan_lines, read_plan, write_plan
-from tiercache.tier.policy import decide
-from tiercache.tierfile import Rule, TieringOptions
+from tiercache.tier.plan.plan import holdings, make_plan, plan_lines, read_plan, write_plan
+from tiercache.tier.plan.policy import decide
+from tiercache.tier.rules import Rule, TieringOptions
 
 
 @dataclass

@@ -9,12 +9,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.tier import made, moves
-from tiercache.tier.decided import CostColumns, MoveColumns, MoveDecisionTable, MoveRejectionTable
+from tiercache.tier import model
 from tiercache.tier.model import KINDS, SHARD, Move, MoveCost, MoveDecision, MoveRejection, Plan, PlannedObject, Refusal
-from tiercache.tier.moves import MoveTable, ObjectTable, RefusalTable, paths_of, total_moves, totals_by_route
-from tiercache.tier.plan_file import plan_lines
-from tiercache.tier.wishes import ACTIONS
+from tiercache.tier.plan import tables
+from tiercache.tier.plan.plan import plan_lines
+from tiercache.tier.plan.proposals import ACTIONS
+from tiercache.tier.plan.tables import (
+    CostColumns,
+    MoveColumns,
+    MoveDecisionTable,
+    MoveRejectionTable,
+    MoveTable,
+    ObjectTable,
+    RefusalTable,
+    paths_of,
+    total_moves,
+    totals_by_route,
+)
 
 TIERS = ("hot", "standard", "archive")
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(
@@ -85,11 +96,11 @@ def pieces_of(copies: list[list[PlannedObject]]) -> ObjectTable:
     )
 
 
-@pytest.fixture(params=[1, 2, made.AT_A_TIME])
+@pytest.fixture(params=[1, 2, model.AT_A_TIME])
 def at_a_time(request, monkeypatch):
     """How many rows are made at a time."""
-    monkeypatch.setattr(made, "AT_A_TIME", request.param)
-    monkeypatch.setattr(moves, "AT_A_TIME", request.param)
+    monkeypatch.setattr(model, "AT_A_TIME", request.param)
+    monkeypatch.setattr(tables, "AT_A_TIME", request.param)
 
 
 def timed(plain: list[Move], in_columns: MoveTable) -> list[Move]:

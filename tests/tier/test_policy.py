@@ -19,9 +19,9 @@ from tests.tier.snapshots import (
 
 from tiercache.prices import FREE, Prices, price_table
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING
-from tiercache.tier.policy import decide
-from tiercache.tier.wishes import ago
-from tiercache.tierfile import BestMetric, KeepList, Pin, Rule, Tag, TieringOptions
+from tiercache.tier.plan.policy import decide
+from tiercache.tier.plan.proposals import ago
+from tiercache.tier.rules import BestMetric, KeepList, Pin, Rule, Tag, TieringOptions
 
 MB = 1_000_000
 BIG = Copy(100 * MB, days=100)

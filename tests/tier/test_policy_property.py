@@ -11,8 +11,8 @@ from tests.tier.snapshots import COLD, DAY_S, FROZEN, PRICES, STANDARD, TIERS, C
 
 from tiercache.prices import FREE
 from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING, Decisions
-from tiercache.tier.policy import decide
-from tiercache.tierfile import BestMetric, KeepList, Pin, Rule, Tag, TieringOptions
+from tiercache.tier.plan.policy import decide
+from tiercache.tier.rules import BestMetric, KeepList, Pin, Rule, Tag, TieringOptions
 
 # Worlds take long to draw, and half a dozen properties share them.
 FEWER = settings(max_examples=max(settings.default.max_examples // 2, 1))

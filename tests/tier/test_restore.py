@@ -19,8 +19,8 @@ from tiercache.testing import FakeClock
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, PlannedObject
 from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.restore import RequestCounts, plan_copy_home, plan_restore, request_restore, wait_restored
+from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.stores import Stores, state_of
-from tiercache.tierfile import RuleFile, Tier
 
 HOUR_S = 3600.0
 GLACIER = Prices(

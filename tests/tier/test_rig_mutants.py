@@ -11,11 +11,11 @@ from tests.tier.jobs import fill, write
 from tests.tier.world import World
 
 from tiercache import points
-from tiercache.tier import policy
 from tiercache.tier.move import executor
 from tiercache.tier.move.checks import MoveContext
 from tiercache.tier.move.deletions import DeferredDeletions
 from tiercache.tier.move.executor import CopyMaker
+from tiercache.tier.plan import policy
 
 # -- trials: each yields what the oracle finds, step by step -----------------------------------------------------------
 

@@ -14,8 +14,8 @@ from tiercache.testing import JumpingClock, WrapperStore
 from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.mover import DONE, PARTLY, catalog_path, run_once
 from tiercache.tier.placement import log
+from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import load_rule_file
 
 DAY_S = 86_400.0
 RULES = """

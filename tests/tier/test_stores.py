@@ -12,8 +12,8 @@ from tiercache.errors import NotFound
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
+from tiercache.tier.rules import RuleFile, Tier, load_rule_file
 from tiercache.tier.stores import Stores, restored_until, state_of
-from tiercache.tierfile import RuleFile, Tier, load_rule_file
 
 GOES = 'ongoing-request="true"'
 STAYS = 'ongoing-request="false", expiry-date="Fri, 21 Dec 2012 00:00:00 GMT"'

@@ -18,8 +18,8 @@ from tiercache.testing import CountingStore, FakeClock, Fault, FaultKind, FaultS
 from tiercache.testing.wrapper import WrapperStore
 from tiercache.tier.model import PlannedObject
 from tiercache.tier.move.transfer import PART_BYTES, Transfer
+from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import RuleFile, Tier
 
 SMALL = b"a small object"
 LARGE = os.urandom(2 * PART_BYTES + 1234)

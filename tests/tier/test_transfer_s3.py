@@ -13,8 +13,8 @@ from tiercache.errors import ObjectChanged, StoreError
 from tiercache.store import open_store
 from tiercache.tier.model import PlannedObject
 from tiercache.tier.move.transfer import PART_BYTES, Transfer
+from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import RuleFile, Tier
 
 pytestmark = pytest.mark.s3
 

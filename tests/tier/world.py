@@ -30,15 +30,15 @@ from tiercache.store import local
 from tiercache.store.posix import file_info
 from tiercache.testing import JumpingClock
 from tiercache.tier import stores as tier_stores
-from tiercache.tier.inventory import take_inventory
+from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.model import Plan
 from tiercache.tier.move.lock import BootClock
 from tiercache.tier.move.mover import Mover, run_once
 from tiercache.tier.move.transfer import Transfer
-from tiercache.tier.plan import make_plan
-from tiercache.tier.policy import decide
+from tiercache.tier.plan.plan import make_plan
+from tiercache.tier.plan.policy import decide
+from tiercache.tier.rules import RuleFile, load_rule_file
 from tiercache.tier.stores import Stores
-from tiercache.tierfile import RuleFile, load_rule_file
 
 GRACE_S, SETTLE_S = DAY_S, 600.0
 SHAPES = ("places", "one_bucket", "one_warm", "warm", "local")

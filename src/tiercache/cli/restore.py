@@ -21,7 +21,7 @@ from tiercache.errors import NotFound
 from tiercache.model import ObjectInfo, format_bytes
 from tiercache.store.archive import SPEEDS, Speed
 from tiercache.tier import restore as restoring
-from tiercache.tier.listing import keys_of
+from tiercache.tier.inventory.listing import keys_of
 from tiercache.tier.model import READABLE
 from tiercache.tier.restore import RestorePlan
 from tiercache.tier.stores import state_of

@@ -21,7 +21,7 @@ from tiercache.tier.model import Plan
 from tiercache.tier.move.mover import ApplyResult, Mover, StoppedMove
 from tiercache.tier.move.placement_updates import track_planned
 from tiercache.tier.move.transfer import Transfer
-from tiercache.tier.plan import read_plan
+from tiercache.tier.plan.plan import read_plan
 
 
 def apply(

@@ -29,13 +29,12 @@ from tiercache.prices import Prices, price_notes, price_table
 from tiercache.store import redact
 from tiercache.store.archive import S3Archive
 from tiercache.store.options import ParsedUrl
-from tiercache.tier.bucket_rules import bucket_findings
-from tiercache.tier.inventory import Inventory
-from tiercache.tier.losses import Loss
-from tiercache.tier.marks import missing_folder_message
+from tiercache.tier.findings import Loss, bucket_findings
+from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.model import KINDS
-from tiercache.tier.view import rules_of
-from tiercache.tierfile import Rule, RuleFile, Tier
+from tiercache.tier.plan.proposals import rules_of
+from tiercache.tier.rules import Rule, RuleFile, Tier
+from tiercache.tier.stores import missing_folder_message
 
 _NO_RULE = "(no rule)"
 # Facts of an inventory, and why no plan touches the objects that they count.

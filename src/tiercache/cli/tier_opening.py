@@ -21,14 +21,13 @@ from tiercache.cli.output import Output, count, printable
 from tiercache.prices import Prices, prices_if_known
 from tiercache.store import redact
 from tiercache.store.options import ParsedUrl
-from tiercache.tier.inventory import Inventory, take_inventory
-from tiercache.tier.losses import Loss, find_losses
-from tiercache.tier.marks import missing_folder_message, unavailable_tiers
-from tiercache.tier.matching import first_match
+from tiercache.tier.findings import Loss, find_losses
+from tiercache.tier.inventory.groups import Inventory, take_inventory
+from tiercache.tier.inventory.metrics import MetricGap, metric_gaps
 from tiercache.tier.move.mover import catalog_path
-from tiercache.tier.scores import MetricGap, metric_gaps
-from tiercache.tier.stores import Stores
-from tiercache.tierfile import RuleFile, load_rule_file
+from tiercache.tier.rules import RuleFile, load_rule_file
+from tiercache.tier.stores import Stores, missing_folder_message, unavailable_tiers
+from tiercache.tier.text_columns import first_match
 
 Rules: TypeAlias = Annotated[
     Path | None,

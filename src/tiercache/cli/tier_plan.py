@@ -14,9 +14,9 @@ from tiercache.cli.tier_opening import OpenTiers, Rules, open_tiers, print_unava
 from tiercache.cli.tier_texts import format_dollars, format_duration, print_holdings
 from tiercache.model import format_bytes
 from tiercache.tier.model import SHARD, Move, Plan, Refusal
-from tiercache.tier.moves import paths_of, total_moves, totals_by_route
-from tiercache.tier.plan import make_plan, write_plan
-from tiercache.tier.policy import decide
+from tiercache.tier.plan.plan import make_plan, write_plan
+from tiercache.tier.plan.policy import decide
+from tiercache.tier.plan.tables import paths_of, total_moves, totals_by_route
 
 Limit = Annotated[
     int, typer.Option("--limit", "-n", min=0, metavar="N", help="Number of moves and of refusals to show; 0: all.")

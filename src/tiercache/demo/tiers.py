@@ -16,7 +16,7 @@ from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
 from tiercache.store import open_store
 from tiercache.tier.model import Plan, TierTotals
-from tiercache.tier.plan import read_plan
+from tiercache.tier.plan.plan import read_plan
 
 COLD = "python"
 TASKS = ("digits", "python")

@@ -6,15 +6,66 @@ A *group* is the unit of a move: a file, a shard or a checkpoint. Its path is re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar, overload
 
 import numpy as np
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
+
+
+T = TypeVar("T")
+
+# Number of elements that an iteration creates at a time; a larger number is not faster.
+AT_A_TIME = 1 << 14
+
+
+class LazySequence(Sequence[T], Generic[T]):
+    """A sequence that behaves as a tuple and creates its elements on access. Immutable; safe from any thread."""
+
+    __slots__ = ()
+    __hash__ = None  # type: ignore[assignment]
+
+    @abstractmethod
+    def create(self, start: int, end: int) -> Iterator[T]:
+        """Create the elements from start to end; both are in range."""
+
+    @overload
+    def __getitem__(self, at: int) -> T: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> tuple[T, ...]: ...
+
+    def __getitem__(self, at: int | slice) -> T | tuple[T, ...]:
+        if not isinstance(at, slice):
+            place = range(len(self))[at]  # accepts numpy integers and negative indices, as a tuple does
+            return next(self.create(place, place + 1))
+        start, end, step = at.indices(len(self))
+        if step == 1:
+            return tuple(self.create(start, max(start, end)))
+        return tuple(self[i] for i in range(start, end, step))
+
+    def __iter__(self) -> Iterator[T]:
+        for start, end in self.parts():
+            yield from self.create(start, end)
+
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """Yield (start, end) of successive parts that cover the sequence."""
+        for start in range(0, len(self), AT_A_TIME):
+            yield start, min(start + AT_A_TIME, len(self))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str | bytes):
+            return NotImplemented
+        return len(self) == len(other) and all(mine == its for mine, its in zip(self, other, strict=True))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
 
 Kind: TypeAlias = Literal["file", "shard", "checkpoint"]
 KINDS: tuple[Kind, ...] = ("file", "shard", "checkpoint")

@@ -17,15 +17,15 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store.archive import SPEEDS, Speed
 from tiercache.tier.costs import PROMOTION_DAYS, restore_dollars, restored_home_dollars
-from tiercache.tier.layouts import recognise_layout
+from tiercache.tier.inventory.layouts import recognise_layout
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, Action, Kind, Move, Plan, PlannedObject, PlannedTier
 from tiercache.tier.stores import RESTORED_FIRST, Stores, state_of
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 
 if TYPE_CHECKING:
     from tiercache.prices import Prices, RestorePrice
-    from tiercache.tier.copies import ChecksumTable
-    from tiercache.tierfile import RuleFile
+    from tiercache.tier.inventory.groups import ChecksumTable
+    from tiercache.tier.rules import RuleFile
 
 # Name of a tier -> catalog entries of its objects, by key. TierCatalog.checksums is such a function.
 Books: TypeAlias = "Callable[[str], ChecksumTable]"

@@ -17,11 +17,10 @@ import pyarrow as pa
 
 from tiercache.catalog.tiers import CatalogEntry, JournalObject, JournalRow
 from tiercache.errors import NotFound, StoreError, TierCacheError
-from tiercache.tier.marks import ensure_marker
-from tiercache.tier.matching import first_match
 from tiercache.tier.model import ARCHIVED, READABLE, RESTORING, PlannedObject
-from tiercache.tier.stores import state_of
-from tiercache.tierfile import load_rule_file
+from tiercache.tier.rules import load_rule_file
+from tiercache.tier.stores import ensure_marker, state_of
+from tiercache.tier.text_columns import first_match
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
     from tiercache.catalog.tiers import TierCatalog
     from tiercache.model import ObjectInfo
     from tiercache.tier.move.transfer import Transfer, VerifiedCopy
+    from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
-    from tiercache.tierfile import RuleFile
 
 
 @dataclass(frozen=True, slots=True)

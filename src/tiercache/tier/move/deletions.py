@@ -21,8 +21,7 @@ from tiercache.errors import CommitConflict, StoreError, TierCacheError
 from tiercache.points import crash_point
 from tiercache.prices import prices_if_known
 from tiercache.store import LocalFolder
-from tiercache.tier.inventory import take_inventory
-from tiercache.tier.marks import deletion_block_reason, unavailable_tiers
+from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.model import CHECKPOINT, READABLE, SHARD
 from tiercache.tier.move.checks import (
     Infos,
@@ -34,8 +33,9 @@ from tiercache.tier.move.checks import (
 )
 from tiercache.tier.move.executor import has_class
 from tiercache.tier.move.placement_updates import Heads, PlacementUpdates, RowChanges, found_in, found_infos
-from tiercache.tier.policy import decide
-from tiercache.tier.retention import find_newest
+from tiercache.tier.plan.policy import decide
+from tiercache.tier.plan.proposals import find_newest
+from tiercache.tier.stores import deletion_block_reason, unavailable_tiers
 from tiercache.waiting import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from tiercache.tier.model import Decisions, Snapshot
     from tiercache.tier.move.checks import MoveContext
     from tiercache.tier.move.lock import TierLock
+    from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
-    from tiercache.tierfile import RuleFile
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Literal
 from tiercache.catalog.tiers import CatalogEntry, JournalObject, JournalRow
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
 from tiercache.points import crash_point
-from tiercache.tier.marks import deletion_block_reason
 from tiercache.tier.model import ARCHIVED, RESTORING, PlannedObject
 from tiercache.tier.move.checks import (
     ApplyResult,
@@ -40,7 +39,7 @@ from tiercache.tier.move.checks import (
 )
 from tiercache.tier.move.placement_updates import Heads, PlacementUpdates, RowChanges, ends_readability, found_infos
 from tiercache.tier.move.transfer import is_md5
-from tiercache.tier.stores import RESTORED_FIRST, state_of
+from tiercache.tier.stores import RESTORED_FIRST, deletion_block_reason, state_of
 
 if TYPE_CHECKING:
     from tiercache.model import ObjectInfo

@@ -76,9 +76,9 @@ from tiercache import config
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.points import crash_point
 from tiercache.prices import prices_if_known
-from tiercache.tier.inventory import Inventory, take_inventory
-from tiercache.tier.losses import Loss, find_losses
-from tiercache.tier.marks import unavailable_tiers
+from tiercache.tier.findings import Loss, find_losses
+from tiercache.tier.inventory.groups import Inventory, take_inventory
+from tiercache.tier.inventory.metrics import MetricGap, metric_gaps
 from tiercache.tier.model import RESTORING, Plan
 from tiercache.tier.move.checks import ApplyResult, MoveContext, Progress, SettlementCounts, StoppedMove
 from tiercache.tier.move.deletions import DeferredDeletions, DeletionGuard, take_deletion_guard
@@ -86,13 +86,12 @@ from tiercache.tier.move.executor import PlanExecutor
 from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.placement_updates import track_ruled
 from tiercache.tier.move.transfer import Transfer
-from tiercache.tier.plan import make_plan
-from tiercache.tier.policy import decide
-from tiercache.tier.scores import MetricGap, metric_gaps
-from tiercache.tier.stores import Stores
+from tiercache.tier.plan.plan import make_plan
+from tiercache.tier.plan.policy import decide
+from tiercache.tier.stores import Stores, unavailable_tiers
 
 if TYPE_CHECKING:
-    from tiercache.tierfile import RuleFile
+    from tiercache.tier.rules import RuleFile
 
 
 __all__ = ["ApplyResult", "Mover", "Progress", "StoppedMove"]

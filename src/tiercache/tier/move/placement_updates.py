@@ -13,18 +13,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tiercache.errors import StoreError, TierCacheError
-from tiercache.tier.matching import first_match
 from tiercache.tier.model import SHARD
 from tiercache.tier.move.checks import is_readable
 from tiercache.tier.placement import log
 from tiercache.tier.placement.log import Placement, PlacementRow, prefix_store
 from tiercache.tier.stores import RESTORED_FIRST
+from tiercache.tier.text_columns import first_match
 
 if TYPE_CHECKING:
     from tiercache.catalog.tiers import JournalRow
     from tiercache.model import ObjectInfo
     from tiercache.store import Store
-    from tiercache.tier.inventory import Inventory
+    from tiercache.tier.inventory.groups import Inventory
     from tiercache.tier.model import Plan
     from tiercache.tier.move.checks import Infos, MoveContext
     from tiercache.tier.stores import Stores

@@ -17,8 +17,8 @@ from tiercache.model import ObjectInfo
 from tiercache.tier.stores import state_of
 
 if TYPE_CHECKING:
+    from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
-    from tiercache.tierfile import RuleFile
 
 # Callback (tier, number of its objects listed so far), called from several threads.
 Progress: TypeAlias = Callable[[str, int], None]

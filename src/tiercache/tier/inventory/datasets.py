@@ -19,14 +19,14 @@ from tiercache.model import OWN_FOLDER
 from tiercache.shard.versions import manifest
 from tiercache.shard.versions.manifest import VERSIONS_FOLDER, Version
 from tiercache.shard.versions.segments import SegmentRef, ShardTable, read_segments
-from tiercache.tier.columns import index_in, match_regex
 from tiercache.tier.placement import log, use_reports
 from tiercache.tier.placement.log import prefix_store
+from tiercache.tier.text_columns import index_in, match_regex
 
 if TYPE_CHECKING:
-    from tiercache.tier.listing import Listing
+    from tiercache.tier.inventory.listing import Listing
+    from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
-    from tiercache.tierfile import RuleFile
 
 OWN_KEY = rf"(?:^|/){re.escape(OWN_FOLDER)}"
 SHARD_KEY = r"\.tcs$"

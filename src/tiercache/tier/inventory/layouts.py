@@ -27,9 +27,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.store.posix import TEMP_PREFIX
-from tiercache.tier.alike import NameTemplates
-from tiercache.tier.columns import (
+from tiercache.tier.model import NO_SERIES, NO_STEP
+from tiercache.tier.text_columns import (
     ROWS_AT_A_TIME,
+    NameTemplates,
     as_numpy,
     index_in,
     joined_codes,
@@ -38,7 +39,6 @@ from tiercache.tier.columns import (
     split_keys,
     take_rows,
 )
-from tiercache.tier.model import NO_SERIES, NO_STEP
 
 NO_GROUP = -1
 

@@ -1,7 +1,7 @@
-"""Reads and writes the file of a plan, with strict checks. docs/reference/tiers.md describes its keys.
+"""Makes a plan from decisions, and reads and writes its file. docs/reference/tiers.md describes the keys of the file.
 
 The mover must execute exactly the plan that people have reviewed: the last line contains the SHA-256 of all lines
-before it, so that a truncated or changed file is rejected.
+before it, so that a truncated or changed file is rejected. Lines are formatted from columns by Arrow.
 """
 
 from __future__ import annotations
@@ -12,25 +12,166 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, get_args, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from tiercache.model import OWN_FOLDER
 from tiercache.store.contract import check_key
 from tiercache.store.posix import UnpublishedFile, open_folder, write_all
+from tiercache.tier.costs import Sizes, month_dollars
+from tiercache.tier.inventory.groups import copies_at
+from tiercache.tier.inventory.listing import NO_CRC
 from tiercache.tier.model import (
     KINDS,
     Action,
+    Decisions,
     Kind,
     Move,
     MoveCost,
+    MoveDecision,
     Plan,
     PlannedObject,
     PlannedTier,
     Refusal,
+    Snapshot,
     TierTotals,
 )
-from tiercache.tier.moves import MoveTable, RefusalTable, total_moves
-from tiercache.tier.plan_lines import HEAD_KEYS, lines_of_moves, lines_of_refusals
+from tiercache.tier.plan.proposals import COPY, DROP, MOVE, RECLASS
+from tiercache.tier.plan.tables import CostColumns, MoveColumns, MoveTable, ObjectTable, RefusalTable, total_moves
+
+if TYPE_CHECKING:
+    from tiercache.model import ObjectInfo
+    from tiercache.prices import Prices
+    from tiercache.tier.rules import RuleFile
+
+
+HEAD_KEYS = ("kind", "action", "src", "dst", "rule", "reason")
+
+# Characters that json.dumps() escapes by number: all except printable ASCII.
+_ESCAPED = "[^ -~]"
+_MOST_HEADS = 10_000
+_LARGE = pa.large_string()
+
+
+def lines_of_moves(moves: MoveTable) -> Iterator[memoryview]:
+    """Yield blocks of whole lines, with line ends; the caller owns each block."""
+    heads = _Heads()
+    for start, end in moves.parts():
+        yield _bytes(_move_lines(moves, start, end, heads))
+
+
+def lines_of_refusals(refusals: RefusalTable) -> Iterator[memoryview]:
+    """Yield blocks of whole lines, with line ends; the caller owns each block."""
+    heads = _Heads()
+    for start, end in refusals.parts():
+        group = refusals.ways.group[start:end]
+        lines = _joined(
+            '{"line": "refused", "path": ',
+            _quoted(refusals.paths.take(pa.array(group))),
+            heads.column(refusals.ways, refusals.kind[group], refusals.tiers, (start, end)),
+            ', "n_bytes": ',
+            _numbers(refusals.n_bytes[start:end]),
+            "}\n",
+        )
+        yield _bytes(lines)
+
+
+def _move_lines(moves: MoveTable, start: int, end: int, heads: _Heads) -> pa.Array:
+    part, dollars = slice(start, end), moves.dollars
+    group, starts = moves.ways.group[part], moves.pieces.start[start : end + 1]
+    objects = pa.LargeListArray.from_arrays(pa.array(starts - starts[0]), _objects(moves, start, end))
+    return _joined(
+        '{"line": "move", "id": ',
+        _numbers(np.arange(start + 1, end + 1)),
+        ', "path": ',
+        _quoted(moves.paths.take(pa.array(group))),
+        heads.column(moves.ways, moves.kind[group], moves.tiers, (start, end)),
+        ', "n_objects": ',
+        _numbers(np.diff(starts)),
+        ', "n_bytes": ',
+        _numbers(moves.n_bytes[part]),
+        ', "cost": ',
+        _numbers(dollars.once[part]),
+        ', "saving_month": ',
+        _numbers(dollars.saving_month[part]),
+        ', "break_even_days": ',
+        _numbers(dollars.days[part], dollars.days[part] == np.inf),
+        ', "seconds": ',
+        _numbers(moves.seconds(start, end)),
+        ', "objects": [',
+        pc.binary_join(objects, pa.scalar(", ", _LARGE)),
+        "]}\n",
+    )
+
+
+def _objects(moves: MoveTable, start: int, end: int) -> pa.Array:
+    """Format the objects of moves from start to end, each as a JSON list."""
+    pieces, part = moves.pieces, slice(*moves.pieces.start[[start, end]].tolist())
+    row, crc32c = pieces.row[part], pieces.crc32c[part]
+    modified_s = pieces.modified_s[row]
+    return _joined(
+        "[",
+        _quoted(pieces.keys.take(pa.array(row))),
+        ", ",
+        _numbers(pieces.n_bytes[row]),
+        ", ",
+        _quoted(pieces.etags.take(pa.array(row))),
+        ", ",
+        _numbers(modified_s, np.isnan(modified_s)),
+        ", ",
+        _numbers(crc32c, crc32c == NO_CRC),
+        "]",
+    )
+
+
+class _Heads(dict[tuple[Any, ...], str]):
+    """Cache of the part of a line between path and figures, by the values of HEAD_KEYS, which many lines share."""
+
+    def __missing__(self, values: tuple[Any, ...]) -> str:
+        if len(self) > _MOST_HEADS:
+            self.clear()
+        found = self[values] = f", {json.dumps(dict(zip(HEAD_KEYS, values, strict=True)))[1:-1]}"
+        return found
+
+    def column(
+        self, ways: MoveColumns, kind: NDArray[np.uint8], tiers: tuple[str, ...], part: tuple[int, int]
+    ) -> pa.Array:
+        """Return the column for the decisions of a part."""
+        return pa.array([self[values] for values in ways.worded(kind, tiers, part)], _LARGE)
+
+
+def _joined(*columns: pa.Array | str) -> pa.Array:
+    parts = [pa.scalar(column, _LARGE) if isinstance(column, str) else column for column in columns]
+    return pc.binary_join_element_wise(*parts, pa.scalar("", _LARGE))
+
+
+def _quoted(texts: pa.Array) -> pa.Array:
+    """Format texts as JSON strings; null for missing texts."""
+    texts = texts.cast(_LARGE)
+    # Every ETag contains quotes, so quotes are escaped here and not in the slow path below.
+    plain = pc.replace_substring(pc.replace_substring(texts, "\\", r"\\"), '"', r"\"")
+    quoted = _joined('"', plain, '"').fill_null("null")
+    escaped = pc.match_substring_regex(texts, _ESCAPED).fill_null(False)
+    if not pc.any(escaped).as_py():
+        return quoted
+    instead = [json.dumps(text) for text in texts.filter(escaped).to_pylist()]
+    return pc.replace_with_mask(quoted, escaped, pa.array(instead, _LARGE))
+
+
+def _numbers(column: NDArray[Any], none: NDArray[np.bool_] | None = None) -> pa.Array:
+    """Format finite numbers as JSON; null where `none` is true."""
+    return pa.array(column, mask=none).cast(_LARGE).fill_null("null")
+
+
+def _bytes(lines: pa.Array) -> memoryview:
+    _, offsets, data = lines.buffers()
+    ends = np.frombuffer(offsets, np.int64)[lines.offset : lines.offset + len(lines) + 1]
+    return memoryview(data)[int(ends[0]) : int(ends[-1])]
+
 
 FORMAT, VERSION = "tiercache-plan", 1
 
@@ -337,3 +478,122 @@ class _Reader:
 def _no_number(name: str) -> NoReturn:
     """Reject NaN and infinity, which Python's parser accepts and JSON does not have."""
     raise ValueError(f"{name} is not a number in JSON")
+
+
+__all__ = ["Stock", "holdings", "make_plan", "plan_lines", "read_plan", "write_plan"]
+
+# For the estimated duration of a move only, which people read; one machine and its network.
+_BYTES_A_SECOND = 200e6
+
+
+class Stock(Protocol):
+    """The inventory as the planner uses it (inventory.py)."""
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The snapshot behind the decisions."""
+
+    def objects(self, group: int, tier: int) -> tuple[ObjectInfo, ...]:
+        """Return the objects of a copy, the objects that complete it last."""
+
+
+@runtime_checkable
+class Columns(Protocol):
+    """A Stock that returns the objects of many copies as columns."""
+
+    def pieces(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> ObjectTable:
+        """Return the objects of each group's copy in the tier at the same index."""
+
+
+# -- making a plan ---------------------------------------------------------------------------------------------------
+
+
+def make_plan(decisions: Decisions, inventory: Stock, file: RuleFile, prices: Sequence[Prices | None]) -> Plan:
+    """Return the plan for decisions about an inventory. Deterministic: the id is computed from the content.
+
+    Moves and refusals stay columns, whose elements are created on access; the plan keeps the inventory's listing alive.
+    """
+    snapshot = inventory.snapshot
+    moves = _moves(decisions, inventory, file)
+    made_s = round(snapshot.now_s, 3)
+    ways = MoveColumns.of(decisions.refusals)
+    return Plan(
+        id=_id(made_s, file.sha256, moves),
+        made_s=made_s,
+        rules=str(file.path),
+        rules_sha256=file.sha256,
+        tiers=tuple(
+            PlannedTier(tier.name, tier.role, tier.url, tier.storage_class, "" if price is None else price.name)
+            for tier, price in zip(file.tiers, prices, strict=True)
+        ),
+        moves=moves,
+        refusals=RefusalTable(ways, _bytes_in(snapshot, ways), snapshot.paths, snapshot.kind, snapshot.tiers),
+        before=holdings(snapshot, prices),
+        after=holdings(snapshot, prices, decisions),
+    )
+
+
+def _moves(decisions: Decisions, inventory: Stock, file: RuleFile) -> MoveTable:
+    ways, snapshot = MoveColumns.of(decisions.moves), inventory.snapshot
+    if isinstance(inventory, Columns):
+        pieces = inventory.pieces(ways.group, ways.src)
+    else:
+        pairs = zip(ways.group.tolist(), ways.src.tolist(), strict=True)
+        pieces = ObjectTable.of([inventory.objects(group, tier) for group, tier in pairs])
+    return MoveTable(
+        ways=ways,
+        dollars=CostColumns.of(decisions.moves),
+        pieces=pieces,
+        n_bytes=pieces.bytes_of_copies(),
+        paths=snapshot.paths,
+        kind=snapshot.kind,
+        tiers=snapshot.tiers,
+        rate_bytes_s=min(_BYTES_A_SECOND, file.tiering.rate_bytes_s or _BYTES_A_SECOND),
+    )
+
+
+def _bytes_in(snapshot: Snapshot, ways: MoveColumns) -> NDArray[np.int64]:
+    """Return the size of each decision's copy in src; 0: there is no copy. int64[n]."""
+    at = copies_at(snapshot.group, snapshot.tier, ways.group, ways.src)
+    return np.where(at < 0, 0, np.append(snapshot.n_bytes, 0)[at])
+
+
+def _id(made_s: float, rules_sha256: str, moves: MoveTable) -> str:
+    digest = hashlib.sha256(f"{made_s} {rules_sha256} {moves.digest()}".encode())
+    return f"{datetime.fromtimestamp(made_s, UTC):%Y%m%dT%H%M%SZ}-{digest.hexdigest()[:12]}"
+
+
+# -- totals of tiers -------------------------------------------------------------------------------------------------
+
+
+def holdings(
+    snapshot: Snapshot, prices: Sequence[Prices | None], decisions: Decisions | None = None
+) -> Mapping[str, TierTotals]:
+    """Return the totals of each tier by name: at present, or after the decisions are executed.
+
+    prices: Prices of each tier; a tier without prices costs nothing.
+    """
+    copies, tiers = np.arange(snapshot.n_copies), snapshot.tier
+    if decisions is not None:
+        copies, tiers = _afterwards(snapshot, decisions.moves)
+    found = {}
+    for tier, (name, price) in enumerate(zip(snapshot.tiers, prices, strict=True)):
+        sizes = Sizes.of(snapshot, copies[tiers == tier])
+        dollars = 0.0 if price is None else float(month_dollars(price, sizes).sum())
+        found[name] = TierTotals(int(sizes.n_bytes.sum()), int(sizes.n_objects.sum()), dollars)
+    return found
+
+
+def _afterwards(snapshot: Snapshot, moves: Sequence[MoveDecision]) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+    """Return the copies after the moves, and the tier of each. A new copy has the properties of its source."""
+    at = np.full((len(snapshot.tiers), snapshot.n_groups), -1, np.int32)
+    at[snapshot.tier, snapshot.group] = np.arange(snapshot.n_copies, dtype=np.int32)
+    ways = MoveColumns.of(moves)
+    groups, src, dst = ways.group, ways.src, ways.dst
+    brings = np.isin(ways.action, (COPY, MOVE, RECLASS))
+    opened_versions = np.isin(ways.action, (MOVE, RECLASS, DROP))
+    at[dst[brings], groups[brings]] = at[src[brings], groups[brings]]
+    at[src[opened_versions], groups[opened_versions]] = -1
+    at[:, groups[~brings & ~opened_versions]] = -1
+    tiers, rows = np.nonzero(at >= 0)
+    return at[tiers, rows].astype(np.int64), tiers.astype(np.int8)

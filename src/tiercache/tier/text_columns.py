@@ -1,7 +1,7 @@
-"""Matches globs against columns of paths: each rule's globs become one RE2 expression, which Arrow evaluates.
+"""Operations on columns of strings without Python objects per row: split, search, sort, name templates and globs.
 
-`*` and `?` match within a path segment; `**` as a whole segment matches any number of segments; `[a-z]` and `[!a-z]`
-match one character except `/`; `{a,b}` matches either. There is no escape character: `[*]` matches a star.
+In globs, `*` and `?` match within a path segment; `**` as a whole segment matches any number of segments; `[a-z]` and
+`[!a-z]` match one character except `/`; `{a,b}` matches either. There is no escape character: `[*]` matches a star.
 """
 
 from __future__ import annotations
@@ -9,14 +9,174 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tiercache.tier.columns import ROWS_AT_A_TIME, match_regex, split_keys, take_rows
+# Limits the size of temporary arrays; larger parts are not faster.
+ROWS_AT_A_TIME = 1 << 16
+_SLASH = ord("/")
+
+
+def split_keys(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64], pa.Array]:
+    """Split keys at their last slash.
+
+    keys: large_string, without nulls.
+
+    Returns:
+        The distinct folders ("" or ending in "/"); the number of each key's folder; the last segment of each key.
+    """
+    folders, names = [], []
+    for start in range(0, len(keys), ROWS_AT_A_TIME):
+        both = _cut(keys.slice(start, ROWS_AT_A_TIME))
+        places = np.arange(0, len(both), 2)
+        folders.append(both.take(pa.array(places)).dictionary_encode())
+        names.append(both.take(pa.array(places + 1)))
+    number, once = joined_codes(folders, keys.type)
+    return once, number, pa.concat_arrays([pa.array([], keys.type), *names])
+
+
+def _cut(keys: pa.Array) -> pa.Array:
+    """Return folder and last segment of each key, alternating, as slices of the keys' buffer."""
+    # For a million keys a regular expression took 0.4 to 0.9 s, and this takes 0.05 to 0.15 s.
+    ends, text = text_of(keys)
+    slashes = np.flatnonzero(text == _SLASH) + 1
+    last = np.append(slashes, 0)[np.searchsorted(slashes, ends[1:], side="right") - 1]
+    cuts = np.empty(2 * len(keys) + 1, np.int64)
+    cuts[::2], cuts[1::2] = ends, np.maximum(last, ends[:-1])
+    return pa.LargeStringArray.from_buffers(2 * len(keys), pa.py_buffer(cuts), pa.py_buffer(text))
+
+
+def text_of(texts: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Return the offsets of large_strings, beginning with 0, and their concatenated bytes."""
+    _, offsets, data = texts.buffers()
+    if not len(texts):
+        return np.zeros(1, np.int64), np.empty(0, np.uint8)
+    ends = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    return ends - ends[0], np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]]
+
+
+def joined_codes(encoded: Sequence[pa.DictionaryArray], kind: pa.DataType) -> tuple[NDArray[np.int64], pa.Array]:
+    """Unify dictionary-encoded arrays: return the code of every value, and the distinct values."""
+    once = pa.concat_arrays([pa.array([], kind), *(one.dictionary for one in encoded)]).dictionary_encode()
+    place, codes, start = as_numpy(once.indices, np.int64), [np.empty(0, np.int64)], 0
+    for one in encoded:
+        codes.append(place[start + as_numpy(one.indices, np.int64)])
+        start += len(one.dictionary)
+    return np.concatenate(codes), once.dictionary
+
+
+def sort_order(texts: pa.Array) -> NDArray[np.int64]:
+    """Return the row numbers of the texts in sorted order.
+
+    Sorted input is not sorted again: it would take 1 s per million.
+    """
+    if len(texts) > 1 and not pc.all(pc.less_equal(texts.slice(0, len(texts) - 1), texts.slice(1))).as_py():
+        return as_numpy(pc.sort_indices(texts), np.int64)
+    return np.arange(len(texts))
+
+
+def take_rows(texts: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
+    """Return the texts of distinct rows; without a copy if these are all rows in order."""
+    if len(rows) == len(texts) and (rows[1:] > rows[:-1]).all():
+        return texts
+    return texts.take(pa.array(rows))
+
+
+def match_regex(texts: pa.Array, pattern: str) -> NDArray[np.bool_]:
+    """Return whether each text contains the pattern; bool[len(texts)]."""
+    found = pc.match_substring_regex(texts, pattern)
+    return np.asarray(found.to_numpy(zero_copy_only=False), np.bool_) if len(texts) else np.empty(0, np.bool_)
+
+
+def index_in(texts: pa.Array, among: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+    """Return the first row of each text in `among`, -1 if there is none; int64[len(texts)]."""
+    if not len(texts) or not len(among):
+        return np.full(len(texts), -1, np.int64)
+    return as_numpy(pc.index_in(texts, value_set=among.cast(texts.type)).fill_null(-1), np.int64)
+
+
+def as_numpy(column: pa.Array | pa.ChunkedArray, kind: type[np.int64] | type[np.float64]) -> NDArray[np.int64]:
+    """Return a column without nulls as a numpy array, without pandas."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+        column = column if isinstance(column, pa.Array) else pa.concat_arrays(column.chunks)
+    return np.asarray(column.to_numpy(zero_copy_only=False), kind) if len(column) else np.empty(0, kind)
+
+
+# Every number with so many digits fits into an int64.
+MOST_DIGITS = 18
+
+_ZERO, _NINE = ord("0"), ord("9")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NameTemplates:
+    """Names, grouped by template.
+
+    Attributes:
+        shapes: large_string[k], distinct templates: names with one 0 for each run of digits.
+        shape: int64[n], template of each name.
+        is_long: bool[n], whether the name has a run of more than MOST_DIGITS digits.
+    """
+
+    shapes: pa.Array
+    shape: NDArray[np.int64]
+    is_long: NDArray[np.bool_]
+    _text: NDArray[np.uint8]
+    _run_start: NDArray[np.int64]
+    _run_end: NDArray[np.int64]
+    _first_run: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, names: pa.Array) -> NameTemplates:
+        """Find the templates of names: large_string without nulls, which the object keeps."""
+        ends, text = text_of(names)
+        digit = (text >= _ZERO) & (text <= _NINE)
+        starts_run, ends_run = digit.copy(), digit.copy()
+        starts_run[1:] &= ~digit[:-1]
+        ends_run[:-1] &= ~digit[1:]
+        # A run of digits does not extend from the end of one name to the start of the next.
+        begins = ends[1:-1][(ends[1:-1] > 0) & (ends[1:-1] < len(text))]
+        starts_run[begins] = digit[begins]
+        ends_run[begins - 1] = digit[begins - 1]
+        encoded = _short(text, ends, digit, starts_run).dictionary_encode()
+        run_start, run_end = np.flatnonzero(starts_run), np.flatnonzero(ends_run) + 1
+        is_long = np.zeros(len(names), np.bool_)
+        too_long = run_start[run_end - run_start > MOST_DIGITS]
+        is_long[np.searchsorted(ends, too_long, side="right") - 1] = True
+        first_run = np.searchsorted(run_start, ends[:-1])
+        shape = as_numpy(encoded.indices, np.int64)
+        return cls(encoded.dictionary, shape, is_long, text, run_start, run_end, first_run)
+
+    def number(self, rows: NDArray[np.int64], run: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number in one digit run of each row.
+
+        Args:
+            rows: Names: ascending, without is_long, with enough runs.
+            run: Digit run of each row, counted from 1.
+        """
+        at = self._first_run[rows] + run - 1
+        cuts = np.stack([self._run_start[at], self._run_end[at]], axis=1).ravel()
+        # Every second text is the gap between two runs, and is dropped.
+        texts = pa.LargeStringArray.from_buffers(max(len(cuts) - 1, 0), pa.py_buffer(cuts), pa.py_buffer(self._text))
+        return as_numpy(texts.take(pa.array(np.arange(0, len(texts), 2))).cast(pa.int64()), np.int64)
+
+
+def _short(
+    text: NDArray[np.uint8], ends: NDArray[np.int64], digit: NDArray[np.bool_], starts_run: NDArray[np.bool_]
+) -> pa.Array:
+    """Replace each run of digits in the texts by one 0."""
+    kept = starts_run | ~digit
+    short = np.where(digit, np.uint8(_ZERO), text)[kept]
+    short_ends = np.concatenate([[0], np.cumsum(kept)])[ends]
+    return pa.LargeStringArray.from_buffers(len(ends) - 1, pa.py_buffer(short_ends), pa.py_buffer(short))
+
 
 # Limit for the globs that one glob with braces expands to.
 _MOST_ALTERNATIVES = 1000

@@ -1,0 +1,817 @@
+"""Metrics of checkpoints: from names, from small JSON files in the folder, and from Lightning's checkpoints.
+
+Lightning's checkpoint is torch's zip file with a pickle, which is interpreted and never executed: under `callbacks`,
+`ModelCheckpoint` stores the monitored metric and the scores of the best checkpoints by path. Files are read in
+parallel, and only if a rule uses a metric that the name does not contain.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickletools
+import re
+import struct
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from tiercache.errors import NotFound, StoreError
+from tiercache.model import ByteRange
+from tiercache.store import StoreFile
+from tiercache.tier.inventory.layouts import DECIMAL, NUMBER, SUFFIXES, WORD
+from tiercache.tier.inventory.listing import NO_CRC
+from tiercache.tier.model import CHECKPOINT, READABLE, RESTORED
+from tiercache.tier.plan.proposals import fits_size, largest_copies, rules_of, scores_of
+from tiercache.tier.text_columns import ROWS_AT_A_TIME, NameTemplates, match_regex, split_keys
+
+if TYPE_CHECKING:
+    from tiercache.model import ObjectInfo
+    from tiercache.store import Store
+    from tiercache.tier.inventory.groups import Copies
+    from tiercache.tier.inventory.listing import Listing
+    from tiercache.tier.model import Snapshot
+    from tiercache.tier.rules import BestMetric, RuleFile
+    from tiercache.tier.stores import Stores
+
+
+# Limits for the bytes read from one checkpoint: zip directory, pickle and scores.
+_MAX_PICKLE_BYTES, _MAX_READ_BYTES = 32 << 20, 64 << 20
+_BLOCK_BYTES = 256 << 10
+_ZIP_SIGN = b"PK\x03\x04"
+_SEPARATORS = re.compile(r"[/\\]")
+_FORMATS = {"FloatStorage": "f", "DoubleStorage": "d", "HalfStorage": "e", "LongStorage": "q", "IntStorage": "i"}
+# Exceptions of zipfile, pickletools and the interpreter for a damaged file, or one that is not a torch checkpoint.
+_NO_CHECKPOINT = (
+    zipfile.BadZipFile,
+    ValueError,  # includes UnicodeDecodeError
+    LookupError,
+    TypeError,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    OverflowError,
+    RuntimeError,  # zipfile: an encrypted record
+)
+
+
+def read_scores(store: Store, key: str, n_bytes: int, name: str) -> Mapping[str, float]:
+    """Return the scores of a checkpoint by metric; empty if the object is not a Lightning checkpoint.
+
+    Args:
+        store: Store of the object.
+        key: Key of the object.
+        n_bytes: Size of the object, as listed.
+        name: Name of the checkpoint's file or folder, by which its scores are found.
+
+    Raises:
+        NotFound: The object no longer exists.
+        StoreError: The object cannot be read, or has changed since it was listed.
+    """
+    if n_bytes < len(_ZIP_SIGN):
+        return {}
+    file = _Blocks(store, key, n_bytes)
+    if file.read(len(_ZIP_SIGN)) != _ZIP_SIGN:
+        return {}
+    try:
+        with zipfile.ZipFile(file) as records:
+            return dict(_scores(records, name))
+    except _NO_CHECKPOINT:
+        return {}
+
+
+class _Blocks(StoreFile):
+    """An object that is read in blocks, which are cached: at most _MAX_READ_BYTES of them."""
+
+    def __init__(self, store: Store, key: str, n_bytes: int) -> None:
+        super().__init__(store, key, n_bytes)
+        self._blocks = dict[int, bytearray]()
+
+    def fill(self, wanted: ByteRange, buffer: memoryview) -> None:
+        numbers = range(wanted.start // _BLOCK_BYTES, -(-wanted.end // _BLOCK_BYTES))
+        self._fetch([number for number in numbers if number not in self._blocks])
+        start = wanted.start - numbers[0] * _BLOCK_BYTES
+        buffer[:] = b"".join(self._blocks[number] for number in numbers)[start : start + wanted.n_bytes]
+
+    def _fetch(self, numbers: list[int]) -> None:
+        if (len(self._blocks) + len(numbers)) * _BLOCK_BYTES > _MAX_READ_BYTES:
+            raise ValueError("the zip directory and the pickle are too large for a checkpoint of torch")
+        ranges = [ByteRange(n * _BLOCK_BYTES, min((n + 1) * _BLOCK_BYTES, self.n_bytes)) for n in numbers]
+        buffers = [bytearray(one.n_bytes) for one in ranges]
+        if buffers:
+            self.store.read_into(self.key, [(one, memoryview(b)) for one, b in zip(ranges, buffers, strict=True)])
+        self._blocks.update(zip(numbers, buffers, strict=True))
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """The first number of a tensor: class and record of its storage, and the offset in it."""
+
+    kind: str
+    record: str
+    offset: int
+
+
+def _scores(records: zipfile.ZipFile, name: str) -> Iterator[tuple[str, float]]:
+    """Yield metric and score of each callback that has the checkpoint of this name among its best."""
+    pickles = [one for one in records.namelist() if one.endswith("/data.pkl")]
+    start = pickles[0].removesuffix("data.pkl")
+    body = _Interpreter().run(_record(records, f"{start}data.pkl", _MAX_PICKLE_BYTES))
+    for state in _table(_table(body).get("callbacks")).values():
+        metric, scores = _table(state).get("monitor"), _table(_table(state).get("best_k_models"))
+        for path, score in scores.items():
+            if isinstance(metric, str) and _SEPARATORS.split(path)[-1] == name:
+                value = _number(records, start, score)
+                if value is not None and math.isfinite(value):
+                    yield metric, value
+
+
+def _table(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(records: zipfile.ZipFile, start: str, score: object) -> float | None:
+    if isinstance(score, int | float) and not isinstance(score, bool):
+        return float(score)
+    if not isinstance(score, _Tensor):
+        return None
+    order = ">" if f"{start}byteorder" in records.NameToInfo and _order(records, start) == b"big" else "<"
+    data = _record(records, f"{start}data/{score.record}", _BLOCK_BYTES)
+    if score.kind == "BFloat16Storage":  # the upper half of a float32
+        (half,) = struct.unpack_from(f"{order}H", data, 2 * score.offset)
+        return float(struct.unpack(">f", struct.pack(">I", half << 16))[0])
+    code = f"{order}{_FORMATS[score.kind]}"
+    return float(struct.unpack_from(code, data, struct.calcsize(code) * score.offset)[0])
+
+
+def _order(records: zipfile.ZipFile, start: str) -> bytes:
+    return _record(records, f"{start}byteorder", _BLOCK_BYTES).strip()
+
+
+def _record(records: zipfile.ZipFile, name: str, most_bytes: int) -> bytes:
+    """Return a record of a torch file. Raises ValueError if it is compressed or too large."""
+    info = records.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size > most_bytes:
+        raise ValueError(f"{name}: expected at most {most_bytes} bytes, not compressed")
+    return records.read(name)
+
+
+# -- the pickle -------------------------------------------------------------------------------------------------------
+
+# The placeholder for results of opcodes that are not interpreted.
+_OTHER = object()
+_MARK = object()
+
+_PUSHES_ARGUMENT = frozenset(
+    [
+        "INT",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG",
+        "LONG1",
+        "LONG4",
+        "FLOAT",
+        "BINFLOAT",
+        "UNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE",
+        "BINUNICODE8",
+        "STRING",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+    ]
+)
+_PUSHES_OTHER = frozenset(
+    [
+        "NONE",
+        "NEWTRUE",
+        "NEWFALSE",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
+        "EMPTY_LIST",
+        "EMPTY_SET",
+        "EXT1",
+        "EXT2",
+        "EXT4",
+        "NEXT_BUFFER",
+    ]
+)
+# Opcodes that pop this number of values and push a placeholder.
+_TAKES = {"NEWOBJ": 2, "NEWOBJ_EX": 3}
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_DROPS_TO_MARK = frozenset(["APPENDS", "ADDITEMS", "POP_MARK"])
+_OTHER_OF_MARK = frozenset(["LIST", "FROZENSET", "INST", "OBJ"])
+_WITHOUT_EFFECT = frozenset(["PROTO", "FRAME", "READONLY_BUFFER"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """The name of a function or class in the pickle. It is never looked up."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    kind: str
+    record: str
+
+
+class _Interpreter:
+    """Interprets a pickle: dicts with string keys, tuples, strings, numbers, and the positions of tensors in records.
+
+    Each value is created once and then shared, so that memory is at most a few times the size of the pickle.
+    """
+
+    def __init__(self) -> None:
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def run(self, data: bytes) -> Any:
+        """Return the value of the pickle. Raises ValueError, LookupError or TypeError if the data is not a pickle."""
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "STOP":
+                break
+            self._step(opcode.name, argument)
+        return self._stack.pop()
+
+    def _step(self, name: str, argument: Any) -> None:
+        stack = self._stack
+        if name in _PUSHES_ARGUMENT:
+            stack.append(argument)
+        elif name in _PUSHES_OTHER:
+            stack.append(_OTHER)
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self._memo[len(self._memo) if name == "MEMOIZE" else argument] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(self._memo[argument])
+        else:
+            self._make(name, argument)
+
+    def _make(self, name: str, argument: Any) -> None:
+        """Run an opcode that creates dicts or tuples, or pass it on to _call()."""
+        stack = self._stack
+        if name == "MARK":
+            stack.append(_MARK)
+        elif name == "EMPTY_DICT":
+            stack.append({})
+        elif name == "DICT":
+            stack.append(_with({}, self._to_mark()))
+        elif name in ("SETITEM", "SETITEMS"):
+            items = self._to_mark() if name == "SETITEMS" else self._last(2)
+            _with(stack[-1], items)
+        elif name == "TUPLE":
+            stack.append(tuple(self._to_mark()))
+        elif name in _TUPLES:
+            stack.append(tuple(self._last(_TUPLES[name])))
+        else:
+            self._call(name, argument)
+
+    def _call(self, name: str, argument: Any) -> None:
+        """Run an opcode that names a function or class, or would call it."""
+        stack = self._stack
+        if name == "GLOBAL":
+            stack.append(_Name(argument))
+        elif name == "STACK_GLOBAL":
+            module, function = self._last(2)
+            stack.append(_Name(f"{module} {function}"))
+        elif name == "BINPERSID":
+            stack.append(_storage(stack.pop()))
+        elif name == "REDUCE":
+            function, arguments = self._last(2)
+            stack.append(_called(function, arguments))
+        else:
+            self._skip(name)
+
+    def _skip(self, name: str) -> None:
+        """Run an opcode whose result is not needed: it leaves a placeholder on the stack."""
+        stack = self._stack
+        if name in _TAKES:
+            self._last(_TAKES[name])
+            stack.append(_OTHER)
+        elif name in _OTHER_OF_MARK:
+            self._to_mark()
+            stack.append(_OTHER)
+        elif name in _DROPS_TO_MARK:
+            self._to_mark()
+        elif name in ("APPEND", "BUILD", "POP"):
+            stack.pop()
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name == "PERSID":
+            stack.append(_OTHER)
+        elif name not in _WITHOUT_EFFECT:
+            raise ValueError(f"an opcode that torch does not write: {name}")
+
+    def _last(self, n: int) -> list[Any]:
+        if len(self._stack) < n:
+            raise ValueError("the pickle pops more values than are on the stack")
+        taken = self._stack[len(self._stack) - n :]
+        del self._stack[len(self._stack) - n :]
+        return taken
+
+    def _to_mark(self) -> list[Any]:
+        """Pop and return the values above the last mark, and the mark."""
+        n = next((n for n, value in enumerate(reversed(self._stack)) if value is _MARK), None)
+        if n is None:
+            raise ValueError("the pickle refers to a mark that is not on the stack")
+        taken = self._last(n)
+        self._stack.pop()
+        return taken
+
+
+def _with(target: Any, items: list[Any]) -> Any:
+    """Add keys and values to the dict; keys that are not strings, and targets that are not dicts, are ignored."""
+    if isinstance(target, dict):
+        target.update((key, value) for key, value in zip(items[::2], items[1::2], strict=True) if isinstance(key, str))
+    return target
+
+
+def _storage(identity: object) -> object:
+    """Return the storage that torch identifies as ("storage", its class, its record, its device, its length)."""
+    match identity:
+        case ("storage", _Name(text), str(record), _, _):
+            return _Storage(text.rpartition(" ")[2], record)
+    return _OTHER
+
+
+def _called(function: object, arguments: object) -> object:
+    """Return the result of a function that torch calls in a pickle, if a score needs it."""
+    match function, arguments:
+        case _Name("torch._utils _rebuild_tensor_v2"), (_Storage(kind, record), int(offset), *_) if offset >= 0:
+            return _Tensor(kind, record, offset)
+        case _Name("collections OrderedDict"), ():
+            return {}
+    return _OTHER
+
+
+# In ascending precedence. The first is Orbax's: a file "metrics" in a folder "metrics".
+FILES = ("metrics/metrics", "metadata.json", "trainer_state.json", "metrics.json")
+# The Trainer log of a long run has some MiB.
+MAX_BYTES = 16 << 20
+# Lightning's checkpoints: a file, or (FSDP) a folder that contains such a part.
+_LIGHTNING_FILE, _LIGHTNING_PART = ".ckpt", "meta.pt"
+# Matches the keys of objects that read_metrics() may read, without regard to the checkpoint's path.
+MAY_HOLD = (
+    rf"(?:^|/)(?:{'|'.join(map(re.escape, FILES))})$|{re.escape(_LIGHTNING_FILE)}(?:/{re.escape(_LIGHTNING_PART)})?$"
+)
+
+_COUNTER = re.compile(rf"(?i)(?:^|[-_])(?:{WORD})[-_=]?[0-9]+(?=$|[-_])")
+_METRIC = re.compile(
+    rf"(?i)(?:^|(?<=[-_]))(?P<name>[a-z][\w@.]*?)(?:=(?P<number>{NUMBER})|[-_]?(?P<decimal>{DECIMAL}))(?=$|[-_])"
+)
+_SUFFIX = re.compile(rf"(?i){SUFFIXES}+$")
+# Keys of a Trainer log line that describe progress and are not metrics.
+_NO_METRICS = ("step", "epoch", "total_flos")
+
+
+def metrics_in_name(name: str) -> dict[str, float]:
+    """Return the metrics in the name of a file or folder: "val_loss=1.9", "val_loss-1.9", "val_loss1.9".
+
+    Counters (epoch, step and similar) are not metrics. Without "=", a value must have a decimal point.
+    """
+    found: dict[str, float] = {}
+    for (name_start, name_end), (start, end) in spans_of(name):
+        found |= _finite(name[name_start:name_end], float(name[start:end]))
+    return found
+
+
+def spans_of(name: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Yield the (start, end) of each metric in a name, and of its number."""
+    start, text = 0, _SUFFIX.sub("", name)
+    ends = [(counter.start(), counter.end()) for counter in _COUNTER.finditer(text)]
+    for end, next_start in [*ends, (len(text), len(text))]:
+        for match in _METRIC.finditer(text[start:end]):
+            named, number = match.span("name"), match.span("number" if match["number"] else "decimal")
+            yield (start + named[0], start + named[1]), (start + number[0], start + number[1])
+        start = next_start
+
+
+def files_of(objects: Iterable[ObjectInfo]) -> tuple[ObjectInfo, ...]:
+    """Return the objects of a checkpoint that may hold metrics, in the order of FILES.
+
+    Of two with the same name, the one nearest to the top is used; objects above MAX_BYTES are left out.
+    """
+    found: dict[str, ObjectInfo] = {}
+    for one in objects:
+        name = _file_name(one.key)
+        if name in FILES and (name not in found or one.key.count("/") < found[name].key.count("/")):
+            found[name] = one
+    return tuple(found[name] for name in FILES if name in found and found[name].n_bytes <= MAX_BYTES)
+
+
+def _file_name(key: str) -> str:
+    """Return the entry of FILES that the key ends with, or else its last segment."""
+    parts = key.split("/")
+    name = "/".join(parts[-2:])
+    return name if name in FILES else parts[-1]
+
+
+def read_metrics(store: Store, objects: Sequence[ObjectInfo], path: str) -> dict[str, float]:
+    """Return the metrics in the small files of a checkpoint; files that cannot be parsed are ignored.
+
+    Reads at most four objects of at most MAX_BYTES each, and some blocks of a Lightning file.
+
+    Args:
+        store: Store of the checkpoint.
+        objects: Objects of the checkpoint.
+        path: Path of the checkpoint.
+
+    Raises:
+        StoreError: A file exists and cannot be read now, so that the best checkpoints are unknown.
+    """
+    found: dict[str, float] = {}
+    for one in objects:
+        is_part = one.key == f"{path}/{_LIGHTNING_PART}"
+        if path.endswith(_LIGHTNING_FILE) and (one.key == path or is_part):
+            with suppress(NotFound):
+                found |= read_scores(store, one.key, one.n_bytes, path.rpartition("/")[2])
+    for one in files_of(objects):
+        try:
+            data, info = store.read_tail(one.key, MAX_BYTES)
+        except NotFound:  # deleted since it was listed
+            continue
+        if info.n_bytes <= MAX_BYTES:
+            found |= parse_metrics(_file_name(one.key), data)
+    return found
+
+
+def parse_metrics(name: str, data: bytes) -> dict[str, float]:
+    """Return the metrics in the content of a file with this name; empty if it cannot be parsed."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(body, dict):
+        return {}
+    return _of_trainer(body) if name == "trainer_state.json" else dict(_numbers(body))
+
+
+def _of_trainer(body: Mapping[str, Any]) -> dict[str, float]:
+    """Return what Trainer logged at the step of the checkpoint. best_metric is ignored: it is the best value so far."""
+    step, log = body.get("global_step"), body.get("log_history")
+    found: dict[str, float] = {}
+    for line in log if isinstance(log, list) else ():
+        if isinstance(line, dict) and line.get("step") == step:
+            found |= {name: value for name, value in _numbers(line) if name not in _NO_METRICS}
+    return found
+
+
+def _numbers(body: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield names and numbers of a table, and of nested tables as "table/name"; names in `metrics` get no prefix."""
+    for name, value in body.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        for key, one in inner:
+            if isinstance(one, int | float) and not isinstance(one, bool):
+                joined = key if name == "metrics" and key else f"{name}/{key}".rstrip("/")
+                yield from _finite(joined, one).items()
+
+
+def _finite(name: str, value: float) -> dict[str, float]:
+    """Return the metric as a dict; empty if the value is not finite or too large."""
+    try:
+        number = float(value)
+    except OverflowError:
+        return {}
+    return {name: number} if math.isfinite(number) else {}
+
+
+# Minimum number of names of one template for which an expression is built.
+_FEW = 8
+_DIGITS = re.compile("[0-9]+")
+
+
+def metrics_in_names(names: pa.Array, wanted: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """Return the wanted metrics of each name, as metrics.metrics_in_name(): float64[n] each, NaN where there is none.
+
+    Args:
+        names: large_string, names of files or folders, without nulls.
+        wanted: Names of the metrics.
+    """
+    found = {name: np.full(len(names), np.nan) for name in wanted}
+    if not len(names):
+        return found
+    alike = NameTemplates.of(names)
+    order = np.argsort(alike.shape, kind="stable")
+    starts = np.searchsorted(alike.shape[order], np.arange(len(alike.shapes) + 1)).tolist()
+    for i, template in enumerate(alike.shapes.to_pylist()):
+        places = _places(template, wanted)
+        if places:
+            rows = order[starts[i] : starts[i + 1]]
+            _read(found, rows, names.take(pa.array(rows)), (template, places))
+    return found
+
+
+_Place = tuple[str, tuple[int, int], tuple[int, int]]
+
+
+def _places(template: str, wanted: Sequence[str]) -> list[_Place]:
+    """Return where the template may have a wanted metric: the metric, and (start, end) of its name and its number."""
+    spans = [(name, number, template[slice(*name)]) for name, number in spans_of(template)]
+    alike = [(metric, _DIGITS.sub("0", metric)) for metric in wanted]
+    return [(metric, name, number) for name, number, text in spans for metric, like in alike if like == text]
+
+
+def _read(
+    found: dict[str, NDArray[np.float64]], rows: NDArray[np.int64], names: pa.Array, of: tuple[str, list[_Place]]
+) -> None:
+    template, places = of
+    # For a metric that occurs twice in a name, the last finite value counts; only the parser for one name knows that.
+    if len(rows) < _FEW or len({metric for metric, _, _ in places}) < len(places):
+        _one_by_one(found, rows, names)
+        return
+    for metric, name, number in places:
+        found[metric][rows] = _values(names, template, (metric, name, number))
+
+
+def _one_by_one(found: dict[str, NDArray[np.float64]], rows: NDArray[np.int64], names: pa.Array) -> None:
+    for row, name in zip(rows.tolist(), names.to_pylist(), strict=True):
+        for metric, value in metrics_in_name(name).items():
+            if metric in found:
+                found[metric][row] = value
+
+
+def _values(names: pa.Array, template: str, place: _Place) -> list[float]:
+    """Return the number at the template's position in each name.
+
+    NaN: the number is not finite, or the name has another metric there.
+    """
+    metric, (name_start, name_end), (start, end) = place
+    parts = template[:name_start], template[name_end:start], template[start:end], template[end:]
+    before, between, number, after = (re.escape(part).replace("0", "[0-9]+") for part in parts)
+    pattern = rf"\A{before}{re.escape(metric)}{between}(?P<value>{number}){after}\z"
+    texts = pc.struct_field(pc.extract_regex(names, pattern), "value")
+    values = [math.nan if text is None else float(text) for text in texts.to_pylist()]
+    return [value if math.isfinite(value) else math.nan for value in values]
+
+
+_THREADS = 16
+_MAY_SAY = r"=|\d\.\d"
+
+
+def wanted_metrics(file: RuleFile) -> tuple[tuple[str, ...], ...]:
+    """Return the metrics that keep lists use, sorted.
+
+    Each is a tuple of names; a run uses the first name that any of its checkpoints has.
+    """
+    keeps = [keep for rule in file.rules for keep in rule.keep.values()]
+    return tuple(sorted({best.metrics for keep in keeps for best in keep.best}))
+
+
+class MetricReader:
+    """Finds the metrics of checkpoints.
+
+    Attributes (valid after of()):
+        unread: int64[k], ascending: groups with files that may hold metrics, none of which can be read.
+        in_files: Group to the names of all metrics in its files, for groups whose files were read.
+    """
+
+    def __init__(self, stores: Stores, tiers: Sequence[str], listed: Listing, copies: Copies) -> None:
+        self._stores, self._tiers, self._listed, self._copies = stores, tiers, listed, copies
+        self.unread = np.empty(0, np.int64)
+        self.in_files: dict[int, frozenset[str]] = {}
+        self._names: dict[frozenset[str], frozenset[str]] = {}  # interned: a million checkpoints have equal sets
+
+    def of(
+        self, wanted: Sequence[Sequence[str]], paths: pa.Array, checkpoints: NDArray[np.int64]
+    ) -> dict[str, NDArray[np.float64]]:
+        """Return each wanted metric as float64[n_groups], NaN where there is none.
+
+        No file is read if no rule uses a metric, or if a checkpoint's name contains the first name of each metric.
+
+        Args:
+            wanted: Result of wanted_metrics().
+            paths: Paths of all groups.
+            checkpoints: int64[m], group numbers.
+
+        Raises:
+            StoreError: A file exists and cannot be read now, so that the best checkpoints are unknown.
+        """
+        names = sorted({name for some in wanted for name in some})
+        found = {name: np.full(len(paths), np.nan) for name in names}
+        if not names:
+            return found
+        for groups in _parts(checkpoints):
+            texts = paths.take(pa.array(groups))
+            says = match_regex(texts, _MAY_SAY)
+            last = split_keys(texts.filter(pa.array(says)))[2]
+            for name, column in metrics_in_names(last, names).items():
+                found[name][groups[says]] = column
+        lacking = np.isnan(np.array([found[some[0]][checkpoints] for some in wanted])).any(axis=0)
+        self._read(found, paths, checkpoints[lacking])
+        return found
+
+    def _read(self, found: dict[str, NDArray[np.float64]], paths: pa.Array, groups: NDArray[np.int64]) -> None:
+        """Read the missing metrics of each group from the fastest tier with a readable copy that has a metrics file."""
+        asked = self._asked(groups)
+        unread = [group for group, copy in asked.items() if copy is None]
+        readable = [(group, copy, paths[group].as_py()) for group, copy in asked.items() if copy is not None]
+        if readable:
+            with ThreadPoolExecutor(min(_THREADS, len(readable)), "tiercache-metrics") as pool:
+                for (group, *_), metrics in zip(readable, pool.map(self._one, readable), strict=True):
+                    if metrics is None:
+                        unread.append(group)
+                    else:
+                        _fill(found, group, metrics)
+                        names = frozenset(metrics)
+                        self.in_files[group] = self._names.setdefault(names, names)
+        self.unread = np.array(sorted(unread), np.int64)
+
+    def _asked(self, groups: NDArray[np.int64]) -> dict[int, int | None]:
+        """Return the groups that have a metrics file, each with the copy to read; None: no such copy is readable."""
+        copies = self._copies
+        wanted = np.zeros(int(copies.group.max(initial=-1)) + 1, np.bool_)
+        wanted[groups] = True
+        copy_of = np.repeat(np.arange(len(copies.group)), copies.n_objects)
+        rows = np.flatnonzero(wanted[copies.group[copy_of]])
+        rows = np.concatenate([rows[:0], *(self._holding(some) for some in _parts(rows))])
+        asked: dict[int, int | None] = {}
+        for copy in np.unique(copy_of[rows]).tolist():
+            group = int(copies.group[copy])
+            if asked.get(group) is None:
+                asked[group] = copy if copies.state[copy] in (READABLE, RESTORED) else None
+        return asked
+
+    def _holding(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows of objects that may hold metrics."""
+        return rows[match_regex(self._listed.keys.take(pa.array(self._copies.row[rows])), MAY_HOLD)]
+
+    def _one(self, readable: tuple[int, int, str]) -> Mapping[str, float] | None:
+        _, copy, path = readable
+        start, end = self._copies.start[copy : copy + 2].tolist()
+        rows = self._copies.row[start:end]
+        rows = rows[match_regex(self._listed.keys.take(pa.array(rows)), MAY_HOLD)]
+        objects = self._listed.objects(rows, np.full(len(rows), NO_CRC))
+        try:
+            return read_metrics(self._stores.store(self._tiers[int(self._copies.tier[copy])]), objects, path)
+        except StoreError as error:
+            if error.retryable:
+                raise
+            return None
+
+
+def _parts(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Yield the rows in parts, so that temporary arrays stay small."""
+    for start in range(0, len(rows), ROWS_AT_A_TIME):
+        yield rows[start : start + ROWS_AT_A_TIME]
+
+
+def _fill(found: dict[str, NDArray[np.float64]], group: int, metrics: Mapping[str, float]) -> None:
+    """Record the wanted metrics that are still missing; a metric in the name has precedence over one in a file."""
+    for name, column in found.items():
+        if name in metrics and np.isnan(column[group]):
+            column[group] = metrics[name]
+
+
+# -- missing metrics -------------------------------------------------------------------------------------------------
+
+_MOST_NAMES = 200  # number of checkpoint names per run that are parsed to list the run's metrics in a message
+_SHOWN = 10
+_NO_WORD = re.compile(r"[^a-z0-9]+")
+
+
+@dataclass(frozen=True, slots=True)
+class MetricGap:
+    """A metric of a keep list that no complete checkpoint of a run has, so that the list keeps all of the run.
+
+    Attributes:
+        rule: Name of the rule.
+        tiers: Tiers whose keep lists use the metric.
+        metrics: Names of the metric in the keep list.
+        run: Checkpoints of the run, as a glob.
+        n_checkpoints: Number of complete checkpoints of the run.
+        found: Metrics that the run has.
+        likely: Metric of the run with the most similar name; None: there is no similar name.
+    """
+
+    rule: str
+    tiers: tuple[str, ...]
+    metrics: tuple[str, ...]
+    run: str
+    n_checkpoints: int
+    found: tuple[str, ...]
+    likely: str | None
+
+    @property
+    def text(self) -> str:
+        """The message for people."""
+        lists = ", ".join(f"keep_{tier}" for tier in self.tiers)
+        asked = " or ".join(map(repr, self.metrics))
+        if self.found:
+            more = ", ..." if len(self.found) > _SHOWN else ""
+            there = f"found: {', '.join(self.found[:_SHOWN])}{more}"
+        else:
+            there = "no metric was found, neither in names nor in readable files"
+        meant = f"; did you mean {self.likely!r}?" if self.likely else ""
+        return (
+            f"{self.rule}: no checkpoint of {self.run} has the metric {asked}, so that {lists} keeps all "
+            f"{self.n_checkpoints:,} of them and none is deleted; {there}{meant}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UnscoredCheckpoints:
+    """Complete checkpoints without a metric that others of their runs have, so that `best` does not keep them.
+
+    Attributes:
+        rule: Name of the rule.
+        metrics: Names of the metric in the keep list.
+        n_checkpoints: Number of such checkpoints.
+        n_runs: Number of their runs.
+        paths: Paths of the first few.
+    """
+
+    rule: str
+    metrics: tuple[str, ...]
+    n_checkpoints: int
+    n_runs: int
+    paths: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The message for people."""
+        asked = " or ".join(map(repr, self.metrics))
+        more = ", ..." if self.n_checkpoints > len(self.paths) else ""
+        return (
+            f"{self.rule}: {self.n_checkpoints:,} checkpoints lack the metric {asked}, which others of their run have, "
+            f"so that `best` does not keep them: {', '.join(self.paths)}{more}"
+        )
+
+
+def metric_gaps(
+    snapshot: Snapshot, file: RuleFile, in_files: Mapping[int, frozenset[str]]
+) -> tuple[tuple[MetricGap, ...], tuple[UnscoredCheckpoints, ...]]:
+    """Return the metrics that keep lists use and that are missing: in whole runs, and in some checkpoints of a run.
+
+    Args:
+        snapshot: Snapshot.
+        file: Rule file.
+        in_files: Group to the names of the metrics in its files.
+    """
+    gaps: list[MetricGap] = []
+    passed: list[UnscoredCheckpoints] = []
+    if not wanted_metrics(file):
+        return (), ()
+    rule_of, n_bytes = rules_of(snapshot, file), largest_copies(snapshot)
+    for number, rule in enumerate(file.rules):
+        rows = np.flatnonzero((rule_of == number) & (snapshot.kind == CHECKPOINT) & snapshot.complete)
+        rows = rows[fits_size(rule, n_bytes[rows])]
+        asked: dict[tuple[str, ...], tuple[BestMetric, list[str]]] = {}
+        for tier, keep in rule.keep.items():
+            for best in keep.best:
+                asked.setdefault(best.metrics, (best, []))[1].append(tier)
+        for metrics, (best, tiers) in asked.items():
+            scores = scores_of(snapshot, rows, best)
+            unscored = rows[scores.is_unscored]
+            for series in np.unique(snapshot.series[unscored]).tolist():
+                run = unscored[snapshot.series[unscored] == series]
+                found = _names_in(snapshot, run, in_files)
+                facts = (rule.name, tuple(dict.fromkeys(tiers)), metrics, _run_name(snapshot, run), len(run))
+                gaps.append(MetricGap(*facts, found, _likely(metrics, found)))
+            without = rows[np.isnan(scores.values) & ~scores.is_unscored & ~snapshot.unread[rows]]
+            if len(without):
+                paths = tuple(snapshot.paths[row].as_py() for row in without[:3].tolist())
+                n_runs = len(np.unique(snapshot.series[without]))
+                passed.append(UnscoredCheckpoints(rule.name, metrics, len(without), n_runs, paths))
+    return tuple(gaps), tuple(passed)
+
+
+def _names_in(snapshot: Snapshot, run: NDArray[np.int64], in_files: Mapping[int, frozenset[str]]) -> tuple[str, ...]:
+    """Return the names of all metrics of a run's checkpoints, sorted."""
+    found: set[str] = set()
+    for group in run.tolist():
+        found |= in_files.get(group, frozenset())
+    for group in run[:_MOST_NAMES].tolist():
+        found |= metrics_in_name(snapshot.paths[group].as_py().rpartition("/")[2]).keys()
+    return tuple(sorted(found))
+
+
+def _run_name(snapshot: Snapshot, run: NDArray[np.int64]) -> str:
+    """Return the checkpoints of a run as a glob: "checkpoints/run7/step-*"."""
+    folder, slash, name = snapshot.paths[int(run[0])].as_py().rpartition("/")
+    return f"{folder}{slash}{re.sub('[0-9]+', '*', name)}"
+
+
+def _likely(metrics: Sequence[str], found: Sequence[str]) -> str | None:
+    """Return the found metric whose name is most similar to one of the wanted names; None: there is no similar name."""
+    plain = {_NO_WORD.sub("_", name.lower()): name for name in reversed(found)}
+    for metric in metrics:
+        near = get_close_matches(_NO_WORD.sub("_", metric.lower()), plain, n=1)
+        if near:
+            return plain[near[0]]
+    return None

@@ -1,0 +1,720 @@
+"""The rule file: its tiers, rules, pins, tags and mover options, checked when it is read and frozen afterwards.
+
+The tables stand in ``tiercache.toml`` beside the settings, or in a file that the caller names.
+``docs/reference/tiers.md`` lists all keys. Each error message names the file and the key; a TOML syntax error names
+the line. An attribute's name states its unit; the key of the file is its alias: `idle = "30d"` becomes `idle_s`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, date, datetime, time, timedelta
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from urllib.parse import unquote
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from tiercache import config
+from tiercache.model import parse_bytes, parse_duration
+from tiercache.prices import named_prices, parse_prices, prices_of
+
+_PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
+_LONGEST_S = 10_000 * 365.0 * 86400.0
+_SET = re.compile(r"\[!?\]?[^\]]*\]")  # a character class of a glob: [a-z], [!x], []]
+
+
+def read_seconds(value: object) -> float:
+    """Return the seconds of a duration such as "30d", or of a number of seconds. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"expected a duration such as '30d', '12h' or a number of seconds, got {value!r}")
+    try:
+        seconds = parse_duration(value)
+    except OverflowError:  # an integer of hundreds of digits
+        seconds = math.inf
+    if not 0 <= seconds <= _LONGEST_S:
+        raise ValueError(f"expected a duration from 0 to 10,000 years, got {value!r}")
+    return seconds
+
+
+def read_bytes(value: object) -> int:
+    """Return the bytes of a size such as "2TB", or of a number of bytes. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"expected a size such as '64KiB', '2TB' or a number of bytes, got {value!r}")
+    return parse_bytes(value)
+
+
+def read_rate(value: object) -> int:
+    """Return the bytes per second of "200MB/s" or "200MB". Raises ValueError."""
+    n_bytes = read_bytes(value.strip().removesuffix("/s") if isinstance(value, str) else value)
+    if n_bytes < 1:
+        raise ValueError(f"expected a rate of at least 1 byte per second, got {value!r}")
+    return n_bytes
+
+
+def read_fraction(value: object) -> float:
+    """Return the fraction, 0 to 1, of "90%" or 0.9. Raises ValueError."""
+    match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    share = float(match[1]) / 100 if match else value
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise ValueError(f"expected a fraction such as '90%' or 0.9, got {value!r}")
+    return float(share)
+
+
+def read_capacity(value: object) -> str:
+    """Return a size, or a percentage of a disk, as it is written in the file. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"expected a size such as '2TB' or a percentage of the disk such as '80%', got {value!r}")
+    parse_bytes(value, whole_bytes=1)
+    return str(value)
+
+
+def read_texts(value: object) -> tuple[str, ...]:
+    """Return a string, or a list of strings, as a tuple. Raises ValueError."""
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"expected a string or a list of strings, none of them empty, got {value!r}")
+    return tuple(texts)
+
+
+def require_values(values: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the values. Raises ValueError if there are none."""
+    if not values:
+        raise ValueError("expected one or more values, got an empty list")
+    return values
+
+
+def read_globs(value: object) -> tuple[str, ...]:
+    """Return a glob, or a list of globs, as a tuple. Raises ValueError for a glob that cannot match any path."""
+    globs = read_texts(value)
+    for glob in globs:
+        if glob.startswith("/") or "//" in glob or "\\" in glob:
+            raise ValueError(
+                f"a glob matches paths below a tier's URL: no '/' at its start, no '//' and no '\\', got {glob!r}"
+            )
+        plain = _SET.sub("", glob)
+        if "[" in plain or plain.count("{") != plain.count("}"):
+            raise ValueError(f"'[' or '{{' is not closed in {glob!r}")
+    return globs
+
+
+def read_moment(value: object) -> float:
+    """Return the seconds since the epoch of a time, or of the end of a date.
+
+    A time without an offset is in UTC. Raises ValueError.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LONGEST_S:
+        return float(value)
+    found = _from_text(value) if isinstance(value, str) else value
+    if isinstance(found, date) and not isinstance(found, datetime):
+        return datetime.combine(found, time(), UTC).timestamp() + timedelta(days=1).total_seconds()
+    if not isinstance(found, datetime):
+        raise ValueError(f"expected a date or time such as 2027-06-30 or 2027-06-30T12:00:00Z, got {value!r}")
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+
+
+def _from_text(text: str) -> date | None:
+    try:
+        return date.fromisoformat(text) if len(text) == len("2027-06-30") else datetime.fromisoformat(text)
+    except ValueError:
+        return None
+
+
+def read_path(value: object) -> object:
+    """Return a string as a path, with "~" expanded; pydantic rejects other values."""
+    return Path(value).expanduser() if isinstance(value, str) and value else value
+
+
+Role: TypeAlias = Literal["hot", "standard", "archive"]
+Kind: TypeAlias = Literal["file", "shard", "checkpoint"]
+ROLES: tuple[Role, ...] = ("hot", "standard", "archive")
+
+Seconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds)]
+SomeSeconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds), Field(gt=0)]
+Bytes: TypeAlias = Annotated[int, BeforeValidator(read_bytes)]
+Share: TypeAlias = Annotated[float, BeforeValidator(read_fraction)]
+Texts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(read_texts)]
+Globs: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(read_globs), AfterValidator(require_values)]
+
+MOST = 1 << 62  # largest count in a rule file: the planner stores counts as int64
+
+_BEST = re.compile(r"\s*(?P<metric>[^:]*[^:\s])\s*:\s*(?P<n>[0-9]+)\s*(?::\s*(?P<mode>min|max)\s*)?")
+# Attributes of a rule that are conditions of `to`, and their keys in messages.
+_CONDITIONS = {"sources": "from", "idle_s": "idle", "age_s": "age", "uses_below": "uses_below"}
+_URLS_WITHOUT_USERS = ("s3:", "gs:", "http:", "https:")
+
+
+class RuleTable(BaseModel):
+    """Base class of the tables of a rule file: frozen, and without unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        populate_by_name=True,
+        hide_input_in_errors=True,  # storage options may contain a secret
+    )
+
+
+class Tier(RuleTable):
+    """A storage location that holds copies: a local folder or a URL.
+
+    Attributes:
+        name: Name in the rule file.
+        role: "hot", "standard" or "archive".
+        url: URL or absolute path below which the tier's objects lie.
+        storage_class: S3 storage class of new copies; None: the store's default class.
+        prices: Name in the price table, or a table of prices; None: not given.
+        capacity: Size, or percentage of the disk, as written in the file; None: unlimited.
+        high: Fraction of the capacity above which the planner sends copies down.
+        low: Fraction of the capacity at which the planner stops.
+        storage_options: Options of the store; never shown, since they may contain secrets.
+    """
+
+    name: str
+    role: Role
+    url: str
+    storage_class: str | None = None
+    prices: str | dict[str, Any] | None = None
+    capacity: Annotated[str, BeforeValidator(read_capacity)] | None = None
+    high: Share = 0.9
+    low: Share = 0.75
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the tier is a folder of a file system that is mounted on this machine."""
+        return "://" not in self.url or self.url.lower().startswith("file://")
+
+    @property
+    def is_percentage(self) -> bool:
+        """Whether the capacity is a percentage of a disk."""
+        return self.capacity is not None and self.capacity.strip().endswith("%")
+
+    def capacity_bytes(self, disk_bytes: int | None) -> int | None:
+        """Return the capacity in bytes; None: unlimited.
+
+        Args:
+            disk_bytes: Size of the whole disk, for a capacity in percent.
+
+        Raises:
+            ValueError: The capacity is a percentage and disk_bytes is None.
+        """
+        if self.capacity is None:
+            return None
+        if self.is_percentage and disk_bytes is None:
+            raise ValueError(f"tiers.{self.name}.capacity: the size of the disk is unknown, got {self.capacity}")
+        return parse_bytes(self.capacity, whole_bytes=disk_bytes)
+
+    @field_validator("prices", mode="before")
+    @classmethod
+    def _known_prices(cls, prices: object) -> object:
+        if isinstance(prices, str):
+            named_prices(prices)
+        elif isinstance(prices, dict):
+            parse_prices("", prices)
+        elif prices is not None:
+            raise ValueError(f"expected a name of the price table or a table of prices, got {prices!r}")
+        return prices
+
+    @field_validator("url")
+    @classmethod
+    def _without_secrets(cls, url: str) -> str:
+        if not url:
+            raise ValueError("a tier needs a URL or path")
+        if "\0" in url:
+            raise ValueError("a URL or path cannot contain a NUL character")
+        user, found, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
+        if ":" in user or (found and url.lower().startswith(_URLS_WITHOUT_USERS)):
+            raise ValueError("a URL must not contain credentials: put them into the environment")
+        return url
+
+    @model_validator(mode="after")
+    def _fits(self) -> Tier:
+        if self.low >= self.high:
+            raise ValueError(f"low: must be below high, got {self.low:.0%} and {self.high:.0%}")
+        if self.is_percentage and not self.is_local:
+            raise ValueError(
+                f"capacity: only a local tier may have a percentage; expected a size, got {self.capacity!r}"
+            )
+        return self
+
+
+class BestMetric(RuleTable):
+    """The n checkpoints with the lowest ("min") or the highest ("max") value of a metric.
+
+    Attributes:
+        metrics: Names of the metric; the first name that any checkpoint of a run has is used for that run.
+        n: Number of checkpoints to keep.
+        mode: Whether the lowest or the highest values are the best.
+    """
+
+    metrics: Annotated[Texts, AfterValidator(require_values)] = Field(validation_alias="metric")
+    n: int = Field(ge=1, le=MOST)
+    mode: Literal["min", "max"] = "min"
+
+
+def read_bests(value: object) -> tuple[object, ...]:
+    """Parse "val_loss:2", "accuracy:1:max", a table with the keys of Best, or a list of these. Raises ValueError."""
+    return tuple(_best(one) for one in (value if isinstance(value, list | tuple) else (value,)))
+
+
+def _best(given: object) -> object:
+    if isinstance(given, BestMetric):
+        return given
+    if isinstance(given, dict):
+        return _best_of(given)
+    match = _BEST.fullmatch(given) if isinstance(given, str) else None
+    if match is None or not 1 <= int(match["n"]) <= MOST:
+        raise ValueError(f"expected METRIC:N or METRIC:N:max, as in 'val_loss:2' or 'accuracy:1:max', got {given!r}")
+    return BestMetric(
+        metrics=(match["metric"].strip(),), n=int(match["n"]), mode="max" if match["mode"] == "max" else "min"
+    )
+
+
+def _best_of(given: dict[str, object]) -> BestMetric:
+    try:
+        return BestMetric.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key, text = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+        raise ValueError(
+            f"{key}: {text}; expected a table as {{ metric = ['val_loss', 'eval_loss'], n = 2, mode = 'min' }}"
+        ) from error
+
+
+class KeepList(RuleTable):
+    """A keep list: the checkpoints that stay in a tier. It keeps a checkpoint that any of its keys selects."""
+
+    last: int | None = Field(default=None, ge=1, le=MOST)
+    every_steps: int | None = Field(default=None, ge=1, le=MOST)
+    every_s: SomeSeconds | None = Field(default=None, validation_alias="every")
+    best: Annotated[tuple[BestMetric, ...], BeforeValidator(read_bests)] = ()
+    tags: Texts = ()
+    younger_s: SomeSeconds | None = Field(default=None, validation_alias="younger")
+
+
+class Rule(RuleTable):
+    """A rule: to which tier the objects that it matches belong.
+
+    Attributes:
+        sources: Names of the tiers from which `to` takes copies.
+        keep: Keep list of each tier, the fastest tier first.
+        idle_by: "mtime": use the modification time as the time of the last use of objects whose uses are not recorded.
+        even_if_dearer: Whether the rule's moves may cost more than they save.
+    """
+
+    name: str = Field(min_length=1)
+    match: Globs
+    exclude: Annotated[tuple[str, ...], BeforeValidator(read_globs)] = Field(default=(), validation_alias="except")
+    kind: Kind | None = None
+    larger_than_bytes: Bytes | None = Field(default=None, validation_alias="larger_than")
+    smaller_than_bytes: Bytes | None = Field(default=None, validation_alias="smaller_than")
+    to: str | None = None
+    sources: Texts = Field(default=(), validation_alias="from")
+    idle_s: Seconds | None = Field(default=None, validation_alias="idle")
+    age_s: Seconds | None = Field(default=None, validation_alias="age")
+    uses_below: int | None = Field(default=None, ge=1, le=MOST)
+    idle_by: Literal["use", "mtime"] = "use"
+    even_if_dearer: bool = False
+    promote: Literal["never", "on_access"] = "never"
+    keep: Mapping[str, KeepList] = Field(default_factory=dict)
+    then: str | None = None
+    after_s: Seconds | None = Field(default=None, validation_alias="after")
+    delete_after_s: SomeSeconds | None = Field(default=None, validation_alias="delete_after")
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Rule:
+        """Check that the rule has `to` with conditions, or keep lists with `then`, and no key without effect."""
+        conditions = [key for name, key in _CONDITIONS.items() if getattr(self, name)]
+        if self.keep and (self.to is not None or conditions):
+            key = "to" if self.to is not None else conditions[0]
+            raise ValueError(f"{key}: cannot be combined with keep lists: write two rules")
+        if self.keep and self.kind not in (None, "checkpoint"):
+            raise ValueError(f"kind: keep lists apply to checkpoints only, and this rule is for kind {self.kind!r}")
+        if self.to is None and conditions:
+            raise ValueError(f"{conditions[0]}: is a condition of `to`, and the rule has no `to`")
+        if self.idle_by != "use" and self.idle_s is None and self.uses_below is None:
+            raise ValueError("idle_by: needs `idle` or `uses_below`, and the rule has neither")
+        if self.even_if_dearer and self.to is None and not self.keep:
+            raise ValueError("even_if_dearer: needs `to` or a keep list: this rule moves nothing")
+        if self.then is not None and not self.keep:
+            raise ValueError("then: needs a keep list; without one, write `to` and `age`")
+        if self.after_s is not None and self.then is None:
+            raise ValueError("after: needs `then`, and the rule has no `then`")
+        larger, smaller = self.larger_than_bytes, self.smaller_than_bytes
+        if larger is not None and smaller is not None and larger >= smaller:
+            raise ValueError(f"larger_than: must be below smaller_than, got {larger} and {smaller} bytes")
+        return self
+
+
+class Pin(RuleTable):
+    """Globs of objects that no rule may move.
+
+    Attributes:
+        match: Globs of paths.
+        until_s: End of the pin, in seconds since the epoch; None: the pin does not expire.
+        why: Reason, for people.
+    """
+
+    match: Globs
+    until_s: Annotated[float, BeforeValidator(read_moment)] | None = Field(default=None, validation_alias="until")
+    why: str = ""
+
+
+class Tag(RuleTable):
+    """Tags for the checkpoints that match the globs."""
+
+    match: Globs
+    tags: Annotated[Texts, AfterValidator(require_values)]
+
+
+class TieringOptions(RuleTable):
+    """Options of the planner and the mover. state_dir: None: config.state_folder()."""
+
+    grace_s: Seconds = Field(default=86400.0, validation_alias="grace")
+    quiet_period_s: Seconds = Field(default=600.0, validation_alias="settle")
+    reader_timeout_s: Seconds = Field(default=604800.0, validation_alias="silence")
+    max_break_even_s: Seconds = Field(default=365 * 86400.0, validation_alias="max_break_even")
+    jobs: int = Field(default=8, ge=1, le=1024)
+    rate_bytes_s: Annotated[int, BeforeValidator(read_rate)] | None = Field(default=None, validation_alias="rate")
+    gone: Annotated[tuple[str, ...], BeforeValidator(read_globs)] = ()
+    state_dir: Annotated[Path, BeforeValidator(read_path)] | None = None
+
+
+class RuleFile(RuleTable):
+    """A rule file.
+
+    Attributes:
+        path: Path of the file.
+        sha256: SHA-256 of the file's bytes, in hex.
+        tiers: Tiers, the fastest first.
+        rules: Rules, in the order of the file; the first that matches an object applies.
+        pins: Pins.
+        tags: Tags of checkpoints.
+        tiering: Options of the planner and the mover.
+    """
+
+    path: Path
+    sha256: str
+    tiers: tuple[Tier, ...] = Field(min_length=1)
+    rules: tuple[Rule, ...] = ()
+    pins: tuple[Pin, ...] = ()
+    tags: tuple[Tag, ...] = ()
+    tiering: TieringOptions = TieringOptions()
+
+    def tier(self, name: str) -> Tier:
+        """Return the tier of this name. Raises ValueError, which lists the names of all tiers."""
+        return self.tiers[self.index(name)]
+
+    def index(self, name: str) -> int:
+        """Return the number of a tier, 0 for the fastest. Raises ValueError, which lists the names of all tiers."""
+        names = [tier.name for tier in self.tiers]
+        if name not in names:
+            raise ValueError(f"{self.path}: no tier is called {name!r}; there are {', '.join(names)}")
+        return names.index(name)
+
+    @property
+    def home(self) -> Tier:
+        """The home tier: the first standard tier, or else the first tier.
+
+        It holds the versions of data sets, the placements and the lock.
+        """
+        return next((tier for tier in self.tiers if tier.role == "standard"), self.tiers[0])
+
+
+T = TypeVar("T", bound=RuleTable)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_MOST_TIERS = 100
+_KEEP = "keep_"
+_NOT_SHOWN = ("storage_options", "prices", "url")
+# Keys of earlier releases, and how to replace them.
+_REPLACED = {
+    "tiering.uncounted": 'it was removed: write idle_by = "mtime" into each rule that may use the modification time'
+    " of objects whose uses are not recorded",
+    "tiering.small": "it was removed: a move must pay back within max_break_even, which includes minimum sizes;"
+    " to allow other moves, write even_if_dearer = true into the rule",
+    "tiering.early": "it was removed: a move must pay back within max_break_even, which includes early-deletion fees;"
+    " to allow other moves, write even_if_dearer = true into the rule",
+}
+# Types of pydantic errors whose message shows the value already, or that have no value.
+_COMPLETE = ("value_error", "missing")
+
+
+def load_rule_file(path: Path | None = None, *, start: Path | None = None) -> RuleFile:
+    """Read a rule file.
+
+    Args:
+        path: Path of the file; None: the tiercache.toml that applies to start.
+        start: Folder in which the search begins; None: the working folder.
+
+    Raises:
+        ValueError: There is no file, it is not TOML, or it has a wrong key or value. The message names the file and the
+            key, or the line of a syntax error.
+    """
+    here = Path.cwd() if start is None else start.absolute()
+    found = config.find_file(here) if path is None else path.absolute()
+    if found is None:
+        raise ValueError(
+            f"no {config.FILE_NAME} in {here}, in a folder above it or in the user's configuration folder:"
+            " write one with [tiers.NAME] tables, or name a file with --rules"
+        )
+    data = config.read_file(found)
+    tables = config.parse_toml(found, data)
+    try:
+        return _file(tables, found, hashlib.sha256(data).hexdigest())
+    except ValueError as error:
+        raise ValueError(f"{found}: {error}") from error
+
+
+def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> RuleFile:
+    known = (*config.TIER_SECTIONS, *config.Settings.model_fields)
+    for key in tables:
+        if key not in known:
+            raise ValueError(f"{key}: {_unknown(key, known)}")
+    if not tables.get("tiers"):
+        raise ValueError("tiers: no tier is given; write [tiers.NAME] tables with role and url, the fastest first")
+    tiers = _tiers(tables["tiers"], path.parent)
+    tags = tuple(_built(Tag, given, where) for where, given in _list(tables, "tags"))
+    rules: list[Rule] = []
+    for where, given in _list(tables, "rules"):
+        rules.append(_rule(given, where, tiers, tags))
+        if rules[-1].name in [rule.name for rule in rules[:-1]]:
+            raise ValueError(f"{where}.name: another rule is called {rules[-1].name!r}")
+    tiering = _built(TieringOptions, tables.get("tiering", {}), "tiering")
+    if tiering.state_dir is not None:
+        tiering = tiering.model_copy(update={"state_dir": path.parent / tiering.state_dir})
+    if "max_break_even_s" in tiering.model_fields_set:
+        for tier in tiers:
+            _priced_for_break_even(tier)
+    return RuleFile(
+        path=path,
+        sha256=sha256,
+        tiers=tiers,
+        rules=tuple(rules),
+        pins=tuple(_built(Pin, given, where) for where, given in _list(tables, "pins")),
+        tags=tags,
+        tiering=tiering,
+    )
+
+
+def _priced_for_break_even(tier: Tier) -> None:
+    try:
+        prices_of(tier)
+    except ValueError as error:
+        raise ValueError(f"tiering.max_break_even: {error}") from error
+
+
+def _tiers(given: object, folder: Path) -> tuple[Tier, ...]:
+    found: list[Tier] = []
+    for name, table in _table(given, "tiers").items():
+        where = f"tiers.{name}"
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{where}: the name of a tier must consist of letters, digits, '_' and '-'")
+        values = dict(_table(table, where))
+        if "role" not in values and name not in ROLES:
+            raise ValueError(
+                f"{where}.role: is missing: write one of {', '.join(ROLES)}, or use one as the tier's name"
+            )
+        values.setdefault("role", name)
+        tier = _built(Tier, values, where, name=name)
+        tier = tier.model_copy(update={"url": _resolved(tier, folder)})
+        _check_order(found, tier)
+        _check_place(found, tier)
+        found.append(tier)
+    if len(found) > _MOST_TIERS:
+        raise ValueError(f"tiers: expected at most {_MOST_TIERS}, got {len(found)}")
+    return tuple(found)
+
+
+def _resolved(tier: Tier, folder: Path) -> str:
+    """Return the tier's URL; a relative path is resolved against the folder of the rule file."""
+    if "://" in tier.url:
+        return tier.url
+    return os.path.normpath(folder / Path(tier.url).expanduser())
+
+
+def _check_order(before: Sequence[Tier], tier: Tier) -> None:
+    for other in before:
+        if ROLES.index(other.role) > ROLES.index(tier.role):
+            raise ValueError(
+                f"tiers.{tier.name}: stands after the colder tier tiers.{other.name} ({other.role}):"
+                " write the tiers in order, from the fastest to the coldest"
+            )
+
+
+def _check_place(before: Sequence[Tier], tier: Tier) -> None:
+    """Raise ValueError where one tier lies inside another: each would list the other's objects as its own."""
+    place = _place(tier)
+    for other in before:
+        elsewhere = _place(other)
+        if place == elsewhere:
+            if (tier.storage_class or "STANDARD") == (other.storage_class or "STANDARD"):
+                raise ValueError(
+                    f"tiers.{tier.name}.url: tiers.{other.name} has the same URL:"
+                    " two tiers with one URL need different storage classes"
+                )
+        elif place.startswith(elsewhere.rstrip("/") + "/") or elsewhere.startswith(place.rstrip("/") + "/"):
+            raise ValueError(f"tiers.{tier.name}.url: must not lie inside tiers.{other.name}.url, nor contain it")
+
+
+def _place(tier: Tier) -> str:
+    if not tier.is_local:
+        return tier.url.rstrip("/")
+    text = tier.url
+    return os.path.normpath(unquote("/" + text.partition("://")[2].partition("/")[2]) if "://" in text else text)
+
+
+def _rule(given: object, where: str, tiers: Sequence[Tier], tags: Sequence[Tag]) -> Rule:
+    values = dict(_table(given, where))
+    names = [tier.name for tier in tiers]
+    keep: dict[str, KeepList] = {}
+    for key in [key for key in values if key.startswith(_KEEP)]:
+        table = values.pop(key)
+        name = _one_tier(key.removeprefix(_KEEP), f"{where}.{key}", tiers)
+        if name in keep:
+            raise ValueError(f"{where}.{key}: tier {name!r} has a keep list already")
+        if not _table(table, f"{where}.{key}"):
+            raise ValueError(f"{where}.{key}: is empty; its keys are {', '.join(sorted(_keys(KeepList)))}")
+        if empty := [inner for inner, value in table.items() if value == []]:
+            raise ValueError(f"{where}.{key}.{empty[0]}: expected one or more values, got an empty list")
+        keep[name] = _built(KeepList, table, f"{where}.{key}")
+        _check_tags(keep[name].tags, f"{where}.{key}", tags)
+    values.setdefault("name", where)
+    rule = _built(Rule, values, where, keep={name: keep[name] for name in names if name in keep})
+    update: dict[str, Any] = {}
+    if rule.to is not None:
+        update["to"] = to = _one_tier(rule.to, f"{where}.to", tiers)
+        update["sources"] = _sources(rule.sources, to, where, tiers)
+    if rule.then is not None:
+        update["then"] = then = _one_tier(rule.then, f"{where}.then", tiers)
+        last = list(rule.keep)[-1]
+        if names.index(then) <= names.index(last):
+            raise ValueError(f"{where}.then: tier {then!r} is not colder than {last!r}, which has a keep list")
+    return rule.model_copy(update=update)
+
+
+def _check_tags(names: Sequence[str], where: str, tags: Sequence[Tag]) -> None:
+    """Raise ValueError for a tag that no [[tags]] table defines: the rule would delete what the tag was to keep."""
+    given = sorted({name for tag in tags for name in tag.tags})
+    for name in names:
+        if name not in given:
+            known = _near(name, given) if given else "there is no [[tags]] table: write one with match and tags"
+            raise ValueError(f"{where}.tags: no [[tags]] table defines the tag {name!r}; {known}")
+
+
+def _sources(given: Sequence[str], to: str, where: str, tiers: Sequence[Tier]) -> tuple[str, ...]:
+    names = [tier.name for tier in tiers]
+    before = names[: names.index(to)]
+    if not before:
+        raise ValueError(f"{where}.to: {to!r} is the first tier, so that there is no tier to move from")
+    if not given:
+        return tuple(before)
+    chosen = {name for one in given for name in _some_tiers(one, f"{where}.from", tiers)}
+    for name in chosen.difference(before):
+        raise ValueError(f"{where}.from: tier {name!r} must stand before {to!r}, the tier in `to`")
+    return tuple(name for name in before if name in chosen)
+
+
+def _some_tiers(given: str, where: str, tiers: Sequence[Tier]) -> list[str]:
+    """Return the tier of this name, or else all tiers of this role."""
+    names = [tier.name for tier in tiers]
+    found = [name for name in names if name == given] or [tier.name for tier in tiers if tier.role == given]
+    if not found:
+        raise ValueError(f"{where}: no tier is called {given!r} or has that role; {_near(given, names)}")
+    return found
+
+
+def _one_tier(given: str, where: str, tiers: Sequence[Tier]) -> str:
+    found = _some_tiers(given, where, tiers)
+    if len(found) > 1:
+        raise ValueError(f"{where}: several tiers have the role {given!r}: name one of {', '.join(found)}")
+    return found[0]
+
+
+def _list(tables: Mapping[str, Any], section: str) -> list[tuple[str, object]]:
+    """Return the tables of a section, each with its position in messages, counted from 1: ("rules[1]", table)."""
+    given = tables.get(section, [])
+    if not isinstance(given, list):
+        raise ValueError(f"{section}: expected [[{section}]] tables, in double brackets")
+    return [(f"{section}[{i}]", table) for i, table in enumerate(given, start=1)]
+
+
+def _table(given: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: expected a table, got {given!r}")
+    return given
+
+
+def _keys(model: type[RuleTable]) -> dict[str, str]:
+    """Return a dict from each key of the file to the attribute of the model."""
+    fields = model.model_fields.items()
+    return {(f.validation_alias if isinstance(f.validation_alias, str) else name): name for name, f in fields}
+
+
+def _built(model: type[T], given: object, where: str, **resolved: object) -> T:
+    """Build a model from a table and from values that are not keys of the table.
+
+    Raises ValueError, which names the key.
+    """
+    values = _table(given, where)
+    keys = [key for key in _keys(model) if key not in resolved]
+    for key in values:
+        if key not in keys:
+            raise ValueError(f"{where}.{key}: {_REPLACED.get(f'{where}.{key}') or _unknown(key, keys)}")
+    try:
+        return model.model_validate({**values, **resolved})
+    except ValidationError as error:
+        raise ValueError(_message(error, where)) from error
+
+
+def _message(error: ValidationError, where: str) -> str:
+    first = error.errors(include_url=False)[0]
+    text = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:  # an error about the whole table: its text begins with the key
+        return f"{where}.{text}"
+    key = str(first["loc"][0])
+    if first["type"] == "missing":
+        return f"{where}.{key}: is missing"
+    got = "" if first["type"] in _COMPLETE or key in _NOT_SHOWN else f", got {first['input']!r}"
+    return f"{where}.{key}: {text}{got}"
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    return f"no such key; {_near(key, known)}"
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name, known, n=2)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}"
+
+
+__all__ = [
+    "ROLES",
+    "BestMetric",
+    "KeepList",
+    "Kind",
+    "Pin",
+    "Role",
+    "Rule",
+    "RuleFile",
+    "Tag",
+    "Tier",
+    "TieringOptions",
+    "load_rule_file",
+]
