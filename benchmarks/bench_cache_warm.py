@@ -25,8 +25,7 @@ import numpy as np
 from rows import OUT, spread, table, write_rows
 from tiercache.cache import Cache
 from tiercache.cache.names import name_of_identity
-from tiercache.cli.choosing import ShardSelection
-from tiercache.cli.training import Training
+from tiercache.cli.selection import ShardSelection, Training
 from tiercache.model import ShardInfo
 from tiercache.shard.schema import Schema
 from tiercache.shard.versions.commit import commit

@@ -28,8 +28,8 @@ from cases import Bench, asked, mib, peak_bytes
 from rows import spread
 from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.cli.output import Output
-from tiercache.cli.tier_opening import OpenTiers
-from tiercache.cli.tier_plan import plan_facts, plan_text, plan_tiers, print_plan
+from tiercache.cli.tier_verbs import plan_facts, plan_text, plan_tiers, print_plan
+from tiercache.cli.tiers import OpenTiers
 from tiercache.prices import prices_if_known
 from tiercache.tier.inventory.listing import list_tiers
 from tiercache.tier.plan.plan import write_plan

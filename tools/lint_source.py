@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Only these files and folders may import these packages, so that a package can be replaced or left out there.
-_TORCH_HOMES = ("load/", "integrations/", "demo/train.py", "demo/models.py")
+_TORCH_HOMES = ("load/", "integrations/", "demo/train.py", "demo/train.py")
 _TERMINAL_HOMES = ("cli/", "config.py", "tierfile/")
 HOMES = {
     "obstore": ("store/obstore.py", "testing/"),

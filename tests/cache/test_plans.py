@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.cache.conftest import open_below
 
-from tiercache import points
+from tiercache import crash_points
 from tiercache.cache.evict import reading_plans as plan_files
 from tiercache.cache.evict.policy import UNPLANNED
 from tiercache.cache.evict.reading_plans import PlanTable, ReadingPlans, decode, encode
@@ -85,14 +85,14 @@ def at_point(name, action):
 
     def hook(reached):
         if reached == name:
-            points.set_hook(before)
+            crash_points.set_hook(before)
             action()
 
-    before = points.set_hook(hook)
+    before = crash_points.set_hook(hook)
     try:
         yield
     finally:
-        points.set_hook(before)
+        crash_points.set_hook(before)
 
 
 def fail():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tiercache import points
+from tiercache import crash_points
 from tiercache.cache import quarantine
 from tiercache.cache.folder import Folder
 from tiercache.model import ByteRange
@@ -219,7 +219,7 @@ def test_dying_at_any_step_leaves_nothing_that_needs_a_hand(world, store, step):
     pid = os.fork()
     if pid == 0:
         try:
-            points.set_hook(die)
+            crash_points.set_hook(die)
             child = world.store(world.cache())
             child.verify_copy("a", identity)
             world.fetch(child, "a")

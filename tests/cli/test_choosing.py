@@ -6,8 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.cli.choosing import AmountOptions, ShardSelection, TrainingOptions, parse_ranks, read_names
-from tiercache.cli.training import Training, epoch_reads, merge_reads, take_bytes
+from tiercache.cli.selection import (
+    AmountOptions,
+    ShardSelection,
+    Training,
+    TrainingOptions,
+    epoch_reads,
+    merge_reads,
+    parse_ranks,
+    read_names,
+    take_bytes,
+)
 from tiercache.load.epoch import OrderShare
 from tiercache.model import ShardInfo
 from tiercache.order import EpochOrder, Layout, RankPlan

@@ -9,8 +9,7 @@ import time
 import pytest
 
 from tiercache.cache import Cache, Entry
-from tiercache.cli.evict import EvictionFilter, least_recently_used
-from tiercache.cli.status import by_data_set, summary_of
+from tiercache.cli.cache_verbs import EvictionFilter, by_data_set, least_recently_used, summary_of
 from tiercache.dataset import Dataset
 from tiercache.store import open_store
 

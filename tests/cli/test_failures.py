@@ -6,7 +6,7 @@ import warnings
 import pytest
 import typer
 
-from tiercache.cli.failures import INTERRUPTED, report_errors
+from tiercache.cli.output import INTERRUPTED, report_errors
 from tiercache.store import retry
 from tiercache.testing.http_server import HttpFaultServer
 

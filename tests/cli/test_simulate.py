@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from tiercache.cache import Cache
 from tiercache.cache.simulate import Trace, Tracer, simulate
-from tiercache.cli import plot
-from tiercache.cli.simulation import (
+from tiercache.cli import simulate as simulate_module
+from tiercache.cli.selection import Training
+from tiercache.cli.simulate import (
     Bandwidths,
     Cluster,
     FetchPrices,
@@ -22,7 +23,6 @@ from tiercache.cli.simulation import (
     trace_reads,
     training_reads,
 )
-from tiercache.cli.training import Training
 from tiercache.dataset import Dataset
 
 N, SIZE = 40, 1000
@@ -199,8 +199,8 @@ class TestPlot:
         assert done.out.endswith(f"; drawn in {tmp_path / name}\n")
 
     def test_the_policies_and_axes_are_named(self, tmp_path):
-        lines = [plot.PlotLine(name, [0, 1 << 30], [0.0, 1.0], [3e9, 0.0]) for name in "abcdefg"]
-        plot.draw(tmp_path / "a.svg", lines, data_bytes=1 << 30, title="the title")
+        lines = [simulate_module.PlotLine(name, [0, 1 << 30], [0.0, 1.0], [3e9, 0.0]) for name in "abcdefg"]
+        simulate_module.draw(tmp_path / "a.svg", lines, data_bytes=1 << 30, title="the title")
         assert (tmp_path / "a.svg").stat().st_size > 10_000
 
     def test_without_matplotlib_the_error_names_the_extra_before_anything_is_replayed(
@@ -209,12 +209,12 @@ class TestPlot:
         def refuse(name):
             raise ImportError(f"No module named {name!r}")
 
-        monkeypatch.setattr(plot, "import_module", refuse)
+        monkeypatch.setattr(simulate_module, "import_module", refuse)
         done = tiercache("simulate", data_set, "--plot", tmp_path / "a.svg", code=1)
         assert "pip install 'tiercache[plot]'" in done.err
         assert done.out == ""
 
 
 def test_neither_simulate_nor_warm_needs_torch():
-    code = "import sys; import tiercache.cli.simulate, tiercache.cli.warm; sys.exit('torch' in sys.modules)"
+    code = "import sys; import tiercache.cli.simulate, tiercache.cli.cache_verbs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiercache.demo import claims
+from tiercache.demo import events
 from tiercache.demo.events import Epoch, TierContents
 
 
@@ -16,22 +16,22 @@ def epoch(
 
 
 def test_a_warm_epoch_without_a_fetched_byte_holds():
-    assert claims.warm_fetched_nothing([epoch("warm"), epoch("warm")]).holds
+    assert events.warm_fetched_nothing([epoch("warm"), epoch("warm")]).holds
 
 
 @pytest.mark.parametrize("epochs", [[], [epoch("warm"), epoch("warm", fetched_bytes=1)]], ids=["none ran", "one byte"])
 def test_a_warm_epoch_that_fetched_or_never_ran_fails(epochs):
-    assert not claims.warm_fetched_nothing(epochs).holds
+    assert not events.warm_fetched_nothing(epochs).holds
 
 
 @pytest.mark.parametrize(("sent_bytes", "holds"), [(0, True), (1000, True), (1001, False)])
 def test_what_the_store_sent_is_bounded_by_the_version_files(sent_bytes, holds):
-    assert claims.store_sent_versions_only(sent_bytes, 1000).holds is holds
+    assert events.store_sent_versions_only(sent_bytes, 1000).holds is holds
 
 
 def resumed(stopped: tuple[str, ...], rest: tuple[str, ...], whole: tuple[str, ...] = ("a", "b", "c")) -> bool:
     before = [epoch("whole", digests=whole), epoch("stopped", digests=stopped)]
-    [claim] = claims.resumed_exactly(before, [epoch("resumed", digests=rest)])
+    [claim] = events.resumed_exactly(before, [epoch("resumed", digests=rest)])
     return claim.holds
 
 
@@ -57,21 +57,21 @@ def test_parts_that_are_not_the_whole_fail(stopped, rest):
 
 def test_another_model_at_the_end_fails():
     before = [epoch("whole", digests=("a", "b")), epoch("stopped", digests=("a",))]
-    [claim] = claims.resumed_exactly(before, [epoch("resumed", digests=("b",), weights="other")])
+    [claim] = events.resumed_exactly(before, [epoch("resumed", digests=("b",), weights="other")])
     assert not claim.holds
     assert "other weights" in claim.found
 
 
 def test_each_task_has_its_own_claim():
     before = [epoch(how, digests=("a",), task=task) for task in ("digits", "python") for how in ("whole", "stopped")]
-    assert [c.text.split(":")[0] for c in claims.resumed_exactly(before, [])] == ["digits", "python"]
+    assert [c.text.split(":")[0] for c in events.resumed_exactly(before, [])] == ["digits", "python"]
 
 
 SHARDS = ("python/a.tcs", "python/b.tcs")
 
 
 def test_a_data_set_that_lies_in_the_archive_alone_is_moved():
-    assert claims.moved_whole("python", SHARDS, ["python/_tiercache/versions/1"], SHARDS).holds
+    assert events.moved_whole("python", SHARDS, ["python/_tiercache/versions/1"], SHARDS).holds
 
 
 @pytest.mark.parametrize(
@@ -80,11 +80,11 @@ def test_a_data_set_that_lies_in_the_archive_alone_is_moved():
     ids=["one is nowhere", "nothing moved", "one is in both"],
 )
 def test_a_shard_that_is_missing_or_left_behind_fails(standard, archive):
-    assert not claims.moved_whole("python", SHARDS, standard, archive).holds
+    assert not events.moved_whole("python", SHARDS, standard, archive).holds
 
 
 def test_no_shards_at_all_fail():
-    assert not claims.moved_whole("python", (), (), ()).holds
+    assert not events.moved_whole("python", (), (), ()).holds
 
 
 FILES = {"checkpoints/a/step-1/model.pt": "x", "checkpoints/a/step-2/model.pt": "y"}
@@ -92,7 +92,7 @@ OLD, NEW = FILES
 
 
 def test_files_in_any_tier_are_not_lost():
-    assert claims.nothing_lost(FILES, {"hot": {NEW: "y"}, "archive": {OLD: "x"}}).holds
+    assert events.nothing_lost(FILES, {"hot": {NEW: "y"}, "archive": {OLD: "x"}}).holds
 
 
 @pytest.mark.parametrize(
@@ -101,16 +101,16 @@ def test_files_in_any_tier_are_not_lost():
     ids=["one is gone", "one copy has other bytes", "all are gone"],
 )
 def test_a_file_that_is_gone_or_has_other_bytes_fails(after):
-    assert not claims.nothing_lost(FILES, after).holds
+    assert not events.nothing_lost(FILES, after).holds
 
 
 @pytest.mark.parametrize(("hot", "holds"), [({30}, True), ({20}, False), ({20, 30}, False), (set(), False)], ids=str)
 def test_the_newest_checkpoint_alone_stays(hot, holds):
-    assert claims.newest_stayed("a", {10, 20, 30}, hot).holds is holds
+    assert events.newest_stayed("a", {10, 20, 30}, hot).holds is holds
 
 
 def alike(*moved: Epoch) -> bool:
-    return all(claim.holds for claim in claims.trained_alike([epoch("warm", digests=("a", "b"))], moved))
+    return all(claim.holds for claim in events.trained_alike([epoch("warm", digests=("a", "b"))], moved))
 
 
 def test_the_same_batches_from_the_store_hold():
@@ -136,4 +136,4 @@ def test_a_training_that_is_not_the_same_fails(moved):
 @pytest.mark.parametrize(("dollars", "holds"), [(0.5, True), (1.0, False), (0.0, False)])
 def test_what_costs_less_and_something_holds(dollars, holds):
     before = [TierContents("before", "hot", 1, 1, 0.0), TierContents("before", "standard", 1, 1, 1.0)]
-    assert claims.costs_less(before, [TierContents("after", "archive", 1, 1, dollars)]).holds is holds
+    assert events.costs_less(before, [TierContents("after", "archive", 1, 1, dollars)]).holds is holds

@@ -2,10 +2,19 @@
 
 import pytest
 
-from tiercache.demo import process
-from tiercache.demo.data import WINDOW_BYTES, check_packages, python_windows, write_digits
-from tiercache.demo.events import Claim, Epoch, Note, PackedDataSet, Step, TierContents
-from tiercache.demo.jobs import Job, event_from_line, event_to_line
+from tiercache.demo import story
+from tiercache.demo.events import (
+    Claim,
+    Epoch,
+    Job,
+    Note,
+    PackedDataSet,
+    Step,
+    TierContents,
+    event_from_line,
+    event_to_line,
+)
+from tiercache.demo.story import WINDOW_BYTES, check_packages, python_windows, write_digits
 from tiercache.errors import TierCacheError
 
 JOB = Job(phase="cold", urls={"python": "s3://b/python"}, storage_options={"secret_access_key": "s"}, cache="c",
@@ -53,18 +62,18 @@ def test_a_job_survives_the_way_between_processes():
 
 def program(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """The training process does code instead."""
-    real = process.subprocess.Popen
+    real = story.subprocess.Popen
 
     def popen(command, **options):
         return real([command[0], "-c", code], **options)
 
-    monkeypatch.setattr(process.subprocess, "Popen", popen)
+    monkeypatch.setattr(story.subprocess, "Popen", popen)
 
 
 def test_a_training_process_that_fails_is_an_error_with_its_last_words(monkeypatch):
     program(monkeypatch, "import sys; sys.stdin.read(); sys.exit('it went wrong')")
     with pytest.raises(TierCacheError, match=r"\(cold\) ended with 1:\nit went wrong"):
-        list(process.run_job(JOB))
+        list(story.run_job(JOB))
 
 
 def test_closing_the_events_ends_the_training_process(monkeypatch):
@@ -72,6 +81,6 @@ def test_closing_the_events_ends_the_training_process(monkeypatch):
     program(
         monkeypatch, f"import sys, threading; sys.stdin.read(); print({line!r}, flush=True); threading.Event().wait()"
     )
-    events = process.run_job(JOB)
+    events = story.run_job(JOB)
     assert next(events) == Note("begun")
     events.close()  # a process that still runs would be a ResourceWarning

@@ -18,7 +18,7 @@ from tiercache.store.cloud import ObstoreStore, _fallback_store
 from tiercache.store.credentials import Credentials, Keys, s3_access
 from tiercache.store.options import CloudOptions
 from tiercache.testing.http_server import HttpFault
-from tiercache.testing.reading import read_ranges
+from tiercache.testing.suite import read_ranges
 from tiercache.waiting import wait_for
 
 EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"

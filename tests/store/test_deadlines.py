@@ -21,7 +21,7 @@ from tiercache.store.range_reads import RequestSizes, plan_requests, read_reques
 from tiercache.store.retry import CallLimit, CallMonitor, RetryPolicy, fail_fast_if_unreachable, with_retries
 from tiercache.testing import FakeClock
 from tiercache.testing.http_server import HttpFault, HttpFaultServer
-from tiercache.testing.reading import pattern, read_ranges
+from tiercache.testing.suite import pattern, read_ranges
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 MIB = 1 << 20

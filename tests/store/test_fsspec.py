@@ -13,8 +13,7 @@ from fsspec.registry import known_implementations
 from tiercache.errors import StoreError
 from tiercache.store import FsspecStore, open_store
 from tiercache.store.options import CloudOptions
-from tiercache.testing.reading import ReadSuite
-from tiercache.testing.suite import StoreSuite
+from tiercache.testing.suite import ReadSuite, StoreSuite
 
 
 class TestFsspecMemory(StoreSuite):

@@ -17,7 +17,7 @@ from tiercache.store.range_reads import RequestSizes
 from tiercache.store.retry import RetryPolicy
 from tiercache.testing import FakeClock
 from tiercache.testing.http_server import HttpFault
-from tiercache.testing.reading import ReadSuite, pattern, read_ranges
+from tiercache.testing.suite import ReadSuite, pattern, read_ranges
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 MIB = 1 << 20

@@ -14,8 +14,7 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder, open_store, posix
 from tiercache.store.posix import TEMP_PREFIX
-from tiercache.testing.reading import read_ranges
-from tiercache.testing.suite import LocalStoreSuite, StoreSuite
+from tiercache.testing.suite import LocalStoreSuite, StoreSuite, read_ranges
 
 
 class TestLocalFolder(LocalStoreSuite, StoreSuite):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from hypothesis import settings
 
 from tiercache.store import FsspecStore, LocalFolder, MemoryStore, memory
-from tiercache.testing.machine import store_machine
+from tiercache.testing.state_machine import store_machine
 
 
 @contextmanager

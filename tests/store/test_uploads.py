@@ -8,7 +8,7 @@ import pytest
 
 from tiercache.store import FsspecStore, cloud, open_store
 from tiercache.store.options import CloudOptions
-from tiercache.testing.reading import pattern
+from tiercache.testing.suite import pattern
 
 pytestmark = pytest.mark.s3
 MIB = 1 << 20

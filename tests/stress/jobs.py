@@ -13,9 +13,9 @@ from tests.stress.scene import AMPLE, DEADLINE_S, OBJECTS, SIZES, TIGHT, Scene, 
 
 from tiercache.cache.fetch.partial import HEAD_BYTES, Head
 from tiercache.cache.names import name_of_identity
+from tiercache.crash_points import set_hook
 from tiercache.errors import CacheFull, CorruptShard, StoreError
 from tiercache.model import ByteRange, ReadingPlan, ShardIdentity
-from tiercache.points import set_hook
 from tiercache.testing.folder_check import BLOCK_BYTES, allocated_bytes
 
 

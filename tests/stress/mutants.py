@@ -33,7 +33,7 @@ from tiercache.cache.fetch.publish import Publisher
 from tiercache.cache.folder import Folder, Owners
 from tiercache.cache.session import WriteSession
 from tiercache.catalog import Accounts
-from tiercache.points import crash_point
+from tiercache.crash_points import crash_point
 from tiercache.testing.errnos import Position
 from tiercache.testing.forks import run_forked
 from tiercache.testing.kill_points import KillAt, kill_at

@@ -5,12 +5,12 @@ import json
 import pytest
 from tests.testing.warm_process import run_warm
 
-from tiercache import points
+from tiercache import crash_points
 from tiercache.testing.kill_points import points_in
 
 PRELUDE = """
 import json, os, signal, sys, threading
-from tiercache.points import crash_point
+from tiercache.crash_points import crash_point
 from tiercache.testing.forks import run_forked
 from tiercache.testing.kill_points import KillAt, KilledChild, count_points, kill_at
 
@@ -62,12 +62,12 @@ def test_a_name_that_stands_twice_is_refused_with_both_places(tmp_path):
 
 def test_a_hook_is_called_at_each_point_and_given_back():
     seen = []
-    before = points.set_hook(seen.append)
+    before = crash_points.set_hook(seen.append)
     try:
-        points.crash_point("rig.one")
+        crash_points.crash_point("rig.one")
     finally:
-        assert points.set_hook(before) == seen.append
-    points.crash_point("rig.two")
+        assert crash_points.set_hook(before) == seen.append
+    crash_points.crash_point("rig.two")
     assert seen == ["rig.one"]
 
 

@@ -9,7 +9,7 @@ from random import Random
 
 from tests.tier.bucket import DiskBucket, Script
 
-from tiercache import points
+from tiercache import crash_points
 from tiercache._native.checksum import crc32c
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.errors import NotFound
@@ -194,11 +194,11 @@ class HookAt:
             self.do()
 
     def __enter__(self):
-        self._before = points.set_hook(self)
+        self._before = crash_points.set_hook(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        points.set_hook(self._before)
+        crash_points.set_hook(self._before)
 
 
 PARTS = ("ck/step-1/a", "ck/step-1/b", "ck/step-1/.metadata")

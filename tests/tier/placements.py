@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tiercache.points import set_hook
+from tiercache.crash_points import set_hook
 from tiercache.tier.placement import log
 from tiercache.tier.placement.log import PlacementRow
 

@@ -15,7 +15,7 @@ from tests.tier.bucket import Died
 from tests.tier.jobs import fill
 from tests.tier.world import World, content, pool
 
-from tiercache import points
+from tiercache import crash_points
 from tiercache.errors import ArchivedShards, TierCacheError
 
 SHAPES = (
@@ -232,20 +232,20 @@ class TierMachine(RuleBasedStateMachine):
         def on_call(verb, key):
             if come is not None and key in KEYS and next(n_calls) == at:
                 script.on_call = None
-                points.set_hook(None)
+                crash_points.set_hook(None)
                 found.extend(f"before somebody came: {problem}" for problem in self.world.look())
                 come()
                 self.seen[f"somebody came before {verb}"] += 1
-                points.set_hook(hook)
+                crash_points.set_hook(hook)
 
         script.faults, script.on_call = [list(fault) for fault in faults], on_call
-        before = points.set_hook(hook)
+        before = crash_points.set_hook(hook)
         try:
             work()
         except (Died, TierCacheError, OSError) as error:
             self.seen[type(error).__name__] += 1
         finally:
-            points.set_hook(before)
+            crash_points.set_hook(before)
             script.dead, script.faults, script.on_call = False, [], None
         found += self.world.look()
         self.world.oracle.decides(is_decided=False)

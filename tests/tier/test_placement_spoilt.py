@@ -10,7 +10,7 @@ from tests.tier.placements import numbers, row, rows_of, stopped_at
 
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.testing import CountingStore, Fault, FaultStore, GateStore
-from tiercache.testing.wrapper import WrapperStore
+from tiercache.testing.faults import WrapperStore
 from tiercache.tier.placement import log
 from tiercache.tier.placement.log import N_KEPT, TRACKING_MARKER_KEY, placement_key
 

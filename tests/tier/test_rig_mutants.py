@@ -10,7 +10,7 @@ from tests.tier.bucket import Died
 from tests.tier.jobs import fill, write
 from tests.tier.world import World
 
-from tiercache import points
+from tiercache import crash_points
 from tiercache.tier.move import executor
 from tiercache.tier.move.checks import MoveContext
 from tiercache.tier.move.deletions import DeferredDeletions
@@ -29,13 +29,13 @@ def step(world: World, work: Callable[[], object], dies_at: str = "") -> list[st
             raise Died
 
     world.begin_job()
-    before = points.set_hook(die)
+    before = crash_points.set_hook(die)
     try:
         work()
     except Died:
         pass
     finally:
-        points.set_hook(before)
+        crash_points.set_hook(before)
         world.script.dead = False
     return world.look()
 

@@ -15,7 +15,7 @@ from tiercache._native.checksum import crc32c
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.testing import CountingStore, FakeClock, Fault, FaultKind, FaultStore, GateStore
-from tiercache.testing.wrapper import WrapperStore
+from tiercache.testing.faults import WrapperStore
 from tiercache.tier.model import PlannedObject
 from tiercache.tier.move.transfer import PART_BYTES, Transfer
 from tiercache.tier.rules import RuleFile, Tier

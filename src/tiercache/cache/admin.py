@@ -21,9 +21,9 @@ from tiercache.cache.fetch.units import UNIT_BYTES, mask_of, n_units
 from tiercache.cache.machine import Holder, Owner, command_of, holders_of, room
 from tiercache.cache.names import Record
 from tiercache.catalog import CopyRow, charge_bytes
+from tiercache.crash_points import crash_point
 from tiercache.errors import CacheFull, StoreError, TierCacheError
 from tiercache.model import ByteRange, format_bytes
-from tiercache.points import crash_point
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

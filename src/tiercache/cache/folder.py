@@ -65,7 +65,7 @@ from tiercache.catalog.private_files import (
     set_mode,
     start_time,
 )
-from tiercache.points import crash_point
+from tiercache.crash_points import crash_point
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -32,7 +32,7 @@ from tiercache.cache.machine import NameLock, is_locked
 from tiercache.cache.names import NAME
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.private_files import open_file, read_text, replace_whole
-from tiercache.points import crash_point
+from tiercache.crash_points import crash_point
 from tiercache.waiting import wait_for
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, TypeVar
 
 from tiercache.catalog.private_files import PRIVATE, open_file
-from tiercache.points import crash_point
+from tiercache.crash_points import crash_point
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 if TYPE_CHECKING:

@@ -10,19 +10,13 @@ from typing import Annotated
 
 import typer
 
+from tiercache.cli.cache_verbs import evict, pin, status, unpin, warm
+from tiercache.cli.data_sets import export, head, info, ls, pack
 from tiercache.cli.demo import demo
-from tiercache.cli.evict import evict, unpin
-from tiercache.cli.export import export
-from tiercache.cli.failures import report_errors
-from tiercache.cli.head import head
-from tiercache.cli.listing import info, ls
-from tiercache.cli.pack import pack
-from tiercache.cli.restore import restore
+from tiercache.cli.output import report_errors
 from tiercache.cli.simulate import simulate
-from tiercache.cli.status import status
-from tiercache.cli.tier import tier
+from tiercache.cli.tier_verbs import restore, tier
 from tiercache.cli.verify import verify
-from tiercache.cli.warm import pin, warm
 from tiercache.version import __version__
 
 _NAME = "tiercache"

@@ -11,18 +11,9 @@ import numpy as np
 import pyarrow as pa
 import typer
 
-from tiercache.cli.failures import FAILED, PARTIAL
 from tiercache.cli.options import Json, Quiet, Verbose
-from tiercache.cli.output import Output, count, printable
-from tiercache.cli.tier_opening import (
-    OpenTiers,
-    Rules,
-    open_tiers,
-    print_losses,
-    print_notes,
-    print_unavailable,
-    read_rules,
-)
+from tiercache.cli.output import FAILED, PARTIAL, Output, count, printable
+from tiercache.cli.tiers import OpenTiers, Rules, open_tiers, print_losses, print_notes, print_unavailable, read_rules
 from tiercache.errors import StoreError
 from tiercache.model import format_bytes
 from tiercache.prices import Prices, price_notes, price_table

@@ -6,8 +6,16 @@
 from __future__ import annotations
 
 from tiercache.testing.clock import FakeClock, JumpingClock
-from tiercache.testing.faults import CountingStore, Fault, FaultKind, FaultStore, Gate, GateStore, LatencyStore
-from tiercache.testing.wrapper import WrapperStore
+from tiercache.testing.faults import (
+    CountingStore,
+    Fault,
+    FaultKind,
+    FaultStore,
+    Gate,
+    GateStore,
+    LatencyStore,
+    WrapperStore,
+)
 
 __all__ = [
     "CountingStore",

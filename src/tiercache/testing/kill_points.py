@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from tiercache import points
+from tiercache import crash_points
 from tiercache.testing.forks import DEADLINE_S, ChildEnd, ForkedChild, SendLine, run_forked
 
 _NAME = re.compile(r"[a-z_]+\.[a-z_]+")
@@ -104,7 +104,7 @@ class KilledChild:
         self._strike = strike
 
         def child(tell: SendLine) -> None:
-            points.set_hook(_Killer(strike, tell))
+            crash_points.set_hook(_Killer(strike, tell))
             work(tell)
 
         self._child = ForkedChild(child)
@@ -129,7 +129,7 @@ def count_points(
     """Return how often work(tell) reaches each point in a forked child, and the end of the child."""
 
     def child(tell: SendLine) -> None:
-        points.set_hook(lambda name: tell(_REACHED + name))
+        crash_points.set_hook(lambda name: tell(_REACHED + name))
         work(tell)
 
     ended = run_forked(child, deadline_s=deadline_s)

@@ -29,8 +29,8 @@ from tiercache.cache.machine import NameLock, is_disk_full, room, try_exclusive
 from tiercache.cache.names import Names
 from tiercache.catalog import FIGURES, Accounts, CopyRow
 from tiercache.catalog.private_files import open_file
+from tiercache.crash_points import crash_point
 from tiercache.model import parse_bytes
-from tiercache.points import crash_point
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 if TYPE_CHECKING:

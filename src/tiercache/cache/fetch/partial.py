@@ -43,8 +43,8 @@ from tiercache.cache.machine import boot_id, close_private, keep_private, try_sh
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.accounts import BLOCK_BYTES
 from tiercache.catalog.private_files import set_mode
+from tiercache.crash_points import crash_point
 from tiercache.model import ByteRange
-from tiercache.points import crash_point
 from tiercache.store.posix import write_all
 from tiercache.waiting import wait_for
 

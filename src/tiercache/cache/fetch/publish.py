@@ -21,10 +21,10 @@ from tiercache.cache.lease import open_leased
 from tiercache.cache.machine import NameLock, is_disk_full
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.accounts import BLOCK_BYTES
+from tiercache.crash_points import crash_point
 from tiercache.errors import CorruptShard, ObjectChanged, StoreError
 from tiercache.file_limit import emfile_message
 from tiercache.model import format_bytes
-from tiercache.points import crash_point
 from tiercache.waiting import wait_for
 
 if TYPE_CHECKING:

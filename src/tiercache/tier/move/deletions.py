@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 
 from tiercache.catalog.tiers import CatalogEntry, JournalObject, JournalRow
+from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
-from tiercache.points import crash_point
 from tiercache.prices import prices_if_known
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.groups import take_inventory

@@ -21,8 +21,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Literal
 
 from tiercache.catalog.tiers import CatalogEntry, JournalObject, JournalRow
+from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
-from tiercache.points import crash_point
 from tiercache.tier.model import ARCHIVED, RESTORING, PlannedObject
 from tiercache.tier.move.checks import (
     ApplyResult,

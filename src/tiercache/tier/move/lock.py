@@ -42,8 +42,8 @@ from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from tiercache.catalog.private_files import make_folder, open_file, pid_namespace, start_time
+from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, NotFound, StoreError
-from tiercache.points import crash_point
 from tiercache.waiting import SYSTEM_CLOCK, SystemClock, pause, wait_for
 
 if TYPE_CHECKING:

@@ -74,7 +74,7 @@ import numpy as np
 
 from tiercache import config
 from tiercache.catalog.tiers import TierCatalog
-from tiercache.points import crash_point
+from tiercache.crash_points import crash_point
 from tiercache.prices import prices_if_known
 from tiercache.tier.findings import Loss, find_losses
 from tiercache.tier.inventory.groups import Inventory, take_inventory

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from threading import Event, Lock
 
 from tiercache._native.checksum import combine, crc32c
+from tiercache.crash_points import crash_point
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
-from tiercache.points import crash_point
 from tiercache.store import CloudStore, LocalFolder
 from tiercache.store.archive import ArchiveStore
 from tiercache.store.cloud import OrderedUpload

@@ -57,8 +57,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tiercache._native.checksum import crc32c
+from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptShard, NotFound, StoreError, UnsupportedFormat
-from tiercache.points import crash_point
 from tiercache.store import Store, check_key
 
 if TYPE_CHECKING:

@@ -1,14 +1,15 @@
-"""Access to the tiers of a rule file for the tier verbs: stores, catalog, prices, inventory, and path arguments."""
+"""The tiers of a rule file for the tier verbs: stores, catalog, prices, inventory, path arguments, and formatting."""
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -18,16 +19,68 @@ from numpy.typing import NDArray
 
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.cli.output import Output, count, printable
+from tiercache.model import format_bytes
 from tiercache.prices import Prices, prices_if_known
 from tiercache.store import redact
 from tiercache.store.options import ParsedUrl
 from tiercache.tier.findings import Loss, find_losses
 from tiercache.tier.inventory.groups import Inventory, take_inventory
 from tiercache.tier.inventory.metrics import MetricGap, metric_gaps
+from tiercache.tier.model import TierTotals
 from tiercache.tier.move.mover import catalog_path
 from tiercache.tier.rules import RuleFile, load_rule_file
 from tiercache.tier.stores import Stores, missing_folder_message, unavailable_tiers
 from tiercache.tier.text_columns import first_match
+
+_DURATION_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
+
+
+def format_dollars(amount: float) -> str:
+    """Return an amount as "1,234.50"; an amount below 0.01 with two significant digits: "0.00012"."""
+    if amount == 0 or abs(amount) >= 0.01:
+        return f"{amount:,.2f}"
+    digits = 1 - math.floor(math.log10(abs(amount)))
+    return f"{amount:.{digits}f}" if digits <= 6 else "0.00"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as "12 d", "3 h" or "40 s": in the largest unit of which it has at least two."""
+    for length_s, unit in _DURATION_UNITS:
+        if seconds >= 2 * length_s:
+            return f"{seconds / length_s:,.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def print_holdings(
+    output: Output, tiers: Sequence[str], before: Mapping[str, TierTotals], after: Mapping[str, TierTotals]
+) -> None:
+    """Print a row for each tier with what it holds before and after."""
+    rows: list[dict[str, Any]] = []
+    texts: list[dict[str, str]] = []
+    for name in tiers:
+        old, new = before.get(name, TierTotals()), after.get(name, TierTotals())
+        rows.append({"tier": name, "before": _holding_facts(old), "after": _holding_facts(new)})
+        texts.append(
+            {
+                "tier": name,
+                "objects": f"{old.n_objects:,}",
+                "bytes": format_bytes(old.n_bytes),
+                "$/month": format_dollars(old.dollars_month),
+                "objects then": f"{new.n_objects:,}",
+                "bytes then": format_bytes(new.n_bytes),
+                "$/month then": format_dollars(new.dollars_month),
+            }
+        )
+    output.table("tier", rows, texts)
+
+
+def _holding_facts(holding: TierTotals) -> dict[str, Any]:
+    return {
+        "n_bytes": holding.n_bytes,
+        "n_objects": holding.n_objects,
+        "dollars_month": round(holding.dollars_month, 6),
+    }
+
 
 Rules: TypeAlias = Annotated[
     Path | None,

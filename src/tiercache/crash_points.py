@@ -1,8 +1,8 @@
 """Named points in the code at which crash tests kill the process or inject a failure.
 
-`reach(name)` is called between two steps that a crash may separate. It does nothing (31 ns) unless a test has set a
-hook, which then kills the process, raises or counts. `testing.kill_points` lists every name in the source; a test
-fails if one of them was never used for a kill.
+`crash_point(name)` is called between two steps that a crash may separate. It does nothing (31 ns) unless a test has set
+a hook, which then kills the process, raises or counts. `tests/support/kill_points.py` lists every name in the source; a
+test fails if one of them was never used for a kill.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
 
 _hook: Callable[[str], object] | None = None
 

@@ -1,0 +1,489 @@
+"""The verbs that read or write one data set: pack, ls, info, head and export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from threading import Lock
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from tiercache import config
+from tiercache.cli.options import (
+    Columns,
+    DryRun,
+    Exclude,
+    Include,
+    Jobs,
+    Json,
+    Quiet,
+    StorageOptions,
+    Url,
+    Verbose,
+    VersionNumber,
+    parse_columns,
+    parse_storage_options,
+    parse_types,
+)
+from tiercache.cli.output import Advance, Output, count, printable
+from tiercache.errors import NotFound, StoreError
+from tiercache.model import format_bytes
+from tiercache.pack import PackOptions, PackPlan, plan_pack, run_pack
+from tiercache.pack.export import Export, ExportOptions
+from tiercache.pack.files import selected
+from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.schema import Column, Kind
+from tiercache.shard.versions.manifest import Version, latest, list_versions, read_shards, read_version
+from tiercache.shard.versions.manifest import Version as DataSetVersion
+from tiercache.shard.versions.segments import ShardTable
+from tiercache.store import Store, open_store, redact, split_url
+from tiercache.tier.placement.redirecting_store import follow_placement
+
+
+@dataclass(frozen=True)
+class OpenDataSet:
+    """A version of a data set with its shard table, and the store that holds it."""
+
+    store: Store
+    version: Version
+    shards: ShardTable
+
+    def select(self, include: Sequence[str] | None, exclude: Sequence[str] | None = None) -> list[int]:
+        """Return the numbers of the shards whose names match the globs."""
+        names = self.shards.names.to_pylist()
+        return [i for i, name in enumerate(names) if selected(name, include or (), exclude or ())]
+
+
+@contextmanager
+def open_data_set_store(url: str, storage_options: Sequence[str] | None) -> Iterator[Store]:
+    """Yield the store of a data set's URL, and close it at the end. It finds shards that were moved to other tiers."""
+    options = parse_storage_options(storage_options)
+    with closing(follow_placement(open_store(url, **options), options)) as store:
+        yield store
+
+
+def open_data_set(store: Store, number: int | None = None) -> OpenDataSet:
+    """Return the version of the data set in store with this number; None: the newest.
+
+    Raises:
+        NotFound, StoreError: The version or a segment cannot be read.
+        CorruptShard: The version or a segment is damaged.
+    """
+    version = latest(store) if number is None else read_version(store, number)
+    return OpenDataSet(store, version, read_shards(store, version))
+
+
+_TEXT_CHARACTERS = 70
+_ELEMENTS = 6
+
+
+def format_value(column: Column, value: Any) -> str:
+    """Return one line for people: "<jpeg 12.3 KiB>" for images and bytes, first elements of arrays, long texts cut."""
+    if value is None:
+        return "null"
+    if column.kind in (Kind.IMAGE, Kind.BYTES):
+        return f"<{column.encoding or 'bytes'} {format_bytes(len(value))}>"
+    if column.kind is Kind.STR:
+        return shorten(json.dumps(value, ensure_ascii=False))
+    if column.shape:
+        array = as_numpy(value)
+        first = ", ".join(str(element) for element in array.reshape(-1)[:_ELEMENTS].tolist())
+        more = ", ..." if array.size > _ELEMENTS else ""
+        return f"{column.dtype}{list(array.shape)} [{first}{more}]"
+    if column.kind in (Kind.SCALAR, Kind.BOOL):
+        number = as_numpy(value).item()
+        name = f" ({column.classes[number]})" if column.classes and 0 <= number < len(column.classes) else ""
+        return f"{number}{name}"
+    return shorten(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def json_value(column: Column, value: Any) -> Any:
+    """Return the value as JSON can hold it: arrays as lists, images and bytes as the text that shown() returns."""
+    if value is None:
+        return None
+    if column.kind in (Kind.IMAGE, Kind.BYTES):
+        return format_value(column, value)
+    if column.shape or column.kind in (Kind.SCALAR, Kind.BOOL):
+        return as_numpy(value).tolist()
+    return value
+
+
+def as_numpy(value: Any) -> np.ndarray[Any, Any]:
+    """Return an array, a number or a torch tensor as a numpy array; bfloat16 is widened to float32."""
+    if hasattr(value, "detach"):
+        value = value.detach().float().numpy()
+    return np.asarray(value)
+
+
+def shorten(text: str) -> str:
+    """Return text, shortened to 70 characters if it is longer."""
+    return text if len(text) <= _TEXT_CHARACTERS else text[: _TEXT_CHARACTERS - 3] + "..."
+
+
+def ls(
+    url: Url,
+    versions: Annotated[
+        bool, typer.Option("--versions", help="List the versions of the data set instead of its shards.")
+    ] = False,
+    at: VersionNumber = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    storage_option: StorageOptions = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """List the shards of a data set in record order, or its versions."""
+    output = Output(as_json, quiet)
+    with open_data_set_store(url, storage_option) as store:
+        if versions:
+            _list_versions(output, store)
+            return
+        data_set = open_data_set(store, at)
+    chosen = [data_set.shards.info(i) for i in data_set.select(include, exclude)]
+    rows = [
+        {"name": i.name, "id": i.shard_id, "records": i.n_records, "bytes": i.n_bytes, "crc32c": i.crc32c}
+        for i in chosen
+    ]
+    texts = [
+        {"shard": i.name, "records": f"{i.n_records:,}", "size": format_bytes(i.n_bytes), "id": i.shard_id}
+        for i in chosen
+    ]
+    output.table("shard", rows, texts)
+    n_records, n_bytes = sum(i.n_records for i in chosen), sum(i.n_bytes for i in chosen)
+    facts = {"version": data_set.version.number, "shards": len(chosen), "records": n_records, "bytes": n_bytes}
+    text = f"{count(len(chosen), 'shard')}, {count(n_records, 'record')}, {format_bytes(n_bytes)}"
+    output.summary(facts, f"version {data_set.version.number}: {text}")
+
+
+def _list_versions(output: Output, store: Store) -> None:
+    versions = [read_version(store, number) for number in list_versions(store)]
+    texts = [
+        {
+            "version": str(v.number),
+            "kind": v.kind,
+            "created": v.created,
+            "records": f"{v.n_records:,}",
+            "shards": f"{v.n_shards:,}",
+            "size": format_bytes(v.n_bytes),
+        }
+        for v in versions
+    ]
+    output.table("version", [_version_facts(v) for v in versions], texts)
+    output.summary({"versions": len(versions)}, count(len(versions), "version"))
+
+
+def _version_facts(version: DataSetVersion) -> dict[str, Any]:
+    return {
+        "version": version.number,
+        "kind": version.kind,
+        "created": version.created,
+        "records": version.n_records,
+        "shards": version.n_shards,
+        "bytes": version.n_bytes,
+        "fingerprint": version.fingerprint,
+    }
+
+
+def info(
+    url: Url,
+    at: VersionNumber = None,
+    storage_option: StorageOptions = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Show a data set's version, size, columns and class names."""
+    output = Output(as_json, quiet)
+    with open_data_set_store(url, storage_option) as store:
+        data_set = open_data_set(store, at)
+    facts = info_of(data_set)
+    if as_json:
+        output.event("data_set", facts)
+        return
+    sizes = {"bytes": format_bytes(data_set.version.n_bytes), "records": f"{data_set.version.n_records:,}"}
+    for name, value in facts.items():
+        if name == "columns":
+            typer.echo("columns")
+            for column in value:
+                classes = column.get("classes", [])
+                counted = f", {len(classes)} classes" if classes else ""
+                typer.echo(printable(f"  {column['name']}: {column['type']}{counted}"))
+                for number, class_name in enumerate(classes):
+                    typer.echo(printable(f"  {number:>{2 + len(str(len(classes) - 1))}}  {class_name}"))
+        else:
+            typer.echo(f"{name.replace('_', ' '):12} {sizes.get(name, value)}")
+
+
+def info_of(data_set: OpenDataSet) -> dict[str, Any]:
+    """Return all facts about a version."""
+    columns: list[dict[str, Any]] = []
+    for column in data_set.version.schema.columns:
+        columns.append({"name": column.name, "type": str(column)})
+        if column.classes:
+            columns[-1]["classes"] = list(column.classes)
+    identity = {"url": data_set.store.url, "dataset_id": data_set.version.dataset_id}
+    return identity | _version_facts(data_set.version) | {"columns": columns}
+
+
+def head(
+    url: Url,
+    n: Annotated[int, typer.Option("-n", min=1, metavar="N", help="Number of records to show.")] = 5,
+    start: Annotated[
+        int, typer.Option("--start", min=0, metavar="I", help="Index of the first record to show, counted from 0.")
+    ] = 0,
+    columns: Columns = None,
+    at: VersionNumber = None,
+    storage_option: StorageOptions = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Show some records of a data set.
+
+    Images are shown as their size, arrays by their first elements. Only the needed bytes are read.
+    """
+    output = Output(as_json, quiet)
+    with open_data_set_store(url, storage_option) as store:
+        data_set = open_data_set(store, at)
+        schema = data_set.version.schema
+        chosen = list(schema.select(parse_columns(columns) or schema.names).names)
+        n_shown = print_records(output, data_set, range(start, min(start + n, data_set.version.n_records)), chosen)
+    facts = {"version": data_set.version.number, "shown": n_shown, "records": data_set.version.n_records}
+    output.summary(facts, f"{n_shown} of {count(data_set.version.n_records, 'record')}")
+
+
+def print_records(output: Output, data_set: OpenDataSet, rows: range, names: list[str]) -> int:
+    """Print the records in rows; return the number of records printed."""
+    first = data_set.shards.first_record
+    n_shown = 0
+    for shard in range(int(np.searchsorted(first, rows.start, side="right")) - 1, len(data_set.shards)):
+        start, stop = max(rows.start, int(first[shard])), min(rows.stop, int(first[shard + 1]))
+        if start >= stop:
+            break
+        _print_shard(output, data_set, (shard, range(start, stop)), names)
+        n_shown += stop - start
+    return n_shown
+
+
+def _print_shard(output: Output, data_set: OpenDataSet, place: tuple[int, range], names: list[str]) -> None:
+    shard, rows = place
+    info = data_set.shards.info(shard)
+    identity = info.identity(data_set.version.dataset_id)
+    with ShardReader(data_set.store, info.name, info=info, identity=identity) as reader:
+        indices = [reader.schema.index(name) for name in names]
+        within = np.arange(rows.start, rows.stop, dtype=np.int64) - data_set.shards.first_record[shard]
+        values = reader.take(within, indices)
+    width = max(map(len, names))
+    for i, row in enumerate(rows):
+        record = {v.column.name: (v.column, v.record(i)) for v in values}
+        if not output.as_json:
+            lines = [f"  {name:{width}}  {format_value(*record[name])}" for name in names]
+            typer.echo("\n".join([f"record {row}", *lines]))
+        else:
+            output.event("record", {"index": row, "record": {name: json_value(*record[name]) for name in names}})
+
+
+_MOST_LEFT_OUT = 20
+
+
+def pack(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Input: a file, a folder or a glob, as a path or a URL.")
+    ],
+    url: Url,
+    kind: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="Kind of the input: images, parquet or jsonl; default: from the file names."),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=TYPE", help="Type of a column, e.g. label=int64; see `tiercache info`. May be repeated."
+        ),
+    ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            metavar="MODE", help="create (a new data set), append (add records) or overwrite (replace all records)."
+        ),
+    ] = "create",
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Target size of a shard.")] = "128MiB",
+    block_size: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE", help="Target size of a block, uncompressed; a block is the unit of reading and shuffling."
+        ),
+    ] = "1MiB",
+    compression: Annotated[
+        str, typer.Option(metavar="CODEC", help="Compression: auto, none, zstd or zstd:LEVEL.")
+    ] = "auto",
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Number of processes; 0: one per CPU.")] = 1,
+    include: Include = None,
+    exclude: Exclude = None,
+    storage_option: StorageOptions = None,
+    source_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--source-option",
+            metavar="KEY=VALUE",
+            help="Option of the source's store, e.g. region=eu-central-1. May be repeated.",
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Convert images, Parquet files or JSON lines into a data set.
+
+    SOURCE is a folder of images with one sub-folder per class, or names Parquet files or JSON lines. An interrupted run
+    commits nothing.
+    """
+    options = PackOptions(
+        kind=kind,  # type: ignore[arg-type]  # PackOptions checks what the text is
+        schema=parse_types(column) or None,
+        mode=mode,  # type: ignore[arg-type]
+        shard_size=shard_size,
+        block_size=block_size,
+        compression=compression,
+        jobs=jobs,
+        include=include or (),
+        exclude=exclude or (),
+        storage_options=parse_storage_options(storage_option),
+        source_options=parse_storage_options(source_option),
+    )
+    output = Output(as_json, quiet)
+    plan = plan_pack(source, url, options)
+    _print_left_out(output, plan)
+    if dry_run:
+        _print_plan(output, plan)
+        return
+    version = None
+    try:
+        with output.byte_progress("packing") as advance:
+            version = run_pack(plan, lambda done: advance(done.n_bytes, done.total_bytes))
+        _print_version(output, redact(url), version)
+    except KeyboardInterrupt as error:
+        if version is None:
+            raise
+        raise KeyboardInterrupt(f"version {version.number} is committed and complete") from error
+
+
+def _print_version(output: Output, url: str, version: Version) -> None:
+    facts = {
+        "url": url,
+        "version": version.number,
+        "records": version.n_records,
+        "shards": version.n_shards,
+        "bytes": version.n_bytes,
+        "fingerprint": version.fingerprint,
+    }
+    text = (
+        f"{count(version.n_records, 'record')} in {count(version.n_shards, 'shard')}, {format_bytes(version.n_bytes)}"
+    )
+    output.summary(facts, f"{url}: version {version.number} has {text}")
+
+
+def _print_left_out(output: Output, plan: PackPlan) -> None:
+    """Print the files that are not packed, with the reason: all of them as JSON, the first 20 for people."""
+    for i, one in enumerate(plan.left_out):
+        text = f"left out: {one.path}: {one.reason}" if i < _MOST_LEFT_OUT else None
+        output.event("left_out", {"path": one.path, "reason": one.reason}, text)
+    if len(plan.left_out) > _MOST_LEFT_OUT and not output.as_json:
+        output.event("left_out", {}, f"left out: {len(plan.left_out) - _MOST_LEFT_OUT:,} more (--json names all)")
+
+
+def _print_plan(output: Output, plan: PackPlan) -> None:
+    for column in plan.source.schema.columns:
+        output.event("column", {"name": column.name, "type": str(column)}, f"{column.name}: {column}")
+    mode, url, processes = plan.options.mode, redact(plan.url), count(plan.n_processes, "process", "processes")
+    facts = {"url": url, "mode": mode, "bytes": plan.total_bytes, "processes": plan.n_processes, "dry_run": True}
+    output.summary(facts, f"would {mode} {url} from {format_bytes(plan.total_bytes)} of source, in {processes}")
+
+
+def export(
+    url: Url,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET", help="Output: one file that ends in .parquet, or a folder, which gets one file per shard."
+        ),
+    ],
+    columns: Columns = None,
+    at: VersionNumber = None,
+    jobs: Jobs = 1,
+    compression: Annotated[
+        str, typer.Option(metavar="CODEC", help="Compression of the Parquet files, e.g. zstd, snappy or none.")
+    ] = "zstd",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    storage_option: StorageOptions = None,
+    target_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target-option",
+            metavar="KEY=VALUE",
+            help="Option of the target's store, e.g. region=eu-central-1. May be repeated.",
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Write a data set as Parquet files with standard Arrow types. Images keep their encoding."""
+    output = Output(as_json, quiet)
+    options = ExportOptions(
+        columns=parse_columns(columns),
+        jobs=jobs or config.available_cpus(),
+        overwrite=overwrite,
+        compression=compression,
+    )
+    folder, key = split_url(target) if target.lower().endswith(".parquet") else (target, "")
+    with (
+        open_data_set_store(url, storage_option) as source,
+        closing(open_store(folder, **parse_storage_options(target_option))) as sink,
+    ):
+        data_set = open_data_set(source, at)
+        task = Export(source, data_set.version, sink, options)
+        n_files = 1 if key else max(1, len(data_set.shards))
+        if key and not overwrite:
+            _refuse_existing(sink, key)
+        facts = {"target": redact(target), "files": n_files, "records": data_set.version.n_records}
+        text = f"{count(data_set.version.n_records, 'record')} to {redact(target)}, {count(n_files, 'file')}"
+        if dry_run:
+            for column in task.schema.columns:
+                output.event("column", {"name": column.name, "type": str(column)}, f"{column.name}: {column}")
+            output.summary(facts | {"dry_run": True}, f"would export {text}")
+            return
+        with output.byte_progress("exporting") as advance:
+            on_progress = _Sum(advance, data_set.version.n_bytes).add
+            n_records = task.to_file(key, on_progress) if key else task.to_folder(on_progress)
+        facts |= {"records": n_records, "bytes_written": int(sink.counters["bytes_written"])}
+        output.summary(facts, f"exported {text}, {format_bytes(sink.counters['bytes_written'])}")
+
+
+def _refuse_existing(store: Store, key: str) -> None:
+    """Raise StoreError if the file exists: before the export, not after it."""
+    try:
+        store.head(key)
+    except NotFound:
+        return
+    raise StoreError("the file exists already; give --overwrite to replace it", url=f"{store.url}/{key}")
+
+
+class _Sum:
+    """Sum of the bytes that threads have exported. add() holds the lock, so the bar only moves forward."""
+
+    def __init__(self, advance: Advance, total: int) -> None:
+        self._advance, self._total, self._done = advance, total, 0
+        self._lock = Lock()
+
+    def add(self, n_bytes: int) -> None:
+        with self._lock:
+            self._done += n_bytes
+            self._advance(self._done, self._total)
