@@ -2,7 +2,7 @@
 
     python examples/tier_year.py [--shards 16000] [--into docs/guide/tiers.md]
 
-Each day the real policy (`tiercache.tier.plan.policy.decide`) sees what there is and says what goes where; nothing else is
+Each day the real policy (`tiercache.tier.plan.policy.decide`) plans the moves; nothing else is
 real. The bill is kept by this file from the price table, and not from what the policy says that its moves cost.
 """
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 # Only these files and folders may import these packages, so that a package can be replaced or left out there.
 _TORCH_HOMES = ("load/", "integrations/", "demo/train.py", "demo/train.py")
-_TERMINAL_HOMES = ("cli/", "config.py", "tierfile/")
+_TERMINAL_HOMES = ("cli/", "config.py", "tier/rules.py")
 HOMES = {
     "obstore": ("store/obstore.py", "testing/"),
     "fsspec": ("store/fsspec.py", "integrations/fsspec.py", "testing/"),

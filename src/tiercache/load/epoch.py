@@ -102,7 +102,7 @@ class Piece:
 
     @property
     def batch_rows(self) -> NDArray[np.uint32] | None:
-        """None: all batches have the loader's size. The pieces of a sampler (load/sampler_queue.py) state each batch's rows."""
+        """None: all batches have the size of the loader. A sampler states the rows of each batch."""
         return None
 
     @property

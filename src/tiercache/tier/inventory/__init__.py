@@ -1,6 +1,5 @@
 """The inventory: everything that lies in the tiers, as groups and copies in columns.
 
 ``listing`` lists the tiers, ``datasets`` reads manifests and reported uses, ``layouts`` recognises checkpoints by name,
-``groups`` builds groups, copies and the snapshot, ``metrics`` reads the metrics of checkpoints. (Add ``usage`` here if
-the other half moves it into this package.)
+``groups`` builds groups, copies and the snapshot, ``metrics`` reads the metrics of checkpoints.
 """
