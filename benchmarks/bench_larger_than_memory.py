@@ -21,11 +21,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+from tests.support.cgroup import MemoryGroup, NoCgroup, drop_pages, memory_group
 
+import repository  # noqa: F401 - tests.support is found by it
 import tiercache as tc
 from rows import OUT, spread, table, write_rows
 from tiercache.load.prefetch import PagePrefetcher
-from tiercache.testing.cgroup import MemoryGroup, NoCgroup, drop_pages, memory_group
 
 RECORD_BYTES = 2048
 READ_BYTES = 4 << 20

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # Their asserts shall say what was compared; here, because this file is read before any that imports them.
-pytest.register_assert_rewrite("tiercache.testing.suite", "tiercache.testing.suite", "tiercache.testing.state_machine")
+pytest.register_assert_rewrite("tiercache.testing.suite", "tiercache.testing.state_machine")
 
 # Time says nothing on a shared machine of two cores; the examples that failed are printed as code.
 settings.register_profile("tests", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])

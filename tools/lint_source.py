@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Only these files and folders may import these packages, so that a package can be replaced or left out there.
-_TORCH_HOMES = ("load/", "integrations/", "demo/train.py", "demo/train.py")
+_TORCH_HOMES = ("load/", "integrations/", "demo/train.py")
 _TERMINAL_HOMES = ("cli/", "config.py", "tier/rules.py")
 HOMES = {
     "obstore": ("store/obstore.py", "testing/"),

@@ -7,12 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
+from tests.support.stores import CountingStore
 
 from tiercache._native.checksum import crc32c
 from tiercache.cache import Cache
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder
-from tiercache.testing import CountingStore
 
 
 @pytest.fixture(params=["locks hold", "locks lie"])

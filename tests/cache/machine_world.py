@@ -8,6 +8,9 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
+from tests.support.clock import JumpingClock
+from tests.support.folder_check import Expected, FolderCheck
+
 from tiercache._native.checksum import crc32c
 from tiercache.cache import Cache
 from tiercache.cache.lease import CopyLease
@@ -15,8 +18,6 @@ from tiercache.cache.names import name_of_identity
 from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder
-from tiercache.testing import JumpingClock
-from tiercache.testing.folder_check import Expected, FolderCheck
 from tiercache.waiting import wait_for
 
 KEYS = ("a", "b", "c", "d", "e")

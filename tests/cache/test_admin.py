@@ -8,13 +8,14 @@ import threading
 
 import numpy as np
 import pytest
+from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
 from tiercache.cache.machine import Room
 from tiercache.cache.names import name_of_identity
 from tiercache.errors import CacheFull, CorruptShard, NotFound, StoreError
 from tiercache.model import ByteRange, ReadingPlan
-from tiercache.testing import Fault, FaultKind, FaultStore, GateStore
+from tiercache.testing import Fault, FaultKind, FaultStore
 
 
 def pairs_of(world, n=5, n_bytes=10_000):

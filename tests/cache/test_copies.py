@@ -5,12 +5,12 @@ import os
 import sqlite3
 
 import pytest
+from tests.support.stores import Gate, GateStore
 
 from tiercache.cache.names import Record, name_of_identity, name_of_object
 from tiercache.errors import NotFound
 from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.store import LocalStore, Store
-from tiercache.testing import Gate, GateStore
 
 
 def test_the_cached_store_is_a_store_and_a_local_store(world):

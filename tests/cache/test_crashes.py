@@ -1,10 +1,10 @@
 """Endings that are no deaths: a source that fails in mid-fetch leaves nothing. Deaths are test_kill_points.py's."""
 
 import pytest
+from tests.support.folder_check import Expected, FolderCheck
 
 from tiercache.model import ByteRange
 from tiercache.testing import Fault, FaultStore
-from tiercache.testing.folder_check import Expected, FolderCheck
 
 WHOLE = [ByteRange(0, 10_000)]
 

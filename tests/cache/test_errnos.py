@@ -4,9 +4,8 @@ import json
 import shutil
 
 import pytest
+from tests.support.errnos import KINDS, build_shim, preload
 from tests.testing.warm_process import run_warm
-
-from tiercache.testing.errnos import KINDS, build_shim, preload
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler cc")
 

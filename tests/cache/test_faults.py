@@ -9,6 +9,8 @@ import warnings
 
 import numpy as np
 import pytest
+from tests.support.clock import FakeClock
+from tests.support.stores import GateStore
 
 from tiercache.cache import cache as cache_module
 from tiercache.cache import folder as folder_module
@@ -20,7 +22,7 @@ from tiercache.cache.machine import Breaker
 from tiercache.catalog import Accounts
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ReadingPlan
-from tiercache.testing import FakeClock, Fault, FaultKind, FaultStore, GateStore
+from tiercache.testing import Fault, FaultKind, FaultStore
 from tiercache.waiting import wait_for
 
 WHOLE = [ByteRange(0, 10_000)]

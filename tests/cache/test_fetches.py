@@ -4,12 +4,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tests.support.stores import CountingStore, GateStore
 
 from tiercache.cache.fetch import download
 from tiercache.cache.fetch.partial import PartialCopy
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
-from tiercache.testing import CountingStore, Fault, FaultStore, GateStore, WrapperStore
+from tiercache.testing import Fault, FaultStore, WrapperStore
 from tiercache.waiting import wait_for
 
 UNIT = 4096

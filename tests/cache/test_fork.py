@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 from tests.forks import in_child
+from tests.support.stores import GateStore
 
 from tiercache.model import ByteRange
-from tiercache.testing import GateStore
 
 # From Python 3.12 on: what these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")

@@ -1,10 +1,10 @@
 """The catalog may vanish at any moment: what comes meanwhile stays within the limit all the same."""
 
 import pytest
+from tests.support.stores import GateStore
 
 from tiercache.cache.names import name_of_identity
 from tiercache.model import ByteRange
-from tiercache.testing import GateStore
 
 UNIT = 4096
 

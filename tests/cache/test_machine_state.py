@@ -16,12 +16,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from tests.cache.machine_world import KEYS, LIMITS, SIZES, MachineWorld, random_bytes
+from tests.support.clock import JumpingClock
 
 from tiercache.cache.fetch import publish
 from tiercache.cache.names import name_of_identity
 from tiercache.errors import CacheFull, NotFound, TierCacheError
 from tiercache.model import ByteRange
-from tiercache.testing import JumpingClock
 
 # From Python 3.12 on: a crash is a forked child's.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")

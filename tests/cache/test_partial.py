@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from tests.support.folder_check import allocated_bytes
+from tests.support.stores import GateStore
 
 import tiercache as tc
 from tiercache.cache.fetch import partial
@@ -16,8 +18,7 @@ from tiercache.cache.names import name_of_identity
 from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder
-from tiercache.testing import Fault, FaultStore, GateStore, WrapperStore
-from tiercache.testing.folder_check import allocated_bytes
+from tiercache.testing import Fault, FaultStore, WrapperStore
 
 UNIT = 4096
 MIB = 1 << 20

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tests.cache.conftest import open_below
+from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
 from tiercache.cache.fetch.partial import UnitMap
@@ -14,7 +15,7 @@ from tiercache.cache.machine import NameLock
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder
-from tiercache.testing import Fault, FaultStore, GateStore, WrapperStore
+from tiercache.testing import Fault, FaultStore, WrapperStore
 
 N = 8
 

@@ -4,6 +4,7 @@ import errno
 import warnings
 
 import pytest
+from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
 from tiercache.cache import session as opened_module
@@ -12,7 +13,6 @@ from tiercache.cache.machine import NameLock, Room
 from tiercache.catalog import Accounts
 from tiercache.errors import CacheFull
 from tiercache.model import ByteRange
-from tiercache.testing import GateStore
 from tiercache.waiting import wait_for
 
 # What 100,000 bytes take of the budget: 25 blocks, and one for the record; in part, one for the map too.

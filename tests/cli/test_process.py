@@ -8,8 +8,7 @@ import subprocess
 import sys
 
 import pytest
-
-from tiercache.testing.http_server import HttpFault, HttpFaultServer
+from tests.support.http_server import HttpFault, HttpFaultServer
 
 COMMAND = [sys.executable, "-m", "tiercache.cli"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.support.cgroup import NoCgroup, drop_pages, memory_group
 
 import tiercache as tc
-from tiercache.testing.cgroup import NoCgroup, drop_pages, memory_group
 
 LIMIT_BYTES = 384 << 20  # of which Python and torch take 210 MiB
 RECORD_BYTES, N_BYTES = 16384, 3 * LIMIT_BYTES

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.cache.conftest import open_below
+from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
 from tiercache.cache.evict.reading_plans import ReadingPlans
@@ -25,7 +26,6 @@ from tiercache.load.read_plan import ReadPlanPublisher
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.opened_version import OpenedVersion
 from tiercache.shard.read.reader_pool import ReleasingPlan
-from tiercache.testing.http_server import HttpFaultServer
 
 N, WORDS = 1536, 1536  # records of 15 KiB, in blocks that are further apart than requests are joined
 # Options with which a rank reads other shards in each epoch.

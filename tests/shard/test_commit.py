@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.stores import CountingStore, GateStore
 
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError
 from tiercache.model import ShardInfo
@@ -20,7 +21,7 @@ from tiercache.shard.versions import manifest
 from tiercache.shard.versions.commit import MAX_SEGMENTS, Commit, CommitRequest, commit, plan_merge
 from tiercache.shard.versions.manifest import Version, version_key
 from tiercache.store import LocalFolder, MemoryStore, Store
-from tiercache.testing import CountingStore, Fault, FaultKind, FaultStore, GateStore
+from tiercache.testing import Fault, FaultKind, FaultStore
 
 SCHEMA = Schema.of({"tokens": "int64", "caption": "str"})
 VERSIONS = "_tiercache/versions/*"

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tests.support.stores import CountingStore
 
 from tiercache.errors import CorruptShard
 from tiercache.shard.read.reader_pool import FooterCache
@@ -12,7 +13,6 @@ from tiercache.shard.schema import Schema
 from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
-from tiercache.testing import CountingStore
 
 
 def fill(store):

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.stores import CountingStore
 
 from tiercache.errors import CorruptShard, NotFound, StoreError
 from tiercache.model import ShardInfo
@@ -22,7 +23,7 @@ from tiercache.shard.versions import manifest as manifest_module
 from tiercache.shard.versions.manifest import Version, encode_version, fingerprint_of, parse_version, version_key
 from tiercache.shard.versions.segments import SegmentRef, new_segment, pack_segment
 from tiercache.store import LocalFolder, MemoryStore
-from tiercache.testing import CountingStore, Fault, FaultKind, FaultStore
+from tiercache.testing import Fault, FaultKind, FaultStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.stores import CountingStore
 
 from tiercache.errors import CorruptShard
 from tiercache.model import ShardIdentity, ShardInfo
 from tiercache.shard.versions import segments
 from tiercache.shard.versions.segments import ShardTable, new_segment, pack_segment, parse_segment, read_segments
 from tiercache.store import LocalFolder, MemoryStore, check_key
-from tiercache.testing import CountingStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from urllib.parse import parse_qs
 
 import pytest
+from tests.support.http_server import HttpFault
 
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
@@ -17,7 +18,6 @@ from tiercache.store.archive import S3Archive
 from tiercache.store.cloud import ObstoreStore, _fallback_store
 from tiercache.store.credentials import Credentials, Keys, s3_access
 from tiercache.store.options import CloudOptions
-from tiercache.testing.http_server import HttpFault
 from tiercache.testing.suite import read_ranges
 from tiercache.waiting import wait_for
 

@@ -8,6 +8,8 @@ import time
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from tests.support.clock import FakeClock
+from tests.support.http_server import HttpFault, HttpFaultServer
 
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
@@ -19,8 +21,6 @@ from tiercache.store.obstore import BucketFolder, to_store_error
 from tiercache.store.options import CloudOptions
 from tiercache.store.range_reads import RequestSizes, plan_requests, read_requests, worker_pool
 from tiercache.store.retry import CallLimit, CallMonitor, RetryPolicy, fail_fast_if_unreachable, with_retries
-from tiercache.testing import FakeClock
-from tiercache.testing.http_server import HttpFault, HttpFaultServer
 from tiercache.testing.suite import pattern, read_ranges
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 

@@ -6,6 +6,8 @@ import threading
 import time
 
 import pytest
+from tests.support.clock import FakeClock
+from tests.support.http_server import HttpFault
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
@@ -15,8 +17,6 @@ from tiercache.store.obstore import BucketFolder
 from tiercache.store.options import CloudOptions
 from tiercache.store.range_reads import RequestSizes
 from tiercache.store.retry import RetryPolicy
-from tiercache.testing import FakeClock
-from tiercache.testing.http_server import HttpFault
 from tiercache.testing.suite import ReadSuite, pattern, read_ranges
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from threading import Event
 
 import pytest
+from tests.support.clock import FakeClock
 
 from tiercache.errors import StoreError
 from tiercache.store.retry import CallLimit, RetryPolicy, stop_retries_when, with_retries
-from tiercache.testing import FakeClock
 from tiercache.waiting import SystemClock, pause, wait_for
 
 

@@ -10,9 +10,9 @@ import warnings
 from pathlib import Path
 
 from tests.stress.scene import Scene
+from tests.support.forks import ForkedChild
 
 from tiercache.model import ByteRange
-from tiercache.testing.forks import ForkedChild
 from tiercache.waiting import SYSTEM_CLOCK
 
 FORK_DEADLINE_S = 90.0

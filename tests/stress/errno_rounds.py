@@ -22,12 +22,12 @@ from tests.stress.inspection import DEADLINE_S, Inspection
 from tests.stress.jobs import change_heads
 from tests.stress.life import CHAPTERS, Chapter
 from tests.stress.scene import Model, Scene
+from tests.support.errnos import FOR_EVER, KINDS, FailedCalls, Position, count_calls, fail_calls
+from tests.support.forks import ChildEnd, SendLine, run_forked
 
 from tiercache.cache.evict import evictor
 from tiercache.cache.fetch import publish
 from tiercache.catalog import database
-from tiercache.testing.errnos import FOR_EVER, KINDS, FailedCalls, Position, count_calls, fail_calls
-from tiercache.testing.forks import ChildEnd, SendLine, run_forked
 
 
 @dataclass

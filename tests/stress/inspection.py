@@ -5,9 +5,8 @@ from pathlib import Path
 
 from tests.stress.jobs import Job, read_object
 from tests.stress.scene import OBJECTS, Model, Scene
-
-from tiercache.testing.folder_check import FolderCheck
-from tiercache.testing.forks import run_forked
+from tests.support.folder_check import FolderCheck
+from tests.support.forks import run_forked
 
 FOREIGN = {"README-mine.txt": b"mine", "copies/notes.txt": b"mine too", "locks.txt": b"also mine"}
 DEADLINE_S = 120.0

@@ -18,21 +18,20 @@ from tests.stress.inspection import Inspection
 from tests.stress.jobs import change_heads
 from tests.stress.scene import Model, Scene
 from tests.stress.tier_rounds import HEALING_DAYS, Scenes
+from tests.support.forks import run_forked
+from tests.support.interrupts import DROPPED, RAISED, Interrupted, Lines, interrupted, lines_of
 from tests.tier.jobs import TierJob, discard_corrupt_copy
 
 import tiercache as tc
 from tiercache.cli.app import app as command
 from tiercache.shard.versions.commit import find_latest
 from tiercache.store import open_store
-from tiercache.testing.forks import run_forked
-from tiercache.testing.interrupts import DROPPED, RAISED, Interrupted, Lines, interrupted, lines_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from tests.stress.life import Chapter
-
-    from tiercache.testing.forks import ChildEnd, SendLine
+    from tests.support.forks import ChildEnd, SendLine
 
 DEADLINE_S = 60.0
 SAID = "tiercache: interrupted: "

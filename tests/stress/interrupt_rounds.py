@@ -1,7 +1,7 @@
 """Ctrl-C between any two lines of ours: `python -m tests.stress.interrupt_rounds FOLDER --rounds N --seed S`.
 
 A warm parent forks a child for each round, which is interrupted at a line of the package that its main thread comes
-to (tiercache.testing.interrupts): each line the first time that it is come to, and the last, in an order that the
+to (tests.support.interrupts): each line the first time that it is come to, and the last, in an order that the
 seed gives. Prints JSON.
 """
 
@@ -32,9 +32,8 @@ from tests.stress.interrupt_lives import (
 )
 from tests.stress.kills import rounds_asked
 from tests.stress.life import CHAPTERS
+from tests.support.interrupts import DROPPED, SWALLOWED
 from tests.tier.jobs import JOBS
-
-from tiercache.testing.interrupts import DROPPED, SWALLOWED
 
 MOST_PROBLEMS = 20
 CACHE = ["--cache", "{root}/cache", "--cache-size", "50MB"]

@@ -17,9 +17,8 @@ from tests.stress.inspection import DEADLINE_S, Inspection
 from tests.stress.jobs import JOBS, Job
 from tests.stress.kills import PointRounds, points_where, rounds_asked, run_and_report
 from tests.stress.scene import SIZES, Model, Scene
-
-from tiercache.testing.forks import ChildEnd, ForkedChild
-from tiercache.testing.kill_points import KillAt, count_points, kill_at
+from tests.support.forks import ChildEnd, ForkedChild
+from tests.support.kill_points import KillAt, count_points, kill_at
 
 EVERY_WITNESS = 4
 # These delete what the witness has open.

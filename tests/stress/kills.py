@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
+from tests.support.forks import ChildEnd
+from tests.support.kill_points import KillAt, points_in
 from tests.testing.warm_process import WITHOUT_THREADS
 
 import tiercache
-from tiercache.testing.forks import ChildEnd
-from tiercache.testing.kill_points import KillAt, points_in
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 Place = TypeVar("Place")  # a job, and what else tells where a point can be struck

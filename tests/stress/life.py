@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from tests.stress.jobs import age, damage, holds
 from tests.stress.scene import AMPLE, OBJECTS, TIGHT, Scene
+from tests.support.forks import SendLine
 
 from tiercache.cache import Cache
 from tiercache.errors import TierCacheError
 from tiercache.model import ByteRange, ReadingPlan, ShardIdentity
-from tiercache.testing.forks import SendLine
 
 # What the verbs for people say of a disk that fails.
 DOCUMENTED = (TierCacheError, OSError)

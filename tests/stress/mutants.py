@@ -25,6 +25,9 @@ from tests.stress.inspection import Inspection
 from tests.stress.jobs import JOBS, Job
 from tests.stress.life import CHAPTERS
 from tests.stress.scene import Model, Scene
+from tests.support.errnos import Position
+from tests.support.forks import run_forked
+from tests.support.kill_points import KillAt, kill_at
 
 from tiercache.cache import machine as machine_module
 from tiercache.cache.evict import evictor
@@ -34,9 +37,6 @@ from tiercache.cache.folder import Folder, Owners
 from tiercache.cache.session import WriteSession
 from tiercache.catalog import Accounts
 from tiercache.crash_points import crash_point
-from tiercache.testing.errnos import Position
-from tiercache.testing.forks import run_forked
-from tiercache.testing.kill_points import KillAt, kill_at
 
 DEADLINE_S = 60.0
 N_POSITIONS = 12

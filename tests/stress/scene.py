@@ -5,12 +5,13 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.support.folder_check import Expected
+
 from tiercache._native.checksum import crc32c
 from tiercache.cache import Cache, CachedStore
 from tiercache.cache.names import name_of_identity
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder
-from tiercache.testing.folder_check import Expected
 
 # Files of one byte, of less and of more than a block, and of many units; all fit AMPLE, and few of them fit TIGHT.
 SIZES = {"a": 1, "b": 4096, "c": 10_000, "d": 70_000, "e": 150_000, "f": 300_001, "g": 524_288, "h": 1_100_000}

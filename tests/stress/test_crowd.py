@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 from tests.stress.crowd import work
 from tests.stress.scene import SIZES, Scene
+from tests.support.folder_check import Expected, FolderCheck, allocated_at_once
 
-from tiercache.testing.folder_check import Expected, FolderCheck, allocated_at_once
 from tiercache.waiting import SYSTEM_CLOCK
 
 # From Python 3.12 on: what these tests are about.

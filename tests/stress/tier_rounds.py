@@ -14,11 +14,10 @@ from pathlib import Path
 
 from tests.stress import kills
 from tests.stress.kills import PointRounds, points_where, rounds_asked, run_and_report
+from tests.support.forks import ChildEnd, run_forked
+from tests.support.kill_points import KillAt, count_points, kill_at
 from tests.tier.jobs import JOBS, TierJob, discard_corrupt_copy
 from tests.tier.world import SHAPES, World
-
-from tiercache.testing.forks import ChildEnd, run_forked
-from tiercache.testing.kill_points import KillAt, count_points, kill_at
 
 DEADLINE_S = 120.0
 HEALING_DAYS = (0.0, 1.5, 1.5)  # before each of the runs after a death

@@ -8,11 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+from tests.support.stores import LatencyStore
+
 from tiercache._native.checksum import crc32c
 from tiercache.cache import Cache
 from tiercache.model import ShardIdentity
 from tiercache.store import LocalFolder
-from tiercache.testing import LatencyStore
 
 
 def identities(source: Path) -> list[tuple[str, ShardIdentity]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection
 
-from tiercache.testing.interrupts import leaves_with
+from tests.support.interrupts import leaves_with
 
 
 def strike(at: int, call: Callable[[], object], names: Collection[str], events: Collection[str]) -> bool:

@@ -4,9 +4,8 @@ import json
 import shutil
 
 import pytest
+from tests.support.errnos import KINDS, Shim, build_shim, preload
 from tests.testing.warm_process import run_warm
-
-from tiercache.testing.errnos import KINDS, Shim, build_shim, preload
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler cc")
 
@@ -38,7 +37,7 @@ CALLS = {
 PRELUDE = """
 import fcntl, json, mmap, os, sqlite3, sys
 from pathlib import Path
-from tiercache.testing.errnos import FOR_EVER, Position, Shim, count_calls, fail_calls
+from tests.support.errnos import FOR_EVER, Position, Shim, count_calls, fail_calls
 
 root = Path(sys.argv[1])
 ours, others = root / "ours", root / "ours-not"

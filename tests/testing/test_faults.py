@@ -6,11 +6,13 @@ import uuid
 from threading import Thread
 
 import pytest
+from tests.support.clock import FakeClock
+from tests.support.stores import CountingStore, GateStore, LatencyStore
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import LocalStore, MemoryStore, memory
-from tiercache.testing import CountingStore, FakeClock, Fault, FaultKind, FaultStore, GateStore, LatencyStore
+from tiercache.testing import Fault, FaultKind, FaultStore
 from tiercache.testing.suite import StoreSuite
 
 

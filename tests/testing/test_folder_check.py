@@ -3,8 +3,7 @@
 import os
 
 import pytest
-
-from tiercache.testing.folder_check import BLOCK_BYTES, Expected, FolderCheck, allocated_at_once, allocated_bytes
+from tests.support.folder_check import BLOCK_BYTES, Expected, FolderCheck, allocated_at_once, allocated_bytes
 
 NAME = "a" * 40
 DATA = b"x" * 10_000

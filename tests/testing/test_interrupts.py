@@ -11,7 +11,7 @@ from threading import Lock
 
 from tiercache.cache.lease import CopyLease
 from tiercache.model import format_bytes, parse_bytes
-from tiercache.testing.interrupts import interrupted, lines_of
+from tests.support.interrupts import interrupted, lines_of
 
 def plain(tell):
     tell(format_bytes(parse_bytes("3MiB")))

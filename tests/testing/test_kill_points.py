@@ -3,16 +3,16 @@
 import json
 
 import pytest
+from tests.support.kill_points import points_in
 from tests.testing.warm_process import run_warm
 
 from tiercache import crash_points
-from tiercache.testing.kill_points import points_in
 
 PRELUDE = """
 import json, os, signal, sys, threading
 from tiercache.crash_points import crash_point
-from tiercache.testing.forks import run_forked
-from tiercache.testing.kill_points import KillAt, KilledChild, count_points, kill_at
+from tests.support.forks import run_forked
+from tests.support.kill_points import KillAt, KilledChild, count_points, kill_at
 
 def work(tell):
     for i in range(3):
@@ -130,7 +130,7 @@ def test_a_process_with_threads_does_not_fork():
 stop = threading.Event()
 thread = threading.Thread(target=stop.wait, name="busy")
 thread.start()
-from tiercache.testing import forks
+from tests.support import forks
 forks.THREADS_GONE_S = 0.05
 try:
     run_forked(print)

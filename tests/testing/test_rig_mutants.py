@@ -5,9 +5,8 @@ import shutil
 
 import pytest
 from tests.stress.mutants import CASES
+from tests.support.errnos import build_shim, preload
 from tests.testing.warm_process import run_warm
-
-from tiercache.testing.errnos import build_shim, preload
 
 HAS_COMPILER = shutil.which("cc") is not None
 

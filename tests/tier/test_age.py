@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tests.support.clock import JumpingClock
 from tests.tier.moving import TIERS, HookAt, Killed, World, content
 from tests.tier.test_run import Tiers as Folders
 
 from tiercache.catalog.tiers import TierCatalog
-from tiercache.testing import JumpingClock
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.move.mover import catalog_path
 from tiercache.tier.plan.proposals import evaluate_keep_list

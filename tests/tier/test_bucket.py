@@ -1,10 +1,10 @@
 """The bucket that tiers are tried on keeps the contract of stores, and is archived and restored as S3 is."""
 
 import pytest
+from tests.support.clock import JumpingClock
 from tests.tier.bucket import RESTORE_S, Died, DiskBucket, Script, about_now, file_name, read_object, write_object
 
 from tiercache.errors import StoreError
-from tiercache.testing import JumpingClock
 from tiercache.testing.suite import StoreSuite
 from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
 from tiercache.tier.stores import state_of

@@ -4,9 +4,9 @@ import uuid
 from datetime import UTC, datetime
 
 import pytest
+from tests.support.http_server import HttpFault, HttpFaultServer
 
 from tiercache.store.archive import BucketSettings, S3Archive, open_archive
-from tiercache.testing.http_server import HttpFault, HttpFaultServer
 from tiercache.tier.findings import bucket_findings
 
 EXPIRES = {"Expiration": {"Days": 30}}

@@ -5,10 +5,11 @@ import io
 import numpy as np
 import pytest
 import torch
+from tests.support.stores import CountingStore
 from tests.tier.listed import NOW_S, scripted
 
 from tiercache.errors import StoreError
-from tiercache.testing import CountingStore, Fault, FaultStore
+from tiercache.testing import Fault, FaultStore
 from tiercache.tier.inventory.listing import list_tiers
 from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores

@@ -5,11 +5,12 @@ import sqlite3
 from contextlib import closing
 
 import pytest
+from tests.support.clock import JumpingClock
 from tests.tier.test_run import DAY_S, RULES, Tiers
 
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.store import LocalFolder
-from tiercache.testing import Fault, FaultStore, JumpingClock
+from tiercache.testing import Fault, FaultStore
 from tiercache.tier.move.mover import DONE, PARTLY, Mover, catalog_path, run_once
 from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.stores import MARKER_KEY, Stores, ensure_marker, unavailable_reason

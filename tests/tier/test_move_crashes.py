@@ -4,10 +4,11 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+from tests.support.clock import FakeClock
 from tests.tier.moving import PARTS, HookAt, Killed, World, moved_away
 
 from tiercache.errors import CommitConflict, StoreError
-from tiercache.testing import FakeClock, Fault
+from tiercache.testing import Fault
 from tiercache.testing.faults import FaultKind
 from tiercache.tier.move.deletions import DeletionGuard
 from tiercache.tier.move.lock import LockRecord, TierLock

@@ -1,10 +1,11 @@
 """What went from one place to another is read where it lay before, while that is kept and the other has lost it."""
 
 import pytest
+from tests.support.stores import CountingStore
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.store import MemoryStore
-from tiercache.testing import CountingStore, WrapperStore
+from tiercache.testing import WrapperStore
 from tiercache.tier.placement import log
 from tiercache.tier.placement.log import PlacementRow
 from tiercache.tier.placement.redirecting_store import follow_placement

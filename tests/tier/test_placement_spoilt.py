@@ -6,10 +6,11 @@ import json
 import threading
 
 import pytest
+from tests.support.stores import CountingStore, GateStore
 from tests.tier.placements import numbers, row, rows_of, stopped_at
 
 from tiercache.errors import CorruptShard, StoreError
-from tiercache.testing import CountingStore, Fault, FaultStore, GateStore
+from tiercache.testing import Fault, FaultStore
 from tiercache.testing.faults import WrapperStore
 from tiercache.tier.placement import log
 from tiercache.tier.placement.log import N_KEPT, TRACKING_MARKER_KEY, placement_key

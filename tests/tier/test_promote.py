@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.forks import in_a_fork
+from tests.support.http_server import HttpFaultServer
+from tests.support.stores import CountingStore
 from tests.tier.moved import Moved, N, ServedStore, by_loader, by_record
 
 import tiercache as tc
 from tiercache._native.checksum import crc32c
 from tiercache.model import ShardIdentity
 from tiercache.store import LocalFolder, MemoryStore
-from tiercache.testing import CountingStore, Fault, FaultKind, FaultStore
-from tiercache.testing.http_server import HttpFaultServer
+from tiercache.testing import Fault, FaultKind, FaultStore
 from tiercache.tier.placement import log, reading
 from tiercache.tier.placement.reading import HotTier, Promoter, hot_folder
 from tiercache.tier.placement.resolver import LocationResolver, _same_service, tier_above

@@ -10,12 +10,12 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from tests.support.clock import FakeClock
 
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.prices import Prices, RestorePrice
 from tiercache.store import MemoryStore
-from tiercache.testing import FakeClock
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, PlannedObject
 from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.restore import RequestCounts, plan_copy_home, plan_restore, request_restore, wait_restored

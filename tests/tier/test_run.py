@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.support.clock import JumpingClock
 from tests.tier.moving import HookAt, Killed
 
 import tiercache as tc
 from tiercache.errors import CommitConflict
 from tiercache.store import LocalFolder
-from tiercache.testing import JumpingClock, WrapperStore
+from tiercache.testing import WrapperStore
 from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.mover import DONE, PARTLY, catalog_path, run_once
 from tiercache.tier.placement import log

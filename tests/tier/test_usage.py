@@ -18,14 +18,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.forks import in_a_fork
+from tests.support.clock import FakeClock
+from tests.support.http_server import HttpFault, HttpFaultServer
+from tests.support.stores import CountingStore, GateStore
 from tests.tier.moved import Moved, N, ServedStore, by_loader, by_record
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder, MemoryStore
-from tiercache.testing import CountingStore, FakeClock, Fault, FaultStore, GateStore
-from tiercache.testing.http_server import HttpFault, HttpFaultServer
+from tiercache.testing import Fault, FaultStore
 from tiercache.tier.placement import use_reports
 from tiercache.tier.placement.resolver import LocationResolver
 from tiercache.tier.placement.use_reports import IN_USE_S, REPORT_S, USAGE_FOLDER, ActiveReader, UseRecorder, UseReport

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pyarrow as pa
 import pytest
+from tests.support.stores import CountingStore
 
 from tiercache.store import MemoryStore
-from tiercache.testing import CountingStore, WrapperStore
+from tiercache.testing import WrapperStore
 from tiercache.tier.placement import use_reports
 from tiercache.tier.placement.use_reports import (
     IN_USE_S,

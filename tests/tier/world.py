@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import numpy as np
+from tests.support.clock import JumpingClock
 from tests.tier.bucket import DiskBucket, Script, about_now, file_name, flipped, is_readable, key_of, read_object
 from tests.tier.bucket import write_object as write_bucket_object
 from tests.tier.oracle import DAY_S, Group, Oracle, Picture, Seen
@@ -28,7 +29,6 @@ from tiercache.prices import prices_if_known
 from tiercache.shard.schema import Schema
 from tiercache.store import local
 from tiercache.store.posix import file_info
-from tiercache.testing import JumpingClock
 from tiercache.tier import stores as tier_stores
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.model import Plan

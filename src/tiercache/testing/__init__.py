@@ -1,31 +1,11 @@
-"""Test tools for stores: conformance suites, stores that inject faults and delays, and servers.
+"""Test tools for stores: conformance suites, stores that inject faults, and an S3 server on loopback.
 
-`tiercache.testing.suite` needs pytest and is therefore not imported here.
+`tiercache.testing.suite` and `tiercache.testing.state_machine` need pytest and hypothesis, and
+`tiercache.testing.s3_server` needs a server package; they are therefore not imported here.
 """
 
 from __future__ import annotations
 
-from tiercache.testing.clock import FakeClock, JumpingClock
-from tiercache.testing.faults import (
-    CountingStore,
-    Fault,
-    FaultKind,
-    FaultStore,
-    Gate,
-    GateStore,
-    LatencyStore,
-    WrapperStore,
-)
+from tiercache.testing.faults import Fault, FaultKind, FaultStore, WrapperStore
 
-__all__ = [
-    "CountingStore",
-    "FakeClock",
-    "Fault",
-    "FaultKind",
-    "FaultStore",
-    "Gate",
-    "GateStore",
-    "JumpingClock",
-    "LatencyStore",
-    "WrapperStore",
-]
+__all__ = ["Fault", "FaultKind", "FaultStore", "WrapperStore"]

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+from tests.support.forks import DEADLINE_S, ChildEnd, ForkedChild, SendLine, run_forked
+
 from tiercache import crash_points
-from tiercache.testing.forks import DEADLINE_S, ChildEnd, ForkedChild, SendLine, run_forked
 
 _NAME = re.compile(r"[a-z_]+\.[a-z_]+")
 _STRUCK, _REACHED = "struck ", "reached "

@@ -118,7 +118,7 @@ class ForkedChild:
 def _other_threads() -> str:
     """Return the stacks of all other threads."""
     here = threading.get_ident()
-    frames = {thread: frame for thread, frame in sys._current_frames().items() if thread != here}  # noqa: SLF001
+    frames = {thread: frame for thread, frame in sys._current_frames().items() if thread != here}
     return "".join(f"\nthread {n}:\n{''.join(traceback.format_stack(frame))}" for n, frame in frames.items())
 
 

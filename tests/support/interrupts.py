@@ -20,13 +20,15 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from tiercache.testing.forks import DEADLINE_S, ChildEnd, SendLine, run_forked
+from tests.support.forks import DEADLINE_S, ChildEnd, SendLine, run_forked
+
+import tiercache
 
 # Outcome of an interrupt: it left the work as an exception; the work ended normally; the work ended normally because
 # Python drops exceptions raised in __del__; another exception left the work.
 RAISED, SWALLOWED, DROPPED, CHANGED = "raised", "swallowed", "dropped", "changed"
 _NOTE = "interrupt "
-_OURS = str(Path(__file__).parents[1])
+_OURS = str(Path(tiercache.__file__).parent)
 
 
 @dataclass(frozen=True, slots=True)

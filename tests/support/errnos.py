@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiercache.testing.forks import DEADLINE_S, ChildEnd, SendLine, run_forked
+from tests.support.forks import DEADLINE_S, ChildEnd, SendLine, run_forked
 
 _FULL, _DISK, _RIGHTS = ("ENOSPC", "EDQUOT"), ("EIO",), ("EACCES", "EROFS")
 

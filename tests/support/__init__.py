@@ -1,0 +1,1 @@
+"""Tools of the tests and benchmarks: servers, clocks, kill points, failing system calls, checks of a cache folder."""

@@ -1,0 +1,157 @@
+"""Stores for tests that wrap another store: they delay, stop at a named call, or count calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatch
+from random import Random
+from threading import Event, Lock
+from typing import TypeVar
+
+from tiercache.store.contract import Store
+from tiercache.testing.faults import VERBS, WrapperStore
+from tiercache.waiting import SYSTEM_CLOCK, Clock, pause
+
+T = TypeVar("T")
+
+
+class LatencyStore(WrapperStore):
+    """A store that delays every call by a seeded random time, uniform between shortest_s and longest_s seconds.
+
+    Args:
+        inner: Store that makes the calls.
+        seed: Seed of the delays.
+        shortest_s: Shortest delay in seconds.
+        longest_s: Longest delay in seconds.
+        clock: Clock that waits.
+    """
+
+    def __init__(
+        self, inner: Store, *, seed: int, shortest_s: float = 0.0, longest_s: float, clock: Clock = SYSTEM_CLOCK
+    ) -> None:
+        super().__init__(inner)
+        self._random = Random(seed)
+        self._lock = Lock()
+        self._shortest_s, self._longest_s, self._clock = shortest_s, longest_s, clock
+
+    def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
+        """See WrapperStore.around."""
+        del verb, key
+        with self._lock:
+            late_s = self._random.uniform(self._shortest_s, self._longest_s)
+        pause(late_s, self._clock)
+        return call()
+
+
+class Gate:
+    """A point at which one call of a GateStore stops until open(). Leaving the gate's context opens it.
+
+    Args:
+        point: "before_VERB" or "after_VERB", with VERB one of `wrapper.VERBS`.
+        keys: Glob over keys.
+        timeout_s: Seconds after which a waiting thread raises AssertionError.
+    """
+
+    def __init__(self, point: str, keys: str = "*", timeout_s: float = 30.0) -> None:
+        when, _, verb = point.partition("_")
+        if when not in ("before", "after") or verb not in VERBS:
+            raise ValueError(f"a point must be before_VERB or after_VERB with a VERB of {VERBS}; got {point!r}")
+        self.point, self.keys, self.timeout_s = point, keys, timeout_s
+        self._reached, self._opened = Event(), Event()
+
+    def wait_reached(self) -> None:
+        """Return when a call has stopped at the gate."""
+        if not self._reached.wait(self.timeout_s):
+            raise AssertionError(f"no call reached {self.point} of {self.keys} within {self.timeout_s:g} s")
+
+    @property
+    def is_reached(self) -> bool:
+        """Return whether a call has stopped at the gate."""
+        return self._reached.is_set()
+
+    def open(self) -> None:
+        """Let the stopped call continue."""
+        self._opened.set()
+
+    def stop(self) -> None:
+        """Stop the calling thread until the gate is opened."""
+        self._reached.set()
+        if not self._opened.wait(self.timeout_s):
+            raise AssertionError(f"the gate {self.point} of {self.keys} was not opened within {self.timeout_s:g} s")
+
+    def __enter__(self) -> Gate:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.open()
+
+
+class GateStore(WrapperStore):
+    """A store whose calls stop at gates.
+
+    For example, `gate = store.stop_at("before_read_into")`, then `gate.wait_reached()` and `gate.open()`.
+
+    Args:
+        inner: Store that makes the calls.
+    """
+
+    def __init__(self, inner: Store) -> None:
+        super().__init__(inner)
+        self._lock = Lock()
+        self._gates: list[Gate] = []
+
+    def stop_at(self, point: str, keys: str = "*") -> Gate:
+        """Return a gate for the next call that reaches a point.
+
+        Args:
+            point: "before_VERB" or "after_VERB".
+            keys: Glob over keys.
+        """
+        gate = Gate(point, keys)
+        with self._lock:
+            self._gates.append(gate)
+        return gate
+
+    def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
+        """See WrapperStore.around."""
+        self._pass(f"before_{verb}", key)
+        answer = call()
+        self._pass(f"after_{verb}", key)
+        return answer
+
+    def _pass(self, point: str, key: str) -> None:
+        with self._lock:
+            due = next((gate for gate in self._gates if gate.point == point and fnmatch(key, gate.keys)), None)
+            if due is None:
+                return
+            self._gates.remove(due)
+        due.stop()
+
+
+class CountingStore(WrapperStore):
+    """A store that records every call.
+
+    Args:
+        inner: Store that makes the calls.
+
+    Attributes:
+        calls: Verb and key of each call, in order.
+    """
+
+    def __init__(self, inner: Store) -> None:
+        super().__init__(inner)
+        self.calls: list[tuple[str, str]] = []
+
+    def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
+        """See WrapperStore.around."""
+        self.calls.append((verb, key))  # appending is atomic
+        return call()
+
+    def n_calls(self, verb: str | None = None, keys: str = "*") -> int:
+        """Return the number of recorded calls.
+
+        Args:
+            verb: Name of the calls; None: all.
+            keys: Glob over keys.
+        """
+        return sum(1 for called, key in [*self.calls] if verb in (None, called) and fnmatch(key, keys))
