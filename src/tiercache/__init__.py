@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tiercache.errors import (
+    ArchivedShards,
     CacheFull,
     CommitConflict,
     CorruptShard,
@@ -20,6 +21,7 @@ from tiercache.errors import (
     SchemaError,
     StoreError,
     TierCacheError,
+    UnsupportedFormat,
 )
 from tiercache.version import __version__
 
@@ -33,9 +35,11 @@ if TYPE_CHECKING:
     from tiercache.load.output_spec import Buffer
     from tiercache.pack import pack
     from tiercache.shard.schema import Image, Ragged, Tensor
+    from tiercache.shard.versions.manifest import Version
     from tiercache.shard.write.dataset_writer import Writer
 
 __all__ = [
+    "ArchivedShards",
     "Buffer",
     "Cache",
     "CacheFull",
@@ -53,6 +57,8 @@ __all__ = [
     "StoreError",
     "Tensor",
     "TierCacheError",
+    "UnsupportedFormat",
+    "Version",
     "Writer",
     "__version__",
     "collate",
@@ -71,6 +77,7 @@ _HOMES = {
     "LoaderOptions": "tiercache.load.options",
     "Ragged": "tiercache.shard.schema",
     "Tensor": "tiercache.shard.schema",
+    "Version": "tiercache.shard.versions.manifest",
     "Writer": "tiercache.shard.write.dataset_writer",
     "collate": "tiercache.load.batch",
     "concat": "tiercache.dataset",

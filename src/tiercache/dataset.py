@@ -10,12 +10,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast
 
 import numpy as np
 import pyarrow as pa
 
 from tiercache.cache.dataset_source import DatasetSource, Verify
+from tiercache.deprecation import renamed_argument
 from tiercache.errors import SchemaError
 from tiercache.images.decoder import decode_columns
 from tiercache.load.output_spec import (
@@ -78,16 +79,17 @@ class Dataset(SelectionMethods):
             processes are used.
         decode: Mapping from an image column to the `DecodeImage` that decodes its images. The images of other columns
             are served as encoded bytes.
-        forms: Mapping from a column whose records differ in length to its layout in a batch: "list" (the default),
+        layouts: Mapping from a column whose records differ in length to its layout in a batch: "list" (the default),
             "padded", "nested" or "buffer" (docs/guide/loader.md). The layout does not change single records.
-        nulls: Mapping from a nullable column to the value that replaces its nulls, or to "mask" (the default), which
-            adds `<column>.valid` to the batch.
+        fill_nulls: Mapping from a nullable column to the value that replaces its nulls, or to "mask" (the default),
+            which adds `<column>.valid` to the batch.
         cast: Mapping from a numeric column to the dtype to serve it as, for example {"tokens": "int64"}. Values are
             converted while they are read. Integers and bool convert to integers or floats of equal value; floats
             convert to floats and are rounded (docs/reference/batches.md).
         verify: When stored bytes are compared with their CRC-32C: "first": when each part is first read, and again
             after its file has changed; "always"; or "never" (table in docs/guide/cache.md).
         storage_options: Options of the store, as docs/guide/storage.md lists them.
+        forms, nulls: Old names of layouts and fill_nulls; deprecated.
 
     Raises:
         NotFound: The URL holds no data set, or the version does not exist.
@@ -108,20 +110,24 @@ class Dataset(SelectionMethods):
         version: int | None = None,
         transform: Callable[[Record], Any] | None = None,
         decode: Mapping[str, DecodeImage] | None = None,
-        forms: Mapping[str, ColumnLayout] | None = None,
-        nulls: Mapping[str, Any] | None = None,
+        layouts: Mapping[str, ColumnLayout] | None = None,
+        fill_nulls: Mapping[str, Any] | None = None,
         cast: Mapping[str, Any] | None = None,
         verify: Verify = "first",
         storage_options: Mapping[str, Any] | None = None,
+        forms: Mapping[str, ColumnLayout] | None = None,
+        nulls: Mapping[str, Any] | None = None,
     ) -> None:
+        layouts = renamed_argument("Dataset", "forms", forms, "layouts", layouts)
+        fill_nulls = renamed_argument("Dataset", "nulls", nulls, "fill_nulls", fill_nulls)
         if verify not in ("first", "always", "never"):
             raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
         columns = None if columns is None else _names(columns)
-        if transform is not None and forms:
-            raise ValueError("forms= cannot be combined with transform=: the transform's results make up a batch")
+        if transform is not None and layouts:
+            raise ValueError("layouts= cannot be combined with transform=: the transform's results make up a batch")
         place = DatasetSource(os.fspath(url), cache, verify, dict(storage_options or {}), parse_casts(cast))
         opened = OpenedVersion(place, version, columns)
-        serving = OutputSpec.of(opened.schema, forms=forms, nulls=nulls, decode=decode, cast=place.casts)
+        serving = OutputSpec.of(opened.schema, layouts=layouts, fill_nulls=fill_nulls, decode=decode, cast=place.casts)
         self.__setstate__(((opened.spec, transform, serving), {}))
         self._opened = opened
 
@@ -422,7 +428,16 @@ def concat(datasets: Iterable[Dataset]) -> Dataset:
     return _over(Joined(flat), datasets[0])
 
 
-def mix(datasets: Iterable[Dataset], weights: Iterable[float], stop: Literal["first", "all"] = "first") -> Dataset:
+MixStop: TypeAlias = Literal["first_exhausted", "all_exhausted", "first", "all"]
+_MIX_STOPS: Mapping[MixStop, Literal["first", "all"]] = {
+    "first_exhausted": "first",
+    "all_exhausted": "all",
+    "first": "first",
+    "all": "all",
+}
+
+
+def mix(datasets: Iterable[Dataset], weights: Iterable[float], stop: MixStop = "first_exhausted") -> Dataset:
     """Return data sets mixed by weight: every range of records holds each data set's share.
 
     It is made for `tiercache.DataLoader`, which reads it by its native path: each data set is shuffled by itself and
@@ -434,15 +449,18 @@ def mix(datasets: Iterable[Dataset], weights: Iterable[float], stop: Literal["fi
         datasets: Data sets as for `concat`, each with one record or more.
         weights: Positive number for each data set. Only their ratio counts, and it is exact (a float stands for its
             decimal digits).
-        stop: End of an epoch: "first": before any data set would repeat a record; "all": when every data set has been
-            served completely.
+        stop: End of an epoch: "first_exhausted": before any data set would repeat a record; "all_exhausted": when every
+            data set has been served completely. "first" and "all" are short forms of these.
 
     Raises:
         SchemaError, TypeError: See `concat`.
         ValueError: See `concat`; or the weights are invalid, or a data set has no records.
     """
     datasets = _alike(datasets, "mix")
-    return _over(Mixed([dataset.source for dataset in datasets], tuple(weights), stop), datasets[0])
+    if stop not in _MIX_STOPS:
+        raise ValueError(f"stop must be {', '.join(map(repr, _MIX_STOPS))}, got {stop!r}")
+    sources = [dataset.source for dataset in datasets]
+    return _over(Mixed(sources, tuple(weights), _MIX_STOPS[stop]), datasets[0])
 
 
 def _over(source: Readable, first: Dataset) -> Dataset:

@@ -393,7 +393,12 @@ class NativeEngine:
             ("drop_last", asked.drop_last, state.drop_last, True),
             ("mixture", mixture_values(self._dataset), state.mixture, True),
             ("seed", options.seed, state.seed, options.seed is not None),
-            ("streams", options.streams, state.streams, options.streams is not None and asked.shuffle),
+            (
+                "shuffle_streams",
+                options.shuffle_streams,
+                state.streams,
+                options.shuffle_streams is not None and asked.shuffle,
+            ),
             ("placement", options.placement, state.placement, options.placement != defaults.placement),
             (
                 "shuffle_group_bytes",
@@ -677,7 +682,7 @@ class NativeEngine:
         order: dict[str, Any] = {
             "shuffle": asked.shuffle,
             "drop_last": asked.drop_last,
-            "streams": (options.streams or rank.world_size) if asked.shuffle else 1,
+            "streams": (options.shuffle_streams or rank.world_size) if asked.shuffle else 1,
             "placement": options.placement,
             "group_bytes": options.group_bytes,
             "window_bytes": options.window_bytes,

@@ -59,7 +59,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
     On the native path a batch is a dict by column: tensors [n, ...] of the column's dtype; lists for bytes, str, JSON
     and encoded images; a list of tensors for ragged columns; `<column>.valid`, bool[n], beside a nullable column. The
     arguments of the data set change this: `decode=` turns images into one tensor [n, 3, height, width], or what
-    `DecodeImage` requests; `forms=` and `nulls=` set the layout of columns of varying length and the values that
+    `DecodeImage` requests; `layouts=` and `fill_nulls=` set the layout of columns of varying length and the values that
     replace nulls. The consumer owns a batch and may write to it. Each iter() begins the next epoch. state_dict() covers
     the batches that were handed out, and a resumed loader does not read them again.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Literal
 
+from tiercache.deprecation import renamed_argument
 from tiercache.model import parse_bytes
 from tiercache.order import MAX_STREAMS
 
@@ -25,9 +26,9 @@ class LoaderOptions:
         world_size: Number of ranks that share the epoch; given together with `rank`. None: from the same origin as
             `rank`.
         split_ranks: Whether ranks share the records of an epoch. False: every rank is served all records.
-        streams: Number of streams of the shuffled order. The streams are read side by side, each by one rank or by some
-            neighbouring ranks. None: the number of ranks at the start of the run. It is part of the state: a resumed
-            run keeps the number that it began with.
+        shuffle_streams: Number of streams of the shuffled order. The streams are read side by side, each by one rank or
+            by some neighbouring ranks. None: the number of ranks at the start of the run. It is part of the state: a
+            resumed run keeps the number that it began with.
         placement: "sticky": a stream, and so a rank, reads the same shards in all epochs of a run, so that the ranks'
             caches together hold the data set. "global": a rank reads other shards in each epoch.
         shuffle_group_bytes: Stored bytes of the shards that are read at a time (int, "4GiB" or "all").
@@ -39,35 +40,39 @@ class LoaderOptions:
             machine's cores, shared by its ranks.
         on_corrupt: What to do with a record that is corrupt in the store, or an image that cannot be decoded: "raise"
             CorruptShard, or serve the "previous" record of this rank's sequence instead.
+        streams: Old name of shuffle_streams; deprecated.
     """
 
     seed: int | None = None
     rank: int | None = None
     world_size: int | None = None
     split_ranks: bool = True
-    streams: int | None = None
+    shuffle_streams: int | None = None
     placement: Literal["sticky", "global"] = "sticky"
     shuffle_group_bytes: int | str = "4GiB"
     shuffle_window_bytes: int | str = "256MiB"
     memory_bytes: int | str | None = None
     threads: int | None = None
     on_corrupt: Literal["raise", "previous"] = "raise"
+    streams: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, streams: int | None) -> None:
         """Check the values.
 
         Raises:
             ValueError: An option is out of range; the message names the option, what it takes and its value.
             TypeError: An option that must be an integer is not.
         """
-        for name in ("seed", "rank", "world_size", "streams", "threads"):
+        given = renamed_argument("LoaderOptions", "streams", streams, "shuffle_streams", self.shuffle_streams)
+        object.__setattr__(self, "shuffle_streams", given)
+        for name in ("seed", "rank", "world_size", "shuffle_streams", "threads"):
             self._as_int(name)
         if (self.rank is None) != (self.world_size is None):
             raise ValueError(f"rank and world_size go together, got rank={self.rank}, world_size={self.world_size}")
         if self.rank is not None and self.world_size is not None and not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must be in [0, world_size), got rank={self.rank}, world_size={self.world_size}")
-        if self.streams is not None and not 1 <= self.streams <= MAX_STREAMS:
-            raise ValueError(f"streams must be 1 to {MAX_STREAMS}, got {self.streams}")
+        if self.shuffle_streams is not None and not 1 <= self.shuffle_streams <= MAX_STREAMS:
+            raise ValueError(f"shuffle_streams must be 1 to {MAX_STREAMS}, got {self.shuffle_streams}")
         if self.placement not in ("sticky", "global"):
             raise ValueError(f"placement must be 'sticky' or 'global', got {self.placement!r}")
         if self.on_corrupt not in ("raise", "previous"):

@@ -142,8 +142,8 @@ class OutputSpec:
     def of(
         schema: Schema,
         *,
-        forms: Mapping[str, ColumnLayout] | None = None,
-        nulls: Mapping[str, Any] | None = None,
+        layouts: Mapping[str, ColumnLayout] | None = None,
+        fill_nulls: Mapping[str, Any] | None = None,
         decode: Mapping[str, DecodeImage] | None = None,
         cast: Casts | None = None,
     ) -> OutputSpec:
@@ -154,27 +154,27 @@ class OutputSpec:
                 what it takes and what was given.
             TypeError: An argument is not a mapping; a decoder is not a DecodeImage.
         """
-        for argument, given in (("forms", forms), ("nulls", nulls), ("decode", decode)):
+        for argument, given in (("layouts", layouts), ("fill_nulls", fill_nulls), ("decode", decode)):
             if given is not None and not isinstance(given, Mapping):
                 raise TypeError(f"{argument} is a mapping from column names, got {type(given).__name__}")
-        forms, nulls, decode = dict(forms or {}), dict(nulls or {}), dict(decode or {})
-        for name in (*forms, *nulls, *decode, *(cast or {})):
+        layouts, fill_nulls, decode = dict(layouts or {}), dict(fill_nulls or {}), dict(decode or {})
+        for name in (*layouts, *fill_nulls, *decode, *(cast or {})):
             schema.index(name)
         served = served_columns(schema, cast or {})
         columns = {column.name: served.get(column.name, column) for column in schema.columns}
         for name, options in decode.items():
-            _check_decode(columns[name], forms.get(name, "list"))
+            _check_decode(columns[name], layouts.get(name, "list"))
             if not isinstance(options, DecodeImage):
                 raise TypeError(f"decode takes a tiercache.DecodeImage for column {name!r}, got {options!r}")
-        for name, form in forms.items():
-            _check_form(columns[name], form)
-            if form == "padded" and f"{name}.lengths" in columns:
-                _refuse(columns[name], f"the name {name + '.lengths'!r} is taken by a column", "another form", form)
-        fills = {name: copy.deepcopy(fill) for name, fill in nulls.items() if not is_mask(fill)}
+        for name, layout in layouts.items():
+            _check_layout(columns[name], layout)
+            if layout == "padded" and f"{name}.lengths" in columns:
+                _refuse(columns[name], f"the name {name + '.lengths'!r} is taken by a column", "another layout", layout)
+        fills = {name: copy.deepcopy(fill) for name, fill in fill_nulls.items() if not is_mask(fill)}
         for name, fill in fills.items():
             stored_fill(columns[name], fill)
         casts = {name: column.dtype for name, column in served.items() if column.dtype is not None}
-        return OutputSpec({name: form for name, form in forms.items() if form != "list"}, fills, decode, casts)
+        return OutputSpec({name: layout for name, layout in layouts.items() if layout != "list"}, fills, decode, casts)
 
     def select(self, names: Sequence[str]) -> OutputSpec:
         """Return the settings of these columns."""
@@ -209,7 +209,7 @@ def _only(names: Sequence[str], asked: Mapping[str, T]) -> dict[str, T]:
 
 
 def is_mask(fill: object) -> bool:
-    """Whether the value in nulls= requests the usual mask, not a fill value."""
+    """Whether the value in fill_nulls= requests the usual mask, not a fill value."""
     return isinstance(fill, str) and fill == MASK
 
 
@@ -223,29 +223,30 @@ def is_stack_of_rows(column: Column) -> bool:
     return varying(column) == (0,)
 
 
-def _check_form(column: Column, form: object) -> None:
+def _check_layout(column: Column, layout: object) -> None:
     allowed = _FORMS_OF.get(column.kind, ())
-    if form not in COLUMN_LAYOUTS:
-        _refuse(column, "unknown form", ", ".join(map(repr, allowed or COLUMN_LAYOUTS)), form)
+    if layout not in COLUMN_LAYOUTS:
+        _refuse(column, "unknown layout", ", ".join(map(repr, allowed or COLUMN_LAYOUTS)), layout)
     if not allowed:
-        _refuse(column, f"forms= applies to columns whose records differ in length, and this is {column}", "none", form)
-    if form not in allowed:
-        _refuse(column, f"this form is not available for {column}", ", ".join(map(repr, allowed)), form)
-    if form == "nested" and not is_stack_of_rows(column):
+        message = f"layouts= applies to columns whose records differ in length, and this is {column}"
+        _refuse(column, message, "none", layout)
+    if layout not in allowed:
+        _refuse(column, f"this layout is not available for {column}", ", ".join(map(repr, allowed)), layout)
+    if layout == "nested" and not is_stack_of_rows(column):
         why = "a jagged nested tensor can vary in one dimension only, the first after the batch's"
-        _refuse(column, f"{column}: {why}", "'list', 'padded', 'buffer'", form)
+        _refuse(column, f"{column}: {why}", "'list', 'padded', 'buffer'", layout)
 
 
-def _check_decode(column: Column, form: object) -> None:
+def _check_decode(column: Column, layout: object) -> None:
     if column.kind not in (Kind.IMAGE, Kind.BYTES):
         expected = "a column of tiercache.Image or of bytes"
         _refuse(column, f"only images are decoded, and this is {column}", expected, str(column))
-    if form != "list":
+    if layout != "list":
         _refuse(
             column,
-            "DecodeImage sets the form of decoded images: remove forms= or decode= for this column",
+            "DecodeImage sets the layout of decoded images: remove layouts= or decode= for this column",
             "'list'",
-            form,
+            layout,
         )
 
 
@@ -351,7 +352,7 @@ def tuple_columns(names: Sequence[str], schema: Schema, serving: OutputSpec) -> 
     for column in found.values():
         visible = column.kind in _SHOWS_NULLS and serving.layout(column) == "list" and column.name not in serving.decode
         if serving.has_mask(column) and not visible and f"{column.name}.valid" not in names:
-            way = f"name {column.name + '.valid'!r} too, or give the data set nulls={{{column.name!r}: ...}}"
+            way = f"name {column.name + '.valid'!r} too, or give the data set fill_nulls={{{column.name!r}: ...}}"
             raise SchemaError(f"its nulls would be zeros in a tuple: {way}", column=column.name, expected=way, got="")
     return tuple(found)
 

@@ -17,14 +17,16 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from secrets import token_hex
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
+
+import pyarrow as pa
 
 from tiercache import config
 from tiercache.errors import NotFound, SchemaError, StoreError, TierCacheError
 from tiercache.model import ShardInfo, parse_bytes
 from tiercache.pack.files import InputBatch, InputSplit, RecordSource, SkippedFile
-from tiercache.pack.plan import PackOptions, PackProgress, divide_splits, find_source, with_schema
-from tiercache.shard.schema import Schema
+from tiercache.pack.plan import Kind, PackOptions, PackProgress, divide_splits, find_source, with_schema
+from tiercache.shard.schema import Schema, UserType
 from tiercache.shard.versions.commit import commit, data_set_exists_error, find_latest, no_data_set_error
 from tiercache.shard.versions.manifest import Version
 from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter, shard_key
@@ -331,9 +333,18 @@ def pack(
     source: str | os.PathLike[str],
     url: str | os.PathLike[str],
     *,
-    options: PackOptions | None = None,
+    kind: Kind | None = None,
+    schema: Mapping[str, UserType] | pa.Schema | Schema | None = None,
+    mode: Literal["create", "append", "overwrite"] = "create",
+    shard_size: int | str = "128MiB",
+    block_size: int | str = "1MiB",
+    compression: str | Mapping[str, str] = "auto",
+    jobs: int = 1,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    storage_options: Mapping[str, Any] | None = None,
+    source_options: Mapping[str, Any] | None = None,
     on_progress: Callable[[PackProgress], None] | None = None,
-    **fields: Any,
 ) -> Version:
     """Pack a folder of images, Parquet files or JSON lines into a data set, in the order of the source.
 
@@ -346,10 +357,19 @@ def pack(
         source: File, folder, glob or URL to pack. Of a folder, all files below it are packed in the order of their
             paths, except hidden files.
         url: URL of the data set.
-        options: Options of the packing.
+        kind: Kind of the source: "images", "parquet" or "jsonl"; None: decided by the files' names.
+        schema: Mapping from column names to types, which overrides the types of these columns; or an Arrow schema (or a
+            Schema) with all columns to pack. Not for images.
+        mode: "create" for a new data set, "append" or "overwrite".
+        shard_size: Target size of a shard in bytes, or a text such as "128MiB".
+        block_size: Target size of a block in bytes, or a text such as "1MiB".
+        compression: "auto", "none", "zstd" or "zstd:LEVEL", or a mapping from columns to these.
+        jobs: Number of processes; 0: one per CPU.
+        include: Globs over the paths below the source; only files that match one of them are packed. Empty: all files.
+        exclude: Globs of files that are not packed.
+        storage_options: Options of the data set's store.
+        source_options: Options of the source's store.
         on_progress: Function called in this thread with a PackProgress from time to time.
-        fields: Attributes of PackOptions by name (kind, schema, mode, shard_size, block_size, compression, jobs,
-            include, exclude, storage_options, source_options); they override those of `options`.
 
     Returns:
         The committed version. A UserWarning names files of the source that were skipped, such as dangling links.
@@ -357,7 +377,20 @@ def pack(
     Raises:
         NotFound, CommitConflict, SchemaError, ValueError: See plan_pack() and run_pack().
     """
-    plan = plan_pack(source, url, replace(options or PackOptions(), **fields))
+    options = PackOptions(
+        kind=kind,
+        schema=schema,
+        mode=mode,
+        shard_size=shard_size,
+        block_size=block_size,
+        compression=compression,
+        jobs=jobs,
+        include=include,
+        exclude=exclude,
+        storage_options=storage_options or {},
+        source_options=source_options or {},
+    )
+    plan = plan_pack(source, url, options)
     if plan.left_out:
         n = len(plan.left_out)
         shown = "; ".join(f"{one.path}: {one.reason}" for one in plan.left_out[:_SHOWN_LEFT_OUT])
