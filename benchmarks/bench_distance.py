@@ -29,7 +29,7 @@ def measure(folder: Path, kind: str, seconds: float, *, shuffled: bool) -> list[
     """Return a row for each measured distance."""
     batch_size = KINDS[kind][2]
     options = tc.LoaderOptions(seed=1, shuffle_group_bytes="all", shuffle_window_bytes="all")
-    dataset = tc.Dataset(folder / kind, forms={"wide": "buffer"} if kind == "bytes" else {})
+    dataset = tc.Dataset(folder / kind, layouts={"wide": "buffer"} if kind == "bytes" else {})
     loader = tc.DataLoader(dataset, batch_size=batch_size, shuffle=shuffled, options=options if shuffled else None)
     epoch(loader)
     rounds: dict[bool, list[list[float]]] = {False: [], True: []}

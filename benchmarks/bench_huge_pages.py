@@ -91,7 +91,7 @@ def measure(folder: Path, kind: str, n_bytes: int, n_epochs: int) -> dict[str, A
     for way in ("pages", "huge"):
         write(folder / kind / way, kind, n)
         read(folder / kind / way, by_pages=way == "pages")
-        dataset = tc.Dataset(folder / kind / way, forms={"wide": "buffer"} if kind == "bytes" else {})
+        dataset = tc.Dataset(folder / kind / way, layouts={"wide": "buffer"} if kind == "bytes" else {})
         loaders[way] = tc.DataLoader(dataset, batch_size=batch_size, shuffle=True, options=options)
         epoch(loaders[way])
     seconds = [(epoch(loaders["pages"]), epoch(loaders["huge"])) for _ in range(n_epochs)]

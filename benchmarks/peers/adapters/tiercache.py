@@ -53,7 +53,7 @@ def opened(job: Job) -> Iterator[Opened]:
     decoded = tc.DecodeImage(size=DECODED_SIZE, crop="center", dct=dct, resize_in=resize_in)
     dataset = Dataset(
         job.path / "data",
-        forms=dict.fromkeys(varied, "buffer"),
+        layouts=dict.fromkeys(varied, "buffer"),
         decode={field.name: decoded for field in fields if field.kind == "jpeg"},
     )
     full = {"shuffle_group_bytes": "all", "shuffle_window_bytes": "all"} if job.shuffle == "full" else {}
