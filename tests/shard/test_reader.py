@@ -322,7 +322,7 @@ def test_once_every_page_was_right_nothing_is_left_to_check(folder, verify):
         blocks.reset_checks()
         assert blocks.pending_checks is not None
     with ShardReader(store, info.name, verify="never") as reader:
-        assert reader.load([0, 1], columns).checks is None
+        assert reader.load([0, 1], columns).pending_checks is None
 
 
 def test_what_is_not_mapped_is_checked_when_it_is_loaded(remote, folder):
