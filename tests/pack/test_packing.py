@@ -16,9 +16,10 @@ from tests.pack.pictures import jpeg, png
 from tests.testing.strikes import strike
 
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError, TierCacheError
-from tiercache.pack import PackOptions, executor, jsonl, pack, plan_pack, run_pack
+from tiercache.pack import PackOptions, jsonl, pack, plan_pack, run_pack
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.schema import Image, Kind, Ragged, Schema
+from tiercache.shard.versions.commit import Commit
 from tiercache.shard.versions.manifest import latest, list_versions, read_shards
 from tiercache.store import open_store
 
@@ -409,10 +410,10 @@ class TestProcesses:
 
 
 def test_a_commit_that_may_have_happened_deletes_nothing(photos, tmp_path, monkeypatch):
-    def lost(*_args, **_kwargs):
+    def lost(_commit):
         raise StoreError("the answer was lost", url="x", maybe_done=True)
 
-    monkeypatch.setattr(executor, "commit", lost)
+    monkeypatch.setattr(Commit, "run", lost)
     with pytest.raises(StoreError, match="the answer was lost"):
         pack(photos, tmp_path / "out")
     assert [i.key for i in open_store(tmp_path / "out").list("shards/")]
@@ -440,13 +441,13 @@ def test_ctrl_c_leaves_no_shard_unless_it_says_to_look(photos, tmp_path, at):
 
 
 def test_ctrl_c_while_it_commits_deletes_nothing_and_says_to_look(photos, tmp_path, monkeypatch):
-    commit = executor.commit
+    run = Commit.run
 
-    def struck(*given, **named):
-        commit(*given, **named)
+    def struck(commit):
+        run(commit)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(executor, "commit", struck)
+    monkeypatch.setattr(Commit, "run", struck)
     with pytest.raises(KeyboardInterrupt, match="check whether the version exists"):
         pack(photos, tmp_path / "out")
     assert len(read(tmp_path / "out")) == latest(open_store(tmp_path / "out")).n_records > 0

@@ -367,19 +367,32 @@ class ShardWriter:
             self._infos.append(self._file.finish(self._options.metadata))
             self._file = None
 
+    def add_shards(self, infos: Iterable[ShardInfo]) -> None:
+        """Add finished shards after those of the records so far. See Writer.add_shards."""
+        self._check_open()
+        self._ended = _BROKEN
+        self._end_shard()
+        self._rows.set_room(self._cutter.room_bytes)
+        self._infos.extend(infos)
+        self._ended = ""
+
     def finish(self) -> list[ShardInfo]:
         """Write the pending records and close the last shard. Returns all shards in the order of their records."""
         if self._ended != "finished":
             self._check_open()
             self._uploads.claim_process()
             self._ended = _BROKEN
-            self._add_rows()
-            last = self._cutter.flush()
-            self._write_blocks([] if last is None else [last])
-            self._finish_file()
+            self._end_shard()
             self._uploads.wait()
             self._ended = "finished"
         return list(self._infos)
+
+    def _end_shard(self) -> None:
+        """Write the pending records, and close the shard."""
+        self._add_rows()
+        last = self._cutter.flush()
+        self._write_blocks([] if last is None else [last])
+        self._finish_file()
 
     def abort(self) -> None:
         """Discard the unfinished shard and delete the finished ones.
