@@ -183,7 +183,7 @@ class _Verification:
             values = np.frombuffer(array.buffers()[1], column.stored, len(array))
             # to_numpy() would import pandas if it is installed.
             valid = np.frombuffer(array.is_valid().cast(pa.uint8()).buffers()[1], np.bool_, len(array))
-        counted.add_values(values, valid, len(array), array.null_count, int(row["raw"]), int(row["stored"]))
+        counted.add(values, valid, len(array), array.null_count, int(row["raw"]), int(row["stored"]))
 
     def _check_statistics(self, footer: Footer) -> Iterator[Finding]:
         """Compare the statistics of the footer and of the data set's row with those of the undamaged columns."""

@@ -133,7 +133,6 @@ class UploadQueue:
         self._tasks: _Tasks | None = None
         self._pid: int | None = None
         self._open: list[Upload] = []
-        self._free: list[Memory] = []  # append and pop are atomic; the thread returns the memory of sent parts
 
     @property
     def failed(self) -> bool:
@@ -164,33 +163,23 @@ class UploadQueue:
         self._open.append(upload)
         return upload
 
-    def memory(self, n_bytes: int) -> Memory:
-        """Return memory of at least n_bytes, and at least a part and some slack. send() takes it back."""
-        usual_bytes = self.part_bytes + _SLACK_BYTES
-        if n_bytes <= usual_bytes and self._free:
-            return self._free.pop()
-        return BUFFER_POOL.allocate(max(n_bytes, usual_bytes))
-
     def send(self, upload: Upload, number: int, memory: Memory, n_bytes: int) -> int:
         """Queue the first n_bytes of memory for upload, as parts with the numbers from `number` on.
 
         Args:
             upload: Upload that begin() returned.
             number: Number of the first part.
-            memory: Memory that memory() returned. The caller must not use it afterwards.
+            memory: Bytes to upload. The caller must not change them afterwards.
             n_bytes: Number of bytes to upload.
 
         Returns:
             Number of the next part.
         """
         parts = [memory[start : min(start + self.part_bytes, n_bytes)] for start in range(0, n_bytes, self.part_bytes)]
-        free, reusable = self._free, len(memory) == self.part_bytes + _SLACK_BYTES
 
         def send() -> None:
             for i, part in enumerate(parts):
                 upload.put_part(number + i, part.data)
-            if reusable:
-                free.append(memory)
 
         self._put(send)
         return number + len(parts)
@@ -240,7 +229,6 @@ class UploadQueue:
         if self._tasks is not None:
             self._tasks.cancel()
             self._tasks.join()
-        self._free.clear()
 
 
 _Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -256,7 +244,7 @@ class _PartBuffer:
     def __init__(self, uploads: UploadQueue, key: str) -> None:
         self._uploads = uploads
         self._upload = uploads.begin(key)
-        self._memory = uploads.memory(0)
+        self._memory = BUFFER_POOL.allocate(uploads.part_bytes + _SLACK_BYTES)
         self._filled = self._number = 0
         self.n_bytes = 0
         self.crc = 0
@@ -285,7 +273,7 @@ class _PartBuffer:
     def _send(self, n_bytes: int) -> None:
         """Send the first n_bytes as parts, and copy the rest to new memory."""
         rest = self._memory[n_bytes : self._filled]
-        memory = self._uploads.memory(len(rest))
+        memory = BUFFER_POOL.allocate(max(len(rest), self._uploads.part_bytes + _SLACK_BYTES))
         memory[: len(rest)] = rest
         self._number = self._uploads.send(self._upload, self._number, self._memory, n_bytes)
         self._memory, self._filled = memory, len(rest)
@@ -362,7 +350,9 @@ class ShardFile:
         frames = self._codec.encode([chunk.n_bytes for chunk in chunks], lambda number: self._laid_out(chunks[number]))
         for number, (chunk, frame) in enumerate(zip(chunks, frames, strict=True)):
             stored_bytes = self._add_chunk(chunk, frame)
-            self._statistics[number].add(parts[number], chunk.nodes[0][1], chunk.n_bytes, stored_bytes)
+            part = parts[number]
+            nulls = chunk.nodes[0][1]
+            self._statistics[number].add(part.values, part.valid, part.n, nulls, chunk.n_bytes, stored_bytes)
         self._block_first.append(self._block_first[-1] + parts[0].n)
         self.n_blocks += 1
 
