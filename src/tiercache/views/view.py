@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from tiercache.cache import WarmProgress
     from tiercache.model import CloseListener, PublishedPlan, ReadingPlan, SourcePart
+    from tiercache.order.mixture import MixtureSpec
     from tiercache.shard.format.statistics import Statistics
     from tiercache.shard.read.blocks import Blocks
     from tiercache.shard.read.values import ColumnValues
@@ -191,7 +192,112 @@ def _chosen(below: SourceSpec, steps: tuple[ViewStep, ...], packed: tuple[Any, .
     return ViewSpec(below, steps, selection)
 
 
-class View:
+class DerivedSource:
+    """Base of views and joined sources: what needs only the sources below, and the source that has a shard.
+
+    Attributes:
+        below: Sources, whose shards are numbered one source after the other.
+    """
+
+    below: tuple[Readable, ...]
+
+    def of_shard(self, shard: int) -> tuple[Readable, int]:
+        """Return the source that has a shard, and the shard's number in that source."""
+        raise NotImplementedError
+
+    @property
+    def url(self) -> str:
+        """URL of the first source."""
+        return self.below[0].url
+
+    @property
+    def schema(self) -> Schema:
+        """Served columns, in order, which are the same in all sources."""
+        return self.below[0].schema
+
+    @cached_property
+    def opened_versions(self) -> tuple[VersionHandle, ...]:
+        """Opened versions below all sources, each once."""
+        return tuple({id(leaf): leaf for source in self.below for leaf in source.opened_versions}.values())
+
+    @property
+    def record_order(self) -> NDArray[np.int64] | None:
+        """See Source.record_order."""
+        raise NotImplementedError
+
+    @property
+    def is_in_stored_order(self) -> bool:
+        """Whether there is no explicit order."""
+        return self.record_order is None
+
+    @property
+    def mixture(self) -> MixtureSpec | None:
+        """None: the sources are not mixed."""
+        return None
+
+    def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
+        """See Source.load."""
+        source, number = self.of_shard(shard)
+        return source.load(number, blocks)
+
+    def arrays(self, shard: int, block: int) -> list[pa.Array]:
+        """See Readable.arrays. It returns the whole block."""
+        source, number = self.of_shard(shard)
+        return source.arrays(number, block)
+
+    def statistics(self, shard: int) -> Statistics:
+        """See Readable.statistics. They describe the whole shard."""
+        source, number = self.of_shard(shard)
+        return source.statistics(number)
+
+    @property
+    def has_cache(self) -> bool:
+        """See Source.has_cache; true if it is true of any source."""
+        return any(source.has_cache for source in self.below)
+
+    @property
+    def can_prefetch(self) -> bool:
+        """See Source.can_prefetch; true if it is true of any source."""
+        return any(source.can_prefetch for source in self.below)
+
+    def is_mapped(self, shard: int) -> bool:
+        """See Source.is_mapped."""
+        source, number = self.of_shard(shard)
+        return source.is_mapped(number)
+
+    def is_local(self, shard: int) -> bool:
+        """See Source.is_local."""
+        source, number = self.of_shard(shard)
+        return source.is_local(number)
+
+    def discard_corrupt_copy(self, shard: int) -> bool:
+        """See Source.discard_corrupt_copy."""
+        source, number = self.of_shard(shard)
+        return source.discard_corrupt_copy(number)
+
+    def figures(self) -> Mapping[str, float]:
+        """See Source.figures: sums over all versions; counters of a shared cache count once."""
+        sums: dict[str, float] = {}
+        caches: set[int] = set()
+        for leaf in self.opened_versions:
+            for name, figure in leaf.figures().items():
+                if not (name.startswith("cache_") and id(leaf.cache) in caches):
+                    sums[name] = sums.get(name, 0) + figure
+            caches.add(id(leaf.cache))
+        return sums
+
+    def close(self) -> None:
+        """See Readable.close."""
+        for leaf in self.opened_versions:
+            leaf.close()
+
+    def on_close(self, keeper: CloseListener) -> None:
+        """See Source.on_close: the listener is notified when any source is closed."""
+        for source in self.below:
+            source.on_close(keeper)
+
+
+class View(DerivedSource):
     """Some records of a source; implements Readable. Shards keep their numbers and count only the view's records.
 
     Shards and blocks without selected records are never read, nor are their footers. Safe from any thread.
@@ -211,6 +317,7 @@ class View:
                 found=below.n_records,
             )
         self.source = below
+        self.below = (below,)
         self.steps = steps
         self.selection = selection
         self.n_records = len(selection)
@@ -238,15 +345,14 @@ class View:
             view = apply_step(view, step)
         return view
 
+    def of_shard(self, shard: int) -> tuple[Readable, int]:
+        """Return the source below; shards keep their numbers."""
+        return self.source, shard
+
     @property
     def spec(self) -> ViewSpec:
         """See Readable.spec."""
         return ViewSpec(self.source.spec, self.steps, self.selection)
-
-    @property
-    def url(self) -> str:
-        """URL of the source below."""
-        return self.source.url
 
     @cached_property
     def parts(self) -> tuple[SourcePart, ...]:
@@ -258,19 +364,9 @@ class View:
         )
 
     @property
-    def schema(self) -> Schema:
-        """Served columns, in order."""
-        return self.source.schema
-
-    @property
     def stored_schema(self) -> Schema:
         """All stored columns."""
         return self.source.stored_schema
-
-    @property
-    def opened_versions(self) -> tuple[VersionHandle, ...]:
-        """Opened versions below."""
-        return self.source.opened_versions
 
     @property
     def first_record(self) -> NDArray[np.int64]:
@@ -291,15 +387,6 @@ class View:
     def record_order(self) -> NDArray[np.int64] | None:
         """Explicit order, int64[n]: place of each served record in stored order. None: stored order."""
         return self._stored.order
-
-    @property
-    def is_in_stored_order(self) -> bool:
-        """Whether the view has no explicit order."""
-        return self.record_order is None
-
-    @property
-    def mixture(self) -> None:
-        """None: a view is not a mixture."""
 
     def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
         """Return for each shard the view's records in each block, and the raw bytes of the whole block.
@@ -323,18 +410,6 @@ class View:
         rows = self._tables.rows(key, lambda: self._spans(shards, blocks), block, row)
         return self.source.stored_rows(shards, blocks, block, rows)
 
-    def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """See Source.load."""
-        return self.source.load(shard, blocks)
-
-    def arrays(self, shard: int, block: int) -> list[pa.Array]:
-        """See Readable.arrays. It returns the whole block."""
-        return self.source.arrays(shard, block)
-
-    def statistics(self, shard: int) -> Statistics:
-        """See Readable.statistics. They describe the whole shard."""
-        return self.source.statistics(shard)
-
     def record(self, number: int) -> dict[str, Any] | None:
         """See Readable.record."""
         if not 0 <= number < self.n_records:
@@ -349,11 +424,6 @@ class View:
         """See Readable.take_arrow."""
         return self.source.take_arrow(self.selection.numbers(records))
 
-    @property
-    def has_cache(self) -> bool:
-        """See Source.has_cache."""
-        return self.source.has_cache
-
     def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
         """See Source.publish; shards keep their numbers."""
         return self.source.publish(plan)
@@ -362,26 +432,9 @@ class View:
         """See Source.prepare_reading; only shards with selected records count."""
         self.source.prepare_reading(shards[self.shard_records[shards] > 0])
 
-    @property
-    def can_prefetch(self) -> bool:
-        """See Source.can_prefetch."""
-        return self.source.can_prefetch
-
     def prefetch(self, shards: Sequence[int]) -> None:
         """See Source.prefetch; only shards with selected records are fetched."""
         self.source.prefetch([shard for shard in shards if self.shard_records[shard]])
-
-    def is_mapped(self, shard: int) -> bool:
-        """See Source.is_mapped."""
-        return self.source.is_mapped(shard)
-
-    def is_local(self, shard: int) -> bool:
-        """See Source.is_local."""
-        return self.source.is_local(shard)
-
-    def discard_corrupt_copy(self, shard: int) -> bool:
-        """See Source.discard_corrupt_copy."""
-        return self.source.discard_corrupt_copy(shard)
 
     def at_versions(self, versions: Sequence[int]) -> View:
         """Return the same steps, evaluated on other versions."""
@@ -395,24 +448,12 @@ class View:
         """See Readable.for_scan."""
         return View(self.source.for_scan(columns), self.steps, self.selection)
 
-    def figures(self) -> Mapping[str, float]:
-        """See Source.figures."""
-        return self.source.figures()
-
     def warm(
         self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
     ) -> None:
         """See Readable.warm; only shards with selected records are fetched."""
         chosen = [shard for shard in shards if self.shard_records[shard]]
         self.source.warm(chosen, jobs=jobs, on_progress=on_progress)
-
-    def close(self) -> None:
-        """See Readable.close."""
-        self.source.close()
-
-    def on_close(self, keeper: CloseListener) -> None:
-        """See Source.on_close."""
-        self.source.on_close(keeper)
 
     def _spans(self, shards: NDArray[np.int32], blocks: NDArray[np.int32]) -> BlockSpans:
         """Return the spans of k blocks, given by shard and number in the shard."""
