@@ -13,7 +13,7 @@ from tests.order.brute import Ranks, batches
 
 from tiercache.order import RankPlan
 
-MANY = max(300, settings.default.max_examples)
+MANY = max(100, settings.default.max_examples)
 SamplerBatch = tuple[int, Ranks, int, int]  # offset, ranks, records, streams
 
 
