@@ -202,7 +202,7 @@ def test_a_local_folder_gives_the_same_as_what_was_written(data):
         infos = write(store, schema, rows, options, [])
         readers = [ShardReader(store, info.name) for info in infos]
         try:
-            assert all(reader.is_cached for reader in readers)
+            assert all(reader.local_copy is not None for reader in readers)
             check(rows, by_block(readers))
             check(rows, by_record(readers))
         finally:

@@ -130,7 +130,7 @@ _BATCH_FILES = 256
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images by class; implements pack.source.Source.
+    """Images by class; implements files.RecordSource.
 
     Attributes:
         files: Location of the files.

@@ -39,12 +39,12 @@ class PublishedPlans:
     every: tuple[PublishedPlan, ...]
 
     def advance(self, clock: int) -> None:
-        """See Following.advance; advances all of them."""
+        """See PublishedPlan.advance; advances all of them."""
         for one in self.every:
             one.advance(clock)
 
     def close(self) -> None:
-        """See Following.close; closes all of them, even if one raises."""
+        """See PublishedPlan.close; closes all of them, even if one raises."""
         with ExitStack() as closing:
             for one in reversed(self.every):
                 closing.callback(one.close)
@@ -94,16 +94,16 @@ class JoinedSpec:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """See Plan.columns."""
+        """See SourceSpec.columns."""
         return self.below[0].columns
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """See Plan.versions."""
+        """See SourceSpec.versions."""
         return tuple(version for plan in self.below for version in plan.versions)
 
     def open(self, opened: dict[int, Any]) -> Joined:
-        """See Plan.open."""
+        """See SourceSpec.open."""
         return Joined([plan.open(opened) for plan in self.below])
 
 
@@ -337,7 +337,7 @@ class MixedSpec(JoinedSpec):
     stop: Stop
 
     def open(self, opened: dict[int, Any]) -> Mixed:
-        """See Plan.open."""
+        """See SourceSpec.open."""
         return Mixed([plan.open(opened) for plan in self.below], self.weights, self.stop)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import pyarrow.compute as pc
@@ -41,9 +41,8 @@ if TYPE_CHECKING:
 class ViewStep(Protocol):
     """One step of a view, evaluated anew on each version."""
 
-    @property
-    def selects_by_place(self) -> bool:
-        """Whether it selects by place alone, so that it can be merged into a list of records before it."""
+    selects_by_place: ClassVar[bool]
+    """Whether it selects by place alone, so that it can be merged into a list of records before it."""
 
     def choose(self, source: Readable) -> Selection:
         """Return which of the source's records stay, as served places."""
@@ -56,13 +55,10 @@ class RangeStep:
     start: int
     stop: int | None
 
-    @property
-    def selects_by_place(self) -> bool:
-        """True: it selects by place."""
-        return True
+    selects_by_place: ClassVar[bool] = True
 
     def choose(self, source: Readable) -> Selection:
-        """See Step.choose."""
+        """See ViewStep.choose."""
         n = source.n_records
         return Selection.span(min(self.start, n), n if self.stop is None else min(self.stop, n))
 
@@ -74,13 +70,10 @@ class ShardStep:
     n_shards: int
     index: int
 
-    @property
-    def selects_by_place(self) -> bool:
-        """True: it selects by place."""
-        return True
+    selects_by_place: ClassVar[bool] = True
 
     def choose(self, source: Readable) -> Selection:
-        """See Step.choose."""
+        """See ViewStep.choose."""
         length, n_longer = divmod(source.n_records, self.n_shards)
         start = self.index * length + min(self.index, n_longer)
         return Selection.span(start, start + length + (self.index < n_longer))
@@ -92,13 +85,10 @@ class SelectStep:
 
     selection: Selection
 
-    @property
-    def selects_by_place(self) -> bool:
-        """True: it selects by place."""
-        return True
+    selects_by_place: ClassVar[bool] = True
 
     def choose(self, source: Readable) -> Selection:
-        """See Step.choose."""
+        """See ViewStep.choose."""
         if self.selection.stop > source.n_records:
             raise IndexError(
                 f"select() names record {self.selection.stop - 1}, but {source.url} has only {source.n_records} records"
@@ -110,13 +100,10 @@ class SelectStep:
 class StoredOrderStep:
     """All records, sorted in stored order; mix() applies it to sources with an explicit order."""
 
-    @property
-    def selects_by_place(self) -> bool:
-        """False: it depends on the order of the records before it."""
-        return False
+    selects_by_place: ClassVar[bool] = False
 
     def choose(self, source: Readable) -> Selection:
-        """See Step.choose."""
+        """See ViewStep.choose."""
         listed = source.record_order
         return Selection.span(0, source.n_records) if listed is None else Selection.of(np.argsort(listed))
 
@@ -127,13 +114,10 @@ class FilterStep:
 
     expression: pc.Expression
 
-    @property
-    def selects_by_place(self) -> bool:
-        """False: it depends on the contents of the records."""
-        return False
+    selects_by_place: ClassVar[bool] = False
 
     def choose(self, source: Readable) -> Selection:
-        """See Step.choose. Raises SchemaError for an unknown column, and the errors of reading."""
+        """See ViewStep.choose. Raises SchemaError for an unknown column, and the errors of reading."""
         return matching(source, self.expression)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -165,16 +149,16 @@ class ViewSpec:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """See Plan.columns."""
+        """See SourceSpec.columns."""
         return self.below.columns
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """See Plan.versions."""
+        """See SourceSpec.versions."""
         return self.below.versions
 
     def open(self, opened: dict[int, Any]) -> View:
-        """See Plan.open."""
+        """See SourceSpec.open."""
         return View.of(self.below.open(opened), self.steps, self.selection)
 
     def __reduce__(self) -> tuple[Any, ...]:

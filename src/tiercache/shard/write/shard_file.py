@@ -23,13 +23,11 @@ from tiercache.shard.format import codec
 from tiercache.shard.format.codec import BlockCodec
 from tiercache.shard.format.layout import ALIGN_BYTES, CHUNK_ROW, PAGE_BYTES, Footer, Tail, align, pack_head
 from tiercache.shard.format.statistics import ColumnStatistics
-from tiercache.shard.memory import BUFFER_POOL
-from tiercache.shard.read.source import address_of
+from tiercache.shard.memory import BUFFER_POOL, Bytes, address_of
 from tiercache.shard.schema import Schema
 from tiercache.shard.write.column_data import ColumnData, EncodedChunk, encode
 from tiercache.store.contract import Store, Upload
 
-Memory: TypeAlias = npt.NDArray[np.uint8]
 Task: TypeAlias = Callable[[], None]
 
 # At least the minimum part size of every store, and large enough to make the overhead of a request negligible. While
@@ -141,7 +139,7 @@ class UploadQueue:
 
     @property
     def is_owner(self) -> bool:
-        """Whether the uploads belong to this process; False in a child process that was forked after claim()."""
+        """Whether the uploads belong to this process; False in a child process forked after claim_process()."""
         return self._pid in (None, os.getpid())
 
     def claim_process(self) -> None:
@@ -163,7 +161,7 @@ class UploadQueue:
         self._open.append(upload)
         return upload
 
-    def send(self, upload: Upload, number: int, memory: Memory, n_bytes: int) -> int:
+    def send(self, upload: Upload, number: int, memory: Bytes, n_bytes: int) -> int:
         """Queue the first n_bytes of memory for upload, as parts with the numbers from `number` on.
 
         Args:
@@ -231,7 +229,6 @@ class UploadQueue:
             self._tasks.join()
 
 
-_Bytes: TypeAlias = npt.NDArray[np.uint8]
 _EMPTY = np.zeros(0, np.uint8)
 
 
@@ -249,7 +246,7 @@ class _PartBuffer:
         self.n_bytes = 0
         self.crc = 0
 
-    def reserve(self, n_bytes: int) -> _Bytes:
+    def reserve(self, n_bytes: int) -> Bytes:
         """Return the memory for the next n_bytes, uint8[n_bytes], which the caller fills before add()."""
         if self._filled + n_bytes > len(self._memory):
             grown = np.empty(max(self._filled + n_bytes, len(self._memory) * 5 // 4), np.uint8)
@@ -304,7 +301,7 @@ class _Chunk:
         """Number of bytes of the chunk before compression."""
         return self.ends[-1]
 
-    def lay_out(self, raw: _Bytes) -> tuple[int, npt.NDArray[np.uint32]]:
+    def lay_out(self, raw: Bytes) -> tuple[int, npt.NDArray[np.uint32]]:
         """Copy the buffers to raw, uint8[n_bytes]. Returns the CRC-32C of the chunk and of each page."""
         sums = np.empty(-(-len(raw) // PAGE_BYTES), np.uint32)
         addresses = np.array([address_of(piece) for piece in self._pieces], np.uint64)
@@ -314,7 +311,7 @@ class _Chunk:
 class ShardFile:
     """A shard that is being written. It is not visible under `key` before finish(). For one thread.
 
-    To discard the shard, abort its Uploads.
+    To discard the shard, abort its uploads.
     """
 
     def __init__(self, uploads: UploadQueue, key: str, schema: Schema, block_codec: BlockCodec) -> None:
@@ -356,7 +353,7 @@ class ShardFile:
         self._block_first.append(self._block_first[-1] + parts[0].n)
         self.n_blocks += 1
 
-    def _laid_out(self, chunk: _Chunk) -> _Bytes:
+    def _laid_out(self, chunk: _Chunk) -> Bytes:
         """Lay out a chunk in the memory of the file's next bytes, and return it; it is not appended yet."""
         raw = self._out.reserve(chunk.n_bytes)
         chunk.lay_out(raw)

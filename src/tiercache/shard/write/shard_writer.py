@@ -35,9 +35,9 @@ _LARGEST_INT64 = 2**63 - 1
 class RecordBuffer:
     """Buffer of records that are not written yet: at most a block and one record. For one thread.
 
-    add_usual(record) is the fast path, which takes a tenth of the time of add(): it accepts a dict whose values have
-    exactly the types of the columns. It returns KEPT; OVER (the record is kept and exceeds the block: take() the
-    records before it); or NEEDS_CONVERSION (nothing was kept: check the names, then call add()).
+    add_fast(record) is the fast path, which takes a tenth of the time of add(): it accepts a dict whose values have
+    exactly the types of the columns. It returns KEPT; EXCEEDS_BLOCK (the record is kept and exceeds the block: take()
+    the records before it); or NEEDS_CONVERSION (nothing was kept: check the names, then call add()).
     """
 
     def __init__(self, columns: tuple[Column, ...], block_bytes: int) -> None:
@@ -69,7 +69,7 @@ class RecordBuffer:
             number: Number of the record in the writer's input, for errors.
 
         Returns:
-            KEPT or OVER.
+            KEPT or EXCEEDS_BLOCK.
 
         Raises:
             SchemaError: A value does not fit; nothing of the record is kept.
