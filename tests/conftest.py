@@ -17,7 +17,9 @@ from hypothesis import HealthCheck, settings
 pytest.register_assert_rewrite("tiercache.testing.suite", "tiercache.testing.state_machine")
 
 # Time says nothing on a shared machine of two cores; the examples that failed are printed as code.
-settings.register_profile("tests", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "tests", max_examples=25, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.register_profile("fuzz", settings.get_profile("tests"), max_examples=5000)
 settings.load_profile("tests")
 

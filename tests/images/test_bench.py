@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tests.images.pictures import has_turbojpeg
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.stress
 def test_the_loader_is_measured_beside_the_decoder_alone(tmp_path):
     command = [sys.executable, "bench_images.py", "--quick", "--threads", "2", "--folder", str(tmp_path)]
     done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
@@ -24,6 +26,7 @@ def test_the_loader_is_measured_beside_the_decoder_alone(tmp_path):
     assert all(row["of_baseline"] > 0 for row in loaders)
 
 
+@pytest.mark.stress
 def test_the_places_of_scratch_memory_are_measured_for_each_size(tmp_path):
     command = [sys.executable, "bench_images.py", "--places", "--quick", "--folder", str(tmp_path)]
     done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -98,7 +98,6 @@ def same(a: np.ndarray, b: np.ndarray, dtype: str) -> bool:
 
 
 @pytest.mark.parametrize(("stored", "served"), PAIRS)
-@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_values_that_fit_are_what_numpy_makes_of_them_and_others_are_seen(stored, served, data):
     n_rows = data.draw(st.sampled_from([1, 2, 7]))
@@ -136,7 +135,6 @@ def test_every_value_of_the_short_floats_is_cast_right(stored, served):
     assert same(cast(values[fits], stored, served), expected(values[fits], stored, served), served)
 
 
-@settings(max_examples=30, deadline=None)
 @given(hnp.arrays(np.float32, 200, elements=elements("float32")))
 def test_floats_are_rounded_as_torch_rounds_them(values):
     for served, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
@@ -156,7 +154,6 @@ def test_denormal_floats_are_kept_in_a_thread_that_takes_them_for_zero():
     assert before in (True, False)
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.data(), st.sampled_from(["int64", "float32", "bfloat16", "uint8"]), st.sampled_from([1, 5, 300, 9000]))
 def test_bits_become_zero_and_one_of_any_dtype(data, served, n):
     seed, in_order = data.draw(st.integers(0, 99)), data.draw(st.booleans())
@@ -171,7 +168,6 @@ def test_bits_become_zero_and_one_of_any_dtype(data, served, n):
     assert as_numbers(out, served).tolist() == flags[row].tolist()
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.data(), st.sampled_from([("uint16", "int64"), ("float32", "float16"), ("int8", "float64")]))
 def test_rows_of_varied_length_are_cast_anywhere_and_in_runs(data, pair):
     stored, served = pair

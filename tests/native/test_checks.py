@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache._native import gather
@@ -64,7 +64,6 @@ def pages_of(start: int, end: int) -> set[int]:
     return set(range(start // PAGE, (end - 1) // PAGE + 1)) if end > start else set()
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.sampled_from([1, 2, 4, 8, 16, 60, 64, 2048, 12288, 70000]), st.integers(0, N_BYTES - 1), st.integers(0, 7))
 def test_a_flipped_bit_is_found_by_the_rows_on_its_page_and_by_no_others(width, position, bit):
     chunk = random_chunk()

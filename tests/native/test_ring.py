@@ -375,7 +375,7 @@ def test_a_ring_without_rows_depth_or_threads_is_refused(bad):
         Ring(fixed_streams(), **{"batch_rows": 1, "depth": 1, "n_threads": 1, **bad})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.integers(1, 40), max_size=12),
     st.lists(st.integers(0, 12), max_size=4),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.order import BlockTable, Layout
@@ -36,7 +36,6 @@ def as_list(window, lo=0, hi=None):
     return [(int(window.shards[b]), int(window.blocks[b]), int(r)) for b, r in zip(block, row, strict=True)]
 
 
-@settings(max_examples=150, deadline=None)
 @given(SHARDS, st.lists(st.integers(0, 99), max_size=30))
 def test_records_are_found_where_they_lie_in_whatever_order(shards, wanted):
     places = all_places(shards)
@@ -67,7 +66,6 @@ def test_a_footer_that_differs_from_the_version_is_named():
         RecordLocator(layout).find(np.array([4]))
 
 
-@settings(max_examples=150, deadline=None)
 @given(SHARDS, st.lists(st.integers(0, 99), max_size=30), st.sampled_from([None, 1, 12, 25, 60]), st.data())
 def test_an_order_serves_its_list_from_any_position_and_its_windows_fit(shards, wanted, window_bytes, data):
     places = all_places(shards)
@@ -90,7 +88,6 @@ def test_an_order_serves_its_list_from_any_position_and_its_windows_fit(shards, 
     assert found == [places[n] for n in numbers[start:]]
 
 
-@settings(max_examples=100, deadline=None)
 @given(SHARDS, st.lists(st.integers(0, 99), max_size=30), st.data())
 def test_shards_ahead_are_those_that_are_read_next(shards, wanted, data):
     places = all_places(shards)

@@ -71,6 +71,7 @@ def test_streams_mix_what_their_groups_hold_together(quality: ModuleType) -> Non
     assert clumping(quality, 32, 20, 640, 320, streams=4) < 1.3
 
 
+@pytest.mark.stress
 def test_the_benchmark_of_the_order_has_rows_of_each_stage(tmp_path: Path) -> None:
     command = [
         sys.executable,

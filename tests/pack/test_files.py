@@ -57,7 +57,7 @@ def test_one_file_is_a_source(folder, monkeypatch):
     monkeypatch.chdir(folder)
     files, found, _ = find_files("a/1.txt", {})
     assert [(f.path, f.n_bytes) for f in found] == [("1.txt", 7)]
-    assert files.place("1.txt") == str(folder / "a" / "1.txt")
+    assert files.location("1.txt") == str(folder / "a" / "1.txt")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_stores_objects_are_read_like_files():
         assert file.read(4) == b"3456"
     files = StoreFiles("memory://test-pack-files/in", {})
     assert list(files.read_many(["x/2.bin", "x/1.bin"])) == [store.get("x/2.bin"), store.get("x/1.bin")]
-    assert files.place("x/1.bin") == "memory://test-pack-files/in/x/1.bin"
+    assert files.location("x/1.bin") == "memory://test-pack-files/in/x/1.bin"
 
 
 def test_local_files_are_read_in_the_order_asked_for(folder):

@@ -16,9 +16,10 @@ from tests.pack.pictures import jpeg, png
 from tests.testing.strikes import strike
 
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError, TierCacheError
-from tiercache.pack import PackOptions, executor, jsonl, pack, plan_pack, run_pack
+from tiercache.pack import PackOptions, jsonl, pack, plan_pack, run_pack
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.schema import Image, Kind, Ragged, Schema
+from tiercache.shard.versions.commit import Commit
 from tiercache.shard.versions.manifest import latest, list_versions, read_shards
 from tiercache.store import open_store
 
@@ -396,23 +397,23 @@ class TestProcesses:
             pack(photos, "memory://test-pack-jobs", jobs=2)
 
     def test_a_killed_pack_leaves_no_data_set_and_needs_no_clean_up(self, tmp_path):
-        self.lines(tmp_path / "a.jsonl", 50_000)
+        self.lines(tmp_path / "a.jsonl", 12_000)
         code = "import sys, os, signal; from tiercache.pack import pack\n"
         code += "pack(sys.argv[1], sys.argv[2], shard_size=20_000, block_size=2000, "
-        code += "on_progress=lambda p: p.n_records > 20_000 and os.kill(os.getpid(), signal.SIGKILL))"
+        code += "on_progress=lambda p: p.n_records > 5000 and os.kill(os.getpid(), signal.SIGKILL))"
         done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.jsonl", tmp_path / "out"])
         assert done.returncode == -signal.SIGKILL
         with pytest.raises(NotFound):
             latest(open_store(tmp_path / "out"))
         pack(tmp_path / "a.jsonl", tmp_path / "out")
-        assert [r["x"] for r in read(tmp_path / "out")] == list(range(50_000))
+        assert [r["x"] for r in read(tmp_path / "out")] == list(range(12_000))
 
 
 def test_a_commit_that_may_have_happened_deletes_nothing(photos, tmp_path, monkeypatch):
-    def lost(*_args, **_kwargs):
+    def lost(_commit):
         raise StoreError("the answer was lost", url="x", maybe_done=True)
 
-    monkeypatch.setattr(executor, "commit", lost)
+    monkeypatch.setattr(Commit, "run", lost)
     with pytest.raises(StoreError, match="the answer was lost"):
         pack(photos, tmp_path / "out")
     assert [i.key for i in open_store(tmp_path / "out").list("shards/")]
@@ -440,13 +441,13 @@ def test_ctrl_c_leaves_no_shard_unless_it_says_to_look(photos, tmp_path, at):
 
 
 def test_ctrl_c_while_it_commits_deletes_nothing_and_says_to_look(photos, tmp_path, monkeypatch):
-    commit = executor.commit
+    run = Commit.run
 
-    def struck(*given, **named):
-        commit(*given, **named)
+    def struck(commit):
+        run(commit)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(executor, "commit", struck)
+    monkeypatch.setattr(Commit, "run", struck)
     with pytest.raises(KeyboardInterrupt, match="check whether the version exists"):
         pack(photos, tmp_path / "out")
     assert len(read(tmp_path / "out")) == latest(open_store(tmp_path / "out")).n_records > 0

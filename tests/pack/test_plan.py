@@ -47,11 +47,11 @@ def test_images_take_no_schema(tmp_path):
     ("fields", "message"),
     [
         ({"kind": "csv"}, "kind must be one of images, parquet, jsonl"),
-        ({"mode": "replace"}, "mode must be 'create'"),
+        ({"mode": "replace"}, "replace"),
         ({"jobs": -1}, "jobs must be a number"),
         ({"jobs": True}, "jobs must be a number"),
         ({"include": "*.jpg"}, "include must be a sequence of globs"),
-        ({"block_size": 0}, "cannot be 0"),
+        ({"block_size": 0}, "1 byte or more"),
         ({"shard_size": "big"}, "not a size"),
     ],
 )

@@ -180,10 +180,7 @@ def saved(encoding: str, **options) -> bytes:
 WHOLE = {
     "jpeg": [{}, {"progressive": True}, {"comment": b"\xff\xd9" * 5}],
     "png": [{}, {"compress_level": 0}],
-    "gif": [{}],
     "webp": [{}, {"lossless": True}],
-    "bmp": [{}],
-    "tiff": [{}, {"compression": "tiff_lzw"}, {"compression": "tiff_deflate"}],
 }
 
 

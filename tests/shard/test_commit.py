@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.stores import CountingStore, GateStore
 
@@ -367,7 +367,6 @@ class TestLostAnswers:
         assert manifest.list_versions(store) == [1]
         assert landing.run().number == 2
 
-    @settings(max_examples=60, deadline=None)
     @given(data=st.data())
     def test_whatever_fails_each_append_lands_once_or_not_at_all(self, data: st.DataObject) -> None:
         store = MemoryStore(secrets.token_hex(8))
@@ -398,7 +397,6 @@ class TestLostAnswers:
 
 
 class TestMerging:
-    @settings(max_examples=30)
     @given(appends=st.lists(st.integers(1, 50) | st.just(3000), min_size=MAX_SEGMENTS, max_size=300))
     def test_segments_stay_few_in_order_and_rows_are_copied_seldom(self, appends: list[int]) -> None:
         rows: list[list[int]] = []

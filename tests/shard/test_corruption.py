@@ -87,20 +87,20 @@ def outcome(read: Callable[[], object]) -> object:
         return None
 
 
-@pytest.mark.parametrize(("read", "n_patterns"), [(read_all, 2), (take_all, 1)])
-def test_a_flipped_byte_of_a_chunk_is_reported_or_harmless(sample, read, n_patterns):
+@pytest.mark.parametrize(("read", "step"), [(read_all, 1), (take_all, 7)])
+def test_a_flipped_byte_of_a_chunk_is_reported_or_harmless(sample, read, step):
     store = OneObject(sample.data)
     reader = ShardReader(store, "shard", verify="always")
     reported = 0
-    for position in range(64, sample.footer_offset):
-        for pattern in flips(position)[:n_patterns]:
-            store.data[position] ^= pattern
-            got = outcome(lambda: read(reader))
-            store.data[position] ^= pattern
-            assert got is None or got == sample.rows, position
-            reported += got is None
+    for position in range(64, sample.footer_offset, step):
+        pattern = flips(position)[0]
+        store.data[position] ^= pattern
+        got = outcome(lambda: read(reader))
+        store.data[position] ^= pattern
+        assert got is None or got == sample.rows, position
+        reported += got is None
     # most flips are seen; the rest are in gaps between chunks
-    assert reported > 0.7 * n_patterns * (sample.footer_offset - 64)
+    assert reported > 0.7 * (sample.footer_offset - 64) / step
     assert read(reader) == sample.rows
 
 
@@ -123,7 +123,7 @@ def test_a_flipped_byte_of_head_footer_or_tail_is_reported_or_harmless(sample, h
     info = None if how == "alone" else sample.infos[0]
     n_bytes = len(sample.data)
     for position in [*range(64), *range(sample.footer_offset, n_bytes)]:
-        for pattern in (0x01, 0x10, 0x80, 0xFF):
+        for pattern in (0x01, 0x80):
             store.data[position] ^= pattern
             got = outcome(lambda: read_all(ShardReader(store, "shard", info=info)))
             store.data[position] ^= pattern

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.shard.format import codec
-from tiercache.shard.memory import HUGE_PAGE_BYTES, BufferPool
+from tiercache.shard.memory import HUGE_PAGE_BYTES, BufferPool, address_of
 from tiercache.shard.read import chunks
-from tiercache.shard.read.source import address_of
 
 
 def frames_of(contents: list[bytes], stored: list[bytes] | None = None) -> tuple[chunks.Frames, list[np.ndarray]]:

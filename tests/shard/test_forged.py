@@ -424,7 +424,13 @@ def forge_compressed_segment(forgery):
     return forgery.save(segment=before + HUGE.to_bytes(8, "little") + after)
 
 
-SIZES = [forge_segment_size, forge_compressed_segment, forge_footer_size, forge_decoded_footer, forge_decoded_chunk]
+SIZES = [
+    forge_segment_size,
+    forge_decoded_footer,
+    forge_decoded_chunk,
+    pytest.param(forge_footer_size, marks=pytest.mark.stress),
+    pytest.param(forge_compressed_segment, marks=pytest.mark.stress),  # the next test is about these without a child
+]
 
 
 @pytest.mark.parametrize("forge", SIZES, ids=lambda forge: forge.__name__)

@@ -35,8 +35,8 @@ def test_blocks_chosen_from_a_mapped_shard_are_what_loading_them_alone_gives(fol
         assert np.array_equal(part.addresses, whole.addresses[:, list(chosen)])
         assert part.addresses.flags.c_contiguous
         shift = (
-            reader._source.copy.map_file().__array_interface__["data"][0]
-            - alone._source.copy.map_file().__array_interface__["data"][0]
+            reader.local_copy.map_file().__array_interface__["data"][0]
+            - alone.local_copy.map_file().__array_interface__["data"][0]
         )
         assert (part.pages - np.array([shift % 2**64, 0], np.uint64)).tolist() == anew.pages.tolist()
         assert (part.pending_checks is None) is (anew.pending_checks is None) is (not chosen)
@@ -87,7 +87,7 @@ def test_arrow_is_given_no_offsets_that_changed_since_they_were_looked_at(tmp_pa
         for one in (reader, checking):
             one.load(range(n_blocks), [0]).array(0, 0)
         stream = reader.load(range(n_blocks), [0]).addresses[0, 0]
-        at = int(stream[1]) - reader._source.copy.map_file().__array_interface__["data"][0]
+        at = int(stream[1]) - reader.local_copy.map_file().__array_interface__["data"][0]
         with (store.root / info.name).open("r+b") as file:
             file.seek(at + 8)
             file.write((1 << 40).to_bytes(8, "little"))

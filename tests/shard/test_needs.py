@@ -23,7 +23,14 @@ from tiercache.shard.read.verify import verify_shard
 from tiercache.shard.schema import Schema
 from tiercache.shard.versions import segments
 from tiercache.shard.versions.commit import commit
-from tiercache.shard.versions.manifest import encode_version, latest, parse_version, read_version, version_key
+from tiercache.shard.versions.manifest import (
+    encode_version,
+    fingerprint_of,
+    latest,
+    parse_version,
+    read_version,
+    version_key,
+)
 from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
 from tiercache.store.memory import MemoryStore
 
@@ -264,7 +271,7 @@ def test_a_data_set_that_only_a_later_release_may_write_to_is_read_and_left_alon
     info, _ = shard
     version = replace(read_version(store, 1), number=2, parent=1, needs_to_write=("row-ids",), release="1.4")
     facts = version.dataset_id, 2, version.schema_bytes, version.n_records, [s.digest for s in version.segments]
-    fingerprint = tc.shard.versions.fingerprint_of(*facts)
+    fingerprint = fingerprint_of(*facts)
     store.put(version_key(2), encode_version(replace(version, fingerprint=fingerprint)))
     assert latest(store).number == 2
     for mode in ("append", "overwrite"):

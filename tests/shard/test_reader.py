@@ -105,7 +105,7 @@ def test_records_are_read_in_any_order_from_anywhere(remote):
     store, info = remote
     reader = ShardReader(store, info.name, info=info)
     expect(reader.take(ROWS, range(len(SCHEMA))), ROWS)
-    assert not reader.is_cached
+    assert reader.local_copy is None
 
 
 def test_a_record_of_raw_columns_costs_the_pages_it_touches(remote):
@@ -145,7 +145,7 @@ def test_only_the_columns_that_were_asked_for_are_read(remote):
 def test_a_local_shard_is_mapped_and_not_copied(folder):
     store, info = folder
     with ShardReader(store, info.name, info=info) as reader:
-        assert reader.is_cached
+        assert reader.local_copy is not None
         blocks = reader.load([0, 1], [SCHEMA.index("t"), SCHEMA.index("b")])
         assert blocks.private_bytes == 0
         expect(reader.take(ROWS, range(len(SCHEMA))), ROWS)
@@ -322,7 +322,7 @@ def test_once_every_page_was_right_nothing_is_left_to_check(folder, verify):
         blocks.reset_checks()
         assert blocks.pending_checks is not None
     with ShardReader(store, info.name, verify="never") as reader:
-        assert reader.load([0, 1], columns).checks is None
+        assert reader.load([0, 1], columns).pending_checks is None
 
 
 def test_what_is_not_mapped_is_checked_when_it_is_loaded(remote, folder):

@@ -162,8 +162,8 @@ class CopyLease:
     def present(self, ranges: Sequence[ByteRange]) -> bool:
         return False
 
-    def want(self, ranges: Sequence[ByteRange]) -> None:
-        self.log.append("want")
+    def prefetch(self, ranges: Sequence[ByteRange]) -> None:
+        self.log.append("prefetch")
 
     def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:
         self.log.append("wait")
@@ -188,7 +188,7 @@ class CopyStore(CountingStore):
         self.leases.append(CopyLease(self.path, self.comes))
         return self.leases[-1]
 
-    def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:
+    def verify_copy(self, key: str, identity: ShardIdentity | None = None) -> bool:
         return False
 
 
@@ -208,7 +208,7 @@ class TestLocalCopies:
         assert list(ShardTable(read_segments(copies, DATASET_ID, [ref])).infos()) == [shard(1)]
         assert copies.calls == []
         assert copies.asked == [ShardIdentity(DATASET_ID, ref.name[:32], len(data), ref.crc32c)]
-        assert copies.leases[0].log == ["want", "wait", "close"]
+        assert copies.leases[0].log == ["prefetch", "wait", "close"]
 
     @pytest.mark.parametrize("copy", ["rotten", "short", "never comes"])
     def test_a_bad_copy_is_passed_by_for_the_source(self, store: MemoryStore, path: Path, copy: str) -> None:

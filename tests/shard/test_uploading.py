@@ -11,6 +11,7 @@ import pytest
 from tests.forks import in_a_fork
 
 from tiercache.errors import StoreError
+from tiercache.shard.memory import BUFFER_POOL
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.schema import Schema, Tensor
 from tiercache.shard.write import shard_file
@@ -98,11 +99,11 @@ def test_one_part_is_sent_and_two_wait_and_no_more_are_taken(store: Gated) -> No
     upload, taken = uploads.begin("a"), threading.Event()
 
     def fourth() -> None:
-        uploads.send(upload, 3, uploads.memory(PART_BYTES), PART_BYTES)
+        uploads.send(upload, 3, np.empty(PART_BYTES, np.uint8), PART_BYTES)
         taken.set()
 
     for number in range(3):
-        uploads.send(upload, number, uploads.memory(PART_BYTES), PART_BYTES)
+        uploads.send(upload, number, np.empty(PART_BYTES, np.uint8), PART_BYTES)
         assert store.reached.wait(DEADLINE_S)  # the first is under way, so that two can wait
     helper = threading.Thread(target=fourth)
     helper.start()
@@ -117,9 +118,10 @@ def test_memory_of_parts_is_used_again(store: Gated) -> None:
     uploads = UploadQueue(store)
     upload, seen = uploads.begin("a"), set()
     for number in range(20):
-        memory = uploads.memory(10)
+        memory = BUFFER_POOL.allocate(PART_BYTES)
         seen.add(memory.ctypes.data)
         uploads.send(upload, number, memory, PART_BYTES)
+        del memory
     assert len(seen) <= 4  # being filled, sent, and two that wait
     uploads.abort()
 

@@ -105,7 +105,7 @@ def as_mask(tree, frame):
     return getattr(column, how)(value).astype("boolean")
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=TREE)
 def test_a_filter_keeps_what_pandas_keeps(dataset, frame, tree):
     expected = frame["id"][as_mask(tree, frame).fillna(value=False).to_numpy(bool)].tolist()

@@ -180,7 +180,7 @@ def test_serving_and_transforms_must_agree(folder):
     def open_a(**options):
         return tc.Dataset(folder / "a", **options)
 
-    with pytest.raises(tc.SchemaError, match="forms='padded', data set 0 None"):
+    with pytest.raises(tc.SchemaError, match="'padded', data set 0 None"):
         open_a() + open_a(forms={"boxes": "padded"})
     with pytest.raises(tc.SchemaError, match="score"):
         open_a(nulls={"score": 0.0}) + open_a(nulls={"score": 1.0})

@@ -32,14 +32,6 @@ if TYPE_CHECKING:
     from tiercache.images.crop import CropPlan
     from tiercache.images.options import DecodeImage
 
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from numpy.typing import NDArray
-
-    from tiercache.images.options import DecodeImage
-
     Planes = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]
 
 _MISSING = (

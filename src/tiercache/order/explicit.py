@@ -210,7 +210,7 @@ class ExplicitWindow:
         return (self,)
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """See Stretch.rows. Raises ValueError if the positions are outside the window."""
+        """See Section.rows. Raises ValueError if the positions are outside the window."""
         if not 0 <= lo <= hi <= len(self.row):
             raise ValueError(f"positions [{lo}, {hi}) are outside a window of {len(self.row)}")
         return self.block[lo:hi].copy(), self.row[lo:hi].copy()
@@ -269,7 +269,7 @@ def count_fitting(places: RecordLocations, limit_bytes: int | None, free_shards:
 
 
 class ExplicitOrder:
-    """Order (`order.Order`) of one stream that serves records in an explicit order, without shuffle.
+    """Order (`contract.Order`) of one stream that serves records in an explicit order, without shuffle.
 
     Args:
         layout: Layout of the shards whose records are numbered.

@@ -655,7 +655,7 @@ class MixtureSection:
     _runs: dict[int, DrawRange] = field(repr=False)  # by part, in the order of windows
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """See Stretch.rows. Raises ValueError if the positions are outside the section."""
+        """See Section.rows. Raises ValueError if the positions are outside the section."""
         if not 0 <= lo <= hi <= self.stop - self.start:
             raise ValueError(f"positions [{lo}, {hi}) are outside a section of {self.stop - self.start} positions")
         block, row = allocate_rows(hi - lo), allocate_rows(hi - lo)

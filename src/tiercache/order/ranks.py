@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,116 +12,30 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class BatchSlots:
-    """Offsets of a global batch (positions counted from its start), sorted by stream, then by offset.
+def _stream_starts(start: int, n: int, n_streams: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the first offset of each stream in a global batch of n positions from start on, and its first slot.
 
-    Offset p belongs to the stream whose first offset is p % n_streams; it is that stream's number p // n_streams.
+    Offsets count positions from the start of the batch. Sorted by stream, then by offset, they occupy the slots 0 to n.
 
-    Attributes:
-        n_streams: Number of streams of the order.
-        first: int64[n_streams], first offset of each stream; beyond the batch if the stream has none.
-        starts: int64[n_streams + 1], slot at which each stream's offsets begin.
+    Returns:
+        int64[n_streams], beyond the batch if the stream has no position; and int64[n_streams + 1], which ends with n.
     """
-
-    n_streams: int
-    first: NDArray[np.int64]
-    starts: NDArray[np.int64]
-
-    def number(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the slots of offsets, int64[n]."""
-        if self.n_streams == 1:
-            return places
-        by_place = np.empty(self.n_streams, np.int64)
-        by_place[self.first] = self.starts[:-1]
-        rounds, first = np.divmod(places, self.n_streams)
-        return by_place[first] + rounds
-
-    def take(self, start: int, stop: int) -> RankOffsets:
-        """Return the offsets in slots [start, stop), ascending; start < stop."""
-        begin = int(np.searchsorted(self.starts, start, side="right")) - 1
-        end = int(np.searchsorted(self.starts, stop, side="left"))
-        lo = np.maximum(start - self.starts[begin:end], 0)
-        hi = np.minimum(stop, self.starts[begin + 1 : end + 1]) - self.starts[begin:end]
-        filled = lo < hi
-        return _taken(self.first[begin:end][filled], (lo[filled], hi[filled]), self.n_streams)
-
-
-def stream_slots(start: int, n: int, n_streams: int) -> BatchSlots:
-    """Return the slots of a global batch.
-
-    Args:
-        start: First position of the batch.
-        n: Number of positions.
-        n_streams: Number of streams of the order.
-    """
-    first = (np.arange(n_streams, dtype=np.int64) - start % n_streams) % n_streams
-    rounds, longer = divmod(n, n_streams)
+    first = (np.arange(n_streams, dtype=np.int64) - start) % n_streams
     starts = np.zeros(n_streams + 1, np.int64)
-    np.cumsum(rounds + (first < longer), out=starts[1:])
-    return BatchSlots(n_streams, first, starts)
+    np.cumsum(n // n_streams + (first < n % n_streams), out=starts[1:])
+    return first, starts
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Rounds:
-    """Rows [start, stop) of the offsets taken: one offset of each of some streams per round, from round `first` on.
-
-    columns: int64[m], first offsets of those streams, ascending.
-    """
-
-    start: int
-    stop: int
-    first: int
-    columns: NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RankOffsets:
-    """Offsets of a global batch that a rank takes, ascending; any range of them is computed at once.
-
-    All streams but the first and the last are taken completely, so there are few parts, whatever the size of the batch:
-    the set of streams changes only at a round at which a stream begins or ends.
-    """
-
-    n_streams: int
-    parts: tuple[_Rounds, ...]
-
-    def offsets(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return rows [start, stop) of the offsets taken, int64[stop - start]."""
-        found = []
-        for part in self.parts:
-            lo, hi = max(start, part.start), min(stop, part.stop)
-            if lo >= hi:
-                continue
-            rows = np.arange(lo - part.start, hi - part.start, dtype=np.int64)
-            if len(part.columns) == 1:
-                found.append((rows + part.first) * self.n_streams + part.columns[0])
-            else:
-                rounds, column = np.divmod(rows, len(part.columns))
-                found.append((rounds + part.first) * self.n_streams + part.columns[column])
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
-
-
-def _taken(
-    first: NDArray[np.int64], rounds: tuple[NDArray[np.int64], NDArray[np.int64]], n_streams: int
-) -> RankOffsets:
-    """Return the offsets that a rank takes.
-
-    Args:
-        first: int64[m], first offset of each stream.
-        rounds: First round of each stream that is taken, and the round after the last one.
-        n_streams: Number of streams of the order.
-    """
-    turn = np.argsort(first)
-    first, lo, hi = first[turn], rounds[0][turn], rounds[1][turn]
-    parts, start = [], 0
-    for begin, end in pairwise(np.unique(np.concatenate([lo, hi])).tolist()):
-        columns = first[(lo <= begin) & (hi >= end)]
-        if len(columns):
-            stop = start + (end - begin) * len(columns)
-            parts.append(_Rounds(start, stop, begin, columns))
-            start = stop
-    return RankOffsets(n_streams, tuple(parts))
+@lru_cache(maxsize=16)  # the ranks of a process, each with its full batches and its last one
+def _offsets_in_slots(start: int, n: int, n_streams: int, slots: tuple[int, int]) -> NDArray[np.int64]:
+    """Return the offsets in slots [low, high) of a global batch (see _stream_starts), ascending and read-only."""
+    first, starts = _stream_starts(start, n, n_streams)
+    low, high = np.clip(slots[0], starts[:-1], starts[1:]), np.clip(slots[1], starts[:-1], starts[1:])
+    counts = high - low
+    slot = np.arange(slots[0], slots[0] + int(counts.sum()), dtype=np.int64)
+    offsets = np.sort(np.repeat(first, counts) + (slot - np.repeat(starts[:-1], counts)) * n_streams)
+    offsets.flags.writeable = False
+    return offsets
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,13 +203,13 @@ class RankPlan:
         owned = np.zeros(len(positions), np.bool_)
         if self.n_full:
             places = (positions - self.offset) % self.global_batch
-            slots = self._full_slots().number(places)
+            slots = self._slots(self.offset, self.global_batch, places)
             first = self.rank * self.batch_size
             owned = (first <= slots) & (slots < first + self.batch_size)
             owned &= (positions >= self.offset) & (positions < left_start)
         if self.n_left:
             start, stop = self._last_share
-            slots = self._last_slots().number(positions - left_start)
+            slots = self._slots(left_start, self.n_left, positions - left_start)
             owned |= (start <= slots) & (slots < stop) & (positions >= left_start)
         return owned
 
@@ -330,37 +244,40 @@ class RankPlan:
         start, stop = self._last_share
         return stop - start if stop > start else self.n_padding
 
-    def _full_slots(self) -> BatchSlots:
-        return self._slots(self.offset, self.global_batch)
+    @property
+    def _slot_streams(self) -> int:
+        """Number of streams by which slots are sorted: all positions are one stream if streams are ignored."""
+        return 1 if self.global_batch % self.n_streams else self.n_streams
 
-    def _last_slots(self) -> BatchSlots:
-        return self._slots(self._left_start, self.n_left)
+    def _slots(self, start: int, n: int, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the slots of offsets in the global batch of n positions from start on."""
+        _, starts = _stream_starts(start, n, self._slot_streams)
+        return starts[(start + offsets) % self._slot_streams] + offsets // self._slot_streams
 
-    def _slots(self, start: int, n: int) -> BatchSlots:
-        # If streams are ignored, all positions are one stream.
-        return stream_slots(start, n, 1 if self.global_batch % self.n_streams else self.n_streams)
+    def _offsets(self, start: int, n: int, slots: tuple[int, int]) -> NDArray[np.int64]:
+        return _offsets_in_slots(start % self._slot_streams, n, self._slot_streams, slots)
 
     def _full_positions(self, start: int, stop: int) -> NDArray[np.int64]:
         size, step = self.batch_size, self.global_batch
         if self.world_size == 1:
             return np.arange(self.offset + start, self.offset + stop, dtype=np.int64)
         first = self.rank * size
-        taken = self._full_slots().take(first, first + size)
+        taken = self._offsets(self.offset, step, (first, first + size))
         begin, end = -(-start // size), stop // size  # whole batches [begin, end)
         if begin > end:  # the rows lie inside one batch
-            return taken.offsets(start % size, stop - end * size) + (self.offset + end * step)
+            return taken[start % size : stop - end * size] + (self.offset + end * step)
         parts = []
         if start < begin * size:
-            parts.append(taken.offsets(start % size, size) + (self.offset + (begin - 1) * step))
+            parts.append(taken[start % size :] + (self.offset + (begin - 1) * step))
         if begin < end:
             batches = np.arange(begin, end, dtype=np.int64) * step + self.offset
-            parts.append((batches[:, None] + taken.offsets(0, size)).ravel())
+            parts.append((batches[:, None] + taken).ravel())
         if stop > end * size:
-            parts.append(taken.offsets(0, stop - end * size) + (self.offset + end * step))
+            parts.append(taken[: stop - end * size] + (self.offset + end * step))
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def _last_positions(self, start: int, stop: int) -> NDArray[np.int64]:
         if self.n_padding:
             stream = self.streams[0]
             return np.full(1, stream if stream < self.n_records else 0, np.int64)[start:stop]
-        return self._last_slots().take(*self._last_share).offsets(start, stop) + self._left_start
+        return self._offsets(self._left_start, self.n_left, self._last_share)[start:stop] + self._left_start

@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from secrets import token_hex
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import pyarrow as pa
 
@@ -26,10 +26,12 @@ from tiercache.errors import NotFound, SchemaError, StoreError, TierCacheError
 from tiercache.model import ShardInfo, parse_bytes
 from tiercache.pack.files import InputBatch, InputSplit, RecordSource, SkippedFile
 from tiercache.pack.plan import Kind, PackOptions, PackProgress, divide_splits, find_source, with_schema
-from tiercache.shard.schema import Schema, UserType
-from tiercache.shard.versions.commit import commit, data_set_exists_error, find_latest, no_data_set_error
-from tiercache.shard.versions.manifest import Version
-from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter, shard_key
+from tiercache.shard.column_types import UserType
+from tiercache.shard.schema import Schema
+from tiercache.shard.versions.commit import data_set_exists_error, find_latest, no_data_set_error
+from tiercache.shard.versions.manifest import Version, VersionKind
+from tiercache.shard.write.dataset_writer import Writer
+from tiercache.shard.write.shard_writer import ShardWriter, shard_key
 from tiercache.store import MemoryStore, Store, open_store, redact
 
 ProgressCallback: TypeAlias = Callable[[Any], None]
@@ -177,8 +179,7 @@ class _PackTask:
     source: RecordSource
     parts: tuple[InputSplit, ...]
     url: str
-    storage_options: Mapping[str, Any]
-    shards: ShardOptions
+    options: PackOptions
     writer_id: str
 
 
@@ -206,7 +207,8 @@ def plan_pack(source: str | os.PathLike[str], url: str | os.PathLike[str], optio
         if jobs > 1 and isinstance(store, MemoryStore):
             raise ValueError(f"{store.url}: a memory store exists in one process only; pack into it with jobs=1")
     there = parent.schema if parent is not None and options.mode == "append" else None
-    found, left_out = find_source(source, options, classes=_classes(there))
+    classes = None if there is None else next((c.classes for c in there.columns if c.classes), None)
+    found, left_out = find_source(source, options, classes=classes)
     if there is not None:
         found = with_schema(found, there)
     shares = divide_splits(found.parts, jobs, parse_bytes(options.shard_size))
@@ -233,7 +235,7 @@ def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None 
         CommitConflict: Another writer committed first.
         StoreError: The store of the source or of the data set failed.
     """
-    options, progress = plan.options, PackProgress(0, 0, plan.total_bytes)
+    options, progress, is_committing = plan.options, PackProgress(0, 0, plan.total_bytes), False
 
     def report(step: PackProgress) -> None:
         nonlocal progress
@@ -242,43 +244,40 @@ def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None 
         if on_progress is not None:
             on_progress(progress)
 
-    tasks, is_committing = _tasks(plan), False
+    writer = Writer(
+        plan.url,
+        schema=plan.source.schema,
+        mode=options.mode,
+        shard_size=options.shard_size,
+        block_size=options.block_size,
+        compression=options.compression,
+        storage_options=options.storage_options,
+    )
     try:
-        with closing(open_store(plan.url, **options.storage_options)) as store:
-            try:
-                infos = _write_shares(plan, tasks, report)
-                is_committing = True
-            except BaseException:
-                if not is_committing:
-                    _delete_shards(store, tasks)
-                raise
-            return commit(store, infos, schema=plan.source.schema, mode=options.mode, parent=plan.parent)
+        with writer:
+            if plan.n_processes > 1:
+                _write_in_processes(plan, writer, report)
+            for parts in plan.shares if plan.n_processes == 1 else ():
+                _write_splits(writer, plan.source, parts, options, report)
+            is_committing = True
     except KeyboardInterrupt as error:
         if is_committing:
             raise KeyboardInterrupt(_COMMITTING) from error
         raise
+    return cast("Version", writer.version)
 
 
-def _write_shares(plan: PackPlan, tasks: Sequence[_PackTask], report: ProgressCallback) -> list[ShardInfo]:
-    """Write all shards and return them in the order of the source."""
+def _write_in_processes(plan: PackPlan, writer: Writer, report: ProgressCallback) -> None:
+    """Have processes write all shards, and add them to the writer in the order of the source."""
+    tasks = [_PackTask(plan.source, parts, plan.url, plan.options, token_hex(8)) for parts in plan.shares]
     finished: dict[int, list[ShardInfo]] = {}
-    if plan.n_processes == 1:
-        finished.update((i, write_share(task, report)) for i, task in enumerate(tasks))
-    else:
+    try:
         run_in_processes(write_share, tasks, plan.n_processes, report, finished.__setitem__)
-    return [info for i in range(len(tasks)) for info in finished[i]]
-
-
-def _tasks(plan: PackPlan) -> list[_PackTask]:
-    options = plan.options
-    shards = ShardOptions(
-        shard_bytes=parse_bytes(options.shard_size),
-        block_bytes=parse_bytes(options.block_size),
-        compression=options.compression,
-    )
-    return [
-        _PackTask(plan.source, parts, plan.url, options.storage_options, shards, token_hex(8)) for parts in plan.shares
-    ]
+        writer.add_shards([info for i in range(len(tasks)) for info in finished[i]])
+    except BaseException:
+        with closing(open_store(plan.url, **plan.options.storage_options)) as store:
+            _delete_shards(store, tasks)
+        raise
 
 
 def _delete_shards(store: Store, tasks: Iterable[_PackTask]) -> None:
@@ -293,26 +292,32 @@ def _delete_shards(store: Store, tasks: Iterable[_PackTask]) -> None:
                 store.delete([key])
 
 
-def write_share(share: _PackTask, report: ProgressCallback) -> list[ShardInfo]:
-    """Write the records of one task as shards; after an exception nothing is left of them.
-
-    Args:
-        share: Task to carry out.
-        report: Function called with a PackProgress for each batch.
-    """
-    with closing(open_store(share.url, **share.storage_options)) as store:
-        n_records = 0
-        with ShardWriter(store, share.source.schema, share.shards, writer_id=share.writer_id) as writer:
-            for part in share.parts:
-                for batch in share.source.read(part, share.shards.block_bytes):
-                    _write(writer, batch, n_records)
-                    n_records += batch.n_records
-                    report(PackProgress(batch.n_records, batch.n_bytes, 0))
-            return writer.finish()
+def write_share(task: _PackTask, report: ProgressCallback) -> list[ShardInfo]:
+    """Write the records of one task as shards; after an exception nothing is left of them."""
+    with (
+        closing(open_store(task.url, **task.options.storage_options)) as store,
+        ShardWriter(store, task.source.schema, task.options.shard_options, writer_id=task.writer_id) as writer,
+    ):
+        _write_splits(writer, task.source, task.parts, task.options, report)
+        return writer.finish()
 
 
-def _write(writer: ShardWriter, batch: InputBatch, first_record: int) -> None:
+def _write_splits(
+    writer: Writer | ShardWriter,
+    source: RecordSource,
+    parts: Iterable[InputSplit],
+    options: PackOptions,
+    report: ProgressCallback,
+) -> None:
+    for part in parts:
+        for batch in source.read(part, options.shard_options.block_bytes):
+            _write(writer, batch)
+            report(PackProgress(batch.n_records, batch.n_bytes, 0))
+
+
+def _write(writer: Writer | ShardWriter, batch: InputBatch) -> None:
     """Write a batch; if a record does not fit, the error names its location in the source."""
+    first_record = writer.n_records
     try:
         writer.write_batch(batch.columns)
     except SchemaError as error:
@@ -324,18 +329,13 @@ def _write(writer: ShardWriter, batch: InputBatch, first_record: int) -> None:
         raise SchemaError(f"{where}: {text}", column=error.column, **facts) from error
 
 
-def _classes(schema: Schema | None) -> tuple[str, ...] | None:
-    """Return the class names of the data set that is appended to, if it has any."""
-    return next((c.classes for c in schema.columns if c.classes), None) if schema is not None else None
-
-
 def pack(
     source: str | os.PathLike[str],
     url: str | os.PathLike[str],
     *,
     kind: Kind | None = None,
     schema: Mapping[str, UserType] | pa.Schema | Schema | None = None,
-    mode: Literal["create", "append", "overwrite"] = "create",
+    mode: VersionKind = "create",
     shard_size: int | str = "128MiB",
     block_size: int | str = "1MiB",
     compression: str | Mapping[str, str] = "auto",

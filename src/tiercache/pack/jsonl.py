@@ -129,7 +129,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class JsonLines:
-    """Files of JSON lines; implements pack.source.Source.
+    """Files of JSON lines; implements files.RecordSource.
 
     Attributes:
         files: Location of the files.

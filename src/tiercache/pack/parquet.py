@@ -40,7 +40,7 @@ class Footer:
 
 @dataclass(frozen=True)
 class ParquetFiles:
-    """Parquet files with one schema; implements pack.source.Source.
+    """Parquet files with one schema; implements files.RecordSource.
 
     Attributes:
         files: Location of the files.

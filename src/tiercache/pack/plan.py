@@ -25,6 +25,9 @@ from tiercache.pack.files import (
     selected,
 )
 from tiercache.shard.schema import Schema, UserType, check_same_schema
+from tiercache.shard.versions.commit import check_mode
+from tiercache.shard.versions.manifest import VersionKind
+from tiercache.shard.write.shard_writer import ShardOptions
 
 Kind: TypeAlias = Literal["images", "parquet", "jsonl"]
 KINDS: tuple[Kind, ...] = ("images", "parquet", "jsonl")
@@ -51,7 +54,7 @@ class PackOptions:
 
     kind: Kind | None = None
     schema: Mapping[str, UserType] | pa.Schema | Schema | None = None
-    mode: Literal["create", "append", "overwrite"] = "create"
+    mode: VersionKind = "create"
     shard_size: int | str = "128MiB"
     block_size: int | str = "1MiB"
     compression: str | Mapping[str, str] = "auto"
@@ -64,15 +67,18 @@ class PackOptions:
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.mode not in ("create", "append", "overwrite"):
-            raise ValueError(f"mode must be 'create', 'append' or 'overwrite', got {self.mode!r}")
+        check_mode(self.mode)
         if type(self.jobs) is not int or self.jobs < 0:
             raise ValueError(f"jobs must be a number of processes, or 0 for one per CPU, got {self.jobs!r}")
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a sequence of globs, got the str {getattr(self, name)!r}")
-        if min(parse_bytes(self.shard_size), parse_bytes(self.block_size)) == 0:
-            raise ValueError("shard_size and block_size cannot be 0")
+        _ = self.shard_options
+
+    @property
+    def shard_options(self) -> ShardOptions:
+        """Options of the shard writers. Raises ValueError for an invalid size or compression."""
+        return ShardOptions(parse_bytes(self.shard_size), parse_bytes(self.block_size), self.compression)
 
 
 @dataclass(frozen=True, slots=True)

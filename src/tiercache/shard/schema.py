@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.types as pt
 
@@ -352,6 +353,23 @@ class Column:
     def __reduce__(self) -> tuple[Any, ...]:
         # Not every pyarrow release can pickle a field of an extension type; the metadata of the field holds the type.
         return _column_from_bytes, (_schema_bytes(pa.schema([self.arrow])),)
+
+
+def find_bad_shape(column: Column, shapes: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> int | None:
+    """Return the first record of a ragged column whose shape does not fit its column or its number of elements.
+
+    Args:
+        column: Column of the records.
+        shapes: Shapes of the records, [n, n_dimensions].
+        lengths: Number of elements of each record, int64[n].
+    """
+    # An int64 product may wrap around to the correct number; a float64 product cannot.
+    wrong = (shapes < 0).any(axis=1) | (shapes.prod(axis=1, dtype=np.int64) != lengths)
+    wrong |= shapes.prod(axis=1, dtype=np.float64) != lengths
+    for number, dimension in enumerate(column.shape):
+        if dimension is not None:
+            wrong |= shapes[:, number] != dimension
+    return int(np.argmax(wrong)) if wrong.any() else None
 
 
 class Schema:

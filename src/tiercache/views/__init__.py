@@ -1,7 +1,7 @@
 """Views, joined data sets and mixtures: sources over other sources, which the loader and `Dataset` read.
 
-`choosing` holds the selection methods of `Dataset`, `steps` and `filtering` evaluate them to a `Selection`, `view`,
-`joined` and `mixed` are the sources, and `contract` holds their interface.
+`view` holds the selection methods of `Dataset`, their steps and the source that they make; `scan` evaluates a filter
+to a `Selection`; `joined` has joined and mixed sources, and `contract` the interface of all of them.
 """
 
 from tiercache.views.contract import Readable, SourceSpec

@@ -5,7 +5,7 @@ The read plan of a joined source is divided among its sources; sources that shar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,19 +19,17 @@ from tiercache.model import NEVER, PublishedPlan, ReadingPlan
 from tiercache.order.mixture import MixtureSpec, StoredMixture
 from tiercache.shard.read.values import join_arrow, join_values
 from tiercache.shard.schema import Schema
-from tiercache.views.view import StoredOrderStep, View, apply_step
+from tiercache.views.view import DerivedSource, StoredOrderStep, View, apply_step
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
     from tiercache.cache import WarmProgress
-    from tiercache.model import CloseListener, SourcePart
+    from tiercache.model import SourcePart
     from tiercache.order import BlockTable
-    from tiercache.shard.format.statistics import Statistics
-    from tiercache.shard.read.blocks import Blocks
     from tiercache.shard.read.values import ColumnValues
-    from tiercache.views.contract import Readable, SourceSpec, VersionHandle
+    from tiercache.views.contract import Readable, SourceSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +39,12 @@ class PublishedPlans:
     every: tuple[PublishedPlan, ...]
 
     def advance(self, clock: int) -> None:
-        """See Following.advance; advances all of them."""
+        """See PublishedPlan.advance; advances all of them."""
         for one in self.every:
             one.advance(clock)
 
     def close(self) -> None:
-        """See Following.close; closes all of them, even if one raises."""
+        """See PublishedPlan.close; closes all of them, even if one raises."""
         with ExitStack() as closing:
             for one in reversed(self.every):
                 closing.callback(one.close)
@@ -96,20 +94,20 @@ class JoinedSpec:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """See Plan.columns."""
+        """See SourceSpec.columns."""
         return self.below[0].columns
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """See Plan.versions."""
+        """See SourceSpec.versions."""
         return tuple(version for plan in self.below for version in plan.versions)
 
     def open(self, opened: dict[int, Any]) -> Joined:
-        """See Plan.open."""
+        """See SourceSpec.open."""
         return Joined([plan.open(opened) for plan in self.below])
 
 
-class Joined:
+class Joined(DerivedSource):
     """Several sources as one; implements Readable. Shards and records of a source follow those of the one before.
 
     Safe from any thread.
@@ -137,19 +135,9 @@ class Joined:
         return JoinedSpec(tuple(source.spec for source in self.below))
 
     @property
-    def url(self) -> str:
-        """URL of the first source."""
-        return self.below[0].url
-
-    @property
     def parts(self) -> tuple[SourcePart, ...]:
         """Parts of all sources."""
         return tuple(part for source in self.below for part in source.parts)
-
-    @property
-    def schema(self) -> Schema:
-        """Served columns, in order, which are the same in all sources."""
-        return self.below[0].schema
 
     @cached_property
     def stored_schema(self) -> Schema:
@@ -157,21 +145,6 @@ class Joined:
         others = [{c.name: c for c in source.stored_schema.columns} for source in self.below[1:]]
         kept = [c for c in self.below[0].stored_schema.columns if all(str(o.get(c.name)) == str(c) for o in others)]
         return Schema(kept)
-
-    @cached_property
-    def opened_versions(self) -> tuple[VersionHandle, ...]:
-        """Opened versions below all sources, each once."""
-        return tuple({id(leaf): leaf for source in self.below for leaf in source.opened_versions}.values())
-
-    @property
-    def is_in_stored_order(self) -> bool:
-        """Whether no source has an explicit order."""
-        return self.record_order is None
-
-    @property
-    def mixture(self) -> MixtureSpec | None:
-        """None: joined sources are not mixed."""
-        return None
 
     @cached_property
     def record_order(self) -> NDArray[np.int64] | None:
@@ -232,21 +205,6 @@ class Joined:
             out[rows] = self.below[part].stored_rows(*of_part, number[block[rows]], row[rows])
         return out
 
-    def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """See Source.load."""
-        source, number = self.of_shard(shard)
-        return source.load(number, blocks)
-
-    def arrays(self, shard: int, block: int) -> list[pa.Array]:
-        """See Readable.arrays."""
-        source, number = self.of_shard(shard)
-        return source.arrays(number, block)
-
-    def statistics(self, shard: int) -> Statistics:
-        """See Readable.statistics."""
-        source, number = self.of_shard(shard)
-        return source.statistics(number)
-
     def record(self, number: int) -> dict[str, Any] | None:
         """See Readable.record."""
         if not 0 <= number < self.n_records:
@@ -271,11 +229,6 @@ class Joined:
     def of_parts(self, records: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
         """Return (source index, indices of its records) for each source that has any of the records."""
         return self._by_part(self._first_number, records)
-
-    @property
-    def has_cache(self) -> bool:
-        """See Source.has_cache; true if it is true of any source."""
-        return any(source.has_cache for source in self.below)
 
     def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
         """See Source.publish. All views of one source share one plan, because there may be many views."""
@@ -305,31 +258,11 @@ class Joined:
         for root, asked in of_root.values():
             root.prepare_reading(np.unique(np.concatenate(asked)))
 
-    @property
-    def can_prefetch(self) -> bool:
-        """See Source.can_prefetch; true if it is true of any source."""
-        return any(source.can_prefetch for source in self.below)
-
     def prefetch(self, shards: Sequence[int]) -> None:
         """See Source.prefetch; each source prefetches its own shards."""
         places = np.array(shards, np.int64)
         for part, where in self._by_part(self._first_shard, places):
             self.below[part].prefetch((places[where] - self._first_shard[part]).tolist())
-
-    def is_mapped(self, shard: int) -> bool:
-        """See Source.is_mapped."""
-        source, number = self.of_shard(shard)
-        return source.is_mapped(number)
-
-    def is_local(self, shard: int) -> bool:
-        """See Source.is_local."""
-        source, number = self.of_shard(shard)
-        return source.is_local(number)
-
-    def discard_corrupt_copy(self, shard: int) -> bool:
-        """See Source.discard_corrupt_copy."""
-        source, number = self.of_shard(shard)
-        return source.discard_corrupt_copy(number)
 
     def at_versions(self, versions: Sequence[int]) -> Joined:
         """Return the same sources at other versions, joined in the same way."""
@@ -348,17 +281,6 @@ class Joined:
         """See Readable.for_scan."""
         return self._of([source.for_scan(columns) for source in self.below])
 
-    def figures(self) -> Mapping[str, float]:
-        """See Source.figures: sums over all versions; counters of a shared cache count once."""
-        sums: dict[str, float] = {}
-        caches: set[int] = set()
-        for leaf in self.opened_versions:
-            for name, figure in leaf.figures().items():
-                if not (name.startswith("cache_") and id(leaf.cache) in caches):
-                    sums[name] = sums.get(name, 0) + figure
-            caches.add(id(leaf.cache))
-        return sums
-
     def warm(
         self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
     ) -> None:
@@ -368,16 +290,6 @@ class Joined:
             self.below[part].warm(
                 (places[where] - self._first_shard[part]).tolist(), jobs=jobs, on_progress=on_progress
             )
-
-    def close(self) -> None:
-        """See Readable.close."""
-        for leaf in self.opened_versions:
-            leaf.close()
-
-    def on_close(self, keeper: CloseListener) -> None:
-        """See Source.on_close: the listener is notified when any source is closed."""
-        for source in self.below:
-            source.on_close(keeper)
 
     def _of(self, below: Sequence[Readable]) -> Joined:
         """Return other sources, joined in the same way."""
@@ -425,7 +337,7 @@ class MixedSpec(JoinedSpec):
     stop: Stop
 
     def open(self, opened: dict[int, Any]) -> Mixed:
-        """See Plan.open."""
+        """See SourceSpec.open."""
         return Mixed([plan.open(opened) for plan in self.below], self.weights, self.stop)
 
 

@@ -23,7 +23,12 @@ from tiercache.views.selection import Selection
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from tiercache.order import BlockTable
+    from tiercache.shard.format.statistics import Statistics
+    from tiercache.shard.schema import Column, Schema
     from tiercache.views.contract import Readable
+
+    Runs = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 # Records per range of a source with an explicit order. Neighbours lie anywhere: within a range, each block is read
@@ -71,16 +76,6 @@ def _block_rows(source: Readable, shard: int, block: int, n: int) -> NDArray[np.
     where = (np.array([shard], np.int32), np.array([block], np.int32))
     return source.stored_rows(*where, np.zeros(n, np.uint32), np.arange(n, dtype=np.uint32))
 
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from tiercache.order import BlockTable
-    from tiercache.shard.format.statistics import Statistics
-    from tiercache.shard.schema import Column, Schema
-    from tiercache.views.contract import Readable
-
-    Runs = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 # Limit, per thread, of the raw bytes (all columns) of the blocks whose columns are in memory at a time.
 CHUNK_BYTES = 32 << 20

@@ -30,10 +30,6 @@ from tiercache.errors import NotFound
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     Arrays = Sequence[NDArray[np.int64] | None]
 
 PREFIX = "tiercache-selection-"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import pyarrow.compute as pc
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from tiercache.cache import WarmProgress
     from tiercache.model import CloseListener, PublishedPlan, ReadingPlan, SourcePart
+    from tiercache.order.mixture import MixtureSpec
     from tiercache.shard.format.statistics import Statistics
     from tiercache.shard.read.blocks import Blocks
     from tiercache.shard.read.values import ColumnValues
@@ -40,9 +41,8 @@ if TYPE_CHECKING:
 class ViewStep(Protocol):
     """One step of a view, evaluated anew on each version."""
 
-    @property
-    def selects_by_place(self) -> bool:
-        """Whether it selects by place alone, so that it can be merged into a list of records before it."""
+    selects_by_place: ClassVar[bool]
+    """Whether it selects by place alone, so that it can be merged into a list of records before it."""
 
     def choose(self, source: Readable) -> Selection:
         """Return which of the source's records stay, as served places."""
@@ -55,13 +55,10 @@ class RangeStep:
     start: int
     stop: int | None
 
-    @property
-    def selects_by_place(self) -> bool:
-        """True: it selects by place."""
-        return True
+    selects_by_place: ClassVar[bool] = True
 
     def choose(self, source: Readable) -> Selection:
-        """See Step.choose."""
+        """See ViewStep.choose."""
         n = source.n_records
         return Selection.span(min(self.start, n), n if self.stop is None else min(self.stop, n))
 
@@ -73,13 +70,10 @@ class ShardStep:
     n_shards: int
     index: int
 
-    @property
-    def selects_by_place(self) -> bool:
-        """True: it selects by place."""
-        return True
+    selects_by_place: ClassVar[bool] = True
 
     def choose(self, source: Readable) -> Selection:
-        """See Step.choose."""
+        """See ViewStep.choose."""
         length, n_longer = divmod(source.n_records, self.n_shards)
         start = self.index * length + min(self.index, n_longer)
         return Selection.span(start, start + length + (self.index < n_longer))
@@ -91,13 +85,10 @@ class SelectStep:
 
     selection: Selection
 
-    @property
-    def selects_by_place(self) -> bool:
-        """True: it selects by place."""
-        return True
+    selects_by_place: ClassVar[bool] = True
 
     def choose(self, source: Readable) -> Selection:
-        """See Step.choose."""
+        """See ViewStep.choose."""
         if self.selection.stop > source.n_records:
             raise IndexError(
                 f"select() names record {self.selection.stop - 1}, but {source.url} has only {source.n_records} records"
@@ -109,13 +100,10 @@ class SelectStep:
 class StoredOrderStep:
     """All records, sorted in stored order; mix() applies it to sources with an explicit order."""
 
-    @property
-    def selects_by_place(self) -> bool:
-        """False: it depends on the order of the records before it."""
-        return False
+    selects_by_place: ClassVar[bool] = False
 
     def choose(self, source: Readable) -> Selection:
-        """See Step.choose."""
+        """See ViewStep.choose."""
         listed = source.record_order
         return Selection.span(0, source.n_records) if listed is None else Selection.of(np.argsort(listed))
 
@@ -126,13 +114,10 @@ class FilterStep:
 
     expression: pc.Expression
 
-    @property
-    def selects_by_place(self) -> bool:
-        """False: it depends on the contents of the records."""
-        return False
+    selects_by_place: ClassVar[bool] = False
 
     def choose(self, source: Readable) -> Selection:
-        """See Step.choose. Raises SchemaError for an unknown column, and the errors of reading."""
+        """See ViewStep.choose. Raises SchemaError for an unknown column, and the errors of reading."""
         return matching(source, self.expression)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -164,16 +149,16 @@ class ViewSpec:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """See Plan.columns."""
+        """See SourceSpec.columns."""
         return self.below.columns
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """See Plan.versions."""
+        """See SourceSpec.versions."""
         return self.below.versions
 
     def open(self, opened: dict[int, Any]) -> View:
-        """See Plan.open."""
+        """See SourceSpec.open."""
         return View.of(self.below.open(opened), self.steps, self.selection)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -191,7 +176,112 @@ def _chosen(below: SourceSpec, steps: tuple[ViewStep, ...], packed: tuple[Any, .
     return ViewSpec(below, steps, selection)
 
 
-class View:
+class DerivedSource:
+    """Base of views and joined sources: what needs only the sources below, and the source that has a shard.
+
+    Attributes:
+        below: Sources, whose shards are numbered one source after the other.
+    """
+
+    below: tuple[Readable, ...]
+
+    def of_shard(self, shard: int) -> tuple[Readable, int]:
+        """Return the source that has a shard, and the shard's number in that source."""
+        raise NotImplementedError
+
+    @property
+    def url(self) -> str:
+        """URL of the first source."""
+        return self.below[0].url
+
+    @property
+    def schema(self) -> Schema:
+        """Served columns, in order, which are the same in all sources."""
+        return self.below[0].schema
+
+    @cached_property
+    def opened_versions(self) -> tuple[VersionHandle, ...]:
+        """Opened versions below all sources, each once."""
+        return tuple({id(leaf): leaf for source in self.below for leaf in source.opened_versions}.values())
+
+    @property
+    def record_order(self) -> NDArray[np.int64] | None:
+        """See Source.record_order."""
+        raise NotImplementedError
+
+    @property
+    def is_in_stored_order(self) -> bool:
+        """Whether there is no explicit order."""
+        return self.record_order is None
+
+    @property
+    def mixture(self) -> MixtureSpec | None:
+        """None: the sources are not mixed."""
+        return None
+
+    def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
+        """See Source.load."""
+        source, number = self.of_shard(shard)
+        return source.load(number, blocks)
+
+    def arrays(self, shard: int, block: int) -> list[pa.Array]:
+        """See Readable.arrays. It returns the whole block."""
+        source, number = self.of_shard(shard)
+        return source.arrays(number, block)
+
+    def statistics(self, shard: int) -> Statistics:
+        """See Readable.statistics. They describe the whole shard."""
+        source, number = self.of_shard(shard)
+        return source.statistics(number)
+
+    @property
+    def has_cache(self) -> bool:
+        """See Source.has_cache; true if it is true of any source."""
+        return any(source.has_cache for source in self.below)
+
+    @property
+    def can_prefetch(self) -> bool:
+        """See Source.can_prefetch; true if it is true of any source."""
+        return any(source.can_prefetch for source in self.below)
+
+    def is_mapped(self, shard: int) -> bool:
+        """See Source.is_mapped."""
+        source, number = self.of_shard(shard)
+        return source.is_mapped(number)
+
+    def is_local(self, shard: int) -> bool:
+        """See Source.is_local."""
+        source, number = self.of_shard(shard)
+        return source.is_local(number)
+
+    def discard_corrupt_copy(self, shard: int) -> bool:
+        """See Source.discard_corrupt_copy."""
+        source, number = self.of_shard(shard)
+        return source.discard_corrupt_copy(number)
+
+    def figures(self) -> Mapping[str, float]:
+        """See Source.figures: sums over all versions; counters of a shared cache count once."""
+        sums: dict[str, float] = {}
+        caches: set[int] = set()
+        for leaf in self.opened_versions:
+            for name, figure in leaf.figures().items():
+                if not (name.startswith("cache_") and id(leaf.cache) in caches):
+                    sums[name] = sums.get(name, 0) + figure
+            caches.add(id(leaf.cache))
+        return sums
+
+    def close(self) -> None:
+        """See Readable.close."""
+        for leaf in self.opened_versions:
+            leaf.close()
+
+    def on_close(self, keeper: CloseListener) -> None:
+        """See Source.on_close: the listener is notified when any source is closed."""
+        for source in self.below:
+            source.on_close(keeper)
+
+
+class View(DerivedSource):
     """Some records of a source; implements Readable. Shards keep their numbers and count only the view's records.
 
     Shards and blocks without selected records are never read, nor are their footers. Safe from any thread.
@@ -211,6 +301,7 @@ class View:
                 found=below.n_records,
             )
         self.source = below
+        self.below = (below,)
         self.steps = steps
         self.selection = selection
         self.n_records = len(selection)
@@ -238,15 +329,14 @@ class View:
             view = apply_step(view, step)
         return view
 
+    def of_shard(self, shard: int) -> tuple[Readable, int]:
+        """Return the source below; shards keep their numbers."""
+        return self.source, shard
+
     @property
     def spec(self) -> ViewSpec:
         """See Readable.spec."""
         return ViewSpec(self.source.spec, self.steps, self.selection)
-
-    @property
-    def url(self) -> str:
-        """URL of the source below."""
-        return self.source.url
 
     @cached_property
     def parts(self) -> tuple[SourcePart, ...]:
@@ -258,19 +348,9 @@ class View:
         )
 
     @property
-    def schema(self) -> Schema:
-        """Served columns, in order."""
-        return self.source.schema
-
-    @property
     def stored_schema(self) -> Schema:
         """All stored columns."""
         return self.source.stored_schema
-
-    @property
-    def opened_versions(self) -> tuple[VersionHandle, ...]:
-        """Opened versions below."""
-        return self.source.opened_versions
 
     @property
     def first_record(self) -> NDArray[np.int64]:
@@ -291,15 +371,6 @@ class View:
     def record_order(self) -> NDArray[np.int64] | None:
         """Explicit order, int64[n]: place of each served record in stored order. None: stored order."""
         return self._stored.order
-
-    @property
-    def is_in_stored_order(self) -> bool:
-        """Whether the view has no explicit order."""
-        return self.record_order is None
-
-    @property
-    def mixture(self) -> None:
-        """None: a view is not a mixture."""
 
     def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
         """Return for each shard the view's records in each block, and the raw bytes of the whole block.
@@ -323,18 +394,6 @@ class View:
         rows = self._tables.rows(key, lambda: self._spans(shards, blocks), block, row)
         return self.source.stored_rows(shards, blocks, block, rows)
 
-    def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """See Source.load."""
-        return self.source.load(shard, blocks)
-
-    def arrays(self, shard: int, block: int) -> list[pa.Array]:
-        """See Readable.arrays. It returns the whole block."""
-        return self.source.arrays(shard, block)
-
-    def statistics(self, shard: int) -> Statistics:
-        """See Readable.statistics. They describe the whole shard."""
-        return self.source.statistics(shard)
-
     def record(self, number: int) -> dict[str, Any] | None:
         """See Readable.record."""
         if not 0 <= number < self.n_records:
@@ -349,11 +408,6 @@ class View:
         """See Readable.take_arrow."""
         return self.source.take_arrow(self.selection.numbers(records))
 
-    @property
-    def has_cache(self) -> bool:
-        """See Source.has_cache."""
-        return self.source.has_cache
-
     def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
         """See Source.publish; shards keep their numbers."""
         return self.source.publish(plan)
@@ -362,26 +416,9 @@ class View:
         """See Source.prepare_reading; only shards with selected records count."""
         self.source.prepare_reading(shards[self.shard_records[shards] > 0])
 
-    @property
-    def can_prefetch(self) -> bool:
-        """See Source.can_prefetch."""
-        return self.source.can_prefetch
-
     def prefetch(self, shards: Sequence[int]) -> None:
         """See Source.prefetch; only shards with selected records are fetched."""
         self.source.prefetch([shard for shard in shards if self.shard_records[shard]])
-
-    def is_mapped(self, shard: int) -> bool:
-        """See Source.is_mapped."""
-        return self.source.is_mapped(shard)
-
-    def is_local(self, shard: int) -> bool:
-        """See Source.is_local."""
-        return self.source.is_local(shard)
-
-    def discard_corrupt_copy(self, shard: int) -> bool:
-        """See Source.discard_corrupt_copy."""
-        return self.source.discard_corrupt_copy(shard)
 
     def at_versions(self, versions: Sequence[int]) -> View:
         """Return the same steps, evaluated on other versions."""
@@ -395,24 +432,12 @@ class View:
         """See Readable.for_scan."""
         return View(self.source.for_scan(columns), self.steps, self.selection)
 
-    def figures(self) -> Mapping[str, float]:
-        """See Source.figures."""
-        return self.source.figures()
-
     def warm(
         self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
     ) -> None:
         """See Readable.warm; only shards with selected records are fetched."""
         chosen = [shard for shard in shards if self.shard_records[shard]]
         self.source.warm(chosen, jobs=jobs, on_progress=on_progress)
-
-    def close(self) -> None:
-        """See Readable.close."""
-        self.source.close()
-
-    def on_close(self, keeper: CloseListener) -> None:
-        """See Source.on_close."""
-        self.source.on_close(keeper)
 
     def _spans(self, shards: NDArray[np.int32], blocks: NDArray[np.int32]) -> BlockSpans:
         """Return the spans of k blocks, given by shard and number in the shard."""

@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from tiercache.shard.column_types import INTEGERS, Kind
 from tiercache.shard.schema import Column, Schema
-from tiercache.shard.write.column_data import ColumnData
 
 Statistics: TypeAlias = Mapping[str, Mapping[str, Any]]
 _MOST = 2**62
@@ -102,11 +101,7 @@ class ColumnStatistics:
         self._low: Any = None
         self._high: Any = None
 
-    def add(self, part: ColumnData, nulls: int, raw_bytes: int, stored_bytes: int) -> None:
-        """Add the records of a block. See add_values."""
-        self.add_values(part.values, part.valid, part.n, nulls, raw_bytes, stored_bytes)
-
-    def add_values(
+    def add(
         self,
         values: npt.NDArray[Any] | None,
         valid: npt.NDArray[np.bool_] | None,

@@ -46,8 +46,8 @@ class Blocks:
         addresses: uint64[n_streams, n_blocks, 3], (values, offsets, number of elements) of each stream and block, 0 if
             there is none; an argument of the native gather.
         private_bytes: Number of bytes of memory that is not a mapping.
-        is_local: Whether the blocks were read from a local copy.
-        tells_residence: See LocalCopy.reports_residency; False without a local copy.
+        is_cached: Whether the blocks were read from a local copy.
+        reports_residency: See LocalCopy.reports_residency; False without a local copy.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Blocks:
     def reset_old_checks(self, age_s: float) -> None:
         """Mark all pages of the shard as unchecked if a page may have been checked more than age_s seconds ago."""
         if self._unchecked is not None:
-            self._unchecked.reset_if_older(age_s)
+            self._unchecked.checked.reset_if_older(age_s)
 
     def reset_if_written(self) -> int | None:
         """Mark all pages as unchecked if the file has been written to since they were checked.

@@ -22,8 +22,8 @@ from tiercache.model import ByteRange
 from tiercache.shard.column_types import Kind
 from tiercache.shard.format import codec
 from tiercache.shard.format.layout import PAGE_BYTES, Footer, align
-from tiercache.shard.memory import BUFFER_POOL
-from tiercache.shard.read.source import Bytes, ByteSource, LocalCopy, address_of, aligned_empty
+from tiercache.shard.memory import BUFFER_POOL, Bytes, address_of, aligned_empty
+from tiercache.shard.read.source import ByteSource, LocalCopy
 from tiercache.waiting import SYSTEM_CLOCK
 
 _Uint64s = npt.NDArray[np.uint64]
@@ -146,7 +146,7 @@ class CheckedPages:
         """Reset all flags if the file may have been written to since the pages were checked.
 
         A rename, a link or a change of permissions counts as a write. The caller calls this before it reads or sets
-        flags. The file is examined at most once per LOOK_AGAIN_S.
+        flags. The file is examined at most once per STAT_INTERVAL_S.
 
         Args:
             copy: The open copy. None: the copy is closed, so changes cannot be detected; pages are then checked once
@@ -188,7 +188,7 @@ class PendingChecks:
     def __init__(
         self, rows: Addresses, checked: CheckedPages, crcs: npt.NDArray[np.uint32], copy: ReferenceType[LocalCopy]
     ) -> None:
-        self._checked = checked
+        self.checked = checked
         self._rows = rows
         self._flags = flags = checked.flags
         self._crcs = crcs
@@ -205,15 +205,11 @@ class PendingChecks:
             n_columns: Number of columns; this object must have all chunks of each block.
         """
         rows = self._rows.reshape(-1, n_columns, 4)[blocks]
-        return PendingChecks(rows.reshape(-1, 4), self._checked, self._crcs, self._copy)
+        return PendingChecks(rows.reshape(-1, 4), self.checked, self._crcs, self._copy)
 
     def reset_if_written(self) -> int:
         """See CheckedPages.reset_if_written."""
-        return self._checked.reset_if_written(self._copy())
-
-    def reset_if_older(self, age_s: float) -> None:
-        """See CheckedPages.reset_if_older."""
-        self._checked.reset_if_older(age_s)
+        return self.checked.reset_if_written(self._copy())
 
     def reset(self) -> None:
         """Reset the flags of these chunks' pages, so that they are checked again."""
@@ -248,7 +244,7 @@ class LoadedChunks:
         private_bytes: Number of bytes of memory that is not a mapping.
         mapped_bytes: uint64[n], stored bytes of each chunk in a mapping, 0 for other chunks; None if no chunk is
             mapped.
-        left: Pending checks of the mapped chunks; None if nothing is left to check.
+        pending_checks: Pending checks of the mapped chunks; None if nothing is left to check.
         copy: The local copy that was read; None if the store was read.
     """
 
@@ -304,15 +300,11 @@ class Chunks:
         return bool(self._mappable[ids].all()) and self.is_cached(ids)
 
     def can_keep_blocks(self, columns: Sequence[int]) -> bool:
-        """Return whether can_stay_mapped() holds for all chunks of these columns; False if the answer takes long."""
+        """Return whether a complete copy is mapped, whose pages of these columns need no new check at each read."""
         copy = self._source.local_copy
         if copy is None or self._verify == "always" or not self._mappable_columns[list(columns)].all():
             return False
         return copy.lease.present([ByteRange(0, copy.n_bytes)])
-
-    def can_stay_mapped(self, ids: Ids) -> bool:
-        """Return whether these chunks are read in place, and need no new check at each read."""
-        return self._verify != "always" and self.are_mapped(ids)
 
     def prefetch_columns(self, columns: Sequence[int], deadline_s: float | None) -> bool:
         """Have the local copy fetch whole columns whose single records are read, once that is as cheap.
@@ -345,7 +337,7 @@ class Chunks:
         if not len(ids):
             return LoadedChunks(np.zeros(0, np.uint64))
         ids, inverse = np.unique(ids, return_inverse=True)
-        # If the copy has the chunks, Source.local() is not called: it would touch each range, and wait for a cold disk.
+        # If the copy has the chunks, ensure_cached() is not called: it touches each range, and waits for a cold disk.
         copy = (
             self._source.local_copy if self.is_cached(ids) else self._source.ensure_cached(self.ranges(ids), deadline_s)
         )

@@ -241,7 +241,7 @@ def _gatherer_class(column: Column, served: Column) -> type[_ColumnGatherer]:
 
 
 # Largest number of open shards of one data set. Each holds a footer (some KiB to 100 KiB) and a mapping.
-# descriptors.max_shard_descriptors() limits the file descriptors of all data sets of the process together.
+# file_limit.max_shard_descriptors() limits the file descriptors of all data sets of the process together.
 MAX_READERS = 1024
 
 
@@ -265,7 +265,7 @@ class ReleasingPlan:
         self._n_done = 0
 
     def advance(self, clock: int) -> None:
-        """See Following.advance."""
+        """See PublishedPlan.advance."""
         self._following.advance(clock)
         n_done = int(np.searchsorted(self._last, clock, side="right"))
         for shard in self._shards[self._n_done : n_done].tolist():
@@ -273,7 +273,7 @@ class ReleasingPlan:
         self._n_done = max(n_done, self._n_done)
 
     def close(self) -> None:
-        """See Following.close."""
+        """See PublishedPlan.close."""
         self._following.close()
 
 

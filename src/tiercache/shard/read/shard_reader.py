@@ -14,9 +14,10 @@ from tiercache.model import ShardIdentity, ShardInfo
 from tiercache.shard.conversion import ServedColumns
 from tiercache.shard.format import codec
 from tiercache.shard.format.layout import Footer
+from tiercache.shard.memory import address_of
 from tiercache.shard.read.blocks import Blocks, check_indices
 from tiercache.shard.read.chunks import Addresses, ChunkRanges, Chunks, Ids, LoadedChunks, Pages, Verify, chunk_ids
-from tiercache.shard.read.source import ByteSource, LocalCopy, address_of, check_identity, read_footer
+from tiercache.shard.read.source import ByteSource, LocalCopy, check_identity, read_footer
 from tiercache.shard.read.values import ColumnValues, as_corrupt_shard, block_values, gather_values
 from tiercache.shard.schema import BITS, VAR, Kind, Schema, Stream
 from tiercache.store.contract import Store
@@ -262,6 +263,7 @@ class ShardReader:
         """
         if verify not in ("first", "always", "never"):
             raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
+        self._verify = verify
         self._source = ByteSource(store, key, identity)
         self.url = self._source.url
         try:
@@ -275,7 +277,7 @@ class ShardReader:
         self._chunks = Chunks(self._source, self.footer, verify)
         self._pages = Pages(self._source, self.footer, verify, self._chunks)
         self._records = RecordReader(self.footer, self.url, self._chunks, self._pages, served)
-        self._kept: Blocks | None = None  # the last result of mapped()
+        self._kept: Blocks | None = None  # the last result of mapped_blocks()
         self._closed = False
 
     @property
@@ -287,11 +289,6 @@ class ShardReader:
     def n_records(self) -> int:
         """Number of records of the shard."""
         return self.footer.n_records
-
-    @property
-    def is_cached(self) -> bool:
-        """Whether the shard is read through a local copy (as long as the cache has room for its bytes)."""
-        return self._source.local_copy is not None
 
     @property
     def local_copy(self) -> LocalCopy | None:
@@ -356,7 +353,7 @@ class ShardReader:
             copy.map_file()  # raises if the file has been truncated
             return kept
         blocks = range(self.footer.n_blocks)
-        if not blocks or not self._chunks.can_stay_mapped(self._ids(blocks, columns)):
+        if not blocks or self._verify == "always" or not self._chunks.are_mapped(self._ids(blocks, columns)):
             return None
         found = self._load(blocks, columns, None)
         if not found.is_cached:  # another thread closed the reader

@@ -7,42 +7,26 @@ import time
 import weakref
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from tiercache._native.residence import Mapping
 from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ShardIdentity, ShardInfo
 from tiercache.shard.format.layout import TAIL_BYTES, Footer, Tail
+from tiercache.shard.memory import Bytes
 from tiercache.store.contract import Lease, LocalStore, Span, Store
 from tiercache.store.posix import os_errors
 
-Bytes: TypeAlias = npt.NDArray[np.uint8]
-_ALIGN_BYTES = 64
 # The kernel's file clock ticks every 1 to 10 ms, so two writes within a tick leave the same ctime. A ctime younger than
 # this does not identify a state of the file.
 MIN_CTIME_AGE_NS = 20_000_000
-# A longer length that was read from a file is compared with the store before memory of that length is allocated.
+# Longer ranges that a file states are compared with the store before memory of that length is allocated.
 _CLAIMED_BYTES = 1 << 20
 
 
-def aligned_empty(n_bytes: int) -> Bytes:
-    """Return uninitialised memory, uint8[n_bytes], whose address is a multiple of 64."""
-    memory = np.empty(n_bytes + _ALIGN_BYTES, np.uint8)
-    start = -address_of(memory) % _ALIGN_BYTES
-    return memory[start : start + n_bytes]
-
-
-def address_of(memory: npt.NDArray[Any]) -> int:
-    """Return the address of an array's memory."""
-    address: int = memory.__array_interface__["data"][0]
-    return address
-
-
 class LocalCopy:
-    """A lease on a local copy and, after the first call of mapped(), its mapping. Dropping the object closes the lease.
+    """A lease on a local copy and, after the first map_file(), its mapping. Dropping the object closes the lease.
 
     Loaded blocks keep only the mapping. The mapping holds no file descriptor, but like a lease it keeps the bytes of
     the file and the flock(2) that the cache's evictor tests.
@@ -111,6 +95,23 @@ class LocalCopy:
                 filled += n_read
 
 
+def check_claimed_size(
+    store: Store, key: str, span: ByteRange, *, url: str, part: str, cause: StoreError | None = None
+) -> None:
+    """Check with the store that an object has a range that its data set or its own tail states.
+
+    Without a cause (an error of reading the range), short ranges are not checked.
+
+    Raises:
+        CorruptShard: The object is shorter.
+    """
+    if cause is None and span.n_bytes <= _CLAIMED_BYTES:
+        return
+    n_bytes = store.head(key).n_bytes
+    if n_bytes < span.end:
+        raise CorruptShard(f"has {n_bytes} bytes, but {span.end} or more are stated", url=url, part=part) from cause
+
+
 class ByteSource:
     """The bytes of an object of a store. Thread-safe without locks.
 
@@ -165,8 +166,8 @@ class ByteSource:
         except StoreError as error:
             end = max(span.end for span, _ in spans)
             # A permanent error does not tell whether the object is too short; head() does.
-            if not error.retryable and self._store.head(self._key).n_bytes < end:
-                raise CorruptShard(f"is truncated: {end} bytes expected", url=self.url, part="file") from error
+            if not error.retryable:
+                check_claimed_size(self._store, self._key, ByteRange(0, end), url=self.url, part="file", cause=error)
             raise
 
     def tail(self, n_bytes: int) -> tuple[bytes, int]:
@@ -193,8 +194,8 @@ class ByteSource:
             StoreError: See Store.read_into.
         """
         span = ByteRange(start, end)
-        if span.n_bytes > _CLAIMED_BYTES:
-            self._check_length(span)
+        if self._copy is None or not self._copy.lease.present([span]):
+            check_claimed_size(self._store, self._key, span, url=self.url, part="file")
         data = bytearray(span.n_bytes)
         copy = self.ensure_cached([span], None)
         if copy is not None:
@@ -202,14 +203,6 @@ class ByteSource:
         else:
             self.read([(span, memoryview(data))], None)
         return bytes(data)
-
-    def _check_length(self, span: ByteRange) -> None:
-        copy = self._copy
-        if copy is None or not copy.lease.present([span]):
-            n_bytes = self._store.head(self._key).n_bytes
-            if n_bytes < span.end:
-                message = f"has {n_bytes} bytes, but its data set or its tail states {span.end} or more"
-                raise CorruptShard(message, url=self.url, part="file")
 
     def close(self) -> None:
         """Drop the reference to the local copy. The copy stays open while others hold it."""

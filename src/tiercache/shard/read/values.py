@@ -21,7 +21,7 @@ from tiercache._native import gather
 from tiercache.errors import CorruptShard, SchemaError
 from tiercache.shard.conversion import ServedColumns, cast_kind, raise_cast_error
 from tiercache.shard.read.blocks import Blocks
-from tiercache.shard.schema import Column, Kind
+from tiercache.shard.schema import Column, Kind, find_bad_shape
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -205,26 +205,15 @@ def _ragged(column: Column, rows: _Rows) -> list[Any]:
     offsets, flat = rows.elements()
     n_dimensions = len(column.shape)
     shapes = rows.fixed(1, 4 * n_dimensions).view(np.dtype("<i4")).reshape(len(rows), n_dimensions)
-    _check_shapes(column, shapes, np.diff(offsets))
+    wrong = find_bad_shape(column, shapes, np.diff(offsets))
+    if wrong is not None:
+        n_elements, shape = offsets[wrong + 1] - offsets[wrong], tuple(shapes[wrong].tolist())
+        raise _NotAShapeError(f"{n_elements} elements of the shape {shape} are not {column}")
     elements = _as_dtype(column, flat)
     bounds, dimensions = offsets.tolist(), shapes.tolist()
     return [
         elements[start:end].reshape(shape) for start, end, shape in zip(bounds, bounds[1:], dimensions, strict=False)
     ]
-
-
-def _check_shapes(column: Column, shapes: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> None:
-    # An int64 product may wrap around to the correct number; a float64 product cannot.
-    wrong = (shapes < 0).any(axis=1) | (shapes.prod(axis=1, dtype=np.int64) != lengths)
-    wrong |= shapes.prod(axis=1, dtype=np.float64) != lengths
-    for number, dimension in enumerate(column.shape):
-        if dimension is not None:
-            wrong |= shapes[:, number] != dimension
-    if wrong.any():
-        index = int(np.argmax(wrong))
-        raise _NotAShapeError(
-            f"{lengths[index]} elements of the shape {tuple(shapes[index].tolist())} are not {column}"
-        )
 
 
 def _bytes(_: Column, rows: _Rows) -> list[Any]:

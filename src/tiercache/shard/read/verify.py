@@ -17,9 +17,10 @@ from tiercache.model import ShardIdentity, ShardInfo
 from tiercache.shard.format import codec
 from tiercache.shard.format.layout import HEAD_BYTES, PAGE_BYTES, Footer, align, n_pages, parse_head
 from tiercache.shard.format.statistics import ColumnStatistics, invalid_statistics
+from tiercache.shard.memory import Bytes, address_of, aligned_empty
 from tiercache.shard.read.blocks import Blocks, check_offsets
 from tiercache.shard.read.chunks import LoadedChunks
-from tiercache.shard.read.source import Bytes, ByteSource, address_of, aligned_empty, check_identity, read_footer
+from tiercache.shard.read.source import ByteSource, check_identity, read_footer
 from tiercache.shard.read.values import gather_values
 from tiercache.shard.schema import VAR, Column, Kind
 from tiercache.shard.versions.manifest import Version, latest, read_shards, read_version
@@ -183,7 +184,7 @@ class _Verification:
             values = np.frombuffer(array.buffers()[1], column.stored, len(array))
             # to_numpy() would import pandas if it is installed.
             valid = np.frombuffer(array.is_valid().cast(pa.uint8()).buffers()[1], np.bool_, len(array))
-        counted.add_values(values, valid, len(array), array.null_count, int(row["raw"]), int(row["stored"]))
+        counted.add(values, valid, len(array), array.null_count, int(row["raw"]), int(row["stored"]))
 
     def _check_statistics(self, footer: Footer) -> Iterator[Finding]:
         """Compare the statistics of the footer and of the data set's row with those of the undamaged columns."""

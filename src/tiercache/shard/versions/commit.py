@@ -97,7 +97,7 @@ class Commit:
             SchemaError: The schema of an append differs from that of the data set.
             UnsupportedFormat: Only a later release may write to the data set.
             StoreError: The store failed. If .maybe_done is true, the commit may have happened (.number, .nonce): call
-                land() again.
+                run() again.
         """
         if self._landed is None:
             self._landed = self._land()

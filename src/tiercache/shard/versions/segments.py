@@ -24,6 +24,7 @@ from tiercache._native.checksum import crc32c
 from tiercache._native.residence import Mapping
 from tiercache.errors import CorruptShard, NotFound, StoreError
 from tiercache.model import ByteRange, ShardIdentity, ShardInfo
+from tiercache.shard.read.source import check_claimed_size
 from tiercache.store.contract import LocalStore, Store
 
 SEGMENTS_FOLDER = "_tiercache/segments/"
@@ -45,8 +46,6 @@ _MAX_SUM = 2**62
 # Below this size, a copy in memory is cheaper than a mapping, and a later disk error cannot affect it.
 _MAP_BYTES = 1 << 20
 _IPC_MAGIC = b"ARROW1\0\0"
-# If a version states a larger size for a segment, the reader compares it with the store before it allocates memory.
-_CLAIMED_BYTES = 1 << 20
 # Round trips, and not bytes, limit how fast many small segments open.
 _FETCH_THREADS = 16
 
@@ -348,7 +347,7 @@ def _local(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Buffer | None:
     whole = [ByteRange(0, ref.n_bytes)]
     try:
         if not lease.present(whole):
-            _check_size(store, ref)
+            check_claimed_size(store, ref.key, whole[0], url=_url(store, ref), part="segment")
         lease.prefetch(whole)
         return _open_copy(lease.fd, ref.n_bytes) if lease.wait(whole) else None
     finally:
@@ -367,29 +366,14 @@ def _open_copy(fd: int, n_bytes: int) -> pa.Buffer | None:
 
 
 def _fetched(store: Store, ref: SegmentRef) -> pa.Buffer:
-    _check_size(store, ref)
+    whole = ByteRange(0, ref.n_bytes)
+    check_claimed_size(store, ref.key, whole, url=_url(store, ref), part="segment")
     data = bytearray(ref.n_bytes)
     try:
-        store.read_into(ref.key, [(ByteRange(0, ref.n_bytes), memoryview(data))])
+        store.read_into(ref.key, [(whole, memoryview(data))])
     except NotFound:
         raise
     except StoreError as error:
-        _check_size(store, ref, beyond_bytes=0, cause=error)
+        check_claimed_size(store, ref.key, whole, url=_url(store, ref), part="segment", cause=error)
         raise
     return pa.py_buffer(data)
-
-
-def _check_size(
-    store: Store, ref: SegmentRef, *, beyond_bytes: int = _CLAIMED_BYTES, cause: StoreError | None = None
-) -> None:
-    """Check with the store that a segment is as long as the version states, if the stated size exceeds beyond_bytes.
-
-    Raises:
-        CorruptShard: The segment is shorter.
-    """
-    if ref.n_bytes <= beyond_bytes:
-        return
-    n_bytes = store.head(ref.key).n_bytes
-    if n_bytes < ref.n_bytes:
-        found = f"has {n_bytes} bytes, the version states 'bytes' {ref.n_bytes}"
-        raise CorruptShard(found, url=_url(store, ref), part="segment") from cause

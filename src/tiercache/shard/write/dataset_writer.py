@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyarrow as pa
 
 from tiercache.errors import SchemaError, StoreError
-from tiercache.model import parse_bytes
+from tiercache.model import ShardInfo, parse_bytes
 from tiercache.shard.column_types import UserType
 from tiercache.shard.schema import Schema, check_same_schema
 from tiercache.shard.versions.commit import (
@@ -142,6 +142,18 @@ class Writer:
                 shards.write_batch(columns)
         else:
             self._shards.write_batch(columns)
+
+    def add_shards(self, infos: Iterable[ShardInfo]) -> None:
+        """Add finished shards that other processes have written with this writer's schema, in this order.
+
+        The writer owns them from now on: it commits them, or deletes them in abort().
+
+        Raises:
+            ValueError: The writer has no schema yet, or is closed.
+        """
+        if self._shards is None:
+            raise ValueError("shards can be added only to a writer with a schema")
+        self._shards.add_shards(infos)
 
     def close(self) -> None:
         """Finish the last shard and commit. A repeated call is safe. An error before the commit aborts the writer.

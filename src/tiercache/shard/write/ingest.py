@@ -18,7 +18,7 @@ import pyarrow.types as pt
 from tiercache._native.records import join
 from tiercache.shard.column_types import FLOATS, INTEGERS, STORED, BFloat16Type, Kind
 from tiercache.shard.conversion import ConversionError, as_numpy, check_value, fit
-from tiercache.shard.schema import Column
+from tiercache.shard.schema import Column, find_bad_shape
 from tiercache.shard.write.column_data import ColumnData, shapes_of
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -227,22 +227,11 @@ def _ragged_of(column: Column, data: pa.Array, shapes: Array | None, valid: Arra
     if shapes is None:
         shapes = lengths.reshape(n, 1)
     shapes = np.where(valid[:, None], shapes, shapes_of(column, n, [d or 0 for d in column.shape]))
-    _check_shapes(column, shapes, lengths)
+    wrong = find_bad_shape(column, shapes, lengths)
+    if wrong is not None:
+        got = f"{lengths[wrong]} elements of the shape {tuple(shapes[wrong].tolist())}"
+        raise ConversionError(str(column), got, wrong)
     return ColumnData(n, values, offsets, np.ascontiguousarray(shapes, np.dtype("<i4")))
-
-
-def _check_shapes(column: Column, shapes: Array, lengths: Array) -> None:
-    # An int64 product may wrap around to the correct number; a float64 product cannot.
-    wrong = (shapes < 0).any(axis=1) | (shapes.prod(axis=1, dtype=np.int64) != lengths)
-    wrong |= shapes.prod(axis=1, dtype=np.float64) != lengths
-    for number, dimension in enumerate(column.shape):
-        if dimension is not None:
-            wrong |= shapes[:, number] != dimension
-    if len(wrong) and wrong.any():
-        index = int(np.argmax(wrong))
-        raise ConversionError(
-            str(column), f"{lengths[index]} elements of the shape {tuple(shapes[index].tolist())}", index
-        )
 
 
 def _any_arrow(column: Column, array: pa.Array) -> ColumnData:

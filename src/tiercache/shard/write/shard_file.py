@@ -23,13 +23,11 @@ from tiercache.shard.format import codec
 from tiercache.shard.format.codec import BlockCodec
 from tiercache.shard.format.layout import ALIGN_BYTES, CHUNK_ROW, PAGE_BYTES, Footer, Tail, align, pack_head
 from tiercache.shard.format.statistics import ColumnStatistics
-from tiercache.shard.memory import BUFFER_POOL
-from tiercache.shard.read.source import address_of
+from tiercache.shard.memory import BUFFER_POOL, Bytes, address_of
 from tiercache.shard.schema import Schema
 from tiercache.shard.write.column_data import ColumnData, EncodedChunk, encode
 from tiercache.store.contract import Store, Upload
 
-Memory: TypeAlias = npt.NDArray[np.uint8]
 Task: TypeAlias = Callable[[], None]
 
 # At least the minimum part size of every store, and large enough to make the overhead of a request negligible. While
@@ -133,7 +131,6 @@ class UploadQueue:
         self._tasks: _Tasks | None = None
         self._pid: int | None = None
         self._open: list[Upload] = []
-        self._free: list[Memory] = []  # append and pop are atomic; the thread returns the memory of sent parts
 
     @property
     def failed(self) -> bool:
@@ -142,7 +139,7 @@ class UploadQueue:
 
     @property
     def is_owner(self) -> bool:
-        """Whether the uploads belong to this process; False in a child process that was forked after claim()."""
+        """Whether the uploads belong to this process; False in a child process forked after claim_process()."""
         return self._pid in (None, os.getpid())
 
     def claim_process(self) -> None:
@@ -164,33 +161,23 @@ class UploadQueue:
         self._open.append(upload)
         return upload
 
-    def memory(self, n_bytes: int) -> Memory:
-        """Return memory of at least n_bytes, and at least a part and some slack. send() takes it back."""
-        usual_bytes = self.part_bytes + _SLACK_BYTES
-        if n_bytes <= usual_bytes and self._free:
-            return self._free.pop()
-        return BUFFER_POOL.allocate(max(n_bytes, usual_bytes))
-
-    def send(self, upload: Upload, number: int, memory: Memory, n_bytes: int) -> int:
+    def send(self, upload: Upload, number: int, memory: Bytes, n_bytes: int) -> int:
         """Queue the first n_bytes of memory for upload, as parts with the numbers from `number` on.
 
         Args:
             upload: Upload that begin() returned.
             number: Number of the first part.
-            memory: Memory that memory() returned. The caller must not use it afterwards.
+            memory: Bytes to upload. The caller must not change them afterwards.
             n_bytes: Number of bytes to upload.
 
         Returns:
             Number of the next part.
         """
         parts = [memory[start : min(start + self.part_bytes, n_bytes)] for start in range(0, n_bytes, self.part_bytes)]
-        free, reusable = self._free, len(memory) == self.part_bytes + _SLACK_BYTES
 
         def send() -> None:
             for i, part in enumerate(parts):
                 upload.put_part(number + i, part.data)
-            if reusable:
-                free.append(memory)
 
         self._put(send)
         return number + len(parts)
@@ -240,10 +227,8 @@ class UploadQueue:
         if self._tasks is not None:
             self._tasks.cancel()
             self._tasks.join()
-        self._free.clear()
 
 
-_Bytes: TypeAlias = npt.NDArray[np.uint8]
 _EMPTY = np.zeros(0, np.uint8)
 
 
@@ -256,12 +241,12 @@ class _PartBuffer:
     def __init__(self, uploads: UploadQueue, key: str) -> None:
         self._uploads = uploads
         self._upload = uploads.begin(key)
-        self._memory = uploads.memory(0)
+        self._memory = BUFFER_POOL.allocate(uploads.part_bytes + _SLACK_BYTES)
         self._filled = self._number = 0
         self.n_bytes = 0
         self.crc = 0
 
-    def reserve(self, n_bytes: int) -> _Bytes:
+    def reserve(self, n_bytes: int) -> Bytes:
         """Return the memory for the next n_bytes, uint8[n_bytes], which the caller fills before add()."""
         if self._filled + n_bytes > len(self._memory):
             grown = np.empty(max(self._filled + n_bytes, len(self._memory) * 5 // 4), np.uint8)
@@ -285,7 +270,7 @@ class _PartBuffer:
     def _send(self, n_bytes: int) -> None:
         """Send the first n_bytes as parts, and copy the rest to new memory."""
         rest = self._memory[n_bytes : self._filled]
-        memory = self._uploads.memory(len(rest))
+        memory = BUFFER_POOL.allocate(max(len(rest), self._uploads.part_bytes + _SLACK_BYTES))
         memory[: len(rest)] = rest
         self._number = self._uploads.send(self._upload, self._number, self._memory, n_bytes)
         self._memory, self._filled = memory, len(rest)
@@ -316,7 +301,7 @@ class _Chunk:
         """Number of bytes of the chunk before compression."""
         return self.ends[-1]
 
-    def lay_out(self, raw: _Bytes) -> tuple[int, npt.NDArray[np.uint32]]:
+    def lay_out(self, raw: Bytes) -> tuple[int, npt.NDArray[np.uint32]]:
         """Copy the buffers to raw, uint8[n_bytes]. Returns the CRC-32C of the chunk and of each page."""
         sums = np.empty(-(-len(raw) // PAGE_BYTES), np.uint32)
         addresses = np.array([address_of(piece) for piece in self._pieces], np.uint64)
@@ -326,7 +311,7 @@ class _Chunk:
 class ShardFile:
     """A shard that is being written. It is not visible under `key` before finish(). For one thread.
 
-    To discard the shard, abort its Uploads.
+    To discard the shard, abort its uploads.
     """
 
     def __init__(self, uploads: UploadQueue, key: str, schema: Schema, block_codec: BlockCodec) -> None:
@@ -362,11 +347,13 @@ class ShardFile:
         frames = self._codec.encode([chunk.n_bytes for chunk in chunks], lambda number: self._laid_out(chunks[number]))
         for number, (chunk, frame) in enumerate(zip(chunks, frames, strict=True)):
             stored_bytes = self._add_chunk(chunk, frame)
-            self._statistics[number].add(parts[number], chunk.nodes[0][1], chunk.n_bytes, stored_bytes)
+            part = parts[number]
+            nulls = chunk.nodes[0][1]
+            self._statistics[number].add(part.values, part.valid, part.n, nulls, chunk.n_bytes, stored_bytes)
         self._block_first.append(self._block_first[-1] + parts[0].n)
         self.n_blocks += 1
 
-    def _laid_out(self, chunk: _Chunk) -> _Bytes:
+    def _laid_out(self, chunk: _Chunk) -> Bytes:
         """Lay out a chunk in the memory of the file's next bytes, and return it; it is not appended yet."""
         raw = self._out.reserve(chunk.n_bytes)
         chunk.lay_out(raw)

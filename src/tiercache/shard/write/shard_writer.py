@@ -35,9 +35,9 @@ _LARGEST_INT64 = 2**63 - 1
 class RecordBuffer:
     """Buffer of records that are not written yet: at most a block and one record. For one thread.
 
-    add_usual(record) is the fast path, which takes a tenth of the time of add(): it accepts a dict whose values have
-    exactly the types of the columns. It returns KEPT; OVER (the record is kept and exceeds the block: take() the
-    records before it); or NEEDS_CONVERSION (nothing was kept: check the names, then call add()).
+    add_fast(record) is the fast path, which takes a tenth of the time of add(): it accepts a dict whose values have
+    exactly the types of the columns. It returns KEPT; EXCEEDS_BLOCK (the record is kept and exceeds the block: take()
+    the records before it); or NEEDS_CONVERSION (nothing was kept: check the names, then call add()).
     """
 
     def __init__(self, columns: tuple[Column, ...], block_bytes: int) -> None:
@@ -69,7 +69,7 @@ class RecordBuffer:
             number: Number of the record in the writer's input, for errors.
 
         Returns:
-            KEPT or OVER.
+            KEPT or EXCEEDS_BLOCK.
 
         Raises:
             SchemaError: A value does not fit; nothing of the record is kept.
@@ -367,19 +367,32 @@ class ShardWriter:
             self._infos.append(self._file.finish(self._options.metadata))
             self._file = None
 
+    def add_shards(self, infos: Iterable[ShardInfo]) -> None:
+        """Add finished shards after those of the records so far. See Writer.add_shards."""
+        self._check_open()
+        self._ended = _BROKEN
+        self._end_shard()
+        self._rows.set_room(self._cutter.room_bytes)
+        self._infos.extend(infos)
+        self._ended = ""
+
     def finish(self) -> list[ShardInfo]:
         """Write the pending records and close the last shard. Returns all shards in the order of their records."""
         if self._ended != "finished":
             self._check_open()
             self._uploads.claim_process()
             self._ended = _BROKEN
-            self._add_rows()
-            last = self._cutter.flush()
-            self._write_blocks([] if last is None else [last])
-            self._finish_file()
+            self._end_shard()
             self._uploads.wait()
             self._ended = "finished"
         return list(self._infos)
+
+    def _end_shard(self) -> None:
+        """Write the pending records, and close the shard."""
+        self._add_rows()
+        last = self._cutter.flush()
+        self._write_blocks([] if last is None else [last])
+        self._finish_file()
 
     def abort(self) -> None:
         """Discard the unfinished shard and delete the finished ones.
