@@ -45,7 +45,7 @@ def between(stores, **row):
 def test_while_the_copy_between_places_is_kept_it_serves_what_the_other_place_lost(stores):
     home, _, _ = between(stores)
     store = follow_placement(home, {})
-    store.places.look()
+    store.places.placement_once()
     assert store.get("a") == b"bytes"
 
 
@@ -53,7 +53,7 @@ def test_the_copy_that_is_kept_serves_what_is_archived_in_the_other_place(stores
     home, _, cold = between(stores, state="archived", storage_class="GLACIER")
     cold.put("a", b"other")
     store = follow_placement(home, {})
-    opened = store.places.store_at(store.places.look().find("a"))
+    opened = store.places.store_at(store.places.placement_once().find("a"))
     store.places._here.stores[cold.url] = Frozen(opened)
     assert store.places.can_be_read(store.places.row("a"))
     assert store.get("a") == b"bytes"
@@ -63,7 +63,7 @@ def test_another_object_where_it_lay_before_is_not_served(stores):
     home, hot, _ = between(stores)
     hot.put("a", b"other bytes")
     store = follow_placement(home, {})
-    store.places.look()
+    store.places.placement_once()
     with pytest.raises(ObjectChanged, match="hot/data/a"):
         store.get("a")
 
@@ -74,7 +74,7 @@ def test_where_things_lay_before_is_asked_once_for_all_of_them(stores):
     log.commit_placement(home, {"b": PlacementRow("b", cold.url, n_bytes=5)})
     counting = CountingStore(home)
     store = follow_placement(counting, {})
-    store.places.look()
+    store.places.placement_once()
     assert (store.get("a"), store.get("b")) == (b"bytes", b"bytes")
     old = [key for verb, key in counting.calls if verb == "read_tail" and key < log.placement_key(3)]
     assert old == [log.placement_key(n) for n in (2, 1)]
@@ -84,6 +84,6 @@ def test_what_earlier_placements_say_is_no_error_where_they_cannot_be_read(store
     home, _, _ = between(stores)
     home.put(log.placement_key(1), b"garbage")
     store = follow_placement(home, {})
-    store.places.look()
+    store.places.placement_once()
     with pytest.raises(NotFound, match="cold/data/a"):
         store.get("a")

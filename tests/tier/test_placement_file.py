@@ -44,7 +44,7 @@ def test_one_with_a_row_that_cannot_be_is_reported(store, column):
     wrong = {"url": pa.array([""], pa.large_string()), "n_bytes": pa.array([-1])}[column]
     field = rows.schema.field(column)
     rows = rows.set_column(rows.schema.get_field_index(column), field, wrong)
-    with pytest.raises(CorruptShard, match="without a place"):
+    with pytest.raises(CorruptShard, match="without a URL"):
         log.decode_placement(log.encode_placement(log.Placement(1, rows)), 1, url="u")
 
 

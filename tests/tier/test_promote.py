@@ -197,7 +197,7 @@ def test_what_the_cache_has_fetched_is_not_fetched_twice(packed, tmp_path):
         assert {info.key for info in hot.list()} == set(moved.keys)
         sent = sum(seen.n_bytes for seen in server.log if seen.method == "GET")
         assert sent <= sum(2 * info.n_bytes - info.footer_offset for info in moved.infos)
-        served.on_source_closed()
+        served.forget()
 
 
 # -- what goes wrong ------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def one(tmp_path):
     row = log.PlacementRow("a.tcs", cold.url, n_bytes=len(data), crc32c=identity.crc32c, promote=hot.url)
     log.commit_placement(home, {"a.tcs": row})
     places = LocationResolver(home, {})
-    places.look()
+    places.placement_once()
     yield places, row, identity, cold, hot
     for store in (home, cold):
         store.delete([info.key for info in store.list()])

@@ -205,7 +205,7 @@ class DeferredDeletions:
 
     def _work(self, rows: Sequence[JournalRow], survey: DeletionGuard) -> None:
         self._lock.check()
-        self._placing.on_source_closed()
+        self._placing.forget_placements()
         due = [DueDeletion(row, is_begun=row.state == "dropping") for row in rows]
         self._check(due, survey)
         self._part(due)

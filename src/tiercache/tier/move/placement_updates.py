@@ -40,7 +40,7 @@ class PlacementUpdates:
     """Updates the placements of one rule file's home tier.
 
     Each placement log is known by its data set's folder; "" is home's. Thread-safe. A placement that was read is cached
-    until forget().
+    until forget_placements().
     """
 
     def __init__(self, sight: MoveContext) -> None:
@@ -143,7 +143,7 @@ class PlacementUpdates:
                 failed[folder] = f"the placement could not be written: {error}"
         return failed
 
-    def on_source_closed(self) -> None:
+    def forget_placements(self) -> None:
         """Drop the cached placements, so that they are read again."""
         self._read.clear()
 
