@@ -32,8 +32,6 @@ ROWS = st.builds(
     state=st.sampled_from(["here", "archived"]),
     n_bytes=st.integers(0, 2**62),
     crc32c=st.none() | st.integers(0, 2**32 - 1),
-    promote=st.sampled_from([None, "/nvme/hot"]),
-    hot_bytes=st.none() | st.integers(0, 2**62),
 )
 CHANGES = st.dictionaries(KEYS, st.none() | ROWS, max_size=4).map(
     lambda found: {

@@ -165,10 +165,14 @@ _SCHEMA = pa.schema(
         pa.field("state", pa.large_string(), nullable=False),
         pa.field("n_bytes", pa.int64(), nullable=False),
         pa.field("crc32c", pa.uint32()),
+        # Unused, and null: earlier releases had them, and compare the whole schema.
         pa.field("promote", pa.large_string()),
         pa.field("hot_bytes", pa.int64()),
     ]
 )
+
+
+_ROW_FIELDS = _SCHEMA.names[:6]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +186,6 @@ class PlacementRow:
         state: "here": readable. "archived": to be restored first, unless the store says that it was restored since.
         n_bytes: Size, in bytes.
         crc32c: CRC-32C of the whole object. None: unknown.
-        promote: URL of the folder in the hot tier to which a read copies the object, under the same key. None: no
-            promotion.
-        hot_bytes: Capacity of the hot tier, in bytes. None: limited only by its disk.
     """
 
     key: str
@@ -193,8 +194,6 @@ class PlacementRow:
     state: State = "here"
     n_bytes: int = 0
     crc32c: int | None = None
-    promote: str | None = None
-    hot_bytes: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values. Raises ValueError."""
@@ -230,7 +229,7 @@ class Placement:
 
     def row(self, at: int) -> PlacementRow:
         """Return row `at` of the table."""
-        return PlacementRow(**self.rows.slice(at, 1).to_pylist()[0])
+        return PlacementRow(**self.rows.select(_ROW_FIELDS).slice(at, 1).to_pylist()[0])
 
     def row_numbers(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
         """Return the row number of each key, -1 for those at home; int64[len(keys)]."""
@@ -249,7 +248,7 @@ class Placement:
         gone = pa.array(list(changes), pa.large_string())
         kept = self.rows.filter(pc.invert(pc.is_in(self.rows["key"], value_set=gone)))
         added = [row for row in changes.values() if row is not None]
-        columns = [pa.array([getattr(row, f.name) for row in added], f.type) for f in _SCHEMA]
+        columns = [pa.array([getattr(row, f.name, None) for row in added], f.type) for f in _SCHEMA]
         table = pa.concat_tables([kept, pa.Table.from_arrays(columns, schema=_SCHEMA)])
         return table.take(pc.sort_indices(table, [("key", "ascending")])).combine_chunks()
 

@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 from tiercache.errors import ArchivedShards
 from tiercache.model import ObjectInfo, ShardIdentity, format_bytes
 from tiercache.prices import FREE, Prices, is_free, price_table
-from tiercache.store import Buffer, Lease, LocalStore, Span, Store, Upload
+from tiercache.store import Buffer, Lease, LocalFolder, LocalStore, Span, Store, Upload
 from tiercache.tier.costs import region_of, restored_home_dollars
 from tiercache.tier.placement.resolver import LocationResolver, ObjectLocation, is_remote
+from tiercache.tier.placement.use_reports import UseRecorder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -280,3 +281,55 @@ def _archived(
     with ThreadPoolExecutor(min(ASKING_THREADS, max(len(rows), 1)), "tiercache-archived") as pool:
         can_read = list(pool.map(store.places.can_be_read, rows))
     return tuple(row for row, can in zip(rows, can_read, strict=True) if not can)
+
+
+# -- one opened data set -----------------------------------------------------------------------------------------------
+
+
+class TieredReader:
+    """How one process reads one data set whose shards may be moved. Thread-safe, and fork-safe.
+
+    It queries no store before a run begins, or before a shard is missing from its known location.
+
+    placed: The data set's own store, which follows the placement.
+    """
+
+    def __init__(self, placed: RedirectingStore) -> None:
+        self._placed, self._places = placed, placed.places
+        self._recorder = UseRecorder(self._places)
+
+    def opened(self, key: str, identity: ShardIdentity) -> LocalFolder | None:
+        """Count an opened shard. Return a local folder, other than the home, that has it; None if there is none."""
+        self._recorder.note(key)
+        return self.local_copy(key, identity) if self.has_moved else None
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether any object is away from home, as far as is known."""
+        return bool(self._places.known_placement)
+
+    def local_copy(self, key: str, identity: ShardIdentity) -> LocalFolder | None:
+        """Return a folder of this machine, other than the home, that has the shard; None if there is none."""
+        return self._places.local_copy(key, identity.n_bytes)
+
+    def is_remote(self, key: str) -> bool:
+        """Return whether a shard of a local home is in a remote store."""
+        return isinstance(self._placed, RedirectingLocalStore) and self._placed.is_remote(key)
+
+    def far(self) -> Store | None:
+        """Return the store that reads the moved shards of a local home through the cache; None if there are none."""
+        return (
+            self._placed.remote_store
+            if self._places.has_remote and isinstance(self._placed, RedirectingLocalStore)
+            else None
+        )
+
+    def prepare_reading(self, keys: pa.ChunkedArray, is_here: Callable[[int], bool], *, reads_all: bool) -> None:
+        """Prepare for a run that reads these shards, and check that they can be read. See check_readable."""
+        check_readable(self._placed, keys, is_here)
+        if self._places.is_tracked:
+            self._recorder.begin(None if reads_all else keys.to_pylist())
+
+    def close(self) -> None:
+        """Report the uses. The object may be used again."""
+        self._recorder.close()
