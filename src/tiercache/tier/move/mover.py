@@ -185,7 +185,7 @@ class Mover:
             yield self._lock
             return
         home = self._stores.store(self._file.home.name)
-        with TierLock(home, folder=self._catalog.path.parent) as lock:
+        with TierLock(home) as lock:
             yield lock
 
     @contextmanager
@@ -320,7 +320,7 @@ def run_once(
     with TierCatalog(catalog_path(file), places) as catalog:
         if dry_run:
             return _Run(file, stores, catalog).rehearse()
-        with TierLock(stores.store(file.home.name), folder=catalog.path.parent) as lock:
+        with TierLock(stores.store(file.home.name)) as lock:
             return _Run(file, stores, catalog).carry_out(lock, on_progress)
 
 
