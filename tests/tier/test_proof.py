@@ -192,7 +192,7 @@ def test_a_source_that_is_another_by_now_gets_no_readers_of_the_old_one(world):
 
 def test_what_is_in_use_is_asked_anew_where_copies_took_long_to_read(world, monkeypatch):
     monkeypatch.setattr("tiercache.tier.move.deletions._DELETE_BATCH_BYTES", 1500)
-    monkeypatch.setattr("tiercache.tier.move.deletions._SURVEY_S", -1.0)
+    monkeypatch.setattr("tiercache.tier.move.deletions._GUARD_S", -1.0)
     moved_away(world, "f", "g")
     world.later()
 

@@ -71,17 +71,6 @@ class Progress:
     n_bytes: int
 
 
-@dataclass(slots=True)
-class SettlementCounts:
-    """Counts of one settlement, which grow as it runs. stopped: Moves that were kept or cancelled, with reasons."""
-
-    n_done: int = 0
-    n_waiting: int = 0
-    n_bytes: int = 0
-    proof_bytes: int = 0
-    stopped: list[tuple[JournalRow, str]] = field(default_factory=list)
-
-
 Infos: TypeAlias = Mapping[str, "ObjectInfo | None"]
 
 _PROBE_FOLDER = "_tiercache/probe/"

@@ -24,9 +24,10 @@ from tiercache.store import LocalFolder
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.model import CHECKPOINT, READABLE, SHARD
 from tiercache.tier.move.checks import (
+    ApplyResult,
     Infos,
     Progress,
-    SettlementCounts,
+    StoppedMove,
     as_planned,
     entry_after_class_change,
     is_readable,
@@ -76,11 +77,11 @@ def take_deletion_guard(file: RuleFile, stores: Stores, catalog: TierCatalog, no
     prices = [prices_if_known(tier) for tier in file.tiers]
     capacity = [stores.capacity(tier.name) for tier in file.tiers]
     missing = unavailable_tiers(file, stores, catalog)
-    return survey_of(snapshot, decide(snapshot, file, prices, capacity_bytes=capacity, missing=missing))
+    return deletion_guard_of(snapshot, decide(snapshot, file, prices, capacity_bytes=capacity, missing=missing))
 
 
-def survey_of(snapshot: Snapshot, decisions: Decisions) -> DeletionGuard:
-    """Return the survey of a snapshot and of the decisions on it."""
+def deletion_guard_of(snapshot: Snapshot, decisions: Decisions) -> DeletionGuard:
+    """Return the guard that a snapshot and the decisions on it make."""
     tiers = snapshot.tiers
     is_used = np.isfinite(snapshot.uses_recorded_since_s) & (snapshot.kind != SHARD)
     takes = [move for move in decisions.moves if move.action in ("move", "drop", "reclass")]
@@ -115,8 +116,8 @@ Verdict: TypeAlias = Literal["go", "done", "keep", "cancel"]
 # Small batches: between the checks and the deletions lie the queries of one batch, and the reading of its local copies.
 _DELETE_BATCH_MOVES, _DELETE_BATCH_OBJECTS, _DELETE_BATCH_BYTES = 64, 1000, 64 << 30
 _CLOCK_SKEW_S = 60.0
-# Maximum age of the survey, which says what is in use, which checkpoint is the newest, and what the rules ask for.
-_SURVEY_S = 600.0
+# Maximum age of the deletion guard.
+_GUARD_S = 600.0
 
 
 @dataclass(slots=True)
@@ -151,8 +152,9 @@ class DeferredDeletions:
     Args:
         sight: Stores, catalog and checks.
         lock: Lock of the home tier, held by the caller.
-        survey: Function that returns the Survey at a time in seconds since the epoch.
+        take_guard: Function that returns the DeletionGuard at a time in seconds since the epoch.
         now_s: Current time, in seconds since the epoch.
+        guard: Guard that the caller has already, and when its listing began, by SYSTEM_CLOCK. None: taken if needed.
         only_begun: Whether to finish interrupted deletions only.
         on_progress: Function that receives how many bytes of copies were read back, and how many there are; called from
             several threads. A lock guards the counts.
@@ -162,32 +164,34 @@ class DeferredDeletions:
         self,
         sight: MoveContext,
         lock: TierLock,
-        survey: Callable[[float], DeletionGuard],
+        take_guard: Callable[[float], DeletionGuard],
         now_s: float,
         *,
+        guard: tuple[DeletionGuard, float] | None = None,
         only_begun: bool = False,
         on_progress: Callable[[Progress], object] | None = None,
     ) -> None:
         self._sight, self._lock, self._now_s, self._only_begun = sight, lock, now_s, only_begun
-        self._ask_survey, self._on_progress = survey, on_progress
-        self._guard, self._n_due, self._due_bytes = Lock(), 0, 0
+        self._take_guard, self._guard, self._on_progress = take_guard, guard, on_progress
+        self._lock_counts, self._n_due, self._due_bytes = Lock(), 0, 0
         self._file, self._catalog = sight.file, sight.catalog
         self._placing = PlacementUpdates(sight)
         self._by_use = {rule.name for rule in sight.file.rules if rule.idle_s or rule.uses_below is not None}
-        self._settled = SettlementCounts()
+        self._n_done = self._n_waiting = self._n_bytes = self._proof_bytes = 0
+        self._stopped: list[StoppedMove] = []
 
-    def run(self) -> SettlementCounts:
+    def run(self) -> ApplyResult:
         """Make the deletions that are due, and return the counts. Raises as Mover.settle()."""
         due = self._due()
-        if due:
-            proven = [row for row in due if _needs_proof(row) and self._sight.transfer.needs_disk_check(row.dst)]
-            self._n_due, self._due_bytes = len(due), sum(one.n_bytes for row in proven for one in row.objects)
-            survey, asked_s = self._ask_survey(self._now_s), SYSTEM_CLOCK.monotonic()
-            for batch in _batches_of_rows(due):
-                if SYSTEM_CLOCK.monotonic() - asked_s > _SURVEY_S:  # reading the copies of earlier batches took long
-                    survey, asked_s = self._ask_survey(self._now_s), SYSTEM_CLOCK.monotonic()
-                self._work(batch, survey)
-        return self._settled
+        proven = [row for row in due if _needs_proof(row) and self._sight.transfer.needs_disk_check(row.dst)]
+        self._n_due, self._due_bytes = len(due), sum(one.n_bytes for row in proven for one in row.objects)
+        for batch in _batches_of_rows(due):
+            # Reading the copies of earlier batches may have taken hours.
+            if self._guard is None or SYSTEM_CLOCK.monotonic() - self._guard[1] > _GUARD_S:
+                asked_s = SYSTEM_CLOCK.monotonic()
+                self._guard = self._take_guard(self._now_s), asked_s
+            self._work(batch, self._guard[0])
+        return ApplyResult(self._n_done, tuple(self._stopped), self._n_waiting, self._n_bytes, self._proof_bytes)
 
     def _due(self) -> list[JournalRow]:
         due, again = [], []
@@ -195,7 +199,7 @@ class DeferredDeletions:
             if row.state == "dropping" or (not self._only_begun and row.due_s <= self._now_s):
                 due.append(row)
                 continue
-            self._settled.n_waiting += 1
+            self._n_waiting += 1
             if row.since_s > self._now_s + _CLOCK_SKEW_S:
                 # The clock was ahead when the grace period began: without this it would last that much longer.
                 due_s = self._now_s + self._file.tiering.grace_s
@@ -203,11 +207,11 @@ class DeferredDeletions:
         self._catalog.write(again)
         return due
 
-    def _work(self, rows: Sequence[JournalRow], survey: DeletionGuard) -> None:
+    def _work(self, rows: Sequence[JournalRow], guard: DeletionGuard) -> None:
         self._lock.check()
         self._placing.forget_placements()
         due = [DueDeletion(row, is_begun=row.state == "dropping") for row in rows]
-        self._check(due, survey)
+        self._check(due, guard)
         self._part(due)
         self._prove([one for one in due if one.verdict == "go" and _needs_proof(one.row)])
         self._heed_pins(due)
@@ -218,7 +222,7 @@ class DeferredDeletions:
 
     # -- checks -----------------------------------------------------------------------------------------------------
 
-    def _check(self, due: Sequence[DueDeletion], survey: DeletionGuard) -> None:
+    def _check(self, due: Sequence[DueDeletion], guard: DeletionGuard) -> None:
         for one in due:
             if why := self._misnamed(one.row):
                 one.set_verdict("cancel", why)
@@ -232,7 +236,7 @@ class DeferredDeletions:
                 one.set_verdict("keep", why)
                 continue
             try:
-                self._check_one(one, heads, survey, pinned.get((one.row.plan, one.row.number), ""))
+                self._check_one(one, heads, guard, pinned.get((one.row.plan, one.row.number), ""))
             except TierCacheError as error:
                 one.set_verdict("keep", str(error))
 
@@ -268,7 +272,7 @@ class DeferredDeletions:
         tiers = {row.src, row.dst, self._placing.home}
         return [(tier, one.key) for tier in tiers for one in row.objects]
 
-    def _check_one(self, one: DueDeletion, heads: Heads, survey: DeletionGuard, pin: str) -> None:
+    def _check_one(self, one: DueDeletion, heads: Heads, guard: DeletionGuard, pin: str) -> None:
         row = one.row
         if changed := self._look(one, heads):
             one.set_verdict("cancel", changed)
@@ -277,21 +281,21 @@ class DeferredDeletions:
             one.set_verdict("done", "")
             return
         if row.action == "delete":
-            self._check_delete(one, survey)
+            self._check_delete(one, guard)
         else:
-            self._check_target(one, heads, survey)
+            self._check_target(one, heads, guard)
         if pin:
             one.set_verdict("cancel", pin)
-        links = [survey.linked.get((row.path, where)) for where in sorted({where for where, _ in one.present})]
+        links = [guard.linked.get((row.path, where)) for where in sorted({where for where, _ in one.present})]
         # A link cannot use a group whose objects are partly deleted already: such a deletion is finished.
         if (link := next(filter(None, links), None)) and (one.is_whole or not one.is_begun):
             one.set_verdict("keep", f"{row.path}: expected no symbolic link to it, found {link}")
-        if row.rule in self._by_use and survey.used_s.get(row.path, 0.0) > row.since_s > 0:
+        if row.rule in self._by_use and guard.used_s.get(row.path, 0.0) > row.since_s > 0:
             # No placement redirects readers of plain files to the copy: a reader that uses the URL reads the source.
             one.set_verdict("cancel", f"{row.path}: expected no reader since it was copied, found that it was read")
-        if row.path in survey.in_use:
+        if row.path in guard.in_use:
             one.set_verdict("keep", f"{row.path}: expected no reader, found that a machine reads it now")
-        if row.rules != self._file.sha256 and row.action != "delete" and (row.path, row.src) not in survey.asked:
+        if row.rules != self._file.sha256 and row.action != "delete" and (row.path, row.src) not in guard.asked:
             one.set_verdict("cancel", f"{row.path}: the rule file was changed and no longer asks for this")
         if one.verdict == "cancel" and one.is_begun and not one.is_whole:
             one.verdict = "keep"  # some objects are gone: the rest must be deleted when that is possible again
@@ -326,14 +330,14 @@ class DeferredDeletions:
                     return f"{tier.url}/{info.key}: expected no copy there, found one of {info.n_bytes} bytes"
         return ""
 
-    def _check_delete(self, one: DueDeletion, survey: DeletionGuard) -> None:
+    def _check_delete(self, one: DueDeletion, guard: DeletionGuard) -> None:
         row = one.row
-        if row.path in survey.protected:
+        if row.path in guard.protected:
             one.set_verdict("cancel", f"{row.path}: it is the newest complete checkpoint of its run")
-        elif one.is_whole and row.path not in survey.deletes:
+        elif one.is_whole and row.path not in guard.deletes:
             one.set_verdict("cancel", f"{row.path}: no rule deletes it now")
 
-    def _check_target(self, one: DueDeletion, heads: Heads, survey: DeletionGuard) -> None:
+    def _check_target(self, one: DueDeletion, heads: Heads, guard: DeletionGuard) -> None:
         row, sight = one.row, self._sight
         there = found_infos(heads, row.dst, row)
         if row.action != "reclass":
@@ -350,7 +354,7 @@ class DeferredDeletions:
             elif why := sight.shared_location_reason(row.src, row.dst):
                 one.set_verdict("cancel", why)
         stays = row.action != "reclass" and all(info is not None and is_readable(info) for info in there.values())
-        if row.path in survey.protected and not stays:
+        if row.path in guard.protected and not stays:
             one.set_verdict(
                 "cancel", f"{row.path}: the newest complete checkpoint of its run stays where it can be read"
             )
@@ -414,11 +418,11 @@ class DeferredDeletions:
             return "cancel", why
 
     def _have_read(self, n_bytes: int) -> None:
-        with self._guard:
-            self._settled.proof_bytes += n_bytes
-            done_bytes = self._settled.proof_bytes
+        with self._lock_counts:
+            self._proof_bytes += n_bytes
+            done_bytes = self._proof_bytes
         if self._on_progress is not None:
-            self._on_progress(Progress(self._settled.n_done, self._n_due, done_bytes, max(self._due_bytes, done_bytes)))
+            self._on_progress(Progress(self._n_done, self._n_due, done_bytes, max(self._due_bytes, done_bytes)))
 
     # -- deletions --------------------------------------------------------------------------------------------------
 
@@ -545,21 +549,21 @@ class DeferredDeletions:
             row = one.row
             if one.verdict in ("go", "done"):
                 rows.append(replace(row, state="done", note="", changed_s=self._now_s))
-                self._settled.n_done += 1
+                self._n_done += 1
                 if row.action != "reclass":
                     lasting += [(row.dst, obj.key) for obj in row.objects if row.dst]
                     gone += [(where, obj.key) for where, obj in one.present]
                 if row.action == "delete":  # and the catalog entries of copies that others have deleted
                     gone += [(tier.name, obj.key) for tier in self._file.tiers for obj in row.objects]
-                self._settled.n_bytes += sum(obj.n_bytes for _, obj in one.present) if one.verdict == "go" else 0
+                self._n_bytes += sum(obj.n_bytes for _, obj in one.present) if one.verdict == "go" else 0
                 continue
             if one.verdict == "cancel":
                 rows.append(replace(row, state="cancelled", note=one.why, changed_s=self._now_s))
             else:
                 kept = replace(row, state="dropping" if one.is_begun else row.state)
                 rows.append(replace(kept, note=one.why, changed_s=self._now_s))
-                self._settled.n_waiting += 1
-            self._settled.stopped.append((row, one.why))
+                self._n_waiting += 1
+            self._stopped.append(StoppedMove(row.number, one.why, row.path, row.plan))
         self._remove_folders([one for one in due if one.verdict in ("go", "done") and one.row.action != "reclass"])
         self._catalog.source_deleted(lasting)  # also of sources that somebody else deleted
         self._catalog.write(rows)

@@ -79,9 +79,9 @@ from tiercache.prices import prices_if_known
 from tiercache.tier.findings import Loss, find_losses
 from tiercache.tier.inventory.groups import Inventory, take_inventory
 from tiercache.tier.inventory.metrics import MetricGap, metric_gaps
-from tiercache.tier.model import RESTORING, Plan
-from tiercache.tier.move.checks import ApplyResult, MoveContext, Progress, SettlementCounts, StoppedMove
-from tiercache.tier.move.deletions import DeferredDeletions, DeletionGuard, take_deletion_guard
+from tiercache.tier.model import RESTORING, Decisions, Plan
+from tiercache.tier.move.checks import ApplyResult, MoveContext, Progress, StoppedMove
+from tiercache.tier.move.deletions import DeferredDeletions, DeletionGuard, deletion_guard_of, take_deletion_guard
 from tiercache.tier.move.executor import PlanExecutor
 from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.placement_updates import track_ruled
@@ -89,6 +89,7 @@ from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.stores import Stores, unavailable_tiers
+from tiercache.waiting import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
     from tiercache.tier.rules import RuleFile
@@ -112,7 +113,7 @@ class Mover:
         *,
         clock: Callable[[], float] | None = None,
         lock: TierLock | None = None,
-        survey: Callable[[float], DeletionGuard] | None = None,
+        take_guard: Callable[[float], DeletionGuard] | None = None,
         cancel: Event | None = None,
     ) -> None:
         """Store the arguments; no store is asked yet. The caller keeps the ownership of all arguments.
@@ -124,14 +125,14 @@ class Mover:
             transfer: Transfer that makes the copies.
             clock: Function that returns seconds since the epoch. None: the system clock.
             lock: Lock that the caller already holds. None: apply() and settle() take and release it.
-            survey: Function that returns the Survey at a time in seconds since the epoch, called before anything is
-                deleted. None: the tiers are listed and planned again.
+            take_guard: Function that returns the DeletionGuard at a time in seconds since the epoch, called before
+                anything is deleted. None: the tiers are listed and planned again.
             cancel: Event that is set where apply() or settle() ends with an exception, so that running copies end soon:
                 the cancel event of the transfer.
         """
         self._file, self._stores, self._catalog, self._transfer = file, stores, catalog, transfer
         self._clock, self._lock, self._cancel = clock, lock, cancel
-        self._survey = survey or (lambda now_s: take_deletion_guard(file, stores, catalog, now_s))
+        self._take_guard = take_guard or (lambda now_s: take_deletion_guard(file, stores, catalog, now_s))
         catalog.bind({tier.name: tier.url for tier in file.tiers})
 
     def now_s(self) -> float:
@@ -160,7 +161,11 @@ class Mover:
             return PlanExecutor(sight, lock, plan, self.now_s, on_progress).run()
 
     def settle(
-        self, now_s: float | None = None, *, on_progress: Callable[[Progress], object] | None = None
+        self,
+        now_s: float | None = None,
+        *,
+        guard: tuple[DeletionGuard, float] | None = None,
+        on_progress: Callable[[Progress], object] | None = None,
     ) -> ApplyResult:
         """Make the deletions and the class changes whose grace period is over, and finish those that were interrupted.
 
@@ -168,16 +173,18 @@ class Mover:
 
         Args:
             now_s: Seconds since the epoch. None: now.
+            guard: Guard of a listing that was made already, and when it began, by SYSTEM_CLOCK. None: see Mover.
             on_progress: Function that receives how many bytes of the copies were read back.
         """
         now_s = self.now_s() if now_s is None else now_s
         with self._locked() as lock, self._sight() as sight:
-            return _applied(DeferredDeletions(sight, lock, self._survey, now_s, on_progress=on_progress).run())
+            deletions = DeferredDeletions(sight, lock, self._take_guard, now_s, guard=guard, on_progress=on_progress)
+            return deletions.run()
 
     def finish(self) -> ApplyResult:
         """Finish the deletions that were begun and interrupted, and make no others. Raises as apply()."""
         with self._locked() as lock, self._sight() as sight:
-            return _applied(DeferredDeletions(sight, lock, self._survey, self.now_s(), only_begun=True).run())
+            return DeferredDeletions(sight, lock, self._take_guard, self.now_s(), only_begun=True).run()
 
     @contextmanager
     def _locked(self) -> Iterator[TierLock]:
@@ -199,11 +206,6 @@ class Mover:
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _applied(settled: SettlementCounts) -> ApplyResult:
-    stopped = tuple(StoppedMove(row.number, why, row.path, row.plan) for row, why in settled.stopped)
-    return ApplyResult(settled.n_done, stopped, settled.n_waiting, settled.n_bytes, settled.proof_bytes)
 
 
 # Exit codes that a scheduler sees: docs/reference/tiers.md.
@@ -333,7 +335,7 @@ class _Run:
         self._losses: tuple[Loss, ...] = ()
 
     def rehearse(self) -> RunReport:
-        inventory, plan = self._planned()
+        inventory, _, plan = self._planned()
         waiting = len(self._catalog.open_moves(self._file.home.url, "waiting", "dropping"))
         return self._report(inventory, plan, settled=ApplyResult(waiting_drops=waiting), dry_run=True)
 
@@ -344,16 +346,19 @@ class _Run:
             # First, because the plan would otherwise count half of a copy.
             finished = mover.finish()
             crash_point("tier_run.finished")
-            inventory, plan = self._planned()
+            listed_s = SYSTEM_CLOCK.monotonic()
+            inventory, decisions, plan = self._planned()
             crash_point("tier_run.planned")
             adopted = track_ruled(inventory, self._stores)
             crash_point("tier_run.adopted")
             applied = mover.apply(plan, on_progress=on_progress)
             crash_point("tier_run.applied")
-            settled = mover.settle(on_progress=on_progress)
+            # The listing is before this run's own moves. Without a grace period they are due already: it is made anew.
+            guard = (deletion_guard_of(inventory.snapshot, decisions), listed_s) if tiering.grace_s > 0 else None
+            settled = mover.settle(guard=guard, on_progress=on_progress)
         return self._report(inventory, plan, applied, _both(finished, settled), adopted)
 
-    def _planned(self) -> tuple[Inventory, Plan]:
+    def _planned(self) -> tuple[Inventory, Decisions, Plan]:
         file, stores = self._file, self._stores
         prices = [prices_if_known(tier) for tier in file.tiers]
         now_s = time.time()
@@ -362,7 +367,7 @@ class _Run:
         self._unseen = unavailable_tiers(file, stores, self._catalog)
         capacity = [stores.capacity(tier.name) for tier in file.tiers]
         decisions = decide(inventory.snapshot, file, prices, capacity_bytes=capacity, missing=self._unseen)
-        return inventory, make_plan(decisions, inventory, file, prices)
+        return inventory, decisions, make_plan(decisions, inventory, file, prices)
 
     def _report(
         self,
