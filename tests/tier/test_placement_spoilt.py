@@ -16,14 +16,6 @@ def spoil(store, number: int) -> None:
     store.put(placement_key(number), data.replace(b"s3://", b"s3:/0"))
 
 
-def test_places_of_before_are_found_past_one_that_is_damaged(store):
-    log.commit_placement(store, {"a": row("a", "s3://first/d")})
-    log.commit_placement(store, {"a": row("a", "s3://second/d")})
-    newest = log.commit_placement(store, {"a": row("a", "s3://third/d")})
-    spoil(store, 2)
-    assert [one.find("a").url for one in log.earlier_placements(store, newest)] == ["s3://first/d"]
-
-
 @pytest.mark.parametrize("mark", [log.encode_mark(2), log.encode_mark(7), b"{}", b"", None])
 def test_a_placement_that_rots_is_corrupt_for_readers_and_writers(store, mark):
     for n in range(2):

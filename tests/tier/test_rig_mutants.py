@@ -122,7 +122,7 @@ def copy_is_flipped(world: World) -> list[str]:
 @contextmanager
 def target_not_checked() -> Iterator[None]:
     """What was verified once is there for ever."""
-    with patch.object(DeferredDeletions, "_unconfirmed", lambda self, row, there: ""):
+    with patch.object(MoveContext, "unconfirmed_move_reason", lambda self, row, there: ""):
         yield
 
 
@@ -149,7 +149,7 @@ def grace_forgotten() -> Iterator[None]:
 @contextmanager
 def class_not_announced() -> Iterator[None]:
     """A class in which nothing can be read is a class like others."""
-    with patch.object(executor, "ends_readability", lambda sight, row: False):
+    with patch.object(executor, "ends_readability", lambda context, row: False):
         yield
 
 

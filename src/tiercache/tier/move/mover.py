@@ -9,7 +9,7 @@ A move from src to dst has these steps. Each step is journaled before the next o
     4. look      checks src again: an object that changed during the copy is not what dst has
     5. place     commits the placement, which tells every reader where the objects are from now on
     6. wait      waits for the grace period: readers that do not know the new placement yet still read src
-    7. re-check  (settling.py) dst is complete and as it was verified; src is as it was copied; nobody reads src; no pin
+    7. re-check  dst is complete and as it was verified; src is as it was copied; nobody reads src; no pin
                  protects it; the placement leads to dst; src and dst are two locations; files in dst are read from disk
     8. drop      deletes from src, first the object that makes the group complete, then the rest
     9. done
@@ -50,7 +50,7 @@ What can happen between two steps:
     any  The clock jumps: the grace period gets shorter or longer. Only the convenience of readers depends on it.
 
 A `drop` is a move whose copy was made earlier: nothing is copied, but the copy must be verified. A `delete` removes
-last copies: it waits too, and is made only if a new plan still asks for it (survey.py). A `reclass` into a class from
+last copies: it waits too, and is made only if a new plan still asks for it. A `reclass` into a class from
 which objects must be restored before they can be read is announced and waits; a `reclass` into any other class is made
 at once.
 
@@ -64,7 +64,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -157,8 +157,8 @@ class Mover:
             StoreError: The store of the home tier failed.
             OSError: The catalog of this machine cannot be written.
         """
-        with self._locked() as lock, self._sight() as sight:
-            return PlanExecutor(sight, lock, plan, self.now_s, on_progress).run()
+        with self._locked() as lock, self._context() as context:
+            return PlanExecutor(context, lock, plan, self.now_s, on_progress).run()
 
     def settle(
         self,
@@ -177,14 +177,14 @@ class Mover:
             on_progress: Function that receives how many bytes of the copies were read back.
         """
         now_s = self.now_s() if now_s is None else now_s
-        with self._locked() as lock, self._sight() as sight:
-            deletions = DeferredDeletions(sight, lock, self._take_guard, now_s, guard=guard, on_progress=on_progress)
+        with self._locked() as lock, self._context() as context:
+            deletions = DeferredDeletions(context, lock, self._take_guard, now_s, guard=guard, on_progress=on_progress)
             return deletions.run()
 
     def finish(self) -> ApplyResult:
         """Finish the deletions that were begun and interrupted, and make no others. Raises as apply()."""
-        with self._locked() as lock, self._sight() as sight:
-            return DeferredDeletions(sight, lock, self._take_guard, self.now_s(), only_begun=True).run()
+        with self._locked() as lock, self._context() as context:
+            return DeferredDeletions(context, lock, self._take_guard, self.now_s(), only_begun=True).run()
 
     @contextmanager
     def _locked(self) -> Iterator[TierLock]:
@@ -196,7 +196,7 @@ class Mover:
             yield lock
 
     @contextmanager
-    def _sight(self) -> Iterator[MoveContext]:
+    def _context(self) -> Iterator[MoveContext]:
         pool = ThreadPoolExecutor(self._file.tiering.jobs, thread_name_prefix="tiercache-mover")
         try:
             yield MoveContext(self._file, self._stores, self._catalog, self._transfer, pool)
@@ -222,7 +222,7 @@ class RunReport:
         settled: Deletions whose grace period was over, and those that an earlier run had left unfinished.
         adopted: Folders of data sets whose use is tracked from now on.
         unseen: Tiers whose copies cannot be seen now (for example a disk that is not mounted), with reasons; see
-            marks.unavailable_tiers().
+            stores.unavailable_tiers().
         gaps: Metrics that keep rules need and that are missing for some checkpoint runs.
         losses: Objects that should exist and of which no tier has a copy.
         n_groups: Number of groups (shards, checkpoints, files) in all tiers.
@@ -315,11 +315,10 @@ def run_once(
         StoreError: A tier cannot be listed, or the store of the home tier failed.
         OSError: The catalog of this machine cannot be written.
     """
-    if stores is None:
-        with Stores(file) as opened:
-            return run_once(file, dry_run=dry_run, on_progress=on_progress, stores=opened)
     places = {tier.name: tier.url for tier in file.tiers}
-    with TierCatalog(catalog_path(file), places) as catalog:
+    with ExitStack() as stack:
+        stores = stack.enter_context(Stores(file)) if stores is None else stores
+        catalog = stack.enter_context(TierCatalog(catalog_path(file), places))
         if dry_run:
             return _Run(file, stores, catalog).rehearse()
         with TierLock(stores.store(file.home.name)) as lock:

@@ -213,13 +213,6 @@ class Placement:
         found = pc.index_in(keys.cast(pa.large_string()), value_set=self._keys).fill_null(-1)
         return np.asarray(found.to_numpy(), np.int64) if len(keys) else np.empty(0, np.int64)
 
-    def rows_elsewhere(self, other: Placement) -> Placement:
-        """Return the rows of objects for which `other` has another location."""
-        at = other.row_numbers(self.rows["key"])
-        there = pc.take(other.rows["url"], pa.array(np.maximum(at, 0))) if len(other) else self.rows["url"]
-        is_other = pc.and_(pa.array(at >= 0), pc.not_equal(self.rows["url"], there))
-        return Placement(self.number, self.rows.filter(is_other).combine_chunks(), self.nonce)
-
     def with_changes(self, changes: Mapping[str, PlacementRow | None]) -> pa.Table:
         """Return the rows after changes: key -> new row, or None to remove the row."""
         gone = pa.array(list(changes), pa.large_string())
@@ -423,24 +416,6 @@ def find_newest_placement(store: Store, known: Placement | None = None) -> Place
         newer = placements.probe(start + 1)
         return known if newer is None else _found(store, newer)
     return _found(store, placements.newest(start))
-
-
-def earlier_placements(store: Store, newest: Placement) -> tuple[Placement, ...]:
-    """Return the earlier placements, newest first, each reduced to the rows that name another location than `newest`.
-
-    Stops at the first one that is gone, and skips damaged ones: they are only a fallback.
-    """
-    found = []
-    with suppress(StoreError, UnsupportedFormat):
-        for number in range(newest.number - 1, max(newest.number - N_KEPT, 0), -1):
-            with suppress(CorruptShard):
-                data = _log_of(store).get(number)
-                if data is None:
-                    break
-                before = _found(store, (number, data)).rows_elsewhere(newest)
-                if len(before):
-                    found.append(before)
-    return tuple(found)
 
 
 def encode_mark(number: int | None, since_s: float | None = None) -> bytes:

@@ -4,8 +4,8 @@ A moved object is found without a notification::
 
     1. If the known placement has a row for the key, that location is read; otherwise the home is read.
     2. If the store answers that the object is missing (404), a different one (412) or archived (403), the placement is
-       read again, and the location it names is asked by one HEAD; then the home, and the locations in earlier
-       placements, where a copy stays during the grace period.
+       read again, and the location it names is asked by one HEAD; then the home, where a copy stays during the grace
+       period.
     3. If the size and, where both are known, the checksum are as expected, the read continues there.
 
 The tiers of this machine's rule file are read here without the models that validate a rule file, because building these
@@ -14,7 +14,6 @@ takes 50 ms in every process of a training job.
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import threading
@@ -93,7 +92,6 @@ class _ResolverState:
         placement: Newest placement known; None if none is known, or the home is not tracked.
         stores: URL -> opened store.
         etags: (key, ETag at opening) -> current ETag of moved objects.
-        earlier: Number of the newest placement, and the rows of earlier ones that differ.
         has_local: Whether the placement names folders of this machine.
         has_remote: Whether the placement names remote stores, for which a cache pays off.
     """
@@ -104,7 +102,6 @@ class _ResolverState:
     placement: Placement | None = None
     stores: dict[str, Store] = field(default_factory=dict)
     etags: dict[tuple[str, str], str | None] = field(default_factory=dict)
-    earlier: tuple[int, tuple[Placement, ...]] | None = None
     has_local: bool = False
     has_remote: bool = False
 
@@ -268,7 +265,7 @@ class LocationResolver:
         if expected is None:
             raise error  # no placement has a row for it
         last: StoreError = error
-        for place in self._candidates(key, row, before):
+        for place in self._candidates(row, before):
             if place == before and (isinstance(error, NotFound) or is_archived(error)):
                 continue  # that location was asked already
             try:
@@ -276,7 +273,7 @@ class LocationResolver:
             except StoreError:
                 if place == row:
                     raise
-                continue  # an earlier placement names a location that no longer works
+                continue
             try:
                 info = store.head(key)
             except StoreError as failure:
@@ -294,33 +291,18 @@ class LocationResolver:
             raise archived_error(key, expected, self.store_at(expected)) from error
         raise last from (None if last is error else error)
 
-    def _candidates(
-        self, key: str, row: PlacementRow | None, before: PlacementRow | None
-    ) -> Iterator[PlacementRow | None]:
+    def _candidates(self, row: PlacementRow | None, before: PlacementRow | None) -> Iterator[PlacementRow | None]:
         """Yield the locations where an object may be, each once.
 
         First the location in the newest placement; then the home, where the object stays during the grace period; then
-        the last location that this process knew; last the locations in earlier placements, where a copy stays during
-        the grace period and may be the only one left.
+        the last location that this process knew.
         """
         asked: set[str | None] = set()
-        for place in itertools.chain((row, None, before), self._earlier(key, row)):
+        for place in (row, None, before):
             url = None if place is None or self._is_home(place.url) else place.url.rstrip("/")
             if url not in asked:
                 asked.add(url)
                 yield place
-
-    def _earlier(self, key: str, row: PlacementRow | None) -> Iterator[PlacementRow]:
-        """Yield the locations of key in earlier placements, newest first. They are read once per newest placement."""
-        known = self._here
-        newest = known.placement
-        if row is None or newest is None:
-            return
-        with known.lock:
-            if known.earlier is None or known.earlier[0] != newest.number:
-                known.earlier = newest.number, log.earlier_placements(self.home, newest)
-            found = known.earlier[1]
-        yield from (one for one in (each.find(key) for each in found) if one is not None)
 
     def _read_again(self, key: str, error: StoreError) -> PlacementRow | None:
         try:
@@ -330,7 +312,7 @@ class LocationResolver:
         return self.row(key)
 
     def can_be_read(self, row: PlacementRow) -> bool:
-        """Return whether an object that the placement calls archived can be read now, there or at an earlier location.
+        """Return whether an object that the placement calls archived can be read now, there or at home.
 
         Its store is asked for one byte: a storage class alone does not tell whether an object was restored.
         """
@@ -343,8 +325,7 @@ class LocationResolver:
                 return True  # a later read reports the error
         else:
             return True
-        others = self._candidates(row.key, row, None)
-        return any(self._has_readable(place, row) for place in others if place is not row)
+        return any(self._has_readable(place, row) for place in self._candidates(row, None) if place is not row)
 
     def _has_readable(self, place: PlacementRow | None, expected: PlacementRow) -> bool:
         try:
