@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -198,53 +197,45 @@ class RedirectingLocalStore(RedirectingStore):
 # -- check before a run ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Needed:
-    """Shards of a data set that must be restored. rows: Their rows of the placement."""
+def _restore_estimate(url: str, rows: Sequence[PlacementRow]) -> tuple[float | None, float | None]:
+    """Return the hours until the last shard can be read, and the minimum cost in dollars, at standard speed.
 
-    url: str
-    rows: tuple[PlacementRow, ...]
+    Both are None if no price is known. A reader has no rule file, so the price table is used: for the archive the first
+    row with its class, for a remote home the first row of the same region in the standard class. A home in another
+    region costs more.
+    """
+    _, table = price_table()
+    by_class: dict[str | None, Prices] = {name.rpartition(":")[2]: p for name, p in reversed(list(table.items()))}
+    hours = cost = 0.0
+    for row in rows:
+        known = by_class.get(row.storage_class)
+        price = None if known is None else known.restore.get("standard")
+        if known is None or price is None:
+            return None, None
+        hours = max(hours, price.hours)
+        same_region = (one for one in table.values() if region_of(one) == region_of(known))
+        home = FREE if is_free(url) else next(same_region)
+        cost += float(restored_home_dollars(known, price, home, np.array([row.n_bytes]), urls=(row.url, url))[0])
+    return hours, cost
 
-    def estimate(self) -> tuple[float | None, float | None]:
-        """Return the hours until the last shard can be read, and the minimum cost in dollars, at standard speed.
 
-        Both are None if no price is known. A reader has no rule file, so the price table is used: for the archive the
-        first row with its class, for a remote home the first row of the same region in the standard class. A home in
-        another region costs more.
-        """
-        _, table = price_table()
-        by_class: dict[str | None, Prices] = {name.rpartition(":")[2]: p for name, p in reversed(list(table.items()))}
-        hours = cost = 0.0
-        for row in self.rows:
-            known = by_class.get(row.storage_class)
-            price = None if known is None else known.restore.get("standard")
-            if known is None or price is None:
-                return None, None
-            hours = max(hours, price.hours)
-            same_region = (one for one in table.values() if region_of(one) == region_of(known))
-            home = FREE if is_free(self.url) else next(same_region)
-            n_bytes = np.array([row.n_bytes], np.int64)
-            cost += float(restored_home_dollars(known, price, home, n_bytes, urls=(row.url, self.url))[0])
-        return hours, cost
-
-    def error(self) -> ArchivedShards:
-        """Return the error to raise. Its facts are names, bytes, hours, cost in dollars, and the command."""
-        names = [row.key for row in self.rows]
-        n_bytes, (hours, cost) = sum(row.n_bytes for row in self.rows), self.estimate()
-        asked = names if len(names) <= _SHOWN else []
-        command = shlex.join(["tiercache", "restore", self.url, *asked, "--wait"])
-        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-        price_text = "" if hours is None else f"; restoring takes up to {hours:g} hours and costs at least ${cost:,.2f}"
-        return ArchivedShards(
-            f"{self.url}: {len(names)} shards that this run reads ({format_bytes(n_bytes)}) are archived and must be "
-            f"restored first{price_text}: {command}\n({shown})",
-            names=names,
-            url=self.url,
-            n_bytes=n_bytes,
-            hours=hours,
-            cost=cost,
-            command=command,
-        )
+def _restore_first(url: str, rows: Sequence[PlacementRow]) -> ArchivedShards:
+    """Return the error for shards that must be restored, with the cost and the command."""
+    names, n_bytes = [row.key for row in rows], sum(row.n_bytes for row in rows)
+    hours, cost = _restore_estimate(url, rows)
+    command = shlex.join(["tiercache", "restore", url, *(names if len(names) <= _SHOWN else []), "--wait"])
+    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    price_text = "" if hours is None else f"; restoring takes up to {hours:g} hours and costs at least ${cost:,.2f}"
+    return ArchivedShards(
+        f"{url}: {len(names)} shards that this run reads ({format_bytes(n_bytes)}) are archived and must be "
+        f"restored first{price_text}: {command}\n({shown})",
+        names=names,
+        url=url,
+        n_bytes=n_bytes,
+        hours=hours,
+        cost=cost,
+        command=command,
+    )
 
 
 def check_readable(store: RedirectingStore, keys: pa.ChunkedArray, is_here: Callable[[int], bool]) -> None:
@@ -267,7 +258,7 @@ def check_readable(store: RedirectingStore, keys: pa.ChunkedArray, is_here: Call
     if needed and (newer := store.places.refresh()) is not placement and newer is not None:
         needed = _archived(store, newer, keys, is_here)  # they may have been restored to the home since
     if needed:
-        raise _Needed(store.url, needed).error()
+        raise _restore_first(store.url, needed)
 
 
 def _archived(
