@@ -278,7 +278,7 @@ class TierMachine(RuleBasedStateMachine):
 
 
 TestTierMachine = TierMachine.TestCase
-TestTierMachine.settings = settings(max_examples=12, stateful_step_count=25)
+TestTierMachine.settings = settings(max_examples=5, stateful_step_count=25)
 
 
 @pytest.mark.stress
