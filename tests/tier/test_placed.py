@@ -378,7 +378,10 @@ def _as_it_is(batch):
     return batch
 
 
-@pytest.mark.parametrize(("method", "is_known"), [("fork", False), ("fork", True), ("spawn", False)])
+@pytest.mark.parametrize(
+    ("method", "is_known"),
+    [("fork", False), ("fork", True), pytest.param("spawn", False, marks=pytest.mark.stress)],
+)
 def test_workers_find_moved_shards(packed, tmp_path, method, is_known):
     moved = Moved(packed, LocalFolder(tmp_path / "home"))
     dataset = tc.Dataset(moved.store.url)
