@@ -32,8 +32,7 @@ from tiercache.shard.read.values import empty_values, join_arrow, join_values
 from tiercache.shard.versions.manifest import latest, list_versions, read_shards, read_version
 from tiercache.shard.versions.segments import as_arrow
 from tiercache.store import LocalStore, MemoryStore, Store
-from tiercache.tier.placement.reading import TieredReader
-from tiercache.tier.placement.redirecting_store import follow_placement
+from tiercache.tier.placement.redirecting_store import TieredReader, follow_placement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -59,7 +58,7 @@ class VersionStores:
         placed: Store that redirects reads of moved shards, as the placement log says.
         cache: Cache of the data set; None if it is read without a cache.
         store: Store to read from: the cache around `placed`, or `placed` itself.
-        tiers: State of the tiers: counts uses of shards, and promotes shards to the hot tier.
+        tiers: State of the tiers: counts uses of shards.
     """
 
     def __init__(self, place: DatasetSource) -> None:
@@ -67,7 +66,7 @@ class VersionStores:
         self.placed = follow_placement(self.inner, place.storage_options, place.cached)
         self.cache = place.cache_of(self.inner)
         self.store: Store = self.placed if self.cache is None else self.cache.store(self.placed)
-        self.tiers = TieredReader(self.placed, self.store)
+        self.tiers = TieredReader(self.placed)
 
     def is_local(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None) -> bool:
         """Return whether bytes of a shard are on this machine, in a folder or in the cache.
@@ -104,8 +103,7 @@ class VersionStores:
         Returns:
             Whether a local copy was to blame; it is no longer read.
         """
-        healed = self.tiers.reject_local_copy(key, identity)
-        return (isinstance(self.store, LocalStore) and self.store.verify_copy(key, identity)) or healed
+        return isinstance(self.store, LocalStore) and self.store.verify_copy(key, identity)
 
     def prepare_reading(
         self, keys: pa.ChunkedArray, identity: Callable[[int], ShardIdentity], *, reads_all: bool

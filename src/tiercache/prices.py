@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
@@ -155,9 +155,8 @@ def parse_prices(name: str, given: Mapping[str, Any]) -> Prices:
     if not isinstance(given[_LIKE], str):
         raise ValueError(f"{_LIKE}: expected a name of prices, got {given[_LIKE]!r}")
     base = named_prices(given[_LIKE])
-    restore = {speed: _written(price, _RESTORE_KEYS) for speed, price in base.restore.items()}
-    start = _written(base, (*_DOLLARS, *_BYTES, *_STANDARD)) | {"restore": restore}
-    return _parsed(f"{base.name} ({name})", start | {key: value for key, value in given.items() if key != _LIKE})
+    changed = _values({key: value for key, value in given.items() if key != _LIKE})
+    return replace(base, name=f"{base.name} ({name})", **changed)
 
 
 def prices_of(tier: HasPrices) -> Prices:
@@ -194,15 +193,19 @@ def is_free(url: str) -> bool:
 
 
 def _parsed(name: str, given: Mapping[str, Any]) -> Prices:
+    values = _values(given)
+    return Prices(name, **({"transition_1000": values.get("put_1000", 0.0)} | values))
+
+
+def _values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the checked values of a table, by field of Prices."""
     for key in given:
         if key not in _KEYS:
             near = get_close_matches(key, _KEYS, n=1)
             known = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(_KEYS)
             raise ValueError(f"{key}: no such price; {known}")
-    values: dict[str, Any] = {key: _number(key, given[key]) for key in (*_DOLLARS, *_STANDARD) if key in given}
-    values.setdefault("transition_1000", values.get("put_1000", 0.0))
-    values |= {key: _whole(key, given[key]) for key in _BYTES if key in given}
-    return Prices(name, **values, restore=_restore(given.get("restore", {})))
+    parse = {"restore": lambda _, value: _restore(value)} | dict.fromkeys(_BYTES, _whole)
+    return {key: parse.get(key, _number)(key, value) for key, value in given.items()}
 
 
 def _restore(given: object) -> Mapping[str, RestorePrice]:
@@ -233,7 +236,3 @@ def _whole(key: str, value: object) -> int:
     if not number.is_integer():
         raise ValueError(f"{key}: expected whole bytes, got {value!r}")
     return int(number)
-
-
-def _written(price: Prices | RestorePrice, keys: tuple[str, ...]) -> dict[str, Any]:
-    return {key: getattr(price, key) for key in keys if getattr(price, key) is not None}

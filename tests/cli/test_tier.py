@@ -529,7 +529,7 @@ class TestRun:
         assert steps(root, "nvme") == ["step-10", "step-11", "step-9"]
 
     def test_while_another_mover_is_at_work_it_fails_and_says_so(self, tiercache, root):
-        with closing(open_store(str(root / "store"))) as store, TierLock(store, folder=root / "state"):
+        with closing(open_store(str(root / "store"))) as store, TierLock(store):
             done = tiercache("tier", "run", "--once", code=1)
         assert "is moving things between these tiers" in done.err
         assert not any((root / "cold").iterdir())

@@ -259,7 +259,7 @@ class DiskBucket(Store):
         about, data = self._found(key)
         write_object(self._path(key), about | changes, data)
 
-    def sums(self, key: str) -> Mapping[str, str]:
+    def checksums(self, key: str) -> Mapping[str, str]:
         with self._call("head", key):
             about, _ = self._found(key)
             sums = {"ChecksumCRC32C": crc32c_to_text(about["crc32c"])} if self.says_sums else {}

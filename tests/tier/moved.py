@@ -118,6 +118,6 @@ class ServedStore(WrapperStore):
                 self._server.objects[f"{self._folder}/{info.key}"] = self.inner.get(info.key)
         return answer
 
-    def on_source_closed(self) -> None:
+    def forget(self) -> None:
         """Drop what is in memory."""
         self.inner.delete([info.key for info in self.inner.list()])

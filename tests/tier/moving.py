@@ -142,7 +142,7 @@ class World:
             Transfer(stores, jobs=2) as transfer,
         ):
             yield Mover(
-                file, stores, catalog, transfer, clock=lambda: self.now_s, lock=lock, survey=lambda _: self.survey
+                file, stores, catalog, transfer, clock=lambda: self.now_s, lock=lock, take_guard=lambda _: self.survey
             )
 
     def apply(self, plan: Plan, **kwargs):

@@ -17,7 +17,7 @@ from tiercache.prices import prices_if_known
 from tiercache.store import open_store
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.model import Decisions
-from tiercache.tier.move.deletions import DeletionGuard, survey_of
+from tiercache.tier.move.deletions import DeletionGuard, deletion_guard_of
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores
@@ -233,4 +233,4 @@ def test_a_file_that_is_read_during_grace_stays_where_its_rule_asks_for_idleness
 def test_a_survey_knows_what_was_read_through_a_cache(tiers):
     read_by_fsspec(tiers, KEYS[0])
     tiers.decide()
-    assert list(survey_of(tiers.snapshot, Decisions()).used_s) == [KEYS[0]]
+    assert list(deletion_guard_of(tiers.snapshot, Decisions()).used_s) == [KEYS[0]]

@@ -26,9 +26,11 @@ def check(report, n_rounds):
     assert report["struck"].keys() == points_of_tiers().keys()
 
 
+@pytest.mark.stress
+@pytest.mark.timeout(600)
 def test_a_mover_that_dies_at_any_point_loses_nothing(tmp_path):
     n_rounds = len(points_of_tiers())
-    report = rounds(tmp_path, n_rounds, 7, "--shapes", "local", "one_bucket", "one_warm")
+    report = rounds(tmp_path, n_rounds, 7, "--shapes", "local", "one_bucket", "one_warm", timeout_s=570)
     check(report, n_rounds)
 
 

@@ -39,8 +39,12 @@ groups = st.sampled_from(GROUPS)
 keys = st.sampled_from(KEYS)
 hands = st.sampled_from(["hot", "home"])
 numbers = st.integers(0, 1 << 16)
+# What a store acknowledges of placements and the lock is what it received: only copies of data are verified by us.
 faults = st.lists(
-    st.tuples(st.sampled_from(VERBS), st.integers(1, 12), st.sampled_from(["error", "lost", "flip"])), max_size=2
+    st.tuples(st.sampled_from(VERBS), st.integers(1, 12), st.sampled_from(["error", "lost", "flip"])).filter(
+        lambda fault: fault[2] != "flip" or fault[0] not in ("put", "put_if_absent")
+    ),
+    max_size=2,
 )
 
 
@@ -274,7 +278,7 @@ class TierMachine(RuleBasedStateMachine):
 
 
 TestTierMachine = TierMachine.TestCase
-TestTierMachine.settings = settings(max_examples=12, stateful_step_count=25)
+TestTierMachine.settings = settings(max_examples=5, stateful_step_count=25)
 
 
 @pytest.mark.stress

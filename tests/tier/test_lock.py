@@ -266,13 +266,6 @@ def test_what_is_to_be_dropped_is_said_before_the_lock_is_looked_at(store):
     assert said == [(("s3://a", "f"),)]
 
 
-def test_a_file_on_this_machine_is_locked_beside_it(store, tmp_path):
-    with lock_of(store, folder=tmp_path / "state"):
-        store.delete([key(1)])
-        with pytest.raises(CommitConflict, match="another process of this machine"):
-            lock_of(store, folder=tmp_path / "state").take()
-
-
 def test_it_works_in_a_folder(tmp_path):
     home = LocalFolder(tmp_path / "home")
     with lock_of(home) as lock, pytest.raises(CommitConflict):

@@ -23,6 +23,7 @@ from tiercache.testing import Fault, FaultStore
 from tiercache.tier.placement import log
 from tiercache.tier.placement.log import TRACKING_MARKER_KEY, PlacementRow
 from tiercache.tier.placement.redirecting_store import RedirectingLocalStore, RedirectingStore, follow_placement
+from tiercache.tier.placement.resolver import LocationResolver, _same_service, options_of
 
 ALL = list(range(N))
 
@@ -370,29 +371,6 @@ def test_a_shard_in_a_folder_of_this_machine_is_read_there_past_the_cache(server
     dataset.close()
 
 
-def test_a_damaged_shard_in_a_folder_of_this_machine_is_read_from_home_instead(server, tmp_path):
-    moved = Moved(None, ServedStore(server, "home"))
-    hot = LocalFolder(tmp_path / "hot")
-    moved.move(moved.keys, hot, drop=False)
-    for key in moved.keys:
-        data = bytearray(hot.get(key))
-        data[200:300] = b"\xff" * 100
-        hot.put(key, data)
-    log.commit_placement(
-        moved.store,
-        {
-            i.name: PlacementRow(i.name, moved.store.url, n_bytes=i.n_bytes, crc32c=i.crc32c, promote=hot.url)
-            for i in moved.infos
-        },
-    )
-    dataset = tc.Dataset(f"{server.url}/home", cache=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert by_loader(dataset) == ALL
-    assert by_record(dataset) == ALL
-    dataset.close()
-
-
 # -- workers --------------------------------------------------------------------------------------------------------
 
 
@@ -400,7 +378,10 @@ def _as_it_is(batch):
     return batch
 
 
-@pytest.mark.parametrize(("method", "is_known"), [("fork", False), ("fork", True), ("spawn", False)])
+@pytest.mark.parametrize(
+    ("method", "is_known"),
+    [("fork", False), ("fork", True), pytest.param("spawn", False, marks=pytest.mark.stress)],
+)
 def test_workers_find_moved_shards(packed, tmp_path, method, is_known):
     moved = Moved(packed, LocalFolder(tmp_path / "home"))
     dataset = tc.Dataset(moved.store.url)
@@ -440,14 +421,6 @@ def test_a_place_that_cannot_be_opened_is_an_error_of_the_store_without_its_cred
         with pytest.raises(StoreError, match="names a location that cannot be opened") as caught:
             by_loader(dataset)
         assert "hunter2" not in str(caught.value)
-
-
-@pytest.mark.parametrize("url", WRONG_URLS)
-def test_a_hot_tier_that_cannot_be_opened_stops_no_reader(packed, tmp_path, url):
-    moved = Moved(packed, LocalFolder(tmp_path / "home"))
-    moved.move(moved.keys, LocalFolder(tmp_path / "cold"), promote=url)
-    with closing(tc.Dataset(moved.store.url)) as dataset:
-        assert by_loader(dataset) == ALL
 
 
 def test_workers_forked_from_a_reader_of_another_store_open_their_own(server, tmp_path):
@@ -498,3 +471,35 @@ def test_a_shard_that_was_brought_back_while_its_archived_copy_was_asked_is_read
         cold.when(lambda method, path: ARCHIVED if method == "GET" else None)
         assert by_loader(dataset) == ALL
         dataset.close()
+
+
+# -- options of other places -------------------------------------------------------------------------------------------
+
+
+def test_a_place_is_opened_by_the_options_that_this_machines_rules_have_for_its_tier(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rules = '[tiers.archive]\nurl = "s3://cold/train"\nstorage_options = { region = "xx-1", anon = true }\n'
+    (tmp_path / "tiercache.toml").write_text(rules)
+    places = LocationResolver(MemoryStore("options-home"), {})
+    found = places.store_at(log.PlacementRow("a", "s3://cold/train/data", n_bytes=1))
+    other = places.store_at(log.PlacementRow("a", "s3://cold/training/data", n_bytes=1))
+    assert found._options.config["region"] == "xx-1"
+    assert other._options.config.get("region") != "xx-1"
+    assert options_of("s3://cold/train") == options_of("s3://cold/train/data/") != {}
+    assert options_of("s3://cold/training") == options_of("s3://cold/train/../train") == {}
+    places.close()
+
+
+@pytest.mark.parametrize(
+    ("home", "place", "are_shown"),
+    [
+        ("s3://a/x", "s3://b/y", True),
+        ("http://a.org/x", "http://a.org/y", True),
+        ("http://a.org/x", "http://b.org/x", False),
+        ("s3://a/x", "gs://a/x", False),
+        ("s3://a/x", "/nvme/x", False),
+        ("zip://x.zip::http://a.org/y", "zip://x.zip::http://b.org/y", False),
+    ],
+)
+def test_options_of_the_home_are_shown_to_no_other_server(home, place, are_shown):
+    assert _same_service(place, home) is are_shown

@@ -8,6 +8,7 @@ from tests.tier.moving import PARTS, HookAt, Killed, World, checkpoint, content,
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder
+from tiercache.tier.move.checks import BatchLimits
 
 
 class Disk(LocalFolder):
@@ -140,7 +141,7 @@ def test_a_copy_that_rots_while_its_source_is_dropped_keeps_what_is_left(world):
 
 def test_not_everything_is_read_before_anything_is_dropped(world, monkeypatch):
     """For what was asked before is old by then."""
-    monkeypatch.setattr("tiercache.tier.move.deletions._DELETE_BATCH_BYTES", 1500)
+    monkeypatch.setattr("tiercache.tier.move.deletions._BATCH_LIMITS", BatchLimits(64, 1000, 1500))
     moved_away(world, "f", "g", "h")
     world.later()
     with HookAt() as hook:
@@ -191,8 +192,8 @@ def test_a_source_that_is_another_by_now_gets_no_readers_of_the_old_one(world):
 
 
 def test_what_is_in_use_is_asked_anew_where_copies_took_long_to_read(world, monkeypatch):
-    monkeypatch.setattr("tiercache.tier.move.deletions._DELETE_BATCH_BYTES", 1500)
-    monkeypatch.setattr("tiercache.tier.move.deletions._SURVEY_S", -1.0)
+    monkeypatch.setattr("tiercache.tier.move.deletions._BATCH_LIMITS", BatchLimits(64, 1000, 1500))
+    monkeypatch.setattr("tiercache.tier.move.deletions._GUARD_S", -1.0)
     moved_away(world, "f", "g")
     world.later()
 

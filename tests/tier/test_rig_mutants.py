@@ -122,14 +122,14 @@ def copy_is_flipped(world: World) -> list[str]:
 @contextmanager
 def target_not_checked() -> Iterator[None]:
     """What was verified once is there for ever."""
-    with patch.object(DeferredDeletions, "_unconfirmed", lambda self, row, there: ""):
+    with patch.object(MoveContext, "unconfirmed_move_reason", lambda self, row, there: ""):
         yield
 
 
 @contextmanager
 def source_not_checked() -> Iterator[None]:
     """What was to be dropped is dropped, whatever it is by now."""
-    with patch.object(MoveContext, "moved", lambda self, tier, info, one: ""):
+    with patch.object(MoveContext, "change_reason", lambda self, tier, info, one: ""):
         yield
 
 
@@ -149,7 +149,7 @@ def grace_forgotten() -> Iterator[None]:
 @contextmanager
 def class_not_announced() -> Iterator[None]:
     """A class in which nothing can be read is a class like others."""
-    with patch.object(executor, "ends_readability", lambda sight, row: False):
+    with patch.object(executor, "ends_readability", lambda context, row: False):
         yield
 
 
@@ -164,7 +164,7 @@ def target_overwritten() -> Iterator[None]:
 def pins_not_asked() -> Iterator[None]:
     """What was pinned since is dropped: neither the mover nor the plan that it makes anew asks."""
     with (
-        patch.object(MoveContext, "pinned", lambda self, rows, now_s: {}),
+        patch.object(MoveContext, "pin_reasons", lambda self, rows, now_s: {}),
         patch.object(policy, "reject_protected", lambda view, wishes, refused: wishes),
     ):
         yield
@@ -212,7 +212,7 @@ def copies_not_verified() -> Iterator[None]:
     with (
         patch("tiercache.tier.move.transfer._is_proven", lambda *anything: True),
         patch("tiercache.tier.move.transfer.Transfer.checksum_of", lambda self, name, info: 0),
-        patch.object(MoveContext, "confirmed", lambda self, *anything: ""),
+        patch.object(MoveContext, "unconfirmed_reason", lambda self, *anything: ""),
     ):
         yield
 

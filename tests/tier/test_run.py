@@ -229,7 +229,7 @@ def test_the_books_lie_in_the_state_folder(tiers):
 
 
 def lost(report):
-    assert report.exit_code == (PARTLY if report.losses or report.unavailable_tiers else DONE)
+    assert report.exit_code == (PARTLY if report.losses or report.unseen else DONE)
     assert report.to_json()["lost"] == [one.path for one in report.losses]
     return {one.path: one.tiers for one in report.losses}
 
@@ -296,7 +296,7 @@ def test_what_lies_in_a_tier_that_cannot_be_seen_is_not_called_lost(tiers, clock
     (tiers.root / "archive").rename(tiers.root / "not mounted")
     report = tiers.run()
     assert lost(report) == {}
-    assert (list(report.unavailable_tiers), report.exit_code) == (["archive"], PARTLY)
+    assert (list(report.unseen), report.exit_code) == (["archive"], PARTLY)
     assert report.to_json()["unseen"] == ["archive"]
 
 

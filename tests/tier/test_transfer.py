@@ -373,7 +373,7 @@ def test_what_is_dropped_is_gone_and_the_missing_are_no_error(place):
     here = place()
     here.near.put("a", SMALL)
     here.near.put("b", SMALL)
-    here.transfer.drop("near", [here.planned("a"), PlannedObject("nothing", 1)])
+    here.transfer.delete_objects("near", [here.planned("a"), PlannedObject("nothing", 1)])
     assert [info.key for info in here.near.list()] == ["b"]
 
 

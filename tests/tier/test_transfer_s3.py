@@ -138,7 +138,7 @@ def test_objects_of_a_bucket_are_dropped_together(bucket):
     keys = [f"k{number}" for number in range(5)]
     for key in keys:
         bucket.stores.store("standard").put(key, b"")
-    bucket.transfer.drop("standard", [PlannedObject(key, 0) for key in keys])
+    bucket.transfer.delete_objects("standard", [PlannedObject(key, 0) for key in keys])
     assert list(bucket.stores.listing("standard")) == []
 
 

@@ -171,7 +171,7 @@ def test_it_reports_once_an_hour_while_it_is_read_and_not_after_it_is_closed():
     start_s = clock.monotonic()
     places = LocationResolver(home, {})
     recorder = UseRecorder(places, clock=clock, now_s=lambda: NOW_S + clock.monotonic())
-    places.look()
+    places.placement_once()
     recorder.note("a")
     recorder.begin(())
     for _ in range(400):

@@ -21,7 +21,6 @@ from tiercache.shard.versions.manifest import (
     check_writable,
     encode_version,
     fingerprint_of,
-    version_key,
 )
 from tiercache.shard.versions.segments import SegmentRef
 from tiercache.store.contract import Store
@@ -29,8 +28,6 @@ from tiercache.store.contract import Store
 # Each lost race means that another append was committed; after a hundred losses in a row the writer gives up.
 MAX_REBASES = 100
 MAX_SEGMENTS = 64
-# Number of attempts to put a version while responses are lost and the version is absent.
-_MAX_PUTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,27 +205,14 @@ class Commit:
 
     def _put(self, version: Version) -> Version:
         """Put a version if its number is free. Returns the version that has the number now: this one or another."""
-        key, data, maybe_done = version_key(version.number), encode_version(version), False
-        for _ in range(_MAX_PUTS):
-            failure: StoreError | None = None
-            try:
-                if self._store.put_if_absent(key, data):
-                    return version
-            except StoreError as error:
-                failure = error
-                maybe_done = maybe_done or getattr(error, "maybe_done", False)
-            # "Already exists" may refer to this very version: a back end that retried finds what its first attempt
-            # wrote.
-            try:
-                return manifest.read_version(self._store, version.number)
-            except NotFound:
-                if failure is not None and not maybe_done:
-                    raise failure from None
-            except StoreError as error:
-                if failure is not None and not maybe_done:
-                    raise failure from error
+        try:
+            if manifest.version_log(self._store).put(version.number, encode_version(version)):
+                return version
+            return manifest.read_version(self._store, version.number)
+        except StoreError as error:
+            if error.facts.get("maybe_done"):
                 raise self._lost(version) from error
-        raise self._lost(version)
+            raise
 
     def _lost(self, version: Version) -> StoreError:
         self._unsettled = version

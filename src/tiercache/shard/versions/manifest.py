@@ -16,11 +16,12 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from tiercache._native.checksum import crc32c
-from tiercache.errors import CorruptShard, NotFound, SchemaError, StoreError
+from tiercache.errors import CorruptShard, NotFound, SchemaError
 from tiercache.shard.format.compatibility import FORMAT_VERSION, RELEASE_TEXT, SOFTWARE, check_features, check_format
 from tiercache.shard.schema import Schema, UnknownKindError
 from tiercache.shard.versions.segments import SegmentRef, ShardTable, read_segments
 from tiercache.store.contract import Store
+from tiercache.store.numbered_log import NumberedLog
 
 VERSIONS_FOLDER = "_tiercache/versions/"
 VersionKind: TypeAlias = Literal["create", "append", "overwrite"]
@@ -272,11 +273,16 @@ __all__ = [
     "parse_hint",
     "read_shards",
     "read_version",
+    "version_log",
 ]
 
 HINT_KEY = "_tiercache/latest"
-_VERSION_NAME = re.compile(rf"{re.escape(VERSIONS_FOLDER)}([0-9]{{20}})\.json")
 _HINT_DIGITS = 18  # every number of at most 18 digits is below MAX_NUMBER
+
+
+def version_log(store: Store) -> NumberedLog:
+    """Return the log of the versions of a store's data set."""
+    return NumberedLog(store, VERSIONS_FOLDER, ".json")
 
 
 def encode_hint(number: int) -> bytes:
@@ -306,13 +312,8 @@ def latest(store: Store) -> Version:
 
 def newest_from(store: Store, number: int) -> Version | None:
     """Return the last of the versions number, number + 1, ... before the first gap; None without a version `number`."""
-    if number < 1:
-        return None
-    data, newer = None, _get(store, number)
-    while newer is not None:
-        data, number = newer, number + 1
-        newer = _get(store, number)
-    return None if data is None else _parsed(store, data, number - 1)
+    found = version_log(store).probe(number)
+    return None if found is None else _parsed(store, found[1], found[0])
 
 
 def read_version(store: Store, number: int) -> Version:
@@ -323,7 +324,7 @@ def read_version(store: Store, number: int) -> Version:
         CorruptShard, UnsupportedFormat: The version cannot be read.
         StoreError: The store failed.
     """
-    data = _get(store, number) if 0 < number <= MAX_NUMBER else None
+    data = version_log(store).get(number) if number <= MAX_NUMBER else None
     if data is None:
         raise NotFound(f"no version {number}", url=store.url, number=number)
     return _parsed(store, data, number)
@@ -331,8 +332,7 @@ def read_version(store: Store, number: int) -> Version:
 
 def list_versions(store: Store) -> list[int]:
     """Return the numbers of all versions, ascending. Raises StoreError if the store cannot list."""
-    matches = (_VERSION_NAME.fullmatch(info.key) for info in store.list(VERSIONS_FOLDER))
-    return sorted(int(match[1]) for match in matches if match and int(match[1]))
+    return version_log(store).numbers()
 
 
 def read_shards(store: Store, version: Version) -> ShardTable:
@@ -353,19 +353,12 @@ def read_shards(store: Store, version: Version) -> ShardTable:
     return table
 
 
-def _get(store: Store, number: int) -> bytes | None:
-    try:
-        return store.get(version_key(number))
-    except NotFound:
-        return None
-
-
 def _parsed(store: Store, data: bytes, number: int) -> Version:
     url = f"{store.url}/{version_key(number)}"
     try:
         version = parse_version(data, number=number, url=url)
     except CorruptShard:  # the data may have been damaged in transit: fetch once more
-        again = _get(store, number)
+        again = version_log(store).get(number)
         if again is None or again == data:
             raise
         version = parse_version(again, number=number, url=url)
@@ -388,9 +381,5 @@ def _hinted(store: Store) -> int | None:
 
 def _listed(store: Store) -> int:
     """Return the version number to probe from without a hint: the highest listed one, or 1 if the store cannot list."""
-    try:
-        return max(list_versions(store), default=0)
-    except StoreError as error:
-        if error.retryable:
-            raise
-        return 1
+    highest = version_log(store).highest()
+    return 1 if highest is None else highest

@@ -8,16 +8,16 @@ was expected and what was found.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import pyarrow as pa
 
 from tiercache.catalog.tiers import CatalogEntry, JournalObject, JournalRow
 from tiercache.errors import NotFound, StoreError, TierCacheError
-from tiercache.tier.model import ARCHIVED, READABLE, RESTORING, PlannedObject
+from tiercache.tier.model import ARCHIVED, READABLE, RESTORING
 from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import ensure_marker, state_of
 from tiercache.tier.text_columns import first_match
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from tiercache.catalog.tiers import TierCatalog
     from tiercache.model import ObjectInfo
+    from tiercache.tier.model import PlannedObject
     from tiercache.tier.move.transfer import Transfer, VerifiedCopy
     from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
@@ -71,17 +72,7 @@ class Progress:
     n_bytes: int
 
 
-@dataclass(slots=True)
-class SettlementCounts:
-    """Counts of one settlement, which grow as it runs. stopped: Moves that were kept or cancelled, with reasons."""
-
-    n_done: int = 0
-    n_waiting: int = 0
-    n_bytes: int = 0
-    proof_bytes: int = 0
-    stopped: list[tuple[JournalRow, str]] = field(default_factory=list)
-
-
+T = TypeVar("T")
 Infos: TypeAlias = Mapping[str, "ObjectInfo | None"]
 
 _PROBE_FOLDER = "_tiercache/probe/"
@@ -185,6 +176,12 @@ class MoveContext:
             return f"{at}: expected CRC-32C {known.crc32c:08x}, found {found:08x}"
         self.catalog.record([(tier, key, known._replace(etag=info.etag, crc32c=found))])
         return ""
+
+    def unconfirmed_move_reason(self, row: JournalRow, there: Infos) -> str:
+        """Return why the copies of a move in dst cannot be relied on; "" if all can. Raises StoreError."""
+        books = self.catalog.entries(row.dst, [one.key for one in row.objects])
+        reasons = (self.unconfirmed_reason(row.dst, key, there[key], books.get(key)) for key, *_ in row.objects)
+        return next(filter(None, reasons), "")
 
     def proof(self, tier: str, key: str, known: CatalogEntry | None, on_bytes: Callable[[int], object]) -> str:
         """Return why a copy is not equal to its source, read from its disk; "" if it is.
@@ -308,6 +305,30 @@ class MoveContext:
         return f"expected two locations, found that {urls} (tiers {src}, {dst}) are one: a drop would delete both"
 
 
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """Maximum size of a batch of moves. A single larger move is a batch too."""
+
+    n_moves: int
+    n_objects: int
+    n_bytes: int
+
+
+def in_batches(items: Sequence[T], row_of: Callable[[T], JournalRow], limits: BatchLimits) -> Iterator[list[T]]:
+    """Yield items, each with a journal row, in batches that keep to the limits."""
+    batch: list[T] = []
+    n_objects = n_bytes = 0
+    for item in items:
+        objects = row_of(item).objects
+        n_objects, n_bytes = n_objects + len(objects), n_bytes + sum(one.n_bytes for one in objects)
+        if batch and (len(batch) >= limits.n_moves or n_objects > limits.n_objects or n_bytes > limits.n_bytes):
+            yield batch
+            batch, n_objects, n_bytes = [], len(objects), sum(one.n_bytes for one in objects)
+        batch.append(item)
+    if batch:
+        yield batch
+
+
 def matches_entry(info: ObjectInfo, known: CatalogEntry) -> bool:
     """Return whether an object is the one in the catalog, by size and ETag."""
     return info.n_bytes == known.n_bytes and None not in (info.etag, known.etag) and info.etag == known.etag
@@ -329,7 +350,7 @@ def entry_after_class_change(
 ) -> CatalogEntry | None:
     """Return the new catalog entry of an object whose class was changed; None if nothing changes.
 
-    known: The entry before, see Sight.remember_dates. An object without a checksum has an entry only for its date.
+    known: The entry before, see remember_dates(). An object without a checksum has an entry only for its date.
     """
     crc = changed.crc32c if changed.crc32c is not None else one.crc32c
     came_from, first_s = ("", one.modified_s) if known is None else (known.made_from, first_written_s(one, known))
@@ -343,11 +364,6 @@ def entry_after_class_change(
 def is_readable(info: ObjectInfo) -> bool:
     """Return whether an object can be read permanently. A temporarily restored object cannot."""
     return state_of(info) == READABLE
-
-
-def as_planned(one: JournalObject) -> PlannedObject:
-    """Convert an object of the journal for a call of the transfer."""
-    return PlannedObject(one.key, one.n_bytes, one.etag, one.modified_s, one.crc32c)
 
 
 def as_journaled(one: PlannedObject, where: str = "") -> JournalObject:

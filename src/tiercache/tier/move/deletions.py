@@ -8,7 +8,7 @@ or rules have changed, and its redirect is reverted; or it keeps waiting if the 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
@@ -24,11 +24,13 @@ from tiercache.store import LocalFolder
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.model import CHECKPOINT, READABLE, SHARD
 from tiercache.tier.move.checks import (
+    ApplyResult,
+    BatchLimits,
     Infos,
     Progress,
-    SettlementCounts,
-    as_planned,
+    StoppedMove,
     entry_after_class_change,
+    in_batches,
     is_readable,
 )
 from tiercache.tier.move.executor import has_class
@@ -76,11 +78,11 @@ def take_deletion_guard(file: RuleFile, stores: Stores, catalog: TierCatalog, no
     prices = [prices_if_known(tier) for tier in file.tiers]
     capacity = [stores.capacity(tier.name) for tier in file.tiers]
     missing = unavailable_tiers(file, stores, catalog)
-    return survey_of(snapshot, decide(snapshot, file, prices, capacity_bytes=capacity, missing=missing))
+    return deletion_guard_of(snapshot, decide(snapshot, file, prices, capacity_bytes=capacity, missing=missing))
 
 
-def survey_of(snapshot: Snapshot, decisions: Decisions) -> DeletionGuard:
-    """Return the survey of a snapshot and of the decisions on it."""
+def deletion_guard_of(snapshot: Snapshot, decisions: Decisions) -> DeletionGuard:
+    """Return the guard that a snapshot and the decisions on it make."""
     tiers = snapshot.tiers
     is_used = np.isfinite(snapshot.uses_recorded_since_s) & (snapshot.kind != SHARD)
     takes = [move for move in decisions.moves if move.action in ("move", "drop", "reclass")]
@@ -113,10 +115,10 @@ def _paths(snapshot: Snapshot, groups: NDArray[np.bool_]) -> frozenset[str]:
 Verdict: TypeAlias = Literal["go", "done", "keep", "cancel"]
 
 # Small batches: between the checks and the deletions lie the queries of one batch, and the reading of its local copies.
-_DELETE_BATCH_MOVES, _DELETE_BATCH_OBJECTS, _DELETE_BATCH_BYTES = 64, 1000, 64 << 30
+_BATCH_LIMITS = BatchLimits(64, 1000, 64 << 30)
 _CLOCK_SKEW_S = 60.0
-# Maximum age of the survey, which says what is in use, which checkpoint is the newest, and what the rules ask for.
-_SURVEY_S = 600.0
+# Maximum age of the deletion guard.
+_GUARD_S = 600.0
 
 
 @dataclass(slots=True)
@@ -149,10 +151,11 @@ class DeferredDeletions:
     """One call of Mover.settle().
 
     Args:
-        sight: Stores, catalog and checks.
+        context: Stores, catalog and checks.
         lock: Lock of the home tier, held by the caller.
-        survey: Function that returns the Survey at a time in seconds since the epoch.
+        take_guard: Function that returns the DeletionGuard at a time in seconds since the epoch.
         now_s: Current time, in seconds since the epoch.
+        guard: Guard that the caller has already, and when its listing began, by SYSTEM_CLOCK. None: taken if needed.
         only_begun: Whether to finish interrupted deletions only.
         on_progress: Function that receives how many bytes of copies were read back, and how many there are; called from
             several threads. A lock guards the counts.
@@ -160,34 +163,36 @@ class DeferredDeletions:
 
     def __init__(
         self,
-        sight: MoveContext,
+        context: MoveContext,
         lock: TierLock,
-        survey: Callable[[float], DeletionGuard],
+        take_guard: Callable[[float], DeletionGuard],
         now_s: float,
         *,
+        guard: tuple[DeletionGuard, float] | None = None,
         only_begun: bool = False,
         on_progress: Callable[[Progress], object] | None = None,
     ) -> None:
-        self._sight, self._lock, self._now_s, self._only_begun = sight, lock, now_s, only_begun
-        self._ask_survey, self._on_progress = survey, on_progress
-        self._guard, self._n_due, self._due_bytes = Lock(), 0, 0
-        self._file, self._catalog = sight.file, sight.catalog
-        self._placing = PlacementUpdates(sight)
-        self._by_use = {rule.name for rule in sight.file.rules if rule.idle_s or rule.uses_below is not None}
-        self._settled = SettlementCounts()
+        self._context, self._lock, self._now_s, self._only_begun = context, lock, now_s, only_begun
+        self._take_guard, self._guard, self._on_progress = take_guard, guard, on_progress
+        self._lock_counts, self._n_due, self._due_bytes = Lock(), 0, 0
+        self._file, self._catalog = context.file, context.catalog
+        self._placing = PlacementUpdates(context)
+        self._by_use = {rule.name for rule in context.file.rules if rule.idle_s or rule.uses_below is not None}
+        self._n_done = self._n_waiting = self._n_bytes = self._proof_bytes = 0
+        self._stopped: list[StoppedMove] = []
 
-    def run(self) -> SettlementCounts:
+    def run(self) -> ApplyResult:
         """Make the deletions that are due, and return the counts. Raises as Mover.settle()."""
         due = self._due()
-        if due:
-            proven = [row for row in due if _needs_proof(row) and self._sight.transfer.needs_disk_check(row.dst)]
-            self._n_due, self._due_bytes = len(due), sum(one.n_bytes for row in proven for one in row.objects)
-            survey, asked_s = self._ask_survey(self._now_s), SYSTEM_CLOCK.monotonic()
-            for batch in _batches_of_rows(due):
-                if SYSTEM_CLOCK.monotonic() - asked_s > _SURVEY_S:  # reading the copies of earlier batches took long
-                    survey, asked_s = self._ask_survey(self._now_s), SYSTEM_CLOCK.monotonic()
-                self._work(batch, survey)
-        return self._settled
+        proven = [row for row in due if _needs_proof(row) and self._context.transfer.needs_disk_check(row.dst)]
+        self._n_due, self._due_bytes = len(due), sum(one.n_bytes for row in proven for one in row.objects)
+        for batch in in_batches(due, lambda row: row, _BATCH_LIMITS):
+            # Reading the copies of earlier batches may have taken hours.
+            if self._guard is None or SYSTEM_CLOCK.monotonic() - self._guard[1] > _GUARD_S:
+                asked_s = SYSTEM_CLOCK.monotonic()
+                self._guard = self._take_guard(self._now_s), asked_s
+            self._work(batch, self._guard[0])
+        return ApplyResult(self._n_done, tuple(self._stopped), self._n_waiting, self._n_bytes, self._proof_bytes)
 
     def _due(self) -> list[JournalRow]:
         due, again = [], []
@@ -195,7 +200,7 @@ class DeferredDeletions:
             if row.state == "dropping" or (not self._only_begun and row.due_s <= self._now_s):
                 due.append(row)
                 continue
-            self._settled.n_waiting += 1
+            self._n_waiting += 1
             if row.since_s > self._now_s + _CLOCK_SKEW_S:
                 # The clock was ahead when the grace period began: without this it would last that much longer.
                 due_s = self._now_s + self._file.tiering.grace_s
@@ -203,11 +208,11 @@ class DeferredDeletions:
         self._catalog.write(again)
         return due
 
-    def _work(self, rows: Sequence[JournalRow], survey: DeletionGuard) -> None:
+    def _work(self, rows: Sequence[JournalRow], guard: DeletionGuard) -> None:
         self._lock.check()
-        self._placing.on_source_closed()
+        self._placing.forget_placements()
         due = [DueDeletion(row, is_begun=row.state == "dropping") for row in rows]
-        self._check(due, survey)
+        self._check(due, guard)
         self._part(due)
         self._prove([one for one in due if one.verdict == "go" and _needs_proof(one.row)])
         self._heed_pins(due)
@@ -218,28 +223,28 @@ class DeferredDeletions:
 
     # -- checks -----------------------------------------------------------------------------------------------------
 
-    def _check(self, due: Sequence[DueDeletion], survey: DeletionGuard) -> None:
+    def _check(self, due: Sequence[DueDeletion], guard: DeletionGuard) -> None:
         for one in due:
             if why := self._misnamed(one.row):
                 one.set_verdict("cancel", why)
         fit = [one for one in due if one.verdict == "go"]
         pinned = self._pins_of(fit)
         wanted = [pair for one in fit for pair in self._asked_of(one.row)]
-        heads = self._sight.heads(list(dict.fromkeys(wanted)))
-        missing = unavailable_tiers(self._file, self._sight.stores, self._catalog)
+        heads = self._context.heads(list(dict.fromkeys(wanted)))
+        missing = unavailable_tiers(self._file, self._context.stores, self._catalog)
         for one in fit:
             if why := _out_of_sight(one.row, missing):
                 one.set_verdict("keep", why)
                 continue
             try:
-                self._check_one(one, heads, survey, pinned.get((one.row.plan, one.row.number), ""))
+                self._check_one(one, heads, guard, pinned.get((one.row.plan, one.row.number), ""))
             except TierCacheError as error:
                 one.set_verdict("keep", str(error))
 
     def _pins_of(self, due: Sequence[DueDeletion]) -> Mapping[tuple[str, int], str]:
-        """Return the moves that a pin protects now, as Sight.pinned(). All are kept where the pins cannot be read."""
+        """Return the moves that a pin protects now, with reasons. All are kept where the pins are unknown."""
         try:
-            return self._sight.pin_reasons([one.row for one in due], self._now_s)
+            return self._context.pin_reasons([one.row for one in due], self._now_s)
         except TierCacheError as error:
             for one in due:
                 one.set_verdict("keep", str(error))
@@ -268,7 +273,7 @@ class DeferredDeletions:
         tiers = {row.src, row.dst, self._placing.home}
         return [(tier, one.key) for tier in tiers for one in row.objects]
 
-    def _check_one(self, one: DueDeletion, heads: Heads, survey: DeletionGuard, pin: str) -> None:
+    def _check_one(self, one: DueDeletion, heads: Heads, guard: DeletionGuard, pin: str) -> None:
         row = one.row
         if changed := self._look(one, heads):
             one.set_verdict("cancel", changed)
@@ -277,47 +282,47 @@ class DeferredDeletions:
             one.set_verdict("done", "")
             return
         if row.action == "delete":
-            self._check_delete(one, survey)
+            self._check_delete(one, guard)
         else:
-            self._check_target(one, heads, survey)
+            self._check_target(one, heads, guard)
         if pin:
             one.set_verdict("cancel", pin)
-        links = [survey.linked.get((row.path, where)) for where in sorted({where for where, _ in one.present})]
+        links = [guard.linked.get((row.path, where)) for where in sorted({where for where, _ in one.present})]
         # A link cannot use a group whose objects are partly deleted already: such a deletion is finished.
         if (link := next(filter(None, links), None)) and (one.is_whole or not one.is_begun):
             one.set_verdict("keep", f"{row.path}: expected no symbolic link to it, found {link}")
-        if row.rule in self._by_use and survey.used_s.get(row.path, 0.0) > row.since_s > 0:
+        if row.rule in self._by_use and guard.used_s.get(row.path, 0.0) > row.since_s > 0:
             # No placement redirects readers of plain files to the copy: a reader that uses the URL reads the source.
             one.set_verdict("cancel", f"{row.path}: expected no reader since it was copied, found that it was read")
-        if row.path in survey.in_use:
+        if row.path in guard.in_use:
             one.set_verdict("keep", f"{row.path}: expected no reader, found that a machine reads it now")
-        if row.rules != self._file.sha256 and row.action != "delete" and (row.path, row.src) not in survey.asked:
+        if row.rules != self._file.sha256 and row.action != "delete" and (row.path, row.src) not in guard.asked:
             one.set_verdict("cancel", f"{row.path}: the rule file was changed and no longer asks for this")
         if one.verdict == "cancel" and one.is_begun and not one.is_whole:
             one.verdict = "keep"  # some objects are gone: the rest must be deleted when that is possible again
 
     def _look(self, one: DueDeletion, heads: Heads) -> str:
         """Compare the objects to delete with those that the journal recorded, and note which of them exist."""
-        row, sight, changed = one.row, self._sight, ""
+        row, context, changed = one.row, self._context, ""
         for obj in row.objects:
             where = obj.where if row.action == "delete" else row.src
             info = found_in(heads, where, obj.key)
             if info is None:
                 one.is_whole = False
                 continue
-            if row.action == "reclass" and has_class(sight, row.dst, info) and info.n_bytes == obj.n_bytes:
+            if row.action == "reclass" and has_class(context, row.dst, info) and info.n_bytes == obj.n_bytes:
                 continue
             one.present.append((where, obj))
-            changed = changed or sight.change_reason(where, info, obj)
+            changed = changed or context.change_reason(where, info, obj)
         if row.action == "reclass" and not one.is_whole:
             changed = changed or f"{row.src_place}/{row.path}: expected {len(row.objects)} objects, some are missing"
         for where in sorted({obj.where for obj in row.objects} if row.action == "delete" else {row.src}):
-            changed = changed or sight.extra_object_reason(where, row.path, [obj.key for obj in row.objects])
+            changed = changed or context.extra_object_reason(where, row.path, [obj.key for obj in row.objects])
         return changed or (self._new_copies(row, heads) if row.action == "delete" else "")
 
     def _new_copies(self, row: JournalRow, heads: Heads) -> str:
         """Return why there are more copies than the last copies that were to be deleted; "" if there are not."""
-        stores, known = self._sight.stores, {(one.where, one.key) for one in row.objects}
+        stores, known = self._context.stores, {(one.where, one.key) for one in row.objects}
         for tier in self._file.tiers:
             for info in found_infos(heads, tier.name, row).values():
                 if info is None or (tier.name, info.key) in known:
@@ -326,18 +331,18 @@ class DeferredDeletions:
                     return f"{tier.url}/{info.key}: expected no copy there, found one of {info.n_bytes} bytes"
         return ""
 
-    def _check_delete(self, one: DueDeletion, survey: DeletionGuard) -> None:
+    def _check_delete(self, one: DueDeletion, guard: DeletionGuard) -> None:
         row = one.row
-        if row.path in survey.protected:
+        if row.path in guard.protected:
             one.set_verdict("cancel", f"{row.path}: it is the newest complete checkpoint of its run")
-        elif one.is_whole and row.path not in survey.deletes:
+        elif one.is_whole and row.path not in guard.deletes:
             one.set_verdict("cancel", f"{row.path}: no rule deletes it now")
 
-    def _check_target(self, one: DueDeletion, heads: Heads, survey: DeletionGuard) -> None:
-        row, sight = one.row, self._sight
+    def _check_target(self, one: DueDeletion, heads: Heads, guard: DeletionGuard) -> None:
+        row, context = one.row, self._context
         there = found_infos(heads, row.dst, row)
         if row.action != "reclass":
-            if why := self._unconfirmed(row, there):
+            if why := self._context.unconfirmed_move_reason(row, there):
                 one.set_verdict("cancel", why)
             if since_s := self._lock.unreliable_copies.get((row.dst_place, row.path)):
                 one.set_verdict(
@@ -347,10 +352,10 @@ class DeferredDeletions:
                 )
             if not one.present:
                 one.set_verdict("done", "")
-            elif why := sight.shared_location_reason(row.src, row.dst):
+            elif why := context.shared_location_reason(row.src, row.dst):
                 one.set_verdict("cancel", why)
         stays = row.action != "reclass" and all(info is not None and is_readable(info) for info in there.values())
-        if row.path in survey.protected and not stays:
+        if row.path in guard.protected and not stays:
             one.set_verdict(
                 "cancel", f"{row.path}: the newest complete checkpoint of its run stays where it can be read"
             )
@@ -358,13 +363,6 @@ class DeferredDeletions:
         at_home: Infos = found_infos(heads, self._placing.home, row) if between else {}
         if one.verdict == "go" and (why := self._placing.unredirected_reason(row, at_home)):
             one.set_verdict("cancel", why)
-
-    def _unconfirmed(self, row: JournalRow, there: Infos) -> str:
-        books = self._catalog.entries(row.dst, [one.key for one in row.objects])
-        for one in row.objects:
-            if why := self._sight.unconfirmed_reason(row.dst, one.key, there[one.key], books.get(one.key)):
-                return why
-        return ""
 
     def _part(self, due: Sequence[DueDeletion]) -> None:
         """Keep a deletion whose source another deletion of the batch relies on, or the reverse, whatever the paths are.
@@ -390,11 +388,11 @@ class DeferredDeletions:
         """Read local copies back from disk, once, before their sources are deleted: no store verifies their bytes."""
         copies: list[tuple[DueDeletion, str, CatalogEntry | None]] = []
         for one in due:
-            if self._sight.transfer.needs_disk_check(one.row.dst):
+            if self._context.transfer.needs_disk_check(one.row.dst):
                 keys = [obj.key for obj in one.row.objects]
                 books = self._catalog.entries(one.row.dst, keys)
                 copies += [(one, key, books.get(key)) for key in keys]
-        for (one, _, _), (verdict, why) in zip(copies, self._sight.pool.map(self._proof, copies), strict=True):
+        for (one, _, _), (verdict, why) in zip(copies, self._context.pool.map(self._proof, copies), strict=True):
             if why:
                 # Where some source objects are gone, the deletion is finished when that is possible again, not
                 # forgotten.
@@ -403,22 +401,22 @@ class DeferredDeletions:
     def _proof(self, copy: tuple[DueDeletion, str, CatalogEntry | None]) -> tuple[Verdict, str]:
         one, key, known = copy
         try:
-            return "cancel", self._sight.proof(one.row.dst, key, known, self._have_read)
+            return "cancel", self._context.proof(one.row.dst, key, known, self._have_read)
         except TierCacheError as error:
             is_half_gone = one.is_begun and not one.is_whole  # then the copy is the only one of the deleted objects
             if (why := str(error)) != one.row.note or known is None or is_half_gone:
                 return "keep", why
             # The same error as last time: a broken disk does not repair itself, and readers cannot read the copy
             # either.
-            self._sight.disbelieve(one.row.dst, key, known)
+            self._context.disbelieve(one.row.dst, key, known)
             return "cancel", why
 
     def _have_read(self, n_bytes: int) -> None:
-        with self._guard:
-            self._settled.proof_bytes += n_bytes
-            done_bytes = self._settled.proof_bytes
+        with self._lock_counts:
+            self._proof_bytes += n_bytes
+            done_bytes = self._proof_bytes
         if self._on_progress is not None:
-            self._on_progress(Progress(self._settled.n_done, self._n_due, done_bytes, max(self._due_bytes, done_bytes)))
+            self._on_progress(Progress(self._n_done, self._n_due, done_bytes, max(self._due_bytes, done_bytes)))
 
     # -- deletions --------------------------------------------------------------------------------------------------
 
@@ -448,10 +446,10 @@ class DeferredDeletions:
         wanted = [(where, obj.key) for one in drops for where, obj in one.present]
         placed = [one for one in drops if one.row.dst]
         wanted += [(one.row.dst, obj.key) for one in placed for obj in one.row.objects]
-        heads = self._sight.heads(list(dict.fromkeys(wanted)))
+        heads = self._context.heads(list(dict.fromkeys(wanted)))
         for one in placed:
             try:
-                if why := self._unconfirmed(one.row, found_infos(heads, one.row.dst, one.row)):
+                if why := self._context.unconfirmed_move_reason(one.row, found_infos(heads, one.row.dst, one.row)):
                     one.set_verdict("keep", why)  # the next run checks it again
             except TierCacheError as error:
                 one.set_verdict("keep", str(error))
@@ -459,7 +457,7 @@ class DeferredDeletions:
             for where, obj in one.present:
                 try:
                     info = found_in(heads, where, obj.key)
-                    why = "" if info is None else self._sight.change_reason(where, info, obj)
+                    why = "" if info is None else self._context.change_reason(where, info, obj)
                 except TierCacheError as error:
                     one.set_verdict("keep", str(error))
                     continue
@@ -507,7 +505,7 @@ class DeferredDeletions:
                 by_tier[where].append((one, obj))
         for tier, pairs in by_tier.items():
             try:
-                self._sight.transfer.delete_objects(tier, [as_planned(obj) for _, obj in pairs])
+                self._context.transfer.delete_objects(tier, [obj for _, obj in pairs])
             except StoreError as error:  # some may be gone: the row says "dropping", and the next run deletes the rest
                 for one, _ in pairs:
                     one.set_verdict("keep", str(error))
@@ -515,8 +513,8 @@ class DeferredDeletions:
     def _reclass(self, due: Sequence[DueDeletion]) -> None:
         pairs = [(one, obj) for one in due for _, obj in one.present]
         for one in due:
-            self._sight.remember_dates(one.row.dst, [obj for _, obj in one.present])
-        made = [copy for copy in self._sight.pool.map(self._reclassed, pairs) if copy is not None]
+            self._context.remember_dates(one.row.dst, [obj for _, obj in one.present])
+        made = [copy for copy in self._context.pool.map(self._reclassed, pairs) if copy is not None]
         crash_point("tier_drop.reclassed")
         self._catalog.record(made)
 
@@ -525,7 +523,7 @@ class DeferredDeletions:
         dst = one.row.dst
         try:
             known = self._catalog.entries(dst, [obj.key]).get(obj.key)
-            changed = self._sight.transfer.change_class(dst, as_planned(obj))
+            changed = self._context.transfer.change_class(dst, obj)
         except CommitConflict:
             raise
         except TierCacheError as error:
@@ -545,21 +543,21 @@ class DeferredDeletions:
             row = one.row
             if one.verdict in ("go", "done"):
                 rows.append(replace(row, state="done", note="", changed_s=self._now_s))
-                self._settled.n_done += 1
+                self._n_done += 1
                 if row.action != "reclass":
                     lasting += [(row.dst, obj.key) for obj in row.objects if row.dst]
                     gone += [(where, obj.key) for where, obj in one.present]
                 if row.action == "delete":  # and the catalog entries of copies that others have deleted
                     gone += [(tier.name, obj.key) for tier in self._file.tiers for obj in row.objects]
-                self._settled.n_bytes += sum(obj.n_bytes for _, obj in one.present) if one.verdict == "go" else 0
+                self._n_bytes += sum(obj.n_bytes for _, obj in one.present) if one.verdict == "go" else 0
                 continue
             if one.verdict == "cancel":
                 rows.append(replace(row, state="cancelled", note=one.why, changed_s=self._now_s))
             else:
                 kept = replace(row, state="dropping" if one.is_begun else row.state)
                 rows.append(replace(kept, note=one.why, changed_s=self._now_s))
-                self._settled.n_waiting += 1
-            self._settled.stopped.append((row, one.why))
+                self._n_waiting += 1
+            self._stopped.append(StoppedMove(row.number, one.why, row.path, row.plan))
         self._remove_folders([one for one in due if one.verdict in ("go", "done") and one.row.action != "reclass"])
         self._catalog.source_deleted(lasting)  # also of sources that somebody else deleted
         self._catalog.write(rows)
@@ -573,7 +571,7 @@ class DeferredDeletions:
             if row.kind != "checkpoint" or any(obj.key == row.path for obj in row.objects):
                 continue
             for where in sorted({obj.where or row.src for obj in row.objects}):
-                store = self._sight.stores.store(where)
+                store = self._context.stores.store(where)
                 if isinstance(store, LocalFolder):
                     with suppress(StoreError):  # the objects are gone; an empty folder is only cosmetic
                         store.remove_empty(row.path)
@@ -600,19 +598,3 @@ def _out_of_sight(row: JournalRow, missing: Mapping[str, str]) -> str:
     if row.action == "delete":
         return deletion_block_reason(missing)
     return missing.get(row.src, "")
-
-
-def _batches_of_rows(rows: Sequence[JournalRow]) -> Iterator[list[JournalRow]]:
-    batch: list[JournalRow] = []
-    n_objects = n_bytes = 0
-    for row in rows:
-        row_bytes = sum(one.n_bytes for one in row.objects)
-        is_full = len(batch) >= _DELETE_BATCH_MOVES or n_objects + len(row.objects) > _DELETE_BATCH_OBJECTS
-        if batch and (is_full or n_bytes + row_bytes > _DELETE_BATCH_BYTES):
-            yield batch
-            batch, n_objects, n_bytes = [], 0, 0
-        batch.append(row)
-        n_objects += len(row.objects)
-        n_bytes += row_bytes
-    if batch:
-        yield batch

@@ -14,7 +14,7 @@ copy never looks complete.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
@@ -26,15 +26,16 @@ from tiercache.errors import CommitConflict, StoreError, TierCacheError
 from tiercache.tier.model import ARCHIVED, RESTORING, PlannedObject
 from tiercache.tier.move.checks import (
     ApplyResult,
+    BatchLimits,
     Infos,
     MoveContext,
     Progress,
     StoppedMove,
     as_journaled,
-    as_planned,
     earliest,
     entry_after_class_change,
     first_written_s,
+    in_batches,
     matches_entry,
 )
 from tiercache.tier.move.placement_updates import Heads, PlacementUpdates, RowChanges, ends_readability, found_infos
@@ -93,8 +94,8 @@ class MoveJob:
 class CopyMaker:
     """Makes the copies of jobs in parallel. Use it from one thread at a time."""
 
-    def __init__(self, sight: MoveContext, on_bytes: Callable[[int], object]) -> None:
-        self._sight, self._on_bytes = sight, on_bytes
+    def __init__(self, context: MoveContext, on_bytes: Callable[[int], object]) -> None:
+        self._context, self._on_bytes = context, on_bytes
 
     def copy(self, jobs: Sequence[MoveJob]) -> None:
         """Make each job's group complete and verified in dst, and record it in the catalog.
@@ -113,7 +114,7 @@ class CopyMaker:
     def reclass(self, jobs: Sequence[MoveJob]) -> None:
         """Give the objects of each job the storage class of dst."""
         for job in jobs:
-            self._sight.remember_dates(job.row.dst, job.row.objects)
+            self._context.remember_dates(job.row.dst, job.row.objects)
         self._all(self._change_class, [(job, one) for job in jobs for one in job.row.objects])
         crash_point("tier_move.reclassed")
         self._record(jobs)
@@ -125,17 +126,17 @@ class CopyMaker:
         copy. 3. Nobody can compare the copy, and a copy that was never compared is not overwritten: it and its source
         would stay for good.
         """
-        jobs = [job for job in jobs if self._sight.stores.class_of(job.row.dst) in RESTORED_FIRST]
+        jobs = [job for job in jobs if self._context.stores.class_of(job.row.dst) in RESTORED_FIRST]
         wanted = {
             (job.row.dst, one.key): CatalogEntry(one.n_bytes, None, None, job.row.src_place)
             for job in jobs
             for one in job.row.objects
         }
-        found = self._sight.heads(list(wanted))
-        self._sight.catalog.record([(*at, copy) for at, copy in wanted.items() if found[at] is None])
+        found = self._context.heads(list(wanted))
+        self._context.catalog.record([(*at, copy) for at, copy in wanted.items() if found[at] is None])
 
     def _record(self, jobs: Sequence[MoveJob]) -> None:
-        self._sight.catalog.record([copy for job in jobs for copy in job.made])
+        self._context.catalog.record([copy for job in jobs for copy in job.made])
         for job in jobs:
             job.made.clear()
 
@@ -152,14 +153,14 @@ class CopyMaker:
                 except TierCacheError as error:
                     job.stop(str(error))
 
-        for _ in self._sight.pool.map(one_of, objects):
+        for _ in self._context.pool.map(one_of, objects):
             pass
 
     # -- one object -------------------------------------------------------------------------------------------------
 
     def _ensure(self, job: MoveJob, one: JournalObject) -> None:
-        sight, src, dst = self._sight, job.row.src, job.row.dst
-        info = sight.head(dst, one.key)
+        context, src, dst = self._context, job.row.src, job.row.dst
+        info = context.head(dst, one.key)
         if info is not None and self._is_there(job, one, info):
             return
         if not job.is_active:
@@ -168,7 +169,7 @@ class CopyMaker:
         replaces = False if info is None else info.etag or True
         source = src
         try:
-            copied = sight.transfer.copy(src, dst, as_planned(one), on_bytes=self._on_bytes, replaces=replaces)
+            copied = context.transfer.copy(src, dst, one, on_bytes=self._on_bytes, replaces=replaces)
         except StoreError as error:
             if not error.facts.get("spoilt"):
                 raise
@@ -176,7 +177,7 @@ class CopyMaker:
         crash_point("tier_move.object")
         crc = copied.crc32c if copied.crc32c is not None else one.crc32c
         # A copy made from a third tier may not be replaced from src: an object that rots there may look new one day.
-        copy = CatalogEntry(copied.n_bytes, copied.etag, crc, sight.file.tier(source).url)
+        copy = CatalogEntry(copied.n_bytes, copied.etag, crc, context.file.tier(source).url)
         self._note(job, one, copy, copied.n_bytes, of_source=source == src)
 
     def _begin_anew(self, job: MoveJob) -> None:
@@ -193,7 +194,7 @@ class CopyMaker:
             job.is_new = True
             if job.row.since_s > 0:
                 job.row = replace(job.row, since_s=0.0, due_s=0.0)
-                self._sight.catalog.write([job.row])
+                self._context.catalog.write([job.row])
 
     def _copied_from_others(
         self, job: MoveJob, one: JournalObject, replaces: bool | str, spoilt: StoreError
@@ -203,16 +204,18 @@ class CopyMaker:
         Raises `spoilt` if no tier has one. Without this, the group would stay incomplete in dst on every run until
         somebody looked.
         """
-        sight, dst = self._sight, job.row.dst
-        for tier in sight.file.tiers:
-            if any(sight.stores.same_url(tier.name, other) for other in (job.row.src, dst)):
+        context, dst = self._context, job.row.dst
+        for tier in context.file.tiers:
+            if any(context.stores.same_url(tier.name, other) for other in (job.row.src, dst)):
                 continue
-            known = sight.catalog.entries(tier.name, [one.key]).get(one.key)
+            known = context.catalog.entries(tier.name, [one.key]).get(one.key)
             if known is None or not known.verified or (known.n_bytes, known.crc32c) != (one.n_bytes, one.crc32c):
                 continue
             asked = PlannedObject(one.key, one.n_bytes, known.etag, None, one.crc32c)
             with suppress(StoreError):  # the error to report is the one of src
-                return tier.name, sight.transfer.copy(tier.name, dst, asked, on_bytes=self._on_bytes, replaces=replaces)
+                return tier.name, context.transfer.copy(
+                    tier.name, dst, asked, on_bytes=self._on_bytes, replaces=replaces
+                )
         raise spoilt
 
     def _note(
@@ -222,7 +225,7 @@ class CopyMaker:
 
         The copy keeps the date of the object that it copies, also when the source is gone.
         """
-        books = self._sight.catalog
+        books = self._context.catalog
         source = books.entries(job.row.src, [one.key]).get(one.key)
         came_from = source.made_from if source is not None and source.etag == one.etag else ""
         first_s = first_written_s(one, source)
@@ -242,12 +245,12 @@ class CopyMaker:
 
         Stop the job if dst has a different object that must not be overwritten.
         """
-        sight, dst = self._sight, job.row.dst
-        known = sight.catalog.entries(dst, [one.key]).get(one.key)
+        context, dst = self._context, job.row.dst
+        known = context.catalog.entries(dst, [one.key]).get(one.key)
         expected = self._source_sum(job, one)
         is_cold = state_of(info) in (ARCHIVED, RESTORING)
         if info.n_bytes == one.n_bytes and expected is not None:
-            found = sight.checksum_of(dst, info, known)
+            found = context.checksum_of(dst, info, known)
             # For an object that cannot be read, the checksum that the store reports is all there is.
             if expected == (info.crc32c if found is None else found):
                 same = known if known is not None and known.verified and matches_entry(info, known) else None
@@ -264,7 +267,7 @@ class CopyMaker:
                     return False
             if matches_entry(info, known) and len(job.row.objects) == 1:
                 return False  # a copy of an earlier object of src: it may be replaced
-        where = f"{sight.stores.store(dst).url}/{one.key}"
+        where = f"{context.stores.store(dst).url}/{one.key}"
         archived = ", which must be restored before it can be compared" if is_cold else ""
         job.stop(
             f"{where}: expected nothing there, or a copy of the {one.n_bytes} bytes in {job.row.src}; found another "
@@ -296,26 +299,26 @@ class CopyMaker:
         if one.modified_s is None or info.modified_s is None or one.modified_s <= info.modified_s + _STORE_SKEW_S:
             return False
         objects = job.row.objects
-        return len(objects) == 1 or self._sight.head(job.row.dst, objects[-1].key) is None
+        return len(objects) == 1 or self._context.head(job.row.dst, objects[-1].key) is None
 
     def _source_sum(self, job: MoveJob, one: JournalObject) -> int | None:
         """Return the CRC-32C that a copy must have; None where nothing records it and src cannot be read."""
         if one.crc32c is not None:
             return one.crc32c
-        sight, src = self._sight, job.row.src
-        info = sight.head(src, one.key)
-        if info is None or sight.change_reason(src, info, one):
+        context, src = self._context, job.row.src
+        info = context.head(src, one.key)
+        if info is None or context.change_reason(src, info, one):
             return None
-        return sight.checksum_of(src, info, sight.catalog.entries(src, [one.key]).get(one.key))
+        return context.checksum_of(src, info, context.catalog.entries(src, [one.key]).get(one.key))
 
     def _change_class(self, job: MoveJob, one: JournalObject) -> None:
-        sight, dst = self._sight, job.row.dst
-        info = sight.head(dst, one.key)
+        context, dst = self._context, job.row.dst
+        info = context.head(dst, one.key)
         # Left by an earlier attempt that was killed: its change of class may have changed the ETag.
-        if info is not None and info.n_bytes == one.n_bytes and has_class(sight, dst, info):
+        if info is not None and info.n_bytes == one.n_bytes and has_class(context, dst, info):
             return
-        known = sight.catalog.entries(dst, [one.key]).get(one.key)
-        changed = sight.transfer.change_class(dst, as_planned(one))
+        known = context.catalog.entries(dst, [one.key]).get(one.key)
+        changed = context.transfer.change_class(dst, one)
         crash_point("tier_move.class_changed")
         if (copy := entry_after_class_change(one, known, changed)) is not None:
             with job.lock:
@@ -332,13 +335,13 @@ def _is_by_etag(info: ObjectInfo, one: JournalObject) -> bool:
     return not has_sum and info.etag is not None and info.etag == one.etag and is_md5(info.etag)
 
 
-def has_class(sight: MoveContext, tier: str, info: ObjectInfo) -> bool:
+def has_class(context: MoveContext, tier: str, info: ObjectInfo) -> bool:
     """Return whether an object already has the storage class of a tier."""
-    return (info.storage_class or "STANDARD") == sight.stores.class_of(tier)
+    return (info.storage_class or "STANDARD") == context.stores.class_of(tier)
 
 
 # Moves that go through the steps together: all moves of a batch share one placement object.
-_BATCH_MOVES, _BATCH_OBJECTS, _BATCH_BYTES = 1024, 4096, 64 << 30
+_BATCH_LIMITS = BatchLimits(1024, 4096, 64 << 30)
 
 
 class PlanExecutor:
@@ -346,18 +349,18 @@ class PlanExecutor:
 
     def __init__(
         self,
-        sight: MoveContext,
+        context: MoveContext,
         lock: TierLock,
         plan: Plan,
         clock: Callable[[], float],
         on_progress: Callable[[Progress], object] | None,
     ) -> None:
-        self._sight, self._lock, self._plan, self._clock = sight, lock, plan, clock
+        self._context, self._lock, self._plan, self._clock = context, lock, plan, clock
         self._now_s = clock()
-        self._file, self._catalog = sight.file, sight.catalog
-        self._placing = PlacementUpdates(sight)
-        self._copying = CopyMaker(sight, self._moved_bytes)
-        self._home = sight.file.home.url
+        self._file, self._catalog = context.file, context.catalog
+        self._placing = PlacementUpdates(context)
+        self._copying = CopyMaker(context, self._moved_bytes)
+        self._home = context.file.home.url
         self._open: dict[str, list[JournalRow]] = defaultdict(list)
         self._on_progress, self._guard = on_progress, Lock()
         self._n_done, self._done_bytes, self._copied_bytes = 0, 0, 0
@@ -382,7 +385,7 @@ class PlanExecutor:
                 self._stopped.append(StoppedMove(move.number, why, move.path, self._plan.id))
             else:
                 jobs.append(MoveJob(move, self._row(move)))
-        for batch in _batches_of_jobs(jobs):
+        for batch in in_batches(jobs, lambda job: job.row, _BATCH_LIMITS):
             self._work(batch)
         n_waiting = len(self._catalog.open_moves(self._home, "waiting", "dropping"))
         return ApplyResult(self._n_done, tuple(self._stopped), n_waiting, self._copied_bytes)
@@ -394,7 +397,7 @@ class PlanExecutor:
         """
         gets = {move.dst for move in self._plan.moves if move.action in ("copy", "move", "drop")}
         return {
-            tier.name: self._sight.tier_unavailable_reason(tier.name, gets=tier.name in gets)
+            tier.name: self._context.tier_unavailable_reason(tier.name, gets=tier.name in gets)
             for tier in self._file.tiers
         }
 
@@ -431,7 +434,7 @@ class PlanExecutor:
             return deletion_block_reason(self._missing)
         if move.dst is None or move.dst == move.src:
             return f"expected two different tiers, found {move.src} and {move.dst}"
-        is_one = self._sight.stores.same_url(move.src, move.dst)
+        is_one = self._context.stores.same_url(move.src, move.dst)
         if is_one != (move.action == "reclass"):
             return f"expected {'one location' if not is_one else 'two locations'}, found {move.src} and {move.dst}"
         if any(row.state == "dropping" for row in self._open[move.path]):
@@ -480,7 +483,7 @@ class PlanExecutor:
     def _look(self, jobs: Sequence[MoveJob]) -> None:
         """Compare the objects in src with the plan. For a delete: compare all tiers, and update the row."""
         wanted = [(tier, one.key) for job in jobs for tier in self._tiers_of(job) for one in job.row.objects]
-        heads = self._sight.heads(list(dict.fromkeys(wanted)))
+        heads = self._context.heads(list(dict.fromkeys(wanted)))
         for job in jobs:
             try:
                 if job.row.action == "delete":
@@ -503,29 +506,29 @@ class PlanExecutor:
             if info is None:
                 job.stop(f"{row.src_place}/{one.key}: expected {one.n_bytes} bytes, found nothing")
                 return
-            has_class = row.action == "reclass" and info.storage_class == self._sight.stores.class_of(row.dst)
+            has_class = row.action == "reclass" and info.storage_class == self._context.stores.class_of(row.dst)
             if not (has_class and info.n_bytes == one.n_bytes) and (
-                why := self._sight.change_reason(row.src, info, one)
+                why := self._context.change_reason(row.src, info, one)
             ):
                 job.stop(why)
                 return
-        if why := self._sight.extra_object_reason(row.src, row.path, found):
+        if why := self._context.extra_object_reason(row.src, row.path, found):
             job.stop(why)
 
     def _was_made(self, row: JournalRow) -> bool:
         """Return whether a move whose source is gone was made before: as far as can be told, dst is complete."""
         books = self._catalog.entries(row.dst, [one.key for one in row.objects])
         for one in row.objects:
-            info = self._sight.head(row.dst, one.key)
+            info = self._context.head(row.dst, one.key)
             if info is None or info.n_bytes != one.n_bytes:
                 return False
-            found = self._sight.checksum_of(row.dst, info, books.get(one.key)) if one.crc32c is not None else None
+            found = self._context.checksum_of(row.dst, info, books.get(one.key)) if one.crc32c is not None else None
             if found is not None and found != one.crc32c:
                 return False
         return True
 
     def _look_everywhere(self, job: MoveJob, heads: Heads) -> None:
-        row, stores = job.row, self._sight.stores
+        row, stores = job.row, self._context.stores
         objects: list[JournalObject] = []
         for tier in self._file.tiers:
             found = found_infos(heads, tier.name, row)
@@ -534,13 +537,13 @@ class PlanExecutor:
                 if info is None or stores.tier_of(stores.sharing(tier.name), info) != tier.name:
                     continue
                 planned = as_journaled(one, tier.name)
-                if tier.name == row.src and (why := self._sight.change_reason(tier.name, info, planned)):
+                if tier.name == row.src and (why := self._context.change_reason(tier.name, info, planned)):
                     job.stop(why)
                 elif info.n_bytes != one.n_bytes:
                     at = f"{tier.url}/{one.key}"
                     job.stop(f"{at}: expected a copy of {one.n_bytes} bytes, found {info.n_bytes}")
-                objects.append(replace_object(planned, info.etag, info.modified_s))
-            if why := self._sight.extra_object_reason(tier.name, row.path, found):
+                objects.append(planned._replace(etag=info.etag, modified_s=info.modified_s))
+            if why := self._context.extra_object_reason(tier.name, row.path, found):
                 job.stop(why)
         if not any(one.where == row.src for one in objects):
             job.is_finished = not objects
@@ -552,7 +555,7 @@ class PlanExecutor:
     def _check_pins(self, jobs: Sequence[MoveJob]) -> None:
         asked = [job for job in jobs if job.row.action != "copy"]
         try:
-            pinned = self._sight.pin_reasons([job.row for job in asked], self._now_s)
+            pinned = self._context.pin_reasons([job.row for job in asked], self._now_s)
         except TierCacheError as error:
             for job in asked:
                 job.stop(str(error))
@@ -595,7 +598,7 @@ class PlanExecutor:
     def _make(self, jobs: Sequence[MoveJob]) -> None:
         """Make the copies, and the class changes that leave objects readable."""
         self._copying.copy([job for job in jobs if job.row.action in ("copy", "move")])
-        reclassed = [j for j in jobs if j.row.action == "reclass" and not ends_readability(self._sight, j.row)]
+        reclassed = [j for j in jobs if j.row.action == "reclass" and not ends_readability(self._context, j.row)]
         self._check_pins(reclassed)  # again, because the copies may have taken hours
         crash_point("tier_move.decided")
         self._copying.reclass([job for job in reclassed if job.is_active])
@@ -603,13 +606,14 @@ class PlanExecutor:
     def _place(self, jobs: Sequence[MoveJob]) -> None:
         """Confirm the copies in dst, and commit the placement."""
         placed = [job for job in jobs if job.row.action != "delete"]
-        heads = self._sight.heads(self._around([job.row for job in placed]))
+        heads = self._context.heads(self._around([job.row for job in placed]))
         changes: dict[str, RowChanges] = defaultdict(dict)
         chains: dict[str, list[MoveJob]] = defaultdict(list)
         for job in placed:
             try:
                 there = found_infos(heads, job.row.dst, job.row)
-                if why := self._unconfirmed(job.row, there):
+                is_copy = job.row.action != "reclass"
+                if is_copy and (why := self._context.unconfirmed_move_reason(job.row, there)):
                     job.stop(why)
                     continue
                 if job.row.action == "copy" and not self._placing.is_home(job.row.dst):
@@ -636,16 +640,6 @@ class PlanExecutor:
     def _has_home_between(self, row: JournalRow) -> bool:
         return not self._placing.is_home(row.src) and not self._placing.is_home(row.dst)
 
-    def _unconfirmed(self, row: JournalRow, there: Infos) -> str:
-        if row.action == "reclass":
-            return ""
-        books = self._catalog.entries(row.dst, [one.key for one in row.objects])
-        for one in row.objects:
-            why = self._sight.unconfirmed_reason(row.dst, one.key, there[one.key], books.get(one.key))
-            if why:
-                return why
-        return ""
-
     def _end(self, jobs: Sequence[MoveJob]) -> None:
         """Journal the moves that wait, the moves that are done, and the moves that stopped, with reasons.
 
@@ -657,12 +651,13 @@ class PlanExecutor:
         for job in jobs:
             if job.is_finished and not job.stop_reason:
                 rows.append(replace(job.row, state="done"))
-                self._keep(job.row)
+                # Whoever deleted the source: the copy in dst may be the last one.
+                self._catalog.source_deleted([(job.row.dst, one.key) for one in job.row.objects if job.row.dst])
             elif job.stop_reason:
                 gone += self._stopped_before(job)
                 rows.append(replace(job.row, note=job.stop_reason))
             elif job.row.action == "copy" or (
-                job.row.action == "reclass" and not ends_readability(self._sight, job.row)
+                job.row.action == "reclass" and not ends_readability(self._context, job.row)
             ):
                 rows.append(replace(job.row, state="done"))
             else:
@@ -679,10 +674,6 @@ class PlanExecutor:
                 self._n_done += 1
         self._tell()
 
-    def _keep(self, row: JournalRow) -> None:
-        """Record that the source is gone, whoever deleted it: the copy in dst may be the last one."""
-        self._catalog.source_deleted([(row.dst, one.key) for one in row.objects if row.dst])
-
 
 def _asks_the_same(old: JournalRow, new: JournalRow) -> bool:
     """Return whether two moves wait for the same deletion (or end of readability) of the same objects."""
@@ -691,26 +682,3 @@ def _asks_the_same(old: JournalRow, new: JournalRow) -> bool:
     same_places = (old.src_place, old.dst_place, old.src, old.dst) == (new.src_place, new.dst_place, new.src, new.dst)
     facts = [sorted((one.where, one.key, one.n_bytes, one.etag or "") for one in row.objects) for row in (old, new)]
     return old.since_s > 0 and new.action != "copy" and same_action and same_places and facts[0] == facts[1]
-
-
-def replace_object(one: JournalObject, etag: str | None, modified_s: float | None) -> JournalObject:
-    """Return the same object with the ETag and the date that it has in another tier."""
-    return one._replace(etag=etag, modified_s=modified_s)
-
-
-def _batches_of_jobs(jobs: Sequence[MoveJob]) -> Iterator[list[MoveJob]]:
-    batch: list[MoveJob] = []
-    n_objects = n_bytes = 0
-    for job in jobs:
-        if batch and (
-            len(batch) >= _BATCH_MOVES
-            or n_objects + len(job.row.objects) > _BATCH_OBJECTS
-            or n_bytes + job.move.n_bytes > _BATCH_BYTES
-        ):
-            yield batch
-            batch, n_objects, n_bytes = [], 0, 0
-        batch.append(job)
-        n_objects += len(job.row.objects)
-        n_bytes += job.move.n_bytes
-    if batch:
-        yield batch

@@ -1,8 +1,8 @@
 """The tier lock: one process at a time, on all machines, moves data between the tiers of a home.
 
-The lock is a chain of numbered objects beside the home. The process that puts the next number holds the lock. Only the
-holder overwrites that object, to renew it. The newest number never vanishes, so two processes that take over at once
-put the same number, and put_if_absent has one winner::
+The lock is a numbered log beside the home (store/numbered_log.py). The process that puts the next number holds the
+lock. Only the holder overwrites that object, to renew it. The newest number never vanishes, so two processes that take
+over at once put the same number, and one of them wins::
 
     _tiercache/tier.lock/<20 digits>     owner, process, machine; what is being dropped just now; released or not
 
@@ -26,11 +26,8 @@ machine that is suspended for days)::
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
-import re
 import secrets
 import socket
 import time
@@ -41,9 +38,10 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
-from tiercache.catalog.private_files import make_folder, open_file, pid_namespace, start_time
+from tiercache.catalog.private_files import pid_namespace, start_time
 from tiercache.crash_points import crash_point
-from tiercache.errors import CommitConflict, NotFound, StoreError
+from tiercache.errors import CommitConflict, StoreError
+from tiercache.store.numbered_log import NumberedLog
 from tiercache.waiting import SYSTEM_CLOCK, SystemClock, pause, wait_for
 
 if TYPE_CHECKING:
@@ -56,7 +54,6 @@ RENEW_S = 30.0
 DOOMED_S = 7 * 86400.0
 _ASK_S = 5.0  # between two reads of a lock that is being watched
 _MOST_TRIES = 20
-_NAME = re.compile(rf"{re.escape(LOCK_FOLDER)}([0-9]{{20}})")
 
 # Owners of the locks that this process holds: a lock object of this process with another owner is a leftover.
 _held_here: set[str] = set()
@@ -149,7 +146,6 @@ class TierLock:
         self,
         store: Store,
         *,
-        folder: Path | None = None,
         lifetime_s: float = LIFETIME_S,
         renew_s: float | None = RENEW_S,
         clock: Clock = BOOT_CLOCK,
@@ -158,19 +154,17 @@ class TierLock:
 
         Args:
             store: Store of the home.
-            folder: Folder for a lock file on this machine, so that a second process of this machine fails without
-                asking the store. None: no lock file.
             lifetime_s: Time without a renewal after which a lock expires, in seconds.
             renew_s: Time between two renewals, in seconds. None: only renew() renews the lock.
             clock: Clock by which lifetimes are measured.
         """
-        self._store, self._folder, self._clock = store, folder, clock
+        self._store, self._clock = store, clock
+        self._log = NumberedLog(store, LOCK_FOLDER)
         self._lifetime_s, self._renew_s = lifetime_s, renew_s
         self._guard = Lock()
         self._number = 0
         self._record: LockRecord | None = None
         self._renewed_s = 0.0
-        self._fd: int | None = None
         self._stop = Event()
         self._thread: Thread | None = None
 
@@ -190,11 +184,11 @@ class TierLock:
             CommitConflict: Another process holds the lock; the message names it.
             StoreError: The store failed.
         """
-        self._take_file()
         try:
             self._take_number()
             crash_point("tier_lock.taken")
-            self._forget_older()
+            with suppress(StoreError):  # the next holder deletes them
+                self._log.delete(number for number in self._log.numbers() if number < self._number)
         except BaseException:
             self.release()
             raise
@@ -202,23 +196,6 @@ class TierLock:
             self._stop.clear()
             self._thread = Thread(target=self._keep, name="tiercache-tier-lock", daemon=True)
             self._thread.start()
-
-    def _take_file(self) -> None:
-        if self._folder is None:
-            return
-        make_folder(self._folder, 0o700)
-        name = hashlib.sha256(self._store.url.encode()).hexdigest()[:16]
-        path = self._folder / f"moving-{name}.lock"
-        fd = open_file(path, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise self._refusal(f"another process of this machine (lock {path}) is") from None
-        except OSError:  # a file system without locks: the lock in the store is enough
-            os.close(fd)
-            return
-        self._fd = fd
 
     def _take_number(self) -> None:
         for _ in range(_MOST_TRIES):
@@ -229,7 +206,7 @@ class TierLock:
             started_s = self._clock.monotonic()
             _held_here.add(mine.owner)  # before the put, so that no other thread takes it for a leftover
             try:
-                if self._put(newest + 1, mine):
+                if self._log.put_newest(newest + 1, mine.encode()):
                     self._number, self._record, self._renewed_s = newest + 1, mine, started_s
                     return
             finally:
@@ -237,46 +214,10 @@ class TierLock:
                     _held_here.discard(mine.owner)
         raise self._refusal("others, again and again, are")
 
-    def _put(self, number: int, mine: LockRecord) -> bool:
-        """Put the next number. Return False if another process did, or if it is not the newest number.
-
-        It may not be the newest: 1. We see k as the newest. 2. Others take and release k + 1 and k + 2, and delete k +
-        1. 3. We put k + 1, which is free again.
-        """
-        if not (self._put_absent(number, mine) or self._is_at(number, mine)):
-            return False
-        if self._newest()[0] == number:
-            return True
-        if self._is_at(number, mine):
-            self._store.delete([_key(number)])
-        return False
-
-    def _put_absent(self, number: int, mine: LockRecord) -> bool:
-        try:
-            return self._store.put_if_absent(_key(number), mine.encode())
-        except StoreError as error:
-            if not error.facts.get("maybe_done"):
-                raise
-            return False
-
-    def _is_at(self, number: int, mine: LockRecord) -> bool:
-        """Return whether the lock object is ours: a refused put may mean that our first attempt has written it."""
-        there = self._read(number)
-        return there is not None and there[1] is not None and there[1].owner == mine.owner
-
     def _newest(self) -> tuple[int, LockRecord | None]:
         """Return the newest number, 0 if there is none, and its record, None if it cannot be read."""
-        matches = (_NAME.fullmatch(info.key) for info in self._store.list(LOCK_FOLDER))
-        number = max((int(match[1]) for match in matches if match), default=0)
-        there = self._read(number) if number else None
-        return number, None if there is None else there[1]
-
-    def _read(self, number: int) -> tuple[bytes, LockRecord | None] | None:
-        try:
-            data = self._store.get(_key(number))
-        except NotFound:
-            return None
-        return data, LockRecord.parse(data)
+        number = max(self._log.numbers(), default=0)
+        return number, LockRecord.parse(self._log.get(number) or b"")
 
     def _see_over(self, number: int, record: LockRecord | None) -> None:
         """Return when the holder of a number no longer holds it. Raise CommitConflict if it does."""
@@ -287,27 +228,21 @@ class TierLock:
             # watches it.
             if abs(time.time() - record.renewed_s) <= self._lifetime_s:
                 raise self._refusal(f"{record} is")
-        first = self._read(number)
+        first = self._log.get(number)
         if first is None:
             return  # deleted by the holder of a later number
         ask_s = min(_ASK_S, self._lifetime_s / 4)
-        wait_for(lambda: self._read(number) != first, self._lifetime_s, self._clock, longest_poll_s=ask_s)
-        now = self._read(number)
-        if now is not None and now != first and not (now[1] is not None and now[1].released):
-            raise self._refusal("another process is" if now[1] is None else f"{now[1]} is")
+        wait_for(lambda: self._log.get(number) != first, self._lifetime_s, self._clock, longest_poll_s=ask_s)
+        data = self._log.get(number)
+        now = None if data is None else LockRecord.parse(data)
+        if data not in (None, first) and not (now is not None and now.released):
+            raise self._refusal("another process is" if now is None else f"{now} is")
 
     def _refusal(self, who: str) -> CommitConflict:
         return CommitConflict(
             f"expected to be alone, but {who} moving things between these tiers; try again when that is done",
             url=f"{self._store.url}/{LOCK_FOLDER.rstrip('/')}",
         )
-
-    def _forget_older(self) -> None:
-        older = [info.key for info in self._store.list(LOCK_FOLDER)]
-        numbers = [key for key in older if (match := _NAME.fullmatch(key)) and int(match[1]) < self._number]
-        with suppress(StoreError):
-            if numbers:
-                self._store.delete(numbers)
 
     # -- holding ----------------------------------------------------------------------------------------------------
 
@@ -356,7 +291,7 @@ class TierLock:
             n_renewals = self._record.n_renewals + 1
             record = replace(self._record, renewed_s=time.time(), n_renewals=n_renewals, **changes)
             self._record = record  # if the answer is lost, the store may have this record
-            self._store.put(_key(self._number), record.encode())
+            self._store.put(self._log.key(self._number), record.encode())
             self._renewed_s = before_s
 
     def _keep(self) -> None:
@@ -381,13 +316,6 @@ class TierLock:
             if mine is not None:
                 _held_here.discard(mine.owner)
             self._record, self._number = None, 0
-            fd, self._fd = self._fd, None
-            if fd is not None:
-                os.close(fd)
-
-
-def _key(number: int) -> str:
-    return f"{LOCK_FOLDER}{number:020d}"
 
 
 def _doomed_after(before: LockRecord | None, now_s: float) -> tuple[tuple[str, str, float], ...]:

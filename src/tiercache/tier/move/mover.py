@@ -9,7 +9,7 @@ A move from src to dst has these steps. Each step is journaled before the next o
     4. look      checks src again: an object that changed during the copy is not what dst has
     5. place     commits the placement, which tells every reader where the objects are from now on
     6. wait      waits for the grace period: readers that do not know the new placement yet still read src
-    7. re-check  (settling.py) dst is complete and as it was verified; src is as it was copied; nobody reads src; no pin
+    7. re-check  dst is complete and as it was verified; src is as it was copied; nobody reads src; no pin
                  protects it; the placement leads to dst; src and dst are two locations; files in dst are read from disk
     8. drop      deletes from src, first the object that makes the group complete, then the rest
     9. done
@@ -50,7 +50,7 @@ What can happen between two steps:
     any  The clock jumps: the grace period gets shorter or longer. Only the convenience of readers depends on it.
 
 A `drop` is a move whose copy was made earlier: nothing is copied, but the copy must be verified. A `delete` removes
-last copies: it waits too, and is made only if a new plan still asks for it (survey.py). A `reclass` into a class from
+last copies: it waits too, and is made only if a new plan still asks for it. A `reclass` into a class from
 which objects must be restored before they can be read is announced and waits; a `reclass` into any other class is made
 at once.
 
@@ -64,7 +64,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -79,9 +79,9 @@ from tiercache.prices import prices_if_known
 from tiercache.tier.findings import Loss, find_losses
 from tiercache.tier.inventory.groups import Inventory, take_inventory
 from tiercache.tier.inventory.metrics import MetricGap, metric_gaps
-from tiercache.tier.model import RESTORING, Plan
-from tiercache.tier.move.checks import ApplyResult, MoveContext, Progress, SettlementCounts, StoppedMove
-from tiercache.tier.move.deletions import DeferredDeletions, DeletionGuard, take_deletion_guard
+from tiercache.tier.model import RESTORING, Decisions, Plan
+from tiercache.tier.move.checks import ApplyResult, MoveContext, Progress, StoppedMove
+from tiercache.tier.move.deletions import DeferredDeletions, DeletionGuard, deletion_guard_of, take_deletion_guard
 from tiercache.tier.move.executor import PlanExecutor
 from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.placement_updates import track_ruled
@@ -89,6 +89,7 @@ from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.stores import Stores, unavailable_tiers
+from tiercache.waiting import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
     from tiercache.tier.rules import RuleFile
@@ -112,7 +113,7 @@ class Mover:
         *,
         clock: Callable[[], float] | None = None,
         lock: TierLock | None = None,
-        survey: Callable[[float], DeletionGuard] | None = None,
+        take_guard: Callable[[float], DeletionGuard] | None = None,
         cancel: Event | None = None,
     ) -> None:
         """Store the arguments; no store is asked yet. The caller keeps the ownership of all arguments.
@@ -124,14 +125,14 @@ class Mover:
             transfer: Transfer that makes the copies.
             clock: Function that returns seconds since the epoch. None: the system clock.
             lock: Lock that the caller already holds. None: apply() and settle() take and release it.
-            survey: Function that returns the Survey at a time in seconds since the epoch, called before anything is
-                deleted. None: the tiers are listed and planned again.
+            take_guard: Function that returns the DeletionGuard at a time in seconds since the epoch, called before
+                anything is deleted. None: the tiers are listed and planned again.
             cancel: Event that is set where apply() or settle() ends with an exception, so that running copies end soon:
                 the cancel event of the transfer.
         """
         self._file, self._stores, self._catalog, self._transfer = file, stores, catalog, transfer
         self._clock, self._lock, self._cancel = clock, lock, cancel
-        self._survey = survey or (lambda now_s: take_deletion_guard(file, stores, catalog, now_s))
+        self._take_guard = take_guard or (lambda now_s: take_deletion_guard(file, stores, catalog, now_s))
         catalog.bind({tier.name: tier.url for tier in file.tiers})
 
     def now_s(self) -> float:
@@ -156,11 +157,15 @@ class Mover:
             StoreError: The store of the home tier failed.
             OSError: The catalog of this machine cannot be written.
         """
-        with self._locked() as lock, self._sight() as sight:
-            return PlanExecutor(sight, lock, plan, self.now_s, on_progress).run()
+        with self._locked() as lock, self._context() as context:
+            return PlanExecutor(context, lock, plan, self.now_s, on_progress).run()
 
     def settle(
-        self, now_s: float | None = None, *, on_progress: Callable[[Progress], object] | None = None
+        self,
+        now_s: float | None = None,
+        *,
+        guard: tuple[DeletionGuard, float] | None = None,
+        on_progress: Callable[[Progress], object] | None = None,
     ) -> ApplyResult:
         """Make the deletions and the class changes whose grace period is over, and finish those that were interrupted.
 
@@ -168,16 +173,18 @@ class Mover:
 
         Args:
             now_s: Seconds since the epoch. None: now.
+            guard: Guard of a listing that was made already, and when it began, by SYSTEM_CLOCK. None: see Mover.
             on_progress: Function that receives how many bytes of the copies were read back.
         """
         now_s = self.now_s() if now_s is None else now_s
-        with self._locked() as lock, self._sight() as sight:
-            return _applied(DeferredDeletions(sight, lock, self._survey, now_s, on_progress=on_progress).run())
+        with self._locked() as lock, self._context() as context:
+            deletions = DeferredDeletions(context, lock, self._take_guard, now_s, guard=guard, on_progress=on_progress)
+            return deletions.run()
 
     def finish(self) -> ApplyResult:
         """Finish the deletions that were begun and interrupted, and make no others. Raises as apply()."""
-        with self._locked() as lock, self._sight() as sight:
-            return _applied(DeferredDeletions(sight, lock, self._survey, self.now_s(), only_begun=True).run())
+        with self._locked() as lock, self._context() as context:
+            return DeferredDeletions(context, lock, self._take_guard, self.now_s(), only_begun=True).run()
 
     @contextmanager
     def _locked(self) -> Iterator[TierLock]:
@@ -185,11 +192,11 @@ class Mover:
             yield self._lock
             return
         home = self._stores.store(self._file.home.name)
-        with TierLock(home, folder=self._catalog.path.parent) as lock:
+        with TierLock(home) as lock:
             yield lock
 
     @contextmanager
-    def _sight(self) -> Iterator[MoveContext]:
+    def _context(self) -> Iterator[MoveContext]:
         pool = ThreadPoolExecutor(self._file.tiering.jobs, thread_name_prefix="tiercache-mover")
         try:
             yield MoveContext(self._file, self._stores, self._catalog, self._transfer, pool)
@@ -199,11 +206,6 @@ class Mover:
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _applied(settled: SettlementCounts) -> ApplyResult:
-    stopped = tuple(StoppedMove(row.number, why, row.path, row.plan) for row, why in settled.stopped)
-    return ApplyResult(settled.n_done, stopped, settled.n_waiting, settled.n_bytes, settled.proof_bytes)
 
 
 # Exit codes that a scheduler sees: docs/reference/tiers.md.
@@ -220,7 +222,7 @@ class RunReport:
         settled: Deletions whose grace period was over, and those that an earlier run had left unfinished.
         adopted: Folders of data sets whose use is tracked from now on.
         unseen: Tiers whose copies cannot be seen now (for example a disk that is not mounted), with reasons; see
-            marks.unavailable_tiers().
+            stores.unavailable_tiers().
         gaps: Metrics that keep rules need and that are missing for some checkpoint runs.
         losses: Objects that should exist and of which no tier has a copy.
         n_groups: Number of groups (shards, checkpoints, files) in all tiers.
@@ -313,14 +315,13 @@ def run_once(
         StoreError: A tier cannot be listed, or the store of the home tier failed.
         OSError: The catalog of this machine cannot be written.
     """
-    if stores is None:
-        with Stores(file) as opened:
-            return run_once(file, dry_run=dry_run, on_progress=on_progress, stores=opened)
     places = {tier.name: tier.url for tier in file.tiers}
-    with TierCatalog(catalog_path(file), places) as catalog:
+    with ExitStack() as stack:
+        stores = stack.enter_context(Stores(file)) if stores is None else stores
+        catalog = stack.enter_context(TierCatalog(catalog_path(file), places))
         if dry_run:
             return _Run(file, stores, catalog).rehearse()
-        with TierLock(stores.store(file.home.name), folder=catalog.path.parent) as lock:
+        with TierLock(stores.store(file.home.name)) as lock:
             return _Run(file, stores, catalog).carry_out(lock, on_progress)
 
 
@@ -333,7 +334,7 @@ class _Run:
         self._losses: tuple[Loss, ...] = ()
 
     def rehearse(self) -> RunReport:
-        inventory, plan = self._planned()
+        inventory, _, plan = self._planned()
         waiting = len(self._catalog.open_moves(self._file.home.url, "waiting", "dropping"))
         return self._report(inventory, plan, settled=ApplyResult(waiting_drops=waiting), dry_run=True)
 
@@ -344,16 +345,19 @@ class _Run:
             # First, because the plan would otherwise count half of a copy.
             finished = mover.finish()
             crash_point("tier_run.finished")
-            inventory, plan = self._planned()
+            listed_s = SYSTEM_CLOCK.monotonic()
+            inventory, decisions, plan = self._planned()
             crash_point("tier_run.planned")
             adopted = track_ruled(inventory, self._stores)
             crash_point("tier_run.adopted")
             applied = mover.apply(plan, on_progress=on_progress)
             crash_point("tier_run.applied")
-            settled = mover.settle(on_progress=on_progress)
+            # The listing is before this run's own moves. Without a grace period they are due already: it is made anew.
+            guard = (deletion_guard_of(inventory.snapshot, decisions), listed_s) if tiering.grace_s > 0 else None
+            settled = mover.settle(guard=guard, on_progress=on_progress)
         return self._report(inventory, plan, applied, _both(finished, settled), adopted)
 
-    def _planned(self) -> tuple[Inventory, Plan]:
+    def _planned(self) -> tuple[Inventory, Decisions, Plan]:
         file, stores = self._file, self._stores
         prices = [prices_if_known(tier) for tier in file.tiers]
         now_s = time.time()
@@ -362,7 +366,7 @@ class _Run:
         self._unseen = unavailable_tiers(file, stores, self._catalog)
         capacity = [stores.capacity(tier.name) for tier in file.tiers]
         decisions = decide(inventory.snapshot, file, prices, capacity_bytes=capacity, missing=self._unseen)
-        return inventory, make_plan(decisions, inventory, file, prices)
+        return inventory, decisions, make_plan(decisions, inventory, file, prices)
 
     def _report(
         self,

@@ -40,13 +40,13 @@ class PlacementUpdates:
     """Updates the placements of one rule file's home tier.
 
     Each placement log is known by its data set's folder; "" is home's. Thread-safe. A placement that was read is cached
-    until forget().
+    until forget_placements().
     """
 
-    def __init__(self, sight: MoveContext) -> None:
-        self._sight = sight
-        self._file, self._stores = sight.file, sight.stores
-        self.home = sight.file.home.name
+    def __init__(self, context: MoveContext) -> None:
+        self._context = context
+        self._file, self._stores = context.file, context.stores
+        self.home = context.file.home.name
         self._folders: dict[str, str | None] = {}
         self._read: dict[str, Placement | None] = {}
 
@@ -97,11 +97,10 @@ class PlacementUpdates:
         start = f"{folder}/" if folder else ""
         if row.action == "delete" or self._home_has(row, at_home):
             return {one.key.removeprefix(start): None for one in row.objects}
-        ends = ends_readability(self._sight, row)
+        ends = ends_readability(self._context, row)
         if self.is_home(row.dst) and not ends:
             return {one.key.removeprefix(start): None for one in row.objects}
-        promote = self._promotion(row)
-        books = self._sight.catalog.entries(row.dst, [one.key for one in row.objects])
+        books = self._context.catalog.entries(row.dst, [one.key for one in row.objects])
         changes: RowChanges = {}
         for one in row.objects:
             key, info, known = one.key.removeprefix(start), there.get(one.key), books.get(one.key)
@@ -112,8 +111,6 @@ class PlacementUpdates:
                 state="archived" if ends or (info is not None and not is_readable(info)) else "here",
                 n_bytes=one.n_bytes,
                 crc32c=one.crc32c if known is None or known.crc32c is None else known.crc32c,
-                promote=None if promote is None else self.url(promote, folder),
-                hot_bytes=None if promote is None else self._stores.capacity(promote),
             )
         return changes
 
@@ -123,14 +120,6 @@ class PlacementUpdates:
         found = [at_home.get(one.key) for one in row.objects]
         pairs = zip(found, row.objects, strict=True)
         return all(info is not None and info.n_bytes == one.n_bytes for info, one in pairs)
-
-    def _promotion(self, row: JournalRow) -> str | None:
-        """Return the tier to which readers promote the objects: if the rule asks for it and dst is below that tier."""
-        rule = next((rule for rule in self._file.rules if rule.name == row.rule), None)
-        hot = next((tier for tier in self._file.tiers if tier.role == "hot"), None)
-        if rule is None or rule.promote != "on_access" or hot is None:
-            return None
-        return hot.name if self._file.index(hot.name) < self._file.index(row.dst) else None
 
     def commit(self, changes: Mapping[str, RowChanges]) -> dict[str, str]:
         """Commit the changes of each placement log, and return {folder: reason} of the logs for which that failed."""
@@ -143,7 +132,7 @@ class PlacementUpdates:
                 failed[folder] = f"the placement could not be written: {error}"
         return failed
 
-    def on_source_closed(self) -> None:
+    def forget_placements(self) -> None:
         """Drop the cached placements, so that they are read again."""
         self._read.clear()
 
@@ -221,7 +210,7 @@ class PlacementUpdates:
         for tier in reversed(self._file.tiers):
             objects = tuple(one for one in row.objects if one.where == tier.name)
             if {one.key for one in objects} == keys:
-                infos = self._sight.infos(tier.name, keys)
+                infos = self._context.infos(tier.name, keys)
                 if all(infos.values()):
                     moved = replace(row, action="move", dst=tier.name, dst_place=tier.url, objects=objects)
                     return self.wanted(moved, infos, {})
@@ -231,10 +220,10 @@ class PlacementUpdates:
         """Return rows that lead to a move's objects in src; nothing if they are not there unchanged."""
         if self.is_home(row.src):
             return dict.fromkeys(keys)
-        infos = self._sight.infos(row.src, [one.key for one in row.objects])
+        infos = self._context.infos(row.src, [one.key for one in row.objects])
         for one in row.objects:
             info = infos[one.key]
-            if info is None or self._sight.change_reason(row.src, info, one):
+            if info is None or self._context.change_reason(row.src, info, one):
                 return {}
         return self.wanted(replace(row, dst=row.src, dst_place=row.src_place), infos, {})
 
@@ -250,9 +239,9 @@ def dataset_folder_above(home: Store, folder: str) -> str | None:
         folder = folder.rpartition("/")[0]
 
 
-def ends_readability(sight: MoveContext, row: JournalRow) -> bool:
+def ends_readability(context: MoveContext, row: JournalRow) -> bool:
     """Return whether a move gives objects, in place, a class from which they must be restored before a read."""
-    return row.action == "reclass" and sight.stores.class_of(row.dst) in RESTORED_FIRST
+    return row.action == "reclass" and context.stores.class_of(row.dst) in RESTORED_FIRST
 
 
 def equal_urls(first: str, second: str) -> bool:

@@ -9,8 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from threading import Event, Lock
+from typing import TypeAlias
 
 from tiercache._native.checksum import combine, crc32c
+from tiercache.catalog.tiers import JournalObject
 from tiercache.crash_points import crash_point
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
@@ -31,6 +33,9 @@ from tiercache.tier.move.parts import (
 )
 from tiercache.tier.stores import Stores, state_of
 from tiercache.waiting import SYSTEM_CLOCK, Clock
+
+# An object as a plan or the journal expects it.
+ExpectedObject: TypeAlias = PlannedObject | JournalObject
 
 
 def check_absent(stores: Stores, tier: str, key: str) -> None:
@@ -61,7 +66,6 @@ _AHEAD = 2
 _TOGETHER = 6
 # Up to this size an object is read by one request, which also returns its metadata.
 _SMALL_BYTES = 1 << 20
-_DELETE_KEYS = 1000
 _MD5 = re.compile(r'"?[0-9a-f]{32}"?')
 
 
@@ -134,7 +138,7 @@ class Transfer:
         self,
         src: str,
         dst: str,
-        one: PlannedObject,
+        one: ExpectedObject,
         *,
         on_bytes: Callable[[int], object] | None = None,
         replaces: bool | str = True,
@@ -143,8 +147,8 @@ class Transfer:
 
         The copy appears complete, and replaces what was there. If one server has both tiers, the server copies. If the
         store reports a checksum of what it received, the checksum is trusted if it equals ours. Otherwise the copy is
-        read back, except for large files in local folders: these are complete and synced, and prove() checks their
-        bytes on disk later.
+        read back, except for large files in local folders: these are complete and synced, and checksum_on_disk()
+        reads them later.
 
         Args:
             src: Name of the source tier.
@@ -178,7 +182,7 @@ class Transfer:
             return self._at_once(src, dst, one, said, replaces=replaces)
         return self._streamed(src, dst, one, said, replaces=replaces)
 
-    def check(self, name: str, one: PlannedObject) -> ObjectInfo:
+    def check(self, name: str, one: ExpectedObject) -> ObjectInfo:
         """Return the metadata of an object, if it is the planned one and can be read. Raises as copy()."""
         self._check_cancelled(name, one.key)
         info = self._stores.head(name, one.key)
@@ -188,7 +192,7 @@ class Transfer:
             raise StoreError(message, url=self._at(name, one.key), archived=True)
         return info
 
-    def _expect(self, name: str, one: PlannedObject, info: ObjectInfo) -> None:
+    def _expect(self, name: str, one: ExpectedObject, info: ObjectInfo) -> None:
         """Raise ObjectChanged if an object is not the planned one."""
         pairs: list[tuple[str, object, object]] = [("size", one.n_bytes, info.n_bytes)]
         if one.etag is not None and info.etag is not None:
@@ -205,7 +209,7 @@ class Transfer:
         return f"{self._stores.store(name).url}/{key}"
 
     def _by_server(
-        self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object], *, replaces: bool | str
+        self, src: str, dst: str, one: ExpectedObject, on_bytes: Callable[[int], object], *, replaces: bool | str
     ) -> VerifiedCopy | None:
         """Return the copy that the server made; None, after removing it, if checksums do not show that it is equal."""
         info = self.check(src, one)
@@ -243,7 +247,7 @@ class Transfer:
         return VerifiedCopy(made.n_bytes, one.crc32c if made.crc32c is None else made.crc32c, made.etag)
 
     def _at_once(
-        self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object], *, replaces: bool | str
+        self, src: str, dst: str, one: ExpectedObject, on_bytes: Callable[[int], object], *, replaces: bool | str
     ) -> VerifiedCopy:
         """Copy a small object.
 
@@ -264,7 +268,7 @@ class Transfer:
             return self._completed(src, dst, one, (upload, crc32c(data)), replaces=replaces)
 
     def _streamed(
-        self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object], *, replaces: bool | str
+        self, src: str, dst: str, one: ExpectedObject, on_bytes: Callable[[int], object], *, replaces: bool | str
     ) -> VerifiedCopy:
         info = self.check(src, one)
         reading = PartReader(self._stores.store(src), info, self._cancel)
@@ -273,7 +277,7 @@ class Transfer:
             return self._completed(src, dst, one, (upload, crc), replaces=replaces)
 
     def _completed(
-        self, src: str, dst: str, one: PlannedObject, written: tuple[Upload, int], *, replaces: bool | str
+        self, src: str, dst: str, one: ExpectedObject, written: tuple[Upload, int], *, replaces: bool | str
     ) -> VerifiedCopy:
         """Publish and verify the copy. written: The upload, and the CRC-32C of the bytes that it was given."""
         upload, crc = written
@@ -287,7 +291,7 @@ class Transfer:
             return VerifiedCopy(one.n_bytes, crc, made.etag)
         return self._verified(dst, one.n_bytes, crc, made)
 
-    def _published(self, dst: str, one: PlannedObject, upload: Upload, *, replaces: bool | str) -> ObjectInfo:
+    def _published(self, dst: str, one: ExpectedObject, upload: Upload, *, replaces: bool | str) -> ObjectInfo:
         """Complete the upload, and return the object.
 
         Reading the source took minutes, in which somebody may have written.
@@ -437,7 +441,7 @@ class Transfer:
         return (made, crc) if self.needs_disk_check(name) else (self._stores.head(name, made.key), None)
 
     def needs_disk_check(self, name: str) -> bool:
-        """Return whether copies in a tier must pass prove() before their sources are deleted: files in a local folder.
+        """Return whether copies in a tier must be read from disk before their sources are deleted: files.
 
         Only reading a disk shows what it has, and a later read shows more: docs/design/tiers.md.
         """
@@ -458,7 +462,7 @@ class Transfer:
                 self._buffers.give(part.buffer)
         return crc
 
-    def change_class(self, dst: str, one: PlannedObject) -> VerifiedCopy:
+    def change_class(self, dst: str, one: ExpectedObject) -> VerifiedCopy:
         """Give an object, in place, the storage class of a tier with the same URL.
 
         No data is read unless checksums leave doubt.
@@ -484,8 +488,8 @@ class Transfer:
             raise _wrong(where, one.crc32c, crc, "the object")
         return VerifiedCopy(made.n_bytes, crc, made.etag)
 
-    def delete_objects(self, name: str, objects: Sequence[PlannedObject]) -> None:
-        """Delete objects of a tier, 1000 per request where the store can. A missing object is not an error.
+    def delete_objects(self, name: str, objects: Sequence[ExpectedObject]) -> None:
+        """Delete objects of a tier, 1,000 per request where the store can. A missing object is not an error.
 
         The order is not defined. Only S3 and local folders check that an object still has its ETag; a local folder
         checks directly before it unlinks each file. The caller ensures all other conditions, and the order where one
@@ -505,13 +509,12 @@ class Transfer:
                 message = f"{len(changed)} files were changed since they were looked at, and were not deleted"
                 raise StoreError(message, url=self._at(name, changed[0]), failed=tuple(changed))
             return
-        for start in range(0, len(objects), _DELETE_KEYS):
-            some = objects[start : start + _DELETE_KEYS]
-            self._check_cancelled(name, some[0].key)
-            if failed := archive.delete_many([one.key for one in some], if_match=[one.etag for one in some]):
-                (key, reason), n_failed = failed[0], len(failed)
-                message = f"{n_failed} objects could not be deleted, the first because of {reason}"
-                raise StoreError(message, url=self._at(name, key), failed=tuple(key for key, _ in failed))
+        if objects:
+            self._check_cancelled(name, objects[0].key)
+        if failed := archive.delete_many([one.key for one in objects], if_match=[one.etag for one in objects]):
+            (key, reason), n_failed = failed[0], len(failed)
+            message = f"{n_failed} objects could not be deleted, the first because of {reason}"
+            raise StoreError(message, url=self._at(name, key), failed=tuple(key for key, _ in failed))
 
     def _archive(self, name: str) -> ArchiveStore:
         archive = self._stores.archive(name)
@@ -539,7 +542,7 @@ def is_md5(etag: str) -> bool:
     return _MD5.fullmatch(etag) is not None
 
 
-def _is_proven(before: Mapping[str, str], after: Mapping[str, str], one: PlannedObject, made: ObjectInfo) -> bool:
+def _is_proven(before: Mapping[str, str], after: Mapping[str, str], one: ExpectedObject, made: ObjectInfo) -> bool:
     """Return whether the store's checksums prove that a server-side copy is equal: all common ones must be equal."""
     if None not in (one.crc32c, made.crc32c):
         return one.crc32c == made.crc32c

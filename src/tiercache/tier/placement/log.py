@@ -2,35 +2,13 @@
 
 ::
 
-    _tiercache/tiers.json                      the marker: the data set is tracked; the newest number known to be intact
+    _tiercache/tiers.json                      the marker: the data set is tracked; the number of a recent placement
     _tiercache/placement/<20 digits>.arrow     a complete placement each: one row for each object that is away from home
 
-An untracked data set costs its readers one small GET. A writer changes the placement by putting the next number.
-Exactly one of several racing writers succeeds; the others merge their changes into the new placement and try again.
-Readers start at the marker's number: they probe upward from it, and list where that number is missing.
-
-Only the newest placements are kept, so a number can be free again::
-
-    1. a writer has read number 7, and sleeps
-    2. others write 8 to 18, and remove 8
-    3. the writer wakes, and puts its 8: the number is free, but nobody will ever read it
-
-So a writer that has put a number lists the placements. If there is a higher number, its own placement does not count,
-and the writer starts again.
-
-A put can be corrupted on its way. So the writer reads it back, and only then raises the marker to its number and
-returns: nobody acts on a placement that the marker does not reach. If such a placement cannot be read, it does not
-count, and both readers and the next writer step over it. A placement that the marker reaches was intact once: its
-content cannot be derived from earlier ones, and its readers get CorruptShard::
-
-    1. A puts 8, and reads it back
-    2. B reads 8 wrongly, more than once, while the marker says 7; it steps over 8 and puts 9, which lacks A's changes
-    3. A raises the marker to 8
-
-One of the two notices: A lists after the marker says 8, and B reads the marker again after 9 is there.
-
-Two writers that raise the marker at the same instant may leave the lower number in it. The writer of the lower number
-finds the higher one in its listing, and raises the marker again; if it is killed before that, the next commit does.
+An untracked data set costs its readers one small GET. The placements are a numbered log (store/numbered_log.py): a
+writer changes the placement by putting the next number, which one of several racing writers wins; the others merge
+their changes into the new placement and try again. Only the newest placements are kept. The marker's number is where
+readers begin to look; it may be behind.
 
 The codec writes one Arrow IPC file of one batch per placement. It is parsed as untrusted input: at most MOST_BYTES are
 read, metadata is checked before rows, and rows are read only where that takes no more memory than the file. PrefixStore
@@ -41,7 +19,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import secrets
 import struct
 import time
@@ -60,6 +37,7 @@ from tiercache._native.checksum import crc32c
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.store import Store, check_key
+from tiercache.store.numbered_log import NumberedLog, is_forbidden
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -165,10 +143,14 @@ _SCHEMA = pa.schema(
         pa.field("state", pa.large_string(), nullable=False),
         pa.field("n_bytes", pa.int64(), nullable=False),
         pa.field("crc32c", pa.uint32()),
+        # Unused, and null: earlier releases had them, and compare the whole schema.
         pa.field("promote", pa.large_string()),
         pa.field("hot_bytes", pa.int64()),
     ]
 )
+
+
+_ROW_FIELDS = _SCHEMA.names[:6]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +164,6 @@ class PlacementRow:
         state: "here": readable. "archived": to be restored first, unless the store says that it was restored since.
         n_bytes: Size, in bytes.
         crc32c: CRC-32C of the whole object. None: unknown.
-        promote: URL of the folder in the hot tier to which a read copies the object, under the same key. None: no
-            promotion.
-        hot_bytes: Capacity of the hot tier, in bytes. None: limited only by its disk.
     """
 
     key: str
@@ -193,8 +172,6 @@ class PlacementRow:
     state: State = "here"
     n_bytes: int = 0
     crc32c: int | None = None
-    promote: str | None = None
-    hot_bytes: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values. Raises ValueError."""
@@ -210,11 +187,10 @@ class Placement:
         number: Number of the placement; 0 if nothing was ever placed.
         rows: Table with the columns of `PlacementRow`, sorted by key; each key once.
         nonce: Random text that identifies the writer's attempt.
-        n_spoilt: Number of later placements that were damaged while they were written, and do not count.
     """
 
-    def __init__(self, number: int, rows: pa.Table, nonce: str = "", *, n_spoilt: int = 0) -> None:
-        self.number, self.rows, self.nonce, self.n_damaged = number, rows, nonce, n_spoilt
+    def __init__(self, number: int, rows: pa.Table, nonce: str = "") -> None:
+        self.number, self.rows, self.nonce = number, rows, nonce
         self._keys: pa.Array = _as_one_array(rows["key"])
 
     def __repr__(self) -> str:
@@ -230,33 +206,26 @@ class Placement:
 
     def row(self, at: int) -> PlacementRow:
         """Return row `at` of the table."""
-        return PlacementRow(**self.rows.slice(at, 1).to_pylist()[0])
+        return PlacementRow(**self.rows.select(_ROW_FIELDS).slice(at, 1).to_pylist()[0])
 
     def row_numbers(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
         """Return the row number of each key, -1 for those at home; int64[len(keys)]."""
         found = pc.index_in(keys.cast(pa.large_string()), value_set=self._keys).fill_null(-1)
         return np.asarray(found.to_numpy(), np.int64) if len(keys) else np.empty(0, np.int64)
 
-    def rows_elsewhere(self, other: Placement) -> Placement:
-        """Return the rows of objects for which `other` has another location."""
-        at = other.row_numbers(self.rows["key"])
-        there = pc.take(other.rows["url"], pa.array(np.maximum(at, 0))) if len(other) else self.rows["url"]
-        is_other = pc.and_(pa.array(at >= 0), pc.not_equal(self.rows["url"], there))
-        return Placement(self.number, self.rows.filter(is_other).combine_chunks(), self.nonce)
-
     def with_changes(self, changes: Mapping[str, PlacementRow | None]) -> pa.Table:
         """Return the rows after changes: key -> new row, or None to remove the row."""
         gone = pa.array(list(changes), pa.large_string())
         kept = self.rows.filter(pc.invert(pc.is_in(self.rows["key"], value_set=gone)))
         added = [row for row in changes.values() if row is not None]
-        columns = [pa.array([getattr(row, f.name) for row in added], f.type) for f in _SCHEMA]
+        columns = [pa.array([getattr(row, f.name, None) for row in added], f.type) for f in _SCHEMA]
         table = pa.concat_tables([kept, pa.Table.from_arrays(columns, schema=_SCHEMA)])
         return table.take(pc.sort_indices(table, [("key", "ascending")])).combine_chunks()
 
 
-def empty_placement(n_spoilt: int = 0) -> Placement:
+def empty_placement() -> Placement:
     """Return an empty placement, number 0."""
-    return Placement(0, _SCHEMA.empty_table(), n_spoilt=n_spoilt)
+    return Placement(0, _SCHEMA.empty_table())
 
 
 # -- the file -------------------------------------------------------------------------------------------------------
@@ -300,12 +269,6 @@ def decode_placement(data: bytes, number: int, *, url: str) -> Placement:
     if problem:
         raise CorruptShard(problem, url=url, part="placement")
     return Placement(number, table.replace_schema_metadata(None).combine_chunks(), nonce)
-
-
-def too_large(n_bytes: int, *, url: str) -> CorruptShard:
-    """Return the error for a file above the size limit."""
-    message = f"expected at most {MOST_BYTES} bytes, found {n_bytes}: it was read no further; restore or remove it"
-    return CorruptShard(message, url=url, part="placement")
 
 
 def _begun(data: bytes) -> tuple[Iterator[pa.Message], pa.Schema]:
@@ -412,13 +375,14 @@ PLACEMENT_FOLDER = "_tiercache/placement/"
 N_KEPT = 10
 # A lost race means that another writer succeeded: a hundred losses in a row is overload, not bad luck.
 MAX_REBASES = 100
-# Probe distance across a gap where the store cannot list: more than one writer may be late with its marker update.
-_MAX_GAP = 4 * N_KEPT
 _MARK_BYTES = 64 << 10  # our markers have 100 bytes: of a longer file only the end is read, which does not parse
-_TRIES = 3  # attempts to write the marker, which another writer or a fault may overwrite
-_FORBIDDEN = 403
 _NEVER_S = 1e12  # later than any clock
-_NAME = re.compile(rf"{re.escape(PLACEMENT_FOLDER)}([0-9]{{20}})\.arrow")
+
+
+def _log_of(store: Store) -> NumberedLog:
+    # One byte more than is allowed, so that a longer file is noticed and not read.
+    return NumberedLog(store, PLACEMENT_FOLDER, ".arrow", hides_missing=True, most_bytes=MOST_BYTES + 1)
+
 
 # -- reading --------------------------------------------------------------------------------------------------------
 
@@ -437,43 +401,28 @@ def read_placement(store: Store) -> Placement | None:
         StoreError: The store failed.
     """
     marked = _marked(store)
-    return None if marked is None else _newest(store, marked)
+    return None if marked is None else _found(store, _log_of(store).newest(marked))
 
 
 def find_newest_placement(store: Store, known: Placement | None = None) -> Placement:
-    """Return the newest placement as read() does, but from a listing. For use when an object is missing."""
-    listed = _listed(store)
-    if listed is None:
-        return _newest(store, max(_marked(store) or 0, 0 if known is None else known.number))
-    if known is not None and known.number + known.n_damaged == listed:
-        newer = _probe(store, listed + 1)
-        return known if newer is None else newer
-    return _newest(store, listed) if listed else empty_placement()
-
-
-def earlier_placements(store: Store, newest: Placement) -> tuple[Placement, ...]:
-    """Return the earlier placements, newest first, each reduced to the rows that name another location than `newest`.
-
-    Stops at the first one that is gone, and skips damaged ones: they are only a fallback.
-    """
-    found = []
-    with suppress(StoreError, UnsupportedFormat):
-        for number in range(newest.number - 1, max(newest.number - N_KEPT, 0), -1):
-            with suppress(CorruptShard):
-                data = _get(store, number)
-                if data is None:
-                    break
-                before = _decoded(store, number, data).rows_elsewhere(newest)
-                if len(before):
-                    found.append(before)
-    return tuple(found)
+    """Return the newest placement as read_placement() does, but from a listing. For use when an object is missing."""
+    placements = _log_of(store)
+    start = placements.highest()
+    if start is None:
+        start = max(_marked(store) or 0, 0 if known is None else known.number)
+    elif not start:
+        return empty_placement()
+    elif known is not None and known.number == start:
+        newer = placements.probe(start + 1)
+        return known if newer is None else _found(store, newer)
+    return _found(store, placements.newest(start))
 
 
 def encode_mark(number: int | None, since_s: float | None = None) -> bytes:
     """Return the content of the marker.
 
     Args:
-        number: Newest number that was read back intact. None: unknown.
+        number: Number of a recent placement. None: unknown.
         since_s: Start of tracking, in seconds since the epoch. None: unknown.
     """
     facts: dict[str, Any] = {"format": "tiercache-tiers", "version": FORMAT_VERSION}
@@ -505,7 +454,7 @@ def _marked(store: Store) -> int | None:
 
 
 def _number(mark: dict[str, Any]) -> int | None:
-    """Return the newest number that was read back intact; None if the marker has no valid one."""
+    """Return the number in the marker; None if the marker has no valid one."""
     number = mark.get("placement")
     return number if type(number) is int and 0 <= number < 10**18 else None
 
@@ -517,7 +466,7 @@ def _mark(store: Store) -> dict[str, Any] | None:
     except NotFound:
         return None
     except StoreError as error:
-        if _is_forbidden(error):
+        if is_forbidden(error):
             return None  # the reader reads from the home
         raise
     with suppress(ValueError, RecursionError):
@@ -527,110 +476,22 @@ def _mark(store: Store) -> dict[str, Any] | None:
     return {}
 
 
-def _newest(store: Store, start: int) -> Placement:
-    """Return the newest placement, starting at a number that may exist; number 0 if there is none at all."""
-    found = _probe(store, start or 1)
-    for _ in range(MAX_REBASES):
-        if found is not None:
-            return found
-        listed = _listed(store)
-        if listed is None:
-            return _beyond(store, start)
-        if not listed:
-            return empty_placement()
-        found = _probe(store, listed, is_listed=True)  # finds it unless ten newer ones have replaced it since
-    raise StoreError("placement changes faster than it can be read", url=store.url, retryable=True)
-
-
-def _beyond(store: Store, start: int) -> Placement:
-    """Return the newest placement of a store that cannot list, where `start` is gone."""
-    further = range(start + 1, start + 1 + _MAX_GAP) if start else ()
-    found = next((number for number in further if _get(store, number) is not None), 0)
-    return _probe(store, found) or empty_placement()
-
-
-def _probe(store: Store, number: int, *, is_listed: bool = False) -> Placement | None:
-    """Return the newest of number, number + 1, ... without a gap; None if `number` is missing. is_listed: See _get."""
-    data, newer = None, _get(store, number, is_listed=is_listed)
-    while newer is not None:
-        data, number = newer, number + 1
-        newer = _get(store, number)
-    return None if data is None else _sound(store, number - 1, data)
-
-
-def _sound(store: Store, top: int, data: bytes) -> Placement:
-    """Return the newest intact placement, where `top` is the newest number. data: Content of top."""
-    try:
-        return _decoded(store, top, data)
-    except CorruptShard:
-        read_back = _number(_mark(store) or {})
-        if read_back is None or top <= read_back:  # more were written and read back since, or it was intact once
-            newer = _probe(store, read_back) if read_back is not None and top < read_back else None
-            if newer is None:
-                raise
-            return newer
-        for number in range(top - 1, 0, -1):
-            found = _get(store, number, is_listed=True)
-            if found is None:
-                raise  # no earlier placement is left
-            try:
-                sound = _decoded(store, number, found)
-            except CorruptShard:
-                if number <= read_back:
-                    raise
-            else:
-                return Placement(number, sound.rows, sound.nonce, n_spoilt=top - number)
-        return empty_placement(n_spoilt=top)
-
-
-def _decoded(store: Store, number: int, data: bytes) -> Placement:
-    """Return the decoded placement. Read it once more if it cannot be decoded: a bit may have flipped on the way."""
+def _found(store: Store, found: tuple[int, bytes] | None) -> Placement:
+    """Return the placement in an object of the log; the empty one for None. Raises CorruptShard, UnsupportedFormat."""
+    if found is None:
+        return empty_placement()
+    number, data = found
     url = f"{store.url}/{placement_key(number)}"
+    if len(data) > MOST_BYTES:
+        message = f"expected at most {MOST_BYTES} bytes, found more: it was not read; restore or remove it"
+        raise CorruptShard(message, url=url, part="placement")
     try:
         return decode_placement(data, number, url=url)
-    except CorruptShard:
-        again = _get(store, number)
+    except CorruptShard:  # the data may have been damaged in transit: read once more
+        again = _log_of(store).get(number)
         if again is None or again == data:
             raise
         return decode_placement(again, number, url=url)
-
-
-def _get(store: Store, number: int, *, is_listed: bool = False) -> bytes | None:
-    """Return a placement file; None if missing. is_listed: A listing has it, so that "forbidden" is an error."""
-    if number <= 0:
-        return None
-    try:
-        return _whole(store, placement_key(number))
-    except NotFound:
-        return None
-    except StoreError as error:
-        if _is_forbidden(error) and not is_listed:
-            return None
-        raise
-
-
-def _whole(store: Store, key: str) -> bytes:
-    """Return a placement file, read by one request of at most MOST_BYTES. Raises CorruptShard if the file is longer."""
-    data, info = store.read_tail(key, MOST_BYTES)
-    if info.n_bytes > MOST_BYTES:
-        raise too_large(info.n_bytes, url=f"{store.url}/{key}")
-    return data
-
-
-def _is_forbidden(error: StoreError) -> bool:
-    """Return whether the store forbids an object. A client that may not list gets this for a missing object too."""
-    return error.status == _FORBIDDEN and not error.retryable
-
-
-def _listed(store: Store) -> int | None:
-    """Return the highest number there is, 0 if none; None if the store cannot list."""
-    try:
-        matches = (_NAME.fullmatch(info.key) for info in store.list(PLACEMENT_FOLDER))
-        return max((int(match[1]) for match in matches if match), default=0)
-    except StoreError as error:
-        if error.retryable:
-            raise
-        return None
 
 
 # -- changing -------------------------------------------------------------------------------------------------------
@@ -640,8 +501,7 @@ def start_tracking(store: Store) -> bool:
     """Put the marker: machines report their use from now on. Return whether it was missing. Raises StoreError."""
     if is_tracked(store):
         return False
-    # If a marker was there and is gone, existing placements may have been acted upon: they count as read back.
-    store.put_if_absent(TRACKING_MARKER_KEY, encode_mark(_listed(store), time.time()))
+    store.put_if_absent(TRACKING_MARKER_KEY, encode_mark(_log_of(store).highest(), time.time()))
     return True
 
 
@@ -664,78 +524,35 @@ def commit_placement(store: Store, changes: Mapping[str, PlacementRow | None]) -
         if row is not None and row.key != key:
             raise ValueError(f"the row for {key!r} has the key {row.key!r}")
     start_tracking(store)  # first: a reader that sees no marker reads no placement
-    current = find_newest_placement(store)
+    placements, current = _log_of(store), find_newest_placement(store)
     for _ in range(MAX_REBASES):
         rows = current.with_changes(changes)
         if rows.equals(current.rows):
-            _say_read_back(store, current.number)
             return current
-        proposed = Placement(current.number + current.n_damaged + 1, rows, secrets.token_hex(16))
-        if _put(store, proposed):
-            try:
-                if _holds(store, proposed.number, current):
-                    crash_point("tier_placement.hinted")
-                    _tidy(store, proposed.number)
-                    return proposed
-            except StoreError as error:
-                error.facts["maybe_done"] = True
-                raise
-            store.delete([placement_key(proposed.number)])  # it was put too late, see the module docstring
+        proposed = Placement(current.number + 1, rows, secrets.token_hex(16))
+        if placements.put_newest(proposed.number, _encoded(store, proposed)):
+            crash_point("tier_placement.written")
+            _hint(store, proposed.number)
+            crash_point("tier_placement.hinted")
+            with suppress(StoreError):  # the next commit deletes them
+                placements.delete(range(max(1, proposed.number - 2 * N_KEPT), proposed.number - N_KEPT + 1))
+            return proposed
         current = find_newest_placement(store)
     raise CommitConflict(f"{MAX_REBASES} others changed the placement first", url=store.url, number=current.number)
 
 
-def _put(store: Store, proposed: Placement) -> bool:
-    """Return whether `proposed` was put and read back intact; False if its number is taken or gone, or it is bad."""
-    number, failure, data = proposed.number, None, encode_placement(proposed)
+def _encoded(store: Store, proposed: Placement) -> bytes:
+    data = encode_placement(proposed)
     if len(data) > MOST_BYTES or len(proposed) > MOST_ROWS:
         raise StoreError(
             f"expected a placement of at most {MOST_BYTES} bytes and {MOST_ROWS} rows, found {len(data)} bytes and "
             f"{len(proposed)} rows, which readers reject: move fewer objects away from home, or write larger shards",
-            url=f"{store.url}/{placement_key(number)}",
+            url=f"{store.url}/{placement_key(proposed.number)}",
         )
-    try:
-        if store.put_if_absent(placement_key(number), data):
-            crash_point("tier_placement.written")
-    except StoreError as error:
-        failure = error
-    # A refused put may mean that our own first attempt was written: a back end that retries finds it there.
-    try:
-        return _whole(store, placement_key(number)) == data
-    except NotFound:
-        if failure is not None:
-            raise failure from None
-        return False
-    except StoreError as error:
-        unsettled = failure or error
-        unsettled.facts["maybe_done"] = True
-        raise unsettled from error
+    return data
 
 
-def _holds(store: Store, number: int, before: Placement) -> bool:
-    """Return whether a placement that was read back may be acted on, after raising the marker. before: Its base."""
-    if before.n_damaged and (_marked(store) or 0) > before.number:
-        return False  # the placement that was stepped over was intact
-    _say_read_back(store, number)
-    return (_listed(store) or 0) <= number
-
-
-def _say_read_back(store: Store, number: int) -> None:
-    """Raise the marker to a number: placements up to it were intact when they were read back. Raises StoreError."""
-    for _ in range(_TRIES):
-        mark = _mark(store) or _mark(store) or {}  # twice: after one wrong read `since` would be lost
-        if (_number(mark) or 0) >= number:
-            return
-        store.put(TRACKING_MARKER_KEY, encode_mark(number, _since_s(mark)))
-    raise StoreError(
-        f"expected the marker to say {number} after it was written, found other content {_TRIES} times",
-        url=f"{store.url}/{TRACKING_MARKER_KEY}",
-        retryable=True,
-    )
-
-
-def _tidy(store: Store, number: int) -> None:
-    """Delete placements that nobody can be reading any more. The next commit retries a deletion that failed."""
-    if number > N_KEPT:
-        with suppress(StoreError):
-            store.delete([placement_key(old) for old in range(max(1, number - 2 * N_KEPT), number - N_KEPT + 1)])
+def _hint(store: Store, number: int) -> None:
+    """Write the number into the marker, where readers begin to look. A failure only costs them some requests."""
+    with suppress(StoreError):
+        store.put(TRACKING_MARKER_KEY, encode_mark(number, _since_s(_mark(store) or {})))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,9 +14,10 @@ import pyarrow.compute as pc
 from tiercache.errors import ArchivedShards
 from tiercache.model import ObjectInfo, ShardIdentity, format_bytes
 from tiercache.prices import FREE, Prices, is_free, price_table
-from tiercache.store import Buffer, Lease, LocalStore, Span, Store, Upload
+from tiercache.store import Buffer, Lease, LocalFolder, LocalStore, Span, Store, Upload
 from tiercache.tier.costs import region_of, restored_home_dollars
 from tiercache.tier.placement.resolver import LocationResolver, ObjectLocation, is_remote
+from tiercache.tier.placement.use_reports import UseRecorder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -197,53 +197,45 @@ class RedirectingLocalStore(RedirectingStore):
 # -- check before a run ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Needed:
-    """Shards of a data set that must be restored. rows: Their rows of the placement."""
+def _restore_estimate(url: str, rows: Sequence[PlacementRow]) -> tuple[float | None, float | None]:
+    """Return the hours until the last shard can be read, and the minimum cost in dollars, at standard speed.
 
-    url: str
-    rows: tuple[PlacementRow, ...]
+    Both are None if no price is known. A reader has no rule file, so the price table is used: for the archive the first
+    row with its class, for a remote home the first row of the same region in the standard class. A home in another
+    region costs more.
+    """
+    _, table = price_table()
+    by_class: dict[str | None, Prices] = {name.rpartition(":")[2]: p for name, p in reversed(list(table.items()))}
+    hours = cost = 0.0
+    for row in rows:
+        known = by_class.get(row.storage_class)
+        price = None if known is None else known.restore.get("standard")
+        if known is None or price is None:
+            return None, None
+        hours = max(hours, price.hours)
+        same_region = (one for one in table.values() if region_of(one) == region_of(known))
+        home = FREE if is_free(url) else next(same_region)
+        cost += float(restored_home_dollars(known, price, home, np.array([row.n_bytes]), urls=(row.url, url))[0])
+    return hours, cost
 
-    def estimate(self) -> tuple[float | None, float | None]:
-        """Return the hours until the last shard can be read, and the minimum cost in dollars, at standard speed.
 
-        Both are None if no price is known. A reader has no rule file, so the price table is used: for the archive the
-        first row with its class, for a remote home the first row of the same region in the standard class. A home in
-        another region costs more.
-        """
-        _, table = price_table()
-        by_class: dict[str | None, Prices] = {name.rpartition(":")[2]: p for name, p in reversed(list(table.items()))}
-        hours = cost = 0.0
-        for row in self.rows:
-            known = by_class.get(row.storage_class)
-            price = None if known is None else known.restore.get("standard")
-            if known is None or price is None:
-                return None, None
-            hours = max(hours, price.hours)
-            same_region = (one for one in table.values() if region_of(one) == region_of(known))
-            home = FREE if is_free(self.url) else next(same_region)
-            n_bytes = np.array([row.n_bytes], np.int64)
-            cost += float(restored_home_dollars(known, price, home, n_bytes, urls=(row.url, self.url))[0])
-        return hours, cost
-
-    def error(self) -> ArchivedShards:
-        """Return the error to raise. Its facts are names, bytes, hours, cost in dollars, and the command."""
-        names = [row.key for row in self.rows]
-        n_bytes, (hours, cost) = sum(row.n_bytes for row in self.rows), self.estimate()
-        asked = names if len(names) <= _SHOWN else []
-        command = shlex.join(["tiercache", "restore", self.url, *asked, "--wait"])
-        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-        price_text = "" if hours is None else f"; restoring takes up to {hours:g} hours and costs at least ${cost:,.2f}"
-        return ArchivedShards(
-            f"{self.url}: {len(names)} shards that this run reads ({format_bytes(n_bytes)}) are archived and must be "
-            f"restored first{price_text}: {command}\n({shown})",
-            names=names,
-            url=self.url,
-            n_bytes=n_bytes,
-            hours=hours,
-            cost=cost,
-            command=command,
-        )
+def _restore_first(url: str, rows: Sequence[PlacementRow]) -> ArchivedShards:
+    """Return the error for shards that must be restored, with the cost and the command."""
+    names, n_bytes = [row.key for row in rows], sum(row.n_bytes for row in rows)
+    hours, cost = _restore_estimate(url, rows)
+    command = shlex.join(["tiercache", "restore", url, *(names if len(names) <= _SHOWN else []), "--wait"])
+    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    price_text = "" if hours is None else f"; restoring takes up to {hours:g} hours and costs at least ${cost:,.2f}"
+    return ArchivedShards(
+        f"{url}: {len(names)} shards that this run reads ({format_bytes(n_bytes)}) are archived and must be "
+        f"restored first{price_text}: {command}\n({shown})",
+        names=names,
+        url=url,
+        n_bytes=n_bytes,
+        hours=hours,
+        cost=cost,
+        command=command,
+    )
 
 
 def check_readable(store: RedirectingStore, keys: pa.ChunkedArray, is_here: Callable[[int], bool]) -> None:
@@ -266,7 +258,7 @@ def check_readable(store: RedirectingStore, keys: pa.ChunkedArray, is_here: Call
     if needed and (newer := store.places.refresh()) is not placement and newer is not None:
         needed = _archived(store, newer, keys, is_here)  # they may have been restored to the home since
     if needed:
-        raise _Needed(store.url, needed).error()
+        raise _restore_first(store.url, needed)
 
 
 def _archived(
@@ -280,3 +272,55 @@ def _archived(
     with ThreadPoolExecutor(min(ASKING_THREADS, max(len(rows), 1)), "tiercache-archived") as pool:
         can_read = list(pool.map(store.places.can_be_read, rows))
     return tuple(row for row, can in zip(rows, can_read, strict=True) if not can)
+
+
+# -- one opened data set -----------------------------------------------------------------------------------------------
+
+
+class TieredReader:
+    """How one process reads one data set whose shards may be moved. Thread-safe, and fork-safe.
+
+    It queries no store before a run begins, or before a shard is missing from its known location.
+
+    placed: The data set's own store, which follows the placement.
+    """
+
+    def __init__(self, placed: RedirectingStore) -> None:
+        self._placed, self._places = placed, placed.places
+        self._recorder = UseRecorder(self._places)
+
+    def opened(self, key: str, identity: ShardIdentity) -> LocalFolder | None:
+        """Count an opened shard. Return a local folder, other than the home, that has it; None if there is none."""
+        self._recorder.note(key)
+        return self.local_copy(key, identity) if self.has_moved else None
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether any object is away from home, as far as is known."""
+        return bool(self._places.known_placement)
+
+    def local_copy(self, key: str, identity: ShardIdentity) -> LocalFolder | None:
+        """Return a folder of this machine, other than the home, that has the shard; None if there is none."""
+        return self._places.local_copy(key, identity.n_bytes)
+
+    def is_remote(self, key: str) -> bool:
+        """Return whether a shard of a local home is in a remote store."""
+        return isinstance(self._placed, RedirectingLocalStore) and self._placed.is_remote(key)
+
+    def far(self) -> Store | None:
+        """Return the store that reads the moved shards of a local home through the cache; None if there are none."""
+        return (
+            self._placed.remote_store
+            if self._places.has_remote and isinstance(self._placed, RedirectingLocalStore)
+            else None
+        )
+
+    def prepare_reading(self, keys: pa.ChunkedArray, is_here: Callable[[int], bool], *, reads_all: bool) -> None:
+        """Prepare for a run that reads these shards, and check that they can be read. See check_readable."""
+        check_readable(self._placed, keys, is_here)
+        if self._places.is_tracked:
+            self._recorder.begin(None if reads_all else keys.to_pylist())
+
+    def close(self) -> None:
+        """Report the uses. The object may be used again."""
+        self._recorder.close()

@@ -4,8 +4,8 @@ A moved object is found without a notification::
 
     1. If the known placement has a row for the key, that location is read; otherwise the home is read.
     2. If the store answers that the object is missing (404), a different one (412) or archived (403), the placement is
-       read again, and the location it names is asked by one HEAD; then the home, and the locations in earlier
-       placements, where a copy stays during the grace period.
+       read again, and the location it names is asked by one HEAD; then the home, where a copy stays during the grace
+       period.
     3. If the size and, where both are known, the checksum are as expected, the read continues there.
 
 The tiers of this machine's rule file are read here without the models that validate a rule file, because building these
@@ -14,19 +14,18 @@ takes 50 ms in every process of a training job.
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tiercache import config
 from tiercache.errors import ArchivedShards, NotFound, ObjectChanged, StoreError, TierCacheError
-from tiercache.model import OWN_FOLDER, ByteRange, parse_bytes
+from tiercache.model import OWN_FOLDER, ByteRange
 from tiercache.store import LocalFolder, Store, open_store, redact
 from tiercache.tier.placement import log
 
@@ -35,37 +34,16 @@ if TYPE_CHECKING:
     from tiercache.tier.placement.log import Placement, PlacementRow
 
 
-@dataclass(frozen=True, slots=True)
-class LocalTier:
-    """A tier of the rule file. url: For a local folder, its absolute path without a "/" at the end."""
-
-    role: str
-    url: str
-    capacity: str | int | None = None
-    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
-
-    @property
-    def limit_bytes(self) -> int | None:
-        """Capacity in bytes; None: limited only by the disk. Raises ValueError, TypeError, OSError."""
-        if self.capacity is None:
-            return None
-        return parse_bytes(self.capacity, whole_bytes=shutil.disk_usage(existing(self.url)).total)
-
-
-def tier_above(url: str) -> LocalTier | None:
-    """Return the tier at url or at a folder above it; None if this machine's rule file has none, or is missing."""
+def options_of(url: str) -> dict[str, Any]:
+    """Return the storage options of the tier at url or above it; {} where this machine's rule file has none."""
     steps = url.split("/")
     if ".." in steps or "." in steps:
-        return None
-    return next((tier for tier in _tiers() if f"{url.rstrip('/')}/".startswith(f"{tier.url}/")), None)
+        return {}
+    return next((options for above, options in _tiers() if f"{url.rstrip('/')}/".startswith(f"{above}/")), {})
 
 
-def existing(path: str) -> str:
-    """Return the nearest existing folder, from path upwards."""
-    return str(next(folder for folder in (Path(path), *Path(path).parents) if folder.is_dir()))
-
-
-def _tiers() -> list[LocalTier]:
+def _tiers() -> list[tuple[str, dict[str, Any]]]:
+    """Return (URL, storage options) of the tiers; the URL of a local folder is its absolute path."""
     try:
         file = config.find_file(Path.cwd())
         tables = {} if file is None else config.parse_toml(file, config.read_file(file)).get("tiers", {})
@@ -74,12 +52,12 @@ def _tiers() -> list[LocalTier]:
         return []
 
 
-def _tier(name: str, table: dict[str, Any], folder: Path) -> LocalTier:
+def _tier(name: str, table: dict[str, Any], folder: Path) -> tuple[str, dict[str, Any]]:
     url = str(table["url"]) if "url" in table else ""
     if not url:
         raise ValueError(f"tiers.{name}.url: not given")
     whole = url.rstrip("/") if "://" in url else os.path.normpath(folder / Path(url).expanduser())
-    return LocalTier(table.get("role", name), whole, table.get("capacity"), dict(table.get("storage_options", {})))
+    return whole, dict(table.get("storage_options", {}))
 
 
 T = TypeVar("T")
@@ -114,10 +92,8 @@ class _ResolverState:
         placement: Newest placement known; None if none is known, or the home is not tracked.
         stores: URL -> opened store.
         etags: (key, ETag at opening) -> current ETag of moved objects.
-        earlier: Number of the newest placement, and the rows of earlier ones that differ.
-        wrong: Keys whose copy in a local folder was found damaged.
-        has_near: Whether the placement names folders of this machine.
-        has_far: Whether the placement names remote stores, for which a cache pays off.
+        has_local: Whether the placement names folders of this machine.
+        has_remote: Whether the placement names remote stores, for which a cache pays off.
     """
 
     pid: int = field(default_factory=os.getpid)
@@ -126,10 +102,8 @@ class _ResolverState:
     placement: Placement | None = None
     stores: dict[str, Store] = field(default_factory=dict)
     etags: dict[tuple[str, str], str | None] = field(default_factory=dict)
-    earlier: tuple[int, tuple[Placement, ...]] | None = None
-    wrong: set[str] = field(default_factory=set)
-    has_near: bool = False
-    has_far: bool = False
+    has_local: bool = False
+    has_remote: bool = False
 
 
 class LocationResolver:
@@ -190,7 +164,7 @@ class LocationResolver:
     @property
     def has_remote(self) -> bool:
         """Whether the known placement names a remote store, for which a cache pays off."""
-        return self._known.has_far
+        return self._known.has_remote
 
     @property
     def known_placement(self) -> Placement | None:
@@ -204,11 +178,9 @@ class LocationResolver:
 
     def _learn(self, known: _ResolverState, found: Placement | None) -> None:
         known.placement, known.asked = found, True
-        urls, hot = (
-            set() if found is None else set(found.rows[name].unique().to_pylist()) for name in ("url", "promote")
-        )
-        known.has_near = any(is_local(url) for url in urls | hot if url is not None)
-        known.has_far = any(is_remote(url) for url in urls)
+        urls = [] if found is None else found.rows["url"].unique().to_pylist()
+        known.has_local = any(not scheme_of(url) for url in urls)
+        known.has_remote = any(is_remote(url) for url in urls)
 
     # -- stores -----------------------------------------------------------------------------------------------------
 
@@ -226,10 +198,9 @@ class LocationResolver:
     def _opened(self, known: _ResolverState, url: str) -> Store:
         found = known.stores.get(url)
         if found is None:
-            tier = tier_above(url)
             own = self.options if _same_service(url, self.home.url) else {}
             try:
-                found = open_store(url, **(own if tier is None else own | tier.storage_options))
+                found = open_store(url, **(own | options_of(url)))
             except ValueError as error:
                 message = f"the placement of {self.home.url} names a location that cannot be opened: {error}"
                 raise StoreError(message, url=redact(url)) from error
@@ -294,7 +265,7 @@ class LocationResolver:
         if expected is None:
             raise error  # no placement has a row for it
         last: StoreError = error
-        for place in self._candidates(key, row, before):
+        for place in self._candidates(row, before):
             if place == before and (isinstance(error, NotFound) or is_archived(error)):
                 continue  # that location was asked already
             try:
@@ -302,7 +273,7 @@ class LocationResolver:
             except StoreError:
                 if place == row:
                     raise
-                continue  # an earlier placement names a location that no longer works
+                continue
             try:
                 info = store.head(key)
             except StoreError as failure:
@@ -320,33 +291,18 @@ class LocationResolver:
             raise archived_error(key, expected, self.store_at(expected)) from error
         raise last from (None if last is error else error)
 
-    def _candidates(
-        self, key: str, row: PlacementRow | None, before: PlacementRow | None
-    ) -> Iterator[PlacementRow | None]:
+    def _candidates(self, row: PlacementRow | None, before: PlacementRow | None) -> Iterator[PlacementRow | None]:
         """Yield the locations where an object may be, each once.
 
         First the location in the newest placement; then the home, where the object stays during the grace period; then
-        the last location that this process knew; last the locations in earlier placements, where a copy stays during
-        the grace period and may be the only one left.
+        the last location that this process knew.
         """
         asked: set[str | None] = set()
-        for place in itertools.chain((row, None, before), self._earlier(key, row)):
+        for place in (row, None, before):
             url = None if place is None or self._is_home(place.url) else place.url.rstrip("/")
             if url not in asked:
                 asked.add(url)
                 yield place
-
-    def _earlier(self, key: str, row: PlacementRow | None) -> Iterator[PlacementRow]:
-        """Yield the locations of key in earlier placements, newest first. They are read once per newest placement."""
-        known = self._here
-        newest = known.placement
-        if row is None or newest is None:
-            return
-        with known.lock:
-            if known.earlier is None or known.earlier[0] != newest.number:
-                known.earlier = newest.number, log.earlier_placements(self.home, newest)
-            found = known.earlier[1]
-        yield from (one for one in (each.find(key) for each in found) if one is not None)
 
     def _read_again(self, key: str, error: StoreError) -> PlacementRow | None:
         try:
@@ -356,7 +312,7 @@ class LocationResolver:
         return self.row(key)
 
     def can_be_read(self, row: PlacementRow) -> bool:
-        """Return whether an object that the placement calls archived can be read now, there or at an earlier location.
+        """Return whether an object that the placement calls archived can be read now, there or at home.
 
         Its store is asked for one byte: a storage class alone does not tell whether an object was restored.
         """
@@ -369,8 +325,7 @@ class LocationResolver:
                 return True  # a later read reports the error
         else:
             return True
-        others = self._candidates(row.key, row, None)
-        return any(self._has_readable(place, row) for place in others if place is not row)
+        return any(self._has_readable(place, row) for place in self._candidates(row, None) if place is not row)
 
     def _has_readable(self, place: PlacementRow | None, expected: PlacementRow) -> bool:
         try:
@@ -384,31 +339,16 @@ class LocationResolver:
 
     def local_copy(self, key: str, n_bytes: int) -> LocalFolder | None:
         """Return a folder of this machine that has the object under its key, with this size; None if there is none."""
-        known = self._known
-        if not known.has_near or key in known.wrong:
+        if not self._known.has_local:
             return None
         row = self.row(key)
-        for url in () if row is None else (row.promote, row.url):
-            if url is not None and is_local(url):
-                try:
-                    store = self.store_of(url)
-                    if isinstance(store, LocalFolder) and store.head(key).n_bytes == n_bytes:
-                        return store
-                except StoreError:
-                    continue
+        if row is None or scheme_of(row.url):
+            return None
+        with suppress(StoreError):
+            store = self.store_at(row)
+            if store is not self.home and isinstance(store, LocalFolder) and store.head(key).n_bytes == n_bytes:
+                return store
         return None
-
-    def store_of(self, url: str) -> Store:
-        """Return the store of a folder, opened once per process."""
-        known = self._here
-        with known.lock:
-            return self._opened(known, url)
-
-    def reject_local_copy(self, key: str, n_bytes: int) -> bool:
-        """Stop using a damaged local copy. Return True if there was one."""
-        was_near = self.local_copy(key, n_bytes) is not None
-        self._here.wrong.add(key)
-        return was_near
 
 
 def _read_a_byte(store: Store, key: str) -> None:
@@ -452,8 +392,3 @@ def _same_service(url: str, home: str) -> bool:
 def is_remote(url: str) -> bool:
     """Return whether a URL belongs to a remote store, for which a cache pays off."""
     return scheme_of(url) not in ("", "memory")
-
-
-def is_local(url: str) -> bool:
-    """Return whether a URL is a folder of this machine."""
-    return not scheme_of(url)

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tiercache import config
-from tiercache.catalog.private_files import make_folder, open_file, pid_namespace
+from tiercache.catalog.private_files import make_folder, open_file, pid_namespace, start_time
 from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.waiting import SYSTEM_CLOCK, Clock, pause, wait_for
 
@@ -452,21 +452,15 @@ def _try_lock(fd: int) -> bool:
 
 def _name_of(recorder: int) -> str:
     """Return the name of a recorder, unique on this machine."""
-    return f"{os.getpid()}-{_started(os.getpid())}-{pid_namespace()}-{recorder}"
+    return f"{os.getpid()}-{start_time(os.getpid())}-{pid_namespace()}-{recorder}"
 
 
 def _may_live(name: str) -> bool:
     """Return whether a reader's process may still exist. A process of another container counts as existing."""
     pid, _, rest = name.partition("-")
     started, _, rest = rest.partition("-")
-    return rest.partition("-")[0] != str(pid_namespace()) or not _PID.fullmatch(pid) or _started(int(pid)) == started
-
-
-def _started(pid: int) -> str:
-    """Return the start time of a process, in kernel ticks; "" if it does not exist."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""
-    fields = text.rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
+    return (
+        rest.partition("-")[0] != str(pid_namespace())
+        or not _PID.fullmatch(pid)
+        or str(start_time(int(pid))) == started
+    )
