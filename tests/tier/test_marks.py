@@ -214,7 +214,7 @@ def test_a_tier_that_has_never_held_anything_is_not_missed(tmp_path):
     (tmp_path / "hot").mkdir()  # and there is no folder of archive
     for dry_run in (True, False, False):
         report = tiers.run(dry_run=dry_run)
-        assert (report.unavailable_tiers, report.exit_code) == ({}, DONE)
+        assert (report.unseen, report.exit_code) == ({}, DONE)
 
 
 def test_home_is_missed_too(tiers):
@@ -222,7 +222,7 @@ def test_home_is_missed_too(tiers):
     unmount(tiers, "standard")
     for dry_run in (True, False):
         report = tiers.run(dry_run=dry_run)
-        assert (list(report.unavailable_tiers), report.exit_code) == (["standard"], PARTLY)
+        assert (list(report.unseen), report.exit_code) == (["standard"], PARTLY)
 
 
 def apply(tiers, plan):

@@ -81,7 +81,6 @@ to_rules = st.builds(
     idle_by=st.sampled_from(["use", "use", "mtime"]),
     age_s=in_days,
     uses_below=st.none() | st.integers(1, 3),
-    promote=st.sampled_from(["never", "on_access"]),
     even_if_dearer=st.booleans(),
     delete_after_s=st.none() | st.integers(5, 40).map(lambda n: n * DAY_S),
 )
@@ -105,7 +104,6 @@ def keep_rules(draw) -> Rule:
         keep=draw(st.dictionaries(st.sampled_from(TIERS[:2]), keeps, min_size=1)),
         then=then,
         after_s=draw(in_days) if then else None,
-        promote=draw(st.sampled_from(["never", "on_access"])),
         delete_after_s=draw(st.none() | st.integers(5, 40).map(lambda n: n * DAY_S)),
     )
 
@@ -146,13 +144,8 @@ def fitting(file, groups: Sequence[Group]) -> list[Group]:
     return out
 
 
-def without_promotion(file):
-    return file.model_copy(update={"rules": tuple(r.model_copy(update={"promote": "never"}) for r in file.rules)})
-
-
 @given(worlds(), files(), prices, unseen)
 def test_without_capacities_each_group_goes_where_the_oracle_sends_it(groups, file, priced, missing):
-    file = without_promotion(file)
     groups = fitting(file, groups)
     oracle = PlannerOracle(file, priced, groups, missing)
     expected = {row: wish for row in range(len(groups)) if (wish := oracle.decide(row)) is not None}
@@ -274,7 +267,6 @@ def test_nothing_is_sent_where_it_has_no_room_even_before_grace_is_over(groups, 
 def test_a_tier_over_its_mark_gives_up_the_least_recently_used_until_the_low_mark_and_no_more(
     groups, file, priced, limits
 ):
-    file = without_promotion(file)
     groups = fitting(file, groups)
     found = decide(snapshot_of(groups), file, priced, capacity_bytes=limits)
     refused = {one.group for one in found.refusals}

@@ -73,7 +73,7 @@ FILE, SHARD, CHECKPOINT = range(3)
 
 Action: TypeAlias = Literal["copy", "move", "drop", "reclass", "delete"]
 
-# States of a copy. HERE: readable; ARCHIVED: must be restored first; RESTORING: a restore is in progress;
+# States of a copy. READABLE; ARCHIVED: must be restored first; RESTORING: a restore is in progress;
 # RESTORED: readable until the restored copy expires.
 READABLE, ARCHIVED, RESTORING, RESTORED = range(4)
 
@@ -97,7 +97,7 @@ class Snapshot:
         created_s: float64[n_groups], time when the group was first written, in any tier; a move does not change it.
         last_use_s: float64[n_groups], time of the last use; the date of the oldest copy if no use is known.
         uses: int64[n_groups], number of known uses.
-        counted_since_s: float64[n_groups], time since which uses are recorded. For a shard: since its data set is
+        uses_recorded_since_s: float64[n_groups], time since which uses are recorded. For a shard: since its data set is
             managed by tiers; for other groups: since the last use through a cache of this machine. inf: uses are not
             recorded.
         unreported: bool[n_groups], whether a machine that may have used the group has not reported, so that the group
@@ -114,7 +114,7 @@ class Snapshot:
         smallest_bytes: int64[n_copies], size of its smallest object.
         modified_s: float64[n_copies], time when its newest object was written, by the store's clock.
         storage_class: int16[n_copies], indices of `classes`.
-        state: uint8[n_copies], HERE, ARCHIVED, RESTORING or RESTORED.
+        state: uint8[n_copies], READABLE, ARCHIVED, RESTORING or RESTORED.
         whole: bool[n_copies], whether the copy has all objects of the group, with the same sizes as the other copies.
         verified: bool[n_copies], whether its bytes were compared with checksums and have not changed since.
         links: Copy to a symbolic link in its tier that points to the copy or into it, for copies that have such a link:

@@ -385,7 +385,7 @@ def take_inventory(
     grouped = _grouped(listed, own, shards)
     release_memory()
     copies = copies_of(listed, grouped.objects, lambda tier: known.checksums(file.tiers[tier].name))
-    complete = _complete(grouped, copies, now_s=now_s, settle_s=file.tiering.quiet_period_s)
+    complete = _complete(grouped, copies, now_s=now_s, quiet_period_s=file.tiering.quiet_period_s)
     scores = MetricReader(stores, tuple(tier.name for tier in file.tiers), listed, copies)
     metrics = scores.of(wanted_metrics(file), grouped.paths, np.flatnonzero(grouped.kind == CHECKPOINT))
     links = _links(file, stores, listed, grouped.paths, copies)
@@ -533,13 +533,13 @@ def _objects(
 # -- completeness, links, use, and the snapshot ----------------------------------------------------------------------
 
 
-def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, settle_s: float) -> NDArray[np.bool_]:
+def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, quiet_period_s: float) -> NDArray[np.bool_]:
     """Return whether each checkpoint is complete in some tier: by its names, and because nobody writes it any more.
 
     A copy is finished if it was verified (only complete checkpoints are moved), if its final object exists and no other
-    object is newer, or if no object has changed for settle_s.
+    object is newer, or if no object has changed for quiet_period_s.
     """
-    settled = now_s - copies.modified_s >= settle_s
+    settled = now_s - copies.modified_s >= quiet_period_s
     closed = (copies.marked_s > -np.inf) & (copies.rest_s <= copies.marked_s) & ~copies.unfinished
     good = copies.whole & (copies.verified | settled | closed)
     complete = np.zeros(len(grouped.kind), np.bool_)

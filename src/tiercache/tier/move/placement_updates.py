@@ -100,7 +100,6 @@ class PlacementUpdates:
         ends = ends_readability(self._sight, row)
         if self.is_home(row.dst) and not ends:
             return {one.key.removeprefix(start): None for one in row.objects}
-        promote = self._promotion(row)
         books = self._sight.catalog.entries(row.dst, [one.key for one in row.objects])
         changes: RowChanges = {}
         for one in row.objects:
@@ -112,8 +111,6 @@ class PlacementUpdates:
                 state="archived" if ends or (info is not None and not is_readable(info)) else "here",
                 n_bytes=one.n_bytes,
                 crc32c=one.crc32c if known is None or known.crc32c is None else known.crc32c,
-                promote=None if promote is None else self.url(promote, folder),
-                hot_bytes=None if promote is None else self._stores.capacity(promote),
             )
         return changes
 
@@ -123,14 +120,6 @@ class PlacementUpdates:
         found = [at_home.get(one.key) for one in row.objects]
         pairs = zip(found, row.objects, strict=True)
         return all(info is not None and info.n_bytes == one.n_bytes for info, one in pairs)
-
-    def _promotion(self, row: JournalRow) -> str | None:
-        """Return the tier to which readers promote the objects: if the rule asks for it and dst is below that tier."""
-        rule = next((rule for rule in self._file.rules if rule.name == row.rule), None)
-        hot = next((tier for tier in self._file.tiers if tier.role == "hot"), None)
-        if rule is None or rule.promote != "on_access" or hot is None:
-            return None
-        return hot.name if self._file.index(hot.name) < self._file.index(row.dst) else None
 
     def commit(self, changes: Mapping[str, RowChanges]) -> dict[str, str]:
         """Commit the changes of each placement log, and return {folder: reason} of the logs for which that failed."""

@@ -591,9 +591,9 @@ def _afterwards(snapshot: Snapshot, moves: Sequence[MoveDecision]) -> tuple[NDAr
     ways = MoveColumns.of(moves)
     groups, src, dst = ways.group, ways.src, ways.dst
     brings = np.isin(ways.action, (COPY, MOVE, RECLASS))
-    opened_versions = np.isin(ways.action, (MOVE, RECLASS, DROP))
+    takes = np.isin(ways.action, (MOVE, RECLASS, DROP))
     at[dst[brings], groups[brings]] = at[src[brings], groups[brings]]
-    at[src[opened_versions], groups[opened_versions]] = -1
-    at[:, groups[~brings & ~opened_versions]] = -1
+    at[src[takes], groups[takes]] = -1
+    at[:, groups[~brings & ~takes]] = -1
     tiers, rows = np.nonzero(at >= 0)
     return at[tiers, rows].astype(np.int64), tiers.astype(np.int8)

@@ -6,8 +6,6 @@ docs/reference/tiers.md defines the rules. A group gets at most one move. Steps,
 1. Each rule proposes moves (proposals.py). Moves of protected groups, unprofitable moves and moves without room are
    rejected.
 2. A tier that would still be above `high` of its capacity sends its least recently used groups down until `low`.
-3. Groups that were used since they came to a colder tier are copied up where their rule promotes and the hot tier has
-   room below `low`; a higher limit would evict what the watermark has just left there.
 """
 
 from __future__ import annotations
@@ -50,7 +48,6 @@ from tiercache.tier.plan.proposals import (
     hours,
     one_text,
     propose,
-    propose_move,
     propose_moves,
     span,
 )
@@ -131,8 +128,8 @@ def _add(
         if action == RECLASS:
             out.once[rows] += reclass_dollars(old, new, sizes)
         else:
-            opened_versions, streams = bool(view.opened_versions[src, dst]), bool(view.streams[src, dst])
-            out.once[rows] += copy_dollars(old, new, sizes, opened_versions=opened_versions, streams=streams)
+            leaves, streams = bool(view.leaves[src, dst]), bool(view.streams[src, dst])
+            out.once[rows] += copy_dollars(old, new, sizes, leaves=leaves, streams=streams)
 
 
 def _stays_s(view: SnapshotIndex, wishes: Proposals) -> NDArray[np.float64]:
@@ -313,19 +310,19 @@ class CapacityLedger:
         self.there = there.astype(np.int64)
         self.coming, self.going = np.zeros_like(self.there), np.zeros_like(self.there)
 
-    def fitting(self, wishes: Proposals, share: float = 1.0) -> Flags:
-        """Return which proposed moves fit, in their order; bool[n]. share: Usable fraction of the capacity."""
+    def fitting(self, wishes: Proposals) -> Flags:
+        """Return which proposed moves fit, in their order; bool[n]."""
         fits = np.ones(len(wishes), np.bool_)
         for tier, limit in enumerate(self.limits):
             rows = np.flatnonzero((wishes.dst == tier) & (wishes.action >= RECLASS))
             if limit is not None and len(rows):
-                left_bytes = int(limit * share) - int(self.there[tier] + self.coming[tier])
+                left_bytes = limit - int(self.there[tier] + self.coming[tier])
                 fits[rows] = _fits(bytes_of(self._view, wishes.take(rows)), left_bytes)
         return fits
 
-    def admit(self, wishes: Proposals, refused: list[Proposals], share: float = 1.0) -> Flags:
+    def admit(self, wishes: Proposals, refused: list[Proposals]) -> Flags:
         """Return which proposed moves fit, as fitting(). Counts these, and rejects the others."""
-        fits = self.fitting(wishes, share)
+        fits = self.fitting(wishes)
         full = [f"no room in {name}: its capacity is {format_bytes(limit or 0)}" for name, limit in self._limits()]
         reject(wishes, refused, ~fits, np.array([*full, ""], np.object_)[wishes.dst[~fits]])
         self._count(wishes.take(fits))
@@ -398,7 +395,7 @@ class _Deciding:
         self.refused: list[Proposals] = []
 
     def all(self) -> Decisions:
-        """Run the three steps of the policy."""
+        """Run both steps of the policy."""
         rules = [propose(self.view, rule, number) for number, rule in enumerate(self.view.file.rules)]
         for rule in rules:
             self.refused.append(reject_protected(self.view, rule.refused, self.refused))
@@ -408,13 +405,10 @@ class _Deciding:
             self._make(*reject_unprofitable(self.view, wishes, self.refused))
         for tier in range(self.view.n_tiers - 1):
             self._keep_below_high(tier, rules)
-        for number, rule in enumerate(rules):
-            if self.view.hot is not None and self.view.file.rules[number].promote == "on_access":
-                self._promote(self.view.hot, rule, number)
         return self._decisions()
 
-    def _make(self, wishes: Proposals, dollars: MoveCosts, share: float = 1.0) -> None:
-        fits = self.room.admit(wishes, self.refused, share)
+    def _make(self, wishes: Proposals, dollars: MoveCosts) -> None:
+        fits = self.room.admit(wishes, self.refused)
         self.moving[wishes.group[fits]] = True
         self.moves.append((wishes.take(fits), dollars.take(fits)))
 
@@ -465,33 +459,6 @@ class _Deciding:
         text = format_reasons(lambda unused: f"{full} {high} {ago(unused)}", hours(self.view.unused_s[rows]))
         return propose_moves(self.view, rows, tier, dst, (-1 - tier, text))
 
-    # -- promotion ---------------------------------------------------------------------------------------------------
-
-    def _promote(self, hot: int, rule: RuleProposals, number: int) -> None:
-        """Copy up the groups that were used since they came to a lower tier, unless a rule sends them down.
-
-        The most recently used groups come first.
-        """
-        view = self.view
-        rows = rule.rows[rule.stays & ~self.moving[rule.rows] & (view.pin[rule.rows] < 0) & ~view.has(hot, rule.rows)]
-        rows = rows[view.snapshot.complete[rows] & ~view.snapshot.in_use[rows]]
-        sources = view.at[:, rows] >= 0
-        sources[: hot + 1] = False
-        came_s = np.full(len(rows), -np.inf)
-        for tier in range(view.n_tiers - 1, hot, -1):
-            lies = sources[tier]
-            came_s[lies] = view.snapshot.modified_s[view.at[tier, rows[lies]]]
-        used = sources.any(axis=0) & (view.snapshot.last_use_s[rows] > came_s)
-        rows, sources = rows[used], sources[:, used]
-        order = np.lexsort((rows, view.unused_s[rows]))
-        rows, sources = rows[order], sources[:, order]
-        unused = hours(view.unused_s[rows])
-        text = format_reasons(lambda unused: f"used {ago(unused)} ago, since it lies below {view.name(hot)}", unused)
-        wanted, stuck = propose_move(view, rows, sources, hot, (number, text))
-        self.refused.append(_copies(stuck))
-        wishes = reject_unavailable(view, _copies(wanted), self.refused, self.missing)
-        self._make(wishes, compute_costs(view, wishes), view.file.tiers[hot].low)
-
     # -- decisions ---------------------------------------------------------------------------------------------------
 
     def _decisions(self) -> Decisions:
@@ -513,9 +480,3 @@ class _Deciding:
 
 def _dollars(dollars: MoveCosts) -> CostColumns:
     return CostColumns(dollars.once, dollars.saving_month, dollars.break_even_days)
-
-
-def _copies(wishes: Proposals) -> Proposals:
-    """Turn moves into copies: a promotion leaves the lower copy. A change of class within one URL stays as it is."""
-    action = np.where(wishes.action == MOVE, COPY, wishes.action).astype(np.int8)
-    return Proposals(wishes.group, action, wishes.src, wishes.dst, wishes.rule, wishes.text)

@@ -213,7 +213,7 @@ class SnapshotIndex:
     unused_s: NDArray[np.float64]
     group_bytes: NDArray[np.int64]
     same_place: Flags
-    opened_versions: Flags
+    leaves: Flags
     streams: Flags
 
     @classmethod
@@ -257,7 +257,7 @@ class SnapshotIndex:
             unused_s=snapshot.now_s - np.maximum(snapshot.last_use_s, snapshot.created_s),
             group_bytes=largest_copies(snapshot),
             same_place=_pairs(file.tiers, lambda a, b: _folder(file.tiers[a]) == _folder(file.tiers[b])),
-            opened_versions=_pairs(file.tiers, lambda a, b: way(a, b)[0]),
+            leaves=_pairs(file.tiers, lambda a, b: way(a, b)[0]),
             streams=_pairs(file.tiers, lambda a, b: way(a, b)[1]),
         )
 
@@ -265,11 +265,6 @@ class SnapshotIndex:
     def n_tiers(self) -> int:
         """Number of tiers."""
         return len(self.at)
-
-    @property
-    def hot(self) -> int | None:
-        """Number of the tier that groups are promoted to: the first hot tier; None: there is none."""
-        return next((i for i, tier in enumerate(self.file.tiers) if tier.role == "hot"), None)
 
     def name(self, tier: int) -> str:
         """Return the name of a tier."""
@@ -401,7 +396,6 @@ class RuleProposals:
         rows: Groups that the rule applies to and does not delete.
         wanted: Proposed moves.
         refused: Moves that the rule implies and that are rejected already.
-        stays: bool[n_rows], whether the rule would leave a copy in the hot tier there.
         kept: bool[n_tiers, n_rows], whether the keep list of the tier keeps the group; None: the rule has no keep
             lists.
     """
@@ -409,7 +403,6 @@ class RuleProposals:
     rows: Rows
     wanted: Proposals
     refused: Proposals
-    stays: Flags
     kept: Flags | None = None
 
 
@@ -530,8 +523,8 @@ def _cost(view: SnapshotIndex, rows: Rows, src: int, dst: int) -> NDArray[np.flo
     sizes = Sizes.of(view.snapshot, view.at[src, rows].astype(np.int64))
     if view.same_place[src, dst]:
         return reclass_dollars(src_prices, dst_prices, sizes)
-    opened_versions, streams = bool(view.opened_versions[src, dst]), bool(view.streams[src, dst])
-    return copy_dollars(src_prices, dst_prices, sizes, opened_versions=opened_versions, streams=streams)
+    leaves, streams = bool(view.leaves[src, dst]), bool(view.streams[src, dst])
+    return copy_dollars(src_prices, dst_prices, sizes, leaves=leaves, streams=streams)
 
 
 def _why_stuck(view: SnapshotIndex, stuck: Proposals) -> Texts:
@@ -561,7 +554,7 @@ def propose(view: SnapshotIndex, rule: Rule, number: int) -> RuleProposals:
     deletes = _deletes(view, rule, number, rows)
     left = _left(view, rows, deletes)
     if rule.to is None:
-        return RuleProposals(left, deletes, NO_PROPOSALS, np.ones(len(left), np.bool_))
+        return RuleProposals(left, deletes, NO_PROPOSALS)
     dst = view.file.index(rule.to)
     fits, unsure = _fits(view, rule, left)
     tiers = [view.file.index(name) for name in rule.sources] or list(range(dst))
@@ -574,7 +567,7 @@ def propose(view: SnapshotIndex, rule: Rule, number: int) -> RuleProposals:
     waiting = Proposals.all(propose_move(view, left[waits], sources[:, waits], dst, (number, one_text("", waits))))
     late = view.snapshot.unreported[waiting.group]
     unknown = waiting.saying(np.where(late, _UNREPORTED, _uncounted(rule, view, waiting)))
-    return RuleProposals(left, Proposals.all([deletes, wanted]), Proposals.all([refused, unknown]), ~fits | unsure)
+    return RuleProposals(left, Proposals.all([deletes, wanted]), Proposals.all([refused, unknown]))
 
 
 _UNREPORTED = "its use is not known yet: a machine that may have used it has not reported"
@@ -702,9 +695,7 @@ def _by_keep_lists(view: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> 
         undecided &= ~goes
         parts.append(_down(view, rows[goes], tier, named[:, goes], number))
     wanted, refused = (Proposals.all(part) for part in zip(*parts, strict=True))
-    hot = view.hot
-    stays = ~old if hot is None or view.name(hot) not in rule.keep else ~old & named[hot]
-    return RuleProposals(rows, wanted, refused, stays, named)
+    return RuleProposals(rows, wanted, refused, named)
 
 
 def _worded(metrics: Iterable[tuple[str, ...]]) -> str:
