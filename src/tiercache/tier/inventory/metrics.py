@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.errors import NotFound, StoreError
@@ -32,7 +31,7 @@ from tiercache.tier.inventory.layouts import DECIMAL, NUMBER, SUFFIXES, WORD
 from tiercache.tier.inventory.listing import NO_CRC
 from tiercache.tier.model import CHECKPOINT, READABLE, RESTORED
 from tiercache.tier.plan.proposals import fits_size, largest_copies, rules_of, scores_of
-from tiercache.tier.text_columns import ROWS_AT_A_TIME, NameTemplates, match_regex, split_keys
+from tiercache.tier.text_columns import ROWS_AT_A_TIME, match_regex, split_keys
 
 if TYPE_CHECKING:
     from tiercache.model import ObjectInfo
@@ -386,20 +385,10 @@ def metrics_in_name(name: str) -> dict[str, float]:
     Counters (epoch, step and similar) are not metrics. Without "=", a value must have a decimal point.
     """
     found: dict[str, float] = {}
-    for (name_start, name_end), (start, end) in spans_of(name):
-        found |= _finite(name[name_start:name_end], float(name[start:end]))
+    for part in _COUNTER.split(_SUFFIX.sub("", name)):
+        for match in _METRIC.finditer(part):
+            found |= _finite(match["name"], float(match["number"] or match["decimal"]))
     return found
-
-
-def spans_of(name: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Yield the (start, end) of each metric in a name, and of its number."""
-    start, text = 0, _SUFFIX.sub("", name)
-    ends = [(counter.start(), counter.end()) for counter in _COUNTER.finditer(text)]
-    for end, next_start in [*ends, (len(text), len(text))]:
-        for match in _METRIC.finditer(text[start:end]):
-            named, number = match.span("name"), match.span("number" if match["number"] else "decimal")
-            yield (start + named[0], start + named[1]), (start + number[0], start + number[1])
-        start = next_start
 
 
 def files_of(objects: Iterable[ObjectInfo]) -> tuple[ObjectInfo, ...]:
@@ -491,11 +480,6 @@ def _finite(name: str, value: float) -> dict[str, float]:
     return {name: number} if math.isfinite(number) else {}
 
 
-# Minimum number of names of one template for which an expression is built.
-_FEW = 8
-_DIGITS = re.compile("[0-9]+")
-
-
 def metrics_in_names(names: pa.Array, wanted: Sequence[str]) -> dict[str, NDArray[np.float64]]:
     """Return the wanted metrics of each name, as metrics.metrics_in_name(): float64[n] each, NaN where there is none.
 
@@ -504,60 +488,12 @@ def metrics_in_names(names: pa.Array, wanted: Sequence[str]) -> dict[str, NDArra
         wanted: Names of the metrics.
     """
     found = {name: np.full(len(names), np.nan) for name in wanted}
-    if not len(names):
-        return found
-    alike = NameTemplates.of(names)
-    order = np.argsort(alike.shape, kind="stable")
-    starts = np.searchsorted(alike.shape[order], np.arange(len(alike.shapes) + 1)).tolist()
-    for i, template in enumerate(alike.shapes.to_pylist()):
-        places = _places(template, wanted)
-        if places:
-            rows = order[starts[i] : starts[i + 1]]
-            _read(found, rows, names.take(pa.array(rows)), (template, places))
-    return found
-
-
-_Place = tuple[str, tuple[int, int], tuple[int, int]]
-
-
-def _places(template: str, wanted: Sequence[str]) -> list[_Place]:
-    """Return where the template may have a wanted metric: the metric, and (start, end) of its name and its number."""
-    spans = [(name, number, template[slice(*name)]) for name, number in spans_of(template)]
-    alike = [(metric, _DIGITS.sub("0", metric)) for metric in wanted]
-    return [(metric, name, number) for name, number, text in spans for metric, like in alike if like == text]
-
-
-def _read(
-    found: dict[str, NDArray[np.float64]], rows: NDArray[np.int64], names: pa.Array, of: tuple[str, list[_Place]]
-) -> None:
-    template, places = of
-    # For a metric that occurs twice in a name, the last finite value counts; only the parser for one name knows that.
-    if len(rows) < _FEW or len({metric for metric, _, _ in places}) < len(places):
-        _one_by_one(found, rows, names)
-        return
-    for metric, name, number in places:
-        found[metric][rows] = _values(names, template, (metric, name, number))
-
-
-def _one_by_one(found: dict[str, NDArray[np.float64]], rows: NDArray[np.int64], names: pa.Array) -> None:
-    for row, name in zip(rows.tolist(), names.to_pylist(), strict=True):
+    rows = np.flatnonzero(match_regex(names, "|".join(map(re.escape, wanted))))
+    for row, name in zip(rows.tolist(), names.take(pa.array(rows)).to_pylist(), strict=True):
         for metric, value in metrics_in_name(name).items():
             if metric in found:
                 found[metric][row] = value
-
-
-def _values(names: pa.Array, template: str, place: _Place) -> list[float]:
-    """Return the number at the template's position in each name.
-
-    NaN: the number is not finite, or the name has another metric there.
-    """
-    metric, (name_start, name_end), (start, end) = place
-    parts = template[:name_start], template[name_end:start], template[start:end], template[end:]
-    before, between, number, after = (re.escape(part).replace("0", "[0-9]+") for part in parts)
-    pattern = rf"\A{before}{re.escape(metric)}{between}(?P<value>{number}){after}\z"
-    texts = pc.struct_field(pc.extract_regex(names, pattern), "value")
-    values = [math.nan if text is None else float(text) for text in texts.to_pylist()]
-    return [value if math.isfinite(value) else math.nan for value in values]
+    return found
 
 
 _THREADS = 16
