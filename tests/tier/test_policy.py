@@ -13,13 +13,13 @@ from tests.tier.snapshots import (
     Copy,
     Group,
     checkpoint,
+    decided,
     snapshot_of,
     tier_file,
 )
 
 from tiercache.prices import FREE, Prices, price_table
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING
-from tiercache.tier.plan.policy import decide
 from tiercache.tier.plan.proposals import ago
 from tiercache.tier.rules import BestMetric, KeepList, Pin, Rule, Tag, TieringOptions
 
@@ -38,7 +38,7 @@ DELETE = Rule(name="old", match=("**",), delete_after_s=10 * DAY_S)
 
 
 def planned(groups, *rules, prices=PRICES, capacity=(None, None, None), **file):
-    found = decide(snapshot_of(groups), tier_file(rules, **file), prices, capacity_bytes=capacity)
+    found = decided(snapshot_of(groups), tier_file(rules, **file), prices, capacity_bytes=capacity)
     return found.moves, found.refusals
 
 
@@ -576,13 +576,13 @@ def test_what_has_no_room_where_it_should_go_is_refused():
 def test_a_snapshot_of_other_tiers_is_refused():
     snapshot = snapshot_of([], tiers=("hot", "standard"))
     with pytest.raises(ValueError, match="the snapshot has tiers"):
-        decide(snapshot, tier_file(), PRICES, capacity_bytes=(None, None, None))
+        decided(snapshot, tier_file(), PRICES, capacity_bytes=(None, None, None))
 
 
 @pytest.mark.parametrize(("prices", "limits"), [(PRICES[:2], (None,) * 3), (PRICES, (None,) * 2)])
 def test_prices_and_capacities_are_one_a_tier(prices, limits):
     with pytest.raises(ValueError, match="of 3 tiers, got 2"):
-        decide(snapshot_of([]), tier_file(), prices, capacity_bytes=limits)
+        decided(snapshot_of([]), tier_file(), prices, capacity_bytes=limits)
 
 
 def test_of_nothing_nothing_is_decided():

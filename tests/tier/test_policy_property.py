@@ -7,11 +7,23 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.tier.planner_oracle import PlannerOracle
-from tests.tier.snapshots import COLD, DAY_S, FROZEN, PRICES, STANDARD, TIERS, Copy, Group, snapshot_of, tier_file
+from tests.tier.snapshots import (
+    COLD,
+    DAY_S,
+    FROZEN,
+    PRICES,
+    STANDARD,
+    TIERS,
+    Copy,
+    Group,
+    Outcome,
+    decided,
+    snapshot_of,
+    tier_file,
+)
 
 from tiercache.prices import FREE
-from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING, Decisions
-from tiercache.tier.plan.policy import decide
+from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
 from tiercache.tier.rules import BestMetric, KeepList, Pin, Rule, Tag, TieringOptions
 
 # Worlds take long to draw, and half a dozen properties share them.
@@ -149,7 +161,7 @@ def test_without_capacities_each_group_goes_where_the_oracle_sends_it(groups, fi
     groups = fitting(file, groups)
     oracle = PlannerOracle(file, priced, groups, missing)
     expected = {row: wish for row in range(len(groups)) if (wish := oracle.decide(row)) is not None}
-    found = decide(snapshot_of(groups), file, priced, capacity_bytes=UNLIMITED, missing=missing)
+    found = decided(snapshot_of(groups), file, priced, capacity_bytes=UNLIMITED, missing=missing)
     moves = {
         one.group: (one.action, TIERS[one.src], None if one.dst is None else TIERS[one.dst]) for one in found.moves
     }
@@ -167,10 +179,10 @@ capacities = st.tuples(limits_of_one, limits_of_one, st.none() | limits_of_one)
 @given(worlds(), files(), prices, capacities)
 def test_a_group_has_one_move_or_one_refusal_and_the_same_snapshot_the_same_plan(groups, file, priced, limits):
     snapshot = snapshot_of(fitting(file, groups))
-    found = decide(snapshot, file, priced, capacity_bytes=limits)
+    found = decided(snapshot, file, priced, capacity_bytes=limits)
     names = [one.group for one in (*found.moves, *found.refusals)]
     assert len(names) == len(set(names))
-    assert decide(snapshot, file, priced, capacity_bytes=limits) == found
+    assert decided(snapshot, file, priced, capacity_bytes=limits) == found
 
 
 @FEWER
@@ -178,7 +190,7 @@ def test_a_group_has_one_move_or_one_refusal_and_the_same_snapshot_the_same_plan
 def test_what_is_held_is_left_alone_and_the_newest_keeps_a_copy_that_can_be_read(groups, file, priced, limits):
     groups = fitting(file, groups)
     oracle = PlannerOracle(file, priced, groups)
-    for one in decide(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
+    for one in decided(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
         moved = groups[one.group]
         assert moved.complete
         assert not moved.in_use
@@ -193,7 +205,7 @@ def test_what_is_held_is_left_alone_and_the_newest_keeps_a_copy_that_can_be_read
 @given(worlds(), files(), prices, capacities)
 def test_a_copy_goes_only_for_one_that_is_whole_and_verified_or_that_is_made_of_it(groups, file, priced, limits):
     groups = fitting(file, groups)
-    for one in decide(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
+    for one in decided(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
         at = groups[one.group].copies
         src = at[TIERS[one.src]]
         dst = None if one.dst is None else at.get(TIERS[one.dst])
@@ -213,7 +225,7 @@ def test_a_copy_goes_only_for_one_that_is_whole_and_verified_or_that_is_made_of_
 @given(worlds(), files(), prices, capacities, unseen.filter(bool))
 def test_while_a_tier_cannot_be_seen_nothing_is_deleted_and_nothing_goes_there(groups, file, priced, limits, missing):
     snapshot = snapshot_of(fitting(file, groups))
-    for one in decide(snapshot, file, priced, capacity_bytes=limits, missing=missing).moves:
+    for one in decided(snapshot, file, priced, capacity_bytes=limits, missing=missing).moves:
         assert one.action != "delete"
         assert one.dst is not None
         assert TIERS[one.dst] not in missing
@@ -224,7 +236,7 @@ def test_while_a_tier_cannot_be_seen_nothing_is_deleted_and_nothing_goes_there(g
 def test_only_what_a_rule_deletes_by_age_and_nothing_keeps_is_deleted(groups, file, priced, limits):
     groups = fitting(file, groups)
     oracle = PlannerOracle(file, priced, groups)
-    for one in decide(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
+    for one in decided(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
         if one.action == "delete":
             gone = groups[one.group]
             rule = oracle.rule_of(gone)
@@ -238,7 +250,7 @@ def bytes_in(groups: Sequence[Group], tier: int) -> int:
     return sum(group.copies[TIERS[tier]].n_bytes for group in groups if TIERS[tier] in group.copies)
 
 
-def balance(groups: Sequence[Group], found: Decisions, tier: int) -> tuple[int, int]:
+def balance(groups: Sequence[Group], found: Outcome, tier: int) -> tuple[int, int]:
     """Bytes that come, and that go when all is done."""
     comes = goes = 0
     for one in found.moves:
@@ -256,7 +268,7 @@ def balance(groups: Sequence[Group], found: Decisions, tier: int) -> tuple[int, 
 @given(worlds(), files(), prices, capacities)
 def test_nothing_is_sent_where_it_has_no_room_even_before_grace_is_over(groups, file, priced, limits):
     groups = fitting(file, groups)
-    found = decide(snapshot_of(groups), file, priced, capacity_bytes=limits)
+    found = decided(snapshot_of(groups), file, priced, capacity_bytes=limits)
     for tier, limit in enumerate(limits):
         comes, _ = balance(groups, found, tier)
         assert limit is None or comes == 0 or bytes_in(groups, tier) + comes <= limit
@@ -268,7 +280,7 @@ def test_a_tier_over_its_mark_gives_up_the_least_recently_used_until_the_low_mar
     groups, file, priced, limits
 ):
     groups = fitting(file, groups)
-    found = decide(snapshot_of(groups), file, priced, capacity_bytes=limits)
+    found = decided(snapshot_of(groups), file, priced, capacity_bytes=limits)
     refused = {one.group for one in found.refusals}
     for tier, limit in enumerate(limits[:-1]):
         sent = [one.group for one in found.moves if one.rule == f"tiers.{TIERS[tier]}.high"]
@@ -311,7 +323,7 @@ def holds(groups: list[Group], row: int, tier: int, file, priced) -> bool:
 # -- plan after plan -------------------------------------------------------------------------------------------------
 
 
-def applied(groups: Sequence[Group], found: Decisions, priced) -> list[Group | None]:
+def applied(groups: Sequence[Group], found: Outcome, priced) -> list[Group | None]:
     """What there is when a plan has been carried out; None: deleted."""
     out: list[Group | None] = list(groups)
     for one in found.moves:
@@ -335,7 +347,7 @@ def test_plan_after_plan_comes_to_rest_and_what_was_whole_stays_so(groups, file,
     groups = fitting(file, groups)
     file = file.model_copy(update={"tiering": TieringOptions()})
     for _ in range(12):
-        found = decide(snapshot_of(groups), file, priced, capacity_bytes=limits)
+        found = decided(snapshot_of(groups), file, priced, capacity_bytes=limits)
         after = applied(groups, found, priced)
         newest = PlannerOracle(file, priced, groups).newest
         for row, (old, new) in enumerate(zip(groups, after, strict=True)):

@@ -1,4 +1,4 @@
-"""Frozen values of tiering: the snapshot of all copies, decisions, the plan with its moves, lazy sequences.
+"""Frozen values of tiering: the snapshot of all copies, moves as columns, the plan with its moves, lazy sequences.
 
 A *group* is the unit of a move: a file, a shard or a checkpoint. Its path is relative to the URLs of the tiers. A
 *copy* is a group in one tier. Columns refer to tiers and groups by number; values for people contain names.
@@ -7,9 +7,9 @@ A *group* is the unit of a move: a file, a shard or a checkpoint. Its path is re
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, overload
 
 import numpy as np
 
@@ -72,6 +72,9 @@ KINDS: tuple[Kind, ...] = ("file", "shard", "checkpoint")
 FILE, SHARD, CHECKPOINT = range(3)
 
 Action: TypeAlias = Literal["copy", "move", "drop", "reclass", "delete"]
+# In execution order: actions that free room come first, and of these the ones that transfer no bytes.
+ACTIONS: tuple[Action, ...] = ("delete", "drop", "reclass", "move", "copy")
+DELETE, DROP, RECLASS, MOVE, COPY = range(5)
 
 # States of a copy. READABLE; ARCHIVED: must be restored first; RESTORING: a restore is in progress;
 # RESTORED: readable until the restored copy expires.
@@ -176,52 +179,71 @@ class MoveCost:
     break_even_days: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class MoveDecision:
-    """A move that the policy decided, with the group and the tiers as numbers.
+@dataclass(frozen=True, slots=True, eq=False)
+class MoveColumns:
+    """Moves that a rule proposes, that the policy has decided, or that it rejects; row i of every column is one.
 
     Attributes:
-        group: Number of the group.
-        action: Action.
-        src: Tier that is read, or from which the copy is dropped.
-        dst: Tier that receives the copy, or (drop) holds the other copy; None: delete.
-        rule: Name of the rule, or of the watermark.
-        reason: Reason for people, with the figures behind the decision.
-        money: Cost and savings.
+        group: int64[n], number of the group.
+        action: int8[n], indices of ACTIONS.
+        src: int8[n], tier that is read, or from which the copy is dropped.
+        dst: int8[n], tier that receives the copy, or (drop) holds the other copy; -1: delete.
+        rule: int16[n], number of the rule, or -1 - tier for the watermark of a tier.
+        reason: object[n], reason for people, with the figures behind the decision. Of a rejected move: why it is
+            rejected.
+        once: float64[n], one-time cost in US dollars: requests, retrieval, egress and early-deletion fee.
+        saving_month: float64[n], storage cost saved per month in US dollars; negative: the move makes storage dearer.
     """
 
-    group: int
-    action: Action
-    src: int
-    dst: int | None
-    rule: str
-    reason: str
-    money: MoveCost = field(default_factory=MoveCost)
+    group: NDArray[np.int64]
+    action: NDArray[np.int8]
+    src: NDArray[np.int8]
+    dst: NDArray[np.int8]
+    rule: NDArray[np.int16]
+    reason: NDArray[np.object_]
+    once: NDArray[np.float64]
+    saving_month: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    @classmethod
+    def of(cls, group: NDArray[np.int64], action: Any, src: Any, dst: Any, rule: Any, reason: Any) -> MoveColumns:
+        """Return moves without costs. Each argument after `group` is a column, or one value for all rows."""
+        n = len(group)
+        numbers = (np.full(n, action, np.int8), np.full(n, src, np.int8), np.full(n, dst, np.int8))
+        return cls(
+            group, *numbers, np.full(n, rule, np.int16), np.full(n, reason, np.object_), np.zeros(n), np.zeros(n)
+        )
+
+    @classmethod
+    def concat(cls, parts: Iterable[MoveColumns]) -> MoveColumns:
+        """Concatenate the parts."""
+        parts = [NO_MOVES, *parts]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__))
+
+    def take(self, chosen: NDArray[Any]) -> MoveColumns:
+        """Return the rows that a boolean mask, or an array of row numbers, selects."""
+        return MoveColumns(*(getattr(self, name)[chosen] for name in MoveColumns.__slots__))
 
 
-@dataclass(frozen=True, slots=True)
-class MoveRejection:
-    """A move that a rule proposes and that the policy rejects, with the reason."""
-
-    group: int
-    action: Action
-    src: int
-    dst: int | None
-    rule: str
-    reason: str
+NO_MOVES = MoveColumns.of(np.empty(0, np.int64), 0, 0, -1, 0, "")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Decisions:
     """The output of the policy for one snapshot.
 
     Attributes:
         moves: Moves in execution order; at most one per group.
         refusals: Rejected moves; at most one per group, and none for groups that are moved.
+        rules: Names of rules, then of the watermarks from the last tier to the first: the numbers of watermarks are
+            negative and count from the end.
     """
 
-    moves: Sequence[MoveDecision] = ()
-    refusals: Sequence[MoveRejection] = ()
+    moves: MoveColumns = NO_MOVES
+    refusals: MoveColumns = NO_MOVES
+    rules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
 from tiercache.tier.inventory.layouts import LACKS, MARK, MEMBER, NO_GROUP, NOTHING, Layout, recognise_layout
-from tiercache.tier.inventory.listing import NO_CRC, Listing, Progress, list_tiers, release_memory
+from tiercache.tier.inventory.listing import NO_CRC, Listing, ObjectTable, Progress, list_tiers, release_memory
 from tiercache.tier.inventory.metrics import MetricReader, wanted_metrics
 from tiercache.tier.model import (
     ARCHIVED,
@@ -41,7 +41,6 @@ from tiercache.tier.model import (
     SHARD,
     Snapshot,
 )
-from tiercache.tier.plan.tables import ObjectTable
 from tiercache.tier.text_columns import ROWS_AT_A_TIME, index_in, match_regex, sort_order, take_rows
 
 if TYPE_CHECKING:

@@ -119,6 +119,47 @@ def keys_of(infos: Sequence[ObjectInfo]) -> pa.Array:
         return pa.array([key.encode(errors="backslashreplace").decode() for key in keys], pa.large_string())
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ObjectTable:
+    """The objects of some copies, as row numbers of columns that contain other objects too.
+
+    Attributes:
+        start: int64[n + 1], offsets of each copy's objects in row and crc32c.
+        row: int64[m], row of each object in the columns below.
+        crc32c: int64[m], NO_CRC where it is unknown.
+        keys: large_string[k].
+        etags: large_string[k], null where there is none.
+        n_bytes: int64[k].
+        modified_s: float64[k], NaN where it is unknown.
+    """
+
+    start: NDArray[np.int64]
+    row: NDArray[np.int64]
+    crc32c: NDArray[np.int64]
+    keys: pa.Array
+    etags: pa.Array
+    n_bytes: NDArray[np.int64]
+    modified_s: NDArray[np.float64]
+
+    def bytes_of_copies(self) -> NDArray[np.int64]:
+        """Return the total size of each copy's objects; int64[n]."""
+        sums = np.concatenate([[0], np.cumsum(self.n_bytes[self.row])])
+        return np.asarray(sums[self.start[1:]] - sums[self.start[:-1]], np.int64)
+
+    def named(self, start: int, end: int) -> Iterator[tuple[str, int, str | None, float | None, int | None]]:
+        """Yield (key, n_bytes, etag, modified_s, crc32c) of each object of the copies from start to end."""
+        part = slice(*self.start[[start, end]].tolist())
+        row = self.row[part]
+        return zip(
+            self.keys.take(pa.array(row)).to_pylist(),
+            self.n_bytes[row].tolist(),
+            self.etags.take(pa.array(row)).to_pylist(),
+            [None if time_s != time_s else time_s for time_s in self.modified_s[row].tolist()],
+            [None if crc == NO_CRC else crc for crc in self.crc32c[part].tolist()],
+            strict=True,
+        )
+
+
 def release_memory() -> None:
     """Return free memory to the system: Arrow and the C library keep freed memory for reuse."""
     # The next stage cannot reuse all of it: 200 MB per million objects stayed idle. The second call trims malloc.
