@@ -134,15 +134,14 @@ def first_match(paths: pa.Array, globs: Sequence[tuple[tuple[str, ...], tuple[st
     paths = paths.cast(pa.large_string())
     for start in range(0, len(paths), ROWS_AT_A_TIME):
         some = paths.slice(start, ROWS_AT_A_TIME)
-        left = np.arange(len(some))
+        rule_of, is_open = found[start : start + len(some)], np.ones(len(some), np.bool_)
         for number, (match, excepted) in enumerate(rules):
-            texts = take_rows(some, left)
-            hit = match_regex(texts, match)
-            if excepted != _NOTHING:
-                hit &= ~match_regex(texts, excepted)
-            found[start + left[hit]] = number
-            left = left[~hit]
-            if not len(left):
+            hit = is_open & match_regex(some, match)
+            if excepted != _NOTHING and hit.any():
+                hit &= ~match_regex(some, excepted)
+            rule_of[hit] = number
+            is_open &= ~hit
+            if not is_open.any():
                 break
     return found
 
