@@ -169,50 +169,8 @@ def _record(records: zipfile.ZipFile, name: str, most_bytes: int) -> bytes:
 # The placeholder for results of opcodes that are not interpreted.
 _OTHER = object()
 _MARK = object()
-
-_PUSHES_ARGUMENT = frozenset(
-    [
-        "INT",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG",
-        "LONG1",
-        "LONG4",
-        "FLOAT",
-        "BINFLOAT",
-        "UNICODE",
-        "SHORT_BINUNICODE",
-        "BINUNICODE",
-        "BINUNICODE8",
-        "STRING",
-        "BINSTRING",
-        "SHORT_BINSTRING",
-    ]
-)
-_PUSHES_OTHER = frozenset(
-    [
-        "NONE",
-        "NEWTRUE",
-        "NEWFALSE",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-        "BINBYTES8",
-        "BYTEARRAY8",
-        "EMPTY_LIST",
-        "EMPTY_SET",
-        "EXT1",
-        "EXT2",
-        "EXT4",
-        "NEXT_BUFFER",
-    ]
-)
-# Opcodes that pop this number of values and push a placeholder.
-_TAKES = {"NEWOBJ": 2, "NEWOBJ_EX": 3}
-_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_DROPS_TO_MARK = frozenset(["APPENDS", "ADDITEMS", "POP_MARK"])
-_OTHER_OF_MARK = frozenset(["LIST", "FROZENSET", "INST", "OBJ"])
-_WITHOUT_EFFECT = frozenset(["PROTO", "FRAME", "READONLY_BUFFER"])
+# Opcodes whose argument is not the value that they push.
+_NO_VALUES = ("EXT1", "EXT2", "EXT4", "PERSID", "INST")
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,76 +201,48 @@ class _Interpreter:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name == "STOP":
                 break
-            self._step(opcode.name, argument)
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+                self._memo[int(argument or 0)] = self._stack[-1]
+            else:
+                self._step(opcode, argument)
         return self._stack.pop()
 
-    def _step(self, name: str, argument: Any) -> None:
-        stack = self._stack
-        if name in _PUSHES_ARGUMENT:
-            stack.append(argument)
-        elif name in _PUSHES_OTHER:
-            stack.append(_OTHER)
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self._memo[len(self._memo) if name == "MEMOIZE" else argument] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(self._memo[argument])
-        else:
-            self._make(name, argument)
+    def _step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        """Pop the values that the opcode takes, and push as many as it leaves: its result, or a placeholder."""
+        takes = opcode.stack_before
+        items = self._to_mark() if pickletools.markobject in takes else []
+        below = self._last(takes.index(pickletools.markobject) if pickletools.markobject in takes else len(takes))
+        result = self._result(opcode.name, argument, below, items)
+        self._stack += [result] * len(opcode.stack_after)
 
-    def _make(self, name: str, argument: Any) -> None:
-        """Run an opcode that creates dicts or tuples, or pass it on to _call()."""
-        stack = self._stack
-        if name == "MARK":
-            stack.append(_MARK)
-        elif name == "EMPTY_DICT":
-            stack.append({})
-        elif name == "DICT":
-            stack.append(_with({}, self._to_mark()))
-        elif name in ("SETITEM", "SETITEMS"):
-            items = self._to_mark() if name == "SETITEMS" else self._last(2)
-            _with(stack[-1], items)
-        elif name == "TUPLE":
-            stack.append(tuple(self._to_mark()))
-        elif name in _TUPLES:
-            stack.append(tuple(self._last(_TUPLES[name])))
-        else:
-            self._call(name, argument)
-
-    def _call(self, name: str, argument: Any) -> None:
-        """Run an opcode that names a function or class, or would call it."""
-        stack = self._stack
-        if name == "GLOBAL":
-            stack.append(_Name(argument))
-        elif name == "STACK_GLOBAL":
-            module, function = self._last(2)
-            stack.append(_Name(f"{module} {function}"))
-        elif name == "BINPERSID":
-            stack.append(_storage(stack.pop()))
-        elif name == "REDUCE":
-            function, arguments = self._last(2)
-            stack.append(_called(function, arguments))
-        else:
-            self._skip(name)
-
-    def _skip(self, name: str) -> None:
-        """Run an opcode whose result is not needed: it leaves a placeholder on the stack."""
-        stack = self._stack
-        if name in _TAKES:
-            self._last(_TAKES[name])
-            stack.append(_OTHER)
-        elif name in _OTHER_OF_MARK:
-            self._to_mark()
-            stack.append(_OTHER)
-        elif name in _DROPS_TO_MARK:
-            self._to_mark()
-        elif name in ("APPEND", "BUILD", "POP"):
-            stack.pop()
-        elif name == "DUP":
-            stack.append(stack[-1])
-        elif name == "PERSID":
-            stack.append(_OTHER)
-        elif name not in _WITHOUT_EFFECT:
-            raise ValueError(f"an opcode that torch does not write: {name}")
+    def _result(self, name: str, argument: Any, below: list[Any], items: list[Any]) -> Any:
+        """Return what an opcode leaves. items: Values that it takes above a mark; below: The others."""
+        match name:
+            case "MARK":
+                return _MARK
+            case "GET" | "BINGET" | "LONG_BINGET":
+                return self._memo[argument]
+            case "MEMOIZE":
+                self._memo[len(self._memo)] = below[0]
+                return below[0]
+            case "EMPTY_DICT" | "DICT":
+                return _with({}, items)
+            case "SETITEM" | "SETITEMS":
+                return _with(below[0], items or below[1:])
+            case "EMPTY_TUPLE" | "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                return tuple(items or below)
+            case "GLOBAL":
+                return _Name(argument)
+            case "STACK_GLOBAL":
+                return _Name(" ".join(below))
+            case "BINPERSID":
+                return _storage(below[0])
+            case "REDUCE":
+                return _called(*below)
+            case "APPEND" | "APPENDS" | "ADDITEMS" | "BUILD" | "DUP" | "READONLY_BUFFER":
+                return below[0]
+        is_value = isinstance(argument, int | float | str) and name not in _NO_VALUES
+        return argument if is_value else _OTHER
 
     def _last(self, n: int) -> list[Any]:
         if len(self._stack) < n:
