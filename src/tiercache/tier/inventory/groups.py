@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from tiercache.catalog import use_log
 from tiercache.catalog.tiers import EntryTable
-from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
 from tiercache.tier.inventory.layouts import LACKS, MARK, MEMBER, NO_GROUP, NOTHING, Layout, recognise_layout
@@ -178,8 +177,8 @@ def copies_of(listed: Listing, objects: Objects, book: Callable[[int], ChecksumT
         marked_s=_reduced(np.maximum, np.where(is_mark, modified_s, _NEVER_S), first),
         rest_s=_reduced(np.maximum, np.where(is_mark, _NEVER_S, modified_s), first),
         unfinished=_reduced(np.logical_or, objects.unfinished[order], first),
-        storage_class=listed.class_of[listed.word[row]][_largest(n_bytes, first, n_objects)],
-        state=_STATES[_reduced(np.maximum, _HARDER[listed.state_of[listed.word[row]]], first)],
+        storage_class=listed.storage_class[row][_largest(n_bytes, first, n_objects)],
+        state=_STATES[_reduced(np.maximum, _HARDER[listed.state[row]], first)],
         whole=(n_objects == n_keys[group[first]]) & ~_reduced(np.logical_or, facts.differs, first),
         verified=_reduced(np.logical_and, facts.verified, first),
         start=np.append(first, len(row)),
@@ -325,17 +324,6 @@ class Inventory:
     _listed: Listing = field(repr=False)
     _copies: Copies = field(repr=False)
 
-    def objects(self, group: int, tier: int) -> tuple[ObjectInfo, ...]:
-        """Return the objects of a group's copy in a tier; empty: there is no such copy. The final objects come last.
-
-        Their crc32c comes from the store, the manifest or the catalog, if it is valid for the current object.
-        """
-        copy = self._copies.find(group, tier)
-        if copy is None:
-            return ()
-        start, end = self._copies.start[copy : copy + 2].tolist()
-        return self._listed.objects(self._copies.row[start:end], self._copies.crc32c[start:end])
-
     def lies(self, keys: pa.Array) -> NDArray[np.bool_]:
         """Return whether an object with each key was listed in any tier; bool[len(keys)]."""
         return index_in(keys, self._listed.keys) >= 0
@@ -343,7 +331,8 @@ class Inventory:
     def pieces(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> ObjectTable:
         """Return the objects of many copies as columns: for each group, its copy in the tier at the same index.
 
-        See objects().
+        Their crc32c comes from the store, the manifest or the catalog, if it is valid for the current object. Objects
+        that complete a copy come last.
         """
         listed, copies = self._listed, self._copies
         copy = copies_at(copies.group, copies.tier, groups, tiers)

@@ -24,15 +24,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.errors import NotFound, StoreError
-from tiercache.model import ByteRange
+from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store import StoreFile
 from tiercache.tier.inventory.layouts import DECIMAL, NUMBER, SUFFIXES, WORD
-from tiercache.tier.inventory.listing import NO_CRC
 from tiercache.tier.model import READABLE, RESTORED
 from tiercache.tier.text_columns import ROWS_AT_A_TIME, match_regex, split_keys
 
 if TYPE_CHECKING:
-    from tiercache.model import ObjectInfo
     from tiercache.store import Store
     from tiercache.tier.inventory.groups import Copies
     from tiercache.tier.inventory.listing import Listing
@@ -519,7 +517,8 @@ class MetricReader:
         start, end = self._copies.start[copy : copy + 2].tolist()
         rows = self._copies.row[start:end]
         rows = rows[match_regex(self._listed.keys.take(pa.array(rows)), MAY_HOLD)]
-        objects = self._listed.objects(rows, np.full(len(rows), NO_CRC))
+        keys = self._listed.keys.take(pa.array(rows)).to_pylist()
+        objects = [ObjectInfo(*one) for one in zip(keys, self._listed.n_bytes[rows].tolist(), strict=True)]
         try:
             return read_metrics(self._stores.store(self._tiers[int(self._copies.tier[copy])]), objects, path)
         except StoreError as error:

@@ -50,7 +50,6 @@ from tiercache.tier.plan.proposals import (
     droppable,
     format_reasons,
     hours,
-    one_text,
     propose,
     propose_moves,
     span,
@@ -115,11 +114,11 @@ def _stays_s(view: SnapshotIndex, moves: MoveColumns) -> NDArray[np.float64]:
 # -- rejections ------------------------------------------------------------------------------------------------------
 
 
-def reject(moves: MoveColumns, refused: list[MoveColumns], mask: Flags, text: Texts) -> MoveColumns:
-    """Reject the proposed moves of a mask, and return the others. text: Reason of each rejected move."""
+def reject(moves: MoveColumns, refused: list[MoveColumns], mask: Flags, text: Texts | str) -> MoveColumns:
+    """Reject the proposed moves of a mask, and return the others. text: Reason of each rejected move, or of all."""
     if not mask.any():
         return moves
-    refused.append(replace(moves.take(mask), reason=text))
+    refused.append(replace(moves.take(mask), reason=np.full(int(mask.sum()), text, np.object_)))
     return moves.take(~mask)
 
 
@@ -130,7 +129,7 @@ def reject_protected(view: SnapshotIndex, moves: MoveColumns, refused: list[Move
     text = format_reasons(lambda pin: f"pinned (pins[{pin + 1}]){whys[pin]}", pinned[pinned >= 0])
     moves = reject(moves, refused, pinned >= 0, text)
     in_use = view.snapshot.in_use[moves.group]
-    moves = reject(moves, refused, in_use, one_text("in use", in_use))
+    moves = reject(moves, refused, in_use, "in use")
     partial = ~view.snapshot.complete[moves.group] & (view.snapshot.kind[moves.group] == CHECKPOINT)
     whole = view.whole[:, moves.group[partial]].any(axis=0)
     moves = reject(moves, refused, partial, np.where(whole, "not complete yet", _NOT_WHOLE).astype(np.object_))
@@ -148,7 +147,7 @@ def keep_newest(view: SnapshotIndex, moves: MoveColumns, refused: list[MoveColum
     lasts = of_newest & ((moves.action == DELETE) | (moves.action == RECLASS))
     lasts |= of_newest & (moves.action == DROP) & ~_readable_elsewhere(view, moves)
     what = "the newest complete checkpoint of a run is never deleted, and keeps at least one readable copy"
-    moves = reject(moves, refused, lasts, one_text(what, lasts))
+    moves = reject(moves, refused, lasts, what)
     becomes = view.newest[moves.group] & (moves.action == MOVE)
     action = np.where(becomes, COPY, moves.action).astype(np.int8)
     text = append_to_reasons(moves.reason, becomes, "; copied only: it is the newest complete checkpoint of its run")
@@ -183,10 +182,10 @@ def reject_unavailable(
     """Reject moves to tiers that may not be mounted, and all deletions while there is such a tier."""
     if why := deletion_block_reason(missing):
         deletes = moves.action == DELETE
-        moves = reject(moves, refused, deletes, one_text(why, deletes))
+        moves = reject(moves, refused, deletes, why)
     for name, why in missing.items():
         there = moves.dst == view.file.index(name)
-        moves = reject(moves, refused, there, one_text(f"nothing goes to tier {name}: {why}", there))
+        moves = reject(moves, refused, there, f"nothing goes to tier {name}: {why}")
     return moves
 
 

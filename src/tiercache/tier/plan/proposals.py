@@ -382,11 +382,6 @@ def format_reasons(words: Callable[..., str], *figures: NDArray[Any]) -> Texts:
     return np.asarray(said[inverse], np.object_)
 
 
-def one_text(text: str, mask: Flags) -> Texts:
-    """Return the text once for each True in the mask."""
-    return np.full(int(mask.sum()), text, np.object_)
-
-
 def append_to_reasons(texts: Texts, mask: Flags, end: str) -> Texts:
     """Append `end` to the texts of the mask. Rows that shared one text share the new text."""
     known: dict[str, str] = {}
@@ -519,7 +514,9 @@ def propose(view: SnapshotIndex, rule: Rule, number: int) -> RuleProposals:
     lies = sources.any(axis=0)
     goes, waits = lies & fits & ~unsure, lies & unsure
     wanted, refused = propose_move(view, left[goes], sources[:, goes], dst, (number, _why(view, rule, left[goes])))
-    waiting = MoveColumns.concat(propose_move(view, left[waits], sources[:, waits], dst, (number, one_text("", waits))))
+    waiting = MoveColumns.concat(
+        propose_move(view, left[waits], sources[:, waits], dst, (number, np.full(int(waits.sum()), "", np.object_)))
+    )
     late = view.snapshot.unreported[waiting.group]
     unknown = replace(waiting, reason=np.where(late, _UNREPORTED, _uncounted(rule, view, waiting)))
     return RuleProposals(left, MoveColumns.concat([deletes, wanted]), MoveColumns.concat([refused, unknown]))
