@@ -59,7 +59,7 @@ class VersionStores:
         placed: Store that redirects reads of moved shards, as the placement log says.
         cache: Cache of the data set; None if it is read without a cache.
         store: Store to read from: the cache around `placed`, or `placed` itself.
-        tiers: State of the tiers: counts uses of shards, and promotes shards to the hot tier.
+        tiers: State of the tiers: counts uses of shards.
     """
 
     def __init__(self, place: DatasetSource) -> None:

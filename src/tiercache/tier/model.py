@@ -360,8 +360,3 @@ class Plan:
     refusals: Sequence[Refusal] = ()
     before: Mapping[str, TierTotals] = field(default_factory=dict)
     after: Mapping[str, TierTotals] = field(default_factory=dict)
-
-    def of(self, numbers: Sequence[int]) -> tuple[Move, ...]:
-        """Return the moves with these numbers, in the plan's order."""
-        wanted = set(numbers)
-        return tuple(move for move in self.moves if move.number in wanted)

@@ -78,6 +78,13 @@ def sort_order(texts: pa.Array) -> NDArray[np.int64]:
     return np.arange(len(texts))
 
 
+def inverse(order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the place of each row in an order of all rows."""
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    return place
+
+
 def take_rows(texts: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
     """Return the texts of distinct rows; without a copy if these are all rows in order."""
     if len(rows) == len(texts) and (rows[1:] > rows[:-1]).all():

@@ -25,7 +25,7 @@ from tiercache.catalog import use_log
 from tiercache.catalog.tiers import EntryTable
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
-from tiercache.tier.inventory.layouts import LACKS, MARK, MEMBER, NO_GROUP, NOTHING, Layout, recognise_layout
+from tiercache.tier.inventory.layouts import LACKS, MARK, NO_GROUP, NOTHING, Layout, recognise_layout
 from tiercache.tier.inventory.listing import NO_CRC, Listing, ObjectTable, Progress, list_tiers, release_memory
 from tiercache.tier.inventory.metrics import MetricReader, wanted_metrics
 from tiercache.tier.model import (
@@ -40,7 +40,7 @@ from tiercache.tier.model import (
     SHARD,
     Snapshot,
 )
-from tiercache.tier.text_columns import ROWS_AT_A_TIME, index_in, match_regex, sort_order, take_rows
+from tiercache.tier.text_columns import ROWS_AT_A_TIME, index_in, inverse, match_regex, sort_order, take_rows
 
 if TYPE_CHECKING:
     from tiercache.tier.rules import RuleFile
@@ -383,8 +383,7 @@ def take_inventory(
         "metrics": metrics,
         "unread": _unread(scores.unread, copies, len(grouped.kind)),
     }
-    used = _Used.of(file, listed, grouped)
-    snapshot = _snapshot(file, listed, grouped, copies, used, now_s=now_s, **of_groups)
+    snapshot = _snapshot(file, listed, grouped, copies, now_s=now_s, **of_groups)
     facts = _facts(listed, grouped, copies, complete, datasets)
     more = {
         "n_own": int(own.sum()),
@@ -446,8 +445,7 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards) -> _Gr
     is_shard = is_shard[index_in(keys.take(pa.array(is_shard)), layout.paths) < 0]
     paths = pa.concat_arrays([layout.paths, keys.take(pa.array(is_shard))]) if len(is_shard) else layout.paths
     order = sort_order(paths)
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
+    place = inverse(order)
     group = np.full(len(keys), NO_GROUP, np.int64)
     in_layout = layout.group != NO_GROUP
     group[others[in_layout]] = place[layout.group[in_layout]]
@@ -466,49 +464,43 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards) -> _Gr
         of=of,
         layout=layout,
         shards=shards,
-        objects=_objects(rows, keys, key, _Columns(group, shard, others), (layout, shards)),
+        objects=_objects(rows, key, (group, shard, others), layout, shards),
         orphans=keys.take(pa.array(np.flatnonzero(is_orphan))),
         unfinished=keys.take(pa.array(others[left & layout.unfinished])),
         no_keys=keys.take(pa.array(others[left & ~layout.unfinished])),
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Columns:
-    """Columns by key: the group and the row among the shards; and the keys that the layout covers."""
-
-    group: NDArray[np.int64]
-    shard: NDArray[np.int64]
-    others: NDArray[np.int64]
-
-
 def _numbered(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
     """Return the distinct keys, sorted, and the number of each key."""
     encoded = keys.dictionary_encode()
     order = sort_order(encoded.dictionary)
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
+    place = inverse(order)
     return take_rows(encoded.dictionary, order), place[np.asarray(encoded.indices.to_numpy(), np.int64)]
 
 
 def _objects(
-    rows: NDArray[np.int64], keys: pa.Array, key: NDArray[np.int64], of: _Columns, known: tuple[Layout, LiveShards]
+    rows: NDArray[np.int64],
+    key: NDArray[np.int64],
+    by_key: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
+    layout: Layout,
+    shards: LiveShards,
 ) -> Objects:
-    layout, shards = known
-    rank, unfinished = np.full(len(keys), MEMBER, np.uint8), np.zeros(len(keys), np.bool_)
-    rank[of.others], unfinished[of.others] = layout.rank, layout.unfinished
-    on_top = np.zeros(len(keys), np.bool_)
-    on_top[of.others] = layout.on_top
-    mine = of.group[key] != NO_GROUP
+    """Return the objects in groups. by_key: Group and shard of each key, and the keys that the layout covers."""
+    group, shard, others = by_key
+    rank = np.zeros(len(group), np.uint8)
+    unfinished, on_top = np.zeros(len(group), np.bool_), np.zeros(len(group), np.bool_)
+    rank[others], unfinished[others], on_top[others] = layout.rank, layout.unfinished, layout.on_top
+    mine = group[key] != NO_GROUP
     rows, key = rows[mine], key[mine]
-    is_shard = of.shard[key] >= 0
-    at = of.shard[key][is_shard]
+    is_shard = shard[key] >= 0
+    at = shard[key][is_shard]
     n_bytes, crc32c = np.zeros(len(key), np.int64), np.zeros(len(key), np.int64)
     n_bytes[is_shard], crc32c[is_shard] = shards.n_bytes[at], shards.crc32c[at]
     return Objects(
         row=rows,
         key=key,
-        group=of.group[key].astype(np.int32),
+        group=group[key].astype(np.int32),
         rank=rank[key],
         is_shard=is_shard,
         n_bytes=n_bytes,
@@ -572,49 +564,45 @@ def _with_folders(key: str) -> list[str]:
     return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == "/")]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Used:
-    """Uses of each group, from the read logs of caches on this machine. last_s: NaN if the logs have none."""
+def _uses(file: RuleFile, listed: Listing, grouped: _Grouped) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return last use (NaN: unknown) and number of uses of each group, from the read logs of caches on this machine.
 
-    last_s: NDArray[np.float64]
-    uses: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, file: RuleFile, listed: Listing, grouped: _Grouped) -> _Used:
-        """Aggregate the logs: the use of any object, in any tier, is a use of its group."""
-        n_groups = len(grouped.kind)
-        last_s, counts = np.full(n_groups, np.nan), np.zeros(n_groups, np.int64)
-        try:
-            known = use_log.read_uses()
-        except (OSError, ValueError):  # there is no usable state folder, so that no use is known
-            known = {}
-        for number in listed.tiers if known else ():
-            found = use_log.uses_under(known, file.tiers[number].url)
-            rows = np.flatnonzero(listed.tier[grouped.objects.row] == number)
-            keys = take_rows(listed.keys, grouped.objects.row[rows])
-            at = index_in(keys, pa.array(list(found), pa.large_string()))
-            rows, at = rows[at >= 0], at[at >= 0]
-            group = grouped.objects.group[rows]
-            columns = np.array(list(found.values()), np.float64).reshape(-1, 2)[at]
-            np.fmax.at(last_s, group, columns[:, 0])
-            np.add.at(counts, group, columns[:, 1].astype(np.int64))
-        return cls(last_s, counts)
+    The use of any object, in any tier, is a use of its group.
+    """
+    n_groups = len(grouped.kind)
+    last_s, counts = np.full(n_groups, np.nan), np.zeros(n_groups, np.int64)
+    try:
+        known = use_log.read_uses()
+    except (OSError, ValueError):  # there is no usable state folder, so that no use is known
+        known = {}
+    for number in listed.tiers if known else ():
+        found = use_log.uses_under(known, file.tiers[number].url)
+        rows = np.flatnonzero(listed.tier[grouped.objects.row] == number)
+        keys = take_rows(listed.keys, grouped.objects.row[rows])
+        at = index_in(keys, pa.array(list(found), pa.large_string()))
+        rows, at = rows[at >= 0], at[at >= 0]
+        group = grouped.objects.group[rows]
+        columns = np.array(list(found.values()), np.float64).reshape(-1, 2)[at]
+        np.fmax.at(last_s, group, columns[:, 0])
+        np.add.at(counts, group, columns[:, 1].astype(np.int64))
+    return last_s, counts
 
 
 def _snapshot(
-    file: RuleFile, listed: Listing, grouped: _Grouped, copies: Copies, used: _Used, *, now_s: float, **columns: Any
+    file: RuleFile, listed: Listing, grouped: _Grouped, copies: Copies, *, now_s: float, **columns: Any
 ) -> Snapshot:
+    log_use_s, n_uses = _uses(file, listed, grouped)
     created_s, last_use_s = np.full(len(grouped.kind), np.inf), np.full(len(grouped.kind), np.inf)
     np.minimum.at(created_s, copies.group, copies.written_s)
     # A group without a known use counts as used when its oldest copy was written: a restored copy is not idle at once.
     np.minimum.at(last_use_s, copies.group, copies.modified_s)
     of_shard, shard = grouped.shard >= 0, grouped.shard[grouped.shard >= 0]
-    n_uses, in_use, unreported = used.uses.copy(), np.zeros_like(of_shard), np.zeros_like(of_shard)
+    in_use, unreported = np.zeros_like(of_shard), np.zeros_like(of_shard)
     n_uses[of_shard] += grouped.shards.uses[shard]
     in_use[of_shard], unreported[of_shard] = grouped.shards.in_use[shard], grouped.shards.unreported[shard]
-    last_use_s = np.fmax(last_use_s, used.last_s)
+    last_use_s = np.fmax(last_use_s, log_use_s)
     last_use_s[of_shard] = np.fmax(last_use_s[of_shard], grouped.shards.last_use_s[shard])
-    counted_since_s = np.where(np.isnan(used.last_s), np.inf, used.last_s)
+    counted_since_s = np.where(np.isnan(log_use_s), np.inf, log_use_s)
     counted_since_s[of_shard] = grouped.shards.counted_since_s[shard]
     return Snapshot(
         now_s=now_s,

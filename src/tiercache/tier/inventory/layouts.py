@@ -32,6 +32,7 @@ from tiercache.tier.text_columns import (
     ROWS_AT_A_TIME,
     as_numpy,
     index_in,
+    inverse,
     joined_codes,
     match_regex,
     sort_order,
@@ -294,9 +295,7 @@ def _known_groups(
 def _in_order(codes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Number the codes in order of first appearance."""
     _, first, number = np.unique(codes, return_index=True, return_inverse=True)
-    place = np.empty(len(first), np.int64)
-    place[np.argsort(first)] = np.arange(len(first))
-    return place[number]
+    return np.asarray(inverse(np.argsort(first))[number], np.int64)
 
 
 def _numbered(
@@ -319,8 +318,7 @@ def _numbered(
     paths = take_rows(of_keys, alone)
     paths = pa.concat_arrays([of_folders.take(pa.array(used)), paths]) if len(used) else paths
     order = sort_order(paths)
-    of_path = np.empty(len(order), np.int64)
-    of_path[order] = np.arange(len(order))
+    of_path = inverse(order)
     place = np.full(n_folders + len(left), -1, np.int64)
     place[used] = of_path[: len(used)]
     place[n_folders + alone] = of_path[len(used) :]
