@@ -66,7 +66,7 @@ def made_file(case: str, n_rules: int) -> RuleFile:
         ]
         keep = {"hot": KeepList(last=2), "standard": KeepList(last=10, every_steps=5000)}
         ckpt = Rule(name="ckpt", match=("checkpoints/**",), keep=keep, then="archive", after_s=14 * DAY_S)
-        rest = Rule(name="rest", match=("**",), to="archive", idle_s=idle_s, promote="on_access")
+        rest = Rule(name="rest", match=("**",), to="archive", idle_s=idle_s)
         rules += [ckpt, rest] if case == "mixed" else [rest, rest]
     return RuleFile(path=Path("tiercache.toml"), sha256="0" * 64, tiers=TIERS, rules=tuple(rules))
 

@@ -61,7 +61,7 @@ def made_file(n_rules: int) -> RuleFile:
     best = (BestMetric(metric="val_loss", n=2, mode="min"),)
     keep = {"hot": KeepList(last=2), "standard": KeepList(last=10, every_steps=5000, best=best)}
     rules.append(Rule(name="ckpt", match=("runs/**",), keep=keep, then="archive", after_s=DAY_S / 2))
-    rules.append(Rule(name="rest", match=("**",), to="archive", idle_s=DAY_S / 2, idle_by="mtime", promote="on_access"))
+    rules.append(Rule(name="rest", match=("**",), to="archive", idle_s=DAY_S / 2, idle_by="mtime"))
     return RuleFile(path=Path("tiercache.toml"), sha256="0" * 64, tiers=tiers, rules=tuple(rules))
 
 

@@ -20,7 +20,19 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.prices import prices_of
-from tiercache.tier.model import ARCHIVED, CHECKPOINT, NO_SERIES, NO_STEP, READABLE, SHARD, Decisions, Snapshot
+from tiercache.tier.model import (
+    ARCHIVED,
+    CHECKPOINT,
+    COPY,
+    DELETE,
+    DROP,
+    NO_SERIES,
+    NO_STEP,
+    READABLE,
+    SHARD,
+    Decisions,
+    Snapshot,
+)
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.rules import RuleFile, load_rule_file
 
@@ -224,7 +236,7 @@ class World:
             classes=tuple(one.storage_class or "" for one in self.file.tiers),
             paths=all_of.paths.slice(0, n), kind=all_of.kind[:n], step=all_of.step[:n], series=all_of.series[:n],
             complete=np.ones(n, bool), created_s=all_of.born_s[:n], last_use_s=self._last_use_s[:n],
-            uses=self._uses[:n], counted_since_s=np.full(n, -np.inf), unreported=np.zeros(n, bool),
+            uses=self._uses[:n], uses_recorded_since_s=np.full(n, -np.inf), unreported=np.zeros(n, bool),
             in_use=self._in_use[:n],
             metrics={"val_loss": all_of.loss[:n]}, unread=np.zeros(n, bool), tags={},
             group=group.astype(np.int32), tier=tier.astype(np.int8), n_objects=n_objects, n_bytes=n_bytes,
@@ -240,18 +252,20 @@ class World:
 
     def apply(self, decisions: Decisions) -> None:
         """Make the moves; a move's source goes tomorrow."""
-        for move in decisions.moves:
-            self.promised += move.money.once
-            self.n_moves += 1
-            if move.action == "drop":
-                self._drop(move.group, move.src)
-            elif move.action == "delete":
-                for tier in np.flatnonzero(self.present[move.group]).tolist():
-                    self._end(move.group, tier)
-            elif move.dst is not None:
-                self._copy(move.group, move.src, move.dst)
-                if move.action != "copy":
-                    self._due.append((move.group, move.src))
+        moves = decisions.moves
+        self.promised += float(moves.once.sum())
+        self.n_moves += len(moves)
+        columns = (moves.group.tolist(), moves.action.tolist(), moves.src.tolist(), moves.dst.tolist())
+        for group, action, src, dst in zip(*columns, strict=True):
+            if action == DROP:
+                self._drop(group, src)
+            elif action == DELETE:
+                for tier in np.flatnonzero(self.present[group]).tolist():
+                    self._end(group, tier)
+            else:
+                self._copy(group, src, dst)
+                if action != COPY:
+                    self._due.append((group, src))
 
     def _copy(self, group: int, src: int, dst: int) -> None:
         n_gb = self.groups.n_bytes[group] / GB

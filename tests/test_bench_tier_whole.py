@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def rows(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("bench")
     done = subprocess.run(
-        [sys.executable, "bench_tier_whole.py", "--quick", "--only", "named", "books", "--folder", str(folder)],
+        [sys.executable, "bench_tier_whole.py", "--quick", "--only", "named", "--folder", str(folder)],
         check=False,
         capture_output=True,
         text=True,

@@ -96,7 +96,6 @@ class TestReading:
             to="archive",
             sources=("hot", "standard"),
             idle_s=30 * 86400.0,
-            promote="on_access",
         )
         assert file.pins[0].why == "the paper's figures"
         assert file.tiering == TieringOptions()
@@ -332,10 +331,7 @@ class TestRules:
             ('match = "*"\nto = "hot"', "rules[1].to: 'hot' is the first tier"),
             ('match = "*"\nto = "standard"\nfrom = "archive"', "rules[1].from: tier 'archive' must stand before"),
             ('match = "*"\nidle = "5d"', "rules[1].idle: is a condition of `to`"),
-            (
-                'match = "*"\npromote = "always"',
-                "rules[1].promote: Input should be 'never' or 'on_access'",
-            ),
+            ('match = "*"\npromote = "on_access"', "rules[1].promote: it was removed: delete the line"),
             ('match = "*"\nthen = "archive"', "rules[1].then: needs a keep list"),
             ('match = "*"\nkeep_hot = {last = 1}\nafter = "1d"', "rules[1].after: needs `then`"),
             ('match = "*"\nkeep_hot = {last = 1}\nto = "archive"', "rules[1].to: cannot be combined with keep lists"),
@@ -432,6 +428,13 @@ class TestTheRest:
             rate_bytes_s=5_000_000,
             state_dir=tmp_path / "s",
         )
+
+    def test_old_names_of_keys_work_for_one_release(self, read, complaint):
+        with pytest.warns(DeprecationWarning, match="is called") as caught:
+            tiering = read(f'{TIERS}\n[tiering]\nsettle = "5m"\nsilence = "1d"').tiering
+        assert (tiering.quiet_period_s, tiering.reader_timeout_s) == (300.0, 86400.0)
+        assert ["quiet_period" in str(caught[0].message), "reader_timeout" in str(caught[1].message)] == [True, True]
+        assert "tiering.settle" in complaint(f'{TIERS}\n[tiering]\nsettle = "5m"\nquiet_period = "5m"')
 
     @pytest.mark.parametrize(
         ("text", "message"),

@@ -125,7 +125,13 @@ class Look:
         return getattr(self.snapshot, column)[self.copy(path, tier)].item()
 
     def objects(self, path, tier):
-        return self.inventory.objects(self.group(path), self.snapshot.tiers.index(tier))
+        table = self.inventory.pieces(
+            np.array([self.group(path)]), np.array([self.snapshot.tiers.index(tier)], np.int8)
+        )
+        return tuple(
+            ObjectInfo(key, n_bytes, etag, crc32c=crc32c, modified_s=modified_s)
+            for key, n_bytes, etag, modified_s, crc32c in table.named(0, 1)
+        )
 
 
 def scripted(folder, name):

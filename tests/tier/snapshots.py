@@ -1,6 +1,6 @@
 """Small worlds for planners: groups and copies as people think of them, made into a snapshot's columns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,7 +8,20 @@ import numpy as np
 import pyarrow as pa
 
 from tiercache.prices import FREE, Prices, RestorePrice
-from tiercache.tier.model import KINDS, NO_SERIES, NO_STEP, READABLE, Kind, Snapshot
+from tiercache.tier.costs import break_even_days
+from tiercache.tier.model import (
+    ACTIONS,
+    KINDS,
+    NO_SERIES,
+    NO_STEP,
+    READABLE,
+    Decisions,
+    Kind,
+    MoveColumns,
+    MoveCost,
+    Snapshot,
+)
+from tiercache.tier.plan.policy import decide
 from tiercache.tier.rules import RuleFile, Tier
 
 DAY_S = 86_400.0
@@ -121,6 +134,50 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         verified=copies(lambda copy: copy.verified, np.bool_),
         links={row: copy.link for row, (_, _, copy, _) in enumerate(rows) if copy.link},
     )
+
+
+@dataclass(frozen=True)
+class Decided:
+    """One row of what was decided."""
+
+    group: int
+    action: str
+    src: int
+    dst: int | None
+    rule: str
+    reason: str
+    money: MoveCost
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Decisions, row by row."""
+
+    moves: tuple[Decided, ...]
+    refusals: tuple[Decided, ...]
+
+
+def in_rows(found: Decisions) -> Outcome:
+    return Outcome(*(tuple(_rows(columns, found.rules)) for columns in (found.moves, found.refusals)))
+
+
+def _rows(columns: MoveColumns, rules: Sequence[str]) -> Iterator[Decided]:
+    for i in range(len(columns)):
+        action, dst, once, saving = (
+            ACTIONS[columns.action[i]],
+            int(columns.dst[i]),
+            columns.once[i],
+            columns.saving_month[i],
+        )
+        days = float(break_even_days(columns.once[i : i + 1], columns.saving_month[i : i + 1])[0])
+        money = MoveCost(float(once), float(saving), None if days == np.inf else days)
+        named = (int(columns.src[i]), None if dst < 0 else dst, rules[columns.rule[i]], columns.reason[i])
+        yield Decided(int(columns.group[i]), action, *named, money)
+
+
+def decided(*args, **keys) -> Outcome:
+    """What decide() says, row by row."""
+    return in_rows(decide(*args, **keys))
 
 
 def tier_file(

@@ -64,9 +64,7 @@ def test_changing_a_class_costs_a_transition_and_reading_what_is_there():
 def test_a_copy_through_this_machine_costs_a_request_for_each_part():
     of_100_parts = sizes((800 << 20,))
     cost = {
-        streams: costs.copy_dollars(
-            price("STANDARD"), price("GLACIER_IR"), of_100_parts, opened_versions=False, streams=streams
-        )
+        streams: costs.copy_dollars(price("STANDARD"), price("GLACIER_IR"), of_100_parts, leaves=False, streams=streams)
         for streams in (False, True)
     }
     assert cost[True] == pytest.approx([(100 * 0.0004 + 102 * 0.02) / 1000])
@@ -76,9 +74,7 @@ def test_a_copy_through_this_machine_costs_a_request_for_each_part():
 @pytest.mark.parametrize("name", ["GLACIER", "DEEP_ARCHIVE"])
 def test_parts_into_a_class_of_archives_have_the_price_of_standard_and_only_the_end_that_of_the_class(name):
     def cost(n_bytes):
-        return costs.copy_dollars(Prices("disk"), price(name), sizes((n_bytes,)), opened_versions=False, streams=True)[
-            0
-        ]
+        return costs.copy_dollars(Prices("disk"), price(name), sizes((n_bytes,)), leaves=False, streams=True)[0]
 
     of_class = price(name).put_1000
     assert cost(8 << 20) == pytest.approx(of_class / 1000), "one part is one PUT"
@@ -92,13 +88,11 @@ def test_a_restore_pays_for_its_temporary_copy_too():
 
 
 def test_bytes_that_leave_the_region_cost_egress():
-    stays, opened_versions = (
-        costs.copy_dollars(
-            price("STANDARD"), price("STANDARD"), sizes((1 << 30,)), opened_versions=opened_versions, streams=False
-        )
-        for opened_versions in (False, True)
+    stays, leaves = (
+        costs.copy_dollars(price("STANDARD"), price("STANDARD"), sizes((1 << 30,)), leaves=leaves, streams=False)
+        for leaves in (False, True)
     )
-    assert opened_versions - stays == pytest.approx([0.09])
+    assert leaves - stays == pytest.approx([0.09])
 
 
 @pytest.mark.parametrize(

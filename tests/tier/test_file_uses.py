@@ -58,7 +58,8 @@ class Tiers:
             found = decide(snapshot, file, [prices_if_known(tier) for tier in file.tiers], capacity_bytes=[None, None])
         self.snapshot = snapshot
         paths = snapshot.paths.to_pylist()
-        return [paths[m.group] for m in found.moves], {paths[r.group]: r.reason for r in found.refusals}
+        refusals = zip(found.refusals.group.tolist(), found.refusals.reason.tolist(), strict=True)
+        return [paths[group] for group in found.moves.group.tolist()], {paths[group]: why for group, why in refusals}
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """The inventory of several tiers: groups and their copies, whether they are whole, verified and complete."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -121,7 +123,10 @@ def test_objects_of_a_copy_have_what_makes_it_whole_last(tiers):
 
 def test_objects_are_as_the_store_said_them(tiers):
     tiers.standard.add("x", 5, crc32c=9, storage_class="GLACIER", restore='ongoing-request="true"')
-    assert tiers.take().objects("x", "standard") == (tiers.standard.infos["x"],)
+    look = tiers.take()
+    assert look.objects("x", "standard") == (replace(tiers.standard.infos["x"], storage_class=None, restore=None),)
+    assert look.has("x", "standard", "state") == RESTORING
+    assert look.snapshot.classes[look.has("x", "standard", "storage_class")] == "GLACIER"
 
 
 def test_a_tier_without_a_copy_has_no_objects(tiers):

@@ -10,17 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.tier import model
-from tiercache.tier.model import KINDS, SHARD, Move, MoveCost, MoveDecision, MoveRejection, Plan, PlannedObject, Refusal
+from tiercache.tier.costs import break_even_days
+from tiercache.tier.inventory.listing import ObjectTable
+from tiercache.tier.model import ACTIONS, KINDS, SHARD, Move, MoveColumns, MoveCost, Plan, PlannedObject, Refusal
 from tiercache.tier.plan import tables
 from tiercache.tier.plan.plan import plan_lines
-from tiercache.tier.plan.proposals import ACTIONS
 from tiercache.tier.plan.tables import (
-    CostColumns,
-    MoveColumns,
-    MoveDecisionTable,
-    MoveRejectionTable,
     MoveTable,
-    ObjectTable,
     RefusalTable,
     paths_of,
     total_moves,
@@ -31,17 +27,21 @@ TIERS = ("hot", "standard", "archive")
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(
     ['"', "\\", "\x7f", "\n", "é\u2028"]
 )
-amounts = st.floats(-1e12, 1e12) | st.sampled_from([0.0, -0.0, 1e-9, 1e300, 12345678901234567.0])
-money = st.builds(MoveCost, amounts, amounts, st.none() | amounts).map(
-    lambda one: one if one.once or one.saving_month else MoveCost(break_even_days=0.0)
+amounts = st.floats(-1e12, 1e12).map(lambda amount: round(amount, 9)) | st.sampled_from(
+    [0.0, -0.0, 1e-9, 12345678901234567.0]
 )
-ways = {
-    "action": st.sampled_from(ACTIONS),
-    "src": st.integers(0, 2),
-    "dst": st.none() | st.integers(0, 2),
-    "rule": texts,
-    "reason": texts,
-}
+RULES = ("cold", 'a "rule"', "é\n", "tiers.hot.high")
+# group, action, src, dst, rule, reason, once, saving_month
+rows = st.tuples(
+    st.integers(0, 9),
+    st.integers(0, 4),
+    st.integers(0, 2),
+    st.integers(-1, 2),
+    st.integers(-1, 2),
+    texts,
+    amounts,
+    amounts,
+)
 objects = st.builds(
     PlannedObject,
     texts,
@@ -57,29 +57,40 @@ def plans(draw) -> tuple[MoveTable, list[Move], RefusalTable, list[Refusal]]:
     """Moves and refusals in columns, and the objects that they stand for."""
     paths = draw(st.lists(texts, min_size=1, max_size=5, unique=True))
     kind = draw(st.lists(st.integers(0, 2), min_size=len(paths), max_size=len(paths)))
-    groups = st.integers(0, len(paths) - 1)
-    chosen = draw(st.lists(st.builds(MoveDecision, group=groups, money=money, **ways), max_size=5))
-    declined = draw(st.lists(st.builds(MoveRejection, group=groups, **ways), max_size=5))
-    copies = [draw(st.lists(objects, max_size=3)) for _ in chosen]
-    sizes = [draw(st.integers(0, 2**50)) for _ in declined]
+    moved, refused = (draw(st.lists(rows, max_size=5)) for _ in range(2))
+    copies = [draw(st.lists(objects, max_size=3)) for _ in moved]
+    sizes = [draw(st.integers(0, 2**50)) for _ in refused]
     pieces = pieces_of(copies)
-    of = {"paths": pa.array(paths, pa.large_string()), "kind": np.array(kind, np.uint8), "tiers": TIERS}
-    in_columns = MoveTable(
-        MoveColumns.of(chosen), CostColumns.of(chosen), pieces, pieces.bytes_of_copies(), rate_bytes_s=2e8, **of
-    )
-    named = [words(one, paths, kind) for one in chosen]
+    of = (pa.array(paths, pa.large_string()), np.array(kind, np.uint8), TIERS)
+    in_columns = MoveTable(columns_of(moved, paths), RULES, pieces.bytes_of_copies(), *of, pieces, rate_bytes_s=2e8)
     plain = [
-        Move(number, **named[number - 1], objects=tuple(copies[number - 1]), money=one.money)
-        for number, one in enumerate(chosen, start=1)
+        Move(number, **words(row, paths, kind), objects=tuple(copy), money=cost_of(*row[-2:]))
+        for number, (row, copy) in enumerate(zip(moved, copies, strict=True), start=1)
     ]
-    refusals = [Refusal(**words(one, paths, kind), n_bytes=size) for one, size in zip(declined, sizes, strict=True)]
-    return in_columns, plain, RefusalTable(MoveColumns.of(declined), np.array(sizes, np.int64), **of), refusals
+    refusals = [Refusal(**words(row, paths, kind), n_bytes=size) for row, size in zip(refused, sizes, strict=True)]
+    return in_columns, plain, RefusalTable(columns_of(refused, paths), RULES, np.array(sizes, np.int64), *of), refusals
 
 
-def words(one: MoveDecision | MoveRejection, paths: list[str], kind: list[int]) -> dict:
-    dst = None if one.dst is None else TIERS[one.dst]
-    found = {"path": paths[one.group], "kind": KINDS[kind[one.group]], "action": one.action, "src": TIERS[one.src]}
-    return found | {"dst": dst, "rule": one.rule, "reason": one.reason}
+def columns_of(rows: list[tuple], paths: list[str]) -> MoveColumns:
+    group, action, src, dst, rule, reason, once, saving = zip(*rows, strict=True) if rows else ((),) * 8
+    reasons = np.empty(len(rows), np.object_)
+    reasons[:] = reason
+    found = MoveColumns.of(np.array(group, np.int64) % len(paths), action, src, dst, rule, reasons)
+    return replace(found, once=np.array(once, np.float64), saving_month=np.array(saving, np.float64))
+
+
+def cost_of(once: float, saving: float) -> MoveCost:
+    if not once and not saving:
+        return MoveCost(break_even_days=0.0)
+    days = float(break_even_days(np.array([once]), np.array([saving]))[0])
+    return MoveCost(once, saving, None if days == np.inf else days)
+
+
+def words(row: tuple, paths: list[str], kind: list[int]) -> dict:
+    group, action, src, dst, rule, reason, *_ = row
+    dst = None if dst < 0 else TIERS[dst]
+    found = {"path": paths[group % len(paths)], "kind": KINDS[kind[group % len(paths)]], "action": ACTIONS[action]}
+    return found | {"src": TIERS[src], "dst": dst, "rule": RULES[rule], "reason": reason}
 
 
 def pieces_of(copies: list[list[PlannedObject]]) -> ObjectTable:
@@ -154,12 +165,14 @@ def test_sums_and_paths_of_columns_are_those_of_the_objects(drawn):
 
 
 def test_a_rule_that_is_called_as_a_watermark_is_summed_with_it():
-    chosen = [MoveDecision(0, "move", 0, 1, "tiers.hot.high", "why")] * 3
-    ways = replace(MoveColumns.of(chosen), rule=np.array([0, -1, 0], np.int16), rules=["tiers.hot.high"] * 2)
-    pieces = pieces_of([[]] * 3)
-    paths, kind = pa.array(["x"], pa.large_string()), np.zeros(1, np.uint8)
-    some = MoveTable(ways, CostColumns.of(chosen), pieces, pieces.bytes_of_copies(), paths, kind, TIERS, 1.0)
-    assert [n for n, _ in totals_by_route(some).values()] == [3]
+    columns = columns_of([(0, 3, 0, 1, rule, "why", 0.0, 0.0) for rule in (0, -1, 0)], ["x"])
+    assert [n for n, _ in totals_by_route(table_of(columns, ["tiers.hot.high"] * 2)).values()] == [3]
+
+
+def table_of(columns: MoveColumns, rules: list[str]) -> MoveTable:
+    pieces = pieces_of([[]] * len(columns))
+    of = (pa.array(["x"], pa.large_string()), np.zeros(1, np.uint8), TIERS)
+    return MoveTable(columns, rules, pieces.bytes_of_copies(), *of, pieces, rate_bytes_s=1.0)
 
 
 @given(plans(), plans())
@@ -173,19 +186,7 @@ def test_what_moves_other_objects_has_another_digest(one, other):
     assert (one[0].digest() == other[0].digest()) == (content(one[1]) == content(other[1]))
 
 
-@given(st.lists(st.builds(MoveDecision, group=st.integers(0, 9), money=money, **ways), max_size=5))
-def test_decisions_in_columns_are_those_that_they_were_made_of(chosen):
-    assert MoveDecisionTable(MoveColumns.of(chosen), CostColumns.of(chosen)) == chosen
-    declined = [MoveRejection(one.group, one.action, one.src, one.dst, one.rule, one.reason) for one in chosen]
-    assert MoveRejectionTable(MoveColumns.of(declined)) == declined
-
-
 def test_a_figure_that_json_has_not_is_refused_as_it_is_of_objects():
-    way = MoveDecision(0, "move", 0, 1, "r", "why", MoveCost(float("inf"), 1.0, None))
-    pieces = pieces_of([[]])
-    paths, kind = pa.array(["x"], pa.large_string()), np.zeros(1, np.uint8)
-    one = MoveTable(
-        MoveColumns.of([way]), CostColumns.of([way]), pieces, pieces.bytes_of_copies(), paths, kind, TIERS, 1.0
-    )
+    one = table_of(columns_of([(0, 3, 0, 1, 0, "why", float("inf"), 1.0)], ["x"]), ["r"])
     with pytest.raises(ValueError, match="JSON"):
         list(plan_lines(Plan("id", 1.0, "r", "5" * 64, (), one)))

@@ -13,13 +13,13 @@ from tests.tier.snapshots import (
     Copy,
     Group,
     checkpoint,
+    decided,
     snapshot_of,
     tier_file,
 )
 
 from tiercache.prices import FREE, Prices, price_table
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING
-from tiercache.tier.plan.policy import decide
 from tiercache.tier.plan.proposals import ago
 from tiercache.tier.rules import BestMetric, KeepList, Pin, Rule, Tag, TieringOptions
 
@@ -38,7 +38,7 @@ DELETE = Rule(name="old", match=("**",), delete_after_s=10 * DAY_S)
 
 
 def planned(groups, *rules, prices=PRICES, capacity=(None, None, None), **file):
-    found = decide(snapshot_of(groups), tier_file(rules, **file), prices, capacity_bytes=capacity)
+    found = decided(snapshot_of(groups), tier_file(rules, **file), prices, capacity_bytes=capacity)
     return found.moves, found.refusals
 
 
@@ -570,58 +570,19 @@ def test_what_has_no_room_where_it_should_go_is_refused():
     assert refusals[0].reason == "no room in archive: its capacity is 900 B"
 
 
-# -- promotion -------------------------------------------------------------------------------------------------------
-
-PROMOTE = TO_ARCHIVE.model_copy(update={"promote": "on_access"})
-
-
-def test_what_was_used_since_it_went_down_is_copied_up():
-    used = lying("archive", copy=replace(BIG, days=50), unused_days=3)
-    (move,), _ = planned([used], PROMOTE)
-    assert (move.action, move.src, move.dst) == ("copy", 2, 0)
-    assert move.reason == "used 3 days ago, since it lies below hot"
-
-
-def test_a_copy_leaves_its_source_and_pays_no_fee_for_it():
-    used = lying("archive", copy=Copy(2**30, days=50), unused_days=3)
-    (move,), _ = planned([used], PROMOTE)
-    assert move.money.once == pytest.approx(0.03 + 0.09 + 128 * 0.01 / 1000)
-    assert move.money.saving_month == 0
-
-
-def test_what_was_used_before_it_went_down_is_not():
-    assert moves_of([lying("archive", copy=replace(BIG, days=2), unused_days=3)], PROMOTE) == []
-
-
-def test_what_its_rule_would_send_down_again_is_not_copied_up():
-    assert moves_of([lying("archive", copy=replace(BIG, days=50), unused_days=40)], PROMOTE) == []
-
-
-def test_promotion_fills_the_hot_tier_to_its_low_mark_with_what_was_used_last():
-    groups = [Group(f"f{i}", {"archive": Copy(300, days=50)}, days=100.0, unused_days=float(5 - i)) for i in range(4)]
-    moves, refusals = planned(groups, PROMOTE, capacity=(1000, None, None))
-    assert [one.group for one in moves] == [3, 2]
-    assert {one.group for one in refusals} == {0, 1}
-
-
-def test_what_must_be_restored_to_be_promoted_is_refused_with_the_command():
-    frozen = lying("archive", copy=replace(BIG, days=50, state=ARCHIVED), unused_days=3)
-    assert "tiercache restore data/x" in refusal_of([frozen], PROMOTE)
-
-
 # -- arguments -------------------------------------------------------------------------------------------------------
 
 
 def test_a_snapshot_of_other_tiers_is_refused():
     snapshot = snapshot_of([], tiers=("hot", "standard"))
     with pytest.raises(ValueError, match="the snapshot has tiers"):
-        decide(snapshot, tier_file(), PRICES, capacity_bytes=(None, None, None))
+        decided(snapshot, tier_file(), PRICES, capacity_bytes=(None, None, None))
 
 
 @pytest.mark.parametrize(("prices", "limits"), [(PRICES[:2], (None,) * 3), (PRICES, (None,) * 2)])
 def test_prices_and_capacities_are_one_a_tier(prices, limits):
     with pytest.raises(ValueError, match="of 3 tiers, got 2"):
-        decide(snapshot_of([]), tier_file(), prices, capacity_bytes=limits)
+        decided(snapshot_of([]), tier_file(), prices, capacity_bytes=limits)
 
 
 def test_of_nothing_nothing_is_decided():

@@ -7,11 +7,23 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.tier.planner_oracle import PlannerOracle
-from tests.tier.snapshots import COLD, DAY_S, FROZEN, PRICES, STANDARD, TIERS, Copy, Group, snapshot_of, tier_file
+from tests.tier.snapshots import (
+    COLD,
+    DAY_S,
+    FROZEN,
+    PRICES,
+    STANDARD,
+    TIERS,
+    Copy,
+    Group,
+    Outcome,
+    decided,
+    snapshot_of,
+    tier_file,
+)
 
 from tiercache.prices import FREE
-from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING, Decisions
-from tiercache.tier.plan.policy import decide
+from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
 from tiercache.tier.rules import BestMetric, KeepList, Pin, Rule, Tag, TieringOptions
 
 # Worlds take long to draw, and half a dozen properties share them.
@@ -81,7 +93,6 @@ to_rules = st.builds(
     idle_by=st.sampled_from(["use", "use", "mtime"]),
     age_s=in_days,
     uses_below=st.none() | st.integers(1, 3),
-    promote=st.sampled_from(["never", "on_access"]),
     even_if_dearer=st.booleans(),
     delete_after_s=st.none() | st.integers(5, 40).map(lambda n: n * DAY_S),
 )
@@ -105,7 +116,6 @@ def keep_rules(draw) -> Rule:
         keep=draw(st.dictionaries(st.sampled_from(TIERS[:2]), keeps, min_size=1)),
         then=then,
         after_s=draw(in_days) if then else None,
-        promote=draw(st.sampled_from(["never", "on_access"])),
         delete_after_s=draw(st.none() | st.integers(5, 40).map(lambda n: n * DAY_S)),
     )
 
@@ -146,17 +156,12 @@ def fitting(file, groups: Sequence[Group]) -> list[Group]:
     return out
 
 
-def without_promotion(file):
-    return file.model_copy(update={"rules": tuple(r.model_copy(update={"promote": "never"}) for r in file.rules)})
-
-
 @given(worlds(), files(), prices, unseen)
 def test_without_capacities_each_group_goes_where_the_oracle_sends_it(groups, file, priced, missing):
-    file = without_promotion(file)
     groups = fitting(file, groups)
     oracle = PlannerOracle(file, priced, groups, missing)
     expected = {row: wish for row in range(len(groups)) if (wish := oracle.decide(row)) is not None}
-    found = decide(snapshot_of(groups), file, priced, capacity_bytes=UNLIMITED, missing=missing)
+    found = decided(snapshot_of(groups), file, priced, capacity_bytes=UNLIMITED, missing=missing)
     moves = {
         one.group: (one.action, TIERS[one.src], None if one.dst is None else TIERS[one.dst]) for one in found.moves
     }
@@ -174,10 +179,10 @@ capacities = st.tuples(limits_of_one, limits_of_one, st.none() | limits_of_one)
 @given(worlds(), files(), prices, capacities)
 def test_a_group_has_one_move_or_one_refusal_and_the_same_snapshot_the_same_plan(groups, file, priced, limits):
     snapshot = snapshot_of(fitting(file, groups))
-    found = decide(snapshot, file, priced, capacity_bytes=limits)
+    found = decided(snapshot, file, priced, capacity_bytes=limits)
     names = [one.group for one in (*found.moves, *found.refusals)]
     assert len(names) == len(set(names))
-    assert decide(snapshot, file, priced, capacity_bytes=limits) == found
+    assert decided(snapshot, file, priced, capacity_bytes=limits) == found
 
 
 @FEWER
@@ -185,7 +190,7 @@ def test_a_group_has_one_move_or_one_refusal_and_the_same_snapshot_the_same_plan
 def test_what_is_held_is_left_alone_and_the_newest_keeps_a_copy_that_can_be_read(groups, file, priced, limits):
     groups = fitting(file, groups)
     oracle = PlannerOracle(file, priced, groups)
-    for one in decide(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
+    for one in decided(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
         moved = groups[one.group]
         assert moved.complete
         assert not moved.in_use
@@ -200,7 +205,7 @@ def test_what_is_held_is_left_alone_and_the_newest_keeps_a_copy_that_can_be_read
 @given(worlds(), files(), prices, capacities)
 def test_a_copy_goes_only_for_one_that_is_whole_and_verified_or_that_is_made_of_it(groups, file, priced, limits):
     groups = fitting(file, groups)
-    for one in decide(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
+    for one in decided(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
         at = groups[one.group].copies
         src = at[TIERS[one.src]]
         dst = None if one.dst is None else at.get(TIERS[one.dst])
@@ -220,7 +225,7 @@ def test_a_copy_goes_only_for_one_that_is_whole_and_verified_or_that_is_made_of_
 @given(worlds(), files(), prices, capacities, unseen.filter(bool))
 def test_while_a_tier_cannot_be_seen_nothing_is_deleted_and_nothing_goes_there(groups, file, priced, limits, missing):
     snapshot = snapshot_of(fitting(file, groups))
-    for one in decide(snapshot, file, priced, capacity_bytes=limits, missing=missing).moves:
+    for one in decided(snapshot, file, priced, capacity_bytes=limits, missing=missing).moves:
         assert one.action != "delete"
         assert one.dst is not None
         assert TIERS[one.dst] not in missing
@@ -231,7 +236,7 @@ def test_while_a_tier_cannot_be_seen_nothing_is_deleted_and_nothing_goes_there(g
 def test_only_what_a_rule_deletes_by_age_and_nothing_keeps_is_deleted(groups, file, priced, limits):
     groups = fitting(file, groups)
     oracle = PlannerOracle(file, priced, groups)
-    for one in decide(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
+    for one in decided(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
         if one.action == "delete":
             gone = groups[one.group]
             rule = oracle.rule_of(gone)
@@ -245,7 +250,7 @@ def bytes_in(groups: Sequence[Group], tier: int) -> int:
     return sum(group.copies[TIERS[tier]].n_bytes for group in groups if TIERS[tier] in group.copies)
 
 
-def balance(groups: Sequence[Group], found: Decisions, tier: int) -> tuple[int, int]:
+def balance(groups: Sequence[Group], found: Outcome, tier: int) -> tuple[int, int]:
     """Bytes that come, and that go when all is done."""
     comes = goes = 0
     for one in found.moves:
@@ -263,7 +268,7 @@ def balance(groups: Sequence[Group], found: Decisions, tier: int) -> tuple[int, 
 @given(worlds(), files(), prices, capacities)
 def test_nothing_is_sent_where_it_has_no_room_even_before_grace_is_over(groups, file, priced, limits):
     groups = fitting(file, groups)
-    found = decide(snapshot_of(groups), file, priced, capacity_bytes=limits)
+    found = decided(snapshot_of(groups), file, priced, capacity_bytes=limits)
     for tier, limit in enumerate(limits):
         comes, _ = balance(groups, found, tier)
         assert limit is None or comes == 0 or bytes_in(groups, tier) + comes <= limit
@@ -274,9 +279,8 @@ def test_nothing_is_sent_where_it_has_no_room_even_before_grace_is_over(groups, 
 def test_a_tier_over_its_mark_gives_up_the_least_recently_used_until_the_low_mark_and_no_more(
     groups, file, priced, limits
 ):
-    file = without_promotion(file)
     groups = fitting(file, groups)
-    found = decide(snapshot_of(groups), file, priced, capacity_bytes=limits)
+    found = decided(snapshot_of(groups), file, priced, capacity_bytes=limits)
     refused = {one.group for one in found.refusals}
     for tier, limit in enumerate(limits[:-1]):
         sent = [one.group for one in found.moves if one.rule == f"tiers.{TIERS[tier]}.high"]
@@ -319,7 +323,7 @@ def holds(groups: list[Group], row: int, tier: int, file, priced) -> bool:
 # -- plan after plan -------------------------------------------------------------------------------------------------
 
 
-def applied(groups: Sequence[Group], found: Decisions, priced) -> list[Group | None]:
+def applied(groups: Sequence[Group], found: Outcome, priced) -> list[Group | None]:
     """What there is when a plan has been carried out; None: deleted."""
     out: list[Group | None] = list(groups)
     for one in found.moves:
@@ -343,7 +347,7 @@ def test_plan_after_plan_comes_to_rest_and_what_was_whole_stays_so(groups, file,
     groups = fitting(file, groups)
     file = file.model_copy(update={"tiering": TieringOptions()})
     for _ in range(12):
-        found = decide(snapshot_of(groups), file, priced, capacity_bytes=limits)
+        found = decided(snapshot_of(groups), file, priced, capacity_bytes=limits)
         after = applied(groups, found, priced)
         newest = PlannerOracle(file, priced, groups).newest
         for row, (old, new) in enumerate(zip(groups, after, strict=True)):

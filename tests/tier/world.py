@@ -69,8 +69,8 @@ match = "scratch/**"
 delete_after = "20d"
 
 [tiering]
-settle = "10m"
-silence = "1h"
+quiet_period = "10m"
+reader_timeout = "1h"
 """
 DATA = "data"
 N_RECORDS = 600

@@ -185,8 +185,6 @@ def _does(rule: Rule) -> str:
         parts.append(f"then {rule.then}")
     if rule.delete_after_s is not None:
         parts.append("deletes")
-    if rule.promote != "never":
-        parts.append("promotes")
     return ", ".join(parts) or "stays where it is"
 
 

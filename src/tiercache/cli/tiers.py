@@ -23,9 +23,8 @@ from tiercache.model import format_bytes
 from tiercache.prices import Prices, prices_if_known
 from tiercache.store import redact
 from tiercache.store.options import ParsedUrl
-from tiercache.tier.findings import Loss, find_losses
+from tiercache.tier.findings import Loss, MetricGap, find_losses, metric_gaps
 from tiercache.tier.inventory.groups import Inventory, take_inventory
-from tiercache.tier.inventory.metrics import MetricGap, metric_gaps
 from tiercache.tier.model import TierTotals
 from tiercache.tier.move.mover import catalog_path
 from tiercache.tier.rules import RuleFile, load_rule_file

@@ -84,7 +84,7 @@ def early_dollars(prices: Prices, sizes: Sizes, age_s: NDArray[np.float64]) -> D
     return month_dollars(prices, sizes) * early_days(prices, age_s) / MONTH_DAYS
 
 
-def copy_dollars(src: Prices, dst: Prices, sizes: Sizes, *, opened_versions: bool, streams: bool) -> Dollars:
+def copy_dollars(src: Prices, dst: Prices, sizes: Sizes, *, leaves: bool, streams: bool) -> Dollars:
     """Return the cost to read copies from src and to write them to dst: requests, retrieval and egress.
 
     AWS ("Amazon S3 User Guide", "Multipart upload and pricing"): of an upload into S3 Glacier Flexible Retrieval or
@@ -101,7 +101,7 @@ def copy_dollars(src: Prices, dst: Prices, sizes: Sizes, *, opened_versions: boo
             several parts one request each to begin and to complete the upload. Otherwise the store copies each object
             by one request.
     """
-    per_gb = src.retrieve_gb + (src.egress_gb if opened_versions else 0.0)
+    per_gb = src.retrieve_gb + (src.egress_gb if leaves else 0.0)
     return _requests_dollars(src, dst, sizes, streams=streams) + sizes.n_bytes / GB * per_gb
 
 
@@ -146,8 +146,8 @@ def restored_home_dollars(
     dollars = restore_dollars(archive, speed, n_bytes, PROMOTION_DAYS)
     if urls[0].rstrip("/") == urls[1].rstrip("/"):
         return dollars + reclass_dollars(archive, home, sizes)
-    opened_versions, streams = leaves_and_streams(*urls, archive, home)
-    return dollars + copy_dollars(archive, home, sizes, opened_versions=opened_versions, streams=streams)
+    leaves, streams = leaves_and_streams(*urls, archive, home)
+    return dollars + copy_dollars(archive, home, sizes, leaves=leaves, streams=streams)
 
 
 def leaves_and_streams(src_url: str, dst_url: str, src: Prices | None, dst: Prices | None) -> tuple[bool, bool]:
@@ -157,12 +157,12 @@ def leaves_and_streams(src_url: str, dst_url: str, src: Prices | None, dst: Pric
     region. Only S3 copies objects itself.
     """
     if src is None or dst is None:
-        opened_versions = True
+        leaves = True
     elif region := region_of(src):
-        opened_versions = region != region_of(dst)
+        leaves = region != region_of(dst)
     else:
-        opened_versions = _bucket(src_url) != _bucket(dst_url)
-    return opened_versions, opened_versions or not (_is_s3(src_url) and _is_s3(dst_url))
+        leaves = _bucket(src_url) != _bucket(dst_url)
+    return leaves, leaves or not (_is_s3(src_url) and _is_s3(dst_url))
 
 
 def _is_s3(url: str) -> bool:

@@ -1,4 +1,4 @@
-"""Findings that `tier check` and `tier run` report: bucket settings that affect a tier's objects, and lost objects.
+"""Findings that `tier check` and `tier run` report: bucket settings, lost objects, metrics that are missing.
 
 A lifecycle rule deletes or moves objects without notice. An object is lost if a version, a placement or the catalog
 says that it exists and no tier has a copy; unless its last tier is unavailable, a rule may have deleted it, or
@@ -7,10 +7,12 @@ says that it exists and no tier has a copy; unless its last tier is unavailable,
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -20,8 +22,10 @@ from numpy.typing import NDArray
 from tiercache.catalog.tiers import EntryTable
 from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY
+from tiercache.tier.inventory.metrics import metrics_in_name, wanted_metrics
+from tiercache.tier.model import CHECKPOINT
 from tiercache.tier.placement import log
-from tiercache.tier.plan.proposals import Flags
+from tiercache.tier.plan.proposals import Flags, fits_size, largest_copies, rules_of, scores_of
 from tiercache.tier.stores import RESTORED_FIRST, unavailable_tiers
 from tiercache.tier.text_columns import first_match, match_regex
 
@@ -31,7 +35,8 @@ if TYPE_CHECKING:
     from tiercache.catalog.tiers import TierCatalog
     from tiercache.store.archive import BucketSettings
     from tiercache.tier.inventory.groups import Inventory
-    from tiercache.tier.rules import RuleFile
+    from tiercache.tier.model import Snapshot
+    from tiercache.tier.rules import BestMetric, RuleFile
     from tiercache.tier.stores import Stores
 
 
@@ -323,3 +328,142 @@ def _there_after_all(paths: Sequence[str], tiers: Collection[str], stores: Store
         return set()
     with ThreadPoolExecutor(min(_THREADS, len(paths)), "tiercache-losses") as pool:
         return {path for path, there in zip(paths, pool.map(is_there, paths), strict=True) if there}
+
+
+# -- missing metrics -------------------------------------------------------------------------------------------------
+
+_MOST_NAMES = 200  # number of checkpoint names per run that are parsed to list the run's metrics in a message
+_SHOWN = 10
+_NO_WORD = re.compile(r"[^a-z0-9]+")
+
+
+@dataclass(frozen=True, slots=True)
+class MetricGap:
+    """A metric of a keep list that no complete checkpoint of a run has, so that the list keeps all of the run.
+
+    Attributes:
+        rule: Name of the rule.
+        tiers: Tiers whose keep lists use the metric.
+        metrics: Names of the metric in the keep list.
+        run: Checkpoints of the run, as a glob.
+        n_checkpoints: Number of complete checkpoints of the run.
+        found: Metrics that the run has.
+        likely: Metric of the run with the most similar name; None: there is no similar name.
+    """
+
+    rule: str
+    tiers: tuple[str, ...]
+    metrics: tuple[str, ...]
+    run: str
+    n_checkpoints: int
+    found: tuple[str, ...]
+    likely: str | None
+
+    @property
+    def text(self) -> str:
+        """The message for people."""
+        lists = ", ".join(f"keep_{tier}" for tier in self.tiers)
+        asked = " or ".join(map(repr, self.metrics))
+        if self.found:
+            more = ", ..." if len(self.found) > _SHOWN else ""
+            there = f"found: {', '.join(self.found[:_SHOWN])}{more}"
+        else:
+            there = "no metric was found, neither in names nor in readable files"
+        meant = f"; did you mean {self.likely!r}?" if self.likely else ""
+        return (
+            f"{self.rule}: no checkpoint of {self.run} has the metric {asked}, so that {lists} keeps all "
+            f"{self.n_checkpoints:,} of them and none is deleted; {there}{meant}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UnscoredCheckpoints:
+    """Complete checkpoints without a metric that others of their runs have, so that `best` does not keep them.
+
+    Attributes:
+        rule: Name of the rule.
+        metrics: Names of the metric in the keep list.
+        n_checkpoints: Number of such checkpoints.
+        n_runs: Number of their runs.
+        paths: Paths of the first few.
+    """
+
+    rule: str
+    metrics: tuple[str, ...]
+    n_checkpoints: int
+    n_runs: int
+    paths: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The message for people."""
+        asked = " or ".join(map(repr, self.metrics))
+        more = ", ..." if self.n_checkpoints > len(self.paths) else ""
+        return (
+            f"{self.rule}: {self.n_checkpoints:,} checkpoints lack the metric {asked}, which others of their run have, "
+            f"so that `best` does not keep them: {', '.join(self.paths)}{more}"
+        )
+
+
+def metric_gaps(
+    snapshot: Snapshot, file: RuleFile, in_files: Mapping[int, frozenset[str]]
+) -> tuple[tuple[MetricGap, ...], tuple[UnscoredCheckpoints, ...]]:
+    """Return the metrics that keep lists use and that are missing: in whole runs, and in some checkpoints of a run.
+
+    Args:
+        snapshot: Snapshot.
+        file: Rule file.
+        in_files: Group to the names of the metrics in its files.
+    """
+    gaps: list[MetricGap] = []
+    passed: list[UnscoredCheckpoints] = []
+    if not wanted_metrics(file):
+        return (), ()
+    rule_of, n_bytes = rules_of(snapshot, file), largest_copies(snapshot)
+    for number, rule in enumerate(file.rules):
+        rows = np.flatnonzero((rule_of == number) & (snapshot.kind == CHECKPOINT) & snapshot.complete)
+        rows = rows[fits_size(rule, n_bytes[rows])]
+        asked: dict[tuple[str, ...], tuple[BestMetric, list[str]]] = {}
+        for tier, keep in rule.keep.items():
+            for best in keep.best:
+                asked.setdefault(best.metrics, (best, []))[1].append(tier)
+        for metrics, (best, tiers) in asked.items():
+            scores = scores_of(snapshot, rows, best)
+            unscored = rows[scores.is_unscored]
+            for series in np.unique(snapshot.series[unscored]).tolist():
+                run = unscored[snapshot.series[unscored] == series]
+                found = _names_in(snapshot, run, in_files)
+                facts = (rule.name, tuple(dict.fromkeys(tiers)), metrics, _run_name(snapshot, run), len(run))
+                gaps.append(MetricGap(*facts, found, _likely(metrics, found)))
+            without = rows[np.isnan(scores.values) & ~scores.is_unscored & ~snapshot.unread[rows]]
+            if len(without):
+                paths = tuple(snapshot.paths[row].as_py() for row in without[:3].tolist())
+                n_runs = len(np.unique(snapshot.series[without]))
+                passed.append(UnscoredCheckpoints(rule.name, metrics, len(without), n_runs, paths))
+    return tuple(gaps), tuple(passed)
+
+
+def _names_in(snapshot: Snapshot, run: NDArray[np.int64], in_files: Mapping[int, frozenset[str]]) -> tuple[str, ...]:
+    """Return the names of all metrics of a run's checkpoints, sorted."""
+    found: set[str] = set()
+    for group in run.tolist():
+        found |= in_files.get(group, frozenset())
+    for group in run[:_MOST_NAMES].tolist():
+        found |= metrics_in_name(snapshot.paths[group].as_py().rpartition("/")[2]).keys()
+    return tuple(sorted(found))
+
+
+def _run_name(snapshot: Snapshot, run: NDArray[np.int64]) -> str:
+    """Return the checkpoints of a run as a glob: "checkpoints/run7/step-*"."""
+    folder, slash, name = snapshot.paths[int(run[0])].as_py().rpartition("/")
+    return f"{folder}{slash}{re.sub('[0-9]+', '*', name)}"
+
+
+def _likely(metrics: Sequence[str], found: Sequence[str]) -> str | None:
+    """Return the found metric whose name is most similar to one of the wanted names; None: there is no similar name."""
+    plain = {_NO_WORD.sub("_", name.lower()): name for name in reversed(found)}
+    for metric in metrics:
+        near = get_close_matches(_NO_WORD.sub("_", metric.lower()), plain, n=1)
+        if near:
+            return plain[near[0]]
+    return None

@@ -1,4 +1,4 @@
-"""Frozen values of tiering: the snapshot of all copies, decisions, the plan with its moves, lazy sequences.
+"""Frozen values of tiering: the snapshot of all copies, moves as columns, the plan with its moves, lazy sequences.
 
 A *group* is the unit of a move: a file, a shard or a checkpoint. Its path is relative to the URLs of the tiers. A
 *copy* is a group in one tier. Columns refer to tiers and groups by number; values for people contain names.
@@ -7,9 +7,9 @@ A *group* is the unit of a move: a file, a shard or a checkpoint. Its path is re
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, overload
 
 import numpy as np
 
@@ -72,8 +72,11 @@ KINDS: tuple[Kind, ...] = ("file", "shard", "checkpoint")
 FILE, SHARD, CHECKPOINT = range(3)
 
 Action: TypeAlias = Literal["copy", "move", "drop", "reclass", "delete"]
+# In execution order: actions that free room come first, and of these the ones that transfer no bytes.
+ACTIONS: tuple[Action, ...] = ("delete", "drop", "reclass", "move", "copy")
+DELETE, DROP, RECLASS, MOVE, COPY = range(5)
 
-# States of a copy. HERE: readable; ARCHIVED: must be restored first; RESTORING: a restore is in progress;
+# States of a copy. READABLE; ARCHIVED: must be restored first; RESTORING: a restore is in progress;
 # RESTORED: readable until the restored copy expires.
 READABLE, ARCHIVED, RESTORING, RESTORED = range(4)
 
@@ -97,7 +100,7 @@ class Snapshot:
         created_s: float64[n_groups], time when the group was first written, in any tier; a move does not change it.
         last_use_s: float64[n_groups], time of the last use; the date of the oldest copy if no use is known.
         uses: int64[n_groups], number of known uses.
-        counted_since_s: float64[n_groups], time since which uses are recorded. For a shard: since its data set is
+        uses_recorded_since_s: float64[n_groups], time since which uses are recorded. For a shard: since its data set is
             managed by tiers; for other groups: since the last use through a cache of this machine. inf: uses are not
             recorded.
         unreported: bool[n_groups], whether a machine that may have used the group has not reported, so that the group
@@ -114,7 +117,7 @@ class Snapshot:
         smallest_bytes: int64[n_copies], size of its smallest object.
         modified_s: float64[n_copies], time when its newest object was written, by the store's clock.
         storage_class: int16[n_copies], indices of `classes`.
-        state: uint8[n_copies], HERE, ARCHIVED, RESTORING or RESTORED.
+        state: uint8[n_copies], READABLE, ARCHIVED, RESTORING or RESTORED.
         whole: bool[n_copies], whether the copy has all objects of the group, with the same sizes as the other copies.
         verified: bool[n_copies], whether its bytes were compared with checksums and have not changed since.
         links: Copy to a symbolic link in its tier that points to the copy or into it, for copies that have such a link:
@@ -176,52 +179,71 @@ class MoveCost:
     break_even_days: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class MoveDecision:
-    """A move that the policy decided, with the group and the tiers as numbers.
+@dataclass(frozen=True, slots=True, eq=False)
+class MoveColumns:
+    """Moves that a rule proposes, that the policy has decided, or that it rejects; row i of every column is one.
 
     Attributes:
-        group: Number of the group.
-        action: Action.
-        src: Tier that is read, or from which the copy is dropped.
-        dst: Tier that receives the copy, or (drop) holds the other copy; None: delete.
-        rule: Name of the rule, or of the watermark.
-        reason: Reason for people, with the figures behind the decision.
-        money: Cost and savings.
+        group: int64[n], number of the group.
+        action: int8[n], indices of ACTIONS.
+        src: int8[n], tier that is read, or from which the copy is dropped.
+        dst: int8[n], tier that receives the copy, or (drop) holds the other copy; -1: delete.
+        rule: int16[n], number of the rule, or -1 - tier for the watermark of a tier.
+        reason: object[n], reason for people, with the figures behind the decision. Of a rejected move: why it is
+            rejected.
+        once: float64[n], one-time cost in US dollars: requests, retrieval, egress and early-deletion fee.
+        saving_month: float64[n], storage cost saved per month in US dollars; negative: the move makes storage dearer.
     """
 
-    group: int
-    action: Action
-    src: int
-    dst: int | None
-    rule: str
-    reason: str
-    money: MoveCost = field(default_factory=MoveCost)
+    group: NDArray[np.int64]
+    action: NDArray[np.int8]
+    src: NDArray[np.int8]
+    dst: NDArray[np.int8]
+    rule: NDArray[np.int16]
+    reason: NDArray[np.object_]
+    once: NDArray[np.float64]
+    saving_month: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    @classmethod
+    def of(cls, group: NDArray[np.int64], action: Any, src: Any, dst: Any, rule: Any, reason: Any) -> MoveColumns:
+        """Return moves without costs. Each argument after `group` is a column, or one value for all rows."""
+        n = len(group)
+        numbers = (np.full(n, action, np.int8), np.full(n, src, np.int8), np.full(n, dst, np.int8))
+        return cls(
+            group, *numbers, np.full(n, rule, np.int16), np.full(n, reason, np.object_), np.zeros(n), np.zeros(n)
+        )
+
+    @classmethod
+    def concat(cls, parts: Iterable[MoveColumns]) -> MoveColumns:
+        """Concatenate the parts."""
+        parts = [NO_MOVES, *parts]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__))
+
+    def take(self, chosen: NDArray[Any]) -> MoveColumns:
+        """Return the rows that a boolean mask, or an array of row numbers, selects."""
+        return MoveColumns(*(getattr(self, name)[chosen] for name in MoveColumns.__slots__))
 
 
-@dataclass(frozen=True, slots=True)
-class MoveRejection:
-    """A move that a rule proposes and that the policy rejects, with the reason."""
-
-    group: int
-    action: Action
-    src: int
-    dst: int | None
-    rule: str
-    reason: str
+NO_MOVES = MoveColumns.of(np.empty(0, np.int64), 0, 0, -1, 0, "")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Decisions:
     """The output of the policy for one snapshot.
 
     Attributes:
         moves: Moves in execution order; at most one per group.
         refusals: Rejected moves; at most one per group, and none for groups that are moved.
+        rules: Names of rules, then of the watermarks from the last tier to the first: the numbers of watermarks are
+            negative and count from the end.
     """
 
-    moves: Sequence[MoveDecision] = ()
-    refusals: Sequence[MoveRejection] = ()
+    moves: MoveColumns = NO_MOVES
+    refusals: MoveColumns = NO_MOVES
+    rules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,8 +360,3 @@ class Plan:
     refusals: Sequence[Refusal] = ()
     before: Mapping[str, TierTotals] = field(default_factory=dict)
     after: Mapping[str, TierTotals] = field(default_factory=dict)
-
-    def of(self, numbers: Sequence[int]) -> tuple[Move, ...]:
-        """Return the moves with these numbers, in the plan's order."""
-        wanted = set(numbers)
-        return tuple(move for move in self.moves if move.number in wanted)

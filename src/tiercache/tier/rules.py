@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from difflib import get_close_matches
@@ -331,7 +332,6 @@ class Rule(RuleTable):
     uses_below: int | None = Field(default=None, ge=1, le=MOST)
     idle_by: Literal["use", "mtime"] = "use"
     even_if_dearer: bool = False
-    promote: Literal["never", "on_access"] = "never"
     keep: Mapping[str, KeepList] = Field(default_factory=dict)
     then: str | None = None
     after_s: Seconds | None = Field(default=None, validation_alias="after")
@@ -387,8 +387,8 @@ class TieringOptions(RuleTable):
     """Options of the planner and the mover. state_dir: None: config.state_folder()."""
 
     grace_s: Seconds = Field(default=86400.0, validation_alias="grace")
-    quiet_period_s: Seconds = Field(default=600.0, validation_alias="settle")
-    reader_timeout_s: Seconds = Field(default=604800.0, validation_alias="silence")
+    quiet_period_s: Seconds = Field(default=600.0, validation_alias="quiet_period")
+    reader_timeout_s: Seconds = Field(default=604800.0, validation_alias="reader_timeout")
     max_break_even_s: Seconds = Field(default=365 * 86400.0, validation_alias="max_break_even")
     jobs: int = Field(default=8, ge=1, le=1024)
     rate_bytes_s: Annotated[int, BeforeValidator(read_rate)] | None = Field(default=None, validation_alias="rate")
@@ -443,8 +443,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _MOST_TIERS = 100
 _KEEP = "keep_"
 _NOT_SHOWN = ("storage_options", "prices", "url")
+# Keys that have another name now; the old one is read for one release.
+_RENAMED = {"tiering.settle": "quiet_period", "tiering.silence": "reader_timeout"}
 # Keys of earlier releases, and how to replace them.
-_REPLACED = {
+_REMOVED = {
+    "rules.promote": "it was removed: delete the line; the local cache keeps copies of what is read from colder tiers",
     "tiering.uncounted": 'it was removed: write idle_by = "mtime" into each rule that may use the modification time'
     " of objects whose uses are not recorded",
     "tiering.small": "it was removed: a move must pay back within max_break_even, which includes minimum sizes;"
@@ -672,11 +675,18 @@ def _built(model: type[T], given: object, where: str, **resolved: object) -> T:
 
     Raises ValueError, which names the key.
     """
-    values = _table(given, where)
+    values = dict(_table(given, where))
     keys = [key for key in _keys(model) if key not in resolved]
+    section = where.partition("[")[0]  # "rules" of "rules[1]"
+    for key in [key for key in values if f"{section}.{key}" in _RENAMED]:
+        new = _RENAMED[f"{section}.{key}"]
+        if new in values:
+            raise ValueError(f"{where}.{key}: is the old name of {new!r}, which is there too: delete the line")
+        warnings.warn(f"{where}.{key} is called {new!r} now", DeprecationWarning, stacklevel=2)
+        values[new] = values.pop(key)
     for key in values:
         if key not in keys:
-            raise ValueError(f"{where}.{key}: {_REPLACED.get(f'{where}.{key}') or _unknown(key, keys)}")
+            raise ValueError(f"{where}.{key}: {_REMOVED.get(f'{section}.{key}') or _unknown(key, keys)}")
     try:
         return model.model_validate({**values, **resolved})
     except ValidationError as error:

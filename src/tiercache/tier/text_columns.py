@@ -1,4 +1,4 @@
-"""Operations on columns of strings without Python objects per row: split, search, sort, name templates and globs.
+"""Operations on columns of strings without Python objects per row: split, search, sort and globs.
 
 In globs, `*` and `?` match within a path segment; `**` as a whole segment matches any number of segments; `[a-z]` and
 `[!a-z]` match one character except `/`; `{a,b}` matches either. There is no escape character: `[*]` matches a star.
@@ -7,11 +7,8 @@ In globs, `*` and `?` match within a path segment; `**` as a whole segment match
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -81,6 +78,13 @@ def sort_order(texts: pa.Array) -> NDArray[np.int64]:
     return np.arange(len(texts))
 
 
+def inverse(order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the place of each row in an order of all rows."""
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    return place
+
+
 def take_rows(texts: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
     """Return the texts of distinct rows; without a copy if these are all rows in order."""
     if len(rows) == len(texts) and (rows[1:] > rows[:-1]).all():
@@ -109,75 +113,6 @@ def as_numpy(column: pa.Array | pa.ChunkedArray, kind: type[np.int64] | type[np.
     return np.asarray(column.to_numpy(zero_copy_only=False), kind) if len(column) else np.empty(0, kind)
 
 
-# Every number with so many digits fits into an int64.
-MOST_DIGITS = 18
-
-_ZERO, _NINE = ord("0"), ord("9")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class NameTemplates:
-    """Names, grouped by template.
-
-    Attributes:
-        shapes: large_string[k], distinct templates: names with one 0 for each run of digits.
-        shape: int64[n], template of each name.
-        is_long: bool[n], whether the name has a run of more than MOST_DIGITS digits.
-    """
-
-    shapes: pa.Array
-    shape: NDArray[np.int64]
-    is_long: NDArray[np.bool_]
-    _text: NDArray[np.uint8]
-    _run_start: NDArray[np.int64]
-    _run_end: NDArray[np.int64]
-    _first_run: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, names: pa.Array) -> NameTemplates:
-        """Find the templates of names: large_string without nulls, which the object keeps."""
-        ends, text = text_of(names)
-        digit = (text >= _ZERO) & (text <= _NINE)
-        starts_run, ends_run = digit.copy(), digit.copy()
-        starts_run[1:] &= ~digit[:-1]
-        ends_run[:-1] &= ~digit[1:]
-        # A run of digits does not extend from the end of one name to the start of the next.
-        begins = ends[1:-1][(ends[1:-1] > 0) & (ends[1:-1] < len(text))]
-        starts_run[begins] = digit[begins]
-        ends_run[begins - 1] = digit[begins - 1]
-        encoded = _short(text, ends, digit, starts_run).dictionary_encode()
-        run_start, run_end = np.flatnonzero(starts_run), np.flatnonzero(ends_run) + 1
-        is_long = np.zeros(len(names), np.bool_)
-        too_long = run_start[run_end - run_start > MOST_DIGITS]
-        is_long[np.searchsorted(ends, too_long, side="right") - 1] = True
-        first_run = np.searchsorted(run_start, ends[:-1])
-        shape = as_numpy(encoded.indices, np.int64)
-        return cls(encoded.dictionary, shape, is_long, text, run_start, run_end, first_run)
-
-    def number(self, rows: NDArray[np.int64], run: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the number in one digit run of each row.
-
-        Args:
-            rows: Names: ascending, without is_long, with enough runs.
-            run: Digit run of each row, counted from 1.
-        """
-        at = self._first_run[rows] + run - 1
-        cuts = np.stack([self._run_start[at], self._run_end[at]], axis=1).ravel()
-        # Every second text is the gap between two runs, and is dropped.
-        texts = pa.LargeStringArray.from_buffers(max(len(cuts) - 1, 0), pa.py_buffer(cuts), pa.py_buffer(self._text))
-        return as_numpy(texts.take(pa.array(np.arange(0, len(texts), 2))).cast(pa.int64()), np.int64)
-
-
-def _short(
-    text: NDArray[np.uint8], ends: NDArray[np.int64], digit: NDArray[np.bool_], starts_run: NDArray[np.bool_]
-) -> pa.Array:
-    """Replace each run of digits in the texts by one 0."""
-    kept = starts_run | ~digit
-    short = np.where(digit, np.uint8(_ZERO), text)[kept]
-    short_ends = np.concatenate([[0], np.cumsum(kept)])[ends]
-    return pa.LargeStringArray.from_buffers(len(ends) - 1, pa.py_buffer(short_ends), pa.py_buffer(short))
-
-
 # Limit for the globs that one glob with braces expands to.
 _MOST_ALTERNATIVES = 1000
 _MOST_BRACES = 100
@@ -201,52 +136,32 @@ def first_match(paths: pa.Array, globs: Sequence[tuple[tuple[str, ...], tuple[st
     Raises:
         ValueError: A glob is malformed; the message names the glob and the error.
     """
-    rules = [(_patterns(match), _patterns(excepted)) for match, excepted in globs]
+    rules = [(_pattern(match), _pattern(excepted)) for match, excepted in globs]
     found = np.full(len(paths), -1, np.int16)
+    paths = paths.cast(pa.large_string())
     for start in range(0, len(paths), ROWS_AT_A_TIME):
-        some = _Paths(paths.slice(start, ROWS_AT_A_TIME))
-        left = np.arange(len(some.names))
+        some = paths.slice(start, ROWS_AT_A_TIME)
+        rule_of, is_open = found[start : start + len(some)], np.ones(len(some), np.bool_)
         for number, (match, excepted) in enumerate(rules):
-            hit = some.hits(left, match)
-            hit[hit] = ~some.hits(left[hit], excepted)
-            found[start + left[hit]] = number
-            left = left[~hit]
-            if not len(left):
+            hit = is_open & match_regex(some, match)
+            if excepted != _NOTHING and hit.any():
+                hit &= ~match_regex(some, excepted)
+            rule_of[hit] = number
+            is_open &= ~hit
+            if not is_open.any():
                 break
     return found
 
 
-# Expression of a folder (with the final slash) to the expression of the last segments in it.
-_Patterns: TypeAlias = Mapping[str, str]
-
-
-class _Paths:
-    """Paths cut at their last slash, so that a folder expression runs once per folder and not once per file."""
-
-    def __init__(self, paths: pa.Array) -> None:
-        self.folders, self.folder, self.names = split_keys(paths.cast(pa.large_string()))
-
-    def hits(self, rows: NDArray[np.int64], patterns: _Patterns) -> NDArray[np.bool_]:
-        """Return which rows match; bool[len(rows)], owned by the caller."""
-        hit = np.zeros(len(rows), np.bool_)
-        for of_folder, of_name in patterns.items():
-            near = np.flatnonzero(~hit & match_regex(self.folders, of_folder)[self.folder[rows]])
-            if len(near):
-                hit[near] = match_regex(take_rows(self.names, rows[near]), of_name)
-        return hit
-
-
-def _patterns(globs: tuple[str, ...]) -> _Patterns:
-    """Return the expressions that together match what any of the globs matches."""
-    names: dict[str, list[str]] = defaultdict(list)
+def _pattern(globs: tuple[str, ...]) -> str:
+    """Return the expression that matches what any of the globs matches."""
+    parts: list[str] = []
     for glob in globs:
         try:
-            for one in _without_braces(_marked(glob)):
-                for of_folder, of_name in _split_glob(one):
-                    names[of_folder].append(of_name)
+            parts += map(_translated, _without_braces(_marked(glob)))
         except ValueError as error:
             raise ValueError(f"not a glob: {glob!r}: {error}") from error
-    return {rf"\A(?:{of_folder})\z": rf"\A(?:{'|'.join(some)})\z" for of_folder, some in names.items()}
+    return rf"\A(?:{'|'.join(parts)})\z" if parts else _NOTHING
 
 
 # -- translation of one glob -----------------------------------------------------------------------------------------
@@ -316,18 +231,6 @@ def _signs(glob: str) -> Iterator[tuple[int, str]]:
             raise ValueError("there is no escape by '\\'; write '[*]' for a star")
         yield at, glob[at:end]
         at = end
-
-
-def _split_glob(glob: str) -> Iterator[tuple[str, str]]:
-    """Yield pairs of expressions, for folder and last segment, that together match the glob without braces."""
-    end = max((at + 1 for at, sign in _signs(glob) if sign == "/"), default=0)
-    folder, name = _translated(glob[:end]), glob[end:]
-    if name == _DEEP:
-        # `**` may match folders too. A path that ends with a slash has an empty last segment.
-        yield rf"{folder}(?s:.*)", "(?s:.+)"
-        yield rf"{folder}(?s:.+)", ""
-    else:
-        yield folder, _translated(name)
 
 
 def _translated(glob: str) -> str:

@@ -23,11 +23,10 @@ from numpy.typing import NDArray
 
 from tiercache.catalog import use_log
 from tiercache.catalog.tiers import EntryTable
-from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
-from tiercache.tier.inventory.layouts import LACKS, MARK, MEMBER, NO_GROUP, NOTHING, Layout, recognise_layout
-from tiercache.tier.inventory.listing import NO_CRC, Listing, Progress, list_tiers, release_memory
+from tiercache.tier.inventory.layouts import LACKS, MARK, NO_GROUP, NOTHING, Layout, recognise_layout
+from tiercache.tier.inventory.listing import NO_CRC, Listing, ObjectTable, Progress, list_tiers, release_memory
 from tiercache.tier.inventory.metrics import MetricReader, wanted_metrics
 from tiercache.tier.model import (
     ARCHIVED,
@@ -41,8 +40,7 @@ from tiercache.tier.model import (
     SHARD,
     Snapshot,
 )
-from tiercache.tier.plan.tables import ObjectTable
-from tiercache.tier.text_columns import ROWS_AT_A_TIME, index_in, match_regex, sort_order, take_rows
+from tiercache.tier.text_columns import ROWS_AT_A_TIME, index_in, inverse, match_regex, sort_order, take_rows
 
 if TYPE_CHECKING:
     from tiercache.tier.rules import RuleFile
@@ -179,8 +177,8 @@ def copies_of(listed: Listing, objects: Objects, book: Callable[[int], ChecksumT
         marked_s=_reduced(np.maximum, np.where(is_mark, modified_s, _NEVER_S), first),
         rest_s=_reduced(np.maximum, np.where(is_mark, _NEVER_S, modified_s), first),
         unfinished=_reduced(np.logical_or, objects.unfinished[order], first),
-        storage_class=listed.class_of[listed.word[row]][_largest(n_bytes, first, n_objects)],
-        state=_STATES[_reduced(np.maximum, _HARDER[listed.state_of[listed.word[row]]], first)],
+        storage_class=listed.storage_class[row][_largest(n_bytes, first, n_objects)],
+        state=_STATES[_reduced(np.maximum, _HARDER[listed.state[row]], first)],
         whole=(n_objects == n_keys[group[first]]) & ~_reduced(np.logical_or, facts.differs, first),
         verified=_reduced(np.logical_and, facts.verified, first),
         start=np.append(first, len(row)),
@@ -326,17 +324,6 @@ class Inventory:
     _listed: Listing = field(repr=False)
     _copies: Copies = field(repr=False)
 
-    def objects(self, group: int, tier: int) -> tuple[ObjectInfo, ...]:
-        """Return the objects of a group's copy in a tier; empty: there is no such copy. The final objects come last.
-
-        Their crc32c comes from the store, the manifest or the catalog, if it is valid for the current object.
-        """
-        copy = self._copies.find(group, tier)
-        if copy is None:
-            return ()
-        start, end = self._copies.start[copy : copy + 2].tolist()
-        return self._listed.objects(self._copies.row[start:end], self._copies.crc32c[start:end])
-
     def lies(self, keys: pa.Array) -> NDArray[np.bool_]:
         """Return whether an object with each key was listed in any tier; bool[len(keys)]."""
         return index_in(keys, self._listed.keys) >= 0
@@ -344,7 +331,8 @@ class Inventory:
     def pieces(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> ObjectTable:
         """Return the objects of many copies as columns: for each group, its copy in the tier at the same index.
 
-        See objects().
+        Their crc32c comes from the store, the manifest or the catalog, if it is valid for the current object. Objects
+        that complete a copy come last.
         """
         listed, copies = self._listed, self._copies
         copy = copies_at(copies.group, copies.tier, groups, tiers)
@@ -385,7 +373,7 @@ def take_inventory(
     grouped = _grouped(listed, own, shards)
     release_memory()
     copies = copies_of(listed, grouped.objects, lambda tier: known.checksums(file.tiers[tier].name))
-    complete = _complete(grouped, copies, now_s=now_s, settle_s=file.tiering.quiet_period_s)
+    complete = _complete(grouped, copies, now_s=now_s, quiet_period_s=file.tiering.quiet_period_s)
     scores = MetricReader(stores, tuple(tier.name for tier in file.tiers), listed, copies)
     metrics = scores.of(wanted_metrics(file), grouped.paths, np.flatnonzero(grouped.kind == CHECKPOINT))
     links = _links(file, stores, listed, grouped.paths, copies)
@@ -395,8 +383,7 @@ def take_inventory(
         "metrics": metrics,
         "unread": _unread(scores.unread, copies, len(grouped.kind)),
     }
-    used = _Used.of(file, listed, grouped)
-    snapshot = _snapshot(file, listed, grouped, copies, used, now_s=now_s, **of_groups)
+    snapshot = _snapshot(file, listed, grouped, copies, now_s=now_s, **of_groups)
     facts = _facts(listed, grouped, copies, complete, datasets)
     more = {
         "n_own": int(own.sum()),
@@ -458,8 +445,7 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards) -> _Gr
     is_shard = is_shard[index_in(keys.take(pa.array(is_shard)), layout.paths) < 0]
     paths = pa.concat_arrays([layout.paths, keys.take(pa.array(is_shard))]) if len(is_shard) else layout.paths
     order = sort_order(paths)
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
+    place = inverse(order)
     group = np.full(len(keys), NO_GROUP, np.int64)
     in_layout = layout.group != NO_GROUP
     group[others[in_layout]] = place[layout.group[in_layout]]
@@ -478,49 +464,43 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards) -> _Gr
         of=of,
         layout=layout,
         shards=shards,
-        objects=_objects(rows, keys, key, _Columns(group, shard, others), (layout, shards)),
+        objects=_objects(rows, key, (group, shard, others), layout, shards),
         orphans=keys.take(pa.array(np.flatnonzero(is_orphan))),
         unfinished=keys.take(pa.array(others[left & layout.unfinished])),
         no_keys=keys.take(pa.array(others[left & ~layout.unfinished])),
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Columns:
-    """Columns by key: the group and the row among the shards; and the keys that the layout covers."""
-
-    group: NDArray[np.int64]
-    shard: NDArray[np.int64]
-    others: NDArray[np.int64]
-
-
 def _numbered(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
     """Return the distinct keys, sorted, and the number of each key."""
     encoded = keys.dictionary_encode()
     order = sort_order(encoded.dictionary)
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
+    place = inverse(order)
     return take_rows(encoded.dictionary, order), place[np.asarray(encoded.indices.to_numpy(), np.int64)]
 
 
 def _objects(
-    rows: NDArray[np.int64], keys: pa.Array, key: NDArray[np.int64], of: _Columns, known: tuple[Layout, LiveShards]
+    rows: NDArray[np.int64],
+    key: NDArray[np.int64],
+    by_key: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
+    layout: Layout,
+    shards: LiveShards,
 ) -> Objects:
-    layout, shards = known
-    rank, unfinished = np.full(len(keys), MEMBER, np.uint8), np.zeros(len(keys), np.bool_)
-    rank[of.others], unfinished[of.others] = layout.rank, layout.unfinished
-    on_top = np.zeros(len(keys), np.bool_)
-    on_top[of.others] = layout.on_top
-    mine = of.group[key] != NO_GROUP
+    """Return the objects in groups. by_key: Group and shard of each key, and the keys that the layout covers."""
+    group, shard, others = by_key
+    rank = np.zeros(len(group), np.uint8)
+    unfinished, on_top = np.zeros(len(group), np.bool_), np.zeros(len(group), np.bool_)
+    rank[others], unfinished[others], on_top[others] = layout.rank, layout.unfinished, layout.on_top
+    mine = group[key] != NO_GROUP
     rows, key = rows[mine], key[mine]
-    is_shard = of.shard[key] >= 0
-    at = of.shard[key][is_shard]
+    is_shard = shard[key] >= 0
+    at = shard[key][is_shard]
     n_bytes, crc32c = np.zeros(len(key), np.int64), np.zeros(len(key), np.int64)
     n_bytes[is_shard], crc32c[is_shard] = shards.n_bytes[at], shards.crc32c[at]
     return Objects(
         row=rows,
         key=key,
-        group=of.group[key].astype(np.int32),
+        group=group[key].astype(np.int32),
         rank=rank[key],
         is_shard=is_shard,
         n_bytes=n_bytes,
@@ -533,13 +513,13 @@ def _objects(
 # -- completeness, links, use, and the snapshot ----------------------------------------------------------------------
 
 
-def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, settle_s: float) -> NDArray[np.bool_]:
+def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, quiet_period_s: float) -> NDArray[np.bool_]:
     """Return whether each checkpoint is complete in some tier: by its names, and because nobody writes it any more.
 
     A copy is finished if it was verified (only complete checkpoints are moved), if its final object exists and no other
-    object is newer, or if no object has changed for settle_s.
+    object is newer, or if no object has changed for quiet_period_s.
     """
-    settled = now_s - copies.modified_s >= settle_s
+    settled = now_s - copies.modified_s >= quiet_period_s
     closed = (copies.marked_s > -np.inf) & (copies.rest_s <= copies.marked_s) & ~copies.unfinished
     good = copies.whole & (copies.verified | settled | closed)
     complete = np.zeros(len(grouped.kind), np.bool_)
@@ -584,49 +564,45 @@ def _with_folders(key: str) -> list[str]:
     return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == "/")]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Used:
-    """Uses of each group, from the read logs of caches on this machine. last_s: NaN if the logs have none."""
+def _uses(file: RuleFile, listed: Listing, grouped: _Grouped) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return last use (NaN: unknown) and number of uses of each group, from the read logs of caches on this machine.
 
-    last_s: NDArray[np.float64]
-    uses: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, file: RuleFile, listed: Listing, grouped: _Grouped) -> _Used:
-        """Aggregate the logs: the use of any object, in any tier, is a use of its group."""
-        n_groups = len(grouped.kind)
-        last_s, counts = np.full(n_groups, np.nan), np.zeros(n_groups, np.int64)
-        try:
-            known = use_log.read_uses()
-        except (OSError, ValueError):  # there is no usable state folder, so that no use is known
-            known = {}
-        for number in listed.tiers if known else ():
-            found = use_log.uses_under(known, file.tiers[number].url)
-            rows = np.flatnonzero(listed.tier[grouped.objects.row] == number)
-            keys = take_rows(listed.keys, grouped.objects.row[rows])
-            at = index_in(keys, pa.array(list(found), pa.large_string()))
-            rows, at = rows[at >= 0], at[at >= 0]
-            group = grouped.objects.group[rows]
-            columns = np.array(list(found.values()), np.float64).reshape(-1, 2)[at]
-            np.fmax.at(last_s, group, columns[:, 0])
-            np.add.at(counts, group, columns[:, 1].astype(np.int64))
-        return cls(last_s, counts)
+    The use of any object, in any tier, is a use of its group.
+    """
+    n_groups = len(grouped.kind)
+    last_s, counts = np.full(n_groups, np.nan), np.zeros(n_groups, np.int64)
+    try:
+        known = use_log.read_uses()
+    except (OSError, ValueError):  # there is no usable state folder, so that no use is known
+        known = {}
+    for number in listed.tiers if known else ():
+        found = use_log.uses_under(known, file.tiers[number].url)
+        rows = np.flatnonzero(listed.tier[grouped.objects.row] == number)
+        keys = take_rows(listed.keys, grouped.objects.row[rows])
+        at = index_in(keys, pa.array(list(found), pa.large_string()))
+        rows, at = rows[at >= 0], at[at >= 0]
+        group = grouped.objects.group[rows]
+        columns = np.array(list(found.values()), np.float64).reshape(-1, 2)[at]
+        np.fmax.at(last_s, group, columns[:, 0])
+        np.add.at(counts, group, columns[:, 1].astype(np.int64))
+    return last_s, counts
 
 
 def _snapshot(
-    file: RuleFile, listed: Listing, grouped: _Grouped, copies: Copies, used: _Used, *, now_s: float, **columns: Any
+    file: RuleFile, listed: Listing, grouped: _Grouped, copies: Copies, *, now_s: float, **columns: Any
 ) -> Snapshot:
+    log_use_s, n_uses = _uses(file, listed, grouped)
     created_s, last_use_s = np.full(len(grouped.kind), np.inf), np.full(len(grouped.kind), np.inf)
     np.minimum.at(created_s, copies.group, copies.written_s)
     # A group without a known use counts as used when its oldest copy was written: a restored copy is not idle at once.
     np.minimum.at(last_use_s, copies.group, copies.modified_s)
     of_shard, shard = grouped.shard >= 0, grouped.shard[grouped.shard >= 0]
-    n_uses, in_use, unreported = used.uses.copy(), np.zeros_like(of_shard), np.zeros_like(of_shard)
+    in_use, unreported = np.zeros_like(of_shard), np.zeros_like(of_shard)
     n_uses[of_shard] += grouped.shards.uses[shard]
     in_use[of_shard], unreported[of_shard] = grouped.shards.in_use[shard], grouped.shards.unreported[shard]
-    last_use_s = np.fmax(last_use_s, used.last_s)
+    last_use_s = np.fmax(last_use_s, log_use_s)
     last_use_s[of_shard] = np.fmax(last_use_s[of_shard], grouped.shards.last_use_s[shard])
-    counted_since_s = np.where(np.isnan(used.last_s), np.inf, used.last_s)
+    counted_since_s = np.where(np.isnan(log_use_s), np.inf, log_use_s)
     counted_since_s[of_shard] = grouped.shards.counted_since_s[shard]
     return Snapshot(
         now_s=now_s,

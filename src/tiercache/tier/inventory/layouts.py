@@ -30,9 +30,9 @@ from tiercache.store.posix import TEMP_PREFIX
 from tiercache.tier.model import NO_SERIES, NO_STEP
 from tiercache.tier.text_columns import (
     ROWS_AT_A_TIME,
-    NameTemplates,
     as_numpy,
     index_in,
+    inverse,
     joined_codes,
     match_regex,
     sort_order,
@@ -41,9 +41,6 @@ from tiercache.tier.text_columns import (
 )
 
 NO_GROUP = -1
-
-# Minimum number of names that differ only in digits for which their common template is parsed once.
-_FEW = 8
 
 # Copy order of a group's objects: the object that marks it complete comes last.
 MEMBER, INDEX, MARK = range(3)
@@ -239,66 +236,11 @@ def _checkpoint_files(
     """Yield, in parts, the keys in `left` that are a checkpoint each: positions in `left`, with step and series."""
     for start in range(0, len(left), ROWS_AT_A_TIME):
         some = left[start : start + ROWS_AT_A_TIME]
-        texts, of = names.take(pa.array(some)), folder[some]
-        alike = NameTemplates.of(texts)
-        known, row, alone = _known_shapes(alike)
-        together = np.flatnonzero((row[alike.shape] >= 0) & ~alike.is_long)
-        shapes = known.take(pa.array(row[alike.shape[together]]))
-        yield start + together, _known_together(alike, together, shapes, folders, of)
-        rest = np.flatnonzero(alone[alike.shape] | alike.is_long)
-        found = pc.extract_regex(texts.take(pa.array(rest)), _FILE_NAME)
-        is_one = np.flatnonzero(as_numpy(pc.is_valid(found), np.int64))
-        yield start + rest[is_one], _known_of(_columns_of(found, is_one, folders.take(pa.array(of[rest[is_one]]))))
-
-
-def _columns_of(found: pa.Array, rows: NDArray[np.int64], parents: pa.Array) -> dict[str, pa.Array]:
-    """Return the parts of names that _known_of() takes, for rows of the matches of _FILE_NAME."""
-    found = found.take(pa.array(rows))
-    return {name: pc.struct_field(found, name) for name in (*_NAMES[1:], "number")} | {"parent": parents}
-
-
-def _known_shapes(alike: NameTemplates) -> tuple[pa.Table, NDArray[np.int64], NDArray[np.bool_]]:
-    """Parse each template of names once.
-
-    The number of a digit run, from 1, replaces each run, so that the parsed step tells which run it is. Names whose
-    series contains digits outside of counters, and templates of few names, are parsed one by one.
-
-    Returns:
-        The parsed templates; the row of each template in this table, -1: not parsed; the templates to parse name by
-        name.
-    """
-    is_one = match_regex(alike.shapes, _FILE_NAME)
-    many = np.bincount(alike.shape, minlength=len(is_one)) >= _FEW
-    some = np.flatnonzero(is_one & many)
-    counted = [_counted(shape) for shape in alike.shapes.take(pa.array(some)).to_pylist()]
-    found = pc.extract_regex(pa.array(counted, pa.large_string()), _FILE_NAME)
-    no_parents = pa.array([""] * len(some), pa.large_string())
-    known = _known_of(_columns_of(found, np.arange(len(some)), no_parents))
-    series = _one(known["series"])
-    plain = np.flatnonzero(~match_regex(series.dictionary, "[0-9]")[as_numpy(series.indices, np.int64)])
-    row = np.full(len(is_one), -1, np.int64)
-    row[some[plain]] = plain
-    return known, row, is_one & (row < 0)
-
-
-def _counted(shape: str) -> str:
-    """Replace the digit runs of a template by 1, 2 and so on."""
-    first, *rest = shape.split("0")
-    return first + "".join(f"{number}{text}" for number, text in enumerate(rest, start=1))
-
-
-def _known_together(
-    alike: NameTemplates, rows: NDArray[np.int64], shapes: pa.Table, folders: pa.Array, folder: NDArray[np.int64]
-) -> pa.Table:
-    """Return step and series of the names in rows, from their parsed templates. folder: Folder of every name."""
-    series = _one(shapes["series"])
-    n_series = len(series.dictionary)
-    code = folder[rows] * n_series + as_numpy(series.indices, np.int64)
-    once, place = np.unique(code, return_inverse=True)
-    parents, rest = folders.take(pa.array(once // n_series)), series.dictionary.take(pa.array(once % n_series))
-    texts = pa.DictionaryArray.from_arrays(pa.array(place, pa.int32()), _joined([parents, rest], ""))
-    step = alike.number(rows, as_numpy(shapes["step"], np.int64))
-    return pa.Table.from_arrays([pa.array(step), texts], schema=_KNOWN)
+        is_one = np.flatnonzero(match_regex(names.take(pa.array(some)), _FILE_NAME))
+        found = pc.extract_regex(names.take(pa.array(some[is_one])), _FILE_NAME)
+        columns = {name: pc.struct_field(found, name) for name in (*_NAMES[1:], "number")}
+        parents = folders.take(pa.array(folder[some[is_one]]))
+        yield start + is_one, _known_of(columns | {"parent": parents})
 
 
 def _known_of(columns: dict[str, pa.Array]) -> pa.Table:
@@ -353,9 +295,7 @@ def _known_groups(
 def _in_order(codes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Number the codes in order of first appearance."""
     _, first, number = np.unique(codes, return_index=True, return_inverse=True)
-    place = np.empty(len(first), np.int64)
-    place[np.argsort(first)] = np.arange(len(first))
-    return place[number]
+    return np.asarray(inverse(np.argsort(first))[number], np.int64)
 
 
 def _numbered(
@@ -378,8 +318,7 @@ def _numbered(
     paths = take_rows(of_keys, alone)
     paths = pa.concat_arrays([of_folders.take(pa.array(used)), paths]) if len(used) else paths
     order = sort_order(paths)
-    of_path = np.empty(len(order), np.int64)
-    of_path[order] = np.arange(len(order))
+    of_path = inverse(order)
     place = np.full(n_folders + len(left), -1, np.int64)
     place[used] = of_path[: len(used)]
     place[n_folders + alone] = of_path[len(used) :]

@@ -42,10 +42,8 @@ class Listing:
         n_bytes: int64[n].
         modified_s: float64[n]; where the store gives none, the time of the listing, the latest time possible.
         crc32c: int64[n], NO_CRC where it is unknown.
-        word: int32[n], indices of `words`: storage class and restore state.
-        words: Distinct pairs (storage class, restore state), as the stores give them.
-        class_of: int16, index of `classes` for each of `words`.
-        state_of: uint8, state (HERE and so on) for each of `words`.
+        storage_class: int16[n], indices of `classes`.
+        state: uint8[n], READABLE, ARCHIVED, RESTORING or RESTORED.
     """
 
     tiers: tuple[int, ...]
@@ -57,29 +55,11 @@ class Listing:
     n_bytes: NDArray[np.int64]
     modified_s: NDArray[np.float64]
     crc32c: NDArray[np.int64]
-    word: NDArray[np.int32]
-    words: tuple[tuple[str | None, str | None], ...]
-    class_of: NDArray[np.int16]
-    state_of: NDArray[np.uint8]
+    storage_class: NDArray[np.int16]
+    state: NDArray[np.uint8]
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    def objects(self, rows: NDArray[np.int64], crc32c: NDArray[np.int64]) -> tuple[ObjectInfo, ...]:
-        """Return these rows as ObjectInfo, with these checksums (NO_CRC: none)."""
-        taken = pa.array(rows)
-        return tuple(
-            ObjectInfo(key, n_bytes, etag, None, None if crc == NO_CRC else crc, modified_s, *self.words[word])
-            for key, n_bytes, etag, crc, modified_s, word in zip(
-                self.keys.take(taken).to_pylist(),
-                self.n_bytes[rows].tolist(),
-                self.etags.take(taken).to_pylist(),
-                crc32c.tolist(),
-                self.modified_s[rows].tolist(),
-                self.word[rows].tolist(),
-                strict=True,
-            )
-        )
 
 
 def list_tiers(
@@ -117,6 +97,47 @@ def keys_of(infos: Sequence[ObjectInfo]) -> pa.Array:
         return pa.array(keys, pa.large_string())
     except UnicodeEncodeError:
         return pa.array([key.encode(errors="backslashreplace").decode() for key in keys], pa.large_string())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ObjectTable:
+    """The objects of some copies, as row numbers of columns that contain other objects too.
+
+    Attributes:
+        start: int64[n + 1], offsets of each copy's objects in row and crc32c.
+        row: int64[m], row of each object in the columns below.
+        crc32c: int64[m], NO_CRC where it is unknown.
+        keys: large_string[k].
+        etags: large_string[k], null where there is none.
+        n_bytes: int64[k].
+        modified_s: float64[k], NaN where it is unknown.
+    """
+
+    start: NDArray[np.int64]
+    row: NDArray[np.int64]
+    crc32c: NDArray[np.int64]
+    keys: pa.Array
+    etags: pa.Array
+    n_bytes: NDArray[np.int64]
+    modified_s: NDArray[np.float64]
+
+    def bytes_of_copies(self) -> NDArray[np.int64]:
+        """Return the total size of each copy's objects; int64[n]."""
+        sums = np.concatenate([[0], np.cumsum(self.n_bytes[self.row])])
+        return np.asarray(sums[self.start[1:]] - sums[self.start[:-1]], np.int64)
+
+    def named(self, start: int, end: int) -> Iterator[tuple[str, int, str | None, float | None, int | None]]:
+        """Yield (key, n_bytes, etag, modified_s, crc32c) of each object of the copies from start to end."""
+        part = slice(*self.start[[start, end]].tolist())
+        row = self.row[part]
+        return zip(
+            self.keys.take(pa.array(row)).to_pylist(),
+            self.n_bytes[row].tolist(),
+            self.etags.take(pa.array(row)).to_pylist(),
+            [None if time_s != time_s else time_s for time_s in self.modified_s[row].tolist()],
+            [None if crc == NO_CRC else crc for crc in self.crc32c[part].tolist()],
+            strict=True,
+        )
 
 
 def release_memory() -> None:
@@ -224,20 +245,20 @@ class _Work:
 def _joined(file: RuleFile, parts: list[_Part], missed: list[str], words: _Words) -> Listing:
     columns = [column for part in parts for column in part.columns]
     rest = [column for part in parts for column in part.rest]
-    named = ["", *sorted({word[0] for word in words.numbers if word[0]})]
+    classes = ["", *sorted({name for name, _ in words.numbers if name})]
+    class_of = np.array([classes.index(name or "") for name, _ in words.numbers], np.int16)
+    word = np.concatenate([np.empty(0, np.int32), *(column[1] for column in rest)])
     empty = pa.array([], pa.large_string())
     return Listing(
         tiers=tuple(sorted(number for part in parts for number in part.tiers)),
         missed=tuple(tier.name for tier in file.tiers if tier.name in missed),
-        classes=tuple(named),
+        classes=tuple(classes),
         keys=pa.concat_arrays([empty, *(column[0] for column in columns)]),
         etags=pa.concat_arrays([empty, *(column[1] for column in columns)]),
         tier=np.concatenate([np.empty(0, np.int8), *(column[2] for column in columns)]),
         n_bytes=np.concatenate([np.empty(0, np.int64), *(column[3] for column in columns)]),
         modified_s=np.concatenate([np.empty(0, np.float64), *(column[4] for column in columns)]),
         crc32c=np.concatenate([np.empty(0, np.int64), *(column[0] for column in rest)]),
-        word=np.concatenate([np.empty(0, np.int32), *(column[1] for column in rest)]),
-        words=tuple(words.numbers),
-        class_of=np.array([named.index(word[0] or "") for word in words.numbers], np.int16),
-        state_of=np.array(words.states, np.uint8),
+        storage_class=class_of[word],
+        state=np.array(words.states, np.uint8)[word],
     )

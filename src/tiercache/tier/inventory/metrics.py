@@ -17,30 +17,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.errors import NotFound, StoreError
-from tiercache.model import ByteRange
+from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store import StoreFile
 from tiercache.tier.inventory.layouts import DECIMAL, NUMBER, SUFFIXES, WORD
-from tiercache.tier.inventory.listing import NO_CRC
-from tiercache.tier.model import CHECKPOINT, READABLE, RESTORED
-from tiercache.tier.plan.proposals import fits_size, largest_copies, rules_of, scores_of
-from tiercache.tier.text_columns import ROWS_AT_A_TIME, NameTemplates, match_regex, split_keys
+from tiercache.tier.model import READABLE, RESTORED
+from tiercache.tier.text_columns import ROWS_AT_A_TIME, match_regex, split_keys
 
 if TYPE_CHECKING:
-    from tiercache.model import ObjectInfo
     from tiercache.store import Store
     from tiercache.tier.inventory.groups import Copies
     from tiercache.tier.inventory.listing import Listing
-    from tiercache.tier.model import Snapshot
-    from tiercache.tier.rules import BestMetric, RuleFile
+    from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
 
 
@@ -173,50 +167,8 @@ def _record(records: zipfile.ZipFile, name: str, most_bytes: int) -> bytes:
 # The placeholder for results of opcodes that are not interpreted.
 _OTHER = object()
 _MARK = object()
-
-_PUSHES_ARGUMENT = frozenset(
-    [
-        "INT",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG",
-        "LONG1",
-        "LONG4",
-        "FLOAT",
-        "BINFLOAT",
-        "UNICODE",
-        "SHORT_BINUNICODE",
-        "BINUNICODE",
-        "BINUNICODE8",
-        "STRING",
-        "BINSTRING",
-        "SHORT_BINSTRING",
-    ]
-)
-_PUSHES_OTHER = frozenset(
-    [
-        "NONE",
-        "NEWTRUE",
-        "NEWFALSE",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-        "BINBYTES8",
-        "BYTEARRAY8",
-        "EMPTY_LIST",
-        "EMPTY_SET",
-        "EXT1",
-        "EXT2",
-        "EXT4",
-        "NEXT_BUFFER",
-    ]
-)
-# Opcodes that pop this number of values and push a placeholder.
-_TAKES = {"NEWOBJ": 2, "NEWOBJ_EX": 3}
-_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_DROPS_TO_MARK = frozenset(["APPENDS", "ADDITEMS", "POP_MARK"])
-_OTHER_OF_MARK = frozenset(["LIST", "FROZENSET", "INST", "OBJ"])
-_WITHOUT_EFFECT = frozenset(["PROTO", "FRAME", "READONLY_BUFFER"])
+# Opcodes whose argument is not the value that they push.
+_NO_VALUES = ("EXT1", "EXT2", "EXT4", "PERSID", "INST")
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,76 +199,48 @@ class _Interpreter:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name == "STOP":
                 break
-            self._step(opcode.name, argument)
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+                self._memo[int(argument or 0)] = self._stack[-1]
+            else:
+                self._step(opcode, argument)
         return self._stack.pop()
 
-    def _step(self, name: str, argument: Any) -> None:
-        stack = self._stack
-        if name in _PUSHES_ARGUMENT:
-            stack.append(argument)
-        elif name in _PUSHES_OTHER:
-            stack.append(_OTHER)
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self._memo[len(self._memo) if name == "MEMOIZE" else argument] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(self._memo[argument])
-        else:
-            self._make(name, argument)
+    def _step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        """Pop the values that the opcode takes, and push as many as it leaves: its result, or a placeholder."""
+        takes = opcode.stack_before
+        items = self._to_mark() if pickletools.markobject in takes else []
+        below = self._last(takes.index(pickletools.markobject) if pickletools.markobject in takes else len(takes))
+        result = self._result(opcode.name, argument, below, items)
+        self._stack += [result] * len(opcode.stack_after)
 
-    def _make(self, name: str, argument: Any) -> None:
-        """Run an opcode that creates dicts or tuples, or pass it on to _call()."""
-        stack = self._stack
-        if name == "MARK":
-            stack.append(_MARK)
-        elif name == "EMPTY_DICT":
-            stack.append({})
-        elif name == "DICT":
-            stack.append(_with({}, self._to_mark()))
-        elif name in ("SETITEM", "SETITEMS"):
-            items = self._to_mark() if name == "SETITEMS" else self._last(2)
-            _with(stack[-1], items)
-        elif name == "TUPLE":
-            stack.append(tuple(self._to_mark()))
-        elif name in _TUPLES:
-            stack.append(tuple(self._last(_TUPLES[name])))
-        else:
-            self._call(name, argument)
-
-    def _call(self, name: str, argument: Any) -> None:
-        """Run an opcode that names a function or class, or would call it."""
-        stack = self._stack
-        if name == "GLOBAL":
-            stack.append(_Name(argument))
-        elif name == "STACK_GLOBAL":
-            module, function = self._last(2)
-            stack.append(_Name(f"{module} {function}"))
-        elif name == "BINPERSID":
-            stack.append(_storage(stack.pop()))
-        elif name == "REDUCE":
-            function, arguments = self._last(2)
-            stack.append(_called(function, arguments))
-        else:
-            self._skip(name)
-
-    def _skip(self, name: str) -> None:
-        """Run an opcode whose result is not needed: it leaves a placeholder on the stack."""
-        stack = self._stack
-        if name in _TAKES:
-            self._last(_TAKES[name])
-            stack.append(_OTHER)
-        elif name in _OTHER_OF_MARK:
-            self._to_mark()
-            stack.append(_OTHER)
-        elif name in _DROPS_TO_MARK:
-            self._to_mark()
-        elif name in ("APPEND", "BUILD", "POP"):
-            stack.pop()
-        elif name == "DUP":
-            stack.append(stack[-1])
-        elif name == "PERSID":
-            stack.append(_OTHER)
-        elif name not in _WITHOUT_EFFECT:
-            raise ValueError(f"an opcode that torch does not write: {name}")
+    def _result(self, name: str, argument: Any, below: list[Any], items: list[Any]) -> Any:
+        """Return what an opcode leaves. items: Values that it takes above a mark; below: The others."""
+        match name:
+            case "MARK":
+                return _MARK
+            case "GET" | "BINGET" | "LONG_BINGET":
+                return self._memo[argument]
+            case "MEMOIZE":
+                self._memo[len(self._memo)] = below[0]
+                return below[0]
+            case "EMPTY_DICT" | "DICT":
+                return _with({}, items)
+            case "SETITEM" | "SETITEMS":
+                return _with(below[0], items or below[1:])
+            case "EMPTY_TUPLE" | "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                return tuple(items or below)
+            case "GLOBAL":
+                return _Name(argument)
+            case "STACK_GLOBAL":
+                return _Name(" ".join(below))
+            case "BINPERSID":
+                return _storage(below[0])
+            case "REDUCE":
+                return _called(*below)
+            case "APPEND" | "APPENDS" | "ADDITEMS" | "BUILD" | "DUP" | "READONLY_BUFFER":
+                return below[0]
+        is_value = isinstance(argument, int | float | str) and name not in _NO_VALUES
+        return argument if is_value else _OTHER
 
     def _last(self, n: int) -> list[Any]:
         if len(self._stack) < n:
@@ -386,20 +310,10 @@ def metrics_in_name(name: str) -> dict[str, float]:
     Counters (epoch, step and similar) are not metrics. Without "=", a value must have a decimal point.
     """
     found: dict[str, float] = {}
-    for (name_start, name_end), (start, end) in spans_of(name):
-        found |= _finite(name[name_start:name_end], float(name[start:end]))
+    for part in _COUNTER.split(_SUFFIX.sub("", name)):
+        for match in _METRIC.finditer(part):
+            found |= _finite(match["name"], float(match["number"] or match["decimal"]))
     return found
-
-
-def spans_of(name: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Yield the (start, end) of each metric in a name, and of its number."""
-    start, text = 0, _SUFFIX.sub("", name)
-    ends = [(counter.start(), counter.end()) for counter in _COUNTER.finditer(text)]
-    for end, next_start in [*ends, (len(text), len(text))]:
-        for match in _METRIC.finditer(text[start:end]):
-            named, number = match.span("name"), match.span("number" if match["number"] else "decimal")
-            yield (start + named[0], start + named[1]), (start + number[0], start + number[1])
-        start = next_start
 
 
 def files_of(objects: Iterable[ObjectInfo]) -> tuple[ObjectInfo, ...]:
@@ -491,11 +405,6 @@ def _finite(name: str, value: float) -> dict[str, float]:
     return {name: number} if math.isfinite(number) else {}
 
 
-# Minimum number of names of one template for which an expression is built.
-_FEW = 8
-_DIGITS = re.compile("[0-9]+")
-
-
 def metrics_in_names(names: pa.Array, wanted: Sequence[str]) -> dict[str, NDArray[np.float64]]:
     """Return the wanted metrics of each name, as metrics.metrics_in_name(): float64[n] each, NaN where there is none.
 
@@ -504,60 +413,12 @@ def metrics_in_names(names: pa.Array, wanted: Sequence[str]) -> dict[str, NDArra
         wanted: Names of the metrics.
     """
     found = {name: np.full(len(names), np.nan) for name in wanted}
-    if not len(names):
-        return found
-    alike = NameTemplates.of(names)
-    order = np.argsort(alike.shape, kind="stable")
-    starts = np.searchsorted(alike.shape[order], np.arange(len(alike.shapes) + 1)).tolist()
-    for i, template in enumerate(alike.shapes.to_pylist()):
-        places = _places(template, wanted)
-        if places:
-            rows = order[starts[i] : starts[i + 1]]
-            _read(found, rows, names.take(pa.array(rows)), (template, places))
-    return found
-
-
-_Place = tuple[str, tuple[int, int], tuple[int, int]]
-
-
-def _places(template: str, wanted: Sequence[str]) -> list[_Place]:
-    """Return where the template may have a wanted metric: the metric, and (start, end) of its name and its number."""
-    spans = [(name, number, template[slice(*name)]) for name, number in spans_of(template)]
-    alike = [(metric, _DIGITS.sub("0", metric)) for metric in wanted]
-    return [(metric, name, number) for name, number, text in spans for metric, like in alike if like == text]
-
-
-def _read(
-    found: dict[str, NDArray[np.float64]], rows: NDArray[np.int64], names: pa.Array, of: tuple[str, list[_Place]]
-) -> None:
-    template, places = of
-    # For a metric that occurs twice in a name, the last finite value counts; only the parser for one name knows that.
-    if len(rows) < _FEW or len({metric for metric, _, _ in places}) < len(places):
-        _one_by_one(found, rows, names)
-        return
-    for metric, name, number in places:
-        found[metric][rows] = _values(names, template, (metric, name, number))
-
-
-def _one_by_one(found: dict[str, NDArray[np.float64]], rows: NDArray[np.int64], names: pa.Array) -> None:
-    for row, name in zip(rows.tolist(), names.to_pylist(), strict=True):
+    rows = np.flatnonzero(match_regex(names, "|".join(map(re.escape, wanted))))
+    for row, name in zip(rows.tolist(), names.take(pa.array(rows)).to_pylist(), strict=True):
         for metric, value in metrics_in_name(name).items():
             if metric in found:
                 found[metric][row] = value
-
-
-def _values(names: pa.Array, template: str, place: _Place) -> list[float]:
-    """Return the number at the template's position in each name.
-
-    NaN: the number is not finite, or the name has another metric there.
-    """
-    metric, (name_start, name_end), (start, end) = place
-    parts = template[:name_start], template[name_end:start], template[start:end], template[end:]
-    before, between, number, after = (re.escape(part).replace("0", "[0-9]+") for part in parts)
-    pattern = rf"\A{before}{re.escape(metric)}{between}(?P<value>{number}){after}\z"
-    texts = pc.struct_field(pc.extract_regex(names, pattern), "value")
-    values = [math.nan if text is None else float(text) for text in texts.to_pylist()]
-    return [value if math.isfinite(value) else math.nan for value in values]
+    return found
 
 
 _THREADS = 16
@@ -656,7 +517,8 @@ class MetricReader:
         start, end = self._copies.start[copy : copy + 2].tolist()
         rows = self._copies.row[start:end]
         rows = rows[match_regex(self._listed.keys.take(pa.array(rows)), MAY_HOLD)]
-        objects = self._listed.objects(rows, np.full(len(rows), NO_CRC))
+        keys = self._listed.keys.take(pa.array(rows)).to_pylist()
+        objects = [ObjectInfo(*one) for one in zip(keys, self._listed.n_bytes[rows].tolist(), strict=True)]
         try:
             return read_metrics(self._stores.store(self._tiers[int(self._copies.tier[copy])]), objects, path)
         except StoreError as error:
@@ -676,142 +538,3 @@ def _fill(found: dict[str, NDArray[np.float64]], group: int, metrics: Mapping[st
     for name, column in found.items():
         if name in metrics and np.isnan(column[group]):
             column[group] = metrics[name]
-
-
-# -- missing metrics -------------------------------------------------------------------------------------------------
-
-_MOST_NAMES = 200  # number of checkpoint names per run that are parsed to list the run's metrics in a message
-_SHOWN = 10
-_NO_WORD = re.compile(r"[^a-z0-9]+")
-
-
-@dataclass(frozen=True, slots=True)
-class MetricGap:
-    """A metric of a keep list that no complete checkpoint of a run has, so that the list keeps all of the run.
-
-    Attributes:
-        rule: Name of the rule.
-        tiers: Tiers whose keep lists use the metric.
-        metrics: Names of the metric in the keep list.
-        run: Checkpoints of the run, as a glob.
-        n_checkpoints: Number of complete checkpoints of the run.
-        found: Metrics that the run has.
-        likely: Metric of the run with the most similar name; None: there is no similar name.
-    """
-
-    rule: str
-    tiers: tuple[str, ...]
-    metrics: tuple[str, ...]
-    run: str
-    n_checkpoints: int
-    found: tuple[str, ...]
-    likely: str | None
-
-    @property
-    def text(self) -> str:
-        """The message for people."""
-        lists = ", ".join(f"keep_{tier}" for tier in self.tiers)
-        asked = " or ".join(map(repr, self.metrics))
-        if self.found:
-            more = ", ..." if len(self.found) > _SHOWN else ""
-            there = f"found: {', '.join(self.found[:_SHOWN])}{more}"
-        else:
-            there = "no metric was found, neither in names nor in readable files"
-        meant = f"; did you mean {self.likely!r}?" if self.likely else ""
-        return (
-            f"{self.rule}: no checkpoint of {self.run} has the metric {asked}, so that {lists} keeps all "
-            f"{self.n_checkpoints:,} of them and none is deleted; {there}{meant}"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class UnscoredCheckpoints:
-    """Complete checkpoints without a metric that others of their runs have, so that `best` does not keep them.
-
-    Attributes:
-        rule: Name of the rule.
-        metrics: Names of the metric in the keep list.
-        n_checkpoints: Number of such checkpoints.
-        n_runs: Number of their runs.
-        paths: Paths of the first few.
-    """
-
-    rule: str
-    metrics: tuple[str, ...]
-    n_checkpoints: int
-    n_runs: int
-    paths: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        """The message for people."""
-        asked = " or ".join(map(repr, self.metrics))
-        more = ", ..." if self.n_checkpoints > len(self.paths) else ""
-        return (
-            f"{self.rule}: {self.n_checkpoints:,} checkpoints lack the metric {asked}, which others of their run have, "
-            f"so that `best` does not keep them: {', '.join(self.paths)}{more}"
-        )
-
-
-def metric_gaps(
-    snapshot: Snapshot, file: RuleFile, in_files: Mapping[int, frozenset[str]]
-) -> tuple[tuple[MetricGap, ...], tuple[UnscoredCheckpoints, ...]]:
-    """Return the metrics that keep lists use and that are missing: in whole runs, and in some checkpoints of a run.
-
-    Args:
-        snapshot: Snapshot.
-        file: Rule file.
-        in_files: Group to the names of the metrics in its files.
-    """
-    gaps: list[MetricGap] = []
-    passed: list[UnscoredCheckpoints] = []
-    if not wanted_metrics(file):
-        return (), ()
-    rule_of, n_bytes = rules_of(snapshot, file), largest_copies(snapshot)
-    for number, rule in enumerate(file.rules):
-        rows = np.flatnonzero((rule_of == number) & (snapshot.kind == CHECKPOINT) & snapshot.complete)
-        rows = rows[fits_size(rule, n_bytes[rows])]
-        asked: dict[tuple[str, ...], tuple[BestMetric, list[str]]] = {}
-        for tier, keep in rule.keep.items():
-            for best in keep.best:
-                asked.setdefault(best.metrics, (best, []))[1].append(tier)
-        for metrics, (best, tiers) in asked.items():
-            scores = scores_of(snapshot, rows, best)
-            unscored = rows[scores.is_unscored]
-            for series in np.unique(snapshot.series[unscored]).tolist():
-                run = unscored[snapshot.series[unscored] == series]
-                found = _names_in(snapshot, run, in_files)
-                facts = (rule.name, tuple(dict.fromkeys(tiers)), metrics, _run_name(snapshot, run), len(run))
-                gaps.append(MetricGap(*facts, found, _likely(metrics, found)))
-            without = rows[np.isnan(scores.values) & ~scores.is_unscored & ~snapshot.unread[rows]]
-            if len(without):
-                paths = tuple(snapshot.paths[row].as_py() for row in without[:3].tolist())
-                n_runs = len(np.unique(snapshot.series[without]))
-                passed.append(UnscoredCheckpoints(rule.name, metrics, len(without), n_runs, paths))
-    return tuple(gaps), tuple(passed)
-
-
-def _names_in(snapshot: Snapshot, run: NDArray[np.int64], in_files: Mapping[int, frozenset[str]]) -> tuple[str, ...]:
-    """Return the names of all metrics of a run's checkpoints, sorted."""
-    found: set[str] = set()
-    for group in run.tolist():
-        found |= in_files.get(group, frozenset())
-    for group in run[:_MOST_NAMES].tolist():
-        found |= metrics_in_name(snapshot.paths[group].as_py().rpartition("/")[2]).keys()
-    return tuple(sorted(found))
-
-
-def _run_name(snapshot: Snapshot, run: NDArray[np.int64]) -> str:
-    """Return the checkpoints of a run as a glob: "checkpoints/run7/step-*"."""
-    folder, slash, name = snapshot.paths[int(run[0])].as_py().rpartition("/")
-    return f"{folder}{slash}{re.sub('[0-9]+', '*', name)}"
-
-
-def _likely(metrics: Sequence[str], found: Sequence[str]) -> str | None:
-    """Return the found metric whose name is most similar to one of the wanted names; None: there is no similar name."""
-    plain = {_NO_WORD.sub("_", name.lower()): name for name in reversed(found)}
-    for metric in metrics:
-        near = get_close_matches(_NO_WORD.sub("_", metric.lower()), plain, n=1)
-        if near:
-            return plain[near[0]]
-    return None

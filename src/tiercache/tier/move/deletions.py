@@ -15,6 +15,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 
 from tiercache.catalog.tiers import CatalogEntry, JournalObject, JournalRow
 from tiercache.crash_points import crash_point
@@ -22,7 +23,7 @@ from tiercache.errors import CommitConflict, StoreError, TierCacheError
 from tiercache.prices import prices_if_known
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.groups import take_inventory
-from tiercache.tier.model import CHECKPOINT, READABLE, SHARD
+from tiercache.tier.model import CHECKPOINT, DELETE, DROP, MOVE, READABLE, RECLASS, SHARD
 from tiercache.tier.move.checks import (
     ApplyResult,
     BatchLimits,
@@ -85,12 +86,19 @@ def deletion_guard_of(snapshot: Snapshot, decisions: Decisions) -> DeletionGuard
     """Return the guard that a snapshot and the decisions on it make."""
     tiers = snapshot.tiers
     is_used = np.isfinite(snapshot.uses_recorded_since_s) & (snapshot.kind != SHARD)
-    takes = [move for move in decisions.moves if move.action in ("move", "drop", "reclass")]
+    moves = decisions.moves
+    takes, deletes = np.isin(moves.action, (MOVE, DROP, RECLASS)), moves.action == DELETE
     return DeletionGuard(
         in_use=_paths(snapshot, snapshot.in_use),
         protected=_paths(snapshot, find_newest(snapshot) | find_newest(_readable(snapshot))),
-        deletes=frozenset(snapshot.paths[m.group].as_py() for m in decisions.moves if m.action == "delete"),
-        asked=frozenset((snapshot.paths[move.group].as_py(), tiers[move.src]) for move in takes),
+        deletes=frozenset(snapshot.paths.take(pa.array(moves.group[deletes])).to_pylist()),
+        asked=frozenset(
+            zip(
+                snapshot.paths.take(pa.array(moves.group[takes])).to_pylist(),
+                [tiers[src] for src in moves.src[takes].tolist()],
+                strict=True,
+            )
+        ),
         linked={
             (snapshot.paths[int(snapshot.group[copy])].as_py(), tiers[snapshot.tier[copy]]): link
             for copy, link in snapshot.links.items()

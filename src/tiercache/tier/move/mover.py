@@ -76,9 +76,8 @@ from tiercache import config
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.crash_points import crash_point
 from tiercache.prices import prices_if_known
-from tiercache.tier.findings import Loss, find_losses
+from tiercache.tier.findings import Loss, MetricGap, find_losses, metric_gaps
 from tiercache.tier.inventory.groups import Inventory, take_inventory
-from tiercache.tier.inventory.metrics import MetricGap, metric_gaps
 from tiercache.tier.model import RESTORING, Decisions, Plan
 from tiercache.tier.move.checks import ApplyResult, MoveContext, Progress, StoppedMove
 from tiercache.tier.move.deletions import DeferredDeletions, DeletionGuard, deletion_guard_of, take_deletion_guard

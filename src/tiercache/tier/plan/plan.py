@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -26,13 +26,17 @@ from tiercache.tier.costs import Sizes, month_dollars
 from tiercache.tier.inventory.groups import copies_at
 from tiercache.tier.inventory.listing import NO_CRC
 from tiercache.tier.model import (
+    COPY,
+    DROP,
     KINDS,
+    MOVE,
+    RECLASS,
     Action,
     Decisions,
     Kind,
     Move,
+    MoveColumns,
     MoveCost,
-    MoveDecision,
     Plan,
     PlannedObject,
     PlannedTier,
@@ -40,12 +44,11 @@ from tiercache.tier.model import (
     Snapshot,
     TierTotals,
 )
-from tiercache.tier.plan.proposals import COPY, DROP, MOVE, RECLASS
-from tiercache.tier.plan.tables import CostColumns, MoveColumns, MoveTable, ObjectTable, RefusalTable, total_moves
+from tiercache.tier.plan.tables import MoveTable, PlanTable, RefusalTable, total_moves
 
 if TYPE_CHECKING:
-    from tiercache.model import ObjectInfo
     from tiercache.prices import Prices
+    from tiercache.tier.inventory.groups import Inventory
     from tiercache.tier.rules import RuleFile
 
 
@@ -57,22 +60,21 @@ _MOST_HEADS = 10_000
 _LARGE = pa.large_string()
 
 
-def lines_of_moves(moves: MoveTable) -> Iterator[memoryview]:
+def _move_blocks(moves: MoveTable) -> Iterator[memoryview]:
     """Yield blocks of whole lines, with line ends; the caller owns each block."""
     heads = _Heads()
     for start, end in moves.parts():
         yield _bytes(_move_lines(moves, start, end, heads))
 
 
-def lines_of_refusals(refusals: RefusalTable) -> Iterator[memoryview]:
+def _refusal_blocks(refusals: RefusalTable) -> Iterator[memoryview]:
     """Yield blocks of whole lines, with line ends; the caller owns each block."""
     heads = _Heads()
     for start, end in refusals.parts():
-        group = refusals.ways.group[start:end]
         lines = _joined(
             '{"line": "refused", "path": ',
-            _quoted(refusals.paths.take(pa.array(group))),
-            heads.column(refusals.ways, refusals.kind[group], refusals.tiers, (start, end)),
+            _quoted(refusals.path(start, end)),
+            heads.column(refusals, start, end),
             ', "n_bytes": ',
             _numbers(refusals.n_bytes[start:end]),
             "}\n",
@@ -81,25 +83,24 @@ def lines_of_refusals(refusals: RefusalTable) -> Iterator[memoryview]:
 
 
 def _move_lines(moves: MoveTable, start: int, end: int, heads: _Heads) -> pa.Array:
-    part, dollars = slice(start, end), moves.dollars
-    group, starts = moves.ways.group[part], moves.pieces.start[start : end + 1]
+    part, starts, days = slice(start, end), moves.objects.start[start : end + 1], moves.break_even_days(start, end)
     objects = pa.LargeListArray.from_arrays(pa.array(starts - starts[0]), _objects(moves, start, end))
     return _joined(
         '{"line": "move", "id": ',
         _numbers(np.arange(start + 1, end + 1)),
         ', "path": ',
-        _quoted(moves.paths.take(pa.array(group))),
-        heads.column(moves.ways, moves.kind[group], moves.tiers, (start, end)),
+        _quoted(moves.path(start, end)),
+        heads.column(moves, start, end),
         ', "n_objects": ',
         _numbers(np.diff(starts)),
         ', "n_bytes": ',
         _numbers(moves.n_bytes[part]),
         ', "cost": ',
-        _numbers(dollars.once[part]),
+        _numbers(moves.columns.once[part]),
         ', "saving_month": ',
-        _numbers(dollars.saving_month[part]),
+        _numbers(moves.columns.saving_month[part]),
         ', "break_even_days": ',
-        _numbers(dollars.days[part], dollars.days[part] == np.inf),
+        _numbers(days, days == np.inf),
         ', "seconds": ',
         _numbers(moves.seconds(start, end)),
         ', "objects": [',
@@ -110,7 +111,7 @@ def _move_lines(moves: MoveTable, start: int, end: int, heads: _Heads) -> pa.Arr
 
 def _objects(moves: MoveTable, start: int, end: int) -> pa.Array:
     """Format the objects of moves from start to end, each as a JSON list."""
-    pieces, part = moves.pieces, slice(*moves.pieces.start[[start, end]].tolist())
+    pieces, part = moves.objects, slice(*moves.objects.start[[start, end]].tolist())
     row, crc32c = pieces.row[part], pieces.crc32c[part]
     modified_s = pieces.modified_s[row]
     return _joined(
@@ -137,11 +138,9 @@ class _Heads(dict[tuple[Any, ...], str]):
         found = self[values] = f", {json.dumps(dict(zip(HEAD_KEYS, values, strict=True)))[1:-1]}"
         return found
 
-    def column(
-        self, ways: MoveColumns, kind: NDArray[np.uint8], tiers: tuple[str, ...], part: tuple[int, int]
-    ) -> pa.Array:
-        """Return the column for the decisions of a part."""
-        return pa.array([self[values] for values in ways.worded(kind, tiers, part)], _LARGE)
+    def column(self, rows: PlanTable[Any], start: int, end: int) -> pa.Array:
+        """Return the column for rows from start to end."""
+        return pa.array([self[values] for values in rows.heads(start, end)], _LARGE)
 
 
 def _joined(*columns: pa.Array | str) -> pa.Array:
@@ -237,13 +236,13 @@ def _header(plan: Plan) -> dict[str, Any]:
 def _lines_of_moves(moves: Sequence[Move]) -> Iterator[bytes | memoryview]:
     # Figures that JSON cannot represent take the slow path, where json.dumps() raises for them.
     if isinstance(moves, MoveTable) and moves.is_finite():
-        return lines_of_moves(moves)
+        return _move_blocks(moves)
     return (_line(_move_row(move)) for move in moves)
 
 
 def _lines_of_refusals(refusals: Sequence[Refusal]) -> Iterator[bytes | memoryview]:
     if isinstance(refusals, RefusalTable):
-        return lines_of_refusals(refusals)
+        return _refusal_blocks(refusals)
     return (_line(_refusal_row(one)) for one in refusals)
 
 
@@ -480,45 +479,34 @@ def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number in JSON")
 
 
-__all__ = ["Stock", "holdings", "make_plan", "plan_lines", "read_plan", "write_plan"]
+__all__ = ["holdings", "make_plan", "plan_lines", "read_plan", "write_plan"]
 
 # For the estimated duration of a move only, which people read; one machine and its network.
 _BYTES_A_SECOND = 200e6
 
 
-class Stock(Protocol):
-    """The inventory as the planner uses it (inventory.py)."""
-
-    @property
-    def snapshot(self) -> Snapshot:
-        """The snapshot behind the decisions."""
-
-    def objects(self, group: int, tier: int) -> tuple[ObjectInfo, ...]:
-        """Return the objects of a copy, the objects that complete it last."""
-
-
-@runtime_checkable
-class Columns(Protocol):
-    """A Stock that returns the objects of many copies as columns."""
-
-    def pieces(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> ObjectTable:
-        """Return the objects of each group's copy in the tier at the same index."""
-
-
-# -- making a plan ---------------------------------------------------------------------------------------------------
-
-
-def make_plan(decisions: Decisions, inventory: Stock, file: RuleFile, prices: Sequence[Prices | None]) -> Plan:
+def make_plan(decisions: Decisions, inventory: Inventory, file: RuleFile, prices: Sequence[Prices | None]) -> Plan:
     """Return the plan for decisions about an inventory. Deterministic: the id is computed from the content.
 
     Moves and refusals stay columns, whose elements are created on access; the plan keeps the inventory's listing alive.
     """
-    snapshot = inventory.snapshot
-    moves = _moves(decisions, inventory, file)
+    snapshot, moves, refusals = inventory.snapshot, decisions.moves, decisions.refusals
+    of_groups = {"paths": snapshot.paths, "kind": snapshot.kind, "tiers": snapshot.tiers}
+    pieces = inventory.pieces(moves.group, moves.src)
+    rate_bytes_s = min(_BYTES_A_SECOND, file.tiering.rate_bytes_s or _BYTES_A_SECOND)
+    table = MoveTable(
+        moves,
+        decisions.rules,
+        pieces.bytes_of_copies(),
+        **of_groups,
+        objects=pieces,
+        rate_bytes_s=rate_bytes_s,
+    )
+    at = copies_at(snapshot.group, snapshot.tier, refusals.group, refusals.src)
+    refused_bytes = np.where(at < 0, 0, np.append(snapshot.n_bytes, 0)[at])
     made_s = round(snapshot.now_s, 3)
-    ways = MoveColumns.of(decisions.refusals)
     return Plan(
-        id=_id(made_s, file.sha256, moves),
+        id=_id(made_s, file.sha256, table),
         made_s=made_s,
         rules=str(file.path),
         rules_sha256=file.sha256,
@@ -526,36 +514,11 @@ def make_plan(decisions: Decisions, inventory: Stock, file: RuleFile, prices: Se
             PlannedTier(tier.name, tier.role, tier.url, tier.storage_class, "" if price is None else price.name)
             for tier, price in zip(file.tiers, prices, strict=True)
         ),
-        moves=moves,
-        refusals=RefusalTable(ways, _bytes_in(snapshot, ways), snapshot.paths, snapshot.kind, snapshot.tiers),
+        moves=table,
+        refusals=RefusalTable(refusals, decisions.rules, refused_bytes, **of_groups),
         before=holdings(snapshot, prices),
         after=holdings(snapshot, prices, decisions),
     )
-
-
-def _moves(decisions: Decisions, inventory: Stock, file: RuleFile) -> MoveTable:
-    ways, snapshot = MoveColumns.of(decisions.moves), inventory.snapshot
-    if isinstance(inventory, Columns):
-        pieces = inventory.pieces(ways.group, ways.src)
-    else:
-        pairs = zip(ways.group.tolist(), ways.src.tolist(), strict=True)
-        pieces = ObjectTable.of([inventory.objects(group, tier) for group, tier in pairs])
-    return MoveTable(
-        ways=ways,
-        dollars=CostColumns.of(decisions.moves),
-        pieces=pieces,
-        n_bytes=pieces.bytes_of_copies(),
-        paths=snapshot.paths,
-        kind=snapshot.kind,
-        tiers=snapshot.tiers,
-        rate_bytes_s=min(_BYTES_A_SECOND, file.tiering.rate_bytes_s or _BYTES_A_SECOND),
-    )
-
-
-def _bytes_in(snapshot: Snapshot, ways: MoveColumns) -> NDArray[np.int64]:
-    """Return the size of each decision's copy in src; 0: there is no copy. int64[n]."""
-    at = copies_at(snapshot.group, snapshot.tier, ways.group, ways.src)
-    return np.where(at < 0, 0, np.append(snapshot.n_bytes, 0)[at])
 
 
 def _id(made_s: float, rules_sha256: str, moves: MoveTable) -> str:
@@ -584,16 +547,15 @@ def holdings(
     return found
 
 
-def _afterwards(snapshot: Snapshot, moves: Sequence[MoveDecision]) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+def _afterwards(snapshot: Snapshot, moves: MoveColumns) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
     """Return the copies after the moves, and the tier of each. A new copy has the properties of its source."""
     at = np.full((len(snapshot.tiers), snapshot.n_groups), -1, np.int32)
     at[snapshot.tier, snapshot.group] = np.arange(snapshot.n_copies, dtype=np.int32)
-    ways = MoveColumns.of(moves)
-    groups, src, dst = ways.group, ways.src, ways.dst
-    brings = np.isin(ways.action, (COPY, MOVE, RECLASS))
-    opened_versions = np.isin(ways.action, (MOVE, RECLASS, DROP))
+    groups, src, dst = moves.group, moves.src, moves.dst
+    brings = np.isin(moves.action, (COPY, MOVE, RECLASS))
+    takes = np.isin(moves.action, (MOVE, RECLASS, DROP))
     at[dst[brings], groups[brings]] = at[src[brings], groups[brings]]
-    at[src[opened_versions], groups[opened_versions]] = -1
-    at[:, groups[~brings & ~opened_versions]] = -1
+    at[src[takes], groups[takes]] = -1
+    at[:, groups[~brings & ~takes]] = -1
     tiers, rows = np.nonzero(at >= 0)
     return at[tiers, rows].astype(np.int64), tiers.astype(np.int8)

@@ -3,17 +3,15 @@
 The policy works on columns, so that it sorts and compares a million groups without a loop over them.
 docs/reference/tiers.md defines the rules. A group gets at most one move. Steps, in this order:
 
-1. Each rule proposes moves (proposals.py). Moves of protected groups, unprofitable moves and moves without room are
+1. Each rule proposes moves. Moves of protected groups, unprofitable moves and moves without room are
    rejected.
 2. A tier that would still be above `high` of its capacity sends its least recently used groups down until `low`.
-3. Groups that were used since they came to a colder tier are copied up where their rule promotes and the hot tier has
-   room below `low`; a higher limit would evict what the watermark has just left there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,32 +27,33 @@ from tiercache.tier.costs import (
     month_dollars,
     reclass_dollars,
 )
-from tiercache.tier.model import CHECKPOINT, READABLE, Decisions, Snapshot
-from tiercache.tier.plan.proposals import (
+from tiercache.tier.model import (
+    CHECKPOINT,
     COPY,
     DELETE,
     DROP,
     MOVE,
+    READABLE,
     RECLASS,
+    Decisions,
+    MoveColumns,
+    Snapshot,
+)
+from tiercache.tier.plan.proposals import (
     Flags,
-    Proposals,
     Rows,
     RuleProposals,
     SnapshotIndex,
     Texts,
     ago,
     append_to_reasons,
-    column,
     droppable,
     format_reasons,
     hours,
-    one_text,
     propose,
-    propose_move,
     propose_moves,
     span,
 )
-from tiercache.tier.plan.tables import CostColumns, MoveColumns, MoveDecisionTable, MoveRejectionTable
 from tiercache.tier.stores import deletion_block_reason
 
 if TYPE_CHECKING:
@@ -67,208 +66,174 @@ Dollars = NDArray[np.float64]
 _NOT_WHOLE = "no copy of it is whole: it is not complete yet, or two copies differ: remove or rename one of the two"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class MoveCosts:
-    """Costs of proposed moves in US dollars; one row per move: one-time cost, and savings per month."""
+def with_costs(view: SnapshotIndex, moves: MoveColumns) -> MoveColumns:
+    """Return the moves with their costs; zero where a tier has no prices."""
+    once, saving_month = np.zeros(len(moves)), np.zeros(len(moves))
+    stays_s = _stays_s(view, moves)
 
-    once: Dollars
-    saving_month: Dollars
+    def add(rows: NDArray[np.int64], action: int, src: int, dst: int) -> None:
+        copies = view.at[src, moves.group[rows]].astype(np.int64)
+        sizes = Sizes.of(view.snapshot, copies)
+        is_new = action in (MOVE, COPY, RECLASS)
+        old, new = view.prices[src], view.prices[dst] if is_new else None
+        if old is None or (is_new and new is None):
+            return
+        if action != COPY:
+            once[rows] += early_dollars(old, sizes, view.snapshot.now_s - view.snapshot.modified_s[copies])
+            saving_month[rows] += month_dollars(old, sizes)
+        if new is not None:
+            saving_month[rows] -= month_dollars(new, sizes)
+            # The rule may delete the group before the minimum storage duration of dst ends, which costs the early fee.
+            once[rows] += early_dollars(new, sizes, stays_s[rows])
+            if action == RECLASS:
+                once[rows] += reclass_dollars(old, new, sizes)
+            else:
+                leaves, streams = bool(view.leaves[src, dst]), bool(view.streams[src, dst])
+                once[rows] += copy_dollars(old, new, sizes, leaves=leaves, streams=streams)
 
-    @property
-    def break_even_days(self) -> Dollars:
-        """Days until break-even of each move; inf: never."""
-        return break_even_days(self.once, self.saving_month)
-
-    @classmethod
-    def all(cls, parts: Iterable[MoveCosts]) -> MoveCosts:
-        """Concatenate the parts."""
-        parts = [cls(*(np.zeros(0) for _ in cls.__slots__)), *parts]
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__))
-
-    def take(self, chosen: NDArray[Any]) -> MoveCosts:
-        """Return the rows that a boolean mask, or an array of row numbers, selects."""
-        return MoveCosts(self.once[chosen], self.saving_month[chosen])
-
-
-def compute_costs(view: SnapshotIndex, wishes: Proposals) -> MoveCosts:
-    """Return the costs of proposed moves; zero where a tier has no prices."""
-    out = MoveCosts(np.zeros(len(wishes)), np.zeros(len(wishes)))
-    stays_s = _stays_s(view, wishes)
-    code = (wishes.action.astype(np.int64) * 256 + wishes.src) * 256 + (wishes.dst + 1)
+    code = (moves.action.astype(np.int64) * 256 + moves.src) * 256 + (moves.dst + 1)
     for one in np.unique(code).tolist():
         rows = np.flatnonzero(code == one)
         action, src, dst = one >> 16, one >> 8 & 255, (one & 255) - 1
         if action != DELETE:
-            _add(view, wishes, out, rows, (action, src, dst), stays_s)
+            add(rows, action, src, dst)
             continue
         for tier in range(view.n_tiers):
-            _add(view, wishes, out, rows[view.has(tier, wishes.group[rows])], (DROP, tier, -1), stays_s)
-    return out
+            add(rows[view.has(tier, moves.group[rows])], DROP, tier, -1)
+    return replace(moves, once=once, saving_month=saving_month)
 
 
-def _add(
-    view: SnapshotIndex,
-    wishes: Proposals,
-    out: MoveCosts,
-    rows: NDArray[np.int64],
-    way: tuple[int, int, int],
-    stays_s: Dollars,
-) -> None:
-    """Add the costs of one (action, src, dst) to rows of the bill. stays_s: See _stays_s(), for all proposed moves."""
-    action, src, dst = way
-    copies = view.at[src, wishes.group[rows]].astype(np.int64)
-    sizes = Sizes.of(view.snapshot, copies)
-    old, new = view.prices[src], view.prices[dst] if action in (MOVE, COPY, RECLASS) else None
-    if old is None or (new is None and action in (MOVE, COPY, RECLASS)):
-        return
-    if action != COPY:
-        out.once[rows] += early_dollars(old, sizes, view.snapshot.now_s - view.snapshot.modified_s[copies])
-        out.saving_month[rows] += month_dollars(old, sizes)
-    if new is not None:
-        out.saving_month[rows] -= month_dollars(new, sizes)
-        # The rule may delete the group before the minimum storage duration of dst ends, which costs the early fee.
-        out.once[rows] += early_dollars(new, sizes, stays_s[rows])
-        if action == RECLASS:
-            out.once[rows] += reclass_dollars(old, new, sizes)
-        else:
-            opened_versions, streams = bool(view.opened_versions[src, dst]), bool(view.streams[src, dst])
-            out.once[rows] += copy_dollars(old, new, sizes, opened_versions=opened_versions, streams=streams)
-
-
-def _stays_s(view: SnapshotIndex, wishes: Proposals) -> NDArray[np.float64]:
+def _stays_s(view: SnapshotIndex, moves: MoveColumns) -> NDArray[np.float64]:
     """Return the seconds from now until the rule of each proposed move deletes its group; inf: never."""
     limits = [np.inf if rule.delete_after_s is None else rule.delete_after_s for rule in view.file.rules]
-    by_rule = np.array([*limits, np.inf])[np.where(wishes.rule < 0, len(limits), wishes.rule)]
-    by_rule[view.newest[wishes.group] | view.tagged[wishes.group]] = np.inf  # never deleted
-    return np.asarray(np.maximum(by_rule - view.age_s[wishes.group], 0.0), np.float64)
+    by_rule = np.array([*limits, np.inf])[np.where(moves.rule < 0, len(limits), moves.rule)]
+    by_rule[view.newest[moves.group] | view.tagged[moves.group]] = np.inf  # never deleted
+    return np.asarray(np.maximum(by_rule - view.age_s[moves.group], 0.0), np.float64)
 
 
 # -- rejections ------------------------------------------------------------------------------------------------------
 
 
-def reject(wishes: Proposals, refused: list[Proposals], mask: Flags, text: Texts) -> Proposals:
-    """Reject the proposed moves of a mask, and return the others. text: Reason of each rejected move."""
+def reject(moves: MoveColumns, refused: list[MoveColumns], mask: Flags, text: Texts | str) -> MoveColumns:
+    """Reject the proposed moves of a mask, and return the others. text: Reason of each rejected move, or of all."""
     if not mask.any():
-        return wishes
-    refused.append(wishes.take(mask).saying(text))
-    return wishes.take(~mask)
+        return moves
+    refused.append(replace(moves.take(mask), reason=np.full(int(mask.sum()), text, np.object_)))
+    return moves.take(~mask)
 
 
-def reject_protected(view: SnapshotIndex, wishes: Proposals, refused: list[Proposals]) -> Proposals:
+def reject_protected(view: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
     """Reject moves of groups that are pinned, in use or incomplete, and deletions of tagged groups."""
     whys = [f": {pin.why}" if pin.why else "" for pin in view.file.pins]
-    pinned = view.pin[wishes.group]
+    pinned = view.pin[moves.group]
     text = format_reasons(lambda pin: f"pinned (pins[{pin + 1}]){whys[pin]}", pinned[pinned >= 0])
-    wishes = reject(wishes, refused, pinned >= 0, text)
-    in_use = view.snapshot.in_use[wishes.group]
-    wishes = reject(wishes, refused, in_use, one_text("in use", in_use))
-    partial = ~view.snapshot.complete[wishes.group] & (view.snapshot.kind[wishes.group] == CHECKPOINT)
-    whole = view.whole[:, wishes.group[partial]].any(axis=0)
-    wishes = reject(wishes, refused, partial, np.where(whole, "not complete yet", _NOT_WHOLE).astype(np.object_))
-    tagged = view.tagged[wishes.group] & (wishes.action == DELETE)
-    return reject(wishes, refused, tagged, _tagged(view, wishes.take(tagged)))
+    moves = reject(moves, refused, pinned >= 0, text)
+    in_use = view.snapshot.in_use[moves.group]
+    moves = reject(moves, refused, in_use, "in use")
+    partial = ~view.snapshot.complete[moves.group] & (view.snapshot.kind[moves.group] == CHECKPOINT)
+    whole = view.whole[:, moves.group[partial]].any(axis=0)
+    moves = reject(moves, refused, partial, np.where(whole, "not complete yet", _NOT_WHOLE).astype(np.object_))
+    tagged = view.tagged[moves.group] & (moves.action == DELETE)
+    return reject(moves, refused, tagged, _tagged(view, moves.take(tagged)))
 
 
-def keep_newest(view: SnapshotIndex, wishes: Proposals, refused: list[Proposals]) -> Proposals:
+def keep_newest(view: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
     """Reject moves that would remove the newest complete checkpoint of a run.
 
     The checkpoint may be copied, and dropped where another copy is readable. A move of it becomes a copy, so that a
     later plan drops the source once the new copy is known to be verified.
     """
-    of_newest = view.newest[wishes.group]
-    lasts = of_newest & ((wishes.action == DELETE) | (wishes.action == RECLASS))
-    lasts |= of_newest & (wishes.action == DROP) & ~_readable_elsewhere(view, wishes)
+    of_newest = view.newest[moves.group]
+    lasts = of_newest & ((moves.action == DELETE) | (moves.action == RECLASS))
+    lasts |= of_newest & (moves.action == DROP) & ~_readable_elsewhere(view, moves)
     what = "the newest complete checkpoint of a run is never deleted, and keeps at least one readable copy"
-    wishes = reject(wishes, refused, lasts, one_text(what, lasts))
-    becomes = view.newest[wishes.group] & (wishes.action == MOVE)
-    action = np.where(becomes, COPY, wishes.action).astype(np.int8)
-    text = append_to_reasons(wishes.text, becomes, "; copied only: it is the newest complete checkpoint of its run")
-    return Proposals(wishes.group, action, wishes.src, wishes.dst, wishes.rule, text)
+    moves = reject(moves, refused, lasts, what)
+    becomes = view.newest[moves.group] & (moves.action == MOVE)
+    action = np.where(becomes, COPY, moves.action).astype(np.int8)
+    text = append_to_reasons(moves.reason, becomes, "; copied only: it is the newest complete checkpoint of its run")
+    return replace(moves, action=action, reason=text)
 
 
-def keep_symlink_targets(view: SnapshotIndex, wishes: Proposals, refused: list[Proposals]) -> Proposals:
+def keep_symlink_targets(view: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
     """Reject moves that would remove a copy to which a symbolic link points. A move of such a copy becomes a copy."""
     links = view.snapshot.links
     if not links:
-        return wishes
+        return moves
     has_link = np.zeros(view.snapshot.n_copies + 1, np.bool_)  # index -1 (no copy) is the last entry
     has_link[[*links]] = True
-    takes = has_link[view.at[wishes.src, wishes.group]]
-    deletes = wishes.action == DELETE
-    takes |= deletes & has_link[view.at[:, wishes.group]].any(axis=0)
-    stays = takes & (deletes | (wishes.action == DROP))
+    takes = has_link[view.at[moves.src, moves.group]]
+    deletes = moves.action == DELETE
+    takes |= deletes & has_link[view.at[:, moves.group]].any(axis=0)
+    stays = takes & (deletes | (moves.action == DROP))
     text = np.empty(int(stays.sum()), np.object_)
-    for row, group in enumerate(wishes.group[stays].tolist()):
+    for row, group in enumerate(moves.group[stays].tolist()):
         link = next(links[copy] for copy in view.at[:, group].tolist() if copy in links)
         text[row] = f"the symbolic link {link} points to it and would dangle"
-    wishes, takes = reject(wishes, refused, stays, text), takes[~stays]
-    becomes = takes & (wishes.action == MOVE)
-    action = np.where(becomes, COPY, wishes.action).astype(np.int8)
-    text = append_to_reasons(wishes.text, becomes, "; copied only: a symbolic link points to it")
-    return Proposals(wishes.group, action, wishes.src, wishes.dst, wishes.rule, text)
+    moves, takes = reject(moves, refused, stays, text), takes[~stays]
+    becomes = takes & (moves.action == MOVE)
+    action = np.where(becomes, COPY, moves.action).astype(np.int8)
+    text = append_to_reasons(moves.reason, becomes, "; copied only: a symbolic link points to it")
+    return replace(moves, action=action, reason=text)
 
 
 def reject_unavailable(
-    view: SnapshotIndex, wishes: Proposals, refused: list[Proposals], missing: Mapping[str, str]
-) -> Proposals:
-    """Reject moves to tiers that may not be mounted, and all deletions while there is such a tier (see marks.py)."""
+    view: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns], missing: Mapping[str, str]
+) -> MoveColumns:
+    """Reject moves to tiers that may not be mounted, and all deletions while there is such a tier."""
     if why := deletion_block_reason(missing):
-        deletes = wishes.action == DELETE
-        wishes = reject(wishes, refused, deletes, one_text(why, deletes))
+        deletes = moves.action == DELETE
+        moves = reject(moves, refused, deletes, why)
     for name, why in missing.items():
-        there = wishes.dst == view.file.index(name)
-        wishes = reject(wishes, refused, there, one_text(f"nothing goes to tier {name}: {why}", there))
-    return wishes
+        there = moves.dst == view.file.index(name)
+        moves = reject(moves, refused, there, f"nothing goes to tier {name}: {why}")
+    return moves
 
 
-def _readable_elsewhere(view: SnapshotIndex, wishes: Proposals) -> Flags:
+def _readable_elsewhere(view: SnapshotIndex, moves: MoveColumns) -> Flags:
     """Return whether another tier than src holds a verified copy that stays readable; bool[n_rows]."""
-    found = np.zeros(len(wishes), np.bool_)
+    found = np.zeros(len(moves), np.bool_)
     for tier in range(view.n_tiers):
-        copies = view.at[tier, wishes.group]
+        copies = view.at[tier, moves.group]
         here = (
-            view.ok[tier, wishes.group] & (view.snapshot.state[copies] == READABLE) if view.snapshot.n_copies else found
+            view.ok[tier, moves.group] & (view.snapshot.state[copies] == READABLE) if view.snapshot.n_copies else found
         )
-        found |= here & (wishes.src != tier)
+        found |= here & (moves.src != tier)
     return found
 
 
-def _tagged(view: SnapshotIndex, wishes: Proposals) -> Texts:
-    out = np.empty(len(wishes), np.object_)
-    out[:] = [f"tagged {', '.join(sorted(view.snapshot.tags[group]))}" for group in wishes.group.tolist()]
+def _tagged(view: SnapshotIndex, moves: MoveColumns) -> Texts:
+    out = np.empty(len(moves), np.object_)
+    out[:] = [f"tagged {', '.join(sorted(view.snapshot.tags[group]))}" for group in moves.group.tolist()]
     return out
 
 
-def reject_unprofitable(
-    view: SnapshotIndex, wishes: Proposals, refused: list[Proposals]
-) -> tuple[Proposals, MoveCosts]:
+def reject_unprofitable(view: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
     """Reject moves that do not pay back within max_break_even, or before their rule deletes the group.
 
     The costs include minimum sizes and durations, overheads, requests and fees. A rule with even_if_dearer = true is
     exempt. The policy does not apply this check to moves of a watermark, whose purpose is room.
     """
-    dollars = compute_costs(view, wishes)
+    moves = with_costs(view, moves)
     limit_s = view.file.tiering.max_break_even_s
-    stays_s = _stays_s(view, wishes)
-    may_lose = np.array([rule.even_if_dearer for rule in view.file.rules], np.bool_)[wishes.rule]
-    late = dollars.break_even_days * DAY_S > np.minimum(limit_s, stays_s)
-    late &= _earns(view, wishes) & ~may_lose
-    left = reject(wishes, refused, late, _too_late(dollars.take(late), limit_s, stays_s[late]))
-    return left, dollars.take(~late)
+    stays_s = _stays_s(view, moves)
+    may_lose = np.array([rule.even_if_dearer for rule in view.file.rules], np.bool_)[moves.rule]
+    late = break_even_days(moves.once, moves.saving_month) * DAY_S > np.minimum(limit_s, stays_s)
+    late &= _earns(view, moves) & ~may_lose
+    return reject(moves, refused, late, _too_late(moves.take(late), limit_s, stays_s[late]))
 
 
-def _earns(view: SnapshotIndex, wishes: Proposals) -> Flags:
+def _earns(view: SnapshotIndex, moves: MoveColumns) -> Flags:
     """Return whether each move is about cost: storage in src has a price.
 
     A local disk has none, and costs are not compared.
     """
     paid = np.array([price is not None and price.store_gb_month > 0 for price in view.prices], np.bool_)
     known = np.array([price is not None for price in view.prices], np.bool_)
-    moves = (wishes.action == MOVE) | (wishes.action == RECLASS)
-    return np.asarray(moves & paid[wishes.src] & known[wishes.dst], np.bool_)
+    is_move = (moves.action == MOVE) | (moves.action == RECLASS)
+    return np.asarray(is_move & paid[moves.src] & known[moves.dst], np.bool_)
 
 
-def _too_late(dollars: MoveCosts, limit_s: float, stays_s: NDArray[np.float64]) -> Texts:
+def _too_late(late: MoveColumns, limit_s: float, stays_s: NDArray[np.float64]) -> Texts:
     def words(once: float, saving: float, days: float, stays_days: int) -> str:
         when = "never earned back" if np.isinf(days) else f"earned back in {days:.3g} days"
         what = f"costs {format_dollars(once)} once and saves {format_dollars(saving)} a month: {when}"
@@ -279,9 +244,8 @@ def _too_late(dollars: MoveCosts, limit_s: float, stays_s: NDArray[np.float64]) 
         return f"{what}{limit}; use larger files, another class, or `even_if_dearer = true` in the rule"
 
     stays_days = np.where(stays_s < limit_s, np.minimum(stays_s, limit_s) // DAY_S, -1).astype(np.int64)
-    return format_reasons(
-        words, figures(dollars.once), figures(dollars.saving_month), figures(dollars.break_even_days), stays_days
-    )
+    days = break_even_days(late.once, late.saving_month)
+    return format_reasons(words, figures(late.once), figures(late.saving_month), figures(days), stays_days)
 
 
 def figures(values: NDArray[Any]) -> Dollars:
@@ -313,40 +277,40 @@ class CapacityLedger:
         self.there = there.astype(np.int64)
         self.coming, self.going = np.zeros_like(self.there), np.zeros_like(self.there)
 
-    def fitting(self, wishes: Proposals, share: float = 1.0) -> Flags:
-        """Return which proposed moves fit, in their order; bool[n]. share: Usable fraction of the capacity."""
-        fits = np.ones(len(wishes), np.bool_)
+    def fitting(self, moves: MoveColumns) -> Flags:
+        """Return which proposed moves fit, in their order; bool[n]."""
+        fits = np.ones(len(moves), np.bool_)
         for tier, limit in enumerate(self.limits):
-            rows = np.flatnonzero((wishes.dst == tier) & (wishes.action >= RECLASS))
+            rows = np.flatnonzero((moves.dst == tier) & (moves.action >= RECLASS))
             if limit is not None and len(rows):
-                left_bytes = int(limit * share) - int(self.there[tier] + self.coming[tier])
-                fits[rows] = _fits(bytes_of(self._view, wishes.take(rows)), left_bytes)
+                left_bytes = limit - int(self.there[tier] + self.coming[tier])
+                fits[rows] = _fits(bytes_of(self._view, moves.take(rows)), left_bytes)
         return fits
 
-    def admit(self, wishes: Proposals, refused: list[Proposals], share: float = 1.0) -> Flags:
+    def admit(self, moves: MoveColumns, refused: list[MoveColumns]) -> Flags:
         """Return which proposed moves fit, as fitting(). Counts these, and rejects the others."""
-        fits = self.fitting(wishes, share)
+        fits = self.fitting(moves)
         full = [f"no room in {name}: its capacity is {format_bytes(limit or 0)}" for name, limit in self._limits()]
-        reject(wishes, refused, ~fits, np.array([*full, ""], np.object_)[wishes.dst[~fits]])
-        self._count(wishes.take(fits))
+        reject(moves, refused, ~fits, np.array([*full, ""], np.object_)[moves.dst[~fits]])
+        self._count(moves.take(fits))
         return fits
 
     def _limits(self) -> list[tuple[str, int | None]]:
         return [(self._view.name(tier), limit) for tier, limit in enumerate(self.limits)]
 
-    def _count(self, wishes: Proposals) -> None:
-        n_bytes = bytes_of(self._view, wishes)
+    def _count(self, moves: MoveColumns) -> None:
+        n_bytes = bytes_of(self._view, moves)
         for tier in range(self._view.n_tiers):
-            goes = (wishes.src == tier) & (wishes.action != COPY) & (wishes.action != DELETE)
+            goes = (moves.src == tier) & (moves.action != COPY) & (moves.action != DELETE)
             self.going[tier] += n_bytes[goes].sum()
-            self.coming[tier] += n_bytes[(wishes.dst == tier) & (wishes.action >= RECLASS)].sum()
-            deleted = self._view.at[tier, wishes.group[wishes.action == DELETE]]
+            self.coming[tier] += n_bytes[(moves.dst == tier) & (moves.action >= RECLASS)].sum()
+            deleted = self._view.at[tier, moves.group[moves.action == DELETE]]
             self.going[tier] += self._view.snapshot.n_bytes[deleted[deleted >= 0]].sum()
 
 
-def bytes_of(view: SnapshotIndex, wishes: Proposals) -> NDArray[np.int64]:
+def bytes_of(view: SnapshotIndex, moves: MoveColumns) -> NDArray[np.int64]:
     """Return the size in bytes of each move's copy in src; int64[n]."""
-    return view.snapshot.n_bytes[view.at[wishes.src, wishes.group]]
+    return view.snapshot.n_bytes[view.at[moves.src, moves.group]]
 
 
 def _fits(n_bytes: NDArray[np.int64], left_bytes: int) -> Flags:
@@ -375,7 +339,7 @@ def decide(
         file: Rule file, for its tiers, rules, pins and tags.
         prices: Prices of each tier; None: unknown, and costs are not considered for moves of this tier.
         capacity_bytes: Capacity of each tier in bytes; None: unlimited.
-        missing: Name of each tier that may not be mounted, and the reason (see marks.py). The policy moves nothing to
+        missing: Name of each tier that may not be mounted, and the reason. The policy moves nothing to
             such a tier, and deletes nothing while there is one.
 
     Raises:
@@ -394,29 +358,26 @@ class _Deciding:
     def __init__(self, view: SnapshotIndex, capacity_bytes: Sequence[int | None], missing: Mapping[str, str]) -> None:
         self.view, self.room, self.missing = view, CapacityLedger(view, capacity_bytes), missing
         self.moving = np.zeros(view.snapshot.n_groups, np.bool_)
-        self.moves: list[tuple[Proposals, MoveCosts]] = []
-        self.refused: list[Proposals] = []
+        self.moves: list[MoveColumns] = []
+        self.refused: list[MoveColumns] = []
 
     def all(self) -> Decisions:
-        """Run the three steps of the policy."""
+        """Run both steps of the policy."""
         rules = [propose(self.view, rule, number) for number, rule in enumerate(self.view.file.rules)]
         for rule in rules:
             self.refused.append(reject_protected(self.view, rule.refused, self.refused))
-            wishes = keep_newest(self.view, reject_protected(self.view, rule.wanted, self.refused), self.refused)
-            wishes = keep_symlink_targets(self.view, wishes, self.refused)
-            wishes = reject_unavailable(self.view, wishes, self.refused, self.missing)
-            self._make(*reject_unprofitable(self.view, wishes, self.refused))
+            moves = keep_newest(self.view, reject_protected(self.view, rule.wanted, self.refused), self.refused)
+            moves = keep_symlink_targets(self.view, moves, self.refused)
+            moves = reject_unavailable(self.view, moves, self.refused, self.missing)
+            self._make(reject_unprofitable(self.view, moves, self.refused))
         for tier in range(self.view.n_tiers - 1):
             self._keep_below_high(tier, rules)
-        for number, rule in enumerate(rules):
-            if self.view.hot is not None and self.view.file.rules[number].promote == "on_access":
-                self._promote(self.view.hot, rule, number)
         return self._decisions()
 
-    def _make(self, wishes: Proposals, dollars: MoveCosts, share: float = 1.0) -> None:
-        fits = self.room.admit(wishes, self.refused, share)
-        self.moving[wishes.group[fits]] = True
-        self.moves.append((wishes.take(fits), dollars.take(fits)))
+    def _make(self, moves: MoveColumns) -> None:
+        moves = moves.take(self.room.admit(moves, self.refused))
+        self.moving[moves.group] = True
+        self.moves.append(moves)
 
     # -- watermarks --------------------------------------------------------------------------------------------------
 
@@ -430,15 +391,14 @@ class _Deciding:
         wanted, stuck = self._sent_down(tier, rows, f"{what.name} is {used / max(limit, 1):.1%} full")
         passed = [stuck]
         wanted = reject_unavailable(self.view, wanted, passed, self.missing)
-        wishes = wanted.take(np.lexsort((wanted.group, -self.view.unused_s[wanted.group])))
-        dollars = compute_costs(self.view, wishes)
-        freed = np.cumsum(np.where(self.room.fitting(wishes), bytes_of(self.view, wishes), 0))
+        moves = wanted.take(np.lexsort((wanted.group, -self.view.unused_s[wanted.group])))
+        freed = np.cumsum(np.where(self.room.fitting(moves), bytes_of(self.view, moves), 0))
         n = int(np.searchsorted(freed, used - int(limit * what.low))) + 1
         # Report only those rejected groups that the watermark would have chosen: unused for at least as long.
-        last_s = self.view.unused_s[wishes.group[n - 1]] if n <= len(wishes) else -np.inf
-        over = Proposals.all(passed)
+        last_s = self.view.unused_s[moves.group[n - 1]] if n <= len(moves) else -np.inf
+        over = MoveColumns.concat(passed)
         self.refused.append(over.take(self.view.unused_s[over.group] >= last_s))
-        self._make(wishes.take(np.arange(len(wishes))[:n]), dollars.take(np.arange(len(wishes))[:n]))
+        self._make(with_costs(self.view, moves.take(np.arange(len(moves))[:n])))
 
     def _may_go(self, tier: int, rules: Sequence[RuleProposals]) -> Rows:
         """Return the groups whose copy in the tier the watermark may send down.
@@ -456,66 +416,21 @@ class _Deciding:
                 held[rule.rows[rule.kept[tier]]] = True
         return np.flatnonzero(~held)
 
-    def _sent_down(self, tier: int, rows: Rows, full: str) -> tuple[Proposals, Proposals]:
+    def _sent_down(self, tier: int, rows: Rows, full: str) -> tuple[MoveColumns, MoveColumns]:
         """Propose to drop copies that a lower tier holds verified, and to move the others to the next tier."""
-        dst = column(len(rows), tier + 1, np.int8)
+        dst = np.full(len(rows), tier + 1, np.int8)
         for lower in range(self.view.n_tiers - 1, tier, -1):
             dst[droppable(self.view, rows, tier, lower)] = lower
         high = f"(high = {self.view.file.tiers[tier].high:.0%}), and this was not used for"
         text = format_reasons(lambda unused: f"{full} {high} {ago(unused)}", hours(self.view.unused_s[rows]))
         return propose_moves(self.view, rows, tier, dst, (-1 - tier, text))
 
-    # -- promotion ---------------------------------------------------------------------------------------------------
-
-    def _promote(self, hot: int, rule: RuleProposals, number: int) -> None:
-        """Copy up the groups that were used since they came to a lower tier, unless a rule sends them down.
-
-        The most recently used groups come first.
-        """
-        view = self.view
-        rows = rule.rows[rule.stays & ~self.moving[rule.rows] & (view.pin[rule.rows] < 0) & ~view.has(hot, rule.rows)]
-        rows = rows[view.snapshot.complete[rows] & ~view.snapshot.in_use[rows]]
-        sources = view.at[:, rows] >= 0
-        sources[: hot + 1] = False
-        came_s = np.full(len(rows), -np.inf)
-        for tier in range(view.n_tiers - 1, hot, -1):
-            lies = sources[tier]
-            came_s[lies] = view.snapshot.modified_s[view.at[tier, rows[lies]]]
-        used = sources.any(axis=0) & (view.snapshot.last_use_s[rows] > came_s)
-        rows, sources = rows[used], sources[:, used]
-        order = np.lexsort((rows, view.unused_s[rows]))
-        rows, sources = rows[order], sources[:, order]
-        unused = hours(view.unused_s[rows])
-        text = format_reasons(lambda unused: f"used {ago(unused)} ago, since it lies below {view.name(hot)}", unused)
-        wanted, stuck = propose_move(view, rows, sources, hot, (number, text))
-        self.refused.append(_copies(stuck))
-        wishes = reject_unavailable(view, _copies(wanted), self.refused, self.missing)
-        self._make(wishes, compute_costs(view, wishes), view.file.tiers[hot].low)
-
     # -- decisions ---------------------------------------------------------------------------------------------------
 
     def _decisions(self) -> Decisions:
-        wishes = Proposals.all(part for part, _ in self.moves)
-        dollars = MoveCosts.all(part for _, part in self.moves)
-        order = np.argsort(wishes.action, kind="stable")
-        refused = Proposals.all(self.refused)
+        moves, refused = MoveColumns.concat(self.moves), MoveColumns.concat(self.refused)
         _, first = np.unique(refused.group, return_index=True)
         first = first[~self.moving[refused.group[first]]]
-        moves = MoveDecisionTable(self._ways(wishes.take(order)), _dollars(dollars.take(order)))
-        return Decisions(moves, MoveRejectionTable(self._ways(refused.take(first))))
-
-    def _ways(self, wishes: Proposals) -> MoveColumns:
         rules = [rule.name for rule in self.view.file.rules]
-        # The rule number of a watermark is -1 - tier, so that the names of watermarks are indexed from the end.
         rules += [f"tiers.{name}.high" for name in reversed(self.view.snapshot.tiers)]
-        return MoveColumns(wishes.group, wishes.action, wishes.src, wishes.dst, wishes.rule, wishes.text, rules)
-
-
-def _dollars(dollars: MoveCosts) -> CostColumns:
-    return CostColumns(dollars.once, dollars.saving_month, dollars.break_even_days)
-
-
-def _copies(wishes: Proposals) -> Proposals:
-    """Turn moves into copies: a promotion leaves the lower copy. A change of class within one URL stays as it is."""
-    action = np.where(wishes.action == MOVE, COPY, wishes.action).astype(np.int8)
-    return Proposals(wishes.group, action, wishes.src, wishes.dst, wishes.rule, wishes.text)
+        return Decisions(moves.take(np.argsort(moves.action, kind="stable")), refused.take(first), tuple(rules))

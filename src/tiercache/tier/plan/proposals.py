@@ -16,7 +16,20 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.tier.costs import Sizes, copy_dollars, leaves_and_streams, reclass_dollars
-from tiercache.tier.model import CHECKPOINT, KINDS, READABLE, RESTORED, RESTORING, SHARD, Action
+from tiercache.tier.model import (
+    CHECKPOINT,
+    DELETE,
+    DROP,
+    KINDS,
+    MOVE,
+    NO_MOVES,
+    READABLE,
+    RECLASS,
+    RESTORED,
+    RESTORING,
+    SHARD,
+    MoveColumns,
+)
 from tiercache.tier.text_columns import first_match
 
 if TYPE_CHECKING:
@@ -213,7 +226,7 @@ class SnapshotIndex:
     unused_s: NDArray[np.float64]
     group_bytes: NDArray[np.int64]
     same_place: Flags
-    opened_versions: Flags
+    leaves: Flags
     streams: Flags
 
     @classmethod
@@ -257,7 +270,7 @@ class SnapshotIndex:
             unused_s=snapshot.now_s - np.maximum(snapshot.last_use_s, snapshot.created_s),
             group_bytes=largest_copies(snapshot),
             same_place=_pairs(file.tiers, lambda a, b: _folder(file.tiers[a]) == _folder(file.tiers[b])),
-            opened_versions=_pairs(file.tiers, lambda a, b: way(a, b)[0]),
+            leaves=_pairs(file.tiers, lambda a, b: way(a, b)[0]),
             streams=_pairs(file.tiers, lambda a, b: way(a, b)[1]),
         )
 
@@ -265,11 +278,6 @@ class SnapshotIndex:
     def n_tiers(self) -> int:
         """Number of tiers."""
         return len(self.at)
-
-    @property
-    def hot(self) -> int | None:
-        """Number of the tier that groups are promoted to: the first hot tier; None: there is none."""
-        return next((i for i, tier in enumerate(self.file.tiers) if tier.role == "hot"), None)
 
     def name(self, tier: int) -> str:
         """Return the name of a tier."""
@@ -338,59 +346,7 @@ def _folders(globs: Sequence[str]) -> tuple[str, ...]:
     return tuple(glob.removesuffix("/**") for glob in globs if glob.endswith("/**") and glob != "/**")
 
 
-# In execution order: actions that free room come first, and of these the ones that transfer no bytes.
-ACTIONS: tuple[Action, ...] = ("delete", "drop", "reclass", "move", "copy")
-DELETE, DROP, RECLASS, MOVE, COPY = range(5)
-
 Texts = NDArray[np.object_]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Proposals:
-    """Proposed moves, or rejected ones with the reason for the rejection as text; row i of each column is one.
-
-    Attributes:
-        group: int64[n], number of the group.
-        action: int8[n], indices of ACTIONS.
-        src: int8[n], source tier.
-        dst: int8[n], destination tier; -1: none.
-        rule: int16[n], number of the rule, or -1 - tier for the watermark of a tier.
-        text: object[n], reason.
-    """
-
-    group: Rows
-    action: NDArray[np.int8]
-    src: NDArray[np.int8]
-    dst: NDArray[np.int8]
-    rule: NDArray[np.int16]
-    text: Texts
-
-    def __len__(self) -> int:
-        return len(self.group)
-
-    def take(self, chosen: NDArray[Any]) -> Proposals:
-        """Return the rows that a boolean mask, or an array of row numbers, selects."""
-        return Proposals(*(getattr(self, name)[chosen] for name in Proposals.__slots__))
-
-    def saying(self, text: Texts) -> Proposals:
-        """Return the same moves with other reasons."""
-        return Proposals(self.group, self.action, self.src, self.dst, self.rule, text)
-
-    @classmethod
-    def all(cls, parts: Iterable[Proposals]) -> Proposals:
-        """Concatenate the parts."""
-        parts = [NO_PROPOSALS, *parts]
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__))
-
-
-NO_PROPOSALS = Proposals(
-    np.empty(0, np.int64),
-    np.empty(0, np.int8),
-    np.empty(0, np.int8),
-    np.empty(0, np.int8),
-    np.empty(0, np.int16),
-    np.empty(0, np.object_),
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -401,21 +357,14 @@ class RuleProposals:
         rows: Groups that the rule applies to and does not delete.
         wanted: Proposed moves.
         refused: Moves that the rule implies and that are rejected already.
-        stays: bool[n_rows], whether the rule would leave a copy in the hot tier there.
         kept: bool[n_tiers, n_rows], whether the keep list of the tier keeps the group; None: the rule has no keep
             lists.
     """
 
     rows: Rows
-    wanted: Proposals
-    refused: Proposals
-    stays: Flags
+    wanted: MoveColumns
+    refused: MoveColumns
     kept: Flags | None = None
-
-
-def column(wishes: int, value: int, dtype: type[np.signedinteger[Any]]) -> NDArray[Any]:
-    """Return a constant column with one row for each proposal."""
-    return np.full(wishes, value, dtype)
 
 
 # -- reasons ---------------------------------------------------------------------------------------------------------
@@ -431,11 +380,6 @@ def format_reasons(words: Callable[..., str], *figures: NDArray[Any]) -> Texts:
     said = np.empty(len(first), np.object_)
     said[:] = [words(*(figure[row].item() for figure in figures)) for row in first.tolist()]
     return np.asarray(said[inverse], np.object_)
-
-
-def one_text(text: str, mask: Flags) -> Texts:
-    """Return the text once for each True in the mask."""
-    return np.full(int(mask.sum()), text, np.object_)
 
 
 def append_to_reasons(texts: Texts, mask: Flags, end: str) -> Texts:
@@ -472,7 +416,7 @@ def ago(n_hours: int) -> str:
 
 def propose_move(
     view: SnapshotIndex, rows: Rows, sources: Flags, dst: int, why: tuple[int, Texts]
-) -> tuple[Proposals, Proposals]:
+) -> tuple[MoveColumns, MoveColumns]:
     """Propose how groups get from any of their source tiers to dst. Returns (proposed, rejected).
 
     A copy is dropped where dst has a verified copy already; otherwise it is moved, from the source tier with the lowest
@@ -486,7 +430,7 @@ def propose_move(
         why: Number of the rule, and the reason of each row.
     """
     rule, text = why
-    src, action = np.full(len(rows), -1, np.int8), column(len(rows), MOVE, np.int8)
+    src, action = np.full(len(rows), -1, np.int8), np.full(len(rows), MOVE, np.int8)
     for tier in range(view.n_tiers):
         drops = sources[tier] & (src < 0) & droppable(view, rows, tier, dst)
         src[drops], action[drops] = tier, DROP
@@ -502,10 +446,9 @@ def propose_move(
         action[can] = RECLASS if view.same_place[tier, dst] else MOVE
     nowhere = src < 0
     src[nowhere] = np.argmax(sources[:, nowhere], axis=0)
-    many = column(len(rows), dst, np.int8), column(len(rows), rule, np.int16)
-    wishes = Proposals(rows, action, src, *many, text)
-    stuck = wishes.take(nowhere)
-    return wishes.take(~nowhere), stuck.saying(_why_stuck(view, stuck))
+    moves = MoveColumns.of(rows, action, src, dst, rule, text)
+    stuck = moves.take(nowhere)
+    return moves.take(~nowhere), replace(stuck, reason=_why_stuck(view, stuck))
 
 
 def droppable(view: SnapshotIndex, rows: Rows, src: int, dst: int) -> Flags:
@@ -530,11 +473,11 @@ def _cost(view: SnapshotIndex, rows: Rows, src: int, dst: int) -> NDArray[np.flo
     sizes = Sizes.of(view.snapshot, view.at[src, rows].astype(np.int64))
     if view.same_place[src, dst]:
         return reclass_dollars(src_prices, dst_prices, sizes)
-    opened_versions, streams = bool(view.opened_versions[src, dst]), bool(view.streams[src, dst])
-    return copy_dollars(src_prices, dst_prices, sizes, opened_versions=opened_versions, streams=streams)
+    leaves, streams = bool(view.leaves[src, dst]), bool(view.streams[src, dst])
+    return copy_dollars(src_prices, dst_prices, sizes, leaves=leaves, streams=streams)
 
 
-def _why_stuck(view: SnapshotIndex, stuck: Proposals) -> Texts:
+def _why_stuck(view: SnapshotIndex, stuck: MoveColumns) -> Texts:
     out = np.empty(len(stuck), np.object_)
     state = view.snapshot.state[view.at[stuck.src, stuck.group]]
     paths = view.snapshot.paths.take(pa.array(stuck.group)).to_pylist()
@@ -561,7 +504,7 @@ def propose(view: SnapshotIndex, rule: Rule, number: int) -> RuleProposals:
     deletes = _deletes(view, rule, number, rows)
     left = _left(view, rows, deletes)
     if rule.to is None:
-        return RuleProposals(left, deletes, NO_PROPOSALS, np.ones(len(left), np.bool_))
+        return RuleProposals(left, deletes, NO_MOVES)
     dst = view.file.index(rule.to)
     fits, unsure = _fits(view, rule, left)
     tiers = [view.file.index(name) for name in rule.sources] or list(range(dst))
@@ -571,16 +514,18 @@ def propose(view: SnapshotIndex, rule: Rule, number: int) -> RuleProposals:
     lies = sources.any(axis=0)
     goes, waits = lies & fits & ~unsure, lies & unsure
     wanted, refused = propose_move(view, left[goes], sources[:, goes], dst, (number, _why(view, rule, left[goes])))
-    waiting = Proposals.all(propose_move(view, left[waits], sources[:, waits], dst, (number, one_text("", waits))))
+    waiting = MoveColumns.concat(
+        propose_move(view, left[waits], sources[:, waits], dst, (number, np.full(int(waits.sum()), "", np.object_)))
+    )
     late = view.snapshot.unreported[waiting.group]
-    unknown = waiting.saying(np.where(late, _UNREPORTED, _uncounted(rule, view, waiting)))
-    return RuleProposals(left, Proposals.all([deletes, wanted]), Proposals.all([refused, unknown]), ~fits | unsure)
+    unknown = replace(waiting, reason=np.where(late, _UNREPORTED, _uncounted(rule, view, waiting)))
+    return RuleProposals(left, MoveColumns.concat([deletes, wanted]), MoveColumns.concat([refused, unknown]))
 
 
 _UNREPORTED = "its use is not known yet: a machine that may have used it has not reported"
 
 
-def _uncounted(rule: Rule, view: SnapshotIndex, waiting: Proposals) -> Texts:
+def _uncounted(rule: Rule, view: SnapshotIndex, waiting: MoveColumns) -> Texts:
     """Explain why a rule on idle time does not move groups whose uses are not recorded."""
     key = "idle" if rule.idle_s is not None else "uses_below"
 
@@ -594,7 +539,7 @@ def _uncounted(rule: Rule, view: SnapshotIndex, waiting: Proposals) -> Texts:
     return format_reasons(words, view.snapshot.kind[waiting.group] == SHARD)
 
 
-def _left(view: SnapshotIndex, rows: Rows, deletes: Proposals) -> Rows:
+def _left(view: SnapshotIndex, rows: Rows, deletes: MoveColumns) -> Rows:
     """Return the rows that will not be deleted.
 
     The newest checkpoint of a run and tagged groups are never deleted, so that the rule moves them as it does others.
@@ -651,11 +596,11 @@ def _why(view: SnapshotIndex, rule: Rule, rows: Rows) -> Texts:
     return format_reasons(words, unused, age, n_uses, is_by_mtime)
 
 
-def _deletes(view: SnapshotIndex, rule: Rule, number: int, rows: Rows, named: Flags | None = None) -> Proposals:
+def _deletes(view: SnapshotIndex, rule: Rule, number: int, rows: Rows, named: Flags | None = None) -> MoveColumns:
     """Propose to delete the rows that are old enough and that no keep list keeps."""
     limit_s = rule.delete_after_s
     if limit_s is None:
-        return NO_PROPOSALS
+        return NO_MOVES
     old = view.age_s[rows] >= limit_s
     rows = rows[old if named is None else old & ~named]
     what = "" if named is None else ", in no keep list"
@@ -663,8 +608,7 @@ def _deletes(view: SnapshotIndex, rule: Rule, number: int, rows: Rows, named: Fl
         lambda age: f"written {ago(age)} ago (delete_after = {span(limit_s)}){what}", hours(view.age_s[rows])
     )
     src = np.argmax(view.at[:, rows] >= 0, axis=0).astype(np.int8)
-    n = len(rows)
-    return Proposals(rows, column(n, DELETE, np.int8), src, column(n, -1, np.int8), column(n, number, np.int16), text)
+    return MoveColumns.of(rows, DELETE, src, -1, number, text)
 
 
 def _by_keep_lists(view: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> RuleProposals:
@@ -683,12 +627,12 @@ def _by_keep_lists(view: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> 
     anywhere = np.asarray(named.any(axis=0), np.bool_)
     deletes = _deletes(view, rule, number, rows, anywhere)
     says = f"; it lacks {_worded(without_by)}, which other checkpoints of its run have"
-    deletes = deletes.saying(append_to_reasons(deletes.text, without[deletes.group], says))
+    deletes = replace(deletes, reason=append_to_reasons(deletes.reason, without[deletes.group], says))
     # Checkpoints that only the unknown result of `best` saves from deletion: reported as rejected deletions.
     unscored = _deletes(view, rule, number, rows[anywhere], by_keys[anywhere])
     where = "found in no checkpoint of its run, or only in files that cannot be read"
     text = f"it may be the best by {_worded(unscored_by)}, which is {where}"
-    unscored = unscored.saying(np.full(len(unscored), text, np.object_))
+    unscored = replace(unscored, reason=np.full(len(unscored), text, np.object_))
     left = np.isin(rows, _left(view, rows, deletes), assume_unique=True)
     rows, named, anywhere = rows[left], named[:, left], anywhere[left]
     old = np.zeros(len(rows), np.bool_)
@@ -701,10 +645,8 @@ def _by_keep_lists(view: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> 
         goes = undecided & ~named[tier] & view.has(tier, rows)
         undecided &= ~goes
         parts.append(_down(view, rows[goes], tier, named[:, goes], number))
-    wanted, refused = (Proposals.all(part) for part in zip(*parts, strict=True))
-    hot = view.hot
-    stays = ~old if hot is None or view.name(hot) not in rule.keep else ~old & named[hot]
-    return RuleProposals(rows, wanted, refused, stays, named)
+    wanted, refused = (MoveColumns.concat(part) for part in zip(*parts, strict=True))
+    return RuleProposals(rows, wanted, refused, named)
 
 
 def _worded(metrics: Iterable[tuple[str, ...]]) -> str:
@@ -712,10 +654,10 @@ def _worded(metrics: Iterable[tuple[str, ...]]) -> str:
     return ", ".join(dict.fromkeys(" or ".join(map(repr, names)) for names in metrics))
 
 
-def _then(view: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> tuple[Proposals, Proposals]:
+def _then(view: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> tuple[MoveColumns, MoveColumns]:
     """Propose to move what no keep list keeps to the tier of `then`, from any tier, once it is old enough."""
     if rule.then is None:
-        return NO_PROPOSALS, NO_PROPOSALS
+        return NO_MOVES, NO_MOVES
     dst = view.file.index(rule.then)
     sources = view.at[:, rows] >= 0
     sources[dst:] = False
@@ -725,7 +667,7 @@ def _then(view: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> tuple[Pro
     return propose_move(view, rows[lies], sources[:, lies], dst, (number, text))
 
 
-def _down(view: SnapshotIndex, rows: Rows, tier: int, named: Flags, number: int) -> tuple[Proposals, Proposals]:
+def _down(view: SnapshotIndex, rows: Rows, tier: int, named: Flags, number: int) -> tuple[MoveColumns, MoveColumns]:
     """Propose to send down what the tier's keep list does not keep.
 
     A copy is dropped if a lower tier holds a verified copy, and otherwise moved to the next tier.
@@ -733,8 +675,8 @@ def _down(view: SnapshotIndex, rows: Rows, tier: int, named: Flags, number: int)
     named: bool[n_tiers, n_rows]: a group that the keep list of the next tier keeps must get a copy in that tier.
     """
     if tier + 1 == view.n_tiers:
-        return NO_PROPOSALS, NO_PROPOSALS
-    dst = column(len(rows), tier + 1, np.int8)
+        return NO_MOVES, NO_MOVES
+    dst = np.full(len(rows), tier + 1, np.int8)
     for lower in range(view.n_tiers - 1, tier + 1, -1):
         dst[~named[tier + 1] & droppable(view, rows, tier, lower)] = lower
     dst[droppable(view, rows, tier, tier + 1)] = tier + 1
@@ -744,7 +686,7 @@ def _down(view: SnapshotIndex, rows: Rows, tier: int, named: Flags, number: int)
 
 def propose_moves(
     view: SnapshotIndex, rows: Rows, src: int, dst: NDArray[np.int8], why: tuple[int, Texts]
-) -> tuple[Proposals, Proposals]:
+) -> tuple[MoveColumns, MoveColumns]:
     """As send(), from one source tier, with a destination tier for each row."""
     parts = []
     for tier in np.unique(dst).tolist():
@@ -753,4 +695,4 @@ def propose_moves(
         sources[src] = True
         parts.append(propose_move(view, rows[to], sources, tier, (why[0], why[1][to])))
     wanted, refused = zip(*parts, strict=True) if parts else ((), ())
-    return Proposals.all(wanted), Proposals.all(refused)
+    return MoveColumns.concat(wanted), MoveColumns.concat(refused)
