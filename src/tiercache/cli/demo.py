@@ -11,39 +11,22 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from tiercache.cli.options import Json, Verbose
 from tiercache.cli.output import Output, count
 from tiercache.demo.events import Claim, Epoch, Event, Note, PackedDataSet, Step, TierContents
 from tiercache.demo.story import run_story
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
 
-Keep = Annotated[
-    Path | None,
-    typer.Option("--keep", metavar="DIR", help="Work in this new or empty folder, and keep it afterwards."),
-]
 SHOWN = ("cold", "warm", "loader only", "whole", "stopped", "resumed", "moved")
 
 
-def demo(
-    keep: Keep = None,
-    as_json: Json = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
-) -> None:
-    """Demonstrate tiercache on this machine in one to three minutes.
-
-    The demo packs two data sets to a local S3 server and trains two small models: with a cold cache, with a warm cache,
-    and stopped and resumed. Then it evicts the cache and moves data between tiers. It checks what tiercache promises;
-    the exit code is 1 if a promise did not hold. Everything is made in a temporary folder and removed at the end. It
-    needs pip install 'tiercache[demo]'.
-    """
-    output = Output(as_json)
+def demo(output: Output, keep: Path | None) -> None:
+    """Run the story in the folder keep, or in a temporary folder, and print its events and tables."""
     started_s = time.monotonic()
     epochs: list[Epoch] = []
     claims: list[Claim] = []
@@ -56,10 +39,10 @@ def demo(
                 claims.append(event)
             elif isinstance(event, TierContents):
                 held.append(event)
-            if isinstance(event, Step) and not as_json:
+            if isinstance(event, Step) and not output.as_json:
                 typer.echo()
             output.event(type(event).__name__.lower(), _facts(event), _text(event))
-    if not as_json:
+    if not output.as_json:
         Console(width=None if sys.stdout.isatty() else 120).print(_table(epochs), _tiers(held))
     _finish(output, claims, elapsed_s=time.monotonic() - started_s, kept=keep)
 

@@ -15,7 +15,7 @@ from threading import Event
 from typing import Literal, TypeAlias, TypeVar
 
 from tiercache.errors import StoreError
-from tiercache.waiting import Clock, pause
+from tiercache.waiting import Clock, must_fail_fast, note_answer, pause
 
 T = TypeVar("T")
 AbandonableAttempts: TypeAlias = Literal["none", "retries", "all"]
@@ -72,8 +72,6 @@ class _ThreadState(threading.local):
 
 
 _thread_state = _ThreadState()
-# Endpoints that have answered this process while fail_fast_if_unreachable() is active; None if it is not active.
-_answering_endpoints: set[str] | None = None
 
 
 @contextmanager
@@ -87,21 +85,6 @@ def stop_retries_when(unwanted: Event | None) -> Iterator[None]:
         yield
     finally:
         _thread_state.unwanted = before
-
-
-@contextmanager
-def fail_fast_if_unreachable() -> Iterator[None]:
-    """Make a call fail at its first attempt if it cannot connect to an endpoint that has never answered this process.
-
-    The command line uses it, because the user has probably mistyped the endpoint. A call to an endpoint that has
-    answered before is retried, so a long command survives a restart of its store. Applies to all threads.
-    """
-    global _answering_endpoints
-    before, _answering_endpoints = _answering_endpoints, set()
-    try:
-        yield
-    finally:
-        _answering_endpoints = before
 
 
 @contextmanager
@@ -389,8 +372,7 @@ def with_retries(
             if not pause(pause_s, limit.clock, stop or limit.cancel) and stop is not None:
                 raise
         else:
-            if _answering_endpoints is not None:
-                _answering_endpoints.add(limit.endpoint)
+            note_answer(limit.endpoint)
             return answer
 
 
@@ -416,11 +398,9 @@ def _is_worth_repeating(error: StoreError, limit: CallLimit, pause_s: float) -> 
     """Return whether another attempt after pause_s may succeed and has time to."""
     if not error.retryable or error.facts.get("maybe_done") or not limit.is_wanted:
         return False
-    if _answering_endpoints is not None:
-        if error.facts.get("sent") is False:
-            if limit.endpoint not in _answering_endpoints:
-                return False
-        else:
-            _answering_endpoints.add(limit.endpoint)
+    if error.facts.get("sent") is not False:
+        note_answer(limit.endpoint)
+    elif must_fail_fast(limit.endpoint):
+        return False
     left_s = limit.left_s
     return left_s is None or pause_s < left_s
