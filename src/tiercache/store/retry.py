@@ -213,7 +213,7 @@ class CallLimit:
         else:
             text = f"{self.doing}: nothing came from {self.endpoint} for {self.timeout_s or 0:g} s (timeout)"
         if self.error is not None:
-            text = f"{text}; the last attempt: {self.error.facts.get('text', self.error.message)}"
+            text = f"{text}; the last attempt: {self.error.details.get('text', self.error.message)}"
         return StoreError(text, url=self.url, retryable=True)
 
     def report(self) -> None:
@@ -221,7 +221,7 @@ class CallLimit:
         ending = (
             "" if self.timeout_s is None else f"; the call fails after {self.timeout_s:g} s without a byte (timeout)"
         )
-        last = f"; the last attempt: {self.error.facts.get('text', self.error.message)}" if self.error else ""
+        last = f"; the last attempt: {self.error.details.get('text', self.error.message)}" if self.error else ""
         logger.warning(
             "%s: %s: has waited %.0f s for %s%s%s", self.url, self.doing, self.waited_s, self.endpoint, last, ending
         )
@@ -360,7 +360,7 @@ def with_retries(
             answer = _in_time(attempt, limit) if is_left else attempt()
         except StoreError as error:
             n_failed += 1
-            if error.facts.get("renewed"):  # new credentials are available
+            if error.details.get("renewed"):  # new credentials are available
                 if has_renewed:  # the new credentials were refused too
                     raise
                 has_renewed = True
@@ -396,9 +396,9 @@ def _in_time(attempt: Callable[[], T], limit: CallLimit) -> T:
 
 def _is_worth_repeating(error: StoreError, limit: CallLimit, pause_s: float) -> bool:
     """Return whether another attempt after pause_s may succeed and has time to."""
-    if not error.retryable or error.facts.get("maybe_done") or not limit.is_wanted:
+    if not error.retryable or error.maybe_done or not limit.is_wanted:
         return False
-    if error.facts.get("sent") is not False:
+    if error.details.get("sent") is not False:
         note_answer(limit.endpoint)
     elif must_fail_fast(limit.endpoint):
         return False

@@ -216,7 +216,7 @@ class Commit:
                     return version
             except StoreError as error:
                 failure = error
-                maybe_done = maybe_done or getattr(error, "maybe_done", False)
+                maybe_done = maybe_done or error.maybe_done
             # "Already exists" may refer to this very version: a back end that retried finds what its first attempt
             # wrote.
             try:

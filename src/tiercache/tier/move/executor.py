@@ -170,7 +170,7 @@ class CopyMaker:
         try:
             copied = sight.transfer.copy(src, dst, as_planned(one), on_bytes=self._on_bytes, replaces=replaces)
         except StoreError as error:
-            if not error.facts.get("spoilt"):
+            if not error.details.get("spoilt"):
                 raise
             source, copied = self._copied_from_others(job, one, replaces, error)
         crash_point("tier_move.object")

@@ -255,7 +255,7 @@ class TierLock:
         try:
             return self._store.put_if_absent(_key(number), mine.encode())
         except StoreError as error:
-            if not error.facts.get("maybe_done"):
+            if not error.maybe_done:
                 raise
             return False
 

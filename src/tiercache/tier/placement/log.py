@@ -678,7 +678,7 @@ def commit_placement(store: Store, changes: Mapping[str, PlacementRow | None]) -
                     _tidy(store, proposed.number)
                     return proposed
             except StoreError as error:
-                error.facts["maybe_done"] = True
+                error.maybe_done = True
                 raise
             store.delete([placement_key(proposed.number)])  # it was put too late, see the module docstring
         current = find_newest_placement(store)
@@ -708,7 +708,7 @@ def _put(store: Store, proposed: Placement) -> bool:
         return False
     except StoreError as error:
         unsettled = failure or error
-        unsettled.facts["maybe_done"] = True
+        unsettled.maybe_done = True
         raise unsettled from error
 
 
