@@ -22,7 +22,7 @@ from tiercache.demo.story import run_story
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
 
-SHOWN = ("cold", "warm", "loader only", "whole", "stopped", "resumed", "moved")
+SHOWN = ("cold", "warm", "whole", "stopped", "resumed", "moved")
 
 
 def demo(output: Output, keep: Path | None) -> None:
@@ -113,11 +113,10 @@ def _text(event: Event) -> str | None:
                 f"{format_bytes(event.stored_bytes)} stored"
             )
         case Epoch():
-            loss = "" if event.loss is None else f", loss {event.loss:.3f}"
             accuracy = "" if event.accuracy is None else f", {event.accuracy:.1%} accuracy on held-out images"
             return (
                 f"  {event.task}, epoch {event.epoch} {event.mode}: {count(event.n_samples, 'sample')} in "
-                f"{event.elapsed_s:.1f} s, {format_bytes(event.fetched_bytes)} fetched{loss}{accuracy}"
+                f"{event.elapsed_s:.1f} s, {format_bytes(event.fetched_bytes)} fetched, loss {event.loss:.3f}{accuracy}"
             )
         case TierContents():
             return None  # the table of tiers shows it
@@ -127,7 +126,7 @@ def _text(event: Event) -> str | None:
 
 def _table(epochs: Sequence[Epoch]) -> Table:
     """Return the table of all epochs, by task."""
-    table = Table(title="\nEpochs; the time includes training, except for 'loader only'", title_justify="left")
+    table = Table(title="\nEpochs; the time includes training", title_justify="left")
     for name in ("model", "epoch", "read"):
         table.add_column(name)
     for name in ("samples/s", "MB/s", "waited", "fetched", "hit ratio", "loss", "accuracy"):
@@ -142,7 +141,7 @@ def _table(epochs: Sequence[Epoch]) -> Table:
             f"{epoch.wait_share:.0%}",
             format_bytes(epoch.fetched_bytes),
             f"{epoch.hit_ratio:.0%}",
-            "" if epoch.loss is None else f"{epoch.loss:.3f}",
+            f"{epoch.loss:.3f}",
             "" if epoch.accuracy is None else f"{epoch.accuracy:.1%}",
         )
     return table
