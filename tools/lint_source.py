@@ -15,14 +15,14 @@ from pathlib import Path
 
 # Only these files and folders may import these packages, so that a package can be replaced or left out there.
 _TORCH_HOMES = ("load/", "integrations/", "demo/train.py")
-_TERMINAL_HOMES = ("cli/", "config.py", "tier/rules.py")
 HOMES = {
     "obstore": ("store/obstore.py", "testing/"),
     "fsspec": ("store/fsspec.py", "integrations/fsspec.py", "testing/"),
     "boto3": ("store/s3.py", "testing/"),
     "botocore": ("store/s3.py", "store/credentials.py", "testing/"),
     **dict.fromkeys(("torch", "torchdata"), _TORCH_HOMES),
-    **dict.fromkeys(("typer", "rich", "pydantic", "click"), _TERMINAL_HOMES),
+    **dict.fromkeys(("typer", "rich", "click"), ("cli/",)),
+    "pydantic": ("tier/rules.py",),
 }
 ENVIRONMENT_FILE, SLEEPING_FILE = "config.py", "waiting.py"
 ENVIRONMENT_NAMES = frozenset({"os.environ", "os.environb", "os.getenv"})
