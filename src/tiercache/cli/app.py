@@ -115,14 +115,6 @@ def _show_completion(shell: _Shell | None) -> None:
         raise typer.Exit
 
 
-def _install_completion(shell: _Shell | None) -> None:
-    if shell is not None:
-        install = import_module("typer._completion_shared").install
-        _, path = install(shell=shell.value, prog_name=_NAME, complete_var=_COMPLETE)
-        typer.echo(f"installed completion for {shell.value} in {path}; a new terminal uses it")
-        raise typer.Exit
-
-
 @app.callback()
 def _options(
     version: Annotated[
@@ -135,15 +127,6 @@ def _options(
             callback=_show_completion,
             is_eager=True,
             help="Print the completion script for a shell, and exit.",
-        ),
-    ] = None,
-    install_completion: Annotated[
-        _Shell | None,
-        typer.Option(
-            "--install-completion",
-            callback=_install_completion,
-            is_eager=True,
-            help="Install the completion script for a shell, and exit.",
         ),
     ] = None,
 ) -> None:
