@@ -331,7 +331,7 @@ class TestLostAnswers:
                 2,
                 True,
             )
-            assert failure.value.nonce == manifest.read_version(store, 2).nonce
+            assert failure.value.details["nonce"] == manifest.read_version(store, 2).nonce
         version = landing.run()
         assert version == landing.run() == manifest.latest(store)
         assert names(store)[1:] == [ours.name]
