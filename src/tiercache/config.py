@@ -11,17 +11,16 @@ from __future__ import annotations
 import math
 import os
 import tomllib
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tiercache.model import parse_bool, parse_bytes
 
 FILE_NAME = "tiercache.toml"
 PREFIX = "TIERCACHE_"
-# Tables of the same file that define tiers; tierfile/ reads them.
+# Tables of the same file that define tiers; tier/rules.py reads them.
 TIER_SECTIONS = ("tiers", "rules", "pins", "tags", "tiering")
 _NO_LIMIT_BYTES = 1 << 60  # cgroup v1 reports "no limit" as a number just below 2^63
 
@@ -49,8 +48,9 @@ def _default_cache_dir() -> Path:
     return folder
 
 
-class Settings(BaseModel):
-    """All settings, validated.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All settings, validated by load().
 
     Attributes:
         cache_dir: Folder of the default cache.
@@ -62,24 +62,31 @@ class Settings(BaseModel):
         state_dir: Folder of state that must not be lost, such as the journal of moves; None: see state_folder().
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    cache_dir: Path = Field(default_factory=_default_cache_dir)
+    cache_dir: Path = field(default_factory=_default_cache_dir)
     cache_size: str | None = None
     cache_policy: Literal["plan", "resident", "s3fifo", "lru"] = "plan"
     cache_shared: Literal["group"] | None = None
     cache_trace: Path | None = None
     state_dir: Path | None = None
 
-    @field_validator("cache_size", mode="before")
-    @classmethod
-    def _size(cls, size: object) -> object:
-        if size is None:
-            return None
-        if isinstance(size, bool) or not isinstance(size, int | str):
-            raise ValueError(f"a size must be a number of bytes or a text such as '200GB' or '80%', got {size!r}")
-        parse_bytes(size, whole_bytes=1)
-        return str(size)
+
+SETTINGS = tuple(setting.name for setting in fields(Settings))
+_PATHS = ("cache_dir", "cache_trace", "state_dir")
+CHOICES = {"cache_policy": ("plan", "resident", "s3fifo", "lru"), "cache_shared": ("group",)}
+
+
+def _checked(name: str, value: object) -> Any:
+    """Return the value of a setting in its type. Raises ValueError."""
+    if name in CHOICES and value not in CHOICES[name]:
+        raise ValueError(f"must be {' or '.join(map(repr, CHOICES[name]))}, got {value!r}")
+    if name in _PATHS and not isinstance(value, Path):
+        raise ValueError(f"must be a path, got {value!r}")
+    if name != "cache_size":
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"a size must be a number of bytes or a text such as '200GB' or '80%', got {value!r}")
+    parse_bytes(value, whole_bytes=1)
+    return str(value)
 
 
 def load(start: str | os.PathLike[str] | None = None, **overrides: object) -> Settings:
@@ -100,10 +107,11 @@ def load(start: str | os.PathLike[str] | None = None, **overrides: object) -> Se
     origins: dict[str, str] = {}
 
     def add(name: str, value: object, origin: str, folder: Path) -> None:
-        if name not in Settings.model_fields:
+        if name not in SETTINGS:
             raise ValueError(f"{origin}: unknown setting {name!r}; {_suggestion(name)}")
-        is_path = Settings.model_fields[name].annotation in (Path, Path | None)
-        values[name] = folder / Path(value).expanduser() if is_path and isinstance(value, str | os.PathLike) else value
+        if name in _PATHS and isinstance(value, str | os.PathLike):
+            value = folder / Path(value).expanduser()
+        values[name] = value
         origins[name] = origin
 
     here = Path.cwd() if start is None else Path(start).absolute()
@@ -116,13 +124,13 @@ def load(start: str | os.PathLike[str] | None = None, **overrides: object) -> Se
     for name, value in overrides.items():
         if value is not None:
             add(name, value, "argument", Path.cwd())
-    try:
-        return Settings.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        text = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{origins.get(name, 'default')}: {name}: {text}") from error
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        try:
+            checked[name] = _checked(name, value)
+        except ValueError as error:
+            raise ValueError(f"{origins[name]}: {name}: {error}") from error
+    return Settings(**checked)
 
 
 def find_file(start: Path) -> Path | None:
@@ -177,20 +185,18 @@ def _environment() -> dict[str, str]:
     for variable, value in os.environ.items():
         name = variable.removeprefix(PREFIX).lower()
         if variable.startswith(PREFIX) and value:
-            near = get_close_matches(name, Settings.model_fields, n=1, cutoff=0.8)
+            near = get_close_matches(name, SETTINGS, n=1, cutoff=0.8)
             if near:
                 found[name] = value
     return found
 
 
 def _suggestion(name: str) -> str:
-    near = get_close_matches(name, Settings.model_fields, n=2, cutoff=0.6)
+    near = get_close_matches(name, SETTINGS, n=2, cutoff=0.6)
     near += get_close_matches(name, TIER_SECTIONS, n=1, cutoff=0.75)
     if near:
         return "did you mean " + " or ".join(repr(n) for n in near) + "?"
-    return (
-        "the settings are " + ", ".join(sorted(Settings.model_fields)) + "; the tables are " + ", ".join(TIER_SECTIONS)
-    )
+    return "the settings are " + ", ".join(sorted(SETTINGS)) + "; the tables are " + ", ".join(TIER_SECTIONS)
 
 
 def distributed_environment() -> tuple[int, int, int, int] | None:

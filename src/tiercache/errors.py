@@ -13,8 +13,9 @@
     ├── ArchivedShards        shards must be restored before they can be read; exit code 5
     └── UnsupportedFormat     the data was written by a newer release
 
-An exception takes facts as arguments, keeps them as attributes and builds its own message: what was expected, what was
-found, where, and what to do. Wrong arguments raise plain ``ValueError`` or ``TypeError``, as in the standard library.
+An exception keeps each argument after `message` as an attribute, and builds its own message: what was expected, what
+was found, where, and what to do. `details` holds further facts for the library itself; their names may change. Wrong
+arguments raise plain ``ValueError`` or ``TypeError``, as in the standard library.
 """
 
 from __future__ import annotations
@@ -27,39 +28,33 @@ class TierCacheError(Exception):
     """Base class of all exceptions of tiercache.
 
     Args:
-        message: The message.
-        facts: Facts about the error, which become attributes of the exception.
+        message: What happened.
+        details: Further facts for the library itself.
 
     Attributes:
         exit_code: Exit code of the command when this exception ends it.
+        message: The whole message.
     """
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, message: str, **facts: Any) -> None:
+    def __init__(self, message: str, **details: object) -> None:
         super().__init__(message)
         self.message = message
-        self.facts = facts
-
-    def __getattr__(self, name: str) -> Any:
-        facts = self.__dict__.get("facts", {})
-        if name in facts:
-            return facts[name]
-        raise AttributeError(name)
+        self.details = details
 
     def __str__(self) -> str:
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Errors are pickled between processes (loader workers, `pack -j`): keep class, message and facts.
-        return _rebuild, (type(self), self.message, self.facts)
+        # Errors are pickled between processes (loader workers, `pack -j`), although __init__ takes other arguments.
+        return _rebuild, (type(self), self.message, self.__dict__)
 
 
-def _rebuild(cls: type[TierCacheError], message: str, facts: dict[str, Any]) -> TierCacheError:
+def _rebuild(cls: type[TierCacheError], message: str, attributes: dict[str, object]) -> TierCacheError:
     error = cls.__new__(cls)
     Exception.__init__(error, message)
-    error.message = message
-    error.facts = facts
+    error.__dict__.update(attributes)
     return error
 
 
@@ -71,13 +66,28 @@ class StoreError(TierCacheError):
         url: URL of the object, without credentials.
         retryable: Whether the same request may succeed later.
         status: HTTP status; None if there is none.
-        facts: Further facts.
+        code: Error code of the server's answer, e.g. "AccessDenied"; None if there is none.
+        maybe_done: Whether the store may have executed the request, e.g. because its answer was lost.
+        details: Further facts for the library itself.
     """
 
     def __init__(
-        self, message: str, *, url: str, retryable: bool = False, status: int | None = None, **facts: Any
+        self,
+        message: str,
+        *,
+        url: str,
+        retryable: bool = False,
+        status: int | None = None,
+        code: str | None = None,
+        maybe_done: bool = False,
+        **details: object,
     ) -> None:
-        super().__init__(f"{url}: {message}", url=url, retryable=retryable, status=status, **facts)
+        super().__init__(f"{url}: {message}", **details)
+        self.url = url
+        self.retryable = retryable
+        self.status = status
+        self.code = code
+        self.maybe_done = maybe_done
 
 
 class NotFound(StoreError, FileNotFoundError):
@@ -86,11 +96,27 @@ class NotFound(StoreError, FileNotFoundError):
     Args:
         message: What happened.
         url: URL of the object, without credentials.
-        facts: Further facts, see StoreError.
+        retryable: Whether the same request may succeed later.
+        status: HTTP status; None if there is none.
+        code: Error code of the server's answer; None if there is none.
+        maybe_done: Whether the store may have executed the request.
+        details: Further facts for the library itself.
     """
 
-    def __init__(self, message: str = "no such object", *, url: str, **facts: Any) -> None:
-        super().__init__(message, url=url, **facts)
+    def __init__(
+        self,
+        message: str = "no such object",
+        *,
+        url: str,
+        retryable: bool = False,
+        status: int | None = None,
+        code: str | None = None,
+        maybe_done: bool = False,
+        **details: object,
+    ) -> None:
+        super().__init__(
+            message, url=url, retryable=retryable, status=status, code=code, maybe_done=maybe_done, **details
+        )
 
 
 class ObjectChanged(StoreError):
@@ -101,28 +127,54 @@ class ObjectChanged(StoreError):
         url: URL of the object, without credentials.
         expected: ETag, size or fingerprint of the object that was opened.
         found: ETag, size or fingerprint of the object that was found.
-        facts: Further facts, see StoreError.
+        retryable: Whether the same request may succeed later.
+        status: HTTP status; None if there is none.
+        code: Error code of the server's answer; None if there is none.
+        maybe_done: Whether the store may have executed the request.
+        details: Further facts for the library itself.
     """
 
     def __init__(
-        self, message: str = "", *, url: str, expected: object = None, found: object = None, **facts: Any
+        self,
+        message: str = "",
+        *,
+        url: str,
+        expected: object = None,
+        found: object = None,
+        retryable: bool = False,
+        status: int | None = None,
+        code: str | None = None,
+        maybe_done: bool = False,
+        **details: object,
     ) -> None:
         text = message or "the object changed while it was being read"
         super().__init__(
-            f"{text} (expected {expected}, found {found})", url=url, expected=expected, found=found, **facts
+            f"{text} (expected {expected}, found {found})",
+            url=url,
+            retryable=retryable,
+            status=status,
+            code=code,
+            maybe_done=maybe_done,
+            **details,
         )
+        self.expected = expected
+        self.found = found
 
 
 class CorruptShard(TierCacheError):
     """The bytes of a shard, segment or version differ from those that were written.
 
     Args:
-        message: What is wrong; kept as the attribute reason.
+        message: What is wrong.
         url: URL of the object, without credentials.
         part: Damaged part of the object, e.g. "footer" or "segment"; "" if unknown.
         block: Number of the damaged block; None if unknown.
         column: Name of the damaged column; None if unknown.
-        facts: Further facts.
+        place: Location of the damage in the data set, which the loader sets: shard, block and row. None if unknown.
+        details: Further facts for the library itself.
+
+    Attributes:
+        reason: The message without its location.
     """
 
     exit_code = 4
@@ -135,12 +187,18 @@ class CorruptShard(TierCacheError):
         part: str = "",
         block: int | None = None,
         column: str | None = None,
-        **facts: Any,
+        place: tuple[int, int | None, int | None] | None = None,
+        **details: object,
     ) -> None:
         places = [part, "" if block is None else f"block {block}", "" if column is None else f"column {column!r}"]
         where = ", ".join(p for p in places if p)
-        text = f"{url}: {where + ': ' if where else ''}{message}"
-        super().__init__(text, url=url, part=part, block=block, column=column, reason=message, **facts)
+        super().__init__(f"{url}: {where + ': ' if where else ''}{message}", **details)
+        self.reason = message
+        self.url = url
+        self.part = part
+        self.block = block
+        self.column = column
+        self.place = place
 
 
 class SchemaError(TierCacheError, ValueError):
@@ -150,13 +208,28 @@ class SchemaError(TierCacheError, ValueError):
         message: What was expected and what was found.
         column: Name of the column; None if the error has no column.
         record: Index of the record; None if the error has no record.
-        facts: Further facts, e.g. expected and got.
+        expected: Type or value that was expected.
+        got: Type or value that was found.
+        details: Further facts for the library itself.
     """
 
-    def __init__(self, message: str, *, column: str | None = None, record: int | None = None, **facts: Any) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        column: str | None = None,
+        record: int | None = None,
+        expected: object = None,
+        got: object = None,
+        **details: object,
+    ) -> None:
         places = ["" if column is None else f"column {column!r}", "" if record is None else f"record {record}"]
         where = ", ".join(p for p in places if p)
-        super().__init__(f"{where}: {message}" if where else message, column=column, record=record, **facts)
+        super().__init__(f"{where}: {message}" if where else message, **details)
+        self.column = column
+        self.record = record
+        self.expected = expected
+        self.got = got
 
 
 class CommitConflict(TierCacheError):
@@ -166,11 +239,13 @@ class CommitConflict(TierCacheError):
         message: What happened.
         url: URL of the data set, without credentials.
         number: Version number that the other writer took; None if unknown.
-        facts: Further facts.
+        details: Further facts for the library itself.
     """
 
-    def __init__(self, message: str, *, url: str, number: int | None = None, **facts: Any) -> None:
-        super().__init__(f"{url}: {message}", url=url, number=number, **facts)
+    def __init__(self, message: str, *, url: str, number: int | None = None, **details: object) -> None:
+        super().__init__(f"{url}: {message}", **details)
+        self.url = url
+        self.number = number
 
 
 class CacheFull(TierCacheError):
@@ -181,42 +256,79 @@ class CacheFull(TierCacheError):
         need_bytes: Bytes that the request needs.
         freeable_bytes: Bytes that eviction could free.
         limit_bytes: Size limit of the cache.
-        facts: Further facts.
+        details: Further facts for the library itself.
     """
 
     exit_code = 6
 
-    def __init__(self, message: str, *, need_bytes: int, freeable_bytes: int, limit_bytes: int, **facts: Any) -> None:
-        super().__init__(
-            message, need_bytes=need_bytes, freeable_bytes=freeable_bytes, limit_bytes=limit_bytes, **facts
-        )
+    def __init__(
+        self, message: str, *, need_bytes: int, freeable_bytes: int, limit_bytes: int, **details: object
+    ) -> None:
+        super().__init__(message, **details)
+        self.need_bytes = need_bytes
+        self.freeable_bytes = freeable_bytes
+        self.limit_bytes = limit_bytes
 
 
 class ArchivedShards(TierCacheError):
     """Shards are in archive storage and must be restored before they can be read.
 
+    A data set with archived shards raises this exception when it is opened, or when such a shard is read that was
+    archived later. `tiercache restore` restores the shards; read them again after it has ended.
+
     Args:
         message: What happened and what to do.
         names: Names of the shards.
-        facts: Further facts.
+        url: URL of the data set, without credentials.
+        n_bytes: Bytes of the shards; 0 if unknown.
+        cost: Price of the restore in dollars; None if unknown.
+        hours: Hours that the restore takes at most; None if unknown.
+        command: Command line that restores the shards; "" if unknown.
+        details: Further facts for the library itself.
     """
 
     exit_code = 5
 
-    def __init__(self, message: str, *, names: Sequence[str], **facts: Any) -> None:
-        super().__init__(message, names=tuple(names), **facts)
+    def __init__(
+        self,
+        message: str,
+        *,
+        names: Sequence[str],
+        url: str = "",
+        n_bytes: int = 0,
+        cost: float | None = None,
+        hours: float | None = None,
+        command: str = "",
+        **details: object,
+    ) -> None:
+        super().__init__(message, **details)
+        self.names = tuple(names)
+        self.url = url
+        self.n_bytes = n_bytes
+        self.cost = cost
+        self.hours = hours
+        self.command = command
 
 
 class UnsupportedFormat(TierCacheError):
-    """The data has a format version that this release cannot read.
+    """The data has a format version that this release cannot read, because a newer release wrote it.
+
+    Nothing is wrong with the data: upgrade tiercache to read it.
 
     Args:
-        message: What happened; kept as the attribute reason.
+        message: What happened.
         url: URL of the object, without credentials.
         found: Format version of the data.
         supported: Newest format version that this release reads.
-        facts: Further facts.
+        details: Further facts for the library itself.
+
+    Attributes:
+        reason: The message without the URL.
     """
 
-    def __init__(self, message: str, *, url: str, found: int, supported: int, **facts: Any) -> None:
-        super().__init__(f"{url}: {message}", url=url, found=found, supported=supported, reason=message, **facts)
+    def __init__(self, message: str, *, url: str, found: int, supported: int, **details: object) -> None:
+        super().__init__(f"{url}: {message}", **details)
+        self.reason = message
+        self.url = url
+        self.found = found
+        self.supported = supported

@@ -61,14 +61,14 @@ class WaitHistogram:
         """Count an item that needed no wait, without reading the clock."""
         self.bins[0] += 1
 
-    def quantile(self, share: float) -> float:
+    def quantile(self, q: float) -> float:
         """Return the upper edge, in seconds, of the bin that contains a quantile; 0.0 if nothing was counted.
 
         Args:
-            share: The quantile, from 0 to 1.
+            q: The quantile, from 0 to 1.
         """
         bins = list(self.bins)
-        seen, want = 0, share * sum(bins)
+        seen, want = 0, q * sum(bins)
         for edge_s, count in zip(_EDGES_S, bins, strict=False):
             seen += count
             if count and seen >= want:

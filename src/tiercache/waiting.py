@@ -7,7 +7,8 @@ attempts. Both take the clock as an argument, so tests run them without waiting.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import Event
 from typing import Protocol, TypeVar
 
@@ -82,3 +83,33 @@ def pause(duration_s: float, clock: Clock = SYSTEM_CLOCK, cancel: Event | None =
     """Wait duration_s seconds between two attempts. Return False, without further waiting, if cancel is set."""
     clock.sleep(duration_s, cancel)
     return cancel is None or not cancel.is_set()
+
+
+# Endpoints that have answered this process while fail_fast_if_unreachable() is active; None if it is not active.
+_answering_endpoints: set[str] | None = None
+
+
+@contextmanager
+def fail_fast_if_unreachable() -> Iterator[None]:
+    """Make a call fail at its first attempt if it cannot connect to an endpoint that has never answered this process.
+
+    The command line uses it, because the user has probably mistyped the endpoint. A call to an endpoint that has
+    answered before is retried, so a long command survives a restart of its store. Applies to all threads.
+    """
+    global _answering_endpoints
+    before, _answering_endpoints = _answering_endpoints, set()
+    try:
+        yield
+    finally:
+        _answering_endpoints = before
+
+
+def note_answer(endpoint: str) -> None:
+    """Record that an endpoint answered, if fail_fast_if_unreachable() is active."""
+    if _answering_endpoints is not None:
+        _answering_endpoints.add(endpoint)
+
+
+def must_fail_fast(endpoint: str) -> bool:
+    """Return whether a call that could not connect to an endpoint must fail at once."""
+    return _answering_endpoints is not None and endpoint not in _answering_endpoints

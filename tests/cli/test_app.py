@@ -32,13 +32,3 @@ def test_bash_completes_verbs_by_the_printed_script():
 def test_a_shell_that_is_not_known_is_refused_with_those_that_are(tiercache):
     refused = tiercache("--show-completion", "ksh", code=2)
     assert all(name in refused.err for name in ("ksh", "bash", "zsh", "fish"))
-
-
-def test_completion_is_installed_for_a_named_shell(tmp_path):
-    env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
-    done = subprocess.run(
-        [COMMAND, "--install-completion", "bash"], capture_output=True, text=True, check=True, env=env
-    )
-    written = [path for path in tmp_path.rglob("*") if path.is_file() and "_TIERCACHE_COMPLETE" in path.read_text()]
-    assert len(written) == 1
-    assert str(written[0]) in done.stdout

@@ -27,9 +27,9 @@ def test_warming_fetches_what_is_missing_and_only_that(tiercache, data_set, cach
 
 
 def test_a_share_is_the_first_shards(tiercache, data_set, cache):
-    done = tiercache("warm", data_set, *cache, "--share", "1%", "--json").events[-1]
+    done = tiercache("warm", data_set, *cache, "--fraction", "1%", "--json").events[-1]
     assert done["objects"] == 2  # one segment and one shard
-    assert tiercache("warm", data_set, *cache, "--share", "0%", "--json").events[-1]["objects"] == 1
+    assert tiercache("warm", data_set, *cache, "--fraction", "0%", "--json").events[-1]["objects"] == 1
     assert tiercache("warm", data_set, *cache, "--include", "*-000001.tcs", "--json").events[-1]["fetched"] == 1
 
 

@@ -158,7 +158,7 @@ class TestFlags:
         assert AmountOptions(fraction="25%").limits() == (0.25, None)
         assert AmountOptions(limit="3KB").limits() == (1.0, 3000)
         assert AmountOptions(minutes=2, rate="1MB/s").limits() == (1.0, 120e6)
-        with pytest.raises(ValueError, match="--share and --first cannot be combined"):
+        with pytest.raises(ValueError, match="--fraction and --limit cannot be combined"):
             AmountOptions(fraction="1%", limit="1KB").limits()
 
     @pytest.mark.parametrize("flags", [{"minutes": 1.0}, {"rate": "1MB/s"}])

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tiercache.cache import Cache, Entry
-from tiercache.cli.cache_verbs import EvictionFilter, by_data_set, least_recently_used, summary_of
+from tiercache.cli.cache_verbs import EvictLimits, by_data_set, least_recently_used, summary_of
 from tiercache.dataset import Dataset
 from tiercache.store import open_store
 
@@ -66,17 +66,19 @@ class TestEvict:
         used = tiercache("status", *cache, "--json").events[-1]["bytes_used"]
         largest = max(path.stat().st_size for path in warmed) + 8192
         target = used // 2
-        would = tiercache("evict", "--all", *cache, "--to", str(target), "--dry-run", "--json").events[-1]
-        done = tiercache("evict", "--all", *cache, "--to", str(target), "--yes", "--json").events[-1]
+        would = tiercache("evict", "--all", *cache, "--target-size", str(target), "--dry-run", "--json").events[-1]
+        done = tiercache("evict", "--all", *cache, "--target-size", str(target), "--yes", "--json").events[-1]
         assert (done["copies"], done["bytes"], done["left"]) == (would["copies"], would["bytes"], 0)
         left = tiercache("status", *cache, "--json").events[-1]["bytes_used"]
         assert left == done["bytes_used"] <= target < left + largest
-        again = tiercache("evict", "--all", *cache, "--to", str(target), "--yes")
+        again = tiercache("evict", "--all", *cache, "--target-size", str(target), "--yes")
         assert again.out == "evicted 0 copies, 0 B\n"
 
     def test_a_target_may_be_a_share_of_the_budget(self, tiercache, cache, warmed):
-        assert tiercache("evict", "--all", *cache, "--to", "50%", "-y", "--json").events[-1]["copies"] == 0
-        assert tiercache("evict", "--all", *cache, "--to", "0%", "-y", "--json").events[-1]["copies"] == len(warmed)
+        assert tiercache("evict", "--all", *cache, "--target-size", "50%", "-y", "--json").events[-1]["copies"] == 0
+        assert tiercache("evict", "--all", *cache, "--target-size", "0%", "-y", "--json").events[-1]["copies"] == len(
+            warmed
+        )
 
     def test_copies_in_use_are_left_and_the_code_is_3(self, tiercache, data_set, cache, warmed, tmp_path):
         with Cache(tmp_path / "cache", size="100MB") as held:
@@ -91,7 +93,7 @@ class TestEvict:
 
     def test_ages_and_sizes_that_cannot_be_are_wrong_usage(self, tiercache, data_set, cache):
         tiercache("warm", data_set, *cache)
-        for flag in ("--older-than", "--larger-than", "--to"):
+        for flag in ("--older-than", "--larger-than", "--target-size"):
             assert f"{flag}: not a" in tiercache("evict", "--all", *cache, flag, "x", code=2).err
 
     def test_the_least_recently_used_go_first(self):
@@ -101,8 +103,8 @@ class TestEvict:
         assert [e.name for e in least_recently_used(copies, 40, None)] == list("abcd")
 
     def test_a_clock_that_was_set_back_makes_nothing_old(self):
-        assert not EvictionFilter(older_than_s=10).matches(entry("a", used_s=1000.0), now_s=500.0)
-        assert EvictionFilter(older_than_s=10).matches(entry("a", used_s=1000.0), now_s=1011.0)
+        assert not EvictLimits(older_than_s=10).matches(entry("a", used_s=1000.0), now_s=500.0)
+        assert EvictLimits(older_than_s=10).matches(entry("a", used_s=1000.0), now_s=1011.0)
 
 
 class TestStatus:

@@ -2,13 +2,12 @@
 
 import pytest
 
+from tiercache.cli.data_sets import parse_type, parse_types
 from tiercache.cli.options import (
     check_size,
     parse_columns,
     parse_fraction,
     parse_storage_options,
-    parse_type,
-    parse_types,
 )
 from tiercache.errors import SchemaError
 from tiercache.shard.schema import Column, Image, Ragged, Tensor

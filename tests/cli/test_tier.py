@@ -370,11 +370,11 @@ class TestPlan:
         assert sorted(path for path in root.rglob("*") if root / "state" not in (path, *path.parents)) == before
 
     def test_people_see_the_first_moves_with_sums_and_a_summary(self, tiercache, root):
-        note, *lines = tiercache("tier", "plan", "--limit", "1").out.splitlines()
+        note, *lines = tiercache("tier", "plan", "--rows", "1").out.splitlines()
         assert note.startswith("note: datasets/photos: its use is not tracked yet; ")
         assert lines[0].split() == ["rule", "does", "from", "to", "moves", "size", "cost", "saves/month"]
         n = len(shards(root, "store")) + 2
-        assert f"... and {n - 1} moves more: --limit 0 shows all" in lines
+        assert f"... and {n - 1} moves more: --rows 0 shows all" in lines
         assert lines[-1].startswith(f"{n} moves, ")
 
     def test_out_writes_a_file_that_apply_takes(self, tiercache, root):

@@ -55,12 +55,12 @@ class TestWhatATrainingReads:
         table = shards_of(data_set)
         order = epoch_reads(table.n_records, table.n_bytes, Training(7, epoch=2))[0].shards
         size = int(table.n_bytes[order[:2]].sum())
-        tiercache("warm", data_set, *cache, "--seed", "7", "--epoch", "2", "--first", str(size))
+        tiercache("warm", data_set, *cache, "--seed", "7", "--epoch", "2", "--limit", str(size))
         assert cached(tiercache, cache, data_set) == set(names(table, order[:2].tolist()))
 
     @pytest.mark.parametrize("epoch", [0, 1])
     def test_what_is_warmed_first_is_what_the_loader_reads_first(self, tiercache, data_set, cache, epoch):
-        flags = "--seed", "7", "--shuffle-group", "1B", "--epoch", str(epoch), "--first", "1B"
+        flags = "--seed", "7", "--shuffle-group", "1B", "--epoch", str(epoch), "--limit", "1B"
         tiercache("warm", data_set, *cache, *flags)
         dataset = Dataset(str(data_set), columns=["path"])
         loader = DataLoader(dataset, batch_size=1, shuffle=True, options=LoaderOptions(seed=7, shuffle_group_bytes=1))
@@ -75,7 +75,7 @@ class TestWhatATrainingReads:
     def test_minutes_at_a_rate_are_a_size(self, tiercache, data_set, cache):
         flags = "--seed", "7", "--dry-run", "--json"
         minutes = tiercache("warm", data_set, *cache, *flags, "--minutes", "0.5", "--rate", "200B/s").events[-1]
-        size = tiercache("warm", data_set, *cache, *flags, "--first", "6000").events[-1]
+        size = tiercache("warm", data_set, *cache, *flags, "--limit", "6000").events[-1]
         assert minutes == size
         assert size["objects"] < tiercache("warm", data_set, *cache, *flags).events[-1]["objects"]
 
@@ -85,7 +85,7 @@ class TestWhatATrainingReads:
             (["--rank", "0/2"], "--rank needs --seed"),
             (["--seed", "1", "--rank", "2/2"], "--rank takes RANK/RANKS"),
             (["--minutes", "3"], "--minutes and --rate must be given together"),
-            (["--share", "5%", "--first", "1GB"], "--share and --first cannot be combined"),
+            (["--fraction", "5%", "--limit", "1GB"], "--fraction and --limit cannot be combined"),
             (["--seed", "1", "--placement", "far"], "--placement must be sticky or global"),
         ],
     )
@@ -179,7 +179,7 @@ def test_a_dry_run_says_whether_there_is_room(tiercache, data_set, tmp_path):
 
 
 def test_what_is_in_the_cache_already_is_not_asked_for_again_after_an_interrupted_run(tiercache, data_set, cache):
-    tiercache("warm", data_set, *cache, "--share", "50%")
+    tiercache("warm", data_set, *cache, "--fraction", "50%")
     first = tiercache("warm", data_set, *cache, "--dry-run", "--json").events[-1]
     assert 0 < first["fetched"] < first["objects"]
     assert tiercache("warm", data_set, *cache, "--json").events[-1]["fetched"] == first["fetched"]

@@ -3,7 +3,7 @@
 import pytest
 
 from tiercache.demo import events
-from tiercache.demo.events import Epoch, TierContents
+from tiercache.demo.events import Epoch
 
 
 def epoch(
@@ -22,11 +22,6 @@ def test_a_warm_epoch_without_a_fetched_byte_holds():
 @pytest.mark.parametrize("epochs", [[], [epoch("warm"), epoch("warm", fetched_bytes=1)]], ids=["none ran", "one byte"])
 def test_a_warm_epoch_that_fetched_or_never_ran_fails(epochs):
     assert not events.warm_fetched_nothing(epochs).holds
-
-
-@pytest.mark.parametrize(("sent_bytes", "holds"), [(0, True), (1000, True), (1001, False)])
-def test_what_the_store_sent_is_bounded_by_the_version_files(sent_bytes, holds):
-    assert events.store_sent_versions_only(sent_bytes, 1000).holds is holds
 
 
 def resumed(stopped: tuple[str, ...], rest: tuple[str, ...], whole: tuple[str, ...] = ("a", "b", "c")) -> bool:
@@ -131,9 +126,3 @@ def test_the_same_batches_from_the_store_hold():
 )
 def test_a_training_that_is_not_the_same_fails(moved):
     assert not alike(*moved)
-
-
-@pytest.mark.parametrize(("dollars", "holds"), [(0.5, True), (1.0, False), (0.0, False)])
-def test_what_costs_less_and_something_holds(dollars, holds):
-    before = [TierContents("before", "hot", 1, 1, 0.0), TierContents("before", "standard", 1, 1, 1.0)]
-    assert events.costs_less(before, [TierContents("after", "archive", 1, 1, dollars)]).holds is holds

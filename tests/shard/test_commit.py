@@ -326,8 +326,12 @@ class TestLostAnswers:
         for _ in range(n_closes):
             with pytest.raises(StoreError, match=r"may have happened.*close\(\) again") as failure:
                 landing.run()
-            assert (failure.value.maybe_done, failure.value.number, failure.value.retryable) == (True, 2, True)
-            assert failure.value.nonce == manifest.read_version(store, 2).nonce
+            assert (failure.value.maybe_done, failure.value.details["number"], failure.value.retryable) == (
+                True,
+                2,
+                True,
+            )
+            assert failure.value.details["nonce"] == manifest.read_version(store, 2).nonce
         version = landing.run()
         assert version == landing.run() == manifest.latest(store)
         assert names(store)[1:] == [ours.name]
@@ -385,7 +389,7 @@ class TestLostAnswers:
                 try:
                     landing.run()
                 except StoreError as error:
-                    maybe_done = getattr(error, "maybe_done", False)
+                    maybe_done = error.maybe_done
                 else:
                     landed.append(ours.name)
                     break

@@ -296,7 +296,7 @@ class TestFailures:
         writer.write_batch(batch(0, 10))
         with pytest.raises(StoreError, match="may have happened") as failure:
             writer.close()
-        assert (failure.value.maybe_done, failure.value.number) == (True, 1)
+        assert (failure.value.maybe_done, failure.value.details["number"]) == (True, 1)
         writer.close()
         assert writer.version == manifest.latest(store)
         assert manifest.list_versions(store) == [1]

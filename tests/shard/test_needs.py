@@ -77,8 +77,8 @@ def test_unknown_features_of_a_shard_are_refused_by_the_release_that_has_them(sh
     changed = with_tail(data, 40, struct.pack("<IHH", 0b1001, 1, 7))
     with pytest.raises(UnsupportedFormat, match=r"bit 0, feature bit 3, which tiercache 1\.7 and later") as error:
         opened(changed)
-    assert error.value.facts["needs"] == ("feature bit 0", "feature bit 3")
-    assert error.value.facts["release"] == "1.7"
+    assert error.value.details["needs"] == ("feature bit 0", "feature bit 3")
+    assert error.value.details["release"] == "1.7"
     store = MemoryStore("needs-verify")
     store.put("shard", changed)
     assert [finding.part for finding in verify_shard(store, "shard")] == ["footer"]

@@ -234,7 +234,7 @@ def test_an_archived_object_keeps_its_class_until_it_is_restored(moto, opened):
     put(archive, "a", b"data", "GLACIER")
     with pytest.raises(StoreError, match="must be restored") as caught:
         archive.set_class("a", "STANDARD")
-    assert caught.value.archived
+    assert caught.value.details["archived"]
 
 
 # -- copies by the server -------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def test_seaweedfs_cannot_restore_and_the_error_says_what_that_means(s3, opened)
     put(archive, "a", b"data", "GLACIER")
     with pytest.raises(StoreError, match="only labels") as caught:
         archive.restore("a", days=1, speed="standard")
-    assert (caught.value.unable, caught.value.status) == (True, 405)
+    assert (caught.value.details["unable"], caught.value.status) == (True, 405)
 
 
 WHOLE_OR_PARTS = pytest.mark.parametrize("whole_bytes", [1 << 30, 1])

@@ -20,9 +20,9 @@ from tiercache.store.fsspec import FsspecStore
 from tiercache.store.obstore import BucketFolder, to_store_error
 from tiercache.store.options import CloudOptions
 from tiercache.store.range_reads import RequestSizes, plan_requests, read_requests, worker_pool
-from tiercache.store.retry import CallLimit, CallMonitor, RetryPolicy, fail_fast_if_unreachable, with_retries
+from tiercache.store.retry import CallLimit, CallMonitor, RetryPolicy, with_retries
 from tiercache.testing.suite import pattern, read_ranges
-from tiercache.waiting import SYSTEM_CLOCK, wait_for
+from tiercache.waiting import SYSTEM_CLOCK, fail_fast_if_unreachable, wait_for
 
 MIB = 1 << 20
 DATA = pattern(3 * MIB)

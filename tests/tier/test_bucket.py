@@ -38,7 +38,7 @@ def test_what_is_archived_cannot_be_read_nor_copied_nor_given_another_class(buck
     for read in (bucket.get, lambda key: bucket.copy(key, "b"), lambda key: bucket.set_class(key, "STANDARD")):
         with pytest.raises(StoreError, match="InvalidObjectState") as caught:
             read("a")
-        assert caught.value.archived
+        assert caught.value.details["archived"]
 
 
 def test_a_restored_copy_can_be_read_for_as_long_as_was_asked(bucket):

@@ -231,7 +231,7 @@ def test_a_copy_that_arrived_wrong_is_removed(place, data):
     here.near.put("a", data)
     with pytest.raises(StoreError, match="the copy is not what it should be") as caught:
         here.copy()
-    assert (caught.value.wrong, list(here.far.list())) == (True, [])
+    assert (caught.value.details["wrong"], list(here.far.list())) == (True, [])
 
 
 def test_a_copy_that_arrived_short_is_removed(place):
@@ -335,7 +335,7 @@ def test_a_copy_that_is_called_off_leaves_nothing(place, data):
     def copy():
         with pytest.raises(StoreError, match="cancelled") as error:
             here.copy()
-        caught.append(error.value.cancelled)
+        caught.append(error.value.details["cancelled"])
 
     verb = "read_into" if data is LARGE else "read_tail"
     with near.stop_at(f"before_{verb}") as gate:

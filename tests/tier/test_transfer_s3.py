@@ -87,7 +87,7 @@ def test_an_archived_object_is_no_source(bucket):
     bucket.copy("hot", "archive")
     with pytest.raises(StoreError, match="must be restored first: tiercache restore a") as caught:
         bucket.copy("archive", "standard")
-    assert caught.value.archived
+    assert caught.value.details["archived"]
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])

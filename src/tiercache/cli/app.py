@@ -6,17 +6,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from enum import StrEnum
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from tiercache.cli.cache_verbs import evict, pin, status, unpin, warm
-from tiercache.cli.data_sets import export, head, info, ls, pack
-from tiercache.cli.demo import demo
-from tiercache.cli.output import report_errors
-from tiercache.cli.simulate import simulate
-from tiercache.cli.tier_verbs import restore, tier
-from tiercache.cli.verify import verify
+from tiercache.cli import commands, tier_commands
+from tiercache.cli.output import report_errors, show_warning
 from tiercache.version import __version__
 
 _NAME = "tiercache"
@@ -32,27 +28,68 @@ app = typer.Typer(
     add_completion=False,
 )
 
+tier = typer.Typer(help="Move shards, checkpoints and files between tiers, by rules.", no_args_is_help=True)
+app.add_typer(tier, name="tier")
+
+
+# Former names of options by verb: they work for one release and print a warning.
+_OLD_OPTIONS = {
+    "warm": {"--share": "--fraction", "--first": "--limit"},
+    "pin": {"--share": "--fraction", "--first": "--limit"},
+    "evict": {"--to": "--target-size"},
+    "tier plan": {"--limit": "--rows"},
+    "tier apply": {"--limit": "--rows"},
+    "tier run": {"--limit": "--rows"},
+}
+
+
+class _Command(TyperCommand):
+    """A command that accepts the former names of its options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        old_options = _OLD_OPTIONS.get(ctx.command_path.partition(" ")[2], {})
+        for i, argument in enumerate(args[: args.index("--")] if "--" in args else args):
+            name, equals, value = argument.partition("=")
+            if name in old_options:
+                show_warning(f"{name} is now named {old_options[name]}; the next release removes the old name")
+                args[i] = f"{old_options[name]}{equals}{value}"
+        return super().parse_args(ctx, args)
+
+
 # Each verb, and the advice that follows Ctrl-C.
 _AGAIN = "nothing was changed; run the same command again"
-_VERBS: tuple[tuple[Callable[..., None], str], ...] = (
-    (pack, "nothing was committed and nothing needs to be cleaned up; run the same command again"),
-    (ls, _AGAIN),
-    (info, _AGAIN),
-    (head, _AGAIN),
-    (verify, "repaired copies stay repaired, nothing else was changed; run the same command again"),
-    (warm, "fetched shards stay in the cache; the same command continues from there"),
-    (evict, "evicted copies are gone from the cache, nothing else changed; the same command continues from there"),
-    (pin, "pinned copies stay pinned; the same command continues from there"),
-    (unpin, "unpinned copies stay unpinned; the same command continues from there"),
-    (status, _AGAIN),
-    (restore, "requested restores go on, finished copies stay; the same command continues from there"),
-    (simulate, _AGAIN),
-    (demo, "the demo removed everything that it created; run it again"),
-    (export, "no incomplete file was left behind; run the same command again with --overwrite"),
+_GOES_ON = "finished moves stay, nothing was lost; the same command continues from there"
+_VERBS: tuple[tuple[typer.Typer, Callable[..., None], str], ...] = (
+    (app, commands.pack, "nothing was committed and nothing needs to be cleaned up; run the same command again"),
+    (app, commands.ls, _AGAIN),
+    (app, commands.info, _AGAIN),
+    (app, commands.head, _AGAIN),
+    (app, commands.verify, "repaired copies stay repaired, nothing else was changed; run the same command again"),
+    (app, commands.warm, "fetched shards stay in the cache; the same command continues from there"),
+    (
+        app,
+        commands.evict,
+        "evicted copies are gone from the cache, nothing else changed; the same command continues from there",
+    ),
+    (app, commands.pin, "pinned copies stay pinned; the same command continues from there"),
+    (app, commands.unpin, "unpinned copies stay unpinned; the same command continues from there"),
+    (app, commands.status, _AGAIN),
+    (
+        app,
+        commands.restore,
+        "requested restores go on, finished copies stay; the same command continues from there",
+    ),
+    (app, commands.simulate, _AGAIN),
+    (app, commands.demo, "the demo removed everything that it created; run it again"),
+    (app, commands.export, "no incomplete file was left behind; run the same command again with --overwrite"),
+    (tier, tier_commands.check, _AGAIN),
+    (tier, tier_commands.plan, _AGAIN),
+    (tier, tier_commands.apply, _GOES_ON),
+    (tier, tier_commands.run, _GOES_ON),
+    (tier, tier_commands.ls, _AGAIN),
 )
-for _verb, _how_to_go_on in _VERBS:
-    app.command()(report_errors(_verb, how_to_go_on=_how_to_go_on))
-app.add_typer(tier, name="tier")
+for _group, _verb, _how_to_go_on in _VERBS:
+    _group.command(cls=_Command)(report_errors(_verb, how_to_go_on=_how_to_go_on))
 
 
 def _print_version(wanted: bool) -> None:
@@ -78,14 +115,6 @@ def _show_completion(shell: _Shell | None) -> None:
         raise typer.Exit
 
 
-def _install_completion(shell: _Shell | None) -> None:
-    if shell is not None:
-        install = import_module("typer._completion_shared").install
-        _, path = install(shell=shell.value, prog_name=_NAME, complete_var=_COMPLETE)
-        typer.echo(f"installed completion for {shell.value} in {path}; a new terminal uses it")
-        raise typer.Exit
-
-
 @app.callback()
 def _options(
     version: Annotated[
@@ -98,15 +127,6 @@ def _options(
             callback=_show_completion,
             is_eager=True,
             help="Print the completion script for a shell, and exit.",
-        ),
-    ] = None,
-    install_completion: Annotated[
-        _Shell | None,
-        typer.Option(
-            "--install-completion",
-            callback=_install_completion,
-            is_eager=True,
-            help="Install the completion script for a shell, and exit.",
         ),
     ] = None,
 ) -> None:

@@ -3,48 +3,22 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from tiercache import config
 from tiercache.cache import Cache, CachedStore, Entry, WarmReport
 from tiercache.cli.data_sets import open_data_set, open_data_set_store, shorten
-from tiercache.cli.options import (
-    BatchSize,
-    CacheDir,
-    CacheSize,
-    Columns,
-    DryRun,
-    Exclude,
-    FilesFrom,
-    Include,
-    Jobs,
-    Json,
-    Placement,
-    Quiet,
-    Seed,
-    ShuffleGroup,
-    StorageOptions,
-    Streams,
-    Url,
-    Verbose,
-    VersionNumber,
-    Yes,
-    check_size,
-    parse_age,
-    parse_columns,
-    parse_size,
-)
-from tiercache.cli.output import PARTIAL, Output, count
-from tiercache.cli.selection import AmountOptions, ShardSelection, TrainingOptions, read_names
+from tiercache.cli.options import check_size, parse_size
+from tiercache.cli.output import PARTIAL, Output, confirm, count
+from tiercache.cli.selection import ShardSelection
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ShardIdentity, format_bytes
 from tiercache.pack.files import selected
@@ -93,53 +67,6 @@ def read_column_ranges(
     return ranges
 
 
-Share = Annotated[
-    str | None,
-    typer.Option(
-        "--share",
-        metavar="SHARE",
-        help="Fetch only this fraction of the selected bytes, from the first shard on, e.g. 25%.",
-    ),
-]
-First = Annotated[
-    str | None,
-    typer.Option(
-        "--first",
-        metavar="SIZE",
-        help="Fetch only this many of the selected bytes, from the first shard on, e.g. 200GB.",
-    ),
-]
-Minutes = Annotated[
-    float | None,
-    typer.Option("--minutes", metavar="N", help="Fetch only what a training reads in N minutes at --rate."),
-]
-Rate = Annotated[
-    str | None,
-    typer.Option(
-        "--rate", metavar="SIZE/s", help="Rate at which the training reads stored bytes, e.g. 500MB/s; for --minutes."
-    ),
-]
-Epoch = Annotated[
-    int | None, typer.Option("--epoch", min=0, metavar="N", help="Epoch of the training, counted from 0; default: 0.")
-]
-Rank = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--rank",
-        metavar="R/W",
-        help="Fetch only what these ranks read: RANK/RANKS, e.g. 3/8 or 0-3/8. May be repeated.",
-    ),
-]
-
-
-def refuse_local(store: Store, folder: str | None) -> None:
-    """Raise ValueError for a local data set, whose files readers map in place, unless a cache folder was named."""
-    if isinstance(store, LocalStore) and folder is None:
-        raise ValueError(
-            f"{store.url}: a local folder is read in place and needs no cache; give --cache DIR to copy it anyway"
-        )
-
-
 @contextmanager
 def open_existing_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
     """Open a cache that exists, as open_cache() does.
@@ -165,14 +92,26 @@ def open_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
 
 
 @dataclass(frozen=True, slots=True)
-class _CopyRequest:
-    """The part of a data set that the options select. columns: Names of columns; None: all."""
+class CopyRequest:
+    """The part of a data set that warm or pin copies, and the cache.
+
+    Attributes:
+        url: URL of the data set.
+        choice: Selection of shards.
+        at: Version number; None: the newest.
+        columns: Names of columns; None: all.
+        storage_options: KEY=VALUE options of the data set's store.
+        cache_dir: Folder of the cache; None: the configured folder.
+        cache_size: Size limit of the cache; None: the configured limit.
+    """
 
     url: str
     choice: ShardSelection
     at: int | None
     columns: list[str] | None
     storage_options: Sequence[str] | None
+    cache_dir: str | None
+    cache_size: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,62 +162,33 @@ class _CopySet:
 
 
 @contextmanager
-def _open_copy_set(asked: _CopyRequest, cache: Cache, cache_dir: str | None, output: Output) -> Iterator[_CopySet]:
-    """Yield the selected objects, while the data set's store is open."""
-    with open_data_set_store(asked.url, asked.storage_options) as inner:
-        refuse_local(inner, cache_dir)
-        data_set = open_data_set(inner, asked.at)
-        shards = asked.choice.shards(data_set.shards)
+def _open_copy_set(output: Output, request: CopyRequest) -> Iterator[_CopySet]:
+    """Yield the selected objects, while the cache and the data set's store are open."""
+    with (
+        open_cache(request.cache_dir, request.cache_size) as cache,
+        open_data_set_store(request.url, request.storage_options) as inner,
+    ):
+        if isinstance(inner, LocalStore) and request.cache_dir is None:
+            raise ValueError(
+                f"{inner.url}: a local folder is read in place and needs no cache; give --cache DIR to copy it anyway"
+            )
+        data_set = open_data_set(inner, request.at)
+        shards = request.choice.shards(data_set.shards)
         dataset_id = data_set.version.dataset_id
         objects = [(ref.key, ref.identity(dataset_id)) for ref in data_set.version.segments]
         objects += data_set.shards.objects(dataset_id, shards)
         ranges: Mapping[str, Sequence[ByteRange]] = {}
-        if asked.columns is not None:
+        if request.columns is not None:
             with output.count_progress("reading footers") as advance:
-                ranges = read_column_ranges(data_set, shards, asked.columns, advance)
+                ranges = read_column_ranges(data_set, shards, request.columns, advance)
         yield _CopySet(cache, cache.store(inner), objects, ranges)
 
 
-def warm(
-    url: Url,
-    share: Share = None,
-    first: First = None,
-    minutes: Minutes = None,
-    rate: Rate = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    files_from: FilesFrom = None,
-    columns: Columns = None,
-    seed: Seed = None,
-    epoch: Epoch = None,
-    rank: Rank = None,
-    streams: Streams = None,
-    placement: Placement = None,
-    shuffle_group: ShuffleGroup = None,
-    batch_size: BatchSize = None,
-    at: VersionNumber = None,
-    jobs: Jobs = 4,
-    cache_dir: CacheDir = None,
-    cache_size: CacheSize = None,
-    storage_option: StorageOptions = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
-) -> None:
-    """Copy a data set, or a part of it, from its store into the cache.
-
-    The exit code is 0 only if all of it is cached. With --seed, the shards are fetched in the order in which a training
-    reads them: --rank selects the ranks, and --first or --minutes the amount.
-    """
-    output = Output(as_json, quiet)
-    order = TrainingOptions(seed, epoch, rank, streams, placement, shuffle_group, batch_size).training()
-    part, size = AmountOptions(share, first, minutes, rate).limits()
-    choice = ShardSelection(include, exclude, read_names(files_from), order, part, size)
-    asked = _CopyRequest(url, choice, at, parse_columns(columns), storage_option)
-    with open_cache(cache_dir, cache_size) as cache, _open_copy_set(asked, cache, cache_dir, output) as wanted:
+def warm(output: Output, request: CopyRequest, jobs: int, *, dry_run: bool) -> None:
+    """Copy the selected objects into the cache, or print what would be fetched."""
+    with _open_copy_set(output, request) as wanted:
         if dry_run:
-            plan = cache.plan_warm(wanted.store, wanted.objects, ranges=wanted.ranges)
+            plan = wanted.cache.plan_warm(wanted.store, wanted.objects, ranges=wanted.ranges)
             facts = {"fetched": len(plan.missing), "bytes_fetched": plan.missing_bytes, "fits": plan.fits}
             short = "" if plan.fits else "; the cache has not enough space for them"
             missing = f"{count(len(plan.missing), 'object')}, {format_bytes(plan.missing_bytes)}"
@@ -290,38 +200,14 @@ def warm(
         output.summary(facts, f"{wanted.text} are in the cache, {fetched}")
 
 
-def pin(
-    url: Url,
-    share: Share = None,
-    first: First = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    files_from: FilesFrom = None,
-    at: VersionNumber = None,
-    jobs: Jobs = 4,
-    cache_dir: CacheDir = None,
-    cache_size: CacheSize = None,
-    storage_option: StorageOptions = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
-) -> None:
-    """Copy a data set into the cache, and keep the copies until unpin.
-
-    Pinned copies are not evicted. --share, --first, --include, --exclude and --files-from select a part of the data
-    set.
-    """
-    output = Output(as_json, quiet)
-    part, size = AmountOptions(share, first).limits()
-    choice = ShardSelection(include, exclude, read_names(files_from), fraction=part, limit_bytes=size)
-    asked = _CopyRequest(url, choice, at, None, storage_option)
-    with open_cache(cache_dir, cache_size) as cache, _open_copy_set(asked, cache, cache_dir, output) as wanted:
+def pin(output: Output, request: CopyRequest, jobs: int, *, dry_run: bool) -> None:
+    """Copy the selected objects into the cache and pin them, or print what would be pinned."""
+    with _open_copy_set(output, request) as wanted:
         if dry_run:
             output.summary(wanted.facts | {"dry_run": True}, f"would pin {wanted.text}")
             return
         report = wanted.fetch(output, "pinning", jobs)
-        cache.pin(wanted.store, wanted.objects)
+        wanted.cache.pin(wanted.store, wanted.objects)
         output.summary(wanted.facts | {"bytes_fetched": report.bytes_fetched}, f"pinned {wanted.text}")
 
 
@@ -329,15 +215,8 @@ def pin(
 _ROWS = ("holders", "plans", "poisoned_now", "reports", "figures")
 
 
-def status(
-    cache_dir: CacheDir = None,
-    cache_size: CacheSize = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
-) -> None:
+def status(output: Output, cache_dir: str | None, cache_size: str | None) -> None:
     """Show what the cache holds, who uses it, and damage found in it."""
-    output = Output(as_json, quiet)
     with open_existing_cache(cache_dir, cache_size) as cache:
         facts, entries = cache.status(), cache.entries()
     _print_data_sets(output, by_data_set(entries))
@@ -447,27 +326,57 @@ def data_set_url(source: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class EvictionFilter:
-    """The copies that evict selects; a copy must pass all conditions.
+class CacheScope:
+    """Copies in a cache that a verb is about.
 
     Attributes:
-        of_scope: Whether a copy belongs to the data set that the verb is about.
+        url: URL of the data set whose copies are meant; None: all copies.
         include: Globs over names inside the data set, of which one must match; None: all names.
         exclude: Globs over names inside the data set, of which none may match.
-        older_than_s: Seconds since the last use that a copy must exceed.
-        larger_than_bytes: Bytes that a copy's size must exceed.
+        storage_options: KEY=VALUE options of the data set's store.
+        cache_dir: Folder of the cache; None: the configured folder.
+        cache_size: Size limit of the cache; None: the configured limit.
     """
 
-    in_data_set: Callable[[Entry], bool] = lambda _entry: True
+    url: str | None = None
     include: Sequence[str] | None = None
     exclude: Sequence[str] | None = None
+    storage_options: Sequence[str] | None = None
+    cache_dir: str | None = None
+    cache_size: str | None = None
+
+    def entries(self, cache: Cache) -> list[Entry]:
+        """Return the entries of the copies, least recently used first.
+
+        A data set id finds copies of the same data set that came from a mirror. A source URL finds copies of a data set
+        that no longer exists.
+        """
+        entries = [e for e in cache.entries() if name_matches(e, self.include, self.exclude)]
+        if self.url is None:
+            return entries
+        with open_data_set_store(self.url, self.storage_options) as store:
+            prefix, dataset_id = f"{redact(store.url)}/", _dataset_id(store)
+        return [
+            e for e in entries if e.source.startswith(prefix) or (dataset_id is not None and e.dataset_id == dataset_id)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class EvictLimits:
+    """Limits of an eviction; None: no limit.
+
+    Attributes:
+        older_than_s: Seconds since the last use that a copy must exceed to be evicted.
+        larger_than_bytes: Bytes that a copy's size must exceed to be evicted.
+        target_size: Size of the cache at which eviction ends, e.g. "200GB" or "50%".
+    """
+
     older_than_s: float | None = None
     larger_than_bytes: int | None = None
+    target_size: str | None = None
 
     def matches(self, entry: Entry, now_s: float) -> bool:
-        """Return whether the copy passes all conditions, pinned or not. now_s: Time now, in seconds since the epoch."""
-        if not self.in_data_set(entry) or not name_matches(entry, self.include, self.exclude):
-            return False
+        """Return whether a copy is old and large enough. now_s: Time now, in seconds since the epoch."""
         if self.larger_than_bytes is not None and entry.n_bytes <= self.larger_than_bytes:
             return False
         return self.older_than_s is None or now_s - entry.used_s > self.older_than_s
@@ -486,160 +395,59 @@ def least_recently_used(entries: Sequence[Entry], used_bytes: int, target_bytes:
     return chosen
 
 
-def evict(
-    url: Annotated[
-        str | None, typer.Argument(metavar="[URL]", help="Data set whose cached copies are deleted.")
-    ] = None,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Instead of a URL: delete copies of all data sets.")
-    ] = False,
-    include: Include = None,
-    exclude: Exclude = None,
-    older_than: Annotated[
-        str | None,
-        typer.Option("--older-than", metavar="AGE", help="Only copies that were not read for this time, e.g. 7d."),
-    ] = None,
-    larger_than: Annotated[
-        str | None, typer.Option("--larger-than", metavar="SIZE", help="Only copies larger than this, e.g. 100MB.")
-    ] = None,
-    to: Annotated[
-        str | None,
-        typer.Option(
-            "--to",
-            metavar="SIZE",
-            help="Evict until the cache holds at most SIZE, e.g. 200GB, or 50% (of its size limit).",
-        ),
-    ] = None,
-    cache_dir: CacheDir = None,
-    cache_size: CacheSize = None,
-    storage_option: StorageOptions = None,
-    yes: Yes = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
-) -> None:
-    """Delete cached copies, least recently used first.
+def evict(output: Output, scope: CacheScope, limits: EvictLimits, *, yes: bool, dry_run: bool) -> None:
+    """Evict copies, or print what would be evicted.
 
-    Pinned copies and copies in use stay. The store is never changed: deleted copies can be fetched again.
+    Raises:
+        typer.Exit: With PARTIAL if copies that should have been evicted are in use.
     """
-    output = Output(as_json, quiet)
-    if everything == (url is not None):
-        raise ValueError("evict takes a URL or --all")
-    doomed = EvictionFilter(
-        include=include,
-        exclude=exclude,
-        older_than_s=None if older_than is None else parse_age("--older-than", older_than),
-        larger_than_bytes=None if larger_than is None else parse_size("--larger-than", larger_than),
-    )
-    with open_existing_cache(cache_dir, cache_size) as cache:
-        target_bytes = None if to is None else parse_size("--to", to, whole_bytes=cache.limit_bytes)
-        doomed = replace(doomed, in_data_set=data_set_filter(url, storage_option))
-        left = _evict(output, cache, doomed, target_bytes, _EvictOptions(yes, dry_run))
-    if left:
+    with open_existing_cache(scope.cache_dir, scope.cache_size) as cache:
+        target_bytes = None
+        if limits.target_size is not None:
+            target_bytes = parse_size("--target-size", limits.target_size, whole_bytes=cache.limit_bytes)
+        now_s = time.time()
+        found = [entry for entry in scope.entries(cache) if limits.matches(entry, now_s)]
+        free = [entry for entry in found if not entry.pinned]
+        n_pinned = len(found) - len(free)
+        chosen = least_recently_used(free, cache.stats()["bytes_used"], target_bytes)
+        n_bytes = sum(entry.n_bytes for entry in chosen)
+        what = f"{count(len(chosen), 'copy', 'copies')}, {format_bytes(n_bytes)}"
+        if dry_run:
+            for entry in chosen:
+                output.event("copy", entry_facts(entry), f"{entry.source or entry.name}  {format_bytes(entry.n_bytes)}")
+            facts = {"copies": len(chosen), "bytes": n_bytes, "pinned": n_pinned, "dry_run": True}
+            output.summary(facts, f"would evict {what}")
+            return
+        if chosen and not yes:
+            confirm(f"Evict {what} from {cache.path}?", "nothing was evicted")
+        if chosen:
+            cache.evict({entry.name for entry in free}, target_bytes=target_bytes)
+        here = {entry.name: entry.n_bytes for entry in cache.entries()}
+    gone = [entry for entry in free if entry.name not in here]
+    bytes_used = sum(here.values())
+    n_left = 0 if target_bytes is not None and bytes_used <= target_bytes else len(free) - len(gone)
+    gone_bytes = sum(entry.n_bytes for entry in gone)
+    facts = {"copies": len(gone), "bytes": gone_bytes, "left": n_left, "pinned": n_pinned, "bytes_used": bytes_used}
+    kept = f"; {count(n_left, 'copy', 'copies')} in use stayed" if n_left else ""
+    kept += f"; {count(n_pinned, 'pinned copy', 'pinned copies')} stayed" if n_pinned else ""
+    output.summary(facts, f"evicted {count(len(gone), 'copy', 'copies')}, {format_bytes(gone_bytes)}{kept}")
+    if n_left:
         raise typer.Exit(PARTIAL)
 
 
-@dataclass(frozen=True, slots=True)
-class _EvictOptions:
-    yes: bool
-    dry_run: bool
-
-
-def _evict(
-    output: Output, cache: Cache, doomed: EvictionFilter, target_bytes: int | None, manner: _EvictOptions
-) -> int:
-    """Evict, or print what would be evicted; return how many copies should have been evicted but are in use."""
-    now_s = time.time()
-    found = [entry for entry in cache.entries() if doomed.matches(entry, now_s)]
-    free = [entry for entry in found if not entry.pinned]
-    chosen = least_recently_used(free, cache.stats()["bytes_used"], target_bytes)
-    n_pinned, n_bytes = len(found) - len(free), sum(entry.n_bytes for entry in chosen)
-    what = f"{count(len(chosen), 'copy', 'copies')}, {format_bytes(n_bytes)}"
-    if manner.dry_run:
-        facts: dict[str, Any] = {"copies": len(chosen), "bytes": n_bytes, "pinned": n_pinned, "dry_run": True}
-        for entry in chosen:
-            output.event("copy", entry_facts(entry), f"{entry.source or entry.name}  {format_bytes(entry.n_bytes)}")
-        output.summary(facts, f"would evict {what}")
-        return 0
-    if chosen and not manner.yes:
-        _ask(f"Evict {what} from {cache.path}?")
-    names = {entry.name for entry in free}
-    if chosen:
-        cache.evict(names, target_bytes=target_bytes)
-    here = {entry.name: entry.n_bytes for entry in cache.entries()}
-    gone = [entry for entry in free if entry.name not in here]
-    left = _left(free, gone, here, target_bytes)
-    facts = {
-        "copies": len(gone),
-        "bytes": sum(entry.n_bytes for entry in gone),
-        "left": left,
-        "pinned": n_pinned,
-        "bytes_used": sum(here.values()),
-    }
-    kept = f"; {count(left, 'copy', 'copies')} in use stayed" if left else ""
-    kept += f"; {count(n_pinned, 'pinned copy', 'pinned copies')} stayed" if n_pinned else ""
-    output.summary(facts, f"evicted {count(len(gone), 'copy', 'copies')}, {format_bytes(facts['bytes'])}{kept}")
-    return left
-
-
-def _left(free: Sequence[Entry], gone: Sequence[Entry], here: Mapping[str, int], target_bytes: int | None) -> int:
-    """Return the number of copies that stayed although they were selected; 0 if the target size was reached."""
-    if target_bytes is not None and sum(here.values()) <= target_bytes:
-        return 0
-    return len(free) - len(gone)
-
-
-def unpin(
-    url: Annotated[str | None, typer.Argument(metavar="[URL]", help="Data set whose copies are unpinned.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Instead of a URL: unpin all copies.")] = False,
-    include: Include = None,
-    exclude: Exclude = None,
-    cache_dir: CacheDir = None,
-    cache_size: CacheSize = None,
-    storage_option: StorageOptions = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
-) -> None:
-    """Unpin cached copies, so that eviction may delete them."""
-    output = Output(as_json, quiet)
-    if everything == (url is not None):
-        raise ValueError("unpin takes a URL or --all")
-    with open_existing_cache(cache_dir, cache_size) as cache:
-        of_scope = data_set_filter(url, storage_option)
-        chosen = [e.name for e in cache.entries() if of_scope(e) and e.pinned and name_matches(e, include, exclude)]
+def unpin(output: Output, scope: CacheScope, *, dry_run: bool) -> None:
+    """Unpin copies, or print how many would be unpinned."""
+    with open_existing_cache(scope.cache_dir, scope.cache_size) as cache:
+        chosen = [entry.name for entry in scope.entries(cache) if entry.pinned]
         n = len(chosen) if dry_run else cache.unpin(chosen)
-        facts = {"copies": n} | ({"dry_run": True} if dry_run else {})
-        output.summary(facts, f"{'would unpin' if dry_run else 'unpinned'} {count(n, 'copy', 'copies')}")
+    facts = {"copies": n} | ({"dry_run": True} if dry_run else {})
+    output.summary(facts, f"{'would unpin' if dry_run else 'unpinned'} {count(n, 'copy', 'copies')}")
 
 
 def entry_facts(entry: Entry) -> dict[str, Any]:
     """Return an entry for JSON output."""
-    return {
-        "source": entry.source,
-        "bytes": entry.n_bytes,
-        "in_part": entry.in_part,
-        "pinned": entry.pinned,
-        "uses": entry.uses,
-        "dataset_id": entry.dataset_id,
-        "shard_id": entry.shard_id,
-    }
-
-
-def data_set_filter(url: str | None, storage_options: Sequence[str] | None) -> Callable[[Entry], bool]:
-    """Return a predicate: whether an entry belongs to the data set at url, by data set id or by source URL.
-
-    The id finds copies of the same data set that came from a mirror. The source URL finds copies of a data set that no
-    longer exists.
-    """
-    if url is None:
-        return lambda _entry: True
-    with open_data_set_store(url, storage_options) as store:
-        prefix = f"{redact(store.url)}/"
-        dataset_id = _dataset_id(store)
-    return lambda e: (dataset_id is not None and e.dataset_id == dataset_id) or e.source.startswith(prefix)
+    names = ("source", "in_part", "pinned", "uses", "dataset_id", "shard_id")
+    return {"bytes": entry.n_bytes} | {name: getattr(entry, name) for name in names}
 
 
 def _dataset_id(store: Store) -> str | None:
@@ -653,12 +461,3 @@ def name_matches(entry: Entry, include: Sequence[str] | None, exclude: Sequence[
     """Return whether the copy's path inside its data set matches the globs."""
     path = entry.source.removeprefix(data_set_url(entry.source)).lstrip("/")
     return selected(path, include or (), exclude or ())
-
-
-def _ask(question: str) -> None:
-    """Ask at the terminal whether to continue, and exit if not. Raises ValueError if standard input is no terminal."""
-    if not sys.stdin.isatty():
-        raise ValueError("cannot ask for confirmation, because standard input is not a terminal; give --yes")
-    if not typer.confirm(question, err=True):
-        typer.echo("tiercache: nothing was evicted", err=True)
-        raise typer.Exit(1)

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
 
 from tiercache import config
-from tiercache.cli.options import (
-    Columns,
-    DryRun,
-    Exclude,
-    Include,
-    Jobs,
-    Json,
-    Quiet,
-    StorageOptions,
-    Url,
-    Verbose,
-    VersionNumber,
-    parse_columns,
-    parse_storage_options,
-    parse_types,
-)
+from tiercache.cli.options import parse_storage_options
 from tiercache.cli.output import Advance, Output, count, printable
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import format_bytes
@@ -36,9 +22,9 @@ from tiercache.pack import PackOptions, PackPlan, plan_pack, run_pack
 from tiercache.pack.export import Export, ExportOptions
 from tiercache.pack.files import selected
 from tiercache.shard.read.shard_reader import ShardReader
-from tiercache.shard.schema import Column, Kind
-from tiercache.shard.versions.manifest import Version, latest, list_versions, read_shards, read_version
-from tiercache.shard.versions.manifest import Version as DataSetVersion
+from tiercache.shard.schema import Column, Image, Kind, Ragged, Tensor, UserType
+from tiercache.shard.versions.manifest import Version, latest, read_shards, read_version
+from tiercache.shard.versions.manifest import list_versions as version_numbers
 from tiercache.shard.versions.segments import ShardTable
 from tiercache.store import Store, open_store, redact, split_url
 from tiercache.tier.placement.redirecting_store import follow_placement
@@ -124,25 +110,16 @@ def shorten(text: str) -> str:
     return text if len(text) <= _TEXT_CHARACTERS else text[: _TEXT_CHARACTERS - 3] + "..."
 
 
-def ls(
-    url: Url,
-    versions: Annotated[
-        bool, typer.Option("--versions", help="List the versions of the data set instead of its shards.")
-    ] = False,
-    at: VersionNumber = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    storage_option: StorageOptions = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+def list_shards(
+    output: Output,
+    url: str,
+    at: int | None,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    storage_options: Sequence[str] | None,
 ) -> None:
-    """List the shards of a data set in record order, or its versions."""
-    output = Output(as_json, quiet)
-    with open_data_set_store(url, storage_option) as store:
-        if versions:
-            _list_versions(output, store)
-            return
+    """List the shards whose names match the globs, in record order."""
+    with open_data_set_store(url, storage_options) as store:
         data_set = open_data_set(store, at)
     chosen = [data_set.shards.info(i) for i in data_set.select(include, exclude)]
     rows = [
@@ -160,8 +137,10 @@ def ls(
     output.summary(facts, f"version {data_set.version.number}: {text}")
 
 
-def _list_versions(output: Output, store: Store) -> None:
-    versions = [read_version(store, number) for number in list_versions(store)]
+def list_versions(output: Output, url: str, storage_options: Sequence[str] | None) -> None:
+    """List the versions of a data set."""
+    with open_data_set_store(url, storage_options) as store:
+        versions = [read_version(store, number) for number in version_numbers(store)]
     texts = [
         {
             "version": str(v.number),
@@ -177,7 +156,7 @@ def _list_versions(output: Output, store: Store) -> None:
     output.summary({"versions": len(versions)}, count(len(versions), "version"))
 
 
-def _version_facts(version: DataSetVersion) -> dict[str, Any]:
+def _version_facts(version: Version) -> dict[str, Any]:
     return {
         "version": version.number,
         "kind": version.kind,
@@ -189,20 +168,12 @@ def _version_facts(version: DataSetVersion) -> dict[str, Any]:
     }
 
 
-def info(
-    url: Url,
-    at: VersionNumber = None,
-    storage_option: StorageOptions = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
-) -> None:
+def show_info(output: Output, url: str, at: int | None, storage_options: Sequence[str] | None) -> None:
     """Show a data set's version, size, columns and class names."""
-    output = Output(as_json, quiet)
-    with open_data_set_store(url, storage_option) as store:
+    with open_data_set_store(url, storage_options) as store:
         data_set = open_data_set(store, at)
     facts = info_of(data_set)
-    if as_json:
+    if output.as_json:
         output.event("data_set", facts)
         return
     sizes = {"bytes": format_bytes(data_set.version.n_bytes), "records": f"{data_set.version.n_records:,}"}
@@ -230,31 +201,23 @@ def info_of(data_set: OpenDataSet) -> dict[str, Any]:
     return identity | _version_facts(data_set.version) | {"columns": columns}
 
 
-def head(
-    url: Url,
-    n: Annotated[int, typer.Option("-n", min=1, metavar="N", help="Number of records to show.")] = 5,
-    start: Annotated[
-        int, typer.Option("--start", min=0, metavar="I", help="Index of the first record to show, counted from 0.")
-    ] = 0,
-    columns: Columns = None,
-    at: VersionNumber = None,
-    storage_option: StorageOptions = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+def show_records(
+    output: Output,
+    url: str,
+    rows: range,
+    columns: Sequence[str] | None,
+    at: int | None,
+    storage_options: Sequence[str] | None,
 ) -> None:
-    """Show some records of a data set.
-
-    Images are shown as their size, arrays by their first elements. Only the needed bytes are read.
-    """
-    output = Output(as_json, quiet)
-    with open_data_set_store(url, storage_option) as store:
+    """Show the records in rows, or those of them that exist. Only the needed bytes are read."""
+    with open_data_set_store(url, storage_options) as store:
         data_set = open_data_set(store, at)
         schema = data_set.version.schema
-        chosen = list(schema.select(parse_columns(columns) or schema.names).names)
-        n_shown = print_records(output, data_set, range(start, min(start + n, data_set.version.n_records)), chosen)
-    facts = {"version": data_set.version.number, "shown": n_shown, "records": data_set.version.n_records}
-    output.summary(facts, f"{n_shown} of {count(data_set.version.n_records, 'record')}")
+        chosen = list(schema.select(columns or schema.names).names)
+        n_records = data_set.version.n_records
+        n_shown = print_records(output, data_set, range(rows.start, min(rows.stop, n_records)), chosen)
+    facts = {"version": data_set.version.number, "shown": n_shown, "records": n_records}
+    output.summary(facts, f"{n_shown} of {count(n_records, 'record')}")
 
 
 def print_records(output: Output, data_set: OpenDataSet, rows: range, names: list[str]) -> int:
@@ -288,76 +251,55 @@ def _print_shard(output: Output, data_set: OpenDataSet, place: tuple[int, range]
             output.event("record", {"index": row, "record": {name: json_value(*record[name]) for name in names}})
 
 
+_TYPE = re.compile(r"(?P<name>\w+)(?:\[(?P<shape>[^\]]*)\]|<(?P<encoding>[^>]*)>)?(?P<nullable>\??)")
+
+
+def parse_types(pairs: Sequence[str] | None) -> dict[str, UserType]:
+    """Return column types by name from NAME=TYPE texts; see parse_type(). Raises ValueError or SchemaError."""
+    types: dict[str, UserType] = {}
+    for pair in pairs or ():
+        name, found, text = pair.rpartition("=")
+        if not found or not name:
+            raise ValueError(f"--column takes NAME=TYPE, e.g. label=int64 or caption=str?, got {pair!r}")
+        types[name] = parse_type(text)
+    return types
+
+
+def parse_type(text: str) -> UserType:
+    """Return the column type that a text names, in the form that `info` prints.
+
+    Args:
+        text: Such as "int64", "str?", "image<jpeg>", "float32[3, 64, 64]" or "float32[*, 4]?".
+
+    Raises:
+        ValueError: The text has another form.
+        SchemaError: There is no such type.
+    """
+    match = _TYPE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(
+            f"not a column type: {text!r}; examples are int64, str?, image<jpeg>, float32[3, 64], float32[*, 4]?"
+        )
+    nullable = bool(match["nullable"])
+    if match["encoding"] is not None and match["name"] == "image":
+        return Image(match["encoding"], nullable=nullable)
+    if match["shape"] is None:
+        return text.strip()
+    try:
+        shape = tuple(None if d.strip() == "*" else int(d) for d in match["shape"].split(","))
+    except ValueError as error:
+        raise ValueError(f"a shape consists of numbers, and * for a size that varies, got {text!r}") from error
+    fixed = tuple(d for d in shape if d is not None)
+    if len(fixed) == len(shape):
+        return Tensor(match["name"], fixed, nullable=nullable)
+    return Ragged(match["name"], shape, nullable=nullable)
+
+
 _MOST_LEFT_OUT = 20
 
 
-def pack(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Input: a file, a folder or a glob, as a path or a URL.")
-    ],
-    url: Url,
-    kind: Annotated[
-        str | None,
-        typer.Option(metavar="KIND", help="Kind of the input: images, parquet or jsonl; default: from the file names."),
-    ] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=TYPE", help="Type of a column, e.g. label=int64; see `tiercache info`. May be repeated."
-        ),
-    ] = None,
-    mode: Annotated[
-        str,
-        typer.Option(
-            metavar="MODE", help="create (a new data set), append (add records) or overwrite (replace all records)."
-        ),
-    ] = "create",
-    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Target size of a shard.")] = "128MiB",
-    block_size: Annotated[
-        str,
-        typer.Option(
-            metavar="SIZE", help="Target size of a block, uncompressed; a block is the unit of reading and shuffling."
-        ),
-    ] = "1MiB",
-    compression: Annotated[
-        str, typer.Option(metavar="CODEC", help="Compression: auto, none, zstd or zstd:LEVEL.")
-    ] = "auto",
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Number of processes; 0: one per CPU.")] = 1,
-    include: Include = None,
-    exclude: Exclude = None,
-    storage_option: StorageOptions = None,
-    source_option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--source-option",
-            metavar="KEY=VALUE",
-            help="Option of the source's store, e.g. region=eu-central-1. May be repeated.",
-        ),
-    ] = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
-) -> None:
-    """Convert images, Parquet files or JSON lines into a data set.
-
-    SOURCE is a folder of images with one sub-folder per class, or names Parquet files or JSON lines. An interrupted run
-    commits nothing.
-    """
-    options = PackOptions(
-        kind=kind,  # type: ignore[arg-type]  # PackOptions checks what the text is
-        schema=parse_types(column) or None,
-        mode=mode,  # type: ignore[arg-type]
-        shard_size=shard_size,
-        block_size=block_size,
-        compression=compression,
-        jobs=jobs,
-        include=include or (),
-        exclude=exclude or (),
-        storage_options=parse_storage_options(storage_option),
-        source_options=parse_storage_options(source_option),
-    )
-    output = Output(as_json, quiet)
+def pack(output: Output, source: str, url: str, options: PackOptions, *, dry_run: bool) -> None:
+    """Pack the source into a data set at url, or print the plan."""
     plan = plan_pack(source, url, options)
     _print_left_out(output, plan)
     if dry_run:
@@ -375,18 +317,11 @@ def pack(
 
 
 def _print_version(output: Output, url: str, version: Version) -> None:
-    facts = {
-        "url": url,
-        "version": version.number,
-        "records": version.n_records,
-        "shards": version.n_shards,
-        "bytes": version.n_bytes,
-        "fingerprint": version.fingerprint,
-    }
+    facts = {name: value for name, value in _version_facts(version).items() if name not in ("kind", "created")}
     text = (
         f"{count(version.n_records, 'record')} in {count(version.n_shards, 'shard')}, {format_bytes(version.n_bytes)}"
     )
-    output.summary(facts, f"{url}: version {version.number} has {text}")
+    output.summary({"url": url, **facts}, f"{url}: version {version.number} has {text}")
 
 
 def _print_left_out(output: Output, plan: PackPlan) -> None:
@@ -407,51 +342,35 @@ def _print_plan(output: Output, plan: PackPlan) -> None:
 
 
 def export(
-    url: Url,
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET", help="Output: one file that ends in .parquet, or a folder, which gets one file per shard."
-        ),
-    ],
-    columns: Columns = None,
-    at: VersionNumber = None,
-    jobs: Jobs = 1,
-    compression: Annotated[
-        str, typer.Option(metavar="CODEC", help="Compression of the Parquet files, e.g. zstd, snappy or none.")
-    ] = "zstd",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
-    storage_option: StorageOptions = None,
-    target_option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--target-option",
-            metavar="KEY=VALUE",
-            help="Option of the target's store, e.g. region=eu-central-1. May be repeated.",
-        ),
-    ] = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+    output: Output,
+    urls: tuple[str, str],
+    storage_options: tuple[Sequence[str] | None, Sequence[str] | None],
+    at: int | None,
+    options: ExportOptions,
+    *,
+    dry_run: bool,
 ) -> None:
-    """Write a data set as Parquet files with standard Arrow types. Images keep their encoding."""
-    output = Output(as_json, quiet)
-    options = ExportOptions(
-        columns=parse_columns(columns),
-        jobs=jobs or config.available_cpus(),
-        overwrite=overwrite,
-        compression=compression,
-    )
+    """Write a data set as Parquet files.
+
+    Args:
+        output: Output of the verb.
+        urls: URL of the data set, and of the target.
+        storage_options: KEY=VALUE options of the data set's store, and of the target's.
+        at: Version number; None: the newest.
+        options: Columns, compression and number of threads; jobs=0 means one thread per CPU.
+        dry_run: Whether the columns are only printed.
+    """
+    url, target = urls
+    options = replace(options, jobs=options.jobs or config.available_cpus())
     folder, key = split_url(target) if target.lower().endswith(".parquet") else (target, "")
     with (
-        open_data_set_store(url, storage_option) as source,
-        closing(open_store(folder, **parse_storage_options(target_option))) as sink,
+        open_data_set_store(url, storage_options[0]) as source,
+        closing(open_store(folder, **parse_storage_options(storage_options[1]))) as sink,
     ):
         data_set = open_data_set(source, at)
         task = Export(source, data_set.version, sink, options)
         n_files = 1 if key else max(1, len(data_set.shards))
-        if key and not overwrite:
+        if key and not options.overwrite:
             _refuse_existing(sink, key)
         facts = {"target": redact(target), "files": n_files, "records": data_set.version.n_records}
         text = f"{count(data_set.version.n_records, 'record')} to {redact(target)}, {count(n_files, 'file')}"

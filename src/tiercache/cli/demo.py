@@ -11,39 +11,22 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from tiercache.cli.options import Json, Verbose
 from tiercache.cli.output import Output, count
 from tiercache.demo.events import Claim, Epoch, Event, Note, PackedDataSet, Step, TierContents
 from tiercache.demo.story import run_story
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
 
-Keep = Annotated[
-    Path | None,
-    typer.Option("--keep", metavar="DIR", help="Work in this new or empty folder, and keep it afterwards."),
-]
-SHOWN = ("cold", "warm", "loader only", "whole", "stopped", "resumed", "moved")
+SHOWN = ("cold", "warm", "whole", "stopped", "resumed", "moved")
 
 
-def demo(
-    keep: Keep = None,
-    as_json: Json = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
-) -> None:
-    """Demonstrate tiercache on this machine in one to three minutes.
-
-    The demo packs two data sets to a local S3 server and trains two small models: with a cold cache, with a warm cache,
-    and stopped and resumed. Then it evicts the cache and moves data between tiers. It checks what tiercache promises;
-    the exit code is 1 if a promise did not hold. Everything is made in a temporary folder and removed at the end. It
-    needs pip install 'tiercache[demo]'.
-    """
-    output = Output(as_json)
+def demo(output: Output, keep: Path | None) -> None:
+    """Run the story in the folder keep, or in a temporary folder, and print its events and tables."""
     started_s = time.monotonic()
     epochs: list[Epoch] = []
     claims: list[Claim] = []
@@ -56,10 +39,10 @@ def demo(
                 claims.append(event)
             elif isinstance(event, TierContents):
                 held.append(event)
-            if isinstance(event, Step) and not as_json:
+            if isinstance(event, Step) and not output.as_json:
                 typer.echo()
             output.event(type(event).__name__.lower(), _facts(event), _text(event))
-    if not as_json:
+    if not output.as_json:
         Console(width=None if sys.stdout.isatty() else 120).print(_table(epochs), _tiers(held))
     _finish(output, claims, elapsed_s=time.monotonic() - started_s, kept=keep)
 
@@ -130,11 +113,10 @@ def _text(event: Event) -> str | None:
                 f"{format_bytes(event.stored_bytes)} stored"
             )
         case Epoch():
-            loss = "" if event.loss is None else f", loss {event.loss:.3f}"
             accuracy = "" if event.accuracy is None else f", {event.accuracy:.1%} accuracy on held-out images"
             return (
                 f"  {event.task}, epoch {event.epoch} {event.mode}: {count(event.n_samples, 'sample')} in "
-                f"{event.elapsed_s:.1f} s, {format_bytes(event.fetched_bytes)} fetched{loss}{accuracy}"
+                f"{event.elapsed_s:.1f} s, {format_bytes(event.fetched_bytes)} fetched, loss {event.loss:.3f}{accuracy}"
             )
         case TierContents():
             return None  # the table of tiers shows it
@@ -144,7 +126,7 @@ def _text(event: Event) -> str | None:
 
 def _table(epochs: Sequence[Epoch]) -> Table:
     """Return the table of all epochs, by task."""
-    table = Table(title="\nEpochs; the time includes training, except for 'loader only'", title_justify="left")
+    table = Table(title="\nEpochs; the time includes training", title_justify="left")
     for name in ("model", "epoch", "read"):
         table.add_column(name)
     for name in ("samples/s", "MB/s", "waited", "fetched", "hit ratio", "loss", "accuracy"):
@@ -159,7 +141,7 @@ def _table(epochs: Sequence[Epoch]) -> Table:
             f"{epoch.wait_share:.0%}",
             format_bytes(epoch.fetched_bytes),
             f"{epoch.hit_ratio:.0%}",
-            "" if epoch.loss is None else f"{epoch.loss:.3f}",
+            f"{epoch.loss:.3f}",
             "" if epoch.accuracy is None else f"{epoch.accuracy:.1%}",
         )
     return table

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
 
 from tiercache.model import parse_bytes, parse_duration
-from tiercache.shard.schema import Image, Ragged, Tensor, UserType
 
 Url: TypeAlias = Annotated[
     str, typer.Argument(metavar="URL", help="Data set: a local path, or a URL such as s3://bucket/name.")
@@ -89,6 +88,14 @@ ShuffleGroup: TypeAlias = Annotated[
         help="Size of the training's shuffle groups, as in LoaderOptions, or 'all'; default: 4GiB.",
     ),
 ]
+Rules: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--rules",
+        metavar="FILE",
+        help="Rule file; default: the nearest tiercache.toml, from this folder upwards.",
+    ),
+]
 BatchSize: TypeAlias = Annotated[
     int | None,
     typer.Option(
@@ -98,8 +105,6 @@ BatchSize: TypeAlias = Annotated[
         help="The training's batch size per rank; needed only if --streams does not divide the global batch size.",
     ),
 ]
-
-_TYPE = re.compile(r"(?P<name>\w+)(?:\[(?P<shape>[^\]]*)\]|<(?P<encoding>[^>]*)>)?(?P<nullable>\??)")
 
 
 def parse_storage_options(pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -135,47 +140,6 @@ def parse_columns(text: str | None) -> list[str] | None:
     if not all(names):
         raise ValueError(f"--columns takes names separated by commas, got {text!r}")
     return names
-
-
-def parse_types(pairs: Sequence[str] | None) -> dict[str, UserType]:
-    """Return column types by name from NAME=TYPE texts; see parse_type(). Raises ValueError or SchemaError."""
-    types: dict[str, UserType] = {}
-    for pair in pairs or ():
-        name, found, text = pair.rpartition("=")
-        if not found or not name:
-            raise ValueError(f"--column takes NAME=TYPE, e.g. label=int64 or caption=str?, got {pair!r}")
-        types[name] = parse_type(text)
-    return types
-
-
-def parse_type(text: str) -> UserType:
-    """Return the column type that a text names, in the form that `info` prints.
-
-    Args:
-        text: Such as "int64", "str?", "image<jpeg>", "float32[3, 64, 64]" or "float32[*, 4]?".
-
-    Raises:
-        ValueError: The text has another form.
-        SchemaError: There is no such type.
-    """
-    match = _TYPE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(
-            f"not a column type: {text!r}; examples are int64, str?, image<jpeg>, float32[3, 64], float32[*, 4]?"
-        )
-    nullable = bool(match["nullable"])
-    if match["encoding"] is not None and match["name"] == "image":
-        return Image(match["encoding"], nullable=nullable)
-    if match["shape"] is None:
-        return text.strip()
-    try:
-        shape = tuple(None if d.strip() == "*" else int(d) for d in match["shape"].split(","))
-    except ValueError as error:
-        raise ValueError(f"a shape consists of numbers, and * for a size that varies, got {text!r}") from error
-    fixed = tuple(d for d in shape if d is not None)
-    if len(fixed) == len(shape):
-        return Tensor(match["name"], fixed, nullable=nullable)
-    return Ragged(match["name"], shape, nullable=nullable)
 
 
 def parse_fraction(text: str) -> float:

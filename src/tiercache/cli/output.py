@@ -12,23 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ParamSpec, TypeAlias
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from tiercache.errors import TierCacheError
-from tiercache.store.retry import fail_fast_if_unreachable
+from tiercache.waiting import fail_fast_if_unreachable
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 # Line ends, control characters and text direction marks: file names may contain them, and a terminal would obey them.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -83,19 +75,23 @@ class Output:
 
     def byte_progress(self, doing: str) -> AbstractContextManager[Advance]:
         """Show a progress bar of bytes on standard error while the block runs, if that is a terminal and not quiet."""
-        return self._bar(doing, DownloadColumn(binary_units=True), TransferSpeedColumn())
+        return self._bar(doing, lambda p: [p.DownloadColumn(binary_units=True), p.TransferSpeedColumn()])
 
     def count_progress(self, doing: str) -> AbstractContextManager[Advance]:
-        """Show a progress bar of a count of items, under the same conditions as progress()."""
-        return self._bar(doing, MofNCompleteColumn())
+        """Show a progress bar of a count of items, under the same conditions as byte_progress()."""
+        return self._bar(doing, lambda p: [p.MofNCompleteColumn()])
 
     @contextmanager
-    def _bar(self, doing: str, *figures: ProgressColumn) -> Iterator[Advance]:
+    def _bar(self, doing: str, figures: Callable[[ModuleType], list[Any]]) -> Iterator[Advance]:
         if self.quiet or not sys.stderr.isatty():
             yield _no_progress
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), *figures, TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        # Imported only where a bar is shown, because rich costs each start of the command 20 ms.
+        from rich import console, progress
+
+        columns = [progress.TextColumn("{task.description}"), progress.BarColumn(), *figures(progress)]
+        stderr = console.Console(stderr=True)
+        with progress.Progress(*columns, progress.TimeRemainingColumn(), console=stderr, transient=True) as bar:
             task = bar.add_task(doing, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -114,6 +110,19 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def count(n: int, one: str, many: str = "") -> str:
     """Return a number with its noun: "1 shard", "1,200 records"."""
     return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def confirm(question: str, otherwise: str) -> None:
+    """Ask at the terminal whether to continue; if not, print otherwise and exit with FAILED.
+
+    Raises:
+        ValueError: Standard input is no terminal.
+    """
+    if not sys.stdin.isatty():
+        raise ValueError("cannot ask for confirmation, because standard input is not a terminal; give --yes")
+    if not typer.confirm(question, err=True):
+        _say(otherwise)
+        raise typer.Exit(FAILED)
 
 
 def _no_progress(_done: int, _total: int) -> None:
@@ -147,7 +156,7 @@ def report_errors(verb: Callable[P, object], *, how_to_go_on: str) -> Callable[P
         is_done = False
         try:
             with warnings.catch_warnings(), _shown_log(), fail_fast_if_unreachable():
-                warnings.showwarning = _show_warning
+                warnings.showwarning = show_warning
                 is_done = verb(*args, **kwargs) is None
         except BrokenPipeError:
             raise  # the reader of the pipe closed it, e.g. head: typer ends without a message
@@ -157,7 +166,7 @@ def report_errors(verb: Callable[P, object], *, how_to_go_on: str) -> Callable[P
         except (TierCacheError, ValueError, TypeError, OSError) as error:
             if kwargs.get("verbose"):
                 traceback.print_exc()
-            _say(f"error: {_one_line(error)}")
+            _say(f"error: {_said(error) or type(error).__name__}")
             raise typer.Exit(exit_code_of(error)) from None
 
     return run
@@ -165,7 +174,7 @@ def report_errors(verb: Callable[P, object], *, how_to_go_on: str) -> Callable[P
 
 class _LogToStderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        _show_warning(" ".join(record.getMessage().split()))
+        show_warning(" ".join(record.getMessage().split()))
 
 
 @contextmanager
@@ -186,10 +195,6 @@ def exit_code_of(error: Exception) -> int:
     return USAGE if isinstance(error, ValueError | TypeError) else FAILED
 
 
-def _one_line(error: Exception) -> str:
-    return _said(error) or type(error).__name__
-
-
 def _said(error: BaseException) -> str:
     return " ".join(str(error).split())
 
@@ -198,5 +203,6 @@ def _say(text: str) -> None:
     typer.echo(f"tiercache: {text}", err=True)
 
 
-def _show_warning(message: Warning | str, *_rest: object, **_named: object) -> None:
+def show_warning(message: Warning | str, *_rest: object, **_named: object) -> None:
+    """Print a warning on standard error, in the form of warnings.showwarning()."""
     _say(f"warning: {message}")

@@ -155,8 +155,8 @@ class ShardSelection:
         exclude: Globs over shard names, of which none may match.
         files: Names of shards. Their order is kept if there is no training.
         training: Training whose read order is used instead of the stored order.
-        share: Fraction of the selected bytes to keep, counted from the first shard.
-        first_bytes: Number of the selected bytes to keep, counted from the first shard.
+        fraction: Fraction of the selected bytes to keep, counted from the first shard.
+        limit_bytes: Number of the selected bytes to keep, counted from the first shard.
     """
 
     include: Sequence[str] | None = None
@@ -288,7 +288,7 @@ class AmountOptions:
         Raises:
             ValueError: Two limits are given, a value is invalid, or only one of --minutes and --rate is given.
         """
-        given = [f"--{n}" for n in ("share", "first", "minutes") if getattr(self, n) is not None]
+        given = [f"--{n}" for n in ("fraction", "limit", "minutes") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} cannot be combined: give one of them")
         if (self.minutes is None) != (self.rate is None):
@@ -300,7 +300,7 @@ class AmountOptions:
                 raise ValueError(f"--minutes must be 0 or more, got {self.minutes}")
             return 1.0, self.minutes * 60 * parse_rate("--rate", self.rate)
         share = 1.0 if self.fraction is None else parse_fraction(self.fraction)
-        return share, None if self.limit is None else parse_size("--first", self.limit)
+        return share, None if self.limit is None else parse_size("--limit", self.limit)
 
 
 def read_names(path: str | None) -> list[str] | None:

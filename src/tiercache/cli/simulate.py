@@ -7,31 +7,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import typer
 
 from tiercache.cache.evict.policy import POLICIES
 from tiercache.cache.fetch.units import PIECE_BYTES
 from tiercache.cache.simulate import Trace, bound, read_trace
 from tiercache.cache.simulate import simulate as simulate_cache
 from tiercache.cli.data_sets import open_data_set, open_data_set_store
-from tiercache.cli.options import (
-    BatchSize,
-    Json,
-    Placement,
-    Quiet,
-    ShuffleGroup,
-    StorageOptions,
-    Streams,
-    Verbose,
-    VersionNumber,
-    parse_rate,
-    parse_size,
-)
+from tiercache.cli.options import parse_rate, parse_size
 from tiercache.cli.output import Output, count
-from tiercache.cli.selection import Training, epoch_reads, parse_group, parse_placement
+from tiercache.cli.selection import Training, epoch_reads
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
 from tiercache.prices import GB
@@ -352,6 +339,25 @@ SIZES = ("10%", "25%", "50%", "75%", "100%")
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingReplay:
+    """A training to replay.
+
+    Attributes:
+        url: URL of the data set that it reads.
+        at: Version number; None: the newest.
+        storage_options: KEY=VALUE options of the data set's store.
+        training: Training; its ranks and its epoch are ignored.
+        cluster: Nodes and epochs.
+    """
+
+    url: str
+    at: int | None
+    storage_options: Sequence[str] | None
+    training: Training
+    cluster: Cluster
+
+
+@dataclass(frozen=True, slots=True)
 class _Replay:
     """The reads to replay.
 
@@ -369,88 +375,34 @@ class _Replay:
 
 
 def simulate(
-    url: Annotated[
-        str | None,
-        typer.Argument(metavar="[URL]", help="Data set that a training reads; only its list of shards is used."),
-    ] = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option("--trace", metavar="FILE", help="Instead of a URL: a trace that TIERCACHE_CACHE_TRACE recorded."),
-    ] = None,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option("--policy", metavar="NAME", help="Eviction policy to simulate; default: all. May be repeated."),
-    ] = None,
-    size: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--size",
-            metavar="SIZE",
-            help="Cache size per node, e.g. 200GB, or 25% (of all data read). May be repeated.",
-        ),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Seed of the training's shuffle, as in LoaderOptions(seed=N).")
-    ] = 0,
-    no_shuffle: Annotated[
-        bool, typer.Option("--no-shuffle", help="Replay the stored order instead of a shuffled order.")
-    ] = False,
-    epochs: Annotated[int, typer.Option("--epochs", metavar="N", help="Number of epochs to replay.")] = 5,
-    ranks: Annotated[
-        int, typer.Option("--ranks", min=1, metavar="N", help="Number of ranks of the training, on all nodes together.")
-    ] = 1,
-    nodes: Annotated[int, typer.Option("--nodes", metavar="N", help="Number of machines; each has its own cache.")] = 1,
-    streams: Streams = None,
-    placement: Placement = None,
-    shuffle_group: ShuffleGroup = None,
-    batch_size: BatchSize = None,
-    egress: Annotated[
-        float, typer.Option("--egress", metavar="DOLLARS", help="Price of fetching 1 GB (2^30 bytes) from the store.")
-    ] = 0,
-    request: Annotated[
-        float, typer.Option("--request", metavar="DOLLARS", help="Price of 1,000 requests to the store.")
-    ] = 0,
-    rate: Annotated[
-        str | None, typer.Option("--rate", metavar="SIZE/s", help="Bandwidth from the store to one node, e.g. 1GB/s.")
-    ] = None,
-    train_rate: Annotated[
-        str | None,
-        typer.Option("--train-rate", metavar="SIZE/s", help="Rate at which one node's training reads, e.g. 500MB/s."),
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Also draw the results to FILE: .svg, .png or .pdf.")
-    ] = None,
-    at: VersionNumber = None,
-    storage_option: StorageOptions = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+    output: Output,
+    replay: TrainingReplay | Path,
+    policies: Sequence[str] | None,
+    sizes: Sequence[str] | None,
+    costs: SimulationCosts,
+    plot: Path | None,
 ) -> None:
-    """Simulate caches of several sizes: hits, bytes, dollars, time.
+    """Replay reads in caches of several sizes and print a row for each.
 
-    The read order of a training is replayed, or a recorded trace, with each eviction policy. No record is read, only
-    the list of shards.
+    Args:
+        output: Output of the verb.
+        replay: Training, or the file of a recorded trace.
+        policies: Names of eviction policies; None: all.
+        sizes: Cache sizes per node, e.g. "200GB" or "25%"; None: SIZES.
+        costs: Prices and bandwidths.
+        plot: File to draw to; None: no plot.
     """
-    output = Output(as_json, quiet)
-    policies, question = _policies(policy), _question(egress, request, rate, train_rate)
+    policies = _policies(policies)
     check_plot(plot)
-    if trace is not None and url is None:
-        scene = _trace_replay(trace)
-    elif url is not None and trace is None:
-        training = Training(
-            None if no_shuffle else seed,
-            world_size=ranks,
-            streams=streams,
-            placement=parse_placement(placement),
-            group_bytes=parse_group(shuffle_group),
-            batch_size=batch_size,
-        )
-        scene = _training(url, at, storage_option, training, Cluster(nodes, epochs))
-    else:
-        raise ValueError("simulate takes a URL, or --trace FILE")
+    scene = _trace_replay(replay) if isinstance(replay, Path) else _training_replay(replay)
     data_bytes = distinct_bytes(scene.accesses)
-    sizes = sorted({parse_size("--size", text, whole_bytes=data_bytes) for text in size or SIZES})
-    cases = _run(output, scene, [(name, size_bytes) for name in policies for size_bytes in sizes], question)
+    sizes_bytes = sorted({parse_size("--size", text, whole_bytes=data_bytes) for text in sizes or SIZES})
+    asked = [(name, size_bytes) for name in policies for size_bytes in sizes_bytes]
+    cases: list[SimulationResult] = []
+    with output.count_progress("replaying") as advance:
+        for policy, size_bytes in asked:
+            cases.append(simulate_case(scene.accesses, policy, size_bytes, costs))
+            advance(len(cases), len(asked))
     _print(output, cases, data_bytes, scene)
     facts = scene.facts | {"data_bytes": data_bytes, "cases": len(cases), "plot": None if plot is None else str(plot)}
     if plot is not None:
@@ -458,18 +410,8 @@ def simulate(
     output.summary(facts, scene.text + ("" if plot is None else f"; drawn in {plot}"))
 
 
-def _run(
-    output: Output, scene: _Replay, asked: Sequence[tuple[str, int]], question: SimulationCosts
-) -> list[SimulationResult]:
-    cases: list[SimulationResult] = []
-    with output.count_progress("replaying") as advance:
-        for policy, size_bytes in asked:
-            cases.append(simulate_case(scene.accesses, policy, size_bytes, question))
-            advance(len(cases), len(asked))
-    return cases
-
-
-def _question(egress: float, request: float, rate: str | None, train_rate: str | None) -> SimulationCosts:
+def parse_costs(egress: float, request: float, rate: str | None, train_rate: str | None) -> SimulationCosts:
+    """Return the prices and bandwidths that the options name. Raises ValueError."""
     if min(egress, request) < 0 or not math.isfinite(egress + request):
         raise ValueError(f"--egress and --request must be dollars, 0 or more, got {egress} and {request}")
     fetch = None if rate is None else parse_rate("--rate", rate)
@@ -493,13 +435,11 @@ def _trace_replay(path: Path) -> _Replay:
     return _Replay([access], facts, f"{count(len(trace), 'open')} of {format_bytes(n_bytes)}, from {path}", False)
 
 
-def _training(
-    url: str, at: int | None, storage_options: Sequence[str] | None, training: Training, cluster: Cluster
-) -> _Replay:
-    with open_data_set_store(url, storage_options) as store:
-        data_set = open_data_set(store, at)
+def _training_replay(replay: TrainingReplay) -> _Replay:
+    with open_data_set_store(replay.url, replay.storage_options) as store:
+        data_set = open_data_set(store, replay.at)
         shown = store.url
-    shards = data_set.shards
+    shards, training, cluster = data_set.shards, replay.training, replay.cluster
     accesses = training_reads(shards.n_records, shards.n_bytes, training, cluster)
     facts = {
         "url": shown,

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import typer
 
-from tiercache.cli.options import Json, Quiet, Verbose
 from tiercache.cli.output import FAILED, PARTIAL, Output, count, printable
-from tiercache.cli.tiers import OpenTiers, Rules, open_tiers, print_losses, print_notes, print_unavailable, read_rules
+from tiercache.cli.tiers import OpenTiers, open_tiers, print_losses, print_notes, print_unavailable, read_rules
 from tiercache.errors import StoreError
 from tiercache.model import format_bytes
 from tiercache.prices import Prices, price_notes, price_table
@@ -40,33 +39,22 @@ _SHOWN = 3
 _OFFLINE, _UNSEEN = "not asked", "cannot be seen"
 
 
-def check(
-    rules: Rules = None,
-    prices: Annotated[bool, typer.Option("--prices", help="Print only the built-in price table.")] = False,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Only check the rule file, without reaching any tier.")
-    ] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
-) -> None:
+def check_file(output: Output, rules: Path | None) -> None:
+    """Check the rule file without reaching any tier."""
+    file = read_rules(rules)
+    _print_tiers(output, file, {tier.name: _OFFLINE for tier in file.tiers})
+    print_notes(output, filter(None, map(missing_folder_message, file.tiers)))
+    _sum_up(output, file, 0, None)
+
+
+def check_tiers(output: Output, rules: Path | None) -> None:
     """Check the rule file and its tiers, and print what rules match.
 
-    Nothing is changed. The exit code is 1 if a tier cannot be reached or its copies cannot be seen (e.g. a disk that is
-    not mounted). It is 3 if an object is lost: a data set version, the placement or this machine's catalog names it,
-    but no tier has it.
+    Raises:
+        typer.Exit: With FAILED if a tier cannot be reached or seen; with PARTIAL if an object is lost.
     """
-    output = Output(as_json, quiet)
-    if prices:
-        _print_prices(output)
-    elif offline:
-        file = read_rules(rules)
-        _print_tiers(output, file, {tier.name: _OFFLINE for tier in file.tiers})
-        print_notes(output, filter(None, map(missing_folder_message, file.tiers)))
-        _sum_up(output, file, 0, None)
-    else:
-        with open_tiers(rules) as tiers:
-            _check(output, tiers)
+    with open_tiers(rules) as tiers:
+        _check(output, tiers)
 
 
 def _check(output: Output, tiers: OpenTiers) -> None:
@@ -215,7 +203,8 @@ def _sum_up(output: Output, file: RuleFile, n_unreached: int, losses: Sequence[L
     output.summary(facts, f"{file.path}: {text}{unreached}{lost}")
 
 
-def _print_prices(output: Output) -> None:
+def print_prices(output: Output) -> None:
+    """Print the built-in price table."""
     dated, table = price_table()
     rows = [price_facts(prices) for prices in table.values()]
     names = ("store_gb_month", "put_1000", "get_1000", "transition_1000", "retrieve_gb", "egress_gb", "min_days")

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from tiercache.cli.options import DryRun, Json, Quiet, Verbose, Yes
-from tiercache.cli.output import FAILED, PARTIAL, PENDING, Output, count, printable, report_errors
-from tiercache.cli.tier_check import check
+from tiercache.cli.output import PARTIAL, PENDING, Output, confirm, count, printable
 from tiercache.cli.tiers import (
     OpenTiers,
-    Rules,
     base_folder,
     format_dollars,
     format_duration,
@@ -53,34 +49,15 @@ from tiercache.tier.plan.tables import paths_of, total_moves, totals_by_route
 from tiercache.tier.restore import RestorePlan
 from tiercache.tier.stores import state_of
 
-Limit = Annotated[
-    int, typer.Option("--limit", "-n", min=0, metavar="N", help="Number of moves and of refusals to show; 0: all.")
-]
 
-
-def plan(
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FILE", help="Write the plan to FILE, for `tiercache tier apply FILE`."),
-    ] = None,
-    limit: Limit = 20,
-    rules: Rules = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
-) -> None:
-    """Show what would be moved, why, and what it costs and saves.
-
-    Nothing is moved. Moves that are refused are shown too. With --json, all moves and refusals are printed, whatever
-    --limit says.
-    """
-    output = Output(as_json, quiet)
+def plan(output: Output, rules: Path | None, out: Path | None, max_rows: int) -> None:
+    """Plan, print the plan, and write it to out unless that is None. max_rows: Rows to print; 0: all."""
     with open_tiers(rules) as tiers:
         made = plan_tiers(output, tiers)
         note = tiers.unpriced_note()
     if out is not None:
         write_plan(made, out)
-    print_plan(output, made, limit)
+    print_plan(output, made, max_rows)
     written = f"; written to {out}" if out is not None else ""
     output.summary(plan_facts(made) | {"out": None if out is None else str(out)}, f"{plan_text(made)}{written}{note}")
 
@@ -98,9 +75,9 @@ def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
     return made
 
 
-def print_plan(output: Output, made: Plan, limit: int) -> None:
-    """Print sums by rule, the moves, the refusals, and what each tier holds before and after."""
-    most = None if output.as_json or limit == 0 else limit
+def print_plan(output: Output, made: Plan, max_rows: int) -> None:
+    """Print sums by rule, the moves, the refusals, and what each tier holds before and after. max_rows: 0: all."""
+    most = None if output.as_json or max_rows == 0 else max_rows
     if most is not None and len(made.moves) > most:
         _print_sums(output, made.moves)
     _print_moves(output, made.moves[:most])
@@ -155,7 +132,7 @@ def _print_refusals(output: Output, refusals: Sequence[Refusal]) -> None:
 
 def _say_more(n_all: int, most: int | None, noun: str) -> None:
     if most is not None and n_all > most:
-        typer.echo(f"... and {count(n_all - most, noun)} more: --limit 0 shows all")
+        typer.echo(f"... and {count(n_all - most, noun)} more: --rows 0 shows all")
 
 
 def move_facts(move: Move) -> dict[str, Any]:
@@ -205,27 +182,15 @@ def plan_text(made: Plan) -> str:
     return text + (f"; {count(facts['n_refused'], 'move')} refused" if facts["n_refused"] else "")
 
 
-def apply(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file that `tiercache tier plan --out` wrote.")],
-    limit: Limit = 20,
-    rules: Rules = None,
-    yes: Yes = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
-) -> None:
-    """Make the moves of a stored plan, and no others.
+def apply(output: Output, file: Path, rules: Path | None, max_rows: int, *, yes: bool, dry_run: bool) -> None:
+    """Make the moves of a plan file, or print them.
 
-    A move whose objects or tiers have changed since is stopped. Data sets whose shards the plan moves or refuses are
-    tracked from then on: machines report which shards they use. The sources of the moves are deleted later, by
-    `tiercache tier run --once` after the grace period. Without --rules, the rule file is the one that the plan was made
-    with.
+    Raises:
+        typer.Exit: With PARTIAL if moves were stopped.
     """
-    output = Output(as_json, quiet)
-    stored = read_plan(plan)
+    stored = read_plan(file)
     if dry_run:
-        print_plan(output, stored, limit)
+        print_plan(output, stored, max_rows)
         output.summary({**plan_facts(stored), "dry_run": True}, f"would make {plan_text(stored)}")
         return
     with open_tiers(rules or Path(stored.rules)) as tiers:
@@ -233,7 +198,9 @@ def apply(
             text = f"{tiers.file.path} has changed since the plan was made; moves of tiers that differ are stopped"
             output.event("note", {"text": text}, f"note: {text}")
         if stored.moves and not yes:
-            confirm(f"Make {plan_text(stored)}{_deletions(stored)}?", "nothing was moved")
+            n_deletions = sum(move.action == "delete" for move in stored.moves)
+            deletions = f", including {count(n_deletions, 'permanent deletion')}" if n_deletions else ""
+            confirm(f"Make {plan_text(stored)}{deletions}?", "nothing was moved")
         adopted = track_planned(stored, tiers.stores)
         applied = execute_plan(output, tiers, stored)
     text = _apply_text(stored, applied, tiers.file.tiering.grace_s) + tracked_text(adopted)
@@ -267,20 +234,6 @@ def tracked_text(adopted: Sequence[str]) -> str:
     return f"; {count(len(adopted), 'data set')} tracked from now on" if adopted else ""
 
 
-def confirm(question: str, otherwise: str) -> None:
-    """Ask at the terminal whether to continue, and exit if not. Raises ValueError if standard input is no terminal."""
-    if not sys.stdin.isatty():
-        raise ValueError("cannot ask for confirmation, because standard input is not a terminal; give --yes")
-    if not typer.confirm(question, err=True):
-        typer.echo(f"tiercache: {otherwise}", err=True)
-        raise typer.Exit(FAILED)
-
-
-def _deletions(plan: Plan) -> str:
-    n = sum(move.action == "delete" for move in plan.moves)
-    return f", including {count(n, 'permanent deletion')}" if n else ""
-
-
 def _apply_facts(plan: Plan, applied: ApplyResult) -> dict[str, Any]:
     return {
         "plan": plan.id,
@@ -302,36 +255,23 @@ def _apply_text(plan: Plan, applied: ApplyResult, grace_s: float) -> str:
     return text + (f"; {len(applied.stopped):,} stopped" if applied.stopped else "")
 
 
-def run(
-    once: Annotated[bool, typer.Option("--once", help="Required: run once, and do not stay resident.")] = False,
-    limit: Limit = 20,
-    rules: Rules = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
-) -> None:
-    """Plan and make all moves that are due; for schedulers.
+def run(output: Output, rules: Path | None, max_rows: int, *, dry_run: bool) -> None:
+    """Plan and make all moves that are due, or print them.
 
-    It finishes interrupted moves, plans, moves, and deletes sources after the grace period. It is for cron, Airflow or
-    Kubernetes, and asks no questions. With --json, the last line is the summary. Exit codes: 0 done; 1 failed; 3 some
-    moves were stopped (the others are done), an object is lost, or a tier cannot be seen (e.g. a disk that is not
-    mounted); 5 restores are in progress.
+    Raises:
+        typer.Exit: With the exit code of the report, unless it is 0.
     """
-    if not once:
-        raise ValueError("give --once: tiercache does not stay resident, a scheduler such as cron repeats the command")
-    output = Output(as_json, quiet)
     file = read_rules(rules)
     with output.byte_progress("moving") as advance:
         report = run_once(file, dry_run=dry_run, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
     print_unavailable(output, file, report.unseen)
     print_metric_gaps(output, report.gaps)
     if dry_run:
-        print_plan(output, report.plan, limit)
+        print_plan(output, report.plan, max_rows)
     else:
         print_stopped(output, report.stopped)
     print_losses(output, report.losses)
-    if not dry_run and not as_json:
+    if not dry_run and not output.as_json:
         print_holdings(output, [tier.name for tier in report.plan.tiers], report.plan.before, report.plan.after)
     output.summary(report.to_json(), _run_text(report))
     if report.exit_code:
@@ -361,21 +301,8 @@ _DIGITS = re.compile(r"([0-9]+)")
 STATES = ("here", "archived", "restoring", "restored")
 
 
-def ls(
-    path: Annotated[
-        str | None,
-        typer.Argument(metavar="[PATH]", help="Folder below the tiers' URLs, URL in a tier, or glob; default: all."),
-    ] = None,
-    rules: Rules = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
-) -> None:
-    """List shards, checkpoints and files with their tiers and costs.
-
-    Each line shows the states of the copies, the last use and the dollars per month.
-    """
-    output = Output(as_json, quiet)
+def ls(output: Output, rules: Path | None, path: str | None) -> None:
+    """List shards, checkpoints and files with their tiers and costs. path: Path, URL in a tier, or glob; None: all."""
     with open_tiers(rules) as tiers:
         wanted = "" if path is None else tier_path(tiers.file, path)
         inventory = tiers.read_inventory(output)
@@ -477,55 +404,38 @@ def _print_ls_summary(output: Output, rows: Sequence[Mapping[str, Any]], tiers: 
     output.summary(facts, f"{count(len(rows), 'group')}: {shown}; ${format_dollars(month)} a month{note}")
 
 
-def restore(
-    what: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="WHAT...",
-            help="Objects to restore: URLs or paths in a tier (with all objects below), or globs over paths. "
-            "Arguments after a URL may be names below that URL.",
-        ),
-    ],
-    wait: Annotated[
-        bool, typer.Option("--wait", help="Wait until all objects are restored, then copy them to the home tier.")
-    ] = False,
-    speed: Annotated[
-        str, typer.Option("--speed", metavar="SPEED", help="Speed of the restore: expedited, standard or bulk.")
-    ] = "standard",
-    days: Annotated[
-        int | None,
-        typer.Option(
-            "--days", min=1, metavar="N", help="Restore temporarily, for N days, without copying to the home tier."
-        ),
-    ] = None,
-    rules: Rules = None,
-    yes: Yes = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
-) -> None:
-    """Restore archived objects and copy them to the home tier.
-
-    The command shows cost and duration, asks, and requests the restores. The exit code is 5 while restores are in
-    progress; the same command then shows their progress and continues. The archived copies stay until a rule deletes
-    them.
-    """
-    output = Output(as_json, quiet)
-    manner = _RestoreOptions(wait, yes, dry_run)
-    with open_tiers(rules) as tiers:
-        keys = _archived_keys(tiers, _paths(tiers, what))
-        plan = restoring.plan_restore(tiers.file, tiers.stores, keys, tiers.prices, speed=_speed(speed), days=days)
-        code = _restore(output, tiers, plan, manner)
-    if code:
-        raise typer.Exit(code)
-
-
 @dataclass(frozen=True, slots=True)
-class _RestoreOptions:
+class RestoreOptions:
+    """Options of a restore.
+
+    Attributes:
+        wait: Whether to wait until all objects are restored.
+        speed: Speed of the restore, in SPEEDS.
+        days: Days of a temporary restore; None: the objects are copied to the home tier.
+        yes: Whether not to ask for confirmation.
+        dry_run: Whether to print only what would be restored.
+    """
+
     wait: bool
+    speed: str
+    days: int | None
     yes: bool
     dry_run: bool
+
+
+def restore(output: Output, what: Sequence[str], rules: Path | None, options: RestoreOptions) -> None:
+    """Restore the archived objects that the arguments name, and copy them home.
+
+    Raises:
+        typer.Exit: With PENDING while restores are in progress; with PARTIAL if moves to the home tier were stopped.
+    """
+    speed = _speed(options.speed)
+    with open_tiers(rules) as tiers:
+        keys = _archived_keys(tiers, _paths(tiers, what))
+        plan = restoring.plan_restore(tiers.file, tiers.stores, keys, tiers.prices, speed=speed, days=options.days)
+        code = _restore(output, tiers, plan, options)
+    if code:
+        raise typer.Exit(code)
 
 
 def _speed(text: str) -> Speed:
@@ -576,22 +486,22 @@ def _meant(tiers: OpenTiers, tier: str, text: str) -> list[ObjectInfo]:
     return found
 
 
-def _restore(output: Output, tiers: OpenTiers, plan: RestorePlan, manner: _RestoreOptions) -> int:
+def _restore(output: Output, tiers: OpenTiers, plan: RestorePlan, options: RestoreOptions) -> int:
     """Carry out the plan as far as possible now; return the exit code."""
     for one in plan.objects:
         output.event("object", {"key": one.key, "tier": one.tier, "n_bytes": one.n_bytes, "state": STATES[one.state]})
     if not plan.objects:
         output.summary(_restore_facts(plan), "nothing to restore: all objects can be read")
         return 0
-    if manner.dry_run:
+    if options.dry_run:
         output.summary(_restore_facts(plan) | {"dry_run": True}, f"would restore {_restore_text(plan)}")
         return 0
-    if plan.asked and not manner.yes:
+    if plan.asked and not options.yes:
         confirm(f"Restore {_restore_text(plan)}?", "nothing was requested")
     asked = restoring.request_restore(tiers.stores, plan)
     n_left = asked.started + asked.running
     if n_left:
-        deadline_s = None if manner.wait else 0.0  # some stores restore at once
+        deadline_s = None if options.wait else 0.0  # some stores restore at once
         with output.count_progress("restoring") as advance:
             n_left = len(restoring.wait_restored(tiers.stores, plan, deadline_s=deadline_s, on_progress=advance))
     facts = _restore_facts(plan) | {"started": asked.started, "running": asked.running, "pending": n_left}
@@ -636,19 +546,3 @@ def _restore_text(plan: RestorePlan) -> str:
 
 def _hours(plan: RestorePlan) -> str:
     return "" if plan.hours is None else f", up to {plan.hours:g} h ({plan.speed})"
-
-
-tier = typer.Typer(help="Move shards, checkpoints and files between tiers, by rules.", no_args_is_help=True)
-
-_AGAIN = "nothing was changed; run the same command again"
-_GOES_ON = "finished moves stay, nothing was lost; the same command continues from there"
-# Each verb, and the advice that follows Ctrl-C.
-_VERBS: tuple[tuple[Callable[..., None], str], ...] = (
-    (check, _AGAIN),
-    (plan, _AGAIN),
-    (apply, _GOES_ON),
-    (run, _GOES_ON),
-    (ls, _AGAIN),
-)
-for _verb, _how_to_go_on in _VERBS:
-    tier.command()(report_errors(_verb, how_to_go_on=_how_to_go_on))

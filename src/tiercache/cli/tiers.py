@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -80,15 +80,6 @@ def _holding_facts(holding: TierTotals) -> dict[str, Any]:
         "dollars_month": round(holding.dollars_month, 6),
     }
 
-
-Rules: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        "--rules",
-        metavar="FILE",
-        help="Rule file; default: the nearest tiercache.toml, from this folder upwards.",
-    ),
-]
 
 _LOSSES_SHOWN = 20
 _HERE = ("./", "../")
@@ -220,7 +211,7 @@ def open_tiers(rules: Path | None) -> Iterator[OpenTiers]:
 def read_rules(rules: Path | None) -> RuleFile:
     """Return the rule file after checking that its globs compile. Raises ValueError, which names file and key."""
     file = load_rule_file(rules)
-    nothing = pa.array([], pa.large_string())
+    nothing = pa.nulls(0, pa.large_string())  # pa.array() of a list imports pandas
     globs = [(f"{rule.name}.match", rule.match) for rule in file.rules]
     globs += [(f"{rule.name}.except", rule.exclude) for rule in file.rules]
     globs += [(f"pins[{i}].match", pin.match) for i, pin in enumerate(file.pins, start=1)]

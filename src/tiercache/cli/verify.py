@@ -4,95 +4,87 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING
 
 import typer
 
 from tiercache import config
-from tiercache.cli.cache_verbs import data_set_filter, data_set_url, name_matches, open_existing_cache
+from tiercache.cli.cache_verbs import CacheScope, data_set_url, open_existing_cache
 from tiercache.cli.data_sets import OpenDataSet, open_data_set_store
-from tiercache.cli.options import (
-    CacheDir,
-    CacheSize,
-    Exclude,
-    Include,
-    Jobs,
-    Json,
-    Quiet,
-    StorageOptions,
-    Verbose,
-    VersionNumber,
-    parse_fraction,
-)
 from tiercache.cli.output import CORRUPT, PARTIAL, Output, count
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ShardInfo, format_bytes
 from tiercache.shard.read.verify import Finding, ShardCheck, check_shards, finding_of, open_whole
 
 if TYPE_CHECKING:
-    from tiercache.cache import Cache, Entry
+    from tiercache.cache import Entry
     from tiercache.cache.check import CheckProgress, CopyCheck
     from tiercache.store import Store
 
 
 @dataclass(frozen=True, slots=True)
-class CopyVerification:
-    """The copies to verify, and how.
+class ShardSample:
+    """Shards of a data set to verify.
 
     Attributes:
-        url: URL of the data set whose copies are verified; None: all copies.
-        include: Globs over names inside the data set, of which one must match; None: all names.
-        exclude: Globs over names inside the data set, of which none may match.
-        repair: Whether damaged copies are fetched again.
-        jobs: Number of copies that are read at a time.
-        storage_options: KEY=VALUE options of the stores that damaged copies are fetched from.
+        include: Globs over shard names, of which one must match; None: all names.
+        exclude: Globs over shard names, of which none may match.
+        fraction: Fraction of these shards that is verified, chosen at random, 0 to 1.
     """
 
-    url: str | None
     include: Sequence[str] | None
     exclude: Sequence[str] | None
-    repair: bool
-    jobs: int
-    storage_options: Sequence[str] | None
+    fraction: float
 
 
-def verify_copies(output: Output, cache: Cache, asked: CopyVerification) -> None:
-    """Verify the copies and print each damaged one.
+def verify_copies(output: Output, scope: CacheScope, jobs: int, *, repair: bool) -> None:
+    """Verify copies in the cache and print each damaged one.
+
+    Args:
+        output: Output of the verb.
+        scope: The copies. With repair, its storage options are those of the stores that copies are fetched from.
+        jobs: Number of copies that are read at a time; 0: one per CPU.
+        repair: Whether damaged copies are fetched again.
 
     Raises:
-        typer.Exit: With CORRUPT if a damaged copy is still in the cache; with PARTLY if one was removed but not
+        typer.Exit: With CORRUPT if a damaged copy is still in the cache; with PARTIAL if one was removed but not
             repaired.
     """
-    of_scope = data_set_filter(asked.url, asked.storage_options)
-    entries = [e for e in cache.entries() if of_scope(e) and name_matches(e, asked.include, asked.exclude)]
     checked: list[CopyCheck] = []
-    total_bytes = sum(entry.n_bytes for entry in entries)
-    with output.byte_progress("verifying copies") as advance:
+    with open_existing_cache(scope.cache_dir, scope.cache_size) as cache:
+        entries = scope.entries(cache)
+        total_bytes = sum(entry.n_bytes for entry in entries)
+        with output.byte_progress("verifying copies") as advance:
 
-        def tell(progress: CheckProgress) -> None:
-            checked.append(progress.last)
-            advance(sum(one.n_bytes for one in checked), total_bytes)
-            _print(output, progress.last)
+            def tell(progress: CheckProgress) -> None:
+                checked.append(progress.last)
+                advance(sum(one.n_bytes for one in checked), total_bytes)
+                _print_copy(output, progress.last)
 
-        for names, store in _batches(entries, asked):
-            cache.verify(names=names, repair=asked.repair, store=store, jobs=asked.jobs, on_progress=tell)
+            for names, store in _batches(entries, scope, repair=repair):
+                jobs = jobs or config.available_cpus()
+                cache.verify(names=names, repair=repair, store=store, jobs=jobs, on_progress=tell)
     _finish_copies(output, checked, len(entries))
 
 
-def _batches(entries: Sequence[Entry], asked: CopyVerification) -> Iterator[tuple[list[str], Store | None]]:
+def _batches(entries: Sequence[Entry], scope: CacheScope, *, repair: bool) -> Iterator[tuple[list[str], Store | None]]:
     """Yield names of copies, each list with the store to fetch damaged ones from; None if they cannot be fetched."""
-    if not asked.repair:
+    if not repair:
         yield [entry.name for entry in entries], None
         return
-    if asked.url is not None:
-        with open_data_set_store(asked.url, asked.storage_options) as store:
+    if scope.url is not None:
+        with open_data_set_store(scope.url, scope.storage_options) as store:
             yield [entry.name for entry in entries], store
         return
     for url, group in groupby(sorted(entries, key=store_url), store_url):
-        with _source(url, asked.storage_options) as source:
+        with ExitStack() as stack:
+            source: Store | None = None  # the recorded URL contains no credentials, so the store may not open
+            if url:
+                with suppress(StoreError, ValueError, OSError):
+                    source = stack.enter_context(open_data_set_store(url, scope.storage_options))
             yield [entry.name for entry in group], source
 
 
@@ -102,18 +94,7 @@ def store_url(entry: Entry) -> str:
     return url if entry.dataset_id is not None or not url else url.rpartition("/")[0]
 
 
-@contextmanager
-def _source(url: str, storage_options: Sequence[str] | None) -> Iterator[Store | None]:
-    """Yield the store of a recorded URL, which contains no credentials; None if it cannot be opened."""
-    with ExitStack() as stack:
-        store = None
-        if url:
-            with suppress(StoreError, ValueError, OSError):
-                store = stack.enter_context(open_data_set_store(url, storage_options))
-        yield store
-
-
-def _print(output: Output, one: CopyCheck) -> None:
+def _print_copy(output: Output, one: CopyCheck) -> None:
     if not one.where:
         return
     facts = {
@@ -153,53 +134,20 @@ def _finish_copies(output: Output, checked: Sequence[CopyCheck], n_asked: int) -
         raise typer.Exit(PARTIAL)
 
 
-MaybeUrl: TypeAlias = Annotated[
-    str | None, typer.Argument(metavar="[URL]", help="Data set: a local path, or a URL such as s3://bucket/name.")
-]
-
-
-def verify(
-    url: MaybeUrl = None,
-    sample: Annotated[
-        str | None,
-        typer.Option(
-            "--sample", metavar="SHARE", help="Check only this fraction of the shards, chosen at random, e.g. 5%."
-        ),
-    ] = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    at: VersionNumber = None,
-    cached: Annotated[
-        bool,
-        typer.Option(
-            "--cached", help="Check the cached copies of the data set, not its store; without URL: all copies."
-        ),
-    ] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="Like --cached, and fetch damaged copies again.")] = False,
-    cache_dir: CacheDir = None,
-    cache_size: CacheSize = None,
-    jobs: Jobs = 4,
-    storage_option: StorageOptions = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+def verify_data_set(
+    output: Output,
+    url: str,
+    at: int | None,
+    sample: ShardSample,
+    jobs: int,
+    storage_options: Sequence[str] | None,
 ) -> None:
-    """Check every byte of a data set, or of copies in the cache.
+    """Verify the manifest, the segments and the sampled shards of one version, and print each damage.
 
-    Of a data set, the manifest, the segments and the shards of one version are checked. The exit code is 4 if something
-    is damaged and was not repaired.
+    Raises:
+        typer.Exit: With CORRUPT if something is damaged; with PARTIAL if a shard could not be read.
     """
-    output = Output(as_json, quiet)
-    jobs = jobs or config.available_cpus()
-    if cached or repair or cache_dir is not None:
-        if sample is not None or at is not None:
-            raise ValueError("--sample and --at apply to data sets, and cannot be given for copies in the cache")
-        with open_existing_cache(cache_dir, cache_size) as cache:
-            verify_copies(output, cache, CopyVerification(url, include, exclude, repair, jobs, storage_option))
-        return
-    if url is None:
-        raise ValueError("verify needs a URL, or --cached, --repair or --cache DIR for copies in the cache")
-    with open_data_set_store(url, storage_option) as store:
+    with open_data_set_store(url, storage_options) as store:
         try:
             data_set = OpenDataSet(store, *open_whole(store, at))
         except CorruptShard as error:
@@ -208,9 +156,9 @@ def verify(
             facts = {"version": at, **nothing, "findings": 1}
             output.summary(facts, "the data set cannot be opened: 1 finding")
             raise typer.Exit(CORRUPT) from None
-        chosen = data_set.select(include, exclude)
-        infos = [data_set.shards.info(i) for i in _sampled(chosen, 1.0 if sample is None else parse_fraction(sample))]
-        checks = _check_all(output, data_set, infos, jobs)
+        chosen = data_set.select(sample.include, sample.exclude)
+        infos = [data_set.shards.info(i) for i in _sampled(chosen, sample.fraction)]
+        checks = _check_all(output, data_set, infos, jobs or config.available_cpus())
     _finish(output, data_set, checks)
 
 

@@ -47,12 +47,12 @@ class PackedDataSet:
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """An epoch, or a part of one, over a data set; with training, except for "loader only".
+    """An epoch, or a part of one, over a data set; with training.
 
     Attributes:
         task: Name of the model and its data set.
         epoch: Epoch, counted from 1.
-        how: "cold", "warm", "loader only", "whole", "stopped", "resumed" or "moved".
+        mode: "cold", "warm", "whole", "stopped", "resumed" or "moved".
         n_samples: Number of records.
         elapsed_s: Duration in seconds.
         wait_share: Fraction of the duration spent waiting for the loader.
@@ -60,8 +60,8 @@ class Epoch:
         fetched_bytes: Bytes fetched from the store.
         hits: Number of cache hits.
         misses: Number of cache misses.
-        loss: Mean loss over the training records; None without training.
-        accuracy: Accuracy on held-out records; None without such records.
+        loss: Mean loss over the training records.
+        accuracy: Accuracy on held-out records; None if there are none.
         digests: SHA-256 of each training batch, in order.
         weights: SHA-256 of the model after the epoch.
     """
@@ -76,7 +76,7 @@ class Epoch:
     fetched_bytes: int
     hits: int
     misses: int
-    loss: float | None
+    loss: float
     accuracy: float | None
     digests: tuple[str, ...] = ()
     weights: str = ""
@@ -183,12 +183,6 @@ def warm_fetched_nothing(warm: Sequence[Epoch]) -> Claim:
     )
 
 
-def store_sent_versions_only(sent_bytes: int, version_bytes: int) -> Claim:
-    """Return the claim that the store sent only the small version files in epoch 2, by the server's own counter."""
-    text = "by the store's own counter, it sent only version files in epoch 2"
-    return Claim(text, sent_bytes <= version_bytes, f"{sent_bytes} bytes sent; these files have {version_bytes}")
-
-
 def resumed_exactly(before: Sequence[Epoch], after: Sequence[Epoch]) -> Iterator[Claim]:
     """Yield a claim per task: the stopped and the resumed part together equal the uninterrupted epoch.
 
@@ -258,9 +252,3 @@ def trained_alike(warm: Sequence[Epoch], moved: Sequence[Epoch]) -> Iterator[Cla
             yield Claim(f"{before.task}: training reads the moved data without a change", holds, found)
     if {e.task for e in warm} != {e.task for e in moved} or not warm:
         yield Claim("training continues after the move", False, f"{len(moved)} of {len(warm)} trainings ran")
-
-
-def costs_less(before: Sequence[TierContents], after: Sequence[TierContents]) -> Claim:
-    """Return the claim that storage costs less after the move."""
-    was, now = (sum(held.dollars_month for held in tiers) for tiers in (before, after))
-    return Claim("storage costs less per month", 0 < now < was, f"${now:.2g}, before ${was:.2g}, by the price table")

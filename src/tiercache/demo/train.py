@@ -141,7 +141,6 @@ def digest_weights(model: nn.Module) -> str:
 
 
 LEARNING_RATE = 3e-3
-READ_S = 1.0
 CHECKPOINTS_AN_EPOCH = 4
 # "whole" serves only the comparison, and "moved" only reads.
 WITHOUT_CHECKPOINTS = ("whole", "moved")
@@ -208,28 +207,6 @@ class Trainer:
             accuracy=accuracy,
             digests=tuple(digests),
             weights=digest_weights(self.task.model),
-        )
-
-    def read(self, *, epoch: int) -> Epoch:
-        """Read the batches of an epoch without training, repeatedly for READ_S seconds: the loader's own speed."""
-        started_s, n_samples = time.perf_counter(), 0
-        while time.perf_counter() - started_s < READ_S:
-            n_samples += sum(len(next(iter(batch.values()))) for batch in self.start(epoch))
-        elapsed_s = time.perf_counter() - started_s
-        served, fetched, hits, misses = self._counted()
-        return Epoch(
-            task=self.task.name,
-            epoch=epoch,
-            mode="loader only",
-            n_samples=n_samples,
-            elapsed_s=elapsed_s,
-            wait_share=1.0,
-            served_bytes=served,
-            fetched_bytes=fetched,
-            hits=hits,
-            misses=misses,
-            loss=None,
-            accuracy=None,
         )
 
     def _learn(self, batch: dict[str, Any]) -> float:
@@ -304,11 +281,10 @@ def run_cold(trainer: Trainer) -> Iterator[Event]:
 
 
 def run_warm(trainer: Trainer) -> Iterator[Event]:
-    """Epoch 2, from the cache; then the same batches without a model, to measure the loader alone."""
+    """Epoch 2, from the cache."""
     trainer.load("epoch1")
     yield trainer.run(trainer.start(2), epoch=2, how="warm")
     trainer.save("epoch2")
-    yield trainer.read(epoch=2)
 
 
 def run_stop(trainer: Trainer) -> Iterator[Event]:

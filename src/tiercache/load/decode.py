@@ -347,7 +347,7 @@ class _Opener:
         error.__cause__ = said.with_traceback(None)  # the frames of the traceback would hold the batch's memory
         damage = self.work.corruption
         if damage is not None:
-            error.facts["place"] = stored = damage.stored(place)
+            error.place = stored = damage.stored(place)
             damage.add(stored)  # so that later images are replaced without starting a new pipeline for each
         return error
 

@@ -274,7 +274,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
 
     def _replace_corrupt(self, error: CorruptShard) -> None:
         """Replace the corrupt records from now on. Raises the error if they must not be replaced, or already were."""
-        place: CorruptLocation | None = error.facts.get("place")
+        place: CorruptLocation | None = error.place
         if self._work.corruption is None or place is None or place in self._passed_by:
             try:
                 raise error

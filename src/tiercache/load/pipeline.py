@@ -408,7 +408,7 @@ class Pipeline:
                     )
             wrong = bad_value(source.schema, loaded, block, row)
             if wrong is not None:
-                wrong.facts["place"] = _stored_place(loaded, block, row)
+                wrong.place = _stored_place(loaded, block, row)
                 return wrong
         return CorruptShard(text, url=source.url)
 
@@ -418,7 +418,7 @@ def _value(loaded: LoadedWindow, block: int, row: int, index: int) -> object:
     try:
         return loaded.value(block, row, index)
     except CorruptShard as error:  # Arrow checks a column of a block as a whole.
-        error.facts["place"] = *_stored_place(loaded, block, row)[:2], None
+        error.place = *_stored_place(loaded, block, row)[:2], None
         raise
 
 

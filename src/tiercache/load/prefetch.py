@@ -321,7 +321,7 @@ class WindowLoad:
                 renew_checks(blocks)
             return blocks
         except CorruptShard as error:
-            error.facts["place"] = shard, error.facts["block"], None  # used if corrupt records are replaced
+            error.place = shard, error.block, None  # used if corrupt records are replaced
             raise
 
 

@@ -324,9 +324,8 @@ def _write(writer: Writer | ShardWriter, batch: InputBatch) -> None:
         if error.record is None:
             raise
         text = error.message.removeprefix(f"column {error.column!r}, ").removeprefix(f"record {error.record}: ")
-        facts = {name: fact for name, fact in error.facts.items() if name not in ("column", "record")}
         where = batch.place(error.record - first_record)
-        raise SchemaError(f"{where}: {text}", column=error.column, **facts) from error
+        raise SchemaError(f"{where}: {text}", column=error.column, expected=error.expected, got=error.got) from error
 
 
 def pack(

@@ -224,7 +224,7 @@ class UnknownKindError(SchemaError):
     @property
     def needed(self) -> str:
         """Name of the feature that a release needs to read the column."""
-        return f"kind {self.facts['kind']!r} of column {self.column!r}"
+        return f"kind {self.details['kind']!r} of column {self.column!r}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -505,7 +505,7 @@ def _column_from_bytes(data: bytes) -> Column:
 
 
 def _rest(error: SchemaError) -> dict[str, Any]:
-    return {name: fact for name, fact in error.facts.items() if name != "column"}
+    return error.details | {"record": error.record, "expected": error.expected, "got": error.got}
 
 
 def _column_of(name: str, user: UserType) -> Column:

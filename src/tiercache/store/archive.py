@@ -415,7 +415,7 @@ class S3Archive:
         try:
             said = self.call("copy_object", key, **request, **writing, MetadataDirective="COPY")
         except StoreError as error:
-            if error.facts.get("code") != "InvalidRequest":
+            if error.code != "InvalidRequest":
                 raise
             # SeaweedFS refuses a copy to itself that changes only the class, unless the metadata is given again.
             kept = {name: head.get(name) for name in _KEPT}
@@ -498,15 +498,15 @@ class S3Archive:
         try:
             said = self.call("restore_object", key, RestoreRequest=wanted)
         except StoreError as error:
-            if error.facts.get("code") == "RestoreAlreadyInProgress":
+            if error.code == "RestoreAlreadyInProgress":
                 return "running"
-            if error.facts.get("unable"):
+            if error.details.get("unable"):
                 message = (
                     f"restore: this store has no restores (HTTP {error.status}); its storage classes are only labels, "
                     "and its objects can be read without one"
                 )
                 raise StoreError(message, url=self.url_of(key), status=error.status, unable=True) from None
-            if error.facts.get("archived"):  # S3's error code for a class that needs no restore
+            if error.details.get("archived"):  # S3's error code for a class that needs no restore
                 return "done"
             raise
         return "done" if said.get("ResponseMetadata", {}).get("HTTPStatusCode") == 200 else "started"
@@ -522,7 +522,7 @@ class S3Archive:
             try:
                 answers[name] = self._ask(operation, self.url)
             except StoreError as error:
-                if error.facts.get("code") not in _NOT_SET:
+                if error.code not in _NOT_SET:
                     unread[name] = error.message
         return BucketSettings(
             tuple(answers.get("lifecycle", {}).get("Rules", ())),

@@ -180,22 +180,31 @@ def refused_error(error: StoreError, credentials: Credentials | None, number: in
         credentials: Source of the request's keys; None if the request is not signed by keys of a known source.
         number: Number of the keys that signed the request.
     """
-    code = error.facts.get("code")
-    if credentials is None or not (error.facts.get("status") in (401, 403) or code in _INVALID_CODES):
+    code = error.code
+    if credentials is None or not (error.status in (401, 403) or code in _INVALID_CODES):
         return error
-    facts = {**error.facts, "retryable": False}
+    details, is_retryable = dict(error.details), False
     try:
         if credentials.renew(number):
-            text, facts["renewed"] = "", True
+            text, details["renewed"] = "", True
         elif code in _INVALID_CODES:
             text = f"; {credentials.origin} has no newer credentials"
         else:
             return error
     except (StoreError, ValueError) as failed:
         # Another program may be replacing the file: the call is retried within its time limit.
-        text, facts["retryable"] = f"; reading the credentials again failed: {failed}", True
-    said = error.message.removeprefix(f"{facts.pop('url')}: ")
-    return StoreError(f"{said}{text}", url=error.facts["url"], **facts)
+        text, is_retryable = f"; reading the credentials again failed: {failed}", True
+    said = error.message.removeprefix(f"{error.url}: ")
+    refused = StoreError(
+        f"{said}{text}",
+        url=error.url,
+        retryable=is_retryable,
+        status=error.status,
+        code=error.code,
+        maybe_done=error.maybe_done,
+    )
+    refused.details |= details
+    return refused
 
 
 def s3_access(options: CloudOptions, url: str) -> tuple[dict[str, Any], Credentials | None]:

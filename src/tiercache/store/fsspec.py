@@ -79,10 +79,10 @@ def to_store_error(error: BaseException, doing: str, url: str) -> StoreError:
 
 def may_have_taken_effect(error: StoreError) -> bool:
     """Return whether a failed write may still have taken effect."""
-    status = error.facts.get("status")
+    status = error.status
     if status is not None:
         return status >= 500 and status not in _NOT_DONE
-    return bool(error.facts.get("sent", False)) and error.retryable
+    return bool(error.details.get("sent", False)) and error.retryable
 
 
 def exists_already(error: BaseException) -> bool:
@@ -627,7 +627,7 @@ class FsspecStore(Store):
         except ObjectChanged:
             raise ObjectChanged(url=self._at(key), expected=seen.get("etag")) from None
         except StoreError as error:
-            if error.facts.get("status") != 416:
+            if error.status != 416:
                 raise
             data, etag = b"", None
         if etag is not None and seen.setdefault("etag", etag) != etag:

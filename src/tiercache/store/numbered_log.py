@@ -122,13 +122,13 @@ class NumberedLog:
                 failure = None
             except StoreError as error:
                 failure = error
-                maybe_done = maybe_done or bool(error.facts.get("maybe_done"))
+                maybe_done = maybe_done or error.maybe_done
             try:
                 found = self.get(number)
             except StoreError as error:
                 if failure is not None and not maybe_done:
                     raise failure from error
-                error.facts["maybe_done"] = True
+                error.maybe_done = True
                 raise
             if found is not None:
                 return found == data
@@ -147,7 +147,7 @@ class NumberedLog:
             if (self.highest() or 0) <= number:
                 return True
         except StoreError as error:
-            error.facts["maybe_done"] = True
+            error.maybe_done = True
             raise
         if self.get(number) == data:
             self.store.delete([self.key(number)])

@@ -92,7 +92,7 @@ def to_store_error(error: BaseException, doing: str, url: str, endpoint: str = "
 
 def knows_no_range(error: StoreError) -> bool:
     """Return whether a range request failed because the store does not support that kind of range."""
-    return bool(error.facts.get("no_range", False))
+    return bool(error.details.get("no_range", False))
 
 
 def exists_already(error: BaseException) -> bool:
@@ -102,17 +102,17 @@ def exists_already(error: BaseException) -> bool:
 
 def may_have_taken_effect(error: StoreError) -> bool:
     """Return whether a failed write may have taken effect: it was sent, and no answer says that it was refused."""
-    status = error.facts.get("status")
-    if error.facts.get("before_request"):
+    status = error.status
+    if error.details.get("before_request"):
         return False
     if status is not None:
         return status >= 500 and status not in _NOT_DONE
-    return bool(error.facts.get("sent", False)) and error.retryable
+    return bool(error.details.get("sent", False)) and error.retryable
 
 
 def is_beyond_end(error: StoreError) -> bool:
     """Return whether the store answered that the range starts beyond the end of the object."""
-    return error.facts.get("status") == _TOO_FAR
+    return error.status == _TOO_FAR
 
 
 def _status(text: str) -> int | None:
@@ -276,7 +276,7 @@ class Client:
     def _refused(self, error: StoreError, credentials: Credentials | None, number: int) -> StoreError:
         """Return the error, or an error worth another attempt if new credentials are available."""
         found = refused_error(error, credentials, number)
-        if found.facts.get("renewed"):  # obstore keeps the old keys until they expire
+        if found.details.get("renewed"):  # obstore keeps the old keys until they expire
             self._once.drop()
             self._repeating.drop()
         return found
@@ -299,7 +299,7 @@ class Client:
             with self.errors(key, doing):
                 return to_object_info(key, obstore.head(self._once.get(), key))
         except StoreError as error:
-            if self.place.cloud != "s3" or error.status not in (400, 401, 403) or error.facts.get("renewed"):
+            if self.place.cloud != "s3" or error.status not in (400, 401, 403) or error.details.get("renewed"):
                 raise
             refused = error
         # The answer to a HEAD has no body with a reason; a GET of one byte is refused for the same reason.
@@ -307,7 +307,7 @@ class Client:
             with self.errors(key, doing):
                 obstore.get(self._once.get(), key, options={"range": (0, 1)})
         except StoreError as error:
-            if error.facts.get("code") or error.facts.get("renewed"):
+            if error.code or error.details.get("renewed"):
                 raise
         raise refused
 

@@ -15,7 +15,7 @@ from threading import Event
 from typing import Literal, TypeAlias, TypeVar
 
 from tiercache.errors import StoreError
-from tiercache.waiting import Clock, pause
+from tiercache.waiting import Clock, must_fail_fast, note_answer, pause
 
 T = TypeVar("T")
 AbandonableAttempts: TypeAlias = Literal["none", "retries", "all"]
@@ -72,8 +72,6 @@ class _ThreadState(threading.local):
 
 
 _thread_state = _ThreadState()
-# Endpoints that have answered this process while fail_fast_if_unreachable() is active; None if it is not active.
-_answering_endpoints: set[str] | None = None
 
 
 @contextmanager
@@ -87,21 +85,6 @@ def stop_retries_when(unwanted: Event | None) -> Iterator[None]:
         yield
     finally:
         _thread_state.unwanted = before
-
-
-@contextmanager
-def fail_fast_if_unreachable() -> Iterator[None]:
-    """Make a call fail at its first attempt if it cannot connect to an endpoint that has never answered this process.
-
-    The command line uses it, because the user has probably mistyped the endpoint. A call to an endpoint that has
-    answered before is retried, so a long command survives a restart of its store. Applies to all threads.
-    """
-    global _answering_endpoints
-    before, _answering_endpoints = _answering_endpoints, set()
-    try:
-        yield
-    finally:
-        _answering_endpoints = before
 
 
 @contextmanager
@@ -230,7 +213,7 @@ class CallLimit:
         else:
             text = f"{self.doing}: nothing came from {self.endpoint} for {self.timeout_s or 0:g} s (timeout)"
         if self.error is not None:
-            text = f"{text}; the last attempt: {self.error.facts.get('text', self.error.message)}"
+            text = f"{text}; the last attempt: {self.error.details.get('text', self.error.message)}"
         return StoreError(text, url=self.url, retryable=True)
 
     def report(self) -> None:
@@ -238,7 +221,7 @@ class CallLimit:
         ending = (
             "" if self.timeout_s is None else f"; the call fails after {self.timeout_s:g} s without a byte (timeout)"
         )
-        last = f"; the last attempt: {self.error.facts.get('text', self.error.message)}" if self.error else ""
+        last = f"; the last attempt: {self.error.details.get('text', self.error.message)}" if self.error else ""
         logger.warning(
             "%s: %s: has waited %.0f s for %s%s%s", self.url, self.doing, self.waited_s, self.endpoint, last, ending
         )
@@ -377,7 +360,7 @@ def with_retries(
             answer = _in_time(attempt, limit) if is_left else attempt()
         except StoreError as error:
             n_failed += 1
-            if error.facts.get("renewed"):  # new credentials are available
+            if error.details.get("renewed"):  # new credentials are available
                 if has_renewed:  # the new credentials were refused too
                     raise
                 has_renewed = True
@@ -389,8 +372,7 @@ def with_retries(
             if not pause(pause_s, limit.clock, stop or limit.cancel) and stop is not None:
                 raise
         else:
-            if _answering_endpoints is not None:
-                _answering_endpoints.add(limit.endpoint)
+            note_answer(limit.endpoint)
             return answer
 
 
@@ -414,13 +396,11 @@ def _in_time(attempt: Callable[[], T], limit: CallLimit) -> T:
 
 def _is_worth_repeating(error: StoreError, limit: CallLimit, pause_s: float) -> bool:
     """Return whether another attempt after pause_s may succeed and has time to."""
-    if not error.retryable or error.facts.get("maybe_done") or not limit.is_wanted:
+    if not error.retryable or error.maybe_done or not limit.is_wanted:
         return False
-    if _answering_endpoints is not None:
-        if error.facts.get("sent") is False:
-            if limit.endpoint not in _answering_endpoints:
-                return False
-        else:
-            _answering_endpoints.add(limit.endpoint)
+    if error.details.get("sent") is not False:
+        note_answer(limit.endpoint)
+    elif must_fail_fast(limit.endpoint):
+        return False
     left_s = limit.left_s
     return left_s is None or pause_s < left_s

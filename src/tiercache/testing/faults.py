@@ -186,9 +186,12 @@ class Fault:
         """
         if self.error in (NotFound, ObjectChanged):
             return self.error(f"scripted fault in {doing}", url=url)
-        maybe = {"maybe_done": True} if self.kind is FaultKind.LOST_RESPONSE else {}
         return self.error(
-            f"scripted fault in {doing} ({self.kind})", url=url, retryable=self.retryable, status=self.status, **maybe
+            f"scripted fault in {doing} ({self.kind})",
+            url=url,
+            retryable=self.retryable,
+            status=self.status,
+            maybe_done=self.kind is FaultKind.LOST_RESPONSE,
         )
 
 

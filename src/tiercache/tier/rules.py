@@ -486,7 +486,7 @@ def load_rule_file(path: Path | None = None, *, start: Path | None = None) -> Ru
 
 
 def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> RuleFile:
-    known = (*config.TIER_SECTIONS, *config.Settings.model_fields)
+    known = (*config.TIER_SECTIONS, *config.SETTINGS)
     for key in tables:
         if key not in known:
             raise ValueError(f"{key}: {_unknown(key, known)}")

@@ -332,7 +332,7 @@ class ReaderPool:
             return self._opener(shard)
         except StoreError as error:
             # Other files of the process use the descriptors that were meant for open shards: close half of the shards.
-            if not error.facts.get("too_many_open") or not (file_limit.raise_limit() or _drop_half()):
+            if not error.details.get("too_many_open") or not (file_limit.raise_limit() or _drop_half()):
                 raise
         return self._opener(shard)
 

@@ -51,8 +51,9 @@ class Finding:
 
 def finding_of(error: CorruptShard | UnsupportedFormat, part: str = "") -> Finding:
     """Return an error as a finding. part: Damaged part, for an error that does not name it."""
-    facts = error.facts
-    return Finding(facts["url"], facts.get("part") or part, facts["reason"], facts.get("block"), facts.get("column"))
+    if isinstance(error, CorruptShard):
+        return Finding(error.url, error.part or part, error.reason, error.block, error.column)
+    return Finding(error.url, part, error.reason)
 
 
 def verify_shard(

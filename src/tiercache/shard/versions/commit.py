@@ -210,7 +210,7 @@ class Commit:
                 return version
             return manifest.read_version(self._store, version.number)
         except StoreError as error:
-            if error.facts.get("maybe_done"):
+            if error.maybe_done:
                 raise self._lost(version) from error
             raise
 

@@ -92,8 +92,9 @@ class LiveShards:
         return len(self.keys)
 
 
+# pa.array() of a list imports pandas, which costs 150 ms.
 _NONE = LiveShards(
-    pa.array([], pa.large_string()),
+    pa.nulls(0, pa.large_string()),
     np.empty(0, np.int64),
     np.empty(0, np.int64),
     np.empty(0, np.float64),

@@ -171,7 +171,7 @@ class CopyMaker:
         try:
             copied = context.transfer.copy(src, dst, one, on_bytes=self._on_bytes, replaces=replaces)
         except StoreError as error:
-            if not error.facts.get("spoilt"):
+            if not error.details.get("spoilt"):
                 raise
             source, copied = self._copied_from_others(job, one, replaces, error)
         crash_point("tier_move.object")

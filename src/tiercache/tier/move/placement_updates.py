@@ -185,7 +185,7 @@ class PlacementUpdates:
                 changes[folder].update(self._way_back(row, folder))
                 chains[folder].append(row)
             except TierCacheError as error:
-                if not error.facts.get("no_data_set"):  # without a data set, no placement redirects anybody
+                if not error.details.get("no_data_set"):  # without a data set, no placement redirects anybody
                     failed[row.plan, row.number] = str(error)
         for folder, why in self.commit(changes).items():
             failed.update({(row.plan, row.number): why for row in chains[folder]})

@@ -78,7 +78,7 @@ class ObjectLocation:
 
 def is_archived(error: StoreError) -> bool:
     """Return whether a store's error says that an object must be restored before it can be read."""
-    return error.facts.get("status") in (403, 409) and bool(_ARCHIVED.search(error.message))
+    return error.status in (403, 409) and bool(_ARCHIVED.search(error.message))
 
 
 @dataclass(slots=True)

@@ -1,0 +1,598 @@
+"""The signatures, options and help texts of all verbs except those of `tiercache tier`.
+
+`tiercache --help` imports this module, so it imports only light modules. The body of each verb imports the module that
+implements the verb. tests/cli/test_help.py checks which modules `--help` loads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tiercache.cli.options import (
+    BatchSize,
+    CacheDir,
+    CacheSize,
+    Columns,
+    DryRun,
+    Exclude,
+    FilesFrom,
+    Include,
+    Jobs,
+    Json,
+    Placement,
+    Quiet,
+    Rules,
+    Seed,
+    ShuffleGroup,
+    StorageOptions,
+    Streams,
+    Url,
+    Verbose,
+    VersionNumber,
+    Yes,
+    parse_age,
+    parse_columns,
+    parse_fraction,
+    parse_size,
+    parse_storage_options,
+)
+from tiercache.cli.output import Output
+
+Fraction = Annotated[
+    str | None,
+    typer.Option(
+        "--fraction",
+        metavar="FRACTION",
+        help="Fetch only this fraction of the selected bytes, from the first shard on, e.g. 25%.",
+    ),
+]
+Limit = Annotated[
+    str | None,
+    typer.Option(
+        "--limit",
+        metavar="SIZE",
+        help="Fetch only this many of the selected bytes, from the first shard on, e.g. 200GB.",
+    ),
+]
+Minutes = Annotated[
+    float | None,
+    typer.Option("--minutes", metavar="N", help="Fetch only what a training reads in N minutes at --rate."),
+]
+Rate = Annotated[
+    str | None,
+    typer.Option(
+        "--rate", metavar="SIZE/s", help="Rate at which the training reads stored bytes, e.g. 500MB/s; for --minutes."
+    ),
+]
+Epoch = Annotated[
+    int | None, typer.Option("--epoch", min=0, metavar="N", help="Epoch of the training, counted from 0; default: 0.")
+]
+Rank = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rank",
+        metavar="R/W",
+        help="Fetch only what these ranks read: RANK/RANKS, e.g. 3/8 or 0-3/8. May be repeated.",
+    ),
+]
+MaybeUrl = Annotated[
+    str | None, typer.Argument(metavar="[URL]", help="Data set: a local path, or a URL such as s3://bucket/name.")
+]
+Keep = Annotated[
+    Path | None,
+    typer.Option("--keep", metavar="DIR", help="Work in this new or empty folder, and keep it afterwards."),
+]
+
+
+def pack(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Input: a file, a folder or a glob, as a path or a URL.")
+    ],
+    url: Url,
+    kind: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="Kind of the input: images, parquet or jsonl; default: from the file names."),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=TYPE", help="Type of a column, e.g. label=int64; see `tiercache info`. May be repeated."
+        ),
+    ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            metavar="MODE", help="create (a new data set), append (add records) or overwrite (replace all records)."
+        ),
+    ] = "create",
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Target size of a shard.")] = "128MiB",
+    block_size: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE", help="Target size of a block, uncompressed; a block is the unit of reading and shuffling."
+        ),
+    ] = "1MiB",
+    compression: Annotated[
+        str, typer.Option(metavar="CODEC", help="Compression: auto, none, zstd or zstd:LEVEL.")
+    ] = "auto",
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Number of processes; 0: one per CPU.")] = 1,
+    include: Include = None,
+    exclude: Exclude = None,
+    storage_option: StorageOptions = None,
+    source_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--source-option",
+            metavar="KEY=VALUE",
+            help="Option of the source's store, e.g. region=eu-central-1. May be repeated.",
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Convert images, Parquet files or JSON lines into a data set.
+
+    SOURCE is a folder of images with one sub-folder per class, or names Parquet files or JSON lines. An interrupted run
+    commits nothing.
+    """
+    from tiercache.cli import data_sets
+    from tiercache.pack import PackOptions
+
+    options = PackOptions(
+        kind=kind,  # type: ignore[arg-type]  # PackOptions checks what the text is
+        schema=data_sets.parse_types(column) or None,
+        mode=mode,  # type: ignore[arg-type]
+        shard_size=shard_size,
+        block_size=block_size,
+        compression=compression,
+        jobs=jobs,
+        include=include or (),
+        exclude=exclude or (),
+        storage_options=parse_storage_options(storage_option),
+        source_options=parse_storage_options(source_option),
+    )
+    data_sets.pack(Output(as_json, quiet), source, url, options, dry_run=dry_run)
+
+
+def ls(
+    url: Url,
+    versions: Annotated[
+        bool, typer.Option("--versions", help="List the versions of the data set instead of its shards.")
+    ] = False,
+    at: VersionNumber = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    storage_option: StorageOptions = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """List the shards of a data set in record order, or its versions."""
+    from tiercache.cli import data_sets
+
+    if versions:
+        data_sets.list_versions(Output(as_json, quiet), url, storage_option)
+    else:
+        data_sets.list_shards(Output(as_json, quiet), url, at, include, exclude, storage_option)
+
+
+def info(
+    url: Url,
+    at: VersionNumber = None,
+    storage_option: StorageOptions = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Show a data set's version, size, columns and class names."""
+    from tiercache.cli import data_sets
+
+    data_sets.show_info(Output(as_json, quiet), url, at, storage_option)
+
+
+def head(
+    url: Url,
+    n: Annotated[int, typer.Option("-n", min=1, metavar="N", help="Number of records to show.")] = 5,
+    start: Annotated[
+        int, typer.Option("--start", min=0, metavar="I", help="Index of the first record to show, counted from 0.")
+    ] = 0,
+    columns: Columns = None,
+    at: VersionNumber = None,
+    storage_option: StorageOptions = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Show some records of a data set.
+
+    Images are shown as their size, arrays by their first elements. Only the needed bytes are read.
+    """
+    from tiercache.cli import data_sets
+
+    rows = range(start, start + n)
+    data_sets.show_records(Output(as_json, quiet), url, rows, parse_columns(columns), at, storage_option)
+
+
+def export(
+    url: Url,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET", help="Output: one file that ends in .parquet, or a folder, which gets one file per shard."
+        ),
+    ],
+    columns: Columns = None,
+    at: VersionNumber = None,
+    jobs: Jobs = 1,
+    compression: Annotated[
+        str, typer.Option(metavar="CODEC", help="Compression of the Parquet files, e.g. zstd, snappy or none.")
+    ] = "zstd",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    storage_option: StorageOptions = None,
+    target_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target-option",
+            metavar="KEY=VALUE",
+            help="Option of the target's store, e.g. region=eu-central-1. May be repeated.",
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Write a data set as Parquet files with standard Arrow types. Images keep their encoding."""
+    from tiercache.cli import data_sets
+    from tiercache.pack.export import ExportOptions
+
+    options = ExportOptions(columns=parse_columns(columns), jobs=jobs, overwrite=overwrite, compression=compression)
+    storage_options = (storage_option, target_option)
+    data_sets.export(Output(as_json, quiet), (url, target), storage_options, at, options, dry_run=dry_run)
+
+
+def verify(
+    url: MaybeUrl = None,
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            "--sample", metavar="FRACTION", help="Check only this fraction of the shards, chosen at random, e.g. 5%."
+        ),
+    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    at: VersionNumber = None,
+    cached: Annotated[
+        bool,
+        typer.Option(
+            "--cached", help="Check the cached copies of the data set, not its store; without URL: all copies."
+        ),
+    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Like --cached, and fetch damaged copies again.")] = False,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = None,
+    jobs: Jobs = 4,
+    storage_option: StorageOptions = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Check every byte of a data set, or of copies in the cache.
+
+    Of a data set, the manifest, the segments and the shards of one version are checked. The exit code is 4 if something
+    is damaged and was not repaired.
+    """
+    from tiercache.cli import verify as verb
+    from tiercache.cli.cache_verbs import CacheScope
+
+    output = Output(as_json, quiet)
+    if cached or repair or cache_dir is not None:
+        if sample is not None or at is not None:
+            raise ValueError("--sample and --at apply to data sets, and cannot be given for copies in the cache")
+        scope = CacheScope(url, include, exclude, storage_option, cache_dir, cache_size)
+        verb.verify_copies(output, scope, jobs, repair=repair)
+    elif url is None:
+        raise ValueError("verify needs a URL, or --cached, --repair or --cache DIR for copies in the cache")
+    else:
+        shards = verb.ShardSample(include, exclude, 1.0 if sample is None else parse_fraction(sample))
+        verb.verify_data_set(output, url, at, shards, jobs, storage_option)
+
+
+def warm(
+    url: Url,
+    fraction: Fraction = None,
+    limit: Limit = None,
+    minutes: Minutes = None,
+    rate: Rate = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    files_from: FilesFrom = None,
+    columns: Columns = None,
+    seed: Seed = None,
+    epoch: Epoch = None,
+    rank: Rank = None,
+    streams: Streams = None,
+    placement: Placement = None,
+    shuffle_group: ShuffleGroup = None,
+    batch_size: BatchSize = None,
+    at: VersionNumber = None,
+    jobs: Jobs = 4,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = None,
+    storage_option: StorageOptions = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Copy a data set, or a part of it, from its store into the cache.
+
+    The exit code is 0 only if all of it is cached. With --seed, the shards are fetched in the order in which a training
+    reads them: --rank selects the ranks, and --limit or --minutes the amount.
+    """
+    from tiercache.cli import cache_verbs, selection
+
+    order = selection.TrainingOptions(seed, epoch, rank, streams, placement, shuffle_group, batch_size).training()
+    part, size = selection.AmountOptions(fraction, limit, minutes, rate).limits()
+    choice = selection.ShardSelection(include, exclude, selection.read_names(files_from), order, part, size)
+    request = cache_verbs.CopyRequest(url, choice, at, parse_columns(columns), storage_option, cache_dir, cache_size)
+    cache_verbs.warm(Output(as_json, quiet), request, jobs, dry_run=dry_run)
+
+
+def pin(
+    url: Url,
+    fraction: Fraction = None,
+    limit: Limit = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    files_from: FilesFrom = None,
+    at: VersionNumber = None,
+    jobs: Jobs = 4,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = None,
+    storage_option: StorageOptions = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Copy a data set into the cache, and keep the copies until unpin.
+
+    Pinned copies are not evicted. --fraction, --limit, --include, --exclude and --files-from select a part of the
+    data set.
+    """
+    from tiercache.cli import cache_verbs, selection
+
+    part, size = selection.AmountOptions(fraction, limit).limits()
+    choice = selection.ShardSelection(include, exclude, selection.read_names(files_from), None, part, size)
+    request = cache_verbs.CopyRequest(url, choice, at, None, storage_option, cache_dir, cache_size)
+    cache_verbs.pin(Output(as_json, quiet), request, jobs, dry_run=dry_run)
+
+
+def unpin(
+    url: Annotated[str | None, typer.Argument(metavar="[URL]", help="Data set whose copies are unpinned.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Instead of a URL: unpin all copies.")] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = None,
+    storage_option: StorageOptions = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Unpin cached copies, so that eviction may delete them."""
+    from tiercache.cli import cache_verbs
+
+    if everything == (url is not None):
+        raise ValueError("unpin takes a URL or --all")
+    scope = cache_verbs.CacheScope(url, include, exclude, storage_option, cache_dir, cache_size)
+    cache_verbs.unpin(Output(as_json, quiet), scope, dry_run=dry_run)
+
+
+def evict(
+    url: Annotated[
+        str | None, typer.Argument(metavar="[URL]", help="Data set whose cached copies are deleted.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Instead of a URL: delete copies of all data sets.")
+    ] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    older_than: Annotated[
+        str | None,
+        typer.Option("--older-than", metavar="AGE", help="Only copies that were not read for this time, e.g. 7d."),
+    ] = None,
+    larger_than: Annotated[
+        str | None, typer.Option("--larger-than", metavar="SIZE", help="Only copies larger than this, e.g. 100MB.")
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            "--target-size",
+            metavar="SIZE",
+            help="Evict until the cache holds at most SIZE, e.g. 200GB, or 50% (of its size limit).",
+        ),
+    ] = None,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = None,
+    storage_option: StorageOptions = None,
+    yes: Yes = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Delete cached copies, least recently used first.
+
+    Pinned copies and copies in use stay. The store is never changed: deleted copies can be fetched again.
+    """
+    from tiercache.cli import cache_verbs
+
+    if everything == (url is not None):
+        raise ValueError("evict takes a URL or --all")
+    older_than_s = None if older_than is None else parse_age("--older-than", older_than)
+    larger_than_bytes = None if larger_than is None else parse_size("--larger-than", larger_than)
+    scope = cache_verbs.CacheScope(url, include, exclude, storage_option, cache_dir, cache_size)
+    limits = cache_verbs.EvictLimits(older_than_s, larger_than_bytes, target_size)
+    cache_verbs.evict(Output(as_json, quiet), scope, limits, yes=yes, dry_run=dry_run)
+
+
+def status(
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Show what the cache holds, who uses it, and damage found in it."""
+    from tiercache.cli import cache_verbs
+
+    cache_verbs.status(Output(as_json, quiet), cache_dir, cache_size)
+
+
+def simulate(
+    url: Annotated[
+        str | None,
+        typer.Argument(metavar="[URL]", help="Data set that a training reads; only its list of shards is used."),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="Instead of a URL: a trace that TIERCACHE_CACHE_TRACE recorded."),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", metavar="NAME", help="Eviction policy to simulate; default: all. May be repeated."),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--size",
+            metavar="SIZE",
+            help="Cache size per node, e.g. 200GB, or 25% (of all data read). May be repeated.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="Seed of the training's shuffle, as in LoaderOptions(seed=N).")
+    ] = 0,
+    no_shuffle: Annotated[
+        bool, typer.Option("--no-shuffle", help="Replay the stored order instead of a shuffled order.")
+    ] = False,
+    epochs: Annotated[int, typer.Option("--epochs", metavar="N", help="Number of epochs to replay.")] = 5,
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=1, metavar="N", help="Number of ranks of the training, on all nodes together.")
+    ] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", metavar="N", help="Number of machines; each has its own cache.")] = 1,
+    streams: Streams = None,
+    placement: Placement = None,
+    shuffle_group: ShuffleGroup = None,
+    batch_size: BatchSize = None,
+    egress: Annotated[
+        float, typer.Option("--egress", metavar="DOLLARS", help="Price of fetching 1 GB (2^30 bytes) from the store.")
+    ] = 0,
+    request: Annotated[
+        float, typer.Option("--request", metavar="DOLLARS", help="Price of 1,000 requests to the store.")
+    ] = 0,
+    rate: Annotated[
+        str | None, typer.Option("--rate", metavar="SIZE/s", help="Bandwidth from the store to one node, e.g. 1GB/s.")
+    ] = None,
+    train_rate: Annotated[
+        str | None,
+        typer.Option("--train-rate", metavar="SIZE/s", help="Rate at which one node's training reads, e.g. 500MB/s."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Also draw the results to FILE: .svg, .png or .pdf.")
+    ] = None,
+    at: VersionNumber = None,
+    storage_option: StorageOptions = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Simulate caches of several sizes: hits, bytes, dollars, time.
+
+    The read order of a training is replayed, or a recorded trace, with each eviction policy. No record is read, only
+    the list of shards.
+    """
+    from tiercache.cli import simulate as verb
+    from tiercache.cli.selection import Training, parse_group, parse_placement
+
+    replay: verb.TrainingReplay | Path
+    if trace is not None and url is None:
+        replay = trace
+    elif url is not None and trace is None:
+        training = Training(
+            None if no_shuffle else seed,
+            world_size=ranks,
+            streams=streams,
+            placement=parse_placement(placement),
+            group_bytes=parse_group(shuffle_group),
+            batch_size=batch_size,
+        )
+        replay = verb.TrainingReplay(url, at, storage_option, training, verb.Cluster(nodes, epochs))
+    else:
+        raise ValueError("simulate takes a URL, or --trace FILE")
+    costs = verb.parse_costs(egress, request, rate, train_rate)
+    verb.simulate(Output(as_json, quiet), replay, policy, size, costs, plot)
+
+
+def demo(
+    keep: Keep = None,
+    as_json: Json = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Demonstrate tiercache on this machine in one to three minutes.
+
+    The demo packs two data sets to a local S3 server and trains two small models: with a cold cache, with a warm cache,
+    and stopped and resumed. Then it evicts the cache and moves data between tiers. It checks what tiercache promises;
+    the exit code is 1 if a promise did not hold. Everything is made in a temporary folder and removed at the end. It
+    needs pip install 'tiercache[demo]'.
+    """
+    from tiercache.cli import demo as verb
+
+    verb.demo(Output(as_json), keep)
+
+
+def restore(
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="WHAT...",
+            help="Objects to restore: URLs or paths in a tier (with all objects below), or globs over paths. "
+            "Arguments after a URL may be names below that URL.",
+        ),
+    ],
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait until all objects are restored, then copy them to the home tier.")
+    ] = False,
+    speed: Annotated[
+        str, typer.Option("--speed", metavar="SPEED", help="Speed of the restore: expedited, standard or bulk.")
+    ] = "standard",
+    days: Annotated[
+        int | None,
+        typer.Option(
+            "--days", min=1, metavar="N", help="Restore temporarily, for N days, without copying to the home tier."
+        ),
+    ] = None,
+    rules: Rules = None,
+    yes: Yes = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Restore archived objects and copy them to the home tier.
+
+    The command shows cost and duration, asks, and requests the restores. The exit code is 5 while restores are in
+    progress; the same command then shows their progress and continues. The archived copies stay until a rule deletes
+    them.
+    """
+    from tiercache.cli import tier_verbs
+
+    tier_verbs.restore(Output(as_json, quiet), what, rules, tier_verbs.RestoreOptions(wait, speed, days, yes, dry_run))

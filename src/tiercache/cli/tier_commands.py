@@ -1,0 +1,127 @@
+"""The signatures, options and help texts of `tiercache tier`; see commands.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tiercache.cli.options import DryRun, Json, Quiet, Rules, Verbose, Yes
+from tiercache.cli.output import Output
+
+Rows = Annotated[
+    int, typer.Option("--rows", "-n", min=0, metavar="N", help="Number of moves and of refusals to show; 0: all.")
+]
+
+
+def check(
+    rules: Rules = None,
+    prices: Annotated[bool, typer.Option("--prices", help="Print only the built-in price table.")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Only check the rule file, without reaching any tier.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Check the rule file and its tiers, and print what rules match.
+
+    Nothing is changed. The exit code is 1 if a tier cannot be reached or its copies cannot be seen (e.g. a disk that is
+    not mounted). It is 3 if an object is lost: a data set version, the placement or this machine's catalog names it,
+    but no tier has it.
+    """
+    from tiercache.cli import tier_check
+
+    output = Output(as_json, quiet)
+    if prices:
+        tier_check.print_prices(output)
+    elif offline:
+        tier_check.check_file(output, rules)
+    else:
+        tier_check.check_tiers(output, rules)
+
+
+def plan(
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write the plan to FILE, for `tiercache tier apply FILE`."),
+    ] = None,
+    rows: Rows = 20,
+    rules: Rules = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Show what would be moved, why, and what it costs and saves.
+
+    Nothing is moved. Moves that are refused are shown too. With --json, all moves and refusals are printed, whatever
+    --rows says.
+    """
+    from tiercache.cli import tier_verbs
+
+    tier_verbs.plan(Output(as_json, quiet), rules, out, rows)
+
+
+def apply(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file that `tiercache tier plan --out` wrote.")],
+    rows: Rows = 20,
+    rules: Rules = None,
+    yes: Yes = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Make the moves of a stored plan, and no others.
+
+    A move whose objects or tiers have changed since is stopped. Data sets whose shards the plan moves or refuses are
+    tracked from then on: machines report which shards they use. The sources of the moves are deleted later, by
+    `tiercache tier run --once` after the grace period. Without --rules, the rule file is the one that the plan was made
+    with.
+    """
+    from tiercache.cli import tier_verbs
+
+    tier_verbs.apply(Output(as_json, quiet), plan, rules, rows, yes=yes, dry_run=dry_run)
+
+
+def run(
+    once: Annotated[bool, typer.Option("--once", help="Required: run once, and do not stay resident.")] = False,
+    rows: Rows = 20,
+    rules: Rules = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """Plan and make all moves that are due; for schedulers.
+
+    It finishes interrupted moves, plans, moves, and deletes sources after the grace period. It is for cron, Airflow or
+    Kubernetes, and asks no questions. With --json, the last line is the summary. Exit codes: 0 done; 1 failed; 3 some
+    moves were stopped (the others are done), an object is lost, or a tier cannot be seen (e.g. a disk that is not
+    mounted); 5 restores are in progress.
+    """
+    from tiercache.cli import tier_verbs
+
+    if not once:
+        raise ValueError("give --once: tiercache does not stay resident, a scheduler such as cron repeats the command")
+    tier_verbs.run(Output(as_json, quiet), rules, rows, dry_run=dry_run)
+
+
+def ls(
+    path: Annotated[
+        str | None,
+        typer.Argument(metavar="[PATH]", help="Folder below the tiers' URLs, URL in a tier, or glob; default: all."),
+    ] = None,
+    rules: Rules = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+) -> None:
+    """List shards, checkpoints and files with their tiers and costs.
+
+    Each line shows the states of the copies, the last use and the dollars per month.
+    """
+    from tiercache.cli import tier_verbs
+
+    tier_verbs.ls(Output(as_json, quiet), rules, path)
