@@ -17,6 +17,7 @@ import numpy as np
 from tiercache._native import gather
 from tiercache.errors import CorruptShard, SchemaError
 from tiercache.load.batch import gather_streams
+from tiercache.load.prefetch import ArrayPiece
 from tiercache.order import BlockTable
 from tiercache.order.explicit import ExplicitWindow
 from tiercache.shard.read.values import gather_values
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.load.epoch import Piece
-    from tiercache.load.prefetch import LoadedWindow
+    from tiercache.load.prefetch import AnyPiece, LoadedWindow
     from tiercache.order import Window
 
 
@@ -271,39 +271,7 @@ class RecordWalk(Protocol):
         """Yield the record at row n_rows, and those after it."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PatchedPiece:
-    """A piece in which some records are replaced, with the attributes of a `Piece`.
-
-    replaced: int64[m], rising, the replaced rows.
-    """
-
-    windows: tuple[Window, ...]
-    wanted: tuple[NDArray[np.bool_], ...]
-    batch_rows: NDArray[np.uint32] | None
-    block: NDArray[np.uint32]
-    row: NDArray[np.uint32]
-    replaced: NDArray[np.int64]
-
-    @property
-    def run(self) -> None:
-        """None: the rows are arrays."""
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows."""
-        return len(self.row)
-
-    def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """See Piece.rows."""
-        return self.block, self.row
-
-    def place(self, index: int) -> RecordLocation:
-        """Return the location of a row's record, in the order's row numbers."""
-        return _place(self.windows, int(self.block[index]), int(self.row[index]))
-
-
-def replace_corrupt(pieces: Iterable[Piece], damage: CorruptionMap, walk: RecordWalk) -> Iterator[Piece]:
+def replace_corrupt(pieces: Iterable[AnyPiece], damage: CorruptionMap, walk: RecordWalk) -> Iterator[AnyPiece]:
     """Yield the pieces with corrupt records replaced; pieces without any are unchanged.
 
     Raises:
@@ -335,9 +303,9 @@ class _RecordReplacer:
     walk: RecordWalk
     last: RecordLocation | None = None
     _without: dict[int, _TrimmedWindow] = field(default_factory=dict)
-    _alone: tuple[RecordLocation, ExplicitWindow] | None = None
+    _alone: tuple[RecordLocation, Window] | None = None
 
-    def repair(self, piece: Piece, n_before: int) -> Piece:
+    def repair(self, piece: AnyPiece, n_before: int) -> AnyPiece:
         """Return the piece, which begins after n_before rows, with its corrupt records replaced."""
         shards = np.concatenate([window.shards for window in piece.windows])
         blocks = np.concatenate([window.blocks for window in piece.windows])
@@ -357,17 +325,18 @@ class _RecordReplacer:
             block[:n_first], row[:n_first] = block[n_first], row[n_first]
         elif n_first and place is None:
             place = self._after(n_before + len(bad))
-        self.last = _place(piece.windows, int(block[good[-1]]), int(row[good[-1]])) if len(good) else place
+        self.last = ArrayPiece(piece.windows, piece.wanted, block, row).locate(good[-1]) if len(good) else place
         windows, wanted, numbers = self._left(piece)
         block = numbers[block].astype(np.uint32)
         if place is not None:
             window = self._window_of(place)
             block[:n_first], row[:n_first] = sum(len(w.blocks) for w in windows), place[2]
-            windows, wanted = (*windows, cast("Window", window)), (*wanted, np.ones(1, np.bool_))
-        return cast("Piece", PatchedPiece(windows, wanted, piece.batch_rows, block, row, np.flatnonzero(bad)))
+            windows, wanted = (*windows, window), (*wanted, np.ones(1, np.bool_))
+        batch_rows = piece.batch_rows if isinstance(piece, ArrayPiece) else None
+        return ArrayPiece(windows, wanted, block, row, batch_rows, np.flatnonzero(bad))
 
     def _bad(
-        self, piece: Piece, shards: NDArray[np.int32], blocks: NDArray[np.int32], suspects: NDArray[np.int64]
+        self, piece: AnyPiece, shards: NDArray[np.int32], blocks: NDArray[np.int32], suspects: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """Return bool[n_rows]: the rows of a piece that cannot be read."""
         block, row = piece.rows()
@@ -401,7 +370,7 @@ class _RecordReplacer:
             raise CorruptShard("no record of this rank's share can be read", url=self.damage.source.url)
         return found
 
-    def _left(self, piece: Piece) -> tuple[tuple[Window, ...], tuple[NDArray[np.bool_], ...], NDArray[np.int64]]:
+    def _left(self, piece: AnyPiece) -> tuple[tuple[Window, ...], tuple[NDArray[np.bool_], ...], NDArray[np.int64]]:
         """Return the windows without unreadable blocks, their wanted blocks, and the new number of each block."""
         going = {id(window): self._without.get(id(window)) or self._cut(window) for window in piece.windows}
         self._without = going
@@ -424,19 +393,11 @@ class _RecordReplacer:
         left = ExplicitWindow(window.start, window.stop, *parts, _NOTHING, _NOTHING)
         return _TrimmedWindow(window, kept, cast("Window", left))
 
-    def _window_of(self, place: RecordLocation) -> ExplicitWindow:
+    def _window_of(self, place: RecordLocation) -> Window:
         """Return a window of the single block of a record; the last one is cached."""
         shard, block, _ = place
         if self._alone is None or self._alone[0][:2] != (shard, block):
             raw_bytes = self.damage.block_tables([shard])[0].raw_bytes[block : block + 1]
             numbers = np.array([shard], np.int32), np.array([block], np.int32)
-            self._alone = place, ExplicitWindow(0, 0, *numbers, raw_bytes, _NOTHING, _NOTHING)
+            self._alone = place, cast("Window", ExplicitWindow(0, 0, *numbers, raw_bytes, _NOTHING, _NOTHING))
         return self._alone[1]
-
-
-def _place(windows: tuple[Window, ...], block: int, row: int) -> RecordLocation:
-    for window in windows:
-        if block < len(window.blocks):
-            return int(window.shards[block]), int(window.blocks[block]), row
-        block -= len(window.blocks)
-    raise IndexError(f"block {block} behind the last of a piece")

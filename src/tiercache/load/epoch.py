@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from tiercache.load.corrupt import RecordLocation
+    from tiercache.load.prefetch import AnyPiece
     from tiercache.load.ranks import Rank
     from tiercache.load.source import Source
     from tiercache.load.state import RunState
@@ -101,11 +102,6 @@ class Piece:
     _found: list[tuple[NDArray[np.uint32], NDArray[np.uint32]]] = field(default_factory=list, init=False, repr=False)
 
     @property
-    def batch_rows(self) -> NDArray[np.uint32] | None:
-        """None: all batches have the size of the loader. A sampler states the rows of each batch."""
-        return None
-
-    @property
     def run(self) -> RowRun | None:
         """The rows as a run of the first window, which costs nothing to compute; None if they are not a run."""
         return self._lots[0].run if len(self._lots) == 1 else None
@@ -120,14 +116,6 @@ class Piece:
         if not self._found:
             self._found.append(self._find())
         return self._found[0]
-
-    @property
-    def touched(self) -> tuple[NDArray[np.bool_], ...]:
-        """bool[n_blocks] for each window: the blocks of this piece's own rows. Computes the rows."""
-        ends = np.cumsum([len(window.blocks) for window in self.windows])
-        touched = np.zeros(ends[-1], np.bool_)
-        touched[self.rows()[0]] = True
-        return tuple(np.split(touched, ends[:-1]))
 
     def _find(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         if len(self._lots) == 1 and self._lots[0].places is None:
@@ -361,7 +349,7 @@ class EpochShare(Protocol):
     def padded(self) -> int:
         """Number of this rank's records that are repeated so that all ranks have equally many batches."""
 
-    def pieces(self, n_batches: int) -> Iterator[Piece]:
+    def pieces(self, n_batches: int) -> Iterator[AnyPiece]:
         """Yield what is served after n_batches, in order, padding last. Reads footers."""
 
     def positions(self, batch: int) -> NDArray[np.int64]:
@@ -414,7 +402,7 @@ class OrderShare:
         """Number of this rank's records that are not part of the global sequence."""
         return self.ranks.n_padding
 
-    def pieces(self, n_batches: int) -> Iterator[Piece]:
+    def pieces(self, n_batches: int) -> Iterator[AnyPiece]:
         """See Share.pieces."""
         ranks = replace(self.ranks, offset=self.ranks.offset_after(n_batches))
         found = pieces(self.order, ranks, self.sizes)

@@ -44,7 +44,7 @@ from tiercache.shard.conversion import served_columns
 from tiercache.shard.read.blocks import damage_message
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from concurrent.futures import Future
 
     from numpy.typing import NDArray
@@ -279,9 +279,8 @@ class Pipeline:
         found: dict[int, RecordLocation] = {}
         mended = self._shared.patched
         for first, piece in list(mended):  # the planner may append at any time
-            rows = piece.replaced[np.searchsorted(piece.replaced, start - first) :]
-            rows = rows[: np.searchsorted(rows, stop - first)]
-            found.update((first + row - start, piece.place(row)) for row in rows.tolist())
+            lo, hi = np.searchsorted(piece.replaced, (start - first, stop - first))
+            found.update((first + row - start, piece.locate(row)) for row in piece.replaced[lo:hi].tolist())
         while mended and mended[0][0] + mended[0][1].n_rows <= stop:
             mended.popleft()
         return found
@@ -361,7 +360,7 @@ class Pipeline:
                 batch[f"{name}.valid"] = valid_mask(values)
         return {name: batch[name] for name in self._assembler.order}
 
-    def _places(self, start: int, stop: int) -> Any:
+    def _places(self, start: int, stop: int) -> Iterator[tuple[LoadedWindow, int, int]]:
         """Yield (window, block in it, row in the block) of the rows [start, stop) of the sequence."""
         for end, pushed in list(self._shared.pieces):  # the planner may append at any time
             first = end - pushed.n_rows
@@ -391,13 +390,13 @@ class Pipeline:
             misfit = bad_cast(source.schema, served, loaded, block, row) if served else None
             if misfit is not None:
                 return misfit
-            loaded.held[loaded.holder[block]].reset_checks()  # the file may have been corrupted since
+            blocks = loaded.block_groups[loaded.group_of_block[block]]
+            blocks.reset_checks()  # the file may have been corrupted since
             checks = loaded.checks
             for number, (kind, width) in enumerate(streams):
                 check = None if checks is None else checks[number]
                 fault = _fault((int(kind), int(width), loaded.addresses[number], check), block, row)
                 if fault is not None:
-                    blocks = loaded.held[loaded.holder[block]]
                     self.corrupt_shard = int(loaded.window.shards[block])
                     return CorruptShard(
                         fault,

@@ -22,9 +22,9 @@ import numpy as np
 
 from tiercache._native.ring import Plan
 from tiercache.errors import TierCacheError
-from tiercache.load.corrupt import PatchedPiece
 from tiercache.load.epoch import OrderShare, interleaved
 from tiercache.load.prefetch import (
+    ArrayPiece,
     JoinedWindows,
     LoadedWindow,
     MemoryPressure,
@@ -36,24 +36,16 @@ from tiercache.load.read_plan import ReadPlanPublisher
 from tiercache.order import RowRun
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
     from tiercache._native.ring import Ring
-    from tiercache.load.epoch import Piece
     from tiercache.load.pipeline import PipelineInputs
-    from tiercache.load.prefetch import LoadThreads, PieceSlice
-    from tiercache.order import Window
-
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from tiercache.load.epoch import OrderShare, Piece
-    from tiercache.load.prefetch import LoadThreads, MemoryPressure
+    from tiercache.load.prefetch import AnyPiece, LoadThreads
     from tiercache.load.source import Source
     from tiercache.load.state import RunState
+    from tiercache.order import Window
 
     PlanEpoch: TypeAlias = Callable[[RunState], OrderShare]
 
@@ -69,7 +61,7 @@ class EpochStart:
     pieces: all pieces of the epoch; loading: windows of the first piece, loaded or being loaded.
     """
 
-    pieces: Iterator[Piece]
+    pieces: Iterator[AnyPiece]
     loading: tuple[WindowLoad, ...]
 
 
@@ -303,7 +295,7 @@ class PlannerState:
     """
 
     pieces: deque[tuple[int, PushedRows]] = field(default_factory=deque)
-    patched: deque[tuple[int, PatchedPiece]] = field(default_factory=deque)
+    patched: deque[tuple[int, ArrayPiece]] = field(default_factory=deque)
     error: Exception | None = None
     stop: Future[None] = field(default_factory=Future)
     ended: bool = False
@@ -360,11 +352,11 @@ class _Planner:
     def push_all(self) -> None:
         """Push every piece. Raises CancelledError if the ring is closed meanwhile."""
         for piece in self._pieces():
-            if piece.batch_rows is not None and not self._ring.push_sizes(piece.batch_rows):
-                raise CancelledError
-            served: object = piece
-            if isinstance(served, PatchedPiece):
-                self._shared.patched.append((self._pushed_rows, served))
+            if isinstance(piece, ArrayPiece):
+                if piece.batch_rows is not None and not self._ring.push_sizes(piece.batch_rows):
+                    raise CancelledError
+                if len(piece.replaced):
+                    self._shared.patched.append((self._pushed_rows, piece))
             if self.pressure.fits(piece):
                 self._push(piece)
                 continue
@@ -384,7 +376,7 @@ class _Planner:
         self._held.clear()
         self._joined = None
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _pieces(self) -> Iterator[AnyPiece]:
         start_s = time.perf_counter()
         begun: EpochStart | None = (
             None if self._work.epoch_start is None else self._threads.result(self._work.epoch_start)
@@ -400,7 +392,7 @@ class _Planner:
             yield piece
             start_s = time.perf_counter()
 
-    def _push(self, part: Piece | PieceSlice) -> None:
+    def _push(self, part: AnyPiece) -> None:
         """Load the windows that a part needs and that are missing, and push its rows."""
         missing = self._let_go_of_others(part)
         rows = None
@@ -439,7 +431,7 @@ class _Planner:
         if self._work.publisher is not None:
             self._work.publisher.advance(self._work.first_batch, self._pushed_rows - self._last_rows)
 
-    def _let_go_of_others(self, part: Piece | PieceSlice) -> list[tuple[Window, NDArray[np.bool_]]]:
+    def _let_go_of_others(self, part: AnyPiece) -> list[tuple[Window, NDArray[np.bool_]]]:
         """Drop the windows that the part does not need, before more memory is used; return the missing ones."""
         kept: dict[int, LoadedWindow] = {}
         missing = []
@@ -495,13 +487,13 @@ class _Planner:
                 one.cancel()
         return new
 
-    def _join(self, part: Piece | PieceSlice) -> JoinedWindows:
+    def _join(self, part: AnyPiece) -> JoinedWindows:
         windows = tuple(self._held[id(window)] for window in part.windows)
         if self._joined is None or self._joined.windows != windows:
             self._joined = JoinedWindows(windows)
         return self._joined
 
-    def _rows(self, part: Piece | PieceSlice) -> Rows:
+    def _rows(self, part: AnyPiece) -> Rows:
         """Return the part's rows as they are stored."""
         run = part.run if self._work.source.selects_all else None
         if run is not None:

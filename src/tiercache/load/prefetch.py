@@ -11,10 +11,10 @@ import os
 import re
 import sys
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from threading import Event
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tiercache.load.corrupt import RecordLocation
     from tiercache.load.epoch import Piece
     from tiercache.load.source import Source
     from tiercache.shard.read.blocks import Blocks
@@ -333,17 +334,24 @@ LOOK_ROWS = 1 << 13
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PieceSlice:
-    """Consecutive rows of a piece, and the blocks that they need. It has the attributes of a Piece."""
+class ArrayPiece:
+    """Rows whose locations are arrays, with the other attributes of an `epoch.Piece`. Immutable.
+
+    Attributes:
+        block: uint32[n], numbered through the blocks of all windows.
+        row: uint32[n], row inside the block.
+        batch_rows: uint32[m], rows of the next m batches, which begin with this piece and may end in later pieces.
+            None: all batches have the size of the loader.
+        replaced: int64[m], rising, the rows whose records are replaced.
+    """
 
     windows: tuple[Window, ...]
     wanted: tuple[NDArray[np.bool_], ...]
     block: NDArray[np.uint32]
     row: NDArray[np.uint32]
-
-    @property
-    def run(self) -> None:
-        """None: the rows are arrays."""
+    batch_rows: NDArray[np.uint32] | None = None
+    replaced: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    run: None = None  # the rows are never a run
 
     @property
     def n_rows(self) -> int:
@@ -353,6 +361,18 @@ class PieceSlice:
     def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         """See Piece.rows."""
         return self.block, self.row
+
+    def locate(self, index: int) -> RecordLocation:
+        """Return the location of a row's record, in the order's row numbers."""
+        block = int(self.block[index])
+        for window in self.windows:
+            if block < len(window.blocks):
+                return int(window.shards[block]), int(window.blocks[block]), int(self.row[index])
+            block -= len(window.blocks)
+        raise IndexError(f"block {block} behind the last of a piece")
+
+
+AnyPiece: TypeAlias = "Piece | ArrayPiece"
 
 
 class MemoryPressure:
@@ -383,7 +403,7 @@ class MemoryPressure:
         self._raw_bytes += int(loaded.window.block_bytes[here].sum())
         self._private_bytes += loaded.private_bytes
 
-    def fits(self, piece: Piece) -> bool:
+    def fits(self, piece: AnyPiece) -> bool:
         """Whether the piece's windows fit memory twice."""
         need_bytes = sum(self._decoded_bytes(w, wanted) for w, wanted in zip(piece.windows, piece.wanted, strict=True))
         if need_bytes <= self._room_bytes:
@@ -391,7 +411,7 @@ class MemoryPressure:
         self._need_bytes = max(self._need_bytes, need_bytes)
         return False
 
-    def slices(self, piece: Piece) -> Iterator[PieceSlice]:
+    def slices(self, piece: AnyPiece) -> Iterator[ArrayPiece]:
         """Yield the piece's rows in slices whose blocks fit memory twice.
 
         A slice has at least one row, even if its block does not fit.
@@ -401,9 +421,8 @@ class MemoryPressure:
         start = 0
         while start < len(row):
             stop = start + self._fitting(block[start : start + LOOK_ROWS], sizes)
-            yield PieceSlice(
-                piece.windows, _touched(piece.windows, block[start:stop]), block[start:stop], row[start:stop]
-            )
+            part = block[start:stop]
+            yield ArrayPiece(piece.windows, _touched(piece.windows, part), part, row[start:stop])
             start = stop
 
     def explain(self, url: str) -> str:

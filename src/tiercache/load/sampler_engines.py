@@ -44,7 +44,8 @@ from tiercache.stats import Counters, WaitHistogram
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tiercache.load.epoch import OrderShare, Piece
+    from tiercache.load.epoch import OrderShare
+    from tiercache.load.prefetch import AnyPiece
     from tiercache.load.source import Source
 
 
@@ -259,8 +260,8 @@ class _Numbered:
 
     n_records: int
     mixture: None = None
-    listed: None = None
-    is_whole: bool = True
+    record_order: None = None
+    selects_all: bool = True
 
     @property
     def shard_records(self) -> NDArray[np.int64]:
@@ -388,7 +389,7 @@ def served_numbers(read: Any, share: OrderShare, *, is_shuffled: bool) -> Iterat
         for start in range(0, ranks.n_served, _CHUNK_ROWS):
             yield ranks.positions_between(start, min(start + _CHUNK_ROWS, ranks.n_served))
         return
-    listed = None if read.mixture is not None else read.listed
+    listed = None if read.mixture is not None else read.record_order
     served = None if listed is None else np.argsort(listed, kind="stable")  # by number in stored order
     first_records = np.concatenate([[0], np.cumsum(read.shard_records)])
     starts: dict[int, NDArray[np.int64]] = {}
@@ -402,7 +403,7 @@ def served_numbers(read: Any, share: OrderShare, *, is_shuffled: bool) -> Iterat
         yield numbers if served is None else served[numbers]
 
 
-def _record_numbers(piece: Piece, starts: dict[int, NDArray[np.int64]]) -> NDArray[np.int64]:
+def _record_numbers(piece: AnyPiece, starts: dict[int, NDArray[np.int64]]) -> NDArray[np.int64]:
     """Return the stored numbers of a piece's rows. starts: by shard, the number of each block's first record."""
     first = [
         starts[shard][block]

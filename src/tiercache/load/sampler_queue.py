@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from tiercache.load.corrupt import replace_corrupt
-from tiercache.load.prefetch import is_in_memory
+from tiercache.load.prefetch import ArrayPiece, is_in_memory
 from tiercache.order.explicit import RecordLocator, count_fitting, explicit_window, whole_window
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.load.corrupt import CorruptionMap, RecordLocation
-    from tiercache.load.epoch import Piece
+    from tiercache.load.prefetch import AnyPiece
     from tiercache.load.source import Source
     from tiercache.order import Window
     from tiercache.order.explicit import ExplicitWindow, RecordLocations
@@ -39,48 +39,6 @@ class SamplerBatch:
     numbers: NDArray[np.int64]
     first_row: int
     snapshot: Any
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ListedPiece:
-    """Rows of one window in served order, with the attributes of a `Piece`.
-
-    batch_rows: uint32[m], rows of the next m batches, which begin with this piece and may end in later pieces; block
-    (number in the window), row: uint32[n].
-    """
-
-    window: ExplicitWindow
-    batch_rows: NDArray[np.uint32]
-    block: NDArray[np.uint32]
-    row: NDArray[np.uint32]
-
-    @property
-    def windows(self) -> tuple[Window | ExplicitWindow, ...]:
-        """The one window."""
-        return (self.window,)
-
-    @property
-    def run(self) -> None:
-        """None: the rows are arrays."""
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows."""
-        return len(self.row)
-
-    @property
-    def wanted(self) -> tuple[NDArray[np.bool_], ...]:
-        """All of the window's blocks."""
-        return (np.ones(len(self.window.blocks), np.bool_),)
-
-    @property
-    def touched(self) -> tuple[NDArray[np.bool_], ...]:
-        """See wanted."""
-        return self.wanted
-
-    def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """See Piece.rows."""
-        return self.block, self.row
 
 
 class SamplerQueue:
@@ -187,7 +145,7 @@ class SamplerQueue:
             self._n_closed += 1
             self._changed.notify_all()
 
-    def pieces(self, n_batches: int) -> Iterator[Piece]:
+    def pieces(self, n_batches: int) -> Iterator[AnyPiece]:
         """Yield the pieces after n_batches: of all batches in the queue, then of those that are added. Reads footers.
 
         Raises:
@@ -198,7 +156,7 @@ class SamplerQueue:
             n_closed = self._n_closed
             # A pipeline that begins within the epoch begins after all batches that were handed out.
             first_row = self._first_row if self.last is None else self.last.first_row + len(self.last.numbers)
-        found = cast("Iterator[Piece]", self._pieces(n_batches, n_closed))  # they have the attributes of Piece
+        found = self._pieces(n_batches, n_closed)
         return found if self._damage is None else replace_corrupt(found, self._damage, _Walk(self, first_row))
 
     def positions(self, batch: int) -> NDArray[np.int64]:
@@ -248,7 +206,7 @@ class SamplerQueue:
         near: list[int] = shards[np.cumsum(self._source.shard_bytes[shards]) <= n_bytes].tolist()
         return near
 
-    def _pieces(self, at: int, n_closed: int) -> Iterator[ListedPiece]:
+    def _pieces(self, at: int, n_closed: int) -> Iterator[ArrayPiece]:
         whole, ask_at = None, at
         while (batches := self._wait(at, n_closed)) is not None:
             at += len(batches)
@@ -259,7 +217,7 @@ class SamplerQueue:
                 whole, ask_at = self._whole(places), 2 * at  # this check takes 0.3 ms per shard
                 places = self._locator.find(numbers)  # the locator may know more blocks now, and number them otherwise
             if whole is not None:
-                yield ListedPiece(whole, sizes, places.at.astype(np.uint32), places.row)
+                yield _piece(whole, places.at.astype(np.uint32), places.row, sizes)
                 continue
             shards = np.unique(places.shards[places.touched()]).tolist()
             near = [shard for shard in shards if self._source.is_mapped(shard)]
@@ -267,7 +225,7 @@ class SamplerQueue:
             while start < n:
                 stop = start + count_fitting(places.slice(start, n), self._window_bytes, near)
                 window = explicit_window(start, places.slice(start, stop))
-                yield ListedPiece(window, sizes, window.block, window.row)
+                yield _piece(window, window.block, window.row, sizes)
                 start, sizes = stop, sizes[:0]
 
     def _whole(self, places: RecordLocations) -> ExplicitWindow | None:
@@ -302,6 +260,13 @@ class SamplerQueue:
             if self._error is not None:
                 raise self._error
             return None
+
+
+def _piece(
+    window: ExplicitWindow, block: NDArray[np.uint32], row: NDArray[np.uint32], batch_rows: NDArray[np.uint32]
+) -> ArrayPiece:
+    wanted = np.ones(len(window.blocks), np.bool_)
+    return ArrayPiece((cast("Window", window),), (wanted,), block, row, batch_rows)
 
 
 @dataclass(frozen=True, slots=True)
