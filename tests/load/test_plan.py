@@ -28,7 +28,8 @@ from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions, RankPl
 from tiercache.order.window import MOST_ROWS, allocate_rows
 
 # Each takes some 8 ms; `make fuzz` draws 5,000 of every kind.
-MANY, SOME = (max(n, settings.default.max_examples) for n in (1000, 100))
+IS_FUZZ = settings.default.max_examples > 100
+MANY, SOME = (settings.default.max_examples if IS_FUZZ else n for n in (200, 25))
 
 
 @dataclass(frozen=True)
