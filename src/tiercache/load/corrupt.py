@@ -24,12 +24,17 @@ from tiercache.shard.read.values import gather_values
 from tiercache.shard.schema import Column, Kind, Schema
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from tiercache.load.options import LoaderOptions
     from tiercache.load.prefetch import AnyPiece, LoadedWindow
+    from tiercache.load.source import Source
     from tiercache.order import Window
+    from tiercache.shard.read.blocks import Blocks
+
+    Rows: TypeAlias = NDArray[np.int64] | None  # rows of a block, rising; None: all rows
 
 
 # Shapes must fit, text must be UTF-8, JSON must parse. Any bytes are a valid number, flag or bytes value.
@@ -91,17 +96,6 @@ def _only(row: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     """Return (block, row) arrays for one row of a single block."""
     return np.zeros(1, np.uint32), np.array([row], np.uint32)
 
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
-
-    from tiercache.load.options import LoaderOptions
-    from tiercache.load.source import Source
-    from tiercache.shard.read.blocks import Blocks
-
-    Rows: TypeAlias = NDArray[np.int64] | None  # rows of a block, rising; None: all rows
 
 # Location of a record: shard, block in it, row in that. In a location of corruption None stands for a whole shard or
 # block.
@@ -271,15 +265,15 @@ class RecordWalk(Protocol):
         """Yield the record at row n_rows, and those after it."""
 
 
-def replace_corrupt(pieces: Iterable[AnyPiece], damage: CorruptionMap, walk: RecordWalk) -> Iterator[AnyPiece]:
+def replace_corrupt(pieces: Iterable[AnyPiece], corruption: CorruptionMap, walk: RecordWalk) -> Iterator[AnyPiece]:
     """Yield the pieces with corrupt records replaced; pieces without any are unchanged.
 
     Raises:
         CorruptShard: No record of the rank can be read.
     """
-    mender, n_rows = _RecordReplacer(damage, walk), 0
+    mender, n_rows = _RecordReplacer(corruption, walk), 0
     for piece in pieces:
-        yield mender.repair(piece, n_rows) if damage else piece
+        yield mender.repair(piece, n_rows) if corruption else piece
         n_rows += piece.n_rows
 
 
@@ -299,7 +293,7 @@ class _RecordReplacer:
     last: the last good record up to the end of the last piece, if that piece had corruption; None: ask `walk`.
     """
 
-    damage: CorruptionMap
+    corruption: CorruptionMap
     walk: RecordWalk
     last: RecordLocation | None = None
     _without: dict[int, _TrimmedWindow] = field(default_factory=dict)
@@ -309,7 +303,7 @@ class _RecordReplacer:
         """Return the piece, which begins after n_before rows, with its corrupt records replaced."""
         shards = np.concatenate([window.shards for window in piece.windows])
         blocks = np.concatenate([window.blocks for window in piece.windows])
-        suspects = np.flatnonzero(np.isin(shards, self.damage.shards))
+        suspects = np.flatnonzero(np.isin(shards, self.corruption.shards))
         if not len(suspects):
             self.last, self._without = None, {}  # the next piece then follows this piece's last record
             return piece
@@ -342,7 +336,7 @@ class _RecordReplacer:
         block, row = piece.rows()
         whole, keys = np.zeros(len(shards), np.bool_), [np.empty(0, np.int64)]
         for number in suspects.tolist():
-            rows = self.damage.rows(int(shards[number]), int(blocks[number]))
+            rows = self.corruption.rows(int(shards[number]), int(blocks[number]))
             if rows is None:
                 whole[number] = True
             else:
@@ -355,19 +349,19 @@ class _RecordReplacer:
             at = np.flatnonzero(some[block])
             chosen = np.flatnonzero(some)  # a view cannot convert rows of a shard whose footer is unreadable
             numbers = np.searchsorted(chosen, block[at]).astype(np.uint32)
-            stored = self.damage.source.stored_rows(shards[chosen], blocks[chosen], numbers, row[at])
+            stored = self.corruption.source.stored_rows(shards[chosen], blocks[chosen], numbers, row[at])
             bad[at] = np.isin((block[at].astype(np.int64) << 32) + stored, wrong)
         return bad
 
     def _before(self, n_rows: int) -> RecordLocation | None:
-        if self.last is not None and not self.damage.is_bad(self.last):
+        if self.last is not None and not self.corruption.is_bad(self.last):
             return self.last
-        return next((p for p in self.walk.before(n_rows) if not self.damage.is_bad(p)), None)
+        return next((p for p in self.walk.before(n_rows) if not self.corruption.is_bad(p)), None)
 
     def _after(self, n_rows: int) -> RecordLocation:
-        found = next((p for p in self.walk.after(n_rows) if not self.damage.is_bad(p)), None)
+        found = next((p for p in self.walk.after(n_rows) if not self.corruption.is_bad(p)), None)
         if found is None:
-            raise CorruptShard("no record of this rank's share can be read", url=self.damage.source.url)
+            raise CorruptShard("no record of this rank's share can be read", url=self.corruption.source.url)
         return found
 
     def _left(self, piece: AnyPiece) -> tuple[tuple[Window, ...], tuple[NDArray[np.bool_], ...], NDArray[np.int64]]:
@@ -385,8 +379,8 @@ class _RecordReplacer:
 
     def _cut(self, window: Window) -> _TrimmedWindow:
         kept = np.ones(len(window.blocks), np.bool_)
-        for number in np.flatnonzero(np.isin(window.shards, self.damage.shards)).tolist():
-            kept[number] = self.damage.rows(int(window.shards[number]), int(window.blocks[number])) is not None
+        for number in np.flatnonzero(np.isin(window.shards, self.corruption.shards)).tolist():
+            kept[number] = self.corruption.rows(int(window.shards[number]), int(window.blocks[number])) is not None
         if kept.all():
             return _TrimmedWindow(window, kept, window)
         parts = window.shards[kept], window.blocks[kept], window.block_bytes[kept]
@@ -397,7 +391,7 @@ class _RecordReplacer:
         """Return a window of the single block of a record; the last one is cached."""
         shard, block, _ = place
         if self._alone is None or self._alone[0][:2] != (shard, block):
-            raw_bytes = self.damage.block_tables([shard])[0].raw_bytes[block : block + 1]
+            raw_bytes = self.corruption.block_tables([shard])[0].raw_bytes[block : block + 1]
             numbers = np.array([shard], np.int32), np.array([block], np.int32)
             self._alone = place, cast("Window", ExplicitWindow(0, 0, *numbers, raw_bytes, _NOTHING, _NOTHING))
         return self._alone[1]

@@ -132,9 +132,9 @@ def loading_pool(n_threads: int) -> ThreadPoolExecutor:
 class LoadedWindow:
     """The loaded blocks of a window. It owns their memory: addresses are valid while it lives.
 
-    addresses: uint64[n_streams, n_blocks, 3], zeros for blocks that were not requested; held: the parts that were
-    loaded concurrently; holder, position: int32[n_blocks], the index in `held` of the part that has the block (-1:
-    none), and the block's index there.
+    addresses: uint64[n_streams, n_blocks, 3], zeros for blocks that were not requested; block_groups: the
+    parts that were loaded concurrently; group_of_block, position: int32[n_blocks], the index of the part that has the
+    block (-1: none), and the block's index there.
     """
 
     window: Window
@@ -199,7 +199,7 @@ class JoinedWindows:
 
     @property
     def checks(self) -> NDArray[np.uint64] | None:
-        """Checks that the blocks of all windows still need. See Loaded.checks."""
+        """Checks that the blocks of all windows still need. See LoadedWindow.checks."""
         parts = [loaded.checks for loaded in self.windows]
         if len(parts) == 1 or all(part is None for part in parts):
             return parts[0]
@@ -277,7 +277,8 @@ class WindowLoad:
         addresses = np.zeros((self._n_streams, n_blocks, 3), np.uint64)
         holder, position = np.full(n_blocks, -1, np.int32), np.zeros(n_blocks, np.int32)
         try:
-            self.map_shards()
+            while self.map_next_shard():
+                pass
             loaded = [*self._loaded, *((places, threads.result(future)) for places, future in self._work)]
         finally:
             self.cancel()  # after an error the other parts need not start
@@ -288,11 +289,6 @@ class WindowLoad:
             holder[places] = number
             position[places] = np.arange(len(places))
         return LoadedWindow(self.window, addresses, tuple(blocks for _, blocks in loaded), holder, position)
-
-    def map_shards(self) -> None:
-        """Map all mapped shards in this thread. Raises as finish()."""
-        while self.map_next_shard():
-            pass
 
     def map_next_shard(self) -> bool:
         """Map the next mapped shard in this thread; False: there is none left. Raises as finish()."""

@@ -42,10 +42,10 @@ class SamplerBatch:
 
 
 class SamplerQueue:
-    """A rank's share of an epoch (`load.share.Share`) whose batches a sampler supplies.
+    """A rank's share of an epoch (`EpochShare`) whose batches a sampler supplies.
 
-    Batches are numbered from 0. The consumer's thread calls `add`, `end` and `let_go`; any thread may call the rest.
-    Every method holds the lock for a moment, and pieces() waits on its condition for more batches.
+    Batches are numbered from 0. The consumer's thread calls `add`, `end` and `drop_oldest`; any thread may call the
+    rest. Every method holds the lock for a moment, and pieces() waits on its condition for more batches.
 
     Args:
         source: Source that is read.
@@ -53,7 +53,7 @@ class SamplerQueue:
         window_bytes: Raw bytes of the blocks that are read at a time, not counting mapped shards. None: no limit.
         epoch: Number of the epoch.
         first_row: Row of the epoch with which the first batch begins.
-        damage: Corrupt records that are replaced. None: corrupt data is an error.
+        corruption: Corrupt records that are replaced. None: corrupt data is an error.
 
     Attributes:
         seed: Seed of the random values of a record.
@@ -71,7 +71,7 @@ class SamplerQueue:
         *,
         epoch: int,
         first_row: int = 0,
-        damage: CorruptionMap | None = None,
+        corruption: CorruptionMap | None = None,
     ) -> None:
         self.epoch = epoch
         self.seed = 0
@@ -79,7 +79,7 @@ class SamplerQueue:
         self._source = source
         self._locator = locator
         self._window_bytes = window_bytes
-        self._damage = damage
+        self._corruption = corruption
         self._first_row = first_row
         self.last: SamplerBatch | None = None
         # The lock is taken directly: entering the condition is Python code, in which Ctrl-C could leave the lock held.
@@ -91,20 +91,15 @@ class SamplerQueue:
         self._error: Exception | None = None
 
     @property
-    def n_drawn(self) -> int:
-        """Number of batches that were added."""
-        with self._lock:
-            return self.n_handed_out + len(self._kept)
-
-    @property
     def n_records(self) -> int:
         """Number of records of the data set, or of the longest batch, which may repeat records."""
         return max(self._locator.n_records, self.batch_size)
 
     @property
     def n_batches(self) -> int:
-        """Number of batches so far."""
-        return self.n_drawn
+        """Number of batches that were added so far."""
+        with self._lock:
+            return self.n_handed_out + len(self._kept)
 
     @property
     def n_plannable(self) -> int:
@@ -113,7 +108,7 @@ class SamplerQueue:
             return self._n_plannable
 
     def add(self, drawn: SamplerBatch) -> None:
-        """Append a batch. It is planned only after tell() or end()."""
+        """Append a batch. It is planned only after make_plannable() or end()."""
         with self._lock:
             self._kept.append(drawn)
             self.batch_size = max(self.batch_size, len(drawn.numbers))
@@ -157,7 +152,7 @@ class SamplerQueue:
             # A pipeline that begins within the epoch begins after all batches that were handed out.
             first_row = self._first_row if self.last is None else self.last.first_row + len(self.last.numbers)
         found = self._pieces(n_batches, n_closed)
-        return found if self._damage is None else replace_corrupt(found, self._damage, _Walk(self, first_row))
+        return found if self._corruption is None else replace_corrupt(found, self._corruption, _Walk(self, first_row))
 
     def positions(self, batch: int) -> NDArray[np.int64]:
         """Return the positions in the epoch of the records of a batch in the queue, int64[n]."""
@@ -271,15 +266,15 @@ def _piece(
 
 @dataclass(frozen=True, slots=True)
 class _Walk:
-    """A mending.Walk through the batches of a sampler. first_row: row of the epoch with which the pieces begin."""
+    """A RecordWalk through the batches of a sampler. first_row: row of the epoch with which the pieces begin."""
 
     feed: SamplerQueue
     first_row: int
 
     def before(self, n_rows: int) -> Iterator[RecordLocation]:
-        """See Feed.before."""
+        """See SamplerQueue.before."""
         return self.feed.before(self.first_row + n_rows)
 
     def after(self, n_rows: int) -> Iterator[RecordLocation]:
-        """See Feed.after."""
+        """See SamplerQueue.after."""
         return self.feed.after(self.first_row + n_rows)
