@@ -256,7 +256,8 @@ def test_subsets_concatenations_and_splits_of_torch_work(dataset):
     assert sorted(found) == list(range(150))
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+# spawn is stress: forkserver also starts an interpreter that imports everything anew.
+@pytest.mark.parametrize("start", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.stress)])
 def test_worker_processes_of_any_start_method_read_it(dataset, start):
     dataset[0]
     with warnings.catch_warnings():

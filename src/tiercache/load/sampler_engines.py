@@ -283,9 +283,9 @@ class IndexEngine(NativeEngine):
         """The data set of the indices: the user's, or a copy over other versions or over a mixture's parts."""
         if self._over is None or self._over[0] is not self._source:
             source: Any = self._source
-            found = self._users if source is self._users.source else self._users.over(source)
+            found = self._users if source is self._users.source else self._users.with_source(source)
             is_mixed = source.mixture is not None and self._asked.shuffle
-            self._over = source, found.over(source.unmixed()) if is_mixed else found
+            self._over = source, found.with_source(source.unmixed()) if is_mixed else found
         return self._over[1]
 
     def begin(self) -> bool:
@@ -328,7 +328,7 @@ class IndexEngine(NativeEngine):
         return super().state()
 
     def _records_of(self, source: Source) -> int:
-        return len(self._users if source is self._users.source else self._users.over(source))
+        return len(self._users if source is self._users.source else self._users.with_source(source))
 
     def _numbered(self) -> Any:
         """Return the source of the order; a _Numbered if the data set's class defines its own length."""
