@@ -40,10 +40,12 @@ def window_of(memory: np.ndarray, n_parts: int = 1) -> SimpleNamespace:
     size = len(memory) // n_parts
     address = memory.__array_interface__["data"][0]
     held = [
-        SimpleNamespace(pages=np.array([[address + n * size, size]], np.uint64), private_bytes=0, tells_residence=False)
+        SimpleNamespace(
+            pages=np.array([[address + n * size, size]], np.uint64), private_bytes=0, reports_residency=False
+        )
         for n in range(n_parts)
     ]
-    return SimpleNamespace(held=held, window=SimpleNamespace(key=b"k", is_in_order=False))
+    return SimpleNamespace(block_groups=held, window=SimpleNamespace(key=b"k", is_in_order=False))
 
 
 def prefetch_pages(ahead: PagePrefetcher, *windows: SimpleNamespace) -> list[Future[int]]:
@@ -95,9 +97,9 @@ def blocks_of(memory: np.ndarray, size: int, every: int, *, is_in_order: bool = 
     """A window of blocks of one shard that lie scattered."""
     address = memory.__array_interface__["data"][0]
     pages = np.array([[address + at, size] for at in range(0, len(memory), every)], np.uint64)
-    held = [SimpleNamespace(pages=pages, private_bytes=0, tells_residence=False)]
+    held = [SimpleNamespace(pages=pages, private_bytes=0, reports_residency=False)]
     return SimpleNamespace(
-        held=held, window=SimpleNamespace(key=None if is_in_order else b"k", is_in_order=is_in_order)
+        block_groups=held, window=SimpleNamespace(key=None if is_in_order else b"k", is_in_order=is_in_order)
     )
 
 
@@ -146,7 +148,7 @@ def test_single_rows_of_what_has_no_room_are_read_alone_though_huge_pages_were_e
 
 def test_what_is_in_memory_already_is_not_advised_about(large, make_ahead):
     window = blocks_of(large.memory, *WHOLE)
-    window.held[0].reports_residency = True
+    window.block_groups[0].reports_residency = True
     large.memory.sum()
     assert near_bytes(prefetch_pages(make_ahead(1 << 40), window)) == len(large.memory)
     assert not _is_huge(large.memory)

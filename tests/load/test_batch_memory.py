@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,7 +16,6 @@ from tests.load.decoded import SCHEMA, N, loader_of, make_columns, write
 
 import tiercache as tc
 from tiercache._native.ring import held_bytes
-from tiercache.load import batch as batch_module
 from tiercache.load.batch import BatchMemory
 from tiercache.load.decode import _DecodeQueue, _Job
 
@@ -38,14 +37,15 @@ def test_memory_is_used_again_once_a_batch_is_dropped_and_not_before(path):
 
 @pytest.fixture
 def made(monkeypatch):
-    """Sizes of all batch memory that is newly made."""
-    made = []
+    """Size and address of all batch memory that was lent."""
+    made, lend = set(), BatchMemory.lend
 
-    def empty(n_bytes, dtype):
-        made.append(n_bytes)
-        return np.empty(n_bytes, dtype)
+    def seen(self, n_bytes, size_bytes):
+        lent = lend(self, n_bytes, size_bytes)
+        made.add((size_bytes, lent.ctypes.data))
+        return lent
 
-    monkeypatch.setattr(batch_module, "np", SimpleNamespace(empty=empty, uint8=np.uint8))
+    monkeypatch.setattr(BatchMemory, "lend", seen)
     return made
 
 
@@ -71,7 +71,7 @@ def test_columns_of_unlike_sizes_use_their_memory_again(tmp_path, made):
     dataset = tc.Dataset(path, decode={"a": tc.DecodeImage(32), "b": tc.DecodeImage(64)})
     for _batch in tc.DataLoader(dataset, batch_size=2):
         pass
-    assert all(made.count(size_bytes) <= 6 for size_bytes in set(made))
+    assert max(Counter(size_bytes for size_bytes, _ in made).values()) <= 6
 
 
 def test_nothing_more_is_opened_once_a_picture_is_broken():

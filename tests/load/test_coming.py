@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 import weakref
+from collections import Counter
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -13,37 +14,49 @@ import pytest
 import torch
 from tests.cache.conftest import open_below
 from tests.load.conftest import N_REMOTE as N
-from tests.load.conftest import SCHEMA, check_batch, ids_of, make_columns
+from tests.load.conftest import SCHEMA, check_batch, ids_of, join_loading, make_columns
 
 import tiercache as tc
+from tiercache.load.epoch import plan_epoch
 from tiercache.load.planner import NextEpoch
 from tiercache.load.prefetch import loading_pool
+from tiercache.load.state import RunState
 from tiercache.opened_version import OpenedVersion
 
-SOURCE = SimpleNamespace(is_cached=False)
+SOURCE = SimpleNamespace(has_cache=False, selects_all=True, can_prefetch=False)
 OPTIONS = {"seed": 2, "shuffle_window_bytes": "2KiB", "shuffle_group_bytes": "9KiB"}
 
 
-def shards_asked_for(server):
-    return [seen.path.rsplit("/", 1)[1] for seen in server.log if "/shards/" in seen.path]
-
-
-def first_shards(dataset, epoch, **options):
-    """Names of the shards of the first window of an epoch."""
-    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS, **options))
+def first_blocks(dataset, epoch):
+    """The blocks of the first window of an epoch: (shard, block)."""
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
     loader.set_epoch(epoch)
-    with_next = loader._native
-    loader.state_dict()
-    iterator = iter(loader)
-    piece = next(iterator._work.share.pieces(0))
-    iterator.close()
-    assert with_next is loader._native
-    source = dataset.source
-    return {
-        source.table.info(shard).name.rsplit("/", 1)[1]
-        for window, wanted in zip(piece.windows, piece.wanted, strict=True)
-        for shard in window.shards[wanted].tolist()
-    }
+    share = plan_epoch(dataset.source, loader.native_rank, 16, False, RunState.from_dict(loader.state_dict()))
+    (window,), _ = (piece := next(share.pieces(0))).windows, piece.wanted
+    return set(zip(window.shards.tolist(), window.blocks.tolist(), strict=True))
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """(shard, its blocks, a weak reference to what was loaded) of each load from now on."""
+    found, load = [], OpenedVersion.load
+
+    def seen(self, shard, blocks):
+        found.append((shard, list(blocks), None))
+        loaded = load(self, shard, blocks)
+        found.append((shard, [], weakref.ref(loaded)))
+        return loaded
+
+    monkeypatch.setattr(OpenedVersion, "load", seen)
+    return found
+
+
+def n_blocks_of(loads):
+    return sum(len(blocks) for _, blocks, _ in loads)
+
+
+def alive(loads):
+    return [loaded for _, _, loaded in loads if loaded is not None and loaded() is not None]
 
 
 def wait_until(is_so):
@@ -58,7 +71,8 @@ def test_the_first_shards_of_the_next_epoch_are_requested_before_the_last_batch_
     with tc.Cache(tmp_path / "cache", size=data_bytes // 2, free_floor=0) as cache:
         with pytest.warns(RuntimeWarning, match="will be fetched again"):
             dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-        wanted = first_shards(dataset, 1)
+        names = dataset.source.table
+        wanted = {names.info(shard).name.rsplit("/", 1)[1] for shard, _ in first_blocks(dataset, 1)}
         dataset.close()
         for path in (tmp_path / "cache").rglob("*.shard"):
             path.unlink()
@@ -84,64 +98,42 @@ def test_the_first_shards_of_the_next_epoch_are_requested_before_the_last_batch_
         dataset.close()
 
 
-def test_shards_that_the_cache_has_lost_are_fetched_for_the_next_epoch_before_it_comes(server, tmp_path):
+def test_shards_that_the_cache_has_lost_are_fetched_for_the_next_epoch_before_it_comes(server, tmp_path, loads):
     data_bytes = sum(len(data) for key, data in server.objects.items() if "/shards/" in key)
     with tc.Cache(tmp_path / "cache", size=data_bytes // 2, free_floor=0) as cache:
         with pytest.warns(RuntimeWarning, match="will be fetched again"):
             dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        first = first_blocks(dataset, 2)
         loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
+
+        def n_loads():
+            counts = Counter((shard, block) for shard, blocks, _ in list(loads) for block in blocks)
+            return {counts[block] for block in first}
+
         ids_of(loader)
         iterator = iter(loader)
         for _ in range(len(loader)):
             next(iterator)
-        coming = iterator._work.coming
-        wait_until(lambda: coming._ready is not None and coming._ready.done())
-        begun = coming._ready.result()
-        assert begun is not None
-        assert begun.loading  # two epochs came one after the other: a third is expected
-        blocks = {
-            place
-            for one in begun.loading
-            for place in zip(one.window.shards.tolist(), one.window.blocks.tolist(), strict=True)
-        }
-        wait_until(lambda: all(future.done() for one in begun.loading for _, future in one._work))
-        again = []
-        load = OpenedVersion.load
-
-        def seen(self, shard, which):
-            again.extend((shard, block) for block in which)
-            return load(self, shard, which)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(OpenedVersion, "load", seen)
-            assert next(iterator, None) is None
-            third = iter(loader)
-            check_batch(next(third))
-            third.close()
-        assert blocks
-        assert not blocks & set(again)
+        wait_until(lambda: n_loads() == {3})  # two epochs came one after the other: a third is expected
+        assert next(iterator, None) is None
+        third = iter(loader)
+        check_batch(next(third))
+        assert n_loads() == {3}
+        third.close()
         dataset.close()
 
 
-def test_a_run_of_one_epoch_reads_nothing_from_a_store_for_a_second_one(server):
+def test_a_run_of_one_epoch_reads_nothing_from_a_store_for_a_second_one(server, loads):
     dataset = tc.Dataset(f"{server.url}/data", cache=False)
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1))
-    loads = []
-    load = OpenedVersion.load
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OpenedVersion, "load", lambda self, *what: (loads.append(what), load(self, *what))[1])
-        iterator = iter(loader)
-        assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(N))
-        iterator._pipeline._planner.join(30)
-        n_first = len(loads)
-        assert len(set(map(str, loads))) == n_first
-        iterator = iter(loader)  # now epochs follow one another
-        for _ in iterator:
-            pass
-        iterator._pipeline._planner.join(30)
-        begun = loader._native._coming._ready.result(30)
-        wait_until(lambda: all(future.done() for one in begun.loading for _, future in one._work))
-        assert len(loads) > 2 * n_first
+    tables = dataset.source.block_tables(range(len(dataset.source.shard_records)))
+    n_blocks = sum(len(table.records) for table in tables)
+    assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(N))
+    join_loading()
+    assert n_blocks_of(loads) == n_blocks
+    ids_of(loader)  # now epochs follow one another
+    join_loading()
+    assert n_blocks_of(loads) == 3 * n_blocks
     dataset.close()
 
 
@@ -151,13 +143,10 @@ def test_what_was_made_ready_is_what_the_next_epoch_serves(make_dataset, streams
     dataset = tc.Dataset(make_dataset(400, compression=compression))
     options = tc.LoaderOptions(**OPTIONS, streams=streams)
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)
-    epochs, prepared = [], []
+    epochs = []
     for _ in range(4):
-        iterator = iter(loader)
-        prepared.append(iterator._work.begun is not None)
-        epochs.append([check_batch(batch) for batch in iterator])
-        iterator._pipeline._planner.join(30)
-    assert prepared == [False, True, True, True]
+        epochs.append(ids_of(loader))
+        join_loading()
     for epoch, found in enumerate(epochs):
         fresh = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)
         fresh.set_epoch(epoch)
@@ -165,71 +154,38 @@ def test_what_was_made_ready_is_what_the_next_epoch_serves(make_dataset, streams
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_the_next_epoch_is_made_ready_without_a_seed_as_long_as_nobody_else_draws(make_dataset, given):
+def test_the_next_epoch_is_made_ready_without_a_seed_as_long_as_nobody_else_draws(make_dataset, given, loads):
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(2) if given else None
-    loader = tc.DataLoader(tc.Dataset(make_dataset(200)), batch_size=16, shuffle=True, generator=generator)
+    dataset = tc.Dataset(make_dataset(200, compression="zstd:3"))
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, generator=generator)
+    tables = dataset.source.block_tables(range(len(dataset.source.shard_records)))
+    n_blocks = sum(len(table.records) for table in tables)
 
     def serve(n_epochs):
-        prepared = []
+        """How often each epoch loaded the data set: also for the epoch after it, if that was not loaded before."""
+        found = []
         for _ in range(n_epochs):
-            iterator = iter(loader)
-            ready = iterator._work.begun
-            prepared.append(ready is not None and ready.result() is not None)
-            assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(200))
-            iterator._pipeline._planner.join(30)
-        return prepared
+            before = n_blocks_of(loads)
+            assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(200))
+            join_loading()
+            found.append((n_blocks_of(loads) - before) / n_blocks)
+        return found
 
-    assert serve(3) == [False, True, True]
+    assert serve(3) == [2, 1, 1]
     reseed = torch.manual_seed if generator is None else generator.manual_seed
     for seed in range(2):
         reseed(seed)
-        assert serve(1) == [False]
-    # The epochs before were not foreseen, so nothing was loaded ahead; the second of these is, and so the third is.
-    assert serve(3) == [False, True, True]
-
-
-def test_an_epoch_that_nobody_can_foresee_is_not_loaded_ahead(make_dataset):
-    dataset = tc.Dataset(make_dataset(400, compression="zstd:3"))
-    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True)
-    loads = []
-    load = OpenedVersion.load
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OpenedVersion, "load", lambda self, *what: (loads.append(what), load(self, *what))[1])
-        for epoch in range(4):
-            torch.manual_seed(epoch)
-            if epoch == 2:
-                loads.clear()
-            iterator = iter(loader)
-            assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(400))
-            iterator._pipeline._planner.join(30)
-    tables = dataset.source.block_tables(range(len(dataset.source.shard_records)))
-    assert sum(len(blocks) for _, blocks in loads) == 2 * sum(len(table.records) for table in tables)
-
-
-def test_blocks_are_not_loaded_again_where_the_next_epoch_was_begun(make_dataset):
-    dataset = tc.Dataset(make_dataset(400, compression="zstd:3"))
-    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1))
-    loads = []
-    load = OpenedVersion.load
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OpenedVersion, "load", lambda self, *what: (loads.append(what), load(self, *what))[1])
-        for _ in range(3):
-            iterator = iter(loader)
-            assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(400))
-            iterator._pipeline._planner.join(30)
-    n_blocks = sum(len(blocks) for _, blocks in loads)
-    tables = dataset.source.block_tables(range(len(dataset.source.shard_records)))
-    assert n_blocks <= 4 * sum(len(table.records) for table in tables)  # three epochs, and the beginning of a fourth
+        assert serve(1) == [1]  # another epoch than the one that was foreseen, so none is loaded ahead
+    assert serve(3) == [2, 1, 1]
 
 
 def test_an_epoch_that_ends_before_anybody_began_the_next_is_not_waited_for(make_dataset):
     dataset = tc.Dataset(make_dataset(100))
     loader = tc.DataLoader(dataset, batch_size=10, shuffle=True)
     gate = threading.Event()
-    begin = NextEpoch._begin
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NextEpoch, "_begin", lambda self, *what: (gate.wait(30), begin(self, *what))[1])
+        patch.setattr("tiercache.load.planner.loading_pool", lambda n: (gate.wait(30), loading_pool(n))[1])
         iterator = iter(loader)
         start_s = time.monotonic()
         assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(100))
@@ -259,9 +215,9 @@ def test_what_is_forgotten_while_it_is_made_ready_is_not_taken():
     coming = NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True)
     coming.prepare(None, None, 0)
     taken = coming.take(SOURCE, "state")
-    assert (taken.share, taken.begun) == (coming.share, None)
+    assert (taken.share, taken.epoch_start) == (coming.share, None)
     coming.prepare(None, None, 0)  # too late
-    assert coming.take(SOURCE, "state").begun is None
+    assert coming.take(SOURCE, "state").epoch_start is None
     assert NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True).take("other", "state") is None
 
 
@@ -272,7 +228,7 @@ def test_the_future_of_a_beginning_that_failed_says_nothing():
 
     coming = NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True)
     coming.prepare(None, None, 0)
-    ready = coming.take(SOURCE, "state").begun
+    ready = coming.take(SOURCE, "state").epoch_start
     assert isinstance(ready, Future)
     assert ready.result(0) is None
 
@@ -287,23 +243,16 @@ def test_epochs_follow_one_another_when_one_is_left_early(make_dataset):
     assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(300))
 
 
-def loading_of(loader):
-    """What the loader has begun of the next epoch."""
-    ready = loader._native._coming._ready
-    return ready.result(30).loading
-
-
-def test_the_first_window_of_an_epoch_that_was_made_ready_goes_when_it_is_served(make_dataset):
+def test_the_first_window_of_an_epoch_that_was_made_ready_goes_when_it_is_served(make_dataset, loads):
     loader = tc.DataLoader(
         tc.Dataset(make_dataset(600, compression="zstd:3")),
         batch_size=16,
         shuffle=True,
         options=tc.LoaderOptions(seed=1, shuffle_window_bytes="16KiB"),
     )
-    iterator = iter(loader)
-    n_batches = len(list(iterator))
-    iterator._pipeline._planner.join(30)
-    first = [weakref.ref(future.result(30)) for one in loading_of(loader) for _, future in one._work]
+    n_batches = len(ids_of(loader))
+    join_loading()
+    first = alive(loads)
     assert first
     iterator = iter(loader)
     for _ in range(n_batches - 1):
@@ -312,44 +261,30 @@ def test_the_first_window_of_an_epoch_that_was_made_ready_goes_when_it_is_served
     iterator.close()
 
 
-@pytest.mark.parametrize("when", ["before it is served", "before it is made ready", "never asked for"])
-def test_what_was_begun_of_an_epoch_that_is_left_is_not_loaded(make_dataset, when, monkeypatch):
+@pytest.mark.parametrize("is_asked_for", [False, True])
+def test_what_was_begun_of_an_epoch_that_is_left_is_not_loaded(make_dataset, is_asked_for, monkeypatch):
+    monkeypatch.setattr("tiercache.load.prefetch.MIN_PART_BYTES", 1)
+    monkeypatch.setattr("tiercache.load.prefetch.MAX_PART_BYTES", 1 << 10)  # many parts
     dataset = tc.Dataset(make_dataset(600, compression="zstd:3"))
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1, threads=1))
-    gate, begun, left = threading.Event(), threading.Event(), threading.Event()
-    load, begin = OpenedVersion.load, NextEpoch._begin
-    futures = []
+    gate, begun, load = threading.Event(), [], OpenedVersion.load
+    n_parts = sum(len(t.records) for t in dataset.source.block_tables(range(len(dataset.source.shard_records))))
 
     def slow(self, *what):
-        assert gate.wait(30)
+        begun.append(what)
+        assert len(begun) <= n_parts or gate.wait(30)
         return load(self, *what)
 
-    def made_ready(self, *what):
-        monkeypatch.setattr("tiercache.load.prefetch.MIN_PART_BYTES", 1)
-        monkeypatch.setattr("tiercache.load.prefetch.MAX_PART_BYTES", 1 << 10)  # many parts
-        monkeypatch.setattr(OpenedVersion, "load", slow)
-        found = begin(self, *what)
-        futures.extend(future for one in found.loading for _, future in one._work)
-        begun.set()
-        assert when != "before it is made ready" or left.wait(30)
-        return found
-
-    monkeypatch.setattr(NextEpoch, "_begin", made_ready)
-    iterator = iter(loader)
-    for _ in iterator:
-        pass
-    assert begun.wait(30)
-    if when == "never asked for":
-        planner = iterator._pipeline._planner
-        del loader, iterator
-        planner.join(30)
-    else:
+    monkeypatch.setattr(OpenedVersion, "load", slow)
+    ids_of(loader)
+    n_threads = 4
+    wait_until(lambda: len(begun) == n_parts + n_threads)
+    if is_asked_for:
         iter(loader).close()
-    left.set()
-    assert len(futures) > 8
-    n_threads = 4  # which had begun some
-    wait_until(lambda: sum(future.cancelled() for future in futures) >= len(futures) - n_threads)
+    del loader
     gate.set()
+    join_loading()
+    assert len(begun) < n_parts + 2 * n_threads < 2 * n_parts
 
 
 def test_planning_one_loader_s_next_epoch_waits_for_no_other_s():
@@ -367,7 +302,7 @@ def test_planning_one_loader_s_next_epoch_waits_for_no_other_s():
 
 
 @pytest.mark.parametrize("view", ["itself", "select", "joined", "mixed"])
-def test_what_was_made_ready_goes_when_the_data_set_is_closed(make_dataset, tmp_path, view):
+def test_what_was_made_ready_goes_when_the_data_set_is_closed(make_dataset, tmp_path, view, loads):
     dataset = tc.Dataset(make_dataset(300))
     with tc.Writer(tmp_path / "other", schema=SCHEMA) as writer:
         writer.write_batch(make_columns(100, 300))
@@ -379,51 +314,40 @@ def test_what_was_made_ready_goes_when_the_data_set_is_closed(make_dataset, tmp_
         "mixed": lambda: tc.mix([dataset, other], weights=[0.5, 0.5]),
     }[view]()
     loader = tc.DataLoader(shown, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1))
-    iterator = iter(loader)
-    found = [check_batch(batch) for batch in iterator]
-    iterator._pipeline._planner.join(30)
-    begun = [weakref.ref(one) for one in loading_of(loader)]
-    assert begun
+    found = ids_of(loader)
+    join_loading()
+    assert alive(loads)
     shown.close()
-    assert not any(one() is not None for one in begun)
+    assert not alive(loads)
     assert len(ids_of(loader)) == len(found)  # it may be used again
 
 
-def test_a_data_set_that_is_closed_while_the_next_epoch_is_begun_loads_nothing_for_it(server):
+def test_a_data_set_that_is_closed_while_the_next_epoch_is_begun_loads_nothing_for_it(server, loads, monkeypatch):
     dataset = tc.Dataset(f"{server.url}/data", cache=False)
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
     ids_of(loader)
-    loads, load, after = [], OpenedVersion.load, []
+    after = []
 
     def closing(n_threads):
         dataset.close()
         after.append(len(loads))
         return loading_pool(n_threads)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OpenedVersion, "load", lambda self, *what: (loads.append(what), load(self, *what))[1])
-        patch.setattr("tiercache.load.planner.loading_pool", closing)
-        iterator = iter(loader)  # epochs follow one another by now
-        for _ in iterator:
-            pass
-        iterator._pipeline._planner.join(30)
-        wait_until(lambda: not any(one.name.startswith("tiercache-load") for one in threading.enumerate()))
-    assert after
-    assert len(loads) == after[0]
+    monkeypatch.setattr("tiercache.load.planner.loading_pool", closing)
+    ids_of(loader)  # epochs follow one another by now
+    join_loading()
+    assert after == [len(loads)]
 
 
 def test_a_data_set_that_is_closed_while_its_next_epoch_is_loaded_leaves_no_shard_open(make_dataset, monkeypatch):
     path = make_dataset(600)
     dataset = tc.Dataset(path)
-    loading, loaded, forgetting, go_on = threading.Event(), [], threading.Event(), threading.Event()
-    map_shards, load, forget = NextEpoch._load_at_hand, OpenedVersion.load, NextEpoch.on_source_closed
-
-    def beginning(self, window):
-        loading.set()
-        map_shards(self, window)
+    begun, loaded, forgetting, go_on = [], [], threading.Event(), threading.Event()
+    load, forget, n_shards = OpenedVersion.load, NextEpoch.on_source_closed, len(dataset.source.shard_records)
 
     def slow(self, shard, blocks):
-        if loading.is_set() and threading.current_thread().name == "tiercache-plan":
+        begun.append(shard)
+        if len(begun) > n_shards:  # for the next epoch
             loaded.append(shard)
             assert go_on.wait(30)
         return load(self, shard, blocks)
@@ -432,7 +356,6 @@ def test_a_data_set_that_is_closed_while_its_next_epoch_is_loaded_leaves_no_shar
         forgetting.set()
         forget(self)
 
-    monkeypatch.setattr(NextEpoch, "_load_at_hand", beginning)
     monkeypatch.setattr(OpenedVersion, "load", slow)
     monkeypatch.setattr(NextEpoch, "on_source_closed", seen)
     options = tc.LoaderOptions(seed=2, shuffle_window_bytes="all", shuffle_group_bytes="all")
@@ -446,5 +369,5 @@ def test_a_data_set_that_is_closed_while_its_next_epoch_is_loaded_leaves_no_shar
     go_on.set()
     closing.join(30)
     planner.join(30)
-    assert len(loaded) == 1 < len(dataset.source.shard_records)  # the others are not begun
+    assert len(loaded) == 1 < n_shards  # the others are not begun
     assert open_below(path) == []

@@ -11,7 +11,8 @@ from tiercache.waiting import wait_for
 TAKING = ("_take", "_next_filled", "_next_slot", "_started")
 
 
-@pytest.mark.parametrize("n_taken", [0, 1, 4])
+# One case strikes at every line, as a sample of the others.
+@pytest.mark.parametrize("n_taken", [1, *(pytest.param(n, marks=pytest.mark.stress) for n in (0, 4))])
 @pytest.mark.parametrize("at", range(1, 40))
 def test_ctrl_c_while_a_batch_with_lists_is_taken_loses_that_one_at_most(make_dataset, n_taken, at):
     dataset = tc.Dataset(make_dataset(200), columns=["id", "blob"])

@@ -63,7 +63,7 @@ def test_a_record_is_a_dict_of_the_columns_own_types(dataset, i):
     assert same(dataset[i]["tokens"], expected["tokens"])
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(indices=st.lists(st.integers(-150, 149), max_size=20))
 def test_many_records_come_as_a_batch_in_the_order_asked(dataset, indices):
     batch = dataset[indices]
@@ -72,7 +72,7 @@ def test_many_records_come_as_a_batch_in_the_order_asked(dataset, indices):
     assert check_batch(batch) == [i % 150 for i in indices]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.slices(150))
 def test_a_slice_is_a_batch(dataset, cut):
     assert check_batch(dataset[cut]) == list(range(150))[cut]
@@ -256,7 +256,8 @@ def test_subsets_concatenations_and_splits_of_torch_work(dataset):
     assert sorted(found) == list(range(150))
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+# spawn is stress: forkserver also starts an interpreter that imports everything anew.
+@pytest.mark.parametrize("start", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.stress)])
 def test_worker_processes_of_any_start_method_read_it(dataset, start):
     dataset[0]
     with warnings.catch_warnings():

@@ -201,8 +201,7 @@ def test_what_must_be_read_from_the_disk_again_is_checked_again(tmp_path):
     assert blocks.pending_checks is None  # in memory, and checked a moment ago
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        memory = dataset.source._readers.get(0).copy.mapped()
-        prefetch._advise(memory.__array_interface__["data"][0] // mmap.PAGESIZE * mmap.PAGESIZE, len(memory), 4)
+        prefetch._release_pages(blocks)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if prefetch.is_in_memory(blocks):
         pytest.skip("the system keeps the file in memory")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
 from tiercache.load import corrupt
+from tiercache.load.planner import NextEpoch
 
 N = 300
 WARNED = "replaced by the ones before them"
@@ -420,7 +420,9 @@ def test_nothing_is_looked_for_where_nothing_is_wrong(make_dataset, monkeypatch)
     assert loader.stats()["skipped"] == 0
 
 
-def test_an_epoch_that_begins_with_a_record_to_be_replaced_is_made_ready_like_any_other(make_dataset):
+def test_an_epoch_that_begins_with_a_record_to_be_replaced_is_made_ready_like_any_other(make_dataset, monkeypatch):
+    claimed, take = [], NextEpoch.take
+    monkeypatch.setattr(NextEpoch, "take", lambda *given: claimed.append(take(*given)) or claimed[-1])
     path = make_dataset(N)
     dataset = tc.Dataset(path)
     strike(dataset, path, *blocks_of(dataset)[0][:2], "id")
@@ -431,11 +433,9 @@ def test_an_epoch_that_begins_with_a_record_to_be_replaced_is_made_ready_like_an
         warnings.simplefilter("ignore")
         first = flat(ids_of(loader))
         assert flat(ids_of(loader)) == first  # what it begins with is known by now; of the one before it was found out
-        for thread in threading.enumerate():
-            if thread.name == "tiercache-plan":
-                thread.join(30)
-        assert loader._native._coming._ready.result(30) is not None  # its first piece has other records in it
+        join_loading()
         assert flat(ids_of(loader)) == first
+        assert claimed[-1].epoch_start.result(30) is not None  # its first piece has other records in it
 
 
 @pytest.mark.parametrize("columns", [["id", "text"], ["id", "blob"]])

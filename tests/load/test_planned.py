@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -214,13 +215,15 @@ def plan_files(tmp_path: Path) -> list[Path]:
     return list((tmp_path / "cache" / "plans").iterdir())
 
 
-def test_an_epoch_is_planned_though_what_was_made_ready_for_it_was_dropped(server, packed, tmp_path):
+def test_an_epoch_is_planned_though_what_was_made_ready_for_it_was_dropped(server, packed, tmp_path, monkeypatch):
+    keepers, on_close = [], OpenedVersion.on_close
+    monkeypatch.setattr(OpenedVersion, "on_close", lambda self, one: (keepers.append(ref(one)), on_close(self, one))[1])
     with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
         for number, _ in enumerate(loader):
             if number == 40:
-                loader._native._coming.on_source_closed()  # as where a damaged copy is fetched again
+                keepers[-1]().on_source_closed()  # as where a damaged copy is fetched again
         assert plan_files(tmp_path)
         live = [len(plan_files(tmp_path)) for _ in loader]
         assert min(live) >= 1
@@ -257,7 +260,7 @@ def test_a_forked_child_drops_an_epoch_whose_plan_was_being_written(server, pack
         batches = iter(loader)
         assert sum(len(batch["id"]) for batch in batches) == N
         held, over = threading.Event(), threading.Event()
-        locks = loader._native._coming.publishing._lock, batches._work.publishing._lock
+        locks = loader._native._next_epoch.publisher._lock, batches._work.publisher._lock
 
         def hold() -> None:
             with locks[0], locks[1]:
@@ -270,7 +273,7 @@ def test_a_forked_child_drops_an_epoch_whose_plan_was_being_written(server, pack
         child = os.fork()
         if not child:
             batches.close()
-            loader._native._coming.on_source_closed()
+            loader._native._next_epoch.on_source_closed()
             os._exit(7)
         try:
             assert wait_for_exit(child, 60) == 7
@@ -411,7 +414,7 @@ def test_the_plan_before_is_withdrawn_though_the_clock_of_the_next_cannot_be_tol
     plans = [Deaf(), Deaf()]
     coming = iter(plans)
     monkeypatch.setattr(ReadPlanPublisher, "_follow", lambda *_: next(coming))
-    one = ReadPlanPublisher(SimpleNamespace(is_cached=True), None, None)
+    one = ReadPlanPublisher(SimpleNamespace(has_cache=True), None, None)
     one._publish(1)
     with pytest.raises(MemoryError):
         one._advance(5)
@@ -473,11 +476,11 @@ def test_an_epoch_that_is_made_ready_when_its_data_set_is_closed_asks_for_nothin
     server, packed, tmp_path, monkeypatch
 ):
     in_begin, asked, closed = threading.Event(), threading.Event(), threading.Event()
-    begin, ahead = NextEpoch._begin, NextEpoch.shards_ahead
+    prepare, ahead = NextEpoch.prepare, NextEpoch.shards_ahead
 
     def beginning(self, *what):
         in_begin.set()
-        return begin(self, *what)
+        prepare(self, *what)
 
     def late(self, n_bytes):
         found = ahead(self, n_bytes)
@@ -486,7 +489,7 @@ def test_an_epoch_that_is_made_ready_when_its_data_set_is_closed_asks_for_nothin
             assert closed.wait(60)
         return found
 
-    monkeypatch.setattr(NextEpoch, "_begin", beginning)
+    monkeypatch.setattr(NextEpoch, "prepare", beginning)
     monkeypatch.setattr(NextEpoch, "shards_ahead", late)
     with too_small(tmp_path, packed) as cache:
         dataset, _loader = read_dealt_anew(server, cache)  # kept: what it makes ready goes with it

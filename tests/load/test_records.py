@@ -115,7 +115,7 @@ def mapped_now(dataset: tc.Dataset, indices: list[int]) -> bool:
     return dataset.source.take_mapped(np.array(indices, np.int64)) is not None
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(indices=st.lists(st.integers(-N, N - 1), max_size=30))
 def test_both_ways_give_the_same_batches_of_every_kind_of_column(both, indices):
     fast, slow = both
@@ -124,7 +124,7 @@ def test_both_ways_give_the_same_batches_of_every_kind_of_column(both, indices):
     assert fast[indices]["id"].tolist() == [i % N for i in indices]
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(index=st.integers(-N, N - 1))
 def test_both_ways_give_the_same_record(both, index):
     fast, slow = both

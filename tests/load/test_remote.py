@@ -188,7 +188,7 @@ def test_workers_forked_after_the_parent_has_read_from_s3_work(s3_server):  # no
 
 
 @pytest.mark.timeout(600)  # processes that are spawned import torch anew
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+@pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.stress)])
 def test_torchs_workers_fetch_each_shard_once_between_them(server, tmp_path, method):
     with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)

@@ -9,7 +9,7 @@ from torch.utils.data import SequentialSampler
 import tiercache as tc
 from tiercache.waiting import wait_for
 
-COUNTING = ("n_yielded", "let_go")
+COUNTING = ("n_yielded", "drop_oldest")
 
 
 @pytest.mark.parametrize("columns", [["id"], ["id", "blob"]])

@@ -17,7 +17,7 @@ from tests.load.conftest import SCHEMA, check_batch, ids_of, join_loading, make_
 
 import tiercache as tc
 
-SOME = settings.default.max_examples
+SOME = settings.default.max_examples if settings.default.max_examples > 100 else 25
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_a_mixture_has_exact_shares_in_any_stretch_and_goes_through_its_parts(pa
         assert all(set(epoch) >= set(range(150)) for epoch in epochs)
 
 
-@settings(max_examples=max(SOME // 4, 25))
+@settings(max_examples=SOME)
 @given(
     data=st.data(),
     name=st.sampled_from([*NAMES, "mixed", "mixed whole"]),

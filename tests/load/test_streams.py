@@ -14,14 +14,14 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.load.conftest import ids_of, make_columns
+from tests.load.conftest import ids_of, join_loading, make_columns
 
 import tiercache as tc
 from tiercache.load.source import record_number
 from tiercache.opened_version import OpenedVersion
 
 # Of each some 60 ms; `pytest --hypothesis-profile fuzz` draws 5,000.
-SOME = settings.default.max_examples
+SOME = settings.default.max_examples if settings.default.max_examples > 100 else 25
 # (records, records of a shard, of a block): one record, fewer than ranks, one shard, many tiny ones, many blocks.
 LAYOUTS = [(0, 8, 8), (1, 8, 8), (5, 1, 1), (40, 64, 4), (97, 3, 2), (300, 41, 3)]
 
@@ -187,10 +187,9 @@ def loads_by_rank(monkeypatch, dataset, world_size, **options):
             patch.setattr(OpenedVersion, "load", counted)
             settings = tc.LoaderOptions(rank=rank, world_size=world_size, seed=5, **options)
             loader = tc.DataLoader(tc.Dataset(dataset), batch_size=8, shuffle=True, options=settings)
-            iterator = iter(loader)
-            for _ in iterator:
+            for _ in loader:
                 pass
-            iterator._pipeline._planner.join(30)
+            join_loading()
     return loads
 
 
@@ -311,6 +310,6 @@ def test_a_share_says_where_each_record_of_a_batch_lies(packed, layout, how, shu
     iterator = iter(tc.DataLoader(dataset, batch_size=ranks.batch_size, shuffle=shuffle, options=options))
     share, source = iterator._work.share, dataset.source
     for number, batch in enumerate(itertools.islice(iterator, 4)):
-        places = [share.place(position) for position in share.positions(number).tolist()]
+        places = [share.locate(position) for position in share.positions(number).tolist()]
         assert [record_number(source, *place) for place in places] == batch["id"].tolist()
     iterator.close()

@@ -536,7 +536,7 @@ def test_nested_and_custom_types_come_through_where_nothing_can_be_pinned():
 
 
 @pytest.mark.timeout(600)  # a process that is spawned imports torch anew: seconds, and many on a busy machine
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.stress)])
 def test_torchs_own_loader_works_over_our_data_set_in_worker_processes(dataset, method):
     loader = TorchLoader(dataset, 16, num_workers=2, multiprocessing_context=method, collate_fn=tc.collate)
     assert [i for batch in loader for i in check_batch(batch)] == list(range(N))

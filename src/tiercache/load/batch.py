@@ -1,7 +1,7 @@
 """Batches: the ring's description of a schema, the assembly of tensors and lists over a slot, and collate().
 
-Batch memory is reused: decoded batches return it when their last tensor is dropped. PipelineCache keeps what the
-pipelines of a run have in common.
+Batch memory is reused: decoded batches return it when their last tensor is dropped. PipelineSetup is what the pipelines
+of a run have in common.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import struct
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -485,63 +484,36 @@ def _nested_maker(column: Column, stream: int) -> Make:
     return make
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Sizes of a batch.
-
-    rows: Number of rows; expected_bytes: memory of a new slot; about_bytes: estimate from the stored size of the
-    records, for columns of varying length.
-    """
-
-    rows: int
-    expected_bytes: int
-    about_bytes: int
-
-
 class PipelineSetup:
-    """Values that the pipelines of one source and serving share. Thread-safe: two threads compute equal values.
+    """Values that the pipelines of one source and output spec share; the engine keeps them from epoch to epoch.
 
-    stored_bytes, largest_bytes: size of all shards and of the largest; forms: see `layout_table`.
+    Computing them takes 0.3 ms after batches have evicted the code from the processor's caches (0.03 ms if they have
+    not).
+
+    Attributes:
+        assembler: Builder of batches, in which images to decode are buffers.
+        varies: Whether records differ in length.
+        stored_bytes, largest_bytes: Stored size of all shards, and of the largest.
+        layouts: See `layout_table`.
     """
 
-    def __init__(self, source: Source, serving: OutputSpec) -> None:
-        self.source, self.serving = source, serving
-        self.assembler = Assembler(source.schema, serving)
-        self._varies = bool((self.assembler.streams[:, 0] & 0xFF == gather.VAR).any())
+    def __init__(self, source: Source, output_spec: OutputSpec | None = None) -> None:
+        self.source = source
+        self.output_spec = output_spec or OutputSpec()
+        gathered = self.output_spec.without_decoding()
+        self.assembler = Assembler(source.schema, gathered)
+        self.varies = bool((self.assembler.streams[:, 0] & 0xFF == gather.VAR).any())
         self.stored_bytes = int(source.shard_bytes.sum())
         self.largest_bytes = int(source.shard_bytes.max(initial=1))
-        self.forms = layout_table(source.schema, serving)
-        self._sizes: dict[tuple[int, int], Sizes] = {}
+        self.layouts = layout_table(source.schema, gathered)
 
-    def sizes(self, batch_size: int, n_records: int) -> Sizes:
-        """Return the sizes of the batches of an epoch with n_records."""
-        found = self._sizes.get((batch_size, n_records))
-        if found is None:
-            rows = min(batch_size, max(n_records, 1))
-            expected_bytes = slot_bytes(self.assembler.streams, rows)
-            about_bytes = self.stored_bytes // max(n_records, 1) * rows
-            if self._varies:  # with room for a batch that is longer than most
-                expected_bytes = max(expected_bytes, about_bytes + about_bytes // 8)
-            found = self._sizes[batch_size, n_records] = Sizes(rows, expected_bytes, about_bytes)
-        return found
-
-
-class PipelineCache:
-    """Keeps the shared values of a run's last pipeline for the next one, which usually serves the same source.
-
-    Computing them took 0.3 ms of an epoch's start, because the batches evict the code from the processor's caches (0.03
-    ms if they do not).
-    """
-
-    def __init__(self) -> None:
-        self._last: PipelineSetup | None = None
-
-    def of(self, source: Source, serving: OutputSpec) -> PipelineSetup:
-        """Return the values for this source and serving."""
-        last = self._last
-        if last is None or last.source is not source or last.serving is not serving:
-            last = self._last = PipelineSetup(source, serving)
-        return last
+    def slot_bytes(self, n_rows: int, n_records: int) -> tuple[int, int]:
+        """Return the memory of a new slot, and the estimated bytes of a batch of an epoch with n_records."""
+        expected_bytes = slot_bytes(self.assembler.streams, n_rows)
+        about_bytes = self.stored_bytes // max(n_records, 1) * n_rows
+        if self.varies:  # with room for a batch that is longer than most
+            expected_bytes = max(expected_bytes, about_bytes + about_bytes // 8)
+        return expected_bytes, max(expected_bytes, about_bytes)
 
 
 def collate(records: Sequence[Any]) -> Any:

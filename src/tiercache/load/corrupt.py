@@ -17,19 +17,24 @@ import numpy as np
 from tiercache._native import gather
 from tiercache.errors import CorruptShard, SchemaError
 from tiercache.load.batch import gather_streams
+from tiercache.load.prefetch import ArrayPiece
 from tiercache.order import BlockTable
 from tiercache.order.explicit import ExplicitWindow
 from tiercache.shard.read.values import gather_values
 from tiercache.shard.schema import Column, Kind, Schema
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from tiercache.load.epoch import Piece
-    from tiercache.load.prefetch import LoadedWindow
+    from tiercache.load.options import LoaderOptions
+    from tiercache.load.prefetch import AnyPiece, LoadedWindow
+    from tiercache.load.source import Source
     from tiercache.order import Window
+    from tiercache.shard.read.blocks import Blocks
+
+    Rows: TypeAlias = NDArray[np.int64] | None  # rows of a block, rising; None: all rows
 
 
 # Shapes must fit, text must be UTF-8, JSON must parse. Any bytes are a valid number, flag or bytes value.
@@ -91,17 +96,6 @@ def _only(row: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     """Return (block, row) arrays for one row of a single block."""
     return np.zeros(1, np.uint32), np.array([row], np.uint32)
 
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
-
-    from tiercache.load.options import LoaderOptions
-    from tiercache.load.source import Source
-    from tiercache.shard.read.blocks import Blocks
-
-    Rows: TypeAlias = NDArray[np.int64] | None  # rows of a block, rising; None: all rows
 
 # Location of a record: shard, block in it, row in that. In a location of corruption None stands for a whole shard or
 # block.
@@ -271,47 +265,15 @@ class RecordWalk(Protocol):
         """Yield the record at row n_rows, and those after it."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PatchedPiece:
-    """A piece in which some records are replaced, with the attributes of a `Piece`.
-
-    replaced: int64[m], rising, the replaced rows.
-    """
-
-    windows: tuple[Window, ...]
-    wanted: tuple[NDArray[np.bool_], ...]
-    batch_rows: NDArray[np.uint32] | None
-    block: NDArray[np.uint32]
-    row: NDArray[np.uint32]
-    replaced: NDArray[np.int64]
-
-    @property
-    def run(self) -> None:
-        """None: the rows are arrays."""
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows."""
-        return len(self.row)
-
-    def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """See Piece.rows."""
-        return self.block, self.row
-
-    def place(self, index: int) -> RecordLocation:
-        """Return the location of a row's record, in the order's row numbers."""
-        return _place(self.windows, int(self.block[index]), int(self.row[index]))
-
-
-def replace_corrupt(pieces: Iterable[Piece], damage: CorruptionMap, walk: RecordWalk) -> Iterator[Piece]:
+def replace_corrupt(pieces: Iterable[AnyPiece], corruption: CorruptionMap, walk: RecordWalk) -> Iterator[AnyPiece]:
     """Yield the pieces with corrupt records replaced; pieces without any are unchanged.
 
     Raises:
         CorruptShard: No record of the rank can be read.
     """
-    mender, n_rows = _RecordReplacer(damage, walk), 0
+    mender, n_rows = _RecordReplacer(corruption, walk), 0
     for piece in pieces:
-        yield mender.repair(piece, n_rows) if damage else piece
+        yield mender.repair(piece, n_rows) if corruption else piece
         n_rows += piece.n_rows
 
 
@@ -331,17 +293,17 @@ class _RecordReplacer:
     last: the last good record up to the end of the last piece, if that piece had corruption; None: ask `walk`.
     """
 
-    damage: CorruptionMap
+    corruption: CorruptionMap
     walk: RecordWalk
     last: RecordLocation | None = None
     _without: dict[int, _TrimmedWindow] = field(default_factory=dict)
-    _alone: tuple[RecordLocation, ExplicitWindow] | None = None
+    _alone: tuple[RecordLocation, Window] | None = None
 
-    def repair(self, piece: Piece, n_before: int) -> Piece:
+    def repair(self, piece: AnyPiece, n_before: int) -> AnyPiece:
         """Return the piece, which begins after n_before rows, with its corrupt records replaced."""
         shards = np.concatenate([window.shards for window in piece.windows])
         blocks = np.concatenate([window.blocks for window in piece.windows])
-        suspects = np.flatnonzero(np.isin(shards, self.damage.shards))
+        suspects = np.flatnonzero(np.isin(shards, self.corruption.shards))
         if not len(suspects):
             self.last, self._without = None, {}  # the next piece then follows this piece's last record
             return piece
@@ -357,23 +319,24 @@ class _RecordReplacer:
             block[:n_first], row[:n_first] = block[n_first], row[n_first]
         elif n_first and place is None:
             place = self._after(n_before + len(bad))
-        self.last = _place(piece.windows, int(block[good[-1]]), int(row[good[-1]])) if len(good) else place
+        self.last = ArrayPiece(piece.windows, piece.wanted, block, row).locate(good[-1]) if len(good) else place
         windows, wanted, numbers = self._left(piece)
         block = numbers[block].astype(np.uint32)
         if place is not None:
             window = self._window_of(place)
             block[:n_first], row[:n_first] = sum(len(w.blocks) for w in windows), place[2]
-            windows, wanted = (*windows, cast("Window", window)), (*wanted, np.ones(1, np.bool_))
-        return cast("Piece", PatchedPiece(windows, wanted, piece.batch_rows, block, row, np.flatnonzero(bad)))
+            windows, wanted = (*windows, window), (*wanted, np.ones(1, np.bool_))
+        batch_rows = piece.batch_rows if isinstance(piece, ArrayPiece) else None
+        return ArrayPiece(windows, wanted, block, row, batch_rows, np.flatnonzero(bad))
 
     def _bad(
-        self, piece: Piece, shards: NDArray[np.int32], blocks: NDArray[np.int32], suspects: NDArray[np.int64]
+        self, piece: AnyPiece, shards: NDArray[np.int32], blocks: NDArray[np.int32], suspects: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """Return bool[n_rows]: the rows of a piece that cannot be read."""
         block, row = piece.rows()
         whole, keys = np.zeros(len(shards), np.bool_), [np.empty(0, np.int64)]
         for number in suspects.tolist():
-            rows = self.damage.rows(int(shards[number]), int(blocks[number]))
+            rows = self.corruption.rows(int(shards[number]), int(blocks[number]))
             if rows is None:
                 whole[number] = True
             else:
@@ -386,22 +349,22 @@ class _RecordReplacer:
             at = np.flatnonzero(some[block])
             chosen = np.flatnonzero(some)  # a view cannot convert rows of a shard whose footer is unreadable
             numbers = np.searchsorted(chosen, block[at]).astype(np.uint32)
-            stored = self.damage.source.stored_rows(shards[chosen], blocks[chosen], numbers, row[at])
+            stored = self.corruption.source.stored_rows(shards[chosen], blocks[chosen], numbers, row[at])
             bad[at] = np.isin((block[at].astype(np.int64) << 32) + stored, wrong)
         return bad
 
     def _before(self, n_rows: int) -> RecordLocation | None:
-        if self.last is not None and not self.damage.is_bad(self.last):
+        if self.last is not None and not self.corruption.is_bad(self.last):
             return self.last
-        return next((p for p in self.walk.before(n_rows) if not self.damage.is_bad(p)), None)
+        return next((p for p in self.walk.before(n_rows) if not self.corruption.is_bad(p)), None)
 
     def _after(self, n_rows: int) -> RecordLocation:
-        found = next((p for p in self.walk.after(n_rows) if not self.damage.is_bad(p)), None)
+        found = next((p for p in self.walk.after(n_rows) if not self.corruption.is_bad(p)), None)
         if found is None:
-            raise CorruptShard("no record of this rank's share can be read", url=self.damage.source.url)
+            raise CorruptShard("no record of this rank's share can be read", url=self.corruption.source.url)
         return found
 
-    def _left(self, piece: Piece) -> tuple[tuple[Window, ...], tuple[NDArray[np.bool_], ...], NDArray[np.int64]]:
+    def _left(self, piece: AnyPiece) -> tuple[tuple[Window, ...], tuple[NDArray[np.bool_], ...], NDArray[np.int64]]:
         """Return the windows without unreadable blocks, their wanted blocks, and the new number of each block."""
         going = {id(window): self._without.get(id(window)) or self._cut(window) for window in piece.windows}
         self._without = going
@@ -416,27 +379,19 @@ class _RecordReplacer:
 
     def _cut(self, window: Window) -> _TrimmedWindow:
         kept = np.ones(len(window.blocks), np.bool_)
-        for number in np.flatnonzero(np.isin(window.shards, self.damage.shards)).tolist():
-            kept[number] = self.damage.rows(int(window.shards[number]), int(window.blocks[number])) is not None
+        for number in np.flatnonzero(np.isin(window.shards, self.corruption.shards)).tolist():
+            kept[number] = self.corruption.rows(int(window.shards[number]), int(window.blocks[number])) is not None
         if kept.all():
             return _TrimmedWindow(window, kept, window)
         parts = window.shards[kept], window.blocks[kept], window.block_bytes[kept]
         left = ExplicitWindow(window.start, window.stop, *parts, _NOTHING, _NOTHING)
         return _TrimmedWindow(window, kept, cast("Window", left))
 
-    def _window_of(self, place: RecordLocation) -> ExplicitWindow:
+    def _window_of(self, place: RecordLocation) -> Window:
         """Return a window of the single block of a record; the last one is cached."""
         shard, block, _ = place
         if self._alone is None or self._alone[0][:2] != (shard, block):
-            raw_bytes = self.damage.block_tables([shard])[0].raw_bytes[block : block + 1]
+            raw_bytes = self.corruption.block_tables([shard])[0].raw_bytes[block : block + 1]
             numbers = np.array([shard], np.int32), np.array([block], np.int32)
-            self._alone = place, ExplicitWindow(0, 0, *numbers, raw_bytes, _NOTHING, _NOTHING)
+            self._alone = place, cast("Window", ExplicitWindow(0, 0, *numbers, raw_bytes, _NOTHING, _NOTHING))
         return self._alone[1]
-
-
-def _place(windows: tuple[Window, ...], block: int, row: int) -> RecordLocation:
-    for window in windows:
-        if block < len(window.blocks):
-            return int(window.shards[block]), int(window.blocks[block]), row
-        block -= len(window.blocks)
-    raise IndexError(f"block {block} behind the last of a piece")

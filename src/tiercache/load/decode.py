@@ -7,13 +7,9 @@ batch's slot under its SIGBUS guard, so windows and mappings may be dropped whil
 
 from __future__ import annotations
 
-import atexit
 import itertools
-import os
-import sys
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -25,18 +21,16 @@ import torch
 from tiercache.images.crop import draw_key, keyed_draws
 from tiercache.images.decoder import DecodeError, Decoder, load_libraries, stored_dtype
 from tiercache.load.batch import TORCH_DTYPES, Batch
-from tiercache.load.pipeline import Pipeline, PipelineInputs, Resources
+from tiercache.load.pipeline import ClosingPipeline, Pipeline, PipelineInputs, Resources
 from tiercache.load.source import image_decode_error, record_number
 from tiercache.stats import WaitHistogram
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     from tiercache.images.options import DecodeImage
     from tiercache.load.corrupt import RecordLocation
-    from tiercache.load.output_spec import Buffer, ColumnLayout
+    from tiercache.load.output_spec import Buffer
 
 # Batches ahead: enough to hide a stall of the consumer, and to give each thread some images of later batches while one
 # batch is nearly done. More would only cost memory.
@@ -51,30 +45,22 @@ SMALL_PART = 8
 # A thread that decodes an image ends after it, milliseconds later. close() does not wait longer than this for a thread.
 THREAD_END_S = 1.0
 
-_live: weakref.WeakSet[DecodedPipeline] = weakref.WeakSet()
 
-
-def start_pipeline(work: PipelineInputs, resources: Resources) -> Pipeline | DecodedPipeline:
-    """Return the pipeline for these inputs, with decoding threads if columns are to be decoded."""
-    return DecodedPipeline(work, resources) if work.output_spec.decode else Pipeline(work, resources)
-
-
-class DecodedPipeline:
-    """A `Pipeline` whose images are decoded, with the same methods and guarantees.
-
-    All methods may be called from any thread. The threads hold no reference to this object, so that dropping the last
-    outside reference closes it.
-    """
+class DecodedPipeline(ClosingPipeline):
+    """A `Pipeline` whose images are decoded, with the same guarantees. All methods may be called from any thread."""
 
     def __init__(self, work: PipelineInputs, resources: Resources) -> None:
         for options in work.output_spec.decode.values():
             load_libraries(options)  # a missing library is an error of the caller, not of a thread
         self._waits = work.waits
         self._first_batch = work.first_batch
-        self._pid = os.getpid()
         ahead = _ahead(work, resources)
         self._line = _DecodeQueue(ahead, goes_on=work.corruption is not None)
-        self._gathered = Pipeline(_as_buffers(work), _gathering(resources))
+        # Small limits, because decoding is slower and needs the memory; waiting times that are not the consumer's.
+        n_gatherers = -(-resources.n_threads // DECODING_A_GATHERER)
+        self._gathered = Pipeline(
+            replace(work, waits=WaitHistogram()), replace(resources, n_threads=n_gatherers, memory_bytes=0)
+        )
         work.memory.keep = (ahead + HELD_BY_CONSUMER) * len(work.output_spec.decode)
         opener = _Opener(work, self._gathered)
         self._n_rows = self._n_batches = self._n_bytes = self._n_skipped = 0
@@ -82,7 +68,7 @@ class DecodedPipeline:
             threading.Thread(target=_decode, args=(self._line, opener), name=f"tiercache-decode-{i}", daemon=True)
             for i in range(resources.n_threads)
         ]
-        _live.add(self)
+        self._register()
         for thread in self._threads:
             thread.start()
 
@@ -125,7 +111,7 @@ class DecodedPipeline:
         for thread in threads:
             if thread is not threading.current_thread() and thread.is_alive():
                 thread.join(max(0.0, end_s - time.monotonic()))
-        _live.discard(self)
+        self._unregister()
 
     @property
     def n_taken(self) -> int:
@@ -133,13 +119,8 @@ class DecodedPipeline:
         return self._first_batch + self._line.n_taken
 
     @property
-    def is_forked_copy(self) -> bool:
-        """Whether this is a forked child's copy, which has no threads and cannot be used."""
-        return self._pid != os.getpid()
-
-    @property
-    def corrupt_shard(self) -> int | None:
-        """The corrupt shard, see Pipeline.corrupt_shard. An image that cannot be decoded does not set it."""
+    def corrupt_shard(self) -> int | None:  # type: ignore[override]
+        """See ClosingPipeline."""
         return self._gathered.corrupt_shard
 
     def figures(self) -> dict[str, float]:
@@ -147,10 +128,6 @@ class DecodedPipeline:
         handed_out = {"samples": self._n_rows, "batches": self._n_batches, "bytes_served": self._n_bytes}
         decoded = {"skipped": self._n_skipped, "decode_ns": self._line.decode_ns}
         return {**self._gathered.figures(), **handed_out, **decoded}
-
-    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not is_exiting() and hasattr(self, "_threads"):
-            self.close()
 
 
 @dataclass(slots=True)
@@ -345,10 +322,10 @@ class _Opener:
         record = record_number(self.work.source, *place)
         error = image_decode_error(self.work.source, job.columns[column].name, record, str(said))
         error.__cause__ = said.with_traceback(None)  # the frames of the traceback would hold the batch's memory
-        damage = self.work.corruption
-        if damage is not None:
-            error.place = stored = damage.stored(place)
-            damage.add(stored)  # so that later images are replaced without starting a new pipeline for each
+        corruption = self.work.corruption
+        if corruption is not None:
+            error.place = stored = corruption.stored(place)
+            corruption.add(stored)  # so that later images are replaced without starting a new pipeline for each
         return error
 
     def _room(self, options: DecodeImage, n_rows: int) -> tuple[Any, Any]:
@@ -358,7 +335,7 @@ class _Opener:
             return pictures, pictures
         shape = (n_rows, *options.batch_shape)
         picture_bytes = int(np.prod(options.batch_shape)) * options.itemsize
-        lent = self.work.memory.lend(n_rows * picture_bytes, _longest(self.work) * picture_bytes)
+        lent = self.work.memory.lend(n_rows * picture_bytes, self.work.batch_rows * picture_bytes)
         tensor = torch.frombuffer(lent, dtype=TORCH_DTYPES[options.dtype]).view(shape)
         return tensor, lent.view(stored_dtype(options.dtype)).reshape(shape)
 
@@ -430,38 +407,10 @@ def _tensor_of(picture: Any, options: DecodeImage) -> torch.Tensor:
     return tensor.view(torch.bfloat16) if options.dtype == "bfloat16" else tensor
 
 
-def _as_buffers(work: PipelineInputs) -> PipelineInputs:
-    """Return the inputs of the gather pipeline: encoded images end to end in the slot.
-
-    The gather pipeline has its own waiting times, which are not the consumer's.
-    """
-    serving = work.output_spec
-    encoded: ColumnLayout = "buffer"
-    forms = {**serving.layouts, **dict.fromkeys(serving.decode, encoded)}
-    return replace(work, waits=WaitHistogram(), output_spec=replace(serving, layouts=forms, decode={}))
-
-
-def _gathering(resources: Resources) -> Resources:
-    """Return the limits of the gather pipeline: small ones, because decoding is slower and needs the memory."""
-    return replace(resources, n_threads=-(-resources.n_threads // DECODING_A_GATHERER), memory_bytes=0)
-
-
-def _longest(work: PipelineInputs) -> int:
-    """Return the records of the longest batch."""
-    return max(min(work.share.batch_size, work.share.n_records), 1)
-
-
 def _ahead(work: PipelineInputs, resources: Resources) -> int:
     """Return how many batches are decoded ahead of the consumer."""
-    n_rows = _longest(work)
+    n_rows = work.batch_rows
     sized = [options for options in work.output_spec.decode.values() if options.size is not None]
     batch_bytes = n_rows * sum(int(np.prod(options.batch_shape)) * options.itemsize for options in sized)
     wanted = max(BATCHES_AHEAD, -(-PICTURES_A_THREAD * resources.n_threads // n_rows))
     return max(MIN_AHEAD, min(wanted, resources.memory_bytes // max(batch_bytes, 1)))
-
-
-@atexit.register
-def _close_all() -> None:
-    # The threads are daemons: if they ran on, they would wake while the interpreter exits.
-    for pipeline in list(_live):
-        pipeline.close()

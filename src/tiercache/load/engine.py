@@ -8,26 +8,29 @@ import sys
 import time
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, SupportsIndex
 
+import numpy as np
 import torch
 
+from tiercache import config
 from tiercache._native.assembly import ReadyIterator
 from tiercache.errors import CorruptShard
-from tiercache.load.batch import Batch, BatchMemory, PipelineCache
+from tiercache.load.batch import Batch, BatchMemory, PipelineSetup
 from tiercache.load.corrupt import corruption_map_for
-from tiercache.load.decode import start_pipeline
+from tiercache.load.decode import DecodedPipeline
 from tiercache.load.epoch import OrderShare, epoch_records, mixture_values, order_options, plan_epoch
 from tiercache.load.options import LoaderOptions
 from tiercache.load.output_spec import OutputSpec, as_columns
-from tiercache.load.pipeline import PipelineInputs, ResourceBudget, Resources
+from tiercache.load.pipeline import ClosingPipeline, Pipeline, PipelineInputs, Resources, share_resources
 from tiercache.load.planner import ClaimedEpoch, NextEpoch
 from tiercache.load.ranks import Rank, agree, find_rank, must_not_draw
 from tiercache.load.read_plan import ReadPlanPublisher
-from tiercache.load.source import Source, prepare_reading
+from tiercache.load.source import Source
 from tiercache.load.state import RunState, reopen
 from tiercache.load.stats import summarise
 from tiercache.load.torch_rng import TorchDraws, next_seed, predict_seeds
@@ -38,8 +41,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tiercache.load.corrupt import CorruptLocation
+    from tiercache.load.epoch import EpochShare
 
 
+logger = logging.getLogger("tiercache")
 _profiler = torch.autograd.profiler
 
 
@@ -107,34 +112,28 @@ class EpochPosition:
         return self.finished or self._redirected is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """The loader's arguments about handing out batches.
-
-    timeout_s: Seconds to wait for a batch, 0 for no limit; pin_memory: whether to pin batches; draws: The epoch's draws
-    from torch's random numbers.
-    """
-
-    timeout_s: float
-    pin_memory: bool
-    draws: TorchDraws
-
-
 class NativeIterator(ReadyIterator, Iterator[Batch]):
     """Batches of one epoch from a state on. Independent of the loader's other iterators; closes itself when dropped."""
 
-    def __init__(self, position: EpochProgress, work: PipelineInputs, resources: Resources, delivery: Delivery) -> None:
+    def __init__(
+        self,
+        position: EpochProgress,
+        work: PipelineInputs,
+        resources: Resources,
+        asked: LoaderArguments,
+        draws: TorchDraws,
+    ) -> None:
         self._position = position
         self._work = work
         self._resources = resources
-        self._timeout_s = delivery.timeout_s if delivery.timeout_s > 0 else -1.0
-        self._pin = _pinning() if delivery.pin_memory else None
+        self._timeout_s = asked.timeout_s if asked.timeout_s > 0 else -1.0
+        self._pin = _pinning() if asked.pin_memory else None
         self._names = work.output_spec.names  # names of the entries of a tuple; None: batches are dicts
         self._start_s = time.perf_counter()
         self._counted = False
         self._read_again: set[int] = set()  # numbers of shards that were read a second time
         self._passed_by: set[CorruptLocation] = set()
-        self._draws = delivery.draws
+        self._draws = draws
         # torch's sampler draws numbers before the first batch. It draws again at its end, which comes before a short
         # last batch.
         n_undrawn = work.share.n_batches - 1 if self._draws.ends_short else sys.maxsize
@@ -165,18 +164,19 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         self._pipeline.close()
         if self._counted:
             return
-        publishing, coming = self._work.publisher, self._work.next_epoch
-        if publishing is not None and coming is not None and self._position.finished:
-            publishing.finish()
-            coming.publishing.succeed(publishing)  # If another epoch follows, the cache has a plan at every moment.
-        elif publishing is not None:
-            publishing.close()
+        publisher, next_epoch = self._work.publisher, self._work.next_epoch
+        if publisher is not None and next_epoch is not None and self._position.finished:
+            publisher.finish()
+            next_epoch.publisher.succeed(publisher)  # If another epoch follows, the cache has a plan at every moment.
+        elif publisher is not None:
+            publisher.close()
         if not self._pipeline.is_forked_copy:
             self._count(self.figures())
             self._counted = True
 
     def _start(self, work: PipelineInputs) -> None:
-        self._pipeline = start_pipeline(work, self._resources)
+        kind = DecodedPipeline if work.output_spec.decode else Pipeline
+        self._pipeline: ClosingPipeline = kind(work, self._resources)
         self._take_by(self._pipeline.take_ready)
 
     def _next(self) -> Any:
@@ -240,7 +240,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         Raises:
             CorruptShard: The data is corrupt in the store, and corrupt records are not replaced.
         """
-        damage = self._work.corruption
+        corruption = self._work.corruption
         try:
             while True:
                 healed = self._may_read_again()
@@ -255,7 +255,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
                     return self._pipeline.take(self._timeout_s)
                 except CorruptShard as again:
                     # Else keep the first error: it names the block.
-                    if healed or damage is not None or self._pipeline.corrupt_shard is not None:
+                    if healed or corruption is not None or self._pipeline.corrupt_shard is not None:
                         error = again
         finally:
             del error  # The error's traceback would form a cycle that holds windows.
@@ -299,9 +299,6 @@ def _pinning() -> Any:
     return torch.utils.data._utils.pin_memory.pin_memory  # noqa: SLF001 -- pins nested batches as torch's loader does
 
 
-logger = logging.getLogger("tiercache")
-
-
 @dataclass(frozen=True, slots=True)
 class LoaderArguments:
     """The loader's own arguments, as far as the native path needs them.
@@ -323,37 +320,92 @@ class LoaderArguments:
     fills_first: bool = False
 
 
-class NativeEngine:
+class Engine(ABC):
+    """Base of the native path's engines: the source, the counters, and what the epochs' pipelines have in common."""
+
+    def __init__(self, source: Source, asked: LoaderArguments) -> None:
+        self._asked = asked
+        self._source = source
+        self._corruption = corruption_map_for(source, asked.options)
+        self._setup: PipelineSetup | None = None  # of the last pipeline
+        self._counters = Counters("padded")
+        self._waits = WaitHistogram()
+        self._memory = BatchMemory()
+        self._warned: set[str] = set()
+        self._figures_before = dict(source.figures())
+        self._ready: Source | None = None  # the source whose shards were found readable
+        self._limits: tuple[int, int] | None = None  # cores and memory; reading the cgroups takes 1.2 ms
+        self._n_epochs = 0  # epochs that began in this process
+        # weak: if a loop is left early, its iterator must be dropped and end its threads
+        self._iterator: weakref.ref[Any] | None = None
+
+    @abstractmethod
+    def rank(self) -> Rank:
+        """Return the rank whose share of an epoch this process is served."""
+
+    def stats(self) -> dict[str, Any]:
+        """See DataLoader.stats."""
+        counters = self._counters.snapshot()
+        iterator = self._iterator() if self._iterator is not None else None
+        if iterator is not None:
+            for name, figure in iterator.figures().items():
+                counters[name] = counters.get(name, 0) + figure
+        return summarise(counters, self._waits, self._fetched(), threads=self._resources().n_threads)
+
+    def _fetched(self) -> dict[str, float]:
+        """Return the source's counters since the loader was made."""
+        now = self._source.figures()
+        return {name: now[name] - self._figures_before.get(name, 0) for name in now}
+
+    def _resources(self) -> Resources:
+        if self._limits is None:
+            self._limits = config.available_cpus(), config.memory_limit_bytes()
+        return share_resources(self._asked.options, self.rank(), *self._limits)
+
+    def _check_readable(self) -> None:
+        """Check that all shards with records can be read. See Source.prepare_reading."""
+        if self._ready is not self._source:
+            self._source.prepare_reading(np.flatnonzero(self._source.shard_records))
+            self._ready = self._source
+
+    def _start_iterator(
+        self, position: EpochProgress, share: EpochShare, draws: TorchDraws, **planned: Any
+    ) -> NativeIterator:
+        """Return the iterator of an epoch, whose pipeline has begun. planned: Further fields of PipelineInputs."""
+        if self._setup is None or self._setup.source is not self._source:
+            self._setup = PipelineSetup(self._source, self._asked.serving)
+        work = PipelineInputs(
+            setup=self._setup,
+            share=share,
+            counters=self._counters,
+            waits=self._waits,
+            memory=self._memory,
+            warned=self._warned,
+            corruption=self._corruption,
+            **planned,
+        )
+        return NativeIterator(position, work, self._resources(), self._asked, draws)
+
+
+class NativeEngine(Engine):
     """The engine of a loader without a sampler: the epochs' order, the loader's position and the counters.
 
     One consumer thread uses it.
     """
 
     def __init__(self, source: Source, asked: LoaderArguments) -> None:
+        super().__init__(source, asked)
         self._dataset = source
-        self._asked = asked
         self._options = asked.options
-        self._source = source
         self._state: RunState | None = None  # position of the next iter(); None: the run has not begun
         self._loaded_under: int | None = None  # torch's initial seed when _state was loaded; None: no state was loaded
         self._foreseen: int | None = None  # the next epoch's seed, if only this loader draws random numbers until then
         self._epoch = 0  # set by set_epoch() before the run began
         # position of the newest iter(); None: there was none since the last load()
         self._position: EpochPosition | None = None
-        self._iterator: weakref.ref[NativeIterator] | None = None
-        self._coming: NextEpoch | None = None
+        self._next_epoch: NextEpoch | None = None
         self._rank: Rank | None = None
-        self._counters = Counters("padded")
-        self._waits = WaitHistogram()
-        self._memory = BatchMemory()
-        self._fittings = PipelineCache()
         self._n_records: int | None = None  # records per epoch of the source, computed on first use
-        self._said: set[str] = set()
-        self._n_epochs = 0  # epochs that iter() began
-        self._damage = corruption_map_for(source, asked.options)
-        self._machine = ResourceBudget(asked.options)
-        self._figures_before = dict(source.figures())
-        self._ready: Source | None = None  # the source whose shards were found readable
 
     def rank(self) -> Rank:
         """Return this process's rank, found anew until the run begins: torch.distributed may be initialised late."""
@@ -361,11 +413,12 @@ class NativeEngine:
 
     def state(self) -> RunState:
         """Return the position of the run; begins the run (draws a seed) if it has not begun."""
-        state = self._begin(drawn=False) if self._position is None else self._position.state()
-        is_begun = self._keeps_seed(state) if self._position is None else not self._position.is_between_epochs
-        if is_begun or not self._draws_seeds(state):
-            return state
-        return replace(state, seed=next_seed(self._asked.generator, after_begin=not self._begins()))
+        if self._position is None:
+            state, draws_seed = self._next_state(drawn=False)
+        else:
+            state = self._position.state()
+            draws_seed = self._position.is_between_epochs and self._draws_seeds(state)
+        return self._with_drawn_seed(state) if draws_seed else state
 
     @property
     def rebuild_arguments(self) -> tuple[LoaderArguments, RunState | None]:
@@ -445,68 +498,60 @@ class NativeEngine:
 
     def iterate(self) -> NativeIterator:
         """Return the iterator of the next epoch."""
-        # A run that resumes within an epoch drew that epoch's numbers before its state was saved.
-        is_resumed = self._position is None and self._state is not None and self._state.offset > 0
-        draws = self._draw(is_resumed=is_resumed)
-        state = self._begin(drawn=True) if self._position is None else self._position.next_state()
+        is_resumed = self._is_resumed
+        asked, n_records = self._asked, self._epoch_records()
+        ends_short = not asked.drop_last and n_records % asked.batch_size > 0
+        draws = TorchDraws(asked.generator, asked.shuffle, n_records, ends_short, is_sampled=is_resumed)
+        if self._begins() and not is_resumed:
+            draws.begin()
+        state, draws_seed = self._next_state(drawn=True)
         foreseen: int | None = None
         is_predicted = True
         if self._draws_seeds(state):
             seed, foreseen = predict_seeds(self._asked.generator, self._epoch_records(), begins=self._begins(1))
-            if is_resumed or (self._position is None and self._keeps_seed(state)):
-                foreseen = None if is_resumed else foreseen
-            else:
+            if draws_seed:
                 state = replace(state, seed=seed)
+            elif is_resumed:
+                foreseen = None
             # After an epoch whose seed was not the predicted one, no epoch is loaded ahead until a prediction was right
             # again.
             is_predicted = foreseen is not None and self._foreseen in (None, state.seed)
             self._foreseen = foreseen
-        if self._ready is not self._source:
-            prepare_reading(self._source)
-            self._ready = self._source
+        self._check_readable()
         rank = self.rank()
-        read = self._source if self._damage is None else self._damage
+        read = self._source if self._corruption is None else self._corruption
         plan_share = partial(plan_epoch, read, rank, self._asked.batch_size, self._asked.fills_first)
-        found = None if self._coming is None else self._coming.take(self._source, state)
+        found = None if self._next_epoch is None else self._next_epoch.take(self._source, state)
         if found is None:
             found = ClaimedEpoch(plan_share(state), None, ReadPlanPublisher(self._source, state, plan_share))
-            if self._coming is not None:
-                found.publishing.succeed(self._coming.publishing)
+            if self._next_epoch is not None:
+                found.publisher.succeed(self._next_epoch.publisher)
         share = found.share
         if share.ranks.ignores_streams:
             self._warn_of_streams(share.ranks)
         position = EpochPosition(state, share.ranks)
         following = position.next_state()
-        coming = NextEpoch(
+        next_epoch = NextEpoch(
             self._source,
             following if foreseen is None else replace(following, seed=foreseen),
             plan_share,
             is_expected=self._n_epochs > 0,
             is_predicted=is_predicted,
         )
-        work = PipelineInputs(
-            source=self._source,
-            share=share,
-            counters=self._counters,
-            waits=self._waits,
-            output_spec=self._asked.serving,
-            memory=self._memory,
-            cache=self._fittings,
-            warned=self._said,
-            epoch_start=found.begun,
-            next_epoch=coming,
-            corruption=self._damage,
-            publisher=found.publishing,
+        iterator = self._start_iterator(
+            position,
+            share,
+            draws,
+            epoch_start=found.epoch_start,
+            next_epoch=next_epoch,
+            publisher=found.publisher,
         )
-        delivery = Delivery(self._asked.timeout_s, self._asked.pin_memory, draws)
-        iterator = NativeIterator(position, work, self._machine.resources(rank), delivery)
         if self._asked.num_workers:
             draws.sample()  # torch sends workers their first indices in iter()
         self._position = position  # set last: if the iterator cannot be made, no epoch has begun
-        self._coming = coming
-        self._source.on_close(coming)
+        self._next_epoch = next_epoch
+        self._source.on_close(next_epoch)
         self._n_epochs += 1
-        # weak: if a loop is left early, its iterator must be dropped and end its threads
         self._iterator = weakref.ref(iterator)
         return iterator
 
@@ -531,8 +576,8 @@ class NativeEngine:
                     "which starts an epoch from its beginning (Accelerate's skip_first_batches and prepare do so): "
                     "iterate the loader itself, which skips the records that were served, or load no state"
                 )
-            state = self._begin(drawn=True) if self._position is None else self._position.next_state()
-            if self._draws_seeds(state) and not (self._position is None and self._keeps_seed(state)):
+            state, draws_seed = self._next_state(drawn=True)
+            if draws_seed:
                 state = replace(state, seed=next_seed(self._asked.generator, after_begin=True))
         if self._asked.shuffle and self._source.mixture is not None:
             raise RuntimeError(
@@ -547,7 +592,7 @@ class NativeEngine:
                 f"reads version {versions} of {self._source.url}, which a state or another rank names: open the data "
                 f"set with version={versions}"
             )
-        prepare_reading(self._source)
+        self._check_readable()
         rank = self.rank()
         # A single rank also returns the records of a last batch that is dropped, as torch's sampler does: the batch
         # sampler drops it.
@@ -578,15 +623,22 @@ class NativeEngine:
         if position is not None and position.ranks is share.ranks and not self._asked.num_workers:
             position.finished = True
 
-    def _draw(self, *, is_resumed: bool) -> TorchDraws:
-        """Draw the random numbers that torch's loader draws in iter(); a resumed epoch draws nothing."""
-        asked = self._asked
-        n_records = self._epoch_records()
-        ends_short = not asked.drop_last and n_records % asked.batch_size > 0
-        draws = TorchDraws(asked.generator, asked.shuffle, n_records, ends_short, is_sampled=is_resumed)
-        if self._begins() and not is_resumed:
-            draws.begin()
-        return draws
+    @property
+    def _is_resumed(self) -> bool:
+        """Whether the next iter() resumes within an epoch, which drew its random numbers before its state was saved."""
+        return self._position is None and self._state is not None and self._state.offset > 0
+
+    def _next_state(self, *, drawn: bool) -> tuple[RunState, bool]:
+        """Return the state from which the next iter() begins, and whether it draws the seed of its epoch.
+
+        drawn: whether iter() has drawn this epoch's random numbers.
+        """
+        state = self._begin(drawn=drawn) if self._position is None else self._position.next_state()
+        return state, self._draws_seeds(state) and not (self._position is None and self._keeps_seed(state))
+
+    def _with_drawn_seed(self, state: RunState) -> RunState:
+        """Return the state with the seed that the next iter() would draw now."""
+        return replace(state, seed=next_seed(self._asked.generator, after_begin=not self._begins()))
 
     def _begins(self, n_more: int = 0) -> bool:
         """Whether torch's loader draws a base seed for workers in the next iter(), or n_more calls later."""
@@ -625,9 +677,9 @@ class NativeEngine:
 
     def _warn_of_streams(self, ranks: RankPlan) -> None:
         """Warn once that several ranks read the same blocks."""
-        if "streams" in self._said:
+        if "streams" in self._warned:
             return
-        self._said.add("streams")
+        self._warned.add("streams")
         warnings.warn(
             f"the order's {ranks.n_streams} streams do not divide a global batch of {ranks.global_batch} records "
             f"({ranks.world_size} ranks of {ranks.batch_size}): each rank is served records of all streams, so several "
@@ -637,20 +689,6 @@ class NativeEngine:
             stacklevel=4,  # the caller of iter(loader)
         )
 
-    def stats(self) -> dict[str, Any]:
-        """See DataLoader.stats."""
-        counters = self._counters.snapshot()
-        iterator = self._iterator() if self._iterator is not None else None
-        if iterator is not None:
-            for name, figure in iterator.figures().items():
-                counters[name] = counters.get(name, 0) + figure
-        return summarise(counters, self._waits, self._fetched(), threads=self._machine.resources(self.rank()).n_threads)
-
-    def _fetched(self) -> dict[str, float]:
-        """Return the source's counters since the loader was made."""
-        now = self._source.figures()
-        return {name: now[name] - self._figures_before.get(name, 0) for name in now}
-
     def _use(self, source: Source) -> None:
         """Read another version from now on.
 
@@ -659,7 +697,7 @@ class NativeEngine:
         if source is not self._source:
             fetched, begins = self._fetched(), source.figures()
             self._source, self._n_records = source, None
-            self._damage = corruption_map_for(source, self._options)
+            self._corruption = corruption_map_for(source, self._options)
             self._figures_before = {name: begins[name] - fetched[name] for name in begins}
 
     def _begin(self, *, drawn: bool) -> RunState:

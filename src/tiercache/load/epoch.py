@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from tiercache.load.corrupt import RecordLocation
+    from tiercache.load.prefetch import AnyPiece
     from tiercache.load.ranks import Rank
     from tiercache.load.source import Source
     from tiercache.load.state import RunState
@@ -55,7 +56,7 @@ class _SegmentRows:
     at: positions in the stream, rising; first_blocks: number in the piece of each window's first block.
     """
 
-    stretch: Section
+    section: Section
     places: NDArray[np.int64] | None
     at: _Rising
     first_blocks: tuple[int, ...]
@@ -63,15 +64,15 @@ class _SegmentRows:
     @property
     def run(self) -> RowRun | None:
         """The rows as a run of the piece's first window; None if they are not one."""
-        if self.places is not None or not isinstance(self.at, range) or not isinstance(self.stretch, Window):
+        if self.places is not None or not isinstance(self.at, range) or not isinstance(self.section, Window):
             return None
-        first = self.at.start - self.stretch.start
-        return self.stretch.run(first, first + len(self.at)) if self.first_blocks == (0,) else None
+        first = self.at.start - self.section.start
+        return self.section.run(first, first + len(self.at)) if self.first_blocks == (0,) else None
 
     def find(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         """Return block (numbered as in the piece) and row of each row. There must be at least one row."""
-        block, row = _rows_at(self.stretch, self.at)
-        counts = [len(window.blocks) for window in self.stretch.windows]
+        block, row = _rows_at(self.section, self.at)
+        counts = [len(window.blocks) for window in self.section.windows]
         first = self.first_blocks[0]
         # numbered as in the segment, plus a constant
         if self.first_blocks == tuple(accumulate(counts[:-1], initial=first)):
@@ -97,18 +98,13 @@ class Piece:
     windows: tuple[Window, ...]
     n_rows: int
     wanted: tuple[NDArray[np.bool_], ...]
-    _lots: tuple[_SegmentRows, ...]
+    _segments: tuple[_SegmentRows, ...]
     _found: list[tuple[NDArray[np.uint32], NDArray[np.uint32]]] = field(default_factory=list, init=False, repr=False)
-
-    @property
-    def batch_rows(self) -> NDArray[np.uint32] | None:
-        """None: all batches have the size of the loader. A sampler states the rows of each batch."""
-        return None
 
     @property
     def run(self) -> RowRun | None:
         """The rows as a run of the first window, which costs nothing to compute; None if they are not a run."""
-        return self._lots[0].run if len(self._lots) == 1 else None
+        return self._segments[0].run if len(self._segments) == 1 else None
 
     def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         """Return the locations of the rows, computed at the first call and kept. The caller must not write to them.
@@ -121,20 +117,12 @@ class Piece:
             self._found.append(self._find())
         return self._found[0]
 
-    @property
-    def touched(self) -> tuple[NDArray[np.bool_], ...]:
-        """bool[n_blocks] for each window: the blocks of this piece's own rows. Computes the rows."""
-        ends = np.cumsum([len(window.blocks) for window in self.windows])
-        touched = np.zeros(ends[-1], np.bool_)
-        touched[self.rows()[0]] = True
-        return tuple(np.split(touched, ends[:-1]))
-
     def _find(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        if len(self._lots) == 1 and self._lots[0].places is None:
-            return self._lots[0].find()
+        if len(self._segments) == 1 and self._segments[0].places is None:
+            return self._segments[0].find()
         block, row = allocate_rows(self.n_rows), allocate_rows(self.n_rows)
-        for lot in self._lots:
-            block[lot.places], row[lot.places] = lot.find()
+        for segment in self._segments:
+            block[segment.places], row[segment.places] = segment.find()
         return block, row
 
 
@@ -194,95 +182,95 @@ class _Cutter:
         """Whether the rows are runs of windows. positions: consecutive positions of one stream; None: they are not."""
         if positions is None:
             return False
-        (lane,) = _lanes(positions, self._order.n_streams)
-        return isinstance(self._order.section_at(lane.stream, int(lane.at[0])), Window)
+        (cursor,) = _cursors(positions, self._order.n_streams)
+        return isinstance(self._order.section_at(cursor.stream, int(cursor.at[0])), Window)
 
     def cut(self, positions: _Rising, is_last: bool) -> Iterator[Piece]:
         """Yield the pieces of consecutive rows.
 
         positions: Position of each row; is_last: whether no rows follow.
         """
-        lanes = _lanes(positions, self._order.n_streams)
+        cursors = _cursors(positions, self._order.n_streams)
         start, n = 0, len(positions)
         last_position = None if is_last else int(positions[-1])
-        self._let_go(lanes, last_position)
+        self._let_go(cursors, last_position)
         while start < n:
             stop = n
             # Sorted by their next row, so that a segment is not computed before a row of it is in the piece.
-            going = [lane for lane in lanes if lane.n_cut < len(lane.at)]
-            for lane in sorted(going, key=lambda lane: lane.places[lane.n_cut]):
-                if lane.places[lane.n_cut] < stop:
-                    ends_at = self._hold(lane, is_last)
-                    if ends_at < len(lane.at):
-                        stop = min(stop, int(lane.places[ends_at]))
-            yield self._piece(lanes, start, stop)
+            going = [cursor for cursor in cursors if cursor.n_cut < len(cursor.at)]
+            for cursor in sorted(going, key=lambda cursor: cursor.places[cursor.n_cut]):
+                if cursor.places[cursor.n_cut] < stop:
+                    ends_at = self._hold(cursor, is_last)
+                    if ends_at < len(cursor.at):
+                        stop = min(stop, int(cursor.places[ends_at]))
+            yield self._piece(cursors, start, stop)
             start = stop
-            self._let_go(lanes, last_position)
+            self._let_go(cursors, last_position)
 
-    def _hold(self, lane: _StreamCursor, is_last: bool) -> int:
+    def _hold(self, cursor: _StreamCursor, is_last: bool) -> int:
         """Hold the segment of the stream's next row; return the index of the stream's first row behind the segment."""
-        position = int(lane.at[lane.n_cut])
-        held = self._held.get(lane.stream)
-        stretch = held[0] if held else None
-        if stretch is None or not stretch.start <= position < stretch.stop:
-            stretch = self._order.section_at(lane.stream, position)
-            rest = lane.at[lane.n_cut : _n_before(lane.at, stretch.stop)] if is_last else None
-            self._held[lane.stream] = stretch, self._wanted(lane.stream, stretch, position, rest)
-        return _n_before(lane.at, stretch.stop)
+        position = int(cursor.at[cursor.n_cut])
+        held = self._held.get(cursor.stream)
+        section = held[0] if held else None
+        if section is None or not section.start <= position < section.stop:
+            section = self._order.section_at(cursor.stream, position)
+            rest = cursor.at[cursor.n_cut : _n_before(cursor.at, section.stop)] if is_last else None
+            self._held[cursor.stream] = section, self._wanted(cursor.stream, section, position, rest)
+        return _n_before(cursor.at, section.stop)
 
-    def _piece(self, lanes: list[_StreamCursor], start: int, stop: int) -> Piece:
+    def _piece(self, cursors: list[_StreamCursor], start: int, stop: int) -> Piece:
         """Return the piece of the rows [start, stop) and advance the streams."""
-        lots: list[_SegmentRows] = []
+        segments: list[_SegmentRows] = []
         wanted: dict[Window, NDArray[np.bool_]] = {}  # streams that share a window need the same blocks of it
         first_blocks: dict[Window, int] = {}
         n_blocks = 0
-        by_stream = {lane.stream: lane for lane in lanes}
+        by_stream = {cursor.stream: cursor for cursor in cursors}
         for stream in sorted(self._held):
-            stretch, of_windows = self._held[stream]
-            for window, blocks in zip(stretch.windows, of_windows, strict=True):
+            section, of_windows = self._held[stream]
+            for window, blocks in zip(section.windows, of_windows, strict=True):
                 if window not in wanted:
                     wanted[window], first_blocks[window] = blocks, n_blocks
                     n_blocks += len(blocks)
-            lane = by_stream.get(stream)
-            if lane is None or lane.n_cut == len(lane.at) or lane.places[lane.n_cut] >= stop:
+            cursor = by_stream.get(stream)
+            if cursor is None or cursor.n_cut == len(cursor.at) or cursor.places[cursor.n_cut] >= stop:
                 continue
-            end = _n_before(lane.places, stop)
-            at, all_are = lane.at[lane.n_cut : end], end - lane.n_cut == stop - start
-            places = None if all_are else np.asarray(lane.places[lane.n_cut : end]) - start
-            firsts = tuple(first_blocks[window] for window in stretch.windows)
-            lots.append(_SegmentRows(stretch, places, at, firsts))
-            lane.n_cut = end
-        return Piece(tuple(wanted), stop - start, tuple(wanted.values()), tuple(lots))
+            end = _n_before(cursor.places, stop)
+            at, all_are = cursor.at[cursor.n_cut : end], end - cursor.n_cut == stop - start
+            places = None if all_are else np.asarray(cursor.places[cursor.n_cut : end]) - start
+            firsts = tuple(first_blocks[window] for window in section.windows)
+            segments.append(_SegmentRows(section, places, at, firsts))
+            cursor.n_cut = end
+        return Piece(tuple(wanted), stop - start, tuple(wanted.values()), tuple(segments))
 
-    def _let_go(self, lanes: list[_StreamCursor], last_position: int | None) -> None:
+    def _let_go(self, cursors: list[_StreamCursor], last_position: int | None) -> None:
         """Drop segments that are served. last_position: of all streams, if other rows follow; None: no rows follow."""
-        by_stream = {lane.stream: lane for lane in lanes}
-        for stream, (stretch, _) in list(self._held.items()):
-            lane = by_stream.get(stream)
-            if lane is not None and lane.n_cut < len(lane.at):
-                goes_on = stretch.start <= lane.at[lane.n_cut] < stretch.stop
+        by_stream = {cursor.stream: cursor for cursor in cursors}
+        for stream, (section, _) in list(self._held.items()):
+            cursor = by_stream.get(stream)
+            if cursor is not None and cursor.n_cut < len(cursor.at):
+                goes_on = section.start <= cursor.at[cursor.n_cut] < section.stop
             else:
-                end = (stretch.stop - 1) * self._order.n_streams + stream
+                end = (section.stop - 1) * self._order.n_streams + stream
                 goes_on = last_position is not None and end > last_position
             if not goes_on:
                 del self._held[stream]
 
     def _wanted(
-        self, stream: int, stretch: Section, position: int, rest: _Rising | None
+        self, stream: int, section: Section, position: int, rest: _Rising | None
     ) -> tuple[NDArray[np.bool_], ...]:
         """Return the blocks of a segment that the rank needs from a position on. rest: its rows there, if known."""
-        window = stretch.windows[0]
-        if window is not stretch:  # A mixture's later segments use the same windows and need other blocks of them.
-            return tuple(np.ones(len(window.blocks), np.bool_) for window in stretch.windows)
-        n_blocks, n_left, ranks = len(window.blocks), stretch.stop - position, self._ranks
+        window = section.windows[0]
+        if window is not section:  # A mixture's later segments use the same windows and need other blocks of them.
+            return tuple(np.ones(len(window.blocks), np.bool_) for window in section.windows)
+        n_blocks, n_left, ranks = len(window.blocks), section.stop - position, self._ranks
         sharing = ranks.world_size if ranks.ignores_streams else max(ranks.world_size // self._order.n_streams, 1)
         n_rows = n_left // sharing if rest is None else len(rest)
         if n_rows <= _SPARSE_ROWS * n_blocks and n_left <= _SPARSE_POSITIONS:
             if rest is None:
-                rest = np.arange(position, stretch.stop, dtype=np.int64)
+                rest = np.arange(position, section.stop, dtype=np.int64)
                 rest = rest[ranks.owns(rest * self._order.n_streams + stream)]
             found = np.zeros(n_blocks, np.bool_)
-            found[_rows_at(stretch, rest)[0]] = True
+            found[_rows_at(section, rest)[0]] = True
         elif window.key is None and isinstance(window, Window):  # blocks before the position are not needed
             found = window.first[1:] > position - window.start
         else:
@@ -297,7 +285,7 @@ def _n_before(rising: _Rising, value: int) -> int:
     return int(np.searchsorted(rising, value))
 
 
-def _lanes(positions: _Rising, n_streams: int) -> list[_StreamCursor]:
+def _cursors(positions: _Rising, n_streams: int) -> list[_StreamCursor]:
     """Group rows at these positions by stream."""
     n = len(positions)
     if n_streams == 1:
@@ -316,21 +304,21 @@ def _lanes(positions: _Rising, n_streams: int) -> list[_StreamCursor]:
     return [_StreamCursor(int(streams[places[0]]), places, at[places]) for places in np.split(turn, ends)]
 
 
-def _rows_at(stretch: Section, at: _Rising) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+def _rows_at(section: Section, at: _Rising) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     """Return block and row of rising positions of a stream; skips large gaps between them."""
-    first, n = int(at[0]) - stretch.start, len(at)
+    first, n = int(at[0]) - section.start, len(at)
     n_spanned = int(at[-1] - at[0]) + 1
     if isinstance(at, range) or n_spanned == n:
-        return stretch.rows(first, first + n)
+        return section.rows(first, first + n)
     breaks = np.flatnonzero(np.diff(at) != 1) + 1
     if len(breaks) * _CALL_ROWS >= n_spanned - n:
-        block, row = stretch.rows(first, first + n_spanned)
+        block, row = section.rows(first, first + n_spanned)
         chosen = at - at[0]
         return block[chosen], row[chosen]
     starts = np.concatenate([[0], breaks])
     lengths = np.diff(np.append(starts, n))
-    runs = zip((at[starts] - stretch.start).tolist(), lengths.tolist(), strict=True)
-    found = [stretch.rows(lo, lo + length) for lo, length in runs]
+    runs = zip((at[starts] - section.start).tolist(), lengths.tolist(), strict=True)
+    found = [section.rows(lo, lo + length) for lo, length in runs]
     return np.concatenate([block for block, _ in found]), np.concatenate([row for _, row in found])
 
 
@@ -361,7 +349,7 @@ class EpochShare(Protocol):
     def padded(self) -> int:
         """Number of this rank's records that are repeated so that all ranks have equally many batches."""
 
-    def pieces(self, n_batches: int) -> Iterator[Piece]:
+    def pieces(self, n_batches: int) -> Iterator[AnyPiece]:
         """Yield what is served after n_batches, in order, padding last. Reads footers."""
 
     def positions(self, batch: int) -> NDArray[np.int64]:
@@ -384,24 +372,24 @@ class EpochShare(Protocol):
 class OrderShare:
     """A rank's share of an order.
 
-    sizes: maximum rows of its pieces; damage: corrupt records that are replaced; None: corrupt data is an error.
+    sizes: maximum rows of its pieces; corruption: corrupt records that are replaced; None: corrupt data is an error.
     """
 
     order: Order
     ranks: RankPlan
     seed: int
     epoch: int
-    damage: CorruptionMap | None = None
+    corruption: CorruptionMap | None = None
     sizes: PieceSizes = ARRAY_PIECES
 
     @property
     def n_records(self) -> int:
-        """See Share.n_records."""
+        """See EpochShare.n_records."""
         return self.ranks.n_records
 
     @property
     def batch_size(self) -> int:
-        """See Share.batch_size."""
+        """See EpochShare.batch_size."""
         return self.ranks.batch_size
 
     @property
@@ -414,29 +402,29 @@ class OrderShare:
         """Number of this rank's records that are not part of the global sequence."""
         return self.ranks.n_padding
 
-    def pieces(self, n_batches: int) -> Iterator[Piece]:
-        """See Share.pieces."""
+    def pieces(self, n_batches: int) -> Iterator[AnyPiece]:
+        """See EpochShare.pieces."""
         ranks = replace(self.ranks, offset=self.ranks.offset_after(n_batches))
         found = pieces(self.order, ranks, self.sizes)
-        return found if self.damage is None else replace_corrupt(found, self.damage, _Walk(self, ranks))
+        return found if self.corruption is None else replace_corrupt(found, self.corruption, _Walk(self, ranks))
 
     def positions(self, batch: int) -> NDArray[np.int64]:
-        """See Share.positions."""
+        """See EpochShare.positions."""
         return self.ranks.positions(batch)
 
     def locate(self, position: int) -> tuple[int, int, int]:
-        """See Share.place."""
+        """See EpochShare.locate."""
         stream, at = position % self.order.n_streams, position // self.order.n_streams
-        stretch = self.order.section_at(stream, at)
-        blocks, rows = stretch.rows(at - stretch.start, at - stretch.start + 1)
-        ends = np.cumsum([len(window.blocks) for window in stretch.windows])
+        section = self.order.section_at(stream, at)
+        blocks, rows = section.rows(at - section.start, at - section.start + 1)
+        ends = np.cumsum([len(window.blocks) for window in section.windows])
         number = int(np.searchsorted(ends, blocks[0], side="right"))
         # negative: counted from the window's end
-        window, within = stretch.windows[number], int(blocks[0]) - int(ends[number])
+        window, within = section.windows[number], int(blocks[0]) - int(ends[number])
         return int(window.shards[within]), int(window.blocks[within]), int(rows[0])
 
     def shards_ahead(self, n_batches: int, n_rows: int, n_bytes: int) -> list[int]:
-        """See Share.shards_ahead."""
+        """See EpochShare.shards_ahead."""
         n_done = min(n_batches + n_rows // self.batch_size, self.n_batches)
         offset, n_streams, streams = self.ranks.offset_after(n_done), self.order.n_streams, self.ranks.streams
         share_bytes = max(n_bytes // len(streams), 1)
@@ -453,7 +441,7 @@ class OrderShare:
 
 @dataclass(frozen=True, slots=True)
 class _Walk:
-    """A mending.Walk through a share whose pieces begin at `ranks`."""
+    """A RecordWalk through a share whose pieces begin at `ranks`."""
 
     share: OrderShare
     ranks: RankPlan
@@ -489,10 +477,10 @@ def plan_epoch(
     Raises:
         ValueError: The state's offset is outside the epoch, or this release does not know its order.
     """
-    order, damage = make_order(read, state), read if isinstance(read, CorruptionMap) else None
+    order, corruption = make_order(read, state), read if isinstance(read, CorruptionMap) else None
     source = read.source if isinstance(read, CorruptionMap) else read
     sizes = (
-        RUN_PIECES if damage is None and source.selects_all else ARRAY_PIECES
+        RUN_PIECES if corruption is None and source.selects_all else ARRAY_PIECES
     )  # otherwise the rows are needed as arrays
     ranks = RankPlan(
         offset=state.offset,
@@ -504,7 +492,7 @@ def plan_epoch(
         n_streams=order.n_streams,
         fills_first=fills_first,
     )
-    return OrderShare(order, ranks, state.seed, state.key_epoch, damage, sizes)
+    return OrderShare(order, ranks, state.seed, state.key_epoch, corruption, sizes)
 
 
 def make_order(read: Source | CorruptionMap, state: RunState) -> Order:

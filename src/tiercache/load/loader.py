@@ -10,6 +10,7 @@ from copy import copy
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset, default_collate
 from torchdata.stateful_dataloader import Stateful, StatefulDataLoader
@@ -30,7 +31,7 @@ from tiercache.load.samplers import (
     set_sampler_epoch,
     with_state,
 )
-from tiercache.load.source import Source, prepare_reading
+from tiercache.load.source import Source
 from tiercache.load.state import STEPS_SINCE, RunState, state_for_workers
 from tiercache.load.torch_rng import RandomGenerators, loadable, next_seed, settled
 
@@ -212,7 +213,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             source = getattr(self.dataset, "source", None)
             if isinstance(source, Source):
                 self._check_unsplit()
-                prepare_reading(source)
+                source.prepare_reading(np.flatnonzero(source.shard_records))
             with self._torchdata_iterator():
                 return super().__iter__()
         if self.pin_memory and self.pin_memory_device and hasattr(torch, "accelerator"):  # 2.6 and later

@@ -125,7 +125,7 @@ class OutputSpec:
     Create it with `of`, which checks the settings.
 
     Attributes:
-        forms: Column -> layout, only for columns that are not lists.
+        layouts: Column -> layout, only for columns that are not lists.
         nulls: Column -> fill value, only for columns without a mask.
         decode: Column -> how its images are decoded.
         cast: Column -> dtype, only for columns with another stored dtype.
@@ -186,6 +186,13 @@ class OutputSpec:
             cast=_only(names, self.cast),
             names=None,
         )
+
+    def without_decoding(self) -> OutputSpec:
+        """Return the settings in which images to decode are buffers of their encoded bytes."""
+        if not self.decode:
+            return self
+        buffers: dict[str, ColumnLayout] = dict.fromkeys(self.decode, "buffer")
+        return replace(self, layouts={**self.layouts, **buffers}, decode={})
 
     def column(self, stored: Column) -> Column:
         """Return a column as it is served: with another dtype if it is cast."""

@@ -13,15 +13,14 @@ import sys
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from concurrent.futures import InvalidStateError
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import numpy as np
 
-from tiercache import config
 from tiercache._native import gather
 from tiercache._native.assembly import Taker
 from tiercache._native.ring import CLOSED, END, FAILED, Ring, Slot
@@ -30,13 +29,12 @@ from tiercache.load.batch import (
     Batch,
     BatchMemory,
     InvalidValueError,
-    PipelineCache,
+    PipelineSetup,
     gather_streams,
     keep_freed_memory,
     valid_mask,
 )
 from tiercache.load.corrupt import bad_cast, bad_value
-from tiercache.load.output_spec import OutputSpec
 from tiercache.load.planner import PlannerState, run_planner
 from tiercache.load.prefetch import LoadThreads, loading_pool
 from tiercache.model import parse_bytes
@@ -44,7 +42,7 @@ from tiercache.shard.conversion import served_columns
 from tiercache.shard.read.blocks import damage_message
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from concurrent.futures import Future
 
     from numpy.typing import NDArray
@@ -52,6 +50,7 @@ if TYPE_CHECKING:
     from tiercache.load.corrupt import CorruptionMap, RecordLocation
     from tiercache.load.epoch import EpochShare
     from tiercache.load.options import LoaderOptions
+    from tiercache.load.output_spec import OutputSpec
     from tiercache.load.planner import EpochStart, NextEpoch
     from tiercache.load.prefetch import LoadedWindow
     from tiercache.load.ranks import Rank
@@ -71,7 +70,7 @@ CACHE_BYTES = 8 << 20
 PLANNER_END_S, PLANNER_NEXT_S = 1.0, 0.005
 
 _is_slot = cast("Callable[[object], TypeGuard[Slot]]", Slot.__instancecheck__)
-_live: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+_live: weakref.WeakSet[ClosingPipeline] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,36 +91,98 @@ class PipelineInputs:
     """Inputs of a pipeline: a rank's share of an epoch of a source, and how columns are served.
 
     Attributes:
-        source: Source that is read.
+        setup: The source, how its columns are served, and what the pipelines of a run have in common.
         share: The rank's share of the epoch.
         counters, waits: Counters of the loader, and its consumer's waiting times.
         first_batch: First batch of the share that is served.
-        serving: How the columns are served.
         memory: Reused memory of decoded batches; the engine keeps it from epoch to epoch.
-        fittings: Cache of what the pipelines of a run have in common; the engine keeps it from epoch to epoch.
-        said: Keys of the warnings that the run has given.
-        begun: The prepared start of this epoch, if the epoch before prepared one.
-        coming: The epoch that may follow.
-        damage: Corrupt records that are replaced. None: corrupt data is an error.
-        publishing: Publisher of the epoch's read plan. None: a sampler decides the order, so there is no plan.
+        warned: Keys of the warnings that the run has given.
+        epoch_start: The prepared start of this epoch, if the epoch before prepared one.
+        next_epoch: The epoch that may follow.
+        corruption: Corrupt records that are replaced. None: corrupt data is an error.
+        publisher: Publisher of the epoch's read plan. None: a sampler decides the order, so there is no plan.
     """
 
-    source: Source
+    setup: PipelineSetup
     share: EpochShare
     counters: Counters
     waits: WaitHistogram
     first_batch: int = 0
-    output_spec: OutputSpec = field(default_factory=OutputSpec)
     memory: BatchMemory = field(default_factory=BatchMemory)
-    cache: PipelineCache = field(default_factory=PipelineCache)
     warned: set[str] = field(default_factory=set)
     epoch_start: Future[EpochStart | None] | None = None
     next_epoch: NextEpoch | None = None
     corruption: CorruptionMap | None = None
     publisher: ReadPlanPublisher | None = None
 
+    @property
+    def source(self) -> Source:
+        """Source that is read."""
+        return self.setup.source
 
-class Pipeline:
+    @property
+    def output_spec(self) -> OutputSpec:
+        """How the columns are served."""
+        return self.setup.output_spec
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of the longest batch."""
+        return max(min(self.share.batch_size, self.share.n_records), 1)
+
+
+class ClosingPipeline(ABC):
+    """Base of pipelines, which close themselves when their last reference is dropped and at interpreter exit.
+
+    Threads of a pipeline must not refer to it. corrupt_shard: the shard that take() found corrupt before it raised
+    CorruptShard; an image that cannot be decoded does not set it.
+    """
+
+    _pid = -1
+    corrupt_shard: int | None = None
+
+    def _register(self) -> None:
+        """Let this pipeline close itself from now on. To be called before its threads start."""
+        self._pid = os.getpid()
+        _live.add(self)
+
+    def _unregister(self) -> None:
+        _live.discard(self)
+
+    @property
+    def is_forked_copy(self) -> bool:
+        """Whether this is a forked child's copy, which has no threads and cannot be used."""
+        return self._pid != os.getpid()
+
+    @property
+    @abstractmethod
+    def n_taken(self) -> int:
+        """Number of the next batch that take() returns, counted in the share."""
+
+    @property
+    @abstractmethod
+    def take_ready(self) -> Callable[[], Batch | None] | None:
+        """Function that returns the next batch if it is ready and an ordinary one; None: call take()."""
+
+    @abstractmethod
+    def take(self, timeout_s: float = -1.0) -> Batch | None:
+        """Return the next batch; None at the end of the epoch."""
+
+    @abstractmethod
+    def figures(self) -> dict[str, float]:
+        """Return the counters of the batches that were taken."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the threads; batches that were taken stay valid. May be called repeatedly."""
+
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        # During interpreter exit, module globals may be None; atexit has closed all live pipelines before.
+        if not is_exiting() and self._pid != -1:
+            self.close()
+
+
+class Pipeline(ClosingPipeline):
     """The batches of one epoch, in order.
 
     All methods may be called from any thread. `take` holds a lock, and `close` drops the windows under it. The pipeline
@@ -130,17 +191,16 @@ class Pipeline:
 
     def __init__(self, work: PipelineInputs, resources: Resources) -> None:
         self._work = work
-        fitted = work.cache.of(work.source, work.output_spec)
-        self._assembler = fitted.assembler
-        sizes = fitted.sizes(work.share.batch_size, work.share.n_records)
+        self._assembler = work.setup.assembler
+        slot_bytes, about_bytes = work.setup.slot_bytes(work.batch_rows, work.share.n_records)
         if self._assembler.bytes_streams:
             keep_freed_memory()
         self._ring = Ring(
             self._assembler.streams,
-            batch_rows=sizes.rows,
-            depth=_depth(max(sizes.expected_bytes, sizes.about_bytes), resources.memory_bytes),
+            batch_rows=work.batch_rows,
+            depth=max(MIN_DEPTH, min(MAX_DEPTH, min(CACHE_BYTES, resources.memory_bytes) // max(about_bytes, 1))),
             n_threads=resources.n_threads,
-            slot_bytes=sizes.expected_bytes,
+            slot_bytes=slot_bytes,
         )
         self._shared = PlannerState()
         self._pool = loading_pool(resources.n_threads)
@@ -152,19 +212,17 @@ class Pipeline:
         self._n_skipped = 0
         # replaced rows of the batch that take() returned last, and the locations of their replacements
         self.replaced: dict[int, RecordLocation] = {}
-        self._pid = os.getpid()
         self._is_closed = False
         self._taking = threading.RLock()
         odd = (self._waited, self._shared.patched)
         self._taker = Taker(
             self._ring, self._assembler.entries, self._shared.pieces, odd, self._taking, work.waits.bins
         )
-        self.corrupt_shard: int | None = None  # the shard that take() found corrupt before it raised CorruptShard
         # The thread holds no reference to this object, so that dropping the last outside reference closes it.
         self._planner = threading.Thread(
             target=run_planner, args=(work, self._ring, self._shared, threads), name="tiercache-plan", daemon=True
         )
-        _live.add(self)
+        self._register()
         self._planner.start()
 
     def take(self, timeout_s: float = -1.0) -> Batch | None:
@@ -213,7 +271,7 @@ class Pipeline:
             self._waited.clear()
             self._ring.forget()
             self._shared.pieces.clear()
-        _live.discard(self)
+        self._unregister()
         self._is_closed = not self._planner.is_alive()  # A planner that ends later may leave something to drop.
 
     @property
@@ -223,11 +281,6 @@ class Pipeline:
         The ring counts a batch that Ctrl-C lost; no other counter does.
         """
         return self._work.first_batch + self._ring.figures()["batches"] - len(self._ahead) - len(self._waited)
-
-    @property
-    def is_forked_copy(self) -> bool:
-        """Whether this is a forked child's copy, which has no threads and cannot be used."""
-        return self._pid != os.getpid()
 
     def figures(self) -> dict[str, float]:
         """Return samples, batches, bytes_served and skipped (replaced records) of take(); gather_ns of all threads."""
@@ -240,18 +293,13 @@ class Pipeline:
             "gather_ns": ring["gather_ns"],
         }
 
-    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
-        # During interpreter exit, module globals may be None; atexit has closed all live pipelines before.
-        if not is_exiting() and hasattr(self, "_planner"):
-            self.close()
-
     def _take(self, timeout_s: float) -> Batch | None:
         try:
             slot = self._next_filled(timeout_s) if self._assembler.bytes_streams else self._next_slot(timeout_s)
         except (OSError, gather.CorruptError, gather.CastError) as error:
             raise self._failed(error) from error
-        except MemoryError:
-            self._lose()
+        except MemoryError:  # A batch was lost: the next one must not be served in its place.
+            self.close()
             raise
         if isinstance(slot, int):
             self._stop(slot, timeout_s)
@@ -260,8 +308,8 @@ class Pipeline:
             batch = self._assembler.batch(slot)
         except (OSError, InvalidValueError) as error:
             raise self._failed(error) from error
-        except (MemoryError, RuntimeError):  # torch raises RuntimeError
-            self._lose()
+        except (MemoryError, RuntimeError):  # as above; torch raises RuntimeError
+            self.close()
             raise
         if self._assembler.object_columns:
             batch = self._with_objects(batch, slot)
@@ -270,18 +318,13 @@ class Pipeline:
         self._taker.count(slot)
         return batch
 
-    def _lose(self) -> None:
-        """Close the pipeline after a batch was lost: the next batch must not be served in its place."""
-        self.close()
-
     def _replaced(self, start: int, stop: int) -> dict[int, RecordLocation]:
         """Return the replaced rows of [start, stop) of the sequence, counted from `start`, and their replacements."""
         found: dict[int, RecordLocation] = {}
         mended = self._shared.patched
         for first, piece in list(mended):  # the planner may append at any time
-            rows = piece.replaced[np.searchsorted(piece.replaced, start - first) :]
-            rows = rows[: np.searchsorted(rows, stop - first)]
-            found.update((first + row - start, piece.place(row)) for row in rows.tolist())
+            lo, hi = np.searchsorted(piece.replaced, (start - first, stop - first))
+            found.update((first + row - start, piece.locate(row)) for row in piece.replaced[lo:hi].tolist())
         while mended and mended[0][0] + mended[0][1].n_rows <= stop:
             mended.popleft()
         return found
@@ -361,7 +404,7 @@ class Pipeline:
                 batch[f"{name}.valid"] = valid_mask(values)
         return {name: batch[name] for name in self._assembler.order}
 
-    def _places(self, start: int, stop: int) -> Any:
+    def _places(self, start: int, stop: int) -> Iterator[tuple[LoadedWindow, int, int]]:
         """Yield (window, block in it, row in the block) of the rows [start, stop) of the sequence."""
         for end, pushed in list(self._shared.pieces):  # the planner may append at any time
             first = end - pushed.n_rows
@@ -391,13 +434,13 @@ class Pipeline:
             misfit = bad_cast(source.schema, served, loaded, block, row) if served else None
             if misfit is not None:
                 return misfit
-            loaded.held[loaded.holder[block]].reset_checks()  # the file may have been corrupted since
+            blocks = loaded.block_groups[loaded.group_of_block[block]]
+            blocks.reset_checks()  # the file may have been corrupted since
             checks = loaded.checks
             for number, (kind, width) in enumerate(streams):
                 check = None if checks is None else checks[number]
                 fault = _fault((int(kind), int(width), loaded.addresses[number], check), block, row)
                 if fault is not None:
-                    blocks = loaded.held[loaded.holder[block]]
                     self.corrupt_shard = int(loaded.window.shards[block])
                     return CorruptShard(
                         fault,
@@ -414,7 +457,7 @@ class Pipeline:
 
 
 def _value(loaded: LoadedWindow, block: int, row: int, index: int) -> object:
-    """See Loaded.value."""
+    """See LoadedWindow.value."""
     try:
         return loaded.value(block, row, index)
     except CorruptShard as error:  # Arrow checks a column of a block as a whole.
@@ -444,11 +487,6 @@ def _fault(stream: tuple[int, int, NDArray[np.uint64], NDArray[np.uint64] | None
     return None
 
 
-def _depth(batch_bytes: int, memory_bytes: int) -> int:
-    """Return how many batches to gather ahead."""
-    return max(MIN_DEPTH, min(MAX_DEPTH, min(CACHE_BYTES, memory_bytes) // max(batch_bytes, 1)))
-
-
 @atexit.register
 def _close_all() -> None:
     # Planner threads are daemons: if they ran on, they would wake while the interpreter exits.
@@ -460,25 +498,9 @@ def _close_all() -> None:
 _MEMORY_SHARE, _MEMORY_MAX_BYTES = 32, 256 << 20
 
 
-class ResourceBudget:
-    """The machine's cores and memory, divided among its ranks by the loader's options."""
-
-    def __init__(self, options: LoaderOptions) -> None:
-        self._options = options
-
-    def resources(self, rank: Rank) -> Resources:
-        """Return the resources of one of the machine's ranks."""
-        options = self._options
-        n_cpus, limit_bytes = self._limits
-        n_threads = options.threads or max(1, n_cpus // rank.local_ranks)
-        share_bytes = min(_MEMORY_MAX_BYTES, limit_bytes // _MEMORY_SHARE) // rank.local_ranks
-        memory_bytes = share_bytes if options.memory_bytes is None else parse_bytes(options.memory_bytes)
-        return Resources(n_threads, memory_bytes, limit_bytes // rank.local_ranks)
-
-    @cached_property
-    def _limits(self) -> tuple[int, int]:
-        """Number of cores and bytes of memory.
-
-        Cached: reading the cgroups takes 1.2 ms, which shows in short epochs.
-        """
-        return config.available_cpus(), config.memory_limit_bytes()
+def share_resources(options: LoaderOptions, rank: Rank, n_cpus: int, limit_bytes: int) -> Resources:
+    """Return the resources of one of the ranks on a machine that has n_cpus cores and limit_bytes of memory."""
+    n_threads = options.threads or max(1, n_cpus // rank.local_ranks)
+    share_bytes = min(_MEMORY_MAX_BYTES, limit_bytes // _MEMORY_SHARE) // rank.local_ranks
+    memory_bytes = share_bytes if options.memory_bytes is None else parse_bytes(options.memory_bytes)
+    return Resources(n_threads, memory_bytes, limit_bytes // rank.local_ranks)

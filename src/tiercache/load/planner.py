@@ -22,9 +22,9 @@ import numpy as np
 
 from tiercache._native.ring import Plan
 from tiercache.errors import TierCacheError
-from tiercache.load.corrupt import PatchedPiece
 from tiercache.load.epoch import OrderShare, interleaved
 from tiercache.load.prefetch import (
+    ArrayPiece,
     JoinedWindows,
     LoadedWindow,
     MemoryPressure,
@@ -36,29 +36,21 @@ from tiercache.load.read_plan import ReadPlanPublisher
 from tiercache.order import RowRun
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
     from tiercache._native.ring import Ring
-    from tiercache.load.epoch import Piece
     from tiercache.load.pipeline import PipelineInputs
-    from tiercache.load.prefetch import LoadThreads, PieceSlice
-    from tiercache.order import Window
-
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from tiercache.load.epoch import OrderShare, Piece
-    from tiercache.load.prefetch import LoadThreads, MemoryPressure
+    from tiercache.load.prefetch import AnyPiece, LoadThreads
     from tiercache.load.source import Source
     from tiercache.load.state import RunState
+    from tiercache.order import Window
 
     PlanEpoch: TypeAlias = Callable[[RunState], OrderShare]
 
 
-# Shards per call of prefetch(): some ms if each is looked up in a cache. forget() waits for one such call at most.
+# Shards per call of prefetch(): some ms if each is looked up in a cache. on_source_closed() waits for at most one call.
 _SHARDS_A_STEP = 16
 
 
@@ -69,7 +61,7 @@ class EpochStart:
     pieces: all pieces of the epoch; loading: windows of the first piece, loaded or being loaded.
     """
 
-    pieces: Iterator[Piece]
+    pieces: Iterator[AnyPiece]
     loading: tuple[WindowLoad, ...]
 
 
@@ -89,8 +81,8 @@ class ClaimedEpoch:
     """An epoch that began as predicted: its share, its prepared start if there is one, and its read plan."""
 
     share: OrderShare
-    begun: Future[EpochStart | None] | None
-    publishing: ReadPlanPublisher
+    epoch_start: Future[EpochStart | None] | None
+    publisher: ReadPlanPublisher
 
 
 class NextEpoch:
@@ -115,14 +107,14 @@ class NextEpoch:
         self._plan_epoch = plan_epoch
         self._is_expected = is_expected
         self._is_predicted = is_predicted
-        self.publishing = ReadPlanPublisher(source, state, plan_epoch)
+        self.publisher = ReadPlanPublisher(source, state, plan_epoch)
         self._lock = threading.Lock()
         self._ready: Future[EpochStart | None] | None = None  # None: no planner has begun to prepare it
         self._share: OrderShare | None = None
         # Set to stop the loads of the next epoch, so that closing the data set does not wait for them.
         self._unwanted = threading.Event()
-        # Held during each step of the preparation. forget() waits for the current step, so that no step begins after
-        # the caller closes the cache or the store. Re-entrant, because the garbage collector may call forget() in a
+        # Held during each step of the preparation. on_source_closed() waits for the current step, so no step begins
+        # after the caller closes the cache or the store. Re-entrant, because the garbage collector may call it in a
         # thread that is within a step.
         self._step = threading.RLock()
         self._is_over = False  # taken or forgotten: nothing more is prepared
@@ -153,12 +145,12 @@ class NextEpoch:
             if self._is_over:
                 return
             ready = self._ready = Future()
-            publishing = self.publishing
+            publisher = self.publisher
         begun = None
         try:
             # The error is raised when the epoch itself is read.
             with contextlib.suppress(TierCacheError, CancelledError):
-                begun = self._begin(threads, pressure, ahead_bytes, publishing)
+                begun = self._begin(threads, pressure, ahead_bytes, publisher)
         finally:
             ready.set_result(begun)
 
@@ -174,22 +166,22 @@ class NextEpoch:
         if source is not self._source or state != self._state:
             self._drop(ready)
             return None
-        taken = ClaimedEpoch(self.share, ready, self.publishing)
+        taken = ClaimedEpoch(self.share, ready, self.publisher)
         # the taken publisher belongs to the engine now
-        self.publishing = ReadPlanPublisher(self._source, self._state, self._plan_epoch)
+        self.publisher = ReadPlanPublisher(self._source, self._state, self._plan_epoch)
         return taken
 
     def on_source_closed(self) -> None:
         """Drop the preparation: a local copy that it reads may be gone, or the data set is closed."""
         if self._pid != os.getpid():
             return
-        ready, plan = self._end(), self.publishing
-        self.publishing = ReadPlanPublisher(self._source, self._state, self._plan_epoch)  # the epoch may still begin
+        ready, plan = self._end(), self.publisher
+        self.publisher = ReadPlanPublisher(self._source, self._state, self._plan_epoch)  # the epoch may still begin
         self._let_go(ready, plan)
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_exiting() and hasattr(self, "_pid") and self._pid == os.getpid():
-            self._let_go(self._end(), self.publishing)
+            self._let_go(self._end(), self.publisher)
 
     def _let_go(self, ready: Future[EpochStart | None] | None, plan: ReadPlanPublisher) -> None:
         self._drop(ready)
@@ -208,16 +200,17 @@ class NextEpoch:
         return ready
 
     def _begin(
-        self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int, publishing: ReadPlanPublisher
+        self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int, publisher: ReadPlanPublisher
     ) -> EpochStart | None:
         with self._a_step():
             if self._is_predicted or self._source.has_cache:
-                publishing.begin(self.share)
-                publishing.complete()
+                publisher.begin(self.share)
+                publisher.complete()
         if not self._is_predicted:
             return None
         rest = self.share.pieces(0)
-        first = next(rest, None)  # Reads footers. forget() does not wait for that, because a store may be slow.
+        # Reads footers. on_source_closed() does not wait for that, because a store may be slow.
+        first = next(rest, None)
         if first is None:
             return None
         pieces = itertools.chain([first], rest)
@@ -239,18 +232,15 @@ class NextEpoch:
             ]
             executor.shutdown(wait=False)
         for one in loading:
-            self._load_at_hand(one)
+            is_left = True
+            while is_left:
+                with self._a_step():
+                    is_left = one.map_next_shard()
         return EpochStart(pieces, tuple(loading))
-
-    def _load_at_hand(self, loading: WindowLoad) -> None:
-        is_left = True
-        while is_left:
-            with self._a_step():
-                is_left = loading.map_next_shard()
 
     @contextlib.contextmanager
     def _a_step(self) -> Iterator[None]:
-        """Context of one step of the preparation; forget() waits for it. Raises CancelledError after forget()."""
+        """Context of one step of the preparation. Raises CancelledError after on_source_closed()."""
         with self._step:
             if self._unwanted.is_set():
                 raise CancelledError
@@ -281,12 +271,12 @@ class PushedRows:
         """Return block and row of the rows [lo, hi)."""
         return self.rows.find(lo, hi) if isinstance(self.rows, RowRun) else (self.rows[0][lo:hi], self.rows[1][lo:hi])
 
-    def as_plan(self, forms: NDArray[np.uint64] | None) -> Plan:
+    def as_plan(self, layouts: NDArray[np.uint64] | None) -> Plan:
         """Return the rows in the form that the ring takes."""
         joined, checks = self.joined, self.joined.checks_for(self.n_rows)
         if isinstance(self.rows, RowRun):
-            return Plan.of_run(joined.addresses, self.rows, joined, checks, forms)
-        return Plan(joined.addresses, *self.rows, joined, checks, forms)
+            return Plan.of_run(joined.addresses, self.rows, joined, checks, layouts)
+        return Plan(joined.addresses, *self.rows, joined, checks, layouts)
 
 
 @dataclass(slots=True)
@@ -295,19 +285,17 @@ class PlannerState:
 
     Attributes:
         pieces: Pushed rows, oldest first, with the row of the sequence after their last one.
-        mended: Pieces with replaced records, with the row of the sequence before their first one.
+        patched: Pieces with replaced records, with the row of the sequence before their first one.
         error: Error that stopped the planner.
         stop: Future that is done when the planner must end, so that it can be waited for together with a window.
         ended: Whether the consumer has taken the last batch.
-        forms: Table of column layouts, kept alive while the ring fills lists of bytes.
     """
 
     pieces: deque[tuple[int, PushedRows]] = field(default_factory=deque)
-    patched: deque[tuple[int, PatchedPiece]] = field(default_factory=deque)
+    patched: deque[tuple[int, ArrayPiece]] = field(default_factory=deque)
     error: Exception | None = None
     stop: Future[None] = field(default_factory=Future)
     ended: bool = False
-    forms: NDArray[np.uint64] | None = None
 
 
 def run_planner(work: PipelineInputs, ring: Ring, shared: PlannerState, threads: LoadThreads) -> None:
@@ -351,20 +339,18 @@ class _Planner:
         self._loading: dict[int, WindowLoad] = {}  # started by the epoch before
         self._joined: JoinedWindows | None = None
         self._serving: tuple[Window, ...] = ()  # the windows of the last push
-        fitted = work.cache.of(work.source, work.output_spec)
-        self.ahead_bytes = SHARDS_AHEAD * fitted.largest_bytes
-        self._near = PagePrefetcher(threads, fitted.stored_bytes)
+        self.ahead_bytes = SHARDS_AHEAD * work.setup.largest_bytes
+        self._near = PagePrefetcher(threads, work.setup.stored_bytes)
         self.pressure = MemoryPressure(work.source.is_mapped, threads.limit_bytes)
-        shared.forms = fitted.forms
 
     def push_all(self) -> None:
         """Push every piece. Raises CancelledError if the ring is closed meanwhile."""
         for piece in self._pieces():
-            if piece.batch_rows is not None and not self._ring.push_sizes(piece.batch_rows):
-                raise CancelledError
-            served: object = piece
-            if isinstance(served, PatchedPiece):
-                self._shared.patched.append((self._pushed_rows, served))
+            if isinstance(piece, ArrayPiece):
+                if piece.batch_rows is not None and not self._ring.push_sizes(piece.batch_rows):
+                    raise CancelledError
+                if len(piece.replaced):
+                    self._shared.patched.append((self._pushed_rows, piece))
             if self.pressure.fits(piece):
                 self._push(piece)
                 continue
@@ -384,7 +370,7 @@ class _Planner:
         self._held.clear()
         self._joined = None
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _pieces(self) -> Iterator[AnyPiece]:
         start_s = time.perf_counter()
         begun: EpochStart | None = (
             None if self._work.epoch_start is None else self._threads.result(self._work.epoch_start)
@@ -400,7 +386,7 @@ class _Planner:
             yield piece
             start_s = time.perf_counter()
 
-    def _push(self, part: Piece | PieceSlice) -> None:
+    def _push(self, part: AnyPiece) -> None:
         """Load the windows that a part needs and that are missing, and push its rows."""
         missing = self._let_go_of_others(part)
         rows = None
@@ -426,7 +412,7 @@ class _Planner:
         self._last_rows = pushed.n_rows
         self._pushed_rows += self._last_rows
         self._shared.pieces.append((self._pushed_rows, pushed))
-        if not self._ring.push(pushed.as_plan(self._shared.forms)):
+        if not self._ring.push(pushed.as_plan(self._work.setup.layouts)):
             raise CancelledError
         if is_first:  # The first batch does not wait for its whole window.
             self._near.prefetch_pages(new, serving, is_served=True)
@@ -439,7 +425,7 @@ class _Planner:
         if self._work.publisher is not None:
             self._work.publisher.advance(self._work.first_batch, self._pushed_rows - self._last_rows)
 
-    def _let_go_of_others(self, part: Piece | PieceSlice) -> list[tuple[Window, NDArray[np.bool_]]]:
+    def _let_go_of_others(self, part: AnyPiece) -> list[tuple[Window, NDArray[np.bool_]]]:
         """Drop the windows that the part does not need, before more memory is used; return the missing ones."""
         kept: dict[int, LoadedWindow] = {}
         missing = []
@@ -464,13 +450,13 @@ class _Planner:
         unasked = [pair for pair in missing if id(pair[0]) not in self._loading]
         if unasked and self._work.source.can_prefetch:
             self._prefetch(unasked)
-        return [self._loading_of(window, wanted) for window, wanted in missing]
-
-    def _loading_of(self, window: Window, wanted: NDArray[np.bool_]) -> WindowLoad:
-        begun = self._loading.pop(id(window), None)
-        if begun is not None:
-            return begun
-        return WindowLoad(self._work.source, window, wanted, self._threads.executor, self._threads.n_threads)
+        loading = []
+        for window, wanted in missing:
+            begun = self._loading.pop(id(window), None)
+            if begun is None:
+                begun = WindowLoad(self._work.source, window, wanted, self._threads.executor, self._threads.n_threads)
+            loading.append(begun)
+        return loading
 
     def _prefetch(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> None:
         """Prefetch shards: those of the windows first, because later shards must not be fetched before them."""
@@ -495,13 +481,13 @@ class _Planner:
                 one.cancel()
         return new
 
-    def _join(self, part: Piece | PieceSlice) -> JoinedWindows:
+    def _join(self, part: AnyPiece) -> JoinedWindows:
         windows = tuple(self._held[id(window)] for window in part.windows)
         if self._joined is None or self._joined.windows != windows:
             self._joined = JoinedWindows(windows)
         return self._joined
 
-    def _rows(self, part: Piece | PieceSlice) -> Rows:
+    def _rows(self, part: AnyPiece) -> Rows:
         """Return the part's rows as they are stored."""
         run = part.run if self._work.source.selects_all else None
         if run is not None:

@@ -11,10 +11,10 @@ import os
 import re
 import sys
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from threading import Event
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tiercache.load.corrupt import RecordLocation
     from tiercache.load.epoch import Piece
     from tiercache.load.source import Source
     from tiercache.shard.read.blocks import Blocks
@@ -131,9 +132,9 @@ def loading_pool(n_threads: int) -> ThreadPoolExecutor:
 class LoadedWindow:
     """The loaded blocks of a window. It owns their memory: addresses are valid while it lives.
 
-    addresses: uint64[n_streams, n_blocks, 3], zeros for blocks that were not requested; held: the parts that were
-    loaded concurrently; holder, position: int32[n_blocks], the index in `held` of the part that has the block (-1:
-    none), and the block's index there.
+    addresses: uint64[n_streams, n_blocks, 3], zeros for blocks that were not requested; block_groups: the
+    parts that were loaded concurrently; group_of_block, position: int32[n_blocks], the index of the part that has the
+    block (-1: none), and the block's index there.
     """
 
     window: Window
@@ -198,7 +199,7 @@ class JoinedWindows:
 
     @property
     def checks(self) -> NDArray[np.uint64] | None:
-        """Checks that the blocks of all windows still need. See Loaded.checks."""
+        """Checks that the blocks of all windows still need. See LoadedWindow.checks."""
         parts = [loaded.checks for loaded in self.windows]
         if len(parts) == 1 or all(part is None for part in parts):
             return parts[0]
@@ -276,7 +277,8 @@ class WindowLoad:
         addresses = np.zeros((self._n_streams, n_blocks, 3), np.uint64)
         holder, position = np.full(n_blocks, -1, np.int32), np.zeros(n_blocks, np.int32)
         try:
-            self.map_shards()
+            while self.map_next_shard():
+                pass
             loaded = [*self._loaded, *((places, threads.result(future)) for places, future in self._work)]
         finally:
             self.cancel()  # after an error the other parts need not start
@@ -287,11 +289,6 @@ class WindowLoad:
             holder[places] = number
             position[places] = np.arange(len(places))
         return LoadedWindow(self.window, addresses, tuple(blocks for _, blocks in loaded), holder, position)
-
-    def map_shards(self) -> None:
-        """Map all mapped shards in this thread. Raises as finish()."""
-        while self.map_next_shard():
-            pass
 
     def map_next_shard(self) -> bool:
         """Map the next mapped shard in this thread; False: there is none left. Raises as finish()."""
@@ -333,17 +330,24 @@ LOOK_ROWS = 1 << 13
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PieceSlice:
-    """Consecutive rows of a piece, and the blocks that they need. It has the attributes of a Piece."""
+class ArrayPiece:
+    """Rows whose locations are arrays, with the other attributes of an `epoch.Piece`. Immutable.
+
+    Attributes:
+        block: uint32[n], numbered through the blocks of all windows.
+        row: uint32[n], row inside the block.
+        batch_rows: uint32[m], rows of the next m batches, which begin with this piece and may end in later pieces.
+            None: all batches have the size of the loader.
+        replaced: int64[m], rising, the rows whose records are replaced.
+    """
 
     windows: tuple[Window, ...]
     wanted: tuple[NDArray[np.bool_], ...]
     block: NDArray[np.uint32]
     row: NDArray[np.uint32]
-
-    @property
-    def run(self) -> None:
-        """None: the rows are arrays."""
+    batch_rows: NDArray[np.uint32] | None = None
+    replaced: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    run: None = None  # the rows are never a run
 
     @property
     def n_rows(self) -> int:
@@ -353,6 +357,18 @@ class PieceSlice:
     def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         """See Piece.rows."""
         return self.block, self.row
+
+    def locate(self, index: int) -> RecordLocation:
+        """Return the location of a row's record, in the order's row numbers."""
+        block = int(self.block[index])
+        for window in self.windows:
+            if block < len(window.blocks):
+                return int(window.shards[block]), int(window.blocks[block]), int(self.row[index])
+            block -= len(window.blocks)
+        raise IndexError(f"block {block} behind the last of a piece")
+
+
+AnyPiece: TypeAlias = "Piece | ArrayPiece"
 
 
 class MemoryPressure:
@@ -383,7 +399,7 @@ class MemoryPressure:
         self._raw_bytes += int(loaded.window.block_bytes[here].sum())
         self._private_bytes += loaded.private_bytes
 
-    def fits(self, piece: Piece) -> bool:
+    def fits(self, piece: AnyPiece) -> bool:
         """Whether the piece's windows fit memory twice."""
         need_bytes = sum(self._decoded_bytes(w, wanted) for w, wanted in zip(piece.windows, piece.wanted, strict=True))
         if need_bytes <= self._room_bytes:
@@ -391,7 +407,7 @@ class MemoryPressure:
         self._need_bytes = max(self._need_bytes, need_bytes)
         return False
 
-    def slices(self, piece: Piece) -> Iterator[PieceSlice]:
+    def slices(self, piece: AnyPiece) -> Iterator[ArrayPiece]:
         """Yield the piece's rows in slices whose blocks fit memory twice.
 
         A slice has at least one row, even if its block does not fit.
@@ -401,9 +417,8 @@ class MemoryPressure:
         start = 0
         while start < len(row):
             stop = start + self._fitting(block[start : start + LOOK_ROWS], sizes)
-            yield PieceSlice(
-                piece.windows, _touched(piece.windows, block[start:stop]), block[start:stop], row[start:stop]
-            )
+            part = block[start:stop]
+            yield ArrayPiece(piece.windows, _touched(piece.windows, part), part, row[start:stop])
             start = stop
 
     def explain(self, url: str) -> str:

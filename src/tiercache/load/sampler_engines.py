@@ -9,17 +9,14 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from torch.utils import data as torch_data
 
-from tiercache.load.batch import BatchMemory, PipelineCache
-from tiercache.load.corrupt import corruption_map_for
-from tiercache.load.engine import Delivery, EpochPosition, LoaderArguments, NativeEngine, NativeIterator
+from tiercache.load.engine import Engine, EpochPosition, LoaderArguments, NativeEngine, NativeIterator
 from tiercache.load.epoch import epoch_records, plan_epoch
-from tiercache.load.pipeline import PipelineInputs, ResourceBudget
 from tiercache.load.ranks import Rank, find_rank
 from tiercache.load.sampler_queue import SamplerQueue
 from tiercache.load.samplers import (
@@ -33,18 +30,16 @@ from tiercache.load.samplers import (
     says_size,
     set_sampler_epoch,
 )
-from tiercache.load.source import prepare_reading
 from tiercache.load.state import RunState
-from tiercache.load.stats import summarise
 from tiercache.load.torch_rng import RandomGenerators, TorchDraws, next_seed
 from tiercache.order import BlockTable, Layout
 from tiercache.order.explicit import RecordLocator
-from tiercache.stats import Counters, WaitHistogram
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tiercache.load.epoch import OrderShare, Piece
+    from tiercache.load.epoch import OrderShare
+    from tiercache.load.prefetch import AnyPiece
     from tiercache.load.source import Source
 
 
@@ -94,45 +89,33 @@ class SampledIterator(Iterator[Any]):
         batches together when half of the queue is not planned yet: few for the first batch, then more and more.
         """
         feed, lead, n_yielded = self._epoch.feed, self._run.lead, self._epoch.n_yielded
-        ahead = feed.n_drawn - n_yielded
+        ahead = feed.n_batches - n_yielded
         if lead.n_batches == lead.at_begin:  # as torch: one more for each batch that is taken
             self._epoch.draw(lead.n_batches + 1 - ahead)
             feed.make_plannable()
             return
         self._epoch.draw(min(8 if self._epoch.is_bulk else 2, lead.n_batches - ahead))
-        if 2 * (feed.n_plannable - n_yielded) <= feed.n_drawn - n_yielded:
+        if 2 * (feed.n_plannable - n_yielded) <= feed.n_batches - n_yielded:
             feed.make_plannable()
 
 
-class SamplerEngine:
+class SamplerEngine(Engine):
     """The engine of a loader with a sampler: the position, one iterator per epoch, and the counters.
 
     One consumer thread uses it.
     """
 
     def __init__(self, source: Source, asked: LoaderArguments, index_sampler: Any, lead: SamplerLookahead) -> None:
+        super().__init__(source, asked)
         self.lead = lead
-        self._source = source
-        self._asked = asked
         self._index_sampler = index_sampler
-        self._damage = corruption_map_for(source, asked.options)
-        block_tables = source.block_tables if self._damage is None else self._damage.block_tables
+        block_tables = source.block_tables if self._corruption is None else self._corruption.block_tables
         self._locator = RecordLocator(Layout(source.shard_records, source.shard_bytes, block_tables))
-        self._machine = ResourceBudget(asked.options)
-        self._counters = Counters("padded")
-        self._waits = WaitHistogram()
-        self._memory = BatchMemory()
-        self._fittings = PipelineCache()
-        self._said: set[str] = set()
-        self._figures_before = dict(source.figures())
         self._next: Mapping[str, Any] | None = None  # the state to continue from
         self._epoch: SamplerPass | None = None  # the newest
         self._is_fresh = False  # made only to read its state, so that the next iter() uses it
         self._number = 0  # number of the next epoch
         self._seed = asked.options.seed  # seed of the random values of a record
-        self._n_epochs = 0  # epochs that began in this process
-        self._iterator: weakref.ref[SampledIterator] | None = None
-        self._is_ready = False  # whether the source's shards were found readable
 
     @property
     def says_size(self) -> bool:
@@ -182,44 +165,19 @@ class SamplerEngine:
 
     def iterate(self) -> SampledIterator:
         """Return the iterator of the next epoch."""
-        if not self._is_ready:
-            prepare_reading(self._source)
-            self._is_ready = True
+        self._check_readable()
         if not (self._is_fresh and self._epoch is not None):
             self._epoch = self._make()
         if self._epoch.finished:
             self._epoch = self._make()
         self._is_fresh = False
         iterator = SampledIterator(self._epoch, self, TorchDraws(self._asked.generator, False, 0))
-        # weak: if a loop is left early, its iterator must be dropped and end its threads
         self._iterator = weakref.ref(iterator)
         return iterator
 
     def begin(self, epoch: SamplerPass, draws: TorchDraws) -> NativeIterator:
         """Start to gather the drawn batches of an epoch."""
-        work = PipelineInputs(
-            source=self._source,
-            share=epoch.feed,
-            counters=self._counters,
-            waits=self._waits,
-            output_spec=self._asked.serving,
-            memory=self._memory,
-            cache=self._fittings,
-            warned=self._said,
-            corruption=self._damage,
-        )
-        delivery = Delivery(self._asked.timeout_s, self._asked.pin_memory, draws)
-        return NativeIterator(epoch, work, self._machine.resources(self.rank()), delivery)
-
-    def stats(self) -> dict[str, Any]:
-        """See DataLoader.stats."""
-        counters = self._counters.snapshot()
-        iterator = self._iterator() if self._iterator is not None else None
-        for name, figure in (iterator.figures() if iterator is not None else {}).items():
-            counters[name] = counters.get(name, 0) + figure
-        now = self._source.figures()
-        fetched = {name: now[name] - self._figures_before.get(name, 0) for name in now}
-        return summarise(counters, self._waits, fetched, threads=self._machine.resources(self.rank()).n_threads)
+        return self._start_iterator(epoch, epoch.feed, draws)
 
     def _make(self) -> SamplerPass:
         """Return the next epoch, or that of the loaded state. Draws the random numbers that torch draws in iter()."""
@@ -229,7 +187,7 @@ class SamplerEngine:
         window_bytes = self._asked.options.window_bytes
         rows = ours.get("rows", 0)
         feed = SamplerQueue(
-            self._source, self._locator, window_bytes, epoch=number, first_row=rows, damage=self._damage
+            self._source, self._locator, window_bytes, epoch=number, first_row=rows, corruption=self._corruption
         )
         feed.batch_size = batch_rows(self._index_sampler)
         epoch = SamplerPass(self._index_sampler, feed, self._source)  # first: it may draw from the generator too
@@ -259,8 +217,8 @@ class _Numbered:
 
     n_records: int
     mixture: None = None
-    listed: None = None
-    is_whole: bool = True
+    record_order: None = None
+    selects_all: bool = True
 
     @property
     def shard_records(self) -> NDArray[np.int64]:
@@ -325,9 +283,9 @@ class IndexEngine(NativeEngine):
         """The data set of the indices: the user's, or a copy over other versions or over a mixture's parts."""
         if self._over is None or self._over[0] is not self._source:
             source: Any = self._source
-            found = self._users if source is self._users.source else self._users.over(source)
+            found = self._users if source is self._users.source else self._users.with_source(source)
             is_mixed = source.mixture is not None and self._asked.shuffle
-            self._over = source, found.over(source.unmixed()) if is_mixed else found
+            self._over = source, found.with_source(source.unmixed()) if is_mixed else found
         return self._over[1]
 
     def begin(self) -> bool:
@@ -336,14 +294,11 @@ class IndexEngine(NativeEngine):
         Returns:
             Whether the run resumes within the epoch: the iterator's draws were then made before the state was saved.
         """
-        is_resumed = self._position is None and self._state is not None and self._state.offset > 0
-        state = self._begin(drawn=False) if self._position is None else self._position.next_state()
-        keeps_seed = is_resumed or (self._position is None and self._keeps_seed(state))
-        if self._draws_seeds(state) and not keeps_seed:
-            state = replace(state, seed=next_seed(self._asked.generator, after_begin=not self._begins()))
-        if self._ready is not self._source:
-            prepare_reading(self._source)
-            self._ready = self._source
+        is_resumed = self._is_resumed
+        state, draws_seed = self._next_state(drawn=False)
+        if draws_seed:
+            state = self._with_drawn_seed(state)
+        self._check_readable()
         self._n_records = None  # a subclass may have another length now
         read = self._numbered()
         share = plan_epoch(read, self.rank(), self._asked.batch_size, self._asked.fills_first, state)
@@ -373,7 +328,7 @@ class IndexEngine(NativeEngine):
         return super().state()
 
     def _records_of(self, source: Source) -> int:
-        return len(self._users if source is self._users.source else self._users.over(source))
+        return len(self._users if source is self._users.source else self._users.with_source(source))
 
     def _numbered(self) -> Any:
         """Return the source of the order; a _Numbered if the data set's class defines its own length."""
@@ -388,7 +343,7 @@ def served_numbers(read: Any, share: OrderShare, *, is_shuffled: bool) -> Iterat
         for start in range(0, ranks.n_served, _CHUNK_ROWS):
             yield ranks.positions_between(start, min(start + _CHUNK_ROWS, ranks.n_served))
         return
-    listed = None if read.mixture is not None else read.listed
+    listed = None if read.mixture is not None else read.record_order
     served = None if listed is None else np.argsort(listed, kind="stable")  # by number in stored order
     first_records = np.concatenate([[0], np.cumsum(read.shard_records)])
     starts: dict[int, NDArray[np.int64]] = {}
@@ -402,7 +357,7 @@ def served_numbers(read: Any, share: OrderShare, *, is_shuffled: bool) -> Iterat
         yield numbers if served is None else served[numbers]
 
 
-def _record_numbers(piece: Piece, starts: dict[int, NDArray[np.int64]]) -> NDArray[np.int64]:
+def _record_numbers(piece: AnyPiece, starts: dict[int, NDArray[np.int64]]) -> NDArray[np.int64]:
     """Return the stored numbers of a piece's rows. starts: by shard, the number of each block's first record."""
     first = [
         starts[shard][block]

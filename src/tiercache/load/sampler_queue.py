@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from tiercache.load.corrupt import replace_corrupt
-from tiercache.load.prefetch import is_in_memory
+from tiercache.load.prefetch import ArrayPiece, is_in_memory
 from tiercache.order.explicit import RecordLocator, count_fitting, explicit_window, whole_window
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.load.corrupt import CorruptionMap, RecordLocation
-    from tiercache.load.epoch import Piece
+    from tiercache.load.prefetch import AnyPiece
     from tiercache.load.source import Source
     from tiercache.order import Window
     from tiercache.order.explicit import ExplicitWindow, RecordLocations
@@ -41,53 +41,11 @@ class SamplerBatch:
     snapshot: Any
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ListedPiece:
-    """Rows of one window in served order, with the attributes of a `Piece`.
-
-    batch_rows: uint32[m], rows of the next m batches, which begin with this piece and may end in later pieces; block
-    (number in the window), row: uint32[n].
-    """
-
-    window: ExplicitWindow
-    batch_rows: NDArray[np.uint32]
-    block: NDArray[np.uint32]
-    row: NDArray[np.uint32]
-
-    @property
-    def windows(self) -> tuple[Window | ExplicitWindow, ...]:
-        """The one window."""
-        return (self.window,)
-
-    @property
-    def run(self) -> None:
-        """None: the rows are arrays."""
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows."""
-        return len(self.row)
-
-    @property
-    def wanted(self) -> tuple[NDArray[np.bool_], ...]:
-        """All of the window's blocks."""
-        return (np.ones(len(self.window.blocks), np.bool_),)
-
-    @property
-    def touched(self) -> tuple[NDArray[np.bool_], ...]:
-        """See wanted."""
-        return self.wanted
-
-    def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """See Piece.rows."""
-        return self.block, self.row
-
-
 class SamplerQueue:
-    """A rank's share of an epoch (`load.share.Share`) whose batches a sampler supplies.
+    """A rank's share of an epoch (`EpochShare`) whose batches a sampler supplies.
 
-    Batches are numbered from 0. The consumer's thread calls `add`, `end` and `let_go`; any thread may call the rest.
-    Every method holds the lock for a moment, and pieces() waits on its condition for more batches.
+    Batches are numbered from 0. The consumer's thread calls `add`, `end` and `drop_oldest`; any thread may call the
+    rest. Every method holds the lock for a moment, and pieces() waits on its condition for more batches.
 
     Args:
         source: Source that is read.
@@ -95,7 +53,7 @@ class SamplerQueue:
         window_bytes: Raw bytes of the blocks that are read at a time, not counting mapped shards. None: no limit.
         epoch: Number of the epoch.
         first_row: Row of the epoch with which the first batch begins.
-        damage: Corrupt records that are replaced. None: corrupt data is an error.
+        corruption: Corrupt records that are replaced. None: corrupt data is an error.
 
     Attributes:
         seed: Seed of the random values of a record.
@@ -113,7 +71,7 @@ class SamplerQueue:
         *,
         epoch: int,
         first_row: int = 0,
-        damage: CorruptionMap | None = None,
+        corruption: CorruptionMap | None = None,
     ) -> None:
         self.epoch = epoch
         self.seed = 0
@@ -121,7 +79,7 @@ class SamplerQueue:
         self._source = source
         self._locator = locator
         self._window_bytes = window_bytes
-        self._damage = damage
+        self._corruption = corruption
         self._first_row = first_row
         self.last: SamplerBatch | None = None
         # The lock is taken directly: entering the condition is Python code, in which Ctrl-C could leave the lock held.
@@ -133,20 +91,15 @@ class SamplerQueue:
         self._error: Exception | None = None
 
     @property
-    def n_drawn(self) -> int:
-        """Number of batches that were added."""
-        with self._lock:
-            return self.n_handed_out + len(self._kept)
-
-    @property
     def n_records(self) -> int:
         """Number of records of the data set, or of the longest batch, which may repeat records."""
         return max(self._locator.n_records, self.batch_size)
 
     @property
     def n_batches(self) -> int:
-        """Number of batches so far."""
-        return self.n_drawn
+        """Number of batches that were added so far."""
+        with self._lock:
+            return self.n_handed_out + len(self._kept)
 
     @property
     def n_plannable(self) -> int:
@@ -155,7 +108,7 @@ class SamplerQueue:
             return self._n_plannable
 
     def add(self, drawn: SamplerBatch) -> None:
-        """Append a batch. It is planned only after tell() or end()."""
+        """Append a batch. It is planned only after make_plannable() or end()."""
         with self._lock:
             self._kept.append(drawn)
             self.batch_size = max(self.batch_size, len(drawn.numbers))
@@ -187,7 +140,7 @@ class SamplerQueue:
             self._n_closed += 1
             self._changed.notify_all()
 
-    def pieces(self, n_batches: int) -> Iterator[Piece]:
+    def pieces(self, n_batches: int) -> Iterator[AnyPiece]:
         """Yield the pieces after n_batches: of all batches in the queue, then of those that are added. Reads footers.
 
         Raises:
@@ -198,8 +151,8 @@ class SamplerQueue:
             n_closed = self._n_closed
             # A pipeline that begins within the epoch begins after all batches that were handed out.
             first_row = self._first_row if self.last is None else self.last.first_row + len(self.last.numbers)
-        found = cast("Iterator[Piece]", self._pieces(n_batches, n_closed))  # they have the attributes of Piece
-        return found if self._damage is None else replace_corrupt(found, self._damage, _Walk(self, first_row))
+        found = self._pieces(n_batches, n_closed)
+        return found if self._corruption is None else replace_corrupt(found, self._corruption, _Walk(self, first_row))
 
     def positions(self, batch: int) -> NDArray[np.int64]:
         """Return the positions in the epoch of the records of a batch in the queue, int64[n]."""
@@ -248,7 +201,7 @@ class SamplerQueue:
         near: list[int] = shards[np.cumsum(self._source.shard_bytes[shards]) <= n_bytes].tolist()
         return near
 
-    def _pieces(self, at: int, n_closed: int) -> Iterator[ListedPiece]:
+    def _pieces(self, at: int, n_closed: int) -> Iterator[ArrayPiece]:
         whole, ask_at = None, at
         while (batches := self._wait(at, n_closed)) is not None:
             at += len(batches)
@@ -259,7 +212,7 @@ class SamplerQueue:
                 whole, ask_at = self._whole(places), 2 * at  # this check takes 0.3 ms per shard
                 places = self._locator.find(numbers)  # the locator may know more blocks now, and number them otherwise
             if whole is not None:
-                yield ListedPiece(whole, sizes, places.at.astype(np.uint32), places.row)
+                yield _piece(whole, places.at.astype(np.uint32), places.row, sizes)
                 continue
             shards = np.unique(places.shards[places.touched()]).tolist()
             near = [shard for shard in shards if self._source.is_mapped(shard)]
@@ -267,7 +220,7 @@ class SamplerQueue:
             while start < n:
                 stop = start + count_fitting(places.slice(start, n), self._window_bytes, near)
                 window = explicit_window(start, places.slice(start, stop))
-                yield ListedPiece(window, sizes, window.block, window.row)
+                yield _piece(window, window.block, window.row, sizes)
                 start, sizes = stop, sizes[:0]
 
     def _whole(self, places: RecordLocations) -> ExplicitWindow | None:
@@ -304,17 +257,24 @@ class SamplerQueue:
             return None
 
 
+def _piece(
+    window: ExplicitWindow, block: NDArray[np.uint32], row: NDArray[np.uint32], batch_rows: NDArray[np.uint32]
+) -> ArrayPiece:
+    wanted = np.ones(len(window.blocks), np.bool_)
+    return ArrayPiece((cast("Window", window),), (wanted,), block, row, batch_rows)
+
+
 @dataclass(frozen=True, slots=True)
 class _Walk:
-    """A mending.Walk through the batches of a sampler. first_row: row of the epoch with which the pieces begin."""
+    """A RecordWalk through the batches of a sampler. first_row: row of the epoch with which the pieces begin."""
 
     feed: SamplerQueue
     first_row: int
 
     def before(self, n_rows: int) -> Iterator[RecordLocation]:
-        """See Feed.before."""
+        """See SamplerQueue.before."""
         return self.feed.before(self.first_row + n_rows)
 
     def after(self, n_rows: int) -> Iterator[RecordLocation]:
-        """See Feed.after."""
+        """See SamplerQueue.after."""
         return self.feed.after(self.first_row + n_rows)

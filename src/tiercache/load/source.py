@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tiercache.shard.schema import Schema
 
 
-__all__ = ["CloseListener", "Source", "SourcePart", "prepare_reading"]
+__all__ = ["CloseListener", "Source", "SourcePart"]
 
 
 @runtime_checkable
@@ -138,7 +138,7 @@ class Source(Protocol):
         """
 
     def on_close(self, keeper: CloseListener) -> None:
-        """Call keeper.forget() when this source is closed. The keeper is referenced weakly."""
+        """Call keeper.on_source_closed() when this source is closed. The keeper is referenced weakly."""
 
     def at_versions(self, versions: Sequence[int]) -> Source:
         """Return the same source, selected and joined in the same way, at other versions: one per entry of `parts`.
@@ -149,11 +149,6 @@ class Source(Protocol):
 
     def figures(self) -> Mapping[str, float]:
         """Return requests, bytes_fetched, cache_hits and cache_misses of this process so far."""
-
-
-def prepare_reading(source: Source) -> None:
-    """Check that a run can read all shards that have records. See Source.prepare_reading."""
-    source.prepare_reading(np.flatnonzero(source.shard_records))
 
 
 def record_number(source: Source, shard: int, block: int, row: int) -> int:

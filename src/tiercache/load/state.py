@@ -6,7 +6,7 @@ snapshot of the data set for each worker. state_for_workers() converts one into 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,8 +15,6 @@ from tiercache.errors import ObjectChanged, UnsupportedFormat
 from tiercache.model import SourcePart
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from tiercache.load.source import Source
 
 
@@ -109,46 +107,53 @@ class RunState:
 _NAMES = tuple(field.name for field in fields(RunState))
 
 
-def _check_values(state: Mapping[str, Any]) -> None:
-    """Raise ValueError, with the name of the value, for an invalid value of a state."""
-    for name in ("epoch", "offset"):
-        _expect(name, state[name], "an integer of 0 or more", _is_count(state[name]))
-    _expect(
-        "streams", state["streams"], "an integer of 1 or more", _is_count(state["streams"]) and state["streams"] > 0
-    )
-    seed = state["seed"]
-    _expect("seed", seed, "an integer", isinstance(seed, int) and not isinstance(seed, bool))
-    for name in ("shuffle", "drop_last", "is_seed_drawn"):
-        _expect(name, state[name], "true or false", isinstance(state[name], bool))
-    for name in ("group_bytes", "window_bytes"):
-        size = state[name]
-        _expect(name, size, "null or an integer of 1 or more", size is None or (_is_count(size) and size > 0))
-    placement = state["placement"]
-    _expect("placement", placement, "'sticky' or 'global'", placement in ("sticky", "global"))
-    parts = state["parts"]
-    fits = isinstance(parts, list | tuple) and len(parts) > 0 and all(map(_is_part, parts))
-    _expect("parts", parts, "a list of [data set, version, fingerprint, selection]", fits)
+def _is_integer(value: Any, least: int | None = None) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
 
 
-def _expect(name: str, value: object, what: str, fits: bool) -> None:
-    if not fits:
-        raise ValueError(f"the state's {name} must be {what}, got {value!r}")
+def _is_count(value: Any) -> bool:
+    return _is_integer(value, 0)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
-def _is_part(value: object) -> bool:
+def _is_size(value: Any) -> bool:
+    return value is None or _is_integer(value, 1)
+
+
+def _is_part(value: Any) -> bool:
     if not isinstance(value, list | tuple) or len(value) != 4:
         return False
     dataset_id, version, fingerprint, selection = value
-    return (
-        isinstance(dataset_id, str)
-        and _is_count(version)
-        and isinstance(fingerprint, str)
-        and (selection is None or isinstance(selection, str))
-    )
+    texts = [dataset_id, fingerprint, "" if selection is None else selection]
+    return _is_count(version) and all(isinstance(text, str) for text in texts)
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "epoch": (_is_count, "an integer of 0 or more"),
+    "offset": (_is_count, "an integer of 0 or more"),
+    "streams": (lambda value: _is_integer(value, 1), "an integer of 1 or more"),
+    "seed": (_is_integer, "an integer"),
+    "shuffle": (_is_flag, "true or false"),
+    "drop_last": (_is_flag, "true or false"),
+    "is_seed_drawn": (_is_flag, "true or false"),
+    "group_bytes": (_is_size, "null or an integer of 1 or more"),
+    "window_bytes": (_is_size, "null or an integer of 1 or more"),
+    "placement": (lambda value: value in ("sticky", "global"), "'sticky' or 'global'"),
+    "parts": (
+        lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_part, value)),
+        "a list of [data set, version, fingerprint, selection]",
+    ),
+}
+
+
+def _check_values(state: Mapping[str, Any]) -> None:
+    """Raise ValueError, with the name of the value, for an invalid value of a state."""
+    for name, (fits, expected) in _CHECKS.items():
+        if not fits(state[name]):
+            raise ValueError(f"the state's {name} must be {expected}, got {state[name]!r}")
 
 
 def reopen(source: Source, state: RunState) -> Source:
@@ -161,8 +166,8 @@ def reopen(source: Source, state: RunState) -> Source:
         raise ObjectChanged(
             "the state is of another data set",
             url=source.url,
-            expected=_listed([part.dataset_id for part in state.parts]),
-            found=_listed([part.dataset_id for part in source.parts]),
+            expected=", ".join(part.dataset_id for part in state.parts),
+            found=", ".join(part.dataset_id for part in source.parts),
         )
     versions = [part.version for part in state.parts]
     found = source if versions == [part.version for part in source.parts] else source.at_versions(versions)
@@ -182,10 +187,6 @@ def reopen(source: Source, state: RunState) -> Source:
                 found=part.selection or "all records",
             )
     return found
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)
 
 
 # torchdata's keys of a state without workers, and of the snapshot's sampler.

@@ -79,20 +79,20 @@ def next_seed(generator: torch.Generator | None, *, after_begin: bool) -> int:
 
     Args:
         generator: The loader's generator; None: torch's own.
-        after_begin: Whether Draws.begin() was called for the epoch; if not, its draw is skipped first.
+        after_begin: Whether TorchDraws.begin() was called for the epoch; if not, its draw is skipped first.
     """
     return _seed_of(_copy(generator), after_begin=after_begin)
 
 
 def predict_seeds(generator: torch.Generator | None, n_records: int, *, begins: bool) -> tuple[int, int | None]:
-    """Return the seed of an epoch after its Draws.begin(), and the predicted seed of the next epoch.
+    """Return the seed of an epoch after its TorchDraws.begin(), and the predicted seed of the next epoch.
 
     The prediction holds if no other code draws until then.
 
     Args:
         generator: The loader's generator; None: torch's own.
         n_records: Number of records of an epoch.
-        begins: Whether the next epoch calls Draws.begin().
+        begins: Whether the next epoch calls TorchDraws.begin().
 
     Returns:
         Both seeds; None for the second if the prediction would take long.
