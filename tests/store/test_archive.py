@@ -272,7 +272,7 @@ def test_sums_tell_that_two_copies_are_equal(s3, opened):
     src, dst = opened(s3), opened(s3, "-cold")
     put(src, "a", b"data")
     dst.copy_from(src, "a", "a")
-    assert dst.checksums("a")["ETag"] == src.sums("a")["ETag"]
+    assert dst.checksums("a")["ETag"] == src.checksums("a")["ETag"]
 
 
 # -- restores -------------------------------------------------------------------------------------------------------
@@ -386,7 +386,7 @@ def test_what_is_no_longer_what_was_meant_is_not_deleted(s3, opened):
 
 
 def test_what_could_not_be_deleted_is_named_with_the_reason(archive, monkeypatch):
-    said = {"Errors": [{"Key": archive.full("b"), "Code": "AccessDenied", "Message": "no"}]}
+    said = {"Errors": [{"Key": archive.full_key("b"), "Code": "AccessDenied", "Message": "no"}]}
     monkeypatch.setattr(archive, "_calls", lambda *_args, **_more: said)
     assert archive.delete_many(["a", "b"]) == [("b", "AccessDenied: no")]
 

@@ -283,7 +283,7 @@ class LocalFolder(Store):
         write_all(fd, flat, 0)
         self.counters.add("bytes_written", flat.nbytes)
 
-    def create(self, key: str, *, if_absent: bool = False) -> Upload:  # noqa: ARG002 - complete() decides
+    def create(self, key: str) -> Upload:
         """Start an upload that writes its parts to the disk as they come."""
         folders, name = _split(key)
         with self._errors(key, "create"), open_folder(self.root, folders, make=True) as folder_fd:

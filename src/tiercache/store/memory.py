@@ -144,7 +144,7 @@ class MemoryStore(Store):
         self.counters.add("bytes_written", len(data))
         return info
 
-    def create(self, key: str, *, if_absent: bool = False) -> Upload:  # noqa: ARG002 - complete() decides
+    def create(self, key: str) -> Upload:
         """Start an upload that holds its parts in memory."""
         return _MemoryUpload(self, check_key(key))
 

@@ -23,6 +23,7 @@ from tiercache.store.credentials import Keys, refused_error, s3_access, wait_tar
 from tiercache.store.options import CloudOptions, server_url
 from tiercache.store.posix import TEMP_PREFIX
 from tiercache.store.range_reads import ProcessLocal
+from tiercache.store.remote import RETRYABLE_STATUSES
 
 # Type of a checksum over part checksums. It cannot compare copies that have other part sizes.
 _OF_PARTS = "COMPOSITE"
@@ -52,43 +53,6 @@ def whole_object_checksums(answer: Mapping[str, Any]) -> dict[str, str]:
         for name, text in answer.items()
         if name.startswith(_NAME) and name not in ("ChecksumType", "ChecksumAlgorithm") and "-" not in str(text)
     }
-
-
-def is_md5_of(etag: str | None, data: Buffer) -> bool:
-    """Return whether an ETag is the MD5 of data: S3's ETag of an object written by one request without KMS keys."""
-    return (etag or "").strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()
-
-
-class PartsEtag:
-    """The ETag that S3 computes for an upload in parts of one length, the last part being shorter. Not thread-safe."""
-
-    def __init__(self, part_bytes: int) -> None:
-        self._part_bytes = part_bytes
-        self._digests: list[bytes] = []
-        self._part = hashlib.md5(usedforsecurity=False)
-        self._n_bytes = 0
-
-    def add(self, data: Buffer) -> None:
-        """Append bytes, without the GIL."""
-        flat = memoryview(data).cast("B")
-        while flat.nbytes:
-            some = flat[: self._part_bytes - self._n_bytes]
-            self._part.update(some)
-            self._n_bytes += some.nbytes
-            if self._n_bytes == self._part_bytes:
-                self._end_part()
-            flat = flat[some.nbytes :]
-
-    def _end_part(self) -> None:
-        self._digests.append(self._part.digest())
-        self._part, self._n_bytes = hashlib.md5(usedforsecurity=False), 0
-
-    def matches(self, etag: str | None) -> bool:
-        """Return whether an ETag matches all bytes added. Nothing may be added afterwards."""
-        if self._n_bytes:
-            self._end_part()
-        whole = hashlib.md5(b"".join(self._digests), usedforsecurity=False).hexdigest()
-        return (etag or "").strip('"') == f"{whole}-{len(self._digests)}"
 
 
 def unquoted_etag(etag: str | None) -> str:
@@ -338,14 +302,14 @@ def _confirms(said: Mapping[str, Any], crc: int, data: bytes | bytearray) -> boo
     """Return whether the server's answer contains a matching checksum of the bytes: CRC-32C, or MD5 as an ETag."""
     if (named := said.get("ChecksumCRC32C")) is not None:
         return crc32c_from_text(str(named)) == crc
-    return str(said.get("ETag", "")).strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()
+    # S3's ETag of an object written by one request without KMS keys.
+    return unquoted_etag(said.get("ETag")) == hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 # The server may copy a GiB, or join its parts, for longer than 20 s without sending a byte.
 _COPYING = ("copy_object", "upload_part_copy", "complete_multipart_upload")
 _COPYING_S = 120.0
 _CONNECTIONS = 32
-_TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _TRY_AGAIN_CODES = ("OperationAborted", "ConditionalRequestConflict", "RequestTimeout", "SlowDown")
 _ARCHIVED_CODES = ("InvalidObjectState", "ObjectNotInActiveTierError")
 _UNABLE = (405, 501)
@@ -558,7 +522,7 @@ def _refused(response: Mapping[str, Any], operation: str, where: str) -> StoreEr
     if code in _ARCHIVED_CODES:
         message = f"{operation}: the object is archived and must be restored before it can be read: tiercache restore"
         return StoreError(message, url=where, status=status, code=code, archived=True)
-    retryable = status in _TRY_AGAIN or code in _TRY_AGAIN_CODES
+    retryable = status in RETRYABLE_STATUSES or code in _TRY_AGAIN_CODES
     unable = status in _UNABLE or code in ("NotImplemented", "MethodNotAllowed")
     said = f"{operation}: HTTP {status} {code}{': ' if text else ''}{text}"
     return StoreError(said, url=where, status=status, code=code, retryable=retryable and not unable, unable=unable)

@@ -16,7 +16,6 @@ from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store import CloudStore, LocalFolder
 from tiercache.store.archive import ArchiveStore
-from tiercache.store.cloud import OrderedUpload
 from tiercache.store.contract import Upload
 from tiercache.tier.model import ARCHIVED, RESTORING, PlannedObject
 from tiercache.tier.move.parts import (
@@ -292,15 +291,9 @@ class Transfer:
 
         Reading the source took minutes, in which somebody may have written.
         """
-        store = self._stores.store(dst)
-        can_decide = (
-            one.n_bytes <= _SMALL_BYTES or not isinstance(store, CloudStore) or self._stores.archive(dst) is not None
-        )
-        if not replaces and not can_decide:
-            check_absent(self._stores, dst, one.key)
         if isinstance(replaces, str):
             check_over(self._stores, dst, one.key, replaces)
-        made = upload.complete(if_absent=not replaces and can_decide)
+        made = upload.complete(if_absent=not replaces)
         if made is None:
             check_absent(self._stores, dst, one.key)
             raise ObjectChanged("the destination was changed concurrently: run again", url=self._at(dst, one.key))
@@ -332,8 +325,6 @@ class Transfer:
             hint = ": pip install 'tiercache[archive]'" if store.cloud == "s3" else ""
             raise StoreError(message + hint, url=f"{store.url}/{info.key}")
         with store.create(info.key) as upload:
-            if isinstance(upload, OrderedUpload):
-                upload.confirm()
             yield upload, True
 
     def _parts(

@@ -176,7 +176,7 @@ class Promoter:
             logger.info("%s: not copied to %s, which has no room for it", row.key, hot.url)
             return False
         total = 0
-        with _Reading(self._source(), row.key, identity) as reading, store.create(row.key, if_absent=True) as upload:
+        with _Reading(self._source(), row.key, identity) as reading, store.create(row.key) as upload:
             part_bytes = max(PART_BYTES, store.min_part_bytes)
             for number, start in enumerate(range(0, identity.n_bytes, part_bytes)):
                 if self._closed.is_set():
