@@ -129,7 +129,7 @@ def test_seaweedfs_names_the_sum_of_the_whole(s3, opened):
 
 
 def test_a_part_that_arrives_wrong_is_refused(s3, opened, monkeypatch):
-    monkeypatch.setattr("tiercache.store.s3.crc32c_to_text", lambda crc: "AAAAAA==")
+    monkeypatch.setattr("tiercache.store.archive.crc32c_to_text", lambda crc: "AAAAAA==")
     archive = opened(s3)
     with pytest.raises(StoreError, match="BadDigest"):
         put(archive, "a", b"data")

@@ -355,6 +355,12 @@ class LocalStore(Protocol):
         """
 
 
+def check_part(key: str, number: int, *, is_open: bool) -> None:
+    """Raise ValueError if an upload cannot take a part with this number now."""
+    if number < 0 or not is_open:
+        raise ValueError(f"{key}: part {number}: numbers start at 0; add parts before complete() or abort()")
+
+
 def parts_in_order(parts: Mapping[int, T], key: str) -> list[T]:
     """Return the parts in the order of their numbers.
 
@@ -397,7 +403,9 @@ class StoreFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Set and return the position. Raises ValueError if the position is negative."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.n_bytes}[whence]
+        bases = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.n_bytes}
+        if (base := bases.get(whence)) is None:
+            raise ValueError(f"whence must be 0, 1 or 2, got {whence}")
         if base + offset < 0:
             raise ValueError(f"cannot seek to {base + offset}: the position must not be negative")
         self._position = base + offset

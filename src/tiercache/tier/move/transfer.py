@@ -15,7 +15,7 @@ from tiercache.crash_points import crash_point
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store import CloudStore, LocalFolder
-from tiercache.store.archive import ArchiveStore
+from tiercache.store.archive import S3Archive
 from tiercache.store.contract import Upload
 from tiercache.tier.model import ARCHIVED, RESTORING, PlannedObject
 from tiercache.tier.move.parts import (
@@ -504,7 +504,7 @@ class Transfer:
                 message = f"{n_failed} objects could not be deleted, the first because of {reason}"
                 raise StoreError(message, url=self._at(name, key), failed=tuple(key for key, _ in failed))
 
-    def _archive(self, name: str) -> ArchiveStore:
+    def _archive(self, name: str) -> S3Archive:
         archive = self._stores.archive(name)
         if archive is None:
             raise ValueError(f"tiers.{name}: its store has no storage classes to change")
