@@ -157,7 +157,7 @@ def test_a_listing_goes_on_over_pages(archive, door, monkeypatch):
         door.put(f"k{number}", b"")
     monkeypatch.setattr(
         archive,
-        "_calls",
+        "calls",
         lambda op, where, **more: calls(op, where, **({"MaxKeys": 2} if "list" in op else {}), **more),
     )
     assert sorted(info.key for info in archive.list()) == [f"k{number}" for number in range(5)]
@@ -387,7 +387,7 @@ def test_what_is_no_longer_what_was_meant_is_not_deleted(s3, opened):
 
 def test_what_could_not_be_deleted_is_named_with_the_reason(archive, monkeypatch):
     said = {"Errors": [{"Key": archive.full_key("b"), "Code": "AccessDenied", "Message": "no"}]}
-    monkeypatch.setattr(archive, "_calls", lambda *_args, **_more: said)
+    monkeypatch.setattr(archive, "calls", lambda *_args, **_more: said)
     assert archive.delete_many(["a", "b"]) == [("b", "AccessDenied: no")]
 
 

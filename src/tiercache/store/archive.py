@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from threading import Condition
 from typing import Any, Literal, TypeAlias
 from urllib.parse import quote_plus
@@ -50,7 +47,6 @@ __all__ = [
 RestoreState: TypeAlias = Literal["started", "running", "done"]
 DeleteFailures: TypeAlias = list[tuple[str, str]]  # (key, reason)
 
-_TIERS = {"expedited": "Expedited", "standard": "Standard", "bulk": "Bulk"}
 _DELETE_KEYS = 1000
 _SETTINGS = {
     "lifecycle": "get_bucket_lifecycle_configuration",
@@ -135,6 +131,9 @@ class S3Archive:
     """Objects with storage classes: a folder of a bucket through boto3. Keys are those of the Store with the same URL.
 
     Safe for threads. Each process creates its clients and threads at first use.
+
+    Attributes:
+        calls: Client that sends single requests.
     """
 
     def __init__(
@@ -147,7 +146,7 @@ class S3Archive:
         policy: RetryPolicy | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        self._calls, self.bucket, self.prefix = calls, bucket, prefix
+        self.calls, self.bucket, self.prefix = calls, bucket, prefix
         self.url = calls.url
         self.counters = calls.counters
         self._timeout_s, self._awaited = calls.timeout_s, calls.wait_target
@@ -175,7 +174,7 @@ class S3Archive:
         """End the threads of this process and close its connections."""
         self._under_way.close()
         self._pool.drop()
-        self._calls.close()
+        self.calls.close()
 
     def url_of(self, key: str) -> str:
         """Return the URL of a key, for messages."""
@@ -201,7 +200,7 @@ class S3Archive:
         )
 
         def attempt() -> Mapping[str, Any]:
-            return self._calls(operation, where, Bucket=self.bucket, **request)
+            return self.calls(operation, where, Bucket=self.bucket, **request)
 
         if copies:
             return with_retries(attempt, self._policy, limit)
@@ -249,8 +248,8 @@ class S3Archive:
             if_match: ETag of the object to be replaced. If the key has another object or none, complete() raises
                 ObjectChanged, on servers that check this.
         """
-        writing = {**self._calls.write_arguments, **({"StorageClass": storage_class} if storage_class else {})}
-        takes = all(self._calls.supports(one, "IfMatch") for one in ("PutObject", "CompleteMultipartUpload"))
+        writing = {**self.calls.write_arguments, **({"StorageClass": storage_class} if storage_class else {})}
+        takes = all(self.calls.supports(one, "IfMatch") for one in ("PutObject", "CompleteMultipartUpload"))
         return S3Upload(self, check_key(key), writing, if_match=if_match if takes else None)
 
     def set_class(self, key: str, storage_class: str, *, if_match: str | None = None) -> ObjectInfo:
@@ -264,12 +263,7 @@ class S3Archive:
 
     def can_copy_from(self, src: S3Archive) -> bool:
         """Return whether the server can copy from src: both have the same endpoint and the same credentials."""
-        return src.calls.endpoint_and_identity == self._calls.endpoint_and_identity
-
-    @property
-    def calls(self) -> Boto3Client:
-        """Client that sends single requests."""
-        return self._calls
+        return src.calls.endpoint_and_identity == self.calls.endpoint_and_identity
 
     def copy_from(
         self,
@@ -314,13 +308,13 @@ class S3Archive:
         sums = whole_object_checksums(head)
         kind = "CRC32C" if wanted.needs_crc32c or not sums or "ChecksumCRC32C" in sums else None
         writing = {
-            **encryption(head, self._calls.write_arguments),
+            **encryption(head, self.calls.write_arguments),
             "StorageClass": wanted.storage_class,
             "ChecksumAlgorithm": kind,
         }
         condition = wanted.condition(expected)
         if int(head["ContentLength"]) <= self._sizes.whole_bytes:
-            if condition and not self._calls.supports("CopyObject", *condition):  # boto3 before 2025-10
+            if condition and not self.calls.supports("CopyObject", *condition):  # boto3 before 2025-10
                 self._check(key, wanted, expected)
                 condition = {}
             etag = self._copy_whole(key, head, request, writing | condition)
@@ -398,26 +392,18 @@ class S3Archive:
             return
 
     def _side_by_side(self, work: Callable[[int, int, int], _Part], jobs: Iterable[tuple[int, int, int]]) -> _Parts:
-        """Run all jobs in parallel and return their results in order.
+        """Run all jobs in the threads of the pool and return their results in order.
 
         After an error, start no job and wait for running ones.
         """
-        pool, waiting = self._pool.get(), iter(jobs)
-        results: _Parts = []
-        running: deque[Future[_Part]] = deque()
+        pool = self._pool.get()
+        futures = [pool.submit(work, *job) for job in jobs]
         try:
-            while running or not results:
-                running += [pool.submit(work, *job) for job in islice(waiting, self._sizes.n_parts - len(running))]
-                if not running:
-                    break
-                results.append(running.popleft().result())
+            return [future.result() for future in futures]
         finally:
-            for future in running:
-                future.cancel()
-            for future in running:
-                if not future.cancelled():
+            for future in futures:
+                if not future.cancel():
                     future.exception()
-        return results
 
     def tags(self, key: str, head: Mapping[str, Any]) -> str | None:
         """Return an object's tags in the form of a request argument, or None if it has none."""
@@ -443,7 +429,7 @@ class S3Archive:
             StoreError: The request failed; .unable is True if the store has no restores, so its classes are only
                 labels.
         """
-        wanted: dict[str, Any] = {"GlacierJobParameters": {"Tier": _TIERS[speed]}}
+        wanted: dict[str, Any] = {"GlacierJobParameters": {"Tier": speed.capitalize()}}
         if days is not None:
             wanted["Days"] = days
         try:
