@@ -92,7 +92,7 @@ def test_a_boto3_that_knows_no_such_condition_looks_and_replaces(s3_server, tmp_
     here = Bucket(s3_server, tmp_path)
     archive = here.stores.archive("other")
     assert isinstance(archive, S3Archive)
-    monkeypatch.setattr(type(archive.calls), "takes", lambda *_: False)
+    monkeypatch.setattr(type(archive.calls), "supports", lambda *_: False)
     with here.transfer, here.stores:
         here.stores.store("hot").put("a", SMALL)
         here.stores.store("other").put("a", THEIRS)
