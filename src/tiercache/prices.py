@@ -13,11 +13,12 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 GB = float(1 << 30)
 """Bytes of a GB, in every price."""
-SPEEDS = ("expedited", "standard", "bulk")
+Speed: TypeAlias = Literal["expedited", "standard", "bulk"]
+SPEEDS: tuple[Speed, ...] = ("expedited", "standard", "bulk")
 _FREE_SCHEMES = ("file", "memory")
 
 

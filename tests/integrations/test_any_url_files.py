@@ -17,7 +17,7 @@ from tests.integrations.conftest import DATA
 
 import tiercache as tc
 from tiercache.integrations.fsspec_files import CachedFile
-from tiercache.store.range_reads import RequestSizes
+from tiercache.store.range_reads import RequestSizes, plan_requests
 
 # -- files ----------------------------------------------------------------------------------------------------------
 
@@ -114,7 +114,10 @@ def test_a_file_says_what_it_is(fs, path):
 def test_threads_read_one_object_and_fetch_no_byte_of_it_twice(fs, source, path, monkeypatch):
     # Else what lies between two pieces that are asked for together is read along, for nothing: how much, the threads'
     # timing decides (1.6 to 2.1 times the file in 60 runs). tests/store/test_spans.py has the bounds of that.
-    monkeypatch.setattr("tiercache.store.fsspec._SIZES", RequestSizes(gap_bytes=0))
+    without_gaps = RequestSizes(gap_bytes=0)
+    monkeypatch.setattr(
+        "tiercache.store.remote.plan_requests", lambda spans, _sizes: plan_requests(spans, without_gaps)
+    )
 
     def read(seed):
         chance = random.Random(seed)

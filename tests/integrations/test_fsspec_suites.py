@@ -62,6 +62,7 @@ def connected(moto_server, s3_of, tmp_path_factory):
 
 
 @pytest.mark.s3
+@pytest.mark.stress  # slow; TestMemory covers our methods, and test_any_url_s3.py covers s3fs
 class TestS3(_Suites, AbstractFixtures):
     """Over moto: SeaweedFS keeps a folder whose last object went, so that 13 of these fail there by s3fs alone too."""
 

@@ -45,7 +45,7 @@ class Gated(MemoryStore):
         self.fail_at = self.interrupt_at = -1
         self.n_parts = 0
 
-    def create(self, key: str, *, if_absent: bool = False) -> Upload:
+    def create(self, key: str) -> Upload:
         upload = super().create(key)
         put_part = upload.put_part
 

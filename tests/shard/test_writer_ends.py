@@ -103,7 +103,7 @@ def test_a_fork_before_the_first_part_leaves_all_to_the_parent(tmp_path, n):
 class Stubborn(MemoryStore):
     """Its uploads can neither be filled nor dropped."""
 
-    def create(self, key, *, if_absent=False):
+    def create(self, key):
         upload = super().create(key)
 
         def refuse(*given):
@@ -186,7 +186,7 @@ class Faulty(MemoryStore):
         if self.n == -1:
             raise StoreError("it failed", url=self.url)
 
-    def create(self, key, *, if_absent=False):
+    def create(self, key):
         self.count()
         upload = super().create(key)
         put_part, complete = upload.put_part, upload.complete

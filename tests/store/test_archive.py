@@ -129,7 +129,7 @@ def test_seaweedfs_names_the_sum_of_the_whole(s3, opened):
 
 
 def test_a_part_that_arrives_wrong_is_refused(s3, opened, monkeypatch):
-    monkeypatch.setattr("tiercache.store.s3.crc32c_to_text", lambda crc: "AAAAAA==")
+    monkeypatch.setattr("tiercache.store.archive.crc32c_to_text", lambda crc: "AAAAAA==")
     archive = opened(s3)
     with pytest.raises(StoreError, match="BadDigest"):
         put(archive, "a", b"data")
@@ -157,7 +157,7 @@ def test_a_listing_goes_on_over_pages(archive, door, monkeypatch):
         door.put(f"k{number}", b"")
     monkeypatch.setattr(
         archive,
-        "_calls",
+        "calls",
         lambda op, where, **more: calls(op, where, **({"MaxKeys": 2} if "list" in op else {}), **more),
     )
     assert sorted(info.key for info in archive.list()) == [f"k{number}" for number in range(5)]
@@ -272,7 +272,7 @@ def test_sums_tell_that_two_copies_are_equal(s3, opened):
     src, dst = opened(s3), opened(s3, "-cold")
     put(src, "a", b"data")
     dst.copy_from(src, "a", "a")
-    assert dst.checksums("a")["ETag"] == src.sums("a")["ETag"]
+    assert dst.checksums("a")["ETag"] == src.checksums("a")["ETag"]
 
 
 # -- restores -------------------------------------------------------------------------------------------------------
@@ -386,8 +386,8 @@ def test_what_is_no_longer_what_was_meant_is_not_deleted(s3, opened):
 
 
 def test_what_could_not_be_deleted_is_named_with_the_reason(archive, monkeypatch):
-    said = {"Errors": [{"Key": archive.full("b"), "Code": "AccessDenied", "Message": "no"}]}
-    monkeypatch.setattr(archive, "_calls", lambda *_args, **_more: said)
+    said = {"Errors": [{"Key": archive.full_key("b"), "Code": "AccessDenied", "Message": "no"}]}
+    monkeypatch.setattr(archive, "calls", lambda *_args, **_more: said)
     assert archive.delete_many(["a", "b"]) == [("b", "AccessDenied: no")]
 
 

@@ -12,7 +12,6 @@ from tests.support.http_server import HttpFaultServer
 from tiercache.errors import StoreError
 from tiercache.store import open_store
 from tiercache.store.archive import S3Archive
-from tiercache.store.cloud import _fallback_store
 from tiercache.store.options import CloudOptions
 
 
@@ -81,7 +80,9 @@ def test_a_bundle_is_trusted_however_it_is_given(server, certificate, given):
 
 
 @pytest.mark.parametrize("variable", [True, False])
-def test_a_bundle_of_the_environment_is_trusted_by_every_back_end(server, certificate, monkeypatch, variable):
+def test_a_bundle_of_the_environment_is_trusted_by_every_back_end(
+    server, certificate, as_in_a_forked_child, monkeypatch, variable
+):
     more = {}
     if variable:
         monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate[0]))
@@ -89,9 +90,8 @@ def test_a_bundle_of_the_environment_is_trusted_by_every_back_end(server, certif
         more = {"root_certificate": str(certificate[0])}
     store = open_store("s3://bucket", **options(server, **more))
     assert store.get("a") == b"data"
-    stand_in = _fallback_store(store.place, store.options, store._tuning)
+    stand_in = as_in_a_forked_child(store)
     assert stand_in.get("a") == b"data"
-    stand_in.close()
     archive = S3Archive.of(store)
     assert archive.head("a").n_bytes == 4
     archive.close()
@@ -124,16 +124,16 @@ def test_a_message_never_means_the_name_that_was_given(given):
 
 
 @pytest.mark.parametrize("given", [{"requester_pays": True}, {"request_payer": "requester"}, {"request_payer": "true"}])
-def test_the_requester_pays_for_every_back_end(http_server, given):
+def test_the_requester_pays_for_every_back_end(http_server, as_in_a_forked_child, given):
     http_server.objects = {"bucket/a": b"data"}
     keys = {"access_key_id": "k", "secret_access_key": "s"}  # S3 lets nobody pay whom it does not know
     store = open_store("s3://bucket", endpoint=http_server.url, region="us-east-1", **given, **keys)
-    stand_in = _fallback_store(store.place, store.options, store._tuning)
+    stand_in = as_in_a_forked_child(store)
     archive = S3Archive.of(store)
     store.get("a")
     stand_in.get("a")
     archive.head("a")
-    for one in (store, stand_in, archive):
+    for one in (store, archive):
         one.close()
     assert [seen.headers.get("x-amz-request-payer") for seen in http_server.log] == ["requester"] * 3
 

@@ -15,8 +15,8 @@ from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store import open_store
 from tiercache.store.archive import S3Archive
-from tiercache.store.cloud import ObstoreStore, _fallback_store
 from tiercache.store.credentials import Credentials, Keys, s3_access
+from tiercache.store.obstore import ObstoreClient
 from tiercache.store.options import CloudOptions
 from tiercache.testing.suite import read_ranges
 from tiercache.waiting import wait_for
@@ -96,7 +96,7 @@ def test_keys_that_another_program_has_renewed_are_read_again_when_the_old_ones_
     assert keys_of(http_server) == ["OLD"] * (1 + n_refusals) + ["NEW"]
 
 
-def test_an_archive_reads_renewed_keys_too(http_server, opened, monkeypatch, tmp_path):
+def test_an_archive_reads_renewed_keys_too(http_server, opened, as_in_a_forked_child, monkeypatch, tmp_path):
     pytest.importorskip("boto3")
     renew_file(tmp_path, monkeypatch, "OLD")
     archive = S3Archive.of(opened(profile="work"))
@@ -108,15 +108,16 @@ def test_an_archive_reads_renewed_keys_too(http_server, opened, monkeypatch, tmp
     assert keys_of(http_server) == ["OLD"] * 4 + ["NEW"]
 
 
-def test_s3fs_in_forked_processes_reads_renewed_keys_too(http_server, opened, monkeypatch, tmp_path):
+def test_s3fs_in_forked_processes_reads_renewed_keys_too(
+    http_server, opened, as_in_a_forked_child, monkeypatch, tmp_path
+):
     renew_file(tmp_path, monkeypatch, "OLD")
     store = opened(profile="work")
-    stand_in = _fallback_store(store.place, store.options, store._tuning)
+    stand_in = as_in_a_forked_child(store)
     assert stand_in.get("a") == b"data"
     renew_file(tmp_path, monkeypatch, "NEW")
     http_server.next(REFUSED)
     assert stand_in.get("a") == b"data"
-    stand_in.close()
     assert keys_of(http_server) == ["OLD", "OLD", "NEW"]
 
 
@@ -530,4 +531,4 @@ def test_half_a_role_is_refused_with_the_remedy(opened, role):
 
 
 def test_obstore_does_the_work(opened):
-    assert isinstance(opened(access_key_id="a", secret_access_key="b").back_end, ObstoreStore)
+    assert isinstance(opened(access_key_id="a", secret_access_key="b").client, ObstoreClient)

@@ -15,11 +15,11 @@ from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store import CloudStore, open_store
 from tiercache.store.archive import S3Archive
-from tiercache.store.cloud import ReadSettings
 from tiercache.store.fsspec import FsspecStore
 from tiercache.store.obstore import BucketFolder, to_store_error
 from tiercache.store.options import CloudOptions
 from tiercache.store.range_reads import RequestSizes, plan_requests, read_requests, worker_pool
+from tiercache.store.remote import ReadSettings
 from tiercache.store.retry import CallLimit, CallMonitor, RetryPolicy, with_retries
 from tiercache.testing.suite import pattern, read_ranges
 from tiercache.waiting import SYSTEM_CLOCK, fail_fast_if_unreachable, wait_for

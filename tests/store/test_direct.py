@@ -88,21 +88,30 @@ def test_what_a_store_writes_first_stays_in_the_cache(tmp_path: Path, monkeypatc
 def test_a_file_system_that_refuses_what_it_opened_gets_the_rest_the_usual_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_written: int, refusal: int
 ) -> None:
-    said = []
-
-    def refuse(fd: int, data: memoryview, offset: int) -> int:
-        if said or not n_written:
-            raise OSError(refusal, "no")
-        said.append(offset)
-        return os.pwrite(fd, data[:n_written], offset)
+    said, direct = [], set()
 
     class Refusing:
-        """A system whose descriptors take anything once, and then nothing."""
+        """A system whose descriptors for direct writes take anything once, and then nothing."""
 
-        pwrite, open, close = staticmethod(refuse), staticmethod(os.open), staticmethod(os.close)
-        O_WRONLY = O_CLOEXEC = O_DIRECT = os.O_WRONLY
+        O_DIRECT = os.O_WRONLY
 
-    monkeypatch.setattr(posix, "os", Refusing)
+        def __getattr__(self, name: str) -> object:
+            return getattr(os, name)
+
+        def open(self, path: str, *flags: int, **more: int) -> int:
+            fd = os.open(path, *flags, **more)
+            direct.update([fd] if str(path).startswith("/proc/self/fd/") else [])
+            return fd
+
+        def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+            if fd not in direct:
+                return os.pwrite(fd, data, offset)
+            if said or not n_written:
+                raise OSError(refusal, "no")
+            said.append(offset)
+            return os.pwrite(fd, data[:n_written], offset)
+
+    monkeypatch.setattr(posix, "os", Refusing())
     part = aligned(2 * MIN_BYTES)
     assert upload(tmp_path, [part, part]) == 2 * part.tobytes()
 

@@ -11,8 +11,8 @@ import warnings
 import pytest
 
 from tiercache.model import ByteRange
-from tiercache.store.cloud import ObstoreStore
-from tiercache.store.fsspec import FsspecStore
+from tiercache.store.fsspec import S3fsClient
+from tiercache.store.obstore import ObstoreClient
 
 pytestmark = pytest.mark.s3
 
@@ -27,8 +27,8 @@ def _read_all(store, results):
         fresh = store.put_if_absent("child", b"x"), store.put_if_absent("child", b"y")
         store.get("a")
     messages = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
-    back_end = type(store.back_end).__name__
-    results.put((bytes(buffer), tail, info.n_bytes, listed, fresh, back_end, messages))
+    client = type(store.client).__name__
+    results.put((bytes(buffer), tail, info.n_bytes, listed, fresh, client, messages))
     store.close()
 
 
@@ -56,9 +56,9 @@ def test_a_forked_child_reads_what_its_parent_has_read(store):
     store.put("a", data)
     buffer = bytearray(100_000)
     store.read_into("a", [(ByteRange(0, 100_000), memoryview(buffer))], deadline_s=30)
-    assert isinstance(store.back_end, ObstoreStore)
+    assert isinstance(store.client, ObstoreClient)
     answer = _run(multiprocessing.get_context("fork"), store)
-    assert answer[:6] == (data, data[-10:], 100_000, ["a"], (True, False), FsspecStore.__name__)
+    assert answer[:6] == (data, data[-10:], 100_000, ["a"], (True, False), S3fsClient.__name__)
     assert len(answer[6]) == 1
     assert "forkserver or spawn" in answer[6][0]
     assert store.get("a") == data, "the parent goes on as before"
@@ -67,7 +67,7 @@ def test_a_forked_child_reads_what_its_parent_has_read(store):
 def test_a_forked_child_that_opens_a_store_itself_is_safe_too(s3, store):
     store.put("a", bytes(100_000))
     other = s3.server.store(s3.prefix)  # not used before the fork
-    assert _run(multiprocessing.get_context("fork"), other)[5] == FsspecStore.__name__
+    assert _run(multiprocessing.get_context("fork"), other)[5] == S3fsClient.__name__
 
 
 CHILD_OF_AN_UNUSED_PARENT = """
@@ -75,7 +75,7 @@ import os, pickle, sys
 store = pickle.loads(bytes.fromhex(sys.argv[1]))
 pid = os.fork()
 if pid == 0:
-    ok = store.get("a") == b"data" and type(store.back_end).__name__ == "ObstoreStore"
+    ok = store.get("a") == b"data" and type(store.client).__name__ == "ObstoreClient"
     os._exit(0 if ok else 1)
 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 assert store.get("a") == b"data"
@@ -95,5 +95,5 @@ def test_a_pickled_store_works_in_another_process_and_its_fork_uses_obstore_whil
 def test_nothing_shown_of_a_store_holds_its_secret(s3, store):
     secret = s3.server.secret_access_key
     store.put("a", b"x")
-    shown = [repr(store), store.url, repr(store.back_end), repr(store._options), repr(store._place)]
+    shown = [repr(store), store.url, repr(store.client), repr(store.options), repr(store.place)]
     assert not any(secret in text for text in shown)

@@ -12,10 +12,10 @@ from tests.support.http_server import HttpFault
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import CloudStore, open_store
-from tiercache.store.cloud import ReadSettings
 from tiercache.store.obstore import BucketFolder
 from tiercache.store.options import CloudOptions
 from tiercache.store.range_reads import RequestSizes
+from tiercache.store.remote import ReadSettings
 from tiercache.store.retry import RetryPolicy
 from tiercache.testing.suite import ReadSuite, pattern, read_ranges
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
@@ -271,7 +271,7 @@ def test_secrets_of_the_url_stand_in_no_error(http_server):
     http_server.__exit__()
     with pytest.raises(StoreError) as gone:
         store.read_into("a", [(ByteRange(0, 1), memoryview(bytearray(1)))], deadline_s=0.2)
-    shown = "".join(map(repr, (store, store.url, store.back_end))) + str(caught.value) + str(gone.value)
+    shown = "".join(map(repr, (store, store.url, store.client))) + str(caught.value) + str(gone.value)
     assert "s3cret" not in shown
     assert "user" not in shown
     store.close()

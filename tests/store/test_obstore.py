@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tiercache.store import CloudStore
-from tiercache.store.cloud import ObstoreStore
+from tiercache.store.obstore import ObstoreClient
 from tiercache.testing.suite import StoreSuite
 
 
@@ -15,7 +15,7 @@ class S3Suite(StoreSuite):
         store = door.server.store(door.prefix)
         assert isinstance(store, CloudStore)
         yield store
-        assert isinstance(store.back_end, ObstoreStore)
+        assert isinstance(store.client, ObstoreClient)
         store.close()
 
     def raw_put(self, store, key, data):

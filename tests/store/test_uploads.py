@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tiercache.store import FsspecStore, cloud, open_store
+from tiercache.errors import StoreError
+from tiercache.store import FsspecStore, open_store, remote
 from tiercache.store.options import CloudOptions
 from tiercache.testing.suite import pattern
 
@@ -44,13 +45,9 @@ def test_a_large_upload_that_is_aborted_leaves_nothing(s3, store):
     assert s3.uploads() == []
 
 
-def test_a_large_upload_if_absent_needs_to_be_said_first_and_has_one_winner(s3, store):
-    with store.create("big") as upload:
-        _send(upload)
-        with pytest.raises(ValueError, match="if_absent"):
-            upload.complete(if_absent=True)
+def test_a_large_upload_if_absent_replaces_nothing(s3, store):
     for wins in (True, False):
-        with store.create("big", if_absent=True) as upload:
+        with store.create("big") as upload:
             _send(upload)
             assert (upload.complete(if_absent=True) is not None) == wins
     assert s3.get("big") == b"".join(PARTS)
@@ -60,11 +57,11 @@ def test_a_large_upload_if_absent_needs_to_be_said_first_and_has_one_winner(s3, 
 
 
 def test_parts_that_come_much_too_early_wait(monkeypatch, store):
-    monkeypatch.setattr(cloud, "_AHEAD_BYTES", 7 * MIB)
-    monkeypatch.setattr(cloud, "_AHEAD_WAIT_S", 0.2)
+    monkeypatch.setattr(remote, "_AHEAD_BYTES", 7 * MIB)
+    monkeypatch.setattr(remote, "_AHEAD_WAIT_S", 0.2)
     with store.create("big") as upload:
         upload.put_part(1, PARTS[1])
-        with pytest.raises(cloud.StoreError, match="part 0 is still missing"):
+        with pytest.raises(StoreError, match="part 0 is still missing"):
             upload.put_part(2, PARTS[2])
 
 
@@ -123,7 +120,7 @@ def test_a_profile_opens_a_bucket(s3, monkeypatch, tmp_path):
 
 def test_wrong_keys_are_refused_and_that_is_not_retryable(s3):
     store = open_store(s3.server.url, **{**s3.server.storage_options, "secret_access_key": "wrong-s3cret"})
-    with pytest.raises(cloud.StoreError, match="403") as caught:
+    with pytest.raises(StoreError, match="403") as caught:
         store.get("a")
     assert not caught.value.retryable
     assert "wrong-s3cret" not in str(caught.value)
@@ -139,14 +136,14 @@ def test_parts_from_many_threads_are_sent_in_their_order(s3, store):
 
 
 def test_a_part_that_fails_fails_the_upload_and_leaves_nothing(s3, store, monkeypatch):
-    def fail(writer, data):
-        raise cloud.StoreError("broken", url="u", retryable=False)
+    def fail(key, writer, data):
+        raise StoreError("broken", url="u", retryable=False)
 
     with store.create("broken") as upload:
         upload.put_part(0, bytes(17 * MIB))
-        monkeypatch.setattr(upload._target, "write", fail)
+        monkeypatch.setattr(store, "write", fail)
         for call in (lambda: upload.put_part(1, b"x"), lambda: upload.put_part(2, b"x"), upload.complete):
-            with pytest.raises(cloud.StoreError, match="broken"):
+            with pytest.raises(StoreError, match="broken"):
                 call()
     assert list(store.list()) == []
     assert s3.uploads() == []

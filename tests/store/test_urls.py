@@ -10,8 +10,8 @@ import pytest
 from tiercache.errors import StoreError
 from tiercache.stats import Counters
 from tiercache.store import CloudStore, FsspecStore, LocalFolder, MemoryStore, open_store, redact, split_url
-from tiercache.store.cloud import ReadSettings, _fallback_store
-from tiercache.store.obstore import BucketFolder, Client
+from tiercache.store.cloud import fallback_client
+from tiercache.store.obstore import BucketFolder, ObstoreClient
 from tiercache.store.options import CloudOptions, server_url
 from tiercache.store.s3 import Boto3Client
 
@@ -203,9 +203,9 @@ def test_a_server_has_one_name_whatever_client_asks_it(monkeypatch, environment,
     options = CloudOptions.parse("s3", {"anon": True, **given})
     place, counters = BucketFolder("s3", "bucket", "", "s3://bucket"), Counters("requests")
     assert server_url("s3", "bucket", options.config) == expected
-    assert Client(place, options, counters).wait_target() == expected
+    assert ObstoreClient(place, options, counters).wait_target() == expected
     assert Boto3Client(options, place.url, counters).wait_target() == expected
-    assert _fallback_store(place, options, ReadSettings())._call_limit("a", "get").endpoint == expected
+    assert fallback_client(place, options, counters).wait_target() == expected
 
 
 def test_http_is_allowed_unless_an_https_endpoint_is_given():
@@ -239,7 +239,7 @@ def test_options_that_s3fs_lacks_are_named_and_not_dropped():
     assert CloudOptions.parse("s3", {"key": "a", "secret": "b", "timeout": 5}).unknown_to_s3fs == []
     place = BucketFolder("s3", "bucket", "", "s3://bucket")
     with pytest.raises(StoreError, match=r"not support proxy_url, s3_express; .*forkserver"):
-        _fallback_store(place, CloudOptions.parse("s3", given), ReadSettings())
+        fallback_client(place, CloudOptions.parse("s3", given), Counters("requests"))
 
 
 def test_what_a_stand_in_must_know_too_reaches_it():

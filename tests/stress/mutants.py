@@ -200,7 +200,7 @@ def foreign_file_deleted() -> Iterator[None]:
 @contextmanager
 def dead_not_buried() -> Iterator[None]:
     """What a dead process has left stays."""
-    with patch.object(Owners, "bury", lambda self, text: None):
+    with patch.object(Owners, "remove_files_of", lambda self, text: None):
         yield
 
 
@@ -239,12 +239,12 @@ def reader_told() -> Iterator[None]:
 def lock_files_left() -> Iterator[None]:
     """A name's lock is given back, and its file stays."""
 
-    def give_back(self):
+    def release(self):
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
 
-    with patch.object(machine_module.NameLock, "give_back", give_back):
+    with patch.object(machine_module.NameLock, "release", release):
         yield
 
 

@@ -85,7 +85,7 @@ def work(tell):
     except OSError as error:
         tell(str(error.errno))
 failed = fail_calls(work, ours, Position({kind!r}, "EIO", 1))
-print(json.dumps([failed.ended.lines, failed.n_failed, failed.ended.error]))"""
+print(json.dumps([failed.ended.lines, failed.n_struck, failed.ended.error]))"""
     # access() only says yes or no: then unlink() fails, of what is not there.
     assert answer(shim, tmp_path, code) == [["2" if kind == "access" else "5"], 1, ""]
 
@@ -102,7 +102,7 @@ once = fail_calls(work, ours, Position("pwrite", "ENOSPC", 3))
 for_ever = fail_calls(work, ours, Position("pwrite", "EDQUOT", 4, FOR_EVER))
 never = fail_calls(work, ours, Position("pwrite", "EIO", 6))
 counts, _ = count_calls(work, ours)
-print(json.dumps([once.ended.lines, for_ever.ended.lines, never.n_failed, counts["pwrite"], once.where]))"""
+print(json.dumps([once.ended.lines, for_ever.ended.lines, never.n_struck, counts["pwrite"], once.where]))"""
     once, for_ever, n_never, n_calls, where = answer(shim, tmp_path, code)
     assert once == ["2 28"]
     assert for_ever == ["3 122", "4 122"]

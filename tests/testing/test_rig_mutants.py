@@ -22,6 +22,7 @@ def problems(tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.mark.stress  # it breaks the cache on purpose; the tests of the cache find each fault of the cache itself
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("mutant", CASES)
 def test_a_cache_that_is_broken_is_found_out_and_one_that_is_whole_is_not(problems, mutant):

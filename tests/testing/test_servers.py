@@ -169,6 +169,7 @@ def test_free_ports_are_free():
     assert wait_for(lambda: free_ports(1), 1)
 
 
+@pytest.mark.stress  # rare, and two starts of moto
 def test_a_server_whose_port_was_taken_meanwhile_is_started_on_others(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

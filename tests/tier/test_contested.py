@@ -18,8 +18,8 @@ KEY, MINE = "files/a.bin", b"written while a copy was under way"
 class Contested(LocalFolder):
     """Somebody writes an object of the name under which an upload has begun."""
 
-    def create(self, key, *, if_absent=False):
-        upload = super().create(key, if_absent=if_absent)
+    def create(self, key):
+        upload = super().create(key)
         if key == KEY:
             self.put(key, MINE)
         return upload

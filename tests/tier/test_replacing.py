@@ -106,8 +106,8 @@ def test_a_boto3_that_knows_no_such_condition_looks_and_replaces(s3_server, tmp_
 class Contested(WrapperStore):
     """Somebody writes where an upload has begun."""
 
-    def create(self, key, *, if_absent=False):
-        upload = super().create(key, if_absent=if_absent)
+    def create(self, key):
+        upload = super().create(key)
         self.inner.put(key, THEIRS)
         return upload
 

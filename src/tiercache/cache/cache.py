@@ -24,9 +24,10 @@ from tiercache.catalog import use_log
 from tiercache.model import OWN_FOLDER, ShardIdentity, parse_bytes
 from tiercache.stats import Counters
 from tiercache.store import Buffer, Lease, Span, Store, Upload, check_key, redact
+from tiercache.store.contract import WrapperStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 N_KNOWN = 4096
 
 
-class CachedStore(Store):
+class CachedStore(WrapperStore):
     """A Store and a LocalStore around another Store. Reads use the cache; all other methods call the inner store.
 
     `counters` are those of the inner store; cache_hits and cache_misses of this store are added to them. All methods
@@ -52,8 +53,8 @@ class CachedStore(Store):
     """
 
     def __init__(self, cache: Cache, inner: Store) -> None:
-        self.cache, self.inner = cache, inner
-        self.url, self.counters, self.min_part_bytes = inner.url, inner.counters, inner.min_part_bytes
+        super().__init__(inner)
+        self.cache = cache
         self._source = redact(inner.url).rstrip("/")
         self._lock = Lock()
         self._known: OrderedDict[str, CopySpec] = OrderedDict()
@@ -195,10 +196,6 @@ class CachedStore(Store):
             return
         self.inner.read_into(key, spans, if_match=if_match, deadline_s=deadline_s, cancel=cancel)
 
-    def head(self, key: str) -> ObjectInfo:
-        """See Store.head. The inner store answers."""
-        return self.inner.head(key)
-
     def get(self, key: str) -> bytes:
         """See Store.get. The inner store answers."""
         self._note_use(key)
@@ -225,13 +222,13 @@ class CachedStore(Store):
         finally:
             self._drop([key])
 
-    def create(self, key: str, *, if_absent: bool = False) -> Upload:
+    def create(self, key: str) -> Upload:
         """See Store.create.
 
         The copy of the former object is evicted at once; the new object has another ETag and name.
         """
         self._drop([key])
-        return self.inner.create(key, if_absent=if_absent)
+        return self.inner.create(key)
 
     def delete(self, keys: Iterable[str]) -> None:
         """See Store.delete. The copies are evicted."""
@@ -255,14 +252,6 @@ class CachedStore(Store):
             for key in keys:
                 self._known.pop(key, None)
         self.cache.drop_objects([f"{redact(self.url)}/{key}" for key in keys])
-
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """See Store.list. The inner store answers."""
-        return self.inner.list(prefix)
-
-    def close(self) -> None:
-        """Close the inner store. The cache stays open, because other stores may use it."""
-        self.inner.close()
 
 
 _WHOLE: Ranges = MappingProxyType({})

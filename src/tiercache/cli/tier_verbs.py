@@ -34,8 +34,7 @@ from tiercache.cli.tiers import (
 )
 from tiercache.errors import NotFound
 from tiercache.model import ObjectInfo, format_bytes
-from tiercache.prices import Prices
-from tiercache.store.archive import SPEEDS, Speed
+from tiercache.prices import SPEEDS, Prices, Speed
 from tiercache.tier import restore as restoring
 from tiercache.tier.costs import Sizes, month_dollars
 from tiercache.tier.inventory.listing import keys_of

@@ -54,53 +54,28 @@ def literal_prefix(path: str) -> str:
     return _MAGIC.split(path)[0].rpartition("/")[0] if _MAGIC.search(path) else path
 
 
-def delegate(verb: str, *names: str) -> Verb:
+def _delegate(method: str, paths: Iterable[str] = (), written: Iterable[str] = ()) -> Verb:
     """Return a method that calls the target's method.
 
     Args:
-        verb: Name of the method.
-        names: Names of the arguments that are paths, in order.
+        method: Name of the method.
+        paths: Names of the leading arguments that are paths.
+        written: Names of the paths whose cached copies are dropped after the call.
     """
+    names = tuple(paths)
+    dropped = [names.index(name) for name in written]
 
     def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        paths, rest = _taken(names, arguments, options)
-        return getattr(self.fs, verb)(*[without_protocol(path) for path in paths], *rest, **options)
-
-    return _called(call, verb, f"Call the target's {verb}().")
-
-
-def delegate_write(verb: str, *names: str, drops: str) -> Verb:
-    """Return a method that calls the target's writing method and drops cached copies.
-
-    Args:
-        verb: Name of the method.
-        names: Names of the arguments that are paths, in order.
-        drops: Names of the arguments whose cached copies are dropped, such as "path1 path2".
-    """
-    dropped = [names.index(name) for name in drops.split()]
-
-    def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        paths, rest = _taken(names, arguments, options)
+        given = [*arguments[: len(names)], *(options.pop(name) for name in names[len(arguments) :] if name in options)]
         try:
-            return getattr(self.fs, verb)(*[without_protocol(path) for path in paths], *rest, **options)
+            return getattr(self.fs, method)(*map(without_protocol, given), *arguments[len(names) :], **options)
         finally:
-            self.drop(*(paths[number] for number in dropped if number < len(paths)))
+            if dropped:
+                self.drop(*(given[number] for number in dropped if number < len(given)))
 
-    return _called(call, verb, f"Call the target's {verb}() and drop the cached copies of the written paths.")
-
-
-def _taken(
-    names: tuple[str, ...], arguments: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[list[Any], tuple[Any, ...]]:
-    """Return (paths, other arguments), and remove paths given by name from options."""
-    paths = list(arguments[: len(names)])
-    paths += [options.pop(name) for name in names[len(paths) :] if name in options]
-    return paths, arguments[len(names) :]
-
-
-def _called(method: Verb, name: str, doc: str) -> Verb:
-    method.__name__, method.__qualname__, method.__doc__ = name, f"TargetVerbs.{name}", doc
-    return method
+    call.__name__, call.__qualname__ = method, f"DelegatedMethods.{method}"
+    call.__doc__ = f"Call the target's {method}(){' and drop the cached copies of the written paths' * bool(dropped)}."
+    return call
 
 
 class DelegatedMethods:
@@ -109,41 +84,28 @@ class DelegatedMethods:
     The subclass provides fs (the target) and drop().
     """
 
-    ls = delegate("ls", "path")
-    info = delegate("info", "path")
-    exists = delegate("exists", "path")
-    lexists = delegate("lexists", "path")
-    isdir = delegate("isdir", "path")
-    isfile = delegate("isfile", "path")
-    find = delegate("find", "path")
-    walk = delegate("walk", "path")
-    glob = delegate("glob", "path")
-    du = delegate("du", "path")
-    size = delegate("size", "path")
-    sizes = delegate("sizes", "paths")
-    expand_path = delegate("expand_path", "path")
-    created = delegate("created", "path")
-    modified = delegate("modified", "path")
-    checksum = delegate("checksum", "path")
-    ukey = delegate("ukey", "path")
-    sign = delegate("sign", "path")
-    mkdir = delegate("mkdir", "path")
-    makedirs = delegate("makedirs", "path")
-    rmdir = delegate("rmdir", "path")
-    invalidate_cache = delegate("invalidate_cache", "path")
-    start_transaction = delegate("start_transaction")
-    end_transaction = delegate("end_transaction")
 
-    pipe = delegate_write("pipe", "path", drops="path")
-    pipe_file = delegate_write("pipe_file", "path", drops="path")
-    put = delegate_write("put", "lpath", "rpath", drops="rpath")
-    put_file = delegate_write("put_file", "lpath", "rpath", drops="rpath")
-    copy = delegate_write("copy", "path1", "path2", drops="path2")
-    cp_file = delegate_write("cp_file", "path1", "path2", drops="path2")
-    mv = delegate_write("mv", "path1", "path2", drops="path1 path2")
-    rm = delegate_write("rm", "path", drops="path")
-    rm_file = delegate_write("rm_file", "path", drops="path")
-    touch = delegate_write("touch", "path", drops="path")
+_OF_ONE_PATH = (
+    "ls info exists lexists isdir isfile find walk glob du size expand_path created modified checksum ukey sign mkdir "
+    "makedirs rmdir invalidate_cache"
+)
+_THAT_WRITE_ONE_PATH = "pipe pipe_file rm rm_file touch"
+_OTHERS = {
+    "sizes": ("paths", ""),
+    "start_transaction": ("", ""),
+    "end_transaction": ("", ""),
+    "put": ("lpath rpath", "rpath"),
+    "put_file": ("lpath rpath", "rpath"),
+    "copy": ("path1 path2", "path2"),
+    "cp_file": ("path1 path2", "path2"),
+    "mv": ("path1 path2", "path1 path2"),
+}
+for _method, (_paths, _written) in {
+    **dict.fromkeys(_OF_ONE_PATH.split(), ("path", "")),
+    **dict.fromkeys(_THAT_WRITE_ONE_PATH.split(), ("path", "path")),
+    **_OTHERS,
+}.items():
+    setattr(DelegatedMethods, _method, _delegate(_method, _paths.split(), _written.split()))
 
 
 # Options that say on which server an object is; they are never secret. Objects with the same path, size and date on

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tiercache.errors import ObjectChanged
 from tiercache.model import ByteRange
-from tiercache.store import redact
+from tiercache.store import StoreFile, redact
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,16 +66,12 @@ class ObjectReader:
 
     def __init__(self, store: CachedStore, wanted: CopySpec) -> None:
         """Take a lease on the cached copy, which may still have to be fetched."""
-        self._store, self._wanted = store, wanted
+        self.store, self.key, self.n_bytes = store, wanted.key, wanted.n_bytes
+        self._wanted = wanted
         self._lease: CopyLease | None = store.cache.open(wanted, store.inner)
         self._lock = Lock()
         self._block_start, self._block = 0, bytearray()
         _readings.add(self)
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of the object."""
-        return self._wanted.n_bytes
 
     def prefetch(self, ranges: Sequence[ByteRange]) -> None:
         """Start to fetch the missing bytes of the ranges. Returns at once."""
@@ -131,7 +127,7 @@ class ObjectReader:
             if self._checked(lease, wanted, buffer):
                 return True
             lease.close()
-            self._lease = self._store.cache.open(self._wanted, self._store.inner)
+            self._lease = self.store.cache.open(self._wanted, self.store.inner)
         return False
 
     def _checked(self, lease: CopyLease, wanted: ByteRange, buffer: memoryview) -> bool:
@@ -139,7 +135,7 @@ class ObjectReader:
         spans = [(wanted, buffer)]
         # Read through the lease if it is on a partial copy, because the partial copy of a changed object has lost its
         # name. Otherwise read by name, which also removes a wrong copy from the cache.
-        return lease.read(spans) or self._store.cache.read(self._wanted, spans)
+        return lease.read(spans) or self.store.cache.read(self._wanted, spans)
 
     def _keep_block(self, lease: CopyLease, block: ByteRange, buffer: memoryview) -> bool:
         """Read a cached block into memory for a sequential reader of small pieces.
@@ -169,11 +165,11 @@ class ObjectReader:
 
     def _from_source(self, wanted: ByteRange, buffer: memoryview) -> None:
         if_match = self._wanted.if_match
-        self._store.inner.read_into(self._wanted.key, [(wanted, buffer)], if_match=if_match)
+        self.store.inner.read_into(self._wanted.key, [(wanted, buffer)], if_match=if_match)
         if if_match is not None:
             return
         # Without an ETag to check, the object must have the same description after the read.
-        found = self._store.wanted(self._wanted.key)
+        found = self.store.wanted(self._wanted.key)
         if found is None or found.name != self._wanted.name:
             raise ObjectChanged(
                 url=self._wanted.source, expected=self._wanted.etag, found=None if found is None else found.etag
@@ -242,7 +238,7 @@ class CachedFile(io.BufferedReader):
             reading: Open object.
             block_bytes: Maximum readahead for a sequential reader.
         """
-        raw = _Raw(reading, ReadaheadPolicy(block_bytes or MOST_AHEAD_BYTES))
+        raw = _RawFile(reading, ReadaheadPolicy(block_bytes or MOST_AHEAD_BYTES))
         super().__init__(raw, BUFFER_BYTES)
         self._source = raw
         self.fs, self.path, self.size = fs, path, reading.n_bytes
@@ -266,7 +262,7 @@ class CachedFile(io.BufferedReader):
         n_bytes = min(len(view), max(self.size - position, 0))
         if n_bytes <= BUFFER_BYTES:
             return super().readinto(view)
-        self._source.read_into(ByteRange(position, position + n_bytes), view[:n_bytes])
+        self._source.fill(ByteRange(position, position + n_bytes), view[:n_bytes])
         self.seek(position + n_bytes)
         return n_bytes
 
@@ -310,49 +306,23 @@ def _reopened(fs: FileSystem, path: str, position: int, block_bytes: int) -> Any
     return file
 
 
-class _Raw(io.RawIOBase):
-    """A raw file: the position of one reader in a Reading, which it owns."""
+class _RawFile(StoreFile):
+    """A raw file: the position of one reader in an ObjectReader, which it owns."""
 
     def __init__(self, reading: ObjectReader, ahead: ReadaheadPolicy) -> None:
-        super().__init__()
-        self._reading, self._ahead, self._position = reading, ahead, 0
+        super().__init__(reading.store, reading.key, reading.n_bytes)
+        self._reading, self._ahead = reading, ahead
 
     def read_range(self, wanted: ByteRange) -> bytes:
         """Return the bytes of a range; the position stays."""
         ahead_bytes = self._ahead.readahead_bytes(wanted)
         if ahead_bytes:
-            self._reading.prefetch([ByteRange(wanted.start, min(wanted.end + ahead_bytes, self._reading.n_bytes))])
+            self._reading.prefetch([ByteRange(wanted.start, min(wanted.end + ahead_bytes, self.n_bytes))])
         return self._reading.read(wanted)
 
-    def read_into(self, wanted: ByteRange, buffer: memoryview) -> None:
+    def fill(self, wanted: ByteRange, buffer: memoryview) -> None:
         """Fill buffer with a range; the position stays."""
         self._reading.read_into(wanted, buffer, ahead_bytes=self._ahead.readahead_bytes(wanted))
-
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
-        view = memoryview(buffer).cast("B")
-        n_bytes = min(len(view), max(self._reading.n_bytes - self._position, 0))
-        self.read_into(ByteRange(self._position, self._position + n_bytes), view[:n_bytes])
-        self._position += n_bytes
-        return n_bytes
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._reading.n_bytes}
-        if whence not in starts:
-            raise ValueError(f"whence must be 0, 1 or 2, got {whence}")
-        position = starts[whence] + offset
-        if position < 0:
-            raise ValueError(f"cannot seek to {position}: the position must not be negative")
-        self._position = position
-        return position
 
     def close(self) -> None:
         if not self.closed:

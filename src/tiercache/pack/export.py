@@ -118,7 +118,7 @@ class Export:
         self, key: str, shards: ShardTable, chosen: Sequence[int], on_progress: Callable[[int], None] | None
     ) -> int:
         schema, n_records = self.schema.arrow, 0
-        with self.target.create(key, if_absent=not self.options.overwrite) as upload:
+        with self.target.create(key) as upload:
             sink = _UploadFile(upload, max(_PART_BYTES, self.target.min_part_bytes))
             with pq.ParquetWriter(sink, schema, compression=self.options.compression) as writer:
                 for shard in chosen:

@@ -1,8 +1,9 @@
 """Storage back ends behind one contract: objects under a root URL, read and written by key.
 
-open_store() parses a URL and returns a LocalFolder, a MemoryStore, a CloudStore (obstore, or s3fs in forked children)
-or an FsspecStore. A read goes from Store.read_into() through the request planner (spans.py) and the retry loop
-(retry.py) to the client library, and then into the caller's buffers.
+open_store() parses a URL and returns a LocalFolder, a MemoryStore, or a RemoteStore: a CloudStore (cloud.py selects
+obstore, or s3fs in forked children) or an FsspecStore. A read goes from RemoteStore.read_into() through the request
+planner and the threads (range_reads.py) and the retry loop (retry.py) to an ObjectClient, and then into the caller's
+buffers. archive.py adds storage classes and restores through boto3 (s3.py).
 """
 
 from __future__ import annotations

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import Any, Literal, Protocol, TypeAlias
+from threading import Condition
+from typing import Any, Literal, TypeAlias
 from urllib.parse import quote_plus
 
+from tiercache._native.checksum import combine, crc32c
 from tiercache.config import aws_endpoint_options
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
+from tiercache.prices import Speed
 from tiercache.store import CloudStore, open_store
-from tiercache.store.contract import Upload, check_key
+from tiercache.store.contract import Buffer, Upload, check_key, check_part, parts_in_order
 from tiercache.store.range_reads import worker_pool
 from tiercache.store.retry import CallLimit, CallMonitor, RetryPolicy, with_retries
 from tiercache.store.s3 import (
     Boto3Client,
-    S3Upload,
+    crc32c_from_text,
+    crc32c_to_text,
     encryption,
     entry_to_object_info,
     has_boto3,
@@ -33,23 +36,17 @@ from tiercache.store.s3 import (
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
 __all__ = [
-    "SPEEDS",
-    "ArchiveStore",
     "BucketSettings",
     "CopySizes",
     "RestoreState",
     "S3Archive",
-    "Speed",
     "has_boto3",
     "open_archive",
 ]
 
-Speed: TypeAlias = Literal["expedited", "standard", "bulk"]
-SPEEDS: tuple[Speed, ...] = ("expedited", "standard", "bulk")
 RestoreState: TypeAlias = Literal["started", "running", "done"]
 DeleteFailures: TypeAlias = list[tuple[str, str]]  # (key, reason)
 
-_TIERS = {"expedited": "Expedited", "standard": "Standard", "bulk": "Bulk"}
 _DELETE_KEYS = 1000
 _SETTINGS = {
     "lifecycle": "get_bucket_lifecycle_configuration",
@@ -63,101 +60,6 @@ _PARTS = 10_000
 _Part: TypeAlias = dict[str, Any]
 _Parts: TypeAlias = list[_Part]
 _KEPT = ("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType", "Metadata")
-
-
-class ArchiveStore(Protocol):
-    """Objects with storage classes. Keys are those of the Store with the same URL. Safe for threads."""
-
-    url: str
-
-    def head(self, key: str) -> ObjectInfo:
-        """Return the object with class, `restore` (S3's x-amz-restore) and the CRC-32C of the whole.
-
-        Raises NotFound.
-        """
-
-    def checksums(self, key: str) -> Mapping[str, str]:
-        """Return the store's checksums over the whole object, and its ETag, by name. Raises NotFound."""
-
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """As Store.list(), with class and restore state."""
-
-    def create(self, key: str, *, storage_class: str | None = None, if_match: str | None = None) -> Upload:
-        """Start an upload whose parts may come in parallel.
-
-        If the upload has an attribute `is_confirmed` that is true after complete(), the server has returned matching
-        checksums of all parts. Then the object need not be read back (an object of an archive class could not be).
-
-        Args:
-            key: Key of the object.
-            storage_class: Class of the object; None for the store's default.
-            if_match: ETag of the object to be replaced. If the key has another object or none, complete() raises
-                ObjectChanged, on servers that check this.
-        """
-
-    def set_class(self, key: str, storage_class: str, *, if_match: str | None = None) -> ObjectInfo:
-        """Change the storage class of an object in place; bytes, metadata and tags stay.
-
-        Raises:
-            NotFound, ObjectChanged: The object does not exist, or does not match if_match.
-            StoreError: The change failed; .archived is True if the object must be restored first.
-        """
-
-    def can_copy_from(self, src: ArchiveStore) -> bool:
-        """Return whether the server can copy from src."""
-
-    def copy_from(
-        self,
-        src: ArchiveStore,
-        src_key: str,
-        key: str,
-        *,
-        storage_class: str | None = None,
-        if_match: str | None = None,
-        crc32c: int | None = None,
-        if_absent: bool = False,
-        over: str | None = None,
-    ) -> ObjectInfo:
-        """Copy on the server. Requires can_copy_from(src). Raises as set_class().
-
-        Args:
-            src: Store of the source object.
-            src_key: Key of the source object.
-            key: Key of the copy.
-            storage_class: Class of the copy; None for the store's default.
-            if_match: ETag that the source object must have.
-            crc32c: Known CRC-32C of the bytes. The server is then asked for a CRC-32C of the copy; the answer contains
-                it if the server supports it, and the caller compares the two.
-            if_absent: Whether to raise ObjectChanged if the key exists instead of replacing the object.
-            over: ETag of the object to be replaced; raise ObjectChanged if the key has another object.
-        """
-
-    def restore(self, key: str, *, days: int | None, speed: Speed) -> RestoreState:
-        """Request a temporary readable copy of an archived object.
-
-        Args:
-            key: Key of the object.
-            days: Number of days for which the copy stays; None for a class that needs no such number.
-            speed: Retrieval speed.
-
-        Returns:
-            "started" if this call requested the copy, "running" if a request was active, "done" if the object can be
-            read, for
-            the number of days given now.
-
-        Raises:
-            NotFound: The object does not exist.
-            StoreError: The request failed; .unable is True if the store has no restores, so its classes are only
-                labels.
-        """
-
-    def delete_many(self, keys: Sequence[str], *, if_match: Sequence[str | None] | None = None) -> DeleteFailures:
-        """Delete objects, 1,000 per request. Return the objects that could not be deleted, each with the reason.
-
-        Args:
-            keys: Keys of the objects.
-            if_match: ETag that each object must have, on servers that check this; None for any.
-        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +128,13 @@ class _CopyRequest:
 
 
 class S3Archive:
-    """A folder of a bucket through boto3. Each process creates its clients and threads at first use."""
+    """Objects with storage classes: a folder of a bucket through boto3. Keys are those of the Store with the same URL.
+
+    Safe for threads. Each process creates its clients and threads at first use.
+
+    Attributes:
+        calls: Client that sends single requests.
+    """
 
     def __init__(
         self,
@@ -238,7 +146,7 @@ class S3Archive:
         policy: RetryPolicy | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        self._calls, self.bucket, self.prefix = calls, bucket, prefix
+        self.calls, self.bucket, self.prefix = calls, bucket, prefix
         self.url = calls.url
         self.counters = calls.counters
         self._timeout_s, self._awaited = calls.timeout_s, calls.wait_target
@@ -266,7 +174,7 @@ class S3Archive:
         """End the threads of this process and close its connections."""
         self._under_way.close()
         self._pool.drop()
-        self._calls.close()
+        self.calls.close()
 
     def url_of(self, key: str) -> str:
         """Return the URL of a key, for messages."""
@@ -292,23 +200,26 @@ class S3Archive:
         )
 
         def attempt() -> Mapping[str, Any]:
-            return self._calls(operation, where, Bucket=self.bucket, **request)
+            return self.calls(operation, where, Bucket=self.bucket, **request)
 
         if copies:
             return with_retries(attempt, self._policy, limit)
         return self._under_way.retrying(attempt, self._policy, limit)
 
     def head(self, key: str) -> ObjectInfo:
-        """Send one HEAD."""
+        """Return the object with class, `restore` (S3's x-amz-restore) and the CRC-32C of the whole.
+
+        Raises NotFound.
+        """
         return head_to_object_info(key, self.call("head_object", key, ChecksumMode="ENABLED"))
 
     def checksums(self, key: str) -> Mapping[str, str]:
-        """Send one HEAD."""
+        """Return the store's checksums over the whole object, and its ETag, by name. Raises NotFound."""
         said = self.call("head_object", key, ChecksumMode="ENABLED")
         return {**whole_object_checksums(said), "ETag": str(said.get("ETag", ""))}
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """List by pages of 1,000 objects."""
+        """As Store.list(), with class and restore state."""
         folder = check_key(prefix.removesuffix("/")) if prefix else ""
         root = f"{self.prefix}/" if self.prefix else ""
         token = None
@@ -329,27 +240,34 @@ class S3Archive:
                 return
 
     def create(self, key: str, *, storage_class: str | None = None, if_match: str | None = None) -> S3Upload:
-        """Start an upload: one request for an object of one part, else a multipart upload."""
-        writing = {**self._calls.write_arguments, **({"StorageClass": storage_class} if storage_class else {})}
-        takes = all(self._calls.supports(one, "IfMatch") for one in ("PutObject", "CompleteMultipartUpload"))
+        """Start an upload whose parts may come in parallel.
+
+        Args:
+            key: Key of the object.
+            storage_class: Class of the object; None for the store's default.
+            if_match: ETag of the object to be replaced. If the key has another object or none, complete() raises
+                ObjectChanged, on servers that check this.
+        """
+        writing = {**self.calls.write_arguments, **({"StorageClass": storage_class} if storage_class else {})}
+        takes = all(self.calls.supports(one, "IfMatch") for one in ("PutObject", "CompleteMultipartUpload"))
         return S3Upload(self, check_key(key), writing, if_match=if_match if takes else None)
 
     def set_class(self, key: str, storage_class: str, *, if_match: str | None = None) -> ObjectInfo:
-        """Copy the object to itself, by one request or in parts."""
+        """Change the storage class of an object by a copy to itself; bytes, metadata and tags stay.
+
+        Raises:
+            NotFound, ObjectChanged: The object does not exist, or does not match if_match.
+            StoreError: The change failed; .archived is True if the object must be restored first.
+        """
         return self._copied(self, key, key, _CopyRequest(storage_class, if_match, "itself"))
 
-    def can_copy_from(self, src: ArchiveStore) -> bool:
-        """Return whether both have the same endpoint and the same credentials."""
-        return isinstance(src, S3Archive) and src.calls.endpoint_and_identity == self._calls.endpoint_and_identity
-
-    @property
-    def calls(self) -> Boto3Client:
-        """Client that sends single requests."""
-        return self._calls
+    def can_copy_from(self, src: S3Archive) -> bool:
+        """Return whether the server can copy from src: both have the same endpoint and the same credentials."""
+        return src.calls.endpoint_and_identity == self.calls.endpoint_and_identity
 
     def copy_from(
         self,
-        src: ArchiveStore,
+        src: S3Archive,
         src_key: str,
         key: str,
         *,
@@ -359,8 +277,20 @@ class S3Archive:
         if_absent: bool = False,
         over: str | None = None,
     ) -> ObjectInfo:
-        """Copy by one request, or in parts if the object is large."""
-        if not isinstance(src, S3Archive) or not self.can_copy_from(src):
+        """Copy on the server, in parts if the object is large. Requires can_copy_from(src). Raises as set_class().
+
+        Args:
+            src: Store of the source object.
+            src_key: Key of the source object.
+            key: Key of the copy.
+            storage_class: Class of the copy; None for the store's default.
+            if_match: ETag that the source object must have.
+            crc32c: Known CRC-32C of the bytes. The server is then asked for a CRC-32C of the copy; the answer contains
+                it if the server supports it, and the caller compares the two.
+            if_absent: Whether to raise ObjectChanged if the key exists instead of replacing the object.
+            over: ETag of the object to be replaced; raise ObjectChanged if the key has another object.
+        """
+        if not self.can_copy_from(src):
             raise ValueError(f"{self.url}: the server cannot copy from {src.url}")
         where: Literal["absent", "over", "any"] = "absent" if if_absent else "any" if over is None else "over"
         wanted = _CopyRequest(storage_class, if_match, where, crc32c is not None, None if if_absent else over)
@@ -378,13 +308,13 @@ class S3Archive:
         sums = whole_object_checksums(head)
         kind = "CRC32C" if wanted.needs_crc32c or not sums or "ChecksumCRC32C" in sums else None
         writing = {
-            **encryption(head, self._calls.write_arguments),
+            **encryption(head, self.calls.write_arguments),
             "StorageClass": wanted.storage_class,
             "ChecksumAlgorithm": kind,
         }
         condition = wanted.condition(expected)
         if int(head["ContentLength"]) <= self._sizes.whole_bytes:
-            if condition and not self._calls.supports("CopyObject", *condition):  # boto3 before 2025-10
+            if condition and not self.calls.supports("CopyObject", *condition):  # boto3 before 2025-10
                 self._check(key, wanted, expected)
                 condition = {}
             etag = self._copy_whole(key, head, request, writing | condition)
@@ -462,26 +392,18 @@ class S3Archive:
             return
 
     def _side_by_side(self, work: Callable[[int, int, int], _Part], jobs: Iterable[tuple[int, int, int]]) -> _Parts:
-        """Run all jobs in parallel and return their results in order.
+        """Run all jobs in the threads of the pool and return their results in order.
 
         After an error, start no job and wait for running ones.
         """
-        pool, waiting = self._pool.get(), iter(jobs)
-        results: _Parts = []
-        running: deque[Future[_Part]] = deque()
+        pool = self._pool.get()
+        futures = [pool.submit(work, *job) for job in jobs]
         try:
-            while running or not results:
-                running += [pool.submit(work, *job) for job in islice(waiting, self._sizes.n_parts - len(running))]
-                if not running:
-                    break
-                results.append(running.popleft().result())
+            return [future.result() for future in futures]
         finally:
-            for future in running:
-                future.cancel()
-            for future in running:
-                if not future.cancelled():
+            for future in futures:
+                if not future.cancel():
                     future.exception()
-        return results
 
     def tags(self, key: str, head: Mapping[str, Any]) -> str | None:
         """Return an object's tags in the form of a request argument, or None if it has none."""
@@ -491,8 +413,23 @@ class S3Archive:
         return "&".join(f"{quote_plus(tag['Key'])}={quote_plus(tag['Value'])}" for tag in found)
 
     def restore(self, key: str, *, days: int | None, speed: Speed) -> RestoreState:
-        """Send one POST."""
-        wanted: dict[str, Any] = {"GlacierJobParameters": {"Tier": _TIERS[speed]}}
+        """Request a temporary readable copy of an archived object.
+
+        Args:
+            key: Key of the object.
+            days: Number of days for which the copy stays; None for a class that needs no such number.
+            speed: Retrieval speed.
+
+        Returns:
+            "started" if this call requested the copy, "running" if a request was active, "done" if the object can be
+            read, for the number of days given now.
+
+        Raises:
+            NotFound: The object does not exist.
+            StoreError: The request failed; .unable is True if the store has no restores, so its classes are only
+                labels.
+        """
+        wanted: dict[str, Any] = {"GlacierJobParameters": {"Tier": speed.capitalize()}}
         if days is not None:
             wanted["Days"] = days
         try:
@@ -532,7 +469,12 @@ class S3Archive:
         )
 
     def delete_many(self, keys: Sequence[str], *, if_match: Sequence[str | None] | None = None) -> DeleteFailures:
-        """Send DeleteObjects requests."""
+        """Delete objects, 1,000 per request. Return the objects that could not be deleted, each with the reason.
+
+        Args:
+            keys: Keys of the objects.
+            if_match: ETag that each object must have, on servers that check this; None for any.
+        """
         failed: DeleteFailures = []
         names = {self.full_key(key): key for key in keys}
         etags = dict(zip(names, if_match or [None] * len(keys), strict=True))
@@ -548,6 +490,186 @@ class S3Archive:
                 if error.get("Code") != "NoSuchKey"
             ]
         return failed
+
+
+@dataclass(frozen=True, slots=True)
+class _UploadedPart:
+    etag: str
+    crc32c: int
+    n_bytes: int
+    is_confirmed: bool
+
+
+class S3Upload(Upload):
+    """An S3 upload that holds its first part until a second one comes, so that an object of one part takes one request.
+
+    The lock guards the table of parts and the start of the multipart upload; parts are sent outside it. After
+    complete(), `crc32c` is the checksum of the whole object, and `is_confirmed` says whether the server returned a
+    matching checksum of each part. If it did, the object need not be read back.
+    """
+
+    def __init__(self, archive: S3Archive, key: str, writing: dict[str, Any], *, if_match: str | None = None) -> None:
+        """Send nothing yet.
+
+        Args:
+            archive: Folder to which the object is written.
+            key: Key of the object.
+            writing: Arguments of the request that creates the object: storage class, encryption.
+            if_match: ETag of the object that the upload replaces; None for any object, or none.
+        """
+        self._archive, self._key, self._writing, self._if_match = archive, key, writing, if_match
+        self._changed = Condition()
+        self._held: tuple[int, bytes | bytearray] | None = None
+        self._upload_id: str | None = None
+        self._is_beginning = False
+        self._is_open = True
+        self._n_sending = 0
+        self._parts: dict[int, _UploadedPart] = {}
+        self.crc32c = 0
+        self.is_confirmed = False
+
+    def put_part(self, number: int, data: Buffer) -> None:
+        """Send the part, or hold a copy of the first one."""
+        with self._changed:
+            check_part(self._key, number, is_open=self._is_open)
+            if self._held is None and self._upload_id is None and not self._is_beginning:
+                self._held = number, bytes(data)
+                return
+            self._n_sending += 1
+        try:
+            upload_id = self._begun()
+            self._send(upload_id, number, data)
+        finally:
+            with self._changed:
+                self._n_sending -= 1
+                self._changed.notify_all()
+
+    def _begun(self) -> str:
+        """Return the id of the multipart upload.
+
+        The first caller starts it and sends the held part; others wait for the id.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_beginning)
+            if self._upload_id is not None:
+                return self._upload_id
+            self._is_beginning = True
+        upload_id = None
+        try:
+            asked = {**self._writing, "ChecksumAlgorithm": "CRC32C", "ChecksumType": "FULL_OBJECT"}
+            upload_id = str(self._archive.call("create_multipart_upload", self._key, **asked)["UploadId"])
+        finally:
+            with self._changed:
+                self._upload_id, self._is_beginning = upload_id, False
+                held, self._held = (self._held, None) if upload_id is not None else (None, self._held)
+                self._changed.notify_all()
+        if held is not None:
+            self._send(upload_id, *held)
+        return upload_id
+
+    def _send(self, upload_id: str, number: int, data: Buffer) -> None:
+        crc = crc32c(data)
+        body = data if isinstance(data, bytes | bytearray) else bytes(data)
+        said = self._archive.call(
+            "upload_part",
+            self._key,
+            UploadId=upload_id,
+            PartNumber=number + 1,
+            Body=body,
+            ChecksumCRC32C=crc32c_to_text(crc),
+        )
+        is_confirmed = _confirms(said, crc, body)
+        with self._changed:
+            self._parts[number] = _UploadedPart(str(said["ETag"]), crc, len(body), is_confirmed)
+
+    def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
+        """Publish the object. One part takes one request."""
+        if not self._stop():
+            raise ValueError(f"{self._key}: the upload is already completed or aborted")
+        condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": self._if_match} if self._if_match else {}
+        try:
+            return self._published(condition)
+        except ObjectChanged:
+            self._drop()
+            if not if_absent:
+                raise
+            return None
+        except NotFound as error:
+            if "IfMatch" not in condition:
+                raise
+            self._drop()
+            message = "the object to be replaced does not exist any more"
+            raise ObjectChanged(message, url=self._archive.url_of(self._key), expected=self._if_match) from error
+
+    def _published(self, condition: dict[str, str]) -> ObjectInfo:
+        return self._put(condition) if self._upload_id is None else self._join(self._upload_id, condition)
+
+    def _put(self, condition: dict[str, str]) -> ObjectInfo:
+        number, data = self._held or (0, b"")
+        if number:
+            raise ValueError(f"{self._key}: part 0 is missing; parts are numbered 0, 1, 2, ... without gaps")
+        self.crc32c = crc32c(data)
+        asked = {**self._writing, **condition, "Body": data, "ChecksumCRC32C": crc32c_to_text(self.crc32c)}
+        said = self._archive.call("put_object", self._key, **asked)
+        self.is_confirmed = _confirms(said, self.crc32c, data)
+        return ObjectInfo(self._key, len(data), etag=said.get("ETag"), version=said.get("VersionId"))
+
+    def _join(self, upload_id: str, condition: dict[str, str]) -> ObjectInfo:
+        try:
+            parts = parts_in_order(self._parts, self._key)
+        except ValueError:
+            self._drop()
+            raise
+        total, self.is_confirmed = 0, all(part.is_confirmed for part in parts)
+        for part in parts:
+            self.crc32c = combine(self.crc32c, part.crc32c, part.n_bytes)
+            total += part.n_bytes
+        named = [
+            {"PartNumber": number, "ETag": part.etag, "ChecksumCRC32C": crc32c_to_text(part.crc32c)}
+            for number, part in enumerate(parts, start=1)
+        ]
+        asked = {"ChecksumCRC32C": crc32c_to_text(self.crc32c), "ChecksumType": "FULL_OBJECT", "MpuObjectSize": total}
+        try:
+            said = self._archive.call(
+                "complete_multipart_upload",
+                self._key,
+                UploadId=upload_id,
+                MultipartUpload={"Parts": named},
+                **asked,
+                **condition,
+            )
+        except NotFound:
+            # A retry after a lost answer: S3 does not know the upload any more, and the object may exist.
+            info = self._archive.head(self._key)
+            if "IfNoneMatch" in condition or info.n_bytes != total or info.crc32c != self.crc32c:
+                raise
+            return info
+        return ObjectInfo(self._key, total, etag=said.get("ETag"), version=said.get("VersionId"))
+
+    def abort(self) -> None:
+        """Discard the parts sent."""
+        if self._stop():
+            self._drop()
+
+    def _stop(self) -> bool:
+        with self._changed:
+            was_open, self._is_open = self._is_open, False
+            self._changed.wait_for(lambda: not self._n_sending)
+            return was_open
+
+    def _drop(self) -> None:
+        self._held = None
+        if self._upload_id is not None:
+            with suppress(StoreError):  # the parts then stay until a lifecycle rule of the bucket removes them
+                self._archive.call("abort_multipart_upload", self._key, UploadId=self._upload_id)
+
+
+def _confirms(said: Mapping[str, Any], crc: int, data: bytes | bytearray) -> bool:
+    """Return whether the server's answer contains a matching checksum of the bytes: CRC-32C, or MD5 as an ETag."""
+    if (named := said.get("ChecksumCRC32C")) is not None:
+        return crc32c_from_text(str(named)) == crc
+    # S3's ETag of an object written by one request without KMS keys.
+    return unquoted_etag(said.get("ETag")) == hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 def open_archive(url: str | os.PathLike[str], **storage_options: Any) -> S3Archive:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import Event
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -19,6 +19,8 @@ from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.stats import Counters
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
+T = TypeVar("T")
+
 Span: TypeAlias = tuple[ByteRange, memoryview]
 """A byte range of an object and its destination: writable, contiguous uint8 memory of the same length."""
 
@@ -59,7 +61,8 @@ class Upload(ABC):
         """Join the parts in the order of their numbers and publish the object atomically.
 
         Args:
-            if_absent: Whether to publish only if the key is free.
+            if_absent: Whether to publish only if the key is free. Some stores cannot decide this atomically for a
+                large object; they check the key just before they publish.
 
         Returns:
             The new object, or None if if_absent is true and the key exists.
@@ -148,14 +151,8 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def create(self, key: str, *, if_absent: bool = False) -> Upload:
-        """Start an upload of any size.
-
-        Args:
-            key: Key of the object.
-            if_absent: Whether complete(if_absent=True) will be called. Without this announcement, a large upload may
-                refuse that call with ValueError, because some stores cannot decide it at the end.
-        """
+    def create(self, key: str) -> Upload:
+        """Start an upload of any size."""
 
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
@@ -177,6 +174,118 @@ class Store(ABC):
 
     def close(self) -> None:  # noqa: B027 -- a store without connections has nothing to drop
         """Close connections and descriptors. The store may be used again afterwards."""
+
+
+class WrapperStore(Store):
+    """A store that calls another store. A subclass overrides the hooks, or the methods that differ.
+
+    It is no LocalStore, even if inner is one, so readers read it by ranges.
+
+    Args:
+        inner: Store that makes the calls.
+    """
+
+    def __init__(self, inner: Store) -> None:
+        self.inner = inner
+        self.url, self.counters, self.min_part_bytes = inner.url, inner.counters, inner.min_part_bytes
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.inner!r})"
+
+    def key_inside(self, key: str) -> str:
+        """Return the inner store's key of a key, or its prefix of a prefix."""
+        return key
+
+    def info_outside(self, info: ObjectInfo) -> ObjectInfo:
+        """Return the description of an object of the inner store."""
+        return info
+
+    def around(self, method: str, key: str, call: Callable[[], T]) -> T:  # noqa: ARG002 - for subclasses
+        """Make a call of the inner store. A subclass acts before it, after it or instead of it.
+
+        Args:
+            method: Name of the method of Store or Upload.
+            key: Key of the object; for delete the first key, for copy the source.
+            call: Function that makes the call.
+        """
+        return call()
+
+    def head(self, key: str) -> ObjectInfo:
+        """See Store.head."""
+        return self.info_outside(self.around("head", key, lambda: self.inner.head(self.key_inside(key))))
+
+    def get(self, key: str) -> bytes:
+        """See Store.get."""
+        return self.around("get", key, lambda: self.inner.get(self.key_inside(key)))
+
+    def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
+        """See Store.read_tail."""
+        data, info = self.around("read_tail", key, lambda: self.inner.read_tail(self.key_inside(key), n_bytes))
+        return data, self.info_outside(info)
+
+    def read_into(
+        self,
+        key: str,
+        spans: Sequence[Span],
+        *,
+        if_match: str | None = None,
+        deadline_s: float | None = None,
+        cancel: Event | None = None,
+    ) -> None:
+        """See Store.read_into."""
+        read, inner_key = self.inner.read_into, self.key_inside(key)
+        self.around(
+            "read_into",
+            key,
+            lambda: read(inner_key, spans, if_match=if_match, deadline_s=deadline_s, cancel=cancel),
+        )
+
+    def put(self, key: str, data: Buffer) -> ObjectInfo:
+        """See Store.put."""
+        return self.info_outside(self.around("put", key, lambda: self.inner.put(self.key_inside(key), data)))
+
+    def put_if_absent(self, key: str, data: Buffer) -> bool:
+        """See Store.put_if_absent."""
+        return self.around("put_if_absent", key, lambda: self.inner.put_if_absent(self.key_inside(key), data))
+
+    def create(self, key: str) -> Upload:
+        """See Store.create."""
+        return _WrappedUpload(self, key, self.around("create", key, lambda: self.inner.create(self.key_inside(key))))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """See Store.delete."""
+        wanted = [*keys]
+        inside = [self.key_inside(key) for key in wanted]
+        self.around("delete", wanted[0] if wanted else "", lambda: self.inner.delete(inside))
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """See Store.list. around() covers the start of the listing only."""
+        for info in self.around("list", prefix, lambda: self.inner.list(self.key_inside(prefix))):
+            yield self.info_outside(info)
+
+    def copy(self, src: str, dst: str) -> ObjectInfo:
+        """See Store.copy."""
+        copied = self.around("copy", src, lambda: self.inner.copy(self.key_inside(src), self.key_inside(dst)))
+        return self.info_outside(copied)
+
+    def close(self) -> None:
+        """See Store.close."""
+        self.inner.close()
+
+
+class _WrappedUpload(Upload):
+    def __init__(self, store: WrapperStore, key: str, inner: Upload) -> None:
+        self._store, self._key, self._inner = store, key, inner
+
+    def put_part(self, number: int, data: Buffer) -> None:
+        self._store.around("put_part", self._key, lambda: self._inner.put_part(number, data))
+
+    def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
+        info = self._store.around("complete", self._key, lambda: self._inner.complete(if_absent=if_absent))
+        return None if info is None else self._store.info_outside(info)
+
+    def abort(self) -> None:
+        self._store.around("abort", self._key, self._inner.abort)
 
 
 class Lease(Protocol):
@@ -246,7 +355,10 @@ class LocalStore(Protocol):
         """
 
 
-T = TypeVar("T")
+def check_part(key: str, number: int, *, is_open: bool) -> None:
+    """Raise ValueError if an upload cannot take a part with this number now."""
+    if number < 0 or not is_open:
+        raise ValueError(f"{key}: part {number}: numbers start at 0; add parts before complete() or abort()")
 
 
 def parts_in_order(parts: Mapping[int, T], key: str) -> list[T]:
@@ -291,7 +403,9 @@ class StoreFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Set and return the position. Raises ValueError if the position is negative."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.n_bytes}[whence]
+        bases = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.n_bytes}
+        if (base := bases.get(whence)) is None:
+            raise ValueError(f"whence must be 0, 1 or 2, got {whence}")
         if base + offset < 0:
             raise ValueError(f"cannot seek to {base + offset}: the position must not be negative")
         self._position = base + offset

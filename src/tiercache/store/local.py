@@ -14,7 +14,7 @@ from typing import TypeAlias
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.stats import Counters
-from tiercache.store.contract import Buffer, Span, Store, Upload, check_key, parts_in_order
+from tiercache.store.contract import Buffer, Span, Store, Upload, check_key, check_part, parts_in_order
 from tiercache.store.posix import (
     CACHED_BYTES,
     MIN_BYTES,
@@ -99,10 +99,7 @@ class FileUpload(Upload):
         """Append the part to the file."""
         flat = memoryview(data).cast("B")
         with self._changed:
-            if number < 0 or not self._open:
-                raise ValueError(
-                    f"{self._key}: part {number}: numbers start at 0, and parts must come before complete() or abort()"
-                )
+            check_part(self._key, number, is_open=self._open)
             if self._direct is None and flat.nbytes >= MIN_BYTES and self._counters["bytes_written"] >= CACHED_BYTES:
                 self._direct = DirectWriter(self._file.fd)
             place = ByteRange(self._end, self._end + flat.nbytes)
@@ -283,7 +280,7 @@ class LocalFolder(Store):
         write_all(fd, flat, 0)
         self.counters.add("bytes_written", flat.nbytes)
 
-    def create(self, key: str, *, if_absent: bool = False) -> Upload:  # noqa: ARG002 - complete() decides
+    def create(self, key: str) -> Upload:
         """Start an upload that writes its parts to the disk as they come."""
         folders, name = _split(key)
         with self._errors(key, "create"), open_folder(self.root, folders, make=True) as folder_fd:

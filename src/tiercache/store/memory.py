@@ -11,7 +11,7 @@ from threading import Event, Lock
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
-from tiercache.store.contract import Buffer, Span, Store, Upload, check_key, parts_in_order
+from tiercache.store.contract import Buffer, Span, Store, Upload, check_key, check_part, parts_in_order
 from tiercache.store.range_reads import check_spans
 
 
@@ -144,7 +144,7 @@ class MemoryStore(Store):
         self.counters.add("bytes_written", len(data))
         return info
 
-    def create(self, key: str, *, if_absent: bool = False) -> Upload:  # noqa: ARG002 - complete() decides
+    def create(self, key: str) -> Upload:
         """Start an upload that holds its parts in memory."""
         return _MemoryUpload(self, check_key(key))
 
@@ -183,24 +183,22 @@ class _MemoryUpload(Upload):
     def __init__(self, store: MemoryStore, key: str) -> None:
         self._store, self._key = store, key
         self._lock = Lock()
-        self._parts: dict[int, bytes] | None = {}
+        self._is_open = True
+        self._parts: dict[int, bytes] = {}
 
     def put_part(self, number: int, data: Buffer) -> None:
         """Keep a copy of the part."""
         with self._lock:
-            if number < 0 or self._parts is None:
-                raise ValueError(
-                    f"{self._key}: part {number}: numbers start at 0, and parts must come before complete() or abort()"
-                )
+            check_part(self._key, number, is_open=self._is_open)
             self._parts[number] = bytes(data)
 
     def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
         """Join the parts and publish the object."""
         with self._lock:
-            parts, self._parts = self._parts, None
-        if parts is None:
+            was_open, self._is_open = self._is_open, False
+        if not was_open:
             raise ValueError(f"{self._key}: the upload is already completed or aborted")
-        data = b"".join(parts_in_order(parts, self._key))
+        data = b"".join(parts_in_order(self._parts, self._key))
         if if_absent:
             return self._store._store_absent(self._key, data)  # noqa: SLF001 - of one file
         return self._store._store(self._key, data)  # noqa: SLF001
@@ -208,4 +206,5 @@ class _MemoryUpload(Upload):
     def abort(self) -> None:
         """Discard the parts."""
         with self._lock:
-            self._parts = None
+            self._is_open = False
+            self._parts.clear()

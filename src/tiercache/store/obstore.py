@@ -23,8 +23,9 @@ from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.credentials import Credentials, refused_error, s3_access, wait_target
-from tiercache.store.options import CloudOptions, server_url
+from tiercache.store.options import CloudOptions, hide_secrets, server_url
 from tiercache.store.range_reads import ProcessLocal
+from tiercache.store.remote import RETRYABLE_STATUSES, ObjectClient, ObjectWriter
 
 _STATUS = re.compile(r"status code: (\d{3})\b ?([^:\n]*):? ?(.*)", re.DOTALL)
 _KIND = re.compile(r"HttpError \{\s*kind: (\w+)")
@@ -34,20 +35,13 @@ _METADATA = re.compile(r"/latest/(?:api/token|meta-data)|/computeMetadata/|/meta
 _XML = re.compile(r"<(Code|Message)>([^<]{1,300})</")
 _SERVER = re.compile(r"performing \w+ (https?://[^/\s]+)")
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
-_SECRET = re.compile(r"\?[^\s\"',)]*|(?<=://)[^/\s@\"']*@")
 _DEBUG = "\n\nDebug source"
 _BODY_CHARS = 200
-_TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
-# Statuses with which the server says that it did not execute the request; after other errors of a write this is
-# unknown.
-_NOT_DONE = (429, 503)
-_TOO_FAR = 416
 _CHANGED = 412
-CONFLICT = 409
 
 
 def to_store_error(error: BaseException, doing: str, url: str, endpoint: str = "") -> StoreError:
-    """Convert an error of obstore to a StoreError with .status, .code, .retryable and .sent (whether it was sent).
+    """Convert an error of obstore to a StoreError with the facts of ObjectClient.
 
     Args:
         error: Error of obstore.
@@ -60,6 +54,8 @@ def to_store_error(error: BaseException, doing: str, url: str, endpoint: str = "
     code = said.get("Code")
     shown = _shown(text, status, said, endpoint)
     name = type(error).__name__
+    if name == "AlreadyExistsError" and "ConditionalRequestConflict" not in text:  # that is a concurrent write
+        return StoreError(f"{doing}: the key exists", url=url, status=status, exists=True)
     if isinstance(error, FileNotFoundError):
         what = "bucket" if "NoSuchBucket" in text else "object"
         return NotFound(f"no such {what} ({doing})", url=url, status=status)
@@ -70,7 +66,7 @@ def to_store_error(error: BaseException, doing: str, url: str, endpoint: str = "
         return StoreError(message, url=url, retryable=True, no_range=True)
     if name in ("NotSupportedError", "NotImplementedError"):
         return StoreError(f"{doing}: not supported by this kind of store ({shown})", url=url, no_range=True)
-    if _METADATA.search(text) and status not in _TRY_AGAIN:
+    if _METADATA.search(text) and status not in RETRYABLE_STATUSES:
         message = (
             f"{doing}: no credentials: none in storage_options, the environment or a profile, and the metadata service "
             f"of a cloud machine gave none ({shown}); for a public bucket set anon=True or skip_signature=True"
@@ -83,36 +79,17 @@ def to_store_error(error: BaseException, doing: str, url: str, endpoint: str = "
         )
         return StoreError(message, url=url, sent=False)
     kind = _KIND.search(text)
-    retryable = status in _TRY_AGAIN or "ConditionalRequestConflict" in text if status else kind is not None
+    retryable = status in RETRYABLE_STATUSES or "ConditionalRequestConflict" in text if status else kind is not None
     sent = not (kind is not None and kind[1] == "Connect")
     return StoreError(
-        f"{doing}: {shown}", url=url, retryable=retryable, status=status, sent=sent, code=code, text=shown
+        f"{doing}: {shown}",
+        url=url,
+        retryable=retryable,
+        status=status,
+        sent=sent,
+        code=code,
+        text=shown,
     )
-
-
-def knows_no_range(error: StoreError) -> bool:
-    """Return whether a range request failed because the store does not support that kind of range."""
-    return bool(error.details.get("no_range", False))
-
-
-def exists_already(error: BaseException) -> bool:
-    """Return whether a conditional put failed because the key exists, not because of a concurrent write."""
-    return type(error).__name__ == "AlreadyExistsError" and "ConditionalRequestConflict" not in str(error)
-
-
-def may_have_taken_effect(error: StoreError) -> bool:
-    """Return whether a failed write may have taken effect: it was sent, and no answer says that it was refused."""
-    status = error.status
-    if error.details.get("before_request"):
-        return False
-    if status is not None:
-        return status >= 500 and status not in _NOT_DONE
-    return bool(error.details.get("sent", False)) and error.retryable
-
-
-def is_beyond_end(error: StoreError) -> bool:
-    """Return whether the store answered that the range starts beyond the end of the object."""
-    return error.status == _TOO_FAR
 
 
 def _status(text: str) -> int | None:
@@ -148,29 +125,25 @@ def _shown(text: str, status: int | None, said: dict[str, str], endpoint: str) -
         body = ": ".join(said[name] for name in ("Code", "Message") if name in said) or match[3].strip()
         if body.startswith("<"):
             body = ""  # an HTML page
-        return _hide(f"HTTP {status} {match[2].strip()}{': ' if body else ''}{body[:_BODY_CHARS]}")
+        return hide_secrets(f"HTTP {status} {match[2].strip()}{': ' if body else ''}{body[:_BODY_CHARS]}")
     kind, causes = _KIND.search(debug), _CAUSES.findall(debug)
     if kind:
         server = _SERVER.search(first)
-        where = _hide(server[1] if server else endpoint)
+        where = hide_secrets(server[1] if server else endpoint)
         at = f" {where}" if where else ""
         what = {
             "Timeout": f"timed out: no answer, or no further byte, from{at or ' the server'}",
             "Connect": f"cannot connect{' to' if at else ''}{at}",
         }.get(kind[1], f"the connection{' to' if at else ''}{at} broke")
-        return _hide(f"{what}{': ' + causes[-1] if causes else ''}")
-    return _hide(first.strip().splitlines()[0] if first.strip() else "unknown error")
-
-
-def _hide(text: str) -> str:
-    return _SECRET.sub("", text)
+        return hide_secrets(f"{what}{': ' + causes[-1] if causes else ''}")
+    return hide_secrets(first.strip().splitlines()[0] if first.strip() else "unknown error")
 
 
 # obstore sends the parts of an upload as many requests, which it therefore retries itself.
 _INNER_RETRIES = 8
 _NO_RETRIES = {"max_retries": 0}
 _PAGE_KEYS = 1000
-WRITER_PART_BYTES = 8 << 20
+_WRITER_PART_BYTES = 8 << 20
 _WRITER_PARTS_AT_ONCE = 4
 _ERRORS = (obstore.exceptions.BaseError, OSError, NotImplementedError)
 
@@ -180,10 +153,6 @@ _first_user_pid: int | None = None
 def is_usable_here() -> bool:
     """Return whether obstore works in this process: it hangs in a forked child of a process that has used it."""
     return _first_user_pid in (None, os.getpid())
-
-
-class KeyExists(Exception):
-    """The key exists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +172,7 @@ class BucketFolder:
     url: str
 
     def __repr__(self) -> str:
-        return f"Place({self.url!r})"
+        return f"BucketFolder({self.url!r})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,14 +184,13 @@ class _Access:
     endpoint: str
 
 
-class Client:
-    """obstore's functions with tiercache's errors. Safe for threads; each process creates its clients at first use.
+class ObstoreClient(ObjectClient):
+    """obstore's functions. Must not be used where is_usable_here() is false."""
 
-    The client counts "requests"; its callers count bytes.
-    """
+    abandonable = "retries"
 
     def __init__(self, place: BucketFolder, options: CloudOptions, counters: Counters) -> None:
-        self.place, self.counters = place, counters
+        self.place, self.url, self.counters = place, place.url, counters
         self._access = ProcessLocal(lambda: self._find_access(options), lambda _access: None)
         inner = {"max_retries": _INNER_RETRIES, "retry_timeout": timedelta(seconds=options.timeout_s)}
         self._once = ProcessLocal(lambda: self._open(options, _NO_RETRIES), lambda _client: None)
@@ -248,13 +216,9 @@ class Client:
         self._repeating.drop()
         self._access.drop()
 
-    def url_of(self, key: str) -> str:
-        """Return the URL of a key, for messages."""
-        return f"{self.place.url}/{key}" if key else self.place.url
-
     @contextmanager
     def errors(self, key: str, doing: str) -> Iterator[None]:
-        """Count a request, and convert obstore's errors to StoreError or Taken."""
+        """See ObjectClient."""
         access, number = self._access.get(), 0
         credentials = access.credentials
         if credentials is not None:
@@ -266,8 +230,6 @@ class Client:
         except StoreError:
             raise  # NotFound is also an OSError
         except _ERRORS as error:
-            if exists_already(error):
-                raise KeyExists from None
             # From None: obstore's own text may contain a signed URL.
             raise self._refused(
                 to_store_error(error, doing, self.url_of(key), access.endpoint), credentials, number
@@ -281,22 +243,10 @@ class Client:
             self._repeating.drop()
         return found
 
-    @contextmanager
-    def conditional(self, key: str, doing: str) -> Iterator[None]:
-        """As errors(), for a write that must not be repeated blindly: .maybe_done is set if the answer was lost."""
-        try:
-            with self.errors(key, doing):
-                yield
-        except StoreError as error:
-            if not may_have_taken_effect(error):
-                raise
-            message = f"{doing}: the answer was lost, so the object may or may not have been written ({error.message})"
-            raise StoreError(message, url=self.url_of(key), retryable=True, maybe_done=True) from None
-
-    def head(self, key: str, doing: str = "head") -> ObjectInfo:
+    def head(self, key: str) -> ObjectInfo:
         """Send HEAD."""
         try:
-            with self.errors(key, doing):
+            with self.errors(key, "head"):
                 return to_object_info(key, obstore.head(self._once.get(), key))
         except StoreError as error:
             if self.place.cloud != "s3" or error.status not in (400, 401, 403) or error.details.get("renewed"):
@@ -304,7 +254,7 @@ class Client:
             refused = error
         # The answer to a HEAD has no body with a reason; a GET of one byte is refused for the same reason.
         try:
-            with self.errors(key, doing):
+            with self.errors(key, "head"):
                 obstore.get(self._once.get(), key, options={"range": (0, 1)})
         except StoreError as error:
             if error.code or error.details.get("renewed"):
@@ -312,13 +262,7 @@ class Client:
         raise refused
 
     def get(self, key: str, piece_bytes: int, on_piece: Callable[[], None]) -> bytes:
-        """Send GET for a whole object.
-
-        Args:
-            key: Key of the object.
-            piece_bytes: Approximate size of the pieces in which a longer body is read.
-            on_piece: Function called for each piece that has arrived.
-        """
+        """Send GET for a whole object."""
         with self.errors(key, "get"):
             result = obstore.get(self._once.get(), key)
             if result.meta["size"] <= piece_bytes:
@@ -338,10 +282,7 @@ class Client:
     def range(
         self, key: str, wanted: ByteRange, if_match: str | None, piece_bytes: int
     ) -> tuple[ObjectInfo, Iterable[memoryview]]:
-        """Send GET for a range. Return the description of the object, and the body in pieces of about piece_bytes.
-
-        For use inside errors(): the call and the pieces raise obstore's own errors.
-        """
+        """Send GET for a range."""
         options: Any = {"range": (wanted.start, wanted.end)}
         if if_match is not None:
             options["if_match"] = if_match
@@ -357,7 +298,7 @@ class Client:
         return ObjectInfo(key, len(body), etag=said["e_tag"], version=said["version"])
 
     def put_new(self, key: str, body: bytes) -> ObjectInfo:
-        """Send PUT with If-None-Match. Raises Taken."""
+        """Send PUT with If-None-Match."""
         with self.conditional(key, "put_if_absent"):
             said = obstore.put(self._once.get(), key, body, mode="create")
         return ObjectInfo(key, len(body), etag=said["e_tag"], version=said["version"])
@@ -367,26 +308,37 @@ class Client:
         with self.errors(keys[0], "delete"):
             obstore.delete(self._once.get(), keys[0] if len(keys) == 1 else keys)
 
-    def pages(self, folder: str, after: str | None) -> Iterator[Sequence[Mapping[str, Any]]]:
-        """Return the pages of a listing after a key. For use inside errors(): the pages raise obstore's own errors."""
-        return iter(obstore.list(self._once.get(), folder or None, offset=after, chunk_size=_PAGE_KEYS))
+    def pages(self, folder: str, after: str | None) -> Iterator[Sequence[ObjectInfo]]:
+        """Yield pages of 1,000 objects."""
+        for page in obstore.list(self._once.get(), folder or None, offset=after, chunk_size=_PAGE_KEYS):
+            yield [to_object_info(meta["path"], meta) for meta in page]
 
     def copy(self, src: str, dst: str) -> None:
         """Copy on the server, replacing an existing object."""
         with self.errors(src, f"copy to {dst}"):
             obstore.copy(self._once.get(), src, dst)
 
-    def copy_new(self, src: str, dst: str) -> None:
-        """Copy on the server to a free key. Raises Taken."""
-        with self.conditional(dst, "complete"):
-            obstore.copy(self._once.get(), src, dst, overwrite=False)
-
-    def open_writer(self, key: str) -> Any:
-        """Return the writer of a multipart upload: write(), close(), or __exit__ with an error to abort."""
+    def open_writer(self, key: str) -> ObjectWriter:
+        """Start a multipart upload whose requests obstore retries itself."""
         with self.errors(key, "create"):
-            return obstore.open_writer(
-                self._repeating.get(), key, buffer_size=WRITER_PART_BYTES, max_concurrency=_WRITER_PARTS_AT_ONCE
+            return _ObstoreWriter(
+                obstore.open_writer(
+                    self._repeating.get(), key, buffer_size=_WRITER_PART_BYTES, max_concurrency=_WRITER_PARTS_AT_ONCE
+                )
             )
+
+
+class _ObstoreWriter:
+    """obstore's writer, which blocks while too many parts are in flight."""
+
+    is_repeatable = False
+
+    def __init__(self, writer: Any) -> None:
+        self.write, self.close = writer.write, writer.close
+        self._writer = writer
+
+    def abort(self) -> None:
+        self._writer.__exit__(StoreError, None, None)
 
 
 def _open(

@@ -123,6 +123,14 @@ def redact(url: str | os.PathLike[str]) -> str:
     return ParsedUrl.parse(text).shown
 
 
+_SECRET = re.compile(r"\?[^\s\"',)]*|(?<=://)[^/\s@\"']*@")
+
+
+def hide_secrets(text: str) -> str:
+    """Return the text of a message without the userinfo and query of URLs in it."""
+    return _SECRET.sub("", text)
+
+
 def split_url(url: str | os.PathLike[str]) -> tuple[str, str]:
     """Split the URL of an object into the root URL of its folder and its key: ("s3://bucket/folder", "object").
 
@@ -171,135 +179,55 @@ def server_url(cloud: str, place: str, config: Mapping[str, Any]) -> str:
     return f"https://{said.get('account_name', place)}.blob.core.windows.net"
 
 
-_CLIENT = frozenset(
-    [
-        "allow_http",
-        "allow_invalid_certificates",
-        "connect_timeout",
-        "default_content_type",
-        "default_headers",
-        "http1_only",
-        "http2_only",
-        "http2_keep_alive_interval",
-        "http2_keep_alive_timeout",
-        "http2_keep_alive_while_idle",
-        "pool_idle_timeout",
-        "pool_max_idle_per_host",
-        "proxy_url",
-        "proxy_ca_certificate",
-        "proxy_excludes",
-        "root_certificate",
-        "randomize_addresses",
-        "read_timeout",
-        "timeout",
-        "user_agent",
-    ]
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_CLIENT = _names(
+    """
+    allow_http allow_invalid_certificates connect_timeout default_content_type default_headers http1_only
+    http2_only http2_keep_alive_interval http2_keep_alive_timeout http2_keep_alive_while_idle pool_idle_timeout
+    pool_max_idle_per_host proxy_url proxy_ca_certificate proxy_excludes root_certificate randomize_addresses
+    read_timeout timeout user_agent
+    """
 )
-_DURATIONS = frozenset(
-    [
-        "connect_timeout",
-        "http2_keep_alive_interval",
-        "http2_keep_alive_timeout",
-        "pool_idle_timeout",
-        "read_timeout",
-        "timeout",
-    ]
+_DURATIONS = _names(
+    """
+    connect_timeout http2_keep_alive_interval http2_keep_alive_timeout pool_idle_timeout read_timeout timeout
+    """
 )
 # Options of clients and clouds that are a bool, or text that parse_bool() accepts.
-_BOOLS = frozenset(
-    [
-        "allow_http",
-        "allow_invalid_certificates",
-        "disable_bulk_delete",
-        "disable_tagging",
-        "http1_only",
-        "http2_keep_alive_while_idle",
-        "http2_only",
-        "imdsv1_fallback",
-        "randomize_addresses",
-        "request_payer",
-        "s3_express",
-        "skip_signature",
-        "sse_bucket_key_enabled",
-        "unsigned_payload",
-        "use_azure_cli",
-        "use_emulator",
-        "use_fabric_endpoint",
-        "virtual_hosted_style_request",
-    ]
+_BOOLS = _names(
+    """
+    allow_http allow_invalid_certificates disable_bulk_delete disable_tagging http1_only
+    http2_keep_alive_while_idle http2_only imdsv1_fallback randomize_addresses request_payer s3_express
+    skip_signature sse_bucket_key_enabled unsigned_payload use_azure_cli use_emulator use_fabric_endpoint
+    virtual_hosted_style_request
+    """
 )
 _CONFIG = {
-    "s3": frozenset(
-        [
-            "access_key_id",
-            "aws_endpoint_url_s3",
-            "checksum_algorithm",
-            "conditional_put",
-            "container_credentials_relative_uri",
-            "container_credentials_full_uri",
-            "container_authorization_token_file",
-            "copy_if_not_exists",
-            "default_region",
-            "disable_tagging",
-            "disable_bulk_delete",
-            "endpoint",
-            "imdsv1_fallback",
-            "metadata_endpoint",
-            "region",
-            "request_payer",
-            "role_arn",
-            "role_session_name",
-            "s3_express",
-            "secret_access_key",
-            "server_side_encryption",
-            "session_token",
-            "skip_signature",
-            "sse_bucket_key_enabled",
-            "sse_customer_key_base64",
-            "sse_kms_key_id",
-            "sts_endpoint",
-            "unsigned_payload",
-            "virtual_hosted_style_request",
-            "web_identity_token_file",
-        ]
+    "s3": _names(
+        """
+        access_key_id aws_endpoint_url_s3 checksum_algorithm conditional_put container_credentials_relative_uri
+        container_credentials_full_uri container_authorization_token_file copy_if_not_exists default_region
+        disable_tagging disable_bulk_delete endpoint imdsv1_fallback metadata_endpoint region request_payer
+        role_arn role_session_name s3_express secret_access_key server_side_encryption session_token
+        skip_signature sse_bucket_key_enabled sse_customer_key_base64 sse_kms_key_id sts_endpoint
+        unsigned_payload virtual_hosted_style_request web_identity_token_file
+        """
     ),
-    "gs": frozenset(
-        [
-            "service_account",
-            "service_account_key",
-            "base_url",
-            "bearer_token",
-            "application_credentials",
-            "skip_signature",
-        ]
+    "gs": _names(
+        """
+        service_account service_account_key base_url bearer_token application_credentials skip_signature
+        """
     ),
-    "az": frozenset(
-        [
-            "account_name",
-            "account_key",
-            "client_id",
-            "client_secret",
-            "credential_type",
-            "tenant_id",
-            "authority_host",
-            "sas_key",
-            "token",
-            "use_emulator",
-            "use_fabric_endpoint",
-            "encryption_key",
-            "endpoint",
-            "msi_endpoint",
-            "object_id",
-            "msi_resource_id",
-            "federated_token_file",
-            "use_azure_cli",
-            "skip_signature",
-            "disable_tagging",
-            "fabric_token_service_url",
-            "fabric_workload_host",
-            "fabric_session_token",
-            "fabric_cluster_identifier",
-        ]
+    "az": _names(
+        """
+        account_name account_key client_id client_secret credential_type tenant_id authority_host sas_key token
+        use_emulator use_fabric_endpoint encryption_key endpoint msi_endpoint object_id msi_resource_id
+        federated_token_file use_azure_cli skip_signature disable_tagging fabric_token_service_url
+        fabric_workload_host fabric_session_token fabric_cluster_identifier
+        """
     ),
     "http": frozenset[str](),
 }
@@ -321,22 +249,12 @@ _CLIENT_KWARGS = {
     "aws_session_token": "session_token",
 }
 # Options that s3fs does not support but that change whether, where or how objects are read: never dropped silently.
-_S3FS_LACKS = frozenset(
-    [
-        "aws_endpoint_url_s3",
-        "container_credentials_relative_uri",
-        "container_credentials_full_uri",
-        "container_authorization_token_file",
-        "s3_express",
-        "server_side_encryption",
-        "sse_bucket_key_enabled",
-        "sse_customer_key_base64",
-        "sse_kms_key_id",
-        "default_headers",
-        "proxy_url",
-        "proxy_ca_certificate",
-        "proxy_excludes",
-    ]
+_S3FS_LACKS = _names(
+    """
+    aws_endpoint_url_s3 container_credentials_relative_uri container_credentials_full_uri
+    container_authorization_token_file s3_express server_side_encryption sse_bucket_key_enabled
+    sse_customer_key_base64 sse_kms_key_id default_headers proxy_url proxy_ca_certificate proxy_excludes
+    """
 )
 # A stalled connection must not hang a job: after 20 s without a byte, the request is sent again on another connection.
 # `timeout` is not passed to the HTTP client: it limits a whole call, see CallLimit.

@@ -27,7 +27,6 @@ TIMEOUT_S = 60.0
 # A longer wait is reported by a warning.
 REPORT_AFTER_S = 2.0
 _LOOK_EVERY_S = 0.5
-_IDLE_S = 1.0
 
 _jitter = random.SystemRandom()  # not the seeded generator: ranks must not retry in step
 
@@ -230,26 +229,19 @@ class CallLimit:
 class CallMonitor:
     """The running calls of one store. close() ends their retries, and a long wait is reported while it lasts.
 
-    Each process has one watcher thread that checks the calls twice a second and ends at close(), or soon after the last
-    call. Only one of several waiting calls is reported, because they mostly wait for the same reason. Safe for threads.
+    While calls run, a watcher thread looks at them twice a second. Only one of several waiting calls is reported,
+    because they mostly wait for the same reason. The lock guards the table of calls and the watcher.
     """
 
     def __init__(self) -> None:
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
-        """Reset the state.
-
-        A forked child does this too: calls and thread belong to the parent, whose lock may stay held.
-        """
-        self._pid = os.getpid()
-        self._starting = threading.Lock()
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
         self._stop = Event()
-        self._under_way: dict[CallLimit, Event] = {}
-        self._watcher: tuple[threading.Thread, Event, Event] | None = None  # thread, wake event, end event
-
-    def __reduce__(self) -> tuple[type[CallMonitor], tuple[()]]:
-        return CallMonitor, ()
+        self._running: dict[CallLimit, Event] = {}
+        self._end: Event | None = None  # ends the watcher; None: there is no watcher
+        self._pid = os.getpid()
 
     @contextmanager
     def track(self, limit: CallLimit, stop: Event | None = None) -> Iterator[Event]:
@@ -260,18 +252,18 @@ class CallMonitor:
             stop: Event that close() sets to end the call's retries. None: an event that the calls share.
         """
         if self._pid != os.getpid():
-            self._forget()
-        stop = stop or self._stop
-        self._under_way[limit] = stop
-        watcher = self._watcher
-        if watcher is None:
-            watcher = self._start()
-        if not watcher[1].is_set():
-            watcher[1].set()
+            self._reset()  # calls and thread belong to the parent, whose lock may stay held
+        with self._lock:
+            stop = self._running[limit] = stop or self._stop
+            if self._end is None:
+                self._end = Event()
+                threading.Thread(
+                    target=self._watch, args=(self._end,), name="tiercache-store-watch", daemon=True
+                ).start()
         try:
             yield stop
         finally:
-            self._under_way.pop(limit, None)
+            self._running.pop(limit, None)
 
     def retrying(
         self, attempt: Callable[[], T], policy: RetryPolicy, limit: CallLimit, *, abandons: AbandonableAttempts = "none"
@@ -280,39 +272,17 @@ class CallMonitor:
         with self.track(limit) as stop:
             return with_retries(attempt, policy, limit, stop=stop, abandons=abandons)
 
-    def _start(self) -> tuple[threading.Thread, Event, Event]:
-        with self._starting:
-            if self._watcher is None:
-                wake, ended = Event(), Event()
-                thread = threading.Thread(
-                    target=self._watch, args=(wake, ended), name="tiercache-store-watch", daemon=True
-                )
-                thread.start()
-                self._watcher = thread, wake, ended
-            return self._watcher
-
-    def _watch(self, wake: Event, ended: Event) -> None:
-        while not ended.is_set():
-            wake.clear()
-            while self._under_way and not ended.wait(_LOOK_EVERY_S):
-                self.look()
-            if not wake.wait(_IDLE_S) and self._has_ended(wake):
-                return
-
-    def _has_ended(self, wake: Event) -> bool:
-        """Resign as the watcher unless a call has begun. A call that begins later starts a new watcher."""
-        with self._starting:
-            watcher = self._watcher
-            if watcher is None or watcher[1] is not wake:  # close() came first
-                return True
-            self._watcher = None
-            if self._under_way:
-                self._watcher = watcher
-            return self._watcher is None
+    def _watch(self, end: Event) -> None:
+        while not end.wait(_LOOK_EVERY_S):
+            self.look()
+            with self._lock:
+                if not self._running and self._end is end:
+                    self._end = None
+                    return
 
     def look(self) -> None:
         """Report a wait of more than 2 s, unless another wait has been reported."""
-        late = [p for p in list(self._under_way) if p.waited_s >= REPORT_AFTER_S]
+        late = [p for p in list(self._running) if p.waited_s >= REPORT_AFTER_S]
         if late and not any(p.is_reported for p in late):
             late[0].report()
         for limit in late:
@@ -320,13 +290,16 @@ class CallMonitor:
 
     def close(self) -> None:
         """End the retries of running calls and this process's watcher thread. New calls may be made afterwards."""
-        ended, self._stop = self._stop, Event()
-        for stop in (ended, *list(self._under_way.values())):
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            ended, self._stop = self._stop, Event()
+            end, self._end = self._end, None
+            stops = [ended, *self._running.values()]
+        for stop in stops:
             stop.set()
-        watcher, self._watcher = self._watcher, None
-        if watcher is not None and self._pid == os.getpid():
-            watcher[2].set()
-            watcher[1].set()
+        if end is not None:
+            end.set()
 
 
 def with_retries(

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
-from tiercache.testing.faults import Fault, FaultKind, FaultStore, WrapperStore
+from tiercache.store.contract import WrapperStore
+from tiercache.testing.faults import Fault, FaultKind, FaultStore
 
 __all__ = ["Fault", "FaultKind", "FaultStore", "WrapperStore"]

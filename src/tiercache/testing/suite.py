@@ -316,7 +316,7 @@ class StoreSuite(ReadSuite):
     @pytest.mark.parametrize("n_parts", [1, 4])
     def test_an_upload_completes_if_absent_only_on_a_free_key(self, store: Store, n_parts: int) -> None:
         def send() -> object:
-            with store.create("free", if_absent=True) as upload:
+            with store.create("free") as upload:
                 for number in range(n_parts):
                     upload.put_part(number, pattern(store.min_part_bytes, seed=number))
                 return upload.complete(if_absent=True)

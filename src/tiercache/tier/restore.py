@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
-from tiercache.store.archive import SPEEDS, Speed
+from tiercache.prices import SPEEDS, Speed
 from tiercache.tier.costs import PROMOTION_DAYS, restore_dollars, restored_home_dollars
 from tiercache.tier.inventory.layouts import recognise_layout
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, Action, Kind, Move, Plan, PlannedObject, PlannedTier

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store import CloudStore, LocalFolder, Store, open_store
-from tiercache.store.archive import ArchiveStore, S3Archive, has_boto3
+from tiercache.store.archive import S3Archive, has_boto3
 from tiercache.store.options import ParsedUrl
 from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
 
@@ -78,7 +78,7 @@ class Stores:
         file: RuleFile,
         *,
         stores: Mapping[str, Store] | None = None,
-        archives: Mapping[str, ArchiveStore] | None = None,
+        archives: Mapping[str, S3Archive] | None = None,
     ) -> None:
         """Open no store yet.
 
@@ -127,7 +127,7 @@ class Stores:
                 store = self._stores[name] = open_store(tier.url, **tier.storage_options)
             return store
 
-    def archive(self, name: str) -> ArchiveStore | None:
+    def archive(self, name: str) -> S3Archive | None:
         """Return the client for storage classes, restores and batches of a tier; None: not S3, or boto3 is missing.
 
         Raises:

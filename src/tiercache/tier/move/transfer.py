@@ -17,8 +17,7 @@ from tiercache.crash_points import crash_point
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store import CloudStore, LocalFolder
-from tiercache.store.archive import ArchiveStore
-from tiercache.store.cloud import OrderedUpload
+from tiercache.store.archive import S3Archive
 from tiercache.store.contract import Upload
 from tiercache.tier.model import ARCHIVED, RESTORING, PlannedObject
 from tiercache.tier.move.parts import (
@@ -296,15 +295,9 @@ class Transfer:
 
         Reading the source took minutes, in which somebody may have written.
         """
-        store = self._stores.store(dst)
-        can_decide = (
-            one.n_bytes <= _SMALL_BYTES or not isinstance(store, CloudStore) or self._stores.archive(dst) is not None
-        )
-        if not replaces and not can_decide:
-            check_absent(self._stores, dst, one.key)
         if isinstance(replaces, str):
             check_over(self._stores, dst, one.key, replaces)
-        made = upload.complete(if_absent=not replaces and can_decide)
+        made = upload.complete(if_absent=not replaces)
         if made is None:
             check_absent(self._stores, dst, one.key)
             raise ObjectChanged("the destination was changed concurrently: run again", url=self._at(dst, one.key))
@@ -336,8 +329,6 @@ class Transfer:
             hint = ": pip install 'tiercache[archive]'" if store.cloud == "s3" else ""
             raise StoreError(message + hint, url=f"{store.url}/{info.key}")
         with store.create(info.key) as upload:
-            if isinstance(upload, OrderedUpload):
-                upload.confirm()
             yield upload, True
 
     def _parts(
@@ -516,7 +507,7 @@ class Transfer:
             message = f"{n_failed} objects could not be deleted, the first because of {reason}"
             raise StoreError(message, url=self._at(name, key), failed=tuple(key for key, _ in failed))
 
-    def _archive(self, name: str) -> ArchiveStore:
+    def _archive(self, name: str) -> S3Archive:
         archive = self._stores.archive(name)
         if archive is None:
             raise ValueError(f"tiers.{name}: its store has no storage classes to change")

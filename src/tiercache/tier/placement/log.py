@@ -23,10 +23,9 @@ import secrets
 import struct
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from threading import Event
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -37,6 +36,7 @@ from tiercache._native.checksum import crc32c
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.store import Store, check_key
+from tiercache.store.contract import WrapperStore
 from tiercache.store.numbered_log import NumberedLog, is_forbidden
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.model import ObjectInfo
-    from tiercache.store import Buffer, Span, Upload
 
 
 def prefix_store(store: Store, folder: str) -> Store:
@@ -53,74 +52,28 @@ def prefix_store(store: Store, folder: str) -> Store:
     return PrefixStore(store, folder) if folder else store
 
 
-class PrefixStore(Store):
+class PrefixStore(WrapperStore):
     """Store of the keys below a folder of another store. It uses that store's connections, and never closes them."""
 
     def __init__(self, store: Store, folder: str) -> None:
-        self._store = store
+        super().__init__(store)
         self._prefix = f"{check_key(folder.strip('/'))}/"
         self.url = f"{store.url.rstrip('/')}/{self._prefix.rstrip('/')}"
-        self.counters = store.counters
-        self.min_part_bytes = store.min_part_bytes
 
-    def __repr__(self) -> str:
-        return f"Below({self.url!r})"
-
-    def _at(self, key: str) -> str:
+    def key_inside(self, key: str) -> str:
+        """Return the key below the folder."""
         return self._prefix + check_key(key)
 
-    def _mine(self, info: ObjectInfo) -> ObjectInfo:
+    def info_outside(self, info: ObjectInfo) -> ObjectInfo:
+        """Return the description with the key relative to the folder."""
         return replace(info, key=info.key.removeprefix(self._prefix))
 
-    def head(self, key: str) -> ObjectInfo:
-        """See Store. All keys are relative to the folder."""
-        return self._mine(self._store.head(self._at(key)))
-
-    def get(self, key: str) -> bytes:
-        """See Store."""
-        return self._store.get(self._at(key))
-
-    def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """See Store."""
-        data, info = self._store.read_tail(self._at(key), n_bytes)
-        return data, self._mine(info)
-
-    def read_into(
-        self,
-        key: str,
-        spans: Sequence[Span],
-        *,
-        if_match: str | None = None,
-        deadline_s: float | None = None,
-        cancel: Event | None = None,
-    ) -> None:
-        """See Store."""
-        self._store.read_into(self._at(key), spans, if_match=if_match, deadline_s=deadline_s, cancel=cancel)
-
-    def put(self, key: str, data: Buffer) -> ObjectInfo:
-        """See Store."""
-        return self._mine(self._store.put(self._at(key), data))
-
-    def put_if_absent(self, key: str, data: Buffer) -> bool:
-        """See Store."""
-        return self._store.put_if_absent(self._at(key), data)
-
-    def create(self, key: str, *, if_absent: bool = False) -> Upload:
-        """See Store."""
-        return self._store.create(self._at(key), if_absent=if_absent)
-
-    def delete(self, keys: Iterable[str]) -> None:
-        """See Store."""
-        self._store.delete([self._at(key) for key in keys])
-
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """See Store."""
-        for info in self._store.list(self._prefix + prefix):
-            yield self._mine(info)
+        """See Store.list."""
+        return map(self.info_outside, self.inner.list(self._prefix + prefix))
 
-    def copy(self, src: str, dst: str) -> ObjectInfo:
-        """See Store."""
-        return self._mine(self._store.copy(self._at(src), self._at(dst)))
+    def close(self) -> None:
+        """Leave the connections open: they belong to the other store."""
 
 
 FORMAT_VERSION = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 from tiercache.errors import ArchivedShards
 from tiercache.model import ObjectInfo, ShardIdentity, format_bytes
 from tiercache.prices import FREE, Prices, is_free, price_table
-from tiercache.store import Buffer, Lease, LocalFolder, LocalStore, Span, Store, Upload
+from tiercache.store import Lease, LocalFolder, LocalStore, Span, Store
+from tiercache.store.contract import WrapperStore
 from tiercache.tier.costs import region_of, restored_home_dollars
 from tiercache.tier.placement.resolver import LocationResolver, ObjectLocation, is_remote
 from tiercache.tier.placement.use_reports import UseRecorder
@@ -50,7 +51,7 @@ def follow_placement(home: Store, options: Mapping[str, Any], cached: Cached = a
     return RedirectingLocalStore(places, cached) if isinstance(home, LocalStore) else RedirectingStore(places)
 
 
-class RedirectingStore(Store):
+class RedirectingStore(WrapperStore):
     """Store whose reads follow the placement; all other calls go to the home.
 
     The placement is read when an object is missing. `counters` are those of the home; `figures()` includes the other
@@ -58,12 +59,8 @@ class RedirectingStore(Store):
     """
 
     def __init__(self, places: LocationResolver) -> None:
+        super().__init__(places.home)
         self.places = places
-        home = places.home
-        self.url, self.counters, self.min_part_bytes = home.url, home.counters, home.min_part_bytes
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.places.home!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.places,)
@@ -112,32 +109,6 @@ class RedirectingStore(Store):
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
         """See Store.read_tail."""
         return self.places.follow(key, lambda found: found.store.read_tail(key, n_bytes))
-
-    # -- calls to the home ------------------------------------------------------------------------------------------
-
-    def put(self, key: str, data: Buffer) -> ObjectInfo:
-        """See Store.put. Writes to the home."""
-        return self.places.home.put(key, data)
-
-    def put_if_absent(self, key: str, data: Buffer) -> bool:
-        """See Store.put_if_absent. Writes to the home."""
-        return self.places.home.put_if_absent(key, data)
-
-    def create(self, key: str, *, if_absent: bool = False) -> Upload:
-        """See Store.create. Writes to the home."""
-        return self.places.home.create(key, if_absent=if_absent)
-
-    def delete(self, keys: Iterable[str]) -> None:
-        """See Store.delete. Deletes from the home only."""
-        self.places.home.delete(keys)
-
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """See Store.list. Lists the home only."""
-        return self.places.home.list(prefix)
-
-    def copy(self, src: str, dst: str) -> ObjectInfo:
-        """See Store.copy. Copies within the home."""
-        return self.places.home.copy(src, dst)
 
     def close(self) -> None:
         """Close the connections of the home and of all other locations."""

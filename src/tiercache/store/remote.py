@@ -1,0 +1,646 @@
+"""A store that is reached by requests: RemoteStore retries and parallelises the single requests of an ObjectClient.
+
+obstore.py and fsspec.py have the clients; cloud.py selects the client of a cloud store in each process.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
+from threading import Condition, Event
+from typing import Protocol, TypeVar
+
+from tiercache.errors import NotFound, ObjectChanged, StoreError
+from tiercache.model import ByteRange, ObjectInfo
+from tiercache.stats import Counters
+from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
+from tiercache.store.posix import TEMP_PREFIX
+from tiercache.store.range_reads import (
+    BufferGuard,
+    ProcessLocal,
+    Request,
+    RequestSizes,
+    check_spans,
+    plan_requests,
+    read_requests,
+    worker_pool,
+)
+from tiercache.store.retry import AbandonableAttempts, CallLimit, CallMonitor, RetryPolicy, with_retries
+from tiercache.waiting import SYSTEM_CLOCK, Clock
+
+T = TypeVar("T")
+
+RETRYABLE_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+# Statuses with which the server says that it did not execute the request; after other errors of a write this is
+# unknown.
+_NOT_EXECUTED = (429, 503)
+_BEYOND_END = 416
+_DELETE_KEYS = 1000
+# A longer body is read in pieces of this size, so that a call that has ended stops early.
+_PIECE_BYTES = 1 << 20
+# Each piece counts as progress: a connection with fewer bytes per second than this counts as stalled.
+_SLOWEST_BYTES_S = 32 << 10
+# An object of at most this size is written by one request, also with if_absent.
+_HOLD_BYTES = 16 << 20
+# Maximum size of early parts, whose predecessors have not come yet; then put_part() waits.
+_AHEAD_BYTES = 64 << 20
+_AHEAD_WAIT_S = 300.0
+_ONE_ATTEMPT = RetryPolicy(n_attempts=1)
+
+
+class KeyExists(Exception):
+    """The key exists."""
+
+
+class ObjectWriter(Protocol):
+    """A large object that is written in order. One thread at a time uses it.
+
+    Attributes:
+        is_repeatable: Whether a failed write() has no effect and may be repeated.
+    """
+
+    is_repeatable: bool
+
+    def write(self, data: bytes) -> object:
+        """Append data."""
+
+    def close(self) -> object:
+        """Publish the object."""
+
+    def abort(self) -> object:
+        """Discard the object."""
+
+
+class ObjectClient(ABC):
+    """Single requests to a store by one client library, not retried and with tiercache's errors. Safe for threads.
+
+    An error has the facts .status, .code and .sent (False if the request was never sent); .exists says that a
+    conditional write was refused because the key exists, and .no_range that the store has no such range requests.
+
+    Attributes:
+        url: URL of the folder, for messages.
+        counters: Counters of the store; the client counts "requests".
+        abandonable: Attempts of a read that are abandoned with their thread when the time is over.
+        checks_etag: Whether range() enforces if_match. Otherwise the store compares descriptions before and after.
+    """
+
+    url: str
+    counters: Counters
+    abandonable: AbandonableAttempts
+    checks_etag = True
+
+    def url_of(self, key: str) -> str:
+        """Return the URL of a key, for messages."""
+        return f"{self.url}/{key}" if key else self.url
+
+    @abstractmethod
+    def wait_target(self) -> str:
+        """Return the name of what a request waits for now: the server, or the source of the credentials."""
+
+    @abstractmethod
+    def errors(self, key: str, doing: str) -> AbstractContextManager[None]:
+        """Count a request, and convert the library's errors to StoreError."""
+
+    @contextmanager
+    def conditional(self, key: str, doing: str) -> Iterator[None]:
+        """As errors(), for a write that must not be repeated blindly.
+
+        Raises:
+            KeyExists: The key exists.
+            StoreError: The write failed; .maybe_done is set if the answer was lost.
+        """
+        try:
+            with self.errors(key, doing):
+                yield
+        except StoreError as error:
+            if error.details.get("exists"):
+                raise KeyExists from None
+            if not _may_have_taken_effect(error):
+                raise
+            message = f"{doing}: the answer was lost, so the object may or may not have been written ({error.message})"
+            raise StoreError(message, url=self.url_of(key), retryable=True, maybe_done=True) from None
+
+    @abstractmethod
+    def head(self, key: str) -> ObjectInfo:
+        """Return the description of an object."""
+
+    @abstractmethod
+    def get(self, key: str, piece_bytes: int, on_piece: Callable[[], None]) -> bytes:
+        """Return a whole object.
+
+        Args:
+            key: Key of the object.
+            piece_bytes: Approximate size of the pieces in which a longer body is read.
+            on_piece: Function called for each piece that has arrived.
+        """
+
+    @abstractmethod
+    def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
+        """Return the end of an object."""
+
+    @abstractmethod
+    def range(
+        self, key: str, wanted: ByteRange, if_match: str | None, piece_bytes: int
+    ) -> tuple[ObjectInfo | None, Iterable[memoryview]]:
+        """Request a range. Return the description of the object if the answer has it, and the body in pieces.
+
+        For use inside errors(): the call and the pieces raise the library's own errors.
+        """
+
+    @abstractmethod
+    def put(self, key: str, body: bytes) -> ObjectInfo:
+        """Write a whole object."""
+
+    @abstractmethod
+    def put_new(self, key: str, body: bytes) -> ObjectInfo | None:
+        """Write a whole object if the key is free. Return the object if the answer describes it. Raises KeyExists."""
+
+    @abstractmethod
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete up to 1,000 objects. May raise NotFound if one of them does not exist."""
+
+    @abstractmethod
+    def pages(self, folder: str, after: str | None) -> Iterator[Sequence[ObjectInfo]]:
+        """Yield the pages of a listing after a key. For use inside errors()."""
+
+    @abstractmethod
+    def copy(self, src: str, dst: str) -> None:
+        """Copy an object, replacing an existing one."""
+
+    @abstractmethod
+    def open_writer(self, key: str) -> ObjectWriter:
+        """Return the writer of a large object. Its methods are for use inside errors()."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connections."""
+
+
+def _may_have_taken_effect(error: StoreError) -> bool:
+    """Return whether a failed write may have taken effect: it was sent, and no answer says that it was refused."""
+    if error.details.get("before_request"):
+        return False
+    if error.status is not None:
+        return int(error.status) >= 500 and error.status not in _NOT_EXECUTED
+    return bool(error.details.get("sent", False)) and bool(error.retryable)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSettings:
+    """How a store reads.
+
+    Attributes:
+        policy: Retries.
+        sizes: Sizes of requests.
+        n_threads: Number of threads in the store's pool.
+        clock: Clock that the time limits use.
+    """
+
+    policy: RetryPolicy = field(default_factory=RetryPolicy)
+    sizes: RequestSizes = field(default_factory=RequestSizes)
+    n_threads: int = 16
+    clock: Clock = SYSTEM_CLOCK
+
+
+class RemoteStore(Store):
+    """Objects that an ObjectClient reads and writes. Each process creates its client and threads at first use.
+
+    Safe for threads. A subclass opens the client.
+    """
+
+    def __init__(self, url: str, timeout_s: float, settings: ReadSettings) -> None:
+        """Open nothing yet.
+
+        Args:
+            url: URL of the folder, for messages.
+            timeout_s: Seconds without progress after which a call fails.
+            settings: How the store reads.
+        """
+        self.url, self._timeout_s, self._settings = url, timeout_s, settings
+        self.counters = Counters("requests", "bytes_read", "bytes_written")
+        self._client: ProcessLocal[ObjectClient] = ProcessLocal(self._open_client, lambda client: client.close())
+        self._pool = worker_pool(settings.n_threads)
+        self._calls = CallMonitor()
+        self._piece_bytes = min(_PIECE_BYTES, max(64 << 10, int(timeout_s * _SLOWEST_BYTES_S)))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
+
+    @abstractmethod
+    def _open_client(self) -> ObjectClient:
+        """Return a new client for this process, without sending a request."""
+
+    @property
+    def client(self) -> ObjectClient:
+        """This process's client, which sends single requests."""
+        return self._client.get()
+
+    def close(self) -> None:
+        """End the threads of this process and close its connections. Running calls are not retried any more."""
+        self._calls.close()
+        self._pool.drop()
+        self._client.drop()
+
+    def call_limit(
+        self, key: str, doing: str, deadline_s: float | None = None, cancel: Event | None = None
+    ) -> CallLimit:
+        """Return the time limits of a new call."""
+        client = self.client
+        return CallLimit(
+            client.url_of(key),
+            doing,
+            deadline_s,
+            cancel,
+            clock=self._settings.clock,
+            timeout_s=self._timeout_s,
+            endpoint=client.wait_target,
+        )
+
+    def _retry_read(self, key: str, doing: str, attempt: Callable[[CallLimit], T]) -> T:
+        """Return the result of a read-only request. A request whose time is over is abandoned with its thread."""
+        limit = self.call_limit(key, doing)
+        abandons = self.client.abandonable
+        return self._calls.retrying(lambda: attempt(limit), self._settings.policy, limit, abandons=abandons)
+
+    def _retry_write(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
+        """Return the result of a write request.
+
+        Its last attempt is always awaited, because its effect would be unknown otherwise.
+        """
+        return self._calls.retrying(attempt, self._settings.policy, self.call_limit(key, doing))
+
+    def head(self, key: str) -> ObjectInfo:
+        """Send one HEAD."""
+        check_key(key)
+        return self._retry_read(key, "head", lambda _limit: self.client.head(key))
+
+    def get(self, key: str) -> bytes:
+        """Send one GET."""
+        check_key(key)
+        data = self._retry_read(key, "get", lambda limit: self.client.get(key, self._piece_bytes, limit.progressed))
+        self.counters.add("bytes_read", len(data))
+        return data
+
+    def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
+        """Send one GET with a suffix range; HEAD and GET if the store has no suffix ranges or the object is empty."""
+        check_key(key)
+        if n_bytes <= 0:
+            return b"", self.head(key)
+
+        def attempt(_limit: CallLimit) -> tuple[bytes, ObjectInfo]:
+            try:
+                tail, info = self.client.tail(key, n_bytes)
+            except StoreError as error:
+                # Azure has no suffix ranges. An empty object has no valid range, and some servers then send all of it.
+                if error.status != _BEYOND_END and not error.details.get("no_range"):
+                    raise
+                return self._tail_by_head(key, n_bytes)
+            self.counters.add("bytes_read", len(tail))
+            return tail, info
+
+        return self._retry_read(key, "read_tail", attempt)
+
+    def _tail_by_head(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
+        info = self.head(key)
+        tail = bytearray(min(n_bytes, info.n_bytes))
+        wanted = ByteRange(info.n_bytes - len(tail), info.n_bytes)
+        self.read_into(key, [(wanted, memoryview(tail))], if_match=info.etag)
+        return bytes(tail), info
+
+    def read_into(
+        self,
+        key: str,
+        spans: Sequence[Span],
+        *,
+        if_match: str | None = None,
+        deadline_s: float | None = None,
+        cancel: Event | None = None,
+    ) -> None:
+        """Read the ranges in parallel, with one copy from the client's buffer.
+
+        All ranges are of one version of the object.
+        """
+        check_key(key)
+        check_spans(spans)
+        client = self.client
+        limit = self.call_limit(key, "read_into", deadline_s, cancel)
+        requests = plan_requests(spans, self._settings.sizes)
+        reading, landing = _ObjectRead(client, key, if_match, self._piece_bytes, limit), BufferGuard()
+        compares = not client.checks_etag and (if_match is not None or len(requests) > 1)
+
+        def read_one(request: Request, landing: BufferGuard) -> None:
+            with_retries(
+                lambda: reading.attempt(request, landing),
+                self._settings.policy,
+                limit,
+                stop=landing.stop,
+                abandons=client.abandonable,
+            )
+
+        if compares:
+            reading.check_etag(self.head(key))
+        with self._calls.track(limit, landing.stop):
+            read_requests(requests, read_one, self._pool, limit, landing)
+        if compares:
+            reading.check_etag(self.head(key))
+
+    def put(self, key: str, data: Buffer) -> ObjectInfo:
+        """Send one PUT."""
+        check_key(key)
+        body = bytes(data)  # a connection may hold the body longer than the call; bytes are not copied
+        info = self._retry_write(key, "put", lambda: self.client.put(key, body))
+        self.counters.add("bytes_written", len(body))
+        return info
+
+    def put_if_absent(self, key: str, data: Buffer) -> bool:
+        """Send one PUT with If-None-Match: *."""
+        try:
+            self.put_new(check_key(key), bytes(data))
+        except KeyExists:
+            return False
+        return True
+
+    def put_new(self, key: str, body: bytes) -> ObjectInfo | None:
+        """As put_if_absent(). Return the new object if the answer describes it. Raises KeyExists."""
+        info = self._retry_write(key, "put_if_absent", lambda: self.client.put_new(key, body))
+        self.counters.add("bytes_written", len(body))
+        return info
+
+    def create(self, key: str) -> Upload:
+        """Start an upload that streams its parts in order. Up to 16 MiB are written by one request."""
+        return OrderedUpload(self, check_key(key))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete up to 1,000 objects per request if the store supports it."""
+        wanted = [check_key(key) for key in keys]
+        for start in range(0, len(wanted), _DELETE_KEYS):
+            some = wanted[start : start + _DELETE_KEYS]
+            try:
+                self._delete(some)
+            except NotFound:
+                for key in some:  # this store reports missing objects, and stopped at the first one
+                    with suppress(NotFound):
+                        self._delete([key])
+
+    def _delete(self, keys: Sequence[str]) -> None:
+        self._retry_write(keys[0], "delete", lambda: self.client.delete(keys))
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """List by pages of 1,000 objects."""
+        folder = check_key(prefix.removesuffix("/")) if prefix else ""
+        after: str | None = None
+        pages: Iterator[Sequence[ObjectInfo]] | None = None
+
+        def next_page(_limit: CallLimit) -> Sequence[ObjectInfo] | None:
+            nonlocal pages
+            with self.client.errors(folder, "list"):
+                try:
+                    pages = self.client.pages(folder, after) if pages is None else pages
+                    return next(pages, None)
+                except BaseException:
+                    pages = None  # the next attempt begins after the last key
+                    raise
+
+        while (page := self._retry_read(folder, "list", next_page)) is not None:
+            for info in page:
+                after = info.key
+                if not any(segment.startswith(TEMP_PREFIX) for segment in info.key.split("/")):
+                    yield info
+
+    def copy(self, src: str, dst: str) -> ObjectInfo:
+        """Copy on the server, if the store supports that."""
+        check_key(src)
+        check_key(dst)
+        self._retry_write(src, f"copy to {dst}", lambda: self.client.copy(src, dst))
+        return self.head(dst)
+
+    # -- uploads, for OrderedUpload ---------------------------------------------------------------------------------
+
+    def open_writer(self, key: str) -> ObjectWriter:
+        """Return the writer of a new large object."""
+        return self._retry_write(key, "create", lambda: self.client.open_writer(key))
+
+    def write(self, key: str, writer: ObjectWriter, data: bytes) -> None:
+        """Append data to the writer, which may block while too many parts are in flight."""
+
+        def attempt() -> None:
+            with self.client.errors(key, "put_part"):
+                writer.write(data)
+
+        policy = self._settings.policy if writer.is_repeatable else _ONE_ATTEMPT
+        self._calls.retrying(attempt, policy, self.call_limit(key, "put_part"))
+        self.counters.add("bytes_written", len(data))
+
+    def publish(self, key: str, writer: ObjectWriter, n_bytes: int) -> ObjectInfo:
+        """Publish a large object."""
+        client = self.client
+        with client.errors(key, "complete"), self._calls.track(self.call_limit(key, "complete")):
+            writer.close()
+        info = self.head(key)
+        if info.n_bytes != n_bytes:
+            raise StoreError(f"complete: sent {n_bytes} bytes, stored {info.n_bytes}", url=client.url_of(key))
+        return info
+
+    def is_absent(self, key: str) -> bool:
+        """Return whether the key is free."""
+        try:
+            self.head(key)
+        except NotFound:
+            return True
+        return False
+
+    def discard(self, key: str, writer: ObjectWriter) -> None:
+        """Discard a large object. If this fails, its parts stay until a lifecycle rule of the bucket removes them."""
+        with suppress(StoreError), self.client.errors(key, "abort"):
+            writer.abort()
+
+
+class _ObjectRead:
+    """One read_into: all its ranges must be of one version of the object, named by if_match or by the first answer.
+
+    The threads of the call share it; dict.setdefault is atomic.
+    """
+
+    def __init__(
+        self, client: ObjectClient, key: str, if_match: str | None, piece_bytes: int, limit: CallLimit
+    ) -> None:
+        self._client, self._key, self._piece_bytes, self._limit = client, key, piece_bytes, limit
+        self._seen: dict[str, str] = {} if if_match is None else {"etag": if_match}
+        self._n_landed: dict[int, int] = {}  # start of a request -> most bytes that any attempt has received
+
+    def attempt(self, request: Request, landing: BufferGuard) -> None:
+        """Send one request and copy its bytes into the buffers."""
+        client, wanted = self._client, request.range
+        etag = self._seen.get("etag")
+        asked = None if etag is None or etag.startswith("W/") else etag  # HTTP: a weak ETag never matches If-Match
+        try:
+            with client.errors(self._key, "read_into"):
+                info, body = client.range(self._key, wanted, asked, self._piece_bytes)
+                if info is not None:
+                    self.check_etag(info)
+                    self._check_end(info.n_bytes, wanted)
+                n_read = self._land(body, request, landing)
+        except ObjectChanged as error:
+            raise ObjectChanged(url=client.url_of(self._key), expected=etag, found=error.found) from None
+        except StoreError as error:
+            if error.status == _BEYOND_END:
+                raise self._too_far(wanted, "before the range") from None
+            raise
+        if n_read != wanted.n_bytes and not landing.closed.is_set():
+            if info is None:
+                self._check_end(client.head(self._key).n_bytes, wanted)
+            message = f"read_into: received only {n_read} bytes of the range [{wanted.start}, {wanted.end})"
+            raise StoreError(message, url=client.url_of(self._key), retryable=True)
+        client.counters.add("bytes_read", n_read)
+
+    def _land(self, body: Iterable[memoryview], request: Request, landing: BufferGuard) -> int:
+        """Copy the body to the request's pieces as it arrives. Return the number of bytes received."""
+        n_read = 0
+        for data in body:
+            if landing.closed.is_set():
+                break
+            for offset, buffer in request.pieces:
+                start, end = max(offset, n_read), min(offset + buffer.nbytes, n_read + data.nbytes)
+                if start < end:
+                    landing.copy(buffer[start - offset : end - offset], data[start - n_read : end - n_read])
+            n_read += data.nbytes
+            if n_read > self._n_landed.get(request.range.start, 0):  # only new bytes are progress
+                self._n_landed[request.range.start] = n_read
+                self._limit.progressed()
+        return n_read
+
+    def check_etag(self, info: ObjectInfo) -> None:
+        """Raise ObjectChanged if the description is that of another version than those seen before."""
+        # Without an ETag, only the date tells a replaced object.
+        name, found = ("etag", info.etag) if info.etag is not None else ("date", str(info.modified_s))
+        expected = self._seen.setdefault(name, found)
+        if found != expected:
+            raise ObjectChanged(url=self._client.url_of(self._key), expected=expected, found=found)
+
+    def _check_end(self, n_bytes: int, wanted: ByteRange) -> None:
+        if n_bytes < wanted.end:
+            raise self._too_far(wanted, f"at byte {n_bytes}")
+
+    def _too_far(self, wanted: ByteRange, end: str) -> StoreError:
+        return StoreError(f"a range ends at byte {wanted.end}, the object {end}", url=self._client.url_of(self._key))
+
+
+class OrderedUpload(Upload):
+    """An upload that holds the first 16 MiB and then streams. Early parts wait in memory, up to 64 MiB of them.
+
+    The lock guards the table of parts and the sending flag; one thread at a time sends bytes, outside the lock.
+    """
+
+    def __init__(self, store: RemoteStore, key: str) -> None:
+        self._store, self._key = store, key
+        self._changed = Condition()
+        self._next = 0
+        self._early: dict[int, bytes] = {}
+        self._is_sending = False
+        self._is_open = True
+        self._error: StoreError | None = None
+        self._held: list[bytes] = []
+        self._n_bytes = 0
+        self._writer: ObjectWriter | None = None
+
+    def put_part(self, number: int, data: Buffer) -> None:
+        """Send the part, or keep a copy until its turn."""
+        part = bytes(data)
+        with self._changed:
+            self._admit(number, len(part))
+            self._early[number] = part
+            if self._is_sending:
+                return
+            self._is_sending = True
+        try:
+            while (due := self._take_due()) is not None:
+                self._send(due)
+        except BaseException as error:
+            with self._changed:
+                broken = StoreError(f"put_part {number}: interrupted", url=self._key, retryable=False)
+                self._error = error if isinstance(error, StoreError) else broken
+                self._is_sending = False
+                self._changed.notify_all()
+            raise
+
+    def _admit(self, number: int, n_bytes: int) -> None:
+        def has_room() -> bool:
+            early_bytes = sum(map(len, self._early.values()))
+            return number == self._next or early_bytes + n_bytes <= _AHEAD_BYTES or not self._is_open
+
+        if not self._changed.wait_for(has_room, _AHEAD_WAIT_S):
+            message = f"put_part {number}: part {self._next} is still missing after {_AHEAD_WAIT_S:g} s"
+            raise StoreError(message, url=self._key, retryable=False)
+        if self._error is not None:
+            raise self._error
+        if not self._is_open or number < self._next or number in self._early:
+            raise ValueError(f"{self._key}: part {number}: each part must come once, before complete() or abort()")
+
+    def _take_due(self) -> bytes | None:
+        with self._changed:
+            part = self._early.pop(self._next, None)
+            if part is None:
+                # Cleared under the lock: the thread of a later part sees that no thread sends, and sends the part
+                # itself.
+                self._is_sending = False
+                self._changed.notify_all()
+                return None
+            self._next += 1
+            self._changed.notify_all()
+            return part
+
+    def _send(self, part: bytes) -> None:
+        self._n_bytes += len(part)
+        self._held.append(part)
+        if self._writer is None and self._n_bytes > _HOLD_BYTES:
+            self._writer = self._store.open_writer(self._key)
+        if self._writer is not None:
+            held, self._held = self._held, []
+            for data in held:
+                self._store.write(self._key, self._writer, data)
+
+    def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
+        """Publish the object. A small object takes one request, a large one is checked for if_absent just before."""
+        if not self._stop():
+            raise ValueError(f"{self._key}: the upload is already completed or aborted")
+        try:
+            if self._error is not None:
+                raise self._error
+            if self._early:
+                raise ValueError(
+                    f"{self._key}: part {self._next} is missing; parts are numbered 0, 1, 2, ... without gaps"
+                )
+            if self._writer is None:
+                data = b"".join(self._held)
+                if not if_absent:
+                    return self._store.put(self._key, data)
+                return self._store.put_new(self._key, data) or self._store.head(self._key)
+            if if_absent and not self._store.is_absent(self._key):
+                raise KeyExists
+        except KeyExists:
+            self._drop()
+            return None
+        except BaseException:
+            self._drop()
+            raise
+        return self._store.publish(self._key, self._writer, self._n_bytes)
+
+    def abort(self) -> None:
+        """Discard the bytes sent."""
+        if self._stop():
+            self._drop()
+
+    def _stop(self) -> bool:
+        with self._changed:
+            was_open, self._is_open = self._is_open, False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._is_sending)
+            return was_open
+
+    def _drop(self) -> None:
+        self._held.clear()
+        self._early.clear()
+        if self._writer is not None:
+            self._store.discard(self._key, self._writer)
