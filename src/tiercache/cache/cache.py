@@ -519,10 +519,10 @@ class Cache:
             wanted: Copy to verify.
 
         Returns:
-            True: The copy is missing, or was corrupt and is now quarantined. False: It is what the source sent.
+            True: The copy is missing, or was corrupt and is removed. False: It is what the source sent.
         """
         opened = self._while_reading()
-        return opened is None or check.verify_copy(opened, wanted)
+        return opened is None or opened.verify_copy(wanted)
 
     def drop_objects(self, sources: Sequence[str]) -> None:
         """Evict the copies of objects without identity at some URLs and below them.
@@ -542,7 +542,7 @@ class Cache:
         The keys are bytes_used, limit_bytes and pinned_bytes, and the counters: hits (the copy was cached before this
         process asked for it), misses, prefetched (misses for which this process had already fetched the data with
         fetch_ahead()), bytes_hit, bytes_fetched, evicted, evicted_early (evicted, and fetched again soon after),
-        quarantined (corrupt copies) and poisoned (objects that are corrupt at their source).
+        quarantined (corrupt copies, which were removed) and poisoned (objects that are corrupt at their source).
         """
         return admin.stats(self._open(), self.limit_bytes)
 
@@ -563,8 +563,7 @@ class Cache:
         The further keys are path, policy, free_floor, shared; n_copies, n_parts (partial copies), reserved_bytes,
         disk_free_bytes, disk_total_bytes, network_file_system, writable, bypassed (the disk fails, and reads bypass the
         cache); figures and hit_ratio (of all processes since the catalog was created); holders (see Holder); plans
-        (label of each live reading plan); poisoned_now (objects known to be corrupt at their source) and reports
-        (copies that were found to be corrupt here).
+        (label of each live reading plan) and poisoned_now (objects known to be corrupt at their source).
         """
         return admin.status(self._open(), self.limit_bytes) | {
             "path": str(self._options.path),
@@ -668,8 +667,8 @@ class Cache:
 
         Args:
             names: Names of the copies to verify (see entries()); None verifies all copies.
-            repair: Whether to quarantine corrupt copies. They are fetched again when they are next used.
-            store: Store from which the quarantined copies are fetched again at once (a cached store, or the store
+            repair: Whether to remove corrupt copies. They are fetched again when they are next used.
+            store: Store from which the removed copies are fetched again at once (a cached store, or the store
                 inside it). It requires repair=True.
             jobs: Number of copies that are read at the same time.
             on_progress: Callback that the calling thread calls after each copy.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.cache import quarantine as quarantine_module
+from tiercache.cache import corrupt_sources
 from tiercache.cache.fetch.download import Download
 from tiercache.cache.fetch.partial import CopyHandle, PartialCopy, charge_of, hold_part, map_bytes
 from tiercache.cache.fetch.units import Mask, checksum_of, n_units
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from tiercache.cache.folder import Folder, Owners
     from tiercache.cache.machine import Breaker, Notices
     from tiercache.cache.names import CopySpec
-    from tiercache.cache.quarantine import Quarantine
     from tiercache.catalog import Accounts
     from tiercache.stats import Counters
 
@@ -191,6 +190,7 @@ class PartialFetch:
 # too.
 LOCK_WAIT_S = 60.0
 SLOWEST_BYTES_S = 2e6
+REMOVE_WAIT_S = 10.0
 # How often a partial copy is started again after its name was removed while it grew: by another process on a file
 # system where flock is not enforced, or by hand.
 MAX_BEGINNINGS = 3
@@ -208,7 +208,6 @@ class Publisher:
     owners: Owners
     accounts: Accounts
     evictor: Evictor
-    quarantine: Quarantine
     breaker: Breaker
     notices: Notices
     counters: Counters
@@ -369,18 +368,41 @@ class Publisher:
 
     def _remove_damaged(self, wanted: CopySpec) -> None:
         """Remove a copy of the wrong size: a power failure or a person truncated it."""
-        size = self.folder.size_of(wanted.name)
-        if size not in (None, wanted.n_bytes):
-            said = f"it had {size:,} bytes instead of {wanted.n_bytes:,}"
-            self.quarantine.report(wanted.name, wanted.n_bytes, reason="it was truncated", verdict=said)
+        if self.folder.size_of(wanted.name) not in (None, wanted.n_bytes):
             self.remove(wanted.name)
+            self.counters.add("quarantined")
 
     def remove(self, name: str) -> None:
         """Remove a corrupt copy, whole or partial. Readers keep the files that they have open."""
-        with self.quarantine.unlinking(name):
-            self.folder.remove_copy(name)
-            self.accounts.remove([name])
+        self.folder.remove_copy(name)
+        crash_point("corrupt.removed")
+        self.accounts.remove([name])
         self.unrecorded.discard(name)
+
+    def remove_corrupt(self, name: str, fd: int) -> bool:
+        """Remove the corrupt copy that fd is open on; return False if another process has done so.
+
+        The race with another reader of the same copy: (1) both verify the file, (2) the other one removes it and a
+        correct copy takes its name, (3) this one removes the correct copy. Therefore the copy is removed only while it
+        is the file that was verified.
+
+        Raises:
+            OSError: The disk or the catalog failed; the copy may still be in place.
+        """
+        lock = NameLock(self.folder.locks / name)
+        try:
+            # Without the lock the result is the same, except for a second download.
+            wait_for(lock.try_acquire, REMOVE_WAIT_S)
+            try:
+                is_same = os.path.samestat(os.lstat(self.folder.copy_path(name)), os.fstat(fd))
+            except FileNotFoundError:
+                is_same = False
+            if is_same:
+                self.remove(name)
+                self.counters.add("quarantined")
+            return is_same
+        finally:
+            lock.release()
 
     # -- download ------------------------------------------------------------------------------------------------------
 
@@ -467,8 +489,6 @@ class Publisher:
         was_first = self._commit(wanted, whole, part)
         if not was_first:  # without enforced flock: the copy that has the name is the one that counts
             self._offer_copy(fetch)
-        if self.quarantine.awaits(wanted.name):
-            self.quarantine.compare(wanted.name)
         return None
 
     def _commit(self, wanted: CopySpec, whole: int, part: PartialCopy | None = None) -> bool:
@@ -523,8 +543,8 @@ class Publisher:
     def _remember_poison(self, wanted: CopySpec, found: int) -> None:
         self.counters.add("poisoned")
         if wanted.crc32c is not None:
-            quarantine_module.record_corrupt_source(
-                self.folder, wanted.name, quarantine_module.CorruptSource(wanted.source, wanted.crc32c, found)
+            corrupt_sources.record_corrupt_source(
+                self.folder, wanted.name, corrupt_sources.CorruptSource(wanted.source, wanted.crc32c, found)
             )
 
 
