@@ -84,7 +84,7 @@ class MachineWorld:
     # -- caches -----------------------------------------------------------------------------------------------------
 
     def open_cache(self, size: int, policy: str) -> Cache:
-        cache = Cache(self.folder, size=size, policy=policy, free_floor="0%")
+        cache = Cache(self.folder, size=size, policy=policy, min_free="0%")
         self.caches.append(cache)
         return cache
 

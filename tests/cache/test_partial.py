@@ -263,7 +263,7 @@ def read_in_pieces(path, source, log, identity, number, barrier):
     """In a child: read all of a shard, beginning somewhere else than the others; ends with 0 if all was right."""
     data = (source / "a").read_bytes()
     n_pieces = 16
-    with tc.Cache(path, size="200MB", free_floor=0) as cache:
+    with tc.Cache(path, size="200MB", min_free=0) as cache:
         barrier.wait()
         right = True
         with cache.store(Log(LocalFolder(source), log)).open_local("a", identity) as lease:

@@ -121,7 +121,7 @@ class SlowLog(WrapperStore):
 
 def read_all(path, source, log, identities, barrier, answers):
     """In a child: read every shard and say which were right."""
-    with Cache(path, size="100MB", free_floor=0) as cache:
+    with Cache(path, size="100MB", min_free=0) as cache:
         store = cache.store(SlowLog(LocalFolder(source), log))
         barrier.wait()
         right = 0

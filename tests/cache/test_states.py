@@ -50,7 +50,7 @@ class CacheStates(RuleBasedStateMachine):
         for key, data in DATA.items():
             self.source.put(key, data)
         self.policies = policies
-        self.caches = [Cache(self.root / "c", size=LIMIT, policy=p, free_floor=0) for p in policies]
+        self.caches = [Cache(self.root / "c", size=LIMIT, policy=p, min_free=0) for p in policies]
         self.leases = {}
         self.pinned = set()
         self.evictable = set()

@@ -185,7 +185,7 @@ def test_of_several_processes_one_copies(packed, tmp_path):
 
 
 def test_what_the_cache_has_fetched_is_not_fetched_twice(packed, tmp_path):
-    with HttpFaultServer() as server, tc.Cache(tmp_path / "cache", size="64MiB", free_floor="0%") as cache:
+    with HttpFaultServer() as server, tc.Cache(tmp_path / "cache", size="64MiB", min_free="0%") as cache:
         moved = Moved(packed, LocalFolder(tmp_path / "home" / "data"))
         served = ServedStore(server, "cold")
         hot = LocalFolder(tmp_path / "nvme" / "data")

@@ -13,6 +13,6 @@ policies.
 """
 
 from tiercache.cache.admin import Entry, WarmPlan, WarmProgress, WarmReport
-from tiercache.cache.cache import Cache, CachedStore
+from tiercache.cache.cache import Cache, CachedStore, drop_objects
 
-__all__ = ["Cache", "CachedStore", "Entry", "WarmPlan", "WarmProgress", "WarmReport"]
+__all__ = ["Cache", "CachedStore", "Entry", "WarmPlan", "WarmProgress", "WarmReport", "drop_objects"]

@@ -519,7 +519,7 @@ def _full(writing: WriteSession, need_bytes: int, freeable_bytes: int) -> CacheF
     return CacheFull(
         f"cache {writing.folder.root}: {format_bytes(need_bytes)} more are needed, but of {format_bytes(limit)}, "
         f"{format_bytes(used + reserved)} are used, {format_bytes(freeable_bytes)} of which can be evicted, and the "
-        f"disk has {format_bytes(max(writing.evictor.spare_bytes(), 0))} above free_floor; evict or unpin copies, "
+        f"disk has {format_bytes(max(writing.evictor.spare_bytes(), 0))} above min_free; evict or unpin copies, "
         "enlarge the cache, or request less",
         need_bytes=need_bytes,
         freeable_bytes=freeable_bytes,

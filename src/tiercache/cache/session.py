@@ -56,7 +56,7 @@ class WriteSession:
         me = str(self.owners.me)
         self.accounts = Accounts(folder.catalog, me, self.owners, wal=folder.network is None, boot=boot_id())
         self.plans = ReadingPlans(folder, self.owners)
-        rules = EvictorOptions(options.policy, options.free_floor)
+        rules = EvictorOptions(options.policy, options.min_free)
         self.evictor = Evictor(folder, self.accounts, counters, self.plans, rules)
         self.breaker = Breaker()
         self.publisher = Publisher(folder, self.owners, self.accounts, self.evictor, self.breaker, notices, counters)
@@ -138,7 +138,7 @@ class CacheOptions:
         path: Folder of the cache.
         size: Size limit: a number of bytes, "200GB", or "80%" of the disk.
         policy: Name of the eviction policy.
-        free_floor: Disk space that stays free.
+        min_free: Disk space that stays free.
         shared: "group": The folder's group may read the copies, and a folder of another user is trusted. None: The mode
             of the folder decides.
     """
@@ -146,13 +146,13 @@ class CacheOptions:
     path: Path
     size: int | str
     policy: str = "plan"
-    free_floor: str = "5%"
+    min_free: int | str = "5%"
     shared: Literal["group"] | None = None
 
     def __post_init__(self) -> None:
         """Check the values. Raises ValueError or TypeError."""
         parse_bytes(self.size, whole_bytes=1)
-        parse_bytes(self.free_floor, whole_bytes=1)
+        parse_bytes(self.min_free, whole_bytes=1)
         if self.policy not in POLICIES:
             raise ValueError(f"no policy is called {self.policy!r}; there are {', '.join(sorted(POLICIES))}")
         if self.shared not in (None, "group"):
@@ -444,8 +444,12 @@ class CacheSession:
             )
 
     def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan | None:
-        """Publish a reading plan to all users of the folder; return None if the folder is read-only. Raises OSError."""
-        return None if self.writing is None else self.writing.plans.publish(names, plan)
+        """Publish a reading plan to all users of the folder; return None if the folder cannot be written."""
+        try:
+            return None if self.writing is None else self.writing.plans.publish(names, plan)
+        except OSError as error:
+            self.notices.warn("plan", f"cache {self.folder.root}: a reading plan cannot be published ({error})")
+            return None
 
     # -- corrupt copies ------------------------------------------------------------------------------------------------
 

@@ -266,8 +266,8 @@ class Publisher:
         used_bytes, reserved_bytes, limit_bytes = self.accounts.sums()
         spare_bytes = max(self.evictor.spare_bytes(), 0)
         if spare_bytes < need_bytes:
-            why = f"the disk has only {format_bytes(spare_bytes)} left above the cache's free_floor"
-            do = "free disk space, lower free_floor=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
+            why = f"the disk has only {format_bytes(spare_bytes)} left above the cache's min_free"
+            do = "free disk space, lower min_free=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
         else:
             taken = f"{format_bytes(used_bytes + reserved_bytes)} of {format_bytes(limit_bytes)}"
             why = f"{taken} are used by copies that are pinned, in use or needed sooner"
