@@ -415,8 +415,7 @@ class CacheSession:
             if len(self._ahead) >= MOST_AHEAD:
                 self._ahead.clear()
             self._ahead[wanted.name] = True
-            with CopyLease(wanted.n_bytes, join=partial(writing.fetcher.join, wanted, store)) as lease:
-                lease.prefetch(asked)
+            writing.fetcher.prefetch(wanted, store, asked)
 
     def _admits(self, writing: WriteSession, wanted: CopySpec, need_bytes: int | None = None) -> bool:
         need_bytes = wanted.n_bytes if need_bytes is None else need_bytes

@@ -297,7 +297,7 @@ class Publisher:
                 if fetch.cancel.is_set():
                     raise StoreError("cancelled", url=wanted.source, retryable=True)
                 if not is_there or lock.is_held:
-                    self._serve(fetch, lock)
+                    self._fetch(fetch, lock)
                     return
         finally:
             lock.release()
@@ -324,21 +324,25 @@ class Publisher:
 
     # -- existing copies -----------------------------------------------------------------------------------------------
 
-    def _serve(self, fetch: Fetch, lock: NameLock) -> None:
-        """Serve the request from an existing copy, or fetch what is missing.
-
-        Fetch once more if the bytes were corrupt.
-        """
+    def _fetch(self, fetch: Fetch, lock: NameLock) -> None:
+        """Serve the request from an existing copy, or fetch what is missing, and once more if it was corrupt."""
         if self._offer_copy(fetch):
             return
-        found = 0
+        wanted, wrong = fetch.wanted, None
         for _ in range(2):
             wrong = self._fetch_missing(fetch, lock)
             if wrong is None:
                 return
-            found = wrong
-        self._remember_poison(fetch.wanted, found)
-        raise _wrong_sum(fetch.wanted, found)
+        self.counters.add("poisoned")
+        expected = "?"
+        if wanted.crc32c is not None:
+            expected = f"{wanted.crc32c:08x}"
+            corrupt = corrupt_sources.CorruptSource(wanted.source, wanted.crc32c, wrong)
+            corrupt_sources.record_corrupt_source(self.folder, wanted.name, corrupt)
+        raise CorruptShard(
+            f"corrupt at its source: two fetches did not match the checksum (CRC-32C {wrong:08x}, expected {expected})",
+            url=wanted.source,
+        )
 
     def _offer_copy(self, fetch: Fetch) -> bool:
         fd = self._existing(fetch.wanted)
@@ -434,11 +438,26 @@ class Publisher:
         return None
 
     def _fetch_into(self, fetch: Fetch, growth: PartialFetch) -> int | None:
-        """Extend one partial copy; see _grow()."""
+        """Extend one partial copy; see _fetch_missing().
+
+        If the disk is full, evict and retry once; then refuse the missing units.
+        """
         download = Download(fetch, growth.part, growth.admit, self.counters, growth.present)
         while True:
+            was_full = False
             while fetch.missing_units()[0].any():
-                self._run_download(growth, download)
+                try:
+                    download.run()
+                    was_full = False
+                except OSError as error:
+                    if isinstance(error, StoreError) or not is_disk_full(error):
+                        raise
+                    if was_full:
+                        fetch.refuse(fetch.missing_units()[0])
+                        self.disk_is_full()
+                    else:
+                        self.evictor.free_disk(growth.reserved_bytes, spare=fetch.spare | {fetch.wanted.name})
+                    was_full = not was_full
             if growth.is_whole():
                 growth.note(0)
                 wrong = self._publish(fetch, growth.part(), download.whole_sum())
@@ -450,23 +469,6 @@ class Publisher:
             if fetch.close_if_done():
                 growth.book()
                 return None
-
-    def _run_download(self, growth: PartialFetch, download: Download) -> None:
-        """Run the download. If the disk is full, evict and retry once; then refuse the missing units."""
-        fetch = growth.fetch
-        for is_last in (False, True):
-            try:
-                download.run()
-            except OSError as error:
-                if isinstance(error, StoreError) or not is_disk_full(error):
-                    raise
-                if is_last:
-                    fetch.refuse(fetch.missing_units()[0])
-                    self.disk_is_full()
-                else:
-                    self.evictor.free_disk(growth.reserved_bytes, spare=fetch.spare | {fetch.wanted.name})
-            else:
-                return
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 
@@ -540,13 +542,6 @@ class Publisher:
             return most
         return min(max(self.folder.charge_of(wanted.name) or 0, least), most)
 
-    def _remember_poison(self, wanted: CopySpec, found: int) -> None:
-        self.counters.add("poisoned")
-        if wanted.crc32c is not None:
-            corrupt_sources.record_corrupt_source(
-                self.folder, wanted.name, corrupt_sources.CorruptSource(wanted.source, wanted.crc32c, found)
-            )
-
 
 def _offer(fetch: Fetch, held: CopyHandle) -> Mask:
     """Give a handle to a fetch, which then owns it, and return the units that are present.
@@ -560,11 +555,3 @@ def _offer(fetch: Fetch, held: CopyHandle) -> Mask:
         raise
     fetch.set_file(held, present)
     return present
-
-
-def _wrong_sum(wanted: CopySpec, found: int) -> CorruptShard:
-    expected = "?" if wanted.crc32c is None else f"{wanted.crc32c:08x}"
-    return CorruptShard(
-        f"corrupt at its source: two fetches did not match the checksum (CRC-32C {found:08x}, expected {expected})",
-        url=wanted.source,
-    )
