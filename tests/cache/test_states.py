@@ -180,7 +180,7 @@ class CacheStates(RuleBasedStateMachine):
 
 
 TestCacheStates = CacheStates.TestCase
-TestCacheStates.settings = settings(max_examples=25, stateful_step_count=25)
+TestCacheStates.settings = settings(max_examples=12, stateful_step_count=25)
 
 
 @pytest.mark.fuzz

@@ -119,36 +119,17 @@ class PartialFetch:
         """Return the partial copy to write to; the first call creates it. Raises OSError."""
         part = self._part
         if part is None:
-            part = self._made()
+            folder, name, n_bytes = self._publisher.folder, self._wanted.name, self._wanted.n_bytes
+            try:
+                part = PartialCopy.create(folder, name, n_bytes)
+            except FileExistsError:  # without enforced flock: another process has created one since the last check
+                found = PartialCopy.open(folder, name, n_bytes)
+                if found is None:
+                    raise FileNotFoundError(errno.ENOENT, "gone as soon as it was made", name) from None
+                part = found
             self._begin(part)
             self._part, self.present = part, part.present
         return part
-
-    def _made(self) -> PartialCopy:
-        """Create a partial copy.
-
-        On file systems where flock is not enforced, another process may have created one since the last check, or may
-        have completed the copy.
-        """
-        folder, name, n_bytes = self._publisher.folder, self._wanted.name, self._wanted.n_bytes
-        try:
-            part = PartialCopy.create(folder, name, n_bytes)
-        except FileExistsError:
-            found = PartialCopy.open(folder, name, n_bytes)
-            if found is None:
-                raise FileNotFoundError(errno.ENOENT, "gone as soon as it was made", name) from None
-            return found
-        try:
-            copy_fd = open_leased(folder, name, n_bytes)
-            if copy_fd is None:
-                return part
-            os.close(copy_fd)
-            part.unlink_names(keep_map=False)
-        except BaseException:
-            part.close()
-            raise
-        part.close()
-        raise FileNotFoundError(errno.ENOENT, "it is a copy already", name)
 
     def book(self) -> None:
         """Set the charge of the partial copy in the accounts to its present size; one without units is removed."""
