@@ -103,7 +103,7 @@ def main() -> None:
         command = [sys.executable, "-c", SERVE, str(folder / "zstd")]
         with (
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server,
-            tc.Cache(folder / "cache", size=stored_bytes // 2, free_floor=0) as cache,
+            tc.Cache(folder / "cache", size=stored_bytes // 2, min_free=0) as cache,
         ):
             url = server.stdout.readline().strip() if server.stdout else ""
             places = {"raw": folder / "raw", "zstd": folder / "zstd", "remote": f"{url}/data"}

@@ -54,7 +54,7 @@ def make(folder: Path, n_shards: int) -> list[tuple[str, ShardIdentity]]:
 
 def fill(path: Path, url: str, objects: Sequence[tuple[str, ShardIdentity]]) -> None:
     """Put copies of the objects into the cache: sparse files of the right size, and their catalog entries."""
-    with Cache(path, size="100TB", free_floor="0%") as cache:
+    with Cache(path, size="100TB", min_free="0%") as cache:
         store = cache.store(open_store(url))
         for key, identity in objects:
             wanted = store.wanted(key, identity)
@@ -94,8 +94,8 @@ def measure(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     shards = read_shards(store, latest(store))
     choice = ShardSelection(training=Training(1, ranks=(3,), world_size=N_RANKS))
     with (
-        Cache(folder / "empty", size="100TB", free_floor="0%") as empty,
-        Cache(folder / "some", size="100TB", free_floor="0%") as some,
+        Cache(folder / "empty", size="100TB", min_free="0%") as empty,
+        Cache(folder / "some", size="100TB", min_free="0%") as some,
     ):
         cases: dict[str, Callable[[], Any]] = {
             "open": lambda: read_shards(store, latest(store)),

@@ -86,7 +86,7 @@ def run(job: Job) -> dict[str, Any]:
     # Expected here: the data set is larger than the cache.
     warnings.filterwarnings("ignore", message=".*will be fetched again in every epoch", category=RuntimeWarning)
     memory, started_s = _PrivateMemory(), time.perf_counter()
-    cache = Cache(job.cache_dir, size=job.cache_bytes, policy=job.policy, free_floor="0%")
+    cache = Cache(job.cache_dir, size=job.cache_bytes, policy=job.policy, min_free="0%")
     datasets = [tc.Dataset(url, cache=cache, storage_options=job.storage_options) for url in job.urls]
     dataset = datasets[0] if len(datasets) == 1 else tc.mix(datasets, [1.0] * len(datasets))
     options = tc.LoaderOptions(

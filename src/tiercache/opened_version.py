@@ -77,7 +77,7 @@ class VersionStores:
             ranges: Byte ranges in question; None: the whole shard.
         """
         if isinstance(self.store, CachedStore):
-            return self.store.is_here(key, identity, ranges)
+            return self.store.is_cached(key, identity, ranges)
         if self.tiers.has_moved:
             return self._is_at_a_disk(key, identity)
         return isinstance(self.inner, LocalStore | MemoryStore)
@@ -117,7 +117,7 @@ class VersionStores:
         """
 
         def is_cached(i: int) -> bool:
-            return isinstance(self.store, CachedStore) and self.store.is_here(keys[i].as_py(), identity(i))
+            return isinstance(self.store, CachedStore) and self.store.is_cached(keys[i].as_py(), identity(i))
 
         self.tiers.prepare_reading(keys, is_cached, reads_all=reads_all)
 
@@ -163,7 +163,7 @@ class ShardOpener:
     def open_past_cache(self, shard: int, **how: Any) -> ShardReader:
         """Open a shard at its source unless the cache already holds it."""
         store, info = self.store, self.table.info(shard)
-        if isinstance(store, CachedStore) and not store.is_here(info.name, info.identity(self.dataset_id)):
+        if isinstance(store, CachedStore) and not store.is_cached(info.name, info.identity(self.dataset_id)):
             store = store.inner
         return self._open_through(store, shard, **how)
 
@@ -574,7 +574,7 @@ class OpenedVersion:
     def _footer(self, shard: int) -> Footer:
         if isinstance(self.store, CachedStore) and shard not in self._readers:
             info = self.table.info(shard)
-            if not self.store.is_here(info.name, self.identity(shard), [ByteRange(info.footer_offset, info.n_bytes)]):
+            if not self.store.is_cached(info.name, self.identity(shard), [ByteRange(info.footer_offset, info.n_bytes)]):
                 # The order of a shard group needs all footers of the group. A few KiB for each one now are cheaper than
                 # fetching each shard completely before the first batch.
                 footer = fetch_footer(self.access.placed.by_ranges, info.name, info)

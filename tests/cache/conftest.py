@@ -17,7 +17,7 @@ from tiercache.store import LocalFolder
 
 @pytest.fixture(params=["locks hold", "locks lie"])
 def locks(request, monkeypatch):
-    """Every test with a world runs twice: with flock, and with a flock that does nothing and says it did."""
+    """A test that takes this runs twice: with flock, and with a flock that does nothing and says it did."""
     if request.param == "locks lie":
         monkeypatch.setattr(fcntl, "flock", lambda fd, operation: None)
     return request.param
@@ -68,7 +68,7 @@ class World:
         return ShardIdentity("d" * 32, key.encode().hex(), len(data), crc32c(data))
 
     def cache(self, size="10MB", name="cache", **options) -> Cache:
-        cache = Cache(self.root / name, size=size, **{"free_floor": "0%"} | options)
+        cache = Cache(self.root / name, size=size, **{"min_free": "0%"} | options)
         self.caches.append(cache)
         return cache
 
@@ -120,7 +120,7 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path, locks):
+def world(tmp_path):
     world = World(tmp_path)
     yield world
     for cache in world.caches:

@@ -84,7 +84,7 @@ class MachineWorld:
     # -- caches -----------------------------------------------------------------------------------------------------
 
     def open_cache(self, size: int, policy: str) -> Cache:
-        cache = Cache(self.folder, size=size, policy=policy, free_floor="0%")
+        cache = Cache(self.folder, size=size, policy=policy, min_free="0%")
         self.caches.append(cache)
         return cache
 
@@ -213,8 +213,7 @@ class MachineWorld:
         return [f"{excess_bytes} bytes over the limit, {before_bytes} before; {sorted(could_go)} could go"]
 
     def look(self) -> FolderCheck:
-        inodes = [os.fstat(lease.fd).st_ino for lease, _, _ in self.held]
-        return FolderCheck(self.folder, Expected(self.expected_data(), self.foreign, self.pins, self.rotten, inodes))
+        return FolderCheck(self.folder, Expected(self.expected_data(), self.foreign, self.pins, self.rotten))
 
     def problems(self) -> list[str]:
         self.quiet()

@@ -182,7 +182,7 @@ def test_closing_in_mid_fetch_ends_the_wait_without_a_copy(world):
 
 
 def test_a_cache_that_is_forgotten_closes_itself(world):
-    cache = Cache(world.root / "cache", size="1MB", free_floor=0)
+    cache = Cache(world.root / "cache", size="1MB", min_free=0)
     owners = world.root / "cache" / "owners"
     assert len(list(owners.iterdir())) == 1
     del cache
@@ -238,7 +238,7 @@ def test_warming_what_is_here_already_needs_no_room(world):
     cache = world.cache()
     cache.warm(world.inner, pairs)
     cache.close()
-    full = world.cache(free_floor="100%")
+    full = world.cache(min_free="100%")
     assert full.warm(world.inner, pairs).n_fetched == 0
     assert full.pin(world.inner, pairs).n_fetched == 0
 
@@ -279,7 +279,7 @@ def test_status_counts_copies_in_part_and_plans(world):
         assert lease.wait([ByteRange(0, 9000)])
     names = np.frombuffer(bytes.fromhex(name_of_identity(world.identity("a"))), np.uint8).reshape(1, 20)
     one = np.zeros(1, np.int64)
-    plan = cache.publish(names, ReadingPlan("rank 0 of 1", one, one, one + 1, one + 2))
+    plan = world.store(cache).publish(names, ReadingPlan("rank 0 of 1", one, one, one + 1, one + 2))
     status = cache.status()
     assert (status["n_copies"], status["n_parts"]) == (0, 1)
     assert len(status["plans"]) == 1
@@ -318,7 +318,7 @@ def test_a_pickled_cache_is_the_same_cache(world):
     cache = world.cache(policy="lru", shared="group")
     copy = pickle.loads(pickle.dumps(cache))
     world.caches.append(copy)
-    names = ("path", "policy", "free_floor", "shared", "limit_bytes")
+    names = ("path", "policy", "min_free", "shared", "limit_bytes")
     assert [copy.status()[name] for name in names] == [cache.status()[name] for name in names]
 
 
@@ -327,5 +327,12 @@ def test_a_size_that_no_disk_has_is_an_error_and_no_overflow(tmp_path, size):
     with pytest.raises(ValueError, match="not a size"):
         Cache(tmp_path / "c", size=size)
     with pytest.raises(ValueError, match="not a size"):
-        Cache(tmp_path / "c", size="1MB", free_floor=size)
+        Cache(tmp_path / "c", size="1MB", min_free=size)
     assert not (tmp_path / "c").exists()
+
+
+def test_the_former_name_of_min_free_still_works_and_warns(tmp_path):
+    with pytest.warns(DeprecationWarning, match="min_free"):
+        cache = Cache(tmp_path / "c", size="1MB", free_floor="100%")
+    assert cache.status()["min_free"] == "100%"
+    cache.close()

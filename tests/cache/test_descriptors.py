@@ -108,7 +108,6 @@ def test_a_part_that_cannot_be_gone_on_with_leaves_nothing_open(folder, part, mo
                 patch.setattr(partial, "boot_id", lambda: "another-boot")
             return PartialCopy.open(folder, NAME, N_BYTES)
 
-    monkeypatch.setattr(partial, "SETTLE_S", 0.01)
     check_each_call(monkeypatch, folder, of_boot)
 
 
@@ -159,12 +158,6 @@ def fetch_in_vain(world):
 
 def test_a_new_part_is_closed_where_one_cannot_look_for_a_copy(world, monkeypatch):
     monkeypatch.setattr(publish, "open_leased", refuse)
-    fetch_in_vain(world)
-
-
-def test_a_new_part_beside_a_copy_is_closed_where_it_cannot_be_removed(world, monkeypatch):
-    monkeypatch.setattr(publish, "open_leased", lambda *_: os.open(os.devnull, os.O_RDONLY))
-    monkeypatch.setattr(PartialCopy, "unlink_names", refuse)
     fetch_in_vain(world)
 
 

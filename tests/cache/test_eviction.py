@@ -183,7 +183,9 @@ def put_shards(world, keys):
 def publish(world, cache, uses):
     """A plan: by key (first, last, then)."""
     first, last, then = (np.array(column, np.int64) for column in zip(*uses.values(), strict=True))
-    return cache.publish(name_rows(world, uses), ReadingPlan("test", np.arange(len(uses)), first, last, then))
+    return world.store(cache).publish(
+        name_rows(world, uses), ReadingPlan("test", np.arange(len(uses)), first, last, then)
+    )
 
 
 def cached(cache):

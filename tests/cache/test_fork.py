@@ -49,9 +49,7 @@ def test_a_childs_end_leaves_the_parents_lease_locked(world, locks):
         assert os.pread(lease.fd, 10_000, 0) == world.data["a"]
 
 
-def test_a_child_has_a_lock_of_its_own_on_the_lease_it_inherits(world, locks):
-    if locks == "locks lie":
-        pytest.skip("about locks that hold")
+def test_a_child_has_a_lock_of_its_own_on_the_lease_it_inherits(world):
     identity = world.put("a")
     store = world.store()
     ready, go_on = os.pipe(), os.pipe()
@@ -134,9 +132,7 @@ def test_a_pickled_store_is_the_same_cache(world):
     copy.cache.close()
 
 
-def test_a_spawned_process_reads_through_a_pickled_store(world, locks):
-    if locks == "locks lie":
-        pytest.skip("a spawned process has its own flock")
+def test_a_spawned_process_reads_through_a_pickled_store(world):
     world.put("a")
     store = world.cache().store(world.folder)
     context = multiprocessing.get_context("spawn")

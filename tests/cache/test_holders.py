@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tiercache.cache import machine
-from tiercache.cache.machine import command_of, holders_of, is_locked, locked_inodes
+from tiercache.cache.machine import command_of, holders_of, locked_inodes
 
 pytestmark = pytest.mark.skipif(not os.access("/proc/locks", os.R_OK), reason="no /proc/locks here")
 
@@ -28,14 +28,14 @@ def test_a_lock_is_seen_until_descriptor_and_mapping_are_gone(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 5000)
     with (tmp_path / "a").open("rb") as file:
         inode = os.fstat(file.fileno()).st_ino
-        assert not is_locked(inode)
+        assert inode not in locked_inodes()
         fcntl.flock(file, fcntl.LOCK_SH)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         (tmp_path / "a").unlink()
         assert os.getpid() in locked_inodes()[inode]
-    assert is_locked(inode), "the mapping holds the open file, and its lock"
+    assert inode in locked_inodes(), "the mapping holds the open file, and its lock"
     mapped.close()
-    assert not is_locked(inode)
+    assert inode not in locked_inodes()
 
 
 def test_processes_are_told_with_their_command_and_what_they_hold(tmp_path):
@@ -65,6 +65,5 @@ def test_an_inode_number_of_another_disk_is_nobodys(tmp_path):
 def test_without_proc_nobody_is_seen_and_nothing_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "_LOCKS", Path(tmp_path / "nothing"))
     assert locked_inodes() is None
-    assert not is_locked(1)
     assert holders_of(tmp_path, {"a": 1}) == []
     assert command_of(1 << 30) == ""

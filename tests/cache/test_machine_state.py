@@ -232,7 +232,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(max_examples=20, stateful_step_count=20)
+TestCacheMachine.settings = settings(max_examples=6, stateful_step_count=20)
 
 
 @pytest.mark.stress

@@ -13,7 +13,6 @@ from tests.support.stores import GateStore
 
 import tiercache as tc
 from tiercache.cache.fetch import partial
-from tiercache.cache.fetch.publish import Publisher
 from tiercache.cache.names import name_of_identity
 from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ByteRange
@@ -263,7 +262,7 @@ def read_in_pieces(path, source, log, identity, number, barrier):
     """In a child: read all of a shard, beginning somewhere else than the others; ends with 0 if all was right."""
     data = (source / "a").read_bytes()
     n_pieces = 16
-    with tc.Cache(path, size="200MB", free_floor=0) as cache:
+    with tc.Cache(path, size="200MB", min_free=0) as cache:
         barrier.wait()
         right = True
         with cache.store(Log(LocalFolder(source), log)).open_local("a", identity) as lease:
@@ -324,50 +323,3 @@ def test_a_forked_child_keeps_its_lease_on_a_part_and_asks_for_nothing_more_by_i
             os._exit(0 if is_right and not wait(lease, (MIB, MIB + 1)) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert wait(lease, (MIB, MIB + 1))
-
-
-# -- where locks lie: two that begin one copy at the same time ------------------------------------------------------
-
-
-def test_a_part_that_another_makes_while_one_looks_for_it_keeps_its_name(world, monkeypatch):
-    world.put("a", 4 * UNIT)
-    cache = world.cache()
-    folder, name = cache._open().folder, "0" * 40
-    others = []
-    look = partial._open_pair
-
-    def look_too_early(*args):
-        found = look(*args)
-        if not others:
-            others.append(partial.PartialCopy.create(folder, name, 4 * UNIT))
-        return found
-
-    monkeypatch.setattr(partial, "_open_pair", look_too_early)
-    part = partial.PartialCopy.open(folder, name, 4 * UNIT)
-    assert others[0].has_name
-    for made in [*others, part]:
-        if made is not None:
-            made.close()
-    folder.remove_part(name)
-
-
-def test_a_copy_that_another_publishes_before_one_begins_a_part_is_served(world, monkeypatch):
-    identity = world.put("a", MIB)
-    looked = []
-    look = Publisher._existing
-
-    def look_too_early(publisher, wanted):
-        found = look(publisher, wanted)
-        if not looked:
-            looked.append(found)
-            publisher.folder.write_record(wanted.name, wanted.record(wanted.crc32c))
-            (publisher.folder.copies / wanted.name).write_bytes(world.data["a"])
-        return found
-
-    monkeypatch.setattr(Publisher, "_existing", look_too_early)
-    with world.store().open_local("a", identity) as lease:
-        assert wait(lease, (0, MIB))
-        assert os.pread(lease.fd, MIB, 0) == world.data["a"]
-    assert looked == [None]
-    assert world.n_reads() == 0
-    assert world.parts() == []

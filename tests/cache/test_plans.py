@@ -106,7 +106,7 @@ def test_without_plans_nothing_is_planned(open_side):
     assert next_use(side.plans, names_of()).tolist() == []
 
 
-def test_what_one_process_publishes_another_sees_and_its_clock_too(open_side, locks):
+def test_what_one_process_publishes_another_sees_and_its_clock_too(open_side):
     mine, yours = open_side(), open_side()
     rows = [(0, 10, 100), (10, 30, 120), (30, 40, NEVER), (NEVER, NEVER, 150), (NEVER, NEVER, NEVER)]
     following = mine.plans.publish(names_of(0, 1, 2, 3, 4), plan_of(rows))
@@ -132,7 +132,7 @@ def left_by(side, numbers, rows, reader="rank 0 of 2"):
     following.close()
 
 
-def test_what_a_reader_needs_after_its_epoch_is_known_when_it_has_gone(open_side, locks):
+def test_what_a_reader_needs_after_its_epoch_is_known_when_it_has_gone(open_side):
     mine, yours = open_side(), open_side()
     left_by(mine, (0, 1), [(0, 10, 100), (10, 30, 120)])
     mine.plans.close()
@@ -245,7 +245,7 @@ def test_shards_that_are_one_copy_are_in_use_until_the_last_is_read(open_side):
     assert next_use(side.plans, names_of(5)).tolist() == [90]
 
 
-def test_a_plan_of_a_process_that_was_killed_is_void_and_swept(tmp_path, locks, open_side):
+def test_a_plan_of_a_process_that_was_killed_is_void_and_swept(tmp_path, open_side):
     side = open_side()
     code = f"""
 import os, sys
@@ -339,7 +339,7 @@ def test_names_with_one_head_are_told_apart():
 # -- closed under who is at work --------------------------------------------------------------------------------------
 
 
-def test_who_still_asks_when_the_plans_are_closed_is_answered_and_leaves_no_file_open(open_side, locks):
+def test_who_still_asks_when_the_plans_are_closed_is_answered_and_leaves_no_file_open(open_side):
     mine, yours = open_side(), open_side()
     left_by(yours, (0,), [(0, 10, 100)])
     following = yours.plans.publish(names_of(1), plan_of([(5, 6, 7)], "yours"))

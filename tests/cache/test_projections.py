@@ -20,8 +20,8 @@ def wide(tmp_path):
     return url
 
 
-def test_a_projection_fetches_its_columns_and_nothing_else(wide, tmp_path, locks):
-    with tc.Cache(tmp_path / "cache", size="100MB", free_floor=0) as cache:
+def test_a_projection_fetches_its_columns_and_nothing_else(wide, tmp_path):
+    with tc.Cache(tmp_path / "cache", size="100MB", min_free=0) as cache:
         dataset = tc.Dataset(wide, columns=["x"], cache=cache)
         loader = tc.DataLoader(dataset, batch_size=100)
         assert np.concatenate([batch["x"] for batch in loader]).tolist() == list(range(3000))
@@ -42,7 +42,7 @@ def test_a_projection_fetches_its_columns_and_nothing_else(wide, tmp_path, locks
 
 
 def test_records_at_random_soon_bring_their_shard_and_no_byte_of_it_twice(wide, tmp_path):
-    with tc.Cache(tmp_path / "cache", size="100MB", free_floor=0) as cache:
+    with tc.Cache(tmp_path / "cache", size="100MB", min_free=0) as cache:
         dataset = tc.Dataset(wide, cache=cache)
         assert len(dataset[7]["blob"]) == 2000
         for number in range(0, 900, 5):

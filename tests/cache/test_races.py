@@ -77,7 +77,6 @@ def test_two_caches_of_one_folder_download_once_where_locks_hold(world, locks):
     assert world.caches[0].stats()["bytes_used"] == 16_384
 
 
-@pytest.mark.parametrize("locks", ["locks hold"], indirect=True)
 def test_a_part_that_who_waits_for_it_cannot_tell_of_is_not_held_by_him(world, monkeypatch):
     """As two processes: one fetches, the other watches the map, and has no memory for what it says."""
     copies = world.root / "cache" / "copies"
@@ -121,7 +120,7 @@ class SlowLog(WrapperStore):
 
 def read_all(path, source, log, identities, barrier, answers):
     """In a child: read every shard and say which were right."""
-    with Cache(path, size="100MB", free_floor=0) as cache:
+    with Cache(path, size="100MB", min_free=0) as cache:
         store = cache.store(SlowLog(LocalFolder(source), log))
         barrier.wait()
         right = 0
@@ -156,7 +155,7 @@ def test_processes_that_race_download_once_where_locks_hold(world, locks):
     assert world.parts() == []
 
 
-def test_readers_that_race_with_evictions_always_read_the_right_bytes(world):
+def test_readers_that_race_with_evictions_always_read_the_right_bytes(world, locks):
     keys = [f"s{i}" for i in range(6)]
     for key in keys:
         world.put(key, 50_000)

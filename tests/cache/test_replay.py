@@ -69,7 +69,7 @@ def fewest_fetched(names, sizes, size):
 tiny_traces = st.lists(st.integers(0, 4), max_size=9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(tiny_traces, st.integers(0, 4))
 def test_plan_fetches_as_little_as_can_be_and_bound_says_how_little_that_is(names, size):
     best = fewest_fetched(tuple(names), (1,) * 5, size)
@@ -78,7 +78,7 @@ def test_plan_fetches_as_little_as_can_be_and_bound_says_how_little_that_is(name
     assert bound(trace, size).bytes_fetched == best
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(tiny_traces, st.tuples(*[st.integers(1, 5)] * 5), st.integers(0, 12))
 def test_no_policy_and_no_magic_fetches_less_than_the_bound(names, sizes, size):
     trace = Trace.of(np.array(names, np.int64), np.array([sizes[name] for name in names], np.int64))
@@ -153,7 +153,7 @@ class Asked:
         return decision.admit
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     policy=st.sampled_from([lru, s3fifo, plan]),
     names=st.lists(st.integers(0, 12), max_size=60),

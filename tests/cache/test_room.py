@@ -80,9 +80,9 @@ def test_a_failed_fetch_gives_its_reservation_back(world):
     assert cache.status()["reserved_bytes"] == 0
 
 
-def test_the_disk_keeps_its_free_floor(world, monkeypatch):
+def test_the_disk_keeps_its_min_free(world, monkeypatch):
     world.put("a", 100_000)
-    store = world.store(world.cache(free_floor="10%"))
+    store = world.store(world.cache(min_free="10%"))
     monkeypatch.setattr(evictor_module, "room", lambda path: Room(190_000, 1_000_000, 1000))
     assert world.read(store, "a") is None
     monkeypatch.setattr(evictor_module, "room", lambda path: Room(100_000 + CHARGE_IN_PART, 1_000_000, 1000))
@@ -149,20 +149,16 @@ def a_large_one_and_two(world):
 
 
 @pytest.mark.parametrize("policy", ["plan", "lru", "s3fifo", "resident"])
-def test_a_cache_that_is_opened_smaller_gives_up_others_where_the_first_to_go_is_read(world, locks, policy):
-    if locks == "locks lie":
-        pytest.skip("nothing is leased where locks lie")
+def test_a_cache_that_is_opened_smaller_gives_up_others_where_the_first_to_go_is_read(world, policy):
     store, identity = a_large_one_and_two(world)
     with store.open_local("a", identity):
         cache = world.cache("100KB", policy=policy)
         assert {entry.source[-1] for entry in cache.entries()} == {"a"}
 
 
-def test_a_cache_opened_smaller_while_another_makes_room_gives_up_what_is_named_first(world, locks, monkeypatch):
+def test_a_cache_opened_smaller_while_another_makes_room_gives_up_what_is_named_first(world, monkeypatch):
     # What the other one is deleting looks as if it were read, and is on the books until he is done: going on to others
     # gave up a fifth of a cache that was to lose a tenth.
-    if locks == "locks lie":
-        pytest.skip("nothing is leased where locks lie")
     monkeypatch.setattr(evictor_module, "ROOM_WAIT_S", 0.05)
     store, identity = a_large_one_and_two(world)
     other = NameLock(store.cache.path / "locks" / "room")
@@ -227,7 +223,7 @@ def test_pinned_copies_are_never_evicted(world):
         {"size": "huge"},
         {"size": -1},
         {"size": 1, "policy": "best"},
-        {"size": 1, "free_floor": "x"},
+        {"size": 1, "min_free": "x"},
         {"size": 1, "shared": "all"},
     ],
 )

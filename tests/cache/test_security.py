@@ -366,7 +366,6 @@ def test_without_its_own_marker_nothing_is_deleted(world, tmp_path, marker, monk
     folder = Folder.__new__(Folder)
     folder.__dict__ = cache._open().folder.__dict__
     assert folder.remove_file("copies", world.copy("a").name) is False
-    assert folder.set_aside(world.copy("a").name, "x.bad") is False
     assert len(world.copies()) == 1
 
 
@@ -377,8 +376,6 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path, file):
     for call in (lambda: folder.remove_file("copies", file), lambda: folder.remove_file("..", "secret")):
         with pytest.raises((ValueError, OSError)):
             call()
-    with pytest.raises(ValueError, match="not a copy"):
-        folder.set_aside(file, "x")
     assert (tmp_path / "secret").exists()
 
 

@@ -50,7 +50,7 @@ class CacheStates(RuleBasedStateMachine):
         for key, data in DATA.items():
             self.source.put(key, data)
         self.policies = policies
-        self.caches = [Cache(self.root / "c", size=LIMIT, policy=p, free_floor=0) for p in policies]
+        self.caches = [Cache(self.root / "c", size=LIMIT, policy=p, min_free=0) for p in policies]
         self.leases = {}
         self.pinned = set()
         self.evictable = set()
@@ -180,7 +180,7 @@ class CacheStates(RuleBasedStateMachine):
 
 
 TestCacheStates = CacheStates.TestCase
-TestCacheStates.settings = settings(max_examples=25, stateful_step_count=25)
+TestCacheStates.settings = settings(max_examples=12, stateful_step_count=25)
 
 
 @pytest.mark.fuzz

@@ -12,7 +12,7 @@ from tiercache.testing.suite import LocalStoreSuite, StoreSuite
 class TestCachedStore(StoreSuite, LocalStoreSuite):
     @pytest.fixture
     def store(self, tmp_path):
-        with Cache(tmp_path / "cache", size="1GB", free_floor=0) as cache:
+        with Cache(tmp_path / "cache", size="1GB", min_free=0) as cache:
             yield cache.store(LocalFolder(tmp_path / "source"))
 
     def raw_put(self, store, key, data):

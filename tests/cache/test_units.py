@@ -173,8 +173,7 @@ def test_after_a_power_failure_a_part_is_trusted_only_where_its_bytes_are_what_w
 
 
 @pytest.mark.parametrize("damage", ["no map", "no part", "torn map", "short map", "another part", "another size"])
-def test_what_is_no_part_and_its_map_is_removed_and_started_again(folder, monkeypatch, damage):
-    monkeypatch.setattr(partial, "SETTLE_S", 0.01)
+def test_what_is_no_part_and_its_map_is_removed_and_started_again(folder, damage):
     part = PartialCopy.create(folder, NAME, 5 * UNIT)
     part.write(0, noise(UNIT))
     part.close()

@@ -23,7 +23,6 @@ class FakeFiles:
         self.buried = []
         self.copies = {}
         self.making = []
-        self.over = set()
         self.limit = {}
 
     def ensure(self):
@@ -37,9 +36,6 @@ class FakeFiles:
 
     def limits(self):
         return {owner: n for owner, n in self.limit.items() if owner in self.living}
-
-    def is_over(self, owner, name):
-        return (owner, name) in self.over
 
     def running_fetches(self):
         return self.making
@@ -477,15 +473,3 @@ class AccountStates(RuleBasedStateMachine):
 
 TestAccountStates = AccountStates.TestCase
 TestAccountStates.settings = settings(max_examples=25, stateful_step_count=25)
-
-
-def test_what_a_living_owner_has_reserved_and_needs_no_more_is_given_to_who_lacks_it(files, open_accounts):
-    idle, busy = open_accounts("you", limit=20_000), open_accounts("me", limit=20_000)
-    assert idle.reserve("deleted", 16_000, spare_bytes=lambda: 1 << 40)
-    assert not busy.reserve("a", 8_000, spare_bytes=lambda: 1 << 40)
-    files.over.add(("you", "deleted"))
-    assert busy.reserve("a", 8_000, spare_bytes=lambda: 1 << 40)
-    assert idle.limit_bytes() == 20_000, "it does not take it back"
-    assert idle.sums()[1] == 8_000
-    idle.release("deleted")
-    assert busy.sums()[1] == 8_000

@@ -93,7 +93,7 @@ def source():
 
 @pytest.fixture
 def cache(tmp_path):
-    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor="0") as cache:
+    with tc.Cache(tmp_path / "cache", size="64MiB", min_free="0") as cache:
         yield cache
 
 

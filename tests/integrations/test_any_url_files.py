@@ -65,7 +65,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     data = b"".join(b"%d\n" % number for number in range(9000))
     (folder / "x").write_bytes(data)
-    with tc.Cache(folder / "cache", size="8MiB", free_floor="0") as cache:
+    with tc.Cache(folder / "cache", size="8MiB", min_free="0") as cache:
         fs = fsspec.filesystem("tiercache", target_protocol="file", cache=cache, skip_instance_cache=True)
         fs.cat_file(str(folder / "x"))
         fs.close()
@@ -182,7 +182,7 @@ def test_another_process_reads_what_the_first_has_fetched(make, cache, tmp_path)
 
 
 def test_what_is_larger_than_the_cache_is_read_past_it_in_few_requests(make, source, path, tmp_path):
-    with tc.Cache(tmp_path / "small", size="64KiB", free_floor="0") as small:
+    with tc.Cache(tmp_path / "small", size="64KiB", min_free="0") as small:
         fs = make(cache=small)
         with pytest.warns(RuntimeWarning, match="larger than the whole cache"), fs.open(path) as file:
             pieces = [file.read(1000) for _ in range(1000)]

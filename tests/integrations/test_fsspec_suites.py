@@ -54,7 +54,7 @@ class TestLocal(_Suites, AbstractFixtures):
 @pytest.fixture(scope="module")
 def connected(moto_server, s3_of, tmp_path_factory):
     """One for all tests: a client of S3 takes 0.2 s."""
-    with tc.Cache(tmp_path_factory.mktemp("s3") / "cache", size="64MiB", free_floor="0") as cache:
+    with tc.Cache(tmp_path_factory.mktemp("s3") / "cache", size="64MiB", min_free="0") as cache:
         options = {"target_protocol": "s3", "target_options": s3_of(moto_server), "cache": cache}
         fs = fsspec.filesystem("tiercache", skip_instance_cache=True, **options)
         yield fs

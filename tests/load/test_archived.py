@@ -136,7 +136,7 @@ def test_a_run_that_touches_none_of_them_begins(world):
 
 
 def test_what_the_cache_has_needs_no_restore(world, tmp_path):
-    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor="0%") as cache:
+    with tc.Cache(tmp_path / "cache", size="64MiB", min_free="0%") as cache:
         dataset = world.dataset(cache=cache)
         dataset.warm()
         world.archive(world.moved.keys)

@@ -35,7 +35,7 @@ def server(tmp_path):
 
 
 def test_a_data_set_larger_than_its_cache_is_warned_of_once_with_the_arithmetic(server, tmp_path):
-    with tc.Cache(tmp_path / "cache", size=6000, free_floor="0%") as cache:
+    with tc.Cache(tmp_path / "cache", size=6000, min_free="0%") as cache:
         with pytest.warns(RuntimeWarning, match=r"KiB of shards, but the cache in .* holds 5.9 KiB: .* KiB \(\d\d%\)"):
             dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         again = tc.Dataset(f"{server.url}/data", cache=cache)
@@ -62,13 +62,13 @@ def read_through(cache: tc.Cache, server: HttpFaultServer) -> None:
 
 
 def test_a_loader_whose_cache_may_take_nothing_of_the_disk_says_so_once(server, tmp_path):
-    with tc.Cache(tmp_path / "cache", size="1MB", free_floor="100%") as cache:
+    with tc.Cache(tmp_path / "cache", size="1MB", min_free="100%") as cache:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             read_through(cache, server)
         (said,) = told_of_no_room(told)
         assert cache.entries() == []
-    for fact in (f"{server.url}/data", str(tmp_path / "cache"), "only 0 B left", "free_floor", "TIERCACHE_CACHE_DIR"):
+    for fact in (f"{server.url}/data", str(tmp_path / "cache"), "only 0 B left", "min_free", "TIERCACHE_CACHE_DIR"):
         assert fact in said
     assert "taken" not in said
     assert "pinned" not in said
@@ -76,7 +76,7 @@ def test_a_loader_whose_cache_may_take_nothing_of_the_disk_says_so_once(server, 
 
 @pytest.mark.parametrize("policy", ["plan", "lru", "resident"])
 def test_a_loader_whose_cache_is_held_by_others_says_so_once(server, tmp_path, policy):
-    with tc.Cache(tmp_path / "cache", size="100KB", free_floor="0%", policy=policy) as cache:
+    with tc.Cache(tmp_path / "cache", size="100KB", min_free="0%", policy=policy) as cache:
         held = tc.store.MemoryStore(f"held-{policy}")
         held.put("large", bytes(85_000))
         cache.pin(held, [("large", None)])
@@ -86,7 +86,7 @@ def test_a_loader_whose_cache_is_held_by_others_says_so_once(server, tmp_path, p
         (said,) = told_of_no_room(told)
     for fact in (f"{server.url}/data", str(tmp_path / "cache"), "97.7 KiB", "pinned", "TIERCACHE_CACHE_SIZE"):
         assert fact in said
-    assert "free_floor" not in said
+    assert "min_free" not in said
 
 
 def test_a_loader_whose_disk_is_full_says_so_once(server, tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def test_a_loader_whose_disk_is_full_says_so_once(server, tmp_path, monkeypatch)
         return written(fd, data, offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    with tc.Cache(tmp_path / "cache", size="1MB", free_floor="0%") as cache:
+    with tc.Cache(tmp_path / "cache", size="1MB", min_free="0%") as cache:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             read_through(cache, server)
@@ -109,7 +109,7 @@ def test_a_loader_whose_disk_is_full_says_so_once(server, tmp_path, monkeypatch)
 def test_what_has_no_room_is_shown_without_any_configuration(server, tmp_path):
     script = (
         "import sys, tiercache as tc\n"
-        "with tc.Cache(sys.argv[2], size='1MB', free_floor='100%') as cache:\n"
+        "with tc.Cache(sys.argv[2], size='1MB', min_free='100%') as cache:\n"
         "    dataset = tc.Dataset(sys.argv[1], cache=cache)\n"
         "    loader = tc.DataLoader(dataset, batch_size=100)\n"
         "    print(sum(len(batch['id']) for _ in range(2) for batch in loader))\n"
@@ -122,7 +122,7 @@ def test_what_has_no_room_is_shown_without_any_configuration(server, tmp_path):
 
 
 def test_a_data_set_that_fits_is_not_warned_of(server, tmp_path):
-    with tc.Cache(tmp_path / "cache", size="1MB", free_floor="0%") as cache:
+    with tc.Cache(tmp_path / "cache", size="1MB", min_free="0%") as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         assert dataset[5]["id"] == 5
         dataset.close()
@@ -140,7 +140,7 @@ def test_a_default_cache_that_cannot_be_made_is_warned_of_and_done_without(serve
 
 
 def test_the_loaders_figures_survive_the_caches_folder(server, tmp_path):
-    with tc.Cache(tmp_path / "cache", size="1MB", free_floor="0%") as cache:
+    with tc.Cache(tmp_path / "cache", size="1MB", min_free="0%") as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, batch_size=100)
         seen = []
@@ -154,7 +154,7 @@ def test_the_loaders_figures_survive_the_caches_folder(server, tmp_path):
 
 def test_shards_larger_than_the_cache_are_read_past_it_and_the_warning_counts_them(server, tmp_path):
     n_shards = len([key for key in server.objects if "/shards/" in key])
-    with tc.Cache(tmp_path / "cache", size=3000, free_floor="0%") as cache:
+    with tc.Cache(tmp_path / "cache", size=3000, min_free="0%") as cache:
         said = rf"\(100%\) will be fetched .* every epoch, {n_shards} of {n_shards} shards because each"
         with pytest.warns(RuntimeWarning, match=said):
             dataset = tc.Dataset(f"{server.url}/data", cache=cache)
@@ -199,7 +199,7 @@ def test_two_windows_are_the_most_that_is_in_memory_of_a_data_set_larger_than_it
     windows = Windows(monkeypatch)
     options = tc.LoaderOptions(seed=1, shuffle_group_bytes="16KiB", shuffle_window_bytes="4KiB", memory_bytes=1)
     objects = {f"data/{f.relative_to(tmp_path / 'data')}": f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-    with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size=20_000, free_floor="0%") as cache:
+    with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size=20_000, min_free="0%") as cache:
         with pytest.warns(RuntimeWarning, match="will be fetched again in every epoch"):
             dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, batch_size=64, shuffle=True, options=options)

@@ -68,7 +68,7 @@ def wait_until(is_so):
 
 def test_the_first_shards_of_the_next_epoch_are_requested_before_the_last_batch_is_taken(server, tmp_path):
     data_bytes = sum(len(data) for key, data in server.objects.items() if "/shards/" in key)
-    with tc.Cache(tmp_path / "cache", size=data_bytes // 2, free_floor=0) as cache:
+    with tc.Cache(tmp_path / "cache", size=data_bytes // 2, min_free=0) as cache:
         with pytest.warns(RuntimeWarning, match="will be fetched again"):
             dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         names = dataset.source.table
@@ -100,7 +100,7 @@ def test_the_first_shards_of_the_next_epoch_are_requested_before_the_last_batch_
 
 def test_shards_that_the_cache_has_lost_are_fetched_for_the_next_epoch_before_it_comes(server, tmp_path, loads):
     data_bytes = sum(len(data) for key, data in server.objects.items() if "/shards/" in key)
-    with tc.Cache(tmp_path / "cache", size=data_bytes // 2, free_floor=0) as cache:
+    with tc.Cache(tmp_path / "cache", size=data_bytes // 2, min_free=0) as cache:
         with pytest.warns(RuntimeWarning, match="will be fetched again"):
             dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         first = first_blocks(dataset, 2)

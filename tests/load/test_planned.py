@@ -66,7 +66,7 @@ def options(**given: Any) -> tc.LoaderOptions:
 
 def read_epoch(server: HttpFaultServer, cache: dict[str, Any], epoch: int, columns=None, **given: Any) -> list[int]:
     """One epoch as a process of its own reads it: a cache, a data set and a loader that begin with nothing."""
-    with tc.Cache(cache["path"], size=cache["size"], free_floor=0, policy=cache["policy"]) as opened:
+    with tc.Cache(cache["path"], size=cache["size"], min_free=0, policy=cache["policy"]) as opened:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dataset = tc.Dataset(f"{server.url}/data", cache=opened, columns=columns)
@@ -146,7 +146,7 @@ def test_a_projection_fetches_its_columns(server, packed, tmp_path):
 
 @pytest.mark.parametrize("kind", ["columns", "view of columns"])
 def test_warming_a_projection_brings_its_columns_and_no_others(server, packed, tmp_path, kind):
-    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
+    with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache, columns=["y", "id"])
         source = dataset if kind == "columns" else dataset.take(N // 2)
         share = 1 if kind == "columns" else 0.5
@@ -165,7 +165,7 @@ def test_a_plan_begins_where_a_run_is_resumed_and_goes_on_with_what_is_served(se
     publish, advance = OpenedVersion.publish, ReleasingPlan.advance
     monkeypatch.setattr(OpenedVersion, "publish", lambda self, plan: (plans.append(plan), publish(self, plan))[1])
     monkeypatch.setattr(ReleasingPlan, "advance", lambda self, clock: (clocks.append(clock), advance(self, clock))[1])
-    with tc.Cache(tmp_path / "cache", size=packed[2] // 2, free_floor=0) as cache:
+    with tc.Cache(tmp_path / "cache", size=packed[2] // 2, min_free=0) as cache:
         with pytest.warns(RuntimeWarning, match="fetched again"):
             dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
@@ -197,7 +197,7 @@ def test_a_plan_begins_where_a_run_is_resumed_and_goes_on_with_what_is_served(se
 
 
 def test_there_is_a_plan_from_one_epoch_to_the_next_and_none_once_the_loader_is_gone(server, packed, tmp_path):
-    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
+    with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
         live = []
@@ -218,7 +218,7 @@ def plan_files(tmp_path: Path) -> list[Path]:
 def test_an_epoch_is_planned_though_what_was_made_ready_for_it_was_dropped(server, packed, tmp_path, monkeypatch):
     keepers, on_close = [], OpenedVersion.on_close
     monkeypatch.setattr(OpenedVersion, "on_close", lambda self, one: (keepers.append(ref(one)), on_close(self, one))[1])
-    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
+    with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
         for number, _ in enumerate(loader):
@@ -240,7 +240,7 @@ def test_at_the_end_of_an_epoch_the_clock_stands_where_nothing_is_in_use(server,
     monkeypatch.setattr(ReleasingPlan, "advance", lambda self, clock: (clocks.append(clock), advance(self, clock))[1])
     # The preparation of the next epoch may open its first shards before this one has ended.
     monkeypatch.setattr("tiercache.load.planner.NextEpoch.prepare", lambda *_: None)
-    with tc.Cache(tmp_path / "cache", size=packed[2] // 2, free_floor=0) as cache:
+    with tc.Cache(tmp_path / "cache", size=packed[2] // 2, min_free=0) as cache:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dataset = tc.Dataset(f"{server.url}/data", cache=cache)
@@ -254,7 +254,7 @@ def test_at_the_end_of_an_epoch_the_clock_stands_where_nothing_is_in_use(server,
 
 
 def test_a_forked_child_drops_an_epoch_whose_plan_was_being_written(server, packed, tmp_path):
-    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
+    with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
         batches = iter(loader)
@@ -308,7 +308,7 @@ def test_the_plan_of_a_data_set_of_many_shards_holds_up_no_batch(server, packed,
 
     monkeypatch.setattr(OpenedVersion, "publish", publish_when_all_is_served)
     monkeypatch.setattr(read_plan, "QUICK_SHARDS", 1)
-    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
+    with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options(), timeout=30)
         try:
@@ -328,7 +328,7 @@ def test_the_plan_of_a_data_set_of_many_shards_holds_up_no_batch(server, packed,
 @contextmanager
 def too_small(folder: Path, packed: tuple[dict[str, bytes], int, int]) -> Iterator[tc.Cache]:
     """A cache of an eighth of the data set, and nothing said about that."""
-    with tc.Cache(folder / "cache", size=packed[2] // 8, free_floor=0) as cache, warnings.catch_warnings():
+    with tc.Cache(folder / "cache", size=packed[2] // 8, min_free=0) as cache, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield cache
 
@@ -390,7 +390,7 @@ def test_a_plan_that_is_ready_when_all_is_closed_opens_no_cache_again(server, pa
     monkeypatch.setattr(read_plan, "make_read_plan", forecast_late)
     monkeypatch.setattr(read_plan, "QUICK_SHARDS", 1)  # so that a thread of its own makes it
     monkeypatch.setattr(NextEpoch, "prepare", lambda *_: None)
-    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
+    with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
         assert sum(len(batch["id"]) for batch in loader) == N
@@ -452,7 +452,7 @@ def test_views_joined_and_mixed_data_sets_publish_what_they_read_of_each(server,
         OpenedVersion, "publish", lambda self, plan: (plans.append((self.url, plan)), publish(self, plan))[1]
     )
     server.objects.update({key.replace("data/", "other/", 1): data for key, data in packed[0].items()})
-    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
+    with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
         one, two = (tc.Dataset(f"{server.url}/{name}", cache=cache) for name in ("data", "other"))
         half = one.select(range(N // 2))
         dataset = {"view": half, "joined": one + two, "mixed": tc.mix([one, two], [1, 1]), "views of one": half + one}[

@@ -80,7 +80,7 @@ def test_each_shard_is_fetched_once_in_a_cold_epoch_and_its_footer_once_more(ser
 
 @pytest.mark.parametrize("size", ["20KB", "1KB"])
 def test_a_cache_that_is_too_small_makes_it_slower_and_never_wrong(server, tmp_path, size):
-    with tc.Cache(tmp_path / "cache", size=size, free_floor=0) as cache:
+    with tc.Cache(tmp_path / "cache", size=size, min_free=0) as cache:
         with pytest.warns(RuntimeWarning, match="will be fetched again in every epoch"):
             dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, batch_size=32, shuffle=True)

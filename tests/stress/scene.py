@@ -47,7 +47,7 @@ class Scene:
         return ShardIdentity("d" * 32, key.encode().hex(), len(data), crc32c(data))
 
     def cache(self, size=AMPLE, policy="lru", **options) -> Cache:
-        return Cache(self.cache_root, size=size, policy=policy, free_floor="0%", **options)
+        return Cache(self.cache_root, size=size, policy=policy, min_free="0%", **options)
 
     def pairs(self, keys) -> list[tuple[str, ShardIdentity | None]]:
         return [(key, self.identity(key)) for key in keys]

@@ -20,7 +20,7 @@ class Training:
         self.url, self.cache, self.state, self.log = root / "data", root / "cache", root / "state", root / "log"
         with tc.Writer(self.url, schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
             writer.write_batch(make_columns(N))
-        with tc.Cache(root / "whole", size="64MiB", free_floor=0) as cache:
+        with tc.Cache(root / "whole", size="64MiB", min_free=0) as cache:
             loader = make_loader(self.url, cache)
             self.expected = {}
             for epoch in range(N_EPOCHS):
@@ -43,7 +43,7 @@ class Training:
             assert served.keys() == self.expected.keys()
             self.state.unlink(missing_ok=True)
             self.log.unlink(missing_ok=True)
-        with tc.Cache(self.cache, size="64MiB", free_floor=0) as cache:
+        with tc.Cache(self.cache, size="64MiB", min_free=0) as cache:
             cache.evict(lambda entry: self.loop.random.random() < 0.5)
 
     def run(self, n_kills: int) -> int:

@@ -77,7 +77,7 @@ class Loop:
 
     def make_room(self) -> None:
         """Give the next child something to do."""
-        with Cache(self.cache, size=SIZE, free_floor=0) as cache:
+        with Cache(self.cache, size=SIZE, min_free=0) as cache:
             assert cache.status()["reserved_bytes"] == 0
             cache.evict(lambda entry: self.random.random() < 0.7)
 

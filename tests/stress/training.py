@@ -23,7 +23,7 @@ def make_loader(url: str, cache: tc.Cache) -> tc.DataLoader:
 
 def main(progress: str, url: str, cache_folder: str, state_path: str, log_path: str) -> None:
     with Path(progress).open("a") as file, Path(log_path).open("a") as log:
-        with tc.Cache(cache_folder, size="64MiB", free_floor=0) as cache:
+        with tc.Cache(cache_folder, size="64MiB", min_free=0) as cache:
             loader = make_loader(url, cache)
             if Path(state_path).exists():
                 loader.load_state_dict(json.loads(Path(state_path).read_text()))

@@ -33,7 +33,7 @@ def main(source: str, cache_folder: str, progress: str, size: str) -> None:
 def warm(source, cache_folder, file, size, wanted) -> None:
     store = LatencyStore(LocalFolder(source), seed=time.time_ns(), longest_s=0.03)
     print("begin", file=file, flush=True)
-    with Cache(cache_folder, size=size, policy="lru", free_floor=0) as cache:
+    with Cache(cache_folder, size=size, policy="lru", min_free=0) as cache:
         cache.warm(store, wanted, jobs=3, on_progress=lambda p: print(p.n_done, p.last, file=file, flush=True))
         print("warm", file=file, flush=True)
         stats = cache.stats()

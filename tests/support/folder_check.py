@@ -32,14 +32,12 @@ class Expected:
         foreign: Bytes of files that the cache does not own, by path relative to the root.
         pins: Names of copies that must be pinned.
         maybe_pins: Names of copies that may be pinned.
-        held_inodes: Inodes of files that are being read.
     """
 
     data: Mapping[str, bytes]
     foreign: Mapping[str, bytes] | None = None
     pins: Collection[str] = ()
     maybe_pins: Collection[str] = ()
-    held_inodes: Collection[int] = ()
 
 
 def allocated_bytes(folder: Path) -> int:
@@ -145,9 +143,6 @@ class FolderCheck:
                 yield f"{folder}/{path.name} is left over"
         for path in sorted((self.root / "plans").glob("*")):
             yield f"plans/{path.name} is left over"
-        for path in sorted((self.root / "quarantine").glob("*")):
-            if path.suffix != ".json":
-                yield f"quarantine/{path.name}: bad bytes are left over"
         for path in sorted(self.root.glob(".*")):
             if not self._is_foreign(path):
                 yield f"{path.name} is left over"
@@ -166,7 +161,7 @@ class FolderCheck:
                 yield f"copies/{file} has neither part nor copy"
             elif suffix == "map" and f"{name}.part" not in files and _has_identity(self.copies / f"{name}.json"):
                 yield f"copies/{file} lies beside a finished copy whose footer makes it needless"
-            elif suffix in ("json", "pin") and not {name, f"{name}.part"} & files.keys():
+            elif suffix == "json" and not {name, f"{name}.part"} & files.keys():
                 yield f"copies/{file} has no copy"
             elif suffix == "part" and name in files:
                 yield f"copies/{file} lies beside the finished copy"
@@ -250,12 +245,9 @@ class FolderCheck:
         return set() if books is None else set(books.recorded) - pins - set(held)
 
     def reserved(self) -> dict[str, int]:
-        """Return the reserved bytes by name, without those of quarantined copies that await comparison, or are held."""
+        """Return the reserved bytes by name."""
         books = _read_books(self.root)
-        waiting = {path.stem for path in (self.root / "quarantine").glob("*.bad")}
-        held = {f"{inode:x}" for inode in self.expected.held_inodes}
-        reserved = {} if books is None else books.reserved
-        return {name: n for name, n in reserved.items() if name not in waiting and not held & set(name.split("-")[1:2])}
+        return {} if books is None else dict(books.reserved)
 
     def wrong_accounts(self) -> Iterator[str]:
         """Yield differences between the catalog's accounts and the files, and reservations without an owner."""

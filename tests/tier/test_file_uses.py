@@ -64,7 +64,7 @@ class Tiers:
 
 @pytest.fixture
 def tiers(tmp_path):
-    with tc.Cache(tmp_path / "cache", size="16MiB", free_floor="0") as cache:
+    with tc.Cache(tmp_path / "cache", size="16MiB", min_free="0") as cache:
         yield Tiers(tmp_path, cache)
         kind = fsspec.get_filesystem_class("tiercache")
         for fs in kind._cache.values():

@@ -61,7 +61,7 @@ def stores(tmp_path, request):
 
 @pytest.fixture
 def cache(tmp_path):
-    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor="0%") as cache:
+    with tc.Cache(tmp_path / "cache", size="64MiB", min_free="0%") as cache:
         yield cache
 
 
@@ -427,7 +427,7 @@ def test_workers_forked_from_a_reader_of_another_store_open_their_own(server, tm
     with HttpFaultServer() as cold:
         moved = Moved(None, ServedStore(server, "home"))
         moved.move(moved.keys[::3], ServedStore(cold, "far"))
-        with tc.Cache(tmp_path / "cache", size="64MiB", free_floor="0%") as cache:
+        with tc.Cache(tmp_path / "cache", size="64MiB", min_free="0%") as cache:
             dataset = tc.Dataset(f"{server.url}/home", cache=cache)
             assert by_record(dataset) == ALL
             loader = TorchLoader(

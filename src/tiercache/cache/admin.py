@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from tiercache.cache import quarantine
+from tiercache.cache.corrupt_sources import corrupt_sources
 from tiercache.cache.evict.evictor import delete_copy
 from tiercache.cache.fetch.partial import charge_of, hold_part
 from tiercache.cache.fetch.units import UNIT_BYTES, mask_of, n_units
@@ -183,7 +183,7 @@ def unpin(opened: CacheSession, selection: Selection) -> int:
     writable(opened)
     n_unpinned = sum(opened.folder.unpin(entry.name) for entry in selected(opened, selection) if entry.pinned)
     if selection is None:
-        for name in opened.folder.names(".pin"):  # of copies that are quarantined and not fetched again yet
+        for name in opened.folder.names(".pin"):  # of corrupt copies that are not fetched again yet
             opened.folder.unpin(name)
     return n_unpinned
 
@@ -193,7 +193,6 @@ def stats(opened: CacheSession, limit_bytes: int) -> dict[str, int]:
     if opened.writing is not None:
         with suppress(OSError):  # the folder was deleted; a folder that cannot be recreated holds nothing
             opened.writing.owners.ensure()
-            opened.writing.quarantine.release_unused()
     used, _, limit = (0, 0, limit_bytes) if opened.writing is None else opened.writing.accounts.sums()
     if opened.writing is None:
         used = sum(opened.folder.sizes().values())
@@ -222,8 +221,7 @@ def status(opened: CacheSession, limit_bytes: int) -> dict[str, Any]:
             "bypassed": writing is not None and writing.breaker.is_open,
             "holders": [asdict(holder) for holder in holders(opened)],
             "plans": [] if writing is None else writing.plans.labels(),
-            "poisoned_now": {name: asdict(one) for name, one in quarantine.corrupt_sources(folder).items()},
-            "reports": [] if writing is None else writing.quarantine.reports(),
+            "poisoned_now": {name: asdict(one) for name, one in corrupt_sources(folder).items()},
         }
         | _of_all(opened)
     )
@@ -521,7 +519,7 @@ def _full(writing: WriteSession, need_bytes: int, freeable_bytes: int) -> CacheF
     return CacheFull(
         f"cache {writing.folder.root}: {format_bytes(need_bytes)} more are needed, but of {format_bytes(limit)}, "
         f"{format_bytes(used + reserved)} are used, {format_bytes(freeable_bytes)} of which can be evicted, and the "
-        f"disk has {format_bytes(max(writing.evictor.spare_bytes(), 0))} above free_floor; evict or unpin copies, "
+        f"disk has {format_bytes(max(writing.evictor.spare_bytes(), 0))} above min_free; evict or unpin copies, "
         "enlarge the cache, or request less",
         need_bytes=need_bytes,
         freeable_bytes=freeable_bytes,

@@ -6,6 +6,7 @@ The cache is one folder with one size limit, shared by any number of processes.
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections import OrderedDict
 from pathlib import Path
@@ -55,6 +56,7 @@ class CachedStore(WrapperStore):
     def __init__(self, cache: Cache, inner: Store) -> None:
         super().__init__(inner)
         self.cache = cache
+        self._session = cache._while_reading  # noqa: SLF001 - of one file
         self._source = redact(inner.url).rstrip("/")
         self._lock = Lock()
         self._known: OrderedDict[str, CopySpec] = OrderedDict()
@@ -80,7 +82,20 @@ class CachedStore(WrapperStore):
         wanted = self.wanted(key, identity)
         if wanted is None:
             return None
-        return self.cache.open(wanted, self.inner, self._tell)
+        return self.open_copy(wanted, self._tell)
+
+    def open_copy(self, wanted: CopySpec, tell: Callable[[bool], object] = bool) -> CopyLease | None:
+        """Return a lease on a copy, cached or still to be fetched; None: read the object from the inner store.
+
+        Args:
+            wanted: Copy to open; see wanted().
+            tell: Callback that is called once, with True for a cache hit.
+        """
+        session = self._session()
+        if session is None:
+            tell(False)
+            return None
+        return session.open(wanted, self.inner, tell)
 
     def _note_use(self, key: str) -> None:
         """Count a read of an object that no manifest describes.
@@ -102,29 +117,35 @@ class CachedStore(WrapperStore):
             identity: Identity of the object.
             ranges: Byte ranges of the object to fetch; None fetches the whole object.
         """
-        wanted = self.wanted(key, identity)
-        if wanted is not None:
-            self.cache.fetch_ahead(wanted, self.inner, ranges)
+        wanted, session = self.wanted(key, identity), self._session()
+        if wanted is not None and session is not None:
+            session.fetch_ahead(wanted, self.inner, ranges)
 
-    def is_here(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None = None) -> bool:
+    def is_cached(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None = None) -> bool:
         """Return whether these byte ranges of the object are cached now.
+
+        A later open may still find that the copy was evicted, or that it is corrupt.
 
         Args:
             key: Key of the object.
             identity: Identity of the object.
             ranges: Byte ranges of the object; None stands for the whole object.
         """
-        wanted = self.wanted(key, identity)
-        return wanted is not None and self.cache.is_here(wanted, ranges)
+        wanted, session = self.wanted(key, identity), self._session()
+        return wanted is not None and session is not None and session.is_cached(wanted, ranges)
 
     def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan:
         """Publish the reading plan of this job to all processes that use the cache's folder.
 
         Args:
-            names: Names of the copies (record.name_of_identity, as bytes), uint8[m, 20], in the order of plan.shards.
+            names: Names of the copies (names.name_of_identity, as bytes), uint8[m, 20], in the order of plan.shards.
             plan: When the job reads each shard.
+
+        Returns:
+            The published plan, which the job advances and closes.
         """
-        return self.cache.publish(names, plan)
+        session = self._session()
+        return _Unheard() if session is None else session.publish(names, plan) or _Unheard()
 
     def wanted(self, key: str, identity: ShardIdentity | None = None) -> CopySpec | None:
         """Return the specification of the copy of an object; None: nothing identifies the version of the object.
@@ -168,8 +189,8 @@ class CachedStore(WrapperStore):
             True: The copy was corrupt and is removed; the caller opens the object again. False: The copy is what the
                 source sent.
         """
-        wanted = self.wanted(key, identity)
-        return wanted is not None and self.cache.verify_copy(wanted)
+        wanted, session = self.wanted(key, identity), self._session()
+        return wanted is not None and (session is None or session.verify_copy(wanted))
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -192,9 +213,19 @@ class CachedStore(WrapperStore):
         is_ours = wanted is not None and (guarded or (if_match is None and wanted.identity is not None))
         if wanted is None or wanted.identity is None:
             self._note_use(key)
-        if wanted is not None and is_ours and self.cache.read(wanted, spans):
+        if wanted is not None and is_ours and self.read_copy(wanted, spans):
             return
         self.inner.read_into(key, spans, if_match=if_match, deadline_s=deadline_s, cancel=cancel)
+
+    def read_copy(self, wanted: CopySpec, spans: Sequence[Span]) -> bool:
+        """Fill spans from a cached copy; return False if the copy is missing or corrupt.
+
+        Args:
+            wanted: Copy to read.
+            spans: Byte ranges and their buffers. The buffers are undefined if the result is False.
+        """
+        session = self._session()
+        return session is not None and session.read(wanted, spans)
 
     def get(self, key: str) -> bytes:
         """See Store.get. The inner store answers."""
@@ -251,7 +282,7 @@ class CachedStore(WrapperStore):
         with self._lock:
             for key in keys:
                 self._known.pop(key, None)
-        self.cache.drop_objects([f"{redact(self.url)}/{key}" for key in keys])
+        drop_objects(self.cache, [f"{redact(self.url)}/{key}" for key in keys])
 
 
 _WHOLE: Ranges = MappingProxyType({})
@@ -291,8 +322,9 @@ class Cache:
         *,
         size: int | str,
         policy: str = "plan",
-        free_floor: str = "5%",
+        min_free: int | str = "5%",
         shared: Literal["group"] | None = None,
+        free_floor: int | str | None = None,
     ) -> None:
         """Open the cache in a folder of its own; create it if it does not exist.
 
@@ -300,17 +332,21 @@ class Cache:
             path: Folder of the cache. It must be new, empty, or already a cache.
             size: Size limit: a number of bytes, a text such as "200GB", or a share of the disk such as "80%".
             policy: Eviction policy: "plan", "resident", "s3fifo" or "lru".
-            free_floor: Disk space that the cache always leaves free, such as "5%" or "10GB".
+            min_free: Disk space that the cache always leaves free, such as "5%" or "10GB".
             shared: "group" lets the members of the folder's group read the copies, and reads a folder that another user
                 shares, whose contents are then trusted. None keeps the folder private, or as the mode of the folder
                 says (docs/guide/cache.md).
+            free_floor: Former name of min_free; deprecated.
 
         Raises:
             ValueError: The folder contains other files, or an argument is invalid.
             PermissionError: The folder belongs to another user; the message names the user and says what to do.
             OSError: The folder cannot be created.
         """
-        self._options = CacheOptions(Path(path).expanduser().absolute(), size, policy, free_floor, shared)
+        if free_floor is not None:
+            warnings.warn("Cache(free_floor=...) is now called min_free", DeprecationWarning, stacklevel=2)
+            min_free = free_floor
+        self._options = CacheOptions(Path(path).expanduser().absolute(), size, policy, min_free, shared)
         self.counters = Counters(*_COUNTERS)
         self._notices = Notices()
         self._reopening = Breaker()
@@ -431,98 +467,6 @@ class Cache:
         """
         self._notices.expect(dataset_id, url)
 
-    # -- for CachedStore --------------------------------------------------------------------------------------------
-
-    def open(self, wanted: CopySpec, store: Store, tell: Callable[[bool], object] = bool) -> CopyLease | None:
-        """Return a lease on a copy, which is cached or will be fetched; None: read the object from the store.
-
-        Args:
-            wanted: Copy to open.
-            store: Store from which a missing copy is fetched.
-            tell: Callback that is called once, with True for a cache hit.
-        """
-        opened = self._while_reading()
-        if opened is None:
-            tell(False)
-            return None
-        return opened.open(wanted, store, tell)
-
-    def fetch_ahead(self, wanted: CopySpec, store: Store, ranges: Sequence[ByteRange] | None = None) -> None:
-        """Start to prefetch a copy and return at once.
-
-        Args:
-            wanted: Copy to fetch.
-            store: Store from which the copy is fetched.
-            ranges: Byte ranges of the object to fetch; None fetches the whole object.
-        """
-        opened = self._while_reading()
-        if opened is not None:
-            opened.fetch_ahead(wanted, store, ranges)
-
-    def is_here(self, wanted: CopySpec, ranges: Sequence[ByteRange] | None = None) -> bool:
-        """Return whether these ranges of a copy are cached now.
-
-        A later open may still find that the copy was evicted, or that it is corrupt.
-
-        Args:
-            wanted: Copy to look for.
-            ranges: Byte ranges of the object; None stands for the whole object.
-        """
-        opened = self._while_reading()
-        return opened is not None and opened.is_cached(wanted, ranges)
-
-    def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan:
-        """Publish the reading plan of this job to all processes that use the folder.
-
-        Args:
-            names: Names of the copies of plan.shards, uint8[m, 20]. See cache/evict/reading_plans.py.
-            plan: When the job reads each shard.
-
-        Returns:
-            The published plan, which the job advances and closes.
-        """
-        opened = self._while_reading()
-        if opened is not None:
-            try:
-                published = opened.publish(names, plan)
-                if published is not None:
-                    return published
-            except OSError as error:
-                self._notices.warn("plan", f"cache {self.path}: a reading plan cannot be published ({error})")
-        return _Unheard()
-
-    def read(self, wanted: CopySpec, spans: Sequence[Span]) -> bool:
-        """Fill spans from a cached copy; return False if the copy is missing or corrupt.
-
-        Args:
-            wanted: Copy to read.
-            spans: Byte ranges and their buffers. The buffers are undefined if the result is False.
-        """
-        opened = self._while_reading()
-        return opened is not None and opened.read(wanted, spans)
-
-    def verify_copy(self, wanted: CopySpec) -> bool:
-        """Verify a copy against its checksum after a reader found it corrupt.
-
-        Args:
-            wanted: Copy to verify.
-
-        Returns:
-            True: The copy is missing, or was corrupt and is now quarantined. False: It is what the source sent.
-        """
-        opened = self._while_reading()
-        return opened is None or check.verify_copy(opened, wanted)
-
-    def drop_objects(self, sources: Sequence[str]) -> None:
-        """Evict the copies of objects without identity at some URLs and below them.
-
-        Args:
-            sources: URLs without credentials.
-        """
-        opened = self._while_reading()
-        if opened is not None:
-            admin.drop_objects(opened, sources)
-
     # -- for users and the command line --------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int]:
@@ -531,7 +475,7 @@ class Cache:
         The keys are bytes_used, limit_bytes and pinned_bytes, and the counters: hits (the copy was cached before this
         process asked for it), misses, prefetched (misses for which this process had already fetched the data with
         fetch_ahead()), bytes_hit, bytes_fetched, evicted, evicted_early (evicted, and fetched again soon after),
-        quarantined (corrupt copies) and poisoned (objects that are corrupt at their source).
+        quarantined (corrupt copies, which were removed) and poisoned (objects that are corrupt at their source).
         """
         return admin.stats(self._open(), self.limit_bytes)
 
@@ -549,16 +493,15 @@ class Cache:
     def status(self) -> dict[str, Any]:
         """Return stats() and further details for the command line and for monitoring.
 
-        The further keys are path, policy, free_floor, shared; n_copies, n_parts (partial copies), reserved_bytes,
+        The further keys are path, policy, min_free, shared; n_copies, n_parts (partial copies), reserved_bytes,
         disk_free_bytes, disk_total_bytes, network_file_system, writable, bypassed (the disk fails, and reads bypass the
         cache); figures and hit_ratio (of all processes since the catalog was created); holders (see Holder); plans
-        (label of each live reading plan); poisoned_now (objects known to be corrupt at their source) and reports
-        (copies that were found to be corrupt here).
+        (label of each live reading plan) and poisoned_now (objects known to be corrupt at their source).
         """
         return admin.status(self._open(), self.limit_bytes) | {
             "path": str(self._options.path),
             "policy": self._options.policy,
-            "free_floor": self._options.free_floor,
+            "min_free": self._options.min_free,
             "shared": self._options.shared,
         }
 
@@ -657,8 +600,8 @@ class Cache:
 
         Args:
             names: Names of the copies to verify (see entries()); None verifies all copies.
-            repair: Whether to quarantine corrupt copies. They are fetched again when they are next used.
-            store: Store from which the quarantined copies are fetched again at once (a cached store, or the store
+            repair: Whether to remove corrupt copies. They are fetched again when they are next used.
+            store: Store from which the removed copies are fetched again at once (a cached store, or the store
                 inside it). It requires repair=True.
             jobs: Number of copies that are read at the same time.
             on_progress: Callback that the calling thread calls after each copy.
@@ -681,9 +624,21 @@ def _rebuild(options: CacheOptions) -> Cache:
         options.path,
         size=options.size,
         policy=options.policy,
-        free_floor=options.free_floor,
+        min_free=options.min_free,
         shared=options.shared,
     )
+
+
+def drop_objects(cache: Cache, sources: Sequence[str]) -> None:
+    """Evict the copies of objects without identity at some URLs and below them.
+
+    Args:
+        cache: Cache that has the copies.
+        sources: URLs without credentials.
+    """
+    session = cache._while_reading()  # noqa: SLF001 - of one file
+    if session is not None:
+        admin.drop_objects(session, sources)
 
 
 _caches: weakref.WeakSet[Cache] = weakref.WeakSet()

@@ -52,7 +52,7 @@ class CopyCheck:
         state: Result; see State.
         in_part: Whether the copy is partial.
         where: What is wrong, as texts for the user; empty if the copy is right.
-        removed: Whether the copy was quarantined or deleted.
+        removed: Whether the copy was deleted.
         repaired: Whether the copy was also fetched again, and is right now.
     """
 
@@ -140,32 +140,32 @@ def _check_one(opened: CacheSession, name: str, mender: _Repairer | None) -> Cop
         with suppress(OSError):
             fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NOATIME)  # a check is not a use: the file keeps its time of access
         record = opened.folder.read_record(name)
-        checked, found = _check_copy(fd, name, record)
+        checked = _check_copy(fd, name, record)
         if checked.state is CopyState.DAMAGED and checked.source.endswith(_SHARD):
             checked = replace(checked, where=(*checked.where, *_findings(opened, name)))
         if mender is None or checked.state in (CopyState.OK, CopyState.UNKNOWN):
             return checked
-        return mender.repair(checked, fd, record, found)
+        return mender.repair(checked, fd, record)
     finally:
         os.close(fd)
 
 
-def _check_copy(fd: int, name: str, record: Record | None) -> tuple[CopyCheck, int | None]:
-    """Return the result for a whole copy, and its CRC-32C if that was computed."""
+def _check_copy(fd: int, name: str, record: Record | None) -> CopyCheck:
+    """Return the result for a whole copy."""
     n_bytes = os.fstat(fd).st_size
     if record is None or record.crc32c is None:
-        return CopyCheck(name, "" if record is None else record.source, 0, CopyState.UNKNOWN), None
+        return CopyCheck(name, "" if record is None else record.source, 0, CopyState.UNKNOWN)
     right = CopyCheck(name, record.source, n_bytes, CopyState.OK)
     if n_bytes != record.n_bytes:
         said = f"it has {n_bytes:,} bytes instead of {record.n_bytes:,}"
-        return replace(right, state=CopyState.DAMAGED, where=(said,)), None
+        return replace(right, state=CopyState.DAMAGED, where=(said,))
     whole, offset, _ = read_checksum(fd, n_bytes)
     if offset < n_bytes:
-        return replace(right, state=CopyState.UNREADABLE, where=(f"it cannot be read at offset {offset}",)), None
+        return replace(right, state=CopyState.UNREADABLE, where=(f"it cannot be read at offset {offset}",))
     if whole != record.crc32c:
         said = f"its CRC-32C is {whole:08x}, expected {record.crc32c:08x}"
-        return replace(right, state=CopyState.DAMAGED, where=(said,)), whole
-    return right, whole
+        return replace(right, state=CopyState.DAMAGED, where=(said,))
+    return right
 
 
 def _findings(opened: CacheSession, name: str) -> list[str]:
@@ -208,15 +208,15 @@ def _wrong_units(held: CopyHandle) -> tuple[list[int], int]:
 
 
 class _Repairer:
-    """Quarantines corrupt copies, and fetches them again if it has the store that they came from."""
+    """Removes corrupt copies, and fetches them again if it has the store that they came from."""
 
     def __init__(self, opened: CacheSession, store: CachedStore | None) -> None:
         self._opened, self._store = opened, store
 
-    def repair(self, checked: CopyCheck, fd: int, record: Record | None, found: int | None) -> CopyCheck:
-        """Quarantine a corrupt copy and fetch it again; a step that failed is described in `where`."""
+    def repair(self, checked: CopyCheck, fd: int, record: Record | None) -> CopyCheck:
+        """Remove a corrupt copy and fetch it again; a step that failed is described in `where`."""
         try:
-            removed = quarantine_copy(self._opened, checked.name, fd, "; ".join(checked.where), found)
+            removed = self._opened.remove_corrupt(checked.name, fd)
         except OSError as error:
             return replace(checked, where=(*checked.where, f"it cannot be removed: {error}"))
         if not removed or record is None or self._store is None:
@@ -242,9 +242,6 @@ class _Repairer:
         with lease:
             if not lease.wait([ByteRange(0, wanted.n_bytes)]):
                 return "it is corrupt at its source too, or the cache has no space for it"
-        writing = self._opened.writing
-        if writing is not None:
-            writing.quarantine.compare(name)
         return None
 
     def drop_part(self, checked: CopyCheck) -> CopyCheck:
@@ -268,49 +265,3 @@ def wanted_of(store: CachedStore, key: str, record: Record) -> CopySpec | None:
     if record.dataset_id is None or record.shard_id is None or record.crc32c is None:
         return store.wanted(key)
     return store.wanted(key, ShardIdentity(record.dataset_id, record.shard_id, record.n_bytes, record.crc32c))
-
-
-def quarantine_copy(opened: CacheSession, name: str, fd: int, reason: str, found_crc32c: int | None) -> bool:
-    """Quarantine a corrupt copy.
-
-    Return False if it is gone, or the folder is read-only, where it is not served any more.
-
-    Raises:
-        OSError: The disk or the catalog failed.
-    """
-    if opened.writing is None:
-        opened.discard(name)
-        return False
-    return opened.writing.quarantine.add(name, fd, reason=reason, found_crc32c=found_crc32c)
-
-
-def verify_copy(opened: CacheSession, wanted: CopySpec) -> bool:
-    """Verify a copy that a reader found corrupt, and quarantine it if it is.
-
-    Return True if the copy is missing or removed.
-
-    If the disk does not allow the check or the move, the copy is removed, or at least not served by this process again.
-    """
-    try:
-        return _distrust(opened, wanted)
-    except OSError:
-        opened.discard(wanted.name)
-        return True
-
-
-def _distrust(opened: CacheSession, wanted: CopySpec) -> bool:
-    fd = opened.folder.open_copy(wanted.name)
-    if fd is None:
-        return opened.verify_partial_copy(wanted)
-    record = opened.folder.read_record(wanted.name)
-    expected = wanted.crc32c if wanted.crc32c is not None or record is None else record.crc32c
-    try:
-        found, offset, _ = read_checksum(fd, wanted.n_bytes)
-        is_whole = offset == wanted.n_bytes == os.fstat(fd).st_size
-        if is_whole and found == expected:
-            return False
-        reason = f"a reader found it corrupt, CRC-32C {found:08x}" if is_whole else f"readable up to offset {offset}"
-        quarantine_copy(opened, wanted.name, fd, reason, found if is_whole else None)
-    finally:
-        os.close(fd)
-    return True

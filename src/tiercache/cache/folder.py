@@ -14,7 +14,6 @@
     owners/OWNER                 locked while its process has the cache open
     plans/                       the reading plans of the jobs of this machine
     poison/NAME.json             an object that is corrupt at its source; valid for some minutes
-    quarantine/                  corrupt copies, and reports on them
 
 Folders have mode 0700, files 0600 and copies 0400, whatever the umask; rights.py says who else may read. No file is
 opened, and no folder is entered, through a symbolic link below the root. Only the user could create such a link, so
@@ -43,7 +42,6 @@ from tiercache.cache.machine import (
     Owner,
     close_private,
     host_name,
-    is_locked,
     keep_private,
     network_file_system,
     try_exclusive,
@@ -247,7 +245,7 @@ class Folder:
         BELOW: Names of the subfolders.
     """
 
-    BELOW: ClassVar = ("copies", "locks", "owners", "plans", "poison", "quarantine")
+    BELOW: ClassVar = ("copies", "locks", "owners", "plans", "poison")
 
     def __init__(self, path: Path, *, shared: str | None = None) -> None:
         """Create the folder, or recognise an existing one.
@@ -270,7 +268,6 @@ class Folder:
         self.owners = self.root / "owners"
         self.plans = self.root / "plans"
         self.poison = self.root / "poison"
-        self.quarantine = self.root / "quarantine"
         self.catalog = self.root / "catalog.sqlite"
         self._default_size = path / _DEFAULT_SIZE
         self._copies, self._below = str(self.copies), [str(self.root / name) for name in self.BELOW]
@@ -515,16 +512,13 @@ class Folder:
             return False
         return True
 
-    def set_aside(self, name: str, to: str) -> bool:
-        """Move a copy to quarantine/to; return False if it did not exist. Readers keep it; nobody opens it any more."""
-        if not NAME.fullmatch(name) or "/" in to:
-            raise ValueError(f"not a copy of the cache: {name!r} to {to!r}")
-        try:
-            with self._marked("copies") as src, self._marked("quarantine") as dst:
-                os.rename(name, to, src_dir_fd=src, dst_dir_fd=dst)
-        except FileNotFoundError:
-            return False
-        return True
+    def remove_quarantine(self) -> None:
+        """Delete the folder of corrupt copies and reports that development versions kept."""
+        with suppress(OSError):
+            with self._marked("quarantine") as fd:
+                for file in os.listdir(fd):  # noqa: PTH208 - of a descriptor
+                    os.unlink(file, dir_fd=fd)
+            (self.root / "quarantine").rmdir()
 
     @contextmanager
     def _marked(self, below: str) -> Iterator[int]:
@@ -724,18 +718,6 @@ class Owners:
         return limits
 
     # -- queries of the accounts ---------------------------------------------------------------------------------------
-
-    def is_over(self, owner: str, name: str) -> bool:
-        """Return whether a reservation belongs to a corrupt copy that is deleted and that no reader has open any more.
-
-        The process that deleted the copy releases the reservation when it next uses the cache, which may be much later.
-        Locks of another container are not visible here.
-        """
-        inode = name.partition("-")[2].partition("-")[0]
-        who = Owner.parse(owner)
-        if not inode or who is None or who.namespace != self.me.namespace:
-            return False
-        return not os.path.lexists(self._folder.quarantine / f"{name}.bad") and not is_locked(int(inode, 16))
 
     def running_fetches(self) -> list[tuple[str, str, int]]:
         """Return (owner, name, bytes) of what each fetch may still add, as its lock file says.

@@ -184,11 +184,6 @@ def locked_inodes() -> dict[int, set[int]] | None:
     return dict(holders)
 
 
-def is_locked(inode: int) -> bool:
-    """Return whether any process has a lock on the file; False if the system does not list locks."""
-    return inode in (locked_inodes() or {})
-
-
 def holders_of(folder: Path, inodes: Mapping[str, int]) -> list[Holder]:
     """Return the processes that hold files of a folder, by process number.
 

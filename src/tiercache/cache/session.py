@@ -13,20 +13,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from tiercache import config
+from tiercache.cache import corrupt_sources
 from tiercache.cache import folder as folder_module
-from tiercache.cache import quarantine
-from tiercache.cache.check import verify_copy
 from tiercache.cache.evict.evictor import Evictor, EvictorOptions
 from tiercache.cache.evict.policy import POLICIES
 from tiercache.cache.evict.reading_plans import ReadingPlans
 from tiercache.cache.fetch.download import Fetcher
 from tiercache.cache.fetch.partial import CopyHandle, hold_part, read_plain, read_verified, wrong_units
 from tiercache.cache.fetch.publish import Publisher
-from tiercache.cache.fetch.units import bytes_of
+from tiercache.cache.fetch.units import bytes_of, read_checksum
 from tiercache.cache.folder import Folder, Owners
 from tiercache.cache.lease import CopyLease, open_leased
 from tiercache.cache.machine import Breaker, NameLock, boot_id, is_disk_full, room
-from tiercache.cache.quarantine import Quarantine
 from tiercache.cache.simulate import Tracer
 from tiercache.catalog import Accounts, charge_bytes
 from tiercache.model import ByteRange, format_bytes, parse_bytes
@@ -58,13 +56,10 @@ class WriteSession:
         me = str(self.owners.me)
         self.accounts = Accounts(folder.catalog, me, self.owners, wal=folder.network is None, boot=boot_id())
         self.plans = ReadingPlans(folder, self.owners)
-        rules = EvictorOptions(options.policy, options.free_floor)
+        rules = EvictorOptions(options.policy, options.min_free)
         self.evictor = Evictor(folder, self.accounts, counters, self.plans, rules)
-        self.quarantine = Quarantine(folder, self.owners, self.accounts, counters)
         self.breaker = Breaker()
-        self.publisher = Publisher(
-            folder, self.owners, self.accounts, self.evictor, self.quarantine, self.breaker, notices, counters
-        )
+        self.publisher = Publisher(folder, self.owners, self.accounts, self.evictor, self.breaker, notices, counters)
         self.fetcher = Fetcher(self.publisher.run, keep)
 
     def sweep(self) -> None:
@@ -74,7 +69,7 @@ class WriteSession:
         self.accounts.reconcile()
         self.publisher.unrecorded |= self.accounts.unrecorded()
         sizes = self.folder.sizes()
-        beside = {name for kind in (".json", ".pin", ".map") for name in self.folder.names(kind)}
+        beside = {name for kind in (".json", ".map") for name in self.folder.names(kind)}
         doubtful = (beside - sizes.keys()) | set(self.folder.names(".part"))
         for name in doubtful:
             self._sweep_beside(name)
@@ -84,14 +79,15 @@ class WriteSession:
             lock = NameLock(path)
             if lock.try_acquire():
                 lock.release()
-        self.quarantine.sweep()
-        quarantine.sweep_corrupt_sources(self.folder)
+        self.folder.remove_quarantine()
+        corrupt_sources.sweep_corrupt_sources(self.folder)
 
     def _sweep_beside(self, name: str) -> None:
         """Remove useless files beside a copy, or without one, unless the copy is being published at this moment.
 
         These are a partial copy whose copy is complete, its unit map if that is not kept, a partial copy or a unit map
-        alone, and the record and the pin of a missing copy.
+        alone, and the record of a missing copy. The pin of a missing copy stays: a corrupt copy is pinned again when
+        it is fetched again.
         """
         lock = NameLock(self.folder.locks / name)
         if lock.try_acquire():
@@ -102,8 +98,6 @@ class WriteSession:
                     self.folder.remove_part(name, keep_map=is_whole and record is not None and record.shard_id is None)
                 if self.folder.charge_of(name) is None and not self.accounts.is_reserved(name):
                     self.folder.remove_record(name)
-                    if not self.quarantine.knows(name):  # a corrupt copy stays pinned when it is fetched again
-                        self.folder.unpin(name)
                     self.accounts.remove([name])  # a partial copy without a map was in the accounts
             finally:
                 lock.release()
@@ -124,7 +118,7 @@ class WriteSession:
         """Stop the fetches, withdraw the plans, write the recorded uses, and remove the owner file."""
         self.fetcher.close()
         self.plans.close()
-        for last in (self.quarantine.close, self.evictor.flush_uses, self.accounts.unregister):
+        for last in (self.evictor.flush_uses, self.accounts.unregister):
             with suppress(OSError):
                 last()
         self.accounts.close()
@@ -144,7 +138,7 @@ class CacheOptions:
         path: Folder of the cache.
         size: Size limit: a number of bytes, "200GB", or "80%" of the disk.
         policy: Name of the eviction policy.
-        free_floor: Disk space that stays free.
+        min_free: Disk space that stays free.
         shared: "group": The folder's group may read the copies, and a folder of another user is trusted. None: The mode
             of the folder decides.
     """
@@ -152,13 +146,13 @@ class CacheOptions:
     path: Path
     size: int | str
     policy: str = "plan"
-    free_floor: str = "5%"
+    min_free: int | str = "5%"
     shared: Literal["group"] | None = None
 
     def __post_init__(self) -> None:
         """Check the values. Raises ValueError or TypeError."""
         parse_bytes(self.size, whole_bytes=1)
-        parse_bytes(self.free_floor, whole_bytes=1)
+        parse_bytes(self.min_free, whole_bytes=1)
         if self.policy not in POLICIES:
             raise ValueError(f"no policy is called {self.policy!r}; there are {', '.join(sorted(POLICIES))}")
         if self.shared not in (None, "group"):
@@ -335,9 +329,9 @@ class CacheSession:
                 return True
             is_whole = lease.is_whole
         if is_whole:
-            verify_copy(self, wanted)
+            self.verify_copy(wanted)
         else:
-            self.verify_partial_copy(wanted)
+            self._verify_partial_copy(wanted)
         return False
 
     # -- fetches -------------------------------------------------------------------------------------------------------
@@ -421,14 +415,12 @@ class CacheSession:
             if len(self._ahead) >= MOST_AHEAD:
                 self._ahead.clear()
             self._ahead[wanted.name] = True
-            with CopyLease(wanted.n_bytes, join=partial(writing.fetcher.join, wanted, store)) as lease:
-                lease.prefetch(asked)
+            writing.fetcher.prefetch(wanted, store, asked)
 
     def _admits(self, writing: WriteSession, wanted: CopySpec, need_bytes: int | None = None) -> bool:
         need_bytes = wanted.n_bytes if need_bytes is None else need_bytes
         try:
             writing.owners.ensure()  # a deleted folder cannot be asked for its free space
-            writing.quarantine.release_unused()
             coming = writing.fetcher.is_fetching(wanted.name) or wanted.name in writing.publisher.unrecorded
             if coming or not writing.evictor.would_refuse(wanted.name, charge_bytes(need_bytes)):
                 return True
@@ -451,17 +443,21 @@ class CacheSession:
             )
 
     def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan | None:
-        """Publish a reading plan to all users of the folder; return None if the folder is read-only. Raises OSError."""
-        return None if self.writing is None else self.writing.plans.publish(names, plan)
+        """Publish a reading plan to all users of the folder; return None if the folder cannot be written."""
+        try:
+            return None if self.writing is None else self.writing.plans.publish(names, plan)
+        except OSError as error:
+            self.notices.warn("plan", f"cache {self.folder.root}: a reading plan cannot be published ({error})")
+            return None
 
     # -- corrupt copies ------------------------------------------------------------------------------------------------
 
     def _is_bad(self, name: str) -> bool:
         """Return whether the object is known to be corrupt at its source."""
         given_up_s = self._given_up.get(name)
-        if given_up_s is not None and SYSTEM_CLOCK.monotonic() - given_up_s < quarantine.POISON_S:
+        if given_up_s is not None and SYSTEM_CLOCK.monotonic() - given_up_s < corrupt_sources.POISON_S:
             return True
-        return quarantine.corrupt_source_of(self.folder, name) is not None
+        return corrupt_sources.corrupt_source_of(self.folder, name) is not None
 
     def discard(self, name: str) -> None:
         """Remove a corrupt copy. If it cannot be removed, this process never serves it again."""
@@ -473,7 +469,40 @@ class CacheSession:
             self.notices.warn("discard", f"cache {self.folder.root}: a corrupt copy cannot be removed: {error}")
         self._distrusted.add(name)
 
-    def verify_partial_copy(self, wanted: CopySpec) -> bool:
+    def verify_copy(self, wanted: CopySpec) -> bool:
+        """Verify a copy that a reader found corrupt; return False if it is what the source sent.
+
+        A corrupt copy is removed. If the disk does not allow the check, the copy is removed too, or at least not served
+        by this process again.
+        """
+        try:
+            fd = self.folder.open_copy(wanted.name)
+            if fd is None:
+                return self._verify_partial_copy(wanted)
+            try:
+                record = self.folder.read_record(wanted.name)
+                expected = wanted.crc32c if wanted.crc32c is not None or record is None else record.crc32c
+                found, offset, _ = read_checksum(fd, wanted.n_bytes)
+                if offset == wanted.n_bytes == os.fstat(fd).st_size and found == expected:
+                    return False
+                self.remove_corrupt(wanted.name, fd)
+            finally:
+                os.close(fd)
+        except OSError:
+            self.discard(wanted.name)
+        return True
+
+    def remove_corrupt(self, name: str, fd: int) -> bool:
+        """Remove the corrupt copy that fd is open on; return False if it is gone, or the folder is read-only.
+
+        In a read-only folder, this process does not serve the copy any more.
+        """
+        if self.writing is None:
+            self.discard(name)
+            return False
+        return self.writing.publisher.remove_corrupt(name, fd)
+
+    def _verify_partial_copy(self, wanted: CopySpec) -> bool:
         """Handle a partial copy that a reader found corrupt; return True if it was removed and can be opened again.
 
         A partial copy has no checksum of the whole. If the disk holds what the source sent, the transfer may have
@@ -493,29 +522,17 @@ class CacheSession:
             if is_bad_there:
                 self._given_up[wanted.name] = SYSTEM_CLOCK.monotonic()
                 self.counters.add("poisoned")
-                self._remember_poison(wanted)
+                if self.writing is not None:
+                    corrupt = corrupt_sources.CorruptSource(wanted.source, wanted.crc32c, None)
+                    corrupt_sources.record_corrupt_source(self.folder, wanted.name, corrupt)
             elif not wrong:
                 self._suspected.add(wanted.name)
             else:
                 self.counters.add("quarantined")
-                self._report_part(wanted, wrong)
         if self.writing is not None:
             self.writing.fetcher.abandon(wanted.name)
         self.discard(wanted.name)
         return not is_bad_there
-
-    def _remember_poison(self, wanted: CopySpec) -> None:
-        if self.writing is not None:
-            quarantine.record_corrupt_source(
-                self.folder, wanted.name, quarantine.CorruptSource(wanted.source, wanted.crc32c, None)
-            )
-
-    def _report_part(self, wanted: CopySpec, wrong: list[int]) -> None:
-        """Report the corrupt units. The partial copy is not kept: the unit map already says which units differ."""
-        if self.writing is not None:
-            verdict = f"{len(wrong):,} units of 4 KiB differ from what was fetched, the first at offset {wrong[0]}"
-            reason = "a reader found this partial copy corrupt"
-            self.writing.quarantine.report(wanted.name, wanted.n_bytes, reason=reason, verdict=verdict)
 
     def close(self) -> None:
         """Close the traces and the parts that write.

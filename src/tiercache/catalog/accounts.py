@@ -274,9 +274,6 @@ class CacheFiles(Protocol):
     def limits(self) -> Mapping[str, int]:
         """Return the limit of each live owner, in bytes."""
 
-    def is_over(self, owner: str, name: str) -> bool:
-        """Return whether a reservation of a live owner is no longer used."""
-
     def running_fetches(self) -> Iterable[tuple[str, str, int]]:
         """Yield (owner, name, charge) of each running fetch. The charge is that of the bytes that may still come."""
 
@@ -362,8 +359,7 @@ class Accounts:
         """Restore our limit and reservations in a file that another process made after somebody deleted the old one."""
         if self._own_limit_bytes is not None:
             db.execute("INSERT OR IGNORE INTO openers VALUES (?, ?)", (self._owner, self._own_limit_bytes))
-        held = [(name, charge) for name, charge in self._held.items() if not self._files.is_over(self._owner, name)]
-        rows = [(self._owner, name, charge) for name, charge in held]
+        rows = [(self._owner, name, charge) for name, charge in self._held.items()]
         db.executemany("INSERT OR IGNORE INTO reservations VALUES (?, ?, ?)", rows)
 
     def _forget(self, db: sqlite3.Connection, owner: str) -> None:
@@ -422,14 +418,12 @@ class Accounts:
         return max(used + reserved - limit, reserved - spare_bytes()) + charge_bytes
 
     def _release_dead(self, db: sqlite3.Connection) -> None:
-        """Release the reservations of dead owners, and those that live owners no longer use and have not released."""
-        rows = db.execute("SELECT owner, name FROM reservations WHERE owner <> ?", (self._owner,)).fetchall()
-        alive = {owner: self._files.alive(owner) for owner, _ in rows}
-        for owner in [owner for owner, lives in alive.items() if not lives]:
-            self._files.remove_files_of(owner)
-            self._forget(db, owner)
-        over = [(owner, name) for owner, name in rows if alive[owner] and self._files.is_over(owner, name)]
-        db.executemany("DELETE FROM reservations WHERE owner = ? AND name = ?", over)
+        """Release the reservations of dead owners."""
+        rows = db.execute("SELECT DISTINCT owner FROM reservations WHERE owner <> ?", (self._owner,)).fetchall()
+        for (owner,) in rows:
+            if not self._files.alive(owner):
+                self._files.remove_files_of(owner)
+                self._forget(db, owner)
 
     def _check_budget(self, db: sqlite3.Connection) -> None:
         used, reserved = read_sums(db)

@@ -263,11 +263,6 @@ def _print_wrong(output: Output, facts: Mapping[str, Any]) -> None:
     for name, poison in facts["poisoned_now"].items():
         text = f"poisoned: {poison['url']}: damaged in its store, so not cached for now"
         output.event("poisoned", {"name": name, **poison}, text)
-    for report in facts["reports"]:
-        verdict = report.get("verdict") or "not yet fetched again for comparison"
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(report.get("when_s", 0)))
-        text = f"quarantined {when}: {report.get('source') or report.get('name')}: {report.get('reason')}; {verdict}"
-        output.event("quarantined", report, text)
 
 
 def summary_of(facts: Mapping[str, Any]) -> str:

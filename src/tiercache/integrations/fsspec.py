@@ -24,7 +24,7 @@ import fsspec
 from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.callbacks import DEFAULT_CALLBACK
 
-from tiercache.cache import Cache, CachedStore
+from tiercache.cache import Cache, CachedStore, drop_objects
 from tiercache.catalog import use_log
 from tiercache.errors import TierCacheError
 from tiercache.integrations.fsspec_files import CachedFile, ObjectReader, WrittenFile
@@ -522,7 +522,7 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
         with suppress(TierCacheError, OSError, ValueError):
             cache = self._open_cache()
             if cache is not None:
-                cache.drop_objects(sources)
+                drop_objects(cache, sources)
 
     def _literals(self, path: Any) -> list[str]:
         if isinstance(path, str | os.PathLike):

@@ -68,7 +68,7 @@ class ObjectReader:
         """Take a lease on the cached copy, which may still have to be fetched."""
         self.store, self.key, self.n_bytes = store, wanted.key, wanted.n_bytes
         self._wanted = wanted
-        self._lease: CopyLease | None = store.cache.open(wanted, store.inner)
+        self._lease: CopyLease | None = store.open_copy(wanted)
         self._lock = Lock()
         self._block_start, self._block = 0, bytearray()
         _readings.add(self)
@@ -127,7 +127,7 @@ class ObjectReader:
             if self._checked(lease, wanted, buffer):
                 return True
             lease.close()
-            self._lease = self.store.cache.open(self._wanted, self.store.inner)
+            self._lease = self.store.open_copy(self._wanted)
         return False
 
     def _checked(self, lease: CopyLease, wanted: ByteRange, buffer: memoryview) -> bool:
@@ -135,7 +135,7 @@ class ObjectReader:
         spans = [(wanted, buffer)]
         # Read through the lease if it is on a partial copy, because the partial copy of a changed object has lost its
         # name. Otherwise read by name, which also removes a wrong copy from the cache.
-        return lease.read(spans) or self.store.cache.read(self._wanted, spans)
+        return lease.read(spans) or self.store.read_copy(self._wanted, spans)
 
     def _keep_block(self, lease: CopyLease, block: ByteRange, buffer: memoryview) -> bool:
         """Read a cached block into memory for a sequential reader of small pieces.

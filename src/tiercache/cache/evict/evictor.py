@@ -160,11 +160,11 @@ class EvictorOptions:
 
     Attributes:
         policy: Name of the policy, a key of POLICIES.
-        free_floor: Disk space that stays free, in bytes or as a share such as "5%".
+        min_free: Disk space that stays free, in bytes or as a share such as "5%".
     """
 
     policy: str
-    free_floor: int | str
+    min_free: int | str
 
 
 class Evictor:
@@ -227,7 +227,7 @@ class Evictor:
         Eviction frees files too.
         """
         disk = room(self._folder.root)
-        spare_bytes = disk.free_bytes - parse_bytes(self._rules.free_floor, whole_bytes=disk.total_bytes)
+        spare_bytes = disk.free_bytes - parse_bytes(self._rules.min_free, whole_bytes=disk.total_bytes)
         if disk.n_free_files is not None and disk.n_free_files < SPARE_FILES:
             return min(spare_bytes, 0)
         return spare_bytes

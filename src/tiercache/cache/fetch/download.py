@@ -276,6 +276,14 @@ class Fetcher:
             fetch.join()
             return fetch
 
+    def prefetch(self, wanted: CopySpec, store: Store, ranges: Sequence[ByteRange]) -> None:
+        """Request ranges of a copy for which nobody waits."""
+        is_requested = False
+        while not is_requested:  # the fetch may end between join() and request()
+            fetch = self.join(wanted, store)
+            is_requested = fetch.request(ranges)
+            fetch.leave()
+
     def is_fetching(self, name: str) -> bool:
         """Return whether this process fetches the copy now."""
         with self._lock:
@@ -509,26 +517,20 @@ class Download:
 
     def _read(self, spans: list[tuple[ByteRange, memoryview]]) -> None:
         """Read from the source, in the version that was named; retry once if that may help."""
-        wanted, store = self._wanted, self._fetch.store
-        try:
-            self._ask(spans)
-        except (NotFound, ObjectChanged):
-            raise
-        except StoreError as error:
-            if error.retryable or self._fetch.cancel.is_set():
-                raise  # the store has already retried
-            self._ask(spans)
+        wanted, store, cancel = self._wanted, self._fetch.store, self._fetch.cancel
+        for is_last in (False, True):
+            try:
+                store.read_into(wanted.key, spans, if_match=wanted.if_match, cancel=cancel)
+                break
+            except (NotFound, ObjectChanged):
+                raise
+            except StoreError as error:
+                if is_last or error.retryable or cancel.is_set():
+                    raise  # the store has already retried
+            except OSError as error:  # a network error that the store did not convert, not one of the cache's disk
+                raise StoreError(f"reading failed: {error}", url=wanted.source, retryable=True) from error
         if wanted.identity is None and wanted.if_match is None:
             # Without a strong ETag as a guard, the object must have the same attributes after the read.
             info = store.head(wanted.key)
             if name_of_object(wanted.source, info) != wanted.name:
                 raise ObjectChanged(url=wanted.source, expected=wanted.etag, found=info.etag)
-
-    def _ask(self, spans: list[tuple[ByteRange, memoryview]]) -> None:
-        wanted = self._wanted
-        try:
-            self._fetch.store.read_into(wanted.key, spans, if_match=wanted.if_match, cancel=self._fetch.cancel)
-        except OSError as error:  # a network error that the store did not convert; not an error of the cache's disk
-            if isinstance(error, StoreError):
-                raise
-            raise StoreError(f"reading failed: {error}", url=wanted.source, retryable=True) from error

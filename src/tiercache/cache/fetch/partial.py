@@ -46,7 +46,6 @@ from tiercache.catalog.private_files import set_mode
 from tiercache.crash_points import crash_point
 from tiercache.model import ByteRange
 from tiercache.store.posix import write_all
-from tiercache.waiting import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,8 +61,6 @@ _VERSION = 1
 # ext4 keeps four extents in the inode and about 340 in each further block; the charge assumes half-full blocks.
 _EXTENTS_IN_INODE = 4
 _EXTENTS_PER_BLOCK = 170
-# Upper bound of the time between the creation of a partial copy and of its map, which are a few system calls apart.
-SETTLE_S = 0.5
 
 
 def map_bytes(n_bytes: int) -> int:
@@ -309,20 +306,13 @@ class PartialCopy:
     def open(cls, folder: Folder, name: str, n_bytes: int) -> PartialCopy | None:
         """Open the existing partial copy; None: there is none. A partial copy that cannot be continued is removed.
 
-        The units of an earlier boot are verified against their checksums. A partial copy without a map has lost its
-        creator; but on file systems where flock is not enforced, the creator may be about to create the map, so open()
-        waits SETTLE_S. If there is no partial copy, none is removed: another process may create it after this check,
-        and would then fill a file without a name.
+        The units of an earlier boot are verified against their checksums. On a file system where flock is not enforced,
+        another process may be creating the files that are removed here: it then fetches the copy once more.
         """
-        # Checked first, because the creator writes the map after the partial copy.
-        has_map = folder.has_file(f"{name}.map")
-        found = wait_for(lambda: _open_pair(folder, name, n_bytes) or not folder.has_file(f"{name}.part"), SETTLE_S)
-        if found is True:
-            if has_map and not folder.has_copy(name):
-                folder.remove_file("copies", f"{name}.map")
-            return None
-        if not found:
-            folder.remove_part(name)
+        found = _open_pair(folder, name, n_bytes)
+        if found is None:
+            if folder.has_file(f"{name}.part") or folder.has_file(f"{name}.map"):
+                folder.remove_part(name, keep_map=folder.has_copy(name))
             return None
         fds, boot = found
         part = cls(folder, name, n_bytes, fds)
@@ -377,7 +367,7 @@ class PartialCopy:
         return whole if missing.all() else None
 
     def look_again(self) -> None:
-        """Add units that another process has written.
+        """Add units that another process has written, which fetches without the lock after a long wait.
 
         Of two writers that call this after their last write, one sees all units.
         """

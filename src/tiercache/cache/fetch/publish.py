@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.cache import quarantine as quarantine_module
+from tiercache.cache import corrupt_sources
 from tiercache.cache.fetch.download import Download
 from tiercache.cache.fetch.partial import CopyHandle, PartialCopy, charge_of, hold_part, map_bytes
 from tiercache.cache.fetch.units import Mask, checksum_of, n_units
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from tiercache.cache.folder import Folder, Owners
     from tiercache.cache.machine import Breaker, Notices
     from tiercache.cache.names import CopySpec
-    from tiercache.cache.quarantine import Quarantine
     from tiercache.catalog import Accounts
     from tiercache.stats import Counters
 
@@ -120,36 +119,17 @@ class PartialFetch:
         """Return the partial copy to write to; the first call creates it. Raises OSError."""
         part = self._part
         if part is None:
-            part = self._made()
+            folder, name, n_bytes = self._publisher.folder, self._wanted.name, self._wanted.n_bytes
+            try:
+                part = PartialCopy.create(folder, name, n_bytes)
+            except FileExistsError:  # without enforced flock: another process has created one since the last check
+                found = PartialCopy.open(folder, name, n_bytes)
+                if found is None:
+                    raise FileNotFoundError(errno.ENOENT, "gone as soon as it was made", name) from None
+                part = found
             self._begin(part)
             self._part, self.present = part, part.present
         return part
-
-    def _made(self) -> PartialCopy:
-        """Create a partial copy.
-
-        On file systems where flock is not enforced, another process may have created one since the last check, or may
-        have completed the copy.
-        """
-        folder, name, n_bytes = self._publisher.folder, self._wanted.name, self._wanted.n_bytes
-        try:
-            part = PartialCopy.create(folder, name, n_bytes)
-        except FileExistsError:
-            found = PartialCopy.open(folder, name, n_bytes)
-            if found is None:
-                raise FileNotFoundError(errno.ENOENT, "gone as soon as it was made", name) from None
-            return found
-        try:
-            copy_fd = open_leased(folder, name, n_bytes)
-            if copy_fd is None:
-                return part
-            os.close(copy_fd)
-            part.unlink_names(keep_map=False)
-        except BaseException:
-            part.close()
-            raise
-        part.close()
-        raise FileNotFoundError(errno.ENOENT, "it is a copy already", name)
 
     def book(self) -> None:
         """Set the charge of the partial copy in the accounts to its present size; one without units is removed."""
@@ -191,6 +171,7 @@ class PartialFetch:
 # too.
 LOCK_WAIT_S = 60.0
 SLOWEST_BYTES_S = 2e6
+REMOVE_WAIT_S = 10.0
 # How often a partial copy is started again after its name was removed while it grew: by another process on a file
 # system where flock is not enforced, or by hand.
 MAX_BEGINNINGS = 3
@@ -208,7 +189,6 @@ class Publisher:
     owners: Owners
     accounts: Accounts
     evictor: Evictor
-    quarantine: Quarantine
     breaker: Breaker
     notices: Notices
     counters: Counters
@@ -267,8 +247,8 @@ class Publisher:
         used_bytes, reserved_bytes, limit_bytes = self.accounts.sums()
         spare_bytes = max(self.evictor.spare_bytes(), 0)
         if spare_bytes < need_bytes:
-            why = f"the disk has only {format_bytes(spare_bytes)} left above the cache's free_floor"
-            do = "free disk space, lower free_floor=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
+            why = f"the disk has only {format_bytes(spare_bytes)} left above the cache's min_free"
+            do = "free disk space, lower min_free=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
         else:
             taken = f"{format_bytes(used_bytes + reserved_bytes)} of {format_bytes(limit_bytes)}"
             why = f"{taken} are used by copies that are pinned, in use or needed sooner"
@@ -298,7 +278,7 @@ class Publisher:
                 if fetch.cancel.is_set():
                     raise StoreError("cancelled", url=wanted.source, retryable=True)
                 if not is_there or lock.is_held:
-                    self._serve(fetch, lock)
+                    self._fetch(fetch, lock)
                     return
         finally:
             lock.release()
@@ -325,21 +305,25 @@ class Publisher:
 
     # -- existing copies -----------------------------------------------------------------------------------------------
 
-    def _serve(self, fetch: Fetch, lock: NameLock) -> None:
-        """Serve the request from an existing copy, or fetch what is missing.
-
-        Fetch once more if the bytes were corrupt.
-        """
+    def _fetch(self, fetch: Fetch, lock: NameLock) -> None:
+        """Serve the request from an existing copy, or fetch what is missing, and once more if it was corrupt."""
         if self._offer_copy(fetch):
             return
-        found = 0
+        wanted, wrong = fetch.wanted, None
         for _ in range(2):
             wrong = self._fetch_missing(fetch, lock)
             if wrong is None:
                 return
-            found = wrong
-        self._remember_poison(fetch.wanted, found)
-        raise _wrong_sum(fetch.wanted, found)
+        self.counters.add("poisoned")
+        expected = "?"
+        if wanted.crc32c is not None:
+            expected = f"{wanted.crc32c:08x}"
+            corrupt = corrupt_sources.CorruptSource(wanted.source, wanted.crc32c, wrong)
+            corrupt_sources.record_corrupt_source(self.folder, wanted.name, corrupt)
+        raise CorruptShard(
+            f"corrupt at its source: two fetches did not match the checksum (CRC-32C {wrong:08x}, expected {expected})",
+            url=wanted.source,
+        )
 
     def _offer_copy(self, fetch: Fetch) -> bool:
         fd = self._existing(fetch.wanted)
@@ -369,18 +353,41 @@ class Publisher:
 
     def _remove_damaged(self, wanted: CopySpec) -> None:
         """Remove a copy of the wrong size: a power failure or a person truncated it."""
-        size = self.folder.size_of(wanted.name)
-        if size not in (None, wanted.n_bytes):
-            said = f"it had {size:,} bytes instead of {wanted.n_bytes:,}"
-            self.quarantine.report(wanted.name, wanted.n_bytes, reason="it was truncated", verdict=said)
+        if self.folder.size_of(wanted.name) not in (None, wanted.n_bytes):
             self.remove(wanted.name)
+            self.counters.add("quarantined")
 
     def remove(self, name: str) -> None:
         """Remove a corrupt copy, whole or partial. Readers keep the files that they have open."""
-        with self.quarantine.unlinking(name):
-            self.folder.remove_copy(name)
-            self.accounts.remove([name])
+        self.folder.remove_copy(name)
+        crash_point("corrupt.removed")
+        self.accounts.remove([name])
         self.unrecorded.discard(name)
+
+    def remove_corrupt(self, name: str, fd: int) -> bool:
+        """Remove the corrupt copy that fd is open on; return False if another process has done so.
+
+        The race with another reader of the same copy: (1) both verify the file, (2) the other one removes it and a
+        correct copy takes its name, (3) this one removes the correct copy. Therefore the copy is removed only while it
+        is the file that was verified.
+
+        Raises:
+            OSError: The disk or the catalog failed; the copy may still be in place.
+        """
+        lock = NameLock(self.folder.locks / name)
+        try:
+            # Without the lock the result is the same, except for a second download.
+            wait_for(lock.try_acquire, REMOVE_WAIT_S)
+            try:
+                is_same = os.path.samestat(os.lstat(self.folder.copy_path(name)), os.fstat(fd))
+            except FileNotFoundError:
+                is_same = False
+            if is_same:
+                self.remove(name)
+                self.counters.add("quarantined")
+            return is_same
+        finally:
+            lock.release()
 
     # -- download ------------------------------------------------------------------------------------------------------
 
@@ -412,11 +419,26 @@ class Publisher:
         return None
 
     def _fetch_into(self, fetch: Fetch, growth: PartialFetch) -> int | None:
-        """Extend one partial copy; see _grow()."""
+        """Extend one partial copy; see _fetch_missing().
+
+        If the disk is full, evict and retry once; then refuse the missing units.
+        """
         download = Download(fetch, growth.part, growth.admit, self.counters, growth.present)
         while True:
+            was_full = False
             while fetch.missing_units()[0].any():
-                self._run_download(growth, download)
+                try:
+                    download.run()
+                    was_full = False
+                except OSError as error:
+                    if isinstance(error, StoreError) or not is_disk_full(error):
+                        raise
+                    if was_full:
+                        fetch.refuse(fetch.missing_units()[0])
+                        self.disk_is_full()
+                    else:
+                        self.evictor.free_disk(growth.reserved_bytes, spare=fetch.spare | {fetch.wanted.name})
+                    was_full = not was_full
             if growth.is_whole():
                 growth.note(0)
                 wrong = self._publish(fetch, growth.part(), download.whole_sum())
@@ -428,23 +450,6 @@ class Publisher:
             if fetch.close_if_done():
                 growth.book()
                 return None
-
-    def _run_download(self, growth: PartialFetch, download: Download) -> None:
-        """Run the download. If the disk is full, evict and retry once; then refuse the missing units."""
-        fetch = growth.fetch
-        for is_last in (False, True):
-            try:
-                download.run()
-            except OSError as error:
-                if isinstance(error, StoreError) or not is_disk_full(error):
-                    raise
-                if is_last:
-                    fetch.refuse(fetch.missing_units()[0])
-                    self.disk_is_full()
-                else:
-                    self.evictor.free_disk(growth.reserved_bytes, spare=fetch.spare | {fetch.wanted.name})
-            else:
-                return
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 
@@ -467,8 +472,6 @@ class Publisher:
         was_first = self._commit(wanted, whole, part)
         if not was_first:  # without enforced flock: the copy that has the name is the one that counts
             self._offer_copy(fetch)
-        if self.quarantine.awaits(wanted.name):
-            self.quarantine.compare(wanted.name)
         return None
 
     def _commit(self, wanted: CopySpec, whole: int, part: PartialCopy | None = None) -> bool:
@@ -520,13 +523,6 @@ class Publisher:
             return most
         return min(max(self.folder.charge_of(wanted.name) or 0, least), most)
 
-    def _remember_poison(self, wanted: CopySpec, found: int) -> None:
-        self.counters.add("poisoned")
-        if wanted.crc32c is not None:
-            quarantine_module.record_corrupt_source(
-                self.folder, wanted.name, quarantine_module.CorruptSource(wanted.source, wanted.crc32c, found)
-            )
-
 
 def _offer(fetch: Fetch, held: CopyHandle) -> Mask:
     """Give a handle to a fetch, which then owns it, and return the units that are present.
@@ -540,11 +536,3 @@ def _offer(fetch: Fetch, held: CopyHandle) -> Mask:
         raise
     fetch.set_file(held, present)
     return present
-
-
-def _wrong_sum(wanted: CopySpec, found: int) -> CorruptShard:
-    expected = "?" if wanted.crc32c is None else f"{wanted.crc32c:08x}"
-    return CorruptShard(
-        f"corrupt at its source: two fetches did not match the checksum (CRC-32C {found:08x}, expected {expected})",
-        url=wanted.source,
-    )
