@@ -17,8 +17,11 @@ from hypothesis import HealthCheck, settings
 # Their asserts shall say what was compared; here, because this file is read before any that imports them.
 pytest.register_assert_rewrite("tiercache.testing.suite", "tiercache.testing.state_machine")
 
-# Time says nothing on a shared machine of two cores; the examples that failed are printed as code.
-settings.register_profile("tests", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+# Time says nothing on a shared machine of two cores; the examples that failed are printed as code. A test of a fast
+# path may ask for more examples, and `make fuzz` runs 5,000 of each.
+settings.register_profile(
+    "tests", max_examples=25, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.register_profile("fuzz", settings.get_profile("tests"), max_examples=5000)
 settings.load_profile("tests")
 

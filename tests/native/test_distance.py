@@ -43,9 +43,9 @@ def test_seven_answers_more_change_what_is_held_true_and_six_do_not():
         distance.learn(is_far=True)
     for answer in (False, True, False, False, False, False, False, False):
         distance.learn(is_far=answer)
-    assert distance.is_remote
+    assert distance.is_far
     distance.learn(is_far=False)
-    assert distance.is_remote is False
+    assert distance.is_far is False
 
 
 def test_what_this_core_has_written_is_near():
