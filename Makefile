@@ -1,7 +1,7 @@
 # Every target makes what it needs: a virtual environment in .venv, the package in it (editable), and the native modules.
 # Stamp files in .venv record what is installed and when the native modules were built, so nothing is done twice.
 #   make test ARGS='-k cache'      ARGS is passed to pytest, to a benchmark or to the demo
-#   make test ARGS='-n0 --pdb'     in one process; by default, one process per core, four at most, shares the test files
+#   make test ARGS='-n0 --pdb'     in one process; by default, one process per core, four at most, shares the tests
 #   make build PYTHON=python3.13   another interpreter than the first suitable one on the PATH
 
 SHELL := /bin/bash
@@ -9,6 +9,8 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .SUFFIXES:
 MAKEFLAGS += --no-builtin-rules
+# Tests start hundreds of Pythons: without bytecode files each would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 ARGS ?=
 CC ?= cc
@@ -32,7 +34,7 @@ help:
 build: $(VENV)/stamp-dev $(VENV)/stamp-native
 
 test: build
-	$(PYTEST) -n auto --maxprocesses=4 --dist loadfile -m 'not stress and not fuzz and not integration' $(ARGS)
+	$(PYTEST) -n auto --maxprocesses=4 --dist worksteal -m 'not stress and not fuzz and not integration' $(ARGS)
 
 lint: build
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Sessions in the guide to tiers: what stands after `$ ` in a console block is run, and the page has what it prints.
 
-    python tests/guide_session.py docs/guide/tiers.md        writes what the commands print now into the page
+    python -m tests.guide_session docs/guide/tiers.md        writes what the commands print now into the page
 
 Blocks that begin with ```console are one session: the page's Python blocks are run before, in the user's home, and its
 first TOML block is laid there as tiercache.toml. Those with ```console s3 are another, with the second TOML block and
@@ -21,13 +21,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from tests.support.warm_python import WarmPython
 
 import tiercache as tc
 from tiercache.testing.s3_server import S3Server
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.M | re.S)
 LOCAL, S3 = "console", "console s3"
-SECONDS = 120.0
 # Of moto: a copy that is older than this is on its way when it is first looked at, and restored as much later.
 RESTORE_S = 2
 
@@ -44,22 +44,27 @@ def commands(block: str) -> Iterator[tuple[str, str]]:
         yield command, printed
 
 
-def prepare(text: str, folder: Path, environment: Mapping[str, str]) -> None:
+def prepare(text: str, folder: Path, environment: Mapping[str, str], python: WarmPython) -> None:
     """What the page's Python blocks and the first of TOML make of the folder."""
     (folder / "tiercache.toml").write_text(blocks(text, "toml")[0])
-    code = "\n".join(blocks(text, "python"))
-    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=folder, env=dict(environment), check=True)
+    script = folder / "examples.py"
+    script.write_text("\n".join(blocks(text, "python")))
+    done = python.run([str(script)], cwd=folder, environment=environment, is_strict=True)
+    script.unlink()
+    assert done.returncode == 0, done.stderr
 
 
-def run(command: str, folder: Path, environment: Mapping[str, str]) -> str:
+def run(command: str, folder: Path, environment: Mapping[str, str], python: WarmPython) -> str:
     """What a command prints, errors included; one that ends with another code than 0 says so in a line of its own."""
     program, *arguments = shlex.split(command)
-    ours = [sys.executable, "-m", "tiercache.cli"] if program == "tiercache" else [program]
-    done = subprocess.run(
-        [*ours, *arguments], cwd=folder, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, timeout=SECONDS, check=False,
-    )  # fmt: skip
-    return at_home(done.stdout, str(folder)) + (f"[exit code {done.returncode}]\n" if done.returncode else "")
+    if program == "tiercache":
+        done = python.run(["-m", "tiercache.cli", *arguments], cwd=folder, environment=environment)
+    else:
+        done = subprocess.run(
+            [program, *arguments], cwd=folder, env=dict(environment), capture_output=True, text=True, check=False
+        )
+    ended = f"[exit code {done.returncode}]\n" if done.returncode else ""
+    return at_home(done.stdout + done.stderr, str(folder)) + ended
 
 
 def at_home(printed: str, home: str) -> str:
@@ -81,14 +86,14 @@ def environment_in(home: Path) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("TIERCACHE_", "XDG_"))} | ours
 
 
-def replay(text: str, home: Path) -> str:
+def replay(text: str, home: Path, python: WarmPython) -> str:
     """The page with what the commands of its session in local folders print here."""
     environment = environment_in(home)
-    prepare(text, home, environment)
-    return _again(text, LOCAL, home, environment)
+    prepare(text, home, environment, python)
+    return _again(text, LOCAL, home, environment, python)
 
 
-def replay_s3(text: str, home: Path, server: S3Server) -> str:
+def replay_s3(text: str, home: Path, server: S3Server, python: WarmPython) -> str:
     """The same of the session in S3; server is moto's, with the bucket that the page has."""
     how = json.dumps({"model_name": "s3::keyrestore", "transition": {"progression": "time", "seconds": RESTORE_S}})
     url = f"{server.endpoint}/moto-api/state-manager/set-transition"
@@ -102,14 +107,14 @@ def replay_s3(text: str, home: Path, server: S3Server) -> str:
     ) as writer:
         tokens = np.random.default_rng(0).integers(0, 50_000, (4000, 1024), np.uint16)
         writer.write_batch({"tokens": tokens})
-    return _again(text, S3, home, environment_in(home) | server.environment)
+    return _again(text, S3, home, environment_in(home) | server.environment, python)
 
 
-def _again(text: str, kind: str, home: Path, environment: Mapping[str, str]) -> str:
+def _again(text: str, kind: str, home: Path, environment: Mapping[str, str], python: WarmPython) -> str:
     def replayed(match: re.Match[str]) -> str:
         if match[1] != kind:
             return match[0]
-        lines = [f"$ {command}\n{run(command, home, environment)}" for command, _ in commands(match[2])]
+        lines = [f"$ {command}\n{run(command, home, environment, python)}" for command, _ in commands(match[2])]
         return f"```{kind}\n" + "".join(lines) + "```"
 
     return FENCE.sub(replayed, text)
@@ -126,10 +131,11 @@ def alike(text: str) -> str:
 def main() -> None:
     """Write a page anew."""
     page = Path(sys.argv[1])
-    with tempfile.TemporaryDirectory() as home:
-        page.write_text(replay(page.read_text(), Path(home)))
-    with tempfile.TemporaryDirectory() as home, S3Server(kind="moto", bucket="bucket") as server:
-        page.write_text(replay_s3(page.read_text(), Path(home), server))
+    with WarmPython() as python:
+        with tempfile.TemporaryDirectory() as home:
+            page.write_text(replay(page.read_text(), Path(home), python))
+        with tempfile.TemporaryDirectory() as home, S3Server(kind="moto", bucket="bucket") as server:
+            page.write_text(replay_s3(page.read_text(), Path(home), server, python))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 import importlib
 import itertools
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,9 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.warm_python import WarmPython
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
 
 
 @pytest.fixture
@@ -27,10 +25,9 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     return importlib.import_module
 
 
-def run(script: str, folder: Path, *more: str) -> str:
+def run(python: WarmPython, script: str, folder: Path, *more: str) -> str:
     """What a benchmark prints."""
-    command = [sys.executable, script, "--quick", "--folder", str(folder), *more]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=BENCHMARKS, env=ENVIRONMENT)
+    done = python.run([script, "--quick", "--folder", str(folder), *more], cwd=BENCHMARKS)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -39,8 +36,8 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_hits_records_and_readers_have_rows_beside_their_floor(tmp_path: Path) -> None:
-    text = run("bench_cache.py", tmp_path)
+def test_hits_records_and_readers_have_rows_beside_their_floor(tmp_path: Path, warm_python: WarmPython) -> None:
+    text = run(warm_python, "bench_cache.py", tmp_path)
     rows = rows_of(tmp_path / "cache.jsonl")
     assert {row["stage"] for row in rows} == {"hit", "records", "readers"}
     assert [row["case"] for row in rows if row["stage"] == "hit"] == [
@@ -52,8 +49,10 @@ def test_hits_records_and_readers_have_rows_beside_their_floor(tmp_path: Path) -
     assert "thousand hits/s" in text
 
 
-def test_epochs_are_counted_beside_their_bounds_and_a_second_run_goes_on(tmp_path: Path) -> None:
-    text = run("bench_cache_epochs.py", tmp_path, "--only", "one", "nodes", "jobs", "--policy", "plan")
+def test_epochs_are_counted_beside_their_bounds_and_a_second_run_goes_on(
+    tmp_path: Path, warm_python: WarmPython
+) -> None:
+    text = run(warm_python, "bench_cache_epochs.py", tmp_path, "--only", "one", "nodes", "jobs", "--policy", "plan")
     rows = rows_of(tmp_path / "cache_epochs.jsonl")
     assert [row["part"] for row in rows] == ["one", "nodes", "jobs"]
     for row in rows[:2]:
@@ -62,7 +61,7 @@ def test_epochs_are_counted_beside_their_bounds_and_a_second_run_goes_on(tmp_pat
     assert 0 < rows[2]["bound"] < rows[2]["simulated"]["lru"] <= 2
     assert 0 < rows[2]["share"] < 2.4
     assert "### Bytes per epoch: one node, one rank" in text
-    more = run("bench_cache_epochs.py", tmp_path, "--only", "one", "jobs", "--resume")
+    more = run(warm_python, "bench_cache_epochs.py", tmp_path, "--only", "one", "--resume")
     assert rows_of(tmp_path / "cache_epochs.jsonl")[:3] == rows
     assert "| lru |" in more
 

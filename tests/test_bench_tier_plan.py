@@ -1,9 +1,6 @@
 """The benchmark of planning runs small, ends well, and measures what it says."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,15 +9,10 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> list[dict]:
+def rows(tmp_path_factory, warm_python) -> list[dict]:
     folder = tmp_path_factory.mktemp("bench")
-    done = subprocess.run(
-        [sys.executable, "bench_tier_plan.py", "--quick", "--only", "mixed", "--folder", str(folder)],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=BENCHMARKS,
-        env={**os.environ, "PYTHONWARNINGS": "default"},
+    done = warm_python.run(
+        ["bench_tier_plan.py", "--quick", "--only", "mixed", "--folder", str(folder)], cwd=BENCHMARKS
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (folder / "tier_plan.jsonl").read_text().splitlines()]

@@ -1,23 +1,15 @@
 """The benchmark of writing runs, and has a row for each way of each workload."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.support.warm_python import WarmPython
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def test_each_way_of_writing_has_a_row_beside_the_disks(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "bench_write.py", "--quick", "--folder", str(tmp_path)],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=BENCHMARKS,
-        env={**os.environ, "PYTHONWARNINGS": "default"},
-    )
+def test_each_way_of_writing_has_a_row_beside_the_disks(tmp_path: Path, warm_python: WarmPython) -> None:
+    done = warm_python.run(["bench_write.py", "--quick", "--folder", str(tmp_path)], cwd=BENCHMARKS)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "write.jsonl").read_text().splitlines()]
     for workload in ("tokens", "bytes", "tensors", "rows"):

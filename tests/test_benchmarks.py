@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from tests.images.pictures import has_turbojpeg
+from tests.support.warm_python import WarmPython
 
 from tiercache._native.residence import are_resident
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # All but "first_batch", which starts a process for each figure.
 STAGES = ("checksum", "gather", "assembly", "overhead", "first_epoch")
-ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "default"}
 
 
 @pytest.fixture
@@ -31,27 +30,20 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     return importlib.import_module
 
 
-def run_quick(command: list[str], folder: Path) -> tuple[str, list[dict]]:
+def run_quick(python: WarmPython, command: list[str], folder: Path) -> tuple[str, list[dict]]:
     """What a benchmark prints, and its rows."""
-    done = subprocess.run(
-        [sys.executable, *command, "--quick", "--folder", str(folder)],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=BENCHMARKS,
-        env=ENVIRONMENT,
-    )
+    done = python.run([*command, "--quick", "--folder", str(folder)], cwd=BENCHMARKS)
     assert done.returncode == 0, done.stderr
     return done.stdout, [json.loads(line) for line in (folder / "peers.jsonl").read_text().splitlines()]
 
 
-def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path, warm_python: WarmPython) -> None:
     """The second run takes the first one's repetition, and adds another contender's rows to its."""
     command = ["-m", "peers", "--workload", "tensors", "--shuffle", "full", "--keep"]
-    _, before = run_quick([*command, "--only", "numpy_memmap"], tmp_path)
+    _, before = run_quick(warm_python, [*command, "--only", "numpy_memmap"], tmp_path)
     with (tmp_path / "ledger.jsonl").open("a") as file:
         file.write('{"task": "torn')
-    _, after = run_quick([*command, "--resume", "--only", "numpy_memmap", "c_floor"], tmp_path)
+    _, after = run_quick(warm_python, [*command, "--resume", "--only", "numpy_memmap", "c_floor"], tmp_path)
     figures = [row["samples_per_s.every"] for row in loads(before)]
     assert [row["samples_per_s.every"] for row in loads(after) if row["peer"] == "numpy_memmap"] == figures
     assert {row["peer"] for row in loads(after)} == {"numpy_memmap", "c_floor"}
@@ -67,15 +59,8 @@ def test_rows_of_an_earlier_run_stay_unless_their_case_was_run_again(bench: Call
     assert found == [before[1], before[2], row("tokens", "lit", run=2)]
 
 
-def test_each_stage_has_rows_beside_its_baseline(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "bench_stages.py", "--quick", "--folder", str(tmp_path), "--only", *STAGES],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=BENCHMARKS,
-        env=ENVIRONMENT,
-    )
+def test_each_stage_has_rows_beside_its_baseline(tmp_path: Path, warm_python: WarmPython) -> None:
+    done = warm_python.run(["bench_stages.py", "--quick", "--folder", str(tmp_path), "--only", *STAGES], cwd=BENCHMARKS)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
     stages = {row["stage"].split(",")[0] for row in rows}
@@ -87,16 +72,11 @@ def test_each_stage_has_rows_beside_its_baseline(tmp_path: Path) -> None:
         assert any(row["stage"].startswith(stage) and row.get("of_baseline", 0) > 0 for row in rows)
 
 
-def test_the_first_batch_is_timed_in_a_process_of_its_own(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+def test_the_first_batch_is_timed_in_a_process_of_its_own(
+    bench: Callable[[str], ModuleType], tmp_path: Path, warm_python: WarmPython
+) -> None:
     path = bench("stages.stored").small_rows(tmp_path / "rows", 100)
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.first_batch", str(path), "full", "imported"],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=BENCHMARKS,
-        env=ENVIRONMENT,
-    )
+    done = warm_python.run(["-m", "stages.first_batch", str(path), "full", "imported"], cwd=BENCHMARKS)
     figures = json.loads(done.stdout)
     assert figures["modules imported"] > 0
     assert figures["again in the same process"] > 0
@@ -106,9 +86,9 @@ def loads(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["benchmark"] == "load"]
 
 
-def test_the_loaders_are_compared_record_by_record(tmp_path: Path) -> None:
+def test_the_loaders_are_compared_record_by_record(tmp_path: Path, warm_python: WarmPython) -> None:
     command = ["bench_loader.py", "--workload", "tokens", "--only", "tiercache", "c_floor"]
-    text, rows = run_quick(command, tmp_path)
+    text, rows = run_quick(warm_python, command, tmp_path)
     assert [row["peer"] for row in loads(rows)] == ["tiercache", "c_floor"]
     assert "x floor" in text
     for row in loads(rows):
@@ -118,17 +98,15 @@ def test_the_loaders_are_compared_record_by_record(tmp_path: Path) -> None:
         assert {"cores", "kernel", "processor", "versions"} <= set(row)
 
 
-@pytest.mark.parametrize(
-    ("workload", "only"),
-    [("bytes", ["tiercache", "c_floor"]), ("images", ["tiercache"])],
-)
-def test_the_comparison_has_a_row_for_each_way_of_each_contender(
-    workload: str, only: list[str], tmp_path: Path
+@pytest.mark.parametrize("workload", ["bytes", pytest.param("images", marks=pytest.mark.stress)])
+def test_the_comparison_has_a_row_for_each_way_of_a_contender(
+    workload: str, tmp_path: Path, warm_python: WarmPython
 ) -> None:
-    _, rows = run_quick(["-m", "peers", "--workload", workload, "--shuffle", "none", "--only", *only], tmp_path)
+    command = ["-m", "peers", "--workload", workload, "--shuffle", "none", "--only", "tiercache"]
+    _, rows = run_quick(warm_python, command, tmp_path)
     planes = "planes and fast DCT"
     forms = ["", "fast DCT", planes] if workload == "images" else ["list", "buffer"]
-    assert [(row["peer"], row["form"]) for row in loads(rows)] == [(peer, form) for peer in only for form in forms]
+    assert [row["form"] for row in loads(rows)] == forms
     for row in loads(rows):
         if row["form"] == planes and not has_turbojpeg():
             assert "libturbojpeg" in row["missing"]
@@ -407,15 +385,8 @@ def test_the_quality_of_a_shuffle_is_told_from_the_order(bench: Callable[[str], 
     assert quality(rng.permutation(n), n)["neighbour_distance"] == pytest.approx(1, abs=0.05)
 
 
-def test_records_by_number_are_measured_warm_cold_and_remote(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "bench_records.py", "--quick", "--folder", str(tmp_path)],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=BENCHMARKS,
-        env=ENVIRONMENT,
-    )
+def test_records_by_number_are_measured_warm_cold_and_remote(tmp_path: Path, warm_python: WarmPython) -> None:
+    done = warm_python.run(["bench_records.py", "--quick", "--folder", str(tmp_path)], cwd=BENCHMARKS)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     cases = ["warm 1", "warm 64", "warm 256", "torch's loader", "cold 1", "remote cold"]

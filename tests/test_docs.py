@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -43,19 +41,11 @@ def test_links_between_pages_lead_somewhere(path):
 
 
 @pytest.mark.parametrize("path", [p for p in PAGES if blocks(p, "python")], ids=name_of)
-def test_python_examples_run_in_order(path, tmp_path):
+def test_python_examples_run_in_order(path, tmp_path, warm_python):
     script = tmp_path / "examples.py"
     script.write_text("\n".join(blocks(path, "python")))
     environment = os.environ | {"HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(script)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = warm_python.run([str(script)], cwd=tmp_path, environment=environment, is_strict=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -65,11 +55,9 @@ def test_every_make_target_that_the_docs_name_exists():
     assert named <= targets
 
 
-def test_every_verb_that_the_readme_names_exists():
+def test_every_verb_that_the_readme_names_exists(warm_python):
     verbs = set(re.findall(r"^tiercache ([a-z]+)", "\n".join(blocks(ROOT / "README.md", "sh")), re.M))
-    shown = subprocess.run(
-        [sys.executable, "-m", "tiercache.cli", "--help"], capture_output=True, text=True, check=True
-    ).stdout
+    shown = warm_python.run(["-m", "tiercache.cli", "--help"], cwd=ROOT).stdout
     assert verbs
     assert verbs <= set(re.findall(r"[a-z]+", shown))
 

@@ -18,16 +18,16 @@ def differences(text: str, now: str) -> list[str]:
     return list(difflib.unified_diff(was, now, "the guide", "what is printed now", lineterm="", n=0))
 
 
-def test_the_commands_of_the_guide_print_what_it_says(tmp_path):
+def test_the_commands_of_the_guide_print_what_it_says(tmp_path, warm_python):
     text = PAGE.read_text()
-    assert differences(text, guide_session.replay(text, tmp_path)) == []
+    assert differences(text, guide_session.replay(text, tmp_path, warm_python)) == []
 
 
 @pytest.mark.s3
-def test_the_guide_to_restores_says_what_they_print(tmp_path):
+def test_the_guide_to_restores_says_what_they_print(tmp_path, warm_python):
     text = PAGE.read_text()
     with S3Server(kind="moto", bucket="bucket") as server:
-        assert differences(text, guide_session.replay_s3(text, tmp_path, server)) == []
+        assert differences(text, guide_session.replay_s3(text, tmp_path, server, warm_python)) == []
 
 
 TIERS = "".join(f"""[tiers.{name}]\nurl = "/{name}"\n""" for name in ("hot", "standard", "archive"))

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
 from tests.images.pictures import has_turbojpeg
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.mark.stress
-def test_the_loader_is_measured_beside_the_decoder_alone(tmp_path):
-    command = [sys.executable, "bench_images.py", "--quick", "--threads", "2", "--folder", str(tmp_path)]
-    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+def test_the_loader_is_measured_beside_the_decoder_alone(tmp_path, warm_python):
+    command = ["bench_images.py", "--quick", "--threads", "2", "--folder", str(tmp_path)]
+    done = warm_python.run(command, cwd=BENCHMARKS)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "images.jsonl").read_text().splitlines()]
     loaders = [row for row in rows if row["case"].startswith("loader")]
@@ -26,10 +22,9 @@ def test_the_loader_is_measured_beside_the_decoder_alone(tmp_path):
     assert all(row["of_baseline"] > 0 for row in loaders)
 
 
-@pytest.mark.stress
-def test_the_places_of_scratch_memory_are_measured_for_each_size(tmp_path):
-    command = [sys.executable, "bench_images.py", "--places", "--quick", "--folder", str(tmp_path)]
-    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+def test_the_places_of_scratch_memory_are_measured_for_each_size(tmp_path, warm_python):
+    command = ["bench_images.py", "--places", "--quick", "--folder", str(tmp_path)]
+    done = warm_python.run(command, cwd=BENCHMARKS)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines() if "x" in line.split(" ")[0]]
     assert [line[0] for line in lines] == ["500x375", "256x256", "512x384", "640x480"]

@@ -234,23 +234,26 @@ def test_gradients_are_synchronised_at_the_steps_at_which_accelerate_does(job):
         assert steps["ours"][n_batches - 1]
 
 
-@pytest.mark.parametrize("form", ["list", "padded", "nested", "buffer"])
-def test_the_last_record_is_repeated_in_every_form(tmp_path, form):
+@pytest.mark.parametrize("layout", ["list", "padded", "nested", "buffer"])
+def test_the_last_record_is_repeated_in_every_layout(tmp_path, layout):
     schema = {"id": "int64", "tokens": tc.Ragged("int32", (None,)), "text": "str", "score": "float32?"}
     tokens = [np.arange(n, dtype="int32") for n in (2, 0, 3)]
     with tc.Writer(tmp_path / "data", schema=schema) as writer:
         writer.write_batch({"id": [0, 1, 2], "tokens": tokens, "text": ["a", "", "ccc"], "score": [1.0, None, 3.0]})
-    forms = {"tokens": form} if form != "list" else {}
-    forms |= {"text": "buffer"} if form == "buffer" else {}
-    dataset = tc.Dataset(tmp_path / "data", forms=forms)
+    layouts = {"tokens": layout} if layout != "list" else {}
+    layouts |= {"text": "buffer"} if layout == "buffer" else {}
+    dataset = tc.Dataset(tmp_path / "data", layouts=layouts)
     (batch,) = tc.DataLoader(dataset, batch_size=3)
     longer, n_repeated = pad_batch(batch, 5)
     assert n_repeated == 2
     assert longer["id"].tolist() == [0, 1, 2, 2, 2]
     assert longer["score.valid"].tolist() == [True, False, True, True, True]
-    assert [t.tolist()[:3] if form == "padded" else t.tolist() for t in longer["tokens"]][3:] == [[0, 1, 2], [0, 1, 2]]
+    assert [t.tolist()[:3] if layout == "padded" else t.tolist() for t in longer["tokens"]][3:] == [
+        [0, 1, 2],
+        [0, 1, 2],
+    ]
     assert len(longer["text"]) == 5
-    assert bytes(longer["text"][4]) == b"ccc" if form == "buffer" else longer["text"][4] == "ccc"
+    assert bytes(longer["text"][4]) == b"ccc" if layout == "buffer" else longer["text"][4] == "ccc"
     dataset.close()
 
 

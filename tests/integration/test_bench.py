@@ -1,23 +1,13 @@
 """The benchmark of docs/guide/frameworks.md runs."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_every_way_is_measured_beside_torchs_own(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "bench_frameworks.py", "--quick", "--folder", str(tmp_path)],
-        cwd=BENCHMARKS,
-        env={**os.environ, "PYTHONWARNINGS": "default"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_every_way_is_measured_beside_torchs_own(tmp_path, warm_python):
+    done = warm_python.run(["bench_frameworks.py", "--quick", "--folder", str(tmp_path)], cwd=BENCHMARKS)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "frameworks.jsonl").read_text().splitlines()]
     assert [row["workload"]["name"] for row in rows] == ["tokens", "rows"]

@@ -2,13 +2,12 @@
 
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from tests.support.warm_python import WarmPython
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 N = 28_672  # 640 shards of 45 records
@@ -71,20 +70,9 @@ def test_streams_mix_what_their_groups_hold_together(quality: ModuleType) -> Non
     assert clumping(quality, 32, 20, 640, 320, streams=4) < 1.3
 
 
-@pytest.mark.stress
-def test_the_benchmark_of_the_order_has_rows_of_each_stage(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "bench_order.py",
-        "--quick",
-        "--seeds",
-        "2",
-        "--repetitions",
-        "1",
-        "--folder",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=BENCHMARKS)
+def test_the_benchmark_of_the_order_has_rows_of_each_stage(tmp_path: Path, warm_python: WarmPython) -> None:
+    command = ["bench_order.py", "--quick", "--seeds", "2", "--repetitions", "1", "--folder", str(tmp_path)]
+    done = warm_python.run(command, cwd=BENCHMARKS)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "order.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} == {"speed", "resume", "state", "quality", "training"}

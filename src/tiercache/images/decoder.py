@@ -1,7 +1,7 @@
 """Decoder of encoded images into the caller's memory.
 
 It decodes JPEG by simplejpeg (libjpeg-turbo) or as planes by libturbojpeg, PNG and WebP by OpenCV, other formats by
-Pillow, and resizes by OpenCV. All of them release the GIL. docs/design/2026-11-25-images.md holds the measurements
+Pillow, and resizes by OpenCV. All of them release the GIL. docs/design/images.md holds the measurements
 behind this choice.
 """
 
