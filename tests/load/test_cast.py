@@ -169,7 +169,7 @@ def test_a_record_has_the_values_that_numpy_casts_to(packed, asked, i):
 @settings(max_examples=15, deadline=None, suppress_health_check=FIXTURE)
 @given(asked=servings(), indices=st.lists(st.integers(0, N - 1), max_size=12), start=st.integers(0, N))
 def test_batches_records_slices_and_iteration_agree(packed, asked, indices, start):
-    dataset = tc.Dataset(packed, cast=asked["cast"], nulls=asked["nulls"])
+    dataset = tc.Dataset(packed, cast=asked["cast"], fill_nulls=asked["nulls"])
     batch = dataset[indices]
     for place, index in enumerate(indices):
         for name, value in dataset[index].items():
@@ -228,7 +228,7 @@ def test_an_embedding_takes_what_is_served(packed):
 
 def test_the_schema_says_what_is_served_and_arrow_what_is_stored(packed):
     ask = {"columns": ["tokens", "flag", "score", "boxes"], "cast": {"tokens": "int64", "flag": "uint8"}}
-    dataset = tc.Dataset(packed, **ask, nulls={"score": 0})
+    dataset = tc.Dataset(packed, **ask, fill_nulls={"score": 0})
     served = [str(column) for column in dataset.schema.columns]
     assert served == ["int64[70]", "uint8", "float32?", "int16[*, 2]?"]
     tables = list(dataset.to_arrow())
@@ -355,9 +355,9 @@ def test_pictures_objects_and_arrow_columns_are_refused_with_what_to_do(tmp_path
 
 
 def test_fills_are_of_the_served_dtype(packed):
-    assert tc.Dataset(packed, cast={"count": "float32"}, nulls={"count": 0.5})[1]["count"] == np.float32(0.5)
+    assert tc.Dataset(packed, cast={"count": "float32"}, fill_nulls={"count": 0.5})[1]["count"] == np.float32(0.5)
     with pytest.raises(SchemaError, match=r"'count'.*hold"):
-        tc.Dataset(packed, cast={"count": "int8"}, nulls={"count": 300})
+        tc.Dataset(packed, cast={"count": "int8"}, fill_nulls={"count": 300})
 
 
 def test_a_cast_that_is_no_mapping_is_refused(packed):

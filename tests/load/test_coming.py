@@ -141,7 +141,7 @@ def test_a_run_of_one_epoch_reads_nothing_from_a_store_for_a_second_one(server, 
 @pytest.mark.parametrize("compression", ["none", "zstd:3"])
 def test_what_was_made_ready_is_what_the_next_epoch_serves(make_dataset, streams, compression):
     dataset = tc.Dataset(make_dataset(400, compression=compression))
-    options = tc.LoaderOptions(**OPTIONS, streams=streams)
+    options = tc.LoaderOptions(**OPTIONS, shuffle_streams=streams)
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)
     epochs = []
     for _ in range(4):

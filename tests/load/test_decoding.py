@@ -142,7 +142,7 @@ def test_ranks_together_serve_what_one_serves(path):
     whole = {i: p for b in loader_of(path, batch_size=7) for i, p in zip(b["id"].tolist(), b["image"], strict=True)}
     found: dict[int, torch.Tensor] = {}
     for rank in range(3):
-        for batch in loader_of(path, batch_size=5, rank=rank, world_size=3, streams=1):
+        for batch in loader_of(path, batch_size=5, rank=rank, world_size=3, shuffle_streams=1):
             found |= dict(zip(batch["id"].tolist(), batch["image"], strict=True))
     assert found.keys() == whole.keys()
     assert all(torch.equal(found[i], whole[i]) for i in whole)
@@ -198,7 +198,7 @@ def test_a_null_among_whole_pictures_is_none(with_nulls):
 
 def test_a_null_may_be_another_picture(with_nulls):
     grey = encode(Image.new("RGB", (9, 9), (128, 128, 128)), "png")
-    dataset = tc.Dataset(with_nulls, decode={"image": tc.DecodeImage(8)}, nulls={"image": grey})
+    dataset = tc.Dataset(with_nulls, decode={"image": tc.DecodeImage(8)}, fill_nulls={"image": grey})
     batch = next(iter(tc.DataLoader(dataset, batch_size=4)))
     assert "image.valid" not in batch
     assert (batch["image"][0] == 128).all()

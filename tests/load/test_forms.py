@@ -208,7 +208,7 @@ def test_a_record_has_its_fills_and_no_forms(packed, asked, i):
 
 def test_torchs_own_loader_gives_the_native_batches(packed):
     forms = {"blob": "buffer", "text": "nested", "box": "padded", "rows": "padded", "half": "buffer"}
-    dataset = tc.Dataset(packed, forms=forms, nulls=FILLS)
+    dataset = tc.Dataset(packed, layouts=forms, fill_nulls=FILLS)
     native = [plain_batch(b) for b in tc.DataLoader(dataset, batch_size=16)]
     assert native == [plain_batch(b) for b in TorchLoader(dataset, batch_size=16, collate_fn=tc.collate)]
     subset = Subset(dataset, list(range(16)))
@@ -217,7 +217,7 @@ def test_torchs_own_loader_gives_the_native_batches(packed):
 
 def test_torchs_default_collate_takes_nullable_columns_once_they_are_filled(packed):
     names = ["id", "count", "flag", "text", "point"]
-    filled = tc.Dataset(packed, columns=names, nulls={n: FILLS[n] for n in names if n in FILLS})
+    filled = tc.Dataset(packed, columns=names, fill_nulls={n: FILLS[n] for n in names if n in FILLS})
     batch = next(iter(TorchLoader(filled, batch_size=10, collate_fn=default_collate)))
     assert batch["count"].tolist() == [-1 if make_record(i)["count"] is None else i - 5 for i in range(10)]
     assert batch["point"].shape == (10, 2)
@@ -234,7 +234,7 @@ def test_text_of_any_length_is_served_in_every_form(tmp_path, form, values):
         rows = [None if v is None else np.arange(len(v), dtype=np.int16) for v in values]
         writer.write_batch({"text": values, "rows": rows})
     for nulls in ({}, {"text": "", "rows": []}, {"text": "null", "rows": [1, 2]}):
-        dataset = tc.Dataset(tmp_path / "d", forms={"text": form, "rows": form}, nulls=nulls)
+        dataset = tc.Dataset(tmp_path / "d", layouts={"text": form, "rows": form}, fill_nulls=nulls)
         (native,) = tc.DataLoader(dataset, batch_size=3)
         assert plain_batch(native) == plain_batch(tc.collate(dataset.__getitems__([0, 1, 2])))
         lengths = [len((nulls.get("text", "") if v is None else v).encode()) for v in values]
@@ -249,7 +249,7 @@ def test_text_of_any_length_is_served_in_every_form(tmp_path, form, values):
 
 @pytest.mark.parametrize("form", ["padded", "nested", "buffer"])
 def test_no_records_make_an_empty_batch_of_the_form(packed, form):
-    batch = tc.Dataset(packed, columns=["text", "rows"], forms={"text": form, "rows": form})[[]]
+    batch = tc.Dataset(packed, columns=["text", "rows"], layouts={"text": form, "rows": form})[[]]
     if form == "padded":
         assert (batch["text"].shape, batch["rows"].shape) == ((0, 0), (0, 0, 2, 2))
         assert batch["rows.lengths"].shape == (0,)
@@ -261,7 +261,7 @@ def test_no_records_make_an_empty_batch_of_the_form(packed, form):
 
 
 def test_native_tensors_lie_in_the_slot_and_are_the_consumers_own(packed):
-    dataset = tc.Dataset(packed, columns=["id", "flat", "box"], forms={"flat": "buffer", "box": "padded"})
+    dataset = tc.Dataset(packed, columns=["id", "flat", "box"], layouts={"flat": "buffer", "box": "padded"})
     kept = []
     for batch in tc.DataLoader(dataset, batch_size=8, shuffle=True, options=tc.LoaderOptions(seed=2)):
         start = batch["id"].untyped_storage().data_ptr()
@@ -277,7 +277,7 @@ def test_native_tensors_lie_in_the_slot_and_are_the_consumers_own(packed):
 
 
 def test_a_run_resumes_in_the_form_of_the_data_set_that_goes_on(packed):
-    buffers = tc.Dataset(packed, columns=["id", "text"], forms={"text": "buffer"}, nulls={"text": "-"})
+    buffers = tc.Dataset(packed, columns=["id", "text"], layouts={"text": "buffer"}, fill_nulls={"text": "-"})
     loader = tc.DataLoader(buffers, batch_size=7, shuffle=True, options=tc.LoaderOptions(seed=5))
     whole = [plain_batch(b) for b in loader]
     loader.set_epoch(0)
@@ -294,7 +294,7 @@ def test_a_run_resumes_in_the_form_of_the_data_set_that_goes_on(packed):
 
 
 def test_forms_and_fills_survive_pickling_and_choosing_columns(packed):
-    dataset = tc.Dataset(packed, forms={"text": "buffer", "box": "padded"}, nulls={"text": "-", "count": 3})
+    dataset = tc.Dataset(packed, layouts={"text": "buffer", "box": "padded"}, fill_nulls={"text": "-", "count": 3})
     again = pickle.loads(pickle.dumps(dataset))
     assert len(pickle.dumps(dataset)) < 1500
     assert plain_batch(again[[0, 3]]) == plain_batch(dataset[[0, 3]])
@@ -306,7 +306,7 @@ def test_forms_and_fills_survive_pickling_and_choosing_columns(packed):
 
 def test_a_fill_is_every_records_own(packed):
     given = {"none": []}
-    dataset = tc.Dataset(packed, columns=["doc", "when", "flags"], nulls={"doc": given, "when": [1]})
+    dataset = tc.Dataset(packed, columns=["doc", "when", "flags"], fill_nulls={"doc": given, "when": [1]})
     given["none"].append(1)
     batch = dataset[[i for i in range(20) if make_record(i)["doc"] is None]]
     batch["doc"][0]["none"].append(2)
@@ -334,7 +334,7 @@ def test_a_fill_is_every_records_own(packed):
         ({"nulls": {"point": [1.0, 2.0, 3.0]}}, r"point.*bfloat16\[2\]"),
         ({"nulls": {"when": "x"}}, "when"),
         ({"decode": {"text": object()}}, "text.*only images"),
-        ({"decode": {"picture": object()}, "forms": {"picture": "buffer"}}, "picture.*remove forms= or decode="),
+        ({"decode": {"picture": object()}, "forms": {"picture": "buffer"}}, "picture.*remove layouts= or decode="),
     ],
 )
 def test_what_a_column_cannot_be_is_refused_when_the_data_set_is_made(packed, asked, told):
@@ -344,33 +344,33 @@ def test_what_a_column_cannot_be_is_refused_when_the_data_set_is_made(packed, as
 
 def test_what_is_no_mapping_or_has_no_batches_is_refused(packed):
     with pytest.raises(TypeError, match="forms is a mapping"):
-        tc.Dataset(packed, forms=["text"])
+        tc.Dataset(packed, layouts=["text"])
     with pytest.raises(ValueError, match="transform"):
-        tc.Dataset(packed, forms={"text": "buffer"}, transform=dict)
+        tc.Dataset(packed, layouts={"text": "buffer"}, transform=dict)
     with pytest.raises(tc.SchemaError, match=r"text.*no such column"):
-        tc.Dataset(packed, columns=["id"], forms={"text": "buffer"})
+        tc.Dataset(packed, columns=["id"], layouts={"text": "buffer"})
 
 
 def test_a_column_in_the_place_of_lengths_is_told(tmp_path):
     with tc.Writer(tmp_path / "d", schema={"x": "bytes", "x.lengths": "int8"}) as writer:
         writer.write({"x": b"", "x.lengths": 1})
     with pytest.raises(tc.SchemaError, match=r"x\.lengths.*taken"):
-        tc.Dataset(tmp_path / "d", forms={"x": "padded"})
+        tc.Dataset(tmp_path / "d", layouts={"x": "padded"})
 
 
 def test_a_mask_by_name_is_the_usual_mask(packed):
-    batch = tc.Dataset(packed, columns=["text"], nulls={"text": "mask"})[[0, 1, 2]]
+    batch = tc.Dataset(packed, columns=["text"], fill_nulls={"text": "mask"})[[0, 1, 2]]
     assert batch["text.valid"].tolist() == [make_record(i)["text"] is not None for i in range(3)]
 
 
 @pytest.mark.parametrize("one", [-2, -2.0, np.float32(-2), np.array(-2.0), torch.tensor(-2.0)])
 def test_one_number_of_any_sort_fills_a_tensor(packed, one):
     null = next(i for i in range(N) if make_record(i)["point"] is None)
-    assert tc.Dataset(packed, nulls={"point": one})[null]["point"].tolist() == [-2.0, -2.0]
+    assert tc.Dataset(packed, fill_nulls={"point": one})[null]["point"].tolist() == [-2.0, -2.0]
 
 
 def test_a_transform_sees_filled_records(packed):
-    dataset = tc.Dataset(packed, columns=["count"], nulls={"count": -1}, transform=lambda r: int(r["count"]))
+    dataset = tc.Dataset(packed, columns=["count"], fill_nulls={"count": -1}, transform=lambda r: int(r["count"]))
     assert dataset[[0, 1, 2, 3, 4]] == [-1 if make_record(i)["count"] is None else i - 5 for i in range(5)]
 
 
@@ -380,7 +380,7 @@ def test_shapes_that_are_not_their_elements_are_corruption_in_every_form(tmp_pat
         writer.write_batch({"x": [np.zeros((1234, 2), np.uint8)]})
     (shard,) = [p for p in (tmp_path / "d").rglob("*") if p.is_file() and b"\xd2\x04\0\0\x02\0\0\0" in p.read_bytes()]
     shard.write_bytes(shard.read_bytes().replace(b"\xd2\x04\0\0\x02\0\0\0", b"\xd2\x04\0\0\x03\0\0\0"))
-    dataset = tc.Dataset(tmp_path / "d", verify="never", forms={"x": form})
+    dataset = tc.Dataset(tmp_path / "d", verify="never", layouts={"x": form})
     for read in (lambda: list(tc.DataLoader(dataset)), lambda: dataset[[0]]):
         with pytest.raises(tc.CorruptShard, match=r"column 'x': 2468 elements of the shape \(1234, 3\)"):
             read()
@@ -392,7 +392,7 @@ def test_a_damaged_page_is_found_in_every_form(tmp_path, form):
         writer.write_batch({"id": np.arange(3), "x": [b"needle in a haystack", None, b""]})
     (shard,) = [p for p in (tmp_path / "d").rglob("*") if p.is_file() and b"needle" in p.read_bytes()]
     shard.write_bytes(shard.read_bytes().replace(b"needle", b"beetle"))
-    dataset = tc.Dataset(tmp_path / "d", forms={"x": form}, nulls={"x": b"filled"})
+    dataset = tc.Dataset(tmp_path / "d", layouts={"x": form}, fill_nulls={"x": b"filled"})
     for read in (lambda: list(tc.DataLoader(dataset, batch_size=3)), lambda: dataset[[0, 1]]):
         with pytest.raises(tc.CorruptShard, match="column 'x'"):
             read()
@@ -456,7 +456,7 @@ def test_batches_are_on_the_cpu_whatever_torch_s_default_device_is(tmp_path, for
     path = tmp_path / "data"
     with tc.Writer(path, schema={"flat": tc.Ragged("int8", (None,)), "none": tc.Tensor("int8", (0,))}) as writer:
         writer.write_batch({"flat": [np.zeros(0, np.int8)] * 4, "none": np.zeros((4, 0), np.int8)})
-    iterator = iter(tc.DataLoader(tc.Dataset(path, forms={"flat": form}), batch_size=4))
+    iterator = iter(tc.DataLoader(tc.Dataset(path, layouts={"flat": form}), batch_size=4))
     with torch.device("meta"):
         batch = next(iterator)
     flat = batch["flat"]

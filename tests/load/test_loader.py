@@ -149,7 +149,7 @@ def test_a_state_after_the_end_begins_the_next_epoch(make_dataset):
 def test_ranks_of_any_number_serve_one_sequence_between_stops(shared_path, data):
     n = 150
     shuffle, drop_last = data.draw(st.booleans()), data.draw(st.booleans())
-    options = {"seed": 8, "shuffle_window_bytes": "3KiB", "shuffle_group_bytes": "9KiB", "streams": 1}
+    options = {"seed": 8, "shuffle_window_bytes": "3KiB", "shuffle_group_bytes": "9KiB", "shuffle_streams": 1}
 
     def loaders(world_size, batch_size, state):
         made = []
@@ -242,8 +242,8 @@ def test_a_state_that_does_not_fit_is_refused_by_name(make_dataset):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"streams": 0}, "streams"),
-        ({"streams": 1 << 40}, "streams"),
+        ({"shuffle_streams": 0}, "shuffle_streams"),
+        ({"shuffle_streams": 1 << 40}, "shuffle_streams"),
         ({"placement": "elsewhere"}, "elsewhere"),
         ({"parts": []}, "parts"),
         ({"parts": [["id", 1, "fingerprint"]]}, "parts"),

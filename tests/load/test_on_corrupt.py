@@ -156,7 +156,7 @@ def test_each_rank_replaces_by_its_own_sequence(make_dataset, streams):
     path = make_dataset(N, compression="zstd:3")
     clean = tc.Dataset(path)
     blocks = blocks_of(clean)
-    ranks = [{"rank": rank, "world_size": 2, "streams": streams} for rank in range(2)]
+    ranks = [{"rank": rank, "world_size": 2, "shuffle_streams": streams} for rank in range(2)]
     sequences = [flat(ids_of(tc.DataLoader(clean, 8, shuffle=True, options=options(**rank)))) for rank in ranks]
     shard, block, bad = blocks[4]
     strike(clean, path, shard, block, "blob")

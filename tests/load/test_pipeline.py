@@ -120,7 +120,9 @@ def test_every_batch_is_counted_once_among_the_waits(make_dataset):
 
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_batches_that_are_ready_come_the_short_way_and_are_the_same(make_dataset, monkeypatch, drop_last):
-    dataset = tc.Dataset(make_dataset(1005), columns=["id", "blob", "text"], forms={"blob": "buffer", "text": "buffer"})
+    dataset = tc.Dataset(
+        make_dataset(1005), columns=["id", "blob", "text"], layouts={"blob": "buffer", "text": "buffer"}
+    )
 
     def serve():
         options = tc.LoaderOptions(threads=1)  # of two workers the later batch may be ready first

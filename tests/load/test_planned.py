@@ -30,7 +30,7 @@ from tiercache.shard.read.reader_pool import ReleasingPlan
 
 N, WORDS = 1536, 1536  # records of 15 KiB, in blocks that are further apart than requests are joined
 # Options with which a rank reads other shards in each epoch.
-DEALT_ANEW = {"rank": 0, "world_size": 4, "streams": 4, "placement": "global"}
+DEALT_ANEW = {"rank": 0, "world_size": 4, "shuffle_streams": 4, "placement": "global"}
 DEALT_ANEW |= {"shuffle_group_bytes": "500KiB", "shuffle_window_bytes": "256KiB"}
 
 
@@ -103,7 +103,7 @@ def test_two_ranks_of_a_machine_fetch_no_more_than_one(server, packed, tmp_path)
         found: list[list[int]] = [[], []]
 
         def read(rank: int, epoch: int = epoch, found: list[list[int]] = found) -> None:
-            found[rank] = read_epoch(server, cache, epoch, rank=rank, world_size=2, streams=2)
+            found[rank] = read_epoch(server, cache, epoch, rank=rank, world_size=2, shuffle_streams=2)
 
         threads = [threading.Thread(target=read, args=(rank,)) for rank in range(2)]
         for thread in threads:
@@ -115,7 +115,10 @@ def test_two_ranks_of_a_machine_fetch_no_more_than_one(server, packed, tmp_path)
 
 
 def test_what_a_rank_kept_is_not_given_up_for_one_that_ends_its_epoch_later(server, packed, tmp_path):
-    cache, ranks = cache_of(tmp_path, packed, 0.5), [{"rank": rank, "world_size": 2, "streams": 2} for rank in range(2)]
+    cache, ranks = (
+        cache_of(tmp_path, packed, 0.5),
+        [{"rank": rank, "world_size": 2, "shuffle_streams": 2} for rank in range(2)],
+    )
     for epoch in range(3):  # one after the other: the most that one can be behind
         server.log.clear()
         for rank in ranks:

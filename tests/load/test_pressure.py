@@ -30,7 +30,7 @@ def make_loader(path, **options):
 @pytest.mark.parametrize("streams", [1, 4])
 def test_with_too_little_memory_the_same_is_served_with_one_warning(make_dataset, monkeypatch, streams):
     path = make_dataset(200, compression="zstd:3")
-    whole = ids_of(make_loader(path, streams=streams))
+    whole = ids_of(make_loader(path, shuffle_streams=streams))
     limited(monkeypatch, 32 << 10)
     loads = Counter()
     load = OpenedVersion.load
@@ -40,7 +40,7 @@ def test_with_too_little_memory_the_same_is_served_with_one_warning(make_dataset
         return load(self, shard, blocks)
 
     monkeypatch.setattr(OpenedVersion, "load", counted)
-    loader = make_loader(path, streams=streams)
+    loader = make_loader(path, shuffle_streams=streams)
     with pytest.warns(RuntimeWarning, match=r"read and decoded again and again.*shuffle_window_bytes") as told:
         epochs = [ids_of(loader), ids_of(loader)]
     assert len(told) == 1
@@ -64,7 +64,7 @@ def test_enough_memory_for_two_windows_of_each_stream_is_enough(make_dataset, mo
     limited(monkeypatch, 5 * raw_bytes)  # a block that is cut between streams counts in both
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert sorted(itertools.chain(*ids_of(make_loader(path, streams=3)))) == list(range(500))
+        assert sorted(itertools.chain(*ids_of(make_loader(path, shuffle_streams=3)))) == list(range(500))
 
 
 def tables_of(path):

@@ -346,7 +346,8 @@ def test_set_epoch_reaches_the_sampler_wherever_it_is(dataset):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"rank": 0, "world_size": 2}, {"streams": 2}, {"placement": "global"}, {"shuffle_group_bytes": "1MiB"}]
+    "bad",
+    [{"rank": 0, "world_size": 2}, {"shuffle_streams": 2}, {"placement": "global"}, {"shuffle_group_bytes": "1MiB"}],
 )
 def test_options_of_the_order_are_refused_beside_a_sampler(dataset, bad):
     name = next(iter(bad))

@@ -77,7 +77,7 @@ def test_without_shuffle_a_view_is_served_in_its_order(parts, name):
 def test_shuffled_a_view_serves_its_records_and_no_others(parts, name):
     dataset, expected = a_view(name, *parts)
     expected = expected or [int(record["id"]) for record in dataset]
-    loader = make_loader(dataset, shuffle=True, streams=3)
+    loader = make_loader(dataset, shuffle=True, shuffle_streams=3)
     epochs = [list(itertools.chain(*ids_of(loader))) for _ in range(2)]
     assert [sorted(epoch) for epoch in epochs] == [sorted(expected)] * 2
     if len(expected) > 10:
@@ -104,7 +104,7 @@ def test_a_state_of_another_choice_or_mixture_is_refused(parts):
 def test_a_mixture_has_exact_shares_in_any_stretch_and_goes_through_its_parts(parts, stop, streams):
     a, b = parts
     mixed = tc.mix([a, b], weights=[0.6, 0.4], stop=stop)
-    loader = make_loader(mixed, shuffle=True, streams=streams)
+    loader = make_loader(mixed, shuffle=True, shuffle_streams=streams)
     epochs = [list(itertools.chain(*ids_of(loader))) for _ in range(5)]
     assert [len(epoch) for epoch in epochs] == [len(mixed)] * 5
     for epoch in epochs:
@@ -138,7 +138,7 @@ def test_any_ranks_serve_one_sequence_of_any_source(parts, data, name, streams, 
         dataset = tc.mix([a, b], weights=[1, 2], stop="first" if name == "mixed" else "all")
     else:
         dataset, _ = a_view(name, a, b)
-    how = {"streams": streams, "placement": placement, "shuffle": shuffle}
+    how = {"shuffle_streams": streams, "placement": placement, "shuffle": shuffle}
     epoch = data.draw(st.integers(0, 3))
     alone = make_loader(dataset, batch_size=5, **how)
     alone.set_epoch(epoch)
@@ -202,7 +202,7 @@ def test_objects_come_from_parts_whose_columns_stand_elsewhere(tmp_path):
     both = tc.concat([tc.Dataset(tmp_path / name, columns=columns) for name in ("a", "b")])
     seen = [
         (i, p)
-        for batch in make_loader(both, shuffle=True, streams=2)
+        for batch in make_loader(both, shuffle=True, shuffle_streams=2)
         for i, p in zip(batch["id"].tolist(), batch["pair"], strict=True)
     ]
     assert sorted(seen, key=lambda s: s[0]) == [(i, pairs[i]) for i in range(60) for _ in range(2)]

@@ -100,7 +100,7 @@ class Run:
 hows = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 3),
-        "streams": st.sampled_from([1, 2, 3, 4, 6, 50]),
+        "shuffle_streams": st.sampled_from([1, 2, 3, 4, 6, 50]),
         "placement": st.sampled_from(["sticky", "global"]),
         "shuffle_group_bytes": st.sampled_from(["1KiB", "all"]),
         "shuffle_window_bytes": st.sampled_from([8, 100, "all"]),
@@ -154,7 +154,7 @@ def test_a_run_of_many_windows_goes_on_with_more_and_fewer_ranks(make_dataset, p
     path = make_dataset(1200)
     how = {
         "seed": 3,
-        "streams": 4,
+        "shuffle_streams": 4,
         "placement": placement,
         "shuffle_window_bytes": "1KiB",
         "shuffle_group_bytes": "9KiB",
@@ -204,7 +204,7 @@ def test_two_ranks_on_a_node_read_and_decode_each_block_once(make_dataset, monke
     assert len(first.keys() | second.keys()) == n_blocks
     assert len(first.keys() & second.keys()) <= 1  # the block in which the cut falls
     # One stream for both is what they would read without: everything, twice.
-    first, second = loads_by_rank(monkeypatch, path, 2, **options, streams=1)
+    first, second = loads_by_rank(monkeypatch, path, 2, **options, shuffle_streams=1)
     assert len(first.keys() & second.keys()) > n_blocks // 2
 
 
@@ -230,7 +230,7 @@ def test_a_sticky_stream_reads_the_same_shards_in_every_epoch_and_a_global_one_o
 
 
 def test_streams_that_do_not_divide_a_global_batch_are_told_of_once(make_dataset):
-    options = tc.LoaderOptions(rank=1, world_size=2, streams=5, seed=0)
+    options = tc.LoaderOptions(rank=1, world_size=2, shuffle_streams=5, seed=0)
     loader = tc.DataLoader(tc.Dataset(make_dataset(60)), batch_size=4, shuffle=True, options=options)
     with pytest.warns(RuntimeWarning, match=r"5 streams do not divide a global batch of 8.*multiple of 5") as told:
         epochs = [ids_of(loader), ids_of(loader)]
@@ -251,14 +251,14 @@ def test_streams_follow_the_ranks_of_the_start_and_stay(make_dataset):
     alone.load_state_dict(state)
     ids_of(alone)
     assert alone.state_dict()["streams"] == 3
-    with pytest.raises(ValueError, match="streams=2 differs from the state's 3"):
-        make(0, 1, streams=2).load_state_dict(state)
+    with pytest.raises(ValueError, match="shuffle_streams=2 differs from the state's 3"):
+        make(0, 1, shuffle_streams=2).load_state_dict(state)
     with pytest.raises(ValueError, match="placement='global' differs"):
         make(0, 1, placement="global").load_state_dict(state)
     assert tc.DataLoader(dataset, options=tc.LoaderOptions(rank=0, world_size=3)).state_dict()["streams"] == 1
 
 
-@pytest.mark.parametrize("bad", [{"streams": 0}, {"streams": 1 << 20}, {"placement": "here"}])
+@pytest.mark.parametrize("bad", [{"shuffle_streams": 0}, {"shuffle_streams": 1 << 20}, {"placement": "here"}])
 def test_streams_and_places_that_cannot_be_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         tc.LoaderOptions(**bad)
@@ -268,7 +268,7 @@ def test_objects_come_from_the_windows_of_all_streams(tmp_path):
     table = pa.table({"id": pa.array(range(120)), "pair": [{"a": i, "b": [i] * (i % 3)} for i in range(120)]})
     with tc.Writer(tmp_path / "d", block_size="64B", shard_size="1KiB") as writer:
         writer.write_batch(table)
-    options = tc.LoaderOptions(seed=1, streams=4, shuffle_window_bytes="200B")
+    options = tc.LoaderOptions(seed=1, shuffle_streams=4, shuffle_window_bytes="200B")
     loader = tc.DataLoader(tc.Dataset(tmp_path / "d"), batch_size=7, shuffle=True, options=options)
     seen = [(i, p) for batch in loader for i, p in zip(batch["id"].tolist(), batch["pair"], strict=True)]
     assert sorted(seen, key=lambda s: s[0]) == [(i, {"a": i, "b": [i] * (i % 3)}) for i in range(120)]
@@ -281,14 +281,14 @@ def test_a_rotten_block_of_one_of_several_streams_is_named(make_dataset):
     data = bytearray(shard.read_bytes())
     data[200] ^= 1
     shard.write_bytes(data)
-    options = tc.LoaderOptions(shuffle_window_bytes="1KiB", streams=4, seed=2)
+    options = tc.LoaderOptions(shuffle_window_bytes="1KiB", shuffle_streams=4, seed=2)
     with pytest.raises(tc.CorruptShard, match=rf"{shard.name}.*block"):
         ids_of(tc.DataLoader(tc.Dataset(path), batch_size=8, shuffle=True, options=options))
 
 
 def test_an_append_in_between_changes_nothing_for_a_run_that_goes_on(make_dataset):
     path = make_dataset(300)
-    how = {"seed": 3, "streams": 2, "shuffle_window_bytes": "2KiB"}
+    how = {"seed": 3, "shuffle_streams": 2, "shuffle_window_bytes": "2KiB"}
     order = {"shuffle": True, "drop_last": False}
     whole = [i for (batch,) in Run(tc.Dataset(path), Ranks(1, 8), how, **order).serve() for i in batch]
     run = Run(tc.Dataset(path), Ranks(2, 8), how, **order)

@@ -181,13 +181,13 @@ def test_serving_and_transforms_must_agree(folder):
         return tc.Dataset(folder / "a", **options)
 
     with pytest.raises(tc.SchemaError, match="'padded', data set 0 None"):
-        open_a() + open_a(forms={"boxes": "padded"})
+        open_a() + open_a(layouts={"boxes": "padded"})
     with pytest.raises(tc.SchemaError, match="score"):
-        open_a(nulls={"score": 0.0}) + open_a(nulls={"score": 1.0})
+        open_a(fill_nulls={"score": 0.0}) + open_a(fill_nulls={"score": 1.0})
     with pytest.raises(ValueError, match="different transforms"):
         open_a() + open_a(transform=_id)
     assert list(open_a(transform=_id).take(2) + open_a(transform=_id).take(1)) == [0, 1, 0]
-    padded = open_a(forms={"boxes": "padded"})
+    padded = open_a(layouts={"boxes": "padded"})
     assert (padded.take(2) + padded.skip(58))[:]["boxes"].shape[0] == 4
 
     class Mine(tc.Dataset):

@@ -24,7 +24,7 @@ def packed(tmp_path_factory):
 
 @pytest.fixture
 def dataset(packed):
-    dataset = tc.Dataset(packed, forms={"boxes": "padded", "text": "padded"})
+    dataset = tc.Dataset(packed, layouts={"boxes": "padded", "text": "padded"})
     yield dataset
     dataset.close()
 
@@ -110,7 +110,7 @@ def test_names_that_no_batch_has_are_refused(dataset, names, error, said):
 
 
 def test_nulls_that_are_filled_or_seen_need_no_mask(packed, tmp_path):
-    assert tc.Dataset(packed, nulls={"score": -1.0}).as_tuple("score")[0] == (np.float32(-1),)
+    assert tc.Dataset(packed, fill_nulls={"score": -1.0}).as_tuple("score")[0] == (np.float32(-1),)
     with tc.Writer(tmp_path / "d", schema={"text": "str?"}) as writer:
         writer.write_batch({"text": ["a", None]})
     texts = tc.Dataset(tmp_path / "d").as_tuple("text")
