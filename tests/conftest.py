@@ -66,7 +66,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch.setenv("XDG_STATE_HOME", str(home / "xdg-state"))
     patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     # So long a store's watcher may live after the last call, and no_leaks waits for it: 1.5 s in each of 600 tests.
-    for name in ("_IDLE_S", "_LOOK_EVERY_S"):
+    for name in ("_LOOK_EVERY_S",):
         patch.setattr(f"tiercache.store.retry.{name}", 0.05)
     yield home
     patch.undo()

@@ -577,7 +577,7 @@ def _check_options(options: Any, why_not: str, *, is_ordered: bool, has_state: b
 def _check_sampled(options: LoaderOptions) -> None:
     """Raise ValueError for options of the order, which a sampler decides."""
     defaults = LoaderOptions()
-    for name in ("rank", "world_size", "streams", "placement", "shuffle_group_bytes"):
+    for name in ("rank", "world_size", "shuffle_streams", "placement", "shuffle_group_bytes"):
         value = getattr(options, name)
         if value != getattr(defaults, name):
             raise ValueError(
