@@ -30,7 +30,7 @@ from tiercache.load.output_spec import (
     replace_nulls,
     tuple_columns,
 )
-from tiercache.load.source import image_decode_error
+from tiercache.load.source import NativeAccess, image_decode_error
 from tiercache.opened_version import OpenedVersion
 from tiercache.shard.conversion import parse_casts
 from tiercache.shard.read.values import ColumnValues, as_records
@@ -132,7 +132,7 @@ class Dataset(SelectionMethods):
         self._opened = opened
 
     @property
-    def source(self) -> Readable:
+    def _source(self) -> Readable:
         """Opened source that the loader reads: a version, a view of it, or several sources joined or mixed."""
         opened = self._opened
         return self._open() if opened is None else opened
@@ -142,20 +142,24 @@ class Dataset(SelectionMethods):
         """Function given as `transform`, or None."""
         return self._recipe[1]
 
+    def __tiercache__(self) -> NativeAccess:
+        """Return what `tiercache.DataLoader` and the command read; an interface of this library, not of its users."""
+        return NativeAccess(self._source, self._output_spec, self._is_plain, self._derive)
+
     @property
-    def serving(self) -> OutputSpec:
+    def _output_spec(self) -> OutputSpec:
         """Output spec: the layouts, fill values, casts and decoders that were given."""
         return self._recipe[2]
 
     @property
-    def is_plain(self) -> bool:
+    def _is_plain(self) -> bool:
         """Whether records are served as stored: no transform, and no subclass overrides record access."""
         return self.transform is None and not _overrides_record_access(type(self))
 
     @property
     def schema(self) -> Schema:
         """Schema of the chosen columns as they are served: a cast column has the dtype that it is cast to."""
-        return self.serving.schema(self.source.schema)
+        return self._output_spec.schema(self._source.schema)
 
     @property
     def column_names(self) -> list[str]:
@@ -179,15 +183,15 @@ class Dataset(SelectionMethods):
         For one whole version it is the version's own fingerprint. Otherwise it covers all versions and the selected
         records of each.
         """
-        parts = self.source.parts
+        parts = self._source.parts
         if len(parts) == 1 and parts[0].selection is None:
             return parts[0].fingerprint
         facts = [(part.fingerprint, part.selection or "") for part in parts]
-        return sha256(repr((facts, self.source.mixture)).encode()).hexdigest()
+        return sha256(repr((facts, self._source.mixture)).encode()).hexdigest()
 
     def versions(self) -> list[int]:
         """Return the numbers of all versions of the data set, oldest first. Raises ValueError for joined data sets."""
-        opened_versions = self.source.opened_versions
+        opened_versions = self._source.opened_versions
         if len(opened_versions) > 1:
             raise ValueError(f"this data set joins {len(opened_versions)} data sets: call versions() of each of them")
         return opened_versions[0].versions()
@@ -201,10 +205,10 @@ class Dataset(SelectionMethods):
             columns: Names of the columns, one or more.
         """
         columns = _names(columns)
-        if self.serving.names is not None:
+        if self._output_spec.names is not None:
             return self.as_tuple(*columns)
         self.schema.select(columns)
-        return self._derive(self.source.with_columns(columns), self.serving.select(columns))
+        return self._derive(self._source.with_columns(columns), self._output_spec.select(columns))
 
     def as_tuple(self, *names: str) -> Self:
         """Return the same records as tuples, and batches as lists of columns: `for image, label in loader`.
@@ -222,14 +226,14 @@ class Dataset(SelectionMethods):
         """
         if self.transform is not None:
             raise ValueError("as_tuple() cannot be combined with transform=: return tuples from the transform")
-        columns = tuple_columns(names, self.source.schema, self.serving)
-        return self._derive(self.source.with_columns(columns), replace(self.serving.select(columns), names=names))
+        columns = tuple_columns(names, self._source.schema, self._output_spec)
+        return self._derive(self._source.with_columns(columns), replace(self._output_spec.select(columns), names=names))
 
     def __add__(self, other: object) -> Dataset:
         return concat([self, other]) if isinstance(other, Dataset) else NotImplemented
 
     def __len__(self) -> int:
-        return self.source.n_records
+        return self._source.n_records
 
     def __getitem__(self, index: Any) -> Any:
         if type(index) is int:  # first: isinstance(index, Sequence) costs 0.5 us of about 8 us
@@ -247,10 +251,10 @@ class Dataset(SelectionMethods):
         rows = record_numbers(indices, len(self))
         if self.transform is not None:
             return [self.transform(record) for record in as_records(self._columns(rows))]
-        return LazyRecords(self._columns(rows), len(rows), self.serving)
+        return LazyRecords(self._columns(rows), len(rows), self._output_spec)
 
     def __iter__(self) -> Iterator[Any]:
-        for start, stop in spans(self.source):
+        for start, stop in spans(self._source):
             yield from self.__getitems__(range(start, stop))
 
     def to_arrow(self, batch_size: int = 4096) -> Iterator[pa.RecordBatch]:
@@ -268,7 +272,7 @@ class Dataset(SelectionMethods):
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         table = None
-        for block in arrow_batches(self.source):
+        for block in arrow_batches(self._source):
             part = pa.Table.from_batches([block])
             table = part if table is None or not table.num_rows else pa.concat_tables([table, part])
             while table.num_rows >= batch_size:
@@ -279,7 +283,7 @@ class Dataset(SelectionMethods):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return the whole data set as a pandas DataFrame in memory. Raises ImportError without pandas."""
-        frame: pd.DataFrame = pa.Table.from_batches(list(self.to_arrow()), self.source.schema.arrow).to_pandas()
+        frame: pd.DataFrame = pa.Table.from_batches(list(self.to_arrow()), self._source.schema.arrow).to_pandas()
         return frame
 
     def warm(self, *, jobs: int = 4, on_progress: Callable[[WarmProgress], None] | None = None) -> None:
@@ -295,8 +299,8 @@ class Dataset(SelectionMethods):
         Raises:
             CacheFull: The data does not fit into the cache.
         """
-        shards = range(len(self.source.shard_records))
-        self.source.warm(shards, jobs=jobs, on_progress=on_progress)
+        shards = range(len(self._source.shard_records))
+        self._source.warm(shards, jobs=jobs, on_progress=on_progress)
 
     def close(self) -> None:
         """Release open shards and connections. The data set may be used again afterwards."""
@@ -304,7 +308,7 @@ class Dataset(SelectionMethods):
             self._opened.close()
 
     def __repr__(self) -> str:
-        urls, versions = [leaf.url for leaf in self.source.opened_versions], self._recipe[0].versions
+        urls, versions = [leaf.url for leaf in self._source.opened_versions], self._recipe[0].versions
         more = f" and {len(urls) - 1} more" if len(urls) > 1 else ""
         numbers = list(dict.fromkeys(versions))
         version = ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else "")
@@ -331,14 +335,10 @@ class Dataset(SelectionMethods):
         """Return the attributes that a subclass has set."""
         return {name: value for name, value in vars(self).items() if name not in _OF_THE_PROCESS}
 
-    def with_source(self, source: Readable) -> Self:
-        """Return the same data set (transform, output spec and attributes) over another source. For loaders."""
-        return self._derive(source)
-
     def _derive(self, source: Readable, serving: OutputSpec | None = None) -> Self:
         """Return the same data set over another source, with this output spec or another one."""
         derived = type(self).__new__(type(self))
-        recipe = (source.spec, self.transform, self.serving if serving is None else serving)
+        recipe = (source.spec, self.transform, self._output_spec if serving is None else serving)
         derived.__setstate__((recipe, self._own()))
         derived._opened = source  # noqa: SLF001 -- of this class
         return derived
@@ -352,37 +352,37 @@ class Dataset(SelectionMethods):
             return self._opened
 
     def _record(self, index: int) -> Any:
-        n, serving = len(self), self.serving
+        n, serving = len(self), self._output_spec
         if not -n <= index < n:
             raise IndexError(f"record {index} of a data set of {n}")
         number = index + n if index < 0 else index
-        record = None if serving.nulls or serving.decode else self.source.record(number)
+        record = None if serving.nulls or serving.decode else self._source.record(number)
         if record is None:
             record = as_records(self._columns(np.array([number], np.int64)))[0]
         if serving.names is not None:
-            return record_tuple(record, serving.names, self.source.schema)
+            return record_tuple(record, serving.names, self._source.schema)
         return record if self.transform is None else self.transform(record)
 
     def _batch(self, rows: NDArray[np.int64]) -> Any:
         if self.transform is not None:
             return self.__getitems__(rows.tolist())
-        batch, names = apply_layouts(self._columns(rows), self.serving), self.serving.names
+        batch, names = apply_layouts(self._columns(rows), self._output_spec), self._output_spec.names
         return batch if names is None else as_columns(batch, names)
 
     def _columns(self, rows: NDArray[np.int64]) -> list[ColumnValues]:
         """Return the records' values by column, with nulls filled and images decoded as the output spec says."""
-        return self._served(self.source.values(rows), rows)
+        return self._served(self._source.values(rows), rows)
 
     def _served(self, columns: list[ColumnValues], rows: Sequence[int] | NDArray[np.int64]) -> list[ColumnValues]:
-        fills, decode = self.serving.nulls, self.serving.decode
+        fills, decode = self._output_spec.nulls, self._output_spec.decode
         if fills:
             columns = [replace_nulls(c, fills[c.column.name]) if c.column.name in fills else c for c in columns]
         if not decode:
             return columns
 
         def explain(column: str, index: int, said: str) -> Exception:
-            listed, served = self.source.record_order, int(rows[index])
-            return image_decode_error(self.source, column, served if listed is None else int(listed[served]), said)
+            listed, served = self._source.record_order, int(rows[index])
+            return image_decode_error(self._source, column, served if listed is None else int(listed[served]), said)
 
         return decode_columns(columns, decode, explain)
 
@@ -423,7 +423,7 @@ def concat(datasets: Iterable[Dataset]) -> Dataset:
         TypeError: An item is not a tiercache data set.
     """
     datasets = _alike(datasets, "concat")
-    parts = [dataset.source for dataset in datasets]
+    parts = [dataset._source for dataset in datasets]  # noqa: SLF001 -- of this class
     flat = [below for part in parts for below in (part.below if type(part) is Joined else (part,))]
     return _over(Joined(flat), datasets[0])
 
@@ -459,13 +459,13 @@ def mix(datasets: Iterable[Dataset], weights: Iterable[float], stop: MixStop = "
     datasets = _alike(datasets, "mix")
     if stop not in _MIX_STOPS:
         raise ValueError(f"stop must be {', '.join(map(repr, _MIX_STOPS))}, got {stop!r}")
-    sources = [dataset.source for dataset in datasets]
+    sources = [dataset._source for dataset in datasets]  # noqa: SLF001 -- of this class
     return _over(Mixed(sources, tuple(weights), _MIX_STOPS[stop]), datasets[0])
 
 
 def _over(source: Readable, first: Dataset) -> Dataset:
     made = Dataset.__new__(Dataset)
-    made.__setstate__(((source.spec, first.transform, first.serving), {}))
+    made.__setstate__(((source.spec, first.transform, first.__tiercache__().output_spec), {}))
     made._opened = source  # noqa: SLF001 -- of this class
     return made
 
@@ -485,23 +485,23 @@ def _alike(given: Iterable[Any], what: str) -> list[Dataset]:
         if _overrides_record_access(type(dataset)):
             why = f"data set {number} is a {type(dataset).__name__}, which overrides record access"
             raise ValueError(f"{why}: join such data sets with torch's ConcatDataset")
-        if dataset.source.mixture is not None:
+        if dataset.__tiercache__().source.mixture is not None:
             raise ValueError(f"data set {number} is a mixture: pass the data sets that it mixes to {what}() instead")
         if dataset.transform != datasets[0].transform:
             raise ValueError(
                 f"data set {number} and data set 0 have different transforms; all must use the same function"
             )
-        _check_serving(dataset.serving, datasets[0].serving, number)
+        _check_output_spec(dataset.__tiercache__().output_spec, datasets[0].__tiercache__().output_spec, number)
     return datasets
 
 
-def _check_serving(serving: OutputSpec, first: OutputSpec, number: int) -> None:
+def _check_output_spec(spec: OutputSpec, first: OutputSpec, number: int) -> None:
     """Raise SchemaError if data set `number` has other output options for a column than data set 0."""
-    if serving.names != first.names:
-        message = f"data set {number} serves {serving.names or 'dicts'}, data set 0 {first.names or 'dicts'}"
-        raise SchemaError(f"{message}: call as_tuple() on both", expected=str(first.names), got=str(serving.names))
+    if spec.names != first.names:
+        message = f"data set {number} serves {spec.names or 'dicts'}, data set 0 {first.names or 'dicts'}"
+        raise SchemaError(f"{message}: call as_tuple() on both", expected=str(first.names), got=str(spec.names))
     for argument in (f.name for f in fields(OutputSpec) if f.name != "names"):
-        mine, theirs = getattr(first, argument), getattr(serving, argument)
+        mine, theirs = getattr(first, argument), getattr(spec, argument)
         for column in sorted({*mine, *theirs}):
             if pickle.dumps(mine.get(column)) != pickle.dumps(theirs.get(column)):
                 message = f"data set {number} has {argument}={theirs.get(column)!r}, data set 0 {mine.get(column)!r}"

@@ -254,7 +254,7 @@ def test_pickles_selections_views_and_joined_data_sets_keep_the_cast(packed):
         assert one[[]]["tokens"].dtype == np.int64
         assert one.schema.columns[one.column_names.index("tokens")].dtype == "int64"
         assert next(iter(tc.DataLoader(one, batch_size=4)))["tokens"].dtype == torch.int64
-    assert dict(chosen.serving.cast) == {"tokens": "int64"}
+    assert dict(chosen._output_spec.cast) == {"tokens": "int64"}
     assert plain_batch(joined[4:6]) == plain_batch(dataset[[4, 50]])
 
 
@@ -272,7 +272,7 @@ def test_data_sets_that_are_cast_otherwise_are_not_joined(packed):
 
 def test_a_cast_to_the_stored_dtype_is_none(packed):
     dataset = tc.Dataset(packed, cast={"tokens": "uint16", "flag": np.bool_})
-    assert dataset.serving.cast == {}
+    assert dataset._output_spec.cast == {}
     assert plain_batch(dataset[0]) == plain_batch(tc.Dataset(packed)[0])
 
 

@@ -31,7 +31,7 @@ def first_blocks(dataset, epoch):
     """The blocks of the first window of an epoch: (shard, block)."""
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
     loader.set_epoch(epoch)
-    share = plan_epoch(dataset.source, loader.native_rank, 16, False, RunState.from_dict(loader.state_dict()))
+    share = plan_epoch(dataset._source, loader.native_rank, 16, False, RunState.from_dict(loader.state_dict()))
     (window,), _ = (piece := next(share.pieces(0))).windows, piece.wanted
     return set(zip(window.shards.tolist(), window.blocks.tolist(), strict=True))
 
@@ -71,7 +71,7 @@ def test_the_first_shards_of_the_next_epoch_are_requested_before_the_last_batch_
     with tc.Cache(tmp_path / "cache", size=data_bytes // 2, min_free=0) as cache:
         with pytest.warns(RuntimeWarning, match="will be fetched again"):
             dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-        names = dataset.source.table
+        names = dataset._source.table
         wanted = {names.info(shard).name.rsplit("/", 1)[1] for shard, _ in first_blocks(dataset, 1)}
         dataset.close()
         for path in (tmp_path / "cache").rglob("*.shard"):
@@ -126,7 +126,7 @@ def test_shards_that_the_cache_has_lost_are_fetched_for_the_next_epoch_before_it
 def test_a_run_of_one_epoch_reads_nothing_from_a_store_for_a_second_one(server, loads):
     dataset = tc.Dataset(f"{server.url}/data", cache=False)
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1))
-    tables = dataset.source.block_tables(range(len(dataset.source.shard_records)))
+    tables = dataset._source.block_tables(range(len(dataset._source.shard_records)))
     n_blocks = sum(len(table.records) for table in tables)
     assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(N))
     join_loading()
@@ -159,7 +159,7 @@ def test_the_next_epoch_is_made_ready_without_a_seed_as_long_as_nobody_else_draw
     generator = torch.Generator().manual_seed(2) if given else None
     dataset = tc.Dataset(make_dataset(200, compression="zstd:3"))
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, generator=generator)
-    tables = dataset.source.block_tables(range(len(dataset.source.shard_records)))
+    tables = dataset._source.block_tables(range(len(dataset._source.shard_records)))
     n_blocks = sum(len(table.records) for table in tables)
 
     def serve(n_epochs):
@@ -268,7 +268,7 @@ def test_what_was_begun_of_an_epoch_that_is_left_is_not_loaded(make_dataset, is_
     dataset = tc.Dataset(make_dataset(600, compression="zstd:3"))
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1, threads=1))
     gate, begun, load = threading.Event(), [], OpenedVersion.load
-    n_parts = sum(len(t.records) for t in dataset.source.block_tables(range(len(dataset.source.shard_records))))
+    n_parts = sum(len(t.records) for t in dataset._source.block_tables(range(len(dataset._source.shard_records))))
 
     def slow(self, *what):
         begun.append(what)
@@ -343,7 +343,7 @@ def test_a_data_set_that_is_closed_while_its_next_epoch_is_loaded_leaves_no_shar
     path = make_dataset(600)
     dataset = tc.Dataset(path)
     begun, loaded, forgetting, go_on = [], [], threading.Event(), threading.Event()
-    load, forget, n_shards = OpenedVersion.load, NextEpoch.on_source_closed, len(dataset.source.shard_records)
+    load, forget, n_shards = OpenedVersion.load, NextEpoch.on_source_closed, len(dataset._source.shard_records)
 
     def slow(self, shard, blocks):
         begun.append(shard)

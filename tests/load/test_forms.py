@@ -299,7 +299,7 @@ def test_forms_and_fills_survive_pickling_and_choosing_columns(packed):
     assert len(pickle.dumps(dataset)) < 1500
     assert plain_batch(again[[0, 3]]) == plain_batch(dataset[[0, 3]])
     chosen = dataset.select_columns(["count", "box"])
-    assert (dict(chosen.serving.layouts), dict(chosen.serving.nulls)) == ({"box": "padded"}, {"count": 3})
+    assert (dict(chosen._output_spec.layouts), dict(chosen._output_spec.nulls)) == ({"box": "padded"}, {"count": 3})
     loader = pickle.loads(pickle.dumps(tc.DataLoader(chosen, batch_size=N)))
     assert list(next(iter(loader))) == ["count", "box", "box.lengths", "box.valid"]
 
@@ -311,7 +311,7 @@ def test_a_fill_is_every_records_own(packed):
     batch = dataset[[i for i in range(20) if make_record(i)["doc"] is None]]
     batch["doc"][0]["none"].append(2)
     assert batch["doc"][1] == {"none": []}
-    assert dataset.serving.nulls["doc"] == {"none": []}
+    assert dataset._output_spec.nulls["doc"] == {"none": []}
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ def test_what_has_no_numbers_is_refused(dataset):
     mixed = tc.mix([dataset.take(40), dataset.skip(40)], [0.5, 0.5])
     with pytest.raises(RuntimeError, match="shuffled mixture"):
         list(make(mixed).batch_sampler)
-    older = tc.Dataset(dataset.source.url, version=1)
+    older = tc.Dataset(dataset._source.url, version=1)
     loader = make(dataset)
     loader.load_state_dict(make(older).state_dict())
     with pytest.raises(RuntimeError, match="version=1"):

@@ -61,7 +61,7 @@ def test_an_error_that_is_not_ours_reaches_the_consumer_as_it_was_raised(make_da
     def refuse(self, shard, blocks):
         raise PermissionError(errno.EACCES, "not for you")
 
-    monkeypatch.setattr(type(dataset.source), "load", refuse)
+    monkeypatch.setattr(type(dataset._source), "load", refuse)
     with pytest.raises(PermissionError, match="not for you"):
         next(iter(tc.DataLoader(dataset, batch_size=10)))
 
@@ -71,7 +71,7 @@ def test_a_run_that_a_failed_window_ended_resumes_without_losing_a_record(make_d
     options = tc.LoaderOptions(shuffle_window_bytes="1KiB", seed=3)
     loaders = [tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options) for _ in range(3)]
     whole, found, n_loads = ids_of(loaders[0]), [], itertools.count()
-    load = type(dataset.source).load
+    load = type(dataset._source).load
 
     def refuse(self, shard, blocks):
         if next(n_loads) > 4:
@@ -79,7 +79,7 @@ def test_a_run_that_a_failed_window_ended_resumes_without_losing_a_record(make_d
         return load(self, shard, blocks)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(dataset.source), "load", refuse)
+        patch.setattr(type(dataset._source), "load", refuse)
         with pytest.raises(PermissionError):
             found += (check_batch(batch) for batch in loaders[1])
     assert [len(ids) for ids in found] == [16] * len(found)
@@ -93,7 +93,7 @@ def test_a_planner_that_hears_of_close_before_the_ring_does_ends_the_iterator_as
     def cancelled(self, shard, blocks):
         raise CancelledError
 
-    monkeypatch.setattr(type(dataset.source), "load", cancelled)
+    monkeypatch.setattr(type(dataset._source), "load", cancelled)
     with pytest.raises(RuntimeError, match="closed"):
         next(iter(tc.DataLoader(dataset, batch_size=10)))
 

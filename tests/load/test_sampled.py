@@ -444,13 +444,13 @@ def test_pictures_are_decoded_for_batches_of_any_length(tmp_path):
 
 def test_blocks_that_are_mapped_and_in_memory_are_loaded_once_for_the_rest_of_an_epoch(dataset, monkeypatch):
     loaded = []
-    source, load = type(dataset.source), type(dataset.source).load
+    source, load = type(dataset._source), type(dataset._source).load
 
     def counting(self, shard, blocks):
         loaded.append(shard)
         return load(self, shard, blocks)
 
-    n_shards = len(dataset.source.shard_records)
+    n_shards = len(dataset._source.shard_records)
     loader = tc.DataLoader(dataset, 1, sampler=Counting(range(N)), num_workers=1)
     assert list(itertools.chain(*ids_of(loader))) == list(range(N))  # now its shards are open
     monkeypatch.setattr(source, "load", counting)

@@ -209,13 +209,13 @@ def test_two_ranks_on_a_node_read_and_decode_each_block_once(make_dataset, monke
 
 
 def tables_of(path):
-    source = tc.Dataset(path).source
+    source = tc.Dataset(path)._source
     return source.block_tables(range(len(source.shard_records)))
 
 
 def test_a_sticky_stream_reads_the_same_shards_in_every_epoch_and_a_global_one_others(make_dataset):
     dataset = tc.Dataset(make_dataset(1000))
-    ends = np.cumsum(dataset.source.shard_records)
+    ends = np.cumsum(dataset._source.shard_records)
     for placement in ("sticky", "global"):
         options = tc.LoaderOptions(rank=0, world_size=4, seed=1, placement=placement)
         loader = tc.DataLoader(dataset, batch_size=8, shuffle=True, drop_last=True, options=options)
@@ -308,7 +308,7 @@ def test_a_share_says_where_each_record_of_a_batch_lies(packed, layout, how, shu
     dataset, rank = packed[layout], data.draw(st.integers(0, ranks.world_size - 1))
     options = tc.LoaderOptions(rank=rank, world_size=ranks.world_size, threads=1, **how)
     iterator = iter(tc.DataLoader(dataset, batch_size=ranks.batch_size, shuffle=shuffle, options=options))
-    share, source = iterator._work.share, dataset.source
+    share, source = iterator._work.share, dataset._source
     for number, batch in enumerate(itertools.islice(iterator, 4)):
         places = [share.locate(position) for position in share.positions(number).tolist()]
         assert [record_number(source, *place) for place in places] == batch["id"].tolist()

@@ -422,7 +422,7 @@ def test_a_timeout_is_an_error_in_torchs_words(dataset, monkeypatch):
 
     go_on = threading.Event()
     chosen = dataset.select_columns(["id"])
-    source, load = chosen.source, type(chosen.source).load
+    source, load = chosen._source, type(chosen._source).load
     monkeypatch.setattr(type(source), "load", lambda *args: go_on.wait(30) and load(*args))
     iterator = iter(tc.DataLoader(chosen, 4, timeout=0.25, num_workers=1))
     with pytest.raises(RuntimeError, match=r"^DataLoader timed out after 0\.25 seconds$"):

@@ -120,7 +120,7 @@ def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("forged") / "original"
     with tc.Writer(folder, schema=SCHEMA, shard_size="16KiB", block_size="4KiB", compression={"note": "zstd"}) as w:
         w.write_batch(records())
-    assert len(tc.Dataset(folder).source.shard_records) > 1
+    assert len(tc.Dataset(folder)._source.shard_records) > 1
     return folder
 
 

@@ -189,7 +189,7 @@ def test_only_the_columns_that_are_named_are_read(dataset, monkeypatch):
 
 
 def test_shards_whose_numbers_rule_them_out_are_not_read(dataset, monkeypatch):
-    n_shards = len(dataset.source.shard_records)
+    n_shards = len(dataset._source.shard_records)
     seen = read_by(monkeypatch, lambda: dataset.filter(pc.field("id") >= 390))
     assert n_shards > 4
     assert {shard for _, shard in seen} == {n_shards - 1}
@@ -206,7 +206,7 @@ def test_a_filter_takes_little_memory_whatever_its_shards_hold(dataset, monkeypa
     sizes, evaluate = [], scan._evaluate
     monkeypatch.setattr(scan, "_evaluate", lambda table, e: sizes.append(table.num_rows) or evaluate(table, e))
     assert ids_of(dataset.filter(pc.field("label") < 5)) == frame["id"][frame["label"] < 5].tolist()
-    assert max(sizes) < N / len(dataset.source.shard_records)
+    assert max(sizes) < N / len(dataset._source.shard_records)
 
 
 def test_what_the_cache_has_not_is_filtered_past_it(tmp_path):

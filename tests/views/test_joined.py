@@ -67,8 +67,8 @@ def test_plus_joins_two_and_sums_do_not_nest(parts):
     assert len(many) == 60 + 300 * 7
     assert int(many[-1]["id"]) == 2006
     assert len(pickle.dumps(many)) < 5000
-    assert pickle.loads(pickle.dumps(many)).source.opened_versions[1:] != ()
-    assert len(pickle.loads(pickle.dumps(many)).source.opened_versions) == 2
+    assert pickle.loads(pickle.dumps(many))._source.opened_versions[1:] != ()
+    assert len(pickle.loads(pickle.dumps(many))._source.opened_versions) == 2
     with pytest.raises(TypeError):
         _ = a + parts
 
@@ -97,7 +97,7 @@ def test_joined_data_sets_may_lie_in_different_stores_and_caches(parts, tmp_path
     joined.warm()
     assert len(list(cache.entries())) >= 1
     assert check_batch(joined[[7, 0]]) == [5000, 2000]
-    figures = joined.source.figures()
+    figures = joined._source.figures()
     assert set(figures) == {"requests", "bytes_fetched", "cache_hits", "cache_misses"}
     joined.close()
     cache.close()
@@ -106,8 +106,8 @@ def test_joined_data_sets_may_lie_in_different_stores_and_caches(parts, tmp_path
 def test_figures_of_parts_that_share_a_data_set_are_counted_once(parts):
     a = parts[0]
     a[:]
-    assert tc.concat([a.take(3), a.skip(3)]).source.figures() == a.source.figures()
-    assert len(tc.concat([a.take(3), a.skip(3)]).source.opened_versions) == 1
+    assert tc.concat([a.take(3), a.skip(3)])._source.figures() == a._source.figures()
+    assert len(tc.concat([a.take(3), a.skip(3)])._source.opened_versions) == 1
 
 
 @pytest.mark.parametrize("joined", [tc.concat, lambda parts: tc.mix(parts, [1, 1, 1])], ids=["joined", "mixed"])
@@ -115,28 +115,28 @@ def test_where_one_data_set_cannot_publish_its_plan_those_of_the_others_are_with
     published, withdrawn = [], []
 
     def publish(version, plan):
-        if version is parts[2].source:
+        if version is parts[2]._source:
             raise OSError("no room for a plan")
         published.append(version.url)
         return SimpleNamespace(close=lambda: withdrawn.append(version.url))
 
-    source = joined(parts).source
+    source = joined(parts)._source
     shards = np.arange(len(source.shard_records))
     monkeypatch.setattr(OpenedVersion, "publish", publish)
     with pytest.raises(OSError, match="no room for a plan"):
         source.publish(ReadingPlan("rank 0", shards, shards, shards + 1, np.full(len(shards), NEVER)))
-    assert published == withdrawn == [part.source.url for part in parts[:2]]
+    assert published == withdrawn == [part._source.url for part in parts[:2]]
 
 
 def test_joined_views_of_one_data_set_stay_views_of_one(parts):
     a = parts[0]
     joined = a.take(3) + a.skip(3)
     for made in (joined.select_columns(["id", "text"]), joined.as_tuple("id"), joined.filter(pc.field("id") > 3)):
-        assert len(made.source.opened_versions) == 1
-    assert len(joined.source.at_versions([1, 1]).opened_versions) == 1
-    assert len(joined.source.for_scan(["id"]).opened_versions) == 1
+        assert len(made._source.opened_versions) == 1
+    assert len(joined._source.at_versions([1, 1]).opened_versions) == 1
+    assert len(joined._source.for_scan(["id"]).opened_versions) == 1
     narrow = joined.select_columns(["id"])
-    assert narrow.source.figures() == a.source.figures()
+    assert narrow._source.figures() == a._source.figures()
     assert [int(record["id"]) for record in narrow] == A
 
 
@@ -282,7 +282,7 @@ def test_a_mixture_takes_listed_parts_in_stored_order(parts):
         (lambda a, b: tc.mix([a, b], [1]), ValueError, "2 parts need one weight each, got 1"),
         (lambda a, b: tc.mix([a, b], [1, 0]), ValueError, "above 0"),
         (lambda a, b: tc.mix([a, b], [1, "2"]), TypeError, "number above 0"),
-        (lambda a, b: tc.mix([a, b], [1, 1], stop="never"), ValueError, "'first' or 'all'"),
+        (lambda a, b: tc.mix([a, b], [1, 1], stop="never"), ValueError, "'first_exhausted', .*'never'"),
         (lambda a, b: tc.mix([a, b.take(0)], [1, 1]), ValueError, "no records"),
         (lambda a, b: tc.mix([a, b], [1, 1]).take(3), ValueError, "cannot select from a mixture"),
         (lambda a, b: tc.mix([a, b], [1, 1]).filter(pc.field("id") > 3), ValueError, "cannot select from a mixture"),
@@ -291,3 +291,14 @@ def test_a_mixture_takes_listed_parts_in_stored_order(parts):
 def test_what_is_no_mixture_is_refused(parts, call, error, said):
     with pytest.raises(error, match=said):
         call(*parts[:2])
+
+
+@pytest.mark.parametrize(("long", "short"), [("first_exhausted", "first"), ("all_exhausted", "all")])
+def test_the_end_of_a_mixture_has_a_long_and_a_short_name(parts, long, short):
+    mixed = [tc.mix(parts[:2], [1, 3], stop=stop) for stop in (long, short)]
+    assert mixed[0][:]["id"].tolist() == mixed[1][:]["id"].tolist()
+    assert mixed[0].fingerprint == mixed[1].fingerprint
+
+
+def test_a_mixture_ends_by_default_before_a_record_is_repeated(parts):
+    assert len(tc.mix(parts[:2], [1, 3])) == len(tc.mix(parts[:2], [1, 3], stop="first_exhausted"))

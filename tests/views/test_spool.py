@@ -93,14 +93,14 @@ def test_the_file_is_made_once_and_goes_with_the_view(packed, own_folder):
 
 def test_a_filter_that_comes_too_late_for_its_file_is_evaluated_again(packed, own_folder):
     view = tc.Dataset(packed).filter(pc.field("odd"))
-    data, parts = pickle.dumps(view), view.source.parts
+    data, parts = pickle.dumps(view), view._source.parts
     assert len(files(own_folder)) == 1
     del view
     gc.collect()
     assert files(own_folder) == []
     again = pickle.loads(data)
     assert len(again) == N // 2
-    assert again.source.parts == parts
+    assert again._source.parts == parts
 
 
 class _Together:
@@ -164,7 +164,7 @@ def test_other_processes_map_the_file_and_leave_none_behind(packed, own_folder, 
     expected = view[:5]["id"].tolist()
     with multiprocessing.get_context(start).Pool(1) as pool:
         assert pool.apply(_first_ids, (view,)) == (expected, expected)
-        assert [f for f in files(own_folder) if str(f) == pickle.loads(pickle.dumps(view.source.selection.pack()))[0]]
+        assert [f for f in files(own_folder) if str(f) == pickle.loads(pickle.dumps(view._source.selection.pack()))[0]]
         pool.close()
         pool.join()
     assert len(files(own_folder)) == 1

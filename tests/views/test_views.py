@@ -37,7 +37,7 @@ def packed(tmp_path_factory):
 @pytest.fixture
 def dataset(packed):
     dataset = tc.Dataset(packed)
-    assert len(dataset.source.shard_records) > 4
+    assert len(dataset._source.shard_records) > 4
     yield dataset
     dataset.close()
 
@@ -108,7 +108,7 @@ def test_every_way_of_reading_a_chain_of_views_gives_the_lists_records(dataset, 
     assert table["text"].to_pylist() == [f"text {i}" for i in ids]
     again = pickle.loads(pickle.dumps(view))
     assert ids_of(again) == ids
-    assert again.source.parts == view.source.parts
+    assert again._source.parts == view._source.parts
     assert list(itertools.chain(*map(check_batch, tc.DataLoader(view, batch_size=16)))) == ids
     if ids:  # torch refuses to shuffle nothing
         shuffled = itertools.chain(*map(check_batch, tc.DataLoader(view, batch_size=16, shuffle=True)))
@@ -116,9 +116,9 @@ def test_every_way_of_reading_a_chain_of_views_gives_the_lists_records(dataset, 
 
 
 def test_block_tables_that_another_thread_pushes_out_are_still_given(packed, monkeypatch):
-    source = tc.Dataset(packed).source
+    source = tc.Dataset(packed)._source
     expected = [table.records.tolist() for table in source.block_tables([0, 1])]
-    source = tc.Dataset(packed).source
+    source = tc.Dataset(packed)._source
     monkeypatch.setattr(opened_version, "MAX_TABLES", 2)
     read = OpenedVersion._read_table
 
@@ -201,7 +201,7 @@ def test_masks_come_in_any_form_and_ranges_too(dataset):
     assert ids_of(dataset.select(range(-3, 0))) == [147, 148, 149]
     assert ids_of(dataset.select(range(10**12, 10**12))) == []
     assert ids_of(dataset.select(pd.Series(mask, dtype="boolean", index=range(7, N + 7)))) == [0, 50, 100]
-    assert dataset.select(range(3, 140)).source.selection.n_bytes == 24
+    assert dataset.select(range(3, 140))._source.selection.n_bytes == 24
 
 
 def test_columns_transforms_and_subclasses_stay_with_a_view(packed):
@@ -233,7 +233,7 @@ def test_shards_without_chosen_records_are_neither_opened_nor_warmed(packed, mon
 
     monkeypatch.setattr(ShardReader, "__init__", note)
     view = tc.Dataset(packed).select([0, N - 1])
-    names = [view.source.source.table.info(i).name for i in range(len(view.source.shard_records))]
+    names = [view._source.source.table.info(i).name for i in range(len(view._source.shard_records))]
     for read in (list, lambda v: v[:], lambda v: list(v.to_arrow()), lambda v: list(tc.DataLoader(v, shuffle=True))):
         seen.clear()
         view.close()

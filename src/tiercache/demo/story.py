@@ -439,7 +439,7 @@ def _pack(stage: DemoSetup) -> Iterator[Event]:
 
 def _packed(stage: DemoSetup, name: str, raw_bytes: int) -> PackedDataSet:
     dataset = Dataset(stage.url(name), cache=False, storage_options=stage.server.storage_options)
-    shards_bytes = dataset.source.shard_bytes
+    shards_bytes = dataset.__tiercache__().source.shard_bytes
     columns = ", ".join(dataset.column_names)
     return PackedDataSet(
         name, stage.url(name), columns, len(dataset), len(shards_bytes), raw_bytes, int(shards_bytes.sum())

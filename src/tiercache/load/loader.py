@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields, replace
+from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset, Sampler, default_collate
 from torchdata.stateful_dataloader import Stateful, StatefulDataLoader
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
 
@@ -31,7 +33,7 @@ from tiercache.load.samplers import (
     set_sampler_epoch,
     with_state,
 )
-from tiercache.load.source import Source
+from tiercache.load.source import NativeAccess, NativeDataset, native_access
 from tiercache.load.state import STEPS_SINCE, RunState, state_for_workers
 from tiercache.load.torch_rng import RandomGenerators, loadable, next_seed, settled
 
@@ -96,19 +98,19 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: TorchDataset[Any] | NativeDataset,
         batch_size: int | None = 1,
         shuffle: bool | None = None,
-        sampler: Any = None,
-        batch_sampler: Any = None,
+        sampler: Sampler[int] | Iterable[int] | None = None,
+        batch_sampler: Sampler[list[int]] | Iterable[Sequence[int]] | None = None,
         num_workers: int = 0,
-        collate_fn: Any = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
         pin_memory: bool = False,
         drop_last: bool = False,
         timeout: float = 0,
-        worker_init_fn: Any = None,
-        multiprocessing_context: Any = None,
-        generator: Any = None,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: str | BaseContext | None = None,
+        generator: torch.Generator | None = None,
         *,
         prefetch_factor: int | None = None,
         persistent_workers: bool = False,
@@ -117,24 +119,30 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         snapshot_every_n_steps: int = 1,
         options: LoaderOptions | None = None,
     ) -> None:
-        ours = isinstance(getattr(dataset, "source", None), Source)
-        why_not = _why_not_native(dataset, batch_size, collate_fn, batch_sampler) if ours else _NOT_OURS.format(dataset)
-        if ours and collate_fn is None and batch_size is not None:
-            collate_fn = collate if dataset.is_plain else default_collate
+        access = native_access(dataset)
+        ours = access is not None
+        why_not = _NOT_OURS.format(dataset)
+        if access is not None:
+            why_not = _why_not_native(access, batch_size, collate_fn, batch_sampler)
+            if collate_fn is None and batch_size is not None:
+                collate_fn = collate if access.is_plain else default_collate
         self._sampled = sampler is not None or batch_sampler is not None
         shuffled = bool(shuffle)
         is_ordered, has_state = ours and not self._sampled, isinstance(dataset, Stateful)
         # torch's path serves a sampler over a mixture (_run() decides that); other native loaders start no worker.
-        self._starts_workers = bool(why_not) or (self._sampled and dataset.source.mixture is not None)
-        is_empty = shuffled and is_ordered and not len(dataset)
+        self._starts_workers = bool(why_not) or (
+            self._sampled and access is not None and access.source.mixture is not None
+        )
+        records: Any = dataset  # torch's stub of a data set has no length
+        is_empty = shuffled and is_ordered and not len(records)
         if is_empty:
             shuffle = None  # torch's RandomSampler raises an error for an empty data set.
         if not self._sampled and not isinstance(dataset, IterableDataset):
             if shuffled and not is_empty:
                 kind = ShuffledOrder if is_ordered else RandomSampler
-                shuffle, sampler = None, kind(dataset, generator=generator)
+                shuffle, sampler = None, kind(records, generator=generator)
             elif is_ordered:
-                sampler = StoredOrder(dataset)
+                sampler = StoredOrder(records)
         with warnings.catch_warnings():
             # torchdata calls a function that torch 2.13 deprecated; neither its users nor this library can change that.
             warnings.filterwarnings("ignore", message=".*set_vital.*", category=UserWarning)
@@ -165,7 +173,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         self._is_split = False
         self._native: NativeEngine | SamplerEngine | None = None
         self._indexed: IndexEngine | None = None
-        if ours and (is_ordered or not why_not):
+        if access is not None and (is_ordered or not why_not):
             asked = LoaderArguments(
                 batch_size=int(batch_size or 1),
                 shuffle=shuffled,
@@ -174,7 +182,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 pin_memory=pin_memory,
                 generator=generator,
                 options=options or LoaderOptions(),
-                serving=dataset.serving,
+                serving=access.output_spec,
                 num_workers=num_workers,
                 persistent_workers=persistent_workers,
             )
@@ -183,7 +191,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             elif has_state:  # torchdata keeps the data set's state beside the sampler's
                 self._is_split = asked.options.split_ranks
             else:
-                self._indexed = IndexEngine(dataset, asked, is_batched=batch_size is not None)
+                self._indexed = IndexEngine(records, asked, is_batched=batch_size is not None)
         self._bind_sampler()
         # Set after a mid-epoch state in torchdata's form, which earlier releases saved, was loaded: torchdata serves
         # the rest of that epoch.
@@ -210,10 +218,10 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             if self._indexed is not None and not self._has_rest:
                 return self._iterate_indexed(self._indexed)
             self._has_rest = False
-            source = getattr(self.dataset, "source", None)
-            if isinstance(source, Source):
+            access = native_access(self.dataset)
+            if access is not None:
                 self._check_unsplit()
-                source.prepare_reading(np.flatnonzero(source.shard_records))
+                access.source.prepare_reading(np.flatnonzero(access.source.shard_records))
             with self._torchdata_iterator():
                 return super().__iter__()
         if self.pin_memory and self.pin_memory_device and hasattr(torch, "accelerator"):  # 2.6 and later
@@ -516,7 +524,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
     def _make_engine(self, asked: LoaderArguments) -> NativeEngine | SamplerEngine | None:
         """Return the engine of the native path; None: the sampler must be asked batch by batch, as torch does."""
-        source = self.dataset.source
+        source = self.dataset.__tiercache__().source
         if not self._sampled:
             return NativeEngine(source, asked)
         _check_sampled(asked.options)
@@ -526,11 +534,11 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         return None if lead is None or source.mixture is not None else SamplerEngine(source, asked, index_sampler, lead)
 
 
-def _why_not_native(dataset: Any, batch_size: int | None, collate_fn: Any, batch_sampler: Any) -> str:
+def _why_not_native(access: NativeAccess, batch_size: int | None, collate_fn: Any, batch_sampler: Any) -> str:
     """Return the reason why a loader over a tiercache data set does not take the native path; "" if it does."""
     if batch_size is None and batch_sampler is None:
         return "batch_size=None asks for single records"
-    if not dataset.is_plain:
+    if not access.is_plain:
         return "the data set has a transform, or its class overrides how records are read"
     return "" if collate_fn in (None, collate) else "collate_fn= was given"
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from tiercache.load.epoch import OrderShare
     from tiercache.load.prefetch import AnyPiece
-    from tiercache.load.source import Source
+    from tiercache.load.source import NativeDataset, Source
 
 
 class SampledIterator(Iterator[Any]):
@@ -270,8 +270,8 @@ class IndexEngine(NativeEngine):
     sampler: The sampler that torch's iterators ask for indices.
     """
 
-    def __init__(self, dataset: Any, asked: LoaderArguments, *, is_batched: bool) -> None:
-        super().__init__(dataset.source, asked)
+    def __init__(self, dataset: NativeDataset, asked: LoaderArguments, *, is_batched: bool) -> None:
+        super().__init__(dataset.__tiercache__().source, asked)
         self.sampler = IndexSampler(is_batched=is_batched)
         self._users = dataset
         self._pending: Any = None  # the position of the epoch that begin() chose
@@ -283,9 +283,10 @@ class IndexEngine(NativeEngine):
         """The data set of the indices: the user's, or a copy over other versions or over a mixture's parts."""
         if self._over is None or self._over[0] is not self._source:
             source: Any = self._source
-            found = self._users if source is self._users.source else self._users.with_source(source)
+            access = self._users.__tiercache__()
+            found = self._users if source is access.source else access.with_source(source)
             is_mixed = source.mixture is not None and self._asked.shuffle
-            self._over = source, found.with_source(source.unmixed()) if is_mixed else found
+            self._over = source, access.with_source(source.unmixed()) if is_mixed else found
         return self._over[1]
 
     def begin(self) -> bool:
@@ -328,7 +329,8 @@ class IndexEngine(NativeEngine):
         return super().state()
 
     def _records_of(self, source: Source) -> int:
-        return len(self._users if source is self._users.source else self._users.with_source(source))
+        access = self._users.__tiercache__()
+        return len(self._users if source is access.source else access.with_source(source))
 
     def _numbered(self) -> Any:
         """Return the source of the order; a _Numbered if the data set's class defines its own length."""

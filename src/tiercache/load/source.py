@@ -5,7 +5,8 @@ load/ knows neither stores nor caches, only this Protocol.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,12 +17,45 @@ from tiercache.model import CloseListener, PublishedPlan, ReadingPlan, SourcePar
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from tiercache.load.output_spec import OutputSpec
     from tiercache.order import BlockTable
     from tiercache.shard.read.blocks import Blocks
     from tiercache.shard.schema import Schema
 
 
 __all__ = ["CloseListener", "Source", "SourcePart"]
+
+
+@dataclass(frozen=True, slots=True)
+class NativeAccess:
+    """What a tiercache data set gives to the loader, by its method `__tiercache__`.
+
+    Attributes:
+        source: The records that are read.
+        output_spec: Layouts, fill values, casts and decoders of the columns.
+        is_plain: Whether records are served as stored: no transform, and no subclass that overrides record access.
+        with_source: Function that returns the same data set over another source.
+    """
+
+    source: Source
+    output_spec: OutputSpec
+    is_plain: bool
+    with_source: Callable[[Any], Any]
+
+
+@runtime_checkable
+class NativeDataset(Protocol):
+    """A data set that the loader reads by its native path: `tiercache.Dataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __tiercache__(self) -> NativeAccess:
+        """Return what the loader reads."""
+
+
+def native_access(dataset: object) -> NativeAccess | None:
+    """Return the access to a tiercache data set; None for any other data set."""
+    return dataset.__tiercache__() if isinstance(dataset, NativeDataset) else None
 
 
 @runtime_checkable

@@ -482,7 +482,7 @@ class SelectionMethods:
 
     @property
     @abstractmethod
-    def source(self) -> Readable:
+    def _source(self) -> Readable:
         """Opened source of the data set."""
 
     @abstractmethod
@@ -503,7 +503,7 @@ class SelectionMethods:
             ValueError: The mask has the wrong length.
             TypeError: The argument is neither numbers nor a mask.
         """
-        n = self.source.n_records
+        n = self._source.n_records
         if isinstance(chosen, pc.Expression) or callable(chosen):
             raise TypeError("select() takes record numbers or a mask; filter() takes a pyarrow expression")
         if isinstance(chosen, range):
@@ -579,7 +579,7 @@ class SelectionMethods:
         return self._choose(RangeStep(_count(n), None))
 
     def _choose(self, step: ViewStep) -> Self:
-        source = self.source
+        source = self._source
         if source.mixture is not None:
             raise ValueError("cannot select from a mixture: select from the data sets before mix()")
         return self._derive(apply_step(source, step))

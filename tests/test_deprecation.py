@@ -1,0 +1,56 @@
+"""Old public names work for one release and warn; both names at once are an error."""
+
+import inspect
+import re
+
+import numpy as np
+import pytest
+
+import tiercache as tc
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deprecation") / "data"
+    with tc.Writer(folder, schema={"text": "str?", "id": "int64"}) as writer:
+        writer.write_batch({"text": [None if i % 3 == 0 else "x" * i for i in range(10)], "id": np.arange(10)})
+    return folder
+
+
+def test_old_arguments_of_a_data_set_give_the_same_batches(path):
+    with pytest.warns(DeprecationWarning, match="forms= is now called layouts="):
+        old = tc.Dataset(path, forms={"text": "buffer"})
+    with pytest.warns(DeprecationWarning, match="nulls= is now called fill_nulls="):
+        filled = tc.Dataset(path, nulls={"text": "none"})
+    assert bytes(old[:]["text"].values) == bytes(tc.Dataset(path, layouts={"text": "buffer"})[:]["text"].values)
+    assert filled[:]["text"] == tc.Dataset(path, fill_nulls={"text": "none"})[:]["text"]
+
+
+def test_the_old_number_of_streams_is_read(path):
+    with pytest.warns(DeprecationWarning, match="streams= is now called shuffle_streams="):
+        options = tc.LoaderOptions(streams=3)
+    assert options == tc.LoaderOptions(shuffle_streams=3)
+    assert tc.DataLoader(tc.Dataset(path), shuffle=True, options=options).state_dict()["streams"] == 3
+
+
+def test_both_names_at_once_are_an_error(path):
+    with pytest.raises(TypeError, match="give layouts= alone"):
+        tc.Dataset(path, layouts={}, forms={})
+    with pytest.raises(TypeError, match="give shuffle_streams= alone"):
+        tc.LoaderOptions(shuffle_streams=1, streams=1)
+
+
+def test_a_data_set_shows_its_users_no_internals():
+    names = [name for name in dir(tc.Dataset) if not name.startswith("_")]
+    assert not {"source", "serving", "is_plain", "with_source", "over"} & set(names)
+
+
+@pytest.mark.parametrize(
+    "described", [tc.DataLoader, tc.Dataset, tc.LoaderOptions, tc.Cache, tc.Writer, tc.DecodeImage, tc.pack, tc.mix]
+)
+def test_help_describes_every_parameter(described):
+    text = inspect.getdoc(described) or ""
+    if inspect.isclass(described):
+        text += inspect.getdoc(described.__init__) or ""
+    names = [name for name in inspect.signature(described).parameters if name != "self"]
+    assert [name for name in names if not re.search(rf"^\s*(\w+, )*{name}(, \w+)*:", text, re.M)] == []
