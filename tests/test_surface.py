@@ -10,7 +10,7 @@ import pytest
 
 import tiercache
 
-MAX_NAMES = 25
+MAX_NAMES = 40
 
 
 def in_new_process(code: str) -> str:

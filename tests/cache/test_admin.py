@@ -333,6 +333,6 @@ def test_a_size_that_no_disk_has_is_an_error_and_no_overflow(tmp_path, size):
 
 def test_the_former_name_of_min_free_still_works_and_warns(tmp_path):
     with pytest.warns(DeprecationWarning, match="min_free"):
-        cache = Cache(tmp_path / "c", size="1MB", min_free="100%")
+        cache = Cache(tmp_path / "c", size="1MB", free_floor="100%")
     assert cache.status()["min_free"] == "100%"
     cache.close()

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tiercache.pack import executor, pack
+from tiercache.pack import pack
+from tiercache.shard.versions.commit import Commit
 from tiercache.version import __version__
 
 
@@ -51,7 +52,7 @@ class TestPack:
         assert done.err.startswith(f"tiercache: error: {data_set}: a data set exists already")
         assert tiercache("pack", tmp_path / "gone", tmp_path / "out", code=1).err.endswith("no such file or folder\n")
         assert "not a size: 'big'" in tiercache("pack", photos, tmp_path / "out", "--shard-size", "big", code=2).err
-        assert "mode must be 'create'" in tiercache("pack", photos, tmp_path / "out", "--mode", "x", code=2).err
+        assert "'create', 'append' or 'overwrite'" in tiercache("pack", photos, tmp_path / "out", "--mode", "x", code=2).err
         assert "No such option" in tiercache("pack", photos, tmp_path / "out", "--shards", "1", code=2).err
 
     def test_ctrl_c_while_it_commits_does_not_say_that_nothing_was_committed(
@@ -60,7 +61,7 @@ class TestPack:
         def struck(*_given, **_named):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(executor, "commit", struck)
+        monkeypatch.setattr(Commit, "run", struck)
         said = tiercache("pack", photos, tmp_path / "out", code=130).err
         assert said.startswith("tiercache: interrupted: during the commit: check whether the version exists")
         assert said.count("\n") == 1

@@ -11,7 +11,7 @@ import pytest
 from tiercache.cache import Cache
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
-CHILD = Path(__file__).with_name("warming.py")
+ROOT = Path(__file__).parents[2]
 SIZE = "200MB"
 N_SMALL, N_LARGE = 20, 3
 LONGEST_RUN_S = 60.0
@@ -36,7 +36,8 @@ class Loop:
     def start(self) -> subprocess.Popen:
         self.progress.unlink(missing_ok=True)
         arguments = [str(self.source), str(self.cache), str(self.progress), SIZE]
-        child = subprocess.Popen([sys.executable, "-W", "error", CHILD, *arguments], stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-W", "error", "-m", "tests.stress.warming", *arguments]
+        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         assert wait_for(lambda: self.lines() or child.poll() is not None, LONGEST_RUN_S), "the child never began"
         return child
 
