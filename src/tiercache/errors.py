@@ -170,6 +170,7 @@ class CorruptShard(TierCacheError):
         part: Damaged part of the object, e.g. "footer" or "segment"; "" if unknown.
         block: Number of the damaged block; None if unknown.
         column: Name of the damaged column; None if unknown.
+        record: Number of the damaged record in the data set; None if unknown.
         place: Location of the damage in the data set, which the loader sets: shard, block and row. None if unknown.
         details: Further facts for the library itself.
 
@@ -187,6 +188,7 @@ class CorruptShard(TierCacheError):
         part: str = "",
         block: int | None = None,
         column: str | None = None,
+        record: int | None = None,
         place: tuple[int, int | None, int | None] | None = None,
         **details: object,
     ) -> None:
@@ -198,6 +200,7 @@ class CorruptShard(TierCacheError):
         self.part = part
         self.block = block
         self.column = column
+        self.record = record
         self.place = place
 
 

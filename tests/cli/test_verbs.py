@@ -52,7 +52,8 @@ class TestPack:
         assert done.err.startswith(f"tiercache: error: {data_set}: a data set exists already")
         assert tiercache("pack", tmp_path / "gone", tmp_path / "out", code=1).err.endswith("no such file or folder\n")
         assert "not a size: 'big'" in tiercache("pack", photos, tmp_path / "out", "--shard-size", "big", code=2).err
-        assert "'create', 'append' or 'overwrite'" in tiercache("pack", photos, tmp_path / "out", "--mode", "x", code=2).err
+        wrong_mode = tiercache("pack", photos, tmp_path / "out", "--mode", "x", code=2)
+        assert "'create', 'append' or 'overwrite'" in wrong_mode.err
         assert "No such option" in tiercache("pack", photos, tmp_path / "out", "--shards", "1", code=2).err
 
     def test_ctrl_c_while_it_commits_does_not_say_that_nothing_was_committed(

@@ -147,7 +147,7 @@ def servings(draw):
     nulls = {name: fill for name, fill in FILLS.items() if draw(st.booleans())}
     if "maybe" in nulls and "maybe" in cast:
         nulls["maybe"] = 1  # a fill is a value of the served dtype
-    return {"forms": forms, "cast": cast, "nulls": nulls}
+    return {"layouts": forms, "cast": cast, "fill_nulls": nulls}
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=FIXTURE)
@@ -169,7 +169,7 @@ def test_a_record_has_the_values_that_numpy_casts_to(packed, asked, i):
 @settings(max_examples=15, deadline=None, suppress_health_check=FIXTURE)
 @given(asked=servings(), indices=st.lists(st.integers(0, N - 1), max_size=12), start=st.integers(0, N))
 def test_batches_records_slices_and_iteration_agree(packed, asked, indices, start):
-    dataset = tc.Dataset(packed, cast=asked["cast"], fill_nulls=asked["nulls"])
+    dataset = tc.Dataset(packed, cast=asked["cast"], fill_nulls=asked["fill_nulls"])
     batch = dataset[indices]
     for place, index in enumerate(indices):
         for name, value in dataset[index].items():
@@ -196,7 +196,7 @@ def test_the_native_path_and_collate_give_the_same_batch(packed, asked, batch_si
 
 @pytest.mark.parametrize("form", ["list", "padded", "nested", "buffer"])
 def test_every_form_of_a_ragged_column_is_of_the_dtype_with_its_fill(packed, form):
-    ask = {"cast": {"boxes": "float32"}, "forms": {"boxes": form}, "nulls": {"boxes": np.array([[0.25, 7]])}}
+    ask = {"cast": {"boxes": "float32"}, "layouts": {"boxes": form}, "fill_nulls": {"boxes": np.array([[0.25, 7]])}}
     dataset = tc.Dataset(packed, columns=["boxes"], **ask)
     (batch,) = tc.DataLoader(dataset, batch_size=N)
     got = batch["boxes"]

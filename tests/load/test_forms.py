@@ -94,7 +94,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("forms") / "data", [make_record(i) for i in range(N)])
+    return write(tmp_path_factory.mktemp("layouts") / "data", [make_record(i) for i in range(N)])
 
 
 def as_plain(value: Any) -> Any:
@@ -154,7 +154,7 @@ def servings(draw):
         name: draw(st.sampled_from(("list", "padded", "buffer", *(["nested"] * (name in ONE_VARIES_FIRST)))))
         for name in VARIED
     }
-    return {"forms": forms, "nulls": {n: f for n, f in FILLS.items() if draw(st.booleans())}}
+    return {"layouts": forms, "fill_nulls": {n: f for n, f in FILLS.items() if draw(st.booleans())}}
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=FIXTURE)
@@ -177,10 +177,10 @@ def test_the_native_path_and_collate_give_the_same_batch(packed, asked, batch_si
 def test_numpy_batches_hold_what_was_written_in_every_form(packed, asked, indices):
     batch = tc.Dataset(packed, **asked)[indices]
     for name in VARIED:
-        form, fill = asked["forms"][name], asked["nulls"].get(name)
+        form, fill = asked["layouts"][name], asked["fill_nulls"].get(name)
         null = [make_record(i)[name] is None for i in indices]
         if name in FILLS:
-            assert (f"{name}.valid" in batch) is (name not in asked["nulls"])
+            assert (f"{name}.valid" in batch) is (name not in asked["fill_nulls"])
         if f"{name}.valid" in batch:
             assert batch[f"{name}.valid"].tolist() == [not n for n in null]
         found = records_of(batch, name, form)
@@ -198,7 +198,7 @@ def test_a_record_has_its_fills_and_no_forms(packed, asked, i):
     record, usual = tc.Dataset(packed, **asked)[i], tc.Dataset(packed)[i]
     assert record.keys() == usual.keys()
     for name, value in usual.items():
-        if value is None and name in asked["nulls"]:
+        if value is None and name in asked["fill_nulls"]:
             fill = FILLS[name]
             expected = [fill] * 2 if name == "point" else expected_value(name, None, fill, "list")
             assert (record[name].tolist() if hasattr(record[name], "tolist") else record[name]) == expected
@@ -317,24 +317,24 @@ def test_a_fill_is_every_records_own(packed):
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"forms": {"nothing": "list"}}, "nothing.*no such column"),
-        ({"forms": {"text": "pad"}}, "text.*'padded'.*got 'pad'"),
-        ({"forms": {"count": "padded"}}, "count.*records differ in length.*int32"),
-        ({"forms": {"doc": "buffer"}}, "doc.*'list', got 'buffer'"),
-        ({"forms": {"box": "nested"}}, "box.*one dimension only.*'padded', 'buffer'"),
-        ({"forms": {"last": "nested"}}, "last.*the first"),
-        ({"nulls": {"nothing": 0}}, "nothing.*no such column"),
-        ({"nulls": {"id": 0}}, "id.*not nullable"),
-        ({"nulls": {"count": 1.5}}, "count.*cannot hold.*int32"),
-        ({"nulls": {"count": 2**31}}, "count.*int32.*2147483648"),
-        ({"nulls": {"count": None}}, "count.*None"),
-        ({"nulls": {"flag": 1}}, "flag.*bool"),
-        ({"nulls": {"text": b"x"}}, "text.*str.*bytes"),
-        ({"nulls": {"rows": np.zeros((2, 3))}}, r"rows.*float32\[\*, 2, 2\].*\(2, 3\)"),
-        ({"nulls": {"point": [1.0, 2.0, 3.0]}}, r"point.*bfloat16\[2\]"),
-        ({"nulls": {"when": "x"}}, "when"),
+        ({"layouts": {"nothing": "list"}}, "nothing.*no such column"),
+        ({"layouts": {"text": "pad"}}, "text.*'padded'.*got 'pad'"),
+        ({"layouts": {"count": "padded"}}, "count.*records differ in length.*int32"),
+        ({"layouts": {"doc": "buffer"}}, "doc.*'list', got 'buffer'"),
+        ({"layouts": {"box": "nested"}}, "box.*one dimension only.*'padded', 'buffer'"),
+        ({"layouts": {"last": "nested"}}, "last.*the first"),
+        ({"fill_nulls": {"nothing": 0}}, "nothing.*no such column"),
+        ({"fill_nulls": {"id": 0}}, "id.*not nullable"),
+        ({"fill_nulls": {"count": 1.5}}, "count.*cannot hold.*int32"),
+        ({"fill_nulls": {"count": 2**31}}, "count.*int32.*2147483648"),
+        ({"fill_nulls": {"count": None}}, "count.*None"),
+        ({"fill_nulls": {"flag": 1}}, "flag.*bool"),
+        ({"fill_nulls": {"text": b"x"}}, "text.*str.*bytes"),
+        ({"fill_nulls": {"rows": np.zeros((2, 3))}}, r"rows.*float32\[\*, 2, 2\].*\(2, 3\)"),
+        ({"fill_nulls": {"point": [1.0, 2.0, 3.0]}}, r"point.*bfloat16\[2\]"),
+        ({"fill_nulls": {"when": "x"}}, "when"),
         ({"decode": {"text": object()}}, "text.*only images"),
-        ({"decode": {"picture": object()}, "forms": {"picture": "buffer"}}, "picture.*remove layouts= or decode="),
+        ({"decode": {"picture": object()}, "layouts": {"picture": "buffer"}}, "picture.*remove layouts= or decode="),
     ],
 )
 def test_what_a_column_cannot_be_is_refused_when_the_data_set_is_made(packed, asked, told):
@@ -343,7 +343,7 @@ def test_what_a_column_cannot_be_is_refused_when_the_data_set_is_made(packed, as
 
 
 def test_what_is_no_mapping_or_has_no_batches_is_refused(packed):
-    with pytest.raises(TypeError, match="forms is a mapping"):
+    with pytest.raises(TypeError, match="layouts is a mapping"):
         tc.Dataset(packed, layouts=["text"])
     with pytest.raises(ValueError, match="transform"):
         tc.Dataset(packed, layouts={"text": "buffer"}, transform=dict)

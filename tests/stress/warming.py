@@ -1,4 +1,6 @@
-"""A process to be killed: `python -m tests.stress.warming SOURCE CACHE PROGRESS SIZE`. It warms every object of SOURCE into CACHE.
+"""A process to be killed, which warms every object of SOURCE into CACHE.
+
+    python -m tests.stress.warming SOURCE CACHE PROGRESS SIZE
 
 PROGRESS gets a line when warming begins, one for each copy that came, and one at the end: who kills it knows where.
 Reading takes a moment that differs from part to part, so that a kill at a random instant meets every step.
