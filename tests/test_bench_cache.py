@@ -49,6 +49,7 @@ def test_hits_records_and_readers_have_rows_beside_their_floor(tmp_path: Path, w
     assert "thousand hits/s" in text
 
 
+@pytest.mark.stress
 def test_epochs_are_counted_beside_their_bounds_and_a_second_run_goes_on(
     tmp_path: Path, warm_python: WarmPython
 ) -> None:

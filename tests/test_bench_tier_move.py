@@ -8,6 +8,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+@pytest.mark.stress
 @pytest.mark.s3
 def test_each_way_has_a_row_with_its_share_of_a_plain_copy(tmp_path, warm_python):
     command = ["bench_tier_move.py", "--quick", "--only", "folder-s3", "--folder", str(tmp_path)]

@@ -37,6 +37,7 @@ def run_quick(python: WarmPython, command: list[str], folder: Path) -> tuple[str
     return done.stdout, [json.loads(line) for line in (folder / "peers.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.stress
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path, warm_python: WarmPython) -> None:
     """The second run takes the first one's repetition, and adds another contender's rows to its."""
     command = ["-m", "peers", "--workload", "tensors", "--shuffle", "full", "--keep"]
@@ -153,6 +154,7 @@ def test_a_contender_that_fails_is_a_row_with_its_reason(bench: Callable[[str], 
     assert "no such adapter (shuffle none): ModuleNotFoundError" in text
 
 
+@pytest.mark.stress
 def test_a_contender_with_fewer_records_packs_and_reads_exactly_the_first_ones(
     bench: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:

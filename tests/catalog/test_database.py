@@ -99,6 +99,7 @@ def test_a_file_that_was_emptied_in_place_is_made_anew_at_once_though_others_hav
 
 
 def test_a_file_that_is_replaced_while_it_is_opened_is_not_written_to(database, monkeypatch):
+    monkeypatch.setattr("tiercache.catalog.database.BUSY_S", 0.05)
     really = database._set_up
 
     def set_up(connection):

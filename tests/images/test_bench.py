@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from tests.images.pictures import has_turbojpeg
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.stress
 def test_the_loader_is_measured_beside_the_decoder_alone(tmp_path, warm_python):
     command = ["bench_images.py", "--quick", "--threads", "2", "--folder", str(tmp_path)]
     done = warm_python.run(command, cwd=BENCHMARKS)

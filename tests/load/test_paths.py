@@ -65,5 +65,5 @@ def test_a_subclass_that_says_what_a_record_is_is_heard_under_any_loader(make_da
         tc.DataLoader(pickle.loads(pickle.dumps(dataset)).select_columns(["id"]), batch_size=10),
     ):
         assert [i for batch in loader for i in batch["id"].tolist()] == expected
-    with pytest.raises(ValueError, match=r"threads=2.*subclass"):
+    with pytest.raises(ValueError, match=r"threads=2.*class overrides"):
         tc.DataLoader(dataset, options=tc.LoaderOptions(threads=2))

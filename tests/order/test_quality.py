@@ -70,6 +70,7 @@ def test_streams_mix_what_their_groups_hold_together(quality: ModuleType) -> Non
     assert clumping(quality, 32, 20, 640, 320, streams=4) < 1.3
 
 
+@pytest.mark.stress
 def test_the_benchmark_of_the_order_has_rows_of_each_stage(tmp_path: Path, warm_python: WarmPython) -> None:
     command = ["bench_order.py", "--quick", "--seeds", "2", "--repetitions", "1", "--folder", str(tmp_path)]
     done = warm_python.run(command, cwd=BENCHMARKS)

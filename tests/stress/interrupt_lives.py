@@ -20,7 +20,7 @@ from tests.stress.scene import Model, Scene
 from tests.stress.tier_rounds import HEALING_DAYS, Scenes
 from tests.support.forks import run_forked
 from tests.support.interrupts import DROPPED, RAISED, Interrupted, Lines, interrupted, lines_of
-from tests.tier.jobs import TierJob, discard_corrupt_copy
+from tests.tier.jobs import TierJob, heal
 
 import tiercache as tc
 from tiercache.cli.app import app as command
@@ -150,7 +150,7 @@ class TierLife(Life):
                 is_last = number == len(HEALING_DAYS)
                 world.days_pass(days)
                 yield from fault_of(
-                    run_forked(lambda _tell, last=is_last: discard_corrupt_copy(world, last), deadline_s=DEADLINE_S),
+                    run_forked(lambda _tell, last=is_last: heal(world, last), deadline_s=DEADLINE_S),
                     "a run",
                 )
                 found = world.look() + (world.oracle.at_rest(world.picture()) if is_last else [])

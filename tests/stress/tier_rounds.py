@@ -16,7 +16,7 @@ from tests.stress import kills
 from tests.stress.kills import PointRounds, points_where, rounds_asked, run_and_report
 from tests.support.forks import ChildEnd, run_forked
 from tests.support.kill_points import KillAt, count_points, kill_at
-from tests.tier.jobs import JOBS, TierJob, discard_corrupt_copy
+from tests.tier.jobs import JOBS, TierJob, heal
 from tests.tier.world import SHAPES, World
 
 DEADLINE_S = 120.0
@@ -116,19 +116,17 @@ class Rounds(PointRounds[tuple[str, str]]):
                 self.report.missed += 1
                 self.took(struck.ended, "it")
             self.problem(*(f"as it lies: {problem}" for problem in world.look()))
-            self.discard_corrupt_copy(world)
+            self.heal(world)
 
     def work(self, job: TierJob, world: World) -> Callable:
         return lambda tell: job.work(world)
 
-    def discard_corrupt_copy(self, world: World) -> None:
+    def heal(self, world: World) -> None:
         """Runs that come later, days apart; they need no hand."""
         for number, days in enumerate(HEALING_DAYS, start=1):
             world.days_pass(days)
             is_last = number == len(HEALING_DAYS)
-            if not self.took(
-                run_forked(lambda tell, last=is_last: discard_corrupt_copy(world, last), deadline_s=DEADLINE_S), "a run"
-            ):
+            if not self.took(run_forked(lambda tell, last=is_last: heal(world, last), deadline_s=DEADLINE_S), "a run"):
                 return
             found = world.look() + (world.oracle.at_rest(world.picture()) if is_last else [])
             self.problem(*(f"after run {number}: {problem}" for problem in found))

@@ -93,7 +93,7 @@ def read(world: World) -> None:
     assert wrong == "", wrong
 
 
-def discard_corrupt_copy(world: World, is_last: bool) -> None:
+def heal(world: World, is_last: bool) -> None:
     """What the next run does, with no help; the last one leaves nothing open."""
     read(world)
     world.run_once()

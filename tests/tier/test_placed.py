@@ -483,8 +483,8 @@ def test_a_place_is_opened_by_the_options_that_this_machines_rules_have_for_its_
     places = LocationResolver(MemoryStore("options-home"), {})
     found = places.store_at(log.PlacementRow("a", "s3://cold/train/data", n_bytes=1))
     other = places.store_at(log.PlacementRow("a", "s3://cold/training/data", n_bytes=1))
-    assert found._options.config["region"] == "xx-1"
-    assert other._options.config.get("region") != "xx-1"
+    assert found.options.config["region"] == "xx-1"
+    assert other.options.config.get("region") != "xx-1"
     assert options_of("s3://cold/train") == options_of("s3://cold/train/data/") != {}
     assert options_of("s3://cold/training") == options_of("s3://cold/train/../train") == {}
     places.close()
