@@ -45,9 +45,9 @@ def frames_of(folder: Path) -> list[bytes]:
     """Return every frame of the data set, as stored."""
     dataset = tc.Dataset(folder)
     found = []
-    for shard in range(len(dataset._source.shard_records)):
-        rows = dataset._source._footer(shard).chunks.ravel()  # noqa: SLF001 -- no public way to frames as stored
-        data = (folder / dataset._source.table.info(shard).name).read_bytes()
+    for shard in range(len(dataset.__tiercache__().source.shard_records)):
+        rows = dataset.__tiercache__().source._footer(shard).chunks.ravel()  # noqa: SLF001 -- no public way to frames as stored
+        data = (folder / dataset.__tiercache__().source.table.info(shard).name).read_bytes()
         found += [data[offset : offset + stored] for offset, stored in rows[["offset", "stored"]].tolist()]
     dataset.close()
     return found
@@ -71,7 +71,7 @@ def load(folder: Path, window_mib: int) -> None:
 
 def parts_of(dataset: tc.Dataset, window_mib: int, n_threads: int) -> list[tuple[int, list[int]]]:
     """Return (shard, blocks) of every part that is loaded at a time, in the order of an epoch."""
-    source = dataset._source
+    source = dataset.__tiercache__().source
     layout = Layout(source.shard_records, source.shard_bytes, source.block_tables)
     order = EpochOrder(layout, OrderOptions(seed=1, shuffle=True, group_bytes=None, window_bytes=window_mib << 20), 0)
     parts = []
@@ -100,7 +100,7 @@ def main() -> None:
         parts = parts_of(dataset, given.window_mib, n_threads)
 
         def load_part(part: tuple[int, list[int]]) -> None:
-            dataset._source.load(*part)
+            dataset.__tiercache__().source.load(*part)
 
         ways = {
             "frames alone": lambda: list(pool.map(decode, frames)),

@@ -83,7 +83,7 @@ def test_finalizers_are_silent_where_module_globals_are_gone(make_dataset, code)
 
 def test_ctrl_c_in_a_wait_for_a_batch_is_heard_at_once(make_dataset):
     code = """
-type(loader.dataset.source).load = lambda *args, **kwargs: (print("waiting", flush=True), time.sleep(3))
+type(loader.dataset._source).load = lambda *args, **kwargs: (print("waiting", flush=True), time.sleep(3))
 try:
     next(iter(loader))
 except KeyboardInterrupt:
