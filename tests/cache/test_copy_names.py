@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 import tiercache as tc
-from tiercache.cache.dataset_source import DatasetSource
+from tiercache.cache.cache import DatasetSource
 from tiercache.cache.names import CopyNames, name_of_identity
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.opened_version import OpenedVersion

@@ -10,7 +10,7 @@ from tests.support.clock import FakeClock
 from tiercache.cache import machine
 from tiercache.cache.folder import Folder, Owners
 from tiercache.cache.machine import Breaker, Owner, network_file_system, room
-from tiercache.catalog.private_files import start_time
+from tiercache.catalog.database import start_time
 
 # From Python 3.12 on: what these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from tiercache.catalog.private_files import (
+from tiercache.catalog.database import (
     is_folder,
     link_whole,
     make_folder,

@@ -10,7 +10,7 @@ import pytest
 from tests.tier.moving import World, moved_away
 
 import tiercache as tc
-from tiercache.catalog import use_log
+from tiercache.catalog import tiers as tiers_module
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.model import ByteRange
 from tiercache.prices import prices_if_known
@@ -74,7 +74,7 @@ def tiers(tmp_path):
 
 def shift_clock(monkeypatch, days):
     now_s = time.time() + days * DAY_S
-    monkeypatch.setattr(use_log.time, "time", lambda: now_s)
+    monkeypatch.setattr(tiers_module.time, "time", lambda: now_s)
 
 
 def read_by_fsspec(tiers, key):
@@ -190,17 +190,17 @@ def test_what_another_process_has_read_is_in_use_also_where_it_was_killed(tiers)
 
 def test_full_logs_are_reduced_and_nothing_of_them_is_lost(tiers, monkeypatch, tmp_path):
     monkeypatch.setenv("TIERCACHE_STATE_DIR", str(tmp_path / "own"))
-    monkeypatch.setattr(use_log, "_LOG_BYTES", 200)
+    monkeypatch.setattr(tiers_module, "_LOG_BYTES", 200)
     for number in range(30):
-        use_log.record_use(f"s3://bucket/{number % 5}-{number}")
-    folder = tmp_path / "own" / use_log.FOLDER
+        tiers_module.record_use(f"s3://bucket/{number % 5}-{number}")
+    folder = tmp_path / "own" / tiers_module.FOLDER
     n_logs = len(list(folder.iterdir()))
     assert n_logs > 2
-    before = use_log.read_uses()
+    before = tiers_module.read_uses()
     shift_clock(monkeypatch, 1)
-    assert use_log.read_uses() == before
+    assert tiers_module.read_uses() == before
     assert len(list(folder.iterdir())) < n_logs
-    assert use_log.read_uses() == before
+    assert tiers_module.read_uses() == before
     assert len(before) == 30
 
 
@@ -214,11 +214,11 @@ def test_a_state_folder_that_cannot_be_had_hinders_no_reader(tiers, monkeypatch,
 
 def test_a_line_that_was_torn_is_left_out(monkeypatch, tmp_path):
     monkeypatch.setenv("TIERCACHE_STATE_DIR", str(tmp_path))
-    use_log.record_use("s3://bucket/torn-test")
-    path = next((tmp_path / use_log.FOLDER).iterdir())
+    tiers_module.record_use("s3://bucket/torn-test")
+    path = next((tmp_path / tiers_module.FOLDER).iterdir())
     with path.open("a") as file:
         file.write('[1.0, "s3://buck\n{}\n[null, 3, 4]\n[5]\n')
-    assert list(use_log.read_uses()) == ["s3://bucket/torn-test"]
+    assert list(tiers_module.read_uses()) == ["s3://bucket/torn-test"]
 
 
 @pytest.mark.parametrize(("rule", "goes"), [('idle = "1d"\nidle_by = "mtime"', False), ('age = "1d"', True)])

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from tiercache.cache.names import NAME
-from tiercache.catalog.private_files import read_text, replace_whole
+from tiercache.catalog.database import read_text, replace_whole
 from tiercache.crash_points import crash_point
 
 if TYPE_CHECKING:

@@ -49,7 +49,7 @@ from tiercache.cache.machine import (
 from tiercache.cache.names import NAME, Record
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.accounts import BLOCK_BYTES
-from tiercache.catalog.private_files import (
+from tiercache.catalog.database import (
     NO_LINK,
     is_folder,
     link_whole,

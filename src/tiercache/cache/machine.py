@@ -25,7 +25,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from tiercache.catalog.private_files import open_file, pid_namespace, read_text, start_time
+from tiercache.catalog.database import open_file, pid_namespace, read_text, start_time
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
 if TYPE_CHECKING:

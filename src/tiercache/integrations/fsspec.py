@@ -25,7 +25,7 @@ from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.callbacks import DEFAULT_CALLBACK
 
 from tiercache.cache import Cache, CachedStore, drop_objects
-from tiercache.catalog import use_log
+from tiercache.catalog import tiers
 from tiercache.errors import TierCacheError
 from tiercache.integrations.fsspec_files import CachedFile, ObjectReader, WrittenFile
 from tiercache.model import ByteRange
@@ -365,7 +365,7 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
 
         In both cases, the read counts as a use of the object for the rules of tiers.
         """
-        use_log.record_use(str(self.fs.unstrip_protocol(path)))
+        tiers.record_use(str(self.fs.unstrip_protocol(path)))
         place = None if options.keys() - _HOW else split_path(path)
         # A member of an archive has no identity, but the archive has: zip://name::tiercache::s3://bucket/a.zip
         if place is None or isinstance(self.fs, AbstractArchiveFileSystem):

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tiercache.images.crop import draw_key, keyed_draws
-from tiercache.images.decoder import DecodeError, Decoder, load_libraries, stored_dtype
+from tiercache.images.decoder import DecodeError, Decoder, draw_key, keyed_draws, load_libraries, stored_dtype
 from tiercache.load.batch import TORCH_DTYPES, Batch
 from tiercache.load.pipeline import ClosingPipeline, Pipeline, PipelineInputs, Resources
 from tiercache.load.source import image_decode_error, record_number

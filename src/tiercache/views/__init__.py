@@ -4,9 +4,9 @@
 to a `Selection`; `joined` has joined and mixed sources, and `contract` the interface of all of them.
 """
 
-from tiercache.views.contract import Readable, SourceSpec
 from tiercache.views.joined import Joined, Mixed
 from tiercache.views.scan import arrow_batches, spans
+from tiercache.views.selection import Readable, SourceSpec
 from tiercache.views.view import SelectionMethods, View, record_numbers
 
 __all__ = [

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tiercache.model import SourcePart
     from tiercache.order import BlockTable
     from tiercache.shard.read.values import ColumnValues
-    from tiercache.views.contract import Readable, SourceSpec
+    from tiercache.views.selection import Readable, SourceSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tiercache.order import BlockTable
     from tiercache.shard.format.statistics import Statistics
     from tiercache.shard.schema import Column, Schema
-    from tiercache.views.contract import Readable
+    from tiercache.views.selection import Readable
 
     Runs = tuple[NDArray[np.int64], NDArray[np.int64]]
 

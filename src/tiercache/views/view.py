@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tiercache.shard.read.blocks import Blocks
     from tiercache.shard.read.values import ColumnValues
     from tiercache.shard.schema import Schema
-    from tiercache.views.contract import Readable, SourceSpec, VersionHandle
+    from tiercache.views.selection import Readable, SourceSpec, VersionHandle
 
 
 class ViewStep(Protocol):

@@ -28,7 +28,7 @@ from tiercache.cache.evict.policy import (
 from tiercache.cache.machine import NameLock, is_disk_full, room, try_exclusive
 from tiercache.cache.names import Names
 from tiercache.catalog import FIGURES, Accounts, CopyRow
-from tiercache.catalog.private_files import open_file
+from tiercache.catalog.database import open_file
 from tiercache.crash_points import crash_point
 from tiercache.model import parse_bytes
 from tiercache.waiting import SYSTEM_CLOCK, wait_for

@@ -38,7 +38,7 @@ import numpy as np
 from tiercache.cache.evict.policy import UNPLANNED
 from tiercache.cache.machine import close_private, keep_private, try_exclusive, try_shared
 from tiercache.cache.names import NAME_BYTES, Names
-from tiercache.catalog.private_files import open_file
+from tiercache.catalog.database import open_file
 from tiercache.crash_points import crash_point
 from tiercache.model import NEVER
 from tiercache.store.posix import write_all

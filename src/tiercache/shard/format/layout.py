@@ -2,13 +2,15 @@
 
 Parsing checks every number before any code adds, multiplies or indexes with it. Arithmetic is on uint64 and cannot wrap
 around.
+
+It also says which releases can read a file (feature names and bits).
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn, TypeAlias
@@ -17,19 +19,83 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache._native.checksum import crc32c
-from tiercache.errors import CorruptShard, SchemaError
+from tiercache.errors import CorruptShard, SchemaError, UnsupportedFormat
 from tiercache.shard.column_types import Kind
 from tiercache.shard.format import codec
-from tiercache.shard.format.compatibility import (
-    FORMAT_VERSION,
-    RELEASE,
-    SHARD_FEATURES,
-    SOFTWARE,
-    check_features,
-    check_format,
-    names_of_bits,
-)
 from tiercache.shard.schema import Column, Schema, UnknownKindError
+from tiercache.version import __version__
+
+FORMAT_VERSION = 1
+SOFTWARE = f"tiercache {__version__}"
+# First release that reads the files that this one writes: (major, minor).
+RELEASE = (0, 1)
+RELEASE_TEXT = "{}.{}".format(*RELEASE)
+# Features that this release supports: names in version files, bits in shards.
+FEATURES: frozenset[str] = frozenset()
+SHARD_FEATURES = 0
+
+
+def check_format(found: int, release: str, *, what: str, url: str) -> None:
+    """Check that this release reads the format.
+
+    Args:
+        found: Number of the format in the file.
+        release: First release that reads the format; "" if unknown.
+        what: "shard" or "data set", for the message.
+        url: URL of the file, for errors.
+
+    Raises:
+        UnsupportedFormat: This release does not read the format.
+    """
+    if found == FORMAT_VERSION:
+        return
+    if found < FORMAT_VERSION:
+        raise _unsupported(
+            f"the {what} has format {found} of a build before the first release, which no release reads: pack the data "
+            "again from its source, or read it with the build that wrote it and pack the result",
+            url=url,
+            found=found,
+        )
+    raise _unsupported(f"the {what} has format {found}, which {_who(release)}", url=url, found=found, release=release)
+
+
+def check_features(needed: Collection[str], release: str, *, what: str, url: str, doing: str = "reading") -> None:
+    """Check that this release has every feature that an operation on a shard or data set needs.
+
+    Args:
+        needed: Names of the needed features.
+        release: First release that has the features; "" if unknown.
+        what: "shard" or "data set", for the message.
+        url: URL of the shard or data set, for errors.
+        doing: The operation, for the message.
+
+    Raises:
+        UnsupportedFormat: Features are missing; .needs lists them.
+    """
+    missing = tuple(sorted(set(needed) - FEATURES))
+    if missing:
+        raise _unsupported(
+            f"{doing} this {what} needs {', '.join(missing)}, which {_who(release)}",
+            url=url,
+            release=release,
+            needs=missing,
+        )
+
+
+def names_of_bits(bits: int) -> list[str]:
+    """Return names for the feature bits in a shard's tail that this release does not support."""
+    unknown = bits & ~SHARD_FEATURES
+    return [f"feature bit {bit}" for bit in range(unknown.bit_length()) if unknown >> bit & 1]
+
+
+def _who(release: str) -> str:
+    newer = f"tiercache {release} and later know" if release else "a later tiercache knows"
+    return f"{newer}; this is {__version__}: pip install -U tiercache"
+
+
+def _unsupported(message: str, *, url: str, found: int = FORMAT_VERSION, **facts: Any) -> UnsupportedFormat:
+    return UnsupportedFormat(message, url=url, found=found, supported=FORMAT_VERSION, **facts)
+
 
 U64: TypeAlias = npt.NDArray[np.uint64]
 Table: TypeAlias = npt.NDArray[Any]

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import CorruptShard, NotFound, SchemaError
-from tiercache.shard.format.compatibility import FORMAT_VERSION, RELEASE_TEXT, SOFTWARE, check_features, check_format
+from tiercache.shard.format.layout import FORMAT_VERSION, RELEASE_TEXT, SOFTWARE, check_features, check_format
 from tiercache.shard.schema import Schema, UnknownKindError
 from tiercache.shard.versions.segments import SegmentRef, ShardTable, read_segments
 from tiercache.store.contract import Store

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tiercache.catalog import use_log
+from tiercache.catalog import tiers as tiers_module
 from tiercache.catalog.tiers import EntryTable
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
@@ -572,11 +572,11 @@ def _uses(file: RuleFile, listed: Listing, grouped: _Grouped) -> tuple[NDArray[n
     n_groups = len(grouped.kind)
     last_s, counts = np.full(n_groups, np.nan), np.zeros(n_groups, np.int64)
     try:
-        known = use_log.read_uses()
+        known = tiers_module.read_uses()
     except (OSError, ValueError):  # there is no usable state folder, so that no use is known
         known = {}
     for number in listed.tiers if known else ():
-        found = use_log.uses_under(known, file.tiers[number].url)
+        found = tiers_module.uses_under(known, file.tiers[number].url)
         rows = np.flatnonzero(listed.tier[grouped.objects.row] == number)
         keys = take_rows(listed.keys, grouped.objects.row[rows])
         at = index_in(keys, pa.array(list(found), pa.large_string()))

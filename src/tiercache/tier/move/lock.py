@@ -38,7 +38,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
-from tiercache.catalog.private_files import pid_namespace, start_time
+from tiercache.catalog.database import pid_namespace, start_time
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError
 from tiercache.store.numbered_log import NumberedLog

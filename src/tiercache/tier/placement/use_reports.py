@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tiercache import config
-from tiercache.catalog.private_files import make_folder, open_file, pid_namespace, start_time
+from tiercache.catalog.database import make_folder, open_file, pid_namespace, start_time
 from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.waiting import SYSTEM_CLOCK, Clock, pause, wait_for
 
