@@ -119,6 +119,8 @@ def _threads_left(before: set[threading.Thread]) -> list[threading.Thread]:
 
 
 def _is_library_thread(thread: threading.Thread) -> bool:
+    if isinstance(thread, threading._DummyThread):  # of a library's own pool, e.g. pyarrow's; nobody can join it
+        return True
     return any(name in thread.name for name in LIBRARY_THREADS)
 
 
