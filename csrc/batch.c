@@ -4,7 +4,7 @@
 
 /* Copying this much takes about 20 us: long compared with taking the lock, and short compared with the time that the
  * consumer may wait for another thread's range. Half and twice the size gave the same. */
-enum { SHARE_BYTES = 256 << 10 };
+enum { ROW_RANGE_BYTES = 256 << 10 };
 
 void tc_batch_reset(tc_batch *batch, size_t n_rows, uint64_t first_row) {
     batch->state = TC_BUSY;
@@ -12,7 +12,7 @@ void tc_batch_reset(tc_batch *batch, size_t n_rows, uint64_t first_row) {
     batch->n_parts = 0;
     batch->n_rows = n_rows;
     batch->first_row = first_row;
-    batch->begun = batch->share_rows = batch->n_copying = 0;
+    batch->n_started = batch->range_rows = batch->n_copying = 0;
     batch->slot = NULL;
 }
 
@@ -62,19 +62,103 @@ tc_content tc_batch_content(const tc_batch *batch, const tc_stream *streams, siz
 }
 
 void tc_batch_open(tc_batch *batch) {
-    size_t n_shares = batch->slot->end / SHARE_BYTES + 1;
-    batch->share_rows = (batch->n_rows + n_shares - 1) / n_shares;
+    size_t n_shares = batch->slot->end / ROW_RANGE_BYTES + 1;
+    batch->range_rows = (batch->n_rows + n_shares - 1) / n_shares;
     batch->state = TC_OPEN;
 }
 
-tc_share tc_batch_share(tc_batch *batch) {
-    size_t first = batch->begun, left = batch->n_rows - first;
-    batch->begun += left < batch->share_rows ? left : batch->share_rows;
-    return (tc_share){first, batch->begun};
+tc_row_range tc_batch_reserve_rows(tc_batch *batch) {
+    size_t first = batch->n_started, left = batch->n_rows - first;
+    batch->n_started += left < batch->range_rows ? left : batch->range_rows;
+    return (tc_row_range){first, batch->n_started};
 }
 
 void tc_batch_free(tc_batch *batch) {
     if (batch->state != TC_EMPTY && batch->slot) tc_slot_free(batch->slot);
     free(batch->parts);
     free(batch->found);
+}
+
+
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct tc_queued {
+    const tc_plan *plan;
+    size_t first, n; /* The rows that are not cut yet. */
+    struct tc_queued *next;
+} queued;
+
+int tc_sequence_push(tc_sequence *sequence, const tc_plan *plan) {
+    if (plan->n_rows == 0) return 0;
+    queued *last = malloc(sizeof *last);
+    if (last == NULL) return TC_NOMEM;
+    *last = (queued){plan, 0, plan->n_rows, NULL};
+    if (sequence->tail)
+        sequence->tail->next = last;
+    else
+        sequence->head = last;
+    sequence->tail = last;
+    sequence->pushed_rows += plan->n_rows;
+    return 0;
+}
+
+/* Make room for n more sizes after the remaining ones. */
+static int sizes_grow(tc_sequence *sequence, size_t n) {
+    size_t left = sequence->n_sizes - sequence->next_size;
+    if (sequence->next_size) memmove(sequence->sizes, sequence->sizes + sequence->next_size, left * sizeof *sequence->sizes);
+    sequence->next_size = 0;
+    sequence->n_sizes = left;
+    if (left + n <= sequence->sizes_capacity) return 0;
+    size_t capacity = 2 * (left + n);
+    uint32_t *sizes = realloc(sequence->sizes, capacity * sizeof *sizes);
+    if (sizes == NULL) return TC_NOMEM;
+    sequence->sizes = sizes;
+    sequence->sizes_capacity = capacity;
+    return 0;
+}
+
+int tc_sequence_push_sizes(tc_sequence *sequence, const uint32_t *rows, size_t n) {
+    if (sizes_grow(sequence, n)) return TC_NOMEM;
+    if (n) memcpy(sequence->sizes + sequence->n_sizes, rows, n * sizeof *rows);
+    sequence->n_sizes += n;
+    sequence->is_sized = 1;
+    return 0;
+}
+
+size_t tc_sequence_next_rows(const tc_sequence *sequence, int is_ended) {
+    uint64_t rows = sequence->pushed_rows - sequence->cut_rows;
+    if (sequence->is_sized) {
+        size_t want = sequence->next_size < sequence->n_sizes ? sequence->sizes[sequence->next_size] : 0;
+        return rows >= want ? want : 0;
+    }
+    if (rows >= sequence->batch_rows) return sequence->batch_rows;
+    return is_ended ? (size_t)rows : 0;
+}
+
+void tc_sequence_cut(tc_sequence *sequence, size_t n_rows, tc_batch *batch) {
+    tc_batch_reset(batch, n_rows, sequence->cut_rows);
+    sequence->cut_rows += n_rows;
+    if (sequence->is_sized) sequence->next_size++;
+    while (n_rows) {
+        queued *head = sequence->head;
+        tc_part part = {head->plan, head->first, head->n < n_rows ? head->n : n_rows, NULL, NULL};
+        tc_batch_add(batch, &part);
+        head->first += part.n;
+        head->n -= part.n;
+        n_rows -= part.n;
+        if (head->n) continue;
+        sequence->head = head->next;
+        if (sequence->head == NULL) sequence->tail = NULL;
+        free(head);
+    }
+}
+
+void tc_sequence_free(tc_sequence *sequence) {
+    for (queued *q = sequence->head; q;) {
+        queued *next = q->next;
+        free(q);
+        q = next;
+    }
+    free(sequence->sizes);
 }

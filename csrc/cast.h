@@ -1,3 +1,5 @@
+#ifndef TC_CAST_H
+#define TC_CAST_H
 /* Cast: convert elements from one dtype to another in one loop. Every value that cannot be represented is reported.
  *
  *   integer to integer (a bool counts as 0 or 1)   a number outside the target's range does not fit
@@ -7,8 +9,6 @@
  * There is no cast from float to integer, because the rounding is the user's choice. Where all values fit, the results
  * equal those of numpy's astype.
  */
-#ifndef TC_CAST_H
-#define TC_CAST_H
 #include "gather.h"
 
 enum { TC_AS_IS, TC_BOOL, TC_U8, TC_I8, TC_U16, TC_I16, TC_U32, TC_I32, TC_U64, TC_I64, TC_F16, TC_BF16, TC_F32, TC_F64, TC_N_DTYPES };
@@ -28,5 +28,6 @@ size_t tc_cast_bytes(const tc_stream *stream, size_t n_bytes);
 
 /* tc_gather for a stream with a cast. Returns 0, TC_CORRUPT or TC_MISFIT. */
 int tc_gather_cast(const tc_stream *stream, const tc_rows *rows, const tc_sink *sink);
+
 
 #endif

@@ -1,3 +1,5 @@
+#ifndef TC_GATHER_H
+#define TC_GATHER_H
 /* Gather: copy rows of many blocks, of all columns, into a batch's memory, and check the stored bytes before they are
  * used.
  *
@@ -14,8 +16,6 @@
  * are checked each time they are read, which costs two comparisons. All functions run under the caller's SIGBUS guard,
  * take no locks and allocate nothing.
  */
-#ifndef TC_GATHER_H
-#define TC_GATHER_H
 #include <stddef.h>
 #include <stdint.h>
 
@@ -74,7 +74,7 @@ typedef struct {
 typedef struct {
     size_t row; /* Index among the given rows. */
     int64_t page;
-} tc_fault;
+} tc_corruption;
 
 /* Prepare for checks with a kernel of crc32c.h. Call it once per process, before any other function of this header. */
 void tc_gather_init(int crc_kernel);
@@ -86,7 +86,7 @@ size_t tc_count_breaks(const uint32_t *block, const uint32_t *row, size_t n);
 /* Check those pages of the rows, including their offsets, that no thread has checked before. Returns 0, or TC_CORRUPT
  * with *fault set. In a run of rows the fault may name an earlier row of the run than the wrong one; with n_breaks = n
  * the row is exact. */
-int tc_check(const tc_stream *stream, const tc_rows *rows, tc_fault *fault);
+int tc_check(const tc_stream *stream, const tc_rows *rows, tc_corruption *fault);
 
 /* Fill offsets[1..n] of a TC_VAR stream's sink; offsets[0] is given. Returns 0 or TC_CORRUPT. */
 int tc_measure(const tc_rows *rows, int64_t *offsets);
@@ -96,12 +96,13 @@ int tc_measure(const tc_rows *rows, int64_t *offsets);
 int tc_gather(const tc_stream *stream, const tc_rows *rows, const tc_sink *sink);
 
 /* Copy the bytes of refs[i] to places[i]. */
-void tc_fill(uint8_t *const *places, const tc_ref *refs, size_t n);
+void tc_copy_refs(uint8_t *const *destinations, const tc_ref *refs, size_t n);
 
 /* Check every page of a chunk. Returns the index of the first wrong page, or -1. */
 int64_t tc_check_chunk(const tc_chunk *chunk);
 
 /* Whether offsets[0..n] start at 0 or more, never decrease, and end at `limit` or below: 1 or 0. */
 int tc_offsets_ok(const int64_t *offsets, size_t n, int64_t limit);
+
 
 #endif

@@ -11,7 +11,7 @@ static inline uint64_t mix64(uint64_t x) {
 
 /* A number below `limit`, from a 32-bit half and the keys of a round. Two multiplications with a fold between them: a
  * single one leaves an arithmetic progression in the high bits, which the last step uses. */
-static inline uint64_t draw(uint64_t half, uint64_t add, uint64_t mul, uint64_t limit) {
+static inline uint64_t round_function(uint64_t half, uint64_t add, uint64_t mul, uint64_t limit) {
     uint64_t x = (half + add) * mul;
     x = (x ^ (x >> 32)) * UINT64_C(0xd6e8feb86659fd93);
     return (uint64_t)(((tc_u128)x * limit) >> 64);
@@ -45,7 +45,7 @@ void tc_permute_init(tc_permutation *p, uint64_t key_low, uint64_t key_high, uin
 }
 
 /* (x + drawn) mod limit without a branch, for two numbers below limit. */
-static inline uint64_t turn(uint64_t x, uint64_t drawn, uint64_t limit) {
+static inline uint64_t add_modulo(uint64_t x, uint64_t drawn, uint64_t limit) {
     uint64_t sum = x + drawn, wrapped = sum - limit;
     return sum >= limit ? wrapped : sum;
 }
@@ -57,17 +57,17 @@ enum { LANES = 8 };
 static inline void encipher(const tc_permutation *p, uint64_t *left, uint64_t *right, unsigned n_lanes) {
     for (unsigned i = 0; i < p->rounds; i += 2) {
         for (unsigned j = 0; j < n_lanes; j++)
-            left[j] = turn(left[j], draw(right[j], p->add[i], p->mul[i], p->a), p->a);
+            left[j] = add_modulo(left[j], round_function(right[j], p->add[i], p->mul[i], p->a), p->a);
         for (unsigned j = 0; j < n_lanes; j++)
-            right[j] = turn(right[j], draw(left[j], p->add[i + 1], p->mul[i + 1], p->b), p->b);
+            right[j] = add_modulo(right[j], round_function(left[j], p->add[i + 1], p->mul[i + 1], p->b), p->b);
     }
 }
 
 static inline uint64_t decipher(const tc_permutation *p, uint64_t left, uint64_t right) {
     for (unsigned i = p->rounds; i > 0; i -= 2) {
-        uint64_t drawn = draw(left, p->add[i - 1], p->mul[i - 1], p->b);
+        uint64_t drawn = round_function(left, p->add[i - 1], p->mul[i - 1], p->b);
         right = right >= drawn ? right - drawn : right + p->b - drawn;
-        drawn = draw(right, p->add[i - 2], p->mul[i - 2], p->a);
+        drawn = round_function(right, p->add[i - 2], p->mul[i - 2], p->a);
         left = left >= drawn ? left - drawn : left + p->a - drawn;
     }
     return left * p->b + right;
@@ -113,17 +113,17 @@ void tc_permute_fill(const tc_permutation *p, uint64_t start, size_t m, uint64_t
         out[done] = tc_permute_one(&local, start + done);
 }
 
-unsigned tc_finder_shift(uint64_t n_rows, size_t k) {
+unsigned tc_row_finder_shift(uint64_t n_rows, size_t k) {
     unsigned shift = 0;
     while ((n_rows >> (shift + 1)) >= k && shift < 62)
         shift++;
     return shift;
 }
 
-size_t tc_finder_n_hints(uint64_t n_rows, unsigned shift) { return (size_t)((n_rows - 1) >> shift) + 1; }
+size_t tc_row_finder_n_hints(uint64_t n_rows, unsigned shift) { return (size_t)((n_rows - 1) >> shift) + 1; }
 
-void tc_finder_hint(const int64_t *first, size_t k, unsigned shift, uint32_t *hints) {
-    size_t n_hints = tc_finder_n_hints((uint64_t)first[k], shift), block = 0;
+void tc_row_finder_fill_hints(const int64_t *first, size_t k, unsigned shift, uint32_t *hints) {
+    size_t n_hints = tc_row_finder_n_hints((uint64_t)first[k], shift), block = 0;
     for (size_t i = 0; i < n_hints; i++) {
         int64_t row = (int64_t)((uint64_t)i << shift);
         while (first[block + 1] <= row)
@@ -132,7 +132,7 @@ void tc_finder_hint(const int64_t *first, size_t k, unsigned shift, uint32_t *hi
     }
 }
 
-static inline void place(const tc_finder *finder, uint64_t x, uint32_t *block, uint32_t *row) {
+static inline void locate(const tc_row_finder *finder, uint64_t x, uint32_t *block, uint32_t *row) {
     uint32_t at = finder->hints[x >> finder->shift];
     while (finder->first[at + 1] <= (int64_t)x)
         at++;
@@ -142,10 +142,10 @@ static inline void place(const tc_finder *finder, uint64_t x, uint32_t *block, u
 
 /* Positions without a permutation: consecutive rows of each block, in loops that the compiler vectorises (a tenth of
  * the time of one call of place() per row). */
-static void find_runs(const tc_finder *finder, uint64_t start, size_t m, uint32_t *block, uint32_t *row) {
+static void find_runs(const tc_row_finder *finder, uint64_t start, size_t m, uint32_t *block, uint32_t *row) {
     for (size_t done = 0, k; done < m; done += k) {
         uint32_t at, first;
-        place(finder, start + done, &at, &first);
+        locate(finder, start + done, &at, &first);
         size_t left = (size_t)(finder->first[at + 1] - (int64_t)(start + done));
         k = left < m - done ? left : m - done;
         for (size_t i = 0; i < k; i++)
@@ -157,17 +157,17 @@ static void find_runs(const tc_finder *finder, uint64_t start, size_t m, uint32_
 
 enum { CHUNK = 256 }; /* 2 KiB of indices between the two loops stay in L1. */
 
-static void find_permuted(const tc_finder *finder, uint64_t start, size_t m, uint32_t *block, uint32_t *row) {
+static void find_permuted(const tc_row_finder *finder, uint64_t start, size_t m, uint32_t *block, uint32_t *row) {
     uint64_t drawn[CHUNK];
     for (size_t done = 0; done < m; done += CHUNK) {
         size_t n = m - done < CHUNK ? m - done : CHUNK;
         tc_permute_fill(finder->permutation, start + done, n, drawn);
         for (size_t i = 0; i < n; i++)
-            place(finder, drawn[i], block + done + i, row + done + i);
+            locate(finder, drawn[i], block + done + i, row + done + i);
     }
 }
 
-void tc_find_rows(const tc_finder *finder, uint64_t start, size_t m, uint32_t *block, uint32_t *row) {
+void tc_find_rows(const tc_row_finder *finder, uint64_t start, size_t m, uint32_t *block, uint32_t *row) {
     if (finder->permutation)
         find_permuted(finder, start, m, block, row);
     else

@@ -1,3 +1,5 @@
+#ifndef TC_PERMUTE_H
+#define TC_PERMUTE_H
 /* Keyed permutation of [0, n), computed by a function and not stored in an array, so that the order of 10^10 records
  * takes no memory.
  *
@@ -11,8 +13,6 @@
  * hold golden values. All functions are pure. A tc_permutation is read-only after tc_permute_init, and threads may
  * share it.
  */
-#ifndef TC_PERMUTE_H
-#define TC_PERMUTE_H
 #include <stddef.h>
 #include <stdint.h>
 
@@ -46,20 +46,21 @@ void tc_permute_fill(const tc_permutation *p, uint64_t start, size_t m, uint64_t
  * never decreasing, first[k] > 0. hints has tc_finder_n_hints entries: the block that holds row (i << shift). With at
  * least as many hints as blocks, the scan from a hint takes at most one step on average over all rows, however uneven
  * the blocks are. Read-only: threads may share it. */
-typedef struct tc_finder {
+typedef struct tc_row_finder {
     const int64_t *first;
     const uint32_t *hints;
     unsigned shift;
     const tc_permutation *permutation; /* NULL: the rows keep their order. */
     const uint32_t *row_start;         /* [k] Number that is added to the rows of each block, or NULL. */
-} tc_finder;
+} tc_row_finder;
 
 /* The shift that gives at least k hints if there are enough rows, and the number of hints for a shift. */
-unsigned tc_finder_shift(uint64_t n_rows, size_t k);
-size_t tc_finder_n_hints(uint64_t n_rows, unsigned shift);
-void tc_finder_hint(const int64_t *first, size_t k, unsigned shift, uint32_t *hints);
+unsigned tc_row_finder_shift(uint64_t n_rows, size_t k);
+size_t tc_row_finder_n_hints(uint64_t n_rows, unsigned shift);
+void tc_row_finder_fill_hints(const int64_t *first, size_t k, unsigned shift, uint32_t *hints);
 
 /* Block, and row in the block, of the positions start to start + m. start + m <= first[k]. */
-void tc_find_rows(const tc_finder *finder, uint64_t start, size_t m, uint32_t *block, uint32_t *row);
+void tc_find_rows(const tc_row_finder *finder, uint64_t start, size_t m, uint32_t *block, uint32_t *row);
+
 
 #endif

@@ -9,30 +9,29 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "clock.h"
+#include "core_distance.h"
 #include "copy.h"
-#include "distance.h"
-#include "pool.h"
-#include "sequence.h"
+#include "slot.h"
+#include "batch.h"
 
-enum { LOOK_EVERY = 16 }; /* Batches: a measurement takes about 1 us. */
+enum { MEASURE_EVERY_BATCHES = 16 }; /* Batches: a measurement takes about 1 us. */
 
 struct tc_ring {
     pthread_mutex_t lock;
     pthread_cond_t work, ready, room;
     size_t n_work_waiting, n_ready_waiting, n_room_waiting;
-    pthread_cond_t helped;
-    size_t n_helping; /* Number of consumers that gather. */
+    pthread_cond_t consumers_done;
+    size_t n_gathering_consumers; /* Number of consumers that gather. */
     pid_t pid;
 
     size_t n_streams, depth;
     tc_stream *streams;
 
     tc_sequence sequence;
-    tc_errand *errands; /* Tasks with slices that no thread has begun. */
+    tc_copy_task *copy_tasks; /* Tasks with slices that no thread has begun. */
     uint64_t taken_rows, retired_rows, retired_target;
     int end_status; /* 0 until tc_ring_finish. */
-    tc_batch *cells;
+    tc_batch *batches;
     uint64_t next_cut, next_take;
     size_t n_open; /* Number of open batches with rows that no thread has begun to copy. */
 
@@ -43,20 +42,20 @@ struct tc_ring {
     size_t n_threads;
     pthread_t *threads;
     pthread_mutex_t joining; /* Held while the workers are joined, so that a concurrent second close returns only after they have ended. */
-    tc_figures figures;
+    tc_ring_stats stats;
 };
 
-static _Atomic size_t held_bytes;
+static _Atomic size_t live_batch_bytes;
 static _Thread_local int is_worker;
 /* Between workers and consumers, shared by all rings, so that the ring of the next epoch starts with the current
  * estimate. */
 static tc_distance distance;
 
-int tc_ring_is_far(void) { return tc_distance_is_far(&distance); }
+int tc_ring_is_consumer_far(void) { return tc_distance_is_far(&distance); }
 
-uint64_t tc_ring_n_answers(void) { return atomic_load_explicit(&distance.n_answers, memory_order_relaxed); }
+uint64_t tc_ring_n_measurements(void) { return atomic_load_explicit(&distance.n_measurements, memory_order_relaxed); }
 
-size_t tc_held_bytes(void) { return atomic_load_explicit(&held_bytes, memory_order_relaxed); }
+size_t tc_live_batch_bytes(void) { return atomic_load_explicit(&live_batch_bytes, memory_order_relaxed); }
 
 /* ---- Gathering batches. The caller holds the lock. ---- */
 
@@ -69,7 +68,7 @@ static int can_cut(const tc_ring *ring) {
 }
 
 static tc_batch *cut(tc_ring *ring) {
-    tc_batch *c = &ring->cells[ring->next_cut++ % ring->depth];
+    tc_batch *c = &ring->batches[ring->next_cut++ % ring->depth];
     tc_sequence_cut(&ring->sequence, next_batch_rows(ring), c);
     c->slot = tc_pool_take(&ring->pool, !is_worker);
     if (c->slot == NULL) c->status = TC_NOMEM;
@@ -78,9 +77,9 @@ static tc_batch *cut(tc_ring *ring) {
 }
 
 static void set_ready(tc_ring *ring, tc_batch *c) {
-    ring->figures.ready++;
+    ring->stats.ready++;
     c->state = TC_READY;
-    if (ring->n_ready_waiting && c == &ring->cells[ring->next_take % ring->depth]) pthread_cond_broadcast(&ring->ready);
+    if (ring->n_ready_waiting && c == &ring->batches[ring->next_take % ring->depth]) pthread_cond_broadcast(&ring->ready);
 }
 
 /* There may be something to gather: wake a worker, which wakes the next one, and a consumer that sleeps. */
@@ -91,20 +90,20 @@ static void wake_for_more(tc_ring *ring) {
 
 /* Copy one row range of an open batch, with the lock released meanwhile. The thread that finishes the last range makes
  * the batch ready. */
-static void run_share(tc_ring *ring, tc_batch *c) {
+static void copy_row_range(tc_ring *ring, tc_batch *c) {
     tc_content content = tc_batch_content(c, ring->streams, ring->n_streams);
-    tc_share share = tc_batch_share(c);
-    if (!tc_batch_has_share(c)) ring->n_open--;
+    tc_row_range range = tc_batch_reserve_rows(c);
+    if (!tc_batch_has_rows_left(c)) ring->n_open--;
     else wake_for_more(ring);
     c->n_copying++;
     pthread_mutex_unlock(&ring->lock);
     uint64_t start_ns = now_ns();
-    tc_copy_pass(is_worker && tc_distance_is_far(&distance));
-    int status = tc_slot_copy(c->slot, &content, share.first, share.stop);
+    tc_copy_set_nontemporal(is_worker && tc_distance_is_far(&distance));
+    int status = tc_slot_copy(c->slot, &content, range.first, range.stop);
     tc_copy_end();
     pthread_mutex_lock(&ring->lock);
     if (status != TC_OK) c->status = status;
-    if (--c->n_copying == 0 && !tc_batch_has_share(c)) {
+    if (--c->n_copying == 0 && !tc_batch_has_rows_left(c)) {
         c->state = TC_BUSY;
         status = c->status;
         pthread_mutex_unlock(&ring->lock);
@@ -113,7 +112,7 @@ static void run_share(tc_ring *ring, tc_batch *c) {
         c->status = status;
         set_ready(ring, c);
     }
-    ring->figures.gather_ns += now_ns() - start_ns;
+    ring->stats.gather_ns += now_ns() - start_ns;
 }
 
 /* Cut the next batch, locate and measure its rows and copy its first row range, with the lock released meanwhile. */
@@ -130,51 +129,51 @@ static void begin_next(tc_ring *ring) {
     uint64_t took_ns = now_ns() - start_ns;
 
     pthread_mutex_lock(&ring->lock);
-    ring->figures.gather_ns += took_ns;
+    ring->stats.gather_ns += took_ns;
     if (c->status != TC_OK) {
         set_ready(ring, c);
         return;
     }
     tc_batch_open(c);
     ring->n_open++;
-    run_share(ring, c);
+    copy_row_range(ring, c);
 }
 
 /* The oldest open batch with a row range; there is one while n_open > 0. */
 static tc_batch *oldest_open(const tc_ring *ring) {
     uint64_t number = ring->next_take;
-    while (!tc_batch_has_share(&ring->cells[number % ring->depth])) number++;
-    return &ring->cells[number % ring->depth];
+    while (!tc_batch_has_rows_left(&ring->batches[number % ring->depth])) number++;
+    return &ring->batches[number % ring->depth];
 }
 
-static void unlink_errand(tc_ring *ring, tc_errand *errand) {
-    tc_errand **at = &ring->errands;
-    while (*at != errand) at = &(*at)->next;
-    *at = errand->next;
+static void unlink_task(tc_ring *ring, tc_copy_task *task) {
+    tc_copy_task **at = &ring->copy_tasks;
+    while (*at != task) at = &(*at)->next;
+    *at = task->next;
 }
 
 /* Copy a slice of a copy task, with the lock released meanwhile. The task's owner waits until no slice is running. */
-static void run_slice(tc_ring *ring, tc_errand *errand) {
-    tc_slice slice = tc_errand_slice(errand);
-    if (errand->begun == errand->n) unlink_errand(ring, errand); /* No other thread has to do anything for it. */
-    errand->running++;
-    if (ring->n_work_waiting && ring->errands) pthread_cond_signal(&ring->work);
+static void run_slice(tc_ring *ring, tc_copy_task *task) {
+    tc_slice slice = tc_copy_task_slice(task);
+    if (task->n_started == task->n) unlink_task(ring, task); /* No other thread has to do anything for it. */
+    task->n_running++;
+    if (ring->n_work_waiting && ring->copy_tasks) pthread_cond_signal(&ring->work);
     pthread_mutex_unlock(&ring->lock);
-    tc_copy_pass(is_worker && tc_distance_is_far(&distance));
-    int status = tc_errand_copy(errand, slice);
+    tc_copy_set_nontemporal(is_worker && tc_distance_is_far(&distance));
+    int status = tc_copy_task_run(task, slice);
     tc_copy_end();
     pthread_mutex_lock(&ring->lock);
-    if (status != TC_OK) errand->status = status;
-    if (--errand->running == 0 && ring->n_ready_waiting) pthread_cond_broadcast(&ring->ready);
+    if (status != TC_OK) task->status = status;
+    if (--task->n_running == 0 && ring->n_ready_waiting) pthread_cond_broadcast(&ring->ready);
 }
 
 /* Do one unit of work, copy tasks first, because a consumer waits for them. Returns 0 if there is none. */
 static int work_once(tc_ring *ring) {
     if (ring->closing) return 0;
-    if (ring->errands)
-        run_slice(ring, ring->errands);
+    if (ring->copy_tasks)
+        run_slice(ring, ring->copy_tasks);
     else if (ring->n_open)
-        run_share(ring, oldest_open(ring));
+        copy_row_range(ring, oldest_open(ring));
     else if (can_cut(ring))
         begin_next(ring);
     else
@@ -183,11 +182,11 @@ static int work_once(tc_ring *ring) {
 }
 
 /* work_once() on behalf of a consumer. Closing the ring waits for it. */
-static int help_once(tc_ring *ring) {
-    ring->n_helping++;
-    int helped = work_once(ring);
-    if (--ring->n_helping == 0 && ring->closing) pthread_cond_broadcast(&ring->helped);
-    return helped;
+static int gather_as_consumer(tc_ring *ring) {
+    ring->n_gathering_consumers++;
+    int consumers_done = work_once(ring);
+    if (--ring->n_gathering_consumers == 0 && ring->closing) pthread_cond_broadcast(&ring->consumers_done);
+    return consumers_done;
 }
 
 static void *worker(void *argument) {
@@ -196,7 +195,7 @@ static void *worker(void *argument) {
     pthread_mutex_lock(&ring->lock);
     while (!ring->closing) {
         if (work_once(ring)) {
-            tc_distance_mark(&distance);
+            tc_distance_write(&distance);
             continue;
         }
         ring->n_work_waiting++;
@@ -211,15 +210,15 @@ static void *worker(void *argument) {
 
 static void free_ring(tc_ring *ring) {
     tc_sequence_free(&ring->sequence);
-    for (size_t i = 0; i < ring->depth; i++) tc_batch_free(&ring->cells[i]);
+    for (size_t i = 0; i < ring->depth; i++) tc_batch_free(&ring->batches[i]);
     tc_pool_free(&ring->pool);
     pthread_cond_destroy(&ring->work);
-    pthread_cond_destroy(&ring->helped);
+    pthread_cond_destroy(&ring->consumers_done);
     pthread_cond_destroy(&ring->ready);
     pthread_cond_destroy(&ring->room);
     pthread_mutex_destroy(&ring->lock);
     pthread_mutex_destroy(&ring->joining);
-    free(ring->cells);
+    free(ring->batches);
     free(ring->streams);
     free(ring->threads);
     free(ring);
@@ -253,7 +252,7 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
     pthread_mutexattr_destroy(&adaptive);
     pthread_mutex_init(&ring->joining, NULL);
     pthread_cond_init(&ring->work, NULL);
-    pthread_cond_init(&ring->helped, NULL);
+    pthread_cond_init(&ring->consumers_done, NULL);
     pthread_cond_init(&ring->ready, &monotonic);
     pthread_cond_init(&ring->room, NULL);
     pthread_condattr_destroy(&monotonic);
@@ -262,11 +261,11 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
     ring->sequence.batch_rows = batch_rows;
     ring->depth = depth;
     ring->streams = malloc((n_streams + 1) * sizeof *ring->streams);
-    ring->cells = calloc(depth, sizeof *ring->cells);
+    ring->batches = calloc(depth, sizeof *ring->batches);
     size_t n_workers = n_threads > 1 ? n_threads - 1 : 1; /* The consumer is the last of the threads: see wait_ready. */
     ring->threads = calloc(n_workers, sizeof *ring->threads);
-    if (ring->streams == NULL || ring->cells == NULL || ring->threads == NULL) {
-        ring->depth = ring->cells ? depth : 0;
+    if (ring->streams == NULL || ring->batches == NULL || ring->threads == NULL) {
+        ring->depth = ring->batches ? depth : 0;
         free_ring(ring);
         return NULL;
     }
@@ -323,27 +322,27 @@ int tc_ring_wait_room(tc_ring *ring, uint64_t row, uint64_t *retired) {
 
 /* The status of the next batch if it is known now, else TC_TIMEOUT. */
 static int next_status(const tc_ring *ring) {
-    const tc_batch *c = &ring->cells[ring->next_take % ring->depth];
+    const tc_batch *c = &ring->batches[ring->next_take % ring->depth];
     if (ring->closing) return TC_CLOSED;
     if (ring->next_take < ring->next_cut) return c->state == TC_READY ? TC_OK : TC_TIMEOUT;
     return ring->end_status && next_batch_rows(ring) == 0 ? ring->end_status : TC_TIMEOUT;
 }
 
-static int take_cell(tc_ring *ring, tc_slot **slot, uint64_t *first_row) {
-    tc_batch *c = &ring->cells[ring->next_take++ % ring->depth];
+static int take_next(tc_ring *ring, tc_slot **slot, uint64_t *first_row) {
+    tc_batch *c = &ring->batches[ring->next_take++ % ring->depth];
     int status = c->status;
     c->state = TC_EMPTY;
     ring->taken_rows += c->n_rows;
-    ring->figures.batches++;
-    ring->figures.ready--;
+    ring->stats.batches++;
+    ring->stats.ready--;
     *first_row = c->first_row;
     if (status == TC_OK) {
         *slot = c->slot;
         atomic_store_explicit(&c->slot->n_holders, 1, memory_order_relaxed);
         ring->n_out++;
-        atomic_fetch_add_explicit(&held_bytes, c->slot->capacity, memory_order_relaxed);
+        atomic_fetch_add_explicit(&live_batch_bytes, c->slot->capacity, memory_order_relaxed);
     } else if (c->slot) {
-        tc_pool_keep(&ring->pool, c->slot);
+        tc_pool_return(&ring->pool, c->slot);
     }
     c->slot = NULL;
     size_t room = (size_t)(ring->next_take + ring->depth - ring->next_cut), quarter = ring->depth / 4;
@@ -358,7 +357,7 @@ static int wait_ready(tc_ring *ring, uint64_t start_ns, uint64_t timeout_ns) {
     struct timespec until = {(time_t)(then / 1000000000u), (long)(then % 1000000000u)};
     int status;
     while ((status = next_status(ring)) == TC_TIMEOUT) {
-        if (help_once(ring)) {
+        if (gather_as_consumer(ring)) {
             if (now_ns() < then) continue;
             return next_status(ring);
         }
@@ -378,10 +377,10 @@ static void retire_taken(tc_ring *ring) {
 
 /* Release the lock, and measure from time to time how far the workers' cores are. */
 static int end_take(tc_ring *ring, int status) {
-    int asks = ring->next_take % LOOK_EVERY == 0;
+    int asks = ring->next_take % MEASURE_EVERY_BATCHES == 0;
     pthread_mutex_unlock(&ring->lock);
-    tc_distance_look(&distance);
-    if (asks && tc_copy_can_pass()) tc_distance_ask(&distance);
+    tc_distance_measure(&distance);
+    if (asks && tc_copy_has_nontemporal()) tc_distance_request(&distance);
     return status;
 }
 
@@ -393,10 +392,10 @@ int tc_ring_take(tc_ring *ring, uint64_t timeout_ns, tc_slot **slot, uint64_t *f
     if (status == TC_TIMEOUT && timeout_ns) {
         uint64_t start_ns = now_ns();
         status = wait_ready(ring, start_ns, timeout_ns);
-        ring->figures.waits++;
-        ring->figures.wait_ns += now_ns() - start_ns;
+        ring->stats.waits++;
+        ring->stats.wait_ns += now_ns() - start_ns;
     }
-    if (status == TC_OK) status = take_cell(ring, slot, first_row);
+    if (status == TC_OK) status = take_next(ring, slot, first_row);
     return end_take(ring, status);
 }
 
@@ -405,8 +404,8 @@ int tc_ring_take_ready(tc_ring *ring, tc_slot **slot, uint64_t *first_row) {
     pthread_mutex_lock(&ring->lock);
     retire_taken(ring);
     int status = next_status(ring);
-    if (status == TC_OK) status = ring->cells[ring->next_take % ring->depth].status;
-    if (status == TC_OK) status = take_cell(ring, slot, first_row);
+    if (status == TC_OK) status = ring->batches[ring->next_take % ring->depth].status;
+    if (status == TC_OK) status = take_next(ring, slot, first_row);
     return end_take(ring, status);
 }
 
@@ -418,55 +417,55 @@ void tc_slot_release(tc_slot *slot) {
     tc_ring *ring = slot->ring;
     if (ring->pid != getpid()) return;
     pthread_mutex_lock(&ring->lock);
-    atomic_fetch_sub_explicit(&held_bytes, slot->capacity, memory_order_relaxed);
-    tc_pool_keep(&ring->pool, slot);
+    atomic_fetch_sub_explicit(&live_batch_bytes, slot->capacity, memory_order_relaxed);
+    tc_pool_return(&ring->pool, slot);
     ring->n_out--;
     int last = ring->dropped && ring->n_out == 0;
     pthread_mutex_unlock(&ring->lock);
     if (last) free_ring(ring);
 }
 
-void tc_ring_send_errand(tc_slot *slot, tc_errand *errand) {
+void tc_ring_submit_copy(tc_slot *slot, tc_copy_task *task) {
     tc_ring *ring = slot->ring;
-    errand->begun = errand->running = 0;
-    errand->status = TC_OK;
-    if (ring->pid != getpid() || errand->n == 0) return;
+    task->n_started = task->n_running = 0;
+    task->status = TC_OK;
+    if (ring->pid != getpid() || task->n == 0) return;
     pthread_mutex_lock(&ring->lock);
-    tc_errand **at = &ring->errands;
+    tc_copy_task **at = &ring->copy_tasks;
     while (*at) at = &(*at)->next;
-    *at = errand;
-    errand->next = NULL;
+    *at = task;
+    task->next = NULL;
     if (ring->n_work_waiting) pthread_cond_signal(&ring->work);
     pthread_mutex_unlock(&ring->lock);
 }
 
-static void wait_copied(tc_ring *ring, const tc_errand *errand) {
-    while (errand->running) {
+static void wait_copied(tc_ring *ring, const tc_copy_task *task) {
+    while (task->n_running) {
         ring->n_ready_waiting++;
         pthread_cond_wait(&ring->ready, &ring->lock);
         ring->n_ready_waiting--;
     }
 }
 
-int tc_ring_finish_errand(tc_slot *slot, tc_errand *errand) {
+int tc_ring_finish_copy(tc_slot *slot, tc_copy_task *task) {
     tc_ring *ring = slot->ring;
     if (ring->pid != getpid()) return TC_CLOSED;
     pthread_mutex_lock(&ring->lock);
-    ring->n_helping++; /* Sources are read until the task is done, even if another thread closes the ring. */
-    while (errand->begun < errand->n) run_slice(ring, errand);
-    wait_copied(ring, errand);
-    if (--ring->n_helping == 0 && ring->closing) pthread_cond_broadcast(&ring->helped);
+    ring->n_gathering_consumers++; /* Sources are read until the task is done, even if another thread closes the ring. */
+    while (task->n_started < task->n) run_slice(ring, task);
+    wait_copied(ring, task);
+    if (--ring->n_gathering_consumers == 0 && ring->closing) pthread_cond_broadcast(&ring->consumers_done);
     pthread_mutex_unlock(&ring->lock);
-    return errand->status;
+    return task->status;
 }
 
-void tc_ring_cancel_errand(tc_slot *slot, tc_errand *errand) {
+void tc_ring_cancel_copy(tc_slot *slot, tc_copy_task *task) {
     tc_ring *ring = slot->ring;
     if (ring->pid != getpid()) return;
     pthread_mutex_lock(&ring->lock);
-    if (errand->begun < errand->n) unlink_errand(ring, errand);
-    errand->begun = errand->n;
-    wait_copied(ring, errand);
+    if (task->n_started < task->n) unlink_task(ring, task);
+    task->n_started = task->n;
+    wait_copied(ring, task);
     pthread_mutex_unlock(&ring->lock);
 }
 
@@ -477,7 +476,7 @@ void tc_ring_close(tc_ring *ring) {
     pthread_cond_broadcast(&ring->work);
     pthread_cond_broadcast(&ring->ready);
     pthread_cond_broadcast(&ring->room);
-    while (ring->n_helping) pthread_cond_wait(&ring->helped, &ring->lock);
+    while (ring->n_gathering_consumers) pthread_cond_wait(&ring->consumers_done, &ring->lock);
     pthread_mutex_unlock(&ring->lock);
     pthread_mutex_lock(&ring->joining);
     while (ring->n_threads) pthread_join(ring->threads[--ring->n_threads], NULL);
@@ -494,10 +493,10 @@ void tc_ring_drop(tc_ring *ring) {
     if (last) free_ring(ring);
 }
 
-void tc_ring_figures(tc_ring *ring, tc_figures *figures) {
-    memset(figures, 0, sizeof *figures);
+void tc_ring_get_stats(tc_ring *ring, tc_ring_stats *stats) {
+    memset(stats, 0, sizeof *stats);
     if (ring->pid != getpid()) return;
     pthread_mutex_lock(&ring->lock);
-    *figures = ring->figures;
+    *stats = ring->stats;
     pthread_mutex_unlock(&ring->lock);
 }

@@ -1,3 +1,5 @@
+#ifndef TC_RING_H
+#define TC_RING_H
 /* Ring: threads without Python that gather batches ahead of one consumer.
  *
  * A planner thread pushes plans (rows of a window, in output order). The ring cuts the sequence of rows into batches of
@@ -10,7 +12,7 @@
  * instead, a worker would have to wake it for each batch, and there would be one thread more than cores.
  *
  * If the consumer's core has another cache than the workers' cores, the workers write with non-temporal stores
- * (distance.h, copy.h): read from a worker's cache, batches took up to 1.5 times as long. Rows that the consumer
+ * (core_distance.h, copy.h): read from a worker's cache, batches took up to 1.5 times as long. Rows that the consumer
  * gathers itself are written through its own cache.
  *
  * Locking: one mutex guards everything but the bytes of slots and sources. For each batch, a worker takes it once, the
@@ -21,9 +23,7 @@
  * After a fork, the child has no workers: calls return TC_CLOSED, release and close do nothing, because a thread that
  * does not exist in the child may hold the mutex.
  */
-#ifndef TC_RING_H
-#define TC_RING_H
-#include "errand.h"
+#include "copy_task.h"
 #include "slot.h"
 
 enum {
@@ -42,7 +42,7 @@ typedef struct {
     uint64_t wait_ns;    /* Wait time of the consumer. */
     uint64_t waits;      /* Number of times that the consumer had to wait. */
     uint64_t ready;      /* Number of batches that are ready now. */
-} tc_figures;
+} tc_ring_stats;
 
 /* slot_bytes: Expected size of a batch in bytes, or 0 if unknown; a slot grows if a batch is larger. Returns NULL if
  * there is no memory or no thread could start. */
@@ -78,14 +78,14 @@ void tc_slot_hold(tc_slot *slot);
 void tc_slot_release(tc_slot *slot);
 
 /* Have the ring's threads copy the objects of a slot's batch, before they gather further batches. */
-void tc_ring_send_errand(tc_slot *slot, tc_errand *errand);
+void tc_ring_submit_copy(tc_slot *slot, tc_copy_task *task);
 
 /* Copy the rest of a task that was sent, and return when everything is copied. Returns 0, TC_EIO, or TC_CLOSED (in a
  * forked child). */
-int tc_ring_finish_errand(tc_slot *slot, tc_errand *errand);
+int tc_ring_finish_copy(tc_slot *slot, tc_copy_task *task);
 
 /* Drop the rest of a task, and return when no thread is copying. Does nothing for a finished task. */
-void tc_ring_cancel_errand(tc_slot *slot, tc_errand *errand);
+void tc_ring_cancel_copy(tc_slot *slot, tc_copy_task *task);
 
 /* Wake all waiting threads and join the workers. When any of several concurrent calls returns, no plan is read any
  * more. Slots that are taken stay valid. May be called repeatedly, from any thread. */
@@ -94,15 +94,16 @@ void tc_ring_close(tc_ring *ring);
 /* Close the ring, and free it once the last taken slot is released. */
 void tc_ring_drop(tc_ring *ring);
 
-void tc_ring_figures(tc_ring *ring, tc_figures *figures);
+void tc_ring_get_stats(tc_ring *ring, tc_ring_stats *stats);
 
 /* Whether the workers of all rings of the process write with non-temporal stores now, because their consumers are far. */
-int tc_ring_is_far(void);
+int tc_ring_is_consumer_far(void);
 
 /* For tests: number of distance measurements that consumers have made. */
-uint64_t tc_ring_n_answers(void);
+uint64_t tc_ring_n_measurements(void);
 
 /* Memory in bytes of all taken slots, of all rings of the process, including rings that are dropped. */
-size_t tc_held_bytes(void);
+size_t tc_live_batch_bytes(void);
+
 
 #endif

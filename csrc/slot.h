@@ -1,7 +1,7 @@
-/* Slot: the memory of a batch, and how it is filled with rows of windows. There are no locks here: a slot has one owner
- * at a time (ring.h). */
 #ifndef TC_SLOT_H
 #define TC_SLOT_H
+/* Slot: the memory of a batch, and how it is filled with rows of windows. There are no locks here: a slot has one owner
+ * at a time (ring.h). */
 #include <stdatomic.h>
 
 #include "gather.h"
@@ -17,10 +17,10 @@ typedef struct {
     size_t n_blocks;
     const uint32_t *block; /* [n_rows] Location of each row: block, and row in the block. */
     const uint32_t *row;
-    const tc_finder *finder; /* If set, used instead of block and row: it locates the rows of each batch, from position `start`. */
+    const tc_row_finder *finder; /* If set, used instead of block and row: it locates the rows of each batch, from position `start`. */
     uint64_t start;
     size_t n_rows;
-    const struct tc_form *forms; /* [n_streams] Output layouts (forms.h), or NULL: streams are served as gathered. */
+    const struct tc_output_layout *output_layouts; /* [n_streams] Output layouts (output_layout.h), or NULL: streams are served as gathered. */
 } tc_plan;
 
 /* The rows [first, first + n) of a plan, and their locations (tc_batch_find_rows). */
@@ -75,5 +75,34 @@ typedef struct {
 int tc_slot_begin(tc_slot *slot, const tc_content *content);
 int tc_slot_copy(tc_slot *slot, const tc_content *content, size_t first, size_t stop);
 int tc_slot_end(tc_slot *slot, const tc_content *content);
+
+
+/* Pool: the unused slots of a ring, and the arena that the first slots are parts of. There are no locks here: the
+ * ring's lock guards the pool. */
+
+typedef struct {
+    size_t n_streams, n_ahead; /* Number of batches prepared ahead; about as many unused slots are kept. */
+    tc_slot *free, *last; /* The unused slots, in the order in which they were returned. */
+    size_t n_free, idle_bytes;
+    uint8_t *arena;
+    size_t arena_bytes, arena_slot_bytes, arena_used;
+} tc_pool;
+
+/* slot_bytes: Expected size of a batch, or 0 if unknown. If there is no memory for an arena, each slot maps its own
+ * memory. */
+void tc_pool_init(tc_pool *pool, size_t n_streams, size_t n_ahead, size_t slot_bytes);
+void tc_pool_free(tc_pool *pool);
+
+/* Between a call of hold and its let_go, the arena of a freed pool, up to 64 MiB, is kept for the next pool of the same
+ * size. Callers are those that run several rings one after the other. */
+void tc_arena_keep(void);
+void tc_arena_let_go(void);
+
+/* A slot for the calling thread to fill. is_consumer: the same thread will also read it. NULL if no memory is left. */
+tc_slot *tc_pool_take(tc_pool *pool, int is_consumer);
+
+/* Return a slot to the pool. Excess slots are freed, so that the memory of list(loader) is given back. */
+void tc_pool_return(tc_pool *pool, tc_slot *slot);
+
 
 #endif

@@ -409,8 +409,8 @@ def test_text_that_is_none_names_its_block_and_column(tmp_path):
 
 def test_a_table_of_forms_that_is_too_short_is_refused():
     one = np.zeros((1, 1, 3), np.uint64)
-    with pytest.raises(ValueError, match="forms need 8 words"):
-        Plan(one, np.zeros(1, np.uint32), np.zeros(1, np.uint32), None, forms=np.zeros(7, np.uint64))
+    with pytest.raises(ValueError, match="need 8 words"):
+        Plan(one, np.zeros(1, np.uint32), np.zeros(1, np.uint32), None, output_layouts=np.zeros(7, np.uint64))
 
 
 def test_a_buffer_is_a_sequence_that_moves_and_pins_as_tensors_do():
@@ -447,7 +447,7 @@ def test_torch_pins_a_buffer_that_lies_deep_in_a_batch():
 
 
 def test_numbers_of_kinds_are_those_of_the_kernel():
-    header = (Path(__file__).parents[2] / "csrc" / "forms.h").read_text()
+    header = (Path(__file__).parents[2] / "csrc" / "output_layout.h").read_text()
     assert f"TC_PADDED = {PADDED}" in header
 
 

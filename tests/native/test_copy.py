@@ -80,7 +80,7 @@ def test_a_batch_that_threads_share_is_that_of_one_thread(n_threads, is_run):
     rows = iter(np.concatenate(orders))
     while not isinstance(slot := ring.take(10), int):
         memory = np.frombuffer(memoryview(slot), np.uint8)
-        at, (start, head, n_elements) = slot.places(0)[0], slot.places(1)
+        at, (start, head, n_elements) = slot.stream_position(0)[0], slot.stream_position(1)
         ends = np.frombuffer(memoryview(slot), np.int64, slot.n_rows + 1, head)
         assert ends[-1] == n_elements
         for i in range(slot.n_rows):
@@ -106,7 +106,7 @@ def test_rows_of_any_lengths_arrive_whole_in_any_order(sizes, data):
     assert ring.push(Plan(addresses[None], np.zeros(len(order), np.uint32), order.astype(np.uint32), (values, offsets)))
     ring.finish()
     slot = ring.take(10)
-    start, head, n_elements = slot.places(0)
+    start, head, n_elements = slot.stream_position(0)
     found = np.frombuffer(memoryview(slot), np.uint8)[start : start + n_elements]
     ends = np.frombuffer(memoryview(slot), np.int64, len(order) + 1, head)
     assert ends.tolist() == [0, *np.cumsum(np.array(sizes)[order])]

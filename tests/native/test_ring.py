@@ -98,12 +98,12 @@ def test_every_kind_of_stream_comes_right_also_over_the_borders_of_windows():
         n, view = slot.n_rows, memoryview(slot)
         found["ref"] += slot.bytes_list(0)
         assert slot.str_list(1) == [b.decode() for b in slot.bytes_list(0)]
-        values_at, offsets_at, n_elements = slot.places(1)
+        values_at, offsets_at, n_elements = slot.stream_position(1)
         ends = np.frombuffer(view, np.int64, n + 1, offsets_at)
         assert ends[-1] == n_elements
         found["var"] += [bytes(view[values_at + a : values_at + b]) for a, b in itertools.pairwise(ends)]
-        found["label"] += np.frombuffer(view, np.int64, n, slot.places(2)[0]).tolist()
-        found["flag"] += np.frombuffer(view, np.uint8, n, slot.places(3)[0]).tolist()
+        found["label"] += np.frombuffer(view, np.int64, n, slot.stream_position(2)[0]).tolist()
+        found["flag"] += np.frombuffer(view, np.uint8, n, slot.stream_position(3)[0]).tolist()
         n_bytes += slot.n_bytes
         del view, ends
     ring.close()
@@ -468,7 +468,11 @@ def test_a_run_is_gathered_as_the_rows_that_its_finder_names(records, key, batch
         found = []
         while not isinstance(slot := ring.take(), int):
             memory = bytes(memoryview(slot))
-            n_rows, (fixed_at, _, _), (at, offsets_at, n_bytes) = slot.n_rows, slot.places(0), slot.places(1)
+            n_rows, (fixed_at, _, _), (at, offsets_at, n_bytes) = (
+                slot.n_rows,
+                slot.stream_position(0),
+                slot.stream_position(1),
+            )
             offsets_bytes = memory[offsets_at : offsets_at + 8 * (n_rows + 1)]
             found.append(
                 (n_rows, memory[fixed_at : fixed_at + WIDTH * n_rows], offsets_bytes, memory[at : at + n_bytes])

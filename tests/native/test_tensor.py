@@ -63,7 +63,7 @@ def test_a_tensor_over_a_slot_has_its_dtype_shape_and_bytes(monkeypatch, dtype, 
     stored = expected.view(torch.uint8).numpy() if dtype is not torch.bool else expected.numpy().view(np.uint8)
     ring = ring_of(np.ascontiguousarray(stored.reshape(BATCH_ROWS, width)) if width else np.zeros((8, 0), np.uint8))
     slot = ring.take(10)
-    tensor = batch_module._tensors_over(dtype, shape)(slot, slot.places(0)[0], slot.n_rows)
+    tensor = batch_module._tensors_over(dtype, shape)(slot, slot.stream_position(0)[0], slot.n_rows)
     del slot
     ring.close()
     assert (tensor.dtype, tuple(tensor.shape)) == (dtype, (BATCH_ROWS, *shape))

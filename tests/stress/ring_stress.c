@@ -19,11 +19,11 @@
 #include "cast.h"
 #include "copy.h"
 #include "crc32c.h"
-#include "distance.h"
-#include "guard.h"
-#include "pool.h"
+#include "core_distance.h"
+#include "sigbus_guard.h"
+#include "slot.h"
 #include "ring.h"
-#include "tensor.h"
+#include "dlpack.h"
 
 enum { WIDTH = 5000, N_ROWS = 400, N_BLOCKS = 3, N_PLANS = 16, MOST_SIZES = N_PLANS * N_ROWS, PAGE_BYTES = 65536 };
 enum { N_PAGES = (WIDTH * N_ROWS + PAGE_BYTES - 1) / PAGE_BYTES };
@@ -138,21 +138,21 @@ static int status_is_right(const run *r, int status, size_t first, size_t n) {
 }
 
 /* Check the objects of a batch's references, filled by a copy task that is finished or cancelled. */
-static int errand_is_right(tc_slot *slot, size_t first) {
+static int copy_task_is_right(tc_slot *slot, size_t first) {
     const tc_ref *refs = (const tc_ref *)(slot->memory + slot->values_at[REF]);
-    char **places = calloc(slot->n_rows, sizeof *places);
-    for (size_t i = 0; i < slot->n_rows; i++) places[i] = malloc(refs[i].n_bytes + 1);
-    tc_errand errand = {.refs = refs, .places = places, .n = slot->n_rows};
-    tc_ring_send_errand(slot, &errand);
-    int is_right = 1, is_finished = any(4) && tc_ring_finish_errand(slot, &errand) == TC_OK;
-    tc_ring_cancel_errand(slot, &errand);
+    char **destinations = calloc(slot->n_rows, sizeof *destinations);
+    for (size_t i = 0; i < slot->n_rows; i++) destinations[i] = malloc(refs[i].n_bytes + 1);
+    tc_copy_task task = {.refs = refs, .destinations = destinations, .n = slot->n_rows};
+    tc_ring_submit_copy(slot, &task);
+    int is_right = 1, is_finished = any(4) && tc_ring_finish_copy(slot, &task) == TC_OK;
+    tc_ring_cancel_copy(slot, &task);
     for (size_t i = 0; i < slot->n_rows; i++) {
         uint32_t b = block[(first + i) / N_ROWS][(first + i) % N_ROWS], k = row[(first + i) / N_ROWS][(first + i) % N_ROWS];
         size_t n_bytes = (size_t)(offsets[b][k + 1] - offsets[b][k]);
-        if (is_finished && (refs[i].n_bytes != n_bytes || memcmp(places[i], var[b] + offsets[b][k], n_bytes))) is_right = 0;
-        free(places[i]);
+        if (is_finished && (refs[i].n_bytes != n_bytes || memcmp(destinations[i], var[b] + offsets[b][k], n_bytes))) is_right = 0;
+        free(destinations[i]);
     }
-    free(places);
+    free(destinations);
     return is_right;
 }
 
@@ -211,7 +211,7 @@ static void end_holder(void) {
 }
 
 static void hold(tc_slot *slot) {
-    static const tc_layout rows = {.code = 1, .bits = 8, .n_dims = 1, .dims = {WIDTH}, .row_bytes = WIDTH};
+    static const tc_row_layout rows = {.code = 1, .bits = 8, .n_dims = 1, .dims = {WIDTH}, .row_bytes = WIDTH};
     end_holder();
     void *tensor = tc_tensor_new(slot, slot->values_at[FIXED], &rows, slot->n_rows);
     if (tensor == NULL || pthread_create(&holder, NULL, write_and_drop, tensor)) exit(2);
@@ -230,7 +230,7 @@ static int take_all(run *r) {
         size_t n = r->n_sizes ? r->sizes[n_batches] : total - n_taken < r->batch_rows ? total - n_taken : r->batch_rows;
         int is_right = first == n_taken && n_taken + n <= total && status_is_right(r, status, n_taken, n);
         if (status == TC_OK) {
-            is_right = is_right && slot->n_rows == n && batch_is_right(slot, n_taken) && errand_is_right(slot, n_taken);
+            is_right = is_right && slot->n_rows == n && batch_is_right(slot, n_taken) && copy_task_is_right(slot, n_taken);
             if (any(3) == 0) hold(slot);
             pthread_t other;
             if (any(3) == 0 && pthread_create(&other, NULL, release, slot) == 0) pthread_join(other, NULL);
@@ -285,15 +285,15 @@ int main(int count, char **words) {
     tc_gather_init(0);
     if (seed % 2) tc_copy_init(1); /* The processor's fastest copies, which sanitizers do not see. */
     make_blocks();
-    tc_pool_hold();
+    tc_arena_keep();
     for (int i = 0; i < atoi(words[2]); i++) {
         choose(&r);
-        tc_distance_pretend((int)any(3) - 1);
+        tc_distance_override((int)any(3) - 1);
         if (is_right(&r)) continue;
         printf("run %d: batches of %zu, %zu sizes, depth %zu, %zu threads, cut %d, bad %d, misfit %d, closed after %d us\n", i, r.batch_rows, r.n_sizes,
                r.depth, r.n_threads, r.is_cut, r.is_bad, r.is_misfit, r.close_us);
         return 1;
     }
-    tc_pool_let_go();
-    return tc_held_bytes() ? printf("%zu bytes are held\n", tc_held_bytes()), 1 : 0;
+    tc_arena_let_go();
+    return tc_live_batch_bytes() ? printf("%zu bytes are held\n", tc_live_batch_bytes()), 1 : 0;
 }

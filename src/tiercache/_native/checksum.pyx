@@ -20,13 +20,13 @@ cdef extern from "crc32c.h" nogil:
     int tc_crc32c_pages(int kernel, const uint8_t *data, size_t n, size_t page_bytes, uint32_t *out, uint32_t *whole)
     uint32_t tc_crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t n_bytes_b)
 
-cdef extern from "layout.h" nogil:
-    ctypedef struct tc_layout:
+cdef extern from "crc32c.h" nogil:
+    ctypedef struct tc_pieces:
         const uint64_t *addresses
         const uint64_t *lengths
         size_t count, align, page_bytes
         int kernel
-    int tc_lay_out(const tc_layout *layout, uint8_t *out, uint32_t *sums, uint32_t *whole)
+    int tc_lay_out(const tc_pieces *layout, uint8_t *out, uint32_t *sums, uint32_t *whole)
 
 # Below this size, releasing the GIL costs more than the checksum.
 cdef size_t GIL_DROP_BYTES = 32 << 10
@@ -127,7 +127,7 @@ def lay_out(const uint64_t[::1] addresses not None, const uint64_t[::1] lengths 
     cdef size_t n_bytes = 0, padded, i
     cdef uint32_t whole = 0
     cdef int status
-    cdef tc_layout layout
+    cdef tc_pieces layout
     if page_bytes == 0 or align == 0:
         raise ValueError("page_bytes and align must be 1 or more")
     if <size_t>lengths.shape[0] != count:
@@ -142,7 +142,7 @@ def lay_out(const uint64_t[::1] addresses not None, const uint64_t[::1] lengths 
         raise ValueError(f"expected {n_bytes} bytes and {n_pages} sums, got room for {room} and {sums.shape[0]}")
     if n_bytes == 0:
         return 0
-    layout = tc_layout(&addresses[0], &lengths[0], count, align, page_bytes, _kernel)
+    layout = tc_pieces(&addresses[0], &lengths[0], count, align, page_bytes, _kernel)
     if n_bytes < GIL_DROP_BYTES:
         status = tc_lay_out(&layout, &out[0], &sums[0], &whole)
     else:

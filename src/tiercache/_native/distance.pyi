@@ -1,5 +1,5 @@
 class Distance:
-    """A core distance measurement (csrc/distance.h), for tests."""
+    """A core distance measurement (csrc/core_distance.h), for tests."""
 
     def ask(self) -> None:
         """Request a measurement, as the consumer does every few batches."""

@@ -1,4 +1,4 @@
-"""Wrapper of csrc/distance.h for its tests; the ring has a measurement of its own."""
+"""Wrapper of csrc/core_distance.h for its tests; the ring has a measurement of its own."""
 
 from libc.stdlib cimport free
 from libc.string cimport memset
@@ -6,14 +6,14 @@ from libc.string cimport memset
 cdef extern from "stdlib.h" nogil:
     void *aligned_alloc(size_t, size_t)
 
-cdef extern from "distance.h" nogil:
+cdef extern from "core_distance.h" nogil:
     ctypedef struct tc_distance:
         pass
 
-    void tc_distance_ask(tc_distance *)
-    void tc_distance_mark(tc_distance *)
-    void tc_distance_look(tc_distance *)
-    void tc_distance_learn(tc_distance *, int)
+    void tc_distance_request(tc_distance *)
+    void tc_distance_write(tc_distance *)
+    void tc_distance_measure(tc_distance *)
+    void tc_distance_add(tc_distance *, int)
     int tc_distance_is_far(const tc_distance *)
     int tc_distance_step(const tc_distance *)
 
@@ -31,16 +31,16 @@ cdef class Distance:
         free(self.distance)
 
     def ask(self):
-        tc_distance_ask(self.distance)
+        tc_distance_request(self.distance)
 
     def mark(self):
-        tc_distance_mark(self.distance)
+        tc_distance_write(self.distance)
 
     def look(self):
-        tc_distance_look(self.distance)
+        tc_distance_measure(self.distance)
 
     def learn(self, bint is_far):
-        tc_distance_learn(self.distance, is_far)
+        tc_distance_add(self.distance, is_far)
 
     @property
     def step(self):

@@ -4,28 +4,28 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint64_t, uintptr_t
 
-cdef extern from "frames.h" nogil:
-    ctypedef struct tc_zstd:
+cdef extern from "zstd_frames.h" nogil:
+    ctypedef struct tc_zstd_functions:
         void *(*create)() noexcept nogil
         size_t (*destroy)(void *context) noexcept nogil
         size_t (*decode)(void *context, void *out, size_t room, const void *data, size_t n) noexcept nogil
-        unsigned long long (*promise)(const void *data, size_t n) noexcept nogil
-    size_t tc_frames_decode(const tc_zstd *zstd, void *context, const uint64_t *frames, const uint64_t *stored,
+        unsigned long long (*content_size)(const void *data, size_t n) noexcept nogil
+    size_t tc_zstd_decode_frames(const tc_zstd_functions *zstd, void *context, const uint64_t *frames, const uint64_t *stored,
                             const uint64_t *out, const uint64_t *raw, size_t count)
 
 
 cdef class Decoder:
-    cdef tc_zstd _zstd
+    cdef tc_zstd_functions _zstd
     cdef void *_context
 
-    def __cinit__(self, uintptr_t create, uintptr_t destroy, uintptr_t decode, uintptr_t promise):
+    def __cinit__(self, uintptr_t create, uintptr_t destroy, uintptr_t decode, uintptr_t content_size):
         self._context = NULL
-        if not (create and destroy and decode and promise):
+        if not (create and destroy and decode and content_size):
             raise ValueError("a decoder needs the addresses of four functions of libzstd")
         self._zstd.create = <void *(*)() noexcept nogil>create
         self._zstd.destroy = <size_t (*)(void *) noexcept nogil>destroy
         self._zstd.decode = <size_t (*)(void *, void *, size_t, const void *, size_t) noexcept nogil>decode
-        self._zstd.promise = <unsigned long long (*)(const void *, size_t) noexcept nogil>promise
+        self._zstd.content_size = <unsigned long long (*)(const void *, size_t) noexcept nogil>content_size
         self._context = self._zstd.create()
         if self._context == NULL:
             raise MemoryError("no memory for a zstd context")
@@ -43,5 +43,5 @@ cdef class Decoder:
             return 0
         cdef size_t n_right
         with nogil:
-            n_right = tc_frames_decode(&self._zstd, self._context, &frames[0], &stored[0], &out[0], &raw[0], count)
+            n_right = tc_zstd_decode_frames(&self._zstd, self._context, &frames[0], &stored[0], &out[0], &raw[0], count)
         return n_right

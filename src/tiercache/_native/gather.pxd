@@ -43,16 +43,16 @@ cdef extern from "gather.h" nogil:
         uint64_t address
         uint64_t n_bytes
 
-    ctypedef struct tc_fault:
+    ctypedef struct tc_corruption:
         size_t row
         int64_t page
 
     void tc_gather_init(int)
     size_t tc_count_breaks(const uint32_t *, const uint32_t *, size_t)
-    int tc_check(const tc_stream *, const tc_rows *, tc_fault *)
+    int tc_check(const tc_stream *, const tc_rows *, tc_corruption *)
     int tc_measure(const tc_rows *, int64_t *)
     int tc_gather(const tc_stream *, const tc_rows *, const tc_sink *)
-    void tc_fill(uint8_t **, const tc_ref *, size_t)
+    void tc_copy_refs(uint8_t **, const tc_ref *, size_t)
     int64_t tc_check_chunk(const tc_chunk *)
     int tc_offsets_ok(const int64_t *, size_t, int64_t)
 

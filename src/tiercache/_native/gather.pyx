@@ -12,7 +12,7 @@ import numpy as np
 
 from tiercache._native import checksum
 
-cdef extern from "guard.h" nogil:
+cdef extern from "sigbus_guard.h" nogil:
     enum:
         TC_EIO
     void tc_guard_install()
@@ -34,7 +34,7 @@ cdef extern from "Python.h":
     object PyUnicode_DecodeUTF8(const char *, Py_ssize_t, const char *)
 
 cdef extern from "copy.h" nogil:
-    void tc_copy_pass(int)
+    void tc_copy_set_nontemporal(int)
 
 FIXED = TC_FIXED
 BITS = TC_BITS
@@ -67,7 +67,7 @@ cdef tc_stream stream_of(uint32_t kind, uint32_t width_bytes) except *:
     return stream
 
 
-cdef int guarded_check(const tc_stream *stream, const tc_rows *rows, tc_fault *fault) noexcept nogil:
+cdef int guarded_check(const tc_stream *stream, const tc_rows *rows, tc_corruption *fault) noexcept nogil:
     if tc_guard_enter():
         return TC_EIO
     cdef int code = tc_check(stream, rows, fault)
@@ -110,7 +110,7 @@ cdef int guarded_copy(uint8_t *out, const uint8_t *source, size_t n) noexcept no
 cdef int guarded_fill(uint8_t **places, const tc_ref *refs, size_t n) noexcept nogil:
     if tc_guard_enter():
         return TC_EIO
-    tc_fill(places, refs, n)
+    tc_copy_refs(places, refs, n)
     tc_guard_leave()
     return 0
 
@@ -166,7 +166,7 @@ cdef class Rows:
 
     cdef int check_pages(self, tc_stream stream) except -1:
         """Check the pages of the rows, if there are checks."""
-        cdef tc_fault fault
+        cdef tc_corruption fault
         cdef int code
         if self.rows.chunks != NULL:
             with nogil:
@@ -317,7 +317,7 @@ def gather_str(addresses, block, row, checks=None):
 def locate(uint32_t kind, uint32_t width_bytes, addresses, checks, block, row):
     cdef Rows rows = Rows(addresses, checks, block, row)
     cdef tc_stream stream = stream_of(kind, width_bytes)
-    cdef tc_fault fault
+    cdef tc_corruption fault
     cdef int code
     rows.rows.n_breaks = rows.rows.n  # Row by row, so that the position is exact.
     with nogil:
@@ -356,4 +356,4 @@ def copy_guarded(uint64_t address, uint8_t[::1] out not None):
 
 
 def pass_caches(bint on):
-    tc_copy_pass(on)
+    tc_copy_set_nontemporal(on)

@@ -95,13 +95,13 @@ cdef class RowFinder:
                 raise ValueError(f"block {i - 1} has {first[i] - first[i - 1]} rows; a block has 0 to 2**32 - 1")
         self.n_rows = first[k]
         self.n_blocks = <Py_ssize_t>k
-        self.finder.shift = tc_finder_shift(self.first[k], k)
-        self.hints = <uint32_t *>malloc(tc_finder_n_hints(self.first[k], self.finder.shift) * sizeof(uint32_t))
+        self.finder.shift = tc_row_finder_shift(self.first[k], k)
+        self.hints = <uint32_t *>malloc(tc_row_finder_n_hints(self.first[k], self.finder.shift) * sizeof(uint32_t))
         if self.hints == NULL:
             raise MemoryError()
         self.finder.first = self.first
         self.finder.hints = self.hints
-        tc_finder_hint(self.first, k, self.finder.shift, self.hints)
+        tc_row_finder_fill_hints(self.first, k, self.finder.shift, self.hints)
         if row_start is not None:
             self.row_start = <uint32_t *>malloc(k * sizeof(uint32_t))
             if self.row_start == NULL:

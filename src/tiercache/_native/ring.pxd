@@ -1,10 +1,10 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from tiercache._native.gather cimport tc_chunk, tc_ref, tc_source
-from tiercache._native.permute cimport tc_finder
+from tiercache._native.permute cimport tc_row_finder
 
-cdef extern from "forms.h" nogil:
-    ctypedef struct tc_form:
+cdef extern from "output_layout.h" nogil:
+    ctypedef struct tc_output_layout:
         pass
 
 cdef extern from "ring.h" nogil:
@@ -14,17 +14,17 @@ cdef extern from "ring.h" nogil:
         size_t n_blocks
         const uint32_t *block
         const uint32_t *row
-        const tc_finder *finder
+        const tc_row_finder *finder
         uint64_t start
         size_t n_rows
-        const tc_form *forms
+        const tc_output_layout *output_layouts
 
     ctypedef struct tc_ring:
         pass
 
-    ctypedef struct tc_errand:
+    ctypedef struct tc_copy_task:
         const tc_ref *refs
-        char **places
+        char **destinations
         size_t n
 
     ctypedef struct tc_slot:
@@ -36,8 +36,8 @@ cdef extern from "ring.h" nogil:
         size_t *offsets_at
         size_t *n_elements
 
-cdef extern from "tensor.h" nogil:
-    ctypedef struct tc_layout:
+cdef extern from "dlpack.h" nogil:
+    ctypedef struct tc_row_layout:
         uint8_t code
         uint8_t bits
         int n_dims
@@ -45,7 +45,7 @@ cdef extern from "tensor.h" nogil:
         size_t row_bytes
 
 cdef class Layout:
-    cdef tc_layout layout
+    cdef tc_row_layout layout
 
 cdef class Slot:
     cdef tc_slot *slot

@@ -28,8 +28,8 @@ class Plan:
         block, row: uint32[n_rows], location of each row.
         held: Object that owns the memory behind addresses and checks.
         checks: uint64[n_streams, n_blocks, 4], chunks that are checked on first touch (see gather.pyi), or None.
-        forms: uint64[n], a struct tc_form (csrc/forms.h) for each stream and the data that they point to, equal for all
-            plans of a ring; or None.
+        output_layouts: uint64[n], a struct tc_output_layout (csrc/output_layout.h) for each stream and the data that
+            they point to, equal for all plans of a ring; or None.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Plan:
         row: NDArray[np.uint32],
         held: object,
         checks: NDArray[np.uint64] | None = None,
-        forms: NDArray[np.uint64] | None = None,
+        output_layouts: NDArray[np.uint64] | None = None,
     ) -> None: ...
     @staticmethod
     def of_run(
@@ -47,12 +47,12 @@ class Plan:
         run: tuple[RowFinder, int, int],
         held: object,
         checks: NDArray[np.uint64] | None = None,
-        forms: NDArray[np.uint64] | None = None,
+        output_layouts: NDArray[np.uint64] | None = None,
     ) -> Plan:
         """Return a plan whose rows a finder locates batch by batch.
 
         Args:
-            addresses, held, checks, forms: See Plan.
+            addresses, held, checks, output_layouts: See Plan.
             run: (finder, start, n): n rows from position start.
 
         Raises:
@@ -87,7 +87,7 @@ class Slot:
     def n_bytes(self) -> int:
         """Size of the batch's values, including the bytes that references point to."""
 
-    def places(self, stream: int) -> tuple[int, int, int]:
+    def stream_position(self, stream: int) -> tuple[int, int, int]:
         """Return the byte positions of a stream's values and (VAR) int64 offsets, and (VAR) its number of elements."""
 
     def tensor(self, layout: Layout, offset: int, n_rows: int) -> object:

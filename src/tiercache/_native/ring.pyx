@@ -14,7 +14,7 @@ from collections import deque
 from tiercache._native import checksum
 from tiercache._native.gather import CastError, CorruptError
 from tiercache._native.gather cimport str_of_buffer, tc_chunk, tc_gather_init, tc_ref, tc_source, tc_stream
-from tiercache._native.permute cimport RowFinder, tc_finder
+from tiercache._native.permute cimport RowFinder, tc_row_finder
 
 cdef extern from "ring.h" nogil:
     enum:
@@ -27,7 +27,7 @@ cdef extern from "ring.h" nogil:
         TC_CORRUPT
         TC_MISFIT
 
-    ctypedef struct tc_figures:
+    ctypedef struct tc_ring_stats:
         uint64_t batches
         uint64_t gather_ns
         uint64_t wait_ns
@@ -42,34 +42,34 @@ cdef extern from "ring.h" nogil:
     int tc_ring_take(tc_ring *, uint64_t, tc_slot **, uint64_t *)
     int tc_ring_take_ready(tc_ring *, tc_slot **, uint64_t *)
     void tc_slot_release(tc_slot *)
-    void tc_ring_send_errand(tc_slot *, tc_errand *)
-    int tc_ring_finish_errand(tc_slot *, tc_errand *)
-    void tc_ring_cancel_errand(tc_slot *, tc_errand *)
+    void tc_ring_submit_copy(tc_slot *, tc_copy_task *)
+    int tc_ring_finish_copy(tc_slot *, tc_copy_task *)
+    void tc_ring_cancel_copy(tc_slot *, tc_copy_task *)
     void tc_ring_close(tc_ring *)
     void tc_ring_drop(tc_ring *)
-    void tc_ring_figures(tc_ring *, tc_figures *)
-    size_t tc_held_bytes()
-    int tc_ring_is_far()
-    uint64_t tc_ring_n_answers()
+    void tc_ring_get_stats(tc_ring *, tc_ring_stats *)
+    size_t tc_live_batch_bytes()
+    int tc_ring_is_consumer_far()
+    uint64_t tc_ring_n_measurements()
 
-cdef extern from "tensor.h" nogil:
+cdef extern from "dlpack.h" nogil:
     enum:
         TC_TENSOR_DIMS
 
-    void *tc_tensor_new(tc_slot *, size_t, const tc_layout *, size_t)
+    void *tc_tensor_new(tc_slot *, size_t, const tc_row_layout *, size_t)
     void tc_tensor_drop(void *)
 
-cdef extern from "pool.h" nogil:
-    void tc_pool_hold()
-    void tc_pool_let_go()
+cdef extern from "slot.h" nogil:
+    void tc_arena_keep()
+    void tc_arena_let_go()
 
 cdef extern from "copy.h" nogil:
-    int tc_copy_can_pass()
+    int tc_copy_has_nontemporal()
 
-cdef extern from "distance.h" nogil:
-    void tc_distance_pretend(int)
+cdef extern from "core_distance.h" nogil:
+    void tc_distance_override(int)
 
-cdef extern from "guard.h" nogil:
+cdef extern from "sigbus_guard.h" nogil:
     enum:
         TC_EIO
     void tc_guard_install()
@@ -94,7 +94,7 @@ cdef class Plan:
     cdef object held
     cdef const uint64_t[:, :, ::1] addresses
     cdef const uint64_t[:, :, ::1] checks
-    cdef const uint64_t[::1] forms
+    cdef const uint64_t[::1] output_layouts
     cdef const uint32_t[::1] block
     cdef const uint32_t[::1] row
     cdef RowFinder finder
@@ -106,11 +106,11 @@ cdef class Plan:
         const uint32_t[::1] row not None,
         held,
         const uint64_t[:, :, ::1] checks=None,
-        const uint64_t[::1] forms=None,
+        const uint64_t[::1] output_layouts=None,
     ):
         if block.shape[0] != row.shape[0]:
             raise ValueError(f"block and row need one length, got {block.shape[0]} and {row.shape[0]}")
-        self.set_sources(addresses, held, checks, forms)
+        self.set_sources(addresses, held, checks, output_layouts)
         self.block = block
         self.row = row
         self.plan.n_rows = row.shape[0]
@@ -123,7 +123,7 @@ cdef class Plan:
         run,
         held,
         const uint64_t[:, :, ::1] checks=None,
-        const uint64_t[::1] forms=None,
+        const uint64_t[::1] output_layouts=None,
     ):
         cdef Plan self = Plan.__new__(Plan)
         cdef RowFinder finder = run[0]
@@ -132,7 +132,7 @@ cdef class Plan:
             raise ValueError(
                 f"rows [{start}, {start + n_rows}) of {finder.n_rows} in {finder.n_blocks} blocks, with addresses of {addresses.shape[1]} blocks"
             )
-        self.set_sources(addresses, held, checks, forms)
+        self.set_sources(addresses, held, checks, output_layouts)
         self.finder = finder
         self.plan.finder = &finder.finder
         self.plan.start = start
@@ -144,22 +144,22 @@ cdef class Plan:
         const uint64_t[:, :, ::1] addresses,
         held,
         const uint64_t[:, :, ::1] checks,
-        const uint64_t[::1] forms,
+        const uint64_t[::1] output_layouts,
     ) except -1:
         if addresses.shape[2] != 3:
             raise ValueError(f"addresses need the shape [n_streams, n_blocks, 3], got {tuple(addresses.shape)[:3]}")
         if checks is not None and tuple(checks.shape)[:3] != (addresses.shape[0], addresses.shape[1], 4):
             raise ValueError(f"checks need the shape [n_streams, n_blocks, 4] of addresses, got {tuple(checks.shape)[:3]}")
-        if forms is not None and forms.shape[0] < addresses.shape[0] * <Py_ssize_t>(sizeof(tc_form) // sizeof(uint64_t)):
-            raise ValueError(f"forms need {sizeof(tc_form) // sizeof(uint64_t)} words per stream, got {forms.shape[0]} for {addresses.shape[0]} streams")
+        if output_layouts is not None and output_layouts.shape[0] < addresses.shape[0] * <Py_ssize_t>(sizeof(tc_output_layout) // sizeof(uint64_t)):
+            raise ValueError(f"output_layouts need {sizeof(tc_output_layout) // sizeof(uint64_t)} words per stream, got {output_layouts.shape[0]} for {addresses.shape[0]} streams")
         self.addresses = addresses
         self.checks = checks
-        self.forms = forms
+        self.output_layouts = output_layouts
         self.held = held
         self.plan.n_blocks = addresses.shape[1]
         self.plan.sources = <const tc_source *>&addresses[0, 0, 0] if addresses.shape[0] and addresses.shape[1] else NULL
         self.plan.chunks = <const tc_chunk *>&checks[0, 0, 0] if checks is not None and self.plan.sources != NULL else NULL
-        self.plan.forms = <const tc_form *>&forms[0] if forms is not None and addresses.shape[0] else NULL
+        self.plan.output_layouts = <const tc_output_layout *>&output_layouts[0] if output_layouts is not None and addresses.shape[0] else NULL
         return 0
 
     @property
@@ -177,7 +177,7 @@ cdef class Filling:
     """
 
     cdef tc_slot *slot
-    cdef tc_errand errand
+    cdef tc_copy_task task
     cdef list objects
 
     @staticmethod
@@ -185,27 +185,27 @@ cdef class Filling:
         cdef Filling self = Filling.__new__(Filling)
         cdef const tc_ref *refs = <const tc_ref *>(slot.memory + slot.values_at[stream])
         cdef Py_ssize_t i, n = <Py_ssize_t>slot.n_rows
-        self.errand = tc_errand(refs, <char **>malloc(max(n, 1) * sizeof(char *)), n)
-        if self.errand.places == NULL:
+        self.task = tc_copy_task(refs, <char **>malloc(max(n, 1) * sizeof(char *)), n)
+        if self.task.destinations == NULL:
             raise MemoryError
         self.objects = [None] * n
         for i in range(n):
             item = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>refs[i].n_bytes)
             self.objects[i] = item
-            self.errand.places[i] = PyBytes_AS_STRING(item)
+            self.task.destinations[i] = PyBytes_AS_STRING(item)
         self.slot = slot
-        tc_ring_send_errand(slot, &self.errand)
+        tc_ring_submit_copy(slot, &self.task)
         return self
 
     def __dealloc__(self):
         if self.slot != NULL:
-            tc_ring_cancel_errand(self.slot, &self.errand)
-        free(self.errand.places)
+            tc_ring_cancel_copy(self.slot, &self.task)
+        free(self.task.destinations)
 
     cdef list finish(self):
         cdef int status
         with nogil:
-            status = tc_ring_finish_errand(self.slot, &self.errand)
+            status = tc_ring_finish_copy(self.slot, &self.task)
         if status == TC_CLOSED:
             raise RuntimeError("the batch was made before a fork; only the parent process can fill its bytes objects")
         if status != TC_OK:
@@ -257,7 +257,7 @@ cdef class Slot:
     def n_bytes(self):
         return self.slot.n_bytes
 
-    def places(self, size_t stream):
+    def stream_position(self, size_t stream):
         return self.slot.values_at[stream], self.slot.offsets_at[stream], self.slot.n_elements[stream]
 
     def tensor(self, Layout layout not None, size_t offset, size_t n_rows):
@@ -398,8 +398,8 @@ cdef class Ring:
         self.plans.clear()
 
     def figures(self):
-        cdef tc_figures figures
-        tc_ring_figures(self.ring, &figures)
+        cdef tc_ring_stats figures
+        tc_ring_get_stats(self.ring, &figures)
         return figures
 
 
@@ -407,27 +407,27 @@ cdef class SpareMemory:
     """While an instance lives, a ring that ends leaves its memory, up to 64 MiB, to the next ring of the same size."""
 
     def __cinit__(self):
-        tc_pool_hold()
+        tc_arena_keep()
 
     def __dealloc__(self):
-        tc_pool_let_go()
+        tc_arena_let_go()
 
 
 def held_bytes():
-    return tc_held_bytes()
+    return tc_live_batch_bytes()
 
 
 def is_far():
-    return tc_ring_is_far() != 0
+    return tc_ring_is_consumer_far() != 0
 
 
 def pretend_far(is_far):
-    tc_distance_pretend(-1 if is_far is None else 1 if is_far else 0)
+    tc_distance_override(-1 if is_far is None else 1 if is_far else 0)
 
 
 def n_answers():
-    return tc_ring_n_answers()
+    return tc_ring_n_measurements()
 
 
 def can_pass():
-    return tc_copy_can_pass() != 0
+    return tc_copy_has_nontemporal() != 0

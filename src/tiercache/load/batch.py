@@ -130,7 +130,7 @@ def _give_back(token: int, memory: Bytes, owner: BatchMemory) -> None:
     owner.take_back(memory)
 
 
-PADDED = 4  # csrc/forms.h
+PADDED = 4  # csrc/output_layout.h
 # Words of a stream's row in the table of layouts (struct tc_form).
 _EARLY, _VALID, _FILL, _FILL_BYTES, _SHAPE, _DIMS, _N_DIMS, _IN_ROWS, _N_WORDS = range(9)
 _NONE = 2**64 - 1
@@ -341,7 +341,7 @@ def _tensor_entry(dtype: torch.dtype, shape: tuple[int, ...], stream: int) -> Ma
     if layout is not None:
         return TensorEntry(stream, layout)
     over = _tensors_over(dtype, shape)
-    return lambda slot, n: over(slot, slot.places(stream)[0], n)
+    return lambda slot, n: over(slot, slot.stream_position(stream)[0], n)
 
 
 def _tensors_over(dtype: torch.dtype, shape: tuple[int, ...] = ()) -> Callable[[Slot, int, int], torch.Tensor]:
@@ -388,7 +388,7 @@ def _list_maker(kind: Kind, stream: int, valid: int | None) -> Make:
     def make(slot: Slot, n: int) -> list[Any]:
         values: list[Any] = slot.bytes_list(stream) if as_bytes else slot.str_list(stream)
         if valid is not None:
-            at = slot.places(valid)[0]
+            at = slot.stream_position(valid)[0]
             present = bytes(memoryview(slot)[at : at + n])
             null = present.find(0)
             while null >= 0:
@@ -406,9 +406,9 @@ def _ragged_maker(column: Column, stream: int) -> Make:
     inner = tuple(d or 0 for d in column.shape[1:])
 
     def make(slot: Slot, n: int) -> list[torch.Tensor]:
-        start, offsets_at, n_elements = slot.places(stream)
+        start, offsets_at, n_elements = slot.stream_position(stream)
         memory = memoryview(slot)
-        shapes = np.frombuffer(memory, np.int32, n * n_dims, slot.places(stream + 1)[0]).reshape(n, n_dims)
+        shapes = np.frombuffer(memory, np.int32, n * n_dims, slot.stream_position(stream + 1)[0]).reshape(n, n_dims)
         if n_elements == 0:
             return [torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes.tolist()]
         values = torch.frombuffer(slot, dtype=dtype, count=n_elements, offset=start)
@@ -428,7 +428,7 @@ def _padded_maker(column: Column, stream: int) -> Make:
     vary = varying(column)
 
     def make(slot: Slot, n: int) -> torch.Tensor:
-        start, head, n_elements = slot.places(stream)
+        start, head, n_elements = slot.stream_position(stream)
         box = dims.copy()
         for dimension, longest in zip(vary, unpack(slot, head + 8 * (n + 1 + n * n_varying)), strict=True):
             box[dimension] = longest
@@ -443,7 +443,7 @@ def _lengths_maker(column: Column, stream: int) -> Make:
     n_varying = len(varying(column))
 
     over = _tensors_over(torch.int64, (n_varying,) if n_varying > 1 else ())
-    return lambda slot, n: over(slot, slot.places(stream)[1] + 8 * (n + 1), n)
+    return lambda slot, n: over(slot, slot.stream_position(stream)[1] + 8 * (n + 1), n)
 
 
 def _buffer_entry(column: Column, stream: int) -> Make | BufferEntry:
@@ -462,13 +462,13 @@ def _buffer_maker(column: Column, stream: int) -> Callable[[Slot, int], Buffer]:
     shapes_over = _tensors_over(torch.int32, (n_dims,))
 
     def make(slot: Slot, n: int) -> Buffer:
-        start, offsets_at, n_elements = slot.places(stream)
+        start, offsets_at, n_elements = slot.stream_position(stream)
         offsets = offsets_over(slot, offsets_at, n + 1)
         if n_elements == 0:
             values = torch.empty((int(offsets[-1]) if inner else 0, *inner), dtype=dtype, device="cpu")
         else:
             values = values_over(slot, start, n_elements // n_inner)
-        return Buffer(values, offsets, None if rows else shapes_over(slot, slot.places(stream + 1)[0], n))
+        return Buffer(values, offsets, None if rows else shapes_over(slot, slot.stream_position(stream + 1)[0], n))
 
     return make
 

@@ -1,7 +1,7 @@
 """How columns are served: layouts, fill values of nulls, decoded images, casts, tuples, and lists of records.
 
 This module imports neither torch nor the native path, because `Dataset` uses it without a loader. apply_layouts() is
-the plain counterpart of what the native path does in a slot's memory (csrc/forms.h), without common code.
+the plain counterpart of what the native path does in a slot's memory (csrc/output_layout.h), without common code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-#include "tensor.h"
+#include "dlpack.h"
 
 #include <stdlib.h>
 
@@ -28,7 +28,7 @@ static void delete(dl_managed_tensor *managed) {
     free(managed);
 }
 
-void *tc_tensor_new(tc_slot *slot, size_t offset, const tc_layout *layout, size_t n_rows) {
+void *tc_tensor_new(tc_slot *slot, size_t offset, const tc_row_layout *layout, size_t n_rows) {
     size_t n_dims = (size_t)layout->n_dims + 1;
     dl_managed_tensor *managed = malloc(sizeof *managed + 2 * n_dims * sizeof(int64_t));
     if (managed == NULL) return NULL;

@@ -1,3 +1,5 @@
+#ifndef TC_PREFETCH_H
+#define TC_PREFETCH_H
 /* Prefetch the source lines of upcoming copies into L2. Used for rows that are longer than one or two cache lines.
  *
  * L1 can track only a few outstanding lines. A non-temporal prefetch (prefetchnta, the compiler's locality 0) fills no
@@ -6,15 +8,13 @@
  * copy_pieces (copy.c) reaches 1.6 times. On a Zen 4, rows of up to 4 KiB reach 1.2 to 1.5 times, and longer rows do
  * not change.
  */
-#ifndef TC_ASK_H
-#define TC_ASK_H
 #include <stddef.h>
 #include <stdint.h>
 
 enum { LINE = 64, PAGE = 4096 };
 
 /* Prefetch the cache lines that hold n_bytes from address `at`. */
-static inline void ask_lines(const uint8_t *at, size_t n_bytes) {
+static inline void prefetch_lines(const uint8_t *at, size_t n_bytes) {
     const uint8_t *end = at + n_bytes;
     for (at -= (uintptr_t)at & (LINE - 1); at < end; at += LINE) __builtin_prefetch(at, 0, 2);
 }
@@ -23,14 +23,15 @@ static inline void ask_lines(const uint8_t *at, size_t n_bytes) {
  * page. An address translation takes about 200 ns in a virtual machine, and several translations overlap only if their
  * prefetches follow each other directly. Of a very long row only the first pages are prefetched here; the copy loop
  * prefetches the rest. */
-static inline void ask_row(const uint8_t *row, size_t n_bytes) {
+static inline void prefetch_row(const uint8_t *row, size_t n_bytes) {
     enum { PAGE_START_BYTES = 8 * LINE, MOST_BYTES = 8 * PAGE };
     const uint8_t *end = row + (n_bytes < MOST_BYTES ? n_bytes : MOST_BYTES);
     for (const uint8_t *next; row < end; row = next) {
         next = row + PAGE - ((uintptr_t)row & (PAGE - 1));
         size_t n = (size_t)((next < end ? next : end) - row);
-        ask_lines(row, n < PAGE_START_BYTES ? n : PAGE_START_BYTES);
+        prefetch_lines(row, n < PAGE_START_BYTES ? n : PAGE_START_BYTES);
     }
 }
+
 
 #endif

@@ -1,10 +1,10 @@
+#ifndef TC_DLPACK_H
+#define TC_DLPACK_H
 /* Tensor: a part of a slot in DLPack's exchange format (https://dmlc.github.io/dlpack: DLManagedTensor).
  *
  * The tensor holds the slot (tc_slot_hold) until its receiver calls the deleter, from any thread, with or without the
  * GIL.
  */
-#ifndef TC_TENSOR_H
-#define TC_TENSOR_H
 #include "slot.h"
 
 enum { TC_TENSOR_DIMS = 64 };
@@ -15,13 +15,14 @@ typedef struct {
     int32_t n_dims; /* Number of dimensions of a row. */
     int64_t dims[TC_TENSOR_DIMS];
     size_t row_bytes;
-} tc_layout;
+} tc_row_layout;
 
 /* A DLManagedTensor of n_rows rows from byte position `offset`. The caller has checked that the rows are inside the
  * slot. NULL if no memory is left. */
-void *tc_tensor_new(tc_slot *slot, size_t offset, const tc_layout *layout, size_t n_rows);
+void *tc_tensor_new(tc_slot *slot, size_t offset, const tc_row_layout *layout, size_t n_rows);
 
 /* Call the deleter of a tensor that no receiver has taken over. */
 void tc_tensor_drop(void *tensor);
+
 
 #endif

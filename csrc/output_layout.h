@@ -1,3 +1,5 @@
+#ifndef TC_OUTPUT_LAYOUT_H
+#define TC_OUTPUT_LAYOUT_H
 /* Output layouts: what happens to a stream beyond the plain gather. The gathering thread does it in the slot's memory.
  *
  *   padded   each record is put into a box with the dimensions of the longest record, filled up with zeros: kind TC_PADDED,
@@ -10,25 +12,23 @@
  * The functions work on a slot that the calling thread owns, under the caller's SIGBUS guard. They take no locks and
  * allocate nothing.
  */
-#ifndef TC_FORMS_H
-#define TC_FORMS_H
 #include "gather.h"
 
 enum { TC_PADDED = 4, TC_MAX_DIMS = 32 };
 
-#define TC_NONE UINT64_MAX
+#define TC_NO_STREAM UINT64_MAX
 
 /* Output layout of one stream; eight 64-bit words, as Python writes them. */
-typedef struct tc_form {
-    uint64_t early;       /* 1: other streams depend on this one (a validity mask or shapes), so tc_forms_begin gathers it first. */
+typedef struct tc_output_layout {
+    uint64_t gathered_first;       /* 1: other streams depend on this one (a validity mask or shapes), so tc_forms_begin gathers it first. */
     uint64_t valid;       /* Index of the validity mask's stream if nulls are replaced, else TC_NONE. */
     const uint8_t *fill;
     uint64_t fill_bytes;  /* Size as served: a whole row of TC_FIXED and TC_BITS; a multiple of the element size for TC_VAR, TC_PADDED and TC_REF. */
     uint64_t shape;       /* Index of the stream of shapes (int32[n][n_dims]), or TC_NONE. */
     const int64_t *dims;  /* [n_dims] Dimensions of a record, -1 where they vary. Without shapes at most one dimension varies. */
     uint64_t n_dims;      /* 1 to TC_MAX_DIMS for TC_PADDED and for streams with shapes, else 0. */
-    uint64_t in_rows;     /* 1: the offsets count rows. */
-} tc_form;
+    uint64_t counts_rows;     /* 1: the offsets count rows. */
+} tc_output_layout;
 
 struct tc_slot;
 struct tc_part;
@@ -37,18 +37,19 @@ struct tc_part;
 tc_stream tc_stored_as(const tc_stream *stream);
 
 /* Size in bytes of the data at offsets_at of a TC_PADDED stream with n rows. */
-size_t tc_form_head_bytes(const tc_form *form, size_t n);
+size_t tc_layout_head_bytes(const tc_output_layout *output_layout, size_t n);
 
 /* First step, after all pages are checked and tc_measure has filled the offsets: gather the streams that others depend
  * on, then compute the lengths of fills, check the shapes, and set `longest` and n_elements. Returns 0, TC_CORRUPT (a
  * shape does not fit) or TC_NOMEM. */
-int tc_forms_begin(struct tc_slot *slot, const tc_stream *streams, size_t n_streams, const struct tc_part *parts, size_t n_parts);
+int tc_layouts_begin(struct tc_slot *slot, const tc_stream *streams, size_t n_streams, const struct tc_part *parts, size_t n_parts);
 
 /* Whether tc_forms_begin or tc_forms_end copies the stream. If so, the plain gather must skip it. */
-int tc_form_owns(const struct tc_slot *slot, const tc_stream *stream, const tc_form *form);
+int tc_layout_owns(const struct tc_slot *slot, const tc_stream *stream, const tc_output_layout *output_layout);
 
 /* Last step, after all other streams are gathered: copy the streams that the output layouts own, and fill nulls or
  * convert offsets in the others. Returns 0, TC_CORRUPT or TC_MISFIT. */
-int tc_forms_end(struct tc_slot *slot, const tc_stream *streams, size_t n_streams, const struct tc_part *parts, size_t n_parts);
+int tc_layouts_end(struct tc_slot *slot, const tc_stream *streams, size_t n_streams, const struct tc_part *parts, size_t n_parts);
+
 
 #endif

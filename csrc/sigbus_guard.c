@@ -1,4 +1,4 @@
-#include "guard.h"
+#include "sigbus_guard.h"
 
 #include <signal.h>
 #include <stdatomic.h>
@@ -6,16 +6,16 @@
 
 typedef void (*handler)(int, siginfo_t *, void *); /* A handler without SA_SIGINFO is called with more arguments than it takes, which is harmless. */
 
-enum { MOST_HANDLERS = 16 };
+enum { MAX_HANDLERS = 16 };
 
 __thread tc_guard tc_guard_here;
 
 /* Handlers that ours replaced, oldest first. Each handler is stored once: two guards that replace each other in turns
  * (each extension has its own), or an older handler that is restored (faulthandler does so after a dump), must neither
  * form a cycle nor fill the array. */
-static _Atomic(handler) others[MOST_HANDLERS];
+static _Atomic(handler) replaced_handlers[MAX_HANDLERS];
 /* Number of handlers that this thread has called for the current fault. */
-static __thread int n_asked;
+static __thread int n_called;
 
 static void on_sigbus(int number, siginfo_t *info, void *context) {
     if (tc_guard_here.armed) {
@@ -25,31 +25,31 @@ static void on_sigbus(int number, siginfo_t *info, void *context) {
     /* Not our fault: the other handlers are called one after the other (one of them may be another extension's guard
      * that is armed for this thread, or faulthandler's). After the last one, the default action is restored and the
      * faulting instruction runs again, so that the core dump shows it. */
-    handler other = n_asked < MOST_HANDLERS ? atomic_load(&others[n_asked]) : NULL;
+    handler other = n_called < MAX_HANDLERS ? atomic_load(&replaced_handlers[n_called]) : NULL;
     if (other == NULL) {
         signal(SIGBUS, SIG_DFL);
         return;
     }
-    n_asked++;
+    n_called++;
     other(number, info, context);
 }
 
 static int is_ours(const struct sigaction *action) { return (action->sa_flags & SA_SIGINFO) && action->sa_sigaction == on_sigbus; }
 
-static void keep(const struct sigaction *found) {
+static void remember_handler(const struct sigaction *found) {
     handler other = (found->sa_flags & SA_SIGINFO) ? found->sa_sigaction : (handler)(void *)found->sa_handler;
     if (found->sa_handler == SIG_DFL || found->sa_handler == SIG_IGN) return;
-    for (int i = 0; i < MOST_HANDLERS; i++) {
+    for (int i = 0; i < MAX_HANDLERS; i++) {
         handler none = NULL;
-        if (atomic_compare_exchange_strong(&others[i], &none, other) || none == other) return;
+        if (atomic_compare_exchange_strong(&replaced_handlers[i], &none, other) || none == other) return;
     }
 }
 
 void tc_guard_install(void) {
     struct sigaction action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_NODEFER}, found;
-    n_asked = 0; /* A guard that jumped out of a handler has left the counter as it was. */
+    n_called = 0; /* A guard that jumped out of a handler has left the counter as it was. */
     if (sigaction(SIGBUS, NULL, &found) || is_ours(&found)) return;
     sigemptyset(&action.sa_mask);
-    keep(&found);
+    remember_handler(&found);
     sigaction(SIGBUS, &action, NULL);
 }

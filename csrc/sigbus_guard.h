@@ -1,3 +1,5 @@
+#ifndef TC_SIGBUS_GUARD_H
+#define TC_SIGBUS_GUARD_H
 /* SIGBUS guard: turns a read of a truncated mapped file, or of an unreadable disk sector, into an error instead of the
  * end of the process.
  *
@@ -11,8 +13,6 @@
  * other handlers come and go: faulthandler, when it is enabled later, replaces ours, and after a dump it restores ours
  * or an older one. A SIGBUS outside a guard is passed to the handlers that ours replaced.
  */
-#ifndef TC_GUARD_H
-#define TC_GUARD_H
 #include <setjmp.h>
 
 #define TC_EIO (-5) /* The mapping could not be read. */
@@ -31,5 +31,6 @@ void tc_guard_install(void);
  * previous guard. */
 #define tc_guard_enter() (tc_guard_install(), sigsetjmp(tc_guard_here.jump, 0) != 0 || (tc_guard_here.armed = 1, 0))
 #define tc_guard_leave() ((void)(tc_guard_here.armed = 0))
+
 
 #endif
