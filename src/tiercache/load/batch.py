@@ -131,7 +131,7 @@ def _give_back(token: int, memory: Bytes, owner: BatchMemory) -> None:
 
 
 PADDED = 4  # csrc/output_layout.h
-# Words of a stream's row in the table of layouts (struct tc_form).
+# Words of a stream's row in the table of layouts (struct tc_output_layout).
 _EARLY, _VALID, _FILL, _FILL_BYTES, _SHAPE, _DIMS, _N_DIMS, _IN_ROWS, _N_WORDS = range(9)
 _NONE = 2**64 - 1
 _BYTES_LIKE = (Kind.BYTES, Kind.STR, Kind.IMAGE, Kind.JSON)
@@ -177,7 +177,7 @@ def layout_table(schema: Schema, serving: OutputSpec) -> NDArray[np.uint64] | No
     """Return the table of column layouts and fill values, as Plan takes it; None if no stream needs it.
 
     Returns:
-        uint64[n]: a struct tc_form for each stream, followed by the data that they point to, in the same array. So the
+        uint64[n]: a struct tc_output_layout for each stream, followed by the data that they point to, in the same array. So the
         array must not be copied or moved.
     """
     tail = bytearray()
