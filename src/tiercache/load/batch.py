@@ -177,8 +177,8 @@ def layout_table(schema: Schema, serving: OutputSpec) -> NDArray[np.uint64] | No
     """Return the table of column layouts and fill values, as Plan takes it; None if no stream needs it.
 
     Returns:
-        uint64[n]: a struct tc_output_layout for each stream, followed by the data that they point to, in the same array. So the
-        array must not be copied or moved.
+        uint64[n]: a struct tc_output_layout for each stream, followed by the data that they point to, in the same
+        array. So the array must not be copied or moved.
     """
     tail = bytearray()
     rows: list[list[int]] = []
