@@ -194,11 +194,11 @@ class VersionSpec:
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """See views.Plan.versions."""
+        """See SourceSpec.versions."""
         return (self.version,)
 
     def open(self, opened: dict[int, Any]) -> OpenedVersion:
-        """See views.Plan.open."""
+        """See SourceSpec.open."""
         found: OpenedVersion | None = opened.get(id(self))
         if found is None:
             found = opened[id(self)] = OpenedVersion(self.place, self.version, self.columns)

@@ -15,7 +15,7 @@
     plans/                       the reading plans of the jobs of this machine
     poison/NAME.json             an object that is corrupt at its source; valid for some minutes
 
-Folders have mode 0700, files 0600 and copies 0400, whatever the umask; rights.py says who else may read. No file is
+Folders have mode 0700, files 0600 and copies 0400, whatever the umask; `Permissions` says who else may read. No file is
 opened, and no folder is entered, through a symbolic link below the root. Only the user could create such a link, so
 reading a copy checks only the copy's own name; opening the cache and starting a fetch check the folders too.
 
@@ -252,7 +252,7 @@ class Folder:
 
         Args:
             path: The folder.
-            shared: "group" for a folder that its group may read; see rights.py.
+            shared: "group" for a folder that its group may read; see `Permissions`.
 
         Raises:
             ValueError: The folder contains other files.

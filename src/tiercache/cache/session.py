@@ -337,7 +337,7 @@ class CacheSession:
     # -- fetches -------------------------------------------------------------------------------------------------------
 
     def open(self, wanted: CopySpec, store: Store, tell: Callable[[bool], object] = bool) -> CopyLease | None:
-        """Return a lease on a copy that is cached or will be fetched; None: bypass the cache. See Cache.open."""
+        """Return a lease on a copy that is cached or will be fetched; None: bypass the cache."""
         writing = self.writing
         if writing is None or writing.breaker.allows():
             lease = self.hit(wanted.name, wanted.n_bytes)

@@ -105,7 +105,7 @@ class AccountChanges:
 
     Attributes:
         since: Value to pass to the next query.
-        whole: Whether `select_rows` are all rows, and earlier knowledge is void.
+        whole: Whether `rows` are all rows, so that earlier knowledge is void.
         rows: Rows that changed.
         gone: Names that were removed.
         has_evicted: Whether anything was ever evicted.

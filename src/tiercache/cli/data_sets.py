@@ -88,7 +88,7 @@ def format_value(column: Column, value: Any) -> str:
 
 
 def json_value(column: Column, value: Any) -> Any:
-    """Return the value as JSON can hold it: arrays as lists, images and bytes as the text that shown() returns."""
+    """Return the value as JSON can hold it: arrays as lists, images and bytes as text."""
     if value is None:
         return None
     if column.kind in (Kind.IMAGE, Kind.BYTES):

@@ -164,11 +164,6 @@ def _edges(start: float, length: float, whole: int, decoded: int) -> tuple[int, 
 
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from tiercache.images.decoder import CropPlan
-    from tiercache.images.options import DecodeImage
-
     Planes = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]
 
 _MISSING = (

@@ -157,7 +157,7 @@ class NextEpoch:
     def take(self, source: Source, state: RunState) -> ClaimedEpoch | None:
         """Return the epoch, once, if the loader continues there.
 
-        None: the loader continues elsewhere, or this is a forked child. The caller's publisher must then succeed this
+        None: the loader continues elsewhere, or this is a forked child. The caller's publisher must then follow this
         one's.
         """
         if self._pid != os.getpid():  # another thread may have held the lock at the fork

@@ -71,7 +71,7 @@ class ParsedUrl:
         return cls("", "", unquote("/" + path))
 
     def __repr__(self) -> str:
-        return f"Location({self.shown!r})"
+        return f"ParsedUrl({self.shown!r})"
 
     @property
     def shown(self) -> str:

@@ -201,7 +201,7 @@ def read_requests(
 
     Args:
         requests: Requests of one call.
-        read_one: Function that sends one request and copies its bytes through the Landing.
+        read_one: Function that sends one request and copies its bytes through the BufferGuard.
         pool: Threads of the store.
         limit: Time limits of the call.
         landing: Guard of this call's buffers; None: a new one.

@@ -57,7 +57,7 @@ class RestorePlan:
 
     Attributes:
         objects: Objects that must be restored, sorted by key; each once, from the tier whose copy is readable soonest.
-        here: Keys that can be read already in some tier; nothing is done for them.
+        readable_keys: Keys that can be read already in some tier; nothing is done for them.
         speed: "expedited", "standard" or "bulk".
         days: Days that the temporary copies stay, without a copy to the home tier. None: the objects are copied to the
             home tier, and the temporary copies expire.

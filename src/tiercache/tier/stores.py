@@ -301,7 +301,7 @@ def unavailable_tiers(
 
 
 def ensure_marker(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool) -> str:
-    """Return what absence() returns; on first use, create the marker of a local tier and remember it in the catalog.
+    """Return why a local tier may be missing, or ""; on first use, create its marker and remember it in the catalog.
 
     The race that the marker prevents:
 

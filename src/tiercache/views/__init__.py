@@ -1,7 +1,7 @@
 """Views, joined data sets and mixtures: sources over other sources, which the loader and `Dataset` read.
 
 `view` holds the selection methods of `Dataset`, their steps and the source that they make; `scan` evaluates a filter
-to a `Selection`; `joined` has joined and mixed sources, and `contract` the interface of all of them.
+to a `Selection`; `joined` has joined and mixed sources; `selection` has `Selection` and the interface of all sources.
 """
 
 from tiercache.views.joined import Joined, Mixed

@@ -63,7 +63,7 @@ _NOBODY = bytes(16)
 LEFT_S = 60.0
 
 
-# The next use of each copy and the second next one, int64[n] each: see Table.uses().
+# The next use of each copy and the second next one, int64[n] each: see PlanTable.uses().
 Uses: TypeAlias = "tuple[NDArray[np.int64], NDArray[np.int64]]"
 
 
@@ -197,7 +197,7 @@ class ReadingPlans:
     def uses(self, *asked: Names) -> list[Uses]:
         """Return the next use of each copy and the second next one, over all live plans, for each table of names.
 
-        See Table.uses(). The rows of the first table of names are remembered for repeated calls with the same object.
+        See PlanTable.uses(). The rows of the first table of names are remembered for repeated calls with that object.
         """
         with self._live() as plans:
             return [_merged([plan.uses(names, keep=names is asked[0]) for plan in plans], names) for names in asked]
@@ -327,7 +327,7 @@ class _Read:
         return cls(keep_private(fd), table)
 
     def uses(self, names: Names, *, keep: bool) -> Uses:
-        """Return Table.uses() at the owner's present clock. keep: Whether to remember the rows of these names."""
+        """Return PlanTable.uses() at the owner's present clock. keep: Whether to remember the rows of these names."""
         rows = self._rows if self._names is names else self.table.names.rows_of(names)
         if keep:
             self._names, self._rows = names, rows

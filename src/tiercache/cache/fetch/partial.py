@@ -214,7 +214,7 @@ class CopyHandle:
 def hold_part(folder: Folder, name: str, n_bytes: int) -> CopyHandle | None:
     """Open a partial copy under a reader's lock; None: there is none, or it is being evicted, or is not verified yet.
 
-    The races with eviction and with an earlier boot are those of open_leased() and Part.open().
+    The races with eviction and with an earlier boot are those of open_leased() and PartialCopy.open().
     """
     fd = folder.open_copy(f"{name}.part")
     if fd is None:

@@ -137,7 +137,7 @@ class DueDeletion:
         row: Journal row of the move.
         verdict: Decision of the checks so far.
         why: Reason of the decision.
-        there: Objects that exist where something is deleted, as (tier, object).
+        present: Objects that exist where something is deleted, as (tier, object).
         is_whole: Whether these are all the objects that there were.
         is_begun: Whether deletions may have been made already.
     """
@@ -373,7 +373,7 @@ class DeferredDeletions:
             one.set_verdict("cancel", why)
 
     def _part(self, due: Sequence[DueDeletion]) -> None:
-        """Keep a deletion whose source another deletion of the batch relies on, or the reverse, whatever the paths are.
+        """Postpone a deletion if its source proves another deletion of the batch, or the reverse, for any paths.
 
         Without this: 1. A drops from src, because dst has a copy. 2. B drops from dst, because src has a copy. 3. Both
         were checked before either was made. One row per path and one placement per key prevent this already; this check

@@ -62,8 +62,8 @@ class MoveJob:
     Attributes:
         move: Move of the plan.
         row: Journal row of the move.
-        why: Reason why the move was stopped; "" while it was not.
-        over: Whether nothing is left to do.
+        stop_reason: Reason why the move was stopped; "" while it was not.
+        is_finished: Whether nothing is left to do.
         made: Verified copies that are not in the catalog yet, as (tier, key, entry).
         n_bytes: Bytes that were copied.
         is_new: Whether a copy in dst was not in the catalog before.
@@ -176,7 +176,8 @@ class CopyMaker:
             source, copied = self._copied_from_others(job, one, replaces, error)
         crash_point("tier_move.object")
         crc = copied.crc32c if copied.crc32c is not None else one.crc32c
-        # A copy made from a third tier may not be replaced from src: an object that rots there may look new one day.
+        # A copy that was made from a third tier must not be replaced by one from src: a damaged object of src may
+        # have a newer date.
         copy = CatalogEntry(copied.n_bytes, copied.etag, crc, context.file.tier(source).url)
         self._note(job, one, copy, copied.n_bytes, of_source=source == src)
 

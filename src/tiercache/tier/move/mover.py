@@ -18,17 +18,15 @@ What can happen between two steps:
 
     1-2  The process is killed: a row stays open and does no harm. Applying the same plan again continues; a move of the
          path in another plan replaces the row.
-    2-3  The process is killed: copies exist that the catalog does not know. They are compared with src, not copied
-    again.
+    2-3  The process is killed: copies exist that the catalog does not know. They are compared with src, and are not
+         copied again.
     2-6  The process is killed after a lost copy was made again: the row was reset before the catalog knew the new copy,
          so the grace period starts again.
     3-4  src is replaced: step 4 sees another ETag and stops. The copy in dst stays, verified as what it is. A later
-    move
-         from src overwrites it only while it is as it was made, and only if the group consists of that one object.
+         move from src overwrites it only while it is as it was made, and only if the group consists of that one object.
     4-5  src is replaced in this instant: readers are led to the old object. Step 7 notices and reverts the placement.
     5-6  The process is killed: readers know the placement, but no deletion waits. Applying the same plan again starts
-    the
-         grace period; another plan asks for a drop.
+         the grace period; another plan asks for a drop.
     6-7  The copy in dst is lost, damaged, or restored and moved by somebody: step 7 compares, and stops. No store
          reports that a file has rotted; only reading the file shows it.
     6-7  Another process with another journal moves the object back: its placement leads to src, and step 7 reads that.
@@ -44,8 +42,7 @@ What can happen between two steps:
     8-8  The process is killed between deletions: the row says "dropping", and the rest is deleted when dst is confirmed
          once more.
     any  The catalog is lost or old: what it does not know is verified again, or stops the move; what it says is
-    compared
-         with the stores by ETag. The worst request of an old journal is a drop that step 7 refuses.
+         compared with the stores by ETag. The worst request of an old journal is a drop that step 7 refuses.
     any  The answer of a store is lost: a copy exists or not, deletions are repeated, the placement is read back.
     any  The clock jumps: the grace period gets shorter or longer. Only the convenience of readers depends on it.
 

@@ -147,7 +147,7 @@ class PlacementUpdates:
     def unredirected_reason(self, row: JournalRow, at_home: Infos) -> str:
         """Return why readers would still look where a move deletes; "" if all are redirected.
 
-        Raises as placement.read().
+        Raises as log.read_placement().
         """
         folder = self.folder(row)
         start = f"{folder}/" if folder else ""
@@ -192,7 +192,7 @@ class PlacementUpdates:
         return failed
 
     def _way_back(self, row: JournalRow, folder: str) -> RowChanges:
-        """Return the changes that undo the redirect of a move, or its removal of rows. Raises as placement.read()."""
+        """Return the changes that undo the redirect of a move, or its removal of rows. Raises as read_placement()."""
         if row.action == "delete":
             return self._still_there(row, folder)
         start, there = f"{folder}/" if folder else "", self.url(row.dst, folder)

@@ -166,7 +166,7 @@ class Transfer:
             StoreError: .archived: the object must be restored first. .cancelled: the copy was cancelled. .wrong: the
                 data that arrived was not the data that was read, and the copy was removed. .spoilt: the source does not
                 have the expected checksum. Otherwise a store failed.
-            ValueError: Both tiers are one location: use reclass().
+            ValueError: Both tiers are one location: use change_class().
         """
         if self._stores.same_url(src, dst):
             raise ValueError(f"{src} and {dst} have one URL: a move between them changes the class of {one.key}")

@@ -138,7 +138,7 @@ class LocationResolver:
     # -- state ------------------------------------------------------------------------------------------------------
 
     def placement_once(self) -> Placement | None:
-        """Return the placement, read once per process; None if the home is not tracked. Raises as placement.read()."""
+        """Return the placement, read once per process; None if the home is not tracked. Raises as read_placement()."""
         known = self._here
         if not known.asked:
             with known.lock:

@@ -687,7 +687,7 @@ def _down(view: SnapshotIndex, rows: Rows, tier: int, named: Flags, number: int)
 def propose_moves(
     view: SnapshotIndex, rows: Rows, src: int, dst: NDArray[np.int8], why: tuple[int, Texts]
 ) -> tuple[MoveColumns, MoveColumns]:
-    """As send(), from one source tier, with a destination tier for each row."""
+    """Propose moves from one source tier, with a destination tier for each row."""
     parts = []
     for tier in np.unique(dst).tolist():
         to = dst == tier
