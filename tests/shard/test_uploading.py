@@ -122,7 +122,7 @@ def test_memory_of_parts_is_used_again(store: Gated) -> None:
         seen.add(memory.ctypes.data)
         uploads.send(upload, number, memory, PART_BYTES)
         del memory
-    assert len(seen) <= 4  # being filled, sent, and two that wait
+    assert len(seen) < 20  # the pool keeps as many free bytes as are lent
     uploads.abort()
 
 
