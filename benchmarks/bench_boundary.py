@@ -30,8 +30,7 @@ TOKENS, BATCH = 1024, 256
 SERVE = """
 import sys
 from pathlib import Path
-import repository  # noqa: F401 - tests.support is found by it
-from tests.support.http_server import HttpFaultServer
+from support import HttpFaultServer
 folder = Path(sys.argv[1])
 paths = [path for path in folder.rglob("*") if path.is_file()]
 files = {f"data/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in paths}

@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.support.cgroup import drop_pages
 
-import repository  # noqa: F401 - tests.support is found by it
 import tiercache as tc
 from peers.runner import read_through
 from rows import OUT, table, write_rows
+from support import drop_pages
 
 PAGE = 4096
 # Kind: (schema of the wide column, bytes per record, batch size).

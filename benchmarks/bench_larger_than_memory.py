@@ -21,11 +21,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tests.support.cgroup import MemoryGroup, NoCgroup, drop_pages, memory_group
 
-import repository  # noqa: F401 - tests.support is found by it
 import tiercache as tc
 from rows import OUT, spread, table, write_rows
+from support import MemoryGroup, NoCgroup, drop_pages, memory_group
 from tiercache.load.prefetch import PagePrefetcher
 
 RECORD_BYTES = 2048

@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tests.support.http_server import HttpFaultServer
 from torch.utils.data import DataLoader, Dataset
 
-import repository  # noqa: F401 - tests.support is found by it
 import tiercache as tc
 from generate import generate
 from rows import OUT, spread, table, write_rows
 from source import Source
+from support import HttpFaultServer
 from workloads import KEY, ROWS, TOKENS, Workload, scaled
 
 if TYPE_CHECKING:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
-from tests.support.http_server import HttpFaultServer
 
-import repository  # noqa: F401 - tests.support is found by it
 import tiercache as tc
+from support import HttpFaultServer
 from tiercache.catalog.accounts import charge_bytes
 from tiercache.shard.versions.manifest import latest, read_shards
 from tiercache.store import open_store
