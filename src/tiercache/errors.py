@@ -165,7 +165,7 @@ class CorruptShard(TierCacheError):
     """The bytes of a shard, segment or version differ from those that were written.
 
     Args:
-        message: What is wrong.
+        message: Description of the defect.
         url: URL of the object, without credentials.
         part: Damaged part of the object, e.g. "footer" or "segment"; "" if unknown.
         block: Number of the damaged block; None if unknown.

@@ -11,7 +11,7 @@ import pytest
 from tests.forks import in_a_fork
 
 from tiercache.errors import StoreError
-from tiercache.shard.memory import BUFFER_POOL
+from tiercache.shard.memory import BUFFER_POOL, HUGE_PAGE_BYTES, SMALL_BYTES
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.schema import Schema, Tensor
 from tiercache.shard.write import shard_file
@@ -114,16 +114,18 @@ def test_one_part_is_sent_and_two_wait_and_no_more_are_taken(store: Gated) -> No
     uploads.abort()
 
 
-def test_memory_of_parts_is_used_again(store: Gated) -> None:
+def test_twenty_parts_never_take_the_memory_of_more_than_four(store: Gated) -> None:
     uploads = UploadQueue(store)
-    upload, seen = uploads.begin("a"), set()
-    for number in range(20):
-        memory = BUFFER_POOL.allocate(PART_BYTES)
-        seen.add(memory.ctypes.data)
-        uploads.send(upload, number, memory, PART_BYTES)
-        del memory
-    assert len(seen) < 20  # the pool keeps as many free bytes as are lent
-    uploads.abort()
+    upload, before, most = uploads.begin("a"), BUFFER_POOL.used_bytes, 0
+    try:
+        for number in range(20):
+            memory = BUFFER_POOL.allocate(SMALL_BYTES)
+            most = max(most, BUFFER_POOL.used_bytes - before)
+            uploads.send(upload, number, memory, SMALL_BYTES)
+            del memory
+        assert 0 < most <= 4 * HUGE_PAGE_BYTES  # being filled, sent, and two that wait
+    finally:
+        uploads.abort()
 
 
 @pytest.mark.parametrize("one_by_one", [True, False])

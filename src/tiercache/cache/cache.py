@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock, RLock
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tiercache import config
 from tiercache.cache import admin, check
@@ -25,6 +25,7 @@ from tiercache.cache.machine import Breaker, Notices, room
 from tiercache.cache.names import CopySpec, name_of_identity, name_of_object
 from tiercache.cache.session import CacheOptions, CacheSession
 from tiercache.catalog import tiers
+from tiercache.deprecation import renamed_argument
 from tiercache.model import OWN_FOLDER, ShardIdentity, format_bytes, parse_bytes
 from tiercache.stats import Counters
 from tiercache.store import Buffer, Lease, LocalStore, MemoryStore, Span, Store, Upload, check_key, open_store, redact
@@ -327,7 +328,7 @@ class Cache:
         *,
         size: int | str,
         policy: str = "plan",
-        min_free: int | str = "5%",
+        min_free: int | str | None = None,
         shared: Literal["group"] | None = None,
         free_floor: int | str | None = None,
     ) -> None:
@@ -337,7 +338,7 @@ class Cache:
             path: Folder of the cache. It must be new, empty, or already a cache.
             size: Size limit: a number of bytes, a text such as "200GB", or a share of the disk such as "80%".
             policy: Eviction policy: "plan", "resident", "s3fifo" or "lru".
-            min_free: Disk space that the cache always leaves free, such as "5%" or "10GB".
+            min_free: Disk space that the cache always leaves free, such as "10GB" or a share of the disk. None: "5%".
             shared: "group" lets the members of the folder's group read the copies, and reads a folder that another user
                 shares, whose contents are then trusted. None keeps the folder private, or as the mode of the folder
                 says (docs/guide/cache.md).
@@ -348,9 +349,8 @@ class Cache:
             PermissionError: The folder belongs to another user; the message names the user and says what to do.
             OSError: The folder cannot be created.
         """
-        if free_floor is not None:
-            warnings.warn("Cache(free_floor=...) is now called min_free", DeprecationWarning, stacklevel=2)
-            min_free = free_floor
+        given = renamed_argument("Cache", "free_floor", free_floor, "min_free", min_free)
+        min_free = "5%" if given is None else cast("int | str", given)
         self._options = CacheOptions(Path(path).expanduser().absolute(), size, policy, min_free, shared)
         self.counters = Counters(*_COUNTERS)
         self._notices = Notices()

@@ -51,7 +51,7 @@ class CopyCheck:
         n_bytes: Number of bytes that were read; for a partial copy, those of its units.
         state: Result; see State.
         in_part: Whether the copy is partial.
-        where: What is wrong, as texts for the user; empty if the copy is right.
+        where: Defects of the copy, as texts for the user; empty if the copy is right.
         removed: Whether the copy was deleted.
         repaired: Whether the copy was also fetched again, and is right now.
     """

@@ -599,7 +599,7 @@ def _needs_proof(row: JournalRow) -> bool:
 
 
 def _out_of_sight(row: JournalRow, missing: Mapping[str, str]) -> str:
-    """Return why nothing can be said of what a move deletes; "" if it can be seen. missing: Tiers, with reasons.
+    """Return why the state of what a move deletes is unknown; "" if it is known. missing: Tiers, with reasons.
 
     Where dst cannot be seen, its copies cannot be confirmed: the checks of the copies find that.
     """

@@ -652,7 +652,7 @@ class PlanExecutor:
         for job in jobs:
             if job.is_finished and not job.stop_reason:
                 rows.append(replace(job.row, state="done"))
-                # Whoever deleted the source: the copy in dst may be the last one.
+                # The source was deleted by somebody, so the copy in dst may be the last one.
                 self._catalog.source_deleted([(job.row.dst, one.key) for one in job.row.objects if job.row.dst])
             elif job.stop_reason:
                 gone += self._stopped_before(job)
