@@ -116,12 +116,12 @@ def test_one_part_is_sent_and_two_wait_and_no_more_are_taken(store: Gated) -> No
 
 def test_twenty_parts_never_take_the_memory_of_more_than_four(store: Gated) -> None:
     uploads = UploadQueue(store)
-    upload, before, most = uploads.begin("a"), BUFFER_POOL.used_bytes, 0
+    upload, before, most, number = uploads.begin("a"), BUFFER_POOL.used_bytes, 0, 0
     try:
-        for number in range(20):
+        for _ in range(20):
             memory = BUFFER_POOL.allocate(SMALL_BYTES)
             most = max(most, BUFFER_POOL.used_bytes - before)
-            uploads.send(upload, number, memory, SMALL_BYTES)
+            number = uploads.send(upload, number, memory, SMALL_BYTES)
             del memory
         assert 0 < most <= 4 * HUGE_PAGE_BYTES  # being filled, sent, and two that wait
     finally:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from threading import Event
+from threading import Event, Lock
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
@@ -49,11 +49,16 @@ class Upload(ABC):
 
     @abstractmethod
     def put_part(self, number: int, data: Buffer) -> None:
-        """Add one part. Parts may come in any order and from any thread.
+        """Add the next part. Parts come in the order of their numbers, from any thread but one at a time.
+
+        A part that fails ends the upload. (The uploads of S3Archive also take parts in any order and in parallel.)
 
         Args:
-            number: Number of the part: 0, 1, 2, ... without gaps once the upload is completed.
+            number: Number of the part: 0, 1, 2, ...
             data: Bytes of the part, held only during the call. Every part except the last has at least min_part_bytes.
+
+        Raises:
+            ValueError: The number is not the next one, or the upload is over.
         """
 
     @abstractmethod
@@ -77,6 +82,65 @@ class Upload(ABC):
 
     def __exit__(self, *exc: object) -> None:
         self.abort()  # has no effect after complete()
+
+
+class SequentialUpload(Upload):
+    """An upload whose subclass appends, publishes and discards bytes. The lock is held during each of these steps."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self._lock = Lock()
+        self._n_parts = 0
+        self._is_open = True
+
+    @abstractmethod
+    def append(self, data: memoryview) -> None:
+        """Append flat bytes, held only during the call."""
+
+    @abstractmethod
+    def publish(self, *, if_absent: bool) -> ObjectInfo | None:
+        """Publish the object; see Upload.complete."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Release what the upload holds, and discard bytes that are not published. Repeated calls have no effect."""
+
+    def put_part(self, number: int, data: Buffer) -> None:
+        """See Upload.put_part."""
+        with self._lock:
+            self._check_open()
+            if number != self._n_parts:
+                message = "is missing" if number > self._n_parts else "comes next"
+                raise ValueError(f"{self.key}: part {self._n_parts} {message}; parts come in order, got part {number}")
+            self._n_parts += 1
+            self._is_open = False
+            try:
+                self.append(memoryview(data).cast("B"))
+                self._is_open = True
+            finally:
+                if not self._is_open:
+                    self.discard()
+
+    def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
+        """See Upload.complete."""
+        with self._lock:
+            self._check_open()
+            self._is_open = False
+            try:
+                return self.publish(if_absent=if_absent)
+            finally:
+                self.discard()
+
+    def abort(self) -> None:
+        """See Upload.abort."""
+        with self._lock:
+            if self._is_open:
+                self._is_open = False
+                self.discard()
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise ValueError(f"{self.key}: the upload is already completed, aborted or failed")
 
 
 class Store(ABC):

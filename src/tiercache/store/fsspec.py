@@ -304,7 +304,7 @@ class FsspecClient(ObjectClient):
 class _SpooledWriter:
     """A temporary local file that close() sends: most file systems would show a file that grows."""
 
-    is_repeatable = False
+    is_repeatable = True
 
     def __init__(self, send: Callable[[str], object]) -> None:
         self._send = send
@@ -314,9 +314,9 @@ class _SpooledWriter:
         self._file.write(data)
 
     def close(self) -> None:
-        with self._file:
-            self._file.flush()
-            self._send(self._file.name)
+        self._file.flush()
+        self._send(self._file.name)
+        self._file.close()
 
     def abort(self) -> None:
         self._file.close()
@@ -391,17 +391,6 @@ class S3fsClient(FsspecClient):
         with self.conditional(key, "put_if_absent"):
             return _answered(key, self.call("put_object", key, Body=body, IfNoneMatch="*"), len(body))
 
-    def delete(self, keys: Sequence[str]) -> None:
-        """Send one DELETE per object."""
-        with self.errors(keys[0], "delete"):
-            for key in keys:
-                self.call("delete_object", key)
-
-    def open_writer(self, key: str) -> ObjectWriter:
-        """Start a multipart upload."""
-        with self.errors(key, "create"):
-            return _S3fsWriter(self, key)
-
     def close(self) -> None:
         """Close the sessions of s3fs."""
         with self._lock:
@@ -412,34 +401,6 @@ class S3fsClient(FsspecClient):
             if client is not None:
                 importlib.import_module("fsspec.asyn").sync(fs.loop, client.__aexit__, None, None, None)
                 fs._s3 = None  # noqa: SLF001
-
-
-class _S3fsWriter:
-    """A multipart upload, one part per write()."""
-
-    is_repeatable = True
-
-    def __init__(self, client: S3fsClient, key: str) -> None:
-        self._client, self._key = client, key
-        self._id = str(client.call("create_multipart_upload", key)["UploadId"])
-        self._parts: list[dict[str, Any]] = []
-
-    def write(self, data: bytes) -> None:
-        number = len(self._parts) + 1
-        said = self._client.call("upload_part", self._key, UploadId=self._id, PartNumber=number, Body=data)
-        self._parts.append({"PartNumber": number, "ETag": said["ETag"]})
-
-    def close(self) -> None:
-        parts = {"Parts": self._parts}
-        try:
-            self._client.call("complete_multipart_upload", self._key, UploadId=self._id, MultipartUpload=parts)
-        except BaseException:
-            with suppress(Exception):
-                self.abort()
-            raise
-
-    def abort(self) -> None:
-        self._client.call("abort_multipart_upload", self._key, UploadId=self._id)
 
 
 class FsspecStore(RemoteStore):

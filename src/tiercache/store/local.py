@@ -8,13 +8,13 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Condition, Event
+from threading import Event
 from typing import TypeAlias
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.stats import Counters
-from tiercache.store.contract import Buffer, Span, Store, Upload, check_key, check_part, parts_in_order
+from tiercache.store.contract import Buffer, SequentialUpload, Span, Store, Upload, check_key
 from tiercache.store.posix import (
     CACHED_BYTES,
     MIN_BYTES,
@@ -79,99 +79,39 @@ class FileLease:
         self.close()
 
 
-class FileUpload(Upload):
-    """An upload that appends parts to an unpublished file as they come. complete() reorders them if necessary.
-
-    The lock guards the table of parts and the number of writers; bytes are written outside the lock. The file is closed
-    only when no writer is left, because a descriptor closed during a write could by then refer to another file.
-    """
+class FileUpload(SequentialUpload):
+    """An upload that appends its parts to an unpublished file."""
 
     def __init__(self, file: UnpublishedFile, name: str, key: str, url: str, counters: Counters) -> None:
-        self._file, self._name, self._key, self._url, self._counters = file, name, key, url, counters
-        self._changed = Condition()
-        self._end = 0
-        self._n_writers = 0
-        self._parts: dict[int, ByteRange] = {}
+        super().__init__(key)
+        self._file, self._name, self._url, self._counters = file, name, url, counters
+        self._n_bytes = 0
         self._direct: DirectWriter | None = None  # created for the first part that may bypass the page cache
-        self._open = True
 
-    def put_part(self, number: int, data: Buffer) -> None:
-        """Append the part to the file."""
-        flat = memoryview(data).cast("B")
-        with self._changed:
-            check_part(self._key, number, is_open=self._open)
-            if self._direct is None and flat.nbytes >= MIN_BYTES and self._counters["bytes_written"] >= CACHED_BYTES:
-                self._direct = DirectWriter(self._file.fd)
-            place = ByteRange(self._end, self._end + flat.nbytes)
-            self._end = place.end
-            self._n_writers += 1
-        written = False
-        try:
-            with os_errors(f"put_part {number}", self._url):
-                n_direct = self._direct.write(flat, place.start) if self._direct is not None else 0
-                write_all(self._file.fd, flat[n_direct:], place.start + n_direct)
-            written = True
-        finally:
-            with self._changed:
-                self._n_writers -= 1
-                if written:
-                    self._parts[number] = place
-                self._changed.notify_all()
-        self._counters.add("bytes_written", flat.nbytes)
+    def append(self, data: memoryview) -> None:
+        """Write the bytes at the end of the file."""
+        if self._direct is None and data.nbytes >= MIN_BYTES and self._counters["bytes_written"] >= CACHED_BYTES:
+            self._direct = DirectWriter(self._file.fd)
+        with os_errors("put_part", self._url):
+            n_direct = self._direct.write(data, self._n_bytes) if self._direct is not None else 0
+            write_all(self._file.fd, data[n_direct:], self._n_bytes + n_direct)
+        self._n_bytes += data.nbytes
+        self._counters.add("bytes_written", data.nbytes)
 
-    def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
-        """Publish the file, after reordering the parts if necessary."""
-        if not self._stop_writing():
-            raise ValueError(f"{self._key}: the upload is already completed or aborted")
-        try:
-            with os_errors("complete", self._url):
-                places = parts_in_order(self._parts, self._key)
-                if _is_contiguous(places, self._end):
-                    return self._publish(self._file, if_absent=if_absent)
-                ordered = self._file.sibling()
-                try:
-                    self._reorder(places, ordered.fd)
-                    return self._publish(ordered, if_absent=if_absent)
-                finally:
-                    ordered.close()
-        finally:
-            self._close()
+    def publish(self, *, if_absent: bool) -> ObjectInfo | None:
+        """Give the file its name."""
+        with os_errors("complete", self._url):
+            if not if_absent:
+                self._file.publish(self._name)
+            elif not self._file.publish_if_absent(self._name):
+                return None
+            return file_info(self.key, os.fstat(self._file.fd))
 
-    def _publish(self, file: UnpublishedFile, *, if_absent: bool) -> ObjectInfo | None:
-        if not if_absent:
-            file.publish(self._name)
-        elif not file.publish_if_absent(self._name):
-            return None
-        return file_info(self._key, os.fstat(file.fd))
-
-    def _reorder(self, places: Sequence[ByteRange], dst_fd: int) -> None:
-        end = 0
-        for place in places:
-            copy_bytes(self._file.fd, dst_fd, place.n_bytes, place.start, end)
-            end += place.n_bytes
-
-    def abort(self) -> None:
-        """Discard the file."""
-        if self._stop_writing():
-            self._close()
-
-    def _close(self) -> None:
+    def discard(self) -> None:
+        """Close the file, which removes it if it has no name."""
         if self._direct is not None:
             self._direct.close()
         self._file.close()
-
-    def _stop_writing(self) -> bool:
-        """Refuse further parts and wait for writers. Return False if the upload was stopped before."""
-        with self._changed:
-            was_open, self._open = self._open, False
-            self._changed.wait_for(lambda: not self._n_writers)
-            return was_open
-
-
-def _is_contiguous(places: Sequence[ByteRange], end: int) -> bool:
-    starts = [place.start for place in places]
-    ends = [place.end for place in places]
-    return starts == [0, *ends][: len(starts)] and (ends[-1] if ends else 0) == end
 
 
 # preadv accepts at most IOV_MAX (1024) buffers. Reads of 32 MiB keep deadlines and cancellation prompt on a slow disk.

@@ -11,7 +11,7 @@ from threading import Event, Lock
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
-from tiercache.store.contract import Buffer, Span, Store, Upload, check_key, check_part, parts_in_order
+from tiercache.store.contract import Buffer, SequentialUpload, Span, Store, Upload, check_key
 from tiercache.store.range_reads import check_spans
 
 
@@ -177,34 +177,17 @@ def _renamed(info: ObjectInfo, key: str) -> ObjectInfo:
     return ObjectInfo(key, info.n_bytes, etag=info.etag, modified_s=info.modified_s)
 
 
-class _MemoryUpload(Upload):
-    """Parts in memory; the lock guards the table."""
-
+class _MemoryUpload(SequentialUpload):
     def __init__(self, store: MemoryStore, key: str) -> None:
-        self._store, self._key = store, key
-        self._lock = Lock()
-        self._is_open = True
-        self._parts: dict[int, bytes] = {}
+        super().__init__(key)
+        self._store, self._data = store, bytearray()
 
-    def put_part(self, number: int, data: Buffer) -> None:
-        """Keep a copy of the part."""
-        with self._lock:
-            check_part(self._key, number, is_open=self._is_open)
-            self._parts[number] = bytes(data)
+    def append(self, data: memoryview) -> None:
+        self._data += data
 
-    def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
-        """Join the parts and publish the object."""
-        with self._lock:
-            was_open, self._is_open = self._is_open, False
-        if not was_open:
-            raise ValueError(f"{self._key}: the upload is already completed or aborted")
-        data = b"".join(parts_in_order(self._parts, self._key))
-        if if_absent:
-            return self._store._store_absent(self._key, data)  # noqa: SLF001 - of one file
-        return self._store._store(self._key, data)  # noqa: SLF001
+    def publish(self, *, if_absent: bool) -> ObjectInfo | None:
+        store = self._store._store_absent if if_absent else self._store._store  # noqa: SLF001 - of one file
+        return store(self.key, bytes(self._data))
 
-    def abort(self) -> None:
-        """Discard the parts."""
-        with self._lock:
-            self._is_open = False
-            self._parts.clear()
+    def discard(self) -> None:
+        self._data = bytearray()

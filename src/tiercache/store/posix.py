@@ -163,10 +163,6 @@ class UnpublishedFile:
             raise
         self._open_fds.append(self.fd)
 
-    def sibling(self) -> UnpublishedFile:
-        """Return another unpublished file in the same folder."""
-        return UnpublishedFile(self._folder_fd)
-
     def _open(self) -> int:
         flags = os.O_RDWR | os.O_CLOEXEC
         try:

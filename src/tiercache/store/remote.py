@@ -9,13 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
-from threading import Condition, Event
+from threading import Event
 from typing import Protocol, TypeVar
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
-from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
+from tiercache.store.contract import Buffer, SequentialUpload, Span, Store, Upload, check_key
 from tiercache.store.posix import TEMP_PREFIX
 from tiercache.store.range_reads import (
     BufferGuard,
@@ -44,9 +44,6 @@ _PIECE_BYTES = 1 << 20
 _SLOWEST_BYTES_S = 32 << 10
 # An object of at most this size is written by one request, also with if_absent.
 _HOLD_BYTES = 16 << 20
-# Maximum size of early parts, whose predecessors have not come yet; then put_part() waits.
-_AHEAD_BYTES = 64 << 20
-_AHEAD_WAIT_S = 300.0
 _ONE_ATTEMPT = RetryPolicy(n_attempts=1)
 
 
@@ -58,7 +55,7 @@ class ObjectWriter(Protocol):
     """A large object that is written in order. One thread at a time uses it.
 
     Attributes:
-        is_repeatable: Whether a failed write() has no effect and may be repeated.
+        is_repeatable: Whether a failed close() may be repeated.
     """
 
     is_repeatable: bool
@@ -369,8 +366,8 @@ class RemoteStore(Store):
         return info
 
     def create(self, key: str) -> Upload:
-        """Start an upload that streams its parts in order. Up to 16 MiB are written by one request."""
-        return OrderedUpload(self, check_key(key))
+        """Start an upload that streams its parts. Up to 16 MiB are written by one request."""
+        return _RemoteUpload(self, check_key(key))
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete up to 1,000 objects per request if the store supports it."""
@@ -416,40 +413,29 @@ class RemoteStore(Store):
         self._retry_write(src, f"copy to {dst}", lambda: self.client.copy(src, dst))
         return self.head(dst)
 
-    # -- uploads, for OrderedUpload ---------------------------------------------------------------------------------
-
     def open_writer(self, key: str) -> ObjectWriter:
         """Return the writer of a new large object."""
         return self._retry_write(key, "create", lambda: self.client.open_writer(key))
 
     def write(self, key: str, writer: ObjectWriter, data: bytes) -> None:
         """Append data to the writer, which may block while too many parts are in flight."""
-
-        def attempt() -> None:
-            with self.client.errors(key, "put_part"):
-                writer.write(data)
-
-        policy = self._settings.policy if writer.is_repeatable else _ONE_ATTEMPT
-        self._calls.retrying(attempt, policy, self.call_limit(key, "put_part"))
+        with self.client.errors(key, "put_part"), self._calls.track(self.call_limit(key, "put_part")):
+            writer.write(data)
         self.counters.add("bytes_written", len(data))
 
     def publish(self, key: str, writer: ObjectWriter, n_bytes: int) -> ObjectInfo:
         """Publish a large object."""
-        client = self.client
-        with client.errors(key, "complete"), self._calls.track(self.call_limit(key, "complete")):
-            writer.close()
+
+        def attempt() -> None:
+            with self.client.errors(key, "complete"):
+                writer.close()
+
+        policy = self._settings.policy if writer.is_repeatable else _ONE_ATTEMPT
+        self._calls.retrying(attempt, policy, self.call_limit(key, "complete"))
         info = self.head(key)
         if info.n_bytes != n_bytes:
-            raise StoreError(f"complete: sent {n_bytes} bytes, stored {info.n_bytes}", url=client.url_of(key))
+            raise StoreError(f"complete: sent {n_bytes} bytes, stored {info.n_bytes}", url=self.client.url_of(key))
         return info
-
-    def is_absent(self, key: str) -> bool:
-        """Return whether the key is free."""
-        try:
-            self.head(key)
-        except NotFound:
-            return True
-        return False
 
     def discard(self, key: str, writer: ObjectWriter) -> None:
         """Discard a large object. If this fails, its parts stay until a lifecycle rule of the bucket removes them."""
@@ -527,120 +513,45 @@ class _ObjectRead:
         return StoreError(f"a range ends at byte {wanted.end}, the object {end}", url=self._client.url_of(self._key))
 
 
-class OrderedUpload(Upload):
-    """An upload that holds the first 16 MiB and then streams. Early parts wait in memory, up to 64 MiB of them.
-
-    The lock guards the table of parts and the sending flag; one thread at a time sends bytes, outside the lock.
-    """
+class _RemoteUpload(SequentialUpload):
+    """An upload that holds the first 16 MiB, which one request can write, and streams a longer object."""
 
     def __init__(self, store: RemoteStore, key: str) -> None:
-        self._store, self._key = store, key
-        self._changed = Condition()
-        self._next = 0
-        self._early: dict[int, bytes] = {}
-        self._is_sending = False
-        self._is_open = True
-        self._error: StoreError | None = None
+        super().__init__(key)
+        self._store = store
         self._held: list[bytes] = []
         self._n_bytes = 0
         self._writer: ObjectWriter | None = None
 
-    def put_part(self, number: int, data: Buffer) -> None:
-        """Send the part, or keep a copy until its turn."""
-        part = bytes(data)
-        with self._changed:
-            self._admit(number, len(part))
-            self._early[number] = part
-            if self._is_sending:
-                return
-            self._is_sending = True
-        try:
-            while (due := self._take_due()) is not None:
-                self._send(due)
-        except BaseException as error:
-            with self._changed:
-                broken = StoreError(f"put_part {number}: interrupted", url=self._key, retryable=False)
-                self._error = error if isinstance(error, StoreError) else broken
-                self._is_sending = False
-                self._changed.notify_all()
-            raise
-
-    def _admit(self, number: int, n_bytes: int) -> None:
-        def has_room() -> bool:
-            early_bytes = sum(map(len, self._early.values()))
-            return number == self._next or early_bytes + n_bytes <= _AHEAD_BYTES or not self._is_open
-
-        if not self._changed.wait_for(has_room, _AHEAD_WAIT_S):
-            message = f"put_part {number}: part {self._next} is still missing after {_AHEAD_WAIT_S:g} s"
-            raise StoreError(message, url=self._key, retryable=False)
-        if self._error is not None:
-            raise self._error
-        if not self._is_open or number < self._next or number in self._early:
-            raise ValueError(f"{self._key}: part {number}: each part must come once, before complete() or abort()")
-
-    def _take_due(self) -> bytes | None:
-        with self._changed:
-            part = self._early.pop(self._next, None)
-            if part is None:
-                # Cleared under the lock: the thread of a later part sees that no thread sends, and sends the part
-                # itself.
-                self._is_sending = False
-                self._changed.notify_all()
-                return None
-            self._next += 1
-            self._changed.notify_all()
-            return part
-
-    def _send(self, part: bytes) -> None:
-        self._n_bytes += len(part)
-        self._held.append(part)
+    def append(self, data: memoryview) -> None:
+        self._n_bytes += data.nbytes
+        self._held.append(bytes(data))
         if self._writer is None and self._n_bytes > _HOLD_BYTES:
-            self._writer = self._store.open_writer(self._key)
+            self._writer = self._store.open_writer(self.key)
         if self._writer is not None:
             held, self._held = self._held, []
-            for data in held:
-                self._store.write(self._key, self._writer, data)
+            for part in held:
+                self._store.write(self.key, self._writer, part)
 
-    def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
-        """Publish the object. A small object takes one request, a large one is checked for if_absent just before."""
-        if not self._stop():
-            raise ValueError(f"{self._key}: the upload is already completed or aborted")
-        try:
-            if self._error is not None:
-                raise self._error
-            if self._early:
-                raise ValueError(
-                    f"{self._key}: part {self._next} is missing; parts are numbered 0, 1, 2, ... without gaps"
-                )
-            if self._writer is None:
-                data = b"".join(self._held)
-                if not if_absent:
-                    return self._store.put(self._key, data)
-                return self._store.put_new(self._key, data) or self._store.head(self._key)
-            if if_absent and not self._store.is_absent(self._key):
-                raise KeyExists
-        except KeyExists:
-            self._drop()
-            return None
-        except BaseException:
-            self._drop()
-            raise
-        return self._store.publish(self._key, self._writer, self._n_bytes)
+    def publish(self, *, if_absent: bool) -> ObjectInfo | None:
+        """Publish the object. obstore cannot complete a long object under a condition, so the key is checked before."""
+        if self._writer is None:
+            data = b"".join(self._held)
+            if not if_absent:
+                return self._store.put(self.key, data)
+            try:
+                return self._store.put_new(self.key, data) or self._store.head(self.key)
+            except KeyExists:
+                return None
+        if if_absent:
+            with suppress(NotFound):
+                self._store.head(self.key)
+                return None
+        writer, self._writer = self._writer, None
+        return self._store.publish(self.key, writer, self._n_bytes)
 
-    def abort(self) -> None:
-        """Discard the bytes sent."""
-        if self._stop():
-            self._drop()
-
-    def _stop(self) -> bool:
-        with self._changed:
-            was_open, self._is_open = self._is_open, False
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._is_sending)
-            return was_open
-
-    def _drop(self) -> None:
-        self._held.clear()
-        self._early.clear()
-        if self._writer is not None:
-            self._store.discard(self._key, self._writer)
+    def discard(self) -> None:
+        self._held = []
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            self._store.discard(self.key, writer)
