@@ -26,12 +26,7 @@ _NO_LIMIT_BYTES = 1 << 60  # cgroup v1 reports "no limit" as a number just below
 
 
 def _user_folder(variable: str, below_home: str) -> Path | None:
-    """Return the XDG folder for tiercache, or None if the user has no home folder.
-
-    Args:
-        variable: Environment variable that names the XDG base folder. A relative value counts as unset, as in XDG.
-        below_home: Default base folder, relative to the home folder.
-    """
+    """Return the XDG folder for tiercache, or None if the user has no home folder."""
     given = Path(os.environ.get(variable, ""))
     if given.is_absolute():
         return given / "tiercache"
@@ -144,13 +139,7 @@ def find_file(start: Path) -> Path | None:
 def state_folder(start: str | os.PathLike[str] | None = None) -> Path:
     """Return the folder of state that this machine must not lose. The folder is not created.
 
-    It is the setting state_dir, or else the user's state folder.
-
-    Args:
-        start: Folder whose settings apply, see load().
-
-    Raises:
-        ValueError: The user has no home folder and state_dir is not set; or as load().
+    It is the setting state_dir, or else the user's state folder. Raises ValueError.
     """
     folder = load(start).state_dir or _user_folder("XDG_STATE_HOME", ".local/state")
     if folder is None:
@@ -203,10 +192,7 @@ def distributed_environment() -> tuple[int, int, int, int] | None:
     """Return rank, world size, local rank and local world size, as torchrun and other launchers set them.
 
     None without RANK and WORLD_SIZE. Without LOCAL_WORLD_SIZE (DeepSpeed sets LOCAL_SIZE), each rank counts as the only
-    rank of its machine.
-
-    Raises:
-        ValueError: A variable is not a number, or a rank is not below its world size.
+    rank of its machine. Raises ValueError.
     """
     if not os.environ.get("RANK") or not os.environ.get("WORLD_SIZE"):
         return None
@@ -304,11 +290,7 @@ def _bool_variable(variable: str, *true: str) -> bool | None:
 
 
 def available_cpus(root: Path = Path("/")) -> int:
-    """Return the CPUs that this process may use: its affinity, limited by its cgroup quota (rounded up).
-
-    Args:
-        root: Folder that contains /proc and /sys.
-    """
+    """Return the CPUs that this process may use: its affinity, limited by its cgroup quota (rounded up)."""
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [n_cpus]
     for folder in _cgroup_folders(root, "cpu"):
@@ -324,11 +306,7 @@ def available_cpus(root: Path = Path("/")) -> int:
 
 
 def memory_limit_bytes(root: Path = Path("/")) -> int:
-    """Return the memory that this process may use: the smallest limit of its cgroups (v1, v2), or the machine's memory.
-
-    Args:
-        root: Folder that contains /proc and /sys.
-    """
+    """Return the memory that this process may use: the smallest limit of its cgroups (v1, v2), or the machine's memory."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for folder in _cgroup_folders(root, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
@@ -339,11 +317,7 @@ def memory_limit_bytes(root: Path = Path("/")) -> int:
 
 
 def private_bytes(root: Path = Path("/")) -> int:
-    """Return the memory of this process without pages of files; 0 if the system does not report it.
-
-    Args:
-        root: Folder that contains /proc.
-    """
+    """Return the memory of this process without pages of files; 0 if the system does not report it."""
     try:
         with (root / "proc/self/statm").open("rb", buffering=0) as file:  # once per window: 5 us; in text mode 35 us
             words = file.read().split()

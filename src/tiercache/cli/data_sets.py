@@ -55,9 +55,7 @@ def open_data_set_store(url: str, storage_options: Sequence[str] | None) -> Iter
 def open_data_set(store: Store, number: int | None = None) -> OpenDataSet:
     """Return the version of the data set in store with this number; None: the newest.
 
-    Raises:
-        NotFound, StoreError: The version or a segment cannot be read.
-        CorruptShard: The version or a segment is damaged.
+    Raises NotFound, StoreError, CorruptShard.
     """
     version = latest(store) if number is None else read_version(store, number)
     return OpenDataSet(store, version, read_shards(store, version))
@@ -266,15 +264,7 @@ def parse_types(pairs: Sequence[str] | None) -> dict[str, UserType]:
 
 
 def parse_type(text: str) -> UserType:
-    """Return the column type that a text names, in the form that `info` prints.
-
-    Args:
-        text: Such as "int64", "str?", "image<jpeg>", "float32[3, 64, 64]" or "float32[*, 4]?".
-
-    Raises:
-        ValueError: The text has another form.
-        SchemaError: There is no such type.
-    """
+    """Return the column type that a text names, in the form that `info` prints. Raises ValueError, SchemaError."""
     match = _TYPE.fullmatch(text.strip())
     if match is None:
         raise ValueError(
@@ -350,16 +340,7 @@ def export(
     *,
     dry_run: bool,
 ) -> None:
-    """Write a data set as Parquet files.
-
-    Args:
-        output: Output of the verb.
-        urls: URL of the data set, and of the target.
-        storage_options: KEY=VALUE options of the data set's store, and of the target's.
-        at: Version number; None: the newest.
-        options: Columns, compression and number of threads; jobs=0 means one thread per CPU.
-        dry_run: Whether the columns are only printed.
-    """
+    """Write a data set as Parquet files."""
     url, target = urls
     options = replace(options, jobs=options.jobs or config.available_cpus())
     folder, key = split_url(target) if target.lower().endswith(".parquet") else (target, "")

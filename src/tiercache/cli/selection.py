@@ -87,16 +87,7 @@ class ReadOrder:
 def epoch_reads(
     records: NDArray[np.int64], stored_bytes: NDArray[np.int64], training: Training
 ) -> dict[int, ReadOrder]:
-    """Return the reads of each of the training's ranks in its epoch. O(shards).
-
-    Args:
-        records: Records of each shard, int64[n_shards].
-        stored_bytes: Bytes of each shard, int64[n_shards].
-        training: Training with its epoch and ranks.
-
-    Raises:
-        ValueError: The order does not accept the options.
-    """
+    """Return the reads of each of the training's ranks in its epoch. O(shards). Raises ValueError."""
     order = EpochOrder(Layout(records, stored_bytes, _no_footers), training.options, training.epoch)
     runs = [order.shards_ahead(stream, 0, None) for stream in range(order.n_streams)]
     plan = RankPlan(
@@ -167,11 +158,7 @@ class ShardSelection:
     limit_bytes: float | None = None
 
     def shards(self, table: ShardTable) -> NDArray[np.int64]:
-        """Return the numbers of the selected shards, in order: int64[m].
-
-        Raises:
-            ValueError: A name is not in the data set, or the training's order has invalid options.
-        """
+        """Return the numbers of the selected shards, in order: int64[m]. Raises ValueError."""
         names = table.names.to_pylist() if self.include or self.exclude or self.files is not None else []
         shards = self._in_order(table, names)
         if self.include or self.exclude:
@@ -215,11 +202,7 @@ class TrainingOptions:
     batch_size: int | None = None
 
     def training(self) -> Training | None:
-        """Return the training that the options describe; None if no option was given.
-
-        Raises:
-            ValueError: An option was given without --seed, or has an invalid value.
-        """
+        """Return the training that the options describe; None if no option was given. Raises ValueError."""
         given = {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
         if not given:
             return None
@@ -256,8 +239,7 @@ def parse_group(text: str | None) -> int | None:
 def parse_ranks(texts: Sequence[str]) -> tuple[tuple[int, ...], int]:
     """Return the ranks that "3/8" or "0-3/8" texts name, in the order of the texts, and the world size.
 
-    Raises:
-        ValueError: A text has another form, or the texts name different world sizes.
+    Raises ValueError.
     """
     ranks: list[int] = []
     sizes: set[int] = set()
@@ -283,11 +265,7 @@ class AmountOptions:
     rate: str | None = None
 
     def limits(self) -> tuple[float, float | None]:
-        """Return the fraction to fetch, and the number of bytes to fetch or None.
-
-        Raises:
-            ValueError: Two limits are given, a value is invalid, or only one of --minutes and --rate is given.
-        """
+        """Return the fraction to fetch, and the number of bytes to fetch or None. Raises ValueError."""
         given = [f"--{n}" for n in ("fraction", "limit", "minutes") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} cannot be combined: give one of them")

@@ -129,12 +129,7 @@ class TargetFileSystem:
     """
 
     def __init__(self, make: Callable[[], Any], given: Any = None) -> None:
-        """Open the file system.
-
-        Args:
-            make: Function that creates the file system that users see.
-            given: Existing instance to use in this process instead.
-        """
+        """Open the file system."""
         first = [given]
         # A given instance serves only the process that gave it, because clients and event loops do not survive a fork.
         self._fs: ProcessLocal[Any] = ProcessLocal(lambda: (first and first.pop()) or make(), id)
@@ -176,10 +171,8 @@ _stores: WeakValueDictionary[tuple[bytes, str], FsspecStore] = WeakValueDictiona
 def split_path(path: str) -> tuple[str, str] | None:
     """Split the path of a file system into (root, key): its bucket, host or top folder, and the rest.
 
-    Returns:
-        None if the object cannot be cached: the path of a version or with a signature ("?", with HTTP also "#"), of an
-            S3
-        access point, of a file directly below "/", or a path that is not a key (see check_key).
+    Returns None if the object cannot be cached: the path of a version or with a signature ("?", with HTTP also "#"), of
+    an S3 access point, of a file directly below "/", or a path that is not a key (see check_key).
     """
     match = _HTTP.fullmatch(path)
     if match is not None:

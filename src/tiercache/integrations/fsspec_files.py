@@ -88,19 +88,7 @@ class ObjectReader:
         return whole.getvalue()
 
     def read_into(self, wanted: ByteRange, buffer: memoryview, *, ahead_bytes: int = 0) -> None:
-        """Fill buffer with a range that ends within the object.
-
-        Args:
-            wanted: Range of the object.
-            buffer: Writable uint8 memory of the length of the range.
-            ahead_bytes: Number of bytes after the range that are fetched too. The call waits for a small block of them
-                only.
-
-        Raises:
-            NotFound: The object is gone, and the range is not cached.
-            ObjectChanged: The object was replaced, and the range is not cached.
-            StoreError: The source failed.
-        """
+        """Fill buffer with a range that ends within the object. Raises NotFound, ObjectChanged, StoreError."""
         if not wanted.n_bytes:
             return
         with self._lock:
@@ -230,14 +218,7 @@ class CachedFile(io.BufferedReader):
     """
 
     def __init__(self, fs: FileSystem, path: str, reading: ObjectReader, block_bytes: int | None = None) -> None:
-        """Take ownership of reading.
-
-        Args:
-            fs: File system that opened the file.
-            path: Path of the file.
-            reading: Open object.
-            block_bytes: Maximum readahead for a sequential reader.
-        """
+        """Take ownership of reading."""
         raw = _RawFile(reading, ReadaheadPolicy(block_bytes or MOST_AHEAD_BYTES))
         super().__init__(raw, BUFFER_BYTES)
         self._source = raw

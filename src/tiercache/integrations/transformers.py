@@ -39,12 +39,7 @@ class LoaderStateCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     def on_train_begin(
         self, args: Any, state: Any, _control: Any, train_dataloader: Any = None, **_others: Any
     ) -> None:
-        """Load the loader's state from the checkpoint.
-
-        Raises:
-            TypeError: The Trainer's loader is not a tiercache.DataLoader.
-            ValueError: The Trainer would also skip batches, or the checkpoint was saved without this callback.
-        """
+        """Load the loader's state from the checkpoint. Raises TypeError, ValueError."""
         if not isinstance(train_dataloader, DataLoader):
             raise TypeError(
                 "LoaderStateCallback keeps the state of a tiercache.DataLoader, and the Trainer's loader is a "

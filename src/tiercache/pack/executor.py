@@ -57,17 +57,7 @@ def run_in_processes(
     """Run work(task, report) for each task in n_processes processes.
 
     Processes are spawned: forked ones would inherit the threads and clients of stores, which do not survive a fork.
-
-    Args:
-        work: Function of a module. Tasks, results and reports are pickled.
-        tasks: Arguments of work.
-        n_processes: Number of processes.
-        report: Function called in this thread with each value that work reports.
-        keep: Function called in this thread with the index of a task and its result.
-
-    Raises:
-        TierCacheError: A process died. An exception of work is raised here, after the other processes have been
-            stopped.
+    Raises TierCacheError.
     """
     context = get_context("spawn")
     workers: list[_Worker] = []
@@ -186,16 +176,7 @@ class _PackTask:
 def plan_pack(source: str | os.PathLike[str], url: str | os.PathLike[str], options: PackOptions) -> PackPlan:
     """Inspect source and url, and return a plan of the packing.
 
-    Args:
-        source: File, folder, glob or URL to pack.
-        url: URL of the data set.
-        options: Options of the packing.
-
-    Raises:
-        NotFound: The source has no file, or there is no data set to append to.
-        CommitConflict: The data set exists already (mode "create").
-        SchemaError: The files cannot be packed together, or not into the data set that is appended to.
-        ValueError: The kind of the source cannot be determined, or an option does not apply.
+    Raises NotFound, CommitConflict, SchemaError, ValueError.
     """
     with closing(open_store(url, **options.storage_options)) as store:
         parent = find_latest(store)
@@ -222,18 +203,8 @@ def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None 
     After an exception, Ctrl-C included, it deletes the shards that it has finished. A killed process leaves them
     behind: no version names them, and nothing needs to be cleaned up before packing again. Ctrl-C during the commit
     also leaves them, because they may already belong to a version: the message of the KeyboardInterrupt says so.
-
-    Args:
-        plan: Plan of plan_pack().
-        on_progress: Function called in this thread with the progress.
-
-    Returns:
-        The committed version.
-
-    Raises:
-        SchemaError: A record does not fit the schema; the message names its location in the source.
-        CommitConflict: Another writer committed first.
-        StoreError: The store of the source or of the data set failed.
+    Returns the committed version.
+    Raises SchemaError (which names the location in the source), CommitConflict and StoreError.
     """
     options, progress, is_committing = plan.options, PackProgress(0, 0, plan.total_bytes), False
 

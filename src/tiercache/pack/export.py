@@ -68,16 +68,8 @@ class Export:
     def to_file(self, key: str, on_progress: Callable[[int], None] | None = None) -> int:
         """Write all records to one Parquet file, which is visible once it is complete.
 
-        Args:
-            key: Key of the file in the target store.
-            on_progress: Function called with the stored bytes of each finished shard.
-
-        Returns:
-            Number of records written.
-
-        Raises:
-            StoreError: The file exists and overwrite is False, or a store failed.
-            CorruptShard: The data set is damaged.
+        Returns the number of records. Raises StoreError (also
+        if the file exists and overwrite is False) and CorruptShard.
         """
         shards = read_shards(self.source, self.version)
         return self._write(key, shards, range(len(shards)), on_progress)

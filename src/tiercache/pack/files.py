@@ -73,12 +73,7 @@ class RecordSource(Protocol):
     def read(self, part: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
         """Yield the records of a split in batches of about batch_bytes. Only a few batches are in memory at a time.
 
-        Args:
-            part: Split to read.
-            batch_bytes: Target size of a batch.
-
-        Raises:
-            SchemaError: A record cannot be read; the message names its location.
+        Raises SchemaError.
         """
 
 
@@ -239,13 +234,7 @@ def find_files(
 ) -> tuple[Files, list[SourceFile], list[SkippedFile]]:
     """Return the location of a source's files, the files in order of their paths, and the skipped files.
 
-    Args:
-        source: Path or URL of a file or a folder, or a glob.
-        storage_options: Options of the source's store.
-
-    Raises:
-        NotFound: There is no such file.
-        ValueError: The source is not a path or URL.
+    Raises NotFound, ValueError.
     """
     place = ParsedUrl.parse(source)
     remote = bool(place.scheme)
@@ -407,15 +396,7 @@ class Partitions:
         """Return the partition columns that the files' folders name.
 
         A column whose values are all integers of up to 18 digits is int64; any other column is str. A column with a
-        null partition is nullable.
-
-        Args:
-            files: Location of the files, for messages.
-            found: Files of the source; the folders are those below the source's root.
-            stored: Columns that the files hold themselves. Their stored values are packed, not the folders'.
-
-        Raises:
-            SchemaError: Files with different partition columns.
+        null partition is nullable. Raises SchemaError.
         """
         texts: dict[str, list[str | None]] = {}
         first: tuple[str, ...] | None = None
@@ -435,15 +416,7 @@ class Partitions:
         return Partitions({name: _type_of(values) for name, values in texts.items() if name not in stored})
 
     def values(self, path: str, schema: Schema) -> dict[str, object]:
-        """Return the value of each partition column for the records of a file.
-
-        Args:
-            path: Path of the file below the source's root.
-            schema: Columns that are packed; a partition column that it does not have is left out.
-
-        Raises:
-            SchemaError: A value that does not fit the column's type.
-        """
+        """Return the value of each partition column for the records of a file. Raises SchemaError."""
         pairs = _pairs(path)
         columns = {column.name: column for column in schema.columns}
         return {name: _value(path, columns[name], pairs[name]) for name in self.types if name in columns}

@@ -45,10 +45,6 @@ def find_damage(data: bytes, encoding: str) -> str | None:
 
     Bytes after the end are accepted, as decoders accept them. Pixels are not decoded and checksums are not compared.
     GIF, BMP and TIFF are not examined: a damaged one is found when it is decoded.
-
-    Args:
-        data: Bytes of the whole file.
-        encoding: Encoding that sniff() returned for data.
     """
     check = _CHECKS.get(encoding)
     if check is None:
@@ -159,11 +155,7 @@ class ImageFolder:
         return tuple(InputSplit("", s, e, sum(f.n_bytes for f in self.images[s:e])) for s, e in runs)
 
     def read(self, part: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
-        """Yield the files of a split, unchanged.
-
-        Raises:
-            SchemaError: A file is not an image of the column's encoding.
-        """
+        """Yield the files of a split, unchanged. Raises SchemaError."""
         labels = {name: label for label, name in enumerate(self.classes)}
         for run in _runs(self.images[part.start : part.end], batch_bytes):
             paths = [f.path for f in run]
@@ -198,18 +190,7 @@ class ImageFolder:
 
 
 def find_images(files: Files, found: Sequence[SourceFile], *, classes: Sequence[str] | None = None) -> ImageFolder:
-    """Return the images of a folder, checked by their names and the first file's bytes.
-
-    Args:
-        files: Location of the files.
-        found: Files of the folder.
-        classes: Class names with a fixed order (when appending to a data set); None: the names of the sub-folders,
-            sorted.
-
-    Raises:
-        SchemaError: A file lies outside a class folder or is not an image by its name; there are several encodings; or
-            a class is not in `classes`.
-    """
+    """Return the images of a folder, checked by their names and the first file's bytes. Raises SchemaError."""
     for file in found:
         suffix = _suffix(file.path)
         if suffix and suffix not in SUFFIXES:

@@ -52,14 +52,7 @@ def infer_types(records: Iterable[Mapping[str, Any]], place: Callable[[int], str
     """Return the types of the columns of records, in the order in which the columns first appear.
 
     A column is nullable if a record has null or lacks it. Lists of numbers are Ragged, other lists and objects are
-    json.
-
-    Args:
-        records: Records to inspect.
-        place: Function that returns the location of record i, for messages.
-
-    Raises:
-        SchemaError: The scalars of a column have incompatible types, or a column has only nulls.
+    json. Raises SchemaError.
     """
     kinds: dict[str, str | None] = {}
     n_values: dict[str, int] = {}
@@ -145,11 +138,7 @@ class JsonLines:
     partitions: Partitions
 
     def read(self, part: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
-        """Yield the records of a split.
-
-        Raises:
-            SchemaError: A line is not a JSON object of these columns; the message names the file and the line.
-        """
+        """Yield the records of a split. Raises SchemaError."""
         run = _Run(part.start)
         for line in read_lines(self.files, part):
             run.lines.append(line)
@@ -173,16 +162,7 @@ class JsonLines:
 
 
 def find_jsonl(files: Files, found: Sequence[SourceFile], given: Mapping[str, UserType]) -> JsonLines:
-    """Return the JSON lines of a source, with the schema of the first 1000 records.
-
-    Args:
-        files: Location of the files.
-        found: Files of the source.
-        given: Types of some columns; the others are inferred.
-
-    Raises:
-        SchemaError: A line is not a JSON object, types are incompatible, or there is no record.
-    """
+    """Return the JSON lines of a source, with the schema of the first 1000 records. Raises SchemaError."""
     parts = split_files(found)
     sample = list(islice(((p.path, line) for p in parts for line in read_lines(files, p)), SAMPLE_RECORDS))
     if not sample:
@@ -215,11 +195,7 @@ def _split(file: SourceFile) -> Iterator[InputSplit]:
 
 
 def read_lines(files: Files, part: InputSplit) -> Iterator[Line]:
-    """Yield the lines that start in a split, without empty lines.
-
-    Raises:
-        SchemaError: A line is not a JSON object, or a gzip file is damaged.
-    """
+    """Yield the lines that start in a split, without empty lines. Raises SchemaError."""
     with _opened(files, part.path) as file:
         whole = _is_gzipped(part.path)
         at = 0

@@ -86,15 +86,7 @@ def find_parquet(files: Files, found: Sequence[SourceFile], given: Mapping[str, 
     """Return the Parquet files of a source, with the schema from their footers.
 
     A column is nullable if the statistics do not rule out nulls. Columns that Hive partitions name (``year=2024/``)
-    follow the stored columns.
-
-    Args:
-        files: Location of the files.
-        found: Files of the source.
-        given: Types of some columns; the others are as stored.
-
-    Raises:
-        SchemaError: A file is not Parquet or has other columns than the first file, or `given` names an unknown column.
+    follow the stored columns. Raises SchemaError.
     """
     with ThreadPoolExecutor(_PARALLEL_FOOTERS) as pool:
         footers = list(pool.map(partial(_read_footer, files), [f.path for f in found]))

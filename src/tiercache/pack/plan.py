@@ -108,11 +108,7 @@ _SHARDS_A_SHARE = 4
 
 
 def kind_of(paths: Sequence[str]) -> Kind:
-    """Return the kind that the files' names indicate; files that match no kind are ignored.
-
-    Raises:
-        ValueError: The names indicate no kind, or several.
-    """
+    """Return the kind that the files' names indicate; files that match no kind are ignored. Raises ValueError."""
     found = {kind for kind in KINDS for path in paths if path.lower().endswith(_SUFFIXES[kind])}
     if len(found) == 1:
         return found.pop()
@@ -129,15 +125,7 @@ def find_source(
 ) -> tuple[RecordSource, list[SkippedFile]]:
     """Inspect a source and return it with its kind, schema and splits, and the skipped files.
 
-    Args:
-        source: File, folder, glob or URL.
-        options: Options of the packing.
-        classes: Class names of the data set that is appended to, for images.
-
-    Raises:
-        NotFound: There is no file.
-        ValueError: The kind cannot be determined.
-        SchemaError: The files cannot be packed together, or are in another library's format.
+    Raises NotFound, ValueError, SchemaError.
     """
     files, found, left_out = find_files(source, options.source_options)
     chosen = [f for f in found if selected(f.path, options.include, options.exclude)]
@@ -187,9 +175,7 @@ def with_schema(source: RecordSource, there: Schema) -> RecordSource:
     """Return the source with the schema of the data set that it is appended to.
 
     If a table has the data set's columns, its inferred types are ignored: each value is checked when it is written.
-
-    Raises:
-        SchemaError: The columns differ, or the images have other classes or encodings.
+    Raises SchemaError.
     """
     names = set(source.schema.names)
     if isinstance(source, jsonl.JsonLines) and names <= set(there.names):
@@ -204,11 +190,6 @@ def divide_splits(parts: Sequence[InputSplit], jobs: int, shard_bytes: int) -> l
     """Return the splits divided into tasks of neighbouring splits with about equal bytes, in order.
 
     One job has one task; several jobs have one to four tasks each.
-
-    Args:
-        parts: Splits in order.
-        jobs: Number of processes.
-        shard_bytes: Target size of a shard.
     """
     total = sum(part.n_bytes for part in parts)
     n_shares = 1

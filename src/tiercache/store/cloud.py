@@ -57,11 +57,7 @@ class CloudStore(RemoteStore):
 
 
 def fallback_client(place: BucketFolder, options: CloudOptions, counters: Counters) -> ObjectClient:
-    """Return the client of a process in which obstore hangs.
-
-    Raises:
-        StoreError: fsspec does not serve this store, or not with these options.
-    """
+    """Return the client of a process in which obstore hangs. Raises StoreError."""
     if place.cloud == "http":
         open_fs = partial(open_file_system, place.bucket, options.for_fsspec_http())
         return FsspecClient(open_fs, place.url, counters, server_url("http", place.bucket, {}))

@@ -441,14 +441,7 @@ class StoreFile(io.RawIOBase):
     """A seekable raw file over an object. Each read is one range request. Only one thread may use it at a time."""
 
     def __init__(self, store: Store, key: str, n_bytes: int, etag: str | None = None) -> None:
-        """Open the object as a file, without a request.
-
-        Args:
-            store: Store that holds the object.
-            key: Key of the object.
-            n_bytes: Size of the object.
-            etag: ETag that the object must have; a read of a changed object raises ObjectChanged. None: do not check.
-        """
+        """Open the object as a file, without a request."""
         super().__init__()
         self.store, self.key, self.n_bytes, self.etag = store, key, n_bytes, etag
         self._position = 0

@@ -81,14 +81,7 @@ class Credentials:
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """Store the source without reading it.
-
-        Args:
-            origin: Name of the source, for messages.
-            read: Function that reads the keys.
-            url: URL of the store, for messages.
-            now: Function that returns the current time.
-        """
+        """Store the source without reading it."""
         self.origin, self.url = origin, url
         self._read, self._now = read, now
         self._lock = Lock()
@@ -128,12 +121,7 @@ class Credentials:
             yield
 
     def _refresh(self, last: Keys | None, now: datetime) -> Keys:
-        """Read the source.
-
-        Args:
-            last: Keys that stay in use if the reading fails and they are still valid.
-            now: Current time.
-        """
+        """Read the source."""
         try:
             keys = self._read()
             if keys.expires_at is not None and keys.expires_at <= now:
@@ -174,11 +162,6 @@ def refused_error(error: StoreError, credentials: Credentials | None, number: in
     """Return the error to raise for a refused request, with .renewed set if new keys are available now.
 
     with_retries() then makes one more attempt.
-
-    Args:
-        error: Error of the request.
-        credentials: Source of the request's keys; None if the request is not signed by keys of a known source.
-        number: Number of the keys that signed the request.
     """
     code = error.code
     if credentials is None or not (error.status in (401, 403) or code in _INVALID_CODES):
@@ -212,10 +195,7 @@ def s3_access(options: CloudOptions, url: str) -> tuple[dict[str, Any], Credenti
 
     The options gain the region and endpoint of the profile. The source is None if requests are not signed, or if the
     back end itself asks the metadata service of a container or machine. Options take precedence over the profile, and
-    the profile over the environment.
-
-    Raises:
-        ValueError: A profile or role cannot be used; the message says what to do.
+    the profile over the environment. Raises ValueError.
     """
     config = dict(options.config)
     role = {name: config.pop(name) for name in _ROLE_OPTIONS if name in config}

@@ -154,15 +154,7 @@ class FsspecClient(ObjectClient):
         endpoint: str,
         credentials: Credentials | None = None,
     ) -> None:
-        """Open nothing yet.
-
-        Args:
-            open_fs: Function that returns a file system, and the path of the folder in it; takes the keys, if any.
-            url: URL of the folder, for messages.
-            counters: Counters of the store.
-            endpoint: Name of the server, for messages.
-            credentials: Source of the keys.
-        """
+        """Open nothing yet."""
         self.url, self.counters = url, counters
         self._open_fs, self._endpoint, self._credentials = open_fs, endpoint, credentials
         self._lock, self._writing = Lock(), Lock()
@@ -419,15 +411,7 @@ class FsspecStore(RemoteStore):
         make: Callable[[], Any] | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        """Store the arguments without opening the file system.
-
-        Args:
-            full_url: URL of the folder, including secrets; with make, the folder's path in that file system.
-            url: URL of the folder for messages.
-            options: Options of the file system.
-            make: Function that returns a file system that is not shared and does not cache listings; picklable.
-            timeout_s: Seconds without progress after which a call is not retried.
-        """
+        """Store the arguments without opening the file system."""
         super().__init__(url, timeout_s, ReadSettings(n_threads=_N_THREADS))
         self._full_url, self._options, self._make = full_url, dict(options), make
 
@@ -443,11 +427,7 @@ class FsspecStore(RemoteStore):
 
 
 def check_scheme(scheme: str) -> None:
-    """Return if fsspec knows the scheme (its package may still be missing).
-
-    Raises:
-        ValueError: fsspec does not know the scheme.
-    """
+    """Return if fsspec knows the scheme (its package may still be missing). Raises ValueError."""
     known = importlib.import_module("fsspec").available_protocols()
     if scheme not in known:
         near = get_close_matches(scheme, known, n=3)

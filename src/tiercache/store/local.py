@@ -239,8 +239,7 @@ class LocalFolder(Store):
     def delete_unchanged(self, key: str, etag: str) -> bool:
         """Unlink a file if it still has this ETag.
 
-        Returns:
-            True if the file is gone, also if it was gone before. False if it has another ETag; then it stays.
+        Returns True if the file is gone, also if it was gone before. False if it has another ETag; then it stays.
         """
         folders, name = _split(key)
         try:

@@ -41,14 +41,7 @@ _CHANGED = 412
 
 
 def to_store_error(error: BaseException, doing: str, url: str, endpoint: str = "") -> StoreError:
-    """Convert an error of obstore to a StoreError with the facts of ObjectClient.
-
-    Args:
-        error: Error of obstore.
-        doing: Operation, for messages.
-        url: URL of the object, for messages.
-        endpoint: Server of the request, for messages.
-    """
+    """Convert an error of obstore to a StoreError with the facts of ObjectClient."""
     text = str(error)
     status, said = _status(text), _said(text)
     code = said.get("Code")

@@ -45,11 +45,7 @@ class ParsedUrl:
 
     @classmethod
     def parse(cls, url: str | os.PathLike[str]) -> ParsedUrl:
-        """Parse a URL or local path. `file://` becomes a local path, and "~/" the user's home.
-
-        Raises:
-            ValueError: The text is empty, or a file URL of another machine.
-        """
+        """Parse a URL or local path. `file://` becomes a local path, and "~/" the user's home. Raises ValueError."""
         text = os.fspath(url)
         if not text:
             raise ValueError(f"not a URL or path: {text!r}")
@@ -134,8 +130,7 @@ def hide_secrets(text: str) -> str:
 def split_url(url: str | os.PathLike[str]) -> tuple[str, str]:
     """Split the URL of an object into the root URL of its folder and its key: ("s3://bucket/folder", "object").
 
-    Raises:
-        ValueError: The URL names no object, or has a query.
+    Raises ValueError.
     """
     place = ParsedUrl.parse(url)
     if place.chain and not place.host and not place.path:  # the rest of the chain names the object
@@ -155,13 +150,7 @@ def split_url(url: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def server_url(cloud: str, place: str, config: Mapping[str, Any]) -> str:
-    """Return the server of a store, as far as it is known before the first request; for messages.
-
-    Args:
-        cloud: "s3", "gs", "az" or "http".
-        place: Bucket or container; for "http" the URL.
-        config: Options of the store.
-    """
+    """Return the server of a store, as far as it is known before the first request; for messages."""
     said = {**aws_endpoint_options(), **config} if cloud == "s3" else config
     given = {
         "s3": said.get("aws_endpoint_url_s3") or said.get("endpoint"),
@@ -287,15 +276,7 @@ class CloudOptions:
 
     @classmethod
     def parse(cls, cloud: str, given: Mapping[str, Any]) -> CloudOptions:
-        """Validate and translate the options of the user.
-
-        Args:
-            cloud: "s3", "gs", "az" or "http".
-            given: Options by name.
-
-        Raises:
-            ValueError: An option is unknown (the message suggests similar names), or has two different values.
-        """
+        """Validate and translate the options of the user. Raises ValueError."""
         config: dict[str, Any] = {}
         client: dict[str, Any] = {}
         profile = credentials = None

@@ -55,12 +55,7 @@ def store_error(error: OSError, doing: str, url: str) -> StoreError:
 
 @contextmanager
 def os_errors(doing: str, url: str) -> Iterator[None]:
-    """Convert errors of the system to StoreError.
-
-    Args:
-        doing: Operation, for messages.
-        url: Redacted URL of the object.
-    """
+    """Convert errors of the system to StoreError."""
     try:
         yield
     except StoreError:
@@ -82,13 +77,7 @@ def file_info(key: str, status: os.stat_result) -> ObjectInfo:
 
 @contextmanager
 def open_folder(root: Path, folders: list[str], *, make: bool = False) -> Iterator[int]:
-    """Yield a descriptor of a folder below root, opened step by step without following links below root.
-
-    Args:
-        root: Root folder.
-        folders: Names of the nested folders.
-        make: Whether to create missing folders, root included, and sync the entry of each.
-    """
+    """Yield a descriptor of a folder below root, opened step by step without following links below root."""
     if make:
         _make_root(root)
     fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -251,8 +240,7 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
 def copy_bytes(src_fd: int, dst_fd: int, n_bytes: int, src_offset: int, dst_offset: int) -> None:
     """Copy bytes between files inside the kernel where possible, which shares blocks on file systems that support it.
 
-    Raises:
-        OSError: EIO if src ends too early, or the error of the system.
+    Raises OSError.
     """
     done = 0
     while done < n_bytes:
@@ -298,14 +286,7 @@ class DirectWriter:
     def write(self, data: memoryview, offset: int) -> int:
         """Write the aligned part of data, as far as direct writes accept it.
 
-        Return the number of bytes written, which may be 0.
-
-        Args:
-            data: Flat bytes.
-            offset: Offset in the file.
-
-        Raises:
-            OSError: The disk is full, or failed.
+        Return the number of bytes written, which may be 0. Raises OSError.
         """
         n_bytes = data.nbytes // ALIGN_BYTES * ALIGN_BYTES
         if self._fd < 0 or n_bytes < MIN_BYTES or (_address(data) | offset) % ALIGN_BYTES:

@@ -19,11 +19,7 @@ from tiercache.store.retry import CallLimit, run_within
 
 
 def check_spans(spans: Sequence[Span]) -> None:
-    """Check that each range can be read into its buffer.
-
-    Raises:
-        ValueError: A buffer is read-only, is not contiguous bytes, or differs in length from its range.
-    """
+    """Check that each range can be read into its buffer. Raises ValueError."""
     for span, buffer in spans:
         if buffer.nbytes != span.n_bytes:
             raise ValueError(

@@ -102,12 +102,7 @@ class ObjectClient(ABC):
 
     @contextmanager
     def conditional(self, key: str, doing: str) -> Iterator[None]:
-        """As errors(), for a write that must not be repeated blindly.
-
-        Raises:
-            KeyExists: The key exists.
-            StoreError: The write failed; .maybe_done is set if the answer was lost.
-        """
+        """As errors(), for a write that must not be repeated blindly. Raises KeyExists, StoreError."""
         try:
             with self.errors(key, doing):
                 yield
@@ -125,13 +120,7 @@ class ObjectClient(ABC):
 
     @abstractmethod
     def get(self, key: str, piece_bytes: int, on_piece: Callable[[], None]) -> bytes:
-        """Return a whole object.
-
-        Args:
-            key: Key of the object.
-            piece_bytes: Approximate size of the pieces in which a longer body is read.
-            on_piece: Function called for each piece that has arrived.
-        """
+        """Return a whole object."""
 
     @abstractmethod
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
@@ -208,13 +197,7 @@ class RemoteStore(Store):
     """
 
     def __init__(self, url: str, timeout_s: float, settings: ReadSettings) -> None:
-        """Open nothing yet.
-
-        Args:
-            url: URL of the folder, for messages.
-            timeout_s: Seconds without progress after which a call fails.
-            settings: How the store reads.
-        """
+        """Open nothing yet."""
         self.url, self._timeout_s, self._settings = url, timeout_s, settings
         self.counters = Counters("requests", "bytes_read", "bytes_written")
         self._client: ProcessLocal[ObjectClient] = ProcessLocal(self._open_client, lambda client: client.close())

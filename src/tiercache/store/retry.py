@@ -194,11 +194,7 @@ class CallLimit:
         self.error, self.is_reported = None, False
 
     def check(self) -> None:
-        """Return if the call may continue.
-
-        Raises:
-            StoreError: The call was cancelled, or its deadline or timeout has passed. Retryable.
-        """
+        """Return if the call may continue. Raises StoreError."""
         if self.cancel is not None and self.cancel.is_set():
             raise StoreError(f"{self.doing}: cancelled", url=self.url, retryable=True)
         now_s = self.clock.monotonic()
@@ -245,12 +241,7 @@ class CallMonitor:
 
     @contextmanager
     def track(self, limit: CallLimit, stop: Event | None = None) -> Iterator[Event]:
-        """Watch a call while the block runs.
-
-        Args:
-            limit: Limits of the call.
-            stop: Event that close() sets to end the call's retries. None: an event that the calls share.
-        """
+        """Watch a call while the block runs."""
         if self._pid != os.getpid():
             self._reset()  # calls and thread belong to the parent, whose lock may stay held
         with self._lock:
