@@ -306,7 +306,7 @@ def available_cpus(root: Path = Path("/")) -> int:
 
 
 def memory_limit_bytes(root: Path = Path("/")) -> int:
-    """Return the memory that this process may use: the smallest limit of its cgroups (v1, v2), or the machine's memory."""
+    """Return the memory that this process may use: the smallest limit of its cgroups (v1, v2), or of the machine."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for folder in _cgroup_folders(root, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 import tiercache as tc
 from tiercache.cli import app
 from tiercache.errors import NotFound, SchemaError
-from tiercache.pack.executor import pack, plan_pack
+from tiercache.pack.executor import pack
 from tiercache.pack.images import find_damage, sniff
-from tiercache.pack.plan import PackOptions
+from tiercache.pack.plan import PackOptions, plan_pack
 
 MDS_INDEX = {"version": 2, "shards": [{"column_encodings": ["int"], "raw_data": {"basename": "shard.00000.mds"}}]}
 LITDATA_INDEX = {"chunks": [{"chunk_bytes": 10, "filename": "chunk-0-0.bin"}], "config": {"data_format": ["int"]}}
@@ -92,7 +92,7 @@ class TestLeftOut:
         return folder
 
     def test_links_to_nothing_pipes_and_files_of_no_kind_are_named(self, folder, tmp_path):
-        left_out = {one.path: one.reason for one in plan_pack(folder, tmp_path / "out", PackOptions()).left_out}
+        left_out = {one.path: one.reason for one in plan_pack(folder, tmp_path / "out", PackOptions()).skipped}
         assert left_out.keys() == {"gone.jsonl", "pipe.jsonl", "README.md"}
         assert "nowhere" in left_out["gone.jsonl"]
         with pytest.warns(UserWarning, match=r"gone\.jsonl.*pipe\.jsonl.*README\.md"):
@@ -107,7 +107,7 @@ class TestLeftOut:
 
     def test_what_exclude_names_is_not_named_again(self, folder, tmp_path):
         exclude = ["gone.jsonl", "pipe.jsonl", "README.md"]
-        assert plan_pack(folder, tmp_path / "out", PackOptions(exclude=exclude)).left_out == ()
+        assert plan_pack(folder, tmp_path / "out", PackOptions(exclude=exclude)).skipped == ()
         assert pack(folder, tmp_path / "out", exclude=exclude).n_records == 1
 
     def test_a_folder_of_links_to_nothing_is_not_empty_without_a_reason(self, tmp_path):

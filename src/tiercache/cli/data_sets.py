@@ -285,13 +285,13 @@ def parse_type(text: str) -> UserType:
     return Ragged(match["name"], shape, nullable=nullable)
 
 
-_MOST_LEFT_OUT = 20
+_MOST_SKIPPED = 20
 
 
 def pack(output: Output, source: str, url: str, options: PackOptions, *, dry_run: bool) -> None:
     """Pack the source into a data set at url, or print the plan."""
     plan = plan_pack(source, url, options)
-    _print_left_out(output, plan)
+    _print_skipped(output, plan)
     if dry_run:
         _print_plan(output, plan)
         return
@@ -314,13 +314,13 @@ def _print_version(output: Output, url: str, version: Version) -> None:
     output.summary({"url": url, **facts}, f"{url}: version {version.number} has {text}")
 
 
-def _print_left_out(output: Output, plan: PackPlan) -> None:
+def _print_skipped(output: Output, plan: PackPlan) -> None:
     """Print the files that are not packed, with the reason: all of them as JSON, the first 20 for people."""
-    for i, one in enumerate(plan.left_out):
-        text = f"left out: {one.path}: {one.reason}" if i < _MOST_LEFT_OUT else None
+    for i, one in enumerate(plan.skipped):
+        text = f"left out: {one.path}: {one.reason}" if i < _MOST_SKIPPED else None
         output.event("left_out", {"path": one.path, "reason": one.reason}, text)
-    if len(plan.left_out) > _MOST_LEFT_OUT and not output.as_json:
-        output.event("left_out", {}, f"left out: {len(plan.left_out) - _MOST_LEFT_OUT:,} more (--json names all)")
+    if len(plan.skipped) > _MOST_SKIPPED and not output.as_json:
+        output.event("left_out", {}, f"left out: {len(plan.skipped) - _MOST_SKIPPED:,} more (--json names all)")
 
 
 def _print_plan(output: Output, plan: PackPlan) -> None:

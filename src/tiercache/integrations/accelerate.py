@@ -172,7 +172,7 @@ class PreparedLoader(DataLoaderStateMixin, DataLoader[Any]):  # type: ignore[mis
         return {**found, "padded": found["padded"] + self._n_repeated}
 
     def _last(self, batch: Any, n_global: int) -> Any:
-        """Return the epoch's last batch, padded to the size of the other ranks' batches, and set the public attributes."""
+        """Return this rank's last batch, padded to the size of the others'. n_global: records of all last batches."""
         self.end_of_dataloader = True
         self.remainder = n_global % self.total_batch_size
         if self.batch_sampler.even_batches:

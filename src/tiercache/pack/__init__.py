@@ -7,7 +7,7 @@ the records of a split; `executor` writes them with a `Writer`, in this process 
 
 from __future__ import annotations
 
-from tiercache.pack.executor import PackPlan, pack, plan_pack, run_pack
-from tiercache.pack.plan import PackOptions, PackProgress
+from tiercache.pack.executor import PackProgress, pack, run_pack
+from tiercache.pack.plan import PackOptions, PackPlan, plan_pack
 
 __all__ = ["PackOptions", "PackPlan", "PackProgress", "pack", "plan_pack", "run_pack"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeAlias
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -30,10 +30,7 @@ from tiercache.store.options import ParsedUrl
 class InputSplit:
     """Split of a source, read by one process: [start, end) of path, counted in files, row groups or bytes.
 
-    Attributes:
-        path: Path of the file below the source's root; "" for a split of several files.
-        start, end: Half-open range.
-        n_bytes: Size of the split, for load balancing and progress.
+    `path` is "" for a split of several files; `n_bytes` balances the load and measures progress.
     """
 
     path: str
@@ -44,19 +41,12 @@ class InputSplit:
 
 @dataclass(frozen=True, slots=True)
 class InputBatch:
-    """Some records of a split, as columns.
-
-    Attributes:
-        columns: Values by column name, or a record batch.
-        n_records: Number of records.
-        n_bytes: Bytes of the source.
-        place: Function that returns the location in the source of record i of the batch, for messages.
-    """
+    """Some records of a split as columns. location(i) names the place of record i in the source, for messages."""
 
     columns: Mapping[str, Sequence[Any]] | pa.RecordBatch
     n_records: int
     n_bytes: int
-    place: Callable[[int], str]
+    location: Callable[[int], str]
 
 
 class RecordSource(Protocol):
@@ -67,13 +57,13 @@ class RecordSource(Protocol):
         """Schema of all its records."""
 
     @property
-    def parts(self) -> tuple[InputSplit, ...]:
+    def splits(self) -> tuple[InputSplit, ...]:
         """Splits; their order, and the order inside each of them, is the order of the data set."""
 
-    def read(self, part: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
-        """Yield the records of a split in batches of about batch_bytes. Only a few batches are in memory at a time.
+    def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
+        """Yield the records of a split in batches of about batch_bytes, a few of which are in memory at a time.
 
-        Raises SchemaError.
+        Raises SchemaError, which names the location of a record that cannot be read.
         """
 
 
@@ -84,12 +74,7 @@ _WILD = frozenset("*?[")
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """File of a source.
-
-    Attributes:
-        path: Path below the source's root, with "/".
-        n_bytes: Size of the file.
-    """
+    """File of a source; its path is below the source's root, with "/"."""
 
     path: str
     n_bytes: int
@@ -97,45 +82,23 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class SkippedFile:
-    """File of a source that is skipped although no option excludes it.
-
-    Attributes:
-        path: Path below the source's root, with "/".
-        reason: Reason for people.
-    """
+    """File of a source that is skipped although no option excludes it, with the reason for people."""
 
     path: str
     reason: str
 
 
-class Files(Protocol):
-    """Location of a source's files. Picklable: each process of a parallel pack opens its own."""
-
-    def list(self) -> Iterator[SourceFile | SkippedFile]:
-        """Yield all files in any order, except hidden ones and those in hidden folders; also the skipped files."""
-
-    def open(self, path: str) -> BinaryIO:
-        """Open a file for reading, seekable; the caller closes it."""
-
-    def read_many(self, paths: Sequence[str]) -> Sequence[bytes]:
-        """Return the contents of small files, in the order of paths."""
-
-    def location(self, path: str) -> str:
-        """Return the name of a file for messages."""
-
-
 @dataclass(frozen=True)
 class LocalFiles:
-    """Files below a local folder. Symbolic links are followed, because image folders often consist of links.
-
-    Attributes:
-        root: Path of the folder.
-    """
+    """Files below a local folder. Symbolic links are followed, because image folders often consist of links."""
 
     root: str
 
     def list(self) -> Iterator[SourceFile | SkippedFile]:
-        """See Files.list. Skipped: dangling links, links to a parent folder, and anything but files and folders."""
+        """Yield all files in any order, except hidden ones and those in hidden folders.
+
+        Skipped: dangling links, links to a parent folder, and anything but files and folders.
+        """
         pending: list[tuple[str, frozenset[str]]] = [("", frozenset())]
         while pending:
             folder, above = pending.pop()
@@ -158,26 +121,21 @@ class LocalFiles:
                         yield SkippedFile(path, "a pipe, socket or device")
 
     def open(self, path: str) -> BinaryIO:
-        """See Files.open."""
+        """Open a file for reading, seekable; the caller closes it."""
         return Path(self.root, path).open("rb", buffering=_BUFFER_BYTES)
 
     def read_many(self, paths: Sequence[str]) -> Sequence[bytes]:
-        """See Files.read_many. One file after the other: threads do not speed up reads from the page cache."""
+        """Return the contents of small files. Threads would not speed up reads from the page cache."""
         return [Path(self.root, path).read_bytes() for path in paths]
 
     def location(self, path: str) -> str:
-        """See Files.location: the file's path."""
+        """Return the name of a file for messages."""
         return str(Path(self.root, path))
 
 
 @dataclass(frozen=True)
 class StoreFiles:
-    """Files below a store's URL; each process opens the store on first use.
-
-    Attributes:
-        root: URL.
-        storage_options: Options of the store.
-    """
+    """Files below a store's URL, with the methods of LocalFiles. Each process opens the store on first use."""
 
     root: str
     storage_options: Mapping[str, Any]
@@ -191,40 +149,43 @@ class StoreFiles:
         return StoreFiles, (self.root, self.storage_options)
 
     def list(self) -> Iterator[SourceFile | SkippedFile]:
-        """See Files.list: the objects that the store lists."""
+        """Yield the objects that the store lists."""
         for info in self.store.list():
             if not any(map(is_hidden, info.key.split("/"))):
                 yield SourceFile(info.key, info.n_bytes)
 
     def open(self, path: str) -> BinaryIO:
-        """See Files.open. The object is read by ranges of at least 1 MiB."""
+        """Open an object, which is read by ranges of at least 1 MiB."""
         info = self.store.head(path)
         return io.BufferedReader(StoreFile(self.store, path, info.n_bytes, info.etag), buffer_size=_BUFFER_BYTES)
 
     def read_many(self, paths: Sequence[str]) -> Sequence[bytes]:
-        """See Files.read_many, with 16 parallel requests."""
+        """Return the contents of small objects, by 16 parallel requests."""
         with ThreadPoolExecutor(_PARALLEL_READS) as pool:
             return list(pool.map(self.store.get, paths))
 
     def location(self, path: str) -> str:
-        """See Files.location: the file's URL without credentials."""
+        """Return the URL of an object without credentials."""
         return f"{self.store.url.rstrip('/')}/{path}"
 
 
+Files: TypeAlias = LocalFiles | StoreFiles
+
+
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is never packed: ".x", and the parts of a data set that lies in the source."""
+    """Return whether a file or folder is never packed: ".x", and the objects of a data set that lies in the source."""
     return name.startswith(".") or name == "_tiercache" or name.endswith(".tcs")
 
 
 def selected(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     """Return whether a path matches one of the include globs (if there are any) and none of the exclude globs.
 
-    A glob without "/" is matched with each part of the path ("*.jpg", "drafts"), a glob with "/" with the whole path,
-    where "*" also matches "/".
+    A glob without "/" is matched with each segment of the path ("*.jpg", "drafts"), a glob with "/" with the whole
+    path, where "*" also matches "/".
     """
 
     def matches(glob: str) -> bool:
-        return any(fnmatchcase(part, glob) for part in ([path] if "/" in glob else path.split("/")))
+        return any(fnmatchcase(segment, glob) for segment in ([path] if "/" in glob else path.split("/")))
 
     return (not include or any(map(matches, include))) and not any(map(matches, exclude))
 
@@ -234,59 +195,55 @@ def find_files(
 ) -> tuple[Files, list[SourceFile], list[SkippedFile]]:
     """Return the location of a source's files, the files in order of their paths, and the skipped files.
 
-    Raises NotFound, ValueError.
+    The source is a path or URL of a file or a folder, or a glob. Raises NotFound, ValueError.
     """
     place = ParsedUrl.parse(source)
     remote = bool(place.scheme)
     text = os.fspath(source) if remote else place.path
     root, globs = (text, []) if not remote and Path(text).exists() else _split_glob(text)
     if not globs and (single := _single_file(text, remote, storage_options)) is not None:
-        return single
+        return *single, []
     if not remote and not Path(root).is_dir():
         raise NotFound("no such file or folder", url=text)
     files: Files = StoreFiles(root, storage_options) if remote else LocalFiles(os.path.abspath(root))  # noqa: PTH100
     listed = [f for f in files.list() if not globs or _matches(f.path.split("/"), globs)]
-    # Sort by the parts of the path: the files of a folder stay together although "-" and "." sort before "/".
+    # Sort by the segments of the path: the files of a folder stay together although "-" and "." sort before "/".
     listed.sort(key=lambda f: f.path.split("/"))
     found = [f for f in listed if isinstance(f, SourceFile)]
-    left_out = [f for f in listed if isinstance(f, SkippedFile)]
+    skipped = [f for f in listed if isinstance(f, SkippedFile)]
     if not found:
         what = "no file matches" if globs else "no files in this folder"
-        also = f", but {left_out[0].path!r}: {left_out[0].reason}" if left_out else ""
+        also = f", but {skipped[0].path!r}: {skipped[0].reason}" if skipped else ""
         raise NotFound(f"{what}{also}", url=files.location("/".join(globs)))
-    return files, found, left_out
+    return files, found, skipped
 
 
 def _split_glob(text: str) -> tuple[str, list[str]]:
-    """Return the root before the first part with a wildcard, and the parts from there on."""
+    """Return the root before the first segment with a wildcard, and the segments from there on."""
     scheme, _, rest = text.rpartition("://")
-    parts = rest.split("/")
-    wild = next((i for i, part in enumerate(parts) if _WILD & set(part)), len(parts))
-    root = "/".join(parts[:wild]) or ("/" if wild else ".")
-    return (f"{scheme}://{root}" if scheme else root), parts[wild:]
+    segments = rest.split("/")
+    wild = next((i for i, segment in enumerate(segments) if _WILD & set(segment)), len(segments))
+    root = "/".join(segments[:wild]) or ("/" if wild else ".")
+    return (f"{scheme}://{root}" if scheme else root), segments[wild:]
 
 
-def _matches(parts: Sequence[str], globs: Sequence[str]) -> bool:
-    """Return whether a path's parts match the globs, one each; "**" matches any number of parts."""
+def _matches(segments: Sequence[str], globs: Sequence[str]) -> bool:
+    """Return whether a path's segments match the globs, one each; "**" matches any number of segments."""
     if not globs:
-        return not parts
+        return not segments
     if globs[0] == "**":
-        return any(_matches(parts[i:], globs[1:]) for i in range(len(parts) + 1))
-    return bool(parts) and fnmatchcase(parts[0], globs[0]) and _matches(parts[1:], globs[1:])
+        return any(_matches(segments[i:], globs[1:]) for i in range(len(segments) + 1))
+    return bool(segments) and fnmatchcase(segments[0], globs[0]) and _matches(segments[1:], globs[1:])
 
 
-def _single_file(
-    text: str, remote: bool, options: Mapping[str, Any]
-) -> tuple[Files, list[SourceFile], list[SkippedFile]] | None:
+def _single_file(text: str, remote: bool, options: Mapping[str, Any]) -> tuple[Files, list[SourceFile]] | None:
     if not remote:
         path = Path(text).absolute()
-        if not path.is_file():
-            return None
-        return LocalFiles(str(path.parent)), [SourceFile(path.name, path.stat().st_size)], []
+        return (LocalFiles(str(path.parent)), [SourceFile(path.name, path.stat().st_size)]) if path.is_file() else None
     try:
         root, key = split_url(text)
         files = StoreFiles(root, options)
-        return files, [SourceFile(key, files.store.head(key).n_bytes)], []
+        return files, [SourceFile(key, files.store.head(key).n_bytes)]
     except (NotFound, ValueError):  # ValueError: the root of a bucket is not an object
         return None
 
@@ -296,6 +253,7 @@ _BY_SUFFIX: Mapping[str, str] = {
     ".mds": "a MosaicML Streaming (MDS) shard; mosaicml-streaming reads it",
     ".beton": "an FFCV data set; ffcv reads it",
     ".tar": "a tar archive, as WebDataset writes; webdataset or tarfile reads it",
+    ".tgz": "a tar archive, as WebDataset writes; webdataset or tarfile reads it",
     ".tfrecord": "a TFRecord file; tensorflow reads it",
     ".tfrecords": "a TFRecord file; tensorflow reads it",
     ".array_record": "an ArrayRecord file; array_record reads it",
@@ -325,44 +283,46 @@ _BY_START: Sequence[tuple[int, bytes, str]] = (
     (0, b"Obj\x01", _BY_SUFFIX[".avro"]),
 )
 _START_BYTES = 4096
-_INDEX = "index.json"
-_MDS_INDEX = re.compile(rb'\s*\{\s*("version"\s*:\s*\d+\s*,\s*)?"shards"\s*:\s*\[')
-_LITDATA_INDEX = re.compile(rb'\s*\{\s*"chunks"\s*:\s*\[')
-
-
-def format_by_name(path: str) -> str | None:
-    """Return the description of the foreign format that a file's name indicates; None if there is none."""
-    name = _NUMBERED.sub("", path.rsplit("/", 1)[-1].lower())
-    if name.endswith(".tgz"):
-        return _BY_SUFFIX[".tar"]
-    for suffix in _COMPRESSED:
-        name = name.removesuffix(suffix)
-    return _BY_SUFFIX.get("." + name.rsplit(".", 1)[1]) if "." in name else None
+_INDEX_FILE = "index.json"
+_INDEXES = {
+    re.compile(rb'\s*\{\s*("version"\s*:\s*\d+\s*,\s*)?"shards"\s*:\s*\['): (
+        "the index of a MosaicML Streaming (MDS) data set; mosaicml-streaming reads it"
+    ),
+    re.compile(rb'\s*\{\s*"chunks"\s*:\s*\['): "the index of a LitData data set; litdata reads it",
+}
 
 
 def refuse_foreign_index(files: Files, found: Sequence[SourceFile]) -> None:
     """Raise SchemaError for a folder of MosaicML Streaming or LitData; its index would be packed as a JSON record."""
     for file in found:
-        if file.path.rsplit("/", 1)[-1] == _INDEX:
+        if _name(file.path) == _INDEX_FILE:
             start = _start(files, file.path)
-            if _MDS_INDEX.match(start):
-                what = "the index of a MosaicML Streaming (MDS) data set; mosaicml-streaming reads it"
-                raise _refused(files, file.path, what, "leave the index out with exclude")
-            if _LITDATA_INDEX.match(start):
-                what = "the index of a LitData data set; litdata reads it"
-                raise _refused(files, file.path, what, "leave the index out with exclude")
+            for pattern, format_name in _INDEXES.items():
+                if pattern.match(start):
+                    raise _refused(files, file.path, format_name, "leave the index out with exclude")
 
 
 def refuse_foreign_files(files: Files, found: Sequence[SourceFile]) -> None:
     """Raise SchemaError for a file in a foreign format, by its name; for a single file also by its first bytes."""
     for file in found:
-        format_name = format_by_name(file.path)
+        format_name = _format_by_name(file.path)
         if format_name is None and len(found) == 1:
             start = _start(files, file.path)
             matches = (text for offset, magic, text in _BY_START if start[offset : offset + len(magic)] == magic)
             format_name = next(matches, None)
         if format_name is not None:
             raise _refused(files, file.path, format_name, "choose files with kind, include and exclude")
+
+
+def _format_by_name(path: str) -> str | None:
+    name = _NUMBERED.sub("", _name(path).lower())
+    for suffix in _COMPRESSED:
+        name = name.removesuffix(suffix)
+    return _BY_SUFFIX.get("." + name.rpartition(".")[2]) if "." in name else None
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _start(files: Files, path: str) -> bytes:
@@ -381,45 +341,32 @@ _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
-@dataclass(frozen=True, slots=True)
-class Partitions:
-    """The partition columns of a source's files.
+def find_partitions(files: Files, found: Sequence[SourceFile], stored: Sequence[str] = ()) -> dict[str, UserType]:
+    """Return the types of the partition columns that the files' folders name ("year=2024/"), in their order.
 
-    Attributes:
-        types: Column names to types, in the order of the folders. Empty for a source without partitions.
+    A column whose values are all integers of up to 18 digits is int64; any other column is str. A column with a null
+    partition is nullable. Columns in `stored` are left out: the values in the files are packed, not the folders'.
+    Raises SchemaError for files with different partition columns.
     """
+    texts: dict[str, list[str | None]] = {}
+    first = list(_pairs(found[0].path)) if found else []
+    for file in found:
+        pairs = _pairs(file.path)
+        if list(pairs) != first:
+            raise SchemaError(
+                f"{files.location(file.path)}: its folders name the partition columns {_listed(pairs)}, those of "
+                f"{files.location(found[0].path)} name {_listed(first)}; pack only files with the same partition "
+                "columns, chosen with include and exclude"
+            )
+        for name, text in pairs.items():
+            texts.setdefault(name, []).append(text)
+    return {name: _type_of(values) for name, values in texts.items() if name not in stored}
 
-    types: Mapping[str, UserType]
 
-    @staticmethod
-    def find(files: Files, found: Sequence[SourceFile], *, stored: Sequence[str] = ()) -> Partitions:
-        """Return the partition columns that the files' folders name.
-
-        A column whose values are all integers of up to 18 digits is int64; any other column is str. A column with a
-        null partition is nullable. Raises SchemaError.
-        """
-        texts: dict[str, list[str | None]] = {}
-        first: tuple[str, ...] | None = None
-        for file in found:
-            pairs = _pairs(file.path)
-            if first is None:
-                first = tuple(pairs)
-                texts = {name: [] for name in pairs}
-            if tuple(pairs) != first:
-                raise SchemaError(
-                    f"{files.location(file.path)}: its folders name the partition columns {_listed(pairs)}, those of "
-                    f"{files.location(found[0].path)} name {_listed(first)}; pack only files with the same partition "
-                    "columns, chosen with include and exclude"
-                )
-            for name, text in pairs.items():
-                texts[name].append(text)
-        return Partitions({name: _type_of(values) for name, values in texts.items() if name not in stored})
-
-    def values(self, path: str, schema: Schema) -> dict[str, object]:
-        """Return the value of each partition column for the records of a file. Raises SchemaError."""
-        pairs = _pairs(path)
-        columns = {column.name: column for column in schema.columns}
-        return {name: _value(path, columns[name], pairs[name]) for name in self.types if name in columns}
+def partition_values(path: str, partitions: Mapping[str, UserType], schema: Schema) -> dict[str, object]:
+    """Return the values of the partition columns that the schema has, for the records of a file. Raises SchemaError."""
+    pairs = _pairs(path)
+    return {c.name: _value(path, c, pairs[c.name]) for c in schema.columns if c.name in partitions}
 
 
 def _pairs(path: str) -> dict[str, str | None]:
@@ -437,9 +384,9 @@ def _listed(names: Sequence[str] | Mapping[str, object]) -> str:
 
 
 def _type_of(texts: Sequence[str | None]) -> str:
-    known = [text for text in texts if text is not None]
-    type_name = "int64" if known and all(map(_INTEGER.fullmatch, known)) else "str"
-    return f"{type_name}?" if len(known) < len(texts) else type_name
+    given = [text for text in texts if text is not None]
+    type_name = "int64" if given and all(map(_INTEGER.fullmatch, given)) else "str"
+    return f"{type_name}?" if len(given) < len(texts) else type_name
 
 
 def _value(path: str, column: Column, text: str | None) -> object:

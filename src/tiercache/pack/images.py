@@ -41,7 +41,7 @@ def sniff(data: bytes) -> str | None:
 
 
 def find_damage(data: bytes, encoding: str) -> str | None:
-    """Return what is wrong with an image; None if its header has a size in pixels and its end is present.
+    """Return what is wrong with a whole image file; None if its header has a size in pixels and its end is present.
 
     Bytes after the end are accepted, as decoders accept them. Pixels are not decoded and checksums are not compared.
     GIF, BMP and TIFF are not examined: a damaged one is found when it is decoded.
@@ -102,38 +102,18 @@ def _check_webp(data: bytes) -> str | None:
     return None if len(data) >= expected else f"it is cut off: its header says {expected:,} bytes, it has {len(data):,}"
 
 
-_CHECKS: dict[str, Callable[[bytes], str | None]] = {
-    "png": _check_png,
-    "jpeg": _check_jpeg,
-    "webp": _check_webp,
-}
-
-
+_CHECKS: dict[str, Callable[[bytes], str | None]] = {"png": _check_png, "jpeg": _check_jpeg, "webp": _check_webp}
 SUFFIXES = {
-    ".jpg": "jpeg",
-    ".jpeg": "jpeg",
-    ".jpe": "jpeg",
-    ".png": "png",
-    ".gif": "gif",
-    ".webp": "webp",
-    ".bmp": "bmp",
-    ".tif": "tiff",
-    ".tiff": "tiff",
-}
-_PART_FILES = 64
+    ".jpg": "jpeg", ".jpeg": "jpeg", ".jpe": "jpeg", ".png": "png", ".gif": "gif", ".webp": "webp", ".bmp": "bmp",
+    ".tif": "tiff", ".tiff": "tiff",
+}  # fmt: skip
+_SPLIT_FILES = 64
 _BATCH_FILES = 256
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images by class; implements files.RecordSource.
-
-    Attributes:
-        files: Location of the files.
-        images: Files in order.
-        classes: Class names in order; a record's label is the index of its class.
-        encoding: Encoding of all images.
-    """
+    """Images of one encoding, a files.RecordSource. A record's label is the index of its class."""
 
     files: Files
     images: tuple[SourceFile, ...]
@@ -148,16 +128,16 @@ class ImageFolder:
         return Schema.of({"image": Image(self.encoding), "label": label, "path": "str"})
 
     @property
-    def parts(self) -> tuple[InputSplit, ...]:
-        """Splits of consecutive files."""
-        starts = range(0, len(self.images), _PART_FILES)
-        runs = [(start, min(start + _PART_FILES, len(self.images))) for start in starts]
+    def splits(self) -> tuple[InputSplit, ...]:
+        """Splits of 64 consecutive files."""
+        starts = range(0, len(self.images), _SPLIT_FILES)
+        runs = [(start, min(start + _SPLIT_FILES, len(self.images))) for start in starts]
         return tuple(InputSplit("", s, e, sum(f.n_bytes for f in self.images[s:e])) for s, e in runs)
 
-    def read(self, part: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
+    def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
         """Yield the files of a split, unchanged. Raises SchemaError."""
         labels = {name: label for label, name in enumerate(self.classes)}
-        for run in _runs(self.images[part.start : part.end], batch_bytes):
+        for run in _runs(self.images[split.start : split.end], batch_bytes):
             paths = [f.path for f in run]
             images = self.files.read_many(paths)
             for path, image in zip(paths, images, strict=True):
@@ -167,9 +147,9 @@ class ImageFolder:
                 "label": [labels[path.split("/")[0]] for path in paths],
                 "path": paths,
             }
-            yield InputBatch(columns, len(run), sum(f.n_bytes for f in run), partial(self._place, paths))
+            yield InputBatch(columns, len(run), sum(f.n_bytes for f in run), partial(self._location, paths))
 
-    def _place(self, paths: Sequence[str], record: int) -> str:
+    def _location(self, paths: Sequence[str], record: int) -> str:
         return self.files.location(paths[record])
 
     def _check(self, path: str, image: bytes) -> None:
@@ -190,7 +170,11 @@ class ImageFolder:
 
 
 def find_images(files: Files, found: Sequence[SourceFile], *, classes: Sequence[str] | None = None) -> ImageFolder:
-    """Return the images of a folder, checked by their names and the first file's bytes. Raises SchemaError."""
+    """Return the images of a folder, checked by their names and the first file's bytes.
+
+    classes fixes the class names and their order (when appending); None: the names of the sub-folders, sorted. Raises
+    SchemaError.
+    """
     for file in found:
         suffix = _suffix(file.path)
         if suffix and suffix not in SUFFIXES:
@@ -217,8 +201,8 @@ def find_images(files: Files, found: Sequence[SourceFile], *, classes: Sequence[
 
 
 def _suffix(path: str) -> str:
-    name = path.rsplit("/", 1)[-1]
-    return "." + name.rsplit(".", 1)[1].lower() if "." in name else ""
+    name = path.rpartition("/")[2]
+    return "." + name.rpartition(".")[2].lower() if "." in name else ""
 
 
 def _leave_out(path: str) -> str:

@@ -4,55 +4,51 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
+from tiercache import config
 from tiercache.errors import NotFound, SchemaError
 from tiercache.model import parse_bytes
 from tiercache.pack import images, jsonl, parquet
 from tiercache.pack.files import (
     Files,
     InputSplit,
-    Partitions,
     RecordSource,
     SkippedFile,
     SourceFile,
     find_files,
+    find_partitions,
     refuse_foreign_files,
     refuse_foreign_index,
     selected,
 )
 from tiercache.shard.schema import Schema, UserType, check_same_schema
-from tiercache.shard.versions.commit import check_mode
-from tiercache.shard.versions.manifest import VersionKind
+from tiercache.shard.versions.commit import check_mode, data_set_exists_error, find_latest, no_data_set_error
+from tiercache.shard.versions.manifest import Version, VersionKind
 from tiercache.shard.write.shard_writer import ShardOptions
+from tiercache.store import MemoryStore, open_store
 
-Kind: TypeAlias = Literal["images", "parquet", "jsonl"]
-KINDS: tuple[Kind, ...] = ("images", "parquet", "jsonl")
+SourceKind: TypeAlias = Literal["images", "parquet", "jsonl"]
+_SUFFIXES: dict[SourceKind, tuple[str, ...]] = {
+    "images": tuple(images.SUFFIXES),
+    "parquet": parquet.SUFFIXES,
+    "jsonl": jsonl.SUFFIXES,
+}
+# More tasks than processes balance the load. Each task ends with a partly filled shard, so there are more tasks than
+# processes only if each has at least four shards' worth of data.
+_TASKS_PER_JOB = 4
+_SHARDS_PER_TASK = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackOptions:
-    """Options of packing.
+    """Options of packing. The arguments of `pack` of the same names describe them."""
 
-    Attributes:
-        kind: Kind of the source: "images", "parquet" or "jsonl"; None: decided by the files' names.
-        schema: Mapping from column names to types, which overrides the types of these columns; or an Arrow schema (or a
-            Schema) with all columns to pack. Not for images.
-        mode: "create" for a new data set, "append" or "overwrite".
-        shard_size: Target size of a shard in bytes, or a text such as "128MiB".
-        block_size: Target size of a block in bytes, or a text such as "1MiB".
-        compression: "auto", "none", "zstd" or "zstd:LEVEL", or a mapping from columns to these.
-        jobs: Number of processes; 0: one per CPU.
-        include: Globs over the paths below the source; only files that match one of them are packed. Empty: all files.
-        exclude: Globs of files that are not packed.
-        storage_options: Options of the data set's store.
-        source_options: Options of the source's store.
-    """
-
-    kind: Kind | None = None
+    kind: SourceKind | None = None
     schema: Mapping[str, UserType] | pa.Schema | Schema | None = None
     mode: VersionKind = "create"
     shard_size: int | str = "128MiB"
@@ -65,8 +61,8 @@ class PackOptions:
     source_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.kind is not None and self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.kind is not None and self.kind not in _SUFFIXES:
+            raise ValueError(f"kind must be one of {', '.join(_SUFFIXES)}, got {self.kind!r}")
         check_mode(self.mode)
         if type(self.jobs) is not int or self.jobs < 0:
             raise ValueError(f"jobs must be a number of processes, or 0 for one per CPU, got {self.jobs!r}")
@@ -81,35 +77,58 @@ class PackOptions:
         return ShardOptions(parse_bytes(self.shard_size), parse_bytes(self.block_size), self.compression)
 
 
-@dataclass(frozen=True, slots=True)
-class PackProgress:
-    """Progress of packing.
+@dataclass(frozen=True)
+class PackPlan:
+    """Plan of a packing. Nothing has been written.
 
     Attributes:
-        n_records: Number of records packed.
-        n_bytes: Bytes of the source that are packed.
-        total_bytes: Bytes of the whole source.
+        source: Source to pack.
+        url: URL of the data set.
+        options: Options of the packing.
+        tasks: Splits by task; each task writes its own shards.
+        n_processes: Number of processes.
+        skipped: Files of the source that are skipped although neither include nor exclude says so.
     """
 
-    n_records: int
-    n_bytes: int
-    total_bytes: int
+    source: RecordSource
+    url: str
+    options: PackOptions
+    tasks: tuple[tuple[InputSplit, ...], ...]
+    n_processes: int
+    skipped: tuple[SkippedFile, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the source."""
+        return sum(split.n_bytes for task in self.tasks for split in task)
 
 
-_SUFFIXES: dict[Kind, tuple[str, ...]] = {
-    "images": tuple(images.SUFFIXES),
-    "parquet": parquet.SUFFIXES,
-    "jsonl": jsonl.SUFFIXES,
-}
-# More tasks than processes balance the load. Each task ends with a partly filled shard, so there are more tasks than
-# processes only if each has at least four shards' worth of data.
-_SHARES_A_JOB = 4
-_SHARDS_A_SHARE = 4
+def plan_pack(source: str | os.PathLike[str], url: str | os.PathLike[str], options: PackOptions) -> PackPlan:
+    """Inspect a source (file, folder, glob or URL) and the data set's URL, and return a plan of the packing.
+
+    Raises:
+        NotFound: The source has no file, or there is no data set to append to.
+        CommitConflict: The data set exists already (mode "create").
+        SchemaError: The files cannot be packed together, or not into the data set that is appended to.
+        ValueError: The kind of the source cannot be determined, or an option does not apply.
+    """
+    with closing(open_store(url, **options.storage_options)) as store:
+        parent = find_latest(store)
+        if options.mode == "create" and parent is not None:
+            raise data_set_exists_error(store, parent)
+        if options.mode == "append" and parent is None:
+            raise no_data_set_error(store)
+        jobs = options.jobs or config.available_cpus()
+        if jobs > 1 and isinstance(store, MemoryStore):
+            raise ValueError(f"{store.url}: a memory store exists in one process only; pack into it with jobs=1")
+    found, skipped = find_source(source, options, parent if options.mode == "append" else None)
+    tasks = divide_splits(found.splits, jobs, parse_bytes(options.shard_size))
+    return PackPlan(found, os.fspath(url), options, tuple(tasks), min(jobs, max(len(tasks), 1)), tuple(skipped))
 
 
-def kind_of(paths: Sequence[str]) -> Kind:
+def kind_of(paths: Sequence[str]) -> SourceKind:
     """Return the kind that the files' names indicate; files that match no kind are ignored. Raises ValueError."""
-    found = {kind for kind in KINDS for path in paths if path.lower().endswith(_SUFFIXES[kind])}
+    found = {kind for kind in _SUFFIXES for path in paths if path.lower().endswith(_SUFFIXES[kind])}
     if len(found) == 1:
         return found.pop()
     what = (
@@ -117,19 +136,19 @@ def kind_of(paths: Sequence[str]) -> Kind:
         if found
         else "no file name indicates the kind of the source"
     )
-    raise ValueError(f"{what}; specify kind: {', '.join(KINDS)}")
+    raise ValueError(f"{what}; specify kind: {', '.join(_SUFFIXES)}")
 
 
 def find_source(
-    source: str | os.PathLike[str], options: PackOptions, *, classes: Sequence[str] | None = None
+    source: str | os.PathLike[str], options: PackOptions, parent: Version | None = None
 ) -> tuple[RecordSource, list[SkippedFile]]:
     """Inspect a source and return it with its kind, schema and splits, and the skipped files.
 
-    Raises NotFound, ValueError, SchemaError.
+    parent is the version that is appended to. Raises NotFound, ValueError, SchemaError.
     """
-    files, found, left_out = find_files(source, options.source_options)
+    files, found, skipped = find_files(source, options.source_options)
     chosen = [f for f in found if selected(f.path, options.include, options.exclude)]
-    left_out = [f for f in left_out if selected(f.path, options.include, options.exclude)]
+    skipped = [f for f in skipped if selected(f.path, options.include, options.exclude)]
     if not chosen:
         raise NotFound(f"include and exclude leave none of the {len(found)} files", url=files.location(""))
     refuse_foreign_index(files, chosen)
@@ -139,26 +158,20 @@ def find_source(
     if kind == "images":
         if options.schema is not None:
             raise SchemaError("a folder of images has the fixed columns image, label and path: omit schema")
-        return images.find_images(files, chosen, classes=classes), left_out
+        classes = None if parent is None else next((c.classes for c in parent.schema.columns if c.classes), None)
+        return _with_schema_of(parent, images.find_images(files, chosen, classes=classes)), skipped
     # A folder of tables also holds other files (README.md, Spark's _SUCCESS); a file that is named explicitly always
-    # counts.
-    known = [f for f in chosen if f.path.lower().endswith(_SUFFIXES[kind])]
-    if known:
-        taken = set(known)
-        left_out += [
-            SkippedFile(f.path, f"its name is not that of a {kind} file")
-            for f in chosen
-            if f not in taken and not _is_marker(f)
-        ]
-    return _find_table(kind, files, known or chosen, options), left_out
+    # counts. Spark and pyarrow skip names that begin with "_".
+    tables = [f for f in chosen if f.path.lower().endswith(_SUFFIXES[kind])]
+    if tables:
+        others = set(chosen) - set(tables)
+        reason = f"its name is not that of a {kind} file"
+        markers = {f for f in others if f.path.rpartition("/")[2].startswith("_")}
+        skipped += [SkippedFile(f.path, reason) for f in chosen if f in others - markers]
+    return _with_schema_of(parent, _find_table(kind, files, tables or chosen, options)), skipped
 
 
-def _is_marker(file: SourceFile) -> bool:
-    """Return whether a file holds no records by convention: Spark and pyarrow skip names that begin with "_"."""
-    return file.path.rsplit("/", 1)[-1].startswith("_")
-
-
-def _find_table(kind: Kind, files: Files, found: Sequence[SourceFile], options: PackOptions) -> RecordSource:
+def _find_table(kind: SourceKind, files: Files, found: Sequence[SourceFile], options: PackOptions) -> RecordSource:
     given = options.schema
     if given is None or isinstance(given, Mapping):
         find = parquet.find_parquet if kind == "parquet" else jsonl.find_jsonl
@@ -167,38 +180,39 @@ def _find_table(kind: Kind, files: Files, found: Sequence[SourceFile], options: 
         whole = parquet.find_parquet(files, found, {})
         whole.schema.select(Schema.of(given).names)  # raises SchemaError for a column that the files lack
         return replace(whole, schema=Schema.of(given))
-    partitions = Partitions.find(files, found)
-    return jsonl.JsonLines(files, Schema.of(given), jsonl.split_files(found), partitions)
+    return jsonl.JsonLines(files, Schema.of(given), jsonl.split_files(found), find_partitions(files, found))
 
 
-def with_schema(source: RecordSource, there: Schema) -> RecordSource:
-    """Return the source with the schema of the data set that it is appended to.
+def _with_schema_of(parent: Version | None, source: RecordSource) -> RecordSource:
+    """Return the source with the schema of the data set that it is appended to, if any.
 
     If a table has the data set's columns, its inferred types are ignored: each value is checked when it is written.
-    Raises SchemaError.
+    Raises SchemaError if the columns differ, or the images have other classes or encodings.
     """
-    names = set(source.schema.names)
-    if isinstance(source, jsonl.JsonLines) and names <= set(there.names):
-        return replace(source, schema=there)
-    if isinstance(source, parquet.ParquetFiles) and names == set(there.names):
-        return replace(source, schema=there)
-    check_same_schema(there, source.schema)
+    if parent is None:
+        return source
+    names, expected = set(source.schema.names), set(parent.schema.names)
+    if isinstance(source, jsonl.JsonLines) and names <= expected:
+        return replace(source, schema=parent.schema)
+    if isinstance(source, parquet.ParquetFiles) and names == expected:
+        return replace(source, schema=parent.schema)
+    check_same_schema(parent.schema, source.schema)
     return source
 
 
-def divide_splits(parts: Sequence[InputSplit], jobs: int, shard_bytes: int) -> list[tuple[InputSplit, ...]]:
+def divide_splits(splits: Sequence[InputSplit], jobs: int, shard_bytes: int) -> list[tuple[InputSplit, ...]]:
     """Return the splits divided into tasks of neighbouring splits with about equal bytes, in order.
 
     One job has one task; several jobs have one to four tasks each.
     """
-    total = sum(part.n_bytes for part in parts)
-    n_shares = 1
+    total = sum(split.n_bytes for split in splits)
+    n_tasks = 1
     if jobs > 1:
-        n_shares = max(jobs, min(_SHARES_A_JOB * jobs, total // (_SHARDS_A_SHARE * shard_bytes)))
-    shares: list[list[InputSplit]] = [[] for _ in range(min(n_shares, max(len(parts), 1)))]
+        n_tasks = max(jobs, min(_TASKS_PER_JOB * jobs, total // (_SHARDS_PER_TASK * shard_bytes)))
+    tasks: list[list[InputSplit]] = [[] for _ in range(min(n_tasks, max(len(splits), 1)))]
     before = 0
-    for part in parts:
-        middle = before + part.n_bytes / 2
-        shares[min(int(middle * len(shares) / total), len(shares) - 1) if total else 0].append(part)
-        before += part.n_bytes
-    return [tuple(share) for share in shares if share]
+    for split in splits:
+        middle = before + split.n_bytes / 2
+        tasks[min(int(middle * len(tasks) / total), len(tasks) - 1) if total else 0].append(split)
+        before += split.n_bytes
+    return [tuple(task) for task in tasks if task]
