@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakValueDictionary
 
 import fsspec
@@ -31,8 +31,6 @@ from tiercache.integrations.fsspec_files import CachedFile, ObjectReader, Writte
 from tiercache.model import ByteRange
 from tiercache.store import FsspecStore, check_key, redact
 from tiercache.store.range_reads import ProcessLocal
-
-Verb: TypeAlias = Callable[..., Any]
 
 _CHAIN = re.compile(r"tiercache(?:://|::)")
 _MAGIC = re.compile(r"[*?\[]")
@@ -54,16 +52,29 @@ def literal_prefix(path: str) -> str:
     return _MAGIC.split(path)[0].rpartition("/")[0] if _MAGIC.search(path) else path
 
 
-def _delegate(method: str, paths: Iterable[str] = (), written: Iterable[str] = ()) -> Verb:
-    """Return a method that calls the target's method.
+# Methods of a file system that do not read contents: names of their leading path arguments, and of the written paths.
+_ONE_PATH = (
+    "ls info exists lexists isdir isfile find walk glob du size expand_path created modified checksum ukey sign mkdir "
+    "makedirs rmdir invalidate_cache"
+)
+_PATH_METHODS = {
+    **dict.fromkeys(_ONE_PATH.split(), ("path", "")),
+    **dict.fromkeys(("pipe", "pipe_file", "rm", "rm_file", "touch"), ("path", "path")),
+    "sizes": ("paths", ""),
+    "start_transaction": ("", ""),
+    "end_transaction": ("", ""),
+    "put": ("lpath rpath", "rpath"),
+    "put_file": ("lpath rpath", "rpath"),
+    "copy": ("path1 path2", "path2"),
+    "cp_file": ("path1 path2", "path2"),
+    "mv": ("path1 path2", "path1 path2"),
+}
 
-    Args:
-        method: Name of the method.
-        paths: Names of the leading arguments that are paths.
-        written: Names of the paths whose cached copies are dropped after the call.
-    """
-    names = tuple(paths)
-    dropped = [names.index(name) for name in written]
+
+def _delegate(method: str, paths: str, written: str) -> Callable[..., Any]:
+    """Return a method that calls the target's method, and drops the cached copies of the written paths after it."""
+    names = paths.split()
+    dropped = [names.index(name) for name in written.split()]
 
     def call(self: Any, *arguments: Any, **options: Any) -> Any:
         given = [*arguments[: len(names)], *(options.pop(name) for name in names[len(arguments) :] if name in options)]
@@ -79,33 +90,11 @@ def _delegate(method: str, paths: Iterable[str] = (), written: Iterable[str] = (
 
 
 class DelegatedMethods:
-    """All methods of a file system except those that read contents.
-
-    The subclass provides fs (the target) and drop().
-    """
+    """The methods of _PATH_METHODS. The subclass provides fs (the target) and drop()."""
 
 
-_OF_ONE_PATH = (
-    "ls info exists lexists isdir isfile find walk glob du size expand_path created modified checksum ukey sign mkdir "
-    "makedirs rmdir invalidate_cache"
-)
-_THAT_WRITE_ONE_PATH = "pipe pipe_file rm rm_file touch"
-_OTHERS = {
-    "sizes": ("paths", ""),
-    "start_transaction": ("", ""),
-    "end_transaction": ("", ""),
-    "put": ("lpath rpath", "rpath"),
-    "put_file": ("lpath rpath", "rpath"),
-    "copy": ("path1 path2", "path2"),
-    "cp_file": ("path1 path2", "path2"),
-    "mv": ("path1 path2", "path1 path2"),
-}
-for _method, (_paths, _written) in {
-    **dict.fromkeys(_OF_ONE_PATH.split(), ("path", "")),
-    **dict.fromkeys(_THAT_WRITE_ONE_PATH.split(), ("path", "path")),
-    **_OTHERS,
-}.items():
-    setattr(DelegatedMethods, _method, _delegate(_method, _paths.split(), _written.split()))
+for _method, (_paths, _written) in _PATH_METHODS.items():
+    setattr(DelegatedMethods, _method, _delegate(_method, _paths, _written))
 
 
 # Options that say on which server an object is; they are never secret. Objects with the same path, size and date on
@@ -121,24 +110,22 @@ _HTTP = re.compile(r"(https?://[^/]+)/(.+)")
 
 
 class TargetFileSystem:
-    """A file system of fsspec, given by its class and options.
+    """A file system that users see: `given` in the process that gave it, otherwise made by make() in each process.
 
-    Safe for threads; a forked child creates its own instance.
-
-    Values of options are never shown.
+    Safe for threads. Values of options are never shown.
     """
 
     def __init__(self, make: Callable[[], Any], given: Any = None) -> None:
-        """Open the file system."""
         first = [given]
         # A given instance serves only the process that gave it, because clients and event loops do not survive a fork.
         self._fs: ProcessLocal[Any] = ProcessLocal(lambda: (first and first.pop()) or make(), id)
         kind, arguments, options = type(self.fs), self.fs.storage_args, dict(self.fs.storage_options)
-        self.protocol: str = _first(kind.protocol)
+        self.protocol: str = kind.protocol if isinstance(kind.protocol, str) else kind.protocol[0]
         self._make = partial(private_copy, kind, arguments, options)
         # A hash that stays in memory, because it covers secrets too.
         self._digest = blake2b(repr((kind, arguments, sorted(options.items()))).encode()).digest()
-        self._place = "/".join(_places(_named(kind, arguments, options)))
+        names = list(inspect.signature(kind.__init__).parameters)[1:]
+        self._place = "/".join(_places({**dict(zip(names, arguments, strict=False)), **options}))
 
     def __repr__(self) -> str:
         return f"Target({self.protocol!r})"
@@ -171,26 +158,22 @@ _stores: WeakValueDictionary[tuple[bytes, str], FsspecStore] = WeakValueDictiona
 def split_path(path: str) -> tuple[str, str] | None:
     """Split the path of a file system into (root, key): its bucket, host or top folder, and the rest.
 
-    Returns None if the object cannot be cached: the path of a version or with a signature ("?", with HTTP also "#"), of
+    None if the object cannot be cached: the path of a version or with a signature ("?", with HTTP also "#"), of
     an S3 access point, of a file directly below "/", or a path that is not a key (see check_key).
     """
-    match = _HTTP.fullmatch(path)
-    if match is not None:
+    if "?" in path or path.startswith("arn:"):
+        return None
+    if (match := _HTTP.fullmatch(path)) is not None:
+        if "#" in path:
+            return None
         root, key = match[1], match[2]
     else:
-        start = 1 if path.startswith("/") else 0
-        cut = path.find("/", start)
+        cut = path.find("/", 1 if path.startswith("/") else 0)
         root, key = ("", path) if cut < 0 else (path[:cut], path[cut + 1 :])
-    if "?" in path or path.startswith("arn:") or (match is not None and "#" in path):
-        return None
     try:
         return root, check_key(key)
     except ValueError:
         return None
-
-
-def _first(protocol: str | tuple[str, ...] | list[str]) -> str:
-    return protocol if isinstance(protocol, str) else protocol[0]
 
 
 def private_copy(kind: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
@@ -201,12 +184,6 @@ def private_copy(kind: Callable[..., Any], arguments: tuple[Any, ...], options: 
         return kind(*arguments, **{**kept, "use_listings_cache": False}, skip_instance_cache=True)
     except TypeError:  # a class that does not pass on unknown options has no fsspec listings cache
         return kind(*arguments, **kept, skip_instance_cache=True)
-
-
-def _named(kind: type[Any], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all options by name, including those that were given by position."""
-    names = list(inspect.signature(kind.__init__).parameters)[1:]
-    return {**dict(zip(names, arguments, strict=False)), **options}
 
 
 def _places(options: Mapping[str, Any]) -> list[str]:
@@ -378,10 +355,7 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
         return None if wanted is None else ObjectReader(store, wanted)
 
     def _open_cache(self) -> Cache | None:
-        """Return the cache.
-
-        If the default cache cannot be opened, warn and return None, because the user did not name it.
-        """
+        """Return the cache; None, with a warning, if the default cache cannot be opened: the user did not name it."""
         if self._cache is None and not self._is_uncached:
             size = None if self._cache_size is None else str(self._cache_size)
             try:
@@ -446,23 +420,21 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
         names = list(dict.fromkeys(paths))
         with ExitStack() as stack:
             opened = map_parallel(lambda path: self._reading(self._strip_protocol(path), options), names)
-            readings = dict(zip(names, opened, strict=True))
-            wanted = {stack.enter_context(one): list[ByteRange]() for one in opened if one is not None}
-            for path, start, end in zip(paths, first, last, strict=True):
-                reading = readings[path]
-                if reading is not None:
-                    wanted[reading].append(_slice(start, end, reading.n_bytes))
-            for one, ranges in wanted.items():
-                one.prefetch(ranges)
+            readers = dict(zip(names, opened, strict=True))
+            ranges = {stack.enter_context(one): list[ByteRange]() for one in opened if one is not None}
+            items = list(zip(paths, first, last, strict=True))
+            for path, start, end in items:
+                if (reader := readers[path]) is not None:
+                    ranges[reader].append(_slice(start, end, reader.n_bytes))
+            for one, wanted in ranges.items():
+                one.prefetch(wanted)
 
-            def read(number: int) -> bytes:
-                path, start, end = paths[number], first[number], last[number]
-                reading = readings[path]
-                if reading is None:
+            def read(path: str, start: int | None, end: int | None) -> bytes:
+                if (reader := readers[path]) is None:
                     return bytes(self.fs.cat_file(without_protocol(path), start, end, **options))
-                return reading.read(_slice(start, end, reading.n_bytes))
+                return reader.read(_slice(start, end, reader.n_bytes))
 
-            return map_parallel(lambda number: _tried(lambda: read(number), on_error != "raise"), range(len(paths)))
+            return map_parallel(lambda item: _tried(lambda: read(*item), on_error != "raise"), items)
 
     def get(
         self,
@@ -474,7 +446,7 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
         **options: Any,
     ) -> None:
         """Copy files and folders to local paths in parallel, with fsspec's rules for the destination paths."""
-        planned = _Planned(self)
+        planned = _CopyRecorder(self)
         ChainedFileSystem.get(planned, rpath, lpath, recursive=recursive, maxdepth=maxdepth)
         callback.set_size(len(planned.pairs))
 
@@ -528,7 +500,7 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
         return self.fs.transaction
 
 
-class _Planned:
+class _CopyRecorder:
     """A file system for fsspec's get(), which copies files one by one: it records the copies instead."""
 
     def __init__(self, fs: TierCacheFileSystem) -> None:
@@ -587,15 +559,12 @@ def _tried(call: Callable[[], T], keeps_error: bool) -> T | Exception:
 
 
 def map_parallel(call: Callable[[A], T], items: Iterable[A]) -> list[T]:
-    """Return the results of calls for all items, run in parallel.
-
-    The first error is raised after all calls have ended.
-    """
-    asked = list(items)
-    if len(asked) < 2:
-        return [call(item) for item in asked]
-    with ThreadPoolExecutor(min(N_AT_ONCE, len(asked)), thread_name_prefix="tiercache-fsspec") as pool:
-        return list(pool.map(call, asked))
+    """Return the results of calls for all items, run in parallel. The first error is raised after all calls."""
+    items = list(items)
+    if len(items) < 2:
+        return [call(item) for item in items]
+    with ThreadPoolExecutor(min(N_AT_ONCE, len(items)), thread_name_prefix="tiercache-fsspec") as pool:
+        return list(pool.map(call, items))
 
 
 def _copy(reading: ObjectReader, out: Any, callback: Any) -> None:

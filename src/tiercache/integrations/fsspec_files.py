@@ -8,11 +8,11 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tiercache.errors import ObjectChanged
 from tiercache.model import ByteRange
-from tiercache.store import StoreFile, redact
+from tiercache.store import Span, StoreFile, redact
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,10 +36,9 @@ BLOCK_BYTES = 256 << 10
 
 
 class ReadaheadPolicy:
-    """Readahead policy of one reader: how many bytes to fetch beyond a read. Pure; needs no lock."""
+    """Readahead policy of one reader: how many bytes, at most most_bytes, to fetch beyond a read. Needs no lock."""
 
     def __init__(self, most_bytes: int = MOST_AHEAD_BYTES) -> None:
-        """Start without history. most_bytes: Maximum readahead in bytes."""
         self._most_bytes = most_bytes
         self._next, self._n_in_a_row, self._run_bytes = -1, 0, 0
 
@@ -65,7 +64,6 @@ class ObjectReader:
     """
 
     def __init__(self, store: CachedStore, wanted: CopySpec) -> None:
-        """Take a lease on the cached copy, which may still have to be fetched."""
         self.store, self.key, self.n_bytes = store, wanted.key, wanted.n_bytes
         self._wanted = wanted
         self._lease: CopyLease | None = store.open_copy(wanted)
@@ -88,16 +86,22 @@ class ObjectReader:
         return whole.getvalue()
 
     def read_into(self, wanted: ByteRange, buffer: memoryview, *, ahead_bytes: int = 0) -> None:
-        """Fill buffer with a range that ends within the object. Raises NotFound, ObjectChanged, StoreError."""
+        """Fill buffer with a range that ends within the object, and fetch up to ahead_bytes after it.
+
+        The call waits for a small block of the bytes ahead only. Raises NotFound or ObjectChanged if the range is not
+        cached and the object is gone or replaced, and StoreError.
+        """
         if not wanted.n_bytes:
             return
         with self._lock:
             start = wanted.start - self._block_start
             if start >= 0 and start + wanted.n_bytes <= len(self._block):
                 buffer[:] = memoryview(self._block)[start : start + wanted.n_bytes]
-                return
-            if not self._read_cached(wanted, buffer, ahead_bytes):
-                self._read_source(wanted, buffer, ahead_bytes)
+            elif not self._read_cached(wanted, buffer, ahead_bytes):
+                self._read_block(self._until(wanted, ahead_bytes), buffer, self._read_source)
+
+    def _until(self, wanted: ByteRange, ahead_bytes: int) -> ByteRange:
+        return ByteRange(wanted.start, min(wanted.end + ahead_bytes, self.n_bytes))
 
     def _read_cached(self, wanted: ByteRange, buffer: memoryview, ahead_bytes: int) -> bool:
         """Read from the copy. Return False if the range will not be cached. A wrong copy is fetched again."""
@@ -110,58 +114,41 @@ class ObjectReader:
             if not (lease.present([wanted]) or lease.wait([wanted])):
                 return False
             block = self._until(wanted, min(ahead_bytes, BLOCK_BYTES))
-            if block != wanted and lease.present([block]) and self._keep_block(lease, block, buffer):
-                return True
-            if self._checked(lease, wanted, buffer):
+            if self._read_block(block if lease.present([block]) else wanted, buffer, self._read_copy):
                 return True
             lease.close()
             self._lease = self.store.open_copy(self._wanted)
         return False
 
-    def _checked(self, lease: CopyLease, wanted: ByteRange, buffer: memoryview) -> bool:
-        """Read cached bytes, and verify each unit's checksum: no other code checks these bytes."""
-        spans = [(wanted, buffer)]
-        # Read through the lease if it is on a partial copy, because the partial copy of a changed object has lost its
-        # name. Otherwise read by name, which also removes a wrong copy from the cache.
-        return lease.read(spans) or self.store.read_copy(self._wanted, spans)
-
-    def _keep_block(self, lease: CopyLease, block: ByteRange, buffer: memoryview) -> bool:
-        """Read a cached block into memory for a sequential reader of small pieces.
-
-        Return False if the block is wrong.
-        """
+    def _read_block(self, block: ByteRange, buffer: memoryview, read: Callable[[list[Span]], bool]) -> bool:
+        """Read a block that begins with the wanted range; keep a longer one for a sequential reader of small pieces."""
+        if block.n_bytes == buffer.nbytes:
+            return read([(block, buffer)])
         data = bytearray(block.n_bytes)
-        if not self._checked(lease, block, memoryview(data)):
+        if not read([(block, memoryview(data))]):
             return False
         self._block_start, self._block = block.start, data
         buffer[:] = memoryview(data)[: buffer.nbytes]
         return True
 
-    def _until(self, wanted: ByteRange, ahead_bytes: int) -> ByteRange:
-        return ByteRange(wanted.start, min(wanted.end + ahead_bytes, self.n_bytes))
+    def _read_copy(self, spans: list[Span]) -> bool:
+        """Read cached bytes, and verify each unit's checksum: no other code checks these bytes."""
+        # Read through the lease if it is on a partial copy, because the partial copy of a changed object has lost its
+        # name. Otherwise read by name, which also removes a wrong copy from the cache.
+        lease = self._lease
+        return (lease is not None and lease.read(spans)) or self.store.read_copy(self._wanted, spans)
 
-    def _read_source(self, wanted: ByteRange, buffer: memoryview, ahead_bytes: int) -> None:
-        """Read ranges from the source. A sequential reader of small pieces is served from a larger block."""
-        block = self._until(wanted, ahead_bytes)
-        if block == wanted:
-            self._from_source(wanted, buffer)
-            return
-        data = bytearray(block.n_bytes)
-        self._from_source(block, memoryview(data))
-        self._block_start, self._block = block.start, data
-        buffer[:] = memoryview(data)[: wanted.n_bytes]
-
-    def _from_source(self, wanted: ByteRange, buffer: memoryview) -> None:
+    def _read_source(self, spans: list[Span]) -> bool:
         if_match = self._wanted.if_match
-        self.store.inner.read_into(self._wanted.key, [(wanted, buffer)], if_match=if_match)
-        if if_match is not None:
-            return
-        # Without an ETag to check, the object must have the same description after the read.
-        found = self.store.wanted(self._wanted.key)
-        if found is None or found.name != self._wanted.name:
-            raise ObjectChanged(
-                url=self._wanted.source, expected=self._wanted.etag, found=None if found is None else found.etag
-            )
+        self.store.inner.read_into(self._wanted.key, spans, if_match=if_match)
+        if if_match is None:
+            # Without an ETag to check, the object must have the same description after the read.
+            found = self.store.wanted(self._wanted.key)
+            if found is None or found.name != self._wanted.name:
+                raise ObjectChanged(
+                    url=self._wanted.source, expected=self._wanted.etag, found=None if found is None else found.etag
+                )
+        return True
 
     def close(self) -> None:
         """Release the lease. Repeated calls have no effect."""
@@ -176,17 +163,14 @@ class ObjectReader:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _renew_lock(self) -> None:
-        """Create a new lock in a forked child, because a thread of the parent may have held the old one."""
-        self._lock = Lock()
-
 
 _readings: weakref.WeakSet[ObjectReader] = weakref.WeakSet()
 
 
 def _renew_locks() -> None:
+    # A thread of the parent may have held a lock at the fork.
     for reading in list(_readings):
-        reading._renew_lock()  # noqa: SLF001 - same module
+        reading._lock = Lock()  # noqa: SLF001 - same module
 
 
 os.register_at_fork(after_in_child=_renew_locks)
@@ -196,29 +180,14 @@ os.register_at_fork(after_in_child=_renew_locks)
 BUFFER_BYTES = 8192
 
 
-class FileSystem(Protocol):
-    """The methods of the file system that a file uses."""
-
-    def open(self, path: str, mode: str, **options: Any) -> Any:
-        """Open a file of that path."""
-
-    def info(self, path: str) -> dict[str, Any]:
-        """Return the target's description of the path."""
-
-    def unstrip_protocol(self, name: str) -> str:
-        """Return the URL of a path."""
-
-
 class CachedFile(io.BufferedReader):
-    """A file of the cache, open for reading.
+    """A file of the cache, open for reading. It reads the object that was opened, even if the object is replaced.
 
-    It always reads the object that was opened, even if the object is replaced.
-
-    Safe for threads, which share one position. A pickled file opens the path again at the same position.
+    It owns `reading`; block_bytes limits its readahead. Safe for threads, which share one position. A pickled file
+    opens the path again at the same position.
     """
 
-    def __init__(self, fs: FileSystem, path: str, reading: ObjectReader, block_bytes: int | None = None) -> None:
-        """Take ownership of reading."""
+    def __init__(self, fs: Any, path: str, reading: ObjectReader, block_bytes: int | None = None) -> None:
         raw = _RawFile(reading, ReadaheadPolicy(block_bytes or MOST_AHEAD_BYTES))
         super().__init__(raw, BUFFER_BYTES)
         self._source = raw
@@ -260,16 +229,17 @@ class CachedFile(io.BufferedReader):
     @property
     def full_name(self) -> str:
         """URL that opens the file again."""
-        return self.fs.unstrip_protocol(self.path)
+        return str(self.fs.unstrip_protocol(self.path))
 
     @property
     def details(self) -> Mapping[str, Any]:
         """The target's present description of the path."""
-        return self.fs.info(self.path)
+        return self.info()
 
     def info(self) -> Mapping[str, Any]:
         """Return the target's present description of the path."""
-        return self.details
+        found: Mapping[str, Any] = self.fs.info(self.path)
+        return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (self.fs, self.path, self.tell(), self.blocksize)
@@ -281,7 +251,7 @@ class CachedFile(io.BufferedReader):
         return f"<{type(self).__name__} {redact(self.path)!r}>"
 
 
-def _reopened(fs: FileSystem, path: str, position: int, block_bytes: int) -> Any:
+def _reopened(fs: Any, path: str, position: int, block_bytes: int) -> Any:
     file = fs.open(path, "rb", block_size=block_bytes)
     file.seek(position)
     return file
@@ -315,7 +285,6 @@ class WrittenFile:
     """A file of the target, open for writing. Closing it drops the cached copy of its former contents."""
 
     def __init__(self, file: Any, drop: Callable[[], None]) -> None:
-        """Take ownership of file."""
         self._file, self._drop = file, drop
 
     def __getattr__(self, name: str) -> Any:
