@@ -60,17 +60,17 @@ def test_attempts_total_time_and_deadline_end_it():
         assert len(calls) == len(clock.slept) + 1
 
 
-def test_cancelling_ends_a_pause_at_once():
-    cancel = Event()
+def test_a_set_stop_event_ends_a_pause_at_once():
+    call = limit(FakeClock())
     attempt, calls = failing(10**9, retryable=True)
 
-    def cancelling():
+    def stopping():
         if len(calls) == 2:
-            cancel.set()
+            call.stop.set()
         return attempt()
 
-    with pytest.raises(StoreError, match="cancelled"):
-        with_retries(cancelling, RetryPolicy(first_s=9, longest_s=9), limit(FakeClock(), cancel=cancel))
+    with pytest.raises(StoreError, match="no"):
+        with_retries(stopping, RetryPolicy(first_s=9, longest_s=9), call)
     assert len(calls) == 3
 
 

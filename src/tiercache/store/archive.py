@@ -18,7 +18,7 @@ from tiercache.model import ObjectInfo
 from tiercache.prices import Speed
 from tiercache.store import CloudStore, open_store
 from tiercache.store.contract import Buffer, Upload, check_key, check_part, parts_in_order
-from tiercache.store.range_reads import worker_pool
+from tiercache.store.range_reads import ProcessLocal, worker_pool
 from tiercache.store.retry import CallLimit, CallMonitor, RetryPolicy, with_retries
 from tiercache.store.s3 import (
     Boto3Client,
@@ -152,7 +152,7 @@ class S3Archive:
         self._timeout_s, self._awaited = calls.timeout_s, calls.wait_target
         self._sizes, self._policy, self._clock = sizes or CopySizes(), policy or RetryPolicy(), clock
         self._pool = worker_pool(self._sizes.n_parts)
-        self._under_way = CallMonitor()
+        self._monitor = ProcessLocal(CallMonitor, CallMonitor.close)
 
     @classmethod
     def of(cls, store: CloudStore, *, sizes: CopySizes | None = None) -> S3Archive:
@@ -172,7 +172,7 @@ class S3Archive:
 
     def close(self) -> None:
         """End the threads of this process and close its connections."""
-        self._under_way.close()
+        self._monitor.drop()
         self._pool.drop()
         self.calls.close()
 
@@ -204,7 +204,7 @@ class S3Archive:
 
         if copies:
             return with_retries(attempt, self._policy, limit)
-        return self._under_way.retrying(attempt, self._policy, limit)
+        return self._monitor.get().run(attempt, self._policy, limit)
 
     def head(self, key: str) -> ObjectInfo:
         """Return the object with class, `restore` (S3's x-amz-restore) and the CRC-32C of the whole.

@@ -202,7 +202,7 @@ class FsspecClient(ObjectClient):
         with self.errors(key, "head"):
             return self._info(key)
 
-    def get(self, key: str, piece_bytes: int, on_piece: Callable[[], None]) -> bytes:  # noqa: ARG002 - one piece
+    def get(self, key: str, on_piece: Callable[[], None]) -> bytes:  # noqa: ARG002 - one piece
         """Read by cat_file()."""
         with self.errors(key, "get"):
             self._info(key)  # some file systems read a folder as b""
@@ -222,7 +222,6 @@ class FsspecClient(ObjectClient):
         key: str,
         wanted: ByteRange,
         if_match: str | None,  # noqa: ARG002 - see checks_etag
-        piece_bytes: int,  # noqa: ARG002 - one piece
     ) -> tuple[ObjectInfo | None, Iterable[memoryview]]:
         """Read by cat_file()."""
         fs, path = self.at(key)
@@ -351,7 +350,7 @@ class S3fsClient(FsspecClient):
         said = self.call("head_object", key)
         return _answered(key, said, said["ContentLength"])
 
-    def get(self, key: str, piece_bytes: int, on_piece: Callable[[], None]) -> bytes:  # noqa: ARG002 - one piece
+    def get(self, key: str, on_piece: Callable[[], None]) -> bytes:  # noqa: ARG002 - one piece
         """Send one GET."""
         with self.errors(key, "get"):
             return self._get(key)[0]
@@ -362,11 +361,7 @@ class S3fsClient(FsspecClient):
             return self._get(key, Range=f"bytes=-{n_bytes}")
 
     def range(
-        self,
-        key: str,
-        wanted: ByteRange,
-        if_match: str | None,
-        piece_bytes: int,  # noqa: ARG002 - one piece
+        self, key: str, wanted: ByteRange, if_match: str | None
     ) -> tuple[ObjectInfo | None, Iterable[memoryview]]:
         """Send one GET."""
         condition = {} if if_match is None else {"IfMatch": if_match}

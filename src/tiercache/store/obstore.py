@@ -24,7 +24,6 @@ from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.credentials import Credentials, refused_error, s3_access, wait_target
 from tiercache.store.options import CloudOptions, hide_secrets, server_url
-from tiercache.store.range_reads import ProcessLocal
 from tiercache.store.remote import RETRYABLE_STATUSES, ObjectClient, ObjectWriter
 
 _STATUS = re.compile(r"status code: (\d{3})\b ?([^:\n]*):? ?(.*)", re.DOTALL)
@@ -134,8 +133,11 @@ def _shown(text: str, status: int | None, said: dict[str, str], endpoint: str) -
 
 # obstore sends the parts of an upload as many requests, which it therefore retries itself.
 _INNER_RETRIES = 8
-_NO_RETRIES = {"max_retries": 0}
 _PAGE_KEYS = 1000
+# A longer body is read in pieces of this size, so that a call that has ended stops early.
+_PIECE_BYTES = 1 << 20
+# Each piece counts as progress: a connection with fewer bytes per second than this counts as stalled.
+_SLOWEST_BYTES_S = 32 << 10
 _WRITER_PART_BYTES = 8 << 20
 _WRITER_PARTS_AT_ONCE = 4
 _ERRORS = (obstore.exceptions.BaseError, OSError, NotImplementedError)
@@ -168,15 +170,6 @@ class BucketFolder:
         return f"BucketFolder({self.url!r})"
 
 
-@dataclass(frozen=True, slots=True)
-class _Access:
-    """How this process reaches the store: options without keys, the source of the keys, and the server."""
-
-    config: Mapping[str, Any]
-    credentials: Credentials | None
-    endpoint: str
-
-
 class ObstoreClient(ObjectClient):
     """obstore's functions. Must not be used where is_usable_here() is false."""
 
@@ -184,36 +177,51 @@ class ObstoreClient(ObjectClient):
 
     def __init__(self, place: BucketFolder, options: CloudOptions, counters: Counters) -> None:
         self.place, self.url, self.counters = place, place.url, counters
-        self._access = ProcessLocal(lambda: self._find_access(options), lambda _access: None)
-        inner = {"max_retries": _INNER_RETRIES, "retry_timeout": timedelta(seconds=options.timeout_s)}
-        self._once = ProcessLocal(lambda: self._open(options, _NO_RETRIES), lambda _client: None)
-        self._repeating = ProcessLocal(lambda: self._open(options, inner), lambda _client: None)
-
-    def _find_access(self, options: CloudOptions) -> _Access:
-        config, credentials = dict(options.config), None
-        if self.place.cloud == "s3":
-            config, credentials = s3_access(options, self.place.url)
-        return _Access(config, credentials, server_url(self.place.cloud, self.place.bucket, config))
+        self._options, self._config = options, dict(options.config)
+        self._credentials: Credentials | None = None
+        if place.cloud == "s3":
+            self._config, self._credentials = s3_access(options, place.url)
+        self._endpoint = server_url(place.cloud, place.bucket, self._config)
+        self._piece_bytes = min(_PIECE_BYTES, max(64 << 10, int(options.timeout_s * _SLOWEST_BYTES_S)))
+        self._stores: dict[int, Any] = {}  # by the number of retries
 
     def wait_target(self) -> str:
         """Return the name of what a request waits for now, for messages."""
-        access = self._access.get()
-        return wait_target(access.endpoint, access.credentials)
+        return wait_target(self._endpoint, self._credentials)
 
-    def _open(self, options: CloudOptions, retries: Mapping[str, Any]) -> Any:
-        return _open(self.place, self._access.get(), options, retries)
+    def _store(self, max_retries: int = 0) -> Any:
+        store = self._stores.get(max_retries)
+        return self._stores.setdefault(max_retries, self._open(max_retries)) if store is None else store
+
+    def _open(self, max_retries: int) -> Any:
+        global _first_user_pid
+        if _first_user_pid is None:
+            _first_user_pid = os.getpid()
+        stores: Any = obstore.store  # the types of its options do not exist at run time
+        place, options = self.place, self._options
+        retries = {"max_retries": max_retries, "retry_timeout": timedelta(seconds=options.timeout_s)}
+        common: dict[str, Any] = {"client_options": options.for_obstore(), "retry_config": retries}
+        if place.cloud == "http":
+            return stores.HTTPStore(place.bucket, **common)
+        common |= {"config": dict(self._config), "prefix": place.prefix or None}
+        provider = options.credentials if self._credentials is None else self._credentials.for_obstore
+        if provider is not None:
+            common["credential_provider"] = provider
+        if place.cloud == "gs":
+            return stores.GCSStore(place.bucket, **common)
+        if place.cloud == "az":
+            return stores.AzureStore(place.bucket, **common)
+        common["config"].setdefault("copy_if_not_exists", "multipart")
+        return stores.S3Store(place.bucket, **common)
 
     def close(self) -> None:
-        """Close this process's connections."""
-        self._once.drop()
-        self._repeating.drop()
-        self._access.drop()
+        """Close the connections."""
+        self._stores.clear()
 
     @contextmanager
     def errors(self, key: str, doing: str) -> Iterator[None]:
         """See ObjectClient."""
-        access, number = self._access.get(), 0
-        credentials = access.credentials
+        credentials, number = self._credentials, 0
         if credentials is not None:
             credentials.get()  # read here, because obstore would hide the type of their error
             number = credentials.number
@@ -223,24 +231,17 @@ class ObstoreClient(ObjectClient):
         except StoreError:
             raise  # NotFound is also an OSError
         except _ERRORS as error:
-            # From None: obstore's own text may contain a signed URL.
-            raise self._refused(
-                to_store_error(error, doing, self.url_of(key), access.endpoint), credentials, number
-            ) from None
-
-    def _refused(self, error: StoreError, credentials: Credentials | None, number: int) -> StoreError:
-        """Return the error, or an error worth another attempt if new credentials are available."""
-        found = refused_error(error, credentials, number)
-        if found.details.get("renewed"):  # obstore keeps the old keys until they expire
-            self._once.drop()
-            self._repeating.drop()
-        return found
+            failed = to_store_error(error, doing, self.url_of(key), self._endpoint)
+            refused = refused_error(failed, credentials, number)
+            if refused.details.get("renewed"):  # obstore keeps the old keys until they expire
+                self._stores.clear()
+            raise refused from None  # from None: obstore's own text may contain a signed URL
 
     def head(self, key: str) -> ObjectInfo:
         """Send HEAD."""
         try:
             with self.errors(key, "head"):
-                return to_object_info(key, obstore.head(self._once.get(), key))
+                return to_object_info(key, obstore.head(self._store(), key))
         except StoreError as error:
             if self.place.cloud != "s3" or error.status not in (400, 401, 403) or error.details.get("renewed"):
                 raise
@@ -248,20 +249,20 @@ class ObstoreClient(ObjectClient):
         # The answer to a HEAD has no body with a reason; a GET of one byte is refused for the same reason.
         try:
             with self.errors(key, "head"):
-                obstore.get(self._once.get(), key, options={"range": (0, 1)})
+                obstore.get(self._store(), key, options={"range": (0, 1)})
         except StoreError as error:
             if error.code or error.details.get("renewed"):
                 raise
         raise refused
 
-    def get(self, key: str, piece_bytes: int, on_piece: Callable[[], None]) -> bytes:
+    def get(self, key: str, on_piece: Callable[[], None]) -> bytes:
         """Send GET for a whole object."""
         with self.errors(key, "get"):
-            result = obstore.get(self._once.get(), key)
-            if result.meta["size"] <= piece_bytes:
+            result = obstore.get(self._store(), key)
+            if result.meta["size"] <= self._piece_bytes:
                 return bytes(result.bytes())
             pieces = []
-            for piece in result.stream(min_chunk_size=piece_bytes):
+            for piece in result.stream(min_chunk_size=self._piece_bytes):
                 pieces.append(piece)
                 on_piece()
             return b"".join(pieces)
@@ -269,56 +270,51 @@ class ObstoreClient(ObjectClient):
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
         """Send GET with a suffix range."""
         with self.errors(key, "read_tail"):
-            result = obstore.get(self._once.get(), key, options={"range": {"suffix": n_bytes}})
+            result = obstore.get(self._store(), key, options={"range": {"suffix": n_bytes}})
             return bytes(result.bytes()), to_object_info(key, result.meta)
 
-    def range(
-        self, key: str, wanted: ByteRange, if_match: str | None, piece_bytes: int
-    ) -> tuple[ObjectInfo, Iterable[memoryview]]:
+    def range(self, key: str, wanted: ByteRange, if_match: str | None) -> tuple[ObjectInfo, Iterable[memoryview]]:
         """Send GET for a range."""
         options: Any = {"range": (wanted.start, wanted.end)}
         if if_match is not None:
             options["if_match"] = if_match
-        result = obstore.get(self._once.get(), key, options=options)
-        if wanted.n_bytes <= piece_bytes:
+        result = obstore.get(self._store(), key, options=options)
+        if wanted.n_bytes <= self._piece_bytes:
             return to_object_info(key, result.meta), (memoryview(result.bytes()),)
-        return to_object_info(key, result.meta), map(memoryview, result.stream(min_chunk_size=piece_bytes))
+        return to_object_info(key, result.meta), map(memoryview, result.stream(min_chunk_size=self._piece_bytes))
 
     def put(self, key: str, body: bytes) -> ObjectInfo:
         """Send PUT."""
         with self.errors(key, "put"):
-            said = obstore.put(self._once.get(), key, body, use_multipart=False)
+            said = obstore.put(self._store(), key, body, use_multipart=False)
         return ObjectInfo(key, len(body), etag=said["e_tag"], version=said["version"])
 
     def put_new(self, key: str, body: bytes) -> ObjectInfo:
         """Send PUT with If-None-Match."""
         with self.conditional(key, "put_if_absent"):
-            said = obstore.put(self._once.get(), key, body, mode="create")
+            said = obstore.put(self._store(), key, body, mode="create")
         return ObjectInfo(key, len(body), etag=said["e_tag"], version=said["version"])
 
     def delete(self, keys: Sequence[str]) -> None:
         """Send DELETE, for up to 1,000 objects at once if the store supports it."""
         with self.errors(keys[0], "delete"):
-            obstore.delete(self._once.get(), keys[0] if len(keys) == 1 else keys)
+            obstore.delete(self._store(), keys[0] if len(keys) == 1 else keys)
 
     def pages(self, folder: str, after: str | None) -> Iterator[Sequence[ObjectInfo]]:
         """Yield pages of 1,000 objects."""
-        for page in obstore.list(self._once.get(), folder or None, offset=after, chunk_size=_PAGE_KEYS):
+        for page in obstore.list(self._store(), folder or None, offset=after, chunk_size=_PAGE_KEYS):
             yield [to_object_info(meta["path"], meta) for meta in page]
 
     def copy(self, src: str, dst: str) -> None:
         """Copy on the server, replacing an existing object."""
         with self.errors(src, f"copy to {dst}"):
-            obstore.copy(self._once.get(), src, dst)
+            obstore.copy(self._store(), src, dst)
 
     def open_writer(self, key: str) -> ObjectWriter:
         """Start a multipart upload whose requests obstore retries itself."""
+        store, sizes = self._store(_INNER_RETRIES), (_WRITER_PART_BYTES, _WRITER_PARTS_AT_ONCE)
         with self.errors(key, "create"):
-            return _ObstoreWriter(
-                obstore.open_writer(
-                    self._repeating.get(), key, buffer_size=_WRITER_PART_BYTES, max_concurrency=_WRITER_PARTS_AT_ONCE
-                )
-            )
+            return _ObstoreWriter(obstore.open_writer(store, key, buffer_size=sizes[0], max_concurrency=sizes[1]))
 
 
 class _ObstoreWriter:
@@ -332,33 +328,6 @@ class _ObstoreWriter:
 
     def abort(self) -> None:
         self._writer.__exit__(StoreError, None, None)
-
-
-def _open(
-    place: BucketFolder,
-    access: _Access,
-    options: CloudOptions,
-    retries: Mapping[str, Any],
-) -> Any:
-    global _first_user_pid
-    if _first_user_pid is None:
-        _first_user_pid = os.getpid()
-    stores: Any = obstore.store  # the types of its options do not exist at run time
-    common: dict[str, Any] = {"client_options": options.for_obstore(), "retry_config": dict(retries)}
-    if place.cloud == "http":
-        return stores.HTTPStore(place.bucket, **common)
-    config, credentials = dict(access.config), access.credentials
-    common["prefix"] = place.prefix or None
-    if credentials is not None:
-        common["credential_provider"] = credentials.for_obstore
-    elif options.credentials is not None:
-        common["credential_provider"] = options.credentials
-    if place.cloud == "gs":
-        return stores.GCSStore(place.bucket, config=config, **common)
-    if place.cloud == "az":
-        return stores.AzureStore(place.bucket, config=config, **common)
-    config.setdefault("copy_if_not_exists", "multipart")
-    return stores.S3Store(place.bucket, config=config, **common)
 
 
 def to_object_info(key: str, meta: Mapping[str, Any]) -> ObjectInfo:

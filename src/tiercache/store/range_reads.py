@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from threading import Condition, Event
+from threading import Condition
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store.contract import Buffer, Span
-from tiercache.store.retry import CallLimit, run_within
+from tiercache.store.retry import CallLimit
 
 
 def check_spans(spans: Sequence[Span]) -> None:
@@ -31,12 +31,7 @@ def check_spans(spans: Sequence[Span]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One range request.
-
-    Attributes:
-        range: Byte range of the object.
-        pieces: Destinations of the answer, as (offset in the answer, buffer).
-    """
+    """One range request, and the destinations of its answer as (offset in the answer, buffer)."""
 
     range: ByteRange
     pieces: tuple[tuple[int, memoryview], ...]
@@ -44,12 +39,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class RequestSizes:
-    """Limits of request planning.
-
-    Attributes:
-        gap_bytes: Largest gap between two spans that is read and discarded in order to save a request.
-        part_bytes: Maximum size of a request.
-    """
+    """Largest gap between two spans that is read and discarded to save a request, and the maximum size of a request."""
 
     gap_bytes: int = 64 << 10
     part_bytes: int = 8 << 20
@@ -107,21 +97,17 @@ class BufferGuard:
     """Guard of the caller's buffers: copies succeed only while the call runs.
 
     The lock guards the closed state and the number of running copies; bytes are copied outside the lock.
-
-    Attributes:
-        closed: Event that is set when the call is over, so that worker threads stop.
-        stop: Event that is set together with closed, and earlier if the store is closed and retries must end.
     """
 
     def __init__(self) -> None:
-        self.closed, self.stop = Event(), Event()
+        self.is_closed = False
         self._changed = Condition()
         self._n_copies = 0
 
     def copy(self, target: memoryview, data: Buffer) -> bool:
         """Copy data (of the same length) into target. Returns False, and writes nothing, when the call is over."""
         with self._changed:
-            if self.closed.is_set():
+            if self.is_closed:
                 return False
             self._n_copies += 1
         try:
@@ -138,8 +124,7 @@ class BufferGuard:
     def close(self) -> None:
         """Refuse further copies and wait for running copies."""
         with self._changed:
-            self.closed.set()
-            self.stop.set()
+            self.is_closed = True
             self._changed.wait_for(lambda: not self._n_copies)
 
 
@@ -189,25 +174,15 @@ def read_requests(
     read_one: Callable[[Request, BufferGuard], None],
     pool: ProcessLocal[ThreadPoolExecutor],
     limit: CallLimit,
-    landing: BufferGuard | None = None,
 ) -> None:
     """Execute all requests in parallel. After the call has returned or raised, no buffer is written.
 
-    If the caller cannot end the call, a single request runs in the calling thread.
-
-    Args:
-        requests: Requests of one call.
-        read_one: Function that sends one request and copies its bytes through the BufferGuard.
-        pool: Threads of the store.
-        limit: Time limits of the call.
-        landing: Guard of this call's buffers; None: a new one.
-
-    Raises:
-        StoreError: The first error of a request, or the error of the limit.
+    A single request runs in the calling thread, unless the caller may end the call early. read_one sends one request
+    and copies its bytes through the BufferGuard. Raises the first error of a request, or the error of the limit.
     """
     limit.check()
-    landing = landing or BufferGuard()
-    if len(requests) <= 1 and limit.is_endless:
+    landing = BufferGuard()
+    if runs_in_caller(requests, limit):
         try:
             for request in requests:
                 read_one(request, landing)
@@ -218,7 +193,7 @@ def read_requests(
     threads = pool.get()
 
     def read_bounded(request: Request) -> None:
-        with run_within(limit), limit.running():
+        with limit.running():
             read_one(request, landing)
 
     futures: list[Future[None]] = []
@@ -234,8 +209,14 @@ def read_requests(
         _wait_all(futures, limit)
     finally:
         landing.close()
+        limit.stop.set()
         for future in futures:
             future.cancel()
+
+
+def runs_in_caller(requests: Sequence[Request], limit: CallLimit) -> bool:
+    """Return whether read_requests() executes the requests in the calling thread."""
+    return len(requests) <= 1 and limit.is_endless
 
 
 def _wait_all(futures: Sequence[Future[None]], limit: CallLimit) -> None:

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Event
 from typing import Protocol, TypeVar
 
@@ -25,6 +26,7 @@ from tiercache.store.range_reads import (
     check_spans,
     plan_requests,
     read_requests,
+    runs_in_caller,
     worker_pool,
 )
 from tiercache.store.retry import AbandonableAttempts, CallLimit, CallMonitor, RetryPolicy, with_retries
@@ -38,10 +40,6 @@ RETRYABLE_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _NOT_EXECUTED = (429, 503)
 _BEYOND_END = 416
 _DELETE_KEYS = 1000
-# A longer body is read in pieces of this size, so that a call that has ended stops early.
-_PIECE_BYTES = 1 << 20
-# Each piece counts as progress: a connection with fewer bytes per second than this counts as stalled.
-_SLOWEST_BYTES_S = 32 << 10
 # An object of at most this size is written by one request, also with if_absent.
 _HOLD_BYTES = 16 << 20
 _ONE_ATTEMPT = RetryPolicy(n_attempts=1)
@@ -119,8 +117,8 @@ class ObjectClient(ABC):
         """Return the description of an object."""
 
     @abstractmethod
-    def get(self, key: str, piece_bytes: int, on_piece: Callable[[], None]) -> bytes:
-        """Return a whole object."""
+    def get(self, key: str, on_piece: Callable[[], None]) -> bytes:
+        """Return a whole object; call on_piece for each piece of a long body that has arrived."""
 
     @abstractmethod
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
@@ -128,7 +126,7 @@ class ObjectClient(ABC):
 
     @abstractmethod
     def range(
-        self, key: str, wanted: ByteRange, if_match: str | None, piece_bytes: int
+        self, key: str, wanted: ByteRange, if_match: str | None
     ) -> tuple[ObjectInfo | None, Iterable[memoryview]]:
         """Request a range. Return the description of the object if the answer has it, and the body in pieces.
 
@@ -175,14 +173,7 @@ def _may_have_taken_effect(error: StoreError) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ReadSettings:
-    """How a store reads.
-
-    Attributes:
-        policy: Retries.
-        sizes: Sizes of requests.
-        n_threads: Number of threads in the store's pool.
-        clock: Clock that the time limits use.
-    """
+    """How a store reads: retries, sizes of requests, threads of its pool, and the clock of its time limits."""
 
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     sizes: RequestSizes = field(default_factory=RequestSizes)
@@ -197,13 +188,11 @@ class RemoteStore(Store):
     """
 
     def __init__(self, url: str, timeout_s: float, settings: ReadSettings) -> None:
-        """Open nothing yet."""
         self.url, self._timeout_s, self._settings = url, timeout_s, settings
         self.counters = Counters("requests", "bytes_read", "bytes_written")
         self._client: ProcessLocal[ObjectClient] = ProcessLocal(self._open_client, lambda client: client.close())
         self._pool = worker_pool(settings.n_threads)
-        self._calls = CallMonitor()
-        self._piece_bytes = min(_PIECE_BYTES, max(64 << 10, int(timeout_s * _SLOWEST_BYTES_S)))
+        self._calls = ProcessLocal(CallMonitor, CallMonitor.close)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
@@ -219,7 +208,7 @@ class RemoteStore(Store):
 
     def close(self) -> None:
         """End the threads of this process and close its connections. Running calls are not retried any more."""
-        self._calls.close()
+        self._calls.drop()
         self._pool.drop()
         self._client.drop()
 
@@ -240,16 +229,15 @@ class RemoteStore(Store):
 
     def _retry_read(self, key: str, doing: str, attempt: Callable[[CallLimit], T]) -> T:
         """Return the result of a read-only request. A request whose time is over is abandoned with its thread."""
-        limit = self.call_limit(key, doing)
-        abandons = self.client.abandonable
-        return self._calls.retrying(lambda: attempt(limit), self._settings.policy, limit, abandons=abandons)
+        limit, policy = self.call_limit(key, doing), self._settings.policy
+        return self._calls.get().run(lambda: attempt(limit), policy, limit, self.client.abandonable)
 
     def _retry_write(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
         """Return the result of a write request.
 
         Its last attempt is always awaited, because its effect would be unknown otherwise.
         """
-        return self._calls.retrying(attempt, self._settings.policy, self.call_limit(key, doing))
+        return self._calls.get().run(attempt, self._settings.policy, self.call_limit(key, doing))
 
     def head(self, key: str) -> ObjectInfo:
         """Send one HEAD."""
@@ -259,7 +247,7 @@ class RemoteStore(Store):
     def get(self, key: str) -> bytes:
         """Send one GET."""
         check_key(key)
-        data = self._retry_read(key, "get", lambda limit: self.client.get(key, self._piece_bytes, limit.progressed))
+        data = self._retry_read(key, "get", lambda limit: self.client.get(key, limit.progressed))
         self.counters.add("bytes_read", len(data))
         return data
 
@@ -276,18 +264,15 @@ class RemoteStore(Store):
                 # Azure has no suffix ranges. An empty object has no valid range, and some servers then send all of it.
                 if error.status != _BEYOND_END and not error.details.get("no_range"):
                     raise
-                return self._tail_by_head(key, n_bytes)
+                info = self.head(key)
+                buffer = bytearray(min(n_bytes, info.n_bytes))
+                wanted = ByteRange(info.n_bytes - len(buffer), info.n_bytes)
+                self.read_into(key, [(wanted, memoryview(buffer))], if_match=info.etag)
+                return bytes(buffer), info
             self.counters.add("bytes_read", len(tail))
             return tail, info
 
         return self._retry_read(key, "read_tail", attempt)
-
-    def _tail_by_head(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        info = self.head(key)
-        tail = bytearray(min(n_bytes, info.n_bytes))
-        wanted = ByteRange(info.n_bytes - len(tail), info.n_bytes)
-        self.read_into(key, [(wanted, memoryview(tail))], if_match=info.etag)
-        return bytes(tail), info
 
     def read_into(
         self,
@@ -307,22 +292,19 @@ class RemoteStore(Store):
         client = self.client
         limit = self.call_limit(key, "read_into", deadline_s, cancel)
         requests = plan_requests(spans, self._settings.sizes)
-        reading, landing = _ObjectRead(client, key, if_match, self._piece_bytes, limit), BufferGuard()
+        reading = _ObjectRead(client, key, if_match, limit)
         compares = not client.checks_etag and (if_match is not None or len(requests) > 1)
 
+        # A caller that waits for threads of the pool itself stops waiting when the time is over.
+        abandons = client.abandonable if runs_in_caller(requests, limit) else "none"
+
         def read_one(request: Request, landing: BufferGuard) -> None:
-            with_retries(
-                lambda: reading.attempt(request, landing),
-                self._settings.policy,
-                limit,
-                stop=landing.stop,
-                abandons=client.abandonable,
-            )
+            with_retries(lambda: reading.attempt(request, landing), self._settings.policy, limit, abandons)
 
         if compares:
             reading.check_etag(self.head(key))
-        with self._calls.track(limit, landing.stop):
-            read_requests(requests, read_one, self._pool, limit, landing)
+        with self._calls.get().track(limit):
+            read_requests(requests, read_one, self._pool, limit)
         if compares:
             reading.check_etag(self.head(key))
 
@@ -358,14 +340,11 @@ class RemoteStore(Store):
         for start in range(0, len(wanted), _DELETE_KEYS):
             some = wanted[start : start + _DELETE_KEYS]
             try:
-                self._delete(some)
+                self._retry_write(some[0], "delete", partial(self.client.delete, some))
             except NotFound:
                 for key in some:  # this store reports missing objects, and stopped at the first one
                     with suppress(NotFound):
-                        self._delete([key])
-
-    def _delete(self, keys: Sequence[str]) -> None:
-        self._retry_write(keys[0], "delete", lambda: self.client.delete(keys))
+                        self._retry_write(key, "delete", partial(self.client.delete, [key]))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """List by pages of 1,000 objects."""
@@ -402,7 +381,7 @@ class RemoteStore(Store):
 
     def write(self, key: str, writer: ObjectWriter, data: bytes) -> None:
         """Append data to the writer, which may block while too many parts are in flight."""
-        with self.client.errors(key, "put_part"), self._calls.track(self.call_limit(key, "put_part")):
+        with self.client.errors(key, "put_part"), self._calls.get().track(self.call_limit(key, "put_part")):
             writer.write(data)
         self.counters.add("bytes_written", len(data))
 
@@ -414,7 +393,7 @@ class RemoteStore(Store):
                 writer.close()
 
         policy = self._settings.policy if writer.is_repeatable else _ONE_ATTEMPT
-        self._calls.retrying(attempt, policy, self.call_limit(key, "complete"))
+        self._calls.get().run(attempt, policy, self.call_limit(key, "complete"))
         info = self.head(key)
         if info.n_bytes != n_bytes:
             raise StoreError(f"complete: sent {n_bytes} bytes, stored {info.n_bytes}", url=self.client.url_of(key))
@@ -432,10 +411,8 @@ class _ObjectRead:
     The threads of the call share it; dict.setdefault is atomic.
     """
 
-    def __init__(
-        self, client: ObjectClient, key: str, if_match: str | None, piece_bytes: int, limit: CallLimit
-    ) -> None:
-        self._client, self._key, self._piece_bytes, self._limit = client, key, piece_bytes, limit
+    def __init__(self, client: ObjectClient, key: str, if_match: str | None, limit: CallLimit) -> None:
+        self._client, self._key, self._limit = client, key, limit
         self._seen: dict[str, str] = {} if if_match is None else {"etag": if_match}
         self._n_landed: dict[int, int] = {}  # start of a request -> most bytes that any attempt has received
 
@@ -446,7 +423,7 @@ class _ObjectRead:
         asked = None if etag is None or etag.startswith("W/") else etag  # HTTP: a weak ETag never matches If-Match
         try:
             with client.errors(self._key, "read_into"):
-                info, body = client.range(self._key, wanted, asked, self._piece_bytes)
+                info, body = client.range(self._key, wanted, asked)
                 if info is not None:
                     self.check_etag(info)
                     self._check_end(info.n_bytes, wanted)
@@ -457,7 +434,7 @@ class _ObjectRead:
             if error.status == _BEYOND_END:
                 raise self._too_far(wanted, "before the range") from None
             raise
-        if n_read != wanted.n_bytes and not landing.closed.is_set():
+        if n_read != wanted.n_bytes and not landing.is_closed:
             if info is None:
                 self._check_end(client.head(self._key).n_bytes, wanted)
             message = f"read_into: received only {n_read} bytes of the range [{wanted.start}, {wanted.end})"
@@ -468,7 +445,7 @@ class _ObjectRead:
         """Copy the body to the request's pieces as it arrives. Return the number of bytes received."""
         n_read = 0
         for data in body:
-            if landing.closed.is_set():
+            if landing.is_closed:
                 break
             for offset, buffer in request.pieces:
                 start, end = max(offset, n_read), min(offset + buffer.nbytes, n_read + data.nbytes)

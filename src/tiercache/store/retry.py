@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +17,13 @@ from tiercache.errors import StoreError
 from tiercache.waiting import Clock, must_fail_fast, note_answer, pause
 
 T = TypeVar("T")
+
 AbandonableAttempts: TypeAlias = Literal["none", "retries", "all"]
+"""Attempts that run in a thread of their own, which is abandoned when the time of the call is over.
+
+"none": a write may still take effect. "retries": the client's own limits are no longer than the call's, but a retry
+begins late. "all": the client has no such limits.
+"""
 
 logger = logging.getLogger("tiercache")
 
@@ -29,6 +34,7 @@ REPORT_AFTER_S = 2.0
 _LOOK_EVERY_S = 0.5
 
 _jitter = random.SystemRandom()  # not the seeded generator: ranks must not retry in step
+_thread_state = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +44,6 @@ class RetryPolicy:
     A pause is drawn uniformly between 0 and first_s, 2 first_s, 4 first_s, ..., at most longest_s. The defaults pause
     for about 26 s in total, so that the restart of a store (about 10 s) does not end a training run. A call's CallLimit
     may end its retries earlier.
-
-    Attributes:
-        n_attempts: Number of attempts in total.
-        first_s: Upper bound of the first pause, in seconds.
-        longest_s: Upper bound of all pauses, in seconds.
     """
 
     n_attempts: int = 12
@@ -58,51 +59,25 @@ class RetryPolicy:
         return _jitter.uniform(0.0, min(self.longest_s, self.first_s * 2.0 ** (n_failed - 1)))
 
 
-class _ThreadState(threading.local):
-    """State of one thread.
-
-    Attributes:
-        unwanted: Event that is set once nobody needs the answers of the thread any more.
-        is_bounded: Whether another thread waits for this one, and stops waiting when the call's time is over.
-    """
-
-    unwanted: Event | None = None
-    is_bounded: bool = False
-
-
-_thread_state = _ThreadState()
-
-
 @contextmanager
 def stop_retries_when(unwanted: Event | None) -> Iterator[None]:
     """Stop retries of this thread's calls once `unwanted` is set. A first attempt is still made.
 
     Prefetch threads use it: a data set may be closed while a thread is about to call a server that does not answer.
     """
-    before, _thread_state.unwanted = _thread_state.unwanted, unwanted
+    before, _thread_state.unwanted = getattr(_thread_state, "unwanted", None), unwanted
     try:
         yield
     finally:
         _thread_state.unwanted = before
 
 
-@contextmanager
-def run_within(limit: CallLimit) -> Iterator[None]:
-    """Execute part of a call in this thread for another thread, which waits only as long as the limit allows."""
-    before, _thread_state.is_bounded = _thread_state.is_bounded, True
-    try:
-        with stop_retries_when(limit.unwanted):
-            yield
-    finally:
-        _thread_state.is_bounded = before
-
-
 class CallLimit:
     """The time limits of one call: its deadline, its cancellation, and timeout_s since its last progress.
 
     The call makes progress when it starts and at each progressed(), that is when new bytes arrive. Failed attempts and
-    pauses are not progress. Time in which all parts of the call wait for a thread of the pool does not count. Safe for
-    threads.
+    pauses are not progress. Time in which all requests of the call wait for a thread of the pool does not count. Safe
+    for threads.
 
     Args:
         url: URL of the object, for messages.
@@ -112,6 +87,9 @@ class CallLimit:
         clock: Clock of all limits.
         timeout_s: Seconds without progress after which the call fails.
         endpoint: Function that returns the name of what the call waits for now (the server, or the source of its keys).
+
+    Attributes:
+        stop: Event that ends pauses and retries, because nobody needs the answer any more.
     """
 
     def __init__(
@@ -126,15 +104,17 @@ class CallLimit:
         endpoint: Callable[[], str] | None = None,
     ) -> None:
         self.url, self.doing, self.cancel, self.clock = url, doing, cancel, clock
-        self.deadline_s, self.timeout_s, self.unwanted = deadline_s, timeout_s, _thread_state.unwanted
+        self.stop = Event()
+        self.deadline_s, self.timeout_s = deadline_s, timeout_s
+        self._unwanted: Event | None = getattr(_thread_state, "unwanted", None)
         self._endpoint = endpoint
-        self.start_s = self._progress_s = clock.monotonic()
-        self._deadline_end_s = math.inf if deadline_s is None else self.start_s + deadline_s
-        self._end_s = self._deadline_end_s if timeout_s is None else min(self._deadline_end_s, self.start_s + timeout_s)
+        self._progress_s = now_s = clock.monotonic()
+        self._deadline_end_s = math.inf if deadline_s is None else now_s + deadline_s
+        self._end_s = self._deadline_end_s if timeout_s is None else min(self._deadline_end_s, now_s + timeout_s)
         self.error: StoreError | None = None  # of the last failed attempt since the last progress
         self.is_reported = False
-        # Threads that execute a part of the call now; None if the caller's thread executes the whole call.
-        self._running: set[int] | None = None
+        self._in_pool = False  # whether threads of a pool, of which these run now, execute the call
+        self._running: set[int] = set()
 
     @property
     def endpoint(self) -> str:
@@ -147,9 +127,9 @@ class CallLimit:
         return self.deadline_s is None and self.cancel is None
 
     @property
-    def is_wanted(self) -> bool:
-        """Whether the answer is still needed, as far as the calling thread knows: see stop_retries_when()."""
-        return self.unwanted is None or not self.unwanted.is_set()
+    def is_unwanted(self) -> bool:
+        """Whether the answer is not needed any more, as far as the calling thread knows: see stop_retries_when()."""
+        return self._unwanted is not None and self._unwanted.is_set()
 
     @property
     def waited_s(self) -> float:
@@ -157,34 +137,30 @@ class CallLimit:
         return 0.0 if self._is_queued else self.clock.monotonic() - self._progress_s
 
     @property
-    def _is_queued(self) -> bool:
-        return self._running is not None and not self._running
-
-    def queue(self) -> None:
-        """Declare that threads of a pool execute the call: its time runs only while a thread is in running()."""
-        self._running = set()
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Execute a part of the call in this thread."""
-        running, thread = self._running, threading.get_ident()
-        if running is None:
-            yield
-            return
-        if not running:
-            self.progressed()
-        running.add(thread)
-        try:
-            yield
-        finally:
-            running.discard(thread)
-
-    @property
     def left_s(self) -> float | None:
         """Seconds until the call times out without progress, negative afterwards; None without a limit."""
         if self._is_queued and self.timeout_s is not None:  # the timeout starts when a thread starts
             return min(self._deadline_end_s - self.clock.monotonic(), self.timeout_s)
         return None if self._end_s == math.inf else self._end_s - self.clock.monotonic()
+
+    @property
+    def _is_queued(self) -> bool:
+        return self._in_pool and not self._running
+
+    def queue(self) -> None:
+        """Declare that threads of a pool execute the call: its time runs only while a thread is in running()."""
+        self._in_pool = True
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Execute a request of a queued call in this thread."""
+        if not self._running:
+            self.progressed()
+        self._running.add(threading.get_ident())
+        try:
+            yield
+        finally:
+            self._running.discard(threading.get_ident())
 
     def progressed(self) -> None:
         """Record that new bytes have arrived."""
@@ -194,133 +170,101 @@ class CallLimit:
         self.error, self.is_reported = None, False
 
     def check(self) -> None:
-        """Return if the call may continue. Raises StoreError."""
+        """Raise StoreError (retryable) if the call was cancelled, or its deadline or timeout has passed."""
         if self.cancel is not None and self.cancel.is_set():
             raise StoreError(f"{self.doing}: cancelled", url=self.url, retryable=True)
         now_s = self.clock.monotonic()
-        if self._end_s <= now_s and (self._deadline_end_s <= now_s or not self._is_queued):
-            raise self.too_late()
-
-    def too_late(self) -> StoreError:
-        """Return the error of a call whose deadline or timeout has passed."""
-        if self._deadline_end_s <= self.clock.monotonic():
+        if self._deadline_end_s <= now_s:
             text = f"{self.doing}: not done within {self.deadline_s:g} s"
-        else:
+        elif self._end_s <= now_s and not self._is_queued:
             text = f"{self.doing}: nothing came from {self.endpoint} for {self.timeout_s or 0:g} s (timeout)"
-        if self.error is not None:
-            text = f"{text}; the last attempt: {self.error.details.get('text', self.error.message)}"
-        return StoreError(text, url=self.url, retryable=True)
+        else:
+            return
+        raise StoreError(text + self._last_error(), url=self.url, retryable=True)
+
+    def _last_error(self) -> str:
+        if self.error is None:
+            return ""
+        return f"; the last attempt: {self.error.details.get('text', self.error.message)}"
 
     def report(self) -> None:
         """Log a warning that the call is waiting."""
-        ending = (
-            "" if self.timeout_s is None else f"; the call fails after {self.timeout_s:g} s without a byte (timeout)"
-        )
-        last = f"; the last attempt: {self.error.details.get('text', self.error.message)}" if self.error else ""
-        logger.warning(
-            "%s: %s: has waited %.0f s for %s%s%s", self.url, self.doing, self.waited_s, self.endpoint, last, ending
-        )
+        limit = f"; the call fails after {self.timeout_s:g} s without a byte (timeout)" if self.timeout_s else ""
+        text = f"has waited {self.waited_s:.0f} s for {self.endpoint}{self._last_error()}{limit}"
+        logger.warning("%s: %s: %s", self.url, self.doing, text)
 
 
 class CallMonitor:
-    """The running calls of one store. close() ends their retries, and a long wait is reported while it lasts.
+    """The running calls of one store in this process: close() ends their retries, and a long wait is reported.
 
     While calls run, a watcher thread looks at them twice a second. Only one of several waiting calls is reported,
-    because they mostly wait for the same reason. The lock guards the table of calls and the watcher.
+    because they mostly wait for the same reason. The lock guards the set of calls and the watcher.
     """
 
     def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._stop = Event()
-        self._running: dict[CallLimit, Event] = {}
-        self._end: Event | None = None  # ends the watcher; None: there is no watcher
-        self._pid = os.getpid()
+        self._calls: set[CallLimit] = set()
+        self._has_watcher = False
+        self._closed = Event()
 
     @contextmanager
-    def track(self, limit: CallLimit, stop: Event | None = None) -> Iterator[Event]:
+    def track(self, limit: CallLimit) -> Iterator[None]:
         """Watch a call while the block runs."""
-        if self._pid != os.getpid():
-            self._reset()  # calls and thread belong to the parent, whose lock may stay held
         with self._lock:
-            stop = self._running[limit] = stop or self._stop
-            if self._end is None:
-                self._end = Event()
-                threading.Thread(
-                    target=self._watch, args=(self._end,), name="tiercache-store-watch", daemon=True
-                ).start()
+            self._calls.add(limit)
+            if not self._has_watcher:
+                self._has_watcher = True
+                threading.Thread(target=self._watch, name="tiercache-store-watch", daemon=True).start()
         try:
-            yield stop
+            yield
         finally:
-            self._running.pop(limit, None)
+            with self._lock:
+                self._calls.discard(limit)
 
-    def retrying(
-        self, attempt: Callable[[], T], policy: RetryPolicy, limit: CallLimit, *, abandons: AbandonableAttempts = "none"
+    def run(
+        self, attempt: Callable[[], T], policy: RetryPolicy, limit: CallLimit, abandons: AbandonableAttempts = "none"
     ) -> T:
         """Return the result of with_retries() on a watched call."""
-        with self.track(limit) as stop:
-            return with_retries(attempt, policy, limit, stop=stop, abandons=abandons)
+        with self.track(limit):
+            return with_retries(attempt, policy, limit, abandons)
 
-    def _watch(self, end: Event) -> None:
-        while not end.wait(_LOOK_EVERY_S):
+    def _watch(self) -> None:
+        while not self._closed.wait(_LOOK_EVERY_S):
             self.look()
             with self._lock:
-                if not self._running and self._end is end:
-                    self._end = None
+                if not self._calls:
+                    self._has_watcher = False
                     return
 
     def look(self) -> None:
         """Report a wait of more than 2 s, unless another wait has been reported."""
-        late = [p for p in list(self._running) if p.waited_s >= REPORT_AFTER_S]
-        if late and not any(p.is_reported for p in late):
+        with self._lock:
+            late = [limit for limit in self._calls if limit.waited_s >= REPORT_AFTER_S]
+        if late and not any(limit.is_reported for limit in late):
             late[0].report()
         for limit in late:
             limit.is_reported = True
 
     def close(self) -> None:
-        """End the retries of running calls and this process's watcher thread. New calls may be made afterwards."""
-        if self._pid != os.getpid():
-            return
+        """End the retries of running calls, and the watcher thread."""
+        self._closed.set()
         with self._lock:
-            ended, self._stop = self._stop, Event()
-            end, self._end = self._end, None
-            stops = [ended, *self._running.values()]
-        for stop in stops:
-            stop.set()
-        if end is not None:
-            end.set()
+            for limit in self._calls:
+                limit.stop.set()
 
 
 def with_retries(
-    attempt: Callable[[], T],
-    policy: RetryPolicy,
-    limit: CallLimit,
-    *,
-    stop: Event | None = None,
-    abandons: AbandonableAttempts = "none",
+    attempt: Callable[[], T], policy: RetryPolicy, limit: CallLimit, abandons: AbandonableAttempts = "none"
 ) -> T:
     """Return the result of attempt, retrying while its StoreError is retryable and policy and limit allow it.
 
-    Args:
-        attempt: Function that sends one request.
-        policy: Number of attempts and pauses.
-        limit: Time limits of the call.
-        stop: Event that ends pauses and retries, because nobody needs the answer any more.
-        abandons: Attempts that run in a thread of their own, which is abandoned when the time is over. "none": a write
-            may still take effect. "retries": the client's own limits are no longer than the call's, but a retry begins
-            late. "all": the client has no such limits.
-
-    Raises:
-        StoreError: The last error. An error with .maybe_done is raised at once, because the attempt may have taken
-            effect.
+    Raises the last error. An error with .maybe_done is raised at once, because the attempt may have taken effect.
     """
     n_failed, has_renewed = 0, False
     while True:
         limit.check()
         try:
-            is_left = (abandons == "all" or (abandons == "retries" and n_failed > 0)) and not _thread_state.is_bounded
+            is_left = abandons == "all" or (abandons == "retries" and n_failed > 0)
             answer = _in_time(attempt, limit) if is_left else attempt()
         except StoreError as error:
             n_failed += 1
@@ -333,7 +277,7 @@ def with_retries(
             if n_failed >= policy.n_attempts or not _is_worth_repeating(error, limit, pause_s):
                 raise
             limit.error = error
-            if not pause(pause_s, limit.clock, stop or limit.cancel) and stop is not None:
+            if not pause(pause_s, limit.clock, limit.stop):
                 raise
         else:
             note_answer(limit.endpoint)
@@ -341,17 +285,9 @@ def with_retries(
 
 
 def _in_time(attempt: Callable[[], T], limit: CallLimit) -> T:
-    """Return the result of attempt in a thread of its own.
-
-    Raises StoreError when the time is over, and abandons the thread.
-    """
-
-    def run() -> T:
-        with run_within(limit):
-            return attempt()
-
+    """Return the result of attempt in a thread of its own, or abandon the thread when the time is over."""
     threads = ThreadPoolExecutor(1, thread_name_prefix="tiercache-store-attempt")
-    future = threads.submit(run)
+    future = threads.submit(attempt)
     threads.shutdown(wait=False)  # the thread ends with the attempt
     while not wait((future,), timeout=limit.left_s).done:
         limit.check()  # returns if the attempt has made progress
@@ -360,7 +296,7 @@ def _in_time(attempt: Callable[[], T], limit: CallLimit) -> T:
 
 def _is_worth_repeating(error: StoreError, limit: CallLimit, pause_s: float) -> bool:
     """Return whether another attempt after pause_s may succeed and has time to."""
-    if not error.retryable or error.maybe_done or not limit.is_wanted:
+    if not error.retryable or error.maybe_done or limit.is_unwanted:
         return False
     if error.details.get("sent") is not False:
         note_answer(limit.endpoint)
