@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from threading import Event
-from typing import TypeAlias
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
@@ -27,40 +27,27 @@ from tiercache.store.posix import (
     os_errors,
     write_all,
 )
-from tiercache.store.range_reads import Request, RequestSizes, check_spans, plan_requests
+from tiercache.store.range_reads import RequestSizes, check_spans, plan_requests
 from tiercache.waiting import SYSTEM_CLOCK
 
 
 class FileLease:
-    """A lease on a whole local file: an open descriptor. All bytes are local."""
+    """A lease on a whole local file: an open descriptor (-1 after close()). All bytes are local."""
+
+    n_descriptors = 1
 
     def __init__(self, fd: int, n_bytes: int) -> None:
-        self._fd, self._n_bytes = fd, n_bytes
-
-    @property
-    def fd(self) -> int:
-        """Descriptor of the file, -1 after close()."""
-        return self._fd
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of the file when it was opened."""
-        return self._n_bytes
-
-    @property
-    def n_descriptors(self) -> int:
-        """Number of descriptors: 1."""
-        return 1
+        self.fd, self.n_bytes = fd, n_bytes
 
     def present(self, ranges: Sequence[ByteRange]) -> bool:
         """Return whether the ranges lie inside the file."""
-        return all(wanted.end <= self._n_bytes for wanted in ranges)
+        return all(wanted.end <= self.n_bytes for wanted in ranges)
 
     def prefetch(self, ranges: Sequence[ByteRange]) -> None:
         """Ask the kernel to read the ranges ahead."""
         for wanted in ranges:
             if wanted.n_bytes:
-                os.posix_fadvise(self._fd, wanted.start, wanted.n_bytes, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(self.fd, wanted.start, wanted.n_bytes, os.POSIX_FADV_WILLNEED)
 
     def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:  # noqa: ARG002 - the contract
         """Return present(): there is nothing to wait for."""
@@ -68,7 +55,7 @@ class FileLease:
 
     def close(self) -> None:
         """Close the descriptor."""
-        fd, self._fd = self._fd, -1
+        fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
 
@@ -119,9 +106,6 @@ _MAX_PIECES = 1024
 _SIZES = RequestSizes(gap_bytes=0, part_bytes=32 << 20)
 
 
-_Scan: TypeAlias = tuple[list[ObjectInfo], list[str]]
-
-
 class LocalFolder(Store):
     """The files below a folder. It has no state except the root: safe for threads, fork-safe and picklable.
 
@@ -147,20 +131,15 @@ class LocalFolder(Store):
 
     def get(self, key: str) -> bytes:
         """Return a whole small file."""
-        with self._opened(key, "get") as fd:
-            return self._read(key, fd, 0, os.fstat(fd).st_size)
+        return self.read_tail(key, sys.maxsize)[0]
 
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
         """Return the last n_bytes and the description of the file."""
         with self._opened(key, "read_tail") as fd:
             info = file_info(key, os.fstat(fd))
-            n_read = min(n_bytes, info.n_bytes)
-            return self._read(key, fd, info.n_bytes - n_read, n_read), info
-
-    def _read(self, key: str, fd: int, offset: int, n_bytes: int) -> bytes:
-        data = bytearray(n_bytes)
-        self._fill(key, fd, Request(ByteRange(offset, offset + n_bytes), ((0, memoryview(data)),)))
-        return bytes(data)
+            data = bytearray(min(n_bytes, info.n_bytes))
+            self._fill(key, fd, info.n_bytes - len(data), [memoryview(data)])
+            return bytes(data), info
 
     def read_into(
         self,
@@ -186,11 +165,11 @@ class LocalFolder(Store):
                     raise StoreError("read_into: cancelled", url=self._at(key), retryable=True)
                 if end_s is not None and SYSTEM_CLOCK.monotonic() > end_s:
                     raise StoreError(f"read_into: not done within {deadline_s:g} s", url=self._at(key), retryable=True)
-                self._fill(key, fd, request)
+                self._fill(key, fd, request.range.start, [buffer for _, buffer in request.pieces])
 
-    def _fill(self, key: str, fd: int, request: Request) -> None:
-        buffers = [buffer for _, buffer in request.pieces if buffer.nbytes]
-        offset = request.range.start
+    def _fill(self, key: str, fd: int, offset: int, buffers: list[memoryview]) -> None:
+        """Read consecutive bytes of the file into the buffers."""
+        buffers = [buffer for buffer in buffers if buffer.nbytes]
         while buffers:
             n_read = os.preadv(fd, buffers[:_MAX_PIECES], offset)
             if n_read == 0:
@@ -204,21 +183,14 @@ class LocalFolder(Store):
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
         """Write a temporary file, sync it, and rename it."""
-        with self._new_file(key, "put") as (file, name):
-            self._write(file.fd, data)
+        with self._new_file(key, "put", data) as (file, name):
             file.publish(name)
             return file_info(key, os.fstat(file.fd))
 
     def put_if_absent(self, key: str, data: Buffer) -> bool:
         """Write a temporary file, sync it, and link it: exactly one concurrent link(2) succeeds."""
-        with self._new_file(key, "put_if_absent") as (file, name):
-            self._write(file.fd, data)
+        with self._new_file(key, "put_if_absent", data) as (file, name):
             return file.publish_if_absent(name)
-
-    def _write(self, fd: int, data: Buffer) -> None:
-        flat = memoryview(data).cast("B")
-        write_all(fd, flat, 0)
-        self.counters.add("bytes_written", flat.nbytes)
 
     def create(self, key: str) -> Upload:
         """Start an upload that writes its parts to the disk as they come."""
@@ -237,10 +209,7 @@ class LocalFolder(Store):
                 continue
 
     def delete_unchanged(self, key: str, etag: str) -> bool:
-        """Unlink a file if it still has this ETag.
-
-        Returns True if the file is gone, also if it was gone before. False if it has another ETag; then it stays.
-        """
+        """Unlink a file if it still has this ETag. Return whether the file is gone, also if it was gone before."""
         folders, name = _split(key)
         try:
             with self._errors(key, "delete"), open_folder(self.root, folders) as folder_fd:
@@ -253,60 +222,58 @@ class LocalFolder(Store):
         return True
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """List the regular files below a folder.
+        """List the regular files below a folder."""
+        found: list[ObjectInfo] = []
 
-        Each folder is read at once, so no descriptor stays open between two objects.
-        """
-        pending = [check_key(prefix.removesuffix("/"))] if prefix else [""]
+        def visit(key: str, entry: os.DirEntry[str]) -> None:
+            if entry.is_file(follow_symlinks=False):
+                with suppress(FileNotFoundError):  # deleted after the folder was read
+                    found.append(file_info(key, entry.stat(follow_symlinks=False)))
+
+        for _ in self._walk("list", check_key(prefix.removesuffix("/")) if prefix else "", visit):
+            yield from found
+            found.clear()
+
+    def _walk(self, doing: str, top: str, visit: Callable[[str, os.DirEntry[str]], None]) -> Iterator[None]:
+        """Call visit for all entries below a folder that are not folders; yield after each folder, which is closed."""
+        pending = [top]
         while pending:
             folder = pending.pop()
-            with self._errors(folder, "list"):
-                try:
-                    files, folders = self._scan(folder)
-                except (FileNotFoundError, NotADirectoryError):
-                    continue
-            pending.extend(folders)
-            yield from files
-
-    def _scan(self, folder: str) -> _Scan:
-        files, folders = [], []
-        steps = folder.split("/") if folder else []
-        with open_folder(self.root, steps) as folder_fd, os.scandir(folder_fd) as entries:
-            for entry in entries:
-                key = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.name.startswith(TEMP_PREFIX) or "\\" in entry.name:
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(key)
-                elif entry.is_file(follow_symlinks=False):
-                    try:
-                        files.append(file_info(key, entry.stat(follow_symlinks=False)))
-                    except FileNotFoundError:
-                        continue  # deleted after the folder was read
-        return files, folders
+            steps = folder.split("/") if folder else []
+            with (
+                self._errors(folder, doing),
+                suppress(FileNotFoundError, NotADirectoryError),
+                open_folder(self.root, steps) as folder_fd,
+                os.scandir(folder_fd) as entries,
+            ):
+                for entry in entries:
+                    if entry.name.startswith(TEMP_PREFIX) or "\\" in entry.name:
+                        continue
+                    key = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(key)
+                    else:
+                        visit(key, entry)
+            yield
 
     def links(self) -> Iterator[tuple[str, str]]:
         """List the symbolic links to something below the root, as (path of the link below the root, target key).
 
         Links are not objects and are not followed. A user of a link still loses the target if it is deleted.
         """
-        root, pending = os.path.realpath(self.root), [""]
-        while pending:
-            folder = pending.pop()
-            found = []
-            with self._errors(folder, "links"), suppress(FileNotFoundError, NotADirectoryError):
-                steps = folder.split("/") if folder else []
-                with open_folder(self.root, steps) as folder_fd, os.scandir(folder_fd) as entries:
-                    for entry in entries:
-                        key = f"{folder}/{entry.name}" if folder else entry.name
-                        if entry.is_symlink():
-                            found.append(key)
-                        elif entry.is_dir(follow_symlinks=False):
-                            pending.append(key)
+        root = os.path.realpath(self.root)
+        found: list[str] = []
+
+        def visit(key: str, entry: os.DirEntry[str]) -> None:
+            if entry.is_symlink():
+                found.append(key)
+
+        for _ in self._walk("links", "", visit):
             for key in found:
                 target = os.path.realpath(f"{root}/{key}")
                 if target.startswith(f"{root.rstrip('/')}/") and os.path.exists(target):  # noqa: PTH110 - realpath's
                     yield key, target[len(root.rstrip("/")) + 1 :]
+            found.clear()
 
     def remove_empty(self, folder: str) -> None:
         """Remove a folder and its subfolders as far as they contain nothing else. A missing folder is not an error.
@@ -322,7 +289,7 @@ class LocalFolder(Store):
         """Copy inside the kernel, and share blocks if the file system supports it."""
         with self._opened(src, "copy") as src_fd, self._new_file(dst, "copy") as (file, name):
             n_bytes = os.fstat(src_fd).st_size
-            copy_bytes(src_fd, file.fd, n_bytes, 0, 0)
+            copy_bytes(src_fd, file.fd, n_bytes)
             file.publish(name)
             self.counters.add("bytes_written", n_bytes)
             return file_info(dst, os.fstat(file.fd))
@@ -370,14 +337,18 @@ class LocalFolder(Store):
                 os.close(fd)
 
     @contextmanager
-    def _new_file(self, key: str, doing: str) -> Iterator[tuple[UnpublishedFile, str]]:
+    def _new_file(self, key: str, doing: str, data: Buffer = b"") -> Iterator[tuple[UnpublishedFile, str]]:
+        """Yield an unpublished file that contains data, and the name that the key gives it."""
         folders, name = _split(key)
-        with self._errors(key, doing), open_folder(self.root, folders, make=True) as folder_fd:
-            file = UnpublishedFile(folder_fd)
-            try:
-                yield file, name
-            finally:
-                file.close()
+        flat = memoryview(data).cast("B")
+        with (
+            self._errors(key, doing),
+            open_folder(self.root, folders, make=True) as folder_fd,
+            closing(UnpublishedFile(folder_fd)) as file,
+        ):
+            write_all(file.fd, flat, 0)
+            self.counters.add("bytes_written", flat.nbytes)
+            yield file, name
 
 
 def _remove_empty(name: str, above_fd: int) -> None:

@@ -27,21 +27,15 @@ _LEFT_S = 24 * 3600.0
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 _WRITING = ("put", "put_if_absent", "create", "complete")
 # Errors that may pass without action, unlike a full disk or a refused permission. Network file systems return some.
+# ENFILE is the limit of the machine, whose processes may close files; EMFILE, the process's own limit, persists.
 _RETRYABLE = (
-    errno.EAGAIN,
-    errno.EINTR,
-    errno.EIO,
-    errno.ETIMEDOUT,
-    errno.ESTALE,
-    errno.EBUSY,
-    errno.ENFILE,  # limit of the machine: other processes may close files. EMFILE, the process's own limit, persists
-)
+    errno.EAGAIN, errno.EINTR, errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.EBUSY, errno.ENFILE,
+)  # fmt: skip
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)
 _NO_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.ENOSYS, errno.EMLINK)
 
 
-def store_error(error: OSError, doing: str, url: str) -> StoreError:
-    """Return the StoreError for an error of the system."""
+def _store_error(error: OSError, doing: str, url: str) -> StoreError:
     if error.errno in _ABSENT and doing not in _WRITING:
         return NotFound(f"no such object ({doing})", url=url)
     if error.errno == errno.ELOOP:
@@ -61,7 +55,7 @@ def os_errors(doing: str, url: str) -> Iterator[None]:
     except StoreError:
         raise  # NotFound is also an OSError
     except OSError as error:
-        raise store_error(error, doing, url) from error
+        raise _store_error(error, doing, url) from error
 
 
 def file_info(key: str, status: os.stat_result) -> ObjectInfo:
@@ -77,7 +71,10 @@ def file_info(key: str, status: os.stat_result) -> ObjectInfo:
 
 @contextmanager
 def open_folder(root: Path, folders: list[str], *, make: bool = False) -> Iterator[int]:
-    """Yield a descriptor of a folder below root, opened step by step without following links below root."""
+    """Yield a descriptor of a folder below root, opened step by step without following links below root.
+
+    make: create missing folders, root included, and sync the entry of each.
+    """
     if make:
         _make_root(root)
     fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -135,11 +132,7 @@ def _sweep(folder_fd: int) -> None:
 
 
 class UnpublishedFile:
-    """An unpublished file in a folder. It has one owner; close() discards a file that was not published.
-
-    Attributes:
-        fd: Descriptor for reads and writes at any offset, from any thread.
-    """
+    """An unpublished file in a folder, with its descriptor fd. close() discards a file that was not published."""
 
     def __init__(self, folder_fd: int) -> None:
         self._folder_fd = os.dup(folder_fd)
@@ -209,7 +202,7 @@ class UnpublishedFile:
         # after a crash, may see a partial file. Small files (versions) are written by one call.
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=self._folder_fd)
         try:
-            copy_bytes(self.fd, fd, os.fstat(self.fd).st_size, 0, 0)
+            copy_bytes(self.fd, fd, os.fstat(self.fd).st_size)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -237,21 +230,18 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[n_written:], offset + n_written
 
 
-def copy_bytes(src_fd: int, dst_fd: int, n_bytes: int, src_offset: int, dst_offset: int) -> None:
-    """Copy bytes between files inside the kernel where possible, which shares blocks on file systems that support it.
-
-    Raises OSError.
-    """
+def copy_bytes(src_fd: int, dst_fd: int, n_bytes: int) -> None:
+    """Copy the first bytes of a file, inside the kernel where possible. Raises OSError, also if src ends too early."""
     done = 0
     while done < n_bytes:
         part_bytes = min(_COPY_BYTES, n_bytes - done)
         try:
-            n_copied = os.copy_file_range(src_fd, dst_fd, part_bytes, src_offset + done, dst_offset + done)
+            n_copied = os.copy_file_range(src_fd, dst_fd, part_bytes, done, done)
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
                 raise
-            data = os.pread(src_fd, min(part_bytes, 1 << 20), src_offset + done)
-            write_all(dst_fd, memoryview(data), dst_offset + done)
+            data = os.pread(src_fd, min(part_bytes, 1 << 20), done)
+            write_all(dst_fd, memoryview(data), done)
             n_copied = len(data)
         if not n_copied:
             raise OSError(errno.EIO, "the source file is shorter than expected")
@@ -284,10 +274,7 @@ class DirectWriter:
         self._fd = _opened(fd)
 
     def write(self, data: memoryview, offset: int) -> int:
-        """Write the aligned part of data, as far as direct writes accept it.
-
-        Return the number of bytes written, which may be 0. Raises OSError.
-        """
+        """Write the aligned part of flat data, as far as direct writes accept it; return the number of bytes."""
         n_bytes = data.nbytes // ALIGN_BYTES * ALIGN_BYTES
         if self._fd < 0 or n_bytes < MIN_BYTES or (_address(data) | offset) % ALIGN_BYTES:
             return 0
