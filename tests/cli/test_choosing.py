@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.cli.selection import (
-    AmountOptions,
     ShardSelection,
     Training,
-    TrainingOptions,
     epoch_reads,
     merge_reads,
+    parse_limits,
     parse_ranks,
+    parse_training,
     read_names,
     take_bytes,
 )
@@ -129,11 +129,9 @@ class TestFlags:
             parse_ranks(texts)
 
     def test_without_any_flag_there_is_no_training(self):
-        assert TrainingOptions().training() is None
-        assert TrainingOptions(seed=3).training() == Training(3)
-        assert TrainingOptions(7, 2, ["1/4"], 8, "global", "all", 32).training() == Training(
-            7, 2, (1,), 4, 8, "global", None, 32
-        )
+        assert parse_training() is None
+        assert parse_training(seed=3) == Training(3)
+        assert parse_training(7, 2, ["1/4"], 8, "global", "all", 32) == Training(7, 2, (1,), 4, 8, "global", None, 32)
 
     @pytest.mark.parametrize(
         ("flags", "named"),
@@ -141,35 +139,35 @@ class TestFlags:
     )
     def test_a_flag_of_the_order_needs_the_seed(self, flags, named):
         with pytest.raises(ValueError, match=f"{named} needs --seed"):
-            TrainingOptions(**flags).training()
+            parse_training(**flags)
 
     def test_an_order_that_cannot_be_is_an_error(self):
         with pytest.raises(ValueError, match="--placement must be sticky or global, got 'here'"):
-            TrainingOptions(1, placement="here").training()
+            parse_training(1, placement="here")
         with pytest.raises(ValueError, match="not a size"):
-            TrainingOptions(1, group="big").training()
+            parse_training(1, group="big")
         with pytest.raises(ValueError, match="streams must be"):
             ShardSelection(training=Training(1, streams=-1)).shards(table([100]))
         with pytest.raises(ValueError, match="from 0 to 1 of 2"):
             Training(1, ranks=(2,), world_size=2)
 
     def test_how_much_is_said_in_one_way(self):
-        assert AmountOptions().limits() == (1.0, None)
-        assert AmountOptions(fraction="25%").limits() == (0.25, None)
-        assert AmountOptions(limit="3KB").limits() == (1.0, 3000)
-        assert AmountOptions(minutes=2, rate="1MB/s").limits() == (1.0, 120e6)
+        assert parse_limits() == (1.0, None)
+        assert parse_limits(fraction="25%") == (0.25, None)
+        assert parse_limits(limit="3KB") == (1.0, 3000)
+        assert parse_limits(minutes=2, rate="1MB/s") == (1.0, 120e6)
         with pytest.raises(ValueError, match="--fraction and --limit cannot be combined"):
-            AmountOptions(fraction="1%", limit="1KB").limits()
+            parse_limits(fraction="1%", limit="1KB")
 
     @pytest.mark.parametrize("flags", [{"minutes": 1.0}, {"rate": "1MB/s"}])
     def test_minutes_and_rate_go_together(self, flags):
         with pytest.raises(ValueError, match="--minutes and --rate must be given together"):
-            AmountOptions(**flags).limits()
+            parse_limits(**flags)
 
     @pytest.mark.parametrize(("minutes", "rate"), [(-1.0, "1MB"), (1.0, "0"), (1.0, "fast"), (float("nan"), "1MB")])
     def test_minutes_and_rate_that_cannot_be_are_errors(self, minutes, rate):
         with pytest.raises(ValueError, match=r"--minutes|--rate"):
-            AmountOptions(minutes=minutes, rate=rate).limits()
+            parse_limits(minutes=minutes, rate=rate)
 
 
 def test_names_are_read_a_line_each(tmp_path):

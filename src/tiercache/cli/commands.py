@@ -337,8 +337,8 @@ def warm(
     """
     from tiercache.cli import cache_verbs, selection
 
-    order = selection.TrainingOptions(seed, epoch, rank, streams, placement, shuffle_group, batch_size).training()
-    part, size = selection.AmountOptions(fraction, limit, minutes, rate).limits()
+    order = selection.parse_training(seed, epoch, rank, streams, placement, shuffle_group, batch_size)
+    part, size = selection.parse_limits(fraction, limit, minutes, rate)
     choice = selection.ShardSelection(include, exclude, selection.read_names(files_from), order, part, size)
     request = cache_verbs.CopyRequest(url, choice, at, parse_columns(columns), storage_option, cache_dir, cache_size)
     cache_verbs.warm(Output(as_json, quiet), request, jobs, dry_run=dry_run)
@@ -368,7 +368,7 @@ def pin(
     """
     from tiercache.cli import cache_verbs, selection
 
-    part, size = selection.AmountOptions(fraction, limit).limits()
+    part, size = selection.parse_limits(fraction, limit)
     choice = selection.ShardSelection(include, exclude, selection.read_names(files_from), None, part, size)
     request = cache_verbs.CopyRequest(url, choice, at, None, storage_option, cache_dir, cache_size)
     cache_verbs.pin(Output(as_json, quiet), request, jobs, dry_run=dry_run)

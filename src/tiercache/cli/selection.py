@@ -29,16 +29,11 @@ GROUP_BYTES = LoaderOptions().group_bytes
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A loader's order and the ranks that read it.
+    """A loader's order, as in LoaderOptions, and the ranks that read it.
 
     Attributes:
         seed: Seed of the shuffle; None: the stored order, in which every rank reads every shard.
-        epoch: Epoch, counted from 0.
-        ranks: Ranks whose reads are wanted.
-        world_size: Number of ranks.
         streams: Number of shuffle streams; None: one per rank.
-        placement: Assignment of shards to ranks, see LoaderOptions.
-        group_bytes: Size of a shuffle group; None: all shards.
         batch_size: Batch size per rank; it matters only if streams does not divide the global batch size. None: it
             does.
     """
@@ -73,12 +68,7 @@ class Training:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadOrder:
-    """Shards in the order in which one reader first reads them in an epoch.
-
-    Attributes:
-        shards: Shard numbers, int64[m].
-        clock: Stored bytes that the reader has read in the epoch before each shard, int64[m].
-    """
+    """Shards in the order in which one reader first reads them in an epoch, and the bytes that it reads before each."""
 
     shards: NDArray[np.int64]
     clock: NDArray[np.int64]
@@ -87,7 +77,10 @@ class ReadOrder:
 def epoch_reads(
     records: NDArray[np.int64], stored_bytes: NDArray[np.int64], training: Training
 ) -> dict[int, ReadOrder]:
-    """Return the reads of each of the training's ranks in its epoch. O(shards). Raises ValueError."""
+    """Return the reads of each of the training's ranks in its epoch. O(shards). Raises ValueError.
+
+    records and stored_bytes are those of each shard, int64[n_shards].
+    """
     order = EpochOrder(Layout(records, stored_bytes, _no_footers), training.options, training.epoch)
     runs = [order.shards_ahead(stream, 0, None) for stream in range(order.n_streams)]
     plan = RankPlan(
@@ -189,35 +182,31 @@ def _numbers(files: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
     return np.array(list(dict.fromkeys(known[name] for name in files)), np.int64)
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingOptions:
-    """The command-line options that describe a training's read order, as given."""
+def parse_training(
+    seed: int | None = None,
+    epoch: int | None = None,
+    ranks: Sequence[str] | None = None,
+    streams: int | None = None,
+    placement: str | None = None,
+    group: str | None = None,
+    batch_size: int | None = None,
+) -> Training | None:
+    """Return the training that the options of a verb describe; None if none was given.
 
-    seed: int | None = None
-    epoch: int | None = None
-    ranks: Sequence[str] | None = None
-    streams: int | None = None
-    placement: str | None = None
-    group: str | None = None
-    batch_size: int | None = None
-
-    def training(self) -> Training | None:
-        """Return the training that the options describe; None if no option was given. Raises ValueError."""
-        given = {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
-        if not given:
-            return None
-        if self.seed is None:
-            flag = next(iter(given)).replace("ranks", "rank").replace("group", "shuffle-group").replace("_", "-")
+    Raises ValueError for an invalid value, or an option without --seed.
+    """
+    options = {
+        "epoch": epoch, "rank": ranks, "streams": streams, "placement": placement, "shuffle-group": group,
+        "batch-size": batch_size,
+    }  # fmt: skip
+    if seed is None:
+        if flag := next((name for name, value in options.items() if value is not None), None):
             raise ValueError(f"--{flag} needs --seed: without it every rank reads all shards, in stored order")
-        training = Training(self.seed, epoch=self.epoch or 0, streams=self.streams, batch_size=self.batch_size)
-        ranks, world_size = parse_ranks(self.ranks or ["0/1"])
-        return replace(
-            training,
-            ranks=ranks,
-            world_size=world_size,
-            placement=parse_placement(self.placement),
-            group_bytes=parse_group(self.group),
-        )
+        return None
+    chosen, world_size = parse_ranks(ranks or ["0/1"])
+    return Training(
+        seed, epoch or 0, chosen, world_size, streams, parse_placement(placement), parse_group(group), batch_size
+    )
 
 
 def parse_placement(text: str | None) -> Literal["sticky", "global"]:
@@ -255,30 +244,27 @@ def parse_ranks(texts: Sequence[str]) -> tuple[tuple[int, ...], int]:
     return tuple(dict.fromkeys(ranks)), sizes.pop()
 
 
-@dataclass(frozen=True, slots=True)
-class AmountOptions:
-    """The command-line options that limit how many of the selected bytes are fetched, as given."""
+def parse_limits(
+    fraction: str | None = None, limit: str | None = None, minutes: float | None = None, rate: str | None = None
+) -> tuple[float, float | None]:
+    """Return the fraction of the selected bytes to fetch, and the number of bytes or None.
 
-    fraction: str | None = None
-    limit: str | None = None
-    minutes: float | None = None
-    rate: str | None = None
-
-    def limits(self) -> tuple[float, float | None]:
-        """Return the fraction to fetch, and the number of bytes to fetch or None. Raises ValueError."""
-        given = [f"--{n}" for n in ("fraction", "limit", "minutes") if getattr(self, n) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} cannot be combined: give one of them")
-        if (self.minutes is None) != (self.rate is None):
-            raise ValueError(
-                "--minutes and --rate must be given together: the minutes of reading, and the bytes per second"
-            )
-        if self.minutes is not None and self.rate is not None:
-            if not 0 <= self.minutes < float("inf"):
-                raise ValueError(f"--minutes must be 0 or more, got {self.minutes}")
-            return 1.0, self.minutes * 60 * parse_rate("--rate", self.rate)
-        share = 1.0 if self.fraction is None else parse_fraction(self.fraction)
-        return share, None if self.limit is None else parse_size("--limit", self.limit)
+    Raises ValueError if two limits are given, a value is invalid, or only one of --minutes and --rate is given.
+    """
+    options = {"fraction": fraction, "limit": limit, "minutes": minutes}
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} cannot be combined: give one of them")
+    if (minutes is None) != (rate is None):
+        raise ValueError(
+            "--minutes and --rate must be given together: the minutes of reading, and the bytes per second"
+        )
+    if minutes is not None and rate is not None:
+        if not 0 <= minutes < float("inf"):
+            raise ValueError(f"--minutes must be 0 or more, got {minutes}")
+        return 1.0, minutes * 60 * parse_rate("--rate", rate)
+    share = 1.0 if fraction is None else parse_fraction(fraction)
+    return share, None if limit is None else parse_size("--limit", limit)
 
 
 def read_names(path: str | None) -> list[str] | None:
