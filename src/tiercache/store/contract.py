@@ -7,6 +7,8 @@ ObjectChanged). The error names the redacted URL, and `.retryable` says whether 
 back end has finished its own retries by then.
 """
 
+# ruff: noqa: D102 - overriding methods inherit the docstrings of the base class
+
 from __future__ import annotations
 
 import io
@@ -106,7 +108,6 @@ class SequentialUpload(Upload):
         """Release what the upload holds, and discard bytes that are not published. Repeated calls have no effect."""
 
     def put_part(self, number: int, data: Buffer) -> None:
-        """See Upload.put_part."""
         with self._lock:
             self._check_open()
             if number != self._n_parts:
@@ -122,7 +123,6 @@ class SequentialUpload(Upload):
                     self.discard()
 
     def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
-        """See Upload.complete."""
         with self._lock:
             self._check_open()
             self._is_open = False
@@ -132,7 +132,6 @@ class SequentialUpload(Upload):
                 self.discard()
 
     def abort(self) -> None:
-        """See Upload.abort."""
         with self._lock:
             if self._is_open:
                 self._is_open = False
@@ -275,15 +274,12 @@ class WrapperStore(Store):
         return call()
 
     def head(self, key: str) -> ObjectInfo:
-        """See Store.head."""
         return self.info_outside(self.around("head", key, lambda: self.inner.head(self.key_inside(key))))
 
     def get(self, key: str) -> bytes:
-        """See Store.get."""
         return self.around("get", key, lambda: self.inner.get(self.key_inside(key)))
 
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """See Store.read_tail."""
         data, info = self.around("read_tail", key, lambda: self.inner.read_tail(self.key_inside(key), n_bytes))
         return data, self.info_outside(info)
 
@@ -296,7 +292,6 @@ class WrapperStore(Store):
         deadline_s: float | None = None,
         cancel: Event | None = None,
     ) -> None:
-        """See Store.read_into."""
         read, inner_key = self.inner.read_into, self.key_inside(key)
         self.around(
             "read_into",
@@ -305,19 +300,15 @@ class WrapperStore(Store):
         )
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
-        """See Store.put."""
         return self.info_outside(self.around("put", key, lambda: self.inner.put(self.key_inside(key), data)))
 
     def put_if_absent(self, key: str, data: Buffer) -> bool:
-        """See Store.put_if_absent."""
         return self.around("put_if_absent", key, lambda: self.inner.put_if_absent(self.key_inside(key), data))
 
     def create(self, key: str) -> Upload:
-        """See Store.create."""
         return _WrappedUpload(self, key, self.around("create", key, lambda: self.inner.create(self.key_inside(key))))
 
     def delete(self, keys: Iterable[str]) -> None:
-        """See Store.delete."""
         wanted = [*keys]
         inside = [self.key_inside(key) for key in wanted]
         self.around("delete", wanted[0] if wanted else "", lambda: self.inner.delete(inside))
@@ -328,12 +319,10 @@ class WrapperStore(Store):
             yield self.info_outside(info)
 
     def copy(self, src: str, dst: str) -> ObjectInfo:
-        """See Store.copy."""
         copied = self.around("copy", src, lambda: self.inner.copy(self.key_inside(src), self.key_inside(dst)))
         return self.info_outside(copied)
 
     def close(self) -> None:
-        """See Store.close."""
         self.inner.close()
 
 
@@ -447,15 +436,12 @@ class StoreFile(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
-        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Return True."""
         return True
 
     def tell(self) -> int:
-        """Return the position."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:

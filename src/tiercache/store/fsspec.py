@@ -1,5 +1,7 @@
 """Stores through fsspec: all other URLs, and S3 through s3fs where obstore cannot be used (forked children)."""
 
+# ruff: noqa: D102 - overriding methods inherit the docstrings of the base class
+
 from __future__ import annotations
 
 import errno
@@ -178,7 +180,6 @@ class FsspecClient(ObjectClient):
 
     @contextmanager
     def errors(self, key: str, doing: str) -> Iterator[None]:
-        """See ObjectClient. A file system raises its client's errors."""
         self.counters.add("requests")
         number = 0 if self._credentials is None else self._credentials.number
         try:
@@ -203,14 +204,12 @@ class FsspecClient(ObjectClient):
             return self._info(key)
 
     def get(self, key: str, on_piece: Callable[[], None]) -> bytes:  # noqa: ARG002 - one piece
-        """Read by cat_file()."""
         with self.errors(key, "get"):
             self._info(key)  # some file systems read a folder as b""
             fs, path = self.at(key)
             return bytes(fs.cat_file(path))
 
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """Read by info() and cat_file()."""
         with self.errors(key, "read_tail"):
             info = self._info(key)
             fs, path = self.at(key)
@@ -223,12 +222,10 @@ class FsspecClient(ObjectClient):
         wanted: ByteRange,
         if_match: str | None,  # noqa: ARG002 - see checks_etag
     ) -> tuple[ObjectInfo | None, Iterable[memoryview]]:
-        """Read by cat_file()."""
         fs, path = self.at(key)
         return None, (memoryview(bytes(fs.cat_file(path, start=wanted.start, end=wanted.end))),)
 
     def put(self, key: str, body: bytes) -> ObjectInfo:
-        """Write by pipe_file()."""
         with self.errors(key, "put"):
             self._in_folder(key, lambda fs, path: fs.pipe_file(path, body))
             return self._info(key)
@@ -276,7 +273,6 @@ class FsspecClient(ObjectClient):
         ]
 
     def copy(self, src: str, dst: str) -> None:
-        """Copy by cp_file()."""
         with self.errors(src, f"copy to {dst}"):
             fs, path = self.at(src)
             fs.cp_file(path, self.at(dst)[1])
@@ -319,7 +315,6 @@ class S3fsClient(FsspecClient):
     checks_etag = True
 
     def at(self, key: str) -> tuple[Any, str]:
-        """See FsspecClient.at."""
         fs, path = super().at(key)
         fs.retries = 1  # otherwise s3fs retries a conditional put whose answer was lost
         return fs, path
@@ -351,35 +346,29 @@ class S3fsClient(FsspecClient):
         return _answered(key, said, said["ContentLength"])
 
     def get(self, key: str, on_piece: Callable[[], None]) -> bytes:  # noqa: ARG002 - one piece
-        """Send one GET."""
         with self.errors(key, "get"):
             return self._get(key)[0]
 
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """Send one GET with a suffix range."""
         with self.errors(key, "read_tail"):
             return self._get(key, Range=f"bytes=-{n_bytes}")
 
     def range(
         self, key: str, wanted: ByteRange, if_match: str | None
     ) -> tuple[ObjectInfo | None, Iterable[memoryview]]:
-        """Send one GET."""
         condition = {} if if_match is None else {"IfMatch": if_match}
         data, info = self._get(key, Range=f"bytes={wanted.start}-{wanted.end - 1}", **condition)
         return info, (memoryview(data),)
 
     def put(self, key: str, body: bytes) -> ObjectInfo:
-        """Send one PUT."""
         with self.errors(key, "put"):
             return _answered(key, self.call("put_object", key, Body=body), len(body))
 
     def put_new(self, key: str, body: bytes) -> ObjectInfo | None:
-        """Send one PUT with If-None-Match."""
         with self.conditional(key, "put_if_absent"):
             return _answered(key, self.call("put_object", key, Body=body, IfNoneMatch="*"), len(body))
 
     def close(self) -> None:
-        """Close the sessions of s3fs."""
         with self._lock:
             opened = [fs for fs, _ in self._opened]
             self._opened.clear()

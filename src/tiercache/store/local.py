@@ -1,5 +1,7 @@
 """Local folders as a store: the keys are the files below a root folder."""
 
+# ruff: noqa: D102 - overriding methods inherit the docstrings of the base class
+
 from __future__ import annotations
 
 import errno
@@ -40,7 +42,6 @@ class FileLease:
         self.fd, self.n_bytes = fd, n_bytes
 
     def present(self, ranges: Sequence[ByteRange]) -> bool:
-        """Return whether the ranges lie inside the file."""
         return all(wanted.end <= self.n_bytes for wanted in ranges)
 
     def prefetch(self, ranges: Sequence[ByteRange]) -> None:
@@ -54,7 +55,6 @@ class FileLease:
         return self.present(ranges)
 
     def close(self) -> None:
-        """Close the descriptor."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -76,7 +76,6 @@ class FileUpload(SequentialUpload):
         self._direct: DirectWriter | None = None  # created for the first part that may bypass the page cache
 
     def append(self, data: memoryview) -> None:
-        """Write the bytes at the end of the file."""
         if self._direct is None and data.nbytes >= MIN_BYTES and self._counters["bytes_written"] >= CACHED_BYTES:
             self._direct = DirectWriter(self._file.fd)
         with os_errors("put_part", self._url):
@@ -86,7 +85,6 @@ class FileUpload(SequentialUpload):
         self._counters.add("bytes_written", data.nbytes)
 
     def publish(self, *, if_absent: bool) -> ObjectInfo | None:
-        """Give the file its name."""
         with os_errors("complete", self._url):
             if not if_absent:
                 self._file.publish(self._name)
@@ -95,7 +93,6 @@ class FileUpload(SequentialUpload):
             return file_info(self.key, os.fstat(self._file.fd))
 
     def discard(self) -> None:
-        """Close the file, which removes it if it has no name."""
         if self._direct is not None:
             self._direct.close()
         self._file.close()
@@ -130,11 +127,9 @@ class LocalFolder(Store):
             return file_info(key, os.fstat(fd))
 
     def get(self, key: str) -> bytes:
-        """Return a whole small file."""
         return self.read_tail(key, sys.maxsize)[0]
 
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """Return the last n_bytes and the description of the file."""
         with self._opened(key, "read_tail") as fd:
             info = file_info(key, os.fstat(fd))
             data = bytearray(min(n_bytes, info.n_bytes))

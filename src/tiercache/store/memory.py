@@ -1,5 +1,7 @@
 """Objects in the memory of this process, shared by name: for tests, examples and temporary data."""
 
+# ruff: noqa: D102 - overriding methods inherit the docstrings of the base class
+
 from __future__ import annotations
 
 import os
@@ -78,17 +80,14 @@ class MemoryStore(Store):
         return found[0], _renamed(found[1], key)
 
     def head(self, key: str) -> ObjectInfo:
-        """Return the description of the stored object."""
         return self._object(key)[1]
 
     def get(self, key: str) -> bytes:
-        """Return the stored bytes without a copy."""
         data = self._object(key)[0]
         self.counters.add("bytes_read", len(data))
         return data
 
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """Return a slice of the stored bytes."""
         data, info = self._object(key)
         tail = data[max(len(data) - n_bytes, 0) :]
         self.counters.add("bytes_read", len(tail))
@@ -103,7 +102,6 @@ class MemoryStore(Store):
         deadline_s: float | None = None,  # noqa: ARG002 - the call never waits
         cancel: Event | None = None,
     ) -> None:
-        """Copy slices of the stored bytes."""
         check_spans(spans)
         data, info = self._object(key)
         if if_match is not None and info.etag != if_match:
@@ -119,11 +117,9 @@ class MemoryStore(Store):
             self.counters.add("bytes_read", span.n_bytes)
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
-        """Store a copy of data."""
         return self._store(key, bytes(data))
 
     def put_if_absent(self, key: str, data: Buffer) -> bool:
-        """Store a copy of data if the key is free."""
         return self._store_absent(key, bytes(data)) is not None
 
     def _store(self, key: str, data: bytes) -> ObjectInfo:
@@ -145,11 +141,9 @@ class MemoryStore(Store):
         return info
 
     def create(self, key: str) -> Upload:
-        """Start an upload that holds its parts in memory."""
         return _MemoryUpload(self, check_key(key))
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove the objects."""
         bucket = self._bucket
         for key in keys:
             self.counters.add("requests")
@@ -169,7 +163,6 @@ class MemoryStore(Store):
             yield _renamed(info, name[len(self.prefix) :])
 
     def copy(self, src: str, dst: str) -> ObjectInfo:
-        """Store the same bytes under a second key."""
         return self._store(dst, self._object(src)[0])
 
 

@@ -4,6 +4,8 @@ A call is one request, without the GIL and not retried. Status and kind of an er
 obstore exposes them nowhere else.
 """
 
+# ruff: noqa: D102 - overriding methods inherit the docstrings of the base class
+
 from __future__ import annotations
 
 import json
@@ -186,7 +188,6 @@ class ObstoreClient(ObjectClient):
         self._stores: dict[int, Any] = {}  # by the number of retries
 
     def wait_target(self) -> str:
-        """Return the name of what a request waits for now, for messages."""
         return wait_target(self._endpoint, self._credentials)
 
     def _store(self, max_retries: int = 0) -> Any:
@@ -215,12 +216,10 @@ class ObstoreClient(ObjectClient):
         return stores.S3Store(place.bucket, **common)
 
     def close(self) -> None:
-        """Close the connections."""
         self._stores.clear()
 
     @contextmanager
     def errors(self, key: str, doing: str) -> Iterator[None]:
-        """See ObjectClient."""
         credentials, number = self._credentials, 0
         if credentials is not None:
             credentials.get()  # read here, because obstore would hide the type of their error
@@ -238,7 +237,6 @@ class ObstoreClient(ObjectClient):
             raise refused from None  # from None: obstore's own text may contain a signed URL
 
     def head(self, key: str) -> ObjectInfo:
-        """Send HEAD."""
         try:
             with self.errors(key, "head"):
                 return to_object_info(key, obstore.head(self._store(), key))
@@ -256,7 +254,6 @@ class ObstoreClient(ObjectClient):
         raise refused
 
     def get(self, key: str, on_piece: Callable[[], None]) -> bytes:
-        """Send GET for a whole object."""
         with self.errors(key, "get"):
             result = obstore.get(self._store(), key)
             if result.meta["size"] <= self._piece_bytes:
@@ -268,13 +265,11 @@ class ObstoreClient(ObjectClient):
             return b"".join(pieces)
 
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """Send GET with a suffix range."""
         with self.errors(key, "read_tail"):
             result = obstore.get(self._store(), key, options={"range": {"suffix": n_bytes}})
             return bytes(result.bytes()), to_object_info(key, result.meta)
 
     def range(self, key: str, wanted: ByteRange, if_match: str | None) -> tuple[ObjectInfo, Iterable[memoryview]]:
-        """Send GET for a range."""
         options: Any = {"range": (wanted.start, wanted.end)}
         if if_match is not None:
             options["if_match"] = if_match
@@ -284,29 +279,24 @@ class ObstoreClient(ObjectClient):
         return to_object_info(key, result.meta), map(memoryview, result.stream(min_chunk_size=self._piece_bytes))
 
     def put(self, key: str, body: bytes) -> ObjectInfo:
-        """Send PUT."""
         with self.errors(key, "put"):
             said = obstore.put(self._store(), key, body, use_multipart=False)
         return ObjectInfo(key, len(body), etag=said["e_tag"], version=said["version"])
 
     def put_new(self, key: str, body: bytes) -> ObjectInfo:
-        """Send PUT with If-None-Match."""
         with self.conditional(key, "put_if_absent"):
             said = obstore.put(self._store(), key, body, mode="create")
         return ObjectInfo(key, len(body), etag=said["e_tag"], version=said["version"])
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Send DELETE, for up to 1,000 objects at once if the store supports it."""
         with self.errors(keys[0], "delete"):
             obstore.delete(self._store(), keys[0] if len(keys) == 1 else keys)
 
     def pages(self, folder: str, after: str | None) -> Iterator[Sequence[ObjectInfo]]:
-        """Yield pages of 1,000 objects."""
         for page in obstore.list(self._store(), folder or None, offset=after, chunk_size=_PAGE_KEYS):
             yield [to_object_info(meta["path"], meta) for meta in page]
 
     def copy(self, src: str, dst: str) -> None:
-        """Copy on the server, replacing an existing object."""
         with self.errors(src, f"copy to {dst}"):
             obstore.copy(self._store(), src, dst)
 
