@@ -23,7 +23,7 @@ from datetime import UTC, datetime, timedelta
 from http.client import HTTPException
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 from tiercache.config import aws_endpoint_options, aws_files, aws_keys, aws_profile, aws_web_identity
 from tiercache.errors import StoreError
@@ -51,14 +51,7 @@ _TEXT_CHARS = 300
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """One set of credentials.
-
-    Attributes:
-        access_key_id: Access key ID.
-        secret_access_key: Secret access key.
-        token: Session token.
-        expires_at: Time of expiry, with a time zone; None if it is unknown, or if the keys do not expire.
-    """
+    """One set of credentials. expires_at has a time zone; it is None if it is unknown, or if the keys do not expire."""
 
     access_key_id: str = field(repr=False)
     secret_access_key: str = field(repr=False)
@@ -67,10 +60,13 @@ class Keys:
 
 
 class Credentials:
-    """Keys of one source, read when needed. Safe for threads, but each process must create its own object.
+    """Keys of one source, which read() reads when needed. `origin` and `url` are for messages.
 
-    The lock is held while the source is read, so that a process is started once for all threads that wait for keys. If
-    the reading fails, it fails for all of them.
+    Safe for threads, but each process must create its own object. The lock is held while the source is read, so that a
+    process is started once for all threads that wait for keys. If the reading fails, it fails for all of them.
+
+    Attributes:
+        number: Number of different keys that the source has given.
     """
 
     def __init__(
@@ -81,7 +77,6 @@ class Credentials:
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """Store the source without reading it."""
         self.origin, self.url = origin, url
         self._read, self._now = read, now
         self._lock = Lock()
@@ -121,7 +116,7 @@ class Credentials:
             yield
 
     def _refresh(self, last: Keys | None, now: datetime) -> Keys:
-        """Read the source."""
+        """Read the source. The last keys stay in use if the reading fails and they are still valid."""
         try:
             keys = self._read()
             if keys.expires_at is not None and keys.expires_at <= now:
@@ -159,35 +154,24 @@ def wait_target(endpoint: str, credentials: Credentials | None) -> str:
 
 
 def refused_error(error: StoreError, credentials: Credentials | None, number: int) -> StoreError:
-    """Return the error to raise for a refused request, with .renewed set if new keys are available now.
+    """Return the error of a refused request with .details["renewed"] set if its source has newer keys now.
 
-    with_retries() then makes one more attempt.
+    with_retries() then makes one more attempt. number is that of the keys that signed the request.
     """
-    code = error.code
-    if credentials is None or not (error.status in (401, 403) or code in _INVALID_CODES):
+    is_invalid = error.code in _INVALID_CODES
+    if credentials is None or not (error.status in (401, 403) or is_invalid):
         return error
-    details, is_retryable = dict(error.details), False
+    error.retryable = False
     try:
         if credentials.renew(number):
-            text, details["renewed"] = "", True
-        elif code in _INVALID_CODES:
-            text = f"; {credentials.origin} has no newer credentials"
-        else:
-            return error
+            error.details["renewed"] = True
+        elif is_invalid:
+            error.message += f"; {credentials.origin} has no newer credentials"
     except (StoreError, ValueError) as failed:
         # Another program may be replacing the file: the call is retried within its time limit.
-        text, is_retryable = f"; reading the credentials again failed: {failed}", True
-    said = error.message.removeprefix(f"{error.url}: ")
-    refused = StoreError(
-        f"{said}{text}",
-        url=error.url,
-        retryable=is_retryable,
-        status=error.status,
-        code=error.code,
-        maybe_done=error.maybe_done,
-    )
-    refused.details |= details
-    return refused
+        error.message += f"; reading the credentials again failed: {failed}"
+        error.retryable = True
+    return error
 
 
 def s3_access(options: CloudOptions, url: str) -> tuple[dict[str, Any], Credentials | None]:
@@ -277,58 +261,50 @@ def _of_profile(
     endpoint = environment.get("endpoint") or _endpoint_of(said, "s3")
     found = {"region": environment.get("region") or said.get("region"), "endpoint": endpoint}
     config = {**{key: value for key, value in found.items() if value}, **config}
-    origin = f"the AWS profile {name!r}"
-    if not _has_credentials(said):
+    origin, source = f"the AWS profile {name!r}", _source_of(said)
+    if source is None:
         if name == "default":  # the file sets only a region: the machine's own role is used
             return config, None
         raise ValueError(f"{origin} contains no credentials")
-    if _runs_process(said):
+    if source == "process":
         origin = f"credential_process of {origin}"
     return config, Credentials(origin, lambda: _read_profile(name, config, options, url), url)
 
 
-def _has_credentials(said: Mapping[str, str]) -> bool:
-    names = ("aws_access_key_id", "credential_process", "role_arn", "login_session")
-    return any(said.get(name) for name in names) or _needs_botocore(said)
-
-
-def _needs_botocore(said: Mapping[str, str]) -> bool:
-    """Return whether the keys come from a protocol that botocore implements: SSO, login, or another profile's role."""
+def _source_of(said: Mapping[str, str]) -> Literal["botocore", "role", "keys", "process"] | None:
+    """Return what gives the keys of a profile. botocore implements SSO, login and roles of other profiles."""
     assumes = "role_arn" in said and "web_identity_token_file" not in said
-    return assumes or "login_session" in said or any(name.startswith("sso_") for name in said)
-
-
-def _runs_process(said: Mapping[str, str]) -> bool:
-    """Return whether a command prints the keys: any other source takes precedence."""
-    others = _needs_botocore(said) or "role_arn" in said or said.get("aws_access_key_id")
-    return not others and bool(said.get("credential_process"))
+    if assumes or "login_session" in said or any(name.startswith("sso_") for name in said):
+        return "botocore"
+    if "role_arn" in said:
+        return "role"
+    if said.get("aws_access_key_id"):
+        return "keys"
+    return "process" if said.get("credential_process") else None
 
 
 def _read_profile(name: str, config: Mapping[str, Any], options: CloudOptions, url: str) -> Keys:
     said = _profile(name)
-    origin = f"the AWS profile {name!r}"
-    if _needs_botocore(said):
+    origin, source = f"the AWS profile {name!r}", _source_of(said)
+    if source == "botocore":
         return _by_botocore(name)
-    if "role_arn" in said:
+    if source == "role":
         role = {key: said[key] for key in _ROLE_OPTIONS if key in said}
         if (endpoint := _endpoint_of(said, "sts")) is not None:
             role["sts_endpoint"] = endpoint
         return _assume_role({**aws_web_identity(), **role}, config, options, url)
-    if said.get("aws_access_key_id"):
+    if source == "keys":
         secret = said.get("aws_secret_access_key")
         if not secret:
             raise ValueError(f"{origin} has an aws_access_key_id, but no aws_secret_access_key")
         return Keys(said["aws_access_key_id"], secret, said.get("aws_session_token") or None)
-    if not said.get("credential_process"):
+    if source is None:
         raise ValueError(f"{origin} contains no credentials any more")  # for example while the file is being replaced
     return _by_process(said["credential_process"], origin, url, min(_PROCESS_S, options.timeout_s))
 
 
 def _profile(name: str) -> dict[str, str]:
-    """Return all settings of a profile in the user's AWS files, `services` resolved.
-
-    The credentials file takes precedence.
-    """
+    """Return a profile of the user's AWS files, `services` resolved. The credentials file takes precedence."""
     config_file, keys_file = aws_files()
     config, keys = _sections(config_file), _sections(keys_file)
     section = next((s for s in config if s == f"profile {name}" or (s == name == "default")), None)
@@ -361,9 +337,8 @@ def _sections(path: Path) -> dict[str, dict[str, str]]:
         return {}
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-        raise ValueError(
-            f"{path}: cannot be read as an AWS file: {reason}"
-        ) from None  # from None: the parser's text may contain keys
+        # From None, because the parser's text may contain keys.
+        raise ValueError(f"{path}: cannot be read as an AWS file: {reason}") from None
     return {" ".join(s.replace('"', "").replace("'", "").split()): dict(parser.items(s)) for s in parser.sections()}
 
 
@@ -411,9 +386,7 @@ def _by_botocore(name: str) -> Keys:
         if credentials is None:
             raise ValueError(f"the AWS profile {name!r} contains no credentials")
         frozen = credentials.get_frozen_credentials()
-    except exceptions.BotoCoreError as error:
-        raise ValueError(f"the AWS profile {name!r}: {error}") from error
-    except exceptions.ClientError as error:  # refused by STS
+    except (exceptions.BotoCoreError, exceptions.ClientError) as error:
         raise ValueError(f"the AWS profile {name!r}: {error}") from error
     return Keys(frozen.access_key, frozen.secret_key, frozen.token)
 
@@ -464,11 +437,11 @@ def _assume_role(role: Mapping[str, str], config: Mapping[str, Any], options: Cl
         text = f"{code}: {said.get('Message', '')}" if code else f"HTTP {error.code}"
         retryable = error.code >= 500 or error.code == 429 or code in _STS_RETRYABLE_CODES
         message = f"STS at {endpoint} gave no keys for the token in {file}: {text[:_TEXT_CHARS]}"
-        facts: dict[str, Any] = {"status": error.code, "code": code, "before_request": True}
-        raise StoreError(message, url=url, retryable=retryable, **facts) from None
+        raise StoreError(
+            message, url=url, retryable=retryable, status=error.code, code=code, before_request=True
+        ) from None
     except (OSError, HTTPException) as error:  # includes URLError
-        reason = getattr(error, "reason", error)
-        message = f"cannot connect to STS at {endpoint}: {reason}"
+        message = f"cannot connect to STS at {endpoint}: {getattr(error, 'reason', error)}"
         raise StoreError(message, url=url, retryable=True, sent=False) from None
     return _parsed(said, f"STS at {endpoint}", url)
 
