@@ -104,7 +104,7 @@ def _place(cloud: str, place: ParsedUrl) -> BucketFolder:
 
 def _options(cloud: str, given: dict[str, Any]) -> CloudOptions:
     options = CloudOptions.parse(cloud, given)
-    if cloud != "s3":
-        return options
-    options = with_ca_bundle(options, aws_ca_bundle())
-    return replace(options, profile=default_profile(options))
+    if cloud == "s3":
+        options = with_ca_bundle(options, aws_ca_bundle())
+        options = replace(options, profile=default_profile(options))
+    return options

@@ -34,9 +34,11 @@ _BROKEN = (
 
 def to_store_error(error: BaseException, doing: str, url: str) -> StoreError:
     """Convert an error to a StoreError with the facts of ObjectClient."""
-    status = status_of(error)
+    answer = _answer(error)
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", getattr(error, "status", None))
+    status = status if isinstance(status, int) else None
     shown = hide_secrets(str(error).strip() or type(error).__name__)
-    code = _answer(error).get("Error", {}).get("Code")
+    code = answer.get("Error", {}).get("Code")
     code = None if code is None or str(code) == str(status) else str(code)
     # S3 refused the write because another conditional write of the key is running.
     is_conflict = code == "ConditionalRequestConflict"
@@ -59,25 +61,12 @@ def to_store_error(error: BaseException, doing: str, url: str) -> StoreError:
     else:
         lost = isinstance(error, TimeoutError | ConnectionError) or not names.isdisjoint((*_NOT_SENT, *_BROKEN))
         retryable = lost or (isinstance(error, OSError) and error.errno in _RETRYABLE)
-    return StoreError(
-        f"{doing}: {shown}",
-        url=url,
-        retryable=retryable,
-        status=status,
-        sent=sent,
-        code=code,
-        text=shown,
-        exists=exists,
-    )
+    facts: dict[str, Any] = {"status": status, "code": code, "sent": sent, "text": shown, "exists": exists}
+    return StoreError(f"{doing}: {shown}", url=url, retryable=retryable, **facts)
 
 
-def status_of(error: BaseException) -> int | None:
-    """Return the HTTP status of the error or its cause, or None."""
-    status = _answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode", getattr(error, "status", None))
-    return status if isinstance(status, int) else None
-
-
-def _answer(error: BaseException) -> dict[str, dict[str, object]]:
+def _answer(error: BaseException) -> dict[str, dict[str, Any]]:
+    """Return the answer of botocore that the error or its cause holds."""
     for one in (error, error.__cause__):
         response = getattr(one, "response", None)
         if isinstance(response, dict):
@@ -96,15 +85,8 @@ _WEAK = "W/"
 
 def _answered(key: str, said: Mapping[str, Any], n_bytes: int) -> ObjectInfo:
     when = said.get("LastModified")
-    return ObjectInfo(
-        key,
-        n_bytes,
-        etag=said.get("ETag"),
-        version=said.get("VersionId"),
-        modified_s=when.timestamp() if when is not None else None,
-        storage_class=said.get("StorageClass"),
-        restore=said.get("Restore"),
-    )
+    modified_s = when.timestamp() if when is not None else None
+    return ObjectInfo(key, n_bytes, etag=said.get("ETag"), version=said.get("VersionId"), modified_s=modified_s)
 
 
 def to_object_info(key: str, about: Mapping[str, Any]) -> ObjectInfo:
@@ -142,6 +124,8 @@ def _time(about: Mapping[str, Any]) -> float | None:
 class FsspecClient(ObjectClient):
     """Requests to any file system of fsspec, which is created at first use and again when the keys change.
 
+    open_fs returns a file system, and the path of the folder in it; it takes the keys, if there is a source of keys.
+
     The lock guards the table of file systems, and makes test and write of put_new() atomic within this process.
     """
 
@@ -156,7 +140,6 @@ class FsspecClient(ObjectClient):
         endpoint: str,
         credentials: Credentials | None = None,
     ) -> None:
-        """Open nothing yet."""
         self.url, self.counters = url, counters
         self._open_fs, self._endpoint, self._credentials = open_fs, endpoint, credentials
         self._lock, self._writing = Lock(), Lock()
@@ -190,7 +173,8 @@ class FsspecClient(ObjectClient):
             # From None, because the text may contain a signed URL.
             raise refused_error(to_store_error(error, doing, self.url_of(key)), self._credentials, number) from None
 
-    def _info(self, key: str) -> ObjectInfo:
+    def head(self, key: str) -> ObjectInfo:
+        """Return what the file system reports about the object. A folder is not an object."""
         fs, path = self.at(key)
         fs.invalidate_cache()
         about = fs.info(path)
@@ -198,23 +182,16 @@ class FsspecClient(ObjectClient):
             raise FileNotFoundError(key)
         return to_object_info(key, about)
 
-    def head(self, key: str) -> ObjectInfo:
-        """Return what the file system reports about the object. A folder is not an object."""
-        with self.errors(key, "head"):
-            return self._info(key)
-
     def get(self, key: str, on_piece: Callable[[], None]) -> bytes:  # noqa: ARG002 - one piece
-        with self.errors(key, "get"):
-            self._info(key)  # some file systems read a folder as b""
-            fs, path = self.at(key)
-            return bytes(fs.cat_file(path))
+        self.head(key)  # some file systems read a folder as b""
+        fs, path = self.at(key)
+        return bytes(fs.cat_file(path))
 
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        with self.errors(key, "read_tail"):
-            info = self._info(key)
-            fs, path = self.at(key)
-            start = max(info.n_bytes - n_bytes, 0)
-            return bytes(fs.cat_file(path, start=start, end=info.n_bytes)) if info.n_bytes else b"", info
+        info = self.head(key)
+        fs, path = self.at(key)
+        start = max(info.n_bytes - n_bytes, 0)
+        return bytes(fs.cat_file(path, start=start, end=info.n_bytes)) if info.n_bytes else b"", info
 
     def range(
         self,
@@ -226,13 +203,12 @@ class FsspecClient(ObjectClient):
         return None, (memoryview(bytes(fs.cat_file(path, start=wanted.start, end=wanted.end))),)
 
     def put(self, key: str, body: bytes) -> ObjectInfo:
-        with self.errors(key, "put"):
-            self._in_folder(key, lambda fs, path: fs.pipe_file(path, body))
-            return self._info(key)
+        self._in_folder(key, lambda fs, path: fs.pipe_file(path, body))
+        return self.head(key)
 
     def put_new(self, key: str, body: bytes) -> ObjectInfo | None:
         """Write by pipe_file(mode="create"), after an existence check for file systems without that mode."""
-        with self.conditional(key, "put_if_absent"), self._writing:
+        with self._writing:
             fs, path = self.at(key)
             fs.invalidate_cache()
             if fs.exists(path):
@@ -250,11 +226,10 @@ class FsspecClient(ObjectClient):
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete one by one, ignoring missing objects."""
-        with self.errors(keys[0], "delete"):
-            for key in keys:
-                fs, path = self.at(key)
-                with suppress(FileNotFoundError):
-                    fs.rm_file(path)
+        for key in keys:
+            fs, path = self.at(key)
+            with suppress(FileNotFoundError):
+                fs.rm_file(path)
 
     def pages(self, folder: str, after: str | None) -> Iterator[Sequence[ObjectInfo]]:  # noqa: ARG002 - one page
         """Yield one page, by find()."""
@@ -273,14 +248,12 @@ class FsspecClient(ObjectClient):
         ]
 
     def copy(self, src: str, dst: str) -> None:
-        with self.errors(src, f"copy to {dst}"):
-            fs, path = self.at(src)
-            fs.cp_file(path, self.at(dst)[1])
+        fs, path = self.at(src)
+        fs.cp_file(path, self.at(dst)[1])
 
     def open_writer(self, key: str) -> ObjectWriter:
         """Return a writer that keeps the object on the local disk until it is complete."""
-        with self.errors(key, "create"):
-            return _SpooledWriter(lambda file: self._in_folder(key, lambda fs, path: fs.put_file(file, path)))
+        return _SpooledWriter(lambda file: self._in_folder(key, lambda fs, path: fs.put_file(file, path)))
 
     def close(self) -> None:
         """Forget the file systems; most have nothing to close."""
@@ -320,7 +293,7 @@ class S3fsClient(FsspecClient):
         return fs, path
 
     def call(self, method: str, key: str, **arguments: Any) -> Mapping[str, Any]:
-        """Send one request about an object. For use inside errors()."""
+        """Send one request about an object."""
         fs, path = self.at(key)
         bucket, _, name = path.partition("/")
         answer: Mapping[str, Any] = fs.call_s3(method, Bucket=bucket, Key=name, **arguments)
@@ -341,17 +314,15 @@ class S3fsClient(FsspecClient):
         n_bytes = said.get("ContentRange", "").rpartition("/")[2] or said["ContentLength"]
         return data, _answered(key, said, int(n_bytes))
 
-    def _info(self, key: str) -> ObjectInfo:
+    def head(self, key: str) -> ObjectInfo:
         said = self.call("head_object", key)
         return _answered(key, said, said["ContentLength"])
 
     def get(self, key: str, on_piece: Callable[[], None]) -> bytes:  # noqa: ARG002 - one piece
-        with self.errors(key, "get"):
-            return self._get(key)[0]
+        return self._get(key)[0]
 
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        with self.errors(key, "read_tail"):
-            return self._get(key, Range=f"bytes=-{n_bytes}")
+        return self._get(key, Range=f"bytes=-{n_bytes}")
 
     def range(
         self, key: str, wanted: ByteRange, if_match: str | None
@@ -361,12 +332,10 @@ class S3fsClient(FsspecClient):
         return info, (memoryview(data),)
 
     def put(self, key: str, body: bytes) -> ObjectInfo:
-        with self.errors(key, "put"):
-            return _answered(key, self.call("put_object", key, Body=body), len(body))
+        return _answered(key, self.call("put_object", key, Body=body), len(body))
 
     def put_new(self, key: str, body: bytes) -> ObjectInfo | None:
-        with self.conditional(key, "put_if_absent"):
-            return _answered(key, self.call("put_object", key, Body=body, IfNoneMatch="*"), len(body))
+        return _answered(key, self.call("put_object", key, Body=body, IfNoneMatch="*"), len(body))
 
     def close(self) -> None:
         with self._lock:
@@ -385,6 +354,9 @@ class FsspecStore(RemoteStore):
     On S3 the store fulfils the whole contract. Elsewhere it depends on the file system: put_if_absent lets one writer
     win in this process, and among processes if the file system supports mode="create"; if_match compares info() before
     and after the read.
+
+    full_url includes secrets; `url` is for messages. make() returns a file system that is not shared and does not cache
+    listings; full_url is then the path in it.
     """
 
     def __init__(
@@ -395,7 +367,6 @@ class FsspecStore(RemoteStore):
         make: Callable[[], Any] | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        """Store the arguments without opening the file system."""
         super().__init__(url, timeout_s, ReadSettings(n_threads=_N_THREADS))
         self._full_url, self._options, self._make = full_url, dict(options), make
 

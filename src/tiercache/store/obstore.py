@@ -43,12 +43,13 @@ _CHANGED = 412
 
 def to_store_error(error: BaseException, doing: str, url: str, endpoint: str = "") -> StoreError:
     """Convert an error of obstore to a StoreError with the facts of ObjectClient."""
-    text = str(error)
-    status, said = _status(text), _said(text)
-    code = said.get("Code")
-    shown = _shown(text, status, said, endpoint)
-    name = type(error).__name__
-    if name == "AlreadyExistsError" and "ConditionalRequestConflict" not in text:  # that is a concurrent write
+    text, name = str(error), type(error).__name__
+    answer = _STATUS.search(text.partition(_DEBUG)[0])
+    status = int(answer[1]) if answer else None
+    reason = _reason(answer[3].strip()) if answer else {}
+    shown = hide_secrets(_answer_text(answer, reason) if answer else _cause(text, endpoint))
+    is_conflict = "ConditionalRequestConflict" in text  # a concurrent write
+    if name == "AlreadyExistsError" and not is_conflict:
         return StoreError(f"{doing}: the key exists", url=url, status=status, exists=True)
     if isinstance(error, FileNotFoundError):
         what = "bucket" if "NoSuchBucket" in text else "object"
@@ -73,30 +74,14 @@ def to_store_error(error: BaseException, doing: str, url: str, endpoint: str = "
         )
         return StoreError(message, url=url, sent=False)
     kind = _KIND.search(text)
-    retryable = status in RETRYABLE_STATUSES or "ConditionalRequestConflict" in text if status else kind is not None
-    sent = not (kind is not None and kind[1] == "Connect")
-    return StoreError(
-        f"{doing}: {shown}",
-        url=url,
-        retryable=retryable,
-        status=status,
-        sent=sent,
-        code=code,
-        text=shown,
-    )
+    retryable = status in RETRYABLE_STATUSES or is_conflict if status else kind is not None
+    facts: dict[str, Any] = {"status": status, "code": reason.get("Code"), "text": shown}
+    sent = kind is None or kind[1] != "Connect"
+    return StoreError(f"{doing}: {shown}", url=url, retryable=retryable, sent=sent, **facts)
 
 
-def _status(text: str) -> int | None:
-    match = _STATUS.search(text.partition(_DEBUG)[0])
-    return int(match[1]) if match else None
-
-
-def _said(text: str) -> dict[str, str]:
-    """Return Code and Message of the answer's body, from XML (S3, STS, Azure) or JSON (Google); {} without a body."""
-    match = _STATUS.search(text.partition(_DEBUG)[0])
-    if match is None:
-        return {}
-    body = match[3].strip()
+def _reason(body: str) -> dict[str, str]:
+    """Return Code and Message of an answer's body, from XML (S3, STS, Azure) or JSON (Google); {} without them."""
     if not body.startswith("{"):
         return dict(_XML.findall(body))
     try:
@@ -111,26 +96,26 @@ def _said(text: str) -> dict[str, str]:
     return {name: str(value) for name, value in found.items() if value}
 
 
-def _shown(text: str, status: int | None, said: dict[str, str], endpoint: str) -> str:
-    """Return the part of the text for the user: status, code and message of the body, or the cause. Without secrets."""
+def _answer_text(answer: re.Match[str], reason: Mapping[str, str]) -> str:
+    """Return status, code and message of an answer, for the user."""
+    body = ": ".join(reason[name] for name in ("Code", "Message") if name in reason) or answer[3].strip()
+    shown = "" if not body or body.startswith("<") else f": {body[:_BODY_CHARS]}"  # "<": an HTML page
+    return f"HTTP {answer[1]} {answer[2].strip()}{shown}"
+
+
+def _cause(text: str, endpoint: str) -> str:
+    """Return why there is no answer, for the user."""
     first, _, debug = text.partition(_DEBUG)
-    match = _STATUS.search(first)
-    if match:
-        body = ": ".join(said[name] for name in ("Code", "Message") if name in said) or match[3].strip()
-        if body.startswith("<"):
-            body = ""  # an HTML page
-        return hide_secrets(f"HTTP {status} {match[2].strip()}{': ' if body else ''}{body[:_BODY_CHARS]}")
     kind, causes = _KIND.search(debug), _CAUSES.findall(debug)
-    if kind:
-        server = _SERVER.search(first)
-        where = hide_secrets(server[1] if server else endpoint)
-        at = f" {where}" if where else ""
-        what = {
-            "Timeout": f"timed out: no answer, or no further byte, from{at or ' the server'}",
-            "Connect": f"cannot connect{' to' if at else ''}{at}",
-        }.get(kind[1], f"the connection{' to' if at else ''}{at} broke")
-        return hide_secrets(f"{what}{': ' + causes[-1] if causes else ''}")
-    return hide_secrets(first.strip().splitlines()[0] if first.strip() else "unknown error")
+    if kind is None:
+        return first.strip().splitlines()[0] if first.strip() else "unknown error"
+    server = _SERVER.search(first)
+    where = server[1] if server else endpoint or "the server"
+    what = {
+        "Timeout": f"timed out: no answer, or no further byte, from {where}",
+        "Connect": f"cannot connect to {where}",
+    }.get(kind[1], f"the connection to {where} broke")
+    return f"{what}{': ' + causes[-1] if causes else ''}"
 
 
 # obstore sends the parts of an upload as many requests, which it therefore retries itself.
@@ -238,36 +223,27 @@ class ObstoreClient(ObjectClient):
 
     def head(self, key: str) -> ObjectInfo:
         try:
-            with self.errors(key, "head"):
-                return to_object_info(key, obstore.head(self._store(), key))
-        except StoreError as error:
-            if self.place.cloud != "s3" or error.status not in (400, 401, 403) or error.details.get("renewed"):
-                raise
-            refused = error
-        # The answer to a HEAD has no body with a reason; a GET of one byte is refused for the same reason.
-        try:
-            with self.errors(key, "head"):
+            return to_object_info(key, obstore.head(self._store(), key))
+        except _ERRORS as error:
+            if self.place.cloud == "s3" and to_store_error(error, "", "").status in (400, 401, 403):
+                # The answer to a HEAD has no body with a reason; a GET of one byte is refused for the same reason.
+                self.counters.add("requests")
                 obstore.get(self._store(), key, options={"range": (0, 1)})
-        except StoreError as error:
-            if error.code or error.details.get("renewed"):
-                raise
-        raise refused
+            raise
 
     def get(self, key: str, on_piece: Callable[[], None]) -> bytes:
-        with self.errors(key, "get"):
-            result = obstore.get(self._store(), key)
-            if result.meta["size"] <= self._piece_bytes:
-                return bytes(result.bytes())
-            pieces = []
-            for piece in result.stream(min_chunk_size=self._piece_bytes):
-                pieces.append(piece)
-                on_piece()
-            return b"".join(pieces)
+        result = obstore.get(self._store(), key)
+        if result.meta["size"] <= self._piece_bytes:
+            return bytes(result.bytes())
+        pieces = []
+        for piece in result.stream(min_chunk_size=self._piece_bytes):
+            pieces.append(piece)
+            on_piece()
+        return b"".join(pieces)
 
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        with self.errors(key, "read_tail"):
-            result = obstore.get(self._store(), key, options={"range": {"suffix": n_bytes}})
-            return bytes(result.bytes()), to_object_info(key, result.meta)
+        result = obstore.get(self._store(), key, options={"range": {"suffix": n_bytes}})
+        return bytes(result.bytes()), to_object_info(key, result.meta)
 
     def range(self, key: str, wanted: ByteRange, if_match: str | None) -> tuple[ObjectInfo, Iterable[memoryview]]:
         options: Any = {"range": (wanted.start, wanted.end)}
@@ -279,32 +255,27 @@ class ObstoreClient(ObjectClient):
         return to_object_info(key, result.meta), map(memoryview, result.stream(min_chunk_size=self._piece_bytes))
 
     def put(self, key: str, body: bytes) -> ObjectInfo:
-        with self.errors(key, "put"):
-            said = obstore.put(self._store(), key, body, use_multipart=False)
+        said = obstore.put(self._store(), key, body, use_multipart=False)
         return ObjectInfo(key, len(body), etag=said["e_tag"], version=said["version"])
 
     def put_new(self, key: str, body: bytes) -> ObjectInfo:
-        with self.conditional(key, "put_if_absent"):
-            said = obstore.put(self._store(), key, body, mode="create")
+        said = obstore.put(self._store(), key, body, mode="create")
         return ObjectInfo(key, len(body), etag=said["e_tag"], version=said["version"])
 
     def delete(self, keys: Sequence[str]) -> None:
-        with self.errors(keys[0], "delete"):
-            obstore.delete(self._store(), keys[0] if len(keys) == 1 else keys)
+        obstore.delete(self._store(), keys[0] if len(keys) == 1 else keys)
 
     def pages(self, folder: str, after: str | None) -> Iterator[Sequence[ObjectInfo]]:
         for page in obstore.list(self._store(), folder or None, offset=after, chunk_size=_PAGE_KEYS):
             yield [to_object_info(meta["path"], meta) for meta in page]
 
     def copy(self, src: str, dst: str) -> None:
-        with self.errors(src, f"copy to {dst}"):
-            obstore.copy(self._store(), src, dst)
+        obstore.copy(self._store(), src, dst)
 
     def open_writer(self, key: str) -> ObjectWriter:
         """Start a multipart upload whose requests obstore retries itself."""
         store, sizes = self._store(_INNER_RETRIES), (_WRITER_PART_BYTES, _WRITER_PARTS_AT_ONCE)
-        with self.errors(key, "create"):
-            return _ObstoreWriter(obstore.open_writer(store, key, buffer_size=sizes[0], max_concurrency=sizes[1]))
+        return _ObstoreWriter(obstore.open_writer(store, key, buffer_size=sizes[0], max_concurrency=sizes[1]))
 
 
 class _ObstoreWriter:
@@ -323,10 +294,5 @@ class _ObstoreWriter:
 def to_object_info(key: str, meta: Mapping[str, Any]) -> ObjectInfo:
     """Convert obstore's metadata to an ObjectInfo."""
     when = meta["last_modified"]
-    return ObjectInfo(
-        key,
-        meta["size"],
-        etag=meta["e_tag"],
-        version=meta["version"],
-        modified_s=when.timestamp() if when else None,
-    )
+    modified_s = when.timestamp() if when else None
+    return ObjectInfo(key, meta["size"], etag=meta["e_tag"], version=meta["version"], modified_s=modified_s)

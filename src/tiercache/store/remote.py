@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from threading import Event
 from typing import Protocol, TypeVar
 
@@ -69,10 +68,11 @@ class ObjectWriter(Protocol):
 
 
 class ObjectClient(ABC):
-    """Single requests to a store by one client library, not retried and with tiercache's errors. Safe for threads.
+    """Single requests to a store by one client library, not retried. Safe for threads.
 
-    An error has the facts .status, .code and .sent (False if the request was never sent); .exists says that a
-    conditional write was refused because the key exists, and .no_range that the store has no such range requests.
+    The methods raise the library's own errors. errors() converts them to StoreError, with .status, .code and details:
+    "sent" is False if the request was never sent, "exists" says that a conditional write was refused because the key
+    exists, and "no_range" that the store has no such range requests.
 
     Attributes:
         url: URL of the folder, for messages.
@@ -98,20 +98,6 @@ class ObjectClient(ABC):
     def errors(self, key: str, doing: str) -> AbstractContextManager[None]:
         """Count a request, and convert the library's errors to StoreError."""
 
-    @contextmanager
-    def conditional(self, key: str, doing: str) -> Iterator[None]:
-        """As errors(), for a write that must not be repeated blindly. Raises KeyExists, StoreError."""
-        try:
-            with self.errors(key, doing):
-                yield
-        except StoreError as error:
-            if error.details.get("exists"):
-                raise KeyExists from None
-            if not _may_have_taken_effect(error):
-                raise
-            message = f"{doing}: the answer was lost, so the object may or may not have been written ({error.message})"
-            raise StoreError(message, url=self.url_of(key), retryable=True, maybe_done=True) from None
-
     @abstractmethod
     def head(self, key: str) -> ObjectInfo:
         """Return the description of an object."""
@@ -128,10 +114,7 @@ class ObjectClient(ABC):
     def range(
         self, key: str, wanted: ByteRange, if_match: str | None
     ) -> tuple[ObjectInfo | None, Iterable[memoryview]]:
-        """Request a range. Return the description of the object if the answer has it, and the body in pieces.
-
-        For use inside errors(): the call and the pieces raise the library's own errors.
-        """
+        """Request a range. Return the description of the object if the answer has it, and the body in pieces."""
 
     @abstractmethod
     def put(self, key: str, body: bytes) -> ObjectInfo:
@@ -139,15 +122,15 @@ class ObjectClient(ABC):
 
     @abstractmethod
     def put_new(self, key: str, body: bytes) -> ObjectInfo | None:
-        """Write a whole object if the key is free. Return the object if the answer describes it. Raises KeyExists."""
+        """Write a whole object if the key is free. Return the object if the answer describes it."""
 
     @abstractmethod
     def delete(self, keys: Sequence[str]) -> None:
-        """Delete up to 1,000 objects. May raise NotFound if one of them does not exist."""
+        """Delete up to 1,000 objects. May fail if one of them does not exist."""
 
     @abstractmethod
     def pages(self, folder: str, after: str | None) -> Iterator[Sequence[ObjectInfo]]:
-        """Yield the pages of a listing after a key. For use inside errors()."""
+        """Yield the pages of a listing after a key."""
 
     @abstractmethod
     def copy(self, src: str, dst: str) -> None:
@@ -155,7 +138,7 @@ class ObjectClient(ABC):
 
     @abstractmethod
     def open_writer(self, key: str) -> ObjectWriter:
-        """Return the writer of a large object. Its methods are for use inside errors()."""
+        """Return the writer of a large object."""
 
     @abstractmethod
     def close(self) -> None:
@@ -227,27 +210,51 @@ class RemoteStore(Store):
             endpoint=client.wait_target,
         )
 
-    def _retry_read(self, key: str, doing: str, attempt: Callable[[CallLimit], T]) -> T:
+    def _read(self, key: str, doing: str, request: Callable[[ObjectClient, CallLimit], T]) -> T:
         """Return the result of a read-only request. A request whose time is over is abandoned with its thread."""
-        limit, policy = self.call_limit(key, doing), self._settings.policy
-        return self._calls.get().run(lambda: attempt(limit), policy, limit, self.client.abandonable)
+        limit = self.call_limit(key, doing)
 
-    def _retry_write(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
+        def attempt() -> T:
+            client = self.client
+            with client.errors(key, doing):
+                return request(client, limit)
+
+        return self._calls.get().run(attempt, self._settings.policy, limit, self.client.abandonable)
+
+    def _write(self, key: str, doing: str, request: Callable[[ObjectClient], T], *, is_conditional: bool = False) -> T:
         """Return the result of a write request.
 
-        Its last attempt is always awaited, because its effect would be unknown otherwise.
+        Its last attempt is always awaited, because its effect would be unknown otherwise. A conditional write is not
+        repeated after a lost answer, because it would find its own object: it raises StoreError with .maybe_done, or
+        KeyExists.
         """
+
+        def attempt() -> T:
+            client = self.client
+            try:
+                with client.errors(key, doing):
+                    return request(client)
+            except StoreError as error:
+                if not is_conditional:
+                    raise
+                if error.details.get("exists"):
+                    raise KeyExists from None
+                if not _may_have_taken_effect(error):
+                    raise
+                lost = f"{doing}: the answer was lost, so the object may or may not have been written ({error.message})"
+                raise StoreError(lost, url=client.url_of(key), retryable=True, maybe_done=True) from None
+
         return self._calls.get().run(attempt, self._settings.policy, self.call_limit(key, doing))
 
     def head(self, key: str) -> ObjectInfo:
         """Send one HEAD."""
         check_key(key)
-        return self._retry_read(key, "head", lambda _limit: self.client.head(key))
+        return self._read(key, "head", lambda client, _limit: client.head(key))
 
     def get(self, key: str) -> bytes:
         """Send one GET."""
         check_key(key)
-        data = self._retry_read(key, "get", lambda limit: self.client.get(key, limit.progressed))
+        data = self._read(key, "get", lambda client, limit: client.get(key, limit.progressed))
         self.counters.add("bytes_read", len(data))
         return data
 
@@ -257,9 +264,10 @@ class RemoteStore(Store):
         if n_bytes <= 0:
             return b"", self.head(key)
 
-        def attempt(_limit: CallLimit) -> tuple[bytes, ObjectInfo]:
+        def attempt(client: ObjectClient, _limit: CallLimit) -> tuple[bytes, ObjectInfo]:
             try:
-                tail, info = self.client.tail(key, n_bytes)
+                with client.errors(key, "read_tail"):
+                    tail, info = client.tail(key, n_bytes)
             except StoreError as error:
                 # Azure has no suffix ranges. An empty object has no valid range, and some servers then send all of it.
                 if error.status != _BEYOND_END and not error.details.get("no_range"):
@@ -272,7 +280,9 @@ class RemoteStore(Store):
             self.counters.add("bytes_read", len(tail))
             return tail, info
 
-        return self._retry_read(key, "read_tail", attempt)
+        limit, client = self.call_limit(key, "read_tail"), self.client
+        run = self._calls.get().run
+        return run(lambda: attempt(self.client, limit), self._settings.policy, limit, client.abandonable)
 
     def read_into(
         self,
@@ -294,7 +304,6 @@ class RemoteStore(Store):
         requests = plan_requests(spans, self._settings.sizes)
         reading = _ObjectRead(client, key, if_match, limit)
         compares = not client.checks_etag and (if_match is not None or len(requests) > 1)
-
         # A caller that waits for threads of the pool itself stops waiting when the time is over.
         abandons = client.abandonable if runs_in_caller(requests, limit) else "none"
 
@@ -312,7 +321,7 @@ class RemoteStore(Store):
         """Send one PUT."""
         check_key(key)
         body = bytes(data)  # a connection may hold the body longer than the call; bytes are not copied
-        info = self._retry_write(key, "put", lambda: self.client.put(key, body))
+        info = self._write(key, "put", lambda client: client.put(key, body))
         self.counters.add("bytes_written", len(body))
         return info
 
@@ -326,7 +335,7 @@ class RemoteStore(Store):
 
     def put_new(self, key: str, body: bytes) -> ObjectInfo | None:
         """As put_if_absent(). Return the new object if the answer describes it. Raises KeyExists."""
-        info = self._retry_write(key, "put_if_absent", lambda: self.client.put_new(key, body))
+        info = self._write(key, "put_if_absent", lambda client: client.put_new(key, body), is_conditional=True)
         self.counters.add("bytes_written", len(body))
         return info
 
@@ -336,15 +345,19 @@ class RemoteStore(Store):
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete up to 1,000 objects per request if the store supports it."""
+
+        def delete(keys: Sequence[str]) -> None:
+            self._write(keys[0], "delete", lambda client: client.delete(keys))
+
         wanted = [check_key(key) for key in keys]
         for start in range(0, len(wanted), _DELETE_KEYS):
             some = wanted[start : start + _DELETE_KEYS]
             try:
-                self._retry_write(some[0], "delete", partial(self.client.delete, some))
+                delete(some)
             except NotFound:
                 for key in some:  # this store reports missing objects, and stopped at the first one
                     with suppress(NotFound):
-                        self._retry_write(key, "delete", partial(self.client.delete, [key]))
+                        delete([key])
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """List by pages of 1,000 objects."""
@@ -352,17 +365,16 @@ class RemoteStore(Store):
         after: str | None = None
         pages: Iterator[Sequence[ObjectInfo]] | None = None
 
-        def next_page(_limit: CallLimit) -> Sequence[ObjectInfo] | None:
+        def next_page(client: ObjectClient, _limit: CallLimit) -> Sequence[ObjectInfo] | None:
             nonlocal pages
-            with self.client.errors(folder, "list"):
-                try:
-                    pages = self.client.pages(folder, after) if pages is None else pages
-                    return next(pages, None)
-                except BaseException:
-                    pages = None  # the next attempt begins after the last key
-                    raise
+            try:
+                pages = client.pages(folder, after) if pages is None else pages
+                return next(pages, None)
+            except BaseException:
+                pages = None  # the next attempt begins after the last key
+                raise
 
-        while (page := self._retry_read(folder, "list", next_page)) is not None:
+        while (page := self._read(folder, "list", next_page)) is not None:
             for info in page:
                 after = info.key
                 if not any(segment.startswith(TEMP_PREFIX) for segment in info.key.split("/")):
@@ -372,12 +384,12 @@ class RemoteStore(Store):
         """Copy on the server, if the store supports that."""
         check_key(src)
         check_key(dst)
-        self._retry_write(src, f"copy to {dst}", lambda: self.client.copy(src, dst))
+        self._write(src, f"copy to {dst}", lambda client: client.copy(src, dst))
         return self.head(dst)
 
     def open_writer(self, key: str) -> ObjectWriter:
         """Return the writer of a new large object."""
-        return self._retry_write(key, "create", lambda: self.client.open_writer(key))
+        return self._write(key, "create", lambda client: client.open_writer(key))
 
     def write(self, key: str, writer: ObjectWriter, data: bytes) -> None:
         """Append data to the writer, which may block while too many parts are in flight."""
@@ -436,7 +448,9 @@ class _ObjectRead:
             raise
         if n_read != wanted.n_bytes and not landing.is_closed:
             if info is None:
-                self._check_end(client.head(self._key).n_bytes, wanted)
+                with client.errors(self._key, "head"):
+                    info = client.head(self._key)
+                self._check_end(info.n_bytes, wanted)
             message = f"read_into: received only {n_read} bytes of the range [{wanted.start}, {wanted.end})"
             raise StoreError(message, url=client.url_of(self._key), retryable=True)
         client.counters.add("bytes_read", n_read)
