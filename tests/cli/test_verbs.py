@@ -181,7 +181,7 @@ class TestExport:
         url, rows = mixed
         n_shards = tiercache("ls", url, "--json").events[-1]["shards"]
         assert n_shards > 2
-        done = tiercache("export", url, tmp_path / "parts", "--columns", "s", "-j", "2", "--json")
+        done = tiercache("export", url, tmp_path / "parts", "--columns", "s", "-j", "0", "--json")
         assert done.events[-1]["files"] == n_shards
         files = sorted((tmp_path / "parts").iterdir())
         assert [f.name for f in files] == [f"part-{i:05d}.parquet" for i in range(n_shards)]

@@ -74,11 +74,6 @@ def test_a_set_stop_event_ends_a_pause_at_once():
     assert len(calls) == 3
 
 
-def test_a_policy_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="n_attempts"):
-        RetryPolicy(n_attempts=0)
-
-
 def test_wait_for_returns_what_the_condition_gives_and_backs_off_to_50_ms():
     clock = FakeClock()
     answers = iter([None, "", 0, *[False] * 20, "there"])

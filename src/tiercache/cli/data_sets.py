@@ -6,16 +6,15 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
 import numpy as np
 import typer
 
-from tiercache import config
 from tiercache.cli.options import parse_storage_options
-from tiercache.cli.output import Advance, Output, count, printable
+from tiercache.cli.output import Output, count, printable
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import format_bytes
 from tiercache.pack import PackOptions, PackPlan, plan_pack, run_pack
@@ -120,14 +119,12 @@ def list_shards(
     with open_data_set_store(url, storage_options) as store:
         data_set = open_data_set(store, at)
     chosen = [data_set.shards.info(i) for i in data_set.select(include, exclude)]
-    rows = [
-        {"name": i.name, "id": i.shard_id, "records": i.n_records, "bytes": i.n_bytes, "crc32c": i.crc32c}
-        for i in chosen
-    ]
-    texts = [
-        {"shard": i.name, "records": f"{i.n_records:,}", "size": format_bytes(i.n_bytes), "id": i.shard_id}
-        for i in chosen
-    ]
+    rows, texts = [], []
+    for i in chosen:
+        facts = {"name": i.name, "id": i.shard_id, "records": i.n_records, "bytes": i.n_bytes, "crc32c": i.crc32c}
+        rows.append(facts)
+        size = format_bytes(i.n_bytes)
+        texts.append({"shard": i.name, "records": f"{i.n_records:,}", "size": size, "id": i.shard_id})
     output.table("shard", rows, texts)
     n_records, n_bytes = sum(i.n_records for i in chosen), sum(i.n_bytes for i in chosen)
     facts = {"version": data_set.version.number, "shards": len(chosen), "records": n_records, "bytes": n_bytes}
@@ -210,29 +207,20 @@ def show_records(
     """Show the records in rows, or those of them that exist. Only the needed bytes are read."""
     with open_data_set_store(url, storage_options) as store:
         data_set = open_data_set(store, at)
-        schema = data_set.version.schema
-        chosen = list(schema.select(columns or schema.names).names)
+        schema, first = data_set.version.schema, data_set.shards.first_record
+        names = list(schema.select(columns or schema.names).names)
         n_records = data_set.version.n_records
-        n_shown = print_records(output, data_set, range(rows.start, min(rows.stop, n_records)), chosen)
-    facts = {"version": data_set.version.number, "shown": n_shown, "records": n_records}
-    output.summary(facts, f"{n_shown} of {count(n_records, 'record')}")
+        rows = range(rows.start, max(rows.start, min(rows.stop, n_records)))
+        for shard in range(int(np.searchsorted(first, rows.start, side="right")) - 1, len(data_set.shards)):
+            some = range(max(rows.start, int(first[shard])), min(rows.stop, int(first[shard + 1])))
+            if not some:
+                break
+            _show_shard(output, data_set, shard, some, names)
+    facts = {"version": data_set.version.number, "shown": len(rows), "records": n_records}
+    output.summary(facts, f"{len(rows)} of {count(n_records, 'record')}")
 
 
-def print_records(output: Output, data_set: OpenDataSet, rows: range, names: list[str]) -> int:
-    """Print the records in rows; return the number of records printed."""
-    first = data_set.shards.first_record
-    n_shown = 0
-    for shard in range(int(np.searchsorted(first, rows.start, side="right")) - 1, len(data_set.shards)):
-        start, stop = max(rows.start, int(first[shard])), min(rows.stop, int(first[shard + 1]))
-        if start >= stop:
-            break
-        _print_shard(output, data_set, (shard, range(start, stop)), names)
-        n_shown += stop - start
-    return n_shown
-
-
-def _print_shard(output: Output, data_set: OpenDataSet, place: tuple[int, range], names: list[str]) -> None:
-    shard, rows = place
+def _show_shard(output: Output, data_set: OpenDataSet, shard: int, rows: range, names: list[str]) -> None:
     info = data_set.shards.info(shard)
     identity = info.identity(data_set.version.dataset_id)
     with ShardReader(data_set.store, info.name, info=info, identity=identity) as reader:
@@ -242,11 +230,11 @@ def _print_shard(output: Output, data_set: OpenDataSet, place: tuple[int, range]
     width = max(map(len, names))
     for i, row in enumerate(rows):
         record = {v.column.name: (v.column, v.record(i)) for v in values}
-        if not output.as_json:
+        if output.as_json:
+            output.event("record", {"index": row, "record": {name: json_value(*record[name]) for name in names}})
+        else:
             lines = [f"  {name:{width}}  {format_value(*record[name])}" for name in names]
             typer.echo("\n".join([f"record {row}", *lines]))
-        else:
-            output.event("record", {"index": row, "record": {name: json_value(*record[name]) for name in names}})
 
 
 _TYPE = re.compile(r"(?P<name>\w+)(?:\[(?P<shape>[^\]]*)\]|<(?P<encoding>[^>]*)>)?(?P<nullable>\??)")
@@ -342,7 +330,6 @@ def export(
 ) -> None:
     """Write a data set as Parquet files."""
     url, target = urls
-    options = replace(options, jobs=options.jobs or config.available_cpus())
     folder, key = split_url(target) if target.lower().endswith(".parquet") else (target, "")
     with (
         open_data_set_store(url, storage_options[0]) as source,
@@ -360,8 +347,15 @@ def export(
                 output.event("column", {"name": column.name, "type": str(column)}, f"{column.name}: {column}")
             output.summary(facts | {"dry_run": True}, f"would export {text}")
             return
+        exported, lock = 0, Lock()
         with output.byte_progress("exporting") as advance:
-            on_progress = _Sum(advance, data_set.version.n_bytes).add
+
+            def on_progress(n_bytes: int) -> None:
+                nonlocal exported
+                with lock:  # so that the bar only moves forward
+                    exported += n_bytes
+                    advance(exported, data_set.version.n_bytes)
+
             n_records = task.to_file(key, on_progress) if key else task.to_folder(on_progress)
         facts |= {"records": n_records, "bytes_written": int(sink.counters["bytes_written"])}
         output.summary(facts, f"exported {text}, {format_bytes(sink.counters['bytes_written'])}")
@@ -374,16 +368,3 @@ def _refuse_existing(store: Store, key: str) -> None:
     except NotFound:
         return
     raise StoreError("the file exists already; give --overwrite to replace it", url=f"{store.url}/{key}")
-
-
-class _Sum:
-    """Sum of the bytes that threads have exported. add() holds the lock, so the bar only moves forward."""
-
-    def __init__(self, advance: Advance, total: int) -> None:
-        self._advance, self._total, self._done = advance, total, 0
-        self._lock = Lock()
-
-    def add(self, n_bytes: int) -> None:
-        with self._lock:
-            self._done += n_bytes
-            self._advance(self._done, self._total)

@@ -27,11 +27,9 @@ def pad_batch(batch: Any, n: int) -> tuple[Any, int]:
     The batch is a dict or, with `as_tuple`, a list of columns: tensors, jagged nested tensors, lists or `Buffer`s. A
     value of another type stays as it is.
     """
-    if isinstance(batch, Mapping):
-        found = {name: _column(value, n) for name, value in batch.items()}
-        return {name: value for name, (value, _) in found.items()}, max((m for _, m in found.values()), default=0)
-    values = [_column(value, n) for value in batch]
-    return [value for value, _ in values], max((m for _, m in values), default=0)
+    found = [_column(value, n) for value in (batch.values() if isinstance(batch, Mapping) else batch)]
+    values, n_repeated = [value for value, _ in found], max((m for _, m in found), default=0)
+    return (dict(zip(batch, values, strict=True)) if isinstance(batch, Mapping) else values), n_repeated
 
 
 def _column(value: Any, n: int) -> tuple[Any, int]:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tiercache.config import available_cpus
 from tiercache.errors import StoreError
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.schema import Schema
@@ -28,13 +29,9 @@ _PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Options of an export.
+    """Options of an export: columns in order (None: all), number of files of a folder that are written in parallel.
 
-    Attributes:
-        columns: Names of the columns, in order; None: all columns.
-        jobs: Number of files written in parallel (folder).
-        overwrite: Whether existing files are replaced.
-        compression: Compression of Parquet: "none", "snappy", "gzip", "brotli", "lz4" or "zstd".
+    jobs=0 stands for one per CPU; overwrite says whether existing files are replaced; compression is one of _CODECS.
     """
 
     columns: Sequence[str] | None = None
@@ -45,20 +42,13 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.compression not in _CODECS:
             raise ValueError(f"compression must be one of {', '.join(_CODECS)}, got {self.compression!r}")
-        if self.jobs < 1:
-            raise ValueError(f"jobs must be 1 or more, got {self.jobs}")
+        if self.jobs < 0:
+            raise ValueError(f"jobs must be a number of files, or 0 for one per CPU, got {self.jobs}")
 
 
 @dataclass(frozen=True)
 class Export:
-    """Export of one version of a data set.
-
-    Attributes:
-        source: Store of the data set.
-        version: Version to export.
-        target: Store that receives the files.
-        options: Options of the export.
-    """
+    """Export of one version of the data set in `source` to files in `target`."""
 
     source: Store
     version: Version
@@ -94,7 +84,7 @@ class Export:
             chosen = range(part, min(part + 1, len(shards)))
             return self._write(f"part-{part:05d}.parquet", shards, chosen, on_progress)
 
-        with ThreadPoolExecutor(self.options.jobs, "tiercache-export") as pool:
+        with ThreadPoolExecutor(self.options.jobs or available_cpus(), "tiercache-export") as pool:
             n_records = sum(pool.map(write, range(n_files)))
         if stale:
             self.target.delete(stale)
@@ -137,16 +127,12 @@ class Export:
                 loaded = reader.load([block], columns)
                 arrays = [loaded.array(0, column) for column in columns]
                 pending.append(pa.RecordBatch.from_arrays(arrays, schema=self.schema.arrow))
-                if _is_row_group(pending):
+                n_bytes = sum(batch.nbytes for batch in pending)
+                if n_bytes >= _ROW_GROUP_BYTES or sum(map(len, pending)) >= _ROW_GROUP_ROWS:
                     yield pa.Table.from_batches(pending)
                     pending = []
             if pending:
                 yield pa.Table.from_batches(pending)
-
-
-def _is_row_group(batches: Sequence[pa.RecordBatch]) -> bool:
-    n_bytes = sum(batch.nbytes for batch in batches)
-    return n_bytes >= _ROW_GROUP_BYTES or sum(map(len, batches)) >= _ROW_GROUP_ROWS
 
 
 class _UploadFile(io.RawIOBase):

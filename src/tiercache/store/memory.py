@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from threading import Event, Lock
+from typing import cast
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
@@ -42,9 +43,7 @@ os.register_at_fork(after_in_child=_renew_locks)
 
 
 class MemoryStore(Store):
-    """`memory://NAME/FOLDER`: all stores of one name in a process share their objects.
-
-    A forked child has a copy of them.
+    """`memory://NAME/FOLDER`: all stores of one name in a process share their objects; a forked child has a copy.
 
     A pickled store becomes a store of the same name in the process that unpickles it, with the objects of that process.
     """
@@ -117,26 +116,20 @@ class MemoryStore(Store):
             self.counters.add("bytes_read", span.n_bytes)
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
-        return self._store(key, bytes(data))
+        return cast("ObjectInfo", self._store(key, bytes(data)))
 
     def put_if_absent(self, key: str, data: Buffer) -> bool:
-        return self._store_absent(key, bytes(data)) is not None
+        return self._store(key, bytes(data), if_absent=True) is not None
 
-    def _store(self, key: str, data: bytes) -> ObjectInfo:
-        bucket = self._bucket
-        with bucket.lock:
-            return self._keep(bucket, key, data)
-
-    def _store_absent(self, key: str, data: bytes) -> ObjectInfo | None:
-        bucket = self._bucket
-        with bucket.lock:
-            return None if self.prefix + key in bucket.objects else self._keep(bucket, key, data)
-
-    def _keep(self, bucket: _Bucket, key: str, data: bytes) -> ObjectInfo:
+    def _store(self, key: str, data: bytes, *, if_absent: bool = False) -> ObjectInfo | None:
         check_key(key)
         self.counters.add("requests")
-        info = ObjectInfo(key, len(data), etag=f'"{next(bucket.numbers)}"', modified_s=time.time())
-        bucket.objects[self.prefix + key] = data, info
+        bucket = self._bucket
+        with bucket.lock:
+            if if_absent and self.prefix + key in bucket.objects:
+                return None
+            info = ObjectInfo(key, len(data), etag=f'"{next(bucket.numbers)}"', modified_s=time.time())
+            bucket.objects[self.prefix + key] = data, info
         self.counters.add("bytes_written", len(data))
         return info
 
@@ -163,7 +156,7 @@ class MemoryStore(Store):
             yield _renamed(info, name[len(self.prefix) :])
 
     def copy(self, src: str, dst: str) -> ObjectInfo:
-        return self._store(dst, self._object(src)[0])
+        return cast("ObjectInfo", self._store(dst, self._object(src)[0]))
 
 
 def _renamed(info: ObjectInfo, key: str) -> ObjectInfo:
@@ -179,8 +172,7 @@ class _MemoryUpload(SequentialUpload):
         self._data += data
 
     def publish(self, *, if_absent: bool) -> ObjectInfo | None:
-        store = self._store._store_absent if if_absent else self._store._store  # noqa: SLF001 - of one file
-        return store(self.key, bytes(self._data))
+        return self._store._store(self.key, bytes(self._data), if_absent=if_absent)  # noqa: SLF001 - of one file
 
     def discard(self) -> None:
         self._data = bytearray()

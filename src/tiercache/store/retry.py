@@ -50,10 +50,6 @@ class RetryPolicy:
     first_s: float = 0.1
     longest_s: float = 10.0
 
-    def __post_init__(self) -> None:
-        if self.n_attempts < 1 or not 0 <= self.first_s <= self.longest_s:
-            raise ValueError(f"n_attempts must be at least 1 and 0 <= first_s <= longest_s, got {self}")
-
     def pause_s(self, n_failed: int) -> float:
         """Return the seconds to wait after the n_failed-th failure, counted from 1."""
         return _jitter.uniform(0.0, min(self.longest_s, self.first_s * 2.0 ** (n_failed - 1)))
