@@ -235,8 +235,8 @@ def aws_profile() -> str | None:
 
 def aws_files() -> tuple[Path, Path]:
     """Return the paths of the user's AWS configuration and credentials files, which need not exist."""
-    places = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"}
-    config, credentials = (os.path.expanduser(os.environ.get(v) or default) for v, default in places.items())  # noqa: PTH111
+    defaults = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"}
+    config, credentials = (os.path.expanduser(os.environ.get(v) or default) for v, default in defaults.items())  # noqa: PTH111
     return Path(config), Path(credentials)
 
 
@@ -273,11 +273,13 @@ def aws_endpoint_options() -> dict[str, Any]:
         "endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
         "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
     }
-    said: dict[str, Any] = {name: next(filter(None, map(os.environ.get, given)), None) for name, given in names.items()}
-    said["skip_signature"] = _bool_variable("AWS_SKIP_SIGNATURE")
-    said["virtual_hosted_style_request"] = _bool_variable("AWS_VIRTUAL_HOSTED_STYLE_REQUEST")
-    said["request_payer"] = _bool_variable("AWS_REQUEST_PAYER", "requester")
-    return {name: value for name, value in said.items() if value is not None}
+    options: dict[str, Any] = {
+        name: next(filter(None, map(os.environ.get, given)), None) for name, given in names.items()
+    }
+    options["skip_signature"] = _bool_variable("AWS_SKIP_SIGNATURE")
+    options["virtual_hosted_style_request"] = _bool_variable("AWS_VIRTUAL_HOSTED_STYLE_REQUEST")
+    options["request_payer"] = _bool_variable("AWS_REQUEST_PAYER", "requester")
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _bool_variable(variable: str, *true: str) -> bool | None:

@@ -58,14 +58,7 @@ def wait_for(
 
     The result is false if the deadline passed or cancel was set. The pause between two calls grows from 1 ms to
     longest_poll_s. condition is called at least once, and once more after the deadline, so that a late scheduler never
-    turns success into failure.
-
-    Args:
-        condition: Function without arguments; its exceptions pass through.
-        deadline_s: Seconds from now; None: no deadline.
-        clock: Clock that measures and waits.
-        longest_poll_s: Longest pause in seconds; stores are polled less often than the default of 50 ms.
-        cancel: Event that ends the wait early.
+    turns success into failure. Its exceptions pass through. deadline_s is counted from now.
     """
     end_s = None if deadline_s is None else clock.monotonic() + deadline_s
     poll_s = SHORTEST_POLL_S

@@ -33,7 +33,7 @@ class ForkedStore(CloudStore):
     """A store as it is in a forked child of a process that used obstore."""
 
     def _open_client(self):
-        return fallback_client(self.place, self.options, self.counters)
+        return fallback_client(self.folder, self.options, self.counters)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def as_in_a_forked_child():
     made = []
 
     def build(store):
-        made.append(ForkedStore(store.place, store.options))
+        made.append(ForkedStore(store.folder, store.options))
         return made[-1]
 
     yield build

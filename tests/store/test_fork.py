@@ -95,5 +95,5 @@ def test_a_pickled_store_works_in_another_process_and_its_fork_uses_obstore_whil
 def test_nothing_shown_of_a_store_holds_its_secret(s3, store):
     secret = s3.server.secret_access_key
     store.put("a", b"x")
-    shown = [repr(store), store.url, repr(store.client), repr(store.options), repr(store.place)]
+    shown = [repr(store), store.url, repr(store.client), repr(store.options), repr(store.folder)]
     assert not any(secret in text for text in shown)

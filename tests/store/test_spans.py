@@ -20,7 +20,7 @@ def test_every_byte_of_every_span_is_read_once_into_its_place(wanted, sizes):
     writes = 0
     for request in plan_requests([(r, memoryview(b)) for r, b in zip(wanted, buffers, strict=True)], sizes):
         answer = data[request.range.start : request.range.end]
-        for offset, buffer in request.pieces:
+        for offset, buffer in request.targets:
             buffer[:] = answer[offset : offset + buffer.nbytes]
             writes += buffer.nbytes
     assert [bytes(b) for b in buffers] == [data[r.start : r.end] for r in wanted]
@@ -31,13 +31,13 @@ def test_every_byte_of_every_span_is_read_once_into_its_place(wanted, sizes):
 def test_requests_are_bounded_and_waste_no_more_than_the_gaps_allow(wanted, sizes):
     requests = plan_requests([(r, memoryview(bytearray(r.n_bytes))) for r in wanted], sizes)
     for request in requests:
-        used = sum(buffer.nbytes for _, buffer in request.pieces)
+        used = sum(buffer.nbytes for _, buffer in request.targets)
         assert 0 < request.range.n_bytes <= sizes.part_bytes
-        assert request.range.n_bytes - used <= sizes.gap_bytes * (len(request.pieces) - 1)
-        ends = [offset + buffer.nbytes for offset, buffer in request.pieces]
-        assert request.pieces[0][0] == 0
+        assert request.range.n_bytes - used <= sizes.gap_bytes * (len(request.targets) - 1)
+        ends = [offset + buffer.nbytes for offset, buffer in request.targets]
+        assert request.targets[0][0] == 0
         assert ends[-1] == request.range.n_bytes
-        assert all(end <= offset for end, (offset, _) in zip(ends, request.pieces[1:], strict=False))
+        assert all(end <= offset for end, (offset, _) in zip(ends, request.targets[1:], strict=False))
     assert [r.range.start for r in requests] == sorted(r.range.start for r in requests)
 
 

@@ -134,13 +134,8 @@ _RANKS = re.compile(r"(\d+)(?:-(\d+))?/(\d+)")
 class ShardSelection:
     """Shards of a data set that the options of a verb select; None: the option was not given. All options must match.
 
-    Attributes:
-        include: Globs over shard names, of which one must match.
-        exclude: Globs over shard names, of which none may match.
-        files: Names of shards. Their order is kept if there is no training.
-        training: Training whose read order is used instead of the stored order.
-        fraction: Fraction of the selected bytes to keep, counted from the first shard.
-        limit_bytes: Number of the selected bytes to keep, counted from the first shard.
+    include and exclude are globs over shard names. The order is that of the training, else that of the names in
+    `files`, else the stored order; fraction and limit_bytes keep the first of the selected bytes.
     """
 
     include: Sequence[str] | None = None
@@ -155,8 +150,8 @@ class ShardSelection:
         names = table.names.to_pylist() if self.include or self.exclude or self.files is not None else []
         shards = self._in_order(table, names)
         if self.include or self.exclude:
-            wanted = [selected(names[i], self.include or (), self.exclude or ()) for i in shards.tolist()]
-            shards = shards[np.array(wanted, bool)]
+            is_selected = [selected(names[i], self.include or (), self.exclude or ()) for i in shards.tolist()]
+            shards = shards[np.array(is_selected, bool)]
         limit_bytes = self.fraction * int(table.n_bytes[shards].sum())
         if self.limit_bytes is not None:
             limit_bytes = min(limit_bytes, self.limit_bytes)
@@ -175,11 +170,11 @@ class ShardSelection:
 
 def _numbers(files: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
     """Return the numbers of the named shards, without duplicates."""
-    known = {name: i for i, name in enumerate(names)}
-    missing = [name for name in files if name not in known]
+    numbers = {name: i for i, name in enumerate(names)}
+    missing = [name for name in files if name not in numbers]
     if missing:
         raise ValueError(f"--files-from: the data set has no shard {missing[0]!r} (`ls` shows the names)")
-    return np.array(list(dict.fromkeys(known[name] for name in files)), np.int64)
+    return np.array(list(dict.fromkeys(numbers[name] for name in files)), np.int64)
 
 
 def parse_training(

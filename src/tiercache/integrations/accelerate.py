@@ -51,8 +51,8 @@ def _longer(value: Any, n_more: int) -> Any:
     if isinstance(value, Buffer):
         return _longer_buffer(value, n_more)
     if value.is_nested:
-        parts = value.unbind()
-        return torch.nested.nested_tensor([*parts, *parts[-1:] * n_more], layout=value.layout)
+        tensors = value.unbind()
+        return torch.nested.nested_tensor([*tensors, *tensors[-1:] * n_more], layout=value.layout)
     return torch.cat([value, *[value[-1:]] * n_more])
 
 
@@ -117,8 +117,8 @@ class PreparedLoader(DataLoaderStateMixin, DataLoader[Any]):  # type: ignore[mis
     def take_over(self, loader: DataLoader[Any], accelerator: Accelerator) -> None:
         """Continue where loader stands, with the settings of accelerator."""
         state = loader.__getstate__()
-        asked, begun = state["_native"]
-        self.__setstate__({**state, "_native": (replace(asked, fills_first=accelerator.even_batches), begun)})
+        options, started = state["_native"]
+        self.__setstate__({**state, "_native": (replace(options, fills_first=accelerator.even_batches), started)})
         # torch does not allow setting batch_sampler; code that uses Accelerate's loaders reads it.
         batches = _NativeBatches(self, _n_data_ranks(accelerator), accelerator.even_batches)
         self.__dict__["batch_sampler"] = self._run_of = batches
@@ -207,8 +207,8 @@ class _NativeBatches:
 def _check(loader: DataLoader[Any], accelerator: Accelerator) -> None:
     rank = loader.native_rank
     if rank is None or rank.origin == "sampler":
-        why = "is not on the native path" if rank is None else "has a sampler, which Accelerate splits among ranks"
-        raise ValueError(f"{loader!r} {why}: use accelerator.prepare(loader) instead")
+        reason = "is not on the native path" if rank is None else "has a sampler, which Accelerate splits among ranks"
+        raise ValueError(f"{loader!r} {reason}: use accelerator.prepare(loader) instead")
     n_ranks = _n_data_ranks(accelerator)
     if accelerator.split_batches and n_ranks > 1:
         raise ValueError(

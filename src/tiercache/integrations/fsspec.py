@@ -125,7 +125,7 @@ class TargetFileSystem:
         # A hash that stays in memory, because it covers secrets too.
         self._digest = blake2b(repr((kind, arguments, sorted(options.items()))).encode()).digest()
         names = list(inspect.signature(kind.__init__).parameters)[1:]
-        self._place = "/".join(_places({**dict(zip(names, arguments, strict=False)), **options}))
+        self._server = "/".join(_server_names({**dict(zip(names, arguments, strict=False)), **options}))
 
     def __repr__(self) -> str:
         return f"Target({self.protocol!r})"
@@ -149,7 +149,7 @@ class TargetFileSystem:
         """Return the URL of a path without credentials and query."""
         if path.startswith(("http://", "https://")):
             return redact(path)
-        return f"{self.protocol}://{self._place}{'/' if self._place and not path.startswith('/') else ''}{path}"
+        return f"{self.protocol}://{self._server}{'/' if self._server and not path.startswith('/') else ''}{path}"
 
 
 _stores: WeakValueDictionary[tuple[bytes, str], FsspecStore] = WeakValueDictionary()
@@ -186,7 +186,7 @@ def private_copy(kind: Callable[..., Any], arguments: tuple[Any, ...], options: 
         return kind(*arguments, **kept, skip_instance_cache=True)
 
 
-def _places(options: Mapping[str, Any]) -> list[str]:
+def _server_names(options: Mapping[str, Any]) -> list[str]:
     """Return the values of options that name a server or folder, such as "127.0.0.1:9000" or "host:22"."""
     found = []
     for name in _PLACES:
@@ -197,7 +197,7 @@ def _places(options: Mapping[str, Any]) -> list[str]:
     for name in _WITH_PLACES:
         inner = options.get(name)
         if isinstance(inner, Mapping):
-            found += _places(inner)
+            found += _server_names(inner)
     return found
 
 
@@ -336,11 +336,11 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
         In both cases, the read counts as a use of the object for the rules of tiers.
         """
         tiers.record_use(str(self.fs.unstrip_protocol(path)))
-        place = None if options.keys() - _HOW else split_path(path)
+        location = None if options.keys() - _HOW else split_path(path)
         # A member of an archive has no identity, but the archive has: zip://name::tiercache::s3://bucket/a.zip
-        if place is None or isinstance(self.fs, AbstractArchiveFileSystem):
+        if location is None or isinstance(self.fs, AbstractArchiveFileSystem):
             return None
-        root, key = place
+        root, key = location
         store = self._stores.get(root)
         if store is None:
             cache = self._open_cache()
@@ -349,10 +349,10 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
             # Nothing is opened yet: if two threads create a store, the first one is kept and nothing leaks.
             store = self._stores.setdefault(root, cache.store(self._target.store(root)))
         try:
-            wanted = store.wanted(key)
+            spec = store.wanted(key)
         except TierCacheError:
             return None
-        return None if wanted is None else ObjectReader(store, wanted)
+        return None if spec is None else ObjectReader(store, spec)
 
     def _open_cache(self) -> Cache | None:
         """Return the cache; None, with a warning, if the default cache cannot be opened: the user did not name it."""
@@ -426,8 +426,8 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
             for path, start, end in items:
                 if (reader := readers[path]) is not None:
                     ranges[reader].append(_slice(start, end, reader.n_bytes))
-            for one, wanted in ranges.items():
-                one.prefetch(wanted)
+            for one, ranges_of_one in ranges.items():
+                one.prefetch(ranges_of_one)
 
             def read(path: str, start: int | None, end: int | None) -> bytes:
                 if (reader := readers[path]) is None:
@@ -475,7 +475,7 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
             if out is None:
                 Path(lpath).parent.mkdir(parents=True, exist_ok=True)
                 out = stack.enter_context(Path(lpath).open("wb"))
-            _copy(reading, out, callback)
+            _copy_object(reading, out, callback)
 
     # Writes, by the target
 
@@ -567,14 +567,14 @@ def map_parallel(call: Callable[[A], T], items: Iterable[A]) -> list[T]:
         return list(pool.map(call, items))
 
 
-def _copy(reading: ObjectReader, out: Any, callback: Any) -> None:
+def _copy_object(reading: ObjectReader, out: Any, callback: Any) -> None:
     """Write a whole object to an open file, and report the progress to callback."""
     n_bytes = reading.n_bytes
     callback.set_size(n_bytes)
     reading.prefetch([ByteRange(0, n_bytes)])
     buffer = memoryview(bytearray(min(COPY_BYTES, n_bytes)))
     for start in range(0, n_bytes, COPY_BYTES):
-        piece = ByteRange(start, min(start + COPY_BYTES, n_bytes))
-        reading.read_into(piece, buffer[: piece.n_bytes])
-        out.write(buffer[: piece.n_bytes])
-        callback.relative_update(piece.n_bytes)
+        span = ByteRange(start, min(start + COPY_BYTES, n_bytes))
+        reading.read_into(span, buffer[: span.n_bytes])
+        out.write(buffer[: span.n_bytes])
+        callback.relative_update(span.n_bytes)

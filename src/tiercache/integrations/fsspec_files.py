@@ -42,14 +42,14 @@ class ReadaheadPolicy:
         self._most_bytes = most_bytes
         self._next, self._n_in_a_row, self._run_bytes = -1, 0, 0
 
-    def readahead_bytes(self, wanted: ByteRange) -> int:
+    def readahead_bytes(self, byte_range: ByteRange) -> int:
         """Return the number of bytes to fetch beyond wanted; 0 if wanted does not start where the last read ended."""
-        if wanted.start != self._next:
+        if byte_range.start != self._next:
             self._n_in_a_row = self._run_bytes = 0
-        self._next = wanted.end
+        self._next = byte_range.end
         self._n_in_a_row += 1
-        self._run_bytes += wanted.n_bytes
-        needed = N_SMALL_IN_A_ROW if wanted.n_bytes <= SMALL_BYTES else N_LARGE_IN_A_ROW
+        self._run_bytes += byte_range.n_bytes
+        needed = N_SMALL_IN_A_ROW if byte_range.n_bytes <= SMALL_BYTES else N_LARGE_IN_A_ROW
         if self._n_in_a_row < needed:
             return 0
         # As much as was read in this run: a reader that stops has fetched at most twice the bytes it read.
@@ -63,10 +63,10 @@ class ObjectReader:
     descriptor in use. After a fork, the child continues with its own lease.
     """
 
-    def __init__(self, store: CachedStore, wanted: CopySpec) -> None:
-        self.store, self.key, self.n_bytes = store, wanted.key, wanted.n_bytes
-        self._wanted = wanted
-        self._lease: CopyLease | None = store.open_copy(wanted)
+    def __init__(self, store: CachedStore, spec: CopySpec) -> None:
+        self.store, self.key, self.n_bytes = store, spec.key, spec.n_bytes
+        self._spec = spec
+        self._lease: CopyLease | None = store.open_copy(spec)
         self._lock = Lock()
         self._block_start, self._block = 0, bytearray()
         _readings.add(self)
@@ -77,47 +77,47 @@ class ObjectReader:
             if self._lease is not None:
                 self._lease.prefetch(ranges)
 
-    def read(self, wanted: ByteRange) -> bytes:
+    def read(self, byte_range: ByteRange) -> bytes:
         """Return the bytes of a range that ends within the object. Raises as read_into()."""
         # BytesIO returns its own buffer without a copy, because nothing else refers to it.
-        whole = BytesIO(bytes(wanted.n_bytes))
+        whole = BytesIO(bytes(byte_range.n_bytes))
         with whole.getbuffer() as view:
-            self.read_into(wanted, view)
+            self.read_into(byte_range, view)
         return whole.getvalue()
 
-    def read_into(self, wanted: ByteRange, buffer: memoryview, *, ahead_bytes: int = 0) -> None:
+    def read_into(self, byte_range: ByteRange, buffer: memoryview, *, ahead_bytes: int = 0) -> None:
         """Fill buffer with a range that ends within the object, and fetch up to ahead_bytes after it.
 
         The call waits for a small block of the bytes ahead only. Raises NotFound or ObjectChanged if the range is not
         cached and the object is gone or replaced, and StoreError.
         """
-        if not wanted.n_bytes:
+        if not byte_range.n_bytes:
             return
         with self._lock:
-            start = wanted.start - self._block_start
-            if start >= 0 and start + wanted.n_bytes <= len(self._block):
-                buffer[:] = memoryview(self._block)[start : start + wanted.n_bytes]
-            elif not self._read_cached(wanted, buffer, ahead_bytes):
-                self._read_block(self._until(wanted, ahead_bytes), buffer, self._read_source)
+            start = byte_range.start - self._block_start
+            if start >= 0 and start + byte_range.n_bytes <= len(self._block):
+                buffer[:] = memoryview(self._block)[start : start + byte_range.n_bytes]
+            elif not self._read_cached(byte_range, buffer, ahead_bytes):
+                self._read_block(self._until(byte_range, ahead_bytes), buffer, self._read_source)
 
-    def _until(self, wanted: ByteRange, ahead_bytes: int) -> ByteRange:
-        return ByteRange(wanted.start, min(wanted.end + ahead_bytes, self.n_bytes))
+    def _until(self, byte_range: ByteRange, ahead_bytes: int) -> ByteRange:
+        return ByteRange(byte_range.start, min(byte_range.end + ahead_bytes, self.n_bytes))
 
-    def _read_cached(self, wanted: ByteRange, buffer: memoryview, ahead_bytes: int) -> bool:
+    def _read_cached(self, byte_range: ByteRange, buffer: memoryview, ahead_bytes: int) -> bool:
         """Read from the copy. Return False if the range will not be cached. A wrong copy is fetched again."""
         for _ in range(2):
             lease = self._lease
             if lease is None:
                 return False
             if ahead_bytes:
-                lease.prefetch([self._until(wanted, ahead_bytes)])
-            if not (lease.present([wanted]) or lease.wait([wanted])):
+                lease.prefetch([self._until(byte_range, ahead_bytes)])
+            if not (lease.present([byte_range]) or lease.wait([byte_range])):
                 return False
-            block = self._until(wanted, min(ahead_bytes, BLOCK_BYTES))
-            if self._read_block(block if lease.present([block]) else wanted, buffer, self._read_copy):
+            block = self._until(byte_range, min(ahead_bytes, BLOCK_BYTES))
+            if self._read_block(block if lease.present([block]) else byte_range, buffer, self._read_copy):
                 return True
             lease.close()
-            self._lease = self.store.open_copy(self._wanted)
+            self._lease = self.store.open_copy(self._spec)
         return False
 
     def _read_block(self, block: ByteRange, buffer: memoryview, read: Callable[[list[Span]], bool]) -> bool:
@@ -136,17 +136,17 @@ class ObjectReader:
         # Read through the lease if it is on a partial copy, because the partial copy of a changed object has lost its
         # name. Otherwise read by name, which also removes a wrong copy from the cache.
         lease = self._lease
-        return (lease is not None and lease.read(spans)) or self.store.read_copy(self._wanted, spans)
+        return (lease is not None and lease.read(spans)) or self.store.read_copy(self._spec, spans)
 
     def _read_source(self, spans: list[Span]) -> bool:
-        if_match = self._wanted.if_match
-        self.store.inner.read_into(self._wanted.key, spans, if_match=if_match)
+        if_match = self._spec.if_match
+        self.store.inner.read_into(self._spec.key, spans, if_match=if_match)
         if if_match is None:
             # Without an ETag to check, the object must have the same description after the read.
-            found = self.store.wanted(self._wanted.key)
-            if found is None or found.name != self._wanted.name:
+            found = self.store.wanted(self._spec.key)
+            if found is None or found.name != self._spec.name:
                 raise ObjectChanged(
-                    url=self._wanted.source, expected=self._wanted.etag, found=None if found is None else found.etag
+                    url=self._spec.source, expected=self._spec.etag, found=None if found is None else found.etag
                 )
         return True
 
@@ -264,16 +264,16 @@ class _RawFile(StoreFile):
         super().__init__(reading.store, reading.key, reading.n_bytes)
         self._reading, self._ahead = reading, ahead
 
-    def read_range(self, wanted: ByteRange) -> bytes:
+    def read_range(self, byte_range: ByteRange) -> bytes:
         """Return the bytes of a range; the position stays."""
-        ahead_bytes = self._ahead.readahead_bytes(wanted)
+        ahead_bytes = self._ahead.readahead_bytes(byte_range)
         if ahead_bytes:
-            self._reading.prefetch([ByteRange(wanted.start, min(wanted.end + ahead_bytes, self.n_bytes))])
-        return self._reading.read(wanted)
+            self._reading.prefetch([ByteRange(byte_range.start, min(byte_range.end + ahead_bytes, self.n_bytes))])
+        return self._reading.read(byte_range)
 
-    def fill(self, wanted: ByteRange, buffer: memoryview) -> None:
+    def fill(self, byte_range: ByteRange, buffer: memoryview) -> None:
         """Fill buffer with a range; the position stays."""
-        self._reading.read_into(wanted, buffer, ahead_bytes=self._ahead.readahead_bytes(wanted))
+        self._reading.read_into(byte_range, buffer, ahead_bytes=self._ahead.readahead_bytes(byte_range))
 
     def close(self) -> None:
         if not self.closed:

@@ -72,17 +72,17 @@ class Export:
         """
         shards = read_shards(self.source, self.version)
         n_files = max(1, len(shards))
-        parts = filter(None, (_PART_NAME.fullmatch(info.key) for info in self.target.list()))
-        stale = sorted(part[0] for part in parts if int(part[1]) >= n_files)
+        matches = filter(None, (_PART_NAME.fullmatch(info.key) for info in self.target.list()))
+        stale = sorted(number[0] for number in matches if int(number[1]) >= n_files)
         if stale and not self.options.overwrite:
             raise StoreError(
                 "the folder holds a file of another export; choose another folder, or overwrite",
                 url=f"{self.target.url}/{stale[0]}",
             )
 
-        def write(part: int) -> int:
-            chosen = range(part, min(part + 1, len(shards)))
-            return self._write(f"part-{part:05d}.parquet", shards, chosen, on_progress)
+        def write(number: int) -> int:
+            chosen = range(number, min(number + 1, len(shards)))
+            return self._write(f"part-{number:05d}.parquet", shards, chosen, on_progress)
 
         with ThreadPoolExecutor(self.options.jobs or available_cpus(), "tiercache-export") as pool:
             n_records = sum(pool.map(write, range(n_files)))

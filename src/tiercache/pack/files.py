@@ -197,9 +197,9 @@ def find_files(
 
     The source is a path or URL of a file or a folder, or a glob. Raises NotFound, ValueError.
     """
-    place = ParsedUrl.parse(source)
-    remote = bool(place.scheme)
-    text = os.fspath(source) if remote else place.path
+    parsed = ParsedUrl.parse(source)
+    remote = bool(parsed.scheme)
+    text = os.fspath(source) if remote else parsed.path
     root, globs = (text, []) if not remote and Path(text).exists() else _split_glob(text)
     if not globs and (single := _single_file(text, remote, storage_options)) is not None:
         return *single, []

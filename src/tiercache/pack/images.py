@@ -108,7 +108,6 @@ SUFFIXES = {
     ".tif": "tiff", ".tiff": "tiff",
 }  # fmt: skip
 _SPLIT_FILES = 64
-_BATCH_FILES = 256
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ def _runs(files: Sequence[SourceFile], batch_bytes: int) -> Iterator[list[Source
     for file in files:
         run.append(file)
         run_bytes += file.n_bytes
-        if run_bytes >= batch_bytes or len(run) == _BATCH_FILES:
+        if run_bytes >= batch_bytes:
             yield run
             run, run_bytes = [], 0
     if run:

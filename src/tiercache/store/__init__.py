@@ -59,47 +59,47 @@ def open_store(url: str | os.PathLike[str], **storage_options: Any) -> Store:
     Raises:
         ValueError: The URL is invalid, or the back end does not know an option.
     """
-    place = ParsedUrl.parse(url)
-    if place.chain:
-        if place.scheme == "tiercache":  # integrations/fsspec.py; it would be a cache of a cache
+    parsed = ParsedUrl.parse(url)
+    if parsed.chain:
+        if parsed.scheme == "tiercache":  # integrations/fsspec.py; it would be a cache of a cache
             raise ValueError(
-                f"{place.shown}: tiercache reads data sets through its cache already; remove tiercache:: from the URL"
+                f"{parsed.shown}: tiercache reads data sets through its cache already; remove tiercache:: from the URL"
             )
-        return _by_fsspec(place, storage_options)
-    if place.scheme in ("", "memory") and storage_options:
-        raise ValueError(f"{place.shown} takes no storage options, got {', '.join(sorted(storage_options))}")
-    if not place.scheme:
-        return LocalFolder(place.path)
-    if place.scheme == "memory":
-        return MemoryStore(place.host, place.path)
-    cloud = _CLOUDS.get(place.scheme)
+        return _by_fsspec(parsed, storage_options)
+    if parsed.scheme in ("", "memory") and storage_options:
+        raise ValueError(f"{parsed.shown} takes no storage options, got {', '.join(sorted(storage_options))}")
+    if not parsed.scheme:
+        return LocalFolder(parsed.path)
+    if parsed.scheme == "memory":
+        return MemoryStore(parsed.host, parsed.path)
+    cloud = _CLOUDS.get(parsed.scheme)
     if cloud is None:
-        return _by_fsspec(place, storage_options)
-    return CloudStore(_place(cloud, place), _options(cloud, storage_options))
+        return _by_fsspec(parsed, storage_options)
+    return CloudStore(_bucket_folder(cloud, parsed), _options(cloud, storage_options))
 
 
-def _by_fsspec(place: ParsedUrl, given: dict[str, Any]) -> FsspecStore:
+def _by_fsspec(parsed: ParsedUrl, given: dict[str, Any]) -> FsspecStore:
     """Return a store through fsspec. `timeout` is tiercache's own option; all other options go to the file system."""
-    check_scheme(place.scheme)
+    check_scheme(parsed.scheme)
     options = dict(given)
     timeout = options.pop("timeout", None)
     timeout_s = TIMEOUT_S if timeout is None else parse_limit("timeout", timeout).total_seconds()
-    return FsspecStore(place.full, place.shown, options, timeout_s=timeout_s)
+    return FsspecStore(parsed.full, parsed.shown, options, timeout_s=timeout_s)
 
 
-def _place(cloud: str, place: ParsedUrl) -> BucketFolder:
+def _bucket_folder(cloud: str, parsed: ParsedUrl) -> BucketFolder:
     if cloud == "http":
-        if place.has_query:
-            raise ValueError(f"{place.shown}: URLs with a query (such as presigned ones) cannot be opened")
-        return BucketFolder(cloud, place.full, "", place.shown)
-    if place.has_query:
-        raise ValueError(f"{place.shown}: a query or fragment has no meaning for {place.scheme}://")
-    if not place.host or place.has_userinfo:
+        if parsed.has_query:
+            raise ValueError(f"{parsed.shown}: URLs with a query (such as presigned ones) cannot be opened")
+        return BucketFolder(cloud, parsed.full, "", parsed.shown)
+    if parsed.has_query:
+        raise ValueError(f"{parsed.shown}: a query or fragment has no meaning for {parsed.scheme}://")
+    if not parsed.host or parsed.has_userinfo:
         raise ValueError(
-            f"{place.shown}: {place.scheme}://BUCKET/FOLDER is expected; credentials go into storage_options"
+            f"{parsed.shown}: {parsed.scheme}://BUCKET/FOLDER is expected; credentials go into storage_options"
         )
-    prefix = place.path.strip("/")
-    return BucketFolder(cloud, place.host, check_key(prefix) if prefix else "", place.shown)
+    prefix = parsed.path.strip("/")
+    return BucketFolder(cloud, parsed.host, check_key(prefix) if prefix else "", parsed.shown)
 
 
 def _options(cloud: str, given: dict[str, Any]) -> CloudOptions:

@@ -165,7 +165,7 @@ class S3Archive:
             raise ValueError(f"{store.url}: only s3:// has storage classes that can be changed and restored")
         options = replace(store.options, config={**aws_endpoint_options(), **store.options.config})
         calls = Boto3Client(options, store.url, store.counters)
-        return cls(calls, store.place.bucket, store.place.prefix, sizes=sizes)
+        return cls(calls, store.folder.bucket, store.folder.prefix, sizes=sizes)
 
     def __repr__(self) -> str:
         return f"S3Archive({self.url!r})"

@@ -26,54 +26,54 @@ class CloudStore(RemoteStore):
     """A bucket, a container or an HTTP server. Each process that holds the store selects the client for itself.
 
     Attributes:
-        place: Bucket and folder of the store.
+        folder: Bucket and folder of the store.
         options: Storage options, including credentials; never shown.
     """
 
-    def __init__(self, place: BucketFolder, options: CloudOptions, settings: ReadSettings | None = None) -> None:
-        super().__init__(place.url, options.timeout_s, settings or ReadSettings())
-        self.place, self.options = place, options
+    def __init__(self, folder: BucketFolder, options: CloudOptions, settings: ReadSettings | None = None) -> None:
+        super().__init__(folder.url, options.timeout_s, settings or ReadSettings())
+        self.folder, self.options = folder, options
 
     def __reduce__(self) -> tuple[type[CloudStore], tuple[BucketFolder, CloudOptions, ReadSettings]]:
-        return CloudStore, (self.place, self.options, self._settings)
+        return CloudStore, (self.folder, self.options, self._settings)
 
     def _open_client(self) -> ObjectClient:
         if is_usable_here():
-            return ObstoreClient(self.place, self.options, self.counters)
+            return ObstoreClient(self.folder, self.options, self.counters)
         _warn_of_fork()
-        return fallback_client(self.place, self.options, self.counters)
+        return fallback_client(self.folder, self.options, self.counters)
 
     @property
     def cloud(self) -> str:
         """Kind of cloud: "s3", "gs", "az" or "http"."""
-        return self.place.cloud
+        return self.folder.cloud
 
     @property
     def identity(self) -> tuple[str, ...]:
         """Cloud, endpoint, bucket and prefix: equal for stores of the same folder."""
         config = self.options.config
         endpoint = str(config.get("endpoint", config.get("account_name", ""))).rstrip("/")
-        return self.place.cloud, endpoint, self.place.bucket, self.place.prefix
+        return self.folder.cloud, endpoint, self.folder.bucket, self.folder.prefix
 
 
-def fallback_client(place: BucketFolder, options: CloudOptions, counters: Counters) -> ObjectClient:
+def fallback_client(folder: BucketFolder, options: CloudOptions, counters: Counters) -> ObjectClient:
     """Return the client of a process in which obstore hangs. Raises StoreError."""
-    if place.cloud == "http":
-        open_fs = partial(open_file_system, place.bucket, options.for_fsspec_http())
-        return FsspecClient(open_fs, place.url, counters, server_url("http", place.bucket, {}))
-    if place.cloud != "s3":
+    if folder.cloud == "http":
+        open_fs = partial(open_file_system, folder.bucket, options.for_fsspec_http())
+        return FsspecClient(open_fs, folder.url, counters, server_url("http", folder.bucket, {}))
+    if folder.cloud != "s3":
         message = "obstore cannot be used in this forked process; start workers with forkserver or spawn"
-        raise StoreError(message, url=place.url)
+        raise StoreError(message, url=folder.url)
     if options.unknown_to_s3fs:
         names = ", ".join(options.unknown_to_s3fs)
         message = (
             f"this forked process reads S3 by s3fs, which does not support {names}; start it with forkserver or spawn"
         )
-        raise StoreError(message, url=place.url)
-    config, credentials = s3_access(options, place.url)
+        raise StoreError(message, url=folder.url)
+    config, credentials = s3_access(options, folder.url)
     given = replace(options, config=config).for_s3fs()
-    open_fs = partial(open_file_system, f"s3://{place.bucket}/{place.prefix}".rstrip("/"), given)
-    return S3fsClient(open_fs, place.url, counters, server_url("s3", place.url, config), credentials)
+    open_fs = partial(open_file_system, f"s3://{folder.bucket}/{folder.prefix}".rstrip("/"), given)
+    return S3fsClient(open_fs, folder.url, counters, server_url("s3", folder.url, config), credentials)
 
 
 _warned = False

@@ -461,12 +461,12 @@ class StoreFile(io.RawIOBase):
         """
         view = memoryview(buffer).cast("B")
         end = min(self._position + view.nbytes, self.n_bytes)
-        wanted = ByteRange(self._position, max(self._position, end))
-        if wanted.n_bytes:
-            self.fill(wanted, view[: wanted.n_bytes])
+        byte_range = ByteRange(self._position, max(self._position, end))
+        if byte_range.n_bytes:
+            self.fill(byte_range, view[: byte_range.n_bytes])
             self._position = end
-        return wanted.n_bytes
+        return byte_range.n_bytes
 
-    def fill(self, wanted: ByteRange, buffer: memoryview) -> None:
+    def fill(self, byte_range: ByteRange, buffer: memoryview) -> None:
         """Fill buffer with a byte range of the object."""
-        self.store.read_into(self.key, [(wanted, buffer)], if_match=self.etag)
+        self.store.read_into(self.key, [(byte_range, buffer)], if_match=self.etag)

@@ -256,12 +256,12 @@ def _parsed(given: object, origin: str, url: str) -> Keys:
 def _of_profile(
     name: str, config: dict[str, Any], options: CloudOptions, url: str
 ) -> tuple[dict[str, Any], Credentials | None]:
-    said = _profile(name)
+    profile = _profile(name)
     environment = aws_endpoint_options()
-    endpoint = environment.get("endpoint") or _endpoint_of(said, "s3")
-    found = {"region": environment.get("region") or said.get("region"), "endpoint": endpoint}
+    endpoint = environment.get("endpoint") or _endpoint_of(profile, "s3")
+    found = {"region": environment.get("region") or profile.get("region"), "endpoint": endpoint}
     config = {**{key: value for key, value in found.items() if value}, **config}
-    origin, source = f"the AWS profile {name!r}", _source_of(said)
+    origin, source = f"the AWS profile {name!r}", _source_of(profile)
     if source is None:
         if name == "default":  # the file sets only a region: the machine's own role is used
             return config, None
@@ -271,36 +271,36 @@ def _of_profile(
     return config, Credentials(origin, lambda: _read_profile(name, config, options, url), url)
 
 
-def _source_of(said: Mapping[str, str]) -> Literal["botocore", "role", "keys", "process"] | None:
+def _source_of(profile: Mapping[str, str]) -> Literal["botocore", "role", "keys", "process"] | None:
     """Return what gives the keys of a profile. botocore implements SSO, login and roles of other profiles."""
-    assumes = "role_arn" in said and "web_identity_token_file" not in said
-    if assumes or "login_session" in said or any(name.startswith("sso_") for name in said):
+    assumes = "role_arn" in profile and "web_identity_token_file" not in profile
+    if assumes or "login_session" in profile or any(name.startswith("sso_") for name in profile):
         return "botocore"
-    if "role_arn" in said:
+    if "role_arn" in profile:
         return "role"
-    if said.get("aws_access_key_id"):
+    if profile.get("aws_access_key_id"):
         return "keys"
-    return "process" if said.get("credential_process") else None
+    return "process" if profile.get("credential_process") else None
 
 
 def _read_profile(name: str, config: Mapping[str, Any], options: CloudOptions, url: str) -> Keys:
-    said = _profile(name)
-    origin, source = f"the AWS profile {name!r}", _source_of(said)
+    profile = _profile(name)
+    origin, source = f"the AWS profile {name!r}", _source_of(profile)
     if source == "botocore":
         return _by_botocore(name)
     if source == "role":
-        role = {key: said[key] for key in _ROLE_OPTIONS if key in said}
-        if (endpoint := _endpoint_of(said, "sts")) is not None:
+        role = {key: profile[key] for key in _ROLE_OPTIONS if key in profile}
+        if (endpoint := _endpoint_of(profile, "sts")) is not None:
             role["sts_endpoint"] = endpoint
         return _assume_role({**aws_web_identity(), **role}, config, options, url)
     if source == "keys":
-        secret = said.get("aws_secret_access_key")
+        secret = profile.get("aws_secret_access_key")
         if not secret:
             raise ValueError(f"{origin} has an aws_access_key_id, but no aws_secret_access_key")
-        return Keys(said["aws_access_key_id"], secret, said.get("aws_session_token") or None)
+        return Keys(profile["aws_access_key_id"], secret, profile.get("aws_session_token") or None)
     if source is None:
         raise ValueError(f"{origin} contains no credentials any more")  # for example while the file is being replaced
-    return _by_process(said["credential_process"], origin, url, min(_PROCESS_S, options.timeout_s))
+    return _by_process(profile["credential_process"], origin, url, min(_PROCESS_S, options.timeout_s))
 
 
 def _profile(name: str) -> dict[str, str]:
@@ -310,21 +310,21 @@ def _profile(name: str) -> dict[str, str]:
     section = next((s for s in config if s == f"profile {name}" or (s == name == "default")), None)
     if section is None and name not in keys and name != "default":  # "default" may be missing
         raise ValueError(f"the AWS profile {name!r} is neither in {config_file} nor in {keys_file}")
-    said = dict(config[section]) if section is not None else {}
+    profile = dict(config[section]) if section is not None else {}
     own = keys.get(name, {})
     if own.get("aws_access_key_id"):
-        said = {k: v for k, v in said.items() if k not in ("aws_secret_access_key", "aws_session_token")}
-    said |= own
-    for key, value in config.get(f"services {said.get('services', '')}", {}).items():
+        profile = {k: v for k, v in profile.items() if k not in ("aws_secret_access_key", "aws_session_token")}
+    profile |= own
+    for key, value in config.get(f"services {profile.get('services', '')}", {}).items():
         for line in value.splitlines():
             setting, found, text = line.partition("=")
             if found and setting.strip() == "endpoint_url":
-                said[f"{key} endpoint_url"] = text.strip()
-    return said
+                profile[f"{key} endpoint_url"] = text.strip()
+    return profile
 
 
-def _endpoint_of(said: Mapping[str, str], service: str) -> str | None:
-    return said.get(f"{service} endpoint_url") or said.get("endpoint_url") or None
+def _endpoint_of(profile: Mapping[str, str], service: str) -> str | None:
+    return profile.get(f"{service} endpoint_url") or profile.get("endpoint_url") or None
 
 
 def _sections(path: Path) -> dict[str, dict[str, str]]:
@@ -344,24 +344,24 @@ def _sections(path: Path) -> dict[str, dict[str, str]]:
 
 def _by_process(command: str, origin: str, url: str, timeout_s: float) -> Keys:
     """Return the keys that a profile's credential_process prints."""
-    what = f"credential_process of {origin}"
+    source = f"credential_process of {origin}"
     try:
         words = shlex.split(command)
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False)
     except (ValueError, OSError) as error:
-        raise StoreError(f"{what} cannot be run: {error}", url=url) from None
+        raise StoreError(f"{source} cannot be run: {error}", url=url) from None
     except subprocess.TimeoutExpired as error:
-        said = _tail(error.stderr)
-        raise StoreError(f"{what} did not end within {timeout_s:g} s{said}", url=url, retryable=True) from None
+        output = _tail(error.stderr)
+        raise StoreError(f"{source} did not end within {timeout_s:g} s{output}", url=url, retryable=True) from None
     if done.returncode:
-        raise StoreError(f"{what} ended with {done.returncode}{_tail(done.stderr)}", url=url)
+        raise StoreError(f"{source} ended with {done.returncode}{_tail(done.stderr)}", url=url)
     try:
-        given = json.loads(done.stdout)
+        keys = json.loads(done.stdout)
     except ValueError:
-        raise StoreError(f"{what} printed no JSON{_tail(done.stderr)}", url=url) from None
-    if isinstance(given, dict) and given.get("Version") != 1:
-        raise StoreError(f"{what} printed Version {given.get('Version')!r}, expected 1", url=url)
-    return _parsed(given, what, url)
+        raise StoreError(f"{source} printed no JSON{_tail(done.stderr)}", url=url) from None
+    if isinstance(keys, dict) and keys.get("Version") != 1:
+        raise StoreError(f"{source} printed Version {keys.get('Version')!r}, expected 1", url=url)
+    return _parsed(keys, source, url)
 
 
 def _tail(stderr: bytes | None) -> str:
@@ -395,14 +395,14 @@ def _by_botocore(name: str) -> Keys:
 
 
 def _role(role: Mapping[str, str], config: Mapping[str, Any], options: CloudOptions, url: str) -> Credentials:
-    wanted = {**aws_web_identity(), **role}
-    if not wanted.get("role_arn") or not wanted.get("web_identity_token_file"):
+    settings = {**aws_web_identity(), **role}
+    if not settings.get("role_arn") or not settings.get("web_identity_token_file"):
         raise ValueError(
             f"{url}: role_arn and web_identity_token_file belong together: give both. To assume a role by other keys, "
             "use a profile with role_arn and source_profile: storage_options={'profile': ...}"
         )
-    origin = f"the token file {wanted['web_identity_token_file']} (STS)"
-    return Credentials(origin, lambda: _assume_role(wanted, config, options, url), url)
+    origin = f"the token file {settings['web_identity_token_file']} (STS)"
+    return Credentials(origin, lambda: _assume_role(settings, config, options, url), url)
 
 
 def _assume_role(role: Mapping[str, str], config: Mapping[str, Any], options: CloudOptions, url: str) -> Keys:
@@ -417,24 +417,24 @@ def _assume_role(role: Mapping[str, str], config: Mapping[str, Any], options: Cl
     endpoint = role.get("sts_endpoint") or f"https://sts.{region}.{domain}"
     if not endpoint.startswith(("https://", "http://")):
         raise ValueError(f"sts_endpoint must be a URL, got {endpoint!r}")
-    asked = {
+    request = {
         "Action": "AssumeRoleWithWebIdentity",
         "Version": _STS_VERSION,
         "RoleArn": role["role_arn"],
         "RoleSessionName": role.get("role_session_name") or "tiercache",
         "WebIdentityToken": token,
     }
-    data = urllib.parse.urlencode(asked).encode()
+    data = urllib.parse.urlencode(request).encode()
     try:
         with urllib.request.urlopen(  # noqa: S310 - the scheme was checked
             endpoint, data, timeout=min(_STS_S, options.timeout_s), context=_tls(options, endpoint)
         ) as answer:
-            said = dict(_XML.findall(answer.read().decode("utf-8", "replace")))
+            fields = dict(_XML.findall(answer.read().decode("utf-8", "replace")))
     except urllib.error.HTTPError as error:
         with error:
-            said = dict(_XML.findall(error.read().decode("utf-8", "replace")))
-        code = said.get("Code", "")
-        text = f"{code}: {said.get('Message', '')}" if code else f"HTTP {error.code}"
+            fields = dict(_XML.findall(error.read().decode("utf-8", "replace")))
+        code = fields.get("Code", "")
+        text = f"{code}: {fields.get('Message', '')}" if code else f"HTTP {error.code}"
         retryable = error.code >= 500 or error.code == 429 or code in _STS_RETRYABLE_CODES
         message = f"STS at {endpoint} gave no keys for the token in {file}: {text[:_TEXT_CHARS]}"
         raise StoreError(
@@ -443,7 +443,7 @@ def _assume_role(role: Mapping[str, str], config: Mapping[str, Any], options: Cl
     except (OSError, HTTPException) as error:  # includes URLError
         message = f"cannot connect to STS at {endpoint}: {getattr(error, 'reason', error)}"
         raise StoreError(message, url=url, retryable=True, sent=False) from None
-    return _parsed(said, f"STS at {endpoint}", url)
+    return _parsed(fields, f"STS at {endpoint}", url)
 
 
 def _tls(options: CloudOptions, endpoint: str) -> ssl.SSLContext | None:

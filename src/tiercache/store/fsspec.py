@@ -83,10 +83,10 @@ _MARKS = (
 _WEAK = "W/"
 
 
-def _answered(key: str, said: Mapping[str, Any], n_bytes: int) -> ObjectInfo:
-    when = said.get("LastModified")
+def _info_of_answer(key: str, answer: Mapping[str, Any], n_bytes: int) -> ObjectInfo:
+    when = answer.get("LastModified")
     modified_s = when.timestamp() if when is not None else None
-    return ObjectInfo(key, n_bytes, etag=said.get("ETag"), version=said.get("VersionId"), modified_s=modified_s)
+    return ObjectInfo(key, n_bytes, etag=answer.get("ETag"), version=answer.get("VersionId"), modified_s=modified_s)
 
 
 def to_object_info(key: str, about: Mapping[str, Any]) -> ObjectInfo:
@@ -96,12 +96,12 @@ def to_object_info(key: str, about: Mapping[str, Any]) -> ObjectInfo:
     file, and is None if there are none.
     """
     marks = [about[name] for name in _MARKS if about.get(name) is not None]
-    given = next((about[name] for name in ("ETag", "etag") if isinstance(about.get(name), str)), None)
-    if given is None or given.startswith(_WEAK):
-        firm = [mark for mark in marks if mark != given]
-        made = '"' + "-".join(str(mark).replace('"', "") for mark in [*marks, about["size"]]) + '"'
-        given = made if firm else None
-    return ObjectInfo(key, _size(about), etag=given, modified_s=_time(about))
+    etag = next((about[name] for name in ("ETag", "etag") if isinstance(about.get(name), str)), None)
+    if etag is None or etag.startswith(_WEAK):
+        firm = [mark for mark in marks if mark != etag]
+        built = '"' + "-".join(str(mark).replace('"', "") for mark in [*marks, about["size"]]) + '"'
+        etag = built if firm else None
+    return ObjectInfo(key, _size(about), etag=etag, modified_s=_time(about))
 
 
 def _size(about: Mapping[str, Any]) -> int:
@@ -196,11 +196,11 @@ class FsspecClient(ObjectClient):
     def range(
         self,
         key: str,
-        wanted: ByteRange,
+        byte_range: ByteRange,
         if_match: str | None,  # noqa: ARG002 - see checks_etag
     ) -> tuple[ObjectInfo | None, Iterable[memoryview]]:
         fs, path = self.at(key)
-        return None, (memoryview(bytes(fs.cat_file(path, start=wanted.start, end=wanted.end))),)
+        return None, (memoryview(bytes(fs.cat_file(path, start=byte_range.start, end=byte_range.end))),)
 
     def put(self, key: str, body: bytes) -> ObjectInfo:
         self._in_folder(key, lambda fs, path: fs.pipe_file(path, body))
@@ -306,17 +306,17 @@ class S3fsClient(FsspecClient):
 
         async def whole() -> tuple[bytes, Mapping[str, Any]]:
             # s3fs has no public method for a GET that also returns the ETag.
-            said = await fs._call_s3("get_object", Bucket=bucket, Key=name, **arguments)  # noqa: SLF001
-            async with said["Body"] as body:
-                return await body.read(), said
+            answer = await fs._call_s3("get_object", Bucket=bucket, Key=name, **arguments)  # noqa: SLF001
+            async with answer["Body"] as body:
+                return await body.read(), answer
 
-        data, said = importlib.import_module("fsspec.asyn").sync(fs.loop, whole)
-        n_bytes = said.get("ContentRange", "").rpartition("/")[2] or said["ContentLength"]
-        return data, _answered(key, said, int(n_bytes))
+        data, answer = importlib.import_module("fsspec.asyn").sync(fs.loop, whole)
+        n_bytes = answer.get("ContentRange", "").rpartition("/")[2] or answer["ContentLength"]
+        return data, _info_of_answer(key, answer, int(n_bytes))
 
     def head(self, key: str) -> ObjectInfo:
-        said = self.call("head_object", key)
-        return _answered(key, said, said["ContentLength"])
+        answer = self.call("head_object", key)
+        return _info_of_answer(key, answer, answer["ContentLength"])
 
     def get(self, key: str, on_piece: Callable[[], None]) -> bytes:  # noqa: ARG002 - one piece
         return self._get(key)[0]
@@ -325,17 +325,17 @@ class S3fsClient(FsspecClient):
         return self._get(key, Range=f"bytes=-{n_bytes}")
 
     def range(
-        self, key: str, wanted: ByteRange, if_match: str | None
+        self, key: str, byte_range: ByteRange, if_match: str | None
     ) -> tuple[ObjectInfo | None, Iterable[memoryview]]:
         condition = {} if if_match is None else {"IfMatch": if_match}
-        data, info = self._get(key, Range=f"bytes={wanted.start}-{wanted.end - 1}", **condition)
+        data, info = self._get(key, Range=f"bytes={byte_range.start}-{byte_range.end - 1}", **condition)
         return info, (memoryview(data),)
 
     def put(self, key: str, body: bytes) -> ObjectInfo:
-        return _answered(key, self.call("put_object", key, Body=body), len(body))
+        return _info_of_answer(key, self.call("put_object", key, Body=body), len(body))
 
     def put_new(self, key: str, body: bytes) -> ObjectInfo | None:
-        return _answered(key, self.call("put_object", key, Body=body, IfNoneMatch="*"), len(body))
+        return _info_of_answer(key, self.call("put_object", key, Body=body, IfNoneMatch="*"), len(body))
 
     def close(self) -> None:
         with self._lock:
@@ -383,9 +383,9 @@ class FsspecStore(RemoteStore):
 
 def check_scheme(scheme: str) -> None:
     """Return if fsspec knows the scheme (its package may still be missing). Raises ValueError."""
-    known = importlib.import_module("fsspec").available_protocols()
-    if scheme not in known:
-        near = get_close_matches(scheme, known, n=3)
+    protocols = importlib.import_module("fsspec").available_protocols()
+    if scheme not in protocols:
+        near = get_close_matches(scheme, protocols, n=3)
         meant = f"; did you mean {', '.join(near)}?" if near else ""
         raise ValueError(f"no store for {scheme}://{meant}")
 

@@ -42,13 +42,13 @@ class FileLease:
         self.fd, self.n_bytes = fd, n_bytes
 
     def present(self, ranges: Sequence[ByteRange]) -> bool:
-        return all(wanted.end <= self.n_bytes for wanted in ranges)
+        return all(span.end <= self.n_bytes for span in ranges)
 
     def prefetch(self, ranges: Sequence[ByteRange]) -> None:
         """Ask the kernel to read the ranges ahead."""
-        for wanted in ranges:
-            if wanted.n_bytes:
-                os.posix_fadvise(self.fd, wanted.start, wanted.n_bytes, os.POSIX_FADV_WILLNEED)
+        for span in ranges:
+            if span.n_bytes:
+                os.posix_fadvise(self.fd, span.start, span.n_bytes, os.POSIX_FADV_WILLNEED)
 
     def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:  # noqa: ARG002 - the contract
         """Return present(): there is nothing to wait for."""
@@ -160,7 +160,7 @@ class LocalFolder(Store):
                     raise StoreError("read_into: cancelled", url=self._at(key), retryable=True)
                 if end_s is not None and SYSTEM_CLOCK.monotonic() > end_s:
                     raise StoreError(f"read_into: not done within {deadline_s:g} s", url=self._at(key), retryable=True)
-                self._fill(key, fd, request.range.start, [buffer for _, buffer in request.pieces])
+                self._fill(key, fd, request.range.start, [buffer for _, buffer in request.targets])
 
     def _fill(self, key: str, fd: int, offset: int, buffers: list[memoryview]) -> None:
         """Read consecutive bytes of the file into the buffers."""

@@ -32,12 +32,8 @@ _MAX_GAP = 40
 class NumberedLog:
     """The objects `prefix` + 20 digits + `suffix` of a store. Stateless and thread-safe. Methods raise StoreError.
 
-    Attributes:
-        store: Store of the objects.
-        prefix: Start of all keys.
-        suffix: End of all keys.
-        hides_missing: Whether "forbidden" means that an object is missing: so answers a bucket that may not be listed.
-        most_bytes: Maximum number of bytes that get() returns, from the end of the object. None: all.
+    hides_missing says that "forbidden" means that an object is missing: so answers a bucket that may not be listed.
+    most_bytes is the number of bytes that get() returns, from the end of the object; None: all.
     """
 
     store: Store

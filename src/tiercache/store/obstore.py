@@ -85,14 +85,14 @@ def _reason(body: str) -> dict[str, str]:
     if not body.startswith("{"):
         return dict(_XML.findall(body))
     try:
-        said = json.loads(body)
+        document = json.loads(body)
     except ValueError:
         return {}
-    inner = said.get("error", said)
+    inner = document.get("error", document)
     if isinstance(inner, dict):  # {"error": {"code": 401, "status": "UNAUTHENTICATED", "message": "..."}}
         found = {"Code": inner.get("status") or inner.get("code"), "Message": inner.get("message")}
     else:  # OAuth: {"error": "invalid_grant", "error_description": "..."}
-        found = {"Code": inner, "Message": said.get("error_description")}
+        found = {"Code": inner, "Message": document.get("error_description")}
     return {name: str(value) for name, value in found.items() if value}
 
 
@@ -162,13 +162,13 @@ class ObstoreClient(ObjectClient):
 
     abandonable = "retries"
 
-    def __init__(self, place: BucketFolder, options: CloudOptions, counters: Counters) -> None:
-        self.place, self.url, self.counters = place, place.url, counters
+    def __init__(self, folder: BucketFolder, options: CloudOptions, counters: Counters) -> None:
+        self.folder, self.url, self.counters = folder, folder.url, counters
         self._options, self._config = options, dict(options.config)
         self._credentials: Credentials | None = None
-        if place.cloud == "s3":
-            self._config, self._credentials = s3_access(options, place.url)
-        self._endpoint = server_url(place.cloud, place.bucket, self._config)
+        if folder.cloud == "s3":
+            self._config, self._credentials = s3_access(options, folder.url)
+        self._endpoint = server_url(folder.cloud, folder.bucket, self._config)
         self._piece_bytes = min(_PIECE_BYTES, max(64 << 10, int(options.timeout_s * _SLOWEST_BYTES_S)))
         self._stores: dict[int, Any] = {}  # by the number of retries
 
@@ -184,21 +184,21 @@ class ObstoreClient(ObjectClient):
         if _first_user_pid is None:
             _first_user_pid = os.getpid()
         stores: Any = obstore.store  # the types of its options do not exist at run time
-        place, options = self.place, self._options
+        folder, options = self.folder, self._options
         retries = {"max_retries": max_retries, "retry_timeout": timedelta(seconds=options.timeout_s)}
         common: dict[str, Any] = {"client_options": options.for_obstore(), "retry_config": retries}
-        if place.cloud == "http":
-            return stores.HTTPStore(place.bucket, **common)
-        common |= {"config": dict(self._config), "prefix": place.prefix or None}
+        if folder.cloud == "http":
+            return stores.HTTPStore(folder.bucket, **common)
+        common |= {"config": dict(self._config), "prefix": folder.prefix or None}
         provider = options.credentials if self._credentials is None else self._credentials.for_obstore
         if provider is not None:
             common["credential_provider"] = provider
-        if place.cloud == "gs":
-            return stores.GCSStore(place.bucket, **common)
-        if place.cloud == "az":
-            return stores.AzureStore(place.bucket, **common)
+        if folder.cloud == "gs":
+            return stores.GCSStore(folder.bucket, **common)
+        if folder.cloud == "az":
+            return stores.AzureStore(folder.bucket, **common)
         common["config"].setdefault("copy_if_not_exists", "multipart")
-        return stores.S3Store(place.bucket, **common)
+        return stores.S3Store(folder.bucket, **common)
 
     def close(self) -> None:
         self._stores.clear()
@@ -225,7 +225,7 @@ class ObstoreClient(ObjectClient):
         try:
             return to_object_info(key, obstore.head(self._store(), key))
         except _ERRORS as error:
-            if self.place.cloud == "s3" and to_store_error(error, "", "").status in (400, 401, 403):
+            if self.folder.cloud == "s3" and to_store_error(error, "", "").status in (400, 401, 403):
                 # The answer to a HEAD has no body with a reason; a GET of one byte is refused for the same reason.
                 self.counters.add("requests")
                 obstore.get(self._store(), key, options={"range": (0, 1)})
@@ -245,22 +245,22 @@ class ObstoreClient(ObjectClient):
         result = obstore.get(self._store(), key, options={"range": {"suffix": n_bytes}})
         return bytes(result.bytes()), to_object_info(key, result.meta)
 
-    def range(self, key: str, wanted: ByteRange, if_match: str | None) -> tuple[ObjectInfo, Iterable[memoryview]]:
-        options: Any = {"range": (wanted.start, wanted.end)}
+    def range(self, key: str, byte_range: ByteRange, if_match: str | None) -> tuple[ObjectInfo, Iterable[memoryview]]:
+        options: Any = {"range": (byte_range.start, byte_range.end)}
         if if_match is not None:
             options["if_match"] = if_match
         result = obstore.get(self._store(), key, options=options)
-        if wanted.n_bytes <= self._piece_bytes:
+        if byte_range.n_bytes <= self._piece_bytes:
             return to_object_info(key, result.meta), (memoryview(result.bytes()),)
         return to_object_info(key, result.meta), map(memoryview, result.stream(min_chunk_size=self._piece_bytes))
 
     def put(self, key: str, body: bytes) -> ObjectInfo:
-        said = obstore.put(self._store(), key, body, use_multipart=False)
-        return ObjectInfo(key, len(body), etag=said["e_tag"], version=said["version"])
+        result = obstore.put(self._store(), key, body, use_multipart=False)
+        return ObjectInfo(key, len(body), etag=result["e_tag"], version=result["version"])
 
     def put_new(self, key: str, body: bytes) -> ObjectInfo:
-        said = obstore.put(self._store(), key, body, mode="create")
-        return ObjectInfo(key, len(body), etag=said["e_tag"], version=said["version"])
+        result = obstore.put(self._store(), key, body, mode="create")
+        return ObjectInfo(key, len(body), etag=result["e_tag"], version=result["version"])
 
     def delete(self, keys: Sequence[str]) -> None:
         obstore.delete(self._store(), keys[0] if len(keys) == 1 else keys)

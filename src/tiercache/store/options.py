@@ -31,11 +31,8 @@ _CHAIN = "::"
 class ParsedUrl:
     """A parsed URL or local path.
 
-    Attributes:
-        scheme: Scheme in lower case; "" for a local path.
-        host: Host with userinfo and port.
-        path: Path; the path of a URL has no leading "/".
-        chain: Rest after the first "::" of a chained fsspec URL, such as "simplecache::s3://bucket/folder".
+    The scheme is in lower case, and "" for a local path. The host includes userinfo and port. The path of a URL has no
+    leading "/". The chain is the rest after the first "::" of a URL such as "simplecache::s3://bucket/folder".
     """
 
     scheme: str
@@ -132,40 +129,40 @@ def split_url(url: str | os.PathLike[str]) -> tuple[str, str]:
 
     Raises ValueError.
     """
-    place = ParsedUrl.parse(url)
-    if place.chain and not place.host and not place.path:  # the rest of the chain names the object
-        root, key = split_url(place.chain)
-        return f"{place.scheme}{_CHAIN}{root}", key
-    if place.has_query and not place.chain:
-        raise ValueError(f"{place.shown}: URLs with a query (such as presigned ones) cannot be opened")
-    path = place.path
-    if not place.scheme and not path.endswith("/"):
+    parsed = ParsedUrl.parse(url)
+    if parsed.chain and not parsed.host and not parsed.path:  # the rest of the chain names the object
+        root, key = split_url(parsed.chain)
+        return f"{parsed.scheme}{_CHAIN}{root}", key
+    if parsed.has_query and not parsed.chain:
+        raise ValueError(f"{parsed.shown}: URLs with a query (such as presigned ones) cannot be opened")
+    path = parsed.path
+    if not parsed.scheme and not path.endswith("/"):
         path = os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
     folder, _, name = path.rpartition("/")
     if not name:
-        raise ValueError(f"{place.shown}: the URL names a folder; the URL of an object is expected")
-    if not place.scheme:
+        raise ValueError(f"{parsed.shown}: the URL names a folder; the URL of an object is expected")
+    if not parsed.scheme:
         return folder or "/", check_key(name)
-    return ParsedUrl(place.scheme, place.host, folder, place.chain).full, check_key(name)
+    return ParsedUrl(parsed.scheme, parsed.host, folder, parsed.chain).full, check_key(name)
 
 
-def server_url(cloud: str, place: str, config: Mapping[str, Any]) -> str:
+def server_url(cloud: str, bucket: str, config: Mapping[str, Any]) -> str:
     """Return the server of a store, as far as it is known before the first request; for messages."""
-    said = {**aws_endpoint_options(), **config} if cloud == "s3" else config
+    options = {**aws_endpoint_options(), **config} if cloud == "s3" else config
     given = {
-        "s3": said.get("aws_endpoint_url_s3") or said.get("endpoint"),
-        "gs": said.get("base_url"),
-        "az": said.get("endpoint"),
-        "http": place,
+        "s3": options.get("aws_endpoint_url_s3") or options.get("endpoint"),
+        "gs": options.get("base_url"),
+        "az": options.get("endpoint"),
+        "http": bucket,
     }[cloud]
     if given:
         parts = urlsplit(str(given))
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     if cloud == "s3":
-        return f"https://s3.{said.get('region') or said.get('default_region') or 'us-east-1'}.amazonaws.com"
+        return f"https://s3.{options.get('region') or options.get('default_region') or 'us-east-1'}.amazonaws.com"
     if cloud == "gs":
         return "https://storage.googleapis.com"
-    return f"https://{said.get('account_name', place)}.blob.core.windows.net"
+    return f"https://{options.get('account_name', bucket)}.blob.core.windows.net"
 
 
 def _names(text: str) -> frozenset[str]:
@@ -259,14 +256,10 @@ _PEM = "-----BEGIN"
 
 @dataclass(frozen=True, slots=True)
 class CloudOptions:
-    """Storage options with obstore's names.
+    """Storage options with obstore's names, for the store (config) and its HTTP client.
 
-    Attributes:
-        config: Options of the store.
-        client: Options of its HTTP client. "timeout" limits a whole call without progress, not one request;
-            "root_certificate" is a path or PEM text.
-        profile: Profile in the user's AWS files.
-        credentials: Function of the user that returns the keys.
+    The client's "timeout" limits a whole call without progress, not one request; its "root_certificate" is a path or
+    PEM text. credentials is a function of the user that returns the keys.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -364,26 +357,28 @@ class CloudOptions:
 
 
 def _flat(cloud: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Yield the options under obstore's names. Values of None are left out."""
     known = _CONFIG[cloud] | _CLIENT
-    for name, value in given.items():
+    names = {name: name for name in known}
+    if cloud == "s3":
+        names |= {**_S3FS, "profile": "profile", "client_kwargs": "client_kwargs"}
+    if cloud != "http":
+        names["credentials"] = "credentials"
+    for given_name, value in given.items():
         if value is None:
             continue
-        lower = name.lower()
+        lower = given_name.lower()
         short = lower.removeprefix(_PREFIX[cloud])
-        if cloud == "s3" and lower == "client_kwargs":
-            yield from _client_kwargs(value)
-        elif lower == "verify":
+        name = names.get(lower) or (short if short in known else None)
+        if lower == "verify":
             yield _verify(value)
-        elif cloud == "s3" and lower in _S3FS:
-            yield _S3FS[lower], value
-        elif lower in known or (cloud == "s3" and lower == "profile") or (cloud != "http" and lower == "credentials"):
-            yield lower, value
-        elif short in known:
-            yield short, value
+        elif name == "client_kwargs":
+            yield from _client_kwargs(value)
+        elif name is not None:
+            yield name, value
         else:
-            names = known | (frozenset(_S3FS) | {"client_kwargs", "profile"} if cloud == "s3" else frozenset())
-            names |= {"verify"} | (frozenset() if cloud == "http" else {"credentials"})
-            raise ValueError(f"unknown storage option {name!r} for {cloud}://{_near(lower, names)}")
+            suggestion = _near(lower, {*names, "verify"})
+            raise ValueError(f"unknown storage option {given_name!r} for {cloud}://{suggestion}")
 
 
 def _client_kwargs(given: object) -> Iterable[tuple[str, Any]]:

@@ -34,7 +34,7 @@ class Request:
     """One range request, and the destinations of its answer as (offset in the answer, buffer)."""
 
     range: ByteRange
-    pieces: tuple[tuple[int, memoryview], ...]
+    targets: tuple[tuple[int, memoryview], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +52,17 @@ def plan_requests(spans: Sequence[Span], sizes: RequestSizes) -> tuple[Request, 
     """
     requests: list[Request] = []
     start = end = 0
-    pieces: list[tuple[int, memoryview]] = []
-    for piece, buffer in sorted(_cut(spans, sizes.part_bytes), key=lambda item: item[0].start):
-        joins = pieces and end <= piece.start <= end + sizes.gap_bytes and piece.end - start <= sizes.part_bytes
+    targets: list[tuple[int, memoryview]] = []
+    for span, buffer in sorted(_cut(spans, sizes.part_bytes), key=lambda item: item[0].start):
+        joins = targets and end <= span.start <= end + sizes.gap_bytes and span.end - start <= sizes.part_bytes
         if not joins:
-            if pieces:
-                requests.append(Request(ByteRange(start, end), tuple(pieces)))
-            start, pieces = piece.start, []
-        pieces.append((piece.start - start, buffer))
-        end = piece.end
-    if pieces:
-        requests.append(Request(ByteRange(start, end), tuple(pieces)))
+            if targets:
+                requests.append(Request(ByteRange(start, end), tuple(targets)))
+            start, targets = span.start, []
+        targets.append((span.start - start, buffer))
+        end = span.end
+    if targets:
+        requests.append(Request(ByteRange(start, end), tuple(targets)))
     return tuple(requests)
 
 
@@ -140,10 +140,12 @@ class ProcessLocal(Generic[T]):
         pid = os.getpid()
         value = self._values.get(pid)
         if value is None:
-            made = self._make()
-            value = self._values.setdefault(pid, made)  # atomic: if two threads create a value, the first one is kept
-            if value is not made:
-                self._dispose(made)
+            created = self._make()
+            value = self._values.setdefault(
+                pid, created
+            )  # atomic: if two threads create a value, the first one is kept
+            if value is not created:
+                self._dispose(created)
         return value
 
     def is_current(self, value: T) -> bool:
@@ -177,20 +179,20 @@ def read_requests(
     and copies its bytes through the BufferGuard. Raises the first error of a request, or the error of the limit.
     """
     limit.check()
-    landing = BufferGuard()
+    guard = BufferGuard()
     if runs_in_caller(requests, limit):
         try:
             for request in requests:
-                read_one(request, landing)
+                read_one(request, guard)
         finally:
-            landing.close()  # an abandoned attempt may still run
+            guard.close()  # an abandoned attempt may still run
         return
     # Get the pool once: if the store is closed between two requests, another get() would create a pool without owner.
     threads = pool.get()
 
     def read_bounded(request: Request) -> None:
         with limit.running():
-            read_one(request, landing)
+            read_one(request, guard)
 
     futures: list[Future[None]] = []
     limit.queue()
@@ -204,7 +206,7 @@ def read_requests(
                 raise _closed(limit) from error
         _wait_all(futures, limit)
     finally:
-        landing.close()
+        guard.close()
         limit.stop.set()
         for future in futures:
             future.cancel()

@@ -112,7 +112,7 @@ class ObjectClient(ABC):
 
     @abstractmethod
     def range(
-        self, key: str, wanted: ByteRange, if_match: str | None
+        self, key: str, byte_range: ByteRange, if_match: str | None
     ) -> tuple[ObjectInfo | None, Iterable[memoryview]]:
         """Request a range. Return the description of the object if the answer has it, and the body in pieces."""
 
@@ -274,8 +274,8 @@ class RemoteStore(Store):
                     raise
                 info = self.head(key)
                 buffer = bytearray(min(n_bytes, info.n_bytes))
-                wanted = ByteRange(info.n_bytes - len(buffer), info.n_bytes)
-                self.read_into(key, [(wanted, memoryview(buffer))], if_match=info.etag)
+                byte_range = ByteRange(info.n_bytes - len(buffer), info.n_bytes)
+                self.read_into(key, [(byte_range, memoryview(buffer))], if_match=info.etag)
                 return bytes(buffer), info
             self.counters.add("bytes_read", len(tail))
             return tail, info
@@ -307,8 +307,8 @@ class RemoteStore(Store):
         # A caller that waits for threads of the pool itself stops waiting when the time is over.
         abandons = client.abandonable if runs_in_caller(requests, limit) else "none"
 
-        def read_one(request: Request, landing: BufferGuard) -> None:
-            with_retries(lambda: reading.attempt(request, landing), self._settings.policy, limit, abandons)
+        def read_one(request: Request, guard: BufferGuard) -> None:
+            with_retries(lambda: reading.attempt(request, guard), self._settings.policy, limit, abandons)
 
         if compares:
             reading.check_etag(self.head(key))
@@ -428,43 +428,43 @@ class _ObjectRead:
         self._seen: dict[str, str] = {} if if_match is None else {"etag": if_match}
         self._n_landed: dict[int, int] = {}  # start of a request -> most bytes that any attempt has received
 
-    def attempt(self, request: Request, landing: BufferGuard) -> None:
+    def attempt(self, request: Request, guard: BufferGuard) -> None:
         """Send one request and copy its bytes into the buffers."""
-        client, wanted = self._client, request.range
+        client, byte_range = self._client, request.range
         etag = self._seen.get("etag")
-        asked = None if etag is None or etag.startswith("W/") else etag  # HTTP: a weak ETag never matches If-Match
+        condition = None if etag is None or etag.startswith("W/") else etag  # HTTP: a weak ETag never matches If-Match
         try:
             with client.errors(self._key, "read_into"):
-                info, body = client.range(self._key, wanted, asked)
+                info, body = client.range(self._key, byte_range, condition)
                 if info is not None:
                     self.check_etag(info)
-                    self._check_end(info.n_bytes, wanted)
-                n_read = self._land(body, request, landing)
+                    self._check_end(info.n_bytes, byte_range)
+                n_read = self._land(body, request, guard)
         except ObjectChanged as error:
             raise ObjectChanged(url=client.url_of(self._key), expected=etag, found=error.found) from None
         except StoreError as error:
             if error.status == _BEYOND_END:
-                raise self._too_far(wanted, "before the range") from None
+                raise self._too_far(byte_range, "before the range") from None
             raise
-        if n_read != wanted.n_bytes and not landing.is_closed:
+        if n_read != byte_range.n_bytes and not guard.is_closed:
             if info is None:
                 with client.errors(self._key, "head"):
                     info = client.head(self._key)
-                self._check_end(info.n_bytes, wanted)
-            message = f"read_into: received only {n_read} bytes of the range [{wanted.start}, {wanted.end})"
+                self._check_end(info.n_bytes, byte_range)
+            message = f"read_into: received only {n_read} bytes of the range [{byte_range.start}, {byte_range.end})"
             raise StoreError(message, url=client.url_of(self._key), retryable=True)
         client.counters.add("bytes_read", n_read)
 
-    def _land(self, body: Iterable[memoryview], request: Request, landing: BufferGuard) -> int:
+    def _land(self, body: Iterable[memoryview], request: Request, guard: BufferGuard) -> int:
         """Copy the body to the request's pieces as it arrives. Return the number of bytes received."""
         n_read = 0
         for data in body:
-            if landing.is_closed:
+            if guard.is_closed:
                 break
-            for offset, buffer in request.pieces:
+            for offset, buffer in request.targets:
                 start, end = max(offset, n_read), min(offset + buffer.nbytes, n_read + data.nbytes)
                 if start < end:
-                    landing.copy(buffer[start - offset : end - offset], data[start - n_read : end - n_read])
+                    guard.copy(buffer[start - offset : end - offset], data[start - n_read : end - n_read])
             n_read += data.nbytes
             if n_read > self._n_landed.get(request.range.start, 0):  # only new bytes are progress
                 self._n_landed[request.range.start] = n_read
@@ -479,12 +479,14 @@ class _ObjectRead:
         if found != expected:
             raise ObjectChanged(url=self._client.url_of(self._key), expected=expected, found=found)
 
-    def _check_end(self, n_bytes: int, wanted: ByteRange) -> None:
-        if n_bytes < wanted.end:
-            raise self._too_far(wanted, f"at byte {n_bytes}")
+    def _check_end(self, n_bytes: int, byte_range: ByteRange) -> None:
+        if n_bytes < byte_range.end:
+            raise self._too_far(byte_range, f"at byte {n_bytes}")
 
-    def _too_far(self, wanted: ByteRange, end: str) -> StoreError:
-        return StoreError(f"a range ends at byte {wanted.end}, the object {end}", url=self._client.url_of(self._key))
+    def _too_far(self, byte_range: ByteRange, end: str) -> StoreError:
+        return StoreError(
+            f"a range ends at byte {byte_range.end}, the object {end}", url=self._client.url_of(self._key)
+        )
 
 
 class _RemoteUpload(SequentialUpload):

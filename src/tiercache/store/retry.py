@@ -75,17 +75,8 @@ class CallLimit:
     pauses are not progress. Time in which all requests of the call wait for a thread of the pool does not count. Safe
     for threads.
 
-    Args:
-        url: URL of the object, for messages.
-        doing: Operation, for messages.
-        deadline_s: Seconds from now within which the whole call must end.
-        cancel: Event that ends the call.
-        clock: Clock of all limits.
-        timeout_s: Seconds without progress after which the call fails.
-        endpoint: Function that returns the name of what the call waits for now (the server, or the source of its keys).
-
-    Attributes:
-        stop: Event that ends pauses and retries, because nobody needs the answer any more.
+    deadline_s is the number of seconds from now within which the whole call must end. endpoint() returns the name of
+    what the call waits for now: the server, or the source of its keys. Setting `stop` ends pauses and retries.
     """
 
     def __init__(
