@@ -33,7 +33,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_without_anything_the_cache_lies_in_the_users_cache_folder(tmp_path):
+def test_the_default_cache_folder_is_in_the_users_cache_folder(tmp_path):
     assert config.load() == config.Settings(cache_dir=tmp_path / "cache" / "tiercache", cache_size=None)
 
 
@@ -42,7 +42,7 @@ def test_a_relative_xdg_folder_counts_as_unset(monkeypatch):
     assert config.load().cache_dir == Path.home() / ".cache" / "tiercache"
 
 
-def test_a_user_without_a_home_must_say_where_the_cache_is(monkeypatch, tmp_path):
+def test_a_user_without_a_home_must_set_the_cache_folder(monkeypatch, tmp_path):
     def no_home():
         raise RuntimeError("Could not determine home directory.")
 
@@ -60,7 +60,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         config.load()
 
 
-def test_the_nearest_file_upwards_wins_over_the_users(tmp_path):
+def test_the_nearest_file_upwards_overrides_the_users(tmp_path):
     write(tmp_path / "config" / "tiercache" / "tiercache.toml", 'cache_size = "1GB"')
     assert config.load().cache_size == "1GB"
     write(tmp_path / "work" / "tiercache.toml", 'cache_size = "2GB"\ncache_dir = "nvme"')
@@ -70,7 +70,7 @@ def test_the_nearest_file_upwards_wins_over_the_users(tmp_path):
     assert config.load(tmp_path / "work").cache_size == "2GB"
 
 
-def test_environment_wins_over_the_file_and_arguments_over_both(tmp_path, monkeypatch):
+def test_the_environment_overrides_the_file_and_arguments_override_both(tmp_path, monkeypatch):
     write(tmp_path / "work" / "tiercache.toml", 'cache_size = "2GB"')
     monkeypatch.setenv("TIERCACHE_CACHE_SIZE", "80%")
     monkeypatch.setenv("TIERCACHE_CACHE_DIR", "here")
@@ -84,7 +84,7 @@ def test_the_home_folder_may_be_written_as_a_tilde():
     assert config.load(cache_dir="~/nvme").cache_dir == Path.home() / "nvme"
 
 
-def test_a_file_that_is_no_toml_is_named_with_its_line(tmp_path):
+def test_a_syntax_error_is_reported_with_file_and_line(tmp_path):
     path = write(tmp_path / "work" / "tiercache.toml", 'cache_size = "2GB"\ncache_dir = \n')
     with pytest.raises(ValueError, match=rf"{path}: not TOML: .*line 2"):
         config.load()
@@ -101,17 +101,17 @@ def test_the_cache_can_be_set_in_file_and_environment(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("setting", "value"), [("cache_policy", "best"), ("cache_shared", "world")])
-def test_what_the_cache_does_not_know_is_an_error_that_names_the_variable(monkeypatch, setting, value):
+def test_an_invalid_setting_of_the_cache_names_the_variable(monkeypatch, setting, value):
     monkeypatch.setenv(f"TIERCACHE_{setting.upper()}", value)
     with pytest.raises(ValueError, match=f"TIERCACHE_{setting.upper()}: {setting}: .*'(plan|group)'"):
         config.load()
 
 
-def test_the_configuration_knows_the_policies_that_there_are():
+def test_the_setting_accepts_every_eviction_policy():
     assert set(config.CHOICES["cache_policy"]) == set(POLICIES)
 
 
-def test_an_unknown_key_is_an_error_that_names_what_was_meant(tmp_path):
+def test_an_unknown_key_is_an_error_with_a_suggestion(tmp_path):
     path = write(tmp_path / "work" / "tiercache.toml", 'cache_sise = "2GB"')
     with pytest.raises(ValueError, match=rf"{path}: unknown setting 'cache_sise'; did you mean 'cache_size'"):
         config.load()
@@ -128,7 +128,7 @@ def test_an_unknown_key_is_an_error_that_names_what_was_meant(tmp_path):
         config.load("/", cache_folder="x")
 
 
-def test_the_tables_of_tiers_may_stand_in_the_same_file_and_nowhere_else(tmp_path):
+def test_tables_of_tiers_are_allowed_only_at_the_top_level(tmp_path):
     tables = "[tiers.hot]\nurl = 1\n[[rules]]\n[[pins]]\n[[tags]]\n[tiering]\n"
     write(tmp_path / "work" / "tiercache.toml", f'cache_size = "2GB"\n{tables}')
     assert config.load().cache_size == "2GB"
@@ -136,7 +136,7 @@ def test_the_tables_of_tiers_may_stand_in_the_same_file_and_nowhere_else(tmp_pat
         config.load(tiers={})
 
 
-def test_state_lies_in_the_users_state_folder_unless_it_is_set(tmp_path, monkeypatch):
+def test_the_default_state_folder_is_in_the_users_state_folder(tmp_path, monkeypatch):
     assert config.state_folder() == tmp_path / "state" / "tiercache"
     write(tmp_path / "work" / "tiercache.toml", 'state_dir = "state"')
     assert config.state_folder() == tmp_path / "work" / "state", "relative to the file's folder"
@@ -145,7 +145,7 @@ def test_state_lies_in_the_users_state_folder_unless_it_is_set(tmp_path, monkeyp
     assert config.state_folder() == tmp_path / "nvme"
 
 
-def test_a_user_without_a_home_must_say_where_state_is(monkeypatch, tmp_path):
+def test_a_user_without_a_home_must_set_the_state_folder(monkeypatch, tmp_path):
     def no_home():
         raise RuntimeError("Could not determine home directory.")
 
@@ -155,7 +155,7 @@ def test_a_user_without_a_home_must_say_where_state_is(monkeypatch, tmp_path):
         config.state_folder()
 
 
-def test_a_misspelt_variable_is_an_error_and_a_foreign_one_is_not(monkeypatch):
+def test_a_misspelt_variable_is_an_error_but_an_unrelated_one_is_not(monkeypatch):
     monkeypatch.setenv("TIERCACHE_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("TIERCACHE_PORT", "tcp://10.0.0.1:80")
     monkeypatch.setenv("TIERCACHE_KERNEL", "portable")
@@ -170,7 +170,7 @@ def test_a_misspelt_variable_is_an_error_and_a_foreign_one_is_not(monkeypatch):
 @pytest.mark.parametrize(
     "text", ['cache_size = "much"', "cache_size = true", "cache_size = -1", "cache_size = []", "cache_dir = 7"]
 )
-def test_a_value_that_does_not_fit_names_file_and_key(tmp_path, text):
+def test_an_invalid_value_is_reported_with_file_and_key(tmp_path, text):
     path = write(tmp_path / "work" / "tiercache.toml", text)
     with pytest.raises(ValueError, match=rf"{path}: cache_(size|dir): \S"):
         config.load()
@@ -202,14 +202,14 @@ def test_ranks_come_from_the_environment(monkeypatch):
         config.distributed_environment()
 
 
-def test_memory_is_the_smallest_limit_upwards_in_cgroup_v2(tmp_path):
+def test_memory_limit_is_the_smallest_limit_of_cgroup_v2_and_its_parents(tmp_path):
     write(tmp_path / "proc/self/cgroup", "0::/pod/box\n")
     write(tmp_path / "sys/fs/cgroup/pod/box/memory.max", "max\n")
     write(tmp_path / "sys/fs/cgroup/pod/memory.max", "1048576\n")
     assert config.memory_limit_bytes(tmp_path) == 1048576
 
 
-def test_memory_is_found_at_the_mounted_root_in_cgroup_v1(tmp_path):
+def test_memory_limit_of_cgroup_v1_is_read_at_the_mounted_root(tmp_path):
     write(tmp_path / "proc/self/cgroup", "5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n")
     limit = write(tmp_path / "sys/fs/cgroup/memory/memory.limit_in_bytes", "2097152\n")
     assert config.memory_limit_bytes(tmp_path) == 2097152
@@ -217,7 +217,7 @@ def test_memory_is_found_at_the_mounted_root_in_cgroup_v1(tmp_path):
     assert config.memory_limit_bytes(tmp_path) == config.memory_limit_bytes(tmp_path / "nothing") > 1 << 28
 
 
-def test_cpus_are_cut_to_the_quota_of_either_cgroup_version(tmp_path):
+def test_available_cpus_are_limited_by_the_quota_of_both_cgroup_versions(tmp_path):
     assert config.available_cpus(tmp_path) == len(os.sched_getaffinity(0))
     write(tmp_path / "proc/self/cgroup", "0::/\n")
     quota = write(tmp_path / "sys/fs/cgroup/cpu.max", "max 100000\n")

@@ -18,7 +18,7 @@ UNIT = 4096
 # -- what is read of the source -------------------------------------------------------------------------------------
 
 
-def test_the_second_read_takes_no_byte_from_the_source(fs, source, path):
+def test_a_second_read_fetches_no_byte(fs, source, path):
     assert fs.cat_file(path) == DATA
     assert source.n_bytes_read() == len(DATA)
     assert fs.cat_file(path) == DATA
@@ -27,7 +27,7 @@ def test_the_second_read_takes_no_byte_from_the_source(fs, source, path):
     assert source.n_bytes_read() == 0
 
 
-def test_a_range_takes_its_units_from_the_source_and_they_stay(fs, source, path):
+def test_a_range_fetches_its_units_once(fs, source, path):
     assert fs.cat_file(path, 500_000, 510_000) == DATA[500_000:510_000]
     assert 10_000 <= source.n_bytes_read() <= 10_000 + 2 * UNIT
     assert fs.cat_file(path, 500_000, 510_000) == DATA[500_000:510_000]
@@ -37,7 +37,7 @@ def test_a_range_takes_its_units_from_the_source_and_they_stay(fs, source, path)
     assert source.n_bytes_read() == 0
 
 
-def test_an_open_file_asks_the_source_once_what_it_is(fs, source, path):
+def test_opening_a_file_asks_the_source_once_for_its_identity(fs, source, path):
     fs.cat_file(path)
     source.heads.clear()
     with fs.open(path) as file:
@@ -47,7 +47,7 @@ def test_an_open_file_asks_the_source_once_what_it_is(fs, source, path):
     assert source.heads == [path]
 
 
-def test_small_reads_in_a_row_are_fetched_ahead_and_scattered_ones_are_not(fs, source, path):
+def test_only_sequential_small_reads_are_prefetched(fs, source, path):
     with fs.open(path) as file:
         for _ in range(100):
             file.read(1000)
@@ -60,7 +60,7 @@ def test_small_reads_in_a_row_are_fetched_ahead_and_scattered_ones_are_not(fs, s
     assert source.n_bytes_read() <= 10 * 3 * UNIT
 
 
-def test_ranges_of_many_files_ask_once_a_file_and_keep_what_they_read(fs, source):
+def test_cat_ranges_asks_once_per_file_and_keeps_the_ranges(fs, source):
     for name in "abc":
         source.pipe_file(f"/b/{name}", DATA)
     paths = ["/b/a", "/b/b", "/b/a", "/b/c", "/b/none"]
@@ -78,7 +78,7 @@ def test_ranges_of_many_files_ask_once_a_file_and_keep_what_they_read(fs, source
         fs.cat_ranges(["/b/a", "/b/b"], [0], 1)
 
 
-def test_many_contents_come_by_path(fs, source):
+def test_cat_returns_the_contents_of_many_paths(fs, source):
     for number in range(20):
         source.pipe_file(f"/b/{number}", str(number).encode())
     expected = {f"/b/{number}": str(number).encode() for number in range(20)}
@@ -91,7 +91,7 @@ def test_many_contents_come_by_path(fs, source):
     assert isinstance(fs.cat(["/b/7", "/b/none"], on_error="return")["/b/none"], FileNotFoundError)
 
 
-def test_files_are_copied_out_of_the_cache(fs, source, path, tmp_path):
+def test_get_copies_files_out_of_the_cache(fs, source, path, tmp_path):
     seen = []
 
     class Callback(fsspec.callbacks.Callback):
@@ -109,7 +109,7 @@ def test_files_are_copied_out_of_the_cache(fs, source, path, tmp_path):
     assert source.n_bytes_read() == 0
 
 
-def test_files_are_opened_many_at_a_time(source, cache, path):
+def test_open_files_opens_files_in_parallel(source, cache, path):
     source.pipe_file("/b/y", b"second")
     for _ in range(2):
         with fsspec.open_files("tiercache::counted://b/*", cache=cache) as files:
@@ -126,7 +126,7 @@ def test_files_are_opened_many_at_a_time(source, cache, path):
 # -- objects that change --------------------------------------------------------------------------------------------
 
 
-def test_an_object_that_was_replaced_is_another_copy(fs, source, path):
+def test_a_replaced_object_is_another_cached_copy(fs, source, path):
     assert fs.cat_file(path) == DATA
     with fs.open(path) as opened:
         source.pipe_file(path, DATA[::-1])
@@ -134,7 +134,7 @@ def test_an_object_that_was_replaced_is_another_copy(fs, source, path):
     assert fs.cat_file(path) == DATA[::-1]
 
 
-def test_what_is_missing_of_a_replaced_object_is_an_error_and_never_the_new_bytes(fs, source, path):
+def test_uncached_bytes_of_a_replaced_object_are_an_error(fs, source, path):
     with fs.open(path) as opened:
         assert opened.read(10) == DATA[:10]
         source.pipe_file(path, DATA[::-1])
@@ -145,7 +145,7 @@ def test_what_is_missing_of_a_replaced_object_is_an_error_and_never_the_new_byte
         assert opened.read(10) == DATA[:10]
 
 
-def test_a_file_that_is_deleted_in_mid_read_is_read_on_as_far_as_it_is_here(fs, source, path):
+def test_cached_bytes_of_a_deleted_object_stay_readable(fs, source, path):
     with fs.open(path) as opened:
         assert opened.read(20_000) == DATA[:20_000]
         source.rm_file(path)
@@ -166,7 +166,7 @@ def test_a_file_that_is_deleted_in_mid_read_is_read_on_as_far_as_it_is_here(fs, 
         pytest.param({"mode": 33188, "uid": 1}, id="what says nothing of bytes"),
     ],
 )
-def test_an_object_without_identity_is_read_past_the_cache(fs, source, cache, path, about):
+def test_an_object_without_identity_bypasses_the_cache(fs, source, cache, path, about):
     CountedFileSystem.about = about
     for _ in range(2):
         assert fs.cat_file(path, 0, 10) == DATA[:10]
@@ -187,7 +187,7 @@ def test_an_object_without_identity_is_read_past_the_cache(fs, source, cache, pa
         ({"md5Hash": "a", "mtime": 1.5}, {"md5Hash": "b", "mtime": 1.5}),
     ],
 )
-def test_any_mark_of_another_state_makes_another_copy(fs, source, path, before, after):
+def test_each_field_that_changes_with_the_bytes_identifies_a_copy(fs, source, path, before, after):
     CountedFileSystem.about = before
     assert fs.cat_file(path) == fs.cat_file(path) == DATA
     assert source.n_bytes_read() == len(DATA)
@@ -197,7 +197,7 @@ def test_any_mark_of_another_state_makes_another_copy(fs, source, path, before, 
     assert source.n_bytes_read() == len(DATA)
 
 
-def test_an_option_that_may_say_what_is_read_is_the_targets_business(fs, source, cache, path):
+def test_an_option_that_may_select_the_object_bypasses_the_cache(fs, source, cache, path):
     assert fs.cat_file(path, version_id="1") == fs.cat_ranges([path], 0, None, version_id="1")[0] == DATA
     with fs.open(path, version_id="1") as file:
         assert file.read() == DATA
@@ -259,7 +259,7 @@ WRITES = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_writing_goes_to_the_target_and_drops_the_copy(fs, source, cache, path, write, tmp_path):
+def test_a_write_goes_to_the_target_and_drops_the_copy(fs, source, cache, path, write, tmp_path):
     source.pipe_file("/b/new", b"new")
     source.pipe_file("/c/x", b"other")
     fs.cat(["/b/x", "/c/x"])
@@ -272,7 +272,7 @@ def test_writing_goes_to_the_target_and_drops_the_copy(fs, source, cache, path, 
             fs.cat_file(path)
 
 
-def test_writing_drops_no_shard_of_a_data_set(fs, source, cache, path, tmp_path):
+def test_a_write_drops_no_shard_of_a_data_set(fs, source, cache, path, tmp_path):
     (tmp_path / "shard").write_bytes(DATA)
     identity = ShardIdentity("d" * 32, "5" * 32, len(DATA), crc32c=_crc32c(DATA))
     cache.warm(open_store(str(tmp_path)), [("shard", identity)])

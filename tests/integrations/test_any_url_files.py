@@ -36,7 +36,7 @@ STEPS = st.lists(
 
 
 @given(steps=STEPS)
-def test_a_file_reads_as_its_bytes_would(model, steps):
+def test_a_cached_file_reads_like_a_file_of_the_same_bytes(model, steps):
     fs, path, data = model
     plain = io.BufferedReader(io.BytesIO(data))
     with fs.open(path) as file:
@@ -73,7 +73,7 @@ def model(tmp_path_factory):
         fs.close()
 
 
-def test_text_lines_and_compression_are_fsspecs(fs, source):
+def test_text_modes_and_compression_work_as_in_fsspec(fs, source):
     with fs.open("/b/t.txt.gz", "wt", compression="infer", encoding="latin-1") as file:
         file.write("grün\nrot\n")
     with fs.open("/b/t.txt.gz", "rt", compression="infer", encoding="latin-1") as file:
@@ -84,7 +84,7 @@ def test_text_lines_and_compression_are_fsspecs(fs, source):
     type(fs).clear_instance_cache()
 
 
-def test_a_pickled_file_goes_on_where_it_was(source, cache, path):
+def test_a_pickled_file_continues_at_its_position(source, cache, path):
     fs = fsspec.filesystem("tiercache", target_protocol="counted", cache_dir=str(cache.path), cache_size="64MiB")
     with fs.open(path) as file:
         file.seek(123)
@@ -96,7 +96,7 @@ def test_a_pickled_file_goes_on_where_it_was(source, cache, path):
     type(fs).clear_instance_cache()
 
 
-def test_a_file_says_what_it_is(fs, path):
+def test_a_cached_file_has_the_attributes_of_fsspec_files(fs, path):
     with fs.open(path) as file:
         assert isinstance(file, CachedFile)
         assert (file.size, file.mode, file.path, file.loc) == (len(DATA), "rb", path, 0)
@@ -111,9 +111,9 @@ def test_a_file_says_what_it_is(fs, path):
         file.seek(-1)
 
 
-def test_threads_read_one_object_and_fetch_no_byte_of_it_twice(fs, source, path, monkeypatch):
+def test_threads_fetch_each_byte_of_an_object_once(fs, source, path, monkeypatch):
     # Else what lies between two pieces that are asked for together is read along, for nothing: how much, the threads'
-    # timing decides (1.6 to 2.1 times the file in 60 runs). tests/store/test_spans.py has the bounds of that.
+    # timing decides (1.6 to 2.1 times the file in 60 runs). tests/store/test_range_reads.py has the bounds of that.
     without_gaps = RequestSizes(gap_bytes=0)
     monkeypatch.setattr(
         "tiercache.store.remote.plan_requests", lambda spans, _sizes: plan_requests(spans, without_gaps)
@@ -142,7 +142,7 @@ def test_threads_share_an_open_file(fs, path):
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_a_forked_child_reads_open_files_on_and_opens_others(fs, source, path):
+def test_a_forked_child_continues_open_files(fs, source, path):
     source.pipe_file("/b/y", DATA[::-1])
     with fs.open(path) as opened:
         assert opened.read(50_000) == DATA[:50_000]
@@ -164,7 +164,7 @@ def _read_there(fs, path, sent):
     sent.put((data, stats["bytes_fetched"]))
 
 
-def test_another_process_reads_what_the_first_has_fetched(make, cache, tmp_path):
+def test_another_process_reads_cached_bytes(make, cache, tmp_path):
     (tmp_path / "x").write_bytes(DATA)
     fs = make("file")
     assert fs.cat_file(str(tmp_path / "x")) == DATA
@@ -181,7 +181,7 @@ def test_another_process_reads_what_the_first_has_fetched(make, cache, tmp_path)
 # -- when the cache cannot ------------------------------------------------------------------------------------------
 
 
-def test_what_is_larger_than_the_cache_is_read_past_it_in_few_requests(make, source, path, tmp_path):
+def test_an_object_larger_than_the_cache_is_read_in_few_requests(make, source, path, tmp_path):
     with tc.Cache(tmp_path / "small", size="64KiB", min_free="0") as small:
         fs = make(cache=small)
         with pytest.warns(RuntimeWarning, match="larger than the whole cache"), fs.open(path) as file:
@@ -194,7 +194,7 @@ def test_what_is_larger_than_the_cache_is_read_past_it_in_few_requests(make, sou
                 file.read()
 
 
-def test_a_copy_that_somebody_cut_off_or_changed_is_fetched_again(fs, cache, path):
+def test_a_truncated_or_changed_copy_is_fetched_again(fs, cache, path):
     for damage in (lambda file: file.truncate(100_000), lambda file: file.write(b"wrong")):
         assert fs.cat_file(path) == DATA
         with fs.open(path) as opened:
@@ -206,7 +206,7 @@ def test_a_copy_that_somebody_cut_off_or_changed_is_fetched_again(fs, cache, pat
         assert fs.cat_file(path) == DATA
 
 
-def test_a_default_cache_that_cannot_be_made_is_warned_of_and_done_without(source, path, tmp_path, monkeypatch):
+def test_without_a_default_cache_files_are_read_with_a_warning(source, path, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(tmp_path / "file" / "cache"))
     fs = fsspec.filesystem("tiercache", target_protocol="counted", skip_instance_cache=True)
@@ -222,7 +222,7 @@ def test_a_default_cache_that_cannot_be_made_is_warned_of_and_done_without(sourc
     assert source.cat_file("/b/new") == b"a write is done where the cache is not to be had"
 
 
-def test_the_default_cache_is_the_configured_one(source, path, tmp_path, monkeypatch):
+def test_the_configured_cache_is_the_default(source, path, tmp_path, monkeypatch):
     monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(tmp_path / "configured"))
     fs = fsspec.filesystem("tiercache", target_protocol="counted", skip_instance_cache=True)
     assert fs.cat_file(path) == DATA

@@ -93,7 +93,7 @@ def test_a_pyarrow_dataset_is_written_and_partitioned(fs, source, table):
     assert source.n_bytes_read() == 0 < first
 
 
-def test_parquet_by_row_groups_fetches_the_groups_it_reads(fs, source, table):
+def test_reading_row_groups_fetches_only_these(fs, source, table):
     out = io.BytesIO()
     pq.write_table(table, out, compression="none", use_dictionary=False, row_group_size=N_ROWS // 4)
     source.pipe_file("/b/x.parquet", out.getvalue())

@@ -39,7 +39,7 @@ def behind(s3_server, path):
     return lambda data: s3_server.store().put(path.partition("/")[2], data)
 
 
-def test_a_replaced_object_is_read_anew_whatever_the_listing_says(fs, path, behind):
+def test_a_replaced_s3_object_is_read_again(fs, path, behind):
     assert fs.info(path)["size"] == len(DATA)
     assert fs.ls(path.rpartition("/")[0])
     assert fs.cat_file(path) == DATA
@@ -49,7 +49,7 @@ def test_a_replaced_object_is_read_anew_whatever_the_listing_says(fs, path, behi
         assert file.size == 1000
 
 
-def test_what_is_missing_of_a_replaced_object_is_an_error(fs, path, behind):
+def test_uncached_bytes_of_a_replaced_s3_object_are_an_error(fs, path, behind):
     with fs.open(path) as file:
         assert file.read(10) == DATA[:10]
         behind(DATA[::-1])
@@ -60,7 +60,7 @@ def test_what_is_missing_of_a_replaced_object_is_an_error(fs, path, behind):
         assert file.read(10) == DATA[:10]
 
 
-def test_a_chained_url_takes_the_targets_options_by_its_name(cache, path, s3_server, s3_of):
+def test_options_of_a_chained_url_are_given_by_protocol(cache, path, s3_server, s3_of):
     with fsspec.open(f"tiercache::s3://{path}", s3=s3_of(s3_server), cache=cache) as file:
         assert file.read() == DATA
         assert file.full_name == f"tiercache::s3://{path}"
@@ -96,7 +96,7 @@ def _read_there(fs, path, together, sent):
     sent.put(data == DATA)
 
 
-def test_processes_that_read_one_object_at_once_fetch_it_about_once(fs, path, s3_server):
+def test_concurrent_processes_fetch_an_object_about_once(fs, path, s3_server):
     before = s3_server.bytes_sent()
     context = multiprocessing.get_context("spawn")
     sent, together = context.Queue(), context.Barrier(2)
@@ -112,7 +112,7 @@ def test_processes_that_read_one_object_at_once_fetch_it_about_once(fs, path, s3
         assert s3_server.bytes_sent() - before <= 1.1 * len(DATA)
 
 
-def test_an_object_that_may_not_be_read_is_the_targets_error(make, s3_server, s3_of, path):
+def test_a_forbidden_object_raises_the_error_of_the_target(make, s3_server, s3_of, path):
     options = s3_of(s3_server) | {"secret": "wrong" * 8}
     with pytest.raises(PermissionError) as caught:
         make("s3", target_options=options).cat_file(path)

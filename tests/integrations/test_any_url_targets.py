@@ -40,7 +40,7 @@ def test_a_folder_of_a_target_can_be_the_target(source, cache, path):
     fs.close()
 
 
-def test_a_chain_that_names_its_target_twice_is_that_chain(source, cache, path):
+def test_a_target_that_a_chain_names_twice_counts_once(source, cache, path):
     """As Hugging Face datasets writes them."""
     fs, name = fsspec.url_to_fs("tiercache::counted://b/x::counted://b/*", cache=cache, skip_instance_cache=True)
     assert name == path
@@ -48,7 +48,7 @@ def test_a_chain_that_names_its_target_twice_is_that_chain(source, cache, path):
     fs.close()
 
 
-def test_a_running_event_loop_and_one_of_another_do_not_matter(make, source, path):
+def test_files_are_read_inside_a_running_event_loop(make, source, path):
     with HttpFaultServer({"x": DATA}) as server:
 
         async def read_in_a_loop():
@@ -67,7 +67,7 @@ def cache_of(make):
     return make()._cache
 
 
-def test_a_password_in_a_url_does_not_show_in_the_files_repr(make, cache):
+def test_the_repr_of_a_file_contains_no_password(make, cache):
     with HttpFaultServer({"x": DATA}) as server:
         url = server.url.replace("http://", "http://user:hunter2@")
         with make("https").open(f"{url}/x") as file:
@@ -80,7 +80,7 @@ def test_a_password_in_a_url_does_not_show_in_the_files_repr(make, cache):
     fsspec.get_filesystem_class("http").clear_instance_cache()
 
 
-def test_http_objects_are_kept_by_their_etag_and_signed_ones_are_not(make, cache):
+def test_http_objects_are_cached_by_etag_but_presigned_urls_are_not(make, cache):
     with HttpFaultServer({"x": DATA}) as server:
         fs = make("https")
         for _ in range(2):
@@ -97,7 +97,7 @@ def test_http_objects_are_kept_by_their_etag_and_signed_ones_are_not(make, cache
 SECRET = "hunter2hunter2"
 
 
-def test_no_secret_shows_in_repr_errors_or_the_caches_folder(make, source, cache, path):
+def test_no_repr_error_or_file_name_contains_a_secret(make, source, cache, path):
     options = {"token": SECRET, "secret": SECRET, "client_kwargs": {"password": SECRET, "endpoint_url": "http://at:1"}}
     fs = make(target_options=options)
     assert fs.cat_file(path) == DATA
@@ -117,7 +117,7 @@ def test_no_secret_shows_in_repr_errors_or_the_caches_folder(make, source, cache
         assert not file.is_file() or SECRET.encode() not in file.read_bytes()
 
 
-def test_the_same_path_of_another_host_is_another_copy(make, source, path):
+def test_the_same_path_on_another_host_is_another_copy(make, source, path):
     CountedFileSystem.about = {"mtime": 1}
     assert make(target_options={"host": "first"}).cat_file(path) == DATA
     source.pipe_file(path, DATA[::-1])
@@ -143,7 +143,7 @@ def test_equal_targets_share_their_connections(make, source, path):
         ({"target_protocol": "tiercache"}, ValueError, "name it once"),
     ],
 )
-def test_options_that_cannot_be_are_refused_with_what_to_do(options, error, said):
+def test_invalid_options_are_refused_with_the_remedy(options, error, said):
     with pytest.raises(error, match=said):
         fsspec.filesystem("tiercache", **options)
 
@@ -153,12 +153,12 @@ def test_data_sets_need_no_second_cache():
         open_store("tiercache::s3://bucket/photos")
 
 
-def test_a_cache_and_its_size_are_not_both_given(cache):
+def test_a_cache_and_a_cache_size_exclude_each_other(cache):
     with pytest.raises(ValueError, match="remove cache_dir and cache_size"):
         fsspec.filesystem("tiercache", target_protocol="memory", cache=cache, cache_size="1GB")
 
 
-def test_what_only_the_target_has_is_the_targets(fs, path):
+def test_other_attributes_are_those_of_the_target(fs, path):
     assert fs.pseudo_dirs is CountedFileSystem.pseudo_dirs
     with pytest.raises(AttributeError):
         print(fs.no_such_thing)

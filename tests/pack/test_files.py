@@ -22,23 +22,23 @@ def paths(source, **options):
     return [f.path for f in find_files(source, options)[1]]
 
 
-def test_a_folders_visible_files_come_folder_by_folder(folder):
+def test_visible_files_are_listed_folder_by_folder(folder):
     assert paths(folder) == ["a/1.txt", "a-b/1.txt", "b/deep/2.txt", "top.txt"]
     assert paths(f"file://{folder}") == paths(folder)
 
 
-def test_a_file_url_is_decoded_as_stores_do_it(tmp_path):
+def test_a_file_url_is_decoded(tmp_path):
     (tmp_path / "a b").mkdir()
     (tmp_path / "a b" / "x").write_text("x")
     assert paths(f"file://{tmp_path}/a%20b") == ["x"]
 
 
-def test_nothing_is_no_source():
+def test_an_empty_source_is_an_error():
     with pytest.raises(ValueError, match="not a URL or path"):
         find_files("", {})
 
 
-def test_links_are_followed_and_a_loop_of_links_ends(folder):
+def test_links_are_followed_but_not_in_a_loop(folder):
     (folder / "link.txt").symlink_to(folder / "top.txt")
     (folder / "b" / "loop").symlink_to(folder)
     (folder / "c").symlink_to(folder / "a")
@@ -70,7 +70,7 @@ def test_one_file_is_a_source(folder, monkeypatch):
         ("?/1.txt", ["a/1.txt"]),
     ],
 )
-def test_a_glob_matches_part_by_part(folder, glob, expected, monkeypatch):
+def test_a_glob_matches_segment_by_segment(folder, glob, expected, monkeypatch):
     assert paths(f"{folder}/{glob}") == expected
     monkeypatch.chdir(folder)
     assert paths(glob) == expected
@@ -82,7 +82,7 @@ def test_a_file_whose_name_looks_like_a_glob_is_that_file(folder):
 
 
 @pytest.mark.parametrize("source", ["gone", "gone/*.txt", "*.parquet"])
-def test_what_is_not_there_is_not_found(folder, source):
+def test_a_missing_source_is_not_found(folder, source):
     with pytest.raises(NotFound, match=r"no such file or folder|no file matches"):
         find_files(folder / source, {})
 
@@ -92,7 +92,7 @@ def test_an_empty_folder_is_not_found(tmp_path):
         find_files(tmp_path, {})
 
 
-def test_a_stores_objects_are_read_like_files():
+def test_objects_of_a_store_are_read_like_files():
     store = open_store("memory://test-pack-files/in")
     store.put("x/2.bin", b"0123456789" * 1000)
     store.put("x/1.bin", gzip.compress(b"unpacked"))

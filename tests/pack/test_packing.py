@@ -108,13 +108,13 @@ class TestImages:
             ("cat/a.png", b"", r"cat/a\.png: not an image in a supported format: it is empty"),
         ],
     )
-    def test_what_is_no_such_image_is_named_and_nothing_is_left(self, photos, tmp_path, path, data, message):
+    def test_a_file_that_is_no_image_of_the_encoding_is_named(self, photos, tmp_path, path, data, message):
         (photos / path).write_bytes(data)
         with pytest.raises(SchemaError, match=message):
             pack(photos, tmp_path / "out")
         assert is_empty(tmp_path / "out")
 
-    def test_a_name_without_suffix_counts_as_what_its_bytes_say(self, photos, tmp_path):
+    def test_the_bytes_of_a_file_without_suffix_decide_its_encoding(self, photos, tmp_path):
         (photos / "cat" / "plain").write_bytes(png(b"plain"))
         pack(photos, tmp_path / "out", kind="images")
         assert png(b"plain") in [r["image"] for r in read(tmp_path / "out")]
@@ -134,7 +134,7 @@ class TestParquet:
             }
         )
 
-    def test_values_and_types_come_over_and_only_nulls_make_nullable(self, tmp_path):
+    def test_parquet_values_and_types_are_kept_and_only_nulls_make_a_column_nullable(self, tmp_path):
         table = self.table()
         pq.write_table(table, tmp_path / "in.parquet", row_group_size=30)
         version = pack(tmp_path / "in.parquet", tmp_path / "out")
@@ -149,12 +149,12 @@ class TestParquet:
         expected = table.to_pylist()
         assert [{**r, "vector": r["vector"].tolist()} for r in records] == expected
 
-    def test_without_statistics_nothing_is_ruled_out(self, tmp_path):
+    def test_a_column_without_statistics_is_nullable(self, tmp_path):
         pq.write_table(self.table(), tmp_path / "in.parquet", write_statistics=False)
         version = pack(tmp_path / "in.parquet", tmp_path / "out")
         assert all(c.nullable for c in version.schema.columns)
 
-    def test_a_folder_is_read_file_by_file_and_what_is_not_parquet_passed_over(self, tmp_path):
+    def test_other_files_in_a_folder_of_parquet_files_are_skipped(self, tmp_path):
         (tmp_path / "in").mkdir()
         for i in range(3):
             pq.write_table(pa.table({"x": range(i * 10, i * 10 + 10)}), tmp_path / "in" / f"part-{i}.parquet")
@@ -164,7 +164,7 @@ class TestParquet:
         pack(tmp_path / "in" / "part-[02].parquet", tmp_path / "out2")
         assert [r["x"] for r in read(tmp_path / "out2")] == [*range(10), *range(20, 30)]
 
-    def test_a_given_type_replaces_the_files_own(self, tmp_path):
+    def test_a_type_in_the_schema_replaces_the_type_of_the_files(self, tmp_path):
         pq.write_table(pa.table({"image": [JPEG, JPEG], "x": [1, 2]}), tmp_path / "in.parquet")
         version = pack(tmp_path / "in.parquet", tmp_path / "out", schema={"image": Image("jpeg")})
         assert [str(c) for c in version.schema.columns] == ["image<jpeg>", "int64"]
@@ -181,7 +181,7 @@ class TestParquet:
             pack(tmp_path / "in.parquet", tmp_path / "out", schema={"x": "int8"})
         assert is_empty(tmp_path / "out")
 
-    def test_files_that_differ_are_named(self, tmp_path):
+    def test_files_with_different_columns_are_named(self, tmp_path):
         pq.write_table(pa.table({"x": [1]}), tmp_path / "a.parquet")
         pq.write_table(pa.table({"x": ["1"]}), tmp_path / "b.parquet")
         with pytest.raises(
@@ -197,17 +197,17 @@ class TestParquet:
         with pytest.raises(SchemaError, match=r"a\.parquet: not a readable Parquet file"):
             pack(tmp_path / "a.parquet", tmp_path / "out")
 
-    def test_two_columns_of_one_name_are_an_error(self, tmp_path):
+    def test_two_columns_with_one_name_are_an_error(self, tmp_path):
         pq.write_table(pa.table([pa.array([1]), pa.array([2])], names=["a", "a"]), tmp_path / "a.parquet")
         with pytest.raises(SchemaError, match=r"a\.parquet: the file has two columns") as caught:
             pack(tmp_path / "a.parquet", tmp_path / "out")
         assert caught.value.column == "a"
 
-    def test_no_rows_make_an_empty_data_set(self, tmp_path):
+    def test_files_without_rows_make_an_empty_data_set(self, tmp_path):
         pq.write_table(pa.table({"x": pa.array([], pa.int64())}), tmp_path / "a.parquet")
         assert pack(tmp_path / "a.parquet", tmp_path / "out").n_records == 0
 
-    def test_a_store_is_a_source_too(self, tmp_path):
+    def test_a_store_can_be_the_source(self, tmp_path):
         pq.write_table(self.table(), tmp_path / "in.parquet", row_group_size=30)
         open_store("memory://test-pack-parquet").put("in/a.parquet", (tmp_path / "in.parquet").read_bytes())
         pack("memory://test-pack-parquet/in/a.parquet", "memory://test-pack-parquet/out")
@@ -235,7 +235,7 @@ class TestJsonLines:
         assert [str(c) for c in version.schema.columns] == ["int64", "int64[*]", "str", "json"]
         self.check(tmp_path / "out")
 
-    def test_any_cut_into_byte_ranges_gives_each_line_once(self, tmp_path, monkeypatch):
+    def test_every_split_of_a_file_into_byte_ranges_reads_each_line_once(self, tmp_path, monkeypatch):
         self.write(tmp_path / "a.jsonl")
         whole = (tmp_path / "a.jsonl").read_bytes()
         for part_bytes in (1, 7, 60, len(whole) - 1, len(whole)):
@@ -243,7 +243,7 @@ class TestJsonLines:
             pack(tmp_path / "a.jsonl", tmp_path / "out", mode="overwrite")
             self.check(tmp_path / "out")
 
-    def test_blank_lines_and_a_missing_last_newline_do_no_harm(self, tmp_path):
+    def test_blank_lines_and_a_missing_last_newline_are_accepted(self, tmp_path):
         (tmp_path / "a.jsonl").write_text('\n{"x": 1}\n\n  \n{"x": 2}')
         pack(tmp_path / "a.jsonl", tmp_path / "out")
         assert [r["x"] for r in read(tmp_path / "out")] == [1, 2]
@@ -261,42 +261,42 @@ class TestJsonLines:
             ('{"x": 9223372036854775808}', "line 1003: expected int64"),
         ],
     )
-    def test_a_line_that_does_not_fit_is_named(self, tmp_path, name, bad, message):
+    def test_an_invalid_line_is_named(self, tmp_path, name, bad, message):
         data = "".join(f'{{"x": {i}}}\n' for i in range(1001)) + "\n" + bad + "\n"
         (tmp_path / name).write_bytes(gzip.compress(data.encode()) if name.endswith("gz") else data.encode())
         with pytest.raises(SchemaError, match=message):
             pack(tmp_path / name, tmp_path / "out", block_size=1000)
         assert is_empty(tmp_path / "out")
 
-    def test_a_given_type_makes_a_late_column_fit(self, tmp_path):
+    def test_the_schema_can_name_a_column_that_appears_late(self, tmp_path):
         path = self.write(tmp_path / "a.jsonl", [{"x": i} for i in range(1000)] + [{"x": 1000, "late": "here"}])
         pack(path, tmp_path / "out", schema={"late": "str?", "x": "int32"})
         records = read(tmp_path / "out")
         assert records[0] == {"x": 0, "late": None}
         assert records[1000] == {"x": 1000, "late": "here"}
 
-    def test_a_whole_schema_needs_no_look_at_the_records(self, tmp_path):
+    def test_an_arrow_schema_needs_no_sample_of_the_records(self, tmp_path):
         (tmp_path / "a.jsonl").write_text("")
         schema = Schema.of({"x": "int8", "t": Ragged("uint16", (None,))})
         assert pack(tmp_path / "a.jsonl", tmp_path / "empty", schema=schema).n_records == 0
         path = self.write(tmp_path / "b.jsonl", [{"x": 1, "t": [1, 2]}])
         assert pack(path, tmp_path / "out", schema=schema).schema == schema
 
-    def test_nothing_to_infer_from_is_an_error(self, tmp_path):
+    def test_a_source_without_records_is_an_error(self, tmp_path):
         (tmp_path / "a.jsonl").write_text("\n\n")
         with pytest.raises(SchemaError, match=r"a\.jsonl: the source has no record"):
             pack(tmp_path / "a.jsonl", tmp_path / "out")
 
-    def test_a_gzip_file_is_known_by_its_name_in_any_case(self, tmp_path):
+    def test_the_suffix_of_a_gzip_file_may_be_in_any_case(self, tmp_path):
         (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(b'{"a": 1}\n'))
         assert pack(tmp_path / "A.JSONL.GZ", tmp_path / "out").n_records == 1
 
-    def test_a_number_of_another_sort_is_shown(self, tmp_path):
+    def test_an_error_shows_the_value_that_does_not_fit(self, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"a": 1.5}\n')
         with pytest.raises(SchemaError, match=r"expected int64, got a float, 1\.5"):
             pack(tmp_path / "a.jsonl", tmp_path / "out", schema={"a": "int64"})
 
-    def test_a_data_set_inside_its_source_is_no_source(self, tmp_path):
+    def test_a_data_set_inside_its_source_is_not_packed(self, tmp_path):
         (tmp_path / "a.json").write_text('{"a": 1}\n')
         pack(tmp_path, tmp_path / "out")
         assert pack(tmp_path, tmp_path / "out", mode="append").n_records == 2
@@ -309,7 +309,7 @@ class TestJsonLines:
 
 
 class TestModes:
-    def test_a_data_set_that_is_there_is_not_overwritten_by_accident(self, photos, tmp_path):
+    def test_create_refuses_an_existing_data_set(self, photos, tmp_path):
         pack(photos, tmp_path / "out")
         with pytest.raises(CommitConflict, match="a data set exists already"):
             pack(photos, tmp_path / "out")
@@ -324,7 +324,7 @@ class TestModes:
         with pytest.raises(SchemaError, match="column 'x'"):
             plan_pack(photos, tmp_path / "out", PackOptions(mode="append"))
 
-    def test_appended_values_need_only_fit_the_columns_that_are_there(self, tmp_path):
+    def test_appended_values_must_fit_the_existing_columns(self, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"x": 1, "y": null, "f": 0.5}\n{"x": 2, "y": 3, "f": 1.5}\n')
         pack(tmp_path / "a.jsonl", tmp_path / "out", schema={"x": "int8"})
         (tmp_path / "b.jsonl").write_text('{"x": 3, "f": 2}\n')
@@ -359,7 +359,7 @@ class TestProcesses:
         path.write_text("".join(f'{{"x": {i}, "text": "{"y" * (i % 50)}"}}\n' for i in range(n)))
         return path
 
-    def test_the_order_is_the_sources_whatever_the_number_of_processes(self, tmp_path, monkeypatch):
+    def test_several_processes_keep_the_order_of_the_source(self, tmp_path, monkeypatch):
         monkeypatch.setattr(jsonl, "_SPLIT_BYTES", 5000)
         self.lines(tmp_path / "a.jsonl")
         progress = []
@@ -368,7 +368,7 @@ class TestProcesses:
         assert [r["x"] for r in read(tmp_path / "out")] == list(range(4000))
         assert progress[-1].n_records == 4000
 
-    def test_an_error_in_a_process_comes_out_and_leaves_nothing(self, tmp_path, monkeypatch):
+    def test_an_error_in_a_worker_process_leaves_nothing(self, tmp_path, monkeypatch):
         monkeypatch.setattr(jsonl, "_SPLIT_BYTES", 5000)
         with self.lines(tmp_path / "a.jsonl").open("a") as file:
             file.write('{"x": "bad", "text": ""}\n')
@@ -376,7 +376,7 @@ class TestProcesses:
             pack(tmp_path / "a.jsonl", tmp_path / "out", jobs=2, shard_size=20_000)
         assert is_empty(tmp_path / "out")
 
-    def test_a_killed_process_is_an_error_and_leaves_nothing_visible(self, tmp_path, monkeypatch):
+    def test_a_killed_worker_process_is_an_error_and_leaves_nothing(self, tmp_path, monkeypatch):
         monkeypatch.setattr(jsonl, "_SPLIT_BYTES", 5000)
         self.lines(tmp_path / "a.jsonl")
         plan = plan_pack(tmp_path / "a.jsonl", tmp_path / "out", PackOptions(jobs=2, shard_size=20_000))
@@ -392,7 +392,7 @@ class TestProcesses:
         assert is_empty(tmp_path / "out")
         assert run_pack(plan).n_records == 4000
 
-    def test_memory_is_of_one_process(self, photos):
+    def test_a_memory_store_needs_one_process(self, photos):
         with pytest.raises(ValueError, match="exists in one process only"):
             pack(photos, "memory://test-pack-jobs", jobs=2)
 
@@ -409,7 +409,7 @@ class TestProcesses:
         assert [r["x"] for r in read(tmp_path / "out")] == list(range(12_000))
 
 
-def test_a_commit_that_may_have_happened_deletes_nothing(photos, tmp_path, monkeypatch):
+def test_a_commit_with_a_lost_answer_deletes_no_shard(photos, tmp_path, monkeypatch):
     def lost(_commit):
         raise StoreError("the answer was lost", url="x", maybe_done=True)
 
@@ -420,7 +420,7 @@ def test_a_commit_that_may_have_happened_deletes_nothing(photos, tmp_path, monke
 
 
 @pytest.mark.parametrize("at", range(1, 16))
-def test_ctrl_c_leaves_no_shard_unless_it_says_to_look(photos, tmp_path, at):
+def test_ctrl_c_deletes_the_shards_unless_the_message_says_otherwise(photos, tmp_path, at):
     plan = plan_pack(photos, tmp_path / "out", PackOptions())
     said = []
 
@@ -440,7 +440,7 @@ def test_ctrl_c_leaves_no_shard_unless_it_says_to_look(photos, tmp_path, at):
         assert shards
 
 
-def test_ctrl_c_while_it_commits_deletes_nothing_and_says_to_look(photos, tmp_path, monkeypatch):
+def test_ctrl_c_during_the_commit_deletes_nothing(photos, tmp_path, monkeypatch):
     run = Commit.run
 
     def struck(commit):

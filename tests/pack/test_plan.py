@@ -17,7 +17,7 @@ from tiercache.pack.plan import PackOptions, divide_splits, find_source, kind_of
         (["x.jsonl", "y.jsonl.gz", "README.md"], "jsonl"),
     ],
 )
-def test_the_kind_is_told_by_the_names(paths, kind):
+def test_file_names_decide_the_kind(paths, kind):
     assert kind_of(paths) == kind
 
 
@@ -25,12 +25,12 @@ def test_the_kind_is_told_by_the_names(paths, kind):
     ("paths", "message"),
     [(["a.csv"], "no file name indicates the kind"), (["a.jpg", "b.parquet"], r"several kinds \(images, parquet\)")],
 )
-def test_a_kind_that_cannot_be_told_is_asked_for(paths, message):
+def test_an_ambiguous_kind_is_an_error(paths, message):
     with pytest.raises(ValueError, match=message):
         kind_of(paths)
 
 
-def test_nothing_left_to_pack_is_not_found(tmp_path):
+def test_a_selection_without_files_is_not_found(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}")
     with pytest.raises(NotFound, match="leave none of the 1 files"):
         find_source(tmp_path, PackOptions(exclude=["*.jsonl"]))
@@ -68,7 +68,7 @@ sizes = st.lists(st.integers(0, 1000), max_size=40)
 
 
 @given(sizes, st.integers(1, 9), st.integers(1, 500))
-def test_shares_are_the_parts_in_order(n_bytes, jobs, shard_bytes):
+def test_tasks_contain_all_splits_in_order(n_bytes, jobs, shard_bytes):
     parts = [InputSplit("x", i, i + 1, n) for i, n in enumerate(n_bytes)]
     shares = divide_splits(parts, jobs, shard_bytes)
     assert [part for share in shares for part in share] == parts
@@ -78,13 +78,13 @@ def test_shares_are_the_parts_in_order(n_bytes, jobs, shard_bytes):
 
 
 @given(st.integers(1, 40), st.integers(1, 9))
-def test_equal_parts_are_shared_out_evenly(n_parts, jobs):
+def test_equal_splits_are_divided_evenly(n_parts, jobs):
     shares = divide_splits([InputSplit("x", i, i + 1, 100) for i in range(n_parts)], jobs, 1 << 30)
     assert len(shares) == min(jobs, n_parts)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_much_work_is_cut_finer_than_the_processes_but_not_below_four_shards():
+def test_a_large_source_has_up_to_four_tasks_per_process_of_at_least_four_shards():
     parts = [InputSplit("x", i, i + 1, 10) for i in range(100)]
     assert len(divide_splits(parts, 2, 10)) == 8
     assert len(divide_splits(parts, 2, 50)) == 5 - 0

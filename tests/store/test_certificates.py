@@ -73,16 +73,14 @@ def options(server, **more):
     ],
     ids=["path", "text path", "PEM", "verify", "client_kwargs", "unchecked", "client_kwargs unchecked"],
 )
-def test_a_bundle_is_trusted_however_it_is_given(server, certificate, given):
+def test_a_certificate_bundle_can_be_given_in_every_documented_way(server, certificate, given):
     store = open_store("s3://bucket", **options(server, **given(certificate[0])))
     assert store.get("a") == b"data"
     store.close()
 
 
 @pytest.mark.parametrize("variable", [True, False])
-def test_a_bundle_of_the_environment_is_trusted_by_every_back_end(
-    server, certificate, as_in_a_forked_child, monkeypatch, variable
-):
+def test_aws_ca_bundle_is_trusted_by_every_back_end(server, certificate, as_in_a_forked_child, monkeypatch, variable):
     more = {}
     if variable:
         monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate[0]))
@@ -107,7 +105,7 @@ def test_without_the_bundle_the_server_is_not_trusted(server):
 
 
 @pytest.mark.parametrize("name", ["root_certificate", "verify", "AWS_CA_BUNDLE"])
-def test_a_bundle_that_is_none_is_an_error_that_names_option_and_file(monkeypatch, tmp_path, name):
+def test_a_file_without_a_certificate_is_an_error_that_names_option_and_file(monkeypatch, tmp_path, name):
     for path in (tmp_path / "gone.pem", tmp_path / "empty.pem", tmp_path):
         (tmp_path / "empty.pem").write_text("nothing")
         given = {} if name == "AWS_CA_BUNDLE" else {name: str(path)}
@@ -117,14 +115,14 @@ def test_a_bundle_that_is_none_is_an_error_that_names_option_and_file(monkeypatc
 
 
 @pytest.mark.parametrize("given", [{"verify": 3}, {"client_kwargs": {"verify": 3}}, {"client_kwargs": {"verfy": True}}])
-def test_a_message_never_means_the_name_that_was_given(given):
+def test_a_suggestion_never_repeats_the_unknown_name(given):
     with pytest.raises(ValueError, match="verify") as caught:
         CloudOptions.parse("s3", given)
     assert "unknown name 'verify'" not in str(caught.value)
 
 
 @pytest.mark.parametrize("given", [{"requester_pays": True}, {"request_payer": "requester"}, {"request_payer": "true"}])
-def test_the_requester_pays_for_every_back_end(http_server, as_in_a_forked_child, given):
+def test_requester_pays_is_sent_by_every_back_end(http_server, as_in_a_forked_child, given):
     http_server.objects = {"bucket/a": b"data"}
     keys = {"access_key_id": "k", "secret_access_key": "s"}  # S3 lets nobody pay whom it does not know
     store = open_store("s3://bucket", endpoint=http_server.url, region="us-east-1", **given, **keys)
@@ -138,7 +136,7 @@ def test_the_requester_pays_for_every_back_end(http_server, as_in_a_forked_child
     assert [seen.headers.get("x-amz-request-payer") for seen in http_server.log] == ["requester"] * 3
 
 
-def test_the_requester_does_not_pay_unasked(http_server):
+def test_requester_pays_is_not_sent_by_default(http_server):
     http_server.objects = {"bucket/a": b"data"}
     keys = {"access_key_id": "k", "secret_access_key": "s", "requester_pays": False}
     store = open_store("s3://bucket", endpoint=http_server.url, region="us-east-1", **keys)

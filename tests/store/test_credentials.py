@@ -75,7 +75,7 @@ def renew_environment(tmp_path, monkeypatch, key):
 
 @pytest.mark.parametrize("call", ["get", "head", "read_tail", "read_into", "put", "list"])
 @pytest.mark.parametrize(("renew", "options"), [(renew_file, {"profile": "work"}), (renew_environment, {})])
-def test_keys_that_another_program_has_renewed_are_read_again_when_the_old_ones_are_refused(
+def test_keys_renewed_by_another_program_are_read_when_s3_refuses_the_old_ones(
     http_server, opened, monkeypatch, tmp_path, call, renew, options
 ):
     renew(tmp_path, monkeypatch, "OLD")
@@ -121,7 +121,7 @@ def test_s3fs_in_forked_processes_reads_renewed_keys_too(
     assert keys_of(http_server) == ["OLD", "OLD", "NEW"]
 
 
-def test_an_expired_token_is_named_where_no_newer_one_is_there(http_server, opened, monkeypatch, tmp_path):
+def test_an_expired_token_without_a_newer_one_is_named_in_the_error(http_server, opened, monkeypatch, tmp_path):
     renew_file(tmp_path, monkeypatch, "OLD")
     store = opened(profile="work")
     http_server.when(lambda method, path: REFUSED)
@@ -133,7 +133,7 @@ def test_an_expired_token_is_named_where_no_newer_one_is_there(http_server, open
 
 
 @pytest.mark.parametrize("half_written", ["", "[work]\naws_access_key_id = NEW\n", "aws_access_key_id\n"])
-def test_a_file_that_is_being_written_anew_when_keys_are_refused_is_read_until_it_is_whole(
+def test_a_credentials_file_that_is_being_rewritten_is_read_until_it_is_complete(
     http_server, opened, monkeypatch, tmp_path, half_written
 ):
     renew_file(tmp_path, monkeypatch, "OLD")
@@ -154,7 +154,7 @@ def test_a_file_that_is_being_written_anew_when_keys_are_refused_is_read_until_i
     assert keys_of(http_server)[-1] == "NEW"
 
 
-def test_a_refusal_that_newer_keys_do_not_mend_is_final(http_server, opened):
+def test_a_request_refused_with_newer_keys_too_fails(http_server, opened):
     asked = []
 
     def keys():
@@ -168,7 +168,7 @@ def test_a_refusal_that_newer_keys_do_not_mend_is_final(http_server, opened):
     assert keys_of(http_server) == ["K1", "K2"]
 
 
-def test_keys_are_read_again_before_they_expire_and_used_on_while_the_source_fails():
+def test_keys_are_read_before_they_expire_and_stay_in_use_while_the_source_fails():
     now = datetime(2026, 1, 1, tzinfo=UTC)
     given = []
 
@@ -212,7 +212,7 @@ def test_keys_are_read_again_before_they_expire_and_used_on_while_the_source_fai
         ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration"),
     ],
 )
-def test_a_function_supplies_keys_by_obstores_names_and_those_of_aws(http_server, opened, names):
+def test_a_credentials_function_may_use_the_names_of_obstore_or_of_aws(http_server, opened, names):
     later = datetime.now(UTC) + timedelta(hours=1)
     given = dict(zip(names, ("FROM-A-FUNCTION", "s", "the-token", later), strict=True))
     store = opened(credentials=lambda: given)
@@ -221,7 +221,7 @@ def test_a_function_supplies_keys_by_obstores_names_and_those_of_aws(http_server
     assert http_server.log[0].headers["x-amz-security-token"] == "the-token"
 
 
-def test_a_function_supplies_the_token_of_google_cloud_as_obstore_has_it(http_server):
+def test_a_credentials_function_supplies_a_google_cloud_token(http_server):
     http_server.objects = {"bucket/a": b"data"}
     later = datetime.now(UTC) + timedelta(hours=1)
     given = {"token": "the-token", "expires_at": later}
@@ -240,12 +240,12 @@ def test_a_function_supplies_the_token_of_google_cloud_as_obstore_has_it(http_se
         ({"AccessKeyId": "A", "SecretAccessKey": "s", "Expiration": "2020-01-01T00:00:00Z"}, "expired"),
     ],
 )
-def test_what_a_function_must_not_give_is_said(opened, given, fact):
+def test_an_invalid_result_of_a_credentials_function_is_described(opened, given, fact):
     with pytest.raises(StoreError, match=fact):
         opened(credentials=lambda: given).get("a")
 
 
-def test_credentials_that_are_no_function_are_an_error():
+def test_credentials_must_be_a_function():
     with pytest.raises(ValueError, match="function"):
         open_store("s3://bucket", credentials="keys.json")
 
@@ -253,7 +253,7 @@ def test_credentials_that_are_no_function_are_an_error():
 # Profiles
 
 
-def test_a_profile_that_only_the_config_file_has_is_used(http_server, opened, tmp_path, monkeypatch):
+def test_a_profile_of_the_config_file_only_is_used(http_server, opened, tmp_path, monkeypatch):
     (tmp_path / "config").write_text(profile_text("FROM-CONFIG", "profile work"))
     opened(profile="work").get("a")
     monkeypatch.setenv("AWS_PROFILE", "work")
@@ -261,7 +261,7 @@ def test_a_profile_that_only_the_config_file_has_is_used(http_server, opened, tm
     assert keys_of(http_server) == ["FROM-CONFIG"] * 2
 
 
-def test_files_without_a_default_profile_leave_the_search_to_the_machines_own_role(tmp_path):
+def test_without_a_default_profile_the_metadata_service_is_asked(tmp_path):
     (tmp_path / "config").write_text("[profile other]\nregion = eu-north-1\n")
     (tmp_path / "credentials").write_text(profile_text("K", "other"))
     assert s3_access(open_store("s3://bucket").options, "s3://bucket") == ({}, None)
@@ -272,13 +272,13 @@ def test_one_key_without_the_other_is_an_error(opened):
         opened(access_key_id="a").get("a")
 
 
-def test_the_default_profile_of_the_config_file_is_used_without_a_word(http_server, opened, tmp_path):
+def test_the_default_profile_is_used_if_the_options_name_none(http_server, opened, tmp_path):
     (tmp_path / "config").write_text(profile_text("FROM-DEFAULT", "default"))
     opened().get("a")
     assert keys_of(http_server) == ["FROM-DEFAULT"]
 
 
-def test_a_profiles_own_region_and_endpoint_are_used_and_the_environments_come_first(monkeypatch, tmp_path):
+def test_the_environment_overrides_region_and_endpoint_of_a_profile(monkeypatch, tmp_path):
     text = "[profile work]\nregion = eu-north-1\nservices = here\n[services here]\ns3 =\n  endpoint_url = http://e\n"
     (tmp_path / "config").write_text(text)
     (tmp_path / "credentials").write_text(profile_text("K"))
@@ -290,12 +290,12 @@ def test_a_profiles_own_region_and_endpoint_are_used_and_the_environments_come_f
     assert s3_access(options, "s3://bucket")[0]["endpoint"] == "http://nearer"
 
 
-def test_a_profile_that_is_not_there_is_an_error_that_names_the_files(tmp_path):
+def test_an_unknown_profile_is_an_error_that_names_the_files(tmp_path):
     with pytest.raises(ValueError, match=r"'no-such-profile' is neither in .*config nor in .*credentials"):
         open_store("s3://bucket", profile="no-such-profile").get("a")
 
 
-def test_a_file_that_cannot_be_parsed_is_named_without_what_it_holds(tmp_path):
+def test_an_error_of_an_aws_file_names_the_file_but_not_its_contents(tmp_path):
     (tmp_path / "credentials").write_text("aws_secret_access_key = s3cret\n")
     with pytest.raises(ValueError, match="credentials: cannot be read as an AWS file") as caught:
         open_store("s3://bucket", profile="work").get("a")
@@ -305,14 +305,14 @@ def test_a_file_that_cannot_be_parsed_is_named_without_what_it_holds(tmp_path):
 @pytest.mark.parametrize(
     "lines", ["sso_session = x\nsso_account_id = 1\n", "role_arn = arn:aws:iam::1:role/r\nsource_profile = base\n"]
 )
-def test_a_profile_that_needs_boto3_names_both_remedies_without_it(monkeypatch, tmp_path, lines):
+def test_a_profile_that_needs_boto3_is_an_error_with_both_remedies(monkeypatch, tmp_path, lines):
     (tmp_path / "config").write_text(f"[profile work]\n{lines}")
     monkeypatch.setitem(sys.modules, "botocore.session", None)
     with pytest.raises(ValueError, match=r"'work'.*tiercache\[archive\].*credential_process"):
         open_store("s3://bucket", profile="work").get("a")
 
 
-def test_a_role_of_another_profile_is_taken_on_by_botocore(http_server, opened, monkeypatch, tmp_path):
+def test_botocore_assumes_a_role_with_the_keys_of_another_profile(http_server, opened, monkeypatch, tmp_path):
     pytest.importorskip("boto3")
     (tmp_path / "config").write_text(
         "[profile base]\naws_access_key_id = BASE\naws_secret_access_key = s\n[profile work]\n"
@@ -343,7 +343,7 @@ def write_process(tmp_path, more):
     (tmp_path / "config").write_text(f"[profile work]\ncredential_process = {command}\n")
 
 
-def test_a_process_is_started_once_until_its_keys_expire_or_are_refused(http_server, opened, tmp_path):
+def test_credential_process_runs_once_until_its_keys_expire_or_are_refused(http_server, opened, tmp_path):
     expires_at = datetime.now(UTC) + timedelta(hours=1)
     write_process(tmp_path, {"Expiration": expires_at.isoformat()})
     store = opened(profile="work")
@@ -363,7 +363,7 @@ def test_a_process_is_started_once_until_its_keys_expire_or_are_refused(http_ser
         (f"{sys.executable} -c 'print(\"{{}}\")'", "Version None"),
     ],
 )
-def test_what_is_wrong_with_a_process_is_said(opened, tmp_path, command, fact):
+def test_a_failed_credential_process_is_described(opened, tmp_path, command, fact):
     (tmp_path / "config").write_text(f"[profile work]\ncredential_process = {command}\n")
     with pytest.raises(StoreError, match=f"credential_process of the AWS profile 'work'.*{fact}") as caught:
         opened(profile="work").get("a")
@@ -373,7 +373,7 @@ def test_what_is_wrong_with_a_process_is_said(opened, tmp_path, command, fact):
 SLEEPS = f"{sys.executable} -c 'import time; time.sleep(1000)'"
 
 
-def test_a_process_that_does_not_end_is_ended_by_the_timeout_of_the_call_and_named(http_server, opened, tmp_path):
+def test_a_credential_process_is_ended_after_the_timeout_of_the_call(http_server, opened, tmp_path):
     (tmp_path / "config").write_text(f"[profile work]\ncredential_process = {SLEEPS}\n")
     with pytest.raises(StoreError, match=r"credential_process of the AWS profile 'work'.* 0\.2 s") as caught:
         opened(profile="work", timeout=0.2).head("a")
@@ -381,7 +381,7 @@ def test_a_process_that_does_not_end_is_ended_by_the_timeout_of_the_call_and_nam
     assert http_server.log == []
 
 
-def test_a_long_wait_for_a_process_is_reported_with_its_name_and_not_the_server(http_server, opened, tmp_path, caplog):
+def test_a_long_wait_for_a_credential_process_is_reported_under_its_name(http_server, opened, tmp_path, caplog):
     write_process(tmp_path, {})
     script, go = tmp_path / "process.py", tmp_path / "go"
     script.write_text(
@@ -397,7 +397,7 @@ def test_a_long_wait_for_a_process_is_reported_with_its_name_and_not_the_server(
     assert http_server.url not in caplog.text
 
 
-def test_a_source_that_fails_has_failed_for_all_threads_that_waited_for_it():
+def test_one_failed_reading_of_credentials_fails_for_all_waiting_threads():
     go, calls, errors = threading.Event(), [], []
 
     def read():
@@ -433,7 +433,7 @@ def test_a_source_that_fails_has_failed_for_all_threads_that_waited_for_it():
 
 
 @pytest.mark.parametrize(("given", "profile"), [("false", "work"), (False, "work"), ("yes", None), ("1", None)])
-def test_unsigned_requests_need_no_profile_whatever_word_says_so(opened, tmp_path, monkeypatch, given, profile):
+def test_unsigned_requests_need_no_profile(opened, tmp_path, monkeypatch, given, profile):
     monkeypatch.setenv("AWS_PROFILE", "work")
     (tmp_path / "credentials").write_text(profile_text("KEY"))
     store = opened(skip_signature=given)
@@ -442,9 +442,7 @@ def test_unsigned_requests_need_no_profile_whatever_word_says_so(opened, tmp_pat
 
 
 @pytest.mark.parametrize(("text", "is_signed"), [("false", True), ("true", False)])
-def test_the_environment_says_by_the_same_words_whether_requests_are_signed(
-    opened, tmp_path, monkeypatch, text, is_signed
-):
+def test_aws_skip_signature_accepts_the_usual_words(opened, tmp_path, monkeypatch, text, is_signed):
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", text)
     (tmp_path / "credentials").write_text(profile_text("KEY", "default"))
     store = opened()
@@ -476,7 +474,7 @@ def role(http_server, tmp_path):
     }
 
 
-def test_a_tokens_file_is_read_again_when_the_keys_for_it_are_refused(http_server, opened, role, tmp_path):
+def test_a_token_file_is_read_again_when_its_keys_are_refused(http_server, opened, role, tmp_path):
     store = opened(**role)
     http_server.next(HttpFault("status", 200, body=sts_answer("ROLE1")))
     assert store.get("a") == b"data"
@@ -488,7 +486,7 @@ def test_a_tokens_file_is_read_again_when_the_keys_for_it_are_refused(http_serve
     assert tokens == [["the-web-token"], ["a-newer-token"]]
 
 
-def test_a_role_of_the_environment_is_taken_on(http_server, opened, role, monkeypatch):
+def test_a_web_identity_role_of_the_environment_is_assumed(http_server, opened, role, monkeypatch):
     for name, variable in (("role_arn", "ROLE_ARN"), ("web_identity_token_file", "WEB_IDENTITY_TOKEN_FILE")):
         monkeypatch.setenv(f"AWS_{variable}", role[name])
     monkeypatch.setenv("AWS_ENDPOINT_URL_STS", role["sts_endpoint"])
@@ -496,7 +494,7 @@ def test_a_role_of_the_environment_is_taken_on(http_server, opened, role, monkey
     assert opened().get("a") == b"data"
 
 
-def test_what_sts_refuses_is_said_with_its_own_reason(http_server, opened, role):
+def test_a_refusal_of_sts_is_reported_with_its_reason(http_server, opened, role):
     body = (
         b"<ErrorResponse><Error><Type>Sender</Type><Code>ExpiredTokenException</Code><Message>Token expired: now must "
         b"be before</Message></Error></ErrorResponse>"
@@ -509,26 +507,26 @@ def test_what_sts_refuses_is_said_with_its_own_reason(http_server, opened, role)
     assert len(http_server.log) == 1
 
 
-def test_a_write_that_sts_kept_from_being_sent_is_not_in_doubt(http_server, opened, role):
+def test_a_conditional_write_without_keys_was_not_sent(http_server, opened, role):
     http_server.next(HttpFault("status", 500), HttpFault("status", 200, body=sts_answer("ROLE")))
     assert opened(**role).put_if_absent("b", b"x")
 
 
-def test_an_sts_that_is_busy_is_asked_again(http_server, opened, role):
+def test_a_throttled_sts_request_is_retried(http_server, opened, role):
     http_server.next(HttpFault("status", 503), HttpFault("status", 200, body=sts_answer("ROLE")))
     assert opened(**role).get("a") == b"data"
 
 
-def test_a_token_file_that_is_gone_is_named(opened, role, tmp_path):
+def test_a_missing_token_file_is_named(opened, role, tmp_path):
     (tmp_path / "token").unlink()
     with pytest.raises(StoreError, match=r"token file .*token cannot be read"):
         opened(**role).get("a")
 
 
-def test_half_a_role_is_refused_with_the_remedy(opened, role):
+def test_a_role_without_a_token_file_is_an_error_with_the_remedy(opened, role):
     with pytest.raises(ValueError, match=r"web_identity_token_file.*source_profile"):
         opened(role_arn=role["role_arn"]).get("a")
 
 
-def test_obstore_does_the_work(opened):
+def test_explicit_keys_are_used_through_obstore(opened):
     assert isinstance(opened(access_key_id="a", secret_access_key="b").client, ObstoreClient)

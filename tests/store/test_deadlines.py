@@ -114,7 +114,7 @@ def test_a_file_system_that_never_answers_ends_a_call_after_its_timeout(call):
     store.close()
 
 
-def test_an_attempt_that_begins_late_is_given_up_when_the_time_is_over():
+def test_a_late_attempt_is_abandoned_when_the_timeout_is_over():
     gate, attempts = threading.Event(), []
 
     def attempt():
@@ -130,7 +130,7 @@ def test_an_attempt_that_begins_late_is_given_up_when_the_time_is_over():
     gate.set()
 
 
-def test_time_in_the_queue_behind_other_reads_does_not_count():
+def test_time_in_the_queue_of_the_thread_pool_does_not_count():
     gate, pool, done = threading.Event(), worker_pool(1), []
     pool.get().submit(gate.wait, 60)
     timer = threading.Timer(2, gate.set)
@@ -145,14 +145,14 @@ def test_time_in_the_queue_behind_other_reads_does_not_count():
     pool.drop()
 
 
-def test_a_long_read_goes_on_as_long_as_bytes_come(http_server, opened):
+def test_a_read_may_take_any_time_while_bytes_arrive(http_server, opened):
     clock = FakeClock()
     http_server.when(lambda method, path: clock.advance(40))
     store = opened(ReadSettings(clock=clock, n_threads=1, sizes=RequestSizes(gap_bytes=0, part_bytes=MIB)), timeout=60)
     assert read_ranges(store, "a", [ByteRange(0, 3 * MIB)]) == [DATA]
 
 
-def test_attempts_that_bring_no_new_bytes_are_no_progress(http_server, opened):
+def test_bytes_that_were_received_before_are_no_progress(http_server, opened):
     clock = FakeClock()
 
     def fail_slowly(method, path):
@@ -166,7 +166,7 @@ def test_attempts_that_bring_no_new_bytes_are_no_progress(http_server, opened):
     assert len(http_server.log) < 30, "each attempt takes 25 s, and most bring no byte that had not come before"
 
 
-def test_the_clients_own_limits_are_no_longer_than_the_calls():
+def test_timeouts_of_the_http_client_are_at_most_that_of_the_call():
     client = CloudOptions.parse("s3", {"timeout": 3}).for_obstore()
     assert client["read_timeout"].total_seconds() == 3
     assert client["connect_timeout"].total_seconds() == 3
@@ -234,7 +234,7 @@ def nobody():
 
 
 @pytest.mark.parametrize("endpoint", ["nobody", "http://no-such-host.invalid"])
-def test_a_command_fails_at_its_first_attempt_where_nobody_listens(request, opened, endpoint):
+def test_a_command_fails_at_once_if_nothing_listens_at_the_endpoint(request, opened, endpoint):
     endpoint = request.getfixturevalue("nobody") if endpoint == "nobody" else endpoint
     clock = FakeClock()
     store = opened(ReadSettings(clock=clock), endpoint=endpoint)
@@ -246,7 +246,7 @@ def test_a_command_fails_at_its_first_attempt_where_nobody_listens(request, open
     assert len(clock.slept) > 3, "a training waits for a store that restarts"
 
 
-def test_a_command_waits_for_an_endpoint_that_has_answered(http_server, opened):
+def test_a_command_retries_an_endpoint_that_has_answered_before(http_server, opened):
     clock = FakeClock()
     store = opened(ReadSettings(clock=clock))
     with fail_fast_if_unreachable():
@@ -257,7 +257,7 @@ def test_a_command_waits_for_an_endpoint_that_has_answered(http_server, opened):
     assert len(clock.slept) > 3
 
 
-def test_an_archive_says_where_it_cannot_connect(nobody, opened):
+def test_an_archive_names_the_endpoint_that_it_cannot_connect_to(nobody, opened):
     pytest.importorskip("boto3")
     archive = S3Archive.of(opened(endpoint=nobody))
     with fail_fast_if_unreachable(), pytest.raises(StoreError, match=f"cannot connect to {nobody}") as caught:
@@ -279,7 +279,7 @@ def test_an_archive_says_where_it_cannot_connect(nobody, opened):
         (b"{", "HTTP 400 Bad Request: {$"),
     ],
 )
-def test_the_reason_is_read_from_the_answers_body(http_server, body, reason):
+def test_the_reason_of_a_refusal_is_read_from_the_body(http_server, body, reason):
     http_server.next(HttpFault("status", 400, body=body))
     store = open_store(http_server.url)
     with pytest.raises(StoreError, match=reason):
@@ -287,7 +287,7 @@ def test_the_reason_is_read_from_the_answers_body(http_server, body, reason):
     store.close()
 
 
-def test_a_refused_head_is_followed_by_a_request_that_says_why(http_server, opened):
+def test_a_refused_head_is_followed_by_a_get_that_gives_the_reason(http_server, opened):
     body = b"<Error><Code>AccessDenied</Code><Message>not yours</Message></Error>"
     http_server.when(lambda method, path: HttpFault("status", 403, body=body))
     with pytest.raises(StoreError, match="AccessDenied: not yours") as caught:
@@ -295,7 +295,7 @@ def test_a_refused_head_is_followed_by_a_request_that_says_why(http_server, open
     assert caught.value.code == "AccessDenied"
 
 
-def test_an_error_without_a_server_in_its_text_names_the_one_that_was_asked():
+def test_an_error_always_names_the_server():
     text = "Generic S3 error: HTTP error: body\n\nDebug source:\nHttpError {\n    kind: Timeout,\n}"
     error = to_store_error(RuntimeError(text), "get", "s3://b/a", "http://e")
     assert "http://e" in str(error)

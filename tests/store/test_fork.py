@@ -51,7 +51,7 @@ def store(s3):
     store.close()
 
 
-def test_a_forked_child_reads_what_its_parent_has_read(store):
+def test_a_forked_child_reads_s3_through_s3fs_and_warns_once(store):
     data = os.urandom(100_000)
     store.put("a", data)
     buffer = bytearray(100_000)
@@ -64,7 +64,7 @@ def test_a_forked_child_reads_what_its_parent_has_read(store):
     assert store.get("a") == data, "the parent goes on as before"
 
 
-def test_a_forked_child_that_opens_a_store_itself_is_safe_too(s3, store):
+def test_a_store_first_used_in_a_forked_child_uses_s3fs(s3, store):
     store.put("a", bytes(100_000))
     other = s3.server.store(s3.prefix)  # not used before the fork
     assert _run(multiprocessing.get_context("fork"), other)[5] == S3fsClient.__name__
@@ -83,7 +83,7 @@ sys.exit(code)
 """
 
 
-def test_a_pickled_store_works_in_another_process_and_its_fork_uses_obstore_while_nobody_has(store):
+def test_a_fork_of_a_process_that_has_not_used_obstore_uses_it(store):
     import pickle
 
     store.put("a", b"data")
@@ -92,7 +92,7 @@ def test_a_pickled_store_works_in_another_process_and_its_fork_uses_obstore_whil
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_nothing_shown_of_a_store_holds_its_secret(s3, store):
+def test_no_repr_of_a_store_contains_its_secret(s3, store):
     secret = s3.server.secret_access_key
     store.put("a", b"x")
     shown = [repr(store), store.url, repr(store.client), repr(store.options), repr(store.folder)]

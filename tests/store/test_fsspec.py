@@ -85,7 +85,7 @@ class Told(MemoryFileSystem):
 
 
 @pytest.mark.parametrize("url", ["told://folder", "dir::told://folder"])
-def test_timeout_is_ours_for_any_url_and_the_file_systems_own_is_told_by_its_name(monkeypatch, url):
+def test_timeout_limits_calls_to_any_url_and_the_file_systems_own_is_given_by_protocol(monkeypatch, url):
     monkeypatch.setitem(known_implementations, "told", {"class": f"{__name__}.Told"})
     Told.gate.clear()
     Told.told.clear()

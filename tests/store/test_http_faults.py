@@ -80,7 +80,7 @@ def make(http_server, clock):
     ids=lambda script: "+".join(fault.kind for fault in script),
 )
 @pytest.mark.parametrize("cloud", ["http", "s3"])
-def test_a_fault_that_passes_is_retried_and_the_bytes_are_right(http_server, make, clock, cloud, script):
+def test_a_temporary_fault_is_retried(http_server, make, clock, cloud, script):
     http_server.objects = {"a": DATA, "bucket/a": DATA}
     http_server.next(*script)
     assert read_ranges(make(cloud), "a", WHOLE) == [DATA]
@@ -96,7 +96,7 @@ def test_head_get_and_read_tail_are_retried_too(http_server, make):
         assert call() in (5, b"12345", b"45")
 
 
-def test_retrying_ends_and_says_what_was_asked_and_answered(http_server, make, clock):
+def test_the_last_error_names_the_operation_and_the_answer(http_server, make, clock):
     http_server.objects = {"a": DATA}
     body = b"<Error><Code>SlowDown</Code><Message>Please reduce your rate</Message></Error>"
     http_server.when(lambda method, path: HttpFault("status", 503, body=body))
@@ -110,7 +110,7 @@ def test_retrying_ends_and_says_what_was_asked_and_answered(http_server, make, c
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 405])
-def test_an_answer_that_trying_again_does_not_mend_is_not_retried(http_server, make, status):
+def test_a_permanent_refusal_is_not_retried(http_server, make, status):
     http_server.when(lambda method, path: HttpFault("status", status))
     with pytest.raises(StoreError) as caught:
         make().get("a")
@@ -118,7 +118,7 @@ def test_an_answer_that_trying_again_does_not_mend_is_not_retried(http_server, m
     assert len(http_server.log) == 1
 
 
-def test_a_server_that_is_not_there_is_retryable(make, http_server):
+def test_a_refused_connection_is_retryable(make, http_server):
     store = make(policy=RetryPolicy(n_attempts=2))
     http_server.__exit__()
     with pytest.raises(StoreError, match="cannot connect") as caught:
@@ -126,13 +126,13 @@ def test_a_server_that_is_not_there_is_retryable(make, http_server):
     assert caught.value.retryable
 
 
-def test_what_is_not_there_is_asked_once(http_server, make):
+def test_a_missing_object_is_requested_once(http_server, make):
     with pytest.raises(NotFound):
         make().get("a")
     assert len(http_server.log) == 1
 
 
-def test_an_object_replaced_between_two_ranges_is_noticed_without_if_match(http_server, make):
+def test_an_object_replaced_between_two_ranges_is_an_error(http_server, make):
     http_server.objects = {"a": DATA}
     store = make(sizes=RequestSizes(gap_bytes=0, part_bytes=MIB))
     http_server.next(None, HttpFault("replace"))
@@ -141,7 +141,7 @@ def test_an_object_replaced_between_two_ranges_is_noticed_without_if_match(http_
     assert not caught.value.retryable
 
 
-def test_an_object_replaced_between_a_failure_and_its_retry_is_noticed(http_server, make):
+def test_an_object_replaced_before_a_retry_is_an_error(http_server, make):
     http_server.objects = {"a": DATA}
     http_server.next(HttpFault("reset"), HttpFault("replace"))
     with pytest.raises(ObjectChanged):
@@ -207,7 +207,7 @@ def test_a_deadline_ends_retrying(http_server, make, clock):
     assert len(http_server.log) < 100
 
 
-def test_put_if_absent_whose_answer_is_lost_says_so_and_is_not_repeated(http_server, make):
+def test_a_conditional_put_with_a_lost_answer_is_not_repeated(http_server, make):
     store = make("s3")
     http_server.next(HttpFault("lost_answer"))
     with pytest.raises(StoreError) as caught:
@@ -217,7 +217,7 @@ def test_put_if_absent_whose_answer_is_lost_says_so_and_is_not_repeated(http_ser
     assert [seen.method for seen in http_server.log] == ["PUT"]
 
 
-def test_put_if_absent_is_repeated_where_the_answer_says_that_nothing_was_done(http_server, make):
+def test_a_conditional_put_is_repeated_if_the_server_did_not_execute_it(http_server, make):
     store = make("s3")
     conflict = b"<Error><Code>ConditionalRequestConflict</Code></Error>"
     http_server.next(HttpFault("status", 503), HttpFault("status", 409, body=conflict))
@@ -242,7 +242,7 @@ def test_a_listing_over_plain_http_is_refused_at_once(http_server, make):
     assert not caught.value.retryable
 
 
-def test_missing_credentials_are_said_at_once(http_server):
+def test_missing_credentials_are_reported_at_once(http_server):
     store = open_store("s3://bucket", endpoint=http_server.url, metadata_endpoint=http_server.url)
     with pytest.raises(StoreError, match=r"no credentials: .*anon=True") as caught:
         store.get("a")
@@ -256,13 +256,13 @@ def test_a_missing_bucket_is_named(http_server, make):
         make("s3").get("a")
 
 
-def test_what_http_cannot_do_is_said(make):
+def test_an_operation_that_http_lacks_is_reported(make):
     with pytest.raises(StoreError, match="not supported") as caught:
         make().put_if_absent("a", b"x")
     assert not caught.value.retryable
 
 
-def test_secrets_of_the_url_stand_in_no_error(http_server):
+def test_no_error_contains_secrets_of_the_url(http_server):
     url = http_server.url.replace("http://", "http://user:s3cret@")
     store = open_store(url)
     http_server.when(lambda method, path: HttpFault("status", 403))
@@ -278,7 +278,7 @@ def test_secrets_of_the_url_stand_in_no_error(http_server):
 
 
 @pytest.mark.parametrize("n_requests", [1, 2])
-def test_a_store_that_is_closed_tries_nothing_again(http_server, make, n_requests):
+def test_closing_a_store_ends_its_retries(http_server, make, n_requests):
     """Else who reads ahead for nobody would ask a server that is gone for half a minute."""
     http_server.objects = {"a": DATA}
     http_server.when(lambda method, path: HttpFault("status", 503))

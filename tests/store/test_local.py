@@ -59,7 +59,7 @@ class TestLocalFolderWithoutNamelessFiles(TestLocalFolder):
             assert list(store.root.glob(f"{TEMP_PREFIX}*"))
         assert list(store.root.iterdir()) == [store.root / "a"]
 
-    def test_what_a_killed_writer_left_is_swept_a_day_later(self, store):
+    def test_temporary_files_of_a_killed_writer_are_removed_after_a_day(self, store):
         store.root.mkdir()
         for name, age_s in (("old", 90_000), ("young", 3600)):
             left = store.root / f"{TEMP_PREFIX}{name}"
@@ -119,7 +119,7 @@ def test_temporary_names_are_neither_keys_nor_listed(store):
         store.get(f"a/{TEMP_PREFIX}1234")
 
 
-def test_a_folder_or_a_pipe_is_no_object(store):
+def test_folders_and_pipes_are_not_objects(store):
     store.put("a/b", b"x")
     os.mkfifo(store.root / "pipe")
     for key in ("a", "pipe", "a/b/c"):
@@ -130,7 +130,7 @@ def test_a_folder_or_a_pipe_is_no_object(store):
     assert store.get("a/b") == b"x"
 
 
-def test_writing_below_a_file_or_over_a_folder_is_an_error_that_says_so(store):
+def test_writing_below_a_file_or_over_a_folder_is_an_error(store):
     store.put("a/b", b"x")
     for key in ("a/b/c", "a"):
         with pytest.raises(StoreError) as caught:
@@ -153,7 +153,7 @@ def test_a_full_disk_is_not_retryable_and_leaves_nothing(store, monkeypatch):
     assert list(store.root.iterdir()) == [store.root / "a"]
 
 
-def test_a_file_that_is_cut_while_it_is_read_is_an_error(store, monkeypatch):
+def test_a_file_truncated_during_a_read_is_an_error(store, monkeypatch):
     store.put("a", bytes(1000))
     real_preadv = os.preadv
 
@@ -197,7 +197,7 @@ def _is_cached(path):
             return False
 
 
-def test_what_the_system_remembers_of_a_file_can_be_forgotten(store):
+def test_forget_cached_drops_the_pages_of_a_file(store):
     store.put("a", bytes(1 << 20))
     if not _is_cached(store.root / "a"):
         pytest.skip("the system does not say what it has cached")
@@ -236,7 +236,7 @@ def test_put_if_absent_has_one_winner_among_processes(store):
     ],
     ids=["put", "put_if_absent", "get", "copy", "list", "delete", "links", "remove_empty"],
 )
-def test_ctrl_c_right_after_a_close_closes_nothing_twice(store, monkeypatch, work):
+def test_ctrl_c_after_a_close_closes_no_descriptor_twice(store, monkeypatch, work):
     """By then the number may be somebody else's file: what an upload's thread opened meanwhile."""
     store.put("x/y/z", b"123")
     real_close = os.close
@@ -260,7 +260,7 @@ def test_ctrl_c_right_after_a_close_closes_nothing_twice(store, monkeypatch, wor
     pytest.fail("it never ended")
 
 
-def test_empty_folders_are_removed_and_no_others(store):
+def test_remove_empty_removes_only_empty_folders(store):
     for folder in ("gone/a/b", "gone/c", "stays/empty", "stays/full"):
         (store.root / folder).mkdir(parents=True)
     (store.root / "stays/full/x").write_bytes(b"1")
@@ -273,7 +273,7 @@ def test_empty_folders_are_removed_and_no_others(store):
     ]
 
 
-def test_a_link_to_a_folder_is_not_followed_when_empty_ones_are_removed(store, tmp_path):
+def test_remove_empty_does_not_follow_links(store, tmp_path):
     (store.root / "a").mkdir(parents=True)
     (tmp_path / "elsewhere/empty").mkdir(parents=True)
     (store.root / "a/link").symlink_to(tmp_path / "elsewhere")
@@ -284,7 +284,7 @@ def test_a_link_to_a_folder_is_not_followed_when_empty_ones_are_removed(store, t
     assert (store.root / "a/link").is_symlink()
 
 
-def test_links_are_those_that_lead_to_what_is_there_and_below_the_root(store, tmp_path):
+def test_links_lists_links_to_existing_targets_below_the_root(store, tmp_path):
     store.put("runs/a/model", b"1")
     links = {
         "runs/file": "a/model",
@@ -306,11 +306,11 @@ def test_links_are_those_that_lead_to_what_is_there_and_below_the_root(store, tm
     assert [info.key for info in store.list()] == ["runs/a/model"]
 
 
-def test_a_root_that_is_not_there_has_no_links(store):
+def test_a_missing_root_has_no_links(store):
     assert list(store.links()) == []
 
 
-def test_an_upload_has_the_etag_that_its_file_has_afterwards_where_it_had_a_temporary_name(tmp_path, monkeypatch):
+def test_the_etag_of_an_upload_is_that_of_the_published_file(tmp_path, monkeypatch):
     refuse_nameless_files(monkeypatch)
     store = LocalFolder(tmp_path)
     with store.create("f") as upload:
@@ -319,7 +319,7 @@ def test_an_upload_has_the_etag_that_its_file_has_afterwards_where_it_had_a_temp
     assert made == store.head("f")
 
 
-def test_other_bytes_have_another_etag_where_size_and_mtime_are_the_same(tmp_path):
+def test_other_bytes_of_the_same_size_and_mtime_have_another_etag(tmp_path):
     store = LocalFolder(tmp_path)
     before = store.put("f", b"before")
     dates = (tmp_path / "f").stat()

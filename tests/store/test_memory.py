@@ -26,7 +26,7 @@ class TestMemoryStore(StoreSuite):
         return memory._buckets[store.name].objects[f"some/folder/{key}"][0]
 
 
-def test_stores_of_one_name_share_their_objects_and_others_do_not():
+def test_memory_stores_of_one_name_share_their_objects():
     MemoryStore("shared").put("a/b", b"x")
     assert MemoryStore("shared", "a").get("b") == b"x"
     assert list(MemoryStore("other").list()) == []

@@ -22,7 +22,7 @@ def log_of(store, **options):
     return NumberedLog(store, "log/", ".x", **options)
 
 
-def test_of_racing_writers_each_number_has_one_winner(store):
+def test_one_of_racing_writers_gets_each_number(store):
     won = []
 
     def write(name):
@@ -48,7 +48,7 @@ def test_the_newest_is_found_from_any_number(store, start):
     assert (log.newest(start), log.numbers()) == ((5, b"5"), [3, 4, 5])
 
 
-def test_where_nothing_can_be_listed_deleted_numbers_are_stepped_over(store):
+def test_without_a_listing_deleted_numbers_are_skipped(store):
     faulty = FaultStore(store, [Fault("list", status=403, retryable=False, times=99)])
     log = log_of(faulty)
     for n in (30, 31):
@@ -56,7 +56,7 @@ def test_where_nothing_can_be_listed_deleted_numbers_are_stepped_over(store):
     assert (log.highest(), log.newest(5), log.newest(0)) == (None, (31, b"31"), None)
 
 
-def test_forbidden_is_missing_only_where_it_may_be_and_nothing_was_listed(store):
+def test_forbidden_counts_as_missing_only_if_nothing_was_listed(store):
     faulty = FaultStore(store, [Fault("get", status=403, retryable=False, times=99)])
     assert log_of(faulty, hides_missing=True).get(1) is None
     with pytest.raises(StoreError):
@@ -65,7 +65,7 @@ def test_forbidden_is_missing_only_where_it_may_be_and_nothing_was_listed(store)
         log_of(faulty).get(1)
 
 
-def test_a_lost_answer_is_settled_by_reading_back(store):
+def test_a_lost_answer_is_resolved_by_reading_back(store):
     log = log_of(FaultStore(store, [Fault("put_if_absent", kind=FaultKind.LOST_RESPONSE)]))
     assert log.put(1, b"mine")
     log_of(store).put(2, b"others")
@@ -73,14 +73,14 @@ def test_a_lost_answer_is_settled_by_reading_back(store):
     assert not log.put(2, b"mine")
 
 
-def test_a_put_whose_answer_and_reading_back_are_lost_may_be_done(store):
+def test_a_put_that_cannot_be_read_back_may_be_done(store):
     log = log_of(FaultStore(store, [Fault("put_if_absent", kind=FaultKind.LOST_RESPONSE), Fault("get")]))
     with pytest.raises(StoreError) as failed:
         log.put(1, b"mine")
     assert failed.value.maybe_done
 
 
-def test_a_writer_that_slept_while_its_number_came_and_went_withdraws(store):
+def test_a_late_writer_withdraws_its_number(store):
     gated = GateStore(store)
     gate = gated.stop_at("before_put_if_absent", log_of(store).key(1))
     results = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tiercache.errors import StoreError
-from tiercache.store import FsspecStore, open_store
+from tiercache.store import FsspecStore
 from tiercache.store.options import CloudOptions
 from tiercache.testing.suite import pattern
 
@@ -26,7 +26,7 @@ def _send(upload, order=(0, 1, 2, 3)):
         upload.put_part(number, PARTS[number])
 
 
-def test_a_large_upload_streams_and_is_whole(s3, store):
+def test_a_large_upload_is_invisible_until_it_is_complete(s3, store):
     with store.create("big") as upload:
         _send(upload)
         assert list(store.list()) == []
@@ -42,7 +42,7 @@ def test_a_large_upload_that_is_aborted_leaves_nothing(s3, store):
     assert s3.uploads() == []
 
 
-def test_a_large_upload_if_absent_replaces_nothing(s3, store):
+def test_a_large_conditional_upload_replaces_nothing(s3, store):
     for wins in (True, False):
         with store.create("big") as upload:
             _send(upload)
@@ -53,7 +53,7 @@ def test_a_large_upload_if_absent_replaces_nothing(s3, store):
     assert [found["Key"] for found in listed] == [f"{s3.prefix}/big"], "no temporary object is left"
 
 
-def test_s3fs_uploads_in_parts_and_aborts(s3):
+def test_s3fs_uploads_large_objects_and_aborts(s3):
     url = f"{s3.server.url}/{s3.prefix}"
     store = FsspecStore(url, url, CloudOptions.parse("s3", s3.server.storage_options).for_s3fs())
     with store.create("big") as upload:
@@ -69,53 +69,7 @@ def test_s3fs_uploads_in_parts_and_aborts(s3):
     store.close()
 
 
-def test_the_usual_environment_opens_a_bucket(s3, monkeypatch):
-    for name, value in s3.server.environment.items():
-        monkeypatch.setenv(name, value)
-    store = open_store(f"{s3.server.url}/{s3.prefix}")
-    store.put("a", b"x")
-    assert s3.get("a") == b"x"
-    store.close()
-
-
-def test_s3fs_names_open_a_bucket(s3):
-    server = s3.server
-    names = {"key": server.access_key_id, "secret": server.secret_access_key, "anon": False, "token": None}
-    store = open_store(
-        f"{server.url}/{s3.prefix}",
-        endpoint_url=server.endpoint,
-        client_kwargs={"region_name": "us-east-1"},
-        **names,
-    )
-    store.put("a", b"x")
-    assert s3.get("a") == b"x"
-    store.close()
-
-
-def test_a_profile_opens_a_bucket(s3, monkeypatch, tmp_path):
-    file = tmp_path / "credentials"
-    keys = f"aws_access_key_id={s3.server.access_key_id}\naws_secret_access_key={s3.server.secret_access_key}\n"
-    file.write_text(f"[work]\n{keys}")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.server.endpoint)
-    for options in ({"profile": "work"}, {}):
-        store = open_store(f"{s3.server.url}/{s3.prefix}", **options)
-        store.put("a", b"x")
-        assert s3.get("a") == b"x"
-        store.close()
-        monkeypatch.setenv("AWS_PROFILE", "work")
-
-
-def test_wrong_keys_are_refused_and_that_is_not_retryable(s3):
-    store = open_store(s3.server.url, **{**s3.server.storage_options, "secret_access_key": "wrong-s3cret"})
-    with pytest.raises(StoreError, match="403") as caught:
-        store.get("a")
-    assert not caught.value.retryable
-    assert "wrong-s3cret" not in str(caught.value)
-    store.close()
-
-
-def test_a_part_that_fails_fails_the_upload_and_leaves_nothing(s3, store, monkeypatch):
+def test_a_failed_part_ends_the_upload_and_leaves_nothing(s3, store, monkeypatch):
     def fail(key, writer, data):
         raise StoreError("broken", url="u", retryable=False)
 

@@ -37,7 +37,7 @@ from tiercache.store.s3 import Boto3Client
         ),
     ],
 )
-def test_redact_leaves_what_may_be_shown(url, shown):
+def test_redact_removes_only_secrets(url, shown):
     assert redact(url) == shown
     assert redact(shown) == shown
 
@@ -65,7 +65,7 @@ def test_split_url_of_a_relative_path_is_absolute(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["s3://bucket", "s3://bucket/", "/data/", "https://host/a?sig=x", ""])
-def test_split_url_refuses_what_names_no_object(url):
+def test_split_url_refuses_urls_that_name_no_object(url):
     with pytest.raises(ValueError, match=r"."):
         split_url(url)
 
@@ -84,7 +84,7 @@ def test_split_url_refuses_what_names_no_object(url):
         ("sftp://user:secret@host/a", FsspecStore, "sftp://host/a"),
     ],
 )
-def test_open_store_chooses_the_back_end_and_asks_nothing_yet(url, kind, shown):
+def test_open_store_selects_the_back_end_without_a_request(url, kind, shown):
     store = open_store(url)
     assert type(store) is kind
     assert shown is None or store.url == shown
@@ -107,7 +107,7 @@ def test_open_store_chooses_the_back_end_and_asks_nothing_yet(url, kind, shown):
         ("", {}, "not a URL"),
     ],
 )
-def test_open_store_refuses_what_cannot_be(url, options, message):
+def test_open_store_refuses_invalid_urls_and_options(url, options, message):
     with pytest.raises(ValueError, match=message) as caught:
         open_store(url, **options)
     assert "secret" not in str(caught.value)
@@ -125,12 +125,12 @@ def test_open_store_refuses_what_cannot_be(url, options, message):
         ("gs", "zzzzzz", "known are"),
     ],
 )
-def test_an_unknown_option_is_an_error_that_lists_the_near_ones(cloud, name, near):
+def test_an_unknown_option_is_an_error_that_suggests_similar_names(cloud, name, near):
     with pytest.raises(ValueError, match=f"unknown storage option '{name}'.*{near}"):
         CloudOptions.parse(cloud, {name: "s3cret-value"})
 
 
-def test_names_of_s3fs_and_of_the_environment_mean_the_same():
+def test_option_names_of_s3fs_and_of_the_environment_are_accepted():
     given = {
         "key": "k",
         "AWS_SECRET_ACCESS_KEY": "s",
@@ -154,17 +154,17 @@ def test_names_of_s3fs_and_of_the_environment_mean_the_same():
 
 
 @pytest.mark.parametrize("value", ["soon", "", -1, 0, True, "nan", [1]])
-def test_a_timeout_that_is_none_is_an_error(value):
+def test_an_invalid_timeout_is_an_error(value):
     with pytest.raises(ValueError, match="'timeout' must be a positive number of seconds"):
         CloudOptions.parse("s3", {"timeout": value})
 
 
-def test_client_kwargs_that_are_no_dict_are_an_error():
+def test_client_kwargs_must_be_a_dict():
     with pytest.raises(ValueError, match="client_kwargs must be a dict, got str"):
         CloudOptions.parse("s3", {"client_kwargs": "endpoint_url"})
 
 
-def test_an_option_given_by_two_names_must_be_one_value():
+def test_two_names_of_one_option_must_have_the_same_value():
     assert CloudOptions.parse("s3", {"key": "k", "access_key_id": "k"}).config == {"access_key_id": "k"}
     with pytest.raises(ValueError, match="twice"):
         CloudOptions.parse("s3", {"key": "k", "access_key_id": "other"})
@@ -172,14 +172,14 @@ def test_an_option_given_by_two_names_must_be_one_value():
         CloudOptions.parse("s3", {"client_kwargs": {"region_nam": "r"}})
 
 
-def test_certificates_cannot_be_both_checked_and_not():
+def test_contradicting_certificate_options_are_an_error():
     with pytest.raises(ValueError, match=r"allow_invalid_certificates.*twice"):
         CloudOptions.parse("s3", {"verify": False, "allow_invalid_certificates": False})
     assert CloudOptions.parse("s3", {"verify": False, "allow_invalid_certificates": "yes"})
 
 
 @pytest.mark.parametrize("name", ["skip_signature", "request_payer", "allow_http", "aws_s3_express"])
-def test_an_option_that_is_true_or_false_may_be_a_text_of_either(name):
+def test_boolean_options_accept_the_usual_words(name):
     for given, expected in [("Yes", True), (1, True), ("on", True), (True, True), ("no", False), ("0", False)]:
         options = CloudOptions.parse("s3", {name: given})
         assert {**options.config, **options.client}[name.removeprefix("aws_")] is expected
@@ -195,7 +195,7 @@ def test_an_option_that_is_true_or_false_may_be_a_text_of_either(name):
         ({"AWS_REGION": "eu-west-1"}, {}, "https://s3.eu-west-1.amazonaws.com"),
     ],
 )
-def test_a_server_has_one_name_whatever_client_asks_it(monkeypatch, environment, given, expected):
+def test_every_client_has_the_same_name_for_a_server(monkeypatch, environment, given, expected):
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -214,7 +214,7 @@ def test_http_is_allowed_unless_an_https_endpoint_is_given():
     assert CloudOptions.parse("s3", {"endpoint": "https://e", "allow_http": True}).client["allow_http"] is True
 
 
-def test_options_reach_s3fs_by_its_names():
+def test_options_are_translated_for_s3fs():
     given = {"access_key_id": "k", "secret_access_key": "s", "endpoint": "http://e", "region": "r", "read_timeout": 9}
     for_s3fs = CloudOptions.parse("s3", {**given, "virtual_hosted_style_request": "true"}).for_s3fs()
     assert for_s3fs == {
@@ -233,7 +233,7 @@ def test_options_reach_s3fs_by_its_names():
     assert CloudOptions.parse("s3", {"anon": True}).for_s3fs()["anon"] is True
 
 
-def test_options_that_s3fs_lacks_are_named_and_not_dropped():
+def test_options_that_s3fs_lacks_are_an_error_in_a_forked_child():
     given = {"s3_express": True, "proxy_url": "http://proxy", "region": "eu-west-1"}
     assert CloudOptions.parse("s3", given).unknown_to_s3fs == ["proxy_url", "s3_express"]
     assert CloudOptions.parse("s3", {"key": "a", "secret": "b", "timeout": 5}).unknown_to_s3fs == []
@@ -242,7 +242,7 @@ def test_options_that_s3fs_lacks_are_named_and_not_dropped():
         fallback_client(place, CloudOptions.parse("s3", given), Counters("requests"))
 
 
-def test_what_a_stand_in_must_know_too_reaches_it():
+def test_requester_pays_and_headers_reach_the_fallback_clients():
     assert CloudOptions.parse("s3", {"request_payer": "true"}).for_s3fs()["requester_pays"] is True
     given = {"default_headers": {"Authorization": "Bearer x"}, "user_agent": "me"}
     headers = CloudOptions.parse("http", given).for_fsspec_http()["headers"]
@@ -265,7 +265,7 @@ def test_a_missing_package_is_an_error_that_names_it():
     assert not caught.value.retryable
 
 
-def test_a_path_in_the_users_home_is_found_there(monkeypatch, tmp_path):
+def test_a_tilde_stands_for_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert open_store("~/a").url == str(tmp_path / "a")
 

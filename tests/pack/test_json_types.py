@@ -33,7 +33,7 @@ def test_a_list_that_is_missing_somewhere_is_nullable():
     assert infer({"t": [1], "x": 0}, {"x": 1}) == {"t": Ragged("int64", (None,), nullable=True), "x": "int64"}
 
 
-def test_scalars_that_do_not_go_together_are_an_error_that_says_where():
+def test_incompatible_scalars_are_an_error_with_their_location():
     with pytest.raises(
         SchemaError, match=r"column 'a': line 2: expected int64 as in earlier records, got str; specify its type"
     ):
@@ -42,7 +42,7 @@ def test_scalars_that_do_not_go_together_are_an_error_that_says_where():
         infer({"a": True}, {"a": None}, {"a": 1})
 
 
-def test_nothing_but_nulls_has_no_type():
+def test_a_column_of_nulls_has_no_type():
     with pytest.raises(SchemaError, match="column 'a': only nulls in the first 2 records"):
         infer({"a": None}, {})
 

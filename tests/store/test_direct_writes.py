@@ -41,12 +41,12 @@ def upload(folder: Path, parts: list[np.ndarray]) -> bytes:
 
 @pytest.mark.parametrize("n_bytes", SIZES)
 @pytest.mark.parametrize("shift", [0, 1, 512])
-def test_parts_of_any_size_and_place_in_memory_arrive_whole(tmp_path: Path, n_bytes: int, shift: int) -> None:
+def test_parts_of_any_size_and_alignment_are_written_completely(tmp_path: Path, n_bytes: int, shift: int) -> None:
     parts = [aligned(n_bytes, shift), aligned(MIN_BYTES, shift), aligned(5)]
     assert upload(tmp_path, parts) == b"".join(part.tobytes() for part in parts)
 
 
-def test_only_whole_pages_of_large_parts_at_whole_pages_go_directly(tmp_path: Path) -> None:
+def test_only_aligned_pages_of_large_parts_are_written_directly(tmp_path: Path) -> None:
     with (tmp_path / "f").open("wb") as file:
         writer = DirectWriter(file.fileno())
         if not writer.write(aligned(MIN_BYTES).data, 0):
@@ -60,7 +60,7 @@ def test_only_whole_pages_of_large_parts_at_whole_pages_go_directly(tmp_path: Pa
         assert writer.write(aligned(MIN_BYTES).data, 0) == 0
 
 
-def test_what_a_store_writes_first_stays_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_bytes_of_a_store_stay_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def write(self: DirectWriter, data: memoryview, offset: int) -> int:
@@ -85,7 +85,7 @@ def test_what_a_store_writes_first_stays_in_the_cache(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EFAULT])
 @pytest.mark.parametrize("n_written", [0, ALIGN_BYTES, ALIGN_BYTES + 1])
-def test_a_file_system_that_refuses_what_it_opened_gets_the_rest_the_usual_way(
+def test_a_file_system_that_refuses_direct_writes_is_written_through_the_page_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_written: int, refusal: int
 ) -> None:
     said, direct = [], set()
@@ -128,7 +128,7 @@ def test_a_full_disk_is_an_error_of_the_part(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
+def test_direct_writes_leave_no_descriptor_open(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     store = LocalFolder(tmp_path)
     for end in ("complete", "abort"):

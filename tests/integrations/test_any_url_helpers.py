@@ -1,4 +1,4 @@
-"""The pure pieces of `tiercache::`: fetching ahead, paths and places, and what tells two states of an object apart."""
+"""Helpers of `tiercache::`: readahead, paths, names of servers, and the identity of objects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiercache.store.fsspec import to_object_info
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 1 << 20)), max_size=50), st.integers(1, 1 << 23))
-def test_no_more_is_fetched_ahead_than_was_read_in_a_row(reads, most_bytes):
+def test_readahead_is_at_most_the_bytes_read_in_sequence(reads, most_bytes):
     ahead, end, run_bytes = ReadaheadPolicy(most_bytes), 0, 0
     for goes_on, n_bytes in reads:
         start = end if goes_on else end + 1
@@ -28,7 +28,7 @@ def test_no_more_is_fetched_ahead_than_was_read_in_a_row(reads, most_bytes):
         assert ahead.readahead_bytes(ByteRange(start, end)) <= min(max(run_bytes, LEAST_AHEAD_BYTES), most_bytes)
 
 
-def test_the_third_small_read_in_a_row_and_the_eighth_large_one_are_fetched_ahead_of():
+def test_readahead_starts_at_the_third_small_or_the_eighth_large_read():
     for n_bytes, expected in ((SMALL_BYTES, 3), (SMALL_BYTES + 1, 8)):
         ahead = ReadaheadPolicy()
         asked = [ahead.readahead_bytes(ByteRange(i * n_bytes, (i + 1) * n_bytes)) for i in range(10)]
@@ -56,11 +56,11 @@ def test_the_third_small_read_in_a_row_and_the_eighth_large_one_are_fetched_ahea
         ("", None),
     ],
 )
-def test_a_path_is_a_bucket_or_top_folder_and_a_key(path, expected):
+def test_split_path_returns_bucket_and_key(path, expected):
     assert split_path(path) == expected
 
 
-def test_a_chain_before_a_path_is_taken_off():
+def test_the_protocol_is_removed_from_paths():
     assert without_protocol("tiercache::s3://b/k/") == "s3://b/k/"
     assert without_protocol("tiercache://b/k") == "b/k"
     assert without_protocol(["tiercache::s3://b/k", "b/l"]) == ["s3://b/k", "b/l"]
@@ -87,14 +87,14 @@ def test_a_chain_before_a_path_is_taken_off():
         ({"mode": 1, "nlink": 2}, False),
     ],
 )
-def test_what_says_nothing_of_the_bytes_is_no_identity(about, is_known):
+def test_only_fields_that_change_with_the_bytes_are_an_identity(about, is_known):
     info = to_object_info("k", {"name": "k", "size": 1, "type": "file"} | about)
     assert (info.etag is not None) == is_known
     assert info.etag is None or not info.etag.startswith("W/")
     assert (name_of_object("memory://k", info) is not None) == is_known
 
 
-def test_a_weak_etag_names_a_copy_only_beside_a_date():
+def test_a_weak_etag_identifies_a_copy_only_with_a_date():
     def name(**facts):
         return name_of_object("s3://b/k", ObjectInfo("k", 1, **facts))
 
@@ -105,7 +105,7 @@ def test_a_weak_etag_names_a_copy_only_beside_a_date():
     assert name(etag='W/"a"', version="1") == name(etag='W/"b"', version="1")
 
 
-def test_a_target_names_places_and_no_secrets():
+def test_the_url_of_a_target_contains_servers_and_no_secrets():
     def url(**options):
         return TargetFileSystem(lambda: CountedFileSystem(skip_instance_cache=True, **options)).url("/b/x")
 
@@ -116,7 +116,7 @@ def test_a_target_names_places_and_no_secrets():
     assert url(endpoint_url="weird\nname") == "counted:///b/x"
 
 
-def test_a_store_by_a_file_system_of_its_own_pickles(source):
+def test_the_store_of_a_target_can_be_pickled(source):
     source.pipe_file("/b/x", b"data")
     target = TargetFileSystem(lambda: fsspec.filesystem("counted"))
     store = target.store("/b")

@@ -16,7 +16,7 @@ STEPS = st.lists(st.tuples(st.sampled_from([0, 1, 2]), st.integers(-300, 300), s
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(STEPS)
-def test_it_reads_as_a_file_of_the_same_bytes(tmp_path, steps):
+def test_a_store_file_reads_like_a_file_of_the_same_bytes(tmp_path, steps):
     store = MemoryStore(tmp_path.name, "steps")
     store.put("a", DATA)
     file, expected = StoreFile(store, "a", len(DATA)), io.BytesIO(DATA)
@@ -30,7 +30,7 @@ def test_it_reads_as_a_file_of_the_same_bytes(tmp_path, steps):
         assert file.tell() == expected.tell()
 
 
-def test_a_library_reads_a_zip_file_by_it(tmp_path):
+def test_zipfile_reads_a_store_file(tmp_path):
     store = LocalFolder(tmp_path)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as records:
         records.writestr("name", DATA)
@@ -38,7 +38,7 @@ def test_a_library_reads_a_zip_file_by_it(tmp_path):
         assert records.read("name") == DATA
 
 
-def test_an_object_that_was_replaced_is_not_read(tmp_path):
+def test_a_store_file_of_a_replaced_object_is_an_error(tmp_path):
     store = LocalFolder(tmp_path)
     file = StoreFile(store, "a", len(DATA), store.put("a", DATA).etag)
     store.put("a", DATA[::-1])

@@ -1,0 +1,67 @@
+"""Hive partitions: the folders of a source name columns."""
+
+from contextlib import closing
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import tiercache as tc
+from tiercache.errors import SchemaError
+from tiercache.pack import PackOptions, pack, plan_pack
+
+
+def write(folder, path, table):
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(table), folder / path)
+
+
+def test_partitions_become_columns_as_pyarrow_reads_them(tmp_path):
+    table = pa.table(
+        {"x": list(range(12)), "year": [2023, 2024] * 6, "month": [1, 2, 3] * 4, "site": ["a b", "c/d", None] * 4}
+    )
+    pq.write_to_dataset(table, tmp_path / "in", partition_cols=["year", "month", "site"])
+    version = pack(tmp_path / "in", tmp_path / "out")
+    assert [(c.name, str(c)) for c in version.schema.columns] == [
+        ("x", "int64"),
+        ("year", "int64"),
+        ("month", "int64"),
+        ("site", "str?"),
+    ]
+    with closing(tc.Dataset(tmp_path / "out")) as dataset:
+        packed = {r["x"]: (r["year"], r["month"], r["site"]) for r in (dataset[i] for i in range(len(dataset)))}
+    assert packed == {r["x"]: (r["year"], r["month"], r["site"]) for r in table.to_pylist()}
+
+
+def test_the_schema_decides_the_type_of_a_partition_column(tmp_path):
+    write(tmp_path / "in", "id=007/a.parquet", {"x": [1]})
+    version = pack(tmp_path / "in", tmp_path / "out", schema={"id": "str"})
+    assert str(version.schema.columns[1]) == "str"
+    with closing(tc.Dataset(tmp_path / "out")) as dataset:
+        assert dataset[0]["id"] == "007"
+    write(tmp_path / "in", "id=eight/a.parquet", {"x": [1]})
+    with pytest.raises(SchemaError, match="eight"):
+        pack(tmp_path / "in", tmp_path / "other", schema={"id": "int32"})
+
+
+def test_a_stored_column_takes_precedence_over_a_partition(tmp_path):
+    write(tmp_path / "in", "year=2024/a.parquet", {"x": [1], "year": [1999]})
+    pack(tmp_path / "in", tmp_path / "out")
+    with closing(tc.Dataset(tmp_path / "out")) as dataset:
+        assert (dataset[0]["x"], dataset[0]["year"]) == (1, 1999)
+
+
+def test_files_with_different_partition_columns_are_refused(tmp_path):
+    write(tmp_path / "in", "year=2024/a.parquet", {"x": [1]})
+    write(tmp_path / "in", "b.parquet", {"x": [1]})
+    with pytest.raises(SchemaError, match="'year'"):
+        plan_pack(tmp_path / "in", tmp_path / "out", PackOptions())
+
+
+def test_partitions_of_json_lines_become_columns(tmp_path):
+    for day in (1, 2):
+        (tmp_path / "in" / f"day={day}").mkdir(parents=True)
+        (tmp_path / "in" / f"day={day}" / "a.jsonl").write_text('{"x": 5}\n')
+    pack(tmp_path / "in", tmp_path / "out")
+    with closing(tc.Dataset(tmp_path / "out")) as dataset:
+        assert [(dataset[i]["x"], dataset[i]["day"]) for i in range(2)] == [(5, 1), (5, 2)]
