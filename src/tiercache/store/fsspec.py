@@ -24,6 +24,7 @@ from tiercache.store.remote import RETRYABLE_STATUSES, ObjectClient, ObjectWrite
 from tiercache.store.retry import TIMEOUT_S
 
 _N_THREADS = 8
+_BEYOND_END = 416
 _RETRYABLE = (errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.EPIPE)
 _NOT_SENT = ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError", "ConnectionRefusedError")
 _BROKEN = (
@@ -322,7 +323,12 @@ class S3fsClient(FsspecClient):
         return self._get(key)[0]
 
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        return self._get(key, Range=f"bytes=-{n_bytes}")
+        try:
+            return self._get(key, Range=f"bytes=-{n_bytes}")
+        except Exception as error:
+            if _answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode") != _BEYOND_END:
+                raise
+            return b"", self.head(key)  # an empty object has no valid range
 
     def range(
         self, key: str, byte_range: ByteRange, if_match: str | None

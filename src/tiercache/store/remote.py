@@ -71,8 +71,8 @@ class ObjectClient(ABC):
     """Single requests to a store by one client library, not retried. Safe for threads.
 
     The methods raise the library's own errors. errors() converts them to StoreError, with .status, .code and details:
-    "sent" is False if the request was never sent, "exists" says that a conditional write was refused because the key
-    exists, and "no_range" that the store has no such range requests.
+    "sent" is False if the request was never sent, and "exists" says that a conditional write was refused because the
+    key exists.
 
     Attributes:
         url: URL of the folder, for messages.
@@ -263,26 +263,9 @@ class RemoteStore(Store):
         check_key(key)
         if n_bytes <= 0:
             return b"", self.head(key)
-
-        def attempt(client: ObjectClient, _limit: CallLimit) -> tuple[bytes, ObjectInfo]:
-            try:
-                with client.errors(key, "read_tail"):
-                    tail, info = client.tail(key, n_bytes)
-            except StoreError as error:
-                # Azure has no suffix ranges. An empty object has no valid range, and some servers then send all of it.
-                if error.status != _BEYOND_END and not error.details.get("no_range"):
-                    raise
-                info = self.head(key)
-                buffer = bytearray(min(n_bytes, info.n_bytes))
-                byte_range = ByteRange(info.n_bytes - len(buffer), info.n_bytes)
-                self.read_into(key, [(byte_range, memoryview(buffer))], if_match=info.etag)
-                return bytes(buffer), info
-            self.counters.add("bytes_read", len(tail))
-            return tail, info
-
-        limit, client = self.call_limit(key, "read_tail"), self.client
-        run = self._calls.get().run
-        return run(lambda: attempt(self.client, limit), self._settings.policy, limit, client.abandonable)
+        tail, info = self._read(key, "read_tail", lambda client, _limit: client.tail(key, n_bytes))
+        self.counters.add("bytes_read", len(tail))
+        return tail, info
 
     def read_into(
         self,
