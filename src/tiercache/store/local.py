@@ -29,7 +29,7 @@ from tiercache.store.posix import (
     os_errors,
     write_all,
 )
-from tiercache.store.range_reads import RequestSizes, check_spans, plan_requests
+from tiercache.store.range_reads import RequestSizes, check_read, check_spans, plan_requests
 from tiercache.waiting import SYSTEM_CLOCK
 
 
@@ -149,12 +149,7 @@ class LocalFolder(Store):
         check_spans(spans)
         end_s = None if deadline_s is None else SYSTEM_CLOCK.monotonic() + deadline_s
         with self._opened(key, "read_into") as fd:
-            info = file_info(key, os.fstat(fd))
-            if if_match is not None and info.etag != if_match:
-                raise ObjectChanged(url=self._at(key), expected=if_match, found=info.etag)
-            last = max((span.end for span, _ in spans), default=0)
-            if last > info.n_bytes:
-                raise StoreError(f"a range ends at byte {last}, the object at byte {info.n_bytes}", url=self._at(key))
+            check_read(file_info(key, os.fstat(fd)), spans, if_match, self._at(key))
             for request in plan_requests(spans, _SIZES):
                 if cancel is not None and cancel.is_set():
                     raise StoreError("read_into: cancelled", url=self._at(key), retryable=True)
@@ -278,7 +273,10 @@ class LocalFolder(Store):
         *above, name = check_key(folder).split("/")
         gone = suppress(FileNotFoundError, NotADirectoryError)
         with self._errors(folder, "remove_empty"), gone, open_folder(self.root, above) as folder_fd:
-            _remove_empty(name, folder_fd)
+            for _, inner_names, _, inner_fd in os.fwalk(name, topdown=False, dir_fd=folder_fd):
+                for inner in inner_names:
+                    _rmdir(inner, inner_fd)
+            _rmdir(name, folder_fd)
 
     def copy(self, src: str, dst: str) -> ObjectInfo:
         """Copy inside the kernel, and share blocks if the file system supports it."""
@@ -346,24 +344,12 @@ class LocalFolder(Store):
             yield file, name
 
 
-def _remove_empty(name: str, above_fd: int) -> None:
-    """Remove an empty folder below an open one: see LocalFolder.remove_empty().
-
-    Raises FileNotFoundError if it is missing.
-    """
-    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above_fd)
-    try:
-        with os.scandir(fd) as entries:
-            inner = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-        for folder in inner:
-            with suppress(FileNotFoundError, NotADirectoryError):
-                _remove_empty(folder, fd)
-    finally:
-        os.close(fd)
+def _rmdir(name: str, above_fd: int) -> None:
+    """Remove a folder if it is an empty folder."""
     try:
         os.rmdir(name, dir_fd=above_fd)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR):
             raise
 
 

@@ -11,11 +11,11 @@ from itertools import count
 from threading import Event, Lock
 from typing import cast
 
-from tiercache.errors import NotFound, ObjectChanged, StoreError
+from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.contract import Buffer, SequentialUpload, Span, Store, Upload, check_key
-from tiercache.store.range_reads import check_spans
+from tiercache.store.range_reads import check_read, check_spans
 
 
 class _Bucket:
@@ -103,13 +103,9 @@ class MemoryStore(Store):
     ) -> None:
         check_spans(spans)
         data, info = self._object(key)
-        if if_match is not None and info.etag != if_match:
-            raise ObjectChanged(url=self._at(key), expected=if_match, found=info.etag)
+        check_read(info, spans, if_match, self._at(key))
         if cancel is not None and cancel.is_set():
             raise StoreError("read_into: cancelled", url=self._at(key), retryable=True)
-        last = max((span.end for span, _ in spans), default=0)
-        if last > len(data):
-            raise StoreError(f"a range ends at byte {last}, the object at byte {len(data)}", url=self._at(key))
         view = memoryview(data)
         for span, buffer in spans:
             buffer[:] = view[span.start : span.end]

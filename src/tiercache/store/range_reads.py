@@ -12,8 +12,8 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from tiercache.errors import StoreError
-from tiercache.model import ByteRange
+from tiercache.errors import ObjectChanged, StoreError
+from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store.contract import Buffer, Span
 from tiercache.store.retry import CallLimit
 
@@ -27,6 +27,15 @@ def check_spans(spans: Sequence[Span]) -> None:
             )
         if buffer.readonly or not buffer.c_contiguous or buffer.itemsize != 1 or buffer.ndim != 1:
             raise ValueError(f"the buffer of [{span.start}, {span.end}) must be writable, contiguous, flat bytes")
+
+
+def check_read(info: ObjectInfo, spans: Sequence[Span], if_match: str | None, url: str) -> None:
+    """Raise ObjectChanged if the object does not match if_match, and StoreError if a range ends beyond the object."""
+    if if_match is not None and info.etag != if_match:
+        raise ObjectChanged(url=url, expected=if_match, found=info.etag)
+    last = max((span.end for span, _ in spans), default=0)
+    if last > info.n_bytes:
+        raise StoreError(f"a range ends at byte {last}, the object at byte {info.n_bytes}", url=url)
 
 
 @dataclass(frozen=True, slots=True)
