@@ -79,7 +79,7 @@ def test_text_modes_and_compression_work_as_in_fsspec(fs, source):
     with fs.open("/b/t.txt.gz", "rt", compression="infer", encoding="latin-1") as file:
         assert list(file) == ["grün\n", "rot\n"]
     assert fs.read_text("/b/t.txt.gz", compression="infer", encoding="latin-1") == "grün\nrot\n"
-    with fsspec.open("tiercache::counted://b/t.txt.gz", compression="infer", cache=fs._cache) as file:
+    with fsspec.open("tiercache::counted://b/t.txt.gz", compression="infer", cache=fs.cache) as file:
         assert file.read() == "grün\nrot\n".encode("latin-1")
     type(fs).clear_instance_cache()
 
@@ -129,7 +129,7 @@ def test_threads_fetch_each_byte_of_an_object_once(fs, source, path, monkeypatch
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(read, range(8)))
-    assert source.n_bytes_read() == fs._cache.stats()["bytes_fetched"] <= len(DATA)
+    assert source.n_bytes_read() == fs.cache.stats()["bytes_fetched"] <= len(DATA)
 
 
 def test_threads_share_an_open_file(fs, path):
@@ -159,7 +159,7 @@ def test_a_forked_child_continues_open_files(fs, source, path):
 
 def _read_there(fs, path, sent):
     data = fs.cat_file(path)
-    stats = fs._cache.stats()
+    stats = fs.cache.stats()
     fs.close()
     sent.put((data, stats["bytes_fetched"]))
 
@@ -226,5 +226,5 @@ def test_the_configured_cache_is_the_default(source, path, tmp_path, monkeypatch
     monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(tmp_path / "configured"))
     fs = fsspec.filesystem("tiercache", target_protocol="counted", skip_instance_cache=True)
     assert fs.cat_file(path) == DATA
-    assert fs._cache.path == tmp_path / "configured"
+    assert fs.cache.path == tmp_path / "configured"
     fs.close()

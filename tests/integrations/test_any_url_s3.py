@@ -92,7 +92,7 @@ def _read_there(fs, path, together, sent):
     together.wait()
     data = fs.cat_file(path)
     fs.close()
-    fs._cache.close()
+    fs.cache.close()
     sent.put(data == DATA)
 
 

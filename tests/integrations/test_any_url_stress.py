@@ -51,7 +51,7 @@ def _read_there(folder, seed, done):
 
     with ThreadPoolExecutor(N_THREADS) as pool:
         n_read = sum(pool.map(work, range(seed, seed + N_THREADS)))
-    stats = fs._cache.stats()
+    stats = fs.cache.stats()
     fs.close()
     done.put((n_read, stats["evicted"], stats["bytes_used"] <= stats["limit_bytes"]))
 

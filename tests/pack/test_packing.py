@@ -239,7 +239,7 @@ class TestJsonLines:
         self.write(tmp_path / "a.jsonl")
         whole = (tmp_path / "a.jsonl").read_bytes()
         for part_bytes in (1, 7, 60, len(whole) - 1, len(whole)):
-            monkeypatch.setattr(jsonl, "_SPLIT_BYTES", part_bytes)
+            monkeypatch.setattr(jsonl, "SPLIT_BYTES", part_bytes)
             pack(tmp_path / "a.jsonl", tmp_path / "out", mode="overwrite")
             self.check(tmp_path / "out")
 
@@ -360,7 +360,7 @@ class TestProcesses:
         return path
 
     def test_several_processes_keep_the_order_of_the_source(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(jsonl, "_SPLIT_BYTES", 5000)
+        monkeypatch.setattr(jsonl, "SPLIT_BYTES", 5000)
         self.lines(tmp_path / "a.jsonl")
         progress = []
         version = pack(tmp_path / "a.jsonl", tmp_path / "out", jobs=2, shard_size=2000, on_progress=progress.append)
@@ -369,7 +369,7 @@ class TestProcesses:
         assert progress[-1].n_records == 4000
 
     def test_an_error_in_a_worker_process_leaves_nothing(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(jsonl, "_SPLIT_BYTES", 5000)
+        monkeypatch.setattr(jsonl, "SPLIT_BYTES", 5000)
         with self.lines(tmp_path / "a.jsonl").open("a") as file:
             file.write('{"x": "bad", "text": ""}\n')
         with pytest.raises(SchemaError, match=r"column 'x': .*a\.jsonl, line 4001: expected int64, got a str"):
@@ -377,7 +377,7 @@ class TestProcesses:
         assert is_empty(tmp_path / "out")
 
     def test_a_killed_worker_process_is_an_error_and_leaves_nothing(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(jsonl, "_SPLIT_BYTES", 5000)
+        monkeypatch.setattr(jsonl, "SPLIT_BYTES", 5000)
         self.lines(tmp_path / "a.jsonl")
         plan = plan_pack(tmp_path / "a.jsonl", tmp_path / "out", PackOptions(jobs=2, shard_size=20_000))
 

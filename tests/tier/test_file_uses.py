@@ -116,7 +116,7 @@ def test_every_way_to_read_through_tiercache_counts(tiers, tmp_path, verb):
 
 def test_what_a_file_system_reads_itself_counts_too(tiers):
     fs = fsspec.filesystem("tiercache", target_protocol="file", cache=tiers.cache)
-    fs._cache, fs._is_uncached = None, True
+    fs.cache, fs._is_uncached = None, True
     assert fs.cat_file(str(tiers.root / "store" / KEYS[0])) == KEYS[0].encode() * 100
     assert tiers.decide() == ([KEYS[1]], {})
 

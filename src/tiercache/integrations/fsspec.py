@@ -225,6 +225,9 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
     Opening a file sends one request to the target for the object's identity: its ETag, version, or size and date.
     Cached bytes of that identity are read locally. A changed object is another copy, and an object without an identity
     bypasses the cache. Writes go to the target and drop the cached copy. Safe for threads and fork-safe.
+
+    Attributes:
+        cache: Cache through which files are read; None before the first read, if the default cache is used.
     """
 
     protocol: ClassVar[str] = "tiercache"
@@ -276,7 +279,7 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
             if target_protocol is None
             else _target_of_protocol(target_protocol, dict(target_options or {}))
         )
-        self._cache, self._cache_dir, self._cache_size = cache, cache_dir, cache_size
+        self.cache, self._cache_dir, self._cache_size = cache, cache_dir, cache_size
         self._is_uncached = False
         self._stores: dict[str, CachedStore] = {}
         self._strip_protocol = self._strip_target_protocol  # fsspec also calls the class method, which has no target
@@ -356,10 +359,10 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
 
     def _open_cache(self) -> Cache | None:
         """Return the cache; None, with a warning, if the default cache cannot be opened: the user did not name it."""
-        if self._cache is None and not self._is_uncached:
+        if self.cache is None and not self._is_uncached:
             size = None if self._cache_size is None else str(self._cache_size)
             try:
-                self._cache = Cache.default(path=self._cache_dir, size=size)
+                self.cache = Cache.default(path=self._cache_dir, size=size)
             except OSError as error:
                 if self._cache_dir is not None:
                     raise
@@ -370,7 +373,7 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
                     RuntimeWarning,
                     stacklevel=2,
                 )
-        return self._cache
+        return self.cache
 
     def open_many(self, open_files: Any) -> list[Any]:
         """Open the files of an fsspec.OpenFiles in parallel; fsspec calls this in `with open_files as files`."""

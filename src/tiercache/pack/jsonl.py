@@ -18,7 +18,7 @@ from tiercache.shard.schema import Ragged, Schema, UserType
 SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".json")
 _SCALARS = {bool: "bool", int: "int64", float: "float64", str: "str"}
 _SAMPLE_RECORDS = 1000
-_SPLIT_BYTES = 64 << 20
+SPLIT_BYTES = 64 << 20
 _BATCH_RECORDS = 4096
 
 
@@ -153,7 +153,7 @@ def split_files(found: Sequence[SourceFile]) -> tuple[InputSplit, ...]:
     """Return the splits of files: byte ranges of plain files, and whole gzipped files."""
     splits = []
     for file in found:
-        step = max(file.n_bytes, 1) if _is_gzipped(file.path) else _SPLIT_BYTES
+        step = max(file.n_bytes, 1) if _is_gzipped(file.path) else SPLIT_BYTES
         for start in range(0, file.n_bytes, step):
             end = min(start + step, file.n_bytes)
             splits.append(InputSplit(file.path, start, end, end - start))
