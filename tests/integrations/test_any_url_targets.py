@@ -64,7 +64,7 @@ def test_files_are_read_inside_a_running_event_loop(make, source, path):
 
 
 def cache_of(make):
-    return make()._cache
+    return make().cache
 
 
 def test_the_repr_of_a_file_contains_no_password(make, cache):

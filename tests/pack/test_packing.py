@@ -397,16 +397,16 @@ class TestProcesses:
             pack(photos, "memory://test-pack-jobs", jobs=2)
 
     def test_a_killed_pack_leaves_no_data_set_and_needs_no_clean_up(self, tmp_path):
-        self.lines(tmp_path / "a.jsonl", 12_000)
+        self.lines(tmp_path / "a.jsonl", 6_000)
         code = "import sys, os, signal; from tiercache.pack import pack\n"
         code += "pack(sys.argv[1], sys.argv[2], shard_size=20_000, block_size=2000, "
-        code += "on_progress=lambda p: p.n_records > 5000 and os.kill(os.getpid(), signal.SIGKILL))"
+        code += "on_progress=lambda p: p.n_records > 2500 and os.kill(os.getpid(), signal.SIGKILL))"
         done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.jsonl", tmp_path / "out"])
         assert done.returncode == -signal.SIGKILL
         with pytest.raises(NotFound):
             latest(open_store(tmp_path / "out"))
         pack(tmp_path / "a.jsonl", tmp_path / "out")
-        assert [r["x"] for r in read(tmp_path / "out")] == list(range(12_000))
+        assert [r["x"] for r in read(tmp_path / "out")] == list(range(6_000))
 
 
 def test_a_commit_with_a_lost_answer_deletes_no_shard(photos, tmp_path, monkeypatch):
