@@ -113,8 +113,10 @@ class ObjectReader:
                 lease.prefetch([self._until(byte_range, ahead_bytes)])
             if not (lease.present([byte_range]) or lease.wait([byte_range])):
                 return False
-            block = self._until(byte_range, min(ahead_bytes, BLOCK_BYTES))
-            if self._read_block(block if lease.present([block]) else byte_range, buffer, self._read_copy):
+            block = self._until(byte_range, min(ahead_bytes, BLOCK_BYTES)) if ahead_bytes else byte_range
+            if ahead_bytes and not lease.present([block]):
+                block = byte_range
+            if self._read_block(block, buffer, self._read_copy):
                 return True
             lease.close()
             self._lease = self.store.open_copy(self._spec)

@@ -217,8 +217,10 @@ class LocalFolder(Store):
 
         def visit(key: str, entry: os.DirEntry[str]) -> None:
             if entry.is_file(follow_symlinks=False):
-                with suppress(FileNotFoundError):  # deleted after the folder was read
+                try:  # noqa: SIM105 - a context manager for each file takes 10 % of a listing
                     found.append(file_info(key, entry.stat(follow_symlinks=False)))
+                except FileNotFoundError:
+                    pass  # deleted after the folder was read
 
         for _ in self._walk("list", check_key(prefix.removesuffix("/")) if prefix else "", visit):
             yield from found
