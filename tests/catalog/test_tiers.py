@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from tiercache.catalog.tiers import CatalogEntry, JournalObject, JournalRow, TierCatalog
+from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject, TierCatalog
 
-OBJECTS = (JournalObject("a/1", 10, '"e"', 5.5, 7), JournalObject("a/.metadata", 1, None, None, None, "hot"))
+OBJECTS = (PlannedObject("a/1", 10, '"e"', 5.5, 7), PlannedObject("a/.metadata", 1, None, None, None, "hot"))
 ROW = JournalRow(
     "plan", 1, "a", "checkpoint", "move", "hot", "cold", "/nvme", "s3://cold", "s3://home", "sha", "rules[1]", "begun",
     0.0, 0.0, OBJECTS, "", 100.0,

@@ -16,13 +16,15 @@ from tiercache.errors import NotFound
 from tiercache.store import MemoryStore, Store
 from tiercache.testing import Fault, FaultStore
 from tiercache.tier.model import Move, Plan, PlannedObject, PlannedTier
-from tiercache.tier.move.deletions import DeletionGuard
+from tiercache.tier.move.checks import MoveContext
+from tiercache.tier.move.deletions import DeletionGuard, settle
+from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.lock import TierLock
-from tiercache.tier.move.mover import Mover
-from tiercache.tier.move.transfer import Transfer
+from tiercache.tier.move.mover import open_mover
 from tiercache.tier.placement import log
 from tiercache.tier.rules import RuleFile, load_rule_file
 from tiercache.tier.stores import Stores
+from tiercache.waiting import SYSTEM_CLOCK
 
 NOW_S = 1_800_000_000.0
 GRACE_S = 86_400.0
@@ -133,25 +135,25 @@ class World:
     # -- moving -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def opened(self, *, lock: TierLock | None = None) -> Iterator[Mover]:
+    def opened(self, *, lock: TierLock | None = None) -> Iterator[MoveContext]:
         file = self.file
         archives = {name: self.inner[name] for name in TIERS if isinstance(self.inner[name], DiskBucket)}
         with (
             Stores(file, stores=self.faulty, archives=archives) as stores,
             TierCatalog(self.catalog_path) as catalog,
-            Transfer(stores, jobs=2) as transfer,
+            open_mover(file, stores, catalog, clock=lambda: self.now_s, lock=lock) as context,
         ):
-            yield Mover(
-                file, stores, catalog, transfer, clock=lambda: self.now_s, lock=lock, take_guard=lambda _: self.survey
-            )
+            yield context
 
     def apply(self, plan: Plan, **kwargs):
-        with self.opened() as mover:
-            return mover.apply(plan, **kwargs)
+        with self.opened() as context:
+            return apply_plan(context, plan, **kwargs)
 
-    def settle(self, now_s: float | None = None):
-        with self.opened() as mover:
-            return mover.settle(now_s)
+    def settle(self, context: MoveContext | None = None, **kwargs):
+        if context is not None:
+            return settle(context, guard=(self.survey, SYSTEM_CLOCK.monotonic()), **kwargs)
+        with self.opened() as opened:
+            return self.settle(opened, **kwargs)
 
     def later(self, seconds: float = GRACE_S + 1) -> None:
         self.now_s += seconds

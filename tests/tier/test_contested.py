@@ -1,15 +1,14 @@
 """What somebody writes where a copy is on its way is his, and stays."""
 
-import time
-
 import pytest
 from tests.tier.jobs import fill
 from tests.tier.world import World
 
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.store import LocalFolder
-from tiercache.tier.move.mover import Mover
-from tiercache.tier.move.transfer import Transfer
+from tiercache.tier.move.deletions import settle
+from tiercache.tier.move.executor import apply_plan
+from tiercache.tier.move.mover import open_mover
 from tiercache.tier.stores import Stores
 
 KEY, MINE = "files/a.bin", b"written while a copy was under way"
@@ -37,12 +36,11 @@ def test_an_object_that_comes_while_a_copy_is_made_is_not_overwritten(tmp_path, 
         with (
             Stores(file, stores={"archive": cold}) as stores,
             TierCatalog(tmp_path / "state" / "tiers.sqlite") as catalog,
-            Transfer(stores) as transfer,
+            open_mover(file, stores, catalog) as context,
         ):
-            mover = Mover(file, stores, catalog, transfer)
-            applied = mover.apply(plan)
+            applied = apply_plan(context, plan)
             world.days_pass(1.5)
-            mover.settle(time.time())
+            settle(context)
     assert [one.path for one in applied.stopped] == [KEY]
     assert world.path("cold", KEY).read_bytes() == MINE
     assert world.path("hot", KEY).exists()

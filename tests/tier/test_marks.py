@@ -11,8 +11,8 @@ from tests.tier.test_run import DAY_S, RULES, Tiers
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.store import LocalFolder
 from tiercache.testing import Fault, FaultStore
-from tiercache.tier.move.mover import DONE, PARTLY, Mover, catalog_path, run_once
-from tiercache.tier.move.transfer import Transfer
+from tiercache.tier.move.executor import apply_plan
+from tiercache.tier.move.mover import DONE, PARTLY, catalog_path, open_mover, run_once
 from tiercache.tier.stores import MARKER_KEY, Stores, ensure_marker, unavailable_reason
 
 
@@ -228,5 +228,9 @@ def test_home_is_missed_too(tiers):
 def apply(tiers, plan):
     file = tiers.file
     places = {tier.name: tier.url for tier in file.tiers}
-    with TierCatalog(catalog_path(file), places) as catalog, Stores(file) as stores, Transfer(stores) as transfer:
-        return Mover(file, stores, catalog, transfer).apply(plan)
+    with (
+        TierCatalog(catalog_path(file), places) as catalog,
+        Stores(file) as stores,
+        open_mover(file, stores, catalog) as context,
+    ):
+        return apply_plan(context, plan)

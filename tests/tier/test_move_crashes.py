@@ -171,8 +171,8 @@ def test_a_copy_that_a_sleeping_process_may_still_delete_does_not_count(world):
     world.inner["standard"].put(f"_tiercache/tier.lock/{7:020d}", sleeper.encode())
     with (
         TierLock(world.inner["standard"], lifetime_s=1.0, clock=FakeClock()) as lock,
-        world.opened(lock=lock) as mover,
+        world.opened(lock=lock) as context,
     ):
-        settled = mover.settle()
+        settled = world.settle(context)
     assert "may still delete this copy" in settled.stopped[0].reason
     assert world.where("f") == ["standard", "archive"]

@@ -8,6 +8,7 @@ from tests.tier.moving import GRACE_S, PARTS, HookAt, Killed, World, checkpoint,
 
 from tiercache.testing import Fault
 from tiercache.tier.move.deletions import DeletionGuard
+from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.placement import log
 
 
@@ -315,9 +316,9 @@ def test_a_pin_that_comes_while_a_plan_is_applied_keeps_its_class(tmp_path):
 def test_a_rule_file_that_cannot_be_read_by_now_moves_nothing(world):
     world.put("standard", "f")
     plan = world.plan(world.move("f", "standard", "archive"))
-    with world.opened() as mover:
+    with world.opened() as context:
         (world.root / "tiercache.toml").write_text("[[pins")
-        assert "expected to read the pins anew" in mover.apply(plan).stopped[0].reason
+        assert "expected to read the pins anew" in apply_plan(context, plan).stopped[0].reason
     assert world.where("f") == ["standard"]
 
 
@@ -435,7 +436,7 @@ def test_an_archived_copy_that_nobody_has_verified_is_not_replaced_by_a_source_t
     world.put("standard", *keys)
     path = keys[0].rpartition("/")[0] or keys[0]
     move = world.move(path, "standard", "archive", keys=keys, kind="checkpoint" if len(keys) > 1 else "file")
-    move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))
+    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
     with HookAt("tier_move.copied"), pytest.raises(Killed):
         world.apply(world.plan(move, name="1"))
     file = world.inner["standard"]._path(keys[0])
@@ -455,7 +456,7 @@ def test_a_copy_of_what_another_tier_had_is_not_replaced(world, is_dropped):
         world.later()
         assert world.settle().done == 1
     move = world.move("f", "standard", "archive", number=2)
-    move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))
+    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
     assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
     assert "archive" in world.where("f")
 
@@ -466,7 +467,7 @@ def test_a_copy_whose_source_was_dropped_is_not_replaced(world):
     world.settle()
     world.inner["standard"].put("f", b"anew")
     move = world.move("f", "standard", "archive")
-    move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))
+    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
     assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
     assert world.where("f") == ["archive"]
 
@@ -478,7 +479,7 @@ def test_a_copy_whose_source_somebody_removed_is_not_replaced(world):
     assert world.settle().done == 1
     world.inner["standard"].put("f", b"anew")
     move = world.move("f", "standard", "archive")
-    move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))
+    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
     assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
     assert world.where("f") == ["archive"]
 
@@ -490,6 +491,6 @@ def test_a_copy_whose_move_was_found_done_is_not_replaced(world):
     assert world.apply(plan).done == 1
     world.inner["standard"].put("f", b"anew")
     move = world.move("f", "standard", "archive")
-    move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))
+    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
     assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
     assert world.where("f") == ["archive"]

@@ -194,6 +194,7 @@ def test_a_source_that_is_another_by_now_gets_no_readers_of_the_old_one(world):
 def test_what_is_in_use_is_asked_anew_where_copies_took_long_to_read(world, monkeypatch):
     monkeypatch.setattr("tiercache.tier.move.deletions._BATCH_LIMITS", BatchLimits(64, 1000, 1500))
     monkeypatch.setattr("tiercache.tier.move.deletions._GUARD_S", -1.0)
+    monkeypatch.setattr("tiercache.tier.move.deletions.take_deletion_guard", lambda *_: world.survey)
     moved_away(world, "f", "g")
     world.later()
 
@@ -210,8 +211,8 @@ def test_what_was_read_back_is_told_while_it_is_read_and_in_the_sum(world):
     moved_away(world, "f", "g")
     world.later()
     told = []
-    with world.opened() as mover:
-        assert mover.settle(on_progress=told.append).proof_bytes == 2000
+    with world.opened() as context:
+        assert world.settle(context, on_progress=told.append).proof_bytes == 2000
     assert sorted((one.done_bytes, one.n_bytes, one.n_moves) for one in told) == [(1000, 2000, 2), (2000, 2000, 2)]
 
 

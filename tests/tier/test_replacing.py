@@ -13,6 +13,15 @@ from tiercache.testing import WrapperStore
 SIZES = pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
 SOURCES = pytest.mark.parametrize("src", ["hot", "standard"])
 THEIRS = b"theirs"
+OLD_ETAG = '"0123456789abcdef0123456789abcdef"'
+
+
+def last_look_sees(here, monkeypatch, etag):
+    """Somebody replaces the object after the mover has looked at it for the last time."""
+    head = here.stores.head
+    monkeypatch.setattr(
+        here.stores, "head", lambda n, k: replace(head(n, k), etag=etag) if n == "other" else head(n, k)
+    )
 
 
 @pytest.mark.s3
@@ -44,25 +53,25 @@ def test_what_came_since_is_not_overwritten(bucket, src, data):  # noqa: F811
 @SOURCES
 def test_what_came_after_the_last_look_is_kept_by_the_server(s3_server, tmp_path, monkeypatch, src, data):
     """SeaweedFS looks at If-Match of all three requests; moto at that of a put alone."""
-    monkeypatch.setattr("tiercache.tier.move.transfer.check_over", lambda *_: None)
     here = Bucket(s3_server, tmp_path)
+    last_look_sees(here, monkeypatch, OLD_ETAG)
     with here.transfer, here.stores:
         here.stores.store("other").put("a", THEIRS)
         here.stores.store(src).put("a", data)
         with pytest.raises(ObjectChanged):
-            here.copy(src, "other", replaces='"0123456789abcdef0123456789abcdef"')
+            here.copy(src, "other", replaces=OLD_ETAG)
         assert here.stores.store("other").get("a") == THEIRS
 
 
 @pytest.mark.s3
 def test_moto_keeps_what_came_after_the_last_look_where_it_is_put_whole(moto_server, tmp_path, monkeypatch):
-    monkeypatch.setattr("tiercache.tier.move.transfer.check_over", lambda *_: None)
     here = Bucket(moto_server, tmp_path)
+    last_look_sees(here, monkeypatch, OLD_ETAG)
     with here.transfer, here.stores:
         here.stores.store("other").put("a", THEIRS)
         here.stores.store("hot").put("a", SMALL)
         with pytest.raises(ObjectChanged):
-            here.copy("hot", "other", replaces='"0123456789abcdef0123456789abcdef"')
+            here.copy("hot", "other", replaces=OLD_ETAG)
         assert here.stores.store("other").get("a") == THEIRS
 
 
@@ -71,7 +80,7 @@ def test_moto_keeps_what_came_after_the_last_look_where_it_is_put_whole(moto_ser
 def test_where_what_was_seen_is_gone_that_is_an_error_that_says_so(bucket, data):  # noqa: F811
     bucket.stores.store("hot").put("a", data)
     with pytest.raises(ObjectChanged):
-        bucket.copy("hot", "other", replaces='"0123456789abcdef0123456789abcdef"')
+        bucket.copy("hot", "other", replaces=OLD_ETAG)
 
 
 @pytest.mark.s3
@@ -118,7 +127,7 @@ def test_the_mover_says_which_copy_it_replaces(tmp_path):
     world.inner["standard"].put("f", b"anew")
     world.faulty["archive"] = Contested(world.inner["archive"])
     move = world.move("f", "standard", "archive")
-    move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))
+    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
     assert "not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
     assert world.inner["archive"].get("f") == THEIRS
     assert world.inner["standard"].get("f") == b"anew"
@@ -129,6 +138,6 @@ def test_the_mover_replaces_a_copy_that_is_as_it_was_made(tmp_path):
     moved_away(world, "f")
     world.inner["standard"].put("f", b"anew")
     move = world.move("f", "standard", "archive")
-    move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))
+    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
     assert world.apply(world.plan(move, name="2")).stopped == ()
     assert world.inner["archive"].get("f") == b"anew"

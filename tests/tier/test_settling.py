@@ -304,9 +304,9 @@ def test_a_pin_that_is_missing_from_the_file_by_now_holds_for_the_run_that_began
     moved_away(world, "f")
     world.later()
     world.write_rules(PIN)
-    with world.opened() as mover:
+    with world.opened() as context:
         world.write_rules()
-        settled = mover.settle()
+        settled = world.settle(context)
     assert "the paper" in settled.stopped[0].reason
     assert world.where("f") == ["standard", "archive"]
 

@@ -236,7 +236,7 @@ def test_a_process_that_ends_asks_nothing_of_a_store_that_failed():
     home.put("_tiercache/tiers.json", b"{}")
     recorder = UseRecorder(LocationResolver(home, {}))
     recorder.note("a")
-    LocationResolver.placement_once(recorder._places)
+    LocationResolver.placement_once(recorder._resolver)
     assert not recorder.report()
     before = len(home.calls)
     recorder.close_at_exit()

@@ -370,7 +370,7 @@ class Database:
         """Hold the lock file: one process at a time opens or replaces the file, so no database meets an old log."""
         fd = open_file(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
         try:
-            wait_for(lambda: _try_lock(fd), BUSY_S)
+            wait_for(lambda: try_lock(fd), BUSY_S)
             yield
         finally:
             os.close(fd)
@@ -424,12 +424,13 @@ def _inode(path: Path) -> int:
         return 0
 
 
-def _try_lock(fd: int) -> bool:
+def try_lock(fd: int) -> bool:
+    """Take the exclusive lock of an open file. Return False if another process holds it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without flock: SQLite's own locks still hold
+    except OSError:  # a file system without flock
         return True
     return True
 

@@ -260,14 +260,23 @@ class CatalogEntry(NamedTuple):
         return bool(self.made_from) and self.etag is None and self.crc32c is None
 
 
-class JournalObject(NamedTuple):
-    """An object of a journaled move, as it must still be. where: Name of its tier, if the move covers several tiers."""
+class PlannedObject(NamedTuple):
+    """An object of a move, as it was listed. The mover does not move an object that has changed since.
+
+    Attributes:
+        key: Key relative to the tier's URL.
+        n_bytes: Size.
+        etag: ETag of the store; None: the store gives none.
+        modified_s: Modification time, in seconds since the epoch.
+        crc32c: CRC-32C, if the store, the manifest or the catalog knows it.
+        where: Name of its tier, in the journal of a move that covers several tiers.
+    """
 
     key: str
     n_bytes: int
-    etag: str | None
-    modified_s: float | None
-    crc32c: int | None
+    etag: str | None = None
+    modified_s: float | None = None
+    crc32c: int | None = None
     where: str = ""
 
 
@@ -302,7 +311,7 @@ class JournalRow:
     state: MoveState
     since_s: float
     due_s: float
-    objects: tuple[JournalObject, ...]
+    objects: tuple[PlannedObject, ...]
     note: str
     changed_s: float
 
@@ -477,5 +486,5 @@ def _values(row: JournalRow) -> tuple[object, ...]:
 
 def _row(values: tuple[object, ...]) -> JournalRow:
     named = dict(zip((field.name for field in fields(JournalRow)), values, strict=True))
-    objects = tuple(JournalObject(*one) for one in json.loads(str(named["objects"])))
+    objects = tuple(PlannedObject(*one) for one in json.loads(str(named["objects"])))
     return JournalRow(**(named | {"objects": objects}))  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import numpy as np
@@ -39,9 +38,10 @@ from tiercache.tier import restore as restoring
 from tiercache.tier.costs import Sizes, month_dollars
 from tiercache.tier.inventory.listing import keys_of
 from tiercache.tier.model import KINDS, READABLE, SHARD, Move, Plan, Refusal, Snapshot
-from tiercache.tier.move.mover import ApplyResult, Mover, RunReport, StoppedMove, run_once
+from tiercache.tier.move.checks import ApplyResult, StoppedMove
+from tiercache.tier.move.executor import apply_plan
+from tiercache.tier.move.mover import RunReport, open_mover, run_once
 from tiercache.tier.move.placement_updates import track_planned
-from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.plan.plan import make_plan, read_plan, write_plan
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.plan.tables import paths_of, total_moves, totals_by_route
@@ -210,13 +210,8 @@ def apply(output: Output, file: Path, rules: Path | None, max_rows: int, *, yes:
 
 def execute_plan(output: Output, tiers: OpenTiers, plan: Plan) -> ApplyResult:
     """Make a plan's moves with a progress bar, and print the moves that were stopped, with the reason."""
-    cancel, tiering = Event(), tiers.file.tiering
-    with (
-        Transfer(tiers.stores, jobs=tiering.jobs, rate_bytes_s=tiering.rate_bytes_s, cancel=cancel) as transfer,
-        output.byte_progress("moving") as advance,
-    ):
-        mover = Mover(tiers.file, tiers.stores, tiers.catalog, transfer, cancel=cancel)
-        applied = mover.apply(plan, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
+    with output.byte_progress("moving") as advance, open_mover(tiers.file, tiers.stores, tiers.catalog) as context:
+        applied = apply_plan(context, plan, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
     print_stopped(output, applied.stopped)
     return applied
 

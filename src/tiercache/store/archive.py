@@ -55,7 +55,7 @@ _SETTINGS = {
 }
 # Error codes of a bucket without such a setting.
 _NOT_SET = ("NoSuchLifecycleConfiguration", "ObjectLockConfigurationNotFoundError")
-_PARTS = 10_000
+MOST_PARTS = 10_000  # of one object
 # Metadata that a copy in parts must pass again.
 _Part: TypeAlias = dict[str, Any]
 _Parts: TypeAlias = list[_Part]
@@ -372,7 +372,7 @@ class S3Archive:
             named = {"ChecksumCRC32C": said["ChecksumCRC32C"]} if "ChecksumCRC32C" in said else {}
             return {"PartNumber": number, "ETag": said["ETag"], **named}
 
-        step = max(self._sizes.part_bytes, -(-n_bytes // _PARTS))
+        step = max(self._sizes.part_bytes, -(-n_bytes // MOST_PARTS))
         starts = range(0, n_bytes, step)
         jobs = [(number, start, min(start + step, n_bytes)) for number, start in enumerate(starts, start=1)]
         try:

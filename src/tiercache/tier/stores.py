@@ -56,6 +56,11 @@ def state_of(info: ObjectInfo, now_s: float | None = None) -> int:
     return READABLE
 
 
+def needs_restore(info: ObjectInfo) -> bool:
+    """Return whether an object must be restored before it can be read."""
+    return state_of(info) in (ARCHIVED, RESTORING)
+
+
 def restored_until(info: ObjectInfo) -> float | None:
     """Return the expiry of a restored copy, in seconds since the epoch; None: the store gives none."""
     match = _EXPIRY.search(info.restore or "")
