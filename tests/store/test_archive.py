@@ -340,10 +340,10 @@ def test_a_copy_by_the_server_that_must_be_new_leaves_what_is_there(
     if has_old_boto3:
         monkeypatch.setattr(Boto3Client, "supports", lambda *_args: False)
     put(src, "a", b"x" * PART)
-    assert dst.copy_from(src, "a", "free", if_absent=True).n_bytes == PART
+    assert dst.copy_from(src, "a", "free", replaces=False).n_bytes == PART
     put(dst, "a", b"mine")
     with pytest.raises(ObjectChanged):
-        dst.copy_from(src, "a", "a", if_absent=True)
+        dst.copy_from(src, "a", "a", replaces=False)
     assert dst.head("a").n_bytes == len(b"mine")
     assert dst.copy_from(src, "a", "a").n_bytes == PART
 

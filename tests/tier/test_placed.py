@@ -200,7 +200,7 @@ def test_while_the_copy_at_home_is_kept_it_serves_what_the_other_place_lost(stor
     home.put("a", b"bytes")
     log.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
     store = follow_placement(home, {})
-    store.places.placement_once()
+    store.resolver.placement_once()
     assert store.get("a") == b"bytes"
 
 
@@ -208,7 +208,7 @@ def test_what_is_nowhere_is_not_found_after_one_more_question(stores):
     home, _ = stores("memory", "home")
     counting = CountingStore(home)
     with pytest.raises(NotFound, match="home/data/a"):
-        RedirectingStore(follow_placement(counting, {}).places).get("a")
+        RedirectingStore(follow_placement(counting, {}).resolver).get("a")
     assert [verb for verb, _ in counting.calls] == ["get", "list"]
 
 
@@ -466,7 +466,7 @@ def test_a_shard_that_was_brought_back_while_its_archived_copy_was_asked_is_read
         far = ServedStore(cold, "far")
         moved.move(moved.keys, far, state="archived", storage_class="GLACIER")
         dataset = tc.Dataset(f"{server.url}/home", cache=False)
-        dataset._source.access.placed.places.placement_once()
+        dataset._source.access.placed.resolver.placement_once()
         moved.move(moved.keys, moved.store, src=far, drop=False)
         cold.when(lambda method, path: ARCHIVED if method == "GET" else None)
         assert by_loader(dataset) == ALL

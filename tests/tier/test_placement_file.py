@@ -115,14 +115,14 @@ def test_one_of_more_rows_than_any_is_reported(store, monkeypatch):
 def test_a_mark_that_is_longer_than_any_is_read_no_further_and_is_a_mark(store):
     store.put(TRACKING_MARKER_KEY, b'{"placement": 1, "since": 5}' + b" " * (1 << 20))
     before = store.counters.snapshot()["bytes_read"]
-    assert (log.is_tracked(store), log.adopted_s(store)) == (True, None)
+    assert (log.is_tracked(store), log.tracked_since_s(store)) == (True, None)
     assert store.counters.snapshot()["bytes_read"] - before == 2 * (64 << 10)
 
 
 @pytest.mark.parametrize("since", [b"1e999", b"NaN", b"1" + b"0" * 400, b"[" * 200_000], ids=range(4))
 def test_a_mark_that_says_no_time_that_can_be_is_a_mark_without_one(store, since):
     store.put(TRACKING_MARKER_KEY, b'{"placement":0,"since":' + since + b"}")
-    assert log.adopted_s(store) is None
+    assert log.tracked_since_s(store) is None
     log.commit_placement(store, {"a": row("a")})
     assert log.read_placement(store).find("a") is not None
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from tests.support.clock import FakeClock
 
+from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.prices import Prices, RestorePrice
 from tiercache.store import MemoryStore
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, PlannedObject
 from tiercache.tier.move.transfer import Transfer
-from tiercache.tier.restore import RequestCounts, plan_copy_home, plan_restore, request_restore, wait_restored
+from tiercache.tier.restore import plan_copy_home, plan_restore, request_restore, wait_restored
 from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.stores import Stores, state_of
 
@@ -127,7 +128,7 @@ def test_what_is_on_its_way_costs_nothing_more(world):
     world.archive(a=500_000)
     request_restore(world.stores, world.plan("a"))
     plan = world.plan("a")
-    assert (plan.cost, plan.hours, plan.asked) == (0.0, 5, ())
+    assert (plan.cost, plan.hours, plan.unrequested) == (0.0, 5, ())
 
 
 def test_what_is_restored_takes_no_more_time(world, clock):
@@ -184,8 +185,8 @@ def test_a_command_of_very_many_names_says_that_there_are_more(world):
 
 def test_each_archived_object_is_asked_for_once(world):
     world.archive(a=1, b=1)
-    assert request_restore(world.stores, world.plan("a", "b")) == RequestCounts(started=2)
-    assert request_restore(world.stores, world.plan("a", "b")) == RequestCounts(running=2)
+    assert request_restore(world.stores, world.plan("a", "b")) == {"started": 2}
+    assert request_restore(world.stores, world.plan("a", "b")) == {"running": 2}
     assert sorted(key for key, _, _ in world.vault.asked) == ["a", "b"]
 
 
@@ -200,7 +201,7 @@ def test_what_is_restored_is_asked_to_stay_longer(world, clock):
     world.archive(a=1)
     request_restore(world.stores, world.plan("a"))
     clock.advance(6 * HOUR_S)
-    assert request_restore(world.stores, world.plan("a", days=9)) == RequestCounts(done=1)
+    assert request_restore(world.stores, world.plan("a", days=9)) == {"done": 1}
     assert world.vault.asked[-1] == ("a", 9, "standard")
 
 
@@ -276,11 +277,13 @@ def test_a_shard_is_a_shard(world):
 
 
 @pytest.mark.parametrize(("etag", "crc32c"), [("right", 7), ("of another", None), (None, None)])
-def test_a_promotion_is_held_to_the_checksum_that_the_catalog_knows_of_this_very_object(world, etag, crc32c):
+def test_a_promotion_is_held_to_the_checksum_that_the_catalog_knows_of_this_very_object(world, tmp_path, etag, crc32c):
     world.archive(a=3)
     (archived,) = world.plan("a").objects
-    book = {"a": (archived.n_bytes, archived.etag if etag == "right" else etag, 7, True, None)}
-    (move,) = promoted(world, "a", known=lambda tier: book if tier == "vault" else {}).moves
+    entry = CatalogEntry(archived.n_bytes, archived.etag if etag == "right" else etag, 7)
+    with TierCatalog(tmp_path / "tiers.sqlite") as catalog:
+        catalog.record([("vault", "a", entry)])
+        (move,) = promoted(world, "a", catalog=catalog).moves
     assert move.objects[0].crc32c == crc32c
 
 
@@ -335,7 +338,7 @@ def test_on_moto_an_object_goes_to_glacier_and_comes_home(moto_server, tmp_path,
         stores.store("home").delete(["a"])
         plan = plan_restore(file, stores, ["a"], [FREE, GLACIER])
         assert [one.state for one in plan.objects] == [ARCHIVED]
-        assert request_restore(stores, plan) == RequestCounts(started=1)
+        assert request_restore(stores, plan) == {"started": 1}
         assert state_of(stores.head("vault", "a")) == RESTORING
         assert wait_restored(stores, plan, clock=clock) == ()
         (move,) = plan_copy_home(file, plan, made_s=1.0).moves

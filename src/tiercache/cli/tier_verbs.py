@@ -490,15 +490,15 @@ def _restore(output: Output, tiers: OpenTiers, plan: RestorePlan, options: Resto
     if options.dry_run:
         output.summary(_restore_facts(plan) | {"dry_run": True}, f"would restore {_restore_text(plan)}")
         return 0
-    if plan.asked and not options.yes:
+    if plan.unrequested and not options.yes:
         confirm(f"Restore {_restore_text(plan)}?", "nothing was requested")
-    asked = restoring.request_restore(tiers.stores, plan)
-    n_left = asked.started + asked.running
+    answers = restoring.request_restore(tiers.stores, plan)
+    n_left = answers["started"] + answers["running"]
     if n_left:
         deadline_s = None if options.wait else 0.0  # some stores restore at once
         with output.count_progress("restoring") as advance:
             n_left = len(restoring.wait_restored(tiers.stores, plan, deadline_s=deadline_s, on_progress=advance))
-    facts = _restore_facts(plan) | {"started": asked.started, "running": asked.running, "pending": n_left}
+    facts = _restore_facts(plan) | {"started": answers["started"], "running": answers["running"], "pending": n_left}
     if n_left:
         text = f"{count(n_left, 'object')} being restored{_hours(plan)}; give --wait to wait and to copy them home"
         output.summary(facts, text)
@@ -511,7 +511,7 @@ def _restore(output: Output, tiers: OpenTiers, plan: RestorePlan, options: Resto
 
 def _promote(output: Output, tiers: OpenTiers, plan: RestorePlan, facts: dict[str, Any]) -> int:
     """Copy the restored objects to the home tier; return the exit code."""
-    moves = restoring.plan_copy_home(tiers.file, plan, made_s=time.time(), known=tiers.catalog.checksums)
+    moves = restoring.plan_copy_home(tiers.file, plan, made_s=time.time(), catalog=tiers.catalog)
     applied = execute_plan(output, tiers, moves)
     stopped = len(applied.stopped)
     text = f"{count(len(plan.objects), 'object')}, {format_bytes(plan.n_bytes)}, restored to {tiers.file.home.name}"

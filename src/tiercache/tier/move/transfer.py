@@ -246,8 +246,7 @@ class Transfer:
                 storage_class=self._stores.file.tier(dst).storage_class,
                 if_match=info.etag,
                 crc32c=one.crc32c,
-                if_absent=not request.replaces,
-                over=request.replaced_etag,
+                replaces=request.replaces,
             )
         except ObjectChanged:
             if not request.replaces:
