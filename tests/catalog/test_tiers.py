@@ -22,11 +22,15 @@ def catalog(tmp_path):
         yield catalog
 
 
+def checksums(catalog, tier):
+    return {key: (*values,) for key, *values in (row.values() for row in catalog.checksums(tier).to_pylist())}
+
+
 def test_copies_are_known_by_the_place_that_a_name_stands_for(catalog):
     catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9))])
-    assert catalog.checksums("cold") == catalog.checksums("s3://cold") == {"k": (3, '"e"', 9, True, None)}
+    assert checksums(catalog, "cold") == checksums(catalog, "s3://cold") == {"k": (3, '"e"', 9, True, None)}
     catalog.bind({"cold": "s3://other"})
-    assert catalog.checksums("cold") == {}
+    assert checksums(catalog, "cold") == {}
 
 
 def test_a_copy_that_is_recorded_again_is_the_new_one(catalog):
@@ -39,12 +43,12 @@ def test_a_copy_keeps_when_its_object_was_written_first(catalog):
     copy = CatalogEntry(3, '"e"', 9, written_s=1234.5)
     catalog.record([("cold", "k", copy)])
     assert catalog.entries("cold", ["k"]) == {"k": copy}
-    assert catalog.checksums("cold") == {"k": (3, '"e"', 9, True, 1234.5)}
+    assert checksums(catalog, "cold") == {"k": (3, '"e"', 9, True, 1234.5)}
 
 
 def test_an_object_that_is_known_for_its_date_alone_is_not_verified(catalog):
     catalog.record([("cold", "k", CatalogEntry(3, '"e"', None, written_s=1234.5, verified=False))])
-    assert catalog.checksums("cold") == {"k": (3, '"e"', None, False, 1234.5)}
+    assert checksums(catalog, "cold") == {"k": (3, '"e"', None, False, 1234.5)}
     assert not catalog.entries("cold", ["k"])["k"].verified
 
 
@@ -53,21 +57,21 @@ def test_books_with_other_columns_are_made_anew(catalog):
     with closing(sqlite3.connect(catalog.path)) as db:
         db.execute("CREATE TABLE copies (place TEXT, key TEXT, n_bytes INTEGER, etag TEXT, crc32c INTEGER)")
         db.commit()
-    assert catalog.checksums("cold") == {}
+    assert checksums(catalog, "cold") == {}
     catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9))])
-    assert list(catalog.checksums("cold")) == ["k"]
+    assert list(checksums(catalog, "cold")) == ["k"]
 
 
 def test_a_copy_that_was_only_intended_is_not_verified(catalog):
     catalog.record([("cold", "k", CatalogEntry(3, None, None, made_from="s3://home"))])
-    assert catalog.checksums("cold") == {}
+    assert checksums(catalog, "cold") == {}
     assert catalog.entries("cold", ["k"])["k"].is_intended
 
 
 def test_forgotten_copies_are_gone(catalog):
     catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9)), ("cold", "l", CatalogEntry(3, '"e"', 9))])
     catalog.forget([("cold", "k")])
-    assert list(catalog.checksums("cold")) == ["l"]
+    assert list(checksums(catalog, "cold")) == ["l"]
 
 
 def test_many_copies_are_found_by_key(catalog):

@@ -129,6 +129,8 @@ class Oracle:
 
     def rotted(self, place: str, key: str, data: bytes) -> None:
         """A bit of it has turned."""
+        if self.is_decided:
+            self.removed_late.add(self.group_of[key])
         self.rotten[place, key] = data
         self.spoilt.setdefault(key, set()).add(data)
         self.ever[key].add(data)
@@ -158,6 +160,12 @@ class Oracle:
         """
         self.is_decided = is_decided
         if not is_decided:
+            # What somebody has removed meanwhile may be gone for good: from now on another one is the newest.
+            self.protected = {
+                series: name
+                for series, name in self.protected.items()
+                if name not in self.removed_late or self._whole_in(self.groups[name], self.before)
+            }
             self.pinned_late, self.removed_late = set(), set()
 
     # -- looking ----------------------------------------------------------------------------------------------------

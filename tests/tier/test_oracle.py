@@ -195,6 +195,21 @@ def test_who_removes_what_a_deletion_relies_on_while_it_is_made_loses_both(oracl
     assert "lie nowhere any more" not in found(oracle, picture(hot), day=2)
 
 
+@pytest.mark.parametrize("how", ["removed", "rotted"])
+def test_a_newest_checkpoint_that_people_took_while_it_was_decided_what_goes_is_not_missed_afterwards(oracle, how):
+    without = {key: seen for key, seen in objects(OLD, NEW, FILE).items() if key != "c/2/a"}
+    oracle.decides(is_decided=True)
+    if how == "removed":
+        oracle.removed("hot", "c/2/a")
+    else:
+        oracle.rotted("hot", "c/2/a", b"rot")
+        without["c/2/a"] = Seen(b"rot")
+    oracle.begins(picture(without), DAY_S)
+    assert found(oracle, picture(without)) == ""
+    oracle.decides(is_decided=False)
+    assert found(oracle, picture(without)) == ""
+
+
 @pytest.mark.parametrize("is_decided", [True, False])
 def test_who_removes_a_newer_checkpoint_when_it_is_decided_that_an_older_one_goes_is_too_late(oracle, is_decided):
     whole = objects(OLD, NEW, FILE)

@@ -273,7 +273,7 @@ def unavailable_reason(tier: Tier, store: Store, catalog: TierCatalog) -> str:
     if not tier.is_local:
         return ""
     found, before = read_marker(store), catalog.mark(tier.name)
-    if found is None and before is None and _is_empty(store) and catalog.checksums(tier.name):
+    if found is None and before is None and _is_empty(store) and catalog.has_entries(tier.name):
         return was_seen(store)
     return marker_mismatch(tier.name, store, found, before)
 
@@ -330,7 +330,7 @@ def ensure_marker(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool)
     found = read_marker(store)
     if found is None:
         is_empty = _is_empty(store)
-        if is_empty and catalog.checksums(tier.name):
+        if is_empty and catalog.has_entries(tier.name):
             return was_seen(store)
         if is_empty and not gets:
             return ""
