@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 import pytest
 from tests.support.http_server import HttpFault, HttpFaultServer
 
-from tiercache.store.archive import BucketSettings, S3Archive, open_archive
+from tiercache.store import open_store
+from tiercache.store.archive import BucketSettings, S3Archive
 from tiercache.tier.findings import bucket_findings
 
 EXPIRES = {"Expiration": {"Days": 30}}
@@ -146,7 +147,7 @@ def test_settings_that_may_not_be_read_are_named_and_no_error(status):
     with HttpFaultServer() as server:
         server.when(lambda method, path: HttpFault("status", status))
         options = {"endpoint": server.url, "region": "us-east-1", "access_key_id": "a", "secret_access_key": "b"}
-        archive = open_archive("s3://bucket/train", **options)
+        archive = S3Archive.of(open_store("s3://bucket/train", **options))
         settings = archive.settings()
         archive.close()
     assert set(settings.unread) == {"lifecycle", "versioning", "object lock"}

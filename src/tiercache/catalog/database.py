@@ -244,12 +244,9 @@ class Database:
     ) -> None:
         """Store the arguments; the file is not opened yet.
 
-        Args:
-            path: Path of the file.
-            wal: Whether to use write-ahead logging; otherwise a rollback journal.
-            make_folder: Function that makes the folder of the file.
-            prepare: Function that makes and fills the tables of a new file, inside one transaction.
-            durable: Whether committed data survives a power failure.
+        wal: Write-ahead logging; otherwise a rollback journal. make_folder: Makes the folder of the file. prepare:
+        Makes and fills the tables of a new file, inside one transaction. durable: Committed data survives a power
+        failure.
         """
         self.path = path
         self._wal, self._durable = wal, durable

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from threading import Condition
+from threading import Lock
 from typing import Any, Literal, TypeAlias
 from urllib.parse import quote_plus
 
@@ -16,7 +15,7 @@ from tiercache.config import aws_endpoint_options
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.prices import Speed
-from tiercache.store import CloudStore, open_store
+from tiercache.store import CloudStore
 from tiercache.store.contract import Buffer, Upload, check_key, check_part, parts_in_order
 from tiercache.store.range_reads import worker_pool
 from tiercache.store.retry import CallLimit, CallMonitor, RetryPolicy, with_retries
@@ -35,7 +34,7 @@ from tiercache.store.s3 import (
 )
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
-__all__ = ["BucketSettings", "CopySizes", "RestoreState", "S3Archive", "has_boto3", "open_archive"]
+__all__ = ["BucketSettings", "CopySizes", "RestoreState", "S3Archive", "has_boto3"]
 
 RestoreState: TypeAlias = Literal["started", "running", "done"]
 DeleteFailures: TypeAlias = list[tuple[str, str]]  # (key, reason)
@@ -200,13 +199,10 @@ class S3Archive:
                 return
 
     def create(self, key: str, *, storage_class: str | None = None, if_match: str | None = None) -> S3Upload:
-        """Start an upload whose parts may come in parallel.
+        """Start an upload whose parts may come in parallel. storage_class: None for the store's default.
 
-        Args:
-            key: Key of the object.
-            storage_class: Class of the object; None for the store's default.
-            if_match: ETag of the object to be replaced. If the key has another object or none, complete() raises
-                ObjectChanged, on servers that check this.
+        If the key has another object than that with the ETag `if_match`, or none, complete() raises ObjectChanged, on
+        servers that check this.
         """
         writing = {**self.calls.write_arguments, **({"StorageClass": storage_class} if storage_class else {})}
         takes = all(self.calls.supports(one, "IfMatch") for one in ("PutObject", "CompleteMultipartUpload"))
@@ -240,10 +236,10 @@ class S3Archive:
 
         Args:
             src: Store of the source object.
-            src_key: Key of the source object.
+            src_key: Key of the source object, which must have the ETag `if_match`.
             key: Key of the copy.
             storage_class: Class of the copy; None for the store's default.
-            if_match: ETag that the source object must have.
+            if_match: See src_key.
             crc32c: Known CRC-32C of the bytes. The server is then asked for a CRC-32C of the copy; the answer contains
                 it if the server supports it, and the caller compares the two.
             replaces: False: raise ObjectChanged if the key exists. An ETag: raise ObjectChanged unless the key has the
@@ -363,12 +359,7 @@ class S3Archive:
         return "&".join(f"{quote_plus(tag['Key'])}={quote_plus(tag['Value'])}" for tag in found)
 
     def restore(self, key: str, *, days: int | None, speed: Speed) -> RestoreState:
-        """Request a temporary readable copy of an archived object.
-
-        Args:
-            key: Key of the object.
-            days: Number of days for which the copy stays; None for a class that needs no such number.
-            speed: Retrieval speed.
+        """Request a temporary readable copy of an archived object. days: None for a class that needs no such number.
 
         Returns:
             "started" if this call requested the copy, "running" if a request was active, "done" if the object can be
@@ -456,62 +447,37 @@ class _UploadedPart:
 class S3Upload(Upload):
     """An S3 upload that holds its first part until a second one comes, so that an object of one part takes one request.
 
-    The lock guards the table of parts and the start of the multipart upload; parts are sent outside it. After
-    complete(), `crc32c` is the checksum of the whole object, and `is_confirmed` says whether the server returned a
-    matching checksum of each part. If it did, the object need not be read back.
+    The lock guards the held part, the id and the table of parts; parts are sent outside it. No part may be in flight
+    when complete() or abort() is called. After complete(), `crc32c` is the checksum of the whole object, and
+    `is_confirmed` says whether the server returned a matching checksum of each part. If it did, the object need not be
+    read back.
     """
 
     def __init__(self, archive: S3Archive, key: str, writing: dict[str, Any], *, if_match: str | None = None) -> None:
         """Send nothing yet. writing: Arguments of the request that creates the object: storage class, encryption."""
         self._archive, self._key, self._writing, self._if_match = archive, key, writing, if_match
-        self._changed = Condition()
+        self._lock = Lock()
         self._held: tuple[int, bytes | bytearray] | None = None
         self._upload_id: str | None = None
-        self._is_beginning = False
         self._is_open = True
-        self._n_sending = 0
         self._parts: dict[int, _UploadedPart] = {}
         self.crc32c = 0
         self.is_confirmed = False
 
     def put_part(self, number: int, data: Buffer) -> None:
         """Send the part, or hold a copy of the first one."""
-        with self._changed:
+        with self._lock:
             check_part(self._key, number, is_open=self._is_open)
-            if self._held is None and self._upload_id is None and not self._is_beginning:
+            if self._held is None and self._upload_id is None:
                 self._held = number, bytes(data)
                 return
-            self._n_sending += 1
-        try:
-            upload_id = self._begun()
-            self._send(upload_id, number, data)
-        finally:
-            with self._changed:
-                self._n_sending -= 1
-                self._changed.notify_all()
-
-    def _begun(self) -> str:
-        """Return the id of the multipart upload.
-
-        The first caller starts it and sends the held part; others wait for the id.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: not self._is_beginning)
-            if self._upload_id is not None:
-                return self._upload_id
-            self._is_beginning = True
-        upload_id = None
-        try:
-            request = {**self._writing, "ChecksumAlgorithm": "CRC32C", "ChecksumType": "FULL_OBJECT"}
-            upload_id = str(self._archive.call("create_multipart_upload", self._key, **request)["UploadId"])
-        finally:
-            with self._changed:
-                self._upload_id, self._is_beginning = upload_id, False
-                held, self._held = (self._held, None) if upload_id is not None else (None, self._held)
-                self._changed.notify_all()
+            if self._upload_id is None:
+                request = {**self._writing, "ChecksumAlgorithm": "CRC32C", "ChecksumType": "FULL_OBJECT"}
+                self._upload_id = str(self._archive.call("create_multipart_upload", self._key, **request)["UploadId"])
+            held, self._held = self._held, None
         if held is not None:
-            self._send(upload_id, *held)
-        return upload_id
+            self._send(self._upload_id, *held)
+        self._send(self._upload_id, number, data)
 
     def _send(self, upload_id: str, number: int, data: Buffer) -> None:
         crc = crc32c(data)
@@ -525,7 +491,7 @@ class S3Upload(Upload):
             ChecksumCRC32C=crc32c_to_text(crc),
         )
         is_confirmed = _confirms(answer, crc, body)
-        with self._changed:
+        with self._lock:
             self._parts[number] = _UploadedPart(str(answer["ETag"]), crc, len(body), is_confirmed)
 
     def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
@@ -590,9 +556,8 @@ class S3Upload(Upload):
             self._drop()
 
     def _stop(self) -> bool:
-        with self._changed:
+        with self._lock:
             was_open, self._is_open = self._is_open, False
-            self._changed.wait_for(lambda: not self._n_sending)
             return was_open
 
     def _drop(self) -> None:
@@ -607,20 +572,3 @@ def _confirms(answer: Mapping[str, Any], crc: int, data: bytes | bytearray) -> b
         return crc32c_from_text(str(named)) == crc
     # S3's ETag of an object written by one request without KMS keys.
     return unquoted_etag(answer.get("ETag")) == hashlib.md5(data, usedforsecurity=False).hexdigest()
-
-
-def open_archive(url: str | os.PathLike[str], **storage_options: Any) -> S3Archive:
-    """Return the archive of an `s3://` URL. No request is sent.
-
-    Args:
-        url: URL of a bucket or of a folder in it.
-        **storage_options: Options and credentials, as for open_store().
-
-    Raises:
-        ValueError: The URL is not s3://, an option is unknown, or boto3 is missing (the message names the extra to
-            install).
-    """
-    store = open_store(url, **storage_options)
-    if not isinstance(store, CloudStore):
-        raise ValueError(f"{store.url}: only s3:// has storage classes that can be changed and restored")
-    return S3Archive.of(store)

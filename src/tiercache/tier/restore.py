@@ -102,13 +102,7 @@ def plan_restore(
 ) -> RestorePlan:
     """Plan the restore of some objects. Asks every tier for every key; changes nothing.
 
-    Args:
-        file: Rule file.
-        stores: Stores of the rule file.
-        keys: Keys of the objects, relative to the URLs of the tiers.
-        prices: Prices of each tier; None where they are unknown.
-        speed: "expedited", "standard" or "bulk".
-        days: Days that temporary copies stay; then nothing is copied to the home tier. None: see RestorePlan.
+    keys: Relative to the URLs of the tiers. prices: Of each tier; None where they are unknown. days: See RestorePlan.
 
     Raises:
         NotFound: A key is in no tier.
@@ -232,15 +226,8 @@ def wait_restored(
 ) -> tuple[ArchivedObject, ...]:
     """Wait until all objects of a plan can be read. Return those that cannot at the deadline, or when cancelled.
 
-    The stores are asked at most once a minute, about 16 of the missing objects.
-
-    Args:
-        stores: Stores of the rule file.
-        plan: Plan whose requests were made.
-        clock: Clock of the wait.
-        deadline_s: Maximum wait, in seconds. None: no limit.
-        cancel: Event that ends the wait.
-        on_progress: Function that receives the number of readable objects, and of all objects.
+    The stores are asked at most once a minute, about 16 of the missing objects. deadline_s: Maximum wait; None: no
+    limit. on_progress: Receives the number of readable objects, and of all objects.
 
     Raises:
         NotFound: An object is gone.
@@ -271,14 +258,7 @@ def plan_copy_home(
     """Return a plan that copies restored objects to the home tier. The archived copies stay until a rule deletes them.
 
     Objects of one checkpoint are one move, so that it appears complete. Where the archive is only another storage class
-    of the home, the class is changed.
-
-    Args:
-        file: Rule file.
-        plan: Restore plan whose objects can all be read.
-        made_s: Current time, in seconds since the epoch.
-        to: Name of the destination tier. None: the home tier.
-        catalog: Catalog of this machine, whose checksums the copies must have. None: no checksums are known.
+    of the home, the class is changed. to: Name of another destination tier. catalog: Has checksums for the copies.
     """
     target = file.home if to is None else file.tier(to)
     tiers = tuple(PlannedTier(tier.name, tier.role, tier.url, tier.storage_class) for tier in file.tiers)

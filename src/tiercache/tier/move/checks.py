@@ -19,6 +19,7 @@ import pyarrow as pa
 from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.tier.model import READABLE
+from tiercache.tier.move.transfer import Transfer, find_difference
 from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import RESTORED_FIRST, ensure_marker, needs_restore, state_of
 from tiercache.tier.text_columns import first_match
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from tiercache.catalog.tiers import TierCatalog
     from tiercache.model import ObjectInfo
     from tiercache.tier.move.lock import TierLock
-    from tiercache.tier.move.transfer import Transfer, VerifiedCopy
     from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
 
@@ -166,18 +166,15 @@ class MoveContext:
     def change_reason(self, tier: str, info: ObjectInfo, one: PlannedObject) -> str:
         """Return why an object is not the planned one; "" if it is."""
         at = f"{self.stores.store(tier).url}/{one.key}"
-        if info.n_bytes != one.n_bytes:
-            return f"{at}: expected {one.n_bytes} bytes, found {info.n_bytes}"
-        if None not in (info.etag, one.etag):
-            return "" if info.etag == one.etag else f"{at}: expected ETag {one.etag}, found {info.etag}"
-        if info.modified_s is not None and one.modified_s is not None:
-            # A listing and a HEAD may give the date with different fractions of a second.
-            same = int(info.modified_s) == int(one.modified_s)
-            return "" if same else f"{at}: expected date {one.modified_s:.0f}, found {info.modified_s:.0f}"
+        if (difference := find_difference(one, info)) is not None:
+            what, expected, found = difference
+            return f"{at}: expected {what} {expected}, found {found}"
+        if None not in (info.etag, one.etag) or None not in (info.modified_s, one.modified_s):
+            return ""
         if one.crc32c is None:
             return f"{at}: the store says neither ETag nor date, and its checksum is not known: it cannot be compared"
-        found = self.transfer.checksum_of(tier, info)
-        return "" if found == one.crc32c else f"{at}: expected CRC-32C {one.crc32c:08x}, found {found:08x}"
+        crc = self.transfer.checksum_of(tier, info)
+        return "" if crc == one.crc32c else f"{at}: expected CRC-32C {one.crc32c:08x}, found {crc:08x}"
 
     def extra_object_reason(self, tier: str, path: str, keys: Iterable[str]) -> str:
         """Return why a group has more objects than planned; "" if it has not. Raises StoreError."""
@@ -225,29 +222,8 @@ class MoveContext:
         reasons = (self.unconfirmed_reason(row.dst, key, copies[key], entries.get(key)) for key, *_ in row.objects)
         return next(filter(None, reasons), "")
 
-    def proof(self, tier: str, key: str, known: CatalogEntry | None, on_bytes: Callable[[int], object]) -> str:
-        """Return why a copy is not equal to its source, read from its disk; "" if it is.
-
-        A wrong copy loses its verified mark in the catalog: it counts as made by a move, and a later move may replace
-        it. Raises StoreError if the copy cannot be read, or changed during the read.
-        """
-        info = self.head(tier, key)
-        if why := self.unconfirmed_reason(tier, key, info, known):
-            return why
-        at = f"{self.stores.store(tier).url}/{key}"
-        if info is None or known is None or known.crc32c is None:
-            return f"{at}: its checksum is not known: it cannot be compared"
-        found = self.transfer.checksum_on_disk(tier, info, on_bytes)
-        if found == known.crc32c:
-            return ""
-        self.disbelieve(tier, key, known)
-        return (
-            f"{at}: expected CRC-32C {known.crc32c:08x}, found {found:08x} on its disk: what it was made from stays; "
-            f"look at that disk, and remove this copy: the next plan makes it again"
-        )
-
     def disbelieve(self, tier: str, key: str, known: CatalogEntry) -> None:
-        """Mark a copy as not verified in the catalog. If a move made it, a later move may still replace it."""
+        """Mark a copy as not verified in the catalog: if a move made it, a later move may replace it."""
         self.catalog.record([(tier, key, known._replace(crc32c=None, verified=False))])
 
     def checksum_of(self, tier: str, info: ObjectInfo, known: CatalogEntry | None) -> int | None:
@@ -374,7 +350,7 @@ def earliest(*dates_s: float | None) -> float | None:
 
 
 def entry_after_class_change(
-    one: PlannedObject, known: CatalogEntry | None, changed: VerifiedCopy
+    one: PlannedObject, known: CatalogEntry | None, changed: CatalogEntry
 ) -> CatalogEntry | None:
     """Return the new catalog entry of an object whose class was changed; None if nothing changes.
 

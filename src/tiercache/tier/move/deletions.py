@@ -173,7 +173,7 @@ def settle(
 ) -> ApplyResult:
     """Make the deletions and the class changes whose grace period is over, and finish those that were interrupted.
 
-    Each of them is checked again: what is not in the required state stays, and is reported.
+    Each of them is checked again: what is not in the required state stays, and is reported. Raises as apply_plan().
 
     Args:
         context: Tiers, with the lock.
@@ -181,9 +181,6 @@ def settle(
             and planned again, before anything is deleted.
         only_begun: Whether to finish interrupted deletions only.
         on_progress: Function that receives how many bytes of the copies were read back; called from several threads.
-
-    Raises:
-        CommitConflict, StoreError, OSError: As apply_plan().
     """
     return DeferredDeletions(context, guard, on_progress).run(only_begun=only_begun)
 
@@ -417,17 +414,32 @@ class DeferredDeletions:
             one.set_verdict(verdict, why)
 
     def _proof(self, copy: tuple[DueDeletion, str, CatalogEntry | None]) -> tuple[Verdict, str]:
-        one, key, known = copy
+        """Return the verdict on a copy, by its bytes on the disk, and the reason; "" if it is equal to its source."""
+        (one, key, known), context = copy, self._context
+        dst = one.row.dst
         try:
-            return "cancel", self._context.proof(one.row.dst, key, known, self._count_read)
+            info = context.head(dst, key)
+            if why := context.unconfirmed_reason(dst, key, info, known):
+                return "cancel", why
+            at = f"{context.stores.store(dst).url}/{key}"
+            if info is None or known is None or known.crc32c is None:
+                return "cancel", f"{at}: its checksum is not known: it cannot be compared"
+            found = context.transfer.checksum_on_disk(dst, info, self._count_read)
         except TierCacheError as error:
             why = str(error)
             if why != one.row.note or known is None or one.is_half_made:  # half made: the copy is the only one
                 return "keep", why
             # The same error as last time: a broken disk does not repair itself, and readers cannot read the copy
             # either.
-            self._context.disbelieve(one.row.dst, key, known)
+            context.disbelieve(dst, key, known)
             return "cancel", why
+        if found == known.crc32c:
+            return "cancel", ""
+        context.disbelieve(dst, key, known)
+        return "cancel", (
+            f"{at}: expected CRC-32C {known.crc32c:08x}, found {found:08x} on its disk: what it was made from stays; "
+            f"look at that disk, and remove this copy: the next plan makes it again"
+        )
 
     def _count_read(self, n_bytes: int) -> None:
         with self._count_lock:

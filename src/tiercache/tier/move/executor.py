@@ -43,7 +43,6 @@ from tiercache.tier.stores import RESTORED_FIRST, deletion_block_reason, needs_r
 if TYPE_CHECKING:
     from tiercache.model import ObjectInfo
     from tiercache.tier.model import Move, Plan
-    from tiercache.tier.move.transfer import VerifiedCopy
 
 
 # A copy of this size is recorded in the catalog at once, so that a killed process does not have to make it again.
@@ -170,8 +169,8 @@ class CopyMaker:
         crc = copied.crc32c if copied.crc32c is not None else one.crc32c
         # A copy that was made from a third tier must not be replaced by one from src: a damaged object of src may
         # have a newer date.
-        copy = CatalogEntry(copied.n_bytes, copied.etag, crc, context.file.tier(source).url)
-        self._record_copy(job, one, copy, copied.n_bytes, of_source=source == src)
+        copied = copied._replace(crc32c=crc, made_from=context.file.tier(source).url)
+        self._record_copy(job, one, copied, copied.n_bytes, of_source=source == src)
 
     def _begin_anew(self, job: MoveJob) -> None:
         """Record that the copy in dst is new, before it exists or is recorded as verified.
@@ -191,7 +190,7 @@ class CopyMaker:
 
     def _copied_from_others(
         self, job: MoveJob, one: PlannedObject, replaces: bool | str, failure: StoreError
-    ) -> tuple[str, VerifiedCopy]:
+    ) -> tuple[str, CatalogEntry]:
         """Copy an object that has rotted in src from another tier with an equal object. Return that tier and the copy.
 
         Raises `failure` if no tier has one. Without this, the group would stay incomplete in dst on every run until

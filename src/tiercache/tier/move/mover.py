@@ -59,10 +59,10 @@ process that holds the lock.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -102,14 +102,8 @@ def open_mover(
 ) -> Iterator[MoveContext]:
     """Yield the context for apply_plan() and settle(): it holds the lock of the home tier, and threads.
 
-    One mover works at a time, on all machines.
-
-    Args:
-        file: Rule file, as it is now.
-        stores: Stores of the rule file's tiers, which stay the caller's.
-        catalog: Tier catalog of this machine, which stays the caller's.
-        clock: Function that returns seconds since the epoch. None: the system clock.
-        lock: Lock that the caller already holds. None: it is taken and released here.
+    One mover works at a time, on all machines. The caller keeps the ownership of the arguments. clock: Returns seconds
+    since the epoch. lock: Lock that the caller already holds.
 
     Raises:
         CommitConflict: Another process moves data between these tiers.
@@ -237,80 +231,53 @@ def run_once(
         StoreError: A tier cannot be listed, or the store of the home tier failed.
         OSError: The catalog of this machine cannot be written.
     """
-    places = {tier.name: tier.url for tier in file.tiers}
+    started_s = time.monotonic()
     with ExitStack() as stack:
         stores = stack.enter_context(Stores(file)) if stores is None else stores
-        catalog = stack.enter_context(TierCatalog(catalog_path(file), places))
-        run = _Run(file, stores, catalog)
-        return run.rehearse() if dry_run else run.carry_out(on_progress)
-
-
-class _Run:
-    """One run of a rule file."""
-
-    def __init__(self, file: RuleFile, stores: Stores, catalog: TierCatalog) -> None:
-        self._file, self._stores, self._catalog = file, stores, catalog
-        self._started_s, self._unseen = time.monotonic(), dict[str, str]()
-        self._losses: tuple[Loss, ...] = ()
-
-    def rehearse(self) -> RunReport:
-        inventory, _, plan = self._planned()
-        waiting = len(self._catalog.open_moves(self._file.home.url, "waiting", "dropping"))
-        return self._report(inventory, plan, settled=ApplyResult(waiting_drops=waiting), dry_run=True)
-
-    def carry_out(self, on_progress: Callable[[Progress], object] | None) -> RunReport:
-        with open_mover(self._file, self._stores, self._catalog) as context:
+        urls = {tier.name: tier.url for tier in file.tiers}
+        catalog = stack.enter_context(TierCatalog(catalog_path(file), urls))
+        if dry_run:
+            report, _, _ = _plan(file, stores, catalog)
+            waiting = len(catalog.open_moves(file.home.url, "waiting", "dropping"))
+            report = replace(report, settled=ApplyResult(waiting_drops=waiting), dry_run=True)
+        else:
+            context = stack.enter_context(open_mover(file, stores, catalog))
             # First, because the plan would otherwise count half of a copy.
             finished = settle(context, only_begun=True)
             crash_point("tier_run.finished")
             listed_s = SYSTEM_CLOCK.monotonic()
-            inventory, decisions, plan = self._planned()
+            report, inventory, decisions = _plan(file, stores, catalog)
             crash_point("tier_run.planned")
-            adopted = track_ruled(inventory, self._stores)
+            adopted = track_ruled(inventory, stores)
             crash_point("tier_run.adopted")
-            applied = apply_plan(context, plan, on_progress=on_progress)
+            applied = apply_plan(context, report.plan, on_progress=on_progress)
             crash_point("tier_run.applied")
             # The listing is before this run's own moves. Without a grace period they are due already: it is made anew.
-            has_grace = self._file.tiering.grace_s > 0
+            has_grace = file.tiering.grace_s > 0
             guard = (deletion_guard_of(inventory.snapshot, decisions), listed_s) if has_grace else None
             settled = settle(context, guard=guard, on_progress=on_progress)
-        return self._report(inventory, plan, applied, finished.followed_by(settled), adopted)
+            report = replace(report, applied=applied, settled=finished.followed_by(settled), adopted=adopted)
+    return replace(report, seconds=time.monotonic() - started_s)
 
-    def _planned(self) -> tuple[Inventory, Decisions, Plan]:
-        file, stores = self._file, self._stores
-        prices = [prices_if_known(tier) for tier in file.tiers]
-        now_s = time.time()
-        inventory = take_inventory(file, stores, self._catalog, now_s=now_s)
-        self._losses = find_losses(inventory, file, stores, self._catalog, now_s=now_s)
-        self._unseen = unavailable_tiers(file, stores, self._catalog)
-        capacity = [stores.capacity(tier.name) for tier in file.tiers]
-        decisions = decide(inventory.snapshot, file, prices, capacity_bytes=capacity, missing=self._unseen)
-        return inventory, decisions, make_plan(decisions, inventory, file, prices)
 
-    def _report(
-        self,
-        inventory: Inventory,
-        plan: Plan,
-        applied: ApplyResult | None = None,
-        settled: ApplyResult | None = None,
-        adopted: Sequence[str] = (),
-        *,
-        dry_run: bool = False,
-    ) -> RunReport:
-        snapshot = inventory.snapshot
-        return RunReport(
-            plan,
-            applied or ApplyResult(),
-            settled or ApplyResult(),
-            tuple(adopted),
-            self._unseen,
-            metric_gaps(snapshot, self._file, inventory.facts["in_files"])[0],
-            self._losses,
-            n_groups=snapshot.n_groups,
-            n_restoring=int(np.count_nonzero(snapshot.state == RESTORING)),
-            seconds=time.monotonic() - self._started_s,
-            dry_run=dry_run,
-        )
+def _plan(file: RuleFile, stores: Stores, catalog: TierCatalog) -> tuple[RunReport, Inventory, Decisions]:
+    """Return a report of the plan that is due now, with the inventory and the decisions behind it."""
+    prices = [prices_if_known(tier) for tier in file.tiers]
+    now_s = time.time()
+    inventory = take_inventory(file, stores, catalog, now_s=now_s)
+    unseen = unavailable_tiers(file, stores, catalog)
+    capacity = [stores.capacity(tier.name) for tier in file.tiers]
+    snapshot = inventory.snapshot
+    decisions = decide(snapshot, file, prices, capacity_bytes=capacity, missing=unseen)
+    report = RunReport(
+        make_plan(decisions, inventory, file, prices),
+        unseen=unseen,
+        gaps=metric_gaps(snapshot, file, inventory.facts["in_files"])[0],
+        losses=find_losses(inventory, file, stores, catalog, now_s=now_s),
+        n_groups=snapshot.n_groups,
+        n_restoring=int(np.count_nonzero(snapshot.state == RESTORING)),
+    )
+    return report, inventory, decisions
 
 
 def _holdings(plan: Plan, when: str) -> Mapping[str, Mapping[str, float]]:

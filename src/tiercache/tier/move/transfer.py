@@ -14,6 +14,7 @@ from threading import Event, Lock
 from typing import NamedTuple
 
 from tiercache._native.checksum import combine, crc32c
+from tiercache.catalog.tiers import CatalogEntry
 from tiercache.crash_points import crash_point
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
@@ -30,22 +31,6 @@ _TOGETHER = 6
 # Up to this size an object is read by one request, which also returns its metadata.
 _SMALL_BYTES = 1 << 20
 _MD5 = re.compile(r'"?[0-9a-f]{32}"?')
-
-
-@dataclass(frozen=True, slots=True)
-class VerifiedCopy:
-    """A copy that was made and verified, as far as that is possible at once: see Transfer.needs_disk_check().
-
-    Attributes:
-        n_bytes: Size, in bytes.
-        crc32c: CRC-32C of its bytes. None where the server copied and no such checksum was known: other checksums, or
-            the bytes themselves, were compared then.
-        etag: ETag of the copy.
-    """
-
-    n_bytes: int
-    crc32c: int | None
-    etag: str | None
 
 
 class PartBufferPool:
@@ -116,14 +101,10 @@ class Transfer:
         cancel: Event | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        """Store the arguments; no thread is started yet.
+        """Start no thread yet.
 
-        Args:
-            stores: Stores of the rule file, which stay the caller's.
-            jobs: Number of objects that are copied at once.
-            rate_bytes_s: Limit of all copies together, in bytes per second. None: no limit.
-            cancel: Event that ends every copy soon when it is set, with a StoreError that has .cancelled.
-            clock: Clock by which the rate is measured.
+        jobs: Number of objects that are copied at once. rate_bytes_s: Limit of all copies together; None: no limit.
+        cancel: When set, every copy ends soon with a StoreError that has .cancelled. clock: Measures the rate.
         """
         if jobs < 1 or (rate_bytes_s is not None and rate_bytes_s < 1):
             raise ValueError(f"jobs and rate_bytes_s must be at least 1, got {jobs} and {rate_bytes_s}")
@@ -152,13 +133,14 @@ class Transfer:
         *,
         on_bytes: Callable[[int], object] | None = None,
         replaces: bool | str = True,
-    ) -> VerifiedCopy:
+    ) -> CatalogEntry:
         """Copy an object to another tier, under the same key and with that tier's storage class, and verify the copy.
 
         The copy appears complete, and replaces what was there. If one server has both tiers, the server copies. If the
         store reports a checksum of what it received, the checksum is trusted if it equals ours. Otherwise the copy is
         read back, except for large files in local folders: these are complete and synced, and checksum_on_disk()
-        reads them later.
+        reads them later. The result has no checksum where the server copied and none was known: other checksums, or
+        the bytes themselves, were compared then.
 
         Args:
             src: Name of the source tier.
@@ -171,13 +153,11 @@ class Transfer:
                 checked directly before; with boto3 the request names the ETag too.
 
         Raises:
-            NotFound: The object is not in src.
-            ObjectChanged: The object is not the expected one, or changed during the copy; or the destination has an
-                object that must not be overwritten.
-            StoreError: .archived: the object must be restored first. .cancelled: the copy was cancelled. .wrong: the
-                data that arrived was not the data that was read, and the copy was removed. .spoilt: the source does not
-                have the expected checksum. Otherwise a store failed.
-            ValueError: Both tiers are one location: use change_class().
+            NotFound, ObjectChanged: The object is not in src, is not the expected one or changed during the copy; or
+                the destination has an object that must not be overwritten.
+            StoreError: .archived: the object must be restored first. .cancelled: the copy was cancelled. .wrong: other
+                data arrived than was read, and the copy was removed. .spoilt: the source does not have the expected
+                checksum. Otherwise a store failed.
         """
         if self._stores.same_url(src, dst):
             raise ValueError(f"{src} and {dst} have one URL: a move between them changes the class of {one.key}")
@@ -200,16 +180,10 @@ class Transfer:
 
     def _expect(self, name: str, one: PlannedObject, info: ObjectInfo) -> None:
         """Raise ObjectChanged if an object is not the planned one."""
-        pairs: list[tuple[str, object, object]] = [("size", one.n_bytes, info.n_bytes)]
-        if one.etag is not None and info.etag is not None:
-            pairs.append(("ETag", one.etag, info.etag))
-        elif one.modified_s is not None and info.modified_s is not None:
-            # A listing and a HEAD may give the date with different fractions of a second.
-            pairs.append(("date", int(one.modified_s), int(info.modified_s)))
-        for what, expected, found in pairs:
-            if expected != found:
-                message = f"its {what} is not what was planned"
-                raise ObjectChanged(message, url=self._at(name, one.key), expected=expected, found=found)
+        if (difference := find_difference(one, info)) is not None:
+            what, expected, found = difference
+            message = f"its {what} is not what was planned"
+            raise ObjectChanged(message, url=self._at(name, one.key), expected=expected, found=found)
 
     def _check_destination(self, request: _CopyRequest) -> None:
         """Raise ObjectChanged unless the destination has what may be overwritten: one object, or nothing."""
@@ -229,7 +203,7 @@ class Transfer:
     def _at(self, name: str, key: str) -> str:
         return f"{self._stores.store(name).url}/{key}"
 
-    def _copy_by_server(self, request: _CopyRequest) -> VerifiedCopy | None:
+    def _copy_by_server(self, request: _CopyRequest) -> CatalogEntry | None:
         """Return the copy that the server made; None, after removing it, if checksums do not show that it is equal."""
         one, dst = request.one, request.dst
         info = self.check(request.src, one)
@@ -263,9 +237,9 @@ class Transfer:
             self._remove(dst, made)
             return None
         request.on_bytes(info.n_bytes)
-        return VerifiedCopy(made.n_bytes, one.crc32c if made.crc32c is None else made.crc32c, made.etag)
+        return CatalogEntry(made.n_bytes, made.etag, one.crc32c if made.crc32c is None else made.crc32c)
 
-    def _copy_small(self, request: _CopyRequest) -> VerifiedCopy:
+    def _copy_small(self, request: _CopyRequest) -> CatalogEntry:
         """Copy an object of one part. One request reads it and its metadata: requests dominate the cost."""
         src, one = request.src, request.one
         self._wait_for_rate(one.n_bytes)
@@ -282,7 +256,7 @@ class Transfer:
             upload.put_part(0, data)
             return self._complete(request, upload, crc32c(data))
 
-    def _copy_in_parts(self, request: _CopyRequest) -> VerifiedCopy:
+    def _copy_in_parts(self, request: _CopyRequest) -> CatalogEntry:
         info = self.check(request.src, request.one)
         with self._upload(request.dst, info, request) as upload:
             is_ordered = self._stores.archive(request.dst) is None
@@ -296,7 +270,7 @@ class Transfer:
                         self._buffers.give(part.buffer)
             return self._complete(request, upload, crc)
 
-    def _complete(self, request: _CopyRequest, upload: Upload, crc: int) -> VerifiedCopy:
+    def _complete(self, request: _CopyRequest, upload: Upload, crc: int) -> CatalogEntry:
         """Publish and verify the copy. crc: CRC-32C of the bytes that the upload was given."""
         dst, one = request.dst, request.one
         if one.crc32c is not None and crc != one.crc32c:
@@ -311,7 +285,7 @@ class Transfer:
             raise ObjectChanged("the destination was changed concurrently: run again", url=self._at(dst, one.key))
         crash_point("tier_transfer.published")
         if getattr(upload, "is_confirmed", False) and made.etag is not None and made.n_bytes == one.n_bytes:
-            return VerifiedCopy(one.n_bytes, crc, made.etag)
+            return CatalogEntry(one.n_bytes, made.etag, crc)
         return self._verify(dst, one.n_bytes, crc, made)
 
     @contextmanager
@@ -393,7 +367,7 @@ class Transfer:
         if start_s > now_s:
             pause(start_s - now_s, self._clock, self._cancel)
 
-    def _verify(self, dst: str, n_bytes: int, crc: int, made: ObjectInfo) -> VerifiedCopy:
+    def _verify(self, dst: str, n_bytes: int, crc: int, made: ObjectInfo) -> CatalogEntry:
         """Return the copy, if it is there and equals what was read; otherwise remove it and raise."""
         store, info, found = self._stores.store(dst), made, None
         if n_bytes <= _SMALL_BYTES and self._stores.archive(dst) is None:
@@ -411,7 +385,7 @@ class Transfer:
             self._remove(dst, info)
             raise _wrong(where, f"{n_bytes} bytes", f"{info.n_bytes} bytes", "the copy")
         if crc in (info.crc32c, found):
-            return VerifiedCopy(n_bytes, crc, info.etag)
+            return CatalogEntry(n_bytes, info.etag, crc)
         if needs_restore(info):
             self._remove(dst, info)
             message = "the store names no checksum of the copy, and archived it cannot be read back: it was removed"
@@ -423,7 +397,7 @@ class Transfer:
         if found != crc:
             self._remove(dst, info)
             raise _wrong(where, crc, found, "the copy")
-        return VerifiedCopy(n_bytes, crc, info.etag)
+        return CatalogEntry(n_bytes, info.etag, crc)
 
     def needs_disk_check(self, name: str) -> bool:
         """Return whether copies in a tier must be read from disk before their sources are deleted: files.
@@ -447,14 +421,10 @@ class Transfer:
                 self._buffers.give(part.buffer)
         return crc
 
-    def change_class(self, dst: str, one: PlannedObject) -> VerifiedCopy:
-        """Give an object, in place, the storage class of a tier with the same URL.
+    def change_class(self, dst: str, one: PlannedObject) -> CatalogEntry:
+        """Give an object, in place, the storage class of a tier with the same URL. Raises as copy().
 
-        No data is read unless checksums leave doubt.
-
-        Raises:
-            NotFound, ObjectChanged, StoreError: As copy(). .wrong: the object is not the expected one afterwards.
-            ValueError: The store of the tier has no storage classes.
+        No data is read unless checksums leave doubt. .wrong: The object is not the expected one afterwards.
         """
         archive = self._archive(dst)
         info = self.check(dst, one)
@@ -466,22 +436,18 @@ class Transfer:
             found = f"{made.n_bytes} bytes, {made.storage_class}"
             raise _wrong(where, f"{info.n_bytes} bytes, {wanted}", found, "the object")
         if _is_proven(before, archive.checksums(one.key), one, made):
-            return VerifiedCopy(made.n_bytes, one.crc32c if made.crc32c is None else made.crc32c, made.etag)
+            return CatalogEntry(made.n_bytes, made.etag, one.crc32c if made.crc32c is None else made.crc32c)
         # The checksums are not conclusive: a readable object is read; of an archived one only size and class are known.
         crc = None if needs_restore(made) else self.checksum_of(dst, made)
         if None not in (crc, one.crc32c) and crc != one.crc32c:
             raise _wrong(where, one.crc32c, crc, "the object")
-        return VerifiedCopy(made.n_bytes, crc, made.etag)
+        return CatalogEntry(made.n_bytes, made.etag, crc)
 
     def delete_objects(self, name: str, objects: Sequence[PlannedObject]) -> None:
         """Delete objects of a tier, 1,000 per request where the store can. A missing object is not an error.
 
         The order is not defined. Only S3 and local folders check that an object still has its ETag; a local folder
-        checks directly before it unlinks each file. The caller ensures all other conditions, and the order where one
-        matters.
-
-        Raises:
-            StoreError: Some objects could not be deleted; .failed names them.
+        checks directly before it unlinks each file. Raises StoreError; .failed names the objects that were not deleted.
         """
         archive, store = self._stores.archive(name), self._stores.store(name)
         if archive is None:
@@ -516,6 +482,17 @@ class Transfer:
     def _check_cancelled(self, name: str, key: str) -> None:
         if self._cancel.is_set():
             raise _cancelled(self._at(name, key))
+
+
+def find_difference(one: PlannedObject, info: ObjectInfo) -> tuple[str, object, object] | None:
+    """Return what differs between a planned object and the store's, with both values: size, ETag, or else date."""
+    pairs: list[tuple[str, object, object]] = [("size", one.n_bytes, info.n_bytes)]
+    if one.etag is not None and info.etag is not None:
+        pairs.append(("ETag", one.etag, info.etag))
+    elif one.modified_s is not None and info.modified_s is not None:
+        # A listing and a HEAD may give the date with different fractions of a second.
+        pairs.append(("date", int(one.modified_s), int(info.modified_s)))
+    return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
 def is_md5(etag: str) -> bool:

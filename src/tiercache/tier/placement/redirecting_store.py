@@ -185,19 +185,10 @@ def _restore_estimate(url: str, rows: Sequence[PlacementRow]) -> tuple[float | N
 
 
 def check_readable(store: RedirectingStore, keys: pa.ChunkedArray, is_here: Callable[[int], bool]) -> None:
-    """Check that none of these objects must be restored before it can be read.
+    """Raise ArchivedShards if some of these objects must be restored first; the error has all names, time and cost.
 
     Costs one small GET if the home is not tracked. For objects that the placement calls archived, the store is asked
-    for one byte each, because they may have been restored.
-
-    Args:
-        store: Store from which the objects are read.
-        keys: Keys of the objects.
-        is_here: Function that returns whether object i is on this machine already.
-
-    Raises:
-        ArchivedShards: Some objects must be restored; the error has all names, time, cost and command.
-        StoreError, CorruptShard, UnsupportedFormat: The placement cannot be read.
+    for one byte each, because they may have been restored. is_here: Whether object i is on this machine already.
     """
     placement = store.resolver.placement_once()
     needed = () if placement is None else _archived(store, placement, keys, is_here)

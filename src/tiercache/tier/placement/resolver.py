@@ -203,14 +203,8 @@ class LocationResolver:
     def follow(self, key: str, call: Callable[[ObjectLocation], T], if_match: str | None = None) -> T:
         """Return call(location) for the location of key. Call it once more if the object has moved since.
 
-        Args:
-            key: Key of the object.
-            call: Function that reads from a location.
-            if_match: ETag of the object at opening; the new location's ETag is remembered for it.
-
-        Raises:
-            ArchivedShards: The object must be restored first.
-            StoreError: Error of the call, if the object is not found unchanged elsewhere.
+        if_match: ETag of the object at opening; the new location's ETag is remembered for it. Raises ArchivedShards if
+        the object must be restored first, or the error of the call if the object is not found unchanged elsewhere.
         """
         row = None if key.startswith(OWN_FOLDER) else self.row(key)
         try:
