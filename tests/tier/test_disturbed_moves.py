@@ -1,4 +1,4 @@
-"""Disturbed runs of the mover: copies that are lost or rot, pins and writes in between, deaths half-way."""
+"""Disturbed runs of the mover: lost or corrupt copies, pins and writes during a run, a process that dies."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Moves lose nothing: whatever is forgotten, killed, fails, or is done by two at once."""
+"""Moves lose nothing when the catalog is lost, a process is killed, a store fails, or two movers run."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -22,7 +22,7 @@ def world(tmp_path):
 # -- lost books ------------------------------------------------------------------------------------------------------
 
 
-def test_a_lost_catalog_costs_work_and_no_data(world):
+def test_a_lost_catalog_costs_work_but_no_data(world):
     plan, _ = moved_away(world, "f")
     world.lose_catalog()
     world.later()
@@ -36,7 +36,7 @@ def test_a_lost_catalog_costs_work_and_no_data(world):
     assert world.apply(plan).done == 1
 
 
-def test_an_old_catalog_drops_nothing_that_came_back(world):
+def test_an_old_catalog_does_not_delete_a_copy_that_was_moved_back(world):
     moved_away(world, "f")
     old = world.catalog_path.read_bytes()
     world.later()
@@ -50,7 +50,7 @@ def test_an_old_catalog_drops_nothing_that_came_back(world):
     assert world.where("f") == ["standard"]
 
 
-def test_an_old_catalog_does_not_drop_the_newer_of_two_copies(world):
+def test_an_old_catalog_does_not_delete_the_newer_of_two_copies(world):
     """Its copy in the archive is there, and the one at home is the same bytes written anew: readers go home."""
     moved_away(world, "f")
     old = world.catalog_path.read_bytes()
@@ -106,7 +106,7 @@ def check_all_is_done(world):
     assert world.keys("hot") == []
 
 
-def test_killed_at_any_point_nothing_is_lost_and_the_next_finishes(tmp_path):
+def test_a_run_killed_at_any_point_loses_nothing_and_the_next_run_finishes(tmp_path):
     with HookAt() as all_of_them:
         a_day(prepared(tmp_path, "whole"))
     wanted = [name for name in all_of_them.reached if name.startswith("tier_")]
@@ -143,7 +143,7 @@ def test_a_store_that_fails_at_any_call_loses_nothing(tmp_path, verb, kind):
 # -- two processes ----------------------------------------------------------------------------------------------------
 
 
-def test_two_movers_do_not_work_at_once(world):
+def test_a_second_mover_is_refused(world):
     world.put("standard", "f")
     plan = world.plan(world.move("f", "standard", "archive"))
     with TierLock(world.inner["standard"]), pytest.raises(CommitConflict, match="expected to be alone"):
@@ -161,7 +161,7 @@ def test_a_process_that_lost_its_lock_deletes_nothing(world, point):
     assert world.where("f") == ["standard", "archive"]
 
 
-def test_a_copy_that_a_sleeping_process_may_still_delete_does_not_count(world):
+def test_a_copy_that_a_sleeping_process_may_delete_is_not_relied_on(world):
     """1. Z was about to drop the copy in the archive, and sleeps. 2. We move from home to there. 3. Z wakes up."""
     moved_away(world, "f")
     world.later()

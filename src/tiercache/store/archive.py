@@ -111,7 +111,7 @@ class S3Archive:
         self._timeout_s, self._awaited = calls.timeout_s, calls.wait_target
         self._sizes, self._policy, self._clock = sizes or CopySizes(), policy or RetryPolicy(), clock
         self._pool = worker_pool(self._sizes.n_parts)
-        self._calls = CallMonitor()
+        self._monitor = CallMonitor()
 
     @classmethod
     def of(cls, store: CloudStore, *, sizes: CopySizes | None = None) -> S3Archive:
@@ -131,7 +131,7 @@ class S3Archive:
 
     def close(self) -> None:
         """End the threads of this process and close its connections."""
-        self._calls.close()
+        self._monitor.close()
         self._pool.drop()
         self.calls.close()
 
@@ -163,7 +163,7 @@ class S3Archive:
 
         if copies:
             return with_retries(attempt, self._policy, limit)
-        return self._calls.retrying(attempt, self._policy, limit)
+        return self._monitor.retrying(attempt, self._policy, limit)
 
     def head(self, key: str) -> ObjectInfo:
         """Return the object with class, `restore` (S3's x-amz-restore) and the CRC-32C of the whole.

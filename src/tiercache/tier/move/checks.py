@@ -168,7 +168,7 @@ class MoveContext:
         at = f"{self.stores.store(tier).url}/{one.key}"
         if (difference := find_difference(one, info)) is not None:
             what, expected, found = difference
-            return f"{at}: expected {what} {expected}, found {found}"
+            return f"{at}: expected {f'{expected} bytes' if what == 'size' else f'{what} {expected}'}, found {found}"
         if None not in (info.etag, one.etag) or None not in (info.modified_s, one.modified_s):
             return ""
         if one.crc32c is None:
@@ -178,15 +178,15 @@ class MoveContext:
 
     def extra_object_reason(self, tier: str, path: str, keys: Iterable[str]) -> str:
         """Return why a group has more objects than planned; "" if it has not. Raises StoreError."""
-        known = set(keys)
-        if known == {path}:
+        planned = set(keys)
+        if planned == {path}:
             return ""
-        new = [info.key for info in self.stores.listing(tier, f"{path}/") if info.key not in known]
+        new = [info.key for info in self.stores.listing(tier, f"{path}/") if info.key not in planned]
         if not new:
             return ""
-        return f"{self.stores.store(tier).url}/{path}: expected {len(known)} objects, found {min(new)!r} beside them"
+        return f"{self.stores.store(tier).url}/{path}: expected {len(planned)} objects, found {min(new)!r} beside them"
 
-    def unconfirmed_reason(self, tier: str, key: str, info: ObjectInfo | None, known: CatalogEntry | None) -> str:
+    def unconfirmed_reason(self, tier: str, key: str, info: ObjectInfo | None, entry: CatalogEntry | None) -> str:
         """Return why a copy cannot be relied on; "" if it is the verified one. Raises StoreError.
 
         If the ETag differs but the bytes are equal (a server may assign a new ETag with a new class), the catalog is
@@ -195,25 +195,25 @@ class MoveContext:
         at = f"{self.stores.store(tier).url}/{key}"
         if info is None:
             return f"{at}: expected a verified copy, found none"
-        if known is None or known.is_intended or not known.verified:
+        if entry is None or entry.is_intended or not entry.verified:
             return f"{at}: expected a verified copy, found one that nobody has verified"
-        if info.n_bytes != known.n_bytes:
-            return f"{at}: expected the {known.n_bytes} bytes that were verified, found {info.n_bytes}"
-        same_etag = None not in (info.etag, known.etag) and info.etag == known.etag
-        other_checksum = None not in (info.crc32c, known.crc32c) and info.crc32c != known.crc32c
+        if info.n_bytes != entry.n_bytes:
+            return f"{at}: expected the {entry.n_bytes} bytes that were verified, found {info.n_bytes}"
+        same_etag = None not in (info.etag, entry.etag) and info.etag == entry.etag
+        other_checksum = None not in (info.crc32c, entry.crc32c) and info.crc32c != entry.crc32c
         # With an equal ETag, another checksum proves nothing (moto computes it of something else): the bytes decide.
         # Where they cannot be read, the ETag decides, which real stores derive from the bytes.
         if same_etag and not other_checksum:
             return ""
         if needs_restore(info):
-            why = f"{at}: expected ETag {known.etag}, found {info.etag}; it must be restored first"
-            return "" if same_etag else why
-        if known.crc32c is None:
-            return f"{at}: expected ETag {known.etag}, found {info.etag}, and its checksum is not known"
+            reason = f"{at}: expected ETag {entry.etag}, found {info.etag}; it must be restored first"
+            return "" if same_etag else reason
+        if entry.crc32c is None:
+            return f"{at}: expected ETag {entry.etag}, found {info.etag}, and its checksum is not known"
         found = self.transfer.checksum_of(tier, info)
-        if found != known.crc32c:
-            return f"{at}: expected CRC-32C {known.crc32c:08x}, found {found:08x}"
-        self.catalog.record([(tier, key, known._replace(etag=info.etag, crc32c=found))])
+        if found != entry.crc32c:
+            return f"{at}: expected CRC-32C {entry.crc32c:08x}, found {found:08x}"
+        self.catalog.record([(tier, key, entry._replace(etag=info.etag, crc32c=found))])
         return ""
 
     def unconfirmed_move_reason(self, row: JournalRow, copies: Infos) -> str:
@@ -222,14 +222,14 @@ class MoveContext:
         reasons = (self.unconfirmed_reason(row.dst, key, copies[key], entries.get(key)) for key, *_ in row.objects)
         return next(filter(None, reasons), "")
 
-    def disbelieve(self, tier: str, key: str, known: CatalogEntry) -> None:
+    def disbelieve(self, tier: str, key: str, entry: CatalogEntry) -> None:
         """Mark a copy as not verified in the catalog: if a move made it, a later move may replace it."""
-        self.catalog.record([(tier, key, known._replace(crc32c=None, verified=False))])
+        self.catalog.record([(tier, key, entry._replace(crc32c=None, verified=False))])
 
-    def checksum_of(self, tier: str, info: ObjectInfo, known: CatalogEntry | None) -> int | None:
+    def checksum_of(self, tier: str, info: ObjectInfo, entry: CatalogEntry | None) -> int | None:
         """Return an object's CRC-32C, from the catalog if unchanged, else by reading; None if it is archived."""
-        if known is not None and known.crc32c is not None and matches_entry(info, known):
-            return known.crc32c
+        if entry is not None and entry.crc32c is not None and matches_entry(info, entry):
+            return entry.crc32c
         if needs_restore(info):
             return None
         return self.transfer.checksum_of(tier, info)
@@ -239,12 +239,12 @@ class MoveContext:
         entries = self.catalog.entries(tier, [one.key for one in objects])
         dated = []
         for one in objects:
-            known = entries.get(one.key)
-            if one.etag is None or (first_s := first_written_s(one, known)) is None:
+            entry = entries.get(one.key)
+            if one.etag is None or (first_s := first_written_s(one, entry)) is None:
                 continue
-            if known is None or (known.n_bytes, known.etag) != (one.n_bytes, one.etag):
-                known = CatalogEntry(one.n_bytes, one.etag, None, verified=False)
-            dated.append((tier, one.key, known._replace(written_s=first_s)))
+            if entry is None or (entry.n_bytes, entry.etag) != (one.n_bytes, one.etag):
+                entry = CatalogEntry(one.n_bytes, one.etag, None, verified=False)
+            dated.append((tier, one.key, entry._replace(written_s=first_s)))
         self.catalog.record(dated)
 
     # -- checks of a whole move -------------------------------------------------------------------------------------
@@ -272,12 +272,12 @@ class MoveContext:
                 texts.append(text)
                 owners.append((row.plan, row.number))
         found = first_match(pa.array(texts, pa.large_string()), [(pin.match, ()) for pin in pins])
-        why = {}
+        reasons = {}
         for owner, number in zip(owners, found.tolist(), strict=True):
             if number >= 0:
                 pin = pins[number]
-                why[owner] = f"expected no pin, found {', '.join(pin.match)}" + (f" ({pin.why})" if pin.why else "")
-        return why
+                reasons[owner] = f"expected no pin, found {', '.join(pin.match)}" + (f" ({pin.why})" if pin.why else "")
+        return reasons
 
     def tier_unavailable_reason(self, tier: str, *, gets: bool = True) -> str:
         """Return why a local tier may not be the one used before, or "". See ensure_marker()."""
@@ -304,8 +304,8 @@ class MoveContext:
                 with suppress(StoreError):
                     source.delete([key])
             urls = f"{source.url} and {self.stores.store(dst).url}"
-            why = f"expected two locations, found that {urls} (tiers {src}, {dst}) are one: a drop would delete both"
-            self._separate[src, dst] = why if is_one else ""
+            reason = f"expected two locations, found that {urls} (tiers {src}, {dst}) are one: a drop would delete both"
+            self._separate[src, dst] = reason if is_one else ""
         return self._separate[src, dst]
 
 
@@ -333,15 +333,15 @@ def in_batches(items: Sequence[T], limits: BatchLimits) -> Iterator[list[T]]:
         yield batch
 
 
-def matches_entry(info: ObjectInfo, known: CatalogEntry) -> bool:
+def matches_entry(info: ObjectInfo, entry: CatalogEntry) -> bool:
     """Return whether an object is the one in the catalog, by size and ETag."""
-    return info.n_bytes == known.n_bytes and None not in (info.etag, known.etag) and info.etag == known.etag
+    return info.n_bytes == entry.n_bytes and None not in (info.etag, entry.etag) and info.etag == entry.etag
 
 
-def first_written_s(one: PlannedObject, known: CatalogEntry | None) -> float | None:
+def first_written_s(one: PlannedObject, entry: CatalogEntry | None) -> float | None:
     """Return when an object was first written: its date, or an earlier one that the catalog has of this very object."""
-    is_it = known is not None and one.etag is not None and (known.n_bytes, known.etag) == (one.n_bytes, one.etag)
-    return earliest(one.modified_s, known.written_s if known is not None and is_it else None)
+    is_it = entry is not None and one.etag is not None and (entry.n_bytes, entry.etag) == (one.n_bytes, one.etag)
+    return earliest(one.modified_s, entry.written_s if entry is not None and is_it else None)
 
 
 def earliest(*dates_s: float | None) -> float | None:
@@ -350,14 +350,14 @@ def earliest(*dates_s: float | None) -> float | None:
 
 
 def entry_after_class_change(
-    one: PlannedObject, known: CatalogEntry | None, changed: CatalogEntry
+    one: PlannedObject, entry: CatalogEntry | None, changed: CatalogEntry
 ) -> CatalogEntry | None:
     """Return the new catalog entry of an object whose class was changed; None if nothing changes.
 
-    known: The entry before, see remember_dates(). An object without a checksum has an entry only for its date.
+    entry: The entry before, see remember_dates(). An object without a checksum has an entry only for its date.
     """
     crc = changed.crc32c if changed.crc32c is not None else one.crc32c
-    came_from, first_s = ("", one.modified_s) if known is None else (known.made_from, first_written_s(one, known))
+    came_from, first_s = ("", one.modified_s) if entry is None else (entry.made_from, first_written_s(one, entry))
     if crc is not None:
         return CatalogEntry(changed.n_bytes, changed.etag, crc, came_from, first_s)
     if changed.etag in (None, one.etag):

@@ -132,7 +132,7 @@ class DueDeletion:
     """A move whose grace period is over.
 
     Attributes:
-        verdict: Decision of the checks so far, and `why`: its reason.
+        verdict: Decision of the checks so far, and `reason`: why.
         present: Objects that exist where something is deleted, as (tier, object).
         is_whole: Whether these are all the objects that there were.
         is_begun: Whether deletions may have been made already.
@@ -140,23 +140,23 @@ class DueDeletion:
 
     row: JournalRow
     verdict: Verdict = "go"
-    why: str = ""
+    reason: str = ""
     present: list[tuple[str, PlannedObject]] = field(default_factory=list)
     is_whole: bool = True
     is_begun: bool = False
 
-    def set_verdict(self, verdict: Verdict, why: str) -> None:
+    def set_verdict(self, verdict: Verdict, reason: str) -> None:
         """Set the verdict, if there is a reason and no earlier verdict.
 
         Where some objects are gone already, a deletion is not cancelled: the rest is deleted when that is possible.
         """
-        if why and self.verdict == "go":
-            self.verdict, self.why = "keep" if verdict == "cancel" and self.is_half_made else verdict, why
+        if reason and self.verdict == "go":
+            self.verdict, self.reason = "keep" if verdict == "cancel" and self.is_half_made else verdict, reason
 
-    def cancel_changed(self, why: str) -> None:
+    def cancel_changed(self, reason: str) -> None:
         """Cancel the deletion, even a half-made one, because its objects have changed. why: "": they have not."""
-        if why and self.verdict == "go":
-            self.verdict, self.why = "cancel", why
+        if reason and self.verdict == "go":
+            self.verdict, self.reason = "cancel", reason
 
     @property
     def is_half_made(self) -> bool:
@@ -343,10 +343,10 @@ class DeferredDeletions:
 
     def _new_copy_reason(self, row: JournalRow, heads: Heads) -> str:
         """Return why there are more copies than the last copies that were to be deleted; "" if there are not."""
-        stores, known = self._context.stores, {(one.where, one.key) for one in row.objects}
+        stores, planned = self._context.stores, {(one.where, one.key) for one in row.objects}
         for tier in self._file.tiers:
             for info in heads.infos(tier.name, row).values():
-                if info is None or (tier.name, info.key) in known:
+                if info is None or (tier.name, info.key) in planned:
                     continue
                 if stores.tier_of(stores.sharing(tier.name), info) == tier.name:
                     return f"{tier.url}/{info.key}: expected no copy there, found one of {info.n_bytes} bytes"
@@ -410,34 +410,34 @@ class DeferredDeletions:
             keys = [obj.key for obj in one.row.objects]
             entries = self._catalog.entries(one.row.dst, keys)
             copies += [(one, key, entries.get(key)) for key in keys]
-        for (one, _, _), (verdict, why) in zip(copies, self._context.pool.map(self._proof, copies), strict=True):
-            one.set_verdict(verdict, why)
+        for (one, _, _), (verdict, reason) in zip(copies, self._context.pool.map(self._proof, copies), strict=True):
+            one.set_verdict(verdict, reason)
 
     def _proof(self, copy: tuple[DueDeletion, str, CatalogEntry | None]) -> tuple[Verdict, str]:
         """Return the verdict on a copy, by its bytes on the disk, and the reason; "" if it is equal to its source."""
-        (one, key, known), context = copy, self._context
+        (one, key, entry), context = copy, self._context
         dst = one.row.dst
         try:
             info = context.head(dst, key)
-            if why := context.unconfirmed_reason(dst, key, info, known):
-                return "cancel", why
+            if reason := context.unconfirmed_reason(dst, key, info, entry):
+                return "cancel", reason
             at = f"{context.stores.store(dst).url}/{key}"
-            if info is None or known is None or known.crc32c is None:
+            if info is None or entry is None or entry.crc32c is None:
                 return "cancel", f"{at}: its checksum is not known: it cannot be compared"
             found = context.transfer.checksum_on_disk(dst, info, self._count_read)
         except TierCacheError as error:
-            why = str(error)
-            if why != one.row.note or known is None or one.is_half_made:  # half made: the copy is the only one
-                return "keep", why
+            reason = str(error)
+            if reason != one.row.note or entry is None or one.is_half_made:  # half made: the copy is the only one
+                return "keep", reason
             # The same error as last time: a broken disk does not repair itself, and readers cannot read the copy
             # either.
-            context.disbelieve(dst, key, known)
-            return "cancel", why
-        if found == known.crc32c:
+            context.disbelieve(dst, key, entry)
+            return "cancel", reason
+        if found == entry.crc32c:
             return "cancel", ""
-        context.disbelieve(dst, key, known)
+        context.disbelieve(dst, key, entry)
         return "cancel", (
-            f"{at}: expected CRC-32C {known.crc32c:08x}, found {found:08x} on its disk: what it was made from stays; "
+            f"{at}: expected CRC-32C {entry.crc32c:08x}, found {found:08x} on its disk: what it was made from stays; "
             f"look at that disk, and remove this copy: the next plan makes it again"
         )
 
@@ -502,8 +502,8 @@ class DeferredDeletions:
                 changes.append((one, *self._placements.changes(one.row, {}, {})))
             except TierCacheError as error:
                 one.set_verdict("keep", str(error))
-        for one, why in self._placements.commit(changes):
-            one.set_verdict("keep", why)
+        for one, reason in self._placements.commit(changes):
+            one.set_verdict("keep", reason)
         crash_point("tier_drop.unplaced")
 
     def _drop(self, due: Sequence[DueDeletion]) -> None:
@@ -545,14 +545,14 @@ class DeferredDeletions:
         one, obj = pair
         dst = one.row.dst
         try:
-            known = self._catalog.entries(dst, [obj.key]).get(obj.key)
+            entry = self._catalog.entries(dst, [obj.key]).get(obj.key)
             changed = self._context.transfer.change_class(dst, obj)
         except CommitConflict:
             raise
         except TierCacheError as error:
             one.set_verdict("keep", str(error))
             return None
-        copy = entry_after_class_change(obj, known, changed)
+        copy = entry_after_class_change(obj, entry, changed)
         return None if copy is None else (dst, obj.key, copy)
 
     # -- results ----------------------------------------------------------------------------------------------------
@@ -575,12 +575,12 @@ class DeferredDeletions:
                 self._n_bytes += sum(obj.n_bytes for _, obj in one.present) if one.verdict == "go" else 0
                 continue
             if one.verdict == "cancel":
-                rows.append(replace(row, state="cancelled", note=one.why, changed_s=self._now_s))
+                rows.append(replace(row, state="cancelled", note=one.reason, changed_s=self._now_s))
             else:
                 kept = replace(row, state="dropping" if one.is_begun else row.state)
-                rows.append(replace(kept, note=one.why, changed_s=self._now_s))
+                rows.append(replace(kept, note=one.reason, changed_s=self._now_s))
                 self._n_waiting += 1
-            self._stopped.append(StoppedMove(row.number, one.why, row.path, row.plan))
+            self._stopped.append(StoppedMove(row.number, one.reason, row.path, row.plan))
         self._remove_folders([one for one in due if one.verdict in ("go", "done") and one.row.action != "reclass"])
         self._catalog.source_deleted(lasting)  # also of sources that somebody else deleted
         self._catalog.write(rows)
@@ -603,6 +603,6 @@ class DeferredDeletions:
         """Revert the placement where src stays, before the redirect is forgotten."""
         failed = self._placements.revert([one.row for one in due])
         for one in due:
-            if why := failed.get((one.row.plan, one.row.number)):
-                one.verdict, one.why = "keep", f"{one.why}; {why}"
+            if reason := failed.get((one.row.plan, one.row.number)):
+                one.verdict, one.reason = "keep", f"{one.reason}; {reason}"
         crash_point("tier_drop.taken_back")

@@ -72,10 +72,10 @@ class MoveJob:
     is_new: bool = False
     lock: Lock = field(default_factory=Lock)
 
-    def stop(self, why: str) -> None:
+    def stop(self, reason: str) -> None:
         """Stop the move. Only the first reason is kept."""
         with self.lock:
-            self.stop_reason = self.stop_reason or why
+            self.stop_reason = self.stop_reason or reason
 
     @property
     def is_active(self) -> bool:
@@ -162,7 +162,7 @@ class CopyMaker:
         try:
             copied = context.transfer.copy(src, dst, one, on_bytes=self._on_bytes, replaces=replaces)
         except StoreError as error:
-            if not error.details.get("spoilt"):
+            if not error.details.get("corrupt"):
                 raise
             source, copied = self._copied_from_others(job, one, replaces, error)
         crash_point("tier_move.object")
@@ -200,10 +200,10 @@ class CopyMaker:
         for tier in context.file.tiers:
             if any(context.stores.same_url(tier.name, other) for other in (job.row.src, dst)):
                 continue
-            known = context.catalog.entries(tier.name, [one.key]).get(one.key)
-            if known is None or not known.verified or (known.n_bytes, known.crc32c) != (one.n_bytes, one.crc32c):
+            entry = context.catalog.entries(tier.name, [one.key]).get(one.key)
+            if entry is None or not entry.verified or (entry.n_bytes, entry.crc32c) != (one.n_bytes, one.crc32c):
                 continue
-            equal = one._replace(etag=known.etag, modified_s=None)
+            equal = one._replace(etag=entry.etag, modified_s=None)
             with suppress(StoreError):  # the error to report is the one of src
                 copied = context.transfer.copy(tier.name, dst, equal, on_bytes=self._on_bytes, replaces=replaces)
                 return tier.name, copied
@@ -237,26 +237,26 @@ class CopyMaker:
         Stop the job if dst has a different object that must not be overwritten.
         """
         context, dst = self._context, job.row.dst
-        known = context.catalog.entries(dst, [one.key]).get(one.key)
+        entry = context.catalog.entries(dst, [one.key]).get(one.key)
         expected = self._expected_checksum(job, one)
         is_cold = needs_restore(info)
         if info.n_bytes == one.n_bytes and expected is not None:
-            found = context.checksum_of(dst, info, known)
+            found = context.checksum_of(dst, info, entry)
             # For an object that cannot be read, the checksum that the store reports is all there is.
             if expected == (info.crc32c if found is None else found):
-                same = known if known is not None and known.verified and matches_entry(info, known) else None
+                same = entry if entry is not None and entry.verified and matches_entry(info, entry) else None
                 came_from, first_s = ("", None) if same is None else (same.made_from, same.written_s)
                 copy = CatalogEntry(info.n_bytes, info.etag, expected, came_from, first_s)
                 return self._found(job, one, copy, is_new=same is None)
-        if known is not None and known.made_from == job.row.src_place:
-            is_size = known.n_bytes == info.n_bytes == one.n_bytes
-            if known.is_intended and is_size and is_cold:  # a readable object was compared above
+        if entry is not None and entry.made_from == job.row.src_place:
+            is_size = entry.n_bytes == info.n_bytes == one.n_bytes
+            if entry.is_intended and is_size and is_cold:  # a readable object was compared above
                 if _is_by_etag(info, one):
                     copy = CatalogEntry(info.n_bytes, info.etag, None, job.row.src_place)
                     return self._found(job, one, copy, is_new=True)
                 if self._may_make_again(job, one, info):
                     return False
-            if matches_entry(info, known) and len(job.row.objects) == 1:
+            if matches_entry(info, entry) and len(job.row.objects) == 1:
                 return False  # a copy of an earlier object of src: it may be replaced
         where = f"{context.stores.store(dst).url}/{one.key}"
         archived = ", which must be restored before it can be compared" if is_cold else ""
@@ -308,10 +308,10 @@ class CopyMaker:
         # Left by an earlier attempt that was killed: its change of class may have changed the ETag.
         if info is not None and info.n_bytes == one.n_bytes and context.has_class(dst, info):
             return
-        known = context.catalog.entries(dst, [one.key]).get(one.key)
+        entry = context.catalog.entries(dst, [one.key]).get(one.key)
         changed = context.transfer.change_class(dst, one)
         crash_point("tier_move.class_changed")
-        if (copy := entry_after_class_change(one, known, changed)) is not None:
+        if (copy := entry_after_class_change(one, entry, changed)) is not None:
             with job.lock:
                 job.made.append((dst, one.key, copy))
 
@@ -379,8 +379,8 @@ class PlanExecutor:
             earlier = before.get(move.number)
             if earlier is not None and earlier.state in ("waiting", "dropping", "done"):
                 self._n_done += 1
-            elif why := self._unfit(move) or ("expected one move of it in the plan" if paths[move.path] > 1 else ""):
-                self._stopped.append(StoppedMove(move.number, why, move.path, self._plan.id))
+            elif reason := self._unfit(move) or ("expected one move of it in the plan" if paths[move.path] > 1 else ""):
+                self._stopped.append(StoppedMove(move.number, reason, move.path, self._plan.id))
             else:
                 jobs.append(MoveJob(move, self._row(move)))
         for batch in in_batches(jobs, _BATCH_LIMITS):
@@ -496,8 +496,8 @@ class PlanExecutor:
                 return
             # An earlier attempt may have changed the class already, and the ETag with it.
             is_made = row.action == "reclass" and context.has_class(row.dst, info) and info.n_bytes == one.n_bytes
-            if not is_made and (why := context.change_reason(row.src, info, one)):
-                job.stop(why)
+            if not is_made and (reason := context.change_reason(row.src, info, one)):
+                job.stop(reason)
                 return
         job.stop(context.extra_object_reason(row.src, row.path, found))
 
@@ -597,8 +597,8 @@ class PlanExecutor:
             row = job.row
             try:
                 copies = heads.infos(row.dst, row)
-                if row.action != "reclass" and (why := self._context.unconfirmed_move_reason(row, copies)):
-                    job.stop(why)
+                if row.action != "reclass" and (reason := self._context.unconfirmed_move_reason(row, copies)):
+                    job.stop(reason)
                 elif row.action != "copy" or self._placements.is_home(row.dst):
                     # After a copy to another tier than home, readers keep reading the source.
                     at_home = self._placements.copies_at_home(row, heads)
@@ -606,8 +606,8 @@ class PlanExecutor:
             except TierCacheError as error:
                 job.stop(str(error))
         self._lock.check()
-        for job, why in self._placements.commit(changes):
-            job.stop(why)
+        for job, reason in self._placements.commit(changes):
+            job.stop(reason)
 
     def _end(self, jobs: Sequence[MoveJob]) -> None:
         """Journal the moves that wait, the moves that are done, and the moves that stopped, with reasons.

@@ -95,14 +95,14 @@ class PlacementUpdates:
         entries = self._context.catalog.entries(row.dst, [one.key for one in row.objects])
         changes: RowChanges = {}
         for one in row.objects:
-            key, info, known = _relative(folder, one.key), copies.get(one.key), entries.get(one.key)
+            key, info, entry = _relative(folder, one.key), copies.get(one.key), entries.get(one.key)
             changes[key] = PlacementRow(
                 key,
                 self._url(row.dst, folder),
                 storage_class=self._context.file.tier(row.dst).storage_class,
                 state="archived" if ends or (info is not None and not is_readable(info)) else "here",
                 n_bytes=one.n_bytes,
-                crc32c=one.crc32c if known is None or known.crc32c is None else known.crc32c,
+                crc32c=one.crc32c if entry is None or entry.crc32c is None else entry.crc32c,
             )
         return folder, changes
 
@@ -177,7 +177,7 @@ class PlacementUpdates:
             except TierCacheError as error:
                 if not error.details.get("no_data_set"):  # without a data set, no placement redirects anybody
                     failed.append((row, str(error)))
-        return {(row.plan, row.number): why for row, why in failed + self.commit(changes)}
+        return {(row.plan, row.number): reason for row, reason in failed + self.commit(changes)}
 
     def _reverse_changes(self, row: JournalRow) -> tuple[str, RowChanges]:
         """Return the folder, and the changes that undo the redirect of a move. Raises as log.read_placement()."""

@@ -156,7 +156,7 @@ class Transfer:
             NotFound, ObjectChanged: The object is not in src, is not the expected one or changed during the copy; or
                 the destination has an object that must not be overwritten.
             StoreError: .archived: the object must be restored first. .cancelled: the copy was cancelled. .wrong: other
-                data arrived than was read, and the copy was removed. .spoilt: the source does not have the expected
+                data arrived than was read, and the copy was removed. .corrupt: the source does not have the expected
                 checksum. Otherwise a store failed.
         """
         if self._stores.same_url(src, dst):
@@ -514,7 +514,7 @@ def _wrong(where: str, expected: object, found: object, what: str) -> StoreError
     message = f"{what} is not what it should be: expected {_shown(expected)}, found {_shown(found)}"
     if what == "the copy":
         message += "; it was removed"
-    return StoreError(message, url=where, wrong=True, spoilt=what == "the source", expected=expected, found=found)
+    return StoreError(message, url=where, wrong=True, corrupt=what == "the source", expected=expected, found=found)
 
 
 def _shown(value: object) -> str:

@@ -114,39 +114,39 @@ class LocationResolver:
 
     @property
     def _state(self) -> _ResolverState:
-        known = self._known
-        if known.pid != os.getpid():  # the parent's lock may be held for ever, and its stores are the parent's
-            was_read, found = known.was_read, known.placement
-            known = self._known = _ResolverState()
+        state = self._known
+        if state.pid != os.getpid():  # the parent's lock may be held for ever, and its stores are the parent's
+            was_read, found = state.was_read, state.placement
+            state = self._known = _ResolverState()
             if was_read:
-                self._learn(known, found)
-        return known
+                self._learn(state, found)
+        return state
 
     # -- state ------------------------------------------------------------------------------------------------------
 
     def placement_once(self) -> Placement | None:
         """Return the placement, read once per process; None if the home is not tracked. Raises as read_placement()."""
-        known = self._state
-        if not known.was_read:
-            with known.lock:
-                if not known.was_read:
-                    self._learn(known, log.read_placement(self.home))
-        return known.placement
+        state = self._state
+        if not state.was_read:
+            with state.lock:
+                if not state.was_read:
+                    self._learn(state, log.read_placement(self.home))
+        return state.placement
 
     def refresh(self) -> Placement | None:
         """Read and return the newest placement. Raises as log.find_newest_placement()."""
-        known = self._state
-        with known.lock:
-            found = log.find_newest_placement(self.home, known.placement)
-            if found.number or known.placement is not None:
-                self._learn(known, found)
-        return known.placement
+        state = self._state
+        with state.lock:
+            found = log.find_newest_placement(self.home, state.placement)
+            if found.number or state.placement is not None:
+                self._learn(state, found)
+        return state.placement
 
     @property
     def is_tracked(self) -> bool | None:
         """Whether the home is tracked; None if the marker was not read yet."""
-        known = self._state
-        return known.placement is not None if known.was_read else None
+        state = self._state
+        return state.placement is not None if state.was_read else None
 
     @property
     def has_remote(self) -> bool:
@@ -160,14 +160,14 @@ class LocationResolver:
 
     def row(self, key: str) -> PlacementRow | None:
         """Return the row of key in the known placement; None: at home."""
-        known = self._known.placement
-        return None if known is None or not len(known) else known.find(key)
+        placement = self._known.placement
+        return None if placement is None or not len(placement) else placement.find(key)
 
-    def _learn(self, known: _ResolverState, found: Placement | None) -> None:
-        known.placement, known.was_read = found, True
+    def _learn(self, state: _ResolverState, found: Placement | None) -> None:
+        state.placement, state.was_read = found, True
         urls = [] if found is None else found.rows["url"].unique().to_pylist()
-        known.has_local = any(not scheme_of(url) for url in urls)
-        known.has_remote = any(is_remote(url) for url in urls)
+        state.has_local = any(not scheme_of(url) for url in urls)
+        state.has_remote = any(is_remote(url) for url in urls)
 
     # -- stores -----------------------------------------------------------------------------------------------------
 
@@ -175,16 +175,16 @@ class LocationResolver:
         """Return the store of a row's location, opened once per process; the home for None."""
         if row is None or self._is_home(row.url):
             return self.home
-        known, url = self._state, row.url
-        with known.lock:
-            if url not in known.stores:
+        state, url = self._state, row.url
+        with state.lock:
+            if url not in state.stores:
                 own = self.options if _same_service(url, self.home.url) else {}
                 try:
-                    known.stores[url] = open_store(url, **(own | options_of(url)))
+                    state.stores[url] = open_store(url, **(own | options_of(url)))
                 except ValueError as error:
                     message = f"the placement of {self.home.url} names a location that cannot be opened: {error}"
                     raise StoreError(message, url=redact(url)) from error
-            return known.stores[url]
+            return state.stores[url]
 
     def _is_home(self, url: str) -> bool:
         return url.rstrip("/") == self.home.url.rstrip("/")
