@@ -42,7 +42,7 @@ def test_a_deletion_waits_for_grace_and_is_made_if_rules_still_ask_for_it(world)
     world.put("standard", "f")
     world.put("archive", "f")
     world.apply(world.plan(world.move("f", "standard", None, action="delete")))
-    world.survey = DeletionGuard(deletes=frozenset(["f"]))
+    world.guard = DeletionGuard(deletes=frozenset(["f"]))
     world.settle()
     assert world.where("f") == ["standard", "archive"]
     world.later()
@@ -51,19 +51,19 @@ def test_a_deletion_waits_for_grace_and_is_made_if_rules_still_ask_for_it(world)
 
 
 @pytest.mark.parametrize(
-    ("survey", "why"),
+    ("guard", "reason"),
     [
         (DeletionGuard(), "no rule deletes it now"),
         (DeletionGuard(deletes=frozenset(["f"]), protected=frozenset(["f"])), "newest complete checkpoint"),
         (DeletionGuard(deletes=frozenset(["f"]), in_use=frozenset(["f"])), "a machine reads it"),
     ],
 )
-def test_a_last_copy_stays_if_no_rule_deletes_it_now_or_it_is_needed(world, survey, why):
+def test_a_last_copy_stays_if_no_rule_deletes_it_now_or_it_is_needed(world, guard, reason):
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "standard", None, action="delete")))
     world.later()
-    world.survey = survey
-    assert why in world.settle().stopped[0].reason
+    world.guard = guard
+    assert reason in world.settle().stopped[0].reason
     assert world.where("f") == ["standard"]
 
 
@@ -72,7 +72,7 @@ def test_a_new_copy_stops_the_deletion_of_a_last_copy(world):
     world.apply(world.plan(world.move("f", "standard", None, action="delete")))
     world.put("hot", "f")
     world.later()
-    world.survey = DeletionGuard(deletes=frozenset(["f"]))
+    world.guard = DeletionGuard(deletes=frozenset(["f"]))
     assert "expected no copy there" in world.settle().stopped[0].reason
     assert world.where("f") == ["hot", "standard"]
 
@@ -91,7 +91,7 @@ def last_copy_may_go(world):
     world.settle()
     world.apply(world.plan(world.move("f", "archive", None, action="delete"), name="delete"))
     world.later()
-    world.survey = DeletionGuard(deletes=frozenset(["f"]))
+    world.guard = DeletionGuard(deletes=frozenset(["f"]))
 
 
 def test_the_placement_row_is_removed_before_a_last_copy(world):
@@ -140,7 +140,7 @@ def test_the_newest_checkpoint_stays_readable(bucket):
     bucket.put("standard", "f")
     bucket.apply(bucket.plan(bucket.move("f", "standard", "archive", action="reclass")))
     bucket.later()
-    bucket.survey = DeletionGuard(protected=frozenset(["f"]))
+    bucket.guard = DeletionGuard(protected=frozenset(["f"]))
     assert "stays where it can be read" in bucket.settle().stopped[0].reason
     assert class_of(bucket, "f") == "STANDARD"
     assert bucket.row("f") is None
@@ -150,7 +150,7 @@ def test_the_newest_checkpoint_keeps_its_readable_copy(tmp_path):
     world = World(tmp_path / "world", classes=True)
     moved_away(world, "f")
     world.later()
-    world.survey = DeletionGuard(protected=frozenset(["f"]))
+    world.guard = DeletionGuard(protected=frozenset(["f"]))
     assert "stays where it can be read" in world.settle().stopped[0].reason
     assert world.where("f") == ["standard", "archive"]
 
@@ -213,7 +213,7 @@ def test_a_source_that_is_written_just_before_its_deletion_stays(world, what):
     world.put("standard", "f")
     action, dst = ("move", "archive") if what == "a move" else ("delete", None)
     world.apply(world.plan(world.move("f", "standard", dst, action=action)))
-    world.survey = DeletionGuard(deletes=frozenset(["f"]))
+    world.guard = DeletionGuard(deletes=frozenset(["f"]))
     world.later()
     with HookAt("tier_drop.journaled", do=lambda: world.inner["standard"].put("f", b"written now")) as hook:
         settled = world.settle()
@@ -252,7 +252,7 @@ def test_the_completing_object_is_deleted_first_in_each_tier(world):
     world.put("hot", *PARTS)
     world.put("standard", *PARTS[:-1])
     plan = world.plan(world.move("ck/step-1", "hot", None, action="delete", keys=PARTS, kind="checkpoint"))
-    world.survey = DeletionGuard(deletes=frozenset(["ck/step-1"]))
+    world.guard = DeletionGuard(deletes=frozenset(["ck/step-1"]))
     world.apply(plan)
     world.later()
     seen = []
@@ -276,7 +276,7 @@ def test_a_pin_that_is_added_during_the_checks_counts(tmp_path, point, action):
     world = World(tmp_path / "world", classes=action == "reclass", shared=action == "reclass")
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "standard", None if action == "delete" else "archive", action=action)))
-    world.survey = DeletionGuard(deletes=frozenset(["f"]))
+    world.guard = DeletionGuard(deletes=frozenset(["f"]))
     world.later()
     with HookAt(point, do=lambda: world.write_rules(PIN)) as hook:
         settled = world.settle()
@@ -355,7 +355,7 @@ def waiting(world, action):
         world.move("f", "standard", "archive", number=2),
     ]
     assert world.apply(world.plan(*moves)).stopped == ()
-    world.survey = DeletionGuard(deletes=frozenset([SHARD]))
+    world.guard = DeletionGuard(deletes=frozenset([SHARD]))
     world.inner["standard"].put(SHARD, b"anew")
     world.later()
 

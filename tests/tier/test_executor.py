@@ -332,17 +332,17 @@ def test_an_expired_pin_protects_nothing(world):
 def test_a_deletion_waits_while_a_machine_reads_the_object(world):
     moved_away(world, "f")
     world.later()
-    world.survey = DeletionGuard(in_use=frozenset(["f"]))
+    world.guard = DeletionGuard(in_use=frozenset(["f"]))
     assert world.settle().waiting_drops == 1
     assert world.where("f") == ["standard", "archive"]
-    world.survey = DeletionGuard()
+    world.guard = DeletionGuard()
     assert world.settle().done == 1
 
 
 def test_a_changed_rule_file_must_still_ask_for_the_deletion(world):
     moved_away(world, "f", "g")
     world.write_rules("# changed")
-    world.survey = DeletionGuard(asked=frozenset([("g", "standard")]))
+    world.guard = DeletionGuard(asked=frozenset([("g", "standard")]))
     world.later()
     settled = world.settle()
     assert [one.path for one in settled.stopped] == ["f"]

@@ -225,7 +225,7 @@ def test_a_torn_line_is_skipped(monkeypatch, tmp_path):
 def test_a_file_read_during_its_grace_period_stays_if_the_rule_is_about_idleness(tmp_path, rule, goes):
     world = World(tmp_path / "world", rules=f'[[rules]]\nname = "cold"\nmatch = "**"\nto = "archive"\n{rule}\n')
     moved_away(world, "f")
-    world.survey = DeletionGuard(used_s={"f": world.now_s + 60})
+    world.guard = DeletionGuard(used_s={"f": world.now_s + 60})
     world.later()
     assert world.settle().done == goes
     assert world.where("f") == (["archive"] if goes else ["standard", "archive"])

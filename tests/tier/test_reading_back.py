@@ -194,12 +194,12 @@ def test_readers_are_not_redirected_to_a_source_that_changed(world):
 def test_the_deletion_guard_is_taken_again_if_reading_back_took_long(world, monkeypatch):
     monkeypatch.setattr("tiercache.tier.move.deletions._BATCH_LIMITS", BatchLimits(64, 1000, 1500))
     monkeypatch.setattr("tiercache.tier.move.deletions._GUARD_S", -1.0)
-    monkeypatch.setattr("tiercache.tier.move.deletions.take_deletion_guard", lambda *_: world.survey)
+    monkeypatch.setattr("tiercache.tier.move.deletions.take_deletion_guard", lambda *_: world.guard)
     moved_away(world, "f", "g")
     world.later()
 
     def begins_to_read():
-        world.survey = replace(world.survey, in_use=frozenset({"g"}))
+        world.guard = replace(world.guard, in_use=frozenset({"g"}))
 
     with HookAt("tier_drop.ended", do=begins_to_read):
         settled = world.settle()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -321,6 +322,9 @@ def test_shards_of_a_view_that_workers_read_are_in_use_from_the_beginning_of_the
         assert np.isfinite(said.last_use_s).tolist() == said.in_use.tolist()
         for _ in batches:
             pass
+        del batches
+        # Beside other load, a spawned worker needs longer to end than the loader waits for it.
+        assert wait_for(lambda: not multiprocessing.active_children(), 60)
 
 
 def _as_it_is(batch):

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
-from tiercache.errors import CommitConflict, StoreError, TierCacheError
+from tiercache.errors import StoreError, TierCacheError
 from tiercache.prices import prices_if_known
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.groups import take_inventory
@@ -30,10 +30,10 @@ from tiercache.tier.move.checks import (
     Heads,
     Progress,
     StoppedMove,
-    entry_after_class_change,
     in_batches,
     is_readable,
 )
+from tiercache.tier.move.executor import change_classes
 from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.plan.proposals import find_newest
@@ -468,7 +468,10 @@ class DeferredDeletions:
         # From here to the deletions there are no further queries: see lock.py.
         self._context.lock.announce(sorted({(urls[where], one.row.path) for one in drops for where, _ in one.present}))
         self._drop(drops)
-        self._reclass([one for one in going if one.row.action == "reclass"])
+        reclassed = [one for one in going if one.row.action == "reclass"]
+        objects = [(one, one.row.dst, [obj for _, obj in one.present]) for one in reclassed]
+        change_classes(self._context, objects, lambda one, reason: one.set_verdict("keep", reason))
+        crash_point("tier_drop.reclassed")
 
     def _look_again(self, due: Sequence[DueDeletion]) -> None:
         """Keep what was written, or has lost its other copy, since the first check, which may be hours ago."""
@@ -532,28 +535,6 @@ class DeferredDeletions:
             except StoreError as error:  # some may be gone: the row says "dropping", and the next run deletes the rest
                 for one, _ in pairs:
                     one.set_verdict("keep", str(error))
-
-    def _reclass(self, due: Sequence[DueDeletion]) -> None:
-        pairs = [(one, obj) for one in due for _, obj in one.present]
-        for one in due:
-            self._context.remember_dates(one.row.dst, [obj for _, obj in one.present])
-        made = [copy for copy in self._context.pool.map(self._reclassed, pairs) if copy is not None]
-        crash_point("tier_drop.reclassed")
-        self._catalog.record(made)
-
-    def _reclassed(self, pair: tuple[DueDeletion, PlannedObject]) -> tuple[str, str, CatalogEntry] | None:
-        one, obj = pair
-        dst = one.row.dst
-        try:
-            entry = self._catalog.entries(dst, [obj.key]).get(obj.key)
-            changed = self._context.transfer.change_class(dst, obj)
-        except CommitConflict:
-            raise
-        except TierCacheError as error:
-            one.set_verdict("keep", str(error))
-            return None
-        copy = entry_after_class_change(obj, entry, changed)
-        return None if copy is None else (dst, obj.key, copy)
 
     # -- results ----------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from tiercache.model import ObjectInfo
     from tiercache.tier.model import Move, Plan
 
+
+T = TypeVar("T")
 
 # A copy of this size is recorded in the catalog at once, so that a killed process does not have to make it again.
 _AT_ONCE_BYTES = 8 << 20
@@ -102,14 +104,6 @@ class CopyMaker:
         crash_point("tier_move.copied")
         self._record(jobs)
         crash_point("tier_move.recorded")
-
-    def reclass(self, jobs: Sequence[MoveJob]) -> None:
-        """Give the objects of each job the storage class of dst."""
-        for job in jobs:
-            self._context.remember_dates(job.row.dst, job.row.objects)
-        self._for_each(self._change_class, [(job, one) for job in jobs for one in job.row.objects])
-        crash_point("tier_move.reclassed")
-        self._record(jobs)
 
     def _intend(self, jobs: Sequence[MoveJob]) -> None:
         """Record the copies that are about to be made in archive classes, where they cannot be read afterwards.
@@ -302,19 +296,6 @@ class CopyMaker:
             return None
         return context.checksum_of(src, info, context.catalog.entries(src, [one.key]).get(one.key))
 
-    def _change_class(self, job: MoveJob, one: PlannedObject) -> None:
-        context, dst = self._context, job.row.dst
-        info = context.head(dst, one.key)
-        # Left by an earlier attempt that was killed: its change of class may have changed the ETag.
-        if info is not None and info.n_bytes == one.n_bytes and context.has_class(dst, info):
-            return
-        entry = context.catalog.entries(dst, [one.key]).get(one.key)
-        changed = context.transfer.change_class(dst, one)
-        crash_point("tier_move.class_changed")
-        if (copy := entry_after_class_change(one, entry, changed)) is not None:
-            with job.lock:
-                job.made.append((dst, one.key, copy))
-
 
 def _is_by_etag(info: ObjectInfo, one: PlannedObject) -> bool:
     """Return whether the ETag alone shows that a copy equals src, as for server-side copies without a checksum.
@@ -324,6 +305,40 @@ def _is_by_etag(info: ObjectInfo, one: PlannedObject) -> bool:
     """
     has_sum = info.crc32c is not None or one.crc32c is not None
     return not has_sum and info.etag is not None and info.etag == one.etag and is_md5(info.etag)
+
+
+def change_classes(
+    context: MoveContext,
+    moves: Sequence[tuple[T, str, Sequence[PlannedObject]]],
+    on_failure: Callable[[T, str], object],
+) -> None:
+    """Give the objects of moves the storage class of a tier, in parallel, and record them in the catalog.
+
+    moves: Each with the tier and its objects. on_failure: Receives a move and the reason; the others go on.
+    """
+
+    def change(work: tuple[T, str, PlannedObject]) -> list[tuple[str, str, CatalogEntry]]:
+        move, dst, one = work
+        try:
+            info = context.head(dst, one.key)
+            # Left by an earlier attempt that was killed: its change of class may have changed the ETag.
+            if info is not None and info.n_bytes == one.n_bytes and context.has_class(dst, info):
+                return []
+            entry = context.catalog.entries(dst, [one.key]).get(one.key)
+            changed = context.transfer.change_class(dst, one)
+            crash_point("tier_move.class_changed")
+        except CommitConflict:
+            raise
+        except TierCacheError as error:
+            on_failure(move, str(error))
+            return []
+        after = entry_after_class_change(one, entry, changed)
+        return [] if after is None else [(dst, one.key, after)]
+
+    for _, dst, objects in moves:
+        context.remember_dates(dst, objects)
+    made = context.pool.map(change, [(move, dst, one) for move, dst, objects in moves for one in objects])
+    context.catalog.record([entry for entries in made for entry in entries])
 
 
 # Moves that go through the steps together: all moves of a batch share one placement object.
@@ -581,7 +596,9 @@ class PlanExecutor:
         reclassed = [j for j in jobs if j.row.action == "reclass" and not self._context.ends_readability(j.row)]
         self._check_pins(reclassed)  # again, because the copies may have taken hours
         crash_point("tier_move.decided")
-        self._copies.reclass([job for job in reclassed if job.is_active])
+        active = [job for job in reclassed if job.is_active]
+        change_classes(self._context, [(job, job.row.dst, job.row.objects) for job in active], MoveJob.stop)
+        crash_point("tier_move.reclassed")
 
     def _place(self, jobs: Sequence[MoveJob]) -> None:
         """Confirm the copies in dst, and commit the placement."""
