@@ -15,7 +15,7 @@ PLENTY = 1 << 50
 
 
 class FakeFiles:
-    """A folder as a few dictionaries."""
+    """A cache folder made of dictionaries."""
 
     def __init__(self, path):
         self.path = path
@@ -185,7 +185,7 @@ def test_a_reservation_that_cannot_be_enlarged_stays_as_it_was(open_accounts, fi
 
 
 def test_bytes_that_two_owners_write_into_one_partial_copy_count_once(open_accounts, files):
-    """Where locks lie each finds the bytes of both when it measures what it has written."""
+    """Where flock is not enforced, each owner measures the bytes of both."""
     me, you = open_accounts("me"), open_accounts("you")
     assert reserve(me, "a", 40_000)
     assert reserve(you, "a", 60_000)
@@ -427,7 +427,7 @@ class AccountStates(RuleBasedStateMachine):
 
     @rule(owner=owners, name=names, share=st.floats(0.01, 1.0))
     def book(self, owner, name, share):
-        """Some or all of what was reserved was written; another owner that writes the same books its own later."""
+        """Some or all reserved bytes were written; another owner that writes the same copy books its own later."""
         held = self.reserved.pop((owner, name), 0)
         if held:
             self.booked[name] = self.files.copies[name] = self.booked.get(name, 0) + int(held * share)

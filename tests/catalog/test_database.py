@@ -192,7 +192,7 @@ def test_a_link_under_its_name_is_removed_and_its_target_kept(database, tmp_path
 
 
 def test_threads_that_wait_for_a_busy_file_give_up_together(database, monkeypatch):
-    """One after the other each would wait as long again, and the last of thirty for minutes."""
+    """One after the other, the last of thirty threads would wait for minutes."""
     monkeypatch.setattr("tiercache.catalog.database.BUSY_S", 0.3)
     add(database, 1)
     database.close()

@@ -309,7 +309,7 @@ WHOLE_OR_PARTS = pytest.mark.parametrize("whole_bytes", [1 << 30, 1])
 
 
 def meanwhile(archive, monkeypatch, operation, do, *, after=False):
-    """Have something done before (or after) the first request of an operation."""
+    """Do something before (or after) the first request of an operation."""
     ask, waiting = archive.call, [do]
 
     def call(name, key, **request):

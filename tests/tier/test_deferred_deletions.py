@@ -85,7 +85,7 @@ def test_another_object_under_the_key_stops_a_deletion(world):
 
 
 def last_copy_may_go(world):
-    """F lies in the archive alone, and its deletion waits for nothing any more."""
+    """Put f into the archive only, with a deletion that is due."""
     moved_away(world, "f")
     world.later()
     world.settle()
@@ -108,7 +108,7 @@ def test_the_placement_row_is_removed_before_a_last_copy(world):
 
 @pytest.fixture
 def bucket(tmp_path):
-    """One bucket is standard and archive: the latter is its GLACIER class."""
+    """One bucket is standard and archive: the archive is its GLACIER class."""
     return World(tmp_path / "world", classes=True, shared=True)
 
 
@@ -166,7 +166,7 @@ def test_a_copying_move_within_one_location_is_refused(bucket):
 
 @pytest.fixture
 def disk(world, tmp_path):
-    """The archive is a folder, that a disk is mounted on."""
+    """The archive is a folder on which a disk is mounted."""
     text = (world.root / "tiercache.toml").read_text()
     (world.root / "tiercache.toml").write_text(text.replace(world.url("archive"), str(tmp_path / "disk")))
     world.inner["archive"] = LocalFolder(tmp_path / "disk")
@@ -194,7 +194,7 @@ def test_nothing_is_deleted_while_the_disk_of_the_copy_is_unmounted(world, disk,
 
 
 def test_deletions_that_rely_on_each_others_sources_are_not_made_together(world):
-    """However such rows came into the journal: each is right alone."""
+    """Each row alone is correct, however both came into the journal."""
     world.put("hot", "f")
     world.apply(world.plan(world.move("f", "hot", "archive", action="copy"), name="copy"))
     world.apply(world.plan(world.move("f", "hot", "archive", action="drop"), name="down"))
@@ -272,7 +272,7 @@ PIN = '[[pins]]\nmatch = "f"\nwhy = "the paper"\n'
 @pytest.mark.parametrize("point", ["tier_drop.checked", "tier_drop.journaled", "tier_drop.looked_again"])
 @pytest.mark.parametrize("action", ["move", "delete", "reclass"])
 def test_a_pin_that_is_added_during_the_checks_counts(tmp_path, point, action):
-    """Copies may be read for hours before their sources go."""
+    """Reading copies back may take hours."""
     world = World(tmp_path / "world", classes=action == "reclass", shared=action == "reclass")
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "standard", None if action == "delete" else "archive", action=action)))
@@ -300,7 +300,7 @@ def test_nothing_is_deleted_if_the_rule_file_cannot_be_read_any_more(world):
 
 
 def test_a_pin_at_the_start_of_a_run_counts_for_the_whole_run(world):
-    """Who writes a file in two halves has written one without pins, in between, that can be read."""
+    """A file that is being written may be valid TOML and lack its pins."""
     moved_away(world, "f")
     world.later()
     world.write_rules(PIN)
@@ -312,7 +312,7 @@ def test_a_pin_at_the_start_of_a_run_counts_for_the_whole_run(world):
 
 
 def test_a_half_deleted_checkpoint_waits_while_it_is_pinned(world):
-    """What is gone of it is gone: dst has all of it, and it is not forgotten."""
+    """Dst has all of it, and the deletion is finished later."""
     world.apply(checkpoint(world))
     world.later()
     with HookAt("tier_drop.unmade"), pytest.raises(Killed):
@@ -348,7 +348,7 @@ VERSION, SHARD = "data/_tiercache/versions/1", "data/s1"
 
 
 def waiting(world, action):
-    """A shard that goes, or is deleted, and a file that goes; grace is over. Somebody writes the shard anew."""
+    """A shard that is moved or deleted, and a file that is moved, both due. The shard has been rewritten."""
     world.put("standard", VERSION, SHARD, "f")
     moves = [
         world.move(SHARD, "standard", None if action == "delete" else "archive", action=action, kind="shard"),

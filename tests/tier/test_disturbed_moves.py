@@ -13,7 +13,7 @@ from tiercache import crash_points
 
 
 def step(world: World, work: Callable[[], object], dies_at: str = "") -> list[str]:
-    """What is wrong after some work of the library, which dies at a point."""
+    """Return what the oracle finds after some work, during which the process may die at a crash point."""
 
     def die(name: str) -> None:
         if name == dies_at:
@@ -33,7 +33,7 @@ def step(world: World, work: Callable[[], object], dies_at: str = "") -> list[st
 
 
 def waited(world: World) -> list[str]:
-    """All is copied, and grace is over."""
+    """Copy everything, and let the grace period pass."""
     fill(world)
     found = step(world, world.run_once)
     world.days_pass(1.5)
@@ -64,7 +64,7 @@ def undisturbed(world: World) -> list[str]:
 
 
 def other_is_there(world: World) -> list[str]:
-    """Somebody has written another object under the same name where the first one is to go."""
+    """Another object has the key at the destination."""
     fill(world)
     plan = world.plan()
     world.write("cold", "files/a.bin", b"another one of my own")
@@ -78,7 +78,7 @@ def pinned_since(world: World) -> list[str]:
 
 
 def pinned_meanwhile(world: World) -> list[str]:
-    """Somebody pins it when pins were asked for already, and its copy is just being looked at."""
+    """A pin is added after the first check of pins, while the copy is checked."""
     found = waited(world)
 
     def pin(verb: str, key: str) -> None:
@@ -100,7 +100,7 @@ def dies_in_mid_copy(world: World) -> list[str]:
 
 
 def copy_is_flipped(world: World) -> list[str]:
-    """A bit turns on the way to the archive."""
+    """A bit flips on the way to the archive."""
     fill(world)
     world.script.faults = [["copy_from", 1, "flip"]]
     found = step(world, world.run_once)

@@ -253,7 +253,7 @@ def test_a_copy_of_an_earlier_source_object_is_replaced(world):
 
 
 def rotten_in_hot(world):
-    """Two copies on the books, of which that in hot has rotted; a move of it to the archive."""
+    """Return a move from hot to the archive of an object with two recorded copies, of which that in hot is corrupt."""
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "standard", "hot", action="copy"), name="up"))
     world.inner["hot"].put("f", content("other"))
@@ -376,7 +376,7 @@ def test_a_placement_that_leads_home_stops_a_deletion_at_home(world):
 
 
 def test_two_tiers_that_are_one_folder_lose_no_data(world):
-    """By a link, a mount, two names of one bucket: the copy "in both" is one copy."""
+    """By a link, a mount, or two names of one bucket: the two copies are one."""
     world.put("standard", "f")
     world.faulty["archive"] = world.faulty["standard"]
     applied = world.apply(world.plan(world.move("f", "standard", "archive")))
@@ -431,7 +431,7 @@ def test_a_copy_that_was_made_again_by_a_killed_mover_starts_a_new_grace_period(
 
 @pytest.mark.parametrize("keys", [("f",), PARTS])
 def test_an_unverified_archived_copy_is_not_replaced_by_a_corrupt_source(tmp_path, keys):
-    """The mover was killed when it had copied it: these may be the last of its bytes; and the group looks whole."""
+    """The mover was killed after the copy: it may be the last good one, and the group looks complete."""
     world = World(tmp_path / "world", classes=True)
     world.put("standard", *keys)
     path = keys[0].rpartition("/")[0] or keys[0]
@@ -448,7 +448,7 @@ def test_an_unverified_archived_copy_is_not_replaced_by_a_corrupt_source(tmp_pat
 
 @pytest.mark.parametrize("is_dropped", [True, False])
 def test_a_copy_that_came_from_another_tier_is_not_replaced(world, is_dropped):
-    """1. hot has v1 and home v2. 2. v1 goes to the archive. 3. v2 would, in the place of the last v1."""
+    """1. hot has v1 and home v2. 2. v1 moves to the archive. 3. v2 would replace the last copy of v1."""
     world.put("hot", "f")
     world.inner["standard"].put("f", b"v2")
     world.apply(world.plan(world.move("f", "hot", "archive"), name="1"))

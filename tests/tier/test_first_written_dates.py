@@ -49,7 +49,7 @@ def name(step):
 
 
 def move_all(folders, clock_s=DAY_S + 1):
-    """Move what the rule moves, and drop its sources."""
+    """Make the moves of the rule, and delete their sources."""
     folders.run()
     with JumpingClock() as clock:
         clock.jump(clock_s)
@@ -146,7 +146,7 @@ def test_a_killed_mover_keeps_the_first_date(folders, point):
 
 
 def shared(tmp_path, cold_class):
-    """One bucket is standard and archive: the latter is a class of it, whose objects get a new date with it."""
+    """One bucket is standard and archive: the archive is a class of it, and a change of class changes the date."""
     world = World(tmp_path / "world", classes=True, shared=True, cold_class=cold_class)
     world.put("standard", "f")
     return world

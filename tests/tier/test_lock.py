@@ -37,12 +37,12 @@ def numbers(store):
 
 
 def foreign(**changes):
-    """A lock object of a process on another machine."""
+    """Return the lock object of a process on another machine."""
     return replace(LockRecord.of_this_process(), boot="another", host="elsewhere", **changes)
 
 
 class RenewingClock(FakeClock):
-    """While somebody waits, the holder renews itself."""
+    """A clock on which the holder renews the lock while another process waits."""
 
     def __init__(self, renew):
         super().__init__()
@@ -131,7 +131,7 @@ def test_an_unreadable_lock_object_is_taken_over_if_it_does_not_change(store):
 
 
 def test_of_two_processes_that_take_over_from_a_dead_holder_one_wins(store):
-    """1. A and B see k, dead. 2. A takes k + 1. 3. B puts k + 1: it is there."""
+    """1. A and B see the dead k. 2. A takes k + 1. 3. B puts k + 1, which exists."""
     store.put(key(1), foreign(renewed_s=0.0).encode())
     second = lock_of(store)
     first = lock_of(store)
@@ -144,7 +144,7 @@ def test_of_two_processes_that_take_over_from_a_dead_holder_one_wins(store):
 
 
 def test_a_deleted_number_is_not_used_again(store):
-    """1. B saw k. 2. k + 1 came and went, k + 2 is held, k + 1 is forgotten. 3. B puts k + 1, which is free."""
+    """1. B saw k. 2. k + 1 was taken, released and deleted, k + 2 is held. 3. B puts k + 1, which is free."""
     store.put(key(1), foreign(renewed_s=0.0).encode())
     holders = []
 

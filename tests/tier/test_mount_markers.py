@@ -24,7 +24,7 @@ def clock():
 
 @pytest.fixture
 def tiers(tmp_path):
-    """What a rule deletes by age lies in two tiers."""
+    """Objects that a rule deletes by age, in two tiers."""
     tiers = Tiers(tmp_path)
     tiers.write("standard", "scratch/a")
     tiers.write("archive", "scratch/a")
@@ -80,7 +80,7 @@ def test_a_due_deletion_waits_until_the_unavailable_tier_is_back(tiers, clock, t
 
 
 def test_an_older_plan_deletes_nothing_while_a_tier_is_unavailable(tiers, clock):
-    """The plan was made, the disk went, and then it is applied."""
+    """The disk is unmounted between plan and apply."""
     tiers.run()
     clock.jump(6 * DAY_S)
     plan = tiers.run(dry_run=True).plan
@@ -134,7 +134,7 @@ def test_a_tier_that_is_only_a_source_gets_a_marker_at_the_first_run(tiers):
 
 
 def test_an_empty_tier_gets_no_marker(tmp_path):
-    """It may be a disk that is not mounted, and the mark would be of the wrong one."""
+    """It may be the mount point of an unmounted disk, and the marker would identify the wrong disk."""
     tiers = Tiers(tmp_path)
     tiers.write("standard", "x")
     (tmp_path / "hot").mkdir()
@@ -166,7 +166,7 @@ def test_a_read_only_source_has_no_marker_and_is_moved_from(tiers):
 
 
 def test_an_empty_tier_without_a_marker_that_held_copies_is_unavailable(tiers):
-    """As an earlier release has left it, or a disk that cannot be written."""
+    """An earlier release wrote no marker, and a read-only disk has none."""
     tiers.run()
     file = tiers.file
     with closing(sqlite3.connect(catalog_path(file))) as db, db:

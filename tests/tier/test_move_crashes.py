@@ -51,7 +51,7 @@ def test_an_old_catalog_does_not_delete_a_copy_that_was_moved_back(world):
 
 
 def test_an_old_catalog_does_not_delete_the_newer_of_two_copies(world):
-    """Its copy in the archive is there, and the one at home is the same bytes written anew: readers go home."""
+    """The copy in the archive exists, and home has the same bytes, rewritten."""
     moved_away(world, "f")
     old = world.catalog_path.read_bytes()
     world.later()
@@ -67,7 +67,7 @@ def test_an_old_catalog_does_not_delete_the_newer_of_two_copies(world):
 
 
 def a_day(world):
-    """All kinds of moves, from the first to the last step. A generator of what to do next."""
+    """Make all kinds of moves, from the first to the last step."""
     world.apply(world.day_plan)
     world.later()
     world.settle()
@@ -162,7 +162,7 @@ def test_a_process_that_lost_its_lock_deletes_nothing(world, point):
 
 
 def test_a_copy_that_a_sleeping_process_may_delete_is_not_relied_on(world):
-    """1. Z was about to drop the copy in the archive, and sleeps. 2. We move from home to there. 3. Z wakes up."""
+    """1. Z may delete the copy in the archive, and sleeps. 2. We move from home to the archive. 3. Z wakes up."""
     moved_away(world, "f")
     world.later()
     sleeper = replace(

@@ -26,7 +26,7 @@ OLD_ETAG = '"0123456789abcdef0123456789abcdef"'
 
 
 def last_look_sees(here, monkeypatch, etag):
-    """Somebody replaces the object after the mover has looked at it for the last time."""
+    """Make the last check see this ETag, as if another writer replaced the object just afterwards."""
     head = here.stores.head
     monkeypatch.setattr(
         here.stores, "head", lambda n, k: replace(head(n, k), etag=etag) if n == "other" else head(n, k)
@@ -61,7 +61,7 @@ def test_an_object_that_was_written_since_is_not_overwritten(bucket, src, data):
 @SIZES
 @SOURCES
 def test_the_server_keeps_an_object_that_was_written_after_the_last_check(s3_server, tmp_path, monkeypatch, src, data):
-    """SeaweedFS looks at If-Match of all three requests; moto at that of a put alone."""
+    """SeaweedFS checks If-Match of all three requests; moto only that of a put."""
     here = Bucket(s3_server, tmp_path)
     last_look_sees(here, monkeypatch, OLD_ETAG)
     with here.transfer, here.stores:
@@ -122,7 +122,7 @@ def test_an_old_boto3_checks_the_destination_and_replaces_it(s3_server, tmp_path
 
 
 class Contested(WrapperStore):
-    """Somebody writes where an upload has begun."""
+    """Another writer puts the object when an upload of it has begun."""
 
     def create(self, key):
         upload = super().create(key)
@@ -159,7 +159,7 @@ KEY, MINE = "files/a.bin", b"written while a copy was under way"
 
 
 class ContestedFolder(LocalFolder):
-    """Somebody writes an object of the name under which an upload has begun."""
+    """Another writer puts an object of the name of which an upload has begun."""
 
     def create(self, key):
         upload = super().create(key)
@@ -199,12 +199,12 @@ def world(tmp_path):
 
 
 def unsummed(move):
-    """The same, of objects whose checksums nobody knows."""
+    """Return the move with objects whose checksums are unknown."""
     return replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
 
 
 def test_a_copy_from_a_third_tier_is_not_replaced_by_a_corrupt_source(world):
-    """1. hot rots; the archive gets the home tier's. 2. Who removes that relies on it. 3. hot looks written anew."""
+    """1. hot is corrupt; the archive gets home's copy. 2. A user removes home. 3. hot looks rewritten."""
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "standard", "hot", action="copy"), name="up"))
     world.inner["hot"].put("f", content("other"))
@@ -217,7 +217,7 @@ def test_a_copy_from_a_third_tier_is_not_replaced_by_a_corrupt_source(world):
 
 @pytest.mark.parametrize("keys", [("f",), PARTS])
 def test_a_corrupt_source_does_not_replace_an_archived_copy_in_a_store_without_checksums(tmp_path, keys):
-    """The mover was killed when the server had copied it: the ETag is all that anybody knows of it."""
+    """The mover was killed when the server had copied it: only the ETag is known."""
     world = World(tmp_path / "world", classes=True)
     for name in ("standard", "archive"):
         world.inner[name].says_sums = False
@@ -237,7 +237,7 @@ def test_a_corrupt_source_does_not_replace_an_archived_copy_in_a_store_without_c
 
 @pytest.mark.parametrize("point", ["tier_move.object", "tier_move.copied", "tier_move.recorded"])
 def test_a_copy_made_again_with_the_same_etag_starts_a_new_grace_period(tmp_path, point):
-    """ETags are made of bytes: the books, which know the lost one, know the new one too before it is recorded."""
+    """Where ETags are derived from bytes, the entry of the lost copy matches the new one before it is recorded."""
     world = World(tmp_path / "world", classes=True, cold_class="STANDARD_IA")
     moved_away(world, "f")
     world.later(GRACE_S / 2)

@@ -59,7 +59,7 @@ def test_a_placement_with_deeply_nested_metadata_is_corrupt(store):
 
 
 def file_of(rows, **options):
-    """A placement's file as somebody else might write it."""
+    """Return a placement file as another program might write it."""
     made = log.decode_placement(log.encode_placement(log.Placement(1, rows)), 1, url="u")
     schema = pa.ipc.open_file(log.encode_placement(made)).schema
     sink = pa.BufferOutputStream()

@@ -357,7 +357,7 @@ def test_a_corrupt_placement_is_reported_to_readers_and_writers(store, mark):
 
 
 class Misread(WrapperStore):
-    """A placement that is read wrongly n times, from the first or a later time on."""
+    """A store that returns damaged bytes of a placement n times, from the nth read on."""
 
     def __init__(self, inner, key, n, nth=1):
         super().__init__(inner)

@@ -29,7 +29,7 @@ BY_MTIME = RULE + 'idle_by = "mtime"\n'
 
 
 class Tiers:
-    """Two folders; what lies in the first was written 40 days ago."""
+    """Two folders; the files of the first were written 40 days ago."""
 
     def __init__(self, root, cache):
         self.root, self.cache = root, cache
@@ -51,7 +51,7 @@ class Tiers:
         (self.root / "tiercache.toml").write_text(f'{tiers}{rules}\n[tiering]\nstate_dir = "{self.root / "state"}"\n')
 
     def decide(self):
-        """Paths of moves, and reasons of refusals by path."""
+        """Return the paths of moves, and the reasons of refusals by path."""
         file = load_rule_file(self.root / "tiercache.toml")
         with Stores(file) as stores, TierCatalog(self.root / "state" / "tiers.sqlite") as catalog:
             snapshot = take_inventory(file, stores, catalog, now_s=time.time()).snapshot
@@ -89,7 +89,7 @@ def test_a_file_that_was_read_through_tiercache_a_minute_ago_is_not_idle(tiers):
 
 
 def verbs(store, key):
-    """Each way to read an object through a store."""
+    """Yield each way to read an object through a store."""
     return {
         "open_local": lambda: store.open_local(key).close(),
         "get": lambda: store.get(key),

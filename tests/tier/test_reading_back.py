@@ -12,7 +12,7 @@ from tiercache.tier.move.checks import BatchLimits
 
 
 class Disk(LocalFolder):
-    """fails: what it reads cannot be read now. rotten: keys of which it reads a bit that was turned on the disk."""
+    """A folder on a bad disk. fails: Reads fail. rotten: Keys of which a bit is flipped on the disk."""
 
     fails = False
 
@@ -46,7 +46,7 @@ class Disk(LocalFolder):
 
 @pytest.fixture
 def world(tmp_path):
-    """The archive is a folder."""
+    """The archive is a local folder."""
     world = World(tmp_path / "world")
     text = (world.root / "tiercache.toml").read_text()
     (world.root / "tiercache.toml").write_text(text.replace(world.url("archive"), str(tmp_path / "disk")))
@@ -55,7 +55,7 @@ def world(tmp_path):
 
 
 def rot(world, key):
-    """A bit turns on the disk, and nothing else: name, size and all dates are what they were."""
+    """Flip a bit on the disk: name, size and dates stay."""
     world.inner["archive"].rotten.add(key)
 
 
@@ -140,7 +140,7 @@ def test_a_copy_that_becomes_corrupt_during_the_deletion_keeps_the_rest_of_the_s
 
 
 def test_copies_are_read_back_and_sources_deleted_batch_by_batch(world, monkeypatch):
-    """For what was asked before is old by then."""
+    """Otherwise the checks would be hours old at the deletion."""
     monkeypatch.setattr("tiercache.tier.move.deletions._BATCH_LIMITS", BatchLimits(64, 1000, 1500))
     moved_away(world, "f", "g", "h")
     world.later()

@@ -37,7 +37,7 @@ def packed(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stores(tmp_path, request):
-    """A function of kind and name: a store of its own, and the storage options that open it by its URL."""
+    """Return a function of kind and name that makes a store, and the storage options that open it by its URL."""
     memories, opened = [], []
 
     def make(kind: str, name: str):

@@ -33,7 +33,7 @@ _numbers = count()
 
 
 class Vault:
-    """An archive over a MemoryStore: all of it is in GLACIER, and a restore takes some hours of its clock."""
+    """An archive over a MemoryStore: every object is in GLACIER, and a restore takes some hours of its clock."""
 
     def __init__(self, clock, hours=5.0):
         self.store = MemoryStore(f"vault-{next(_numbers)}")
@@ -65,7 +65,7 @@ class Vault:
 
 
 class World:
-    """Two tiers: home, and a vault below it."""
+    """Two tiers: home, and a vault."""
 
     def __init__(self, clock, hours=5.0):
         self.clock, self.vault = clock, Vault(clock, hours)
@@ -312,7 +312,7 @@ def test_the_class_is_changed_if_the_archive_is_a_class_of_home(clock):
 
 
 def set_transition(server, times):
-    """How many looks a restore takes on moto; None: it is done at once."""
+    """Set how many requests a restore takes on moto; None: none."""
     how = {"progression": "immediate"} if times is None else {"progression": "manual", "times": times}
     body = str({"model_name": "s3::keyrestore", "transition": how}).replace("'", '"').encode()
     url = f"{server.endpoint}/moto-api/state-manager/set-transition"

@@ -148,7 +148,7 @@ def test_last_copies_are_deleted_after_grace_if_rules_still_ask_for_it(tiers, cl
 
 
 def test_a_checkpoint_that_became_the_newest_is_not_archived_away(tmp_path, clock):
-    """1. step-1 is planned for deletion, step-2 is newer. 2. Somebody deletes step-2. 3. Grace of step-1 is over."""
+    """1. step-1 waits for its deletion. 2. A user deletes step-2. 3. The grace period of step-1 ends."""
     tiers = Tiers(tmp_path)
     text = (tmp_path / "tiercache.toml").read_text().replace('match = "scratch/**"', 'match = "run/**"')
     (tmp_path / "tiercache.toml").write_text(text)
@@ -235,7 +235,7 @@ def lost(report):
 
 
 def moved_to_archive(tiers, clock, *steps):
-    """Checkpoints and data whose only copies are in the archive, but for the newest checkpoint."""
+    """Archive the only copies of checkpoints and data, except the newest checkpoint."""
     checkpoints(tiers, *steps)
     for days in (2, 1):
         clock.jump(days * DAY_S + 1)
@@ -278,7 +278,7 @@ def test_a_placement_row_is_enough_to_notice_a_loss_without_a_catalog(tiers, clo
 
 
 def test_an_object_that_was_moved_home_and_is_gone_is_lost(tiers, clock):
-    """A bucket's lifecycle rule does so."""
+    """For example by a lifecycle rule of the bucket."""
     rules = '[[rules]]\nmatch = "runs/**"\nkeep_hot = { last = 1 }\n'
     tiers.write_rules(rules)
     for step in (1, 2):
@@ -357,7 +357,7 @@ def test_shards_that_a_rule_deletes_are_lost_only_before_they_are_old_enough(tie
 
 
 class Overlooks(WrapperStore):
-    """A listing that was made before a mover put an object here."""
+    """A store whose listing is older than an object."""
 
     def list(self, prefix=""):
         return (info for info in super().list(prefix) if info.key != self.key)
@@ -377,7 +377,7 @@ def test_an_object_that_moved_during_the_listing_is_not_lost(tiers):
 
 
 def run_twice(tiers, clock):
-    """Moves, and the deletions that wait for grace."""
+    """Run now, and again when the grace period is over."""
     clock.jump(2 * DAY_S)
     first = tiers.run()
     clock.jump(DAY_S + 1)

@@ -34,7 +34,7 @@ _numbers = count()
 
 
 def memory():
-    """An empty store of its own."""
+    """An empty store."""
     return MemoryStore(f"transfer-{next(_numbers)}")
 
 
@@ -56,7 +56,7 @@ class Place:
         self.transfer = Transfer(self.stores, **options)
 
     def planned(self, key="a", store=None, **changes):
-        """An object as a plan would have it."""
+        """Return an object as a plan has it."""
         info = (store or self.near).head(key)
         given = {"n_bytes": info.n_bytes, "etag": info.etag, "modified_s": info.modified_s, **changes}
         return PlannedObject(key, **given)
@@ -82,7 +82,7 @@ def place():
 
 
 class WrongWrites(WrapperStore):
-    """Keeps other bytes than it was given, of the same length: `turn` says which."""
+    """A store that keeps other bytes of the same length; `turn` says which."""
 
     def __init__(self, inner, turn: Callable[[bytes], bytes]):
         super().__init__(inner)

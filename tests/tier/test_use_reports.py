@@ -507,7 +507,7 @@ AB_NAMES = pa.array(["a", "b"])
 
 
 class Dated(WrapperStore):
-    """Says when its objects were written; None: it does not know."""
+    """A store that gives its objects this date; None: no date."""
 
     def __init__(self, inner, dated_s):
         super().__init__(inner)
@@ -525,7 +525,7 @@ def store(request):
 
 
 def reported(store, machine_s, *, store_s, reads_all=False):
-    """What a machine whose clock says machine_s has reported, as the planner reads it; it began an hour before."""
+    """Return the report of a machine with this clock, as the planner reads it; its reader began an hour earlier."""
     reader = ActiveReader(machine_s - 3600, machine_s, reads_all)
     report = UseReport("m", machine_s, machine_s if reads_all else 0.0, {"r": reader}, {"a": (machine_s - 60, 3)})
     store.put(usage_key("m"), use_reports.encode(report))
