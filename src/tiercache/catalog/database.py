@@ -45,7 +45,9 @@ def open_file(path: str | os.PathLike[str], flags: int, mode: int = PRIVATE, *, 
     try:
         fd = os.open(path, flags | SAFE_FLAGS, mode, dir_fd=dir_fd)
     except OSError as error:
-        if error.errno != errno.ELOOP or not flags & os.O_CREAT or not _is_link(path, dir_fd):
+        if error.errno != errno.ELOOP or not flags & os.O_CREAT:
+            raise
+        if not stat.S_ISLNK(os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_mode):
             raise
         os.unlink(path, dir_fd=dir_fd)
         fd = os.open(path, flags | SAFE_FLAGS, mode, dir_fd=dir_fd)
@@ -56,10 +58,6 @@ def open_file(path: str | os.PathLike[str], flags: int, mode: int = PRIVATE, *, 
             os.close(fd)
             raise
     return fd
-
-
-def _is_link(path: str | os.PathLike[str], dir_fd: int | None) -> bool:
-    return stat.S_ISLNK(os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_mode)
 
 
 def set_mode(fd: int, mode: int) -> None:
@@ -184,16 +182,12 @@ def _temp_beside(path: Path, text: str, mode: int) -> Path:
     temp = path.with_name(f".{path.name}.{pid_namespace()}-{os.getpid()}-{secrets.token_hex(4)}")
     fd = open_file(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        data = text.encode()
-        done = 0
-        while done < len(data):
-            done += os.write(fd, data[done:])
+        with os.fdopen(fd, "wb") as file:
+            file.write(text.encode())
     except BaseException:
         with suppress(FileNotFoundError):
             temp.unlink()
         raise
-    finally:
-        os.close(fd)
     return temp
 
 

@@ -65,7 +65,6 @@ class MoveJob:
         is_new: Whether a copy in dst was not in the catalog before.
     """
 
-    move: Move
     row: JournalRow
     stop_reason: str = ""
     is_finished: bool = False
@@ -366,8 +365,7 @@ class PlanExecutor:
 
     def __init__(self, context: MoveContext, plan: Plan, on_progress: Callable[[Progress], object] | None) -> None:
         self._context, self._plan, self._on_progress = context, plan, on_progress
-        self._file, self._catalog, self._lock = context.file, context.catalog, context.lock
-        self._now_s = context.clock()
+        self._file, self._catalog, self._now_s = context.file, context.catalog, context.clock()
         self._placements = PlacementUpdates(context)
         self._copies = CopyMaker(context, self._count_bytes)
         self._open: dict[str, list[JournalRow]] = defaultdict(list)
@@ -397,7 +395,7 @@ class PlanExecutor:
             elif reason := self._unfit(move) or ("expected one move of it in the plan" if paths[move.path] > 1 else ""):
                 self._stopped.append(StoppedMove(move.number, reason, move.path, self._plan.id))
             else:
-                jobs.append(MoveJob(move, self._row(move)))
+                jobs.append(MoveJob(self._row(move)))
         for batch in in_batches(jobs, _BATCH_LIMITS):
             self._run_batch(batch)
         n_waiting = len(self._catalog.open_moves(self._file.home.url, "waiting", "dropping"))
@@ -469,7 +467,7 @@ class PlanExecutor:
     # -- a batch, step by step --------------------------------------------------------------------------------------
 
     def _run_batch(self, jobs: Sequence[MoveJob]) -> None:
-        self._lock.check()
+        self._context.lock.check()
         self._look(jobs)
         self._check_pins(jobs)
         self._begin([job for job in jobs if job.is_active])
@@ -533,7 +531,7 @@ class PlanExecutor:
         objects: list[PlannedObject] = []
         for tier in self._file.tiers:
             found = heads.infos(tier.name, row)
-            for one in job.move.objects:
+            for one in row.objects:
                 info = found[one.key]
                 if info is None or stores.tier_of(stores.sharing(tier.name), info) != tier.name:
                     continue
@@ -622,7 +620,7 @@ class PlanExecutor:
                     changes.append((job, *self._placements.changes(row, copies, at_home)))
             except TierCacheError as error:
                 job.stop(str(error))
-        self._lock.check()
+        self._context.lock.check()
         for job, reason in self._placements.commit(changes):
             job.stop(reason)
 

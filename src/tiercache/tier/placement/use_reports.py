@@ -399,10 +399,6 @@ def _name_of(recorder: int) -> str:
 
 def _may_live(name: str) -> bool:
     """Return whether a reader's process may still exist. A process of another container counts as existing."""
-    pid, _, rest = name.partition("-")
-    started, _, rest = rest.partition("-")
-    return (
-        rest.partition("-")[0] != str(pid_namespace())
-        or not _PID.fullmatch(pid)
-        or str(start_time(int(pid))) == started
-    )
+    pid, started, namespace = (*name.split("-"), "", "", "")[:3]
+    is_elsewhere = namespace != str(pid_namespace()) or not _PID.fullmatch(pid)
+    return is_elsewhere or str(start_time(int(pid))) == started
