@@ -43,9 +43,10 @@ def options_of(url: str) -> dict[str, Any]:
         file = config.find_file(Path.cwd())
         tables = {} if file is None else config.parse_toml(file, config.read_file(file)).get("tiers", {})
         for table in tables.values():
-            above = str(table["url"]).rstrip("/")
+            above = str(table["url"])
             if file is not None and "://" not in above:
                 above = os.path.normpath(file.parent / Path(above).expanduser())
+            above = above.rstrip("/")
             if f"{url.rstrip('/')}/".startswith(f"{above}/"):
                 return dict(table.get("storage_options", {}))
     except (KeyError, ValueError, TypeError, AttributeError, OSError):
