@@ -149,10 +149,6 @@ class MoveContext:
         unique = list(dict.fromkeys(pairs))
         return Heads(dict(zip(unique, self.pool.map(ask, unique), strict=True)))
 
-    def infos(self, tier: str, keys: Iterable[str]) -> Infos:
-        """Return head() of these keys, one after the other. Raises StoreError."""
-        return {key: self.head(tier, key) for key in keys}
-
     def has_class(self, tier: str, info: ObjectInfo) -> bool:
         """Return whether an object already has the storage class of a tier."""
         return (info.storage_class or "STANDARD") == self.stores.class_of(tier)

@@ -189,7 +189,7 @@ class PlacementUpdates:
         led = [_relative(folder, key) for key, found in placed if found is not None and _equal_urls(found.url, target)]
         if not led or self.is_home(row.src):
             return folder, dict.fromkeys(led)
-        infos = self._context.infos(row.src, [one.key for one in row.objects])
+        infos = self._context.heads((row.src, one.key) for one in row.objects).infos(row.src, row)
         for one in row.objects:
             info = infos[one.key]
             if info is None or self._context.change_reason(row.src, info, one):
@@ -205,7 +205,7 @@ class PlacementUpdates:
         for tier in reversed(self._context.file.tiers):
             objects = tuple(one for one in row.objects if one.where == tier.name)
             if {one.key for one in objects} == keys:
-                infos = self._context.infos(tier.name, keys)
+                infos = self._context.heads((tier.name, key) for key in keys).infos(tier.name, row)
                 if all(infos.values()):
                     moved = replace(row, action="move", dst=tier.name, dst_place=tier.url, objects=objects)
                     return self.changes(moved, infos, {})[1]
