@@ -15,8 +15,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from cases import Bench, mib, peak_bytes
 from rows import spread
+from tiercache.catalog.tiers import entry_table
 from tiercache.model import ObjectInfo
 from tiercache.store import MemoryStore
 from tiercache.tier.inventory.groups import take_inventory
@@ -57,13 +60,13 @@ class Books:
 
     def __init__(self, case: str, ranges: Mapping[str, range]) -> None:
         self._known = {
-            tier: {CASES[case](i): (1_000_000 + i % 7, f'"{i:032x}"', i, True, None) for i in numbers}
+            tier: entry_table([[(CASES[case](i), 1_000_000 + i % 7, f'"{i:032x}"', i, True, None) for i in numbers]])
             for tier, numbers in (ranges.items() if case == "books" else ())
         }
 
-    def checksums(self, tier: str, /) -> Mapping[str, tuple[int, str | None, int | None, bool, float | None]]:
-        """See inventory.Known."""
-        return self._known.get(tier, {})
+    def checksums(self, tier: str, /) -> pa.Table:
+        """See TierCatalog.checksums()."""
+        return self._known.get(tier, entry_table([]))
 
 
 def ranges_of(n: int) -> dict[str, range]:

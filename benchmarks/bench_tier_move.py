@@ -28,8 +28,7 @@ from tiercache.model import ByteRange
 from tiercache.store import LocalFolder
 from tiercache.testing.s3_server import S3Server
 from tiercache.tier.model import PlannedObject
-from tiercache.tier.move.parts import PartBufferPool
-from tiercache.tier.move.transfer import Transfer
+from tiercache.tier.move.transfer import PartBufferPool, Transfer
 from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.stores import Stores
 
@@ -99,7 +98,7 @@ def copy_in_order(src: Store, dst: Store, one: PlannedObject, buffers: PartBuffe
     buffer = buffers.take(min(one.n_bytes, PART_BYTES))
     with dst.create(one.key) as upload:
         for number, span in enumerate(parts(one.n_bytes)):
-            part = buffer.data[: span.n_bytes]
+            part = buffer[: span.n_bytes]
             src.read_into(one.key, [(span, part)])
             upload.put_part(number, part)
         upload.complete()

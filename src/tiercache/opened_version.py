@@ -90,7 +90,7 @@ class VersionStores:
     @property
     def fetcher(self) -> CachedStore | None:
         """Cached store that prefetches shards; None if nothing is read through a cache."""
-        store = self.store if self.cache is not None else self.tiers.far()
+        store = self.store if self.cache is not None else self.tiers.remote_store()
         return store if isinstance(store, CachedStore) else None
 
     def is_worth_fetching(self, key: str, identity: ShardIdentity) -> bool:

@@ -1,4 +1,4 @@
-"""The books: by example, and any sequence against a dictionary."""
+"""The accounts of the cache: by example, and any sequence of calls against a dictionary."""
 
 import shutil
 import tempfile
@@ -15,7 +15,7 @@ PLENTY = 1 << 50
 
 
 class FakeFiles:
-    """A folder as a few dictionaries."""
+    """A cache folder made of dictionaries."""
 
     def __init__(self, path):
         self.path = path
@@ -108,7 +108,7 @@ def test_a_reservation_is_held_once_for_a_name(open_accounts):
     assert not me.is_reserved("a")
 
 
-def test_what_the_disk_has_to_spare_bounds_reservations(open_accounts):
+def test_the_free_space_of_the_disk_bounds_reservations(open_accounts):
     me = open_accounts("me")
     assert not reserve(me, "a", 8_192, spare=8_191)
     assert reserve(me, "a", 8_192, spare=8_192)
@@ -116,7 +116,7 @@ def test_what_the_disk_has_to_spare_bounds_reservations(open_accounts):
     assert me.lack_bytes(4_096, spare_bytes=lambda: 8_192) == 4_096
 
 
-def test_the_dead_lose_their_limit_and_their_reservations(open_accounts, files):
+def test_dead_owners_lose_their_limit_and_reservations(open_accounts, files):
     me, you = open_accounts("me"), open_accounts("you", limit=50_000)
     assert reserve(you, "a", 40_000)
     assert not reserve(me, "b", 40_000)
@@ -153,7 +153,7 @@ def test_a_copy_published_twice_counts_once(open_accounts, files):
     assert me.sums()[:2] == (5_000, 0)
 
 
-def test_a_copy_that_came_back_before_it_was_booked_out_stays_booked(open_accounts, files):
+def test_a_copy_that_was_fetched_again_before_its_removal_stays_booked(open_accounts, files):
     me = open_accounts("me")
     assert reserve(me, "a", 5_000)
     book(me, files, "a", 5_000)
@@ -164,7 +164,7 @@ def test_a_copy_that_came_back_before_it_was_booked_out_stays_booked(open_accoun
     assert me.sums()[0] == 0
 
 
-def test_a_part_grows_by_what_was_reserved_for_it(open_accounts, files):
+def test_a_partial_copy_grows_by_its_reservation(open_accounts, files):
     me = open_accounts("me")
     assert reserve(me, "a", 10_000)
     book(me, files, "a", 8_000)
@@ -184,8 +184,8 @@ def test_a_reservation_that_cannot_be_enlarged_stays_as_it_was(open_accounts, fi
     book(me, files, "a", 60_000)
 
 
-def test_what_two_write_into_one_part_is_counted_once_by_who_reserved_it(open_accounts, files):
-    """Where locks lie each finds the bytes of both when it measures what it has written."""
+def test_bytes_that_two_owners_write_into_one_partial_copy_count_once(open_accounts, files):
+    """Where flock is not enforced, each owner measures the bytes of both."""
     me, you = open_accounts("me"), open_accounts("you")
     assert reserve(me, "a", 40_000)
     assert reserve(you, "a", 60_000)
@@ -195,7 +195,7 @@ def test_what_two_write_into_one_part_is_counted_once_by_who_reserved_it(open_ac
     assert me.sums()[:2] == (100_000, 0)
 
 
-def test_what_a_dead_owner_wrote_without_booking_it_is_measured(open_accounts, files):
+def test_bytes_that_a_dead_owner_did_not_book_are_measured(open_accounts, files):
     me, you = open_accounts("me"), open_accounts("you")
     assert reserve(you, "a", 40_000)
     book(you, files, "a", 40_000)
@@ -206,7 +206,7 @@ def test_what_a_dead_owner_wrote_without_booking_it_is_measured(open_accounts, f
     assert me.sums()[:2] == (55_000, 10)
 
 
-def test_a_copy_that_grew_unbooked_is_measured_when_the_books_are_compared_with_the_files(open_accounts, files):
+def test_an_unbooked_copy_is_measured_by_reconcile(open_accounts, files):
     me = open_accounts("me")
     assert reserve(me, "a", 5_000)
     book(me, files, "a", 5_000)
@@ -219,7 +219,7 @@ def test_a_copy_that_grew_unbooked_is_measured_when_the_books_are_compared_with_
     assert me.sums()[:2] == (9_000, 1_000)
 
 
-def test_an_evicted_copy_is_a_ghost_until_it_comes_back_and_then_stands_in_the_main_queue(open_accounts, files):
+def test_an_evicted_copy_that_comes_back_enters_the_main_queue(open_accounts, files):
     me = open_accounts("me")
     for name in "ab":
         book(me, files, name, 10)
@@ -233,7 +233,7 @@ def test_an_evicted_copy_is_a_ghost_until_it_comes_back_and_then_stands_in_the_m
     assert not me.is_ghost("a")
 
 
-def test_what_left_the_main_queue_comes_back_into_the_small_one(open_accounts, files):
+def test_a_copy_evicted_from_the_main_queue_comes_back_into_the_small_queue(open_accounts, files):
     me = open_accounts("me")
     book(me, files, "a", 10)
     me.requeue([("a", True, 2)])
@@ -265,7 +265,7 @@ def test_uses_count_up_to_three_for_the_queues_and_moves_go_to_the_end(open_acco
     assert [(row.name, row.uses, row.freq) for row in by_turn] == [("b", 1, 1), ("a", 7, 1), ("c", 0, 0)]
 
 
-def test_what_changed_is_told_once_and_to_everybody(open_accounts, files):
+def test_every_process_gets_each_change_once(open_accounts, files):
     me, you = open_accounts("me"), open_accounts("you")
     for name in "ab":
         book(me, files, name, 10)
@@ -284,7 +284,7 @@ def test_what_changed_is_told_once_and_to_everybody(open_accounts, files):
     assert (third.whole, third.rows, third.gone) == (False, (), ())
 
 
-def test_who_looked_before_what_is_forgotten_by_now_gets_everything(open_accounts, files):
+def test_a_query_from_before_the_oldest_known_change_gets_all_rows(open_accounts, files):
     me = open_accounts("me", limit=1_000)
     for name in "abcd":
         book(me, files, name, 300)
@@ -300,7 +300,7 @@ def test_who_looked_before_what_is_forgotten_by_now_gets_everything(open_account
     assert [row.name for row in after.rows] == ["d"]
 
 
-def test_books_that_were_lost_give_everything_to_who_knew_the_old_ones(open_accounts, files):
+def test_a_query_with_the_state_of_a_lost_catalog_gets_all_rows(open_accounts, files):
     me = open_accounts("me")
     book(me, files, "a", 10)
     since = me.changes(("", 0)).since
@@ -326,7 +326,7 @@ def test_uses_are_counted_and_ordered(open_accounts, files):
     assert [(row.name, row.uses) for row in me.rows()] == [("c", 0), ("b", 2), ("a", 1)]
 
 
-def test_a_lost_catalog_knows_copies_limits_and_what_is_being_fetched(open_accounts, files):
+def test_a_rebuilt_catalog_has_copies_limits_and_running_fetches(open_accounts, files):
     me = open_accounts("me")
     files.copies = {"a": 5_000, "b": 100}
     assert reserve(me, "c", 1_000)
@@ -337,7 +337,7 @@ def test_a_lost_catalog_knows_copies_limits_and_what_is_being_fetched(open_accou
     assert {row.record for row in me.rows()} == {"record of a", "record of b"}
 
 
-def test_a_copy_that_is_just_being_published_counts_once_by_its_reservation_until_it_is(open_accounts, files):
+def test_a_copy_that_is_being_published_counts_once(open_accounts, files):
     me = open_accounts("me")
     assert reserve(me, "a", 5_000)
     files.copies = {"a": 5_000, "b": 5_000}
@@ -347,7 +347,7 @@ def test_a_copy_that_is_just_being_published_counts_once_by_its_reservation_unti
     assert me.sums()[:2] == (10_000, 0)
 
 
-def test_books_of_another_boot_are_thrown_away(open_accounts, files):
+def test_accounts_of_another_boot_are_rebuilt(open_accounts, files):
     me = open_accounts("me", boot="yesterday")
     assert reserve(me, "a", 5_000)
     book(me, files, "a", 5_000)
@@ -358,14 +358,14 @@ def test_books_of_another_boot_are_thrown_away(open_accounts, files):
     assert today.sums()[0] == 100
 
 
-def test_an_owner_that_leaves_takes_its_reservations_along(open_accounts):
+def test_unregistering_releases_reservations(open_accounts):
     me, you = open_accounts("me"), open_accounts("you", limit=1)
     me.unregister()
     you.unregister()
     assert me.sums() == (0, 0, 0)
 
 
-def test_books_that_others_made_anew_know_the_owners_limit_again(files, open_accounts):
+def test_a_rebuilt_catalog_gets_the_owners_limit_again(files, open_accounts):
     mine = open_accounts("me", 50_000)
     shutil.rmtree(files.path)
     files.limit = {}  # with the folder went the owner files
@@ -381,7 +381,7 @@ def test_an_owner_that_left_is_not_registered_again(files, open_accounts):
     assert yours.limit_bytes() == 70_000
 
 
-def test_openers_that_died_leave_no_rows(files, open_accounts):
+def test_dead_owners_leave_no_rows(files, open_accounts):
     for i in range(5):
         files.living.add(f"worker {i}")
         open_accounts(f"worker {i}", 100_000).close()
@@ -427,7 +427,7 @@ class AccountStates(RuleBasedStateMachine):
 
     @rule(owner=owners, name=names, share=st.floats(0.01, 1.0))
     def book(self, owner, name, share):
-        """Some or all of what was reserved was written; another owner that writes the same books its own later."""
+        """Some or all reserved bytes were written; another owner that writes the same copy books its own later."""
         held = self.reserved.pop((owner, name), 0)
         if held:
             self.booked[name] = self.files.copies[name] = self.booked.get(name, 0) + int(held * share)

@@ -1,4 +1,4 @@
-"""A database that may vanish, rot, be busy, and be forked over."""
+"""A SQLite file that may vanish, be damaged or busy, and be used over a fork."""
 
 import fcntl
 import os
@@ -157,7 +157,7 @@ def test_no_connection_is_open_while_the_process_forks(database):
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o777])
 @pytest.mark.parametrize("wal", [True, False])
-def test_nobody_else_may_read_the_file_or_what_lies_beside_it(tmp_path, umask, wal):
+def test_the_files_are_private(tmp_path, umask, wal):
     before = os.umask(umask)
     try:
         database = Database(tmp_path / "c.sqlite", wal=wal, make_folder=lambda: None, prepare=prepare)
@@ -176,7 +176,7 @@ def test_nobody_else_may_read_the_file_or_what_lies_beside_it(tmp_path, umask, w
 
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", ".lock"])
 @pytest.mark.parametrize("is_there", [True, False])
-def test_a_link_under_its_name_gives_way_and_its_target_is_left_alone(database, tmp_path, suffix, is_there):
+def test_a_link_under_its_name_is_removed_and_its_target_kept(database, tmp_path, suffix, is_there):
     add(database, 1)
     database.close()
     target = tmp_path / "target"
@@ -191,8 +191,8 @@ def test_a_link_under_its_name_gives_way_and_its_target_is_left_alone(database, 
     assert not is_there or target.read_text() == "keep"
 
 
-def test_threads_that_waited_together_for_a_busy_file_give_up_together(database, monkeypatch):
-    """One after the other each would wait as long again, and the last of thirty for minutes."""
+def test_threads_that_wait_for_a_busy_file_give_up_together(database, monkeypatch):
+    """One after the other, the last of thirty threads would wait for minutes."""
     monkeypatch.setattr("tiercache.catalog.database.BUSY_S", 0.3)
     add(database, 1)
     database.close()
@@ -229,7 +229,7 @@ def test_threads_that_waited_together_for_a_busy_file_give_up_together(database,
     assert values(database) == ["new", 1, 3]
 
 
-def test_a_disk_that_is_full_is_told_and_the_file_is_kept(database, monkeypatch):
+def test_a_full_disk_is_reported_and_the_file_kept(database, monkeypatch):
     add(database, 1)
 
     def work(db):
@@ -243,7 +243,7 @@ def test_a_disk_that_is_full_is_told_and_the_file_is_kept(database, monkeypatch)
     assert values(database) == ["new", 1]
 
 
-def test_what_cannot_be_made_is_the_systems_error_and_a_mistake_of_ours_is_not(tmp_path, database):
+def test_file_errors_are_os_errors_and_sql_errors_are_not(tmp_path, database):
     (tmp_path / "x").mkdir()
     nowhere = Database(tmp_path / "x" / "c.sqlite" / "below", wal=True, make_folder=lambda: None, prepare=prepare)
     with pytest.raises(FileNotFoundError):
@@ -262,7 +262,7 @@ def test_what_cannot_be_made_is_the_systems_error_and_a_mistake_of_ours_is_not(t
     assert values(database) == ["new"]
 
 
-def test_a_file_that_another_is_making_at_the_same_time_is_waited_for(database, tmp_path):
+def test_a_file_that_another_process_is_making_is_waited_for(database, tmp_path):
     (tmp_path / "c.sqlite").touch()
     other = sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None, check_same_thread=False)
     other.execute("CREATE TABLE t (x)")
@@ -284,7 +284,7 @@ def test_a_file_that_another_is_making_at_the_same_time_is_waited_for(database, 
     other.close()
 
 
-def test_a_file_that_another_has_just_made_in_its_place_is_not_replaced_again(database, tmp_path, monkeypatch):
+def test_a_file_that_another_process_has_replaced_is_not_replaced_again(database, tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", lambda fd, operation: None)  # or the other one would wait at the door
     set_up, spoilt = Database._set_up, []
 

@@ -1,4 +1,4 @@
-"""The books of tiers: durable, shared, and nothing that anybody's data hangs on."""
+"""The catalog of tiers: entries of copies, and the journal of moves."""
 
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from tiercache.catalog.tiers import CatalogEntry, JournalObject, JournalRow, TierCatalog
+from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject, TierCatalog
 
-OBJECTS = (JournalObject("a/1", 10, '"e"', 5.5, 7), JournalObject("a/.metadata", 1, None, None, None, "hot"))
+OBJECTS = (PlannedObject("a/1", 10, '"e"', 5.5, 7), PlannedObject("a/.metadata", 1, None, None, None, "hot"))
 ROW = JournalRow(
     "plan", 1, "a", "checkpoint", "move", "hot", "cold", "/nvme", "s3://cold", "s3://home", "sha", "rules[1]", "begun",
     0.0, 0.0, OBJECTS, "", 100.0,
@@ -22,55 +22,59 @@ def catalog(tmp_path):
         yield catalog
 
 
-def test_copies_are_known_by_the_place_that_a_name_stands_for(catalog):
+def checksums(catalog, tier):
+    return {key: (*values,) for key, *values in (row.values() for row in catalog.checksums(tier).to_pylist())}
+
+
+def test_entries_are_kept_by_the_url_of_a_tier(catalog):
     catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9))])
-    assert catalog.checksums("cold") == catalog.checksums("s3://cold") == {"k": (3, '"e"', 9, True, None)}
+    assert checksums(catalog, "cold") == checksums(catalog, "s3://cold") == {"k": (3, '"e"', 9, True, None)}
     catalog.bind({"cold": "s3://other"})
-    assert catalog.checksums("cold") == {}
+    assert checksums(catalog, "cold") == {}
 
 
-def test_a_copy_that_is_recorded_again_is_the_new_one(catalog):
+def test_recording_a_copy_again_replaces_its_entry(catalog):
     catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9))])
     catalog.record([("cold", "k", CatalogEntry(4, None, 8, made_from="s3://home"))])
     assert catalog.entries("cold", ["k", "other"]) == {"k": CatalogEntry(4, None, 8, made_from="s3://home")}
 
 
-def test_a_copy_keeps_when_its_object_was_written_first(catalog):
+def test_an_entry_keeps_the_date_of_first_writing(catalog):
     copy = CatalogEntry(3, '"e"', 9, written_s=1234.5)
     catalog.record([("cold", "k", copy)])
     assert catalog.entries("cold", ["k"]) == {"k": copy}
-    assert catalog.checksums("cold") == {"k": (3, '"e"', 9, True, 1234.5)}
+    assert checksums(catalog, "cold") == {"k": (3, '"e"', 9, True, 1234.5)}
 
 
-def test_an_object_that_is_known_for_its_date_alone_is_not_verified(catalog):
+def test_an_entry_for_a_date_only_is_not_verified(catalog):
     catalog.record([("cold", "k", CatalogEntry(3, '"e"', None, written_s=1234.5, verified=False))])
-    assert catalog.checksums("cold") == {"k": (3, '"e"', None, False, 1234.5)}
+    assert checksums(catalog, "cold") == {"k": (3, '"e"', None, False, 1234.5)}
     assert not catalog.entries("cold", ["k"])["k"].verified
 
 
-def test_books_with_other_columns_are_made_anew(catalog):
+def test_a_catalog_with_other_columns_is_made_anew(catalog):
     catalog.path.parent.mkdir()
     with closing(sqlite3.connect(catalog.path)) as db:
         db.execute("CREATE TABLE copies (place TEXT, key TEXT, n_bytes INTEGER, etag TEXT, crc32c INTEGER)")
         db.commit()
-    assert catalog.checksums("cold") == {}
+    assert checksums(catalog, "cold") == {}
     catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9))])
-    assert list(catalog.checksums("cold")) == ["k"]
+    assert list(checksums(catalog, "cold")) == ["k"]
 
 
-def test_a_copy_that_was_only_intended_is_not_verified(catalog):
+def test_an_intended_copy_is_not_among_the_checksums(catalog):
     catalog.record([("cold", "k", CatalogEntry(3, None, None, made_from="s3://home"))])
-    assert catalog.checksums("cold") == {}
+    assert checksums(catalog, "cold") == {}
     assert catalog.entries("cold", ["k"])["k"].is_intended
 
 
 def test_forgotten_copies_are_gone(catalog):
     catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9)), ("cold", "l", CatalogEntry(3, '"e"', 9))])
     catalog.forget([("cold", "k")])
-    assert list(catalog.checksums("cold")) == ["l"]
+    assert list(checksums(catalog, "cold")) == ["l"]
 
 
-def test_many_copies_are_found_by_key(catalog):
+def test_many_entries_are_found_by_key(catalog):
     catalog.record([("cold", f"k{n}", CatalogEntry(n, None, n)) for n in range(2000)])
     found = catalog.entries("cold", [f"k{n}" for n in range(0, 4000, 2)])
     assert len(found) == 1000
@@ -93,19 +97,19 @@ def test_open_moves_are_those_of_their_home_that_are_not_over(catalog):
     assert [row.number for row in catalog.open_moves("s3://home", "waiting")] == [1]
 
 
-def test_moves_that_are_long_over_are_forgotten(catalog):
+def test_old_finished_moves_are_pruned(catalog):
     catalog.write([replace(ROW, state="done"), replace(ROW, number=2, state="waiting")])
     catalog.prune(100.0 + 91 * 86400)
     assert list(catalog.of_plan("plan")) == [2]
 
 
-def test_moves_that_were_stopped_and_that_no_plan_has_any_more_are_forgotten(catalog):
+def test_old_stopped_moves_are_pruned(catalog):
     catalog.write([ROW, replace(ROW, number=2, state="dropping")])
     catalog.prune(100.0 + 91 * 86400)
     assert list(catalog.of_plan("plan")) == [2]
 
 
-def test_a_row_takes_the_place_of_others_in_one_step(catalog):
+def test_rows_are_replaced_in_one_transaction(catalog):
     catalog.write([ROW, replace(ROW, number=2)])
     with pytest.raises(ValueError, match="one of the states"):
         catalog.write([replace(ROW, number=3, state="lost")], instead_of=[("plan", 1)])
@@ -114,7 +118,7 @@ def test_a_row_takes_the_place_of_others_in_one_step(catalog):
     assert list(catalog.of_plan("plan")) == [2, 3]
 
 
-def test_a_state_that_is_none_is_refused(catalog):
+def test_an_unknown_state_is_refused(catalog):
     with pytest.raises(ValueError, match="one of the states"):
         catalog.write([replace(ROW, state="lost")])
 
@@ -135,13 +139,13 @@ def test_a_damaged_file_is_made_anew(catalog, content):
     assert catalog.of_plan("plan") == {1: ROW}
 
 
-def test_what_was_committed_outlives_a_loss_of_power(catalog):
+def test_committed_rows_survive_a_power_failure(catalog):
     catalog.write([ROW])
     found = catalog._database.run(lambda db: db.execute("PRAGMA synchronous").fetchone()[0])
     assert found == 2  # FULL
 
 
-def test_threads_and_other_connections_share_it(catalog):
+def test_threads_and_other_connections_share_the_file(catalog):
     def write(n):
         with TierCatalog(catalog.path) as other:
             other.write([replace(ROW, number=n)])
@@ -153,13 +157,13 @@ def test_threads_and_other_connections_share_it(catalog):
     assert len(catalog.checksums("cold")) == 20
 
 
-def test_its_folder_is_for_its_user_alone(catalog):
+def test_the_state_folder_is_private(catalog):
     catalog.write([ROW])
     assert catalog.path.stat().st_mode & 0o777 == 0o600
     assert catalog.path.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_copy_whose_source_goes_is_nobodys_copy(catalog):
+def test_source_deleted_clears_the_origin_of_a_copy(catalog):
     catalog.record(
         [("cold", "k", CatalogEntry(3, '"e"', 9, "s3://home")), ("cold", "l", CatalogEntry(3, '"e"', 9, "s3://home"))]
     )

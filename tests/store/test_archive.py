@@ -8,12 +8,16 @@ import pytest
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import NotFound, ObjectChanged, StoreError
-from tiercache.store import CloudStore
-from tiercache.store.archive import CopySizes, S3Archive, open_archive
+from tiercache.store import CloudStore, open_store
+from tiercache.store.archive import CopySizes, S3Archive
 from tiercache.store.s3 import Boto3Client
 
 PART = 5 << 20  # the smallest that S3 takes
 pytestmark = pytest.mark.s3
+
+
+def open_archive(url, **options):
+    return S3Archive.of(open_store(url, **options))
 
 
 @pytest.fixture
@@ -63,7 +67,7 @@ def test_an_object_without_a_class_is_standard(archive):
     assert archive.head("a").storage_class == "STANDARD"
 
 
-def test_parts_that_come_in_any_order_are_joined_in_theirs(archive, door):
+def test_parts_in_any_order_are_joined_by_number(archive, door):
     parts = [os.urandom(PART), os.urandom(PART), b"the end"]
     with archive.create("big") as upload:
         for number in (2, 0, 1):
@@ -74,7 +78,7 @@ def test_parts_that_come_in_any_order_are_joined_in_theirs(archive, door):
 
 
 @pytest.mark.parametrize("n_parts", [1, 2])
-def test_the_servers_own_sums_confirm_an_upload(archive, n_parts):
+def test_checksums_of_the_server_confirm_an_upload(archive, n_parts):
     with archive.create("a") as upload:
         for number in range(n_parts):
             upload.put_part(number, bytes([number]) * PART)
@@ -82,7 +86,7 @@ def test_the_servers_own_sums_confirm_an_upload(archive, n_parts):
     assert upload.is_confirmed
 
 
-def test_an_upload_that_is_left_leaves_nothing(archive, door):
+def test_an_aborted_upload_leaves_nothing(archive, door):
     with archive.create("a") as upload:
         upload.put_part(0, b"x" * PART)
         upload.put_part(1, b"y")
@@ -102,7 +106,7 @@ def test_a_missing_part_is_named_and_nothing_appears(archive):
 
 
 @pytest.mark.parametrize("n_parts", [1, 2])
-def test_an_upload_that_must_be_new_leaves_what_is_there(archive, door, n_parts):
+def test_an_upload_that_must_be_new_replaces_nothing(archive, door, n_parts):
     if door.server.kind == "moto" and n_parts == 2:
         pytest.skip("moto does not look at If-None-Match of an upload in parts")
     door.put("a", b"first")
@@ -113,13 +117,13 @@ def test_an_upload_that_must_be_new_leaves_what_is_there(archive, door, n_parts)
     assert door.get("a") == b"first"
 
 
-def test_an_empty_object_is_one(archive):
+def test_an_empty_object_can_be_uploaded(archive):
     with archive.create("a") as upload:
         upload.complete()
     assert archive.head("a").n_bytes == 0
 
 
-def test_seaweedfs_names_the_sum_of_the_whole(s3, opened):
+def test_seaweedfs_returns_the_checksum_of_the_whole_object(s3, opened):
     archive, data = opened(s3), os.urandom(PART + 3)
     with archive.create("a") as upload:
         upload.put_part(0, data[:PART])
@@ -128,14 +132,14 @@ def test_seaweedfs_names_the_sum_of_the_whole(s3, opened):
     assert archive.head("a").crc32c == crc32c(data)
 
 
-def test_a_part_that_arrives_wrong_is_refused(s3, opened, monkeypatch):
+def test_a_corrupted_part_is_refused(s3, opened, monkeypatch):
     monkeypatch.setattr("tiercache.store.archive.crc32c_to_text", lambda crc: "AAAAAA==")
     archive = opened(s3)
     with pytest.raises(StoreError, match="BadDigest"):
         put(archive, "a", b"data")
 
 
-def test_what_is_not_there_is_not_found(archive):
+def test_a_missing_object_is_not_found(archive):
     with pytest.raises(NotFound, match="no such object"):
         archive.head("nothing")
 
@@ -143,7 +147,7 @@ def test_what_is_not_there_is_not_found(archive):
 # -- listing --------------------------------------------------------------------------------------------------------
 
 
-def test_a_listing_says_classes_and_only_keys_below_the_folder(archive):
+def test_a_listing_has_classes_and_only_keys_below_the_folder(archive):
     put(archive, "a/1", b"1", "GLACIER")
     put(archive, "a/2", b"22")
     put(archive, "ab", b"3")
@@ -151,7 +155,7 @@ def test_a_listing_says_classes_and_only_keys_below_the_folder(archive):
     assert found == {"a/1": (1, "GLACIER"), "a/2": (2, "STANDARD")}
 
 
-def test_a_listing_goes_on_over_pages(archive, door, monkeypatch):
+def test_a_listing_reads_all_pages(archive, door, monkeypatch):
     calls = archive.calls
     for number in range(5):
         door.put(f"k{number}", b"")
@@ -214,7 +218,7 @@ def test_tags_stay_when_the_class_of_a_large_object_changes(moto, opened):
 
 
 @pytest.mark.parametrize("whole_bytes", [1 << 30, 1])
-def test_the_class_of_another_object_than_was_meant_stays(s3, opened, whole_bytes):
+def test_the_class_of_a_changed_object_is_not_changed(s3, opened, whole_bytes):
     archive = opened(s3, whole_bytes=whole_bytes, part_bytes=PART)
     put(archive, "a", b"x" * PART)
     with pytest.raises(ObjectChanged):
@@ -222,7 +226,7 @@ def test_the_class_of_another_object_than_was_meant_stays(s3, opened, whole_byte
     assert (archive.head("a").storage_class, s3.uploads()) == ("STANDARD", [])
 
 
-def test_a_class_that_there_is_not_is_an_error_that_says_so(moto, opened):
+def test_an_unknown_class_is_an_error(moto, opened):
     archive = opened(moto)
     put(archive, "a", b"data")
     with pytest.raises(StoreError, match="InvalidStorageClass"):
@@ -252,7 +256,7 @@ def test_the_server_copies_between_folders_with_the_class(door, opened, whole_by
     store.close()
 
 
-def test_a_copy_of_another_object_than_was_meant_is_not_made(s3, opened):
+def test_a_changed_object_is_not_copied(s3, opened):
     src, dst = opened(s3), opened(s3, "-cold")
     s3.put("a", b"data")
     with pytest.raises(ObjectChanged):
@@ -268,7 +272,7 @@ def test_between_two_servers_the_server_cannot_copy(s3, moto, opened):
         dst.copy_from(src, "a", "a")
 
 
-def test_sums_tell_that_two_copies_are_equal(s3, opened):
+def test_checksums_show_that_two_copies_are_equal(s3, opened):
     src, dst = opened(s3), opened(s3, "-cold")
     put(src, "a", b"data")
     dst.copy_from(src, "a", "a")
@@ -287,13 +291,13 @@ def test_an_archived_object_is_read_when_it_was_restored(moto, opened):
     assert moto.get("a") == b"data"
 
 
-def test_what_needs_no_restore_is_done(moto, opened):
+def test_restoring_a_readable_object_is_done_at_once(moto, opened):
     archive = opened(moto)
     put(archive, "a", b"data")
     assert archive.restore("a", days=1, speed="standard") == "done"
 
 
-def test_seaweedfs_cannot_restore_and_the_error_says_what_that_means(s3, opened):
+def test_seaweedfs_reports_that_it_cannot_restore(s3, opened):
     archive = opened(s3)
     put(archive, "a", b"data", "GLACIER")
     with pytest.raises(StoreError, match="only labels") as caught:
@@ -305,7 +309,7 @@ WHOLE_OR_PARTS = pytest.mark.parametrize("whole_bytes", [1 << 30, 1])
 
 
 def meanwhile(archive, monkeypatch, operation, do, *, after=False):
-    """Have something done before (or after) the first request of an operation."""
+    """Do something before (or after) the first request of an operation."""
     ask, waiting = archive.call, [do]
 
     def call(name, key, **request):
@@ -321,7 +325,7 @@ def meanwhile(archive, monkeypatch, operation, do, *, after=False):
 
 
 @WHOLE_OR_PARTS
-def test_what_is_written_while_a_class_changes_stays(s3, opened, monkeypatch, whole_bytes):
+def test_an_object_written_during_a_class_change_stays(s3, opened, monkeypatch, whole_bytes):
     archive = opened(s3, whole_bytes=whole_bytes, part_bytes=PART)
     put(archive, "a", b"x" * PART)
     last = "copy_object" if whole_bytes > 1 else "complete_multipart_upload"
@@ -333,17 +337,15 @@ def test_what_is_written_while_a_class_changes_stays(s3, opened, monkeypatch, wh
 
 @WHOLE_OR_PARTS
 @pytest.mark.parametrize("has_old_boto3", [False, True])
-def test_a_copy_by_the_server_that_must_be_new_leaves_what_is_there(
-    s3, opened, monkeypatch, whole_bytes, has_old_boto3
-):
+def test_a_server_side_copy_that_must_be_new_replaces_nothing(s3, opened, monkeypatch, whole_bytes, has_old_boto3):
     src, dst = opened(s3), opened(s3, "-cold", whole_bytes=whole_bytes, part_bytes=PART)
     if has_old_boto3:
         monkeypatch.setattr(Boto3Client, "supports", lambda *_args: False)
     put(src, "a", b"x" * PART)
-    assert dst.copy_from(src, "a", "free", if_absent=True).n_bytes == PART
+    assert dst.copy_from(src, "a", "free", replaces=False).n_bytes == PART
     put(dst, "a", b"mine")
     with pytest.raises(ObjectChanged):
-        dst.copy_from(src, "a", "a", if_absent=True)
+        dst.copy_from(src, "a", "a", replaces=False)
     assert dst.head("a").n_bytes == len(b"mine")
     assert dst.copy_from(src, "a", "a").n_bytes == PART
 
@@ -356,7 +358,7 @@ def test_an_old_boto3_changes_classes_too(door, opened, monkeypatch):
 
 
 @WHOLE_OR_PARTS
-def test_what_somebody_writes_over_a_new_copy_is_not_taken_for_it(door, opened, monkeypatch, whole_bytes):
+def test_an_object_written_over_a_new_copy_is_not_taken_for_the_copy(door, opened, monkeypatch, whole_bytes):
     src, dst = opened(door), opened(door, "-cold", whole_bytes=whole_bytes, part_bytes=PART)
     put(src, "a", b"x" * PART)
     last = "copy_object" if whole_bytes > 1 else "complete_multipart_upload"
@@ -368,7 +370,7 @@ def test_what_somebody_writes_over_a_new_copy_is_not_taken_for_it(door, opened, 
 # -- deletes --------------------------------------------------------------------------------------------------------
 
 
-def test_many_are_deleted_and_the_missing_are_no_error(archive, door):
+def test_many_objects_are_deleted_and_missing_ones_are_no_error(archive, door):
     keys = [f"k{number}" for number in range(20)]
     for key in keys:
         door.put(key, b"")
@@ -376,7 +378,7 @@ def test_many_are_deleted_and_the_missing_are_no_error(archive, door):
     assert list(archive.list()) == []
 
 
-def test_what_is_no_longer_what_was_meant_is_not_deleted(s3, opened):
+def test_a_changed_object_is_not_deleted(s3, opened):
     archive = opened(s3)
     etags = [put(archive, key, b"old").etag for key in "ab"]
     s3.put("b", b"new")
@@ -385,7 +387,7 @@ def test_what_is_no_longer_what_was_meant_is_not_deleted(s3, opened):
     assert [info.key for info in archive.list()] == ["b"]
 
 
-def test_what_could_not_be_deleted_is_named_with_the_reason(archive, monkeypatch):
+def test_objects_that_could_not_be_deleted_are_named_with_the_reason(archive, monkeypatch):
     said = {"Errors": [{"Key": archive.full_key("b"), "Code": "AccessDenied", "Message": "no"}]}
     monkeypatch.setattr(archive, "calls", lambda *_args, **_more: said)
     assert archive.delete_many(["a", "b"]) == [("b", "AccessDenied: no")]
@@ -394,9 +396,7 @@ def test_what_could_not_be_deleted_is_named_with_the_reason(archive, monkeypatch
 # -- opening --------------------------------------------------------------------------------------------------------
 
 
-def test_only_s3_has_an_archive(tmp_path):
-    with pytest.raises(ValueError, match="only s3://"):
-        open_archive(tmp_path)
+def test_only_s3_has_an_archive():
     with pytest.raises(ValueError, match="only s3://"):
         open_archive("gs://bucket/folder")
 
@@ -407,12 +407,12 @@ def test_without_boto3_the_error_names_the_extra(monkeypatch):
         open_archive("s3://bucket/folder", access_key_id="a", secret_access_key="b")
 
 
-def test_an_option_that_boto3_does_not_know_is_not_dropped_in_silence():
+def test_an_option_that_boto3_does_not_support_is_an_error():
     with pytest.raises(ValueError, match="proxy_url"):
         open_archive("s3://bucket/folder", access_key_id="a", secret_access_key="b", proxy_url="http://proxy")
 
 
-def test_a_server_that_is_not_there_is_an_error_without_secrets(door):
+def test_an_unreachable_server_is_an_error_without_secrets(door):
     options = {**door.server.storage_options, "endpoint": "http://127.0.0.1:9"}
     archive = open_archive("s3://bucket/folder", **options)
     with pytest.raises(StoreError) as caught:
@@ -423,7 +423,7 @@ def test_a_server_that_is_not_there_is_an_error_without_secrets(door):
 
 
 @pytest.mark.parametrize("variable", ["AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
-def test_an_endpoint_of_the_environment_holds_for_the_archive_as_for_the_store(s3, monkeypatch, variable):
+def test_an_endpoint_of_the_environment_applies_to_the_archive(s3, monkeypatch, variable):
     monkeypatch.setenv(variable, s3.server.endpoint)
     keys = {name: s3.server.storage_options[name] for name in ("access_key_id", "secret_access_key")}
     s3.put("a", b"data")
@@ -432,7 +432,7 @@ def test_an_endpoint_of_the_environment_holds_for_the_archive_as_for_the_store(s
     archive.close()
 
 
-def test_an_archive_is_of_the_same_place_as_its_store(door):
+def test_an_archive_has_the_location_of_its_store(door):
     store = door.server.store(door.prefix)
     assert isinstance(store, CloudStore)
     archive = S3Archive.of(store)

@@ -285,14 +285,13 @@ class DiskBucket(Store):
         storage_class=None,
         if_match=None,
         crc32c=None,
-        if_absent=False,
-        over=None,
+        replaces=True,
     ) -> ObjectInfo:
-        del crc32c, over
+        del crc32c
         with self._call("copy_from", key) as due:
             about, data = src._read(src_key, "")
             self._check_match(key, about, if_match)
-            made = (self._keep_absent if if_absent else self._keep)(key, data, storage_class or "", due)
+            made = (self._keep if replaces else self._keep_absent)(key, data, storage_class or "", due)
             if made is None:
                 raise ObjectChanged(url=self._at(key), expected="nothing")
             return made

@@ -1,4 +1,4 @@
-"""What a process does to tiers before it dies, and what those that come after it do; each in a world of its own."""
+"""Jobs of the kill tests: what a process does to tiers before it dies, and what later processes do."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ SIZES = (20_000, 700, 300)  # of the parts of a checkpoint, the last of which ma
 
 @dataclass(frozen=True)
 class TierJob:
-    """prepare: makes the world ready, undisturbed; work: what is struck."""
+    """A job. prepare: Sets up the world, undisturbed. work: The work during which the process is killed."""
 
     name: str
     prepare: Callable[[World], object]
@@ -28,7 +28,7 @@ def write(world: World, place: str, name: str, version: int = 0) -> None:
 
 
 def fill(world: World, step: int = 0) -> None:
-    """Checkpoints of two runs in hot, some of them at home too, files and rubbish; all of it three days old."""
+    """Write checkpoints of two runs into hot, some of them also into home, and files; all of it three days old."""
     for step in (10, 20, 30):
         write(world, "hot", f"checkpoints/run/step-{step}")
         write(world, "hot" if step > 10 else "home", f"checkpoints/solo/step-{step}.pt")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tiercache.catalog.tiers import entry_table
 from tiercache.model import ObjectInfo
 from tiercache.store import MemoryStore
 from tiercache.tier.inventory.groups import Inventory, take_inventory
@@ -54,7 +55,7 @@ class Books(dict):
     """A catalog: (tier, key) -> what is known."""
 
     def checksums(self, tier, /):
-        return {key: known for (of, key), known in self.items() if of == tier}
+        return entry_table([[(key, *known) for (of, key), known in self.items() if of == tier]])
 
     def verify(self, store, key, crc32c=7, *, verified=True, written_s=None):
         info = store.infos[key]

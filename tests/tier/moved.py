@@ -1,4 +1,4 @@
-"""A packed data set whose shards are moved between stores, as the mover moves them: copy, placement, and then drop."""
+"""A packed data set whose shards move between stores as the mover moves them: copy, placement, deletion."""
 
 from __future__ import annotations
 
@@ -24,10 +24,7 @@ T = TypeVar("T")
 
 
 class Moved:
-    """A data set of N records in `home`, packed once in `folder` and copied there (None: it is there).
-
-    store: of the home.
-    """
+    """A data set of N records in `home`, copied there from `folder`. folder: None: it is in `home` already."""
 
     def __init__(self, folder: Path | None, home: Store) -> None:
         self.store = home

@@ -1,4 +1,4 @@
-"""Three tiers in memory, or in buckets with classes, for tests of the mover: scripted stores and a clock by hand."""
+"""Three tiers in memory, or in buckets with storage classes, for tests of the mover, scripted faults, manual clock."""
 
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +16,15 @@ from tiercache.errors import NotFound
 from tiercache.store import MemoryStore, Store
 from tiercache.testing import Fault, FaultStore
 from tiercache.tier.model import Move, Plan, PlannedObject, PlannedTier
-from tiercache.tier.move.deletions import DeletionGuard
+from tiercache.tier.move.checks import MoveContext
+from tiercache.tier.move.deletions import DeletionGuard, settle
+from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.lock import TierLock
-from tiercache.tier.move.mover import Mover
-from tiercache.tier.move.transfer import Transfer
+from tiercache.tier.move.mover import open_mover
 from tiercache.tier.placement import log
 from tiercache.tier.rules import RuleFile, load_rule_file
 from tiercache.tier.stores import Stores
+from tiercache.waiting import SYSTEM_CLOCK
 
 NOW_S = 1_800_000_000.0
 GRACE_S = 86_400.0
@@ -31,7 +33,7 @@ PRICES = "{ store_gb_month = 0.01 }"
 
 
 class Killed(BaseException):
-    """The process died at a point."""
+    """The process died at a crash point."""
 
 
 def content(key: str, n_bytes: int = 1000) -> bytes:
@@ -40,13 +42,13 @@ def content(key: str, n_bytes: int = 1000) -> bytes:
 
 @dataclass
 class World:
-    """hot, standard (home) and archive. `now_s` is the wall clock. survey: what is asked before deletions."""
+    """hot, standard (home) and archive. `now_s` is the wall clock. guard: state of the tiers that settle() checks."""
 
     root: Path
     rules: str = '[[rules]]\nname = "cold"\nmatch = "**"\nto = "archive"\n'
     classes: bool = False
     now_s: float = NOW_S
-    survey: DeletionGuard = field(default_factory=DeletionGuard)
+    guard: DeletionGuard = field(default_factory=DeletionGuard)
     inner: dict[str, Store] = field(default_factory=dict)
     faulty: dict[str, FaultStore] = field(default_factory=dict)
     cold_class: str = "GLACIER"
@@ -87,7 +89,7 @@ class World:
     def catalog_path(self) -> Path:
         return self.root / "state" / "tiers.sqlite"
 
-    # -- what lies there --------------------------------------------------------------------------------------------
+    # -- objects ----------------------------------------------------------------------------------------------------
 
     def put(self, tier: str, *keys: str) -> None:
         for key in keys:
@@ -97,7 +99,7 @@ class World:
         return sorted(info.key for info in self.inner[tier].list() if "_tiercache/" not in info.key)
 
     def where(self, key: str) -> list[str]:
-        """The tiers that have the right bytes of a key."""
+        """Return the tiers that have the correct bytes of a key."""
         found = []
         for name in TIERS:
             try:
@@ -133,25 +135,25 @@ class World:
     # -- moving -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def opened(self, *, lock: TierLock | None = None) -> Iterator[Mover]:
+    def opened(self, *, lock: TierLock | None = None) -> Iterator[MoveContext]:
         file = self.file
         archives = {name: self.inner[name] for name in TIERS if isinstance(self.inner[name], DiskBucket)}
         with (
             Stores(file, stores=self.faulty, archives=archives) as stores,
             TierCatalog(self.catalog_path) as catalog,
-            Transfer(stores, jobs=2) as transfer,
+            open_mover(file, stores, catalog, clock=lambda: self.now_s, lock=lock) as context,
         ):
-            yield Mover(
-                file, stores, catalog, transfer, clock=lambda: self.now_s, lock=lock, take_guard=lambda _: self.survey
-            )
+            yield context
 
     def apply(self, plan: Plan, **kwargs):
-        with self.opened() as mover:
-            return mover.apply(plan, **kwargs)
+        with self.opened() as context:
+            return apply_plan(context, plan, **kwargs)
 
-    def settle(self, now_s: float | None = None):
-        with self.opened() as mover:
-            return mover.settle(now_s)
+    def settle(self, context: MoveContext | None = None, **kwargs):
+        if context is not None:
+            return settle(context, guard=(self.guard, SYSTEM_CLOCK.monotonic()), **kwargs)
+        with self.opened() as opened:
+            return self.settle(opened, **kwargs)
 
     def later(self, seconds: float = GRACE_S + 1) -> None:
         self.now_s += seconds
@@ -161,7 +163,7 @@ class World:
             return {number: row.state for number, row in catalog.of_plan("plan").items()}
 
     def rows(self) -> list[tuple[str, str]]:
-        """Plan and state of every move in the journal."""
+        """Return the plan and the state of every move in the journal."""
         with closing(sqlite3.connect(self.catalog_path)) as db:
             return db.execute("SELECT plan, state FROM moves ORDER BY plan, number").fetchall()
 
@@ -178,7 +180,7 @@ class World:
 
 
 class HookAt:
-    """Does something at the n-th time that a point is reached. reached: all names, in order."""
+    """Calls `do`, or raises Killed, when a crash point is reached for the n-th time. reached: All names, in order."""
 
     def __init__(self, name: str = "", nth: int = 1, do=None) -> None:
         self.name, self.nth, self.do = name, nth, do
@@ -205,7 +207,7 @@ PARTS = ("ck/step-1/a", "ck/step-1/b", "ck/step-1/.metadata")
 
 
 def moved_away(world, *keys):
-    """A plan that moves these from home to the archive, applied."""
+    """Apply a plan that moves these keys from home to the archive; return both."""
     world.put("standard", *keys)
     plan = world.plan(*(world.move(key, "standard", "archive", number=n) for n, key in enumerate(keys, start=1)))
     return plan, world.apply(plan)

@@ -26,11 +26,10 @@ Picture = Mapping[str, Mapping[str, Seen]]
 
 @dataclass(frozen=True)
 class Group:
-    """What is moved as one, as the world has written it.
+    """A group of objects that moves as one.
 
-    last: the key that makes it whole; "": none does, it is whole when nothing has changed for settle_s.
-    series, step: of a checkpoint. delete_after_s: of the rule that holds for it; keep_last: so many of a series are
-    never deleted.
+    last: Key that completes the group; "": none, it is complete when nothing has changed for settle_s. series, step:
+    Of a checkpoint. delete_after_s: Of its rule. keep_last: Number of checkpoints of a series that are never deleted.
     """
 
     name: str
@@ -84,7 +83,7 @@ class Oracle:
     # -- what people do ---------------------------------------------------------------------------------------------
 
     def knows(self, group: Group) -> None:
-        """There is such a group from now on."""
+        """Add a group."""
         self.groups[group.name] = group
         for key in group.keys:
             self.group_of[key] = group.name
@@ -128,7 +127,9 @@ class Oracle:
                     del contents[data]
 
     def rotted(self, place: str, key: str, data: bytes) -> None:
-        """A bit of it has turned."""
+        """Note that a bit of an object was flipped."""
+        if self.is_decided:
+            self.removed_late.add(self.group_of[key])
         self.rotten[place, key] = data
         self.spoilt.setdefault(key, set()).add(data)
         self.ever[key].add(data)
@@ -140,12 +141,12 @@ class Oracle:
                 del contents[lies.data]  # the world has spoilt the last of it
 
     def asked(self, paths: Iterable[str], now_s: float) -> None:
-        """Somebody has applied a plan of these groups."""
+        """Note that a plan of these groups was applied."""
         for path in paths:
             self.asked_s.setdefault(path, now_s)
 
     def pins(self, keys: Iterable[str]) -> None:
-        """These keys are pinned from now on, and no others."""
+        """Note that exactly these keys are pinned from now on."""
         keys = {*keys}
         new = keys - self.pinned if self.is_decided else set()
         self.pinned, self.pinned_late = keys, (self.pinned_late & keys) | new
@@ -158,6 +159,12 @@ class Oracle:
         """
         self.is_decided = is_decided
         if not is_decided:
+            # What somebody has removed meanwhile may be gone for good: from now on another one is the newest.
+            self.protected = {
+                series: name
+                for series, name in self.protected.items()
+                if name not in self.removed_late or self._whole_in(self.groups[name], self.before)
+            }
             self.pinned_late, self.removed_late = set(), set()
 
     # -- looking ----------------------------------------------------------------------------------------------------
@@ -171,7 +178,7 @@ class Oracle:
         self.apart = {(place, group) for place, group, _ in self._looks_whole_and_is_not(picture)}
 
     def look(self, picture: Picture, now_s: float) -> list[str]:
-        """What is wrong with what the library has made of the picture before."""
+        """Return what is wrong with the changes that the library has made since the picture before."""
         self._note_seen(picture, now_s)
         found = [
             *self._lost(picture, now_s),
@@ -200,7 +207,7 @@ class Oracle:
                     self.whole_at.discard((place, group.name))
 
     def _lost(self, picture: Picture, now_s: float) -> list[str]:
-        """Bytes that nobody holds any more, and that no rule deletes."""
+        """Return the contents that no tier has any more, although no rule may have deleted them."""
         found = []
         for key, contents in self.alive.items():
             for data in [*contents]:
@@ -214,7 +221,7 @@ class Oracle:
         return found
 
     def may_not_delete(self, name: str, now_s: float) -> str:
-        """Why no rule deletes a group now; "": one may."""
+        """Return why no rule may delete a group now; "": one may."""
         group = self.groups[name]
         age_s = now_s - min(self.written_s[key] for key in group.keys if key in self.written_s)
         if group.delete_after_s == NEVER:
@@ -236,7 +243,7 @@ class Oracle:
         return group.name in self.removed_late or self._looks_whole(group)
 
     def _strange(self, picture: Picture) -> list[str]:
-        """Bytes that nobody has ever written under that name."""
+        """Return the objects whose bytes nobody has written under that key."""
         found = []
         for place, objects in picture.items():
             for key, seen in objects.items():
@@ -247,7 +254,7 @@ class Oracle:
         return found
 
     def _half(self, picture: Picture) -> list[str]:
-        """Groups that look whole in a place and are not, and did not before."""
+        """Return the groups that look complete in a tier and are not, and did not before."""
         return [
             f"{place}/{name}: looks complete and lacks {', '.join(missing)}"
             for place, name, missing in self._looks_whole_and_is_not(picture)
@@ -351,7 +358,7 @@ class Oracle:
         return bool(times) and max(times) + self.settle_s <= now_s
 
     def _whole_in(self, group: Group, picture: Picture) -> list[str]:
-        """Places that have all of it, right and readable."""
+        """Return the tiers that have the whole group, correct and readable."""
         return [place for place, objects in picture.items() if all(self._right(objects.get(k), k) for k in group.keys)]
 
     def _right(self, seen: Seen | None, key: str) -> bool:
@@ -376,7 +383,7 @@ class Oracle:
         return found
 
     def _early(self, picture: Picture, now_s: float) -> list[str]:
-        """Copies that went, or cannot be read any more, sooner than grace after another was there."""
+        """Return the copies that vanished or became unreadable before the grace period of another copy was over."""
         found = []
         for place, objects in self.before.items():
             for key, seen in objects.items():

@@ -1,4 +1,4 @@
-"""Placements for tests: rows, what one says, and a process that is killed at a point."""
+"""Placements for tests: rows, numbers, and a process that is killed at a crash point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGKILL at every point of tiers: the next run needs no hand, nothing is lost, and all gets where it belongs."""
+"""SIGKILL at every crash point of the mover: nothing is lost, and later runs finish the moves."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor

@@ -49,13 +49,13 @@ faults = st.lists(
 
 
 def check(problems):
-    """Raise where there are some."""
+    """Raise if there are problems."""
     if problems:
         raise AssertionError("\n".join(problems))
 
 
 class TierMachine(RuleBasedStateMachine):
-    """Rules over one world. Whatever the library does is looked at, at every named point of it too."""
+    """Rules over one world. The oracle checks the tiers after each step, and at every crash point."""
 
     seen: ClassVar[Counter] = Counter()  # what has happened, in all examples
 
@@ -87,7 +87,7 @@ class TierMachine(RuleBasedStateMachine):
 
     @rule(name=groups, place=hands, size=st.sampled_from(SIZES), is_same=st.booleans())
     def write_a_group(self, name, place, size, is_same):
-        """Anew, or the same bytes in another place, as somebody does who has copied it himself."""
+        """Write new bytes, or the same bytes into another tier, as a user who copies a group does."""
         self.version += not is_same
         if any(
             key in objects for objects in self.world.picture().values() for key in self.world.oracle.groups[name].keys
@@ -138,7 +138,7 @@ class TierMachine(RuleBasedStateMachine):
         self.handled.add(self.world.oracle.group_of[key])
 
     def there(self, *places):
-        """(place, key) of all that people have written, as it lies now, but the data set."""
+        """Return (tier, key) of all objects that users wrote, except the data set."""
         picture = self.world.picture()
         return [(p, key) for p in places or picture for key in picture[p] if key in KEYS]
 
@@ -146,7 +146,7 @@ class TierMachine(RuleBasedStateMachine):
 
     @rule()
     def read_all_records(self):
-        """Whatever lies where: right records, or a word of what must be restored first."""
+        """Reading gives the correct records, or an error that names what must be restored."""
         try:
             wrong = self.world.read_data_set()
         except ArchivedShards:
@@ -165,7 +165,7 @@ class TierMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 2), faults=faults, nth=st.integers(0, 30))
     def apply(self, number, faults, nth):
-        """A stored plan, old or new, with stores that fail, by a process that dies at the n-th point (0: it lives)."""
+        """Apply a stored plan with failing stores, in a process that dies at the nth point (0: it lives)."""
         if self.plans:
             plan = self.plans[number % len(self.plans)]
             self.watched(lambda: self.world.apply(plan), faults, nth)
@@ -185,7 +185,7 @@ class TierMachine(RuleBasedStateMachine):
         is_planned=st.booleans(),
     )
     def somebody_comes_in_between(self, at, number, what, is_planned):
-        """Before the n-th call about an object in a run, somebody else does something: his doings hold from then on."""
+        """Somebody changes something before the nth call about an object in a run."""
 
         def come():
             if what == "run":
@@ -217,7 +217,7 @@ class TierMachine(RuleBasedStateMachine):
             return  # it is told that somebody is at work
 
     def watched(self, work, faults, nth, at=0, come=None):
-        """Do it, and look at each named point; die at the nth; let somebody come before the at-th call."""
+        """Do the work; check at each crash point; die at the nth; let somebody act before the call number `at`."""
         self.world.begin_job()
         script, found = self.world.script, []
         n_points, n_calls = count(1), count(1)
@@ -263,10 +263,9 @@ class TierMachine(RuleBasedStateMachine):
             check(self.world.look())
 
     def end_well(self):
-        """Runs that nobody disturbs, days apart: in the end no group lies about in parts.
+        """Undisturbed runs, days apart, leave no group half copied.
 
-        But for groups that people have changed object by object: that none of their bytes is lost, or wrong, and that
-        they never look whole and are not, is looked at in each step all the same.
+        Except groups that users changed object by object.
         """
         for days in (0.0, 1.5, 1.5):
             self.world.days_pass(days)

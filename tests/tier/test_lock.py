@@ -1,4 +1,4 @@
-"""One mover at a time: whoever dies, sleeps, or sees an old listing."""
+"""The tier lock admits one process at a time, whoever dies, sleeps or reads an old listing."""
 
 import os
 import subprocess
@@ -37,12 +37,12 @@ def numbers(store):
 
 
 def foreign(**changes):
-    """A lock object of a process on another machine."""
+    """Return the lock object of a process on another machine."""
     return replace(LockRecord.of_this_process(), boot="another", host="elsewhere", **changes)
 
 
 class RenewingClock(FakeClock):
-    """While somebody waits, the holder renews itself."""
+    """A clock on which the holder renews the lock while another process waits."""
 
     def __init__(self, renew):
         super().__init__()
@@ -53,7 +53,7 @@ class RenewingClock(FakeClock):
         self._renew()
 
 
-def test_one_at_a_time(store):
+def test_only_one_process_holds_the_lock(store):
     with lock_of(store) as lock:
         with pytest.raises(CommitConflict, match=f"process {os.getpid()} on .* is moving things"):
             lock_of(store).take()
@@ -62,14 +62,14 @@ def test_one_at_a_time(store):
         lock.check()
 
 
-def test_only_the_newest_number_stays(store):
+def test_taking_the_lock_deletes_older_numbers(store):
     for _ in range(4):
         with lock_of(store):
             pass
     assert numbers(store) == [4]
 
 
-def test_many_who_come_at_once_have_one_winner(store):
+def test_of_many_processes_that_race_for_the_lock_one_wins(store):
     won, lost = [], []
 
     def come():
@@ -90,7 +90,7 @@ def test_many_who_come_at_once_have_one_winner(store):
     won[0].release()
 
 
-def test_a_process_that_died_on_this_machine_is_followed_at_once(store):
+def test_the_lock_of_a_dead_process_of_this_machine_is_taken_at_once(store):
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
     store.put(key(3), replace(LockRecord.of_this_process(), pid=child.pid, started=1, renewed_s=time.time()).encode())
@@ -100,14 +100,14 @@ def test_a_process_that_died_on_this_machine_is_followed_at_once(store):
         assert numbers(store) == [4]
 
 
-def test_a_holder_elsewhere_that_renewed_itself_lately_lives(store):
+def test_a_remote_holder_with_a_recent_renewal_is_alive(store):
     store.put(key(1), foreign(renewed_s=time.time() - 30).encode())
     with pytest.raises(CommitConflict, match="elsewhere"):
         lock_of(store).take()
 
 
 @pytest.mark.parametrize("late_s", [3600, -3600])
-def test_a_holder_whose_clock_is_another_is_watched_and_lives_if_it_renews_itself(store, late_s):
+def test_a_holder_with_another_clock_is_alive_if_it_renews_the_lock_while_it_is_watched(store, late_s):
     holder = foreign(renewed_s=time.time() - late_s)
     store.put(key(1), holder.encode())
     clock = RenewingClock(lambda: store.put(key(1), replace(holder, n_renewals=len(clock.slept)).encode()))
@@ -116,7 +116,7 @@ def test_a_holder_whose_clock_is_another_is_watched_and_lives_if_it_renews_itsel
 
 
 @pytest.mark.parametrize("late_s", [3600, -3600])
-def test_a_holder_that_renews_itself_no_more_is_followed(store, late_s):
+def test_the_lock_of_a_holder_that_stops_renewing_is_taken(store, late_s):
     store.put(key(1), foreign(renewed_s=time.time() - late_s).encode())
     clock = FakeClock()
     with lock_of(store, clock=clock) as lock:
@@ -124,14 +124,14 @@ def test_a_holder_that_renews_itself_no_more_is_followed(store, late_s):
         lock.check()
 
 
-def test_a_lock_object_that_cannot_be_read_is_followed_when_nobody_changes_it(store):
+def test_an_unreadable_lock_object_is_taken_over_if_it_does_not_change(store):
     store.put(key(1), b"\xff")
     with lock_of(store) as lock:
         lock.check()
 
 
-def test_two_who_follow_one_dead_holder_are_one(store):
-    """1. A and B see k, dead. 2. A takes k + 1. 3. B puts k + 1: it is there."""
+def test_of_two_processes_that_take_over_from_a_dead_holder_one_wins(store):
+    """1. A and B see the dead k. 2. A takes k + 1. 3. B puts k + 1, which exists."""
     store.put(key(1), foreign(renewed_s=0.0).encode())
     second = lock_of(store)
     first = lock_of(store)
@@ -143,8 +143,8 @@ def test_two_who_follow_one_dead_holder_are_one(store):
     first.release()
 
 
-def test_a_number_that_was_forgotten_is_not_taken_again(store):
-    """1. B saw k. 2. k + 1 came and went, k + 2 is held, k + 1 is forgotten. 3. B puts k + 1, which is free."""
+def test_a_deleted_number_is_not_used_again(store):
+    """1. B saw k. 2. k + 1 was taken, released and deleted, k + 2 is held. 3. B puts k + 1, which is free."""
     store.put(key(1), foreign(renewed_s=0.0).encode())
     holders = []
 
@@ -162,7 +162,7 @@ def test_a_number_that_was_forgotten_is_not_taken_again(store):
     holders[0].release()
 
 
-def test_a_holder_that_was_followed_finds_out(store):
+def test_a_holder_that_lost_the_lock_notices(store):
     with lock_of(store) as lock:
         store.put(key(2), foreign(renewed_s=time.time()).encode())
         with pytest.raises(CommitConflict, match="was lost to process"):
@@ -171,7 +171,7 @@ def test_a_holder_that_was_followed_finds_out(store):
             lock.announce([("s3://a", "f")])
 
 
-def test_a_holder_that_could_not_renew_itself_does_so_when_it_looks(store):
+def test_check_renews_a_lock_that_is_due(store):
     clock = FakeClock()
     with lock_of(store, clock=clock) as lock:
         clock.advance(50)
@@ -179,7 +179,7 @@ def test_a_holder_that_could_not_renew_itself_does_so_when_it_looks(store):
         assert LockRecord.parse(store.get(key(1))).n_renewals == 1
 
 
-def test_a_holder_that_cannot_renew_itself_does_not_go_on(store):
+def test_check_fails_if_the_lock_cannot_be_renewed(store):
     faulty, clock = FaultStore(store), FakeClock()
     with lock_of(faulty, clock=clock) as lock:
         clock.advance(50)
@@ -188,19 +188,19 @@ def test_a_holder_that_cannot_renew_itself_does_not_go_on(store):
             lock.check()
 
 
-def test_a_thread_renews_it(store):
+def test_a_thread_renews_the_lock(store):
     with lock_of(store, renew_s=0.005, clock=SystemClock()):
         assert wait_for(lambda: LockRecord.parse(store.get(key(1))).n_renewals > 2, 10.0)
 
 
-def test_a_lost_answer_of_taking_it_is_read_back(store):
+def test_a_lost_answer_when_the_lock_is_taken_is_read_back(store):
     faulty = FaultStore(store, [Fault("put_if_absent", kind=FaultKind.LOST_RESPONSE)])
     with lock_of(faulty) as lock:
         lock.check()
 
 
 @pytest.mark.parametrize("verb", ["list", "get", "put_if_absent"])
-def test_a_store_that_fails_leaves_no_lock_behind(store, verb):
+def test_a_failing_store_leaves_no_lock_behind(store, verb):
     store.put(key(1), foreign(released=True, renewed_s=0.0).encode())
     faulty = FaultStore(store, [Fault(verb)])
     with pytest.raises(StoreError):
@@ -209,14 +209,14 @@ def test_a_store_that_fails_leaves_no_lock_behind(store, verb):
         lock.check()
 
 
-def test_killed_just_after_taking_it_the_next_takes_it(store):
+def test_the_lock_of_a_process_that_was_killed_just_after_taking_it_is_taken(store):
     with HookAt("tier_lock.taken"), pytest.raises(Killed):
         lock_of(store).take()
     with lock_of(store) as lock:
         lock.check()
 
 
-def test_what_could_not_be_given_back_is_a_leftover_of_this_process(store):
+def test_a_lock_that_could_not_be_released_is_a_leftover_of_this_process(store):
     faulty = FaultStore(store)
     lock = lock_of(faulty)
     lock.take()
@@ -226,7 +226,7 @@ def test_what_could_not_be_given_back_is_a_leftover_of_this_process(store):
         another.check()
 
 
-def test_what_a_holder_that_may_sleep_was_dropping_counts_for_nothing(store):
+def test_copies_that_a_sleeping_holder_may_delete_are_unreliable(store):
     store.put(key(1), foreign(renewed_s=0.0, dropping=(("s3://a", "f"),)).encode())
     with lock_of(store) as lock:
         assert list(lock.unreliable_copies) == [("s3://a", "f")]
@@ -234,7 +234,7 @@ def test_what_a_holder_that_may_sleep_was_dropping_counts_for_nothing(store):
         assert list(lock.unreliable_copies) == [("s3://a", "f")]
 
 
-def test_what_a_dead_process_of_this_machine_was_dropping_is_no_danger(store):
+def test_copies_that_a_dead_process_was_deleting_are_reliable(store):
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
     dead = replace(LockRecord.of_this_process(), pid=child.pid, started=1, dropping=(("s3://a", "f"),))
@@ -243,21 +243,21 @@ def test_what_a_dead_process_of_this_machine_was_dropping_is_no_danger(store):
         assert lock.unreliable_copies == {}
 
 
-def test_what_was_given_back_dooms_nothing(store):
+def test_a_released_lock_makes_no_copy_unreliable(store):
     with lock_of(store) as lock:
         lock.announce([("s3://a", "f")])
     with lock_of(store) as lock:
         assert lock.unreliable_copies == {}
 
 
-def test_what_is_doomed_is_so_for_a_week(store):
+def test_a_copy_is_unreliable_for_a_week(store):
     doomed = (("s3://a", "old", time.time() - DOOMED_S - 1), ("s3://a", "new", time.time() - DOOMED_S + 60))
     store.put(key(1), foreign(renewed_s=0.0, released=True, doomed=doomed).encode())
     with lock_of(store) as lock:
         assert list(lock.unreliable_copies) == [("s3://a", "new")]
 
 
-def test_what_is_to_be_dropped_is_said_before_the_lock_is_looked_at(store):
+def test_deletions_are_announced_before_the_lock_is_checked(store):
     said = []
     with lock_of(store) as lock:
         hook = HookAt("tier_lock.announced", do=lambda: said.append(LockRecord.parse(store.get(key(1))).dropping))
@@ -266,7 +266,7 @@ def test_what_is_to_be_dropped_is_said_before_the_lock_is_looked_at(store):
     assert said == [(("s3://a", "f"),)]
 
 
-def test_it_works_in_a_folder(tmp_path):
+def test_the_lock_works_in_a_local_folder(tmp_path):
     home = LocalFolder(tmp_path / "home")
     with lock_of(home) as lock, pytest.raises(CommitConflict):
         lock_of(home).take()

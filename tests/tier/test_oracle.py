@@ -1,4 +1,4 @@
-"""The oracle of the last copy finds what it is there to find, in pictures of tiers that went wrong."""
+"""The oracle of the tier tests finds each kind of fault in pictures of tiers."""
 
 import pytest
 from tests.tier.oracle import DAY_S, Group, Oracle, Seen
@@ -39,21 +39,21 @@ def found(oracle, now, day=1.0):
     return "; ".join(oracle.look(now, day * DAY_S))
 
 
-def test_what_stays_as_it_is_is_right(oracle):
+def test_unchanged_tiers_are_right(oracle):
     assert found(oracle, picture()) == ""
 
 
-def test_a_copy_that_is_dropped_a_day_after_another_came_is_right(oracle):
+def test_a_copy_that_is_deleted_after_grace_is_right(oracle):
     assert found(oracle, picture(cold=objects(FILE))) == ""
     assert found(oracle, picture(objects(OLD, NEW), objects(FILE)), day=2.1) == ""
 
 
-def test_a_copy_that_is_dropped_sooner_is_found(oracle):
+def test_a_copy_that_is_deleted_before_grace_is_over_is_found(oracle):
     assert found(oracle, picture(cold=objects(FILE))) == ""
     assert "grace" in found(oracle, picture(objects(OLD, NEW), objects(FILE)), day=1.5)
 
 
-def test_a_copy_of_what_has_rotted_may_be_taken_back_at_once(oracle):
+def test_a_copy_of_corrupt_bytes_may_be_removed_at_once(oracle):
     oracle.rotted("hot", "f", b"rot")
     hot = objects(OLD, NEW) | {"f": Seen(b"rot")}
     assert found(oracle, picture(hot, {"f": Seen(b"rot")})) == ""
@@ -69,26 +69,26 @@ def removed(oracle):
     return oracle
 
 
-def test_a_copy_that_is_made_again_has_a_grace_of_its_own(removed):
+def test_a_copy_that_is_made_again_starts_a_new_grace_period(removed):
     assert "grace" in found(removed, picture(objects(OLD, NEW), objects(FILE)), day=2.1)
 
 
-def test_a_copy_that_somebody_lays_back_has_the_grace_that_it_had(removed):
+def test_a_copy_that_a_user_puts_back_keeps_its_grace_period(removed):
     removed.wrote("cold", "f", data("f"), 2.1 * DAY_S)
     assert found(removed, picture(objects(OLD, NEW), objects(FILE)), day=2.1) == ""
 
 
-def test_an_object_that_lies_nowhere_is_found(oracle):
+def test_a_lost_object_is_found(oracle):
     assert "lie nowhere any more" in found(oracle, picture(objects(OLD, NEW)))
 
 
-def test_what_a_rule_deletes_may_go_when_it_is_old_enough(oracle):
+def test_an_old_object_may_be_deleted_by_its_rule(oracle):
     assert "1.0 days old" in found(oracle, picture(objects(NEW, FILE)))
     oracle.begins(picture(), 31 * DAY_S)
     assert found(oracle, picture(objects(NEW, FILE)), day=31) == ""
 
 
-def test_the_newest_checkpoint_is_missed_however_old_it_is(oracle):
+def test_a_lost_newest_checkpoint_is_found_at_any_age(oracle):
     assert "newest complete checkpoint" in found(oracle, picture(objects(OLD, FILE)), day=31)
 
 
@@ -105,11 +105,11 @@ def test_the_newest_checkpoint_must_be_whole_in_one_place(oracle):
     assert "no place has it whole and readable" in found(oracle, now)
 
 
-def test_other_bytes_under_a_name_are_found(oracle):
+def test_wrong_bytes_are_found(oracle):
     assert "that nobody wrote" in found(oracle, picture(cold={"f": Seen(b"torn")}))
 
 
-def test_a_name_that_nobody_gave_is_found(oracle):
+def test_an_unknown_name_is_found(oracle):
     assert "nobody wrote an object of that name" in found(oracle, picture(cold={"f.tmp": Seen(data("f"))}))
 
 
@@ -122,34 +122,34 @@ LAST = {k: Seen(data(k)) for k in OLD.keys[2:]}
 WANTED = {("cold", "c/1")}
 
 
-def test_a_checkpoint_in_the_making_is_right_and_one_that_a_plan_leaves_half_is_not(oracle):
+def test_a_half_copied_checkpoint_is_found_at_the_end_only(oracle):
     assert found(oracle, picture(cold=HALF)) == ""
     assert "2 of its 3 objects were left" in oracle.at_rest(picture(cold=HALF), WANTED)[0]
 
 
-def test_a_checkpoint_left_half_for_what_has_rotted_everywhere_is_right(oracle):
+def test_a_checkpoint_with_an_object_that_is_corrupt_everywhere_may_stay_half_copied(oracle):
     oracle.rotted("hot", "c/1/last", b"rot")
     hot = objects(OLD, NEW, FILE) | {"c/1/last": Seen(b"rot")}
     assert oracle.at_rest(picture(hot, HALF), WANTED) == []
     assert oracle.at_rest({**picture(hot, HALF), "warm": objects(OLD)}, WANTED) != []
 
 
-def test_a_checkpoint_left_half_where_no_plan_wants_it_is_right_if_it_is_whole_elsewhere(oracle):
+def test_a_half_copied_checkpoint_may_stay_where_no_plan_wants_it(oracle):
     assert oracle.at_rest(picture(cold=HALF), ()) == []
     assert "2 of its 3 objects were left" in oracle.at_rest({"hot": LAST, "cold": HALF}, ())[1]
 
 
-def test_a_checkpoint_of_which_a_deletion_left_half_is_not(oracle):
+def test_a_half_deleted_checkpoint_is_found(oracle):
     assert found(oracle, picture(cold=objects(OLD))) == ""
     assert "2 of its 3 objects were left" in oracle.at_rest(picture(cold=HALF), ())[0]
 
 
-def test_a_checkpoint_that_people_have_taken_in_hand_is_theirs(oracle):
+def test_a_checkpoint_that_users_changed_by_hand_is_ignored(oracle):
     assert oracle.at_rest(picture(cold=HALF), WANTED, {"c/1"}) == []
     assert "2 of its 3 objects were left" in oracle.at_rest(picture(cold=HALF), WANTED, {"c/2"})[0]
 
 
-def test_a_pinned_checkpoint_is_left_as_it_is(oracle):
+def test_a_pinned_checkpoint_may_stay_half_copied(oracle):
     assert found(oracle, picture(cold=objects(OLD))) == ""
     oracle.pins(["c/1/a"])
     assert oracle.at_rest(picture(cold=HALF), WANTED) == []
@@ -157,7 +157,7 @@ def test_a_pinned_checkpoint_is_left_as_it_is(oracle):
     assert "2 of its 3 objects were left" in oracle.at_rest(picture(cold=HALF), WANTED)[0]
 
 
-def test_a_checkpoint_left_half_of_what_was_written_anew_is_right_and_of_what_has_rotted_it_is_not(oracle):
+def test_a_half_copied_checkpoint_may_stay_if_its_source_was_rewritten(oracle):
     new = data("c/1/a", 1)
     now = {"hot": {"c/1/a": Seen(new)}, "cold": HALF, "warm": LAST}
     oracle.rotted("hot", "c/1/a", new)
@@ -166,13 +166,13 @@ def test_a_checkpoint_left_half_of_what_was_written_anew_is_right_and_of_what_ha
     assert "cold/c/1: 2 of its 3 objects were left" not in oracle.at_rest(now, ())
 
 
-def test_a_pinned_copy_that_goes_is_found(oracle):
+def test_a_pinned_copy_that_vanishes_is_found(oracle):
     assert found(oracle, picture(cold=objects(FILE))) == ""
     oracle.pinned = {"f"}
     assert "is pinned, and gone" in found(oracle, picture(objects(OLD, NEW), objects(FILE)), day=9)
 
 
-def test_a_pin_that_comes_when_it_is_decided_what_goes_is_too_late_for_that_alone(oracle):
+def test_a_pin_during_a_batch_of_deletions_is_too_late_for_that_batch_only(oracle):
     assert found(oracle, picture(cold=objects(FILE, OLD))) == ""
     oracle.decides(is_decided=True)
     oracle.pins(["f", *OLD.keys])
@@ -181,7 +181,7 @@ def test_a_pin_that_comes_when_it_is_decided_what_goes_is_too_late_for_that_alon
     assert "c/1/a is pinned, and gone" in found(oracle, picture(objects(NEW), objects(FILE, OLD)), day=9)
 
 
-def test_who_removes_what_a_deletion_relies_on_while_it_is_made_loses_both(oracle):
+def test_a_user_who_removes_the_other_copy_during_a_deletion_loses_both(oracle):
     hot, cold = objects(OLD, NEW), objects(FILE)
     assert found(oracle, picture(objects(OLD, NEW, FILE), cold)) == ""
     oracle.begins(picture(objects(OLD, NEW, FILE), cold), 2 * DAY_S)
@@ -195,8 +195,23 @@ def test_who_removes_what_a_deletion_relies_on_while_it_is_made_loses_both(oracl
     assert "lie nowhere any more" not in found(oracle, picture(hot), day=2)
 
 
+@pytest.mark.parametrize("how", ["removed", "rotted"])
+def test_a_newest_checkpoint_that_users_took_during_a_batch_of_deletions_is_not_missed_afterwards(oracle, how):
+    without = {key: seen for key, seen in objects(OLD, NEW, FILE).items() if key != "c/2/a"}
+    oracle.decides(is_decided=True)
+    if how == "removed":
+        oracle.removed("hot", "c/2/a")
+    else:
+        oracle.rotted("hot", "c/2/a", b"rot")
+        without["c/2/a"] = Seen(b"rot")
+    oracle.begins(picture(without), DAY_S)
+    assert found(oracle, picture(without)) == ""
+    oracle.decides(is_decided=False)
+    assert found(oracle, picture(without)) == ""
+
+
 @pytest.mark.parametrize("is_decided", [True, False])
-def test_who_removes_a_newer_checkpoint_when_it_is_decided_that_an_older_one_goes_is_too_late(oracle, is_decided):
+def test_a_user_who_removes_the_newer_checkpoint_during_a_deletion_is_too_late(oracle, is_decided):
     whole = objects(OLD, NEW, FILE)
     oracle.begins(picture(whole), 31 * DAY_S)
     oracle.decides(is_decided=is_decided)
@@ -207,7 +222,7 @@ def test_who_removes_a_newer_checkpoint_when_it_is_decided_that_an_older_one_goe
     assert ("lie nowhere any more" in found(oracle, picture(left), day=31)) == (not is_decided)
 
 
-def test_a_pin_that_came_before_it_was_decided_what_goes_holds(oracle):
+def test_a_pin_before_a_batch_of_deletions_counts(oracle):
     assert found(oracle, picture(cold=objects(FILE))) == ""
     oracle.pins(["f"])
     oracle.decides(is_decided=True)
@@ -220,13 +235,13 @@ def test_a_pinned_copy_of_another_class_is_found(oracle):
     assert "its class is" in found(oracle, picture(objects(OLD, NEW) | objects(FILE, storage_class="IA")))
 
 
-def test_a_class_that_cannot_be_read_is_found_where_it_was_not_announced_for_grace(oracle):
+def test_an_unannounced_archive_class_is_found(oracle):
     now = picture(objects(OLD, NEW) | objects(FILE, storage_class="GLACIER", readable=False))
     oracle.asked(["f"], 0.9 * DAY_S)
     assert "became unreadable" in found(oracle, now, day=1.5)
 
 
-def test_of_two_contents_that_people_wrote_in_two_places_neither_may_go(oracle):
+def test_two_contents_that_users_wrote_in_two_tiers_must_both_stay(oracle):
     oracle.wrote("cold", "f", data("f", 1), DAY_S)
     both = picture(cold={"f": Seen(data("f", 1))})
     oracle.begins(both, DAY_S)
@@ -234,20 +249,20 @@ def test_of_two_contents_that_people_wrote_in_two_places_neither_may_go(oracle):
     assert "lie nowhere any more" in found(oracle, picture(cold=objects(FILE)))
 
 
-def test_what_is_written_anew_takes_the_place_of_what_the_library_copied(oracle):
+def test_a_rewritten_object_supersedes_the_copies_of_the_old_one(oracle):
     assert found(oracle, picture(cold=objects(FILE))) == ""
     oracle.wrote("hot", "f", data("f", 1), DAY_S)
     oracle.begins(picture(objects(OLD, NEW) | {"f": Seen(data("f", 1))}, objects(FILE)), DAY_S)
     assert found(oracle, picture(objects(OLD, NEW) | {"f": Seen(data("f", 1))}, {"f": Seen(data("f", 1))})) == ""
 
 
-def test_what_people_remove_everywhere_is_not_missed(oracle):
+def test_an_object_that_users_removed_everywhere_is_not_missed(oracle):
     oracle.removed("hot", "f")
     oracle.begins(picture(objects(OLD, NEW)), DAY_S)
     assert found(oracle, picture(objects(OLD, NEW))) == ""
 
 
-def test_what_people_remove_in_one_place_must_stay_in_the_other(oracle):
+def test_an_object_that_users_removed_in_one_tier_must_stay_in_the_other(oracle):
     assert found(oracle, picture(cold=objects(FILE))) == ""
     oracle.removed("hot", "f")
     oracle.begins(picture(objects(OLD, NEW), objects(FILE)), DAY_S)

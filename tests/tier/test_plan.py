@@ -147,6 +147,7 @@ objects = st.builds(
     st.none() | texts,
     st.none() | st.floats(0, 4e9),
     st.none() | st.integers(0, 2**32 - 1),
+    st.just(""),
 )
 ways = {
     "path": keys,
@@ -165,7 +166,7 @@ def with_way(one):
 
 def below_path(move):
     """Its objects are the group, or in it."""
-    return replace(move, objects=tuple(replace(one, key=f"{move.path}/{one.key}") for one in move.objects))
+    return replace(move, objects=tuple(one._replace(key=f"{move.path}/{one.key}") for one in move.objects))
 
 
 actions = st.sampled_from(["copy", "move", "drop", "reclass", "delete"])

@@ -49,6 +49,7 @@ objects = st.builds(
     st.none() | texts,
     st.none() | amounts,
     st.none() | st.integers(0, 2**32 - 1),
+    st.just(""),
 )
 
 

@@ -1,4 +1,4 @@
-"""Archived objects back: what it costs, asking for it, and waiting by the store's own word."""
+"""Restores of archived objects: cost, requests, waits, and the copy to the home tier."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from tests.support.clock import FakeClock
 
+from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.prices import Prices, RestorePrice
 from tiercache.store import MemoryStore
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, PlannedObject
 from tiercache.tier.move.transfer import Transfer
-from tiercache.tier.restore import RequestCounts, plan_copy_home, plan_restore, request_restore, wait_restored
+from tiercache.tier.restore import plan_copy_home, plan_restore, request_restore, wait_restored
 from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.stores import Stores, state_of
 
@@ -32,7 +33,7 @@ _numbers = count()
 
 
 class Vault:
-    """An archive over a MemoryStore: all of it is in GLACIER, and a restore takes some hours of its clock."""
+    """An archive over a MemoryStore: every object is in GLACIER, and a restore takes some hours of its clock."""
 
     def __init__(self, clock, hours=5.0):
         self.store = MemoryStore(f"vault-{next(_numbers)}")
@@ -64,7 +65,7 @@ class Vault:
 
 
 class World:
-    """Two tiers: home, and a vault below it."""
+    """Two tiers: home, and a vault."""
 
     def __init__(self, clock, hours=5.0):
         self.clock, self.vault = clock, Vault(clock, hours)
@@ -99,19 +100,19 @@ def world(clock):
 # -- plans ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_names_what_must_be_restored_and_what_is_there_already(world):
+def test_a_restore_plan_has_archived_objects_and_readable_keys(world):
     world.archive(a=1000, b=10)
     world.home.put("b", b"near")
     plan = world.plan("b", "a")
     assert (plan.names, plan.readable_keys, plan.n_bytes) == (("a",), ("b",), 1000)
 
 
-def test_it_costs_what_the_price_table_says(world):
+def test_a_restore_costs_what_the_price_table_says(world):
     world.archive(a=1 << 24, b=1 << 24)
     assert world.plan("a", "b").cost == pytest.approx(0.01 / 32 + 2 * 0.05 / 1000)
 
 
-def test_it_costs_the_second_copy_while_it_lasts_and_the_writes_to_the_home_tier(world):
+def test_a_restore_costs_the_temporary_copy_and_the_copy_to_home(world):
     world.archive(a=1 << 24, b=1 << 24)  # 1/32 GiB, of two parts each
     home = Prices("home", put_1000=0.005)
     archive = replace(GLACIER, get_1000=0.0004, standard_gb_month=0.023)
@@ -123,14 +124,14 @@ def test_it_costs_the_second_copy_while_it_lasts_and_the_writes_to_the_home_tier
     assert copied == pytest.approx(retrieved + 0.023 / 32 * 3 / 30 + requests)
 
 
-def test_what_is_on_its_way_costs_nothing_more(world):
+def test_a_running_restore_costs_nothing_more(world):
     world.archive(a=500_000)
     request_restore(world.stores, world.plan("a"))
     plan = world.plan("a")
-    assert (plan.cost, plan.hours, plan.asked) == (0.0, 5, ())
+    assert (plan.cost, plan.hours, plan.unrequested) == (0.0, 5, ())
 
 
-def test_what_is_restored_takes_no_more_time(world, clock):
+def test_a_restored_object_takes_no_more_time(world, clock):
     world.archive(a=500_000)
     request_restore(world.stores, world.plan("a"))
     clock.advance(6 * HOUR_S)
@@ -143,38 +144,38 @@ def test_another_speed_has_another_price(world):
     assert (plan.cost, plan.hours) == (0.0, 12)
 
 
-def test_without_prices_dollars_and_hours_are_not_known(world):
+def test_without_prices_cost_and_hours_are_unknown(world):
     world.archive(a=1)
     plan = world.plan("a", prices=(None, None))
     assert (plan.cost, plan.hours) == (None, None)
 
 
-def test_a_speed_that_a_class_does_not_have_is_refused_with_those_it_has(world):
+def test_an_unsupported_speed_is_refused_with_the_supported_ones(world):
     world.archive(a=1)
     with pytest.raises(ValueError, match="'expedited' for restores; it has standard, bulk"):
         world.plan("a", speed="expedited")
 
 
 @pytest.mark.parametrize("given", [{"speed": "soon"}, {"days": 0}])
-def test_a_plan_that_makes_no_sense_is_refused(world, given):
+def test_invalid_arguments_are_refused(world, given):
     world.archive(a=1)
     with pytest.raises(ValueError, match=r"unknown speed|at least 1"):
         world.plan("a", **given)
 
 
-def test_what_is_in_no_tier_is_not_found(world):
+def test_a_key_that_is_in_no_tier_is_not_found(world):
     with pytest.raises(NotFound, match="in none of the tiers home, vault"):
         world.plan("a")
 
 
-def test_the_command_does_what_the_plan_does(world):
+def test_the_command_of_a_plan_makes_its_restore(world):
     world.vault.store.put("a b", b"")
     plan = world.plan("a b", speed="bulk", days=2)
     expected = "tiercache restore 'a b' --rules /etc/tiers.toml --speed bulk --days 2 --wait"
     assert plan.command == expected
 
 
-def test_a_command_of_very_many_names_says_that_there_are_more(world):
+def test_a_command_of_many_names_is_shortened(world):
     world.archive(**{f"k{number:02}": 0 for number in range(25)})
     assert world.plan(*(f"k{number:02}" for number in range(25))).command.endswith("# and 5 more")
 
@@ -182,32 +183,32 @@ def test_a_command_of_very_many_names_says_that_there_are_more(world):
 # -- requests ---------------------------------------------------------------------------------------------------------
 
 
-def test_each_archived_object_is_asked_for_once(world):
+def test_each_archived_object_is_requested_once(world):
     world.archive(a=1, b=1)
-    assert request_restore(world.stores, world.plan("a", "b")) == RequestCounts(started=2)
-    assert request_restore(world.stores, world.plan("a", "b")) == RequestCounts(running=2)
+    assert request_restore(world.stores, world.plan("a", "b")) == {"started": 2}
+    assert request_restore(world.stores, world.plan("a", "b")) == {"running": 2}
     assert sorted(key for key, _, _ in world.vault.asked) == ["a", "b"]
 
 
 @pytest.mark.parametrize(("days", "asked"), [(7, 7), (None, 3)])
-def test_copies_stay_as_long_as_was_asked_or_as_their_promotion_takes(world, days, asked):
+def test_temporary_copies_stay_for_the_requested_days_or_long_enough_to_copy_home(world, days, asked):
     world.archive(a=1)
     request_restore(world.stores, world.plan("a", days=days, speed="bulk"))
     assert world.vault.asked == [("a", asked, "bulk")]
 
 
-def test_what_is_restored_is_asked_to_stay_longer(world, clock):
+def test_restored_copies_are_extended(world, clock):
     world.archive(a=1)
     request_restore(world.stores, world.plan("a"))
     clock.advance(6 * HOUR_S)
-    assert request_restore(world.stores, world.plan("a", days=9)) == RequestCounts(done=1)
+    assert request_restore(world.stores, world.plan("a", days=9)) == {"done": 1}
     assert world.vault.asked[-1] == ("a", 9, "standard")
 
 
 # -- waiting ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_wait_ends_when_the_store_says_that_all_can_be_read(world, clock):
+def test_a_wait_ends_when_all_objects_can_be_read(world, clock):
     world.archive(**{f"k{number}": 1 for number in range(40)})
     plan, told = world.plan(*(f"k{number}" for number in range(40))), []
     request_restore(world.stores, plan)
@@ -218,7 +219,7 @@ def test_a_wait_ends_when_the_store_says_that_all_can_be_read(world, clock):
     assert told[-1] == (40, 40)
 
 
-def test_a_store_is_asked_about_once_a_minute_and_of_few_objects(world, clock):
+def test_a_wait_polls_few_objects_once_a_minute(world, clock):
     world.archive(**{f"k{number:03}": 1 for number in range(200)})
     plan = world.plan(*(f"k{number:03}" for number in range(200)))
     request_restore(world.stores, plan)
@@ -227,7 +228,7 @@ def test_a_store_is_asked_about_once_a_minute_and_of_few_objects(world, clock):
     assert world.vault.n_heads < 400 * 16  # 5 hours of minutes, and those that are found sooner
 
 
-def test_a_wait_that_takes_too_long_says_what_is_missing(world, clock):
+def test_a_wait_returns_the_missing_objects_at_its_deadline(world, clock):
     world.archive(a=1, b=1)
     plan = world.plan("a", "b")
     request_restore(world.stores, plan)
@@ -235,7 +236,7 @@ def test_a_wait_that_takes_too_long_says_what_is_missing(world, clock):
     assert [one.key for one in wait_restored(world.stores, plan, clock=clock, deadline_s=HOUR_S)] == ["b"]
 
 
-def test_a_wait_that_is_called_off_ends(world, clock):
+def test_a_cancelled_wait_ends(world, clock):
     world.archive(a=1)
     plan, cancel = world.plan("a"), threading.Event()
     request_restore(world.stores, plan)
@@ -243,7 +244,7 @@ def test_a_wait_that_is_called_off_ends(world, clock):
     assert [one.key for one in wait_restored(world.stores, plan, clock=clock, cancel=cancel)] == ["a"]
 
 
-def test_what_nobody_restores_is_not_waited_for(world, clock):
+def test_an_object_that_is_not_being_restored_is_an_error(world, clock):
     world.archive(a=1)
     with pytest.raises(StoreError, match="neither restored nor being restored"):
         wait_restored(world.stores, world.plan("a"), clock=clock)
@@ -256,13 +257,13 @@ def promoted(world, *keys, **more):
     return plan_copy_home(world.file, world.plan(*keys), made_s=1.0, **more)
 
 
-def test_what_was_restored_is_copied_home_and_stays_in_the_archive(world):
+def test_restored_objects_are_copied_home_and_stay_in_the_archive(world):
     world.archive(a=3)
     (move,) = promoted(world, "a").moves
     assert (move.action, move.src, move.dst, [one.key for one in move.objects]) == ("copy", "vault", "home", ["a"])
 
 
-def test_a_checkpoint_is_one_move_with_its_mark_last(world):
+def test_a_checkpoint_is_one_move_with_its_completing_object_last(world):
     keys = ["run/step-5/.metadata", "run/step-5/__0_0.distcp", "run/step-5/__1_0.distcp"]
     for key in keys:
         world.vault.store.put(key, b"x")
@@ -270,27 +271,29 @@ def test_a_checkpoint_is_one_move_with_its_mark_last(world):
     assert (move.kind, move.path, move.objects[-1].key) == ("checkpoint", "run/step-5", keys[0])
 
 
-def test_a_shard_is_a_shard(world):
+def test_a_restored_shard_is_moved_as_a_shard(world):
     world.vault.store.put("data/shards/0.tcs", b"x")
     assert [move.kind for move in promoted(world, "data/shards/0.tcs").moves] == ["shard"]
 
 
 @pytest.mark.parametrize(("etag", "crc32c"), [("right", 7), ("of another", None), (None, None)])
-def test_a_promotion_is_held_to_the_checksum_that_the_catalog_knows_of_this_very_object(world, etag, crc32c):
+def test_a_copy_to_home_must_have_the_checksum_of_the_catalog(world, tmp_path, etag, crc32c):
     world.archive(a=3)
     (archived,) = world.plan("a").objects
-    book = {"a": (archived.n_bytes, archived.etag if etag == "right" else etag, 7, True, None)}
-    (move,) = promoted(world, "a", known=lambda tier: book if tier == "vault" else {}).moves
+    entry = CatalogEntry(archived.n_bytes, archived.etag if etag == "right" else etag, 7)
+    with TierCatalog(tmp_path / "tiers.sqlite") as catalog:
+        catalog.record([("vault", "a", entry)])
+        (move,) = promoted(world, "a", catalog=catalog).moves
     assert move.objects[0].crc32c == crc32c
 
 
-def test_a_promotion_is_of_the_rule_file_that_it_was_made_by(world):
+def test_a_plan_to_copy_home_names_its_rule_file(world):
     world.archive(a=1)
     plan = promoted(world, "a")
     assert (plan.rules_sha256, [tier.url for tier in plan.tiers]) == ("of the file", [world.home.url, world.vault.url])
 
 
-def test_where_the_archive_is_a_class_of_home_the_class_is_changed(clock):
+def test_the_class_is_changed_if_the_archive_is_a_class_of_home(clock):
     vault = Vault(clock)
     tiers = (
         Tier(name="home", role="standard", url=vault.url),
@@ -309,7 +312,7 @@ def test_where_the_archive_is_a_class_of_home_the_class_is_changed(clock):
 
 
 def set_transition(server, times):
-    """How many looks a restore takes on moto; None: it is done at once."""
+    """Set how many requests a restore takes on moto; None: none."""
     how = {"progression": "immediate"} if times is None else {"progression": "manual", "times": times}
     body = str({"model_name": "s3::keyrestore", "transition": how}).replace("'", '"').encode()
     url = f"{server.endpoint}/moto-api/state-manager/set-transition"
@@ -335,7 +338,7 @@ def test_on_moto_an_object_goes_to_glacier_and_comes_home(moto_server, tmp_path,
         stores.store("home").delete(["a"])
         plan = plan_restore(file, stores, ["a"], [FREE, GLACIER])
         assert [one.state for one in plan.objects] == [ARCHIVED]
-        assert request_restore(stores, plan) == RequestCounts(started=1)
+        assert request_restore(stores, plan) == {"started": 1}
         assert state_of(stores.head("vault", "a")) == RESTORING
         assert wait_restored(stores, plan, clock=clock) == ()
         (move,) = plan_copy_home(file, plan, made_s=1.0).moves
@@ -346,7 +349,7 @@ def test_on_moto_an_object_goes_to_glacier_and_comes_home(moto_server, tmp_path,
 
 
 @pytest.mark.s3
-def test_on_seaweedfs_a_restore_says_that_classes_are_names_only(s3_server):
+def test_on_seaweedfs_a_restore_reports_that_classes_are_only_labels(s3_server):
     tier = Tier(
         name="vault", role="archive", url=f"{s3_server.url}/restore-{os.urandom(4).hex()}", storage_class="GLACIER",
         storage_options=s3_server.storage_options,

@@ -1,4 +1,4 @@
-"""Copies from tier to tier: what arrives is what was read, or it is not there."""
+"""Copies between tiers: the copy equals what was read, or there is no copy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _numbers = count()
 
 
 def memory():
-    """An empty store of its own."""
+    """An empty store."""
     return MemoryStore(f"transfer-{next(_numbers)}")
 
 
@@ -56,7 +56,7 @@ class Place:
         self.transfer = Transfer(self.stores, **options)
 
     def planned(self, key="a", store=None, **changes):
-        """An object as a plan would have it."""
+        """Return an object as a plan has it."""
         info = (store or self.near).head(key)
         given = {"n_bytes": info.n_bytes, "etag": info.etag, "modified_s": info.modified_s, **changes}
         return PlannedObject(key, **given)
@@ -82,7 +82,7 @@ def place():
 
 
 class WrongWrites(WrapperStore):
-    """Keeps other bytes than it was given, of the same length: `turn` says which."""
+    """A store that keeps other bytes of the same length; `turn` says which."""
 
     def __init__(self, inner, turn: Callable[[bytes], bytes]):
         super().__init__(inner)
@@ -99,7 +99,7 @@ class WrongWrites(WrapperStore):
 
 
 @SIZES
-def test_a_copy_has_the_bytes_and_their_sum(place, data):
+def test_a_copy_has_the_bytes_and_their_checksum(place, data):
     here = place()
     here.near.put("a", data)
     copied = here.copy()
@@ -115,7 +115,7 @@ def test_files_are_copied_between_folders(place, tmp_path, data):
     assert (tmp_path / "far" / "deep" / "a").read_bytes() == data
 
 
-def test_a_large_file_is_not_read_back_when_it_is_written_but_when_it_is_proven(place, tmp_path):
+def test_a_large_file_is_read_back_by_checksum_on_disk_only(place, tmp_path):
     far = LocalFolder(tmp_path / "far")
     here = place(LocalFolder(tmp_path / "near"), far)
     here.near.put("a", LARGE)
@@ -125,19 +125,19 @@ def test_a_large_file_is_not_read_back_when_it_is_written_but_when_it_is_proven(
     assert far.counters["bytes_read"] == len(LARGE)
 
 
-def test_only_files_in_a_folder_must_be_proven(place, tmp_path):
+def test_only_local_files_need_a_disk_check(place, tmp_path):
     here = place(LocalFolder(tmp_path / "near"))
     assert [here.transfer.needs_disk_check(name) for name in ("near", "far")] == [True, False]
 
 
-def test_the_source_stays(place):
+def test_a_copy_keeps_its_source(place):
     here = place()
     here.near.put("a", SMALL)
     here.copy()
     assert here.near.get("a") == SMALL
 
 
-def test_a_copy_takes_the_place_of_what_was_there(place):
+def test_a_copy_replaces_the_object_at_the_destination(place):
     here = place()
     here.near.put("a", SMALL)
     here.far.put("a", b"older")
@@ -145,14 +145,14 @@ def test_a_copy_takes_the_place_of_what_was_there(place):
     assert here.far.get("a") == SMALL
 
 
-def test_bytes_are_told_as_they_are_read(place):
+def test_progress_is_reported_while_bytes_are_read(place):
     here, told = place(), []
     here.near.put("a", LARGE)
     here.transfer.copy("near", "far", here.planned(), on_bytes=told.append)
     assert (sum(told), len(told)) == (len(LARGE), 3)
 
 
-def test_many_copy_at_once(place):
+def test_many_threads_copy_at_once(place):
     here = place(jobs=4)
     keys = [f"k{number}" for number in range(12)]
     for number, key in enumerate(keys):
@@ -177,14 +177,14 @@ def test_another_object_than_was_planned_is_not_copied(place, changes):
     assert list(here.far.list()) == []
 
 
-def test_what_is_gone_is_not_found(place):
+def test_a_missing_source_is_not_found(place):
     here = place()
     with pytest.raises(NotFound):
         here.transfer.copy("near", "far", PlannedObject("a", 1))
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_an_object_that_changes_under_way_leaves_the_target_as_it_was(place, data):
+def test_a_source_that_changes_during_the_copy_leaves_the_destination_unchanged(place, data):
     near = FaultStore(memory(), [Fault("read_into", kind=FaultKind.REPLACED)])
     here = place(near)
     near.inner.put("a", data)
@@ -197,7 +197,7 @@ def test_an_object_that_changes_under_way_leaves_the_target_as_it_was(place, dat
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_a_source_that_is_not_what_its_checksum_says_leaves_the_target_as_it_was(place, data):
+def test_a_source_with_a_wrong_checksum_leaves_the_destination_unchanged(place, data):
     here = place()
     here.near.put("a", data)
     here.far.put("a", b"older")
@@ -206,7 +206,7 @@ def test_a_source_that_is_not_what_its_checksum_says_leaves_the_target_as_it_was
     assert here.far.get("a") == b"older"
 
 
-def test_a_bit_that_turns_while_the_source_is_read_is_found_by_its_checksum(place):
+def test_a_bit_flip_while_the_source_is_read_is_found_by_its_checksum(place):
     near = FaultStore(memory(), [Fault("read_into", nth=2, kind=FaultKind.BIT_FLIP)])
     here = place(near)
     near.put("a", LARGE)
@@ -215,7 +215,7 @@ def test_a_bit_that_turns_while_the_source_is_read_is_found_by_its_checksum(plac
     assert list(here.far.list()) == []
 
 
-def test_two_tiers_of_one_place_are_not_copied_onto_themselves(tmp_path):
+def test_two_tiers_of_one_location_are_not_copied_onto_themselves(tmp_path):
     tiers = tuple(Tier(name=name, role=name, url=str(tmp_path)) for name in ("hot", "archive"))
     stores = Stores(RuleFile(path=Path("rules.toml"), sha256="", tiers=tiers))
     with stores, Transfer(stores) as transfer, pytest.raises(ValueError, match="have one URL"):
@@ -243,7 +243,7 @@ def test_a_copy_that_arrived_short_is_removed(place):
 
 
 @pytest.mark.parametrize(("data", "verb"), [(SMALL, "read_tail"), (LARGE, "read_into")], ids=["small", "large"])
-def test_a_bit_that_turns_while_the_copy_is_read_back_counts_as_wrong(place, data, verb):
+def test_a_bit_flip_while_the_copy_is_read_back_counts_as_wrong(place, data, verb):
     here = place(far=FaultStore(memory(), [Fault(verb, kind=FaultKind.BIT_FLIP)]))
     here.near.put("a", data)
     with pytest.raises(StoreError, match="the copy is not what it should be"):
@@ -251,7 +251,7 @@ def test_a_bit_that_turns_while_the_copy_is_read_back_counts_as_wrong(place, dat
     assert list(here.far.list()) == []
 
 
-def test_what_somebody_else_wrote_meanwhile_is_not_removed(place):
+def test_an_object_that_another_writer_put_meanwhile_is_not_removed(place):
     far = GateStore(memory())
     here, caught = place(far=far), []
     here.near.put("a", SMALL)
@@ -275,7 +275,7 @@ CASES = [(SMALL, verb) for verb in (*VERBS, "read_tail")] + [(LARGE, verb) for v
 
 
 @pytest.mark.parametrize(("data", "verb"), CASES)
-def test_a_target_that_fails_is_an_error_and_the_next_try_makes_the_copy(place, data, verb):
+def test_a_failing_destination_is_an_error_and_the_next_attempt_succeeds(place, data, verb):
     far = FaultStore(memory(), [Fault(verb)])
     here = place(far=far)
     here.near.put("a", data)
@@ -287,7 +287,7 @@ def test_a_target_that_fails_is_an_error_and_the_next_try_makes_the_copy(place, 
 
 
 @pytest.mark.parametrize("nth", [1, 2, 3])
-def test_a_source_that_fails_at_any_part_leaves_nothing(place, nth):
+def test_a_source_that_fails_at_any_part_leaves_no_copy(place, nth):
     near = FaultStore(memory(), [Fault("read_into", nth=nth)])
     here = place(near)
     near.put("a", LARGE)
@@ -296,7 +296,7 @@ def test_a_source_that_fails_at_any_part_leaves_nothing(place, nth):
     assert list(here.far.list()) == []
 
 
-def test_a_lost_answer_of_the_last_request_is_an_error_though_the_copy_is_there(place):
+def test_a_lost_answer_of_the_last_request_is_an_error(place):
     here = place(far=FaultStore(memory(), [Fault("complete", kind=FaultKind.LOST_RESPONSE)]))
     here.near.put("a", SMALL)
     with pytest.raises(StoreError, match="scripted fault"):
@@ -307,7 +307,7 @@ def test_a_lost_answer_of_the_last_request_is_an_error_though_the_copy_is_there(
 # -- pace, cancelling, memory -----------------------------------------------------------------------------------------
 
 
-def test_all_copies_together_keep_to_the_rate(place):
+def test_all_copies_together_keep_to_the_rate_limit(place):
     clock = FakeClock()
     here = place(rate_bytes_s=PART_BYTES, clock=clock, jobs=1)
     start_s = clock.monotonic()
@@ -317,7 +317,7 @@ def test_all_copies_together_keep_to_the_rate(place):
     assert clock.monotonic() - start_s >= 3.0  # the fourth part begins when three have had their time
 
 
-def test_without_a_rate_nobody_waits(place):
+def test_without_a_rate_limit_no_copy_waits(place):
     clock = FakeClock()
     here = place(clock=clock)
     here.near.put("a", LARGE)
@@ -326,7 +326,7 @@ def test_without_a_rate_nobody_waits(place):
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_a_copy_that_is_called_off_leaves_nothing(place, data):
+def test_a_cancelled_copy_leaves_nothing(place, data):
     cancel = threading.Event()
     near = GateStore(memory())
     here, caught = place(near, cancel=cancel), []
@@ -347,7 +347,7 @@ def test_a_copy_that_is_called_off_leaves_nothing(place, data):
     assert (caught, list(here.far.list())) == ([True], [])
 
 
-def test_a_copy_that_nobody_wants_any_more_is_not_begun(place):
+def test_a_cancelled_copy_is_not_started(place):
     cancel = threading.Event()
     near = CountingStore(memory())
     here = place(near, cancel=cancel)
@@ -361,7 +361,7 @@ def test_a_copy_that_nobody_wants_any_more_is_not_begun(place):
 
 
 @pytest.mark.parametrize("given", [{"jobs": 0}, {"rate_bytes_s": 0}])
-def test_options_that_make_no_sense_are_refused(place, given):
+def test_invalid_options_are_refused(place, given):
     with pytest.raises(ValueError, match="at least 1"):
         place(**given)
 
@@ -369,7 +369,7 @@ def test_options_that_make_no_sense_are_refused(place, given):
 # -- drops ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_dropped_is_gone_and_the_missing_are_no_error(place):
+def test_deleting_missing_objects_is_no_error(place):
     here = place()
     here.near.put("a", SMALL)
     here.near.put("b", SMALL)
@@ -378,7 +378,7 @@ def test_what_is_dropped_is_gone_and_the_missing_are_no_error(place):
 
 
 @pytest.mark.parametrize("n_objects", [1, 4])
-def test_large_files_are_whole_whether_one_is_copied_alone_or_many_are(place, tmp_path, n_objects):
+def test_large_files_are_complete_whether_one_or_many_are_copied(place, tmp_path, n_objects):
     here = place(LocalFolder(tmp_path / "near"), LocalFolder(tmp_path / "far"), jobs=4)
     contents = {f"{number}": os.urandom(4 * PART_BYTES + number) for number in range(n_objects)}
     for key, data in contents.items():

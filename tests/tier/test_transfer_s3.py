@@ -1,9 +1,8 @@
-"""Copies and changes of class in buckets: on SeaweedFS, which names checksums, and on moto, which archives."""
+"""Copies and class changes in buckets: on SeaweedFS, which returns checksums, and on moto, which archives."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,7 +64,7 @@ def bucket(request, tmp_path):
 
 
 @SIZES
-def test_a_file_goes_to_the_bucket_and_back(bucket, data):
+def test_a_file_is_copied_to_the_bucket_and_back(bucket, data):
     bucket.stores.store("hot").put("a", data)
     assert bucket.copy("hot", "standard").crc32c == crc32c(data)
     bucket.stores.store("hot").delete(["a"])
@@ -81,7 +80,7 @@ def test_a_copy_into_an_archive_has_its_class_and_is_verified_without_being_read
     assert (info.storage_class, info.n_bytes, bucket.bytes_read("archive")) == ("GLACIER", len(data), 0)
 
 
-def test_an_archived_object_is_no_source(bucket):
+def test_an_archived_object_cannot_be_copied(bucket):
     bucket.stores.store("hot").put("a", SMALL)
     bucket.copy("hot", "archive")
     with pytest.raises(StoreError, match="must be restored first: tiercache restore a") as caught:
@@ -90,7 +89,7 @@ def test_an_archived_object_is_no_source(bucket):
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_between_folders_of_a_server_it_copies_by_itself(bucket, data):
+def test_the_server_copies_between_its_folders(bucket, data):
     bucket.stores.store("standard").put("a", data)
     copied = bucket.copy("standard", "archive")
     info = bucket.stores.head("archive", "a")
@@ -98,7 +97,7 @@ def test_between_folders_of_a_server_it_copies_by_itself(bucket, data):
     assert (copied.etag, bucket.bytes_read("standard")) == (info.etag, 0)
 
 
-def test_where_the_servers_sums_do_not_tell_the_bytes_are_streamed(s3_server, tmp_path):
+def test_bytes_are_streamed_if_the_checksums_of_the_server_prove_nothing(s3_server, tmp_path):
     here = Bucket(s3_server, tmp_path)
     with here.transfer, here.stores:
         with here.stores.store("standard").create("a") as upload:  # in parts: its ETag is of parts, and there is no sum
@@ -109,7 +108,7 @@ def test_where_the_servers_sums_do_not_tell_the_bytes_are_streamed(s3_server, tm
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_a_class_changes_where_the_object_lies(bucket, data):
+def test_a_class_is_changed_in_place(bucket, data):
     bucket.stores.store("standard").put("a", data)
     done = bucket.transfer.change_class("cold", bucket.planned("standard"))
     info = bucket.stores.head("cold", "a")
@@ -117,7 +116,7 @@ def test_a_class_changes_where_the_object_lies(bucket, data):
     assert bucket.stores.store("standard").get("a") == data
 
 
-def test_tiers_of_one_url_list_what_has_their_class(bucket):
+def test_tiers_of_one_url_list_objects_of_their_class(bucket):
     for key in ("a", "b"):
         bucket.stores.store("standard").put(key, SMALL)
     bucket.transfer.change_class("cold", bucket.planned("standard", "b"))
@@ -125,7 +124,7 @@ def test_tiers_of_one_url_list_what_has_their_class(bucket):
     assert listed == {"standard": ["a"], "cold": ["b"]}
 
 
-def test_a_class_that_it_has_already_costs_no_copy(bucket):
+def test_an_object_that_has_the_class_already_is_not_copied(bucket):
     bucket.stores.store("standard").put("a", SMALL)
     bucket.transfer.change_class("cold", bucket.planned("standard"))
     before = bucket.stores.head("cold", "a")
@@ -133,7 +132,7 @@ def test_a_class_that_it_has_already_costs_no_copy(bucket):
     assert bucket.stores.head("cold", "a").modified_s == before.modified_s
 
 
-def test_objects_of_a_bucket_are_dropped_together(bucket):
+def test_objects_of_a_bucket_are_deleted_in_one_request(bucket):
     keys = [f"k{number}" for number in range(5)]
     for key in keys:
         bucket.stores.store("standard").put(key, b"")
@@ -165,7 +164,7 @@ def test_without_boto3_a_copy_is_read_back(s3_server, tmp_path, monkeypatch, dat
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_an_object_of_another_class_than_was_planned_for_is_what_it_was(bucket, data):
+def test_the_class_of_a_changed_object_is_not_changed(bucket, data):
     bucket.stores.store("standard").put("a", data)
     one = bucket.planned("standard")
     bucket.stores.store("standard").put("a", data[::-1])
@@ -175,18 +174,18 @@ def test_an_object_of_another_class_than_was_planned_for_is_what_it_was(bucket, 
 
 
 @pytest.mark.parametrize("dst", ["archive", "other"])
-def test_what_the_server_copies_is_held_against_the_checksum_that_is_known(bucket, dst):
+def test_a_server_side_copy_is_compared_with_the_known_checksum(bucket, dst):
     bucket.stores.store("standard").put("a", SMALL)
     info = bucket.stores.head("standard", "a")
     known = PlannedObject("a", info.n_bytes, info.etag, crc32c=crc32c(SMALL))
     assert bucket.transfer.copy("standard", dst, known).crc32c == crc32c(SMALL)
     with pytest.raises(StoreError, match="the source is not what it should be"):
-        bucket.transfer.copy("standard", dst, replace(known, crc32c=crc32c(SMALL) ^ 1))
+        bucket.transfer.copy("standard", dst, known._replace(crc32c=crc32c(SMALL) ^ 1))
 
 
 @pytest.mark.parametrize("src", ["hot", "standard"])
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_a_copy_that_must_be_new_leaves_what_is_there(s3_server, tmp_path, src, data):
+def test_a_copy_that_must_be_new_replaces_nothing(s3_server, tmp_path, src, data):
     here = Bucket(s3_server, tmp_path)
     with here.transfer, here.stores:
         here.stores.store(src).put("a", data)
@@ -199,7 +198,7 @@ def test_a_copy_that_must_be_new_leaves_what_is_there(s3_server, tmp_path, src, 
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_a_copy_that_must_be_new_leaves_what_is_there_without_boto3_too(s3_server, tmp_path, monkeypatch, data):
+def test_a_copy_that_must_be_new_replaces_nothing_without_boto3(s3_server, tmp_path, monkeypatch, data):
     monkeypatch.setattr("tiercache.tier.stores.has_boto3", lambda: False)
     here = Bucket(s3_server, tmp_path)
     here.stores.store("hot").put("a", data)
@@ -210,7 +209,7 @@ def test_a_copy_that_must_be_new_leaves_what_is_there_without_boto3_too(s3_serve
     here.stores.close()
 
 
-def test_what_is_no_longer_what_was_planned_is_not_dropped(s3_server, tmp_path):
+def test_a_changed_object_is_not_deleted(s3_server, tmp_path):
     here = Bucket(s3_server, tmp_path)
     with here.transfer, here.stores:
         here.stores.store("standard").put("a", b"old")

@@ -32,9 +32,10 @@ from tiercache.store.posix import file_info
 from tiercache.tier import stores as tier_stores
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.model import Plan
+from tiercache.tier.move.deletions import settle
+from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.lock import BootClock
-from tiercache.tier.move.mover import Mover, run_once
-from tiercache.tier.move.transfer import Transfer
+from tiercache.tier.move.mover import open_mover, run_once
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.rules import RuleFile, load_rule_file
@@ -338,19 +339,15 @@ class World:
         return load_rule_file(self.rules_path)
 
     @contextmanager
-    def mover(self) -> Iterator[tuple[RuleFile, Stores, TierCatalog, Mover]]:
-        """All that moves, open."""
+    def opened(self) -> Iterator[tuple[RuleFile, Stores, TierCatalog]]:
+        """The rule file, the stores and the catalog."""
         file = self.file()
-        with (
-            Stores(file) as stores,
-            TierCatalog(self.root / "state" / "tiers.sqlite") as catalog,
-            Transfer(stores, jobs=self.jobs) as transfer,
-        ):
-            yield file, stores, catalog, Mover(file, stores, catalog, transfer)
+        with Stores(file) as stores, TierCatalog(self.root / "state" / "tiers.sqlite") as catalog:
+            yield file, stores, catalog
 
     def open_moves(self) -> list[str]:
         """Moves in the journal that were broken off after something was promised, or wait longer than they should."""
-        with self.mover() as (file, _, catalog, _):
+        with self.opened() as (file, _, catalog):
             moves = catalog.open_moves(file.home.url)
         return [
             f"{move.action} of {move.path} from {move.src} is {move.state} {move.note}"
@@ -360,7 +357,7 @@ class World:
 
     def plan(self) -> Plan:
         """What should be done now."""
-        with self.mover() as (file, stores, catalog, _):
+        with self.opened() as (file, stores, catalog):
             inventory = take_inventory(file, stores, catalog, now_s=time.time())
             prices = [prices_if_known(tier) for tier in file.tiers]
             capacity = [stores.capacity(tier.name) for tier in file.tiers]
@@ -369,12 +366,12 @@ class World:
 
     def apply(self, plan: Plan):
         self.oracle.asked([move.path for move in plan.moves], time.time())
-        with self.mover() as (*_, mover):
-            return mover.apply(plan)
+        with self.opened() as opened, open_mover(*opened) as context:
+            return apply_plan(context, plan)
 
     def settle(self):
-        with self.mover() as (*_, mover):
-            return mover.settle(time.time())
+        with self.opened() as opened, open_mover(*opened) as context:
+            return settle(context)
 
     def run_once(self):
         self.oracle.asked(self.oracle.groups, time.time())

@@ -1,8 +1,7 @@
 """The SQLite tables of the cache and of the tiers. Everything in them can be rebuilt from the files and stores.
 
-`accounts` keeps the bytes, reservations and uses of a cache folder; `tables` has its SQL. `tiers` keeps verified copies
-and the journal of moves; `checksums` holds them in columns. `database` shares one SQLite file between processes.
-`read_log` logs uses of single objects. `files` opens private files safely.
+`accounts` keeps the bytes, reservations and uses of a cache folder. `tiers` keeps verified copies, the move journal
+and the log of uses of single objects. `database` shares one SQLite file between processes, and has private files.
 """
 
 from tiercache.catalog.accounts import (

@@ -1,14 +1,10 @@
-"""The cache's accounts: bytes of copies, reservations of processes, and the last use of each copy.
-
-The first part has the SQL tables and the statements on them, as plain functions that run inside a transaction.
-`Accounts` is the interface: each method is one transaction.
-"""
+"""The cache's accounts: bytes of copies, reservations of processes, and the last use of each copy."""
 
 from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tiercache.catalog.database import Database
 
@@ -123,41 +119,18 @@ class AccountChanges:
 _ROW = "name, charge_bytes, record, uses, last_use, main, freq, turn"
 
 
-def create_tables(db: sqlite3.Connection, boot: str) -> None:
-    """Make the tables of a new file. boot: Boot id of the machine; accounts of another boot are not trusted."""
-    # A trigger contains ";", but a statement ends only at a ";" at the end of a line, and a trigger ends with "END;".
-    for statement in _SCHEMA.split(";\n"):
-        if statement.strip():
-            db.execute(statement)
-    db.execute("INSERT INTO meta VALUES ('boot', ?), ('id', ?)", (boot, secrets.token_hex(8)))
-    db.executemany("INSERT INTO figures VALUES (?, 0)", [(name,) for name in FIGURES])
-
-
-def read_meta(db: sqlite3.Connection, key: str) -> int:
-    """Return one number of the meta table."""
+def _meta(db: sqlite3.Connection, key: str) -> int:
     return int(db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0])
 
 
-def read_sums(db: sqlite3.Connection) -> tuple[int, int]:
-    """Return the bytes of copies, and the reserved bytes."""
-    found = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('used', 'reserved')").fetchall())
-    return int(found["used"]), int(found["reserved"])
-
-
-def tick(db: sqlite3.Connection, n: int) -> int:
+def _tick(db: sqlite3.Connection, n: int = 1) -> int:
     """Advance the logical clock by n, and return its new time."""
     return int(db.execute("UPDATE meta SET value = value + ? WHERE key = 'clock' RETURNING value", (n,)).fetchone()[0])
 
 
-def charge_of(db: sqlite3.Connection, name: str) -> int | None:
-    """Return the charge in a copy's row; None if there is no row."""
-    row = db.execute("SELECT charge_bytes FROM copies WHERE name = ?", (name,)).fetchone()
-    return None if row is None else int(row[0])
-
-
-def set_copy(db: sqlite3.Connection, name: str, record: str, charge_bytes: int) -> None:
+def _set_copy(db: sqlite3.Connection, name: str, record: str, charge_bytes: int) -> None:
     """Set a copy's row. A new copy enters the main queue if it is a ghost, otherwise the small queue."""
-    now = tick(db, 1)
+    now = _tick(db)
     query = "UPDATE copies SET charge_bytes = ?, record = ?, changed = ? WHERE name = ?"
     if db.execute(query, (charge_bytes, record, now, name)).rowcount:
         return
@@ -169,90 +142,20 @@ def set_copy(db: sqlite3.Connection, name: str, record: str, charge_bytes: int) 
     )
 
 
-def drop_copies(db: sqlite3.Connection, names: Iterable[str], *, evicted: bool) -> None:
+def _drop_copies(db: sqlite3.Connection, names: Iterable[str], *, evicted: bool) -> None:
     """Delete the rows of copies, and remember that they existed."""
     for name in names:
         row = db.execute("DELETE FROM copies WHERE name = ? RETURNING charge_bytes, main", (name,)).fetchone()
         if row is not None:
             kind = ("main" if row[1] else "small") if evicted else "lost"
-            db.execute("INSERT INTO gone VALUES (?, ?, ?, ?)", (name, kind, row[0], tick(db, 1)))
+            db.execute("INSERT INTO gone VALUES (?, ?, ?, ?)", (name, kind, row[0], _tick(db)))
             if evicted:
                 db.execute("UPDATE meta SET value = value + 1 WHERE key = 'evicted'")
 
 
-def forget_gone(db: sqlite3.Connection, most_bytes: int) -> None:
-    """Forget the names that left longest ago, beyond most_bytes of each kind."""
-    query = "DELETE FROM gone WHERE name = (SELECT name FROM gone WHERE kind = ? ORDER BY changed LIMIT 1)"
-    for kind in _GONE:
-        while read_meta(db, f"gone {kind}") > most_bytes:
-            (last,) = db.execute(f"{query} RETURNING changed", (kind,)).fetchone()
-            db.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'forgotten'", (last,))
-
-
-def is_ghost(db: sqlite3.Connection, name: str) -> bool:
-    """Return whether a name was evicted lately."""
-    return db.execute("SELECT 1 FROM gone WHERE name = ? AND kind <> 'lost'", (name,)).fetchone() is not None
-
-
-def add_uses(db: sqlite3.Connection, uses: Mapping[str, int]) -> None:
-    """Add uses by name. The order of the mapping is the order of last use."""
-    first = tick(db, len(uses)) - len(uses) + 1
-    db.executemany(
-        "UPDATE copies SET uses = uses + ?1, freq = min(freq + ?1, ?2), last_use = ?3, changed = ?3 WHERE name = ?4",
-        [(n, MOST_FREQ, first + i, name) for i, (name, n) in enumerate(uses.items())],
-    )
-
-
-def requeue(db: sqlite3.Connection, moves: Iterable[tuple[str, bool, int]]) -> None:
-    """Move copies to the end of a queue, in order. moves: (name, whether into the main queue, freq)."""
-    for name, main, freq in moves:
-        now = tick(db, 1)
-        query = "UPDATE copies SET main = ?1, freq = ?2, turn = ?3, changed = ?3 WHERE name = ?4"
-        db.execute(query, (main, freq, now, name))
-
-
-def _copy_row(row: tuple[Any, ...]) -> CopyRow:
-    name, charge_bytes, record, uses, last_use, main, freq, turn = row
-    return CopyRow(name, charge_bytes, record, uses, last_use, bool(main), freq, turn)
-
-
-def select_rows(db: sqlite3.Connection) -> list[CopyRow]:
-    """Return the rows of all copies, least recently used first."""
-    query = f"SELECT {_ROW} FROM copies ORDER BY last_use, name"  # noqa: S608 - our own columns
-    return [_copy_row(row) for row in db.execute(query)]
-
-
-def select_rows_with(db: sqlite3.Connection, text: str) -> list[CopyRow]:
-    """Return the rows whose record contains text. SQLite searches 100,000 records in 40 ms, Python in 2 s."""
-    query = f"SELECT {_ROW} FROM copies WHERE instr(record, ?)"  # noqa: S608 - our own columns
-    return [_copy_row(row) for row in db.execute(query, (text,))]
-
-
-def select_changes(db: sqlite3.Connection, since: tuple[str, int], limit_bytes: int) -> AccountChanges:
-    """Return the changes since an earlier answer's `since`; ("", 0) for all rows."""
-    (catalog,) = db.execute("SELECT value FROM meta WHERE key = 'id'").fetchone()
-    whole = since[0] != catalog or since[1] < read_meta(db, "forgotten")
-    seen = 0 if whole else since[1]
-    query = f"SELECT {_ROW} FROM copies WHERE changed > ?"  # noqa: S608 - our own columns
-    found = tuple(_copy_row(row) for row in db.execute(query, (seen,)))
-    query = "SELECT name FROM gone WHERE kind IN (?, ?, ?) AND changed > ?"
-    gone = () if whole else tuple(name for (name,) in db.execute(query, (*_GONE, seen)))
-    return AccountChanges(
-        (catalog, read_meta(db, "clock")), whole, found, gone, read_meta(db, "evicted") > 0, limit_bytes
-    )
-
-
-def add_figures(db: sqlite3.Connection, figures: Mapping[str, int]) -> None:
-    """Add to the counters, by name."""
-    db.executemany(
-        "INSERT INTO figures VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET value = value + ?2",
-        list(figures.items()),
-    )
-
-
-def read_figures(db: sqlite3.Connection) -> dict[str, int]:
-    """Return the counters, by name."""
-    return dict(db.execute("SELECT name, value FROM figures").fetchall())
+def _rows(db: sqlite3.Connection, condition: str, *values: object) -> list[CopyRow]:
+    query = f"SELECT {_ROW} FROM copies {condition}"  # noqa: S608 - our own text
+    return [CopyRow(*row) for row in db.execute(query, values)]
 
 
 # Share of the budget for ghosts: as much as the main queue of s3fifo holds (Yang et al., SOSP 2023).
@@ -308,7 +211,12 @@ class Accounts:
         self._database = Database(path, wal=wal, make_folder=files.ensure, prepare=self._prepare)
 
     def _prepare(self, db: sqlite3.Connection) -> None:
-        create_tables(db, self._boot)
+        # A trigger contains ";", but a statement ends only at a ";" at the end of a line: a trigger ends with "END;".
+        for statement in filter(str.strip, _SCHEMA.split(";\n")):
+            db.execute(statement)
+        # The accounts of another boot of the machine are not trusted.
+        db.execute("INSERT INTO meta VALUES ('boot', ?), ('id', ?)", (self._boot, secrets.token_hex(8)))
+        db.executemany("INSERT INTO figures VALUES (?, 0)", [(name,) for name in FIGURES])
         db.executemany("INSERT INTO openers VALUES (?, ?)", list(self._files.limits().items()))
         for owner, name, charge in self._files.running_fetches():
             if owner != self._owner and self._files.alive(owner):
@@ -366,28 +274,17 @@ class Accounts:
         db.execute("DELETE FROM openers WHERE owner = ?", (owner,))
         query = "DELETE FROM reservations WHERE owner = ? RETURNING name"
         for (name,) in db.execute(query, (owner,)).fetchall():
-            self._measure(db, name)  # the owner may have died between writing bytes and booking them
-
-    def _measure(self, db: sqlite3.Connection, name: str) -> None:
-        charge = self._files.charge_of(name)
-        if charge is not None:
-            set_copy(db, name, self._files.record(name), charge)
+            # The owner may have died between writing bytes and booking them.
+            if (charge := self._files.charge_of(name)) is not None:
+                _set_copy(db, name, self._files.record(name), charge)
 
     # -- bytes ------------------------------------------------------------------------------------------------------
 
     def reserve(self, name: str, charge_bytes: int, *, spare_bytes: Callable[[], int]) -> bool:
-        """Reserve room for bytes that will be added to a copy or a partial copy, before they are fetched.
+        """Reserve room for bytes that will be added to a copy, before they are fetched. Return whether there is room.
 
         An owner holds one reservation per name. A second call replaces it; if there is no room for the new size, the
-        first reservation stays.
-
-        Args:
-            name: Name of the copy.
-            charge_bytes: Charge of the bytes that will be added.
-            spare_bytes: Function that returns the free bytes of the disk above its required minimum.
-
-        Returns:
-            Whether the room was reserved.
+        first reservation stays. spare_bytes: Returns the free bytes of the disk above its required minimum.
         """
         before = self._held.get(name)
 
@@ -400,7 +297,9 @@ class Accounts:
                     self._come_back(db)
                 return False
             db.execute("INSERT INTO reservations VALUES (?, ?, ?)", (self._owner, name, charge_bytes))
-            self._check_budget(db)
+            used, reserved, limit = self._sums(db)
+            if used + reserved > limit:
+                raise RuntimeError(f"the cache's accounts would exceed the budget: {used} + {reserved} > {limit} bytes")
             self._held[name] = charge_bytes
             return True
 
@@ -412,42 +311,22 @@ class Accounts:
 
     def _lack(self, db: sqlite3.Connection, charge_bytes: int, spare_bytes: Callable[[], int]) -> int:
         limit = self._limit(db)
-        self._release_dead(db)
-        used, reserved = read_sums(db)
+        self._forget_dead(db, "reservations")
+        used, reserved = _meta(db, "used"), _meta(db, "reserved")
         # Some of the reserved bytes are on disk already. Counting all of them against the free space is the safe side.
         return max(used + reserved - limit, reserved - spare_bytes()) + charge_bytes
-
-    def _release_dead(self, db: sqlite3.Connection) -> None:
-        """Release the reservations of dead owners."""
-        rows = db.execute("SELECT DISTINCT owner FROM reservations WHERE owner <> ?", (self._owner,)).fetchall()
-        for (owner,) in rows:
-            if not self._files.alive(owner):
-                self._files.remove_files_of(owner)
-                self._forget(db, owner)
-
-    def _check_budget(self, db: sqlite3.Connection) -> None:
-        used, reserved = read_sums(db)
-        limit = self._limit(db)
-        if used + reserved > limit:
-            raise RuntimeError(f"the cache's accounts would exceed the budget: {used} + {reserved} > {limit} bytes")
 
     def book(self, name: str, record: str, charge_bytes: int) -> None:
         """Set the row of a copy or partial copy, and release this owner's reservation for the name.
 
-        Bytes without a reservation (the catalog was lost, or the file was found) are booked too.
-
-        Args:
-            name: Name of the copy.
-            record: JSON record; "" if the source is unknown.
-            charge_bytes: Charge of the whole copy or partial copy.
-
-        Raises:
-            RuntimeError: The copy takes more than its row and the reservations for it. Nothing is booked.
+        Bytes without a reservation (the catalog was lost, or the file was found) are booked too. Raises RuntimeError,
+        and books nothing, if the copy takes more than its row and the reservations for it.
         """
 
         def work(db: sqlite3.Connection) -> None:
             own = self._delete_reservation(db, name)
-            most = (charge_of(db, name) or 0) + own
+            row = db.execute("SELECT charge_bytes FROM copies WHERE name = ?", (name,)).fetchone()
+            most = own + (0 if row is None else row[0])
             query = "SELECT total(charge_bytes) FROM reservations WHERE name = ?"
             others = int(db.execute(query, (name,)).fetchone()[0])
             if own and charge_bytes > most + others:
@@ -456,7 +335,7 @@ class Accounts:
                 )
             # On file systems where flock is not enforced, two processes may write one partial copy: each books its own
             # reservation.
-            set_copy(db, name, record, min(charge_bytes, most) if own and others else charge_bytes)
+            _set_copy(db, name, record, min(charge_bytes, most) if own and others else charge_bytes)
             self._held.pop(name, None)
 
         self._database.run(work)
@@ -483,8 +362,15 @@ class Accounts:
         """
 
         def work(db: sqlite3.Connection) -> None:
-            drop_copies(db, [name for name in names if self._files.charge_of(name) is None], evicted=evicted)
-            forget_gone(db, int(self._limit(db) * GHOSTS_SHARE))
+            _drop_copies(db, [name for name in names if self._files.charge_of(name) is None], evicted=evicted)
+            # Forget the names that left longest ago.
+            most_bytes = int(self._limit(db) * GHOSTS_SHARE)
+            query = "SELECT name FROM gone WHERE kind = ? ORDER BY changed LIMIT 1"
+            query = f"DELETE FROM gone WHERE name = ({query}) RETURNING changed"  # noqa: S608 - our own text
+            for kind in _GONE:
+                while _meta(db, f"gone {kind}") > most_bytes:
+                    last = db.execute(query, (kind,)).fetchone()
+                    db.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'forgotten'", last)
 
         self._database.run(work)
 
@@ -492,29 +378,47 @@ class Accounts:
 
     def add_uses(self, uses: Mapping[str, int]) -> None:
         """Add uses by name. The order of the mapping is the order of last use."""
-        self._database.run(lambda db: add_uses(db, uses))
+        query = (
+            "UPDATE copies SET uses = uses + ?1, freq = min(freq + ?1, ?2), last_use = ?3, changed = ?3 WHERE name = ?4"
+        )
+
+        def work(db: sqlite3.Connection) -> None:
+            first = _tick(db, len(uses)) - len(uses) + 1
+            db.executemany(query, [(n, MOST_FREQ, first + i, name) for i, (name, n) in enumerate(uses.items())])
+
+        self._database.run(work)
 
     def requeue(self, moves: Iterable[tuple[str, bool, int]]) -> None:
         """Move copies to the end of a queue of s3fifo, in order. moves: (name, whether into the main queue, freq)."""
-        self._database.run(lambda db: requeue(db, moves))
+        query = "UPDATE copies SET main = ?1, freq = ?2, turn = ?3, changed = ?3 WHERE name = ?4"
+
+        def work(db: sqlite3.Connection) -> None:
+            db.executemany(query, [(main, freq, _tick(db), name) for name, main, freq in moves])
+
+        self._database.run(work)
 
     def is_ghost(self, name: str) -> bool:
         """Return whether name was evicted lately."""
-        return self._database.run(lambda db: is_ghost(db, name))
+        query = "SELECT count(*) FROM gone WHERE name = ? AND kind <> 'lost'"
+        return bool(self._database.run(lambda db: db.execute(query, (name,)).fetchone()[0]))
 
     def add_figures(self, figures: Mapping[str, int]) -> None:
         """Add to the counters of all processes, by name."""
-        self._database.run(lambda db: add_figures(db, figures))
+        query = "INSERT INTO figures VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET value = value + ?2"
+        self._database.run(lambda db: db.executemany(query, list(figures.items())))
 
     def figures(self) -> dict[str, int]:
         """Return the counters (FIGURES) of all processes since the catalog was made."""
-        return self._database.run(read_figures)
+        return self._database.run(lambda db: dict(db.execute("SELECT name, value FROM figures").fetchall()))
 
     # -- queries ----------------------------------------------------------------------------------------------------
 
     def sums(self) -> tuple[int, int, int]:
         """Return the bytes of copies, the reserved bytes, and the limit."""
-        return self._database.run(lambda db: (*read_sums(db), self._limit(db)))
+        return self._database.run(self._sums)
+
+    def _sums(self, db: sqlite3.Connection) -> tuple[int, int, int]:
+        return _meta(db, "used"), _meta(db, "reserved"), self._limit(db)
 
     def is_reserved(self, name: str) -> bool:
         """Return whether somebody is fetching name."""
@@ -523,15 +427,27 @@ class Accounts:
 
     def rows(self) -> list[CopyRow]:
         """Return the rows of all copies, least recently used first."""
-        return self._database.run(select_rows)
+        return self._database.run(lambda db: _rows(db, "ORDER BY last_use, name"))
 
     def rows_with(self, text: str) -> list[CopyRow]:
-        """Return the rows of copies whose record contains text."""
-        return self._database.run(lambda db: select_rows_with(db, text))
+        """Return the rows whose record contains text. SQLite searches 100,000 records in 40 ms, Python in 2 s."""
+        return self._database.run(lambda db: _rows(db, "WHERE instr(record, ?)", text))
 
     def changes(self, since: tuple[str, int]) -> AccountChanges:
         """Return the changes since an earlier answer's `since`; ("", 0): all rows."""
-        return self._database.run(lambda db: select_changes(db, since, self._limit(db)))
+
+        def work(db: sqlite3.Connection) -> AccountChanges:
+            limit_bytes = self._limit(db)
+            (catalog,) = db.execute("SELECT value FROM meta WHERE key = 'id'").fetchone()
+            whole = since[0] != catalog or since[1] < _meta(db, "forgotten")
+            seen = 0 if whole else since[1]
+            query = "SELECT name FROM gone WHERE kind IN (?, ?, ?) AND changed > ?"
+            gone = () if whole else tuple(name for (name,) in db.execute(query, (*_GONE, seen)))
+            rows = tuple(_rows(db, "WHERE changed > ?", seen))
+            has_evicted = _meta(db, "evicted") > 0
+            return AccountChanges((catalog, _meta(db, "clock")), whole, rows, gone, has_evicted, limit_bytes)
+
+        return self._database.run(work)
 
     def unrecorded(self) -> set[str]:
         """Return the names of copies without a record."""
@@ -550,9 +466,10 @@ class Accounts:
             self._database.replace()
         self._database.run(lambda db: self._take_in(db, is_new=False))
 
-    def _forget_dead(self, db: sqlite3.Connection) -> None:
-        """Forget all owners that died without unregistering: worker processes often do, several per epoch."""
-        for (owner,) in db.execute("SELECT owner FROM openers WHERE owner <> ?", (self._owner,)).fetchall():
+    def _forget_dead(self, db: sqlite3.Connection, table: str) -> None:
+        """Forget the owners in a table that died without unregistering: workers often do, several per epoch."""
+        query = f"SELECT DISTINCT owner FROM {table} WHERE owner <> ?"  # noqa: S608 - our own text
+        for (owner,) in db.execute(query, (self._owner,)).fetchall():
             if not self._files.alive(owner):
                 self._files.remove_files_of(owner)
                 self._forget(db, owner)
@@ -561,14 +478,14 @@ class Accounts:
         # In new accounts, bytes that are being fetched count twice until their fetcher books them: its reservation may
         # be smaller than the partial copy. In existing accounts, the reservation covers what was added since the row
         # was set.
-        self._forget_dead(db)
-        self._release_dead(db)
+        self._forget_dead(db, "openers")
+        self._forget_dead(db, "reservations")
         charges = self._files.charges()
-        known = {row.name: row.charge_bytes for row in select_rows(db)}
-        drop_copies(db, known.keys() - charges.keys(), evicted=False)
+        known = dict(db.execute("SELECT name, charge_bytes FROM copies").fetchall())
+        _drop_copies(db, known.keys() - charges.keys(), evicted=False)
         growing = {name for (name,) in db.execute("SELECT name FROM reservations")}
         for name in sorted(charges):
             # A growing partial copy is booked by its fetcher. If the fetcher died, the copy is larger than its row
             # says.
             if (is_new and name not in known) or (name not in growing and charges[name] != known.get(name)):
-                set_copy(db, name, self._files.record(name), charges[name])
+                _set_copy(db, name, self._files.record(name), charges[name])

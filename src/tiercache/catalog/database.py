@@ -45,7 +45,9 @@ def open_file(path: str | os.PathLike[str], flags: int, mode: int = PRIVATE, *, 
     try:
         fd = os.open(path, flags | SAFE_FLAGS, mode, dir_fd=dir_fd)
     except OSError as error:
-        if error.errno != errno.ELOOP or not flags & os.O_CREAT or not _is_link(path, dir_fd):
+        if error.errno != errno.ELOOP or not flags & os.O_CREAT:
+            raise
+        if not stat.S_ISLNK(os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_mode):
             raise
         os.unlink(path, dir_fd=dir_fd)
         fd = os.open(path, flags | SAFE_FLAGS, mode, dir_fd=dir_fd)
@@ -56,10 +58,6 @@ def open_file(path: str | os.PathLike[str], flags: int, mode: int = PRIVATE, *, 
             os.close(fd)
             raise
     return fd
-
-
-def _is_link(path: str | os.PathLike[str], dir_fd: int | None) -> bool:
-    return stat.S_ISLNK(os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_mode)
 
 
 def set_mode(fd: int, mode: int) -> None:
@@ -184,16 +182,12 @@ def _temp_beside(path: Path, text: str, mode: int) -> Path:
     temp = path.with_name(f".{path.name}.{pid_namespace()}-{os.getpid()}-{secrets.token_hex(4)}")
     fd = open_file(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        data = text.encode()
-        done = 0
-        while done < len(data):
-            done += os.write(fd, data[done:])
+        with os.fdopen(fd, "wb") as file:
+            file.write(text.encode())
     except BaseException:
         with suppress(FileNotFoundError):
             temp.unlink()
         raise
-    finally:
-        os.close(fd)
     return temp
 
 
@@ -244,12 +238,9 @@ class Database:
     ) -> None:
         """Store the arguments; the file is not opened yet.
 
-        Args:
-            path: Path of the file.
-            wal: Whether to use write-ahead logging; otherwise a rollback journal.
-            make_folder: Function that makes the folder of the file.
-            prepare: Function that makes and fills the tables of a new file, inside one transaction.
-            durable: Whether committed data survives a power failure.
+        wal: Write-ahead logging; otherwise a rollback journal. make_folder: Makes the folder of the file. prepare:
+        Makes and fills the tables of a new file, inside one transaction. durable: Committed data survives a power
+        failure.
         """
         self.path = path
         self._wal, self._durable = wal, durable
@@ -370,7 +361,7 @@ class Database:
         """Hold the lock file: one process at a time opens or replaces the file, so no database meets an old log."""
         fd = open_file(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
         try:
-            wait_for(lambda: _try_lock(fd), BUSY_S)
+            wait_for(lambda: try_lock(fd), BUSY_S)
             yield
         finally:
             os.close(fd)
@@ -424,12 +415,13 @@ def _inode(path: Path) -> int:
         return 0
 
 
-def _try_lock(fd: int) -> bool:
+def try_lock(fd: int) -> bool:
+    """Take the exclusive lock of an open file. Return False if another process holds it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without flock: SQLite's own locks still hold
+    except OSError:  # a file system without flock
         return True
     return True
 

@@ -33,8 +33,6 @@ from tiercache.catalog.database import Database, make_folder, open_file
 if TYPE_CHECKING:
     import sqlite3
 
-    from pyarrow import RecordBatch
-
 
 FOLDER = "uses"
 # Minimum time between two lines of a process on one object.
@@ -81,23 +79,27 @@ def read_uses() -> Uses:
 
     Machines that share the folder each have their own logs in it. Raises OSError, ValueError.
     """
-    folder = config.state_folder() / FOLDER
     found: Uses = {}
-    closed: list[Path] = []
     reduced: Uses = {}
-    for path in sorted(folder.glob("*.log*")):
+    closed: list[Path] = []
+    for path in sorted((config.state_folder() / FOLDER).glob("*.log*")):
         # The name of a closed log has the time at which it was closed.
         closed_s = path.name.rpartition(".log.")[2]
         is_closed = closed_s.isdecimal() and time.time() - int(closed_s) / 1e9 > _SETTLED_S
+        closed += [path] if is_closed else []
         for url, last_s, n in _lines(path):
-            _add(found, url, last_s, n)
-            if is_closed:
-                _add(reduced, url, last_s, n)
-        if is_closed:
-            closed.append(path)
+            for uses in (found, reduced) if is_closed else (found,):
+                before_s, before_n = uses.get(url, (0.0, 0))
+                uses[url] = max(before_s, last_s), before_n + n
     if len(closed) > 1:
+        # Merge closed logs into one. If this is killed in between, some uses count twice.
         with suppress(OSError):  # a folder that cannot be written: the next call reads all its logs again
-            _reduce(folder, closed, reduced)
+            temp = closed[0].with_name(f"reduced-{os.getpid()}.tmp")
+            lines = (f"{json.dumps([last_s, url, n])}\n" for url, (last_s, n) in reduced.items())
+            temp.write_text("".join(lines), encoding="utf-8")
+            temp.rename(closed[0])
+            for path in closed[1:]:
+                path.unlink(missing_ok=True)
     return found
 
 
@@ -105,11 +107,6 @@ def uses_under(uses: Uses, url: str) -> Uses:
     """Return the uses of objects below a URL, by key."""
     start = f"{plain_url(url).rstrip('/')}/"
     return {name.removeprefix(start): use for name, use in uses.items() if name.startswith(start)}
-
-
-def _add(uses: Uses, url: str, last_s: float, n: int) -> None:
-    before_s, before_n = uses.get(url, (0.0, 0))
-    uses[url] = max(before_s, last_s), before_n + n
 
 
 def _lines(path: Path) -> Iterator[tuple[str, float, int]]:
@@ -138,19 +135,7 @@ def _append(line: bytes) -> None:
         path.rename(f"{path}.{time.time_ns()}")
 
 
-def _reduce(folder: Path, closed: list[Path], uses: Uses) -> None:
-    """Merge closed logs into one, and remove them. If it is killed in between, some uses count twice."""
-    temp = folder / f"reduced-{os.getpid()}.tmp"
-    lines = (f"{json.dumps([last_s, url, n])}\n" for url, (last_s, n) in uses.items())
-    temp.write_text("".join(lines), encoding="utf-8")
-    temp.rename(closed[0])
-    for path in closed[1:]:
-        path.unlink(missing_ok=True)
-
-
-# n_bytes, etag, crc32c, verified, written_s.
-EntryTuple: TypeAlias = tuple[int, str | None, int | None, bool, float | None]
-
+# Columns of the objects of a tier, see TierCatalog.checksums().
 _ENTRY_SCHEMA = pa.schema(
     [
         ("key", pa.large_string()),
@@ -163,42 +148,15 @@ _ENTRY_SCHEMA = pa.schema(
 )
 
 
-class EntryTable(Mapping[str, EntryTuple]):
-    """Key -> (n_bytes, etag, crc32c, verified, written_s). A mapping for few keys, and a table for many.
-
-    `table` has the columns key, n_bytes, etag, crc32c, verified, written_s; keys are unique and in the order of the
-    input. Immutable, apart from the dict that the first look-up of a key makes. Not thread-safe.
-    """
-
-    def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
-        self.table = pa.Table.from_batches(batches, _ENTRY_SCHEMA)
-        self._by_key: dict[str, EntryTuple] | None = None
-
-    @classmethod
-    def of(cls, known: Mapping[str, EntryTuple]) -> EntryTable:
-        """Return any mapping as Checksums."""
-        return known if isinstance(known, EntryTable) else cls([batch_of((key, *one) for key, one in known.items())])
-
-    def __len__(self) -> int:
-        return int(self.table.num_rows)
-
-    def __iter__(self) -> Iterator[str]:
-        for batch in self.table["key"].iterchunks():
-            yield from batch.to_pylist()
-
-    def __getitem__(self, key: str) -> EntryTuple:
-        if self._by_key is None:
-            columns = (column.to_pylist() for column in self.table.columns)
-            self._by_key = {name: (*rest,) for name, *rest in zip(*columns, strict=True)}
-        return self._by_key[key]
-
-
-def batch_of(rows: Iterable[Sequence[Any]]) -> pa.RecordBatch:
-    """Return a batch of rows (key, n_bytes, etag, crc32c, verified, written_s)."""
-    columns = [*zip(*rows, strict=True)] or [()] * len(_ENTRY_SCHEMA)
-    columns[4] = tuple(map(bool, columns[4]))
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, _ENTRY_SCHEMA, strict=True)]
-    return pa.RecordBatch.from_arrays(arrays, schema=_ENTRY_SCHEMA)
+def entry_table(batches: Iterable[Sequence[Sequence[Any]]]) -> pa.Table:
+    """Return batches of rows (key, n_bytes, etag, crc32c, verified, written_s) as one table."""
+    made = []
+    for rows in batches:
+        columns = [*zip(*rows, strict=True)] or [()] * len(_ENTRY_SCHEMA)
+        columns[4] = tuple(map(bool, columns[4]))
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, _ENTRY_SCHEMA, strict=True)]
+        made.append(pa.RecordBatch.from_arrays(arrays, schema=_ENTRY_SCHEMA))
+    return pa.Table.from_batches(made, _ENTRY_SCHEMA)
 
 
 # begun: nothing is promised yet; a stopped move keeps this state. waiting: the grace period runs until due_s. dropping:
@@ -210,7 +168,6 @@ KEPT_S = 90 * 86400.0  # finished and stopped moves stay in the journal for this
 # Rows that are Python objects at once while many are read. A million rows took 2.1 to 2.9 s with 16,384, and 1.3 to 1.8
 # s with 1,024, which used 50 to 100 MiB more in one run of three; this is between.
 _ROWS_AT_A_TIME = 1 << 12
-_MOST_VARIABLES = 500  # SQLite allows at least 999
 
 _SCHEMA = """
 CREATE TABLE copies (
@@ -260,14 +217,23 @@ class CatalogEntry(NamedTuple):
         return bool(self.made_from) and self.etag is None and self.crc32c is None
 
 
-class JournalObject(NamedTuple):
-    """An object of a journaled move, as it must still be. where: Name of its tier, if the move covers several tiers."""
+class PlannedObject(NamedTuple):
+    """An object of a move, as it was listed. The mover does not move an object that has changed since.
+
+    Attributes:
+        key: Key relative to the tier's URL.
+        n_bytes: Size.
+        etag: ETag of the store; None: the store gives none.
+        modified_s: Modification time, in seconds since the epoch.
+        crc32c: CRC-32C, if the store, the manifest or the catalog knows it.
+        where: Name of its tier, in the journal of a move that covers several tiers.
+    """
 
     key: str
     n_bytes: int
-    etag: str | None
-    modified_s: float | None
-    crc32c: int | None
+    etag: str | None = None
+    modified_s: float | None = None
+    crc32c: int | None = None
     where: str = ""
 
 
@@ -302,14 +268,14 @@ class JournalRow:
     state: MoveState
     since_s: float
     due_s: float
-    objects: tuple[JournalObject, ...]
+    objects: tuple[PlannedObject, ...]
     note: str
     changed_s: float
 
 
 _COPY = ", ".join(CatalogEntry._fields)
-_COLUMNS = ", ".join(field.name for field in fields(JournalRow))
-_MARKS = ", ".join("?" * len(fields(JournalRow)))
+_KNOWN = "(etag IS NOT NULL OR crc32c IS NOT NULL)"
+_COLUMNS = tuple(field.name for field in fields(JournalRow))
 
 
 class TierCatalog:
@@ -348,33 +314,33 @@ class TierCatalog:
 
     # -- copies -----------------------------------------------------------------------------------------------------
 
-    def checksums(self, tier: str) -> EntryTable:
-        """Return the entries of a tier's objects: size, ETag, CRC-32C, whether verified, and time of first writing.
+    def checksums(self, tier: str) -> pa.Table:
+        """Return the entries of a tier's objects, sorted by key, which is unique.
 
-        An object with another ETag is another object.
+        Columns: key, n_bytes, etag, crc32c, verified, written_s. An object with another ETag is another object.
         """
-        known = "(etag IS NOT NULL OR crc32c IS NOT NULL)"
-        columns = "key, n_bytes, etag, crc32c, verified, written_s"
-        query = f"SELECT {columns} FROM copies WHERE place = ? AND {known} ORDER BY key"  # noqa: S608
+        names = ", ".join(_ENTRY_SCHEMA.names)
+        query = f"SELECT {names} FROM copies WHERE place = ? AND {_KNOWN} ORDER BY key"  # noqa: S608
 
-        def work(db: sqlite3.Connection) -> list[RecordBatch]:
+        def work(db: sqlite3.Connection) -> pa.Table:
             rows = db.execute(query, (self.place(tier),))
-            return [batch_of(some) for some in iter(lambda: rows.fetchmany(_ROWS_AT_A_TIME), [])]
+            return entry_table(iter(lambda: rows.fetchmany(_ROWS_AT_A_TIME), []))
 
-        return EntryTable(self._database.run(work))
+        return self._database.run(work)
+
+    def has_entries(self, tier: str) -> bool:
+        """Return whether a tier has held an object, as far as this machine knows."""
+        query = f"SELECT EXISTS (SELECT 1 FROM copies WHERE place = ? AND {_KNOWN})"  # noqa: S608
+        return bool(self._database.run(lambda db: db.execute(query, (self.place(tier),)).fetchone()[0]))
 
     def entries(self, tier: str, keys: Iterable[str]) -> Mapping[str, CatalogEntry]:
         """Return the entries of these objects, by key."""
         place, wanted = self.place(tier), [*keys]
+        query = f"SELECT {_COPY} FROM copies WHERE place = ? AND key = ?"  # noqa: S608
 
         def work(db: sqlite3.Connection) -> dict[str, CatalogEntry]:
-            found: dict[str, CatalogEntry] = {}
-            for start in range(0, len(wanted), _MOST_VARIABLES):
-                some = wanted[start : start + _MOST_VARIABLES]
-                marks = ", ".join("?" * len(some))
-                query = f"SELECT key, {_COPY} FROM copies WHERE place = ? AND key IN ({marks})"  # noqa: S608
-                found.update(map(_known, db.execute(query, (place, *some))))
-            return found
+            rows = ((key, db.execute(query, (place, key)).fetchone()) for key in wanted)
+            return {key: CatalogEntry(*row)._replace(verified=bool(row[-1])) for key, row in rows if row is not None}
 
         return self._database.run(work)
 
@@ -422,10 +388,12 @@ class TierCatalog:
         instead_of: (plan, number) of further rows that are deleted.
         """
         values, gone = [_values(row) for row in rows], [*instead_of]
+        marks = ", ".join("?" * len(_COLUMNS))
+        query = f"INSERT OR REPLACE INTO moves ({', '.join(_COLUMNS)}) VALUES ({marks})"  # noqa: S608
 
         def work(db: sqlite3.Connection) -> None:
             db.executemany("DELETE FROM moves WHERE plan = ? AND number = ?", gone)
-            db.executemany(f"INSERT OR REPLACE INTO moves ({_COLUMNS}) VALUES ({_MARKS})", values)  # noqa: S608
+            db.executemany(query, values)
 
         if values or gone:
             self._database.run(work)
@@ -452,30 +420,22 @@ class TierCatalog:
         self._database.run(lambda db: db.execute(query, (*_PRUNED_STATES, now_s - KEPT_S)))
 
     def _rows(self, where: str, values: tuple[object, ...]) -> tuple[JournalRow, ...]:
-        query = f"SELECT {_COLUMNS} FROM moves WHERE {where} ORDER BY changed_s, plan, number"  # noqa: S608
+        query = f"SELECT {', '.join(_COLUMNS)} FROM moves WHERE {where} ORDER BY changed_s, plan, number"  # noqa: S608
         rows = self._database.run(lambda db: db.execute(query, values).fetchall())
         return tuple(_row(row) for row in rows)
 
 
 def _prepare(db: sqlite3.Connection) -> None:
-    for statement in _SCHEMA.split(";\n"):
-        if statement.strip():
-            db.execute(statement)
-
-
-def _known(values: tuple[str, int, str | None, int | None, str, float | None, int]) -> tuple[str, CatalogEntry]:
-    key, n_bytes, etag, crc, made_from, written_s, verified = values
-    return key, CatalogEntry(n_bytes, etag, crc, made_from, written_s, bool(verified))
+    for statement in filter(str.strip, _SCHEMA.split(";\n")):
+        db.execute(statement)
 
 
 def _values(row: JournalRow) -> tuple[object, ...]:
     if row.state not in get_args(MoveState):
         raise ValueError(f"a move is in one of the states {get_args(MoveState)}, got {row.state!r}")
-    values = {field.name: getattr(row, field.name) for field in fields(JournalRow)}
-    return tuple((values | {"objects": json.dumps(row.objects)}).values())
+    return tuple(json.dumps(row.objects) if name == "objects" else getattr(row, name) for name in _COLUMNS)
 
 
-def _row(values: tuple[object, ...]) -> JournalRow:
-    named = dict(zip((field.name for field in fields(JournalRow)), values, strict=True))
-    objects = tuple(JournalObject(*one) for one in json.loads(str(named["objects"])))
-    return JournalRow(**(named | {"objects": objects}))  # type: ignore[arg-type]
+def _row(values: tuple[Any, ...]) -> JournalRow:
+    row = dict(zip(_COLUMNS, values, strict=True))
+    return JournalRow(**row | {"objects": tuple(PlannedObject(*one) for one in json.loads(row["objects"]))})

@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import numpy as np
@@ -39,9 +38,10 @@ from tiercache.tier import restore as restoring
 from tiercache.tier.costs import Sizes, month_dollars
 from tiercache.tier.inventory.listing import keys_of
 from tiercache.tier.model import KINDS, READABLE, SHARD, Move, Plan, Refusal, Snapshot
-from tiercache.tier.move.mover import ApplyResult, Mover, RunReport, StoppedMove, run_once
+from tiercache.tier.move.checks import ApplyResult, StoppedMove
+from tiercache.tier.move.executor import apply_plan
+from tiercache.tier.move.mover import RunReport, open_mover, run_once
 from tiercache.tier.move.placement_updates import track_planned
-from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.plan.plan import make_plan, read_plan, write_plan
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.plan.tables import paths_of, total_moves, totals_by_route
@@ -210,13 +210,8 @@ def apply(output: Output, file: Path, rules: Path | None, max_rows: int, *, yes:
 
 def execute_plan(output: Output, tiers: OpenTiers, plan: Plan) -> ApplyResult:
     """Make a plan's moves with a progress bar, and print the moves that were stopped, with the reason."""
-    cancel, tiering = Event(), tiers.file.tiering
-    with (
-        Transfer(tiers.stores, jobs=tiering.jobs, rate_bytes_s=tiering.rate_bytes_s, cancel=cancel) as transfer,
-        output.byte_progress("moving") as advance,
-    ):
-        mover = Mover(tiers.file, tiers.stores, tiers.catalog, transfer, cancel=cancel)
-        applied = mover.apply(plan, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
+    with output.byte_progress("moving") as advance, open_mover(tiers.file, tiers.stores, tiers.catalog) as context:
+        applied = apply_plan(context, plan, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
     print_stopped(output, applied.stopped)
     return applied
 
@@ -495,15 +490,15 @@ def _restore(output: Output, tiers: OpenTiers, plan: RestorePlan, options: Resto
     if options.dry_run:
         output.summary(_restore_facts(plan) | {"dry_run": True}, f"would restore {_restore_text(plan)}")
         return 0
-    if plan.asked and not options.yes:
+    if plan.unrequested and not options.yes:
         confirm(f"Restore {_restore_text(plan)}?", "nothing was requested")
-    asked = restoring.request_restore(tiers.stores, plan)
-    n_left = asked.started + asked.running
+    answers = restoring.request_restore(tiers.stores, plan)
+    n_left = answers["started"] + answers["running"]
     if n_left:
         deadline_s = None if options.wait else 0.0  # some stores restore at once
         with output.count_progress("restoring") as advance:
             n_left = len(restoring.wait_restored(tiers.stores, plan, deadline_s=deadline_s, on_progress=advance))
-    facts = _restore_facts(plan) | {"started": asked.started, "running": asked.running, "pending": n_left}
+    facts = _restore_facts(plan) | {"started": answers["started"], "running": answers["running"], "pending": n_left}
     if n_left:
         text = f"{count(n_left, 'object')} being restored{_hours(plan)}; give --wait to wait and to copy them home"
         output.summary(facts, text)
@@ -516,7 +511,7 @@ def _restore(output: Output, tiers: OpenTiers, plan: RestorePlan, options: Resto
 
 def _promote(output: Output, tiers: OpenTiers, plan: RestorePlan, facts: dict[str, Any]) -> int:
     """Copy the restored objects to the home tier; return the exit code."""
-    moves = restoring.plan_copy_home(tiers.file, plan, made_s=time.time(), known=tiers.catalog.checksums)
+    moves = restoring.plan_copy_home(tiers.file, plan, made_s=time.time(), catalog=tiers.catalog)
     applied = execute_plan(output, tiers, moves)
     stopped = len(applied.stopped)
     text = f"{count(len(plan.objects), 'object')}, {format_bytes(plan.n_bytes)}, restored to {tiers.file.home.name}"

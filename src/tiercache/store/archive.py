@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from threading import Condition
+from threading import Lock
 from typing import Any, Literal, TypeAlias
 from urllib.parse import quote_plus
 
@@ -16,7 +15,7 @@ from tiercache.config import aws_endpoint_options
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.prices import Speed
-from tiercache.store import CloudStore, open_store
+from tiercache.store import CloudStore
 from tiercache.store.contract import Buffer, Upload, check_key, check_part, parts_in_order
 from tiercache.store.range_reads import ProcessLocal, worker_pool
 from tiercache.store.retry import CallLimit, CallMonitor, RetryPolicy, with_retries
@@ -35,14 +34,7 @@ from tiercache.store.s3 import (
 )
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
-__all__ = [
-    "BucketSettings",
-    "CopySizes",
-    "RestoreState",
-    "S3Archive",
-    "has_boto3",
-    "open_archive",
-]
+__all__ = ["BucketSettings", "CopySizes", "RestoreState", "S3Archive", "has_boto3"]
 
 RestoreState: TypeAlias = Literal["started", "running", "done"]
 DeleteFailures: TypeAlias = list[tuple[str, str]]  # (key, reason)
@@ -55,10 +47,8 @@ _SETTINGS = {
 }
 # Error codes of a bucket without such a setting.
 _NOT_SET = ("NoSuchLifecycleConfiguration", "ObjectLockConfigurationNotFoundError")
-_PARTS = 10_000
+MOST_PARTS = 10_000  # of one object
 # Metadata that a copy in parts must pass again.
-_Part: TypeAlias = dict[str, Any]
-_Parts: TypeAlias = list[_Part]
 _KEPT = ("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType", "Metadata")
 
 
@@ -94,37 +84,6 @@ class CopySizes:
     whole_bytes: int = 1 << 30
     part_bytes: int = 256 << 20
     n_parts: int = 8
-
-
-@dataclass(frozen=True, slots=True)
-class _CopyRequest:
-    """Requirements of a server-side copy.
-
-    Attributes:
-        storage_class: Class of the copy.
-        if_match: ETag of the source.
-        where: Condition on the destination. "itself": it is the source, unchanged; "absent": it does not exist; "over":
-            it has the ETag `over`; "any": no condition.
-        needs_crc32c: Whether the caller compares the CRC-32C of the copy.
-        over: ETag of the object to be replaced.
-    """
-
-    storage_class: str | None
-    if_match: str | None
-    where: Literal["itself", "absent", "over", "any"]
-    needs_crc32c: bool = False
-    over: str | None = None
-
-    def expected(self, source_etag: str) -> str | None:
-        """Return the ETag of the object that the copy replaces, or None if there must be none."""
-        return source_etag if self.where == "itself" else self.over
-
-    def condition(self, source_etag: str) -> dict[str, str]:
-        """Return the request arguments for the condition on the destination."""
-        if self.where == "any":
-            return {}
-        expected = self.expected(source_etag)
-        return {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
 
 
 class S3Archive:
@@ -215,8 +174,8 @@ class S3Archive:
 
     def checksums(self, key: str) -> Mapping[str, str]:
         """Return the store's checksums over the whole object, and its ETag, by name. Raises NotFound."""
-        said = self.call("head_object", key, ChecksumMode="ENABLED")
-        return {**whole_object_checksums(said), "ETag": str(said.get("ETag", ""))}
+        answer = self.call("head_object", key, ChecksumMode="ENABLED")
+        return {**whole_object_checksums(answer), "ETag": str(answer.get("ETag", ""))}
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """As Store.list(), with class and restore state."""
@@ -240,13 +199,10 @@ class S3Archive:
                 return
 
     def create(self, key: str, *, storage_class: str | None = None, if_match: str | None = None) -> S3Upload:
-        """Start an upload whose parts may come in parallel.
+        """Start an upload whose parts may come in parallel. storage_class: None for the store's default.
 
-        Args:
-            key: Key of the object.
-            storage_class: Class of the object; None for the store's default.
-            if_match: ETag of the object to be replaced. If the key has another object or none, complete() raises
-                ObjectChanged, on servers that check this.
+        If the key has another object than that with the ETag `if_match`, or none, complete() raises ObjectChanged, on
+        servers that check this.
         """
         writing = {**self.calls.write_arguments, **({"StorageClass": storage_class} if storage_class else {})}
         takes = all(self.calls.supports(one, "IfMatch") for one in ("PutObject", "CompleteMultipartUpload"))
@@ -259,7 +215,7 @@ class S3Archive:
             NotFound, ObjectChanged: The object does not exist, or does not match if_match.
             StoreError: The change failed; .archived is True if the object must be restored first.
         """
-        return self._copied(self, key, key, _CopyRequest(storage_class, if_match, "itself"))
+        return self._copy(self, key, key, storage_class, if_match, condition=None)
 
     def can_copy_from(self, src: S3Archive) -> bool:
         """Return whether the server can copy from src: both have the same endpoint and the same credentials."""
@@ -274,136 +230,126 @@ class S3Archive:
         storage_class: str | None = None,
         if_match: str | None = None,
         crc32c: int | None = None,
-        if_absent: bool = False,
-        over: str | None = None,
+        replaces: bool | str = True,
     ) -> ObjectInfo:
         """Copy on the server, in parts if the object is large. Requires can_copy_from(src). Raises as set_class().
 
         Args:
             src: Store of the source object.
-            src_key: Key of the source object.
+            src_key: Key of the source object, which must have the ETag `if_match`.
             key: Key of the copy.
             storage_class: Class of the copy; None for the store's default.
-            if_match: ETag that the source object must have.
+            if_match: See src_key.
             crc32c: Known CRC-32C of the bytes. The server is then asked for a CRC-32C of the copy; the answer contains
                 it if the server supports it, and the caller compares the two.
-            if_absent: Whether to raise ObjectChanged if the key exists instead of replacing the object.
-            over: ETag of the object to be replaced; raise ObjectChanged if the key has another object.
+            replaces: False: raise ObjectChanged if the key exists. An ETag: raise ObjectChanged unless the key has the
+                object with this ETag.
         """
         if not self.can_copy_from(src):
             raise ValueError(f"{self.url}: the server cannot copy from {src.url}")
-        where: Literal["absent", "over", "any"] = "absent" if if_absent else "any" if over is None else "over"
-        wanted = _CopyRequest(storage_class, if_match, where, crc32c is not None, None if if_absent else over)
-        return self._copied(src, src_key, key, wanted)
+        condition = {} if replaces is True else {"IfMatch": replaces} if replaces else {"IfNoneMatch": "*"}
+        return self._copy(src, src_key, key, storage_class, if_match, condition, needs_crc32c=crc32c is not None)
 
-    def _copied(self, src: S3Archive, src_key: str, key: str, wanted: _CopyRequest) -> ObjectInfo:
+    def _copy(
+        self,
+        src: S3Archive,
+        src_key: str,
+        key: str,
+        storage_class: str | None,
+        if_match: str | None,
+        condition: dict[str, Any] | None,
+        *,
+        needs_crc32c: bool = False,
+    ) -> ObjectInfo:
+        """Copy an object. condition: Arguments that restrict the destination; None: it is the source, unchanged."""
         head = src.call("head_object", src_key, ChecksumMode="ENABLED")
-        expected = wanted.if_match or str(head["ETag"])
-        request = {
-            "CopySource": {"Bucket": src.bucket, "Key": src.full_key(src_key)},
-            "CopySourceIfMatch": expected,
-        }
+        etag = if_match or str(head["ETag"])
+        source = {"CopySource": {"Bucket": src.bucket, "Key": src.full_key(src_key)}, "CopySourceIfMatch": etag}
+        condition = {"IfMatch": etag} if condition is None else condition
         # The server gives the copy the source's kinds of checksums. If the source has none, or the caller knows the
         # CRC-32C, request a CRC-32C.
         sums = whole_object_checksums(head)
-        kind = "CRC32C" if wanted.needs_crc32c or not sums or "ChecksumCRC32C" in sums else None
+        kind = "CRC32C" if needs_crc32c or not sums or "ChecksumCRC32C" in sums else None
         writing = {
             **encryption(head, self.calls.write_arguments),
-            "StorageClass": wanted.storage_class,
+            "StorageClass": storage_class,
             "ChecksumAlgorithm": kind,
         }
-        condition = wanted.condition(expected)
         if int(head["ContentLength"]) <= self._sizes.whole_bytes:
             if condition and not self.calls.supports("CopyObject", *condition):  # boto3 before 2025-10
-                self._check(key, wanted, expected)
+                self._check(key, condition.get("IfMatch"))
                 condition = {}
-            etag = self._copy_whole(key, head, request, writing | condition)
+            made_etag = self._copy_whole(key, head, source, writing | condition)
         else:
             writing |= {name: head.get(name) for name in _KEPT} | {"Tagging": src.tags(src_key, head)}
             writing["ChecksumType"] = "FULL_OBJECT" if kind else None
-            etag = self._copy_parts(key, int(head["ContentLength"]), request, writing, condition)
+            made_etag = self._copy_parts(key, int(head["ContentLength"]), source, writing, condition)
         made = self.head(key)
-        if None not in (etag, made.etag) and unquoted_etag(etag) != unquoted_etag(made.etag):
+        if None not in (made_etag, made.etag) and unquoted_etag(made_etag) != unquoted_etag(made.etag):
             message = "another writer replaced the destination after the copy"
-            raise ObjectChanged(message, url=self.url_of(key), expected=etag, found=made.etag)
+            raise ObjectChanged(message, url=self.url_of(key), expected=made_etag, found=made.etag)
         return made
 
-    def _check(self, key: str, wanted: _CopyRequest, source_etag: str) -> None:
-        """Check the destination of a copy if the request itself cannot. Raises ObjectChanged."""
+    def _check(self, key: str, expected: str | None) -> None:
+        """Check the ETag of the destination, None: nothing, if the request itself cannot. Raises ObjectChanged."""
         try:
             found = self.head(key).etag
         except NotFound:
             found = None
-        expected = wanted.expected(source_etag)
         if found != expected:
             raise ObjectChanged("the destination has changed", url=self.url_of(key), expected=expected, found=found)
 
     def _copy_whole(
-        self, key: str, head: Mapping[str, Any], request: dict[str, Any], writing: dict[str, Any]
+        self, key: str, head: Mapping[str, Any], source: dict[str, Any], writing: dict[str, Any]
     ) -> str | None:
         """Copy by one request. Return the ETag of the copy."""
         try:
-            said = self.call("copy_object", key, **request, **writing, MetadataDirective="COPY")
+            answer = self.call("copy_object", key, **source, **writing, MetadataDirective="COPY")
         except StoreError as error:
             if error.code != "InvalidRequest":
                 raise
             # SeaweedFS refuses a copy to itself that changes only the class, unless the metadata is given again.
             kept = {name: head.get(name) for name in _KEPT}
-            said = self.call("copy_object", key, **request, **writing, **kept, MetadataDirective="REPLACE")
-        etag: str | None = said.get("CopyObjectResult", {}).get("ETag")
+            answer = self.call("copy_object", key, **source, **writing, **kept, MetadataDirective="REPLACE")
+        etag: str | None = answer.get("CopyObjectResult", {}).get("ETag")
         return etag
 
     def _copy_parts(
-        self, key: str, n_bytes: int, request: dict[str, Any], writing: dict[str, Any], condition: dict[str, str]
+        self, key: str, n_bytes: int, source: dict[str, Any], writing: dict[str, Any], condition: dict[str, Any]
     ) -> str | None:
         """Copy in parts. Return the ETag of the copy."""
-        begun = self.call("create_multipart_upload", key, **writing)
-        upload_id = str(begun["UploadId"])
+        upload_id = str(self.call("create_multipart_upload", key, **writing)["UploadId"])
+        step = max(self._sizes.part_bytes, -(-n_bytes // MOST_PARTS))
 
-        def copy_part(number: int, start: int, end: int) -> _Part:
-            said = self.call(
+        def copy_part(start: int) -> dict[str, Any]:
+            answer = self.call(
                 "upload_part_copy",
                 key,
                 UploadId=upload_id,
-                PartNumber=number,
-                CopySourceRange=f"bytes={start}-{end - 1}",
-                **request,
+                PartNumber=1 + start // step,
+                CopySourceRange=f"bytes={start}-{min(start + step, n_bytes) - 1}",
+                **source,
             )["CopyPartResult"]
-            named = {"ChecksumCRC32C": said["ChecksumCRC32C"]} if "ChecksumCRC32C" in said else {}
-            return {"PartNumber": number, "ETag": said["ETag"], **named}
+            sums = {name: answer[name] for name in ("ETag", "ChecksumCRC32C") if name in answer}
+            return {"PartNumber": 1 + start // step, **sums}
 
-        step = max(self._sizes.part_bytes, -(-n_bytes // _PARTS))
-        starts = range(0, n_bytes, step)
-        jobs = [(number, start, min(start + step, n_bytes)) for number, start in enumerate(starts, start=1)]
+        futures = [self._pool.get().submit(copy_part, start) for start in range(0, n_bytes, step)]
         try:
-            parts = self._side_by_side(copy_part, jobs)
-            joined = {"UploadId": upload_id, "MultipartUpload": {"Parts": parts}}
-            etag: str | None = self.call("complete_multipart_upload", key, **joined, **condition).get("ETag")
+            parts = {"Parts": [future.result() for future in futures]}
+            join = {"UploadId": upload_id, "MultipartUpload": parts}
+            etag: str | None = self.call("complete_multipart_upload", key, **join, **condition).get("ETag")
         except BaseException:
-            self._abort(key, upload_id)
+            for future in futures:  # no part may be sent after the upload was aborted
+                if not future.cancel():
+                    future.exception()
+            self.abort(key, upload_id)
             raise
         return etag
 
-    def _abort(self, key: str, upload_id: str) -> None:
+    def abort(self, key: str, upload_id: str) -> None:
         """Discard an upload. If this fails, the parts stay until a lifecycle rule of the bucket removes them."""
-        try:
+        with suppress(StoreError):
             self.call("abort_multipart_upload", key, UploadId=upload_id)
-        except StoreError:
-            return
-
-    def _side_by_side(self, work: Callable[[int, int, int], _Part], jobs: Iterable[tuple[int, int, int]]) -> _Parts:
-        """Run all jobs in the threads of the pool and return their results in order.
-
-        After an error, start no job and wait for running ones.
-        """
-        pool = self._pool.get()
-        futures = [pool.submit(work, *job) for job in jobs]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                if not future.cancel():
-                    future.exception()
 
     def tags(self, key: str, head: Mapping[str, Any]) -> str | None:
         """Return an object's tags in the form of a request argument, or None if it has none."""
@@ -413,12 +359,7 @@ class S3Archive:
         return "&".join(f"{quote_plus(tag['Key'])}={quote_plus(tag['Value'])}" for tag in found)
 
     def restore(self, key: str, *, days: int | None, speed: Speed) -> RestoreState:
-        """Request a temporary readable copy of an archived object.
-
-        Args:
-            key: Key of the object.
-            days: Number of days for which the copy stays; None for a class that needs no such number.
-            speed: Retrieval speed.
+        """Request a temporary readable copy of an archived object. days: None for a class that needs no such number.
 
         Returns:
             "started" if this call requested the copy, "running" if a request was active, "done" if the object can be
@@ -433,7 +374,7 @@ class S3Archive:
         if days is not None:
             wanted["Days"] = days
         try:
-            said = self.call("restore_object", key, RestoreRequest=wanted)
+            answer = self.call("restore_object", key, RestoreRequest=wanted)
         except StoreError as error:
             if error.code == "RestoreAlreadyInProgress":
                 return "running"
@@ -446,7 +387,7 @@ class S3Archive:
             if error.details.get("archived"):  # S3's error code for a class that needs no restore
                 return "done"
             raise
-        return "done" if said.get("ResponseMetadata", {}).get("HTTPStatusCode") == 200 else "started"
+        return "done" if answer.get("ResponseMetadata", {}).get("HTTPStatusCode") == 200 else "started"
 
     def settings(self) -> BucketSettings:
         """Return the bucket's settings, in three requests.
@@ -483,10 +424,10 @@ class S3Archive:
             some = full[start : start + _DELETE_KEYS]
             objects = [{"Key": name, **({"ETag": etags[name]} if etags[name] else {})} for name in some]
             wanted = {"Objects": objects, "Quiet": True}
-            said = self._ask("delete_objects", self.url_of(names[some[0]]), Delete=wanted)
+            answer = self._ask("delete_objects", self.url_of(names[some[0]]), Delete=wanted)
             failed += [
                 (names[error["Key"]], f"{error.get('Code', '')}: {error.get('Message', '')}")
-                for error in said.get("Errors", ())
+                for error in answer.get("Errors", ())
                 if error.get("Code") != "NoSuchKey"
             ]
         return failed
@@ -499,78 +440,49 @@ class _UploadedPart:
     n_bytes: int
     is_confirmed: bool
 
+    def to_request(self, number: int) -> dict[str, Any]:
+        return {"PartNumber": number, "ETag": self.etag, "ChecksumCRC32C": crc32c_to_text(self.crc32c)}
+
 
 class S3Upload(Upload):
     """An S3 upload that holds its first part until a second one comes, so that an object of one part takes one request.
 
-    The lock guards the table of parts and the start of the multipart upload; parts are sent outside it. After
-    complete(), `crc32c` is the checksum of the whole object, and `is_confirmed` says whether the server returned a
-    matching checksum of each part. If it did, the object need not be read back.
+    The lock guards the held part, the id and the table of parts; parts are sent outside it. No part may be in flight
+    when complete() or abort() is called. After complete(), `crc32c` is the checksum of the whole object, and
+    `is_confirmed` says whether the server returned a matching checksum of each part. If it did, the object need not be
+    read back.
     """
 
     def __init__(self, archive: S3Archive, key: str, writing: dict[str, Any], *, if_match: str | None = None) -> None:
-        """Send nothing yet.
-
-        Args:
-            archive: Folder to which the object is written.
-            key: Key of the object.
-            writing: Arguments of the request that creates the object: storage class, encryption.
-            if_match: ETag of the object that the upload replaces; None for any object, or none.
-        """
+        """Send nothing yet. writing: Arguments of the request that creates the object: storage class, encryption."""
         self._archive, self._key, self._writing, self._if_match = archive, key, writing, if_match
-        self._changed = Condition()
+        self._lock = Lock()
         self._held: tuple[int, bytes | bytearray] | None = None
         self._upload_id: str | None = None
-        self._is_beginning = False
         self._is_open = True
-        self._n_sending = 0
         self._parts: dict[int, _UploadedPart] = {}
         self.crc32c = 0
         self.is_confirmed = False
 
     def put_part(self, number: int, data: Buffer) -> None:
         """Send the part, or hold a copy of the first one."""
-        with self._changed:
+        with self._lock:
             check_part(self._key, number, is_open=self._is_open)
-            if self._held is None and self._upload_id is None and not self._is_beginning:
+            if self._held is None and self._upload_id is None:
                 self._held = number, bytes(data)
                 return
-            self._n_sending += 1
-        try:
-            upload_id = self._begun()
-            self._send(upload_id, number, data)
-        finally:
-            with self._changed:
-                self._n_sending -= 1
-                self._changed.notify_all()
-
-    def _begun(self) -> str:
-        """Return the id of the multipart upload.
-
-        The first caller starts it and sends the held part; others wait for the id.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: not self._is_beginning)
-            if self._upload_id is not None:
-                return self._upload_id
-            self._is_beginning = True
-        upload_id = None
-        try:
-            asked = {**self._writing, "ChecksumAlgorithm": "CRC32C", "ChecksumType": "FULL_OBJECT"}
-            upload_id = str(self._archive.call("create_multipart_upload", self._key, **asked)["UploadId"])
-        finally:
-            with self._changed:
-                self._upload_id, self._is_beginning = upload_id, False
-                held, self._held = (self._held, None) if upload_id is not None else (None, self._held)
-                self._changed.notify_all()
+            if self._upload_id is None:
+                request = {**self._writing, "ChecksumAlgorithm": "CRC32C", "ChecksumType": "FULL_OBJECT"}
+                self._upload_id = str(self._archive.call("create_multipart_upload", self._key, **request)["UploadId"])
+            held, self._held = self._held, None
         if held is not None:
-            self._send(upload_id, *held)
-        return upload_id
+            self._send(self._upload_id, *held)
+        self._send(self._upload_id, number, data)
 
     def _send(self, upload_id: str, number: int, data: Buffer) -> None:
         crc = crc32c(data)
         body = data if isinstance(data, bytes | bytearray) else bytes(data)
-        said = self._archive.call(
+        answer = self._archive.call(
             "upload_part",
             self._key,
             UploadId=upload_id,
@@ -578,9 +490,9 @@ class S3Upload(Upload):
             Body=body,
             ChecksumCRC32C=crc32c_to_text(crc),
         )
-        is_confirmed = _confirms(said, crc, body)
-        with self._changed:
-            self._parts[number] = _UploadedPart(str(said["ETag"]), crc, len(body), is_confirmed)
+        is_confirmed = _confirms(answer, crc, body)
+        with self._lock:
+            self._parts[number] = _UploadedPart(str(answer["ETag"]), crc, len(body), is_confirmed)
 
     def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
         """Publish the object. One part takes one request."""
@@ -588,7 +500,7 @@ class S3Upload(Upload):
             raise ValueError(f"{self._key}: the upload is already completed or aborted")
         condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": self._if_match} if self._if_match else {}
         try:
-            return self._published(condition)
+            return self._put(condition) if self._upload_id is None else self._join(self._upload_id, condition)
         except ObjectChanged:
             self._drop()
             if not if_absent:
@@ -601,18 +513,15 @@ class S3Upload(Upload):
             message = "the object to be replaced does not exist any more"
             raise ObjectChanged(message, url=self._archive.url_of(self._key), expected=self._if_match) from error
 
-    def _published(self, condition: dict[str, str]) -> ObjectInfo:
-        return self._put(condition) if self._upload_id is None else self._join(self._upload_id, condition)
-
     def _put(self, condition: dict[str, str]) -> ObjectInfo:
         number, data = self._held or (0, b"")
         if number:
             raise ValueError(f"{self._key}: part 0 is missing; parts are numbered 0, 1, 2, ... without gaps")
         self.crc32c = crc32c(data)
-        asked = {**self._writing, **condition, "Body": data, "ChecksumCRC32C": crc32c_to_text(self.crc32c)}
-        said = self._archive.call("put_object", self._key, **asked)
-        self.is_confirmed = _confirms(said, self.crc32c, data)
-        return ObjectInfo(self._key, len(data), etag=said.get("ETag"), version=said.get("VersionId"))
+        request = {**self._writing, **condition, "Body": data, "ChecksumCRC32C": crc32c_to_text(self.crc32c)}
+        answer = self._archive.call("put_object", self._key, **request)
+        self.is_confirmed = _confirms(answer, self.crc32c, data)
+        return ObjectInfo(self._key, len(data), etag=answer.get("ETag"), version=answer.get("VersionId"))
 
     def _join(self, upload_id: str, condition: dict[str, str]) -> ObjectInfo:
         try:
@@ -624,27 +533,22 @@ class S3Upload(Upload):
         for part in parts:
             self.crc32c = combine(self.crc32c, part.crc32c, part.n_bytes)
             total += part.n_bytes
-        named = [
-            {"PartNumber": number, "ETag": part.etag, "ChecksumCRC32C": crc32c_to_text(part.crc32c)}
-            for number, part in enumerate(parts, start=1)
-        ]
-        asked = {"ChecksumCRC32C": crc32c_to_text(self.crc32c), "ChecksumType": "FULL_OBJECT", "MpuObjectSize": total}
+        request = {
+            "UploadId": upload_id,
+            "MultipartUpload": {"Parts": [part.to_request(number) for number, part in enumerate(parts, start=1)]},
+            "ChecksumCRC32C": crc32c_to_text(self.crc32c),
+            "ChecksumType": "FULL_OBJECT",
+            "MpuObjectSize": total,
+        }
         try:
-            said = self._archive.call(
-                "complete_multipart_upload",
-                self._key,
-                UploadId=upload_id,
-                MultipartUpload={"Parts": named},
-                **asked,
-                **condition,
-            )
+            answer = self._archive.call("complete_multipart_upload", self._key, **request, **condition)
         except NotFound:
             # A retry after a lost answer: S3 does not know the upload any more, and the object may exist.
             info = self._archive.head(self._key)
             if "IfNoneMatch" in condition or info.n_bytes != total or info.crc32c != self.crc32c:
                 raise
             return info
-        return ObjectInfo(self._key, total, etag=said.get("ETag"), version=said.get("VersionId"))
+        return ObjectInfo(self._key, total, etag=answer.get("ETag"), version=answer.get("VersionId"))
 
     def abort(self) -> None:
         """Discard the parts sent."""
@@ -652,38 +556,19 @@ class S3Upload(Upload):
             self._drop()
 
     def _stop(self) -> bool:
-        with self._changed:
+        with self._lock:
             was_open, self._is_open = self._is_open, False
-            self._changed.wait_for(lambda: not self._n_sending)
             return was_open
 
     def _drop(self) -> None:
         self._held = None
         if self._upload_id is not None:
-            with suppress(StoreError):  # the parts then stay until a lifecycle rule of the bucket removes them
-                self._archive.call("abort_multipart_upload", self._key, UploadId=self._upload_id)
+            self._archive.abort(self._key, self._upload_id)
 
 
-def _confirms(said: Mapping[str, Any], crc: int, data: bytes | bytearray) -> bool:
+def _confirms(answer: Mapping[str, Any], crc: int, data: bytes | bytearray) -> bool:
     """Return whether the server's answer contains a matching checksum of the bytes: CRC-32C, or MD5 as an ETag."""
-    if (named := said.get("ChecksumCRC32C")) is not None:
+    if (named := answer.get("ChecksumCRC32C")) is not None:
         return crc32c_from_text(str(named)) == crc
     # S3's ETag of an object written by one request without KMS keys.
-    return unquoted_etag(said.get("ETag")) == hashlib.md5(data, usedforsecurity=False).hexdigest()
-
-
-def open_archive(url: str | os.PathLike[str], **storage_options: Any) -> S3Archive:
-    """Return the archive of an `s3://` URL. No request is sent.
-
-    Args:
-        url: URL of a bucket or of a folder in it.
-        **storage_options: Options and credentials, as for open_store().
-
-    Raises:
-        ValueError: The URL is not s3://, an option is unknown, or boto3 is missing (the message names the extra to
-            install).
-    """
-    store = open_store(url, **storage_options)
-    if not isinstance(store, CloudStore):
-        raise ValueError(f"{store.url}: only s3:// has storage classes that can be changed and restored")
-    return S3Archive.of(store)
+    return unquoted_etag(answer.get("ETag")) == hashlib.md5(data, usedforsecurity=False).hexdigest()

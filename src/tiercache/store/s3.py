@@ -166,17 +166,10 @@ class Boto3Client:
         return self._options.profile, self._options.credentials, *(config.get(name) for name in names)
 
     def __call__(self, operation: str, where: str, **request: Any) -> Mapping[str, Any]:
-        """Send one request and return its answer.
+        """Send one request and return its answer. Arguments that are None are omitted. where: URL, for messages.
 
-        Args:
-            operation: boto3's name of the operation, such as "head_object".
-            where: URL of the object, for messages.
-            **request: Arguments of the request, with boto3's names. Arguments that are None are omitted.
-
-        Raises:
-            NotFound, ObjectChanged, StoreError: The request failed. The error has .status and .retryable; .archived is
-                True if the object must be restored first, and .unable is True if the server does not support the
-                request.
+        The error has .status and .retryable; .archived is True if the object must be restored first, and .unable is
+        True if the server does not support the request.
         """
         exceptions = importlib.import_module("botocore.exceptions")
         given = {name: value for name, value in request.items() if value is not None}

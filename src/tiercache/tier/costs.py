@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiercache.prices import GB, Prices, RestorePrice
-from tiercache.tier.move.parts import PART_BYTES
+from tiercache.tier.model import PART_BYTES
 
 if TYPE_CHECKING:
     from tiercache.tier.model import Snapshot

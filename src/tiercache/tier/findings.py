@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tiercache.catalog.tiers import EntryTable
 from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY
 from tiercache.tier.inventory.metrics import metrics_in_name, wanted_metrics
@@ -246,7 +245,7 @@ class _Expected:
 
 def _add_from_catalog(known: _Expected, inventory: Inventory, file: RuleFile, catalog: TierCatalog) -> None:
     for tier in file.tiers:
-        book = EntryTable.of(catalog.checksums(tier.name)).table
+        book = catalog.checksums(tier.name)
         book = book.filter(book["verified"]).combine_chunks()
         keys = pa.concat_arrays([pa.array([], pa.large_string()), *book["key"].chunks])
         lacking = ~inventory.lies(keys) & ~match_regex(keys, _NO_FILE)

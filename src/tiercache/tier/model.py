@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, ove
 
 import numpy as np
 
+from tiercache.catalog.tiers import PlannedObject as PlannedObject
+
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Size of the parts in which larger objects are copied.
+PART_BYTES = 8 << 20
 # Number of elements that an iteration creates at a time; a larger number is not faster.
 AT_A_TIME = 1 << 14
 
@@ -244,25 +248,6 @@ class Decisions:
     moves: MoveColumns = NO_MOVES
     refusals: MoveColumns = NO_MOVES
     rules: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedObject:
-    """An object of a move, as it was listed. The mover does not move an object that has changed since.
-
-    Attributes:
-        key: Key relative to the tier's URL.
-        n_bytes: Size.
-        etag: ETag of the store; None: the store gives none.
-        modified_s: Modification time, in seconds since the epoch.
-        crc32c: CRC-32C, if the store, the manifest or the catalog knows it.
-    """
-
-    key: str
-    n_bytes: int
-    etag: str | None = None
-    modified_s: float | None = None
-    crc32c: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

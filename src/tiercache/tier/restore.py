@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import secrets
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from tiercache.errors import NotFound, StoreError
-from tiercache.model import ObjectInfo
 from tiercache.prices import SPEEDS, Speed
 from tiercache.tier.costs import PROMOTION_DAYS, restore_dollars, restored_home_dollars
 from tiercache.tier.inventory.layouts import recognise_layout
@@ -23,16 +24,15 @@ from tiercache.tier.stores import RESTORED_FIRST, Stores, state_of
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 
 if TYPE_CHECKING:
-    from tiercache.prices import Prices, RestorePrice
-    from tiercache.tier.inventory.groups import ChecksumTable
+    from tiercache.catalog.tiers import TierCatalog
+    from tiercache.prices import Prices
+    from tiercache.store.archive import RestoreState
     from tiercache.tier.rules import RuleFile
 
-# Name of a tier -> catalog entries of its objects, by key. TierCatalog.checksums is such a function.
-Books: TypeAlias = "Callable[[str], ChecksumTable]"
 A = TypeVar("A")
 B = TypeVar("B")
 
-_AT_ONCE = 16
+_N_THREADS = 16
 _LONGEST_POLL_S = 60.0
 _SHARD_SUFFIX = ".tcs"
 _NAMED = 20
@@ -86,18 +86,9 @@ class RestorePlan:
         return sum(one.n_bytes for one in self.objects)
 
     @property
-    def asked(self) -> tuple[ArchivedObject, ...]:
+    def unrequested(self) -> tuple[ArchivedObject, ...]:
         """Objects that need a request: nobody has made one."""
         return tuple(one for one in self.objects if one.state == ARCHIVED)
-
-
-@dataclass(frozen=True, slots=True)
-class RequestCounts:
-    """Answers of the stores. started: Requests made now. running: Requests made earlier. done: Readable objects."""
-
-    started: int = 0
-    running: int = 0
-    done: int = 0
 
 
 def plan_restore(
@@ -111,13 +102,7 @@ def plan_restore(
 ) -> RestorePlan:
     """Plan the restore of some objects. Asks every tier for every key; changes nothing.
 
-    Args:
-        file: Rule file.
-        stores: Stores of the rule file.
-        keys: Keys of the objects, relative to the URLs of the tiers.
-        prices: Prices of each tier; None where they are unknown.
-        speed: "expedited", "standard" or "bulk".
-        days: Days that temporary copies stay; then nothing is copied to the home tier. None: see RestorePlan.
+    keys: Relative to the URLs of the tiers. prices: Of each tier; None where they are unknown. days: See RestorePlan.
 
     Raises:
         NotFound: A key is in no tier.
@@ -129,89 +114,72 @@ def plan_restore(
     if days is not None and days < 1:
         raise ValueError(f"expected days of at least 1, got {days}")
     wanted = sorted(dict.fromkeys(keys))
-    names = [tier.name for tier in file.tiers]
-    found = _side_by_side(lambda key: _found(stores, names, key), wanted)
-    objects, here = [], []
+    found = _in_parallel(lambda key: _copies_of(file, stores, key), wanted)
+    objects, readable = [], []
     for key, copies in zip(wanted, found, strict=True):
         if not copies:
-            raise NotFound(f"{key} is in none of the tiers {', '.join(names)}", url=stores.store(file.home.name).url)
-        if any(info.state not in (ARCHIVED, RESTORING, RESTORED) for info in copies):
-            here.append(key)
+            names = ", ".join(tier.name for tier in file.tiers)
+            raise NotFound(f"{key} is in none of the tiers {names}", url=stores.store(file.home.name).url)
+        if any(copy.state not in _NEARER for copy in copies):
+            readable.append(key)
         else:
-            objects.append(max(copies, key=lambda one: _NEARER[one.state]))
-    by_name = dict(zip(names, prices, strict=True))
-    cost, hours = _cost(file, objects, by_name, speed, days), _hours(objects, by_name, speed)
+            objects.append(max(copies, key=lambda copy: _NEARER[copy.state]))
+    by_name = dict(zip((tier.name for tier in file.tiers), prices, strict=True))
+    cost, hours = _estimate(file, objects, by_name, speed, days)
     command = _command(file, [one.key for one in objects], speed, days)
-    return RestorePlan(tuple(objects), tuple(here), speed, days, cost, hours, command)
+    return RestorePlan(tuple(objects), tuple(readable), speed, days, cost, hours, command)
 
 
 _NEARER = {ARCHIVED: 0, RESTORING: 1, RESTORED: 2}
 
 
-def _found(stores: Stores, names: Sequence[str], key: str) -> list[ArchivedObject]:
+def _copies_of(file: RuleFile, stores: Stores, key: str) -> list[ArchivedObject]:
     """Return the copies of a key, in the order of the tiers."""
     copies = []
-    for name in names:
-        sharing = stores.sharing(name)
-        try:
+    for name in (tier.name for tier in file.tiers):
+        with suppress(NotFound):
             info = stores.head(name, key)
-        except NotFound:
-            continue
-        if len(sharing) == 1 or stores.tier_of(sharing, info) == name:
-            copies.append(_archived(name, info))
+            if stores.tier_of(stores.sharing(name), info) == name:
+                facts = info.n_bytes, state_of(info), info.etag, info.storage_class, info.modified_s
+                copies.append(ArchivedObject(name, key, *facts))
     return copies
 
 
-def _archived(name: str, info: ObjectInfo) -> ArchivedObject:
-    return ArchivedObject(name, info.key, info.n_bytes, state_of(info), info.etag, info.storage_class, info.modified_s)
-
-
-def _speed_price(one: ArchivedObject, known: Prices | None, speed: Speed) -> RestorePrice | None:
-    """Return the price of one speed; None if unknown. Raises ValueError where the class does not have the speed."""
-    if known is None or not known.restore:
-        return None
-    if speed not in known.restore:
-        speeds = ", ".join(known.restore)
-        raise ValueError(f"tiers.{one.tier}: {known.name} has no speed {speed!r} for restores; it has {speeds}")
-    return known.restore[speed]
-
-
-def _cost(
+def _estimate(
     file: RuleFile,
     objects: Sequence[ArchivedObject],
     prices: Mapping[str, Prices | None],
     speed: Speed,
     days: int | None,
-) -> float | None:
-    """Return the dollars for requests that are not made yet; None if a price is unknown. days: None: copy home too."""
-    asked: dict[str, list[ArchivedObject]] = {}
-    for one in objects:
-        _speed_price(one, prices.get(one.tier), speed)
-        if one.state == ARCHIVED:
-            asked.setdefault(one.tier, []).append(one)
-    cost, home = 0.0, file.home
-    for name, some in asked.items():
-        archive, to = prices.get(name), prices.get(home.name)
-        price = _speed_price(some[0], archive, speed)
+) -> tuple[float | None, float | None]:
+    """Return the dollars for requests that are not made yet, and the hours until all objects can be read.
+
+    Each is None where a price is unknown. days: None: copied to the home tier too.
+    """
+    cost: float | None = 0.0
+    hours: float | None = 0.0
+    for name in {one.tier: None for one in objects}:
+        archive, home = prices[name], prices[file.home.name]
+        price = None if archive is None else archive.restore.get(speed)
+        if archive is not None and archive.restore and price is None:
+            speeds = ", ".join(archive.restore)
+            raise ValueError(f"tiers.{name}: {archive.name} has no speed {speed!r} for restores; it has {speeds}")
+        states = {one.state for one in objects if one.tier == name}
+        n_bytes = np.array([o.n_bytes for o in objects if (o.tier, o.state) == (name, ARCHIVED)], np.int64)
+        if states != {RESTORED}:
+            hours = None if price is None or hours is None else max(hours, price.hours)
+        if not len(n_bytes) or cost is None:
+            continue
         if archive is None or price is None:
-            return None
-        n_bytes = np.array([one.n_bytes for one in some], np.int64)
-        if days is not None or name == home.name:
-            dollars = restore_dollars(archive, price, n_bytes, PROMOTION_DAYS if days is None else days)
-        elif to is None:
-            return None
+            cost = None
+        elif days is not None or name == file.home.name:
+            cost += float(restore_dollars(archive, price, n_bytes, PROMOTION_DAYS if days is None else days).sum())
+        elif home is None:
+            cost = None
         else:
-            urls = file.tier(name).url, home.url
-            dollars = restored_home_dollars(archive, price, to, n_bytes, urls=urls)
-        cost += float(dollars.sum())
-    return cost
-
-
-def _hours(objects: Sequence[ArchivedObject], prices: Mapping[str, Prices | None], speed: Speed) -> float | None:
-    """Return the maximum hours until all objects can be read; None where the price table does not say."""
-    waited = [_speed_price(one, prices.get(one.tier), speed) for one in objects if one.state != RESTORED]
-    known = [price.hours for price in waited if price is not None]
-    return None if len(known) < len(waited) else max(known, default=0.0)
+            urls = file.tier(name).url, file.home.url
+            cost += float(restored_home_dollars(archive, price, home, n_bytes, urls=urls).sum())
+    return cost, hours
 
 
 def _command(file: RuleFile, keys: Sequence[str], speed: Speed, days: int | None) -> str:
@@ -223,10 +191,10 @@ def _command(file: RuleFile, keys: Sequence[str], speed: Speed, days: int | None
     return shlex.join(words) + (f"  # and {more} more" if more > 0 else "")
 
 
-def request_restore(stores: Stores, plan: RestorePlan) -> RequestCounts:
+def request_restore(stores: Stores, plan: RestorePlan) -> Counter[RestoreState]:
     """Request the restore of all objects without a request, and extend restored copies to the days of the plan.
 
-    Repeatable: a running restore is not requested again.
+    Repeatable: a running restore is not requested again. The result counts the answers of the stores.
 
     Raises:
         StoreError: .unable where a store cannot restore at all; otherwise the first error. Requests made before it
@@ -234,17 +202,17 @@ def request_restore(stores: Stores, plan: RestorePlan) -> RequestCounts:
     """
     days = PROMOTION_DAYS if plan.days is None else plan.days
 
-    def ask(one: ArchivedObject) -> str:
+    def request(one: ArchivedObject) -> RestoreState:
         if one.state == RESTORING:
             return "running"
         archive = stores.archive(one.tier)
         if archive is None:
-            raise StoreError(f"{one.key}: the tier {one.tier} cannot restore", url=stores.store(one.tier).url)
+            url = stores.store(one.tier).url
+            raise StoreError(f"{one.key}: the tier {one.tier} cannot restore", url=url, unable=True)
         takes_days = one.storage_class in RESTORED_FIRST
         return archive.restore(one.key, days=days if takes_days else None, speed=plan.speed)
 
-    answers = _side_by_side(ask, plan.objects)
-    return RequestCounts(*(answers.count(answer) for answer in ("started", "running", "done")))
+    return Counter(_in_parallel(request, plan.objects))
 
 
 def wait_restored(
@@ -258,15 +226,8 @@ def wait_restored(
 ) -> tuple[ArchivedObject, ...]:
     """Wait until all objects of a plan can be read. Return those that cannot at the deadline, or when cancelled.
 
-    The stores are asked at most once a minute, about 16 of the missing objects.
-
-    Args:
-        stores: Stores of the rule file.
-        plan: Plan whose requests were made.
-        clock: Clock of the wait.
-        deadline_s: Maximum wait, in seconds. None: no limit.
-        cancel: Event that ends the wait.
-        on_progress: Function that receives the number of readable objects, and of all objects.
+    The stores are asked at most once a minute, about 16 of the missing objects. deadline_s: Maximum wait; None: no
+    limit. on_progress: Receives the number of readable objects, and of all objects.
 
     Raises:
         NotFound: An object is gone.
@@ -277,8 +238,8 @@ def wait_restored(
 
     def is_done() -> bool:
         while waiting:
-            some = waiting[:_AT_ONCE]
-            answers = _side_by_side(lambda one: _is_restored(stores, one), some)
+            some = waiting[:_N_THREADS]
+            answers = _in_parallel(lambda one: _is_restored(stores, one), some)
             left = [one for one, done in zip(some, answers, strict=True) if not done]
             waiting[: len(some)] = left
             if on_progress is not None:
@@ -292,38 +253,28 @@ def wait_restored(
 
 
 def plan_copy_home(
-    file: RuleFile, plan: RestorePlan, *, made_s: float, to: str | None = None, known: Books | None = None
+    file: RuleFile, plan: RestorePlan, *, made_s: float, to: str | None = None, catalog: TierCatalog | None = None
 ) -> Plan:
     """Return a plan that copies restored objects to the home tier. The archived copies stay until a rule deletes them.
 
     Objects of one checkpoint are one move, so that it appears complete. Where the archive is only another storage class
-    of the home, the class is changed.
-
-    Args:
-        file: Rule file.
-        plan: Restore plan whose objects can all be read.
-        made_s: Current time, in seconds since the epoch.
-        to: Name of the destination tier. None: the home tier.
-        known: Function that returns the catalog entries of a tier, whose checksums the copies must have. None: no
-            entries.
+    of the home, the class is changed. to: Name of another destination tier. catalog: Has checksums for the copies.
     """
-    books = {tier: known(tier) for tier in {one.tier for one in plan.objects}} if known is not None else {}
     target = file.home if to is None else file.tier(to)
     tiers = tuple(PlannedTier(tier.name, tier.role, tier.url, tier.storage_class) for tier in file.tiers)
     moves: list[Move] = []
     for path, kind, objects in _groups([one for one in plan.objects if one.tier != target.name]):
-        src = objects[0].tier
-        planned = tuple(_planned(one, books.get(src, {})) for one in objects)
+        src, planned = objects[0].tier, []
+        entries = {} if catalog is None else catalog.entries(src, [one.key for one in objects])
+        for one in objects:
+            known = entries.get(one.key)
+            is_it = known is not None and one.etag is not None and known[:2] == (one.n_bytes, one.etag)
+            crc32c = known.crc32c if known is not None and is_it else None
+            planned.append(PlannedObject(one.key, one.n_bytes, one.etag, one.modified_s, crc32c))
         action: Action = "reclass" if file.tier(src).url == target.url else "copy"
         reason = f"restored from {src} ({objects[0].storage_class})"
-        moves.append(Move(len(moves), path, kind, action, src, target.name, "restore", reason, planned))
+        moves.append(Move(len(moves), path, kind, action, src, target.name, "restore", reason, tuple(planned)))
     return Plan(secrets.token_hex(8), made_s, str(file.path), file.sha256, tiers, tuple(moves))
-
-
-def _planned(one: ArchivedObject, book: ChecksumTable) -> PlannedObject:
-    n_bytes, etag, crc32c, *_ = book.get(one.key, (-1, None, None, False, None))
-    is_it = n_bytes == one.n_bytes and etag is not None and etag == one.etag
-    return PlannedObject(one.key, one.n_bytes, one.etag, one.modified_s, crc32c if is_it else None)
 
 
 def _groups(objects: Sequence[ArchivedObject]) -> list[tuple[str, Kind, list[ArchivedObject]]]:
@@ -353,15 +304,7 @@ def _is_restored(stores: Stores, one: ArchivedObject) -> bool:
     return state != RESTORING
 
 
-def _side_by_side(work: Callable[[A], B], items: Iterable[A]) -> list[B]:
-    """Return the results in order, computed by 16 threads; the first error ends the work."""
-    wanted = list(items)
-    if len(wanted) <= 1:
-        return [work(one) for one in wanted]
-    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="tiercache-restore") as pool:
-        futures = [pool.submit(work, one) for one in wanted]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
+def _in_parallel(work: Callable[[A], B], items: Sequence[A]) -> list[B]:
+    """Return the results in order. The first error ends the work."""
+    with ThreadPoolExecutor(_N_THREADS, thread_name_prefix="tiercache-restore") as pool:
+        return list(pool.map(work, items))

@@ -56,6 +56,11 @@ def state_of(info: ObjectInfo, now_s: float | None = None) -> int:
     return READABLE
 
 
+def needs_restore(info: ObjectInfo) -> bool:
+    """Return whether an object must be restored before it can be read."""
+    return state_of(info) in (ARCHIVED, RESTORING)
+
+
 def restored_until(info: ObjectInfo) -> float | None:
     """Return the expiry of a restored copy, in seconds since the epoch; None: the store gives none."""
     match = _EXPIRY.search(info.restore or "")
@@ -268,7 +273,7 @@ def unavailable_reason(tier: Tier, store: Store, catalog: TierCatalog) -> str:
     if not tier.is_local:
         return ""
     found, before = read_marker(store), catalog.mark(tier.name)
-    if found is None and before is None and _is_empty(store) and catalog.checksums(tier.name):
+    if found is None and before is None and _is_empty(store) and catalog.has_entries(tier.name):
         return was_seen(store)
     return marker_mismatch(tier.name, store, found, before)
 
@@ -325,7 +330,7 @@ def ensure_marker(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool)
     found = read_marker(store)
     if found is None:
         is_empty = _is_empty(store)
-        if is_empty and catalog.checksums(tier.name):
+        if is_empty and catalog.has_entries(tier.name):
             return was_seen(store)
         if is_empty and not gets:
             return ""

@@ -172,7 +172,7 @@ class _Reader:
         urls, elsewhere = self._elsewhere(table.names) if has_mark else ((), np.zeros(len(table), np.bool_))
         # Without the adoption marker, readers do not report: a data set that is read daily must not be archived on the
         # day of the first rules. A marker without a date comes from an early release: uses have been recorded for long.
-        since_s = (log.adopted_s(self._store) or 0.0) if has_mark else np.inf
+        since_s = (log.tracked_since_s(self._store) or 0.0) if has_mark else np.inf
         shards = LiveShards(
             keys=_below(self._folder, table.names),
             n_bytes=table.n_bytes,

@@ -14,7 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.catalog import tiers as tiers_module
-from tiercache.catalog.tiers import EntryTable
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
 from tiercache.tier.inventory.layouts import LACKS, MARK, NO_GROUP, NOTHING, Layout, recognise_layout
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
 
 
 # Known checksums of a tier: key -> (n_bytes, etag, crc32c, verified, written_s).
-ChecksumTable: TypeAlias = Mapping[str, tuple[int, str | None, int | None, bool, float | None]]
 
 # The state of a copy is the state of its least readable object.
 _HARDER = np.array([0, 3, 2, 1], np.uint8)
@@ -143,7 +141,7 @@ def copies_at(
     return np.where(there, at, -1)
 
 
-def copies_of(listed: Listing, objects: Objects, book: Callable[[int], ChecksumTable]) -> Copies:
+def copies_of(listed: Listing, objects: Objects, book: Callable[[int], pa.Table]) -> Copies:
     """Return the copies that the objects form.
 
     A copy is whole if it has every key that any copy of its group has, each with the same size in all copies; of two
@@ -199,7 +197,7 @@ class _Facts:
     """
 
     def __init__(
-        self, listed: Listing, objects: Objects, order: NDArray[np.int64], book: Callable[[int], ChecksumTable]
+        self, listed: Listing, objects: Objects, order: NDArray[np.int64], book: Callable[[int], pa.Table]
     ) -> None:
         row, key, is_shard = objects.row[order], objects.key[order], objects.is_shard[order]
         n_bytes = listed.n_bytes[row]
@@ -230,15 +228,14 @@ class _Facts:
 
 
 def _look_up(
-    listed: Listing, row: NDArray[np.int64], at: NDArray[np.int64], known: ChecksumTable
+    listed: Listing, row: NDArray[np.int64], at: NDArray[np.int64], book: pa.Table
 ) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
     """Yield, in parts, the objects whose size and ETag equal the catalog's, and the catalog's entry of each.
 
     at: The tier's objects, sorted by key, so that a part is searched in the matching range of the catalog only.
     """
-    if not known or not len(at):
+    if not len(book) or not len(at):
         return
-    book = EntryTable.of(known).table
     if not _is_rising(book["key"]):
         book = book.sort_by("key")
     places, name = range(len(book)), lambda place: book["key"][place].as_py()
@@ -294,8 +291,8 @@ _MANY = 10
 class KnownChecksums(Protocol):
     """The catalog's knowledge of copies."""
 
-    def checksums(self, tier: str, /) -> Mapping[str, tuple[int, str | None, int | None, bool, float | None]]:
-        """Return, by key: size, ETag, CRC-32C, whether the bytes were verified, and the time of the first write."""
+    def checksums(self, tier: str, /) -> pa.Table:
+        """Return the entries of a tier's objects; see TierCatalog.checksums()."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

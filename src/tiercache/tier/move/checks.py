@@ -1,34 +1,33 @@
 """Checks that moves make, and the results of moves.
 
 A check tells whether an object is still the planned one, or a copy still the verified one. No function here writes the
-journal or deletes data. Each check returns "" if everything is as expected, otherwise a text for people that says what
-was expected and what was found.
+journal or deletes data. A function whose name ends in `_reason` returns "" if everything is as expected, otherwise a
+text for people that says what was expected and what was found.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 import pyarrow as pa
 
-from tiercache.catalog.tiers import CatalogEntry, JournalObject, JournalRow
+from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.errors import NotFound, StoreError, TierCacheError
-from tiercache.tier.model import ARCHIVED, READABLE, RESTORING
+from tiercache.tier.model import READABLE
+from tiercache.tier.move.transfer import Transfer, find_difference
 from tiercache.tier.rules import load_rule_file
-from tiercache.tier.stores import ensure_marker, state_of
+from tiercache.tier.stores import RESTORED_FIRST, ensure_marker, needs_restore, state_of
 from tiercache.tier.text_columns import first_match
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
     from tiercache.catalog.tiers import TierCatalog
     from tiercache.model import ObjectInfo
-    from tiercache.tier.model import PlannedObject
-    from tiercache.tier.move.transfer import Transfer, VerifiedCopy
+    from tiercache.tier.move.lock import TierLock
     from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
 
@@ -45,7 +44,7 @@ class StoppedMove:
 
 @dataclass(frozen=True, slots=True)
 class ApplyResult:
-    """Result of apply() or settle().
+    """Result of apply_plan() or settle().
 
     Attributes:
         done: Number of moves that are now as their plan asks, whenever they were made.
@@ -61,6 +60,13 @@ class ApplyResult:
     n_bytes: int = 0
     proof_bytes: int = 0
 
+    def followed_by(self, later: ApplyResult) -> ApplyResult:
+        """Return the results of two calls of settle() as one. The second call has checked again what the first kept."""
+        again = {(one.plan, one.number) for one in later.stopped}
+        stopped = tuple(one for one in self.stopped if (one.plan, one.number) not in again)
+        n_bytes, proof_bytes = self.n_bytes + later.n_bytes, self.proof_bytes + later.proof_bytes
+        return ApplyResult(self.done + later.done, stopped + later.stopped, later.waiting_drops, n_bytes, proof_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -72,17 +78,45 @@ class Progress:
     n_bytes: int
 
 
-T = TypeVar("T")
+class HasRow(Protocol):
+    """A move in progress, as batches see it."""
+
+    row: JournalRow
+
+
+T = TypeVar("T", bound=HasRow)
 Infos: TypeAlias = Mapping[str, "ObjectInfo | None"]
 
 _PROBE_FOLDER = "_tiercache/probe/"
 
 
+class Heads:
+    """Answers of stores about many objects. A look-up raises the StoreError that a store gave as its answer."""
+
+    def __init__(self, answers: Mapping[tuple[str, str], ObjectInfo | StoreError | None]) -> None:
+        self._answers = answers
+
+    def info(self, tier: str, key: str) -> ObjectInfo | None:
+        """Return the metadata of an object in a tier; None if it is absent."""
+        info = self._answers[tier, key]
+        if isinstance(info, StoreError):
+            raise info
+        return info
+
+    def is_absent(self, tier: str, key: str) -> bool:
+        """Return whether the store answered that there is no such object."""
+        return self._answers[tier, key] is None
+
+    def infos(self, tier: str, row: JournalRow) -> Infos:
+        """Return the metadata of a move's objects in a tier, by key."""
+        return {one.key: self.info(tier, one.key) for one in row.objects}
+
+
 @dataclass(slots=True)
 class MoveContext:
-    """The stores, the catalog and the transfer that moves use, with their checks. Thread-safe.
+    """The tiers that moves work on, with the lock that admits them, threads, and checks. Thread-safe.
 
-    The caller owns the pool.
+    mover.open_mover() makes one.
     """
 
     file: RuleFile
@@ -90,7 +124,9 @@ class MoveContext:
     catalog: TierCatalog
     transfer: Transfer
     pool: Executor
-    _apart: dict[tuple[str, str], str] = field(default_factory=dict)
+    lock: TierLock
+    clock: Callable[[], float]
+    _separate: dict[tuple[str, str], str] = field(default_factory=dict)
 
     # -- objects ----------------------------------------------------------------------------------------------------
 
@@ -101,52 +137,52 @@ class MoveContext:
         except NotFound:
             return None
 
-    def heads(self, wanted: Sequence[tuple[str, str]]) -> dict[tuple[str, str], ObjectInfo | StoreError | None]:
-        """Return head() of many (tier, key) pairs, queried in parallel.
+    def heads(self, pairs: Iterable[tuple[str, str]]) -> Heads:
+        """Return head() of many (tier, key) pairs, queried in parallel."""
 
-        A StoreError takes the place of a failed answer.
-        """
-        return dict(zip(wanted, self.pool.map(self._asked, wanted), strict=True))
+        def ask(pair: tuple[str, str]) -> ObjectInfo | StoreError | None:
+            try:
+                return self.head(*pair)
+            except StoreError as error:
+                return error
 
-    def _asked(self, one: tuple[str, str]) -> ObjectInfo | StoreError | None:
-        try:
-            return self.head(*one)
-        except StoreError as error:
-            return error
+        unique = list(dict.fromkeys(pairs))
+        return Heads(dict(zip(unique, self.pool.map(ask, unique), strict=True)))
 
-    def infos(self, tier: str, keys: Iterable[str]) -> Infos:
-        """Return head() of these keys, one after the other. Raises StoreError."""
-        return {key: self.head(tier, key) for key in keys}
+    def has_class(self, tier: str, info: ObjectInfo) -> bool:
+        """Return whether an object already has the storage class of a tier."""
+        return (info.storage_class or "STANDARD") == self.stores.class_of(tier)
+
+    def ends_readability(self, row: JournalRow) -> bool:
+        """Return whether a move gives objects, in place, a class from which they must be restored before a read."""
+        return row.action == "reclass" and self.stores.class_of(row.dst) in RESTORED_FIRST
 
     # -- the copy that is moved -------------------------------------------------------------------------------------
 
-    def change_reason(self, tier: str, info: ObjectInfo, one: JournalObject) -> str:
+    def change_reason(self, tier: str, info: ObjectInfo, one: PlannedObject) -> str:
         """Return why an object is not the planned one; "" if it is."""
         at = f"{self.stores.store(tier).url}/{one.key}"
-        if info.n_bytes != one.n_bytes:
-            return f"{at}: expected {one.n_bytes} bytes, found {info.n_bytes}"
-        if None not in (info.etag, one.etag):
-            return "" if info.etag == one.etag else f"{at}: expected ETag {one.etag}, found {info.etag}"
-        if info.modified_s is not None and one.modified_s is not None:
-            # A listing and a HEAD may give the date with different fractions of a second.
-            same = int(info.modified_s) == int(one.modified_s)
-            return "" if same else f"{at}: expected date {one.modified_s:.0f}, found {info.modified_s:.0f}"
+        if (difference := find_difference(one, info)) is not None:
+            what, expected, found = difference
+            return f"{at}: expected {f'{expected} bytes' if what == 'size' else f'{what} {expected}'}, found {found}"
+        if None not in (info.etag, one.etag) or None not in (info.modified_s, one.modified_s):
+            return ""
         if one.crc32c is None:
             return f"{at}: the store says neither ETag nor date, and its checksum is not known: it cannot be compared"
-        found = self.transfer.checksum_of(tier, info)
-        return "" if found == one.crc32c else f"{at}: expected CRC-32C {one.crc32c:08x}, found {found:08x}"
+        crc = self.transfer.checksum_of(tier, info)
+        return "" if crc == one.crc32c else f"{at}: expected CRC-32C {one.crc32c:08x}, found {crc:08x}"
 
     def extra_object_reason(self, tier: str, path: str, keys: Iterable[str]) -> str:
         """Return why a group has more objects than planned; "" if it has not. Raises StoreError."""
-        known = set(keys)
-        if known == {path}:
+        planned = set(keys)
+        if planned == {path}:
             return ""
-        new = [info.key for info in self.stores.listing(tier, f"{path}/") if info.key not in known]
+        new = [info.key for info in self.stores.listing(tier, f"{path}/") if info.key not in planned]
         if not new:
             return ""
-        return f"{self.stores.store(tier).url}/{path}: expected {len(known)} objects, found {min(new)!r} beside them"
+        return f"{self.stores.store(tier).url}/{path}: expected {len(planned)} objects, found {min(new)!r} beside them"
 
-    def unconfirmed_reason(self, tier: str, key: str, info: ObjectInfo | None, known: CatalogEntry | None) -> str:
+    def unconfirmed_reason(self, tier: str, key: str, info: ObjectInfo | None, entry: CatalogEntry | None) -> str:
         """Return why a copy cannot be relied on; "" if it is the verified one. Raises StoreError.
 
         If the ETag differs but the bytes are equal (a server may assign a new ETag with a new class), the catalog is
@@ -155,87 +191,56 @@ class MoveContext:
         at = f"{self.stores.store(tier).url}/{key}"
         if info is None:
             return f"{at}: expected a verified copy, found none"
-        if known is None or known.is_intended or not known.verified:
+        if entry is None or entry.is_intended or not entry.verified:
             return f"{at}: expected a verified copy, found one that nobody has verified"
-        if info.n_bytes != known.n_bytes:
-            return f"{at}: expected the {known.n_bytes} bytes that were verified, found {info.n_bytes}"
-        same_etag = None not in (info.etag, known.etag) and info.etag == known.etag
-        said_otherwise = None not in (info.crc32c, known.crc32c) and info.crc32c != known.crc32c
+        if info.n_bytes != entry.n_bytes:
+            return f"{at}: expected the {entry.n_bytes} bytes that were verified, found {info.n_bytes}"
+        same_etag = None not in (info.etag, entry.etag) and info.etag == entry.etag
+        other_checksum = None not in (info.crc32c, entry.crc32c) and info.crc32c != entry.crc32c
         # With an equal ETag, another checksum proves nothing (moto computes it of something else): the bytes decide.
         # Where they cannot be read, the ETag decides, which real stores derive from the bytes.
-        if same_etag and not said_otherwise:
+        if same_etag and not other_checksum:
             return ""
-        if state_of(info) in (ARCHIVED, RESTORING):
-            return (
-                "" if same_etag else f"{at}: expected ETag {known.etag}, found {info.etag}; it must be restored first"
-            )
-        if known.crc32c is None:
-            return f"{at}: expected ETag {known.etag}, found {info.etag}, and its checksum is not known"
+        if needs_restore(info):
+            reason = f"{at}: expected ETag {entry.etag}, found {info.etag}; it must be restored first"
+            return "" if same_etag else reason
+        if entry.crc32c is None:
+            return f"{at}: expected ETag {entry.etag}, found {info.etag}, and its checksum is not known"
         found = self.transfer.checksum_of(tier, info)
-        if found != known.crc32c:
-            return f"{at}: expected CRC-32C {known.crc32c:08x}, found {found:08x}"
-        self.catalog.record([(tier, key, known._replace(etag=info.etag, crc32c=found))])
+        if found != entry.crc32c:
+            return f"{at}: expected CRC-32C {entry.crc32c:08x}, found {found:08x}"
+        self.catalog.record([(tier, key, entry._replace(etag=info.etag, crc32c=found))])
         return ""
 
-    def unconfirmed_move_reason(self, row: JournalRow, there: Infos) -> str:
+    def unconfirmed_move_reason(self, row: JournalRow, copies: Infos) -> str:
         """Return why the copies of a move in dst cannot be relied on; "" if all can. Raises StoreError."""
-        books = self.catalog.entries(row.dst, [one.key for one in row.objects])
-        reasons = (self.unconfirmed_reason(row.dst, key, there[key], books.get(key)) for key, *_ in row.objects)
+        entries = self.catalog.entries(row.dst, [one.key for one in row.objects])
+        reasons = (self.unconfirmed_reason(row.dst, key, copies[key], entries.get(key)) for key, *_ in row.objects)
         return next(filter(None, reasons), "")
 
-    def proof(self, tier: str, key: str, known: CatalogEntry | None, on_bytes: Callable[[int], object]) -> str:
-        """Return why a copy is not equal to its source, read from its disk; "" if it is.
+    def disbelieve(self, tier: str, key: str, entry: CatalogEntry) -> None:
+        """Mark a copy as not verified in the catalog: if a move made it, a later move may replace it."""
+        self.catalog.record([(tier, key, entry._replace(crc32c=None, verified=False))])
 
-        A wrong copy loses its verified mark in the catalog: it counts as made by a move, and a later move may replace
-        it.
-
-        Args:
-            tier: Name of the tier of the copy.
-            key: Key of the copy.
-            known: Catalog entry of the copy.
-            on_bytes: Function that receives the length of each part that was read; called from any thread.
-
-        Raises:
-            StoreError: The copy cannot be read, or changed during the read.
-        """
-        info = self.head(tier, key)
-        if why := self.unconfirmed_reason(tier, key, info, known):
-            return why
-        at = f"{self.stores.store(tier).url}/{key}"
-        if info is None or known is None or known.crc32c is None:
-            return f"{at}: its checksum is not known: it cannot be compared"
-        found = self.transfer.checksum_on_disk(tier, info, on_bytes)
-        if found == known.crc32c:
-            return ""
-        self.disbelieve(tier, key, known)
-        return (
-            f"{at}: expected CRC-32C {known.crc32c:08x}, found {found:08x} on its disk: what it was made from stays; "
-            f"look at that disk, and remove this copy: the next plan makes it again"
-        )
-
-    def disbelieve(self, tier: str, key: str, known: CatalogEntry) -> None:
-        """Mark a copy as not verified in the catalog. If a move made it, a later move may still replace it."""
-        self.catalog.record([(tier, key, known._replace(crc32c=None, verified=False))])
-
-    def checksum_of(self, tier: str, info: ObjectInfo, known: CatalogEntry | None) -> int | None:
+    def checksum_of(self, tier: str, info: ObjectInfo, entry: CatalogEntry | None) -> int | None:
         """Return an object's CRC-32C, from the catalog if unchanged, else by reading; None if it is archived."""
-        if known is not None and known.crc32c is not None and matches_entry(info, known):
-            return known.crc32c
-        if state_of(info) in (ARCHIVED, RESTORING):
+        if entry is not None and entry.crc32c is not None and matches_entry(info, entry):
+            return entry.crc32c
+        if needs_restore(info):
             return None
         return self.transfer.checksum_of(tier, info)
 
-    def remember_dates(self, tier: str, objects: Sequence[JournalObject]) -> None:
+    def remember_dates(self, tier: str, objects: Sequence[PlannedObject]) -> None:
         """Record in the catalog when these objects were first written: a change of class gives them a new date."""
-        books = self.catalog.entries(tier, [one.key for one in objects])
+        entries = self.catalog.entries(tier, [one.key for one in objects])
         dated = []
         for one in objects:
-            known = books.get(one.key)
-            if one.etag is None or (first_s := first_written_s(one, known)) is None:
+            entry = entries.get(one.key)
+            if one.etag is None or (first_s := first_written_s(one, entry)) is None:
                 continue
-            if known is None or (known.n_bytes, known.etag) != (one.n_bytes, one.etag):
-                known = CatalogEntry(one.n_bytes, one.etag, None, verified=False)
-            dated.append((tier, one.key, known._replace(written_s=first_s)))
+            if entry is None or (entry.n_bytes, entry.etag) != (one.n_bytes, one.etag):
+                entry = CatalogEntry(one.n_bytes, one.etag, None, verified=False)
+            dated.append((tier, one.key, entry._replace(written_s=first_s)))
         self.catalog.record(dated)
 
     # -- checks of a whole move -------------------------------------------------------------------------------------
@@ -263,12 +268,12 @@ class MoveContext:
                 texts.append(text)
                 owners.append((row.plan, row.number))
         found = first_match(pa.array(texts, pa.large_string()), [(pin.match, ()) for pin in pins])
-        why = {}
+        reasons = {}
         for owner, number in zip(owners, found.tolist(), strict=True):
             if number >= 0:
                 pin = pins[number]
-                why[owner] = f"expected no pin, found {', '.join(pin.match)}" + (f" ({pin.why})" if pin.why else "")
-        return why
+                reasons[owner] = f"expected no pin, found {', '.join(pin.match)}" + (f" ({pin.why})" if pin.why else "")
+        return reasons
 
     def tier_unavailable_reason(self, tier: str, *, gets: bool = True) -> str:
         """Return why a local tier may not be the one used before, or "". See ensure_marker()."""
@@ -286,23 +291,18 @@ class MoveContext:
         """
         if self.stores.same_url(src, dst):
             return f"tiers {src} and {dst} have one URL"
-        pair = src, dst
-        if pair not in self._apart:
-            self._apart[pair] = self._probed(src, dst)
-        return self._apart[pair]
-
-    def _probed(self, src: str, dst: str) -> str:
-        key, source = f"{_PROBE_FOLDER}{secrets.token_hex(16)}", self.stores.store(src)
-        try:
-            source.put(key, b"a probe, gone at once\n")
-            is_one = self.head(dst, key) is not None
-        finally:
-            with suppress(StoreError):
-                source.delete([key])
-        if not is_one:
-            return ""
-        urls = f"{source.url} and {self.stores.store(dst).url}"
-        return f"expected two locations, found that {urls} (tiers {src}, {dst}) are one: a drop would delete both"
+        if (src, dst) not in self._separate:
+            key, source = f"{_PROBE_FOLDER}{secrets.token_hex(16)}", self.stores.store(src)
+            try:
+                source.put(key, b"a probe, gone at once\n")
+                is_one = self.head(dst, key) is not None
+            finally:
+                with suppress(StoreError):
+                    source.delete([key])
+            urls = f"{source.url} and {self.stores.store(dst).url}"
+            reason = f"expected two locations, found that {urls} (tiers {src}, {dst}) are one: a drop would delete both"
+            self._separate[src, dst] = reason if is_one else ""
+        return self._separate[src, dst]
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,12 +314,12 @@ class BatchLimits:
     n_bytes: int
 
 
-def in_batches(items: Sequence[T], row_of: Callable[[T], JournalRow], limits: BatchLimits) -> Iterator[list[T]]:
+def in_batches(items: Sequence[T], limits: BatchLimits) -> Iterator[list[T]]:
     """Yield items, each with a journal row, in batches that keep to the limits."""
     batch: list[T] = []
     n_objects = n_bytes = 0
     for item in items:
-        objects = row_of(item).objects
+        objects = item.row.objects
         n_objects, n_bytes = n_objects + len(objects), n_bytes + sum(one.n_bytes for one in objects)
         if batch and (len(batch) >= limits.n_moves or n_objects > limits.n_objects or n_bytes > limits.n_bytes):
             yield batch
@@ -329,15 +329,15 @@ def in_batches(items: Sequence[T], row_of: Callable[[T], JournalRow], limits: Ba
         yield batch
 
 
-def matches_entry(info: ObjectInfo, known: CatalogEntry) -> bool:
+def matches_entry(info: ObjectInfo, entry: CatalogEntry) -> bool:
     """Return whether an object is the one in the catalog, by size and ETag."""
-    return info.n_bytes == known.n_bytes and None not in (info.etag, known.etag) and info.etag == known.etag
+    return info.n_bytes == entry.n_bytes and None not in (info.etag, entry.etag) and info.etag == entry.etag
 
 
-def first_written_s(one: JournalObject, known: CatalogEntry | None) -> float | None:
+def first_written_s(one: PlannedObject, entry: CatalogEntry | None) -> float | None:
     """Return when an object was first written: its date, or an earlier one that the catalog has of this very object."""
-    is_it = known is not None and one.etag is not None and (known.n_bytes, known.etag) == (one.n_bytes, one.etag)
-    return earliest(one.modified_s, known.written_s if known is not None and is_it else None)
+    is_it = entry is not None and one.etag is not None and (entry.n_bytes, entry.etag) == (one.n_bytes, one.etag)
+    return earliest(one.modified_s, entry.written_s if entry is not None and is_it else None)
 
 
 def earliest(*dates_s: float | None) -> float | None:
@@ -346,14 +346,14 @@ def earliest(*dates_s: float | None) -> float | None:
 
 
 def entry_after_class_change(
-    one: JournalObject, known: CatalogEntry | None, changed: VerifiedCopy
+    one: PlannedObject, entry: CatalogEntry | None, changed: CatalogEntry
 ) -> CatalogEntry | None:
     """Return the new catalog entry of an object whose class was changed; None if nothing changes.
 
-    known: The entry before, see remember_dates(). An object without a checksum has an entry only for its date.
+    entry: The entry before, see remember_dates(). An object without a checksum has an entry only for its date.
     """
     crc = changed.crc32c if changed.crc32c is not None else one.crc32c
-    came_from, first_s = ("", one.modified_s) if known is None else (known.made_from, first_written_s(one, known))
+    came_from, first_s = ("", one.modified_s) if entry is None else (entry.made_from, first_written_s(one, entry))
     if crc is not None:
         return CatalogEntry(changed.n_bytes, changed.etag, crc, came_from, first_s)
     if changed.etag in (None, one.etag):
@@ -364,11 +364,3 @@ def entry_after_class_change(
 def is_readable(info: ObjectInfo) -> bool:
     """Return whether an object can be read permanently. A temporarily restored object cannot."""
     return state_of(info) == READABLE
-
-
-def as_journaled(one: PlannedObject, where: str = "") -> JournalObject:
-    """Convert a planned object for the journal.
-
-    where: Name of the tier, for moves that take objects from several tiers.
-    """
-    return JournalObject(one.key, one.n_bytes, one.etag, one.modified_s, one.crc32c, where)

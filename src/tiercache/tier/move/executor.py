@@ -18,36 +18,34 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from tiercache.catalog.tiers import CatalogEntry, JournalObject, JournalRow
+from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
-from tiercache.tier.model import ARCHIVED, RESTORING, PlannedObject
 from tiercache.tier.move.checks import (
     ApplyResult,
     BatchLimits,
-    Infos,
+    Heads,
     MoveContext,
     Progress,
     StoppedMove,
-    as_journaled,
     earliest,
     entry_after_class_change,
     first_written_s,
     in_batches,
     matches_entry,
 )
-from tiercache.tier.move.placement_updates import Heads, PlacementUpdates, RowChanges, ends_readability, found_infos
+from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
 from tiercache.tier.move.transfer import is_md5
-from tiercache.tier.stores import RESTORED_FIRST, deletion_block_reason, state_of
+from tiercache.tier.stores import RESTORED_FIRST, deletion_block_reason, needs_restore
 
 if TYPE_CHECKING:
     from tiercache.model import ObjectInfo
     from tiercache.tier.model import Move, Plan
-    from tiercache.tier.move.lock import TierLock
-    from tiercache.tier.move.transfer import VerifiedCopy
 
+
+T = TypeVar("T")
 
 # A copy of this size is recorded in the catalog at once, so that a killed process does not have to make it again.
 _AT_ONCE_BYTES = 8 << 20
@@ -57,33 +55,28 @@ _STORE_SKEW_S = 60.0
 
 @dataclass(slots=True)
 class MoveJob:
-    """A move in progress.
+    """A move in progress. The lock guards the fields that pool threads change.
 
     Attributes:
-        move: Move of the plan.
-        row: Journal row of the move.
         stop_reason: Reason why the move was stopped; "" while it was not.
         is_finished: Whether nothing is left to do.
         made: Verified copies that are not in the catalog yet, as (tier, key, entry).
         n_bytes: Bytes that were copied.
         is_new: Whether a copy in dst was not in the catalog before.
-        lock: Guards the fields that pool threads change.
     """
 
-    move: Move
     row: JournalRow
     stop_reason: str = ""
     is_finished: bool = False
-    there: Infos = field(default_factory=dict)
     made: list[tuple[str, str, CatalogEntry]] = field(default_factory=list)
     n_bytes: int = 0
     is_new: bool = False
     lock: Lock = field(default_factory=Lock)
 
-    def stop(self, why: str) -> None:
+    def stop(self, reason: str) -> None:
         """Stop the move. Only the first reason is kept."""
         with self.lock:
-            self.stop_reason = self.stop_reason or why
+            self.stop_reason = self.stop_reason or reason
 
     @property
     def is_active(self) -> bool:
@@ -104,20 +97,12 @@ class CopyMaker:
         """
         self._intend(jobs)
         crash_point("tier_move.intended")
-        self._all(self._ensure, [(job, one) for job in jobs for one in job.row.objects[:-1]])
+        self._for_each(self._ensure, [(job, one) for job in jobs for one in job.row.objects[:-1]])
         crash_point("tier_move.parts_copied")
-        self._all(self._ensure, [(job, job.row.objects[-1]) for job in jobs])
+        self._for_each(self._ensure, [(job, job.row.objects[-1]) for job in jobs])
         crash_point("tier_move.copied")
         self._record(jobs)
         crash_point("tier_move.recorded")
-
-    def reclass(self, jobs: Sequence[MoveJob]) -> None:
-        """Give the objects of each job the storage class of dst."""
-        for job in jobs:
-            self._context.remember_dates(job.row.dst, job.row.objects)
-        self._all(self._change_class, [(job, one) for job in jobs for one in job.row.objects])
-        crash_point("tier_move.reclassed")
-        self._record(jobs)
 
     def _intend(self, jobs: Sequence[MoveJob]) -> None:
         """Record the copies that are about to be made in archive classes, where they cannot be read afterwards.
@@ -127,23 +112,23 @@ class CopyMaker:
         would stay for good.
         """
         jobs = [job for job in jobs if self._context.stores.class_of(job.row.dst) in RESTORED_FIRST]
-        wanted = {
-            (job.row.dst, one.key): CatalogEntry(one.n_bytes, None, None, job.row.src_place)
-            for job in jobs
-            for one in job.row.objects
-        }
-        found = self._context.heads(list(wanted))
-        self._context.catalog.record([(*at, copy) for at, copy in wanted.items() if found[at] is None])
+        objects = [(job.row, one) for job in jobs for one in job.row.objects]
+        heads = self._context.heads((row.dst, one.key) for row, one in objects)
+        self._context.catalog.record(
+            (row.dst, one.key, CatalogEntry(one.n_bytes, None, None, row.src_place))
+            for row, one in objects
+            if heads.is_absent(row.dst, one.key)
+        )
 
     def _record(self, jobs: Sequence[MoveJob]) -> None:
         self._context.catalog.record([copy for job in jobs for copy in job.made])
         for job in jobs:
             job.made.clear()
 
-    def _all(
-        self, work: Callable[[MoveJob, JournalObject], None], objects: Sequence[tuple[MoveJob, JournalObject]]
+    def _for_each(
+        self, work: Callable[[MoveJob, PlannedObject], None], objects: Sequence[tuple[MoveJob, PlannedObject]]
     ) -> None:
-        def one_of(pair: tuple[MoveJob, JournalObject]) -> None:
+        def one_of(pair: tuple[MoveJob, PlannedObject]) -> None:
             job, one = pair
             if job.is_active:
                 try:
@@ -158,7 +143,7 @@ class CopyMaker:
 
     # -- one object -------------------------------------------------------------------------------------------------
 
-    def _ensure(self, job: MoveJob, one: JournalObject) -> None:
+    def _ensure(self, job: MoveJob, one: PlannedObject) -> None:
         context, src, dst = self._context, job.row.src, job.row.dst
         info = context.head(dst, one.key)
         if info is not None and self._is_there(job, one, info):
@@ -166,20 +151,19 @@ class CopyMaker:
         if not job.is_active:
             return
         self._begin_anew(job)
-        replaces = False if info is None else info.etag or True
-        source = src
+        replaces, source = (False if info is None else info.etag or True), src
         try:
             copied = context.transfer.copy(src, dst, one, on_bytes=self._on_bytes, replaces=replaces)
         except StoreError as error:
-            if not error.details.get("spoilt"):
+            if not error.details.get("corrupt"):
                 raise
             source, copied = self._copied_from_others(job, one, replaces, error)
         crash_point("tier_move.object")
         crc = copied.crc32c if copied.crc32c is not None else one.crc32c
         # A copy that was made from a third tier must not be replaced by one from src: a damaged object of src may
         # have a newer date.
-        copy = CatalogEntry(copied.n_bytes, copied.etag, crc, context.file.tier(source).url)
-        self._note(job, one, copy, copied.n_bytes, of_source=source == src)
+        copied = copied._replace(crc32c=crc, made_from=context.file.tier(source).url)
+        self._record_copy(job, one, copied, copied.n_bytes, of_source=source == src)
 
     def _begin_anew(self, job: MoveJob) -> None:
         """Record that the copy in dst is new, before it exists or is recorded as verified.
@@ -198,36 +182,35 @@ class CopyMaker:
                 self._context.catalog.write([job.row])
 
     def _copied_from_others(
-        self, job: MoveJob, one: JournalObject, replaces: bool | str, spoilt: StoreError
-    ) -> tuple[str, VerifiedCopy]:
+        self, job: MoveJob, one: PlannedObject, replaces: bool | str, failure: StoreError
+    ) -> tuple[str, CatalogEntry]:
         """Copy an object that has rotted in src from another tier with an equal object. Return that tier and the copy.
 
-        Raises `spoilt` if no tier has one. Without this, the group would stay incomplete in dst on every run until
+        Raises `failure` if no tier has one. Without this, the group would stay incomplete in dst on every run until
         somebody looked.
         """
         context, dst = self._context, job.row.dst
         for tier in context.file.tiers:
             if any(context.stores.same_url(tier.name, other) for other in (job.row.src, dst)):
                 continue
-            known = context.catalog.entries(tier.name, [one.key]).get(one.key)
-            if known is None or not known.verified or (known.n_bytes, known.crc32c) != (one.n_bytes, one.crc32c):
+            entry = context.catalog.entries(tier.name, [one.key]).get(one.key)
+            if entry is None or not entry.verified or (entry.n_bytes, entry.crc32c) != (one.n_bytes, one.crc32c):
                 continue
-            asked = PlannedObject(one.key, one.n_bytes, known.etag, None, one.crc32c)
+            equal = one._replace(etag=entry.etag, modified_s=None)
             with suppress(StoreError):  # the error to report is the one of src
-                return tier.name, context.transfer.copy(
-                    tier.name, dst, asked, on_bytes=self._on_bytes, replaces=replaces
-                )
-        raise spoilt
+                copied = context.transfer.copy(tier.name, dst, equal, on_bytes=self._on_bytes, replaces=replaces)
+                return tier.name, copied
+        raise failure
 
-    def _note(
-        self, job: MoveJob, one: JournalObject, copy: CatalogEntry, n_bytes: int, *, of_source: bool = True
+    def _record_copy(
+        self, job: MoveJob, one: PlannedObject, copy: CatalogEntry, n_bytes: int, *, of_source: bool = True
     ) -> None:
         """Record a verified copy in the catalog. If src was the source, record src too: both were read and are equal.
 
         The copy keeps the date of the object that it copies, also when the source is gone.
         """
-        books = self._context.catalog
-        source = books.entries(job.row.src, [one.key]).get(one.key)
+        catalog = self._context.catalog
+        source = catalog.entries(job.row.src, [one.key]).get(one.key)
         came_from = source.made_from if source is not None and source.etag == one.etag else ""
         first_s = first_written_s(one, source)
         copy = copy._replace(written_s=earliest(copy.written_s, first_s))
@@ -235,38 +218,38 @@ class CopyMaker:
         if of_source and one.etag is not None:
             pair.append((job.row.src, one.key, CatalogEntry(one.n_bytes, one.etag, copy.crc32c, came_from, first_s)))
         if copy.n_bytes >= _AT_ONCE_BYTES:
-            books.record(pair)
+            catalog.record(pair)
             pair = []
         with job.lock:
             job.n_bytes += n_bytes
             job.made.extend(pair)
 
-    def _is_there(self, job: MoveJob, one: JournalObject, info: ObjectInfo) -> bool:
+    def _is_there(self, job: MoveJob, one: PlannedObject, info: ObjectInfo) -> bool:
         """Return whether dst has an equal copy.
 
         Stop the job if dst has a different object that must not be overwritten.
         """
         context, dst = self._context, job.row.dst
-        known = context.catalog.entries(dst, [one.key]).get(one.key)
-        expected = self._source_sum(job, one)
-        is_cold = state_of(info) in (ARCHIVED, RESTORING)
+        entry = context.catalog.entries(dst, [one.key]).get(one.key)
+        expected = self._expected_checksum(job, one)
+        is_cold = needs_restore(info)
         if info.n_bytes == one.n_bytes and expected is not None:
-            found = context.checksum_of(dst, info, known)
+            found = context.checksum_of(dst, info, entry)
             # For an object that cannot be read, the checksum that the store reports is all there is.
             if expected == (info.crc32c if found is None else found):
-                same = known if known is not None and known.verified and matches_entry(info, known) else None
+                same = entry if entry is not None and entry.verified and matches_entry(info, entry) else None
                 came_from, first_s = ("", None) if same is None else (same.made_from, same.written_s)
                 copy = CatalogEntry(info.n_bytes, info.etag, expected, came_from, first_s)
                 return self._found(job, one, copy, is_new=same is None)
-        if known is not None and known.made_from == job.row.src_place:
-            is_size = known.n_bytes == info.n_bytes == one.n_bytes
-            if known.is_intended and is_size and is_cold:  # a readable object was compared above
+        if entry is not None and entry.made_from == job.row.src_place:
+            is_size = entry.n_bytes == info.n_bytes == one.n_bytes
+            if entry.is_intended and is_size and is_cold:  # a readable object was compared above
                 if _is_by_etag(info, one):
                     copy = CatalogEntry(info.n_bytes, info.etag, None, job.row.src_place)
                     return self._found(job, one, copy, is_new=True)
                 if self._may_make_again(job, one, info):
                     return False
-            if matches_entry(info, known) and len(job.row.objects) == 1:
+            if matches_entry(info, entry) and len(job.row.objects) == 1:
                 return False  # a copy of an earlier object of src: it may be replaced
         where = f"{context.stores.store(dst).url}/{one.key}"
         archived = ", which must be restored before it can be compared" if is_cold else ""
@@ -276,15 +259,15 @@ class CopyMaker:
         )
         return False
 
-    def _found(self, job: MoveJob, one: JournalObject, copy: CatalogEntry, *, is_new: bool) -> Literal[True]:
+    def _found(self, job: MoveJob, one: PlannedObject, copy: CatalogEntry, *, is_new: bool) -> Literal[True]:
         """Record that dst has a copy already."""
         if is_new:
             self._begin_anew(job)
-        self._note(job, one, copy, 0)
+        self._record_copy(job, one, copy, 0)
         self._on_bytes(one.n_bytes)
         return True
 
-    def _may_make_again(self, job: MoveJob, one: JournalObject, info: ObjectInfo) -> bool:
+    def _may_make_again(self, job: MoveJob, one: PlannedObject, info: ObjectInfo) -> bool:
         """Return whether src may replace an archived, never verified copy that a killed process has left.
 
         If the store reports a checksum of the copy, it differs from that of src: one of the two is wrong, and it may be
@@ -302,7 +285,7 @@ class CopyMaker:
         objects = job.row.objects
         return len(objects) == 1 or self._context.head(job.row.dst, objects[-1].key) is None
 
-    def _source_sum(self, job: MoveJob, one: JournalObject) -> int | None:
+    def _expected_checksum(self, job: MoveJob, one: PlannedObject) -> int | None:
         """Return the CRC-32C that a copy must have; None where nothing records it and src cannot be read."""
         if one.crc32c is not None:
             return one.crc32c
@@ -312,21 +295,8 @@ class CopyMaker:
             return None
         return context.checksum_of(src, info, context.catalog.entries(src, [one.key]).get(one.key))
 
-    def _change_class(self, job: MoveJob, one: JournalObject) -> None:
-        context, dst = self._context, job.row.dst
-        info = context.head(dst, one.key)
-        # Left by an earlier attempt that was killed: its change of class may have changed the ETag.
-        if info is not None and info.n_bytes == one.n_bytes and has_class(context, dst, info):
-            return
-        known = context.catalog.entries(dst, [one.key]).get(one.key)
-        changed = context.transfer.change_class(dst, one)
-        crash_point("tier_move.class_changed")
-        if (copy := entry_after_class_change(one, known, changed)) is not None:
-            with job.lock:
-                job.made.append((dst, one.key, copy))
 
-
-def _is_by_etag(info: ObjectInfo, one: JournalObject) -> bool:
+def _is_by_etag(info: ObjectInfo, one: PlannedObject) -> bool:
     """Return whether the ETag alone shows that a copy equals src, as for server-side copies without a checksum.
 
     Without this: 1. The object is copied, and the process is killed. 2. src rots, with its old ETag. 3. The copy in dst
@@ -336,78 +306,107 @@ def _is_by_etag(info: ObjectInfo, one: JournalObject) -> bool:
     return not has_sum and info.etag is not None and info.etag == one.etag and is_md5(info.etag)
 
 
-def has_class(context: MoveContext, tier: str, info: ObjectInfo) -> bool:
-    """Return whether an object already has the storage class of a tier."""
-    return (info.storage_class or "STANDARD") == context.stores.class_of(tier)
+def change_classes(
+    context: MoveContext,
+    moves: Sequence[tuple[T, str, Sequence[PlannedObject]]],
+    on_failure: Callable[[T, str], object],
+) -> None:
+    """Give the objects of moves the storage class of a tier, in parallel, and record them in the catalog.
+
+    moves: Each with the tier and its objects. on_failure: Receives a move and the reason; the others go on.
+    """
+
+    def change(work: tuple[T, str, PlannedObject]) -> list[tuple[str, str, CatalogEntry]]:
+        move, dst, one = work
+        try:
+            info = context.head(dst, one.key)
+            # Left by an earlier attempt that was killed: its change of class may have changed the ETag.
+            if info is not None and info.n_bytes == one.n_bytes and context.has_class(dst, info):
+                return []
+            entry = context.catalog.entries(dst, [one.key]).get(one.key)
+            changed = context.transfer.change_class(dst, one)
+            crash_point("tier_move.class_changed")
+        except CommitConflict:
+            raise
+        except TierCacheError as error:
+            on_failure(move, str(error))
+            return []
+        after = entry_after_class_change(one, entry, changed)
+        return [] if after is None else [(dst, one.key, after)]
+
+    for _, dst, objects in moves:
+        context.remember_dates(dst, objects)
+    made = context.pool.map(change, [(move, dst, one) for move, dst, objects in moves for one in objects])
+    context.catalog.record([entry for entries in made for entry in entries])
 
 
 # Moves that go through the steps together: all moves of a batch share one placement object.
 _BATCH_LIMITS = BatchLimits(1024, 4096, 64 << 30)
 
 
-class PlanExecutor:
-    """One call of Mover.apply(). Use it from one thread."""
+def apply_plan(
+    context: MoveContext, plan: Plan, *, on_progress: Callable[[Progress], object] | None = None
+) -> ApplyResult:
+    """Make the moves of a plan, exactly as planned. Moves that were made earlier stay as they are.
 
-    def __init__(
-        self,
-        context: MoveContext,
-        lock: TierLock,
-        plan: Plan,
-        clock: Callable[[], float],
-        on_progress: Callable[[Progress], object] | None,
-    ) -> None:
-        self._context, self._lock, self._plan, self._clock = context, lock, plan, clock
-        self._now_s = clock()
-        self._file, self._catalog = context.file, context.catalog
-        self._placing = PlacementUpdates(context)
-        self._copying = CopyMaker(context, self._moved_bytes)
-        self._home = context.file.home.url
+    A move is stopped where the objects are not as the plan saw them; the other moves go on. Deletions wait for
+    settle(). on_progress: Receives the progress; called from several threads.
+
+    Raises:
+        CommitConflict: The tier lock was lost to another process.
+        StoreError: The store of the home tier failed.
+        OSError: The catalog of this machine cannot be written.
+    """
+    return PlanExecutor(context, plan, on_progress).run()
+
+
+class PlanExecutor:
+    """One call of apply_plan(). Use it from one thread."""
+
+    def __init__(self, context: MoveContext, plan: Plan, on_progress: Callable[[Progress], object] | None) -> None:
+        self._context, self._plan, self._on_progress = context, plan, on_progress
+        self._file, self._catalog, self._now_s = context.file, context.catalog, context.clock()
+        self._placements = PlacementUpdates(context)
+        self._copies = CopyMaker(context, self._count_bytes)
         self._open: dict[str, list[JournalRow]] = defaultdict(list)
-        self._on_progress, self._guard = on_progress, Lock()
+        self._count_lock = Lock()
         self._n_done, self._done_bytes, self._copied_bytes = 0, 0, 0
         self._n_bytes = sum(move.n_bytes for move in plan.moves if move.action in ("copy", "move"))
         self._stopped: list[StoppedMove] = []
         self._missing: dict[str, str] = {}
 
     def run(self) -> ApplyResult:
-        """Apply the plan and return the result. Raises as Mover.apply()."""
+        """Apply the plan and return the result."""
         self._catalog.prune(self._now_s)
         before = self._catalog.of_plan(self._plan.id)
-        for old in self._catalog.open_moves(self._home):
+        for old in self._catalog.open_moves(self._file.home.url):
             self._open[old.path].append(old)
         jobs = []
         paths = Counter(move.path for move in self._plan.moves)
-        self._missing = self._missing_tiers()
+        receiving = {move.dst for move in self._plan.moves if move.action in ("copy", "move")}
+        self._missing = {
+            tier.name: self._context.tier_unavailable_reason(tier.name, gets=tier.name in receiving)
+            for tier in self._file.tiers
+        }
         for move in self._plan.moves:
             earlier = before.get(move.number)
             if earlier is not None and earlier.state in ("waiting", "dropping", "done"):
                 self._n_done += 1
-            elif why := self._unfit(move) or ("expected one move of it in the plan" if paths[move.path] > 1 else ""):
-                self._stopped.append(StoppedMove(move.number, why, move.path, self._plan.id))
+            elif reason := self._unfit(move) or ("expected one move of it in the plan" if paths[move.path] > 1 else ""):
+                self._stopped.append(StoppedMove(move.number, reason, move.path, self._plan.id))
             else:
-                jobs.append(MoveJob(move, self._row(move)))
-        for batch in in_batches(jobs, lambda job: job.row, _BATCH_LIMITS):
-            self._work(batch)
-        n_waiting = len(self._catalog.open_moves(self._home, "waiting", "dropping"))
+                jobs.append(MoveJob(self._row(move)))
+        for batch in in_batches(jobs, _BATCH_LIMITS):
+            self._run_batch(batch)
+        n_waiting = len(self._catalog.open_moves(self._file.home.url, "waiting", "dropping"))
         return ApplyResult(self._n_done, tuple(self._stopped), n_waiting, self._copied_bytes)
 
-    def _missing_tiers(self) -> dict[str, str]:
-        """Return for each tier the reason why it may not be the tier used before, "" if it is.
-
-        Tiers used first get a marker.
-        """
-        gets = {move.dst for move in self._plan.moves if move.action in ("copy", "move", "drop")}
-        return {
-            tier.name: self._context.tier_unavailable_reason(tier.name, gets=tier.name in gets)
-            for tier in self._file.tiers
-        }
-
-    def _moved_bytes(self, n_bytes: int) -> None:
-        with self._guard:
+    def _count_bytes(self, n_bytes: int) -> None:
+        with self._count_lock:
             self._done_bytes += n_bytes
-        self._tell()
+        self._report_progress()
 
-    def _tell(self) -> None:
+    def _report_progress(self) -> None:
         if self._on_progress is not None:
             done_moves = self._n_done + len(self._stopped)
             n_bytes = max(self._n_bytes, self._done_bytes)
@@ -443,7 +442,7 @@ class PlanExecutor:
         return self._missing.get(move.dst, "")
 
     def _row(self, move: Move) -> JournalRow:
-        objects = tuple(as_journaled(one, move.src) for one in move.objects)
+        objects = tuple(one._replace(where=move.src) for one in move.objects)
         return JournalRow(
             plan=self._plan.id,
             number=move.number,
@@ -454,7 +453,7 @@ class PlanExecutor:
             dst=move.dst or "",
             src_place=self._file.tier(move.src).url,
             dst_place="" if move.dst is None else self._file.tier(move.dst).url,
-            home=self._home,
+            home=self._file.home.url,
             rules=self._file.sha256,
             rule=move.rule,
             state="begun",
@@ -467,8 +466,8 @@ class PlanExecutor:
 
     # -- a batch, step by step --------------------------------------------------------------------------------------
 
-    def _work(self, jobs: Sequence[MoveJob]) -> None:
-        self._lock.check()
+    def _run_batch(self, jobs: Sequence[MoveJob]) -> None:
+        self._context.lock.check()
         self._look(jobs)
         self._check_pins(jobs)
         self._begin([job for job in jobs if job.is_active])
@@ -483,22 +482,23 @@ class PlanExecutor:
 
     def _look(self, jobs: Sequence[MoveJob]) -> None:
         """Compare the objects in src with the plan. For a delete: compare all tiers, and update the row."""
-        wanted = [(tier, one.key) for job in jobs for tier in self._tiers_of(job) for one in job.row.objects]
-        heads = self._context.heads(list(dict.fromkeys(wanted)))
+        names = [tier.name for tier in self._file.tiers]
+        heads = self._context.heads(
+            (tier, one.key)
+            for job in jobs
+            for tier in (names if job.row.action == "delete" else [job.row.src])
+            for one in job.row.objects
+        )
         for job in jobs:
+            look = self._look_everywhere if job.row.action == "delete" else self._look_at_source
             try:
-                if job.row.action == "delete":
-                    self._look_everywhere(job, heads)
-                else:
-                    self._look_at_source(job, heads)
+                look(job, heads)
             except TierCacheError as error:
                 job.stop(str(error))
 
-    def _tiers_of(self, job: MoveJob) -> list[str]:
-        return [tier.name for tier in self._file.tiers] if job.row.action == "delete" else [job.row.src]
-
     def _look_at_source(self, job: MoveJob, heads: Heads) -> None:
-        row, found = job.row, found_infos(heads, job.row.src, job.row)
+        context, row = self._context, job.row
+        found = heads.infos(row.src, row)
         if row.action in ("move", "drop") and not any(found.values()) and self._was_made(row):
             job.is_finished = True
             return
@@ -507,63 +507,55 @@ class PlanExecutor:
             if info is None:
                 job.stop(f"{row.src_place}/{one.key}: expected {one.n_bytes} bytes, found nothing")
                 return
-            has_class = row.action == "reclass" and info.storage_class == self._context.stores.class_of(row.dst)
-            if not (has_class and info.n_bytes == one.n_bytes) and (
-                why := self._context.change_reason(row.src, info, one)
-            ):
-                job.stop(why)
+            # An earlier attempt may have changed the class already, and the ETag with it.
+            is_made = row.action == "reclass" and context.has_class(row.dst, info) and info.n_bytes == one.n_bytes
+            if not is_made and (reason := context.change_reason(row.src, info, one)):
+                job.stop(reason)
                 return
-        if why := self._context.extra_object_reason(row.src, row.path, found):
-            job.stop(why)
+        job.stop(context.extra_object_reason(row.src, row.path, found))
 
     def _was_made(self, row: JournalRow) -> bool:
         """Return whether a move whose source is gone was made before: as far as can be told, dst is complete."""
-        books = self._catalog.entries(row.dst, [one.key for one in row.objects])
+        entries = self._catalog.entries(row.dst, [one.key for one in row.objects])
         for one in row.objects:
             info = self._context.head(row.dst, one.key)
             if info is None or info.n_bytes != one.n_bytes:
                 return False
-            found = self._context.checksum_of(row.dst, info, books.get(one.key)) if one.crc32c is not None else None
+            found = self._context.checksum_of(row.dst, info, entries.get(one.key)) if one.crc32c is not None else None
             if found is not None and found != one.crc32c:
                 return False
         return True
 
     def _look_everywhere(self, job: MoveJob, heads: Heads) -> None:
         row, stores = job.row, self._context.stores
-        objects: list[JournalObject] = []
+        objects: list[PlannedObject] = []
         for tier in self._file.tiers:
-            found = found_infos(heads, tier.name, row)
-            for one in job.move.objects:
+            found = heads.infos(tier.name, row)
+            for one in row.objects:
                 info = found[one.key]
                 if info is None or stores.tier_of(stores.sharing(tier.name), info) != tier.name:
                     continue
-                planned = as_journaled(one, tier.name)
-                if tier.name == row.src and (why := self._context.change_reason(tier.name, info, planned)):
-                    job.stop(why)
+                if tier.name == row.src:
+                    job.stop(self._context.change_reason(tier.name, info, one))
                 elif info.n_bytes != one.n_bytes:
                     at = f"{tier.url}/{one.key}"
                     job.stop(f"{at}: expected a copy of {one.n_bytes} bytes, found {info.n_bytes}")
-                objects.append(planned._replace(etag=info.etag, modified_s=info.modified_s))
-            if why := self._context.extra_object_reason(tier.name, row.path, found):
-                job.stop(why)
-        if not any(one.where == row.src for one in objects):
-            job.is_finished = not objects
-            job.stop(
-                "" if not objects else f"{row.src_place}/{row.path}: expected the copy that was planned, found none"
-            )
+                objects.append(one._replace(etag=info.etag, modified_s=info.modified_s, where=tier.name))
+            job.stop(self._context.extra_object_reason(tier.name, row.path, found))
+        if not objects:
+            job.is_finished = True
+        elif not any(one.where == row.src for one in objects):
+            job.stop(f"{row.src_place}/{row.path}: expected the copy that was planned, found none")
         job.row = replace(row, objects=tuple(objects) or row.objects)
 
     def _check_pins(self, jobs: Sequence[MoveJob]) -> None:
-        asked = [job for job in jobs if job.row.action != "copy"]
+        jobs = [job for job in jobs if job.row.action != "copy"]
         try:
-            pinned = self._context.pin_reasons([job.row for job in asked], self._now_s)
+            pinned = self._context.pin_reasons([job.row for job in jobs], self._now_s)
         except TierCacheError as error:
-            for job in asked:
-                job.stop(str(error))
-            return
-        for job in asked:
-            if why := pinned.get((job.row.plan, job.row.number)):
-                job.stop(why)
+            pinned = {(job.row.plan, job.row.number): str(error) for job in jobs}
+        for job in jobs:
+            job.stop(pinned.get((job.row.plan, job.row.number), ""))
 
     def _begin(self, jobs: Sequence[MoveJob]) -> None:
         """Write the jobs into the journal. Earlier moves of the same paths are cancelled in the same transaction.
@@ -576,7 +568,7 @@ class PlanExecutor:
         for job in jobs:
             gone += self._stopped_before(job)
             for old in self._open.pop(job.row.path, ()):
-                if _asks_the_same(old, job.row):
+                if _is_same_deletion(old, job.row):
                     job.row = replace(job.row, since_s=old.since_s, due_s=old.due_s, note=old.note)
                 note = f"plan {job.row.plan} moves it"
                 rows.append(replace(old, state="cancelled", note=note, changed_s=self._now_s))
@@ -592,54 +584,45 @@ class PlanExecutor:
         self._open[job.row.path] = [old for old in self._open[job.row.path] if old.state != "begun"]
         others = [old for old in begun if (old.plan, old.number) != (job.row.plan, job.row.number)]
         for old in others:
-            if _asks_the_same(old, job.row):
+            if _is_same_deletion(old, job.row):
                 job.row = replace(job.row, since_s=old.since_s, due_s=old.due_s)
         return [(old.plan, old.number) for old in others]
 
     def _make(self, jobs: Sequence[MoveJob]) -> None:
         """Make the copies, and the class changes that leave objects readable."""
-        self._copying.copy([job for job in jobs if job.row.action in ("copy", "move")])
-        reclassed = [j for j in jobs if j.row.action == "reclass" and not ends_readability(self._context, j.row)]
+        self._copies.copy([job for job in jobs if job.row.action in ("copy", "move")])
+        reclassed = [j for j in jobs if j.row.action == "reclass" and not self._context.ends_readability(j.row)]
         self._check_pins(reclassed)  # again, because the copies may have taken hours
         crash_point("tier_move.decided")
-        self._copying.reclass([job for job in reclassed if job.is_active])
+        active = [job for job in reclassed if job.is_active]
+        change_classes(self._context, [(job, job.row.dst, job.row.objects) for job in active], MoveJob.stop)
+        crash_point("tier_move.reclassed")
 
     def _place(self, jobs: Sequence[MoveJob]) -> None:
         """Confirm the copies in dst, and commit the placement."""
-        placed = [job for job in jobs if job.row.action != "delete"]
-        heads = self._context.heads(self._around([job.row for job in placed]))
-        changes: dict[str, RowChanges] = defaultdict(dict)
-        chains: dict[str, list[MoveJob]] = defaultdict(list)
-        for job in placed:
+        jobs = [job for job in jobs if job.row.action != "delete"]
+        heads = self._context.heads(
+            (tier, one.key)
+            for job in jobs
+            for tier in self._placements.tiers_to_query(job.row)
+            for one in job.row.objects
+        )
+        changes: list[tuple[MoveJob, str, RowChanges]] = []
+        for job in jobs:
+            row = job.row
             try:
-                there = found_infos(heads, job.row.dst, job.row)
-                is_copy = job.row.action != "reclass"
-                if is_copy and (why := self._context.unconfirmed_move_reason(job.row, there)):
-                    job.stop(why)
-                    continue
-                if job.row.action == "copy" and not self._placing.is_home(job.row.dst):
-                    continue  # readers keep reading the source
-                at_home = found_infos(heads, self._placing.home, job.row) if self._has_home_between(job.row) else {}
-                folder = self._placing.folder(job.row)
-                changes[folder].update(self._placing.wanted(job.row, there, at_home))
-                chains[folder].append(job)
+                copies = heads.infos(row.dst, row)
+                if row.action != "reclass" and (reason := self._context.unconfirmed_move_reason(row, copies)):
+                    job.stop(reason)
+                elif row.action != "copy" or self._placements.is_home(row.dst):
+                    # After a copy to another tier than home, readers keep reading the source.
+                    at_home = self._placements.copies_at_home(row, heads)
+                    changes.append((job, *self._placements.changes(row, copies, at_home)))
             except TierCacheError as error:
                 job.stop(str(error))
-        self._lock.check()
-        for folder, why in self._placing.commit(changes).items():
-            for job in chains[folder]:
-                job.stop(why)
-
-    def _around(self, rows: Sequence[JournalRow]) -> list[tuple[str, str]]:
-        """Return the (tier, key) pairs to query: those of dst, and those of home where home is neither src nor dst."""
-        wanted = []
-        for row in rows:
-            tiers = [row.dst, *([self._placing.home] if self._has_home_between(row) else [])]
-            wanted += [(tier, one.key) for tier in tiers for one in row.objects]
-        return list(dict.fromkeys(wanted))
-
-    def _has_home_between(self, row: JournalRow) -> bool:
-        return not self._placing.is_home(row.src) and not self._placing.is_home(row.dst)
+        self._context.lock.check()
+        for job, reason in self._placements.commit(changes):
+            job.stop(reason)
 
     def _end(self, jobs: Sequence[MoveJob]) -> None:
         """Journal the moves that wait, the moves that are done, and the moves that stopped, with reasons.
@@ -647,7 +630,7 @@ class PlanExecutor:
         The grace period begins now, when the placement is committed, not when apply() began: the copies may have taken
         days.
         """
-        grace_s, now_s, rows = self._file.tiering.grace_s, self._clock(), []
+        grace_s, now_s, rows = self._file.tiering.grace_s, self._context.clock(), []
         gone: list[tuple[str, int]] = []
         for job in jobs:
             if job.is_finished and not job.stop_reason:
@@ -658,7 +641,7 @@ class PlanExecutor:
                 gone += self._stopped_before(job)
                 rows.append(replace(job.row, note=job.stop_reason))
             elif job.row.action == "copy" or (
-                job.row.action == "reclass" and not ends_readability(self._context, job.row)
+                job.row.action == "reclass" and not self._context.ends_readability(job.row)
             ):
                 rows.append(replace(job.row, state="done"))
             else:
@@ -673,10 +656,10 @@ class PlanExecutor:
                 self._stopped.append(StoppedMove(job.row.number, job.stop_reason, job.row.path, job.row.plan))
             else:
                 self._n_done += 1
-        self._tell()
+        self._report_progress()
 
 
-def _asks_the_same(old: JournalRow, new: JournalRow) -> bool:
+def _is_same_deletion(old: JournalRow, new: JournalRow) -> bool:
     """Return whether two moves wait for the same deletion (or end of readability) of the same objects."""
     drops = ("move", "drop")
     same_action = old.action == new.action or (old.action in drops and new.action in drops)

@@ -72,14 +72,11 @@ BOOT_CLOCK = BootClock()
 
 @dataclass(frozen=True, slots=True)
 class LockRecord:
-    """Content of a lock object.
+    """Content of a lock object: a process, by host, boot, pid namespace, pid and start time, and what it does.
 
     Attributes:
         owner: Unique token of this lock.
-        host: Host name of the holder.
-        boot, namespace, pid, started: Identity of the holder's process.
         renewed_s: Last renewal, in seconds since the epoch, by the holder's clock.
-        n_renewals: Number of renewals.
         released: Whether the holder gave the lock back.
         dropping: (place, path) pairs of copies that are being deleted.
         doomed: (place, path, since_s) of copies that earlier holders, who may still run, may delete.
@@ -150,13 +147,9 @@ class TierLock:
         renew_s: float | None = RENEW_S,
         clock: Clock = BOOT_CLOCK,
     ) -> None:
-        """Store the arguments; the store is not asked yet.
+        """Store the arguments; the store of the home is not asked yet.
 
-        Args:
-            store: Store of the home.
-            lifetime_s: Time without a renewal after which a lock expires, in seconds.
-            renew_s: Time between two renewals, in seconds. None: only renew() renews the lock.
-            clock: Clock by which lifetimes are measured.
+        A lock expires after lifetime_s without a renewal. renew_s: None: only renew() renews it.
         """
         self._store, self._clock = store, clock
         self._log = NumberedLog(store, LOCK_FOLDER)
@@ -275,15 +268,12 @@ class TierLock:
 
         The record is written before the check, so that a process that takes over after the check reads it.
         """
-        self._write(dropping=tuple(dropping))
+        self.renew(dropping=tuple(dropping))
         crash_point("tier_lock.announced")
         self.check()
 
-    def renew(self) -> None:
+    def renew(self, **changes: Any) -> None:
         """Renew the lock. Raises CommitConflict if it is not held, StoreError if the write may have failed."""
-        self._write()
-
-    def _write(self, **changes: Any) -> None:
         with self._guard:
             if self._record is None:
                 raise CommitConflict("the tier lock is not held", url=self._store.url)
@@ -311,7 +301,7 @@ class TierLock:
         try:
             if mine is not None:
                 with suppress(StoreError, CommitConflict):
-                    self._write(released=True, dropping=())
+                    self.renew(released=True, dropping=())
         finally:
             if mine is not None:
                 _held_here.discard(mine.owner)

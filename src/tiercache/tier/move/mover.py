@@ -59,10 +59,10 @@ process that holds the lock.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -77,8 +77,8 @@ from tiercache.tier.findings import Loss, MetricGap, find_losses, metric_gaps
 from tiercache.tier.inventory.groups import Inventory, take_inventory
 from tiercache.tier.model import RESTORING, Decisions, Plan
 from tiercache.tier.move.checks import ApplyResult, MoveContext, Progress, StoppedMove
-from tiercache.tier.move.deletions import DeferredDeletions, DeletionGuard, deletion_guard_of, take_deletion_guard
-from tiercache.tier.move.executor import PlanExecutor
+from tiercache.tier.move.deletions import deletion_guard_of, settle
+from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.placement_updates import track_ruled
 from tiercache.tier.move.transfer import Transfer
@@ -91,117 +91,37 @@ if TYPE_CHECKING:
     from tiercache.tier.rules import RuleFile
 
 
-__all__ = ["ApplyResult", "Mover", "Progress", "StoppedMove"]
+@contextmanager
+def open_mover(
+    file: RuleFile,
+    stores: Stores,
+    catalog: TierCatalog,
+    *,
+    clock: Callable[[], float] | None = None,
+    lock: TierLock | None = None,
+) -> Iterator[MoveContext]:
+    """Yield the context for apply_plan() and settle(): it holds the lock of the home tier, and threads.
 
+    One mover works at a time, on all machines. The caller keeps the ownership of the arguments. clock: Returns seconds
+    since the epoch. lock: Lock that the caller already holds.
 
-class Mover:
-    """Applies plans of a rule file, and settles the deletions that wait for their grace period.
-
-    One mover runs at a time, on all machines: it holds the lock of the home tier. Use it from one thread at a time.
+    Raises:
+        CommitConflict: Another process moves data between these tiers.
+        StoreError: The store of the home tier failed.
     """
-
-    def __init__(
-        self,
-        file: RuleFile,
-        stores: Stores,
-        catalog: TierCatalog,
-        transfer: Transfer,
-        *,
-        clock: Callable[[], float] | None = None,
-        lock: TierLock | None = None,
-        take_guard: Callable[[float], DeletionGuard] | None = None,
-        cancel: Event | None = None,
-    ) -> None:
-        """Store the arguments; no store is asked yet. The caller keeps the ownership of all arguments.
-
-        Args:
-            file: Rule file, as it is now.
-            stores: Stores of the rule file's tiers.
-            catalog: Tier catalog of this machine.
-            transfer: Transfer that makes the copies.
-            clock: Function that returns seconds since the epoch. None: the system clock.
-            lock: Lock that the caller already holds. None: apply() and settle() take and release it.
-            take_guard: Function that returns the DeletionGuard at a time in seconds since the epoch, called before
-                anything is deleted. None: the tiers are listed and planned again.
-            cancel: Event that is set where apply() or settle() ends with an exception, so that running copies end soon:
-                the cancel event of the transfer.
-        """
-        self._file, self._stores, self._catalog, self._transfer = file, stores, catalog, transfer
-        self._clock, self._lock, self._cancel = clock, lock, cancel
-        self._take_guard = take_guard or (lambda now_s: take_deletion_guard(file, stores, catalog, now_s))
-        catalog.bind({tier.name: tier.url for tier in file.tiers})
-
-    def now_s(self) -> float:
-        """Return the seconds since the epoch, by the clock that the caller gave."""
-        return time.time() if self._clock is None else self._clock()
-
-    def apply(self, plan: Plan, *, on_progress: Callable[[Progress], object] | None = None) -> ApplyResult:
-        """Make the moves of a plan, exactly as planned. Moves that were made earlier stay as they are.
-
-        A move is stopped where the objects are not as the plan saw them; the other moves go on. Deletions wait for
-        settle().
-
-        Args:
-            plan: Plan to apply.
-            on_progress: Function that receives the progress; called from several threads.
-
-        Returns:
-            Counts of the moves that were made, and the moves that were stopped, with reasons.
-
-        Raises:
-            CommitConflict: Another process moves data between these tiers.
-            StoreError: The store of the home tier failed.
-            OSError: The catalog of this machine cannot be written.
-        """
-        with self._locked() as lock, self._context() as context:
-            return PlanExecutor(context, lock, plan, self.now_s, on_progress).run()
-
-    def settle(
-        self,
-        now_s: float | None = None,
-        *,
-        guard: tuple[DeletionGuard, float] | None = None,
-        on_progress: Callable[[Progress], object] | None = None,
-    ) -> ApplyResult:
-        """Make the deletions and the class changes whose grace period is over, and finish those that were interrupted.
-
-        Each of them is checked again: what is not in the required state stays, and is reported. Raises as apply().
-
-        Args:
-            now_s: Seconds since the epoch. None: now.
-            guard: Guard of a listing that was made already, and when it began, by SYSTEM_CLOCK. None: see Mover.
-            on_progress: Function that receives how many bytes of the copies were read back.
-        """
-        now_s = self.now_s() if now_s is None else now_s
-        with self._locked() as lock, self._context() as context:
-            deletions = DeferredDeletions(context, lock, self._take_guard, now_s, guard=guard, on_progress=on_progress)
-            return deletions.run()
-
-    def finish(self) -> ApplyResult:
-        """Finish the deletions that were begun and interrupted, and make no others. Raises as apply()."""
-        with self._locked() as lock, self._context() as context:
-            return DeferredDeletions(context, lock, self._take_guard, self.now_s(), only_begun=True).run()
-
-    @contextmanager
-    def _locked(self) -> Iterator[TierLock]:
-        if self._lock is not None:
-            yield self._lock
-            return
-        home = self._stores.store(self._file.home.name)
-        with TierLock(home) as lock:
-            yield lock
-
-    @contextmanager
-    def _context(self) -> Iterator[MoveContext]:
-        pool = ThreadPoolExecutor(self._file.tiering.jobs, thread_name_prefix="tiercache-mover")
+    catalog.bind({tier.name: tier.url for tier in file.tiers})
+    tiering, cancel = file.tiering, Event()
+    with ExitStack() as stack:
+        lock = lock or stack.enter_context(TierLock(stores.store(file.home.name)))
+        transfer = Transfer(stores, jobs=tiering.jobs, rate_bytes_s=tiering.rate_bytes_s, cancel=cancel)
+        stack.enter_context(transfer)
+        pool = ThreadPoolExecutor(tiering.jobs, thread_name_prefix="tiercache-mover")
+        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         try:
-            yield MoveContext(self._file, self._stores, self._catalog, self._transfer, pool)
+            yield MoveContext(file, stores, catalog, transfer, pool, lock, clock or time.time)
         except BaseException:
-            if self._cancel is not None:
-                self._cancel.set()
+            cancel.set()  # so that running copies end soon
             raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 # Exit codes that a scheduler sees: docs/reference/tiers.md.
@@ -311,91 +231,53 @@ def run_once(
         StoreError: A tier cannot be listed, or the store of the home tier failed.
         OSError: The catalog of this machine cannot be written.
     """
-    places = {tier.name: tier.url for tier in file.tiers}
+    started_s = time.monotonic()
     with ExitStack() as stack:
         stores = stack.enter_context(Stores(file)) if stores is None else stores
-        catalog = stack.enter_context(TierCatalog(catalog_path(file), places))
+        urls = {tier.name: tier.url for tier in file.tiers}
+        catalog = stack.enter_context(TierCatalog(catalog_path(file), urls))
         if dry_run:
-            return _Run(file, stores, catalog).rehearse()
-        with TierLock(stores.store(file.home.name)) as lock:
-            return _Run(file, stores, catalog).carry_out(lock, on_progress)
-
-
-class _Run:
-    """One run of a rule file."""
-
-    def __init__(self, file: RuleFile, stores: Stores, catalog: TierCatalog) -> None:
-        self._file, self._stores, self._catalog = file, stores, catalog
-        self._started_s, self._unseen = time.monotonic(), dict[str, str]()
-        self._losses: tuple[Loss, ...] = ()
-
-    def rehearse(self) -> RunReport:
-        inventory, _, plan = self._planned()
-        waiting = len(self._catalog.open_moves(self._file.home.url, "waiting", "dropping"))
-        return self._report(inventory, plan, settled=ApplyResult(waiting_drops=waiting), dry_run=True)
-
-    def carry_out(self, lock: TierLock, on_progress: Callable[[Progress], object] | None) -> RunReport:
-        tiering, cancel = self._file.tiering, Event()
-        with Transfer(self._stores, jobs=tiering.jobs, rate_bytes_s=tiering.rate_bytes_s, cancel=cancel) as transfer:
-            mover = Mover(self._file, self._stores, self._catalog, transfer, lock=lock, cancel=cancel)
+            report, _, _ = _plan(file, stores, catalog)
+            waiting = len(catalog.open_moves(file.home.url, "waiting", "dropping"))
+            report = replace(report, settled=ApplyResult(waiting_drops=waiting), dry_run=True)
+        else:
+            context = stack.enter_context(open_mover(file, stores, catalog))
             # First, because the plan would otherwise count half of a copy.
-            finished = mover.finish()
+            finished = settle(context, only_begun=True)
             crash_point("tier_run.finished")
             listed_s = SYSTEM_CLOCK.monotonic()
-            inventory, decisions, plan = self._planned()
+            report, inventory, decisions = _plan(file, stores, catalog)
             crash_point("tier_run.planned")
-            adopted = track_ruled(inventory, self._stores)
+            adopted = track_ruled(inventory, stores)
             crash_point("tier_run.adopted")
-            applied = mover.apply(plan, on_progress=on_progress)
+            applied = apply_plan(context, report.plan, on_progress=on_progress)
             crash_point("tier_run.applied")
             # The listing is before this run's own moves. Without a grace period they are due already: it is made anew.
-            guard = (deletion_guard_of(inventory.snapshot, decisions), listed_s) if tiering.grace_s > 0 else None
-            settled = mover.settle(guard=guard, on_progress=on_progress)
-        return self._report(inventory, plan, applied, _both(finished, settled), adopted)
-
-    def _planned(self) -> tuple[Inventory, Decisions, Plan]:
-        file, stores = self._file, self._stores
-        prices = [prices_if_known(tier) for tier in file.tiers]
-        now_s = time.time()
-        inventory = take_inventory(file, stores, self._catalog, now_s=now_s)
-        self._losses = find_losses(inventory, file, stores, self._catalog, now_s=now_s)
-        self._unseen = unavailable_tiers(file, stores, self._catalog)
-        capacity = [stores.capacity(tier.name) for tier in file.tiers]
-        decisions = decide(inventory.snapshot, file, prices, capacity_bytes=capacity, missing=self._unseen)
-        return inventory, decisions, make_plan(decisions, inventory, file, prices)
-
-    def _report(
-        self,
-        inventory: Inventory,
-        plan: Plan,
-        applied: ApplyResult | None = None,
-        settled: ApplyResult | None = None,
-        adopted: Sequence[str] = (),
-        *,
-        dry_run: bool = False,
-    ) -> RunReport:
-        snapshot = inventory.snapshot
-        return RunReport(
-            plan,
-            applied or ApplyResult(),
-            settled or ApplyResult(),
-            tuple(adopted),
-            self._unseen,
-            metric_gaps(snapshot, self._file, inventory.facts["in_files"])[0],
-            self._losses,
-            n_groups=snapshot.n_groups,
-            n_restoring=int(np.count_nonzero(snapshot.state == RESTORING)),
-            seconds=time.monotonic() - self._started_s,
-            dry_run=dry_run,
-        )
+            has_grace = file.tiering.grace_s > 0
+            guard = (deletion_guard_of(inventory.snapshot, decisions), listed_s) if has_grace else None
+            settled = settle(context, guard=guard, on_progress=on_progress)
+            report = replace(report, applied=applied, settled=finished.followed_by(settled), adopted=adopted)
+    return replace(report, seconds=time.monotonic() - started_s)
 
 
-def _both(first: ApplyResult, then: ApplyResult) -> ApplyResult:
-    """Return two settlements as one. What the first one kept was checked again by the second one."""
-    again = {(one.plan, one.number) for one in then.stopped}
-    stopped = tuple(one for one in first.stopped if (one.plan, one.number) not in again)
-    n_bytes, proof_bytes = first.n_bytes + then.n_bytes, first.proof_bytes + then.proof_bytes
-    return ApplyResult(first.done + then.done, stopped + then.stopped, then.waiting_drops, n_bytes, proof_bytes)
+def _plan(file: RuleFile, stores: Stores, catalog: TierCatalog) -> tuple[RunReport, Inventory, Decisions]:
+    """Return a report of the plan that is due now, with the inventory and the decisions behind it."""
+    prices = [prices_if_known(tier) for tier in file.tiers]
+    now_s = time.time()
+    inventory = take_inventory(file, stores, catalog, now_s=now_s)
+    unseen = unavailable_tiers(file, stores, catalog)
+    capacity = [stores.capacity(tier.name) for tier in file.tiers]
+    snapshot = inventory.snapshot
+    decisions = decide(snapshot, file, prices, capacity_bytes=capacity, missing=unseen)
+    report = RunReport(
+        make_plan(decisions, inventory, file, prices),
+        unseen=unseen,
+        gaps=metric_gaps(snapshot, file, inventory.facts["in_files"])[0],
+        losses=find_losses(inventory, file, stores, catalog, now_s=now_s),
+        n_groups=snapshot.n_groups,
+        n_restoring=int(np.count_nonzero(snapshot.state == RESTORING)),
+    )
+    return report, inventory, decisions
 
 
 def _holdings(plan: Plan, when: str) -> Mapping[str, Mapping[str, float]]:

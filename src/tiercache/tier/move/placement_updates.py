@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,21 +17,19 @@ from tiercache.tier.model import SHARD
 from tiercache.tier.move.checks import is_readable
 from tiercache.tier.placement import log
 from tiercache.tier.placement.log import Placement, PlacementRow, prefix_store
-from tiercache.tier.stores import RESTORED_FIRST
 from tiercache.tier.text_columns import first_match
 
 if TYPE_CHECKING:
     from tiercache.catalog.tiers import JournalRow
-    from tiercache.model import ObjectInfo
     from tiercache.store import Store
     from tiercache.tier.inventory.groups import Inventory
     from tiercache.tier.model import Plan
-    from tiercache.tier.move.checks import Infos, MoveContext
+    from tiercache.tier.move.checks import Heads, Infos, MoveContext
     from tiercache.tier.stores import Stores
 
 
+T = TypeVar("T")
 RowChanges: TypeAlias = "dict[str, PlacementRow | None]"
-Heads: TypeAlias = "Mapping[tuple[str, str], ObjectInfo | StoreError | None]"
 
 _VERSIONS = "_tiercache/versions/"
 
@@ -39,24 +37,20 @@ _VERSIONS = "_tiercache/versions/"
 class PlacementUpdates:
     """Updates the placements of one rule file's home tier.
 
-    Each placement log is known by its data set's folder; "" is home's. Thread-safe. A placement that was read is cached
-    until forget_placements().
+    Each placement log is known by its data set's folder; "" is home's. Keys in a log are relative to that folder.
+    Thread-safe. A placement that was read is cached until forget_placements().
     """
 
     def __init__(self, context: MoveContext) -> None:
-        self._context = context
-        self._file, self._stores = context.file, context.stores
+        self._context, self._stores = context, context.stores
         self.home = context.file.home.name
         self._folders: dict[str, str | None] = {}
-        self._read: dict[str, Placement | None] = {}
+        self._placements: dict[str, Placement | None] = {}
 
-    # -- which placement log ----------------------------------------------------------------------------------------
-
-    def folder(self, row: JournalRow) -> str:
+    def _folder(self, row: JournalRow) -> str:
         """Return the folder whose placement log covers the objects of a move.
 
-        Raises:
-            TierCacheError: .no_data_set: a shard that belongs to no data set at home; or home cannot be queried.
+        Raises TierCacheError: .no_data_set: a shard that belongs to no data set at home; or home cannot be queried.
         """
         if row.kind != "shard":
             return ""
@@ -70,162 +64,166 @@ class PlacementUpdates:
             raise TierCacheError(message, no_data_set=True)
         return found
 
-    def chain(self, folder: str) -> Store:
-        """Return the store whose placement log covers the objects below a folder."""
-        return prefix_store(self._stores.store(self.home), folder)
-
-    def url(self, tier: str, folder: str) -> str:
+    def _url(self, tier: str, folder: str) -> str:
         """Return the URL of a folder in a tier, as placement rows have it."""
-        root = self._file.tier(tier).url.rstrip("/")
+        root = self._context.file.tier(tier).url.rstrip("/")
         return f"{root}/{folder}" if folder else root or "/"
 
     def is_home(self, tier: str) -> bool:
         """Return whether a tier has the same location as home."""
         return self._stores.same_url(tier, self.home)
 
+    def tiers_to_query(self, row: JournalRow) -> list[str]:
+        """Return the tiers whose copies decide about the placement: dst, and home where it is neither src nor dst."""
+        return [row.dst] if self.is_home(row.src) or self.is_home(row.dst) else [row.dst, self.home]
+
+    def copies_at_home(self, row: JournalRow, heads: Heads) -> Infos:
+        """Return the metadata of a move's objects at home; nothing where home is src or dst."""
+        return heads.infos(self.home, row) if len(self.tiers_to_query(row)) > 1 else {}
+
     # -- writing placements -----------------------------------------------------------------------------------------
 
-    def wanted(self, row: JournalRow, there: Infos, at_home: Infos) -> RowChanges:
-        """Return the placement changes for a finished move, by key in its placement log: a row, or None for "at home".
+    def changes(self, row: JournalRow, copies: Infos, at_home: Infos) -> tuple[str, RowChanges]:
+        """Return the folder and the placement changes of a finished move: a row for each key, or None for "at home".
 
-        Args:
-            row: Journal row of the move.
-            there: Metadata of its objects in dst.
-            at_home: Metadata of its objects at home; empty where home is src or dst.
+        copies: Metadata of its objects in dst. at_home: As copies_at_home(). Raises as _folder().
         """
-        folder = self.folder(row)
-        start = f"{folder}/" if folder else ""
-        if row.action == "delete" or self._home_has(row, at_home):
-            return {one.key.removeprefix(start): None for one in row.objects}
-        ends = ends_readability(self._context, row)
-        if self.is_home(row.dst) and not ends:
-            return {one.key.removeprefix(start): None for one in row.objects}
-        books = self._context.catalog.entries(row.dst, [one.key for one in row.objects])
+        folder = self._folder(row)
+        ends = self._context.ends_readability(row)
+        if row.action == "delete" or _is_complete(row, at_home) or (self.is_home(row.dst) and not ends):
+            return folder, {_relative(folder, one.key): None for one in row.objects}
+        entries = self._context.catalog.entries(row.dst, [one.key for one in row.objects])
         changes: RowChanges = {}
         for one in row.objects:
-            key, info, known = one.key.removeprefix(start), there.get(one.key), books.get(one.key)
+            key, info, entry = _relative(folder, one.key), copies.get(one.key), entries.get(one.key)
             changes[key] = PlacementRow(
                 key,
-                self.url(row.dst, folder),
-                storage_class=self._file.tier(row.dst).storage_class,
+                self._url(row.dst, folder),
+                storage_class=self._context.file.tier(row.dst).storage_class,
                 state="archived" if ends or (info is not None and not is_readable(info)) else "here",
                 n_bytes=one.n_bytes,
-                crc32c=one.crc32c if known is None or known.crc32c is None else known.crc32c,
+                crc32c=one.crc32c if entry is None or entry.crc32c is None else entry.crc32c,
             )
-        return changes
+        return folder, changes
 
-    def _home_has(self, row: JournalRow, at_home: Infos) -> bool:
-        if not at_home:
-            return False
-        found = [at_home.get(one.key) for one in row.objects]
-        pairs = zip(found, row.objects, strict=True)
-        return all(info is not None and info.n_bytes == one.n_bytes for info, one in pairs)
-
-    def commit(self, changes: Mapping[str, RowChanges]) -> dict[str, str]:
-        """Commit the changes of each placement log, and return {folder: reason} of the logs for which that failed."""
-        failed: dict[str, str] = {}
-        for folder, some in changes.items():
+    def commit(self, changes: Iterable[tuple[T, str, RowChanges]]) -> list[tuple[T, str]]:
+        """Commit the changes of moves, each with its folder. Return the moves for which that failed, with reasons."""
+        merged: dict[str, RowChanges] = defaultdict(dict)
+        owners: dict[str, list[T]] = defaultdict(list)
+        for owner, folder, some in changes:
+            merged[folder].update(some)
+            owners[folder].append(owner)
+        failed: list[tuple[T, str]] = []
+        for folder, some in merged.items():
             try:
-                self._read[folder] = log.commit_placement(self.chain(folder), some)
+                self._placements[folder] = log.commit_placement(self._log(folder), some)
             except TierCacheError as error:
-                self._read.pop(folder, None)
-                failed[folder] = f"the placement could not be written: {error}"
+                self._placements.pop(folder, None)
+                failed += [(owner, f"the placement could not be written: {error}") for owner in owners[folder]]
         return failed
+
+    def _log(self, folder: str) -> Store:
+        return prefix_store(self._stores.store(self.home), folder)
+
+    # -- reading placements -----------------------------------------------------------------------------------------
 
     def forget_placements(self) -> None:
         """Drop the cached placements, so that they are read again."""
-        self._read.clear()
+        self._placements.clear()
 
-    # -- checking placements ----------------------------------------------------------------------------------------
-
-    def _said(self, folder: str, key: str) -> PlacementRow | None:
-        if folder not in self._read:
-            self._read[folder] = log.read_placement(self.chain(folder))
-        found = self._read[folder]
-        return None if found is None else found.find(key)
+    def _row(self, folder: str, key: str) -> PlacementRow | None:
+        """Return the placement row of an object; None if it is at home. key: Relative to home."""
+        if folder not in self._placements:
+            self._placements[folder] = log.read_placement(self._log(folder))
+        found = self._placements[folder]
+        return None if found is None else found.find(_relative(folder, key))
 
     def unredirected_reason(self, row: JournalRow, at_home: Infos) -> str:
         """Return why readers would still look where a move deletes; "" if all are redirected.
 
         Raises as log.read_placement().
         """
-        folder = self.folder(row)
-        start = f"{folder}/" if folder else ""
-        there = self.url(row.dst, folder)
+        folder = self._folder(row)
+        target = self._url(row.dst, folder)
         for one in row.objects:
-            said = self._said(folder, one.key.removeprefix(start))
-            if said is not None and equal_urls(said.url, there):
-                if row.action == "reclass" and said.state != "archived":
-                    return f"{row.path}: expected placement to say that it is archived, found {said.state!r}"
+            placed = self._row(folder, one.key)
+            if placed is not None and _equal_urls(placed.url, target):
+                if row.action == "reclass" and placed.state != "archived":
+                    return f"{row.path}: expected placement to say that it is archived, found {placed.state!r}"
                 continue
-            where = self.url(self.home, folder) if said is None else said.url
-            is_at_home = said is None and row.action != "reclass"
+            is_at_home = placed is None and row.action != "reclass"
             if is_at_home and self.is_home(row.dst):
                 continue
-            if is_at_home and not self.is_home(row.src) and self._home_has(row, at_home):
+            if is_at_home and not self.is_home(row.src) and _is_complete(row, at_home):
                 continue
-            if row.action == "reclass" and said is None and not self.is_home(row.dst) and self._home_has(row, at_home):
+            if placed is None and row.action == "reclass" and not self.is_home(row.dst) and _is_complete(row, at_home):
                 continue
-            return f"{row.path}: expected placement to lead to {there}, found {where}"
+            found = self._url(self.home, folder) if placed is None else placed.url
+            return f"{row.path}: expected placement to lead to {target}, found {found}"
         return ""
 
-    def take_back(self, rows: Iterable[JournalRow]) -> dict[tuple[str, int], str]:
+    # -- reverting placements ---------------------------------------------------------------------------------------
+
+    def revert(self, rows: Iterable[JournalRow]) -> dict[tuple[str, int], str]:
         """Revert the placement for moves that will not be finished, so that readers return to the source.
 
-        Returns:
-            {(plan, number): reason} of the moves for which that failed. A failure of one move does not affect the
-            others.
+        Return {(plan, number): reason} of the moves for which that failed, which does not affect the others.
         """
-        changes: dict[str, RowChanges] = defaultdict(dict)
-        chains: dict[str, list[JournalRow]] = defaultdict(list)
-        failed: dict[tuple[str, int], str] = {}
+        changes: list[tuple[JournalRow, str, RowChanges]] = []
+        failed: list[tuple[JournalRow, str]] = []
         for row in rows:
             try:
-                folder = self.folder(row)
-                changes[folder].update(self._way_back(row, folder))
-                chains[folder].append(row)
+                changes.append((row, *self._reverse_changes(row)))
             except TierCacheError as error:
                 if not error.details.get("no_data_set"):  # without a data set, no placement redirects anybody
-                    failed[row.plan, row.number] = str(error)
-        for folder, why in self.commit(changes).items():
-            failed.update({(row.plan, row.number): why for row in chains[folder]})
-        return failed
+                    failed.append((row, str(error)))
+        return {(row.plan, row.number): reason for row, reason in failed + self.commit(changes)}
 
-    def _way_back(self, row: JournalRow, folder: str) -> RowChanges:
-        """Return the changes that undo the redirect of a move, or its removal of rows. Raises as read_placement()."""
+    def _reverse_changes(self, row: JournalRow) -> tuple[str, RowChanges]:
+        """Return the folder, and the changes that undo the redirect of a move. Raises as log.read_placement()."""
+        folder = self._folder(row)
         if row.action == "delete":
-            return self._still_there(row, folder)
-        start, there = f"{folder}/" if folder else "", self.url(row.dst, folder)
-        keys = [one.key.removeprefix(start) for one in row.objects]
-        said = {key: self._said(folder, key) for key in keys}
-        led = [key for key, one in said.items() if one is not None and equal_urls(one.url, there)]
-        back = self._back(row, keys) if led else {}
-        return {key: back[key] for key in led if key in back}
-
-    def _still_there(self, row: JournalRow, folder: str) -> RowChanges:
-        """Return rows for the objects of a cancelled delete, if the placement has none of them and home has no copy."""
-        start, keys = f"{folder}/" if folder else "", {one.key for one in row.objects}
-        if any(self.is_home(one.where) or self._said(folder, one.key.removeprefix(start)) for one in row.objects):
-            return {}
-        for tier in reversed(self._file.tiers):
-            objects = tuple(one for one in row.objects if one.where == tier.name)
-            if {one.key for one in objects} == keys:
-                infos = self._context.infos(tier.name, keys)
-                if all(infos.values()):
-                    moved = replace(row, action="move", dst=tier.name, dst_place=tier.url, objects=objects)
-                    return self.wanted(moved, infos, {})
-        return {}
-
-    def _back(self, row: JournalRow, keys: Iterable[str]) -> RowChanges:
-        """Return rows that lead to a move's objects in src; nothing if they are not there unchanged."""
-        if self.is_home(row.src):
-            return dict.fromkeys(keys)
-        infos = self._context.infos(row.src, [one.key for one in row.objects])
+            return folder, self._rows_of_last_copies(row, folder)
+        target = self._url(row.dst, folder)
+        placed = [(one.key, self._row(folder, one.key)) for one in row.objects]
+        led = [_relative(folder, key) for key, found in placed if found is not None and _equal_urls(found.url, target)]
+        if not led or self.is_home(row.src):
+            return folder, dict.fromkeys(led)
+        infos = self._context.heads((row.src, one.key) for one in row.objects).infos(row.src, row)
         for one in row.objects:
             info = infos[one.key]
             if info is None or self._context.change_reason(row.src, info, one):
-                return {}
-        return self.wanted(replace(row, dst=row.src, dst_place=row.src_place), infos, {})
+                return folder, {}
+        back = self.changes(replace(row, dst=row.src, dst_place=row.src_place), infos, {})[1]
+        return folder, {key: back[key] for key in led}
+
+    def _rows_of_last_copies(self, row: JournalRow, folder: str) -> RowChanges:
+        """Return rows for the objects of a cancelled delete, if the placement has none of them and home has no copy."""
+        if any(self.is_home(one.where) or self._row(folder, one.key) for one in row.objects):
+            return {}
+        keys = {one.key for one in row.objects}
+        for tier in reversed(self._context.file.tiers):
+            objects = tuple(one for one in row.objects if one.where == tier.name)
+            if {one.key for one in objects} == keys:
+                infos = self._context.heads((tier.name, key) for key in keys).infos(tier.name, row)
+                if all(infos.values()):
+                    moved = replace(row, action="move", dst=tier.name, dst_place=tier.url, objects=objects)
+                    return self.changes(moved, infos, {})[1]
+        return {}
+
+
+def _relative(folder: str, key: str) -> str:
+    return key.removeprefix(f"{folder}/") if folder else key
+
+
+def _is_complete(row: JournalRow, copies: Infos) -> bool:
+    """Return whether these copies are all objects of a move, by their sizes."""
+    found = [(copies.get(one.key), one.n_bytes) for one in row.objects]
+    return bool(copies) and all(info is not None and info.n_bytes == n_bytes for info, n_bytes in found)
+
+
+def _equal_urls(first: str, second: str) -> bool:
+    return first.rstrip("/") == second.rstrip("/")
 
 
 def dataset_folder_above(home: Store, folder: str) -> str | None:
@@ -237,32 +235,6 @@ def dataset_folder_above(home: Store, folder: str) -> str | None:
         if not folder:
             return None
         folder = folder.rpartition("/")[0]
-
-
-def ends_readability(context: MoveContext, row: JournalRow) -> bool:
-    """Return whether a move gives objects, in place, a class from which they must be restored before a read."""
-    return row.action == "reclass" and context.stores.class_of(row.dst) in RESTORED_FIRST
-
-
-def equal_urls(first: str, second: str) -> bool:
-    """Return whether two folder URLs are equal, apart from a "/" at the end."""
-    return first.rstrip("/") == second.rstrip("/")
-
-
-def found_infos(heads: Heads, tier: str, row: JournalRow) -> dict[str, ObjectInfo | None]:
-    """Return the metadata of a move's objects in a tier, by key. Raises the StoreError recorded for an object."""
-    found: dict[str, ObjectInfo | None] = {}
-    for one in row.objects:
-        found[one.key] = found_in(heads, tier, one.key)
-    return found
-
-
-def found_in(heads: Heads, tier: str, key: str) -> ObjectInfo | None:
-    """Return the metadata of an object in a tier; None if it is absent. Raises the StoreError recorded for it."""
-    info = heads[tier, key]
-    if isinstance(info, StoreError):
-        raise info
-    return info
 
 
 def track_ruled(inventory: Inventory, stores: Stores) -> tuple[str, ...]:

@@ -1,64 +1,29 @@
-"""Transfer of objects between tiers: streamed or copied by the server, with a checksum that is compared afterwards."""
+"""Transfer of objects between tiers: streamed in parts or copied by the server, with a checksum compared afterwards."""
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from threading import Event, Lock
-from typing import TypeAlias
+from typing import NamedTuple
 
 from tiercache._native.checksum import combine, crc32c
-from tiercache.catalog.tiers import JournalObject
+from tiercache.catalog.tiers import CatalogEntry
 from tiercache.crash_points import crash_point
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store import CloudStore, LocalFolder
-from tiercache.store.archive import S3Archive
+from tiercache.store.archive import MOST_PARTS, S3Archive
 from tiercache.store.contract import Upload
-from tiercache.tier.model import ARCHIVED, RESTORING, PlannedObject
-from tiercache.tier.move.parts import (
-    MOST_PARTS,
-    PART_BYTES,
-    CopiedPart,
-    PartBufferPool,
-    PartReader,
-    RateLimit,
-    cancelled,
-    ranges_of,
-)
-from tiercache.tier.stores import Stores, state_of
-from tiercache.waiting import SYSTEM_CLOCK, Clock
-
-# An object as a plan or the journal expects it.
-ExpectedObject: TypeAlias = PlannedObject | JournalObject
-
-
-def check_absent(stores: Stores, tier: str, key: str) -> None:
-    """Raise ObjectChanged if the destination has an object."""
-    try:
-        info = stores.head(tier, key)
-    except NotFound:
-        return
-    # The object may be our own, if the answer of the store was lost: the next attempt compares it.
-    message = "the destination was created concurrently: it is not overwritten"
-    url = f"{stores.store(tier).url}/{key}"
-    raise ObjectChanged(message, url=url, expected="nothing", found=f"{info.n_bytes} bytes")
-
-
-def check_over(stores: Stores, tier: str, key: str, etag: str) -> None:
-    """Raise ObjectChanged if the destination does not have the object with this ETag."""
-    try:
-        found = stores.head(tier, key).etag
-    except NotFound:
-        found = None
-    if found != etag:
-        message = "the object to replace was changed concurrently: it is not overwritten"
-        raise ObjectChanged(message, url=f"{stores.store(tier).url}/{key}", expected=etag, found=found)
-
+from tiercache.tier.model import PART_BYTES, PlannedObject
+from tiercache.tier.stores import Stores, needs_restore
+from tiercache.waiting import SYSTEM_CLOCK, Clock, pause
 
 # Parts of one object that are read ahead of the part that is written, or in flight at once where the upload allows it.
 _AHEAD = 2
@@ -68,20 +33,51 @@ _SMALL_BYTES = 1 << 20
 _MD5 = re.compile(r'"?[0-9a-f]{32}"?')
 
 
-@dataclass(frozen=True, slots=True)
-class VerifiedCopy:
-    """A copy that was made and verified, as far as that is possible at once: see Transfer.needs_disk_check().
+class PartBufferPool:
+    """Free buffers of one part: new memory costs a page fault for every 4 KiB. Thread-safe.
 
-    Attributes:
-        n_bytes: Size, in bytes.
-        crc32c: CRC-32C of its bytes. None where the server copied and no such checksum was known: other checksums, or
-            the bytes themselves, were compared then.
-        etag: ETag of the copy.
+    A buffer consists of whole pages, which a local folder writes with direct I/O.
     """
 
+    def __init__(self) -> None:
+        self._free: SimpleQueue[memoryview] = SimpleQueue()
+
+    def take(self, n_bytes: int) -> memoryview:
+        """Return a buffer of n_bytes."""
+        if n_bytes == PART_BYTES:
+            with suppress(Empty):
+                return self._free.get_nowait()
+        # Private pages: the first touch of 128 MiB took 65 ms of CPU time, of shared pages 95 ms.
+        return memoryview(mmap.mmap(-1, max(n_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))[:n_bytes]
+
+    def give(self, buffer: memoryview | None) -> None:
+        """Return a buffer to the pool. Short ones are not kept."""
+        if buffer is not None and buffer.nbytes == PART_BYTES:
+            self._free.put(buffer)
+
+
+class _CopiedPart(NamedTuple):
+    """A part that was read. buffer: Its bytes, where they are still to be written."""
+
+    crc32c: int
     n_bytes: int
-    crc32c: int | None
-    etag: str | None
+    buffer: memoryview | None
+
+
+@dataclass(frozen=True, slots=True)
+class _CopyRequest:
+    """The arguments of Transfer.copy()."""
+
+    src: str
+    dst: str
+    one: PlannedObject
+    on_bytes: Callable[[int], object]
+    replaces: bool | str
+
+    @property
+    def replaced_etag(self) -> str | None:
+        """ETag of the only object that may be overwritten; None for any, or for none."""
+        return self.replaces if isinstance(self.replaces, str) else None
 
 
 def _nothing(_n_bytes: int) -> None:
@@ -105,22 +101,18 @@ class Transfer:
         cancel: Event | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        """Store the arguments; no thread is started yet.
+        """Start no thread yet.
 
-        Args:
-            stores: Stores of the rule file, which stay the caller's.
-            jobs: Number of objects that are copied at once.
-            rate_bytes_s: Limit of all copies together, in bytes per second. None: no limit.
-            cancel: Event that ends every copy soon when it is set, with a StoreError that has .cancelled.
-            clock: Clock by which the rate is measured.
+        jobs: Number of objects that are copied at once. rate_bytes_s: Limit of all copies together; None: no limit.
+        cancel: When set, every copy ends soon with a StoreError that has .cancelled. clock: Measures the rate.
         """
         if jobs < 1 or (rate_bytes_s is not None and rate_bytes_s < 1):
             raise ValueError(f"jobs and rate_bytes_s must be at least 1, got {jobs} and {rate_bytes_s}")
         self._stores, self._cancel = stores, cancel or Event()
-        self._pace = RateLimit(rate_bytes_s, clock, self._cancel)
+        self._rate_bytes_s, self._clock = rate_bytes_s, clock
+        self._lock, self._free_s = Lock(), clock.monotonic()  # until then, the rate is used up
         self._pool = ThreadPoolExecutor(max(jobs, _TOGETHER), thread_name_prefix="tiercache-transfer")
         self._buffers = PartBufferPool()
-        self._lock, self._n_reading = Lock(), 0
 
     def __enter__(self) -> Transfer:
         return self
@@ -131,23 +123,24 @@ class Transfer:
     def close(self) -> None:
         """Wait for running work, and end the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._buffers.clear()
+        self._buffers = PartBufferPool()
 
     def copy(
         self,
         src: str,
         dst: str,
-        one: ExpectedObject,
+        one: PlannedObject,
         *,
         on_bytes: Callable[[int], object] | None = None,
         replaces: bool | str = True,
-    ) -> VerifiedCopy:
+    ) -> CatalogEntry:
         """Copy an object to another tier, under the same key and with that tier's storage class, and verify the copy.
 
         The copy appears complete, and replaces what was there. If one server has both tiers, the server copies. If the
         store reports a checksum of what it received, the checksum is trusted if it equals ours. Otherwise the copy is
         read back, except for large files in local folders: these are complete and synced, and checksum_on_disk()
-        reads them later.
+        reads them later. The result has no checksum where the server copied and none was known: other checksums, or
+        the bytes themselves, were compared then.
 
         Args:
             src: Name of the source tier.
@@ -160,62 +153,64 @@ class Transfer:
                 checked directly before; with boto3 the request names the ETag too.
 
         Raises:
-            NotFound: The object is not in src.
-            ObjectChanged: The object is not the expected one, or changed during the copy; or the destination has an
-                object that must not be overwritten.
-            StoreError: .archived: the object must be restored first. .cancelled: the copy was cancelled. .wrong: the
-                data that arrived was not the data that was read, and the copy was removed. .spoilt: the source does not
-                have the expected checksum. Otherwise a store failed.
-            ValueError: Both tiers are one location: use change_class().
+            NotFound, ObjectChanged: The object is not in src, is not the expected one or changed during the copy; or
+                the destination has an object that must not be overwritten.
+            StoreError: .archived: the object must be restored first. .cancelled: the copy was cancelled. .wrong: other
+                data arrived than was read, and the copy was removed. .corrupt: the source does not have the expected
+                checksum. Otherwise a store failed.
         """
         if self._stores.same_url(src, dst):
             raise ValueError(f"{src} and {dst} have one URL: a move between them changes the class of {one.key}")
         self._check_cancelled(src, one.key)
-        said = on_bytes or _nothing
-        if (
-            self._stores.same_endpoint(src, dst)
-            and (made := self._by_server(src, dst, one, said, replaces=replaces)) is not None
-        ):
-            return made
-        if one.n_bytes <= _SMALL_BYTES:
-            return self._at_once(src, dst, one, said, replaces=replaces)
-        return self._streamed(src, dst, one, said, replaces=replaces)
+        request = _CopyRequest(src, dst, one, on_bytes or _nothing, replaces)
+        made = self._copy_by_server(request) if self._stores.same_endpoint(src, dst) else None
+        if made is None:
+            made = self._copy_small(request) if one.n_bytes <= _SMALL_BYTES else self._copy_in_parts(request)
+        return made
 
-    def check(self, name: str, one: ExpectedObject) -> ObjectInfo:
+    def check(self, name: str, one: PlannedObject) -> ObjectInfo:
         """Return the metadata of an object, if it is the planned one and can be read. Raises as copy()."""
         self._check_cancelled(name, one.key)
         info = self._stores.head(name, one.key)
         self._expect(name, one, info)
-        if not _is_readable(info):
+        if needs_restore(info):
             message = f"it is archived ({info.storage_class}) and must be restored first: tiercache restore {one.key}"
             raise StoreError(message, url=self._at(name, one.key), archived=True)
         return info
 
-    def _expect(self, name: str, one: ExpectedObject, info: ObjectInfo) -> None:
+    def _expect(self, name: str, one: PlannedObject, info: ObjectInfo) -> None:
         """Raise ObjectChanged if an object is not the planned one."""
-        pairs: list[tuple[str, object, object]] = [("size", one.n_bytes, info.n_bytes)]
-        if one.etag is not None and info.etag is not None:
-            pairs.append(("ETag", one.etag, info.etag))
-        elif one.modified_s is not None and info.modified_s is not None:
-            # A listing and a HEAD may give the date with different fractions of a second.
-            pairs.append(("date", int(one.modified_s), int(info.modified_s)))
-        for what, expected, found in pairs:
-            if expected != found:
-                message = f"its {what} is not what was planned"
-                raise ObjectChanged(message, url=self._at(name, one.key), expected=expected, found=found)
+        if (difference := find_difference(one, info)) is not None:
+            what, expected, found = difference
+            message = f"its {what} is not what was planned"
+            raise ObjectChanged(message, url=self._at(name, one.key), expected=expected, found=found)
+
+    def _check_destination(self, request: _CopyRequest) -> None:
+        """Raise ObjectChanged unless the destination has what may be overwritten: one object, or nothing."""
+        dst, key = request.dst, request.one.key
+        try:
+            found = self._stores.head(dst, key).etag
+        except NotFound:
+            if request.replaced_etag is None:
+                return
+            found = None
+        if found is None or found != request.replaced_etag:
+            # The object may be our own, if the answer of the store was lost: the next attempt compares it.
+            message = "the destination was changed concurrently: it is not overwritten"
+            expected = request.replaced_etag or "nothing"
+            raise ObjectChanged(message, url=self._at(dst, key), expected=expected, found=found)
 
     def _at(self, name: str, key: str) -> str:
         return f"{self._stores.store(name).url}/{key}"
 
-    def _by_server(
-        self, src: str, dst: str, one: ExpectedObject, on_bytes: Callable[[int], object], *, replaces: bool | str
-    ) -> VerifiedCopy | None:
+    def _copy_by_server(self, request: _CopyRequest) -> CatalogEntry | None:
         """Return the copy that the server made; None, after removing it, if checksums do not show that it is equal."""
-        info = self.check(src, one)
-        source, target = self._archive(src), self._archive(dst)
-        if isinstance(replaces, str):
-            check_over(self._stores, dst, one.key, replaces)
-        self._pace.take(info.n_bytes)
+        one, dst = request.one, request.dst
+        info = self.check(request.src, one)
+        source, target = self._archive(request.src), self._archive(dst)
+        if request.replaced_etag is not None:
+            self._check_destination(request)
+        self._wait_for_rate(info.n_bytes)
         before = source.checksums(one.key)
         try:
             made = target.copy_from(
@@ -225,16 +220,15 @@ class Transfer:
                 storage_class=self._stores.file.tier(dst).storage_class,
                 if_match=info.etag,
                 crc32c=one.crc32c,
-                if_absent=not replaces,
-                over=replaces if isinstance(replaces, str) else None,
+                replaces=request.replaces,
             )
         except ObjectChanged:
-            if not replaces:
-                check_absent(self._stores, dst, one.key)
+            if not request.replaces:
+                self._check_destination(request)
             raise
         if one.crc32c is not None and made.crc32c is None:
             # A copy that equals the source does not show that the source is the expected object: only its bytes do.
-            is_proven = _is_readable(made) and self.checksum_of(dst, made) == one.crc32c
+            is_proven = not needs_restore(made) and self.checksum_of(dst, made) == one.crc32c
         else:
             is_proven = _is_proven(before, target.checksums(one.key), one, made)
         if made.n_bytes != info.n_bytes or not is_proven:
@@ -242,17 +236,13 @@ class Transfer:
             # object.
             self._remove(dst, made)
             return None
-        on_bytes(info.n_bytes)
-        return VerifiedCopy(made.n_bytes, one.crc32c if made.crc32c is None else made.crc32c, made.etag)
+        request.on_bytes(info.n_bytes)
+        return CatalogEntry(made.n_bytes, made.etag, one.crc32c if made.crc32c is None else made.crc32c)
 
-    def _at_once(
-        self, src: str, dst: str, one: ExpectedObject, on_bytes: Callable[[int], object], *, replaces: bool | str
-    ) -> VerifiedCopy:
-        """Copy a small object.
-
-        One request reads it and its metadata, because requests dominate the cost of small objects.
-        """
-        self._pace.take(one.n_bytes)
+    def _copy_small(self, request: _CopyRequest) -> CatalogEntry:
+        """Copy an object of one part. One request reads it and its metadata: requests dominate the cost."""
+        src, one = request.src, request.one
+        self._wait_for_rate(one.n_bytes)
         try:
             data, info = self._stores.store(src).read_tail(one.key, max(one.n_bytes, 1))
         except NotFound:
@@ -261,145 +251,132 @@ class Transfer:
             self.check(src, one)  # raises a better error if it knows why the object cannot be read
             raise
         self._expect(src, one, info)
-        on_bytes(len(data))
-        with self._upload(dst, info, replaces) as (upload, _):
+        request.on_bytes(len(data))
+        with self._upload(request.dst, info, request) as upload:
             upload.put_part(0, data)
-            return self._completed(src, dst, one, (upload, crc32c(data)), replaces=replaces)
+            return self._complete(request, upload, crc32c(data))
 
-    def _streamed(
-        self, src: str, dst: str, one: ExpectedObject, on_bytes: Callable[[int], object], *, replaces: bool | str
-    ) -> VerifiedCopy:
-        info = self.check(src, one)
-        reading = PartReader(self._stores.store(src), info, self._cancel)
-        with self._upload(dst, info, replaces) as (upload, in_order):
-            crc = self._written(upload, self._parts(reading, None if in_order else upload, on_bytes))
-            return self._completed(src, dst, one, (upload, crc), replaces=replaces)
+    def _copy_in_parts(self, request: _CopyRequest) -> CatalogEntry:
+        info = self.check(request.src, request.one)
+        with self._upload(request.dst, info, request) as upload:
+            is_ordered = self._stores.archive(request.dst) is None
+            parts = self._parts(request.src, info, request.on_bytes, None if is_ordered else upload)
+            crc = 0
+            with closing(parts):  # no part is in flight afterwards
+                for number, part in enumerate(parts):
+                    crc = combine(crc, part.crc32c, part.n_bytes)
+                    if part.buffer is not None:
+                        upload.put_part(number, part.buffer)
+                        self._buffers.give(part.buffer)
+            return self._complete(request, upload, crc)
 
-    def _completed(
-        self, src: str, dst: str, one: ExpectedObject, written: tuple[Upload, int], *, replaces: bool | str
-    ) -> VerifiedCopy:
-        """Publish and verify the copy. written: The upload, and the CRC-32C of the bytes that it was given."""
-        upload, crc = written
+    def _complete(self, request: _CopyRequest, upload: Upload, crc: int) -> CatalogEntry:
+        """Publish and verify the copy. crc: CRC-32C of the bytes that the upload was given."""
+        dst, one = request.dst, request.one
         if one.crc32c is not None and crc != one.crc32c:
             # Before complete(), so that the object at the destination stays.
-            raise _wrong(self._at(src, one.key), one.crc32c, crc, "the source")
+            raise _wrong(self._at(request.src, one.key), one.crc32c, crc, "the source")
         self._check_cancelled(dst, one.key)
-        made = self._published(dst, one, upload, replaces=replaces)
+        if request.replaced_etag is not None:  # reading the source took minutes, in which somebody may have written
+            self._check_destination(request)
+        made = upload.complete(if_absent=not request.replaces)
+        if made is None:
+            self._check_destination(request)
+            raise ObjectChanged("the destination was changed concurrently: run again", url=self._at(dst, one.key))
         crash_point("tier_transfer.published")
         if getattr(upload, "is_confirmed", False) and made.etag is not None and made.n_bytes == one.n_bytes:
-            return VerifiedCopy(one.n_bytes, crc, made.etag)
-        return self._verified(dst, one.n_bytes, crc, made)
-
-    def _published(self, dst: str, one: ExpectedObject, upload: Upload, *, replaces: bool | str) -> ObjectInfo:
-        """Complete the upload, and return the object.
-
-        Reading the source took minutes, in which somebody may have written.
-        """
-        if isinstance(replaces, str):
-            check_over(self._stores, dst, one.key, replaces)
-        made = upload.complete(if_absent=not replaces)
-        if made is None:
-            check_absent(self._stores, dst, one.key)
-            raise ObjectChanged("the destination was changed concurrently: run again", url=self._at(dst, one.key))
-        return made
-
-    def _written(self, upload: Upload, parts: Generator[CopiedPart, None, None]) -> int:
-        """Write the parts that bring their bytes, and return the CRC-32C of all. No part is in flight afterwards."""
-        crc = 0
-        with closing(parts):
-            for number, part in enumerate(parts):
-                crc = combine(crc, part.crc32c, part.n_bytes)
-                if part.buffer is not None:
-                    upload.put_part(number, part.buffer.data[: part.n_bytes])
-                    self._buffers.give(part.buffer)
-        return crc
+            return CatalogEntry(one.n_bytes, made.etag, crc)
+        return self._verify(dst, one.n_bytes, crc, made)
 
     @contextmanager
-    def _upload(self, dst: str, info: ObjectInfo, replaces: bool | str) -> Iterator[tuple[Upload, bool]]:
-        """Yield an upload to a tier, and whether it needs its parts in order."""
+    def _upload(self, dst: str, info: ObjectInfo, request: _CopyRequest) -> Iterator[Upload]:
+        """Yield an upload to a tier."""
         archive, store = self._stores.archive(dst), self._stores.store(dst)
         if archive is not None:
-            over = replaces if isinstance(replaces, str) else None
             storage_class = self._stores.file.tier(dst).storage_class
-            with archive.create(info.key, storage_class=storage_class, if_match=over) as upload:
-                yield upload, False
+            with archive.create(info.key, storage_class=storage_class, if_match=request.replaced_etag) as upload:
+                yield upload
             return
         if isinstance(store, CloudStore) and info.n_bytes > MOST_PARTS * PART_BYTES:
             message = f"{info.n_bytes} bytes are more than this client writes in parts of 8 MiB"
             hint = ": pip install 'tiercache[archive]'" if store.cloud == "s3" else ""
             raise StoreError(message + hint, url=f"{store.url}/{info.key}")
         with store.create(info.key) as upload:
-            yield upload, True
+            yield upload
 
     def _parts(
-        self, reading: PartReader, upload: Upload | None, on_bytes: Callable[[int], object]
-    ) -> Generator[CopiedPart, None, None]:
-        """Yield the object's parts in order, read ahead.
+        self, name: str, info: ObjectInfo, on_bytes: Callable[[int], object], upload: Upload | None = None
+    ) -> Generator[_CopiedPart, None, None]:
+        """Yield the parts of an object, in order and read ahead: of 8 MiB, or longer where S3 allows no more parts.
 
-        If upload is given, the threads that read the parts also write them.
+        If upload is given, the threads that read the parts also write them, and no part has a buffer.
         """
-        ranges = ranges_of(reading.info.n_bytes)
-        if len(ranges) == 1:
-            yield self._part(reading, ranges[0], upload, on_bytes)
+        n_bytes = info.n_bytes
+        step = max(PART_BYTES, -(-n_bytes // MOST_PARTS))
+        starts = range(0, n_bytes, step) or range(1)
+
+        def part(number: int) -> _CopiedPart:
+            span = ByteRange(starts[number], min(starts[number] + step, n_bytes))
+            self._wait_for_rate(span.n_bytes)
+            buffer = self._buffers.take(span.n_bytes)
+            self._read(name, info, span, buffer)
+            crc = crc32c(buffer)
+            if upload is not None:
+                upload.put_part(number, buffer)
+                self._buffers.give(buffer)
+            on_bytes(span.n_bytes)
+            return _CopiedPart(crc, span.n_bytes, buffer if upload is None else None)
+
+        if len(starts) == 1:
+            yield part(0)
             return
-        running: deque[Future[CopiedPart]] = deque()
-        is_file = upload is None and isinstance(reading.store, LocalFolder)
-        self._count(1)
+        running: deque[Future[_CopiedPart]] = deque()
         try:
-            for wanted in ranges:
-                # Other files that are copied at the same time keep the disks busy; a handover between threads would
-                # only cost.
-                if is_file and not running and self._n_reading > 1:
-                    yield self._part(reading, wanted, upload, on_bytes)
-                    continue
-                running.append(self._pool.submit(self._part, reading, wanted, upload, on_bytes))
+            for number in range(len(starts)):
+                running.append(self._pool.submit(part, number))
                 if len(running) > (_AHEAD if upload is None else _TOGETHER):
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
-        finally:
-            self._count(-1)
-            self._give_up(running)
+        finally:  # the parts in flight use the upload
+            for future in running:
+                future.cancel()
+            for future in running:
+                if not future.cancelled() and future.exception() is None:
+                    self._buffers.give(future.result().buffer)
 
-    def _count(self, n: int) -> None:
+    def _read(self, name: str, info: ObjectInfo, span: ByteRange, buffer: memoryview) -> None:
+        self._check_cancelled(name, info.key)
+        if span.n_bytes:
+            store = self._stores.store(name)
+            try:
+                store.read_into(info.key, [(span, buffer)], if_match=info.etag, cancel=self._cancel)
+            except StoreError as error:
+                if self._cancel.is_set():
+                    raise _cancelled(error.url) from error
+                raise
+
+    def _wait_for_rate(self, n_bytes: int) -> None:
+        """Wait until n_bytes may be read, in the order of the calls, or until cancelled."""
+        if self._rate_bytes_s is None:
+            return
         with self._lock:
-            self._n_reading += n
+            now_s = self._clock.monotonic()
+            start_s = max(self._free_s, now_s)
+            self._free_s = start_s + n_bytes / self._rate_bytes_s
+        if start_s > now_s:
+            pause(start_s - now_s, self._clock, self._cancel)
 
-    def _give_up(self, running: deque[Future[CopiedPart]]) -> None:
-        """Wait for the parts in flight, which use the upload, and take their buffers back."""
-        for future in running:
-            future.cancel()
-        for future in running:
-            if not future.cancelled() and future.exception() is None and (buffer := future.result().buffer) is not None:
-                self._buffers.give(buffer)
-
-    def _part(
-        self,
-        reading: PartReader,
-        wanted: tuple[int, ByteRange],
-        upload: Upload | None,
-        on_bytes: Callable[[int], object],
-    ) -> CopiedPart:
-        number, span = wanted
-        self._pace.take(span.n_bytes)
-        buffer = self._buffers.take(span.n_bytes)
-        kept = False
-        try:
-            data = buffer.data[: span.n_bytes]
-            reading.read(span, data)
-            crc = crc32c(data)
-            if upload is not None:
-                upload.put_part(number, data)
-            kept = upload is None
-        finally:
-            if not kept:
-                self._buffers.give(buffer)
-        on_bytes(span.n_bytes)
-        return CopiedPart(crc, span.n_bytes, buffer if kept else None)
-
-    def _verified(self, dst: str, n_bytes: int, crc: int, made: ObjectInfo) -> VerifiedCopy:
+    def _verify(self, dst: str, n_bytes: int, crc: int, made: ObjectInfo) -> CatalogEntry:
         """Return the copy, if it is there and equals what was read; otherwise remove it and raise."""
-        info, found = self._looked_at(dst, made, n_bytes, crc)
+        store, info, found = self._stores.store(dst), made, None
+        if n_bytes <= _SMALL_BYTES and self._stores.archive(dst) is None:
+            data, info = store.read_tail(made.key, n_bytes + 1)
+            found = crc32c(data)
+        elif isinstance(store, LocalFolder):
+            found = crc  # the folder has just checked the file
+        else:
+            info = self._stores.head(dst, made.key)
         where = self._at(dst, made.key)
         if made.etag is not None and info.etag != made.etag:
             message = "somebody else has written it since it was copied"
@@ -408,8 +385,8 @@ class Transfer:
             self._remove(dst, info)
             raise _wrong(where, f"{n_bytes} bytes", f"{info.n_bytes} bytes", "the copy")
         if crc in (info.crc32c, found):
-            return VerifiedCopy(n_bytes, crc, info.etag)
-        if not _is_readable(info):
+            return CatalogEntry(n_bytes, info.etag, crc)
+        if needs_restore(info):
             self._remove(dst, info)
             message = "the store names no checksum of the copy, and archived it cannot be read back: it was removed"
             raise StoreError(message, url=where, wrong=True)
@@ -420,16 +397,7 @@ class Transfer:
         if found != crc:
             self._remove(dst, info)
             raise _wrong(where, crc, found, "the copy")
-        return VerifiedCopy(n_bytes, crc, info.etag)
-
-    def _looked_at(self, name: str, made: ObjectInfo, n_bytes: int, crc: int) -> tuple[ObjectInfo, int | None]:
-        """Return the metadata of a copy, and its CRC-32C if known. crc: CRC-32C of the bytes that were written."""
-        store = self._stores.store(name)
-        if n_bytes <= _SMALL_BYTES and self._stores.archive(name) is None:
-            data, info = store.read_tail(made.key, n_bytes + 1)
-            return info, crc32c(data)
-        # A local folder has just checked the file.
-        return (made, crc) if self.needs_disk_check(name) else (self._stores.head(name, made.key), None)
+        return CatalogEntry(n_bytes, info.etag, crc)
 
     def needs_disk_check(self, name: str) -> bool:
         """Return whether copies in a tier must be read from disk before their sources are deleted: files.
@@ -447,20 +415,16 @@ class Transfer:
     def checksum_of(self, name: str, info: ObjectInfo, on_bytes: Callable[[int], object] = _nothing) -> int:
         """Read all bytes of an object, and return their CRC-32C. on_bytes, errors: As copy()."""
         crc = 0
-        with closing(self._parts(PartReader(self._stores.store(name), info, self._cancel), None, on_bytes)) as parts:
+        with closing(self._parts(name, info, on_bytes)) as parts:
             for part in parts:
                 crc = combine(crc, part.crc32c, part.n_bytes)
                 self._buffers.give(part.buffer)
         return crc
 
-    def change_class(self, dst: str, one: ExpectedObject) -> VerifiedCopy:
-        """Give an object, in place, the storage class of a tier with the same URL.
+    def change_class(self, dst: str, one: PlannedObject) -> CatalogEntry:
+        """Give an object, in place, the storage class of a tier with the same URL. Raises as copy().
 
-        No data is read unless checksums leave doubt.
-
-        Raises:
-            NotFound, ObjectChanged, StoreError: As copy(). .wrong: the object is not the expected one afterwards.
-            ValueError: The store of the tier has no storage classes.
+        No data is read unless checksums leave doubt. .wrong: The object is not the expected one afterwards.
         """
         archive = self._archive(dst)
         info = self.check(dst, one)
@@ -472,22 +436,18 @@ class Transfer:
             found = f"{made.n_bytes} bytes, {made.storage_class}"
             raise _wrong(where, f"{info.n_bytes} bytes, {wanted}", found, "the object")
         if _is_proven(before, archive.checksums(one.key), one, made):
-            return VerifiedCopy(made.n_bytes, one.crc32c if made.crc32c is None else made.crc32c, made.etag)
+            return CatalogEntry(made.n_bytes, made.etag, one.crc32c if made.crc32c is None else made.crc32c)
         # The checksums are not conclusive: a readable object is read; of an archived one only size and class are known.
-        crc = self.checksum_of(dst, made) if _is_readable(made) else None
+        crc = None if needs_restore(made) else self.checksum_of(dst, made)
         if None not in (crc, one.crc32c) and crc != one.crc32c:
             raise _wrong(where, one.crc32c, crc, "the object")
-        return VerifiedCopy(made.n_bytes, crc, made.etag)
+        return CatalogEntry(made.n_bytes, made.etag, crc)
 
-    def delete_objects(self, name: str, objects: Sequence[ExpectedObject]) -> None:
+    def delete_objects(self, name: str, objects: Sequence[PlannedObject]) -> None:
         """Delete objects of a tier, 1,000 per request where the store can. A missing object is not an error.
 
         The order is not defined. Only S3 and local folders check that an object still has its ETag; a local folder
-        checks directly before it unlinks each file. The caller ensures all other conditions, and the order where one
-        matters.
-
-        Raises:
-            StoreError: Some objects could not be deleted; .failed names them.
+        checks directly before it unlinks each file. Raises StoreError; .failed names the objects that were not deleted.
         """
         archive, store = self._stores.archive(name), self._stores.store(name)
         if archive is None:
@@ -521,11 +481,18 @@ class Transfer:
 
     def _check_cancelled(self, name: str, key: str) -> None:
         if self._cancel.is_set():
-            raise cancelled(self._at(name, key))
+            raise _cancelled(self._at(name, key))
 
 
-def _is_readable(info: ObjectInfo) -> bool:
-    return state_of(info) not in (ARCHIVED, RESTORING)
+def find_difference(one: PlannedObject, info: ObjectInfo) -> tuple[str, object, object] | None:
+    """Return what differs between a planned object and the store's, with both values: size, ETag, or else date."""
+    pairs: list[tuple[str, object, object]] = [("size", one.n_bytes, info.n_bytes)]
+    if one.etag is not None and info.etag is not None:
+        pairs.append(("ETag", one.etag, info.etag))
+    elif one.modified_s is not None and info.modified_s is not None:
+        # A listing and a HEAD may give the date with different fractions of a second.
+        pairs.append(("date", int(one.modified_s), int(info.modified_s)))
+    return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
 def is_md5(etag: str) -> bool:
@@ -533,7 +500,7 @@ def is_md5(etag: str) -> bool:
     return _MD5.fullmatch(etag) is not None
 
 
-def _is_proven(before: Mapping[str, str], after: Mapping[str, str], one: ExpectedObject, made: ObjectInfo) -> bool:
+def _is_proven(before: Mapping[str, str], after: Mapping[str, str], one: PlannedObject, made: ObjectInfo) -> bool:
     """Return whether the store's checksums prove that a server-side copy is equal: all common ones must be equal."""
     if None not in (one.crc32c, made.crc32c):
         return one.crc32c == made.crc32c
@@ -547,8 +514,12 @@ def _wrong(where: str, expected: object, found: object, what: str) -> StoreError
     message = f"{what} is not what it should be: expected {_shown(expected)}, found {_shown(found)}"
     if what == "the copy":
         message += "; it was removed"
-    return StoreError(message, url=where, wrong=True, spoilt=what == "the source", expected=expected, found=found)
+    return StoreError(message, url=where, wrong=True, corrupt=what == "the source", expected=expected, found=found)
 
 
 def _shown(value: object) -> str:
     return f"CRC-32C {value:08x}" if isinstance(value, int) else str(value)
+
+
+def _cancelled(where: str) -> StoreError:
+    return StoreError("cancelled", url=where, retryable=True, cancelled=True)

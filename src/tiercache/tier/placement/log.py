@@ -47,35 +47,14 @@ if TYPE_CHECKING:
     from tiercache.model import ObjectInfo
 
 
-def prefix_store(store: Store, folder: str) -> Store:
-    """Return the store of a folder; the store itself for ""."""
-    return PrefixStore(store, folder) if folder else store
-
-
-class PrefixStore(WrapperStore):
-    """Store of the keys below a folder of another store. It uses that store's connections, and never closes them."""
-
-    def __init__(self, store: Store, folder: str) -> None:
-        super().__init__(store)
-        self._prefix = f"{check_key(folder.strip('/'))}/"
-        self.url = f"{store.url.rstrip('/')}/{self._prefix.rstrip('/')}"
-
-    def key_inside(self, key: str) -> str:
-        """Return the key below the folder."""
-        return self._prefix + check_key(key)
-
-    def info_outside(self, info: ObjectInfo) -> ObjectInfo:
-        """Return the description with the key relative to the folder."""
-        return replace(info, key=info.key.removeprefix(self._prefix))
-
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """See Store.list."""
-        return map(self.info_outside, self.inner.list(self._prefix + prefix))
-
-    def close(self) -> None:
-        """Leave the connections open: they belong to the other store."""
-
-
+TRACKING_MARKER_KEY = "_tiercache/tiers.json"
+PLACEMENT_FOLDER = "_tiercache/placement/"
+# Readers that opened an older placement may still probe from it.
+N_KEPT = 10
+# A lost race means that another writer succeeded: a hundred losses in a row is overload, not bad luck.
+MAX_REBASES = 100
+_MARK_BYTES = 64 << 10  # our markers have 100 bytes: of a longer file only the end is read, which does not parse
+_NEVER_S = 1e12  # later than any clock
 FORMAT_VERSION = 1
 # A million moved shards with URLs of 50 characters take 207 bytes each: 197 MiB, and 1.1 GiB of memory while they are
 # read. The limit is 2.5 times that: more than real data sets need, less than what exhausts a machine.
@@ -83,7 +62,17 @@ MOST_BYTES = 512 << 20
 MOST_ROWS = 1 << 22  # a row may take no bytes in a crafted file, and costs about 100 bytes in memory
 _META = b"tiercache"
 _MAGIC = b"ARROW1"
-_WRONG = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError, struct.error)
+_WRONG = (
+    pa.ArrowException,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RecursionError,
+    OverflowError,
+    StopIteration,
+    struct.error,
+)
 _HEADER, _COMPRESSION = 2, 3  # field numbers in Arrow's flatbuffer tables Message and RecordBatch
 
 State: TypeAlias = Literal["here", "archived"]
@@ -203,36 +192,24 @@ def encode_placement(placement: Placement) -> bytes:
 def decode_placement(data: bytes, number: int, *, url: str) -> Placement:
     """Return the placement in a file that was read from placement_key(number). url: URL of the file, for errors.
 
-    Raises:
-        CorruptShard: The file is not what was written, or exceeds the limits.
-        UnsupportedFormat: A newer release wrote it.
+    Raises CorruptShard if the file is not what was written or exceeds the limits, UnsupportedFormat if it is newer.
     """
     try:
-        messages, schema = _begun(data)
+        if data[:8] != _MAGIC + b"\0\0" or data[-6:] != _MAGIC:
+            raise ValueError("no whole Arrow file")
+        messages = iter(pa.ipc.MessageReader.open_stream(pa.py_buffer(data).slice(8)))
+        schema = pa.ipc.read_schema(next(messages, None))
         facts: dict[str, Any] = json.loads((schema.metadata or {})[_META])
-        found, nonce, stated = int(facts["format"]), str(facts["nonce"]), (facts["number"], facts["crc32c"])
-        is_later = found > FORMAT_VERSION
-        table = _SCHEMA.empty_table() if is_later else _rows_of(messages, schema)
+        version, nonce, stated = int(facts["format"]), str(facts["nonce"]), (facts["number"], facts["crc32c"])
+        table = _SCHEMA.empty_table() if version > FORMAT_VERSION else _rows_of(messages, schema)
     except _WRONG as error:
         raise CorruptShard(f"cannot be read: {error}", url=url, part="placement") from error
-    if is_later:
-        message = f"is a placement of format {found}, this release reads up to {FORMAT_VERSION}: install a newer one"
-        raise UnsupportedFormat(message, url=url, found=found, supported=FORMAT_VERSION)
-    problem = _problem(table, number, stated)
-    if problem:
+    if version > FORMAT_VERSION:
+        message = f"is a placement of format {version}, this release reads up to {FORMAT_VERSION}: install a newer one"
+        raise UnsupportedFormat(message, url=url, found=version, supported=FORMAT_VERSION)
+    if problem := _problem(table, number, stated):
         raise CorruptShard(problem, url=url, part="placement")
     return Placement(number, table.replace_schema_metadata(None).combine_chunks(), nonce)
-
-
-def _begun(data: bytes) -> tuple[Iterator[pa.Message], pa.Schema]:
-    """Return the messages after the schema, and the schema."""
-    if data[:8] != _MAGIC + b"\0\0" or data[-6:] != _MAGIC:
-        raise ValueError("no whole Arrow file")
-    messages = iter(pa.ipc.MessageReader.open_stream(pa.py_buffer(data).slice(8)))
-    first = next(messages, None)
-    if first is None:
-        raise ValueError("no schema")
-    return messages, pa.ipc.read_schema(first)
 
 
 def _rows_of(messages: Iterator[pa.Message], schema: pa.Schema) -> pa.Table:
@@ -277,10 +254,11 @@ def _problem(table: pa.Table, number: int, stated: tuple[object, object]) -> str
         return f"the rows or the number are not those that it was written with: {stated}, where it should be {number}"
     keys = table["key"].to_pylist()
     try:
-        bad = [key for key in keys if not check_key(key)]
+        for key in keys:
+            check_key(key)
     except ValueError as error:
         return str(error)
-    if bad or any(a >= b for a, b in itertools.pairwise(keys)):
+    if any(a >= b for a, b in itertools.pairwise(keys)):
         return "keys out of order"
     states = pc.unique(table["state"]).to_pylist()
     if set(states) - set(get_args(State)):
@@ -307,29 +285,6 @@ def _sum_of(table: pa.Table) -> int:
 def _as_one_array(column: pa.ChunkedArray) -> pa.Array:
     """Return a column as one array."""
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([*column.chunks, pa.array([], column.type)])
-
-
-__all__ = [
-    "Placement",
-    "PlacementRow",
-    "State",
-    "commit_placement",
-    "decode_placement",
-    "empty_placement",
-    "encode_placement",
-    "find_newest_placement",
-    "read_placement",
-    "start_tracking",
-]
-
-TRACKING_MARKER_KEY = "_tiercache/tiers.json"
-PLACEMENT_FOLDER = "_tiercache/placement/"
-# Readers that opened an older placement may still probe from it.
-N_KEPT = 10
-# A lost race means that another writer succeeded: a hundred losses in a row is overload, not bad luck.
-MAX_REBASES = 100
-_MARK_BYTES = 64 << 10  # our markers have 100 bytes: of a longer file only the end is read, which does not parse
-_NEVER_S = 1e12  # later than any clock
 
 
 def _log_of(store: Store) -> NumberedLog:
@@ -372,12 +327,7 @@ def find_newest_placement(store: Store, known: Placement | None = None) -> Place
 
 
 def encode_mark(number: int | None, since_s: float | None = None) -> bytes:
-    """Return the content of the marker.
-
-    Args:
-        number: Number of a recent placement. None: unknown.
-        since_s: Start of tracking, in seconds since the epoch. None: unknown.
-    """
+    """Return the content of the marker: the number of a recent placement and the start of tracking, if known."""
     facts: dict[str, Any] = {"format": "tiercache-tiers", "version": FORMAT_VERSION}
     facts |= {} if number is None else {"placement": number}
     return json.dumps(facts | ({} if since_s is None else {"since": int(since_s)})).encode() + b"\n"
@@ -388,13 +338,9 @@ def placement_key(number: int) -> str:
     return f"{PLACEMENT_FOLDER}{number:020d}.arrow"
 
 
-def adopted_s(store: Store) -> float | None:
-    """Return when tracking started, in seconds since the epoch; None if unknown. Raises as is_adopted()."""
-    return _since_s(_mark(store) or {})
-
-
-def _since_s(mark: dict[str, Any]) -> float | None:
-    since = mark.get("since")
+def tracked_since_s(store: Store) -> float | None:
+    """Return when tracking started, in seconds since the epoch; None if unknown. Raises StoreError."""
+    since = (_mark(store) or {}).get("since")
     if isinstance(since, bool) or not isinstance(since, int | float):
         return None
     return float(since) if 0 <= since < _NEVER_S else None
@@ -403,13 +349,10 @@ def _since_s(mark: dict[str, Any]) -> float | None:
 def _marked(store: Store) -> int | None:
     """Return the number in the marker, 0 if it has no valid one; None if there is no marker."""
     mark = _mark(store)
-    return None if mark is None else _number(mark) or 0
-
-
-def _number(mark: dict[str, Any]) -> int | None:
-    """Return the number in the marker; None if the marker has no valid one."""
+    if mark is None:
+        return None
     number = mark.get("placement")
-    return number if type(number) is int and 0 <= number < 10**18 else None
+    return number if type(number) is int and 0 <= number < 10**18 else 0
 
 
 def _mark(store: Store) -> dict[str, Any] | None:
@@ -462,20 +405,13 @@ def commit_placement(store: Store, changes: Mapping[str, PlacementRow | None]) -
     """Change the location of objects, in one atomic step, and return the placement that has the changes.
 
     Changes that the placement has already make no new one, so a commit may be repeated after a crash at any instant.
-
-    Args:
-        store: Home of these objects.
-        changes: Key -> new location; None: at home.
+    changes: Key -> new location; None: at home.
 
     Raises:
-        ValueError: The key of a row differs from its key in `changes`.
         CommitConflict: Other writers won the race too often.
         CorruptShard, UnsupportedFormat: The current placement cannot be read.
         StoreError: The store failed; with .maybe_done the commit may have happened: repeat it.
     """
-    for key, row in changes.items():
-        if row is not None and row.key != key:
-            raise ValueError(f"the row for {key!r} has the key {row.key!r}")
     start_tracking(store)  # first: a reader that sees no marker reads no placement
     placements, current = _log_of(store), find_newest_placement(store)
     for _ in range(MAX_REBASES):
@@ -485,7 +421,8 @@ def commit_placement(store: Store, changes: Mapping[str, PlacementRow | None]) -
         proposed = Placement(current.number + 1, rows, secrets.token_hex(16))
         if placements.put_newest(proposed.number, _encoded(store, proposed)):
             crash_point("tier_placement.written")
-            _hint(store, proposed.number)
+            with suppress(StoreError):  # readers begin to look there: a failure only costs them some requests
+                store.put(TRACKING_MARKER_KEY, encode_mark(proposed.number, tracked_since_s(store)))
             crash_point("tier_placement.hinted")
             with suppress(StoreError):  # the next commit deletes them
                 placements.delete(range(max(1, proposed.number - 2 * N_KEPT), proposed.number - N_KEPT + 1))
@@ -505,7 +442,33 @@ def _encoded(store: Store, proposed: Placement) -> bytes:
     return data
 
 
-def _hint(store: Store, number: int) -> None:
-    """Write the number into the marker, where readers begin to look. A failure only costs them some requests."""
-    with suppress(StoreError):
-        store.put(TRACKING_MARKER_KEY, encode_mark(number, _since_s(_mark(store) or {})))
+# -- a data set's folder ----------------------------------------------------------------------------------------------
+
+
+def prefix_store(store: Store, folder: str) -> Store:
+    """Return the store of a folder; the store itself for ""."""
+    return PrefixStore(store, folder) if folder else store
+
+
+class PrefixStore(WrapperStore):
+    """Store of the keys below a folder of another store. It uses that store's connections, and never closes them."""
+
+    def __init__(self, store: Store, folder: str) -> None:
+        super().__init__(store)
+        self._prefix = f"{check_key(folder.strip('/'))}/"
+        self.url = f"{store.url.rstrip('/')}/{self._prefix.rstrip('/')}"
+
+    def key_inside(self, key: str) -> str:
+        """Return the key below the folder."""
+        return self._prefix + check_key(key)
+
+    def info_outside(self, info: ObjectInfo) -> ObjectInfo:
+        """Return the description with the key relative to the folder."""
+        return replace(info, key=info.key.removeprefix(self._prefix))
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """See Store.list."""
+        return map(self.info_outside, self.inner.list(self._prefix + prefix))
+
+    def close(self) -> None:
+        """Leave the connections open: they belong to the other store."""

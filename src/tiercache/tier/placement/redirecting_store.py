@@ -42,13 +42,10 @@ def as_it_is(store: Store) -> Store:
 def follow_placement(home: Store, options: Mapping[str, Any], cached: Cached = as_it_is) -> RedirectingStore:
     """Return a store that follows the placement of a home: a LocalStore where the home is one.
 
-    Args:
-        home: Store of the data set.
-        options: Storage options with which the home was opened.
-        cached: Function that wraps a store in the cache, used for remote objects of a local home.
+    options: Storage options of the home. cached: Wraps a store in the cache, for the remote objects of a local home.
     """
-    places = LocationResolver(home, options)
-    return RedirectingLocalStore(places, cached) if isinstance(home, LocalStore) else RedirectingStore(places)
+    resolver = LocationResolver(home, options)
+    return RedirectingLocalStore(resolver, cached) if isinstance(home, LocalStore) else RedirectingStore(resolver)
 
 
 class RedirectingStore(WrapperStore):
@@ -58,12 +55,12 @@ class RedirectingStore(WrapperStore):
     locations.
     """
 
-    def __init__(self, places: LocationResolver) -> None:
-        super().__init__(places.home)
-        self.places = places
+    def __init__(self, resolver: LocationResolver) -> None:
+        super().__init__(resolver.home)
+        self.resolver = resolver
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.places,)
+        return type(self), (self.resolver,)
 
     @property
     def by_ranges(self) -> RedirectingStore:
@@ -73,7 +70,7 @@ class RedirectingStore(WrapperStore):
     def figures(self) -> dict[str, float]:
         """Return the counters (requests, bytes_read, ...), summed over the home and the other locations."""
         sums: dict[str, float] = {}
-        for store in self.places.stores():
+        for store in self.resolver.stores():
             for name, figure in store.counters.snapshot().items():
                 sums[name] = sums.get(name, 0) + figure
         return sums
@@ -92,59 +89,56 @@ class RedirectingStore(WrapperStore):
         """See Store.read_into. An ETag means the object as it was opened, wherever it has moved since."""
 
         def read(found: ObjectLocation) -> None:
-            etag = self.places.etag_of(key, if_match) if found.info is None else found.info.etag
+            etag = self.resolver.etag_of(key, if_match) if found.info is None else found.info.etag
             wanted = None if if_match is None else etag
             found.store.read_into(key, spans, if_match=wanted, deadline_s=deadline_s, cancel=cancel)
 
-        self.places.follow(key, read, if_match)
+        self.resolver.follow(key, read, if_match)
 
     def head(self, key: str) -> ObjectInfo:
         """See Store.head."""
-        return self.places.follow(key, lambda found: found.info or found.store.head(key))
+        return self.resolver.follow(key, lambda found: found.info or found.store.head(key))
 
     def get(self, key: str) -> bytes:
         """See Store.get."""
-        return self.places.follow(key, lambda found: found.store.get(key))
+        return self.resolver.follow(key, lambda found: found.store.get(key))
 
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
         """See Store.read_tail."""
-        return self.places.follow(key, lambda found: found.store.read_tail(key, n_bytes))
+        return self.resolver.follow(key, lambda found: found.store.read_tail(key, n_bytes))
 
     def close(self) -> None:
         """Close the connections of the home and of all other locations."""
-        self.places.close()
+        self.resolver.close()
 
 
 class RedirectingLocalStore(RedirectingStore):
-    """A local home: its own files are opened directly, remote objects are read through the cache.
+    """A local home: its own files are opened directly, remote objects are read through the cache."""
 
-    cached: Function that wraps a store in the cache.
-    """
-
-    def __init__(self, places: LocationResolver, cached: Cached) -> None:
-        super().__init__(places)
+    def __init__(self, resolver: LocationResolver, cached: Cached) -> None:
+        super().__init__(resolver)
         self._cached = cached
-        self._far: Store | None = None
+        self._remote_store: Store | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.places, self._cached)
+        return type(self), (self.resolver, self._cached)
 
     @property
     def by_ranges(self) -> RedirectingStore:
         """The same store for reads by ranges only, without local files or a cache."""
-        return RedirectingStore(self.places)
+        return RedirectingStore(self.resolver)
 
     @property
     def remote_store(self) -> Store:
         """Store for remote objects, through the cache if there is one. It follows the placement too."""
-        far = self._far
-        if far is None:
-            far = self._far = self._cached(self.by_ranges)
-        return far
+        store = self._remote_store
+        if store is None:
+            store = self._remote_store = self._cached(self.by_ranges)
+        return store
 
     def is_remote(self, key: str) -> bool:
         """Return whether the known placement has key in a remote store, for which a cache pays off."""
-        row = self.places.row(key) if self.places.has_remote else None
+        row = self.resolver.row(key) if self.resolver.has_remote else None
         return row is not None and is_remote(row.url)
 
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> Lease | None:
@@ -155,14 +149,14 @@ class RedirectingLocalStore(RedirectingStore):
             store = self.remote_store if is_cached else found.store
             return store.open_local(key, identity) if isinstance(store, LocalStore) else None
 
-        return self.places.follow(key, open_at)
+        return self.resolver.follow(key, open_at)
 
     def verify_copy(self, key: str, identity: ShardIdentity | None = None) -> bool:
         """Distrust the cached copy of a remote object, see LocalStore.verify_copy; False for a file of this home."""
         if not self.is_remote(key):
             return False
-        far = self.remote_store
-        return isinstance(far, LocalStore) and far.verify_copy(key, identity)
+        store = self.remote_store
+        return isinstance(store, LocalStore) and store.verify_copy(key, identity)
 
 
 # -- check before a run ---------------------------------------------------------------------------------------------
@@ -190,46 +184,32 @@ def _restore_estimate(url: str, rows: Sequence[PlacementRow]) -> tuple[float | N
     return hours, cost
 
 
-def _restore_first(url: str, rows: Sequence[PlacementRow]) -> ArchivedShards:
-    """Return the error for shards that must be restored, with the cost and the command."""
-    names, n_bytes = [row.key for row in rows], sum(row.n_bytes for row in rows)
-    hours, cost = _restore_estimate(url, rows)
-    command = shlex.join(["tiercache", "restore", url, *(names if len(names) <= _SHOWN else []), "--wait"])
-    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-    price_text = "" if hours is None else f"; restoring takes up to {hours:g} hours and costs at least ${cost:,.2f}"
-    return ArchivedShards(
-        f"{url}: {len(names)} shards that this run reads ({format_bytes(n_bytes)}) are archived and must be "
-        f"restored first{price_text}: {command}\n({shown})",
-        names=names,
-        url=url,
-        n_bytes=n_bytes,
-        hours=hours,
-        cost=cost,
-        command=command,
-    )
-
-
 def check_readable(store: RedirectingStore, keys: pa.ChunkedArray, is_here: Callable[[int], bool]) -> None:
-    """Check that none of these objects must be restored before it can be read.
+    """Raise ArchivedShards if some of these objects must be restored first; the error has all names, time and cost.
 
     Costs one small GET if the home is not tracked. For objects that the placement calls archived, the store is asked
-    for one byte each, because they may have been restored.
-
-    Args:
-        store: Store from which the objects are read.
-        keys: Keys of the objects.
-        is_here: Function that returns whether object i is on this machine already.
-
-    Raises:
-        ArchivedShards: Some objects must be restored; the error has all names, time, cost and command.
-        StoreError, CorruptShard, UnsupportedFormat: The placement cannot be read.
+    for one byte each, because they may have been restored. is_here: Whether object i is on this machine already.
     """
-    placement = store.places.placement_once()
+    placement = store.resolver.placement_once()
     needed = () if placement is None else _archived(store, placement, keys, is_here)
-    if needed and (newer := store.places.refresh()) is not placement and newer is not None:
+    if needed and (newer := store.resolver.refresh()) is not placement and newer is not None:
         needed = _archived(store, newer, keys, is_here)  # they may have been restored to the home since
     if needed:
-        raise _restore_first(store.url, needed)
+        names, n_bytes, url = [row.key for row in needed], sum(row.n_bytes for row in needed), store.url
+        hours, cost = _restore_estimate(url, needed)
+        command = shlex.join(["tiercache", "restore", url, *(names if len(names) <= _SHOWN else []), "--wait"])
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        price_text = "" if hours is None else f"; restoring takes up to {hours:g} hours and costs at least ${cost:,.2f}"
+        raise ArchivedShards(
+            f"{url}: {len(names)} shards that this run reads ({format_bytes(n_bytes)}) are archived and must be "
+            f"restored first{price_text}: {command}\n({shown})",
+            names=names,
+            url=url,
+            n_bytes=n_bytes,
+            hours=hours,
+            cost=cost,
+            command=command,
+        )
 
 
 def _archived(
@@ -241,7 +221,7 @@ def _archived(
     archived = pc.equal(placement.rows["state"], "archived").to_numpy()
     rows = [placement.row(int(at[i])) for i in np.flatnonzero(at >= 0).tolist() if archived[at[i]] and not is_here(i)]
     with ThreadPoolExecutor(min(ASKING_THREADS, max(len(rows), 1)), "tiercache-archived") as pool:
-        can_read = list(pool.map(store.places.can_be_read, rows))
+        can_read = list(pool.map(store.resolver.can_be_read, rows))
     return tuple(row for row, can in zip(rows, can_read, strict=True) if not can)
 
 
@@ -252,13 +232,11 @@ class TieredReader:
     """How one process reads one data set whose shards may be moved. Thread-safe, and fork-safe.
 
     It queries no store before a run begins, or before a shard is missing from its known location.
-
-    placed: The data set's own store, which follows the placement.
     """
 
-    def __init__(self, placed: RedirectingStore) -> None:
-        self._placed, self._places = placed, placed.places
-        self._recorder = UseRecorder(self._places)
+    def __init__(self, store: RedirectingStore) -> None:
+        self._store, self._resolver = store, store.resolver
+        self._recorder = UseRecorder(self._resolver)
 
     def opened(self, key: str, identity: ShardIdentity) -> LocalFolder | None:
         """Count an opened shard. Return a local folder, other than the home, that has it; None if there is none."""
@@ -268,28 +246,26 @@ class TieredReader:
     @property
     def has_moved(self) -> bool:
         """Whether any object is away from home, as far as is known."""
-        return bool(self._places.known_placement)
+        return bool(self._resolver.known_placement)
 
     def local_copy(self, key: str, identity: ShardIdentity) -> LocalFolder | None:
         """Return a folder of this machine, other than the home, that has the shard; None if there is none."""
-        return self._places.local_copy(key, identity.n_bytes)
+        return self._resolver.local_copy(key, identity.n_bytes)
 
     def is_remote(self, key: str) -> bool:
         """Return whether a shard of a local home is in a remote store."""
-        return isinstance(self._placed, RedirectingLocalStore) and self._placed.is_remote(key)
+        return isinstance(self._store, RedirectingLocalStore) and self._store.is_remote(key)
 
-    def far(self) -> Store | None:
+    def remote_store(self) -> Store | None:
         """Return the store that reads the moved shards of a local home through the cache; None if there are none."""
-        return (
-            self._placed.remote_store
-            if self._places.has_remote and isinstance(self._placed, RedirectingLocalStore)
-            else None
-        )
+        if isinstance(self._store, RedirectingLocalStore) and self._resolver.has_remote:
+            return self._store.remote_store
+        return None
 
     def prepare_reading(self, keys: pa.ChunkedArray, is_here: Callable[[int], bool], *, reads_all: bool) -> None:
         """Prepare for a run that reads these shards, and check that they can be read. See check_readable."""
-        check_readable(self._placed, keys, is_here)
-        if self._places.is_tracked:
+        check_readable(self._store, keys, is_here)
+        if self._resolver.is_tracked:
             self._recorder.begin(None if reads_all else keys.to_pylist())
 
     def close(self) -> None:

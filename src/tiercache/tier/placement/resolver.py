@@ -36,28 +36,22 @@ if TYPE_CHECKING:
 
 def options_of(url: str) -> dict[str, Any]:
     """Return the storage options of the tier at url or above it; {} where this machine's rule file has none."""
-    steps = url.split("/")
-    if ".." in steps or "." in steps:
+    segments = url.split("/")
+    if ".." in segments or "." in segments:
         return {}
-    return next((options for above, options in _tiers() if f"{url.rstrip('/')}/".startswith(f"{above}/")), {})
-
-
-def _tiers() -> list[tuple[str, dict[str, Any]]]:
-    """Return (URL, storage options) of the tiers; the URL of a local folder is its absolute path."""
     try:
         file = config.find_file(Path.cwd())
         tables = {} if file is None else config.parse_toml(file, config.read_file(file)).get("tiers", {})
-        return [] if file is None else [_tier(name, table, file.parent) for name, table in tables.items()]
-    except (ValueError, TypeError, AttributeError, OSError):
-        return []
-
-
-def _tier(name: str, table: dict[str, Any], folder: Path) -> tuple[str, dict[str, Any]]:
-    url = str(table["url"]) if "url" in table else ""
-    if not url:
-        raise ValueError(f"tiers.{name}.url: not given")
-    whole = url.rstrip("/") if "://" in url else os.path.normpath(folder / Path(url).expanduser())
-    return whole, dict(table.get("storage_options", {}))
+        for table in tables.values():
+            above = str(table["url"])
+            if file is not None and "://" not in above:
+                above = os.path.normpath(file.parent / Path(above).expanduser())
+            above = above.rstrip("/")
+            if f"{url.rstrip('/')}/".startswith(f"{above}/"):
+                return dict(table.get("storage_options", {}))
+    except (KeyError, ValueError, TypeError, AttributeError, OSError):
+        pass
+    return {}
 
 
 T = TypeVar("T")
@@ -83,12 +77,10 @@ def is_archived(error: StoreError) -> bool:
 
 @dataclass(slots=True)
 class _ResolverState:
-    """State of one process.
+    """What one process knows. The lock guards opening stores and reading the placement.
 
     Attributes:
-        pid: Process that made this object.
-        lock: Guards opening stores and reading the placement.
-        asked: Whether the marker was read.
+        was_read: Whether the marker was read.
         placement: Newest placement known; None if none is known, or the home is not tracked.
         stores: URL -> opened store.
         etags: (key, ETag at opening) -> current ETag of moved objects.
@@ -98,7 +90,7 @@ class _ResolverState:
 
     pid: int = field(default_factory=os.getpid)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    asked: bool = False
+    was_read: bool = False
     placement: Placement | None = None
     stores: dict[str, Store] = field(default_factory=dict)
     etags: dict[tuple[str, str], str | None] = field(default_factory=dict)
@@ -109,12 +101,8 @@ class _ResolverState:
 class LocationResolver:
     """Resolves the locations of a home's objects. Thread-safe. A forked child opens its own stores.
 
-    The lock guards opening stores and reading the placement; known state is read without it.
-
-    Args:
-        home: Store of all objects that have no row in the placement.
-        options: Storage options of the home. They also apply to locations of the same service, together with the
-            options that a rule file of this machine has for their tier.
+    Known state is read without the lock. The options of the home also apply to locations of the same service, together
+    with the options that a rule file of this machine has for their tier.
     """
 
     def __init__(self, home: Store, options: Mapping[str, Any]) -> None:
@@ -126,40 +114,40 @@ class LocationResolver:
         return LocationResolver, (self.home, self.options)
 
     @property
-    def _here(self) -> _ResolverState:
-        known = self._known
-        if known.pid != os.getpid():  # the parent's lock may be held for ever, and its stores are the parent's
-            asked, found = known.asked, known.placement
-            known = self._known = _ResolverState()
-            if asked:
-                self._learn(known, found)
-        return known
+    def _state(self) -> _ResolverState:
+        state = self._known
+        if state.pid != os.getpid():  # the parent's lock may be held for ever, and its stores are the parent's
+            was_read, found = state.was_read, state.placement
+            state = self._known = _ResolverState()
+            if was_read:
+                self._learn(state, found)
+        return state
 
     # -- state ------------------------------------------------------------------------------------------------------
 
     def placement_once(self) -> Placement | None:
         """Return the placement, read once per process; None if the home is not tracked. Raises as read_placement()."""
-        known = self._here
-        if not known.asked:
-            with known.lock:
-                if not known.asked:
-                    self._learn(known, log.read_placement(self.home))
-        return known.placement
+        state = self._state
+        if not state.was_read:
+            with state.lock:
+                if not state.was_read:
+                    self._learn(state, log.read_placement(self.home))
+        return state.placement
 
     def refresh(self) -> Placement | None:
-        """Read and return the newest placement. Raises as placement.search()."""
-        known = self._here
-        with known.lock:
-            found = log.find_newest_placement(self.home, known.placement)
-            if found.number or known.placement is not None:
-                self._learn(known, found)
-        return known.placement
+        """Read and return the newest placement. Raises as log.find_newest_placement()."""
+        state = self._state
+        with state.lock:
+            found = log.find_newest_placement(self.home, state.placement)
+            if found.number or state.placement is not None:
+                self._learn(state, found)
+        return state.placement
 
     @property
     def is_tracked(self) -> bool | None:
         """Whether the home is tracked; None if the marker was not read yet."""
-        known = self._here
-        return known.placement is not None if known.asked else None
+        state = self._state
+        return state.placement is not None if state.was_read else None
 
     @property
     def has_remote(self) -> bool:
@@ -173,14 +161,14 @@ class LocationResolver:
 
     def row(self, key: str) -> PlacementRow | None:
         """Return the row of key in the known placement; None: at home."""
-        known = self._known.placement
-        return None if known is None or not len(known) else known.find(key)
+        placement = self._known.placement
+        return None if placement is None or not len(placement) else placement.find(key)
 
-    def _learn(self, known: _ResolverState, found: Placement | None) -> None:
-        known.placement, known.asked = found, True
+    def _learn(self, state: _ResolverState, found: Placement | None) -> None:
+        state.placement, state.was_read = found, True
         urls = [] if found is None else found.rows["url"].unique().to_pylist()
-        known.has_local = any(not scheme_of(url) for url in urls)
-        known.has_remote = any(is_remote(url) for url in urls)
+        state.has_local = any(not scheme_of(url) for url in urls)
+        state.has_remote = any(is_remote(url) for url in urls)
 
     # -- stores -----------------------------------------------------------------------------------------------------
 
@@ -188,24 +176,19 @@ class LocationResolver:
         """Return the store of a row's location, opened once per process; the home for None."""
         if row is None or self._is_home(row.url):
             return self.home
-        known = self._here
-        with known.lock:
-            return self._opened(known, row.url)
+        state, url = self._state, row.url
+        with state.lock:
+            if url not in state.stores:
+                own = self.options if _same_service(url, self.home.url) else {}
+                try:
+                    state.stores[url] = open_store(url, **(own | options_of(url)))
+                except ValueError as error:
+                    message = f"the placement of {self.home.url} names a location that cannot be opened: {error}"
+                    raise StoreError(message, url=redact(url)) from error
+            return state.stores[url]
 
     def _is_home(self, url: str) -> bool:
         return url.rstrip("/") == self.home.url.rstrip("/")
-
-    def _opened(self, known: _ResolverState, url: str) -> Store:
-        found = known.stores.get(url)
-        if found is None:
-            own = self.options if _same_service(url, self.home.url) else {}
-            try:
-                found = open_store(url, **(own | options_of(url)))
-            except ValueError as error:
-                message = f"the placement of {self.home.url} names a location that cannot be opened: {error}"
-                raise StoreError(message, url=redact(url)) from error
-            known.stores[url] = found
-        return found
 
     def stores(self) -> tuple[Store, ...]:
         """Return the home, and the other stores that were opened."""
@@ -221,14 +204,8 @@ class LocationResolver:
     def follow(self, key: str, call: Callable[[ObjectLocation], T], if_match: str | None = None) -> T:
         """Return call(location) for the location of key. Call it once more if the object has moved since.
 
-        Args:
-            key: Key of the object.
-            call: Function that reads from a location.
-            if_match: ETag of the object at opening; the new location's ETag is remembered for it.
-
-        Raises:
-            ArchivedShards: The object must be restored first.
-            StoreError: Error of the call, if the object is not found unchanged elsewhere.
+        if_match: ETag of the object at opening; the new location's ETag is remembered for it. Raises ArchivedShards if
+        the object must be restored first, or the error of the call if the object is not found unchanged elsewhere.
         """
         row = None if key.startswith(OWN_FOLDER) else self.row(key)
         try:
@@ -239,7 +216,10 @@ class LocationResolver:
                 raise
             found = self._find_again(key, row, error)
         if if_match is not None and found.info is not None:
-            self._translate(key, if_match, found.info.etag)
+            etags = self._state.etags
+            if len(etags) >= _MANY_ETAGS:
+                etags.clear()
+            etags[key, if_match] = found.info.etag
         try:
             return call(found)
         except StoreError as error:
@@ -252,26 +232,24 @@ class LocationResolver:
         etags = self._known.etags
         return etags.get((key, etag), etag) if etags and etag is not None else etag
 
-    def _translate(self, key: str, etag: str, now: str | None) -> None:
-        etags = self._here.etags
-        if len(etags) >= _MANY_ETAGS:
-            etags.clear()
-        etags[key, etag] = now
-
     def _find_again(self, key: str, before: PlacementRow | None, error: StoreError) -> ObjectLocation:
         """Return the new location of an object that is not where `before` says. Raises error if it is nowhere."""
-        row = self._read_again(key, error)
+        try:
+            self.refresh()
+        except TierCacheError:
+            raise error from None  # without the placement, report the original error
+        row = self.row(key)
         expected = row or before
         if expected is None:
             raise error  # no placement has a row for it
         last: StoreError = error
-        for place in self._candidates(row, before):
-            if place == before and (isinstance(error, NotFound) or is_archived(error)):
+        for candidate in self._candidates(row, before):
+            if candidate == before and (isinstance(error, NotFound) or is_archived(error)):
                 continue  # that location was asked already
             try:
-                store = self.store_at(place)
+                store = self.store_at(candidate)
             except StoreError:
-                if place == row:
+                if candidate == row:
                     raise
                 continue
             try:
@@ -280,7 +258,7 @@ class LocationResolver:
                 last = failure if isinstance(error, NotFound) and not isinstance(failure, NotFound) else last
                 continue
             if _is_same(info, expected):
-                return ObjectLocation(store, place, info)
+                return ObjectLocation(store, candidate, info)
             last = ObjectChanged(
                 "expected the moved object, found a different one",
                 url=f"{store.url}/{key}",
@@ -297,19 +275,12 @@ class LocationResolver:
         First the location in the newest placement; then the home, where the object stays during the grace period; then
         the last location that this process knew.
         """
-        asked: set[str | None] = set()
-        for place in (row, None, before):
-            url = None if place is None or self._is_home(place.url) else place.url.rstrip("/")
-            if url not in asked:
-                asked.add(url)
-                yield place
-
-    def _read_again(self, key: str, error: StoreError) -> PlacementRow | None:
-        try:
-            self.refresh()
-        except TierCacheError:
-            raise error from None  # without the placement, report the original error
-        return self.row(key)
+        urls: set[str | None] = set()
+        for candidate in (row, None, before):
+            url = None if candidate is None or self._is_home(candidate.url) else candidate.url.rstrip("/")
+            if url not in urls:
+                urls.add(url)
+                yield candidate
 
     def can_be_read(self, row: PlacementRow) -> bool:
         """Return whether an object that the placement calls archived can be read now, there or at home.
@@ -321,19 +292,14 @@ class LocationResolver:
         try:
             _read_a_byte(self.store_at(row), row.key)
         except StoreError as error:
-            if not is_archived(error):
-                return True  # a later read reports the error
-        else:
-            return True
-        return any(self._has_readable(place, row) for place in self._candidates(row, None) if place is not row)
-
-    def _has_readable(self, place: PlacementRow | None, expected: PlacementRow) -> bool:
-        try:
-            store = self.store_at(place)
-            _read_a_byte(store, expected.key)
-            return _is_same(store.head(expected.key), expected)
-        except StoreError:
-            return False
+            if is_archived(error):
+                home = None if self._is_home(row.url) else self.home
+                with suppress(StoreError):
+                    if home is not None:
+                        _read_a_byte(home, row.key)
+                        return _is_same(home.head(row.key), row)
+                return False
+        return True  # a later read reports other errors
 
     # -- local folders ----------------------------------------------------------------------------------------------
 

@@ -19,9 +19,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
-from functools import partial
+from dataclasses import asdict, dataclass, field
+from fcntl import LOCK_UN, flock
 from multiprocessing import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tiercache import config
-from tiercache.catalog.database import make_folder, open_file, pid_namespace, start_time
+from tiercache.catalog.database import make_folder, open_file, pid_namespace, start_time, try_lock
 from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.waiting import SYSTEM_CLOCK, Clock, pause, wait_for
 
@@ -109,14 +108,14 @@ def read_reports(store: Store) -> list[UseReport]:
     """Return the reports of all machines. An unreadable one counts as an overdue report. Raises StoreError."""
     found = []
     for info in store.list(USAGE_FOLDER):
-        modified_s = info.modified_s or 0.0
+        modified_s, machine = info.modified_s or 0.0, info.key.removeprefix(USAGE_FOLDER).removesuffix(".json")
         with suppress(NotFound):
             data = store.get(info.key) if info.n_bytes <= _MOST_BYTES else b""
-            found.append(by_store_clock(decode(data, _machine_of(info.key), modified_s), modified_s))
+            found.append(_by_store_clock(decode(data, machine, modified_s), modified_s))
     return found
 
 
-def by_store_clock(report: UseReport, modified_s: float) -> UseReport:
+def _by_store_clock(report: UseReport, modified_s: float) -> UseReport:
     """Return a report with its times shifted later, if the machine's clock is behind.
 
     The store knows the time of writing. Without the shift, a machine whose clock is a week behind would count as gone,
@@ -127,47 +126,38 @@ def by_store_clock(report: UseReport, modified_s: float) -> UseReport:
     if behind_s <= _SKEW_S:
         return report
     readers = {
-        name: replace(one, since_s=one.since_s + behind_s, reported_s=one.reported_s + behind_s)
+        name: ActiveReader(one.since_s + behind_s, one.reported_s + behind_s, one.reads_all)
         for name, one in report.readers.items()
     }
     shards = {name: (last_s + behind_s, uses) for name, (last_s, uses) in report.shards.items()}
-    all_s = report.all_s and report.all_s + behind_s
-    return UseReport(report.machine, modified_s, all_s, readers, shards)
+    return UseReport(report.machine, modified_s, report.all_s and report.all_s + behind_s, readers, shards)
 
 
 def merge_reports(
     reports: Sequence[UseReport], names: pa.Array | pa.ChunkedArray, *, now_s: float, silence_s: float = 7 * 86400.0
 ) -> ShardUse:
-    """Merge the reports on these shards. Pure.
+    """Merge the reports on one data set. Pure. The result is in the order of `names`, the names of its shards.
 
-    Args:
-        reports: Reports on one data set.
-        names: Names of the shards in the data set's versions.
-        now_s: Current time, in seconds since the epoch.
-        silence_s: Time without a report after which a reader counts as gone, in seconds.
-
-    Returns:
-        The use of each shard, in the order of `names`.
+    silence_s: Time without a report after which a reader counts as gone.
     """
     n = len(names)
     last, uses, in_use = np.full(n, np.nan), np.zeros(n, np.int64), np.zeros(n, np.bool_)
     unreported = False
     text = names.cast(pa.large_string())
     for report in reports:
-        heard = [reader for reader in report.readers.values() if now_s - reader.reported_s <= IN_USE_S]
-        waited = [r for r in report.readers.values() if IN_USE_S < now_s - r.reported_s <= silence_s]
-        unreported = unreported or bool(waited)
+        active = [reader for reader in report.readers.values() if now_s - reader.reported_s <= IN_USE_S]
+        unreported |= any(IN_USE_S < now_s - reader.reported_s <= silence_s for reader in report.readers.values())
         if report.all_s:
             last = np.fmax(last, report.all_s)
-        in_use |= any(reader.reads_all for reader in heard)
+        in_use |= any(reader.reads_all for reader in active)
         rows = pc.index_in(text, value_set=pa.array(list(report.shards), pa.large_string())).fill_null(-1)
         at = np.asarray(rows.to_numpy(), np.int64) if n else np.empty(0, np.int64)
         mine = np.flatnonzero(at >= 0)
         used = np.array(list(report.shards.values()), np.float64).reshape(-1, 2)[at[mine]]
         last[mine] = np.fmax(last[mine], used[:, 0])
         uses[mine] += used[:, 1].astype(np.int64)
-        if heard:
-            in_use[mine] |= used[:, 0] >= min(reader.since_s for reader in heard)
+        if active:
+            in_use[mine] |= used[:, 0] >= min(reader.since_s for reader in active)
     return ShardUse(last, uses, in_use, unreported)
 
 
@@ -176,17 +166,13 @@ def merge_reports(
 
 def encode(report: UseReport) -> bytes:
     """Return a report as JSON."""
-    readers = {
-        name: {"since_s": one.since_s, "reported_s": one.reported_s, "reads_all": one.reads_all}
-        for name, one in report.readers.items()
-    }
     body = {
         "format": "tiercache-usage",
         "version": FORMAT_VERSION,
         "machine": report.machine,
         "reported_s": report.reported_s,
         "all_s": report.all_s,
-        "readers": readers,
+        "readers": {name: asdict(one) for name, one in report.readers.items()},
         "shards": report.shards,
     }
     return json.dumps(body, separators=(",", ":")).encode() + b"\n"
@@ -195,10 +181,7 @@ def encode(report: UseReport) -> bytes:
 def decode(data: bytes, machine: str, modified_s: float = 0.0) -> UseReport:
     """Return the report in a JSON text. For an unreadable or newer text, return an overdue reader of all shards.
 
-    Args:
-        data: JSON text.
-        machine: Name of the machine, from the report's key.
-        modified_s: Time of writing by the store's clock, in seconds since the epoch.
+    modified_s: Time of writing by the store's clock, in seconds since the epoch.
     """
     try:
         body: dict[str, Any] = json.loads(data)
@@ -229,15 +212,11 @@ def machine_name() -> str:
     """Return this machine's name in reports: its host name, and 8 hex digits that distinguish equal host names."""
     host = socket.gethostname()
     try:
-        told = Path("/etc/machine-id").read_text(encoding="ascii").strip()
+        machine_id = Path("/etc/machine-id").read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
-        told = ""
-    digits = hashlib.sha256(f"{told}/{host}".encode()).hexdigest()[:8]
+        machine_id = ""
+    digits = hashlib.sha256(f"{machine_id}/{host}".encode()).hexdigest()[:8]
     return f"{_UNFIT.sub('-', host).strip('-.') or 'machine'}-{digits}"
-
-
-def _machine_of(key: str) -> str:
-    return key.removeprefix(USAGE_FOLDER).removesuffix(".json")
 
 
 # -- for readers ----------------------------------------------------------------------------------------------------
@@ -247,18 +226,13 @@ class UseRecorder:
     """Counts which shards of one data set this process opens, and reports them.
 
     Thread-safe; a forked child starts anew. The lock guards the counts. Reports are made outside it, one at a time per
-    machine.
-
-    Args:
-        places: Resolver of the data set: tells whether it is tracked, and gives the store for the report.
-        clock: Clock for the time between two reports.
-        now_s: Function that returns seconds since the epoch.
+    machine. The resolver tells whether the data set is tracked.
     """
 
     def __init__(
-        self, places: LocationResolver, *, clock: Clock = SYSTEM_CLOCK, now_s: Callable[[], float] = time.time
+        self, resolver: LocationResolver, *, clock: Clock = SYSTEM_CLOCK, now_s: Callable[[], float] = time.time
     ) -> None:
-        self._places, self._clock, self._now_s = places, clock, now_s
+        self._resolver, self._clock, self._now_s = resolver, clock, now_s
         self._number = next(_numbers)
         self._begin()
 
@@ -273,11 +247,7 @@ class UseRecorder:
 
     def note(self, name: str) -> None:
         """Count an opened shard."""
-        if self._pid != os.getpid():
-            self._begin()
-        with self._lock:
-            if not self._since_s:
-                self._start()
+        with self._started():
             self._opened[name] = self._opened.get(name, 0) + 1
 
     def begin(self, keys: Iterable[str] | None) -> None:
@@ -285,13 +255,9 @@ class UseRecorder:
 
         keys: Keys of the shards that the run reads, perhaps in workers, which report when they end. None: all shards.
         """
-        if self._pid != os.getpid():
-            self._begin()
-        with self._lock:
+        with self._started():
             self._reads_all = self._reads_all or keys is None
             self._held.update(keys or ())
-            if not self._since_s:
-                self._start()
             if self._stop is not None:
                 return
             stop = self._stop = threading.Event()
@@ -300,9 +266,21 @@ class UseRecorder:
             target=_report_hourly, args=(weakref.ref(self), stop, self._clock), name="tiercache-usage", daemon=True
         ).start()
 
-    def _start(self) -> None:
-        self._since_s = self._now_s()
-        _watch(self)
+    @contextmanager
+    def _started(self) -> Iterator[None]:
+        """Hold the lock of a recorder that reports at process exit."""
+        global _watching_pid
+        if self._pid != os.getpid():
+            self._begin()
+        with self._lock:
+            if not self._since_s:
+                self._since_s = self._now_s()
+                _counting.add(self)
+                if _watching_pid != os.getpid():
+                    _watching_pid = os.getpid()
+                    # Finalize of multiprocessing, because its workers do not run atexit.
+                    util.Finalize(None, _report_at_exit, exitpriority=100)
+            yield
 
     def close(self) -> None:
         """Write the last report, if the data set is tracked. Repeatable; further reads start new counts."""
@@ -312,8 +290,8 @@ class UseRecorder:
         if stop is not None:
             stop.set()
         with suppress(TierCacheError):
-            if self._places.is_tracked or (
-                self._places.is_tracked is None and self._places.placement_once() is not None
+            if self._resolver.is_tracked or (
+                self._resolver.is_tracked is None and self._resolver.placement_once() is not None
             ):
                 self.report(is_last=True)
                 return
@@ -325,7 +303,7 @@ class UseRecorder:
 
     def close_at_exit(self) -> None:
         """As close(), at process exit: makes no request to a store that was not asked before, or that failed."""
-        if self._pid == os.getpid() and self._since_s and self._places.is_tracked and not self._has_failed:
+        if self._pid == os.getpid() and self._since_s and self._resolver.is_tracked and not self._has_failed:
             self.close()
 
     def report(self, *, is_last: bool = False) -> bool:
@@ -339,13 +317,12 @@ class UseRecorder:
                     return False  # closed while this call waited: a reader that is gone must not be in the report
                 opened, self._opened = self._opened, {}
                 self._held.update(opened)
-                reader = ActiveReader(self._since_s, self._now_s(), self._reads_all)
-                news = _News(_name_of(self._number), reader, opened, frozenset(self._held), is_last)
+                reader, held = ActiveReader(self._since_s, self._now_s(), self._reads_all), frozenset(self._held)
                 if is_last:
                     self._forget()
             try:
-                with _one_at_a_time(self._places.home.url):
-                    _add(self._places.home, news)
+                with _one_at_a_time(self._resolver.home.url):
+                    self._add(reader, opened, held, is_last=is_last)
             except (StoreError, OSError):
                 self._has_failed = True
                 with self._lock:  # add the counts to the next report
@@ -355,42 +332,25 @@ class UseRecorder:
             self._has_failed = False
             return True
 
+    def _add(self, reader: ActiveReader, opened: dict[str, int], held: frozenset[str], *, is_last: bool) -> None:
+        """Update this machine's report, without readers whose process is gone.
 
-@dataclass(frozen=True, slots=True)
-class _News:
-    """An addition to a machine's report.
-
-    opened: Opens since the last report. held: Shards that may be open. is_last: Whether the process stops reading.
-    """
-
-    name: str
-    reader: ActiveReader
-    opened: dict[str, int]
-    held: frozenset[str]
-    is_last: bool
-
-    def added_to(self, before: UseReport) -> UseReport:
-        """Return the report with this addition, without readers whose process is gone."""
-        now_s = self.reader.reported_s
-        readers = {name: one for name, one in before.readers.items() if _may_live(name)}
-        readers.pop(self.name, None)
-        if not self.is_last:
-            readers[self.name] = self.reader
-        shards = dict(before.shards)
-        for name in self.held:
-            shards[name] = now_s, shards.get(name, (0.0, 0))[1] + self.opened.get(name, 0)
-        all_s = max(before.all_s, now_s if self.reader.reads_all else 0.0)
-        return UseReport(before.machine, now_s, all_s, readers, shards)
-
-
-def _add(store: Store, news: _News) -> None:
-    """Update this machine's report."""
-    machine = machine_name()
-    try:
-        before = decode(store.get(usage_key(machine)), machine)
-    except NotFound:
-        before = UseReport(machine)
-    store.put(usage_key(machine), encode(news.added_to(before)))
+        opened: Opens since the last report. held: Shards that may be open.
+        """
+        store, machine, now_s = self._resolver.home, machine_name(), reader.reported_s
+        try:
+            before = decode(store.get(usage_key(machine)), machine)
+        except NotFound:
+            before = UseReport(machine)
+        name = _name_of(self._number)
+        readers = {other: one for other, one in before.readers.items() if other != name and _may_live(other)}
+        if not is_last:
+            readers[name] = reader
+        shards = before.shards | {
+            name: (now_s, before.shards.get(name, (0.0, 0))[1] + opened.get(name, 0)) for name in held
+        }
+        all_s = max(before.all_s, now_s if reader.reads_all else 0.0)
+        store.put(usage_key(machine), encode(UseReport(machine, now_s, all_s, readers, shards)))
 
 
 def _report_hourly(recorder: weakref.ref[UseRecorder], stop: threading.Event, clock: Clock) -> None:
@@ -408,16 +368,6 @@ _counting: weakref.WeakSet[UseRecorder] = weakref.WeakSet()
 _watching_pid = 0
 
 
-def _watch(recorder: UseRecorder) -> None:
-    """Make a recorder report at process exit."""
-    global _watching_pid
-    _counting.add(recorder)
-    if _watching_pid != os.getpid():
-        _watching_pid = os.getpid()
-        # Finalize of multiprocessing, because its workers do not run atexit.
-        util.Finalize(None, _report_at_exit, exitpriority=100)
-
-
 def _report_at_exit() -> None:
     for recorder in list(_counting):
         recorder.close_at_exit()
@@ -432,22 +382,14 @@ def _one_at_a_time(url: str) -> Iterator[None]:
             folder = config.state_folder() / "locks"
             make_folder(folder, 0o700)
             name = hashlib.sha256(url.encode()).hexdigest()[:32]
-            fd = open_file(folder / f"usage-{name}", os.O_RDWR | os.O_CREAT)
-            wait_for(partial(_try_lock, fd), LOCK_S)
+            fd = opened = open_file(folder / f"usage-{name}", os.O_RDWR | os.O_CREAT)
+            wait_for(lambda: try_lock(opened), LOCK_S)
         yield
     finally:
         if fd is not None:
             with suppress(OSError):
                 flock(fd, LOCK_UN)  # explicitly: a forked child has the descriptor too, so closing does not unlock
             os.close(fd)
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        flock(fd, LOCK_EX | LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _name_of(recorder: int) -> str:
@@ -457,10 +399,6 @@ def _name_of(recorder: int) -> str:
 
 def _may_live(name: str) -> bool:
     """Return whether a reader's process may still exist. A process of another container counts as existing."""
-    pid, _, rest = name.partition("-")
-    started, _, rest = rest.partition("-")
-    return (
-        rest.partition("-")[0] != str(pid_namespace())
-        or not _PID.fullmatch(pid)
-        or str(start_time(int(pid))) == started
-    )
+    pid, started, namespace = (*name.split("-"), "", "", "")[:3]
+    is_elsewhere = namespace != str(pid_namespace()) or not _PID.fullmatch(pid)
+    return is_elsewhere or str(start_time(int(pid))) == started

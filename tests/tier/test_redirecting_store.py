@@ -1,4 +1,4 @@
-"""Readers find moved shards without being told: between any stores, in mid-epoch, through caches and in workers."""
+"""Readers follow moved shards: between any stores, during an epoch, through caches and in workers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def packed(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stores(tmp_path, request):
-    """A function of kind and name: a store of its own, and the storage options that open it by its URL."""
+    """Return a function of kind and name that makes a store, and the storage options that open it by its URL."""
     memories, opened = [], []
 
     def make(kind: str, name: str):
@@ -78,7 +78,7 @@ PAIRS = [
 
 @pytest.mark.parametrize("is_cached", [False, True], ids=["uncached", "cached"])
 @pytest.mark.parametrize(("home", "place"), PAIRS)
-def test_moved_shards_are_read_from_where_they_lie(packed, stores, cache, home, place, is_cached, monkeypatch):
+def test_moved_shards_are_read_from_their_current_location(packed, stores, cache, home, place, is_cached, monkeypatch):
     (home_store, options), (place_store, place_options) = stores(home, "home"), stores(place, "cold")
     for name, value in _environment(place_options if home != place else {}).items():
         monkeypatch.setenv(name, value)
@@ -101,7 +101,7 @@ def _environment(options) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_all_shards_may_lie_elsewhere_and_come_back(packed, tmp_path, way):
+def test_all_shards_may_move_away_and_come_back(packed, tmp_path, way):
     moved = Moved(packed, LocalFolder(tmp_path / "home"))
     cold = LocalFolder(tmp_path / "cold")
     moved.move(moved.keys, cold)
@@ -119,7 +119,7 @@ def test_all_shards_may_lie_elsewhere_and_come_back(packed, tmp_path, way):
 
 @pytest.mark.parametrize("home", ["local", "memory"])
 @pytest.mark.parametrize("place", ["local", "memory"])
-def test_shards_that_move_in_mid_epoch_are_read_to_its_end(packed, stores, home, place):
+def test_shards_that_move_during_an_epoch_are_read_to_its_end(packed, stores, home, place):
     (home_store, _), (place_store, _) = stores(home, "home"), stores(place, "cold")
     moved = Moved(packed, home_store)
     dataset = tc.Dataset(home_store.url, cache=False)
@@ -134,7 +134,7 @@ def test_shards_that_move_in_mid_epoch_are_read_to_its_end(packed, stores, home,
     dataset.close()
 
 
-def test_a_shard_that_moves_again_and_again_is_found_each_time(packed, tmp_path):
+def test_a_shard_that_moves_repeatedly_is_found_each_time(packed, tmp_path):
     moved = Moved(packed, LocalFolder(tmp_path / "home"))
     dataset = tc.Dataset(moved.store.url)
     where = moved.store
@@ -147,7 +147,7 @@ def test_a_shard_that_moves_again_and_again_is_found_each_time(packed, tmp_path)
     dataset.close()
 
 
-def test_reading_by_an_etag_goes_on_where_the_object_lies_by_now(tmp_path, stores):
+def test_a_read_by_etag_continues_at_the_new_location(tmp_path, stores):
     (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
     data = bytes(range(200))
     home.put("a", data)
@@ -165,7 +165,7 @@ def test_reading_by_an_etag_goes_on_where_the_object_lies_by_now(tmp_path, store
     assert store.head("a").n_bytes == 200
 
 
-def test_an_object_that_was_replaced_where_it_lay_is_no_longer_the_one_that_was_opened(stores):
+def test_an_object_that_was_replaced_in_place_is_reported_as_changed(stores):
     home, _ = stores("memory", "home")
     home.put("a", b"first")
     store = follow_placement(home, {})
@@ -175,7 +175,7 @@ def test_an_object_that_was_replaced_where_it_lay_is_no_longer_the_one_that_was_
         store.read_into("a", [(ByteRange(0, 5), memoryview(bytearray(5)))], if_match=etag)
 
 
-def test_one_of_another_size_where_it_was_moved_to_is_not_read(stores):
+def test_an_object_of_another_size_at_the_new_location_is_not_read(stores):
     (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
     cold.put("a", b"longer than it was")
     log.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
@@ -183,7 +183,7 @@ def test_one_of_another_size_where_it_was_moved_to_is_not_read(stores):
         follow_placement(home, {}).get("a")
 
 
-def test_an_object_that_got_a_new_etag_where_it_lies_by_a_change_of_class_is_read_on(stores):
+def test_an_object_whose_etag_changed_with_its_class_is_read_on(stores):
     (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
     cold.put("a", b"bytes")
     log.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
@@ -195,24 +195,24 @@ def test_an_object_that_got_a_new_etag_where_it_lies_by_a_change_of_class_is_rea
     assert bytes(buffer) == b"bytes"
 
 
-def test_while_the_copy_at_home_is_kept_it_serves_what_the_other_place_lost(stores):
+def test_the_copy_at_home_is_read_if_the_other_copy_is_lost(stores):
     (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
     home.put("a", b"bytes")
     log.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
     store = follow_placement(home, {})
-    store.places.placement_once()
+    store.resolver.placement_once()
     assert store.get("a") == b"bytes"
 
 
-def test_what_is_nowhere_is_not_found_after_one_more_question(stores):
+def test_an_object_that_is_nowhere_is_not_found_after_one_more_request(stores):
     home, _ = stores("memory", "home")
     counting = CountingStore(home)
     with pytest.raises(NotFound, match="home/data/a"):
-        RedirectingStore(follow_placement(counting, {}).places).get("a")
+        RedirectingStore(follow_placement(counting, {}).resolver).get("a")
     assert [verb for verb, _ in counting.calls] == ["get", "list"]
 
 
-def test_a_failure_that_says_nothing_of_moving_asks_for_no_placement(stores):
+def test_an_error_that_cannot_mean_a_move_reads_no_placement(stores):
     home, _ = stores("memory", "home")
     home.put("a", b"bytes")
     counting = CountingStore(FaultStore(home, [Fault("get", keys="a", retryable=False, status=403)]))
@@ -221,7 +221,7 @@ def test_a_failure_that_says_nothing_of_moving_asks_for_no_placement(stores):
     assert counting.calls == [("get", "a")]
 
 
-def test_a_placement_that_cannot_be_read_leaves_the_error_of_what_was_missing(stores):
+def test_an_unreadable_placement_leaves_the_original_error(stores):
     home, _ = stores("memory", "home")
     log.start_tracking(home)
     home.put(log.placement_key(1), b"garbage")
@@ -229,7 +229,7 @@ def test_a_placement_that_cannot_be_read_leaves_the_error_of_what_was_missing(st
         follow_placement(home, {}).get("a")
 
 
-def test_objects_of_its_own_are_never_looked_for_elsewhere(stores):
+def test_objects_of_tiercache_are_never_redirected(stores):
     home, _ = stores("memory", "home")
     counting = CountingStore(home)
     with pytest.raises(NotFound):
@@ -266,7 +266,7 @@ def asked(server) -> list[str]:
     return [seen.path for seen in server.log if "tiers.json" in seen.path or "/placement/" in seen.path]
 
 
-def test_a_data_set_without_the_mark_costs_one_get_at_the_first_iter_and_none_for_records(server):
+def test_an_untracked_data_set_costs_one_get_at_the_first_iter_and_none_for_records(server):
     dataset = tc.Dataset(f"{server.url}/home", cache=False)
     assert by_record(dataset) == ALL
     assert asked(server) == []
@@ -277,7 +277,7 @@ def test_a_data_set_without_the_mark_costs_one_get_at_the_first_iter_and_none_fo
     dataset.close()
 
 
-def test_a_run_over_moved_shards_asks_home_for_none_of_them(server):
+def test_a_run_over_moved_shards_does_not_request_them_from_home(server):
     with HttpFaultServer() as cold:
         moved = Moved(None, ServedStore(server, "home"))
         moved.move(moved.keys[1::2], ServedStore(cold, "far"))
@@ -291,7 +291,7 @@ def test_a_run_over_moved_shards_asks_home_for_none_of_them(server):
         assert all(seen.status < 400 for seen in cold.log)
 
 
-def test_the_figures_count_what_was_read_elsewhere_too(server):
+def test_the_counters_include_reads_from_other_locations(server):
     with HttpFaultServer() as cold:
         moved = Moved(None, ServedStore(server, "home"))
         moved.move(moved.keys, ServedStore(cold, "far"))
@@ -302,7 +302,7 @@ def test_the_figures_count_what_was_read_elsewhere_too(server):
         dataset.close()
 
 
-def test_through_a_cache_a_moved_shard_is_fetched_once_whatever_store_it_lies_in(server, cache, stores):
+def test_a_cache_fetches_a_moved_shard_once(server, cache, stores):
     with HttpFaultServer() as cold:
         moved = Moved(None, ServedStore(server, "home"))
         dataset = tc.Dataset(f"{server.url}/home", cache=cache)
@@ -316,7 +316,7 @@ def test_through_a_cache_a_moved_shard_is_fetched_once_whatever_store_it_lies_in
         again.close()
 
 
-def test_what_a_local_home_has_in_another_store_goes_through_the_cache(packed, tmp_path, cache):
+def test_remote_shards_of_a_local_home_are_read_through_the_cache(packed, tmp_path, cache):
     with HttpFaultServer() as cold:
         moved = Moved(packed, LocalFolder(tmp_path / "home"))
         moved.move(moved.keys, ServedStore(cold, "far"))
@@ -329,7 +329,7 @@ def test_what_a_local_home_has_in_another_store_goes_through_the_cache(packed, t
         assert sent <= sum(2 * info.n_bytes - info.footer_offset for info in moved.infos)
 
 
-def test_by_the_default_cache_too(packed, tmp_path):
+def test_remote_shards_of_a_local_home_are_read_through_the_default_cache(packed, tmp_path):
     with HttpFaultServer() as cold:
         moved = Moved(packed, LocalFolder(tmp_path / "home"))
         moved.move(moved.keys, ServedStore(cold, "far"))
@@ -344,7 +344,7 @@ def test_by_the_default_cache_too(packed, tmp_path):
         assert sent <= sum(2 * info.n_bytes - info.footer_offset for info in moved.infos)
 
 
-def test_a_damaged_cached_copy_of_a_moved_shard_is_fetched_again(packed, tmp_path, cache):
+def test_a_corrupt_cached_copy_of_a_moved_shard_is_fetched_again(packed, tmp_path, cache):
     with HttpFaultServer() as cold:
         moved = Moved(packed, LocalFolder(tmp_path / "home"))
         moved.move(moved.keys, ServedStore(cold, "far"))
@@ -361,7 +361,7 @@ def test_a_damaged_cached_copy_of_a_moved_shard_is_fetched_again(packed, tmp_pat
         dataset.close()
 
 
-def test_a_shard_in_a_folder_of_this_machine_is_read_there_past_the_cache(server, cache, tmp_path):
+def test_a_shard_in_another_local_folder_is_read_without_the_cache(server, cache, tmp_path):
     moved = Moved(None, ServedStore(server, "home"))
     hot = LocalFolder(tmp_path / "hot")
     moved.move(moved.keys, hot)
@@ -412,7 +412,7 @@ WRONG_URLS = [
 
 
 @pytest.mark.parametrize("url", WRONG_URLS)
-def test_a_place_that_cannot_be_opened_is_an_error_of_the_store_without_its_credentials(packed, tmp_path, url):
+def test_a_location_that_cannot_be_opened_is_an_error_without_credentials(packed, tmp_path, url):
     moved = Moved(packed, LocalFolder(tmp_path / "home"))
     moved.move(moved.keys[:1], LocalFolder(tmp_path / "cold"))
     info = moved.infos[0]
@@ -444,7 +444,7 @@ def test_workers_forked_from_a_reader_of_another_store_open_their_own(server, tm
 ARCHIVED = HttpFault("status", 403, body=b"<Error><Code>InvalidObjectState</Code><Message>archived</Message></Error>")
 
 
-def test_an_archived_shard_that_is_met_while_reading_says_that_it_must_be_restored(server, tmp_path):
+def test_reading_an_archived_shard_reports_that_it_must_be_restored(server, tmp_path):
     with HttpFaultServer() as cold:
         moved = Moved(None, ServedStore(server, "home"))
         dataset = tc.Dataset(f"{server.url}/home", cache=False)
@@ -460,13 +460,13 @@ def test_an_archived_shard_that_is_met_while_reading_says_that_it_must_be_restor
         dataset.close()
 
 
-def test_a_shard_that_was_brought_back_while_its_archived_copy_was_asked_is_read_at_home(server):
+def test_a_shard_that_was_restored_to_home_during_the_read_is_read_there(server):
     with HttpFaultServer() as cold:
         moved = Moved(None, ServedStore(server, "home"))
         far = ServedStore(cold, "far")
         moved.move(moved.keys, far, state="archived", storage_class="GLACIER")
         dataset = tc.Dataset(f"{server.url}/home", cache=False)
-        dataset._source.access.placed.places.placement_once()
+        dataset._source.access.placed.resolver.placement_once()
         moved.move(moved.keys, moved.store, src=far, drop=False)
         cold.when(lambda method, path: ARCHIVED if method == "GET" else None)
         assert by_loader(dataset) == ALL
@@ -476,7 +476,7 @@ def test_a_shard_that_was_brought_back_while_its_archived_copy_was_asked_is_read
 # -- options of other places -------------------------------------------------------------------------------------------
 
 
-def test_a_place_is_opened_by_the_options_that_this_machines_rules_have_for_its_tier(tmp_path, monkeypatch):
+def test_a_location_is_opened_with_the_storage_options_of_its_tier(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rules = '[tiers.archive]\nurl = "s3://cold/train"\nstorage_options = { region = "xx-1", anon = true }\n'
     (tmp_path / "tiercache.toml").write_text(rules)
@@ -501,5 +501,5 @@ def test_a_place_is_opened_by_the_options_that_this_machines_rules_have_for_its_
         ("zip://x.zip::http://a.org/y", "zip://x.zip::http://b.org/y", False),
     ],
 )
-def test_options_of_the_home_are_shown_to_no_other_server(home, place, are_shown):
+def test_options_of_the_home_are_sent_to_no_other_server(home, place, are_shown):
     assert _same_service(place, home) is are_shown

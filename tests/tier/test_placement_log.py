@@ -1,4 +1,4 @@
-"""Placement: what it says after any changes, by any number of writers, after a crash, and when it is damaged."""
+"""The placement log: its content after any changes, by any number of writers, after a crash, and when it is damaged."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from tests.support.http_server import HttpFaultServer
 from tests.support.stores import CountingStore, GateStore
 from tests.tier.placements import numbers, row, rows_of, stopped_at
 
-from tiercache.errors import CommitConflict, StoreError
+from tiercache.errors import CommitConflict, CorruptShard, StoreError
 from tiercache.store import LocalFolder, MemoryStore, open_store
 from tiercache.testing import Fault, FaultKind, FaultStore
+from tiercache.testing.faults import WrapperStore
 from tiercache.tier.placement import log
 from tiercache.tier.placement.log import N_KEPT, TRACKING_MARKER_KEY, PlacementRow, placement_key
 
@@ -43,7 +44,7 @@ CHANGES = st.dictionaries(KEYS, st.none() | ROWS, max_size=4).map(
 
 @settings(max_examples=40)
 @given(steps=st.lists(CHANGES, max_size=14))
-def test_after_any_changes_it_says_what_a_dict_would(steps):
+def test_after_any_changes_the_placement_equals_a_dict(steps):
     store, oracle = MemoryStore("placement-oracle"), {}
     store.delete([info.key for info in store.list()])
     for changes in steps:
@@ -62,13 +63,13 @@ def test_after_any_changes_it_says_what_a_dict_would(steps):
         ]
 
 
-def test_where_there_is_no_mark_one_small_get_tells(store):
+def test_an_untracked_data_set_is_recognised_by_one_small_get(store):
     counting = CountingStore(store)
     assert log.read_placement(counting) is None
     assert counting.calls == [("read_tail", TRACKING_MARKER_KEY)]
 
 
-def test_who_may_not_list_a_bucket_is_told_that_a_mark_that_is_not_there_is_forbidden(store):
+def test_a_forbidden_marker_counts_as_missing(store):
     forbidden = FaultStore(store, [Fault("read_tail", keys=TRACKING_MARKER_KEY, status=403, retryable=False)])
     assert log.read_placement(forbidden) is None
     failing = FaultStore(store, [Fault("read_tail", keys=TRACKING_MARKER_KEY, status=503)])
@@ -76,7 +77,7 @@ def test_who_may_not_list_a_bucket_is_told_that_a_mark_that_is_not_there_is_forb
         log.read_placement(failing)
 
 
-def test_who_may_not_list_a_bucket_finds_the_newest_though_the_next_one_is_forbidden(store):
+def test_a_client_that_may_not_list_finds_the_newest_placement(store):
     for n in range(3):
         log.commit_placement(store, {f"{n}": row(f"{n}")})
     keys = [log.placement_key(number) for number in range(4, 60)]
@@ -86,14 +87,14 @@ def test_who_may_not_list_a_bucket_finds_the_newest_though_the_next_one_is_forbi
     assert (found.number, len(found)) == (3, 3)
 
 
-def test_a_placement_that_is_there_and_forbidden_is_an_error(store):
+def test_a_listed_placement_that_is_forbidden_is_an_error(store):
     log.commit_placement(store, {"a": row("a")})
     forbidden = Fault("read_tail", keys=log.placement_key(1), status=403, retryable=False, times=9999)
     with pytest.raises(StoreError, match="scripted fault"):
         log.read_placement(FaultStore(store, [forbidden]))
 
 
-def test_a_mark_without_a_placement_says_that_nothing_lies_elsewhere(store):
+def test_a_marker_without_a_placement_means_that_everything_is_at_home(store):
     assert not log.is_tracked(store)
     log.start_tracking(store)
     log.start_tracking(store)
@@ -102,21 +103,19 @@ def test_a_mark_without_a_placement_says_that_nothing_lies_elsewhere(store):
     assert (found.number, len(found), found.find("a")) == (0, 0, None)
 
 
-def test_changes_that_are_there_already_make_no_new_number(store):
+def test_changes_that_the_placement_has_already_make_no_new_one(store):
     first = log.commit_placement(store, {"a": row("a"), "b": None})
     assert log.commit_placement(store, {"a": row("a"), "gone": None}).number == first.number == 1
 
 
-def test_the_last_ten_are_kept(store):
+def test_the_last_ten_placements_are_kept(store):
     for n in range(3 * N_KEPT):
         log.commit_placement(store, {"a": row("a", n_bytes=n)})
     assert numbers(store) == list(range(2 * N_KEPT + 1, 3 * N_KEPT + 1))
     assert log.read_placement(store).find("a").n_bytes == 3 * N_KEPT - 1
 
 
-def test_a_row_under_another_key_or_that_cannot_be_is_refused(store):
-    with pytest.raises(ValueError, match="the row for 'b' has the key 'a'"):
-        log.commit_placement(store, {"b": row("a")})
+def test_a_row_without_a_url_or_with_an_unknown_state_or_a_negative_size_is_refused():
     for wrong in ({"url": ""}, {"state": "gone"}, {"n_bytes": -1}):
         with pytest.raises(ValueError, match="a row needs a URL"):
             PlacementRow(**{"key": "a", "url": "u", **wrong})
@@ -130,7 +129,7 @@ def test_a_row_under_another_key_or_that_cannot_be_is_refused(store):
 @pytest.mark.parametrize(
     "hint", [b"", b"not json", b"[]", b'{"placement": -4}', b'{"placement": "7"}', b'{"placement": 99}']
 )
-def test_a_hint_that_leads_nowhere_is_no_error(store, hint):
+def test_a_hint_to_a_missing_placement_is_no_error(store, hint):
     for n in range(4):
         log.commit_placement(store, {"a": row("a", n_bytes=n)})
     store.put(TRACKING_MARKER_KEY, hint)
@@ -138,14 +137,14 @@ def test_a_hint_that_leads_nowhere_is_no_error(store, hint):
 
 
 @pytest.mark.parametrize("hint", [1, 2, 3, 17])
-def test_an_old_hint_leads_to_the_newest(store, hint):
+def test_an_old_hint_leads_to_the_newest_placement(store, hint):
     for n in range(2 * N_KEPT):
         log.commit_placement(store, {"a": row("a", n_bytes=n)})
     store.put(TRACKING_MARKER_KEY, log.encode_mark(hint))
     assert log.read_placement(store).number == 2 * N_KEPT
 
 
-def test_where_nothing_can_be_listed_numbers_that_were_forgotten_are_stepped_over():
+def test_deleted_numbers_are_skipped_where_the_store_cannot_list():
     memory = MemoryStore("placement-listless")
     for n in range(2 * N_KEPT):
         log.commit_placement(memory, {"a": row("a", n_bytes=n)})
@@ -158,38 +157,38 @@ def test_where_nothing_can_be_listed_numbers_that_were_forgotten_are_stepped_ove
     memory.delete(objects)
 
 
-def test_the_mark_says_since_when_whatever_is_committed_after_it(store):
+def test_the_marker_keeps_the_start_of_tracking_over_commits(store):
     before_s = int(time.time())
     log.start_tracking(store)
-    since_s = log.adopted_s(store)
+    since_s = log.tracked_since_s(store)
     assert before_s <= since_s <= time.time()
     store.put(TRACKING_MARKER_KEY, log.encode_mark(0, since_s - 1000))
     for n in range(2):
         log.commit_placement(store, {"a": row("a", n_bytes=n)})
-    assert log.adopted_s(store) == since_s - 1000
+    assert log.tracked_since_s(store) == since_s - 1000
 
 
 @pytest.mark.parametrize("mark", [b"", b"[]", b'{"since": "x"}', b'{"since": true}'])
-def test_a_mark_that_says_no_time_is_a_mark_all_the_same(store, mark):
+def test_a_marker_without_a_time_is_valid(store, mark):
     store.put(TRACKING_MARKER_KEY, mark)
-    assert (log.is_tracked(store), log.adopted_s(store)) == (True, None)
+    assert (log.is_tracked(store), log.tracked_since_s(store)) == (True, None)
 
 
-def test_what_was_missed_is_searched_for_though_the_mark_is_gone(store):
+def test_the_newest_placement_is_found_without_a_marker(store):
     log.commit_placement(store, {"a": row("a")})
     store.delete([TRACKING_MARKER_KEY])
     assert log.read_placement(store) is None
     assert log.find_newest_placement(store).find("a") == row("a")
 
 
-def test_who_knows_the_newest_lists_and_asks_for_the_next_only(store):
+def test_a_reader_with_the_newest_placement_only_lists_and_probes(store):
     known = log.commit_placement(store, {"a": row("a")})
     counting = CountingStore(store)
     assert log.find_newest_placement(counting, known) is known
     assert counting.calls == [("list", log.PLACEMENT_FOLDER), ("read_tail", placement_key(2))]
 
 
-def test_what_was_missed_is_found_past_any_number_of_newer_ones_though_hints_fail(store):
+def test_the_newest_placement_is_found_past_many_newer_ones_without_hints(store):
     known = log.commit_placement(store, {"a": row("a")})
     for n in range(3 * N_KEPT):
         log.commit_placement(store, {"a": row("a", n_bytes=n)})
@@ -197,7 +196,7 @@ def test_what_was_missed_is_found_past_any_number_of_newer_ones_though_hints_fai
     assert log.find_newest_placement(store, known).number == 3 * N_KEPT + 1
 
 
-def test_a_writer_that_slept_while_its_number_was_used_and_removed_loses_nothing(store):
+def test_a_writer_that_slept_while_its_number_was_used_and_deleted_loses_nothing(store):
     log.commit_placement(store, {"a": row("a")})
     gated = GateStore(store)
     gate = gated.stop_at("before_put_if_absent", placement_key(2))
@@ -215,7 +214,7 @@ def test_a_writer_that_slept_while_its_number_was_used_and_removed_loses_nothing
     assert 2 not in numbers(store)
 
 
-def test_numbers_that_vanish_between_listing_and_reading_are_looked_for_anew(store):
+def test_numbers_that_vanish_between_listing_and_reading_are_searched_again(store):
     for n in range(3):
         log.commit_placement(store, {"a": row("a", n_bytes=n)})
 
@@ -236,7 +235,7 @@ def test_numbers_that_vanish_between_listing_and_reading_are_looked_for_anew(sto
 
 
 @pytest.mark.parametrize("kind", ["memory", "local", pytest.param("s3", marks=pytest.mark.s3)])
-def test_of_racing_writers_none_is_lost(kind, tmp_path, request):
+def test_no_change_of_racing_writers_is_lost(kind, tmp_path, request):
     home = {
         "memory": lambda: MemoryStore(f"race-{tmp_path.name}"),
         "local": lambda: LocalFolder(tmp_path),
@@ -264,7 +263,7 @@ def test_of_racing_writers_none_is_lost(kind, tmp_path, request):
     home.close()
 
 
-def test_who_loses_a_number_merges_his_changes_into_the_winners(store):
+def test_a_writer_that_loses_a_race_merges_its_changes(store):
     gated = GateStore(store)
     gate = gated.stop_at("before_put_if_absent", placement_key(1))
     late = threading.Thread(target=lambda: log.commit_placement(gated, {"late": row("late")}))
@@ -278,7 +277,7 @@ def test_who_loses_a_number_merges_his_changes_into_the_winners(store):
 
 @pytest.mark.parametrize("point", ["tier_placement.written", "tier_placement.hinted"])
 @pytest.mark.parametrize("n_before", [0, N_KEPT + 3])
-def test_a_commit_that_stops_at_any_point_is_done_by_its_repetition(store, point, n_before):
+def test_repeating_a_commit_that_was_killed_at_any_point_completes_it(store, point, n_before):
     for n in range(n_before):
         log.commit_placement(store, {"a": row("a", n_bytes=n)})
 
@@ -288,20 +287,20 @@ def test_a_commit_that_stops_at_any_point_is_done_by_its_repetition(store, point
     assert log.commit_placement(store, {"c": row("c")}).number == n_before + 2
 
 
-def test_an_answer_that_was_lost_is_settled_by_reading_back(store):
+def test_a_lost_answer_is_settled_by_reading_back(store):
     faulty = FaultStore(store, [Fault("put_if_absent", keys="*.arrow", kind=FaultKind.LOST_RESPONSE)])
     assert log.commit_placement(faulty, {"a": row("a")}).number == 1
     assert faulty.faulted_calls == [("put_if_absent", placement_key(1))]
 
 
-def test_a_put_that_did_nothing_is_an_error(store):
+def test_a_put_that_wrote_nothing_is_an_error(store):
     faulty = FaultStore(store, [Fault("put_if_absent", keys="*.arrow")])
     with pytest.raises(StoreError, match="scripted fault"):
         log.commit_placement(faulty, {"a": row("a")})
     assert numbers(store) == []
 
 
-def test_a_deletion_that_fails_fails_no_commit(store):
+def test_a_failed_deletion_of_old_placements_does_not_fail_the_commit(store):
     faulty = FaultStore(store, [Fault("delete", times=99)])
     for n in range(N_KEPT + 2):
         log.commit_placement(faulty, {"a": row("a", n_bytes=n)})
@@ -309,7 +308,7 @@ def test_a_deletion_that_fails_fails_no_commit(store):
     assert numbers(store) == list(range(1, N_KEPT + 3))
 
 
-def test_a_commit_that_cannot_write_the_marker_is_done_and_found(store):
+def test_a_commit_that_cannot_update_the_marker_is_found(store):
     log.start_tracking(store)
     faulty = FaultStore(store, [Fault("put", keys=TRACKING_MARKER_KEY)])
     assert log.commit_placement(faulty, {"a": row("a")}).number == 1
@@ -319,7 +318,7 @@ def test_a_commit_that_cannot_write_the_marker_is_done_and_found(store):
     assert json.loads(store.get(TRACKING_MARKER_KEY))["placement"] == 2
 
 
-def test_a_crowd_that_always_wins_is_a_conflict(store, monkeypatch):
+def test_losing_every_race_is_a_conflict(store, monkeypatch):
     monkeypatch.setattr(log, "MAX_REBASES", 3)
 
     class Crowd(FaultStore):
@@ -330,3 +329,49 @@ def test_a_crowd_that_always_wins_is_a_conflict(store, monkeypatch):
 
     with pytest.raises(CommitConflict, match="3 others changed the placement first"):
         log.commit_placement(Crowd(store), {"a": row("a")})
+
+
+# -- damaged placements --------------------------------------------------------------------------------------------
+
+
+def damage(store, number: int) -> None:
+    data = store.get(placement_key(number))
+    store.put(placement_key(number), data.replace(b"s3://", b"s3:/0"))
+
+
+@pytest.mark.parametrize("mark", [log.encode_mark(2), log.encode_mark(7), b"{}", b"", None])
+def test_a_corrupt_placement_is_reported_to_readers_and_writers(store, mark):
+    for n in range(2):
+        log.commit_placement(store, {"a": row("a", n_bytes=n)})
+    damage(store, 2)
+    store.delete([TRACKING_MARKER_KEY])
+    if mark is not None:
+        store.put(TRACKING_MARKER_KEY, mark)
+    with pytest.raises(CorruptShard, match=placement_key(2)):
+        log.find_newest_placement(store)
+    with pytest.raises(CorruptShard, match=placement_key(2)):
+        log.commit_placement(store, {"b": row("b")})
+    with pytest.raises(CorruptShard, match=placement_key(2)):
+        log.read_placement(store)  # if there was no mark, there is one by now
+    assert numbers(store) == [1, 2]
+
+
+class Misread(WrapperStore):
+    """A store that returns damaged bytes of a placement n times, from the nth read on."""
+
+    def __init__(self, inner, key, n, nth=1):
+        super().__init__(inner)
+        self._wrong, self._key, self._n = range(nth, nth + n), key, 0
+
+    def read_tail(self, key, n_bytes):
+        data, info = super().read_tail(key, n_bytes)
+        self._n += key == self._key
+        wrong = key == self._key and self._n in self._wrong
+        return (data.replace(b"s3://", b"s3:/0") if wrong else data), info
+
+
+def test_a_placement_that_was_damaged_in_transit_is_read_again(store):
+    log.commit_placement(store, {"a": row("a")})
+    assert rows_of(log.read_placement(Misread(store, placement_key(1), 1))) == {"a": row("a")}
+    with pytest.raises(CorruptShard):
+        log.read_placement(Misread(store, placement_key(1), 2))

@@ -1,4 +1,4 @@
-"""A scheduler's run, with all real parts: what is planned, made, settled and reported."""
+"""Runs for a scheduler, with all real parts: plan, moves, deletions and report."""
 
 import json
 from pathlib import Path
@@ -97,7 +97,7 @@ def records(url):
     return np.concatenate([batch["x"].to_numpy() for batch in tc.Dataset(url, cache=False).to_arrow(batch_size=1024)])
 
 
-def test_old_checkpoints_go_to_the_archive_and_the_newest_stays(tiers, clock):
+def test_old_checkpoints_are_archived_and_the_newest_stays(tiers, clock):
     checkpoints(tiers, 1, 2, 10)
     clock.jump(2 * DAY_S)
     report = tiers.run()
@@ -110,7 +110,7 @@ def test_old_checkpoints_go_to_the_archive_and_the_newest_stays(tiers, clock):
     assert len(tiers.keys("archive")) == 4
 
 
-def test_a_run_when_all_is_done_does_nothing(tiers, clock):
+def test_a_run_without_due_work_does_nothing(tiers, clock):
     checkpoints(tiers, 1, 2)
     clock.jump(2 * DAY_S)
     tiers.run()
@@ -133,7 +133,7 @@ def test_readers_find_the_shards_of_a_cold_data_set(tiers, clock):
     assert np.array_equal(records(url), values)
 
 
-def test_last_copies_go_when_grace_is_over_and_rules_still_say_so(tiers, clock):
+def test_last_copies_are_deleted_after_grace_if_rules_still_ask_for_it(tiers, clock):
     tiers.write("standard", "scratch/a")
     tiers.write("standard", "scratch/b")
     clock.jump(6 * DAY_S)
@@ -148,7 +148,7 @@ def test_last_copies_go_when_grace_is_over_and_rules_still_say_so(tiers, clock):
 
 
 def test_a_checkpoint_that_became_the_newest_is_not_archived_away(tmp_path, clock):
-    """1. step-1 is planned for deletion, step-2 is newer. 2. Somebody deletes step-2. 3. Grace of step-1 is over."""
+    """1. step-1 waits for its deletion. 2. A user deletes step-2. 3. The grace period of step-1 ends."""
     tiers = Tiers(tmp_path)
     text = (tmp_path / "tiercache.toml").read_text().replace('match = "scratch/**"', 'match = "run/**"')
     (tmp_path / "tiercache.toml").write_text(text)
@@ -174,7 +174,7 @@ def test_a_dry_run_changes_nothing(tiers, clock):
     assert sorted(p for p in tiers.root.rglob("*") if p.is_file() and "state" not in p.parts) == before
 
 
-def test_its_report_is_json_that_a_machine_reads(tiers, clock):
+def test_the_report_is_json(tiers, clock):
     checkpoints(tiers, 1, 2)
     clock.jump(2 * DAY_S)
     facts = json.loads(json.dumps(tiers.run().to_json()))
@@ -182,12 +182,12 @@ def test_its_report_is_json_that_a_machine_reads(tiers, clock):
     assert facts["before"]["standard"]["n_objects"] == 4
 
 
-def test_a_second_run_at_once_says_who_is_at_work(tiers):
+def test_a_concurrent_run_names_the_process_that_holds_the_lock(tiers):
     with TierLock(LocalFolder(tiers.root / "standard"), renew_s=None), pytest.raises(CommitConflict, match="alone"):
         tiers.run()
 
 
-def test_a_run_finishes_what_an_earlier_one_left_half_deleted_before_it_plans(tiers, clock):
+def test_a_run_finishes_interrupted_deletions_before_it_plans(tiers, clock):
     checkpoints(tiers, 1, 2)
     clock.jump(2 * DAY_S)
     tiers.run()
@@ -205,7 +205,7 @@ def test_a_run_finishes_what_an_earlier_one_left_half_deleted_before_it_plans(ti
 @pytest.mark.parametrize(
     "point", ["tier_run.finished", "tier_run.planned", "tier_run.adopted", "tier_run.applied", "tier_placement.written"]
 )
-def test_a_run_that_was_killed_is_made_good_by_the_next(tiers, clock, point):
+def test_the_next_run_completes_a_killed_run(tiers, clock, point):
     checkpoints(tiers, 1, 2)
     url, values = write_data(tiers)
     clock.jump(2 * DAY_S)
@@ -219,7 +219,7 @@ def test_a_run_that_was_killed_is_made_good_by_the_next(tiers, clock, point):
     assert [key for key in tiers.keys("standard") if "step-2" not in key] == []
 
 
-def test_the_books_lie_in_the_state_folder(tiers):
+def test_the_catalog_is_in_the_state_folder(tiers):
     tiers.run()
     assert catalog_path(tiers.file) == tiers.root / "state" / "tiers.sqlite"
     assert catalog_path(tiers.file).exists()
@@ -235,7 +235,7 @@ def lost(report):
 
 
 def moved_to_archive(tiers, clock, *steps):
-    """Checkpoints and data whose only copies are in the archive, but for the newest checkpoint."""
+    """Archive the only copies of checkpoints and data, except the newest checkpoint."""
     checkpoints(tiers, *steps)
     for days in (2, 1):
         clock.jump(days * DAY_S + 1)
@@ -253,7 +253,7 @@ def test_a_shard_whose_only_copy_is_gone_is_lost(tiers):
     assert lost(tiers.run()) == {shard: ()}
 
 
-def test_a_shard_that_was_moved_and_is_gone_is_lost_where_it_was_last(tiers, clock):
+def test_a_moved_shard_that_is_gone_is_lost_in_its_last_tier(tiers, clock):
     write_data(tiers)
     for days in (2, 1):
         clock.jump(days * DAY_S + 1)
@@ -269,7 +269,7 @@ def test_an_object_of_a_checkpoint_that_was_moved_away_from_home_is_lost(tiers, 
     assert lost(tiers.run()) == {part: ("archive",)}
 
 
-def test_readers_are_led_to_it_is_enough_where_this_machine_has_lost_its_catalog(tiers, clock):
+def test_a_placement_row_is_enough_to_notice_a_loss_without_a_catalog(tiers, clock):
     keys = moved_to_archive(tiers, clock, 1, 2)
     catalog_path(tiers.file).unlink()
     for key in keys:
@@ -277,8 +277,8 @@ def test_readers_are_led_to_it_is_enough_where_this_machine_has_lost_its_catalog
     assert lost(tiers.run()) == dict.fromkeys(keys, ("archive",))
 
 
-def test_what_was_moved_to_its_home_and_is_gone_there_is_lost(tiers, clock):
-    """A bucket's lifecycle rule does so."""
+def test_an_object_that_was_moved_home_and_is_gone_is_lost(tiers, clock):
+    """For example by a lifecycle rule of the bucket."""
     rules = '[[rules]]\nmatch = "runs/**"\nkeep_hot = { last = 1 }\n'
     tiers.write_rules(rules)
     for step in (1, 2):
@@ -291,7 +291,7 @@ def test_what_was_moved_to_its_home_and_is_gone_there_is_lost(tiers, clock):
     assert lost(tiers.run()) == {"runs/step-1/model.bin": ("standard",)}
 
 
-def test_what_lies_in_a_tier_that_cannot_be_seen_is_not_called_lost(tiers, clock):
+def test_an_object_in_an_unavailable_tier_is_not_lost(tiers, clock):
     moved_to_archive(tiers, clock, 1, 2)
     (tiers.root / "archive").rename(tiers.root / "not mounted")
     report = tiers.run()
@@ -300,7 +300,7 @@ def test_what_lies_in_a_tier_that_cannot_be_seen_is_not_called_lost(tiers, clock
     assert report.to_json()["unseen"] == ["archive"]
 
 
-def test_what_the_rule_file_says_is_gone_is_not_lost(tiers, clock):
+def test_an_object_that_the_rule_file_declares_gone_is_not_lost(tiers, clock):
     keys = moved_to_archive(tiers, clock, 1, 2)
     for key in keys:
         (tiers.root / "archive" / key).unlink()
@@ -309,7 +309,7 @@ def test_what_the_rule_file_says_is_gone_is_not_lost(tiers, clock):
     assert lost(tiers.run()) == {}
 
 
-def test_what_a_rule_has_deleted_is_not_lost_though_somebody_removed_a_copy_before(tiers, clock):
+def test_an_object_that_a_rule_deleted_is_not_lost(tiers, clock):
     rules = '[[rules]]\nmatch = "runs/**"\nkeep_hot = { last = 1 }\ndelete_after = "5d"\n'
     tiers.write_rules(rules)
     for step in (1, 2):
@@ -326,7 +326,7 @@ def test_what_a_rule_has_deleted_is_not_lost_though_somebody_removed_a_copy_befo
     assert lost(tiers.run()) == {}
 
 
-def test_what_another_machine_s_mover_may_have_deleted_by_a_rule_is_not_lost(tiers, clock):
+def test_an_object_that_another_machine_may_have_deleted_by_a_rule_is_not_lost(tiers, clock):
     rules = '[[rules]]\nmatch = "runs/*"\nkeep_hot = { last = 1 }\ndelete_after = "5d"\n'
     tiers.write_rules(rules)
     for step in (1, 2):
@@ -357,13 +357,13 @@ def test_shards_that_a_rule_deletes_are_lost_only_before_they_are_old_enough(tie
 
 
 class Overlooks(WrapperStore):
-    """A listing that was made before a mover put an object here."""
+    """A store whose listing is older than an object."""
 
     def list(self, prefix=""):
         return (info for info in super().list(prefix) if info.key != self.key)
 
 
-def test_what_a_mover_has_moved_while_tiers_were_listed_is_not_lost(tiers):
+def test_an_object_that_moved_during_the_listing_is_not_lost(tiers):
     write_data(tiers)
     standard = Overlooks(LocalFolder(tiers.root / "standard"))
     standard.key = next(key for key in tiers.keys("standard", "data") if key.endswith(".tcs"))
@@ -377,14 +377,14 @@ def test_what_a_mover_has_moved_while_tiers_were_listed_is_not_lost(tiers):
 
 
 def run_twice(tiers, clock):
-    """Moves, and the deletions that wait for grace."""
+    """Run now, and again when the grace period is over."""
     clock.jump(2 * DAY_S)
     first = tiers.run()
     clock.jump(DAY_S + 1)
     return first, tiers.run()
 
 
-def test_a_checkpoint_that_is_gone_from_a_local_tier_leaves_no_folder(tiers, clock):
+def test_a_checkpoint_that_left_a_local_tier_leaves_no_empty_folder(tiers, clock):
     """Orbax and Trainer list folders, and would resume from an empty one."""
     for step in (100, 200):
         for name in ("_CHECKPOINT_METADATA", "default/manifest.ocdbt", "default/d/1", "metrics/metrics"):
@@ -395,7 +395,7 @@ def test_a_checkpoint_that_is_gone_from_a_local_tier_leaves_no_folder(tiers, clo
     assert len(tiers.keys("archive", "ck/run/100/")) == 4
 
 
-def test_a_folder_in_which_something_is_left_stays(tiers, clock):
+def test_a_folder_that_is_not_empty_stays(tiers, clock):
     checkpoints(tiers, 1, 2)
     (tiers.root / "standard/ck/run/step-1/more").symlink_to("__0_0.distcp")
     (tiers.root / "standard/ck/run/step-1/empty").mkdir()
@@ -403,7 +403,7 @@ def test_a_folder_in_which_something_is_left_stays(tiers, clock):
     assert [path.name for path in (tiers.root / "standard/ck/run/step-1").iterdir()] == ["more"]
 
 
-def test_a_deleted_checkpoint_leaves_no_folder(tiers, clock):
+def test_a_deleted_checkpoint_leaves_no_empty_folder(tiers, clock):
     tiers.write_rules('[[rules]]\nmatch = "runs/**"\ndelete_after = "1d"\n')
     for step in (1, 2):
         tiers.write("standard", f"runs/step-{step}/a/model.bin")
@@ -412,7 +412,7 @@ def test_a_deleted_checkpoint_leaves_no_folder(tiers, clock):
 
 
 @pytest.mark.parametrize("target", ["step-1", "step-1/__0_0.distcp"])
-def test_what_a_symbolic_link_leads_to_is_copied_and_stays_until_the_link_leads_elsewhere(tiers, clock, target):
+def test_the_target_of_a_symbolic_link_stays_until_the_link_changes(tiers, clock, target):
     """Lightning's last.ckpt, with save_last="link"."""
     checkpoints(tiers, 1, 2)
     link = tiers.root / "standard/ck/run/last.ckpt"
@@ -428,7 +428,7 @@ def test_what_a_symbolic_link_leads_to_is_copied_and_stays_until_the_link_leads_
     assert [path.name for path in (tiers.root / "standard/ck/run").iterdir() if path.name != "step-2"] == ["last.ckpt"]
 
 
-def test_a_symbolic_link_that_comes_while_a_deletion_waits_keeps_the_copy(tiers, clock):
+def test_a_symbolic_link_that_is_made_during_the_grace_period_keeps_the_copy(tiers, clock):
     checkpoints(tiers, 1, 2)
     clock.jump(2 * DAY_S)
     assert [move.action for move in tiers.run().plan.moves] == ["move"]
@@ -441,7 +441,7 @@ def test_a_symbolic_link_that_comes_while_a_deletion_waits_keeps_the_copy(tiers,
     assert tiers.keys("standard", "ck/run/step-1/") == []
 
 
-def test_links_to_other_places_and_to_nothing_keep_nothing(tiers, clock):
+def test_links_to_other_folders_and_dangling_links_keep_nothing(tiers, clock):
     checkpoints(tiers, 1, 2)
     folder = tiers.root / "standard/ck/run"
     (folder / "gone").symlink_to("step-0")
@@ -453,7 +453,7 @@ def test_links_to_other_places_and_to_nothing_keep_nothing(tiers, clock):
     assert tiers.keys("standard", "ck/run/step-1/") == []
 
 
-def test_last_copies_that_a_symbolic_link_leads_to_are_not_deleted(tiers, clock):
+def test_last_copies_that_are_targets_of_a_symbolic_link_are_not_deleted(tiers, clock):
     tiers.write_rules('[[rules]]\nmatch = "runs/**"\ndelete_after = "1d"\n')
     for step in (1, 2, 3):
         tiers.write("standard", f"runs/step-{step}.pt", bytes([step]))
@@ -463,7 +463,7 @@ def test_last_copies_that_a_symbolic_link_leads_to_are_not_deleted(tiers, clock)
     assert tiers.keys("standard") == ["runs/step-1.pt", "runs/step-3.pt"]
 
 
-def test_a_full_tier_sends_away_nothing_that_a_symbolic_link_leads_to(tiers, clock):
+def test_a_full_tier_keeps_the_targets_of_symbolic_links(tiers, clock):
     path = tiers.root / "tiercache.toml"
     path.write_text(path.read_text().replace('role = "hot"\n', 'role = "hot"\ncapacity = "250"\n'))
     for name in ("a", "b", "c"):

@@ -1,15 +1,17 @@
-"""Usage: what machines report of what they read, and what the planner makes of all reports together."""
+"""Use reports: what machines report of their reads, and what the planner makes of all reports together."""
 
 from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +29,20 @@ from torch.utils.data import DataLoader as TorchLoader
 import tiercache as tc
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder, MemoryStore
-from tiercache.testing import Fault, FaultStore
+from tiercache.testing import Fault, FaultStore, WrapperStore
 from tiercache.tier.placement import use_reports
 from tiercache.tier.placement.resolver import LocationResolver
-from tiercache.tier.placement.use_reports import IN_USE_S, REPORT_S, USAGE_FOLDER, ActiveReader, UseRecorder, UseReport
+from tiercache.tier.placement.use_reports import (
+    IN_USE_S,
+    REPORT_S,
+    USAGE_FOLDER,
+    ActiveReader,
+    UseRecorder,
+    UseReport,
+    merge_reports,
+    read_reports,
+    usage_key,
+)
 from tiercache.waiting import wait_for
 
 ALL = list(range(N))
@@ -114,7 +126,7 @@ def test_later_uses_are_added_to_earlier_ones(moved):
     assert {name: uses for name, (_, uses) in report(moved).shards.items()} == dict.fromkeys(moved.keys, 3)
 
 
-def test_where_tiers_do_not_look_after_it_nothing_is_written(moved):
+def test_an_untracked_data_set_gets_no_report(moved):
     dataset = tc.Dataset(moved.store.url)
     assert by_loader(dataset) == ALL
     assert by_record(dataset) == ALL
@@ -123,7 +135,7 @@ def test_where_tiers_do_not_look_after_it_nothing_is_written(moved):
     assert reports(moved) == []
 
 
-def test_an_opened_data_set_that_was_not_read_asks_for_no_mark_when_it_is_closed(moved):
+def test_closing_an_unread_data_set_reads_no_marker(moved):
     dataset = tc.Dataset(moved.store.url)
     before = dataset._source.inner.counters["requests"]
     dataset.close()
@@ -147,7 +159,7 @@ def _refused() -> HttpFault:
     return HttpFault("status", 403, body=b"read only")
 
 
-def test_uses_of_a_report_that_failed_are_in_the_next_one():
+def test_uses_of_a_failed_report_are_in_the_next_one():
     home = MemoryStore("usage-failed")
     faulty = FaultStore(home, [Fault("put", keys="*usage*", times=2)])
     home.put("_tiercache/tiers.json", b"{}")
@@ -164,7 +176,7 @@ def test_uses_of_a_report_that_failed_are_in_the_next_one():
     home.delete([info.key for info in home.list()])
 
 
-def test_it_reports_once_an_hour_while_it_is_read_and_not_after_it_is_closed():
+def test_a_data_set_is_reported_hourly_until_it_is_closed():
     home = CountingStore(MemoryStore("usage-hourly"))
     home.put("_tiercache/tiers.json", b"{}")
     clock = FakeClock()
@@ -208,7 +220,7 @@ def test_racing_processes_and_threads_lose_no_use(moved):
     assert report(moved).shards[moved.keys[0]][1] == 9
 
 
-def test_a_child_forked_while_a_report_is_written_reports_all_the_same(moved, monkeypatch):
+def test_a_child_forked_during_a_report_writes_its_own_report(moved, monkeypatch):
     monkeypatch.setattr(use_reports, "LOCK_S", 0.2)
     moved.adopt()
     gated = GateStore(moved.store)
@@ -231,12 +243,12 @@ def test_a_child_forked_while_a_report_is_written_reports_all_the_same(moved, mo
     recorder.close()
 
 
-def test_a_process_that_ends_asks_nothing_of_a_store_that_failed():
+def test_a_process_that_ends_makes_no_request_to_a_failed_store():
     home = CountingStore(FaultStore(MemoryStore("usage-at-exit"), [Fault("put", keys="*usage*", times=99)]))
     home.put("_tiercache/tiers.json", b"{}")
     recorder = UseRecorder(LocationResolver(home, {}))
     recorder.note("a")
-    LocationResolver.placement_once(recorder._places)
+    LocationResolver.placement_once(recorder._resolver)
     assert not recorder.report()
     before = len(home.calls)
     recorder.close_at_exit()
@@ -245,7 +257,7 @@ def test_a_process_that_ends_asks_nothing_of_a_store_that_failed():
     home.delete(["_tiercache/tiers.json"])
 
 
-def test_a_forked_child_counts_anew(moved):
+def test_a_forked_child_starts_with_empty_counts(moved):
     moved.adopt()
     dataset = tc.Dataset(moved.store.url)
     assert dataset[0]["id"] == 0
@@ -269,7 +281,7 @@ print(sum(len(batch["id"]) for batch in tc.DataLoader(dataset, batch_size=16)))
 """
 
 
-def test_a_process_that_ends_without_closing_reports_all_the_same(moved):
+def test_a_process_that_ends_without_closing_reports(moved):
     moved.adopt()
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", READ_AND_END, moved.store.url],
@@ -283,7 +295,7 @@ def test_a_process_that_ends_without_closing_reports_all_the_same(moved):
     assert set(found.shards) == set(moved.keys)
 
 
-def test_workers_that_read_are_reported_by_who_began_the_run(moved):
+def test_shards_that_workers_read_are_reported_by_the_process_that_began_the_run(moved):
     moved.adopt()
     dataset = tc.Dataset(moved.store.url, transform=_identity)
     loader = tc.DataLoader(dataset, batch_size=10, num_workers=2, multiprocessing_context="fork", collate_fn=list)
@@ -310,6 +322,9 @@ def test_shards_of_a_view_that_workers_read_are_in_use_from_the_beginning_of_the
         assert np.isfinite(said.last_use_s).tolist() == said.in_use.tolist()
         for _ in batches:
             pass
+        del batches
+        # Beside other load, a spawned worker needs longer to end than the loader waits for it.
+        assert wait_for(lambda: not multiprocessing.active_children(), 60)
 
 
 def _as_it_is(batch):
@@ -320,7 +335,7 @@ def _identity(record):
     return record
 
 
-def test_who_was_killed_is_taken_off_the_list_by_the_next_report_of_the_machine(moved):
+def test_a_killed_reader_is_removed_by_the_next_report_of_its_machine(moved):
     moved.adopt()
     dead = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
@@ -341,7 +356,7 @@ def test_who_was_killed_is_taken_off_the_list_by_the_next_report_of_the_machine(
     assert list(report(moved).readers) == [names["another container's"]]
 
 
-def test_without_a_state_folder_it_is_reported_too(moved, monkeypatch):
+def test_reports_are_written_without_a_state_folder(moved, monkeypatch):
     monkeypatch.setenv("TIERCACHE_STATE_DIR", "/proc/nowhere")
     moved.adopt()
     dataset = tc.Dataset(moved.store.url)
@@ -359,7 +374,7 @@ def merged(*found: UseReport, silence_s: float = 7 * DAY_S) -> use_reports.Shard
     return use_reports.merge_reports(found, NAMES, now_s=NOW_S, silence_s=silence_s)
 
 
-def test_of_nothing_nothing_is_known():
+def test_no_reports_give_no_uses():
     found = merged()
     assert np.isnan(found.last_use_s).all()
     assert found.uses.tolist() == [0, 0, 0]
@@ -377,21 +392,21 @@ def test_of_nothing_nothing_is_known():
         (7.1 * DAY_S, False, False),
     ],
 )
-def test_a_reader_is_in_use_then_unreported_then_gone(heard_s, is_in_use, is_unreported):
+def test_a_silent_reader_is_active_then_overdue_then_gone(heard_s, is_in_use, is_unreported):
     at_s = NOW_S - heard_s
     found = merged(UseReport("m", at_s, at_s, {"r": ActiveReader(at_s - 60, at_s, reads_all=True)}, {}))
     assert found.in_use.tolist() == [is_in_use] * 3
     assert found.unreported is is_unreported
 
 
-def test_of_a_reader_of_some_only_what_it_opened_since_it_began_is_in_use():
+def test_only_shards_opened_since_a_reader_began_are_in_use():
     reader = ActiveReader(NOW_S - 100, NOW_S - 10)
     found = merged(UseReport("m", NOW_S - 10, 0, {"r": reader}, {"a": (NOW_S - 50, 4), "b": (NOW_S - 150, 2)}))
     assert found.in_use.tolist() == [True, False, False]
     assert found.uses.tolist() == [4, 2, 0]
 
 
-def test_a_report_that_cannot_be_read_is_of_a_machine_that_has_not_reported():
+def test_an_unreadable_report_counts_as_overdue():
     store = MemoryStore("usage-unreadable")
     for n, text in enumerate([b"", b"{}", b'{"version": 2}', b"[1]", b'{"version": 1, "readers": 3}']):
         store.put(use_reports.usage_key(f"m{n}"), text)
@@ -417,7 +432,7 @@ LYING = {
 
 
 @pytest.mark.parametrize("text", LYING.values(), ids=LYING.keys())
-def test_a_report_that_cannot_be_true_keeps_the_data_where_it_is_and_stops_no_reader(moved, text):
+def test_an_impossible_report_keeps_the_data_in_place(moved, text):
     moved.adopt()
     moved.store.put(use_reports.usage_key("other"), text)
     moved.store.put(use_reports.usage_key(use_reports.machine_name()), text)
@@ -430,7 +445,7 @@ def test_a_report_that_cannot_be_true_keeps_the_data_where_it_is_and_stops_no_re
     ) == len(moved.keys)
 
 
-def test_a_reader_of_a_name_that_is_no_processs_stops_no_report(moved):
+def test_an_unknown_reader_name_does_not_stop_a_report(moved):
     moved.adopt()
     mine = f"-{use_reports.pid_namespace()}-0"
     names = [f"\u00b2-1{mine}", f"{'9' * 5000}-1{mine}"]
@@ -455,7 +470,7 @@ REPORTS = st.builds(
 
 
 @given(st.lists(REPORTS, max_size=4))
-def test_merging_says_what_going_through_all_reports_one_by_one_says(found):
+def test_merging_reports_equals_a_plain_loop(found):
     said = use_reports.merge_reports(found, NAMES, now_s=NOW_S, silence_s=DAY_S)
     for at, name in enumerate(NAMES.to_pylist()):
         times = [r.all_s for r in found if r.all_s] + [r.shards[name][0] for r in found if name in r.shards]
@@ -474,12 +489,86 @@ def test_merging_says_what_going_through_all_reports_one_by_one_says(found):
 
 
 @given(REPORTS)
-def test_a_report_is_read_as_it_was_written(one):
+def test_a_report_is_decoded_as_it_was_encoded(one):
     assert use_reports.decode(use_reports.encode(one), "m") == one
     json.loads(use_reports.encode(one))
 
 
-def test_what_no_store_gives_is_no_report():
+def test_a_store_error_passes_through_read_reports():
     store = FaultStore(MemoryStore("usage-fails"), [Fault("list")])
     with pytest.raises(StoreError):
         use_reports.read_reports(store)
+
+
+# -- clocks --------------------------------------------------------------------------------------------------------
+
+
+AB_NAMES = pa.array(["a", "b"])
+
+
+class Dated(WrapperStore):
+    """A store that gives its objects this date; None: no date."""
+
+    def __init__(self, inner, dated_s):
+        super().__init__(inner)
+        self.dated_s = dated_s
+
+    def list(self, prefix=""):
+        return (replace(info, modified_s=self.dated_s) for info in super().list(prefix))
+
+
+@pytest.fixture
+def store(request):
+    store = MemoryStore(f"clocks-{request.node.name}")
+    yield store
+    store.delete([info.key for info in store.list()])
+
+
+def reported(store, machine_s, *, store_s, reads_all=False):
+    """Return the report of a machine with this clock, as the planner reads it; its reader began an hour earlier."""
+    reader = ActiveReader(machine_s - 3600, machine_s, reads_all)
+    report = UseReport("m", machine_s, machine_s if reads_all else 0.0, {"r": reader}, {"a": (machine_s - 60, 3)})
+    store.put(usage_key("m"), use_reports.encode(report))
+    (found,) = read_reports(Dated(store, store_s))
+    return found
+
+
+@pytest.mark.parametrize("behind_s", [8 * DAY_S, 5 * 365 * DAY_S, NOW_S - 1000])
+def test_shards_of_a_machine_with_a_late_clock_are_in_use(store, behind_s):
+    said = merge_reports([reported(store, NOW_S - 100 - behind_s, store_s=NOW_S - 100)], AB_NAMES, now_s=NOW_S)
+    assert said.in_use.tolist() == [True, False]
+    assert said.last_use_s[0] == NOW_S - 160
+
+
+def test_an_overdue_reader_is_judged_by_the_clock_of_the_store(store):
+    heard_s = NOW_S - IN_USE_S - 100
+    assert merge_reports([reported(store, 1000.0, store_s=heard_s)], AB_NAMES, now_s=NOW_S).unreported
+
+
+def test_a_reader_that_is_silent_by_the_clock_of_the_store_is_gone(store):
+    said = merge_reports([reported(store, 1000.0, store_s=NOW_S - 8 * DAY_S)], AB_NAMES, now_s=NOW_S)
+    assert (said.unreported, said.in_use.any()) == (False, False)
+
+
+def test_a_run_over_all_shards_is_dated_by_the_clock_of_the_store(store):
+    said = merge_reports([reported(store, 1000.0, store_s=NOW_S, reads_all=True)], AB_NAMES, now_s=NOW_S)
+    assert said.last_use_s.tolist() == [NOW_S, NOW_S]
+
+
+@pytest.mark.parametrize("store_s", [None, NOW_S - 20 * DAY_S, NOW_S + 30])
+def test_reported_times_stay_unless_the_clock_of_the_store_is_clearly_later(store, store_s):
+    said = reported(store, NOW_S, store_s=store_s)
+    assert (said.reported_s, said.readers["r"].since_s, said.shards["a"]) == (NOW_S, NOW_S - 3600, (NOW_S - 60, 3))
+
+
+def test_an_oversized_report_is_not_read_and_counts_as_overdue(store, monkeypatch):
+    reported(store, NOW_S - 100, store_s=NOW_S - 100)
+    monkeypatch.setattr(use_reports, "_MOST_BYTES", 10)
+    counting = CountingStore(Dated(store, NOW_S - 100))
+    assert merge_reports(read_reports(counting), AB_NAMES, now_s=NOW_S).unreported
+    assert counting.n_calls("get") == 0
+
+
+def test_a_report_with_a_negative_time_is_dated_by_the_clock_of_the_store(store):
+    found = reported(store, -1e300, store_s=NOW_S)
+    assert merge_reports([found], AB_NAMES, now_s=NOW_S).last_use_s[0] <= NOW_S

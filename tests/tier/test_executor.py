@@ -1,4 +1,4 @@
-"""Plans are carried out, so that nothing is lost when the world changes between any two steps."""
+"""Applying a plan: copies, checks of sources and destinations, placements, grace periods, pins."""
 
 from dataclasses import replace
 
@@ -8,6 +8,7 @@ from tests.tier.moving import GRACE_S, PARTS, HookAt, Killed, World, checkpoint,
 
 from tiercache.testing import Fault
 from tiercache.tier.move.deletions import DeletionGuard
+from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.placement import log
 
 
@@ -19,7 +20,7 @@ def world(tmp_path):
 # -- the straight way ------------------------------------------------------------------------------------------------
 
 
-def test_a_move_copies_and_tells_readers_and_keeps_its_source_until_grace_is_over(world):
+def test_a_move_copies_commits_the_placement_and_keeps_its_source_until_grace_is_over(world):
     _, applied = moved_away(world, "f")
     assert (applied.done, applied.stopped, applied.waiting_drops, applied.n_bytes) == (1, (), 1, 1000)
     assert world.where("f") == ["standard", "archive"]
@@ -33,7 +34,7 @@ def test_a_move_copies_and_tells_readers_and_keeps_its_source_until_grace_is_ove
     assert world.where("f") == ["archive"]
 
 
-def test_a_copy_leaves_its_source_and_what_readers_are_told(world):
+def test_a_copy_keeps_its_source_and_the_placement(world):
     world.put("standard", "f")
     assert world.apply(world.plan(world.move("f", "standard", "hot", action="copy"))).waiting_drops == 0
     world.later()
@@ -42,7 +43,7 @@ def test_a_copy_leaves_its_source_and_what_readers_are_told(world):
     assert world.row("f") is None
 
 
-def test_a_move_home_has_readers_go_home(world):
+def test_a_move_to_home_removes_the_placement_row(world):
     moved_away(world, "f")
     world.later()
     world.settle()
@@ -53,7 +54,7 @@ def test_a_move_home_has_readers_go_home(world):
     assert world.where("f") == ["standard"]
 
 
-def test_a_plan_that_is_applied_twice_does_nothing_twice(world):
+def test_applying_a_plan_twice_repeats_nothing(world):
     plan, _ = moved_away(world, "f", "g")
     calls = world.inner["archive"].counters.snapshot()["bytes_written"]
     again = world.apply(plan)
@@ -64,7 +65,7 @@ def test_a_plan_that_is_applied_twice_does_nothing_twice(world):
     assert world.apply(plan).done == 2
 
 
-def test_a_drop_of_what_was_copied_before_waits_for_grace_too(world):
+def test_a_drop_of_an_earlier_copy_waits_for_grace(world):
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "standard", "archive", action="copy"), name="copy"))
     world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="drop"))
@@ -82,7 +83,7 @@ def test_a_drop_without_a_verified_copy_is_stopped(world):
     assert "found one that nobody has verified" in applied.stopped[0].reason
 
 
-def test_a_plan_a_day_does_not_begin_grace_anew(world):
+def test_a_daily_plan_does_not_restart_the_grace_period(world):
     moved_away(world, "f")
     world.later(GRACE_S / 2)
     world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="tomorrow"))
@@ -91,7 +92,7 @@ def test_a_plan_a_day_does_not_begin_grace_anew(world):
     assert world.journal() == {1: "cancelled"}
 
 
-def test_grace_begins_when_readers_were_told_however_long_copies_took(world):
+def test_the_grace_period_begins_when_the_placement_is_committed(world):
     world.put("standard", "f")
     plan = world.plan(world.move("f", "standard", "archive"))
     with HookAt("tier_move.copied", do=lambda: world.later(2 * GRACE_S)):
@@ -101,7 +102,7 @@ def test_grace_begins_when_readers_were_told_however_long_copies_took(world):
 
 
 @pytest.mark.parametrize("stopped", ["before it is begun", "when it is begun"])
-def test_what_is_stopped_every_day_has_one_row_in_the_journal(world, stopped):
+def test_a_move_that_is_stopped_every_day_has_one_journal_row(world, stopped):
     world.put("standard", "f")
     if stopped == "when it is begun":
         world.inner["archive"].put("f", b"another's")
@@ -114,7 +115,7 @@ def test_what_is_stopped_every_day_has_one_row_in_the_journal(world, stopped):
     assert world.rows() == [("day 2", "begun")]
 
 
-def test_a_stop_that_goes_by_does_not_begin_grace_anew(world):
+def test_a_temporary_stop_does_not_restart_the_grace_period(world):
     moved_away(world, "f")
     drop = world.move("f", "standard", "archive", action="drop")
     for name, faults in (("1", 1), ("2", 1), ("3", 0)):
@@ -125,7 +126,7 @@ def test_a_stop_that_goes_by_does_not_begin_grace_anew(world):
     assert world.settle().done == 1
 
 
-def test_progress_says_how_far_a_plan_is(world):
+def test_progress_is_reported_while_a_plan_is_applied(world):
     world.put("standard", "f", "g")
     plan = world.plan(*(world.move(key, "standard", "archive", number=n) for n, key in enumerate("fg", start=1)))
     heard = []
@@ -138,7 +139,7 @@ def test_progress_says_how_far_a_plan_is(world):
 
 
 @pytest.mark.parametrize("point", ["tier_move.object", "tier_move.parts_copied"])
-def test_a_checkpoint_never_looks_whole_while_it_is_copied(world, point):
+def test_a_checkpoint_never_looks_complete_while_it_is_copied(world, point):
     plan = checkpoint(world)
     seen = []
     with HookAt(point, do=lambda: seen.append(world.keys("archive"))):
@@ -146,7 +147,7 @@ def test_a_checkpoint_never_looks_whole_while_it_is_copied(world, point):
     assert ".metadata" not in " ".join(seen[0])
 
 
-def test_a_checkpoint_never_looks_whole_while_it_is_dropped(world):
+def test_a_checkpoint_never_looks_complete_while_it_is_deleted(world):
     world.apply(checkpoint(world))
     world.later()
     seen = []
@@ -157,7 +158,7 @@ def test_a_checkpoint_never_looks_whole_while_it_is_dropped(world):
     assert world.keys("archive") == sorted(PARTS)
 
 
-def test_a_checkpoint_that_grew_since_it_was_copied_is_not_dropped(world):
+def test_a_checkpoint_that_grew_since_it_was_copied_is_not_deleted(world):
     world.apply(checkpoint(world))
     world.put("standard", "ck/step-1/c")
     world.later()
@@ -166,7 +167,7 @@ def test_a_checkpoint_that_grew_since_it_was_copied_is_not_dropped(world):
     assert world.keys("standard") == sorted([*PARTS, "ck/step-1/c"])
 
 
-def test_objects_whose_names_only_begin_like_a_group_are_not_of_it(world):
+def test_objects_that_only_share_a_prefix_with_a_group_are_not_part_of_it(world):
     plan = checkpoint(world)
     world.put("standard", "ck/step-10/a")
     world.apply(plan)
@@ -178,7 +179,7 @@ def test_objects_whose_names_only_begin_like_a_group_are_not_of_it(world):
 # -- a changed world --------------------------------------------------------------------------------------------------
 
 
-def test_a_source_that_changed_since_the_plan_stops_its_move_alone(world):
+def test_a_source_that_changed_since_the_plan_stops_only_its_move(world):
     world.put("standard", "f", "g")
     plan = world.plan(*(world.move(key, "standard", "archive", number=n) for n, key in enumerate("fg", start=1)))
     world.inner["standard"].put("f", b"new")
@@ -189,7 +190,7 @@ def test_a_source_that_changed_since_the_plan_stops_its_move_alone(world):
     assert world.keys("archive") == ["g"]
 
 
-def test_a_source_that_changes_while_it_is_copied_is_not_where_readers_are_led_away_from(world):
+def test_readers_are_not_redirected_from_a_source_that_changed_during_the_copy(world):
     world.put("standard", "f")
     plan = world.plan(world.move("f", "standard", "archive"))
     with HookAt("tier_move.recorded", do=lambda: world.inner["standard"].put("f", content("f")[::-1])):
@@ -198,7 +199,7 @@ def test_a_source_that_changes_while_it_is_copied_is_not_where_readers_are_led_a
     assert world.row("f") is None
 
 
-def test_a_source_that_changes_while_readers_are_told_stays_and_they_are_told_again(world):
+def test_a_source_that_changes_while_the_placement_is_committed_stays_and_the_placement_is_reverted(world):
     world.put("standard", "f")
     plan = world.plan(world.move("f", "standard", "archive"))
     with HookAt("tier_move.looked", do=lambda: world.inner["standard"].put("f", content("f")[::-1])):
@@ -210,7 +211,7 @@ def test_a_source_that_changes_while_readers_are_told_stays_and_they_are_told_ag
 
 
 @pytest.mark.parametrize("harm", ["gone", "other bytes", "other size"])
-def test_a_source_stays_when_its_copy_is_no_longer_what_was_verified(world, harm):
+def test_a_source_stays_if_its_copy_is_no_longer_the_verified_one(world, harm):
     moved_away(world, "f")
     if harm == "gone":
         world.inner["archive"].delete(["f"])
@@ -222,7 +223,7 @@ def test_a_source_stays_when_its_copy_is_no_longer_what_was_verified(world, harm
     assert world.row("f") is None
 
 
-def test_a_copy_that_was_written_again_with_equal_bytes_counts(world):
+def test_a_copy_that_was_rewritten_with_equal_bytes_is_accepted(world):
     moved_away(world, "f")
     world.put("archive", "f")  # another ETag
     world.later()
@@ -230,7 +231,7 @@ def test_a_copy_that_was_written_again_with_equal_bytes_counts(world):
     assert world.where("f") == ["archive"]
 
 
-def test_another_object_in_the_target_is_never_overwritten(world):
+def test_another_object_at_the_destination_is_never_overwritten(world):
     world.put("standard", "f")
     world.inner["archive"].put("f", b"somebody's")
     applied = world.apply(world.plan(world.move("f", "standard", "archive")))
@@ -238,7 +239,7 @@ def test_another_object_in_the_target_is_never_overwritten(world):
     assert world.inner["archive"].get("f") == b"somebody's"
 
 
-def test_a_copy_of_what_the_source_was_before_is_replaced(world):
+def test_a_copy_of_an_earlier_source_object_is_replaced(world):
     world.inner["standard"].put("f", b"old")
     first = world.move("f", "standard", "archive", action="copy")
     old = first.objects[0].__class__("f", 3, first.objects[0].etag)
@@ -252,14 +253,14 @@ def test_a_copy_of_what_the_source_was_before_is_replaced(world):
 
 
 def rotten_in_hot(world):
-    """Two copies on the books, of which that in hot has rotted; a move of it to the archive."""
+    """Return a move from hot to the archive of an object with two recorded copies, of which that in hot is corrupt."""
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "standard", "hot", action="copy"), name="up"))
     world.inner["hot"].put("f", content("other"))
     return world.plan(world.move("f", "hot", "archive"), name="down")
 
 
-def test_a_source_that_has_rotted_is_copied_from_another_tier_that_has_it(world):
+def test_a_corrupt_source_is_copied_from_another_tier(world):
     assert world.apply(rotten_in_hot(world)).stopped == ()
     assert world.where("f") == ["standard", "archive"]
     world.later()
@@ -268,7 +269,7 @@ def test_a_source_that_has_rotted_is_copied_from_another_tier_that_has_it(world)
 
 
 @pytest.mark.parametrize("harm", ["gone", "rotten too"])
-def test_a_source_that_has_rotted_everywhere_stops_its_move(world, harm):
+def test_a_move_stops_if_every_copy_of_its_source_is_corrupt(world, harm):
     plan = rotten_in_hot(world)
     world.inner["standard"].delete(["f"])
     if harm == "rotten too":
@@ -282,7 +283,7 @@ def test_a_source_that_has_rotted_everywhere_stops_its_move(world, harm):
     assert world.keys("hot") == ["f"]
 
 
-def test_an_equal_object_that_is_there_is_compared_and_not_copied(world):
+def test_an_equal_object_at_the_destination_is_compared_and_not_copied(world):
     world.put("standard", "f")
     world.put("archive", "f")
     applied = world.apply(world.plan(world.move("f", "standard", "archive")))
@@ -291,7 +292,7 @@ def test_an_equal_object_that_is_there_is_compared_and_not_copied(world):
     assert world.settle().done == 1
 
 
-def test_a_pin_stops_a_move_and_a_drop_that_waits(world):
+def test_a_pin_stops_a_move_and_a_waiting_deletion(world):
     plan, _ = moved_away(world, "f")
     pin = '[[pins]]\nmatch = "f"\nwhy = "the paper"\n'
     world.write_rules(pin)
@@ -302,7 +303,7 @@ def test_a_pin_stops_a_move_and_a_drop_that_waits(world):
     assert "the paper" in world.apply(world.plan(*plan.moves, name="again")).stopped[0].reason
 
 
-def test_a_pin_that_comes_while_a_plan_is_applied_keeps_its_class(tmp_path):
+def test_a_pin_that_is_added_while_a_plan_is_applied_keeps_the_storage_class(tmp_path):
     world = World(tmp_path / "world", classes=True, shared=True, cold_class="STANDARD_IA")
     world.put("standard", "f")
     plan = world.plan(world.move("f", "standard", "archive", action="reclass"))
@@ -312,36 +313,36 @@ def test_a_pin_that_comes_while_a_plan_is_applied_keeps_its_class(tmp_path):
     assert (world.inner["standard"].head("f").storage_class or "STANDARD") == "STANDARD"
 
 
-def test_a_rule_file_that_cannot_be_read_by_now_moves_nothing(world):
+def test_nothing_is_moved_if_the_rule_file_cannot_be_read_any_more(world):
     world.put("standard", "f")
     plan = world.plan(world.move("f", "standard", "archive"))
-    with world.opened() as mover:
+    with world.opened() as context:
         (world.root / "tiercache.toml").write_text("[[pins")
-        assert "expected to read the pins anew" in mover.apply(plan).stopped[0].reason
+        assert "expected to read the pins anew" in apply_plan(context, plan).stopped[0].reason
     assert world.where("f") == ["standard"]
 
 
-def test_a_pin_that_is_over_holds_nothing(world):
+def test_an_expired_pin_protects_nothing(world):
     world.write_rules('[[pins]]\nmatch = "f"\nuntil = 2020-01-01\n')
     moved_away(world, "f")
     world.later()
     assert world.settle().done == 1
 
 
-def test_what_a_machine_reads_waits_on(world):
+def test_a_deletion_waits_while_a_machine_reads_the_object(world):
     moved_away(world, "f")
     world.later()
-    world.survey = DeletionGuard(in_use=frozenset(["f"]))
+    world.guard = DeletionGuard(in_use=frozenset(["f"]))
     assert world.settle().waiting_drops == 1
     assert world.where("f") == ["standard", "archive"]
-    world.survey = DeletionGuard()
+    world.guard = DeletionGuard()
     assert world.settle().done == 1
 
 
-def test_a_changed_rule_file_must_ask_for_a_drop_again(world):
+def test_a_changed_rule_file_must_still_ask_for_the_deletion(world):
     moved_away(world, "f", "g")
     world.write_rules("# changed")
-    world.survey = DeletionGuard(asked=frozenset([("g", "standard")]))
+    world.guard = DeletionGuard(asked=frozenset([("g", "standard")]))
     world.later()
     settled = world.settle()
     assert [one.path for one in settled.stopped] == ["f"]
@@ -349,7 +350,7 @@ def test_a_changed_rule_file_must_ask_for_a_drop_again(world):
     assert world.where("g") == ["archive"]
 
 
-def test_tiers_that_the_rule_file_has_elsewhere_by_now_stop_a_move(world):
+def test_a_move_stops_if_the_rule_file_changed_the_url_of_its_tier(world):
     world.put("standard", "f")
     plan = world.plan(world.move("f", "standard", "archive"))
     text = (world.root / "tiercache.toml").read_text()
@@ -357,7 +358,7 @@ def test_tiers_that_the_rule_file_has_elsewhere_by_now_stop_a_move(world):
     assert "plan anew" in world.apply(plan).stopped[0].reason
 
 
-def test_a_tier_that_lies_elsewhere_by_now_stops_a_drop(world):
+def test_a_deletion_is_cancelled_if_the_url_of_its_tier_changed(world):
     moved_away(world, "f")
     world.later()
     text = (world.root / "tiercache.toml").read_text()
@@ -366,7 +367,7 @@ def test_a_tier_that_lies_elsewhere_by_now_stops_a_drop(world):
     assert world.where("f") == ["standard", "archive"]
 
 
-def test_placement_that_leads_home_stops_a_drop_at_home(world):
+def test_a_placement_that_leads_home_stops_a_deletion_at_home(world):
     moved_away(world, "f")
     log.commit_placement(world.inner["standard"], {"f": None})
     world.later()
@@ -374,8 +375,8 @@ def test_placement_that_leads_home_stops_a_drop_at_home(world):
     assert world.where("f") == ["standard", "archive"]
 
 
-def test_two_tiers_that_are_one_folder_lose_nothing(world):
-    """By a link, a mount, two names of one bucket: the copy "in both" is one copy."""
+def test_two_tiers_that_are_one_folder_lose_no_data(world):
+    """By a link, a mount, or two names of one bucket: the two copies are one."""
     world.put("standard", "f")
     world.faulty["archive"] = world.faulty["standard"]
     applied = world.apply(world.plan(world.move("f", "standard", "archive")))
@@ -385,7 +386,7 @@ def test_two_tiers_that_are_one_folder_lose_nothing(world):
     assert world.where("f") != []
 
 
-def test_readers_at_home_are_not_led_to_a_copy_that_home_has_too(world):
+def test_the_placement_does_not_redirect_from_a_home_that_has_the_object(world):
     world.put("hot", "f")
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "hot", "archive")))
@@ -395,7 +396,7 @@ def test_readers_at_home_are_not_led_to_a_copy_that_home_has_too(world):
     assert world.where("f") == ["standard", "archive"]
 
 
-def test_a_plan_that_speaks_of_a_path_twice_moves_it_not_at_all(world):
+def test_a_path_that_a_plan_has_twice_is_not_moved(world):
     world.put("hot", "f")
     world.put("archive", "f")
     moves = (world.move("f", "hot", "archive"), world.move("f", "archive", "hot", number=2))
@@ -403,7 +404,7 @@ def test_a_plan_that_speaks_of_a_path_twice_moves_it_not_at_all(world):
     assert [one.reason for one in applied.stopped] == ["expected one move of it in the plan"] * 2
 
 
-def test_a_copy_that_had_to_be_made_again_has_a_grace_of_its_own(world):
+def test_a_copy_that_was_made_again_starts_a_new_grace_period(world):
     moved_away(world, "f")
     world.later(GRACE_S / 2)
     world.inner["archive"].delete(["f"])
@@ -414,7 +415,7 @@ def test_a_copy_that_had_to_be_made_again_has_a_grace_of_its_own(world):
 
 
 @pytest.mark.parametrize("point", ["tier_move.recorded", "tier_move.looked", "tier_move.placed"])
-def test_a_copy_that_was_made_again_before_its_mover_was_killed_has_a_grace_of_its_own(world, point):
+def test_a_copy_that_was_made_again_by_a_killed_mover_starts_a_new_grace_period(world, point):
     moved_away(world, "f")
     world.later(GRACE_S / 2)
     world.inner["archive"].delete(["f"])
@@ -429,13 +430,13 @@ def test_a_copy_that_was_made_again_before_its_mover_was_killed_has_a_grace_of_i
 
 
 @pytest.mark.parametrize("keys", [("f",), PARTS])
-def test_an_archived_copy_that_nobody_has_verified_is_not_replaced_by_a_source_that_has_rotted(tmp_path, keys):
-    """The mover was killed when it had copied it: these may be the last of its bytes; and the group looks whole."""
+def test_an_unverified_archived_copy_is_not_replaced_by_a_corrupt_source(tmp_path, keys):
+    """The mover was killed after the copy: it may be the last good one, and the group looks complete."""
     world = World(tmp_path / "world", classes=True)
     world.put("standard", *keys)
     path = keys[0].rpartition("/")[0] or keys[0]
     move = world.move(path, "standard", "archive", keys=keys, kind="checkpoint" if len(keys) > 1 else "file")
-    move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))
+    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
     with HookAt("tier_move.copied"), pytest.raises(Killed):
         world.apply(world.plan(move, name="1"))
     file = world.inner["standard"]._path(keys[0])
@@ -446,8 +447,8 @@ def test_an_archived_copy_that_nobody_has_verified_is_not_replaced_by_a_source_t
 
 
 @pytest.mark.parametrize("is_dropped", [True, False])
-def test_a_copy_of_what_another_tier_had_is_not_replaced(world, is_dropped):
-    """1. hot has v1 and home v2. 2. v1 goes to the archive. 3. v2 would, in the place of the last v1."""
+def test_a_copy_that_came_from_another_tier_is_not_replaced(world, is_dropped):
+    """1. hot has v1 and home v2. 2. v1 moves to the archive. 3. v2 would replace the last copy of v1."""
     world.put("hot", "f")
     world.inner["standard"].put("f", b"v2")
     world.apply(world.plan(world.move("f", "hot", "archive"), name="1"))
@@ -455,41 +456,41 @@ def test_a_copy_of_what_another_tier_had_is_not_replaced(world, is_dropped):
         world.later()
         assert world.settle().done == 1
     move = world.move("f", "standard", "archive", number=2)
-    move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))
+    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
     assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
     assert "archive" in world.where("f")
 
 
-def test_a_copy_whose_source_was_dropped_is_not_replaced(world):
+def test_a_copy_whose_source_was_deleted_is_not_replaced(world):
     moved_away(world, "f")
     world.later()
     world.settle()
     world.inner["standard"].put("f", b"anew")
     move = world.move("f", "standard", "archive")
-    move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))
+    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
     assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
     assert world.where("f") == ["archive"]
 
 
-def test_a_copy_whose_source_somebody_removed_is_not_replaced(world):
+def test_a_copy_whose_source_a_user_removed_is_not_replaced(world):
     moved_away(world, "f")
     world.inner["standard"].delete(["f"])
     world.later()
     assert world.settle().done == 1
     world.inner["standard"].put("f", b"anew")
     move = world.move("f", "standard", "archive")
-    move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))
+    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
     assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
     assert world.where("f") == ["archive"]
 
 
-def test_a_copy_whose_move_was_found_done_is_not_replaced(world):
+def test_a_copy_whose_move_was_found_complete_is_not_replaced(world):
     plan = moved_away(world, "f")[0]
     world.inner["standard"].delete(["f"])
     world.lose_journal()
     assert world.apply(plan).done == 1
     world.inner["standard"].put("f", b"anew")
     move = world.move("f", "standard", "archive")
-    move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))
+    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
     assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
     assert world.where("f") == ["archive"]

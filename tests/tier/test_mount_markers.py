@@ -1,4 +1,4 @@
-"""A tier whose disk is not mounted is told from one that is empty, and nothing is deleted on what cannot be seen."""
+"""A tier whose disk is not mounted is unavailable, not empty: nothing is deleted or moved on account of it."""
 
 import json
 import sqlite3
@@ -6,13 +6,13 @@ from contextlib import closing
 
 import pytest
 from tests.support.clock import JumpingClock
-from tests.tier.test_run import DAY_S, RULES, Tiers
+from tests.tier.test_run_once import DAY_S, RULES, Tiers
 
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.store import LocalFolder
 from tiercache.testing import Fault, FaultStore
-from tiercache.tier.move.mover import DONE, PARTLY, Mover, catalog_path, run_once
-from tiercache.tier.move.transfer import Transfer
+from tiercache.tier.move.executor import apply_plan
+from tiercache.tier.move.mover import DONE, PARTLY, catalog_path, open_mover, run_once
 from tiercache.tier.stores import MARKER_KEY, Stores, ensure_marker, unavailable_reason
 
 
@@ -24,7 +24,7 @@ def clock():
 
 @pytest.fixture
 def tiers(tmp_path):
-    """What a rule deletes by age lies in two tiers."""
+    """Objects that a rule deletes by age, in two tiers."""
     tiers = Tiers(tmp_path)
     tiers.write("standard", "scratch/a")
     tiers.write("archive", "scratch/a")
@@ -52,7 +52,7 @@ def mark_of(tiers, tier):
 
 
 @pytest.mark.parametrize("tier", ["hot", "archive"])
-def test_no_last_copy_is_planned_for_deletion_while_a_tier_is_missing_and_the_plan_says_so(tiers, clock, tier):
+def test_no_last_copy_is_planned_for_deletion_while_a_tier_is_unavailable(tiers, clock, tier):
     tiers.run()
     unmount(tiers, tier)
     clock.jump(6 * DAY_S)
@@ -65,7 +65,7 @@ def test_no_last_copy_is_planned_for_deletion_while_a_tier_is_missing_and_the_pl
 
 
 @pytest.mark.parametrize("tier", ["hot", "archive"])
-def test_a_deletion_whose_grace_is_over_waits_until_the_tier_is_back(tiers, clock, tier):
+def test_a_due_deletion_waits_until_the_unavailable_tier_is_back(tiers, clock, tier):
     clock.jump(6 * DAY_S)
     assert tiers.run().applied.done == 1
     unmount(tiers, tier)
@@ -79,8 +79,8 @@ def test_a_deletion_whose_grace_is_over_waits_until_the_tier_is_back(tiers, cloc
     assert (tiers.keys("standard"), tiers.keys("archive")) == ([], [])
 
 
-def test_a_plan_of_before_deletes_nothing_while_a_tier_is_missing(tiers, clock):
-    """The plan was made, the disk went, and then it is applied."""
+def test_an_older_plan_deletes_nothing_while_a_tier_is_unavailable(tiers, clock):
+    """The disk is unmounted between plan and apply."""
     tiers.run()
     clock.jump(6 * DAY_S)
     plan = tiers.run(dry_run=True).plan
@@ -90,7 +90,7 @@ def test_a_plan_of_before_deletes_nothing_while_a_tier_is_missing(tiers, clock):
     assert ["nothing is deleted while tier archive cannot be seen" in one.reason for one in stopped] == [True]
 
 
-def test_a_source_that_is_missing_is_not_taken_for_one_that_was_dropped(tmp_path, clock):
+def test_an_unavailable_source_is_not_taken_for_a_deleted_one(tmp_path, clock):
     tiers = Tiers(tmp_path)
     for step in (1, 2):
         tiers.write("standard", f"ck/run/step-{step}.pt", b"%d" % step)
@@ -112,7 +112,7 @@ def test_a_source_that_is_missing_is_not_taken_for_one_that_was_dropped(tmp_path
     assert tiers.keys("hot") == ["ck/run/step-2.pt"]
 
 
-def test_nothing_is_planned_to_go_to_a_tier_that_is_missing(tmp_path, clock):
+def test_no_move_to_an_unavailable_tier_is_planned(tmp_path, clock):
     tiers = Tiers(tmp_path)
     tiers.write("archive", "seen")
     tiers.run()
@@ -128,13 +128,13 @@ def test_nothing_is_planned_to_go_to_a_tier_that_is_missing(tmp_path, clock):
 # -- marks ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_tier_that_only_sends_gets_a_mark_at_the_first_run(tiers):
+def test_a_tier_that_is_only_a_source_gets_a_marker_at_the_first_run(tiers):
     tiers.run()
     assert mark_of(tiers, "hot") is not None
 
 
-def test_a_tier_in_which_nothing_lies_gets_none_until_something_does(tmp_path):
-    """It may be a disk that is not mounted, and the mark would be of the wrong one."""
+def test_an_empty_tier_gets_no_marker(tmp_path):
+    """It may be the mount point of an unmounted disk, and the marker would identify the wrong disk."""
     tiers = Tiers(tmp_path)
     tiers.write("standard", "x")
     (tmp_path / "hot").mkdir()
@@ -145,19 +145,19 @@ def test_a_tier_in_which_nothing_lies_gets_none_until_something_does(tmp_path):
     assert mark_of(tiers, "hot") is not None
 
 
-def test_a_mark_that_another_machine_has_written_is_taken(tiers):
+def test_the_marker_of_another_machine_is_remembered(tiers):
     tiers.write("hot", MARKER_KEY, b"theirs\n")
     tiers.run()
     with TierCatalog(catalog_path(tiers.file)) as catalog:
         assert catalog.mark(str(tiers.root / "hot")) == "theirs"
 
 
-def test_a_dry_run_and_a_plan_write_no_mark(tiers):
+def test_a_dry_run_and_a_plan_write_no_marker(tiers):
     tiers.run(dry_run=True)
     assert [mark_of(tiers, name) for name in ("hot", "standard", "archive")] == [None, None, None]
 
 
-def test_a_source_that_cannot_be_written_has_no_mark_and_is_moved_from(tiers):
+def test_a_read_only_source_has_no_marker_and_is_moved_from(tiers):
     file = tiers.file
     store = FaultStore(LocalFolder(tiers.root / "hot"), [Fault("put_if_absent", retryable=False)])
     with TierCatalog(catalog_path(file), {tier.name: tier.url for tier in file.tiers}) as catalog:
@@ -165,8 +165,8 @@ def test_a_source_that_cannot_be_written_has_no_mark_and_is_moved_from(tiers):
         assert catalog.mark("hot") is None
 
 
-def test_a_tier_without_a_mark_that_had_copies_and_is_empty_is_missing(tiers):
-    """As an earlier release has left it, or a disk that cannot be written."""
+def test_an_empty_tier_without_a_marker_that_held_copies_is_unavailable(tiers):
+    """An earlier release wrote no marker, and a read-only disk has none."""
     tiers.run()
     file = tiers.file
     with closing(sqlite3.connect(catalog_path(file))) as db, db:
@@ -187,7 +187,7 @@ def test_a_tier_without_a_mark_that_had_copies_and_is_empty_is_missing(tiers):
         assert unavailable_reason(file.tier("hot"), stores.store("hot"), catalog) == ""
 
 
-def test_the_summary_of_a_run_stays_json_while_a_tier_is_missing(tiers, clock):
+def test_the_summary_of_a_run_is_json_while_a_tier_is_unavailable(tiers, clock):
     tiers.run()
     unmount(tiers, "archive")
     clock.jump(6 * DAY_S)
@@ -196,7 +196,7 @@ def test_the_summary_of_a_run_stays_json_while_a_tier_is_missing(tiers, clock):
     assert (summary["refused"], summary["unseen"], summary["exit_code"]) == (1, ["archive"], PARTLY)
 
 
-def test_a_run_ends_with_done_again_when_the_tier_is_back_or_its_mark_is_written_into_a_new_disk(tiers):
+def test_a_run_succeeds_when_the_tier_is_back_or_its_marker_is_on_a_new_disk(tiers):
     tiers.run()
     mark = mark_of(tiers, "hot")
     unmount(tiers, "hot")
@@ -208,7 +208,7 @@ def test_a_run_ends_with_done_again_when_the_tier_is_back_or_its_mark_is_written
     assert tiers.run().exit_code == DONE
 
 
-def test_a_tier_that_has_never_held_anything_is_not_missed(tmp_path):
+def test_a_tier_that_was_never_used_is_not_unavailable(tmp_path):
     tiers = Tiers(tmp_path)
     tiers.write("standard", "x")
     (tmp_path / "hot").mkdir()  # and there is no folder of archive
@@ -217,7 +217,7 @@ def test_a_tier_that_has_never_held_anything_is_not_missed(tmp_path):
         assert (report.unseen, report.exit_code) == ({}, DONE)
 
 
-def test_home_is_missed_too(tiers):
+def test_an_unmounted_home_tier_is_unavailable(tiers):
     tiers.run()
     unmount(tiers, "standard")
     for dry_run in (True, False):
@@ -228,5 +228,9 @@ def test_home_is_missed_too(tiers):
 def apply(tiers, plan):
     file = tiers.file
     places = {tier.name: tier.url for tier in file.tiers}
-    with TierCatalog(catalog_path(file), places) as catalog, Stores(file) as stores, Transfer(stores) as transfer:
-        return Mover(file, stores, catalog, transfer).apply(plan)
+    with (
+        TierCatalog(catalog_path(file), places) as catalog,
+        Stores(file) as stores,
+        open_mover(file, stores, catalog) as context,
+    ):
+        return apply_plan(context, plan)

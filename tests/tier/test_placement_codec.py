@@ -1,4 +1,4 @@
-"""A placement's file that is damaged, hostile, or of a later release is reported, and read no further than any is."""
+"""Placement files that are damaged, hostile or of a later release are reported, and are read only up to the limits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_flipped_byte_is_reported_or_changes_nothing(store):
     assert n_reported > len(data) // 10
 
 
-def test_one_that_is_cut_short_or_lies_under_another_number_is_reported(store):
+def test_a_truncated_or_misnumbered_placement_is_corrupt(store):
     log.commit_placement(store, {"a": row("a")})
     data = store.get(placement_key(1))
     for wrong, number in ((data[:-9], 1), (b"", 1), (data, 2)):
@@ -39,7 +39,7 @@ def test_one_that_is_cut_short_or_lies_under_another_number_is_reported(store):
 
 
 @pytest.mark.parametrize("column", ["url", "n_bytes"])
-def test_one_with_a_row_that_cannot_be_is_reported(store, column):
+def test_a_placement_with_an_invalid_row_is_corrupt(store, column):
     rows = log.commit_placement(store, {"a": row("a")}).rows
     wrong = {"url": pa.array([""], pa.large_string()), "n_bytes": pa.array([-1])}[column]
     field = rows.schema.field(column)
@@ -48,7 +48,7 @@ def test_one_with_a_row_that_cannot_be_is_reported(store, column):
         log.decode_placement(log.encode_placement(log.Placement(1, rows)), 1, url="u")
 
 
-def test_one_whose_facts_are_nested_beyond_reading_is_reported(store):
+def test_a_placement_with_deeply_nested_metadata_is_corrupt(store):
     rows = log.commit_placement(store, {"a": row("a")}).rows
     schema = rows.schema.with_metadata({b"tiercache": b"[" * 200_000})
     sink = pa.BufferOutputStream()
@@ -59,7 +59,7 @@ def test_one_whose_facts_are_nested_beyond_reading_is_reported(store):
 
 
 def file_of(rows, **options):
-    """A placement's file as somebody else might write it."""
+    """Return a placement file as another program might write it."""
     made = log.decode_placement(log.encode_placement(log.Placement(1, rows)), 1, url="u")
     schema = pa.ipc.open_file(log.encode_placement(made)).schema
     sink = pa.BufferOutputStream()
@@ -69,14 +69,14 @@ def file_of(rows, **options):
 
 
 @pytest.mark.parametrize("compression", ["zstd", "lz4"])
-def test_one_that_is_compressed_is_reported_and_not_blown_up(store, compression):
+def test_a_compressed_placement_is_corrupt_and_not_decompressed(store, compression):
     rows = log.commit_placement(store, {f"a{n}": row(f"a{n}", "u" * 1000) for n in range(100)}).rows
     with pytest.raises(CorruptShard, match="compressed rows"):
         log.decode_placement(file_of(rows, compression=compression), 1, url="u")
     assert log.decode_placement(file_of(rows), 1, url="u").rows.equals(rows)
 
 
-def test_one_of_many_batches_is_reported(store):
+def test_a_placement_of_several_batches_is_corrupt(store):
     rows = log.commit_placement(store, {"a": row("a"), "b": row("b")}).rows
     schema = pa.ipc.open_file(log.encode_placement(log.Placement(1, rows))).schema
     sink = pa.BufferOutputStream()
@@ -87,7 +87,7 @@ def test_one_of_many_batches_is_reported(store):
         log.decode_placement(sink.getvalue().to_pybytes(), 1, url="u")
 
 
-def test_one_that_is_longer_than_any_is_read_no_further(store, monkeypatch):
+def test_a_placement_over_the_size_limit_is_not_read(store, monkeypatch):
     log.commit_placement(store, {"a": row("a")})
     monkeypatch.setattr(log, "MOST_BYTES", 1 << 20)
     store.put(placement_key(2), b"x" * (3 << 20))
@@ -98,36 +98,36 @@ def test_one_that_is_longer_than_any_is_read_no_further(store, monkeypatch):
 
 
 @pytest.mark.parametrize("limit", ["MOST_BYTES", "MOST_ROWS"])
-def test_one_that_nobody_would_read_is_not_written(store, monkeypatch, limit):
+def test_a_placement_that_readers_would_reject_is_not_written(store, monkeypatch, limit):
     monkeypatch.setattr(log, limit, 1)
     with pytest.raises(StoreError, match="which readers reject"):
         log.commit_placement(store, {"a": row("a"), "b": row("b")})
     assert list(store.list(log.PLACEMENT_FOLDER)) == []
 
 
-def test_one_of_more_rows_than_any_is_reported(store, monkeypatch):
+def test_a_placement_over_the_row_limit_is_corrupt(store, monkeypatch):
     log.commit_placement(store, {"a": row("a"), "b": row("b")})
     monkeypatch.setattr(log, "MOST_ROWS", 1)
     with pytest.raises(CorruptShard, match="expected at most 1 rows, found 2"):
         log.read_placement(store)
 
 
-def test_a_mark_that_is_longer_than_any_is_read_no_further_and_is_a_mark(store):
+def test_an_oversized_marker_is_not_read_and_still_a_marker(store):
     store.put(TRACKING_MARKER_KEY, b'{"placement": 1, "since": 5}' + b" " * (1 << 20))
     before = store.counters.snapshot()["bytes_read"]
-    assert (log.is_tracked(store), log.adopted_s(store)) == (True, None)
+    assert (log.is_tracked(store), log.tracked_since_s(store)) == (True, None)
     assert store.counters.snapshot()["bytes_read"] - before == 2 * (64 << 10)
 
 
 @pytest.mark.parametrize("since", [b"1e999", b"NaN", b"1" + b"0" * 400, b"[" * 200_000], ids=range(4))
-def test_a_mark_that_says_no_time_that_can_be_is_a_mark_without_one(store, since):
+def test_a_marker_with_an_invalid_time_counts_as_one_without_a_time(store, since):
     store.put(TRACKING_MARKER_KEY, b'{"placement":0,"since":' + since + b"}")
-    assert log.adopted_s(store) is None
+    assert log.tracked_since_s(store) is None
     log.commit_placement(store, {"a": row("a")})
     assert log.read_placement(store).find("a") is not None
 
 
-def test_one_of_a_later_release_says_so(store):
+def test_a_placement_of_a_later_format_is_reported_as_such(store):
     made = log.commit_placement(store, {"a": row("a")})
     schema = made.rows.schema.with_metadata(
         {b"tiercache": json.dumps({"format": 2, "number": 1, "nonce": "", "crc32c": 0})}
@@ -140,7 +140,7 @@ def test_one_of_a_later_release_says_so(store):
         log.read_placement(store)
 
 
-def test_reading_one_from_a_store_that_fails_passes_the_error_on(store):
+def test_a_store_error_passes_through_read_placement(store):
     log.commit_placement(store, {"a": row("a")})
     faulty = FaultStore(store, [Fault("read_tail", keys="*.arrow", times=9)])
     with pytest.raises(StoreError, match="scripted fault") as caught:

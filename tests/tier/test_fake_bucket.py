@@ -1,4 +1,4 @@
-"""The bucket that tiers are tried on keeps the contract of stores, and is archived and restored as S3 is."""
+"""The bucket of the tests of tiers keeps the contract of stores, and archives and restores as S3 does."""
 
 import pytest
 from tests.support.clock import JumpingClock
@@ -33,7 +33,7 @@ def archive(bucket, key="a", data=b"data"):
         upload.complete()
 
 
-def test_what_is_archived_cannot_be_read_nor_copied_nor_given_another_class(bucket):
+def test_an_archived_object_cannot_be_read_copied_or_reclassed(bucket):
     archive(bucket)
     for read in (bucket.get, lambda key: bucket.copy(key, "b"), lambda key: bucket.set_class(key, "STANDARD")):
         with pytest.raises(StoreError, match="InvalidObjectState") as caught:
@@ -41,7 +41,7 @@ def test_what_is_archived_cannot_be_read_nor_copied_nor_given_another_class(buck
         assert caught.value.details["archived"]
 
 
-def test_a_restored_copy_can_be_read_for_as_long_as_was_asked(bucket):
+def test_a_restored_copy_can_be_read_until_it_expires(bucket):
     archive(bucket)
     with JumpingClock() as clock:
         states = [state_of(bucket.head("a"))]
@@ -62,7 +62,7 @@ def test_a_change_of_class_keeps_the_bytes(bucket):
     assert bucket.get("a") == b"data"
 
 
-def test_a_fault_strikes_the_call_it_was_scripted_for_and_no_other(bucket):
+def test_a_scripted_fault_affects_only_its_call(bucket):
     bucket.script.faults = [["put", 2, "lost"], ["get", 1, "flip"]]
     bucket.put("a", b"data")
     with pytest.raises(StoreError, match="lost answer"):
@@ -71,7 +71,7 @@ def test_a_fault_strikes_the_call_it_was_scripted_for_and_no_other(bucket):
     assert bucket.script.struck == ["lost of put", "flip of get"]
 
 
-def test_a_dead_process_does_nothing(bucket):
+def test_a_dead_process_makes_no_call(bucket):
     bucket.script.dead = True
     with pytest.raises(Died):
         bucket.put("a", b"data")

@@ -1,6 +1,7 @@
-"""Files that no link and no umask can turn."""
+"""Private files: modes, links, named pipes, temporary files."""
 
 import os
+import resource
 import stat
 
 import pytest
@@ -31,7 +32,7 @@ def mode_of(path):
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o400])
-def test_a_file_has_the_mode_that_was_asked_for_whatever_the_umask(tmp_path, umask, mode):
+def test_a_file_has_the_requested_mode_whatever_the_umask(tmp_path, umask, mode):
     os.close(open_file(tmp_path / "a", os.O_RDWR | os.O_CREAT, mode))
     link_whole(tmp_path / "b", "text", mode)
     replace_whole(tmp_path / "c", "text", mode)
@@ -39,7 +40,7 @@ def test_a_file_has_the_mode_that_was_asked_for_whatever_the_umask(tmp_path, uma
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o2750])
-def test_a_folder_has_the_mode_that_was_asked_for_whatever_the_umask(tmp_path, umask, mode):
+def test_a_folder_has_the_requested_mode_whatever_the_umask(tmp_path, umask, mode):
     assert make_folder(tmp_path / "a", mode) is True
     assert make_folder(tmp_path / "a", mode) is False
     assert mode_of(tmp_path / "a") == mode
@@ -54,7 +55,7 @@ def test_a_link_is_never_read_through(tmp_path):
         open_file(tmp_path / "a", os.O_RDWR)
 
 
-def test_a_link_where_a_file_is_to_be_made_gives_way_and_its_target_is_left_alone(tmp_path):
+def test_a_link_in_place_of_a_new_file_is_removed_and_its_target_kept(tmp_path):
     (tmp_path / "target").write_text("keep")
     for name in "abc":
         (tmp_path / name).symlink_to(tmp_path / "target")
@@ -70,7 +71,7 @@ def test_a_link_where_a_file_is_to_be_made_gives_way_and_its_target_is_left_alon
     assert (tmp_path / "c").is_symlink(), "something had the name: it is left to whoever reads it"
 
 
-def test_a_pipe_under_a_name_of_ours_holds_nobody_up(tmp_path):
+def test_a_named_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "a")
     with pytest.raises(OSError, match="regular"):
         read_text(tmp_path / "a")
@@ -88,7 +89,7 @@ def test_a_link_to_a_folder_is_no_folder(tmp_path):
     assert not is_folder(tmp_path / "nothing")
 
 
-def test_a_file_is_linked_whole_once_and_replaced_whole_each_time(tmp_path):
+def test_a_file_is_linked_once_and_replaced_each_time(tmp_path):
     link_whole(tmp_path / "a", "first")
     link_whole(tmp_path / "a", "second")
     assert read_text(tmp_path / "a") == "first"
@@ -97,18 +98,19 @@ def test_a_file_is_linked_whole_once_and_replaced_whole_each_time(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    def refuse(*args):
-        raise OSError(28, "no space")
-
-    monkeypatch.setattr(os, "write", refuse)
-    for write in (link_whole, replace_whole):
-        with pytest.raises(OSError, match="no space"):
-            write(tmp_path / "a", "text")
+def test_a_write_that_fails_leaves_nothing(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        for write in (link_whole, replace_whole):
+            with pytest.raises(OSError, match="too large"):
+                write(tmp_path / "a", 1000 * "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_in_the_making_says_who_makes_it(tmp_path, monkeypatch):
+def test_the_name_of_a_temporary_file_identifies_its_writer(tmp_path, monkeypatch):
     seen = []
     really_link = os.link
     monkeypatch.setattr(os, "link", lambda src, dst, **kw: (seen.append(src.name), really_link(src, dst, **kw)))

@@ -1,4 +1,4 @@
-"""What waits is asked about anew: clocks, last copies, classes, disks."""
+"""Deletions after the grace period: clocks, last copies, storage classes, unmounted disks, pins, cancelled moves."""
 
 from contextlib import suppress
 
@@ -19,7 +19,7 @@ def world(tmp_path):
 # -- clocks ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_clock_that_was_ahead_when_grace_began_does_not_make_it_last_for_years(world):
+def test_a_clock_that_was_ahead_does_not_prolong_the_grace_period(world):
     world.now_s += 3.2e7
     moved_away(world, "f")
     world.now_s -= 3.2e7
@@ -28,7 +28,7 @@ def test_a_clock_that_was_ahead_when_grace_began_does_not_make_it_last_for_years
     assert world.settle().done == 1
 
 
-def test_a_clock_that_goes_back_drops_nothing(world):
+def test_a_clock_that_goes_back_deletes_nothing(world):
     moved_away(world, "f")
     world.now_s -= 3.2e7
     world.settle()
@@ -42,7 +42,7 @@ def test_a_deletion_waits_for_grace_and_is_made_if_rules_still_ask_for_it(world)
     world.put("standard", "f")
     world.put("archive", "f")
     world.apply(world.plan(world.move("f", "standard", None, action="delete")))
-    world.survey = DeletionGuard(deletes=frozenset(["f"]))
+    world.guard = DeletionGuard(deletes=frozenset(["f"]))
     world.settle()
     assert world.where("f") == ["standard", "archive"]
     world.later()
@@ -51,28 +51,28 @@ def test_a_deletion_waits_for_grace_and_is_made_if_rules_still_ask_for_it(world)
 
 
 @pytest.mark.parametrize(
-    ("survey", "why"),
+    ("guard", "reason"),
     [
         (DeletionGuard(), "no rule deletes it now"),
         (DeletionGuard(deletes=frozenset(["f"]), protected=frozenset(["f"])), "newest complete checkpoint"),
         (DeletionGuard(deletes=frozenset(["f"]), in_use=frozenset(["f"])), "a machine reads it"),
     ],
 )
-def test_a_last_copy_that_is_wanted_by_now_stays(world, survey, why):
+def test_a_last_copy_stays_if_no_rule_deletes_it_now_or_it_is_needed(world, guard, reason):
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "standard", None, action="delete")))
     world.later()
-    world.survey = survey
-    assert why in world.settle().stopped[0].reason
+    world.guard = guard
+    assert reason in world.settle().stopped[0].reason
     assert world.where("f") == ["standard"]
 
 
-def test_a_copy_that_came_since_stops_a_deletion(world):
+def test_a_new_copy_stops_the_deletion_of_a_last_copy(world):
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "standard", None, action="delete")))
     world.put("hot", "f")
     world.later()
-    world.survey = DeletionGuard(deletes=frozenset(["f"]))
+    world.guard = DeletionGuard(deletes=frozenset(["f"]))
     assert "expected no copy there" in world.settle().stopped[0].reason
     assert world.where("f") == ["hot", "standard"]
 
@@ -85,16 +85,16 @@ def test_another_object_under_the_key_stops_a_deletion(world):
 
 
 def last_copy_may_go(world):
-    """F lies in the archive alone, and its deletion waits for nothing any more."""
+    """Put f into the archive only, with a deletion that is due."""
     moved_away(world, "f")
     world.later()
     world.settle()
     world.apply(world.plan(world.move("f", "archive", None, action="delete"), name="delete"))
     world.later()
-    world.survey = DeletionGuard(deletes=frozenset(["f"]))
+    world.guard = DeletionGuard(deletes=frozenset(["f"]))
 
 
-def test_readers_are_told_before_a_last_copy_goes(world):
+def test_the_placement_row_is_removed_before_a_last_copy(world):
     last_copy_may_go(world)
     rows = []
     with HookAt("tier_drop.unplaced", do=lambda: rows.append(world.row("f"))):
@@ -108,7 +108,7 @@ def test_readers_are_told_before_a_last_copy_goes(world):
 
 @pytest.fixture
 def bucket(tmp_path):
-    """One bucket is standard and archive: the latter is its GLACIER class."""
+    """One bucket is standard and archive: the archive is its GLACIER class."""
     return World(tmp_path / "world", classes=True, shared=True)
 
 
@@ -116,7 +116,7 @@ def class_of(world, key):
     return world.inner["standard"].head(key).storage_class or "STANDARD"
 
 
-def test_a_class_that_ends_readability_is_announced_and_waits(bucket):
+def test_a_change_to_an_archive_class_is_announced_and_waits(bucket):
     bucket.put("standard", "f")
     bucket.apply(bucket.plan(bucket.move("f", "standard", "archive", action="reclass")))
     assert class_of(bucket, "f") == "STANDARD"
@@ -127,7 +127,7 @@ def test_a_class_that_ends_readability_is_announced_and_waits(bucket):
     assert bucket.where("f") != []
 
 
-def test_a_class_that_can_be_read_is_given_at_once(tmp_path):
+def test_a_change_to_a_readable_class_is_made_at_once(tmp_path):
     world = World(tmp_path / "world", classes=True, shared=True, cold_class="STANDARD_IA")
     world.put("standard", "f")
     applied = world.apply(world.plan(world.move("f", "standard", "archive", action="reclass")))
@@ -140,7 +140,7 @@ def test_the_newest_checkpoint_stays_readable(bucket):
     bucket.put("standard", "f")
     bucket.apply(bucket.plan(bucket.move("f", "standard", "archive", action="reclass")))
     bucket.later()
-    bucket.survey = DeletionGuard(protected=frozenset(["f"]))
+    bucket.guard = DeletionGuard(protected=frozenset(["f"]))
     assert "stays where it can be read" in bucket.settle().stopped[0].reason
     assert class_of(bucket, "f") == "STANDARD"
     assert bucket.row("f") is None
@@ -150,12 +150,12 @@ def test_the_newest_checkpoint_keeps_its_readable_copy(tmp_path):
     world = World(tmp_path / "world", classes=True)
     moved_away(world, "f")
     world.later()
-    world.survey = DeletionGuard(protected=frozenset(["f"]))
+    world.guard = DeletionGuard(protected=frozenset(["f"]))
     assert "stays where it can be read" in world.settle().stopped[0].reason
     assert world.where("f") == ["standard", "archive"]
 
 
-def test_a_move_within_one_bucket_is_no_copy_and_no_drop(bucket):
+def test_a_copying_move_within_one_location_is_refused(bucket):
     bucket.put("standard", "f")
     applied = bucket.apply(bucket.plan(bucket.move("f", "standard", "archive")))
     assert "expected two locations, found" in applied.stopped[0].reason
@@ -166,7 +166,7 @@ def test_a_move_within_one_bucket_is_no_copy_and_no_drop(bucket):
 
 @pytest.fixture
 def disk(world, tmp_path):
-    """The archive is a folder, that a disk is mounted on."""
+    """The archive is a folder on which a disk is mounted."""
     text = (world.root / "tiercache.toml").read_text()
     (world.root / "tiercache.toml").write_text(text.replace(world.url("archive"), str(tmp_path / "disk")))
     world.inner["archive"] = LocalFolder(tmp_path / "disk")
@@ -174,7 +174,7 @@ def disk(world, tmp_path):
     return tmp_path / "disk"
 
 
-def test_a_disk_that_is_not_mounted_gets_no_copies(world, disk, tmp_path):
+def test_an_unmounted_disk_gets_no_copies(world, disk, tmp_path):
     world.put("standard", "f", "g")
     assert world.apply(world.plan(world.move("f", "standard", "archive"), name="1")).stopped == ()
     disk.rename(tmp_path / "unmounted")
@@ -184,7 +184,7 @@ def test_a_disk_that_is_not_mounted_gets_no_copies(world, disk, tmp_path):
     assert list(disk.iterdir()) == []
 
 
-def test_a_disk_that_is_not_mounted_when_grace_is_over_drops_nothing(world, disk, tmp_path):
+def test_nothing_is_deleted_while_the_disk_of_the_copy_is_unmounted(world, disk, tmp_path):
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "standard", "archive")))
     disk.rename(tmp_path / "unmounted")
@@ -193,8 +193,8 @@ def test_a_disk_that_is_not_mounted_when_grace_is_over_drops_nothing(world, disk
     assert world.where("f") == ["standard"]
 
 
-def test_moves_that_count_on_each_others_sources_are_not_made_together(world):
-    """However such rows came into the journal: each is right alone."""
+def test_deletions_that_rely_on_each_others_sources_are_not_made_together(world):
+    """Each row alone is correct, however both came into the journal."""
     world.put("hot", "f")
     world.apply(world.plan(world.move("f", "hot", "archive", action="copy"), name="copy"))
     world.apply(world.plan(world.move("f", "hot", "archive", action="drop"), name="down"))
@@ -209,11 +209,11 @@ def test_moves_that_count_on_each_others_sources_are_not_made_together(world):
 
 
 @pytest.mark.parametrize("what", ["a move", "a deletion"])
-def test_a_source_that_is_written_while_it_is_about_to_be_dropped_stays(world, what):
+def test_a_source_that_is_written_just_before_its_deletion_stays(world, what):
     world.put("standard", "f")
     action, dst = ("move", "archive") if what == "a move" else ("delete", None)
     world.apply(world.plan(world.move("f", "standard", dst, action=action)))
-    world.survey = DeletionGuard(deletes=frozenset(["f"]))
+    world.guard = DeletionGuard(deletes=frozenset(["f"]))
     world.later()
     with HookAt("tier_drop.journaled", do=lambda: world.inner["standard"].put("f", b"written now")) as hook:
         settled = world.settle()
@@ -224,7 +224,7 @@ def test_a_source_that_is_written_while_it_is_about_to_be_dropped_stays(world, w
     assert world.journal() == {1: "cancelled"}
 
 
-def test_a_source_that_cannot_be_looked_at_again_is_dropped_another_time(world):
+def test_a_source_that_cannot_be_checked_again_is_deleted_by_a_later_run(world):
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "standard", "archive")))
     world.later()
@@ -236,7 +236,7 @@ def test_a_source_that_cannot_be_looked_at_again_is_dropped_another_time(world):
 
 @pytest.mark.parametrize("point", ["tier_drop.checked", "tier_drop.journaled"])
 @pytest.mark.parametrize("harm", ["removed", "written anew"])
-def test_a_copy_that_goes_while_other_copies_are_read_keeps_its_source(world, point, harm):
+def test_a_copy_that_vanishes_while_others_are_read_back_keeps_its_source(world, point, harm):
     moved_away(world, "f")
     world.later()
     archive = world.inner["archive"]
@@ -248,11 +248,11 @@ def test_a_copy_that_goes_while_other_copies_are_read_keeps_its_source(world, po
     assert "standard" in world.where("f")
 
 
-def test_what_makes_a_checkpoint_whole_is_deleted_first_also_where_another_tier_has_not_got_it(world):
+def test_the_completing_object_is_deleted_first_in_each_tier(world):
     world.put("hot", *PARTS)
     world.put("standard", *PARTS[:-1])
     plan = world.plan(world.move("ck/step-1", "hot", None, action="delete", keys=PARTS, kind="checkpoint"))
-    world.survey = DeletionGuard(deletes=frozenset(["ck/step-1"]))
+    world.guard = DeletionGuard(deletes=frozenset(["ck/step-1"]))
     world.apply(plan)
     world.later()
     seen = []
@@ -271,12 +271,12 @@ PIN = '[[pins]]\nmatch = "f"\nwhy = "the paper"\n'
 
 @pytest.mark.parametrize("point", ["tier_drop.checked", "tier_drop.journaled", "tier_drop.looked_again"])
 @pytest.mark.parametrize("action", ["move", "delete", "reclass"])
-def test_a_pin_that_comes_while_things_are_looked_at_holds(tmp_path, point, action):
-    """Copies may be read for hours before their sources go."""
+def test_a_pin_that_is_added_during_the_checks_counts(tmp_path, point, action):
+    """Reading copies back may take hours."""
     world = World(tmp_path / "world", classes=action == "reclass", shared=action == "reclass")
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "standard", None if action == "delete" else "archive", action=action)))
-    world.survey = DeletionGuard(deletes=frozenset(["f"]))
+    world.guard = DeletionGuard(deletes=frozenset(["f"]))
     world.later()
     with HookAt(point, do=lambda: world.write_rules(PIN)) as hook:
         settled = world.settle()
@@ -288,7 +288,7 @@ def test_a_pin_that_comes_while_things_are_looked_at_holds(tmp_path, point, acti
     assert world.journal() == {1: "cancelled"}
 
 
-def test_a_rule_file_that_cannot_be_read_by_now_drops_nothing(world):
+def test_nothing_is_deleted_if_the_rule_file_cannot_be_read_any_more(world):
     moved_away(world, "f")
     world.later()
     with HookAt("tier_drop.journaled", do=lambda: (world.root / "tiercache.toml").write_text("[[pins")):
@@ -299,20 +299,20 @@ def test_a_rule_file_that_cannot_be_read_by_now_drops_nothing(world):
     assert world.settle().done == 1
 
 
-def test_a_pin_that_is_missing_from_the_file_by_now_holds_for_the_run_that_began_with_it(world):
-    """Who writes a file in two halves has written one without pins, in between, that can be read."""
+def test_a_pin_at_the_start_of_a_run_counts_for_the_whole_run(world):
+    """A file that is being written may be valid TOML and lack its pins."""
     moved_away(world, "f")
     world.later()
     world.write_rules(PIN)
-    with world.opened() as mover:
+    with world.opened() as context:
         world.write_rules()
-        settled = mover.settle()
+        settled = world.settle(context)
     assert "the paper" in settled.stopped[0].reason
     assert world.where("f") == ["standard", "archive"]
 
 
-def test_half_of_a_checkpoint_that_is_pinned_then_is_kept_and_finished_when_it_is_pinned_no_more(world):
-    """What is gone of it is gone: dst has all of it, and it is not forgotten."""
+def test_a_half_deleted_checkpoint_waits_while_it_is_pinned(world):
+    """Dst has all of it, and the deletion is finished later."""
     world.apply(checkpoint(world))
     world.later()
     with HookAt("tier_drop.unmade"), pytest.raises(Killed):
@@ -326,7 +326,7 @@ def test_half_of_a_checkpoint_that_is_pinned_then_is_kept_and_finished_when_it_i
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
-def test_readers_find_again_what_was_pinned_when_they_were_told_that_it_goes(world, is_killed):
+def test_a_pin_after_the_placement_row_was_removed_brings_the_row_back(world, is_killed):
     last_copy_may_go(world)
 
     def come():
@@ -339,3 +339,49 @@ def test_readers_find_again_what_was_pinned_when_they_were_told_that_it_goes(wor
     world.settle()
     assert world.where("f") == ["archive"]
     assert world.row("f").url == world.url("archive")
+
+
+# -- moves that are not finished -----------------------------------------------------------------------------------
+
+
+VERSION, SHARD = "data/_tiercache/versions/1", "data/s1"
+
+
+def waiting(world, action):
+    """A shard that is moved or deleted, and a file that is moved, both due. The shard has been rewritten."""
+    world.put("standard", VERSION, SHARD, "f")
+    moves = [
+        world.move(SHARD, "standard", None if action == "delete" else "archive", action=action, kind="shard"),
+        world.move("f", "standard", "archive", number=2),
+    ]
+    assert world.apply(world.plan(*moves)).stopped == ()
+    world.guard = DeletionGuard(deletes=frozenset([SHARD]))
+    world.inner["standard"].put(SHARD, b"anew")
+    world.later()
+
+
+@pytest.mark.parametrize("action", ["move", "delete"])
+def test_a_shard_without_a_data_set_does_not_stop_other_moves(world, action):
+    waiting(world, action)
+    world.inner["standard"].delete([VERSION])
+    assert world.settle().done == 1
+    assert world.journal() == {1: "cancelled", 2: "done"}
+    assert world.inner["standard"].get(SHARD) == b"anew"
+
+
+def test_a_shard_whose_data_set_cannot_be_queried_waits_and_other_moves_finish(world):
+    waiting(world, "move")
+    world.fail("standard", Fault("list", keys="data/_tiercache/versions/"))
+    settled = world.settle()
+    assert "_tiercache/versions" in settled.stopped[0].reason
+    assert world.journal() == {1: "waiting", 2: "done"}
+    world.settle()
+    assert world.journal() == {1: "cancelled", 2: "done"}
+
+
+def test_a_deletion_that_never_began_does_not_change_the_placement(world):
+    world.put("hot", "f")
+    world.apply(world.plan(world.move("f", "hot", None, action="delete")))
+    world.later()
+    assert "no rule deletes it" in world.settle().stopped[0].reason
+    assert world.row("f") is None

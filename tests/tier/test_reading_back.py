@@ -1,4 +1,4 @@
-"""A copy in a folder is read back before what it was made from goes: nobody else answers for the bytes on a disk."""
+"""Local copies are read back from disk before their sources are deleted."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from tiercache.tier.move.checks import BatchLimits
 
 
 class Disk(LocalFolder):
-    """fails: what it reads cannot be read now. rotten: keys of which it reads a bit that was turned on the disk."""
+    """A folder on a bad disk. fails: Reads fail. rotten: Keys of which a bit is flipped on the disk."""
 
     fails = False
 
@@ -46,7 +46,7 @@ class Disk(LocalFolder):
 
 @pytest.fixture
 def world(tmp_path):
-    """The archive is a folder."""
+    """The archive is a local folder."""
     world = World(tmp_path / "world")
     text = (world.root / "tiercache.toml").read_text()
     (world.root / "tiercache.toml").write_text(text.replace(world.url("archive"), str(tmp_path / "disk")))
@@ -55,18 +55,18 @@ def world(tmp_path):
 
 
 def rot(world, key):
-    """A bit turns on the disk, and nothing else: name, size and all dates are what they were."""
+    """Flip a bit on the disk: name, size and dates stay."""
     world.inner["archive"].rotten.add(key)
 
 
-def test_a_sound_copy_lets_its_source_go(world):
+def test_a_source_is_deleted_if_its_copy_reads_back_equal(world):
     moved_away(world, "f")
     world.later()
     assert world.settle().done == 1
     assert world.where("f") == ["archive"]
 
 
-def test_a_copy_that_rotted_during_grace_keeps_its_source_and_readers_go_home(world):
+def test_a_copy_that_became_corrupt_keeps_its_source_and_the_placement_is_reverted(world):
     moved_away(world, "f")
     rot(world, "f")
     world.later()
@@ -74,7 +74,7 @@ def test_a_copy_that_rotted_during_grace_keeps_its_source_and_readers_go_home(wo
     assert (world.where("f"), world.row("f"), world.journal()) == (["standard"], None, {1: "cancelled"})
 
 
-def test_a_rotten_copy_is_believed_no_more_and_made_again(world):
+def test_a_corrupt_copy_is_not_trusted_and_made_again(world):
     moved_away(world, "f")
     rot(world, "f")
     world.later()
@@ -88,7 +88,7 @@ def test_a_rotten_copy_is_believed_no_more_and_made_again(world):
     assert world.where("f") == ["archive"]
 
 
-def test_one_rotten_object_keeps_the_whole_group(world):
+def test_one_corrupt_object_keeps_the_whole_group(world):
     world.apply(checkpoint(world))
     rot(world, PARTS[1])
     world.later()
@@ -96,7 +96,7 @@ def test_one_rotten_object_keeps_the_whole_group(world):
     assert all("standard" in world.where(key) for key in PARTS)
 
 
-def test_a_drop_whose_copy_was_made_before_is_proven_too(world):
+def test_the_copy_of_a_drop_is_read_back_too(world):
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "standard", "archive", action="copy"), name="copy"))
     world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="drop"))
@@ -106,7 +106,7 @@ def test_a_drop_whose_copy_was_made_before_is_proven_too(world):
     assert world.where("f") == ["standard"]
 
 
-def test_a_copy_that_cannot_be_read_now_keeps_its_source_until_it_can(world):
+def test_an_unreadable_copy_keeps_its_source_until_it_can_be_read(world):
     moved_away(world, "f")
     world.later()
     world.inner["archive"].fails = True
@@ -117,7 +117,7 @@ def test_a_copy_that_cannot_be_read_now_keeps_its_source_until_it_can(world):
     assert world.where("f") == ["archive"]
 
 
-def test_a_copy_that_is_replaced_after_it_was_proven_keeps_its_source(world):
+def test_a_copy_that_was_replaced_after_it_was_read_back_keeps_its_source(world):
     moved_away(world, "f")
     world.later()
     with HookAt("tier_drop.checked", do=lambda: world.inner["archive"].put("f", b"another")) as hook:
@@ -127,7 +127,7 @@ def test_a_copy_that_is_replaced_after_it_was_proven_keeps_its_source(world):
     assert world.where("f") == ["standard"]
 
 
-def test_a_copy_that_rots_while_its_source_is_dropped_keeps_what_is_left(world):
+def test_a_copy_that_becomes_corrupt_during_the_deletion_keeps_the_rest_of_the_source(world):
     world.apply(checkpoint(world))
     world.later()
     with pytest.raises(Killed), HookAt("tier_drop.unmade"):
@@ -139,8 +139,8 @@ def test_a_copy_that_rots_while_its_source_is_dropped_keeps_what_is_left(world):
     assert world.inner["standard"].get(left[0]) == content(left[0])
 
 
-def test_not_everything_is_read_before_anything_is_dropped(world, monkeypatch):
-    """For what was asked before is old by then."""
+def test_copies_are_read_back_and_sources_deleted_batch_by_batch(world, monkeypatch):
+    """Otherwise the checks would be hours old at the deletion."""
     monkeypatch.setattr("tiercache.tier.move.deletions._BATCH_LIMITS", BatchLimits(64, 1000, 1500))
     moved_away(world, "f", "g", "h")
     world.later()
@@ -149,7 +149,7 @@ def test_not_everything_is_read_before_anything_is_dropped(world, monkeypatch):
     assert hook.reached.count("tier_drop.checked") == 3
 
 
-def test_a_copy_that_cannot_be_read_twice_is_counted_on_no_more_and_readers_go_home(world):
+def test_a_copy_that_cannot_be_read_twice_is_not_trusted_and_the_placement_is_reverted(world):
     moved_away(world, "f")
     world.later()
     world.inner["archive"].fails = True
@@ -162,7 +162,7 @@ def test_a_copy_that_cannot_be_read_twice_is_counted_on_no_more_and_readers_go_h
     assert world.row("f") is None
 
 
-def test_a_daily_plan_of_the_same_drop_does_not_forget_that_the_copy_could_not_be_read(world):
+def test_a_daily_plan_remembers_that_the_copy_could_not_be_read(world):
     moved_away(world, "f")
     world.later()
     world.inner["archive"].fails = True
@@ -172,7 +172,7 @@ def test_a_daily_plan_of_the_same_drop_does_not_forget_that_the_copy_could_not_b
     assert (world.where("f")[0], world.row("f")) == ("standard", None)
 
 
-def test_readers_of_a_rotten_copy_go_back_to_a_source_that_is_not_home(world):
+def test_readers_of_a_corrupt_copy_are_redirected_to_a_source_that_is_not_home(world):
     world.put("hot", "f")
     world.apply(world.plan(world.move("f", "hot", "archive")))
     assert world.row("f").url == str(world.inner["archive"].root)
@@ -182,7 +182,7 @@ def test_readers_of_a_rotten_copy_go_back_to_a_source_that_is_not_home(world):
     assert (world.row("f").url, world.where("f")) == (world.url("hot"), ["hot"])
 
 
-def test_a_source_that_is_another_by_now_gets_no_readers_of_the_old_one(world):
+def test_readers_are_not_redirected_to_a_source_that_changed(world):
     world.put("hot", "f")
     world.apply(world.plan(world.move("f", "hot", "archive")))
     world.inner["hot"].put("f", b"anew")
@@ -191,14 +191,15 @@ def test_a_source_that_is_another_by_now_gets_no_readers_of_the_old_one(world):
     assert world.row("f").url == str(world.inner["archive"].root)
 
 
-def test_what_is_in_use_is_asked_anew_where_copies_took_long_to_read(world, monkeypatch):
+def test_the_deletion_guard_is_taken_again_if_reading_back_took_long(world, monkeypatch):
     monkeypatch.setattr("tiercache.tier.move.deletions._BATCH_LIMITS", BatchLimits(64, 1000, 1500))
     monkeypatch.setattr("tiercache.tier.move.deletions._GUARD_S", -1.0)
+    monkeypatch.setattr("tiercache.tier.move.deletions.take_deletion_guard", lambda *_: world.guard)
     moved_away(world, "f", "g")
     world.later()
 
     def begins_to_read():
-        world.survey = replace(world.survey, in_use=frozenset({"g"}))
+        world.guard = replace(world.guard, in_use=frozenset({"g"}))
 
     with HookAt("tier_drop.ended", do=begins_to_read):
         settled = world.settle()
@@ -206,16 +207,16 @@ def test_what_is_in_use_is_asked_anew_where_copies_took_long_to_read(world, monk
     assert "found that a machine reads it" in settled.stopped[0].reason
 
 
-def test_what_was_read_back_is_told_while_it_is_read_and_in_the_sum(world):
+def test_progress_and_result_have_the_bytes_that_were_read_back(world):
     moved_away(world, "f", "g")
     world.later()
     told = []
-    with world.opened() as mover:
-        assert mover.settle(on_progress=told.append).proof_bytes == 2000
+    with world.opened() as context:
+        assert world.settle(context, on_progress=told.append).proof_bytes == 2000
     assert sorted((one.done_bytes, one.n_bytes, one.n_moves) for one in told) == [(1000, 2000, 2), (2000, 2000, 2)]
 
 
-def test_what_is_half_gone_waits_for_its_copy_however_often_that_cannot_be_read(world):
+def test_a_half_deleted_group_waits_until_its_copy_can_be_read(world):
     world.apply(checkpoint(world))
     world.later()
     with pytest.raises(Killed), HookAt("tier_drop.unmade"):

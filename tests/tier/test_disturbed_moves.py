@@ -1,0 +1,130 @@
+"""Disturbed runs of the mover: lost or corrupt copies, pins and writes during a run, a process that dies."""
+
+from collections.abc import Callable
+
+import pytest
+from tests.tier.bucket import Died
+from tests.tier.jobs import fill, write
+from tests.tier.world import World
+
+from tiercache import crash_points
+
+# Each disturbance yields what the oracle finds, step by step.
+
+
+def step(world: World, work: Callable[[], object], dies_at: str = "") -> list[str]:
+    """Return what the oracle finds after some work, during which the process may die at a crash point."""
+
+    def die(name: str) -> None:
+        if name == dies_at:
+            world.script.dead = True
+            raise Died
+
+    world.begin_job()
+    before = crash_points.set_hook(die)
+    try:
+        work()
+    except Died:
+        pass
+    finally:
+        crash_points.set_hook(before)
+        world.script.dead = False
+    return world.look()
+
+
+def waited(world: World) -> list[str]:
+    """Copy everything, and let the grace period pass."""
+    fill(world)
+    found = step(world, world.run_once)
+    world.days_pass(1.5)
+    return found
+
+
+def copy_is_lost(world: World) -> list[str]:
+    found = waited(world)
+    world.remove("cold", "files/a.bin")
+    return found + step(world, world.settle)
+
+
+def copy_is_spoilt(world: World) -> list[str]:
+    found = waited(world)
+    world.rot("cold", "files/a.bin")
+    return found + step(world, world.settle)
+
+
+def source_is_new(world: World) -> list[str]:
+    found = waited(world)
+    write(world, "hot", "files/a.bin", version=1)
+    return found + step(world, world.settle)
+
+
+def undisturbed(world: World) -> list[str]:
+    fill(world)
+    return step(world, world.run_once)
+
+
+def other_is_there(world: World) -> list[str]:
+    """Another object has the key at the destination."""
+    fill(world)
+    plan = world.plan()
+    world.write("cold", "files/a.bin", b"another one of my own")
+    return step(world, lambda: world.apply(plan))
+
+
+def pinned_since(world: World) -> list[str]:
+    found = waited(world)
+    world.pin("checkpoints/run/step-20")
+    return found + step(world, world.settle)
+
+
+def pinned_meanwhile(world: World) -> list[str]:
+    """A pin is added after the first check of pins, while the copy is checked."""
+    found = waited(world)
+
+    def pin(verb: str, key: str) -> None:
+        if (verb, key) == ("head", "files/a.bin"):
+            world.script.on_call = None
+            world.pin("files/a.bin")
+
+    world.script.on_call = pin
+    return found + step(world, world.settle)
+
+
+def dies_in_mid_drop(world: World) -> list[str]:
+    return waited(world) + step(world, world.settle, "tier_drop.unmade")
+
+
+def dies_in_mid_copy(world: World) -> list[str]:
+    fill(world)
+    return step(world, world.run_once, "tier_move.parts_copied")
+
+
+def copy_is_flipped(world: World) -> list[str]:
+    """A bit flips on the way to the archive."""
+    fill(world)
+    world.script.faults = [["copy_from", 1, "flip"]]
+    found = step(world, world.run_once)
+    world.days_pass(1.5)
+    return found + step(world, world.settle)
+
+
+CASES = (
+    (copy_is_lost, "places"),
+    (copy_is_spoilt, "places"),
+    (copy_is_spoilt, "local"),
+    (source_is_new, "places"),
+    (undisturbed, "one_bucket"),
+    (other_is_there, "places"),
+    (pinned_since, "places"),
+    (pinned_meanwhile, "places"),
+    (dies_in_mid_drop, "places"),
+    (dies_in_mid_copy, "places"),
+    (copy_is_flipped, "places"),
+)
+
+
+@pytest.mark.parametrize(("disturb", "shape"), CASES, ids=[f"{case.__name__}-{shape}" for case, shape in CASES])
+def test_no_disturbance_of_a_run_loses_a_last_copy_or_shows_wrong_bytes(tmp_path, disturb, shape):
+    world = World(tmp_path, shape, jobs=1)
+    with world.entered():
+        assert disturb(world) == []
