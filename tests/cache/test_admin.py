@@ -11,7 +11,7 @@ import pytest
 from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
-from tiercache.cache.machine import Room
+from tiercache.cache.disk import DiskSpace
 from tiercache.cache.names import name_of_identity
 from tiercache.errors import CacheFull, CorruptShard, NotFound, StoreError
 from tiercache.model import ByteRange, ReadingPlan
@@ -205,13 +205,13 @@ def test_the_default_size_is_half_of_the_free_disk_when_the_cache_was_made(world
 
     monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(world.root / "mine"))
     monkeypatch.delenv("TIERCACHE_CACHE_SIZE")
-    monkeypatch.setattr(cache_module, "room", lambda path: Room(1_000_000, 2_000_000, None))
+    monkeypatch.setattr(cache_module, "disk_space", lambda path: DiskSpace(1_000_000, 2_000_000, None))
     cache = Cache.default()
     assert cache.stats()["limit_bytes"] == 500_000
     cache.close()
     del cache
     gc.collect()
-    monkeypatch.setattr(cache_module, "room", lambda path: Room(10, 2_000_000, None))
+    monkeypatch.setattr(cache_module, "disk_space", lambda path: DiskSpace(10, 2_000_000, None))
     assert Cache.default().stats()["limit_bytes"] == 500_000
 
 
@@ -223,7 +223,7 @@ def test_who_opens_a_cache_without_a_size_keeps_to_what_it_was_last_opened_with(
     world.fetch(world.store(cache), "a")
     monkeypatch.delenv("TIERCACHE_CACHE_SIZE")
     # A disk that the cache has filled: half of what is free would be less than what it holds.
-    monkeypatch.setattr(cache_module, "room", lambda path: Room(10, 2_000_000, None))
+    monkeypatch.setattr(cache_module, "disk_space", lambda path: DiskSpace(10, 2_000_000, None))
     with Cache.default(path=world.root / "cache") as beside:
         assert beside.stats()["limit_bytes"] == cache.stats()["limit_bytes"] == 2_000_000
     cache.close()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 import tiercache as tc
-from tiercache.cache.cache import DatasetSource
-from tiercache.cache.names import CopyNames, name_of_identity
+from tiercache.cache.datasets import CopyNames, DatasetSource
+from tiercache.cache.names import name_of_identity
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.opened_version import OpenedVersion
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tiercache.cache.evict import evictor
-from tiercache.cache.machine import NameLock
+from tiercache.cache.locks import NameLock
 from tiercache.cache.names import name_of_identity
 from tiercache.cache.simulate import Trace, simulate
 from tiercache.catalog import charge_bytes

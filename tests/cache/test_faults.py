@@ -14,11 +14,12 @@ from tests.support.stores import GateStore
 
 from tiercache.cache import cache as cache_module
 from tiercache.cache import folder as folder_module
-from tiercache.cache import machine, session
-from tiercache.cache import machine as machine_module
+from tiercache.cache import locks as locks_module
+from tiercache.cache import owners, session
+from tiercache.cache.disk import Breaker
 from tiercache.cache.fetch import partial, publish
-from tiercache.cache.folder import Folder, Owners
-from tiercache.cache.machine import Breaker
+from tiercache.cache.folder import Folder
+from tiercache.cache.owners import Owners
 from tiercache.catalog import Accounts
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ReadingPlan
@@ -192,7 +193,7 @@ def full(kind):
 
 
 STEPS = {
-    "the lock": (machine_module, "open_file", "disk"),
+    "the lock": (locks_module, "open_file", "disk"),
     "the part": (Folder, "new_file", "quota"),
     "the record": (Folder, "write_record", "disk"),
     "the name": (Folder, "give_name", "disk"),
@@ -344,7 +345,7 @@ def test_a_folder_that_is_deleted_under_us_is_made_and_filled_again(world):
 def test_files_of_dead_processes_are_swept_at_opening_and_those_of_living_ones_stay(world):
     world.cache()
     root = world.root / "cache"
-    namespace, dead = machine.pid_namespace(), subprocess.Popen(["true"])
+    namespace, dead = owners.pid_namespace(), subprocess.Popen(["true"])
     dead.wait()
     stale = [root / below / f".x.json.{namespace}-{dead.pid}-0123abcd" for below in ("", *Folder.BELOW)]
     old = root / "copies" / f".x.json.{namespace}-{os.getpid()}-0123abcd"
@@ -492,7 +493,7 @@ def test_work_that_meets_a_closed_cache_is_no_failure_of_the_disk(world, recwarn
     world.fetch(world.store(cache), "a")
     opened = cache._open()
     cache.close()
-    wanted = world.store(cache).wanted("a", identity)
+    wanted = world.store(cache).spec_of("a", identity)
     cache.evict()
     cache.close()
     assert opened.open(wanted, world.inner) is None

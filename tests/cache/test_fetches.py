@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from tests.support.stores import CountingStore, GateStore
 
-from tiercache.cache.fetch import download
+from tiercache.cache.fetch import publish
 from tiercache.cache.fetch.partial import PartialCopy
+from tiercache.cache.locks import is_locked
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.testing import Fault, FaultStore, WrapperStore
@@ -73,7 +74,7 @@ def test_a_fetch_takes_the_threads_that_the_system_gives(world, monkeypatch, n_g
                 given.append(self)
             super().start()
 
-    monkeypatch.setattr(download, "Thread", Scarce)
+    monkeypatch.setattr(publish, "Thread", Scarce)
     store = world.store(world.cache("100MB"))
     assert world.read(store, "a", identity) == world.data["a"]
     assert len(given) == n_given
@@ -204,4 +205,4 @@ def test_an_owner_file_that_many_find_gone_at_once_is_made_and_locked_once(world
             barrier = threading.Barrier(8)
             list(pool.map(lambda _, barrier=barrier: (barrier.wait(), owners.ensure()), range(8)))
             assert path.exists()
-            assert owners._is_locked(str(owners.me)) or locks == "locks lie"
+            assert is_locked(path) or locks == "locks lie"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tiercache.cache import machine
-from tiercache.cache.machine import command_of, holders_of, locked_inodes
+from tiercache.cache import locks
+from tiercache.cache.locks import command_of, holders_of, locked_inodes
 
 pytestmark = pytest.mark.skipif(not os.access("/proc/locks", os.R_OK), reason="no /proc/locks here")
 
@@ -63,7 +63,7 @@ def test_an_inode_number_of_another_disk_is_nobodys(tmp_path):
 
 
 def test_without_proc_nobody_is_seen_and_nothing_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "_LOCKS", Path(tmp_path / "nothing"))
-    assert locked_inodes() is None
+    monkeypatch.setattr(locks, "_LOCKS", Path(tmp_path / "nothing"))
+    assert locked_inodes() == {}
     assert holders_of(tmp_path, {"a": 1}) == []
     assert command_of(1 << 30) == ""

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from tests.support.clock import FakeClock
 
-from tiercache.cache import machine
-from tiercache.cache.folder import Folder, Owners
-from tiercache.cache.machine import Breaker, Owner, network_file_system, room
+from tiercache.cache import folder as folder_module
+from tiercache.cache import owners
+from tiercache.cache.disk import Breaker, disk_space, network_file_system
+from tiercache.cache.folder import Folder
+from tiercache.cache.owners import Owner, Owners
 from tiercache.catalog.database import start_time
 
 # From Python 3.12 on: what these tests are about.
@@ -72,12 +74,12 @@ def test_without_proc_a_machine_still_has_an_identity(monkeypatch):
     def refuse(*args, **kwargs):
         raise FileNotFoundError
 
-    machine.boot_id.cache_clear()
+    owners.boot_id.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", refuse)
         patch.setattr(Path, "stat", refuse)
-        assert (machine.boot_id(), machine.pid_namespace(), start_time(1)) == ("0", 0, None)
-    machine.boot_id.cache_clear()
+        assert (owners.boot_id(), owners.pid_namespace(), start_time(1)) == ("0", 0, None)
+    owners.boot_id.cache_clear()
 
 
 def test_a_local_folder_is_no_network_file_system(tmp_path):
@@ -86,13 +88,13 @@ def test_a_local_folder_is_no_network_file_system(tmp_path):
 
 
 def test_room_is_what_the_disk_says(tmp_path):
-    disk = room(tmp_path)
+    disk = disk_space(tmp_path)
     assert 0 <= disk.free_bytes <= disk.total_bytes
 
 
 def test_host_names_are_fit_for_files(monkeypatch):
-    monkeypatch.setattr(machine.socket, "gethostname", lambda: "../evil/node 7")
-    assert machine.host_name() == "---evil-node-7"
+    monkeypatch.setattr(folder_module.socket, "gethostname", lambda: "../evil/node 7")
+    assert folder_module.host_name() == "---evil-node-7"
 
 
 @pytest.mark.parametrize("mended", [True, False])
@@ -105,5 +107,5 @@ def test_the_breaker_lets_one_probe_through_at_a_time(mended):
     clock.advance(10)
     assert [breaker.allows() for _ in range(3)] == [True, False, False]
     if mended:
-        breaker.mend()
+        breaker.reset()
     assert (breaker.allows(), breaker.is_open) == (mended, not mended)

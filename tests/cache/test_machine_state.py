@@ -251,7 +251,7 @@ def refuse(fd, operation):
 def test_a_lock_that_is_never_to_be_had_delays_reading_and_stops_nothing(world, monkeypatch):
     monkeypatch.setattr(publish, "LOCK_WAIT_S", 0.05)
     monkeypatch.setattr(publish, "SLOWEST_BYTES_S", 1e12)
-    monkeypatch.setattr("tiercache.cache.evict.evictor.ROOM_WAIT_S", 0.05)
+    monkeypatch.setattr("tiercache.cache.evict.evictor.SPACE_WAIT_S", 0.05)
     monkeypatch.setattr("tiercache.catalog.database.BUSY_S", 0.05)
     monkeypatch.setattr(fcntl, "flock", refuse)
     cache = world.cache("40KB", policy="lru")

@@ -18,8 +18,9 @@ from tiercache import crash_points
 from tiercache.cache.evict import reading_plans as plan_files
 from tiercache.cache.evict.policy import UNPLANNED
 from tiercache.cache.evict.reading_plans import PlanTable, ReadingPlans, decode, encode
-from tiercache.cache.folder import Folder, Owners
+from tiercache.cache.folder import Folder
 from tiercache.cache.names import Names
+from tiercache.cache.owners import Owners
 from tiercache.model import NEVER, ReadingPlan
 
 

@@ -11,7 +11,7 @@ from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
 from tiercache.cache.fetch.partial import UnitMap
-from tiercache.cache.machine import NameLock
+from tiercache.cache.locks import NameLock
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder

@@ -8,8 +8,9 @@ from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
 from tiercache.cache import session as opened_module
+from tiercache.cache.disk import DiskSpace
 from tiercache.cache.evict import evictor as evictor_module
-from tiercache.cache.machine import NameLock, Room
+from tiercache.cache.locks import NameLock
 from tiercache.catalog import Accounts
 from tiercache.errors import CacheFull
 from tiercache.model import ByteRange
@@ -83,16 +84,16 @@ def test_a_failed_fetch_gives_its_reservation_back(world):
 def test_the_disk_keeps_its_min_free(world, monkeypatch):
     world.put("a", 100_000)
     store = world.store(world.cache(min_free="10%"))
-    monkeypatch.setattr(evictor_module, "room", lambda path: Room(190_000, 1_000_000, 1000))
+    monkeypatch.setattr(evictor_module, "disk_space", lambda path: DiskSpace(190_000, 1_000_000, 1000))
     assert world.read(store, "a") is None
-    monkeypatch.setattr(evictor_module, "room", lambda path: Room(100_000 + CHARGE_IN_PART, 1_000_000, 1000))
+    monkeypatch.setattr(evictor_module, "disk_space", lambda path: DiskSpace(100_000 + CHARGE_IN_PART, 1_000_000, 1000))
     world.fetch(store, "a")
 
 
 def test_a_disk_without_inodes_takes_no_copy(world, monkeypatch):
     world.put("a")
     store = world.store()
-    monkeypatch.setattr(evictor_module, "room", lambda path: Room(1 << 40, 1 << 41, 0))
+    monkeypatch.setattr(evictor_module, "disk_space", lambda path: DiskSpace(1 << 40, 1 << 41, 0))
     assert world.read(store, "a") is None
 
 
@@ -104,9 +105,9 @@ def test_on_a_disk_without_inodes_old_copies_go_for_new_ones(world, monkeypatch,
         world.fetch(store, key)
 
     def room_of_few_files(path):  # as on a disk that holds 18 files of ours
-        return Room(1 << 40, 1 << 41, 18 - 2 * len(world.copies()))
+        return DiskSpace(1 << 40, 1 << 41, 18 - 2 * len(world.copies()))
 
-    monkeypatch.setattr(evictor_module, "room", room_of_few_files)
+    monkeypatch.setattr(evictor_module, "disk_space", room_of_few_files)
     for key in "gh":
         world.put(key)
         world.fetch(store, key)
@@ -159,7 +160,7 @@ def test_a_cache_that_is_opened_smaller_gives_up_others_where_the_first_to_go_is
 def test_a_cache_opened_smaller_while_another_makes_room_gives_up_what_is_named_first(world, monkeypatch):
     # What the other one is deleting looks as if it were read, and is on the books until he is done: going on to others
     # gave up a fifth of a cache that was to lose a tenth.
-    monkeypatch.setattr(evictor_module, "ROOM_WAIT_S", 0.05)
+    monkeypatch.setattr(evictor_module, "SPACE_WAIT_S", 0.05)
     store, identity = a_large_one_and_two(world)
     other = NameLock(store.cache.path / "locks" / "room")
     assert other.try_acquire()
@@ -264,7 +265,7 @@ def test_a_process_that_was_stopped_while_it_made_room_is_waited_for_once(world,
         world.put(key, 100_000)
         world.fetch(store, key)
     stopped.release()
-    expected = [evictor_module.ROOM_WAIT_S, 0.0, 0.0] if locks == "locks hold" else [evictor_module.ROOM_WAIT_S] * 3
+    expected = [evictor_module.SPACE_WAIT_S, 0.0, 0.0] if locks == "locks hold" else [evictor_module.SPACE_WAIT_S] * 3
     assert waits == expected
 
 

@@ -198,7 +198,7 @@ def test_what_is_no_part_and_its_map_is_removed_and_started_again(folder, damage
 def test_a_part_that_was_sealed_but_not_named_can_be_gone_on_with(folder):
     part = PartialCopy.create(folder, NAME, 2 * UNIT)
     part.write(0, noise(UNIT))
-    part.seal(0o400)
+    os.fchmod(part.fd, 0o400)
     part.close()
     part = PartialCopy.open(folder, NAME, 2 * UNIT)
     part.write(UNIT, noise(UNIT))

@@ -205,7 +205,7 @@ class TestPlanningCost:
         folder = tmp_path / f"cache-{n_shards}"
         with Cache(folder, size="1GiB") as cache:
             for key, identity in objects[::10]:  # copies that are here, and booked at the next opening
-                put_copy(cache, cache.store(store).wanted(key, identity))
+                put_copy(cache, cache.store(store).spec_of(key, identity))
         with Cache(folder, size=int(room * n_shards * n_bytes)) as cache:
             cache.plan_warm(cache.store(store), objects)
             calls = counted_calls(cache, monkeypatch)

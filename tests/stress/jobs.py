@@ -259,7 +259,7 @@ def objects(job: Job) -> None:
 def read_object(job: Job, store, key: str) -> None:
     # Earlier rounds have replaced it: what the source holds now is what counts.
     job.scene.data[key] = (job.scene.source_root / key).read_bytes()
-    job.tell(f"object {store.wanted(key).name} {key} {int.from_bytes(job.scene.data[key][:8])}")
+    job.tell(f"object {store.spec_of(key).name} {key} {int.from_bytes(job.scene.data[key][:8])}")
     job.scene.read(store, key)
 
 

@@ -12,7 +12,7 @@ complete copy and gives it its final name. `check.py` verifies copies, `corrupt_
 corrupt at their source, `admin.py` lists, warms, pins and evicts, and `simulate.py` simulates policies.
 """
 
-from tiercache.cache.admin import Entry, WarmPlan, WarmProgress, WarmReport
-from tiercache.cache.cache import Cache, CachedStore, drop_objects
+from tiercache.cache.cache import Cache, CachedStore, Entry, drop_objects
+from tiercache.cache.warm import WarmPlan, WarmProgress, WarmReport
 
 __all__ = ["Cache", "CachedStore", "Entry", "WarmPlan", "WarmProgress", "WarmReport", "drop_objects"]

@@ -379,7 +379,7 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
             # Nothing is opened yet: if two threads create a store, the first one is kept and nothing leaks.
             store = self._stores.setdefault(root, cache.store(self._target.store(root)))
         try:
-            wanted = store.wanted(key)
+            wanted = store.spec_of(key)
         except TierCacheError:
             return None
         return None if wanted is None else ObjectReader(store, wanted)

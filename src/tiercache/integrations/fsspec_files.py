@@ -169,7 +169,7 @@ class ObjectReader:
         if if_match is not None:
             return
         # Without an ETag to check, the object must have the same description after the read.
-        found = self.store.wanted(self._wanted.key)
+        found = self.store.spec_of(self._wanted.key)
         if found is None or found.name != self._wanted.name:
             raise ObjectChanged(
                 url=self._wanted.source, expected=self._wanted.etag, found=None if found is None else found.etag
