@@ -62,15 +62,6 @@ def test_a_wrong_copy_is_pinned_again_when_it_is_fetched_again(world, store):
     assert cache.stats()["pinned_bytes"] == entry.n_bytes
 
 
-def test_what_a_development_version_had_put_aside_is_deleted(world, store):
-    store.cache.close()
-    aside = world.root / "cache" / "quarantine"
-    aside.mkdir()
-    (aside / f"{'b' * 40}-1-2.bad").write_bytes(b"wrong")
-    store.cache.stats()
-    assert not aside.exists()
-
-
 def test_a_copy_that_cannot_be_read_is_removed_as_well(world, store, monkeypatch):
     really_read, copy = os.preadv, world.copy("a")
 

@@ -5,7 +5,6 @@ import shutil
 import sqlite3
 import warnings
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +189,7 @@ def change_heads(cache_root: Path, boot: str | None = None) -> None:
         path = part.with_suffix(".map")
         head = Head.parse(path.read_bytes()[:HEAD_BYTES]) if path.exists() else None
         if head is not None:
-            changed = replace(head, inode=part.stat().st_ino, boot=head.boot if boot is None else boot)
+            changed = head._replace(inode=part.stat().st_ino, boot=head.boot if boot is None else boot)
             with path.open("r+b") as file:
                 file.write(changed.pack())
 

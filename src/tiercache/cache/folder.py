@@ -15,11 +15,9 @@
     plans/                       the reading plans of the jobs of this machine
     poison/NAME.json             an object that is corrupt at its source; valid for some minutes
 
-Folders have mode 0700, files 0600 and copies 0400, whatever the umask; `Permissions` says who else may read. No file is
-opened, and no folder is entered, through a symbolic link below the root. Only the user could create such a link, so
+Folders have mode 0700, files 0600 and copies 0400, whatever the umask; see folder_access() for shared folders. No file
+is opened, and no folder is entered, through a symbolic link below the root. Only the user could create such a link, so
 reading a copy checks only the copy's own name; opening the cache and starting a fetch check the folders too.
-
-The modes of the folder itself decide about sharing: see `Permissions`.
 """
 
 from __future__ import annotations
@@ -200,37 +198,22 @@ OLD_TEMP_S = 600.0
 
 
 class Folder:
-    """Paths and file operations of one cache folder.
-
-    It has no state except the paths; safe from any thread and process.
+    """Paths and file operations of one cache folder. It has no other state; safe from any thread and process.
 
     Attributes:
-        network: Name of the network file system of the folder; None on a local disk. On a network file system, every
-            machine has a folder of its own.
-        owner: Name of the other user who owns and shares the folder; None if it is this user's. A folder of another
-            user is only read.
+        network: Name of the network file system, on which every machine has a subfolder of its own; None: local disk.
+        owner: Name of the other user who owns and shares the folder, which is then only read; None: it is this user's.
         rights: Permissions of new files.
-        BELOW: Names of the subfolders.
     """
 
     BELOW: ClassVar = ("copies", "locks", "owners", "plans", "poison")
 
     def __init__(self, path: Path, *, shared: str | None = None) -> None:
-        """Create the folder, or recognise an existing one. shared: See folder_access().
-
-        Raises:
-            ValueError: The folder contains other files.
-            PermissionError: The folder belongs to another user.
-            OSError: The folder cannot be created.
-        """
+        """Create the folder, or recognise an existing one; see folder_access(). Raises ValueError and OSError."""
         self.rights, self.owner = _claim(path, shared)
         self.network = network_file_system(path)
         self.root = path / f"host-{host_name()}" if self.network else path
-        self.copies = self.root / "copies"
-        self.locks = self.root / "locks"
-        self.owners = self.root / "owners"
-        self.plans = self.root / "plans"
-        self.poison = self.root / "poison"
+        self.copies, self.locks, self.owners, self.plans, self.poison = (self.root / name for name in self.BELOW)
         self.catalog = self.root / "catalog.sqlite"
         self._default_size = path / _DEFAULT_SIZE
         self._copies, self._below = str(self.copies), [str(self.root / name) for name in self.BELOW]
@@ -259,10 +242,7 @@ class Folder:
                 replace_whole(self._default_size, text, self.rights.file)
 
     def _is_whole(self) -> bool:
-        """Return whether the marker and the folders exist with their permissions.
-
-        It runs before every fetch and takes 13 us.
-        """
+        """Return whether the marker and the folders exist with their permissions: 13 us, before every fetch."""
         whole = stat.S_IFDIR | self.rights.folder
         try:
             return _has_marker(self.root) and all(os.lstat(path).st_mode == whole for path in self._below)
@@ -296,10 +276,7 @@ class Folder:
         return self.size_of(name) is not None
 
     def size_of(self, name: str) -> int | None:
-        """Return the size of the copy in bytes.
-
-        None: it does not exist; -1: it is not a regular file and is never read.
-        """
+        """Return the size of the copy in bytes; None: it does not exist; -1: it is no regular file, and never read."""
         try:
             status = os.lstat(self.copy_path(name))
         except OSError:
@@ -317,10 +294,9 @@ class Folder:
         return _charge(disk_bytes)
 
     def touched_s(self, name: str) -> float:
-        """Return the time of the last write or read in seconds since 1970; 0: the copy does not exist.
+        """Return the time of the last write or read in seconds since 1970, as the file system records it (relatime).
 
-        The file system records this time. By default, Linux records reads once a day (relatime), and never on a file
-        system that is mounted with noatime.
+        0: the copy does not exist.
         """
         for path in (self.copy_path(name), self.copy_path(f"{name}.part")):
             with suppress(OSError):
@@ -408,10 +384,7 @@ class Folder:
         """Give the complete partial copy that fd is open on its final name; return False if the name exists already.
 
         The file is found by its descriptor: on a file system where flock is not enforced, another file may have its
-        path by now.
-
-        Raises:
-            FileNotFoundError: The partial copy was unlinked.
+        path by now. Raises FileNotFoundError if it was unlinked.
         """
         with self._marked("copies") as folder_fd:
             try:
@@ -435,10 +408,7 @@ class Folder:
     # -- deleting ---------------------------------------------------------------------------------------------------
 
     def remove_copy(self, name: str) -> None:
-        """Delete a copy, whole or partial, and its record.
-
-        The caller knows that the object can be fetched again, or that the copy is corrupt.
-        """
+        """Delete a copy, whole or partial, and its record: it can be fetched again, or is corrupt."""
         # The copy first: a sweep removes a record without a copy, but a copy without a record could not be evicted.
         self._remove(name)
         self.remove_part(name)
@@ -454,10 +424,7 @@ class Folder:
         return self.remove_file("copies", file)
 
     def remove_file(self, below: str, file: str) -> bool:
-        """Delete a file of a subfolder in BELOW ("" for the root); return False if it did not exist.
-
-        Of a link, the link itself is deleted.
-        """
+        """Delete a file, or a link, of a subfolder in BELOW ("" for the root); return False if it did not exist."""
         if below not in ("", *self.BELOW) or "/" in file:
             raise ValueError(f"not a file of the cache: {below}/{file}")
         try:
@@ -485,14 +452,6 @@ class Folder:
             return _age_s(self.root / below / file) > OLD_TEMP_S
         except FileNotFoundError:
             return False
-
-    def remove_quarantine(self) -> None:
-        """Delete the folder of corrupt copies and reports that development versions kept."""
-        with suppress(OSError):
-            with self._marked("quarantine") as fd:
-                for file in os.listdir(fd):  # noqa: PTH208 - of a descriptor
-                    os.unlink(file, dir_fd=fd)
-            (self.root / "quarantine").rmdir()
 
     # -- objects that are corrupt at their source; for POISON_S they are not fetched again -----------------------------
 

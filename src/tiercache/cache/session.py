@@ -21,7 +21,7 @@ from tiercache.cache.fetch.partial import CopyHandle, hold_part, open_map, read_
 from tiercache.cache.fetch.publish import Publisher
 from tiercache.cache.fetch.queue import FetchQueue
 from tiercache.cache.fetch.units import bytes_of, read_checksum
-from tiercache.cache.folder import POISON_S, Folder
+from tiercache.cache.folder import Folder
 from tiercache.cache.lease import CopyLease, open_leased
 from tiercache.cache.locks import NameLock
 from tiercache.cache.owners import Owners, boot_id
@@ -29,7 +29,6 @@ from tiercache.cache.simulate import Tracer
 from tiercache.catalog import Accounts, charge_bytes
 from tiercache.errors import TierCacheError
 from tiercache.model import ByteRange, format_bytes, parse_bytes
-from tiercache.waiting import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -81,15 +80,13 @@ class WriteSession:
             lock = NameLock(path)
             if lock.try_acquire():
                 lock.release()
-        self.folder.remove_quarantine()
         self.folder.sweep_corrupt_sources()
 
     def _sweep_beside(self, name: str) -> None:
         """Remove useless files beside a copy, or without one, unless the copy is being published at this moment.
 
         These are a partial copy whose copy is complete, its unit map if that is not kept, a partial copy or a unit map
-        alone, and the record of a missing copy. The pin of a missing copy stays: a corrupt copy is pinned again when
-        it is fetched again.
+        alone, and the record of a missing copy. A pin stays: it holds for the copy when that is fetched again.
         """
         lock = NameLock(self.folder.locks / name)
         if lock.try_acquire():
@@ -170,10 +167,8 @@ class CacheSession:
         """
         self.pid = os.getpid()
         self._untrusted: set[str] = set()  # corrupt copies that cannot be removed
-        # Partial copies that a reader found corrupt although the disk holds what the source sent; and those for which
-        # that happened twice, with the time.
+        # Partial copies that a reader found corrupt although the disk holds what the source sent.
         self._suspected: set[str] = set()
-        self._given_up: dict[str, float] = {}
         self._ahead: dict[str, bool] = {}  # requested by fetch_ahead() and not opened since
         self.folder = Folder(options.path, shared=options.shared)
         self.notices, self.counters = notices, counters
@@ -333,7 +328,7 @@ class CacheSession:
             if lease is not None:
                 self._count(spec, on_lookup, spec.n_bytes)
                 return lease
-            if not self._is_corrupt_at_source(spec.name):
+            if self.folder.corrupt_source(spec.name) is None:
                 held = self._hold_part(spec)
                 join = None if writing is None else partial(writing.fetcher.join, spec, store)
                 if held is not None:
@@ -381,7 +376,7 @@ class CacheSession:
         writing = self.writing
         if writing is None or not writing.breaker.allows():
             return
-        if self.is_cached(spec, ranges) or self._is_corrupt_at_source(spec.name):
+        if self.is_cached(spec, ranges) or self.folder.corrupt_source(spec.name) is not None:
             return
         ranges = [ByteRange(0, spec.n_bytes)] if ranges is None else list(ranges)
         if self._admits(writing, spec, sum(span.n_bytes for span in ranges)):
@@ -422,12 +417,6 @@ class CacheSession:
             return None
 
     # -- corrupt copies ------------------------------------------------------------------------------------------------
-
-    def _is_corrupt_at_source(self, name: str) -> bool:
-        given_up_s = self._given_up.get(name)
-        if given_up_s is not None and SYSTEM_CLOCK.monotonic() - given_up_s < POISON_S:
-            return True
-        return self.folder.corrupt_source(name) is not None
 
     def discard(self, name: str) -> None:
         """Remove a corrupt copy. If it cannot be removed, this process never serves it again."""
@@ -489,7 +478,6 @@ class CacheSession:
         is_corrupt_at_source = not wrong and spec.name in self._suspected
         self._suspected.discard(spec.name)
         if is_corrupt_at_source:
-            self._given_up[spec.name] = SYSTEM_CLOCK.monotonic()
             self.counters.add("poisoned")
             if self.writing is not None:
                 with suppress(OSError):  # a full disk: no other process is informed

@@ -102,10 +102,7 @@ class PlanTable:
 
     @property
     def end(self) -> int:
-        """Clock at which the whole plan was read.
-
-        Copies that are in use as long as the plan lives (NEVER - 1) do not count.
-        """
+        """Clock at which the whole plan was read, except copies in use as long as the plan lives (NEVER - 1)."""
         return int(np.where(self.last >= NEVER - 1, 0, self.last).max(initial=0))
 
     def uses(self, rows: NDArray[np.int64], clock: int) -> Uses:
@@ -304,10 +301,7 @@ class _OpenPlan:
 
     @classmethod
     def open(cls, folder: Folder, file: str) -> _OpenPlan:
-        """Open a plan file.
-
-        Raises OSError. An invalid file gives an empty table, and is swept when its owner is gone.
-        """
+        """Open a plan file. Raises OSError. An invalid file gives an empty table, and is swept after its owner."""
         fd = open_file(folder.plans / file, os.O_RDONLY)
         try:
             table = decode(os.pread(fd, os.fstat(fd).st_size, 0)) or _NOTHING
