@@ -28,7 +28,7 @@ from tiercache.cache.names import CopySpec, Record, copy_spec
 from tiercache.cache.owners import Owner
 from tiercache.cache.session import CacheOptions, CacheSession
 from tiercache.cache.warm import plan_warm, warm
-from tiercache.catalog import CopyRow, tiers
+from tiercache.catalog import FIGURES, CopyRow, tiers
 from tiercache.deprecation import renamed_argument
 from tiercache.errors import StoreError
 from tiercache.model import OWN_FOLDER, ShardIdentity, parse_bytes
@@ -267,17 +267,6 @@ class Entry:
 
 Selection: TypeAlias = Iterable[str] | Callable[[Entry], bool] | None
 _WHOLE: Ranges = MappingProxyType({})
-_COUNTERS = (
-    "hits",
-    "misses",
-    "prefetched",
-    "evicted",
-    "bytes_fetched",
-    "bytes_hit",
-    "evicted_early",
-    "quarantined",
-    "poisoned",
-)
 
 
 class Cache:
@@ -317,7 +306,7 @@ class Cache:
         given = renamed_argument("Cache", "free_floor", free_floor, "min_free", min_free)
         min_free = "5%" if given is None else cast("int | str", given)
         self._options = CacheOptions(Path(path).expanduser().absolute(), size, policy, min_free, shared)
-        self.counters = Counters(*_COUNTERS)
+        self.counters = Counters(*FIGURES)
         self._notices = Notices()
         self._reopening = Breaker()
         self._lock = RLock()
@@ -425,7 +414,7 @@ class Cache:
 
     def _renew_locks(self) -> None:
         """Replace the locks in a forked child: a thread of the parent may have held them during the fork."""
-        self._lock, self._notices, self.counters = RLock(), self._notices.copied(), Counters(*_COUNTERS)
+        self._lock, self._notices, self.counters = RLock(), self._notices.copied(), Counters(*FIGURES)
         self._reopening = Breaker()
 
     def expect(self, dataset_id: str, url: str) -> None:
@@ -523,22 +512,11 @@ class Cache:
             if row.name not in whole and row.name not in partial:
                 continue
             record = folder.read_record(row.name) if opened.writing is None else Record.from_json(row.record)
-            source, dataset_id, shard_id = "", None, None
-            if record is not None:
-                source, dataset_id, shard_id = record.source, record.dataset_id, record.shard_id
-            entry = Entry(
-                row.name,
-                source,
-                row.charge_bytes,
-                folder.is_pinned(row.name),
-                row.uses,
-                row.last_use,
-                dataset_id,
-                shard_id,
-                folder.touched_s(row.name),
-                row.name not in whole,
-            )
-            entries.append(entry)
+            source = ("", None, None) if record is None else (record.source, record.dataset_id, record.shard_id)
+            url, dataset_id, shard_id = source
+            figures = (row.charge_bytes, folder.is_pinned(row.name), row.uses, row.last_use)
+            touched_s, in_part = folder.touched_s(row.name), row.name not in whole
+            entries.append(Entry(row.name, url, *figures, dataset_id, shard_id, touched_s, in_part))
         return entries
 
     def _selected(self, selection: Selection) -> list[Entry]:
@@ -581,7 +559,7 @@ class Cache:
         """
         opened = self._open()
         opened.writable().accounts.reconcile()
-        plan = plan_warm(opened, _copy_specs(store, wanted), ranges)
+        plan = plan_warm(opened, _copy_specs(store, wanted), ranges, check_sizes=True)
         return warm(opened, _inner(store), plan, jobs=jobs, on_progress=on_progress)
 
     def plan_warm(

@@ -118,13 +118,21 @@ class WarmPlan:
         return sum(item.charge_bytes for item in self.items)
 
 
-def plan_warm(opened: CacheSession, specs: Sequence[CopySpec], ranges: Ranges) -> WarmPlan:
-    """Return what is missing of the requested copies. It scans the accounts once, and looks at each file."""
+def plan_warm(
+    opened: CacheSession, specs: Sequence[CopySpec], ranges: Ranges, *, check_sizes: bool = False
+) -> WarmPlan:
+    """Return what is missing of the requested copies. It scans the folder and the accounts once, however many they are.
+
+    check_sizes also finds truncated copies, and files that are not regular: 2 us per copy.
+    """
+    folder = opened.folder
+    whole, partial = frozenset(folder.names("")), frozenset(folder.names(".part"))
     items: dict[str, WarmItem] = {}
     for spec in specs:
         is_whole = spec.key not in ranges
         spans = (ByteRange(0, spec.n_bytes),) if is_whole else tuple(ranges[spec.key])
-        items[spec.name] = _measured(opened, WarmItem(spec, spans, is_whole))
+        exists = spec.name in whole and (not check_sizes or folder.size_of(spec.name) == spec.n_bytes)
+        items[spec.name] = _measured(opened, WarmItem(spec, spans, is_whole), exists, spec.name in partial)
     plan = WarmPlan(tuple(items.values()))
     if not plan.missing or opened.writing is None:
         return replace(plan, fits=not plan.missing)
@@ -134,14 +142,13 @@ def plan_warm(opened: CacheSession, specs: Sequence[CopySpec], ranges: Ranges) -
     return replace(plan, freeable_bytes=freeable_bytes, fits=lack_bytes <= freeable_bytes)
 
 
-def _measured(opened: CacheSession, item: WarmItem) -> WarmItem:
+def _measured(opened: CacheSession, item: WarmItem, exists: bool, has_part: bool) -> WarmItem:
     """Return the item with what is missing of it."""
     name, n_bytes = item.spec.name, item.spec.n_bytes
     is_doubtful = opened.writing is not None and name in opened.writing.publisher.unrecorded
-    if opened.folder.size_of(name) == n_bytes and (not is_doubtful or _is_present(opened, item)):
+    if exists and (not is_doubtful or _is_present(opened, item)):
         return item
-    has_part = opened.folder.has_file(f"{name}.part")
-    if item.is_whole and not has_part:  # 25,000 copies in 0.1 s
+    if item.is_whole and not has_part:
         return replace(item, missing_bytes=n_bytes, charge_bytes=charge_bytes(n_bytes))
     present = _present_units(opened, name, n_bytes) if has_part else np.zeros(n_units(n_bytes), bool)
     wanted = mask_of(item.ranges, n_bytes)
