@@ -19,7 +19,7 @@ from tiercache.cache.evict import reading_plans as plan_files
 from tiercache.cache.evict.policy import UNPLANNED
 from tiercache.cache.evict.reading_plans import PlanTable, ReadingPlans, decode, encode
 from tiercache.cache.folder import Folder
-from tiercache.cache.names import Names
+from tiercache.cache.names import NameTable
 from tiercache.cache.owners import Owners
 from tiercache.model import NEVER, ReadingPlan
 
@@ -37,12 +37,12 @@ def plan_of(rows, owner="rank 0"):
 
 def next_use(plans, names):
     """Bytes that a job still reads before it needs each copy."""
-    return plans.uses(Names.of(names))[0][0]
+    return plans.uses(NameTable.of(names))[0][0]
 
 
 def then(plans, names):
     """The same to the use after the next one."""
-    return plans.uses(Names.of(names))[0][1]
+    return plans.uses(NameTable.of(names))[0][1]
 
 
 class Side:
@@ -223,7 +223,7 @@ def test_merged_uses_are_the_two_nearest_of_all_plans(tmp_path_factory, given_pl
         for rows, clock in given_plans:
             followings.append(side.plans.publish(names_of(*range(len(rows))), plan_of(rows)))
             followings[-1].advance(clock)
-        coming, after = (column.tolist() for column in side.plans.uses(Names.of(names_of(*range(9))))[0])
+        coming, after = (column.tolist() for column in side.plans.uses(NameTable.of(names_of(*range(9))))[0])
         for i in range(9):
             its = [(rows[i], clock) for rows, clock in given_plans if i < len(rows)]
             if not its:
@@ -333,8 +333,8 @@ def test_names_and_uses_of_different_number_are_an_error(open_side):
 def test_names_with_one_head_are_told_apart():
     raw = np.zeros((4, 20), np.uint8)
     raw[:, 19] = [1, 2, 3, 4]
-    table = Names.of(raw[[0, 2]])
-    assert table.rows_of(Names.of(raw)).tolist() == [0, -1, 1, -1]
+    table = NameTable.of(raw[[0, 2]])
+    assert table.rows_of(NameTable.of(raw)).tolist() == [0, -1, 1, -1]
 
 
 # -- closed under who is at work --------------------------------------------------------------------------------------

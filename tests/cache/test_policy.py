@@ -9,7 +9,7 @@ from tiercache.cache.evict import policy as policy_module
 from tiercache.cache.evict.policy import (
     POLICIES,
     UNPLANNED,
-    Snapshot,
+    CopyTable,
     SpaceRequest,
     lru,
     plan,
@@ -30,7 +30,7 @@ def snapshots(draw, max_size=12):
     def column(values):
         return draw(st.lists(values, min_size=n, max_size=n))
 
-    return Snapshot(
+    return CopyTable(
         charge_bytes=np.array(column(st.integers(1, 20)), np.int64),
         last_use=np.array(draw(st.permutations(range(n))), np.int64),
         main=np.array(column(st.booleans()), np.bool_),
@@ -48,8 +48,8 @@ replacing = pytest.mark.parametrize("policy", [lru, s3fifo, plan], ids=lambda p:
 
 
 def shuffled(copies, order):
-    columns = {name: getattr(copies, name)[order] for name in Snapshot.__slots__ if name not in FACTS}
-    return Snapshot(**columns, **{name: getattr(copies, name) for name in FACTS})
+    columns = {name: getattr(copies, name)[order] for name in CopyTable.__slots__ if name not in FACTS}
+    return CopyTable(**columns, **{name: getattr(copies, name) for name in FACTS})
 
 
 FACTS = ("limit_bytes", "has_evicted")
@@ -145,7 +145,7 @@ def example(next_use, **columns):
         "limit_bytes": 10 * n,
         "has_evicted": True,
     }
-    return Snapshot(next_use=np.array(next_use, np.int64), **given_ | columns)
+    return CopyTable(next_use=np.array(next_use, np.int64), **given_ | columns)
 
 
 @replacing

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiercache.cache import simulate as simulate_module
-from tiercache.cache.evict.policy import UNPLANNED, Snapshot, SpaceRequest, lru, plan, s3fifo
+from tiercache.cache.evict.policy import UNPLANNED, CopyTable, SpaceRequest, lru, plan, s3fifo
 from tiercache.cache.simulate import Trace, Tracer, bound, next_positions, read_trace, simulate, trace_of_plans
 from tiercache.catalog import GHOSTS_SHARE
 from tiercache.model import NEVER, ReadingPlan
@@ -127,7 +127,7 @@ class Asked:
     def snapshot(self, i):
         rows = self.rows.values()
         next_use = [row["next"] if row["next"] == NEVER else row["next"] - i for row in rows]
-        return Snapshot(
+        return CopyTable(
             *(np.array([row[c] for row in rows], np.int64) for c in ("n", "last_use")),
             np.array([row["main"] for row in rows], np.bool_),
             *(np.array([row[c] for row in rows], np.int64) for c in ("freq", "turn")),

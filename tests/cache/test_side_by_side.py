@@ -154,11 +154,11 @@ def test_a_cache_of_which_all_is_leased_refuses_in_three_looks_and_asks_no_copy_
     for key in keys:
         world.fetch(store, key)
     looks, asked = [], []
-    really_look, really_delete = evictor.Evictor._look, evictor.delete_copy
+    really_look, really_delete = evictor.Evictor._read_state, evictor.delete_copy
     with ExitStack() as leases:
         for key in keys:
             leases.enter_context(store.open_local(key, world.identity(key)))
-        monkeypatch.setattr(evictor.Evictor, "_look", lambda *args: looks.append(1) or really_look(*args))
+        monkeypatch.setattr(evictor.Evictor, "_read_state", lambda *args: looks.append(1) or really_look(*args))
         monkeypatch.setattr(evictor, "delete_copy", lambda f, name: asked.append(name) or really_delete(f, name))
         assert not cache._open().writing.evictor.reserve(name_of_identity(world.identity(more)), CHARGE)
     assert len(asked) == len(set(asked)) == 40

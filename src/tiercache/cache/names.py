@@ -146,7 +146,7 @@ NAME_BYTES = 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Names:
+class NameTable:
     """An immutable table of names.
 
     Attributes:
@@ -159,13 +159,13 @@ class Names:
     heads: NDArray[np.uint64]
 
     @classmethod
-    def of(cls, names: NDArray[np.uint8]) -> Names:
+    def of(cls, names: NDArray[np.uint8]) -> NameTable:
         """Return a table of names that are given as uint8[n, 20]."""
         raw = np.ascontiguousarray(names, dtype=np.uint8).reshape(-1, NAME_BYTES)
         return cls(raw, np.ascontiguousarray(raw[:, :8]).view(">u8").reshape(-1).astype(np.uint64))
 
     @classmethod
-    def of_texts(cls, texts: Iterable[str]) -> Names:
+    def of_texts(cls, texts: Iterable[str]) -> NameTable:
         """Return a table of names that are given as 40 hexadecimal digits each."""
         return cls.of(np.frombuffer(bytes.fromhex("".join(texts)), np.uint8))
 
@@ -177,13 +177,13 @@ class Names:
         """The names as byte strings, S20[n], which compare as a whole."""
         return self.raw.view(f"S{NAME_BYTES}").reshape(-1)
 
-    def take(self, rows: NDArray[Any]) -> Names:
+    def take(self, rows: NDArray[Any]) -> NameTable:
         """Return the names of some rows."""
-        return Names(self.raw[rows], self.heads[rows])
+        return NameTable(self.raw[rows], self.heads[rows])
 
-    def insert(self, places: NDArray[np.int64], names: Names) -> Names:
+    def insert(self, places: NDArray[np.int64], names: NameTable) -> NameTable:
         """Return a table with `names` inserted before the rows in `places`."""
-        return Names(np.insert(self.raw, places, names.raw, axis=0), np.insert(self.heads, places, names.heads))
+        return NameTable(np.insert(self.raw, places, names.raw, axis=0), np.insert(self.heads, places, names.heads))
 
     def order(self) -> NDArray[np.int64]:
         """Return the rows in the order of their names, int64[n]."""
@@ -199,11 +199,11 @@ class Names:
         """Return a name as 40 hexadecimal digits."""
         return bytes(self.raw[row]).hex()
 
-    def places_of(self, names: Names) -> NDArray[np.int64]:
+    def places_of(self, names: NameTable) -> NDArray[np.int64]:
         """Return the rows of this sorted table before which other names belong, int64[len(names)]."""
         return np.searchsorted(self.heads, names.heads)
 
-    def rows_of(self, names: Names) -> NDArray[np.int64]:
+    def rows_of(self, names: NameTable) -> NDArray[np.int64]:
         """Return the row of each of other names in this sorted table, int64[len(names)]; -1: not in the table."""
         if not len(self):
             return np.full(len(names), -1, np.int64)

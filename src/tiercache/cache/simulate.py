@@ -18,10 +18,10 @@ import numpy as np
 from tiercache.cache.evict.policy import (
     UNPLANNED,
     Candidate,
+    CopyTable,
     Fifo,
     QueueEntry,
     Queues,
-    Snapshot,
     SpaceRequest,
     choose_victims,
     n_first_small,
@@ -217,7 +217,7 @@ def _plan_of_jobs(trace: Trace, size_bytes: int, hit: bytearray) -> int:
             then = int(uses.next_use(np.array([row]))[0])
             zeros, none = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.bool_)
             columns = (n_bytes_of[rows], zeros, none, zeros, np.arange(len(rows)), none, uses.next_use(rows))
-            copies = Snapshot(*columns, size_bytes, True)
+            copies = CopyTable(*columns, size_bytes, True)
             decision = plan(copies, SpaceRequest(n_bytes - free, then=then))
             if not decision.admit or n_bytes > size_bytes:
                 continue

@@ -17,16 +17,16 @@ from tiercache.cache.disk import disk_space, is_disk_full
 from tiercache.cache.evict.policy import (
     POLICIES,
     UNPLANNED,
+    CopyTable,
     Decision,
     Policy,
-    Snapshot,
     SpaceRequest,
     lru,
     may_be_evicted_for,
     replaces,
 )
 from tiercache.cache.locks import NameLock, try_exclusive
-from tiercache.cache.names import Names
+from tiercache.cache.names import NameTable
 from tiercache.catalog import FIGURES, Accounts, CopyRow
 from tiercache.catalog.database import open_file
 from tiercache.crash_points import crash_point
@@ -60,20 +60,20 @@ class AccountsMirror:
 
     Attributes:
         names: Names of the copies, sorted; the same object as before if no copy came or went.
-        rows: The accounts of each copy; `recorded`: whether its source is known. The rest is as in policy.Snapshot.
+        rows: The accounts of each copy; `recorded`: whether its source is known. The rest is as in policy.CopyTable.
     """
 
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
         self._since = ("", 0)
-        self.names, self.rows = Names.of_texts(()), np.empty(0, _ROW)
+        self.names, self.rows = NameTable.of_texts(()), np.empty(0, _ROW)
         self.has_evicted, self.limit_bytes = False, 0
 
     def update(self) -> None:
         """Fetch the changes: one short transaction, and a millisecond if one of 25,000 copies changed."""
         changes = self._accounts.changes(self._since)
         if changes.whole:
-            self.names, self.rows = Names.of_texts(()), np.empty(0, _ROW)
+            self.names, self.rows = NameTable.of_texts(()), np.empty(0, _ROW)
         if changes.gone:
             stay = ~self.mask_of(changes.gone)
             if not stay.all():
@@ -85,12 +85,12 @@ class AccountsMirror:
     def mask_of(self, texts: Iterable[str]) -> NDArray[np.bool_]:
         """Return a mask of the copies with one of these names, which are given as 40 hexadecimal digits: bool[n]."""
         mask = np.zeros(len(self.names), np.bool_)
-        rows = self.names.rows_of(Names.of_texts(texts))
+        rows = self.names.rows_of(NameTable.of_texts(texts))
         mask[rows[rows >= 0]] = True
         return mask
 
     def _set(self, changed: Sequence[CopyRow]) -> None:
-        names, rows = Names.of_texts(row.name for row in changed), np.empty(len(changed), _ROW)
+        names, rows = NameTable.of_texts(row.name for row in changed), np.empty(len(changed), _ROW)
         rows[:] = [(r.charge_bytes, r.last_use, bool(r.main), r.freq, r.turn, r.record != "") for r in changed]
         order = names.order()
         names, rows = names.take(order), rows[order]
@@ -152,7 +152,7 @@ class Evictor:
         self._folder, self._accounts, self._counters, self._plans = folder, accounts, counters, plans
         self._policy, self._min_free = POLICIES[policy], min_free
         self._evicts, self._uses_plans = replaces(policy), policy == "plan"
-        self._uses_lock, self._look_lock, self._space_lock = Lock(), Lock(), Lock()
+        self._uses_lock, self._mirror_lock, self._space_lock = Lock(), Lock(), Lock()
         self._uses: dict[str, int] = {}
         self._reported = counters.snapshot()
         self._mirror = AccountsMirror(accounts)
@@ -211,8 +211,8 @@ class Evictor:
         """Return the most bytes that the policy could evict for copies of these names, other than those copies."""
         if not self._evicts:
             return 0
-        with self._look_lock:
-            _, copies, (coming, after) = self._look(requested, requested)
+        with self._mirror_lock:
+            _, copies, (coming, after) = self._read_state(requested, requested)
         if not self._uses_plans:
             return int(copies.charge_bytes[~copies.keep].sum())
         then = int(np.where(coming == UNPLANNED, UNPLANNED, after).min(initial=UNPLANNED))
@@ -327,24 +327,24 @@ class Evictor:
 
     def _decide(
         self, name: str, request: SpaceRequest, kept: Set[str], policy: Policy | None = None
-    ) -> tuple[Names, Snapshot, Decision]:
+    ) -> tuple[NameTable, CopyTable, Decision]:
         """Return the policy's decision about space for a copy; the name "" stands for no copy in particular."""
-        with self._look_lock:
-            names, copies, (coming, after) = self._look(kept, [name] if name else [])
+        with self._mirror_lock:
+            names, copies, (coming, after) = self._read_state(kept, [name] if name else [])
             if name:
                 then = UNPLANNED if coming[0] == UNPLANNED else int(after[0])
                 request = SpaceRequest(request.need_bytes, request.want_bytes, then)
             return names, copies, (policy or self._policy)(copies, request)
 
-    def _look(self, kept: Iterable[str], requested: Iterable[str]) -> tuple[Names, Snapshot, Uses]:
+    def _read_state(self, kept: Iterable[str], requested: Iterable[str]) -> tuple[NameTable, CopyTable, Uses]:
         """Return the names of all copies, the snapshot for the policy, and the next uses of the requested names."""
         self.flush_uses()
         mirror = self._mirror
         mirror.update()
         columns = {name: np.ascontiguousarray(mirror.rows[name]) for name in _ROW.names or ()}
         keep = mirror.mask_of([*kept, *self._pinned()]) | ~columns.pop("recorded")
-        (next_use, _), uses = self._plans.uses(mirror.names, Names.of_texts(requested))
-        copies = Snapshot(
+        (next_use, _), uses = self._plans.uses(mirror.names, NameTable.of_texts(requested))
+        copies = CopyTable(
             **columns,
             keep=keep,
             next_use=next_use,
@@ -362,7 +362,7 @@ class Evictor:
         self._pins = {name for name in self._pins if self._folder.is_pinned(name)}
         return self._pins
 
-    def _carry_out(self, names: Names, copies: Snapshot, decision: Decision, until_bytes: int) -> set[str]:
+    def _carry_out(self, names: NameTable, copies: CopyTable, decision: Decision, until_bytes: int) -> set[str]:
         """Evict the chosen victims until enough space is free; return those that could not be deleted."""
         rows = list(decision.victims)
         victims, sizes = [names.text(row) for row in rows], copies.charge_bytes[rows].tolist()
@@ -419,7 +419,7 @@ class Evictor:
             crash_point("evict.booked")
 
 
-def _needed_soon(copies: Snapshot) -> NDArray[np.bool_]:
+def _needed_soon(copies: CopyTable) -> NDArray[np.bool_]:
     """Return a mask of the copies that a live plan reads now, and of those fetched for a use that comes soon: bool[n].
 
     Copies with the nearest uses are preferred, up to SPARED_SHARE. The mask is for policies that do not use plans. A

@@ -31,7 +31,7 @@ _FEW_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Snapshot:
+class CopyTable:
     """The copies as a policy sees them: row i of every array is one copy. Immutable.
 
     Attributes:
@@ -93,7 +93,7 @@ class Decision:
 
 
 REFUSED = Decision(admit=False)
-Policy: TypeAlias = Callable[[Snapshot, SpaceRequest], Decision]
+Policy: TypeAlias = Callable[[CopyTable, SpaceRequest], Decision]
 # (row or key, bytes, next use)
 Candidate: TypeAlias = tuple[int, int, int]
 # [row or key, bytes, freq]: lists, because freq grows while the entry is in a queue.
@@ -201,13 +201,13 @@ def n_first_small(n_bytes: NDArray[np.int64], small_bytes: int) -> int:
 # -- the policies ------------------------------------------------------------------------------------------------------
 
 
-def resident(copies: Snapshot, ask: SpaceRequest) -> Decision:
+def resident(copies: CopyTable, ask: SpaceRequest) -> Decision:
     """Admit until the cache is full, then never evict: the best policy for one scan per epoch in an unknown order."""
     del copies
     return Decision(admit=ask.need_bytes <= 0)
 
 
-def lru(copies: Snapshot, ask: SpaceRequest) -> Decision:
+def lru(copies: CopyTable, ask: SpaceRequest) -> Decision:
     """Evict the least recently used copy first."""
 
     def order(rows: NDArray[np.int64]) -> Iterator[Candidate]:
@@ -217,14 +217,14 @@ def lru(copies: Snapshot, ask: SpaceRequest) -> Decision:
     return _decide(copies, ask, ~copies.keep, order)
 
 
-def s3fifo(copies: Snapshot, ask: SpaceRequest) -> Decision:
+def s3fifo(copies: CopyTable, ask: SpaceRequest) -> Decision:
     """Evict by S3-FIFO: a small queue for new copies, a main queue for reused ones, ghosts of evicted new ones."""
     moves = _Moves()
     everything = np.ones(len(copies.keep), np.bool_)
     return _decide(copies, ask, ~copies.keep, lambda _: _queued(copies, everything, copies.limit_bytes, moves), moves)
 
 
-def plan(copies: Snapshot, ask: SpaceRequest) -> Decision:
+def plan(copies: CopyTable, ask: SpaceRequest) -> Decision:
     """Evict copies that no plan names, by s3fifo; then the copy with the furthest next use; never one in use.
 
     The new copy is not admitted (and its reader bypasses the cache) if a copy would be evicted whose next use comes
@@ -265,7 +265,7 @@ class _Moves:
 
 
 def _decide(
-    copies: Snapshot,
+    copies: CopyTable,
     ask: SpaceRequest,
     may_go: NDArray[np.bool_],
     order: Callable[[NDArray[np.int64]], Iterator[Candidate]],
@@ -284,13 +284,13 @@ def _decide(
     return Decision(True, victims, tuple(move for move in made if move.n_before < len(victims)))
 
 
-def _candidates(copies: Snapshot, rows: NDArray[np.int64]) -> Iterator[Candidate]:
+def _candidates(copies: CopyTable, rows: NDArray[np.int64]) -> Iterator[Candidate]:
     for start in range(0, len(rows), _ROWS_AT_A_TIME):
         part = rows[start : start + _ROWS_AT_A_TIME]
         yield from zip(part.tolist(), copies.charge_bytes[part].tolist(), copies.next_use[part].tolist(), strict=True)
 
 
-def _furthest(copies: Snapshot, rows: NDArray[np.int64]) -> Iterator[Candidate]:
+def _furthest(copies: CopyTable, rows: NDArray[np.int64]) -> Iterator[Candidate]:
     """Yield the copies of rows, furthest next use first. For 25,000, sorting takes 3 ms, finding the first 0.4 ms."""
     use = copies.next_use[rows]
     if len(rows) > _FEW_ROWS:
@@ -303,14 +303,14 @@ def _furthest(copies: Snapshot, rows: NDArray[np.int64]) -> Iterator[Candidate]:
         yield from _candidates(copies, part[np.lexsort((copies.turn[part], -copies.next_use[part]))])
 
 
-def _entries(copies: Snapshot, rows: NDArray[np.int64]) -> Iterator[QueueEntry]:
+def _entries(copies: CopyTable, rows: NDArray[np.int64]) -> Iterator[QueueEntry]:
     for start in range(0, len(rows), _ROWS_AT_A_TIME):
         part = rows[start : start + _ROWS_AT_A_TIME]
         columns = (part.tolist(), copies.charge_bytes[part].tolist(), copies.freq[part].tolist())
         yield from map(list, zip(*columns, strict=True))
 
 
-def _queued(copies: Snapshot, among: NDArray[np.bool_], limit_bytes: int, moves: _Moves) -> Iterator[Candidate]:
+def _queued(copies: CopyTable, among: NDArray[np.bool_], limit_bytes: int, moves: _Moves) -> Iterator[Candidate]:
     """Yield the victims that S3-FIFO chooses among some copies, in a cache of limit_bytes, while there are any."""
     rows = np.flatnonzero(among)
     rows = rows[np.argsort(copies.turn[rows])]
@@ -327,5 +327,5 @@ def _queued(copies: Snapshot, among: NDArray[np.bool_], limit_bytes: int, moves:
         yield out.entry[0], out.entry[1], UNPLANNED
 
 
-def _fifo(copies: Snapshot, rows: NDArray[np.int64]) -> Fifo:
+def _fifo(copies: CopyTable, rows: NDArray[np.int64]) -> Fifo:
     return Fifo(_entries(copies, rows[~copies.keep[rows]]), int(copies.charge_bytes[rows].sum()))

@@ -37,7 +37,7 @@ import numpy as np
 
 from tiercache.cache.evict.policy import UNPLANNED
 from tiercache.cache.locks import close_private, is_locked, keep_private, try_exclusive
-from tiercache.cache.names import NAME_BYTES, Names
+from tiercache.cache.names import NAME_BYTES, NameTable
 from tiercache.catalog.database import open_file
 from tiercache.crash_points import crash_point
 from tiercache.model import NEVER
@@ -72,7 +72,7 @@ Uses: TypeAlias = "tuple[NDArray[np.int64], NDArray[np.int64]]"
 class PlanTable:
     """A plan by names of copies, sorted; first, last and then are int64[m] as in a ReadingPlan."""
 
-    names: Names
+    names: NameTable
     first: NDArray[np.int64]
     last: NDArray[np.int64]
     then: NDArray[np.int64]
@@ -85,7 +85,7 @@ class PlanTable:
 
         Shards with the same copy become one row.
         """
-        found = Names.of(names)
+        found = NameTable.of(names)
         order = found.order()
         found = found.take(order)
         first, last, then = (np.asarray(column, np.int64)[order] for column in (plan.first, plan.last, plan.then))
@@ -147,11 +147,11 @@ def decode(data: bytes) -> PlanTable | None:
     rows = np.frombuffer(data, _ROW, m, _HEADER.size)
     # A user with write permission may write invalid values: they must not overflow later computations.
     first, last, then = (np.clip(rows[column].astype(np.int64), 0, NEVER) for column in ("first", "last", "then"))
-    return PlanTable(Names.of(rows["name"]), first, last, then, data[end:].decode(errors="replace"), reader)
+    return PlanTable(NameTable.of(rows["name"]), first, last, then, data[end:].decode(errors="replace"), reader)
 
 
 _NO_USES = np.empty(0, np.int64)
-_NOTHING = PlanTable(Names.of(np.empty((0, NAME_BYTES), np.uint8)), _NO_USES, _NO_USES, _NO_USES)
+_NOTHING = PlanTable(NameTable.of(np.empty((0, NAME_BYTES), np.uint8)), _NO_USES, _NO_USES, _NO_USES)
 
 
 class ReadingPlans:
@@ -190,7 +190,7 @@ class ReadingPlans:
             published.close()
         return published
 
-    def uses(self, *tables: Names) -> list[Uses]:
+    def uses(self, *tables: NameTable) -> list[Uses]:
         """Return the next use of each copy and the second next one, over all live plans, for each table of names.
 
         See PlanTable.uses(). The rows of the first table of names are remembered for repeated calls with that object.
@@ -279,7 +279,7 @@ class ReadingPlans:
         crash_point("plan.swept")
 
 
-def _merged(plans: list[Uses], names: Names) -> Uses:
+def _merged(plans: list[Uses], names: NameTable) -> Uses:
     """Return the two nearest uses over all plans."""
     if not plans:
         return _unplanned(len(names))
@@ -296,7 +296,7 @@ class _OpenPlan:
 
     def __init__(self, fd: int, table: PlanTable) -> None:
         self.fd, self.table = fd, table
-        self._names: Names | None = None
+        self._names: NameTable | None = None
         self._rows = _NO_USES
 
     @classmethod
@@ -310,7 +310,7 @@ class _OpenPlan:
             raise
         return cls(keep_private(fd), table)
 
-    def uses(self, names: Names, *, keep: bool) -> Uses:
+    def uses(self, names: NameTable, *, keep: bool) -> Uses:
         """Return PlanTable.uses() at the owner's present clock. keep: Whether to remember the rows of these names."""
         rows = self._rows if self._names is names else self.table.names.rows_of(names)
         if keep:

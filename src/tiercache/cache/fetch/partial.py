@@ -120,16 +120,16 @@ class UnitMap:
         """Return whether all these bytes are present by now."""
         if covers(self._seen, ranges, self.n_bytes):
             return True
-        return all(span.end <= self.n_bytes and self._look(*bounds(span, self.n_bytes)) for span in ranges)
+        return all(span.end <= self.n_bytes and self._update(*bounds(span, self.n_bytes)) for span in ranges)
 
-    def _look(self, first: int, last: int) -> bool:
+    def _update(self, first: int, last: int) -> bool:
         if not self._seen[first:last].all():
             self._seen[first:last] |= read_flags(self.fd, first, last)
         return bool(self._seen[first:last].all())
 
     def mask(self) -> Mask:
         """Return the units that are present by now, as a new array."""
-        self._look(0, len(self._seen))
+        self._update(0, len(self._seen))
         return self._seen.copy()
 
     def sums(self, first: int, last: int) -> np.ndarray:
