@@ -1,4 +1,4 @@
-"""simulate: what is replayed is what a training reads, and what comes of it is counted right."""
+"""The verb simulate: reads, costs, output and plots."""
 
 import subprocess
 import sys
@@ -75,14 +75,14 @@ class TestTraces:
 class TestCases:
     @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
     @pytest.mark.parametrize("policy", ["plan", "resident", "bound"])
-    def test_what_is_held_is_saved_of_one_scan_an_epoch(self, policy, share):
+    def test_one_scan_per_epoch_saves_the_cached_share(self, policy, share):
         found = accesses(Training(3), epochs=4)
         case = simulate_case(found, policy, int(share * N * SIZE), SimulationCosts())
         assert case.first_bytes == N * SIZE
         assert case.epoch_bytes == pytest.approx((1 - share) * N * SIZE, rel=0.05)
         assert case.byte_hit_ratio == pytest.approx(share, abs=0.04)
 
-    def test_nothing_beats_the_bound_and_a_cache_for_all_fetches_all_once(self):
+    def test_no_policy_beats_the_bound(self):
         found = accesses(Training(3, world_size=4, placement="global"), 2, 3)
         for size in (0, 5 * SIZE, 20 * SIZE):
             least = simulate_case(found, "bound", size, SimulationCosts()).epoch_bytes
@@ -110,7 +110,7 @@ class TestCases:
         assert (case.hit_ratio, case.byte_hit_ratio, case.epoch_bytes, case.dollars) == (0.0, 0.0, 0, 0)
         assert distinct_bytes([nothing]) == 0
 
-    def test_a_case_is_what_the_simulator_says(self):
+    def test_a_case_agrees_with_the_simulator(self):
         trace = Trace.of(np.random.default_rng(1).integers(0, 30, 400), 7)
         case = simulate_case([NodeReads(trace, np.zeros(400, np.int64))], "s3fifo", 70, SimulationCosts())
         report = simulate(trace, "s3fifo", 70)
@@ -118,7 +118,7 @@ class TestCases:
 
 
 class TestVerb:
-    def test_every_policy_meets_every_size(self, tiercache, data_set):
+    def test_each_policy_is_combined_with_each_size(self, tiercache, data_set):
         done = tiercache("simulate", data_set, "--json", "--epochs", "2")
         *cases, summary = done.events
         assert {c["policy"] for c in cases} == {"plan", "resident", "s3fifo", "lru", "bound"}
@@ -128,7 +128,7 @@ class TestVerb:
         assert {c["epoch_bytes"] for c in whole} == {0}
         assert {c["first_bytes"] for c in cases} == {summary["data_bytes"]}
 
-    def test_the_table_has_what_was_asked_for(self, tiercache, data_set):
+    def test_the_table_has_the_requested_columns(self, tiercache, data_set):
         flags = "--policy", "plan", "--size", "50%", "--size", "1KB"
         text = tiercache("simulate", data_set, *flags).out.splitlines()
         assert text[0].split() == ["policy", "cache", "of", "data", "hits", "fetched", "per", "epoch"]
@@ -160,7 +160,7 @@ class TestVerb:
         assert text[0].split()[-1] == "fetched"
         assert text[-1] == f"4 opens of 200 B, from {tmp_path}/trace"
 
-    def test_what_the_cache_records_can_be_replayed(self, tiercache, data_set, tmp_path, monkeypatch):
+    def test_a_trace_recorded_by_the_cache_can_be_replayed(self, tiercache, data_set, tmp_path, monkeypatch):
         monkeypatch.setenv("TIERCACHE_CACHE_TRACE", str(tmp_path / "trace"))
         with Cache(tmp_path / "cache", size="100MB") as cache:
             for _ in range(2):
@@ -174,7 +174,7 @@ class TestVerb:
         assert case["epoch_bytes"] == case["first_bytes"] == summary["data_bytes"]
         assert case["hit_ratio"] >= 0.5
 
-    def test_what_cannot_be_is_wrong_usage(self, tiercache, data_set, tmp_path):
+    def test_invalid_options_are_usage_errors(self, tiercache, data_set, tmp_path):
         (tmp_path / "trace").write_text("not a trace\n")
         for flags, message in (
             ([], "simulate takes a URL, or --trace FILE"),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from tests.cache.test_machine_state import CacheMachine
+from tests.cache.test_state_machine import CacheMachine
 from tests.stress.errno_rounds import Rounds as ErrnoRounds
 from tests.stress.errno_rounds import wait_shortly
 from tests.stress.inspection import Inspection

@@ -1,4 +1,4 @@
-"""Any sequence of operations by two holders of one folder, against a dictionary that shares no code with the cache."""
+"""Random operations by two sessions of one folder, against a dict that shares no code with the cache."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Who lives, what a disk is, and when to trust it again."""
+"""Owners of files and reservations, disk space, and the breaker."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def dead_child():
     return pid
 
 
-def test_an_owner_is_written_and_read_back():
+def test_an_owner_can_be_parsed_from_its_text():
     owner = Owner.of_this_process()
     assert Owner.parse(str(owner)) == owner
     assert re.fullmatch(r"[0-9a-f-]+", str(owner))
@@ -44,17 +44,17 @@ def test_this_process_runs_and_one_that_has_ended_does_not():
     assert start_time(pid) is None
 
 
-def test_a_process_that_got_the_number_of_a_dead_one_is_not_it():
+def test_a_process_with_a_reused_number_is_another_owner():
     me = Owner.of_this_process()
     assert Owner(me.boot, me.namespace, me.pid, me.started - 1, me.nonce).runs() is False
 
 
-def test_no_process_outlives_a_boot():
+def test_owners_of_an_earlier_boot_do_not_run():
     me = Owner.of_this_process()
     assert Owner("0" * 16, me.namespace, me.pid, me.started, me.nonce).runs() is False
 
 
-def test_processes_of_another_container_are_known_by_their_lock(tmp_path, monkeypatch):
+def test_the_lock_decides_about_owners_of_another_container(tmp_path, monkeypatch):
     here = Owners(Folder(tmp_path / "c"), 1000)
     there = Owners(Folder(tmp_path / "c"), 2000)
     stranger = Owner(there.me.boot, there.me.namespace + 1, there.me.pid, there.me.started, there.me.nonce)
@@ -70,7 +70,7 @@ def test_processes_of_another_container_are_known_by_their_lock(tmp_path, monkey
     here.close()
 
 
-def test_without_proc_a_machine_still_has_an_identity(monkeypatch):
+def test_the_machine_has_an_identity_without_proc(monkeypatch):
     def refuse(*args, **kwargs):
         raise FileNotFoundError
 
@@ -87,12 +87,12 @@ def test_a_local_folder_is_no_network_file_system(tmp_path):
     assert network_file_system(tmp_path / "nothing") is None
 
 
-def test_room_is_what_the_disk_says(tmp_path):
+def test_disk_space_agrees_with_statvfs(tmp_path):
     disk = disk_space(tmp_path)
     assert 0 <= disk.free_bytes <= disk.total_bytes
 
 
-def test_host_names_are_fit_for_files(monkeypatch):
+def test_host_names_are_safe_file_names(monkeypatch):
     monkeypatch.setattr(folder_module.socket, "gethostname", lambda: "../evil/node 7")
     assert folder_module.host_name() == "---evil-node-7"
 

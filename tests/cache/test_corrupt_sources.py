@@ -1,4 +1,4 @@
-"""What is known to be bad at its source, for a while, whatever the clock does."""
+"""Objects that are corrupt at their source are remembered for some time, whatever the clock does."""
 
 import os
 import time
@@ -23,14 +23,14 @@ def test_an_object_that_is_corrupt_at_its_source_is_remembered(folder):
     assert folder.corrupt_sources() == {NAME: BAD}
 
 
-def test_an_object_that_was_mended_and_is_here_is_not_called_bad_any_more(folder):
+def test_a_cached_object_does_not_count_as_corrupt_at_its_source(folder):
     folder.add_corrupt_source(NAME, **BAD)
     (folder.copies / NAME).write_bytes(b"right")
     assert folder.corrupt_sources() == {}
 
 
 @pytest.mark.parametrize(("jump_s", "holds"), [(POISON_S - 5, True), (POISON_S + 5, False), (-60, True), (-9e6, False)])
-def test_it_holds_for_ten_minutes_and_not_for_ever_where_the_clock_is_set_back(folder, monkeypatch, jump_s, holds):
+def test_a_record_is_valid_for_ten_minutes_even_if_the_clock_is_set_back(folder, monkeypatch, jump_s, holds):
     folder.add_corrupt_source(NAME, **BAD)
     now_s = time.time()
     monkeypatch.setattr(time, "time", lambda: now_s + jump_s)
@@ -40,13 +40,13 @@ def test_it_holds_for_ten_minutes_and_not_for_ever_where_the_clock_is_set_back(f
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 0}', '{"url": 1, "expected": "x", "found": 2}'])
-def test_a_torn_note_says_nothing(folder, text):
+def test_an_invalid_record_is_ignored(folder, text):
     (folder.poison / f"{NAME}.json").write_text(text)
     assert folder.corrupt_source(NAME) is None
     assert folder.corrupt_sources() == {}
 
 
-def test_strangers_files_and_links_are_left_alone(folder, tmp_path):
+def test_unknown_files_are_left_alone_and_links_are_not_followed(folder, tmp_path):
     (folder.poison / "readme.json").write_text("x")
     (tmp_path / "target").write_text("x")
     (folder.poison / f"{NAME}.json").symlink_to(tmp_path / "target")
