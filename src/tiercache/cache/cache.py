@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock, RLock
 from types import MappingProxyType
@@ -506,17 +507,17 @@ class Cache:
         else:
             opened.writing.evictor.flush_uses()
             rows = opened.writing.accounts.rows()
-        whole, partial = frozenset(folder.names("")), frozenset(folder.names(".part"))
+        whole, in_part = frozenset(folder.names("")), frozenset(folder.names(".part"))
         entries = []
         for row in rows:
-            if row.name not in whole and row.name not in partial:
+            if row.name not in whole and row.name not in in_part:
                 continue
             record = folder.read_record(row.name) if opened.writing is None else Record.from_json(row.record)
             source = ("", None, None) if record is None else (record.source, record.dataset_id, record.shard_id)
             url, dataset_id, shard_id = source
             figures = (row.charge_bytes, folder.is_pinned(row.name), row.uses, row.last_use)
-            touched_s, in_part = folder.touched_s(row.name), row.name not in whole
-            entries.append(Entry(row.name, url, *figures, dataset_id, shard_id, touched_s, in_part))
+            touched_s = folder.touched_s(row.name)
+            entries.append(Entry(row.name, url, *figures, dataset_id, shard_id, touched_s, row.name not in whole))
         return entries
 
     def _selected(self, selection: Selection) -> list[Entry]:
@@ -675,9 +676,9 @@ def _inner(store: Store) -> Store:
 
 
 def _copy_specs(store: Store, wanted: Iterable[tuple[str, ShardIdentity | None]]) -> list[CopySpec]:
-    specs, inner = [], _inner(store)
+    specs, spec_of = [], store.spec_of if isinstance(store, CachedStore) else partial(copy_spec, store)
     for key, identity in wanted:
-        spec = copy_spec(inner, key, identity)
+        spec = spec_of(key, identity)
         if spec is None:
             raise StoreError("cannot be cached: it has no ETag, version or date", url=f"{store.url}/{key}")
         specs.append(spec)
