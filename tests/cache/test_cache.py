@@ -252,7 +252,7 @@ def test_status_names_the_processes_that_hold_copies(world):
         (holder,) = cache.status()["holders"]
         assert holder["pid"] == os.getpid()
         assert holder["command"]
-        # Where locks lie, or the system lists none, the owner is known all the same.
+        # Without enforced flock, or a list of locks, the owner is known all the same.
         assert set(holder["names"]) <= {world.copy("a").name}
     assert cache.status()["holders"][0]["names"] == ()
 

@@ -26,7 +26,7 @@ def test_a_leased_copy_is_not_evicted(world, locks):
         assert lease.wait(WHOLE)
         freed = cache.evict()
         assert os.pread(lease.fd, 10_000, 0) == world.data["a"]
-    if locks == "locks hold":
+    if locks == "flock works":
         assert freed == 0
         assert cache.evict() == 16_384
 
@@ -328,7 +328,7 @@ def test_the_next_copy_is_evicted_if_the_first_is_leased(world, locks):
             assert lease.wait([ByteRange(0, SHARD_BYTES)])
             cache._open().writing.evictor._uses.clear()
             world.fetch(store, "d")
-        if locks == "locks hold":
+        if locks == "flock works":
             assert cached(cache) == {"a", "c", "d"}
 
 
@@ -384,8 +384,8 @@ def test_skipping_leased_copies_creates_no_lock_files(world, locks, monkeypatch,
     really_take = NameLock.try_acquire
     monkeypatch.setattr(NameLock, "try_acquire", lambda lock: locked.append(lock.path.name) or really_take(lock))
     world.put("more")
-    assert (world.read(store, "more") is None) == (locks == "locks hold")
-    if locks == "locks hold":
+    assert (world.read(store, "more") is None) == (locks == "flock works")
+    if locks == "flock works":
         assert not set(locked) & {path.name for path in world.copies()}
     for lease in leases:
         lease.close()

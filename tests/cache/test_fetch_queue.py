@@ -97,7 +97,7 @@ def test_requesting_an_empty_range_keeps_the_lease_usable(world):
 
 
 def test_units_written_by_another_process_are_verified_before_publication(world, monkeypatch):
-    """Where locks lie two may fetch one part at once; what the one got wrong the other must not vouch for."""
+    """Without enforced flock, two processes may fetch one partial copy: neither trusts the bytes of the other."""
     identity = world.put("a", 64 * UNIT)
     write = PartialCopy.write
 
@@ -205,4 +205,4 @@ def test_a_deleted_owner_file_is_recreated_once_by_concurrent_threads(world, loc
             barrier = threading.Barrier(8)
             list(pool.map(lambda _, barrier=barrier: (barrier.wait(), owners.ensure()), range(8)))
             assert path.exists()
-            assert is_locked(path) or locks == "locks lie"
+            assert is_locked(path) or locks == "flock ignored"

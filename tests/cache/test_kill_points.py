@@ -11,7 +11,7 @@ from tests.stress.kill_rounds import points_here
 from tests.testing.warm_process import run_warm
 
 N_ROUNDS = 10_000  # of `make stress`
-N_PROCESSES = 4  # one of them with locks that lie
+N_PROCESSES = 4  # one of them without enforced flock
 
 
 def rounds(folder, n_rounds, seed, *, locks="hold", timeout_s=170):

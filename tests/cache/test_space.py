@@ -265,7 +265,7 @@ def test_a_process_stopped_during_eviction_is_waited_for_once(world, locks, monk
         world.put(key, 100_000)
         world.fetch(store, key)
     stopped.release()
-    expected = [evictor_module.SPACE_WAIT_S, 0.0, 0.0] if locks == "locks hold" else [evictor_module.SPACE_WAIT_S] * 3
+    expected = [evictor_module.SPACE_WAIT_S, 0.0, 0.0] if locks == "flock works" else [evictor_module.SPACE_WAIT_S] * 3
     assert waits == expected
 
 

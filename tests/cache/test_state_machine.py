@@ -241,7 +241,7 @@ def test_long_sequences_of_operations_keep_the_cache_correct():
     run_state_machine_as_test(CacheMachine, settings=settings(max_examples=600, stateful_step_count=60))
 
 
-# -- locks and time that lie --------------------------------------------------------------------------------
+# -- locks that are never free, and clocks that jump -------------------------------------------------------------------
 
 
 def refuse(fd, operation):

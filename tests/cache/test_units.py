@@ -123,7 +123,7 @@ def test_written_units_are_visible_to_handles(folder):
 
 
 def test_a_present_unit_is_not_written_again(folder):
-    """Where locks lie another process may be serving it already."""
+    """Where flock is not enforced, another process may be serving it already."""
     part = PartialCopy.create(folder, NAME, 3 * UNIT)
     part.write(UNIT, np.zeros(UNIT, np.uint8))
     part.write(0, np.ones(3 * UNIT, np.uint8))

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-N_KNOWN = 4096
+MOST_SPECS = 4096
 
 
 class CachedStore(WrapperStore):
@@ -70,7 +70,7 @@ class CachedStore(WrapperStore):
         self._session = cache._session_or_none  # noqa: SLF001 - of one file
         self._source = redact(inner.url).rstrip("/")
         self._lock = Lock()
-        self._known: OrderedDict[str, CopySpec] = OrderedDict()
+        self._specs: OrderedDict[str, CopySpec] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"CachedStore({self.cache!r}, {self.inner!r})"
@@ -140,16 +140,16 @@ class CachedStore(WrapperStore):
     def spec_of(self, key: str, identity: ShardIdentity | None = None) -> CopySpec | None:
         """Return copy_spec() of an object of the inner store, which is remembered for reads by key."""
         if identity is not None:
-            known = self._known.get(key)  # without computing the name, a hit takes a third less time
-            if known is not None and known.identity == identity:
-                return known
+            spec = self._specs.get(key)  # without computing the name, a hit takes a third less time
+            if spec is not None and spec.identity == identity:
+                return spec
         spec = copy_spec(self.inner, key, identity)
         if spec is None:
             return None
         with self._lock:
-            self._known[key] = spec
-            if len(self._known) > N_KNOWN:
-                self._known.popitem(last=False)
+            self._specs[key] = spec
+            if len(self._specs) > MOST_SPECS:
+                self._specs.popitem(last=False)
         return spec
 
     def verify_copy(self, key: str, identity: ShardIdentity | None = None) -> bool:
@@ -176,7 +176,7 @@ class CachedStore(WrapperStore):
         The copy is used only if it has the ETag in if_match, or if the object has an identity and if_match is None.
         """
         with self._lock:
-            spec = self._known.get(key)
+            spec = self._specs.get(key)
         if spec is None or spec.identity is None:
             self._note_use(key)
         if spec is not None:
@@ -222,7 +222,7 @@ class CachedStore(WrapperStore):
         # key.
         with self._lock:
             for key in keys:
-                self._known.pop(key, None)
+                self._specs.pop(key, None)
         drop_objects(self.cache, [f"{redact(self.url)}/{key}" for key in keys])
 
 
