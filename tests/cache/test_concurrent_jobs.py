@@ -131,7 +131,7 @@ class Side:
                 yield number
 
 
-def test_two_prefetching_jobs_fetch_what_the_simulator_predicts(world, locks):
+def test_two_prefetching_jobs_fetch_what_the_simulator_predicts(world):
     keys = put_shards(world, 48)
     sides = [Side(world, keys, seed) for seed in (1, 2)]
     read = [
