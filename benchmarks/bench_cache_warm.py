@@ -57,7 +57,7 @@ def fill(path: Path, url: str, objects: Sequence[tuple[str, ShardIdentity]]) -> 
     with Cache(path, size="100TB", min_free="0%") as cache:
         store = cache.store(open_store(url))
         for key, identity in objects:
-            wanted = store.wanted(key, identity)
+            wanted = store.spec_of(key, identity)
             if wanted is None:
                 raise RuntimeError("a shard has no identity")
             copy = path / "copies" / wanted.name

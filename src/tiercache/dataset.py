@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast
 import numpy as np
 import pyarrow as pa
 
-from tiercache.cache.cache import DatasetSource, Verify
+from tiercache.cache.datasets import DatasetSource, Verify
 from tiercache.deprecation import renamed_argument
 from tiercache.errors import SchemaError
 from tiercache.images.decoder import decode_columns

@@ -17,8 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from tiercache.cache import CachedStore
-from tiercache.cache.cache import DatasetSource, warn_if_larger
-from tiercache.cache.names import CopyNames
+from tiercache.cache.datasets import CopyNames, DatasetSource, warn_if_larger
 from tiercache.errors import CorruptShard
 from tiercache.model import ByteRange, CloseListener, ReadingPlan, ShardIdentity, SourcePart
 from tiercache.order import BlockTable

@@ -15,10 +15,10 @@ from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder
 
 
-@pytest.fixture(params=["locks hold", "locks lie"])
+@pytest.fixture(params=["flock works", "flock ignored"])
 def locks(request, monkeypatch):
-    """A test that takes this runs twice: with flock, and with a flock that does nothing and says it did."""
-    if request.param == "locks lie":
+    """Run a test twice: with flock, and with a flock that succeeds without locking."""
+    if request.param == "flock ignored":
         monkeypatch.setattr(fcntl, "flock", lambda fd, operation: None)
     return request.param
 

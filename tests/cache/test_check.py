@@ -1,4 +1,4 @@
-"""Every copy read against what is on record of it, and put right."""
+"""Verification of copies against their records, and repair."""
 
 import os
 from contextlib import closing
@@ -27,7 +27,7 @@ def states(report):
 
 
 @pytest.mark.parametrize("jobs", [1, 4])
-def test_a_cache_that_is_right_is_found_right(world, store, jobs):
+def test_verify_accepts_correct_copies(world, store, jobs):
     seen = []
     report = store.cache.verify(jobs=jobs, on_progress=seen.append)
     assert report.is_right
@@ -35,7 +35,7 @@ def test_a_cache_that_is_right_is_found_right(world, store, jobs):
     assert [(p.n_done, p.n_all) for p in seen] == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_what_is_wrong_is_named_and_left_where_it_is(world, store):
+def test_verify_names_a_corrupt_copy_and_leaves_it_in_place(world, store):
     turn(world.copy_of("b"), 7000)
     cut = world.copy_of("c")
     cut.chmod(0o600)
@@ -49,7 +49,7 @@ def test_what_is_wrong_is_named_and_left_where_it_is(world, store):
     assert len(world.copies()) == 3
 
 
-def test_what_cannot_be_read_is_told_apart_from_what_is_wrong(world, store, monkeypatch):
+def test_an_unreadable_copy_is_reported_differently_from_a_damaged_one(world, store, monkeypatch):
     really_read, inode = os.preadv, world.copy_of("b").stat().st_ino
 
     def read(fd, buffers, offset):
@@ -62,7 +62,7 @@ def test_what_cannot_be_read_is_told_apart_from_what_is_wrong(world, store, monk
     assert (one.state, one.where) == (CopyState.UNREADABLE, ("it cannot be read at offset 0",))
 
 
-def test_a_copy_without_a_record_is_neither_right_nor_wrong(world, store):
+def test_a_copy_without_a_record_has_an_unknown_state(world, store):
     path = world.copy_of("a")
     path.with_name(f"{path.name}.json").unlink()
     report = store.cache.verify()
@@ -70,7 +70,7 @@ def test_a_copy_without_a_record_is_neither_right_nor_wrong(world, store):
     assert report.is_right
 
 
-def test_repairing_takes_it_away_and_a_store_brings_it_back(world, store):
+def test_repair_removes_a_corrupt_copy_and_fetches_it_from_the_store(world, store):
     turn(world.copy_of("b"), 7000)
     turn(world.copy_of("c"), 10)
     report = store.cache.verify(repair=True, store=world.inner)
@@ -81,7 +81,7 @@ def test_repairing_takes_it_away_and_a_store_brings_it_back(world, store):
     assert store.cache.verify().wrong == ()
 
 
-def test_repairing_without_a_store_leaves_the_fetching_to_the_next_reader(world, store):
+def test_repair_without_a_store_only_removes_the_copy(world, store):
     turn(world.copy_of("b"), 7000)
     (one,) = store.cache.verify(repair=True).wrong
     assert (one.removed, one.repaired, len(world.copies())) == (True, False, 2)
@@ -89,7 +89,7 @@ def test_repairing_without_a_store_leaves_the_fetching_to_the_next_reader(world,
     assert len(world.copies()) == 3
 
 
-def test_what_cannot_be_fetched_again_is_said(world, store):
+def test_verify_reports_a_copy_that_cannot_be_fetched_again(world, store):
     turn(world.copy_of("b"), 7000)
     (world.root / "source" / "b").unlink()
     (one,) = store.cache.verify(repair=True, store=world.inner).wrong
@@ -100,7 +100,7 @@ def test_what_cannot_be_fetched_again_is_said(world, store):
     assert "another store" in one.where[-1]
 
 
-def test_what_is_bad_at_its_source_is_said(world, store):
+def test_verify_reports_an_object_that_is_corrupt_at_its_source(world, store):
     turn(world.copy_of("b"), 7000)
     bad = FaultStore(world.inner, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=9)])
     (one,) = store.cache.verify(repair=True, store=bad).wrong
@@ -108,7 +108,7 @@ def test_what_is_bad_at_its_source_is_said(world, store):
     assert "at its source" in one.where[-1]
 
 
-def test_objects_without_identity_are_repaired_unless_they_have_changed(world):
+def test_an_object_without_identity_is_repaired_unless_it_has_changed(world):
     world.put("a")
     world.put("b")
     store = world.store()
@@ -124,7 +124,7 @@ def test_objects_without_identity_are_repaired_unless_they_have_changed(world):
     assert "changed at its source" in found["b"].where[-1]
 
 
-def test_copies_in_part_are_checked_unit_by_unit(world):
+def test_verify_checks_each_unit_of_a_partial_copy(world):
     n_bytes = 4 << 20
     world.put("a", n_bytes)
     store = world.store()
@@ -143,7 +143,7 @@ def test_copies_in_part_are_checked_unit_by_unit(world):
     world.fetch(store, "a")
 
 
-def test_of_a_damaged_shard_the_block_is_named(world, tmp_path):
+def test_verify_names_the_damaged_block_of_a_shard(world, tmp_path):
     with tc.Writer(tmp_path / "set", shard_size="64KB", block_size="16KB", compression="none") as writer:
         writer.write_batch({"id": np.arange(20_000), "x": np.random.default_rng(0).random(20_000)})
     cache = world.cache()
@@ -155,7 +155,7 @@ def test_of_a_damaged_shard_the_block_is_named(world, tmp_path):
     assert any("block" in text for text in one.where[1:]), one.where
 
 
-def test_arguments_that_cannot_be_are_errors(world, store):
+def test_invalid_arguments_are_errors(world, store):
     with pytest.raises(ValueError, match="jobs must be 1 or more"):
         store.cache.verify(jobs=0)
     with pytest.raises(ValueError, match="repair=True"):

@@ -1,4 +1,4 @@
-"""Hits, misses, what is written beside a copy, and what a copy is called."""
+"""Hits and misses, leases, records, and the names of copies."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def test_the_cached_store_is_a_store_and_a_local_store(world):
     assert store.url == world.inner.url
 
 
-def test_a_first_read_fetches_and_a_second_does_not(world):
+def test_only_the_first_read_fetches(world):
     world.put("shards/a")
     store = world.store()
     world.fetch(store, "shards/a")
@@ -30,7 +30,7 @@ def test_a_first_read_fetches_and_a_second_does_not(world):
     assert (counters["cache_hits"], counters["cache_misses"]) == (1, 1)
 
 
-def test_a_new_process_of_the_folder_finds_the_copy_without_the_catalog(world):
+def test_a_new_process_finds_a_copy_without_the_catalog(world):
     world.put("a")
     world.fetch(world.store(world.cache()), "a")
     world.caches[0].close()
@@ -41,13 +41,13 @@ def test_a_new_process_of_the_folder_finds_the_copy_without_the_catalog(world):
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, (8 << 20) + 1, 40 << 20])
-def test_objects_of_any_size_arrive_whole(world, n_bytes):
+def test_objects_of_any_size_are_cached_whole(world, n_bytes):
     world.put("a", n_bytes)
     world.fetch(world.store(world.cache("50MiB")), "a")
     assert world.n_reads() == -(-n_bytes // (8 << 20))
 
 
-def test_a_lease_is_pending_until_it_is_waited_for(world):
+def test_a_lease_has_no_descriptor_until_data_is_cached(world):
     identity = world.put("a")
     gated = GateStore(world.inner)
     store = world.cache().store(gated)
@@ -63,13 +63,13 @@ def test_a_lease_is_pending_until_it_is_waited_for(world):
         assert not lease.present([ByteRange(0, 10_001)])
 
 
-def test_nothing_is_fetched_before_it_is_wanted(world):
+def test_opening_a_lease_fetches_nothing(world):
     identity = world.put("a")
     world.store().open_local("a", identity).close()
     assert world.n_reads() == 0
 
 
-def test_a_lease_that_is_closed_early_leaves_the_fetch_going_and_no_descriptor(world):
+def test_a_fetch_continues_after_its_lease_is_closed(world):
     identity = world.put("a")
     gated = GateStore(world.inner)
     cache = world.cache()
@@ -85,7 +85,7 @@ def test_a_lease_that_is_closed_early_leaves_the_fetch_going_and_no_descriptor(w
     assert world.n_reads() == 1
 
 
-def test_a_wait_ends_at_its_deadline_and_names_who_is_waited_for(world):
+def test_a_wait_ends_at_its_deadline_and_names_the_holder_of_the_lock(world):
     identity = world.put("a")
     gated = GateStore(world.inner)
     store = world.cache().store(gated)
@@ -110,7 +110,7 @@ def test_the_same_shard_of_two_mirrors_is_one_copy(world):
     assert len(world.copies()) == 1
 
 
-def test_an_object_without_identity_is_asked_for_and_cached_under_its_etag(world):
+def test_an_object_without_identity_is_cached_under_its_etag(world):
     world.put("a")
     store = world.store()
     for n_reads, n_bytes in ((1, 10_000), (1, 10_000), (2, 12_000)):
@@ -122,7 +122,7 @@ def test_an_object_without_identity_is_asked_for_and_cached_under_its_etag(world
         assert world.n_reads() == n_reads
 
 
-def test_an_object_that_is_not_there_is_not_found(world):
+def test_opening_a_missing_object_raises_not_found(world):
     store = world.store()
     with pytest.raises(NotFound):
         store.open_local("nothing")
@@ -134,12 +134,12 @@ def test_an_object_that_is_not_there_is_not_found(world):
     assert world.parts() == []
 
 
-def test_an_object_that_nothing_tells_from_a_later_one_is_not_cached():
+def test_an_object_without_etag_version_or_date_is_not_cached():
     assert name_of_object("s3://b/k", ObjectInfo("k", 5)) is None
     assert name_of_object("s3://b/k", ObjectInfo("k", 5, etag='"1"')) is not None
 
 
-def test_names_are_hashes_whatever_the_key_or_the_ids_say(world):
+def test_names_of_copies_are_hashes_for_any_key_and_identity(world):
     names = {
         name_of_identity(ShardIdentity(*parts, 5, 7))
         for parts in (("../../etc", "passwd"), ("a\0b", "c"), ("a", "b\0c"), ("", ""), ("a", "bc"), ("ab", "c"))
@@ -148,7 +148,7 @@ def test_names_are_hashes_whatever_the_key_or_the_ids_say(world):
     assert all(len(name) == 40 and set(name) <= set("0123456789abcdef") for name in names)
 
 
-def test_beside_a_copy_stand_source_size_and_checksum(world):
+def test_the_record_of_a_copy_has_source_size_and_checksum(world):
     identity = world.put("shards/a")
     world.fetch(world.store(), "shards/a")
     copy = world.copy("shards/a")
@@ -158,7 +158,7 @@ def test_beside_a_copy_stand_source_size_and_checksum(world):
     assert (record["dataset_id"], record["shard_id"]) == (identity.dataset_id, identity.shard_id)
 
 
-def test_no_credential_of_a_url_is_written_down(world, monkeypatch):
+def test_records_contain_no_credentials(world, monkeypatch):
     world.put("a")
     world.inner.url = "http://user:secret@host/data?token=secret"
     world.fetch(world.store(), "a")
@@ -171,7 +171,7 @@ def test_no_credential_of_a_url_is_written_down(world, monkeypatch):
 @pytest.mark.parametrize(
     "text", ["", "{}", "[]", '{"format": 0}', '{"format": 1, "source": "x"}', "\0" * 300, '{"format']
 )
-def test_what_is_no_record_is_none(text):
+def test_an_invalid_record_reads_as_none(text):
     assert Record.from_json(text) is None
 
 
@@ -183,7 +183,7 @@ def test_copies_are_read_only_and_leave_no_temporary_file(world):
     assert list((world.root / "cache" / "locks").iterdir()) == []
 
 
-def test_a_hit_writes_nothing_to_sqlite_and_its_uses_are_booked_in_batches(world, monkeypatch):
+def test_hits_write_to_sqlite_only_in_batches(world, monkeypatch):
     world.put("a")
     cache = world.cache()
     store = world.store(cache)
@@ -208,21 +208,6 @@ def test_uses_survive_the_process(world):
     world.caches[0].close()
     (entry,) = world.cache().entries()
     assert entry.uses == 3
-
-
-def test_a_copy_that_was_found_wrong_is_removed_and_fetched_again(world):
-    identity = world.put("a")
-    store = world.store()
-    world.fetch(store, "a")
-    assert store.verify_copy("a", identity) is False
-    copy = world.copy("a")
-    copy.chmod(0o644)
-    copy.write_bytes(b"x" + world.data["a"][1:])
-    assert store.verify_copy("a", identity) is True
-    assert world.copies() == []
-    assert store.verify_copy("a", identity) is True
-    world.fetch(store, "a")
-    assert world.caches[0].stats()["bytes_used"] == 16384
 
 
 def test_the_catalog_that_sqlite_opens_is_a_wal_database_on_a_local_disk(world):

@@ -1,4 +1,4 @@
-"""Wrong copies: never served again, counted, and fetched again; and a crash in between."""
+"""A corrupt copy is never served again, is counted, and is fetched again."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ def damage_cut(path):
 
 
 @pytest.mark.parametrize("damage", [damage_bit, damage_cut])
-def test_a_wrong_copy_is_never_served_again_is_counted_and_fetched_again(world, store, damage):
+def test_a_corrupt_copy_is_removed_counted_and_fetched_again(world, store, damage):
     damage(world.copy("a"))
     assert store.verify_copy("a", world.identity("a")) is True
     assert world.copies() == []
@@ -44,12 +44,12 @@ def test_a_wrong_copy_is_never_served_again_is_counted_and_fetched_again(world, 
     assert world.n_reads() == 2
 
 
-def test_a_right_copy_stays_where_it_is(world, store):
+def test_a_correct_copy_that_a_reader_doubts_stays(world, store):
     assert store.verify_copy("a", world.identity("a")) is False
     assert (store.cache.stats()["quarantined"], world.n_reads()) == (0, 1)
 
 
-def test_a_wrong_copy_is_pinned_again_when_it_is_fetched_again(world, store):
+def test_the_pin_of_a_corrupt_copy_applies_to_its_replacement(world, store):
     cache = store.cache
     cache.pin(store, [("a", world.identity("a"))])
     world.damage("a")
@@ -62,16 +62,7 @@ def test_a_wrong_copy_is_pinned_again_when_it_is_fetched_again(world, store):
     assert cache.stats()["pinned_bytes"] == entry.n_bytes
 
 
-def test_what_a_development_version_had_put_aside_is_deleted(world, store):
-    store.cache.close()
-    aside = world.root / "cache" / "quarantine"
-    aside.mkdir()
-    (aside / f"{'b' * 40}-1-2.bad").write_bytes(b"wrong")
-    store.cache.stats()
-    assert not aside.exists()
-
-
-def test_a_copy_that_cannot_be_read_is_removed_as_well(world, store, monkeypatch):
+def test_an_unreadable_copy_is_removed(world, store, monkeypatch):
     really_read, copy = os.preadv, world.copy("a")
 
     def read(fd, buffers, offset):
@@ -88,7 +79,7 @@ def test_a_copy_that_cannot_be_read_is_removed_as_well(world, store, monkeypatch
 
 
 @pytest.mark.parametrize("call", ["open_copy", "lstat", "fstat"])
-def test_a_wrong_copy_that_the_disk_does_not_let_us_look_at_is_served_no_more(world, store, monkeypatch, call):
+def test_a_corrupt_copy_that_the_disk_does_not_let_us_check_is_not_served(world, store, monkeypatch, call):
     world.damage("a")
     place = Folder if call == "open_copy" else os
     really, copy = getattr(place, call), world.copy("a")
@@ -108,7 +99,7 @@ def test_a_wrong_copy_that_the_disk_does_not_let_us_look_at_is_served_no_more(wo
     assert world.read(store, "a") in (None, world.data["a"])
 
 
-def test_the_second_of_two_who_find_it_wrong_leaves_the_right_copy_alone(world, store):
+def test_the_second_reader_of_a_corrupt_copy_does_not_remove_its_replacement(world, store):
     world.damage("a")
     writing = store.cache._open().writing
     fd = store.cache._open().folder.open_copy(world.copy("a").name)
@@ -122,7 +113,7 @@ def test_the_second_of_two_who_find_it_wrong_leaves_the_right_copy_alone(world, 
     assert world.copy("a").read_bytes() == world.data["a"]
 
 
-def test_dying_with_the_wrong_copy_removed_leaves_nothing_that_needs_a_hand(world, store):
+def test_a_process_killed_after_removing_a_corrupt_copy_leaves_a_usable_cache(world, store):
     identity = world.identity("a")
     world.damage("a")
 

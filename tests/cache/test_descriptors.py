@@ -1,4 +1,4 @@
-"""Whatever fails, no descriptor is lost: each would be missing until the process ends."""
+"""No descriptor stays open after a failure: it would be missing until the process ends."""
 
 import contextlib
 import errno
@@ -74,7 +74,7 @@ def check_each_call(monkeypatch, folder, work):
 
 
 @pytest.mark.parametrize("proc", [True, False], ids=["with /proc", "without /proc"])
-def test_a_hold_on_a_part_that_fails_leaves_nothing_open(folder, part, monkeypatch, proc):
+def test_a_failed_handle_on_a_partial_copy_leaves_nothing_open(folder, part, monkeypatch, proc):
     really_open = os.open
 
     def open_without_proc(path, *args, **options):
@@ -87,21 +87,21 @@ def test_a_hold_on_a_part_that_fails_leaves_nothing_open(folder, part, monkeypat
     check_each_call(monkeypatch, folder, part.hold)
 
 
-def test_a_hold_that_cannot_be_doubled_leaves_nothing_open(folder, part, monkeypatch):
+def test_a_failed_duplicate_of_a_handle_leaves_nothing_open(folder, part, monkeypatch):
     with contextlib.closing(part.hold()) as held:
         check_each_call(monkeypatch, folder, held.dup)
 
 
-def test_a_part_that_cannot_be_held_leaves_nothing_open(folder, part, monkeypatch):
+def test_a_failed_opening_of_a_partial_copy_leaves_nothing_open(folder, part, monkeypatch):
     check_each_call(monkeypatch, folder, lambda: hold_part(folder, NAME, N_BYTES))
 
 
-def test_a_map_that_cannot_be_read_leaves_nothing_open(folder, part, monkeypatch):
+def test_a_failed_opening_of_a_unit_map_leaves_nothing_open(folder, part, monkeypatch):
     check_each_call(monkeypatch, folder, lambda: open_map(folder, NAME, part.fd, N_BYTES))
 
 
 @pytest.mark.parametrize("boot", ["of this boot", "of an earlier boot"])
-def test_a_part_that_cannot_be_gone_on_with_leaves_nothing_open(folder, part, monkeypatch, boot):
+def test_a_partial_copy_that_cannot_be_continued_leaves_nothing_open(folder, part, monkeypatch, boot):
     def of_boot():
         with monkeypatch.context() as patch:
             if boot == "of an earlier boot":
@@ -111,7 +111,7 @@ def test_a_part_that_cannot_be_gone_on_with_leaves_nothing_open(folder, part, mo
     check_each_call(monkeypatch, folder, of_boot)
 
 
-def test_a_part_that_cannot_be_made_leaves_nothing_open(folder, monkeypatch):
+def test_a_partial_copy_that_cannot_be_created_leaves_nothing_open(folder, monkeypatch):
     def make_anew():
         for kind in (".part", ".map"):
             (folder.copies / f"{NAME}{kind}").unlink(missing_ok=True)
@@ -129,7 +129,7 @@ def test_a_part_that_cannot_be_made_leaves_nothing_open(folder, monkeypatch):
     ],
     ids=["a hold", "a part", "of another size"],
 )
-def test_where_closing_one_file_fails_the_other_is_closed_too(folder, part, monkeypatch, work):
+def test_if_closing_one_file_fails_the_other_is_closed(folder, part, monkeypatch, work):
     """As close(2) does on a network file system, where it tells what could not be written: it has closed by then."""
     before, really_close, closed = open_below(folder.root), os.close, []
 
@@ -156,12 +156,12 @@ def fetch_in_vain(world):
     assert open_below(world.root / "cache") == []
 
 
-def test_a_new_part_is_closed_where_one_cannot_look_for_a_copy(world, monkeypatch):
+def test_no_descriptor_stays_open_if_looking_for_a_copy_fails(world, monkeypatch):
     monkeypatch.setattr(publish, "open_leased", refuse)
     fetch_in_vain(world)
 
 
-def test_a_part_whose_record_is_deleted_is_closed_where_its_name_cannot_be_forgotten(world, monkeypatch):
+def test_a_partial_copy_is_closed_if_neither_its_record_nor_its_removal_succeeds(world, monkeypatch):
     def gone(*_):
         raise FileNotFoundError(errno.ENOENT, "somebody deleted the folder")
 
@@ -171,6 +171,6 @@ def test_a_part_whose_record_is_deleted_is_closed_where_its_name_cannot_be_forgo
 
 
 @pytest.mark.parametrize("cls", [CopyLease, _Loan])
-def test_what_ctrl_c_struck_while_it_was_made_ends_quietly(cls):
+def test_an_object_interrupted_during_construction_is_finalized_quietly(cls):
     cls.__new__(cls)  # an error in its end would be raised here: pytest makes one of it
     gc.collect()

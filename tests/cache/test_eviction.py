@@ -1,4 +1,4 @@
-"""What is deleted, and what never is."""
+"""Which copies are evicted, and which never are."""
 
 import mmap
 import os
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tiercache.cache.evict import evictor
-from tiercache.cache.machine import NameLock
+from tiercache.cache.locks import NameLock
 from tiercache.cache.names import name_of_identity
 from tiercache.cache.simulate import Trace, simulate
 from tiercache.catalog import charge_bytes
@@ -26,12 +26,12 @@ def test_a_leased_copy_is_not_evicted(world, locks):
         assert lease.wait(WHOLE)
         freed = cache.evict()
         assert os.pread(lease.fd, 10_000, 0) == world.data["a"]
-    if locks == "locks hold":
+    if locks == "flock works":
         assert freed == 0
         assert cache.evict() == 16_384
 
 
-def test_a_mapped_copy_stays_readable_whatever_happens_to_its_name(world):
+def test_a_mapped_copy_stays_readable_after_its_file_is_deleted(world):
     identity = world.put("a")
     store = world.store()
     with store.open_local("a", identity) as lease:
@@ -43,7 +43,7 @@ def test_a_mapped_copy_stays_readable_whatever_happens_to_its_name(world):
     mapped.close()
 
 
-def test_a_copy_that_lost_its_name_before_it_was_locked_is_a_miss(world, monkeypatch):
+def test_a_copy_unlinked_before_it_was_locked_is_a_miss(world, monkeypatch):
     """The evictor comes between open() and flock(): the reader must not keep a file that nobody counts."""
     world.put("a")
     store = world.store()
@@ -62,7 +62,7 @@ def test_a_copy_that_lost_its_name_before_it_was_locked_is_a_miss(world, monkeyp
         assert lease.fd == -1
 
 
-def test_a_copy_without_a_known_source_is_never_deleted(world):
+def test_a_copy_of_unknown_source_is_never_evicted(world):
     world.put("a")
     cache = world.cache()
     store = world.store(cache)
@@ -77,7 +77,7 @@ def test_a_copy_without_a_known_source_is_never_deleted(world):
     assert world.copies() == [copy]
 
 
-def test_a_copy_without_record_is_checked_on_first_use_and_gets_one(world):
+def test_a_copy_without_record_is_verified_on_first_use_and_gets_a_record(world):
     world.put("a")
     cache = world.cache()
     world.fetch(world.store(cache), "a")
@@ -91,7 +91,7 @@ def test_a_copy_without_record_is_checked_on_first_use_and_gets_one(world):
     assert cache.evict() == 16_384
 
 
-def test_a_copy_without_record_that_is_wrong_is_fetched_again(world):
+def test_a_corrupt_copy_without_record_is_fetched_again(world):
     world.put("a")
     cache = world.cache()
     world.fetch(world.store(cache), "a")
@@ -105,7 +105,7 @@ def test_a_copy_without_record_that_is_wrong_is_fetched_again(world):
     assert world.n_reads() == 2
 
 
-def test_foreign_files_are_left_alone(world):
+def test_unknown_files_in_the_folder_are_left_alone(world):
     world.put("a")
     cache = world.cache()
     world.fetch(world.store(cache), "a")
@@ -117,7 +117,7 @@ def test_foreign_files_are_left_alone(world):
     assert [path.read_text() for path in foreign] == ["mine"] * 4
 
 
-def test_a_link_planted_under_a_copys_name_is_not_followed(world):
+def test_a_symbolic_link_with_the_name_of_a_copy_is_not_followed(world):
     identity = world.put("a")
     precious = world.root / "precious"
     precious.write_bytes(world.data["a"])
@@ -129,7 +129,7 @@ def test_a_link_planted_under_a_copys_name_is_not_followed(world):
     assert precious.read_bytes() == world.data["a"]
 
 
-def test_a_copies_folder_that_is_a_link_elsewhere_loses_nothing(world):
+def test_nothing_is_deleted_through_a_copies_folder_that_is_a_link(world):
     world.put("a")
     cache = world.cache()
     world.fetch(world.store(cache), "a")
@@ -151,7 +151,7 @@ def test_a_folder_that_is_not_a_cache_is_refused(tmp_path, world):
     assert [p.name for p in (world.root / "home").iterdir()] == ["thesis.txt"]
 
 
-def test_evicting_a_selection_takes_only_that(world):
+def test_only_the_selected_copies_are_evicted(world):
     cache = world.cache()
     store = world.store(cache)
     for key in ("train/a", "train/b", "test/a"):
@@ -197,7 +197,7 @@ def shards_cache(world, n_shards, **options):
     return world.cache(n_shards * CHARGE + 3 * 4096, **options)
 
 
-def test_plan_evicts_what_is_needed_furthest_from_now(world):
+def test_plan_evicts_the_copy_that_is_needed_last(world):
     put_shards(world, "abcd")
     cache = shards_cache(world, 3)
     store = world.store(cache)
@@ -209,7 +209,7 @@ def test_plan_evicts_what_is_needed_furthest_from_now(world):
         assert cached(cache) == {"a", "c", "d"}
 
 
-def test_what_is_needed_again_later_than_all_that_is_here_is_read_past(world):
+def test_an_object_needed_later_than_all_copies_bypasses_the_cache(world):
     put_shards(world, "abc")
     cache = shards_cache(world, 2)
     store = world.store(cache)
@@ -222,7 +222,7 @@ def test_what_is_needed_again_later_than_all_that_is_here_is_read_past(world):
         assert cache.stats()["evicted"] == 0
 
 
-def test_a_plans_copies_push_out_what_no_plan_names_and_not_the_other_way_round(world):
+def test_planned_copies_displace_unplanned_ones_and_not_vice_versa(world):
     put_shards(world, "abcde")
     cache = shards_cache(world, 3)
     store = world.store(cache)
@@ -238,7 +238,7 @@ def test_a_plans_copies_push_out_what_no_plan_names_and_not_the_other_way_round(
     assert "d" in cached(cache)
 
 
-def test_what_a_job_reads_now_is_not_evicted_for_another(world):
+def test_a_copy_that_a_job_reads_now_is_not_evicted_for_another_job(world):
     put_shards(world, "abc")
     cache = shards_cache(world, 2)
     store = world.store(cache)
@@ -250,7 +250,7 @@ def test_what_a_job_reads_now_is_not_evicted_for_another(world):
         assert cached(cache) == {"a", "b"}
 
 
-def test_jobs_of_two_caches_on_one_folder_spare_what_the_other_needs_soon(world):
+def test_two_processes_keep_the_copies_that_the_other_needs_soon(world):
     put_shards(world, "abc")
     mine, yours = shards_cache(world, 2), shards_cache(world, 2)
     with closing(publish(world, yours, {"a": (5, 6, 7), "b": (500, 501, 502)})):
@@ -275,7 +275,7 @@ def test_the_queues_of_s3fifo_survive_the_process(world):
     assert cached(cache) == {"a", "c", "d"}, "a was used twice, b came next"
 
 
-def test_what_is_wanted_again_soon_after_it_was_evicted_is_counted(world):
+def test_a_copy_fetched_again_soon_after_eviction_is_counted(world):
     put_shards(world, "abc")
     cache = shards_cache(world, 2, policy="lru")
     store = world.store(cache)
@@ -285,7 +285,7 @@ def test_what_is_wanted_again_soon_after_it_was_evicted_is_counted(world):
     assert (stats["evicted"], stats["evicted_early"]) == (2, 1)
 
 
-def test_what_a_person_evicts_is_not_evicted_early(world):
+def test_copies_evicted_on_request_do_not_count_as_evicted_early(world):
     put_shards(world, "a")
     cache = world.cache()
     for _ in range(2):
@@ -294,7 +294,7 @@ def test_what_a_person_evicts_is_not_evicted_early(world):
     assert cache.stats()["evicted_early"] == 0
 
 
-def test_the_figures_of_closed_processes_are_kept(world):
+def test_the_counters_of_closed_processes_are_kept(world):
     put_shards(world, "abc")
     for _ in range(2):
         cache = shards_cache(world, 2, policy="lru")
@@ -317,7 +317,7 @@ def test_lru_frees_a_hundredth_of_the_cache_at_once(world):
     assert 3 <= cache.stats()["evicted"] <= 5
 
 
-def test_a_copy_that_is_leased_is_passed_over_and_the_next_one_goes(world, locks):
+def test_the_next_copy_is_evicted_if_the_first_is_leased(world, locks):
     put_shards(world, "abcd")
     for policy in ("lru", "s3fifo", "plan"):
         cache = shards_cache(world, 3, name=policy, policy=policy)
@@ -328,11 +328,11 @@ def test_a_copy_that_is_leased_is_passed_over_and_the_next_one_goes(world, locks
             assert lease.wait([ByteRange(0, SHARD_BYTES)])
             cache._open().writing.evictor._uses.clear()
             world.fetch(store, "d")
-        if locks == "locks hold":
+        if locks == "flock works":
             assert cached(cache) == {"a", "c", "d"}
 
 
-def test_a_pin_of_another_process_is_seen_when_its_copy_would_go(world):
+def test_a_copy_pinned_by_another_process_is_not_evicted(world):
     put_shards(world, "abcd")
     mine, yours = shards_cache(world, 3, policy="lru"), shards_cache(world, 3, policy="lru")
     store = world.store(mine)
@@ -351,7 +351,7 @@ def test_a_pin_of_another_process_is_seen_when_its_copy_would_go(world):
 
 
 @pytest.mark.parametrize("policy", ["lru", "s3fifo", "resident"])
-def test_a_cache_hits_as_the_simulator_says(world, policy, monkeypatch):
+def test_the_cache_has_the_hits_that_the_simulator_predicts(world, policy, monkeypatch):
     monkeypatch.setattr(evictor, "WATERMARK_SHARE", 0.0)
     keys = [f"k{i:02}" for i in range(40)]
     for key in keys:
@@ -371,7 +371,7 @@ def test_a_cache_hits_as_the_simulator_says(world, policy, monkeypatch):
 
 
 @pytest.mark.parametrize("policy", ["lru", "s3fifo"])
-def test_copies_that_are_read_are_passed_over_without_a_lock_file_for_each(world, locks, monkeypatch, policy):
+def test_skipping_leased_copies_creates_no_lock_files(world, locks, monkeypatch, policy):
     """With one, a cache of which all is read made every refusal wait for thousands of files to be made and deleted."""
     store = world.store(world.cache(20 * 4 * 4096 + 4096, policy=policy))
     leases = []
@@ -384,8 +384,8 @@ def test_copies_that_are_read_are_passed_over_without_a_lock_file_for_each(world
     really_take = NameLock.try_acquire
     monkeypatch.setattr(NameLock, "try_acquire", lambda lock: locked.append(lock.path.name) or really_take(lock))
     world.put("more")
-    assert (world.read(store, "more") is None) == (locks == "locks hold")
-    if locks == "locks hold":
+    assert (world.read(store, "more") is None) == (locks == "flock works")
+    if locks == "flock works":
         assert not set(locked) & {path.name for path in world.copies()}
     for lease in leases:
         lease.close()

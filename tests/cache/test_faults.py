@@ -1,4 +1,4 @@
-"""Whatever is wrong with source, disk or folder makes reading slower, never wrong."""
+"""A fault of source, disk or folder makes reads slower, not wrong."""
 
 import errno
 import os
@@ -10,15 +10,17 @@ import warnings
 import numpy as np
 import pytest
 from tests.support.clock import FakeClock
+from tests.support.folder_check import Expected, FolderCheck
 from tests.support.stores import GateStore
 
 from tiercache.cache import cache as cache_module
 from tiercache.cache import folder as folder_module
-from tiercache.cache import machine, session
-from tiercache.cache import machine as machine_module
+from tiercache.cache import locks as locks_module
+from tiercache.cache import owners, session
+from tiercache.cache.disk import Breaker
 from tiercache.cache.fetch import partial, publish
-from tiercache.cache.folder import Folder, Owners
-from tiercache.cache.machine import Breaker
+from tiercache.cache.folder import Folder
+from tiercache.cache.owners import Owners
 from tiercache.catalog import Accounts
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ReadingPlan
@@ -44,7 +46,7 @@ def test_bytes_with_a_wrong_checksum_are_fetched_once_more(world):
     assert world.n_reads() == 2
 
 
-def test_bytes_that_are_wrong_twice_are_never_published_and_not_asked_for_again_for_a_while(world):
+def test_an_object_corrupt_at_its_source_is_not_cached_nor_fetched_again_for_some_time(world):
     world.put("a")
     source, store = faulty(world, Fault("read_into", kind=FaultKind.BIT_FLIP, times=9))
     assert world.read(store, "a") is None
@@ -57,7 +59,7 @@ def test_bytes_that_are_wrong_twice_are_never_published_and_not_asked_for_again_
     assert poison["expected"] == world.identity("a").crc32c != poison["found"]
 
 
-def test_a_source_that_was_put_right_is_cached_again_after_a_while(world):
+def test_a_repaired_source_is_cached_again_after_some_time(world):
     world.put("a")
     _, store = faulty(world, Fault("read_into", kind=FaultKind.BIT_FLIP, times=2))
     assert world.read(store, "a") is None
@@ -66,7 +68,7 @@ def test_a_source_that_was_put_right_is_cached_again_after_a_while(world):
     world.fetch(store, "a")
 
 
-def test_a_short_object_is_fetched_once_more_and_then_an_error(world):
+def test_an_object_that_is_too_short_is_an_error_after_a_second_fetch(world):
     identity = world.put("a")
     (world.root / "source" / "a").write_bytes(world.data["a"][:9_999])
     store = world.store()
@@ -76,7 +78,7 @@ def test_a_short_object_is_fetched_once_more_and_then_an_error(world):
     assert (world.copies(), world.parts()) == ([], [])
 
 
-def test_a_failing_store_is_its_own_error_and_the_next_try_may_work(world):
+def test_the_error_of_the_store_is_raised_and_a_retry_may_succeed(world):
     world.put("a")
     _, store = faulty(world, Fault("read_into"))
     with pytest.raises(StoreError, match="scripted"):
@@ -84,7 +86,7 @@ def test_a_failing_store_is_its_own_error_and_the_next_try_may_work(world):
     world.fetch(store, "a")
 
 
-def test_one_failing_piece_of_many_fails_the_fetch_and_the_next_goes_on_from_there(world):
+def test_a_fetch_continues_after_an_earlier_one_failed_in_the_middle(world):
     world.put("a", 60 << 20)
     _, store = faulty(world, Fault("read_into", nth=4), size="100MB")
     with pytest.raises(StoreError, match="scripted"):
@@ -96,7 +98,22 @@ def test_one_failing_piece_of_many_fails_the_fetch_and_the_next_goes_on_from_the
     assert store.cache.stats()["bytes_fetched"] == 60 << 20
 
 
-def test_an_object_that_changes_between_its_parts_is_never_published(world):
+@pytest.mark.parametrize("retryable", [True, False])
+def test_a_failed_fetch_leaves_no_files(world, retryable):
+    identity = world.put("a")
+    cache = world.cache()
+    store = cache.store(FaultStore(world.inner, [Fault("read_into", times=2, retryable=retryable)]))
+    with store.open_local("a", identity) as lease, pytest.raises(Exception, match="scripted"):
+        lease.wait(WHOLE, deadline_s=60)
+    assert cache.status()["reserved_bytes"] == 0
+    cache.close()
+    cache.stats()
+    cache.close()
+    assert FolderCheck(world.root / "cache", Expected({})).problems() == []
+    world.fetch(world.store(cache), "a")
+
+
+def test_an_object_that_changes_during_its_fetch_is_not_published(world):
     world.put("a", 20 << 20)
     _, store = faulty(world, Fault("read_into", nth=2, kind=FaultKind.REPLACED), size="100MB")
     with store.open_local("a") as lease, pytest.raises(StoreError):
@@ -122,7 +139,7 @@ def fail_writes(monkeypatch, code, times):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_evicts_and_tries_once_more(world, monkeypatch, code):
+def test_a_full_disk_evicts_copies_and_the_fetch_is_repeated(world, monkeypatch, code):
     store = world.store(world.cache(policy="lru"))
     world.put("a", 20_000)
     world.put("b")
@@ -132,7 +149,7 @@ def test_a_full_disk_evicts_and_tries_once_more(world, monkeypatch, code):
     assert {entry.source[-1] for entry in store.cache.entries()} == {"b"}
 
 
-def test_a_disk_that_stays_full_is_read_past_with_one_warning(world, monkeypatch):
+def test_a_disk_that_stays_full_is_bypassed_with_one_warning(world, monkeypatch):
     for key in "ab":
         world.put(key)
     store = world.store()
@@ -192,7 +209,7 @@ def full(kind):
 
 
 STEPS = {
-    "the lock": (machine_module, "open_file", "disk"),
+    "the lock": (locks_module, "open_file", "disk"),
     "the part": (Folder, "new_file", "quota"),
     "the record": (Folder, "write_record", "disk"),
     "the name": (Folder, "give_name", "disk"),
@@ -203,7 +220,7 @@ STEPS = {
 
 @pytest.mark.parametrize("times", [1, 1000])
 @pytest.mark.parametrize("step", STEPS)
-def test_a_disk_that_is_full_at_any_step_is_given_room_once_and_then_read_past(world, monkeypatch, step, times):
+def test_a_disk_that_is_full_at_any_step_evicts_once_and_is_then_bypassed(world, monkeypatch, step, times):
     """With one warning, and whatever is here is served all the same; when there is room again all is as before."""
     for key in "abc":
         world.put(key)
@@ -242,7 +259,7 @@ def test_a_disk_that_is_full_at_any_step_is_given_room_once_and_then_read_past(w
 
 
 @pytest.mark.parametrize("damage", ["cut", "grown", "emptied"])
-def test_a_copy_of_the_wrong_size_is_a_miss_and_replaced(world, damage):
+def test_a_copy_of_the_wrong_size_is_replaced(world, damage):
     world.put("a")
     store = world.store()
     world.fetch(store, "a")
@@ -259,7 +276,7 @@ def test_a_copy_of_the_wrong_size_is_a_miss_and_replaced(world, damage):
 
 
 @pytest.mark.parametrize("damage", ["deleted", "garbage", "empty", "torn", "other tables"])
-def test_a_lost_catalog_is_made_anew_from_the_files(world, damage):
+def test_a_lost_catalog_is_rebuilt_from_the_files(world, damage):
     world.put("a")
     world.put("b")
     cache = world.cache()
@@ -284,7 +301,7 @@ def test_a_lost_catalog_is_made_anew_from_the_files(world, damage):
 
 
 @pytest.mark.parametrize("damage", ["deleted", "garbage", "torn"])
-def test_a_lost_catalog_is_made_anew_with_the_copies_in_part(world, damage):
+def test_a_rebuilt_catalog_contains_partial_copies(world, damage):
     n_bytes = 4 << 20
     world.put("a", n_bytes)
     cache = world.cache()
@@ -308,7 +325,7 @@ def test_a_lost_catalog_is_made_anew_with_the_copies_in_part(world, damage):
     assert cache.status()["n_parts"] == 0
 
 
-def test_a_folder_that_is_deleted_in_mid_fetch_costs_no_more_than_a_download(world):
+def test_a_folder_deleted_during_a_fetch_costs_at_most_a_second_download(world):
     world.put("a", 20 << 20)
     gated = GateStore(world.inner)
     cache = world.cache("100MB")
@@ -325,7 +342,7 @@ def test_a_folder_that_is_deleted_in_mid_fetch_costs_no_more_than_a_download(wor
     assert len(world.copies()) == 1
 
 
-def test_a_folder_that_is_deleted_under_us_is_made_and_filled_again(world):
+def test_a_deleted_folder_is_created_and_filled_again(world):
     world.put("a")
     cache = world.cache()
     store = world.store(cache)
@@ -341,10 +358,10 @@ def test_a_folder_that_is_deleted_under_us_is_made_and_filled_again(world):
     assert world.n_reads() == 2
 
 
-def test_files_of_dead_processes_are_swept_at_opening_and_those_of_living_ones_stay(world):
+def test_opening_removes_the_files_of_dead_processes_only(world):
     world.cache()
     root = world.root / "cache"
-    namespace, dead = machine.pid_namespace(), subprocess.Popen(["true"])
+    namespace, dead = owners.pid_namespace(), subprocess.Popen(["true"])
     dead.wait()
     stale = [root / below / f".x.json.{namespace}-{dead.pid}-0123abcd" for below in ("", *Folder.BELOW)]
     old = root / "copies" / f".x.json.{namespace}-{os.getpid()}-0123abcd"
@@ -359,7 +376,7 @@ def test_files_of_dead_processes_are_swept_at_opening_and_those_of_living_ones_s
     assert [path.exists() for path in (alive, elsewhere, stranger)] == [True] * 3
 
 
-def test_books_of_an_earlier_boot_are_made_anew(world, monkeypatch):
+def test_accounts_of_an_earlier_boot_are_rebuilt(world, monkeypatch):
     world.put("a")
     cache = world.cache()
     world.fetch(world.store(cache), "a")
@@ -370,7 +387,7 @@ def test_books_of_an_earlier_boot_are_made_anew(world, monkeypatch):
     assert cache.entries()[0].n_bytes == 16_384
 
 
-def test_a_network_file_system_gets_a_folder_a_host_no_wal_and_a_warning(world, monkeypatch):
+def test_a_network_file_system_gives_each_host_a_folder_without_wal_and_a_warning(world, monkeypatch):
     monkeypatch.setattr(folder_module, "network_file_system", lambda path: "NFS")
     monkeypatch.setattr(folder_module, "host_name", lambda: "node7")
     world.put("a")
@@ -396,7 +413,7 @@ def test_without_hard_links_copies_are_renamed_into_place(world, monkeypatch):
     assert world.n_reads() == 1
 
 
-def test_a_busy_catalog_makes_reading_go_past_the_cache(world, monkeypatch):
+def test_a_busy_catalog_makes_reads_bypass_the_cache(world, monkeypatch):
     from tiercache.catalog import database
 
     monkeypatch.setattr(database, "BUSY_S", 0.05)
@@ -411,12 +428,12 @@ def test_a_busy_catalog_makes_reading_go_past_the_cache(world, monkeypatch):
     other.close()
 
 
-def test_the_modules_that_wait_for_other_processes_have_deadlines():
+def test_waits_for_other_processes_have_deadlines():
     assert 0 < publish.LOCK_WAIT_S < 600
     assert session.USES_PER_FLUSH > 1
 
 
-def test_a_deleted_folder_is_empty_to_those_who_ask_and_is_made_again(world):
+def test_queries_of_a_deleted_folder_find_nothing_and_create_it_again(world):
     world.put("a")
     cache = world.cache()
     store = world.store(cache)
@@ -432,7 +449,7 @@ def test_a_deleted_folder_is_empty_to_those_who_ask_and_is_made_again(world):
 
 
 @pytest.mark.parametrize("trouble", [OSError(errno.EIO, "broken disk"), OSError(errno.EBUSY, "SQLite: locked")])
-def test_a_cache_that_cannot_be_opened_again_in_mid_training_is_read_past_and_tried_again(world, monkeypatch, trouble):
+def test_a_cache_that_cannot_be_reopened_is_bypassed_and_tried_again(world, monkeypatch, trouble):
     world.put("a")
     cache = world.cache()
     clock = FakeClock()
@@ -459,7 +476,7 @@ def test_a_cache_that_cannot_be_opened_again_in_mid_training_is_read_past_and_tr
     world.fetch(store, "a")
 
 
-def test_a_cache_that_was_opened_on_a_full_disk_is_written_when_there_is_room(world, monkeypatch):
+def test_a_cache_opened_on_a_full_disk_is_written_once_there_is_space(world, monkeypatch):
     world.put("a")
     world.put("b")
     world.fetch(world.store(), "a")
@@ -486,13 +503,13 @@ def test_a_cache_that_was_opened_on_a_full_disk_is_written_when_there_is_room(wo
     assert cache.status()["writable"]
 
 
-def test_work_that_meets_a_closed_cache_is_no_failure_of_the_disk(world, recwarn):
+def test_a_fetch_in_a_closed_cache_does_not_count_as_a_disk_failure(world, recwarn):
     identity = world.put("a")
     cache = world.cache()
     world.fetch(world.store(cache), "a")
     opened = cache._open()
     cache.close()
-    wanted = world.store(cache).wanted("a", identity)
+    wanted = world.store(cache).spec_of("a", identity)
     cache.evict()
     cache.close()
     assert opened.open(wanted, world.inner) is None

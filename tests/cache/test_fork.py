@@ -1,4 +1,4 @@
-"""A forked child drops what is its parent's and builds its own; pickled caches are caches."""
+"""A forked child opens its own session; a pickled cache is the same cache."""
 
 import fcntl
 import multiprocessing
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWa
 WHOLE = [ByteRange(0, 10_000)]
 
 
-def test_a_child_hits_misses_and_evicts_on_its_own_account(world):
+def test_a_forked_child_opens_its_own_session(world):
     for key in "abc":
         world.put(key)
     cache = world.cache(policy="lru")
@@ -37,7 +37,7 @@ def test_a_child_hits_misses_and_evicts_on_its_own_account(world):
     assert {entry.source[-1] for entry in cache.entries()} == {"a", "c"}
 
 
-def test_a_childs_end_leaves_the_parents_lease_locked(world, locks):
+def test_the_end_of_a_forked_child_leaves_the_parents_lease_locked(world, locks):
     identity = world.put("a")
     cache = world.cache()
     store = world.store(cache)
@@ -45,11 +45,11 @@ def test_a_childs_end_leaves_the_parents_lease_locked(world, locks):
         assert lease.wait(WHOLE)
         assert in_child(lease.close)
         freed = cache.evict()
-        assert freed == (0 if locks == "locks hold" else 16_384)
+        assert freed == (0 if locks == "flock works" else 16_384)
         assert os.pread(lease.fd, 10_000, 0) == world.data["a"]
 
 
-def test_a_child_has_a_lock_of_its_own_on_the_lease_it_inherits(world):
+def test_a_forked_child_has_its_own_lock_on_an_inherited_lease(world):
     identity = world.put("a")
     store = world.store()
     ready, go_on = os.pipe(), os.pipe()
@@ -72,7 +72,7 @@ def test_a_child_has_a_lock_of_its_own_on_the_lease_it_inherits(world):
         os.close(fd)
 
 
-def test_a_fork_in_mid_fetch_leaves_the_fetch_to_the_parent(world):
+def test_a_fork_during_a_fetch_leaves_the_fetch_to_the_parent(world):
     identity = world.put("a")
     world.put("b")
     gated = GateStore(world.inner)
@@ -94,7 +94,7 @@ def test_a_fork_in_mid_fetch_leaves_the_fetch_to_the_parent(world):
         assert os.pread(lease.fd, 10_000, 0) == world.data["a"]
 
 
-def test_a_child_that_dies_in_mid_fetch_leaves_nothing_that_needs_a_hand(world):
+def test_a_child_killed_during_a_fetch_leaves_a_usable_cache(world):
     world.put("a")
     cache = world.cache()
 

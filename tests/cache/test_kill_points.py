@@ -11,7 +11,7 @@ from tests.stress.kill_rounds import points_here
 from tests.testing.warm_process import run_warm
 
 N_ROUNDS = 10_000  # of `make stress`
-N_PROCESSES = 4  # one of them with locks that lie
+N_PROCESSES = 4  # one of them without enforced flock
 
 
 def rounds(folder, n_rounds, seed, *, locks="hold", timeout_s=170):
@@ -29,7 +29,7 @@ def check(report, n_rounds):
     assert report["struck"].keys() == points_here().keys()
 
 
-def test_a_process_that_dies_at_any_point_leaves_nothing_wrong(tmp_path):
+def test_a_process_killed_at_any_point_leaves_a_correct_cache(tmp_path):
     n_rounds = len(points_here())
     report = rounds(tmp_path, n_rounds, seed=5)
     check(report, n_rounds)
@@ -39,7 +39,7 @@ def test_a_process_that_dies_at_any_point_leaves_nothing_wrong(tmp_path):
 
 @pytest.mark.stress
 @pytest.mark.timeout(5400)
-def test_ten_thousand_deaths_leave_nothing_wrong(tmp_path, capsys):
+def test_ten_thousand_kills_leave_a_correct_cache(tmp_path, capsys):
     n_each = N_ROUNDS // N_PROCESSES
 
     def one(number):

@@ -1,4 +1,4 @@
-"""A data set through the cache: of what is not served of it, nothing is fetched."""
+"""A data set through the cache: only the served columns are fetched."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_a_projection_fetches_its_columns_and_nothing_else(wide, tmp_path):
         assert not list((tmp_path / "cache" / "copies").glob("*.part"))
 
 
-def test_records_at_random_soon_bring_their_shard_and_no_byte_of_it_twice(wide, tmp_path):
+def test_random_records_fetch_their_shard_once(wide, tmp_path):
     with tc.Cache(tmp_path / "cache", size="100MB", min_free=0) as cache:
         dataset = tc.Dataset(wide, cache=cache)
         assert len(dataset[7]["blob"]) == 2000

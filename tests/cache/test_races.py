@@ -1,4 +1,4 @@
-"""Many at once: one download where locks hold, right bytes where they lie."""
+"""Concurrent threads and processes: one download if flock works, correct data in any case."""
 
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
 from tiercache.cache.fetch.partial import UnitMap
-from tiercache.cache.machine import NameLock
+from tiercache.cache.locks import NameLock
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder
@@ -20,7 +20,7 @@ from tiercache.testing import Fault, FaultStore, WrapperStore
 N = 8
 
 
-def test_threads_that_race_for_one_shard_share_one_download(world):
+def test_concurrent_threads_share_one_download(world):
     world.put("a", 1 << 20)
     store = world.store()
     barrier = threading.Barrier(N)
@@ -34,7 +34,7 @@ def test_threads_that_race_for_one_shard_share_one_download(world):
     assert world.n_reads() == 1
 
 
-def test_threads_that_wait_for_a_failing_download_all_hear_of_it(world):
+def test_all_threads_that_wait_for_a_failing_download_get_the_error(world):
     identity = world.put("a")
     gated = GateStore(FaultStore(world.inner, [Fault("read_into")]))
     store = world.cache().store(gated)
@@ -53,7 +53,7 @@ def test_threads_that_wait_for_a_failing_download_all_hear_of_it(world):
         assert len({id(error.result()) for error in errors}) == N
 
 
-def test_two_caches_of_one_folder_download_once_where_locks_hold(world, locks):
+def test_two_sessions_of_one_folder_download_once_if_flock_works(world, locks):
     """As two processes would: flock is between open files, not processes."""
     identity = world.put("a")
     gated = GateStore(world.inner)
@@ -64,7 +64,7 @@ def test_two_caches_of_one_folder_download_once_where_locks_hold(world, locks):
         first.prefetch(whole)
         gate.wait_reached()
         second.prefetch(whole)
-        if locks == "locks hold":
+        if locks == "flock works":
             with pytest.raises(StoreError, match=f"waiting for process {os.getpid()}"):
                 second.wait(whole, deadline_s=0.2)
         gate.open()
@@ -72,12 +72,12 @@ def test_two_caches_of_one_folder_download_once_where_locks_hold(world, locks):
         with lease:
             assert lease.wait(whole)
             assert os.pread(lease.fd, 10_000, 0) == world.data["a"]
-    assert world.n_reads() == 1 or locks == "locks lie"
+    assert world.n_reads() == 1 or locks == "flock ignored"
     assert len(world.copies()) == 1
     assert world.caches[0].stats()["bytes_used"] == 16_384
 
 
-def test_a_part_that_who_waits_for_it_cannot_tell_of_is_not_held_by_him(world, monkeypatch):
+def test_a_waiting_process_that_fails_leaves_no_descriptor_open(world, monkeypatch):
     """As two processes: one fetches, the other watches the map, and has no memory for what it says."""
     copies = world.root / "cache" / "copies"
     identity = world.put("a")
@@ -132,7 +132,7 @@ def read_all(path, source, log, identities, barrier, answers):
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_processes_that_race_download_once_where_locks_hold(world, locks):
+def test_concurrent_processes_download_once_if_flock_works(world, locks):
     keys = [f"s{i}" for i in range(4)]
     identities = {key: world.put(key, 200_000) for key in keys}
     context = multiprocessing.get_context("fork")
@@ -148,14 +148,14 @@ def test_processes_that_race_download_once_where_locks_hold(world, locks):
     answers.close()
     reads = (world.root / "log").read_text().split()
     assert set(reads) == set(keys)
-    if locks == "locks hold":
+    if locks == "flock works":
         assert len(reads) == 4
     cache = world.cache("100MB")
     assert len(cache.entries()) == 4
     assert world.parts() == []
 
 
-def test_readers_that_race_with_evictions_always_read_the_right_bytes(world, locks):
+def test_reads_during_evictions_return_correct_data(world, locks):
     keys = [f"s{i}" for i in range(6)]
     for key in keys:
         world.put(key, 50_000)
@@ -187,7 +187,7 @@ def test_a_lock_that_vanished_between_open_and_flock_is_not_taken(tmp_path, monk
     second.release()
 
 
-def test_fetching_goes_on_without_the_lock_when_its_holder_never_ends(world, monkeypatch):
+def test_a_fetch_continues_without_the_lock_if_its_holder_never_ends(world, monkeypatch):
     from tiercache.cache.fetch import publish
     from tiercache.cache.names import name_of_identity
 
@@ -200,7 +200,7 @@ def test_fetching_goes_on_without_the_lock_when_its_holder_never_ends(world, mon
     stuck.release()
 
 
-def test_identities_are_what_is_locked_not_keys(world):
+def test_two_identities_of_one_key_have_two_copies(world):
     """Two objects with one key but different identities are two copies."""
     identity = world.put("a")
     store = world.store()

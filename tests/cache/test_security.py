@@ -1,4 +1,4 @@
-"""The folder: who may use it, with which rights it is made, and that no link leads out of it."""
+"""The permissions of the folder, folders of other users, and symbolic links."""
 
 import os
 import shutil
@@ -47,7 +47,7 @@ def use(world, **options):
 # -- rights --
 
 
-def test_nobody_else_may_read_a_cache_whatever_the_umask(world, umask):
+def test_a_cache_is_private_whatever_the_umask(world, umask):
     _, files = use(world)
     root = world.root / "cache"
     assert {mode_of(root), *(mode_of(root / below) for below in Folder.BELOW)} == {0o700}
@@ -58,7 +58,7 @@ def test_nobody_else_may_read_a_cache_whatever_the_umask(world, umask):
     assert {"catalog.sqlite", "catalog.lock", MARKER} <= {path.name for path in files}
 
 
-def test_a_shared_cache_may_be_read_by_its_group_and_by_no_others(world, umask):
+def test_a_shared_cache_is_readable_by_its_group_only(world, umask):
     _, files = use(world, shared="group")
     root = world.root / "cache"
     assert {mode_of(root), *(mode_of(root / below) for below in Folder.BELOW)} == {0o2750}
@@ -70,7 +70,7 @@ def test_a_shared_cache_may_be_read_by_its_group_and_by_no_others(world, umask):
     assert {mode_of(path) for path in set(files) - copies - catalog - locks} == {0o640}
 
 
-def test_an_empty_folder_that_anybody_may_write_becomes_private(world):
+def test_an_empty_world_writable_folder_becomes_private(world):
     root = world.root / "cache"
     root.mkdir()
     root.chmod(0o777)
@@ -78,7 +78,7 @@ def test_an_empty_folder_that_anybody_may_write_becomes_private(world):
     assert mode_of(root) == 0o700
 
 
-def test_a_cache_that_somebody_opened_to_all_is_made_private_again(world):
+def test_a_cache_with_public_modes_becomes_private_again(world):
     cache, _ = use(world)
     cache.close()
     root = world.root / "cache"
@@ -88,7 +88,7 @@ def test_a_cache_that_somebody_opened_to_all_is_made_private_again(world):
     assert (mode_of(root), mode_of(root / "copies")) == (0o700, 0o700)
 
 
-def test_sharing_holds_for_what_is_there_and_until_it_is_taken_back(world):
+def test_sharing_applies_to_existing_files_until_it_is_revoked(world):
     cache, _ = use(world)
     cache.close()
     root = world.root / "cache"
@@ -102,7 +102,7 @@ def test_sharing_holds_for_what_is_there_and_until_it_is_taken_back(world):
     assert {mode_of(path) for path in world.copies()} == {0o400}
 
 
-def test_only_the_group_can_be_shared_with(world):
+def test_a_cache_can_be_shared_only_with_a_group(world):
     with pytest.raises(ValueError, match="shared is None or 'group'"):
         world.cache(shared="world")
 
@@ -127,7 +127,7 @@ def foreign(world, monkeypatch):
     return root
 
 
-def test_a_folder_of_somebody_else_is_an_error_that_says_whose_and_what_to_do(world, foreign):
+def test_the_error_for_a_folder_of_another_user_names_the_user_and_the_remedy(world, foreign):
     before = sorted(foreign.rglob("*"))
     with pytest.raises(PermissionError) as caught:
         world.cache()
@@ -143,14 +143,14 @@ def test_a_folder_of_somebody_else_is_an_error_that_says_whose_and_what_to_do(wo
         world.cache()
 
 
-def test_a_folder_that_is_not_shared_with_ones_group_says_which_group_that_is(world, foreign, monkeypatch):
+def test_the_error_for_a_folder_of_another_group_names_the_group(world, foreign, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(PermissionError, match="and its group") as caught:
         world.cache(shared="group")
     assert folder_module.group_name(foreign.stat().st_gid) in str(caught.value)
 
 
-def test_a_folder_of_somebody_else_that_is_trusted_is_read_and_never_written(world, foreign):
+def test_a_trusted_folder_of_another_user_is_only_read(world, foreign):
     before = {path: os.lstat(path) for path in foreign.rglob("*")}
     with pytest.warns(RuntimeWarning, match="shared by"):
         cache = world.cache(shared="group")
@@ -167,7 +167,7 @@ def test_a_folder_of_somebody_else_that_is_trusted_is_read_and_never_written(wor
     }
 
 
-def test_somebody_elses_folder_that_is_no_cache_is_not_made_one(world, tmp_path, monkeypatch):
+def test_no_cache_is_created_in_a_folder_of_another_user(world, tmp_path, monkeypatch):
     (tmp_path / "theirs").mkdir()
     if is_root:
         os.chown(tmp_path / "theirs", 65534, 65534)
@@ -181,7 +181,7 @@ def test_somebody_elses_folder_that_is_no_cache_is_not_made_one(world, tmp_path,
     assert list((tmp_path / "theirs").iterdir()) == []
 
 
-def test_a_file_system_that_gives_all_files_to_one_user_is_no_foreign_folder(world, monkeypatch):
+def test_a_file_system_that_squashes_users_is_accepted(world, monkeypatch):
     """NFS with all_squash: the folder that we made belongs to nobody, and so does what we make in it."""
     me = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: me + 1)
@@ -252,7 +252,7 @@ def test_a_private_cache_serves_no_other_user(world):
 
 
 @needs_root
-def test_what_another_user_left_in_our_folder_gives_way(world, monkeypatch):
+def test_files_of_another_user_in_our_folder_are_replaced(world, monkeypatch):
     """As after a run by sudo: its files cannot be read, but they lie in our folder."""
     world.put("a")
     store = world.store()
@@ -277,7 +277,7 @@ def test_what_another_user_left_in_our_folder_gives_way(world, monkeypatch):
 # -- links --
 
 
-def test_links_planted_under_every_name_of_the_cache_lead_nowhere(world, tmp_path):
+def test_symbolic_links_under_any_name_of_the_cache_are_not_followed(world, tmp_path):
     """Each file of a cache in use is replaced by a link to a file that must stay as it is."""
     _, files = use(world)
     world.caches.pop().close()
@@ -301,7 +301,7 @@ def test_links_planted_under_every_name_of_the_cache_lead_nowhere(world, tmp_pat
 
 
 @pytest.mark.parametrize("suffix", ["", ".json", ".pin", ".part", ".map"])
-def test_a_link_under_a_copys_name_is_not_served_and_gives_way(world, tmp_path, suffix):
+def test_a_link_with_the_name_of_a_copy_is_replaced(world, tmp_path, suffix):
     identity = world.put("a")
     store = world.store()
     world.fetch(store, "a")
@@ -330,7 +330,7 @@ def test_a_link_to_another_folder_is_an_error_at_opening(world, tmp_path, below)
 
 
 @pytest.mark.parametrize("below", ["copies", "locks"])
-def test_a_link_to_another_folder_under_a_running_job_is_read_past_with_one_warning(world, tmp_path, below):
+def test_a_folder_replaced_by_a_link_is_bypassed_with_one_warning(world, tmp_path, below):
     world.put("a")
     store = world.store()
     root = world.root / "cache"
@@ -355,7 +355,7 @@ def test_the_folder_itself_may_be_reached_through_a_link(world, tmp_path):
 
 
 @pytest.mark.parametrize("marker", ["gone", "a link"])
-def test_without_its_own_marker_nothing_is_deleted(world, tmp_path, marker, monkeypatch):
+def test_nothing_is_deleted_without_the_marker(world, tmp_path, marker, monkeypatch):
     world.put("a")
     cache = world.cache()
     world.fetch(world.store(cache), "a")
@@ -370,7 +370,7 @@ def test_without_its_own_marker_nothing_is_deleted(world, tmp_path, marker, monk
 
 
 @pytest.mark.parametrize("file", ["../secret", "x/y", "..", "/etc/passwd"])
-def test_names_that_lead_elsewhere_are_refused(tmp_path, file):
+def test_file_names_that_leave_the_folder_are_refused(tmp_path, file):
     folder = Folder(tmp_path / "c")
     (tmp_path / "secret").write_text("x")
     for call in (lambda: folder.remove_file("copies", file), lambda: folder.remove_file("..", "secret")):
@@ -379,7 +379,7 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path, file):
     assert (tmp_path / "secret").exists()
 
 
-def test_a_folder_with_other_things_in_it_is_not_touched(tmp_path):
+def test_a_folder_with_other_files_is_not_changed(tmp_path):
     (tmp_path / "mine").write_text("x")
     tmp_path.chmod(0o755)
     with pytest.raises(ValueError, match="not a cache"):
@@ -406,7 +406,7 @@ def unmount():
 
 @needs_root
 @pytest.mark.parametrize("kind", ["tmpfs", "overlay"])
-def test_a_cache_lies_on_tmpfs_and_overlayfs_as_on_a_disk(world, tmp_path, kind, unmount):
+def test_a_cache_works_on_tmpfs_and_overlayfs(world, tmp_path, kind, unmount):
     target = world.root / "cache"
     target.mkdir()
     if kind == "tmpfs":
@@ -447,7 +447,7 @@ def fill(path):
 
 
 @needs_root
-def test_a_disk_that_is_really_full_is_read_past_and_used_again_when_there_is_room(world, unmount):
+def test_a_really_full_disk_is_bypassed_and_used_again_once_there_is_space(world, unmount):
     target = world.root / "cache"
     target.mkdir()
     mounted("tmpfs", "size=2M", target)

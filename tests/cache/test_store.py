@@ -1,4 +1,4 @@
-"""The cached store is a store like any other: the conformance suites, and what it adds."""
+"""CachedStore passes the conformance suites of stores, and what it adds."""
 
 import pytest
 
@@ -38,7 +38,7 @@ def read(store, key, start, end, **options):
     return bytes(data)
 
 
-def test_ranges_come_from_the_copy_once_it_is_there(world):
+def test_ranges_are_read_from_the_cached_copy(world):
     world.put("a")
     store = world.store()
     assert read(store, "a", 5, 10) == world.data["a"][5:10]
@@ -48,7 +48,7 @@ def test_ranges_come_from_the_copy_once_it_is_there(world):
     assert world.n_reads() == n_reads
 
 
-def test_ranges_beyond_the_copy_are_the_inner_stores_error(world):
+def test_ranges_beyond_the_copy_raise_the_error_of_the_inner_store(world):
     world.put("a")
     store = world.store()
     world.fetch(store, "a")
@@ -56,7 +56,7 @@ def test_ranges_beyond_the_copy_are_the_inner_stores_error(world):
         read(store, "a", 0, 10_001)
 
 
-def test_an_etag_is_held_against_the_object_that_was_cached(world):
+def test_a_copy_is_read_only_if_it_has_the_given_etag(world):
     world.put("a")
     store = world.store()
     with store.open_local("a") as lease:
@@ -89,7 +89,7 @@ def test_writing_an_object_drops_its_copy(world, write):
     assert world.copies() == []
 
 
-def test_copies_of_shards_stay_when_their_key_is_written(world):
+def test_copies_of_shards_stay_if_their_key_is_written(world):
     world.put("a")
     store = world.store()
     world.fetch(store, "a")
@@ -97,7 +97,7 @@ def test_copies_of_shards_stay_when_their_key_is_written(world):
     world.fetch(store, "a")
 
 
-def test_an_object_larger_than_the_cache_is_read_past_it_and_said_once(world):
+def test_an_object_larger_than_the_cache_bypasses_it_with_one_warning(world):
     world.put("large", 300_000)
     world.put("larger", 400_000)
     world.put("a")

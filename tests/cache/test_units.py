@@ -1,4 +1,4 @@
-"""The units of a file, and the two files that a copy in part is made of."""
+"""Units of a file, and the two files of a partial copy."""
 
 import os
 
@@ -39,7 +39,7 @@ def units_by_byte(ranges, n_bytes):
 
 
 @given(ranges_in())
-def test_the_units_of_ranges_are_those_that_hold_a_byte_of_them(case):
+def test_the_units_of_ranges_contain_their_bytes(case):
     n_bytes, ranges = case
     mask = units.mask_of(ranges, n_bytes)
     assert len(mask) == max(-(-n_bytes // UNIT), 1)
@@ -49,7 +49,7 @@ def test_the_units_of_ranges_are_those_that_hold_a_byte_of_them(case):
 
 
 @given(ranges_in(), st.sampled_from([UNIT, 3 * UNIT, 1 << 30]))
-def test_pieces_hold_each_unit_once_in_order_and_are_no_longer_than_they_may(case, piece_bytes):
+def test_pieces_contain_each_unit_once_and_respect_the_size_limit(case, piece_bytes):
     n_bytes, ranges = case
     mask = units.mask_of(ranges, n_bytes)
     left, bytes_seen, last = mask.copy(), 0, -1
@@ -69,7 +69,7 @@ def test_pieces_hold_each_unit_once_in_order_and_are_no_longer_than_they_may(cas
 
 
 @given(ranges_in(), st.data())
-def test_what_is_fetched_is_what_is_missing_and_all_the_rest_where_that_is_little(case, data):
+def test_a_small_rest_is_fetched_with_the_missing_units(case, data):
     n_bytes, ranges = case
     present = units.mask_of(data.draw(ranges_in())[1], n_bytes)
     wanted = units.mask_of(ranges, n_bytes)
@@ -81,7 +81,7 @@ def test_what_is_fetched_is_what_is_missing_and_all_the_rest_where_that_is_littl
     assert (fetched | present).all() or not missing.any()
 
 
-def test_the_rest_of_a_large_file_is_fetched_along_only_where_it_is_little():
+def test_a_large_rest_is_not_fetched():
     n_bytes = 64 * MIB
     nothing = np.zeros(units.n_units(n_bytes), bool)
     half = units.mask_of([ByteRange(0, 32 * MIB)], n_bytes)
@@ -106,7 +106,7 @@ def forget_boot(monkeypatch):
     monkeypatch.setattr(partial, "boot_id", lambda: "another-boot")
 
 
-def test_what_was_written_to_a_part_is_there_for_those_who_hold_it(folder):
+def test_written_units_are_visible_to_handles(folder):
     data = noise(10 * UNIT + 5)
     part = PartialCopy.create(folder, NAME, len(data))
     held = part.hold()
@@ -122,8 +122,8 @@ def test_what_was_written_to_a_part_is_there_for_those_who_hold_it(folder):
         open_file.close()
 
 
-def test_a_unit_that_is_there_is_never_written_again(folder):
-    """Where locks lie another process may be serving it already."""
+def test_a_present_unit_is_not_written_again(folder):
+    """Where flock is not enforced, another process may be serving it already."""
     part = PartialCopy.create(folder, NAME, 3 * UNIT)
     part.write(UNIT, np.zeros(UNIT, np.uint8))
     part.write(0, np.ones(3 * UNIT, np.uint8))
@@ -131,7 +131,7 @@ def test_a_unit_that_is_there_is_never_written_again(folder):
     part.close()
 
 
-def test_a_part_is_no_larger_on_disk_than_it_is_charged(folder):
+def test_a_partial_copy_is_not_larger_on_disk_than_its_charge(folder):
     n_bytes = 4 * MIB
     part = PartialCopy.create(folder, NAME, n_bytes)
     for unit in range(0, 512, 2):
@@ -143,7 +143,7 @@ def test_a_part_is_no_larger_on_disk_than_it_is_charged(folder):
 
 
 @pytest.mark.parametrize("damage", ["nothing", "data lost", "sums lost", "cut"])
-def test_after_a_power_failure_a_part_is_trusted_only_where_its_bytes_are_what_was_written(folder, monkeypatch, damage):
+def test_a_partial_copy_of_an_earlier_boot_is_verified(folder, monkeypatch, damage):
     data = noise(5 * UNIT)
     part = PartialCopy.create(folder, NAME, len(data))
     part.write(UNIT, data[UNIT : 3 * UNIT])
@@ -173,7 +173,7 @@ def test_after_a_power_failure_a_part_is_trusted_only_where_its_bytes_are_what_w
 
 
 @pytest.mark.parametrize("damage", ["no map", "no part", "torn map", "short map", "another part", "another size"])
-def test_what_is_no_part_and_its_map_is_removed_and_started_again(folder, damage):
+def test_an_invalid_partial_copy_is_removed(folder, damage):
     part = PartialCopy.create(folder, NAME, 5 * UNIT)
     part.write(0, noise(UNIT))
     part.close()
@@ -195,10 +195,10 @@ def test_what_is_no_part_and_its_map_is_removed_and_started_again(folder, damage
     assert [p.suffix for p in folder.copies.iterdir()] == ([".kept"] if damage == "another part" else [])
 
 
-def test_a_part_that_was_sealed_but_not_named_can_be_gone_on_with(folder):
+def test_a_read_only_partial_copy_can_be_continued(folder):
     part = PartialCopy.create(folder, NAME, 2 * UNIT)
     part.write(0, noise(UNIT))
-    part.seal(0o400)
+    os.fchmod(part.fd, 0o400)
     part.close()
     part = PartialCopy.open(folder, NAME, 2 * UNIT)
     part.write(UNIT, noise(UNIT))

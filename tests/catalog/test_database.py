@@ -9,7 +9,7 @@ from threading import Event, Thread
 
 import pytest
 
-from tiercache.cache.machine import is_disk_full
+from tiercache.cache.disk import is_disk_full
 from tiercache.catalog import Database
 from tiercache.waiting import wait_for
 

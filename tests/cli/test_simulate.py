@@ -1,4 +1,4 @@
-"""simulate: what is replayed is what a training reads, and what comes of it is counted right."""
+"""The verb simulate: reads, costs, output and plots."""
 
 import subprocess
 import sys
@@ -13,14 +13,11 @@ from tiercache.cache.simulate import Trace, Tracer, simulate
 from tiercache.cli import simulate as simulate_module
 from tiercache.cli.selection import Training
 from tiercache.cli.simulate import (
-    Bandwidths,
-    Cluster,
-    FetchPrices,
     NodeReads,
     SimulationCosts,
+    SimulationResult,
     distinct_bytes,
     simulate_case,
-    trace_reads,
     training_reads,
 )
 from tiercache.dataset import Dataset
@@ -28,8 +25,12 @@ from tiercache.dataset import Dataset
 N, SIZE = 40, 1000
 
 
-def accesses(training, cluster, n=N):
-    return training_reads(np.full(n, 10), np.full(n, SIZE), training, cluster)
+def accesses(training, nodes=1, epochs=5):
+    return training_reads(np.full(N, 10), np.full(N, SIZE), training, nodes=nodes, epochs=epochs)
+
+
+def trace_reads(trace):
+    return NodeReads(trace, np.zeros(len(trace), np.int64))
 
 
 class TestTraces:
@@ -45,7 +46,7 @@ class TestTraces:
         self, nodes, local_ranks, epochs, placement, seed
     ):
         training = Training(seed, world_size=nodes * local_ranks, placement=placement)
-        found = accesses(training, Cluster(nodes, epochs))
+        found = accesses(training, nodes, epochs)
         assert len(found) == nodes
         for epoch in range(epochs):
             read = np.concatenate([a.trace.names[a.epoch == epoch] for a in found])
@@ -60,40 +61,40 @@ class TestTraces:
 
     def test_a_sticky_node_reads_the_same_shards_in_every_epoch_and_a_global_one_does_not(self):
         for placement, same in (("sticky", True), ("global", False)):
-            found = accesses(Training(1, world_size=2, placement=placement), Cluster(2, 2))[0]
+            found = accesses(Training(1, world_size=2, placement=placement), 2, 2)[0]
             read = [set(found.trace.names[found.epoch == epoch].tolist()) for epoch in (0, 1)]
             assert (read[0] == read[1]) is same
 
     def test_ranks_that_nodes_cannot_share_evenly_are_an_error(self):
         with pytest.raises(ValueError, match="3 ranks cannot be divided evenly among 2 nodes"):
-            accesses(Training(1, world_size=3), Cluster(2, 1))
+            accesses(Training(1, world_size=3), 2, 1)
         with pytest.raises(ValueError, match="--nodes and --epochs must be 1 or more"):
-            Cluster(0, 1)
+            accesses(Training(1), 0, 1)
 
 
 class TestCases:
     @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
     @pytest.mark.parametrize("policy", ["plan", "resident", "bound"])
-    def test_what_is_held_is_saved_of_one_scan_an_epoch(self, policy, share):
-        found = accesses(Training(3), Cluster(epochs=4))
+    def test_one_scan_per_epoch_saves_the_cached_share(self, policy, share):
+        found = accesses(Training(3), epochs=4)
         case = simulate_case(found, policy, int(share * N * SIZE), SimulationCosts())
         assert case.first_bytes == N * SIZE
         assert case.epoch_bytes == pytest.approx((1 - share) * N * SIZE, rel=0.05)
         assert case.byte_hit_ratio == pytest.approx(share, abs=0.04)
 
-    def test_nothing_beats_the_bound_and_a_cache_for_all_fetches_all_once(self):
-        found = accesses(Training(3, world_size=4, placement="global"), Cluster(2, 3))
+    def test_no_policy_beats_the_bound(self):
+        found = accesses(Training(3, world_size=4, placement="global"), 2, 3)
         for size in (0, 5 * SIZE, 20 * SIZE):
             least = simulate_case(found, "bound", size, SimulationCosts()).epoch_bytes
             for policy in ("plan", "resident", "s3fifo", "lru"):
                 assert simulate_case(found, policy, size, SimulationCosts()).epoch_bytes >= least
-        everything = simulate_case(accesses(Training(3), Cluster(epochs=2)), "lru", N * SIZE, SimulationCosts())
+        everything = simulate_case(accesses(Training(3), epochs=2), "lru", N * SIZE, SimulationCosts())
         assert (everything.first_bytes, everything.epoch_bytes, everything.hit_ratio) == (N * SIZE, 0, 1.0)
 
     def test_dollars_are_bytes_and_requests_and_time_is_that_of_the_slowest_node(self):
         sizes = np.array([4_000_000_000, 1_000_000_000])
         nodes = [trace_reads(Trace.of(np.array([i]), sizes[i : i + 1])) for i in (0, 1)]
-        question = SimulationCosts(FetchPrices(egress=0.09, request=0.4), Bandwidths(fetch=1e9, read=3e9))
+        question = SimulationCosts(egress=0.09, request=0.4, fetch_rate=1e9, read_rate=3e9)
         case = simulate_case(nodes, "lru", 0, question)
         n_requests = -(-4_000_000_000 // (8 << 20)) + -(-1_000_000_000 // (8 << 20))
         assert case.epoch_requests == n_requests
@@ -101,15 +102,15 @@ class TestCases:
         assert case.epoch_s == pytest.approx(4.0)
         held = simulate_case([trace_reads(Trace.of(np.zeros(3, int), 3_000_000_000))], "lru", 1 << 40, question)
         assert held.epoch_s == pytest.approx(3.0)  # two of three hits: what training reads takes as long
-        assert Bandwidths().epoch_s(1, 1) is None
+        assert SimulationCosts().epoch_s(1, 1) is None
 
     def test_a_trace_without_accesses_costs_nothing(self):
         nothing = trace_reads(Trace.of(np.empty(0, np.int64)))
-        case = simulate_case([nothing], "lru", 10, SimulationCosts(FetchPrices(1, 1), Bandwidths(1)))
+        case = simulate_case([nothing], "lru", 10, SimulationCosts(1, 1, 1))
         assert (case.hit_ratio, case.byte_hit_ratio, case.epoch_bytes, case.dollars) == (0.0, 0.0, 0, 0)
         assert distinct_bytes([nothing]) == 0
 
-    def test_a_case_is_what_the_simulator_says(self):
+    def test_a_case_agrees_with_the_simulator(self):
         trace = Trace.of(np.random.default_rng(1).integers(0, 30, 400), 7)
         case = simulate_case([NodeReads(trace, np.zeros(400, np.int64))], "s3fifo", 70, SimulationCosts())
         report = simulate(trace, "s3fifo", 70)
@@ -117,7 +118,7 @@ class TestCases:
 
 
 class TestVerb:
-    def test_every_policy_meets_every_size(self, tiercache, data_set):
+    def test_each_policy_is_combined_with_each_size(self, tiercache, data_set):
         done = tiercache("simulate", data_set, "--json", "--epochs", "2")
         *cases, summary = done.events
         assert {c["policy"] for c in cases} == {"plan", "resident", "s3fifo", "lru", "bound"}
@@ -127,7 +128,7 @@ class TestVerb:
         assert {c["epoch_bytes"] for c in whole} == {0}
         assert {c["first_bytes"] for c in cases} == {summary["data_bytes"]}
 
-    def test_the_table_has_what_was_asked_for(self, tiercache, data_set):
+    def test_the_table_has_the_requested_columns(self, tiercache, data_set):
         flags = "--policy", "plan", "--size", "50%", "--size", "1KB"
         text = tiercache("simulate", data_set, *flags).out.splitlines()
         assert text[0].split() == ["policy", "cache", "of", "data", "hits", "fetched", "per", "epoch"]
@@ -159,7 +160,7 @@ class TestVerb:
         assert text[0].split()[-1] == "fetched"
         assert text[-1] == f"4 opens of 200 B, from {tmp_path}/trace"
 
-    def test_what_the_cache_records_can_be_replayed(self, tiercache, data_set, tmp_path, monkeypatch):
+    def test_a_trace_recorded_by_the_cache_can_be_replayed(self, tiercache, data_set, tmp_path, monkeypatch):
         monkeypatch.setenv("TIERCACHE_CACHE_TRACE", str(tmp_path / "trace"))
         with Cache(tmp_path / "cache", size="100MB") as cache:
             for _ in range(2):
@@ -173,7 +174,7 @@ class TestVerb:
         assert case["epoch_bytes"] == case["first_bytes"] == summary["data_bytes"]
         assert case["hit_ratio"] >= 0.5
 
-    def test_what_cannot_be_is_wrong_usage(self, tiercache, data_set, tmp_path):
+    def test_invalid_options_are_usage_errors(self, tiercache, data_set, tmp_path):
         (tmp_path / "trace").write_text("not a trace\n")
         for flags, message in (
             ([], "simulate takes a URL, or --trace FILE"),
@@ -199,8 +200,13 @@ class TestPlot:
         assert done.out.endswith(f"; drawn in {tmp_path / name}\n")
 
     def test_the_policies_and_axes_are_named(self, tmp_path):
-        lines = [simulate_module.PlotLine(name, [0, 1 << 30], [0.0, 1.0], [3e9, 0.0]) for name in "abcdefg"]
-        simulate_module.draw(tmp_path / "a.svg", lines, data_bytes=1 << 30, title="the title")
+        ends = ((0, 0.0, 3e9), (1 << 30, 1.0, 0.0))
+        results = [
+            SimulationResult(name, n, hits, hits, 0, fetched, 0, 0, None)
+            for name in "abcdefg"
+            for n, hits, fetched in ends
+        ]
+        simulate_module.draw(tmp_path / "a.svg", results, data_bytes=1 << 30, title="the title")
         assert (tmp_path / "a.svg").stat().st_size > 10_000
 
     def test_without_matplotlib_the_error_names_the_extra_before_anything_is_replayed(

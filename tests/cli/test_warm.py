@@ -1,4 +1,4 @@
-"""warm and pin: what is asked for, in which order, in part; planning that asks nothing for each shard."""
+"""The verbs warm and pin: selection, order, columns, and the cost of planning."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def names(table, shards):
 
 
 class TestWhatATrainingReads:
-    def test_one_rank_gets_its_part_and_all_ranks_get_everything(self, tiercache, data_set, cache):
+    def test_a_rank_gets_its_shards_and_all_ranks_get_all(self, tiercache, data_set, cache):
         table = shards_of(data_set)
         tiercache("warm", data_set, *cache, "--seed", "7", "--rank", "1/3")
         training = Training(7, ranks=(0, 1, 2), world_size=3)
@@ -59,7 +59,7 @@ class TestWhatATrainingReads:
         assert cached(tiercache, cache, data_set) == set(names(table, order[:2].tolist()))
 
     @pytest.mark.parametrize("epoch", [0, 1])
-    def test_what_is_warmed_first_is_what_the_loader_reads_first(self, tiercache, data_set, cache, epoch):
+    def test_warm_fetches_first_what_the_loader_reads_first(self, tiercache, data_set, cache, epoch):
         flags = "--seed", "7", "--shuffle-group", "1B", "--epoch", str(epoch), "--limit", "1B"
         tiercache("warm", data_set, *cache, *flags)
         dataset = Dataset(str(data_set), columns=["path"])
@@ -89,12 +89,12 @@ class TestWhatATrainingReads:
             (["--seed", "1", "--placement", "far"], "--placement must be sticky or global"),
         ],
     )
-    def test_flags_that_do_not_fit_are_wrong_usage(self, tiercache, data_set, cache, flags, message):
+    def test_conflicting_flags_are_usage_errors(self, tiercache, data_set, cache, flags, message):
         assert message in tiercache("warm", data_set, *cache, *flags, code=2).err
 
 
 class TestAList:
-    def test_only_what_a_file_names_is_fetched(self, tiercache, data_set, cache, tmp_path):
+    def test_only_the_shards_of_a_list_are_fetched(self, tiercache, data_set, cache, tmp_path):
         chosen = sorted(shards_of(data_set).names.to_pylist())[1:3]
         (tmp_path / "list").write_text("\n".join(chosen))
         tiercache("warm", data_set, *cache, "--files-from", tmp_path / "list")
@@ -107,7 +107,7 @@ class TestAList:
         tiercache("warm", data_set, *cache, "-f", "-", stdin=f"{chosen}\n")
         assert cached(tiercache, cache, data_set) == {chosen}
 
-    def test_an_unknown_name_is_wrong_usage_and_a_missing_list_fails(self, tiercache, data_set, cache, tmp_path):
+    def test_an_unknown_name_is_a_usage_error_and_a_missing_list_fails(self, tiercache, data_set, cache, tmp_path):
         (tmp_path / "list").write_text("shards/none.tcs\n")
         done = tiercache("warm", data_set, *cache, "-f", tmp_path / "list", code=2)
         assert "no shard 'shards/none.tcs'" in done.err
@@ -142,12 +142,12 @@ class TestColumns:
             assert dataset[list(range(400))]["small"].tolist() == list(range(400))
             dataset.close()
 
-    def test_the_rest_of_a_part_is_all_that_is_fetched_later(self, tiercache, wide, cache):
+    def test_a_later_warm_fetches_only_the_rest_of_a_partial_copy(self, tiercache, wide, cache):
         tiercache("warm", wide, *cache, "--columns", "small")
         assert tiercache("warm", wide, *cache, "--json").events[-1]["fetched"] > 1
         assert tiercache("warm", wide, *cache, "--columns", "small", "--json").events[-1]["fetched"] == 0
 
-    def test_all_columns_are_the_whole(self, tiercache, wide, cache):
+    def test_all_columns_give_whole_copies(self, tiercache, wide, cache):
         names = "small,large"
         whole = tiercache("warm", wide, *cache, "--dry-run", "--json").events[-1]
         assert tiercache("warm", wide, *cache, "--columns", names, "--dry-run", "--json").events[-1] == whole
@@ -156,7 +156,7 @@ class TestColumns:
         assert "no such column" in tiercache("warm", wide, *cache, "--columns", "x", code=1).err
 
 
-def test_an_object_that_is_bad_at_its_source_ends_with_4_and_is_named_by_status(tiercache, data_set, cache):
+def test_an_object_corrupt_at_its_source_ends_with_4_and_is_named_by_status(tiercache, data_set, cache):
     bad = sorted((data_set / "shards").iterdir())[1]
     data = bytearray(bad.read_bytes())
     data[100] ^= 1
@@ -171,14 +171,14 @@ def test_an_object_that_is_bad_at_its_source_ends_with_4_and_is_named_by_status(
     assert tiercache("warm", data_set, *cache, "--exclude", bad.name, "--json").events[-1]["objects"] == n_shards
 
 
-def test_a_dry_run_says_whether_there_is_room(tiercache, data_set, tmp_path):
+def test_a_dry_run_says_whether_the_data_fits(tiercache, data_set, tmp_path):
     small = "--cache", str(tmp_path / "small"), "--cache-size", "20KB"
     would = tiercache("warm", data_set, *small, "--dry-run", "--json").events[-1]
     assert (would["fits"], would["fetched"]) == (False, would["objects"])
     assert "; the cache has not enough space for them\n" in tiercache("warm", data_set, *small, "--dry-run").out
 
 
-def test_what_is_in_the_cache_already_is_not_asked_for_again_after_an_interrupted_run(tiercache, data_set, cache):
+def test_an_interrupted_warm_is_continued(tiercache, data_set, cache):
     tiercache("warm", data_set, *cache, "--fraction", "50%")
     first = tiercache("warm", data_set, *cache, "--dry-run", "--json").events[-1]
     assert 0 < first["fetched"] < first["objects"]
@@ -189,7 +189,7 @@ class TestPlanningCost:
     """The plan of many shards is made of one listing and a few statements, and of nothing for each shard."""
 
     @pytest.mark.parametrize("room", [2.0, 0.5])  # for all shards, and not
-    def test_no_call_and_no_statement_is_made_for_a_single_shard(self, tmp_path, monkeypatch, room):
+    def test_planning_makes_no_system_call_or_statement_per_shard(self, tmp_path, monkeypatch, room):
         few, many = (self.calls_of_a_plan(tmp_path, n, room, monkeypatch) for n in (50, 500))
         assert sorted(many) == sorted(few)
         assert many.count("scandir") <= 4
@@ -205,7 +205,7 @@ class TestPlanningCost:
         folder = tmp_path / f"cache-{n_shards}"
         with Cache(folder, size="1GiB") as cache:
             for key, identity in objects[::10]:  # copies that are here, and booked at the next opening
-                put_copy(cache, cache.store(store).wanted(key, identity))
+                put_copy(cache, cache.store(store).spec_of(key, identity))
         with Cache(folder, size=int(room * n_shards * n_bytes)) as cache:
             cache.plan_warm(cache.store(store), objects)
             calls = counted_calls(cache, monkeypatch)

@@ -163,7 +163,7 @@ def copy_sparse(source: Path, target: Path) -> None:
 
 def wait_shortly() -> None:
     """A lock that is never to be had is waited for as always, only not as long: some lives would take half an hour."""
-    database.BUSY_S = publish.LOCK_WAIT_S = evictor.ROOM_WAIT_S = 0.1
+    database.BUSY_S = publish.LOCK_WAIT_S = evictor.SPACE_WAIT_S = 0.1
     publish.SLOWEST_BYTES_S = 1e12
 
 

@@ -5,7 +5,6 @@ import shutil
 import sqlite3
 import warnings
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +189,7 @@ def change_heads(cache_root: Path, boot: str | None = None) -> None:
         path = part.with_suffix(".map")
         head = Head.parse(path.read_bytes()[:HEAD_BYTES]) if path.exists() else None
         if head is not None:
-            changed = replace(head, inode=part.stat().st_ino, boot=head.boot if boot is None else boot)
+            changed = head._replace(inode=part.stat().st_ino, boot=head.boot if boot is None else boot)
             with path.open("r+b") as file:
                 file.write(changed.pack())
 
@@ -259,7 +258,7 @@ def objects(job: Job) -> None:
 def read_object(job: Job, store, key: str) -> None:
     # Earlier rounds have replaced it: what the source holds now is what counts.
     job.scene.data[key] = (job.scene.source_root / key).read_bytes()
-    job.tell(f"object {store.wanted(key).name} {key} {int.from_bytes(job.scene.data[key][:8])}")
+    job.tell(f"object {store.spec_of(key).name} {key} {int.from_bytes(job.scene.data[key][:8])}")
     job.scene.read(store, key)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from tests.cache.test_machine_state import CacheMachine
+from tests.cache.test_state_machine import CacheMachine
 from tests.stress.errno_rounds import Rounds as ErrnoRounds
 from tests.stress.errno_rounds import wait_shortly
 from tests.stress.inspection import Inspection
@@ -29,11 +29,12 @@ from tests.support.errnos import Position
 from tests.support.forks import run_forked
 from tests.support.kill_points import KillAt, kill_at
 
-from tiercache.cache import machine as machine_module
+from tiercache.cache import locks as locks_module
 from tiercache.cache.evict import evictor
 from tiercache.cache.fetch import partial
 from tiercache.cache.fetch.publish import Publisher
-from tiercache.cache.folder import Folder, Owners
+from tiercache.cache.folder import Folder
+from tiercache.cache.owners import Owners
 from tiercache.cache.session import WriteSession
 from tiercache.catalog import Accounts
 from tiercache.crash_points import crash_point
@@ -140,7 +141,7 @@ def whole_sum_not_checked() -> Iterator[None]:
     really = Publisher._publish
 
     def publish(self, fetch, part, whole):
-        return really(self, fetch, part, fetch.wanted.crc32c)
+        return really(self, fetch, part, fetch.spec.crc32c)
 
     with patch.object(Publisher, "_publish", publish):
         yield
@@ -244,7 +245,7 @@ def lock_files_left() -> Iterator[None]:
         if fd is not None:
             os.close(fd)
 
-    with patch.object(machine_module.NameLock, "release", release):
+    with patch.object(locks_module.NameLock, "release", release):
         yield
 
 

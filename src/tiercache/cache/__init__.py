@@ -5,14 +5,16 @@ tell whether a cache is present.
 
 A read takes this path: `CachedStore` names the copy (`names.py`); `session.CacheSession`, the cache as one process has
 it open, looks for the copy in the folder (`folder.py`) and returns a lease on it (`lease.py`). On a miss,
-`fetch.download.Fetcher` queues a fetch; `fetch.publish.Publisher` takes the lock of the name, `evict.evictor.Evictor`
+`fetch.queue.FetchQueue` queues a fetch; `fetch.publish.Publisher` takes the lock of the name, `evict.evictor.Evictor`
 reserves space (`evict.policy` chooses the copies to evict, `evict.reading_plans` says when running jobs need each
-copy), `fetch.download.Download` writes the bytes into a partial copy (`fetch.partial`), and the publisher verifies the
-complete copy and gives it its final name. `check.py` verifies copies, `corrupt_sources.py` remembers objects that are
-corrupt at their source, `admin.py` lists, warms, pins and evicts, and `simulate.py` simulates policies.
+copy), `fetch.publish.Download` writes the bytes into a partial copy (`fetch.partial`), and the publisher verifies the
+complete copy and gives it its final name.
+
+`warm.py` fetches many copies, `check.py` verifies them, `datasets.py` names the copies of a data set, and `simulate.py`
+simulates policies. Below: `locks.py`, `owners.py` (which processes have the cache open) and `disk.py`.
 """
 
-from tiercache.cache.admin import Entry, WarmPlan, WarmProgress, WarmReport
-from tiercache.cache.cache import Cache, CachedStore, drop_objects
+from tiercache.cache.cache import Cache, CachedStore, Entry, drop_objects
+from tiercache.cache.warm import WarmPlan, WarmProgress, WarmReport
 
 __all__ = ["Cache", "CachedStore", "Entry", "WarmPlan", "WarmProgress", "WarmReport", "drop_objects"]

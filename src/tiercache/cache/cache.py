@@ -1,51 +1,56 @@
 """`Cache`, the public class of the local cache, and `CachedStore`, a store that reads another store through it.
 
 The cache is one folder with one size limit, shared by any number of processes.
-
-`DatasetSource` is the URL of a data set and the cache through which it is read.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
-import warnings
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock, RLock
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
 from tiercache import config
-from tiercache.cache import admin, check
-from tiercache.cache.admin import WarmOptions, WarmPlan, WarmProgress, WarmReport, plan_warm, warm
+from tiercache.cache.check import verify_copies
+from tiercache.cache.disk import Breaker, Notices, disk_space
+from tiercache.cache.evict.evictor import delete_copy
 from tiercache.cache.folder import default_size_bytes
-from tiercache.cache.machine import Breaker, Notices, room
-from tiercache.cache.names import CopySpec, name_of_identity, name_of_object
+from tiercache.cache.locks import Holder, command_of, holders_of
+from tiercache.cache.names import CopySpec, Record, copy_spec
+from tiercache.cache.owners import Owner
 from tiercache.cache.session import CacheOptions, CacheSession
-from tiercache.catalog import tiers
+from tiercache.cache.warm import plan_warm, warm
+from tiercache.catalog import FIGURES, CopyRow, tiers
 from tiercache.deprecation import renamed_argument
-from tiercache.model import OWN_FOLDER, ShardIdentity, format_bytes, parse_bytes
+from tiercache.errors import StoreError
+from tiercache.model import OWN_FOLDER, ShardIdentity, parse_bytes
 from tiercache.stats import Counters
-from tiercache.store import Buffer, Lease, LocalStore, MemoryStore, Span, Store, Upload, check_key, open_store, redact
+from tiercache.store import Lease, Span, Store, redact
 from tiercache.store.contract import WrapperStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Sequence
 
     import numpy as np
     import numpy.typing as npt
-    from numpy.typing import NDArray
 
-    from tiercache.cache.admin import Entry, Ranges
     from tiercache.cache.check import CheckProgress, VerifyReport
     from tiercache.cache.lease import CopyLease
+    from tiercache.cache.warm import Ranges, WarmPlan, WarmProgress, WarmReport
     from tiercache.model import ByteRange, ObjectInfo, PublishedPlan, ReadingPlan
-    from tiercache.shard.conversion import Casts
 
+T = TypeVar("T")
 
-N_KNOWN = 4096
+MOST_SPECS = 4096
 
 
 class CachedStore(WrapperStore):
@@ -62,18 +67,16 @@ class CachedStore(WrapperStore):
     def __init__(self, cache: Cache, inner: Store) -> None:
         super().__init__(inner)
         self.cache = cache
-        self._session = cache._while_reading  # noqa: SLF001 - of one file
+        self._session = cache._session_or_none  # noqa: SLF001 - of one file
         self._source = redact(inner.url).rstrip("/")
         self._lock = Lock()
-        self._known: OrderedDict[str, CopySpec] = OrderedDict()
+        self._specs: OrderedDict[str, CopySpec] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"CachedStore({self.cache!r}, {self.inner!r})"
 
     def __reduce__(self) -> tuple[type[CachedStore], tuple[Cache, Store]]:
         return CachedStore, (self.cache, self.inner)
-
-    # -- a LocalStore -----------------------------------------------------------------------------------------------
 
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> Lease | None:
         """Return a lease on a copy, cached or still to be fetched; None: not admitted, read the object by ranges.
@@ -85,23 +88,19 @@ class CachedStore(WrapperStore):
         """
         if identity is None:
             self._note_use(key)
-        wanted = self.wanted(key, identity)
-        if wanted is None:
-            return None
-        return self.open_copy(wanted, self._tell)
+        spec = self.spec_of(key, identity)
+        return None if spec is None else self.open_copy(spec, self._count)
 
-    def open_copy(self, wanted: CopySpec, tell: Callable[[bool], object] = bool) -> CopyLease | None:
+    def open_copy(self, spec: CopySpec, on_lookup: Callable[[bool], object] = bool) -> CopyLease | None:
         """Return a lease on a copy, cached or still to be fetched; None: read the object from the inner store.
 
-        Args:
-            wanted: Copy to open; see wanted().
-            tell: Callback that is called once, with True for a cache hit.
+        on_lookup is called once, with True for a cache hit.
         """
         session = self._session()
         if session is None:
-            tell(False)
+            on_lookup(False)
             return None
-        return session.open(wanted, self.inner, tell)
+        return session.open(spec, self.inner, on_lookup)
 
     def _note_use(self, key: str) -> None:
         """Count a read of an object that no manifest describes.
@@ -112,93 +111,56 @@ class CachedStore(WrapperStore):
         if not key.startswith(OWN_FOLDER) and f"/{OWN_FOLDER}" not in key:
             tiers.record_use(f"{self._source}/{key}")
 
-    def _tell(self, is_hit: bool) -> None:
+    def _count(self, is_hit: bool) -> None:
         self.counters.add("cache_hits" if is_hit else "cache_misses")
 
     def fetch_ahead(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None = None) -> None:
-        """Start to prefetch an object that a reader will open soon, and return at once.
-
-        Args:
-            key: Key of the object.
-            identity: Identity of the object.
-            ranges: Byte ranges of the object to fetch; None fetches the whole object.
-        """
-        wanted, session = self.wanted(key, identity), self._session()
-        if wanted is not None and session is not None:
-            session.fetch_ahead(wanted, self.inner, ranges)
+        """Start to prefetch ranges (None: all) of an object that a reader will open soon, and return at once."""
+        spec, session = self.spec_of(key, identity), self._session()
+        if spec is not None and session is not None:
+            session.fetch_ahead(spec, self.inner, ranges)
 
     def is_cached(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None = None) -> bool:
-        """Return whether these byte ranges of the object are cached now.
+        """Return whether these byte ranges (None: all) of the object are cached now.
 
         A later open may still find that the copy was evicted, or that it is corrupt.
-
-        Args:
-            key: Key of the object.
-            identity: Identity of the object.
-            ranges: Byte ranges of the object; None stands for the whole object.
         """
-        wanted, session = self.wanted(key, identity), self._session()
-        return wanted is not None and session is not None and session.is_cached(wanted, ranges)
+        spec, session = self.spec_of(key, identity), self._session()
+        return spec is not None and session is not None and session.is_cached(spec, ranges)
 
     def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan:
         """Publish the reading plan of this job to all processes that use the cache's folder.
 
-        Args:
-            names: Names of the copies (names.name_of_identity, as bytes), uint8[m, 20], in the order of plan.shards.
-            plan: When the job reads each shard.
-
-        Returns:
-            The published plan, which the job advances and closes.
+        names are those of the copies (datasets.CopyNames), uint8[m, 20], in the order of plan.shards. The job advances
+        and closes the published plan.
         """
         session = self._session()
-        return _Unheard() if session is None else session.publish(names, plan) or _Unheard()
+        return _UnpublishedPlan() if session is None else session.publish(names, plan) or _UnpublishedPlan()
 
-    def wanted(self, key: str, identity: ShardIdentity | None = None) -> CopySpec | None:
-        """Return the specification of the copy of an object; None: nothing identifies the version of the object.
-
-        Args:
-            key: Key of the object.
-            identity: Identity of a shard or segment; without it, the inner store is asked for the object's attributes.
-
-        Raises:
-            NotFound: The inner store has no such object.
-        """
+    def spec_of(self, key: str, identity: ShardIdentity | None = None) -> CopySpec | None:
+        """Return copy_spec() of an object of the inner store, which is remembered for reads by key."""
         if identity is not None:
-            known = self._known.get(key)  # without computing the name, a hit takes a third less time
-            if known is not None and known.identity == identity:
-                return known
-        check_key(key)
-        source = f"{redact(self.url)}/{key}"
-        if identity is not None:
-            name = name_of_identity(identity)
-            wanted = CopySpec(name, key, source, identity.n_bytes, identity.crc32c, identity)
-        else:
-            info = self.inner.head(key)
-            object_name = name_of_object(source, info)
-            if object_name is None:
-                return None
-            wanted = CopySpec(object_name, key, source, info.n_bytes, info.crc32c, etag=info.etag)
+            spec = self._specs.get(key)  # without computing the name, a hit takes a third less time
+            if spec is not None and spec.identity == identity:
+                return spec
+        spec = copy_spec(self.inner, key, identity)
+        if spec is None:
+            return None
         with self._lock:
-            self._known[key] = wanted
-            if len(self._known) > N_KNOWN:
-                self._known.popitem(last=False)
-        return wanted
+            self._specs[key] = spec
+            if len(self._specs) > MOST_SPECS:
+                self._specs.popitem(last=False)
+        return spec
 
     def verify_copy(self, key: str, identity: ShardIdentity | None = None) -> bool:
         """Verify the cached copy after a reader found it corrupt.
-
-        Args:
-            key: Key of the object.
-            identity: Identity of a shard or segment; None for another object.
 
         Returns:
             True: The copy was corrupt and is removed; the caller opens the object again. False: The copy is what the
                 source sent.
         """
-        wanted, session = self.wanted(key, identity), self._session()
-        return wanted is not None and (session is None or session.verify_copy(wanted))
-
-    # -- reading ----------------------------------------------------------------------------------------------------
+        spec, session = self.spec_of(key, identity), self._session()
+        return spec is not None and (session is None or session.verify_copy(spec))
 
     def read_into(
         self,
@@ -214,66 +176,39 @@ class CachedStore(WrapperStore):
         The copy is used only if it has the ETag in if_match, or if the object has an identity and if_match is None.
         """
         with self._lock:
-            wanted = self._known.get(key)
-        guarded = wanted is not None and (if_match is not None and wanted.etag == if_match)
-        is_ours = wanted is not None and (guarded or (if_match is None and wanted.identity is not None))
-        if wanted is None or wanted.identity is None:
+            spec = self._specs.get(key)
+        if spec is None or spec.identity is None:
             self._note_use(key)
-        if wanted is not None and is_ours and self.read_copy(wanted, spans):
-            return
+        if spec is not None:
+            is_same = spec.identity is not None if if_match is None else spec.etag == if_match
+            if is_same and self.read_copy(spec, spans):
+                return
         self.inner.read_into(key, spans, if_match=if_match, deadline_s=deadline_s, cancel=cancel)
 
-    def read_copy(self, wanted: CopySpec, spans: Sequence[Span]) -> bool:
-        """Fill spans from a cached copy; return False if the copy is missing or corrupt.
-
-        Args:
-            wanted: Copy to read.
-            spans: Byte ranges and their buffers. The buffers are undefined if the result is False.
-        """
+    def read_copy(self, spec: CopySpec, spans: Sequence[Span]) -> bool:
+        """Fill spans from a cached copy; return False if it is missing or corrupt: the buffers are then undefined."""
         session = self._session()
-        return session is not None and session.read(wanted, spans)
+        return session is not None and session.read(spec, spans)
 
-    def get(self, key: str) -> bytes:
-        """See Store.get. The inner store answers."""
-        self._note_use(key)
-        return self.inner.get(key)
+    # -- other calls of the inner store: reads count as uses, writes evict the copy of the former object ---------------
 
-    def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """See Store.read_tail. The inner store answers."""
-        self._note_use(key)
-        return self.inner.read_tail(key, n_bytes)
-
-    # -- writing ----------------------------------------------------------------------------------------------------
-
-    def put(self, key: str, data: Buffer) -> ObjectInfo:
-        """See Store.put. The copy of the former object is evicted."""
+    def around(self, method: str, key: str, call: Callable[[], T]) -> T:
+        """Count reads, and evict the copy of an object that is written. The new object has another ETag and name."""
+        if method in ("get", "read_tail"):
+            self._note_use(key)
         try:
-            return self.inner.put(key, data)
+            return call()
         finally:
-            self._drop([key])
-
-    def put_if_absent(self, key: str, data: Buffer) -> bool:
-        """See Store.put_if_absent. The copy of the former object is evicted."""
-        try:
-            return self.inner.put_if_absent(key, data)
-        finally:
-            self._drop([key])
-
-    def create(self, key: str) -> Upload:
-        """See Store.create.
-
-        The copy of the former object is evicted at once; the new object has another ETag and name.
-        """
-        self._drop([key])
-        return self.inner.create(key)
+            if method in ("put", "put_if_absent", "create"):
+                self._drop([key])
 
     def delete(self, keys: Iterable[str]) -> None:
         """See Store.delete. The copies are evicted."""
-        gone = list(keys)
+        deleted = list(keys)
         try:
-            self.inner.delete(gone)
+            self.inner.delete(deleted)
         finally:
-            self._drop(gone)
+            self._drop(deleted)
 
     def copy(self, src: str, dst: str) -> ObjectInfo:
         """See Store.copy. The copy of the former object at dst is evicted."""
@@ -287,25 +222,11 @@ class CachedStore(WrapperStore):
         # key.
         with self._lock:
             for key in keys:
-                self._known.pop(key, None)
+                self._specs.pop(key, None)
         drop_objects(self.cache, [f"{redact(self.url)}/{key}" for key in keys])
 
 
-_WHOLE: Ranges = MappingProxyType({})
-_COUNTERS = (
-    "hits",
-    "misses",
-    "prefetched",
-    "evicted",
-    "bytes_fetched",
-    "bytes_hit",
-    "evicted_early",
-    "quarantined",
-    "poisoned",
-)
-
-
-class _Unheard:
+class _UnpublishedPlan:
     """A reading plan that could not be published. The job continues, and the cache evicts without the plan."""
 
     def advance(self, clock: int) -> None:
@@ -313,6 +234,40 @@ class _Unheard:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A cached copy, whole or partial.
+
+    Attributes:
+        name: Name of the copy, a hash.
+        source: URL without credentials, "" if unknown.
+        n_bytes: Bytes that the copy takes of the size limit.
+        pinned: Whether the copy is pinned.
+        uses: Number of recorded uses.
+        last_use: Sequence number of the last use, not a time.
+        dataset_id: Identifier of the data set; None for an object of no data set.
+        shard_id: Identifier of the shard; None for an object of no data set.
+        used_s: Time of the last read or write in seconds since 1970, as the file system records it (see
+            Folder.touched_s).
+        in_part: Whether the copy is partial.
+    """
+
+    name: str
+    source: str
+    n_bytes: int
+    pinned: bool
+    uses: int
+    last_use: int
+    dataset_id: str | None = None
+    shard_id: str | None = None
+    used_s: float = 0.0
+    in_part: bool = False
+
+
+Selection: TypeAlias = Iterable[str] | Callable[[Entry], bool] | None
+_WHOLE: Ranges = MappingProxyType({})
 
 
 class Cache:
@@ -352,7 +307,7 @@ class Cache:
         given = renamed_argument("Cache", "free_floor", free_floor, "min_free", min_free)
         min_free = "5%" if given is None else cast("int | str", given)
         self._options = CacheOptions(Path(path).expanduser().absolute(), size, policy, min_free, shared)
-        self.counters = Counters(*_COUNTERS)
+        self.counters = Counters(*FIGURES)
         self._notices = Notices()
         self._reopening = Breaker()
         self._lock = RLock()
@@ -382,7 +337,7 @@ class Cache:
             if cache is None:
                 if limit is None:
                     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    limit = default_size_bytes(folder, room(folder).free_bytes // 2, shared=shared)
+                    limit = default_size_bytes(folder, disk_space(folder).free_bytes // 2, shared=shared)
                 cache = _defaults[key] = cls(folder, size=limit, policy=policy, shared=shared)
         return cache
 
@@ -436,7 +391,7 @@ class Cache:
                     self._reopening.trip()
             return self._opened
 
-    def _while_reading(self) -> CacheSession | None:
+    def _session_or_none(self) -> CacheSession | None:
         """Return the open cache, or None if it cannot be opened now: a cache must never stop a training.
 
         Opening fails in a forked process, or after close(), while the disk fails or the folder is missing.
@@ -455,12 +410,12 @@ class Cache:
             self._notices.warn("open", f"cache {self.path}: cannot be opened ({error}); bypassing the cache")
             return None
         if not opened.waits_for_disk_space:
-            self._reopening.mend()
+            self._reopening.reset()
         return opened
 
     def _renew_locks(self) -> None:
         """Replace the locks in a forked child: a thread of the parent may have held them during the fork."""
-        self._lock, self._notices, self.counters = RLock(), self._notices.copied(), Counters(*_COUNTERS)
+        self._lock, self._notices, self.counters = RLock(), self._notices.copied(), Counters(*FIGURES)
         self._reopening = Breaker()
 
     def expect(self, dataset_id: str, url: str) -> None:
@@ -470,7 +425,7 @@ class Cache:
             dataset_id: Identifier of the data set.
             url: Description of the data set for the warning.
         """
-        self._notices.expect(dataset_id, url)
+        self._notices.add_dataset(dataset_id, url)
 
     # -- for users and the command line --------------------------------------------------------------------------------
 
@@ -482,7 +437,19 @@ class Cache:
         fetch_ahead()), bytes_hit, bytes_fetched, evicted, evicted_early (evicted, and fetched again soon after),
         quarantined (corrupt copies, which were removed) and poisoned (objects that are corrupt at their source).
         """
-        return admin.stats(self._open(), self.limit_bytes)
+        opened, limit_bytes = self._open(), self.limit_bytes
+        folder, writing = opened.folder, opened.writing
+        if writing is None:
+            sizes = folder.sizes()
+            used = sum(sizes.values())
+        else:
+            with suppress(OSError):  # the folder was deleted; a folder that cannot be recreated holds nothing
+                writing.owners.ensure()
+            used, _, limit_bytes = writing.accounts.sums()
+            sizes = folder.sizes()
+        pinned = sum(sizes[name] for name in folder.names(".pin") if name in sizes)
+        counts = {name: int(n) for name, n in self.counters.snapshot().items()}
+        return {"bytes_used": used, "limit_bytes": limit_bytes, "pinned_bytes": pinned} | counts
 
     @property
     def limit_bytes(self) -> int:
@@ -493,7 +460,7 @@ class Cache:
         opened = self._open()
         if opened.writing is not None:
             return opened.writing.limit_bytes
-        return parse_bytes(self._options.size, whole_bytes=room(opened.folder.root).total_bytes)
+        return parse_bytes(self._options.size, whole_bytes=disk_space(opened.folder.root).total_bytes)
 
     def status(self) -> dict[str, Any]:
         """Return stats() and further details for the command line and for monitoring.
@@ -503,7 +470,28 @@ class Cache:
         cache); figures and hit_ratio (of all processes since the catalog was created); holders (see Holder); plans
         (label of each live reading plan) and poisoned_now (objects known to be corrupt at their source).
         """
-        return admin.status(self._open(), self.limit_bytes) | {
+        opened = self._open()
+        facts: dict[str, Any] = {**self.stats()}  # first, because it recreates a deleted folder
+        writing, folder = opened.writing, opened.folder
+        disk, n_copies, figures = disk_space(folder.root), len(folder.names("")), {}
+        if writing is not None:
+            writing.evictor.flush_uses()
+            figures = writing.accounts.figures()
+        n_hits, n_misses = figures.get("hits", 0), figures.get("misses", 0)
+        return facts | {
+            "n_copies": n_copies,
+            "n_parts": len(folder.sizes()) - n_copies,
+            "reserved_bytes": 0 if writing is None else writing.accounts.sums()[1],
+            "disk_free_bytes": disk.free_bytes,
+            "disk_total_bytes": disk.total_bytes,
+            "network_file_system": folder.network,
+            "writable": writing is not None,
+            "bypassed": writing is not None and writing.breaker.is_open,
+            "holders": [asdict(holder) for holder in _holders(opened)],
+            "plans": [] if writing is None else writing.plans.labels(),
+            "poisoned_now": folder.corrupt_sources(),
+            "figures": figures,
+            "hit_ratio": n_hits / (n_hits + n_misses) if n_hits + n_misses else None,
             "path": str(self._options.path),
             "policy": self._options.policy,
             "min_free": self._options.min_free,
@@ -512,7 +500,34 @@ class Cache:
 
     def entries(self) -> list[Entry]:
         """Return all copies, least recently used first."""
-        return admin.entries(self._open())
+        opened = self._open()
+        folder = opened.folder
+        if opened.writing is None:
+            rows = [CopyRow(name, charge, "", 0, 0) for name, charge in sorted(folder.sizes().items())]
+        else:
+            opened.writing.evictor.flush_uses()
+            rows = opened.writing.accounts.rows()
+        whole, in_part = frozenset(folder.names("")), frozenset(folder.names(".part"))
+        entries = []
+        for row in rows:
+            if row.name not in whole and row.name not in in_part:
+                continue
+            record = folder.read_record(row.name) if opened.writing is None else Record.from_json(row.record)
+            source = ("", None, None) if record is None else (record.source, record.dataset_id, record.shard_id)
+            url, dataset_id, shard_id = source
+            figures = (row.charge_bytes, folder.is_pinned(row.name), row.uses, row.last_use)
+            touched_s = folder.touched_s(row.name)
+            entries.append(Entry(row.name, url, *figures, dataset_id, shard_id, touched_s, row.name not in whole))
+        return entries
+
+    def _selected(self, selection: Selection) -> list[Entry]:
+        entries = self.entries()
+        if selection is None:
+            return entries
+        if callable(selection):
+            return [entry for entry in entries if selection(entry)]
+        names = set(selection)
+        return [entry for entry in entries if entry.name in names]
 
     def warm(
         self,
@@ -543,8 +558,10 @@ class Cache:
                 certain at the start, nothing is fetched.
             StoreError, CorruptShard: The store failed, or an object is corrupt at its source.
         """
-        options = WarmOptions(jobs, on_progress, ranges)
-        return warm(self._open(), self._cached(store), list(wanted), options=options)
+        opened = self._open()
+        opened.writable().accounts.reconcile()
+        plan = plan_warm(opened, _copy_specs(store, wanted), ranges, check_sizes=True)
+        return warm(opened, _inner(store), plan, jobs=jobs, on_progress=on_progress)
 
     def plan_warm(
         self, store: Store, wanted: Iterable[tuple[str, ShardIdentity | None]], *, ranges: Ranges = _WHOLE
@@ -556,7 +573,7 @@ class Cache:
         Raises:
             StoreError: The store failed.
         """
-        return plan_warm(self._open(), self._cached(store), list(wanted), ranges)
+        return plan_warm(self._open(), _copy_specs(store, wanted), ranges)
 
     def pin(self, store: Store, wanted: Iterable[tuple[str, ShardIdentity | None]], *, jobs: int = 4) -> WarmReport:
         """Fetch copies as warm() does, and pin them: a pinned copy is never evicted.
@@ -571,18 +588,32 @@ class Cache:
         """
         pairs = list(wanted)
         report = self.warm(store, pairs, jobs=jobs)
-        admin.pin(self._open(), self._cached(store), pairs)
+        opened = self._open()
+        for spec in _copy_specs(store, pairs):
+            # The reader's lock settles the race with an evictor: the evictor sees the pin, or it took the copy before
+            # this lock.
+            lease = opened.hit(spec.name, spec.n_bytes)
+            if lease is None:
+                raise StoreError("evicted before it could be pinned", url=f"{store.url}/{spec.key}", retryable=True)
+            with lease:
+                opened.folder.pin(spec.name)
         return report
 
-    def unpin(self, selection: admin.Selection = None) -> int:
+    def unpin(self, selection: Selection = None) -> int:
         """Unpin copies and return how many were pinned.
 
         Args:
             selection: Names of copies, a predicate on Entry, or None for all copies.
         """
-        return admin.unpin(self._open(), selection)
+        opened = self._open()
+        opened.writable()
+        n_unpinned = sum(opened.folder.unpin(entry.name) for entry in self._selected(selection) if entry.pinned)
+        if selection is None:
+            for name in opened.folder.names(".pin"):  # of corrupt copies that are not fetched again yet
+                opened.folder.unpin(name)
+        return n_unpinned
 
-    def evict(self, selection: admin.Selection = None, *, target_bytes: int | None = None) -> int:
+    def evict(self, selection: Selection = None, *, target_bytes: int | None = None) -> int:
         """Delete copies, except those that are pinned, leased or of unknown source; return the number of bytes freed.
 
         Args:
@@ -590,7 +621,22 @@ class Cache:
             target_bytes: Size in bytes of the whole cache at which eviction stops, least recently used copies first;
                 None deletes all selected copies.
         """
-        return admin.evict(self._open(), selection, target_bytes)
+        opened, selected, freed_bytes = self._open(), self._selected(selection), 0
+        folder, least_bytes = opened.folder, target_bytes or 0
+        if opened.waits_for_disk_space:  # the disk is too full to open the accounts
+            used_bytes = sum(folder.sizes().values())
+            for entry in selected:
+                if opened.writing is not None or used_bytes - freed_bytes <= least_bytes:
+                    break
+                if entry.source and delete_copy(folder, entry.name):
+                    freed_bytes += entry.n_bytes
+                    opened.retry_writing()
+            if opened.writing is None:
+                return freed_bytes
+        writing, names = opened.writable(), {entry.name for entry in selected}
+        rows = [row for row in writing.accounts.rows() if row.name in names]
+        need_bytes = math.inf if target_bytes is None else writing.accounts.sums()[0] - target_bytes
+        return freed_bytes + (writing.evictor.evict(rows, need_bytes=need_bytes) if need_bytes > 0 else 0)
 
     def verify(
         self,
@@ -614,14 +660,29 @@ class Cache:
         Raises:
             ValueError: jobs is less than 1, or store is given without repair=True.
         """
+        if jobs < 1:
+            raise ValueError(f"jobs must be 1 or more, got {jobs}")
         if store is not None and not repair:
             raise ValueError("verify(store=...) fetches corrupt copies again, which requires repair=True")
-        cached = None if store is None else self._cached(store)
-        chosen = None if names is None else frozenset(names)
-        return check.check(self._open(), check.CheckOptions(jobs, repair, cached, chosen, on_progress))
+        opened = self._open()
+        existing = opened.folder.sizes().keys()
+        chosen = sorted(existing if names is None else existing & frozenset(names))
+        inner = None if store is None else _inner(store)
+        return verify_copies(opened, chosen, jobs=jobs, repair=repair, store=inner, on_progress=on_progress)
 
-    def _cached(self, store: Store) -> CachedStore:
-        return store if isinstance(store, CachedStore) else self.store(store)
+
+def _inner(store: Store) -> Store:
+    return store.inner if isinstance(store, CachedStore) else store
+
+
+def _copy_specs(store: Store, wanted: Iterable[tuple[str, ShardIdentity | None]]) -> list[CopySpec]:
+    specs, spec_of = [], store.spec_of if isinstance(store, CachedStore) else partial(copy_spec, store)
+    for key, identity in wanted:
+        spec = spec_of(key, identity)
+        if spec is None:
+            raise StoreError("cannot be cached: it has no ETag, version or date", url=f"{store.url}/{key}")
+        specs.append(spec)
+    return specs
 
 
 def _rebuild(options: CacheOptions) -> Cache:
@@ -635,15 +696,42 @@ def _rebuild(options: CacheOptions) -> Cache:
 
 
 def drop_objects(cache: Cache, sources: Sequence[str]) -> None:
-    """Evict the copies of objects without identity at some URLs and below them.
+    """Evict the copies of objects without identity at these URLs (without credentials) and below them.
 
-    Args:
-        cache: Cache that has the copies.
-        sources: URLs without credentials.
+    A copy that is being read stays for now.
     """
-    session = cache._while_reading()  # noqa: SLF001 - of one file
-    if session is not None:
-        admin.drop_objects(session, sources)
+    session = cache._session_or_none()  # noqa: SLF001 - of one file
+    if session is None or session.writing is None or not sources:
+        return
+    # One query for all URLs: the accounts are searched for their common prefix, as JSON encodes it.
+    common = json.dumps(os.path.commonprefix(list(sources)))[1:-1]  # noqa: RUF071 - of strings, not of paths
+    exact, below = set(sources), tuple(f"{source}/" for source in sources)
+    rows = []
+    for row in session.writing.accounts.rows_with(common):
+        record = Record.from_json(row.record)
+        source = "" if record is None or record.shard_id else record.source
+        if source in exact or source.startswith(below):
+            rows.append(row)
+    session.writing.evictor.evict(rows)
+
+
+def _holders(opened: CacheSession) -> list[Holder]:
+    """Return the processes that have the cache open or read copies, by process number.
+
+    The copies that each process holds are known only if the system lists locks and the process that locked a copy still
+    runs.
+    """
+    folder, inodes = opened.folder, {}
+    for name in folder.sizes():
+        for file in (f"{name}.part", name):
+            with suppress(OSError):
+                inodes[name] = os.lstat(folder.copy_path(file)).st_ino
+    found = {holder.pid: holder for holder in holders_of(folder.copies, inodes)}
+    if opened.writing is not None:
+        for owner in map(Owner.parse, opened.writing.owners.limits()):
+            if owner is not None and owner.runs():
+                found.setdefault(owner.pid, Holder(owner.pid, command_of(owner.pid)))
+    return [found[pid] for pid in sorted(found)]
 
 
 _caches: weakref.WeakSet[Cache] = weakref.WeakSet()
@@ -659,94 +747,3 @@ def _renew_all() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_all)
-
-
-Verify = Literal["first", "always", "never"]
-
-
-@dataclass(frozen=True, slots=True)
-class DatasetSource:
-    """The URL of a data set and how it is read: everything except the version and the columns. Picklable.
-
-    Attributes:
-        url: URL of the data set.
-        cache: A Cache; None uses Cache.default() for a data set that is not local; False uses no cache.
-        verify: When pages are checked against their checksums.
-        storage_options: Options of the store.
-        casts: Casts of columns.
-    """
-
-    url: str
-    cache: Cache | Literal[False] | None = None
-    verify: Verify = "first"
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
-    casts: Casts = field(default_factory=dict)
-
-    def open(self) -> Store:
-        """Open the store of the data set, without a cache."""
-        return open_store(self.url, **self.storage_options)
-
-    def cache_of(self, store: Store) -> Cache | None:
-        """Return the cache through which a store is read; None: the store is read directly."""
-        if isinstance(self.cache, Cache):
-            return self.cache
-        if self.cache is False or isinstance(store, LocalStore | MemoryStore):
-            return None
-        return _default_cache()
-
-    def cached(self, store: Store) -> Store:
-        """Return the store with the cache around it, or the store itself if no cache applies."""
-        cache = self.cache_of(store)
-        return store if cache is None else cache.store(store)
-
-
-def _default_cache() -> Cache | None:
-    """Return the configured cache; None, with a warning, if its folder cannot be used.
-
-    The user did not ask for this cache by name, so the failure is not an error.
-    """
-    try:
-        return Cache.default()
-    except OSError as error:
-        warnings.warn(
-            f"the cache cannot be used, so every epoch is fetched again: {error}; set TIERCACHE_CACHE_DIR to a "
-            "writable folder, or pass cache=False",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-
-
-# The combinations of data set, size and cache that were warned about: once per process is enough.
-_warned: set[tuple[str, int, str]] = set()
-
-
-def warn_if_larger(url: str, dataset_id: str, shard_bytes: NDArray[np.int64], cache: Cache) -> None:
-    """Warn once per process about a data set that the cache cannot hold as a whole.
-
-    If the data set fits, the cache itself warns later, when it has no space.
-
-    Args:
-        url: URL of the data set.
-        dataset_id: Identifier of the data set.
-        shard_bytes: Size of each shard in bytes, int64[n]. A shard larger than the cache is never cached; it is read by
-            ranges.
-        cache: Cache through which the data set is read.
-    """
-    limit_bytes, n_bytes = cache.limit_bytes, int(shard_bytes.sum())
-    reason = (url, n_bytes, str(cache.path))
-    if n_bytes <= limit_bytes:
-        cache.expect(dataset_id, f"{url} ({format_bytes(n_bytes)} of shards)")
-    if n_bytes <= limit_bytes or reason in _warned:
-        return
-    _warned.add(reason)
-    fits = shard_bytes <= limit_bytes
-    more_bytes = n_bytes - min(limit_bytes, int(shard_bytes[fits].sum()))
-    larger = "" if fits.all() else f", {(~fits).sum():,} of {len(fits):,} shards because each exceeds the whole cache"
-    warnings.warn(
-        f"{url}: {format_bytes(n_bytes)} of shards, but the cache in {cache.path} holds {format_bytes(limit_bytes)}: "
-        f"{format_bytes(more_bytes)} ({more_bytes / n_bytes:.0%}) will be fetched again in every epoch{larger}; "
-        "a larger cache (TIERCACHE_CACHE_SIZE, or cache=Cache(path, size=...)) avoids that",
-        RuntimeWarning,
-        stacklevel=2,
-    )

@@ -8,23 +8,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from tiercache.cache.fetch.partial import hold_part, wrong_units
 from tiercache.cache.fetch.units import bytes_of, read_checksum
-from tiercache.cache.machine import NameLock, try_shared
-from tiercache.cache.names import CopySpec, Record
+from tiercache.cache.locks import NameLock, try_shared
+from tiercache.cache.names import Record, copy_spec
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.shard.read.verify import verify_shard
-from tiercache.store import LocalFolder, redact
+from tiercache.store import LocalFolder, Store, redact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from tiercache.cache.cache import CachedStore
-    from tiercache.cache.fetch.partial import CopyHandle
     from tiercache.cache.session import CacheSession
 
 _MOST_FINDINGS = 4
@@ -49,7 +48,7 @@ class CopyCheck:
         name: Name of the copy, a hash.
         source: URL without credentials, "" if unknown.
         n_bytes: Number of bytes that were read; for a partial copy, those of its units.
-        state: Result; see State.
+        state: Result.
         in_part: Whether the copy is partial.
         where: Defects of the copy, as texts for the user; empty if the copy is right.
         removed: Whether the copy was deleted.
@@ -97,44 +96,34 @@ class VerifyReport:
         return all(one.removed for one in self.wrong)
 
 
-@dataclass(frozen=True, slots=True)
-class CheckOptions:
-    """The arguments of Cache.verify."""
-
-    jobs: int = 4
-    repair: bool = False
-    store: CachedStore | None = None
-    names: frozenset[str] | None = None
-    on_progress: Callable[[CheckProgress], None] | None = None
-
-    def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise ValueError(f"jobs must be 1 or more, got {self.jobs}")
-
-
-def check(opened: CacheSession, options: CheckOptions) -> VerifyReport:
-    """Verify the copies. See Cache.verify."""
-    here = opened.folder.sizes().keys()
-    names = sorted(here if options.names is None else here & options.names)
+def verify_copies(
+    opened: CacheSession,
+    names: Sequence[str],
+    *,
+    jobs: int,
+    repair: bool,
+    store: Store | None,
+    on_progress: Callable[[CheckProgress], None] | None,
+) -> VerifyReport:
+    """Verify these copies, and remove corrupt ones (repair) or fetch them again (store). See Cache.verify."""
     found: list[CopyCheck] = []
-    pool = ThreadPoolExecutor(options.jobs, "tiercache-verify")
+    pool = ThreadPoolExecutor(jobs, "tiercache-verify")
     try:
-        mender = _Repairer(opened, options.store) if options.repair else None
-        for number, one in enumerate(pool.map(lambda name: _check_one(opened, name, mender), names)):
+        for number, one in enumerate(pool.map(partial(_check_one, opened, repair, store), names), start=1):
             if one is not None:
                 found.append(one)
-                if options.on_progress is not None:
-                    options.on_progress(CheckProgress(number + 1, len(names), one))
+                if on_progress is not None:
+                    on_progress(CheckProgress(number, len(names), one))
     finally:
         pool.shutdown(cancel_futures=True)
     return VerifyReport(tuple(found))
 
 
-def _check_one(opened: CacheSession, name: str, mender: _Repairer | None) -> CopyCheck | None:
-    """Return the result for a copy, repaired if a mender is given; None: the copy is gone."""
+def _check_one(opened: CacheSession, repair: bool, store: Store | None, name: str) -> CopyCheck | None:
+    """Return the result for a copy, repaired if requested; None: the copy is gone."""
     fd = opened.folder.open_copy(name)
     if fd is None:
-        return _check_part(opened, name, mender)
+        return _check_partial_copy(opened, name, repair=repair)
     try:
         try_shared(fd)  # prevents eviction during the check
         with suppress(OSError):
@@ -143,9 +132,9 @@ def _check_one(opened: CacheSession, name: str, mender: _Repairer | None) -> Cop
         checked = _check_copy(fd, name, record)
         if checked.state is CopyState.DAMAGED and checked.source.endswith(_SHARD):
             checked = replace(checked, where=(*checked.where, *_findings(opened, name)))
-        if mender is None or checked.state in (CopyState.OK, CopyState.UNKNOWN):
+        if not repair or checked.state in (CopyState.OK, CopyState.UNKNOWN):
             return checked
-        return mender.repair(checked, fd, record)
+        return _repair(opened, checked, fd, record, store)
     finally:
         os.close(fd)
 
@@ -155,17 +144,18 @@ def _check_copy(fd: int, name: str, record: Record | None) -> CopyCheck:
     n_bytes = os.fstat(fd).st_size
     if record is None or record.crc32c is None:
         return CopyCheck(name, "" if record is None else record.source, 0, CopyState.UNKNOWN)
-    right = CopyCheck(name, record.source, n_bytes, CopyState.OK)
+    state, defect = CopyState.DAMAGED, ""
     if n_bytes != record.n_bytes:
-        said = f"it has {n_bytes:,} bytes instead of {record.n_bytes:,}"
-        return replace(right, state=CopyState.DAMAGED, where=(said,))
-    whole, offset, _ = read_checksum(fd, n_bytes)
-    if offset < n_bytes:
-        return replace(right, state=CopyState.UNREADABLE, where=(f"it cannot be read at offset {offset}",))
-    if whole != record.crc32c:
-        said = f"its CRC-32C is {whole:08x}, expected {record.crc32c:08x}"
-        return replace(right, state=CopyState.DAMAGED, where=(said,))
-    return right
+        defect = f"it has {n_bytes:,} bytes instead of {record.n_bytes:,}"
+    else:
+        crc, offset, _ = read_checksum(fd, n_bytes)
+        if offset < n_bytes:
+            state, defect = CopyState.UNREADABLE, f"it cannot be read at offset {offset}"
+        elif crc != record.crc32c:
+            defect = f"its CRC-32C is {crc:08x}, expected {record.crc32c:08x}"
+    if not defect:
+        return CopyCheck(name, record.source, n_bytes, CopyState.OK)
+    return CopyCheck(name, record.source, n_bytes, state, where=(defect,))
 
 
 def _findings(opened: CacheSession, name: str) -> list[str]:
@@ -178,7 +168,7 @@ def _findings(opened: CacheSession, name: str) -> list[str]:
     return found
 
 
-def _check_part(opened: CacheSession, name: str, mender: _Repairer | None) -> CopyCheck | None:
+def _check_partial_copy(opened: CacheSession, name: str, *, repair: bool) -> CopyCheck | None:
     try:
         n_bytes = os.lstat(opened.folder.copy_path(f"{name}.part")).st_size
     except OSError:
@@ -186,82 +176,65 @@ def _check_part(opened: CacheSession, name: str, mender: _Repairer | None) -> Co
     record = opened.folder.read_record(name)
     unknown = CopyCheck(name, "" if record is None else record.source, 0, CopyState.UNKNOWN, in_part=True)
     held = hold_part(opened.folder, name, n_bytes)
-    if held is None:  # of an earlier boot, or being created: the next fetch verifies it first
+    if held is None or held.presence is None:  # of an earlier boot, or being created: the next fetch verifies it first
         return unknown
     try:
-        wrong, n_read = _wrong_units(held)
+        wrong, n_read = wrong_units(held.fd, held.presence), bytes_of(held.presence.mask(), n_bytes)
     finally:
         held.close()
     if not wrong:
         return replace(unknown, n_bytes=n_read, state=CopyState.OK)
-    said = f"{len(wrong)} units are damaged, the first at offset {wrong[0]}"
-    checked = replace(unknown, n_bytes=n_read, state=CopyState.DAMAGED, where=(said,))
-    return checked if mender is None else mender.drop_part(checked)
+    defect = f"{len(wrong)} units are damaged, the first at offset {wrong[0]}"
+    checked = replace(unknown, n_bytes=n_read, state=CopyState.DAMAGED, where=(defect,))
+    return _remove_partial_copy(opened, checked) if repair else checked
 
 
-def _wrong_units(held: CopyHandle) -> tuple[list[int], int]:
-    """Return the offsets of the corrupt units of a partial copy, and the number of bytes that are present."""
-    presence = held.presence
-    if presence is None:
-        return [], 0
-    return wrong_units(held.fd, presence), bytes_of(presence.mask(), presence.n_bytes)
+def _remove_partial_copy(opened: CacheSession, checked: CopyCheck) -> CopyCheck:
+    """Delete a corrupt partial copy. The next fetch starts it again."""
+    lock = NameLock(opened.folder.locks / checked.name)
+    try:
+        if opened.writing is None or not lock.try_acquire():
+            return checked
+        opened.folder.remove_copy(checked.name)
+        opened.writing.accounts.remove([checked.name])
+    except OSError as error:
+        return replace(checked, where=(*checked.where, f"it cannot be removed: {error}"))
+    finally:
+        lock.release()
+    return replace(checked, removed=True)
 
 
-class _Repairer:
-    """Removes corrupt copies, and fetches them again if it has the store that they came from."""
-
-    def __init__(self, opened: CacheSession, store: CachedStore | None) -> None:
-        self._opened, self._store = opened, store
-
-    def repair(self, checked: CopyCheck, fd: int, record: Record | None) -> CopyCheck:
-        """Remove a corrupt copy and fetch it again; a step that failed is described in `where`."""
-        try:
-            removed = self._opened.remove_corrupt(checked.name, fd)
-        except OSError as error:
-            return replace(checked, where=(*checked.where, f"it cannot be removed: {error}"))
-        if not removed or record is None or self._store is None:
-            return replace(checked, removed=removed)
-        try:
-            verdict = self._fetch(self._store, checked.name, record)
-        except (StoreError, CorruptShard, OSError) as error:
-            verdict = f"it could not be fetched again: {error}"
-        done = verdict is None
-        return replace(checked, removed=True, repaired=done, where=(*checked.where, *([] if done else [str(verdict)])))
-
-    def _fetch(self, store: CachedStore, name: str, record: Record) -> str | None:
-        """Fetch a copy again; return None if it is right now, else the reason."""
-        prefix = f"{redact(store.url)}/"
-        if not record.source.startswith(prefix):
-            return f"it came from another store than {store.url}"
-        wanted = wanted_of(store, record.source.removeprefix(prefix), record)
-        if wanted is None or wanted.name != name:
-            return "the object has changed at its source since"
-        lease = self._opened.open(wanted, store.inner)
-        if lease is None:
-            return "the cache has no space for it"
-        with lease:
-            if not lease.wait([ByteRange(0, wanted.n_bytes)]):
-                return "it is corrupt at its source too, or the cache has no space for it"
-        return None
-
-    def drop_part(self, checked: CopyCheck) -> CopyCheck:
-        """Delete a corrupt partial copy. The next fetch starts it again."""
-        writing = self._opened.writing
-        lock = NameLock(self._opened.folder.locks / checked.name)
-        try:
-            if writing is None or not lock.try_acquire():
-                return checked
-            self._opened.folder.remove_copy(checked.name)
-            writing.accounts.remove([checked.name])
-        except OSError as error:
-            return replace(checked, where=(*checked.where, f"it cannot be removed: {error}"))
-        finally:
-            lock.release()
-        return replace(checked, removed=True)
+def _repair(opened: CacheSession, checked: CopyCheck, fd: int, record: Record | None, store: Store | None) -> CopyCheck:
+    """Remove a corrupt copy and fetch it again; a step that failed is described in `where`."""
+    try:
+        removed = opened.remove_corrupt(checked.name, fd)
+    except OSError as error:
+        return replace(checked, where=(*checked.where, f"it cannot be removed: {error}"))
+    if not removed or record is None or store is None:
+        return replace(checked, removed=removed)
+    try:
+        failure = _fetch_again(opened, store, checked.name, record)
+    except (StoreError, CorruptShard, OSError) as error:
+        failure = f"it could not be fetched again: {error}"
+    where = checked.where if failure is None else (*checked.where, failure)
+    return replace(checked, removed=True, repaired=failure is None, where=where)
 
 
-def wanted_of(store: CachedStore, key: str, record: Record) -> CopySpec | None:
-    """Return the specification with which the copy of a record can be fetched again."""
-    if record.dataset_id is None or record.shard_id is None or record.crc32c is None:
-        return store.wanted(key)
-    return store.wanted(key, ShardIdentity(record.dataset_id, record.shard_id, record.n_bytes, record.crc32c))
+def _fetch_again(opened: CacheSession, store: Store, name: str, record: Record) -> str | None:
+    """Fetch a copy again; return None if it is right now, else the reason."""
+    prefix = f"{redact(store.url)}/"
+    if not record.source.startswith(prefix):
+        return f"it came from another store than {store.url}"
+    identity = None
+    if record.dataset_id is not None and record.shard_id is not None and record.crc32c is not None:
+        identity = ShardIdentity(record.dataset_id, record.shard_id, record.n_bytes, record.crc32c)
+    spec = copy_spec(store, record.source.removeprefix(prefix), identity)
+    if spec is None or spec.name != name:
+        return "the object has changed at its source since"
+    lease = opened.open(spec, store)
+    if lease is None:
+        return "the cache has no space for it"
+    with lease:
+        if not lease.wait([ByteRange(0, spec.n_bytes)]):
+            return "it is corrupt at its source too, or the cache has no space for it"
+    return None

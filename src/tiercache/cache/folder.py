@@ -15,11 +15,9 @@
     plans/                       the reading plans of the jobs of this machine
     poison/NAME.json             an object that is corrupt at its source; valid for some minutes
 
-Folders have mode 0700, files 0600 and copies 0400, whatever the umask; `Permissions` says who else may read. No file is
-opened, and no folder is entered, through a symbolic link below the root. Only the user could create such a link, so
+Folders have mode 0700, files 0600 and copies 0400, whatever the umask; see folder_access() for shared folders. No file
+is opened, and no folder is entered, through a symbolic link below the root. Only the user could create such a link, so
 reading a copy checks only the copy's own name; opening the cache and starting a fetch check the folders too.
-
-The modes of the folder itself decide about sharing: see `Permissions`.
 """
 
 from __future__ import annotations
@@ -29,23 +27,16 @@ import grp
 import json
 import os
 import pwd
+import re
 import secrets
+import socket
 import stat
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from tiercache.cache.machine import (
-    Owner,
-    close_private,
-    host_name,
-    keep_private,
-    network_file_system,
-    try_exclusive,
-)
+from tiercache.cache.disk import network_file_system
 from tiercache.cache.names import NAME, Record
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.accounts import BLOCK_BYTES
@@ -72,8 +63,7 @@ if TYPE_CHECKING:
 _SHARED_MODE = 0o750
 
 
-@dataclass(frozen=True, slots=True)
-class Permissions:
+class Permissions(NamedTuple):
     """Modes of folders, of files that change, and of complete copies."""
 
     folder: int
@@ -85,26 +75,11 @@ PRIVATE = Permissions(0o700, 0o600, 0o400)
 GROUP = Permissions(0o2750, 0o640, 0o440)
 
 
-@dataclass(frozen=True, slots=True)
-class FolderAccess:
-    """How this user may use the folder of a cache.
+def folder_access(root: Path, *, shared: str | None) -> tuple[Permissions, str | None]:
+    """Return the permissions of new files in an existing folder, and the other user who owns and shares it (or None).
 
-    Attributes:
-        rights: Permissions of new files.
-        owner: Name of the other user who owns and shares the folder; None if it is this user's.
-    """
-
-    rights: Permissions
-    owner: str | None = None
-
-
-def folder_access(root: Path, *, shared: str | None) -> FolderAccess:
-    """Return how this user may use an existing folder. Nothing is changed.
-
-    Args:
-        root: The folder. It may be a symbolic link, because the caller named it; no link below it is ever followed.
-        shared: "group" lets the folder's group read it; for a folder of another user, it says that the contents are
-            trusted.
+    The folder may be a symbolic link, because the caller named it; no link below it is ever followed. shared="group"
+    lets the folder's group read it; for a folder of another user, it says that the contents are trusted.
 
     Raises:
         PermissionError: The folder belongs to another user and is not shared, or the caller did not allow a shared
@@ -112,16 +87,12 @@ def folder_access(root: Path, *, shared: str | None) -> FolderAccess:
         OSError: The folder cannot be examined.
     """
     status = root.stat()
-    if _is_ours(root, status):
+    if status.st_uid == os.geteuid() or _squashes(root, status):
         was_shared = status.st_mode & 0o777 == _SHARED_MODE
-        return FolderAccess(GROUP if was_shared or shared == "group" else PRIVATE)
+        return GROUP if was_shared or shared == "group" else PRIVATE, None
     if shared == "group" and os.access(root, os.R_OK | os.X_OK):
-        return FolderAccess(GROUP, user_name(status.st_uid))
+        return GROUP, user_name(status.st_uid)
     raise PermissionError(errno.EPERM, _foreign(root, status, shared), str(root))
-
-
-def _is_ours(root: Path, status: os.stat_result) -> bool:
-    return status.st_uid == os.geteuid() or _squashes(root, status)
 
 
 def _squashes(root: Path, status: os.stat_result) -> bool:
@@ -163,33 +134,22 @@ def _foreign(root: Path, status: os.stat_result, shared: str | None) -> str:
 
 def user_name(uid: int) -> str:
     """Return the name of a user, or the number of a user without a name."""
-    try:
+    with suppress(KeyError):
         return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+    return str(uid)
 
 
 def group_name(gid: int) -> str:
     """Return the name of a group, or the number of a group without a name."""
-    try:
+    with suppress(KeyError):
         return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)
+    return str(gid)
 
 
 def apply_permissions(root: Path, names: Iterable[str], rights: Permissions) -> None:
-    """Create missing subfolders, and set the permissions of root and of all subfolders.
+    """Create missing subfolders, and set the permissions of root and of all subfolders. Raises OSError.
 
     If the permissions of a folder change, those of its files change too: a private cache becomes a shared one.
-
-    Args:
-        root: Folder of the cache.
-        names: Names of the subfolders.
-        rights: Permissions to set.
-
-    Raises:
-        NotADirectoryError: A link or a file has the name of a folder.
-        OSError: A folder cannot be created.
     """
     is_changed = _set_folder(root.resolve(), rights)
     for name in names:
@@ -229,45 +189,31 @@ def _share_files(folder: Path, rights: Permissions, gid: int) -> None:
 MARKER = "tiercache-cache.json"
 _DEFAULT_SIZE = "default-size.json"
 _DISK_UNIT_BYTES = 512  # unit of st_blocks, independent of the file system's block size
+# Long enough that an epoch does not fetch a corrupt shard for each of its blocks; short enough that a repaired shard is
+# soon cached again.
+POISON_S = 600.0
+# A small file is written in microseconds. An older temporary file has lost its writer, even if a process with that
+# number runs again.
+OLD_TEMP_S = 600.0
 
 
 class Folder:
-    """Paths and file operations of one cache folder.
-
-    It has no state except the paths; safe from any thread and process.
+    """Paths and file operations of one cache folder. It has no other state; safe from any thread and process.
 
     Attributes:
-        network: Name of the network file system of the folder; None on a local disk. On a network file system, every
-            machine has a folder of its own.
-        owner: Name of the other user who owns and shares the folder; None if it is this user's. A folder of another
-            user is only read.
+        network: Name of the network file system, on which every machine has a subfolder of its own; None: local disk.
+        owner: Name of the other user who owns and shares the folder, which is then only read; None: it is this user's.
         rights: Permissions of new files.
-        BELOW: Names of the subfolders.
     """
 
     BELOW: ClassVar = ("copies", "locks", "owners", "plans", "poison")
 
     def __init__(self, path: Path, *, shared: str | None = None) -> None:
-        """Create the folder, or recognise an existing one.
-
-        Args:
-            path: The folder.
-            shared: "group" for a folder that its group may read; see `Permissions`.
-
-        Raises:
-            ValueError: The folder contains other files.
-            PermissionError: The folder belongs to another user.
-            OSError: The folder cannot be created.
-        """
-        stand = _claim(path, shared)
-        self.owner, self.rights = stand.owner, stand.rights
+        """Create the folder, or recognise an existing one; see folder_access(). Raises ValueError and OSError."""
+        self.rights, self.owner = _claim(path, shared)
         self.network = network_file_system(path)
         self.root = path / f"host-{host_name()}" if self.network else path
-        self.copies = self.root / "copies"
-        self.locks = self.root / "locks"
-        self.owners = self.root / "owners"
-        self.plans = self.root / "plans"
-        self.poison = self.root / "poison"
+        self.copies, self.locks, self.owners, self.plans, self.poison = (self.root / name for name in self.BELOW)
         self.catalog = self.root / "catalog.sqlite"
         self._default_size = path / _DEFAULT_SIZE
         self._copies, self._below = str(self.copies), [str(self.root / name) for name in self.BELOW]
@@ -281,12 +227,7 @@ class Folder:
             pass  # a read-only folder can still serve its copies
 
     def ensure(self) -> None:
-        """Create what is missing, for example after the folder was deleted while the cache was open.
-
-        Raises:
-            NotADirectoryError: A link or a file has the name of a folder of the cache.
-            OSError: A folder cannot be created.
-        """
+        """Create what is missing, for example after the folder was deleted while the cache was open. Raises OSError."""
         if self._is_whole():
             return
         if not _has_marker(self.root):
@@ -301,10 +242,7 @@ class Folder:
                 replace_whole(self._default_size, text, self.rights.file)
 
     def _is_whole(self) -> bool:
-        """Return whether the marker and the folders exist with their permissions.
-
-        It runs before every fetch and takes 13 us.
-        """
+        """Return whether the marker and the folders exist with their permissions: 13 us, before every fetch."""
         whole = stat.S_IFDIR | self.rights.folder
         try:
             return _has_marker(self.root) and all(os.lstat(path).st_mode == whole for path in self._below)
@@ -338,10 +276,7 @@ class Folder:
         return self.size_of(name) is not None
 
     def size_of(self, name: str) -> int | None:
-        """Return the size of the copy in bytes.
-
-        None: it does not exist; -1: it is not a regular file and is never read.
-        """
+        """Return the size of the copy in bytes; None: it does not exist; -1: it is no regular file, and never read."""
         try:
             status = os.lstat(self.copy_path(name))
         except OSError:
@@ -350,19 +285,18 @@ class Folder:
 
     def charge_of(self, name: str) -> int | None:
         """Return the bytes that a copy, whole or partial, takes of the size limit; None: it does not exist."""
-        path, taken = self.copy_path(name), {}
+        path, disk_bytes = self.copy_path(name), {}
         for kind in ("", ".part", ".map"):
             with suppress(OSError):
                 status = os.lstat(f"{path}{kind}")
                 if stat.S_ISREG(status.st_mode):
-                    taken[kind] = _taken_by(status, kind)
-        return _charge(taken)
+                    disk_bytes[kind] = _disk_bytes(status, kind)
+        return _charge(disk_bytes)
 
     def touched_s(self, name: str) -> float:
-        """Return the time of the last write or read in seconds since 1970; 0: the copy does not exist.
+        """Return the time of the last write or read in seconds since 1970, as the file system records it (relatime).
 
-        The file system records this time. By default, Linux records reads once a day (relatime), and never on a file
-        system that is mounted with noatime.
+        0: the copy does not exist.
         """
         for path in (self.copy_path(name), self.copy_path(f"{name}.part")):
             with suppress(OSError):
@@ -372,16 +306,16 @@ class Folder:
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes that each copy, whole or partial, takes of the size limit, by name."""
-        taken: dict[str, dict[str, int]] = {}
+        found: dict[str, dict[str, int]] = {}
         # The folder itself may have been deleted.
         with suppress(FileNotFoundError), os.scandir(self.copies) as entries:
             for entry in entries:
-                name, _, kind = entry.name.partition(".")
-                if kind in ("", "part", "map") and NAME.fullmatch(name) and entry.is_file(follow_symlinks=False):
+                name, dot, suffix = entry.name.partition(".")
+                if suffix in ("", "part", "map") and NAME.fullmatch(name) and entry.is_file(follow_symlinks=False):
                     with suppress(FileNotFoundError):  # evicted during the scan
-                        status = entry.stat(follow_symlinks=False)
-                        taken.setdefault(name, {})[f".{kind}" if kind else ""] = _taken_by(status, kind)
-        charges = {name: _charge(parts) for name, parts in taken.items()}
+                        status, kind = entry.stat(follow_symlinks=False), f"{dot}{suffix}"
+                        found.setdefault(name, {})[kind] = _disk_bytes(status, kind)
+        charges = {name: _charge(disk_bytes) for name, disk_bytes in found.items()}
         return {name: charge for name, charge in charges.items() if charge is not None}
 
     def has_file(self, file: str) -> bool:
@@ -450,17 +384,11 @@ class Folder:
         """Give the complete partial copy that fd is open on its final name; return False if the name exists already.
 
         The file is found by its descriptor: on a file system where flock is not enforced, another file may have its
-        path by now.
-
-        Raises:
-            FileNotFoundError: The partial copy was unlinked.
+        path by now. Raises FileNotFoundError if it was unlinked.
         """
         with self._marked("copies") as folder_fd:
-            source = f"/proc/self/fd/{fd}"
-            if not os.path.exists(source):  # noqa: PTH110 - a link
-                source = f"{name}.part"
             try:
-                os.link(source, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+                os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=folder_fd)
             except FileExistsError:
                 return False
             except OSError as error:
@@ -480,10 +408,7 @@ class Folder:
     # -- deleting ---------------------------------------------------------------------------------------------------
 
     def remove_copy(self, name: str) -> None:
-        """Delete a copy, whole or partial, and its record.
-
-        The caller knows that the object can be fetched again, or that the copy is corrupt.
-        """
+        """Delete a copy, whole or partial, and its record: it can be fetched again, or is corrupt."""
         # The copy first: a sweep removes a record without a copy, but a copy without a record could not be evicted.
         self._remove(name)
         self.remove_part(name)
@@ -499,10 +424,7 @@ class Folder:
         return self.remove_file("copies", file)
 
     def remove_file(self, below: str, file: str) -> bool:
-        """Delete a file of a subfolder in BELOW ("" for the root); return False if it did not exist.
-
-        Of a link, the link itself is deleted.
-        """
+        """Delete a file, or a link, of a subfolder in BELOW ("" for the root); return False if it did not exist."""
         if below not in ("", *self.BELOW) or "/" in file:
             raise ValueError(f"not a file of the cache: {below}/{file}")
         try:
@@ -512,13 +434,66 @@ class Folder:
             return False
         return True
 
-    def remove_quarantine(self) -> None:
-        """Delete the folder of corrupt copies and reports that development versions kept."""
+    def sweep_temp_files(self) -> None:
+        """Remove temporary files whose writers no longer run, or that are older than OLD_TEMP_S. Raises OSError."""
+        for below in ("", *self.BELOW):
+            with suppress(FileNotFoundError):
+                for file in os.listdir(self.root / below):  # noqa: PTH208 - names, thousands of them
+                    if file.startswith(".") and self._is_left(below, file):
+                        self.remove_file(below, file)
+
+    def _is_left(self, below: str, file: str) -> bool:
+        maker = maker_of(file)
+        if maker is None:
+            return False
+        if maker[0] == pid_namespace() and start_time(maker[1]) is None:
+            return True
+        try:
+            return _age_s(self.root / below / file) > OLD_TEMP_S
+        except FileNotFoundError:
+            return False
+
+    # -- objects that are corrupt at their source; for POISON_S they are not fetched again -----------------------------
+
+    def add_corrupt_source(self, name: str, url: str, expected: int | None, found: int | None) -> None:
+        """Record that an object is corrupt at its source, and delete old records. Raises OSError.
+
+        expected and found are CRC-32C values of the whole object; None if unknown.
+        """
+        crash_point("poison.found")
+        record = {"format": 0, "url": url, "expected": expected, "found": found}
+        replace_whole(self.poison / f"{name}.json", json.dumps(record) + "\n", self.rights.file)
+        crash_point("poison.noted")
+        self.sweep_corrupt_sources()
+
+    def corrupt_source(self, name: str) -> dict[str, Any] | None:
+        """Return the url, expected and found checksum of an object that is known to be corrupt; None: it is not."""
+        path = f"{self.poison}/{name}.json"
+        try:
+            if _age_s(path) >= POISON_S:
+                return None
+            record = json.loads(read_text(path))
+            sums = {key: None if record[key] is None else int(record[key]) for key in ("expected", "found")}
+            return {"url": str(record["url"]), **sums}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def corrupt_sources(self) -> dict[str, dict[str, Any]]:
+        """Return corrupt_source() of all objects that are known to be corrupt and are not cached, by name."""
+        found = {name: self.corrupt_source(name) for name in self._poisoned() if not self.has_copy(name)}
+        return {name: source for name, source in found.items() if source is not None}
+
+    def sweep_corrupt_sources(self) -> None:
+        """Remove records that are too old."""
+        for name in self._poisoned():
+            with suppress(FileNotFoundError):
+                if _age_s(self.poison / f"{name}.json") >= POISON_S:
+                    self.remove_file("poison", f"{name}.json")
+
+    def _poisoned(self) -> list[str]:
         with suppress(OSError):
-            with self._marked("quarantine") as fd:
-                for file in os.listdir(fd):  # noqa: PTH208 - of a descriptor
-                    os.unlink(file, dir_fd=fd)
-            (self.root / "quarantine").rmdir()
+            return [f.stem for f in self.poison.iterdir() if f.suffix == ".json" and NAME.fullmatch(f.stem)]
+        return []
 
     @contextmanager
     def _marked(self, below: str) -> Iterator[int]:
@@ -536,7 +511,7 @@ class Folder:
             os.close(fd)
 
 
-def _taken_by(status: os.stat_result, kind: str) -> int:
+def _disk_bytes(status: os.stat_result, kind: str) -> int:
     """Return the disk space of a copy (kind ""), a partial copy or a map; for a copy, at least its size.
 
     It can exceed the size by a block: ext4 keeps the extents of a file that was written in pieces in an extra block,
@@ -546,48 +521,52 @@ def _taken_by(status: os.stat_result, kind: str) -> int:
     return n_bytes if kind else max(n_bytes, -(-status.st_size // BLOCK_BYTES) * BLOCK_BYTES)
 
 
-def _charge(taken: dict[str, int]) -> int | None:
+def _charge(disk_bytes: dict[str, int]) -> int | None:
     """Return the disk space of the files of one name, with the block of the record; None for a map alone.
 
-    Args:
-        taken: Bytes by kind: "" (the copy), ".part" (a file just published: the copy itself), ".map".
+    disk_bytes is by kind: "" (the copy), ".part" (beside a copy: the copy itself, just published), ".map".
     """
-    data = taken.get("", taken.get(".part"))
-    return None if data is None else charge_bytes(data + taken.get(".map", 0))
+    data = disk_bytes.get("", disk_bytes.get(".part"))
+    return None if data is None else charge_bytes(data + disk_bytes.get(".map", 0))
+
+
+def host_name() -> str:
+    """Return the name of this machine, with only characters that are safe in a file name."""
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:100] or "host"
 
 
 def default_size_bytes(path: Path, first: int, *, shared: str | None = None) -> int:
     """Return the size with which the cache in path was last opened; for a new cache, record and return `first`."""
     file = path / _DEFAULT_SIZE
-    stand = _claim(path, shared)
+    rights, _ = _claim(path, shared)
     with suppress(OSError):
-        link_whole(file, json.dumps({"size_bytes": first}) + "\n", stand.rights.file)
+        link_whole(file, json.dumps({"size_bytes": first}) + "\n", rights.file)
     try:
         return int(json.loads(read_text(file))["size_bytes"])
     except (OSError, ValueError, KeyError, TypeError):
         return first
 
 
-def _claim(path: Path, shared: str | None) -> FolderAccess:
+def _claim(path: Path, shared: str | None) -> tuple[Permissions, str | None]:
     """Create the folder and its marker, or find the marker. A folder that is no cache is not changed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
         crash_point("marker.folder")
-    stand = folder_access(path, shared=shared)
+    rights, owner = folder_access(path, shared=shared)
     if _has_marker(path):
-        return stand
-    if stand.owner is not None:
-        raise ValueError(f"{path}: {stand.owner} has no cache there (no {MARKER})")
+        return rights, owner
+    if owner is not None:
+        raise ValueError(f"{path}: {owner} has no cache there (no {MARKER})")
     # Two processes may create the cache at the same time: each sees at most the unfinished marker of the other.
     names = [entry.name for entry in path.iterdir()]
     if not _has_marker(path) and not all(name.startswith((f".{MARKER}.", ".probe.")) for name in names):
         raise ValueError(f"{path}: not a cache (no {MARKER}) and not empty; a cache needs a folder of its own")
-    _write_marker(path, stand.rights.file)
+    _write_marker(path, rights.file)
     # The mode of an existing empty folder says nothing about sharing.
     rights = GROUP if shared == "group" else PRIVATE
     apply_permissions(path, (), rights)
-    return FolderAccess(rights)
+    return rights, None
 
 
 def _has_marker(root: Path) -> bool:
@@ -603,156 +582,6 @@ def _write_marker(path: Path, mode: int) -> None:
     crash_point("marker.written")
 
 
-# A small file is written in microseconds. An older temporary file has lost its writer, even if a process with that
-# number runs again.
-OLD_S = 600.0
-
-
-def sweep_temp_files(folder: Folder) -> None:
-    """Remove temporary files whose writers no longer run, or that are older than OLD_S. Raises OSError."""
-    for below in ("", *folder.BELOW):
-        with suppress(FileNotFoundError):
-            for file in os.listdir(folder.root / below):  # noqa: PTH208 - names, thousands of them
-                if file.startswith(".") and _is_left(folder, below, file):
-                    folder.remove_file(below, file)
-
-
-def _is_left(folder: Folder, below: str, file: str) -> bool:
-    maker = maker_of(file)
-    if maker is None:
-        return False
-    if maker[0] == pid_namespace() and start_time(maker[1]) is None:
-        return True
-    try:
-        return abs(time.time() - (folder.root / below / file).lstat().st_mtime) > OLD_S
-    except FileNotFoundError:
-        return False
-
-
-_open_here: set[str] = set()
-
-
-class Owners:
-    """This process as an owner, and the state of the other owners. Safe from any thread."""
-
-    def __init__(self, folder: Folder, limit_bytes: int) -> None:
-        """Create the owner file. Raises OSError if the folder is not writable."""
-        self._folder, self._limit_bytes, self._lock = folder, limit_bytes, Lock()
-        self.me = Owner.of_this_process()
-        self.is_closed = False
-        self._fd = self._make()
-        _open_here.add(str(self.me))
-
-    def _make(self) -> int:
-        fd = open_file(self._folder.owners / str(self.me), os.O_RDWR | os.O_CREAT, self._folder.rights.file)
-        try:
-            crash_point("owner.made")
-            try_exclusive(fd)
-            crash_point("owner.locked")
-            os.pwrite(fd, json.dumps({"limit_bytes": self._limit_bytes}).encode(), 0)
-        except BaseException:
-            os.close(fd)
-            with suppress(OSError):
-                self._folder.remove_file("owners", str(self.me))
-            raise
-        crash_point("owner.written")
-        return keep_private(fd)
-
-    def ensure(self) -> None:
-        """Recreate the folder and the owner file if they were deleted. Raises OSError after close()."""
-        # Two fetches may find it deleted: the second would close the file that the first has just locked.
-        with self._lock:
-            if self.is_closed:  # called during a close: another file may have this descriptor number now
-                raise OSError(errno.EBADF, f"cache {self._folder.root} is closed")
-            self._folder.ensure()
-            if not os.fstat(self._fd).st_nlink:
-                fd, self._fd = self._fd, self._make()
-                close_private(fd)
-
-    def alive(self, text: str) -> bool:
-        """Return whether the process of an owner still has the cache open.
-
-        The process number, start time and boot decide if they can be compared; otherwise (another container) the lock
-        of the owner file decides.
-        """
-        owner = Owner.parse(text)
-        if owner is None:
-            return False
-        if owner.pid == self.me.pid and owner.started == self.me.started and owner.namespace == self.me.namespace:
-            return text in _open_here
-        runs = owner.runs()
-        return self._is_locked(text) if runs is None else runs
-
-    def _is_locked(self, text: str) -> bool:
-        try:
-            fd = open_file(self._folder.owners / text, os.O_RDONLY)
-        except OSError:
-            return False
-        try:
-            return not try_exclusive(fd)
-        finally:
-            os.close(fd)
-
-    def remove_files_of(self, text: str) -> None:
-        """Remove the file of a dead owner. Its partial copies stay: the next fetch of each continues there."""
-        with suppress(FileNotFoundError):
-            crash_point("owner.buried")
-            if Owner.parse(text) is not None:
-                self._folder.remove_file("owners", text)
-
-    def remove_files_of_dead(self) -> None:
-        """Remove the files of all dead owners."""
-        for text in [file.name for file in self._folder.owners.iterdir()]:
-            if not self.alive(text):
-                self.remove_files_of(text)
-
-    def limits(self) -> dict[str, int]:
-        """Return the size limit in bytes of every live owner."""
-        limits = {str(self.me): self._limit_bytes}
-        with suppress(FileNotFoundError):
-            for file in self._folder.owners.iterdir():
-                with suppress(OSError, ValueError, KeyError, TypeError):
-                    note = json.loads(read_text(file))
-                    if self.alive(file.name):
-                        limits[file.name] = int(note["limit_bytes"])
-        return limits
-
-    # -- queries of the accounts ---------------------------------------------------------------------------------------
-
-    def running_fetches(self) -> list[tuple[str, str, int]]:
-        """Return (owner, name, bytes) of what each fetch may still add, as its lock file says.
-
-        A fetch writes this note before it reserves, and clears it before it commits. Notes of dead owners are included.
-        """
-        found: list[tuple[str, str, int]] = []
-        with suppress(OSError):
-            for file in self._folder.locks.iterdir():
-                # Not the lock of a fetch, or released meanwhile.
-                with suppress(OSError, ValueError, KeyError, TypeError):
-                    note = json.loads(read_text(file))
-                    coming = str(note["owner"]), file.name, int(note["reserved_bytes"])
-                    if coming[2] > 0 and NAME.fullmatch(file.name):
-                        found.append(coming)
-        return found
-
-    def charge_of(self, name: str) -> int | None:
-        """Return the bytes that a copy, whole or partial, takes of the size limit; None: it does not exist."""
-        return self._folder.charge_of(name)
-
-    def charges(self) -> dict[str, int]:
-        """Return the bytes that each copy, whole or partial, takes of the size limit, by name."""
-        return self._folder.sizes()
-
-    def record(self, name: str) -> str:
-        """Return the record of a copy, "" if there is none."""
-        record = self._folder.read_record(name)
-        return "" if record is None else record.to_json()
-
-    def close(self) -> None:
-        """Remove the owner file. Must be called only once."""
-        with self._lock:
-            self.is_closed = True
-        _open_here.discard(str(self.me))
-        with suppress(OSError):
-            self._folder.remove_file("owners", str(self.me))
-        close_private(self._fd)
+def _age_s(path: str | Path) -> float:
+    # The absolute value: after the clock was set back, a record must not stay valid for a year.
+    return abs(time.time() - os.lstat(path).st_mtime)

@@ -10,16 +10,16 @@ import weakref
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from tiercache.cache.fetch.partial import read_held
-from tiercache.cache.machine import try_shared
+from tiercache.cache.fetch.partial import read_verified
+from tiercache.cache.locks import try_shared
 from tiercache.errors import CorruptShard
 from tiercache.model import ByteRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tiercache.cache.fetch.download import Fetch
-    from tiercache.cache.fetch.partial import CopyHandle
+    from tiercache.cache.fetch.partial import CopyHandle, UnitMap
+    from tiercache.cache.fetch.queue import Fetch
     from tiercache.cache.folder import Folder
     from tiercache.store import Span
 
@@ -60,20 +60,20 @@ class CopyLease:
         held: CopyHandle | None = None,
         *,
         join: Callable[[], Fetch] | None = None,
-        tell: Callable[[bool], object] | None = None,
+        on_lookup: Callable[[bool], object] | None = None,
     ) -> None:
         """Create a lease, which then owns held.
 
         Args:
             n_bytes: Size of the whole object.
             held: Open copy; None: nothing is cached yet.
-            join: Function that returns the fetch of the missing data, with a place in it taken; None: nothing is
-                missing.
-            tell: Callback that is called once, with whether the first requested ranges were already cached.
+            join: Function that returns the fetch of the missing data, of which this lease is then a user; None: nothing
+                is missing.
+            on_lookup: Callback that is called once, with whether the first requested ranges were already cached.
         """
-        self._n_bytes, self._join, self._tell = n_bytes, join, tell
+        self._n_bytes, self._join, self._on_lookup = n_bytes, join, on_lookup
         self._fetch: Fetch | None = None
-        self._has_place = False
+        self._is_user = False
         self._lock = Lock()
         self._pid = os.getpid()
         # Last: from here on close() works.
@@ -91,26 +91,24 @@ class CopyLease:
         return self._n_bytes
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the whole object was cached when the lease was created."""
-        return self._fd >= 0 and self._presence is None
+    def presence(self) -> UnitMap | None:
+        """Unit map of a copy that was partial when the lease was created."""
+        return self._presence
 
     @property
     def n_descriptors(self) -> int:
         """Number of descriptors: 1 for a copy that was whole when the lease was created, else 2, with the unit map."""
-        return 1 if self.is_whole else 2
+        return 1 if self._fd >= 0 and self._presence is None else 2
 
     def present(self, ranges: Sequence[ByteRange]) -> bool:
         """Return whether these bytes are cached."""
         fetch = self._fetch
         if self._fd < 0 and fetch is not None:
-            self._settle(fetch)
+            self._claim(fetch)
         presence = self._presence
         if self._fd < 0:
             return False
-        if presence is None:
-            return all(wanted.end <= self._n_bytes for wanted in ranges)
-        return presence.covers(ranges)
+        return all(span.end <= self._n_bytes for span in ranges) if presence is None else presence.covers(ranges)
 
     def read(self, spans: Sequence[Span]) -> bool:
         """Fill spans from a copy that was partial when the lease was created, each unit verified against the unit map.
@@ -119,103 +117,99 @@ class CopyLease:
         undefined. The file needs no name, so cached data can be read even after the copy was removed.
         """
         fd, presence = self._fd, self._presence
-        if fd < 0 or presence is None or not presence.covers([wanted for wanted, _ in spans]):
+        if fd < 0 or presence is None or not presence.covers([span for span, _ in spans]):
             return False
-        return read_held(fd, presence, spans)
+        return read_verified(fd, presence, spans)
 
     def prefetch(self, ranges: Sequence[ByteRange]) -> None:
         """Start to fetch missing ranges, or join the fetch that brings them."""
-        if ranges and not self._is_settled(ranges):
-            self._ask(ranges, urgent=False)
+        if ranges and not self._look_up(ranges):
+            self._request(ranges, urgent=False)
 
     def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:
-        """Wait until these bytes are cached; return False if they will not come.
+        """Wait until these bytes are cached; return False if they will not come. deadline_s: None is one hour.
 
-        That happens if there is no space, the disk failed, the object is corrupt at its source, or the fetch belonged
-        to the parent of a fork.
-
-        Args:
-            ranges: Byte ranges of the object.
-            deadline_s: Longest wait in seconds; None: one hour.
+        They do not come if there is no space, the disk failed, the object is corrupt at its source, or the fetch
+        belonged to the parent of a fork.
 
         Raises:
             StoreError: The source failed, or the deadline passed.
         """
-        is_here = self._is_settled(ranges)
-        fetch = self._ending() if is_here else self._ask(ranges, urgent=True)
+        is_present = self._look_up(ranges)
+        fetch = self._publishing_fetch() if is_present else self._request(ranges, urgent=True)
         if fetch is None:
-            return is_here or self.present(ranges)
+            return is_present or self.present(ranges)
         try:
             fetch.wait(ranges, deadline_s)
-            self._settle(fetch)
+            self._claim(fetch)
         except CorruptShard:
-            is_here = False  # corrupt at its source: a reader that reads by ranges learns which block
+            is_present = False  # corrupt at its source: a reader that reads by ranges learns which block
         else:
-            is_here = self.present(ranges)
-        if not is_here and (any(wanted.n_bytes for wanted in ranges) or not self._n_bytes):
+            is_present = self.present(ranges)
+        if not is_present and (any(span.n_bytes for span in ranges) or not self._n_bytes):
             self._join = None  # refused: asking again for each block would cost milliseconds each
-        return is_here
+        return is_present
 
-    def _is_settled(self, ranges: Sequence[ByteRange]) -> bool:
-        """Return whether these bytes are cached, and report the first answer to the callback."""
-        is_here = self.present(ranges)
-        tell, self._tell = self._tell, None
-        if tell is not None:
-            tell(is_here)
-        return is_here
+    def _look_up(self, ranges: Sequence[ByteRange]) -> bool:
+        """Return whether these bytes are cached, and report the first result to the callback."""
+        is_present = self.present(ranges)
+        on_lookup, self._on_lookup = self._on_lookup, None
+        if on_lookup is not None:
+            on_lookup(is_present)
+        return is_present
 
-    def _ending(self) -> Fetch | None:
+    def _publishing_fetch(self) -> Fetch | None:
         """Return the fetch that is about to publish the copy, whose units are all present; None: there is none."""
         presence, fetch = self._presence, self._fetch
-        is_all_here = presence is not None and presence.covers([ByteRange(0, self._n_bytes)])
-        return fetch if is_all_here and self._pid == os.getpid() else None
+        is_complete = presence is not None and presence.covers([ByteRange(0, self._n_bytes)])
+        return fetch if is_complete and self._pid == os.getpid() else None
 
-    def _ask(self, ranges: Sequence[ByteRange], *, urgent: bool) -> Fetch | None:
+    def _request(self, ranges: Sequence[ByteRange], *, urgent: bool) -> Fetch | None:
         """Request ranges from the fetch of this copy, or from a new one; None: no fetch can bring them."""
         join = self._join
-        if join is None or self._pid != os.getpid() or any(wanted.end > self._n_bytes for wanted in ranges):
+        if join is None or self._pid != os.getpid() or any(span.end > self._n_bytes for span in ranges):
             return None
         while True:
             fetch = self._fetch
             if fetch is not None and fetch.request(ranges, urgent=urgent):
                 return fetch
             fetch = join()
-            is_asked = fetch.request(ranges, urgent=urgent)
-            self._take(fetch)
-            if is_asked:
+            is_requested = fetch.request(ranges, urgent=urgent)
+            self._follow(fetch)
+            if is_requested:
                 return fetch
 
-    def _take(self, fetch: Fetch) -> None:
-        """Set the fetch to ask from now on. The place in it is kept until this lease has a descriptor of its own."""
+    def _follow(self, fetch: Fetch) -> None:
+        """Use this fetch from now on. The lease stays its user until the lease has a descriptor of its own."""
         with self._lock:
-            before, had_place = self._fetch, self._has_place
-            self._fetch, self._has_place = fetch, self._fd < 0
-        if before is not None and had_place:
+            before, was_user = self._fetch, self._is_user
+            self._fetch, self._is_user = fetch, self._fd < 0
+        if before is not None and was_user:
             before.leave()
-        if not self._has_place:
+        if not self._is_user:
             fetch.leave()
 
-    def _settle(self, fetch: Fetch) -> None:
+    def _claim(self, fetch: Fetch) -> None:
         """Take a handle on the file from a fetch, if this lease has none and the fetch has one by now."""
         with self._lock:
-            if self._fd >= 0 or self._fetch is not fetch or not self._has_place or self._pid != os.getpid():
+            if self._fd >= 0 or self._fetch is not fetch or not self._is_user or self._pid != os.getpid():
                 return
-            held, is_over = fetch.claim()
+            held, has_left = fetch.claim()
             if held is not None:
                 self._presence, self._fd = held.presence, held.fd
-            self._has_place = not is_over
+            self._is_user = not has_left
 
     def close(self) -> None:
         """Close the descriptors and leave the fetch."""
         with self._lock:
-            fd, presence, fetch, had_place = self._fd, self._presence, self._fetch, self._has_place
-            self._fd, self._presence, self._fetch, self._has_place = -1, None, None, False
+            fd, presence, fetch, is_user = self._fd, self._presence, self._fetch, self._is_user
+            self._fd, self._presence, self._fetch, self._is_user = -1, None, None, False
             self._join = None
         if fd >= 0:
             os.close(fd)  # never LOCK_UN, which would end the lock of all duplicates
         if presence is not None:
             presence.close()
-        if fetch is not None and had_place and self._pid == os.getpid():
+        if fetch is not None and is_user and self._pid == os.getpid():
             fetch.leave()
 
     def __enter__(self) -> CopyLease:
@@ -226,11 +220,7 @@ class CopyLease:
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
         # No _fd: Ctrl-C came during construction. A closed lease is skipped, because Python discards a Ctrl-C in here.
-        if (
-            not is_exiting()
-            and hasattr(self, "_fd")
-            and (self._fd >= 0 or self._has_place or self._presence is not None)
-        ):
+        if not is_exiting() and hasattr(self, "_fd") and (self._fd >= 0 or self._is_user or self._presence is not None):
             self.close()
 
     def _renew(self) -> None:

@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiercache.model import NEVER, ReadingPlan
+from tiercache.store import check_key, redact
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
     from tiercache.model import ObjectInfo, ShardIdentity
-    from tiercache.shard.versions.manifest import Version
-    from tiercache.shard.versions.segments import ShardTable
+    from tiercache.store import Store
 
 
 NAME = re.compile(r"[0-9a-f]{40}")
@@ -126,130 +125,94 @@ def _hash(parts: tuple[str, ...]) -> str:
     return blake2b(json.dumps(parts).encode(), digest_size=20).hexdigest()
 
 
+def copy_spec(store: Store, key: str, identity: ShardIdentity | None = None) -> CopySpec | None:
+    """Return the specification of the copy of an object; None: nothing identifies the version of the object.
+
+    Without an identity, the store is asked for the object's attributes.
+
+    Raises:
+        NotFound: The store has no such object.
+    """
+    check_key(key)
+    source = f"{redact(store.url)}/{key}"
+    if identity is not None:
+        return CopySpec(name_of_identity(identity), key, source, identity.n_bytes, identity.crc32c, identity)
+    info = store.head(key)
+    name = name_of_object(source, info)
+    return None if name is None else CopySpec(name, key, source, info.n_bytes, info.crc32c, etag=info.etag)
+
+
 NAME_BYTES = 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Names:
+class NameTable:
     """An immutable table of names.
 
     Attributes:
         raw: The names, uint8[n, 20].
         heads: First 8 bytes of each name as a number, uint64[n], which sorts as the names do. Names are hashes, so the
-            heads nearly always differ, and numbers compare four times as fast as bytes.
-        middles: Next 8 bytes of each name, uint64[n].
-        tails: Last 4 bytes of each name, uint32[n].
+            heads nearly always differ, and numbers are found four times as fast as bytes.
     """
 
     raw: NDArray[np.uint8]
     heads: NDArray[np.uint64]
-    middles: NDArray[np.uint64]
-    tails: NDArray[np.uint32]
 
     @classmethod
-    def of(cls, names: NDArray[np.uint8]) -> Names:
+    def of(cls, names: NDArray[np.uint8]) -> NameTable:
         """Return a table of names that are given as uint8[n, 20]."""
-        rows = np.ascontiguousarray(names, dtype=np.uint8).reshape(-1, NAME_BYTES)
-        heads, middles = (np.ascontiguousarray(rows[:, i : i + 8]).view(">u8").reshape(-1) for i in (0, 8))
-        tails = np.ascontiguousarray(rows[:, 16:]).view(">u4").reshape(-1)
-        return cls(rows, heads.astype(np.uint64), middles.astype(np.uint64), tails.astype(np.uint32))
+        raw = np.ascontiguousarray(names, dtype=np.uint8).reshape(-1, NAME_BYTES)
+        return cls(raw, np.ascontiguousarray(raw[:, :8]).view(">u8").reshape(-1).astype(np.uint64))
 
     @classmethod
-    def of_texts(cls, texts: Iterable[str]) -> Names:
+    def of_texts(cls, texts: Iterable[str]) -> NameTable:
         """Return a table of names that are given as 40 hexadecimal digits each."""
         return cls.of(np.frombuffer(bytes.fromhex("".join(texts)), np.uint8))
 
     def __len__(self) -> int:
         return len(self.raw)
 
-    def take(self, rows: NDArray[Any]) -> Names:
-        """Return the names of some rows."""
-        return Names(self.raw[rows], self.heads[rows], self.middles[rows], self.tails[rows])
+    @property
+    def strings(self) -> NDArray[np.bytes_]:
+        """The names as byte strings, S20[n], which compare as a whole."""
+        return self.raw.view(f"S{NAME_BYTES}").reshape(-1)
 
-    def insert(self, places: NDArray[np.int64], names: Names) -> Names:
+    def take(self, rows: NDArray[Any]) -> NameTable:
+        """Return the names of some rows."""
+        return NameTable(self.raw[rows], self.heads[rows])
+
+    def insert(self, places: NDArray[np.int64], names: NameTable) -> NameTable:
         """Return a table with `names` inserted before the rows in `places`."""
-        return Names(
-            np.insert(self.raw, places, names.raw, axis=0),
-            np.insert(self.heads, places, names.heads),
-            np.insert(self.middles, places, names.middles),
-            np.insert(self.tails, places, names.tails),
-        )
+        return NameTable(np.insert(self.raw, places, names.raw, axis=0), np.insert(self.heads, places, names.heads))
 
     def order(self) -> NDArray[np.int64]:
         """Return the rows in the order of their names, int64[n]."""
-        return np.lexsort((self.tails, self.middles, self.heads))
+        return np.argsort(self.strings, kind="stable")
 
     def is_new(self) -> NDArray[np.bool_]:
         """Return whether each name differs from the one before, bool[n]."""
         new = np.ones(len(self), np.bool_)
-        new[1:] = (self.raw[1:] != self.raw[:-1]).any(axis=1)
+        new[1:] = self.strings[1:] != self.strings[:-1]
         return new
 
     def text(self, row: int) -> str:
         """Return a name as 40 hexadecimal digits."""
         return bytes(self.raw[row]).hex()
 
-    def places_of(self, wanted: Names) -> NDArray[np.int64]:
-        """Return the rows of this sorted table before which the wanted names belong, int64[len(wanted)]."""
-        return np.searchsorted(self.heads, wanted.heads)
+    def places_of(self, names: NameTable) -> NDArray[np.int64]:
+        """Return the rows of this sorted table before which other names belong, int64[len(names)]."""
+        return np.searchsorted(self.heads, names.heads)
 
-    def rows_of(self, wanted: Names) -> NDArray[np.int64]:
-        """Return the row of each wanted name in this sorted table, int64[len(wanted)]; -1: not in the table."""
+    def rows_of(self, names: NameTable) -> NDArray[np.int64]:
+        """Return the row of each of other names in this sorted table, int64[len(names)]; -1: not in the table."""
         if not len(self):
-            return np.full(len(wanted), -1, np.int64)
-        at = np.minimum(self.places_of(wanted), len(self) - 1)
-        found = self.heads[at] == wanted.heads
-        whole = found & (self.middles[at] == wanted.middles) & (self.tails[at] == wanted.tails)
-        at[~whole] = -1
+            return np.full(len(names), -1, np.int64)
+        rows = np.minimum(self.places_of(names), len(self) - 1)
+        has_head = self.heads[rows] == names.heads
+        is_found = self.strings[rows] == names.strings
+        rows[~is_found] = -1
         # Two names with equal heads are extremely rare; for them, all rows with that head are searched.
-        for i in np.flatnonzero(found & ~whole).tolist():
-            alike = np.flatnonzero(self.heads == wanted.heads[i])
-            at[i] = max([row for row in alike.tolist() if (self.raw[row] == wanted.raw[i]).all()], default=-1)
-        return at
-
-
-class CopyNames:
-    """The names of the copies of one version's shards and segments.
-
-    Each name is computed once and takes 2 us. Safe from any thread.
-    """
-
-    def __init__(self, version: Version, table: ShardTable) -> None:
-        self._dataset_id = version.dataset_id
-        self._segments = version.segments
-        self._table = table
-        self._names = np.zeros((len(table), NAME_BYTES), np.uint8)  # zeros: not computed yet
-
-    def of_shards(self, shards: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return the names of the copies of these shards, uint8[m, 20]."""
-        unknown = shards[~self._names[shards].any(axis=1)]
-        if len(unknown):
-            self._names[unknown] = names_of(self._dataset_id, *self._table.identities(unknown))
-        return self._names[shards]
-
-    def planned(self, plan: ReadingPlan) -> tuple[NDArray[np.uint8], ReadingPlan]:
-        """Return the names of a reading plan's rows, and the plan, both with the segments, which are always in use."""
-        n = len(self._segments)
-        identities = [segment.identity(self._dataset_id) for segment in self._segments]
-        segments = np.array([list(bytes.fromhex(name_of_identity(one))) for one in identities], np.uint8)
-        whole = ReadingPlan(
-            plan.owner,
-            np.concatenate([plan.shards, len(self._table) + np.arange(n)]),
-            np.concatenate([plan.first, np.zeros(n, np.int64)]),
-            np.concatenate([plan.last, np.full(n, NEVER - 1)]),
-            np.concatenate([plan.then, np.full(n, NEVER)]),
-            plan.reader,
-        )
-        return np.concatenate([self.of_shards(plan.shards), segments.reshape(-1, NAME_BYTES)]), whole
-
-
-def names_of(
-    dataset_id: str, shard_ids: Sequence[str], n_bytes: Sequence[int], sums: Sequence[int]
-) -> NDArray[np.uint8]:
-    """Return the names of the copies of a data set's shards, uint8[n, 20], each as name_of_identity returns it."""
-    # The text that json.dumps writes: ids are hexadecimal, so nothing needs escaping. With ShardIdentity, a name takes
-    # 7 us.
-    begin = json.dumps(["identity", dataset_id])[:-1]
-    rows = zip(shard_ids, n_bytes, sums, strict=True)
-    digests = [blake2b(f'{begin}, "{i}", "{n}", "{c}"]'.encode(), digest_size=NAME_BYTES).digest() for i, n, c in rows]
-    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, NAME_BYTES)
+        for i in np.flatnonzero(has_head & ~is_found).tolist():
+            same_head = np.flatnonzero(self.heads == names.heads[i])
+            rows[i] = max([row for row in same_head.tolist() if (self.raw[row] == names.raw[i]).all()], default=-1)
+        return rows

@@ -13,22 +13,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from tiercache import config
-from tiercache.cache import corrupt_sources
-from tiercache.cache import folder as folder_module
-from tiercache.cache.evict.evictor import Evictor, EvictorOptions
+from tiercache.cache.disk import Breaker, disk_space, is_disk_full
+from tiercache.cache.evict.evictor import Evictor
 from tiercache.cache.evict.policy import POLICIES
 from tiercache.cache.evict.reading_plans import ReadingPlans
-from tiercache.cache.fetch.download import Fetcher
-from tiercache.cache.fetch.partial import CopyHandle, hold_part, read_plain, read_verified, wrong_units
+from tiercache.cache.fetch.partial import CopyHandle, hold_part, open_map, read_all, read_verified, wrong_units
 from tiercache.cache.fetch.publish import Publisher
+from tiercache.cache.fetch.queue import FetchQueue
 from tiercache.cache.fetch.units import bytes_of, read_checksum
-from tiercache.cache.folder import Folder, Owners
+from tiercache.cache.folder import Folder
 from tiercache.cache.lease import CopyLease, open_leased
-from tiercache.cache.machine import Breaker, NameLock, boot_id, is_disk_full, room
+from tiercache.cache.locks import NameLock
+from tiercache.cache.owners import Owners, boot_id
 from tiercache.cache.simulate import Tracer
 from tiercache.catalog import Accounts, charge_bytes
+from tiercache.errors import TierCacheError
 from tiercache.model import ByteRange, format_bytes, parse_bytes
-from tiercache.waiting import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from tiercache.cache.machine import Notices
+    from tiercache.cache.disk import Notices
     from tiercache.cache.names import CopySpec
     from tiercache.model import PublishedPlan, ReadingPlan
     from tiercache.stats import Counters
@@ -50,22 +50,23 @@ class WriteSession:
     def __init__(
         self, folder: Folder, options: CacheOptions, counters: Counters, notices: Notices, *, keep: Callable[[], object]
     ) -> None:
-        self.limit_bytes = parse_bytes(options.size, whole_bytes=room(folder.root).total_bytes)
+        self.limit_bytes = parse_bytes(options.size, whole_bytes=disk_space(folder.root).total_bytes)
         self.folder, self.notices = folder, notices
         self.owners = Owners(folder, self.limit_bytes)
         me = str(self.owners.me)
         self.accounts = Accounts(folder.catalog, me, self.owners, wal=folder.network is None, boot=boot_id())
         self.plans = ReadingPlans(folder, self.owners)
-        rules = EvictorOptions(options.policy, options.min_free)
-        self.evictor = Evictor(folder, self.accounts, counters, self.plans, rules)
+        self.evictor = Evictor(
+            folder, self.accounts, counters, self.plans, policy=options.policy, min_free=options.min_free
+        )
         self.breaker = Breaker()
         self.publisher = Publisher(folder, self.owners, self.accounts, self.evictor, self.breaker, notices, counters)
-        self.fetcher = Fetcher(self.publisher.run, keep)
+        self.fetcher = FetchQueue(self.publisher.run, keep)
 
     def sweep(self) -> None:
         """Remove the files of dead processes and records without copies, and make the accounts agree with the files."""
         self.owners.remove_files_of_dead()
-        folder_module.sweep_temp_files(self.folder)
+        self.folder.sweep_temp_files()
         self.accounts.reconcile()
         self.publisher.unrecorded |= self.accounts.unrecorded()
         sizes = self.folder.sizes()
@@ -79,15 +80,13 @@ class WriteSession:
             lock = NameLock(path)
             if lock.try_acquire():
                 lock.release()
-        self.folder.remove_quarantine()
-        corrupt_sources.sweep_corrupt_sources(self.folder)
+        self.folder.sweep_corrupt_sources()
 
     def _sweep_beside(self, name: str) -> None:
         """Remove useless files beside a copy, or without one, unless the copy is being published at this moment.
 
         These are a partial copy whose copy is complete, its unit map if that is not kept, a partial copy or a unit map
-        alone, and the record of a missing copy. The pin of a missing copy stays: a corrupt copy is pinned again when
-        it is fetched again.
+        alone, and the record of a missing copy. A pin stays: it holds for the copy when that is fetched again.
         """
         lock = NameLock(self.folder.locks / name)
         if lock.try_acquire():
@@ -132,16 +131,7 @@ MOST_AHEAD = 65_536
 
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
-    """The arguments of Cache.
-
-    Attributes:
-        path: Folder of the cache.
-        size: Size limit: a number of bytes, "200GB", or "80%" of the disk.
-        policy: Name of the eviction policy.
-        min_free: Disk space that stays free.
-        shared: "group": The folder's group may read the copies, and a folder of another user is trusted. None: The mode
-            of the folder decides.
-    """
+    """The arguments of Cache."""
 
     path: Path
     size: int | str
@@ -170,30 +160,22 @@ class CacheSession:
     def __init__(
         self, options: CacheOptions, counters: Counters, notices: Notices, *, keep: Callable[[], object]
     ) -> None:
-        """Open the folder, sweep it, and register this process.
-
-        Args:
-            options: Arguments of the cache.
-            counters: Counters of this process.
-            notices: Warnings that are given once.
-            keep: See Fetcher.
+        """Open the folder, sweep it, and register this process. keep: See FetchQueue.
 
         Raises:
             ValueError, OSError: The folder cannot be used as a cache.
         """
         self.pid = os.getpid()
-        self._distrusted: set[str] = set()
-        # Partial copies that a reader found corrupt although the disk holds what the source sent; and those for which
-        # that happened twice, with the time.
+        self._untrusted: set[str] = set()  # corrupt copies that cannot be removed
+        # Partial copies that a reader found corrupt although the disk holds what the source sent.
         self._suspected: set[str] = set()
-        self._given_up: dict[str, float] = {}
         self._ahead: dict[str, bool] = {}  # requested by fetch_ahead() and not opened since
         self.folder = Folder(options.path, shared=options.shared)
         self.notices, self.counters = notices, counters
         self._tracer = self._open_trace(config.load().cache_trace)
+        self._open_to_write = partial(self._open_writing, options, keep)
         self.writing: WriteSession | None = None
         self.waits_for_disk_space = False
-        self._open_to_write = partial(self._open_writing, options, keep)
         if self.folder.network:
             notices.warn(
                 "network",
@@ -206,7 +188,7 @@ class CacheSession:
         try:
             self.writing = self._open_to_write()
         except OSError as error:
-            if not (self.folder.copies).is_dir():
+            if not self.folder.copies.is_dir():
                 raise
             notices.warn("read-only", f"cache {options.path}: cannot be written ({error}); no copies are added")
             self.waits_for_disk_space = is_disk_full(error)
@@ -234,14 +216,17 @@ class CacheSession:
             raise
         return writing
 
+    def writable(self) -> WriteSession:
+        """Return the parts that change the cache. Raises TierCacheError if it is read-only."""
+        if self.writing is None:
+            raise TierCacheError(f"cache {self.folder.root}: cannot be written", path=str(self.folder.root))
+        return self.writing
+
     # -- cached copies -------------------------------------------------------------------------------------------------
 
     def hit(self, name: str, n_bytes: int) -> CopyLease | None:
-        """Return a lease on a whole copy; None: a miss.
-
-        SQLite is used only to flush the recorded uses after USES_PER_FLUSH copies.
-        """
-        lease = self.look(name, n_bytes)
+        """Return a lease on a whole copy; None: a miss. SQLite is used only once in USES_PER_FLUSH copies."""
+        lease = self.look_up(name, n_bytes)
         if lease is not None:
             self._note_use(name)
         return lease
@@ -258,10 +243,10 @@ class CacheSession:
         except OSError as error:
             writing.publisher.disk_failed(error)
 
-    def look(self, name: str, n_bytes: int) -> CopyLease | None:
+    def look_up(self, name: str, n_bytes: int) -> CopyLease | None:
         """Return a lease like hit(), without recording a use of the copy."""
         writing = self.writing
-        if name in self._distrusted or (writing is not None and name in writing.publisher.unrecorded):
+        if name in self._untrusted or (writing is not None and name in writing.publisher.unrecorded):
             return None
         try:
             fd = open_leased(self.folder, name, n_bytes)
@@ -271,15 +256,15 @@ class CacheSession:
         if fd is None:
             return None
         if writing is not None and writing.breaker.is_open:
-            writing.breaker.mend()
+            writing.breaker.reset()
         return CopyLease(n_bytes, CopyHandle(fd))
 
-    def _look_at_part(self, wanted: CopySpec) -> CopyHandle | None:
+    def _hold_part(self, spec: CopySpec) -> CopyHandle | None:
         """Return an open partial copy; None: there is none."""
-        if wanted.name in self._distrusted:
+        if spec.name in self._untrusted:
             return None
         try:
-            return hold_part(self.folder, wanted.name, wanted.n_bytes)
+            return hold_part(self.folder, spec.name, spec.n_bytes)
         except OSError as error:
             self._disk_failed(error)
             return None
@@ -288,14 +273,11 @@ class CacheSession:
         if self.writing is not None:
             self.writing.publisher.disk_failed(error)
 
-    def is_cached(self, wanted: CopySpec, ranges: Sequence[ByteRange] | None = None) -> bool:
-        """Return whether these ranges of a copy are cached; None stands for the whole copy.
-
-        It is not recorded as a use.
-        """
-        if self.folder.size_of(wanted.name) == wanted.n_bytes:
+    def is_cached(self, spec: CopySpec, ranges: Sequence[ByteRange] | None = None) -> bool:
+        """Return whether these ranges of a copy (None: the whole copy) are cached, without recording a use."""
+        if self.folder.size_of(spec.name) == spec.n_bytes:
             return True
-        held = None if ranges is None else self._look_at_part(wanted)
+        held = None if ranges is None else self._hold_part(spec)
         if held is None or ranges is None:
             return False
         try:
@@ -303,144 +285,128 @@ class CacheSession:
         finally:
             held.close()
 
-    def peek(self, wanted: CopySpec, ranges: Sequence[ByteRange]) -> CopyLease | None:
-        """Return a lease on a whole or partial copy that has all of the ranges; None: there is none."""
-        lease = self.hit(wanted.name, wanted.n_bytes)
-        if lease is None:
-            held = self._look_at_part(wanted)
-            lease = None if held is None else CopyLease(wanted.n_bytes, held)
-        if lease is None or lease.present(ranges):
-            return lease
-        lease.close()
-        return None
-
-    def read(self, wanted: CopySpec, spans: Sequence[Span]) -> bool:
+    def read(self, spec: CopySpec, spans: Sequence[Span]) -> bool:
         """Fill spans from the cached copy; return False if it is missing, or if it is corrupt (it is then removed).
 
         The copy of an object without identity has no checksums inside; each unit is verified against the unit map.
         """
-        lease = self.peek(wanted, [span for span, _ in spans])
+        lease = self.hit(spec.name, spec.n_bytes)
+        if lease is None and (held := self._hold_part(spec)) is not None:
+            lease = CopyLease(spec.n_bytes, held)
         if lease is None:
             return False
         with lease:
-            if wanted.identity is not None:
-                return read_plain(lease.fd, spans)
-            if read_verified(self.folder, wanted.name, lease.fd, wanted.n_bytes, spans):
-                return True
-            is_whole = lease.is_whole
-        if is_whole:
-            self.verify_copy(wanted)
+            if not lease.present([span for span, _ in spans]):
+                return False
+            if spec.identity is not None:
+                return all(read_all(lease.fd, buffer, span.start) for span, buffer in spans)
+            is_partial = lease.presence is not None
+            presence = lease.presence or open_map(self.folder, spec.name, lease.fd, spec.n_bytes)
+            try:
+                if presence is not None and read_verified(lease.fd, presence, spans):
+                    return True
+            finally:
+                if presence is not None and not is_partial:
+                    presence.close()
+        if is_partial:
+            self._verify_partial_copy(spec)
         else:
-            self._verify_partial_copy(wanted)
+            self.verify_copy(spec)
         return False
 
     # -- fetches -------------------------------------------------------------------------------------------------------
 
-    def open(self, wanted: CopySpec, store: Store, tell: Callable[[bool], object] = bool) -> CopyLease | None:
-        """Return a lease on a copy that is cached or will be fetched; None: bypass the cache."""
+    def open(self, spec: CopySpec, store: Store, on_lookup: Callable[[bool], object] = bool) -> CopyLease | None:
+        """Return a lease on a copy that is cached or will be fetched; None: bypass the cache.
+
+        on_lookup is called once, with True for a hit. A partial copy counts as a hit or a miss when its reader asks for
+        the first ranges.
+        """
         writing = self.writing
         if writing is None or writing.breaker.allows():
-            lease = self.hit(wanted.name, wanted.n_bytes)
+            lease = self.hit(spec.name, spec.n_bytes)
             if lease is not None:
-                self._count(wanted, tell, wanted.n_bytes)
+                self._count(spec, on_lookup, spec.n_bytes)
                 return lease
-            if not self._is_bad(wanted.name):
-                lease = self._open_part(wanted, store, tell)
-                if lease is not None:
-                    return lease
-        self._count(wanted, tell, 0)
+            if self.folder.corrupt_source(spec.name) is None:
+                held = self._hold_part(spec)
+                join = None if writing is None else partial(writing.fetcher.join, spec, store)
+                if held is not None:
+                    self._note_use(spec.name)
+                    count = partial(self._count_partial, spec, on_lookup, held)
+                    return CopyLease(spec.n_bytes, held, join=join, on_lookup=count)
+                if writing is not None and self._admits(writing, spec):
+                    self._count(spec, on_lookup, 0)
+                    return CopyLease(spec.n_bytes, join=join)
+        self._count(spec, on_lookup, 0)
         return None
 
-    def _open_part(self, wanted: CopySpec, store: Store, tell: Callable[[bool], object]) -> CopyLease | None:
-        """Return a lease on a partial copy or on a future one; None: there is no partial copy and no space for one.
-
-        A partial copy counts as a hit or a miss when its reader asks for the first ranges.
-        """
-        held, writing = self._look_at_part(wanted), self.writing
-        if held is None and (writing is None or not self._admits(writing, wanted)):
-            return None
-        join = None if writing is None else partial(writing.fetcher.join, wanted, store)
-        if held is None:
-            self._count(wanted, tell, 0)
-            return CopyLease(wanted.n_bytes, join=join)
-        self._note_use(wanted.name)
+    def _count_partial(
+        self, spec: CopySpec, on_lookup: Callable[[bool], object], held: CopyHandle, is_present: bool
+    ) -> None:
         presence = held.presence
+        n_bytes = 0 if presence is None or not is_present else bytes_of(presence.mask(), spec.n_bytes)
+        self._count(spec, on_lookup, n_bytes)
 
-        def tell_when_asked(is_here: bool) -> None:
-            there = 0 if presence is None or not is_here else bytes_of(presence.mask(), wanted.n_bytes)
-            self._count(wanted, tell, there)
-
-        return CopyLease(wanted.n_bytes, held, join=join, tell=tell_when_asked)
-
-    def _count(self, wanted: CopySpec, tell: Callable[[bool], object], hit_bytes: int) -> None:
+    def _count(self, spec: CopySpec, on_lookup: Callable[[bool], object], hit_bytes: int) -> None:
         """Count a hit of hit_bytes, or a miss if that is 0. An empty copy is a hit if its file exists.
 
         A copy that this process prefetched for this opening came from the store: it counts as a miss that took no time.
         """
-        is_here, is_ours = hit_bytes > 0 or wanted.n_bytes == 0, self._ahead.pop(wanted.name, False)
-        is_hit = is_here and not is_ours
-        if is_here and is_ours:
+        is_present, is_ours = hit_bytes > 0 or spec.n_bytes == 0, self._ahead.pop(spec.name, False)
+        is_hit = is_present and not is_ours
+        if is_present and is_ours:
             self.counters.add("prefetched")
         if is_hit:
             self.counters.add("hits")
             self.counters.add("bytes_hit", hit_bytes)
         else:
             self.counters.add("misses")
-        if self._tracer is not None:
-            self._trace(wanted, is_hit=is_hit)
-        tell(is_hit)
-
-    def _trace(self, wanted: CopySpec, *, is_hit: bool) -> None:
         tracer = self._tracer
-        try:
-            if tracer is not None:
-                tracer.add(wanted.name, wanted.n_bytes, hit=is_hit)
-        except OSError as error:
-            self._tracer = None
-            self.notices.warn("trace", f"cache {self.folder.root}: the trace ends here: {error}")
+        if tracer is not None:
+            try:
+                tracer.add(spec.name, spec.n_bytes, hit=is_hit)
+            except OSError as error:
+                self._tracer = None
+                self.notices.warn("trace", f"cache {self.folder.root}: the trace ends here: {error}")
+        on_lookup(is_hit)
 
-    def fetch_ahead(self, wanted: CopySpec, store: Store, ranges: Sequence[ByteRange] | None = None) -> None:
+    def fetch_ahead(self, spec: CopySpec, store: Store, ranges: Sequence[ByteRange] | None = None) -> None:
         """Start to fetch what is missing of ranges (None: of the whole copy). It is not recorded as a use."""
         writing = self.writing
-        if (
-            writing is None
-            or not writing.breaker.allows()
-            or self.is_cached(wanted, ranges)
-            or self._is_bad(wanted.name)
-        ):
+        if writing is None or not writing.breaker.allows():
             return
-        asked = [ByteRange(0, wanted.n_bytes)] if ranges is None else list(ranges)
-        need_bytes = wanted.n_bytes if ranges is None else sum(one.n_bytes for one in asked)
-        if self._admits(writing, wanted, need_bytes):
+        if self.is_cached(spec, ranges) or self.folder.corrupt_source(spec.name) is not None:
+            return
+        ranges = [ByteRange(0, spec.n_bytes)] if ranges is None else list(ranges)
+        if self._admits(writing, spec, sum(span.n_bytes for span in ranges)):
             if len(self._ahead) >= MOST_AHEAD:
                 self._ahead.clear()
-            self._ahead[wanted.name] = True
-            writing.fetcher.prefetch(wanted, store, asked)
+            self._ahead[spec.name] = True
+            writing.fetcher.prefetch(spec, store, ranges)
 
-    def _admits(self, writing: WriteSession, wanted: CopySpec, need_bytes: int | None = None) -> bool:
-        need_bytes = wanted.n_bytes if need_bytes is None else need_bytes
+    def _admits(self, writing: WriteSession, spec: CopySpec, need_bytes: int | None = None) -> bool:
+        """Return whether a fetch may find space; None stands for the whole copy. Warn once if there is none."""
+        need_bytes = spec.n_bytes if need_bytes is None else need_bytes
         try:
             writing.owners.ensure()  # a deleted folder cannot be asked for its free space
-            coming = writing.fetcher.is_fetching(wanted.name) or wanted.name in writing.publisher.unrecorded
-            if coming or not writing.evictor.would_refuse(wanted.name, charge_bytes(need_bytes)):
+            if writing.fetcher.is_fetching(spec.name) or spec.name in writing.publisher.unrecorded:
                 return True
-            if wanted.identity is None:
-                self._tell_if_too_large(wanted, need_bytes, writing.accounts.limit_bytes())
-            else:
-                writing.publisher.warn_no_space(wanted, charge_bytes(need_bytes))
+            if not writing.evictor.would_refuse(spec.name, charge_bytes(need_bytes)):
+                return True
+            limit_bytes = writing.accounts.limit_bytes()
+            if spec.identity is not None:
+                writing.publisher.warn_no_space(spec, charge_bytes(need_bytes))
+            elif charge_bytes(need_bytes) > limit_bytes:
+                self.notices.warn(
+                    "too-large",
+                    f"cache {self.folder.root}: {spec.source} ({format_bytes(need_bytes)}) is larger than the whole "
+                    f"cache ({format_bytes(limit_bytes)}): it is not cached and is fetched on every read, like all "
+                    "larger objects; a larger cache (TIERCACHE_CACHE_SIZE, or Cache(path, size=...)) avoids that",
+                )
         except OSError as error:
             writing.publisher.disk_failed(error)
         return False
-
-    def _tell_if_too_large(self, wanted: CopySpec, need_bytes: int, limit_bytes: int) -> None:
-        """Warn once about an object for which no eviction can make space."""
-        if charge_bytes(need_bytes) > limit_bytes:
-            self.notices.warn(
-                "too-large",
-                f"cache {self.folder.root}: {wanted.source} ({format_bytes(need_bytes)}) is larger than the whole "
-                f"cache ({format_bytes(limit_bytes)}): it is not cached and is fetched on every read, like all larger "
-                "objects; a larger cache (TIERCACHE_CACHE_SIZE, or Cache(path, size=...)) avoids that",
-            )
 
     def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan | None:
         """Publish a reading plan to all users of the folder; return None if the folder cannot be written."""
@@ -452,13 +418,6 @@ class CacheSession:
 
     # -- corrupt copies ------------------------------------------------------------------------------------------------
 
-    def _is_bad(self, name: str) -> bool:
-        """Return whether the object is known to be corrupt at its source."""
-        given_up_s = self._given_up.get(name)
-        if given_up_s is not None and SYSTEM_CLOCK.monotonic() - given_up_s < corrupt_sources.POISON_S:
-            return True
-        return corrupt_sources.corrupt_source_of(self.folder, name) is not None
-
     def discard(self, name: str) -> None:
         """Remove a corrupt copy. If it cannot be removed, this process never serves it again."""
         try:
@@ -467,29 +426,29 @@ class CacheSession:
                 return
         except OSError as error:
             self.notices.warn("discard", f"cache {self.folder.root}: a corrupt copy cannot be removed: {error}")
-        self._distrusted.add(name)
+        self._untrusted.add(name)
 
-    def verify_copy(self, wanted: CopySpec) -> bool:
+    def verify_copy(self, spec: CopySpec) -> bool:
         """Verify a copy that a reader found corrupt; return False if it is what the source sent.
 
         A corrupt copy is removed. If the disk does not allow the check, the copy is removed too, or at least not served
         by this process again.
         """
         try:
-            fd = self.folder.open_copy(wanted.name)
+            fd = self.folder.open_copy(spec.name)
             if fd is None:
-                return self._verify_partial_copy(wanted)
+                return self._verify_partial_copy(spec)
             try:
-                record = self.folder.read_record(wanted.name)
-                expected = wanted.crc32c if wanted.crc32c is not None or record is None else record.crc32c
-                found, offset, _ = read_checksum(fd, wanted.n_bytes)
-                if offset == wanted.n_bytes == os.fstat(fd).st_size and found == expected:
+                record = self.folder.read_record(spec.name)
+                expected = spec.crc32c if spec.crc32c is not None or record is None else record.crc32c
+                found, offset, _ = read_checksum(fd, spec.n_bytes)
+                if offset == spec.n_bytes == os.fstat(fd).st_size and found == expected:
                     return False
-                self.remove_corrupt(wanted.name, fd)
+                self.remove_corrupt(spec.name, fd)
             finally:
                 os.close(fd)
         except OSError:
-            self.discard(wanted.name)
+            self.discard(spec.name)
         return True
 
     def remove_corrupt(self, name: str, fd: int) -> bool:
@@ -502,43 +461,38 @@ class CacheSession:
             return False
         return self.writing.publisher.remove_corrupt(name, fd)
 
-    def _verify_partial_copy(self, wanted: CopySpec) -> bool:
+    def _verify_partial_copy(self, spec: CopySpec) -> bool:
         """Handle a partial copy that a reader found corrupt; return True if it was removed and can be opened again.
 
         A partial copy has no checksum of the whole. If the disk holds what the source sent, the transfer may have
         failed, so the copy is fetched once more. If the reader finds it corrupt again, the object is corrupt at its
         source: the result is False, and the object is read from the store for some time.
         """
-        held = self._look_at_part(wanted)
+        held = self._hold_part(spec)
         if held is None:
             return True
         try:
             wrong = [] if held.presence is None else wrong_units(held.fd, held.presence)
         finally:
             held.close()
-        is_bad_there = not wrong and wanted.name in self._suspected
-        self._suspected.discard(wanted.name)
-        with suppress(OSError):  # a full disk: no other process is informed
-            if is_bad_there:
-                self._given_up[wanted.name] = SYSTEM_CLOCK.monotonic()
-                self.counters.add("poisoned")
-                if self.writing is not None:
-                    corrupt = corrupt_sources.CorruptSource(wanted.source, wanted.crc32c, None)
-                    corrupt_sources.record_corrupt_source(self.folder, wanted.name, corrupt)
-            elif not wrong:
-                self._suspected.add(wanted.name)
-            else:
-                self.counters.add("quarantined")
+        is_corrupt_at_source = not wrong and spec.name in self._suspected
+        self._suspected.discard(spec.name)
+        if is_corrupt_at_source:
+            self.counters.add("poisoned")
+            if self.writing is not None:
+                with suppress(OSError):  # a full disk: no other process is informed
+                    self.folder.add_corrupt_source(spec.name, spec.source, spec.crc32c, None)
+        elif not wrong:
+            self._suspected.add(spec.name)
+        else:
+            self.counters.add("quarantined")
         if self.writing is not None:
-            self.writing.fetcher.abandon(wanted.name)
-        self.discard(wanted.name)
-        return not is_bad_there
+            self.writing.fetcher.abandon(spec.name)
+        self.discard(spec.name)
+        return not is_corrupt_at_source
 
     def close(self) -> None:
-        """Close the traces and the parts that write.
-
-        In a forked child, only the trace: the rest belongs to the parent.
-        """
+        """Close the trace and the parts that write. In a forked child, only the trace: the rest is the parent's."""
         tracer, self._tracer = self._tracer, None
         if tracer is not None:
             tracer.close()

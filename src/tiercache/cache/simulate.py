@@ -18,10 +18,10 @@ import numpy as np
 from tiercache.cache.evict.policy import (
     UNPLANNED,
     Candidate,
+    CopyTable,
     Fifo,
     QueueEntry,
     Queues,
-    Snapshot,
     SpaceRequest,
     choose_victims,
     n_first_small,
@@ -44,6 +44,11 @@ if TYPE_CHECKING:
 PolicySimulation: TypeAlias = "Callable[[Trace, int, bytearray], int]"
 
 
+def _accesses(trace: Trace) -> Iterator[tuple[int, int, int]]:
+    """Yield the position, name and bytes of each access."""
+    return zip(range(len(trace)), trace.names.tolist(), trace.n_bytes.tolist(), strict=True)
+
+
 def next_positions(names: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the position of the next access to each access's object, int64[k]; NEVER: there is none."""
     order = np.argsort(names, kind="stable")
@@ -56,7 +61,7 @@ def next_positions(names: NDArray[np.int64]) -> NDArray[np.int64]:
 def _resident(trace: Trace, size_bytes: int, hit: bytearray) -> int:
     held: set[int] = set()
     free = size_bytes
-    for i, (name, n_bytes) in enumerate(zip(trace.names.tolist(), trace.n_bytes.tolist(), strict=True)):
+    for i, name, n_bytes in _accesses(trace):
         if name in held:
             hit[i] = 1
         elif n_bytes <= free:
@@ -68,7 +73,7 @@ def _resident(trace: Trace, size_bytes: int, hit: bytearray) -> int:
 def _lru(trace: Trace, size_bytes: int, hit: bytearray) -> int:
     held: dict[int, int] = {}  # least recently used first
     free, n_evicted = size_bytes, 0
-    for i, (name, n_bytes) in enumerate(zip(trace.names.tolist(), trace.n_bytes.tolist(), strict=True)):
+    for i, name, n_bytes in _accesses(trace):
         if name in held:
             hit[i] = 1
             held[name] = held.pop(name)
@@ -89,7 +94,7 @@ def _s3fifo(trace: Trace, size_bytes: int, hit: bytearray) -> int:
     ghosts = _Ghosts(int(size_bytes * GHOSTS_SHARE))
     queues = Queues(size_bytes)
     free, n_evicted = size_bytes, 0
-    for i, (name, n_bytes) in enumerate(zip(trace.names.tolist(), trace.n_bytes.tolist(), strict=True)):
+    for i, name, n_bytes in _accesses(trace):
         entry = held.get(name)
         if entry is not None:
             hit[i] = 1
@@ -99,7 +104,10 @@ def _s3fifo(trace: Trace, size_bytes: int, hit: bytearray) -> int:
             continue
         was_ghost = ghosts.pop(name)
         if n_bytes > free and not n_evicted:
-            queues = _after_first_fill(list(held.values()), size_bytes)
+            entries = list(held.values())
+            n_small = n_first_small(np.array([entry[1] for entry in entries]), small_limit_bytes(size_bytes))
+            small, main = (Fifo(part, sum(e[1] for e in part)) for part in (entries[:n_small], entries[n_small:]))
+            queues = Queues(size_bytes, small, main)
         while n_bytes > free and (out := queues.evict()) is not None:
             del held[out.entry[0]]
             free += out.entry[1]
@@ -110,12 +118,6 @@ def _s3fifo(trace: Trace, size_bytes: int, hit: bytearray) -> int:
         (queues.main if was_ghost else queues.small).put(entry)
         free -= n_bytes
     return n_evicted
-
-
-def _after_first_fill(entries: list[QueueEntry], size_bytes: int) -> Queues:
-    n_small = n_first_small(np.array([entry[1] for entry in entries]), small_limit_bytes(size_bytes))
-    small, main = entries[:n_small], entries[n_small:]
-    return Queues(size_bytes, Fifo(small, sum(e[1] for e in small)), Fifo(main, sum(e[1] for e in main)))
 
 
 class _Ghosts:
@@ -140,25 +142,18 @@ class _Ghosts:
 def _plan(trace: Trace, size_bytes: int, hit: bytearray) -> int:
     if len(np.unique(trace.job)) > 1:
         return _plan_of_jobs(trace, size_bytes, hit)
-    return _plan_of_one(trace, size_bytes, hit, bypass=True)
-
-
-def _belady(trace: Trace, size_bytes: int, hit: bytearray) -> int:
-    return _plan_of_one(trace, size_bytes, hit, bypass=False)
-
-
-def _plan_of_one(trace: Trace, size_bytes: int, hit: bytearray, *, bypass: bool) -> int:
-    columns = (trace.names.tolist(), trace.n_bytes.tolist(), next_positions(trace.names).tolist())
+    next_at = next_positions(trace.names).tolist()
     held = _Furthest()
     free, n_evicted = size_bytes, 0
-    for i, (name, n_bytes, at) in enumerate(zip(*columns, strict=True)):
+    for i, name, n_bytes in _accesses(trace):
+        at = next_at[i]
         if held.use(name, at):
             hit[i] = 1
             continue
         if n_bytes > free:
             victims = None
             if n_bytes <= size_bytes:
-                victims = choose_victims(held.candidates(), SpaceRequest(n_bytes - free, then=at if bypass else -1))
+                victims = choose_victims(held.candidates(), SpaceRequest(n_bytes - free, then=at))
             free += held.end(victims)
             if victims is None:
                 continue
@@ -220,7 +215,9 @@ def _plan_of_jobs(trace: Trace, size_bytes: int, hit: bytearray) -> int:
         if n_bytes > free:
             rows = np.flatnonzero(held)
             then = int(uses.next_use(np.array([row]))[0])
-            copies = _snapshot(n_bytes_of[rows], uses.next_use(rows), size_bytes)
+            zeros, none = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.bool_)
+            columns = (n_bytes_of[rows], zeros, none, zeros, np.arange(len(rows)), none, uses.next_use(rows))
+            copies = CopyTable(*columns, size_bytes, True)
             decision = plan(copies, SpaceRequest(n_bytes - free, then=then))
             if not decision.admit or n_bytes > size_bytes:
                 continue
@@ -231,12 +228,6 @@ def _plan_of_jobs(trace: Trace, size_bytes: int, hit: bytearray) -> int:
         held[row], n_bytes_of[row] = True, n_bytes
         free -= n_bytes
     return n_evicted
-
-
-def _snapshot(n_bytes: NDArray[np.int64], next_use: NDArray[np.int64], size_bytes: int) -> Snapshot:
-    n = len(n_bytes)
-    nothing, none = np.zeros(n, np.int64), np.zeros(n, np.bool_)
-    return Snapshot(n_bytes, nothing, none, nothing, np.arange(n), none, next_use, size_bytes, True)
 
 
 class _Uses:
@@ -265,24 +256,14 @@ class _Uses:
         return nearest
 
 
-RUNS: dict[str, PolicySimulation] = {
-    "plan": _plan,
-    "resident": _resident,
-    "s3fifo": _s3fifo,
-    "lru": _lru,
-    "belady": _belady,
-}
+RUNS: dict[str, PolicySimulation] = {"plan": _plan, "resident": _resident, "s3fifo": _s3fifo, "lru": _lru}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
-    """Accesses in order. All columns are int64[k].
+    """Accesses in order: number and size of the object, number of the job that reads it, and the clock of the job.
 
-    Attributes:
-        names: Number of each object.
-        n_bytes: Size of the object.
-        job: Number of the job that reads the object.
-        clock: Bytes that the job had read before, ascending within a job.
+    All columns are int64[k]. The clock is the bytes that the job had read before, ascending within a job.
     """
 
     names: NDArray[np.int64]
@@ -315,18 +296,7 @@ class Trace:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SimulationReport:
-    """The result of a simulation.
-
-    Attributes:
-        policy: Name of the policy.
-        size_bytes: Size of the cache.
-        hits: Number of accesses served by the cache.
-        misses: Number of other accesses.
-        bytes_hit: Bytes served by the cache.
-        bytes_fetched: Bytes fetched from the store.
-        evicted: Number of evicted copies.
-        served: Bytes of each access that the cache served, int64[k].
-    """
+    """The result of a simulation; served: Bytes of each access that the cache served, int64[k]."""
 
     policy: str
     size_bytes: int
@@ -349,19 +319,11 @@ class SimulationReport:
 
 
 def simulate(trace: Trace, policy: str, size_bytes: int) -> SimulationReport:
-    """Simulate a cache on a trace.
+    """Simulate a cache of size_bytes, in the unit of the trace, with a policy in POLICIES. Raises ValueError.
 
-    A million accesses take 1 to 4 s; `plan` with several jobs takes 0.1 to 1 ms per miss.
-
-    Args:
-        trace: Accesses in order.
-        policy: A name in POLICIES, or "belady" (plan without bypass). Both know the whole trace. "plan" goes by the
-            order of the accesses for a single job, and by the clock of each job, as plan files tell it, for several
-            jobs; "belady" always goes by the order of the accesses.
-        size_bytes: Size of the cache, in the unit of the trace.
-
-    Raises:
-        ValueError: There is no such policy.
+    "plan" knows the whole trace: it goes by the order of the accesses for a single job, and by the clock of each job,
+    as plan files tell it, for several jobs. A million accesses take 1 to 4 s; `plan` with several jobs takes 0.1 to
+    1 ms per miss.
     """
     if policy not in RUNS:
         raise ValueError(f"no policy is called {policy!r}; there are {', '.join(sorted(RUNS))}")
@@ -387,9 +349,9 @@ def bound(trace: Trace, size_bytes: int) -> SimulationReport:
     next_at = next_positions(trace.names).tolist()
     served = np.zeros(len(trace), np.int64)
     held: dict[int, list[int]] = {}  # name: [bytes, next position]
-    heap: list[tuple[int, int]] = []
+    heap: list[tuple[int, int]] = []  # (- next position, name); outdated entries of objects that were used since
     free = size_bytes
-    for i, (name, n_bytes) in enumerate(zip(trace.names.tolist(), trace.n_bytes.tolist(), strict=True)):
+    for i, name, n_bytes in _accesses(trace):
         old = held.pop(name, None)
         if old is not None:
             served[i] = min(old[0], n_bytes)
@@ -397,7 +359,20 @@ def bound(trace: Trace, size_bytes: int) -> SimulationReport:
         at = next_at[i]
         if at == NEVER:
             continue
-        free = _cut(held, heap, free, (n_bytes, at))
+        while free < n_bytes and heap:  # shrink objects that are needed later
+            late, other = heap[0]
+            its = held.get(other)
+            if its is None or its[1] != -late:
+                heapq.heappop(heap)
+            elif -late <= at:
+                break
+            else:
+                cut = min(its[0], n_bytes - free)
+                its[0] -= cut
+                free += cut
+                if not its[0]:
+                    del held[other]
+                    heapq.heappop(heap)
         keep = min(n_bytes, free)
         if keep > 0:
             held[name] = [keep, at]
@@ -406,32 +381,10 @@ def bound(trace: Trace, size_bytes: int) -> SimulationReport:
     return _report("bound", size_bytes, trace, served, 0)
 
 
-def _cut(held: dict[int, list[int]], heap: list[tuple[int, int]], free: int, new: tuple[int, int]) -> int:
-    """Shrink objects that are needed later than new (bytes, next position) until it fits; return the free bytes."""
-    n_bytes, at = new
-    while free < n_bytes and heap:
-        late, name = heap[0]
-        its = held.get(name)
-        if its is None or its[1] != -late:
-            heapq.heappop(heap)  # an outdated entry: the object was used since
-        elif not -late > at:
-            break
-        else:
-            cut = min(its[0], n_bytes - free)
-            its[0] -= cut
-            free += cut
-            if not its[0]:
-                del held[name]
-                heapq.heappop(heap)
-    return free
-
-
 def trace_of_plans(jobs: Sequence[Sequence[ReadingPlan]], n_bytes: NDArray[np.int64]) -> Trace:
-    """Return the trace of jobs that run concurrently at one speed, each through the plans of its epochs.
+    """Return the trace of jobs that run concurrently at one speed, each through the reading plans of its epochs.
 
-    Args:
-        jobs: Reading plans of each job, one per epoch.
-        n_bytes: Size of each shard, int64[n_shards].
+    n_bytes is the size of each shard, int64[n_shards].
     """
     rows = []
     for job, epochs in enumerate(jobs):
@@ -458,13 +411,7 @@ class Tracer:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
 
     def add(self, name: str, n_bytes: int, *, hit: bool) -> None:
-        """Append an opening of a copy. Takes 3 us. Raises OSError.
-
-        Args:
-            name: Name of the copy.
-            n_bytes: Size of the object.
-            hit: Whether the copy was cached.
-        """
+        """Append an opening of a copy: 3 us. Raises OSError."""
         line = f"{time.time():.6f} {os.getpid()} {name} {n_bytes} {int(hit)}\n"
         os.write(self._fd, line.encode())
 

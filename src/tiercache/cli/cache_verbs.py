@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,11 +43,7 @@ def read_column_ranges(
 ) -> Mapping[str, tuple[ByteRange, ...]]:
     """Return the ranges of the columns, by shard name; shards of which nearly all bytes are needed are left out.
 
-    Args:
-        data_set: Version whose shards are read.
-        shards: Numbers of the shards, int64[m].
-        columns: Names of the columns.
-        advance: Called with the number of footers read, and their total.
+    shards are the numbers of the shards, int64[m]. advance() gets the number of footers read, and their total.
 
     Raises:
         SchemaError: There is no such column.
@@ -93,17 +89,7 @@ def open_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
 
 @dataclass(frozen=True, slots=True)
 class CopyRequest:
-    """The part of a data set that warm or pin copies, and the cache.
-
-    Attributes:
-        url: URL of the data set.
-        choice: Selection of shards.
-        at: Version number; None: the newest.
-        columns: Names of columns; None: all.
-        storage_options: KEY=VALUE options of the data set's store.
-        cache_dir: Folder of the cache; None: the configured folder.
-        cache_size: Size limit of the cache; None: the configured limit.
-    """
+    """The part of a data set that warm or pin copies, and the cache; None: the newest version, all columns, default."""
 
     url: str
     choice: ShardSelection
@@ -116,47 +102,31 @@ class CopyRequest:
 
 @dataclass(frozen=True, slots=True)
 class _CopySet:
-    """Objects to copy into a cache.
-
-    Attributes:
-        cache: The cache.
-        store: Store of the data set, read through the cache.
-        objects: Keys and identities of the objects.
-        ranges: Byte ranges to copy, by key; an object that is not in ranges is copied as a whole.
-    """
+    """Objects to copy into a cache, and the byte ranges that suffice by key; other objects are copied as a whole."""
 
     cache: Cache
     store: CachedStore
     objects: list[tuple[str, ShardIdentity]]
     ranges: Mapping[str, Sequence[ByteRange]]
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Return the objects for JSON output."""
-        return {"url": self.store.url, "objects": len(self.objects), "bytes": self._n_bytes}
-
-    @property
-    def text(self) -> str:
-        """Return the objects for people."""
-        parts = f" ({len(self.ranges):,} of them in part)" if self.ranges else ""
-        return f"{count(len(self.objects), 'object')}{parts}, {format_bytes(self._n_bytes)}"
-
-    @property
-    def _n_bytes(self) -> int:
-        return sum(
+    def describe(self) -> tuple[dict[str, Any], str]:
+        """Return the objects for JSON output and for people."""
+        n_bytes = sum(
             sum(r.n_bytes for r in self.ranges[key]) if key in self.ranges else identity.n_bytes
             for key, identity in self.objects
         )
+        in_part = f" ({len(self.ranges):,} of them in part)" if self.ranges else ""
+        text = f"{count(len(self.objects), 'object')}{in_part}, {format_bytes(n_bytes)}"
+        return {"url": self.store.url, "objects": len(self.objects), "bytes": n_bytes}, text
 
-    def fetch(self, output: Output, doing: str, jobs: int) -> WarmReport:
-        """Copy all objects into the cache, with a progress bar labelled doing."""
-        jobs = jobs or config.available_cpus()
-        with output.byte_progress(doing) as advance:
+    def fetch(self, output: Output, label: str, jobs: int) -> WarmReport:
+        """Copy all objects into the cache, with a progress bar."""
+        with output.byte_progress(label) as advance:
             return self.cache.warm(
                 self.store,
                 self.objects,
                 ranges=self.ranges,
-                jobs=jobs,
+                jobs=jobs or config.available_cpus(),
                 on_progress=lambda p: advance(p.bytes_done, p.bytes_wanted),
             )
 
@@ -186,48 +156,43 @@ def _open_copy_set(output: Output, request: CopyRequest) -> Iterator[_CopySet]:
 
 def warm(output: Output, request: CopyRequest, jobs: int, *, dry_run: bool) -> None:
     """Copy the selected objects into the cache, or print what would be fetched."""
-    with _open_copy_set(output, request) as wanted:
+    with _open_copy_set(output, request) as copies:
+        facts, text = copies.describe()
         if dry_run:
-            plan = wanted.cache.plan_warm(wanted.store, wanted.objects, ranges=wanted.ranges)
-            facts = {"fetched": len(plan.missing), "bytes_fetched": plan.missing_bytes, "fits": plan.fits}
+            plan = copies.cache.plan_warm(copies.store, copies.objects, ranges=copies.ranges)
+            n_missing = len(plan.missing)
+            facts |= {"fetched": n_missing, "bytes_fetched": plan.missing_bytes, "fits": plan.fits, "dry_run": True}
             short = "" if plan.fits else "; the cache has not enough space for them"
-            missing = f"{count(len(plan.missing), 'object')}, {format_bytes(plan.missing_bytes)}"
-            output.summary(wanted.facts | facts | {"dry_run": True}, f"would fetch {missing}{short}")
+            missing = f"{count(n_missing, 'object')}, {format_bytes(plan.missing_bytes)}"
+            output.summary(facts, f"would fetch {missing}{short}")
             return
-        report = wanted.fetch(output, "warming", jobs)
-        facts = wanted.facts | {"fetched": report.n_fetched, "bytes_fetched": report.bytes_fetched}
+        report = copies.fetch(output, "warming", jobs)
+        facts |= {"fetched": report.n_fetched, "bytes_fetched": report.bytes_fetched}
         fetched = f"{format_bytes(report.bytes_fetched)} of them fetched now"
-        output.summary(facts, f"{wanted.text} are in the cache, {fetched}")
+        output.summary(facts, f"{text} are in the cache, {fetched}")
 
 
 def pin(output: Output, request: CopyRequest, jobs: int, *, dry_run: bool) -> None:
     """Copy the selected objects into the cache and pin them, or print what would be pinned."""
-    with _open_copy_set(output, request) as wanted:
+    with _open_copy_set(output, request) as copies:
+        facts, text = copies.describe()
         if dry_run:
-            output.summary(wanted.facts | {"dry_run": True}, f"would pin {wanted.text}")
+            output.summary(facts | {"dry_run": True}, f"would pin {text}")
             return
-        report = wanted.fetch(output, "pinning", jobs)
-        wanted.cache.pin(wanted.store, wanted.objects)
-        output.summary(wanted.facts | {"bytes_fetched": report.bytes_fetched}, f"pinned {wanted.text}")
+        report = copies.fetch(output, "pinning", jobs)
+        copies.cache.pin(copies.store, copies.objects)
+        output.summary(facts | {"bytes_fetched": report.bytes_fetched}, f"pinned {text}")
 
 
 # Facts that are printed as tables or lines of their own, and not in the summary.
-_ROWS = ("holders", "plans", "poisoned_now", "reports", "figures")
+_ROWS = ("holders", "plans", "poisoned_now", "figures")
 
 
 def status(output: Output, cache_dir: str | None, cache_size: str | None) -> None:
     """Show what the cache holds, who uses it, and damage found in it."""
     with open_existing_cache(cache_dir, cache_size) as cache:
         facts, entries = cache.status(), cache.entries()
-    _print_data_sets(output, by_data_set(entries))
-    _print_users(output, facts, {entry.name: entry.source for entry in entries})
-    _print_wrong(output, facts)
-    # The counters of this process are zero, because it only looks; "figures" sums the counters of all processes.
-    shown = {name: value for name, value in facts.items() if name not in _ROWS} | facts["figures"]
-    output.summary(shown, summary_of(facts))
-
-
-def _print_data_sets(output: Output, groups: Sequence[Mapping[str, Any]]) -> None:
+    groups = by_data_set(entries)
     has_parts = any(group["parts"] for group in groups)
     texts = [
         {"data set": group["url"] or "(unknown)", "copies": f"{group['copies']:,}"}
@@ -236,33 +201,34 @@ def _print_data_sets(output: Output, groups: Sequence[Mapping[str, Any]]) -> Non
         for group in groups
     ]
     output.table("data_set", groups, texts)
+    _print_holders(output, facts["holders"], {entry.name: entry.source for entry in entries})
+    for label in facts["plans"]:
+        output.event("plan", {"owner": label}, f"plan of {label}")
+    for name, source in facts["poisoned_now"].items():
+        text = f"poisoned: {source['url']}: damaged in its store, so not cached for now"
+        output.event("poisoned", {"name": name, **source}, text)
+    # The counters of this process are zero, because it only looks; "figures" sums the counters of all processes.
+    shown = {name: value for name, value in facts.items() if name not in _ROWS} | facts["figures"]
+    output.summary(shown, summary_of(facts))
 
 
-def _print_users(output: Output, facts: Mapping[str, Any], sources: Mapping[str, str]) -> None:
-    """Print the processes that hold copies, except this one, and the jobs that have published read plans."""
-    holders = [
+def _print_holders(output: Output, holders: Sequence[Mapping[str, Any]], sources: Mapping[str, str]) -> None:
+    """Print the processes that hold copies, except this one."""
+    rows = [
         {
             "pid": holder["pid"],
             "command": holder["command"],
             "copies": len(holder["names"]),
             "sources": sorted(sources.get(name, "") for name in holder["names"]),
         }
-        for holder in facts["holders"]
+        for holder in holders
         if holder["pid"] != os.getpid()
     ]
     texts = [
         {"process": str(h["pid"]), "holds": count(h["copies"], "copy", "copies"), "command": shorten(h["command"])}
-        for h in holders
+        for h in rows
     ]
-    output.table("holder", holders, texts)
-    for label in facts["plans"]:
-        output.event("plan", {"owner": label}, f"plan of {label}")
-
-
-def _print_wrong(output: Output, facts: Mapping[str, Any]) -> None:
-    for name, poison in facts["poisoned_now"].items():
-        text = f"poisoned: {poison['url']}: damaged in its store, so not cached for now"
-        output.event("poisoned", {"name": name, **poison}, text)
+    output.table("holder", rows, texts)
 
 
 def summary_of(facts: Mapping[str, Any]) -> str:
@@ -280,17 +246,12 @@ def summary_of(facts: Mapping[str, Any]) -> str:
         ahead = f"{figures['prefetched']:,} prefetched, " if figures.get("prefetched") else ""
         found = f"{facts['hit_ratio']:.1%} of {count(n_opens, 'open')} were hits"
         texts.append(f"{found}, {ahead}{fetched} fetched")
-    texts += _nonzero(
-        figures, {"evicted_early": "evicted too early", "quarantined": "quarantined", "poisoned": "poisoned"}
-    )
+    names = {"evicted_early": "evicted too early", "quarantined": "quarantined", "poisoned": "poisoned"}
+    texts += [f"{figures[name]:,} {text}" for name, text in names.items() if figures.get(name)]
     texts += [note for (name, value), note in _TROUBLES.items() if facts[name] == value]
     if facts["network_file_system"]:
         texts.append(f"the folder is on {facts['network_file_system']}")
     return "; ".join(texts)
-
-
-def _nonzero(figures: Mapping[str, int], names: Mapping[str, str]) -> Iterable[str]:
-    return [f"{figures[name]:,} {text}" for name, text in names.items() if figures.get(name)]
 
 
 _TROUBLES = {
@@ -322,15 +283,9 @@ def data_set_url(source: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CacheScope:
-    """Copies in a cache that a verb is about.
+    """Copies in a cache that a verb is about; url None: those of all data sets.
 
-    Attributes:
-        url: URL of the data set whose copies are meant; None: all copies.
-        include: Globs over names inside the data set, of which one must match; None: all names.
-        exclude: Globs over names inside the data set, of which none may match.
-        storage_options: KEY=VALUE options of the data set's store.
-        cache_dir: Folder of the cache; None: the configured folder.
-        cache_size: Size limit of the cache; None: the configured limit.
+    include and exclude are globs over names inside the data set: one of include, and none of exclude, must match.
     """
 
     url: str | None = None
@@ -343,8 +298,7 @@ class CacheScope:
     def entries(self, cache: Cache) -> list[Entry]:
         """Return the entries of the copies, least recently used first.
 
-        A data set id finds copies of the same data set that came from a mirror. A source URL finds copies of a data set
-        that no longer exists.
+        The data set's id finds copies from a mirror; its URL finds copies of a data set that no longer exists.
         """
         entries = [e for e in cache.entries() if name_matches(e, self.include, self.exclude)]
         if self.url is None:
@@ -358,13 +312,7 @@ class CacheScope:
 
 @dataclass(frozen=True, slots=True)
 class EvictLimits:
-    """Limits of an eviction; None: no limit.
-
-    Attributes:
-        older_than_s: Seconds since the last use that a copy must exceed to be evicted.
-        larger_than_bytes: Bytes that a copy's size must exceed to be evicted.
-        target_size: Size of the cache at which eviction ends, e.g. "200GB" or "50%".
-    """
+    """Limits of an eviction; None: no limit. target_size: Size of the cache at which it ends, e.g. "200GB" or "50%"."""
 
     older_than_s: float | None = None
     larger_than_bytes: int | None = None

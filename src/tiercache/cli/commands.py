@@ -535,7 +535,7 @@ def simulate(
             group_bytes=parse_group(shuffle_group),
             batch_size=batch_size,
         )
-        replay = verb.TrainingReplay(url, at, storage_option, training, verb.Cluster(nodes, epochs))
+        replay = verb.TrainingReplay(url, at, storage_option, training, nodes, epochs)
     else:
         raise ValueError("simulate takes a URL, or --trace FILE")
     costs = verb.parse_costs(egress, request, rate, train_rate)

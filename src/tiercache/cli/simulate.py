@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -29,62 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True)
-class FetchPrices:
-    """Prices of reading from the store.
-
-    Attributes:
-        egress: Dollars per GB of 2^30 bytes.
-        request: Dollars per 1,000 requests.
-    """
-
-    egress: float = 0.0
-    request: float = 0.0
-
-    def dollars(self, n_bytes: float, n_requests: float) -> float:
-        """Return the dollars for these bytes and requests."""
-        return n_bytes / GB * self.egress + n_requests / 1000 * self.request
-
-
-@dataclass(frozen=True, slots=True)
-class Bandwidths:
-    """Bandwidths of one node in bytes per second; None: unknown.
-
-    Attributes:
-        fetch: Bandwidth from the store to the node.
-        read: Rate at which the node's training reads.
-    """
-
-    fetch: float | None = None
-    read: float | None = None
-
-    def epoch_s(self, fetched_bytes: float, read_bytes: float) -> float | None:
-        """Return the seconds of a node's epoch: fetching and training overlap, so the slower one determines it."""
-        pairs = ((fetched_bytes, self.fetch), (read_bytes, self.read))
-        times = [n_bytes / rate for n_bytes, rate in pairs if rate is not None]
-        return max(times) if times else None
-
-
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    """The machines that read.
-
-    Attributes:
-        nodes: Number of machines, each with its own cache; the ranks fill one node after the other.
-        epochs: Number of epochs, counted from epoch 0.
-    """
-
-    nodes: int = 1
-    epochs: int = 5
-
-    def __post_init__(self) -> None:
-        """Check the values. Raises ValueError."""
-        if self.nodes < 1 or self.epochs < 1:
-            raise ValueError(f"--nodes and --epochs must be 1 or more, got {self.nodes} and {self.epochs}")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class NodeReads:
+class NodeReads(NamedTuple):
     """The reads of one node in order, and the epoch of each read; epoch 0 for all reads of a recorded trace."""
 
     trace: Trace
@@ -92,7 +37,7 @@ class NodeReads:
 
 
 def training_reads(
-    records: NDArray[np.int64], stored_bytes: NDArray[np.int64], training: Training, cluster: Cluster
+    records: NDArray[np.int64], stored_bytes: NDArray[np.int64], training: Training, *, nodes: int = 1, epochs: int = 5
 ) -> list[NodeReads]:
     """Return the reads of each node: a shard once per epoch for each local rank that reads it, by the ranks' clocks.
 
@@ -100,41 +45,35 @@ def training_reads(
         records: Records of each shard, int64[n_shards].
         stored_bytes: Bytes of each shard, int64[n_shards].
         training: Training that reads; its ranks and its epoch are ignored.
-        cluster: Nodes and epochs.
+        nodes: Number of machines, each with its own cache; the ranks fill one node after the other.
+        epochs: Number of epochs, counted from epoch 0.
 
     Raises:
-        ValueError: The number of ranks is not a multiple of the number of nodes.
+        ValueError: The number of ranks is not a multiple of the number of nodes, or a number is less than 1.
     """
-    world_size = training.world_size
-    if world_size % cluster.nodes:
-        raise ValueError(f"{world_size} ranks cannot be divided evenly among {cluster.nodes} nodes")
-    n_local = world_size // cluster.nodes
-    epochs = [
-        epoch_reads(records, stored_bytes, replace(training, epoch=epoch, ranks=tuple(range(world_size))))
-        for epoch in range(cluster.epochs)
-    ]
-    accesses = []
-    for node in range(cluster.nodes):
-        began = dict.fromkeys(
-            range(node * n_local, (node + 1) * n_local), 0
-        )  # each rank's clock at the start of the epoch
-        rows: list[NDArray[np.int64]] = []
-        for epoch, reads in enumerate(epochs):
-            mine = [(rank, reads[rank]) for rank in began]
-            found = [_rows(rank, began[rank], each.shards, each.clock, epoch) for rank, each in mine]
-            joined = np.concatenate(found, axis=1)
-            rows.append(joined[:, np.argsort(joined[2] - joined[3], kind="stable")])
-            for rank, each in mine:
+    if nodes < 1 or epochs < 1:
+        raise ValueError(f"--nodes and --epochs must be 1 or more, got {nodes} and {epochs}")
+    n_local, rest = divmod(training.world_size, nodes)
+    if rest:
+        raise ValueError(f"{training.world_size} ranks cannot be divided evenly among {nodes} nodes")
+    ranks = tuple(range(training.world_size))
+    reads = [epoch_reads(records, stored_bytes, replace(training, epoch=e, ranks=ranks)) for e in range(epochs)]
+    found = []
+    for node in range(nodes):
+        began = dict.fromkeys(ranks[node * n_local : (node + 1) * n_local], 0)  # each rank's clock at the epoch's start
+        columns: list[NDArray[np.int64]] = []
+        for epoch, of_ranks in enumerate(reads):
+            rows = []
+            for rank in began:
+                each = of_ranks[rank]
+                parts = (each.shards, np.full(len(each.shards), rank), began[rank] + each.clock, each.clock)
+                rows.append(np.stack([*parts, np.full(len(each.shards), epoch)]))
                 began[rank] += int(stored_bytes[each.shards].sum())
-        shards, job, clock, _, epoch_of = np.concatenate(rows, axis=1)
-        accesses.append(NodeReads(Trace(shards, stored_bytes[shards], job, clock), epoch_of))
-    return accesses
-
-
-def _rows(rank: int, began: int, shards: NDArray[np.int64], clock: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-    """Return rows of shard, job, clock, clock at the start of the epoch, and epoch: int64[5, m]."""
-    m = len(shards)
-    return np.stack([shards, np.full(m, rank), began + clock, np.full(m, began), np.full(m, epoch)])
+            joined = np.concatenate(rows, axis=1)
+            columns.append(joined[:, np.argsort(joined[3], kind="stable")])
+        shards, job, clock, _, epoch_of = np.concatenate(columns, axis=1)
+        found.append(NodeReads(Trace(shards, stored_bytes[shards], job, clock), epoch_of))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,70 +107,58 @@ class SimulationResult:
 
 @dataclass(frozen=True, slots=True)
 class SimulationCosts:
-    """Prices and bandwidths that all cases share."""
+    """Prices and bandwidths that all cases share.
 
-    prices: FetchPrices = field(default_factory=FetchPrices)
-    speeds: Bandwidths = field(default_factory=Bandwidths)
+    Attributes:
+        egress: Dollars per GB of 2^30 bytes.
+        request: Dollars per 1,000 requests.
+        fetch_rate: Bytes per second from the store to a node; None: unknown.
+        read_rate: Bytes per second that the training of a node reads; None: unknown.
+    """
+
+    egress: float = 0.0
+    request: float = 0.0
+    fetch_rate: float | None = None
+    read_rate: float | None = None
+
+    def epoch_s(self, fetched_bytes: float, read_bytes: float) -> float | None:
+        """Return the seconds of a node's epoch: fetching and training overlap, so the slower one determines it."""
+        pairs = ((fetched_bytes, self.fetch_rate), (read_bytes, self.read_rate))
+        return max((n_bytes / rate for n_bytes, rate in pairs if rate is not None), default=None)
 
 
-def simulate_case(
-    accesses: Sequence[NodeReads], policy: str, size_bytes: int, question: SimulationCosts
-) -> SimulationResult:
+def simulate_case(nodes: Sequence[NodeReads], policy: str, size_bytes: int, costs: SimulationCosts) -> SimulationResult:
     """Replay every node's reads with one policy and one cache size. Raises ValueError for an unknown policy."""
-    nodes = [_counted(access, policy, size_bytes) for access in accesses]
-    total = _Counts(*(sum(column) for column in zip(*map(astuple, nodes), strict=True)))
-    times = [question.speeds.epoch_s(node.epoch_bytes, node.read_bytes) for node in nodes]
+    totals, times = np.zeros(6), []
+    for trace, epoch in nodes:
+        report = bound(trace, size_bytes) if policy == "bound" else simulate_cache(trace, policy, size_bytes)
+        fetched = trace.n_bytes - report.served
+        n_epochs = int(epoch.max(initial=0)) + 1
+        counted = epoch > 0 if n_epochs > 1 else np.ones(len(trace), np.bool_)
+        epoch_bytes, read_bytes = fetched[counted].sum(), trace.n_bytes[counted].sum()
+        requests = (-(-fetched[counted] // PIECE_BYTES)).sum()
+        sums = np.array([(fetched[counted] == 0).sum(), counted.sum(), epoch_bytes, read_bytes, requests])
+        averages = sums / max(n_epochs - 1, 1)
+        totals += [*averages, fetched[epoch == 0].sum()]
+        times.append(costs.epoch_s(float(averages[2]), float(averages[3])))
+    n_hits, n_reads, epoch_bytes, read_bytes, requests, first_bytes = totals.tolist()
     return SimulationResult(
         policy,
         size_bytes,
-        hit_ratio=total.hits / max(total.accesses, 1),
-        byte_hit_ratio=1 - total.epoch_bytes / total.read_bytes if total.read_bytes else 0.0,
-        first_bytes=int(total.first_bytes),
-        epoch_bytes=total.epoch_bytes,
-        epoch_requests=total.requests,
-        dollars=question.prices.dollars(total.epoch_bytes, total.requests),
+        hit_ratio=n_hits / max(n_reads, 1),
+        byte_hit_ratio=1 - epoch_bytes / read_bytes if read_bytes else 0.0,
+        first_bytes=int(first_bytes),
+        epoch_bytes=epoch_bytes,
+        epoch_requests=requests,
+        dollars=epoch_bytes / GB * costs.egress + requests / 1000 * costs.request,
         epoch_s=max((time_s for time_s in times if time_s is not None), default=None),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Counts:
-    """Averages of one node over the epochs after the first; first_bytes is of the first epoch."""
-
-    hits: float
-    accesses: float
-    first_bytes: float
-    epoch_bytes: float
-    read_bytes: float
-    requests: float
-
-
-def _counted(access: NodeReads, policy: str, size_bytes: int) -> _Counts:
-    trace = access.trace
-    report = bound(trace, size_bytes) if policy == "bound" else simulate_cache(trace, policy, size_bytes)
-    fetched = trace.n_bytes - report.served
-    n_epochs = int(access.epoch.max(initial=0)) + 1
-    chosen = access.epoch > 0 if n_epochs > 1 else np.ones(len(trace), np.bool_)
-    share = 1 / max(n_epochs - 1, 1)
-    return _Counts(
-        hits=int((fetched[chosen] == 0).sum()) * share,
-        accesses=int(chosen.sum()) * share,
-        first_bytes=int(fetched[access.epoch == 0].sum()),
-        epoch_bytes=int(fetched[chosen].sum()) * share,
-        read_bytes=int(trace.n_bytes[chosen].sum()) * share,
-        requests=int((-(-fetched[chosen] // PIECE_BYTES)).sum()) * share,
-    )
-
-
-def trace_reads(trace: Trace) -> NodeReads:
-    """Return a recorded trace as one epoch of one node."""
-    return NodeReads(trace, np.zeros(len(trace), np.int64))
-
-
-def distinct_bytes(accesses: Sequence[NodeReads]) -> int:
+def distinct_bytes(nodes: Sequence[NodeReads]) -> int:
     """Return the bytes of all objects that are read, each object counted once."""
-    names = np.concatenate([access.trace.names for access in accesses])
-    n_bytes = np.concatenate([access.trace.n_bytes for access in accesses])
+    names = np.concatenate([node.trace.names for node in nodes])
+    n_bytes = np.concatenate([node.trace.n_bytes for node in nodes])
     return int(n_bytes[np.unique(names, return_index=True)[1]].sum())
 
 
@@ -244,23 +171,6 @@ _LOOKS: dict[str, dict[str, Any]] = {
     "lru": {"color": "#CC79A7", "marker": "D"},
     "bound": {"color": "0.25", "linestyle": "--", "zorder": 3},
 }
-
-
-@dataclass(frozen=True, slots=True)
-class PlotLine:
-    """Results of one policy; the sequences have one element per cache size, sizes ascending.
-
-    Attributes:
-        policy: Name of the policy.
-        sizes_bytes: Cache sizes.
-        hit_ratios: Hit ratios, 0 to 1.
-        bytes_per_epoch: Bytes fetched per epoch.
-    """
-
-    policy: str
-    sizes_bytes: Sequence[int]
-    hit_ratios: Sequence[float]
-    bytes_per_epoch: Sequence[float]
 
 
 def load_matplotlib() -> ModuleType:
@@ -289,50 +199,33 @@ def check_plot(path: Path | None) -> None:
     load_matplotlib()
 
 
-def draw(path: Path, lines: Sequence[PlotLine], *, data_bytes: int, title: str) -> None:
-    """Write a plot of the bytes fetched per epoch and of the hit ratio, over cache size.
+def draw(path: Path, results: Sequence[SimulationResult], *, data_bytes: int, title: str) -> None:
+    """Write a plot of the bytes fetched per epoch and of the hit ratio, over cache size, with a line for each policy.
 
-    Args:
-        path: File to write; its suffix selects the format.
-        lines: Results, one per policy.
-        data_bytes: Bytes of all data that is read; drawn as a dotted line.
-        title: Title of the plot.
-
-    Raises:
-        ValueError, TierCacheError: See check_plot().
-        OSError: The file cannot be written.
+    A dotted line shows data_bytes, the bytes of all data that is read. Raises OSError if the file cannot be written.
     """
     figure = load_matplotlib().Figure(figsize=(9.0, 3.8), layout="constrained")
     figure.suptitle(title, fontsize=11)
     fetched, hits = figure.subplots(1, 2)
-    most = max((line.sizes_bytes[-1] for line in lines if line.sizes_bytes), default=data_bytes)
-    unit, name = _unit(max(most, 1))
-    for line in lines:
-        sizes = [size / unit for size in line.sizes_bytes]
-        look = {"label": line.policy, "markersize": 4} | _LOOKS.get(line.policy, {"marker": "x"})
-        fetched.plot(sizes, [n / unit for n in line.bytes_per_epoch], **look)
-        hits.plot(sizes, [100 * ratio for ratio in line.hit_ratios], **look)
-    _label(fetched, f"fetched per epoch, {name}", name)
-    _label(hits, "hit ratio, %", name)
-    hits.set_ylim(-2, 102)
-    for axes in (fetched, hits):
+    most_bytes = max(1, *(result.size_bytes for result in results)) if results else max(data_bytes, 1)
+    unit_name = format_bytes(most_bytes).split()[1]
+    unit = 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(unit_name)
+    for policy in dict.fromkeys(result.policy for result in results):
+        mine = [result for result in results if result.policy == policy]
+        sizes = [result.size_bytes / unit for result in mine]
+        look = {"label": policy, "markersize": 4} | _LOOKS.get(policy, {"marker": "x"})
+        fetched.plot(sizes, [result.epoch_bytes / unit for result in mine], **look)
+        hits.plot(sizes, [100 * result.byte_hit_ratio for result in mine], **look)
+    for axes, label in ((fetched, f"fetched per epoch, {unit_name}"), (hits, "hit ratio, %")):
+        axes.set_xlabel(f"cache size per node, {unit_name}")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.grid(visible=True, alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
         axes.axvline(data_bytes / unit, color="0.6", linestyle=":", linewidth=1)
+    hits.set_ylim(-2, 102)
     fetched.legend(frameon=False)
     figure.savefig(path, dpi=150)
-
-
-def _label(axes: Any, y: str, unit: str) -> None:
-    axes.set_xlabel(f"cache size per node, {unit}")
-    axes.set_ylabel(y)
-    axes.set_ylim(bottom=0)
-    axes.grid(visible=True, alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _unit(n_bytes: int) -> tuple[int, str]:
-    """Return the bytes and the name of the unit in which format_bytes() formats a size."""
-    name = format_bytes(n_bytes).split()[1]
-    return 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(name), name
 
 
 SIZES = ("10%", "25%", "50%", "75%", "100%")
@@ -340,38 +233,14 @@ SIZES = ("10%", "25%", "50%", "75%", "100%")
 
 @dataclass(frozen=True, slots=True)
 class TrainingReplay:
-    """A training to replay.
-
-    Attributes:
-        url: URL of the data set that it reads.
-        at: Version number; None: the newest.
-        storage_options: KEY=VALUE options of the data set's store.
-        training: Training; its ranks and its epoch are ignored.
-        cluster: Nodes and epochs.
-    """
+    """A training to replay, see training_reads(), and the data set; at: its version number, None: the newest."""
 
     url: str
     at: int | None
     storage_options: Sequence[str] | None
     training: Training
-    cluster: Cluster
-
-
-@dataclass(frozen=True, slots=True)
-class _Replay:
-    """The reads to replay.
-
-    Attributes:
-        accesses: Reads of each node.
-        facts: Summary of the reads, for JSON.
-        text: Summary of the reads, for people.
-        is_training: Whether the reads have epochs, unlike those of a recorded trace.
-    """
-
-    accesses: Sequence[NodeReads]
-    facts: dict[str, Any]
-    text: str
-    is_training: bool
+    nodes: int
+    epochs: int
 
 
 def simulate(
@@ -394,20 +263,26 @@ def simulate(
     """
     policies = _policies(policies)
     check_plot(plot)
-    scene = _trace_replay(replay) if isinstance(replay, Path) else _training_replay(replay)
-    data_bytes = distinct_bytes(scene.accesses)
-    sizes_bytes = sorted({parse_size("--size", text, whole_bytes=data_bytes) for text in sizes or SIZES})
-    asked = [(name, size_bytes) for name in policies for size_bytes in sizes_bytes]
-    cases: list[SimulationResult] = []
+    if isinstance(replay, Path):
+        trace = read_trace(replay)
+        nodes = [NodeReads(trace, np.zeros(len(trace), np.int64))]
+        facts: dict[str, Any] = {"trace": str(replay), "accesses": len(trace)}
+        text = f"{count(len(trace), 'open')} of {format_bytes(distinct_bytes(nodes))}, from {replay}"
+    else:
+        nodes, facts, text = _replay_training(replay)
+    data_bytes = distinct_bytes(nodes)
+    sizes_bytes = sorted({parse_size("--size", size, whole_bytes=data_bytes) for size in sizes or SIZES})
+    cases = [(name, size_bytes) for name in policies for size_bytes in sizes_bytes]
+    results: list[SimulationResult] = []
     with output.count_progress("replaying") as advance:
-        for policy, size_bytes in asked:
-            cases.append(simulate_case(scene.accesses, policy, size_bytes, costs))
-            advance(len(cases), len(asked))
-    _print(output, cases, data_bytes, scene)
-    facts = scene.facts | {"data_bytes": data_bytes, "cases": len(cases), "plot": None if plot is None else str(plot)}
+        for policy, size_bytes in cases:
+            results.append(simulate_case(nodes, policy, size_bytes, costs))
+            advance(len(results), len(cases))
+    _print(output, results, data_bytes, "fetched" if isinstance(replay, Path) else "fetched per epoch")
     if plot is not None:
-        draw(plot, _lines(cases), data_bytes=data_bytes, title=scene.text)
-    output.summary(facts, scene.text + ("" if plot is None else f"; drawn in {plot}"))
+        draw(plot, results, data_bytes=data_bytes, title=text)
+    facts |= {"data_bytes": data_bytes, "cases": len(results), "plot": None if plot is None else str(plot)}
+    output.summary(facts, text + ("" if plot is None else f"; drawn in {plot}"))
 
 
 def parse_costs(egress: float, request: float, rate: str | None, train_rate: str | None) -> SimulationCosts:
@@ -416,7 +291,7 @@ def parse_costs(egress: float, request: float, rate: str | None, train_rate: str
         raise ValueError(f"--egress and --request must be dollars, 0 or more, got {egress} and {request}")
     fetch = None if rate is None else parse_rate("--rate", rate)
     read = None if train_rate is None else parse_rate("--train-rate", train_rate)
-    return SimulationCosts(FetchPrices(egress, request), Bandwidths(fetch, read))
+    return SimulationCosts(egress, request, fetch, read)
 
 
 def _policies(names: Sequence[str] | None) -> list[str]:
@@ -427,53 +302,46 @@ def _policies(names: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(names)) if names else [*POLICIES, "bound"]
 
 
-def _trace_replay(path: Path) -> _Replay:
-    trace = read_trace(path)
-    access = trace_reads(trace)
-    facts = {"trace": str(path), "accesses": len(trace)}
-    n_bytes = distinct_bytes([access])
-    return _Replay([access], facts, f"{count(len(trace), 'open')} of {format_bytes(n_bytes)}, from {path}", False)
-
-
-def _training_replay(replay: TrainingReplay) -> _Replay:
+def _replay_training(replay: TrainingReplay) -> tuple[list[NodeReads], dict[str, Any], str]:
+    """Return the reads of each node, and a summary of them for JSON and for people."""
     with open_data_set_store(replay.url, replay.storage_options) as store:
         data_set = open_data_set(store, replay.at)
-        shown = store.url
-    shards, training, cluster = data_set.shards, replay.training, replay.cluster
-    accesses = training_reads(shards.n_records, shards.n_bytes, training, cluster)
+        url = store.url
+    shards, training = data_set.shards, replay.training
+    nodes = training_reads(shards.n_records, shards.n_bytes, training, nodes=replay.nodes, epochs=replay.epochs)
     facts = {
-        "url": shown,
+        "url": url,
         "version": data_set.version.number,
         "shards": len(shards),
-        "accesses": sum(len(access.trace) for access in accesses),
+        "accesses": sum(len(node.trace) for node in nodes),
         "seed": training.seed,
-        "epochs": cluster.epochs,
+        "epochs": replay.epochs,
         "ranks": training.world_size,
-        "nodes": cluster.nodes,
+        "nodes": replay.nodes,
         "placement": training.placement,
     }
-    who = f"{count(training.world_size, 'rank')} on {count(cluster.nodes, 'node')}"
+    readers = f"{count(training.world_size, 'rank')} on {count(replay.nodes, 'node')}"
     size = f"{count(len(shards), 'shard')}, {format_bytes(int(shards.n_bytes.sum()))}"
-    return _Replay(accesses, facts, f"{shown}: {size}, read by {who} in {count(cluster.epochs, 'epoch')}", True)
+    return nodes, facts, f"{url}: {size}, read by {readers} in {count(replay.epochs, 'epoch')}"
 
 
-def _print(output: Output, cases: Sequence[SimulationResult], data_bytes: int, scene: _Replay) -> None:
-    rows = [asdict(case) | {"share": case.size_bytes / max(data_bytes, 1)} for case in cases]
-    has_dollars, has_times = any(case.dollars for case in cases), any(case.epoch_s is not None for case in cases)
-    fetched = "fetched per epoch" if scene.is_training else "fetched"
+def _print(output: Output, results: Sequence[SimulationResult], data_bytes: int, fetched: str) -> None:
+    rows = [asdict(result) | {"share": result.size_bytes / max(data_bytes, 1)} for result in results]
+    has_dollars = any(result.dollars for result in results)
+    has_times = any(result.epoch_s is not None for result in results)
     texts = []
-    for case, row in zip(cases, rows, strict=True):
+    for result, row in zip(results, rows, strict=True):
         text = {
-            "policy": case.policy,
-            "cache": format_bytes(case.size_bytes),
+            "policy": result.policy,
+            "cache": format_bytes(result.size_bytes),
             "of data": f"{row['share']:.0%}",
-            "hits": f"{case.byte_hit_ratio:.1%}",
-            fetched: format_bytes(case.epoch_bytes),
+            "hits": f"{result.byte_hit_ratio:.1%}",
+            fetched: format_bytes(result.epoch_bytes),
         }
         if has_dollars:
-            text["dollars"] = f"{case.dollars:,.2f}"
+            text["dollars"] = f"{result.dollars:,.2f}"
         if has_times:
-            text["time"] = "" if case.epoch_s is None else _time_text(case.epoch_s)
+            text["time"] = "" if result.epoch_s is None else _time_text(result.epoch_s)
         texts.append(text)
     output.table("case", rows, texts)
 
@@ -482,18 +350,3 @@ def _time_text(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
-
-
-def _lines(cases: Sequence[SimulationResult]) -> list[PlotLine]:
-    found = []
-    for policy in dict.fromkeys(case.policy for case in cases):
-        mine = [case for case in cases if case.policy == policy]
-        found.append(
-            PlotLine(
-                policy,
-                [case.size_bytes for case in mine],
-                [case.byte_hit_ratio for case in mine],
-                [case.epoch_bytes for case in mine],
-            )
-        )
-    return found

@@ -352,7 +352,7 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
             # Nothing is opened yet: if two threads create a store, the first one is kept and nothing leaks.
             store = self._stores.setdefault(root, cache.store(self._target.store(root)))
         try:
-            spec = store.wanted(key)
+            spec = store.spec_of(key)
         except TierCacheError:
             return None
         return None if spec is None else ObjectReader(store, spec)

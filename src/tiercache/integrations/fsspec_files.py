@@ -145,7 +145,7 @@ class ObjectReader:
         self.store.inner.read_into(self._spec.key, spans, if_match=if_match)
         if if_match is None:
             # Without an ETag to check, the object must have the same description after the read.
-            found = self.store.wanted(self._spec.key)
+            found = self.store.spec_of(self._spec.key)
             if found is None or found.name != self._spec.name:
                 raise ObjectChanged(
                     url=self._spec.source, expected=self._spec.etag, found=None if found is None else found.etag

@@ -8,25 +8,25 @@ from __future__ import annotations
 import math
 import os
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tiercache.cache.disk import disk_space, is_disk_full
 from tiercache.cache.evict.policy import (
     POLICIES,
     UNPLANNED,
+    CopyTable,
     Decision,
     Policy,
-    Snapshot,
     SpaceRequest,
     lru,
     may_be_evicted_for,
     replaces,
 )
-from tiercache.cache.machine import NameLock, is_disk_full, room, try_exclusive
-from tiercache.cache.names import Names
+from tiercache.cache.locks import NameLock, try_exclusive
+from tiercache.cache.names import NameTable
 from tiercache.catalog import FIGURES, Accounts, CopyRow
 from tiercache.catalog.database import open_file
 from tiercache.crash_points import crash_point
@@ -47,84 +47,61 @@ _ROW = np.dtype(
     [
         ("charge_bytes", np.int64),
         ("last_use", np.int64),
-        ("turn", np.int64),
-        ("freq", np.int64),
         ("main", np.bool_),
+        ("freq", np.int64),
+        ("turn", np.int64),
         ("recorded", np.bool_),
     ]
 )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class AccountsSnapshot:
-    """All copies at one moment, sorted by name. Immutable.
+class AccountsMirror:
+    """The accounts in memory, updated by changes. Only one caller at a time; the lock of the evictor ensures that.
 
     Attributes:
-        names: Names of the copies; the same object as before if no copy came or went.
-        recorded: Whether the source of the copy is known, bool[n]. The other columns are those of policy.Snapshot.
+        names: Names of the copies, sorted; the same object as before if no copy came or went.
+        rows: The accounts of each copy; `recorded`: whether its source is known. The rest is as in policy.CopyTable.
     """
-
-    names: Names
-    charge_bytes: NDArray[np.int64]
-    last_use: NDArray[np.int64]
-    turn: NDArray[np.int64]
-    freq: NDArray[np.int64]
-    main: NDArray[np.bool_]
-    recorded: NDArray[np.bool_]
-    has_evicted: bool
-    limit_bytes: int
-
-    def among(self, texts: Iterable[str]) -> NDArray[np.bool_]:
-        """Return a mask of the copies with one of these names, which are given as 40 hexadecimal digits: bool[n]."""
-        mask = np.zeros(len(self.names), np.bool_)
-        rows = self.names.rows_of(Names.of_texts(texts))
-        mask[rows[rows >= 0]] = True
-        return mask
-
-
-class AccountsMirror:
-    """The accounts in memory, updated by changes. Only one caller at a time; the lock of the evictor ensures that."""
 
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
         self._since = ("", 0)
-        self._names, self._rows = Names.of_texts(()), np.empty(0, _ROW)
+        self.names, self.rows = NameTable.of_texts(()), np.empty(0, _ROW)
+        self.has_evicted, self.limit_bytes = False, 0
 
-    def look(self) -> AccountsSnapshot:
-        """Return the accounts now: one short transaction, and a millisecond if one of 25,000 copies changed."""
+    def update(self) -> None:
+        """Fetch the changes: one short transaction, and a millisecond if one of 25,000 copies changed."""
         changes = self._accounts.changes(self._since)
         if changes.whole:
-            self._names, self._rows = Names.of_texts(()), np.empty(0, _ROW)
+            self.names, self.rows = NameTable.of_texts(()), np.empty(0, _ROW)
         if changes.gone:
-            self._drop([*changes.gone])
+            stay = ~self.mask_of(changes.gone)
+            if not stay.all():
+                self.names, self.rows = self.names.take(stay), self.rows[stay]
         if changes.rows:
             self._set(changes.rows)
-        self._since = changes.since
-        columns = {name: np.ascontiguousarray(self._rows[name]) for name in _ROW.names or ()}
-        return AccountsSnapshot(
-            self._names, **columns, has_evicted=changes.has_evicted, limit_bytes=changes.limit_bytes
-        )
+        self._since, self.has_evicted, self.limit_bytes = changes.since, changes.has_evicted, changes.limit_bytes
 
-    def _drop(self, gone: Sequence[str]) -> None:
-        rows = self._names.rows_of(Names.of_texts(gone))
-        stay = np.ones(len(self._names), np.bool_)
-        stay[rows[rows >= 0]] = False
-        if not stay.all():
-            self._names, self._rows = self._names.take(stay), self._rows[stay]
+    def mask_of(self, texts: Iterable[str]) -> NDArray[np.bool_]:
+        """Return a mask of the copies with one of these names, which are given as 40 hexadecimal digits: bool[n]."""
+        mask = np.zeros(len(self.names), np.bool_)
+        rows = self.names.rows_of(NameTable.of_texts(texts))
+        mask[rows[rows >= 0]] = True
+        return mask
 
     def _set(self, changed: Sequence[CopyRow]) -> None:
-        names, rows = Names.of_texts(row.name for row in changed), np.empty(len(changed), _ROW)
-        rows[:] = [(r.charge_bytes, r.last_use, r.turn, r.freq, bool(r.main), r.record != "") for r in changed]
+        names, rows = NameTable.of_texts(row.name for row in changed), np.empty(len(changed), _ROW)
+        rows[:] = [(r.charge_bytes, r.last_use, bool(r.main), r.freq, r.turn, r.record != "") for r in changed]
         order = names.order()
         names, rows = names.take(order), rows[order]
-        at = self._names.rows_of(names)
-        here = at >= 0
-        self._rows[at[here]] = rows[here]
-        if not here.all():
-            new = names.take(~here)
-            places = self._names.places_of(new)
-            self._names = self._names.insert(places, new)
-            self._rows = np.insert(self._rows, places, rows[~here])
+        at = self.names.rows_of(names)
+        is_known = at >= 0
+        self.rows[at[is_known]] = rows[is_known]
+        if not is_known.all():
+            new = names.take(~is_known)
+            places = self.names.places_of(new)
+            self.names = self.names.insert(places, new)
+            self.rows = np.insert(self.rows, places, rows[~is_known])
 
 
 # Number of files that one more copy may need beside it (record, pin, lock file, SQLite's journal); the accounts do not
@@ -149,22 +126,9 @@ SPARED_SHARE = 0.5
 # scan takes milliseconds.
 RECONCILE_INTERVAL_S = 60.0
 # Freeing space takes milliseconds; a process that cannot get the lock in this time continues without it.
-ROOM_WAIT_S = 10.0
+SPACE_WAIT_S = 10.0
 # A process that holds the lock for longer was stopped (SIGSTOP, a paused container): for this time nobody waits for it.
 STOPPED_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class EvictorOptions:
-    """The settings of an evictor.
-
-    Attributes:
-        policy: Name of the policy, a key of POLICIES.
-        min_free: Disk space that stays free, in bytes or as a share such as "5%".
-    """
-
-    policy: str
-    min_free: int | str
 
 
 class Evictor:
@@ -175,26 +139,33 @@ class Evictor:
     """
 
     def __init__(
-        self, folder: Folder, accounts: Accounts, counters: Counters, plans: ReadingPlans, rules: EvictorOptions
+        self,
+        folder: Folder,
+        accounts: Accounts,
+        counters: Counters,
+        plans: ReadingPlans,
+        *,
+        policy: str,
+        min_free: int | str,
     ) -> None:
+        """Create an evictor. policy: A key of POLICIES. min_free: Disk space that stays free, in bytes or as "5%"."""
         self._folder, self._accounts, self._counters, self._plans = folder, accounts, counters, plans
-        self._rules, self._policy = rules, POLICIES[rules.policy]
-        self._uses_lock, self._look_lock, self._room_lock = Lock(), Lock(), Lock()
+        self._policy, self._min_free = POLICIES[policy], min_free
+        self._evicts, self._uses_plans = replaces(policy), policy == "plan"
+        self._uses_lock, self._mirror_lock, self._space_lock = Lock(), Lock(), Lock()
         self._uses: dict[str, int] = {}
-        self._booked = counters.snapshot()
-        self._shelf = AccountsMirror(accounts)
+        self._reported = counters.snapshot()
+        self._mirror = AccountsMirror(accounts)
         self._pins: set[str] | None = None
-        self._looked_s = self._waits_again_s = SYSTEM_CLOCK.monotonic()
+        self._reconciled_s = self._waits_again_s = SYSTEM_CLOCK.monotonic()
 
     # -- uses -------------------------------------------------------------------------------------------------------
 
     def note_use(self, name: str, n: int = 1) -> int:
         """Record a use, in order; return the number of copies whose uses are not written to the accounts yet.
 
-        Args:
-            name: Name of the copy.
-            n: Number of uses; 0 if the copy was fetched for this very use. The simulator and the authors of S3-FIFO
-                count such a use as a miss: it updates the time of use, but not the frequency.
+        n is 0 if the copy was fetched for this very use. The simulator and the authors of S3-FIFO count such a use as a
+        miss: it updates the time of use, but not the frequency.
         """
         with self._uses_lock:
             self._uses[name] = self._uses.pop(name, 0) + n
@@ -207,8 +178,8 @@ class Evictor:
         """
         with self._uses_lock:
             uses, self._uses = self._uses, {}
-            counts, before = self._counters.snapshot(), self._booked
-            self._booked = counts
+            counts, before = self._counters.snapshot(), self._reported
+            self._reported = counts
         figures = {name: int(counts.get(name, 0) - before.get(name, 0)) for name in FIGURES}
         try:
             if uses:
@@ -226,8 +197,8 @@ class Evictor:
 
         Eviction frees files too.
         """
-        disk = room(self._folder.root)
-        spare_bytes = disk.free_bytes - parse_bytes(self._rules.min_free, whole_bytes=disk.total_bytes)
+        disk = disk_space(self._folder.root)
+        spare_bytes = disk.free_bytes - parse_bytes(self._min_free, whole_bytes=disk.total_bytes)
         if disk.n_free_files is not None and disk.n_free_files < SPARE_FILES:
             return min(spare_bytes, 0)
         return spare_bytes
@@ -236,13 +207,13 @@ class Evictor:
         """Return how many bytes must be evicted before charge_bytes can be reserved; 0 or less: none."""
         return self._accounts.lack_bytes(charge_bytes, spare_bytes=self.spare_bytes)
 
-    def freeable_bytes(self, wanted: Set[str]) -> int:
+    def freeable_bytes(self, requested: Set[str]) -> int:
         """Return the most bytes that the policy could evict for copies of these names, other than those copies."""
-        if not replaces(self._rules.policy):
+        if not self._evicts:
             return 0
-        with self._look_lock:
-            _, copies, (coming, after) = self._look(wanted, wanted)
-        if self._rules.policy != "plan":
+        with self._mirror_lock:
+            _, copies, (coming, after) = self._read_state(requested, requested)
+        if not self._uses_plans:
             return int(copies.charge_bytes[~copies.keep].sum())
         then = int(np.where(coming == UNPLANNED, UNPLANNED, after).min(initial=UNPLANNED))
         next_use, n_bytes = (c[~copies.keep].tolist() for c in (copies.next_use, copies.charge_bytes))
@@ -253,23 +224,18 @@ class Evictor:
 
         That is the case if the policy frees too little, and no process is fetching this copy.
         """
-        if self._has_room(charge_bytes) or self._accounts.is_reserved(name):
+        if self.lack_bytes(charge_bytes) <= 0 or (self._reconcile() and self.lack_bytes(charge_bytes) <= 0):
             return False
-        if not replaces(self._rules.policy):
-            return True
-        return not self._decide(name, SpaceRequest(self.lack_bytes(charge_bytes)), {name})[1].admit
+        if self._accounts.is_reserved(name):
+            return False
+        return not self._evicts or not self._decide(name, SpaceRequest(self.lack_bytes(charge_bytes)), {name})[2].admit
 
-    def _has_room(self, charge_bytes: int) -> bool:
-        if self.lack_bytes(charge_bytes) <= 0:
-            return True
-        return self._look_again() and self.lack_bytes(charge_bytes) <= 0
-
-    def _look_again(self) -> bool:
+    def _reconcile(self) -> bool:
         """Make the accounts agree with the files, unless that was done recently."""
         now_s = SYSTEM_CLOCK.monotonic()
-        if now_s - self._looked_s < RECONCILE_INTERVAL_S:
+        if now_s - self._reconciled_s < RECONCILE_INTERVAL_S:
             return False
-        self._looked_s = now_s
+        self._reconciled_s = now_s
         self._accounts.reconcile()
         return True
 
@@ -278,63 +244,59 @@ class Evictor:
 
         Return False if there is no space.
         """
-        return self._reserve_here(name, charge_bytes) or self._reserve_by_force(name, charge_bytes, spare)
+        if self._accounts.reserve(name, charge_bytes, spare_bytes=self.spare_bytes):
+            return True
+        self._reconcile()
+        kept, wider = {name, *spare}, 1
+        with self._making_space():
+            for _ in range(MAX_ROUNDS):
+                if self._accounts.reserve(name, charge_bytes, spare_bytes=self.spare_bytes):
+                    return True
+                lack_bytes = self.lack_bytes(charge_bytes)  # none, if another process has just freed space
+                if lack_bytes > 0 and not self._free(name, lack_bytes, kept, wider):
+                    return False
+                wider *= WIDER
+            return self._accounts.reserve(name, charge_bytes, spare_bytes=self.spare_bytes)
 
     def note_fetch(self, name: str) -> None:
         """Count a fetch of a copy that was evicted recently."""
         if self._accounts.is_ghost(name):
             self._counters.add("evicted_early")
 
-    def _reserve_here(self, name: str, charge_bytes: int) -> bool:
-        return self._accounts.reserve(name, charge_bytes, spare_bytes=self.spare_bytes)
-
-    def _reserve_by_force(self, name: str, charge_bytes: int, spare: Set[str]) -> bool:
-        self._look_again()
-        kept, wider = {name, *spare}, 1
-        with self._making_room():
-            for _ in range(MAX_ROUNDS):
-                if self._reserve_here(name, charge_bytes):
-                    return True
-                lack_bytes = self.lack_bytes(charge_bytes)  # none, if another process has just freed space
-                if lack_bytes > 0 and not self._free(name, lack_bytes, kept, wider):
-                    return False
-                wider *= WIDER
-            return self._reserve_here(name, charge_bytes)
-
     @contextmanager
-    def _making_room(self) -> Iterator[bool]:
+    def _making_space(self) -> Iterator[bool]:
         """Let one caller at a time free space, here and in other processes; yield whether the caller is the only one.
 
         Two callers would choose the same victims, and one would find none left. After a long wait, a caller continues
         without the lock.
         """
         lock = NameLock(self._folder.locks / "room")
-        with self._room_lock:
+        with self._space_lock:
             try:
                 now_s = SYSTEM_CLOCK.monotonic()
-                is_alone = wait_for(lock.try_acquire, ROOM_WAIT_S if now_s >= self._waits_again_s else 0.0)
+                is_alone = wait_for(lock.try_acquire, SPACE_WAIT_S if now_s >= self._waits_again_s else 0.0)
                 if not is_alone:
-                    self._waits_again_s = now_s + ROOM_WAIT_S + STOPPED_S
+                    self._waits_again_s = now_s + SPACE_WAIT_S + STOPPED_S
                 yield is_alone
             finally:
                 lock.release()
 
     def free_disk(self, charge_bytes: int, *, spare: Set[str] = frozenset()) -> None:
         """Evict charge_bytes of copies that no plan names, whatever the accounts say: the disk itself is full."""
-        if replaces(self._rules.policy):
-            with self._making_room():
+        if self._evicts:
+            with self._making_space():
                 self._free("", charge_bytes, set(spare), 1)
 
     def shrink(self) -> None:
         """Evict until the cache fits a smaller limit, with any policy, as far as copies can be evicted."""
         if self._over_bytes() <= 0:
             return
-        policy, wider = self._policy if replaces(self._rules.policy) else lru, 1
+        policy, wider = self._policy if self._evicts else lru, 1
         kept: set[str] = set()
-        with self._making_room() as is_alone:
+        with self._making_space() as is_alone:
             while (need_bytes := self._over_bytes()) > 0:
-                books, decision = self._decide("", SpaceRequest(0, need_bytes * wider, then=-1), kept, policy)
-                stayed = self._carry_out(books, decision, need_bytes)
+                request = SpaceRequest(0, need_bytes * wider, then=-1)
+                stayed = self._carry_out(*self._decide("", request, kept, policy), need_bytes)
                 # If every chosen copy was deleted, that is enough, or there are no more. And a copy that another
                 # process is deleting looks like one in use, and stays in the accounts until that process is done.
                 if not stayed or not is_alone:
@@ -356,35 +318,42 @@ class Evictor:
         Nothing is deleted if need_bytes cannot be reached.
         """
         until = need_bytes
-        if self._rules.policy != "plan":
+        if not self._uses_plans:
             until += int(self._accounts.limit_bytes() * WATERMARK_SHARE)
-        books, decision = self._decide(name, SpaceRequest(need_bytes, max(until, need_bytes * wider)), kept)
+        names, copies, decision = self._decide(name, SpaceRequest(need_bytes, max(until, need_bytes * wider)), kept)
         if decision.admit:
-            kept |= self._carry_out(books, decision, until)
+            kept |= self._carry_out(names, copies, decision, until)
         return bool(decision.victims)
 
     def _decide(
-        self, name: str, ask: SpaceRequest, kept: Set[str], policy: Policy | None = None
-    ) -> tuple[AccountsSnapshot, Decision]:
+        self, name: str, request: SpaceRequest, kept: Set[str], policy: Policy | None = None
+    ) -> tuple[NameTable, CopyTable, Decision]:
         """Return the policy's decision about space for a copy; the name "" stands for no copy in particular."""
-        with self._look_lock:
-            books, copies, (coming, after) = self._look(kept, [name] if name else [])
+        with self._mirror_lock:
+            names, copies, (coming, after) = self._read_state(kept, [name] if name else [])
             if name:
-                ask = SpaceRequest(
-                    ask.need_bytes, ask.want_bytes, UNPLANNED if coming[0] == UNPLANNED else int(after[0])
-                )
-            return books, (policy or self._policy)(copies, ask)
+                then = UNPLANNED if coming[0] == UNPLANNED else int(after[0])
+                request = SpaceRequest(request.need_bytes, request.want_bytes, then)
+            return names, copies, (policy or self._policy)(copies, request)
 
-    def _look(self, kept: Iterable[str], wanted: Iterable[str]) -> tuple[AccountsSnapshot, Snapshot, Uses]:
-        """Return the accounts, the snapshot for the policy, and the next uses of the names in wanted."""
+    def _read_state(self, kept: Iterable[str], requested: Iterable[str]) -> tuple[NameTable, CopyTable, Uses]:
+        """Return the names of all copies, the snapshot for the policy, and the next uses of the requested names."""
         self.flush_uses()
-        books = self._shelf.look()
-        keep = books.among([*kept, *self._pinned()]) | ~books.recorded
-        (next_use, _), uses = self._plans.uses(books.names, Names.of_texts(wanted))
-        if self._rules.policy != "plan":
-            keep |= _wanted_soon(books, next_use)
-        columns = (books.charge_bytes, books.last_use, books.main, books.freq, books.turn)
-        return books, Snapshot(*columns, keep, next_use, books.limit_bytes, books.has_evicted), uses
+        mirror = self._mirror
+        mirror.update()
+        columns = {name: np.ascontiguousarray(mirror.rows[name]) for name in _ROW.names or ()}
+        keep = mirror.mask_of([*kept, *self._pinned()]) | ~columns.pop("recorded")
+        (next_use, _), uses = self._plans.uses(mirror.names, NameTable.of_texts(requested))
+        copies = CopyTable(
+            **columns,
+            keep=keep,
+            next_use=next_use,
+            limit_bytes=mirror.limit_bytes,
+            has_evicted=mirror.has_evicted,
+        )
+        if not self._uses_plans:
+            keep |= _needed_soon(copies)
+        return mirror.names, copies, uses
 
     def _pinned(self) -> set[str]:
         """Return the names of pinned copies. A new pin of another process is noticed when its copy would be deleted."""
@@ -393,16 +362,16 @@ class Evictor:
         self._pins = {name for name in self._pins if self._folder.is_pinned(name)}
         return self._pins
 
-    def _carry_out(self, books: AccountsSnapshot, decision: Decision, until_bytes: int) -> set[str]:
+    def _carry_out(self, names: NameTable, copies: CopyTable, decision: Decision, until_bytes: int) -> set[str]:
         """Evict the chosen victims until enough space is free; return those that could not be deleted."""
         rows = list(decision.victims)
-        names, sizes = [books.names.text(row) for row in rows], books.charge_bytes[rows].tolist()
+        victims, sizes = [names.text(row) for row in rows], copies.charge_bytes[rows].tolist()
         tried: list[str] = []
-        gone = self._delete_until(zip(names, sizes, strict=True), until_bytes, tried)
+        gone = self._delete_until(zip(victims, sizes, strict=True), until_bytes, tried)
         stayed = set(tried) - set(gone)
-        moves = [(books.names.text(m.row), m.main, m.freq) for m in decision.moves if m.n_before < len(tried)]
+        moves = [(names.text(m.row), m.main, m.freq) for m in decision.moves if m.n_before < len(tried)]
         # A copy in use goes to the end of its queue: at the head, it would be tried again every time.
-        queues = zip(names, books.main[rows].tolist(), books.freq[rows].tolist(), strict=True)
+        queues = zip(victims, copies.main[rows].tolist(), copies.freq[rows].tolist(), strict=True)
         place = {name: (main, freq) for name, main, freq in [*queues, *moves] if name in stayed}
         held = [(name, *at) for name, at in place.items() if not self._folder.is_pinned(name)]
         if self._policy is not lru and (moves or held):
@@ -410,7 +379,7 @@ class Evictor:
         if self._pins is not None:
             # A new set: another thread may be iterating over the old one.
             self._pins = self._pins | {name for name in stayed if self._folder.is_pinned(name)}
-        self._book_out(gone, evicted=True)
+        self._remove_rows(gone, evicted=True)
         return stayed
 
     # -- deleting ---------------------------------------------------------------------------------------------------
@@ -422,14 +391,11 @@ class Evictor:
         """
         charges = {row.name: row.charge_bytes for row in rows if row.record}
         gone = self._delete_until(charges.items(), need_bytes, [])
-        self._book_out(gone, evicted=False)
+        self._remove_rows(gone, evicted=False)
         return sum(charges[name] for name in gone)
 
     def _delete_until(self, charges: Iterable[tuple[str, int]], need_bytes: float, tried: list[str]) -> list[str]:
-        """Delete copies, in order, until need_bytes are free; return those that were deleted.
-
-        All that were tried go to tried.
-        """
+        """Delete copies, in order, until need_bytes are free; return those deleted, and add all tried ones to tried."""
         gone, freed_bytes = [], 0
         for name, charge_bytes in charges:
             if freed_bytes >= need_bytes:
@@ -440,7 +406,7 @@ class Evictor:
                 freed_bytes += charge_bytes
         return gone
 
-    def _book_out(self, gone: list[str], *, evicted: bool) -> None:
+    def _remove_rows(self, gone: list[str], *, evicted: bool) -> None:
         if gone:
             crash_point("evict.deleted")
             try:
@@ -448,24 +414,25 @@ class Evictor:
             except OSError as error:
                 if not is_disk_full(error):
                     raise
-                self._looked_s = -math.inf  # the accounts stay too high until they can be written: then reconcile them
+                self._reconciled_s = -math.inf  # the accounts stay too high: reconcile them as soon as possible
             self._counters.add("evicted", len(gone))
             crash_point("evict.booked")
 
 
-def _wanted_soon(books: AccountsSnapshot, next_use: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _needed_soon(copies: CopyTable) -> NDArray[np.bool_]:
     """Return a mask of the copies that a live plan reads now, and of those fetched for a use that comes soon: bool[n].
 
     Copies with the nearest uses are preferred, up to SPARED_SHARE. The mask is for policies that do not use plans. A
     loader prefetches, and its copies have no reader yet: of two concurrent jobs, each evicted what the other had
     prefetched, and both fetched it twice (docs/design/eviction.md).
     """
-    is_fresh = books.last_use == books.turn  # not used and not requeued since it came
-    wanted: NDArray[np.bool_] = (next_use == 0) | (is_fresh & (next_use <= books.limit_bytes * SOON_SHARE))
-    rows = np.flatnonzero(wanted)
+    next_use, limit_bytes = copies.next_use, copies.limit_bytes
+    is_fresh = copies.last_use == copies.turn  # not used and not requeued since it came
+    mask: NDArray[np.bool_] = (next_use == 0) | (is_fresh & (next_use <= limit_bytes * SOON_SHARE))
+    rows = np.flatnonzero(mask)
     rows = rows[np.argsort(next_use[rows], kind="stable")]
-    wanted[rows[np.cumsum(books.charge_bytes[rows]) > books.limit_bytes * SPARED_SHARE]] = False
-    return wanted
+    mask[rows[np.cumsum(copies.charge_bytes[rows]) > limit_bytes * SPARED_SHARE]] = False
+    return mask
 
 
 def delete_copy(folder: Folder, name: str) -> bool:

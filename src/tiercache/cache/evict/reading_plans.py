@@ -36,8 +36,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from tiercache.cache.evict.policy import UNPLANNED
-from tiercache.cache.machine import close_private, keep_private, try_exclusive, try_shared
-from tiercache.cache.names import NAME_BYTES, Names
+from tiercache.cache.locks import close_private, is_locked, keep_private, try_exclusive
+from tiercache.cache.names import NAME_BYTES, NameTable
 from tiercache.catalog.database import open_file
 from tiercache.crash_points import crash_point
 from tiercache.model import NEVER
@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.cache.folder import Folder, Owners
+    from tiercache.cache.folder import Folder
+    from tiercache.cache.owners import Owners
     from tiercache.model import PublishedPlan, ReadingPlan
 
 
@@ -71,7 +72,7 @@ Uses: TypeAlias = "tuple[NDArray[np.int64], NDArray[np.int64]]"
 class PlanTable:
     """A plan by names of copies, sorted; first, last and then are int64[m] as in a ReadingPlan."""
 
-    names: Names
+    names: NameTable
     first: NDArray[np.int64]
     last: NDArray[np.int64]
     then: NDArray[np.int64]
@@ -80,13 +81,11 @@ class PlanTable:
 
     @classmethod
     def of(cls, names: NDArray[np.uint8], plan: ReadingPlan) -> PlanTable:
-        """Return the table of a plan. Shards with the same copy become one row.
+        """Return the table of a plan, with the names of the copies of plan.shards, uint8[m, 20].
 
-        Args:
-            names: Names of the copies of plan.shards, uint8[m, 20].
-            plan: When the job reads each shard.
+        Shards with the same copy become one row.
         """
-        found = Names.of(names)
+        found = NameTable.of(names)
         order = found.order()
         found = found.take(order)
         first, last, then = (np.asarray(column, np.int64)[order] for column in (plan.first, plan.last, plan.then))
@@ -103,10 +102,7 @@ class PlanTable:
 
     @property
     def end(self) -> int:
-        """Clock at which the whole plan was read.
-
-        Copies that are in use as long as the plan lives (NEVER - 1) do not count.
-        """
+        """Clock at which the whole plan was read, except copies in use as long as the plan lives (NEVER - 1)."""
         return int(np.where(self.last >= NEVER - 1, 0, self.last).max(initial=0))
 
     def uses(self, rows: NDArray[np.int64], clock: int) -> Uses:
@@ -116,15 +112,19 @@ class PlanTable:
         """
         unplanned = rows < 0
         if unplanned.all():
-            coming = np.full(len(rows), UNPLANNED, np.int64)
-            return coming, coming
+            return _unplanned(len(rows))
         first, last, then = self.first[rows], self.last[rows], self.then[rows]
-        over = (first == NEVER) | (clock >= last)
+        is_over = (first == NEVER) | (clock >= last)
         later = np.where(then == NEVER, NEVER, np.maximum(then - clock, 1))
-        coming = np.where(over, later, np.maximum(first - clock, 0))
-        after = np.where(over, NEVER, later)
+        coming = np.where(is_over, later, np.maximum(first - clock, 0))
+        after = np.where(is_over, NEVER, later)
         coming[unplanned] = after[unplanned] = UNPLANNED
         return coming, after
+
+
+def _unplanned(n: int) -> Uses:
+    column = np.full(n, UNPLANNED, np.int64)
+    return column, column
 
 
 def encode(table: PlanTable) -> bytes:
@@ -147,11 +147,11 @@ def decode(data: bytes) -> PlanTable | None:
     rows = np.frombuffer(data, _ROW, m, _HEADER.size)
     # A user with write permission may write invalid values: they must not overflow later computations.
     first, last, then = (np.clip(rows[column].astype(np.int64), 0, NEVER) for column in ("first", "last", "then"))
-    return PlanTable(Names.of(rows["name"]), first, last, then, data[end:].decode(errors="replace"), reader)
+    return PlanTable(NameTable.of(rows["name"]), first, last, then, data[end:].decode(errors="replace"), reader)
 
 
 _NO_USES = np.empty(0, np.int64)
-_NOTHING = PlanTable(Names.of(np.empty((0, NAME_BYTES), np.uint8)), _NO_USES, _NO_USES, _NO_USES)
+_NOTHING = PlanTable(NameTable.of(np.empty((0, NAME_BYTES), np.uint8)), _NO_USES, _NO_USES, _NO_USES)
 
 
 class ReadingPlans:
@@ -165,18 +165,14 @@ class ReadingPlans:
         """Sweep the plans of dead jobs."""
         self._folder, self._owners = folder, owners
         self._lock = Lock()
-        self._read: dict[str, _Read] = {}
+        self._read: dict[str, _OpenPlan] = {}
         self._published: weakref.WeakSet[PlanFile] = weakref.WeakSet()
         self._is_closed = False
         with self._lock, suppress(OSError):
             self._refresh()
 
     def publish(self, names: NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan:
-        """Publish the reading plan of this job to all users of the folder.
-
-        Args:
-            names: Names of the copies of plan.shards, uint8[m, 20].
-            plan: When the job reads each shard.
+        """Publish the reading plan of this job to all users of the folder; names as for PlanTable.of().
 
         Raises:
             OSError: The file cannot be written.
@@ -194,13 +190,13 @@ class ReadingPlans:
             published.close()
         return published
 
-    def uses(self, *asked: Names) -> list[Uses]:
+    def uses(self, *tables: NameTable) -> list[Uses]:
         """Return the next use of each copy and the second next one, over all live plans, for each table of names.
 
         See PlanTable.uses(). The rows of the first table of names are remembered for repeated calls with that object.
         """
         with self._live() as plans:
-            return [_merged([plan.uses(names, keep=names is asked[0]) for plan in plans], names) for names in asked]
+            return [_merged([plan.uses(names, keep=names is tables[0]) for plan in plans], names) for names in tables]
 
     def labels(self) -> list[str]:
         """Return the labels of the live plans, sorted."""
@@ -219,7 +215,7 @@ class ReadingPlans:
     # -- live plans ----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _live(self) -> Iterator[list[_Read]]:
+    def _live(self) -> Iterator[list[_OpenPlan]]:
         """Yield the live plans, with the lock held."""
         with self._lock:
             try:
@@ -232,7 +228,7 @@ class ReadingPlans:
         while self._read:
             close_private(self._read.popitem()[1].fd)
 
-    def _refresh(self) -> list[_Read]:
+    def _refresh(self) -> list[_OpenPlan]:
         """Return the live plans, and sweep dead ones, which would keep copies for no job."""
         try:
             with os.scandir(self._folder.plans) as entries:
@@ -246,44 +242,36 @@ class ReadingPlans:
                 if not self._owners.alive(file.split(".")[0]):
                     self._sweep(file)
             elif file.endswith(_SUFFIX):
-                self._look(file)
+                self._load(file)
         readers = {plan.table.reader for file, plan in self._read.items() if file.endswith(_SUFFIX)}
         for file in files:
             if file.endswith(_LEFT_SUFFIX):
-                self._look_back(file, readers)
+                self._load_left(file, readers)
         return list(self._read.values())
 
-    def _look(self, file: str) -> None:
-        read = self._read.get(file)
-        if read is None:
+    def _load(self, file: str) -> None:
+        """Open the plan of a job, or sweep it if the job has ended."""
+        plan = self._read.get(file)
+        if plan is None:
             with suppress(OSError):  # withdrawn meanwhile, or unreadable: not a plan
-                read = self._read[file] = _Read.open(self._folder, file)
+                plan = self._read[file] = _OpenPlan.open(self._folder, file)
         # Where flock is not enforced, the file always seems unlocked: then the owner decides.
-        if read is not None and not self._is_locked(file) and not self._owners.alive(file.split(".")[0]):
-            close_private(self._read.pop(file).fd)
-            self._sweep(file)
-
-    def _look_back(self, file: str, readers: set[bytes]) -> None:
-        """Keep or sweep the plan that a reader left behind. readers: Readers of the live plans."""
-        read = self._read.get(file)
-        with suppress(OSError):
-            read = self._read[file] = read or _Read.open(self._folder, file)
-            if read.table.reader not in readers and abs(time.time() - os.fstat(read.fd).st_mtime) < LEFT_S:
-                return
-        self._read.pop(file, None)
-        if read is not None:
-            close_private(read.fd)
+        if plan is None or is_locked(f"{self._folder.plans}/{file}") or self._owners.alive(file.split(".")[0]):
+            return
+        close_private(self._read.pop(file).fd)
         self._sweep(file)
 
-    def _is_locked(self, file: str) -> bool:
-        try:
-            fd = open_file(f"{self._folder.plans}/{file}", os.O_RDONLY)
-        except OSError:
-            return False
-        try:
-            return not try_shared(fd)
-        finally:
-            os.close(fd)
+    def _load_left(self, file: str, readers: set[bytes]) -> None:
+        """Keep or sweep the plan that a reader left behind. readers: Readers of the live plans."""
+        plan = self._read.get(file)
+        with suppress(OSError):
+            plan = self._read[file] = plan or _OpenPlan.open(self._folder, file)
+            if plan.table.reader not in readers and abs(time.time() - os.fstat(plan.fd).st_mtime) < LEFT_S:
+                return
+        self._read.pop(file, None)
+        if plan is not None:
+            close_private(plan.fd)
+        self._sweep(file)
 
     def _sweep(self, file: str) -> None:
         with suppress(OSError):  # another user's folder, or a failing disk: the plan is void all the same
@@ -291,11 +279,10 @@ class ReadingPlans:
         crash_point("plan.swept")
 
 
-def _merged(plans: list[Uses], names: Names) -> Uses:
+def _merged(plans: list[Uses], names: NameTable) -> Uses:
     """Return the two nearest uses over all plans."""
     if not plans:
-        nobody = np.full(len(names), UNPLANNED, np.int64)
-        return nobody, nobody
+        return _unplanned(len(names))
     coming, after = plans[0]
     for its, its_after in plans[1:]:
         # The second smallest of four uses: either the later one of the two next uses, or a second next one.
@@ -304,20 +291,17 @@ def _merged(plans: list[Uses], names: Names) -> Uses:
     return coming, after
 
 
-class _Read:
+class _OpenPlan:
     """An open plan file of any process. The clock is read, not mapped, so that a truncated file cannot raise SIGBUS."""
 
     def __init__(self, fd: int, table: PlanTable) -> None:
         self.fd, self.table = fd, table
-        self._names: Names | None = None
+        self._names: NameTable | None = None
         self._rows = _NO_USES
 
     @classmethod
-    def open(cls, folder: Folder, file: str) -> _Read:
-        """Open a plan file.
-
-        Raises OSError. An invalid file gives an empty table, and is swept when its owner is gone.
-        """
+    def open(cls, folder: Folder, file: str) -> _OpenPlan:
+        """Open a plan file. Raises OSError. An invalid file gives an empty table, and is swept after its owner."""
         fd = open_file(folder.plans / file, os.O_RDONLY)
         try:
             table = decode(os.pread(fd, os.fstat(fd).st_size, 0)) or _NOTHING
@@ -326,7 +310,7 @@ class _Read:
             raise
         return cls(keep_private(fd), table)
 
-    def uses(self, names: Names, *, keep: bool) -> Uses:
+    def uses(self, names: NameTable, *, keep: bool) -> Uses:
         """Return PlanTable.uses() at the owner's present clock. keep: Whether to remember the rows of these names."""
         rows = self._rows if self._names is names else self.table.names.rows_of(names)
         if keep:
@@ -399,13 +383,7 @@ class PlanFile:
 def _withdraw(folder: Folder, file: str, fd: int, pid: int, left_at: int | None) -> None:
     """Delete the plan file, or leave it behind under another suffix, and close it.
 
-    Args:
-        folder: Folder of the cache.
-        file: Name of the plan file.
-        fd: Its descriptor.
-        pid: Process that published it.
-        left_at: Clock at which the plan was read to its end. The plan is left behind at this clock or later, and at
-            clock 0; None: never.
+    The plan is left behind at clock left_at, at which it was read to its end, or later, and at clock 0; None: never.
     """
     if os.getpid() != pid:
         return  # a forked child: the file belongs to the parent, and the descriptor is closed already

@@ -13,17 +13,16 @@ verified against its checksums before it is served.
 A flag only changes from 0 to 1. Readers read flags with pread(2), and only while the flag was 0: with a mapping, SIGBUS
 would kill the process if another process truncated the map.
 
-`read_verified()` and `read_held()` read a copy and compare each unit with the map.
+A reader has a `CopyHandle` (descriptor and `UnitMap`), the process that fetches has a `PartialCopy`.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -39,10 +38,10 @@ from tiercache.cache.fetch.units import (
     runs_of,
     sums_of,
 )
-from tiercache.cache.machine import boot_id, close_private, keep_private, try_shared
+from tiercache.cache.locks import close_private, keep_private, try_shared
+from tiercache.cache.owners import boot_id
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.accounts import BLOCK_BYTES
-from tiercache.catalog.database import set_mode
 from tiercache.crash_points import crash_point
 from tiercache.model import ByteRange
 from tiercache.store.posix import write_all
@@ -82,15 +81,8 @@ def charge_of(present: Mask, n_bytes: int) -> int:
     return charge_bytes(data_bytes) + charge_bytes(map_bytes(n_bytes)) - BLOCK_BYTES
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The head of a unit map.
-
-    Attributes:
-        n_bytes: Size of the whole object.
-        inode: Inode of the partial copy that the map describes.
-        boot: Boot in which the partial copy was written.
-    """
+class Head(NamedTuple):
+    """The head of a unit map: size of the whole object, inode of the partial copy, and boot in which it was written."""
 
     n_bytes: int
     inode: int
@@ -121,55 +113,40 @@ class UnitMap:
 
     def __init__(self, fd: int, n_bytes: int) -> None:
         self.n_bytes = n_bytes
-        self._fd = fd
+        self.fd = fd
         self._seen = np.zeros(n_units(n_bytes), bool)
 
     def covers(self, ranges: Sequence[ByteRange]) -> bool:
         """Return whether all these bytes are present by now."""
         if covers(self._seen, ranges, self.n_bytes):
             return True
-        for wanted in ranges:
-            if wanted.end > self.n_bytes or not self._look(*bounds(wanted, self.n_bytes)):
-                return False
-        return True
+        return all(span.end <= self.n_bytes and self._update(*bounds(span, self.n_bytes)) for span in ranges)
 
-    def _look(self, first: int, last: int) -> bool:
+    def _update(self, first: int, last: int) -> bool:
         if not self._seen[first:last].all():
-            self._seen[first:last] |= read_flags(self._fd, first, last)
+            self._seen[first:last] |= read_flags(self.fd, first, last)
         return bool(self._seen[first:last].all())
 
     def mask(self) -> Mask:
         """Return the units that are present by now, as a new array."""
-        self._look(0, len(self._seen))
+        self._update(0, len(self._seen))
         return self._seen.copy()
 
-    def dup(self) -> UnitMap:
-        """Return the same map with a descriptor of its own."""
-        return UnitMap(os.dup(self._fd), self.n_bytes)
-
     def sums(self, first: int, last: int) -> np.ndarray:
-        """Return the CRC-32C of the units [first, last), uint32; fewer if the map is shorter.
-
-        Only those of present units are valid.
-        """
-        data = os.pread(self._fd, 4 * (last - first), _crc_offset(self.n_bytes) + 4 * first)
+        """Return the CRC-32C of the units [first, last), uint32, valid for present units; fewer if the map is short."""
+        data = os.pread(self.fd, 4 * (last - first), _crc_offset(self.n_bytes) + 4 * first)
         return np.frombuffer(data[: len(data) // 4 * 4], "<u4")
-
-    def fileno(self) -> int:
-        """Return the descriptor."""
-        return self._fd
 
     def close(self) -> None:
         """Close the map. Must be called only once."""
-        close_private(self._fd)
+        close_private(self.fd)
 
 
 def read_flags(map_fd: int, first: int, last: int) -> Mask:
     """Return the flags of the units [first, last). A flag that cannot be read counts as 0."""
-    try:
+    data = b""
+    with suppress(OSError):
         data = os.pread(map_fd, last - first, HEAD_BYTES + first)
-    except OSError:
-        data = b""
     flags = np.zeros(last - first, bool)
     flags[: len(data)] = np.frombuffer(data, np.uint8) == 1
     return flags
@@ -177,30 +154,27 @@ def read_flags(map_fd: int, first: int, last: int) -> Mask:
 
 @dataclass(slots=True)
 class CopyHandle:
-    """An open copy: a descriptor under a reader's lock, and the unit map if the copy is (or was) partial.
-
-    Attributes:
-        fd: Descriptor of the file.
-        presence: Unit map; None if the whole copy is present.
-    """
+    """An open copy: a descriptor under a reader's lock, and the unit map if the copy is (or was) partial."""
 
     fd: int
     presence: UnitMap | None = None
 
     def dup(self) -> CopyHandle:
         """Return a second handle. Both share one lock, which lasts until the last of them is closed."""
-        fd = os.dup(self.fd)
-        try:
-            return CopyHandle(fd, None if self.presence is None else self.presence.dup())
-        except BaseException:
-            os.close(fd)
-            raise
+        with ExitStack() as on_error:
+            fd = os.dup(self.fd)
+            on_error.callback(os.close, fd)
+            held = CopyHandle(fd)
+            if self.presence is not None:
+                held.presence = UnitMap(os.dup(self.presence.fd), self.presence.n_bytes)
+            on_error.pop_all()
+            return held
 
     def keep_private(self) -> None:
         """Let a forked child close the descriptors."""
         keep_private(self.fd)
         if self.presence is not None:
-            keep_private(self.presence.fileno())
+            keep_private(self.presence.fd)
 
     def close(self) -> None:
         """Close the descriptors. Must be called only once."""
@@ -216,52 +190,47 @@ def hold_part(folder: Folder, name: str, n_bytes: int) -> CopyHandle | None:
 
     The races with eviction and with an earlier boot are those of open_leased() and PartialCopy.open().
     """
-    fd = folder.open_copy(f"{name}.part")
-    if fd is None:
-        return None
-    map_fd = None
-    try:
-        if try_shared(fd) and os.fstat(fd).st_nlink:
-            map_fd = folder.open_copy(f"{name}.map")
-            if map_fd is not None and _head_of(map_fd, fd, n_bytes) == boot_id():
-                return CopyHandle(fd, UnitMap(map_fd, n_bytes))
-    except BaseException:
-        _close_all(fd, map_fd)
-        raise
-    _close_all(fd, map_fd)
-    return None
+    with ExitStack() as on_failure:
+        fd = folder.open_copy(f"{name}.part")
+        if fd is None:
+            return None
+        on_failure.callback(os.close, fd)
+        if not try_shared(fd) or not os.fstat(fd).st_nlink:
+            return None
+        presence = open_map(folder, name, fd, n_bytes, boot=boot_id())
+        if presence is None:
+            return None
+        on_failure.pop_all()
+        return CopyHandle(fd, presence)
 
 
-def _close_all(*fds: int | None) -> None:
-    with ExitStack() as closing:  # if one close() fails (a network file system writes then), the others still run
-        for fd in fds:
-            if fd is not None:
-                closing.callback(os.close, fd)
+def open_map(folder: Folder, name: str, fd: int, n_bytes: int, *, boot: str | None = None) -> UnitMap | None:
+    """Open the unit map of a copy or partial copy that fd is open on; None: no map describes this file.
+
+    A map of another boot than `boot` does not count, unless that is None.
+    """
+    with ExitStack() as on_failure:
+        map_fd = folder.open_copy(f"{name}.map")
+        if map_fd is None:
+            return None
+        on_failure.callback(os.close, map_fd)
+        written = _boot_of(map_fd, fd, n_bytes)
+        if written is None or boot not in (None, written):
+            return None
+        presence = UnitMap(map_fd, n_bytes)
+        on_failure.pop_all()
+        return presence
 
 
-def _open_pair(folder: Folder, name: str, n_bytes: int) -> tuple[tuple[int, int], str] | None:
-    """Open a partial copy and its map for writing and return them with their boot; None: there is no such pair."""
-    fd, map_fd = folder.open_to_write(f"{name}.part"), None
-    try:
-        map_fd = folder.open_to_write(f"{name}.map")
-        boot = None if fd is None or map_fd is None else _head_of(map_fd, fd, n_bytes)
-    except BaseException:
-        _close_all(fd, map_fd)
-        raise
-    if fd is None or map_fd is None or boot is None:
-        _close_all(fd, map_fd)
-        return None
-    return (fd, map_fd), boot
-
-
-def _head_of(map_fd: int, part_fd: int, n_bytes: int) -> str | None:
+def _boot_of(map_fd: int, part_fd: int, n_bytes: int) -> str | None:
     """Return the boot in which a partial copy was written; None: the files do not belong together."""
     status = os.fstat(part_fd)
     if status.st_nlink != 1:  # it was unlinked; or it is a complete copy already, whose map is about to be deleted
         return None
     head = Head.parse(os.pread(map_fd, HEAD_BYTES, 0))
-    fits = head is not None and (head.n_bytes, head.inode, status.st_size) == (n_bytes, status.st_ino, n_bytes)
-    return head.boot if head is not None and fits and os.fstat(map_fd).st_size == map_bytes(n_bytes) else None
+    if head is None or (head.n_bytes, head.inode, status.st_size) != (n_bytes, status.st_ino, n_bytes):
+        return None
+    return head.boot if os.fstat(map_fd).st_size == map_bytes(n_bytes) else None
 
 
 class PartialCopy:
@@ -284,22 +253,21 @@ class PartialCopy:
         The process that creates the partial copy may also create the map: an existing map belongs to a file that is
         gone.
         """
-        fd = folder.new_file(f"{name}.part")
-        map_fd = None
-        try:
+        with ExitStack() as on_error:
+            fd = folder.new_file(f"{name}.part")
+            on_error.callback(folder.remove_part, name)
+            on_error.callback(os.close, fd)
             crash_point("fetch.part")
             os.ftruncate(fd, n_bytes)
             folder.remove_file("copies", f"{name}.map")
             map_fd = folder.new_file(f"{name}.map")
+            on_error.callback(os.close, map_fd)
             crash_point("fetch.map")
             os.ftruncate(map_fd, map_bytes(n_bytes))
             # The head is written last: a map without a head is ignored.
             os.pwrite(map_fd, Head(n_bytes, os.fstat(fd).st_ino, boot_id()).pack(), 0)
             crash_point("fetch.mapped")
-        except BaseException:
-            _close_all(fd, map_fd)
-            folder.remove_part(name)
-            raise
+            on_error.pop_all()
         return cls(folder, name, n_bytes, (fd, map_fd))
 
     @classmethod
@@ -309,41 +277,32 @@ class PartialCopy:
         The units of an earlier boot are verified against their checksums. On a file system where flock is not enforced,
         another process may be creating the files that are removed here: it then fetches the copy once more.
         """
-        found = _open_pair(folder, name, n_bytes)
-        if found is None:
-            if folder.has_file(f"{name}.part") or folder.has_file(f"{name}.map"):
-                folder.remove_part(name, keep_map=folder.has_copy(name))
-            return None
-        fds, boot = found
-        part = cls(folder, name, n_bytes, fds)
-        try:
-            if boot == boot_id() or part._vouch():
-                return part
-        except BaseException:
-            part.close()
-            raise
-        part.close()
-        folder.remove_part(name)
+        with ExitStack() as on_failure:
+            fds = [folder.open_to_write(f"{name}.part")]
+            if fds[0] is not None:
+                on_failure.callback(os.close, fds[0])
+            fds.append(folder.open_to_write(f"{name}.map"))
+            if fds[1] is not None:
+                on_failure.callback(os.close, fds[1])
+            fd, map_fd = fds
+            boot = None
+            if fd is not None and map_fd is not None:
+                boot = _boot_of(map_fd, fd, n_bytes)
+                if boot == boot_id() or (boot is not None and _is_verified(fd, map_fd, n_bytes)):
+                    on_failure.pop_all()
+                    return cls(folder, name, n_bytes, (fd, map_fd))
+        if boot is not None:
+            folder.remove_part(name)
+        elif folder.has_file(f"{name}.part") or folder.has_file(f"{name}.map"):
+            folder.remove_part(name, keep_map=folder.has_copy(name))
         return None
 
-    def _vouch(self) -> bool:
-        """Verify the present units; if all are right, mark the partial copy as one of this boot and return True."""
-        if wrong_units(self.fd, UnitMap(self._map_fd, self.n_bytes)):
-            return False
-        crash_point("fetch.vouched")
-        os.pwrite(self._map_fd, Head(self.n_bytes, os.fstat(self.fd).st_ino, boot_id()).pack(), 0)
-        return True
-
     def write(self, start: int, data: np.ndarray) -> int | None:
-        """Write whole units from start on (the last unit of the file may be short).
+        """Write whole units from start on (the last unit of the file may be short); start is a multiple of UNIT_BYTES.
 
         On file systems where flock is not enforced, another process may have written some of the units: those are left
         unchanged, because a reader may be using them. The data is written first, then the checksums, then the flags, so
         that a crash in between leaves no invalid unit.
-
-        Args:
-            start: Offset in the file, a multiple of UNIT_BYTES.
-            data: Bytes to write, uint8[n]; not kept.
 
         Returns:
             CRC-32C of data; None if another process had written a part of it.
@@ -351,12 +310,11 @@ class PartialCopy:
         Raises:
             OSError: The disk failed.
         """
-        sums, whole = sums_of(data)
+        sums, crc = sums_of(data)
         first, n = start // UNIT_BYTES, max(len(sums), 1)
         missing = ~read_flags(self._map_fd, first, first + n)
         for begin, end in runs_of(missing):
-            part = data[begin * UNIT_BYTES : end * UNIT_BYTES]
-            write_all(self.fd, part.data, start + begin * UNIT_BYTES)
+            write_all(self.fd, data[begin * UNIT_BYTES : end * UNIT_BYTES].data, start + begin * UNIT_BYTES)
             crash_point("fetch.data")
             at = _crc_offset(self.n_bytes) + 4 * (first + begin)
             write_all(self._map_fd, memoryview(sums[begin:end].tobytes()), at)
@@ -364,34 +322,32 @@ class PartialCopy:
             write_all(self._map_fd, memoryview(b"\x01" * (end - begin)), HEAD_BYTES + first + begin)
             crash_point("fetch.flags")
         self.present[first : first + n] = True
-        return whole if missing.all() else None
+        return crc if missing.all() else None
 
-    def look_again(self) -> None:
-        """Add units that another process has written, which fetches without the lock after a long wait.
+    def is_complete(self) -> bool:
+        """Return whether all units are present.
 
-        Of two writers that call this after their last write, one sees all units.
+        Another process may have written units, if it fetches without the lock after a long wait. Of two writers that
+        call this after their last write, one sees all units.
         """
         self.present |= read_flags(self._map_fd, 0, len(self.present))
+        return bool(self.present.all())
 
     def hold(self) -> CopyHandle:
         """Return a reader's handle on this file, even if another file has its name by now."""
-        fd, map_fd = _reopen(self.fd, self.folder.copy_path(f"{self.name}.part")), None
-        try:
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        with ExitStack() as on_error:
+            fd = os.open(f"/proc/self/fd/{self.fd}", flags)
+            on_error.callback(os.close, fd)
             try_shared(fd)
-            map_fd = _reopen(self._map_fd, self.folder.copy_path(f"{self.name}.map"))
-            return CopyHandle(fd, UnitMap(map_fd, self.n_bytes))
-        except BaseException:
-            _close_all(fd, map_fd)
-            raise
+            held = CopyHandle(fd, UnitMap(os.open(f"/proc/self/fd/{self._map_fd}", flags), self.n_bytes))
+            on_error.pop_all()
+            return held
 
     @property
     def has_name(self) -> bool:
         """Whether the file still has a name."""
         return os.fstat(self.fd).st_nlink > 0
-
-    def seal(self, mode: int) -> None:
-        """Set the final mode, so that nobody can open the file for writing."""
-        set_mode(self.fd, mode)
 
     def unlink_names(self, *, keep_map: bool) -> None:
         """Remove the names of the partial copy, which is complete now, if they still belong to this file."""
@@ -411,35 +367,13 @@ class PartialCopy:
             close_private(self._map_fd)
 
 
-def _reopen(fd: int, path: str) -> int:
-    """Open the file of fd again. Raises FileNotFoundError: the file has lost its name, and there is no /proc."""
-    flags = os.O_RDONLY | os.O_CLOEXEC
-    with suppress(FileNotFoundError, PermissionError):
-        return os.open(f"/proc/self/fd/{fd}", flags)
-    other = os.open(path, flags | os.O_NOFOLLOW)
-    try:
-        if os.fstat(other).st_ino == os.fstat(fd).st_ino:
-            return other
-    except BaseException:
-        os.close(other)
-        raise
-    os.close(other)
-    raise FileNotFoundError(errno.ENOENT, "another file has this name by now", path)
-
-
-def open_map(folder: Folder, name: str, fd: int, n_bytes: int) -> UnitMap | None:
-    """Open the unit map of a copy or partial copy that fd is open on; None: no map describes this file."""
-    map_fd = folder.open_copy(f"{name}.map")
-    if map_fd is None:
-        return None
-    try:
-        if _head_of(map_fd, fd, n_bytes) is not None:
-            return UnitMap(map_fd, n_bytes)
-    except BaseException:
-        os.close(map_fd)
-        raise
-    os.close(map_fd)
-    return None
+def _is_verified(fd: int, map_fd: int, n_bytes: int) -> bool:
+    """Verify the present units of an earlier boot; if all are right, mark the partial copy as one of this boot."""
+    if wrong_units(fd, UnitMap(map_fd, n_bytes)):
+        return False
+    crash_point("fetch.vouched")
+    os.pwrite(map_fd, Head(n_bytes, os.fstat(fd).st_ino, boot_id()).pack(), 0)
+    return True
 
 
 def read_all(fd: int, buffer: memoryview, offset: int) -> bool:
@@ -457,13 +391,9 @@ def read_all(fd: int, buffer: memoryview, offset: int) -> bool:
 
 
 def wrong_units(fd: int, presence: UnitMap) -> list[int]:
-    """Return the offsets of units that differ from what the source sent.
+    """Return the offsets of the present units that differ from what the source sent.
 
     For a piece that cannot be read, only its first offset is in the list.
-
-    Args:
-        fd: Descriptor of the partial copy.
-        presence: Its unit map.
     """
     wrong: list[int] = []
     for span in ranges_of(presence.mask(), presence.n_bytes):
@@ -481,48 +411,25 @@ def wrong_units(fd: int, presence: UnitMap) -> list[int]:
     return wrong
 
 
-def read_plain(fd: int, spans: Sequence[Span]) -> bool:
-    """Fill every span from a file, without verification; return False if a read failed."""
-    return all(read_all(fd, buffer, wanted.start) for wanted, buffer in spans)
+def read_verified(fd: int, presence: UnitMap, spans: Sequence[Span]) -> bool:
+    """Fill every span from a copy, whole or partial, and compare each unit with the map.
 
-
-def read_verified(folder: Folder, name: str, fd: int, n_bytes: int, spans: Sequence[Span]) -> bool:
-    """Fill every span from a copy, whole or partial; return False if a read failed, or the data is corrupt.
-
-    Args:
-        folder: Folder of the cache.
-        name: Name of the copy, whose unit map is used.
-        fd: Descriptor of the copy, open for the duration of the call.
-        n_bytes: Size of the copy.
-        spans: Ranges inside the copy and their buffers. The buffers are undefined if the result is False.
+    The result is False if a read failed or the data is corrupt; the buffers are then undefined.
     """
-    presence = open_map(folder, name, fd, n_bytes)
-    if presence is None:
+    return all(_read_span(fd, presence, span, buffer) for span, buffer in spans)
+
+
+def _read_span(fd: int, presence: UnitMap, span: ByteRange, buffer: memoryview) -> bool:
+    if span.end > presence.n_bytes:
         return False
-    try:
-        return read_held(fd, presence, spans)
-    finally:
-        presence.close()
-
-
-def read_held(fd: int, presence: UnitMap, spans: Sequence[Span]) -> bool:
-    """See read_verified(); the map is already open."""
-    return all(_read_span(fd, presence, wanted, buffer) for wanted, buffer in spans)
-
-
-def _read_span(fd: int, presence: UnitMap, wanted: ByteRange, buffer: memoryview) -> bool:
-    if wanted.end > presence.n_bytes:
-        return False
-    for start in range(wanted.start // UNIT_BYTES * UNIT_BYTES, wanted.end, PIECE_BYTES):
-        end = min(start + PIECE_BYTES, -(-wanted.end // UNIT_BYTES) * UNIT_BYTES, presence.n_bytes)
+    for start in range(span.start // UNIT_BYTES * UNIT_BYTES, span.end, PIECE_BYTES):
+        end = min(start + PIECE_BYTES, -(-span.end // UNIT_BYTES) * UNIT_BYTES, presence.n_bytes)
         data = np.empty(end - start, np.uint8)
-        if not read_all(fd, data.data, start) or not _is_right(presence, start, data):
+        if not read_all(fd, data.data, start):
             return False
-        begin, stop = max(start, wanted.start), min(end, wanted.end)
-        buffer[begin - wanted.start : stop - wanted.start] = data.data[begin - start : stop - start]
+        sums, first = sums_of(data)[0], start // UNIT_BYTES
+        if not np.array_equal(presence.sums(first, first + len(sums)), sums):
+            return False
+        begin, stop = max(start, span.start), min(end, span.end)
+        buffer[begin - span.start : stop - span.start] = data.data[begin - start : stop - start]
     return True
-
-
-def _is_right(presence: UnitMap, start: int, data: np.ndarray) -> bool:
-    sums, first = sums_of(data)[0], start // UNIT_BYTES
-    return np.array_equal(presence.sums(first, first + len(sums)), sums)

@@ -1,6 +1,6 @@
-"""`Publisher`: carries out one fetch, from the request to the published copy, beside all other processes.
+"""`Publisher` carries out a fetch, from the request to the published copy; `Download` transfers the bytes.
 
-`PartialFetch` holds the reserved space and the partial copy of one fetch.
+Each fetch runs beside those of all other processes, under the lock of the name.
 """
 
 from __future__ import annotations
@@ -9,65 +9,101 @@ import errno
 import os
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from threading import Lock, Thread
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.cache import corrupt_sources
-from tiercache.cache.fetch.download import Download
+from tiercache._native.checksum import combine
+from tiercache.cache.disk import is_disk_full
 from tiercache.cache.fetch.partial import CopyHandle, PartialCopy, charge_of, hold_part, map_bytes
-from tiercache.cache.fetch.units import Mask, checksum_of, n_units
+from tiercache.cache.fetch.units import (
+    LITTLE_BYTES,
+    PIECE_BYTES,
+    UNIT_BYTES,
+    Mask,
+    bytes_of,
+    checksum_of,
+    first_piece,
+    mask_of,
+    n_units,
+    to_fetch,
+)
 from tiercache.cache.lease import open_leased
-from tiercache.cache.machine import NameLock, is_disk_full
+from tiercache.cache.locks import NameLock
+from tiercache.cache.names import name_of_object
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.accounts import BLOCK_BYTES
+from tiercache.catalog.database import set_mode
 from tiercache.crash_points import crash_point
-from tiercache.errors import CorruptShard, ObjectChanged, StoreError
+from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
 from tiercache.file_limit import emfile_message
 from tiercache.model import format_bytes
 from tiercache.waiting import wait_for
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tiercache.cache.disk import Breaker, Notices
     from tiercache.cache.evict.evictor import Evictor
-    from tiercache.cache.fetch.download import Fetch
-    from tiercache.cache.folder import Folder, Owners
-    from tiercache.cache.machine import Breaker, Notices
+    from tiercache.cache.fetch.queue import Fetch
+    from tiercache.cache.folder import Folder
     from tiercache.cache.names import CopySpec
+    from tiercache.cache.owners import Owners
     from tiercache.catalog import Accounts
+    from tiercache.model import ByteRange
     from tiercache.stats import Counters
 
 
-class PartialFetch:
-    """The reserved space and the partial copy of one fetch.
+N_PIECES_IN_FLIGHT = 4
 
-    Space is reserved before the first byte, and the accounts are settled at the end. admit() and part() are called with
-    the lock of the download held, or before the download starts. The reservation covers the space beyond what the
-    accounts already charge for the partial copy; a larger reservation replaces a smaller one.
+
+class Download:
+    """The transfer of one fetch into its partial copy: reserves space, reads missing units, and settles the accounts.
+
+    Space is reserved before the first byte. The reservation covers the space beyond what the accounts already charge
+    for the partial copy; a larger reservation replaces a smaller one. Threads share the unit masks and the partial
+    copy under the lock; each thread has a buffer of at most PIECE_BYTES. New requests are admitted, under the lock, by
+    the thread that takes the next piece.
+
+    Attributes:
+        part: The partial copy; None: it is created with the first request.
     """
 
     def __init__(self, publisher: Publisher, fetch: Fetch, lock: NameLock) -> None:
         """Open the existing partial copy, if there is one, and offer it to the waiting leases. Raises OSError.
 
-        Args:
-            publisher: Publisher that runs the fetch.
-            fetch: The fetch.
-            lock: Lock of the name; on file systems where flock is not enforced, another process may hold it too.
+        On file systems where flock is not enforced, another process may hold the lock of the name too.
         """
-        self._publisher, self.fetch, self._lock = publisher, fetch, lock
-        self._wanted = fetch.wanted
-        self.reserved_bytes = 0
-        self._booked_bytes = 0
+        self._publisher, self._fetch, self._name_lock = publisher, fetch, lock
+        self._spec = fetch.spec
+        self._reserved_bytes = self._charged_bytes = 0
+        self._lock = Lock()
+        self._error: BaseException | None = None
+        # CRC-32C and length of each piece that was written as a whole, by offset
+        self._sums: dict[int, tuple[int, int]] = {}
         fetch.step = f"being fetched by process {os.getpid()}"
-        self._part = PartialCopy.open(publisher.folder, self._wanted.name, self._wanted.n_bytes)
-        self.present: Mask = np.zeros(n_units(self._wanted.n_bytes), bool)
-        if self._part is not None:
-            self.present = self._part.present
-            self._begin(self._part)
+        self.part = PartialCopy.open(publisher.folder, self._spec.name, self._spec.n_bytes)
+        if self.part is not None:
+            self._adopt(self.part)
+        self._admitted = self._present().copy()
 
-    def _begin(self, part: PartialCopy) -> None:
-        """Enter an existing partial copy in the accounts and offer it to readers; on an error it is closed."""
+    def _present(self) -> Mask:
+        return np.zeros(n_units(self._spec.n_bytes), bool) if self.part is None else self.part.present
+
+    def _adopt(self, part: PartialCopy) -> None:
+        """Enter a partial copy in the accounts and offer it to readers; on an error it is closed."""
+        folder, spec = self._publisher.folder, self._spec
         try:
-            self._make_known(part)
+            if folder.read_record(spec.name) is None:
+                folder.write_record(spec.name, spec.record(spec.crc32c))
+                crash_point("fetch.recorded")
+            # Charging releases the reservation. A partial copy that another process created is charged at its current
+            # size; this happens on file systems where flock is not enforced.
+            if part.present.any() and not self._reserved_bytes:
+                self._charged_bytes = charge_of(part.present, part.n_bytes)
+                self._charge(self._charged_bytes)
+            self._fetch.set_file(part.hold(), part.present)
         except BaseException as error:
             with closing(part):  # for example, the disk is too full for the record; a later fetch starts again
                 # Another process deletes these files, and drop() would not know this one.
@@ -75,96 +111,208 @@ class PartialFetch:
                     part.unlink_names(keep_map=False)
             raise
 
-    def _make_known(self, part: PartialCopy) -> None:
-        folder, name = self._publisher.folder, self._wanted.name
-        if folder.read_record(name) is None:
-            folder.write_record(name, self._wanted.record(self._wanted.crc32c))
-            crash_point("fetch.recorded")
-        # Committing releases the reservation. A partial copy that another process created is charged at its current
-        # size; this happens on file systems where flock is not enforced.
-        if part.present.any() and not self.reserved_bytes:
-            self._booked_bytes = charge_of(part.present, part.n_bytes)
-            self._publisher.book(self._wanted, self._record(), self._booked_bytes)
-        self.fetch.set_file(part.hold(), part.present)
+    def _charge(self, n_bytes: int) -> None:
+        self._publisher.book(self._spec, self._spec.record(self._spec.crc32c).to_json(), n_bytes)
 
-    def _record(self) -> str:
-        return self._wanted.record(self._wanted.crc32c).to_json()
+    # -- transfer ---------------------------------------------------------------------------------------------------
 
-    def is_whole(self) -> bool:
-        """Return whether all units are present by now."""
-        if self._part is not None:
-            self._part.look_again()
-        return self._part is not None and bool(self.present.all())
+    def run(self) -> None:
+        """Fetch the requested units until none is left, or until space for them is refused.
 
-    def admit(self, units: Mask) -> bool:
+        If the disk is full, copies are evicted and the transfer is repeated once; then the missing units are refused.
+
+        Raises:
+            StoreError: The source failed.
+            OSError: The disk failed.
+        """
+        was_full = False
+        while self._fetch.missing_units()[0].any():
+            try:
+                self._transfer()
+                was_full = False
+            except OSError as error:
+                if isinstance(error, StoreError) or not is_disk_full(error):
+                    raise
+                if was_full:
+                    self._fetch.refuse(self._fetch.missing_units()[0])
+                    self._publisher.disk_is_full()
+                else:
+                    spare = self._fetch.spare | {self._spec.name}
+                    self._publisher.evictor.free_disk(self._reserved_bytes, spare=spare)
+                was_full = not was_full
+
+    def _transfer(self) -> None:
+        self._error = None
+        self._assigned = self._present().copy()  # units that an earlier transfer lost are assigned again
+        while (ranges := self._next_ranges()) is not None:
+            left_bytes = UNIT_BYTES * int((self._admitted & ~self._assigned).sum())
+            helpers: list[Thread] = []
+            try:
+                for _ in range(min(N_PIECES_IN_FLIGHT - 1, -(-left_bytes // PIECE_BYTES))):
+                    helper = Thread(target=self._work, name="tiercache-part", daemon=True)
+                    with suppress(RuntimeError):  # no more threads are allowed; the existing ones do all the work
+                        helper.start()
+                        helpers.append(helper)
+                self._work(ranges)
+            finally:
+                # Even after an error: the helpers write to the partial copy, which is closed afterwards.
+                for helper in helpers:
+                    helper.join()
+            if self._error is not None:
+                raise self._error
+
+    def _work(self, ranges: list[ByteRange] | None = None) -> None:
+        try:
+            buffer = np.empty(min(PIECE_BYTES, n_units(self._spec.n_bytes) * UNIT_BYTES), np.uint8)
+            ranges = self._next_ranges() if ranges is None else ranges
+            while ranges is not None:
+                self._fetch_ranges(ranges, buffer)
+                ranges = self._next_ranges()
+        except BaseException as error:  # noqa: BLE001 - top of a thread: _transfer() raises the first error
+            with self._lock:
+                self._error = self._error or error
+
+    def _next_ranges(self) -> list[ByteRange] | None:
+        """Return the ranges of the next request, urgent units first; None: nothing is left, or a thread failed."""
+        n_bytes = self._spec.n_bytes
+        with self._lock:
+            if self._error is not None:
+                return None
+            units, urgent = self._fetch.missing_units()
+            self._admit(units & ~self._admitted)
+            todo = self._admitted & ~self._assigned
+            # A small rest is fetched in one request, urgent or not: a second request would take longer than its bytes.
+            first = todo if bytes_of(todo, n_bytes) <= LITTLE_BYTES else urgent & todo
+            ranges = first_piece(first, n_bytes) or first_piece(todo, n_bytes)
+            self._assigned |= mask_of(ranges, n_bytes)
+            if ranges and self.part is None:
+                self.part = self._create()
+            return ranges or None
+
+    def _create(self) -> PartialCopy:
+        folder, name, n_bytes = self._publisher.folder, self._spec.name, self._spec.n_bytes
+        try:
+            part = PartialCopy.create(folder, name, n_bytes)
+        except FileExistsError:  # without enforced flock: another process has created one since the last check
+            found = PartialCopy.open(folder, name, n_bytes)
+            if found is None:
+                raise FileNotFoundError(errno.ENOENT, "gone as soon as it was made", name) from None
+            part = found
+        self._adopt(part)
+        return part
+
+    def _admit(self, units: Mask) -> None:
+        """Reserve space for requested units, and with them the rest of the file if it is small; or refuse them."""
+        if not units.any():
+            return
+        for more in (to_fetch(self._admitted, units, self._spec.n_bytes), units):
+            if self._reserve(self._admitted | more):
+                self._admitted |= more
+                return
+        self._fetch.refuse(units)
+
+    def _reserve(self, units: Mask) -> bool:
         """Reserve space for a partial copy of these units; return False if there is no space."""
-        need_bytes = max(charge_of(units, self._wanted.n_bytes) - self._booked_bytes, 0)
-        evictor, name = self._publisher.evictor, self._wanted.name
+        need_bytes = max(charge_of(units, self._spec.n_bytes) - self._charged_bytes, 0)
+        evictor, name = self._publisher.evictor, self._spec.name
         self.note(need_bytes)
-        if not evictor.reserve(name, need_bytes, spare=self.fetch.spare | {name}):
-            self.note(self.reserved_bytes)
-            self._publisher.warn_no_space(self._wanted, need_bytes)
+        if not evictor.reserve(name, need_bytes, spare=self._fetch.spare | {name}):
+            self.note(self._reserved_bytes)
+            self._publisher.warn_no_space(self._spec, need_bytes)
             return False
-        if not self.reserved_bytes:
+        if not self._reserved_bytes:
             evictor.note_fetch(name)
-        self.reserved_bytes = need_bytes
+        self._reserved_bytes = need_bytes
         crash_point("fetch.reserved")
         return True
 
+    def _fetch_ranges(self, ranges: Sequence[ByteRange], buffer: np.ndarray) -> None:
+        """Fetch ranges into the buffer, one after another, and write them to the partial copy."""
+        part = self.part
+        if part is None:
+            raise RuntimeError("_next_ranges() has created the partial copy")
+        position = 0
+        spans = []
+        for span in ranges:
+            spans.append((span, buffer[position : position + span.n_bytes]))
+            position += span.n_bytes
+        if position:  # an empty object has nothing to read
+            self._read([(span, data.data) for span, data in spans])
+        for span, data in spans:
+            crc = part.write(span.start, data)
+            if crc is not None:
+                self._sums[span.start] = crc, span.n_bytes
+        self._publisher.counters.add("bytes_fetched", position)
+        self._fetch.add_present(part.present)
+
+    def _read(self, spans: list[tuple[ByteRange, memoryview]]) -> None:
+        """Read from the source, in the version that was named; retry once if that may help."""
+        spec, store, cancel = self._spec, self._fetch.store, self._fetch.cancel
+        for is_last in (False, True):
+            try:
+                store.read_into(spec.key, spans, if_match=spec.if_match, cancel=cancel)
+                break
+            except (NotFound, ObjectChanged):
+                raise
+            except StoreError as error:
+                if is_last or error.retryable or cancel.is_set():
+                    raise  # the store has already retried
+            except OSError as error:  # a network error that the store did not convert, not one of the cache's disk
+                raise StoreError(f"reading failed: {error}", url=spec.source, retryable=True) from error
+        if spec.identity is None and spec.if_match is None:
+            # Without a strong ETag as a guard, the object must have the same attributes after the read.
+            info = store.head(spec.key)
+            if name_of_object(spec.source, info) != spec.name:
+                raise ObjectChanged(url=spec.source, expected=spec.etag, found=info.etag)
+
+    # -- end --------------------------------------------------------------------------------------------------------
+
+    def checksum(self) -> int | None:
+        """Return the CRC-32C of the whole file from its pieces; None if other processes wrote some: read it back."""
+        crc = offset = 0
+        while offset in self._sums and (offset < self._spec.n_bytes or not offset):
+            piece_crc, n_bytes = self._sums[offset]
+            crc = combine(crc, piece_crc, n_bytes)
+            offset += n_bytes
+            if not n_bytes:
+                break
+        return crc if offset == self._spec.n_bytes else None
+
     def note(self, n_bytes: int) -> None:
         """Note in the lock file how many bytes this fetch may still add, in case the accounts must be rebuilt."""
-        self._lock.note({"owner": str(self._publisher.owners.me), "reserved_bytes": n_bytes})
+        self._name_lock.note({"owner": str(self._publisher.owners.me), "reserved_bytes": n_bytes})
 
-    def part(self) -> PartialCopy:
-        """Return the partial copy to write to; the first call creates it. Raises OSError."""
-        part = self._part
-        if part is None:
-            folder, name, n_bytes = self._publisher.folder, self._wanted.name, self._wanted.n_bytes
-            try:
-                part = PartialCopy.create(folder, name, n_bytes)
-            except FileExistsError:  # without enforced flock: another process has created one since the last check
-                found = PartialCopy.open(folder, name, n_bytes)
-                if found is None:
-                    raise FileNotFoundError(errno.ENOENT, "gone as soon as it was made", name) from None
-                part = found
-            self._begin(part)
-            self._part, self.present = part, part.present
-        return part
-
-    def book(self) -> None:
+    def settle(self) -> None:
         """Set the charge of the partial copy in the accounts to its present size; one without units is removed."""
         self.note(0)  # first: after the commit, the note would be counted whenever the accounts are rebuilt
-        if self._part is None or not self._part.has_name:  # another process found it corrupt and removed it
-            self._publisher.accounts.release(self._wanted.name)
-        elif self.present.any():
-            self._publisher.book(self._wanted, self._record(), charge_of(self.present, self._wanted.n_bytes))
+        if self.part is None or not self.part.has_name:  # another process found it corrupt and removed it
+            self._publisher.accounts.release(self._spec.name)
+        elif self.part.present.any():
+            self._charge(charge_of(self.part.present, self._spec.n_bytes))
             crash_point("fetch.booked")
         else:
             self.drop()
 
     def drop(self) -> None:
-        """Remove the partial copy and its charge.
-
-        If it has lost its name, the name belongs to another file and is left alone.
-        """
+        """Remove the partial copy and its charge. If it has lost its name, the name belongs to another file."""
         self.note(0)
-        self.fetch.reset()  # with our own handle open, the file would count as deleted but still in use
-        if self._part is not None and self._part.has_name:
-            self._publisher.remove(self._wanted.name)
-        self._publisher.accounts.release(self._wanted.name)
+        self._fetch.reset()  # with our own handle open, the file would count as deleted but still in use
+        if self.part is not None and self.part.has_name:
+            self._publisher.remove(self._spec.name)
+        self._publisher.accounts.release(self._spec.name)
 
-    def end(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         """After an error, keep what has come for a later fetch, unless the object has changed at its source."""
         with suppress(OSError):  # the first error is the one to report
             if isinstance(error, ObjectChanged):
                 self.drop()
             else:
-                self.book()
+                self.settle()
 
     def close(self) -> None:
         """Close the partial copy."""
-        if self._part is not None:
-            self._part.close()
+        if self.part is not None:
+            self.part.close()
 
 
 # Wait for another process's fetch: one minute, plus the time for its bytes at a slow 2 MB/s. Then this process fetches
@@ -208,14 +356,14 @@ class Publisher:
                     raise
                 # The disk was full for a record, a name or the accounts, which downloads do not handle. What was
                 # fetched stays.
-                self.evictor.free_disk(charge_bytes(fetch.wanted.n_bytes), spare=fetch.spare)
+                self.evictor.free_disk(charge_bytes(fetch.spec.n_bytes), spare=fetch.spare)
                 self._run_locked(fetch)
         except StoreError:
             raise  # NotFound is also an OSError
         except OSError as error:
             self.disk_failed(error)
         else:
-            self.breaker.mend()
+            self.breaker.reset()
 
     def disk_failed(self, error: Exception) -> None:
         """Bypass the cache for some time and warn once.
@@ -228,8 +376,8 @@ class Publisher:
             self.disk_is_full()
             return
         self.breaker.trip()
-        what = emfile_message(error) or error
-        self.notices.warn("disk", f"cache {self.folder.root}: {what}; bypassing the cache until the disk works again")
+        reason = emfile_message(error) or error
+        self.notices.warn("disk", f"cache {self.folder.root}: {reason}; bypassing the cache until the disk works again")
 
     def disk_is_full(self) -> None:
         """Warn once that the disk is full."""
@@ -239,27 +387,28 @@ class Publisher:
             "free disk space, or put the cache on another disk (TIERCACHE_CACHE_DIR)",
         )
 
-    def warn_no_space(self, wanted: CopySpec, need_bytes: int) -> None:
+    def warn_no_space(self, spec: CopySpec, need_bytes: int) -> None:
         """Warn once that an object has no space although its data set, which is open, could be cached as a whole."""
-        dataset_id = "" if wanted.identity is None else wanted.identity.dataset_id
-        if not self.notices.is_expected(dataset_id):
+        dataset_id = "" if spec.identity is None else spec.identity.dataset_id
+        dataset = self.notices.unwarned_dataset(dataset_id)
+        if dataset is None:
             return
         used_bytes, reserved_bytes, limit_bytes = self.accounts.sums()
         spare_bytes = max(self.evictor.spare_bytes(), 0)
         if spare_bytes < need_bytes:
-            why = f"the disk has only {format_bytes(spare_bytes)} left above the cache's min_free"
-            do = "free disk space, lower min_free=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
+            reason = f"the disk has only {format_bytes(spare_bytes)} left above the cache's min_free"
+            remedy = "free disk space, lower min_free=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
         else:
-            taken = f"{format_bytes(used_bytes + reserved_bytes)} of {format_bytes(limit_bytes)}"
-            why = f"{taken} are used by copies that are pinned, in use or needed sooner"
-            do = (
+            used = f"{format_bytes(used_bytes + reserved_bytes)} of {format_bytes(limit_bytes)}"
+            reason = f"{used} are used by copies that are pinned, in use or needed sooner"
+            remedy = (
                 "unpin or evict some of them (tiercache status lists them), or make the cache larger "
                 "(TIERCACHE_CACHE_SIZE, or Cache(path, size=...))"
             )
-        self.notices.warn_expected(
+        self.notices.warn(
             dataset_id,
-            f"cache {self.folder.root} has no space: the next object needs {format_bytes(need_bytes)}, but {why}. Data "
-            f"that does not fit is not cached and is fetched again in every epoch; {do}",
+            f"{dataset}: cache {self.folder.root} has no space: the next object needs {format_bytes(need_bytes)}, but "
+            f"{reason}. Data that does not fit is not cached and is fetched again in every epoch; {remedy}",
         )
 
     def _run_locked(self, fetch: Fetch) -> None:
@@ -268,16 +417,16 @@ class Publisher:
         Without the lock (after a long wait, or on a file system where flock is not enforced), some bytes are fetched
         twice, and nothing else happens.
         """
-        wanted = fetch.wanted
+        spec = fetch.spec
         self.owners.ensure()
-        lock = NameLock(self.folder.locks / wanted.name)
-        deadline_s = LOCK_WAIT_S + wanted.n_bytes / SLOWEST_BYTES_S
+        lock = NameLock(self.folder.locks / spec.name)
+        deadline_s = LOCK_WAIT_S + spec.n_bytes / SLOWEST_BYTES_S
         try:
             while not fetch.close_if_done():
-                is_there = wait_for(lambda: self._watch(fetch, lock), deadline_s, cancel=fetch.cancel)
+                is_over = wait_for(lambda: self._watch(fetch, lock), deadline_s, cancel=fetch.cancel)
                 if fetch.cancel.is_set():
-                    raise StoreError("cancelled", url=wanted.source, retryable=True)
-                if not is_there or lock.is_held:
+                    raise StoreError("cancelled", url=spec.source, retryable=True)
+                if not is_over or lock.is_held:
                     self._fetch(fetch, lock)
                     return
         finally:
@@ -291,71 +440,66 @@ class Publisher:
         if lock.try_acquire():
             return True
         fetch.step = f"waiting for {lock.holder()}"
-        wanted = fetch.wanted
-        fd = None if wanted.name in self.unrecorded else open_leased(self.folder, wanted.name, wanted.n_bytes)
+        spec = fetch.spec
+        fd = None if spec.name in self.unrecorded else open_leased(self.folder, spec.name, spec.n_bytes)
         if fd is not None:
             _offer(fetch, CopyHandle(fd))
             return True
-        held = hold_part(self.folder, wanted.name, wanted.n_bytes)
+        held = hold_part(self.folder, spec.name, spec.n_bytes)
         if held is None:
             return False
         present = _offer(fetch, held)
         # A partial copy with all units gets its final name in a moment.
         return not present.all() and not fetch.missing_units()[0].any()
 
-    # -- existing copies -----------------------------------------------------------------------------------------------
-
     def _fetch(self, fetch: Fetch, lock: NameLock) -> None:
         """Serve the request from an existing copy, or fetch what is missing, and once more if it was corrupt."""
         if self._offer_copy(fetch):
             return
-        wanted, wrong = fetch.wanted, None
+        spec, found = fetch.spec, None
         for _ in range(2):
-            wrong = self._fetch_missing(fetch, lock)
-            if wrong is None:
+            found = self._fetch_missing(fetch, lock)
+            if found is None:
                 return
         self.counters.add("poisoned")
-        expected = "?"
-        if wanted.crc32c is not None:
-            expected = f"{wanted.crc32c:08x}"
-            corrupt = corrupt_sources.CorruptSource(wanted.source, wanted.crc32c, wrong)
-            corrupt_sources.record_corrupt_source(self.folder, wanted.name, corrupt)
+        if spec.crc32c is not None:
+            self.folder.add_corrupt_source(spec.name, spec.source, spec.crc32c, found)
         raise CorruptShard(
-            f"corrupt at its source: two fetches did not match the checksum (CRC-32C {wrong:08x}, expected {expected})",
-            url=wanted.source,
+            f"corrupt at its source: two fetches did not match the checksum (CRC-32C {found:08x}, expected "
+            f"{spec.crc32c or 0:08x})",
+            url=spec.source,
         )
 
+    # -- existing copies -----------------------------------------------------------------------------------------------
+
     def _offer_copy(self, fetch: Fetch) -> bool:
-        fd = self._existing(fetch.wanted)
+        """Offer the existing copy to the waiting leases; return whether the fetch is done."""
+        fd = self._existing(fetch.spec)
         if fd is not None:
             _offer(fetch, CopyHandle(fd))
         return fd is not None and fetch.close_if_done()
 
-    def _existing(self, wanted: CopySpec) -> int | None:
+    def _existing(self, spec: CopySpec) -> int | None:
         """Return a descriptor of the existing copy if it is valid; remove a corrupt one."""
-        fd = open_leased(self.folder, wanted.name, wanted.n_bytes)
+        fd = open_leased(self.folder, spec.name, spec.n_bytes)
         if fd is None:
-            self._remove_damaged(wanted)
+            if self.folder.size_of(spec.name) not in (None, spec.n_bytes):  # a power failure or a person truncated it
+                self.remove(spec.name)
+                self.counters.add("quarantined")
             return None
-        if wanted.name not in self.unrecorded:
+        if spec.name not in self.unrecorded:
             return fd
         try:
-            whole = checksum_of(fd, wanted.n_bytes)
-            if wanted.crc32c is None or whole == wanted.crc32c:
-                self._commit(wanted, whole)
+            crc = checksum_of(fd, spec.n_bytes)
+            if spec.crc32c is None or crc == spec.crc32c:
+                self._commit(spec, crc)
                 return fd
-            self.remove(wanted.name)
+            self.remove(spec.name)
         except BaseException:
             os.close(fd)
             raise
         os.close(fd)
         return None
-
-    def _remove_damaged(self, wanted: CopySpec) -> None:
-        """Remove a copy of the wrong size: a power failure or a person truncated it."""
-        if self.folder.size_of(wanted.name) not in (None, wanted.n_bytes):
-            self.remove(wanted.name)
-            self.counters.add("quarantined")
 
     def remove(self, name: str) -> None:
         """Remove a corrupt copy, whole or partial. Readers keep the files that they have open."""
@@ -365,14 +509,11 @@ class Publisher:
         self.unrecorded.discard(name)
 
     def remove_corrupt(self, name: str, fd: int) -> bool:
-        """Remove the corrupt copy that fd is open on; return False if another process has done so.
+        """Remove the corrupt copy that fd is open on; return False if another process has done so. Raises OSError.
 
         The race with another reader of the same copy: (1) both verify the file, (2) the other one removes it and a
         correct copy takes its name, (3) this one removes the correct copy. Therefore the copy is removed only while it
         is the file that was verified.
-
-        Raises:
-            OSError: The disk or the catalog failed; the copy may still be in place.
         """
         lock = NameLock(self.folder.locks / name)
         try:
@@ -389,7 +530,7 @@ class Publisher:
         finally:
             lock.release()
 
-    # -- download ------------------------------------------------------------------------------------------------------
+    # -- download and publication --------------------------------------------------------------------------------------
 
     def _fetch_missing(self, fetch: Fetch, lock: NameLock) -> int | None:
         """Extend the partial copy while units are requested, and publish it when it is complete.
@@ -398,104 +539,85 @@ class Publisher:
             None: The fetch is closed. Otherwise the CRC-32C of a complete file that was corrupt and is removed.
         """
         for _ in range(MAX_BEGINNINGS):
-            growth = PartialFetch(self, fetch, lock)
+            download = Download(self, fetch, lock)
             try:
-                return self._fetch_into(fetch, growth)
+                return self._run_download(fetch, download)
             except FileNotFoundError as error:
                 if isinstance(error, StoreError):
-                    growth.end(error)
+                    download.fail(error)
                     raise
                 fetch.reset()
                 self.owners.ensure()
-                growth.drop()
+                download.drop()
             except BaseException as error:
-                growth.end(error)
+                download.fail(error)
                 raise
             finally:
-                growth.close()
+                download.close()
             if self._offer_copy(fetch):  # without enforced flock: a copy of the process that took the name
                 return None
         fetch.refuse(fetch.missing_units()[0])  # another process deletes partial copies as fast as they are created
         return None
 
-    def _fetch_into(self, fetch: Fetch, growth: PartialFetch) -> int | None:
-        """Extend one partial copy; see _fetch_missing().
-
-        If the disk is full, evict and retry once; then refuse the missing units.
-        """
-        download = Download(fetch, growth.part, growth.admit, self.counters, growth.present)
+    def _run_download(self, fetch: Fetch, download: Download) -> int | None:
+        """Extend one partial copy; see _fetch_missing()."""
         while True:
-            was_full = False
-            while fetch.missing_units()[0].any():
-                try:
-                    download.run()
-                    was_full = False
-                except OSError as error:
-                    if isinstance(error, StoreError) or not is_disk_full(error):
-                        raise
-                    if was_full:
-                        fetch.refuse(fetch.missing_units()[0])
-                        self.disk_is_full()
-                    else:
-                        self.evictor.free_disk(growth.reserved_bytes, spare=fetch.spare | {fetch.wanted.name})
-                    was_full = not was_full
-            if growth.is_whole():
-                growth.note(0)
-                wrong = self._publish(fetch, growth.part(), download.whole_sum())
-                if wrong is not None:
+            download.run()
+            part = download.part
+            if part is not None and part.is_complete():
+                download.note(0)
+                found = self._publish(fetch, part, download.checksum())
+                if found is not None:
                     fetch.reset()
-                elif not fetch.close_if_done():
-                    continue
-                return wrong
-            if fetch.close_if_done():
-                growth.book()
+                    return found
+                if fetch.close_if_done():
+                    return None
+            elif fetch.close_if_done():
+                download.settle()
                 return None
 
-    # -- publishing ----------------------------------------------------------------------------------------------------
-
-    def _publish(self, fetch: Fetch, part: PartialCopy, whole: int | None) -> int | None:
+    def _publish(self, fetch: Fetch, part: PartialCopy, crc: int | None) -> int | None:
         """Verify a complete partial copy, give it its final name, and enter it in the accounts.
 
         Returns:
             None: The copy is published. Otherwise the CRC-32C of the file, which was corrupt and is removed.
         """
-        wanted = fetch.wanted
-        if whole is None:
-            whole = checksum_of(part.fd, wanted.n_bytes)
-        if wanted.crc32c is not None and whole != wanted.crc32c:
-            self.remove(wanted.name)
-            self.accounts.release(wanted.name)
-            return whole
+        spec = fetch.spec
+        if crc is None:
+            crc = checksum_of(part.fd, spec.n_bytes)
+        if spec.crc32c is not None and crc != spec.crc32c:
+            self.remove(spec.name)
+            self.accounts.release(spec.name)
+            return crc
         crash_point("publish.checked")
-        part.seal(self.folder.rights.copy)
+        set_mode(part.fd, self.folder.rights.copy)  # from here on nobody can open the file for writing
         crash_point("publish.sealed")
-        was_first = self._commit(wanted, whole, part)
-        if not was_first:  # without enforced flock: the copy that has the name is the one that counts
+        if not self._commit(spec, crc, part):  # without enforced flock: the copy that has the name counts
             self._offer_copy(fetch)
         return None
 
-    def _commit(self, wanted: CopySpec, whole: int, part: PartialCopy | None = None) -> bool:
+    def _commit(self, spec: CopySpec, crc: int, part: PartialCopy | None = None) -> bool:
         """Write the record, then the name, then the accounts, so that the next process can repair a crash in between.
 
         Returns:
             False: Another copy had the name already.
         """
-        record = wanted.record(whole)
-        if part is None or self.folder.read_record(wanted.name) != record:
-            self.folder.write_record(wanted.name, record)
+        record = spec.record(crc)
+        if part is None or self.folder.read_record(spec.name) != record:
+            self.folder.write_record(spec.name, record)
             crash_point("publish.recorded")
-        was_first = part is None or self.folder.give_name(part.fd, wanted.name)
+        was_first = part is None or self.folder.give_name(part.fd, spec.name)
         if part is not None:
             crash_point("publish.named")
-            keep_map = wanted.identity is None  # no footer inside contains the checksums of its units
+            keep_map = spec.identity is None  # no footer inside contains the checksums of its units
             part.unlink_names(keep_map=keep_map)
             crash_point("publish.unparted")
-        self.book(wanted, record.to_json(), self.charge_of_copy(wanted))
+        self.book(spec, record.to_json(), self._charge_of_copy(spec))
         crash_point("publish.booked")
-        self.unrecorded.discard(wanted.name)
+        self.unrecorded.discard(spec.name)
         return was_first
 
-    def book(self, wanted: CopySpec, record: str, charge: int) -> None:
+    def book(self, spec: CopySpec, record: str, charge: int) -> None:
         """Set the charge of a copy in the accounts.
 
         On a file system where flock is not enforced, two processes may have extended one partial copy, and each may
@@ -503,25 +625,25 @@ class Publisher:
         removed.
         """
         try:
-            self.accounts.book(wanted.name, record, charge)
+            self.accounts.book(spec.name, record, charge)
         except RuntimeError:
-            if self.evictor.reserve(wanted.name, charge, spare=frozenset([wanted.name])):
-                self.accounts.book(wanted.name, record, charge)
+            if self.evictor.reserve(spec.name, charge, spare=frozenset([spec.name])):
+                self.accounts.book(spec.name, record, charge)
             else:
-                self.remove(wanted.name)
-                self.accounts.release(wanted.name)
+                self.remove(spec.name)
+                self.accounts.release(spec.name)
 
-    def charge_of_copy(self, wanted: CopySpec) -> int:
+    def _charge_of_copy(self, spec: CopySpec) -> int:
         """Return the disk space in bytes of a whole copy with its record, and with its map if that is kept.
 
         A file that was written in pieces may take some blocks beyond its size (folder.py). They are charged only up to
         the space that was reserved for the map, if the map is not kept.
         """
-        least = charge_bytes(wanted.n_bytes)
-        most = least + charge_bytes(map_bytes(wanted.n_bytes)) - BLOCK_BYTES
-        if wanted.identity is None:
+        least = charge_bytes(spec.n_bytes)
+        most = least + charge_bytes(map_bytes(spec.n_bytes)) - BLOCK_BYTES
+        if spec.identity is None:
             return most
-        return min(max(self.folder.charge_of(wanted.name) or 0, least), most)
+        return min(max(self.folder.charge_of(spec.name) or 0, least), most)
 
 
 def _offer(fetch: Fetch, held: CopyHandle) -> Mask:
@@ -530,7 +652,7 @@ def _offer(fetch: Fetch, held: CopyHandle) -> Mask:
     An error closes the handle.
     """
     try:
-        present = np.ones(n_units(fetch.wanted.n_bytes), bool) if held.presence is None else held.presence.mask()
+        present = np.ones(n_units(fetch.spec.n_bytes), bool) if held.presence is None else held.presence.mask()
     except BaseException:
         held.close()
         raise

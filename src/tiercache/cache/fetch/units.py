@@ -7,7 +7,7 @@ once before it counts as present.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +36,9 @@ def n_units(n_bytes: int) -> int:
     return max(-(-n_bytes // UNIT_BYTES), 1)
 
 
-def bounds(wanted: ByteRange, n_bytes: int) -> tuple[int, int]:
+def bounds(span: ByteRange, n_bytes: int) -> tuple[int, int]:
     """Return the units [first, last) that a range touches, within the file."""
-    start, end = min(wanted.start, n_bytes), min(wanted.end, n_bytes)
+    start, end = min(span.start, n_bytes), min(span.end, n_bytes)
     if not n_bytes:
         return 0, 1
     return start // UNIT_BYTES, -(-end // UNIT_BYTES) if end > start else start // UNIT_BYTES
@@ -47,18 +47,18 @@ def bounds(wanted: ByteRange, n_bytes: int) -> tuple[int, int]:
 def mask_of(ranges: Iterable[ByteRange], n_bytes: int) -> Mask:
     """Return the units that the ranges touch."""
     mask = np.zeros(n_units(n_bytes), bool)
-    for wanted in ranges:
-        first, last = bounds(wanted, n_bytes)
+    for span in ranges:
+        first, last = bounds(span, n_bytes)
         mask[first:last] = True
     return mask
 
 
 def covers(present: Mask, ranges: Iterable[ByteRange], n_bytes: int) -> bool:
     """Return whether present contains all units that the ranges touch, and no range ends beyond the file."""
-    for wanted in ranges:
-        if wanted.end > n_bytes:
+    for span in ranges:
+        if span.end > n_bytes:
             return False
-        first, last = bounds(wanted, n_bytes)
+        first, last = bounds(span, n_bytes)
         if not present[first:last].all():
             return False
     return True
@@ -76,16 +76,10 @@ def ranges_of(mask: Mask, n_bytes: int) -> list[ByteRange]:
 
 
 def first_piece(mask: Mask, n_bytes: int, piece_bytes: int = PIECE_BYTES) -> list[ByteRange]:
-    """Return the ranges of the first units of a mask, at most piece_bytes in total, for one request.
-
-    Args:
-        mask: Units to fetch.
-        n_bytes: Size of the file.
-        piece_bytes: Most bytes of the request, a multiple of UNIT_BYTES.
-    """
-    taken = np.zeros_like(mask)
-    taken[np.flatnonzero(mask)[: piece_bytes // UNIT_BYTES]] = True
-    return ranges_of(taken, n_bytes)
+    """Return the ranges of the first units of a mask, at most piece_bytes in total (whole units), for one request."""
+    first = np.zeros_like(mask)
+    first[np.flatnonzero(mask)[: piece_bytes // UNIT_BYTES]] = True
+    return ranges_of(first, n_bytes)
 
 
 def bytes_of(mask: Mask, n_bytes: int) -> int:
@@ -94,9 +88,9 @@ def bytes_of(mask: Mask, n_bytes: int) -> int:
     return whole - (len(mask) * UNIT_BYTES - n_bytes if mask[-1] else 0)
 
 
-def to_fetch(present: Mask, wanted: Mask, n_bytes: int) -> Mask:
-    """Return the units to fetch for wanted: the missing ones, and the rest of the file if it is small."""
-    missing = wanted & ~present
+def to_fetch(present: Mask, requested: Mask, n_bytes: int) -> Mask:
+    """Return the missing units of a request, and with them the rest of the file if it is small."""
+    missing = requested & ~present
     if not missing.any():
         return missing
     rest = ~present & ~missing
@@ -111,42 +105,25 @@ def sums_of(data: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint32], int]:
     return sums.astype("<u4"), whole
 
 
-class FileChecksum(NamedTuple):
-    """The checksum of the readable part of a file.
-
-    Attributes:
-        crc32c: CRC-32C of the bytes that were read.
-        n_bytes: Number of bytes that were read.
-        error: Error that ended the read early; None if the file was read to its end.
-    """
-
-    crc32c: int
-    n_bytes: int
-    error: OSError | None
-
-
-def read_checksum(fd: int, n_bytes: int) -> FileChecksum:
-    """Return the CRC-32C of the first n_bytes of a file, as far as it can be read."""
+def read_checksum(fd: int, n_bytes: int) -> tuple[int, int, OSError | None]:
+    """Return the CRC-32C of a file as far as it can be read, the number of bytes read, and the error that ended it."""
     buffer = memoryview(bytearray(min(PIECE_BYTES, max(n_bytes, 1))))
-    whole, offset = 0, 0
+    crc = offset = 0
     while offset < n_bytes:
         try:
             n_read = os.preadv(fd, [buffer[: n_bytes - offset]], offset)
         except OSError as error:
-            return FileChecksum(whole, offset, error)
+            return crc, offset, error
         if not n_read:
             break
-        whole = crc32c(buffer[:n_read], whole)
+        crc = crc32c(buffer[:n_read], crc)
         offset += n_read
-    return FileChecksum(whole, offset, None)
+    return crc, offset, None
 
 
 def checksum_of(fd: int, n_bytes: int) -> int:
-    """Return the CRC-32C of the first n_bytes of a file, or of all of a shorter file.
-
-    Raises OSError if the read fails.
-    """
-    summed = read_checksum(fd, n_bytes)
-    if summed.error is not None:
-        raise summed.error
-    return summed.crc32c
+    """Return the CRC-32C of the first n_bytes of a file, or of all of a shorter one. Raises OSError."""
+    crc, _, error = read_checksum(fd, n_bytes)
+    if error is not None:
+        raise error
+    return crc

@@ -1,4 +1,4 @@
-"""Any sequence of operations by two holders of one folder, against a dictionary that shares no code with the cache."""
+"""Random operations by two sessions of one folder, against a dict that shares no code with the cache."""
 
 import os
 import random
@@ -152,7 +152,10 @@ class CacheStates(RuleBasedStateMachine):
         if not hasattr(self, "root"):
             return
         self.settle()
-        everything = [p for p in (self.root / "c" / "copies").iterdir() if p.suffix != ".pin"]
+        copies = self.root / "c" / "copies"
+        # The record of a copy that was deleted by hand stays until the cache is opened again.
+        existing = {p.name for p in copies.iterdir() if len(p.name) == 40} | {p.stem for p in copies.glob("*.part")}
+        everything = [p for p in copies.iterdir() if p.suffix != ".pin" and p.name[:40] in existing]
         assert sum(-(-p.stat().st_size // BLOCK) * BLOCK for p in everything) <= LIMIT
         files = [p for p in everything if len(p.name) == 40]
         assert {p.read_bytes() for p in files} <= set(DATA.values())

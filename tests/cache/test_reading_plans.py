@@ -1,4 +1,4 @@
-"""Plan files: what jobs publish is what all see, as long as they live."""
+"""Plan files: all processes see the plans of all live jobs."""
 
 import gc
 import os
@@ -18,8 +18,9 @@ from tiercache import crash_points
 from tiercache.cache.evict import reading_plans as plan_files
 from tiercache.cache.evict.policy import UNPLANNED
 from tiercache.cache.evict.reading_plans import PlanTable, ReadingPlans, decode, encode
-from tiercache.cache.folder import Folder, Owners
-from tiercache.cache.names import Names
+from tiercache.cache.folder import Folder
+from tiercache.cache.names import NameTable
+from tiercache.cache.owners import Owners
 from tiercache.model import NEVER, ReadingPlan
 
 
@@ -36,12 +37,12 @@ def plan_of(rows, owner="rank 0"):
 
 def next_use(plans, names):
     """Bytes that a job still reads before it needs each copy."""
-    return plans.uses(Names.of(names))[0][0]
+    return plans.uses(NameTable.of(names))[0][0]
 
 
 def then(plans, names):
     """The same to the use after the next one."""
-    return plans.uses(Names.of(names))[0][1]
+    return plans.uses(NameTable.of(names))[0][1]
 
 
 class Side:
@@ -106,7 +107,7 @@ def test_without_plans_nothing_is_planned(open_side):
     assert next_use(side.plans, names_of()).tolist() == []
 
 
-def test_what_one_process_publishes_another_sees_and_its_clock_too(open_side):
+def test_a_published_plan_and_its_clock_are_visible_to_other_processes(open_side):
     mine, yours = open_side(), open_side()
     rows = [(0, 10, 100), (10, 30, 120), (30, 40, NEVER), (NEVER, NEVER, 150), (NEVER, NEVER, NEVER)]
     following = mine.plans.publish(names_of(0, 1, 2, 3, 4), plan_of(rows))
@@ -132,7 +133,7 @@ def left_by(side, numbers, rows, reader="rank 0 of 2"):
     following.close()
 
 
-def test_what_a_reader_needs_after_its_epoch_is_known_when_it_has_gone(open_side):
+def test_a_plan_read_to_its_end_stays_valid_for_some_time(open_side):
     mine, yours = open_side(), open_side()
     left_by(mine, (0, 1), [(0, 10, 100), (10, 30, 120)])
     mine.plans.close()
@@ -149,20 +150,20 @@ def test_what_a_reader_needs_after_its_epoch_is_known_when_it_has_gone(open_side
     assert files(yours) == []  # both were given up
 
 
-def test_what_a_reader_would_read_next_is_known_when_it_has_gone_before(open_side):
+def test_a_plan_that_was_not_begun_stays_valid_for_some_time(open_side):
     side = open_side()
     left_by(side, (0,), [(0, 10, 100)])
     side.plans.publish(names_of(0, 1), replace(plan_of([(40, 50, 99), (60, 70, 99)]), reader="rank 0 of 2")).close()
     assert next_use(side.plans, names_of(0, 1)).tolist() == [40, 60]
 
 
-def test_what_segments_are_used_for_does_not_keep_a_plan_from_being_read_through(open_side):
+def test_copies_in_use_all_the_time_do_not_delay_the_end_of_a_plan(open_side):
     side = open_side()
     left_by(side, (0, 1), [(0, 10, 100), (0, NEVER - 1, NEVER)])
     assert next_use(side.plans, names_of(0)).tolist() == [90]
 
 
-def test_what_was_left_behind_is_void_after_a_while_or_if_it_is_no_plan(open_side):
+def test_a_plan_left_behind_expires(open_side):
     side = open_side()
     left_by(side, (0,), [(0, 10, 100)])
     assert next_use(side.plans, names_of(0)).tolist() == [90]
@@ -222,7 +223,7 @@ def test_merged_uses_are_the_two_nearest_of_all_plans(tmp_path_factory, given_pl
         for rows, clock in given_plans:
             followings.append(side.plans.publish(names_of(*range(len(rows))), plan_of(rows)))
             followings[-1].advance(clock)
-        coming, after = (column.tolist() for column in side.plans.uses(Names.of(names_of(*range(9))))[0])
+        coming, after = (column.tolist() for column in side.plans.uses(NameTable.of(names_of(*range(9))))[0])
         for i in range(9):
             its = [(rows[i], clock) for rows, clock in given_plans if i < len(rows)]
             if not its:
@@ -234,7 +235,7 @@ def test_merged_uses_are_the_two_nearest_of_all_plans(tmp_path_factory, given_pl
         side.close()
 
 
-def test_shards_that_are_one_copy_are_in_use_until_the_last_is_read(open_side):
+def test_shards_with_one_copy_keep_it_in_use_until_the_last_is_read(open_side):
     side = open_side()
     rows = [(40, 50, 200), (10, 20, 300), (NEVER, NEVER, 150)]
     following = side.plans.publish(names_of(5, 5, 5), plan_of(rows))
@@ -251,7 +252,7 @@ def test_a_plan_of_a_process_that_was_killed_is_void_and_swept(tmp_path, open_si
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from test_plans import Side, Folder, names_of, plan_of
+from test_reading_plans import Side, Folder, names_of, plan_of
 side = Side(Folder(Path({str(tmp_path / "c")!r})))
 following = side.plans.publish(names_of(1), plan_of([(5, 6, 7)], "killed"))
 print("published", flush=True)
@@ -269,7 +270,7 @@ os.kill(os.getpid(), 9)
     assert files(side) == []
 
 
-def test_a_plan_that_is_forgotten_is_withdrawn(open_side):
+def test_a_plan_without_references_is_withdrawn(open_side):
     side = open_side()
     following = side.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
     assert len(files(side)) == 1
@@ -296,7 +297,7 @@ def test_a_forked_child_neither_withdraws_nor_advances_the_plan_of_its_parent(op
 @pytest.mark.parametrize(
     "spoil", [lambda d: d[:-1], lambda d: b"x" + d[1:], lambda d: b"", lambda d: d[:8] + b"\xff" * 16 + d[24:]]
 )
-def test_a_file_that_is_no_plan_is_no_plan(open_side, spoil):
+def test_an_invalid_plan_file_is_ignored(open_side, spoil):
     side = open_side()
     following = side.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
     (file,) = side.folder.plans.iterdir()
@@ -309,7 +310,7 @@ def test_a_file_that_is_no_plan_is_no_plan(open_side, spoil):
     following.close()
 
 
-def test_numbers_that_no_plan_has_do_not_overflow():
+def test_invalid_numbers_in_a_plan_do_not_overflow():
     rows = [(-(1 << 63), (1 << 63) - 1, -5)]
     table = decode(encode(PlanTable.of(names_of(3), plan_of(rows))))
     coming, after = table.uses(np.array([0]), 100)
@@ -324,22 +325,22 @@ def test_a_folder_that_was_deleted_has_no_plans(open_side):
     assert next_use(side.plans, names_of(1)).tolist() == [UNPLANNED]
 
 
-def test_names_and_uses_of_different_number_are_an_error(open_side):
+def test_columns_of_different_length_are_an_error(open_side):
     with pytest.raises(ValueError, match="same length"):
         open_side().plans.publish(names_of(1, 2), plan_of([(5, 6, 7)]))
 
 
-def test_names_with_one_head_are_told_apart():
+def test_names_with_equal_heads_are_distinguished():
     raw = np.zeros((4, 20), np.uint8)
     raw[:, 19] = [1, 2, 3, 4]
-    table = Names.of(raw[[0, 2]])
-    assert table.rows_of(Names.of(raw)).tolist() == [0, -1, 1, -1]
+    table = NameTable.of(raw[[0, 2]])
+    assert table.rows_of(NameTable.of(raw)).tolist() == [0, -1, 1, -1]
 
 
 # -- closed under who is at work --------------------------------------------------------------------------------------
 
 
-def test_who_still_asks_when_the_plans_are_closed_is_answered_and_leaves_no_file_open(open_side):
+def test_queries_after_close_are_answered_and_leave_no_file_open(open_side):
     mine, yours = open_side(), open_side()
     left_by(yours, (0,), [(0, 10, 100)])
     following = yours.plans.publish(names_of(1), plan_of([(5, 6, 7)], "yours"))
@@ -351,7 +352,7 @@ def test_who_still_asks_when_the_plans_are_closed_is_answered_and_leaves_no_file
     following.close()
 
 
-def test_what_is_published_while_the_plans_are_withdrawn_is_withdrawn_too(open_side):
+def test_a_plan_published_during_close_is_withdrawn(open_side):
     side, late = open_side(), []
     following = side.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
     with at_point("plan.withdrawn", lambda: late.append(side.plans.publish(names_of(2), plan_of([(5, 6, 7)])))):
@@ -364,7 +365,7 @@ def test_what_is_published_while_the_plans_are_withdrawn_is_withdrawn_too(open_s
         one.close()
 
 
-def test_what_has_just_been_written_when_the_plans_are_closed_is_withdrawn(open_side):
+def test_a_plan_written_just_before_close_is_withdrawn(open_side):
     side = open_side()
     with at_point("plan.named", side.plans.close):
         following = side.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
@@ -373,7 +374,7 @@ def test_what_has_just_been_written_when_the_plans_are_closed_is_withdrawn(open_
     following.close()
 
 
-def test_the_collector_may_close_a_plan_in_the_thread_that_is_writing_its_clock(open_side, monkeypatch):
+def test_a_plan_may_be_closed_while_its_clock_is_written(open_side, monkeypatch):
     side, n_written = open_side(), []
     following = side.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
     write = os.pwrite
@@ -401,7 +402,7 @@ def test_a_plan_that_cannot_be_published_leaves_neither_a_file_nor_a_descriptor(
     assert open_files(side) == []
 
 
-def test_a_plan_whose_withdrawing_fails_is_closed_all_the_same(open_side):
+def test_a_plan_that_cannot_be_withdrawn_is_closed(open_side):
     side = open_side()
     following = side.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
     with at_point("plan.withdrawn", fail), pytest.raises(OSError, match="scripted"):
@@ -409,7 +410,7 @@ def test_a_plan_whose_withdrawing_fails_is_closed_all_the_same(open_side):
     assert open_files(side) == []
 
 
-def test_a_plan_there_is_no_memory_for_is_not_left_open(open_side, monkeypatch):
+def test_a_plan_without_memory_is_not_left_open(open_side, monkeypatch):
     mine, yours = open_side(), open_side()
     following = mine.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
     open_before = open_files(mine)

@@ -1,4 +1,4 @@
-"""Who holds a file, as the kernel says."""
+"""The processes that hold locks, as the kernel lists them."""
 
 import fcntl
 import mmap
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tiercache.cache import machine
-from tiercache.cache.machine import command_of, holders_of, locked_inodes
+from tiercache.cache import locks
+from tiercache.cache.locks import command_of, holders_of, locked_inodes
 
 pytestmark = pytest.mark.skipif(not os.access("/proc/locks", os.R_OK), reason="no /proc/locks here")
 
@@ -24,7 +24,7 @@ sys.stdin.read()
 """
 
 
-def test_a_lock_is_seen_until_descriptor_and_mapping_are_gone(tmp_path):
+def test_a_lock_is_listed_until_descriptor_and_mapping_are_closed(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 5000)
     with (tmp_path / "a").open("rb") as file:
         inode = os.fstat(file.fileno()).st_ino
@@ -38,7 +38,7 @@ def test_a_lock_is_seen_until_descriptor_and_mapping_are_gone(tmp_path):
     assert inode not in locked_inodes()
 
 
-def test_processes_are_told_with_their_command_and_what_they_hold(tmp_path):
+def test_holders_are_listed_with_command_and_copies(tmp_path):
     for name in "abc":
         (tmp_path / name).write_bytes(b"x")
     inodes = {name: (tmp_path / name).stat().st_ino for name in "abc"}
@@ -52,7 +52,7 @@ def test_processes_are_told_with_their_command_and_what_they_hold(tmp_path):
     assert holders_of(tmp_path, inodes) == []
 
 
-def test_an_inode_number_of_another_disk_is_nobodys(tmp_path):
+def test_an_inode_number_of_another_disk_has_no_holder(tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "a").write_bytes(b"x")
     with (tmp_path / "a").open("rb") as file:
@@ -62,8 +62,8 @@ def test_an_inode_number_of_another_disk_is_nobodys(tmp_path):
         assert len(holders_of(tmp_path, {"a": inode})) == 1
 
 
-def test_without_proc_nobody_is_seen_and_nothing_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "_LOCKS", Path(tmp_path / "nothing"))
-    assert locked_inodes() is None
+def test_no_holders_are_listed_without_proc(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "_LOCKS", Path(tmp_path / "nothing"))
+    assert locked_inodes() == {}
     assert holders_of(tmp_path, {"a": 1}) == []
     assert command_of(1 << 30) == ""

@@ -1,4 +1,4 @@
-"""warm, evict, pin, unpin, status."""
+"""The verbs warm, evict, pin, unpin and status."""
 
 import pytest
 
@@ -26,21 +26,21 @@ def test_warming_fetches_what_is_missing_and_only_that(tiercache, data_set, cach
     assert "are in the cache, 0 B of them fetched now" in tiercache("warm", data_set, *cache).out
 
 
-def test_a_share_is_the_first_shards(tiercache, data_set, cache):
+def test_fraction_selects_the_first_shards(tiercache, data_set, cache):
     done = tiercache("warm", data_set, *cache, "--fraction", "1%", "--json").events[-1]
     assert done["objects"] == 2  # one segment and one shard
     assert tiercache("warm", data_set, *cache, "--fraction", "0%", "--json").events[-1]["objects"] == 1
     assert tiercache("warm", data_set, *cache, "--include", "*-000001.tcs", "--json").events[-1]["fetched"] == 1
 
 
-def test_what_does_not_fit_ends_with_6(tiercache, data_set, tmp_path):
+def test_warm_ends_with_6_if_the_data_does_not_fit(tiercache, data_set, tmp_path):
     cache = "--cache", str(tmp_path / "small"), "--cache-size", "10KB"
     done = tiercache("warm", data_set, *cache, code=6)
     assert done.err.startswith("tiercache: error: ")
     tiercache("pin", data_set, *cache, code=6)
 
 
-def test_status_says_what_is_there_by_data_set(tiercache, data_set, cache, tmp_path):
+def test_status_lists_copies_by_data_set(tiercache, data_set, cache, tmp_path):
     tiercache("warm", data_set, *cache)
     tiercache("evict", "--all", *cache, "--yes")
     assert f"{tmp_path}/cache: 0 B of 95.4 MiB" in tiercache("status", *cache).out
@@ -57,13 +57,13 @@ def test_status_says_what_is_there_by_data_set(tiercache, data_set, cache, tmp_p
     "verb",
     [["status"], ["evict", "--all", "--yes"], ["unpin", "--all"], ["verify", "--cached"], ["verify", "--repair"]],
 )
-def test_a_verb_about_what_is_cached_names_a_missing_cache_folder_and_does_not_create_it(tiercache, verb, tmp_path):
+def test_verbs_on_a_missing_cache_folder_name_it_and_do_not_create_it(tiercache, verb, tmp_path):
     missing = tmp_path / "missing"
     assert str(missing) in tiercache(*verb, "--cache", missing, code=1).err
     assert not missing.exists()
 
 
-def test_evicting_needs_a_scope_and_an_answer(tiercache, data_set, cache):
+def test_evict_needs_a_scope_and_a_confirmation(tiercache, data_set, cache):
     tiercache("warm", data_set, *cache)
     assert "evict takes a URL or --all" in tiercache("evict", *cache, code=2).err
     assert "evict takes a URL or --all" in tiercache("evict", data_set, "--all", *cache, code=2).err
@@ -77,7 +77,7 @@ def test_evicting_needs_a_scope_and_an_answer(tiercache, data_set, cache):
     assert used(tiercache, cache) == 0
 
 
-def test_only_the_named_data_set_goes(tiercache, data_set, photos, cache, tmp_path):
+def test_evict_removes_only_the_named_data_set(tiercache, data_set, photos, cache, tmp_path):
     tiercache("pack", photos, tmp_path / "other")
     for url in (data_set, tmp_path / "other"):
         tiercache("warm", url, *cache)
@@ -89,7 +89,7 @@ def test_only_the_named_data_set_goes(tiercache, data_set, photos, cache, tmp_pa
     assert used(tiercache, cache) == 0
 
 
-def test_a_data_set_that_is_gone_can_still_be_evicted(tiercache, photos, cache):
+def test_a_deleted_data_set_can_be_evicted(tiercache, photos, cache):
     url = "memory://test-cli-gone/set"
     tiercache("pack", photos, url)
     tiercache("warm", url, *cache)

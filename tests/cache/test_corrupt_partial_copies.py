@@ -1,4 +1,4 @@
-"""Copies in part, and copies without checksums inside, whose bytes are wrong; and what is told of openings."""
+"""Corrupt partial copies, copies without checksums inside, pins, and the trace of openings."""
 
 import os
 from contextlib import suppress
@@ -18,7 +18,7 @@ def wait(lease, *ranges):
     return lease.wait([ByteRange(*r) for r in ranges], deadline_s=30)
 
 
-def test_bytes_of_a_part_that_a_reader_finds_wrong_are_fetched_once_more_and_then_read_past(world):
+def test_a_partial_copy_that_a_reader_finds_corrupt_is_fetched_once_more_and_then_bypassed(world):
     identity = world.put("a", 4 * MIB)
     cache = world.cache("100MB")
     store = world.store(cache)
@@ -36,7 +36,7 @@ def test_bytes_of_a_part_that_a_reader_finds_wrong_are_fetched_once_more_and_the
     assert cache.stats()["poisoned"] == 1
 
 
-def test_a_part_that_rots_on_disk_is_not_blamed_on_its_source(world):
+def test_a_partial_copy_damaged_on_disk_does_not_count_as_corrupt_at_its_source(world):
     identity = world.put("a", 4 * MIB)
     cache = world.cache("100MB")
     store = world.store(cache)
@@ -50,7 +50,7 @@ def test_a_part_that_rots_on_disk_is_not_blamed_on_its_source(world):
     assert (cache.stats()["poisoned"], cache.stats()["quarantined"]) == (0, 3)
 
 
-def test_an_object_that_is_bad_at_its_source_is_remembered_and_read_past(world):
+def test_an_object_corrupt_at_its_source_is_remembered_and_bypassed(world):
     identity = world.put("a")
     source = FaultStore(world.inner, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=2)])
     cache = world.cache()
@@ -63,7 +63,7 @@ def test_an_object_that_is_bad_at_its_source_is_remembered_and_read_past(world):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_what_has_no_checksums_inside_is_checked_as_it_is_read(world, whole):
+def test_a_copy_without_checksums_inside_is_verified_by_its_unit_map(world, whole):
     n_bytes = 10_000 if whole else 4 * MIB
     world.put("a", n_bytes)
     cache = world.cache("100MB")
@@ -91,7 +91,7 @@ def test_what_has_no_checksums_inside_is_checked_as_it_is_read(world, whole):
     assert cache.stats()["quarantined"] == 1
 
 
-def test_what_an_earlier_process_left_half_named_is_put_right(world):
+def test_an_interrupted_publication_is_completed_by_the_next_process(world):
     world.put("a")
     cache = world.cache()
     world.fetch(world.store(cache), "a")
@@ -106,7 +106,7 @@ def test_what_an_earlier_process_left_half_named_is_put_right(world):
     assert cache.stats()["bytes_used"] == 4 * UNIT
 
 
-def test_a_trace_goes_through_a_link_and_leaves_the_rights_of_a_file_that_is_the_users_own(world, monkeypatch):
+def test_a_trace_file_may_be_a_link_and_keeps_its_mode(world, monkeypatch):
     file, link = world.root / "file", world.root / "trace"
     file.write_text("")
     file.chmod(0o644)
@@ -119,7 +119,7 @@ def test_a_trace_goes_through_a_link_and_leaves_the_rights_of_a_file_that_is_the
     assert file.stat().st_mode & 0o777 == 0o644
 
 
-def test_openings_are_traced_where_the_configuration_says_so(world, monkeypatch):
+def test_openings_are_traced_if_configured(world, monkeypatch):
     monkeypatch.setenv("TIERCACHE_CACHE_TRACE", str(world.root / "trace"))
     identity = world.put("a")
     store = world.store()
@@ -129,7 +129,7 @@ def test_openings_are_traced_where_the_configuration_says_so(world, monkeypatch)
     assert lines == [[name_of_identity(identity), "10000", "0"], [name_of_identity(identity), "10000", "1"]]
 
 
-def test_identities_that_differ_in_size_are_never_one_part(world):
+def test_identities_that_differ_in_size_have_different_copies(world):
     identity = world.put("a", 2 * MIB)
     store = world.store(world.cache("100MB"))
     with store.open_local("a", identity) as lease:
@@ -139,7 +139,7 @@ def test_identities_that_differ_in_size_are_never_one_part(world):
         assert not lease.present([ByteRange(0, 1)])
 
 
-def test_a_part_that_rots_is_counted_and_one_that_is_bad_at_its_source_is_known_to_all(world):
+def test_a_damaged_partial_copy_is_counted_and_a_corrupt_source_is_known_to_all_processes(world):
     identity = world.put("a", 4 * MIB)
     cache, other = world.cache("100MB"), world.cache("100MB")
     store = world.store(cache)
@@ -163,7 +163,7 @@ def test_a_part_that_rots_is_counted_and_one_that_is_bad_at_its_source_is_known_
 
 
 @pytest.mark.parametrize("harm", ["rot", "cut"])
-def test_a_pin_outlives_a_copy_that_was_found_wrong(world, harm):
+def test_a_pin_outlives_a_corrupt_copy(world, harm):
     """And holds what is fetched in its place, even after the folder was opened again."""
     identity = world.put("a")
     cache = world.cache()
@@ -188,7 +188,7 @@ def test_a_pin_outlives_a_copy_that_was_found_wrong(world, harm):
     assert again.unpin() == 1
 
 
-def test_letting_all_copies_go_forgets_pins_of_what_is_not_here_again(world):
+def test_unpinning_all_copies_removes_pins_of_missing_copies(world):
     identity = world.put("a")
     cache = world.cache()
     cache.pin(world.inner, [("a", identity)])

@@ -1,4 +1,4 @@
-"""Who lives, what a disk is, and when to trust it again."""
+"""Owners of files and reservations, disk space, and the breaker."""
 
 import os
 import re
@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from tests.support.clock import FakeClock
 
-from tiercache.cache import machine
-from tiercache.cache.folder import Folder, Owners
-from tiercache.cache.machine import Breaker, Owner, network_file_system, room
+from tiercache.cache import folder as folder_module
+from tiercache.cache import owners
+from tiercache.cache.disk import Breaker, disk_space, network_file_system
+from tiercache.cache.folder import Folder
+from tiercache.cache.owners import Owner, Owners
 from tiercache.catalog.database import start_time
 
 # From Python 3.12 on: what these tests are about.
@@ -24,7 +26,7 @@ def dead_child():
     return pid
 
 
-def test_an_owner_is_written_and_read_back():
+def test_an_owner_can_be_parsed_from_its_text():
     owner = Owner.of_this_process()
     assert Owner.parse(str(owner)) == owner
     assert re.fullmatch(r"[0-9a-f-]+", str(owner))
@@ -42,17 +44,17 @@ def test_this_process_runs_and_one_that_has_ended_does_not():
     assert start_time(pid) is None
 
 
-def test_a_process_that_got_the_number_of_a_dead_one_is_not_it():
+def test_a_process_with_a_reused_number_is_another_owner():
     me = Owner.of_this_process()
     assert Owner(me.boot, me.namespace, me.pid, me.started - 1, me.nonce).runs() is False
 
 
-def test_no_process_outlives_a_boot():
+def test_owners_of_an_earlier_boot_do_not_run():
     me = Owner.of_this_process()
     assert Owner("0" * 16, me.namespace, me.pid, me.started, me.nonce).runs() is False
 
 
-def test_processes_of_another_container_are_known_by_their_lock(tmp_path, monkeypatch):
+def test_the_lock_decides_about_owners_of_another_container(tmp_path, monkeypatch):
     here = Owners(Folder(tmp_path / "c"), 1000)
     there = Owners(Folder(tmp_path / "c"), 2000)
     stranger = Owner(there.me.boot, there.me.namespace + 1, there.me.pid, there.me.started, there.me.nonce)
@@ -68,16 +70,16 @@ def test_processes_of_another_container_are_known_by_their_lock(tmp_path, monkey
     here.close()
 
 
-def test_without_proc_a_machine_still_has_an_identity(monkeypatch):
+def test_the_machine_has_an_identity_without_proc(monkeypatch):
     def refuse(*args, **kwargs):
         raise FileNotFoundError
 
-    machine.boot_id.cache_clear()
+    owners.boot_id.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", refuse)
         patch.setattr(Path, "stat", refuse)
-        assert (machine.boot_id(), machine.pid_namespace(), start_time(1)) == ("0", 0, None)
-    machine.boot_id.cache_clear()
+        assert (owners.boot_id(), owners.pid_namespace(), start_time(1)) == ("0", 0, None)
+    owners.boot_id.cache_clear()
 
 
 def test_a_local_folder_is_no_network_file_system(tmp_path):
@@ -85,14 +87,14 @@ def test_a_local_folder_is_no_network_file_system(tmp_path):
     assert network_file_system(tmp_path / "nothing") is None
 
 
-def test_room_is_what_the_disk_says(tmp_path):
-    disk = room(tmp_path)
+def test_disk_space_agrees_with_statvfs(tmp_path):
+    disk = disk_space(tmp_path)
     assert 0 <= disk.free_bytes <= disk.total_bytes
 
 
-def test_host_names_are_fit_for_files(monkeypatch):
-    monkeypatch.setattr(machine.socket, "gethostname", lambda: "../evil/node 7")
-    assert machine.host_name() == "---evil-node-7"
+def test_host_names_are_safe_file_names(monkeypatch):
+    monkeypatch.setattr(folder_module.socket, "gethostname", lambda: "../evil/node 7")
+    assert folder_module.host_name() == "---evil-node-7"
 
 
 @pytest.mark.parametrize("mended", [True, False])
@@ -105,5 +107,5 @@ def test_the_breaker_lets_one_probe_through_at_a_time(mended):
     clock.advance(10)
     assert [breaker.allows() for _ in range(3)] == [True, False, False]
     if mended:
-        breaker.mend()
+        breaker.reset()
     assert (breaker.allows(), breaker.is_open) == (mended, not mended)

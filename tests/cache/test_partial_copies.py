@@ -1,4 +1,4 @@
-"""Copies in part: what is there is used, by every process; what is missing comes, once."""
+"""Partial copies: all processes use the units that are present, and a missing unit is fetched once."""
 
 import errno
 import multiprocessing
@@ -33,7 +33,7 @@ def let_end(cache):
         pass
 
 
-def test_only_what_is_asked_for_is_fetched_reserved_and_kept(world):
+def test_only_requested_units_are_fetched_reserved_and_kept(world):
     identity = world.put("a", 4 * MIB)
     cache = world.cache("100MB")
     with world.store(cache).open_local("a", identity) as lease:
@@ -50,7 +50,7 @@ def test_only_what_is_asked_for_is_fetched_reserved_and_kept(world):
     assert (cache.stats()["hits"], cache.stats()["misses"]) == (1, 1)
 
 
-def test_what_came_in_pieces_is_booked_with_the_block_in_which_the_disk_lists_them(world):
+def test_a_copy_written_in_pieces_is_charged_with_its_extent_block(world):
     identity = world.put("a", MIB)
     cache = world.cache("100MB")
     with world.store(cache).open_local("a", identity) as lease:
@@ -97,7 +97,7 @@ def try_wait(lease, wanted):
         return False
 
 
-def test_what_somebody_waits_for_comes_before_what_was_only_wanted(world):
+def test_awaited_units_are_fetched_before_prefetched_ones(world):
     identity = world.put("a", 64 * MIB)
     order = []
 
@@ -126,7 +126,7 @@ def test_what_somebody_waits_for_comes_before_what_was_only_wanted(world):
     assert len(order) == 9
 
 
-def test_threads_that_want_different_parts_share_one_fetch_and_no_byte_comes_twice(world):
+def test_threads_that_need_different_ranges_share_one_fetch(world):
     identity = world.put("a", 8 * MIB)
     cache = world.cache("100MB")
     store = world.store(cache)
@@ -142,7 +142,7 @@ def test_threads_that_want_different_parts_share_one_fetch_and_no_byte_comes_twi
     assert cache.stats()["bytes_fetched"] == 8 * MIB
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(world):
+def test_an_interrupted_download_is_continued(world):
     identity = world.put("a", 40 * MIB)
     source = FaultStore(world.inner, [Fault("read_into", nth=4, times=9)])
     cache = world.cache("100MB")
@@ -158,7 +158,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(world):
     assert other.stats()["bytes_used"] == 40 * MIB + UNIT
 
 
-def test_a_process_that_is_killed_leaves_its_bytes_to_the_next(world):
+def test_the_download_of_a_killed_process_is_continued(world):
     identity = world.put("a", 24 * MIB)
     pid = os.fork()
     if pid == 0:
@@ -177,7 +177,7 @@ def test_a_process_that_is_killed_leaves_its_bytes_to_the_next(world):
     assert 0 < cache.stats()["bytes_fetched"] <= 16 * MIB
 
 
-def test_an_object_that_changed_under_a_part_of_it_is_not_gone_on_with(world):
+def test_the_partial_copy_of_a_changed_object_is_not_continued(world):
     world.put("a", 4 * MIB)
     store = world.store(world.cache("100MB"))
     with store.open_local("a") as lease:
@@ -189,7 +189,7 @@ def test_an_object_that_changed_under_a_part_of_it_is_not_gone_on_with(world):
     assert world.parts() == []
 
 
-def test_room_is_refused_for_what_is_too_much_and_the_rest_is_served(world):
+def test_ranges_without_space_are_refused_and_the_rest_is_served(world):
     identity = world.put("a", 2 * MIB)
     world.put("b", 2 * MIB)
     cache = world.cache("3MiB", policy="resident")
@@ -204,7 +204,7 @@ def test_room_is_refused_for_what_is_too_much_and_the_rest_is_served(world):
     assert 2 * MIB < cache.stats()["bytes_used"] <= 3 * MIB
 
 
-def test_a_part_whose_disk_is_full_keeps_what_it_has(world, monkeypatch):
+def test_a_partial_copy_on_a_full_disk_keeps_its_units(world, monkeypatch):
     identity = world.put("a", 2 * MIB)
     cache = world.cache("100MB")
     store = world.store(cache)
@@ -227,15 +227,15 @@ def test_a_part_whose_disk_is_full_keeps_what_it_has(world, monkeypatch):
     assert cache.status()["reserved_bytes"] == 0
 
 
-def test_a_part_in_use_is_not_evicted_and_one_that_is_not_is(world, locks):
+def test_only_unused_partial_copies_are_evicted(world, locks):
     identity = world.put("a", 2 * MIB)
     cache = world.cache("100MB")
     with world.store(cache).open_local("a", identity) as lease:
         assert wait(lease, (0, UNIT))
         let_end(cache)
-        if locks == "locks hold":
+        if locks == "flock works":
             assert cache.evict() == 0
-    if locks == "locks hold":
+    if locks == "flock works":
         assert cache.evict() > 0
         assert world.parts() == []
         assert cache.stats()["bytes_used"] == 0
@@ -279,7 +279,7 @@ def read_in_pieces(path, source, log, identity, number, barrier, may_be_refused)
     os._exit(0 if right else 1)
 
 
-def test_a_part_of_which_another_has_brought_the_rest_gets_its_name(world):
+def test_a_partial_copy_completed_by_another_process_is_published(world):
     identity = world.put("a", 2 * MIB)
     cache = world.cache("100MB")
 
@@ -303,7 +303,7 @@ def test_processes_that_read_one_shard_fetch_each_byte_about_once(world, locks):
     barrier = context.Barrier(4)
     arguments = world.root / "cache", world.root / "source", world.root / "log", identity
     children = [
-        context.Process(target=read_in_pieces, args=(*arguments, number, barrier, locks == "locks lie"))
+        context.Process(target=read_in_pieces, args=(*arguments, number, barrier, locks == "flock ignored"))
         for number in range(4)
     ]
     for child in children:
@@ -313,14 +313,14 @@ def test_processes_that_read_one_shard_fetch_each_byte_about_once(world, locks):
         assert child.exitcode == 0
         child.close()
     fetched = sum(map(int, (world.root / "log").read_text().split()))
-    if locks == "locks hold":
+    if locks == "flock works":
         assert fetched == 32 * MIB
     assert len(world.copies()) == 1
     assert world.cache("200MB").stats()["bytes_used"] == 32 * MIB + UNIT
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_a_forked_child_keeps_its_lease_on_a_part_and_asks_for_nothing_more_by_it(world):
+def test_a_forked_child_reads_an_inherited_partial_copy_but_fetches_nothing(world):
     identity = world.put("a", 2 * MIB)
     store = world.store(world.cache("100MB"))
     with store.open_local("a", identity) as lease:

@@ -1,4 +1,4 @@
-"""The catalog may vanish at any moment: what comes meanwhile stays within the limit all the same."""
+"""The catalog is deleted at any moment: fetches still stay within the limit."""
 
 import pytest
 from tests.support.stores import GateStore
@@ -33,7 +33,7 @@ def fetching(world):
     lease.close()
 
 
-def test_new_books_know_what_the_fetches_of_others_have_reserved(world, fetching):
+def test_rebuilt_accounts_contain_the_reservations_of_running_fetches(world, fetching):
     busy, other = fetching
     reserved = sums(busy)[1]
     assert reserved > 80 * UNIT
@@ -41,7 +41,7 @@ def test_new_books_know_what_the_fetches_of_others_have_reserved(world, fetching
     assert sums(other)[1] == reserved
 
 
-def test_what_is_coming_leaves_no_room_in_new_books_for_more_than_the_limit(world, fetching):
+def test_rebuilt_accounts_and_running_fetches_stay_within_the_limit(world, fetching):
     _, other = fetching
     lose_the_catalog(world)
     identity = world.put("b", 30 * UNIT)
@@ -49,7 +49,7 @@ def test_what_is_coming_leaves_no_room_in_new_books_for_more_than_the_limit(worl
     assert sum(sums(other)[:2]) <= 100 * UNIT
 
 
-def test_a_fetch_that_ended_leaves_nothing_reserved_in_new_books(world):
+def test_an_ended_fetch_leaves_no_reservation_in_rebuilt_accounts(world):
     identity = world.put("a", 80 * UNIT)
     busy, other = (world.cache(size=100 * UNIT) for _ in range(2))
     lock = world.root / "cache" / "locks" / name_of_identity(identity)
@@ -69,7 +69,7 @@ def test_a_fetch_that_ended_leaves_nothing_reserved_in_new_books(world):
     assert sums(other)[:2] == (81 * UNIT, 0)
 
 
-def test_what_is_being_fetched_is_not_counted_twice_when_the_books_are_compared_with_the_files(world, fetching):
+def test_reconcile_does_not_count_a_running_fetch_twice(world, fetching):
     _, other = fetching
     before = sums(other)
     other._open().writing.accounts.reconcile()

@@ -1,4 +1,4 @@
-"""The budget: reserved before bytes, never exceeded, given back."""
+"""The size limit: space is reserved before bytes, never exceeded, and released."""
 
 import errno
 import warnings
@@ -8,8 +8,9 @@ from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
 from tiercache.cache import session as opened_module
+from tiercache.cache.disk import DiskSpace
 from tiercache.cache.evict import evictor as evictor_module
-from tiercache.cache.machine import NameLock, Room
+from tiercache.cache.locks import NameLock
 from tiercache.catalog import Accounts
 from tiercache.errors import CacheFull
 from tiercache.model import ByteRange
@@ -32,7 +33,7 @@ def test_a_resident_cache_admits_until_full_and_then_never_replaces(world):
     assert cache.stats()["bytes_used"] <= 250_000
 
 
-def test_lru_replaces_what_was_used_longest_ago(world):
+def test_lru_replaces_the_least_recently_used_copy(world):
     for key in "abc":
         world.put(key, 100_000)
     cache = world.cache("250KB", policy="lru")
@@ -43,7 +44,7 @@ def test_lru_replaces_what_was_used_longest_ago(world):
     assert cache.stats()["bytes_used"] <= 250_000
 
 
-def test_a_shard_larger_than_the_cache_is_read_past_it_and_evicts_nothing(world):
+def test_a_shard_larger_than_the_cache_bypasses_it_and_evicts_nothing(world):
     world.put("small", 1000)
     world.put("large", 100_000)
     for policy in ("resident", "lru"):
@@ -55,7 +56,7 @@ def test_a_shard_larger_than_the_cache_is_read_past_it_and_evicts_nothing(world)
     assert world.n_reads("large") == 0
 
 
-def test_room_is_reserved_before_the_first_byte(world):
+def test_space_is_reserved_before_the_first_byte(world):
     first, second = world.put("a", 100_000), world.put("b", 100_000)
     gated = GateStore(world.inner)
     cache = world.cache("150KB", policy="resident")
@@ -71,7 +72,7 @@ def test_room_is_reserved_before_the_first_byte(world):
     assert wait_for(lambda: cache.status()["reserved_bytes"] == 0, 60)
 
 
-def test_a_failed_fetch_gives_its_reservation_back(world):
+def test_a_failed_fetch_releases_its_reservation(world):
     identity = world.put("a")
     (world.root / "source" / "a").unlink()
     cache = world.cache()
@@ -80,40 +81,40 @@ def test_a_failed_fetch_gives_its_reservation_back(world):
     assert cache.status()["reserved_bytes"] == 0
 
 
-def test_the_disk_keeps_its_min_free(world, monkeypatch):
+def test_the_cache_keeps_min_free_disk_space(world, monkeypatch):
     world.put("a", 100_000)
     store = world.store(world.cache(min_free="10%"))
-    monkeypatch.setattr(evictor_module, "room", lambda path: Room(190_000, 1_000_000, 1000))
+    monkeypatch.setattr(evictor_module, "disk_space", lambda path: DiskSpace(190_000, 1_000_000, 1000))
     assert world.read(store, "a") is None
-    monkeypatch.setattr(evictor_module, "room", lambda path: Room(100_000 + CHARGE_IN_PART, 1_000_000, 1000))
+    monkeypatch.setattr(evictor_module, "disk_space", lambda path: DiskSpace(100_000 + CHARGE_IN_PART, 1_000_000, 1000))
     world.fetch(store, "a")
 
 
-def test_a_disk_without_inodes_takes_no_copy(world, monkeypatch):
+def test_no_copy_is_added_on_a_disk_without_inodes(world, monkeypatch):
     world.put("a")
     store = world.store()
-    monkeypatch.setattr(evictor_module, "room", lambda path: Room(1 << 40, 1 << 41, 0))
+    monkeypatch.setattr(evictor_module, "disk_space", lambda path: DiskSpace(1 << 40, 1 << 41, 0))
     assert world.read(store, "a") is None
 
 
 @pytest.mark.parametrize("policy", ["plan", "s3fifo", "lru"])
-def test_on_a_disk_without_inodes_old_copies_go_for_new_ones(world, monkeypatch, policy):
+def test_copies_are_evicted_for_new_ones_on_a_disk_without_inodes(world, monkeypatch, policy):
     store = world.store(world.cache("1MB", policy=policy))
     for key in "abcdef":
         world.put(key)
         world.fetch(store, key)
 
     def room_of_few_files(path):  # as on a disk that holds 18 files of ours
-        return Room(1 << 40, 1 << 41, 18 - 2 * len(world.copies()))
+        return DiskSpace(1 << 40, 1 << 41, 18 - 2 * len(world.copies()))
 
-    monkeypatch.setattr(evictor_module, "room", room_of_few_files)
+    monkeypatch.setattr(evictor_module, "disk_space", room_of_few_files)
     for key in "gh":
         world.put(key)
         world.fetch(store, key)
     assert 3 <= len(world.copies()) <= 6, "some had to go, and not all"
 
 
-def test_the_smaller_limit_of_two_holders_holds_and_is_told_once(world):
+def test_the_smaller_limit_of_two_processes_applies_with_one_warning(world):
     for key in "abc":
         world.put(key, 100_000)
     large = world.cache("1MB", policy="resident")
@@ -128,7 +129,7 @@ def test_the_smaller_limit_of_two_holders_holds_and_is_told_once(world):
     world.fetch(store, "c")
 
 
-def test_a_cache_that_is_opened_smaller_gives_up_what_it_has_no_room_for(world):
+def test_opening_with_a_smaller_size_evicts_copies(world):
     store = world.store(world.cache("1MB"))
     for key in "abcd":
         world.put(key, 100_000)
@@ -149,17 +150,17 @@ def a_large_one_and_two(world):
 
 
 @pytest.mark.parametrize("policy", ["plan", "lru", "s3fifo", "resident"])
-def test_a_cache_that_is_opened_smaller_gives_up_others_where_the_first_to_go_is_read(world, policy):
+def test_opening_with_a_smaller_size_evicts_other_copies_than_leased_ones(world, policy):
     store, identity = a_large_one_and_two(world)
     with store.open_local("a", identity):
         cache = world.cache("100KB", policy=policy)
         assert {entry.source[-1] for entry in cache.entries()} == {"a"}
 
 
-def test_a_cache_opened_smaller_while_another_makes_room_gives_up_what_is_named_first(world, monkeypatch):
+def test_shrinking_beside_another_eviction_takes_the_first_victims(world, monkeypatch):
     # What the other one is deleting looks as if it were read, and is on the books until he is done: going on to others
     # gave up a fifth of a cache that was to lose a tenth.
-    monkeypatch.setattr(evictor_module, "ROOM_WAIT_S", 0.05)
+    monkeypatch.setattr(evictor_module, "SPACE_WAIT_S", 0.05)
     store, identity = a_large_one_and_two(world)
     other = NameLock(store.cache.path / "locks" / "room")
     assert other.try_acquire()
@@ -171,7 +172,7 @@ def test_a_cache_opened_smaller_while_another_makes_room_gives_up_what_is_named_
         assert {entry.source[-1] for entry in cache.entries()} == {"a"}
 
 
-def test_warming_more_than_fits_is_refused_before_a_byte_is_fetched(world):
+def test_warm_is_refused_before_a_byte_is_fetched_if_the_data_does_not_fit(world):
     pairs = [(key, world.put(key, 100_000)) for key in "abc"]
     cache = world.cache("250KB", policy="lru")
     with pytest.raises(CacheFull, match=r"312\.0 KiB more") as caught:
@@ -180,7 +181,7 @@ def test_warming_more_than_fits_is_refused_before_a_byte_is_fetched(world):
     assert world.n_reads() == 0
 
 
-def test_warming_evicts_what_lru_gives_up_but_nothing_that_was_asked_for(world):
+def test_warm_evicts_other_copies_but_no_requested_ones(world):
     cache = world.cache("250KB", policy="lru")
     pairs = {key: (key, world.put(key, 100_000)) for key in "abcd"}
     store = world.store(cache)
@@ -191,7 +192,7 @@ def test_warming_evicts_what_lru_gives_up_but_nothing_that_was_asked_for(world):
     assert world.n_reads("a") == 1
 
 
-def test_many_who_make_room_at_once_are_not_refused_for_each_others_sake(world):
+def test_concurrent_evictions_do_not_refuse_each_other(world):
     cache = world.cache("450KB", policy="lru")
     store = world.store(cache)
     keys = [f"s{i}" for i in range(12)]
@@ -227,18 +228,18 @@ def test_pinned_copies_are_never_evicted(world):
         {"size": 1, "shared": "all"},
     ],
 )
-def test_arguments_that_cannot_be_are_errors(tmp_path, arguments):
+def test_invalid_arguments_are_errors(tmp_path, arguments):
     with pytest.raises(ValueError, match=r"size|policy|negative|shared"):
         Cache(tmp_path / "cache", **arguments)
 
 
-def test_a_size_may_be_a_share_of_the_disk(world, monkeypatch):
+def test_the_size_may_be_a_share_of_the_disk(world, monkeypatch):
     with warnings.catch_warnings():
         limit = world.cache("50%").stats()["limit_bytes"]
     assert 0 < limit < 1 << 50
 
 
-def test_copies_deleted_by_hand_make_room_again(world, monkeypatch):
+def test_copies_deleted_by_hand_free_their_space(world, monkeypatch):
     monkeypatch.setattr(evictor_module, "RECONCILE_INTERVAL_S", 0.0)
     store = world.store(world.cache("150KB", policy="resident"))
     for key in "ab":
@@ -249,7 +250,7 @@ def test_copies_deleted_by_hand_make_room_again(world, monkeypatch):
     world.fetch(store, "b")
 
 
-def test_a_process_that_was_stopped_while_it_made_room_is_waited_for_once(world, locks, monkeypatch):
+def test_a_process_stopped_during_eviction_is_waited_for_once(world, locks, monkeypatch):
     store = world.store(world.cache("250KB"))
     waits = []
 
@@ -264,11 +265,11 @@ def test_a_process_that_was_stopped_while_it_made_room_is_waited_for_once(world,
         world.put(key, 100_000)
         world.fetch(store, key)
     stopped.release()
-    expected = [evictor_module.ROOM_WAIT_S, 0.0, 0.0] if locks == "locks hold" else [evictor_module.ROOM_WAIT_S] * 3
+    expected = [evictor_module.SPACE_WAIT_S, 0.0, 0.0] if locks == "flock works" else [evictor_module.SPACE_WAIT_S] * 3
     assert waits == expected
 
 
-def test_eviction_goes_on_where_the_disk_is_too_full_for_the_books(world, monkeypatch):
+def test_eviction_works_if_the_disk_is_too_full_for_the_accounts(world, monkeypatch):
     store = world.store()
     for key in "abc":
         world.put(key, 100_000)
@@ -287,7 +288,7 @@ def test_eviction_goes_on_where_the_disk_is_too_full_for_the_books(world, monkey
     assert store.cache.stats()["bytes_used"] == CHARGE, "the books were told of what went before"
 
 
-def test_a_cache_on_a_full_disk_can_be_evicted_by_a_new_process(world, monkeypatch):
+def test_a_new_process_can_evict_on_a_full_disk(world, monkeypatch):
     store = world.store()
     for key in "abcd":
         world.put(key, 100_000)

@@ -1,4 +1,4 @@
-"""evict's selections, status's facts, and verify and its repair of cached copies."""
+"""Selections of evict, facts of status, and verify --cached with repair."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def entry(name, n_bytes=10, **more):
 
 
 class TestEvict:
-    def test_only_what_nobody_has_read_for_long_goes(self, tiercache, cache, warmed):
+    def test_older_than_evicts_only_copies_unused_for_that_time(self, tiercache, cache, warmed):
         for path in warmed[:2]:
             age(path, 8 * 86400)
         assert tiercache("evict", "--all", *cache, "--older-than", "9d", "--yes", "--json").events[-1]["copies"] == 0
@@ -53,7 +53,7 @@ class TestEvict:
         assert done["copies"] == 2
         assert [path.exists() for path in warmed] == [False, False] + [True] * (len(warmed) - 2)
 
-    def test_only_larger_copies_go(self, tiercache, cache, warmed):
+    def test_larger_than_evicts_only_larger_copies(self, tiercache, cache, warmed):
         sizes = [path.stat().st_size for path in warmed]
         limit = -(-sizes[-1] // 4096 + -1) * 4096
         would = tiercache("evict", "--all", *cache, "--larger-than", str(limit), "--dry-run", "--json").events[-1]
@@ -62,7 +62,7 @@ class TestEvict:
         tiercache("evict", "--all", *cache, "--larger-than", str(limit), "--yes")
         assert sum(path.exists() for path in warmed) == len(warmed) - would["copies"]
 
-    def test_a_target_is_reached_and_no_more_than_that_goes(self, tiercache, cache, warmed):
+    def test_target_size_evicts_no_more_than_needed(self, tiercache, cache, warmed):
         used = tiercache("status", *cache, "--json").events[-1]["bytes_used"]
         largest = max(path.stat().st_size for path in warmed) + 8192
         target = used // 2
@@ -74,13 +74,13 @@ class TestEvict:
         again = tiercache("evict", "--all", *cache, "--target-size", str(target), "--yes")
         assert again.out == "evicted 0 copies, 0 B\n"
 
-    def test_a_target_may_be_a_share_of_the_budget(self, tiercache, cache, warmed):
+    def test_target_size_may_be_a_share_of_the_limit(self, tiercache, cache, warmed):
         assert tiercache("evict", "--all", *cache, "--target-size", "50%", "-y", "--json").events[-1]["copies"] == 0
         assert tiercache("evict", "--all", *cache, "--target-size", "0%", "-y", "--json").events[-1]["copies"] == len(
             warmed
         )
 
-    def test_copies_in_use_are_left_and_the_code_is_3(self, tiercache, data_set, cache, warmed, tmp_path):
+    def test_copies_in_use_stay_and_the_exit_code_is_3(self, tiercache, data_set, cache, warmed, tmp_path):
         with Cache(tmp_path / "cache", size="100MB") as held:
             store = held.store(open_store(str(data_set)))
             dataset = Dataset(str(data_set), cache=held)
@@ -91,12 +91,12 @@ class TestEvict:
             store.close()
         assert tiercache("evict", "--all", *cache, "--yes", "--json").events[-1]["left"] == 0
 
-    def test_ages_and_sizes_that_cannot_be_are_wrong_usage(self, tiercache, data_set, cache):
+    def test_invalid_ages_and_sizes_are_usage_errors(self, tiercache, data_set, cache):
         tiercache("warm", data_set, *cache)
         for flag in ("--older-than", "--larger-than", "--target-size"):
             assert f"{flag}: not a" in tiercache("evict", "--all", *cache, flag, "x", code=2).err
 
-    def test_the_least_recently_used_go_first(self):
+    def test_the_least_recently_used_copies_are_evicted_first(self):
         copies = [entry(name) for name in "abcd"]
         assert [e.name for e in least_recently_used(copies, 40, 25)] == ["a", "b"]
         assert [e.name for e in least_recently_used(copies, 40, 40)] == []
@@ -108,11 +108,11 @@ class TestEvict:
 
 
 class TestStatus:
-    def test_parts_are_counted_beside_copies(self):
+    def test_partial_copies_are_counted_separately(self):
         rows = by_data_set([entry("a"), entry("a", in_part=True)])
         assert [(row["copies"], row["parts"], row["bytes"]) for row in rows] == [(1, 1, 20)]
 
-    def test_a_part_stands_in_the_table(self, tiercache, cache, tmp_path):
+    def test_the_table_has_a_column_for_partial_copies(self, tiercache, cache, tmp_path):
         rows = [{"small": i, "large": os.urandom(2000).hex()} for i in range(200)]
         (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
         tiercache("pack", tmp_path / "a.jsonl", tmp_path / "wide", "--block-size", "100KB")
@@ -137,7 +137,7 @@ class TestStatus:
         assert 0 < done["hit_ratio"] <= 1
         assert " were hits, " in tiercache("status", *cache).out
 
-    def test_the_summary_names_what_is_wrong(self):
+    def test_the_summary_names_faults(self):
         facts = {
             "path": "/c",
             "bytes_used": 5,
@@ -163,7 +163,7 @@ class TestStatus:
             "holds; the cache is bypassed for now, because its disk failed; the folder is on nfs"
         )
 
-    def test_who_reads_is_named_with_what_he_holds(self, data_set, cache, warmed, tmp_path):
+    def test_status_names_readers_and_their_copies(self, data_set, cache, warmed, tmp_path):
         command = [sys.executable, "-m", "tiercache.cli", "status", *cache]
         with Cache(tmp_path / "cache", size="100MB") as held:
             dataset = Dataset(str(data_set), cache=held)
@@ -178,7 +178,7 @@ class TestStatus:
 
 
 class TestVerify:
-    def test_whole_copies_are_whole(self, tiercache, data_set, cache, warmed):
+    def test_verify_accepts_correct_copies(self, tiercache, data_set, cache, warmed):
         done = tiercache("verify", *cache, "--json").events[-1]
         assert (done["copies"], done["damaged"]) == (len(warmed), 0)
         assert done["bytes"] == sum(path.stat().st_size for path in warmed)
@@ -194,7 +194,7 @@ class TestVerify:
         assert "1 damaged" in tiercache("verify", data_set, *cache, code=4).out
 
     @pytest.mark.parametrize("with_url", [True, False])
-    def test_repair_fetches_it_again(self, tiercache, data_set, cache, warmed, with_url):
+    def test_repair_fetches_a_damaged_copy_again(self, tiercache, data_set, cache, warmed, with_url):
         right = warmed[0].read_bytes()
         damage(warmed[0])
         url = [data_set] if with_url else []
@@ -206,7 +206,9 @@ class TestVerify:
         assert events[-1]["quarantined"] == 1
         assert "1 quarantined" in tiercache("status", *cache).out
 
-    def test_what_cannot_be_fetched_again_is_removed_and_the_code_is_3(self, tiercache, data_set, cache, warmed):
+    def test_a_copy_that_cannot_be_fetched_again_is_removed_and_the_exit_code_is_3(
+        self, tiercache, data_set, cache, warmed
+    ):
         damage(warmed[0])
         for shard in (data_set / "shards").iterdir():
             shard.unlink()
@@ -230,6 +232,6 @@ class TestVerify:
         for flag in ("--cached", "--repair"):
             assert tiercache("verify", "memory://test-cli-verify", flag, "--json").events[-1]["copies"] == 2
 
-    def test_flags_of_the_other_verify_are_wrong_usage(self, tiercache, data_set, cache):
+    def test_flags_of_verify_for_stores_are_usage_errors(self, tiercache, data_set, cache):
         assert "verify needs a URL, or --cached" in tiercache("verify", code=2).err
         assert "--sample and --at apply to data sets" in tiercache("verify", *cache, "--sample", "5%", code=2).err

@@ -1,4 +1,4 @@
-"""A state machine of everything that can befall a cache, against a dict; and machines that lie about locks and time."""
+"""Random sequences of everything that can happen to a cache, against a dict; locks and clocks that fail."""
 
 import fcntl
 import os
@@ -15,7 +15,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tests.cache.machine_world import KEYS, LIMITS, SIZES, MachineWorld, random_bytes
+from tests.cache.state_machine_world import KEYS, LIMITS, SIZES, MachineWorld, random_bytes
 from tests.support.clock import JumpingClock
 
 from tiercache.cache.fetch import publish
@@ -237,21 +237,21 @@ TestCacheMachine.settings = settings(max_examples=6, stateful_step_count=20)
 
 @pytest.mark.stress
 @pytest.mark.timeout(3000)
-def test_long_lives_of_a_cache_end_well():
+def test_long_sequences_of_operations_keep_the_cache_correct():
     run_state_machine_as_test(CacheMachine, settings=settings(max_examples=600, stateful_step_count=60))
 
 
-# -- locks and time that lie --------------------------------------------------------------------------------
+# -- locks that are never free, and clocks that jump -------------------------------------------------------------------
 
 
 def refuse(fd, operation):
     raise BlockingIOError
 
 
-def test_a_lock_that_is_never_to_be_had_delays_reading_and_stops_nothing(world, monkeypatch):
+def test_locks_that_are_never_free_only_delay_reads(world, monkeypatch):
     monkeypatch.setattr(publish, "LOCK_WAIT_S", 0.05)
     monkeypatch.setattr(publish, "SLOWEST_BYTES_S", 1e12)
-    monkeypatch.setattr("tiercache.cache.evict.evictor.ROOM_WAIT_S", 0.05)
+    monkeypatch.setattr("tiercache.cache.evict.evictor.SPACE_WAIT_S", 0.05)
     monkeypatch.setattr("tiercache.catalog.database.BUSY_S", 0.05)
     monkeypatch.setattr(fcntl, "flock", refuse)
     cache = world.cache("40KB", policy="lru")
@@ -264,7 +264,7 @@ def test_a_lock_that_is_never_to_be_had_delays_reading_and_stops_nothing(world, 
 
 
 @pytest.mark.parametrize("forward_s", [-1e9, 1e9])
-def test_a_clock_that_jumps_changes_nothing_that_is_read_or_kept(world, forward_s):
+def test_a_jumping_clock_changes_neither_data_nor_copies(world, forward_s):
     cache = world.cache()
     store = world.store(cache)
     with JumpingClock() as clock:

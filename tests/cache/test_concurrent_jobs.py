@@ -1,4 +1,4 @@
-"""Jobs side by side under policies that know no plans: what they fetch ahead, what they hold, what it all costs."""
+"""Concurrent jobs under policies without plans: prefetched copies, leases, and the bytes fetched."""
 
 from contextlib import ExitStack, closing
 
@@ -52,7 +52,7 @@ def row_of(cache, world, key):
 
 
 @pytest.mark.parametrize("policy", ["lru", "s3fifo"])
-def test_what_a_job_fetched_ahead_stays_for_it_whatever_another_fetches(world, policy):
+def test_prefetched_copies_are_not_evicted_for_another_job(world, policy):
     first, *others = put_shards(world, 9)
     mine, yours = shards_cache(world, 4, policy=policy), shards_cache(world, 4, policy=policy)
     with closing(publish(world, yours, [others[-1], first], [NEVER, NEVER])) as plan:
@@ -67,7 +67,7 @@ def test_what_a_job_fetched_ahead_stays_for_it_whatever_another_fetches(world, p
 
 
 @pytest.mark.parametrize("policy", ["lru", "s3fifo"])
-def test_what_was_fetched_for_a_use_far_ahead_holds_nobody_up(world, policy):
+def test_copies_prefetched_for_a_distant_use_can_be_evicted(world, policy):
     keys = put_shards(world, 12)
     cache = shards_cache(world, 4, policy=policy)
     store = world.store(cache)
@@ -79,7 +79,7 @@ def test_what_was_fetched_for_a_use_far_ahead_holds_nobody_up(world, policy):
 
 
 @pytest.mark.parametrize("policy", ["lru", "s3fifo"])
-def test_a_cache_of_which_all_is_wanted_soon_lets_others_in_and_keeps_to_a_smaller_limit(world, policy):
+def test_copies_needed_soon_keep_at_most_their_share_of_the_cache(world, policy):
     *keys, more = put_shards(world, 9)
     cache = shards_cache(world, 8, policy=policy)
     store = world.store(cache)
@@ -95,7 +95,7 @@ def test_a_cache_of_which_all_is_wanted_soon_lets_others_in_and_keeps_to_a_small
         assert 2 * CHARGE <= stats["bytes_used"] <= stats["limit_bytes"] == 4 * CHARGE + 4 * MAP_BYTES
 
 
-def test_the_opening_for_which_a_copy_was_fetched_ahead_is_no_second_use(world):
+def test_the_opening_of_a_prefetched_copy_is_not_a_second_use(world):
     (key,) = put_shards(world, 1)
     cache = shards_cache(world, 4, policy="s3fifo")
     fetch_ahead(world, world.store(cache), key)
@@ -131,7 +131,7 @@ class Side:
                 yield number
 
 
-def test_two_jobs_that_fetch_ahead_fetch_what_the_simulator_says(world, locks):
+def test_two_prefetching_jobs_fetch_what_the_simulator_predicts(world):
     keys = put_shards(world, 48)
     sides = [Side(world, keys, seed) for seed in (1, 2)]
     read = [
@@ -147,25 +147,25 @@ def test_two_jobs_that_fetch_ahead_fetch_what_the_simulator_says(world, locks):
 
 
 @pytest.mark.parametrize("policy", ["lru", "s3fifo"])
-def test_a_cache_of_which_all_is_leased_refuses_in_three_looks_and_asks_no_copy_twice(world, policy, monkeypatch):
+def test_a_fully_leased_cache_refuses_in_three_rounds_without_trying_a_copy_twice(world, policy, monkeypatch):
     *keys, more = put_shards(world, 41)
     cache = shards_cache(world, 40, policy=policy)
     store = world.store(cache)
     for key in keys:
         world.fetch(store, key)
     looks, asked = [], []
-    really_look, really_delete = evictor.Evictor._look, evictor.delete_copy
+    really_look, really_delete = evictor.Evictor._read_state, evictor.delete_copy
     with ExitStack() as leases:
         for key in keys:
             leases.enter_context(store.open_local(key, world.identity(key)))
-        monkeypatch.setattr(evictor.Evictor, "_look", lambda *args: looks.append(1) or really_look(*args))
+        monkeypatch.setattr(evictor.Evictor, "_read_state", lambda *args: looks.append(1) or really_look(*args))
         monkeypatch.setattr(evictor, "delete_copy", lambda f, name: asked.append(name) or really_delete(f, name))
         assert not cache._open().writing.evictor.reserve(name_of_identity(world.identity(more)), CHARGE)
     assert len(asked) == len(set(asked)) == 40
     assert len(looks) <= 4, "one, 16, the rest, and that there is nobody left"
 
 
-def test_a_copy_that_is_read_when_it_should_go_begins_anew_in_its_queue(world):
+def test_a_leased_victim_moves_to_the_end_of_its_queue(world):
     keys = put_shards(world, 4)
     cache = shards_cache(world, 3, policy="s3fifo")
     store = world.store(cache)

@@ -1,4 +1,4 @@
-"""Warming, pinning, looking, and the default cache."""
+"""The public class: warm, pin, entries, stats, status, evict, and the default cache."""
 
 import contextlib
 import gc
@@ -11,7 +11,7 @@ import pytest
 from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
-from tiercache.cache.machine import Room
+from tiercache.cache.disk import DiskSpace
 from tiercache.cache.names import name_of_identity
 from tiercache.errors import CacheFull, CorruptShard, NotFound, StoreError
 from tiercache.model import ByteRange, ReadingPlan
@@ -23,7 +23,7 @@ def pairs_of(world, n=5, n_bytes=10_000):
 
 
 @pytest.mark.parametrize("jobs", [1, 3, 20])
-def test_warming_fetches_what_is_missing_and_says_how_far_it_is(world, jobs):
+def test_warm_fetches_missing_copies_and_reports_progress(world, jobs):
     pairs = pairs_of(world)
     cache = world.cache()
     world.fetch(world.store(cache), "s2")
@@ -37,13 +37,13 @@ def test_warming_fetches_what_is_missing_and_says_how_far_it_is(world, jobs):
     assert world.n_reads() == 5
 
 
-def test_warming_without_identities_asks_the_store(world):
+def test_warm_without_identities_requests_the_attributes_from_the_store(world):
     world.put("a")
     report = world.cache().warm(world.inner, [("a", None)])
     assert report.n_fetched == 1
 
 
-def test_warming_ends_at_the_first_error_and_goes_on_where_it_stopped(world):
+def test_warm_ends_at_the_first_error_and_continues_when_repeated(world):
     pairs = pairs_of(world)
     source = FaultStore(world.inner, [Fault("read_into", nth=3)])
     cache = world.cache()
@@ -53,7 +53,7 @@ def test_warming_ends_at_the_first_error_and_goes_on_where_it_stopped(world):
     assert cache.warm(source, pairs, jobs=1).n_fetched == 3
 
 
-def test_warming_reports_missing_and_corrupt_objects(world):
+def test_warm_raises_for_missing_and_corrupt_objects(world):
     pairs = pairs_of(world)
     with pytest.raises(CorruptShard):
         world.cache().warm(FaultStore(world.inner, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=9)]), pairs)
@@ -62,7 +62,7 @@ def test_warming_reports_missing_and_corrupt_objects(world):
         world.cache().warm(world.inner, pairs)
 
 
-def test_an_interrupted_warming_cancels_its_fetches_and_leaves_no_thread(world):
+def test_an_interrupted_warm_cancels_its_fetches_and_leaves_no_thread(world):
     pairs = pairs_of(world)
     gated = GateStore(world.inner)
 
@@ -78,7 +78,7 @@ def test_an_interrupted_warming_cancels_its_fetches_and_leaves_no_thread(world):
     assert world.cache().warm(world.inner, pairs).n_wanted == 5
 
 
-def test_warming_ends_with_a_look_at_every_copy(world):
+def test_warm_checks_at_the_end_that_every_copy_is_present(world):
     pairs = pairs_of(world)
 
     def delete_one(progress):
@@ -89,7 +89,7 @@ def test_warming_ends_with_a_look_at_every_copy(world):
         world.cache().warm(world.inner, pairs, on_progress=delete_one)
 
 
-def test_a_full_resident_cache_cannot_be_warmed_further(world):
+def test_warm_is_refused_if_a_resident_cache_is_full(world):
     pairs = pairs_of(world, 4, 100_000)
     cache = world.cache("250KB", policy="resident")
     cache.warm(world.inner, pairs[:2])
@@ -97,7 +97,7 @@ def test_a_full_resident_cache_cannot_be_warmed_further(world):
         cache.warm(world.inner, pairs[2:3])
 
 
-def test_pinning_fetches_and_holds(world):
+def test_pin_fetches_copies_and_protects_them_from_eviction(world):
     pairs = pairs_of(world, 2)
     cache = world.cache()
     assert cache.pin(world.inner, pairs[:1]).n_fetched == 1
@@ -109,14 +109,14 @@ def test_pinning_fetches_and_holds(world):
     assert cache.unpin() == 1
 
 
-def test_more_pins_than_fit_are_refused(world):
+def test_pin_is_refused_if_the_copies_do_not_fit(world):
     pairs = pairs_of(world, 3, 100_000)
     with pytest.raises(CacheFull):
         world.cache("250KB", policy="lru").pin(world.inner, pairs)
     assert [entry for entry in world.caches[0].entries() if entry.pinned] == []
 
 
-def test_entries_name_what_they_are_copies_of(world):
+def test_entries_name_the_source_of_each_copy(world):
     identity = world.put("train/a")
     cache = world.cache()
     world.fetch(world.store(cache), "train/a")
@@ -126,7 +126,7 @@ def test_entries_name_what_they_are_copies_of(world):
     assert (entry.n_bytes, entry.pinned, entry.uses) == (16_384, False, 0)
 
 
-def test_stats_have_the_names_of_the_interface(world):
+def test_stats_has_the_documented_keys(world):
     world.put("a")
     cache = world.cache()
     world.fetch(world.store(cache), "a")
@@ -149,7 +149,7 @@ def test_stats_have_the_names_of_the_interface(world):
     assert (status["path"], status["policy"], status["n_copies"]) == (str(world.root / "cache"), "plan", 1)
 
 
-def test_a_closed_cache_opens_itself_again_and_leases_outlive_it(world):
+def test_a_closed_cache_opens_again_when_used_and_its_leases_stay_valid(world):
     identity = world.put("a")
     cache = world.cache()
     store = world.store(cache)
@@ -163,7 +163,7 @@ def test_a_closed_cache_opens_itself_again_and_leases_outlive_it(world):
     assert world.n_reads() == 1
 
 
-def test_closing_in_mid_fetch_ends_the_wait_without_a_copy(world):
+def test_close_during_a_fetch_ends_the_wait_without_a_copy(world):
     identity = world.put("a")
     gated = GateStore(world.inner)
     cache = world.cache()
@@ -181,7 +181,7 @@ def test_closing_in_mid_fetch_ends_the_wait_without_a_copy(world):
     assert world.copies() == []
 
 
-def test_a_cache_that_is_forgotten_closes_itself(world):
+def test_a_cache_without_references_closes_itself(world):
     cache = Cache(world.root / "cache", size="1MB", min_free=0)
     owners = world.root / "cache" / "owners"
     assert len(list(owners.iterdir())) == 1
@@ -190,7 +190,7 @@ def test_a_cache_that_is_forgotten_closes_itself(world):
     assert list(owners.iterdir()) == []
 
 
-def test_the_default_cache_is_what_the_configuration_says(world, monkeypatch):
+def test_the_default_cache_uses_the_configured_folder_and_size(world, monkeypatch):
     monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(world.root / "mine"))
     monkeypatch.setenv("TIERCACHE_CACHE_SIZE", "123KB")
     cache = Cache.default()
@@ -200,22 +200,22 @@ def test_the_default_cache_is_what_the_configuration_says(world, monkeypatch):
     assert (other.path, other.stats()["limit_bytes"]) == (world.root / "other", 5_000)
 
 
-def test_the_default_size_is_half_of_the_free_disk_when_the_cache_was_made(world, monkeypatch):
+def test_the_default_size_is_half_of_the_disk_space_that_was_free_at_creation(world, monkeypatch):
     from tiercache.cache import cache as cache_module
 
     monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(world.root / "mine"))
     monkeypatch.delenv("TIERCACHE_CACHE_SIZE")
-    monkeypatch.setattr(cache_module, "room", lambda path: Room(1_000_000, 2_000_000, None))
+    monkeypatch.setattr(cache_module, "disk_space", lambda path: DiskSpace(1_000_000, 2_000_000, None))
     cache = Cache.default()
     assert cache.stats()["limit_bytes"] == 500_000
     cache.close()
     del cache
     gc.collect()
-    monkeypatch.setattr(cache_module, "room", lambda path: Room(10, 2_000_000, None))
+    monkeypatch.setattr(cache_module, "disk_space", lambda path: DiskSpace(10, 2_000_000, None))
     assert Cache.default().stats()["limit_bytes"] == 500_000
 
 
-def test_who_opens_a_cache_without_a_size_keeps_to_what_it_was_last_opened_with(world, monkeypatch):
+def test_a_cache_opened_without_a_size_keeps_its_last_size(world, monkeypatch):
     from tiercache.cache import cache as cache_module
 
     world.put("a")
@@ -223,7 +223,7 @@ def test_who_opens_a_cache_without_a_size_keeps_to_what_it_was_last_opened_with(
     world.fetch(world.store(cache), "a")
     monkeypatch.delenv("TIERCACHE_CACHE_SIZE")
     # A disk that the cache has filled: half of what is free would be less than what it holds.
-    monkeypatch.setattr(cache_module, "room", lambda path: Room(10, 2_000_000, None))
+    monkeypatch.setattr(cache_module, "disk_space", lambda path: DiskSpace(10, 2_000_000, None))
     with Cache.default(path=world.root / "cache") as beside:
         assert beside.stats()["limit_bytes"] == cache.stats()["limit_bytes"] == 2_000_000
     cache.close()
@@ -233,7 +233,7 @@ def test_who_opens_a_cache_without_a_size_keeps_to_what_it_was_last_opened_with(
         assert Cache.default(path=world.root / "cache") is later, "as long as anybody has it"
 
 
-def test_warming_what_is_here_already_needs_no_room(world):
+def test_warming_cached_copies_needs_no_space(world):
     pairs = pairs_of(world)
     cache = world.cache()
     cache.warm(world.inner, pairs)
@@ -243,7 +243,7 @@ def test_warming_what_is_here_already_needs_no_room(world):
     assert full.pin(world.inner, pairs).n_fetched == 0
 
 
-def test_status_says_who_holds_what(world):
+def test_status_names_the_processes_that_hold_copies(world):
     identity = world.put("a")
     cache = world.cache()
     store = world.store(cache)
@@ -252,12 +252,12 @@ def test_status_says_who_holds_what(world):
         (holder,) = cache.status()["holders"]
         assert holder["pid"] == os.getpid()
         assert holder["command"]
-        # Where locks lie, or the system lists none, the owner is known all the same.
+        # Without enforced flock, or a list of locks, the owner is known all the same.
         assert set(holder["names"]) <= {world.copy("a").name}
     assert cache.status()["holders"][0]["names"] == ()
 
 
-def test_status_counts_what_all_processes_did_together(world):
+def test_status_sums_the_counters_of_all_processes(world):
     world.put("a")
     first, second = world.cache(), world.cache()
     for cache in (first, second, second):
@@ -270,7 +270,7 @@ def test_status_counts_what_all_processes_did_together(world):
     assert world.cache(name="new").status()["hit_ratio"] is None
 
 
-def test_status_counts_copies_in_part_and_plans(world):
+def test_status_counts_partial_copies_and_plans(world):
     n_bytes = 4 << 20
     world.put("a", n_bytes)
     cache = world.cache()
@@ -288,7 +288,7 @@ def test_status_counts_copies_in_part_and_plans(world):
     assert cache.status()["plans"] == []
 
 
-def test_evicting_to_a_target_takes_what_was_not_used_for_longest(world):
+def test_evicting_to_a_target_size_removes_the_least_recently_used_copies(world):
     pairs = pairs_of(world)
     cache = world.cache()
     cache.warm(world.inner, pairs, jobs=1)
@@ -301,7 +301,7 @@ def test_evicting_to_a_target_takes_what_was_not_used_for_longest(world):
     assert cache.evict(target_bytes=0) == 2 * one
 
 
-def test_the_default_cache_takes_policy_and_sharing_from_the_configuration(world, monkeypatch):
+def test_the_default_cache_uses_the_configured_policy_and_sharing(world, monkeypatch):
     monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(world.root / "mine"))
     monkeypatch.setenv("TIERCACHE_CACHE_POLICY", "s3fifo")
     monkeypatch.setenv("TIERCACHE_CACHE_SHARED", "group")
@@ -323,7 +323,7 @@ def test_a_pickled_cache_is_the_same_cache(world):
 
 
 @pytest.mark.parametrize("size", [1 << 63, "9999999999TB", "9" * 400 + "GB", "120%"])
-def test_a_size_that_no_disk_has_is_an_error_and_no_overflow(tmp_path, size):
+def test_an_impossibly_large_size_is_an_error(tmp_path, size):
     with pytest.raises(ValueError, match="not a size"):
         Cache(tmp_path / "c", size=size)
     with pytest.raises(ValueError, match="not a size"):

@@ -1,4 +1,4 @@
-"""What one fetch does, and who gets a thread."""
+"""Fetches and the threads that carry them out."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from tests.support.stores import CountingStore, GateStore
 
-from tiercache.cache.fetch import download
+from tiercache.cache.fetch import publish
 from tiercache.cache.fetch.partial import PartialCopy
+from tiercache.cache.locks import is_locked
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.testing import Fault, FaultStore, WrapperStore
@@ -31,7 +32,7 @@ class Held(WrapperStore):
         super().read_into(key, spans, **options)
 
 
-def test_what_somebody_waits_for_does_not_wait_for_fetches_ahead(world):
+def test_an_awaited_fetch_does_not_wait_for_prefetches(world):
     keys = [f"ahead-{i}" for i in range(6)]
     for key in [*keys, "urgent"]:
         world.put(key)
@@ -46,7 +47,7 @@ def test_what_somebody_waits_for_does_not_wait_for_fetches_ahead(world):
     source.go.set()
 
 
-def test_what_is_fetched_ahead_gets_a_thread_as_soon_as_somebody_waits_for_it(world):
+def test_a_queued_prefetch_gets_a_thread_when_a_reader_waits_for_it(world):
     keys = [f"ahead-{i}" for i in range(6)]
     for key in keys:
         world.put(key)
@@ -60,7 +61,7 @@ def test_what_is_fetched_ahead_gets_a_thread_as_soon_as_somebody_waits_for_it(wo
 
 
 @pytest.mark.parametrize("n_given", [0, 1])
-def test_a_fetch_takes_the_threads_that_the_system_gives(world, monkeypatch, n_given):
+def test_a_fetch_uses_as_many_threads_as_the_system_allows(world, monkeypatch, n_given):
     """Else who waits would wait for a thread that never ran; and a part would be closed while helpers write to it."""
     identity = world.put("a", 20 * MIB)
     given = []
@@ -73,13 +74,13 @@ def test_a_fetch_takes_the_threads_that_the_system_gives(world, monkeypatch, n_g
                 given.append(self)
             super().start()
 
-    monkeypatch.setattr(download, "Thread", Scarce)
+    monkeypatch.setattr(publish, "Thread", Scarce)
     store = world.store(world.cache("100MB"))
     assert world.read(store, "a", identity) == world.data["a"]
     assert len(given) == n_given
 
 
-def test_where_no_thread_can_be_started_it_is_read_past_the_cache(world, monkeypatch):
+def test_reads_bypass_the_cache_if_no_thread_can_be_started(world, monkeypatch):
     identity = world.put("a")
     store = world.store()
     monkeypatch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("no threads")))
@@ -88,15 +89,15 @@ def test_where_no_thread_can_be_started_it_is_read_past_the_cache(world, monkeyp
     world.fetch(store, "a")
 
 
-def test_asking_for_nothing_does_not_give_a_lease_up(world):
+def test_requesting_an_empty_range_keeps_the_lease_usable(world):
     identity = world.put("a")
     with world.store().open_local("a", identity) as lease:
         lease.wait([ByteRange(5, 5)], deadline_s=30)
         assert lease.wait([ByteRange(0, 10_000)], deadline_s=30)
 
 
-def test_units_that_another_wrote_are_checked_before_the_whole_is_trusted(world, monkeypatch):
-    """Where locks lie two may fetch one part at once; what the one got wrong the other must not vouch for."""
+def test_units_written_by_another_process_are_verified_before_publication(world, monkeypatch):
+    """Without enforced flock, two processes may fetch one partial copy: neither trusts the bytes of the other."""
     identity = world.put("a", 64 * UNIT)
     write = PartialCopy.write
 
@@ -115,7 +116,7 @@ def test_units_that_another_wrote_are_checked_before_the_whole_is_trusted(world,
     assert world.copies() == []
 
 
-def test_a_network_error_that_a_store_lets_through_is_no_fault_of_the_disk(world):
+def test_an_unconverted_network_error_does_not_count_as_a_disk_failure(world):
     class Leaky(CountingStore):
         def read_into(self, key, spans, **options):
             raise ConnectionResetError(104, "connection reset")
@@ -127,7 +128,7 @@ def test_a_network_error_that_a_store_lets_through_is_no_fault_of_the_disk(world
     assert not cache.status()["bypassed"]
 
 
-def test_a_copy_that_comes_bit_by_bit_was_evicted_too_early_once(world):
+def test_a_copy_fetched_in_pieces_counts_once_as_evicted_early(world):
     identity = world.put("a", 4 * MIB)
     cache = world.cache(6 * MIB, policy="lru")
     store = world.store(cache)
@@ -144,7 +145,7 @@ def test_a_copy_that_comes_bit_by_bit_was_evicted_too_early_once(world):
     assert cache.stats()["evicted_early"] == 1
 
 
-def test_a_part_that_got_no_bytes_leaves_nothing_reserved(world):
+def test_a_partial_copy_without_units_leaves_no_reservation(world):
     identity = world.put("a")
     cache = world.cache()
     source = FaultStore(world.inner, [Fault("read_into")])
@@ -153,7 +154,7 @@ def test_a_part_that_got_no_bytes_leaves_nothing_reserved(world):
     assert (cache.status()["reserved_bytes"], cache.status()["bytes_used"], world.parts()) == (0, 0, [])
 
 
-def test_what_a_process_fetches_ahead_for_itself_is_no_hit_the_first_time(world):
+def test_the_first_opening_of_a_prefetched_copy_is_not_a_hit(world):
     identity = world.put("a")
     cache = world.cache()
     store = world.store(cache)
@@ -175,7 +176,7 @@ def test_what_a_process_fetches_ahead_for_itself_is_no_hit_the_first_time(world)
     assert other.stats()["hits"] == 1, "it was here before the other asked"
 
 
-def test_a_cache_that_is_closed_under_who_waits_is_read_past(world):
+def test_a_reader_bypasses_a_cache_that_is_closed_while_it_waits(world):
     identity = world.put("a")
     cache = world.cache()
     gated = GateStore(world.inner)
@@ -195,7 +196,7 @@ def test_a_cache_that_is_closed_under_who_waits_is_read_past(world):
         closing.join()
 
 
-def test_an_owner_file_that_many_find_gone_at_once_is_made_and_locked_once(world, locks):
+def test_a_deleted_owner_file_is_recreated_once_by_concurrent_threads(world, locks):
     owners = world.cache()._open().writing.owners
     path = world.root / "cache" / "owners" / str(owners.me)
     with ThreadPoolExecutor(8) as pool:
@@ -204,4 +205,4 @@ def test_an_owner_file_that_many_find_gone_at_once_is_made_and_locked_once(world
             barrier = threading.Barrier(8)
             list(pool.map(lambda _, barrier=barrier: (barrier.wait(), owners.ensure()), range(8)))
             assert path.exists()
-            assert owners._is_locked(str(owners.me)) or locks == "locks lie"
+            assert is_locked(path) or locks == "flock ignored"

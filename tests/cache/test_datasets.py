@@ -1,17 +1,17 @@
-"""Names of copies by the thousand are those that each has alone."""
+"""The names of the copies of a data set."""
 
 from __future__ import annotations
 
 import numpy as np
 
 import tiercache as tc
-from tiercache.cache.cache import DatasetSource
-from tiercache.cache.names import CopyNames, name_of_identity
+from tiercache.cache.datasets import CopyNames, DatasetSource
+from tiercache.cache.names import name_of_identity
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.opened_version import OpenedVersion
 
 
-def test_names_of_shards_and_segments_are_those_of_their_identities(tmp_path):
+def test_the_names_of_many_shards_equal_those_of_their_identities(tmp_path):
     for first in range(0, 90, 30):  # three versions, so three segments
         with tc.Writer(
             tmp_path / "d", schema={"i": "int64"}, shard_size="4KiB", mode="append" if first else "create"

@@ -1,0 +1,186 @@
+"""Owners: each open cache of each process, with a locked file in `owners/` that shows others whether it still runs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from tiercache.cache.locks import close_private, is_locked, keep_private, try_exclusive
+from tiercache.cache.names import NAME
+from tiercache.catalog.database import open_file, pid_namespace, read_text, start_time
+from tiercache.crash_points import crash_point
+
+if TYPE_CHECKING:
+    from tiercache.cache.folder import Folder
+
+
+@cache
+def boot_id() -> str:
+    """Return an identifier of the current boot of this machine; "0" if the system provides none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")[:16]
+    except OSError:
+        return "0"
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The owner of a temporary file or a reservation: one open cache in one process. Never reused."""
+
+    boot: str
+    namespace: int
+    pid: int
+    started: int
+    nonce: str
+
+    @classmethod
+    def of_this_process(cls) -> Owner:
+        """Return a new owner."""
+        pid = os.getpid()
+        return cls(boot_id(), pid_namespace(), pid, start_time(pid) or 0, secrets.token_hex(4))
+
+    @classmethod
+    def parse(cls, text: str) -> Owner | None:
+        """Return the owner that str() wrote; None: the text is not an owner."""
+        match = re.fullmatch(r"([0-9a-f]{1,16})-(\d+)-(\d+)-(\d+)-([0-9a-f]{8})", text)
+        return match and cls(match[1], int(match[2]), int(match[3]), int(match[4]), match[5])
+
+    def __str__(self) -> str:
+        return f"{self.boot}-{self.namespace}-{self.pid}-{self.started}-{self.nonce}"
+
+    def runs(self) -> bool | None:
+        """Return whether the owner's process runs; None: it cannot be determined from here (another container)."""
+        if self.boot != boot_id():
+            return False
+        if self.namespace != pid_namespace():
+            return None
+        return start_time(self.pid) == self.started
+
+
+_open_here: set[str] = set()
+
+
+class Owners:
+    """This process as an owner, and the state of the other owners. Safe from any thread.
+
+    It also answers the questions of the accounts about the folder (`catalog.accounts.CacheFiles`).
+    """
+
+    def __init__(self, folder: Folder, limit_bytes: int) -> None:
+        """Create the owner file. Raises OSError if the folder is not writable."""
+        self._folder, self._limit_bytes, self._lock = folder, limit_bytes, Lock()
+        self.me = Owner.of_this_process()
+        self.is_closed = False
+        self._fd = self._make()
+        _open_here.add(str(self.me))
+
+    def _make(self) -> int:
+        fd = open_file(self._folder.owners / str(self.me), os.O_RDWR | os.O_CREAT, self._folder.rights.file)
+        try:
+            crash_point("owner.made")
+            try_exclusive(fd)
+            crash_point("owner.locked")
+            os.pwrite(fd, json.dumps({"limit_bytes": self._limit_bytes}).encode(), 0)
+        except BaseException:
+            os.close(fd)
+            with suppress(OSError):
+                self._folder.remove_file("owners", str(self.me))
+            raise
+        crash_point("owner.written")
+        return keep_private(fd)
+
+    def ensure(self) -> None:
+        """Recreate the folder and the owner file if they were deleted. Raises OSError after close()."""
+        # Two fetches may find it deleted: the second would close the file that the first has just locked.
+        with self._lock:
+            if self.is_closed:  # called during a close: another file may have this descriptor number now
+                raise OSError(errno.EBADF, f"cache {self._folder.root} is closed")
+            self._folder.ensure()
+            if not os.fstat(self._fd).st_nlink:
+                fd, self._fd = self._fd, self._make()
+                close_private(fd)
+
+    def alive(self, text: str) -> bool:
+        """Return whether the process of an owner still has the cache open.
+
+        The process number, start time and boot decide if they can be compared; otherwise (another container) the lock
+        of the owner file decides.
+        """
+        owner = Owner.parse(text)
+        if owner is None:
+            return False
+        if owner.pid == self.me.pid and owner.started == self.me.started and owner.namespace == self.me.namespace:
+            return text in _open_here
+        runs = owner.runs()
+        return is_locked(self._folder.owners / text) if runs is None else runs
+
+    def remove_files_of(self, text: str) -> None:
+        """Remove the file of a dead owner. Its partial copies stay: the next fetch of each continues there."""
+        with suppress(FileNotFoundError):
+            crash_point("owner.buried")
+            if Owner.parse(text) is not None:
+                self._folder.remove_file("owners", text)
+
+    def remove_files_of_dead(self) -> None:
+        """Remove the files of all dead owners."""
+        for text in [file.name for file in self._folder.owners.iterdir()]:
+            if not self.alive(text):
+                self.remove_files_of(text)
+
+    def limits(self) -> dict[str, int]:
+        """Return the size limit in bytes of every live owner."""
+        limits = {str(self.me): self._limit_bytes}
+        with suppress(FileNotFoundError):
+            for file in self._folder.owners.iterdir():
+                with suppress(OSError, ValueError, KeyError, TypeError):
+                    note = json.loads(read_text(file))
+                    if self.alive(file.name):
+                        limits[file.name] = int(note["limit_bytes"])
+        return limits
+
+    def running_fetches(self) -> list[tuple[str, str, int]]:
+        """Return (owner, name, bytes) of what each fetch may still add, as its lock file says.
+
+        A fetch writes this note before it reserves, and clears it before it commits. Notes of dead owners are included.
+        """
+        found: list[tuple[str, str, int]] = []
+        with suppress(OSError):
+            for file in self._folder.locks.iterdir():
+                # Not the lock of a fetch, or released meanwhile.
+                with suppress(OSError, ValueError, KeyError, TypeError):
+                    note = json.loads(read_text(file))
+                    fetch = str(note["owner"]), file.name, int(note["reserved_bytes"])
+                    if fetch[2] > 0 and NAME.fullmatch(file.name):
+                        found.append(fetch)
+        return found
+
+    def charge_of(self, name: str) -> int | None:
+        """See Folder.charge_of."""
+        return self._folder.charge_of(name)
+
+    def charges(self) -> dict[str, int]:
+        """See Folder.sizes."""
+        return self._folder.sizes()
+
+    def record(self, name: str) -> str:
+        """Return the record of a copy, "" if there is none."""
+        record = self._folder.read_record(name)
+        return "" if record is None else record.to_json()
+
+    def close(self) -> None:
+        """Remove the owner file. Must be called only once."""
+        with self._lock:
+            self.is_closed = True
+        _open_here.discard(str(self.me))
+        with suppress(OSError):
+            self._folder.remove_file("owners", str(self.me))
+        close_private(self._fd)
