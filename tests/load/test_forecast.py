@@ -38,7 +38,7 @@ def check_in_use(share: OrderShare, start: int, n_shards: int) -> None:
     for position, shard in read_by(share, start):
         assert uses.begins[shard] <= position < uses.ends[shard]
     assert (uses.begins[uses.shards] >= start).all()
-    clocks = uses.clock.at(np.arange(start, share.n_records + 1))
+    clocks = uses.clock.at(np.arange(start, share.ranks.n_records + 1))
     assert clocks[0] == 0
     assert (np.diff(clocks) >= 0).all()
     assert clocks[-1] == uses.clock.total

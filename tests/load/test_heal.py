@@ -115,8 +115,8 @@ def read_all(dataset: tc.Dataset, how: str, loaders: dict[str, tc.DataLoader]) -
         loader = loaders.setdefault(how, tc.DataLoader(dataset, batch_size=32, shuffle=True))
         found = list(itertools.chain(*map(check_batch, loader)))
     elif how == "sampler":
-        batches = [list(range(start, N, 97)) for start in range(97)]
-        loader = loaders.setdefault(how, tc.DataLoader(dataset, batch_sampler=batches))
+        numbers = [i for start in range(97) for i in range(start, N, 97)]
+        loader = loaders.setdefault(how, tc.DataLoader(dataset, 4, sampler=numbers))
         found = list(itertools.chain(*map(check_batch, loader)))
     elif how == "arrow":
         found = [i for table in dataset.to_arrow(50) for i in table["id"].to_pylist()]
@@ -278,10 +278,10 @@ def test_a_rotten_copy_is_fetched_again_under_a_sampler_too(server, cache, how):
     first.close()
     assert damage(cache, how) > len(first._source.table)
     dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-    batches = [list(range(start, N, 97)) for start in range(40)]
-    loader = tc.DataLoader(dataset, batch_sampler=batches, options=tc.LoaderOptions(memory_bytes=1))
-    assert [check_batch(batch) for batch in loader] == batches
-    assert loader.state_dict()["_num_yielded"] == 40
+    numbers = [i for start in range(40) for i in range(start, N, 97)]
+    loader = tc.DataLoader(dataset, 4, sampler=numbers, options=tc.LoaderOptions(memory_bytes=1))
+    assert [i for batch in loader for i in check_batch(batch)] == numbers
+    assert loader.state_dict()["_num_yielded"] == -(-len(numbers) // 4)
     dataset.close()
 
 

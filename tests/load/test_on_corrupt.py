@@ -16,6 +16,7 @@ import torch
 from tests.images.pictures import encode, picture
 from tests.load.conftest import check_batch, ids_of, join_loading
 from tests.support.http_server import HttpFaultServer
+from torch.utils.data import BatchSampler
 
 import tiercache as tc
 from tiercache.load import corrupt
@@ -271,7 +272,7 @@ def test_records_that_a_sampler_says_are_replaced_by_those_that_it_said_before(m
     shard, block, bad = blocks_of(clean)[5]
     strike(clean, path, shard, block, "score")
     sequence = np.random.default_rng(3).permutation(N).tolist()
-    batches = [sequence[at : at + 10] for at in range(0, N, 10)]
+    batches = BatchSampler(sequence, 10, False)
     how = {"sampler": sequence, "batch_size": 10} if kind == "sampler" else {"batch_sampler": batches}
     loader = tc.DataLoader(
         tc.Dataset(path), **how, options=tc.LoaderOptions(on_corrupt="previous", shuffle_window_bytes="2KiB")
@@ -280,6 +281,11 @@ def test_records_that_a_sampler_says_are_replaced_by_those_that_it_said_before(m
         found = ids_of(loader)
     assert flat(found) == mend(sequence, set(bad))
     assert loader.stats()["skipped"] == len(bad)
+
+
+def test_replacing_records_of_a_users_own_batch_sampler_is_refused(make_dataset):
+    with pytest.raises(ValueError, match="on_corrupt='previous' applies only to the native path"):
+        tc.DataLoader(tc.Dataset(make_dataset(N)), batch_sampler=[[1, 2], [3]], options=options())
 
 
 def test_text_that_is_none_is_damage_of_its_record_alone(tmp_path):

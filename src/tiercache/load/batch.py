@@ -505,12 +505,13 @@ class PipelineSetup:
         self.varies = bool((self.assembler.streams[:, 0] & 0xFF == gather.VAR).any())
         self.stored_bytes = int(source.shard_bytes.sum())
         self.largest_bytes = int(source.shard_bytes.max(initial=1))
+        self._n_records = max(int(source.shard_records.sum()), 1)
         self.layouts = layout_table(source.schema, gathered)
 
-    def slot_bytes(self, n_rows: int, n_records: int) -> tuple[int, int]:
-        """Return the memory of a new slot, and the estimated bytes of a batch of an epoch with n_records."""
+    def slot_bytes(self, n_rows: int) -> tuple[int, int]:
+        """Return the memory of a new slot, and the estimated bytes of a batch."""
         expected_bytes = slot_bytes(self.assembler.streams, n_rows)
-        about_bytes = self.stored_bytes // max(n_records, 1) * n_rows
+        about_bytes = self.stored_bytes // self._n_records * n_rows
         if self.varies:  # with room for a batch that is longer than most
             expected_bytes = max(expected_bytes, about_bytes + about_bytes // 8)
         return expected_bytes, max(expected_bytes, about_bytes)

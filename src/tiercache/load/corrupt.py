@@ -249,9 +249,6 @@ def _bad_rows(blocks: Blocks, streams: NDArray[np.uint32]) -> Rows:
     return np.array(sorted(found), np.int64)
 
 
-_NOTHING = np.empty(0, np.uint32)
-
-
 class RecordWalk(Protocol):
     """A rank's records one by one, counted in rows from the start of its pieces.
 
@@ -326,8 +323,7 @@ class _RecordReplacer:
             window = self._window_of(place)
             block[:n_first], row[:n_first] = sum(len(w.blocks) for w in windows), place[2]
             windows, wanted = (*windows, window), (*wanted, np.ones(1, np.bool_))
-        batch_rows = piece.batch_rows if isinstance(piece, ArrayPiece) else None
-        return ArrayPiece(windows, wanted, block, row, batch_rows, np.flatnonzero(bad))
+        return ArrayPiece(windows, wanted, block, row, np.flatnonzero(bad))
 
     def _bad(
         self, piece: AnyPiece, shards: NDArray[np.int32], blocks: NDArray[np.int32], suspects: NDArray[np.int64]
@@ -384,7 +380,7 @@ class _RecordReplacer:
         if kept.all():
             return _TrimmedWindow(window, kept, window)
         parts = window.shards[kept], window.blocks[kept], window.block_bytes[kept]
-        left = ExplicitWindow(window.start, window.stop, *parts, _NOTHING, _NOTHING)
+        left = ExplicitWindow(window.start, window.stop, *parts)
         return _TrimmedWindow(window, kept, cast("Window", left))
 
     def _window_of(self, place: RecordLocation) -> Window:
@@ -393,5 +389,5 @@ class _RecordReplacer:
         if self._alone is None or self._alone[0][:2] != (shard, block):
             raw_bytes = self.corruption.block_tables([shard])[0].raw_bytes[block : block + 1]
             numbers = np.array([shard], np.int32), np.array([block], np.int32)
-            self._alone = place, cast("Window", ExplicitWindow(0, 0, *numbers, raw_bytes, _NOTHING, _NOTHING))
+            self._alone = place, cast("Window", ExplicitWindow(0, 0, *numbers, raw_bytes))
         return self._alone[1]

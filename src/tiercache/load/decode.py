@@ -296,7 +296,7 @@ class _Opener:
         if batch is None:
             return _Job(None)
         decode = self.work.output_spec.decode
-        positions = self.work.share.positions(self.number)
+        positions = self.work.share.ranks.positions(self.number)
         n_rows = len(positions)
         draws: Sequence[Sequence[float]] = [()] * n_rows
         if any(options.is_random for options in decode.values()):
@@ -317,7 +317,7 @@ class _Opener:
         column, index = divmod(task, job.n_rows)
         place = job.replaced.get(index)
         if place is None:
-            place = self.work.share.locate(int(self.work.share.positions(job.number)[index]))
+            place = self.work.share.locate(int(self.work.share.ranks.positions(job.number)[index]))
         record = record_number(self.work.source, *place)
         error = image_decode_error(self.work.source, job.columns[column].name, record, str(said))
         error.__cause__ = said.with_traceback(None)  # the frames of the traceback would hold the batch's memory

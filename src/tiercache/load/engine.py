@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tiercache.load.corrupt import CorruptLocation
-    from tiercache.load.epoch import EpochShare
 
 
 logger = logging.getLogger("tiercache")
@@ -120,14 +119,15 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         position: EpochProgress,
         work: PipelineInputs,
         resources: Resources,
-        asked: LoaderArguments,
+        timeout_s: float,
+        pin: Callable[[Any], Any] | None,
         draws: TorchDraws,
     ) -> None:
         self._position = position
         self._work = work
         self._resources = resources
-        self._timeout_s = asked.timeout_s if asked.timeout_s > 0 else -1.0
-        self._pin = _pinning() if asked.pin_memory else None
+        self._timeout_s = timeout_s if timeout_s > 0 else -1.0
+        self._pin = pin
         self._names = work.output_spec.names  # names of the entries of a tuple; None: batches are dicts
         self._start_s = time.perf_counter()
         self._counted = False
@@ -136,12 +136,12 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         self._draws = draws
         # torch's sampler draws numbers before the first batch. It draws again at its end, which comes before a short
         # last batch.
-        n_undrawn = work.share.n_batches - 1 if self._draws.ends_short else sys.maxsize
+        n_undrawn = work.share.ranks.n_batches - 1 if self._draws.ends_short else sys.maxsize
         super().__init__(position, _profiler, n_undrawn, is_plain=self._pin is None and self._names is None)
         self._start(work)
 
     def __len__(self) -> int:
-        return self._work.share.n_batches
+        return self._work.share.ranks.n_batches
 
     def __getstate__(self) -> NoReturn:
         raise NotImplementedError(f"{type(self).__name__} cannot be pickled")  # torch's iterators raise the same error
@@ -224,11 +224,11 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         if batch is None:
             self._position.finished = True
             self._draws.exhaust()
-            self._work.counters.add("padded", self._work.share.padded)
+            self._work.counters.add("padded", self._work.share.ranks.n_padding)
             self.close()
             raise StopIteration
         self._position.n_yielded += 1
-        if self._draws.ends_short and self._position.n_yielded == self._work.share.n_batches:
+        if self._draws.ends_short and self._position.n_yielded == self._work.share.ranks.n_batches:
             self._draws.exhaust()
         return batch
 
@@ -282,21 +282,6 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
                 del error  # as in _take_past()
         self._passed_by.add(place)
         self._work.corruption.note_corruption(place, error)
-
-
-def _pinning() -> Any:
-    """Return the function that pins a batch; None, with torch's warning, if there is no accelerator."""
-    accelerator = getattr(torch, "accelerator", None)
-    if accelerator is None:  # torch before 2.6 supports only CUDA here and does not warn
-        return torch.utils.data._utils.pin_memory.pin_memory if torch.cuda.is_available() else None  # noqa: SLF001
-    if not accelerator.is_available():
-        warnings.warn(
-            "'pin_memory' argument is set as true but no accelerator is found, "
-            "then device pinned memory won't be used.",
-            stacklevel=5,  # the caller of iter(loader)
-        )
-        return None
-    return torch.utils.data._utils.pin_memory.pin_memory  # noqa: SLF001 -- pins nested batches as torch's loader does
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,8 +353,30 @@ class Engine(ABC):
             self._source.prepare_reading(np.flatnonzero(self._source.shard_records))
             self._ready = self._source
 
+    def _pin_function(self) -> Callable[[Any], Any] | None:
+        """Return the function that pins a batch; None, with torch's warning, if there is no accelerator."""
+        if not self._asked.pin_memory:
+            return None
+        pin: Callable[[Any], Any] = torch.utils.data._utils.pin_memory.pin_memory  # noqa: SLF001 -- also nested batches
+        accelerator = getattr(torch, "accelerator", None)
+        if accelerator is None:  # torch before 2.6 supports only CUDA here and does not warn
+            return pin if torch.cuda.is_available() else None
+        if not accelerator.is_available():
+            warnings.warn(
+                "'pin_memory' argument is set as true but no accelerator is found, "
+                "then device pinned memory won't be used.",
+                stacklevel=4,  # the caller of iter(loader)
+            )
+            return None
+        return pin
+
     def _start_iterator(
-        self, position: EpochProgress, share: EpochShare, draws: TorchDraws, **planned: Any
+        self,
+        position: EpochProgress,
+        share: OrderShare,
+        draws: TorchDraws,
+        pin: Callable[[Any], Any] | None,
+        **planned: Any,
     ) -> NativeIterator:
         """Return the iterator of an epoch, whose pipeline has begun. planned: Further fields of PipelineInputs."""
         if self._setup is None or self._setup.source is not self._source:
@@ -384,7 +391,7 @@ class Engine(ABC):
             corruption=self._corruption,
             **planned,
         )
-        return NativeIterator(position, work, self._resources(), self._asked, draws)
+        return NativeIterator(position, work, self._resources(), self._asked.timeout_s, pin, draws)
 
 
 class NativeEngine(Engine):
@@ -542,6 +549,7 @@ class NativeEngine(Engine):
             position,
             share,
             draws,
+            self._pin_function(),
             epoch_start=found.epoch_start,
             next_epoch=next_epoch,
             publisher=found.publisher,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tiercache.load.corrupt import CorruptionMap, replace_corrupt
 from tiercache.order import EpochOrder, Layout, OrderOptions, RankPlan, RowRun, Window
-from tiercache.order.explicit import ExplicitOrder
+from tiercache.order.explicit import ExplicitOrder, ExplicitWindow
 from tiercache.order.mixture import MixtureOrder
 from tiercache.order.window import MOST_ROWS, allocate_rows
 
@@ -260,7 +260,8 @@ class _Cutter:
     ) -> tuple[NDArray[np.bool_], ...]:
         """Return the blocks of a segment that the rank needs from a position on. rest: its rows there, if known."""
         window = section.windows[0]
-        if window is not section:  # A mixture's later segments use the same windows and need other blocks of them.
+        # Otherwise later sections use the same windows and need other blocks of them.
+        if not (window is section or _is_covered(window, section)):
             return tuple(np.ones(len(window.blocks), np.bool_) for window in section.windows)
         n_blocks, n_left, ranks = len(window.blocks), section.stop - position, self._ranks
         sharing = ranks.world_size if ranks.ignores_streams else max(ranks.world_size // self._order.n_streams, 1)
@@ -276,6 +277,11 @@ class _Cutter:
         else:
             found = np.ones(n_blocks, np.bool_)
         return (found,)
+
+
+def _is_covered(window: Any, section: Section) -> bool:
+    """Whether a section of an explicit order is the only one that uses its window."""
+    return isinstance(window, ExplicitWindow) and len(window) == section.stop - section.start
 
 
 def _n_before(rising: _Rising, value: int) -> int:
@@ -322,57 +328,16 @@ def _rows_at(section: Section, at: _Rising) -> tuple[NDArray[np.uint32], NDArray
     return np.concatenate([block for block, _ in found]), np.concatenate([row for _, row in found])
 
 
-class EpochShare(Protocol):
-    """A rank's batches of one epoch, in order. Immutable; its methods may be called from any thread."""
-
-    @property
-    def epoch(self) -> int:
-        """Number of the epoch."""
-
-    @property
-    def seed(self) -> int:
-        """Seed of the run: random values of a record follow from the seed, the epoch and the record's position."""
-
-    @property
-    def n_records(self) -> int:
-        """Number of records of the epoch, all ranks together."""
-
-    @property
-    def batch_size(self) -> int:
-        """Number of records of a full batch."""
-
-    @property
-    def n_batches(self) -> int:
-        """Number of batches of this rank, from where the epoch begins for it."""
-
-    @property
-    def padded(self) -> int:
-        """Number of this rank's records that are repeated so that all ranks have equally many batches."""
-
-    def pieces(self, n_batches: int) -> Iterator[AnyPiece]:
-        """Yield what is served after n_batches, in order, padding last. Reads footers."""
-
-    def positions(self, batch: int) -> NDArray[np.int64]:
-        """Return the positions in the epoch of a batch's records, int64[n], in served order."""
-
-    def locate(self, position: int) -> tuple[int, int, int]:
-        """Return (shard, block, row in the block) of a position of the epoch. Reads footers."""
-
-    def shards_ahead(self, n_batches: int, n_rows: int, n_bytes: int) -> list[int]:
-        """Return the shards that are read after n_batches and then n_rows, in reading order. Reads no footers.
-
-        Their stored bytes are about n_bytes, or less near the end of the epoch.
-        """
-
-    def close(self) -> None:
-        """Raise CancelledError in threads that wait in pieces(). May be called repeatedly, from any thread."""
-
-
 @dataclass(frozen=True, slots=True)
 class OrderShare:
-    """A rank's share of an order.
+    """A rank's batches of one epoch, in order. Immutable; its methods may be called from any thread.
 
-    sizes: maximum rows of its pieces; corruption: corrupt records that are replaced; None: corrupt data is an error.
+    Attributes:
+        order: Order of all ranks' records.
+        ranks: The batches of this rank, from where the epoch begins for it.
+        seed, epoch: The random values of a record follow from them and from the record's position.
+        corruption: Corrupt records that are replaced. None: corrupt data is an error.
+        sizes: Maximum rows of its pieces.
     """
 
     order: Order
@@ -382,38 +347,14 @@ class OrderShare:
     corruption: CorruptionMap | None = None
     sizes: PieceSizes = ARRAY_PIECES
 
-    @property
-    def n_records(self) -> int:
-        """See EpochShare.n_records."""
-        return self.ranks.n_records
-
-    @property
-    def batch_size(self) -> int:
-        """See EpochShare.batch_size."""
-        return self.ranks.batch_size
-
-    @property
-    def n_batches(self) -> int:
-        """Number of batches from the offset on, the same for all ranks."""
-        return self.ranks.n_batches
-
-    @property
-    def padded(self) -> int:
-        """Number of this rank's records that are not part of the global sequence."""
-        return self.ranks.n_padding
-
     def pieces(self, n_batches: int) -> Iterator[AnyPiece]:
-        """See EpochShare.pieces."""
+        """Yield what is served after n_batches, in order, padding last. Reads footers."""
         ranks = replace(self.ranks, offset=self.ranks.offset_after(n_batches))
         found = pieces(self.order, ranks, self.sizes)
         return found if self.corruption is None else replace_corrupt(found, self.corruption, _Walk(self, ranks))
 
-    def positions(self, batch: int) -> NDArray[np.int64]:
-        """See EpochShare.positions."""
-        return self.ranks.positions(batch)
-
     def locate(self, position: int) -> tuple[int, int, int]:
-        """See EpochShare.locate."""
+        """Return (shard, block, row in the block) of a position of the epoch. Reads footers."""
         stream, at = position % self.order.n_streams, position // self.order.n_streams
         section = self.order.section_at(stream, at)
         blocks, rows = section.rows(at - section.start, at - section.start + 1)
@@ -424,8 +365,11 @@ class OrderShare:
         return int(window.shards[within]), int(window.blocks[within]), int(rows[0])
 
     def shards_ahead(self, n_batches: int, n_rows: int, n_bytes: int) -> list[int]:
-        """See EpochShare.shards_ahead."""
-        n_done = min(n_batches + n_rows // self.batch_size, self.n_batches)
+        """Return the shards that are read after n_batches and then n_rows, in reading order. Reads no footers.
+
+        Their stored bytes are about n_bytes, or less near the end of the epoch.
+        """
+        n_done = min(n_batches + n_rows // self.ranks.batch_size, self.ranks.n_batches)
         offset, n_streams, streams = self.ranks.offset_after(n_done), self.order.n_streams, self.ranks.streams
         share_bytes = max(n_bytes // len(streams), 1)
         runs = [
@@ -434,9 +378,6 @@ class OrderShare:
             if self.order.stream_records(stream)
         ]
         return interleaved(runs)
-
-    def close(self) -> None:
-        """Do nothing: no thread waits in pieces()."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -504,9 +445,16 @@ def make_order(read: Source | CorruptionMap, state: RunState) -> Order:
         return MixtureOrder(layout, source.mixture, options, state.key_epoch)
     listed = source.record_order
     if listed is not None and not state.shuffle:
-        # Its windows have the interface of Window; they store their rows, so no permutation is computed.
-        return cast("Order", ExplicitOrder(layout, listed, state.window_bytes))
+        return explicit_order(read, listed, state.window_bytes)
     return EpochOrder(layout, options, state.key_epoch)
+
+
+def explicit_order(read: Source | CorruptionMap, numbers: NDArray[np.int64], window_bytes: int | None) -> Order:
+    """Return the order that serves these records, counted in stored order. window_bytes: limit of unmapped blocks."""
+    source = read.source if isinstance(read, CorruptionMap) else read
+    layout = Layout(source.shard_records, source.shard_bytes, read.block_tables)
+    # Its windows have the interface of Window; its sections store their rows, so no permutation is computed.
+    return cast("Order", ExplicitOrder(layout, numbers, window_bytes, source.is_mapped))
 
 
 def order_options(state: RunState) -> OrderOptions:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.load.corrupt import CorruptionMap, RecordLocation
-    from tiercache.load.epoch import EpochShare
+    from tiercache.load.epoch import OrderShare
     from tiercache.load.options import LoaderOptions
     from tiercache.load.output_spec import OutputSpec
     from tiercache.load.planner import EpochStart, NextEpoch
@@ -104,7 +104,7 @@ class PipelineInputs:
     """
 
     setup: PipelineSetup
-    share: EpochShare
+    share: OrderShare
     counters: Counters
     waits: WaitHistogram
     first_batch: int = 0
@@ -128,7 +128,7 @@ class PipelineInputs:
     @property
     def batch_rows(self) -> int:
         """Rows of the longest batch."""
-        return max(min(self.share.batch_size, self.share.n_records), 1)
+        return max(min(self.share.ranks.batch_size, self.share.ranks.n_records), 1)
 
 
 class ClosingPipeline(ABC):
@@ -192,7 +192,7 @@ class Pipeline(ClosingPipeline):
     def __init__(self, work: PipelineInputs, resources: Resources) -> None:
         self._work = work
         self._assembler = work.setup.assembler
-        slot_bytes, about_bytes = work.setup.slot_bytes(work.batch_rows, work.share.n_records)
+        slot_bytes, about_bytes = work.setup.slot_bytes(work.batch_rows)
         if self._assembler.bytes_streams:
             keep_freed_memory()
         self._ring = Ring(
@@ -261,7 +261,6 @@ class Pipeline(ClosingPipeline):
             return
         with contextlib.suppress(InvalidStateError):  # The pipeline was closed before.
             self._shared.stop.set_result(None)
-            self._work.share.close()  # Only once: when this pipeline is dropped, another pipeline may use the share.
         self._ring.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._planner is not threading.current_thread() and self._planner.is_alive():
@@ -426,7 +425,7 @@ class Pipeline(ClosingPipeline):
         names = [column.name for column in source.schema.columns for _ in column.streams(0)]
         # Ctrl-C may have lost batches: the ring counted them, but the taker did not.
         n_uncounted = self._ring.figures()["batches"] - self._taker.batches
-        stop = self._taker.rows + (1 + n_uncounted) * self._work.share.batch_size
+        stop = self._taker.rows + (1 + n_uncounted) * self._work.share.ranks.batch_size
         served = served_columns(
             source.schema, self._work.output_spec.cast if isinstance(error, gather.CastError) else {}
         )

@@ -302,7 +302,7 @@ def run_planner(work: PipelineInputs, ring: Ring, shared: PlannerState, threads:
     """Run the planner thread: push each piece of the epoch, then prepare the start of the next epoch."""
     is_planned = False
     try:
-        if work.publisher is not None and isinstance(work.share, OrderShare):
+        if work.publisher is not None:
             work.publisher.begin(work.share, work.first_batch)
         planner = _Planner(work, ring, shared, threads)
         planner.push_all()
@@ -346,11 +346,8 @@ class _Planner:
     def push_all(self) -> None:
         """Push every piece. Raises CancelledError if the ring is closed meanwhile."""
         for piece in self._pieces():
-            if isinstance(piece, ArrayPiece):
-                if piece.batch_rows is not None and not self._ring.push_sizes(piece.batch_rows):
-                    raise CancelledError
-                if len(piece.replaced):
-                    self._shared.patched.append((self._pushed_rows, piece))
+            if isinstance(piece, ArrayPiece) and len(piece.replaced):
+                self._shared.patched.append((self._pushed_rows, piece))
             if self.pressure.fits(piece):
                 self._push(piece)
                 continue
@@ -378,9 +375,6 @@ class _Planner:
         if begun is not None:
             self._loading = {id(loading.window): loading for loading in begun.loading}
         found = self._work.share.pieces(self._work.first_batch) if begun is None else begun.pieces
-        # If the share was closed before pieces() was called, pieces() would wait for ever.
-        if self._shared.stop.done():
-            raise CancelledError
         for piece in found:
             self._count("plan_s", start_s)
             yield piece

@@ -336,8 +336,6 @@ class ArrayPiece:
     Attributes:
         block: uint32[n], numbered through the blocks of all windows.
         row: uint32[n], row inside the block.
-        batch_rows: uint32[m], rows of the next m batches, which begin with this piece and may end in later pieces.
-            None: all batches have the size of the loader.
         replaced: int64[m], rising, the rows whose records are replaced.
     """
 
@@ -345,7 +343,6 @@ class ArrayPiece:
     wanted: tuple[NDArray[np.bool_], ...]
     block: NDArray[np.uint32]
     row: NDArray[np.uint32]
-    batch_rows: NDArray[np.uint32] | None = None
     replaced: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     run: None = None  # the rows are never a run
 

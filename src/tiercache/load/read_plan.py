@@ -213,7 +213,7 @@ class ReadPlanPublisher:
         """Set the clock to n_batches of the share and then n_rows."""
         uses, share = self._uses, self._share
         if uses is not None and share is not None:
-            n_done = min(n_batches + n_rows // share.batch_size, share.n_batches)
+            n_done = min(n_batches + n_rows // share.ranks.batch_size, share.ranks.n_batches)
             position = np.array([share.ranks.offset_after(n_done)], np.int64)
             self._advance(int(uses.clock.at(position)[0]))
 

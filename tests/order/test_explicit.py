@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.order import BlockTable, Layout
-from tiercache.order.explicit import ExplicitOrder, RecordLocator, count_fitting, explicit_window
+from tiercache.order.explicit import ExplicitOrder, RecordLocator, count_fitting, explicit_section
 
 SHARDS = st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=5)
 
@@ -31,8 +31,9 @@ def all_places(shards):
     return [(s, b, r) for s, blocks in enumerate(shards) for b, n in enumerate(blocks) for r in range(n)]
 
 
-def as_list(window, lo=0, hi=None):
-    block, row = window.rows(lo, window.stop - window.start if hi is None else hi)
+def as_list(section, lo=0, hi=None):
+    block, row = section.rows(lo, section.stop - section.start if hi is None else hi)
+    (window,) = section.windows
     return [(int(window.shards[b]), int(window.blocks[b]), int(r)) for b, r in zip(block, row, strict=True)]
 
 
@@ -75,16 +76,15 @@ def test_an_order_serves_its_list_from_any_position_and_its_windows_fit(shards, 
     position = start = data.draw(st.integers(0, len(numbers)))
     found = []
     while position < len(numbers):
-        window = order.section_at(0, position)
-        assert window.start <= position < window.stop
-        assert order.section_at(0, position) is window
-        assert window.windows == (window,)
+        section = order.section_at(0, position)
+        assert section.start <= position < section.stop
+        assert order.section_at(0, position) is section
+        (window,) = section.windows
         assert len(set(zip(window.shards, window.blocks, strict=True))) == len(window.blocks)
-        assert set(window.rows(0, window.stop - window.start)[0]) == set(range(len(window.blocks)))
         if window_bytes is not None and len(window.blocks) > 1:
             assert window.raw_bytes <= window_bytes
-        found += as_list(window, position - window.start)
-        position = window.stop
+        found += as_list(section, position - section.start)
+        position = section.stop
     assert found == [places[n] for n in numbers[start:]]
 
 
@@ -114,7 +114,7 @@ def test_positions_outside_are_refused(stream, position):
             call(stream, position)
     with pytest.raises(ValueError, match="outside an epoch of 3 records"):
         order.section_at(0, 3)
-    with pytest.raises(ValueError, match=r"positions \[1, 4\) are outside a window of 3"):
+    with pytest.raises(ValueError, match=r"positions \[1, 4\) are outside a section of 3"):
         order.section_at(0, 0).rows(1, 4)
 
 
@@ -133,17 +133,32 @@ def test_blocks_that_cost_nothing_are_not_counted():
     assert count_fitting(found, 24, [0]) == 5
     assert count_fitting(found, 12, [0]) == 4
     assert count_fitting(found, 1, [1, 0]) == 5
-    assert as_list(explicit_window(7, found.slice(1, 3))) == [(0, 1, 0), (1, 0, 0)]
+    assert as_list(explicit_section(7, found.slice(1, 3))) == [(0, 1, 0), (1, 0, 0)]
 
 
 def test_a_window_of_listed_records_promises_no_order():
     found = RecordLocator(layout_of([[2, 2], [2, 2]])).find(np.arange(8))
-    assert not explicit_window(0, found).is_in_order
+    assert not explicit_section(0, found).window.is_in_order
 
 
 def test_few_records_of_many_blocks_are_found_as_well():
     layout = layout_of([[1] * 400, [2] * 400])
     numbers = np.array([700, 3, 700, 1199])
     found = RecordLocator(layout).find(np.concatenate([numbers, np.arange(1200)])).slice(0, 4)
-    assert as_list(explicit_window(0, found)) == [(1, 150, 0), (0, 3, 0), (1, 150, 0), (1, 399, 1)]
+    assert as_list(explicit_section(0, found)) == [(1, 150, 0), (0, 3, 0), (1, 150, 0), (1, 399, 1)]
     assert count_fitting(found, 23) == 3
+
+
+def test_a_window_of_all_blocks_is_kept_if_it_fits_and_most_blocks_are_needed(monkeypatch):
+    monkeypatch.setattr("tiercache.order.explicit.FIRST_WINDOW_ROWS", 6)
+    monkeypatch.setattr("tiercache.order.explicit.MAX_WINDOW_ROWS", 6)
+    numbers = np.array([0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7])
+    layout = layout_of([[2, 2], [2, 2]])  # four blocks of 12 bytes
+    for window_bytes, is_mapped in ((48, lambda shard: False), (24, lambda shard: shard == 0), (1, lambda shard: True)):
+        order = ExplicitOrder(layout, numbers, window_bytes, is_mapped)
+        first, second = order.section_at(0, 0), order.section_at(0, 6)
+        assert first.window is second.window
+        assert len(first.window.blocks) == 4
+        assert as_list(first) + as_list(second) == [all_places([[2, 2], [2, 2]])[n] for n in numbers]
+    order = ExplicitOrder(layout, numbers, 47)
+    assert order.section_at(0, 0).stop == 3  # a fourth block does not fit
