@@ -395,7 +395,7 @@ def test_records_by_number_are_exact_where_products_need_more_than_63_bits() -> 
     shares = StreamInterleaving(StreamAllocation(spec.epoch_shares((10**12, 10**12)), 1), 0)
     part, record = stored.locate(np.array([len(stored) - 1, 10**12]))
     for position, k, draw in zip((len(stored) - 1, 10**12), part.tolist(), record.tolist(), strict=True):
-        assert shares.position_of(k, draw) == position
+        assert shares.positions_of(k, np.array([draw])).tolist() == [position]
 
 
 @given(PARTS, WEIGHTS, STOPS, OPTIONS, st.data())

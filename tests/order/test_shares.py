@@ -60,7 +60,7 @@ def test_a_draw_is_found_at_its_position_and_a_position_by_its_draw(
     before, after = shares.drawn(position), shares.drawn(position + 1)
     (part,) = np.flatnonzero(np.array(after) - before)
     assert sum(after) == sum(before) + 1 == position + 1
-    assert shares.position_of(int(part), before[part]) == position
+    assert shares.positions_of(int(part), np.array([before[part]])).tolist() == [position]
     found = shares.locate(np.array([position]))
     assert (int(found[0][0]), int(found[1][0])) == (part, before[part])
 
@@ -74,7 +74,7 @@ def test_places_are_those_of_the_positions_one_by_one(totals: list[int], n_strea
     drawn, places = shares.drawn(start), shares.offsets_by_part(start, stop)
     assert sorted(np.concatenate(places).tolist()) == list(range(stop - start))
     for part, where in enumerate(places):
-        assert [shares.position_of(part, drawn[part] + i) for i in range(len(where))] == (where + start).tolist()
+        assert shares.positions_of(part, drawn[part] + np.arange(len(where))).tolist() == (where + start).tolist()
 
 
 def test_places_of_more_than_a_chunk_are_those_of_its_pieces() -> None:

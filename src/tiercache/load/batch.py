@@ -78,10 +78,6 @@ class BatchMemory:
 
         The memory returns when nothing refers to *this* array any more. A tensor made by torch.frombuffer refers to it;
         a NumPy view does not (NumPy's views refer to the array that owns the memory).
-
-        Args:
-            n_bytes: Size of the array, at most size_bytes.
-            size_bytes: Size of the memory behind it; requests of the same size reuse each other's memory.
         """
         try:
             memory = self._free[size_bytes].pop()  # the last one returned: part of it is still in a processor's cache

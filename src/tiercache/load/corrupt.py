@@ -44,15 +44,7 @@ _CHECKED = (Kind.RAGGED, Kind.STR, Kind.JSON)
 def bad_cast(
     schema: Schema, served: Mapping[str, Column], loaded: LoadedWindow, block: int, row: int
 ) -> SchemaError | None:
-    """Return the error of a row's value that its served dtype cannot represent; None if there is none.
-
-    Args:
-        schema: Served columns, as stored.
-        served: Columns that are cast, by name.
-        loaded: Loaded window.
-        block: Number of the block in the window.
-        row: Number of the row in the block.
-    """
+    """Return the error of a row's value that its served dtype cannot represent; None if there is none."""
     url = loaded.block_groups[loaded.group_of_block[block]].url
     for column, addresses in _columns(schema, loaded, block):
         if column.name in served:
@@ -64,14 +56,7 @@ def bad_cast(
 
 
 def bad_value(schema: Schema, loaded: LoadedWindow, block: int, row: int) -> CorruptShard | None:
-    """Return the error of a row that can be read and has an invalid value; None if there is none.
-
-    Args:
-        schema: Served columns.
-        loaded: Loaded window.
-        block: Number of the block in the window.
-        row: Number of the row in the block.
-    """
+    """Return the error of a row that can be read and has an invalid value; None if there is none."""
     blocks = loaded.block_groups[loaded.group_of_block[block]]
     for column, addresses in _columns(schema, loaded, block):
         if column.kind in _CHECKED:

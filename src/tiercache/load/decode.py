@@ -72,12 +72,7 @@ class DecodedPipeline(ClosingPipeline):
             thread.start()
 
     def take(self, timeout_s: float = -1.0) -> Batch | None:
-        """Return the next batch; None at the end of the epoch.
-
-        Raises:
-            Exception: See Pipeline.take.
-            CorruptShard: An image cannot be decoded.
-        """
+        """Return the next batch; None at the end of the epoch."""
         if self.is_forked_copy:
             raise RuntimeError("this iterator is closed, or was made before a fork: call iter(loader) again")
         start_s = time.perf_counter()

@@ -235,10 +235,8 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
     def _take_past(self, error: CorruptShard) -> Batch | None:
         """Return the batch that failed: read again after a corrupt local copy, else without its corrupt records.
 
-        The order is a function of the position, so a second pipeline can continue where the first one failed.
-
-        Raises:
-            CorruptShard: The data is corrupt in the store, and corrupt records are not replaced.
+        The order is a function of the position, so a second pipeline can continue where the first one failed. Raises
+        CorruptShard: the data is corrupt in the store, and corrupt records are not replaced.
         """
         corruption = self._work.corruption
         try:
@@ -566,15 +564,9 @@ class NativeEngine(Engine):
     def begin_for_sampler(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, TorchDraws]:
         """Begin the next epoch for a loader that another library made from this loader's sampler.
 
-        Args:
-            state: State of an epoch to begin again. None: the epoch that iterate() would begin.
-
         Returns:
             The epoch's state, the source of its order, the rank's share from the start of the epoch, and the draws of
             torch's sampler.
-
-        Raises:
-            RuntimeError: The loader stands within an epoch, or its data set does not number the records of its order.
         """
         is_again = state is not None
         if state is None:

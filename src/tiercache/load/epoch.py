@@ -413,10 +413,8 @@ def plan_epoch(
 ) -> OrderShare:
     """Return the rank's share of the state's epoch. Costs O(shards); reads no data.
 
-    read: the source, or its corrupt records if they are replaced; fills_first: see `RankPlan`.
-
-    Raises:
-        ValueError: The state's offset is outside the epoch, or this release does not know its order.
+    read: the source, or its corrupt records if they are replaced; fills_first: see `RankPlan`. Raises ValueError: the
+    state's offset is outside the epoch, or this release does not know its order.
     """
     order, corruption = make_order(read, state), read if isinstance(read, CorruptionMap) else None
     source = read.source if isinstance(read, CorruptionMap) else read

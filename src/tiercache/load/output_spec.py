@@ -34,10 +34,7 @@ _NUMBERS = (Kind.SCALAR, Kind.BOOL, Kind.TENSOR, Kind.RAGGED)
 def stored_fill(column: Column, fill: Any) -> Any:
     """Return a fill value in stored form: bytes, an array of the record's shape, or an Arrow array of one value.
 
-    A single number fills a whole tensor.
-
-    Raises:
-        SchemaError: The column is not nullable, or cannot hold the value.
+    A single number fills a whole tensor. Raises SchemaError: the column is not nullable, or cannot hold the value.
     """
     if not column.nullable:
         message = "nulls: only a nullable column takes a fill value, and this column is not nullable"
@@ -147,13 +144,7 @@ class OutputSpec:
         decode: Mapping[str, DecodeImage] | None = None,
         cast: Casts | None = None,
     ) -> OutputSpec:
-        """Return the user's settings, checked against `schema`, which has the served columns as they are stored.
-
-        Raises:
-            SchemaError: A column does not exist, or is of a kind that the setting does not apply to; names the column,
-                what it takes and what was given.
-            TypeError: An argument is not a mapping; a decoder is not a DecodeImage.
-        """
+        """Return the user's settings, checked against `schema`, which has the served columns as they are stored."""
         for argument, given in (("layouts", layouts), ("fill_nulls", fill_nulls), ("decode", decode)):
             if given is not None and not isinstance(given, Mapping):
                 raise TypeError(f"{argument} is a mapping from column names, got {type(given).__name__}")
@@ -330,20 +321,7 @@ _SHOWS_NULLS = (Kind.BYTES, Kind.STR, Kind.IMAGE, Kind.JSON, Kind.ARROW)
 
 
 def tuple_columns(names: Sequence[str], schema: Schema, serving: OutputSpec) -> tuple[str, ...]:
-    """Return the columns that a tuple of these names needs, in order.
-
-    Args:
-        names: Names of columns; "<column>.valid" for the mask of a nullable column, "<column>.lengths" for the lengths
-            of a padded column.
-        schema: Served columns.
-        serving: How the columns are served.
-
-    Raises:
-        SchemaError: A column, mask or lengths entry does not exist; or the nulls of a nullable column would be
-            invisible.
-        TypeError: A name is not a str.
-        ValueError: There are no names.
-    """
+    """Return the columns that a tuple of these names needs, in order."""
     if not names:
         raise ValueError("as_tuple() needs the name of one column or more")
     for name in names:
@@ -400,10 +378,8 @@ def _companion(record: Mapping[str, Any], name: str, schema: Schema) -> Any:
 def apply_layouts(columns: Sequence[ColumnValues], serving: OutputSpec) -> dict[str, Any]:
     """Return the batch by column: array, list, Buffer or nested tensor.
 
-    It also has the lengths of padded columns and the masks of nullable ones.
-
-    Raises:
-        SchemaError: A nested tensor is requested, and torch is not installed.
+    It also has the lengths of padded columns and the masks of nullable ones. Raises SchemaError: a nested tensor is
+    requested, and torch is not installed.
     """
     if not serving.layouts:
         return as_batch(columns)

@@ -61,12 +61,6 @@ def split_window(
 
     A thread takes the next part when its last one is done, so all threads are busy to the end, whatever the shards.
 
-    Args:
-        window: Window of the order.
-        wanted: bool[n_blocks], the blocks to load.
-        n_threads: Number of threads that load.
-        is_mapped: Function that returns whether a shard's blocks are only mapped.
-
     Returns:
         The parts. A part to read, fetch or decode has MAX_PART_BYTES at most unless it is a single block. Shards are in
         the order in which the window names them.
@@ -237,14 +231,6 @@ class WindowLoad:
     """A window that is being loaded: threads read and decode, concurrently in parts; finish() maps the rest.
 
     Mapping a shard takes some 0.3 ms of Python, for which threads would only wait for each other.
-
-    Args:
-        source: Source of the shards.
-        window: Window of the order.
-        wanted: bool[n_blocks], the blocks to load.
-        executor: Executor that loads; it may be shut down meanwhile.
-        n_threads: Number of threads that load.
-        unwanted: Event that keeps threads from starting further parts once it is set. None: only cancel() does.
     """
 
     def __init__(
@@ -373,10 +359,6 @@ class MemoryPressure:
 
     Mapped bytes do not count. The share of a window that is not mapped is learnt from the windows that were loaded;
     before the first one, all of it counts.
-
-    Args:
-        is_mapped: Function that returns whether a shard's blocks are only mapped.
-        limit_bytes: Memory limit of the whole process.
     """
 
     def __init__(self, is_mapped: Callable[[int], bool], limit_bytes: int) -> None:
@@ -494,12 +476,6 @@ class PagePrefetcher:
         Pages without room are read when their rows are gathered; for shuffled rows the kernel then does not read their
         neighbours. The pages of earlier windows that are no longer served may be evicted.
 
-        Args:
-            windows: Windows that were loaded.
-            serving: Windows that are served now or next, including `windows`.
-            is_served: Whether rows of these windows are being gathered already. If those may be in any order, no huge
-                pages are read: the first batch would wait for one per row.
-
         Returns:
             A future of the number of bytes read for each Blocks. A range that cannot be read is not an error here: the
             gather finds it and names it.
@@ -552,14 +528,7 @@ def is_in_memory(blocks: Blocks) -> bool:
 
 
 def plan_steps(pages: NDArray[np.uint64]) -> list[tuple[int, int]]:
-    """Cut pages into steps of at most STEP_BYTES, in order, at multiples of STEP_BYTES.
-
-    Args:
-        pages: uint64[n, 2], (address, bytes) of each range, rising.
-
-    Returns:
-        (address, bytes) of each step.
-    """
+    """Cut pages into steps of at most STEP_BYTES, in order, at multiples of STEP_BYTES."""
     return [
         (max(at, start), min(at + STEP_BYTES, start + n_bytes) - max(at, start))
         for start, n_bytes in pages.tolist()

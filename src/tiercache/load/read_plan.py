@@ -167,12 +167,6 @@ class ReadPlanPublisher:
     The planner begins, completes and advances it; the owner of the epoch closes it. Without a cache nothing is
     computed. A plan that cannot be written is not an error: the cache then knows less. Thread-safe; in a forked child
     the methods do nothing.
-
-    Args:
-        source: Source that is read.
-        state: State at the start of the epoch, or where it was resumed.
-        plan_epoch: Function that returns a rank's share of an epoch. It must not refer to the loader, which would then
-            live too long.
     """
 
     def __init__(self, source: Source, state: RunState, plan_epoch: Callable[[RunState], OrderShare]) -> None:

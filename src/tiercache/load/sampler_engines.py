@@ -109,11 +109,7 @@ class SamplerEngine(Engine):
         return self._asked, self._saved if self._pass is None else self._pass.state()
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Resume from a saved state.
-
-        Raises:
-            ValueError: The state is not one of a loader with a sampler.
-        """
+        """Resume from a saved state. Raises ValueError: the state is not one of a loader with a sampler."""
         missing = [key for key in STATE_KEYS if key not in state]
         if missing:
             raise ValueError(

@@ -30,11 +30,7 @@ _CHUNK = 1 << 12  # indices per call while skipping
 
 
 class _BatchIterator(torchdata_samplers._BatchSamplerIterator):  # type: ignore[misc]  # noqa: SLF001 -- its state
-    """torchdata's iterator, with its state. C code loops over a batch's indices: 15 us less per batch of 256.
-
-    Attributes:
-        replay: Pass over a sampler without a state; None: the sampler has a state.
-    """
+    """torchdata's iterator, with its state. C code loops over a batch's indices: 15 us less per batch of 256."""
 
     def __init__(self, sampler: Any, batch_size: int, drop_last: bool) -> None:
         self.sampler, self.batch_size, self.drop_last = sampler, batch_size, drop_last
@@ -329,11 +325,6 @@ class SamplerPass:
 
     One consumer thread uses it. As in torch's loader, the indices are drawn when the first batch is requested: until
     then set_epoch() may be called, as Lightning does to resume.
-
-    Args:
-        batch_sampler: Batch sampler of torch or torchdata.
-        saved: State from which the pass is resumed. None: a new pass.
-        epoch, seed: Key of the random values of a record, if the state has none.
 
     Attributes:
         indices: int64[n], what the sampler returned. None: not drawn yet.

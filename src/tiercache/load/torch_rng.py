@@ -75,12 +75,7 @@ class TorchDraws:
 
 
 def next_seed(generator: torch.Generator | None, *, after_begin: bool) -> int:
-    """Return the seed that a random sampler would draw next, without drawing from the generator.
-
-    Args:
-        generator: The loader's generator; None: torch's own.
-        after_begin: Whether TorchDraws.begin() was called for the epoch; if not, its draw is skipped first.
-    """
+    """Return the seed that a random sampler would draw next, without drawing from the generator."""
     return _seed_of(_copy(generator), after_begin=after_begin)
 
 
@@ -88,11 +83,6 @@ def predict_seeds(generator: torch.Generator | None, n_records: int, *, begins: 
     """Return the seed of an epoch after its TorchDraws.begin(), and the predicted seed of the next epoch.
 
     The prediction holds if no other code draws until then.
-
-    Args:
-        generator: The loader's generator; None: torch's own.
-        n_records: Number of records of an epoch.
-        begins: Whether the next epoch calls TorchDraws.begin().
 
     Returns:
         Both seeds; None for the second if the prediction would take long.
@@ -209,11 +199,7 @@ class ReplayState:
 
 
 class Replay:
-    """One pass over a sampler that has no state.
-
-    Attributes:
-        iterator: The sampler's iterator.
-    """
+    """One pass over a sampler that has no state."""
 
     def __init__(self, sampler: Any) -> None:
         self._sampler = sampler
@@ -246,10 +232,6 @@ class Replay:
 
     def resume(self, state: Mapping[str, Any] | None, skip: Callable[[], object]) -> None:
         """Ask the sampler again for the items that it returned before a state was taken.
-
-        Args:
-            state: Value that state() returned. None: unknown (states of torchdata's loader).
-            skip: Function that takes the earlier items by take() or take_one().
 
         Raises:
             ValueError: The sampler returns other indices now, or drew numbers ahead that it cannot draw again.

@@ -40,14 +40,8 @@ def derive_key(seed: int, *parts: int | str | bytes) -> bytes:
 
     Each value is encoded as a tag ("i", "s" or "b"), the length of its payload as 8 bytes little-endian, and the
     payload: an integer as little-endian two's complement of bit_length // 8 + 1 bytes, text as UTF-8, bytes as they
-    are. Therefore no two lists of values share an encoding, and any integer (also of numpy) may be a seed.
-
-    Args:
-        seed: Seed of the run.
-        parts: Values that name the use.
-
-    Raises:
-        TypeError: A value is of another type. bool is refused, because True would equal 1.
+    are. Therefore no two lists of values share an encoding, and any integer (also of numpy) may be a seed. Raises
+    TypeError: a value is of another type. bool is refused, because True would equal 1.
     """
     digest = hashlib.blake2b(digest_size=16, person=_PERSON)
     for value in (seed, *parts):
@@ -86,15 +80,6 @@ def stratified_permutation(key: bytes, strata_key: bytes, n: int, n_run: int) ->
     If n_run does not divide n, one round has too few items for all strata: the last round or, as drawn, the first. If
     it were always the last round, items of shorter strata would come earlier than others in all epochs (for n = 12,
     n_run = 8: at 4.98 and 6.53 on average instead of 5.5).
-
-    Args:
-        key: Key that draws the items of each stratum.
-        strata_key: Key that draws the order of the strata.
-        n: Number of items.
-        n_run: Number of strata; n or more gives a permutation by `key` alone.
-
-    Returns:
-        int64[n].
     """
     drawn = permutation(key, n)
     if n_run >= n:
@@ -180,11 +165,7 @@ class StreamSplit:
         return -(-(self.n_records - stream) // self.n_streams)
 
     def stream(self, index: int) -> Stream:
-        """Return a stream with its shards in the epoch's reading order.
-
-        Raises:
-            ValueError: There is no such stream.
-        """
+        """Return a stream with its shards in the epoch's reading order."""
         n_records = self.stream_records(index)
         share, longer = divmod(self.n_records, self.n_streams)
         start = index * share + min(index, longer)
@@ -266,11 +247,6 @@ class EpochOrder:
     Creating it costs O(shards). It reads footers (`layout.blocks`) of one group of one stream at a time. It is
     immutable except for the last group and window of each stream, which are cached: threads may share it, and at worst
     two of them build the same group.
-
-    Args:
-        layout: Sizes of the shards, and access to their blocks.
-        options: Options of the order.
-        epoch: Number of the epoch, 0 or more.
     """
 
     def __init__(self, layout: Layout, options: OrderOptions, epoch: int) -> None:
@@ -304,10 +280,6 @@ class EpochOrder:
         """Return the window that holds a position of a stream.
 
         It reads the footers of the window's group, unless that group was the last one used in the stream.
-
-        Raises:
-            ValueError: The position is outside the stream, or a footer and the layout disagree on the number of
-                records.
         """
         n_records = self.stream_records(stream)
         if not 0 <= position < n_records:
@@ -326,11 +298,7 @@ class EpochOrder:
         return window
 
     def windows(self, stream: int, position: int = 0) -> Iterator[Window]:
-        """Yield the windows of a stream from the one that holds a position; nothing at the end of the stream.
-
-        Raises:
-            ValueError: See `section_at`.
-        """
+        """Yield the windows of a stream from the one that holds a position; nothing at the end of the stream."""
         while position != self.stream_records(stream):
             window = self.section_at(stream, position)
             yield window
@@ -455,13 +423,7 @@ def _rows_of(stream: Stream, run: slice) -> tuple[NDArray[np.int64], NDArray[np.
 def _own_rows(
     records: NDArray[np.int64], rows: tuple[NDArray[np.int64], NDArray[np.int64]], n_blocks: list[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the part of each block that belongs to the stream: its first row, and its number of rows (0: none).
-
-    Args:
-        records: int64[k], records of the blocks, shard after shard.
-        rows: First row of each shard that belongs to the stream, and the row after the last one.
-        n_blocks: Number of blocks of each shard.
-    """
+    """Return the part of each block that belongs to the stream: its first row, and its number of rows (0: none)."""
     ends = np.cumsum(records)
     shard_ends = np.cumsum(n_blocks)
     before = offsets_of_counts(records)[shard_ends - n_blocks]  # rows of the preceding shards

@@ -109,19 +109,11 @@ class RecordLocator:
         return int(self._first_record[-1])
 
     def shards(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the shard of each record, int64[n]. Reads no footers.
-
-        Args:
-            numbers: int64[n], record numbers, 0 <= number < n_records.
-        """
+        """Return the shard of each record, int64[n]. Reads no footers."""
         return np.searchsorted(self._first_record, numbers, side="right") - 1
 
     def find(self, numbers: NDArray[np.int64]) -> RecordLocations:
-        """Return the locations of records; reads the footers of shards that were not looked up before.
-
-        Args:
-            numbers: int64[n], record numbers, 0 <= number < n_records, in any order, with repetitions.
-        """
+        """Return the locations of records; reads the footers of shards that were not looked up before."""
         if not self.is_complete:
             self._learn(np.unique(self.shards(numbers)).tolist())
         table = self._table
@@ -148,12 +140,7 @@ class RecordLocator:
 
 
 def _join(known: Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]], stop: int) -> _Table:
-    """Return the block table of the known shards.
-
-    Args:
-        known: For each shard, ascending by number, the first records and the raw bytes of its blocks.
-        stop: Record after the last one.
-    """
+    """Return the block table of the known shards."""
     counts = [len(starts) for starts, _ in known.values()]
     nothing = np.empty(0, np.int64)
     starts = np.concatenate([nothing, *(starts for starts, _ in known.values())])
@@ -245,11 +232,6 @@ def count_fitting(places: RecordLocations, limit_bytes: int | None, free_shards:
     """Return how many of the first records lie in blocks of at most limit_bytes together; at least one.
 
     Each block is counted once.
-
-    Args:
-        places: Locations of one record or more.
-        limit_bytes: Limit of the raw bytes; None: no limit.
-        free_shards: Shards whose blocks are not counted.
     """
     n = len(places.at)
     touched = places.touched()
@@ -305,11 +287,7 @@ class ExplicitOrder:
         return self.n_records
 
     def section_at(self, stream: int, position: int) -> ExplicitSection:
-        """Return the section that holds a position: the last one that was built, or a new one that starts there.
-
-        Raises:
-            ValueError: The position is outside the stream.
-        """
+        """Return the section that holds a position: the last one that was built, or a new one that starts there."""
         self._check(stream, position)
         if position == self.n_records:
             raise ValueError(f"position {position} is outside an epoch of {self.n_records} records")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import accumulate
 from numbers import Rational, Real
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -44,10 +44,6 @@ def apportion(n: int, weights: Sequence[int]) -> tuple[int, ...]:
 
     Every share is its exact value rounded down or up. Therefore a part of n_k records gets at most n_k if n <= n_k /
     share, and at least n_k if n >= n_k / share.
-
-    Args:
-        n: Number of records to share out.
-        weights: Positive weights of the parts.
     """
     total = sum(weights)
     shares = [n * weight // total for weight in weights]
@@ -64,10 +60,6 @@ class StreamAllocation:
     Stream s of the epoch holds ceil((n - s) / S) records. The records of a part beyond a multiple of S go to
     neighbouring streams, and those of the next part to the streams after them: therefore the streams' records of a part
     differ by at most one.
-
-    Attributes:
-        totals: Number of records of each part in the epoch.
-        n_streams: Number of streams, S.
     """
 
     totals: tuple[int, ...]
@@ -121,10 +113,6 @@ class StreamInterleaving:
     thirds.
 
     Immutable; threads may share it.
-
-    Args:
-        deal: Allocation of the epoch's records.
-        stream: Number of the stream.
     """
 
     def __init__(self, deal: StreamAllocation, stream: int) -> None:
@@ -144,15 +132,8 @@ class StreamInterleaving:
             items[split.right] = items[split.node] - items[split.left]
         return items[: len(self.quotas)]
 
-    def position_of(self, part: int, draw: int) -> int:
-        """Return the position of a part's draw; draws count from 0 and are fewer than its quota."""
-        node, number = part, draw
-        while split := self._above.get(node):
-            node, number = split.node, split.item_of(node, number)
-        return int(number)
-
     def positions_of(self, part: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return `position_of` of many draws, int64[n]."""
+        """Return the positions of a part's draws, int64[n]; draws count from 0 and are fewer than the part's quota."""
         node, number = part, np.asarray(draws).astype(np.int64 if self.n_records < 1 << 31 else object)
         while split := self._above.get(node):
             node, number = split.node, split.item_of(node, number)
@@ -247,37 +228,8 @@ MAX_TURNS = 8
 _KEPT_EPOCHS = 4  # the streams of a part are in the same part epoch or in neighbouring ones
 
 
-class DrawRange(Protocol):
-    """Draws [start, stop) of one stream from one part that are served from one window."""
-
-    @property
-    def start(self) -> int:
-        """First draw."""
-
-    @property
-    def stop(self) -> int:
-        """Draw after the last one."""
-
-    @property
-    def window(self) -> Window:
-        """Window that holds the drawn records, with joined shard numbers."""
-
-    def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Return the block and the row of n draws, n > 0, from a draw on; uint32[n] each.
-
-        A block is an index into the blocks of the window; a row is counted from the start of the block.
-        """
-
-
 class MixturePart:
-    """One part of a mixture: its orders by part epoch; the last few are cached. Threads may share it, as an EpochOrder.
-
-    Args:
-        layout: Shards of all parts, in the joined numbering.
-        shards: Slice of the part's shards.
-        options: Options of the part, with the mixture's number of streams.
-        n_drawn: Number of records that an epoch of the mixture draws from the part.
-    """
+    """One part of a mixture: its orders by part epoch, of which the last few are cached. Threads may share it."""
 
     def __init__(self, layout: Layout, shards: slice, options: OrderOptions, n_drawn: int) -> None:
         self.first_shard = shards.start
@@ -355,15 +307,7 @@ class PartDraws:
 
     @staticmethod
     def of(part: MixturePart, deal: StreamAllocation, turned: int, quota: int, epoch: int) -> PartDraws:
-        """Return the draws of a stream of the mixture in an epoch.
-
-        Args:
-            part: Part that is drawn from.
-            deal: Allocation of the epoch's records to streams.
-            turned: Number of the stream in the part's own rotation of the streams.
-            quota: Number of draws.
-            epoch: Number of the mixture's epoch.
-        """
+        """Return the draws of a stream of the mixture in an epoch."""
         if part.n_streams == deal.n_streams:
             length = stream_records(part.n_records, part.n_streams, turned)
             return PartDraws(part, turned, epoch * quota, 1, quota, length, [])
@@ -379,12 +323,7 @@ class PartDraws:
         return run
 
     def shards_ahead(self, draw: int, n_bytes: int | None) -> NDArray[np.int64]:
-        """Return the shards that are read from a draw on, in reading order.
-
-        Args:
-            draw: Number of the draw.
-            n_bytes: Stored bytes that the shards hold together; None: the shards of all remaining draws.
-        """
+        """Return the shards that are read from a draw on, in reading order."""
         left = self.quota - draw
         if left <= 0:
             return np.empty(0, np.int64)
@@ -416,7 +355,7 @@ class PartDraws:
         found = []
         for own_epoch in range(first_epoch, last_epoch + 1):
             own = self.part.order(own_epoch).groups(self.stream)
-            draws = [self._many_draws_before(own_epoch * self.length + at) for at in (own.starts, own.stops)]
+            draws = [self._draws_before(own_epoch * self.length + at) for at in (own.starts, own.stops)]
             found.append(own.moved_to(*draws))
         groups = concat_groups(found)
         return replace(groups, shards=groups.shards + self.part.first_shard)
@@ -433,55 +372,46 @@ class PartDraws:
     def _run(self, draw: int) -> DrawRange:
         whole = self.part.whole()
         if whole is not None:
-            return _WholeRun(whole, 0, self.quota, self)
+            return DrawRange(whole, 0, self.quota, self, is_whole=True)
         own_epoch, position = divmod(self.base + draw * self.step, self.length)
         window = self.part.window(own_epoch, self.stream, position)
-        start, stop = (self._draws_before(own_epoch * self.length + at) for at in (window.start, window.stop))
-        return _WindowRun(window, start, stop, self)
+        start, stop = self._draws_before(own_epoch * self.length + np.array([window.start, window.stop])).tolist()
+        return DrawRange(window, start, stop, self, is_whole=False)
 
-    def _draws_before(self, number: int) -> int:
-        """Return the number of draws that come before a number of the sequence."""
-        return min(max(0, -((self.base - number) // self.step)), self.quota)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _WindowRun:
-    """Draws from one window of one part epoch."""
-
-    window: Window
-    start: int
-    stop: int
-    lane: PartDraws
-
-    def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        lane, window = self.lane, self.window
-        first = (lane.base + draw * lane.step) % lane.length - window.start
-        block, row = window.rows(first, first + (n - 1) * lane.step + 1)
-        return block[:: lane.step], row[:: lane.step]
+    def _draws_before(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many draws come before each number of the sequence."""
+        return np.clip(-((self.base - numbers) // self.step), 0, self.quota)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _WholeRun:
-    """Draws from a part that is one window: the blocks stay the same, and each part epoch has its own key.
+class DrawRange:
+    """Draws [start, stop) of one stream from one part that are served from one window, with joined shard numbers.
 
-    A part of a few records that is repeated often therefore does not end a section with each repetition.
+    If the window is the whole part, its blocks stay the same, and each part epoch has its own key: a part of a few
+    records that is repeated often does not end a section with each repetition.
     """
 
     window: Window
     start: int
     stop: int
     lane: PartDraws
+    is_whole: bool
 
     def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """Return the block (an index into the window's blocks) and the row in it of n draws, n > 0, from a draw on."""
         lane, length = self.lane, self.lane.length
         block, row = allocate_rows(n), allocate_rows(n)
         done = 0
-        while done < n:
+        while done < n:  # once, unless the window is whole
             own_epoch, position = divmod(lane.base + (draw + done) * lane.step, length)
             here = min(-((position - length) // lane.step), n - done)
             span = (here - 1) * lane.step + 1
-            blocks, rows = np.empty(span, np.uint32), np.empty(span, np.uint32)
-            RowFinder(self.window.first, lane.part.key(own_epoch)).find(position, blocks, rows)
+            if self.is_whole:
+                blocks, rows = np.empty(span, np.uint32), np.empty(span, np.uint32)
+                RowFinder(self.window.first, lane.part.key(own_epoch)).find(position, blocks, rows)
+            else:
+                first = position - self.window.start
+                blocks, rows = self.window.rows(first, first + span)
             block[done : done + here], row[done : done + here] = blocks[:: lane.step], rows[:: lane.step]
             done += here
         return block, row
@@ -494,11 +424,6 @@ def part_options(
 
     The sizes therefore hold for the mixture as a whole. A part gets at least half of an equal share: otherwise a part
     of 1 % would be mixed over windows of a hundredth of the size.
-
-    Args:
-        options: Options of the mixture.
-        weights: Weight of each part, in records.
-        shards: For each part the records and the stored bytes of its shards, int64[m] each.
     """
     brings = [
         Fraction(weight * max(int(stored_bytes.sum()), 1), int(records.sum()))
@@ -522,12 +447,7 @@ def part_options(
 
 
 def exact_weight(weight: Real | Fraction | float) -> Fraction:
-    """Return a weight as the fraction that was written: 0.7 is 7/10, not the nearest binary number.
-
-    Raises:
-        ValueError: The weight is not a positive finite number.
-        TypeError: The weight is not a real number.
-    """
+    """Return a weight as the fraction that was written: 0.7 is 7/10, not the nearest binary number."""
     if isinstance(weight, bool | np.bool_) or not isinstance(weight, Real):
         raise TypeError(f"a weight must be a number above 0, got {weight!r}")
     if not isinstance(weight, Rational) and not math.isfinite(weight):
@@ -555,12 +475,7 @@ class MixtureSpec:
     stop: Literal["first", "all"] = "first"
 
     def __post_init__(self) -> None:
-        """Check the values, and reduce the weights.
-
-        Raises:
-            ValueError: A weight is not positive, the number of weights is wrong, or another value is out of range.
-            TypeError: A weight is not a number.
-        """
+        """Check the values, and reduce the weights."""
         if self.stop not in ("first", "all"):
             raise ValueError(f"stop must be 'first' or 'all', got {self.stop!r}")
         if len(self.weights) != len(self.first_shards) or not self.weights:
@@ -580,14 +495,7 @@ class MixtureSpec:
         return slice(self.first_shards[part], ends[part])
 
     def part_records(self, shard_records: NDArray[np.int64]) -> tuple[int, ...]:
-        """Return the number of records of each part.
-
-        Args:
-            shard_records: int64[n_shards], records of the shards of all parts.
-
-        Raises:
-            ValueError: A part has no records.
-        """
+        """Return the number of records of each part."""
         parts = range(len(self.weights))
         found = tuple(int(shard_records[self.shards_of(part, len(shard_records))].sum()) for part in parts)
         if 0 in found:
@@ -694,12 +602,6 @@ class MixtureOrder:
     than 1.
 
     It is immutable except for the last windows, which are cached as in `EpochOrder`; threads may share it.
-
-    Args:
-        layout: Shards of all parts, in the joined numbering.
-        spec: Parts and weights.
-        options: Options of the order.
-        epoch: Number of the epoch, 0 or more.
     """
 
     def __init__(self, layout: Layout, spec: MixtureSpec, options: OrderOptions, epoch: int) -> None:
@@ -743,10 +645,6 @@ class MixtureOrder:
         """Return the section that holds a position of a stream. It ends where the first of the parts' windows ends.
 
         It reads the footers of one shard group of each part that the stream still draws from.
-
-        Raises:
-            ValueError: The position is outside the stream, or a footer and the layout disagree on the number of
-                records.
         """
         n_records = self.stream_records(stream)
         if not 0 <= position < n_records:
@@ -759,10 +657,10 @@ class MixtureOrder:
         for part, draw in enumerate(shares.drawn(position)):
             if draw < shares.quotas[part]:
                 runs[part] = run = kept.lanes[part].run_at(draw)
-                stop = min(stop, shares.position_of(part, run.stop - 1) + 1)
+                stop = min(stop, int(shares.positions_of(part, np.array([run.stop - 1]))[0]) + 1)
                 draw = run.start
             if draw > 0:
-                start = max(start, shares.position_of(part, draw - 1) + 1)
+                start = max(start, int(shares.positions_of(part, np.array([draw - 1]))[0]) + 1)
         drawn = shares.drawn(stop)
         runs = {
             part: run for part, run in runs.items() if run.start < drawn[part]
