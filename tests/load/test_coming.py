@@ -17,8 +17,7 @@ from tests.load.conftest import N_REMOTE as N
 from tests.load.conftest import SCHEMA, check_batch, ids_of, join_loading, make_columns
 
 import tiercache as tc
-from tiercache.load.epoch import plan_epoch
-from tiercache.load.planner import NextEpoch
+from tiercache.load.epoch import NextEpoch, plan_epoch
 from tiercache.load.prefetch import loading_pool
 from tiercache.load.state import RunState
 from tiercache.opened_version import OpenedVersion
@@ -185,7 +184,7 @@ def test_an_epoch_that_ends_before_anybody_began_the_next_is_not_waited_for(make
     loader = tc.DataLoader(dataset, batch_size=10, shuffle=True)
     gate = threading.Event()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tiercache.load.planner.loading_pool", lambda n: (gate.wait(30), loading_pool(n))[1])
+        patch.setattr("tiercache.load.epoch.loading_pool", lambda n: (gate.wait(30), loading_pool(n))[1])
         iterator = iter(loader)
         start_s = time.monotonic()
         assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(100))
@@ -214,10 +213,10 @@ def test_what_is_forgotten_while_it_is_made_ready_is_not_taken():
 
     coming = NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True)
     coming.prepare(None, None, 0)
-    taken = coming.take(SOURCE, "state")
-    assert (taken.share, taken.epoch_start) == (coming.share, None)
+    share, epoch_start, _ = coming.take(SOURCE, "state")
+    assert (share, epoch_start) == (coming.share, None)
     coming.prepare(None, None, 0)  # too late
-    assert coming.take(SOURCE, "state").epoch_start is None
+    assert coming.take(SOURCE, "state")[1] is None
     assert NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True).take("other", "state") is None
 
 
@@ -228,7 +227,7 @@ def test_the_future_of_a_beginning_that_failed_says_nothing():
 
     coming = NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True)
     coming.prepare(None, None, 0)
-    ready = coming.take(SOURCE, "state").epoch_start
+    _, ready, _ = coming.take(SOURCE, "state")
     assert isinstance(ready, Future)
     assert ready.result(0) is None
 
@@ -333,7 +332,7 @@ def test_a_data_set_that_is_closed_while_the_next_epoch_is_begun_loads_nothing_f
         after.append(len(loads))
         return loading_pool(n_threads)
 
-    monkeypatch.setattr("tiercache.load.planner.loading_pool", closing)
+    monkeypatch.setattr("tiercache.load.epoch.loading_pool", closing)
     ids_of(loader)  # epochs follow one another by now
     join_loading()
     assert after == [len(loads)]

@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler
 
 import tiercache as tc
 from tiercache.load import corrupt
-from tiercache.load.planner import NextEpoch
+from tiercache.load.epoch import NextEpoch
 
 N = 300
 WARNED = "replaced by the ones before them"
@@ -441,7 +441,7 @@ def test_an_epoch_that_begins_with_a_record_to_be_replaced_is_made_ready_like_an
         assert flat(ids_of(loader)) == first  # what it begins with is known by now; of the one before it was found out
         join_loading()
         assert flat(ids_of(loader)) == first
-        assert claimed[-1].epoch_start.result(30) is not None  # its first piece has other records in it
+        assert claimed[-1][1].result(30) is not None  # its first piece has other records in it
 
 
 @pytest.mark.parametrize("columns", [["id", "text"], ["id", "blob"]])

@@ -106,7 +106,7 @@ def test_what_makes_the_next_epoch_ready_may_fail_and_is_heard_of_when_that_epoc
         raise PermissionError(errno.EACCES, "not for you")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tiercache.load.planner.loading_pool", refuse)  # of the next epoch alone
+        patch.setattr("tiercache.load.epoch.loading_pool", refuse)  # of the next epoch alone
         assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(100))
         join_loading()
     assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(100))

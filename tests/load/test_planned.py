@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from weakref import ref
 
@@ -22,7 +21,7 @@ from tests.support.http_server import HttpFaultServer
 import tiercache as tc
 from tiercache.cache.evict.reading_plans import ReadingPlans
 from tiercache.load import read_plan
-from tiercache.load.planner import NextEpoch
+from tiercache.load.epoch import NextEpoch
 from tiercache.load.read_plan import ReadPlanPublisher
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.opened_version import OpenedVersion
@@ -242,7 +241,7 @@ def test_at_the_end_of_an_epoch_the_clock_stands_where_nothing_is_in_use(server,
     monkeypatch.setattr(OpenedVersion, "publish", lambda self, plan: (plans.append(plan), publish(self, plan))[1])
     monkeypatch.setattr(ReleasingPlan, "advance", lambda self, clock: (clocks.append(clock), advance(self, clock))[1])
     # The preparation of the next epoch may open its first shards before this one has ended.
-    monkeypatch.setattr("tiercache.load.planner.NextEpoch.prepare", lambda *_: None)
+    monkeypatch.setattr("tiercache.load.epoch.NextEpoch.prepare", lambda *_: None)
     with tc.Cache(tmp_path / "cache", size=packed[2] // 2, min_free=0) as cache:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -402,30 +401,6 @@ def test_a_plan_that_is_ready_when_all_is_closed_opens_no_cache_again(server, pa
     closed.set()
     end_threads()
     assert list((tmp_path / "cache" / "owners").iterdir()) == []
-
-
-def test_the_plan_before_is_withdrawn_though_the_clock_of_the_next_cannot_be_told(monkeypatch):
-    class Deaf:
-        n_closed = 0
-
-        def advance(self, clock):
-            raise MemoryError
-
-        def close(self):
-            self.n_closed += 1
-
-    plans = [Deaf(), Deaf()]
-    coming = iter(plans)
-    monkeypatch.setattr(ReadPlanPublisher, "_follow", lambda *_: next(coming))
-    one = ReadPlanPublisher(SimpleNamespace(has_cache=True), None, None)
-    one._publish(1)
-    with pytest.raises(MemoryError):
-        one._advance(5)
-    with pytest.raises(MemoryError):
-        one._publish(1)
-    assert [plan.n_closed for plan in plans] == [1, 0]
-    one.close()
-    assert [plan.n_closed for plan in plans] == [1, 1]
 
 
 def test_a_plan_that_cannot_be_written_costs_nothing_but_knowledge(server, packed, tmp_path, monkeypatch):

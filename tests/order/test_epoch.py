@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.order.brute import Shards, greedy, options, read, records_of, sequence, shards, stream_windows, uniform
 
 from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions
-from tiercache.order.epoch import MAX_GROUP_SHARDS
+from tiercache.order.epoch_order import MAX_GROUP_SHARDS
 from tiercache.order.window import cut_by_size
 
 

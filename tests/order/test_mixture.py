@@ -17,7 +17,8 @@ from tests.order.brute import read
 from tests.order.brute_mixture import Mixed, mixed_sequence, mixtures
 
 from tiercache.order import BlockTable, Layout, OrderOptions
-from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture, StreamAllocation, StreamInterleaving
+from tiercache.order.interleaving import StreamAllocation, StreamInterleaving
+from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture
 
 RAW_BYTES = 10  # of a record, in the parts made here
 

@@ -10,7 +10,7 @@ import os
 import threading
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tiercache.load.epoch import RecordWalk
     from tiercache.load.options import LoaderOptions
     from tiercache.load.prefetch import AnyPiece, LoadedWindow
     from tiercache.load.source import Source
@@ -41,45 +42,31 @@ if TYPE_CHECKING:
 _CHECKED = (Kind.RAGGED, Kind.STR, Kind.JSON)
 
 
-def bad_cast(
-    schema: Schema, served: Mapping[str, Column], loaded: LoadedWindow, block: int, row: int
-) -> SchemaError | None:
-    """Return the error of a row's value that its served dtype cannot represent; None if there is none."""
-    url = loaded.block_groups[loaded.group_of_block[block]].url
-    for column, addresses in _columns(schema, loaded, block):
-        if column.name in served:
-            try:
-                gather_values(column, addresses, *_only(row), url=url, served=served[column.name])
-            except SchemaError as error:
-                return error
-    return None
+def bad_value(
+    schema: Schema, loaded: LoadedWindow, block: int, row: int, casts: Mapping[str, Column] | None = None
+) -> SchemaError | CorruptShard | None:
+    """Return the error of a row that can be read and has an invalid value; None if there is none.
 
-
-def bad_value(schema: Schema, loaded: LoadedWindow, block: int, row: int) -> CorruptShard | None:
-    """Return the error of a row that can be read and has an invalid value; None if there is none."""
+    casts: Served columns by name; then only their values are checked, for one that the served dtype cannot represent.
+    """
     blocks = loaded.block_groups[loaded.group_of_block[block]]
-    for column, addresses in _columns(schema, loaded, block):
-        if column.kind in _CHECKED:
-            try:
-                gather_values(column, addresses, *_only(row), url=blocks.url)
-            except CorruptShard as error:
-                place = int(blocks.blocks[loaded.position[block]])
-                return CorruptShard(error.reason, url=blocks.url, block=place, column=column.name)
-    return None
-
-
-def _columns(schema: Schema, loaded: LoadedWindow, block: int) -> Iterator[tuple[Column, NDArray[np.uint64]]]:
-    """Yield each column with the addresses of its streams in one block, uint64[n_streams, 1, 3]."""
+    only = np.zeros(1, np.uint32), np.array([row], np.uint32)
     first = 0
     for column in schema.columns:
         stop = first + len(column.streams(0))
-        yield column, np.ascontiguousarray(loaded.addresses[first:stop, block : block + 1])
+        addresses = np.ascontiguousarray(loaded.addresses[first:stop, block : block + 1])
         first = stop
-
-
-def _only(row: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Return (block, row) arrays for one row of a single block."""
-    return np.zeros(1, np.uint32), np.array([row], np.uint32)
+        try:
+            if casts and column.name in casts:
+                gather_values(column, addresses, *only, url=blocks.url, served=casts[column.name])
+            elif not casts and column.kind in _CHECKED:
+                gather_values(column, addresses, *only, url=blocks.url)
+        except SchemaError as error:
+            return error
+        except CorruptShard as error:
+            number = int(blocks.blocks[loaded.position[block]])
+            return CorruptShard(error.reason, url=blocks.url, block=number, column=column.name)
+    return None
 
 
 # Location of a record: shard, block in it, row in that. In a location of corruption None stands for a whole shard or
@@ -232,19 +219,6 @@ def _bad_rows(blocks: Blocks, streams: NDArray[np.uint32]) -> Rows:
     except OSError:
         return None
     return np.array(sorted(found), np.int64)
-
-
-class RecordWalk(Protocol):
-    """A rank's records one by one, counted in rows from the start of its pieces.
-
-    Locations have the order's row numbers.
-    """
-
-    def before(self, n_rows: int) -> Iterator[RecordLocation]:
-        """Yield the records before row n_rows, latest first, also those before the start of the pieces."""
-
-    def after(self, n_rows: int) -> Iterator[RecordLocation]:
-        """Yield the record at row n_rows, and those after it."""
 
 
 def replace_corrupt(pieces: Iterable[AnyPiece], corruption: CorruptionMap, walk: RecordWalk) -> Iterator[AnyPiece]:

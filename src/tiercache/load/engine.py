@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, SupportsIndex
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import numpy as np
 import torch
@@ -23,11 +23,10 @@ from tiercache.errors import CorruptShard
 from tiercache.load.batch import Batch, BatchMemory, PipelineSetup
 from tiercache.load.corrupt import corruption_map_for
 from tiercache.load.decode import DecodedPipeline
-from tiercache.load.epoch import OrderShare, epoch_records, mixture_values, order_options, plan_epoch
+from tiercache.load.epoch import NextEpoch, OrderShare, epoch_records, mixture_values, order_options, plan_epoch
 from tiercache.load.options import LoaderOptions
 from tiercache.load.output_spec import OutputSpec, as_columns
-from tiercache.load.pipeline import ClosingPipeline, Pipeline, PipelineInputs, Resources, share_resources
-from tiercache.load.planner import ClaimedEpoch, NextEpoch
+from tiercache.load.pipeline import Pipeline, PipelineInputs, Resources, share_resources
 from tiercache.load.ranks import Rank, agree, find_rank, must_not_draw
 from tiercache.load.read_plan import ReadPlanPublisher
 from tiercache.load.source import Source
@@ -41,28 +40,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tiercache.load.corrupt import CorruptLocation
+    from tiercache.load.samplers import SamplerPass
 
 
 logger = logging.getLogger("tiercache")
 _profiler = torch.autograd.profiler
 
 
-class EpochProgress(Protocol):
-    """How far an epoch is; its iterator updates it.
-
-    n_yielded: batches handed out since the epoch began or was resumed; finished: whether its end was reached.
-    """
-
-    n_yielded: int
-    finished: bool
-
-
 class EpochPosition:
-    """The position in an epoch.
+    """The position in an epoch. The loader keeps it; the epoch's iterator updates it, and may be dropped long before.
 
-    The loader keeps it; the epoch's iterator updates it, and may be dropped long before.
-
-    is_counted: whether the number of batches handed out is known; it is not if another loader hands them out.
+    Attributes:
+        n_yielded: Number of batches handed out since the epoch began or was resumed.
+        finished: Whether the end was reached.
+        is_counted: Whether n_yielded is known; it is not if another loader hands the batches out.
     """
 
     def __init__(self, begun: RunState, ranks: RankPlan, *, is_counted: bool = True) -> None:
@@ -116,7 +107,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
 
     def __init__(
         self,
-        position: EpochProgress,
+        position: EpochPosition | SamplerPass,
         work: PipelineInputs,
         resources: Resources,
         timeout_s: float,
@@ -176,7 +167,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
 
     def _start(self, work: PipelineInputs) -> None:
         kind = DecodedPipeline if work.output_spec.decode else Pipeline
-        self._pipeline: ClosingPipeline = kind(work, self._resources)
+        self._pipeline: Pipeline | DecodedPipeline = kind(work, self._resources)
         self._take_by(self._pipeline.take_ready)
 
     def _next(self) -> Any:
@@ -370,7 +361,7 @@ class Engine(ABC):
 
     def _start_iterator(
         self,
-        position: EpochProgress,
+        position: EpochPosition | SamplerPass,
         share: OrderShare,
         draws: TorchDraws,
         pin: Callable[[Any], Any] | None,
@@ -528,10 +519,10 @@ class NativeEngine(Engine):
         plan_share = partial(plan_epoch, read, rank, self._asked.batch_size, self._asked.fills_first)
         found = None if self._next_epoch is None else self._next_epoch.take(self._source, state)
         if found is None:
-            found = ClaimedEpoch(plan_share(state), None, ReadPlanPublisher(self._source, state, plan_share))
+            found = plan_share(state), None, ReadPlanPublisher(self._source, state, plan_share)
             if self._next_epoch is not None:
-                found.publisher.succeed(self._next_epoch.publisher)
-        share = found.share
+                found[2].succeed(self._next_epoch.publisher)
+        share, epoch_start, publisher = found
         if share.ranks.ignores_streams:
             self._warn_of_streams(share.ranks)
         position = EpochPosition(state, share.ranks)
@@ -548,9 +539,9 @@ class NativeEngine(Engine):
             share,
             draws,
             self._pin_function(),
-            epoch_start=found.epoch_start,
+            epoch_start=epoch_start,
             next_epoch=next_epoch,
-            publisher=found.publisher,
+            publisher=publisher,
         )
         if self._asked.num_workers:
             draws.sample()  # torch sends workers their first indices in iter()

@@ -34,7 +34,7 @@ from tiercache.load.batch import (
     keep_freed_memory,
     valid_mask,
 )
-from tiercache.load.corrupt import bad_cast, bad_value
+from tiercache.load.corrupt import bad_value
 from tiercache.load.planner import PlannerState, run_planner
 from tiercache.load.prefetch import LoadThreads, loading_pool
 from tiercache.model import parse_bytes
@@ -48,10 +48,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.load.corrupt import CorruptionMap, RecordLocation
-    from tiercache.load.epoch import OrderShare
+    from tiercache.load.epoch import EpochStart, NextEpoch, OrderShare
     from tiercache.load.options import LoaderOptions
     from tiercache.load.output_spec import OutputSpec
-    from tiercache.load.planner import EpochStart, NextEpoch
     from tiercache.load.prefetch import LoadedWindow
     from tiercache.load.ranks import Rank
     from tiercache.load.read_plan import ReadPlanPublisher
@@ -153,24 +152,6 @@ class ClosingPipeline(ABC):
     def is_forked_copy(self) -> bool:
         """Whether this is a forked child's copy, which has no threads and cannot be used."""
         return self._pid != os.getpid()
-
-    @property
-    @abstractmethod
-    def n_taken(self) -> int:
-        """Number of the next batch that take() returns, counted in the share."""
-
-    @property
-    @abstractmethod
-    def take_ready(self) -> Callable[[], Batch | None] | None:
-        """Function that returns the next batch if it is ready and an ordinary one; None: call take()."""
-
-    @abstractmethod
-    def take(self, timeout_s: float = -1.0) -> Batch | None:
-        """Return the next batch; None at the end of the epoch."""
-
-    @abstractmethod
-    def figures(self) -> dict[str, float]:
-        """Return the counters of the batches that were taken."""
 
     @abstractmethod
     def close(self) -> None:
@@ -430,7 +411,7 @@ class Pipeline(ClosingPipeline):
             source.schema, self._work.output_spec.cast if isinstance(error, gather.CastError) else {}
         )
         for loaded, block, row in self._places(self._taker.rows, stop):
-            misfit = bad_cast(source.schema, served, loaded, block, row) if served else None
+            misfit = bad_value(source.schema, loaded, block, row, served) if served else None
             if misfit is not None:
                 return misfit
             blocks = loaded.block_groups[loaded.group_of_block[block]]
@@ -449,7 +430,7 @@ class Pipeline(ClosingPipeline):
                         place=_stored_place(loaded, block, row),
                     )
             wrong = bad_value(source.schema, loaded, block, row)
-            if wrong is not None:
+            if isinstance(wrong, CorruptShard):
                 wrong.place = _stored_place(loaded, block, row)
                 return wrong
         return CorruptShard(text, url=source.url)

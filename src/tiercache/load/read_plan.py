@@ -20,7 +20,7 @@ from tiercache.errors import TierCacheError
 from tiercache.model import NEVER, ReadingPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
@@ -183,24 +183,21 @@ class ReadPlanPublisher:
         self._pid = os.getpid()
 
     def begin(self, share: OrderShare, n_batches: int = 0) -> None:
-        """Publish what is known quickly, before a shard of the share is opened. Only the first call counts.
+        """Publish the plan of a share, of which n_batches were served before; many shards wait for complete().
 
-        n_batches: number of batches of the share that were served before.
+        Only the first call counts. It comes before a shard of the share is opened.
         """
         if self._share is not None or self._is_closed or not self._source.has_cache:
             return
         self._share, self._start = share, share.ranks.offset_after(n_batches)
         if len(self._source.shard_records) <= QUICK_SHARDS:
+            self._is_complete = True
             self._publish(QUICK_SHARDS_AHEAD)
 
     def complete(self) -> None:
-        """Publish all that can be known, after the first batch was pushed. Only the first call counts."""
-        if self._share is None or self._is_complete or self._is_closed:
-            return
-        self._is_complete = True
-        if len(self._source.shard_records) <= QUICK_SHARDS:
-            self._publish(MAX_SHARDS_AHEAD)
-        else:
+        """Publish the plan of many shards in a thread, after the first batch was pushed. Only the first call counts."""
+        if self._share is not None and not self._is_complete and not self._is_closed:
+            self._is_complete = True
             threading.Thread(target=self._publish, args=(MAX_SHARDS_AHEAD,), name="tiercache-plan", daemon=True).start()
 
     def advance(self, n_batches: int, n_rows: int) -> None:
@@ -258,18 +255,14 @@ class ReadPlanPublisher:
             # The earlier plan is withdrawn all the same: it would announce this epoch as the next one for ever.
             following = None
         with self._lock:
-            old, self._following = self._following, following or self._following
             before, self._before = self._before, None
-            over = [one for one in (old, before) if one is not None and one is not self._following]
-            if self._is_closed and self._following is not None:
-                over.append(self._following)
-                self._following = None
-        try:
-            with self._lock:
-                if self._following is not None and self._clock:
-                    self._following.advance(self._clock)
-        finally:  # No other object refers to these plans any more.
-            for one in over:
+            is_unwanted = self._is_closed
+            if not is_unwanted:
+                self._following = following
+                if following is not None and self._clock:
+                    following.advance(self._clock)
+        for one in (before, following if is_unwanted else None):
+            if one is not None:
                 one.close()
 
     def _follow(self, max_shards: int) -> PublishedPlan | None:
@@ -277,13 +270,12 @@ class ReadPlanPublisher:
         if share is None:
             return None
         n_shards = len(source.shard_records)
-        if self._uses is None:
-            self._uses = find_shard_uses(share, self._start, n_shards)
+        self._uses = find_shard_uses(share, self._start, n_shards)
         ranks, n_filled = share.ranks, int(np.count_nonzero(source.shard_records))
         owner = f"rank {ranks.rank} of {ranks.world_size}, epoch {self._state.epoch}, seed {share.seed}"
-        looked: list[int] = []
-        plan = make_read_plan(owner, self._uses, self._later(looked), n_filled, max_shards)
-        self._is_complete = max_shards >= MAX_SHARDS_AHEAD or sum(looked) < max_shards
+        # The rank's shares of the following epochs.
+        later = (self._plan_epoch(self._state.following(n)) for n in itertools.count(self._state.epoch + 1))
+        plan = make_read_plan(owner, self._uses, later, n_filled, max_shards)
         # Closed while the plan was computed. The cache may be closed too, and must not be opened again.
         if self._is_closed:
             return None
@@ -299,10 +291,3 @@ class ReadPlanPublisher:
         beside = ranks.world_size > 1
         seed = self._state.following(0).seed  # the same in all epochs of the run
         return f"rank {ranks.rank} of {ranks.world_size}, seed {seed}, of {parts}" if beside else ""
-
-    def _later(self, looked: list[int]) -> Iterator[OrderShare]:
-        """Yield the rank's shares of the following epochs; append the cost of each to `looked`."""
-        for number in itertools.count(self._state.epoch + 1):
-            share = self._plan_epoch(self._state.following(number))
-            looked.append(cost_of(share, len(self._source.shard_records)))
-            yield share

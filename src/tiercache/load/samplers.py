@@ -329,7 +329,7 @@ class SamplerPass:
     Attributes:
         indices: int64[n], what the sampler returned. None: not drawn yet.
         ranks: The batches of the pass, from where it was resumed; set with `indices`.
-        n_yielded, finished: See EpochProgress.
+        n_yielded, finished: See EpochPosition.
     """
 
     ranks: RankPlan

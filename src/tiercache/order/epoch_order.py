@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -110,6 +110,7 @@ class Stream:
         rows: int64[k + 1], cumulative rows of the shards that belong to the stream.
         stored: int64[k + 1], cumulative stored bytes; of a shard that is cut, in proportion to its rows.
         cuts: int64[m + 1], group i is shards [cuts[i], cuts[i + 1]).
+        group_starts: int64[m + 1], positions at which the groups begin, and the end of the stream.
         is_cut: Whether a shard belongs to the stream only in part.
     """
 
@@ -119,85 +120,14 @@ class Stream:
     rows: NDArray[np.int64]
     stored: NDArray[np.int64]
     cuts: NDArray[np.int64]
+    group_starts: NDArray[np.int64]
     is_cut: bool
-
-    @property
-    def n_records(self) -> int:
-        """Number of records of the stream."""
-        return int(self.rows[-1])
 
     @property
     def group_shards(self) -> int:
         """Average number of shards of a group; the last group does not count, unless it is the only one."""
         n_groups = max(len(self.cuts) - 2, 1)
         return int(self.cuts[n_groups]) // n_groups if len(self.cuts) > 1 else 0
-
-    @property
-    def group_starts(self) -> NDArray[np.int64]:
-        """int64[m + 1], positions at which the groups begin, and the end of the stream."""
-        return self.rows[self.cuts]
-
-
-class StreamSplit:
-    """Division of an epoch's shards among its streams. Immutable; creating it costs O(shards)."""
-
-    def __init__(self, layout: Layout, options: OrderOptions, epoch: int) -> None:
-        self._layout = layout
-        self._options = options
-        self._epoch = epoch
-        self.n_streams = options.streams if options.shuffle else 1
-        shards = np.flatnonzero(layout.records)
-        if self.n_streams > 1:
-            where = () if options.placement == "sticky" else (epoch,)
-            shards = shards[permutation(derive_key(options.seed, "split", *where), len(shards))]
-        self._shards = shards
-        self._ends = offsets_of_counts(layout.records[shards])
-
-    @property
-    def n_records(self) -> int:
-        """Number of records of all streams."""
-        return int(self._ends[-1])
-
-    def stream_records(self, stream: int) -> int:
-        """Return the number of records of a stream. Raises ValueError if there is no such stream."""
-        if not 0 <= stream < self.n_streams:
-            raise ValueError(f"there is no stream {stream}: the order has {self.n_streams}")
-        return -(-(self.n_records - stream) // self.n_streams)
-
-    def stream(self, index: int) -> Stream:
-        """Return a stream with its shards in the epoch's reading order."""
-        n_records = self.stream_records(index)
-        share, longer = divmod(self.n_records, self.n_streams)
-        start = index * share + min(index, longer)
-        first = int(np.searchsorted(self._ends, start, side="right")) - 1
-        last = int(np.searchsorted(self._ends, start + n_records, side="left")) if n_records else first
-        row_start = np.maximum(start - self._ends[first:last], 0)
-        row_stop = np.minimum(start + n_records, self._ends[first + 1 : last + 1]) - self._ends[first:last]
-        shards = self._shards[first:last]
-        # Sort by shard number first: the order inside a stream then depends only on the set of its shards, and the
-        # single stream of an order without streams equals the stored order of the data set.
-        turn = np.argsort(shards)
-        stream = self._cut(index, shards[turn], row_start[turn], row_stop[turn])
-        if not self._options.shuffle:
-            return stream
-        key, strata_key = (derive_key(self._options.seed, use, self._epoch, index) for use in ("shards", "strata"))
-        turn = turn[stratified_permutation(key, strata_key, len(turn), stream.group_shards)]
-        return self._cut(index, shards[turn], row_start[turn], row_stop[turn])
-
-    def _cut(
-        self, index: int, shards: NDArray[np.int64], row_start: NDArray[np.int64], row_stop: NDArray[np.int64]
-    ) -> Stream:
-        n_rows, whole = row_stop - row_start, self._layout.records[shards]
-        stored_bytes = self._layout.stored_bytes[shards]
-        parts = np.flatnonzero(n_rows != whole).tolist()  # at most the first and the last shard of the run
-        for part in parts:  # Python integers: the product may exceed 64 bits
-            stored_bytes[part] = int(stored_bytes[part]) * int(n_rows[part]) // int(whole[part])
-        group_bytes = self._options.group_bytes
-        max_shards = None if group_bytes is None else MAX_GROUP_SHARDS
-        cuts = cut_by_size(stored_bytes, group_bytes, max_items=max_shards)
-        return Stream(
-            index, shards, row_start, offsets_of_counts(n_rows), offsets_of_counts(stored_bytes), cuts, bool(parts)
-        )
 
 
 _Number = TypeVar("_Number", np.int32, np.int64, np.uint32)
@@ -233,12 +163,8 @@ class _Kept:
     """Cached state of a stream: its shards, and the group and window that were used last."""
 
     stream: Stream
-    group_starts: NDArray[np.int64] = field(init=False)
     group: _Group | None = None
     window: Window | None = None
-
-    def __post_init__(self) -> None:
-        self.group_starts = self.stream.group_starts
 
 
 class EpochOrder:
@@ -255,26 +181,25 @@ class EpochOrder:
         self.layout = layout
         self.options = options
         self.epoch = epoch
-        self._split = StreamSplit(layout, options, epoch)
+        self.n_streams = options.streams if options.shuffle else 1
+        shards = np.flatnonzero(layout.records)
+        if self.n_streams > 1:
+            where = () if options.placement == "sticky" else (epoch,)
+            shards = shards[permutation(derive_key(options.seed, "split", *where), len(shards))]
+        self._shards = shards
+        self._ends = offsets_of_counts(layout.records[shards])
         self._kept: dict[int, _Kept] = {}
 
     @property
     def n_records(self) -> int:
         """Number of records of the epoch: all records of the data set."""
-        return self._split.n_records
-
-    @property
-    def n_streams(self) -> int:
-        """Number of streams, as the options say; 1 without shuffle."""
-        return self._split.n_streams
+        return int(self._ends[-1])
 
     def stream_records(self, stream: int) -> int:
-        """Return the number of records of a stream: ceil((n_records - stream) / n_streams).
-
-        Raises:
-            ValueError: There is no such stream.
-        """
-        return self._split.stream_records(stream)
+        """See Order.stream_records. Raises ValueError if there is no such stream."""
+        if not 0 <= stream < self.n_streams:
+            raise ValueError(f"there is no stream {stream}: the order has {self.n_streams}")
+        return -(-(self.n_records - stream) // self.n_streams)
 
     def section_at(self, stream: int, position: int) -> Window:
         """Return the window that holds a position of a stream.
@@ -288,7 +213,7 @@ class EpochOrder:
         last = kept.window
         if last is not None and last.start <= position < last.stop:
             return last
-        index = int(np.searchsorted(kept.group_starts, position, side="right")) - 1
+        index = int(np.searchsorted(kept.stream.group_starts, position, side="right")) - 1
         group = kept.group
         if group is None or group.index != index:
             group = kept.group = self._build_group(kept, index)
@@ -316,7 +241,7 @@ class EpochOrder:
         shards, stored = kept.stream.shards, kept.stream.stored
         if position == n_records:
             return shards[:0]
-        starts = kept.group_starts if self.options.shuffle else kept.stream.rows
+        starts = kept.stream.group_starts if self.options.shuffle else kept.stream.rows
         found = int(np.searchsorted(starts, position, side="right")) - 1
         begin = int(kept.stream.cuts[found]) if self.options.shuffle else found
         if n_bytes is None:
@@ -336,8 +261,42 @@ class EpochOrder:
     def _keep(self, stream: int) -> _Kept:
         kept = self._kept.get(stream)
         if kept is None:
-            kept = self._kept[stream] = _Kept(self._split.stream(stream))
+            kept = self._kept[stream] = _Kept(self._stream(stream))
         return kept
+
+    def _stream(self, index: int) -> Stream:
+        """Return a stream with its shards in the epoch's reading order."""
+        n_records = self.stream_records(index)
+        share, longer = divmod(self.n_records, self.n_streams)
+        start = index * share + min(index, longer)
+        first = int(np.searchsorted(self._ends, start, side="right")) - 1
+        last = int(np.searchsorted(self._ends, start + n_records, side="left")) if n_records else first
+        row_start = np.maximum(start - self._ends[first:last], 0)
+        row_stop = np.minimum(start + n_records, self._ends[first + 1 : last + 1]) - self._ends[first:last]
+        shards = self._shards[first:last]
+        # Sort by shard number first: the order inside a stream then depends only on the set of its shards, and the
+        # single stream of an order without streams equals the stored order of the data set.
+        turn = np.argsort(shards)
+        stream = self._cut(index, shards[turn], row_start[turn], row_stop[turn])
+        if not self.options.shuffle:
+            return stream
+        key, strata_key = self._key("shards", index), self._key("strata", index)
+        turn = turn[stratified_permutation(key, strata_key, len(turn), stream.group_shards)]
+        return self._cut(index, shards[turn], row_start[turn], row_stop[turn])
+
+    def _cut(
+        self, index: int, shards: NDArray[np.int64], row_start: NDArray[np.int64], row_stop: NDArray[np.int64]
+    ) -> Stream:
+        n_rows, whole = row_stop - row_start, self.layout.records[shards]
+        stored_bytes = self.layout.stored_bytes[shards]
+        parts = np.flatnonzero(n_rows != whole).tolist()  # at most the first and the last shard of the run
+        for part in parts:  # Python integers: the product may exceed 64 bits
+            stored_bytes[part] = int(stored_bytes[part]) * int(n_rows[part]) // int(whole[part])
+        group_bytes = self.options.group_bytes
+        max_shards = None if group_bytes is None else MAX_GROUP_SHARDS
+        cuts = cut_by_size(stored_bytes, group_bytes, max_items=max_shards)
+        rows, stored = offsets_of_counts(n_rows), offsets_of_counts(stored_bytes)
+        return Stream(index, shards, row_start, rows, stored, cuts, rows[cuts], bool(parts))
 
     def _key(self, use: str, *where: int) -> bytes:
         return derive_key(self.options.seed, use, self.epoch, *where)
@@ -364,7 +323,7 @@ class EpochOrder:
         )
         return _Group(
             index=index,
-            start=int(kept.group_starts[index]),
+            start=int(kept.stream.group_starts[index]),
             shards=shards[chosen],
             blocks=blocks[chosen],
             first=offsets_of_counts(records[chosen]),

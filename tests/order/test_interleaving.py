@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tiercache.order.mixture import StreamAllocation, StreamInterleaving, apportion, exact_weight
+from tiercache.order.interleaving import StreamAllocation, StreamInterleaving, apportion
+from tiercache.order.mixture import exact_weight
 
 
 def worst(sequence: list[int], shares: list[Fraction]) -> float:
