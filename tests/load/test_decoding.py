@@ -388,7 +388,7 @@ def test_batches_smaller_than_the_number_of_threads_are_in_order(path):
 
 
 @pytest.mark.parametrize("how", ["values", "cut"])
-def test_a_rotten_copy_in_the_cache_is_fetched_again(path, tmp_path, how):
+def test_a_corrupt_copy_in_the_cache_is_fetched_again(path, tmp_path, how):
     files = [file for file in path.rglob("*") if file.is_file()]
     objects = {f"data/{f.relative_to(path).as_posix()}": f.read_bytes() for f in files}
     with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:

@@ -107,7 +107,9 @@ def opened(request, tmp_path) -> Callable[[Path], tc.Dataset]:
 
 @pytest.mark.parametrize(("compression", "column"), [("none", "id"), ("none", "boxes"), ("zstd:3", "text")])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_records_of_damaged_blocks_are_those_before_them(make_dataset, opened, compression, column, shuffle):
+def test_records_of_corrupt_blocks_are_replaced_by_those_before_them(
+    make_dataset, opened, compression, column, shuffle
+):
     path = make_dataset(N, compression=compression)
     clean = tc.Dataset(path)
     sequence = flat(ids_of(tc.DataLoader(clean, 16, shuffle=shuffle, options=options())))
@@ -133,7 +135,7 @@ def test_records_of_damaged_blocks_are_those_before_them(make_dataset, opened, c
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_a_resumed_run_serves_the_same_in_the_places_of_damaged_records(make_dataset, opened, shuffle):
+def test_a_resumed_run_serves_the_same_replacements(make_dataset, opened, shuffle):
     path = make_dataset(N, compression="zstd:3")
     clean = tc.Dataset(path)
     blocks = blocks_of(clean)
@@ -230,7 +232,7 @@ def test_a_shard_that_is_gone_is_an_error_however(make_dataset):
         list(tc.DataLoader(dataset, 8, shuffle=True, options=options()))
 
 
-def test_a_rank_of_which_no_record_can_be_read_is_told_so(make_dataset):
+def test_a_rank_without_a_readable_record_is_an_error(make_dataset):
     path = make_dataset(40)
     clean = tc.Dataset(path)
     for shard, block, _ in blocks_of(clean):
@@ -266,7 +268,7 @@ def test_records_of_views_joined_and_mixed_data_sets_are_replaced_too(make_datas
 
 
 @pytest.mark.parametrize("kind", ["sampler", "batch_sampler"])
-def test_records_that_a_sampler_says_are_replaced_by_those_that_it_said_before(make_dataset, kind):
+def test_corrupt_records_of_a_sampler_are_replaced_by_those_before_them(make_dataset, kind):
     path = make_dataset(N, compression="zstd:3")
     clean = tc.Dataset(path)
     shard, block, bad = blocks_of(clean)[5]
@@ -288,7 +290,7 @@ def test_replacing_records_of_a_users_own_batch_sampler_is_refused(make_dataset)
         tc.DataLoader(tc.Dataset(make_dataset(N)), batch_sampler=[[1, 2], [3]], options=options())
 
 
-def test_text_that_is_none_is_damage_of_its_record_alone(tmp_path):
+def test_invalid_text_is_replaced_for_its_record_alone(tmp_path):
     path = tmp_path / "data"
     with tc.Writer(path, schema={"id": "int64", "text": "str"}, compression="none") as writer:
         writer.write_batch({"id": np.arange(50), "text": ["a" if i != 20 else "b" for i in range(50)]})
@@ -414,7 +416,7 @@ def read_and_cut(dataset: tc.Dataset, files: list[Path]) -> list[int]:
     return found
 
 
-def test_nothing_is_looked_for_where_nothing_is_wrong(make_dataset, monkeypatch):
+def test_intact_data_is_not_searched_for_corruption(make_dataset, monkeypatch):
     def refuse(*_):
         raise AssertionError("looked for damage")
 
@@ -426,7 +428,7 @@ def test_nothing_is_looked_for_where_nothing_is_wrong(make_dataset, monkeypatch)
     assert loader.stats()["skipped"] == 0
 
 
-def test_an_epoch_that_begins_with_a_record_to_be_replaced_is_made_ready_like_any_other(make_dataset, monkeypatch):
+def test_an_epoch_that_begins_with_a_corrupt_record_is_prepared_as_usual(make_dataset, monkeypatch):
     claimed, take = [], NextEpoch.take
     monkeypatch.setattr(NextEpoch, "take", lambda *given: claimed.append(take(*given)) or claimed[-1])
     path = make_dataset(N)

@@ -98,7 +98,7 @@ def test_a_planner_that_hears_of_close_before_the_ring_does_ends_the_iterator_as
         next(iter(tc.DataLoader(dataset, batch_size=10)))
 
 
-def test_what_makes_the_next_epoch_ready_may_fail_and_is_heard_of_when_that_epoch_comes(make_dataset, monkeypatch):
+def test_a_failed_preparation_is_reported_by_the_epoch_itself(make_dataset, monkeypatch):
     dataset = tc.Dataset(make_dataset(100))
     loader = tc.DataLoader(dataset, batch_size=10)
 
@@ -119,7 +119,7 @@ def test_every_batch_is_counted_once_among_the_waits(make_dataset):
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_batches_that_are_ready_come_the_short_way_and_are_the_same(make_dataset, monkeypatch, drop_last):
+def test_ready_batches_by_the_fast_path_are_the_same(make_dataset, monkeypatch, drop_last):
     dataset = tc.Dataset(
         make_dataset(1005), columns=["id", "blob", "text"], layouts={"blob": "buffer", "text": "buffer"}
     )
@@ -176,7 +176,7 @@ def test_only_some_of_a_windows_order_is_in_memory(make_dataset, monkeypatch):
     assert most <= 3
 
 
-def test_of_one_stream_no_row_s_place_is_in_memory_before_its_batch_is_gathered(make_dataset, monkeypatch):
+def test_rows_of_one_stream_are_located_when_their_batch_is_gathered(make_dataset, monkeypatch):
     monkeypatch.setattr("tiercache.load.epoch.RUN_PIECES", PieceSizes(3008, 64, 3008))
     options = tc.LoaderOptions(shuffle_window_bytes="all", seed=0)
     loader = tc.DataLoader(tc.Dataset(make_dataset(3008)), batch_size=16, shuffle=True, options=options)
@@ -204,7 +204,7 @@ def test_what_was_fetched_stays_counted_when_a_state_leads_to_another_version(ma
     assert (after["requests"], after["bytes_fetched"]) == (before["requests"], before["bytes_fetched"])
 
 
-def test_a_slow_store_holds_nobody_up_who_leaves_the_loop(make_dataset, monkeypatch):
+def test_leaving_the_loop_does_not_wait_for_a_slow_store(make_dataset, monkeypatch):
     dataset = tc.Dataset(make_dataset(100))
     gate, opened = threading.Event(), threading.Event()
     load = ShardReader.load
@@ -227,7 +227,7 @@ def test_a_slow_store_holds_nobody_up_who_leaves_the_loop(make_dataset, monkeypa
 
 @pytest.mark.parametrize("columns", [["id"], ["id", "blob", "text"]])
 @pytest.mark.parametrize("where", ["in the ring", "for a tensor"])
-def test_after_a_batch_that_found_no_memory_nothing_is_served(make_dataset, columns, where):
+def test_after_a_memory_error_no_batch_is_served(make_dataset, columns, where):
     def fail(found):
         if found is None or isinstance(found, int):
             return found
@@ -251,7 +251,7 @@ def test_after_a_batch_that_found_no_memory_nothing_is_served(make_dataset, colu
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("is_being_taken", [False, True])
-def test_an_epoch_that_was_begun_goes_on_in_no_forked_child(make_dataset, is_being_taken):
+def test_a_forked_child_cannot_continue_its_parents_epoch(make_dataset, is_being_taken):
     iterator = iter(tc.DataLoader(tc.Dataset(make_dataset(100), columns=["id"]), batch_size=10))
     next(iterator)
     taking, go = threading.Event(), threading.Event()
@@ -321,7 +321,7 @@ def test_a_planner_that_cannot_be_started_leaves_nothing_behind(make_dataset, mo
     assert [i for ids in ids_of(loader) for i in ids] == list(range(100))
 
 
-def test_what_was_closed_is_not_closed_again(make_dataset):
+def test_closing_twice_has_no_effect(make_dataset):
     iterator = iter(tc.DataLoader(tc.Dataset(make_dataset(100)), batch_size=10))
     check_batch(next(iterator))
     iterator.close()

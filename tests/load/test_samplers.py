@@ -134,7 +134,7 @@ def dataset(tmp_path_factory):
 
 @pytest.mark.parametrize(("workers", "drop_last"), [(0, False), (2, False), (2, True)])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_sampler_is_served_what_torch_serves_and_draws_as_much(dataset, name, drop_last, workers):
+def test_a_sampler_serves_and_draws_the_same_as_under_torch(dataset, name, drop_last, workers):
     found, states = [], []
     for loader_class in (TorchLoader, tc.DataLoader):
         torch.manual_seed(11)
@@ -156,7 +156,7 @@ def test_a_sampler_is_served_what_torch_serves_and_draws_as_much(dataset, name, 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", BATCH_SAMPLERS)
-def test_a_batch_sampler_is_served_what_torch_serves(dataset, name, workers):
+def test_a_batch_sampler_serves_the_same_as_under_torch(dataset, name, workers):
     found = []
     for loader_class in (TorchLoader, tc.DataLoader):
         torch.manual_seed(11)
@@ -355,13 +355,13 @@ def test_set_epoch_reaches_the_sampler_wherever_it_is(dataset):
     "bad",
     [{"rank": 0, "world_size": 2}, {"shuffle_streams": 2}, {"placement": "global"}, {"shuffle_group_bytes": "1MiB"}],
 )
-def test_options_of_the_order_are_refused_beside_a_sampler(dataset, bad):
+def test_options_of_the_order_are_refused_with_a_sampler(dataset, bad):
     name = next(iter(bad))
     with pytest.raises(ValueError, match=f"{name}=.* applies only to a loader without a sampler; .* remove {name}="):
         tc.DataLoader(dataset, 4, sampler=range(9), options=tc.LoaderOptions(**bad))
 
 
-def test_options_of_resources_are_taken_beside_a_sampler(dataset):
+def test_options_of_resources_apply_with_a_sampler(dataset):
     options = tc.LoaderOptions(threads=1, memory_bytes="1MiB")
     loader = tc.DataLoader(dataset, 4, sampler=range(50), options=options)
     assert list(itertools.chain(*ids_of(loader))) == list(range(50))
@@ -370,7 +370,7 @@ def test_options_of_resources_are_taken_beside_a_sampler(dataset):
 
 
 @pytest.mark.filterwarnings("ignore:You are using .torch.load.:FutureWarning")  # of torch 2.4 and 2.5, by tensors
-def test_a_loader_with_a_sampler_pickles_where_it_stands(dataset):
+def test_a_pickled_loader_with_a_sampler_continues_at_its_position(dataset):
     loader = tc.DataLoader(dataset, 16, sampler=torchdata_samplers.RandomSampler(range(N)))
     iterator = iter(loader)
     next(iterator)
@@ -420,7 +420,7 @@ def test_options_beside_a_collate_function_are_refused_with_the_reason(dataset):
         tc.DataLoader(dataset, 4, sampler=range(9), collate_fn=list, options=tc.LoaderOptions())
 
 
-def test_views_and_joined_data_sets_are_asked_by_their_own_numbers(dataset):
+def test_samplers_of_views_and_joined_data_sets_count_their_own_records(dataset):
     numbers = [5, 3, 3, 149, 20, 7]
     listed = dataset.select(numbers)
     assert ids_of(tc.DataLoader(listed, 4, sampler=[5, 0, 1, 2, -1, 3])) == [[7, 5, 3, 3], [7, 149]]
@@ -451,7 +451,7 @@ def test_pictures_of_a_known_sampler_are_decoded(tmp_path):
     assert found == numbers
 
 
-def test_a_sampler_may_be_told_its_epoch_until_its_first_batch_and_a_state_says_which_it_was(dataset):
+def test_set_epoch_works_until_the_first_batch_and_is_part_of_the_state(dataset):
     """Lightning makes the iterator, then tells the epoch; a state of a second epoch goes on in that one."""
     whole = {}
     for epoch in (0, 1):
@@ -470,7 +470,7 @@ def test_a_sampler_may_be_told_its_epoch_until_its_first_batch_and_a_state_says_
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize(("n", "replicas"), [(150, 2), (149, 4), (3, 5), (150, 7)])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_distributed_samplers_indices_are_those_that_it_says(dataset, n, replicas, shuffle, drop_last):
+def test_indices_of_a_distributed_sampler_are_its_own(dataset, n, replicas, shuffle, drop_last):
     part = dataset.take(n)
     for rank in range(replicas):
         sampler = DistributedSampler(part, replicas, rank, shuffle=shuffle, seed=3, drop_last=drop_last)

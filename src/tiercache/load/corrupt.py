@@ -227,9 +227,9 @@ def replace_corrupt(pieces: Iterable[AnyPiece], corruption: CorruptionMap, walk:
     Raises:
         CorruptShard: No record of the rank can be read.
     """
-    mender, n_rows = _RecordReplacer(corruption, walk), 0
+    replacer, n_rows = _RecordReplacer(corruption, walk), 0
     for piece in pieces:
-        yield mender.repair(piece, n_rows) if corruption else piece
+        yield replacer.repair(piece, n_rows) if corruption else piece
         n_rows += piece.n_rows
 
 

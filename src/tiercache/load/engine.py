@@ -32,7 +32,7 @@ from tiercache.load.read_plan import ReadPlanPublisher
 from tiercache.load.source import Source
 from tiercache.load.state import RunState, reopen
 from tiercache.load.stats import summarise
-from tiercache.load.torch_rng import TorchDraws, next_seed, predict_seeds
+from tiercache.load.torch_rng import TorchDraws, next_seed, predict_seed
 from tiercache.order import RankPlan
 from tiercache.stats import Counters, WaitHistogram
 
@@ -288,7 +288,7 @@ class LoaderArguments:
     pin_memory: bool
     generator: torch.Generator | None
     options: LoaderOptions
-    serving: OutputSpec = field(default_factory=OutputSpec)
+    output_spec: OutputSpec = field(default_factory=OutputSpec)
     num_workers: int = 0
     persistent_workers: bool = False
     fills_first: bool = False
@@ -297,10 +297,10 @@ class LoaderArguments:
 class Engine(ABC):
     """Base of the native path's engines: the source, the counters, and what the epochs' pipelines have in common."""
 
-    def __init__(self, source: Source, asked: LoaderArguments) -> None:
-        self._asked = asked
+    def __init__(self, source: Source, arguments: LoaderArguments) -> None:
+        self._arguments = arguments
         self._source = source
-        self._corruption = corruption_map_for(source, asked.options)
+        self._corruption = corruption_map_for(source, arguments.options)
         self._setup: PipelineSetup | None = None  # of the last pipeline
         self._counters = Counters("padded")
         self._waits = WaitHistogram()
@@ -334,7 +334,7 @@ class Engine(ABC):
     def _resources(self) -> Resources:
         if self._limits is None:
             self._limits = config.available_cpus(), config.memory_limit_bytes()
-        return share_resources(self._asked.options, self.rank(), *self._limits)
+        return share_resources(self._arguments.options, self.rank(), *self._limits)
 
     def _check_readable(self) -> None:
         """Check that all shards with records can be read. See Source.prepare_reading."""
@@ -344,7 +344,7 @@ class Engine(ABC):
 
     def _pin_function(self) -> Callable[[Any], Any] | None:
         """Return the function that pins a batch; None, with torch's warning, if there is no accelerator."""
-        if not self._asked.pin_memory:
+        if not self._arguments.pin_memory:
             return None
         pin: Callable[[Any], Any] = torch.utils.data._utils.pin_memory.pin_memory  # noqa: SLF001 -- also nested batches
         accelerator = getattr(torch, "accelerator", None)
@@ -369,7 +369,7 @@ class Engine(ABC):
     ) -> NativeIterator:
         """Return the iterator of an epoch, whose pipeline has begun. planned: Further fields of PipelineInputs."""
         if self._setup is None or self._setup.source is not self._source:
-            self._setup = PipelineSetup(self._source, self._asked.serving)
+            self._setup = PipelineSetup(self._source, self._arguments.output_spec)
         work = PipelineInputs(
             setup=self._setup,
             share=share,
@@ -380,7 +380,7 @@ class Engine(ABC):
             corruption=self._corruption,
             **planned,
         )
-        return NativeIterator(position, work, self._resources(), self._asked.timeout_s, pin, draws)
+        return NativeIterator(position, work, self._resources(), self._arguments.timeout_s, pin, draws)
 
 
 class NativeEngine(Engine):
@@ -389,10 +389,10 @@ class NativeEngine(Engine):
     One consumer thread uses it.
     """
 
-    def __init__(self, source: Source, asked: LoaderArguments) -> None:
-        super().__init__(source, asked)
+    def __init__(self, source: Source, arguments: LoaderArguments) -> None:
+        super().__init__(source, arguments)
         self._dataset = source
-        self._options = asked.options
+        self._options = arguments.options
         self._state: RunState | None = None  # position of the next iter(); None: the run has not begun
         self._loaded_under: int | None = None  # torch's initial seed when _state was loaded; None: no state was loaded
         self._foreseen: int | None = None  # the next epoch's seed, if only this loader draws random numbers until then
@@ -409,17 +409,14 @@ class NativeEngine(Engine):
 
     def state(self) -> RunState:
         """Return the position of the run; begins the run (draws a seed) if it has not begun."""
-        if self._position is None:
-            state, draws_seed = self._next_state(drawn=False)
-        else:
-            state = self._position.state()
-            draws_seed = self._position.is_between_epochs and self._draws_seeds(state)
-        return self._with_drawn_seed(state) if draws_seed else state
+        if self._position is not None and not self._position.is_between_epochs:
+            return self._position.state()
+        return self._next_state(drawn=False)
 
     @property
     def rebuild_arguments(self) -> tuple[LoaderArguments, RunState | None]:
         """Arguments that make an equal engine elsewhere, and its position if the run has begun."""
-        return self._asked, self._state if self._position is None else self.state()
+        return self._arguments, self._state if self._position is None else self.state()
 
     def load(self, state: RunState) -> None:
         """Continue from a state. Raises ValueError or ObjectChanged as DataLoader.load_state_dict."""
@@ -436,17 +433,17 @@ class NativeEngine(Engine):
 
     def _check(self, state: RunState) -> None:
         """Raise ValueError for an explicit argument or option that differs from the state."""
-        options, asked, defaults = self._options, self._asked, LoaderOptions()
+        options, arguments, defaults = self._options, self._arguments, LoaderOptions()
         checks = [
-            ("shuffle", asked.shuffle, state.shuffle, True),
-            ("drop_last", asked.drop_last, state.drop_last, True),
+            ("shuffle", arguments.shuffle, state.shuffle, True),
+            ("drop_last", arguments.drop_last, state.drop_last, True),
             ("mixture", mixture_values(self._dataset), state.mixture, True),
             ("seed", options.seed, state.seed, options.seed is not None),
             (
                 "shuffle_streams",
                 options.shuffle_streams,
                 state.streams,
-                options.shuffle_streams is not None and asked.shuffle,
+                options.shuffle_streams is not None and arguments.shuffle,
             ),
             ("placement", options.placement, state.placement, options.placement != defaults.placement),
             (
@@ -482,33 +479,30 @@ class NativeEngine(Engine):
 
     def n_batches(self) -> int:
         """Return the number of batches of a whole epoch on this rank."""
-        return self._whole_epoch(self._asked.drop_last).n_batches
+        return self._whole_epoch(self._arguments.drop_last).n_batches
 
     def n_served(self) -> int:
         """Return the records of a whole epoch on this rank; a single rank includes those of a dropped last batch."""
-        return self._whole_epoch(self._asked.drop_last and self.rank().world_size > 1).n_served
+        return self._whole_epoch(self._arguments.drop_last and self.rank().world_size > 1).n_served
 
     def _whole_epoch(self, drop_last: bool) -> RankPlan:
         rank = self.rank()
-        return RankPlan(0, rank.world_size, rank.rank, self._asked.batch_size, drop_last, self._epoch_records())
+        return RankPlan(0, rank.world_size, rank.rank, self._arguments.batch_size, drop_last, self._epoch_records())
 
     def iterate(self) -> NativeIterator:
         """Return the iterator of the next epoch."""
         is_resumed = self._is_resumed
-        asked, n_records = self._asked, self._epoch_records()
-        ends_short = not asked.drop_last and n_records % asked.batch_size > 0
-        draws = TorchDraws(asked.generator, asked.shuffle, n_records, ends_short, is_sampled=is_resumed)
+        arguments, n_records = self._arguments, self._epoch_records()
+        ends_short = not arguments.drop_last and n_records % arguments.batch_size > 0
+        draws = TorchDraws(arguments.generator, arguments.shuffle, n_records, ends_short, is_sampled=is_resumed)
         if self._begins() and not is_resumed:
             draws.begin()
-        state, draws_seed = self._next_state(drawn=True)
+        state = self._next_state(drawn=True)
         foreseen: int | None = None
         is_predicted = True
         if self._draws_seeds(state):
-            seed, foreseen = predict_seeds(self._asked.generator, self._epoch_records(), begins=self._begins(1))
-            if draws_seed:
-                state = replace(state, seed=seed)
-            elif is_resumed:
-                foreseen = None
+            if not is_resumed:
+                foreseen = predict_seed(self._arguments.generator, self._epoch_records(), begins=self._begins(1))
             # After an epoch whose seed was not the predicted one, no epoch is loaded ahead until a prediction was right
             # again.
             is_predicted = foreseen is not None and self._foreseen in (None, state.seed)
@@ -516,7 +510,7 @@ class NativeEngine(Engine):
         self._check_readable()
         rank = self.rank()
         read = self._source if self._corruption is None else self._corruption
-        plan_share = partial(plan_epoch, read, rank, self._asked.batch_size, self._asked.fills_first)
+        plan_share = partial(plan_epoch, read, rank, self._arguments.batch_size, self._arguments.fills_first)
         found = None if self._next_epoch is None else self._next_epoch.take(self._source, state)
         if found is None:
             found = plan_share(state), None, ReadPlanPublisher(self._source, state, plan_share)
@@ -543,7 +537,7 @@ class NativeEngine(Engine):
             next_epoch=next_epoch,
             publisher=publisher,
         )
-        if self._asked.num_workers:
+        if self._arguments.num_workers:
             draws.sample()  # torch sends workers their first indices in iter()
         self._position = position  # set last: if the iterator cannot be made, no epoch has begun
         self._next_epoch = next_epoch
@@ -567,10 +561,8 @@ class NativeEngine(Engine):
                     "which starts an epoch from its beginning (Accelerate's skip_first_batches and prepare do so): "
                     "iterate the loader itself, which skips the records that were served, or load no state"
                 )
-            state, draws_seed = self._next_state(drawn=True)
-            if draws_seed:
-                state = replace(state, seed=next_seed(self._asked.generator, after_begin=True))
-        if self._asked.shuffle and self._source.mixture is not None:
+            state = self._next_state(drawn=True)
+        if self._arguments.shuffle and self._source.mixture is not None:
             raise RuntimeError(
                 "the sampler of a shuffled mixture was iterated (Accelerate's skip_first_batches and prepare do so), "
                 "but the records of a mixture have no numbers: iterate the loader itself; to skip batches, call "
@@ -589,7 +581,7 @@ class NativeEngine(Engine):
         # sampler drops it.
         planned = state if rank.world_size > 1 else replace(state, drop_last=False)
         read = self._numbered()
-        share = plan_epoch(read, rank, self._asked.batch_size, self._asked.fills_first, planned)
+        share = plan_epoch(read, rank, self._arguments.batch_size, self._arguments.fills_first, planned)
         self._position = EpochPosition(state, share.ranks, is_counted=False)
         self._foreseen = None
         self._n_epochs += 1
@@ -597,7 +589,7 @@ class NativeEngine(Engine):
             state,
             read,
             share,
-            TorchDraws(self._asked.generator, self._asked.shuffle, self._epoch_records(), is_sampled=is_again),
+            TorchDraws(self._arguments.generator, self._arguments.shuffle, self._epoch_records(), is_sampled=is_again),
         )
 
     def _numbered(self) -> Any:
@@ -611,7 +603,7 @@ class NativeEngine(Engine):
         handed out yet.
         """
         position = self._position
-        if position is not None and position.ranks is share.ranks and not self._asked.num_workers:
+        if position is not None and position.ranks is share.ranks and not self._arguments.num_workers:
             position.finished = True
 
     @property
@@ -619,21 +611,20 @@ class NativeEngine(Engine):
         """Whether the next iter() resumes within an epoch, which drew its random numbers before its state was saved."""
         return self._position is None and self._state is not None and self._state.offset > 0
 
-    def _next_state(self, *, drawn: bool) -> tuple[RunState, bool]:
-        """Return the state from which the next iter() begins, and whether it draws the seed of its epoch.
+    def _next_state(self, *, drawn: bool) -> RunState:
+        """Return the state from which the next iter() begins, with the seed that it draws or would draw now.
 
-        drawn: whether iter() has drawn this epoch's random numbers.
+        drawn: whether iter() has drawn this epoch's base seed.
         """
         state = self._begin(drawn=drawn) if self._position is None else self._position.next_state()
-        return state, self._draws_seeds(state) and not (self._position is None and self._keeps_seed(state))
-
-    def _with_drawn_seed(self, state: RunState) -> RunState:
-        """Return the state with the seed that the next iter() would draw now."""
-        return replace(state, seed=next_seed(self._asked.generator, after_begin=not self._begins()))
+        if not self._draws_seeds(state) or (self._position is None and self._keeps_seed(state)):
+            return state
+        after_begin = drawn or not self._begins()
+        return replace(state, seed=next_seed(self._arguments.generator, after_begin=after_begin))
 
     def _begins(self, n_more: int = 0) -> bool:
         """Whether torch's loader draws a base seed for workers in the next iter(), or n_more calls later."""
-        return not (self._asked.persistent_workers and self._asked.num_workers and self._n_epochs + n_more)
+        return not (self._arguments.persistent_workers and self._arguments.num_workers and self._n_epochs + n_more)
 
     def _draws_seeds(self, state: RunState) -> bool:
         """Whether each iter() draws its epoch's seed.
@@ -653,7 +644,7 @@ class NativeEngine(Engine):
 
     def _initial_seed(self) -> int:
         """Return the initial seed of the generator from which the seeds are drawn."""
-        generator = self._asked.generator
+        generator = self._arguments.generator
         return torch.initial_seed() if generator is None else generator.initial_seed()
 
     def _epoch_records(self) -> int:
@@ -703,15 +694,15 @@ class NativeEngine(Engine):
 
     def _first_state(self, rank: Rank, *, drawn: bool) -> RunState:
         """Return the first state of the run; with torch.distributed rank 0 decides it."""
-        asked, options = self._asked, self._options
+        arguments, options = self._arguments, self._options
         seed = options.seed
         if seed is None:
-            unseeded = not asked.shuffle or must_not_draw(rank)
-            seed = 0 if unseeded else next_seed(asked.generator, after_begin=drawn)
+            unseeded = not arguments.shuffle or must_not_draw(rank)
+            seed = 0 if unseeded else next_seed(arguments.generator, after_begin=drawn)
         order: dict[str, Any] = {
-            "shuffle": asked.shuffle,
-            "drop_last": asked.drop_last,
-            "streams": (options.shuffle_streams or rank.world_size) if asked.shuffle else 1,
+            "shuffle": arguments.shuffle,
+            "drop_last": arguments.drop_last,
+            "streams": (options.shuffle_streams or rank.world_size) if arguments.shuffle else 1,
             "placement": options.placement,
             "group_bytes": options.group_bytes,
             "window_bytes": options.window_bytes,
@@ -719,11 +710,13 @@ class NativeEngine(Engine):
         }
         versions = [part.version for part in self._source.parts]
         mine = {"versions": versions, "seed": seed, "epoch": self._epoch}
-        agreed = agree(rank, mine, {"batch_size": asked.batch_size, **order})
+        agreed = agree(rank, mine, {"batch_size": arguments.batch_size, **order})
         if agreed["versions"] != versions:
             self._use(self._source.at_versions(agreed["versions"]))
         # In the next epoch a mixture's parts continue where they stopped, so its epochs share a seed.
-        is_seed_drawn = asked.shuffle and options.seed is None and rank.world_size == 1 and self._source.mixture is None
+        is_seed_drawn = (
+            arguments.shuffle and options.seed is None and rank.world_size == 1 and self._source.mixture is None
+        )
         return RunState(
             parts=self._source.parts,
             seed=agreed["seed"],

@@ -208,7 +208,7 @@ class _Cutter:
         cursors = _cursors(positions, self._order.n_streams)
         start, n = 0, len(positions)
         last_position = None if is_last else int(positions[-1])
-        self._let_go(cursors, last_position)
+        self._drop_served(cursors, last_position)
         while start < n:
             stop = n
             # Sorted by their next row, so that a segment is not computed before a row of it is in the piece.
@@ -220,7 +220,7 @@ class _Cutter:
                         stop = min(stop, int(cursor.places[ends_at]))
             yield self._piece(cursors, start, stop)
             start = stop
-            self._let_go(cursors, last_position)
+            self._drop_served(cursors, last_position)
 
     def _hold(self, cursor: _StreamCursor, is_last: bool) -> int:
         """Hold the segment of the stream's next row; return the index of the stream's first row behind the segment."""
@@ -257,7 +257,7 @@ class _Cutter:
             cursor.n_cut = end
         return Piece(tuple(wanted), stop - start, tuple(wanted.values()), tuple(segments))
 
-    def _let_go(self, cursors: list[_StreamCursor], last_position: int | None) -> None:
+    def _drop_served(self, cursors: list[_StreamCursor], last_position: int | None) -> None:
         """Drop segments that are served. last_position: of all streams, if other rows follow; None: no rows follow."""
         by_stream = {cursor.stream: cursor for cursor in cursors}
         for stream, (section, _) in list(self._held.items()):
@@ -620,13 +620,13 @@ class NextEpoch:
             return
         ready, plan = self._end(), self.publisher
         self.publisher = ReadPlanPublisher(self._source, self._state, self._plan_epoch)  # the epoch may still begin
-        self._let_go(ready, plan)
+        self._release(ready, plan)
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_exiting() and hasattr(self, "_pid") and self._pid == os.getpid():
-            self._let_go(self._end(), self.publisher)
+            self._release(self._end(), self.publisher)
 
-    def _let_go(self, ready: Future[EpochStart | None] | None, plan: ReadPlanPublisher) -> None:
+    def _release(self, ready: Future[EpochStart | None] | None, plan: ReadPlanPublisher) -> None:
         self._drop(ready)
         plan.close()
 

@@ -173,7 +173,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         self._native: NativeEngine | SamplerEngine | None = None
         self._indexed: IndexEngine | None = None
         if access is not None and (is_ordered or not why_not):
-            asked = LoaderArguments(
+            arguments = LoaderArguments(
                 batch_size=int(batch_size or 1),
                 shuffle=shuffled,
                 drop_last=drop_last,
@@ -181,16 +181,16 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 pin_memory=pin_memory,
                 generator=generator,
                 options=options or LoaderOptions(),
-                serving=access.output_spec,
+                output_spec=access.output_spec,
                 num_workers=num_workers,
                 persistent_workers=persistent_workers,
             )
             if not why_not:
-                self._native = self._make_engine(asked)
+                self._native = self._make_engine(arguments)
             elif has_state:  # torchdata keeps the data set's state beside the sampler's
-                self._is_split = asked.options.split_ranks
+                self._is_split = arguments.options.split_ranks
             else:
-                self._indexed = IndexEngine(records, asked, is_batched=batch_size is not None)
+                self._indexed = IndexEngine(records, arguments, is_batched=batch_size is not None)
         self._bind_sampler()
         # Set after a mid-epoch state in torchdata's form, which earlier releases saved, was loaded: torchdata serves
         # the rest of that epoch.
@@ -342,13 +342,13 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 self._run_of = batch_sampler
             self.__dict__.update(sampler=sampler, batch_sampler=batch_sampler)  # torch forbids setting them
         if state["_native"] is not None:
-            asked, begun = state["_native"]
-            self._native = self._make_engine(asked)
+            arguments, begun = state["_native"]
+            self._native = self._make_engine(arguments)
             if begun is not None and self._native is not None:
                 self._native.load(begun)
         if state["_indexed"] is not None:
-            asked, begun = state["_indexed"]
-            self._indexed = IndexEngine(self.dataset, asked, is_batched=self.batch_size is not None)
+            arguments, begun = state["_indexed"]
+            self._indexed = IndexEngine(self.dataset, arguments, is_batched=self.batch_size is not None)
             if begun is not None:
                 self._indexed.load(begun)
         self._bind_sampler()
@@ -515,24 +515,24 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         native, self._run_of = self._native, batch_sampler
         self._sampled, self._native, self._indexed = True, None, None
         if native is not None:
-            asked, _ = native.rebuild_arguments
-            self._native = self._make_engine(replace(asked, shuffle=False))
+            arguments, _ = native.rebuild_arguments
+            self._native = self._make_engine(replace(arguments, shuffle=False))
         self._starts_workers = self._native is None
 
-    def _make_engine(self, asked: LoaderArguments) -> NativeEngine | SamplerEngine | None:
+    def _make_engine(self, arguments: LoaderArguments) -> NativeEngine | SamplerEngine | None:
         """Return the engine of the native path; None: torch's path serves the sampler."""
         source = self.dataset.__tiercache__().source
         if not self._sampled:
-            return NativeEngine(source, asked)
-        _check_sampled(asked.options)
+            return NativeEngine(source, arguments)
+        _check_sampled(arguments.options)
         index_sampler = super()._index_sampler
         known = is_known_batch_sampler(index_sampler) and not self._is_mixture
-        if not known and asked.options.on_corrupt != "raise":
+        if not known and arguments.options.on_corrupt != "raise":
             raise ValueError(
-                f"on_corrupt={asked.options.on_corrupt!r} applies only to the native path, and torch's path serves "
+                f"on_corrupt={arguments.options.on_corrupt!r} applies only to the native path, and torch's path serves "
                 f"your own samplers and mixtures, here {index_sampler!r}: remove on_corrupt=, or give a known sampler"
             )
-        return SamplerEngine(source, asked, index_sampler) if known else None
+        return SamplerEngine(source, arguments, index_sampler) if known else None
 
 
 def _why_not_native(access: NativeAccess, batch_size: int | None, collate_fn: Any, batch_sampler: Any) -> str:

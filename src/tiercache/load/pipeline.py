@@ -301,12 +301,12 @@ class Pipeline(ClosingPipeline):
     def _replaced(self, start: int, stop: int) -> dict[int, RecordLocation]:
         """Return the replaced rows of [start, stop) of the sequence, counted from `start`, and their replacements."""
         found: dict[int, RecordLocation] = {}
-        mended = self._shared.patched
-        for first, piece in list(mended):  # the planner may append at any time
+        patched = self._shared.patched
+        for first, piece in list(patched):  # the planner may append at any time
             lo, hi = np.searchsorted(piece.replaced, (start - first, stop - first))
             found.update((first + row - start, piece.locate(row)) for row in piece.replaced[lo:hi].tolist())
-        while mended and mended[0][0] + mended[0][1].n_rows <= stop:
-            mended.popleft()
+        while patched and patched[0][0] + patched[0][1].n_rows <= stop:
+            patched.popleft()
         return found
 
     def _next_slot(self, timeout_s: float) -> Slot | int:
@@ -346,8 +346,8 @@ class Pipeline(ClosingPipeline):
                 # C code moves the slot into the deque, and its lists are begun only then, or when they are asked for:
                 # Ctrl-C here loses only the batch before this one, which was taken.
                 self._ahead.extend(filter(_is_slot, map(self._ring.take, (0.0,))))
-                for coming in filter(_is_slot, tuple(self._ahead)):
-                    self._started(coming)
+                for slot_after in filter(_is_slot, tuple(self._ahead)):
+                    self._started(slot_after)
             except (OSError, gather.CorruptError, gather.CastError, MemoryError) as error:
                 # It is raised at the slot's place in the order, if that slot arrived. Its frames would hold this
                 # pipeline.

@@ -144,7 +144,7 @@ class _Planner:
                 continue
             for part in self.pressure.slices(piece):
                 self._push(part)
-                if "pressure" not in self._work.warned and self.pressure.is_told and not self.pressure.fits(piece):
+                if "pressure" not in self._work.warned and self.pressure.has_measured and not self.pressure.fits(piece):
                     self._warn()
 
     def has_room(self) -> bool:
@@ -171,7 +171,7 @@ class _Planner:
 
     def _push(self, part: AnyPiece) -> None:
         """Load the windows that a part needs and that are missing, and push its rows."""
-        missing = self._let_go_of_others(part)
+        missing = self._drop_other_windows(part)
         rows = None
         if not self._is_work(missing):  # computed while the piece before is served; else while windows are decoded
             rows = self._rows(part)
@@ -187,8 +187,8 @@ class _Planner:
         new = self._finish(loading)
         joined = self._join(part)
         # Prefetch its pages before a row of it is requested, while the window before is served.
-        is_first, serving = not self._pushed_rows, (*self._serving, *part.windows)
-        for read in self._near.prefetch_pages(new, serving) if not is_first else ():
+        is_first, output_spec = not self._pushed_rows, (*self._serving, *part.windows)
+        for read in self._near.prefetch_pages(new, output_spec) if not is_first else ():
             self._threads.result(read)
         self._count("load_s", start_s)
         pushed = PushedRows(rows, joined)
@@ -198,7 +198,7 @@ class _Planner:
         if not self._ring.push(pushed.as_plan(self._work.setup.layouts)):
             raise CancelledError
         if is_first:  # The first batch does not wait for its whole window.
-            self._near.prefetch_pages(new, serving, is_served=True)
+            self._near.prefetch_pages(new, output_spec, is_served=True)
             if self._work.publisher is not None:
                 self._work.publisher.complete()
         self._serving = part.windows
@@ -208,7 +208,7 @@ class _Planner:
         if self._work.publisher is not None:
             self._work.publisher.advance(self._work.first_batch, self._pushed_rows - self._last_rows)
 
-    def _let_go_of_others(self, part: AnyPiece) -> list[tuple[Window, NDArray[np.bool_]]]:
+    def _drop_other_windows(self, part: AnyPiece) -> list[tuple[Window, NDArray[np.bool_]]]:
         """Drop the windows that the part does not need, before more memory is used; return the missing ones."""
         kept: dict[int, LoadedWindow] = {}
         missing = []

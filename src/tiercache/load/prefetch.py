@@ -43,31 +43,20 @@ PARTS_A_THREAD = 2
 MIN_PART_BYTES, MAX_PART_BYTES = 1 << 20, 16 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class WindowParts:
-    """Parts of a window, each an int64 array of indices of its blocks, adjacent in one shard and in its order.
-
-    at_hand: whole shards that are only mapped; work: parts that are read, fetched or decoded.
-    """
-
-    at_hand: tuple[NDArray[np.int64], ...]
-    work: tuple[NDArray[np.int64], ...]
-
-
 def split_window(
     window: Window, wanted: NDArray[np.bool_], n_threads: int, is_mapped: Callable[[int], bool]
-) -> WindowParts:
-    """Cut the wanted blocks of a window into parts; those to read, fetch or decode have about the same bytes.
+) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    """Cut the wanted blocks of a window into parts, each the indices of blocks of one shard, in its order.
 
     A thread takes the next part when its last one is done, so all threads are busy to the end, whatever the shards.
 
     Returns:
-        The parts. A part to read, fetch or decode has MAX_PART_BYTES at most unless it is a single block. Shards are in
-        the order in which the window names them.
+        Whole shards that are only mapped; and the parts to read, fetch or decode, of about the same size and at most
+        MAX_PART_BYTES unless a part is a single block. Shards are in the order in which the window names them.
     """
     places = np.flatnonzero(wanted)
     if not len(places):
-        return WindowParts((), ())
+        return [], []
     shards = window.shards[places]
     order = np.lexsort((window.blocks[places], shards))
     places, shards = places[order], shards[order]
@@ -76,10 +65,10 @@ def split_window(
     turns = np.argsort(np.minimum.reduceat(places, starts))  # sorted by the first block of each shard in the window
     runs = [places[starts[turn] : stops[turn]] for turn in turns.tolist()]
     free = [is_mapped(int(window.shards[run[0]])) for run in runs]
-    at_hand = [run for run, is_free in zip(runs, free, strict=True) if is_free]
+    mapped = [run for run, is_free in zip(runs, free, strict=True) if is_free]
     work = [run for run, is_free in zip(runs, free, strict=True) if not is_free]
     limit = part_bytes(sum(int(window.block_bytes[run].sum()) for run in work), n_threads)
-    return WindowParts(tuple(at_hand), tuple(part for run in work for part in _cut(run, window, limit)))
+    return mapped, [part for run in work for part in _cut(run, window, limit)]
 
 
 def part_bytes(n_bytes: int, n_threads: int) -> int:
@@ -247,10 +236,9 @@ class WindowLoad:
         self.wanted = wanted
         self._source, self._unwanted = source, unwanted
         self._n_streams = sum(len(column.streams(0)) for column in source.schema.columns)
-        parts = split_window(window, wanted, n_threads, source.is_mapped)
-        self._at_hand = list(parts.at_hand)
+        self._mapped, work = split_window(window, wanted, n_threads, source.is_mapped)
         self._loaded: list[tuple[NDArray[np.int64], Blocks]] = []
-        self._work = [(places, executor.submit(self._load_wanted, places)) for places in parts.work]
+        self._work = [(places, executor.submit(self._load_wanted, places)) for places in work]
 
     def finish(self, threads: LoadThreads) -> LoadedWindow:
         """Return the window when all of it is loaded. May be called once.
@@ -278,9 +266,9 @@ class WindowLoad:
 
     def map_next_shard(self) -> bool:
         """Map the next mapped shard in this thread; False: there is none left. Raises as finish()."""
-        if not self._at_hand:
+        if not self._mapped:
             return False
-        places = self._at_hand.pop()
+        places = self._mapped.pop()
         self._loaded.append((places, self._load(places)))
         return True
 
@@ -362,13 +350,13 @@ class MemoryPressure:
     """
 
     def __init__(self, is_mapped: Callable[[int], bool], limit_bytes: int) -> None:
-        self._is_at_hand = is_mapped
+        self._is_mapped = is_mapped
         self._room_bytes = limit_bytes // WINDOWS_SHARE // 2
         self._private_bytes = self._raw_bytes = 0
         self._need_bytes = 0
 
     @property
-    def is_told(self) -> bool:
+    def has_measured(self) -> bool:
         """Whether the share of a window that is not mapped is known."""
         return self._raw_bytes > 0
 
@@ -420,7 +408,7 @@ class MemoryPressure:
         whole = self._share * int(window.block_bytes[wanted].sum())
         if whole <= self._room_bytes // 64:  # asking for each shard would cost more than the answer is worth
             return int(whole)
-        away = [shard for shard in set(window.shards[wanted].tolist()) if not self._is_at_hand(shard)]
+        away = [shard for shard in set(window.shards[wanted].tolist()) if not self._is_mapped(shard)]
         if not away:
             return 0
         return int(self._share * int(window.block_bytes[wanted & np.isin(window.shards, away)].sum()))
@@ -469,7 +457,7 @@ class PagePrefetcher:
         self._near: list[tuple[Window, list[Blocks]]] = []
 
     def prefetch_pages(
-        self, windows: Sequence[LoadedWindow], serving: Sequence[Window], *, is_served: bool = False
+        self, windows: Sequence[LoadedWindow], output_spec: Sequence[Window], *, is_served: bool = False
     ) -> list[Future[int]]:
         """Start to read the mapped pages of windows, as far as there is room; returns at once.
 
@@ -484,7 +472,7 @@ class PagePrefetcher:
             return []  # The advice numbers are Linux's.
         free_bytes = self._threads.limit_bytes - config.private_bytes()
         fits = self._stored_bytes <= free_bytes
-        self._let_go(serving, larger=not fits)
+        self._release_served(output_spec, larger=not fits)
         room_bytes = free_bytes // NEAR_SHARE
         reads: list[Future[int]] = []
         for loaded in windows:
@@ -513,9 +501,9 @@ class PagePrefetcher:
         huge = _kernel() >= _HUGE_SINCE and share_of_huge_pages(pages) <= most and _expect(pages, _HUGEPAGE)
         return self._threads.executor.submit(_read, blocks, self._threads.stop, huge)
 
-    def _let_go(self, serving: Sequence[Window], *, larger: bool) -> None:
+    def _release_served(self, output_spec: Sequence[Window], *, larger: bool) -> None:
         """Forget windows that were served; if the data set is larger than memory, let their pages be evicted first."""
-        ids = set(map(id, serving))
+        ids = set(map(id, output_spec))
         gone = [near for near in self._near if id(near[0]) not in ids]
         self._near = [near for near in self._near if id(near[0]) in ids]
         for blocks in [blocks for _, of_window in gone for blocks in of_window] if larger else []:

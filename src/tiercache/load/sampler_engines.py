@@ -84,18 +84,18 @@ class SamplerEngine(Engine):
     One consumer thread uses it.
     """
 
-    def __init__(self, source: Source, asked: LoaderArguments, batch_sampler: Any) -> None:
-        super().__init__(source, asked)
+    def __init__(self, source: Source, arguments: LoaderArguments, batch_sampler: Any) -> None:
+        super().__init__(source, arguments)
         self._batch_sampler = batch_sampler
         self._saved: Mapping[str, Any] | None = None  # the state to continue from
         self._pass: SamplerPass | None = None  # the newest
         self._is_fresh = False  # made only to read its state, so that the next iter() uses it
         self._epoch = 0  # number of the next epoch
-        self._seed = asked.options.seed  # seed of the random values of a record
+        self._seed = arguments.options.seed  # seed of the random values of a record
 
     def rank(self) -> Rank:
         """Return a rank that is served all records: the sampler decides this process's share."""
-        return Rank(0, 1, "sampler", find_rank(self._asked.options).local_ranks)
+        return Rank(0, 1, "sampler", find_rank(self._arguments.options).local_ranks)
 
     def state(self) -> dict[str, Any]:
         """Return the position; draws the sampler's indices if the epoch has not begun."""
@@ -106,7 +106,7 @@ class SamplerEngine(Engine):
     @property
     def rebuild_arguments(self) -> tuple[LoaderArguments, Mapping[str, Any] | None]:
         """Arguments that make an equal engine elsewhere, and its position if the run has begun."""
-        return self._asked, self._saved if self._pass is None else self._pass.state()
+        return self._arguments, self._saved if self._pass is None else self._pass.state()
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Resume from a saved state. Raises ValueError: the state is not one of a loader with a sampler."""
@@ -139,7 +139,7 @@ class SamplerEngine(Engine):
         self._is_fresh = False
         iterator = SampledIterator(partial(self._begin, self._pass, self._pin_function()), self.n_batches())
         self._iterator = weakref.ref(iterator)
-        if self._asked.num_workers:
+        if self._arguments.num_workers:
             iterator.begin()  # torch sends workers their first indices in iter()
         return iterator
 
@@ -147,10 +147,12 @@ class SamplerEngine(Engine):
         """Return a new pass, or that of the loaded state. Draws the base seed that torch draws in iter()."""
         saved, self._saved = self._saved, None
         # A resumed epoch drew it before its state was saved.
-        if saved is None and not (self._asked.persistent_workers and self._asked.num_workers and self._n_epochs):
-            TorchDraws(self._asked.generator, False, 0).begin()
+        if saved is None and not (
+            self._arguments.persistent_workers and self._arguments.num_workers and self._n_epochs
+        ):
+            TorchDraws(self._arguments.generator, False, 0).begin()
         if self._seed is None:
-            self._seed = next_seed(self._asked.generator, after_begin=True)
+            self._seed = next_seed(self._arguments.generator, after_begin=True)
         made = SamplerPass(self._batch_sampler, saved, self._epoch, self._seed)
         self._seed, self._epoch, self._n_epochs = made.seed, made.epoch + 1, self._n_epochs + 1
         if made.finished:
@@ -170,7 +172,7 @@ class SamplerEngine(Engine):
         if listed is not None:
             numbers = listed[numbers]
         read = self._source if self._corruption is None else self._corruption
-        order = explicit_order(read, numbers, self._asked.options.window_bytes)
+        order = explicit_order(read, numbers, self._arguments.options.window_bytes)
         share = OrderShare(order, epoch.ranks, epoch.seed, epoch.epoch, self._corruption)
         return self._start_iterator(epoch, share, self._draws(epoch), pin)
 
@@ -242,8 +244,8 @@ class IndexEngine(NativeEngine):
     sampler: The sampler that torch's iterators ask for indices.
     """
 
-    def __init__(self, dataset: NativeDataset, asked: LoaderArguments, *, is_batched: bool) -> None:
-        super().__init__(dataset.__tiercache__().source, asked)
+    def __init__(self, dataset: NativeDataset, arguments: LoaderArguments, *, is_batched: bool) -> None:
+        super().__init__(dataset.__tiercache__().source, arguments)
         self.sampler = IndexSampler(is_batched=is_batched)
         self._users = dataset
         self._pending: Any = None  # the position of the epoch that begin() chose
@@ -257,7 +259,7 @@ class IndexEngine(NativeEngine):
             source: Any = self._source
             access = self._users.__tiercache__()
             found = self._users if source is access.source else access.with_source(source)
-            is_mixed = source.mixture is not None and self._asked.shuffle
+            is_mixed = source.mixture is not None and self._arguments.shuffle
             self._over = source, access.with_source(source.unmixed()) if is_mixed else found
         return self._over[1]
 
@@ -268,16 +270,16 @@ class IndexEngine(NativeEngine):
             Whether the run resumes within the epoch: the iterator's draws were then made before the state was saved.
         """
         is_resumed = self._is_resumed
-        state, draws_seed = self._next_state(drawn=False)
-        if draws_seed:
-            state = self._with_drawn_seed(state)
+        state = self._next_state(drawn=False)
         self._check_readable()
         self._n_records = None  # a subclass may have another length now
         read = self._numbered()
-        share = plan_epoch(read, self.rank(), self._asked.batch_size, self._asked.fills_first, state)
+        share = plan_epoch(read, self.rank(), self._arguments.batch_size, self._arguments.fills_first, state)
         if share.ranks.ignores_streams:
             self._warn_of_streams(share.ranks)
-        draws = TorchDraws(self._asked.generator, self._asked.shuffle, share.ranks.n_records, is_sampled=is_resumed)
+        draws = TorchDraws(
+            self._arguments.generator, self._arguments.shuffle, share.ranks.n_records, is_sampled=is_resumed
+        )
         self.sampler.begin(read, share, draws)
         self._pending = EpochPosition(state, share.ranks)
         return is_resumed
@@ -354,7 +356,7 @@ class OrderSampler(torch_data.Sampler[int]):
         run: The loader's engine.
         is_split_by_others: Whether another library splits the record numbers among processes. Then the sampler returns
             all records in torch's order: that library keeps the generators of torch's samplers equal on all processes.
-        told_epoch: The epoch that set_epoch() chose for the next iterator.
+        requested_epoch: The epoch that set_epoch() chose for the next iterator.
     """
 
     run: NativeEngine | None = None

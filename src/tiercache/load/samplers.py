@@ -298,8 +298,8 @@ class _RandomIterator:
         elif _GENERATOR in begun:
             generator.set_state(begun[_GENERATOR])
         self._begun = begun
-        asked = sampler._num_samples  # noqa: SLF001 -- None: one per record
-        self._indices = iter(torch_data.RandomSampler(sampler.data_source, sampler.replacement, asked, generator))
+        n_samples = sampler._num_samples  # noqa: SLF001 -- None: one per record
+        self._indices = iter(torch_data.RandomSampler(sampler.data_source, sampler.replacement, n_samples, generator))
         return self._indices
 
 

@@ -79,23 +79,20 @@ def next_seed(generator: torch.Generator | None, *, after_begin: bool) -> int:
     return _seed_of(_copy(generator), after_begin=after_begin)
 
 
-def predict_seeds(generator: torch.Generator | None, n_records: int, *, begins: bool) -> tuple[int, int | None]:
-    """Return the seed of an epoch after its TorchDraws.begin(), and the predicted seed of the next epoch.
+def predict_seed(generator: torch.Generator | None, n_records: int, *, begins: bool) -> int | None:
+    """Return the seed that the next epoch will draw if no other code draws until then; None: that would take long.
 
-    The prediction holds if no other code draws until then.
-
-    Returns:
-        Both seeds; None for the second if the prediction would take long.
+    It is called after the current epoch's TorchDraws.begin(). begins: whether the next epoch calls that too.
     """
     copy = _copy(generator)
     if generator is None:
-        return int(_drawn(copy).item()), _seed_of(copy, after_begin=not begins)
-    seed = next_seed(generator, after_begin=True)
-    if n_records > MAX_FORESEEN:
-        return seed, None
-    for _ in range(2):  # at the start and at the end of the epoch
-        _permute(copy, n_records)
-    return seed, _seed_of(copy, after_begin=not begins)
+        _drawn(copy)
+    elif n_records > MAX_FORESEEN:
+        return None
+    else:
+        for _ in range(2):  # at the start and at the end of the epoch
+            _permute(copy, n_records)
+    return _seed_of(copy, after_begin=not begins)
 
 
 def _copy(generator: torch.Generator | None) -> torch.Generator:

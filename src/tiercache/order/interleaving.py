@@ -103,12 +103,12 @@ class StreamInterleaving:
     Immutable; threads may share it.
     """
 
-    def __init__(self, deal: StreamAllocation, stream: int) -> None:
-        self.quotas = deal.quotas(stream)
+    def __init__(self, allocation: StreamAllocation, stream: int) -> None:
+        self.quotas = allocation.quotas(stream)
         self.n_records = sum(self.quotas)
         if self.n_records > MAX_RECORDS:
             raise ValueError(f"a stream of a mixture has at most {MAX_RECORDS} records, got {self.n_records}")
-        self._splits = _tree(deal.totals, self.quotas, stream)
+        self._splits = _tree(allocation.totals, self.quotas, stream)
         self._above = {child: split for split in self._splits for child in (split.left, split.right)}
 
     def drawn(self, position: int) -> list[int]:

@@ -117,19 +117,19 @@ class PartDraws:
     _last: list[DrawRange]
 
     @staticmethod
-    def of(part: MixturePart, deal: StreamAllocation, turned: int, quota: int, epoch: int) -> PartDraws:
+    def of(part: MixturePart, allocation: StreamAllocation, turned: int, quota: int, epoch: int) -> PartDraws:
         """Return the draws of a stream of the mixture in an epoch."""
-        if part.n_streams == deal.n_streams:
+        if part.n_streams == allocation.n_streams:
             length = stream_records(part.n_records, part.n_streams, turned)
             return PartDraws(part, turned, epoch * quota, 1, quota, length, [])
-        return PartDraws(part, 0, epoch * part.n_drawn + turned, deal.n_streams, quota, part.n_records, [])
+        return PartDraws(part, 0, epoch * part.n_drawn + turned, allocation.n_streams, quota, part.n_records, [])
 
-    def run_at(self, draw: int) -> DrawRange:
+    def range_at(self, draw: int) -> DrawRange:
         """Return the draw range that holds a draw; the last one is cached."""
         for run in self._last:  # at most one; another thread may replace it meanwhile
             if run.start <= draw < run.stop:
                 return run
-        run = self._run(draw)
+        run = self._range(draw)
         self._last[:] = [run]
         return run
 
@@ -180,7 +180,7 @@ class PartDraws:
     def _many_draws_before(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.clip(-((self.base - numbers) // self.step), 0, self.quota)
 
-    def _run(self, draw: int) -> DrawRange:
+    def _range(self, draw: int) -> DrawRange:
         whole = self.part.whole()
         if whole is not None:
             return DrawRange(whole, 0, self.quota, self, is_whole=True)
@@ -205,25 +205,25 @@ class DrawRange:
     window: Window
     start: int
     stop: int
-    lane: PartDraws
+    part_draws: PartDraws
     is_whole: bool
 
     def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         """Return the block (an index into the window's blocks) and the row in it of n draws, n > 0, from a draw on."""
-        lane, length = self.lane, self.lane.length
+        part_draws, length = self.part_draws, self.part_draws.length
         block, row = allocate_rows(n), allocate_rows(n)
         done = 0
         while done < n:  # once, unless the window is whole
-            own_epoch, position = divmod(lane.base + (draw + done) * lane.step, length)
-            here = min(-((position - length) // lane.step), n - done)
-            span = (here - 1) * lane.step + 1
+            own_epoch, position = divmod(part_draws.base + (draw + done) * part_draws.step, length)
+            here = min(-((position - length) // part_draws.step), n - done)
+            span = (here - 1) * part_draws.step + 1
             if self.is_whole:
                 blocks, rows = np.empty(span, np.uint32), np.empty(span, np.uint32)
-                RowFinder(self.window.first, lane.part.key(own_epoch)).find(position, blocks, rows)
+                RowFinder(self.window.first, part_draws.part.key(own_epoch)).find(position, blocks, rows)
             else:
                 first = position - self.window.start
                 blocks, rows = self.window.rows(first, first + span)
-            block[done : done + here], row[done : done + here] = blocks[:: lane.step], rows[:: lane.step]
+            block[done : done + here], row[done : done + here] = blocks[:: part_draws.step], rows[:: part_draws.step]
             done += here
         return block, row
 
@@ -236,12 +236,12 @@ def part_options(
     The sizes therefore hold for the mixture as a whole. A part gets at least half of an equal share: otherwise a part
     of 1 % would be mixed over windows of a hundredth of the size.
     """
-    brings = [
+    amounts = [
         Fraction(weight * max(int(stored_bytes.sum()), 1), int(records.sum()))
         for weight, (records, stored_bytes) in zip(weights, shards, strict=True)
     ]
-    total = sum(brings)
-    least = Fraction(1, 2 * len(brings))
+    total = sum(amounts)
+    least = Fraction(1, 2 * len(amounts))
 
     def scaled(size: int | None, share: Fraction) -> int | None:
         return None if size is None else max(int(size * max(share, least)), 1)
@@ -253,7 +253,7 @@ def part_options(
             group_bytes=scaled(options.group_bytes, amount / total),
             window_bytes=scaled(options.window_bytes, amount / total),
         )
-        for number, amount in enumerate(brings)
+        for number, amount in enumerate(amounts)
     ]
 
 
@@ -396,8 +396,8 @@ class _Stream:
     """Cached state of a stream: its shares, its draws from each part, and the section that was used last."""
 
     shares: StreamInterleaving
-    lanes: list[PartDraws]
-    stretch: MixtureSection | None = None
+    all_draws: list[PartDraws]
+    section: MixtureSection | None = None
 
 
 class MixtureOrder:
@@ -422,25 +422,28 @@ class MixtureOrder:
         self.spec = spec
         self.options = options
         self.epoch = epoch
-        self._deal = StreamAllocation(
+        self._allocation = StreamAllocation(
             spec.epoch_shares(spec.part_records(layout.records)), options.streams if options.shuffle else 1
         )
         shards = [spec.shards_of(part, len(layout.records)) for part in range(len(spec.weights))]
-        brought = part_options(options, spec.weights, [(layout.records[s], layout.stored_bytes[s]) for s in shards])
+        options_of_parts = part_options(
+            options, spec.weights, [(layout.records[s], layout.stored_bytes[s]) for s in shards]
+        )
         self._parts = [
-            MixturePart(layout, *of_part) for of_part in zip(shards, brought, self._deal.totals, strict=True)
+            MixturePart(layout, *of_part)
+            for of_part in zip(shards, options_of_parts, self._allocation.totals, strict=True)
         ]
         self._streams: dict[int, _Stream] = {}
 
     @property
     def n_records(self) -> int:
         """Number of records of the epoch; a record that occurs several times counts each time."""
-        return sum(self._deal.totals)
+        return sum(self._allocation.totals)
 
     @property
     def n_streams(self) -> int:
         """Number of streams, as the options say; 1 without shuffle."""
-        return self._deal.n_streams
+        return self._allocation.n_streams
 
     def stream_records(self, stream: int) -> int:
         """Return the number of records of a stream: ceil((n_records - stream) / n_streams).
@@ -461,13 +464,13 @@ class MixtureOrder:
         if not 0 <= position < n_records:
             raise ValueError(f"position {position} is outside stream {stream} of {n_records} records")
         kept = self._keep(stream)
-        last = kept.stretch
+        last = kept.section
         if last is not None and last.start <= position < last.stop:
             return last
         shares, start, stop, runs = kept.shares, 0, n_records, {}
         for part, draw in enumerate(shares.drawn(position)):
             if draw < shares.quotas[part]:
-                runs[part] = run = kept.lanes[part].run_at(draw)
+                runs[part] = run = kept.all_draws[part].range_at(draw)
                 stop = min(stop, int(shares.positions_of(part, np.array([run.stop - 1]))[0]) + 1)
                 draw = run.start
             if draw > 0:
@@ -476,7 +479,7 @@ class MixtureOrder:
         runs = {
             part: run for part, run in runs.items() if run.start < drawn[part]
         }  # drop the draw ranges that start after the section
-        kept.stretch = found = MixtureSection(start, stop, tuple(run.window for run in runs.values()), shares, runs)
+        kept.section = found = MixtureSection(start, stop, tuple(run.window for run in runs.values()), shares, runs)
         return found
 
     def shards_ahead(self, stream: int, position: int, n_bytes: int | None) -> NDArray[np.int64]:
@@ -489,7 +492,8 @@ class MixtureOrder:
             raise ValueError(f"position {position} is outside stream {stream} of {n_records} records")
         kept = self._keep(stream)
         lists = [
-            lane.shards_ahead(draw, n_bytes) for lane, draw in zip(kept.lanes, kept.shares.drawn(position), strict=True)
+            part_draws.shards_ahead(draw, n_bytes)
+            for part_draws, draw in zip(kept.all_draws, kept.shares.drawn(position), strict=True)
         ]
         # The parts' lists are read in parallel, each to its end: merge them by relative position.
         when = np.concatenate([(np.arange(len(shards)) + 0.5) / max(len(shards), 1) for shards in lists])
@@ -500,8 +504,8 @@ class MixtureOrder:
         self.stream_records(stream)  # raises ValueError
         kept = self._keep(stream)
         found = []
-        for part, lane in enumerate(kept.lanes):
-            of_part = lane.groups()
+        for part, part_draws in enumerate(kept.all_draws):
+            of_part = part_draws.groups()
             ends = [kept.shares.positions_of(part, draws) for draws in (of_part.starts, of_part.stops - 1)]
             found.append(replace(of_part, starts=ends[0], stops=ends[1] + 1))
         return concat_groups(found)
@@ -509,10 +513,10 @@ class MixtureOrder:
     def _keep(self, stream: int) -> _Stream:
         kept = self._streams.get(stream)
         if kept is None:
-            shares = StreamInterleaving(self._deal, stream)
+            shares = StreamInterleaving(self._allocation, stream)
             epoch = self.epoch if self.options.shuffle else 0
-            turns = self._deal.turns(stream)
+            turns = self._allocation.turns(stream)
             of_parts = zip(self._parts, turns, shares.quotas, strict=True)
-            lanes = [PartDraws.of(part, self._deal, turned, quota, epoch) for part, turned, quota in of_parts]
-            kept = self._streams[stream] = _Stream(shares, lanes)
+            all_draws = [PartDraws.of(part, self._allocation, turned, quota, epoch) for part, turned, quota in of_parts]
+            kept = self._streams[stream] = _Stream(shares, all_draws)
         return kept

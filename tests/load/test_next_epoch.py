@@ -138,7 +138,7 @@ def test_a_run_of_one_epoch_reads_nothing_from_a_store_for_a_second_one(server, 
 
 @pytest.mark.parametrize("streams", [1, 4])
 @pytest.mark.parametrize("compression", ["none", "zstd:3"])
-def test_what_was_made_ready_is_what_the_next_epoch_serves(make_dataset, streams, compression):
+def test_the_prepared_start_is_what_the_next_epoch_serves(make_dataset, streams, compression):
     dataset = tc.Dataset(make_dataset(400, compression=compression))
     options = tc.LoaderOptions(**OPTIONS, shuffle_streams=streams)
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)
@@ -153,7 +153,7 @@ def test_what_was_made_ready_is_what_the_next_epoch_serves(make_dataset, streams
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_the_next_epoch_is_made_ready_without_a_seed_as_long_as_nobody_else_draws(make_dataset, given, loads):
+def test_the_next_epoch_is_prepared_without_a_seed_if_no_other_code_draws(make_dataset, given, loads):
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(2) if given else None
     dataset = tc.Dataset(make_dataset(200, compression="zstd:3"))
@@ -179,7 +179,7 @@ def test_the_next_epoch_is_made_ready_without_a_seed_as_long_as_nobody_else_draw
     assert serve(3) == [2, 1, 1]
 
 
-def test_an_epoch_that_ends_before_anybody_began_the_next_is_not_waited_for(make_dataset):
+def test_the_next_epoch_does_not_wait_for_a_preparation_that_did_not_begin(make_dataset):
     dataset = tc.Dataset(make_dataset(100))
     loader = tc.DataLoader(dataset, batch_size=10, shuffle=True)
     gate = threading.Event()
@@ -194,7 +194,7 @@ def test_an_epoch_that_ends_before_anybody_began_the_next_is_not_waited_for(make
         assert sorted(i for batch in following for i in check_batch(batch)) == list(range(100))
 
 
-def test_another_epoch_than_the_next_begins_afresh(make_dataset):
+def test_an_epoch_other_than_the_predicted_one_starts_without_preparation(make_dataset):
     dataset = tc.Dataset(make_dataset(200))
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
     ids_of(loader)
@@ -205,7 +205,7 @@ def test_another_epoch_than_the_next_begins_afresh(make_dataset):
     assert ids_of(fresh) == found
 
 
-def test_what_is_forgotten_while_it_is_made_ready_is_not_taken():
+def test_a_preparation_dropped_while_it_runs_is_not_used():
     class Share:
         def pieces(self, _):
             coming.on_source_closed()
@@ -220,7 +220,7 @@ def test_what_is_forgotten_while_it_is_made_ready_is_not_taken():
     assert NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True).take("other", "state") is None
 
 
-def test_the_future_of_a_beginning_that_failed_says_nothing():
+def test_a_failed_preparation_gives_no_start_and_no_error():
     class Share:
         def pieces(self, _):
             raise tc.StoreError("away", url="u")
@@ -242,7 +242,7 @@ def test_epochs_follow_one_another_when_one_is_left_early(make_dataset):
     assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(300))
 
 
-def test_the_first_window_of_an_epoch_that_was_made_ready_goes_when_it_is_served(make_dataset, loads):
+def test_a_prepared_first_window_is_freed_after_it_was_served(make_dataset, loads):
     loader = tc.DataLoader(
         tc.Dataset(make_dataset(600, compression="zstd:3")),
         batch_size=16,
@@ -261,7 +261,7 @@ def test_the_first_window_of_an_epoch_that_was_made_ready_goes_when_it_is_served
 
 
 @pytest.mark.parametrize("is_asked_for", [False, True])
-def test_what_was_begun_of_an_epoch_that_is_left_is_not_loaded(make_dataset, is_asked_for, monkeypatch):
+def test_loads_of_a_prepared_epoch_are_cancelled_when_the_loader_is_dropped(make_dataset, is_asked_for, monkeypatch):
     monkeypatch.setattr("tiercache.load.prefetch.MIN_PART_BYTES", 1)
     monkeypatch.setattr("tiercache.load.prefetch.MAX_PART_BYTES", 1 << 10)  # many parts
     dataset = tc.Dataset(make_dataset(600, compression="zstd:3"))
@@ -286,7 +286,7 @@ def test_what_was_begun_of_an_epoch_that_is_left_is_not_loaded(make_dataset, is_
     assert len(begun) < n_parts + 2 * n_threads < 2 * n_parts
 
 
-def test_planning_one_loader_s_next_epoch_waits_for_no_other_s():
+def test_loaders_plan_their_next_epochs_independently():
     gate = threading.Event()
     slow = NextEpoch(SOURCE, "state", lambda _: gate.wait(30), is_expected=True)
     thread = threading.Thread(target=lambda: slow.share)
@@ -301,7 +301,7 @@ def test_planning_one_loader_s_next_epoch_waits_for_no_other_s():
 
 
 @pytest.mark.parametrize("view", ["itself", "select", "joined", "mixed"])
-def test_what_was_made_ready_goes_when_the_data_set_is_closed(make_dataset, tmp_path, view, loads):
+def test_a_prepared_epoch_is_dropped_when_the_data_set_is_closed(make_dataset, tmp_path, view, loads):
     dataset = tc.Dataset(make_dataset(300))
     with tc.Writer(tmp_path / "other", schema=SCHEMA) as writer:
         writer.write_batch(make_columns(100, 300))
@@ -321,7 +321,7 @@ def test_what_was_made_ready_goes_when_the_data_set_is_closed(make_dataset, tmp_
     assert len(ids_of(loader)) == len(found)  # it may be used again
 
 
-def test_a_data_set_that_is_closed_while_the_next_epoch_is_begun_loads_nothing_for_it(server, loads, monkeypatch):
+def test_closing_the_data_set_during_preparation_loads_nothing(server, loads, monkeypatch):
     dataset = tc.Dataset(f"{server.url}/data", cache=False)
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
     ids_of(loader)
@@ -338,7 +338,7 @@ def test_a_data_set_that_is_closed_while_the_next_epoch_is_begun_loads_nothing_f
     assert after == [len(loads)]
 
 
-def test_a_data_set_that_is_closed_while_its_next_epoch_is_loaded_leaves_no_shard_open(make_dataset, monkeypatch):
+def test_closing_the_data_set_during_loading_leaves_no_shard_open(make_dataset, monkeypatch):
     path = make_dataset(600)
     dataset = tc.Dataset(path)
     begun, loaded, forgetting, go_on = [], [], threading.Event(), threading.Event()

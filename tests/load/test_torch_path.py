@@ -212,7 +212,7 @@ def test_random_numbers_and_seeds_are_those_of_torchs_loader_and_of_the_native_p
     assert len({str(order) for order in orders[ours]}) == (3 if shuffle else 1)
 
 
-def test_reseeding_before_an_epoch_says_its_order(path):
+def test_reseeding_before_an_epoch_determines_its_order(path):
     loader = WAYS["collate_fn"](path, batch_size=16, shuffle=True)
     orders = []
     for seed in (5, 6, 5):
@@ -380,7 +380,7 @@ def test_a_data_set_with_a_state_of_its_own_keeps_it_and_is_not_split(path, monk
 
 
 @pytest.mark.parametrize("more", [{"threads": 2}, {"memory_bytes": "1MiB"}, {"on_corrupt": "previous"}], ids=str)
-def test_options_that_nothing_would_heed_are_refused(path, more):
+def test_options_without_an_effect_are_refused(path, more):
     (name,) = more
     with pytest.raises(ValueError, match=rf"{name}=.*collate_fn"):
         WAYS["collate_fn"](path, batch_size=4, options=tc.LoaderOptions(**more))

@@ -26,7 +26,7 @@ def test_two_iterators_of_a_loader_take_their_own_batches(make_dataset):
     assert served == [(ids, ids) for ids in ids_of(loader)]
 
 
-def test_a_run_that_goes_on_with_another_version_has_that_ones_length_and_records(make_dataset):
+def test_a_run_resumed_at_another_version_has_its_length_and_records(make_dataset):
     path = make_dataset(60)
     state = tc.DataLoader(tc.Dataset(path), batch_size=16).state_dict()
     with tc.Writer(path, mode="append") as writer:

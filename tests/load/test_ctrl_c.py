@@ -33,7 +33,7 @@ def test_ctrl_c_while_a_batch_with_lists_is_taken_loses_that_one_at_most(make_da
 
 
 @pytest.mark.parametrize("at", range(1, 24))
-def test_damage_is_named_with_its_column_also_after_a_batch_that_ctrl_c_lost(make_dataset, at):
+def test_corruption_is_named_with_its_column_after_ctrl_c_lost_a_batch(make_dataset, at):
     path = make_dataset(200)
     for shard in path.rglob("*.tcs"):  # record 54, in a page that begins in batch 4
         shard.write_bytes(shard.read_bytes().replace(bytes([54]) * 10, bytes([55]) + bytes([54]) * 9))
