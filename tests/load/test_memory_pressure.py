@@ -93,6 +93,6 @@ def test_slices_are_the_pieces_rows_in_order_and_each_needs_blocks_that_fit(size
     all_bytes = np.concatenate([window.block_bytes for window in windows])
     for part in slices:
         assert part.n_rows > 0
-        touched = np.concatenate(part.wanted)
+        touched = np.concatenate(part.needed)
         assert set(np.flatnonzero(touched)) == set(part.block.tolist())
         assert all_bytes[touched].sum() <= room_bytes or touched.sum() == 1

@@ -31,7 +31,7 @@ def first_blocks(dataset, epoch):
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
     loader.set_epoch(epoch)
     share = plan_epoch(dataset._source, loader.native_rank, 16, False, RunState.from_dict(loader.state_dict()))
-    (window,), _ = (piece := next(share.pieces(0))).windows, piece.wanted
+    (window,), _ = (piece := next(share.pieces(0))).windows, piece.needed
     return set(zip(window.shards.tolist(), window.blocks.tolist(), strict=True))
 
 
@@ -71,7 +71,7 @@ def test_the_first_shards_of_the_next_epoch_are_requested_before_the_last_batch_
         with pytest.warns(RuntimeWarning, match="will be fetched again"):
             dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         names = dataset._source.table
-        wanted = {names.info(shard).name.rsplit("/", 1)[1] for shard, _ in first_blocks(dataset, 1)}
+        needed = {names.info(shard).name.rsplit("/", 1)[1] for shard, _ in first_blocks(dataset, 1)}
         dataset.close()
         for path in (tmp_path / "cache").rglob("*.shard"):
             path.unlink()
@@ -90,7 +90,7 @@ def test_the_first_shards_of_the_next_epoch_are_requested_before_the_last_batch_
             for _ in range(n_batches - 1):
                 next(iterator)
             # All but the last batch: what comes next was announced in time, after what this epoch still needed.
-            wait_until(lambda: any(wanted <= set(names) for names in announced[-2:]))
+            wait_until(lambda: any(needed <= set(names) for names in announced[-2:]))
             next(iterator)
             assert next(iterator, None) is None
         iterator.close()

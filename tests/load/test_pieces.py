@@ -121,9 +121,9 @@ def test_pieces_end_where_windows_do_and_name_what_they_need(case: Case, data: s
         assert streams == sorted(set(streams))  # one window of each stream at a time
         own_blocks = touched(piece)
         assert sum(int(blocks.sum()) for blocks in own_blocks) == len(set(block.tolist()))
-        for window, wanted, own in zip(piece.windows, piece.wanted, own_blocks, strict=True):
-            assert len(wanted) == len(own) == len(window.blocks)
-            assert (wanted | ~own).all()
+        for window, needed, own in zip(piece.windows, piece.needed, own_blocks, strict=True):
+            assert len(needed) == len(own) == len(window.blocks)
+            assert (needed | ~own).all()
             with_it = [i for i, other in enumerate(every) if any(w is window for w in other.windows)]
             if not plan.n_padding:
                 assert with_it == list(range(with_it[0], with_it[-1] + 1))  # until it is served, without a gap
@@ -180,9 +180,9 @@ def test_a_rank_with_few_rows_of_a_window_wants_only_the_blocks_that_they_lie_in
         for window, own in zip(piece.windows, touched(piece), strict=True):
             needed[id(window)] = needed.get(id(window), np.zeros(len(own), bool)) | own
     for piece in every[: len(every) - plan.n_padding]:
-        for window, wanted in zip(piece.windows, piece.wanted, strict=True):
+        for window, needed in zip(piece.windows, piece.needed, strict=True):
             if window.stop - window.start <= len(window.blocks):
-                assert wanted.tolist() == needed[id(window)].tolist()
+                assert needed.tolist() == needed[id(window)].tolist()
 
 
 def mixed_pieces(data: Mixed, epoch: int, plan: RankPlan, sizes: PieceSizes) -> list[Piece]:
@@ -206,9 +206,9 @@ def test_ranks_serve_the_sequence_of_a_mixture(
         asked: dict[Window, np.ndarray] = {}
         for piece in every[: len(every) - plan.n_padding]:
             assert len(set(piece.windows)) == len(piece.windows)  # each once, also where streams share it
-            for window, wanted, own in zip(piece.windows, piece.wanted, touched(piece), strict=True):
-                assert not (own & ~wanted).any()
-                assert not (wanted & ~asked.setdefault(window, wanted)).any()  # never more than was asked for at first
+            for window, needed, own in zip(piece.windows, piece.needed, touched(piece), strict=True):
+                assert not (own & ~needed).any()
+                assert not (needed & ~asked.setdefault(window, needed)).any()  # never more than was asked for at first
 
 
 def test_streams_that_share_a_small_part_of_a_mixture_name_its_window_once() -> None:
@@ -222,9 +222,9 @@ def test_streams_that_share_a_small_part_of_a_mixture_name_its_window_once() -> 
 
 def test_ranks_that_share_a_window_of_tiny_blocks_each_want_a_share_of_them() -> None:
     case = Case(uniform(4, 8, 1, 10), OrderOptions(1, True, None, None), 0, Ranks(4, 2, True), PieceSizes(3, 64, 64))
-    wanted = [next(iter(served(case, plan)[1])).wanted[0] for plan in case.plans(0)]
-    assert [int(blocks.sum()) for blocks in wanted] == [8] * 4
-    assert np.logical_or.reduce(wanted).all()
+    needed = [next(iter(served(case, plan)[1])).needed[0] for plan in case.plans(0)]
+    assert [int(blocks.sum()) for blocks in needed] == [8] * 4
+    assert np.logical_or.reduce(needed).all()
 
 
 def touches(data: Shards, how: OrderOptions, ranks: Ranks) -> list[set[tuple[int, int]]]:
@@ -237,8 +237,8 @@ def touches(data: Shards, how: OrderOptions, ranks: Ranks) -> list[set[tuple[int
             {
                 (int(window.shards[i]), int(window.blocks[i]))
                 for piece in every
-                for window, wanted in zip(piece.windows, piece.wanted, strict=True)
-                for i in np.flatnonzero(wanted)
+                for window, needed in zip(piece.windows, piece.needed, strict=True)
+                for i in np.flatnonzero(needed)
             }
         )
     return found
@@ -285,7 +285,7 @@ def test_what_lies_behind_is_not_wanted_of_an_unshuffled_window() -> None:
     data = uniform(2, 10, 100, 10)
     order = EpochOrder(data.layout, OrderOptions(1, False, None, None), 0)
     first = next(pieces(order, RankPlan(750, 1, 0, 50, False, 2000), PieceSizes(10)))
-    assert [wanted.tolist() for wanted in first.wanted] == [[False] * 7 + [True] * 13]
+    assert [needed.tolist() for needed in first.needed] == [[False] * 7 + [True] * 13]
 
 
 def test_pieces_grow_from_a_small_first_one() -> None:

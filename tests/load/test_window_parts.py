@@ -46,10 +46,10 @@ blocks = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40 << 20), st.bool
 @given(blocks, st.integers(1, 8))
 def test_each_block_is_in_one_part_and_a_part_is_of_one_shard(drawn, n_threads):
     window = make_window([b[0] for b in drawn], [b[1] for b in drawn])
-    wanted = np.array([b[2] for b in drawn])
-    mapped, work = split_window(window, wanted, n_threads, lambda shard: shard % 2 == 0)
+    needed = np.array([b[2] for b in drawn])
+    mapped, work = split_window(window, needed, n_threads, lambda shard: shard % 2 == 0)
     parts = [*mapped, *work]
-    assert sorted(place for part in parts for place in part) == np.flatnonzero(wanted).tolist()
+    assert sorted(place for part in parts for place in part) == np.flatnonzero(needed).tolist()
     assert all(window.shards[part[0]] % 2 == 0 for part in mapped)
     assert all(window.shards[part[0]] % 2 == 1 for part in work)
     assert len({int(window.shards[part[0]]) for part in mapped}) == len(mapped)
@@ -61,10 +61,10 @@ def test_each_block_is_in_one_part_and_a_part_is_of_one_shard(drawn, n_threads):
 @given(blocks, st.integers(1, 8))
 def test_a_part_is_not_larger_than_its_share_unless_it_is_one_block(drawn, n_threads):
     window = make_window([b[0] for b in drawn], [b[1] for b in drawn])
-    wanted = np.ones(len(drawn), bool)
+    needed = np.ones(len(drawn), bool)
     limit = part_bytes(window.raw_bytes, n_threads)
     assert limit <= MAX_PART_BYTES
-    for part in split_window(window, wanted, n_threads, lambda _: False)[1]:
+    for part in split_window(window, needed, n_threads, lambda _: False)[1]:
         assert len(part) == 1 or int(window.block_bytes[part].sum()) <= limit
 
 

@@ -275,14 +275,14 @@ class _RecordReplacer:
             block[:n_first], row[:n_first] = block[n_first], row[n_first]
         elif n_first and place is None:
             place = self._after(n_before + len(bad))
-        self.last = ArrayPiece(piece.windows, piece.wanted, block, row).locate(good[-1]) if len(good) else place
-        windows, wanted, numbers = self._left(piece)
+        self.last = ArrayPiece(piece.windows, piece.needed, block, row).locate(good[-1]) if len(good) else place
+        windows, needed, numbers = self._left(piece)
         block = numbers[block].astype(np.uint32)
         if place is not None:
             window = self._window_of(place)
             block[:n_first], row[:n_first] = sum(len(w.blocks) for w in windows), place[2]
-            windows, wanted = (*windows, window), (*wanted, np.ones(1, np.bool_))
-        return ArrayPiece(windows, wanted, block, row, np.flatnonzero(bad))
+            windows, needed = (*windows, window), (*needed, np.ones(1, np.bool_))
+        return ArrayPiece(windows, needed, block, row, np.flatnonzero(bad))
 
     def _bad(
         self, piece: AnyPiece, shards: NDArray[np.int32], blocks: NDArray[np.int32], suspects: NDArray[np.int64]
@@ -320,17 +320,17 @@ class _RecordReplacer:
         return found
 
     def _left(self, piece: AnyPiece) -> tuple[tuple[Window, ...], tuple[NDArray[np.bool_], ...], NDArray[np.int64]]:
-        """Return the windows without unreadable blocks, their wanted blocks, and the new number of each block."""
+        """Return the windows without unreadable blocks, their needed blocks, and the new number of each block."""
         going = {id(window): self._without.get(id(window)) or self._cut(window) for window in piece.windows}
         self._without = going
         kept = np.concatenate([one.kept for one in going.values()])
         numbers = np.cumsum(kept) - 1
         pairs = [
-            (one.left, wanted[one.kept])
-            for one, wanted in zip(going.values(), piece.wanted, strict=True)
+            (one.left, needed[one.kept])
+            for one, needed in zip(going.values(), piece.needed, strict=True)
             if len(one.left.blocks)
         ]
-        return tuple(window for window, _ in pairs), tuple(wanted for _, wanted in pairs), numbers
+        return tuple(window for window, _ in pairs), tuple(needed for _, needed in pairs), numbers
 
     def _cut(self, window: Window) -> _TrimmedWindow:
         kept = np.ones(len(window.blocks), np.bool_)

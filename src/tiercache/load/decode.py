@@ -396,5 +396,5 @@ def _ahead(work: PipelineInputs, resources: Resources) -> int:
     n_rows = work.batch_rows
     sized = [options for options in work.output_spec.decode.values() if options.size is not None]
     batch_bytes = n_rows * sum(int(np.prod(options.batch_shape)) * options.itemsize for options in sized)
-    wanted = max(BATCHES_AHEAD, -(-PICTURES_A_THREAD * resources.n_threads // n_rows))
-    return max(MIN_AHEAD, min(wanted, resources.memory_bytes // max(batch_bytes, 1)))
+    needed = max(BATCHES_AHEAD, -(-PICTURES_A_THREAD * resources.n_threads // n_rows))
+    return max(MIN_AHEAD, min(needed, resources.memory_bytes // max(batch_bytes, 1)))

@@ -123,7 +123,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         self._start_s = time.perf_counter()
         self._counted = False
         self._read_again: set[int] = set()  # numbers of shards that were read a second time
-        self._passed_by: set[CorruptLocation] = set()
+        self._replaced_places: set[CorruptLocation] = set()
         self._draws = draws
         # torch's sampler draws numbers before the first batch. It draws again at its end, which comes before a short
         # last batch.
@@ -232,8 +232,8 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         corruption = self._work.corruption
         try:
             while True:
-                healed = self._may_read_again()
-                if healed is None:
+                was_replaced = self._may_read_again()
+                if was_replaced is None:
                     self._replace_corrupt(error)
                 self._count(self._pipeline.figures())
                 if self._work.next_epoch is not None:
@@ -244,7 +244,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
                     return self._pipeline.take(self._timeout_s)
                 except CorruptShard as again:
                     # Else keep the first error: it names the block.
-                    if healed or corruption is not None or self._pipeline.corrupt_shard is not None:
+                    if was_replaced or corruption is not None or self._pipeline.corrupt_shard is not None:
                         error = again
         finally:
             del error  # The error's traceback would form a cycle that holds windows.
@@ -255,21 +255,21 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         Every shard is read again once: another loader or process may have replaced the copy in the meantime.
         """
         shard = self._pipeline.corrupt_shard
-        healed = shard is not None and self._work.source.discard_corrupt_copy(shard)
-        if shard is None or (not healed and shard in self._read_again):
+        was_replaced = shard is not None and self._work.source.discard_corrupt_copy(shard)
+        if shard is None or (not was_replaced and shard in self._read_again):
             return None
         self._read_again.add(shard)
-        return healed
+        return was_replaced
 
     def _replace_corrupt(self, error: CorruptShard) -> None:
         """Replace the corrupt records from now on. Raises the error if they must not be replaced, or already were."""
         place: CorruptLocation | None = error.place
-        if self._work.corruption is None or place is None or place in self._passed_by:
+        if self._work.corruption is None or place is None or place in self._replaced_places:
             try:
                 raise error
             finally:
                 del error  # as in _take_past()
-        self._passed_by.add(place)
+        self._replaced_places.add(place)
         self._work.corruption.note_corruption(place, error)
 
 

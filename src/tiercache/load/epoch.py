@@ -107,12 +107,12 @@ class Piece:
             A window is in all pieces from its first row to its last, as the same object, even if a piece in between has
             no row of it.
         n_rows: Number of rows.
-        wanted: bool[n_blocks] for each window: the blocks that this piece or later pieces of the window need.
+        needed: bool[n_blocks] for each window: the blocks that this piece or later pieces of the window need.
     """
 
     windows: tuple[Window, ...]
     n_rows: int
-    wanted: tuple[NDArray[np.bool_], ...]
+    needed: tuple[NDArray[np.bool_], ...]
     _segments: tuple[_SegmentRows, ...]
     _found: list[tuple[NDArray[np.uint32], NDArray[np.uint32]]] = field(default_factory=list, init=False, repr=False)
 
@@ -230,21 +230,21 @@ class _Cutter:
         if section is None or not section.start <= position < section.stop:
             section = self._order.section_at(cursor.stream, position)
             rest = cursor.at[cursor.n_cut : _n_before(cursor.at, section.stop)] if is_last else None
-            self._held[cursor.stream] = section, self._wanted(cursor.stream, section, position, rest)
+            self._held[cursor.stream] = section, self._needed_blocks(cursor.stream, section, position, rest)
         return _n_before(cursor.at, section.stop)
 
     def _piece(self, cursors: list[_StreamCursor], start: int, stop: int) -> Piece:
         """Return the piece of the rows [start, stop) and advance the streams."""
         segments: list[_SegmentRows] = []
-        wanted: dict[Window, NDArray[np.bool_]] = {}  # streams that share a window need the same blocks of it
+        needed: dict[Window, NDArray[np.bool_]] = {}  # streams that share a window need the same blocks of it
         first_blocks: dict[Window, int] = {}
         n_blocks = 0
         by_stream = {cursor.stream: cursor for cursor in cursors}
         for stream in sorted(self._held):
             section, of_windows = self._held[stream]
             for window, blocks in zip(section.windows, of_windows, strict=True):
-                if window not in wanted:
-                    wanted[window], first_blocks[window] = blocks, n_blocks
+                if window not in needed:
+                    needed[window], first_blocks[window] = blocks, n_blocks
                     n_blocks += len(blocks)
             cursor = by_stream.get(stream)
             if cursor is None or cursor.n_cut == len(cursor.at) or cursor.places[cursor.n_cut] >= stop:
@@ -255,7 +255,7 @@ class _Cutter:
             firsts = tuple(first_blocks[window] for window in section.windows)
             segments.append(_SegmentRows(section, places, at, firsts))
             cursor.n_cut = end
-        return Piece(tuple(wanted), stop - start, tuple(wanted.values()), tuple(segments))
+        return Piece(tuple(needed), stop - start, tuple(needed.values()), tuple(segments))
 
     def _drop_served(self, cursors: list[_StreamCursor], last_position: int | None) -> None:
         """Drop segments that are served. last_position: of all streams, if other rows follow; None: no rows follow."""
@@ -270,7 +270,7 @@ class _Cutter:
             if not goes_on:
                 del self._held[stream]
 
-    def _wanted(
+    def _needed_blocks(
         self, stream: int, section: Section, position: int, rest: _Rising | None
     ) -> tuple[NDArray[np.bool_], ...]:
         """Return the blocks of a segment that the rank needs from a position on. rest: its rows there, if known."""
@@ -659,8 +659,8 @@ class NextEpoch:
         pieces = itertools.chain([first], rest)
         if first.run is None or not self._source.selects_all:
             first.rows()
-        pairs = list(zip(first.windows, first.wanted, strict=True))
-        shards = interleaved([list(dict.fromkeys(window.shards[wanted].tolist())) for window, wanted in pairs])
+        pairs = list(zip(first.windows, first.needed, strict=True))
+        shards = interleaved([list(dict.fromkeys(window.shards[needed].tolist())) for window, needed in pairs])
         near = [*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])] if self._source.can_prefetch else []
         for start in range(0, len(near), _SHARDS_A_STEP):
             with self._a_step():

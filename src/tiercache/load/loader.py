@@ -573,11 +573,11 @@ def _check_options(options: Any, why_not: str, *, is_ordered: bool, has_state: b
         raise TypeError(f"options= takes a tiercache.LoaderOptions(...), got {options!r}")
     if why_not and not is_ordered:
         raise ValueError(f"options= {_OF_NATIVE_PATH} {why_not}: remove options=")
-    unheeded: Sequence[str] = ("memory_bytes", "threads", "on_corrupt") if why_not else ()
+    without_effect: Sequence[str] = ("memory_bytes", "threads", "on_corrupt") if why_not else ()
     if why_not and has_state:
-        unheeded = [field.name for field in fields(LoaderOptions) if field.name != "split_ranks"]
+        without_effect = [field.name for field in fields(LoaderOptions) if field.name != "split_ranks"]
     defaults = LoaderOptions()
-    for name in unheeded:
+    for name in without_effect:
         value = getattr(options, name)
         if value != getattr(defaults, name):
             raise ValueError(f"{name}={value!r} {_OF_NATIVE_PATH} {why_not}: remove {name}=")

@@ -195,9 +195,9 @@ class Pipeline(ClosingPipeline):
         self.replaced: dict[int, RecordLocation] = {}
         self._is_closed = False
         self._taking = threading.RLock()
-        odd = (self._waited, self._shared.patched)
+        exceptional = (self._waited, self._shared.patched)
         self._taker = Taker(
-            self._ring, self._assembler.entries, self._shared.pieces, odd, self._taking, work.waits.bins
+            self._ring, self._assembler.entries, self._shared.pieces, exceptional, self._taking, work.waits.bins
         )
         # The thread holds no reference to this object, so that dropping the last outside reference closes it.
         self._planner = threading.Thread(

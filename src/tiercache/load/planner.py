@@ -212,12 +212,12 @@ class _Planner:
         """Drop the windows that the part does not need, before more memory is used; return the missing ones."""
         kept: dict[int, LoadedWindow] = {}
         missing = []
-        for window, wanted in zip(part.windows, part.wanted, strict=True):
+        for window, needed in zip(part.windows, part.needed, strict=True):
             loaded = self._held.get(id(window))
-            if loaded is not None and loaded.covers(wanted):
+            if loaded is not None and loaded.covers(needed):
                 kept[id(window)] = loaded
             else:
-                missing.append((window, wanted))
+                missing.append((window, needed))
         self._held = kept
         if missing:
             self._joined = None
@@ -227,24 +227,24 @@ class _Planner:
         is_mapped = self._work.source.is_mapped
         # their reading and decoding is under way
         missing = [pair for pair in missing if id(pair[0]) not in self._loading]
-        return any(not is_mapped(shard) for window, wanted in missing for shard in set(window.shards[wanted].tolist()))
+        return any(not is_mapped(shard) for window, needed in missing for shard in set(window.shards[needed].tolist()))
 
     def _begin(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> list[WindowLoad]:
         unasked = [pair for pair in missing if id(pair[0]) not in self._loading]
         if unasked and self._work.source.can_prefetch:
             self._prefetch(unasked)
         loading = []
-        for window, wanted in missing:
+        for window, needed in missing:
             begun = self._loading.pop(id(window), None)
             if begun is None:
-                begun = WindowLoad(self._work.source, window, wanted, self._threads.executor, self._threads.n_threads)
+                begun = WindowLoad(self._work.source, window, needed, self._threads.executor, self._threads.n_threads)
             loading.append(begun)
         return loading
 
     def _prefetch(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> None:
         """Prefetch shards: those of the windows first, because later shards must not be fetched before them."""
         work = self._work
-        own = interleaved([list(dict.fromkeys(window.shards[wanted].tolist())) for window, wanted in missing])
+        own = interleaved([list(dict.fromkeys(window.shards[needed].tolist())) for window, needed in missing])
         ahead = work.share.shards_ahead(work.first_batch, self._pushed_rows, self.ahead_bytes)
         # Near the end of an epoch the shards of the next epoch come next.
         if work.next_epoch is not None and int(work.source.shard_bytes[ahead].sum()) < self.ahead_bytes:

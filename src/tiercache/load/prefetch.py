@@ -44,9 +44,9 @@ MIN_PART_BYTES, MAX_PART_BYTES = 1 << 20, 16 << 20
 
 
 def split_window(
-    window: Window, wanted: NDArray[np.bool_], n_threads: int, is_mapped: Callable[[int], bool]
+    window: Window, needed: NDArray[np.bool_], n_threads: int, is_mapped: Callable[[int], bool]
 ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-    """Cut the wanted blocks of a window into parts, each the indices of blocks of one shard, in its order.
+    """Cut the needed blocks of a window into parts, each the indices of blocks of one shard, in its order.
 
     A thread takes the next part when its last one is done, so all threads are busy to the end, whatever the shards.
 
@@ -54,7 +54,7 @@ def split_window(
         Whole shards that are only mapped; and the parts to read, fetch or decode, of about the same size and at most
         MAX_PART_BYTES unless a part is a single block. Shards are in the order in which the window names them.
     """
-    places = np.flatnonzero(wanted)
+    places = np.flatnonzero(needed)
     if not len(places):
         return [], []
     shards = window.shards[places]
@@ -145,9 +145,9 @@ class LoadedWindow:
         """Bytes of memory that are neither mapped nor shared: data that was read or decoded."""
         return sum(blocks.private_bytes for blocks in self.block_groups)
 
-    def covers(self, wanted: NDArray[np.bool_]) -> bool:
-        """Whether all of these blocks are loaded. wanted: bool[n_blocks]."""
-        return bool((self.group_of_block[wanted] >= 0).all())
+    def covers(self, needed: NDArray[np.bool_]) -> bool:
+        """Whether all of these blocks are loaded. needed: bool[n_blocks]."""
+        return bool((self.group_of_block[needed] >= 0).all())
 
     def value(self, block: int, row: int, column: int) -> object:
         """Return a record's value of an ARROW column as Python objects. column: its index among the served columns."""
@@ -226,19 +226,19 @@ class WindowLoad:
         self,
         source: Source,
         window: Window,
-        wanted: NDArray[np.bool_],
+        needed: NDArray[np.bool_],
         executor: Executor,
         n_threads: int,
         *,
         unwanted: Event | None = None,
     ) -> None:
         self.window = window
-        self.wanted = wanted
+        self.needed = needed
         self._source, self._unwanted = source, unwanted
         self._n_streams = sum(len(column.streams(0)) for column in source.schema.columns)
-        self._mapped, work = split_window(window, wanted, n_threads, source.is_mapped)
+        self._mapped, work = split_window(window, needed, n_threads, source.is_mapped)
         self._loaded: list[tuple[NDArray[np.int64], Blocks]] = []
-        self._work = [(places, executor.submit(self._load_wanted, places)) for places in work]
+        self._work = [(places, executor.submit(self._load_unless_unwanted, places)) for places in work]
 
     def finish(self, threads: LoadThreads) -> LoadedWindow:
         """Return the window when all of it is loaded. May be called once.
@@ -277,7 +277,7 @@ class WindowLoad:
         for _, future in self._work:
             future.cancel()
 
-    def _load_wanted(self, places: NDArray[np.int64]) -> Blocks:
+    def _load_unless_unwanted(self, places: NDArray[np.int64]) -> Blocks:
         if self._unwanted is not None and self._unwanted.is_set():
             raise CancelledError
         with stop_retries_when(self._unwanted):
@@ -314,7 +314,7 @@ class ArrayPiece:
     """
 
     windows: tuple[Window, ...]
-    wanted: tuple[NDArray[np.bool_], ...]
+    needed: tuple[NDArray[np.bool_], ...]
     block: NDArray[np.uint32]
     row: NDArray[np.uint32]
     replaced: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
@@ -368,7 +368,7 @@ class MemoryPressure:
 
     def fits(self, piece: AnyPiece) -> bool:
         """Whether the piece's windows fit memory twice."""
-        need_bytes = sum(self._decoded_bytes(w, wanted) for w, wanted in zip(piece.windows, piece.wanted, strict=True))
+        need_bytes = sum(self._decoded_bytes(w, needed) for w, needed in zip(piece.windows, piece.needed, strict=True))
         if need_bytes <= self._room_bytes:
             return True
         self._need_bytes = max(self._need_bytes, need_bytes)
@@ -402,16 +402,16 @@ class MemoryPressure:
         """Share of a block's raw bytes that takes memory of its own."""
         return self._private_bytes / self._raw_bytes if self._raw_bytes else 1.0
 
-    def _decoded_bytes(self, window: Window, wanted: NDArray[np.bool_]) -> int:
+    def _decoded_bytes(self, window: Window, needed: NDArray[np.bool_]) -> int:
         if not self._share:
             return 0
-        whole = self._share * int(window.block_bytes[wanted].sum())
+        whole = self._share * int(window.block_bytes[needed].sum())
         if whole <= self._room_bytes // 64:  # asking for each shard would cost more than the answer is worth
             return int(whole)
-        away = [shard for shard in set(window.shards[wanted].tolist()) if not self._is_mapped(shard)]
+        away = [shard for shard in set(window.shards[needed].tolist()) if not self._is_mapped(shard)]
         if not away:
             return 0
-        return int(self._share * int(window.block_bytes[wanted & np.isin(window.shards, away)].sum()))
+        return int(self._share * int(window.block_bytes[needed & np.isin(window.shards, away)].sum()))
 
     def _fitting(self, block: NDArray[np.uint32], sizes: NDArray[np.int64]) -> int:
         """Return how many of the first rows need blocks that fit together."""

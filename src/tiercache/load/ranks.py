@@ -27,8 +27,8 @@ class Rank:
     local_ranks: int = 1
 
     def __str__(self) -> str:
-        said_by = "alone" if self.origin == "alone" else f"from {self.origin}"
-        return f"rank {self.rank} of {self.world_size} ({said_by})"
+        origin = "alone" if self.origin == "alone" else f"from {self.origin}"
+        return f"rank {self.rank} of {self.world_size} ({origin})"
 
 
 def find_rank(options: LoaderOptions) -> Rank:

@@ -98,7 +98,7 @@ def find_shard_uses(share: OrderShare, start: int, n_shards: int) -> ShardUses:
     begins, ends = np.full(n_shards, NEVER), np.zeros(n_shards, np.int64)
     spans: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
     for stream in ranks.streams:
-        groups = _from(order.groups(stream), stream, order.n_streams, start)
+        groups = _groups_from(order.groups(stream), stream, order.n_streams, start)
         sizes = np.diff(groups.cuts)
         np.minimum.at(begins, groups.shards, np.repeat(groups.starts, sizes))
         np.maximum.at(ends, groups.shards, np.repeat(groups.stops, sizes))
@@ -106,7 +106,7 @@ def find_shard_uses(share: OrderShare, start: int, n_shards: int) -> ShardUses:
     return ShardUses(begins, ends, ReadClock(start, *(np.concatenate(column) for column in zip(*spans, strict=True))))
 
 
-def _from(groups: ShardGroups, stream: int, n_streams: int, start: int) -> ShardGroups:
+def _groups_from(groups: ShardGroups, stream: int, n_streams: int, start: int) -> ShardGroups:
     """Return a stream's groups, in positions of the epoch, without what lies before `start`."""
     # Position p of the stream is position p * n_streams + stream of the epoch.
     begins, ends = groups.starts * n_streams + stream, (groups.stops - 1) * n_streams + stream + 1
@@ -127,26 +127,26 @@ def make_read_plan(
         max_shards: Maximum of shards examined over all later epochs; at least one epoch is examined.
     """
     n_shards = len(uses.ends)
-    then = np.full(n_shards, NEVER)
-    passed, looked, quiet = uses.clock.total, 0, 0
+    next_read = np.full(n_shards, NEVER)
+    elapsed, cost, n_quiet = uses.clock.total, 0, 0
     for number, share in enumerate(later):
         found = find_shard_uses(share, 0, n_shards)
-        news = found.shards[then[found.shards] == NEVER]
-        then[news] = passed + found.clock.at(found.begins[news])
-        passed += found.clock.total
-        looked += cost_of(share, n_shards)
-        quiet = quiet + 1 if not len(news) and (then[uses.shards] != NEVER).all() else 0
-        if quiet >= EPOCHS_WITHOUT_NEWS or np.count_nonzero(then != NEVER) == n_filled:
+        new_shards = found.shards[next_read[found.shards] == NEVER]
+        next_read[new_shards] = elapsed + found.clock.at(found.begins[new_shards])
+        elapsed += found.clock.total
+        cost += cost_of(share, n_shards)
+        n_quiet = n_quiet + 1 if not len(new_shards) and (next_read[uses.shards] != NEVER).all() else 0
+        if n_quiet >= EPOCHS_WITHOUT_NEWS or np.count_nonzero(next_read != NEVER) == n_filled:
             break
-        if number + 1 >= MAX_EPOCHS_AHEAD or looked >= max_shards or passed >= NEVER // 2:
+        if number + 1 >= MAX_EPOCHS_AHEAD or cost >= max_shards or elapsed >= NEVER // 2:
             break
-    shards = np.flatnonzero((uses.ends > 0) | (then != NEVER))
+    shards = np.flatnonzero((uses.ends > 0) | (next_read != NEVER))
     is_read = uses.ends[shards] > 0
     first, last = (
         np.where(is_read, uses.clock.at(np.where(is_read, positions[shards], 0)), NEVER)
         for positions in (uses.begins, uses.ends)
     )
-    return ReadingPlan(owner, shards, first, last, then[shards])
+    return ReadingPlan(owner, shards, first, last, next_read[shards])
 
 
 def cost_of(share: OrderShare, n_shards: int) -> int:

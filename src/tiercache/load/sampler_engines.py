@@ -226,15 +226,13 @@ class IndexSampler:
         read, share, draws = self._epoch
         size = share.ranks.batch_size
         left = np.empty(0, np.int64)
-        draws.sample()
-        for numbers in served_numbers(read, share, is_shuffled=draws.shuffle):
+        for numbers in served_numbers(read, share, draws):
             rows = np.concatenate([left, numbers]) if len(left) else numbers
             n_whole = len(rows) // size * size
             whole = rows[:n_whole].tolist()
             yield from (whole[i : i + size] for i in range(0, n_whole, size)) if self._is_batched else whole
             left = rows[n_whole:]
-        draws.exhaust()  # torch asks its sampler until it ends before it returns a short last batch
-        if len(left):
+        if len(left):  # torch asks its sampler until it ends before it returns a short last batch
             yield left.tolist()
 
 
@@ -312,13 +310,21 @@ class IndexEngine(NativeEngine):
         return self._source if n_records == epoch_records(self._source) else _Numbered(n_records)
 
 
-def served_numbers(read: Any, share: OrderShare, *, is_shuffled: bool) -> Iterator[NDArray[np.int64]]:
-    """Yield the indices of a rank's records in served order, some at a time. Reads footers for a shuffled order."""
-    ranks = share.ranks
-    if not is_shuffled:  # position p is record p, also in listed and mixed sources
-        for start in range(0, ranks.n_served, _CHUNK_ROWS):
-            yield ranks.positions_between(start, min(start + _CHUNK_ROWS, ranks.n_served))
-        return
+def served_numbers(read: Any, share: OrderShare, draws: TorchDraws) -> Iterator[NDArray[np.int64]]:
+    """Yield the indices of a rank's records in served order, some at a time, and draw what torch's sampler draws.
+
+    Reads footers for a shuffled order.
+    """
+    draws.sample()
+    if draws.shuffle:
+        yield from _shuffled_numbers(read, share)
+    else:  # position p is record p, also in listed and mixed sources
+        for start in range(0, share.ranks.n_served, _CHUNK_ROWS):
+            yield share.ranks.positions_between(start, min(start + _CHUNK_ROWS, share.ranks.n_served))
+    draws.exhaust()
+
+
+def _shuffled_numbers(read: Any, share: OrderShare) -> Iterator[NDArray[np.int64]]:
     listed = None if read.mixture is not None else read.record_order
     served = None if listed is None else np.argsort(listed, kind="stable")  # by number in stored order
     first_records = np.concatenate([[0], np.cumsum(read.shard_records)])
@@ -433,8 +439,6 @@ class OrderIterator(Iterator[int]):
         return self._numbers
 
     def _given(self, read: Any, share: OrderShare, draws: TorchDraws) -> Iterator[int]:
-        draws.sample()
-        for numbers in served_numbers(read, share, is_shuffled=draws.shuffle):
+        for numbers in served_numbers(read, share, draws):
             yield from numbers.tolist()
-        draws.exhaust()
         self._run.end_for_sampler(share)

@@ -246,8 +246,8 @@ class EpochOrder:
         begin = int(kept.stream.cuts[found]) if self.options.shuffle else found
         if n_bytes is None:
             return shards[begin:]
-        wanted = min(int(stored[begin]) + n_bytes, int(stored[-1]))
-        return shards[begin : max(int(np.searchsorted(stored, wanted)), begin + 1)]
+        wanted_bytes = min(int(stored[begin]) + n_bytes, int(stored[-1]))
+        return shards[begin : max(int(np.searchsorted(stored, wanted_bytes)), begin + 1)]
 
     def groups(self, stream: int) -> ShardGroups:
         """See Order.groups. Without shuffle each shard is a group, so that it is released at its last record."""

@@ -139,18 +139,18 @@ class PartDraws:
         if left <= 0:
             return np.empty(0, np.int64)
         group_bytes = self.part.options.group_bytes
-        wanted = -(-left * self.step * self.part.n_stored_bytes // self.part.n_records)
+        wanted_bytes = -(-left * self.step * self.part.n_stored_bytes // self.part.n_records)
         if n_bytes is not None:
-            wanted = min(wanted, n_bytes)
+            wanted_bytes = min(wanted_bytes, n_bytes)
         elif group_bytes is None:
-            wanted = self.part.n_stored_bytes
+            wanted_bytes = self.part.n_stored_bytes
         else:
-            wanted += group_bytes  # shards count from the start of their group, which lies before this draw
+            wanted_bytes += group_bytes  # shards count from the start of their group, which lies before this draw
         own_epoch, position = divmod(self.base + draw * self.step, self.length)
-        found = self.part.order(own_epoch).shards_ahead(self.stream, position, wanted).copy()
-        wanted -= int(self.part.layout.stored_bytes[found].sum())
-        if wanted > 0:
-            found = np.concatenate([found, self.part.order(own_epoch + 1).shards_ahead(self.stream, 0, wanted)])
+        found = self.part.order(own_epoch).shards_ahead(self.stream, position, wanted_bytes).copy()
+        wanted_bytes -= int(self.part.layout.stored_bytes[found].sum())
+        if wanted_bytes > 0:
+            found = np.concatenate([found, self.part.order(own_epoch + 1).shards_ahead(self.stream, 0, wanted_bytes)])
             _, first = np.unique(found, return_index=True)
             found = found[np.sort(first)]
         found += self.part.first_shard
