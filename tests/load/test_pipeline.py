@@ -22,7 +22,6 @@ from tests.load.conftest import check_batch, ids_of, join_loading, make_columns
 import tiercache as tc
 from tiercache.load.epoch import PieceSizes
 from tiercache.load.pipeline import Pipeline
-from tiercache.order import RowRun
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.waiting import wait_for
 
@@ -112,12 +111,6 @@ def test_a_failed_preparation_is_reported_by_the_epoch_itself(make_dataset, monk
     assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(100))
 
 
-def test_every_batch_is_counted_once_among_the_waits(make_dataset):
-    loader = tc.DataLoader(tc.Dataset(make_dataset(1000)), batch_size=10)
-    ids_of(loader)
-    assert loader._native._waits.n_waits == 101  # the end is waited for too
-
-
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_ready_batches_by_the_fast_path_are_the_same(make_dataset, monkeypatch, drop_last):
     dataset = tc.Dataset(
@@ -149,18 +142,6 @@ def test_ready_batches_by_the_fast_path_are_the_same(make_dataset, monkeypatch, 
             assert one[name].values.tolist() == other[name].values.tolist()
 
 
-def test_objects_are_found_while_the_planner_pushes_more(make_dataset):
-    options = tc.LoaderOptions(shuffle_window_bytes="1KiB")
-    iterator = iter(tc.DataLoader(tc.Dataset(make_dataset(500)), batch_size=16, options=options))
-    check_batch(next(iterator))
-    pipeline = iterator._pipeline
-    places = pipeline._places(0, 16)
-    next(places)
-    pipeline._shared.pieces.append(pipeline._shared.pieces[-1])  # as the planner does at any time
-    assert len(list(places)) < 16
-    iterator.close()
-
-
 def test_only_some_of_a_windows_order_is_in_memory(make_dataset, monkeypatch):
     monkeypatch.setattr("tiercache.load.epoch.ARRAY_PIECES", PieceSizes(64, 64, 64))
     options = tc.LoaderOptions(shuffle_window_bytes="all", memory_bytes=1, seed=0)
@@ -174,20 +155,6 @@ def test_only_some_of_a_windows_order_is_in_memory(make_dataset, monkeypatch):
     assert sorted(served) == list(range(5, 3005))
     assert len(ends) > 3000 // 64  # pieces
     assert most <= 3
-
-
-def test_rows_of_one_stream_are_located_when_their_batch_is_gathered(make_dataset, monkeypatch):
-    monkeypatch.setattr("tiercache.load.epoch.RUN_PIECES", PieceSizes(3008, 64, 3008))
-    options = tc.LoaderOptions(shuffle_window_bytes="all", seed=0)
-    loader = tc.DataLoader(tc.Dataset(make_dataset(3008)), batch_size=16, shuffle=True, options=options)
-    iterator = iter(loader)
-    served = check_batch(next(iterator))
-    ((end, pushed),) = iterator._pipeline._shared.pieces
-    assert end == 3008  # all of the window, and no arrays
-    assert isinstance(pushed.rows, RowRun)
-    for batch in iterator:
-        served += check_batch(batch)
-    assert sorted(served) == list(range(3008))
 
 
 def test_what_was_fetched_stays_counted_when_a_state_leads_to_another_version(make_dataset):

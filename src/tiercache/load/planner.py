@@ -129,7 +129,7 @@ class _Planner:
         self._held: dict[int, LoadedWindow] = {}  # by the window's id; each holds its window
         self._loading: dict[int, WindowLoad] = {}  # started by the epoch before
         self._joined: JoinedWindows | None = None
-        self._serving: tuple[Window, ...] = ()  # the windows of the last push
+        self._served_windows: tuple[Window, ...] = ()  # the windows of the last push
         self.ahead_bytes = SHARDS_AHEAD * work.setup.largest_bytes
         self._near = PagePrefetcher(threads, work.setup.stored_bytes)
         self.pressure = MemoryPressure(work.source.is_mapped, threads.limit_bytes)
@@ -187,8 +187,8 @@ class _Planner:
         new = self._finish(loading)
         joined = self._join(part)
         # Prefetch its pages before a row of it is requested, while the window before is served.
-        is_first, output_spec = not self._pushed_rows, (*self._serving, *part.windows)
-        for read in self._near.prefetch_pages(new, output_spec) if not is_first else ():
+        is_first, served = not self._pushed_rows, (*self._served_windows, *part.windows)
+        for read in self._near.prefetch_pages(new, served) if not is_first else ():
             self._threads.result(read)
         self._count("load_s", start_s)
         pushed = PushedRows(rows, joined)
@@ -198,10 +198,10 @@ class _Planner:
         if not self._ring.push(pushed.as_plan(self._work.setup.layouts)):
             raise CancelledError
         if is_first:  # The first batch does not wait for its whole window.
-            self._near.prefetch_pages(new, output_spec, is_served=True)
+            self._near.prefetch_pages(new, served, is_served=True)
             if self._work.publisher is not None:
                 self._work.publisher.complete()
-        self._serving = part.windows
+        self._served_windows = part.windows
 
     def _advance(self) -> None:
         """Tell the cache that all rows but those of the last push are served, so that it may evict their shards."""

@@ -457,7 +457,7 @@ class PagePrefetcher:
         self._near: list[tuple[Window, list[Blocks]]] = []
 
     def prefetch_pages(
-        self, windows: Sequence[LoadedWindow], output_spec: Sequence[Window], *, is_served: bool = False
+        self, windows: Sequence[LoadedWindow], served: Sequence[Window], *, is_served: bool = False
     ) -> list[Future[int]]:
         """Start to read the mapped pages of windows, as far as there is room; returns at once.
 
@@ -472,7 +472,7 @@ class PagePrefetcher:
             return []  # The advice numbers are Linux's.
         free_bytes = self._threads.limit_bytes - config.private_bytes()
         fits = self._stored_bytes <= free_bytes
-        self._release_served(output_spec, larger=not fits)
+        self._release_served(served, larger=not fits)
         room_bytes = free_bytes // NEAR_SHARE
         reads: list[Future[int]] = []
         for loaded in windows:
@@ -501,9 +501,9 @@ class PagePrefetcher:
         huge = _kernel() >= _HUGE_SINCE and share_of_huge_pages(pages) <= most and _expect(pages, _HUGEPAGE)
         return self._threads.executor.submit(_read, blocks, self._threads.stop, huge)
 
-    def _release_served(self, output_spec: Sequence[Window], *, larger: bool) -> None:
+    def _release_served(self, served: Sequence[Window], *, larger: bool) -> None:
         """Forget windows that were served; if the data set is larger than memory, let their pages be evicted first."""
-        ids = set(map(id, output_spec))
+        ids = set(map(id, served))
         gone = [near for near in self._near if id(near[0]) not in ids]
         self._near = [near for near in self._near if id(near[0]) in ids]
         for blocks in [blocks for _, of_window in gone for blocks in of_window] if larger else []:
