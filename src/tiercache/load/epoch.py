@@ -58,15 +58,15 @@ RUN_ROWS = 4 * PIECE_ROWS
 # rows are computed one by one. With 4 ranks on one stream a row then takes 25 ns (batches of 256), and 66 ns if all
 # rows between are computed as well (batches of 8).
 _CALL_ROWS = 128
-# A rank that takes fewer rows of a segment than this number times its blocks leaves one block in seven (e^-2)
+# A rank that takes fewer rows of a section than this number times its blocks leaves one block in seven (e^-2)
 # untouched, so it pays to find the blocks that are needed. Looking through more positions than the second number would
 # take more than 10 ms.
 _SPARSE_ROWS, _SPARSE_POSITIONS = 2, 1 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _SegmentRows:
-    """Rows of a piece that lie in one segment: their indices in the piece (None: all rows) and their positions.
+class _SectionRows:
+    """Rows of a piece that lie in one section: their indices in the piece (None: all rows) and their positions.
 
     at: positions in the stream, rising; first_blocks: number in the piece of each window's first block.
     """
@@ -89,7 +89,7 @@ class _SegmentRows:
         block, row = _rows_at(self.section, self.at)
         counts = [len(window.blocks) for window in self.section.windows]
         first = self.first_blocks[0]
-        # numbered as in the segment, plus a constant
+        # numbered as in the section, plus a constant
         if self.first_blocks == tuple(accumulate(counts[:-1], initial=first)):
             if first:
                 np.add(block, np.uint32(first), out=block)
@@ -113,13 +113,13 @@ class Piece:
     windows: tuple[Window, ...]
     n_rows: int
     needed: tuple[NDArray[np.bool_], ...]
-    _segments: tuple[_SegmentRows, ...]
+    _rows_of_sections: tuple[_SectionRows, ...]
     _found: list[tuple[NDArray[np.uint32], NDArray[np.uint32]]] = field(default_factory=list, init=False, repr=False)
 
     @property
     def run(self) -> RowRun | None:
         """The rows as a run of the first window, which costs nothing to compute; None if they are not a run."""
-        return self._segments[0].run if len(self._segments) == 1 else None
+        return self._rows_of_sections[0].run if len(self._rows_of_sections) == 1 else None
 
     def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         """Return the locations of the rows, computed at the first call and kept. The caller must not write to them.
@@ -133,11 +133,11 @@ class Piece:
         return self._found[0]
 
     def _find(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        if len(self._segments) == 1 and self._segments[0].places is None:
-            return self._segments[0].find()
+        if len(self._rows_of_sections) == 1 and self._rows_of_sections[0].places is None:
+            return self._rows_of_sections[0].find()
         block, row = allocate_rows(self.n_rows), allocate_rows(self.n_rows)
-        for segment in self._segments:
-            block[segment.places], row[segment.places] = segment.find()
+        for rows in self._rows_of_sections:
+            block[rows.places], row[rows.places] = rows.find()
         return block, row
 
 
@@ -186,7 +186,7 @@ class _StreamCursor:
 
 
 class _Cutter:
-    """Cuts a rank's rows where segments end. It holds each stream's segment as long as it is in use."""
+    """Cuts a rank's rows where sections end. It holds each stream's section as long as it is in use."""
 
     def __init__(self, order: Order, ranks: RankPlan) -> None:
         self._order = order
@@ -211,7 +211,7 @@ class _Cutter:
         self._drop_served(cursors, last_position)
         while start < n:
             stop = n
-            # Sorted by their next row, so that a segment is not computed before a row of it is in the piece.
+            # Sorted by their next row, so that a section is not computed before a row of it is in the piece.
             going = [cursor for cursor in cursors if cursor.n_cut < len(cursor.at)]
             for cursor in sorted(going, key=lambda cursor: cursor.places[cursor.n_cut]):
                 if cursor.places[cursor.n_cut] < stop:
@@ -223,7 +223,7 @@ class _Cutter:
             self._drop_served(cursors, last_position)
 
     def _hold(self, cursor: _StreamCursor, is_last: bool) -> int:
-        """Hold the segment of the stream's next row; return the index of the stream's first row behind the segment."""
+        """Hold the section of the stream's next row; return the index of the stream's first row behind the section."""
         position = int(cursor.at[cursor.n_cut])
         held = self._held.get(cursor.stream)
         section = held[0] if held else None
@@ -235,7 +235,7 @@ class _Cutter:
 
     def _piece(self, cursors: list[_StreamCursor], start: int, stop: int) -> Piece:
         """Return the piece of the rows [start, stop) and advance the streams."""
-        segments: list[_SegmentRows] = []
+        rows_of_sections: list[_SectionRows] = []
         needed: dict[Window, NDArray[np.bool_]] = {}  # streams that share a window need the same blocks of it
         first_blocks: dict[Window, int] = {}
         n_blocks = 0
@@ -253,12 +253,12 @@ class _Cutter:
             at, all_are = cursor.at[cursor.n_cut : end], end - cursor.n_cut == stop - start
             places = None if all_are else np.asarray(cursor.places[cursor.n_cut : end]) - start
             firsts = tuple(first_blocks[window] for window in section.windows)
-            segments.append(_SegmentRows(section, places, at, firsts))
+            rows_of_sections.append(_SectionRows(section, places, at, firsts))
             cursor.n_cut = end
-        return Piece(tuple(needed), stop - start, tuple(needed.values()), tuple(segments))
+        return Piece(tuple(needed), stop - start, tuple(needed.values()), tuple(rows_of_sections))
 
     def _drop_served(self, cursors: list[_StreamCursor], last_position: int | None) -> None:
-        """Drop segments that are served. last_position: of all streams, if other rows follow; None: no rows follow."""
+        """Drop sections that are served. last_position: of all streams, if other rows follow; None: no rows follow."""
         by_stream = {cursor.stream: cursor for cursor in cursors}
         for stream, (section, _) in list(self._held.items()):
             cursor = by_stream.get(stream)
@@ -273,7 +273,7 @@ class _Cutter:
     def _needed_blocks(
         self, stream: int, section: Section, position: int, rest: _Rising | None
     ) -> tuple[NDArray[np.bool_], ...]:
-        """Return the blocks of a segment that the rank needs from a position on. rest: its rows there, if known."""
+        """Return the blocks of a section that the rank needs from a position on. rest: its rows there, if known."""
         window = section.windows[0]
         # Otherwise later sections use the same windows and need other blocks of them.
         if not (window is section or _is_covered(window, section)):

@@ -300,21 +300,25 @@ class ExplicitOrder:
         n_rows = FIRST_WINDOW_ROWS if self._last is None else min(4 * len(self._last.row), MAX_WINDOW_ROWS)
         places = self._locator.find(self._numbers[position : position + n_rows])
         if self._whole is None:
-            mapped = [shard for shard in set(places.shards.tolist()) if self._is_mapped(shard)]
+            mapped = self._mapped(places.shards[places.touched()])
             places = places.slice(0, count_fitting(places, self._window_bytes, mapped))
-            if not self._should_keep_all(places, mapped):
+            if not self._should_keep_all(places):
                 return explicit_section(position, places)
             self._whole = ExplicitWindow(0, self.n_records, places.shards, places.blocks, places.block_bytes)
         return ExplicitSection(position, self._whole, places.at.astype(np.uint32), places.row)
 
-    def _should_keep_all(self, places: RecordLocations, mapped: Sequence[int]) -> bool:
-        """Whether one window of all blocks should be used to the end: they fit, and these records need most of them.
+    def _mapped(self, shards: NDArray[np.int32]) -> list[int]:
+        return [shard for shard in np.unique(shards).tolist() if self._is_mapped(shard)]
+
+    def _should_keep_all(self, places: RecordLocations) -> bool:
+        """Whether one window of all blocks should be used to the end: these records need most of them, and they fit.
 
         Loading a window takes 0.3 ms a shard and more; in a window that is kept, a record costs 0.1 us.
         """
-        costly = places.block_bytes[~np.isin(places.shards, mapped)]
-        fits = self._window_bytes is None or int(costly.sum()) <= self._window_bytes
-        return fits and self._locator.is_complete and 2 * len(places.touched()) >= len(places.shards)
+        if not self._locator.is_complete or 2 * len(places.touched()) < len(places.shards):
+            return False
+        costly = ~np.isin(places.shards, self._mapped(places.shards))
+        return self._window_bytes is None or int(places.block_bytes[costly].sum()) <= self._window_bytes
 
     def shards_ahead(self, stream: int, position: int, n_bytes: int | None) -> NDArray[np.int64]:
         """See Order.shards_ahead. With a limit it looks at most MAX_WINDOW_ROWS positions ahead."""
