@@ -49,7 +49,7 @@ def test_with_too_little_memory_the_same_is_served_with_one_warning(make_dataset
     assert max(loads.values()) > 10
 
 
-def test_what_is_mapped_takes_no_memory_and_needs_no_warning(make_dataset, monkeypatch):
+def test_mapped_windows_count_no_memory_and_cause_no_warning(make_dataset, monkeypatch):
     path = make_dataset(500, compression="none")
     whole = ids_of(make_loader(path))
     limited(monkeypatch, 32 << 10)

@@ -224,7 +224,7 @@ def test_a_shard_without_a_footer_is_replaced_whole(make_dataset, opened, shuffl
         assert ids_of(resumed) == found[12:]
 
 
-def test_a_shard_that_is_gone_is_an_error_however(make_dataset):
+def test_a_missing_shard_is_an_error_with_on_corrupt(make_dataset):
     path = make_dataset(N)
     dataset = tc.Dataset(path)
     (path / dataset._source.table.info(1).name).unlink()
@@ -313,7 +313,7 @@ def test_invalid_text_is_replaced_for_its_record_alone(tmp_path):
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_pictures_that_cannot_be_decoded_are_those_before_them(tmp_path, shuffle):
+def test_images_that_cannot_be_decoded_are_replaced_by_those_before_them(tmp_path, shuffle):
     path, n, bad = tmp_path / "data", 60, {0, 17, 18, 19, 44}
     with tc.Writer(
         path, schema={"id": "int64", "image": tc.Image("jpeg")}, shard_size="16KiB", block_size="4KiB"
@@ -343,7 +343,7 @@ def test_pictures_that_cannot_be_decoded_are_those_before_them(tmp_path, shuffle
             assert flat([batch["id"].tolist() for batch in resumed]) == found[5 * (at + 1) :]
 
 
-def test_damage_is_an_error_unless_asked_otherwise_and_other_values_are_refused(make_dataset):
+def test_corruption_is_an_error_by_default_and_other_options_are_refused(make_dataset):
     path = make_dataset(N)
     clean = tc.Dataset(path)
     strike(clean, path, *blocks_of(clean)[5][:2], "id")
@@ -356,7 +356,7 @@ def test_damage_is_an_error_unless_asked_otherwise_and_other_values_are_refused(
 
 
 @pytest.mark.parametrize("way", ["local", "cached"])
-def test_a_file_that_is_cut_under_a_running_loader_costs_records_and_never_the_process(make_dataset, tmp_path, way):
+def test_a_file_truncated_under_a_running_loader_costs_records_and_not_the_process(make_dataset, tmp_path, way):
     path = make_dataset(N)
     if way == "local":
         dataset = tc.Dataset(path)
@@ -374,7 +374,7 @@ def test_a_file_that_is_cut_under_a_running_loader_costs_records_and_never_the_p
 
 
 @pytest.mark.parametrize("on_corrupt", ["raise", "previous"])
-def test_a_part_that_is_cut_under_a_running_loader_is_fetched_again(tmp_path, on_corrupt):
+def test_a_partial_copy_truncated_under_a_running_loader_is_fetched_again(tmp_path, on_corrupt):
     path, n = tmp_path / "data", 256
     schema = {"id": tc.Tensor("int64", (64,)), "other": tc.Tensor("int64", (640,))}
     with tc.Writer(path, schema=schema, shard_size="512KiB", block_size="64KiB", compression="none") as writer:
@@ -447,7 +447,7 @@ def test_an_epoch_that_begins_with_a_corrupt_record_is_prepared_as_usual(make_da
 
 
 @pytest.mark.parametrize("columns", [["id", "text"], ["id", "blob"]])
-def test_a_pipeline_that_found_damage_goes_without_the_collector(make_dataset, columns):
+def test_a_pipeline_that_found_corruption_is_freed_without_the_garbage_collector(make_dataset, columns):
     path = make_dataset(N)
     dataset = tc.Dataset(path, columns=columns)
     strike(dataset, path, 0, 1, "id")

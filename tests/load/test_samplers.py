@@ -388,7 +388,7 @@ def test_two_iterators_of_one_loader_are_independent(dataset):
     second.close()
 
 
-def test_a_loop_that_is_left_ends_its_threads(dataset):
+def test_leaving_a_loop_ends_its_threads(dataset):
     loader = tc.DataLoader(dataset, 4, sampler=range(N))
     before = threading.active_count()
     for _ in loader:
