@@ -171,14 +171,14 @@ def _place(piece: Piece, window: object) -> int:
 def test_a_rank_with_few_rows_of_a_window_needs_only_their_blocks(case: Case, data: st.DataObject) -> None:
     plan = data.draw(st.sampled_from(case.plans(data.draw(st.integers(0, case.data.n_records)))))
     _, every = served(case, plan)
-    needed: dict[int, np.ndarray] = {}
+    all_touched: dict[int, np.ndarray] = {}
     for piece in every:
         for window, own in zip(piece.windows, touched(piece), strict=True):
-            needed[id(window)] = needed.get(id(window), np.zeros(len(own), bool)) | own
+            all_touched[id(window)] = all_touched.get(id(window), np.zeros(len(own), bool)) | own
     for piece in every[: len(every) - plan.n_padding]:
         for window, needed in zip(piece.windows, piece.needed, strict=True):
             if window.stop - window.start <= len(window.blocks):
-                assert needed.tolist() == needed[id(window)].tolist()
+                assert needed.tolist() == all_touched[id(window)].tolist()
 
 
 def mixed_pieces(data: Mixed, epoch: int, plan: RankPlan, sizes: PieceSizes) -> list[Piece]:
