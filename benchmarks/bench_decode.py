@@ -76,7 +76,7 @@ def parts_of(dataset: tc.Dataset, window_mib: int, n_threads: int) -> list[tuple
     order = EpochOrder(layout, OrderOptions(seed=1, shuffle=True, group_bytes=None, window_bytes=window_mib << 20), 0)
     parts = []
     for window in order.windows(0):
-        work = split_window(window, np.ones(len(window.blocks), bool), n_threads, lambda _: False).work
+        _, work = split_window(window, np.ones(len(window.blocks), bool), n_threads, lambda _: False)
         parts += [(int(window.shards[places[0]]), window.blocks[places].tolist()) for places in work]
     return parts
 

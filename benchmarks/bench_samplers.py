@@ -50,7 +50,6 @@ def ways(data: tc.Dataset) -> dict[str, Callable[[], dict[str, Any]]]:
         "DistributedSampler": lambda: {"batch_size": BATCH, "sampler": DistributedSampler(data, 2, 0)},
         "BatchSampler": lambda: {"batch_sampler": BatchSampler(RandomSampler(data), BATCH, False)},
         "a sampler of the user's, 0 workers": lambda: {"batch_size": BATCH, "sampler": OfTheUser(data)},
-        "the same, 2 workers": lambda: {"batch_size": BATCH, "sampler": OfTheUser(data), "num_workers": 2},
     }
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache.order.contract import Layout, OrderOptions
-from tiercache.order.epoch import EpochOrder
+from tiercache.order.epoch_order import EpochOrder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

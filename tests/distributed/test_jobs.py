@@ -124,13 +124,13 @@ def test_tiny_data_sets_give_every_rank_as_many_batches(job, n):
     assert sum(answer["padded"] for answer in answers) == 2 * (max(0, world - n) if n else 0)
 
 
-def test_a_rank_says_which_it_is(job):
+def test_repr_names_the_rank(job):
     world = len(job["whole"])
     for rank, answer in enumerate(job["whole"]):
         assert f"rank {rank} of {world} (from torch.distributed)" in answer["repr"]
 
 
-def test_the_rest_is_served_by_any_other_number_of_ranks(job):
+def test_any_other_number_of_ranks_serves_the_rest(job):
     (stopped,) = epochs_of(job["stopped"])
     served = records_of(stopped)
     assert set(served.values()) == {1}

@@ -59,7 +59,7 @@ def check_resumed_with_fewer(url: Path, folder: Path, n_ranks: int, n_left: int,
     with_one.dataset.close()
 
 
-def test_what_a_killed_job_of_three_left_is_served_by_two(packed, tmp_path):
+def test_two_ranks_serve_the_rest_of_a_killed_job_of_three(packed, tmp_path):
     check_resumed_with_fewer(packed(N), tmp_path, 3, 2, seed=1)
 
 
@@ -67,7 +67,7 @@ def test_what_a_killed_job_of_three_left_is_served_by_two(packed, tmp_path):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("n_ranks", "n_left"), [(2, 1), (3, 1), (4, 3), (4, 2), (4, 1)])
-def test_whatever_was_left_is_served_by_any_fewer(packed, tmp_path, n_ranks, n_left, seed):
+def test_fewer_ranks_serve_the_rest_of_a_killed_job(packed, tmp_path, n_ranks, n_left, seed):
     check_resumed_with_fewer(packed(N), tmp_path, n_ranks, n_left, seed)
 
 
@@ -118,7 +118,7 @@ class Trainings:
         return [(int(step), loss) for step, loss in (line.split() for line in lines)]
 
 
-def test_a_training_that_was_killed_goes_on_bit_by_bit(tmp_path):
+def test_a_killed_training_resumes_bit_for_bit(tmp_path):
     Trainings(tmp_path, epochs=1).kill_and_resume(1, seed=2)
 
 

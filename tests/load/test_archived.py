@@ -93,7 +93,7 @@ def test_the_first_iter_names_all_that_must_be_restored_first(world, path):
     dataset.close()
 
 
-def test_when_they_were_restored_the_same_loader_goes_on(world):
+def test_after_a_restore_the_same_loader_continues(world):
     world.archive(world.moved.keys)
     dataset = world.dataset()
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=3))
@@ -107,7 +107,7 @@ def test_when_they_were_restored_the_same_loader_goes_on(world):
     dataset.close()
 
 
-def test_when_they_were_brought_back_the_same_loader_goes_on(world):
+def test_after_shards_are_moved_home_the_same_loader_continues(world):
     world.archive(world.moved.keys)
     dataset = world.dataset()
     loader = tc.DataLoader(dataset, batch_size=16)
@@ -119,7 +119,7 @@ def test_when_they_were_brought_back_the_same_loader_goes_on(world):
     dataset.close()
 
 
-def test_a_run_that_touches_none_of_them_begins(world):
+def test_a_run_without_archived_shards_begins(world):
     keys = world.moved.keys
     world.archive(keys[2:])
     first = sum(info.n_records for info in world.moved.infos[:2])
@@ -135,7 +135,7 @@ def test_a_run_that_touches_none_of_them_begins(world):
     dataset.close()
 
 
-def test_what_the_cache_has_needs_no_restore(world, tmp_path):
+def test_cached_shards_need_no_restore(world, tmp_path):
     with tc.Cache(tmp_path / "cache", size="64MiB", min_free="0%") as cache:
         dataset = world.dataset(cache=cache)
         dataset.warm()
@@ -147,7 +147,7 @@ def test_what_the_cache_has_needs_no_restore(world, tmp_path):
         again.close()
 
 
-def test_what_is_still_at_home_until_grace_is_over_needs_no_restore(world):
+def test_shards_still_at_home_during_grace_need_no_restore(world):
     world.archive(world.moved.keys, drop=False)
     dataset = world.dataset()
     assert by_loader(dataset) == ALL
@@ -155,7 +155,7 @@ def test_what_is_still_at_home_until_grace_is_over_needs_no_restore(world):
     dataset.close()
 
 
-def test_of_very_many_the_message_names_some_and_the_error_all(world):
+def test_the_message_names_some_of_many_archived_shards_and_the_error_all(world):
     dataset = world.dataset()
     names = [f"shards/{n}.tcs" for n in range(50)]
     rows = {
@@ -244,7 +244,7 @@ def test_a_shard_that_cannot_be_asked_for_another_reason_is_not_called_archived(
     dataset.close()
 
 
-def test_in_a_data_set_that_tiers_do_not_look_after_nothing_is_asked_but_for_the_mark(packed, tmp_path):
+def test_an_untracked_data_set_costs_one_request_for_the_marker(packed, tmp_path):
     moved = Moved(packed, MemoryStore(f"{tmp_path.name}", "data"))
     dataset = tc.Dataset(moved.store.url)
     loader = tc.DataLoader(dataset, batch_size=N)
@@ -257,7 +257,7 @@ def test_in_a_data_set_that_tiers_do_not_look_after_nothing_is_asked_but_for_the
     moved.store.delete([info.key for info in moved.store.list()])
 
 
-def test_it_is_asked_once_in_a_process_however_many_loaders_there_are(world):
+def test_a_process_checks_once_for_archived_shards(world):
     dataset = world.dataset()
     for _ in range(3):
         assert by_loader(dataset) == ALL
@@ -269,7 +269,7 @@ def test_it_is_asked_once_in_a_process_however_many_loaders_there_are(world):
 
 
 @pytest.mark.s3
-def test_of_a_bucket_that_archives_the_stores_own_word_counts(packed, tmp_path):
+def test_the_stores_own_archive_status_is_used_for_a_bucket_that_archives(packed, tmp_path):
     botocore = pytest.importorskip("botocore.session")
     with S3Server(kind="moto") as server:
         home = server.store("home")

@@ -25,7 +25,7 @@ def path(tmp_path_factory):
     return write(tmp_path_factory.mktemp("pictures") / "data", make_columns(N))
 
 
-def test_memory_is_used_again_once_a_batch_is_dropped_and_not_before(path):
+def test_memory_is_reused_after_a_batch_is_dropped(path):
     kept = list(loader_of(path, batch_size=2))
     assert len({b["image"].data_ptr() for b in kept}) == len(kept)
     places = set()
@@ -49,7 +49,7 @@ def made(monkeypatch):
     return made
 
 
-def test_an_epoch_begins_with_the_memory_of_the_one_before(path, made):
+def test_an_epoch_reuses_the_memory_of_the_epoch_before(path, made):
     loader = loader_of(path)
     n_batches = len(list(loader))  # all are held at once
     assert len(made) == n_batches
@@ -74,7 +74,7 @@ def test_columns_of_unlike_sizes_use_their_memory_again(tmp_path, made):
     assert max(Counter(size_bytes for size_bytes, _ in made).values()) <= 6
 
 
-def test_nothing_more_is_opened_once_a_picture_is_broken():
+def test_no_batch_is_opened_after_a_corrupt_image():
     line, broken = _DecodeQueue(ahead=4), _Job({}, columns=(None,), n_rows=1)
     line.next_task()
     line.add(broken)
@@ -89,7 +89,7 @@ def test_nothing_more_is_opened_once_a_picture_is_broken():
     closing.join()
 
 
-def test_more_memory_than_is_ever_ahead_goes_back():
+def test_memory_beyond_the_batches_ahead_is_freed():
     owner = BatchMemory(keep=2)
     lent = [owner.lend(10, 16) for _ in range(5)]
     addresses = {array.ctypes.data for array in lent}
@@ -122,7 +122,7 @@ def test_large_columns_beside_the_pictures_are_not_copied(tmp_path):
         assert np.array_equal(batch["mask"].numpy(), columns["mask"][batch["id"].numpy()])
 
 
-def test_what_the_consumer_holds_is_counted(path):
+def test_memory_that_the_consumer_holds_is_counted(path):
     loader = loader_of(path)
     iterator = iter(loader)
     before = loader.stats()["held_bytes"]
@@ -149,7 +149,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about how glibc's malloc gives memory back")
-def test_lists_of_bytes_lie_in_memory_that_is_used_again(tmp_path):
+def test_lists_of_bytes_reuse_memory(tmp_path):
     with tc.Writer(tmp_path / "data", schema={"content": "bytes"}, compression="none") as writer:
         writer.write_batch({"content": [bytes([n % 256]) * 20_000 for n in range(1024)]})
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}

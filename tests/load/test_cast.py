@@ -341,7 +341,7 @@ def test_batches_before_the_value_that_does_not_fit_are_served(large):
         ({"half": "bool"}, "'half'.*bfloat16 has values without an equal bool"),
     ],
 )
-def test_casts_that_cannot_be_are_refused_when_the_data_set_is_made(packed, cast, match):
+def test_invalid_casts_are_refused_when_the_data_set_is_opened(packed, cast, match):
     with pytest.raises(SchemaError, match=match):
         tc.Dataset(packed, cast=cast)
 

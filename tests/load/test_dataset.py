@@ -94,7 +94,7 @@ def test_indices_come_in_any_form(dataset, index):
         ("a", TypeError),
     ],
 )
-def test_an_index_that_is_none_is_refused(dataset, index, error):
+def test_an_invalid_index_is_refused(dataset, index, error):
     with pytest.raises(error):
         dataset[index]
 
@@ -159,7 +159,7 @@ def test_a_version_that_was_opened_stays_the_one_that_is_read(tmp_path):
         tc.Dataset(tmp_path / "d", version=99)
 
 
-def test_nothing_there_is_not_found_and_names_the_place(tmp_path):
+def test_a_missing_data_set_is_not_found_and_named(tmp_path):
     with pytest.raises(tc.NotFound, match="nowhere"):
         tc.Dataset(tmp_path / "nowhere")
 
@@ -347,7 +347,7 @@ def _id_of(dataset, i):
     return int(dataset[i]["id"])
 
 
-def test_what_cannot_be_is_refused_by_name(tmp_path):
+def test_invalid_arguments_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="verify"):
         tc.Dataset(tmp_path, verify="sometimes")
     with pytest.raises(TypeError, match="list of names"):

@@ -57,7 +57,7 @@ def test_a_batch_is_one_tensor_of_the_pictures_of_its_records(path, dtype, layou
 @pytest.mark.parametrize(
     ("name", "ways"), [("dct", ("accurate", "fast")), pytest.param("resize_in", ("rgb", "ycbcr"), marks=BY_PLANES)]
 )
-def test_a_loader_decodes_in_the_way_that_it_is_asked_for(path, name, ways):
+def test_a_loader_decodes_as_its_options_say(path, name, ways):
     stored, served = tc.Dataset(path), {}
     for way in ways:
         options = tc.DecodeImage(16, **{name: way})
@@ -107,7 +107,7 @@ def test_whole_pictures_are_a_list_of_tensors(path):
     assert all(p.dtype == torch.float32 and p.max() <= 1 for p in batch["image"])
 
 
-def test_the_order_is_the_one_of_undecoded_records(path):
+def test_decoding_does_not_change_the_order(path):
     plain = tc.DataLoader(tc.Dataset(path), batch_size=8, shuffle=True, options=tc.LoaderOptions(seed=5))
     assert [b["id"].tolist() for b in loader_of(path)] == [b["id"].tolist() for b in plain]
 
@@ -221,7 +221,7 @@ def broken_at(tmp_path, *numbers):
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_a_broken_picture_is_told_in_its_place_with_all_that_names_it(tmp_path, threads):
+def test_a_corrupt_image_is_an_error_in_its_place_that_names_it(tmp_path, threads):
     path = broken_at(tmp_path, 43, 45, 46, 60)
     served = []
     loader = loader_of(path, tc.DecodeImage(8), shuffle=False, threads=threads)
@@ -239,7 +239,7 @@ def test_a_broken_picture_is_told_in_its_place_with_all_that_names_it(tmp_path, 
     assert (by_index.value.url, by_index.value.block) == (error.url, error.block)
 
 
-def test_a_broken_picture_of_a_shuffled_epoch_is_named_by_its_record(tmp_path):
+def test_a_corrupt_image_of_a_shuffled_epoch_is_named_by_its_record(tmp_path):
     loader = loader_of(broken_at(tmp_path, 17), rank=1, world_size=2)
     # Of two epochs the rank serves it in one, at this seed.
     with pytest.raises(tc.CorruptShard, match="record 17"):
@@ -254,7 +254,7 @@ def test_after_an_error_the_iterator_is_closed_and_the_loader_goes_on(tmp_path):
         next(iterator)
 
 
-def test_whatever_else_a_decoder_raises_reaches_the_consumer_as_it_was(path, monkeypatch):
+def test_other_errors_of_a_decoder_reach_the_consumer_unchanged(path, monkeypatch):
     def refuse(self, data, draws, out):
         raise MemoryError("no room for a picture")
 
@@ -267,7 +267,7 @@ def decoding_threads() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("tiercache-decode")]
 
 
-def test_a_loop_that_is_left_ends_its_threads(path):
+def test_leaving_a_loop_ends_its_threads(path):
     for _batch in loader_of(path):
         assert decoding_threads()
         break
@@ -314,7 +314,7 @@ def test_closing_wakes_a_consumer_that_waits(path, gate):
     assert time.monotonic() - start_s < 30
 
 
-def test_a_decoder_that_is_stuck_is_a_timeout(path, gate):
+def test_a_hanging_decoder_is_a_timeout(path, gate):
     dataset = tc.Dataset(path, decode={"image": RANDOM})
     iterator = iter(tc.DataLoader(dataset, batch_size=8, timeout=0.05))
     with pytest.raises(RuntimeError, match=r"timed out after 0\.05 seconds"):
@@ -324,7 +324,7 @@ def test_a_decoder_that_is_stuck_is_a_timeout(path, gate):
     iterator.close()
 
 
-def test_a_forked_child_is_told_to_begin_again_and_the_parent_goes_on(path):
+def test_a_forked_child_must_make_its_own_iterator_and_the_parent_continues(path):
     iterator = iter(loader_of(path))
     first = next(iterator)
     with warnings.catch_warnings():
@@ -388,7 +388,7 @@ def test_batches_smaller_than_the_number_of_threads_are_in_order(path):
 
 
 @pytest.mark.parametrize("how", ["values", "cut"])
-def test_a_rotten_copy_in_the_cache_is_fetched_again(path, tmp_path, how):
+def test_a_corrupt_copy_in_the_cache_is_fetched_again(path, tmp_path, how):
     files = [file for file in path.rglob("*") if file.is_file()]
     objects = {f"data/{f.relative_to(path).as_posix()}": f.read_bytes() for f in files}
     with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:
@@ -413,17 +413,17 @@ def test_a_rotten_copy_in_the_cache_is_fetched_again(path, tmp_path, how):
         ({"picture": RANDOM}, "no such column"),
     ],
 )
-def test_what_is_no_picture_is_refused_when_the_data_set_is_made(path, decode, message):
+def test_decode_of_a_column_without_images_is_refused(path, decode, message):
     with pytest.raises(tc.SchemaError, match=message):
         tc.Dataset(path, decode=decode)
 
 
-def test_what_is_no_decoder_is_refused_when_the_data_set_is_made(path):
+def test_decode_with_another_type_is_refused(path):
     with pytest.raises(TypeError, match=r"DecodeImage for column 'image', got \(8, 8\)"):
         tc.Dataset(path, decode={"image": (8, 8)})
 
 
-def test_a_missing_library_is_told_where_the_loop_begins(path, monkeypatch):
+def test_a_missing_library_is_an_error_of_iter(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ModuleNotFoundError, match=r"opencv-python-headless.*tiercache\[images\]"):
         iter(loader_of(path))

@@ -260,7 +260,7 @@ def test_a_state_that_does_not_fit_is_refused_by_name(make_dataset):
         ({"more": 1}, "more"),
     ],
 )
-def test_a_state_that_cannot_be_is_refused_and_changes_nothing(make_dataset, change, match):
+def test_an_invalid_state_is_refused_and_changes_nothing(make_dataset, change, match):
     loader = tc.DataLoader(tc.Dataset(make_dataset(60)), batch_size=16, shuffle=True)
     before = loader.state_dict()
     with pytest.raises(ValueError, match=match):
@@ -269,7 +269,7 @@ def test_a_state_that_cannot_be_is_refused_and_changes_nothing(make_dataset, cha
 
 
 @pytest.mark.parametrize("state", [None, [], "text"])
-def test_what_is_no_state_at_all_is_refused(make_dataset, state):
+def test_a_value_that_is_not_a_state_is_refused(make_dataset, state):
     with pytest.raises(TypeError, match=r"dict .*, got"):
         tc.DataLoader(tc.Dataset(make_dataset(10))).load_state_dict(state)
 
@@ -424,7 +424,7 @@ def test_options_for_torchs_path_are_refused_with_the_reason():
         ({"memory_bytes": "all"}, "memory_bytes"),
     ],
 )
-def test_options_that_cannot_be_are_refused_by_name(bad, match):
+def test_invalid_options_are_refused_by_name(bad, match):
     with pytest.raises(ValueError, match=match):
         tc.LoaderOptions(**bad)
 
@@ -435,7 +435,7 @@ def test_an_option_that_is_no_integer_is_refused_by_name(name):
         tc.LoaderOptions(**{name: "many"})
 
 
-def test_an_iterator_that_could_not_be_made_is_no_epoch(make_dataset, monkeypatch):
+def test_a_failed_iter_begins_no_epoch(make_dataset, monkeypatch):
     loader = tc.DataLoader(tc.Dataset(make_dataset(60)), batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1))
     with monkeypatch.context() as patch:
         patch.setattr("tiercache.load.pipeline.Ring", lambda *_args, **_options: (_ for _ in ()).throw(MemoryError))

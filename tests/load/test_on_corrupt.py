@@ -16,10 +16,11 @@ import torch
 from tests.images.pictures import encode, picture
 from tests.load.conftest import check_batch, ids_of, join_loading
 from tests.support.http_server import HttpFaultServer
+from torch.utils.data import BatchSampler
 
 import tiercache as tc
 from tiercache.load import corrupt
-from tiercache.load.planner import NextEpoch
+from tiercache.load.epoch import NextEpoch
 
 N = 300
 WARNED = "replaced by the ones before them"
@@ -106,7 +107,9 @@ def opened(request, tmp_path) -> Callable[[Path], tc.Dataset]:
 
 @pytest.mark.parametrize(("compression", "column"), [("none", "id"), ("none", "boxes"), ("zstd:3", "text")])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_records_of_damaged_blocks_are_those_before_them(make_dataset, opened, compression, column, shuffle):
+def test_records_of_corrupt_blocks_are_replaced_by_those_before_them(
+    make_dataset, opened, compression, column, shuffle
+):
     path = make_dataset(N, compression=compression)
     clean = tc.Dataset(path)
     sequence = flat(ids_of(tc.DataLoader(clean, 16, shuffle=shuffle, options=options())))
@@ -132,7 +135,7 @@ def test_records_of_damaged_blocks_are_those_before_them(make_dataset, opened, c
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_a_resumed_run_serves_the_same_in_the_places_of_damaged_records(make_dataset, opened, shuffle):
+def test_a_resumed_run_serves_the_same_replacements(make_dataset, opened, shuffle):
     path = make_dataset(N, compression="zstd:3")
     clean = tc.Dataset(path)
     blocks = blocks_of(clean)
@@ -221,7 +224,7 @@ def test_a_shard_without_a_footer_is_replaced_whole(make_dataset, opened, shuffl
         assert ids_of(resumed) == found[12:]
 
 
-def test_a_shard_that_is_gone_is_an_error_however(make_dataset):
+def test_a_missing_shard_is_an_error_with_on_corrupt(make_dataset):
     path = make_dataset(N)
     dataset = tc.Dataset(path)
     (path / dataset._source.table.info(1).name).unlink()
@@ -229,7 +232,7 @@ def test_a_shard_that_is_gone_is_an_error_however(make_dataset):
         list(tc.DataLoader(dataset, 8, shuffle=True, options=options()))
 
 
-def test_a_rank_of_which_no_record_can_be_read_is_told_so(make_dataset):
+def test_a_rank_without_a_readable_record_is_an_error(make_dataset):
     path = make_dataset(40)
     clean = tc.Dataset(path)
     for shard, block, _ in blocks_of(clean):
@@ -265,13 +268,13 @@ def test_records_of_views_joined_and_mixed_data_sets_are_replaced_too(make_datas
 
 
 @pytest.mark.parametrize("kind", ["sampler", "batch_sampler"])
-def test_records_that_a_sampler_says_are_replaced_by_those_that_it_said_before(make_dataset, kind):
+def test_corrupt_records_of_a_sampler_are_replaced_by_those_before_them(make_dataset, kind):
     path = make_dataset(N, compression="zstd:3")
     clean = tc.Dataset(path)
     shard, block, bad = blocks_of(clean)[5]
     strike(clean, path, shard, block, "score")
     sequence = np.random.default_rng(3).permutation(N).tolist()
-    batches = [sequence[at : at + 10] for at in range(0, N, 10)]
+    batches = BatchSampler(sequence, 10, False)
     how = {"sampler": sequence, "batch_size": 10} if kind == "sampler" else {"batch_sampler": batches}
     loader = tc.DataLoader(
         tc.Dataset(path), **how, options=tc.LoaderOptions(on_corrupt="previous", shuffle_window_bytes="2KiB")
@@ -282,7 +285,12 @@ def test_records_that_a_sampler_says_are_replaced_by_those_that_it_said_before(m
     assert loader.stats()["skipped"] == len(bad)
 
 
-def test_text_that_is_none_is_damage_of_its_record_alone(tmp_path):
+def test_replacing_records_of_a_users_own_batch_sampler_is_refused(make_dataset):
+    with pytest.raises(ValueError, match="on_corrupt='previous' applies only to the native path"):
+        tc.DataLoader(tc.Dataset(make_dataset(N)), batch_sampler=[[1, 2], [3]], options=options())
+
+
+def test_invalid_text_is_replaced_for_its_record_alone(tmp_path):
     path = tmp_path / "data"
     with tc.Writer(path, schema={"id": "int64", "text": "str"}, compression="none") as writer:
         writer.write_batch({"id": np.arange(50), "text": ["a" if i != 20 else "b" for i in range(50)]})
@@ -305,7 +313,7 @@ def test_text_that_is_none_is_damage_of_its_record_alone(tmp_path):
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_pictures_that_cannot_be_decoded_are_those_before_them(tmp_path, shuffle):
+def test_images_that_cannot_be_decoded_are_replaced_by_those_before_them(tmp_path, shuffle):
     path, n, bad = tmp_path / "data", 60, {0, 17, 18, 19, 44}
     with tc.Writer(
         path, schema={"id": "int64", "image": tc.Image("jpeg")}, shard_size="16KiB", block_size="4KiB"
@@ -335,7 +343,7 @@ def test_pictures_that_cannot_be_decoded_are_those_before_them(tmp_path, shuffle
             assert flat([batch["id"].tolist() for batch in resumed]) == found[5 * (at + 1) :]
 
 
-def test_damage_is_an_error_unless_asked_otherwise_and_other_values_are_refused(make_dataset):
+def test_corruption_is_an_error_by_default_and_other_options_are_refused(make_dataset):
     path = make_dataset(N)
     clean = tc.Dataset(path)
     strike(clean, path, *blocks_of(clean)[5][:2], "id")
@@ -348,7 +356,7 @@ def test_damage_is_an_error_unless_asked_otherwise_and_other_values_are_refused(
 
 
 @pytest.mark.parametrize("way", ["local", "cached"])
-def test_a_file_that_is_cut_under_a_running_loader_costs_records_and_never_the_process(make_dataset, tmp_path, way):
+def test_a_file_truncated_under_a_running_loader_costs_records_and_not_the_process(make_dataset, tmp_path, way):
     path = make_dataset(N)
     if way == "local":
         dataset = tc.Dataset(path)
@@ -366,7 +374,7 @@ def test_a_file_that_is_cut_under_a_running_loader_costs_records_and_never_the_p
 
 
 @pytest.mark.parametrize("on_corrupt", ["raise", "previous"])
-def test_a_part_that_is_cut_under_a_running_loader_is_fetched_again(tmp_path, on_corrupt):
+def test_a_partial_copy_truncated_under_a_running_loader_is_fetched_again(tmp_path, on_corrupt):
     path, n = tmp_path / "data", 256
     schema = {"id": tc.Tensor("int64", (64,)), "other": tc.Tensor("int64", (640,))}
     with tc.Writer(path, schema=schema, shard_size="512KiB", block_size="64KiB", compression="none") as writer:
@@ -408,7 +416,7 @@ def read_and_cut(dataset: tc.Dataset, files: list[Path]) -> list[int]:
     return found
 
 
-def test_nothing_is_looked_for_where_nothing_is_wrong(make_dataset, monkeypatch):
+def test_intact_data_is_not_searched_for_corruption(make_dataset, monkeypatch):
     def refuse(*_):
         raise AssertionError("looked for damage")
 
@@ -420,7 +428,7 @@ def test_nothing_is_looked_for_where_nothing_is_wrong(make_dataset, monkeypatch)
     assert loader.stats()["skipped"] == 0
 
 
-def test_an_epoch_that_begins_with_a_record_to_be_replaced_is_made_ready_like_any_other(make_dataset, monkeypatch):
+def test_an_epoch_that_begins_with_a_corrupt_record_is_prepared_as_usual(make_dataset, monkeypatch):
     claimed, take = [], NextEpoch.take
     monkeypatch.setattr(NextEpoch, "take", lambda *given: claimed.append(take(*given)) or claimed[-1])
     path = make_dataset(N)
@@ -435,11 +443,11 @@ def test_an_epoch_that_begins_with_a_record_to_be_replaced_is_made_ready_like_an
         assert flat(ids_of(loader)) == first  # what it begins with is known by now; of the one before it was found out
         join_loading()
         assert flat(ids_of(loader)) == first
-        assert claimed[-1].epoch_start.result(30) is not None  # its first piece has other records in it
+        assert claimed[-1][1].result(30) is not None  # its first piece has other records in it
 
 
 @pytest.mark.parametrize("columns", [["id", "text"], ["id", "blob"]])
-def test_a_pipeline_that_found_damage_goes_without_the_collector(make_dataset, columns):
+def test_a_pipeline_that_found_corruption_is_freed_without_the_garbage_collector(make_dataset, columns):
     path = make_dataset(N)
     dataset = tc.Dataset(path, columns=columns)
     strike(dataset, path, 0, 1, "id")

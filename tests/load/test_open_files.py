@@ -160,7 +160,7 @@ def read_beside_files(folder: Path, n_left: int):
     return json.loads(done.stdout)
 
 
-def test_where_the_users_own_files_leave_less_shards_hold_fewer_descriptors(few):
+def test_shards_hold_fewer_descriptors_if_other_files_are_open(few):
     assert read_beside_files(few, 12)["ids"] == list(range(400 * N_RECORDS))
 
 

@@ -49,7 +49,7 @@ def rebuilt(loader, kind=TorchLoader):
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("rank", [None, 0, 1, 2])
-def test_epoch_after_epoch_is_the_loaders_own(dataset, rank, shuffle, drop_last):
+def test_a_rebuilt_loader_serves_the_loaders_own_epochs(dataset, rank, shuffle, drop_last):
     arguments = {"rank": rank, "shuffle": shuffle, "drop_last": drop_last}
     expected, loader = make(dataset, **arguments), make(dataset, **arguments)
     for _ in range(2):
@@ -60,7 +60,7 @@ def test_epoch_after_epoch_is_the_loaders_own(dataset, rank, shuffle, drop_last)
 
 @pytest.mark.parametrize("rank", [None, 1])
 @pytest.mark.parametrize("batch_size", [SIZE, None])
-def test_so_it_is_where_torchs_path_is_taken(dataset, batch_size, rank):
+def test_a_rebuilt_loader_serves_the_loaders_own_epochs_on_torchs_path(dataset, batch_size, rank):
     def serve(loader):
         return [numbers.tolist() for numbers in loader]
 
@@ -80,7 +80,7 @@ def test_so_it_is_where_torchs_path_is_taken(dataset, batch_size, rank):
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_without_a_seed_it_is_drawn_where_the_loader_draws_it(dataset, given):
+def test_without_a_seed_the_sampler_draws_it_when_the_loader_would(dataset, given):
     found, numbers = [], []
     for is_rebuilt in (False, True):
         torch.manual_seed(5)
@@ -107,13 +107,13 @@ VIEWS = {
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("view", VIEWS)
-def test_records_of_views_are_numbered_as_the_view_numbers_them(dataset, view, shuffle):
+def test_the_sampler_of_a_view_counts_the_views_records(dataset, view, shuffle):
     shown = VIEWS[view](dataset)
     expected, loader = make(shown, shuffle=shuffle), make(shown, shuffle=shuffle)
     assert ids_of(rebuilt(loader)) == ids_of(expected)
 
 
-def test_a_told_epoch_is_the_samplers_next_and_not_the_loaders(dataset):
+def test_set_epoch_of_the_sampler_does_not_change_the_loader(dataset):
     expected = make(dataset)
     whole = [ids_of(expected) for _ in range(4)]
     loader = make(dataset)
@@ -131,7 +131,7 @@ def test_a_told_epoch_is_the_samplers_next_and_not_the_loaders(dataset):
 @warnings_of_torchdata
 @pytest.mark.parametrize("seed", [3, None])
 @pytest.mark.parametrize("taken", [0, 1, 5])
-def test_a_stateful_loader_that_is_rebuilt_goes_on_in_its_epoch(dataset, taken, seed):
+def test_a_rebuilt_stateful_loader_resumes_within_its_epoch(dataset, taken, seed):
     torch.manual_seed(1)
     loader = rebuilt(make(dataset, seed=seed), StatefulDataLoader)
     assert sorted(itertools.chain(*ids_of(loader))) == list(range(N))
@@ -151,7 +151,7 @@ def test_a_stateful_loader_that_is_rebuilt_goes_on_in_its_epoch(dataset, taken, 
         assert sorted(itertools.chain(*ids_of(resumed))) == list(range(N))
 
 
-def test_an_epoch_that_another_loader_serves_has_no_state_until_it_ended(dataset):
+def test_state_dict_is_refused_while_another_loader_serves_the_epoch(dataset):
     loader = make(dataset)
     batches = iter(rebuilt(loader))
     next(batches)
@@ -181,7 +181,7 @@ def test_iterating_a_sampler_begins_the_epoch_as_iter_of_the_loader_does(dataset
     assert ids_of(loader) == epochs[2]
 
 
-def test_looking_at_a_samplers_length_or_making_its_iterator_begins_no_epoch(dataset):
+def test_the_samplers_length_or_an_unused_iterator_begins_no_epoch(dataset):
     loader, expected = make(dataset), make(dataset)
     for sampler in (loader.sampler, loader.batch_sampler):
         assert len(sampler)
@@ -190,14 +190,14 @@ def test_looking_at_a_samplers_length_or_making_its_iterator_begins_no_epoch(dat
     assert ids_of(loader) == ids_of(expected)
 
 
-def test_workers_ask_ahead_so_the_end_is_not_known_from_what_was_asked(dataset):
+def test_with_workers_the_end_of_the_epoch_is_unknown(dataset):
     loader = make(dataset, num_workers=2)
     list(loader.batch_sampler)
     with pytest.raises(RuntimeError, match=r"if it has worker processes, call set_epoch\(1\)"):
         loader.state_dict()
 
 
-def test_a_loader_that_loaded_a_place_within_an_epoch_is_to_be_iterated_itself(dataset):
+def test_a_sampler_of_a_loader_within_an_epoch_is_refused(dataset):
     loader = make(dataset)
     next(iter(loader))
     state = loader.state_dict()
@@ -208,7 +208,7 @@ def test_a_loader_that_loaded_a_place_within_an_epoch_is_to_be_iterated_itself(d
     assert len(ids_of(resumed)) == len(loader) - 1
 
 
-def test_what_has_no_numbers_is_refused(dataset):
+def test_a_source_without_record_numbers_is_refused(dataset):
     mixed = tc.mix([dataset.take(40), dataset.skip(40)], [0.5, 0.5])
     with pytest.raises(RuntimeError, match="shuffled mixture"):
         list(make(mixed).batch_sampler)

@@ -22,7 +22,6 @@ from tests.load.conftest import check_batch, ids_of, join_loading, make_columns
 import tiercache as tc
 from tiercache.load.epoch import PieceSizes
 from tiercache.load.pipeline import Pipeline
-from tiercache.order import RowRun
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.waiting import wait_for
 
@@ -98,7 +97,7 @@ def test_a_planner_that_hears_of_close_before_the_ring_does_ends_the_iterator_as
         next(iter(tc.DataLoader(dataset, batch_size=10)))
 
 
-def test_what_makes_the_next_epoch_ready_may_fail_and_is_heard_of_when_that_epoch_comes(make_dataset, monkeypatch):
+def test_a_failed_preparation_is_reported_by_the_epoch_itself(make_dataset, monkeypatch):
     dataset = tc.Dataset(make_dataset(100))
     loader = tc.DataLoader(dataset, batch_size=10)
 
@@ -106,20 +105,14 @@ def test_what_makes_the_next_epoch_ready_may_fail_and_is_heard_of_when_that_epoc
         raise PermissionError(errno.EACCES, "not for you")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tiercache.load.planner.loading_pool", refuse)  # of the next epoch alone
+        patch.setattr("tiercache.load.epoch.loading_pool", refuse)  # of the next epoch alone
         assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(100))
         join_loading()
     assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(100))
 
 
-def test_every_batch_is_counted_once_among_the_waits(make_dataset):
-    loader = tc.DataLoader(tc.Dataset(make_dataset(1000)), batch_size=10)
-    ids_of(loader)
-    assert loader._native._waits.n_waits == 101  # the end is waited for too
-
-
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_batches_that_are_ready_come_the_short_way_and_are_the_same(make_dataset, monkeypatch, drop_last):
+def test_ready_batches_by_the_fast_path_are_the_same(make_dataset, monkeypatch, drop_last):
     dataset = tc.Dataset(
         make_dataset(1005), columns=["id", "blob", "text"], layouts={"blob": "buffer", "text": "buffer"}
     )
@@ -149,18 +142,6 @@ def test_batches_that_are_ready_come_the_short_way_and_are_the_same(make_dataset
             assert one[name].values.tolist() == other[name].values.tolist()
 
 
-def test_objects_are_found_while_the_planner_pushes_more(make_dataset):
-    options = tc.LoaderOptions(shuffle_window_bytes="1KiB")
-    iterator = iter(tc.DataLoader(tc.Dataset(make_dataset(500)), batch_size=16, options=options))
-    check_batch(next(iterator))
-    pipeline = iterator._pipeline
-    places = pipeline._places(0, 16)
-    next(places)
-    pipeline._shared.pieces.append(pipeline._shared.pieces[-1])  # as the planner does at any time
-    assert len(list(places)) < 16
-    iterator.close()
-
-
 def test_only_some_of_a_windows_order_is_in_memory(make_dataset, monkeypatch):
     monkeypatch.setattr("tiercache.load.epoch.ARRAY_PIECES", PieceSizes(64, 64, 64))
     options = tc.LoaderOptions(shuffle_window_bytes="all", memory_bytes=1, seed=0)
@@ -174,20 +155,6 @@ def test_only_some_of_a_windows_order_is_in_memory(make_dataset, monkeypatch):
     assert sorted(served) == list(range(5, 3005))
     assert len(ends) > 3000 // 64  # pieces
     assert most <= 3
-
-
-def test_of_one_stream_no_row_s_place_is_in_memory_before_its_batch_is_gathered(make_dataset, monkeypatch):
-    monkeypatch.setattr("tiercache.load.epoch.RUN_PIECES", PieceSizes(3008, 64, 3008))
-    options = tc.LoaderOptions(shuffle_window_bytes="all", seed=0)
-    loader = tc.DataLoader(tc.Dataset(make_dataset(3008)), batch_size=16, shuffle=True, options=options)
-    iterator = iter(loader)
-    served = check_batch(next(iterator))
-    ((end, pushed),) = iterator._pipeline._shared.pieces
-    assert end == 3008  # all of the window, and no arrays
-    assert isinstance(pushed.rows, RowRun)
-    for batch in iterator:
-        served += check_batch(batch)
-    assert sorted(served) == list(range(3008))
 
 
 def test_what_was_fetched_stays_counted_when_a_state_leads_to_another_version(make_dataset):
@@ -204,7 +171,7 @@ def test_what_was_fetched_stays_counted_when_a_state_leads_to_another_version(ma
     assert (after["requests"], after["bytes_fetched"]) == (before["requests"], before["bytes_fetched"])
 
 
-def test_a_slow_store_holds_nobody_up_who_leaves_the_loop(make_dataset, monkeypatch):
+def test_leaving_the_loop_does_not_wait_for_a_slow_store(make_dataset, monkeypatch):
     dataset = tc.Dataset(make_dataset(100))
     gate, opened = threading.Event(), threading.Event()
     load = ShardReader.load
@@ -227,7 +194,7 @@ def test_a_slow_store_holds_nobody_up_who_leaves_the_loop(make_dataset, monkeypa
 
 @pytest.mark.parametrize("columns", [["id"], ["id", "blob", "text"]])
 @pytest.mark.parametrize("where", ["in the ring", "for a tensor"])
-def test_after_a_batch_that_found_no_memory_nothing_is_served(make_dataset, columns, where):
+def test_after_a_memory_error_no_batch_is_served(make_dataset, columns, where):
     def fail(found):
         if found is None or isinstance(found, int):
             return found
@@ -251,7 +218,7 @@ def test_after_a_batch_that_found_no_memory_nothing_is_served(make_dataset, colu
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("is_being_taken", [False, True])
-def test_an_epoch_that_was_begun_goes_on_in_no_forked_child(make_dataset, is_being_taken):
+def test_a_forked_child_cannot_continue_its_parents_epoch(make_dataset, is_being_taken):
     iterator = iter(tc.DataLoader(tc.Dataset(make_dataset(100), columns=["id"]), batch_size=10))
     next(iterator)
     taking, go = threading.Event(), threading.Event()
@@ -321,7 +288,7 @@ def test_a_planner_that_cannot_be_started_leaves_nothing_behind(make_dataset, mo
     assert [i for ids in ids_of(loader) for i in ids] == list(range(100))
 
 
-def test_what_was_closed_is_not_closed_again(make_dataset):
+def test_closing_twice_has_no_effect(make_dataset):
     iterator = iter(tc.DataLoader(tc.Dataset(make_dataset(100)), batch_size=10))
     check_batch(next(iterator))
     iterator.close()

@@ -121,7 +121,7 @@ def test_one_record_of_a_remote_shard_costs_a_part_of_it(server):
     ids=["503", "500", "reset", "short"],
 )
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_server_that_stumbles_now_and_then_is_only_slower(server, tmp_path, fault, cached):
+def test_a_server_with_occasional_errors_only_slows_a_run(server, tmp_path, fault, cached):
     turns = itertools.count()
     server.when(lambda method, path: fault if "/shards/" in path and next(turns) % 5 == 0 else None)
     with tc.Cache(tmp_path / "cache", size="64MiB") as cache:

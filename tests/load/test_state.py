@@ -116,12 +116,12 @@ def test_the_versions_that_a_state_names_are_opened(make_dataset):
         ([SourcePart("a", 5, "of 5", "some")], "another selection"),
     ],
 )
-def test_what_changed_since_the_state_was_saved_is_told(parts, match):
+def test_a_state_of_changed_data_is_refused(parts, match):
     with pytest.raises(tc.ObjectChanged, match=match):
         reopen(Data(SourcePart("a", 5, "of 5")), state_of(parts=tuple(parts)))
 
 
-def test_a_run_that_goes_on_at_an_older_version_leaves_the_users_data_set_alone(make_dataset):
+def test_resuming_at_an_older_version_does_not_change_the_users_data_set(make_dataset):
     path = make_dataset(60)
     state = tc.DataLoader(tc.Dataset(path), batch_size=16).state_dict()
     with tc.Writer(path, mode="append") as writer:

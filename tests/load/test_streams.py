@@ -111,7 +111,7 @@ some_ranks = st.builds(Ranks, st.integers(1, 5), st.integers(1, 9))
 
 @settings(max_examples=SOME)
 @given(data=st.data(), layout=st.sampled_from(LAYOUTS), how=hows, shuffle=st.booleans(), drop_last=st.booleans())
-def test_any_ranks_serve_one_sequence_also_when_others_go_on(packed, data, layout, how, shuffle, drop_last):
+def test_any_number_of_ranks_serves_one_sequence_and_others_resume_it(packed, data, layout, how, shuffle, drop_last):
     warnings.simplefilter("ignore", RuntimeWarning)  # of streams that do not divide the global batch
     dataset, n, epoch = packed[layout], layout[0], data.draw(st.integers(0, 2))
     shuffle &= n > 0  # torch's loader refuses to shuffle nothing
@@ -195,7 +195,7 @@ def loads_by_rank(monkeypatch, dataset, world_size, **options):
 
 def test_two_ranks_on_a_node_read_and_decode_each_block_once(make_dataset, monkeypatch):
     path = make_dataset(2000)
-    monkeypatch.setattr("tiercache.load.planner.NextEpoch.prepare", lambda *_: None)  # of the next epoch
+    monkeypatch.setattr("tiercache.load.epoch.NextEpoch.prepare", lambda *_: None)  # of the next epoch
     options = {"shuffle_window_bytes": "8KiB"}
     first, second = loads_by_rank(monkeypatch, path, 2, **options)
     n_blocks = sum(len(table.records) for table in tables_of(path))
@@ -229,7 +229,7 @@ def test_a_sticky_stream_reads_the_same_shards_in_every_epoch_and_a_global_one_o
             assert len(shards[0] & shards[1]) < len(shards[0])
 
 
-def test_streams_that_do_not_divide_a_global_batch_are_told_of_once(make_dataset):
+def test_streams_that_do_not_divide_a_global_batch_are_warned_of_once(make_dataset):
     options = tc.LoaderOptions(rank=1, world_size=2, shuffle_streams=5, seed=0)
     loader = tc.DataLoader(tc.Dataset(make_dataset(60)), batch_size=4, shuffle=True, options=options)
     with pytest.warns(RuntimeWarning, match=r"5 streams do not divide a global batch of 8.*multiple of 5") as told:
@@ -274,7 +274,7 @@ def test_objects_come_from_the_windows_of_all_streams(tmp_path):
     assert sorted(seen, key=lambda s: s[0]) == [(i, {"a": i, "b": [i] * (i % 3)}) for i in range(120)]
 
 
-def test_a_rotten_block_of_one_of_several_streams_is_named(make_dataset):
+def test_a_corrupt_block_of_one_of_several_streams_is_named(make_dataset):
     path = make_dataset(600)
     shard = sorted((path / "shards").iterdir())[2]
     shard.chmod(0o644)
@@ -303,13 +303,13 @@ def test_an_append_in_between_changes_nothing_for_a_run_that_goes_on(make_datase
 
 @settings(max_examples=SOME)
 @given(layout=st.sampled_from(LAYOUTS[1:]), how=hows, shuffle=st.booleans(), ranks=some_ranks, data=st.data())
-def test_a_share_says_where_each_record_of_a_batch_lies(packed, layout, how, shuffle, ranks, data):
+def test_a_share_locates_each_record_of_a_batch(packed, layout, how, shuffle, ranks, data):
     warnings.simplefilter("ignore", RuntimeWarning)
     dataset, rank = packed[layout], data.draw(st.integers(0, ranks.world_size - 1))
     options = tc.LoaderOptions(rank=rank, world_size=ranks.world_size, threads=1, **how)
     iterator = iter(tc.DataLoader(dataset, batch_size=ranks.batch_size, shuffle=shuffle, options=options))
     share, source = iterator._work.share, dataset._source
     for number, batch in enumerate(itertools.islice(iterator, 4)):
-        places = [share.locate(position) for position in share.positions(number).tolist()]
+        places = [share.locate(position) for position in share.ranks.positions(number).tolist()]
         assert [record_number(source, *place) for place in places] == batch["id"].tolist()
     iterator.close()

@@ -317,7 +317,7 @@ def test_one_line_says_which_options_for_workers_change_nothing(dataset, caplog,
     assert loader.in_order is ("in_order" not in given)
 
 
-def test_where_options_for_workers_are_heeded_nothing_says_that_they_are_not(dataset, caplog):
+def test_no_log_line_about_worker_options_on_torchs_path(dataset, caplog):
     caplog.set_level(logging.INFO)
     tc.DataLoader(dataset, 16)
     tc.DataLoader(dataset, 16, num_workers=1, prefetch_factor=3, collate_fn=list)
@@ -595,7 +595,7 @@ def keep_epochs(base, *, by_object):
 @pytest.mark.parametrize("by_object", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("more", [{}, {"collate_fn": collate_own}], ids=["native", "torch"])
-def test_a_batch_sampler_that_is_put_in_later_is_the_one_that_is_asked(dataset, workers, by_object, more):
+def test_a_batch_sampler_assigned_later_is_used(dataset, workers, by_object, more):
     theirs = keep_epochs(TorchLoader, by_object=by_object)(dataset, 16, num_workers=workers, collate_fn=tc.collate)
     ours = keep_epochs(tc.DataLoader, by_object=by_object)(dataset, 16, num_workers=workers, **more)
     assert [ids_of(ours) for _ in range(3)] == [ids_of(theirs) for _ in range(3)]

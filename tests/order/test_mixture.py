@@ -17,7 +17,8 @@ from tests.order.brute import read
 from tests.order.brute_mixture import Mixed, mixed_sequence, mixtures
 
 from tiercache.order import BlockTable, Layout, OrderOptions
-from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture, StreamAllocation, StreamInterleaving
+from tiercache.order.interleaving import StreamAllocation, StreamInterleaving
+from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture
 
 RAW_BYTES = 10  # of a record, in the parts made here
 
@@ -65,17 +66,17 @@ class Parts:
         """(part, record in it) from a position of a stream to its end, by iteration."""
         numbers, found = self.numbers(), []
         while position < order.stream_records(stream):
-            stretch = order.section_at(stream, position)
-            assert stretch.start <= position < stretch.stop
+            section = order.section_at(stream, position)
+            assert section.start <= position < section.stop
             places = [
                 numbers[int(shard), int(block)]
-                for window in stretch.windows
+                for window in section.windows
                 for shard, block in zip(window.shards, window.blocks, strict=True)
             ]
-            for block, row in zip(*stretch.rows(position - stretch.start, stretch.stop - stretch.start), strict=True):
+            for block, row in zip(*section.rows(position - section.start, section.stop - section.start), strict=True):
                 part, first = places[block]
                 found.append((part, first + int(row)))
-            position = stretch.stop
+            position = section.stop
         return found
 
     def epoch(self, spec: MixtureSpec, options: OrderOptions, epoch: int) -> list[tuple[int, int]]:
@@ -117,7 +118,7 @@ OPTIONS = st.builds(
 )
 
 
-def test_weights_are_what_was_written() -> None:
+def test_a_weight_is_the_decimal_fraction_that_was_written() -> None:
     assert MixtureSpec((0, 1, 2), (0.7, 0.2, 0.1)).weights == (7, 2, 1)
     assert MixtureSpec((0, 1, 2), (70, 20, 10)).weights == (7, 2, 1)
     assert MixtureSpec((0, 1), (Fraction(1, 3), Fraction(2, 3))).weights == (1, 2)
@@ -131,12 +132,12 @@ def test_a_weight_that_is_not_above_zero_is_refused(weight: float) -> None:
 
 
 @pytest.mark.parametrize("weight", [True, "1", None, 1j])
-def test_a_weight_that_is_no_number_is_refused(weight: object) -> None:
+def test_a_weight_that_is_not_a_number_is_refused(weight: object) -> None:
     with pytest.raises(TypeError, match="a weight must be a number above 0"):
         MixtureSpec((0, 1), (weight, 1))  # type: ignore[arg-type]
 
 
-def test_a_spec_that_cannot_be_is_refused() -> None:
+def test_an_invalid_mixture_is_refused() -> None:
     with pytest.raises(ValueError, match="'first' or 'all'"):
         MixtureSpec((0,), (1,), "last")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="2 parts need one weight each, got 1"):
@@ -187,22 +188,22 @@ def test_an_epoch_has_the_right_length_for_any_sizes(sizes: list[int], data: st.
 
 
 @given(mixtures(), st.integers(0, 4))
-def test_an_epoch_is_what_the_rules_say_in_their_plainest_form(data: Mixed, epoch: int) -> None:
+def test_an_epoch_equals_the_brute_force_reference(data: Mixed, epoch: int) -> None:
     assert read(data.order(epoch)) == mixed_sequence(data, epoch)
 
 
-def test_two_threads_that_share_a_lane_each_get_the_run_of_their_draw() -> None:
+def test_two_threads_that_share_draws_each_get_the_range_of_their_draw() -> None:
     """A thread that puts its run in place after another has looked, and before that one takes it."""
     data = even(400, 400)
-    lane = MixtureOrder(data.layout, data.spec([1, 1]), options(), 0)._keep(0).lanes[0]
-    other = lane.run_at(300)
+    part_draws = MixtureOrder(data.layout, data.spec([1, 1]), options(), 0)._keep(0).all_draws[0]
+    other = part_draws.range_at(300)
 
     class Contended(list):  # what another thread does at each store
         def __setitem__(self, key: object, value: object) -> None:
             super().__setitem__(slice(None), [other])
 
-    contended = replace(lane, _last=Contended())
-    run = contended.run_at(0)
+    contended = replace(part_draws, _last=Contended())
+    run = contended.range_at(0)
     assert run.start <= 0 < run.stop
 
 
@@ -220,27 +221,27 @@ def test_reading_from_any_position_is_the_rest_of_reading_from_the_start(
     other = MixtureOrder(parts.layout, spec, how, epoch)
     assert parts.stream(other, stream, position) == whole[position:]
     if position < len(whole):
-        stretch, again = other.section_at(stream, position), order.section_at(stream, position)
-        assert (stretch.start, stretch.stop) == (again.start, again.stop)
-        lo = data.draw(st.integers(0, stretch.stop - stretch.start))
-        hi = data.draw(st.integers(lo, stretch.stop - stretch.start))
-        for some, every in zip(stretch.rows(lo, hi), stretch.rows(0, stretch.stop - stretch.start), strict=True):
+        section, again = other.section_at(stream, position), order.section_at(stream, position)
+        assert (section.start, section.stop) == (again.start, again.stop)
+        lo = data.draw(st.integers(0, section.stop - section.start))
+        hi = data.draw(st.integers(lo, section.stop - section.start))
+        for some, every in zip(section.rows(lo, hi), section.rows(0, section.stop - section.start), strict=True):
             assert np.array_equal(some, every[lo:hi])
 
 
 @given(PARTS, WEIGHTS, STOPS, OPTIONS)
-def test_a_window_is_in_all_stretches_from_its_first_record_to_its_last(
+def test_a_window_is_in_all_sections_from_its_first_record_to_its_last(
     parts: Parts, weights: list[int], stop: Literal["first", "all"], how: OrderOptions
 ) -> None:
     order = MixtureOrder(parts.layout, parts.spec(weights[: len(parts.parts)], stop), how, 1)
     for stream in range(order.n_streams):
         position, present, drawn = 0, {}, {}
         while position < order.stream_records(stream):
-            stretch = order.section_at(stream, position)
-            assert stretch.start == position
-            block, row = stretch.rows(0, stretch.stop - position)
-            ends = np.cumsum([0, *(len(window.blocks) for window in stretch.windows)])
-            for number, window in enumerate(stretch.windows):
+            section = order.section_at(stream, position)
+            assert section.start == position
+            block, row = section.rows(0, section.stop - position)
+            ends = np.cumsum([0, *(len(window.blocks) for window in section.windows)])
+            for number, window in enumerate(section.windows):
                 present.setdefault(window, []).append(position)
                 mine = (block >= ends[number]) & (block < ends[number + 1])
                 inside, at = row[mine], block[mine] - ends[number]
@@ -250,7 +251,7 @@ def test_a_window_is_in_all_stretches_from_its_first_record_to_its_last(
                     inside = inside - window.row_start[at]
                 assert np.all(inside < np.diff(window.first)[at])
             assert len(block) == 0 or block.max() < ends[-1]
-            position = stretch.stop
+            position = section.stop
         starts = sorted({start for found in present.values() for start in found})
         for window, found in present.items():
             touched = drawn[window]
@@ -259,7 +260,7 @@ def test_a_window_is_in_all_stretches_from_its_first_record_to_its_last(
 
 
 @given(PARTS, WEIGHTS, OPTIONS, st.integers(0, 3))
-def test_an_epoch_that_stops_first_repeats_no_record_where_parts_begin_anew(
+def test_an_epoch_with_stop_first_repeats_no_record_when_a_part_restarts(
     parts: Parts, weights: list[int], how: OrderOptions, epoch: int
 ) -> None:
     """Epoch 0: every part begins. Later, a part that is larger than its share may turn to its next own epoch inside."""
@@ -273,7 +274,7 @@ def test_an_epoch_that_stops_first_repeats_no_record_where_parts_begin_anew(
 
 
 @given(PARTS, WEIGHTS, OPTIONS)
-def test_an_epoch_that_stops_at_all_serves_every_record(parts: Parts, weights: list[int], how: OrderOptions) -> None:
+def test_an_epoch_with_stop_all_serves_every_record(parts: Parts, weights: list[int], how: OrderOptions) -> None:
     found = set(parts.epoch(parts.spec(weights[: len(parts.parts)], "all"), how, 0))
     assert found == {(part, record) for part, size in enumerate(parts.sizes) for record in range(size)}
 
@@ -286,25 +287,25 @@ def own_epochs(sequence: list[tuple[int, int]], part: int, size: int) -> list[li
 @pytest.mark.parametrize("streams", [1, 3])
 @pytest.mark.parametrize("sizes", [(50, 200, 7), (200, 3, 1), (64, 64, 64)])
 @pytest.mark.parametrize("stop", ["first", "all"])
-def test_no_record_of_a_part_is_repeated_within_its_own_epoch(
+def test_no_record_of_a_part_is_repeated_within_a_part_epoch(
     stop: Literal["first", "all"], sizes: tuple[int, ...], streams: int
 ) -> None:
     """Parts of fewer than 1,024 records a stream are one sequence, at which streams take turns by their own numbers."""
     data, spec_weights = even(*sizes), [0.7, 0.2, 0.1]
     spec = data.spec(spec_weights, stop)
-    lanes: dict[int, dict[int, int]] = {part: {} for part in range(3)}
+    all_draws: dict[int, dict[int, int]] = {part: {} for part in range(3)}
     for epoch in range(7):
         order = MixtureOrder(data.layout, spec, options(streams), epoch)
         totals = spec.epoch_shares(sizes)
-        deal = StreamAllocation(totals, streams)
+        allocation = StreamAllocation(totals, streams)
         for stream in range(streams):
             drawn = [0, 0, 0]
             for part, record in data.stream(order, stream):
-                number = epoch * totals[part] + drawn[part] * streams + deal.turns(stream)[part]
-                lanes[part][number] = record
+                number = epoch * totals[part] + drawn[part] * streams + allocation.turns(stream)[part]
+                all_draws[part][number] = record
                 drawn[part] += 1
     for part, size in enumerate(sizes):
-        sequence = [lanes[part][number] for number in range(len(lanes[part]))]  # no number is left out
+        sequence = [all_draws[part][number] for number in range(len(all_draws[part]))]  # no number is left out
         whole = [sequence[at : at + size] for at in range(0, len(sequence), size)]
         assert all(len(set(own)) == len(own) for own in whole)
         complete = [own for own in whole if len(own) == size]
@@ -313,7 +314,7 @@ def test_no_record_of_a_part_is_repeated_within_its_own_epoch(
 
 
 @pytest.mark.parametrize("placement", ["sticky", "global"])
-def test_a_large_part_has_streams_of_its_own_and_repeats_nothing_in_an_own_epoch_of_a_stream(
+def test_a_large_part_has_its_own_streams_and_repeats_no_record_in_a_part_epoch(
     placement: Literal["sticky", "global"],
 ) -> None:
     sizes, streams = (2500, 9001), 2
@@ -342,7 +343,7 @@ def test_a_large_part_has_streams_of_its_own_and_repeats_nothing_in_an_own_epoch
             assert all(records == seen[0][0] for records in seen[0])
 
 
-def test_a_part_that_is_larger_than_its_share_goes_on_where_it_stopped() -> None:
+def test_a_part_larger_than_its_share_continues_in_the_next_epoch() -> None:
     data = even(30, 300)
     spec = data.spec([1, 1])
     drawn = [r for epoch in range(10) for part, r in data.epoch(spec, options(), epoch) if part == 1]
@@ -357,14 +358,14 @@ def test_parts_with_equal_contents_come_in_different_orders() -> None:
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.3
 
 
-def test_a_part_of_one_record_that_comes_again_and_again_does_not_end_a_stretch_each_time() -> None:
+def test_a_part_of_one_record_does_not_end_a_section_at_each_repetition() -> None:
     data = even(1, 2000, shard=2000, block=500)
     order = MixtureOrder(data.layout, data.spec([1, 1], "all"), OrderOptions(1, True, None, None, 4), 3)
     assert order.n_records == 4000
     for stream in range(4):
-        stretch = order.section_at(stream, 500)
-        assert stretch.start == 0
-        assert stretch.stop >= 998  # the part's last record ends it
+        section = order.section_at(stream, 500)
+        assert section.start == 0
+        assert section.stop >= 998  # the part's last record ends it
 
 
 @given(PARTS, WEIGHTS, STOPS)
@@ -395,11 +396,11 @@ def test_records_by_number_are_exact_where_products_need_more_than_63_bits() -> 
     shares = StreamInterleaving(StreamAllocation(spec.epoch_shares((10**12, 10**12)), 1), 0)
     part, record = stored.locate(np.array([len(stored) - 1, 10**12]))
     for position, k, draw in zip((len(stored) - 1, 10**12), part.tolist(), record.tolist(), strict=True):
-        assert shares.position_of(k, draw) == position
+        assert shares.positions_of(k, np.array([draw])).tolist() == [position]
 
 
 @given(PARTS, WEIGHTS, STOPS, OPTIONS, st.data())
-def test_what_is_announced_holds_what_is_read(
+def test_shards_ahead_include_all_shards_that_are_read(
     parts: Parts, weights: list[int], stop: Literal["first", "all"], how: OrderOptions, data: st.DataObject
 ) -> None:
     order = MixtureOrder(parts.layout, parts.spec(weights[: len(parts.parts)], stop), how, 2)
@@ -413,14 +414,14 @@ def test_what_is_announced_holds_what_is_read(
     if position == n:
         assert every == []
         return
-    stretch = order.section_at(stream, position)
-    shards = np.concatenate([window.shards for window in stretch.windows])
+    section = order.section_at(stream, position)
+    shards = np.concatenate([window.shards for window in section.windows])
     if not how.shuffle:  # of its windows some blocks may lie behind
-        shards = shards[stretch.rows(position - stretch.start, stretch.stop - stretch.start)[0]]
+        shards = shards[section.rows(position - section.start, section.stop - section.start)[0]]
     assert set(shards.tolist()) <= set(every)
 
 
-def test_places_outside_are_refused() -> None:
+def test_positions_and_streams_outside_are_refused() -> None:
     data = even(10, 10)
     order = MixtureOrder(data.layout, data.spec([1, 1]), options(2), 0)
     for stream, position in ((0, 10), (0, -1), (2, 0), (-1, 0)):
@@ -434,16 +435,16 @@ def test_places_outside_are_refused() -> None:
         MixtureOrder(data.layout, data.spec([1, 1]), options(), -1)
 
 
-def test_windows_are_shared_out_by_what_the_parts_bring() -> None:
+def test_window_sizes_are_divided_by_the_bytes_that_the_parts_contribute() -> None:
     """By 4,000 bytes in blocks of 100: three quarters; a quarter at least, where a part brings a hundredth."""
     data = even(30_000, 10_000, shard=2000, block=10)
     for weights, expected in (([3, 1], (3000, 1000)), ([99, 1], (3900, 1000))):
         order = MixtureOrder(data.layout, data.spec(weights, "all"), OrderOptions(1, True, None, 4000), 0)
-        stretch = order.section_at(0, 20_000)
-        assert tuple(window.raw_bytes for window in stretch.windows) == expected
+        section = order.section_at(0, 20_000)
+        assert tuple(window.raw_bytes for window in section.windows) == expected
 
 
-def test_values_stay_the_same_for_ever() -> None:
+def test_mixtures_equal_the_stored_golden_values() -> None:
     """Runs in progress resume by these values, so a change here breaks users."""
     data = even(20, 40, 5)
     found = data.epoch(data.spec([0.5, 0.3, 0.2]), options(2), 3)

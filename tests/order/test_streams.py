@@ -27,7 +27,7 @@ def blocks_of(order: EpochOrder, stream: int) -> set[tuple[int, int]]:
 
 
 @given(shards(), options(), st.integers(0, 5))
-def test_streams_are_equal_runs_of_the_split(data: Shards, how: OrderOptions, epoch: int) -> None:
+def test_streams_are_equal_parts_of_the_shuffled_shards(data: Shards, how: OrderOptions, epoch: int) -> None:
     order = EpochOrder(data.layout, how, epoch)
     expected = owners(data, how, epoch)
     assert order.n_streams == len(expected)
@@ -101,7 +101,7 @@ def test_more_streams_than_records_leave_some_empty() -> None:
 
 
 @pytest.mark.parametrize("n_streams", [1, 3])
-def test_no_records_are_an_empty_epoch(n_streams: int) -> None:
+def test_an_order_without_records_is_empty(n_streams: int) -> None:
     for data in (Shards([], []), Shards([[], [(0, 5)]], [3, 4])):
         order = EpochOrder(data.layout, OrderOptions(1, True, 10, 10, n_streams), 0)
         assert (order.n_records, order.n_streams) == (0, n_streams)
@@ -117,7 +117,7 @@ def test_a_cut_shard_counts_to_a_group_by_its_share_of_rows() -> None:
     assert EpochOrder(huge, OrderOptions(1, True, 2**40, None, streams=2), 0).shards_ahead(1, 0, 2**60).tolist() == [0]
 
 
-def test_the_order_of_streams_stays_the_same_for_ever() -> None:
+def test_the_order_of_streams_equals_the_stored_golden_values() -> None:
     # Written once: runs in progress resume by this order, so a change here breaks users.
     data = Shards([[(3, 100), (2, 100)], [(4, 50)], [(1, 10), (1, 10), (1, 10)]], [200, 50, 30])
     index = {record: i for i, record in enumerate(data.all_records())}

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiercache.errors import SchemaError
-from tiercache.order.epoch import derive_key
+from tiercache.order.epoch_order import derive_key
 from tiercache.shard.read.values import ColumnValues
 
 if TYPE_CHECKING:

@@ -78,10 +78,6 @@ class BatchMemory:
 
         The memory returns when nothing refers to *this* array any more. A tensor made by torch.frombuffer refers to it;
         a NumPy view does not (NumPy's views refer to the array that owns the memory).
-
-        Args:
-            n_bytes: Size of the array, at most size_bytes.
-            size_bytes: Size of the memory behind it; requests of the same size reuse each other's memory.
         """
         try:
             memory = self._free[size_bytes].pop()  # the last one returned: part of it is still in a processor's cache
@@ -137,12 +133,12 @@ _NONE = 2**64 - 1
 _BYTES_LIKE = (Kind.BYTES, Kind.STR, Kind.IMAGE, Kind.JSON)
 
 
-def gather_streams(schema: Schema, serving: OutputSpec | None = None) -> NDArray[np.uint32]:
+def gather_streams(schema: Schema, output_spec: OutputSpec | None = None) -> NDArray[np.uint32]:
     """Return (kind, width in bytes) of each stream of the columns, uint32[n_streams, 2], as the ring takes them.
 
     schema: as stored. The higher bytes of a kind state how its column is cast.
     """
-    served = serving or OutputSpec()
+    served = output_spec or OutputSpec()
     streams: list[tuple[int, int]] = []
     for column in schema.columns:
         for stream in column.streams(0):
@@ -154,9 +150,9 @@ def gather_streams(schema: Schema, serving: OutputSpec | None = None) -> NDArray
     return np.array(streams, np.uint32).reshape(-1, 2)
 
 
-def _values_kind(column: Column, serving: OutputSpec) -> int | None:
+def _values_kind(column: Column, output_spec: OutputSpec) -> int | None:
     """Return the kind of a stream of values if it differs from the stored one."""
-    form = serving.layout(column)
+    form = output_spec.layout(column)
     if form == "padded":
         return PADDED
     return gather.REF if form == "list" and column.kind in (Kind.BYTES, Kind.IMAGE) else None
@@ -173,7 +169,7 @@ def slot_bytes(streams: NDArray[np.uint32], n_rows: int) -> int:
     return sum(-(-(int(size) + 8) // 64) * 64 for size in sizes)
 
 
-def layout_table(schema: Schema, serving: OutputSpec) -> NDArray[np.uint64] | None:
+def layout_table(schema: Schema, output_spec: OutputSpec) -> NDArray[np.uint64] | None:
     """Return the table of column layouts and fill values, as Plan takes it; None if no stream needs it.
 
     Returns:
@@ -183,7 +179,7 @@ def layout_table(schema: Schema, serving: OutputSpec) -> NDArray[np.uint64] | No
     tail = bytearray()
     rows: list[list[int]] = []
     for column in schema.columns:
-        rows += _column_rows(column, serving, len(rows), tail)
+        rows += _column_rows(column, output_spec, len(rows), tail)
     if not any(row[_EARLY] or row[_N_DIMS] or row[_VALID] != _NONE for row in rows):
         return None
     table = np.zeros(len(rows) * _N_WORDS + len(tail) // 8, np.uint64)
@@ -195,16 +191,16 @@ def layout_table(schema: Schema, serving: OutputSpec) -> NDArray[np.uint64] | No
     return table
 
 
-def _column_rows(column: Column, serving: OutputSpec, first: int, tail: bytearray) -> list[list[int]]:
+def _column_rows(column: Column, output_spec: OutputSpec, first: int, tail: bytearray) -> list[list[int]]:
     """Return a column's rows of the table; its streams begin with number `first`. Pointers are offsets into `tail`."""
-    column = serving.column(column)  # fill values have the served dtype; a cast column has the same streams
-    streams, form = column.streams(0), serving.layout(column)
+    column = output_spec.column(column)  # fill values have the served dtype; a cast column has the same streams
+    streams, form = column.streams(0), output_spec.layout(column)
     rows = [[0, _NONE, 0, 0, _NONE, 0, 0, 0] for _ in streams]
     if not rows:
         return rows
     ragged = column.kind is Kind.RAGGED
-    if column.name in serving.nulls:
-        for row, fill in zip(rows, stream_fills(column, serving.nulls[column.name]), strict=False):
+    if column.name in output_spec.nulls:
+        for row, fill in zip(rows, stream_fills(column, output_spec.nulls[column.name]), strict=False):
             row[_VALID], row[_FILL], row[_FILL_BYTES] = first + len(streams) - 1, _put(tail, fill), len(fill)
         rows[-1][_EARLY] = 1
     if ragged or form == "padded":
@@ -258,8 +254,8 @@ class Assembler:
         order: Names of a batch's entries, in order.
     """
 
-    def __init__(self, schema: Schema, serving: OutputSpec | None = None) -> None:
-        served = serving or OutputSpec()
+    def __init__(self, schema: Schema, output_spec: OutputSpec | None = None) -> None:
+        served = output_spec or OutputSpec()
         self.streams = gather_streams(schema, served)
         kinds = self.streams[:, 0].tolist()
         schema = served.schema(schema)
@@ -308,12 +304,12 @@ def valid_mask(values: Sequence[Any]) -> torch.Tensor:
     return torch.tensor([value is not None for value in values], dtype=torch.bool, device="cpu")
 
 
-def _entries(column: Column, serving: OutputSpec, first: int) -> list[tuple[str, Entry]]:
+def _entries(column: Column, output_spec: OutputSpec, first: int) -> list[tuple[str, Entry]]:
     """Return a column's entries in a batch; its streams begin with number `first`. ARROW columns have none."""
     if column.kind is Kind.ARROW:
         return []
-    valid = first + len(column.streams(0)) - 1 if serving.has_mask(column) else None
-    form, name = serving.layout(column), column.name
+    valid = first + len(column.streams(0)) - 1 if output_spec.has_mask(column) else None
+    form, name = output_spec.layout(column), column.name
     entries: list[tuple[str, Entry]]
     if form == "padded":
         entries = [(name, _padded_maker(column, first)), (f"{name}.lengths", _lengths_maker(column, first))]
@@ -505,12 +501,13 @@ class PipelineSetup:
         self.varies = bool((self.assembler.streams[:, 0] & 0xFF == gather.VAR).any())
         self.stored_bytes = int(source.shard_bytes.sum())
         self.largest_bytes = int(source.shard_bytes.max(initial=1))
+        self._n_records = max(int(source.shard_records.sum()), 1)
         self.layouts = layout_table(source.schema, gathered)
 
-    def slot_bytes(self, n_rows: int, n_records: int) -> tuple[int, int]:
-        """Return the memory of a new slot, and the estimated bytes of a batch of an epoch with n_records."""
+    def slot_bytes(self, n_rows: int) -> tuple[int, int]:
+        """Return the memory of a new slot, and the estimated bytes of a batch."""
         expected_bytes = slot_bytes(self.assembler.streams, n_rows)
-        about_bytes = self.stored_bytes // max(n_records, 1) * n_rows
+        about_bytes = self.stored_bytes // self._n_records * n_rows
         if self.varies:  # with room for a batch that is longer than most
             expected_bytes = max(expected_bytes, about_bytes + about_bytes // 8)
         return expected_bytes, max(expected_bytes, about_bytes)
@@ -533,13 +530,13 @@ def collate(records: Sequence[Any]) -> Any:
         ValueError: There are no records.
     """
     if isinstance(records, LazyRecords) and records.as_gathered:
-        batch = {name: _tensor(values) for name, values in apply_layouts(records.columns, records.serving).items()}
+        batch = {name: _tensor(values) for name, values in apply_layouts(records.columns, records.output_spec).items()}
         for values in records.columns:
-            if values.column.kind is Kind.RAGGED and records.serving.layout(values.column) == "list":
+            if values.column.kind is Kind.RAGGED and records.output_spec.layout(values.column) == "list":
                 batch[values.column.name] = _ragged(values)
-            elif values.column.name in records.serving.decode and isinstance(values.values, list):
+            elif values.column.name in records.output_spec.decode and isinstance(values.values, list):
                 batch[values.column.name] = _pictures(values)
-        return batch if records.serving.names is None else as_columns(batch, records.serving.names)
+        return batch if records.output_spec.names is None else as_columns(batch, records.output_spec.names)
     if not records:
         raise ValueError("cannot make a batch of no records")
     if isinstance(records[0], tuple):

@@ -10,7 +10,7 @@ import os
 import threading
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tiercache.load.epoch import RecordWalk
     from tiercache.load.options import LoaderOptions
     from tiercache.load.prefetch import AnyPiece, LoadedWindow
     from tiercache.load.source import Source
@@ -41,60 +42,31 @@ if TYPE_CHECKING:
 _CHECKED = (Kind.RAGGED, Kind.STR, Kind.JSON)
 
 
-def bad_cast(
-    schema: Schema, served: Mapping[str, Column], loaded: LoadedWindow, block: int, row: int
-) -> SchemaError | None:
-    """Return the error of a row's value that its served dtype cannot represent; None if there is none.
-
-    Args:
-        schema: Served columns, as stored.
-        served: Columns that are cast, by name.
-        loaded: Loaded window.
-        block: Number of the block in the window.
-        row: Number of the row in the block.
-    """
-    url = loaded.block_groups[loaded.group_of_block[block]].url
-    for column, addresses in _columns(schema, loaded, block):
-        if column.name in served:
-            try:
-                gather_values(column, addresses, *_only(row), url=url, served=served[column.name])
-            except SchemaError as error:
-                return error
-    return None
-
-
-def bad_value(schema: Schema, loaded: LoadedWindow, block: int, row: int) -> CorruptShard | None:
+def bad_value(
+    schema: Schema, loaded: LoadedWindow, block: int, row: int, casts: Mapping[str, Column] | None = None
+) -> SchemaError | CorruptShard | None:
     """Return the error of a row that can be read and has an invalid value; None if there is none.
 
-    Args:
-        schema: Served columns.
-        loaded: Loaded window.
-        block: Number of the block in the window.
-        row: Number of the row in the block.
+    casts: Served columns by name; then only their values are checked, for one that the served dtype cannot represent.
     """
     blocks = loaded.block_groups[loaded.group_of_block[block]]
-    for column, addresses in _columns(schema, loaded, block):
-        if column.kind in _CHECKED:
-            try:
-                gather_values(column, addresses, *_only(row), url=blocks.url)
-            except CorruptShard as error:
-                place = int(blocks.blocks[loaded.position[block]])
-                return CorruptShard(error.reason, url=blocks.url, block=place, column=column.name)
-    return None
-
-
-def _columns(schema: Schema, loaded: LoadedWindow, block: int) -> Iterator[tuple[Column, NDArray[np.uint64]]]:
-    """Yield each column with the addresses of its streams in one block, uint64[n_streams, 1, 3]."""
+    only = np.zeros(1, np.uint32), np.array([row], np.uint32)
     first = 0
     for column in schema.columns:
         stop = first + len(column.streams(0))
-        yield column, np.ascontiguousarray(loaded.addresses[first:stop, block : block + 1])
+        addresses = np.ascontiguousarray(loaded.addresses[first:stop, block : block + 1])
         first = stop
-
-
-def _only(row: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Return (block, row) arrays for one row of a single block."""
-    return np.zeros(1, np.uint32), np.array([row], np.uint32)
+        try:
+            if casts and column.name in casts:
+                gather_values(column, addresses, *only, url=blocks.url, served=casts[column.name])
+            elif not casts and column.kind in _CHECKED:
+                gather_values(column, addresses, *only, url=blocks.url)
+        except SchemaError as error:
+            return error
+        except CorruptShard as error:
+            number = int(blocks.blocks[loaded.position[block]])
+            return CorruptShard(error.reason, url=blocks.url, block=number, column=column.name)
+    return None
 
 
 # Location of a record: shard, block in it, row in that. In a location of corruption None stands for a whole shard or
@@ -249,31 +221,15 @@ def _bad_rows(blocks: Blocks, streams: NDArray[np.uint32]) -> Rows:
     return np.array(sorted(found), np.int64)
 
 
-_NOTHING = np.empty(0, np.uint32)
-
-
-class RecordWalk(Protocol):
-    """A rank's records one by one, counted in rows from the start of its pieces.
-
-    Locations have the order's row numbers.
-    """
-
-    def before(self, n_rows: int) -> Iterator[RecordLocation]:
-        """Yield the records before row n_rows, latest first, also those before the start of the pieces."""
-
-    def after(self, n_rows: int) -> Iterator[RecordLocation]:
-        """Yield the record at row n_rows, and those after it."""
-
-
 def replace_corrupt(pieces: Iterable[AnyPiece], corruption: CorruptionMap, walk: RecordWalk) -> Iterator[AnyPiece]:
     """Yield the pieces with corrupt records replaced; pieces without any are unchanged.
 
     Raises:
         CorruptShard: No record of the rank can be read.
     """
-    mender, n_rows = _RecordReplacer(corruption, walk), 0
+    replacer, n_rows = _RecordReplacer(corruption, walk), 0
     for piece in pieces:
-        yield mender.repair(piece, n_rows) if corruption else piece
+        yield replacer.repair(piece, n_rows) if corruption else piece
         n_rows += piece.n_rows
 
 
@@ -319,15 +275,14 @@ class _RecordReplacer:
             block[:n_first], row[:n_first] = block[n_first], row[n_first]
         elif n_first and place is None:
             place = self._after(n_before + len(bad))
-        self.last = ArrayPiece(piece.windows, piece.wanted, block, row).locate(good[-1]) if len(good) else place
-        windows, wanted, numbers = self._left(piece)
+        self.last = ArrayPiece(piece.windows, piece.needed, block, row).locate(good[-1]) if len(good) else place
+        windows, needed, numbers = self._left(piece)
         block = numbers[block].astype(np.uint32)
         if place is not None:
             window = self._window_of(place)
             block[:n_first], row[:n_first] = sum(len(w.blocks) for w in windows), place[2]
-            windows, wanted = (*windows, window), (*wanted, np.ones(1, np.bool_))
-        batch_rows = piece.batch_rows if isinstance(piece, ArrayPiece) else None
-        return ArrayPiece(windows, wanted, block, row, batch_rows, np.flatnonzero(bad))
+            windows, needed = (*windows, window), (*needed, np.ones(1, np.bool_))
+        return ArrayPiece(windows, needed, block, row, np.flatnonzero(bad))
 
     def _bad(
         self, piece: AnyPiece, shards: NDArray[np.int32], blocks: NDArray[np.int32], suspects: NDArray[np.int64]
@@ -365,17 +320,17 @@ class _RecordReplacer:
         return found
 
     def _left(self, piece: AnyPiece) -> tuple[tuple[Window, ...], tuple[NDArray[np.bool_], ...], NDArray[np.int64]]:
-        """Return the windows without unreadable blocks, their wanted blocks, and the new number of each block."""
+        """Return the windows without unreadable blocks, their needed blocks, and the new number of each block."""
         going = {id(window): self._without.get(id(window)) or self._cut(window) for window in piece.windows}
         self._without = going
         kept = np.concatenate([one.kept for one in going.values()])
         numbers = np.cumsum(kept) - 1
         pairs = [
-            (one.left, wanted[one.kept])
-            for one, wanted in zip(going.values(), piece.wanted, strict=True)
+            (one.left, needed[one.kept])
+            for one, needed in zip(going.values(), piece.needed, strict=True)
             if len(one.left.blocks)
         ]
-        return tuple(window for window, _ in pairs), tuple(wanted for _, wanted in pairs), numbers
+        return tuple(window for window, _ in pairs), tuple(needed for _, needed in pairs), numbers
 
     def _cut(self, window: Window) -> _TrimmedWindow:
         kept = np.ones(len(window.blocks), np.bool_)
@@ -384,7 +339,7 @@ class _RecordReplacer:
         if kept.all():
             return _TrimmedWindow(window, kept, window)
         parts = window.shards[kept], window.blocks[kept], window.block_bytes[kept]
-        left = ExplicitWindow(window.start, window.stop, *parts, _NOTHING, _NOTHING)
+        left = ExplicitWindow(window.start, window.stop, *parts)
         return _TrimmedWindow(window, kept, cast("Window", left))
 
     def _window_of(self, place: RecordLocation) -> Window:
@@ -393,5 +348,5 @@ class _RecordReplacer:
         if self._alone is None or self._alone[0][:2] != (shard, block):
             raw_bytes = self.corruption.block_tables([shard])[0].raw_bytes[block : block + 1]
             numbers = np.array([shard], np.int32), np.array([block], np.int32)
-            self._alone = place, cast("Window", ExplicitWindow(0, 0, *numbers, raw_bytes, _NOTHING, _NOTHING))
+            self._alone = place, cast("Window", ExplicitWindow(0, 0, *numbers, raw_bytes))
         return self._alone[1]

@@ -54,7 +54,7 @@ class DecodedPipeline(ClosingPipeline):
         self._waits = work.waits
         self._first_batch = work.first_batch
         ahead = _ahead(work, resources)
-        self._line = _DecodeQueue(ahead, goes_on=work.corruption is not None)
+        self._queue = _DecodeQueue(ahead, goes_on=work.corruption is not None)
         # Small limits, because decoding is slower and needs the memory; waiting times that are not the consumer's.
         n_gatherers = -(-resources.n_threads // DECODING_A_GATHERER)
         self._gathered = Pipeline(
@@ -64,7 +64,7 @@ class DecodedPipeline(ClosingPipeline):
         opener = _Opener(work, self._gathered)
         self._n_rows = self._n_batches = self._n_bytes = self._n_skipped = 0
         self._threads = [
-            threading.Thread(target=_decode, args=(self._line, opener), name=f"tiercache-decode-{i}", daemon=True)
+            threading.Thread(target=_decode, args=(self._queue, opener), name=f"tiercache-decode-{i}", daemon=True)
             for i in range(resources.n_threads)
         ]
         self._register()
@@ -72,16 +72,11 @@ class DecodedPipeline(ClosingPipeline):
             thread.start()
 
     def take(self, timeout_s: float = -1.0) -> Batch | None:
-        """Return the next batch; None at the end of the epoch.
-
-        Raises:
-            Exception: See Pipeline.take.
-            CorruptShard: An image cannot be decoded.
-        """
+        """Return the next batch; None at the end of the epoch."""
         if self.is_forked_copy:
             raise RuntimeError("this iterator is closed, or was made before a fork: call iter(loader) again")
         start_s = time.perf_counter()
-        job = self._line.next_done(None if timeout_s < 0 else timeout_s)
+        job = self._queue.next_done(None if timeout_s < 0 else timeout_s)
         self._waits.add(time.perf_counter() - start_s)
         if job.batch is None:
             error, job.error = job.error, None  # its traceback would form a reference cycle
@@ -103,7 +98,7 @@ class DecodedPipeline(ClosingPipeline):
         """End all threads; batches that were taken stay valid. See Pipeline.close."""
         if self.is_forked_copy:
             return
-        self._line.close()
+        self._queue.close()
         self._gathered.close()
         threads, self._threads = self._threads, []  # waited for once, even if close() is called again
         end_s = time.monotonic() + THREAD_END_S
@@ -115,7 +110,7 @@ class DecodedPipeline(ClosingPipeline):
     @property
     def n_taken(self) -> int:
         """See Pipeline.n_taken."""
-        return self._first_batch + self._line.n_taken
+        return self._first_batch + self._queue.n_taken
 
     @property
     def corrupt_shard(self) -> int | None:  # type: ignore[override]
@@ -125,7 +120,7 @@ class DecodedPipeline(ClosingPipeline):
     def figures(self) -> dict[str, float]:
         """See Pipeline.figures, for the batches handed out; also decode_ns of all threads."""
         handed_out = {"samples": self._n_rows, "batches": self._n_batches, "bytes_served": self._n_bytes}
-        decoded = {"skipped": self._n_skipped, "decode_ns": self._line.decode_ns}
+        decoded = {"skipped": self._n_skipped, "decode_ns": self._queue.decode_ns}
         return {**self._gathered.figures(), **handed_out, **decoded}
 
 
@@ -296,7 +291,7 @@ class _Opener:
         if batch is None:
             return _Job(None)
         decode = self.work.output_spec.decode
-        positions = self.work.share.positions(self.number)
+        positions = self.work.share.ranks.positions(self.number)
         n_rows = len(positions)
         draws: Sequence[Sequence[float]] = [()] * n_rows
         if any(options.is_random for options in decode.values()):
@@ -307,20 +302,20 @@ class _Opener:
             encoded = _encoded(batch[name], batch.get(f"{name}.valid"))
             batch[name], out = self._room(options, n_rows)
             columns.append(_Pictures(name, options, encoded, draws, out))
-        _let_go(batch, decode.keys(), int(n_bytes))
+        _copy_small_columns(batch, decode.keys(), int(n_bytes))
         job = _Job(batch, columns, self.number, n_rows, int(n_bytes), self.gathered.replaced)
         self.number += 1
         return job
 
-    def error_of(self, job: _Job, task: int, said: DecodeError) -> Exception:
+    def error_of(self, job: _Job, task: int, decode_error: DecodeError) -> Exception:
         """Return the consumer's error for an image that cannot be decoded."""
         column, index = divmod(task, job.n_rows)
         place = job.replaced.get(index)
         if place is None:
-            place = self.work.share.locate(int(self.work.share.positions(job.number)[index]))
+            place = self.work.share.locate(int(self.work.share.ranks.positions(job.number)[index]))
         record = record_number(self.work.source, *place)
-        error = image_decode_error(self.work.source, job.columns[column].name, record, str(said))
-        error.__cause__ = said.with_traceback(None)  # the frames of the traceback would hold the batch's memory
+        error = image_decode_error(self.work.source, job.columns[column].name, record, str(decode_error))
+        error.__cause__ = decode_error.with_traceback(None)  # the frames of the traceback would hold the batch's memory
         corruption = self.work.corruption
         if corruption is not None:
             error.place = stored = corruption.stored(place)
@@ -339,40 +334,30 @@ class _Opener:
         return tensor, lent.view(stored_dtype(options.dtype)).reshape(shape)
 
 
-def _decode(line: _DecodeQueue, opener: _Opener) -> None:
+def _decode(queue: _DecodeQueue, opener: _Opener) -> None:
     """Run a decoding thread."""
     decoders: dict[str, Decoder] = {}
-    while (found := line.next_task()) is not None:
+    while (found := queue.next_task()) is not None:
         job, task = found
         if task < 0:
-            line.add(_opened(opener))
+            try:
+                queue.add(opener.open())
+            except Exception as raised:  # noqa: BLE001 -- top of a thread: the consumer raises it in its place
+                queue.add(_Job(None, error=raised))
             continue
         start_ns, error = time.perf_counter_ns(), None
         column, index = divmod(task, job.n_rows)
         pictures = job.columns[column]
         try:
             decoder = decoders.get(pictures.name) or decoders.setdefault(pictures.name, Decoder(pictures.options))
-            pictures.decode(index, decoder)
-        except DecodeError as said:
-            error = _explained(opener, job, task, said)
-        except Exception as raised:  # noqa: BLE001 -- top of a thread: the consumer raises it in its place
+            try:
+                pictures.decode(index, decoder)
+            except DecodeError as decode_error:
+                error = opener.error_of(job, task, decode_error)
+        except Exception as raised:  # noqa: BLE001 -- top of a thread: perhaps the location cannot be found either
             error = raised
-        line.done(job, task, error, time.perf_counter_ns() - start_ns)
+        queue.done(job, task, error, time.perf_counter_ns() - start_ns)
         del job, found, pictures, error  # a waiting thread must not hold a batch
-
-
-def _opened(opener: _Opener) -> _Job:
-    try:
-        return opener.open()
-    except Exception as error:  # noqa: BLE001 -- top of a thread: the consumer raises it in its place
-        return _Job(None, error=error)
-
-
-def _explained(opener: _Opener, job: _Job, task: int, said: DecodeError) -> Exception:
-    try:
-        return opener.error_of(job, task, said)
-    except Exception as error:  # noqa: BLE001 -- top of a thread: the location cannot be found either
-        return error
 
 
 def _runs(positions: NDArray[np.int64]) -> list[tuple[int, int]]:
@@ -389,7 +374,7 @@ def _encoded(gathered: Buffer, valid: torch.Tensor | None) -> list[Any]:
     return parts if valid is None else [part if ok else None for part, ok in zip(parts, valid.tolist(), strict=True)]
 
 
-def _let_go(batch: Batch, decoded: Set[str], slot_bytes: int) -> None:
+def _copy_small_columns(batch: Batch, decoded: Set[str], slot_bytes: int) -> None:
     """Copy the other columns out of the slot, if they are a small part of it.
 
     Otherwise a label of 8 bytes would keep the encoded images of its batch in memory.
@@ -411,5 +396,5 @@ def _ahead(work: PipelineInputs, resources: Resources) -> int:
     n_rows = work.batch_rows
     sized = [options for options in work.output_spec.decode.values() if options.size is not None]
     batch_bytes = n_rows * sum(int(np.prod(options.batch_shape)) * options.itemsize for options in sized)
-    wanted = max(BATCHES_AHEAD, -(-PICTURES_A_THREAD * resources.n_threads // n_rows))
-    return max(MIN_AHEAD, min(wanted, resources.memory_bytes // max(batch_bytes, 1)))
+    needed = max(BATCHES_AHEAD, -(-PICTURES_A_THREAD * resources.n_threads // n_rows))
+    return max(MIN_AHEAD, min(needed, resources.memory_bytes // max(batch_bytes, 1)))

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, SupportsIndex
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import numpy as np
 import torch
@@ -23,17 +23,16 @@ from tiercache.errors import CorruptShard
 from tiercache.load.batch import Batch, BatchMemory, PipelineSetup
 from tiercache.load.corrupt import corruption_map_for
 from tiercache.load.decode import DecodedPipeline
-from tiercache.load.epoch import OrderShare, epoch_records, mixture_values, order_options, plan_epoch
+from tiercache.load.epoch import NextEpoch, OrderShare, epoch_records, mixture_values, order_options, plan_epoch
 from tiercache.load.options import LoaderOptions
 from tiercache.load.output_spec import OutputSpec, as_columns
-from tiercache.load.pipeline import ClosingPipeline, Pipeline, PipelineInputs, Resources, share_resources
-from tiercache.load.planner import ClaimedEpoch, NextEpoch
+from tiercache.load.pipeline import Pipeline, PipelineInputs, Resources, share_resources
 from tiercache.load.ranks import Rank, agree, find_rank, must_not_draw
 from tiercache.load.read_plan import ReadPlanPublisher
 from tiercache.load.source import Source
 from tiercache.load.state import RunState, reopen
 from tiercache.load.stats import summarise
-from tiercache.load.torch_rng import TorchDraws, next_seed, predict_seeds
+from tiercache.load.torch_rng import TorchDraws, next_seed, predict_seed
 from tiercache.order import RankPlan
 from tiercache.stats import Counters, WaitHistogram
 
@@ -41,29 +40,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tiercache.load.corrupt import CorruptLocation
-    from tiercache.load.epoch import EpochShare
+    from tiercache.load.samplers import SamplerPass
 
 
 logger = logging.getLogger("tiercache")
 _profiler = torch.autograd.profiler
 
 
-class EpochProgress(Protocol):
-    """How far an epoch is; its iterator updates it.
-
-    n_yielded: batches handed out since the epoch began or was resumed; finished: whether its end was reached.
-    """
-
-    n_yielded: int
-    finished: bool
-
-
 class EpochPosition:
-    """The position in an epoch.
+    """The position in an epoch. The loader keeps it; the epoch's iterator updates it, and may be dropped long before.
 
-    The loader keeps it; the epoch's iterator updates it, and may be dropped long before.
-
-    is_counted: whether the number of batches handed out is known; it is not if another loader hands them out.
+    Attributes:
+        n_yielded: Number of batches handed out since the epoch began or was resumed.
+        finished: Whether the end was reached.
+        is_counted: Whether n_yielded is known; it is not if another loader hands the batches out.
     """
 
     def __init__(self, begun: RunState, ranks: RankPlan, *, is_counted: bool = True) -> None:
@@ -117,31 +107,32 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
 
     def __init__(
         self,
-        position: EpochProgress,
+        position: EpochPosition | SamplerPass,
         work: PipelineInputs,
         resources: Resources,
-        asked: LoaderArguments,
+        timeout_s: float,
+        pin: Callable[[Any], Any] | None,
         draws: TorchDraws,
     ) -> None:
         self._position = position
         self._work = work
         self._resources = resources
-        self._timeout_s = asked.timeout_s if asked.timeout_s > 0 else -1.0
-        self._pin = _pinning() if asked.pin_memory else None
+        self._timeout_s = timeout_s if timeout_s > 0 else -1.0
+        self._pin = pin
         self._names = work.output_spec.names  # names of the entries of a tuple; None: batches are dicts
         self._start_s = time.perf_counter()
         self._counted = False
         self._read_again: set[int] = set()  # numbers of shards that were read a second time
-        self._passed_by: set[CorruptLocation] = set()
+        self._replaced_places: set[CorruptLocation] = set()
         self._draws = draws
         # torch's sampler draws numbers before the first batch. It draws again at its end, which comes before a short
         # last batch.
-        n_undrawn = work.share.n_batches - 1 if self._draws.ends_short else sys.maxsize
+        n_undrawn = work.share.ranks.n_batches - 1 if self._draws.ends_short else sys.maxsize
         super().__init__(position, _profiler, n_undrawn, is_plain=self._pin is None and self._names is None)
         self._start(work)
 
     def __len__(self) -> int:
-        return self._work.share.n_batches
+        return self._work.share.ranks.n_batches
 
     def __getstate__(self) -> NoReturn:
         raise NotImplementedError(f"{type(self).__name__} cannot be pickled")  # torch's iterators raise the same error
@@ -176,7 +167,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
 
     def _start(self, work: PipelineInputs) -> None:
         kind = DecodedPipeline if work.output_spec.decode else Pipeline
-        self._pipeline: ClosingPipeline = kind(work, self._resources)
+        self._pipeline: Pipeline | DecodedPipeline = kind(work, self._resources)
         self._take_by(self._pipeline.take_ready)
 
     def _next(self) -> Any:
@@ -224,27 +215,25 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         if batch is None:
             self._position.finished = True
             self._draws.exhaust()
-            self._work.counters.add("padded", self._work.share.padded)
+            self._work.counters.add("padded", self._work.share.ranks.n_padding)
             self.close()
             raise StopIteration
         self._position.n_yielded += 1
-        if self._draws.ends_short and self._position.n_yielded == self._work.share.n_batches:
+        if self._draws.ends_short and self._position.n_yielded == self._work.share.ranks.n_batches:
             self._draws.exhaust()
         return batch
 
     def _take_past(self, error: CorruptShard) -> Batch | None:
         """Return the batch that failed: read again after a corrupt local copy, else without its corrupt records.
 
-        The order is a function of the position, so a second pipeline can continue where the first one failed.
-
-        Raises:
-            CorruptShard: The data is corrupt in the store, and corrupt records are not replaced.
+        The order is a function of the position, so a second pipeline can continue where the first one failed. Raises
+        CorruptShard: the data is corrupt in the store, and corrupt records are not replaced.
         """
         corruption = self._work.corruption
         try:
             while True:
-                healed = self._may_read_again()
-                if healed is None:
+                was_replaced = self._may_read_again()
+                if was_replaced is None:
                     self._replace_corrupt(error)
                 self._count(self._pipeline.figures())
                 if self._work.next_epoch is not None:
@@ -255,7 +244,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
                     return self._pipeline.take(self._timeout_s)
                 except CorruptShard as again:
                     # Else keep the first error: it names the block.
-                    if healed or corruption is not None or self._pipeline.corrupt_shard is not None:
+                    if was_replaced or corruption is not None or self._pipeline.corrupt_shard is not None:
                         error = again
         finally:
             del error  # The error's traceback would form a cycle that holds windows.
@@ -266,37 +255,22 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         Every shard is read again once: another loader or process may have replaced the copy in the meantime.
         """
         shard = self._pipeline.corrupt_shard
-        healed = shard is not None and self._work.source.discard_corrupt_copy(shard)
-        if shard is None or (not healed and shard in self._read_again):
+        was_replaced = shard is not None and self._work.source.discard_corrupt_copy(shard)
+        if shard is None or (not was_replaced and shard in self._read_again):
             return None
         self._read_again.add(shard)
-        return healed
+        return was_replaced
 
     def _replace_corrupt(self, error: CorruptShard) -> None:
         """Replace the corrupt records from now on. Raises the error if they must not be replaced, or already were."""
         place: CorruptLocation | None = error.place
-        if self._work.corruption is None or place is None or place in self._passed_by:
+        if self._work.corruption is None or place is None or place in self._replaced_places:
             try:
                 raise error
             finally:
                 del error  # as in _take_past()
-        self._passed_by.add(place)
+        self._replaced_places.add(place)
         self._work.corruption.note_corruption(place, error)
-
-
-def _pinning() -> Any:
-    """Return the function that pins a batch; None, with torch's warning, if there is no accelerator."""
-    accelerator = getattr(torch, "accelerator", None)
-    if accelerator is None:  # torch before 2.6 supports only CUDA here and does not warn
-        return torch.utils.data._utils.pin_memory.pin_memory if torch.cuda.is_available() else None  # noqa: SLF001
-    if not accelerator.is_available():
-        warnings.warn(
-            "'pin_memory' argument is set as true but no accelerator is found, "
-            "then device pinned memory won't be used.",
-            stacklevel=5,  # the caller of iter(loader)
-        )
-        return None
-    return torch.utils.data._utils.pin_memory.pin_memory  # noqa: SLF001 -- pins nested batches as torch's loader does
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +288,7 @@ class LoaderArguments:
     pin_memory: bool
     generator: torch.Generator | None
     options: LoaderOptions
-    serving: OutputSpec = field(default_factory=OutputSpec)
+    output_spec: OutputSpec = field(default_factory=OutputSpec)
     num_workers: int = 0
     persistent_workers: bool = False
     fills_first: bool = False
@@ -323,10 +297,10 @@ class LoaderArguments:
 class Engine(ABC):
     """Base of the native path's engines: the source, the counters, and what the epochs' pipelines have in common."""
 
-    def __init__(self, source: Source, asked: LoaderArguments) -> None:
-        self._asked = asked
+    def __init__(self, source: Source, arguments: LoaderArguments) -> None:
+        self._arguments = arguments
         self._source = source
-        self._corruption = corruption_map_for(source, asked.options)
+        self._corruption = corruption_map_for(source, arguments.options)
         self._setup: PipelineSetup | None = None  # of the last pipeline
         self._counters = Counters("padded")
         self._waits = WaitHistogram()
@@ -360,7 +334,7 @@ class Engine(ABC):
     def _resources(self) -> Resources:
         if self._limits is None:
             self._limits = config.available_cpus(), config.memory_limit_bytes()
-        return share_resources(self._asked.options, self.rank(), *self._limits)
+        return share_resources(self._arguments.options, self.rank(), *self._limits)
 
     def _check_readable(self) -> None:
         """Check that all shards with records can be read. See Source.prepare_reading."""
@@ -368,12 +342,34 @@ class Engine(ABC):
             self._source.prepare_reading(np.flatnonzero(self._source.shard_records))
             self._ready = self._source
 
+    def _pin_function(self) -> Callable[[Any], Any] | None:
+        """Return the function that pins a batch; None, with torch's warning, if there is no accelerator."""
+        if not self._arguments.pin_memory:
+            return None
+        pin: Callable[[Any], Any] = torch.utils.data._utils.pin_memory.pin_memory  # noqa: SLF001 -- also nested batches
+        accelerator = getattr(torch, "accelerator", None)
+        if accelerator is None:  # torch before 2.6 supports only CUDA here and does not warn
+            return pin if torch.cuda.is_available() else None
+        if not accelerator.is_available():
+            warnings.warn(
+                "'pin_memory' argument is set as true but no accelerator is found, "
+                "then device pinned memory won't be used.",
+                stacklevel=4,  # the caller of iter(loader)
+            )
+            return None
+        return pin
+
     def _start_iterator(
-        self, position: EpochProgress, share: EpochShare, draws: TorchDraws, **planned: Any
+        self,
+        position: EpochPosition | SamplerPass,
+        share: OrderShare,
+        draws: TorchDraws,
+        pin: Callable[[Any], Any] | None,
+        **planned: Any,
     ) -> NativeIterator:
         """Return the iterator of an epoch, whose pipeline has begun. planned: Further fields of PipelineInputs."""
         if self._setup is None or self._setup.source is not self._source:
-            self._setup = PipelineSetup(self._source, self._asked.serving)
+            self._setup = PipelineSetup(self._source, self._arguments.output_spec)
         work = PipelineInputs(
             setup=self._setup,
             share=share,
@@ -384,7 +380,7 @@ class Engine(ABC):
             corruption=self._corruption,
             **planned,
         )
-        return NativeIterator(position, work, self._resources(), self._asked, draws)
+        return NativeIterator(position, work, self._resources(), self._arguments.timeout_s, pin, draws)
 
 
 class NativeEngine(Engine):
@@ -393,10 +389,10 @@ class NativeEngine(Engine):
     One consumer thread uses it.
     """
 
-    def __init__(self, source: Source, asked: LoaderArguments) -> None:
-        super().__init__(source, asked)
+    def __init__(self, source: Source, arguments: LoaderArguments) -> None:
+        super().__init__(source, arguments)
         self._dataset = source
-        self._options = asked.options
+        self._options = arguments.options
         self._state: RunState | None = None  # position of the next iter(); None: the run has not begun
         self._loaded_under: int | None = None  # torch's initial seed when _state was loaded; None: no state was loaded
         self._foreseen: int | None = None  # the next epoch's seed, if only this loader draws random numbers until then
@@ -413,17 +409,14 @@ class NativeEngine(Engine):
 
     def state(self) -> RunState:
         """Return the position of the run; begins the run (draws a seed) if it has not begun."""
-        if self._position is None:
-            state, draws_seed = self._next_state(drawn=False)
-        else:
-            state = self._position.state()
-            draws_seed = self._position.is_between_epochs and self._draws_seeds(state)
-        return self._with_drawn_seed(state) if draws_seed else state
+        if self._position is not None and not self._position.is_between_epochs:
+            return self._position.state()
+        return self._next_state(drawn=False)
 
     @property
     def rebuild_arguments(self) -> tuple[LoaderArguments, RunState | None]:
         """Arguments that make an equal engine elsewhere, and its position if the run has begun."""
-        return self._asked, self._state if self._position is None else self.state()
+        return self._arguments, self._state if self._position is None else self.state()
 
     def load(self, state: RunState) -> None:
         """Continue from a state. Raises ValueError or ObjectChanged as DataLoader.load_state_dict."""
@@ -440,17 +433,17 @@ class NativeEngine(Engine):
 
     def _check(self, state: RunState) -> None:
         """Raise ValueError for an explicit argument or option that differs from the state."""
-        options, asked, defaults = self._options, self._asked, LoaderOptions()
+        options, arguments, defaults = self._options, self._arguments, LoaderOptions()
         checks = [
-            ("shuffle", asked.shuffle, state.shuffle, True),
-            ("drop_last", asked.drop_last, state.drop_last, True),
+            ("shuffle", arguments.shuffle, state.shuffle, True),
+            ("drop_last", arguments.drop_last, state.drop_last, True),
             ("mixture", mixture_values(self._dataset), state.mixture, True),
             ("seed", options.seed, state.seed, options.seed is not None),
             (
                 "shuffle_streams",
                 options.shuffle_streams,
                 state.streams,
-                options.shuffle_streams is not None and asked.shuffle,
+                options.shuffle_streams is not None and arguments.shuffle,
             ),
             ("placement", options.placement, state.placement, options.placement != defaults.placement),
             (
@@ -486,33 +479,30 @@ class NativeEngine(Engine):
 
     def n_batches(self) -> int:
         """Return the number of batches of a whole epoch on this rank."""
-        return self._whole_epoch(self._asked.drop_last).n_batches
+        return self._whole_epoch(self._arguments.drop_last).n_batches
 
     def n_served(self) -> int:
         """Return the records of a whole epoch on this rank; a single rank includes those of a dropped last batch."""
-        return self._whole_epoch(self._asked.drop_last and self.rank().world_size > 1).n_served
+        return self._whole_epoch(self._arguments.drop_last and self.rank().world_size > 1).n_served
 
     def _whole_epoch(self, drop_last: bool) -> RankPlan:
         rank = self.rank()
-        return RankPlan(0, rank.world_size, rank.rank, self._asked.batch_size, drop_last, self._epoch_records())
+        return RankPlan(0, rank.world_size, rank.rank, self._arguments.batch_size, drop_last, self._epoch_records())
 
     def iterate(self) -> NativeIterator:
         """Return the iterator of the next epoch."""
         is_resumed = self._is_resumed
-        asked, n_records = self._asked, self._epoch_records()
-        ends_short = not asked.drop_last and n_records % asked.batch_size > 0
-        draws = TorchDraws(asked.generator, asked.shuffle, n_records, ends_short, is_sampled=is_resumed)
+        arguments, n_records = self._arguments, self._epoch_records()
+        ends_short = not arguments.drop_last and n_records % arguments.batch_size > 0
+        draws = TorchDraws(arguments.generator, arguments.shuffle, n_records, ends_short, is_sampled=is_resumed)
         if self._begins() and not is_resumed:
             draws.begin()
-        state, draws_seed = self._next_state(drawn=True)
+        state = self._next_state(drawn=True)
         foreseen: int | None = None
         is_predicted = True
         if self._draws_seeds(state):
-            seed, foreseen = predict_seeds(self._asked.generator, self._epoch_records(), begins=self._begins(1))
-            if draws_seed:
-                state = replace(state, seed=seed)
-            elif is_resumed:
-                foreseen = None
+            if not is_resumed:
+                foreseen = predict_seed(self._arguments.generator, self._epoch_records(), begins=self._begins(1))
             # After an epoch whose seed was not the predicted one, no epoch is loaded ahead until a prediction was right
             # again.
             is_predicted = foreseen is not None and self._foreseen in (None, state.seed)
@@ -520,13 +510,13 @@ class NativeEngine(Engine):
         self._check_readable()
         rank = self.rank()
         read = self._source if self._corruption is None else self._corruption
-        plan_share = partial(plan_epoch, read, rank, self._asked.batch_size, self._asked.fills_first)
+        plan_share = partial(plan_epoch, read, rank, self._arguments.batch_size, self._arguments.fills_first)
         found = None if self._next_epoch is None else self._next_epoch.take(self._source, state)
         if found is None:
-            found = ClaimedEpoch(plan_share(state), None, ReadPlanPublisher(self._source, state, plan_share))
+            found = plan_share(state), None, ReadPlanPublisher(self._source, state, plan_share)
             if self._next_epoch is not None:
-                found.publisher.succeed(self._next_epoch.publisher)
-        share = found.share
+                found[2].succeed(self._next_epoch.publisher)
+        share, epoch_start, publisher = found
         if share.ranks.ignores_streams:
             self._warn_of_streams(share.ranks)
         position = EpochPosition(state, share.ranks)
@@ -542,11 +532,12 @@ class NativeEngine(Engine):
             position,
             share,
             draws,
-            epoch_start=found.epoch_start,
+            self._pin_function(),
+            epoch_start=epoch_start,
             next_epoch=next_epoch,
-            publisher=found.publisher,
+            publisher=publisher,
         )
-        if self._asked.num_workers:
+        if self._arguments.num_workers:
             draws.sample()  # torch sends workers their first indices in iter()
         self._position = position  # set last: if the iterator cannot be made, no epoch has begun
         self._next_epoch = next_epoch
@@ -558,15 +549,9 @@ class NativeEngine(Engine):
     def begin_for_sampler(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, TorchDraws]:
         """Begin the next epoch for a loader that another library made from this loader's sampler.
 
-        Args:
-            state: State of an epoch to begin again. None: the epoch that iterate() would begin.
-
         Returns:
             The epoch's state, the source of its order, the rank's share from the start of the epoch, and the draws of
             torch's sampler.
-
-        Raises:
-            RuntimeError: The loader stands within an epoch, or its data set does not number the records of its order.
         """
         is_again = state is not None
         if state is None:
@@ -576,10 +561,8 @@ class NativeEngine(Engine):
                     "which starts an epoch from its beginning (Accelerate's skip_first_batches and prepare do so): "
                     "iterate the loader itself, which skips the records that were served, or load no state"
                 )
-            state, draws_seed = self._next_state(drawn=True)
-            if draws_seed:
-                state = replace(state, seed=next_seed(self._asked.generator, after_begin=True))
-        if self._asked.shuffle and self._source.mixture is not None:
+            state = self._next_state(drawn=True)
+        if self._arguments.shuffle and self._source.mixture is not None:
             raise RuntimeError(
                 "the sampler of a shuffled mixture was iterated (Accelerate's skip_first_batches and prepare do so), "
                 "but the records of a mixture have no numbers: iterate the loader itself; to skip batches, call "
@@ -598,7 +581,7 @@ class NativeEngine(Engine):
         # sampler drops it.
         planned = state if rank.world_size > 1 else replace(state, drop_last=False)
         read = self._numbered()
-        share = plan_epoch(read, rank, self._asked.batch_size, self._asked.fills_first, planned)
+        share = plan_epoch(read, rank, self._arguments.batch_size, self._arguments.fills_first, planned)
         self._position = EpochPosition(state, share.ranks, is_counted=False)
         self._foreseen = None
         self._n_epochs += 1
@@ -606,7 +589,7 @@ class NativeEngine(Engine):
             state,
             read,
             share,
-            TorchDraws(self._asked.generator, self._asked.shuffle, self._epoch_records(), is_sampled=is_again),
+            TorchDraws(self._arguments.generator, self._arguments.shuffle, self._epoch_records(), is_sampled=is_again),
         )
 
     def _numbered(self) -> Any:
@@ -620,7 +603,7 @@ class NativeEngine(Engine):
         handed out yet.
         """
         position = self._position
-        if position is not None and position.ranks is share.ranks and not self._asked.num_workers:
+        if position is not None and position.ranks is share.ranks and not self._arguments.num_workers:
             position.finished = True
 
     @property
@@ -628,21 +611,20 @@ class NativeEngine(Engine):
         """Whether the next iter() resumes within an epoch, which drew its random numbers before its state was saved."""
         return self._position is None and self._state is not None and self._state.offset > 0
 
-    def _next_state(self, *, drawn: bool) -> tuple[RunState, bool]:
-        """Return the state from which the next iter() begins, and whether it draws the seed of its epoch.
+    def _next_state(self, *, drawn: bool) -> RunState:
+        """Return the state from which the next iter() begins, with the seed that it draws or would draw now.
 
-        drawn: whether iter() has drawn this epoch's random numbers.
+        drawn: whether iter() has drawn this epoch's base seed.
         """
         state = self._begin(drawn=drawn) if self._position is None else self._position.next_state()
-        return state, self._draws_seeds(state) and not (self._position is None and self._keeps_seed(state))
-
-    def _with_drawn_seed(self, state: RunState) -> RunState:
-        """Return the state with the seed that the next iter() would draw now."""
-        return replace(state, seed=next_seed(self._asked.generator, after_begin=not self._begins()))
+        if not self._draws_seeds(state) or (self._position is None and self._keeps_seed(state)):
+            return state
+        after_begin = drawn or not self._begins()
+        return replace(state, seed=next_seed(self._arguments.generator, after_begin=after_begin))
 
     def _begins(self, n_more: int = 0) -> bool:
         """Whether torch's loader draws a base seed for workers in the next iter(), or n_more calls later."""
-        return not (self._asked.persistent_workers and self._asked.num_workers and self._n_epochs + n_more)
+        return not (self._arguments.persistent_workers and self._arguments.num_workers and self._n_epochs + n_more)
 
     def _draws_seeds(self, state: RunState) -> bool:
         """Whether each iter() draws its epoch's seed.
@@ -662,7 +644,7 @@ class NativeEngine(Engine):
 
     def _initial_seed(self) -> int:
         """Return the initial seed of the generator from which the seeds are drawn."""
-        generator = self._asked.generator
+        generator = self._arguments.generator
         return torch.initial_seed() if generator is None else generator.initial_seed()
 
     def _epoch_records(self) -> int:
@@ -712,15 +694,15 @@ class NativeEngine(Engine):
 
     def _first_state(self, rank: Rank, *, drawn: bool) -> RunState:
         """Return the first state of the run; with torch.distributed rank 0 decides it."""
-        asked, options = self._asked, self._options
+        arguments, options = self._arguments, self._options
         seed = options.seed
         if seed is None:
-            unseeded = not asked.shuffle or must_not_draw(rank)
-            seed = 0 if unseeded else next_seed(asked.generator, after_begin=drawn)
+            unseeded = not arguments.shuffle or must_not_draw(rank)
+            seed = 0 if unseeded else next_seed(arguments.generator, after_begin=drawn)
         order: dict[str, Any] = {
-            "shuffle": asked.shuffle,
-            "drop_last": asked.drop_last,
-            "streams": (options.shuffle_streams or rank.world_size) if asked.shuffle else 1,
+            "shuffle": arguments.shuffle,
+            "drop_last": arguments.drop_last,
+            "streams": (options.shuffle_streams or rank.world_size) if arguments.shuffle else 1,
             "placement": options.placement,
             "group_bytes": options.group_bytes,
             "window_bytes": options.window_bytes,
@@ -728,11 +710,13 @@ class NativeEngine(Engine):
         }
         versions = [part.version for part in self._source.parts]
         mine = {"versions": versions, "seed": seed, "epoch": self._epoch}
-        agreed = agree(rank, mine, {"batch_size": asked.batch_size, **order})
+        agreed = agree(rank, mine, {"batch_size": arguments.batch_size, **order})
         if agreed["versions"] != versions:
             self._use(self._source.at_versions(agreed["versions"]))
         # In the next epoch a mixture's parts continue where they stopped, so its epochs share a seed.
-        is_seed_drawn = asked.shuffle and options.seed is None and rank.world_size == 1 and self._source.mixture is None
+        is_seed_drawn = (
+            arguments.shuffle and options.seed is None and rank.world_size == 1 and self._source.mixture is None
+        )
         return RunState(
             parts=self._source.parts,
             seed=agreed["seed"],

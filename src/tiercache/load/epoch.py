@@ -1,29 +1,44 @@
-"""A rank's share of an epoch: its order, and the pieces of rows in which it is served. Pure functions."""
+"""A rank's share of an epoch: its order, the pieces of rows in which it is served, and the epoch after it.
+
+Shares and pieces are pure functions. NextEpoch holds what the planner prepares of the next epoch.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
+import sys
+import threading
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tiercache.errors import TierCacheError
 from tiercache.load.corrupt import CorruptionMap, replace_corrupt
+from tiercache.load.prefetch import WindowLoad, loading_pool
+from tiercache.load.read_plan import ReadPlanPublisher
 from tiercache.order import EpochOrder, Layout, OrderOptions, RankPlan, RowRun, Window
-from tiercache.order.explicit import ExplicitOrder
+from tiercache.order.explicit import ExplicitOrder, ExplicitWindow
 from tiercache.order.mixture import MixtureOrder
 from tiercache.order.window import MOST_ROWS, allocate_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from tiercache.load.corrupt import RecordLocation
-    from tiercache.load.prefetch import AnyPiece
+    from tiercache.load.prefetch import AnyPiece, LoadThreads, MemoryPressure
     from tiercache.load.ranks import Rank
     from tiercache.load.source import Source
     from tiercache.load.state import RunState
     from tiercache.order import Order, Section
+
+    PlanEpoch: TypeAlias = Callable[[RunState], "OrderShare"]
+    ClaimedEpoch: TypeAlias = tuple["OrderShare", Future["EpochStart | None"] | None, ReadPlanPublisher]
 
 
 # Rising numbers. A single rank is served all positions, so a range is used for them: as arrays they took a third of the
@@ -43,15 +58,15 @@ RUN_ROWS = 4 * PIECE_ROWS
 # rows are computed one by one. With 4 ranks on one stream a row then takes 25 ns (batches of 256), and 66 ns if all
 # rows between are computed as well (batches of 8).
 _CALL_ROWS = 128
-# A rank that takes fewer rows of a segment than this number times its blocks leaves one block in seven (e^-2)
+# A rank that takes fewer rows of a section than this number times its blocks leaves one block in seven (e^-2)
 # untouched, so it pays to find the blocks that are needed. Looking through more positions than the second number would
 # take more than 10 ms.
 _SPARSE_ROWS, _SPARSE_POSITIONS = 2, 1 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _SegmentRows:
-    """Rows of a piece that lie in one segment: their indices in the piece (None: all rows) and their positions.
+class _SectionRows:
+    """Rows of a piece that lie in one section: their indices in the piece (None: all rows) and their positions.
 
     at: positions in the stream, rising; first_blocks: number in the piece of each window's first block.
     """
@@ -74,7 +89,7 @@ class _SegmentRows:
         block, row = _rows_at(self.section, self.at)
         counts = [len(window.blocks) for window in self.section.windows]
         first = self.first_blocks[0]
-        # numbered as in the segment, plus a constant
+        # numbered as in the section, plus a constant
         if self.first_blocks == tuple(accumulate(counts[:-1], initial=first)):
             if first:
                 np.add(block, np.uint32(first), out=block)
@@ -92,19 +107,19 @@ class Piece:
             A window is in all pieces from its first row to its last, as the same object, even if a piece in between has
             no row of it.
         n_rows: Number of rows.
-        wanted: bool[n_blocks] for each window: the blocks that this piece or later pieces of the window need.
+        needed: bool[n_blocks] for each window: the blocks that this piece or later pieces of the window need.
     """
 
     windows: tuple[Window, ...]
     n_rows: int
-    wanted: tuple[NDArray[np.bool_], ...]
-    _segments: tuple[_SegmentRows, ...]
+    needed: tuple[NDArray[np.bool_], ...]
+    _rows_of_sections: tuple[_SectionRows, ...]
     _found: list[tuple[NDArray[np.uint32], NDArray[np.uint32]]] = field(default_factory=list, init=False, repr=False)
 
     @property
     def run(self) -> RowRun | None:
         """The rows as a run of the first window, which costs nothing to compute; None if they are not a run."""
-        return self._segments[0].run if len(self._segments) == 1 else None
+        return self._rows_of_sections[0].run if len(self._rows_of_sections) == 1 else None
 
     def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         """Return the locations of the rows, computed at the first call and kept. The caller must not write to them.
@@ -118,11 +133,11 @@ class Piece:
         return self._found[0]
 
     def _find(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        if len(self._segments) == 1 and self._segments[0].places is None:
-            return self._segments[0].find()
+        if len(self._rows_of_sections) == 1 and self._rows_of_sections[0].places is None:
+            return self._rows_of_sections[0].find()
         block, row = allocate_rows(self.n_rows), allocate_rows(self.n_rows)
-        for segment in self._segments:
-            block[segment.places], row[segment.places] = segment.find()
+        for rows in self._rows_of_sections:
+            block[rows.places], row[rows.places] = rows.find()
         return block, row
 
 
@@ -171,7 +186,7 @@ class _StreamCursor:
 
 
 class _Cutter:
-    """Cuts a rank's rows where segments end. It holds each stream's segment as long as it is in use."""
+    """Cuts a rank's rows where sections end. It holds each stream's section as long as it is in use."""
 
     def __init__(self, order: Order, ranks: RankPlan) -> None:
         self._order = order
@@ -193,10 +208,10 @@ class _Cutter:
         cursors = _cursors(positions, self._order.n_streams)
         start, n = 0, len(positions)
         last_position = None if is_last else int(positions[-1])
-        self._let_go(cursors, last_position)
+        self._drop_served(cursors, last_position)
         while start < n:
             stop = n
-            # Sorted by their next row, so that a segment is not computed before a row of it is in the piece.
+            # Sorted by their next row, so that a section is not computed before a row of it is in the piece.
             going = [cursor for cursor in cursors if cursor.n_cut < len(cursor.at)]
             for cursor in sorted(going, key=lambda cursor: cursor.places[cursor.n_cut]):
                 if cursor.places[cursor.n_cut] < stop:
@@ -205,31 +220,31 @@ class _Cutter:
                         stop = min(stop, int(cursor.places[ends_at]))
             yield self._piece(cursors, start, stop)
             start = stop
-            self._let_go(cursors, last_position)
+            self._drop_served(cursors, last_position)
 
     def _hold(self, cursor: _StreamCursor, is_last: bool) -> int:
-        """Hold the segment of the stream's next row; return the index of the stream's first row behind the segment."""
+        """Hold the section of the stream's next row; return the index of the stream's first row behind the section."""
         position = int(cursor.at[cursor.n_cut])
         held = self._held.get(cursor.stream)
         section = held[0] if held else None
         if section is None or not section.start <= position < section.stop:
             section = self._order.section_at(cursor.stream, position)
             rest = cursor.at[cursor.n_cut : _n_before(cursor.at, section.stop)] if is_last else None
-            self._held[cursor.stream] = section, self._wanted(cursor.stream, section, position, rest)
+            self._held[cursor.stream] = section, self._needed_blocks(cursor.stream, section, position, rest)
         return _n_before(cursor.at, section.stop)
 
     def _piece(self, cursors: list[_StreamCursor], start: int, stop: int) -> Piece:
         """Return the piece of the rows [start, stop) and advance the streams."""
-        segments: list[_SegmentRows] = []
-        wanted: dict[Window, NDArray[np.bool_]] = {}  # streams that share a window need the same blocks of it
+        rows_of_sections: list[_SectionRows] = []
+        needed: dict[Window, NDArray[np.bool_]] = {}  # streams that share a window need the same blocks of it
         first_blocks: dict[Window, int] = {}
         n_blocks = 0
         by_stream = {cursor.stream: cursor for cursor in cursors}
         for stream in sorted(self._held):
             section, of_windows = self._held[stream]
             for window, blocks in zip(section.windows, of_windows, strict=True):
-                if window not in wanted:
-                    wanted[window], first_blocks[window] = blocks, n_blocks
+                if window not in needed:
+                    needed[window], first_blocks[window] = blocks, n_blocks
                     n_blocks += len(blocks)
             cursor = by_stream.get(stream)
             if cursor is None or cursor.n_cut == len(cursor.at) or cursor.places[cursor.n_cut] >= stop:
@@ -238,12 +253,12 @@ class _Cutter:
             at, all_are = cursor.at[cursor.n_cut : end], end - cursor.n_cut == stop - start
             places = None if all_are else np.asarray(cursor.places[cursor.n_cut : end]) - start
             firsts = tuple(first_blocks[window] for window in section.windows)
-            segments.append(_SegmentRows(section, places, at, firsts))
+            rows_of_sections.append(_SectionRows(section, places, at, firsts))
             cursor.n_cut = end
-        return Piece(tuple(wanted), stop - start, tuple(wanted.values()), tuple(segments))
+        return Piece(tuple(needed), stop - start, tuple(needed.values()), tuple(rows_of_sections))
 
-    def _let_go(self, cursors: list[_StreamCursor], last_position: int | None) -> None:
-        """Drop segments that are served. last_position: of all streams, if other rows follow; None: no rows follow."""
+    def _drop_served(self, cursors: list[_StreamCursor], last_position: int | None) -> None:
+        """Drop sections that are served. last_position: of all streams, if other rows follow; None: no rows follow."""
         by_stream = {cursor.stream: cursor for cursor in cursors}
         for stream, (section, _) in list(self._held.items()):
             cursor = by_stream.get(stream)
@@ -255,12 +270,13 @@ class _Cutter:
             if not goes_on:
                 del self._held[stream]
 
-    def _wanted(
+    def _needed_blocks(
         self, stream: int, section: Section, position: int, rest: _Rising | None
     ) -> tuple[NDArray[np.bool_], ...]:
-        """Return the blocks of a segment that the rank needs from a position on. rest: its rows there, if known."""
+        """Return the blocks of a section that the rank needs from a position on. rest: its rows there, if known."""
         window = section.windows[0]
-        if window is not section:  # A mixture's later segments use the same windows and need other blocks of them.
+        # Otherwise later sections use the same windows and need other blocks of them.
+        if not (window is section or _is_covered(window, section)):
             return tuple(np.ones(len(window.blocks), np.bool_) for window in section.windows)
         n_blocks, n_left, ranks = len(window.blocks), section.stop - position, self._ranks
         sharing = ranks.world_size if ranks.ignores_streams else max(ranks.world_size // self._order.n_streams, 1)
@@ -276,6 +292,11 @@ class _Cutter:
         else:
             found = np.ones(n_blocks, np.bool_)
         return (found,)
+
+
+def _is_covered(window: Any, section: Section) -> bool:
+    """Whether a section of an explicit order is the only one that uses its window."""
+    return isinstance(window, ExplicitWindow) and len(window) == section.stop - section.start
 
 
 def _n_before(rising: _Rising, value: int) -> int:
@@ -322,57 +343,16 @@ def _rows_at(section: Section, at: _Rising) -> tuple[NDArray[np.uint32], NDArray
     return np.concatenate([block for block, _ in found]), np.concatenate([row for _, row in found])
 
 
-class EpochShare(Protocol):
-    """A rank's batches of one epoch, in order. Immutable; its methods may be called from any thread."""
-
-    @property
-    def epoch(self) -> int:
-        """Number of the epoch."""
-
-    @property
-    def seed(self) -> int:
-        """Seed of the run: random values of a record follow from the seed, the epoch and the record's position."""
-
-    @property
-    def n_records(self) -> int:
-        """Number of records of the epoch, all ranks together."""
-
-    @property
-    def batch_size(self) -> int:
-        """Number of records of a full batch."""
-
-    @property
-    def n_batches(self) -> int:
-        """Number of batches of this rank, from where the epoch begins for it."""
-
-    @property
-    def padded(self) -> int:
-        """Number of this rank's records that are repeated so that all ranks have equally many batches."""
-
-    def pieces(self, n_batches: int) -> Iterator[AnyPiece]:
-        """Yield what is served after n_batches, in order, padding last. Reads footers."""
-
-    def positions(self, batch: int) -> NDArray[np.int64]:
-        """Return the positions in the epoch of a batch's records, int64[n], in served order."""
-
-    def locate(self, position: int) -> tuple[int, int, int]:
-        """Return (shard, block, row in the block) of a position of the epoch. Reads footers."""
-
-    def shards_ahead(self, n_batches: int, n_rows: int, n_bytes: int) -> list[int]:
-        """Return the shards that are read after n_batches and then n_rows, in reading order. Reads no footers.
-
-        Their stored bytes are about n_bytes, or less near the end of the epoch.
-        """
-
-    def close(self) -> None:
-        """Raise CancelledError in threads that wait in pieces(). May be called repeatedly, from any thread."""
-
-
 @dataclass(frozen=True, slots=True)
 class OrderShare:
-    """A rank's share of an order.
+    """A rank's batches of one epoch, in order. Immutable; its methods may be called from any thread.
 
-    sizes: maximum rows of its pieces; corruption: corrupt records that are replaced; None: corrupt data is an error.
+    Attributes:
+        order: Order of all ranks' records.
+        ranks: The batches of this rank, from where the epoch begins for it.
+        seed, epoch: The random values of a record follow from them and from the record's position.
+        corruption: Corrupt records that are replaced. None: corrupt data is an error.
+        sizes: Maximum rows of its pieces.
     """
 
     order: Order
@@ -382,38 +362,14 @@ class OrderShare:
     corruption: CorruptionMap | None = None
     sizes: PieceSizes = ARRAY_PIECES
 
-    @property
-    def n_records(self) -> int:
-        """See EpochShare.n_records."""
-        return self.ranks.n_records
-
-    @property
-    def batch_size(self) -> int:
-        """See EpochShare.batch_size."""
-        return self.ranks.batch_size
-
-    @property
-    def n_batches(self) -> int:
-        """Number of batches from the offset on, the same for all ranks."""
-        return self.ranks.n_batches
-
-    @property
-    def padded(self) -> int:
-        """Number of this rank's records that are not part of the global sequence."""
-        return self.ranks.n_padding
-
     def pieces(self, n_batches: int) -> Iterator[AnyPiece]:
-        """See EpochShare.pieces."""
+        """Yield what is served after n_batches, in order, padding last. Reads footers."""
         ranks = replace(self.ranks, offset=self.ranks.offset_after(n_batches))
         found = pieces(self.order, ranks, self.sizes)
-        return found if self.corruption is None else replace_corrupt(found, self.corruption, _Walk(self, ranks))
-
-    def positions(self, batch: int) -> NDArray[np.int64]:
-        """See EpochShare.positions."""
-        return self.ranks.positions(batch)
+        return found if self.corruption is None else replace_corrupt(found, self.corruption, RecordWalk(self, ranks))
 
     def locate(self, position: int) -> tuple[int, int, int]:
-        """See EpochShare.locate."""
+        """Return (shard, block, row in the block) of a position of the epoch. Reads footers."""
         stream, at = position % self.order.n_streams, position // self.order.n_streams
         section = self.order.section_at(stream, at)
         blocks, rows = section.rows(at - section.start, at - section.start + 1)
@@ -424,8 +380,11 @@ class OrderShare:
         return int(window.shards[within]), int(window.blocks[within]), int(rows[0])
 
     def shards_ahead(self, n_batches: int, n_rows: int, n_bytes: int) -> list[int]:
-        """See EpochShare.shards_ahead."""
-        n_done = min(n_batches + n_rows // self.batch_size, self.n_batches)
+        """Return the shards that are read after n_batches and then n_rows, in reading order. Reads no footers.
+
+        Their stored bytes are about n_bytes, or less near the end of the epoch.
+        """
+        n_done = min(n_batches + n_rows // self.ranks.batch_size, self.ranks.n_batches)
         offset, n_streams, streams = self.ranks.offset_after(n_done), self.order.n_streams, self.ranks.streams
         share_bytes = max(n_bytes // len(streams), 1)
         runs = [
@@ -435,19 +394,19 @@ class OrderShare:
         ]
         return interleaved(runs)
 
-    def close(self) -> None:
-        """Do nothing: no thread waits in pieces()."""
-
 
 @dataclass(frozen=True, slots=True)
-class _Walk:
-    """A RecordWalk through a share whose pieces begin at `ranks`."""
+class RecordWalk:
+    """A rank's records one by one, counted in rows from the start of its pieces, which begin at `ranks`.
+
+    Locations have the order's row numbers.
+    """
 
     share: OrderShare
     ranks: RankPlan
 
     def before(self, n_rows: int) -> Iterator[RecordLocation]:
-        """Yield the records back to the start of the epoch, even if a resumed run began later."""
+        """Yield the records before row n_rows, latest first, back to the start of the epoch."""
         ranks, place = self.ranks, self.share.locate
         for row in reversed(range(n_rows)):
             yield place(int(ranks.positions_between(row, row + 1)[0]))
@@ -456,7 +415,7 @@ class _Walk:
             yield from map(place, ranks.positions(0)[::-1].tolist())
 
     def after(self, n_rows: int) -> Iterator[RecordLocation]:
-        """Yield the records to the end of the epoch."""
+        """Yield the record at row n_rows, and those after it."""
         for row in range(n_rows, self.ranks.n_served):
             yield self.share.locate(int(self.ranks.positions_between(row, row + 1)[0]))
 
@@ -472,10 +431,8 @@ def plan_epoch(
 ) -> OrderShare:
     """Return the rank's share of the state's epoch. Costs O(shards); reads no data.
 
-    read: the source, or its corrupt records if they are replaced; fills_first: see `RankPlan`.
-
-    Raises:
-        ValueError: The state's offset is outside the epoch, or this release does not know its order.
+    read: the source, or its corrupt records if they are replaced; fills_first: see `RankPlan`. Raises ValueError: the
+    state's offset is outside the epoch, or this release does not know its order.
     """
     order, corruption = make_order(read, state), read if isinstance(read, CorruptionMap) else None
     source = read.source if isinstance(read, CorruptionMap) else read
@@ -504,9 +461,16 @@ def make_order(read: Source | CorruptionMap, state: RunState) -> Order:
         return MixtureOrder(layout, source.mixture, options, state.key_epoch)
     listed = source.record_order
     if listed is not None and not state.shuffle:
-        # Its windows have the interface of Window; they store their rows, so no permutation is computed.
-        return cast("Order", ExplicitOrder(layout, listed, state.window_bytes))
+        return explicit_order(read, listed, state.window_bytes)
     return EpochOrder(layout, options, state.key_epoch)
+
+
+def explicit_order(read: Source | CorruptionMap, numbers: NDArray[np.int64], window_bytes: int | None) -> Order:
+    """Return the order that serves these records, counted in stored order. window_bytes: limit of unmapped blocks."""
+    source = read.source if isinstance(read, CorruptionMap) else read
+    layout = Layout(source.shard_records, source.shard_bytes, read.block_tables)
+    # Its windows have the interface of Window; its sections store their rows, so no permutation is computed.
+    return cast("Order", ExplicitOrder(layout, numbers, window_bytes, source.is_mapped))
 
 
 def order_options(state: RunState) -> OrderOptions:
@@ -536,3 +500,191 @@ def mixture_values(source: Source) -> dict[str, Any] | None:
         return None
     # The state omits which shards belong to which part: that follows from the parts, and changes with their versions.
     return {"weights": list(mixture.weights), "stop": mixture.stop}
+
+
+# Shards per call of prefetch(): some ms if each is looked up in a cache. on_source_closed() waits for at most one call.
+_SHARDS_A_STEP = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EpochStart:
+    """The prepared start of an epoch, for one pipeline.
+
+    pieces: all pieces of the epoch; loading: windows of the first piece, loaded or being loaded.
+    """
+
+    pieces: Iterator[AnyPiece]
+    loading: tuple[WindowLoad, ...]
+
+
+def cancel_loads(ready: Future[EpochStart | None]) -> None:
+    """Cancel the loads of a prepared start: now, or as soon as it is ready. May be called repeatedly."""
+    ready.add_done_callback(_cancel)
+
+
+def _cancel(ready: Future[EpochStart | None]) -> None:
+    begun = ready.result()
+    for one in begun.loading if begun is not None else ():
+        one.cancel()
+
+
+class NextEpoch:
+    """The epoch after the current one, if it begins as predicted. The planner prepares it, and the engine takes it.
+
+    Args:
+        source: Source that both epochs read.
+        state: State at the predicted start of the next epoch.
+        plan_epoch: Function that returns a rank's share of an epoch. It must not refer to the loader, which would then
+            live too long.
+        is_expected: Whether this run has gone from one epoch to the next before. If not, no store is read for the next
+            epoch.
+        is_predicted: Whether the next iter() will probably draw the state's seed. If not, only the read plan is
+            published: the cache learns which shards the epoch reads, and nothing is loaded.
+    """
+
+    def __init__(
+        self, source: Source, state: RunState, plan_epoch: PlanEpoch, *, is_expected: bool, is_predicted: bool = True
+    ) -> None:
+        self._source = source
+        self._state = state
+        self._plan_epoch = plan_epoch
+        self._is_expected = is_expected
+        self._is_predicted = is_predicted
+        self.publisher = ReadPlanPublisher(source, state, plan_epoch)
+        self._lock = threading.Lock()
+        self._ready: Future[EpochStart | None] | None = None  # None: no planner has begun to prepare it
+        self._share: OrderShare | None = None
+        # Set to stop the loads of the next epoch, so that closing the data set does not wait for them.
+        self._unwanted = threading.Event()
+        # Held during each step of the preparation. on_source_closed() waits for the current step, so no step begins
+        # after the caller closes the cache or the store. Re-entrant, because the garbage collector may call it in a
+        # thread that is within a step.
+        self._step = threading.RLock()
+        self._is_over = False  # taken or forgotten: nothing more is prepared
+        self._pid = os.getpid()
+
+    @property
+    def share(self) -> OrderShare:
+        """The rank's share of the next epoch, planned at the first access; two threads would plan the same share."""
+        # Not a cached_property: until Python 3.12 its lock is shared by all instances, and a forked child may inherit
+        # it locked.
+        if self._share is None:
+            self._share = self._plan_epoch(self._state)
+        return self._share
+
+    def shards_ahead(self, n_bytes: int) -> list[int]:
+        """Return the first shards of the epoch, about n_bytes (stored) of them; none if its seed is not predicted."""
+        return self.share.shards_ahead(0, 0, n_bytes) if self._is_predicted else []
+
+    def prepare(self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int) -> None:
+        """Prepare the start: plan the epoch, prefetch its first shards, and begin to load its first windows.
+
+        The windows take memory like any next window. Data that is not on this machine is loaded only if epochs are
+        known to follow one another: a run of a single epoch would fetch it for nothing.
+
+        ahead_bytes: stored bytes of shards to prefetch.
+        """
+        with self._lock:
+            if self._is_over:
+                return
+            ready = self._ready = Future()
+            publisher = self.publisher
+        begun = None
+        try:
+            # The error is raised when the epoch itself is read.
+            with contextlib.suppress(TierCacheError, CancelledError):
+                begun = self._begin(threads, pressure, ahead_bytes, publisher)
+        finally:
+            ready.set_result(begun)
+
+    def take(self, source: Source, state: RunState) -> ClaimedEpoch | None:
+        """Return the epoch, once, if the loader continues there: its share, prepared start and publisher.
+
+        None: the loader continues elsewhere, or this is a forked child. The caller's publisher must then follow this
+        one's.
+        """
+        if self._pid != os.getpid():  # another thread may have held the lock at the fork
+            return None
+        ready = self._end()
+        if source is not self._source or state != self._state:
+            self._drop(ready)
+            return None
+        taken = self.share, ready, self.publisher
+        # the taken publisher belongs to the engine now
+        self.publisher = ReadPlanPublisher(self._source, self._state, self._plan_epoch)
+        return taken
+
+    def on_source_closed(self) -> None:
+        """Drop the preparation: a local copy that it reads may be gone, or the data set is closed."""
+        if self._pid != os.getpid():
+            return
+        ready, plan = self._end(), self.publisher
+        self.publisher = ReadPlanPublisher(self._source, self._state, self._plan_epoch)  # the epoch may still begin
+        self._release(ready, plan)
+
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_exiting() and hasattr(self, "_pid") and self._pid == os.getpid():
+            self._release(self._end(), self.publisher)
+
+    def _release(self, ready: Future[EpochStart | None] | None, plan: ReadPlanPublisher) -> None:
+        self._drop(ready)
+        plan.close()
+
+    def _drop(self, ready: Future[EpochStart | None] | None) -> None:
+        if ready is not None:  # None: no planner has begun it, or it is taken
+            self._unwanted.set()  # Also stops loads that are being submitted now and that no one can cancel yet.
+            with self._step:
+                cancel_loads(ready)
+
+    def _end(self) -> Future[EpochStart | None] | None:
+        with self._lock:
+            self._is_over = True
+            ready, self._ready = self._ready, None
+        return ready
+
+    def _begin(
+        self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int, publisher: ReadPlanPublisher
+    ) -> EpochStart | None:
+        with self._a_step():
+            if self._is_predicted or self._source.has_cache:
+                publisher.begin(self.share)
+                publisher.complete()
+        if not self._is_predicted:
+            return None
+        rest = self.share.pieces(0)
+        # Reads footers. on_source_closed() does not wait for that, because a store may be slow.
+        first = next(rest, None)
+        if first is None:
+            return None
+        pieces = itertools.chain([first], rest)
+        if first.run is None or not self._source.selects_all:
+            first.rows()
+        pairs = list(zip(first.windows, first.needed, strict=True))
+        shards = interleaved([list(dict.fromkeys(window.shards[needed].tolist())) for window, needed in pairs])
+        near = [*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])] if self._source.can_prefetch else []
+        for start in range(0, len(near), _SHARDS_A_STEP):
+            with self._a_step():
+                self._source.prefetch(near[start : start + _SHARDS_A_STEP])
+        with self._a_step():
+            if not pressure.fits(first) or not (self._is_expected or all(map(self._source.is_local, shards))):
+                return EpochStart(pieces, ())
+            # An executor of its own, because the current epoch shuts its executor down at its end.
+            executor = loading_pool(threads.n_threads)
+            loading = [
+                WindowLoad(self._source, *pair, executor, threads.n_threads, unwanted=self._unwanted) for pair in pairs
+            ]
+            executor.shutdown(wait=False)
+        for one in loading:
+            is_left = True
+            while is_left:
+                with self._a_step():
+                    is_left = one.map_next_shard()
+        return EpochStart(pieces, tuple(loading))
+
+    @contextlib.contextmanager
+    def _a_step(self) -> Iterator[None]:
+        """Context of one step of the preparation. Raises CancelledError after on_source_closed()."""
+        with self._step:
+            if self._unwanted.is_set():
+                raise CancelledError
+            yield

@@ -28,8 +28,9 @@ from tiercache.load.samplers import (
     SAMPLER_EPOCH,
     BatchSampler,
     RandomSampler,
-    SamplerLookahead,
     get_sampler_epoch,
+    is_known,
+    is_known_batch_sampler,
     set_sampler_epoch,
     with_state,
 )
@@ -53,11 +54,10 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
     The loader honours torch's arguments (and torchdata's `snapshot_every_n_steps`) as torch does; only `options` is
     new. A `tiercache.Dataset` without a transform and without a user's collate function takes the native path: threads
-    gather batches without Python, and `num_workers` starts no process. A sampler or a batch sampler only selects the
-    records. The loader asks it as far ahead as torch would; it asks the samplers of torch and torchdata further ahead.
-    torchdata's StatefulDataLoader serves everything else: other data sets in torch's order; a `tiercache.Dataset` with
-    the order, the ranks and the state of the native path; a user's own sampler with `num_workers=0`; and a sampler over
-    a mixture.
+    gather batches without Python, and `num_workers` starts no process. A plain sequence or a sampler of torch or
+    torchdata replaces the order there. torchdata's StatefulDataLoader serves everything else: other data sets in
+    torch's order; a `tiercache.Dataset` with the order, the ranks and the state of the native path; the user's own
+    samplers and batch samplers; and any sampler over a mixture.
 
     On the native path a batch is a dict by column: tensors [n, ...] of the column's dtype; lists for bytes, str, JSON
     and encoded images; a list of tensors for ragged columns; `<column>.valid`, bool[n], beside a nullable column. The
@@ -73,7 +73,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         sampler: Iterable of record numbers, as in torch. It replaces `shuffle` and the split of records among ranks.
         batch_sampler: Iterable of lists of record numbers, one list per batch, as in torch.
         num_workers: Number of worker processes on torch's path. The native path starts none, but draws from torch's
-            random numbers and asks samplers ahead as if it did.
+            random numbers as if it did.
         collate_fn: Function from a list of records to a batch. Any function but None and `tiercache.collate` takes
             torch's path.
         pin_memory: Whether to copy each batch into pinned memory of the accelerator.
@@ -83,8 +83,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         multiprocessing_context: Start method of the worker processes; ignored on the native path.
         generator: torch.Generator of the order's seed and of the random numbers that the loader draws. None: torch's
             own.
-        prefetch_factor: Number of batches that each worker process loads ahead. On the native path, how far ahead a
-            user's sampler is asked, for each of `num_workers`.
+        prefetch_factor: Number of batches that each worker process loads ahead; ignored on the native path.
         persistent_workers: Whether the worker processes live from one epoch to the next.
         pin_memory_device: Device of the pinned memory; deprecated by torch, which uses the current accelerator.
         in_order: Whether worker processes must deliver batches in order. The native path always does.
@@ -129,10 +128,10 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         self._sampled = sampler is not None or batch_sampler is not None
         shuffled = bool(shuffle)
         is_ordered, has_state = ours and not self._sampled, isinstance(dataset, Stateful)
-        # torch's path serves a sampler over a mixture (_run() decides that); other native loaders start no worker.
-        self._starts_workers = bool(why_not) or (
-            self._sampled and access is not None and access.source.mixture is not None
-        )
+        # A record of a mixture has no fixed number: which record of a part comes next depends on the epoch.
+        self._is_mixture = access is not None and access.source.mixture is not None
+        known = is_known(sampler) if batch_sampler is None else is_known_batch_sampler(batch_sampler)
+        self._starts_workers = bool(why_not) or (self._sampled and (self._is_mixture or not known))
         records: Any = dataset  # torch's stub of a data set has no length
         is_empty = shuffled and is_ordered and not len(records)
         if is_empty:
@@ -174,7 +173,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         self._native: NativeEngine | SamplerEngine | None = None
         self._indexed: IndexEngine | None = None
         if access is not None and (is_ordered or not why_not):
-            asked = LoaderArguments(
+            arguments = LoaderArguments(
                 batch_size=int(batch_size or 1),
                 shuffle=shuffled,
                 drop_last=drop_last,
@@ -182,16 +181,16 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 pin_memory=pin_memory,
                 generator=generator,
                 options=options or LoaderOptions(),
-                serving=access.output_spec,
+                output_spec=access.output_spec,
                 num_workers=num_workers,
                 persistent_workers=persistent_workers,
             )
             if not why_not:
-                self._native = self._make_engine(asked)
+                self._native = self._make_engine(arguments)
             elif has_state:  # torchdata keeps the data set's state beside the sampler's
-                self._is_split = asked.options.split_ranks
+                self._is_split = arguments.options.split_ranks
             else:
-                self._indexed = IndexEngine(records, asked, is_batched=batch_size is not None)
+                self._indexed = IndexEngine(records, arguments, is_batched=batch_size is not None)
         self._bind_sampler()
         # Set after a mid-epoch state in torchdata's form, which earlier releases saved, was loaded: torchdata serves
         # the rest of that epoch.
@@ -199,12 +198,10 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         self._run_of = self.batch_sampler
         self._newest: Any = None
         if self._native is not None and num_workers:
-            run = self._native
-            paces_sampler = isinstance(run, SamplerEngine) and run.lead.n_batches == run.lead.at_begin
             given = {
                 "worker_init_fn": worker_init_fn is not None,
                 "multiprocessing_context": multiprocessing_context is not None,
-                "prefetch_factor": prefetch_factor is not None and not paces_sampler,
+                "prefetch_factor": prefetch_factor is not None,
                 "persistent_workers": persistent_workers,
                 "in_order": not in_order,
                 "snapshot_every_n_steps": snapshot_every_n_steps != 1,
@@ -345,13 +342,13 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 self._run_of = batch_sampler
             self.__dict__.update(sampler=sampler, batch_sampler=batch_sampler)  # torch forbids setting them
         if state["_native"] is not None:
-            asked, begun = state["_native"]
-            self._native = self._make_engine(asked)
+            arguments, begun = state["_native"]
+            self._native = self._make_engine(arguments)
             if begun is not None and self._native is not None:
                 self._native.load(begun)
         if state["_indexed"] is not None:
-            asked, begun = state["_indexed"]
-            self._indexed = IndexEngine(self.dataset, asked, is_batched=self.batch_size is not None)
+            arguments, begun = state["_indexed"]
+            self._indexed = IndexEngine(self.dataset, arguments, is_batched=self.batch_size is not None)
             if begun is not None:
                 self._indexed.load(begun)
         self._bind_sampler()
@@ -518,20 +515,24 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         native, self._run_of = self._native, batch_sampler
         self._sampled, self._native, self._indexed = True, None, None
         if native is not None:
-            asked, _ = native.rebuild_arguments
-            self._native = self._make_engine(replace(asked, shuffle=False))
+            arguments, _ = native.rebuild_arguments
+            self._native = self._make_engine(replace(arguments, shuffle=False))
         self._starts_workers = self._native is None
 
-    def _make_engine(self, asked: LoaderArguments) -> NativeEngine | SamplerEngine | None:
-        """Return the engine of the native path; None: the sampler must be asked batch by batch, as torch does."""
+    def _make_engine(self, arguments: LoaderArguments) -> NativeEngine | SamplerEngine | None:
+        """Return the engine of the native path; None: torch's path serves the sampler."""
         source = self.dataset.__tiercache__().source
         if not self._sampled:
-            return NativeEngine(source, asked)
-        _check_sampled(asked.options)
+            return NativeEngine(source, arguments)
+        _check_sampled(arguments.options)
         index_sampler = super()._index_sampler
-        lead = SamplerLookahead.of(index_sampler, asked.num_workers, self.prefetch_factor)
-        # A record of a mixture has no fixed number: which record of a part comes next depends on the epoch.
-        return None if lead is None or source.mixture is not None else SamplerEngine(source, asked, index_sampler, lead)
+        known = is_known_batch_sampler(index_sampler) and not self._is_mixture
+        if not known and arguments.options.on_corrupt != "raise":
+            raise ValueError(
+                f"on_corrupt={arguments.options.on_corrupt!r} applies only to the native path, and torch's path serves "
+                f"your own samplers and mixtures, here {index_sampler!r}: remove on_corrupt=, or give a known sampler"
+            )
+        return SamplerEngine(source, arguments, index_sampler) if known else None
 
 
 def _why_not_native(access: NativeAccess, batch_size: int | None, collate_fn: Any, batch_sampler: Any) -> str:
@@ -572,11 +573,11 @@ def _check_options(options: Any, why_not: str, *, is_ordered: bool, has_state: b
         raise TypeError(f"options= takes a tiercache.LoaderOptions(...), got {options!r}")
     if why_not and not is_ordered:
         raise ValueError(f"options= {_OF_NATIVE_PATH} {why_not}: remove options=")
-    unheeded: Sequence[str] = ("memory_bytes", "threads", "on_corrupt") if why_not else ()
+    without_effect: Sequence[str] = ("memory_bytes", "threads", "on_corrupt") if why_not else ()
     if why_not and has_state:
-        unheeded = [field.name for field in fields(LoaderOptions) if field.name != "split_ranks"]
+        without_effect = [field.name for field in fields(LoaderOptions) if field.name != "split_ranks"]
     defaults = LoaderOptions()
-    for name in unheeded:
+    for name in without_effect:
         value = getattr(options, name)
         if value != getattr(defaults, name):
             raise ValueError(f"{name}={value!r} {_OF_NATIVE_PATH} {why_not}: remove {name}=")

@@ -57,12 +57,7 @@ class LoaderOptions:
     streams: InitVar[int | None] = None
 
     def __post_init__(self, streams: int | None) -> None:
-        """Check the values.
-
-        Raises:
-            ValueError: An option is out of range; the message names the option, what it takes and its value.
-            TypeError: An option that must be an integer is not.
-        """
+        """Check the values."""
         given = renamed_argument("LoaderOptions", "streams", streams, "shuffle_streams", self.shuffle_streams)
         object.__setattr__(self, "shuffle_streams", given)
         for name in ("seed", "rank", "world_size", "shuffle_streams", "threads"):

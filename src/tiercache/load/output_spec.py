@@ -34,10 +34,7 @@ _NUMBERS = (Kind.SCALAR, Kind.BOOL, Kind.TENSOR, Kind.RAGGED)
 def stored_fill(column: Column, fill: Any) -> Any:
     """Return a fill value in stored form: bytes, an array of the record's shape, or an Arrow array of one value.
 
-    A single number fills a whole tensor.
-
-    Raises:
-        SchemaError: The column is not nullable, or cannot hold the value.
+    A single number fills a whole tensor. Raises SchemaError: the column is not nullable, or cannot hold the value.
     """
     if not column.nullable:
         message = "nulls: only a nullable column takes a fill value, and this column is not nullable"
@@ -147,13 +144,7 @@ class OutputSpec:
         decode: Mapping[str, DecodeImage] | None = None,
         cast: Casts | None = None,
     ) -> OutputSpec:
-        """Return the user's settings, checked against `schema`, which has the served columns as they are stored.
-
-        Raises:
-            SchemaError: A column does not exist, or is of a kind that the setting does not apply to; names the column,
-                what it takes and what was given.
-            TypeError: An argument is not a mapping; a decoder is not a DecodeImage.
-        """
+        """Return the user's settings, checked against `schema`, which has the served columns as they are stored."""
         for argument, given in (("layouts", layouts), ("fill_nulls", fill_nulls), ("decode", decode)):
             if given is not None and not isinstance(given, Mapping):
                 raise TypeError(f"{argument} is a mapping from column names, got {type(given).__name__}")
@@ -211,8 +202,8 @@ class OutputSpec:
         return column.nullable and column.name not in self.nulls
 
 
-def _only(names: Sequence[str], asked: Mapping[str, T]) -> dict[str, T]:
-    return {name: asked[name] for name in names if name in asked}
+def _only(names: Sequence[str], settings: Mapping[str, T]) -> dict[str, T]:
+    return {name: settings[name] for name in names if name in settings}
 
 
 def is_mask(fill: object) -> bool:
@@ -329,21 +320,8 @@ class Buffer:
 _SHOWS_NULLS = (Kind.BYTES, Kind.STR, Kind.IMAGE, Kind.JSON, Kind.ARROW)
 
 
-def tuple_columns(names: Sequence[str], schema: Schema, serving: OutputSpec) -> tuple[str, ...]:
-    """Return the columns that a tuple of these names needs, in order.
-
-    Args:
-        names: Names of columns; "<column>.valid" for the mask of a nullable column, "<column>.lengths" for the lengths
-            of a padded column.
-        schema: Served columns.
-        serving: How the columns are served.
-
-    Raises:
-        SchemaError: A column, mask or lengths entry does not exist; or the nulls of a nullable column would be
-            invisible.
-        TypeError: A name is not a str.
-        ValueError: There are no names.
-    """
+def tuple_columns(names: Sequence[str], schema: Schema, output_spec: OutputSpec) -> tuple[str, ...]:
+    """Return the columns that a tuple of these names needs, in order."""
     if not names:
         raise ValueError("as_tuple() needs the name of one column or more")
     for name in names:
@@ -352,13 +330,17 @@ def tuple_columns(names: Sequence[str], schema: Schema, serving: OutputSpec) -> 
     found: dict[str, Column] = {}
     for name in names:
         column = schema.columns[schema.index(_column_of(name, schema))]
-        if name != column.name and name not in _companions(column, serving):
+        if name != column.name and name not in _companions(column, output_spec):
             kinds = "'<column>.valid' is of a nullable column served with its mask, '<column>.lengths' of a padded one"
             raise SchemaError(f"there is no {name!r}: {kinds}", column=column.name, expected=kinds, got=name)
         found[column.name] = column
     for column in found.values():
-        visible = column.kind in _SHOWS_NULLS and serving.layout(column) == "list" and column.name not in serving.decode
-        if serving.has_mask(column) and not visible and f"{column.name}.valid" not in names:
+        visible = (
+            column.kind in _SHOWS_NULLS
+            and output_spec.layout(column) == "list"
+            and column.name not in output_spec.decode
+        )
+        if output_spec.has_mask(column) and not visible and f"{column.name}.valid" not in names:
             way = f"name {column.name + '.valid'!r} too, or give the data set fill_nulls={{{column.name!r}: ...}}"
             raise SchemaError(f"its nulls would be zeros in a tuple: {way}", column=column.name, expected=way, got="")
     return tuple(found)
@@ -380,9 +362,9 @@ def _column_of(name: str, schema: Schema) -> str:
     return name.removesuffix(".valid").removesuffix(".lengths")
 
 
-def _companions(column: Column, serving: OutputSpec) -> list[str]:
-    names = [f"{column.name}.valid"] if serving.has_mask(column) else []
-    return [*names, f"{column.name}.lengths"] if serving.layout(column) == "padded" else names
+def _companions(column: Column, output_spec: OutputSpec) -> list[str]:
+    names = [f"{column.name}.valid"] if output_spec.has_mask(column) else []
+    return [*names, f"{column.name}.lengths"] if output_spec.layout(column) == "padded" else names
 
 
 def _companion(record: Mapping[str, Any], name: str, schema: Schema) -> Any:
@@ -397,19 +379,17 @@ def _companion(record: Mapping[str, Any], name: str, schema: Schema) -> Any:
     return lengths[0] if len(dims) == 1 else lengths
 
 
-def apply_layouts(columns: Sequence[ColumnValues], serving: OutputSpec) -> dict[str, Any]:
+def apply_layouts(columns: Sequence[ColumnValues], output_spec: OutputSpec) -> dict[str, Any]:
     """Return the batch by column: array, list, Buffer or nested tensor.
 
-    It also has the lengths of padded columns and the masks of nullable ones.
-
-    Raises:
-        SchemaError: A nested tensor is requested, and torch is not installed.
+    It also has the lengths of padded columns and the masks of nullable ones. Raises SchemaError: a nested tensor is
+    requested, and torch is not installed.
     """
-    if not serving.layouts:
+    if not output_spec.layouts:
         return as_batch(columns)
     batch: dict[str, Any] = {}
     for found in columns:
-        name, form = found.column.name, serving.layout(found.column)
+        name, form = found.column.name, output_spec.layout(found.column)
         if form == "list":
             batch[name] = found.values
         elif form == "padded":
@@ -490,35 +470,35 @@ def _nested(column: Column, buffer: Buffer) -> Any:
 Record = dict[str, Any]
 
 
-def served_records(columns: Sequence[ColumnValues], serving: OutputSpec) -> list[Any]:
+def served_records(columns: Sequence[ColumnValues], output_spec: OutputSpec) -> list[Any]:
     """Return each record of some columns as the data set serves it: a dict, or a tuple if the settings have names."""
     records = as_records(columns)
-    if serving.names is None:
+    if output_spec.names is None:
         return records
     schema = Schema([found.column for found in columns])
-    return [record_tuple(record, serving.names, schema) for record in records]
+    return [record_tuple(record, output_spec.names, schema) for record in records]
 
 
 class LazyRecords(list[Any]):
     """A list of records that is filled at the first access; `columns` holds the same rows by column.
 
-    serving: How a batch of the records is served.
+    output_spec: How a batch of the records is served.
 
     `Dataset.__getitems__` returns such a list to torch's fetcher. `tiercache.collate` uses `columns`, so the records
     are never made. Any other collate function sees an ordinary list, which it may sort, slice and change. One thread at
     a time owns the list.
     """
 
-    def __init__(self, columns: Sequence[ColumnValues], n_records: int, serving: OutputSpec | None = None) -> None:
+    def __init__(self, columns: Sequence[ColumnValues], n_records: int, output_spec: OutputSpec | None = None) -> None:
         super().__init__()
         self.columns = columns
-        self.serving = OutputSpec() if serving is None else serving
+        self.output_spec = OutputSpec() if output_spec is None else output_spec
         self._n_unmade: int | None = n_records
 
     def _make(self) -> None:
         if self._n_unmade is not None:
             self._n_unmade = None
-            self.extend(served_records(self.columns, self.serving))
+            self.extend(served_records(self.columns, self.output_spec))
 
     @property
     def as_gathered(self) -> bool:

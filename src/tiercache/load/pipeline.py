@@ -34,7 +34,7 @@ from tiercache.load.batch import (
     keep_freed_memory,
     valid_mask,
 )
-from tiercache.load.corrupt import bad_cast, bad_value
+from tiercache.load.corrupt import bad_value
 from tiercache.load.planner import PlannerState, run_planner
 from tiercache.load.prefetch import LoadThreads, loading_pool
 from tiercache.model import parse_bytes
@@ -48,10 +48,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.load.corrupt import CorruptionMap, RecordLocation
-    from tiercache.load.epoch import EpochShare
+    from tiercache.load.epoch import EpochStart, NextEpoch, OrderShare
     from tiercache.load.options import LoaderOptions
     from tiercache.load.output_spec import OutputSpec
-    from tiercache.load.planner import EpochStart, NextEpoch
     from tiercache.load.prefetch import LoadedWindow
     from tiercache.load.ranks import Rank
     from tiercache.load.read_plan import ReadPlanPublisher
@@ -104,7 +103,7 @@ class PipelineInputs:
     """
 
     setup: PipelineSetup
-    share: EpochShare
+    share: OrderShare
     counters: Counters
     waits: WaitHistogram
     first_batch: int = 0
@@ -128,7 +127,7 @@ class PipelineInputs:
     @property
     def batch_rows(self) -> int:
         """Rows of the longest batch."""
-        return max(min(self.share.batch_size, self.share.n_records), 1)
+        return max(min(self.share.ranks.batch_size, self.share.ranks.n_records), 1)
 
 
 class ClosingPipeline(ABC):
@@ -154,24 +153,6 @@ class ClosingPipeline(ABC):
         """Whether this is a forked child's copy, which has no threads and cannot be used."""
         return self._pid != os.getpid()
 
-    @property
-    @abstractmethod
-    def n_taken(self) -> int:
-        """Number of the next batch that take() returns, counted in the share."""
-
-    @property
-    @abstractmethod
-    def take_ready(self) -> Callable[[], Batch | None] | None:
-        """Function that returns the next batch if it is ready and an ordinary one; None: call take()."""
-
-    @abstractmethod
-    def take(self, timeout_s: float = -1.0) -> Batch | None:
-        """Return the next batch; None at the end of the epoch."""
-
-    @abstractmethod
-    def figures(self) -> dict[str, float]:
-        """Return the counters of the batches that were taken."""
-
     @abstractmethod
     def close(self) -> None:
         """End the threads; batches that were taken stay valid. May be called repeatedly."""
@@ -192,7 +173,7 @@ class Pipeline(ClosingPipeline):
     def __init__(self, work: PipelineInputs, resources: Resources) -> None:
         self._work = work
         self._assembler = work.setup.assembler
-        slot_bytes, about_bytes = work.setup.slot_bytes(work.batch_rows, work.share.n_records)
+        slot_bytes, about_bytes = work.setup.slot_bytes(work.batch_rows)
         if self._assembler.bytes_streams:
             keep_freed_memory()
         self._ring = Ring(
@@ -214,9 +195,9 @@ class Pipeline(ClosingPipeline):
         self.replaced: dict[int, RecordLocation] = {}
         self._is_closed = False
         self._taking = threading.RLock()
-        odd = (self._waited, self._shared.patched)
+        exceptional = (self._waited, self._shared.patched)
         self._taker = Taker(
-            self._ring, self._assembler.entries, self._shared.pieces, odd, self._taking, work.waits.bins
+            self._ring, self._assembler.entries, self._shared.pieces, exceptional, self._taking, work.waits.bins
         )
         # The thread holds no reference to this object, so that dropping the last outside reference closes it.
         self._planner = threading.Thread(
@@ -261,7 +242,6 @@ class Pipeline(ClosingPipeline):
             return
         with contextlib.suppress(InvalidStateError):  # The pipeline was closed before.
             self._shared.stop.set_result(None)
-            self._work.share.close()  # Only once: when this pipeline is dropped, another pipeline may use the share.
         self._ring.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._planner is not threading.current_thread() and self._planner.is_alive():
@@ -321,12 +301,12 @@ class Pipeline(ClosingPipeline):
     def _replaced(self, start: int, stop: int) -> dict[int, RecordLocation]:
         """Return the replaced rows of [start, stop) of the sequence, counted from `start`, and their replacements."""
         found: dict[int, RecordLocation] = {}
-        mended = self._shared.patched
-        for first, piece in list(mended):  # the planner may append at any time
+        patched = self._shared.patched
+        for first, piece in list(patched):  # the planner may append at any time
             lo, hi = np.searchsorted(piece.replaced, (start - first, stop - first))
             found.update((first + row - start, piece.locate(row)) for row in piece.replaced[lo:hi].tolist())
-        while mended and mended[0][0] + mended[0][1].n_rows <= stop:
-            mended.popleft()
+        while patched and patched[0][0] + patched[0][1].n_rows <= stop:
+            patched.popleft()
         return found
 
     def _next_slot(self, timeout_s: float) -> Slot | int:
@@ -366,8 +346,8 @@ class Pipeline(ClosingPipeline):
                 # C code moves the slot into the deque, and its lists are begun only then, or when they are asked for:
                 # Ctrl-C here loses only the batch before this one, which was taken.
                 self._ahead.extend(filter(_is_slot, map(self._ring.take, (0.0,))))
-                for coming in filter(_is_slot, tuple(self._ahead)):
-                    self._started(coming)
+                for slot_after in filter(_is_slot, tuple(self._ahead)):
+                    self._started(slot_after)
             except (OSError, gather.CorruptError, gather.CastError, MemoryError) as error:
                 # It is raised at the slot's place in the order, if that slot arrived. Its frames would hold this
                 # pipeline.
@@ -426,12 +406,12 @@ class Pipeline(ClosingPipeline):
         names = [column.name for column in source.schema.columns for _ in column.streams(0)]
         # Ctrl-C may have lost batches: the ring counted them, but the taker did not.
         n_uncounted = self._ring.figures()["batches"] - self._taker.batches
-        stop = self._taker.rows + (1 + n_uncounted) * self._work.share.batch_size
+        stop = self._taker.rows + (1 + n_uncounted) * self._work.share.ranks.batch_size
         served = served_columns(
             source.schema, self._work.output_spec.cast if isinstance(error, gather.CastError) else {}
         )
         for loaded, block, row in self._places(self._taker.rows, stop):
-            misfit = bad_cast(source.schema, served, loaded, block, row) if served else None
+            misfit = bad_value(source.schema, loaded, block, row, served) if served else None
             if misfit is not None:
                 return misfit
             blocks = loaded.block_groups[loaded.group_of_block[block]]
@@ -450,7 +430,7 @@ class Pipeline(ClosingPipeline):
                         place=_stored_place(loaded, block, row),
                     )
             wrong = bad_value(source.schema, loaded, block, row)
-            if wrong is not None:
+            if isinstance(wrong, CorruptShard):
                 wrong.place = _stored_place(loaded, block, row)
                 return wrong
         return CorruptShard(text, url=source.url)

@@ -1,16 +1,11 @@
 """The planner thread: it loads windows and pushes their rows to the ring until the epoch ends.
 
 The planner is at most one piece ahead of the piece that is served. At the end of the epoch it prepares the start of
-the next one (NextEpoch).
+the next one (`epoch.NextEpoch`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import os
-import sys
-import threading
 import time
 import warnings
 from collections import deque
@@ -21,8 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from tiercache._native.ring import Plan
-from tiercache.errors import TierCacheError
-from tiercache.load.epoch import OrderShare, interleaved
+from tiercache.load.epoch import cancel_loads, interleaved
 from tiercache.load.prefetch import (
     ArrayPiece,
     JoinedWindows,
@@ -30,221 +24,18 @@ from tiercache.load.prefetch import (
     MemoryPressure,
     PagePrefetcher,
     WindowLoad,
-    loading_pool,
 )
-from tiercache.load.read_plan import ReadPlanPublisher
 from tiercache.order import RowRun
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
     from tiercache._native.ring import Ring
     from tiercache.load.pipeline import PipelineInputs
     from tiercache.load.prefetch import AnyPiece, LoadThreads
-    from tiercache.load.source import Source
-    from tiercache.load.state import RunState
     from tiercache.order import Window
-
-    PlanEpoch: TypeAlias = Callable[[RunState], OrderShare]
-
-
-# Shards per call of prefetch(): some ms if each is looked up in a cache. on_source_closed() waits for at most one call.
-_SHARDS_A_STEP = 16
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class EpochStart:
-    """The prepared start of an epoch, for one pipeline.
-
-    pieces: all pieces of the epoch; loading: windows of the first piece, loaded or being loaded.
-    """
-
-    pieces: Iterator[AnyPiece]
-    loading: tuple[WindowLoad, ...]
-
-
-def cancel_loads(ready: Future[EpochStart | None]) -> None:
-    """Cancel the loads of a prepared start: now, or as soon as it is ready. May be called repeatedly."""
-    ready.add_done_callback(_cancel)
-
-
-def _cancel(ready: Future[EpochStart | None]) -> None:
-    begun = ready.result()
-    for one in begun.loading if begun is not None else ():
-        one.cancel()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ClaimedEpoch:
-    """An epoch that began as predicted: its share, its prepared start if there is one, and its read plan."""
-
-    share: OrderShare
-    epoch_start: Future[EpochStart | None] | None
-    publisher: ReadPlanPublisher
-
-
-class NextEpoch:
-    """The epoch after the current one, if it begins as predicted. The planner prepares it, and the engine takes it.
-
-    Args:
-        source: Source that both epochs read.
-        state: State at the predicted start of the next epoch.
-        plan_epoch: Function that returns a rank's share of an epoch. It must not refer to the loader, which would then
-            live too long.
-        is_expected: Whether this run has gone from one epoch to the next before. If not, no store is read for the next
-            epoch.
-        is_predicted: Whether the next iter() will probably draw the state's seed. If not, only the read plan is
-            published: the cache learns which shards the epoch reads, and nothing is loaded.
-    """
-
-    def __init__(
-        self, source: Source, state: RunState, plan_epoch: PlanEpoch, *, is_expected: bool, is_predicted: bool = True
-    ) -> None:
-        self._source = source
-        self._state = state
-        self._plan_epoch = plan_epoch
-        self._is_expected = is_expected
-        self._is_predicted = is_predicted
-        self.publisher = ReadPlanPublisher(source, state, plan_epoch)
-        self._lock = threading.Lock()
-        self._ready: Future[EpochStart | None] | None = None  # None: no planner has begun to prepare it
-        self._share: OrderShare | None = None
-        # Set to stop the loads of the next epoch, so that closing the data set does not wait for them.
-        self._unwanted = threading.Event()
-        # Held during each step of the preparation. on_source_closed() waits for the current step, so no step begins
-        # after the caller closes the cache or the store. Re-entrant, because the garbage collector may call it in a
-        # thread that is within a step.
-        self._step = threading.RLock()
-        self._is_over = False  # taken or forgotten: nothing more is prepared
-        self._pid = os.getpid()
-
-    @property
-    def share(self) -> OrderShare:
-        """The rank's share of the next epoch, planned at the first access; two threads would plan the same share."""
-        # Not a cached_property: until Python 3.12 its lock is shared by all instances, and a forked child may inherit
-        # it locked.
-        if self._share is None:
-            self._share = self._plan_epoch(self._state)
-        return self._share
-
-    def shards_ahead(self, n_bytes: int) -> list[int]:
-        """Return the first shards of the epoch, about n_bytes (stored) of them; none if its seed is not predicted."""
-        return self.share.shards_ahead(0, 0, n_bytes) if self._is_predicted else []
-
-    def prepare(self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int) -> None:
-        """Prepare the start: plan the epoch, prefetch its first shards, and begin to load its first windows.
-
-        The windows take memory like any next window. Data that is not on this machine is loaded only if epochs are
-        known to follow one another: a run of a single epoch would fetch it for nothing.
-
-        ahead_bytes: stored bytes of shards to prefetch.
-        """
-        with self._lock:
-            if self._is_over:
-                return
-            ready = self._ready = Future()
-            publisher = self.publisher
-        begun = None
-        try:
-            # The error is raised when the epoch itself is read.
-            with contextlib.suppress(TierCacheError, CancelledError):
-                begun = self._begin(threads, pressure, ahead_bytes, publisher)
-        finally:
-            ready.set_result(begun)
-
-    def take(self, source: Source, state: RunState) -> ClaimedEpoch | None:
-        """Return the epoch, once, if the loader continues there.
-
-        None: the loader continues elsewhere, or this is a forked child. The caller's publisher must then follow this
-        one's.
-        """
-        if self._pid != os.getpid():  # another thread may have held the lock at the fork
-            return None
-        ready = self._end()
-        if source is not self._source or state != self._state:
-            self._drop(ready)
-            return None
-        taken = ClaimedEpoch(self.share, ready, self.publisher)
-        # the taken publisher belongs to the engine now
-        self.publisher = ReadPlanPublisher(self._source, self._state, self._plan_epoch)
-        return taken
-
-    def on_source_closed(self) -> None:
-        """Drop the preparation: a local copy that it reads may be gone, or the data set is closed."""
-        if self._pid != os.getpid():
-            return
-        ready, plan = self._end(), self.publisher
-        self.publisher = ReadPlanPublisher(self._source, self._state, self._plan_epoch)  # the epoch may still begin
-        self._let_go(ready, plan)
-
-    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not is_exiting() and hasattr(self, "_pid") and self._pid == os.getpid():
-            self._let_go(self._end(), self.publisher)
-
-    def _let_go(self, ready: Future[EpochStart | None] | None, plan: ReadPlanPublisher) -> None:
-        self._drop(ready)
-        plan.close()
-
-    def _drop(self, ready: Future[EpochStart | None] | None) -> None:
-        if ready is not None:  # None: no planner has begun it, or it is taken
-            self._unwanted.set()  # Also stops loads that are being submitted now and that no one can cancel yet.
-            with self._step:
-                cancel_loads(ready)
-
-    def _end(self) -> Future[EpochStart | None] | None:
-        with self._lock:
-            self._is_over = True
-            ready, self._ready = self._ready, None
-        return ready
-
-    def _begin(
-        self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int, publisher: ReadPlanPublisher
-    ) -> EpochStart | None:
-        with self._a_step():
-            if self._is_predicted or self._source.has_cache:
-                publisher.begin(self.share)
-                publisher.complete()
-        if not self._is_predicted:
-            return None
-        rest = self.share.pieces(0)
-        # Reads footers. on_source_closed() does not wait for that, because a store may be slow.
-        first = next(rest, None)
-        if first is None:
-            return None
-        pieces = itertools.chain([first], rest)
-        if first.run is None or not self._source.selects_all:
-            first.rows()
-        pairs = list(zip(first.windows, first.wanted, strict=True))
-        shards = interleaved([list(dict.fromkeys(window.shards[wanted].tolist())) for window, wanted in pairs])
-        near = [*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])] if self._source.can_prefetch else []
-        for start in range(0, len(near), _SHARDS_A_STEP):
-            with self._a_step():
-                self._source.prefetch(near[start : start + _SHARDS_A_STEP])
-        with self._a_step():
-            if not pressure.fits(first) or not (self._is_expected or all(map(self._source.is_local, shards))):
-                return EpochStart(pieces, ())
-            # An executor of its own, because the current epoch shuts its executor down at its end.
-            executor = loading_pool(threads.n_threads)
-            loading = [
-                WindowLoad(self._source, *pair, executor, threads.n_threads, unwanted=self._unwanted) for pair in pairs
-            ]
-            executor.shutdown(wait=False)
-        for one in loading:
-            is_left = True
-            while is_left:
-                with self._a_step():
-                    is_left = one.map_next_shard()
-        return EpochStart(pieces, tuple(loading))
-
-    @contextlib.contextmanager
-    def _a_step(self) -> Iterator[None]:
-        """Context of one step of the preparation. Raises CancelledError after on_source_closed()."""
-        with self._step:
-            if self._unwanted.is_set():
-                raise CancelledError
-            yield
 
 
 # Locations of rows: a run whose rows are computed as they are gathered, or block and row, uint32[n] each.
@@ -302,7 +93,7 @@ def run_planner(work: PipelineInputs, ring: Ring, shared: PlannerState, threads:
     """Run the planner thread: push each piece of the epoch, then prepare the start of the next epoch."""
     is_planned = False
     try:
-        if work.publisher is not None and isinstance(work.share, OrderShare):
+        if work.publisher is not None:
             work.publisher.begin(work.share, work.first_batch)
         planner = _Planner(work, ring, shared, threads)
         planner.push_all()
@@ -338,7 +129,7 @@ class _Planner:
         self._held: dict[int, LoadedWindow] = {}  # by the window's id; each holds its window
         self._loading: dict[int, WindowLoad] = {}  # started by the epoch before
         self._joined: JoinedWindows | None = None
-        self._serving: tuple[Window, ...] = ()  # the windows of the last push
+        self._served_windows: tuple[Window, ...] = ()  # the windows of the last push
         self.ahead_bytes = SHARDS_AHEAD * work.setup.largest_bytes
         self._near = PagePrefetcher(threads, work.setup.stored_bytes)
         self.pressure = MemoryPressure(work.source.is_mapped, threads.limit_bytes)
@@ -346,17 +137,14 @@ class _Planner:
     def push_all(self) -> None:
         """Push every piece. Raises CancelledError if the ring is closed meanwhile."""
         for piece in self._pieces():
-            if isinstance(piece, ArrayPiece):
-                if piece.batch_rows is not None and not self._ring.push_sizes(piece.batch_rows):
-                    raise CancelledError
-                if len(piece.replaced):
-                    self._shared.patched.append((self._pushed_rows, piece))
+            if isinstance(piece, ArrayPiece) and len(piece.replaced):
+                self._shared.patched.append((self._pushed_rows, piece))
             if self.pressure.fits(piece):
                 self._push(piece)
                 continue
             for part in self.pressure.slices(piece):
                 self._push(part)
-                if "pressure" not in self._work.warned and self.pressure.is_told and not self.pressure.fits(piece):
+                if "pressure" not in self._work.warned and self.pressure.has_measured and not self.pressure.fits(piece):
                     self._warn()
 
     def has_room(self) -> bool:
@@ -372,15 +160,10 @@ class _Planner:
 
     def _pieces(self) -> Iterator[AnyPiece]:
         start_s = time.perf_counter()
-        begun: EpochStart | None = (
-            None if self._work.epoch_start is None else self._threads.result(self._work.epoch_start)
-        )
+        begun = None if self._work.epoch_start is None else self._threads.result(self._work.epoch_start)
         if begun is not None:
             self._loading = {id(loading.window): loading for loading in begun.loading}
         found = self._work.share.pieces(self._work.first_batch) if begun is None else begun.pieces
-        # If the share was closed before pieces() was called, pieces() would wait for ever.
-        if self._shared.stop.done():
-            raise CancelledError
         for piece in found:
             self._count("plan_s", start_s)
             yield piece
@@ -388,7 +171,7 @@ class _Planner:
 
     def _push(self, part: AnyPiece) -> None:
         """Load the windows that a part needs and that are missing, and push its rows."""
-        missing = self._let_go_of_others(part)
+        missing = self._drop_other_windows(part)
         rows = None
         if not self._is_work(missing):  # computed while the piece before is served; else while windows are decoded
             rows = self._rows(part)
@@ -404,8 +187,8 @@ class _Planner:
         new = self._finish(loading)
         joined = self._join(part)
         # Prefetch its pages before a row of it is requested, while the window before is served.
-        is_first, serving = not self._pushed_rows, (*self._serving, *part.windows)
-        for read in self._near.prefetch_pages(new, serving) if not is_first else ():
+        is_first, served = not self._pushed_rows, (*self._served_windows, *part.windows)
+        for read in self._near.prefetch_pages(new, served) if not is_first else ():
             self._threads.result(read)
         self._count("load_s", start_s)
         pushed = PushedRows(rows, joined)
@@ -415,26 +198,26 @@ class _Planner:
         if not self._ring.push(pushed.as_plan(self._work.setup.layouts)):
             raise CancelledError
         if is_first:  # The first batch does not wait for its whole window.
-            self._near.prefetch_pages(new, serving, is_served=True)
+            self._near.prefetch_pages(new, served, is_served=True)
             if self._work.publisher is not None:
                 self._work.publisher.complete()
-        self._serving = part.windows
+        self._served_windows = part.windows
 
     def _advance(self) -> None:
         """Tell the cache that all rows but those of the last push are served, so that it may evict their shards."""
         if self._work.publisher is not None:
             self._work.publisher.advance(self._work.first_batch, self._pushed_rows - self._last_rows)
 
-    def _let_go_of_others(self, part: AnyPiece) -> list[tuple[Window, NDArray[np.bool_]]]:
+    def _drop_other_windows(self, part: AnyPiece) -> list[tuple[Window, NDArray[np.bool_]]]:
         """Drop the windows that the part does not need, before more memory is used; return the missing ones."""
         kept: dict[int, LoadedWindow] = {}
         missing = []
-        for window, wanted in zip(part.windows, part.wanted, strict=True):
+        for window, needed in zip(part.windows, part.needed, strict=True):
             loaded = self._held.get(id(window))
-            if loaded is not None and loaded.covers(wanted):
+            if loaded is not None and loaded.covers(needed):
                 kept[id(window)] = loaded
             else:
-                missing.append((window, wanted))
+                missing.append((window, needed))
         self._held = kept
         if missing:
             self._joined = None
@@ -444,24 +227,24 @@ class _Planner:
         is_mapped = self._work.source.is_mapped
         # their reading and decoding is under way
         missing = [pair for pair in missing if id(pair[0]) not in self._loading]
-        return any(not is_mapped(shard) for window, wanted in missing for shard in set(window.shards[wanted].tolist()))
+        return any(not is_mapped(shard) for window, needed in missing for shard in set(window.shards[needed].tolist()))
 
     def _begin(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> list[WindowLoad]:
         unasked = [pair for pair in missing if id(pair[0]) not in self._loading]
         if unasked and self._work.source.can_prefetch:
             self._prefetch(unasked)
         loading = []
-        for window, wanted in missing:
+        for window, needed in missing:
             begun = self._loading.pop(id(window), None)
             if begun is None:
-                begun = WindowLoad(self._work.source, window, wanted, self._threads.executor, self._threads.n_threads)
+                begun = WindowLoad(self._work.source, window, needed, self._threads.executor, self._threads.n_threads)
             loading.append(begun)
         return loading
 
     def _prefetch(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> None:
         """Prefetch shards: those of the windows first, because later shards must not be fetched before them."""
         work = self._work
-        own = interleaved([list(dict.fromkeys(window.shards[wanted].tolist())) for window, wanted in missing])
+        own = interleaved([list(dict.fromkeys(window.shards[needed].tolist())) for window, needed in missing])
         ahead = work.share.shards_ahead(work.first_batch, self._pushed_rows, self.ahead_bytes)
         # Near the end of an epoch the shards of the next epoch come next.
         if work.next_epoch is not None and int(work.source.shard_bytes[ahead].sum()) < self.ahead_bytes:

@@ -43,37 +43,20 @@ PARTS_A_THREAD = 2
 MIN_PART_BYTES, MAX_PART_BYTES = 1 << 20, 16 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class WindowParts:
-    """Parts of a window, each an int64 array of indices of its blocks, adjacent in one shard and in its order.
-
-    at_hand: whole shards that are only mapped; work: parts that are read, fetched or decoded.
-    """
-
-    at_hand: tuple[NDArray[np.int64], ...]
-    work: tuple[NDArray[np.int64], ...]
-
-
 def split_window(
-    window: Window, wanted: NDArray[np.bool_], n_threads: int, is_mapped: Callable[[int], bool]
-) -> WindowParts:
-    """Cut the wanted blocks of a window into parts; those to read, fetch or decode have about the same bytes.
+    window: Window, needed: NDArray[np.bool_], n_threads: int, is_mapped: Callable[[int], bool]
+) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    """Cut the needed blocks of a window into parts, each the indices of blocks of one shard, in its order.
 
     A thread takes the next part when its last one is done, so all threads are busy to the end, whatever the shards.
 
-    Args:
-        window: Window of the order.
-        wanted: bool[n_blocks], the blocks to load.
-        n_threads: Number of threads that load.
-        is_mapped: Function that returns whether a shard's blocks are only mapped.
-
     Returns:
-        The parts. A part to read, fetch or decode has MAX_PART_BYTES at most unless it is a single block. Shards are in
-        the order in which the window names them.
+        Whole shards that are only mapped; and the parts to read, fetch or decode, of about the same size and at most
+        MAX_PART_BYTES unless a part is a single block. Shards are in the order in which the window names them.
     """
-    places = np.flatnonzero(wanted)
+    places = np.flatnonzero(needed)
     if not len(places):
-        return WindowParts((), ())
+        return [], []
     shards = window.shards[places]
     order = np.lexsort((window.blocks[places], shards))
     places, shards = places[order], shards[order]
@@ -82,10 +65,10 @@ def split_window(
     turns = np.argsort(np.minimum.reduceat(places, starts))  # sorted by the first block of each shard in the window
     runs = [places[starts[turn] : stops[turn]] for turn in turns.tolist()]
     free = [is_mapped(int(window.shards[run[0]])) for run in runs]
-    at_hand = [run for run, is_free in zip(runs, free, strict=True) if is_free]
+    mapped = [run for run, is_free in zip(runs, free, strict=True) if is_free]
     work = [run for run, is_free in zip(runs, free, strict=True) if not is_free]
     limit = part_bytes(sum(int(window.block_bytes[run].sum()) for run in work), n_threads)
-    return WindowParts(tuple(at_hand), tuple(part for run in work for part in _cut(run, window, limit)))
+    return mapped, [part for run in work for part in _cut(run, window, limit)]
 
 
 def part_bytes(n_bytes: int, n_threads: int) -> int:
@@ -162,9 +145,9 @@ class LoadedWindow:
         """Bytes of memory that are neither mapped nor shared: data that was read or decoded."""
         return sum(blocks.private_bytes for blocks in self.block_groups)
 
-    def covers(self, wanted: NDArray[np.bool_]) -> bool:
-        """Whether all of these blocks are loaded. wanted: bool[n_blocks]."""
-        return bool((self.group_of_block[wanted] >= 0).all())
+    def covers(self, needed: NDArray[np.bool_]) -> bool:
+        """Whether all of these blocks are loaded. needed: bool[n_blocks]."""
+        return bool((self.group_of_block[needed] >= 0).all())
 
     def value(self, block: int, row: int, column: int) -> object:
         """Return a record's value of an ARROW column as Python objects. column: its index among the served columns."""
@@ -237,34 +220,25 @@ class WindowLoad:
     """A window that is being loaded: threads read and decode, concurrently in parts; finish() maps the rest.
 
     Mapping a shard takes some 0.3 ms of Python, for which threads would only wait for each other.
-
-    Args:
-        source: Source of the shards.
-        window: Window of the order.
-        wanted: bool[n_blocks], the blocks to load.
-        executor: Executor that loads; it may be shut down meanwhile.
-        n_threads: Number of threads that load.
-        unwanted: Event that keeps threads from starting further parts once it is set. None: only cancel() does.
     """
 
     def __init__(
         self,
         source: Source,
         window: Window,
-        wanted: NDArray[np.bool_],
+        needed: NDArray[np.bool_],
         executor: Executor,
         n_threads: int,
         *,
         unwanted: Event | None = None,
     ) -> None:
         self.window = window
-        self.wanted = wanted
+        self.needed = needed
         self._source, self._unwanted = source, unwanted
         self._n_streams = sum(len(column.streams(0)) for column in source.schema.columns)
-        parts = split_window(window, wanted, n_threads, source.is_mapped)
-        self._at_hand = list(parts.at_hand)
+        self._mapped, work = split_window(window, needed, n_threads, source.is_mapped)
         self._loaded: list[tuple[NDArray[np.int64], Blocks]] = []
-        self._work = [(places, executor.submit(self._load_wanted, places)) for places in parts.work]
+        self._work = [(places, executor.submit(self._load_unless_unwanted, places)) for places in work]
 
     def finish(self, threads: LoadThreads) -> LoadedWindow:
         """Return the window when all of it is loaded. May be called once.
@@ -292,9 +266,9 @@ class WindowLoad:
 
     def map_next_shard(self) -> bool:
         """Map the next mapped shard in this thread; False: there is none left. Raises as finish()."""
-        if not self._at_hand:
+        if not self._mapped:
             return False
-        places = self._at_hand.pop()
+        places = self._mapped.pop()
         self._loaded.append((places, self._load(places)))
         return True
 
@@ -303,7 +277,7 @@ class WindowLoad:
         for _, future in self._work:
             future.cancel()
 
-    def _load_wanted(self, places: NDArray[np.int64]) -> Blocks:
+    def _load_unless_unwanted(self, places: NDArray[np.int64]) -> Blocks:
         if self._unwanted is not None and self._unwanted.is_set():
             raise CancelledError
         with stop_retries_when(self._unwanted):
@@ -336,16 +310,13 @@ class ArrayPiece:
     Attributes:
         block: uint32[n], numbered through the blocks of all windows.
         row: uint32[n], row inside the block.
-        batch_rows: uint32[m], rows of the next m batches, which begin with this piece and may end in later pieces.
-            None: all batches have the size of the loader.
         replaced: int64[m], rising, the rows whose records are replaced.
     """
 
     windows: tuple[Window, ...]
-    wanted: tuple[NDArray[np.bool_], ...]
+    needed: tuple[NDArray[np.bool_], ...]
     block: NDArray[np.uint32]
     row: NDArray[np.uint32]
-    batch_rows: NDArray[np.uint32] | None = None
     replaced: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     run: None = None  # the rows are never a run
 
@@ -376,20 +347,16 @@ class MemoryPressure:
 
     Mapped bytes do not count. The share of a window that is not mapped is learnt from the windows that were loaded;
     before the first one, all of it counts.
-
-    Args:
-        is_mapped: Function that returns whether a shard's blocks are only mapped.
-        limit_bytes: Memory limit of the whole process.
     """
 
     def __init__(self, is_mapped: Callable[[int], bool], limit_bytes: int) -> None:
-        self._is_at_hand = is_mapped
+        self._is_mapped = is_mapped
         self._room_bytes = limit_bytes // WINDOWS_SHARE // 2
         self._private_bytes = self._raw_bytes = 0
         self._need_bytes = 0
 
     @property
-    def is_told(self) -> bool:
+    def has_measured(self) -> bool:
         """Whether the share of a window that is not mapped is known."""
         return self._raw_bytes > 0
 
@@ -401,7 +368,7 @@ class MemoryPressure:
 
     def fits(self, piece: AnyPiece) -> bool:
         """Whether the piece's windows fit memory twice."""
-        need_bytes = sum(self._decoded_bytes(w, wanted) for w, wanted in zip(piece.windows, piece.wanted, strict=True))
+        need_bytes = sum(self._decoded_bytes(w, needed) for w, needed in zip(piece.windows, piece.needed, strict=True))
         if need_bytes <= self._room_bytes:
             return True
         self._need_bytes = max(self._need_bytes, need_bytes)
@@ -435,16 +402,16 @@ class MemoryPressure:
         """Share of a block's raw bytes that takes memory of its own."""
         return self._private_bytes / self._raw_bytes if self._raw_bytes else 1.0
 
-    def _decoded_bytes(self, window: Window, wanted: NDArray[np.bool_]) -> int:
+    def _decoded_bytes(self, window: Window, needed: NDArray[np.bool_]) -> int:
         if not self._share:
             return 0
-        whole = self._share * int(window.block_bytes[wanted].sum())
+        whole = self._share * int(window.block_bytes[needed].sum())
         if whole <= self._room_bytes // 64:  # asking for each shard would cost more than the answer is worth
             return int(whole)
-        away = [shard for shard in set(window.shards[wanted].tolist()) if not self._is_at_hand(shard)]
+        away = [shard for shard in set(window.shards[needed].tolist()) if not self._is_mapped(shard)]
         if not away:
             return 0
-        return int(self._share * int(window.block_bytes[wanted & np.isin(window.shards, away)].sum()))
+        return int(self._share * int(window.block_bytes[needed & np.isin(window.shards, away)].sum()))
 
     def _fitting(self, block: NDArray[np.uint32], sizes: NDArray[np.int64]) -> int:
         """Return how many of the first rows need blocks that fit together."""
@@ -490,18 +457,12 @@ class PagePrefetcher:
         self._near: list[tuple[Window, list[Blocks]]] = []
 
     def prefetch_pages(
-        self, windows: Sequence[LoadedWindow], serving: Sequence[Window], *, is_served: bool = False
+        self, windows: Sequence[LoadedWindow], served: Sequence[Window], *, is_served: bool = False
     ) -> list[Future[int]]:
         """Start to read the mapped pages of windows, as far as there is room; returns at once.
 
         Pages without room are read when their rows are gathered; for shuffled rows the kernel then does not read their
         neighbours. The pages of earlier windows that are no longer served may be evicted.
-
-        Args:
-            windows: Windows that were loaded.
-            serving: Windows that are served now or next, including `windows`.
-            is_served: Whether rows of these windows are being gathered already. If those may be in any order, no huge
-                pages are read: the first batch would wait for one per row.
 
         Returns:
             A future of the number of bytes read for each Blocks. A range that cannot be read is not an error here: the
@@ -511,7 +472,7 @@ class PagePrefetcher:
             return []  # The advice numbers are Linux's.
         free_bytes = self._threads.limit_bytes - config.private_bytes()
         fits = self._stored_bytes <= free_bytes
-        self._let_go(serving, larger=not fits)
+        self._release_served(served, larger=not fits)
         room_bytes = free_bytes // NEAR_SHARE
         reads: list[Future[int]] = []
         for loaded in windows:
@@ -540,9 +501,9 @@ class PagePrefetcher:
         huge = _kernel() >= _HUGE_SINCE and share_of_huge_pages(pages) <= most and _expect(pages, _HUGEPAGE)
         return self._threads.executor.submit(_read, blocks, self._threads.stop, huge)
 
-    def _let_go(self, serving: Sequence[Window], *, larger: bool) -> None:
+    def _release_served(self, served: Sequence[Window], *, larger: bool) -> None:
         """Forget windows that were served; if the data set is larger than memory, let their pages be evicted first."""
-        ids = set(map(id, serving))
+        ids = set(map(id, served))
         gone = [near for near in self._near if id(near[0]) not in ids]
         self._near = [near for near in self._near if id(near[0]) in ids]
         for blocks in [blocks for _, of_window in gone for blocks in of_window] if larger else []:
@@ -555,14 +516,7 @@ def is_in_memory(blocks: Blocks) -> bool:
 
 
 def plan_steps(pages: NDArray[np.uint64]) -> list[tuple[int, int]]:
-    """Cut pages into steps of at most STEP_BYTES, in order, at multiples of STEP_BYTES.
-
-    Args:
-        pages: uint64[n, 2], (address, bytes) of each range, rising.
-
-    Returns:
-        (address, bytes) of each step.
-    """
+    """Cut pages into steps of at most STEP_BYTES, in order, at multiples of STEP_BYTES."""
     return [
         (max(at, start), min(at + STEP_BYTES, start + n_bytes) - max(at, start))
         for start, n_bytes in pages.tolist()

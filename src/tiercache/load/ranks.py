@@ -19,14 +19,7 @@ logger = logging.getLogger("tiercache")
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One of world_size processes that share an epoch.
-
-    Attributes:
-        rank: Number of this process, 0 to world_size - 1.
-        world_size: Number of ranks.
-        origin: Where the rank was read.
-        local_ranks: Number of ranks on this machine.
-    """
+    """One of world_size processes that share an epoch."""
 
     rank: int
     world_size: int
@@ -34,8 +27,8 @@ class Rank:
     local_ranks: int = 1
 
     def __str__(self) -> str:
-        said_by = "alone" if self.origin == "alone" else f"from {self.origin}"
-        return f"rank {self.rank} of {self.world_size} ({said_by})"
+        origin = "alone" if self.origin == "alone" else f"from {self.origin}"
+        return f"rank {self.rank} of {self.world_size} ({origin})"
 
 
 def find_rank(options: LoaderOptions) -> Rank:
@@ -59,11 +52,6 @@ def find_rank(options: LoaderOptions) -> Rank:
 
 def agree(rank: Rank, mine: dict[str, Any], alike: dict[str, Any]) -> dict[str, Any]:
     """Return rank 0's values on all ranks that torch.distributed joins, else `mine`; a collective call.
-
-    Args:
-        rank: This process's rank.
-        mine: Plain values; those of rank 0 hold for all ranks.
-        alike: Plain values that must be equal on all ranks.
 
     Raises:
         ValueError: One of `alike` differs on one of the ranks; raised on every rank.

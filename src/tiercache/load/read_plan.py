@@ -20,7 +20,7 @@ from tiercache.errors import TierCacheError
 from tiercache.model import NEVER, ReadingPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
@@ -98,7 +98,7 @@ def find_shard_uses(share: OrderShare, start: int, n_shards: int) -> ShardUses:
     begins, ends = np.full(n_shards, NEVER), np.zeros(n_shards, np.int64)
     spans: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
     for stream in ranks.streams:
-        groups = _from(order.groups(stream), stream, order.n_streams, start)
+        groups = _groups_from(order.groups(stream), stream, order.n_streams, start)
         sizes = np.diff(groups.cuts)
         np.minimum.at(begins, groups.shards, np.repeat(groups.starts, sizes))
         np.maximum.at(ends, groups.shards, np.repeat(groups.stops, sizes))
@@ -106,7 +106,7 @@ def find_shard_uses(share: OrderShare, start: int, n_shards: int) -> ShardUses:
     return ShardUses(begins, ends, ReadClock(start, *(np.concatenate(column) for column in zip(*spans, strict=True))))
 
 
-def _from(groups: ShardGroups, stream: int, n_streams: int, start: int) -> ShardGroups:
+def _groups_from(groups: ShardGroups, stream: int, n_streams: int, start: int) -> ShardGroups:
     """Return a stream's groups, in positions of the epoch, without what lies before `start`."""
     # Position p of the stream is position p * n_streams + stream of the epoch.
     begins, ends = groups.starts * n_streams + stream, (groups.stops - 1) * n_streams + stream + 1
@@ -127,26 +127,26 @@ def make_read_plan(
         max_shards: Maximum of shards examined over all later epochs; at least one epoch is examined.
     """
     n_shards = len(uses.ends)
-    then = np.full(n_shards, NEVER)
-    passed, looked, quiet = uses.clock.total, 0, 0
+    next_read = np.full(n_shards, NEVER)
+    elapsed, cost, n_quiet = uses.clock.total, 0, 0
     for number, share in enumerate(later):
         found = find_shard_uses(share, 0, n_shards)
-        news = found.shards[then[found.shards] == NEVER]
-        then[news] = passed + found.clock.at(found.begins[news])
-        passed += found.clock.total
-        looked += cost_of(share, n_shards)
-        quiet = quiet + 1 if not len(news) and (then[uses.shards] != NEVER).all() else 0
-        if quiet >= EPOCHS_WITHOUT_NEWS or np.count_nonzero(then != NEVER) == n_filled:
+        new_shards = found.shards[next_read[found.shards] == NEVER]
+        next_read[new_shards] = elapsed + found.clock.at(found.begins[new_shards])
+        elapsed += found.clock.total
+        cost += cost_of(share, n_shards)
+        n_quiet = n_quiet + 1 if not len(new_shards) and (next_read[uses.shards] != NEVER).all() else 0
+        if n_quiet >= EPOCHS_WITHOUT_NEWS or np.count_nonzero(next_read != NEVER) == n_filled:
             break
-        if number + 1 >= MAX_EPOCHS_AHEAD or looked >= max_shards or passed >= NEVER // 2:
+        if number + 1 >= MAX_EPOCHS_AHEAD or cost >= max_shards or elapsed >= NEVER // 2:
             break
-    shards = np.flatnonzero((uses.ends > 0) | (then != NEVER))
+    shards = np.flatnonzero((uses.ends > 0) | (next_read != NEVER))
     is_read = uses.ends[shards] > 0
     first, last = (
         np.where(is_read, uses.clock.at(np.where(is_read, positions[shards], 0)), NEVER)
         for positions in (uses.begins, uses.ends)
     )
-    return ReadingPlan(owner, shards, first, last, then[shards])
+    return ReadingPlan(owner, shards, first, last, next_read[shards])
 
 
 def cost_of(share: OrderShare, n_shards: int) -> int:
@@ -167,12 +167,6 @@ class ReadPlanPublisher:
     The planner begins, completes and advances it; the owner of the epoch closes it. Without a cache nothing is
     computed. A plan that cannot be written is not an error: the cache then knows less. Thread-safe; in a forked child
     the methods do nothing.
-
-    Args:
-        source: Source that is read.
-        state: State at the start of the epoch, or where it was resumed.
-        plan_epoch: Function that returns a rank's share of an epoch. It must not refer to the loader, which would then
-            live too long.
     """
 
     def __init__(self, source: Source, state: RunState, plan_epoch: Callable[[RunState], OrderShare]) -> None:
@@ -189,31 +183,28 @@ class ReadPlanPublisher:
         self._pid = os.getpid()
 
     def begin(self, share: OrderShare, n_batches: int = 0) -> None:
-        """Publish what is known quickly, before a shard of the share is opened. Only the first call counts.
+        """Publish the plan of a share, of which n_batches were served before; many shards wait for complete().
 
-        n_batches: number of batches of the share that were served before.
+        Only the first call counts. It comes before a shard of the share is opened.
         """
         if self._share is not None or self._is_closed or not self._source.has_cache:
             return
         self._share, self._start = share, share.ranks.offset_after(n_batches)
         if len(self._source.shard_records) <= QUICK_SHARDS:
+            self._is_complete = True
             self._publish(QUICK_SHARDS_AHEAD)
 
     def complete(self) -> None:
-        """Publish all that can be known, after the first batch was pushed. Only the first call counts."""
-        if self._share is None or self._is_complete or self._is_closed:
-            return
-        self._is_complete = True
-        if len(self._source.shard_records) <= QUICK_SHARDS:
-            self._publish(MAX_SHARDS_AHEAD)
-        else:
+        """Publish the plan of many shards in a thread, after the first batch was pushed. Only the first call counts."""
+        if self._share is not None and not self._is_complete and not self._is_closed:
+            self._is_complete = True
             threading.Thread(target=self._publish, args=(MAX_SHARDS_AHEAD,), name="tiercache-plan", daemon=True).start()
 
     def advance(self, n_batches: int, n_rows: int) -> None:
         """Set the clock to n_batches of the share and then n_rows."""
         uses, share = self._uses, self._share
         if uses is not None and share is not None:
-            n_done = min(n_batches + n_rows // share.batch_size, share.n_batches)
+            n_done = min(n_batches + n_rows // share.ranks.batch_size, share.ranks.n_batches)
             position = np.array([share.ranks.offset_after(n_done)], np.int64)
             self._advance(int(uses.clock.at(position)[0]))
 
@@ -264,18 +255,14 @@ class ReadPlanPublisher:
             # The earlier plan is withdrawn all the same: it would announce this epoch as the next one for ever.
             following = None
         with self._lock:
-            old, self._following = self._following, following or self._following
             before, self._before = self._before, None
-            over = [one for one in (old, before) if one is not None and one is not self._following]
-            if self._is_closed and self._following is not None:
-                over.append(self._following)
-                self._following = None
-        try:
-            with self._lock:
-                if self._following is not None and self._clock:
-                    self._following.advance(self._clock)
-        finally:  # No other object refers to these plans any more.
-            for one in over:
+            is_unwanted = self._is_closed
+            if not is_unwanted:
+                self._following = following
+                if following is not None and self._clock:
+                    following.advance(self._clock)
+        for one in (before, following if is_unwanted else None):
+            if one is not None:
                 one.close()
 
     def _follow(self, max_shards: int) -> PublishedPlan | None:
@@ -283,13 +270,12 @@ class ReadPlanPublisher:
         if share is None:
             return None
         n_shards = len(source.shard_records)
-        if self._uses is None:
-            self._uses = find_shard_uses(share, self._start, n_shards)
+        self._uses = find_shard_uses(share, self._start, n_shards)
         ranks, n_filled = share.ranks, int(np.count_nonzero(source.shard_records))
         owner = f"rank {ranks.rank} of {ranks.world_size}, epoch {self._state.epoch}, seed {share.seed}"
-        looked: list[int] = []
-        plan = make_read_plan(owner, self._uses, self._later(looked), n_filled, max_shards)
-        self._is_complete = max_shards >= MAX_SHARDS_AHEAD or sum(looked) < max_shards
+        # The rank's shares of the following epochs.
+        later = (self._plan_epoch(self._state.following(n)) for n in itertools.count(self._state.epoch + 1))
+        plan = make_read_plan(owner, self._uses, later, n_filled, max_shards)
         # Closed while the plan was computed. The cache may be closed too, and must not be opened again.
         if self._is_closed:
             return None
@@ -305,10 +291,3 @@ class ReadPlanPublisher:
         beside = ranks.world_size > 1
         seed = self._state.following(0).seed  # the same in all epochs of the run
         return f"rank {ranks.rank} of {ranks.world_size}, seed {seed}, of {parts}" if beside else ""
-
-    def _later(self, looked: list[int]) -> Iterator[OrderShare]:
-        """Yield the rank's shares of the following epochs; append the cost of each to `looked`."""
-        for number in itertools.count(self._state.epoch + 1):
-            share = self._plan_epoch(self._state.following(number))
-            looked.append(cost_of(share, len(self._source.shard_records)))
-            yield share

@@ -1,7 +1,8 @@
-"""The engines of loaders with a sampler: a user's sampler on the native path, and tiercache's order on torch's path.
+"""The engines of loaders with a sampler: known samplers on the native path, and tiercache's order on torch's path.
 
-SamplerEngine asks a user's sampler which records to serve. IndexEngine gives torch's fetchers the indices of the native
-order. OrderSampler gives that order to libraries that rebuild a loader from its sampler.
+SamplerEngine serves the indices of a sampler of torch or torchdata as an explicit order. IndexEngine gives torch's
+fetchers the indices of the native order. OrderSampler gives that order to libraries that rebuild a loader from its
+sampler.
 """
 
 from __future__ import annotations
@@ -10,64 +11,59 @@ import operator
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from torch.utils import data as torch_data
 
+from tiercache._native.finder import wrapped
 from tiercache.load.engine import Engine, EpochPosition, LoaderArguments, NativeEngine, NativeIterator
-from tiercache.load.epoch import epoch_records, plan_epoch
+from tiercache.load.epoch import OrderShare, epoch_records, explicit_order, plan_epoch
 from tiercache.load.ranks import Rank, find_rank
-from tiercache.load.sampler_queue import SamplerQueue
 from tiercache.load.samplers import (
     FINISHED,
-    OURS,
     STATE_KEYS,
     RandomSampler,
-    SamplerLookahead,
     SamplerPass,
-    batch_rows,
-    says_size,
+    permutes_at_end,
     set_sampler_epoch,
 )
 from tiercache.load.state import RunState
 from tiercache.load.torch_rng import RandomGenerators, TorchDraws, next_seed
-from tiercache.order import BlockTable, Layout
-from tiercache.order.explicit import RecordLocator
+from tiercache.order import BlockTable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
-    from tiercache.load.epoch import OrderShare
     from tiercache.load.prefetch import AnyPiece
     from tiercache.load.source import NativeDataset, Source
 
 
 class SampledIterator(Iterator[Any]):
-    """The batches that a sampler selects. Independent of its loader's other iterators; closes itself when dropped."""
+    """The batches that a known sampler selects; made anew by each iter(). It closes itself when dropped.
 
-    def __init__(self, epoch: SamplerPass, run: SamplerEngine, draws: TorchDraws) -> None:
-        self._epoch = epoch
-        self._run = run
-        self._draws = draws
-        epoch.draw(run.lead.at_begin)
-        epoch.feed.make_plannable()
-        # Begun now if possible: torch's loader gives its warnings (about pinning) in iter().
-        self._native = run.begin(epoch, draws) if run.says_size else None
+    begin: Function that draws the sampler's indices and starts the pipeline.
+    """
+
+    def __init__(self, begin: Callable[[], NativeIterator], n_batches: int) -> None:
+        self._begin = begin
+        self._n_batches = n_batches
+        self._native: NativeIterator | None = None
+
+    def begin(self) -> NativeIterator:
+        """Return the iterator over the pipeline, started at the first call."""
+        if self._native is None:
+            self._native = self._begin()
+        return self._native
 
     def __next__(self) -> Any:
-        if self._epoch.finished:
-            raise StopIteration
-        self._ask()
-        if self._native is None:
-            self._native = self._run.begin(self._epoch, self._draws)
-        return next(self._native)
-
-    def __iter__(self) -> SampledIterator:
-        return self
+        return next(self._native or self.begin())
 
     def __len__(self) -> int:
-        return self._run.n_batches()
+        return self._n_batches
 
     def __getstate__(self) -> NoReturn:
         raise NotImplementedError(f"{type(self).__name__} cannot be pickled")  # torch's iterators raise the same error
@@ -78,129 +74,107 @@ class SampledIterator(Iterator[Any]):
 
     def close(self) -> None:
         """End this epoch, early or not. May be called repeatedly."""
-        self._epoch.feed.close()
         if self._native is not None:
             self._native.close()
 
-    def _ask(self) -> None:
-        """Ask the sampler as far ahead as allowed.
-
-        If that is far, each batch that is taken asks for two more, so that no call takes long. The planner gets the new
-        batches together when half of the queue is not planned yet: few for the first batch, then more and more.
-        """
-        feed, lead, n_yielded = self._epoch.feed, self._run.lead, self._epoch.n_yielded
-        ahead = feed.n_batches - n_yielded
-        if lead.n_batches == lead.at_begin:  # as torch: one more for each batch that is taken
-            self._epoch.draw(lead.n_batches + 1 - ahead)
-            feed.make_plannable()
-            return
-        self._epoch.draw(min(8 if self._epoch.is_bulk else 2, lead.n_batches - ahead))
-        if 2 * (feed.n_plannable - n_yielded) <= feed.n_batches - n_yielded:
-            feed.make_plannable()
-
 
 class SamplerEngine(Engine):
-    """The engine of a loader with a sampler: the position, one iterator per epoch, and the counters.
+    """The engine of a loader with a known sampler (`samplers.is_known`), whose indices replace the order.
 
     One consumer thread uses it.
     """
 
-    def __init__(self, source: Source, asked: LoaderArguments, index_sampler: Any, lead: SamplerLookahead) -> None:
-        super().__init__(source, asked)
-        self.lead = lead
-        self._index_sampler = index_sampler
-        block_tables = source.block_tables if self._corruption is None else self._corruption.block_tables
-        self._locator = RecordLocator(Layout(source.shard_records, source.shard_bytes, block_tables))
-        self._next: Mapping[str, Any] | None = None  # the state to continue from
-        self._epoch: SamplerPass | None = None  # the newest
+    def __init__(self, source: Source, arguments: LoaderArguments, batch_sampler: Any) -> None:
+        super().__init__(source, arguments)
+        self._batch_sampler = batch_sampler
+        self._saved: Mapping[str, Any] | None = None  # the state to continue from
+        self._pass: SamplerPass | None = None  # the newest
         self._is_fresh = False  # made only to read its state, so that the next iter() uses it
-        self._number = 0  # number of the next epoch
-        self._seed = asked.options.seed  # seed of the random values of a record
-
-    @property
-    def says_size(self) -> bool:
-        """Whether the length of the batches is known before the first one, so that their memory can be allocated."""
-        return says_size(self._index_sampler)
+        self._epoch = 0  # number of the next epoch
+        self._seed = arguments.options.seed  # seed of the random values of a record
 
     def rank(self) -> Rank:
         """Return a rank that is served all records: the sampler decides this process's share."""
-        return Rank(0, 1, "sampler", find_rank(self._asked.options).local_ranks)
+        return Rank(0, 1, "sampler", find_rank(self._arguments.options).local_ranks)
 
     def state(self) -> dict[str, Any]:
-        """Return the position; makes the sampler's iterator if the epoch has not begun."""
-        if self._epoch is None:
-            self._epoch, self._is_fresh = self._make(), True
-        return self._epoch.state()
+        """Return the position; draws the sampler's indices if the epoch has not begun."""
+        if self._pass is None:
+            self._pass, self._is_fresh = self._make(), True
+        return self._pass.state()
 
     @property
     def rebuild_arguments(self) -> tuple[LoaderArguments, Mapping[str, Any] | None]:
         """Arguments that make an equal engine elsewhere, and its position if the run has begun."""
-        return self._asked, self._next if self._epoch is None else self._epoch.state()
+        return self._arguments, self._saved if self._pass is None else self._pass.state()
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Resume from a saved state.
-
-        Raises:
-            ValueError: The state is not one of a loader with a sampler.
-        """
+        """Resume from a saved state. Raises ValueError: the state is not one of a loader with a sampler."""
         missing = [key for key in STATE_KEYS if key not in state]
         if missing:
             raise ValueError(
                 f"not a state of a loader with a sampler (and num_workers=0): it lacks {missing[0]!r}, "
                 f"it has the keys {sorted(state)}"
             )
-        self._next, self._epoch, self._is_fresh = state, None, False
-        if state[FINISHED]:  # Made now: a reseed between here and iter() decides the next epoch's order.
-            with RandomGenerators(self._index_sampler).replaying():
-                self._epoch, self._is_fresh = self._make(), True
+        self._saved, self._pass, self._is_fresh = state, None, False
+        if state[FINISHED]:  # Replayed now: a reseed between here and iter() decides the next epoch's order.
+            with RandomGenerators(self._batch_sampler).replaying():
+                self._pass, self._is_fresh = self._make(), True
+                self._draws(self._pass).exhaust()
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the samplers that take one."""
-        self._number = operator.index(epoch)
-        set_sampler_epoch(self._index_sampler, self._number)
+        self._epoch = operator.index(epoch)
+        set_sampler_epoch(self._batch_sampler, self._epoch)
 
     def n_batches(self) -> int:
-        """Return the batches of an epoch. Raises TypeError if the sampler has no length, as torch's loader does."""
-        return len(self._index_sampler)
+        """Return the batches of an epoch."""
+        return len(self._batch_sampler)
 
     def iterate(self) -> SampledIterator:
         """Return the iterator of the next epoch."""
         self._check_readable()
-        if not (self._is_fresh and self._epoch is not None):
-            self._epoch = self._make()
-        if self._epoch.finished:
-            self._epoch = self._make()
+        if self._pass is None or not self._is_fresh or self._pass.finished:
+            self._pass = self._make()
         self._is_fresh = False
-        iterator = SampledIterator(self._epoch, self, TorchDraws(self._asked.generator, False, 0))
+        iterator = SampledIterator(partial(self._begin, self._pass, self._pin_function()), self.n_batches())
         self._iterator = weakref.ref(iterator)
+        if self._arguments.num_workers:
+            iterator.begin()  # torch sends workers their first indices in iter()
         return iterator
 
-    def begin(self, epoch: SamplerPass, draws: TorchDraws) -> NativeIterator:
-        """Start to gather the drawn batches of an epoch."""
-        return self._start_iterator(epoch, epoch.feed, draws)
-
     def _make(self) -> SamplerPass:
-        """Return the next epoch, or that of the loaded state. Draws the random numbers that torch draws in iter()."""
-        state, self._next = self._next, None
-        ours = {} if state is None else state.get(OURS, {})
-        number = ours.get("epoch", self._number)
-        window_bytes = self._asked.options.window_bytes
-        rows = ours.get("rows", 0)
-        feed = SamplerQueue(
-            self._source, self._locator, window_bytes, epoch=number, first_row=rows, corruption=self._corruption
-        )
-        feed.batch_size = batch_rows(self._index_sampler)
-        epoch = SamplerPass(self._index_sampler, feed, self._source)  # first: it may draw from the generator too
+        """Return a new pass, or that of the loaded state. Draws the base seed that torch draws in iter()."""
+        saved, self._saved = self._saved, None
         # A resumed epoch drew it before its state was saved.
-        if state is None and not (self._asked.persistent_workers and self._asked.num_workers and self._n_epochs):
-            TorchDraws(self._asked.generator, False, 0).begin()
+        if saved is None and not (
+            self._arguments.persistent_workers and self._arguments.num_workers and self._n_epochs
+        ):
+            TorchDraws(self._arguments.generator, False, 0).begin()
         if self._seed is None:
-            self._seed = next_seed(self._asked.generator, after_begin=True)
-        feed.seed = self._seed = ours.get("seed", self._seed)
-        self._number, self._n_epochs = number + 1, self._n_epochs + 1
-        if state is not None:
-            epoch.resume(state)
-        return epoch
+            self._seed = next_seed(self._arguments.generator, after_begin=True)
+        made = SamplerPass(self._batch_sampler, saved, self._epoch, self._seed)
+        self._seed, self._epoch, self._n_epochs = made.seed, made.epoch + 1, self._n_epochs + 1
+        if made.finished:
+            made.begin()
+        return made
+
+    def _draws(self, epoch: SamplerPass) -> TorchDraws:
+        """Return what the sampler draws after its last index. What it draws before, begin() has drawn."""
+        sampler, n = self._batch_sampler.sampler, len(epoch.begin())
+        generator = sampler.generator if permutes_at_end(sampler) else None
+        ends_short = not self._batch_sampler.drop_last and n % self._batch_sampler.batch_size > 0
+        return TorchDraws(generator, generator is not None, n, ends_short, is_sampled=True)
+
+    def _begin(self, epoch: SamplerPass, pin: Callable[[Any], Any] | None) -> NativeIterator:
+        listed = self._source.record_order
+        numbers = wrapped(epoch.begin(), int(self._source.shard_records.sum()) if listed is None else len(listed))
+        if listed is not None:
+            numbers = listed[numbers]
+        read = self._source if self._corruption is None else self._corruption
+        order = explicit_order(read, numbers, self._arguments.options.window_bytes)
+        share = OrderShare(order, epoch.ranks, epoch.seed, epoch.epoch, self._corruption)
+        return self._start_iterator(epoch, share, self._draws(epoch), pin)
 
 
 # Positions of an unshuffled epoch that are converted to lists of indices at a time.
@@ -250,17 +224,15 @@ class IndexSampler:
     def __iter__(self) -> Iterator[Any]:
         """Yield lists of indices for batches, or single indices."""
         read, share, draws = self._epoch
-        size = share.batch_size
+        size = share.ranks.batch_size
         left = np.empty(0, np.int64)
-        draws.sample()
-        for numbers in served_numbers(read, share, is_shuffled=draws.shuffle):
+        for numbers in served_numbers(read, share, draws):
             rows = np.concatenate([left, numbers]) if len(left) else numbers
             n_whole = len(rows) // size * size
             whole = rows[:n_whole].tolist()
             yield from (whole[i : i + size] for i in range(0, n_whole, size)) if self._is_batched else whole
             left = rows[n_whole:]
-        draws.exhaust()  # torch asks its sampler until it ends before it returns a short last batch
-        if len(left):
+        if len(left):  # torch asks its sampler until it ends before it returns a short last batch
             yield left.tolist()
 
 
@@ -270,8 +242,8 @@ class IndexEngine(NativeEngine):
     sampler: The sampler that torch's iterators ask for indices.
     """
 
-    def __init__(self, dataset: NativeDataset, asked: LoaderArguments, *, is_batched: bool) -> None:
-        super().__init__(dataset.__tiercache__().source, asked)
+    def __init__(self, dataset: NativeDataset, arguments: LoaderArguments, *, is_batched: bool) -> None:
+        super().__init__(dataset.__tiercache__().source, arguments)
         self.sampler = IndexSampler(is_batched=is_batched)
         self._users = dataset
         self._pending: Any = None  # the position of the epoch that begin() chose
@@ -285,7 +257,7 @@ class IndexEngine(NativeEngine):
             source: Any = self._source
             access = self._users.__tiercache__()
             found = self._users if source is access.source else access.with_source(source)
-            is_mixed = source.mixture is not None and self._asked.shuffle
+            is_mixed = source.mixture is not None and self._arguments.shuffle
             self._over = source, access.with_source(source.unmixed()) if is_mixed else found
         return self._over[1]
 
@@ -296,16 +268,16 @@ class IndexEngine(NativeEngine):
             Whether the run resumes within the epoch: the iterator's draws were then made before the state was saved.
         """
         is_resumed = self._is_resumed
-        state, draws_seed = self._next_state(drawn=False)
-        if draws_seed:
-            state = self._with_drawn_seed(state)
+        state = self._next_state(drawn=False)
         self._check_readable()
         self._n_records = None  # a subclass may have another length now
         read = self._numbered()
-        share = plan_epoch(read, self.rank(), self._asked.batch_size, self._asked.fills_first, state)
+        share = plan_epoch(read, self.rank(), self._arguments.batch_size, self._arguments.fills_first, state)
         if share.ranks.ignores_streams:
             self._warn_of_streams(share.ranks)
-        draws = TorchDraws(self._asked.generator, self._asked.shuffle, share.n_records, is_sampled=is_resumed)
+        draws = TorchDraws(
+            self._arguments.generator, self._arguments.shuffle, share.ranks.n_records, is_sampled=is_resumed
+        )
         self.sampler.begin(read, share, draws)
         self._pending = EpochPosition(state, share.ranks)
         return is_resumed
@@ -338,13 +310,21 @@ class IndexEngine(NativeEngine):
         return self._source if n_records == epoch_records(self._source) else _Numbered(n_records)
 
 
-def served_numbers(read: Any, share: OrderShare, *, is_shuffled: bool) -> Iterator[NDArray[np.int64]]:
-    """Yield the indices of a rank's records in served order, some at a time. Reads footers for a shuffled order."""
-    ranks = share.ranks
-    if not is_shuffled:  # position p is record p, also in listed and mixed sources
-        for start in range(0, ranks.n_served, _CHUNK_ROWS):
-            yield ranks.positions_between(start, min(start + _CHUNK_ROWS, ranks.n_served))
-        return
+def served_numbers(read: Any, share: OrderShare, draws: TorchDraws) -> Iterator[NDArray[np.int64]]:
+    """Yield the indices of a rank's records in served order, some at a time, and draw what torch's sampler draws.
+
+    Reads footers for a shuffled order.
+    """
+    draws.sample()
+    if draws.shuffle:
+        yield from _shuffled_numbers(read, share)
+    else:  # position p is record p, also in listed and mixed sources
+        for start in range(0, share.ranks.n_served, _CHUNK_ROWS):
+            yield share.ranks.positions_between(start, min(start + _CHUNK_ROWS, share.ranks.n_served))
+    draws.exhaust()
+
+
+def _shuffled_numbers(read: Any, share: OrderShare) -> Iterator[NDArray[np.int64]]:
     listed = None if read.mixture is not None else read.record_order
     served = None if listed is None else np.argsort(listed, kind="stable")  # by number in stored order
     first_records = np.concatenate([[0], np.cumsum(read.shard_records)])
@@ -382,7 +362,7 @@ class OrderSampler(torch_data.Sampler[int]):
         run: The loader's engine.
         is_split_by_others: Whether another library splits the record numbers among processes. Then the sampler returns
             all records in torch's order: that library keeps the generators of torch's samplers equal on all processes.
-        told_epoch: The epoch that set_epoch() chose for the next iterator.
+        requested_epoch: The epoch that set_epoch() chose for the next iterator.
     """
 
     run: NativeEngine | None = None
@@ -459,8 +439,6 @@ class OrderIterator(Iterator[int]):
         return self._numbers
 
     def _given(self, read: Any, share: OrderShare, draws: TorchDraws) -> Iterator[int]:
-        draws.sample()
-        for numbers in served_numbers(read, share, is_shuffled=draws.shuffle):
+        for numbers in served_numbers(read, share, draws):
             yield from numbers.tolist()
-        draws.exhaust()
         self._run.end_for_sampler(share)

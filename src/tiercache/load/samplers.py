@@ -1,13 +1,11 @@
-"""One pass over a user's sampler as torch and torchdata make it, and how far ahead the sampler may be asked.
+"""Samplers: the indices of those that are known, as one array, and a state for those that have none.
 
-Samplers of known types give all their indices at once as an array, without Python code per index.
+A known sampler is one of torch's or torchdata's, or a plain sequence. Any other sampler is asked by torch's own loader.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +15,13 @@ from torch.utils import data as torch_data
 from torch.utils.data.dataloader import _InfiniteConstantSampler
 from torchdata.stateful_dataloader import Stateful
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
-from torchdata.stateful_dataloader.worker import try_to_deserialize
 
-from tiercache._native.finder import wrapped
-from tiercache.load.sampler_queue import SamplerBatch, SamplerQueue
 from tiercache.load.torch_rng import REPLAY, YIELDED, RandomGenerators, Replay, ReplayedSampler, ReplayState, next_seed
+from tiercache.order import RankPlan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tiercache.load.source import Source
-
-
-# Larger samplers are asked index by index: an array of their indices would take 512 MiB and more.
-MAX_INDICES = 1 << 26
 
 SAMPLES_YIELDED = "samples_yielded"  # torchdata's key in the state of its BatchSampler's iterator
 
@@ -39,11 +30,7 @@ _CHUNK = 1 << 12  # indices per call while skipping
 
 
 class _BatchIterator(torchdata_samplers._BatchSamplerIterator):  # type: ignore[misc]  # noqa: SLF001 -- its state
-    """torchdata's iterator, with its state. C code loops over a batch's indices: 15 us less per batch of 256.
-
-    Attributes:
-        replay: Pass over a sampler without a state; None: the sampler has a state.
-    """
+    """torchdata's iterator, with its state. C code loops over a batch's indices: 15 us less per batch of 256."""
 
     def __init__(self, sampler: Any, batch_size: int, drop_last: bool) -> None:
         self.sampler, self.batch_size, self.drop_last = sampler, batch_size, drop_last
@@ -108,155 +95,88 @@ def with_state(index_sampler: Any) -> Any:
 
 
 OF_TORCHDATA = (BatchSampler, torchdata_samplers.BatchSampler)
-BATCH_ITERATORS = (_BatchIterator, torchdata_samplers._BatchSamplerIterator)  # noqa: SLF001 -- its exact type
+
+# Samplers of more records take torch's path: an array of their indices would take 512 MiB and more.
+MAX_INDICES = 1 << 26
+
+_PLAIN = (list, tuple, range, np.ndarray, torch.Tensor)
+_DISTRIBUTED = (torch_data.distributed.DistributedSampler, torchdata_samplers.StatefulDistributedSampler)
+_RANDOM = (torch_data.RandomSampler, torchdata_samplers.RandomSampler)
+_KNOWN = (
+    *_PLAIN,
+    *_RANDOM,
+    *_DISTRIBUTED,
+    torch_data.SequentialSampler,
+    torch_data.SubsetRandomSampler,
+    torch_data.WeightedRandomSampler,
+)
 
 
-class IndexArrayIterator(Iterator[Any]):
-    """The iterator of a batch sampler over a sampler whose indices are known.
+def is_known(sampler: Any) -> bool:
+    """Whether all indices of a sampler can be drawn at once when its pass begins.
 
-    replay: The generators' states before the sampler drew; it counts the indices that are returned, from `start` on.
+    That is known of plain sequences and of the samplers of torch and torchdata, by their exact types: they draw all
+    their random numbers then. A RandomSampler draws further numbers during the pass if it serves records repeatedly.
+    Nothing observes that if it seeds a generator of its own in each pass.
     """
-
-    def __init__(
-        self,
-        numbers: NDArray[np.int64],
-        batch_sampler: Any,
-        start: int,
-        at_end: Callable[[], object],
-        replay: ReplayState,
-    ) -> None:
-        self._numbers = numbers
-        self._size, self._drop_last = batch_sampler.batch_size, batch_sampler.drop_last
-        self._has_state = type(batch_sampler) in OF_TORCHDATA
-        self._at = start
-        self._at_end = at_end
-        self._replay = replay
-        replay.add(numbers[:start])
-
-    def __next__(self) -> NDArray[np.int64]:
-        """Return the next batch's indices, a view."""
-        batch = self._numbers[self._at : self._at + self._size]
-        if len(batch) < (self._size if self._drop_last else 1):
-            self._at_end()
-            raise StopIteration
-        self._at += len(batch)
-        self._replay.add(batch)
-        return batch
-
-    def look(self) -> tuple[None, dict[str, Any]]:
-        """Return the states of batch sampler and iterator after the batches returned so far."""
-        replay = self._replay.to_dict()
-        if self._has_state:
-            return None, {SAMPLES_YIELDED: self._at, REPLAY: replay}
-        return None, {YIELDED: -(-self._at // self._size), REPLAY: replay}
+    if type(sampler) in _RANDOM and not _is_one_permutation(sampler) and sampler.generator is not None:
+        return False
+    return type(sampler) in _KNOWN and len(sampler) <= MAX_INDICES
 
 
-def index_array_iterator(batch_sampler: Any, n_before: int, state: Any) -> IndexArrayIterator | None:
-    """Return an iterator over all indices of a batch sampler, new or continued; draws what the sampler draws.
+def is_known_batch_sampler(batch_sampler: Any) -> bool:
+    """Whether it is a batch sampler of torch or torchdata over a known sampler."""
+    return type(batch_sampler) in (torch_data.BatchSampler, *OF_TORCHDATA) and is_known(batch_sampler.sampler)
 
-    Args:
-        batch_sampler: Batch sampler of torch or torchdata; for other types the result is None.
-        n_before: Number of batches that were served before.
-        state: State of its iterator, or None.
 
-    Returns:
-        The iterator. None: the sampler itself must be asked; nothing was drawn.
+def _is_one_permutation(sampler: Any) -> bool:
+    return not sampler.replacement and sampler.num_samples <= len(sampler.data_source)
+
+
+def permutes_at_end(sampler: Any) -> bool:
+    """Whether a sampler draws a permutation from its generator after its last index, and does not use it."""
+    return type(sampler) is torch_data.RandomSampler and sampler.num_samples == len(sampler.data_source)
+
+
+def draw_indices(sampler: Any) -> NDArray[np.int64]:
+    """Return the indices of a known sampler, int64[n], and draw the random numbers that its iterator draws.
 
     Raises:
-        ValueError: The sampler returns other indices than before the state was taken.
+        TypeError: A sequence does not consist of integers.
     """
-    if type(batch_sampler) in OF_TORCHDATA:
-        start = 0 if state is None else state[SAMPLES_YIELDED]
-    elif type(batch_sampler) is torch_data.BatchSampler:
-        start = n_before * batch_sampler.batch_size
-    else:
-        return None
-    sampler, replay = batch_sampler.sampler, ReplayState.fresh()
-    saved = ReplayState.from_dict(state[REPLAY]) if state is not None and REPLAY in state else None
-    if type(sampler) is not torch_data.RandomSampler:
-        found = _indices(sampler)
-    elif saved is None:
-        with replay.recording(RandomGenerators(sampler), "first"):
-            found = _indices(sampler)
-    else:
-        randomness = RandomGenerators(sampler)
-        with randomness.replaying():
-            for step in ("iter", "first"):
-                saved.restore(randomness, step)
-            found = _indices(sampler)
-        replay.moved = saved.moved
-    if found is None:
-        return None
-    bulk = IndexArrayIterator(found[0], batch_sampler, start, found[1], replay)
-    if saved is not None:
-        replay.check(sampler, saved)
-    return bulk
+    kind = type(sampler)
+    if kind in _PLAIN:
+        found = np.asarray(sampler.numpy(force=True) if isinstance(sampler, torch.Tensor) else sampler)
+        if len(found) and (found.ndim != 1 or found.dtype.kind not in "iu"):
+            raise TypeError(f"a sampler must return integer record numbers, it returned {found.dtype}")
+        return np.ascontiguousarray(found, np.int64)
+    if kind is torch_data.SequentialSampler:
+        return np.arange(len(sampler))
+    if kind is torch_data.WeightedRandomSampler:
+        drawn = torch.multinomial(
+            sampler.weights, sampler.num_samples, sampler.replacement, generator=sampler.generator
+        )
+        return drawn.numpy()
+    if kind is torch_data.SubsetRandomSampler:
+        return draw_indices(np.asarray(sampler.indices))[_permutation(len(sampler.indices), sampler.generator)]
+    if kind in _RANDOM and _is_one_permutation(sampler):
+        generator = sampler.generator
+        if generator is None:
+            generator = torch.Generator()
+            generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+        return _permutation(len(sampler.data_source), generator)[: sampler.num_samples]
+    if kind in _DISTRIBUTED:
+        indices = np.arange(len(sampler.dataset))
+        if sampler.shuffle:
+            indices = _permutation(len(indices), torch.Generator().manual_seed(sampler.seed + sampler.epoch))
+        # repeated or cut to equal shares
+        return np.resize(indices, sampler.total_size)[sampler.rank :: sampler.num_replicas].copy()
+    return np.fromiter(sampler, np.int64, len(sampler))
 
 
-def _indices(sampler: Any) -> tuple[NDArray[np.int64], Callable[[], object]] | None:
-    """Return a non-empty sampler's indices, int64[n], and its action at the end; None if it must be asked itself."""
-    n = _length(sampler)
-    if not 0 < n <= MAX_INDICES:
-        return None
-    if type(sampler) is torch_data.RandomSampler:
-        return _random(sampler)
-    if type(sampler) is torch_data.SequentialSampler:
-        return np.arange(n), _do_nothing
-    if type(sampler) is torch_data.distributed.DistributedSampler:
-        return _distributed(sampler), _do_nothing
-    if type(sampler) is range:
-        return np.arange(sampler.start, sampler.stop, sampler.step), _do_nothing
-    if type(sampler) not in (list, tuple, np.ndarray, torch.Tensor):
-        return None
-    try:
-        numbers = np.array(sampler.numpy(force=True) if isinstance(sampler, torch.Tensor) else sampler)
-    except (TypeError, ValueError, RuntimeError):  # lists of unequal lengths, or a type that NumPy does not know
-        return None
-    is_plain = numbers.ndim == 1 and numbers.dtype.kind in "iu"
-    return (np.ascontiguousarray(numbers, np.int64), _do_nothing) if is_plain else None
+def _permutation(n: int, generator: torch.Generator | None) -> NDArray[np.int64]:
+    return torch.randperm(n, generator=generator).numpy()
 
-
-def _random(sampler: Any) -> tuple[NDArray[np.int64], Callable[[], object]] | None:
-    """Draw as torch's sampler: a seed if it has no generator; else with it, and one more permutation at the end."""
-    n = len(sampler.data_source)
-    if sampler.replacement or sampler.num_samples != n:
-        return None
-    generator = sampler.generator
-    at_end: Callable[[], object] = _do_nothing
-    if generator is None:
-        generator = torch.Generator()
-        generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
-    else:
-        at_end = partial(torch.randperm, n, generator=generator)  # these numbers are drawn, but not used
-    return torch.randperm(n, generator=generator).numpy(), at_end
-
-
-def _distributed(sampler: Any) -> NDArray[np.int64]:
-    """Return the indices of torch's sampler: the permutation of its seed and epoch, repeated or cut to equal shares."""
-    n = len(sampler.dataset)
-    if sampler.shuffle:
-        generator = torch.Generator()
-        generator.manual_seed(sampler.seed + sampler.epoch)
-        indices = torch.randperm(n, generator=generator).numpy()
-    else:
-        indices = np.arange(n)
-    return np.resize(indices, sampler.total_size)[sampler.rank :: sampler.num_replicas].copy()
-
-
-def _do_nothing() -> None:
-    """Do nothing at the end of a sampler that draws nothing then."""
-
-
-def _length(sampler: Any) -> int:
-    try:
-        return len(sampler)
-    except TypeError:
-        return 0
-
-
-# Rows asked ahead of samplers that allow it: a window costs 1.5 ms and more, however few rows it has.
-AHEAD_ROWS = 1 << 17
-MIN_AHEAD, MAX_AHEAD = 8, 1 << 10
 
 # torchdata's keys of the state of a single-process iterator: a state of either kind of loader serves the other.
 _INDEX_SAMPLER, _SAMPLER_ITER, _YIELDED, _N_YIELDED, FINISHED = (
@@ -267,18 +187,10 @@ _INDEX_SAMPLER, _SAMPLER_ITER, _YIELDED, _N_YIELDED, FINISHED = (
     "_iterator_finished",
 )
 STATE_KEYS = (_INDEX_SAMPLER, _SAMPLER_ITER, _YIELDED, _N_YIELDED, FINISHED)
+_OF_SAMPLER, _OF_ITERATOR = "sampler_state", "sampler_iter_state"  # in the state of torchdata's BatchSampler's iterator
 OURS = "_tiercache"  # beside them: the key of random crops
 NEXT_EPOCH = "_tiercache_next_epoch"  # the start of the next epoch, in a state at the end of an epoch
 SAMPLER_EPOCH = "_tiercache_sampler_epoch"  # the epoch that was set in a DistributedSampler, which has no state
-
-_PLAIN = (list, tuple, range, np.ndarray, torch.Tensor)
-_TORCH = (
-    torch_data.SequentialSampler,
-    torch_data.SubsetRandomSampler,
-    torch_data.WeightedRandomSampler,
-    torch_data.distributed.DistributedSampler,
-    torchdata_samplers.StatefulDistributedSampler,
-)
 
 
 class RandomSampler(torch_data.RandomSampler):
@@ -386,26 +298,9 @@ class _RandomIterator:
         elif _GENERATOR in begun:
             generator.set_state(begun[_GENERATOR])
         self._begun = begun
-        asked = sampler._num_samples  # noqa: SLF001 -- None: one per record
-        self._indices = iter(torch_data.RandomSampler(sampler.data_source, sampler.replacement, asked, generator))
+        n_samples = sampler._num_samples  # noqa: SLF001 -- None: one per record
+        self._indices = iter(torch_data.RandomSampler(sampler.data_source, sampler.replacement, n_samples, generator))
         return self._indices
-
-
-_RANDOM = (torch_data.RandomSampler, torchdata_samplers.RandomSampler, RandomSampler)
-_BATCH = (torch_data.BatchSampler, *OF_TORCHDATA)
-
-
-def allows_lookahead(sampler: Any) -> bool:
-    """Whether the sampler may be asked ahead unnoticed: it draws all its random numbers when it begins.
-
-    That is known of plain sequences and of the samplers of torch and torchdata, by their exact types; of a
-    RandomSampler only if it draws a single permutation.
-    """
-    if type(sampler) in _BATCH:
-        return allows_lookahead(sampler.sampler)
-    if type(sampler) in _RANDOM:
-        return not sampler.replacement and sampler.num_samples <= len(sampler.data_source)
-    return type(sampler) in _PLAIN or type(sampler) in _TORCH
 
 
 def set_sampler_epoch(index_sampler: Any, epoch: int) -> None:
@@ -425,110 +320,82 @@ def get_sampler_epoch(index_sampler: Any) -> int | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class SamplerLookahead:
-    """How far ahead a sampler is asked, in batches. at_begin: batches asked in iter(), which torch sends to workers."""
-
-    n_batches: int
-    at_begin: int
-
-    @staticmethod
-    def of(sampler: Any, n_workers: int, prefetch_factor: int | None) -> SamplerLookahead | None:
-        """Return how far ahead a sampler may be asked; None: each batch must be asked for when it is due."""
-        at_begin = n_workers * max(prefetch_factor or 0, 1)
-        if not allows_lookahead(sampler):
-            return SamplerLookahead(at_begin, at_begin) if n_workers else None
-        return SamplerLookahead(max(min(AHEAD_ROWS // batch_rows(sampler), MAX_AHEAD), MIN_AHEAD, at_begin), at_begin)
-
-
-def batch_rows(index_sampler: Any) -> int:
-    """Return the rows of its batches if the sampler states them, else 1."""
-    return int(index_sampler.batch_size) if says_size(index_sampler) else 1
-
-
-def says_size(index_sampler: Any) -> bool:
-    """Whether the sampler states the number of rows of its batches."""
-    size = getattr(index_sampler, "batch_size", None)
-    return isinstance(size, int) and size > 0
-
-
 class SamplerPass:
-    """One pass over a sampler: the batches that it returned, their states, and how many were handed out.
+    """One pass over a batch sampler whose sampler is known: all indices as one array, and the loader's position.
 
-    One consumer thread uses it. As in torch's loader, the sampler's iterator is made when the first batch is drawn:
-    until then set_epoch() may be called, as Lightning does to resume.
+    One consumer thread uses it. As in torch's loader, the indices are drawn when the first batch is requested: until
+    then set_epoch() may be called, as Lightning does to resume.
 
     Attributes:
-        feed: Queue of the batches, for the pipeline.
-        n_yielded: Batches handed out since the epoch began or was resumed.
-        finished: Whether the end was reached.
+        indices: int64[n], what the sampler returned. None: not drawn yet.
+        ranks: The batches of the pass, from where it was resumed; set with `indices`.
+        n_yielded, finished: See EpochPosition.
     """
 
-    def __init__(self, index_sampler: Any, feed: SamplerQueue, source: Source) -> None:
-        self.feed = feed
-        self.finished = False
-        self._index_sampler = index_sampler
-        self._iterator: Iterator[Any] | None = None
-        self._begun: Mapping[str, Any] | None = None  # the state to begin from
-        self._listed = source.record_order
-        self._n_records = int(source.shard_records.sum()) if self._listed is None else len(self._listed)
-        self._n_before = self._n_rows = self._first_row = 0
-        self._ended = False
-        self._look: Callable[[], tuple[Any, Any]] = _no_states
-        self._snapshot = self._look()
+    ranks: RankPlan
 
-    @property
-    def n_yielded(self) -> int:
-        """See the class."""
-        return self.feed.n_handed_out
+    def __init__(self, batch_sampler: Any, saved: Mapping[str, Any] | None, epoch: int, seed: int) -> None:
+        self.indices: NDArray[np.int64] | None = None
+        self.n_yielded = 0
+        self.finished = saved is not None and bool(saved[FINISHED])
+        self._batch_sampler = batch_sampler
+        self._saved = saved
+        ours = {} if saved is None else saved.get(OURS, {})
+        self.epoch, self.seed = ours.get("epoch", epoch), ours.get("seed", seed)
+        self._n_before = 0 if saved is None else saved[_N_YIELDED]
+        self._replay = ReplayState.fresh()
+        self._generator_state: Any = None  # of torchdata's RandomSampler, before it drew the indices
+        self._n_checked = 0  # indices in the checksum
 
-    @n_yielded.setter
-    def n_yielded(self, n_batches: int) -> None:
-        while self.feed.n_handed_out < n_batches:
-            self.feed.drop_oldest()
+    def begin(self) -> NDArray[np.int64]:
+        """Draw the indices, if that was not done; return them.
 
-    @property
-    def is_bulk(self) -> bool:
-        """Whether the sampler returned all its indices at once, so that asking ahead costs next to nothing."""
-        return isinstance(self._iterator, IndexArrayIterator)
-
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state as torchdata does: by the sampler's own state, else by asking the sampler again."""
-        self._begun = state
-        self._n_before = state[_YIELDED]
-        self._n_rows = self._first_row = state.get(OURS, {}).get("rows", 0)
-        self._snapshot = state[_INDEX_SAMPLER], state[_SAMPLER_ITER]
-        self.finished = state[FINISHED]
-        if self.finished:  # Nothing is drawn from it, and the sampler's next epoch begins where this one ended.
-            self._begin()
-
-    def draw(self, n_batches: int) -> None:
-        """Ask the sampler for n_batches more. Its errors and its end are reported in their places in the order."""
-        if n_batches > 0 and not self._ended:
-            iterator = self._begin() if self._iterator is None else self._iterator
-        for _ in range(0 if self._ended else n_batches):
-            try:
-                numbers = self._numbers(next(iterator))
-                snapshot = self._look()
-            except StopIteration:
-                return self._end(None)
-            except Exception as error:  # noqa: BLE001 -- the user's code: raised when its batch is due
-                return self._end(error)
-            self.feed.add(SamplerBatch(numbers, self._n_rows, snapshot))
-            self._n_rows += len(numbers)
-        return None
+        Raises:
+            ValueError: The sampler returns other indices than before the state was saved.
+        """
+        if self.indices is not None:
+            return self.indices
+        batch_sampler, sampler = self._batch_sampler, self._batch_sampler.sampler
+        generators, start, saved_replay = RandomGenerators(sampler), 0, None
+        of_batches = RandomGenerators(batch_sampler)  # other names of the same generators
+        if self._saved is None:
+            is_plain = type(batch_sampler) not in OF_TORCHDATA
+            with self._replay.recording(of_batches if is_plain else generators, "first"):  # as torch's path names them
+                indices = self._draw()
+            if type(sampler) is torchdata_samplers.StatefulDistributedSampler:  # the user may have loaded its state
+                start, sampler.next_yielded = sampler.next_yielded or 0, None
+        else:
+            of_iterator = self._saved[_SAMPLER_ITER] or {}
+            if REPLAY in of_iterator:
+                saved_replay = ReplayState.from_dict(of_iterator[REPLAY])
+                self._replay.moved = saved_replay.moved
+            with generators.replaying():
+                for step in ("iter", "first"):
+                    self._replay.restore(generators, step)
+                    self._replay.restore(of_batches, step)
+                if _GENERATOR in of_iterator.get(_OF_ITERATOR, {}):
+                    sampler.generator.set_state(of_iterator[_OF_ITERATOR][_GENERATOR])
+                indices = self._draw()
+            start = of_iterator.get(SAMPLES_YIELDED, self._n_before * batch_sampler.batch_size)
+            if start and _OF_SAMPLER in of_iterator:  # before the first batch it is that of the epoch before
+                start = of_iterator[_OF_SAMPLER][_N_INDICES]
+        self.indices = indices
+        start = min(start, len(indices))
+        self.ranks = RankPlan(start, 1, 0, batch_sampler.batch_size, batch_sampler.drop_last, len(indices))
+        self._add_to_checksum(start)
+        if saved_replay is not None:
+            self._replay.check(sampler, saved_replay)
+        return indices
 
     def state(self) -> dict[str, Any]:
-        """Return the state after the batches handed out, whatever was drawn since; with torchdata's keys."""
-        if self._iterator is None and self._begun is None:
-            self._begin()
-        last = self.feed.last
-        index_sampler, sampler_iter = self._snapshot if last is None else last.snapshot
-        n_rows = self._first_row if last is None else last.first_row + len(last.numbers)
-        n_batches = self._n_before + self.feed.n_handed_out
+        """Return the state after the batches handed out, with torchdata's keys. Begins a new pass."""
+        if self.indices is None and self._saved is not None:
+            return dict(self._saved)
+        self.begin()
+        n_rows, n_batches = self.ranks.offset_after(self.n_yielded), self._n_before + self.n_yielded
         return {
-            _INDEX_SAMPLER: index_sampler,
-            _SAMPLER_ITER: sampler_iter,
+            _INDEX_SAMPLER: None,
+            _SAMPLER_ITER: self._iterator_state(n_rows, n_batches),
             _YIELDED: n_batches,
             _N_YIELDED: n_batches,
             "_IterableDataset_len_called": None,
@@ -536,77 +403,30 @@ class SamplerPass:
             "fetcher_state": None,
             "dataset_state": None,
             FINISHED: self.finished,
-            OURS: {"epoch": self.feed.epoch, "seed": self.feed.seed, "rows": n_rows},
+            OURS: {"epoch": self.epoch, "seed": self.seed, "rows": n_rows},
         }
 
-    def _begin(self) -> Iterator[Any]:
-        """Make the sampler's iterator and advance it to the start of the epoch, or to the loaded state."""
-        state = self._begun
-        bulk = index_array_iterator(
-            self._index_sampler, self._n_before, None if state is None else state[_SAMPLER_ITER]
-        )
-        if bulk is not None:
-            self._iterator, self._look, self._snapshot = bulk, bulk.look, bulk.look()
-            return bulk
-        index_sampler = with_state(self._index_sampler)
-        iterator: Iterator[Any] = iter(index_sampler)
-        if state is not None:
-            index_sampler = try_to_deserialize(index_sampler, state[_INDEX_SAMPLER])
-            iterator = iter(index_sampler)
-            if state[_SAMPLER_ITER] is not None:
-                iterator = try_to_deserialize(iterator, state[_SAMPLER_ITER])
-        self._iterator = iterator
-        self._look = _snapshots(index_sampler, iterator)
-        self._snapshot = self._look()
-        return iterator
+    def _iterator_state(self, n_rows: int, n_batches: int) -> dict[str, Any]:
+        self._add_to_checksum(n_rows)
+        replay = self._replay.to_dict()
+        if type(self._batch_sampler) not in OF_TORCHDATA:
+            return {YIELDED: n_batches, REPLAY: replay}
+        kind = type(self._batch_sampler.sampler)
+        if kind is torchdata_samplers.RandomSampler:
+            own: dict[str, Any] = {_OF_ITERATOR: {_N_INDICES: n_rows, _GENERATOR: self._generator_state}}
+        elif kind is torchdata_samplers.StatefulDistributedSampler:
+            own = {_OF_SAMPLER: {_N_INDICES: n_rows}}
+        else:
+            own = {REPLAY: replay}
+        return {SAMPLES_YIELDED: n_rows, **own}
 
-    def _end(self, error: Exception | None) -> None:
-        self._ended = True
-        self.feed.end(error)
+    def _draw(self) -> NDArray[np.int64]:
+        sampler = self._batch_sampler.sampler
+        if type(sampler) is torchdata_samplers.RandomSampler:
+            self._generator_state = sampler.generator.get_state()
+        return draw_indices(sampler)
 
-    def _numbers(self, indices: Any) -> NDArray[np.int64]:
-        """Return the record numbers of a batch's indices.
-
-        Raises:
-            IndexError: A record does not exist.
-            TypeError: The indices are not integers.
-            ValueError: The batch is empty.
-        """
-        rows = np.asarray(indices)
-        if rows.size == 0:
-            raise ValueError("the batch sampler returned an empty batch: a batch needs one record or more")
-        if rows.dtype.kind not in "iu":
-            raise TypeError(f"a sampler must return integer record numbers, it returned {rows.dtype}")
-        numbers = wrapped(np.ascontiguousarray(rows, np.int64).reshape(-1), self._n_records)
-        return numbers if self._listed is None else self._listed[numbers]
-
-
-def _no_states() -> tuple[Any, Any]:
-    """Return the states of a sampler and an iterator without a state."""
-    return None, None
-
-
-def _snapshots(index_sampler: Any, iterator: Any) -> Callable[[], tuple[Any, Any]]:
-    """Return a function that returns the states of a sampler and its iterator, as torchdata's loader saves them.
-
-    The check whether an object is Stateful takes 5 us, and torchdata makes it for each object and batch: 18 us per
-    batch for its BatchSampler. This function builds the state of that iterator in 1 us.
-    """
-    of_sampler, of_iterator = isinstance(index_sampler, Stateful), isinstance(iterator, Stateful)
-    if not of_sampler and not of_iterator:
-        return _no_states
-    if of_sampler or type(iterator) not in BATCH_ITERATORS:
-        return lambda: (
-            index_sampler.state_dict() if of_sampler else None,
-            iterator.state_dict() if of_iterator else None,
-        )
-    below = {"sampler_state": iterator.sampler, "sampler_iter_state": iterator.sampler_iter}  # torchdata's keys
-    parts = {key: one.state_dict for key, one in below.items() if isinstance(one, Stateful)}
-    replay = getattr(iterator, "replay", None)
-    if replay is not None:
-        parts[REPLAY] = replay.state
-
-    def look() -> tuple[None, dict[str, Any]]:
-        return None, {SAMPLES_YIELDED: iterator.samples_yielded} | {key: state() for key, state in parts.items()}
-
-    return look
+    def _add_to_checksum(self, n_rows: int) -> None:
+        if self.indices is not None and n_rows > self._n_checked:
+            self._replay.add(self.indices[self._n_checked : n_rows])
+            self._n_checked = n_rows

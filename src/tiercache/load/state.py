@@ -214,12 +214,6 @@ _FINISHED = "_iterator_finished"
 def state_for_workers(state: Mapping[str, Any], n_workers: int, base_seed: int, *, is_iterable: bool) -> dict[str, Any]:
     """Return the state in the form that a loader with n_workers loads; a state of neither form is returned unchanged.
 
-    Args:
-        state: Value that a loader's state_dict() returned.
-        n_workers: Number of worker processes of the loader that loads it.
-        base_seed: Seed of the workers' random numbers, if the state has none.
-        is_iterable: Whether the data set is an iterable one.
-
     Returns:
         The state. {}, i.e. a loader that has not begun, for a state at the end of an epoch that holds nothing else.
         Without workers it may have STEPS_SINCE: number of batches to skip after it is loaded.

@@ -20,16 +20,7 @@ WAITING_SHARE = 0.05
 def summarise(
     counters: Mapping[str, float], waits: WaitHistogram, fetched: Mapping[str, float], *, threads: int
 ) -> dict[str, Any]:
-    """Return the dict of `DataLoader.stats()`.
-
-    Args:
-        counters: samples, batches, bytes_served, padded, skipped, wall_s, plan_s, load_s, gather_ns (sum over all
-            threads) and, if images are decoded, decode_ns (sum over all threads) of this loader.
-        waits: Waiting times of the consumer.
-        fetched: requests, bytes_fetched, cache_hits, cache_misses of the data set in this process, since the loader was
-            made.
-        threads: Number of gather threads.
-    """
+    """Return the dict of `DataLoader.stats()`."""
     wall_s = counters.get("wall_s", 0.0)
     wait = waits.snapshot()
     share = min(1.0, wait["total"] / wall_s) if wall_s else 0.0

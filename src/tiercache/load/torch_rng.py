@@ -75,37 +75,24 @@ class TorchDraws:
 
 
 def next_seed(generator: torch.Generator | None, *, after_begin: bool) -> int:
-    """Return the seed that a random sampler would draw next, without drawing from the generator.
-
-    Args:
-        generator: The loader's generator; None: torch's own.
-        after_begin: Whether TorchDraws.begin() was called for the epoch; if not, its draw is skipped first.
-    """
+    """Return the seed that a random sampler would draw next, without drawing from the generator."""
     return _seed_of(_copy(generator), after_begin=after_begin)
 
 
-def predict_seeds(generator: torch.Generator | None, n_records: int, *, begins: bool) -> tuple[int, int | None]:
-    """Return the seed of an epoch after its TorchDraws.begin(), and the predicted seed of the next epoch.
+def predict_seed(generator: torch.Generator | None, n_records: int, *, begins: bool) -> int | None:
+    """Return the seed that the next epoch will draw if no other code draws until then; None: that would take long.
 
-    The prediction holds if no other code draws until then.
-
-    Args:
-        generator: The loader's generator; None: torch's own.
-        n_records: Number of records of an epoch.
-        begins: Whether the next epoch calls TorchDraws.begin().
-
-    Returns:
-        Both seeds; None for the second if the prediction would take long.
+    It is called after the current epoch's TorchDraws.begin(). begins: whether the next epoch calls that too.
     """
     copy = _copy(generator)
     if generator is None:
-        return int(_drawn(copy).item()), _seed_of(copy, after_begin=not begins)
-    seed = next_seed(generator, after_begin=True)
-    if n_records > MAX_FORESEEN:
-        return seed, None
-    for _ in range(2):  # at the start and at the end of the epoch
-        _permute(copy, n_records)
-    return seed, _seed_of(copy, after_begin=not begins)
+        _drawn(copy)
+    elif n_records > MAX_FORESEEN:
+        return None
+    else:
+        for _ in range(2):  # at the start and at the end of the epoch
+            _permute(copy, n_records)
+    return _seed_of(copy, after_begin=not begins)
 
 
 def _copy(generator: torch.Generator | None) -> torch.Generator:
@@ -209,11 +196,7 @@ class ReplayState:
 
 
 class Replay:
-    """One pass over a sampler that has no state.
-
-    Attributes:
-        iterator: The sampler's iterator.
-    """
+    """One pass over a sampler that has no state."""
 
     def __init__(self, sampler: Any) -> None:
         self._sampler = sampler
@@ -246,10 +229,6 @@ class Replay:
 
     def resume(self, state: Mapping[str, Any] | None, skip: Callable[[], object]) -> None:
         """Ask the sampler again for the items that it returned before a state was taken.
-
-        Args:
-            state: Value that state() returned. None: unknown (states of torchdata's loader).
-            skip: Function that takes the earlier items by take() or take_one().
 
         Raises:
             ValueError: The sampler returns other indices now, or drew numbers ahead that it cannot draw again.

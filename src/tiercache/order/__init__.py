@@ -5,9 +5,9 @@ knows torch or does I/O, except through `Layout.blocks`, the caller's function t
 """
 
 from tiercache.order.contract import MAX_STREAMS, BlockTable, Layout, Order, OrderOptions, Section
-from tiercache.order.epoch import EpochOrder, derive_key
+from tiercache.order.epoch_order import EpochOrder, derive_key
 from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture
-from tiercache.order.ranks import RankPlan
+from tiercache.order.rank_plan import RankPlan
 from tiercache.order.window import RowRun, Window
 
 __all__ = [

@@ -46,11 +46,7 @@ class OrderOptions:
     placement: Literal["sticky", "global"] = "sticky"
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ValueError: A size is below one byte, the placement is unknown, or the number of streams is out of range.
-        """
+        """Check the values."""
         for name, size in (("shuffle_group_bytes", self.group_bytes), ("shuffle_window_bytes", self.window_bytes)):
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be 1 or more, or 'all', got {size}")

@@ -10,14 +10,15 @@ import numpy as np
 from tiercache.order.window import ShardGroups, offsets_of_counts, single_shard_groups
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from tiercache.order.contract import Layout
 
-# Record locations of a window take 24 bytes a row; this many are located in about 20 ms.
-MAX_WINDOW_ROWS = 1 << 18
+# Record locations of a window take 24 bytes a row; the maximum is located in about 20 ms. The first batch does not wait
+# for that: the first section is small, and each section has at most four times the rows of the one before.
+FIRST_WINDOW_ROWS, MAX_WINDOW_ROWS = 1 << 13, 1 << 18
 # If there are more blocks than this many times the records, sorting the records is cheaper than a flag for each block.
 _DENSE = 16
 # A block is guessed from the record's range (one range per average block), then corrected step by step. If blocks
@@ -108,29 +109,22 @@ class RecordLocator:
         return int(self._first_record[-1])
 
     def shards(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the shard of each record, int64[n]. Reads no footers.
-
-        Args:
-            numbers: int64[n], record numbers, 0 <= number < n_records.
-        """
+        """Return the shard of each record, int64[n]. Reads no footers."""
         return np.searchsorted(self._first_record, numbers, side="right") - 1
 
     def find(self, numbers: NDArray[np.int64]) -> RecordLocations:
-        """Return the locations of records; reads the footers of shards that were not looked up before.
-
-        Args:
-            numbers: int64[n], record numbers, 0 <= number < n_records, in any order, with repetitions.
-        """
-        if len(self._known) < self._n_filled:
+        """Return the locations of records; reads the footers of shards that were not looked up before."""
+        if not self.is_complete:
             self._learn(np.unique(self.shards(numbers)).tolist())
         table = self._table
         at = table.number_of(numbers)
         row = (numbers - table.starts[at]).astype(np.uint32)
         return RecordLocations(table.shards, table.blocks, table.block_bytes, at, row)
 
-    def find_all(self) -> RecordLocations:
-        """Return the table of all blocks, with no records; reads all footers that were not read before."""
-        return self.find(self._first_record[:-1][np.diff(self._first_record) > 0]).slice(0, 0)
+    @property
+    def is_complete(self) -> bool:
+        """Whether the table of blocks has every shard with records."""
+        return len(self._known) == self._n_filled
 
     def _learn(self, shards: Sequence[int]) -> None:
         missing = [shard for shard in shards if shard not in self._known]
@@ -146,12 +140,7 @@ class RecordLocator:
 
 
 def _join(known: Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]], stop: int) -> _Table:
-    """Return the block table of the known shards.
-
-    Args:
-        known: For each shard, ascending by number, the first records and the raw bytes of its blocks.
-        stop: Record after the last one.
-    """
+    """Return the block table of the known shards."""
     counts = [len(starts) for starts, _ in known.values()]
     nothing = np.empty(0, np.int64)
     starts = np.concatenate([nothing, *(starts for starts, _ in known.values())])
@@ -172,13 +161,9 @@ def _join(known: Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]], stop
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExplicitWindow:
-    """Blocks that hold the records at positions [start, stop) of an explicit order. Has the attributes of `Window`.
+    """Blocks that hold the records at positions [start, stop) of an explicit order.
 
-    It is a section (`Section`) by itself.
-
-    Attributes:
-        block: uint32[stop - start], index of each record's block in shards and blocks.
-        row: uint32[stop - start], row of each record inside its block.
+    It has those attributes of `Window` that loading needs.
     """
 
     start: int
@@ -186,43 +171,51 @@ class ExplicitWindow:
     shards: NDArray[np.int32]
     blocks: NDArray[np.int32]
     block_bytes: NDArray[np.int64]
-    block: NDArray[np.uint32]
-    row: NDArray[np.uint32]
-    group: int = 0
-    index: int = 0
-    stream: int = 0
     key: bytes | None = None
-    row_start: None = None
+    is_in_order: bool = False  # an explicit order may be any order
+
+    def __len__(self) -> int:
+        return self.stop - self.start
 
     @property
     def raw_bytes(self) -> int:
         """Decoded bytes of its blocks, all columns."""
         return int(self.block_bytes.sum())
 
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExplicitSection:
+    """Section (`Section`) of an explicit order: positions [start, stop), and the one window that holds their records.
+
+    Attributes:
+        block: uint32[stop - start], index of each record's block in the window.
+        row: uint32[stop - start], row of each record inside its block.
+    """
+
+    start: int
+    window: ExplicitWindow
+    block: NDArray[np.uint32]
+    row: NDArray[np.uint32]
+
     @property
-    def is_in_order(self) -> bool:
-        """False: an explicit order may be any order."""
-        return False
+    def stop(self) -> int:
+        """Position after the last one."""
+        return self.start + len(self.row)
 
     @property
     def windows(self) -> tuple[ExplicitWindow, ...]:
-        """This window alone."""
-        return (self,)
+        """Its window."""
+        return (self.window,)
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """See Section.rows. Raises ValueError if the positions are outside the window."""
+        """See Section.rows. Raises ValueError if the positions are outside the section."""
         if not 0 <= lo <= hi <= len(self.row):
-            raise ValueError(f"positions [{lo}, {hi}) are outside a window of {len(self.row)}")
+            raise ValueError(f"positions [{lo}, {hi}) are outside a section of {len(self.row)}")
         return self.block[lo:hi].copy(), self.row[lo:hi].copy()
 
 
-def explicit_window(start: int, places: RecordLocations) -> ExplicitWindow:
-    """Return a window of exactly the blocks that hold these records, in stored order.
-
-    Args:
-        start: Position of the first record.
-        places: Locations of the records.
-    """
+def explicit_section(start: int, places: RecordLocations) -> ExplicitSection:
+    """Return the section of these records, from position `start` on, with a window of exactly their blocks."""
     touched = places.touched()
     if len(places.shards) > _DENSE * len(places.at):
         block = np.searchsorted(touched, places.at)
@@ -230,32 +223,15 @@ def explicit_window(start: int, places: RecordLocations) -> ExplicitWindow:
         numbers = np.empty(len(places.shards), np.int64)
         numbers[touched] = np.arange(len(touched))
         block = numbers[places.at]
-    return ExplicitWindow(
-        start,
-        start + len(places.row),
-        places.shards[touched],
-        places.blocks[touched],
-        places.block_bytes[touched],
-        block.astype(np.uint32),
-        places.row,
-    )
-
-
-def whole_window(places: RecordLocations) -> ExplicitWindow:
-    """Return a window of all blocks of the table; `at` of any records of the table is then an index into its blocks."""
-    nothing = np.empty(0, np.uint32)
-    return ExplicitWindow(0, 0, places.shards, places.blocks, places.block_bytes, nothing, nothing)
+    stop, blocks = start + len(places.row), (places.shards[touched], places.blocks[touched])
+    window = ExplicitWindow(start, stop, *blocks, places.block_bytes[touched])
+    return ExplicitSection(start, window, block.astype(np.uint32), places.row)
 
 
 def count_fitting(places: RecordLocations, limit_bytes: int | None, free_shards: Sequence[int] = ()) -> int:
     """Return how many of the first records lie in blocks of at most limit_bytes together; at least one.
 
     Each block is counted once.
-
-    Args:
-        places: Locations of one record or more.
-        limit_bytes: Limit of the raw bytes; None: no limit.
-        free_shards: Shards whose blocks are not counted.
     """
     n = len(places.at)
     touched = places.touched()
@@ -276,16 +252,25 @@ class ExplicitOrder:
         numbers: int64[n], record numbers in served order, with repetitions, 0 <= number < records of the layout. The
             object keeps a reference to the array.
         window_bytes: Raw bytes of the blocks of a window; None: no limit.
+        is_mapped: Function that returns whether the blocks of a shard take no memory, so that they do not count.
     """
 
     n_streams = 1
 
-    def __init__(self, layout: Layout, numbers: NDArray[np.int64], window_bytes: int | None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        numbers: NDArray[np.int64],
+        window_bytes: int | None,
+        is_mapped: Callable[[int], bool] = lambda _shard: False,
+    ) -> None:
         self._numbers = numbers
         self._locator = RecordLocator(layout)
         self._stored_bytes = layout.stored_bytes
         self._window_bytes = window_bytes
-        self._last: ExplicitWindow | None = None
+        self._is_mapped = is_mapped
+        self._last: ExplicitSection | None = None
+        self._whole: ExplicitWindow | None = None  # all blocks of the layout
         if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < self._locator.n_records:
             raise ValueError(
                 f"record numbers {numbers.min()} to {numbers.max()} exceed {self._locator.n_records} records"
@@ -301,21 +286,39 @@ class ExplicitOrder:
         self._check(stream, 0)
         return self.n_records
 
-    def section_at(self, stream: int, position: int) -> ExplicitWindow:
-        """Return the window that holds a position: the last window that was built, or a new one that starts there.
-
-        Raises:
-            ValueError: The position is outside the stream.
-        """
+    def section_at(self, stream: int, position: int) -> ExplicitSection:
+        """Return the section that holds a position: the last one that was built, or a new one that starts there."""
         self._check(stream, position)
         if position == self.n_records:
             raise ValueError(f"position {position} is outside an epoch of {self.n_records} records")
         last = self._last
         if last is None or not last.start <= position < last.stop:
-            places = self._locator.find(self._numbers[position : position + MAX_WINDOW_ROWS])
-            n = count_fitting(places, self._window_bytes)
-            last = self._last = explicit_window(position, places.slice(0, n))
+            last = self._last = self._section(position)
         return last
+
+    def _section(self, position: int) -> ExplicitSection:
+        n_rows = FIRST_WINDOW_ROWS if self._last is None else min(4 * len(self._last.row), MAX_WINDOW_ROWS)
+        places = self._locator.find(self._numbers[position : position + n_rows])
+        if self._whole is None:
+            mapped = self._mapped(places.shards[places.touched()])
+            places = places.slice(0, count_fitting(places, self._window_bytes, mapped))
+            if not self._should_keep_all(places):
+                return explicit_section(position, places)
+            self._whole = ExplicitWindow(0, self.n_records, places.shards, places.blocks, places.block_bytes)
+        return ExplicitSection(position, self._whole, places.at.astype(np.uint32), places.row)
+
+    def _mapped(self, shards: NDArray[np.int32]) -> list[int]:
+        return [shard for shard in np.unique(shards).tolist() if self._is_mapped(shard)]
+
+    def _should_keep_all(self, places: RecordLocations) -> bool:
+        """Whether one window of all blocks should be used to the end: these records need most of them, and they fit.
+
+        Loading a window takes 0.3 ms a shard and more; in a window that is kept, a record costs 0.1 us.
+        """
+        if not self._locator.is_complete or 2 * len(places.touched()) < len(places.shards):
+            return False
+        costly = ~np.isin(places.shards, self._mapped(places.shards))
+        return self._window_bytes is None or int(places.block_bytes[costly].sum()) <= self._window_bytes
 
     def shards_ahead(self, stream: int, position: int, n_bytes: int | None) -> NDArray[np.int64]:
         """See Order.shards_ahead. With a limit it looks at most MAX_WINDOW_ROWS positions ahead."""

@@ -1,24 +1,22 @@
 """Mixture of several data sets in exact shares: a pure function of epoch and position, like any other order.
 
-Shares are exact by integer arithmetic, without counters. Each part of a mixture is an endless sequence of its records,
-part epoch after part epoch.
+Each part of a mixture is an endless sequence of its records, part epoch after part epoch.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from itertools import accumulate
 from numbers import Rational, Real
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from tiercache._native.permute import RowFinder
 from tiercache.order.contract import Layout, OrderOptions
-from tiercache.order.epoch import EpochOrder, derive_key
+from tiercache.order.epoch_order import EpochOrder, derive_key
+from tiercache.order.interleaving import StreamAllocation, StreamInterleaving, apportion, stream_records
 from tiercache.order.window import ShardGroups, allocate_rows, concat_groups
 
 if TYPE_CHECKING:
@@ -28,212 +26,6 @@ if TYPE_CHECKING:
 
     from tiercache.order.contract import BlockTable
     from tiercache.order.window import Window
-
-
-# Each stream starts each split at its own phase; otherwise all streams take the same part at once (256 streams deviated
-# by 400 records together, with these phases by 24). The phases are radical inverses in these bases, by depth: splits
-# below each other need phases that are not correlated (the golden ratio for all of them: deviation 200).
-_BASES = (2, 3, 5, 7, 11, 13, 17, 19)
-
-MAX_RECORDS = 1 << 42  # per stream: 2**20 positions times this fit 63 bits
-_CHUNK_PLACES = 1 << 20
-
-
-def apportion(n: int, weights: Sequence[int]) -> tuple[int, ...]:
-    """Return the shares of n records by weights, by the largest-remainder method; the shares add up to n.
-
-    Every share is its exact value rounded down or up. Therefore a part of n_k records gets at most n_k if n <= n_k /
-    share, and at least n_k if n >= n_k / share.
-
-    Args:
-        n: Number of records to share out.
-        weights: Positive weights of the parts.
-    """
-    total = sum(weights)
-    shares = [n * weight // total for weight in weights]
-    by_remainder = sorted(range(len(weights)), key=lambda part: (-(n * weights[part] % total), part))
-    for part in by_remainder[: n - sum(shares)]:
-        shares[part] += 1
-    return tuple(shares)
-
-
-@dataclass(frozen=True, slots=True)
-class StreamAllocation:
-    """Allocation of an epoch's records to streams: a table whose sums are those of the parts and those of the streams.
-
-    Stream s of the epoch holds ceil((n - s) / S) records. The records of a part beyond a multiple of S go to
-    neighbouring streams, and those of the next part to the streams after them: therefore the streams' records of a part
-    differ by at most one.
-
-    Attributes:
-        totals: Number of records of each part in the epoch.
-        n_streams: Number of streams, S.
-    """
-
-    totals: tuple[int, ...]
-    n_streams: int
-
-    def turns(self, stream: int) -> tuple[int, ...]:
-        """Return the stream's number in each part's rotation; number 0 is the first to get an extra record."""
-        before = accumulate(self.totals[:-1], initial=0)
-        return tuple((stream - n_records) % self.n_streams for n_records in before)
-
-    def quotas(self, stream: int) -> tuple[int, ...]:
-        """Return the number of records that a stream takes of each part; their sum is ceil((n - stream) / S)."""
-        of_parts = zip(self.totals, self.turns(stream), strict=True)
-        return tuple(stream_records(total, self.n_streams, turned) for total, turned in of_parts)
-
-
-def stream_records(n_records: int, n_streams: int, stream: int) -> int:
-    """Return the number of records of one stream: ceil((n_records - stream) / n_streams)."""
-    return max(0, -((stream - n_records) // n_streams))
-
-
-@dataclass(frozen=True, slots=True)
-class _Split:
-    """Node of the tree: it decides which of its items go left. Nodes are numbered parts first, then splits."""
-
-    node: int
-    left: int
-    right: int
-    n_left: int
-    n_items: int
-    phase: int
-
-    def left_before(self, items: int) -> int:
-        """Return how many of the first `items` items go left; n_left for all items."""
-        return (items * self.n_left + self.phase) // self.n_items if self.n_items else 0
-
-    def item_of(self, child: int, number: Any) -> Any:
-        """Return the index of the item that is the child's item of a number: an integer, or an array of integers."""
-        if child == self.left:
-            return -((self.phase - (number + 1) * self.n_items) // self.n_left) - 1
-        return (number * self.n_items + self.phase) // (self.n_items - self.n_left)
-
-
-class StreamInterleaving:
-    """One stream of an epoch as a function from position to part and draw number, and back, in O(parts).
-
-    The parts are the leaves of a binary tree that joins the two smallest nodes first (Huffman's tree). Of its first q
-    items a split sends floor((q * n_left + phase) / n_items) left, so each split deviates by less than one record, of
-    which a part deeper in the tree gets its share. In any range of the stream a part deviates from its quota's share by
-    less than 4 records, however many parts there are, since only the last split of a path gives one side more than two
-    thirds.
-
-    Immutable; threads may share it.
-
-    Args:
-        deal: Allocation of the epoch's records.
-        stream: Number of the stream.
-    """
-
-    def __init__(self, deal: StreamAllocation, stream: int) -> None:
-        self.quotas = deal.quotas(stream)
-        self.n_records = sum(self.quotas)
-        if self.n_records > MAX_RECORDS:
-            raise ValueError(f"a stream of a mixture has at most {MAX_RECORDS} records, got {self.n_records}")
-        self._splits = _tree(deal.totals, self.quotas, stream)
-        self._above = {child: split for split in self._splits for child in (split.left, split.right)}
-
-    def drawn(self, position: int) -> list[int]:
-        """Return the number of records of each part among the first `position` positions."""
-        items = [0] * (2 * len(self.quotas) - 1)
-        items[-1] = position
-        for split in self._splits:
-            items[split.left] = split.left_before(items[split.node])
-            items[split.right] = items[split.node] - items[split.left]
-        return items[: len(self.quotas)]
-
-    def position_of(self, part: int, draw: int) -> int:
-        """Return the position of a part's draw; draws count from 0 and are fewer than its quota."""
-        node, number = part, draw
-        while split := self._above.get(node):
-            node, number = split.node, split.item_of(node, number)
-        return int(number)
-
-    def positions_of(self, part: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return `position_of` of many draws, int64[n]."""
-        node, number = part, np.asarray(draws).astype(np.int64 if self.n_records < 1 << 31 else object)
-        while split := self._above.get(node):
-            node, number = split.node, split.item_of(node, number)
-        return number.astype(np.int64)
-
-    def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the part and the draw number of any positions, int64[n] each."""
-        # The code multiplies two counts: object arrays of Python integers if the product may exceed 63 bits.
-        whole = np.int64 if self.n_records < 1 << 31 else object
-        parts, draws = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
-        items = {2 * len(self.quotas) - 2: (np.arange(len(positions)), np.asarray(positions).astype(whole))}
-        for split in self._splits:
-            where, number = items.pop(split.node)
-            left = (number * split.n_left + split.phase) // max(split.n_items, 1)
-            goes_left = (((number + 1) * split.n_left + split.phase) // max(split.n_items, 1) > left).astype(np.bool_)
-            items[split.left] = where[goes_left], left[goes_left]
-            items[split.right] = where[~goes_left], (number - left)[~goes_left]
-        for part, (where, number) in items.items():
-            parts[where], draws[where] = part, number
-        return parts, draws
-
-    def offsets_by_part(self, start: int, stop: int) -> list[NDArray[np.int64]]:
-        """Return where each part's draws are among positions [start, stop).
-
-        The first of them is the part's draw drawn(start)[part]; the others follow it.
-
-        Returns:
-            For each part ascending int64[m], counted from start.
-        """
-        chunks = [self._places(at, min(at + _CHUNK_PLACES, stop), start) for at in range(start, stop, _CHUNK_PLACES)]
-        if len(chunks) == 1:
-            return chunks[0]
-        return [np.concatenate([np.empty(0, np.int64), *parts]) for parts in zip(*chunks, strict=True)] or [
-            np.empty(0, np.int64) for _ in self.quotas
-        ]
-
-    def _places(self, start: int, stop: int, origin: int) -> list[NDArray[np.int64]]:
-        n_nodes = 2 * len(self.quotas) - 1
-        first, places = [0] * n_nodes, [np.empty(0, np.int64)] * n_nodes
-        first[-1], places[-1] = start, np.arange(start - origin, stop - origin)
-        for split in self._splits:
-            here, begin = places[split.node], first[split.node]
-            first[split.left] = split.left_before(begin)
-            first[split.right] = begin - first[split.left]
-            if len(here):
-                rest = (begin * split.n_left + split.phase) % split.n_items
-                left = np.diff((rest + np.arange(len(here) + 1) * split.n_left) // split.n_items).astype(np.bool_)
-                places[split.left], places[split.right] = here[left], here[~left]
-        return places[: len(self.quotas)]
-
-
-def _tree(totals: Sequence[int], quotas: Sequence[int], stream: int) -> tuple[_Split, ...]:
-    """Return the splits of a stream, from the root down. All streams of the epoch have the same tree."""
-    waiting = [(total, part) for part, total in enumerate(totals)]
-    heapq.heapify(waiting)
-    joined: list[tuple[int, int]] = []
-    while len(waiting) > 1:
-        (small, right), (large, left) = heapq.heappop(waiting), heapq.heappop(waiting)
-        heapq.heappush(waiting, (small + large, len(totals) + len(joined)))
-        joined.append((left, right))
-    n_items = list(quotas)
-    for left, right in joined:
-        n_items.append(n_items[left] + n_items[right])
-    depth = [0] * len(n_items)
-    splits: list[_Split] = []
-    for node in range(len(n_items) - 1, len(totals) - 1, -1):
-        left, right = joined[node - len(totals)]
-        depth[left] = depth[right] = depth[node] + 1
-        numerator, denominator = _radical_inverse(stream, _BASES[depth[node] % len(_BASES)])
-        phase = n_items[node] * numerator // denominator
-        splits.append(_Split(node, left, right, n_items[left], n_items[node], phase))
-    return tuple(splits)
-
-
-def _radical_inverse(number: int, base: int) -> tuple[int, int]:
-    """Return the number with its digits mirrored at the point, a fraction below one, as (numerator, denominator)."""
-    numerator, denominator = 0, 1
-    while number:
-        number, digit = divmod(number, base)
-        numerator, denominator = numerator * base + digit, denominator * base
-    return numerator, denominator
 
 
 # Minimum records of a part per stream, in all and in an epoch, for the part to have its own streams; a smaller part is
@@ -247,37 +39,8 @@ MAX_TURNS = 8
 _KEPT_EPOCHS = 4  # the streams of a part are in the same part epoch or in neighbouring ones
 
 
-class DrawRange(Protocol):
-    """Draws [start, stop) of one stream from one part that are served from one window."""
-
-    @property
-    def start(self) -> int:
-        """First draw."""
-
-    @property
-    def stop(self) -> int:
-        """Draw after the last one."""
-
-    @property
-    def window(self) -> Window:
-        """Window that holds the drawn records, with joined shard numbers."""
-
-    def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Return the block and the row of n draws, n > 0, from a draw on; uint32[n] each.
-
-        A block is an index into the blocks of the window; a row is counted from the start of the block.
-        """
-
-
 class MixturePart:
-    """One part of a mixture: its orders by part epoch; the last few are cached. Threads may share it, as an EpochOrder.
-
-    Args:
-        layout: Shards of all parts, in the joined numbering.
-        shards: Slice of the part's shards.
-        options: Options of the part, with the mixture's number of streams.
-        n_drawn: Number of records that an epoch of the mixture draws from the part.
-    """
+    """One part of a mixture: its orders by part epoch, of which the last few are cached. Threads may share it."""
 
     def __init__(self, layout: Layout, shards: slice, options: OrderOptions, n_drawn: int) -> None:
         self.first_shard = shards.start
@@ -354,53 +117,40 @@ class PartDraws:
     _last: list[DrawRange]
 
     @staticmethod
-    def of(part: MixturePart, deal: StreamAllocation, turned: int, quota: int, epoch: int) -> PartDraws:
-        """Return the draws of a stream of the mixture in an epoch.
-
-        Args:
-            part: Part that is drawn from.
-            deal: Allocation of the epoch's records to streams.
-            turned: Number of the stream in the part's own rotation of the streams.
-            quota: Number of draws.
-            epoch: Number of the mixture's epoch.
-        """
-        if part.n_streams == deal.n_streams:
+    def of(part: MixturePart, allocation: StreamAllocation, turned: int, quota: int, epoch: int) -> PartDraws:
+        """Return the draws of a stream of the mixture in an epoch."""
+        if part.n_streams == allocation.n_streams:
             length = stream_records(part.n_records, part.n_streams, turned)
             return PartDraws(part, turned, epoch * quota, 1, quota, length, [])
-        return PartDraws(part, 0, epoch * part.n_drawn + turned, deal.n_streams, quota, part.n_records, [])
+        return PartDraws(part, 0, epoch * part.n_drawn + turned, allocation.n_streams, quota, part.n_records, [])
 
-    def run_at(self, draw: int) -> DrawRange:
+    def range_at(self, draw: int) -> DrawRange:
         """Return the draw range that holds a draw; the last one is cached."""
         for run in self._last:  # at most one; another thread may replace it meanwhile
             if run.start <= draw < run.stop:
                 return run
-        run = self._run(draw)
+        run = self._range(draw)
         self._last[:] = [run]
         return run
 
     def shards_ahead(self, draw: int, n_bytes: int | None) -> NDArray[np.int64]:
-        """Return the shards that are read from a draw on, in reading order.
-
-        Args:
-            draw: Number of the draw.
-            n_bytes: Stored bytes that the shards hold together; None: the shards of all remaining draws.
-        """
+        """Return the shards that are read from a draw on, in reading order."""
         left = self.quota - draw
         if left <= 0:
             return np.empty(0, np.int64)
         group_bytes = self.part.options.group_bytes
-        wanted = -(-left * self.step * self.part.n_stored_bytes // self.part.n_records)
+        wanted_bytes = -(-left * self.step * self.part.n_stored_bytes // self.part.n_records)
         if n_bytes is not None:
-            wanted = min(wanted, n_bytes)
+            wanted_bytes = min(wanted_bytes, n_bytes)
         elif group_bytes is None:
-            wanted = self.part.n_stored_bytes
+            wanted_bytes = self.part.n_stored_bytes
         else:
-            wanted += group_bytes  # shards count from the start of their group, which lies before this draw
+            wanted_bytes += group_bytes  # shards count from the start of their group, which lies before this draw
         own_epoch, position = divmod(self.base + draw * self.step, self.length)
-        found = self.part.order(own_epoch).shards_ahead(self.stream, position, wanted).copy()
-        wanted -= int(self.part.layout.stored_bytes[found].sum())
-        if wanted > 0:
-            found = np.concatenate([found, self.part.order(own_epoch + 1).shards_ahead(self.stream, 0, wanted)])
+        found = self.part.order(own_epoch).shards_ahead(self.stream, position, wanted_bytes).copy()
+        wanted_bytes -= int(self.part.layout.stored_bytes[found].sum())
+        if wanted_bytes > 0:
+            found = np.concatenate([found, self.part.order(own_epoch + 1).shards_ahead(self.stream, 0, wanted_bytes)])
             _, first = np.unique(found, return_index=True)
             found = found[np.sort(first)]
         found += self.part.first_shard
@@ -416,7 +166,7 @@ class PartDraws:
         found = []
         for own_epoch in range(first_epoch, last_epoch + 1):
             own = self.part.order(own_epoch).groups(self.stream)
-            draws = [self._many_draws_before(own_epoch * self.length + at) for at in (own.starts, own.stops)]
+            draws = [self._draws_before(own_epoch * self.length + at) for at in (own.starts, own.stops)]
             found.append(own.moved_to(*draws))
         groups = concat_groups(found)
         return replace(groups, shards=groups.shards + self.part.first_shard)
@@ -430,59 +180,50 @@ class PartDraws:
     def _many_draws_before(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.clip(-((self.base - numbers) // self.step), 0, self.quota)
 
-    def _run(self, draw: int) -> DrawRange:
+    def _range(self, draw: int) -> DrawRange:
         whole = self.part.whole()
         if whole is not None:
-            return _WholeRun(whole, 0, self.quota, self)
+            return DrawRange(whole, 0, self.quota, self, is_whole=True)
         own_epoch, position = divmod(self.base + draw * self.step, self.length)
         window = self.part.window(own_epoch, self.stream, position)
-        start, stop = (self._draws_before(own_epoch * self.length + at) for at in (window.start, window.stop))
-        return _WindowRun(window, start, stop, self)
+        start, stop = self._draws_before(own_epoch * self.length + np.array([window.start, window.stop])).tolist()
+        return DrawRange(window, start, stop, self, is_whole=False)
 
-    def _draws_before(self, number: int) -> int:
-        """Return the number of draws that come before a number of the sequence."""
-        return min(max(0, -((self.base - number) // self.step)), self.quota)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _WindowRun:
-    """Draws from one window of one part epoch."""
-
-    window: Window
-    start: int
-    stop: int
-    lane: PartDraws
-
-    def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        lane, window = self.lane, self.window
-        first = (lane.base + draw * lane.step) % lane.length - window.start
-        block, row = window.rows(first, first + (n - 1) * lane.step + 1)
-        return block[:: lane.step], row[:: lane.step]
+    def _draws_before(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many draws come before each number of the sequence."""
+        return np.clip(-((self.base - numbers) // self.step), 0, self.quota)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _WholeRun:
-    """Draws from a part that is one window: the blocks stay the same, and each part epoch has its own key.
+class DrawRange:
+    """Draws [start, stop) of one stream from one part that are served from one window, with joined shard numbers.
 
-    A part of a few records that is repeated often therefore does not end a section with each repetition.
+    If the window is the whole part, its blocks stay the same, and each part epoch has its own key: a part of a few
+    records that is repeated often does not end a section with each repetition.
     """
 
     window: Window
     start: int
     stop: int
-    lane: PartDraws
+    part_draws: PartDraws
+    is_whole: bool
 
     def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        lane, length = self.lane, self.lane.length
+        """Return the block (an index into the window's blocks) and the row in it of n draws, n > 0, from a draw on."""
+        part_draws, length = self.part_draws, self.part_draws.length
         block, row = allocate_rows(n), allocate_rows(n)
         done = 0
-        while done < n:
-            own_epoch, position = divmod(lane.base + (draw + done) * lane.step, length)
-            here = min(-((position - length) // lane.step), n - done)
-            span = (here - 1) * lane.step + 1
-            blocks, rows = np.empty(span, np.uint32), np.empty(span, np.uint32)
-            RowFinder(self.window.first, lane.part.key(own_epoch)).find(position, blocks, rows)
-            block[done : done + here], row[done : done + here] = blocks[:: lane.step], rows[:: lane.step]
+        while done < n:  # once, unless the window is whole
+            own_epoch, position = divmod(part_draws.base + (draw + done) * part_draws.step, length)
+            here = min(-((position - length) // part_draws.step), n - done)
+            span = (here - 1) * part_draws.step + 1
+            if self.is_whole:
+                blocks, rows = np.empty(span, np.uint32), np.empty(span, np.uint32)
+                RowFinder(self.window.first, part_draws.part.key(own_epoch)).find(position, blocks, rows)
+            else:
+                first = position - self.window.start
+                blocks, rows = self.window.rows(first, first + span)
+            block[done : done + here], row[done : done + here] = blocks[:: part_draws.step], rows[:: part_draws.step]
             done += here
         return block, row
 
@@ -494,18 +235,13 @@ def part_options(
 
     The sizes therefore hold for the mixture as a whole. A part gets at least half of an equal share: otherwise a part
     of 1 % would be mixed over windows of a hundredth of the size.
-
-    Args:
-        options: Options of the mixture.
-        weights: Weight of each part, in records.
-        shards: For each part the records and the stored bytes of its shards, int64[m] each.
     """
-    brings = [
+    amounts = [
         Fraction(weight * max(int(stored_bytes.sum()), 1), int(records.sum()))
         for weight, (records, stored_bytes) in zip(weights, shards, strict=True)
     ]
-    total = sum(brings)
-    least = Fraction(1, 2 * len(brings))
+    total = sum(amounts)
+    least = Fraction(1, 2 * len(amounts))
 
     def scaled(size: int | None, share: Fraction) -> int | None:
         return None if size is None else max(int(size * max(share, least)), 1)
@@ -517,17 +253,12 @@ def part_options(
             group_bytes=scaled(options.group_bytes, amount / total),
             window_bytes=scaled(options.window_bytes, amount / total),
         )
-        for number, amount in enumerate(brings)
+        for number, amount in enumerate(amounts)
     ]
 
 
 def exact_weight(weight: Real | Fraction | float) -> Fraction:
-    """Return a weight as the fraction that was written: 0.7 is 7/10, not the nearest binary number.
-
-    Raises:
-        ValueError: The weight is not a positive finite number.
-        TypeError: The weight is not a real number.
-    """
+    """Return a weight as the fraction that was written: 0.7 is 7/10, not the nearest binary number."""
     if isinstance(weight, bool | np.bool_) or not isinstance(weight, Real):
         raise TypeError(f"a weight must be a number above 0, got {weight!r}")
     if not isinstance(weight, Rational) and not math.isfinite(weight):
@@ -555,12 +286,7 @@ class MixtureSpec:
     stop: Literal["first", "all"] = "first"
 
     def __post_init__(self) -> None:
-        """Check the values, and reduce the weights.
-
-        Raises:
-            ValueError: A weight is not positive, the number of weights is wrong, or another value is out of range.
-            TypeError: A weight is not a number.
-        """
+        """Check the values, and reduce the weights."""
         if self.stop not in ("first", "all"):
             raise ValueError(f"stop must be 'first' or 'all', got {self.stop!r}")
         if len(self.weights) != len(self.first_shards) or not self.weights:
@@ -580,14 +306,7 @@ class MixtureSpec:
         return slice(self.first_shards[part], ends[part])
 
     def part_records(self, shard_records: NDArray[np.int64]) -> tuple[int, ...]:
-        """Return the number of records of each part.
-
-        Args:
-            shard_records: int64[n_shards], records of the shards of all parts.
-
-        Raises:
-            ValueError: A part has no records.
-        """
+        """Return the number of records of each part."""
         parts = range(len(self.weights))
         found = tuple(int(shard_records[self.shards_of(part, len(shard_records))].sum()) for part in parts)
         if 0 in found:
@@ -677,8 +396,8 @@ class _Stream:
     """Cached state of a stream: its shares, its draws from each part, and the section that was used last."""
 
     shares: StreamInterleaving
-    lanes: list[PartDraws]
-    stretch: MixtureSection | None = None
+    all_draws: list[PartDraws]
+    section: MixtureSection | None = None
 
 
 class MixtureOrder:
@@ -694,12 +413,6 @@ class MixtureOrder:
     than 1.
 
     It is immutable except for the last windows, which are cached as in `EpochOrder`; threads may share it.
-
-    Args:
-        layout: Shards of all parts, in the joined numbering.
-        spec: Parts and weights.
-        options: Options of the order.
-        epoch: Number of the epoch, 0 or more.
     """
 
     def __init__(self, layout: Layout, spec: MixtureSpec, options: OrderOptions, epoch: int) -> None:
@@ -709,25 +422,28 @@ class MixtureOrder:
         self.spec = spec
         self.options = options
         self.epoch = epoch
-        self._deal = StreamAllocation(
+        self._allocation = StreamAllocation(
             spec.epoch_shares(spec.part_records(layout.records)), options.streams if options.shuffle else 1
         )
         shards = [spec.shards_of(part, len(layout.records)) for part in range(len(spec.weights))]
-        brought = part_options(options, spec.weights, [(layout.records[s], layout.stored_bytes[s]) for s in shards])
+        options_of_parts = part_options(
+            options, spec.weights, [(layout.records[s], layout.stored_bytes[s]) for s in shards]
+        )
         self._parts = [
-            MixturePart(layout, *of_part) for of_part in zip(shards, brought, self._deal.totals, strict=True)
+            MixturePart(layout, *of_part)
+            for of_part in zip(shards, options_of_parts, self._allocation.totals, strict=True)
         ]
         self._streams: dict[int, _Stream] = {}
 
     @property
     def n_records(self) -> int:
         """Number of records of the epoch; a record that occurs several times counts each time."""
-        return sum(self._deal.totals)
+        return sum(self._allocation.totals)
 
     @property
     def n_streams(self) -> int:
         """Number of streams, as the options say; 1 without shuffle."""
-        return self._deal.n_streams
+        return self._allocation.n_streams
 
     def stream_records(self, stream: int) -> int:
         """Return the number of records of a stream: ceil((n_records - stream) / n_streams).
@@ -743,31 +459,27 @@ class MixtureOrder:
         """Return the section that holds a position of a stream. It ends where the first of the parts' windows ends.
 
         It reads the footers of one shard group of each part that the stream still draws from.
-
-        Raises:
-            ValueError: The position is outside the stream, or a footer and the layout disagree on the number of
-                records.
         """
         n_records = self.stream_records(stream)
         if not 0 <= position < n_records:
             raise ValueError(f"position {position} is outside stream {stream} of {n_records} records")
         kept = self._keep(stream)
-        last = kept.stretch
+        last = kept.section
         if last is not None and last.start <= position < last.stop:
             return last
         shares, start, stop, runs = kept.shares, 0, n_records, {}
         for part, draw in enumerate(shares.drawn(position)):
             if draw < shares.quotas[part]:
-                runs[part] = run = kept.lanes[part].run_at(draw)
-                stop = min(stop, shares.position_of(part, run.stop - 1) + 1)
+                runs[part] = run = kept.all_draws[part].range_at(draw)
+                stop = min(stop, int(shares.positions_of(part, np.array([run.stop - 1]))[0]) + 1)
                 draw = run.start
             if draw > 0:
-                start = max(start, shares.position_of(part, draw - 1) + 1)
+                start = max(start, int(shares.positions_of(part, np.array([draw - 1]))[0]) + 1)
         drawn = shares.drawn(stop)
         runs = {
             part: run for part, run in runs.items() if run.start < drawn[part]
         }  # drop the draw ranges that start after the section
-        kept.stretch = found = MixtureSection(start, stop, tuple(run.window for run in runs.values()), shares, runs)
+        kept.section = found = MixtureSection(start, stop, tuple(run.window for run in runs.values()), shares, runs)
         return found
 
     def shards_ahead(self, stream: int, position: int, n_bytes: int | None) -> NDArray[np.int64]:
@@ -780,7 +492,8 @@ class MixtureOrder:
             raise ValueError(f"position {position} is outside stream {stream} of {n_records} records")
         kept = self._keep(stream)
         lists = [
-            lane.shards_ahead(draw, n_bytes) for lane, draw in zip(kept.lanes, kept.shares.drawn(position), strict=True)
+            part_draws.shards_ahead(draw, n_bytes)
+            for part_draws, draw in zip(kept.all_draws, kept.shares.drawn(position), strict=True)
         ]
         # The parts' lists are read in parallel, each to its end: merge them by relative position.
         when = np.concatenate([(np.arange(len(shards)) + 0.5) / max(len(shards), 1) for shards in lists])
@@ -791,8 +504,8 @@ class MixtureOrder:
         self.stream_records(stream)  # raises ValueError
         kept = self._keep(stream)
         found = []
-        for part, lane in enumerate(kept.lanes):
-            of_part = lane.groups()
+        for part, part_draws in enumerate(kept.all_draws):
+            of_part = part_draws.groups()
             ends = [kept.shares.positions_of(part, draws) for draws in (of_part.starts, of_part.stops - 1)]
             found.append(replace(of_part, starts=ends[0], stops=ends[1] + 1))
         return concat_groups(found)
@@ -800,10 +513,10 @@ class MixtureOrder:
     def _keep(self, stream: int) -> _Stream:
         kept = self._streams.get(stream)
         if kept is None:
-            shares = StreamInterleaving(self._deal, stream)
+            shares = StreamInterleaving(self._allocation, stream)
             epoch = self.epoch if self.options.shuffle else 0
-            turns = self._deal.turns(stream)
+            turns = self._allocation.turns(stream)
             of_parts = zip(self._parts, turns, shares.quotas, strict=True)
-            lanes = [PartDraws.of(part, self._deal, turned, quota, epoch) for part, turned, quota in of_parts]
-            kept = self._streams[stream] = _Stream(shares, lanes)
+            all_draws = [PartDraws.of(part, self._allocation, turned, quota, epoch) for part, turned, quota in of_parts]
+            kept = self._streams[stream] = _Stream(shares, all_draws)
         return kept

@@ -63,11 +63,7 @@ class RowRun(NamedTuple):
     n_rows: int
 
     def find(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Return the block and the row of rows [lo, hi) of the run, uint32[hi - lo] each.
-
-        Raises:
-            ValueError: The rows are outside the window.
-        """
+        """Return the block and the row of rows [lo, hi) of the run, uint32[hi - lo] each."""
         if hi < lo:
             raise ValueError(f"rows [{lo}, {hi}) end before they start")
         block, row = allocate_rows(hi - lo), allocate_rows(hi - lo)
@@ -121,14 +117,7 @@ class Window:
         return self.key is None
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Return the block and the row of the records at positions [lo, hi), counted from the window's start.
-
-        Returns:
-            block: uint32[hi - lo], index into shards and blocks. row: uint32[hi - lo], row inside the block.
-
-        Raises:
-            ValueError: The positions are outside the window.
-        """
+        """Return the block and the row of the records at positions [lo, hi), counted from the window's start."""
         return self.run(lo, hi).find(0, hi - lo)
 
     def run(self, lo: int, hi: int) -> RowRun:
@@ -155,12 +144,6 @@ def cut_by_size(
     max_items: int | None = None,
 ) -> NDArray[np.int64]:
     """Cut items into consecutive runs, each with as many whole items as fit limit_bytes together, at least one.
-
-    Args:
-        sizes: int64[n], bytes of each item.
-        limit_bytes: Limit of a run; None: all items are one run.
-        first_limits: Limits of the first runs, one for each; limit_bytes holds for the runs after them.
-        max_items: Maximum number of items of a run after the first ones; None: no maximum.
 
     Returns:
         int64[m + 1]: run i is items [cuts[i], cuts[i + 1]); [0] if there are no items.
@@ -216,11 +199,7 @@ class ShardGroups:
             yield start, stop, self.shards[first:last]
 
     def moved_to(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> ShardGroups:
-        """Return the groups over other positions, with proportional bytes; groups that become empty are dropped.
-
-        Args:
-            starts, stops: int64[g], new positions of each group.
-        """
+        """Return the groups over other positions, with proportional bytes; groups that become empty are dropped."""
         kept = np.flatnonzero(stops > starts)
         share = (stops[kept] - starts[kept]) / (self.stops[kept] - self.starts[kept])
         sizes = np.diff(self.cuts)

@@ -114,7 +114,7 @@ def test_ranks_are_found_in_the_environment_and_split_ranks_turns_them_off(path,
 
 
 @pytest.mark.parametrize("name", BATCHED)
-def test_a_sampler_says_what_a_rank_is_served(path, name, monkeypatch):
+def test_a_sampler_determines_what_a_rank_is_served(path, name, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     loader = WAYS[name](path, batch_size=8, sampler=range(7))
@@ -127,7 +127,7 @@ def test_a_sampler_says_what_a_rank_is_served(path, name, monkeypatch):
     ("name", "workers", "n_taken"),
     [*itertools.product(BATCHED, [0], [0, 1, 4, 6]), ("collate_fn", 2, 4), ("transform", 2, 0)],
 )
-def test_a_state_of_two_ranks_is_gone_on_with_by_three_on_either_path(path, name, workers, n_taken):
+def test_three_ranks_resume_a_state_of_two_on_either_path(path, name, workers, n_taken):
     def serve(make, state, n_ranks, batch_size, n_batches):
         """Global batches of each rank, sorted, and the state after them."""
         loaders = [make(path, batch_size=batch_size, shuffle=True, options=options(r, n_ranks)) for r in range(n_ranks)]
@@ -159,7 +159,7 @@ def test_a_state_of_two_ranks_is_gone_on_with_by_three_on_either_path(path, name
 @WORKERS
 @SHUFFLE
 @pytest.mark.parametrize("name", WAYS)
-def test_every_step_s_state_resumes_without_a_seed_and_the_next_epoch_follows(path, name, workers, shuffle):
+def test_a_state_of_every_step_resumes_without_a_seed(path, name, workers, shuffle):
     torch.manual_seed(2)
     loader = WAYS[name](path, batch_size=30, num_workers=workers, shuffle=shuffle)
     states, served = [loader.state_dict()], []
@@ -212,7 +212,7 @@ def test_random_numbers_and_seeds_are_those_of_torchs_loader_and_of_the_native_p
     assert len({str(order) for order in orders[ours]}) == (3 if shuffle else 1)
 
 
-def test_reseeding_before_an_epoch_says_its_order(path):
+def test_reseeding_before_an_epoch_determines_its_order(path):
     loader = WAYS["collate_fn"](path, batch_size=16, shuffle=True)
     orders = []
     for seed in (5, 6, 5):
@@ -304,7 +304,7 @@ def test_the_version_of_a_state_is_read(tmp_path):
 
 @WORKERS
 @SHUFFLE
-def test_a_state_that_an_earlier_release_saved_goes_on_in_the_order_that_it_had(path, workers, shuffle):
+def test_a_state_of_an_earlier_release_continues_in_its_order(path, workers, shuffle):
     """Earlier releases served torch's path by torchdata's loader, with its sampler and its state."""
 
     def theirs():
@@ -336,7 +336,7 @@ def test_a_state_that_an_earlier_release_saved_goes_on_in_the_order_that_it_had(
     assert sorted(itertools.chain(*ids_of(ended))) == list(range(N))
 
 
-def test_ranks_that_go_on_with_such_a_state_are_told_that_each_is_served_everything(path, monkeypatch):
+def test_ranks_that_resume_a_state_of_an_earlier_release_are_warned(path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = StatefulDataLoader(tc.Dataset(path), batch_size=16, collate_fn=ids_together)
@@ -380,13 +380,13 @@ def test_a_data_set_with_a_state_of_its_own_keeps_it_and_is_not_split(path, monk
 
 
 @pytest.mark.parametrize("more", [{"threads": 2}, {"memory_bytes": "1MiB"}, {"on_corrupt": "previous"}], ids=str)
-def test_options_that_nothing_would_heed_are_refused(path, more):
+def test_options_without_an_effect_are_refused(path, more):
     (name,) = more
     with pytest.raises(ValueError, match=rf"{name}=.*collate_fn"):
         WAYS["collate_fn"](path, batch_size=4, options=tc.LoaderOptions(**more))
 
 
-def test_what_looks_for_torchs_samplers_finds_them(path):
+def test_samplers_are_instances_of_torchs_classes(path):
     loader = WAYS["collate_fn"](path, batch_size=4, shuffle=True)
     assert isinstance(loader.sampler, RandomSampler)
     assert sorted(itertools.chain(*loader.batch_sampler)) == list(range(N))  # all records: others split them by rank

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tiercache.order.mixture import StreamAllocation, StreamInterleaving, apportion, exact_weight
+from tiercache.order.interleaving import StreamAllocation, StreamInterleaving, apportion
+from tiercache.order.mixture import exact_weight
 
 
 def worst(sequence: list[int], shares: list[Fraction]) -> float:
@@ -29,7 +30,7 @@ def shares_of(weights: list) -> list[Fraction]:
 
 
 @given(st.integers(0, 10**13), st.lists(st.integers(1, 10**9), min_size=1, max_size=9))
-def test_an_epoch_s_shares_are_exact_to_one_record(n: int, weights: list[int]) -> None:
+def test_shares_of_an_epoch_are_exact_to_one_record(n: int, weights: list[int]) -> None:
     found = apportion(n, weights)
     assert sum(found) == n
     for got, weight in zip(found, weights, strict=True):
@@ -37,7 +38,7 @@ def test_an_epoch_s_shares_are_exact_to_one_record(n: int, weights: list[int]) -
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=6), st.integers(1, 40))
-def test_streams_take_the_same_of_a_part_but_for_one_record(totals: list[int], n_streams: int) -> None:
+def test_streams_take_equal_numbers_of_a_part_to_one_record(totals: list[int], n_streams: int) -> None:
     deal = StreamAllocation(tuple(totals), n_streams)
     table = np.array([deal.quotas(stream) for stream in range(n_streams)])
     assert table.sum(axis=0).tolist() == totals
@@ -49,9 +50,7 @@ TOTALS = st.lists(st.one_of(st.integers(0, 9), st.integers(0, 10**11)), min_size
 
 
 @given(TOTALS, st.integers(1, 9), st.data())
-def test_a_draw_is_found_at_its_position_and_a_position_by_its_draw(
-    totals: list[int], n_streams: int, data: st.DataObject
-) -> None:
+def test_positions_and_draws_are_inverse_functions(totals: list[int], n_streams: int, data: st.DataObject) -> None:
     stream = data.draw(st.integers(0, min(n_streams, sum(totals)) - 1))
     shares = StreamInterleaving(StreamAllocation(tuple(totals), n_streams), stream)
     assert shares.drawn(0) == [0] * len(totals)
@@ -60,13 +59,13 @@ def test_a_draw_is_found_at_its_position_and_a_position_by_its_draw(
     before, after = shares.drawn(position), shares.drawn(position + 1)
     (part,) = np.flatnonzero(np.array(after) - before)
     assert sum(after) == sum(before) + 1 == position + 1
-    assert shares.position_of(int(part), before[part]) == position
+    assert shares.positions_of(int(part), np.array([before[part]])).tolist() == [position]
     found = shares.locate(np.array([position]))
     assert (int(found[0][0]), int(found[1][0])) == (part, before[part])
 
 
 @given(TOTALS, st.integers(1, 9), st.data())
-def test_places_are_those_of_the_positions_one_by_one(totals: list[int], n_streams: int, data: st.DataObject) -> None:
+def test_offsets_by_part_equal_the_positions_one_by_one(totals: list[int], n_streams: int, data: st.DataObject) -> None:
     stream = data.draw(st.integers(0, min(n_streams, sum(totals)) - 1))
     shares = StreamInterleaving(StreamAllocation(tuple(totals), n_streams), stream)
     start = data.draw(st.integers(0, shares.n_records))
@@ -74,10 +73,10 @@ def test_places_are_those_of_the_positions_one_by_one(totals: list[int], n_strea
     drawn, places = shares.drawn(start), shares.offsets_by_part(start, stop)
     assert sorted(np.concatenate(places).tolist()) == list(range(stop - start))
     for part, where in enumerate(places):
-        assert [shares.position_of(part, drawn[part] + i) for i in range(len(where))] == (where + start).tolist()
+        assert shares.positions_of(part, drawn[part] + np.arange(len(where))).tolist() == (where + start).tolist()
 
 
-def test_places_of_more_than_a_chunk_are_those_of_its_pieces() -> None:
+def test_offsets_of_several_chunks_equal_those_of_each_chunk() -> None:
     shares = StreamInterleaving(StreamAllocation((3 * 10**11, 10**11, 7), 2), 1)
     start, n = 10**11, (1 << 21) + 5
     whole = shares.offsets_by_part(start, start + n)
@@ -96,12 +95,12 @@ def test_a_stream_too_long_for_exact_arithmetic_is_refused() -> None:
 @example([1, 2], 3000)
 @example([980, 10, 10], 3000)
 @example([1, 1, 2, 3, 5, 8, 13, 21], 3000)
-def test_over_any_stretch_of_one_stream_a_part_is_off_by_less_than_five_records(weights: list[int], n: int) -> None:
+def test_in_any_range_of_one_stream_a_part_deviates_by_less_than_five_records(weights: list[int], n: int) -> None:
     shares = StreamInterleaving(StreamAllocation(apportion(n, weights), 1), 0)
     assert worst(shares.locate(np.arange(n))[0].tolist(), shares_of(weights)) < 5
 
 
-def test_two_parts_of_one_stream_are_off_by_less_than_two_records() -> None:
+def test_two_parts_of_one_stream_deviate_by_less_than_two_records() -> None:
     for weights in ([1, 1], [1, 2], [7, 3], [999, 1]):
         shares = StreamInterleaving(StreamAllocation(apportion(3000, weights), 1), 0)
         assert worst(shares.locate(np.arange(3000))[0].tolist(), shares_of(weights)) < 2
@@ -112,7 +111,7 @@ def test_two_parts_of_one_stream_are_off_by_less_than_two_records() -> None:
 @example([999, 1], 16, 1600)
 @example([700, 200, 100], 8, 1000)
 @example([1] * 8, 16, 1601)
-def test_over_any_stretch_of_several_streams_a_part_is_off_by_a_few_records(
+def test_in_any_range_of_several_streams_a_part_deviates_by_a_few_records(
     weights: list[int], n_streams: int, n: int
 ) -> None:
     deal = StreamAllocation(apportion(n, weights), n_streams)

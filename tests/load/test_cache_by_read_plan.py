@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from weakref import ref
 
@@ -22,7 +21,7 @@ from tests.support.http_server import HttpFaultServer
 import tiercache as tc
 from tiercache.cache.evict.reading_plans import ReadingPlans
 from tiercache.load import read_plan
-from tiercache.load.planner import NextEpoch
+from tiercache.load.epoch import NextEpoch
 from tiercache.load.read_plan import ReadPlanPublisher
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.opened_version import OpenedVersion
@@ -86,7 +85,7 @@ def cache_of(tmp_path: Path, packed, share: float, policy: str = "plan") -> dict
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
-def test_one_rank_fetches_what_the_cache_cannot_hold_and_no_more(server, packed, tmp_path, share):
+def test_one_rank_fetches_only_what_the_cache_cannot_hold(server, packed, tmp_path, share):
     cache = cache_of(tmp_path, packed, share)
     for epoch in range(3):
         server.log.clear()
@@ -114,7 +113,7 @@ def test_two_ranks_of_a_machine_fetch_no_more_than_one(server, packed, tmp_path)
     assert fetched(server) <= 1.15 * packed[1] / 2  # of which of the two is ahead depends what is still known
 
 
-def test_what_a_rank_kept_is_not_given_up_for_one_that_ends_its_epoch_later(server, packed, tmp_path):
+def test_shards_that_a_rank_needs_next_are_kept_until_slower_ranks_end(server, packed, tmp_path):
     cache, ranks = (
         cache_of(tmp_path, packed, 0.5),
         [{"rank": rank, "world_size": 2, "shuffle_streams": 2} for rank in range(2)],
@@ -126,7 +125,7 @@ def test_what_a_rank_kept_is_not_given_up_for_one_that_ends_its_epoch_later(serv
     assert fetched(server) <= 1.06 * packed[1] / 2
 
 
-def test_where_shards_are_dealt_anew_the_plan_keeps_what_comes_back_soon(server, packed, tmp_path):
+def test_with_global_placement_the_plan_keeps_shards_that_are_needed_soon(server, packed, tmp_path):
     total = {}
     for policy in ("plan", "resident"):
         cache, total[policy] = cache_of(tmp_path, packed, 0.25, policy), 0
@@ -162,7 +161,7 @@ def test_warming_a_projection_brings_its_columns_and_no_others(server, packed, t
         dataset.close()
 
 
-def test_a_plan_begins_where_a_run_is_resumed_and_goes_on_with_what_is_served(server, packed, tmp_path, monkeypatch):
+def test_a_plan_begins_at_the_resumed_position_and_advances_with_served_records(server, packed, tmp_path, monkeypatch):
     plans: list[ReadingPlan] = []
     clocks: list[int] = []
     publish, advance = OpenedVersion.publish, ReleasingPlan.advance
@@ -199,7 +198,7 @@ def test_a_plan_begins_where_a_run_is_resumed_and_goes_on_with_what_is_served(se
         dataset.close()
 
 
-def test_there_is_a_plan_from_one_epoch_to_the_next_and_none_once_the_loader_is_gone(server, packed, tmp_path):
+def test_a_plan_exists_between_epochs_and_ends_with_the_loader(server, packed, tmp_path):
     with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
@@ -218,7 +217,7 @@ def plan_files(tmp_path: Path) -> list[Path]:
     return list((tmp_path / "cache" / "plans").iterdir())
 
 
-def test_an_epoch_is_planned_though_what_was_made_ready_for_it_was_dropped(server, packed, tmp_path, monkeypatch):
+def test_an_epoch_publishes_a_plan_after_its_preparation_was_dropped(server, packed, tmp_path, monkeypatch):
     keepers, on_close = [], OpenedVersion.on_close
     monkeypatch.setattr(OpenedVersion, "on_close", lambda self, one: (keepers.append(ref(one)), on_close(self, one))[1])
     with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
@@ -235,14 +234,14 @@ def test_an_epoch_is_planned_though_what_was_made_ready_for_it_was_dropped(serve
         dataset.close()
 
 
-def test_at_the_end_of_an_epoch_the_clock_stands_where_nothing_is_in_use(server, packed, tmp_path, monkeypatch):
+def test_at_the_end_of_an_epoch_no_shard_is_in_use(server, packed, tmp_path, monkeypatch):
     plans: list[ReadingPlan] = []
     clocks: list[int] = []
     publish, advance = OpenedVersion.publish, ReleasingPlan.advance
     monkeypatch.setattr(OpenedVersion, "publish", lambda self, plan: (plans.append(plan), publish(self, plan))[1])
     monkeypatch.setattr(ReleasingPlan, "advance", lambda self, clock: (clocks.append(clock), advance(self, clock))[1])
     # The preparation of the next epoch may open its first shards before this one has ended.
-    monkeypatch.setattr("tiercache.load.planner.NextEpoch.prepare", lambda *_: None)
+    monkeypatch.setattr("tiercache.load.epoch.NextEpoch.prepare", lambda *_: None)
     with tc.Cache(tmp_path / "cache", size=packed[2] // 2, min_free=0) as cache:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -256,7 +255,7 @@ def test_at_the_end_of_an_epoch_the_clock_stands_where_nothing_is_in_use(server,
         dataset.close()
 
 
-def test_a_forked_child_drops_an_epoch_whose_plan_was_being_written(server, packed, tmp_path):
+def test_a_forked_child_drops_an_epoch_during_publication_of_its_plan(server, packed, tmp_path):
     with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
@@ -300,7 +299,7 @@ def wait_for_exit(pid: int, limit_s: float) -> int | None:
         os.close(fd)
 
 
-def test_the_plan_of_a_data_set_of_many_shards_holds_up_no_batch(server, packed, tmp_path, monkeypatch):
+def test_publishing_the_plan_of_many_shards_delays_no_batch(server, packed, tmp_path, monkeypatch):
     served, publish = threading.Event(), OpenedVersion.publish
     published: list[ReadingPlan] = []
 
@@ -351,7 +350,7 @@ def end_threads() -> None:
                 thread.join(60)
 
 
-def test_a_planner_that_is_at_work_when_its_cache_is_closed_leaves_no_plan_open(server, packed, tmp_path, monkeypatch):
+def test_closing_the_cache_during_planning_leaves_no_plan(server, packed, tmp_path, monkeypatch):
     """It makes the next epoch ready, and asks for room; then the cache is closed; then it looks at plans.
 
     The data set is closed last: that waits for the step which is under way.
@@ -382,7 +381,7 @@ def test_a_planner_that_is_at_work_when_its_cache_is_closed_leaves_no_plan_open(
     assert open_below(tmp_path / "cache" / "plans") == []
 
 
-def test_a_plan_that_is_ready_when_all_is_closed_opens_no_cache_again(server, packed, tmp_path, monkeypatch):
+def test_a_plan_that_is_ready_after_close_does_not_open_the_cache(server, packed, tmp_path, monkeypatch):
     closed, forecast = threading.Event(), read_plan.make_read_plan
 
     def forecast_late(*given):
@@ -404,31 +403,7 @@ def test_a_plan_that_is_ready_when_all_is_closed_opens_no_cache_again(server, pa
     assert list((tmp_path / "cache" / "owners").iterdir()) == []
 
 
-def test_the_plan_before_is_withdrawn_though_the_clock_of_the_next_cannot_be_told(monkeypatch):
-    class Deaf:
-        n_closed = 0
-
-        def advance(self, clock):
-            raise MemoryError
-
-        def close(self):
-            self.n_closed += 1
-
-    plans = [Deaf(), Deaf()]
-    coming = iter(plans)
-    monkeypatch.setattr(ReadPlanPublisher, "_follow", lambda *_: next(coming))
-    one = ReadPlanPublisher(SimpleNamespace(has_cache=True), None, None)
-    one._publish(1)
-    with pytest.raises(MemoryError):
-        one._advance(5)
-    with pytest.raises(MemoryError):
-        one._publish(1)
-    assert [plan.n_closed for plan in plans] == [1, 0]
-    one.close()
-    assert [plan.n_closed for plan in plans] == [1, 1]
-
-
-def test_a_plan_that_cannot_be_written_costs_nothing_but_knowledge(server, packed, tmp_path, monkeypatch):
+def test_a_plan_that_cannot_be_written_is_not_an_error(server, packed, tmp_path, monkeypatch):
     def refuse(self, plan):
         raise OSError(28, "No space left on device")
 
@@ -475,9 +450,7 @@ def test_views_joined_and_mixed_data_sets_publish_what_they_read_of_each(server,
             dataset.close()
 
 
-def test_an_epoch_that_is_made_ready_when_its_data_set_is_closed_asks_for_nothing_any_more(
-    server, packed, tmp_path, monkeypatch
-):
+def test_preparing_an_epoch_stops_when_the_data_set_is_closed(server, packed, tmp_path, monkeypatch):
     in_begin, asked, closed = threading.Event(), threading.Event(), threading.Event()
     prepare, ahead = NextEpoch.prepare, NextEpoch.shards_ahead
 

@@ -85,7 +85,7 @@ def check_goes_on(make, saved, loaded, n):
 
 @CHANGED
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_map_style_data_set_goes_on_with_another_number_of_workers(kind, saved, loaded):
+def test_any_map_style_data_set_resumes_with_another_number_of_workers(kind, saved, loaded):
     for n in (0, 3):
         check_goes_on(lambda **more: tc.DataLoader(range(N), **KINDS[kind], **more), saved, loaded, n)
 
@@ -111,7 +111,7 @@ def test_after_the_end_of_an_epoch_the_next_one_is_whole(saved, loaded, more):
 
 @CHANGED
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_native_path_goes_on_with_another_number_of_workers(packed, kind, saved, loaded):
+def test_the_native_path_resumes_with_another_number_of_workers(packed, kind, saved, loaded):
     dataset = tc.Dataset(packed)
     check_goes_on(lambda **more: tc.DataLoader(dataset, **KINDS[kind], **more), saved, loaded, 3)
     dataset.close()
@@ -119,7 +119,7 @@ def test_the_native_path_goes_on_with_another_number_of_workers(packed, kind, sa
 
 @pytest.mark.parametrize("to_native", [True, False])
 @pytest.mark.parametrize("sampler", [range(N - 1, -1, -1), EverySeventh()], ids=["known", "unknown"])
-def test_a_sampler_goes_on_from_worker_processes_to_the_native_path_and_back(packed, sampler, to_native):
+def test_a_sampler_resumes_from_workers_on_the_native_path_and_back(packed, sampler, to_native):
     dataset = tc.Dataset(packed)
 
     def make(*, is_native):

@@ -17,8 +17,7 @@ from tests.load.conftest import N_REMOTE as N
 from tests.load.conftest import SCHEMA, check_batch, ids_of, join_loading, make_columns
 
 import tiercache as tc
-from tiercache.load.epoch import plan_epoch
-from tiercache.load.planner import NextEpoch
+from tiercache.load.epoch import NextEpoch, plan_epoch
 from tiercache.load.prefetch import loading_pool
 from tiercache.load.state import RunState
 from tiercache.opened_version import OpenedVersion
@@ -32,7 +31,7 @@ def first_blocks(dataset, epoch):
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
     loader.set_epoch(epoch)
     share = plan_epoch(dataset._source, loader.native_rank, 16, False, RunState.from_dict(loader.state_dict()))
-    (window,), _ = (piece := next(share.pieces(0))).windows, piece.wanted
+    (window,), _ = (piece := next(share.pieces(0))).windows, piece.needed
     return set(zip(window.shards.tolist(), window.blocks.tolist(), strict=True))
 
 
@@ -72,7 +71,7 @@ def test_the_first_shards_of_the_next_epoch_are_requested_before_the_last_batch_
         with pytest.warns(RuntimeWarning, match="will be fetched again"):
             dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         names = dataset._source.table
-        wanted = {names.info(shard).name.rsplit("/", 1)[1] for shard, _ in first_blocks(dataset, 1)}
+        needed = {names.info(shard).name.rsplit("/", 1)[1] for shard, _ in first_blocks(dataset, 1)}
         dataset.close()
         for path in (tmp_path / "cache").rglob("*.shard"):
             path.unlink()
@@ -91,7 +90,7 @@ def test_the_first_shards_of_the_next_epoch_are_requested_before_the_last_batch_
             for _ in range(n_batches - 1):
                 next(iterator)
             # All but the last batch: what comes next was announced in time, after what this epoch still needed.
-            wait_until(lambda: any(wanted <= set(names) for names in announced[-2:]))
+            wait_until(lambda: any(needed <= set(names) for names in announced[-2:]))
             next(iterator)
             assert next(iterator, None) is None
         iterator.close()
@@ -139,7 +138,7 @@ def test_a_run_of_one_epoch_reads_nothing_from_a_store_for_a_second_one(server, 
 
 @pytest.mark.parametrize("streams", [1, 4])
 @pytest.mark.parametrize("compression", ["none", "zstd:3"])
-def test_what_was_made_ready_is_what_the_next_epoch_serves(make_dataset, streams, compression):
+def test_the_prepared_start_is_what_the_next_epoch_serves(make_dataset, streams, compression):
     dataset = tc.Dataset(make_dataset(400, compression=compression))
     options = tc.LoaderOptions(**OPTIONS, shuffle_streams=streams)
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)
@@ -154,7 +153,7 @@ def test_what_was_made_ready_is_what_the_next_epoch_serves(make_dataset, streams
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_the_next_epoch_is_made_ready_without_a_seed_as_long_as_nobody_else_draws(make_dataset, given, loads):
+def test_the_next_epoch_is_prepared_without_a_seed_if_no_other_code_draws(make_dataset, given, loads):
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(2) if given else None
     dataset = tc.Dataset(make_dataset(200, compression="zstd:3"))
@@ -180,12 +179,12 @@ def test_the_next_epoch_is_made_ready_without_a_seed_as_long_as_nobody_else_draw
     assert serve(3) == [2, 1, 1]
 
 
-def test_an_epoch_that_ends_before_anybody_began_the_next_is_not_waited_for(make_dataset):
+def test_the_next_epoch_does_not_wait_for_a_preparation_that_did_not_begin(make_dataset):
     dataset = tc.Dataset(make_dataset(100))
     loader = tc.DataLoader(dataset, batch_size=10, shuffle=True)
     gate = threading.Event()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tiercache.load.planner.loading_pool", lambda n: (gate.wait(30), loading_pool(n))[1])
+        patch.setattr("tiercache.load.epoch.loading_pool", lambda n: (gate.wait(30), loading_pool(n))[1])
         iterator = iter(loader)
         start_s = time.monotonic()
         assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(100))
@@ -195,7 +194,7 @@ def test_an_epoch_that_ends_before_anybody_began_the_next_is_not_waited_for(make
         assert sorted(i for batch in following for i in check_batch(batch)) == list(range(100))
 
 
-def test_another_epoch_than_the_next_begins_afresh(make_dataset):
+def test_an_epoch_other_than_the_predicted_one_starts_without_preparation(make_dataset):
     dataset = tc.Dataset(make_dataset(200))
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
     ids_of(loader)
@@ -206,7 +205,7 @@ def test_another_epoch_than_the_next_begins_afresh(make_dataset):
     assert ids_of(fresh) == found
 
 
-def test_what_is_forgotten_while_it_is_made_ready_is_not_taken():
+def test_a_preparation_dropped_while_it_runs_is_not_used():
     class Share:
         def pieces(self, _):
             coming.on_source_closed()
@@ -214,21 +213,21 @@ def test_what_is_forgotten_while_it_is_made_ready_is_not_taken():
 
     coming = NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True)
     coming.prepare(None, None, 0)
-    taken = coming.take(SOURCE, "state")
-    assert (taken.share, taken.epoch_start) == (coming.share, None)
+    share, epoch_start, _ = coming.take(SOURCE, "state")
+    assert (share, epoch_start) == (coming.share, None)
     coming.prepare(None, None, 0)  # too late
-    assert coming.take(SOURCE, "state").epoch_start is None
+    assert coming.take(SOURCE, "state")[1] is None
     assert NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True).take("other", "state") is None
 
 
-def test_the_future_of_a_beginning_that_failed_says_nothing():
+def test_a_failed_preparation_gives_no_start_and_no_error():
     class Share:
         def pieces(self, _):
             raise tc.StoreError("away", url="u")
 
     coming = NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True)
     coming.prepare(None, None, 0)
-    ready = coming.take(SOURCE, "state").epoch_start
+    _, ready, _ = coming.take(SOURCE, "state")
     assert isinstance(ready, Future)
     assert ready.result(0) is None
 
@@ -243,7 +242,7 @@ def test_epochs_follow_one_another_when_one_is_left_early(make_dataset):
     assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(300))
 
 
-def test_the_first_window_of_an_epoch_that_was_made_ready_goes_when_it_is_served(make_dataset, loads):
+def test_a_prepared_first_window_is_freed_after_it_was_served(make_dataset, loads):
     loader = tc.DataLoader(
         tc.Dataset(make_dataset(600, compression="zstd:3")),
         batch_size=16,
@@ -262,7 +261,7 @@ def test_the_first_window_of_an_epoch_that_was_made_ready_goes_when_it_is_served
 
 
 @pytest.mark.parametrize("is_asked_for", [False, True])
-def test_what_was_begun_of_an_epoch_that_is_left_is_not_loaded(make_dataset, is_asked_for, monkeypatch):
+def test_loads_of_a_prepared_epoch_are_cancelled_when_the_loader_is_dropped(make_dataset, is_asked_for, monkeypatch):
     monkeypatch.setattr("tiercache.load.prefetch.MIN_PART_BYTES", 1)
     monkeypatch.setattr("tiercache.load.prefetch.MAX_PART_BYTES", 1 << 10)  # many parts
     dataset = tc.Dataset(make_dataset(600, compression="zstd:3"))
@@ -287,7 +286,7 @@ def test_what_was_begun_of_an_epoch_that_is_left_is_not_loaded(make_dataset, is_
     assert len(begun) < n_parts + 2 * n_threads < 2 * n_parts
 
 
-def test_planning_one_loader_s_next_epoch_waits_for_no_other_s():
+def test_loaders_plan_their_next_epochs_independently():
     gate = threading.Event()
     slow = NextEpoch(SOURCE, "state", lambda _: gate.wait(30), is_expected=True)
     thread = threading.Thread(target=lambda: slow.share)
@@ -302,7 +301,7 @@ def test_planning_one_loader_s_next_epoch_waits_for_no_other_s():
 
 
 @pytest.mark.parametrize("view", ["itself", "select", "joined", "mixed"])
-def test_what_was_made_ready_goes_when_the_data_set_is_closed(make_dataset, tmp_path, view, loads):
+def test_a_prepared_epoch_is_dropped_when_the_data_set_is_closed(make_dataset, tmp_path, view, loads):
     dataset = tc.Dataset(make_dataset(300))
     with tc.Writer(tmp_path / "other", schema=SCHEMA) as writer:
         writer.write_batch(make_columns(100, 300))
@@ -322,7 +321,7 @@ def test_what_was_made_ready_goes_when_the_data_set_is_closed(make_dataset, tmp_
     assert len(ids_of(loader)) == len(found)  # it may be used again
 
 
-def test_a_data_set_that_is_closed_while_the_next_epoch_is_begun_loads_nothing_for_it(server, loads, monkeypatch):
+def test_closing_the_data_set_during_preparation_loads_nothing(server, loads, monkeypatch):
     dataset = tc.Dataset(f"{server.url}/data", cache=False)
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
     ids_of(loader)
@@ -333,13 +332,13 @@ def test_a_data_set_that_is_closed_while_the_next_epoch_is_begun_loads_nothing_f
         after.append(len(loads))
         return loading_pool(n_threads)
 
-    monkeypatch.setattr("tiercache.load.planner.loading_pool", closing)
+    monkeypatch.setattr("tiercache.load.epoch.loading_pool", closing)
     ids_of(loader)  # epochs follow one another by now
     join_loading()
     assert after == [len(loads)]
 
 
-def test_a_data_set_that_is_closed_while_its_next_epoch_is_loaded_leaves_no_shard_open(make_dataset, monkeypatch):
+def test_closing_the_data_set_during_loading_leaves_no_shard_open(make_dataset, monkeypatch):
     path = make_dataset(600)
     dataset = tc.Dataset(path)
     begun, loaded, forgetting, go_on = [], [], threading.Event(), threading.Event()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -40,14 +40,8 @@ def derive_key(seed: int, *parts: int | str | bytes) -> bytes:
 
     Each value is encoded as a tag ("i", "s" or "b"), the length of its payload as 8 bytes little-endian, and the
     payload: an integer as little-endian two's complement of bit_length // 8 + 1 bytes, text as UTF-8, bytes as they
-    are. Therefore no two lists of values share an encoding, and any integer (also of numpy) may be a seed.
-
-    Args:
-        seed: Seed of the run.
-        parts: Values that name the use.
-
-    Raises:
-        TypeError: A value is of another type. bool is refused, because True would equal 1.
+    are. Therefore no two lists of values share an encoding, and any integer (also of numpy) may be a seed. Raises
+    TypeError: a value is of another type. bool is refused, because True would equal 1.
     """
     digest = hashlib.blake2b(digest_size=16, person=_PERSON)
     for value in (seed, *parts):
@@ -86,15 +80,6 @@ def stratified_permutation(key: bytes, strata_key: bytes, n: int, n_run: int) ->
     If n_run does not divide n, one round has too few items for all strata: the last round or, as drawn, the first. If
     it were always the last round, items of shorter strata would come earlier than others in all epochs (for n = 12,
     n_run = 8: at 4.98 and 6.53 on average instead of 5.5).
-
-    Args:
-        key: Key that draws the items of each stratum.
-        strata_key: Key that draws the order of the strata.
-        n: Number of items.
-        n_run: Number of strata; n or more gives a permutation by `key` alone.
-
-    Returns:
-        int64[n].
     """
     drawn = permutation(key, n)
     if n_run >= n:
@@ -125,6 +110,7 @@ class Stream:
         rows: int64[k + 1], cumulative rows of the shards that belong to the stream.
         stored: int64[k + 1], cumulative stored bytes; of a shard that is cut, in proportion to its rows.
         cuts: int64[m + 1], group i is shards [cuts[i], cuts[i + 1]).
+        group_starts: int64[m + 1], positions at which the groups begin, and the end of the stream.
         is_cut: Whether a shard belongs to the stream only in part.
     """
 
@@ -134,89 +120,14 @@ class Stream:
     rows: NDArray[np.int64]
     stored: NDArray[np.int64]
     cuts: NDArray[np.int64]
+    group_starts: NDArray[np.int64]
     is_cut: bool
-
-    @property
-    def n_records(self) -> int:
-        """Number of records of the stream."""
-        return int(self.rows[-1])
 
     @property
     def group_shards(self) -> int:
         """Average number of shards of a group; the last group does not count, unless it is the only one."""
         n_groups = max(len(self.cuts) - 2, 1)
         return int(self.cuts[n_groups]) // n_groups if len(self.cuts) > 1 else 0
-
-    @property
-    def group_starts(self) -> NDArray[np.int64]:
-        """int64[m + 1], positions at which the groups begin, and the end of the stream."""
-        return self.rows[self.cuts]
-
-
-class StreamSplit:
-    """Division of an epoch's shards among its streams. Immutable; creating it costs O(shards)."""
-
-    def __init__(self, layout: Layout, options: OrderOptions, epoch: int) -> None:
-        self._layout = layout
-        self._options = options
-        self._epoch = epoch
-        self.n_streams = options.streams if options.shuffle else 1
-        shards = np.flatnonzero(layout.records)
-        if self.n_streams > 1:
-            where = () if options.placement == "sticky" else (epoch,)
-            shards = shards[permutation(derive_key(options.seed, "split", *where), len(shards))]
-        self._shards = shards
-        self._ends = offsets_of_counts(layout.records[shards])
-
-    @property
-    def n_records(self) -> int:
-        """Number of records of all streams."""
-        return int(self._ends[-1])
-
-    def stream_records(self, stream: int) -> int:
-        """Return the number of records of a stream. Raises ValueError if there is no such stream."""
-        if not 0 <= stream < self.n_streams:
-            raise ValueError(f"there is no stream {stream}: the order has {self.n_streams}")
-        return -(-(self.n_records - stream) // self.n_streams)
-
-    def stream(self, index: int) -> Stream:
-        """Return a stream with its shards in the epoch's reading order.
-
-        Raises:
-            ValueError: There is no such stream.
-        """
-        n_records = self.stream_records(index)
-        share, longer = divmod(self.n_records, self.n_streams)
-        start = index * share + min(index, longer)
-        first = int(np.searchsorted(self._ends, start, side="right")) - 1
-        last = int(np.searchsorted(self._ends, start + n_records, side="left")) if n_records else first
-        row_start = np.maximum(start - self._ends[first:last], 0)
-        row_stop = np.minimum(start + n_records, self._ends[first + 1 : last + 1]) - self._ends[first:last]
-        shards = self._shards[first:last]
-        # Sort by shard number first: the order inside a stream then depends only on the set of its shards, and the
-        # single stream of an order without streams equals the stored order of the data set.
-        turn = np.argsort(shards)
-        stream = self._cut(index, shards[turn], row_start[turn], row_stop[turn])
-        if not self._options.shuffle:
-            return stream
-        key, strata_key = (derive_key(self._options.seed, use, self._epoch, index) for use in ("shards", "strata"))
-        turn = turn[stratified_permutation(key, strata_key, len(turn), stream.group_shards)]
-        return self._cut(index, shards[turn], row_start[turn], row_stop[turn])
-
-    def _cut(
-        self, index: int, shards: NDArray[np.int64], row_start: NDArray[np.int64], row_stop: NDArray[np.int64]
-    ) -> Stream:
-        n_rows, whole = row_stop - row_start, self._layout.records[shards]
-        stored_bytes = self._layout.stored_bytes[shards]
-        parts = np.flatnonzero(n_rows != whole).tolist()  # at most the first and the last shard of the run
-        for part in parts:  # Python integers: the product may exceed 64 bits
-            stored_bytes[part] = int(stored_bytes[part]) * int(n_rows[part]) // int(whole[part])
-        group_bytes = self._options.group_bytes
-        max_shards = None if group_bytes is None else MAX_GROUP_SHARDS
-        cuts = cut_by_size(stored_bytes, group_bytes, max_items=max_shards)
-        return Stream(
-            index, shards, row_start, offsets_of_counts(n_rows), offsets_of_counts(stored_bytes), cuts, bool(parts)
-        )
 
 
 _Number = TypeVar("_Number", np.int32, np.int64, np.uint32)
@@ -252,12 +163,8 @@ class _Kept:
     """Cached state of a stream: its shards, and the group and window that were used last."""
 
     stream: Stream
-    group_starts: NDArray[np.int64] = field(init=False)
     group: _Group | None = None
     window: Window | None = None
-
-    def __post_init__(self) -> None:
-        self.group_starts = self.stream.group_starts
 
 
 class EpochOrder:
@@ -266,11 +173,6 @@ class EpochOrder:
     Creating it costs O(shards). It reads footers (`layout.blocks`) of one group of one stream at a time. It is
     immutable except for the last group and window of each stream, which are cached: threads may share it, and at worst
     two of them build the same group.
-
-    Args:
-        layout: Sizes of the shards, and access to their blocks.
-        options: Options of the order.
-        epoch: Number of the epoch, 0 or more.
     """
 
     def __init__(self, layout: Layout, options: OrderOptions, epoch: int) -> None:
@@ -279,35 +181,30 @@ class EpochOrder:
         self.layout = layout
         self.options = options
         self.epoch = epoch
-        self._split = StreamSplit(layout, options, epoch)
+        self.n_streams = options.streams if options.shuffle else 1
+        shards = np.flatnonzero(layout.records)
+        if self.n_streams > 1:
+            where = () if options.placement == "sticky" else (epoch,)
+            shards = shards[permutation(derive_key(options.seed, "split", *where), len(shards))]
+        self._shards = shards
+        self._ends = offsets_of_counts(layout.records[shards])
         self._kept: dict[int, _Kept] = {}
 
     @property
     def n_records(self) -> int:
         """Number of records of the epoch: all records of the data set."""
-        return self._split.n_records
-
-    @property
-    def n_streams(self) -> int:
-        """Number of streams, as the options say; 1 without shuffle."""
-        return self._split.n_streams
+        return int(self._ends[-1])
 
     def stream_records(self, stream: int) -> int:
-        """Return the number of records of a stream: ceil((n_records - stream) / n_streams).
-
-        Raises:
-            ValueError: There is no such stream.
-        """
-        return self._split.stream_records(stream)
+        """See Order.stream_records. Raises ValueError if there is no such stream."""
+        if not 0 <= stream < self.n_streams:
+            raise ValueError(f"there is no stream {stream}: the order has {self.n_streams}")
+        return -(-(self.n_records - stream) // self.n_streams)
 
     def section_at(self, stream: int, position: int) -> Window:
         """Return the window that holds a position of a stream.
 
         It reads the footers of the window's group, unless that group was the last one used in the stream.
-
-        Raises:
-            ValueError: The position is outside the stream, or a footer and the layout disagree on the number of
-                records.
         """
         n_records = self.stream_records(stream)
         if not 0 <= position < n_records:
@@ -316,7 +213,7 @@ class EpochOrder:
         last = kept.window
         if last is not None and last.start <= position < last.stop:
             return last
-        index = int(np.searchsorted(kept.group_starts, position, side="right")) - 1
+        index = int(np.searchsorted(kept.stream.group_starts, position, side="right")) - 1
         group = kept.group
         if group is None or group.index != index:
             group = kept.group = self._build_group(kept, index)
@@ -326,11 +223,7 @@ class EpochOrder:
         return window
 
     def windows(self, stream: int, position: int = 0) -> Iterator[Window]:
-        """Yield the windows of a stream from the one that holds a position; nothing at the end of the stream.
-
-        Raises:
-            ValueError: See `section_at`.
-        """
+        """Yield the windows of a stream from the one that holds a position; nothing at the end of the stream."""
         while position != self.stream_records(stream):
             window = self.section_at(stream, position)
             yield window
@@ -348,13 +241,13 @@ class EpochOrder:
         shards, stored = kept.stream.shards, kept.stream.stored
         if position == n_records:
             return shards[:0]
-        starts = kept.group_starts if self.options.shuffle else kept.stream.rows
+        starts = kept.stream.group_starts if self.options.shuffle else kept.stream.rows
         found = int(np.searchsorted(starts, position, side="right")) - 1
         begin = int(kept.stream.cuts[found]) if self.options.shuffle else found
         if n_bytes is None:
             return shards[begin:]
-        wanted = min(int(stored[begin]) + n_bytes, int(stored[-1]))
-        return shards[begin : max(int(np.searchsorted(stored, wanted)), begin + 1)]
+        wanted_bytes = min(int(stored[begin]) + n_bytes, int(stored[-1]))
+        return shards[begin : max(int(np.searchsorted(stored, wanted_bytes)), begin + 1)]
 
     def groups(self, stream: int) -> ShardGroups:
         """See Order.groups. Without shuffle each shard is a group, so that it is released at its last record."""
@@ -368,8 +261,42 @@ class EpochOrder:
     def _keep(self, stream: int) -> _Kept:
         kept = self._kept.get(stream)
         if kept is None:
-            kept = self._kept[stream] = _Kept(self._split.stream(stream))
+            kept = self._kept[stream] = _Kept(self._stream(stream))
         return kept
+
+    def _stream(self, index: int) -> Stream:
+        """Return a stream with its shards in the epoch's reading order."""
+        n_records = self.stream_records(index)
+        share, longer = divmod(self.n_records, self.n_streams)
+        start = index * share + min(index, longer)
+        first = int(np.searchsorted(self._ends, start, side="right")) - 1
+        last = int(np.searchsorted(self._ends, start + n_records, side="left")) if n_records else first
+        row_start = np.maximum(start - self._ends[first:last], 0)
+        row_stop = np.minimum(start + n_records, self._ends[first + 1 : last + 1]) - self._ends[first:last]
+        shards = self._shards[first:last]
+        # Sort by shard number first: the order inside a stream then depends only on the set of its shards, and the
+        # single stream of an order without streams equals the stored order of the data set.
+        turn = np.argsort(shards)
+        stream = self._cut(index, shards[turn], row_start[turn], row_stop[turn])
+        if not self.options.shuffle:
+            return stream
+        key, strata_key = self._key("shards", index), self._key("strata", index)
+        turn = turn[stratified_permutation(key, strata_key, len(turn), stream.group_shards)]
+        return self._cut(index, shards[turn], row_start[turn], row_stop[turn])
+
+    def _cut(
+        self, index: int, shards: NDArray[np.int64], row_start: NDArray[np.int64], row_stop: NDArray[np.int64]
+    ) -> Stream:
+        n_rows, whole = row_stop - row_start, self.layout.records[shards]
+        stored_bytes = self.layout.stored_bytes[shards]
+        parts = np.flatnonzero(n_rows != whole).tolist()  # at most the first and the last shard of the run
+        for part in parts:  # Python integers: the product may exceed 64 bits
+            stored_bytes[part] = int(stored_bytes[part]) * int(n_rows[part]) // int(whole[part])
+        group_bytes = self.options.group_bytes
+        max_shards = None if group_bytes is None else MAX_GROUP_SHARDS
+        cuts = cut_by_size(stored_bytes, group_bytes, max_items=max_shards)
+        rows, stored = offsets_of_counts(n_rows), offsets_of_counts(stored_bytes)
+        return Stream(index, shards, row_start, rows, stored, cuts, rows[cuts], bool(parts))
 
     def _key(self, use: str, *where: int) -> bytes:
         return derive_key(self.options.seed, use, self.epoch, *where)
@@ -396,7 +323,7 @@ class EpochOrder:
         )
         return _Group(
             index=index,
-            start=int(kept.group_starts[index]),
+            start=int(kept.stream.group_starts[index]),
             shards=shards[chosen],
             blocks=blocks[chosen],
             first=offsets_of_counts(records[chosen]),
@@ -455,13 +382,7 @@ def _rows_of(stream: Stream, run: slice) -> tuple[NDArray[np.int64], NDArray[np.
 def _own_rows(
     records: NDArray[np.int64], rows: tuple[NDArray[np.int64], NDArray[np.int64]], n_blocks: list[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the part of each block that belongs to the stream: its first row, and its number of rows (0: none).
-
-    Args:
-        records: int64[k], records of the blocks, shard after shard.
-        rows: First row of each shard that belongs to the stream, and the row after the last one.
-        n_blocks: Number of blocks of each shard.
-    """
+    """Return the part of each block that belongs to the stream: its first row, and its number of rows (0: none)."""
     ends = np.cumsum(records)
     shard_ends = np.cumsum(n_blocks)
     before = offsets_of_counts(records)[shard_ends - n_blocks]  # rows of the preceding shards

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.order.brute import Shards, greedy, options, read, records_of, sequence, shards, stream_windows, uniform
 
 from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions
-from tiercache.order.epoch import MAX_GROUP_SHARDS
+from tiercache.order.epoch_order import MAX_GROUP_SHARDS
 from tiercache.order.window import cut_by_size
 
 
@@ -28,12 +28,12 @@ def test_an_epoch_is_every_record_once(data: Shards, how: OrderOptions, epoch: i
 
 
 @given(shards(), options(), st.integers(0, 9))
-def test_an_epoch_is_what_the_rules_say_in_their_plainest_form(data: Shards, how: OrderOptions, epoch: int) -> None:
+def test_an_epoch_equals_the_brute_force_reference(data: Shards, how: OrderOptions, epoch: int) -> None:
     assert read(EpochOrder(data.layout, how, epoch)) == sequence(data, how, epoch)
 
 
 @given(shards(), options())
-def test_windows_are_what_the_rules_say_in_their_plainest_form(data: Shards, how: OrderOptions) -> None:
+def test_windows_equal_the_brute_force_reference(data: Shards, how: OrderOptions) -> None:
     order = EpochOrder(data.layout, how, 2)
     for stream in range(order.n_streams):
         windows = list(order.windows(stream))
@@ -54,14 +54,14 @@ def test_without_shuffle_position_p_is_record_p(data: Shards, how: OrderOptions)
 
 
 @given(shards(), options(), st.data())
-def test_the_order_is_the_same_from_wherever_one_starts(data: Shards, how: OrderOptions, draw: st.DataObject) -> None:
+def test_the_order_does_not_depend_on_the_start_position(data: Shards, how: OrderOptions, draw: st.DataObject) -> None:
     whole = read(EpochOrder(data.layout, how, 3))
     position = draw.draw(st.integers(0, len(whole)))
     assert read(EpochOrder(data.layout, how, 3), position) == whole[position:]
 
 
 @given(shards(), options(), st.data())
-def test_any_run_of_rows_is_a_part_of_its_window(data: Shards, how: OrderOptions, draw: st.DataObject) -> None:
+def test_rows_of_a_range_equal_that_part_of_the_window(data: Shards, how: OrderOptions, draw: st.DataObject) -> None:
     order = EpochOrder(data.layout, how, 0)
     for window in order.windows(draw.draw(st.integers(0, order.n_streams - 1))):
         n = window.stop - window.start
@@ -85,7 +85,7 @@ def test_every_position_leads_to_the_window_that_holds_it(data: Shards, how: Ord
         assert stop == order.stream_records(stream) == len(range(stream, order.n_records, order.n_streams))
 
 
-def test_a_stream_of_eight_windows_starts_with_small_ones_and_a_shorter_one_does_not() -> None:
+def test_only_a_stream_of_eight_windows_or_more_starts_with_small_windows() -> None:
     how = OrderOptions(1, True, None, 6400)
     long, short = uniform(8, 64, 10, 100), uniform(7, 64, 10, 100)
     found = [window.raw_bytes for window in EpochOrder(long.layout, how, 0).windows(0)]
@@ -107,7 +107,7 @@ def test_later_groups_do_not_start_with_small_windows() -> None:
     assert [w.raw_bytes for w in windows if w.group > 0] == [6400] * 14
 
 
-def test_a_group_has_no_more_shards_than_footers_that_a_first_batch_may_wait_for() -> None:
+def test_a_group_has_a_maximum_number_of_shards() -> None:
     data = uniform(3 * MAX_GROUP_SHARDS // 2, 1, 2, 10)
     for group_bytes, sizes in ((1 << 40, [MAX_GROUP_SHARDS, MAX_GROUP_SHARDS // 2]), (None, [len(data.blocks)])):
         data.footers.clear()
@@ -152,20 +152,20 @@ def test_only_the_footers_of_the_current_group_are_read(data: Shards, how: Order
     assert read_footers == sorted({int(s) for w in windows if w.group == group for s in w.shards})
 
 
-def test_the_window_that_was_asked_for_last_is_kept_for_each_stream() -> None:
+def test_the_last_window_of_each_stream_is_cached() -> None:
     order = EpochOrder(uniform(12, 4, 5, 100).layout, OrderOptions(1, True, 1000, 300, streams=2), 0)
     kept = [order.section_at(stream, 16) for stream in (0, 1)]
     assert [order.section_at(stream, 17) for stream in (0, 1)] == kept
 
 
 @pytest.mark.parametrize("n_streams", [1, 3])
-def test_reading_an_epoch_through_asks_for_every_footer_once_a_stream(n_streams: int) -> None:
+def test_an_epoch_reads_each_footer_once_per_stream(n_streams: int) -> None:
     data = uniform(12, 4, 5, 100)
     read(EpochOrder(data.layout, OrderOptions(1, True, 1000, 300, n_streams), 0))
     assert sorted(data.footers) == list(range(12))  # 12 shards in 3 streams: none is cut
 
 
-def test_epochs_and_seeds_give_different_orders_and_equal_ones_the_same() -> None:
+def test_other_epochs_and_seeds_give_other_orders() -> None:
     data = uniform(6, 5, 20, 100)
     how = OrderOptions(7, True, 1000, 300)
     orders = [
@@ -176,7 +176,7 @@ def test_epochs_and_seeds_give_different_orders_and_equal_ones_the_same() -> Non
     assert tuple(read(EpochOrder(data.layout, how, 0))) == orders[0]
 
 
-def test_the_order_stays_the_same_for_ever() -> None:
+def test_the_order_equals_the_stored_golden_values() -> None:
     # Written once: runs in progress resume by this order, so a change here breaks users.
     data = uniform(3, 2, 2, 100)
     one = EpochOrder(data.layout, OrderOptions(7, True, 400, 300), 2)
@@ -185,7 +185,7 @@ def test_the_order_stays_the_same_for_ever() -> None:
     assert numbers(data, whole) == [4, 3, 5, 10, 7, 0, 11, 9, 8, 1, 6, 2]
 
 
-def test_all_at_once_mixes_as_well_as_a_shuffle_and_default_windows_mix_blocks_of_many_shards() -> None:
+def test_one_window_mixes_as_a_full_shuffle_and_default_windows_mix_many_shards() -> None:
     data = uniform(40, 10, 25, 1000)
     whole = numbers(data, EpochOrder(data.layout, OrderOptions(3, True, None, None), 0))
     assert abs(np.corrcoef(whole, np.arange(len(whole)))[0, 1]) < 0.05
@@ -194,7 +194,7 @@ def test_all_at_once_mixes_as_well_as_a_shuffle_and_default_windows_mix_blocks_o
     assert np.mean([len(set(w.shards.tolist())) for w in full]) > 9
 
 
-def test_shards_ahead_are_those_of_the_coming_windows_in_order() -> None:
+def test_shards_ahead_are_those_of_the_next_windows_in_order() -> None:
     data = uniform(10, 4, 5, 100)
     order = EpochOrder(data.layout, OrderOptions(1, True, 800, 100), 4)
     every = order.shards_ahead(0, 0, None).tolist()
@@ -223,7 +223,7 @@ def test_shards_ahead_of_a_stream_are_those_of_its_windows(data: Shards, how: Or
         assert order.shards_ahead(stream, order.stream_records(stream), None).tolist() == []
 
 
-def test_ten_billion_records_cost_what_their_shards_cost() -> None:
+def test_the_cost_of_an_order_grows_with_shards_and_not_with_records() -> None:
     footer = BlockTable(np.full(10, 10**6), np.full(10, 1 << 20))
     layout = Layout(np.full(1000, 10**7), np.full(1000, 10 << 20), lambda shards: [footer] * len(shards))
     window = EpochOrder(layout, OrderOptions(1, True, None, None), 0).section_at(0, 9_999_999_999)
@@ -247,7 +247,7 @@ def test_a_position_outside_the_stream_is_refused() -> None:
         order.section_at(0, 0).rows(0, 6)
 
 
-def test_a_footer_that_differs_from_the_version_is_refused_by_name() -> None:
+def test_a_footer_with_another_record_count_than_the_version_is_an_error() -> None:
     layout = Layout(
         np.array([5, 6]), np.array([1, 1]), lambda shards: [BlockTable(np.array([5]), np.array([1]))] * len(shards)
     )
@@ -255,7 +255,7 @@ def test_a_footer_that_differs_from_the_version_is_refused_by_name() -> None:
         EpochOrder(layout, OrderOptions(1, True, None, None), 0).section_at(0, 0)
 
 
-def test_options_and_tables_that_cannot_be_are_refused() -> None:
+def test_invalid_options_and_tables_are_refused() -> None:
     for wrong in ({"group_bytes": 0}, {"window_bytes": -1}, {"streams": 0}, {"streams": 2**17}, {"placement": "loose"}):
         with pytest.raises(ValueError, match="must be"):
             replace(OrderOptions(1, True, 10, 10), **wrong)

@@ -75,9 +75,7 @@ def served(case: Case, plan: RankPlan) -> tuple[list[list[Record]], list[Piece]]
 
 @settings(max_examples=MANY)
 @given(cases(), st.data())
-def test_ranks_serve_the_global_sequence_wherever_they_stop_and_however_many_go_on(
-    case: Case, data: st.DataObject
-) -> None:
+def test_any_number_of_ranks_resumes_the_global_sequence_anywhere(case: Case, data: st.DataObject) -> None:
     whole = sequence(case.data, case.how, case.epoch)
     assert sorted(whole) == case.data.all_records()
     n_streams = case.how.streams if case.how.shuffle else 1
@@ -98,7 +96,7 @@ def test_ranks_serve_the_global_sequence_wherever_they_stop_and_however_many_go_
 
 @settings(max_examples=SOME)
 @given(cases(), st.data())
-def test_what_a_rank_is_served_from_anywhere_is_the_end_of_what_it_is_served(case: Case, data: st.DataObject) -> None:
+def test_pieces_from_any_batch_are_the_end_of_all_pieces(case: Case, data: st.DataObject) -> None:
     for plan in case.plans(data.draw(st.integers(0, case.data.n_records))):
         whole, _ = served(case, plan)
         n_before = data.draw(st.integers(0, plan.n_batches))
@@ -121,9 +119,9 @@ def test_pieces_end_where_windows_do_and_name_what_they_need(case: Case, data: s
         assert streams == sorted(set(streams))  # one window of each stream at a time
         own_blocks = touched(piece)
         assert sum(int(blocks.sum()) for blocks in own_blocks) == len(set(block.tolist()))
-        for window, wanted, own in zip(piece.windows, piece.wanted, own_blocks, strict=True):
-            assert len(wanted) == len(own) == len(window.blocks)
-            assert (wanted | ~own).all()
+        for window, needed, own in zip(piece.windows, piece.needed, own_blocks, strict=True):
+            assert len(needed) == len(own) == len(window.blocks)
+            assert (needed | ~own).all()
             with_it = [i for i, other in enumerate(every) if any(w is window for w in other.windows)]
             if not plan.n_padding:
                 assert with_it == list(range(with_it[0], with_it[-1] + 1))  # until it is served, without a gap
@@ -133,7 +131,7 @@ def test_pieces_end_where_windows_do_and_name_what_they_need(case: Case, data: s
 
 @settings(max_examples=SOME)
 @given(cases(), st.data())
-def test_a_run_names_the_rows_of_its_piece(case: Case, data: st.DataObject) -> None:
+def test_a_run_has_the_rows_of_its_piece(case: Case, data: st.DataObject) -> None:
     plan = data.draw(st.sampled_from(case.plans(data.draw(st.integers(0, case.data.n_records)))))
     _, every = served(case, plan)
     for piece in every:
@@ -170,19 +168,17 @@ def _place(piece: Piece, window: object) -> int:
 
 
 @given(cases(), st.data())
-def test_a_rank_with_few_rows_of_a_window_wants_only_the_blocks_that_they_lie_in(
-    case: Case, data: st.DataObject
-) -> None:
+def test_a_rank_with_few_rows_of_a_window_needs_only_their_blocks(case: Case, data: st.DataObject) -> None:
     plan = data.draw(st.sampled_from(case.plans(data.draw(st.integers(0, case.data.n_records)))))
     _, every = served(case, plan)
-    needed: dict[int, np.ndarray] = {}
+    all_touched: dict[int, np.ndarray] = {}
     for piece in every:
         for window, own in zip(piece.windows, touched(piece), strict=True):
-            needed[id(window)] = needed.get(id(window), np.zeros(len(own), bool)) | own
+            all_touched[id(window)] = all_touched.get(id(window), np.zeros(len(own), bool)) | own
     for piece in every[: len(every) - plan.n_padding]:
-        for window, wanted in zip(piece.windows, piece.wanted, strict=True):
+        for window, needed in zip(piece.windows, piece.needed, strict=True):
             if window.stop - window.start <= len(window.blocks):
-                assert wanted.tolist() == needed[id(window)].tolist()
+                assert needed.tolist() == all_touched[id(window)].tolist()
 
 
 def mixed_pieces(data: Mixed, epoch: int, plan: RankPlan, sizes: PieceSizes) -> list[Piece]:
@@ -206,12 +202,12 @@ def test_ranks_serve_the_sequence_of_a_mixture(
         asked: dict[Window, np.ndarray] = {}
         for piece in every[: len(every) - plan.n_padding]:
             assert len(set(piece.windows)) == len(piece.windows)  # each once, also where streams share it
-            for window, wanted, own in zip(piece.windows, piece.wanted, touched(piece), strict=True):
-                assert not (own & ~wanted).any()
-                assert not (wanted & ~asked.setdefault(window, wanted)).any()  # never more than was asked for at first
+            for window, needed, own in zip(piece.windows, piece.needed, touched(piece), strict=True):
+                assert not (own & ~needed).any()
+                assert not (needed & ~asked.setdefault(window, needed)).any()  # never more than was asked for at first
 
 
-def test_streams_that_share_a_small_part_of_a_mixture_name_its_window_once() -> None:
+def test_streams_that_share_a_small_part_have_its_window_once() -> None:
     data = Mixed(
         (uniform(1, 4, 2, 10), uniform(8, 4, 50, 100)), (1, 9), "all", OrderOptions(1, True, None, None, 4), 20
     )
@@ -220,11 +216,11 @@ def test_streams_that_share_a_small_part_of_a_mixture_name_its_window_once() -> 
     assert len(first.windows) == 5  # one of each stream of the large part, one of the small part
 
 
-def test_ranks_that_share_a_window_of_tiny_blocks_each_want_a_share_of_them() -> None:
+def test_ranks_that_share_a_window_of_tiny_blocks_each_need_some_of_them() -> None:
     case = Case(uniform(4, 8, 1, 10), OrderOptions(1, True, None, None), 0, Ranks(4, 2, True), PieceSizes(3, 64, 64))
-    wanted = [next(iter(served(case, plan)[1])).wanted[0] for plan in case.plans(0)]
-    assert [int(blocks.sum()) for blocks in wanted] == [8] * 4
-    assert np.logical_or.reduce(wanted).all()
+    needed = [next(iter(served(case, plan)[1])).needed[0] for plan in case.plans(0)]
+    assert [int(blocks.sum()) for blocks in needed] == [8] * 4
+    assert np.logical_or.reduce(needed).all()
 
 
 def touches(data: Shards, how: OrderOptions, ranks: Ranks) -> list[set[tuple[int, int]]]:
@@ -237,8 +233,8 @@ def touches(data: Shards, how: OrderOptions, ranks: Ranks) -> list[set[tuple[int
             {
                 (int(window.shards[i]), int(window.blocks[i]))
                 for piece in every
-                for window, wanted in zip(piece.windows, piece.wanted, strict=True)
-                for i in np.flatnonzero(wanted)
+                for window, needed in zip(piece.windows, piece.needed, strict=True)
+                for i in np.flatnonzero(needed)
             }
         )
     return found
@@ -281,11 +277,11 @@ def test_a_window_whose_last_row_was_served_is_in_no_later_piece() -> None:
     assert [[window.stream for window in piece.windows] for piece in every] == [[0, 1], [0]]
 
 
-def test_what_lies_behind_is_not_wanted_of_an_unshuffled_window() -> None:
+def test_blocks_before_the_position_are_not_needed_of_an_unshuffled_window() -> None:
     data = uniform(2, 10, 100, 10)
     order = EpochOrder(data.layout, OrderOptions(1, False, None, None), 0)
     first = next(pieces(order, RankPlan(750, 1, 0, 50, False, 2000), PieceSizes(10)))
-    assert [wanted.tolist() for wanted in first.wanted] == [[False] * 7 + [True] * 13]
+    assert [needed.tolist() for needed in first.needed] == [[False] * 7 + [True] * 13]
 
 
 def test_pieces_grow_from_a_small_first_one() -> None:
@@ -298,7 +294,7 @@ def test_pieces_grow_from_a_small_first_one() -> None:
     assert [window.stream for window in found[-1].windows] == [2, 3]
 
 
-def test_rows_of_one_stretch_take_memory_that_was_used_before() -> None:
+def test_rows_of_one_section_reuse_memory() -> None:
     gc.collect()
     lent = [allocate_rows(MOST_ROWS) for _ in range(2)]
     used = {rows.ctypes.data for rows in lent}

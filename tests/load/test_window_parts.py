@@ -44,15 +44,15 @@ blocks = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40 << 20), st.bool
 
 
 @given(blocks, st.integers(1, 8))
-def test_every_wanted_block_is_in_one_part_and_a_part_is_of_one_shard_in_its_order(drawn, n_threads):
+def test_each_block_is_in_one_part_and_a_part_is_of_one_shard(drawn, n_threads):
     window = make_window([b[0] for b in drawn], [b[1] for b in drawn])
-    wanted = np.array([b[2] for b in drawn])
-    found = split_window(window, wanted, n_threads, lambda shard: shard % 2 == 0)
-    parts = [*found.at_hand, *found.work]
-    assert sorted(place for part in parts for place in part) == np.flatnonzero(wanted).tolist()
-    assert all(window.shards[part[0]] % 2 == 0 for part in found.at_hand)
-    assert all(window.shards[part[0]] % 2 == 1 for part in found.work)
-    assert len({int(window.shards[part[0]]) for part in found.at_hand}) == len(found.at_hand)
+    needed = np.array([b[2] for b in drawn])
+    mapped, work = split_window(window, needed, n_threads, lambda shard: shard % 2 == 0)
+    parts = [*mapped, *work]
+    assert sorted(place for part in parts for place in part) == np.flatnonzero(needed).tolist()
+    assert all(window.shards[part[0]] % 2 == 0 for part in mapped)
+    assert all(window.shards[part[0]] % 2 == 1 for part in work)
+    assert len({int(window.shards[part[0]]) for part in mapped}) == len(mapped)
     for part in parts:
         assert len(set(window.shards[part])) == 1
         assert (np.diff(window.blocks[part]) > 0).all()
@@ -61,16 +61,16 @@ def test_every_wanted_block_is_in_one_part_and_a_part_is_of_one_shard_in_its_ord
 @given(blocks, st.integers(1, 8))
 def test_a_part_is_not_larger_than_its_share_unless_it_is_one_block(drawn, n_threads):
     window = make_window([b[0] for b in drawn], [b[1] for b in drawn])
-    wanted = np.ones(len(drawn), bool)
+    needed = np.ones(len(drawn), bool)
     limit = part_bytes(window.raw_bytes, n_threads)
     assert limit <= MAX_PART_BYTES
-    for part in split_window(window, wanted, n_threads, lambda _: False).work:
+    for part in split_window(window, needed, n_threads, lambda _: False)[1]:
         assert len(part) == 1 or int(window.block_bytes[part].sum()) <= limit
 
 
 def test_a_window_in_one_shard_has_work_for_every_thread():
     window = make_window([0] * 64, [1 << 20] * 64)
-    parts = split_window(window, np.ones(64, bool), 4, lambda _: False).work
+    parts = split_window(window, np.ones(64, bool), 4, lambda _: False)[1]
     sizes = [int(window.block_bytes[part].sum()) for part in parts]
     assert len(parts) == 4 * PARTS_A_THREAD
     assert max(sizes) == min(sizes)
@@ -116,5 +116,5 @@ def _pages_of(at: int, n_bytes: int) -> range:
     return range(int(at) // PAGE, (int(at) + int(n_bytes) - 1) // PAGE + 1)
 
 
-def test_only_the_first_parts_that_fit_together_are_brought_near():
+def test_only_the_first_parts_that_fit_together_are_prefetched():
     assert [count_near([3, 4, 5], room) for room in (-1, 2, 7, 11, 12)] == [0, 0, 2, 2, 3]

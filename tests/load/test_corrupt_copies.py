@@ -64,7 +64,7 @@ def sent_shards(server: HttpFaultServer) -> list[str]:
 
 @pytest.mark.parametrize("how", ["values", "footer", "cut"])
 @pytest.mark.parametrize("read", ["loader", "records", "arrow"])
-def test_a_copy_that_has_rotted_is_fetched_again_and_the_run_goes_on(server, cache, how, read):
+def test_a_corrupt_copy_is_fetched_again_and_the_run_continues(server, cache, how, read):
     first = tc.Dataset(f"{server.url}/data", cache=cache)
     first.warm()
     first.close()
@@ -115,8 +115,8 @@ def read_all(dataset: tc.Dataset, how: str, loaders: dict[str, tc.DataLoader]) -
         loader = loaders.setdefault(how, tc.DataLoader(dataset, batch_size=32, shuffle=True))
         found = list(itertools.chain(*map(check_batch, loader)))
     elif how == "sampler":
-        batches = [list(range(start, N, 97)) for start in range(97)]
-        loader = loaders.setdefault(how, tc.DataLoader(dataset, batch_sampler=batches))
+        numbers = [i for start in range(97) for i in range(start, N, 97)]
+        loader = loaders.setdefault(how, tc.DataLoader(dataset, 4, sampler=numbers))
         found = list(itertools.chain(*map(check_batch, loader)))
     elif how == "arrow":
         found = [i for table in dataset.to_arrow(50) for i in table["id"].to_pylist()]
@@ -169,7 +169,7 @@ def test_a_bit_that_flips_in_a_local_folder_after_its_check_is_an_error(tmp_path
     dataset.close()
 
 
-def test_a_later_epoch_checks_again_what_no_write_has_announced(server, cache, monkeypatch):
+def test_a_later_epoch_checks_pages_again_after_a_silent_change(server, cache, monkeypatch):
     dataset, loaders = tc.Dataset(f"{server.url}/data", cache=cache), {}
     dataset.warm()
     (first, *_) = copies = shards_of(cache, dataset)
@@ -189,7 +189,7 @@ def test_a_later_epoch_checks_again_what_no_write_has_announced(server, cache, m
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="posix_fadvise and madvise as Linux has them")
-def test_what_must_be_read_from_the_disk_again_is_checked_again(tmp_path):
+def test_pages_that_are_read_from_disk_again_are_checked_again(tmp_path):
     with tc.Writer(tmp_path / "data", schema={"x": tc.Tensor("int64", (64,))}, compression="none") as writer:
         writer.write_batch({"x": np.arange(1024 * 64).reshape(1024, 64)})
     (path,) = (tmp_path / "data").rglob("*.tcs")
@@ -210,7 +210,7 @@ def test_what_must_be_read_from_the_disk_again_is_checked_again(tmp_path):
     dataset.close()
 
 
-def test_a_copy_that_is_cut_while_it_is_mapped_is_fetched_again_and_the_epoch_goes_on(server, cache, caplog):
+def test_a_copy_truncated_while_mapped_is_fetched_again_and_the_epoch_continues(server, cache, caplog):
     dataset = tc.Dataset(f"{server.url}/data", cache=cache)
     dataset.warm()
     reference = [check_batch(batch) for batch in tc.DataLoader(dataset, 8, shuffle=True, options=OPTIONS)]
@@ -231,7 +231,7 @@ def test_a_copy_that_is_cut_while_it_is_mapped_is_fetched_again_and_the_epoch_go
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_whoever_still_reads_a_copy_that_another_replaced_goes_on_too(server, cache, shared):
+def test_readers_of_a_copy_that_was_replaced_continue(server, cache, shared):
     first = tc.Dataset(f"{server.url}/data", cache=cache)
     second = first if shared else tc.Dataset(f"{server.url}/data", cache=cache)  # as another process has it
     first.warm()
@@ -260,7 +260,7 @@ def test_records_of_a_copy_that_another_process_replaced_are_read_from_the_new_o
         dataset.close()
 
 
-def test_a_source_that_is_damaged_is_an_error_that_names_the_shard(server, cache):
+def test_a_corrupt_source_is_an_error_that_names_the_shard(server, cache):
     name = next(key for key in server.objects if "/shards/" in key)
     data = bytearray(server.objects[name])
     data[100] ^= 4
@@ -272,20 +272,20 @@ def test_a_source_that_is_damaged_is_an_error_that_names_the_shard(server, cache
 
 
 @pytest.mark.parametrize("how", ["values", "cut"])
-def test_a_rotten_copy_is_fetched_again_under_a_sampler_too(server, cache, how):
+def test_a_corrupt_copy_is_fetched_again_with_a_sampler(server, cache, how):
     first = tc.Dataset(f"{server.url}/data", cache=cache)
     first.warm()
     first.close()
     assert damage(cache, how) > len(first._source.table)
     dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-    batches = [list(range(start, N, 97)) for start in range(40)]
-    loader = tc.DataLoader(dataset, batch_sampler=batches, options=tc.LoaderOptions(memory_bytes=1))
-    assert [check_batch(batch) for batch in loader] == batches
-    assert loader.state_dict()["_num_yielded"] == 40
+    numbers = [i for start in range(40) for i in range(start, N, 97)]
+    loader = tc.DataLoader(dataset, 4, sampler=numbers, options=tc.LoaderOptions(memory_bytes=1))
+    assert [i for batch in loader for i in check_batch(batch)] == numbers
+    assert loader.state_dict()["_num_yielded"] == -(-len(numbers) // 4)
     dataset.close()
 
 
-def test_a_local_file_that_is_cut_inside_a_checked_page_serves_no_zeros(tmp_path):
+def test_a_local_file_truncated_inside_a_checked_page_serves_no_zeros(tmp_path):
     path = tmp_path / "local"
     with tc.Writer(path, schema={"x": tc.Tensor("int64", (64,))}, block_size="64KiB", compression="none") as writer:
         writer.write_batch({"x": np.arange(1, 1 + 1024 * 64).reshape(1024, 64)})
@@ -338,7 +338,7 @@ def faulty(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("is_cached", [True, False])
 @pytest.mark.parametrize("read", ["footer", "records"])
-def test_a_first_answer_that_is_damaged_costs_a_fetch_and_no_error(faulty, cache, is_cached, read):
+def test_a_corrupt_first_response_is_fetched_again(faulty, cache, is_cached, read):
     version, store = faulty(cache if is_cached else False, 1)
     if read == "footer":
         assert version.block_tables([0])[0].records.sum() == version.shard_records[0]
@@ -348,7 +348,7 @@ def test_a_first_answer_that_is_damaged_costs_a_fetch_and_no_error(faulty, cache
 
 
 @pytest.mark.parametrize("is_cached", [True, False])
-def test_answers_that_are_damaged_each_time_are_corruption_that_names_the_shard(faulty, cache, is_cached):
+def test_responses_that_are_always_corrupt_are_an_error_that_names_the_shard(faulty, cache, is_cached):
     version, store = faulty(cache if is_cached else False, 10_000)
     with pytest.raises(tc.CorruptShard, match=r"shards/.*\.tcs"):
         version.block_tables([0])

@@ -337,12 +337,12 @@ def test_a_fill_is_every_records_own(packed):
         ({"decode": {"picture": object()}, "layouts": {"picture": "buffer"}}, "picture.*remove layouts= or decode="),
     ],
 )
-def test_what_a_column_cannot_be_is_refused_when_the_data_set_is_made(packed, asked, told):
+def test_layouts_that_a_column_cannot_have_are_refused(packed, asked, told):
     with pytest.raises(tc.SchemaError, match=f"(?s){told}"):
         tc.Dataset(packed, **asked)
 
 
-def test_what_is_no_mapping_or_has_no_batches_is_refused(packed):
+def test_a_layout_argument_that_is_not_a_mapping_is_refused(packed):
     with pytest.raises(TypeError, match="layouts is a mapping"):
         tc.Dataset(packed, layouts=["text"])
     with pytest.raises(ValueError, match="transform"):
@@ -351,7 +351,7 @@ def test_what_is_no_mapping_or_has_no_batches_is_refused(packed):
         tc.Dataset(packed, columns=["id"], layouts={"text": "buffer"})
 
 
-def test_a_column_in_the_place_of_lengths_is_told(tmp_path):
+def test_a_column_with_the_name_of_lengths_is_refused(tmp_path):
     with tc.Writer(tmp_path / "d", schema={"x": "bytes", "x.lengths": "int8"}) as writer:
         writer.write({"x": b"", "x.lengths": 1})
     with pytest.raises(tc.SchemaError, match=r"x\.lengths.*taken"):
@@ -398,7 +398,7 @@ def test_a_damaged_page_is_found_in_every_form(tmp_path, form):
             read()
 
 
-def test_text_that_is_none_names_its_block_and_column(tmp_path):
+def test_invalid_text_is_an_error_that_names_its_block_and_column(tmp_path):
     with tc.Writer(tmp_path / "d", schema={"id": "int64", "text": "str"}, compression="none") as writer:
         writer.write_batch({"id": np.arange(2), "text": ["fine", "needle"]})
     (shard,) = [p for p in (tmp_path / "d").rglob("*") if p.is_file() and b"needle" in p.read_bytes()]

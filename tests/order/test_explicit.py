@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.order import BlockTable, Layout
-from tiercache.order.explicit import ExplicitOrder, RecordLocator, count_fitting, explicit_window
+from tiercache.order.explicit import ExplicitOrder, RecordLocator, count_fitting, explicit_section
 
 SHARDS = st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=5)
 
@@ -31,13 +31,14 @@ def all_places(shards):
     return [(s, b, r) for s, blocks in enumerate(shards) for b, n in enumerate(blocks) for r in range(n)]
 
 
-def as_list(window, lo=0, hi=None):
-    block, row = window.rows(lo, window.stop - window.start if hi is None else hi)
+def as_list(section, lo=0, hi=None):
+    block, row = section.rows(lo, section.stop - section.start if hi is None else hi)
+    (window,) = section.windows
     return [(int(window.shards[b]), int(window.blocks[b]), int(r)) for b, r in zip(block, row, strict=True)]
 
 
 @given(SHARDS, st.lists(st.integers(0, 99), max_size=30))
-def test_records_are_found_where_they_lie_in_whatever_order(shards, wanted):
+def test_records_are_located_in_any_order(shards, wanted):
     places = all_places(shards)
     numbers = np.array([w % len(places) for w in wanted] if places else [], np.int64)
     locator = RecordLocator(layout_of(shards))
@@ -50,7 +51,7 @@ def test_records_are_found_where_they_lie_in_whatever_order(shards, wanted):
     assert locator.shards(numbers).tolist() == [places[n][0] for n in numbers]
 
 
-def test_footers_are_read_once_and_only_of_shards_that_are_asked_for():
+def test_only_footers_of_requested_shards_are_read_and_each_once():
     asked = []
     locator = RecordLocator(layout_of([[3], [2, 2], [4]], asked))
     locator.find(np.array([8, 0, 9]))
@@ -60,14 +61,14 @@ def test_footers_are_read_once_and_only_of_shards_that_are_asked_for():
     assert asked == [0, 2, 1]
 
 
-def test_a_footer_that_differs_from_the_version_is_named():
+def test_a_footer_with_another_record_count_is_an_error_that_names_the_shard():
     layout = Layout(np.array([3, 4]), np.array([1, 1]), lambda numbers: [BlockTable([5], [9]) for _ in numbers])
     with pytest.raises(ValueError, match="shard 1: its footer holds 5 records, but the version lists 4"):
         RecordLocator(layout).find(np.array([4]))
 
 
 @given(SHARDS, st.lists(st.integers(0, 99), max_size=30), st.sampled_from([None, 1, 12, 25, 60]), st.data())
-def test_an_order_serves_its_list_from_any_position_and_its_windows_fit(shards, wanted, window_bytes, data):
+def test_an_explicit_order_serves_its_list_from_any_position_in_windows_that_fit(shards, wanted, window_bytes, data):
     places = all_places(shards)
     numbers = np.array([w % len(places) for w in wanted] if places else [], np.int64)
     order = ExplicitOrder(layout_of(shards), numbers, window_bytes)
@@ -75,21 +76,20 @@ def test_an_order_serves_its_list_from_any_position_and_its_windows_fit(shards, 
     position = start = data.draw(st.integers(0, len(numbers)))
     found = []
     while position < len(numbers):
-        window = order.section_at(0, position)
-        assert window.start <= position < window.stop
-        assert order.section_at(0, position) is window
-        assert window.windows == (window,)
+        section = order.section_at(0, position)
+        assert section.start <= position < section.stop
+        assert order.section_at(0, position) is section
+        (window,) = section.windows
         assert len(set(zip(window.shards, window.blocks, strict=True))) == len(window.blocks)
-        assert set(window.rows(0, window.stop - window.start)[0]) == set(range(len(window.blocks)))
         if window_bytes is not None and len(window.blocks) > 1:
             assert window.raw_bytes <= window_bytes
-        found += as_list(window, position - window.start)
-        position = window.stop
+        found += as_list(section, position - section.start)
+        position = section.stop
     assert found == [places[n] for n in numbers[start:]]
 
 
 @given(SHARDS, st.lists(st.integers(0, 99), max_size=30), st.data())
-def test_shards_ahead_are_those_that_are_read_next(shards, wanted, data):
+def test_shards_ahead_are_in_reading_order(shards, wanted, data):
     places = all_places(shards)
     numbers = np.array([w % len(places) for w in wanted] if places else [], np.int64)
     layout = layout_of(shards)
@@ -107,23 +107,23 @@ def test_shards_ahead_are_those_that_are_read_next(shards, wanted, data):
 @pytest.mark.parametrize(
     ("stream", "position"), [(1, 0), (0, -1), (0, 4)], ids=["another stream", "before", "behind the end"]
 )
-def test_positions_outside_are_refused(stream, position):
+def test_positions_outside_the_order_are_refused(stream, position):
     order = ExplicitOrder(layout_of([[3]]), np.array([2, 0, 1]), None)
     for call in (order.section_at, lambda s, p: order.shards_ahead(s, p, None)):
         with pytest.raises(ValueError, match="outside an epoch of 3 records"):
             call(stream, position)
     with pytest.raises(ValueError, match="outside an epoch of 3 records"):
         order.section_at(0, 3)
-    with pytest.raises(ValueError, match=r"positions \[1, 4\) are outside a window of 3"):
+    with pytest.raises(ValueError, match=r"positions \[1, 4\) are outside a section of 3"):
         order.section_at(0, 0).rows(1, 4)
 
 
-def test_records_that_are_not_there_are_refused():
+def test_record_numbers_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"record numbers -1 to 3 exceed 3 records"):
         ExplicitOrder(layout_of([[3]]), np.array([3, -1]), None)
 
 
-def test_blocks_that_cost_nothing_are_not_counted():
+def test_mapped_blocks_do_not_count_towards_the_window_limit():
     locator = RecordLocator(layout_of([[2, 2], [2, 2]]))
     found = locator.find(np.array([0, 2, 4, 1, 6]))  # blocks of 12 bytes: 0.0, 0.1, 1.0, 0.0 again, 1.1
     assert count_fitting(found, 24) == 2
@@ -133,17 +133,32 @@ def test_blocks_that_cost_nothing_are_not_counted():
     assert count_fitting(found, 24, [0]) == 5
     assert count_fitting(found, 12, [0]) == 4
     assert count_fitting(found, 1, [1, 0]) == 5
-    assert as_list(explicit_window(7, found.slice(1, 3))) == [(0, 1, 0), (1, 0, 0)]
+    assert as_list(explicit_section(7, found.slice(1, 3))) == [(0, 1, 0), (1, 0, 0)]
 
 
-def test_a_window_of_listed_records_promises_no_order():
+def test_a_window_of_an_explicit_order_is_not_in_stored_order():
     found = RecordLocator(layout_of([[2, 2], [2, 2]])).find(np.arange(8))
-    assert not explicit_window(0, found).is_in_order
+    assert not explicit_section(0, found).window.is_in_order
 
 
-def test_few_records_of_many_blocks_are_found_as_well():
+def test_few_records_of_many_blocks_are_located():
     layout = layout_of([[1] * 400, [2] * 400])
     numbers = np.array([700, 3, 700, 1199])
     found = RecordLocator(layout).find(np.concatenate([numbers, np.arange(1200)])).slice(0, 4)
-    assert as_list(explicit_window(0, found)) == [(1, 150, 0), (0, 3, 0), (1, 150, 0), (1, 399, 1)]
+    assert as_list(explicit_section(0, found)) == [(1, 150, 0), (0, 3, 0), (1, 150, 0), (1, 399, 1)]
     assert count_fitting(found, 23) == 3
+
+
+def test_a_window_of_all_blocks_is_kept_if_it_fits_and_most_blocks_are_needed(monkeypatch):
+    monkeypatch.setattr("tiercache.order.explicit.FIRST_WINDOW_ROWS", 6)
+    monkeypatch.setattr("tiercache.order.explicit.MAX_WINDOW_ROWS", 6)
+    numbers = np.array([0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7])
+    layout = layout_of([[2, 2], [2, 2]])  # four blocks of 12 bytes
+    for window_bytes, is_mapped in ((48, lambda shard: False), (24, lambda shard: shard == 0), (1, lambda shard: True)):
+        order = ExplicitOrder(layout, numbers, window_bytes, is_mapped)
+        first, second = order.section_at(0, 0), order.section_at(0, 6)
+        assert first.window is second.window
+        assert len(first.window.blocks) == 4
+        assert as_list(first) + as_list(second) == [all_places([[2, 2], [2, 2]])[n] for n in numbers]
+    order = ExplicitOrder(layout, numbers, 47)
+    assert order.section_at(0, 0).stop == 3  # a fourth block does not fit

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.load.test_plan import Case, cases
+from tests.load.test_pieces import Case, cases
 from tests.order.brute import uniform
 from tests.order.brute_mixture import Mixed, mixtures
 
@@ -38,21 +38,21 @@ def check_in_use(share: OrderShare, start: int, n_shards: int) -> None:
     for position, shard in read_by(share, start):
         assert uses.begins[shard] <= position < uses.ends[shard]
     assert (uses.begins[uses.shards] >= start).all()
-    clocks = uses.clock.at(np.arange(start, share.n_records + 1))
+    clocks = uses.clock.at(np.arange(start, share.ranks.n_records + 1))
     assert clocks[0] == 0
     assert (np.diff(clocks) >= 0).all()
     assert clocks[-1] == uses.clock.total
 
 
 @given(cases(), st.integers(0, 40))
-def test_what_a_rank_reads_is_in_use_when_it_reads_it(case: Case, offset: int):
+def test_shards_are_in_use_in_the_plan_when_a_rank_reads_them(case: Case, offset: int):
     offset = min(offset, case.data.n_records)
     for ranks in case.plans(offset):
         check_in_use(share_of(case.order, ranks), offset, len(case.data.blocks))
 
 
 @given(mixtures(), st.integers(0, 2), st.integers(1, 3), st.integers(1, 5))
-def test_what_a_rank_reads_of_a_mixture_is_in_use_when_it_reads_it(mixed: Mixed, epoch, world_size, batch_size):
+def test_shards_of_a_mixture_are_in_use_in_the_plan_when_a_rank_reads_them(mixed: Mixed, epoch, world_size, batch_size):
     order = mixed.order(epoch)
     for rank in range(world_size):
         ranks = RankPlan(0, world_size, rank, batch_size, False, order.n_records, order.n_streams)
@@ -89,7 +89,7 @@ def test_a_shard_is_read_then_when_the_next_epochs_first_use_of_it_comes(case: C
 @given(
     st.lists(st.tuples(st.integers(0, 99), st.integers(1, 50), st.integers(0, 10**15)), max_size=12), st.integers(0, 50)
 )
-def test_the_clock_stands_where_groups_are_over_at_what_they_and_parts_of_others_hold(groups, position):
+def test_the_clock_equals_the_stored_bytes_of_the_groups_read(groups, position):
     begins = np.array([begin for begin, _, _ in groups], np.int64)
     ends = begins + np.array([length for _, length, _ in groups], np.int64)
     n_bytes = np.array([size for _, _, size in groups], np.int64)
@@ -118,14 +118,14 @@ def plans_of(placement, streams: int, world_size: int, n_later: int, n_shards: i
     return plan, len(looked)
 
 
-def test_one_more_epoch_is_looked_at_where_a_rank_reads_all():
+def test_one_later_epoch_is_examined_if_a_rank_reads_all_shards():
     plan, n_looked = plans_of("global", 1, 1, 5)
     assert n_looked == 1
     assert (plan.then >= 64 * 200).all()
     assert (plan.then < 2 * 64 * 200).all()
 
 
-def test_epochs_are_looked_at_until_nothing_new_turns_up_where_a_rank_reads_a_part_of_them():
+def test_later_epochs_are_examined_until_no_new_shard_appears():
     plan, n_looked = plans_of("sticky", 4, 4, 9)
     assert n_looked == 1 + module.EPOCHS_WITHOUT_NEWS
     assert 16 <= len(plan.shards) <= 17  # a stream's share, one shard of which may be cut in two
@@ -137,7 +137,7 @@ def test_epochs_are_looked_at_until_nothing_new_turns_up_where_a_rank_reads_a_pa
 
 
 @pytest.mark.parametrize(("epochs", "max_shards"), [(3, 1 << 21), (64, 3 * (64 + 1024))])
-def test_no_more_epochs_are_looked_at_than_is_worth_it(monkeypatch, epochs, max_shards):
+def test_the_number_of_examined_epochs_is_limited(monkeypatch, epochs, max_shards):
     monkeypatch.setattr(module, "MAX_EPOCHS_AHEAD", epochs)
     plan, n_looked = plans_of("global", 16, 16, 64, max_shards=max_shards)
     assert n_looked == 3

@@ -37,7 +37,7 @@ def check(groups: ShardGroups, records: list[int]) -> None:
 
 
 @given(shards(), options(max_streams=4), st.integers(0, 3))
-def test_shards_of_an_epoch_are_in_use_over_their_group_or_where_nothing_is_shuffled_their_own_records(
+def test_shards_are_in_use_over_their_group_or_without_shuffle_over_their_own_records(
     data: Shards, how: OrderOptions, epoch: int
 ):
     order = EpochOrder(data.layout, how, epoch)
@@ -64,7 +64,7 @@ def test_shards_of_an_epoch_are_in_use_over_their_group_or_where_nothing_is_shuf
 
 
 @given(st.data())
-def test_shards_of_a_list_are_in_use_from_their_first_record_to_their_last(draw):
+def test_shards_of_an_explicit_order_are_in_use_from_their_first_record_to_their_last(draw):
     data = draw.draw(shards())
     if not data.n_records:
         return
@@ -88,7 +88,7 @@ def test_shards_of_a_mixture_are_in_use_where_a_part_draws_from_their_group(mixe
 
 
 @given(mixtures(), st.integers(0, 3))
-def test_a_part_that_begins_anew_again_and_again_is_in_use_throughout(mixed: Mixed, epoch: int):
+def test_a_part_that_restarts_often_is_in_use_throughout(mixed: Mixed, epoch: int):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part_module, "MAX_TURNS", 0)
         order: MixtureOrder = mixed.order(epoch)
@@ -96,7 +96,7 @@ def test_a_part_that_begins_anew_again_and_again_is_in_use_throughout(mixed: Mix
             check(order.groups(stream), shards_at(order, stream))
 
 
-def test_a_stream_that_there_is_not_is_refused():
+def test_a_missing_stream_is_refused():
     data = Shards([[(3, 10)]], [10])
     order = EpochOrder(data.layout, OrderOptions(1, True, None, None), 0)
     with pytest.raises(ValueError, match="there is no stream 1: the order has 1"):

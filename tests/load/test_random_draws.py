@@ -50,7 +50,7 @@ def states_of(make_loader, generator, n_epochs=2):
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("seed", [None, 3])
-def test_an_epoch_draws_what_torchs_loader_draws(make_dataset, shuffle, given, seed):
+def test_an_epoch_draws_the_random_numbers_that_torchs_loader_draws(make_dataset, shuffle, given, seed):
     dataset = tc.Dataset(make_dataset(N))
 
     def make(kind, *what, **options):
@@ -62,7 +62,7 @@ def test_an_epoch_draws_what_torchs_loader_draws(make_dataset, shuffle, given, s
 
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("given", [False, True])
-def test_with_workers_the_sampler_is_asked_in_iter(make_dataset, persistent, given):
+def test_with_workers_the_sampler_draws_in_iter(make_dataset, persistent, given):
     dataset = tc.Dataset(make_dataset(N))
 
     def make(kind, what):
@@ -86,7 +86,7 @@ def test_with_workers_the_sampler_is_asked_in_iter(make_dataset, persistent, giv
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_a_state_that_is_asked_for_draws_nothing_and_names_the_seed_that_comes(make_dataset, given):
+def test_state_dict_draws_nothing_and_has_the_next_seed(make_dataset, given):
     dataset = tc.Dataset(make_dataset(N))
     generator = torch.Generator().manual_seed(5) if given else None
     torch.manual_seed(3)
@@ -142,7 +142,7 @@ def flat(loader):
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_reseeding_before_an_epoch_says_its_order(make_dataset, given):
+def test_reseeding_before_an_epoch_determines_its_order(make_dataset, given):
     generator = torch.Generator() if given else None
     loader = make_loader(make_dataset(N), generator)
 

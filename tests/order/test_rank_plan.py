@@ -39,7 +39,7 @@ def positions(plan: RankPlan) -> list[list[int]]:
 
 @settings(max_examples=MANY)
 @given(drawn())
-def test_ranks_take_what_the_rule_says_in_its_plainest_form(how: SamplerBatch) -> None:
+def test_ranks_take_what_the_brute_force_reference_says(how: SamplerBatch) -> None:
     offset, ranks, n, n_streams = how
     for plan, expected in zip(plans(how), batches(ranks, n_streams, offset, n), strict=True):
         found = positions(plan)
@@ -93,7 +93,7 @@ def test_the_last_global_batch_is_split_evenly_and_filled_to_one_from_the_rank_s
 
 @settings(max_examples=MANY)
 @given(drawn())
-def test_what_is_left_may_fill_the_first_ranks(how: SamplerBatch) -> None:
+def test_fills_first_gives_the_remaining_records_to_the_first_ranks(how: SamplerBatch) -> None:
     even = plans(how)
     filled = [replace(plan, fills_first=True) for plan in even]
     left = even[0].n_left
@@ -118,7 +118,7 @@ def test_what_is_left_may_fill_the_first_ranks(how: SamplerBatch) -> None:
 
 
 @given(drawn(), st.data())
-def test_any_run_of_rows_is_a_part_of_the_batches_one_after_the_other(how: SamplerBatch, data: st.DataObject) -> None:
+def test_any_range_of_rows_equals_that_part_of_the_concatenated_batches(how: SamplerBatch, data: st.DataObject) -> None:
     for plan in plans(how):
         every = list(itertools.chain(*positions(plan)))
         start = data.draw(st.integers(0, len(every)))
@@ -151,7 +151,7 @@ def test_full_batches_are_of_the_rank_s_own_streams_and_those_are_neighbours(how
 
 
 @given(drawn(), st.data())
-def test_a_run_resumed_on_other_ranks_goes_on_where_the_first_stopped(how: SamplerBatch, data: st.DataObject) -> None:
+def test_a_run_resumed_on_other_ranks_continues_where_the_first_stopped(how: SamplerBatch, data: st.DataObject) -> None:
     _, _, n, n_streams = how
     first = plans(how)[0]
     offset = first.offset_after(data.draw(st.integers(0, first.n_batches)))
@@ -161,7 +161,7 @@ def test_a_run_resumed_on_other_ranks_goes_on_where_the_first_stopped(how: Sampl
     assert sorted(found) == list(range(offset, n))
 
 
-def test_each_rank_has_a_stream_of_its_own_where_there_are_as_many() -> None:
+def test_each_rank_has_its_own_stream_if_there_are_as_many() -> None:
     for offset in (0, 4, 7):  # whatever the offset
         for plan in plans((offset, Ranks(4, 3, True), 100, 4)):
             assert plan.streams == range(plan.rank, plan.rank + 1)
@@ -178,7 +178,7 @@ def test_streams_that_do_not_divide_the_global_batch_are_ignored() -> None:
     assert found == [[[0, 1, 2, 3], [8, 9, 10, 11]], [[4, 5, 6, 7], [12, 13, 14, 15]]]
 
 
-def test_a_hundred_million_batches_cost_nothing() -> None:
+def test_a_plan_of_a_hundred_million_batches_takes_no_memory() -> None:
     plan = RankPlan(0, 64, 63, 256, True, 10**8 * 64 * 256, n_streams=64)
     assert plan.n_batches == 10**8
     assert plan.positions(10**8 - 1).tolist() == list(range(plan.n_records - 64 * 256 + 63, plan.n_records, 64))

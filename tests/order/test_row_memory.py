@@ -22,7 +22,7 @@ def place(array):
     return array.ctypes.data
 
 
-def test_what_nobody_has_is_lent_again():
+def test_an_array_without_references_is_reused():
     rows = allocate_rows(N)
     at = place(rows)
     del rows
@@ -34,7 +34,7 @@ def test_what_nobody_has_is_lent_again():
     [lambda rows: rows[10:20], lambda rows: rows.view(np.int32), memoryview, lambda rows: rows[::2].reshape(2, -1)],
     ids=["slice", "other dtype", "memoryview", "view of a view"],
 )
-def test_what_somebody_refers_to_is_not(refer):
+def test_a_referenced_array_is_not_reused(refer):
     rows = allocate_rows(N)
     at = place(rows)
     view = refer(rows)
@@ -58,7 +58,7 @@ def test_few_rows_and_more_than_are_kept_are_new_arrays():
         assert rows.base is None
 
 
-def test_threads_never_get_what_another_has():
+def test_two_threads_never_get_the_same_array():
     def fill(number):
         for _ in range(200):
             rows = allocate_rows(N)

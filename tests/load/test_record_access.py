@@ -319,7 +319,7 @@ def test_a_shard_that_is_cut_under_its_mapping_is_an_error_for_its_records_only(
     dataset.close()
 
 
-def test_a_copy_that_rots_under_its_mapping_is_fetched_again_by_the_records_that_meet_it(tmp_path, monkeypatch):
+def test_a_copy_that_becomes_corrupt_while_mapped_is_fetched_again(tmp_path, monkeypatch):
     files = wide(tmp_path / "d")
     objects = {f"d/{f.relative_to(tmp_path / 'd').as_posix()}": f.read_bytes() for f in (tmp_path / "d").rglob("*.*")}
     with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:

@@ -56,17 +56,17 @@ def near_bytes(futures) -> int:
     return sum(future.result() for future in futures)
 
 
-def test_all_of_a_window_is_brought_near_when_there_is_room(mapped, make_ahead):
+def test_a_whole_window_is_prefetched_if_there_is_room(mapped, make_ahead):
     memory = mapped.memory
     assert near_bytes(prefetch_pages(make_ahead(1 << 40), window_of(memory, 4))) == N_BYTES
 
 
-def test_nothing_is_brought_near_without_room(mapped, make_ahead):
+def test_nothing_is_prefetched_without_room(mapped, make_ahead):
     memory = mapped.memory
     assert prefetch_pages(make_ahead(1), window_of(memory)) == []
 
 
-def test_a_file_cut_short_meanwhile_is_less_near_and_no_dead_process(mapped, make_ahead):
+def test_a_file_truncated_during_prefetching_does_not_kill_the_process(mapped, make_ahead):
     memory = mapped.memory
     os.truncate(mapped.path, 4096)
     assert near_bytes(prefetch_pages(make_ahead(1 << 40), window_of(memory, 4))) == 0
@@ -118,27 +118,27 @@ WHOLE, BLOCKS, NARROW = (HUGE, HUGE), (HUGE // 2, HUGE), (HUGE // 8, HUGE)
         (NARROW, False, False),
     ],
 )
-def test_what_is_read_by_huge_pages_brings_little_that_is_not_wanted(large, make_ahead, lie, fits, is_huge):
+def test_huge_pages_read_few_bytes_that_are_not_needed(large, make_ahead, lie, fits, is_huge):
     ahead = make_ahead(1 << 40, len(large.memory) if fits else 1 << 50)
     near_bytes(prefetch_pages(ahead, blocks_of(large.memory, *lie)))
     assert _is_huge(large.memory) == (is_huge and _kernel_is_new())
 
 
 @pytest.mark.parametrize("kernel", [(6, 15), (5, 18), (0, 0)])
-def test_a_kernel_that_has_none_for_files_is_not_asked(large, make_ahead, monkeypatch, kernel):
+def test_a_kernel_without_huge_pages_for_files_is_not_advised(large, make_ahead, monkeypatch, kernel):
     monkeypatch.setattr("tiercache.load.prefetch._kernel", lambda: kernel)
     near_bytes(prefetch_pages(make_ahead(1 << 40), blocks_of(large.memory, *WHOLE)))
     assert not _is_huge(large.memory)
 
 
 @pytest.mark.parametrize("is_in_order", [True, False])
-def test_rows_that_are_served_meanwhile_in_any_order_do_not_wait_for_huge_pages(large, make_ahead, is_in_order):
+def test_rows_of_a_shuffled_window_do_not_wait_for_huge_pages(large, make_ahead, is_in_order):
     window = blocks_of(large.memory, *WHOLE, is_in_order=is_in_order)
     near_bytes(make_ahead(1 << 40).prefetch_pages([window], [window.window], is_served=True))
     assert _is_huge(large.memory) == (is_in_order and _kernel_is_new())
 
 
-def test_single_rows_of_what_has_no_room_are_read_alone_though_huge_pages_were_expected_before(large, make_ahead):
+def test_single_rows_without_room_are_read_alone_after_huge_pages_were_advised(large, make_ahead):
     window = blocks_of(large.memory, *WHOLE)
     near_bytes(prefetch_pages(make_ahead(1 << 40), window))
     assert prefetch_pages(make_ahead(1), window) == []
@@ -146,7 +146,7 @@ def test_single_rows_of_what_has_no_room_are_read_alone_though_huge_pages_were_e
     assert not _is_huge(large.memory)
 
 
-def test_what_is_in_memory_already_is_not_advised_about(large, make_ahead):
+def test_pages_in_memory_are_not_advised(large, make_ahead):
     window = blocks_of(large.memory, *WHOLE)
     window.block_groups[0].reports_residency = True
     large.memory.sum()

@@ -101,7 +101,7 @@ def test_a_state_of_another_choice_or_mixture_is_refused(parts):
 
 @pytest.mark.parametrize("stop", ["first", "all"])
 @pytest.mark.parametrize("streams", [1, 4])
-def test_a_mixture_has_exact_shares_in_any_stretch_and_goes_through_its_parts(parts, stop, streams):
+def test_a_mixture_has_exact_shares_in_any_range(parts, stop, streams):
     a, b = parts
     mixed = tc.mix([a, b], weights=[0.6, 0.4], stop=stop)
     loader = make_loader(mixed, shuffle=True, shuffle_streams=streams)

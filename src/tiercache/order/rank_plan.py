@@ -136,9 +136,6 @@ class RankPlan:
     def positions(self, i: int) -> NDArray[np.int64]:
         """Return the positions in the epoch of batch i, in served order, which is ascending.
 
-        Returns:
-            int64[n], 1 <= n <= batch_size.
-
         Raises:
             IndexError: There is no such batch.
         """
@@ -149,9 +146,6 @@ class RankPlan:
 
     def positions_between(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return the positions in the epoch of rows [start, stop) of this rank's concatenated batches, in served order.
-
-        Returns:
-            int64[stop - start], ascending except for padding at the end.
 
         Raises:
             IndexError: The rows do not exist.
@@ -191,14 +185,7 @@ class RankPlan:
         return range(first, last + 1, self.n_streams) if last - first == (stop - 1 - start) * self.n_streams else None
 
     def owns(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return whether this rank serves positions, except as padding.
-
-        Args:
-            positions: int64[n], positions in the epoch from the offset on.
-
-        Returns:
-            bool[n].
-        """
+        """Return whether this rank serves positions, except as padding."""
         left_start = self._left_start
         owned = np.zeros(len(positions), np.bool_)
         if self.n_full:

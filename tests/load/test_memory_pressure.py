@@ -49,7 +49,7 @@ def test_with_too_little_memory_the_same_is_served_with_one_warning(make_dataset
     assert max(loads.values()) > 10
 
 
-def test_what_is_mapped_takes_no_memory_and_needs_no_warning(make_dataset, monkeypatch):
+def test_mapped_windows_count_no_memory_and_cause_no_warning(make_dataset, monkeypatch):
     path = make_dataset(500, compression="none")
     whole = ids_of(make_loader(path))
     limited(monkeypatch, 32 << 10)
@@ -93,6 +93,6 @@ def test_slices_are_the_pieces_rows_in_order_and_each_needs_blocks_that_fit(size
     all_bytes = np.concatenate([window.block_bytes for window in windows])
     for part in slices:
         assert part.n_rows > 0
-        touched = np.concatenate(part.wanted)
+        touched = np.concatenate(part.needed)
         assert set(np.flatnonzero(touched)) == set(part.block.tolist())
         assert all_bytes[touched].sum() <= room_bytes or touched.sum() == 1

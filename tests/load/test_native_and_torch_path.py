@@ -14,7 +14,7 @@ import tiercache as tc
 from tiercache.shard.schema import Schema
 
 
-def test_a_pickled_loader_goes_on_where_the_loader_stands(make_dataset):
+def test_a_pickled_loader_continues_at_its_position(make_dataset):
     loader = tc.DataLoader(tc.Dataset(make_dataset(200)), batch_size=16, shuffle=True)
     fresh = pickle.loads(pickle.dumps(loader))
     assert sorted(itertools.chain(*ids_of(fresh))) == list(range(200))
@@ -56,7 +56,7 @@ class _Negative(tc.Dataset):
         return {"id": super().__getitem__(index)["id"] * self.factor}
 
 
-def test_a_subclass_that_says_what_a_record_is_is_heard_under_any_loader(make_dataset):
+def test_a_subclass_that_overrides_records_is_used_by_any_loader(make_dataset):
     dataset = _Negative(make_dataset(40), -1)
     expected = [-i for i in range(40)]
     for loader in (

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.order import derive_key
-from tiercache.order.epoch import permutation, stratified_permutation
+from tiercache.order.epoch_order import permutation, stratified_permutation
 
 
 def keys(seed: int) -> tuple[bytes, bytes]:
@@ -16,7 +16,7 @@ def keys(seed: int) -> tuple[bytes, bytes]:
 
 
 @given(st.integers(0, 2**64), st.integers(0, 400), st.integers(1, 500))
-def test_it_is_a_permutation(seed: int, n: int, n_run: int) -> None:
+def test_a_stratified_permutation_is_a_permutation(seed: int, n: int, n_run: int) -> None:
     order = stratified_permutation(*keys(seed), n, n_run)
     assert np.array_equal(np.sort(order), np.arange(n))
     if n_run >= n:
@@ -55,7 +55,7 @@ def places(n: int, n_run: int, trials: int = 4000) -> np.ndarray:
     return counts
 
 
-def test_each_item_comes_at_each_place_equally_often() -> None:
+def test_each_item_is_at_each_position_equally_often() -> None:
     counts = places(24, 6)
     expected = counts.sum() / counts.size
     assert np.abs(counts - expected).max() < 6 * math.sqrt(expected)

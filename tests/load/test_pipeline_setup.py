@@ -17,7 +17,8 @@ N = 300
 
 
 def setup_of(column, spec):
-    return PipelineSetup(SimpleNamespace(schema=Schema([column]), shard_bytes=np.array([6000, 4000])), spec)
+    shards = {"shard_records": np.array([60, 40]), "shard_bytes": np.array([6000, 4000])}
+    return PipelineSetup(SimpleNamespace(schema=Schema([column]), **shards), spec)
 
 
 def test_two_iterators_of_a_loader_take_their_own_batches(make_dataset):
@@ -26,7 +27,7 @@ def test_two_iterators_of_a_loader_take_their_own_batches(make_dataset):
     assert served == [(ids, ids) for ids in ids_of(loader)]
 
 
-def test_a_run_that_goes_on_with_another_version_has_that_ones_length_and_records(make_dataset):
+def test_a_run_resumed_at_another_version_has_its_length_and_records(make_dataset):
     path = make_dataset(60)
     state = tc.DataLoader(tc.Dataset(path), batch_size=16).state_dict()
     with tc.Writer(path, mode="append") as writer:
@@ -44,7 +45,7 @@ def test_a_batch_that_is_larger_than_its_epoch_takes_little_memory(make_dataset,
 
 
 def test_a_slot_is_made_with_room_for_what_records_take_where_they_differ_in_length():
-    varying = setup_of(Column.of("a", "bytes"), OutputSpec({"a": "buffer"})).slot_bytes(10, 100)
-    fixed, about = setup_of(Column.of("a", "int32"), OutputSpec()).slot_bytes(10, 100)
+    varying = setup_of(Column.of("a", "bytes"), OutputSpec({"a": "buffer"})).slot_bytes(10)
+    fixed, about = setup_of(Column.of("a", "int32"), OutputSpec()).slot_bytes(10)
     assert varying == (1000 + 1000 // 8, 1000 + 1000 // 8)
     assert 10 * 4 <= fixed < 1000 == about
