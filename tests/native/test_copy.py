@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiercache._native import gather
-from tiercache._native.ring import END, Plan, Ring, pretend_far
+from tiercache._native.ring import END, Plan, Ring, override_distance
 
 PAGE = 4096
 MEMORY = np.random.default_rng(5).integers(0, 256, 1 << 20, np.uint8)
@@ -21,11 +21,11 @@ MEMORY = np.random.default_rng(5).integers(0, 256, 1 << 20, np.uint8)
 @pytest.fixture(autouse=True, scope="module", params=[False, True], ids=["by the caches", "past the caches"])
 def passes(request):
     """What another core is to read is copied by other instructions."""
-    gather.pass_caches(request.param)
-    pretend_far(request.param)
+    gather.set_nontemporal_copies(request.param)
+    override_distance(request.param)
     yield request.param
-    gather.pass_caches(False)
-    pretend_far(None)
+    gather.set_nontemporal_copies(False)
+    override_distance(None)
 
 
 @settings(max_examples=50, deadline=None)

@@ -199,7 +199,7 @@ def test_a_file_truncated_while_it_is_mapped_is_an_error_again_and_again(tmp_pat
             with pytest.raises(OSError, match="truncated"):
                 gather.gather(gather.FIXED, 4096, sources, zero, zero, out)
             with pytest.raises(OSError, match="truncated"):
-                gather.copy_guarded(view.ctypes.data, out)
+                gather.offsets_ok(view.ctypes.data, 8, 0)
         del view
 
 

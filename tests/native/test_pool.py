@@ -11,7 +11,7 @@ import sys
 BEGINNING = """
 import numpy as np
 from tiercache._native import gather
-from tiercache._native.ring import Plan, Ring, SpareMemory
+from tiercache._native.ring import Plan, Ring, ArenaKeeper
 
 ROWS = np.zeros((4, 64), np.uint8)
 ADDRESSES = np.array([[[ROWS.ctypes.data, 0, 0]]], np.uint64)
@@ -42,7 +42,7 @@ def run(script: str) -> None:
 
 def test_the_next_ring_of_the_same_size_begins_with_the_memory_of_the_last():
     run("""
-spare = SpareMemory()
+spare = ArenaKeeper()
 place = place_of_one(SMALL)
 assert is_mapped(place)
 assert place_of_one(SMALL) == place
@@ -52,7 +52,7 @@ assert place_of_one(SMALL) == place
 def test_memory_goes_with_the_last_who_expects_a_ring():
     run("""
 assert not is_mapped(place_of_one(SMALL))
-one, other = SpareMemory(), SpareMemory()
+one, other = ArenaKeeper(), ArenaKeeper()
 place = place_of_one(SMALL)
 del one
 assert is_mapped(place)
@@ -63,7 +63,7 @@ assert not is_mapped(place)
 
 def test_rings_at_the_same_time_share_nothing_and_leave_one_arena():
     run("""
-spare = SpareMemory()
+spare = ArenaKeeper()
 rings = [ring_of(SMALL), ring_of(SMALL)]
 places = [first_place(ring) for ring in rings]
 assert abs(places[0] - places[1]) >= 4 * SMALL
@@ -81,7 +81,7 @@ def writable_bytes():
 
 SIZE = 7 << 20
 place_of_one(0)  # a thread's stack, which stays
-spare, before = SpareMemory(), writable_bytes()
+spare, before = ArenaKeeper(), writable_bytes()
 place_of_one(SIZE)
 assert writable_bytes() - before >= 4 * SIZE
 place_of_one(2 * SIZE)
@@ -91,7 +91,7 @@ assert 8 * SIZE <= writable_bytes() - before < 10 * SIZE
 
 def test_memory_of_large_batches_is_not_kept():
     run("""
-spare = SpareMemory()
+spare = ArenaKeeper()
 assert not is_mapped(place_of_one(LARGE))
 """)
 
@@ -99,7 +99,7 @@ assert not is_mapped(place_of_one(LARGE))
 def test_a_forked_child_goes_on_with_memory_of_its_own():
     run("""
 import os
-spare = SpareMemory()
+spare = ArenaKeeper()
 place = place_of_one(SMALL)
 child = os.fork()
 if not child:

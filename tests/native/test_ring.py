@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tiercache._native import gather
 from tiercache._native.permute import RowFinder
-from tiercache._native.ring import CLOSED, END, FAILED, Plan, Ring, Slot, held_bytes, pretend_far
+from tiercache._native.ring import CLOSED, END, FAILED, Plan, Ring, Slot, held_bytes, override_distance
 from tiercache.waiting import wait_for
 
 REF = 3
@@ -27,9 +27,9 @@ WIDTH = 24
 @pytest.fixture(autouse=True, scope="module", params=[None, True], ids=["", "far"])
 def distance(request):
     """Whether workers copy for a core that is far."""
-    pretend_far(request.param)
+    override_distance(request.param)
     yield
-    pretend_far(None)
+    override_distance(None)
 
 
 def fixed_streams(width: int = WIDTH) -> np.ndarray:
@@ -485,7 +485,7 @@ def test_a_run_is_gathered_as_the_rows_that_its_finder_names(records, key, batch
         return Plan(addresses, block, row, None)
 
     pairs = list(itertools.pairwise(cuts))
-    runs = [Plan.of_run(addresses, (finder, lo, hi - lo), None) for lo, hi in pairs]
+    runs = [Plan.from_finder(addresses, (finder, lo, hi - lo), None) for lo, hi in pairs]
     assert [plan.n_rows for plan in runs] == [hi - lo for lo, hi in pairs]
     expected = served([arrays(lo, hi) for lo, hi in pairs])
     assert sum(batch[0] for batch in expected) == n
@@ -498,10 +498,10 @@ def test_a_run_is_gathered_as_the_rows_that_its_finder_names(records, key, batch
 def test_a_run_outside_its_finder_is_refused(run):
     finder = RowFinder(np.array([0, 4, 10], np.int64), None)
     with pytest.raises(ValueError, match="of 10 in 2 blocks, with addresses of 2 blocks"):
-        Plan.of_run(np.zeros((1, 2, 3), np.uint64), (finder, *run), None)
+        Plan.from_finder(np.zeros((1, 2, 3), np.uint64), (finder, *run), None)
 
 
 def test_a_run_of_more_blocks_than_there_are_addresses_for_is_refused():
     finder = RowFinder(np.array([0, 4, 10], np.int64), None)
     with pytest.raises(ValueError, match="with addresses of 1 blocks"):
-        Plan.of_run(np.zeros((1, 1, 3), np.uint64), (finder, 0, 10), None)
+        Plan.from_finder(np.zeros((1, 1, 3), np.uint64), (finder, 0, 10), None)

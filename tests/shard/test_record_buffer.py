@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tiercache._native.records import Records
+from tiercache._native.block_builder import BlockBuilder
 from tiercache.errors import SchemaError
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.read.values import as_batch
@@ -270,7 +270,7 @@ def test_only_all_records_or_all_but_the_last_can_be_taken(n):
 
 
 def test_columns_and_rows_that_are_not_there_are_refused():
-    records = Records([], 10)
+    records = BlockBuilder([], 10)
     with pytest.raises(IndexError):
         records.put(0, 1)
     with pytest.raises(IndexError):

@@ -19,7 +19,7 @@ from torchdata.stateful_dataloader import Stateful
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
 from torchdata.stateful_dataloader.worker import try_to_deserialize
 
-from tiercache._native.finder import wrapped
+from tiercache._native.record_finder import normalize_indices
 from tiercache.load.sampler_queue import SamplerBatch, SamplerQueue
 from tiercache.load.torch_rng import REPLAY, YIELDED, RandomGenerators, Replay, ReplayedSampler, ReplayState, next_seed
 
@@ -577,7 +577,7 @@ class SamplerPass:
             raise ValueError("the batch sampler returned an empty batch: a batch needs one record or more")
         if rows.dtype.kind not in "iu":
             raise TypeError(f"a sampler must return integer record numbers, it returned {rows.dtype}")
-        numbers = wrapped(np.ascontiguousarray(rows, np.int64).reshape(-1), self._n_records)
+        numbers = normalize_indices(np.ascontiguousarray(rows, np.int64).reshape(-1), self._n_records)
         return numbers if self._listed is None else self._listed[numbers]
 
 

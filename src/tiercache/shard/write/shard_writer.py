@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tiercache._native import records
-from tiercache._native.records import EXCEEDS_BLOCK, KEPT, NEEDS_CONVERSION, Records
+from tiercache._native import block_builder
+from tiercache._native.block_builder import EXCEEDS_BLOCK, KEPT, NEEDS_CONVERSION, BlockBuilder
 from tiercache.errors import SchemaError, StoreError
 from tiercache.model import ShardInfo
 from tiercache.shard.column_types import FLOATS, INTEGERS, Kind
@@ -44,7 +44,7 @@ class RecordBuffer:
         self._columns = columns
         self._converters = [value_converter(column) for column in columns]
         self._objects: dict[int, list[Any]] = {i: [] for i, c in enumerate(columns) if c.kind is Kind.ARROW}
-        self._records = Records([_spec_of(column) for column in columns], block_bytes)
+        self._records = BlockBuilder([_spec_of(column) for column in columns], block_bytes)
         self.add_fast = self._records.add
 
     @property
@@ -127,14 +127,14 @@ def misfit_error(column: Column, error: ConversionError, record: int) -> SchemaE
 
 @dataclass(frozen=True, slots=True)
 class _Spec:
-    """Description of a column for _native.records. See Spec there."""
+    """Description of a column for _native.block_builder. See Spec there."""
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | None, ...]
     varying: bool
     nullable: bool
-    usual: int = records.NONE
+    usual: int = block_builder.NONE
     format: str = ""
     scalar_type: type | None = None
     low: int = 0
@@ -148,28 +148,33 @@ def _spec_of(column: Column) -> _Spec:
         return _Spec(column.name, np.dtype("u1"), (), varying=False, nullable=False)
     usual = _usual(column)
     limits: dict[str, Any] = {}
-    if usual == records.INTEGERS:
+    if usual == block_builder.INTEGERS:
         info = np.iinfo(dtype.type)  # type: ignore[type-var]
         limits = {"low": int(info.min), "high": min(int(info.max), _LARGEST_INT64)}
-    elif usual == records.FLOATS:
+    elif usual == block_builder.FLOATS:
         limits = {"limit": float(np.finfo(dtype.type).max)}  # type: ignore[type-var]
     text = "?" if column.dtype == "bool" else np.empty(1, dtype).data.format
     return _Spec(column.name, dtype, shape, column.has_offsets, nullable, usual, text, dtype.type, **limits)
 
 
 def _usual(column: Column) -> int:
-    kinds = {Kind.BOOL: records.BOOLS, Kind.BYTES: records.BYTES, Kind.IMAGE: records.BYTES, Kind.STR: records.TEXT}
+    kinds = {
+        Kind.BOOL: block_builder.BOOLS,
+        Kind.BYTES: block_builder.BYTES,
+        Kind.IMAGE: block_builder.BYTES,
+        Kind.STR: block_builder.TEXT,
+    }
     if column.kind in kinds:
         return kinds[column.kind]
     if column.dtype == "bfloat16" or sys.byteorder != "little":  # bits that look like integers; another byte order
-        return records.NONE
+        return block_builder.NONE
     if column.kind in (Kind.TENSOR, Kind.RAGGED):
-        return records.ARRAYS
+        return block_builder.ARRAYS
     if column.kind is Kind.SCALAR and column.dtype in INTEGERS:
-        return records.INTEGERS
+        return block_builder.INTEGERS
     if column.kind is Kind.SCALAR and column.dtype in FLOATS and column.stored.itemsize >= 4:
-        return records.FLOATS
-    return records.NONE
+        return block_builder.FLOATS
+    return block_builder.NONE
 
 
 _BROKEN = "broken by an earlier error: only abort() can be called"

@@ -51,7 +51,7 @@ class Spec(Protocol):
     def limit(self) -> float: ...
 
 @final
-class Records:
+class BlockBuilder:
     """Rows of several columns in memory that grows. Only one thread may use it.
 
     Args:
@@ -63,7 +63,7 @@ class Records:
     n_bytes: int
     last_bytes: int
     room_bytes: int
-    def __new__(cls, specs: Sequence[Spec], room_bytes: int) -> Records: ...
+    def __new__(cls, specs: Sequence[Spec], room_bytes: int) -> BlockBuilder: ...
     def add(self, record: object) -> int:
         """Add a dict with exactly the column names and values of the fast path, or return NEEDS_CONVERSION."""
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache._native.finder import BlockTable, RecordFinder, wrapped
+from tiercache._native.record_finder import BlockTable, RecordFinder, normalize_indices
 from tiercache.waiting import wait_for
 
 N_STREAMS = 2
@@ -161,10 +161,10 @@ def test_what_was_found_keeps_its_owner_when_the_table_is_forgotten():
 def test_records_below_zero_count_from_the_end(records, n_records):
     given_records = np.array(records, np.int64)
     if all(-n_records <= record < n_records for record in records):
-        found = wrapped(given_records, n_records)
+        found = normalize_indices(given_records, n_records)
         assert found.tolist() == [record % n_records for record in records]
         assert (found is given_records) == all(record >= 0 for record in records)
         assert given_records.tolist() == records
     else:
         with pytest.raises(IndexError, match=f"data set of {n_records}"):
-            wrapped(given_records, n_records)
+            normalize_indices(given_records, n_records)

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from tiercache._native.residence import are_resident
+from tiercache._native.mapping import are_resident
 
 PAGE = mmap.PAGESIZE
 N_PAGES = 9000  # three calls

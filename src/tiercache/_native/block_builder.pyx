@@ -256,7 +256,7 @@ cdef class _Rows:
         return True
 
 
-cdef class Records:
+cdef class BlockBuilder:
     cdef tuple columns
     cdef list varying
     cdef size_t fixed_bytes, block_bytes

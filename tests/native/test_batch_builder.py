@@ -17,8 +17,17 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from tiercache._native import gather
-from tiercache._native.assembly import BufferEntry, Entries, ReadyIterator, Taker, TensorEntry
-from tiercache._native.ring import Layout, Plan, Ring, held_bytes
+from tiercache._native.ring import (
+    BatchBuilder,
+    BatchTaker,
+    BufferEntry,
+    FastIterator,
+    Layout,
+    Plan,
+    Ring,
+    TensorEntry,
+    held_bytes,
+)
 from tiercache.load.output_spec import Buffer
 from tiercache.waiting import wait_for
 
@@ -56,9 +65,9 @@ def ring_of(plan: Plan | None, *, ended: bool = True) -> Ring:
     return ring
 
 
-def entries_of(*more) -> Entries:
+def entries_of(*more) -> BatchBuilder:
     text = BufferEntry(1, UINT8, INT64, Buffer, lambda _slot, n: Buffer("none", n))
-    return Entries([("id", TensorEntry(0, INT64)), ("text", text), *more], len(STREAMS), from_dlpack)
+    return BatchBuilder([("id", TensorEntry(0, INT64)), ("text", text), *more], len(STREAMS), from_dlpack)
 
 
 def ready(ring: Ring) -> None:
@@ -77,7 +86,7 @@ def test_a_batch_has_its_entries_in_order_and_each_its_rows(rows):
     assert not entries.is_native
     found, texts = [], []
     while not isinstance(slot := ring.take(10), int):
-        batch = entries.batch(slot)
+        batch = entries.build(slot)
         assert list(batch) == ["id", "text", "n"]
         assert batch["n"] == slot.n_rows
         assert (batch["id"].dtype, batch["text"].offsets.dtype) == (torch.int64, torch.int64)
@@ -91,7 +100,7 @@ def test_a_batch_has_its_entries_in_order_and_each_its_rows(rows):
 
 def test_values_without_elements_are_made_by_who_knows_how(rows):
     ring = ring_of(rows.plan(np.array([0, 7, 14])))
-    assert entries_of().batch(ring.take(10))["text"].values == "none"
+    assert entries_of().build(ring.take(10))["text"].values == "none"
     ring.close()
 
 
@@ -99,7 +108,7 @@ def test_the_slot_goes_with_the_last_of_a_batch(rows):
     gc.collect()
     before = held_bytes()
     ring = ring_of(rows.plan(rows.numbers))
-    batch = entries_of().batch(ring.take(10))
+    batch = entries_of().build(ring.take(10))
     for name, attribute in (("id", None), ("text", "offsets")):
         kept = batch[name] if attribute is None else getattr(batch[name], attribute)
         assert held_bytes() > before
@@ -130,7 +139,7 @@ def test_what_is_not_as_most_batches_is_left_to_take(rows, what):
     if what == "it failed":
         rows.offsets[3] = 1 << 40
     ring = ring_of(None if what in ("nothing is ready", "it ended") else plan, ended=what != "nothing is ready")
-    taker = Taker(ring, entries_of(), deque(), (deque(), odd), lock, waits := [0, 0])
+    taker = BatchTaker(ring, entries_of(), deque(), (deque(), odd), lock, waits := [0, 0])
     if what in ("something is odd", "somebody takes", "it failed"):
         ready(ring)
     if what == "something is odd":
@@ -156,7 +165,7 @@ def test_what_is_not_as_most_batches_is_left_to_take(rows, what):
 
 def test_what_is_taken_is_counted_and_lets_go_of_its_pieces(rows):
     ring, pieces, lock = ring_of(rows.plan(rows.numbers)), deque([(8, "a"), (20, "b"), (40, "c")]), threading.RLock()
-    taker = Taker(ring, entries_of(), pieces, (deque(),), lock, waits := [0, 0])
+    taker = BatchTaker(ring, entries_of(), pieces, (deque(),), lock, waits := [0, 0])
     left = []
     for number in range(N_ROWS // BATCH_ROWS):
         ready(ring)
@@ -174,7 +183,7 @@ def test_what_is_taken_is_counted_and_lets_go_of_its_pieces(rows):
 
 def test_a_batch_that_was_lost_moves_no_later_one(rows):
     ring = ring_of(rows.plan(rows.numbers))
-    taker = Taker(ring, entries_of(), deque(), (), threading.RLock(), [0])
+    taker = BatchTaker(ring, entries_of(), deque(), (), threading.RLock(), [0])
     ring.take(10)  # as where Ctrl-C struck before it was counted
     ready(ring)
     assert taker.take_ready()["id"].tolist() == list(range(8, 16))
@@ -182,7 +191,7 @@ def test_a_batch_that_was_lost_moves_no_later_one(rows):
     ring.close()
 
 
-class Short(ReadyIterator):
+class Short(FastIterator):
     """Hands out what is ready, and "long" for all that comes the long way."""
 
     def __init__(
@@ -198,12 +207,12 @@ class Short(ReadyIterator):
         self.profiler = SimpleNamespace(_is_profiler_enabled=False)
         self.missed: list[BaseException] = []
         super().__init__(self.progress, self.profiler, n_undrawn, plain)
-        self._take_by(ready)
+        self._set_fast_path(ready)
 
     def _next(self) -> str:
         return "long"
 
-    def _missed(self, error: BaseException) -> None:
+    def _on_take_error(self, error: BaseException) -> None:
         self.missed.append(error)
 
 
@@ -233,7 +242,7 @@ def test_while_somebody_profiles_batches_come_the_long_way():
     iterator = Short(lambda: "short")
     iterator.profiler._is_profiler_enabled = True
     assert next(iterator) == "long"
-    assert iterator._take_ready() == "short"  # what the long way asks for first
+    assert iterator._next_ready() == "short"  # what the long way asks for first
     iterator.profiler._is_profiler_enabled = False
     assert (next(iterator), iterator.progress.n_yielded) == ("short", 3)
 
