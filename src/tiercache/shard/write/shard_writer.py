@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from tiercache._native import block_builder
-from tiercache._native.block_builder import EXCEEDS_BLOCK, KEPT, NEEDS_CONVERSION, BlockBuilder
+from tiercache._native.block_builder import ADDED, EXCEEDS_BLOCK, NEEDS_CONVERSION, BlockBuilder
 from tiercache.errors import SchemaError, StoreError
 from tiercache.model import ShardInfo
 from tiercache.shard.column_types import FLOATS, INTEGERS, Kind
@@ -27,7 +27,7 @@ from tiercache.shard.write.ingest import StoredArray, build_column_data, convert
 from tiercache.shard.write.shard_file import ShardFile, UploadQueue
 from tiercache.store.contract import Store
 
-__all__ = ["EXCEEDS_BLOCK", "KEPT", "NEEDS_CONVERSION", "RecordBuffer", "misfit_error"]
+__all__ = ["ADDED", "EXCEEDS_BLOCK", "NEEDS_CONVERSION", "RecordBuffer", "misfit_error"]
 
 _LARGEST_INT64 = 2**63 - 1
 
@@ -36,7 +36,7 @@ class RecordBuffer:
     """Buffer of records that are not written yet: at most a block and one record. For one thread.
 
     add_fast(record) is the fast path, which takes a tenth of the time of add(): it accepts a dict whose values have
-    exactly the types of the columns. It returns KEPT; EXCEEDS_BLOCK (the record is kept and exceeds the block: take()
+    exactly the types of the columns. It returns ADDED; EXCEEDS_BLOCK (the record is kept and exceeds the block: take()
     the records before it); or NEEDS_CONVERSION (nothing was kept: check the names, then call add()).
     """
 
@@ -59,7 +59,7 @@ class RecordBuffer:
 
     def set_room(self, room_bytes: int) -> None:
         """Set the number of bytes that fit into the next block."""
-        self._records.room_bytes = max(room_bytes, 0)
+        self._records.limit_bytes = max(room_bytes, 0)
 
     def add(self, record: Mapping[str, Any], number: int) -> int:
         """Add a record, whose names the caller has checked.
@@ -69,7 +69,7 @@ class RecordBuffer:
             number: Number of the record in the writer's input, for errors.
 
         Returns:
-            KEPT or EXCEEDS_BLOCK.
+            ADDED or EXCEEDS_BLOCK.
 
         Raises:
             SchemaError: A value does not fit; nothing of the record is kept.
@@ -134,7 +134,7 @@ class _Spec:
     shape: tuple[int | None, ...]
     varying: bool
     nullable: bool
-    usual: int = block_builder.NONE
+    fast_kind: int = block_builder.NONE
     format: str = ""
     scalar_type: type | None = None
     low: int = 0
@@ -146,18 +146,18 @@ def _spec_of(column: Column) -> _Spec:
     dtype, shape, nullable = column.stored, column.shape, column.nullable
     if column.kind is Kind.ARROW:  # self._objects keeps the values; the native buffer has a byte for each
         return _Spec(column.name, np.dtype("u1"), (), varying=False, nullable=False)
-    usual = _usual(column)
+    fast_kind = _fast_kind(column)
     limits: dict[str, Any] = {}
-    if usual == block_builder.INTEGERS:
+    if fast_kind == block_builder.INTEGERS:
         info = np.iinfo(dtype.type)  # type: ignore[type-var]
         limits = {"low": int(info.min), "high": min(int(info.max), _LARGEST_INT64)}
-    elif usual == block_builder.FLOATS:
+    elif fast_kind == block_builder.FLOATS:
         limits = {"limit": float(np.finfo(dtype.type).max)}  # type: ignore[type-var]
     text = "?" if column.dtype == "bool" else np.empty(1, dtype).data.format
-    return _Spec(column.name, dtype, shape, column.has_offsets, nullable, usual, text, dtype.type, **limits)
+    return _Spec(column.name, dtype, shape, column.has_offsets, nullable, fast_kind, text, dtype.type, **limits)
 
 
-def _usual(column: Column) -> int:
+def _fast_kind(column: Column) -> int:
     kinds = {
         Kind.BOOL: block_builder.BOOLS,
         Kind.BYTES: block_builder.BYTES,
@@ -269,7 +269,7 @@ class ShardWriter:
             self._check_names(record, at_record=self.n_records)
             kept = self._rows.add(record, self.n_records)
         self.n_records += 1
-        if kept != KEPT:
+        if kept != ADDED:
             self._end_block()
 
     def _end_block(self) -> None:
