@@ -23,8 +23,8 @@ class Spec(Protocol):
     """A column of the block.
 
     dtype: Dtype of a stored element. shape: Shape of a record, None where it varies. varying: Whether records differ in
-    length. fast_kind: Kind of values that are stored directly. format: Format of an array's buffer. scalar_type: numpy's
-    scalar type. low, high: Least and greatest integer. limit: Greatest finite float.
+    length. fast_kind: Kind of values that are stored directly. format: Format of an array's buffer. scalar_type: Its
+    numpy scalar type. low, high: Least and greatest integer. limit: Greatest finite float.
     """
 
     @property

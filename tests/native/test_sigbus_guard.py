@@ -1,4 +1,4 @@
-"""The SIGBUS guard among other handlers: it is first when it is needed, and passes on what is not its own."""
+"""The SIGBUS guard beside other handlers: errors inside a guard are ours, all others are passed on."""
 
 import signal
 import subprocess
@@ -44,7 +44,7 @@ def run(tmp_path, code):
 
 
 @pytest.mark.parametrize("order", ["sum_it, gather_it", "gather_it, sum_it"])
-def test_it_holds_whoever_installs_a_handler_in_between(tmp_path, order):
+def test_the_guard_works_after_others_install_a_handler(tmp_path, order):
     code = f"""
 for round in range(3):
     for call in ({order}):
@@ -62,7 +62,7 @@ for round in range(3):
 
 
 @pytest.mark.parametrize("first", ["pass", "faulthandler.enable()"])
-def test_a_fault_of_somebody_else_still_reaches_faulthandler_and_ends_the_process(tmp_path, first):
+def test_a_sigbus_outside_the_guard_reaches_faulthandler_and_ends_the_process(tmp_path, first):
     code = f"""
 {first}
 fails(sum_it)

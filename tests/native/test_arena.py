@@ -1,4 +1,4 @@
-"""A ring's memory is the next ring's while somebody expects one, and the system's otherwise.
+"""Memory that a ring leaves to the next ring of the same size.
 
 Each test is a process of its own: others' rings and loaders, still alive, would keep memory too.
 """
@@ -40,7 +40,7 @@ def run(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_next_ring_of_the_same_size_begins_with_the_memory_of_the_last():
+def test_the_next_ring_of_the_same_size_reuses_the_memory_of_the_last():
     run("""
 spare = ArenaKeeper()
 place = place_of_one(SMALL)
@@ -49,7 +49,7 @@ assert place_of_one(SMALL) == place
 """)
 
 
-def test_memory_goes_with_the_last_who_expects_a_ring():
+def test_memory_is_freed_with_the_last_arena_keeper():
     run("""
 assert not is_mapped(place_of_one(SMALL))
 one, other = ArenaKeeper(), ArenaKeeper()
@@ -61,7 +61,7 @@ assert not is_mapped(place)
 """)
 
 
-def test_rings_at_the_same_time_share_nothing_and_leave_one_arena():
+def test_concurrent_rings_share_nothing_and_leave_one_arena():
     run("""
 spare = ArenaKeeper()
 rings = [ring_of(SMALL), ring_of(SMALL)]
@@ -72,7 +72,7 @@ assert sum(map(is_mapped, places)) == 1
 """)
 
 
-def test_a_ring_of_another_size_takes_the_place_of_what_was_kept():
+def test_a_ring_of_another_size_replaces_the_kept_memory():
     # Memory that can be written to: a thread's heap is 64 MiB of mere addresses, a stack more, 8 MiB, tells nothing.
     run("""
 def writable_bytes():
@@ -96,7 +96,7 @@ assert not is_mapped(place_of_one(LARGE))
 """)
 
 
-def test_a_forked_child_goes_on_with_memory_of_its_own():
+def test_a_forked_child_has_memory_of_its_own():
     run("""
 import os
 spare = ArenaKeeper()
