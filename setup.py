@@ -8,19 +8,16 @@ from setuptools import Extension, setup
 NATIVE = Path("src/tiercache/_native")
 # `make lint` checks our own C with -Wall -Wextra -Werror. The C code that Cython generates compares signed with
 # unsigned numbers.
-C_FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-fno-strict-aliasing", "-fvisibility=hidden", "-Wall"]
+C_FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-fno-strict-aliasing", "-fvisibility=hidden", "-Wall", "-g0"]
 
 # Extension: its C files. SIMD variants are selected with target attributes, so that the flags stay portable.
 SOURCES = {
-    "assembly": [],
+    "block_builder": [],
     "checksum": ["csrc/crc32c.c", "csrc/sigbus_guard.c"],
-    "distance": ["csrc/core_distance.c"],
-    "finder": [],
-    "frames": ["csrc/zstd_frames.c"],
     "gather": ["csrc/gather.c", "csrc/copy.c", "csrc/cast.c", "csrc/crc32c.c", "csrc/sigbus_guard.c"],
+    "mapping": [],
     "permute": ["csrc/permute.c"],
-    "records": [],
-    "residence": [],
+    "record_finder": [],
     "ring": [
         "csrc/ring.c",
         "csrc/batch.c",
@@ -36,6 +33,7 @@ SOURCES = {
         "csrc/crc32c.c",
         "csrc/sigbus_guard.c",
     ],
+    "zstd": ["csrc/zstd_frames.c"],
 }
 
 extensions = [

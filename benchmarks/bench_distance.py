@@ -20,7 +20,7 @@ from typing import Any
 import tiercache as tc
 from bench_huge_pages import KINDS, epoch, write
 from rows import OUT, table, write_rows
-from tiercache._native.ring import is_far, pretend_far
+from tiercache._native.ring import is_far, override_distance
 
 WAYS = {"caches": False, "memory": True, "found": None}
 
@@ -37,10 +37,10 @@ def measure(folder: Path, kind: str, seconds: float, *, shuffled: bool) -> list[
     while time.perf_counter() < end_s:
         took = []
         for pretended in WAYS.values():
-            pretend_far(pretended)
+            override_distance(pretended)
             took.append(epoch(loader) / len(loader) * 1e6)
         rounds[is_far()].append(took)
-    pretend_far(None)
+    override_distance(None)
     order = "shuffled" if shuffled else "stored"
     medians = {far: [statistics.median(times) for times in zip(*every, strict=True)] for far, every in rounds.items()}
     return [

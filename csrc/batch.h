@@ -17,7 +17,7 @@ typedef struct {
     uint32_t *found; /* Output of the row finders: 2 * n_found numbers, first block indices, then row indices. */
     size_t n_found;
     uint64_t first_row; /* Position of the batch's first row in the sequence. */
-    size_t n_started, range_rows, n_copying; /* TC_OPEN: rows before `begun` are copied, or n_copying threads are copying them. */
+    size_t n_started, range_rows, n_copying; /* TC_OPEN: rows before n_started are copied, or n_copying threads are copying them. */
     tc_slot *slot;
 } tc_batch;
 
@@ -45,29 +45,23 @@ void tc_batch_open(tc_batch *batch);
 /* Whether the batch is open and has rows that no thread has begun to copy. */
 static inline int tc_batch_has_rows_left(const tc_batch *batch) { return batch->state == TC_OPEN && batch->n_started < batch->n_rows; }
 
-/* Reserve and return the next row range of a batch for which tc_batch_has_share() holds. */
+/* Reserve and return the next row range of a batch for which tc_batch_has_rows_left() holds. */
 tc_row_range tc_batch_reserve_rows(tc_batch *batch);
 
 void tc_batch_free(tc_batch *batch);
 
 
-/* Sequence: the rows that a planner has pushed, as a queue of plans, and how they are cut into batches, of one size or
- * of pushed sizes. There are no locks here: the ring's lock guards it. */
+/* Sequence: the rows that a planner has pushed, as a queue of plans, which are cut into batches of one size. There are
+ * no locks here: the ring's lock guards it. */
 
 typedef struct {
     struct tc_queued *head, *tail; /* Plans with rows that are not cut yet. */
     size_t batch_rows;
     uint64_t pushed_rows, cut_rows;
-    int is_sized;
-    uint32_t *sizes; /* Sizes of batches that are not cut yet: [next_size, n_sizes). */
-    size_t next_size, n_sizes, sizes_capacity;
 } tc_sequence;
 
 /* Append a plan. Returns 0 or TC_NOMEM. */
 int tc_sequence_push(tc_sequence *sequence, const tc_plan *plan);
-
-/* Append batch sizes, each 1 or more. From the first call on, batches have exactly these sizes. Returns 0 or TC_NOMEM. */
-int tc_sequence_push_sizes(tc_sequence *sequence, const uint32_t *rows, size_t n);
 
 /* Number of rows of the next batch; 0 while it cannot be determined. is_ended: Nothing more will be pushed, so the
  * remaining rows form the last batch. */

@@ -1,5 +1,6 @@
 #ifndef TC_CORE_DISTANCE_H
 #define TC_CORE_DISTANCE_H
+#include <stdatomic.h>
 #include <stdint.h>
 #include <time.h>
 
@@ -15,9 +16,6 @@ static inline uint64_t now_ns(void) {
  * another cache. A virtual machine does not expose its topology, and the host moves virtual processors between cores
  * within seconds, so the distance is measured: the writer writes a few lines from time to time, and the reader times
  * its reads of them. */
-#include <stdatomic.h>
-#include <stdint.h>
-
 enum { TC_DISTANCE_LINES = 8, TC_DISTANCE_STRIDE = 4096 + 7 * 64 }; /* Lines with this distance do not fall into one set of a cache. */
 
 typedef struct {

@@ -287,15 +287,6 @@ int tc_ring_push(tc_ring *ring, const tc_plan *plan) {
     return status;
 }
 
-int tc_ring_push_sizes(tc_ring *ring, const uint32_t *rows, size_t n) {
-    if (ring->pid != getpid()) return TC_CLOSED;
-    pthread_mutex_lock(&ring->lock);
-    int status = ring->closing || ring->end_status ? TC_CLOSED : tc_sequence_push_sizes(&ring->sequence, rows, n);
-    wake_for_more(ring);
-    pthread_mutex_unlock(&ring->lock);
-    return status;
-}
-
 void tc_ring_finish(tc_ring *ring, int status) {
     if (ring->pid != getpid()) return;
     pthread_mutex_lock(&ring->lock);

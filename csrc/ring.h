@@ -3,9 +3,8 @@
 /* Ring: threads without Python that gather batches ahead of one consumer.
  *
  * A planner thread pushes plans (rows of a window, in output order). The ring cuts the sequence of rows into batches of
- * batch_rows, or of sizes that the planner pushes as well (for batch samplers). Threads gather each batch into a slot
- * of memory; several threads share a large batch (batch.h). The consumer takes the slots in order. At most `depth`
- * batches are cut and not yet taken. A taken slot belongs to the consumer until tc_slot_release, which any thread may
+ * batch_rows rows. Threads gather each batch into a slot of memory; several threads share a large batch (batch.h). The
+ * consumer takes the slots in order. At most `depth` batches are cut and not yet taken. A taken slot belongs to the consumer until tc_slot_release, which any thread may
  * call: its memory is reused only after that, and if the consumer holds all slots, new ones are made.
  *
  * A consumer that would have to wait gathers too, so a ring of n threads has n - 1 workers. If the consumer slept
@@ -50,10 +49,6 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
 
 /* Append the rows of a plan to the sequence. Returns TC_OK, TC_CLOSED or TC_NOMEM. */
 int tc_ring_push(tc_ring *ring, const tc_plan *plan);
-
-/* Append the row counts of the next n batches, each 1 or more. The first call must come before the first plan; from
- * then on, batches have exactly these sizes. Returns TC_OK, TC_CLOSED or TC_NOMEM. */
-int tc_ring_push_sizes(tc_ring *ring, const uint32_t *rows, size_t n);
 
 /* End the sequence with status TC_END or TC_FAILED. After TC_END, the remaining rows form a last, short batch; after
  * TC_FAILED, they are not served. */

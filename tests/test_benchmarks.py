@@ -16,7 +16,7 @@ import torch
 from tests.images.pictures import has_turbojpeg
 from tests.support.warm_python import WarmPython
 
-from tiercache._native.residence import are_resident
+from tiercache._native.mapping import are_resident
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # All but "first_batch", which starts a process for each figure.

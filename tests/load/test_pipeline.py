@@ -40,7 +40,7 @@ class After:
 def after_ready(iterator, then):
     """Let what an iterator's batches that are ready are go through `then`."""
     take_ready = iterator._pipeline.take_ready
-    iterator._take_by(lambda: then(take_ready() if take_ready else None))
+    iterator._set_fast_path(lambda: then(take_ready() if take_ready else None))
 
 
 def test_a_batch_size_beyond_any_data_set_is_one_batch(make_dataset):
@@ -378,7 +378,7 @@ def test_ctrl_c_in_a_wait_for_a_batch_loses_none(make_dataset):
     loader = tc.DataLoader(tc.Dataset(make_dataset(100), columns=["id"]), batch_size=10)
     iterator = iter(loader)
     iterator._pipeline._ring = Late(iterator._pipeline._ring)
-    iterator._take_by(None)
+    iterator._set_fast_path(None)
     found = []
     for number in range(10):
         with pytest.MonkeyPatch.context() as patch:

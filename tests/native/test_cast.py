@@ -1,4 +1,4 @@
-"""The casting kernels against numpy's astype, for every pair of dtypes, at any alignment, in rows of any length."""
+"""The cast kernels against numpy's astype, for every pair of dtypes, at any alignment, in rows of any length."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def same(a: np.ndarray, b: np.ndarray, dtype: str) -> bool:
 
 @pytest.mark.parametrize(("stored", "served"), PAIRS)
 @given(data=st.data())
-def test_values_that_fit_are_what_numpy_makes_of_them_and_others_are_seen(stored, served, data):
+def test_values_that_fit_equal_numpys_cast_and_others_are_reported(stored, served, data):
     n_rows = data.draw(st.sampled_from([1, 2, 7]))
     n = n_rows * data.draw(st.sampled_from([1, 3, 8, 40, 150]))
     values = data.draw(hnp.arrays(STORED[stored], n, elements=elements(stored)))
@@ -114,7 +114,7 @@ def test_values_that_fit_are_what_numpy_makes_of_them_and_others_are_seen(stored
 
 
 @pytest.mark.parametrize(("stored", "served"), [pair for pair in PAIRS if pair[0] in INTEGERS])
-def test_each_integer_at_an_edge_is_seen_by_itself(stored, served):
+def test_each_integer_just_outside_the_range_is_reported(stored, served):
     info = np.iinfo(STORED[stored])
     for edge in sorted({e for e in EDGES if info.min <= e <= info.max}):
         value = np.array([edge], STORED[stored])
@@ -127,7 +127,7 @@ def test_each_integer_at_an_edge_is_seen_by_itself(stored, served):
 
 @pytest.mark.parametrize("served", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
-def test_every_value_of_the_short_floats_is_cast_right(stored, served):
+def test_every_float16_and_bfloat16_value_is_cast_correctly(stored, served):
     if stored == served:
         return
     values = np.arange(65536, dtype=np.uint32).astype(np.uint16).view(STORED[stored])
@@ -136,7 +136,7 @@ def test_every_value_of_the_short_floats_is_cast_right(stored, served):
 
 
 @given(hnp.arrays(np.float32, 200, elements=elements("float32")))
-def test_floats_are_rounded_as_torch_rounds_them(values):
+def test_floats_are_rounded_as_by_torch(values):
     for served, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
         good = values[fitting(values, "float32", served)]
         if good.size:
@@ -144,7 +144,7 @@ def test_floats_are_rounded_as_torch_rounds_them(values):
             assert torch.equal(found.nan_to_num(7), torch.from_numpy(good).to(dtype).nan_to_num(7))
 
 
-def test_denormal_floats_are_kept_in_a_thread_that_takes_them_for_zero():
+def test_denormal_floats_are_kept_in_a_thread_that_flushes_them_to_zero():
     tiny = np.arange(1, 1024, dtype=np.uint16).view(np.float16)
     before = torch.set_flush_denormal(True)
     try:
@@ -155,7 +155,7 @@ def test_denormal_floats_are_kept_in_a_thread_that_takes_them_for_zero():
 
 
 @given(st.data(), st.sampled_from(["int64", "float32", "bfloat16", "uint8"]), st.sampled_from([1, 5, 300, 9000]))
-def test_bits_become_zero_and_one_of_any_dtype(data, served, n):
+def test_bits_become_zero_and_one_in_any_dtype(data, served, n):
     seed, in_order = data.draw(st.integers(0, 99)), data.draw(st.booleans())
     rng = np.random.default_rng(seed)
     flags = rng.integers(0, 2, n, dtype=np.uint8)
@@ -169,7 +169,7 @@ def test_bits_become_zero_and_one_of_any_dtype(data, served, n):
 
 
 @given(st.data(), st.sampled_from([("uint16", "int64"), ("float32", "float16"), ("int8", "float64")]))
-def test_rows_of_varied_length_are_cast_anywhere_and_in_runs(data, pair):
+def test_rows_of_varying_length_are_cast_alone_and_in_runs(data, pair):
     stored, served = pair
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     lengths = rng.integers(0, data.draw(st.sampled_from([4, 3000])), 40)
@@ -188,7 +188,7 @@ def test_rows_of_varied_length_are_cast_anywhere_and_in_runs(data, pair):
 
 
 @pytest.mark.parametrize(("stored", "served"), NO_PAIRS)
-def test_pairs_that_would_lose_values_have_no_kernel(stored, served):
+def test_casts_that_lose_values_have_no_kernel(stored, served):
     with pytest.raises(ValueError, match="no cast"):
         cast(np.zeros(4, STORED[stored]), stored, served)
 
@@ -202,7 +202,7 @@ def test_pairs_that_would_lose_values_have_no_kernel(stored, served):
         (kind_of("uint8", "int64", gather.FIXED), 3, "at least 24 bytes, got 8"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(kind, width, match):
+def test_invalid_arguments_raise_errors(kind, width, match):
     data, zero = np.zeros(64, np.uint8), np.zeros(1, np.uint32)
     with pytest.raises(ValueError, match=match):
         gather.gather(kind, width, np.array([[data.ctypes.data, 0, 0]], np.uint64), zero, zero, np.zeros(8, np.uint8))

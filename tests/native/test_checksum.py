@@ -1,4 +1,4 @@
-"""CRC-32C: published values, kernels against portable C and an oracle, joins, pages, and mappings that fail."""
+"""CRC-32C: published values, SIMD kernels against portable C and the definition, combine, pages, failing mappings."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def address_of(array: np.ndarray) -> int:
 
 @pytest.mark.parametrize("kernel", kernels())
 @pytest.mark.parametrize(("data", "expected"), PUBLISHED)
-def test_published_values_are_met(kernel: str, data: bytes, expected: int) -> None:
+def test_published_checksums_are_reproduced(kernel: str, data: bytes, expected: int) -> None:
     assert crc32c(data, kernel=kernel) == expected
 
 
@@ -85,17 +85,17 @@ def test_a_long_buffer_equals_the_definition(kernel: str) -> None:
 
 
 @given(a=st.binary(max_size=2000), b=st.binary(max_size=2000))
-def test_sums_chain_through_the_seed_and_join_by_combine(a: bytes, b: bytes) -> None:
+def test_checksums_continue_from_a_seed_and_are_joined_by_combine(a: bytes, b: bytes) -> None:
     assert crc32c(b, crc32c(a)) == crc32c(a + b) == combine(crc32c(a), crc32c(b), len(b))
 
 
 @given(crc=seeds, first=st.integers(0, 2**63 - 1), second=st.integers(0, 2**63 - 1))
-def test_combine_reaches_lengths_that_no_memory_holds(crc: int, first: int, second: int) -> None:
+def test_combine_accepts_lengths_beyond_memory(crc: int, first: int, second: int) -> None:
     # Zero bytes after a sum, in two steps or in one: the definition of a power.
     assert combine(combine(crc, 0, first), 0, second) == combine(crc, 0, first + second)
 
 
-def test_the_power_of_x_repeats_with_the_order_of_the_polynomial() -> None:
+def test_powers_of_x_repeat_with_the_order_of_the_polynomial() -> None:
     # x has order 2^31 - 1; 8 (2^31 - 1) bits are a whole number of turns.
     assert combine(0x12345678, 0, 2**31 - 1) == 0x12345678
     assert combine(0x12345678, 0, 2**31) == combine(0x12345678, 0, 1)
@@ -103,7 +103,7 @@ def test_the_power_of_x_repeats_with_the_order_of_the_polynomial() -> None:
 
 @pytest.mark.parametrize("kernel", kernels())
 @given(n_bytes=st.sampled_from(STRIDES) | st.integers(0, 79_000), page_bytes=st.integers(500, 90_000))
-def test_pages_give_each_pages_sum_and_the_sum_of_all(kernel: str, n_bytes: int, page_bytes: int) -> None:
+def test_crc32c_pages_returns_the_checksum_of_each_page_and_of_all(kernel: str, n_bytes: int, page_bytes: int) -> None:
     data = NOISE[:n_bytes]
     out = np.zeros(-(-n_bytes // page_bytes), np.uint32)
     whole = crc32c_pages(address_of(data), n_bytes, page_bytes, out, kernel=kernel)
@@ -112,7 +112,7 @@ def test_pages_give_each_pages_sum_and_the_sum_of_all(kernel: str, n_bytes: int,
 
 
 @pytest.mark.parametrize("kernel", kernels())
-def test_many_addresses_are_summed_in_one_call(kernel: str) -> None:
+def test_many_addresses_get_checksums_in_one_call(kernel: str) -> None:
     starts = np.arange(len(STRIDES), dtype=np.uint64)
     lengths = np.array(STRIDES, np.uint64)
     out = np.zeros(len(STRIDES), np.uint32)
@@ -121,14 +121,14 @@ def test_many_addresses_are_summed_in_one_call(kernel: str) -> None:
     assert out.tolist() == expected
 
 
-def test_nothing_to_sum_is_no_error() -> None:
+def test_empty_input_is_no_error() -> None:
     empty = np.zeros(0, np.uint64)
     crc32c_many(empty, empty, np.zeros(0, np.uint32))
     assert crc32c_pages(0, 0, 4096, np.zeros(0, np.uint32)) == 0
     assert crc32c(b"", 5) == 5
 
 
-def test_room_of_the_wrong_size_is_refused() -> None:
+def test_an_output_of_the_wrong_size_raises_an_error() -> None:
     three = np.zeros(3, np.uint64)
     with pytest.raises(ValueError, match="3 addresses need as many"):
         crc32c_many(three, three[:2], np.zeros(3, np.uint32))
@@ -138,19 +138,19 @@ def test_room_of_the_wrong_size_is_refused() -> None:
         crc32c_pages(address_of(NOISE), 5000, 0, np.zeros(3, np.uint32))
 
 
-def test_buffers_of_any_item_type_are_summed_by_their_bytes() -> None:
+def test_buffers_of_any_item_type_are_read_as_bytes() -> None:
     floats = np.linspace(0, 1, 1000, dtype=np.float32).reshape(10, 100)
     assert (
         crc32c(floats) == crc32c(floats.tobytes()) == crc32c(memoryview(floats)) == crc32c(bytearray(floats.tobytes()))
     )
 
 
-def test_a_strided_buffer_is_refused() -> None:
+def test_a_strided_buffer_raises_an_error() -> None:
     with pytest.raises((BufferError, ValueError), match="contiguous"):
         crc32c(NOISE[::2])
 
 
-def test_a_seed_beyond_32_bits_is_refused() -> None:
+def test_a_seed_beyond_32_bits_raises_an_error() -> None:
     with pytest.raises(OverflowError):
         crc32c(b"", 2**32)
 
@@ -170,13 +170,13 @@ def _import_with(kernel: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("kernel", kernels())
-def test_the_environment_forces_a_kernel(kernel: str) -> None:
+def test_the_environment_variable_selects_a_kernel(kernel: str) -> None:
     done = _import_with(kernel)
     assert (done.returncode, done.stdout.split()) == (0, [kernel, str(0xE3069283)])
 
 
 @pytest.mark.parametrize("kernel", sorted({"avx1024", "sse42", "armv8"} - set(kernels())))
-def test_a_kernel_that_cannot_be_had_fails_at_import(kernel: str) -> None:
+def test_an_unavailable_kernel_fails_at_import(kernel: str) -> None:
     done = _import_with(kernel)
     assert done.returncode != 0
     assert f"ImportError: TIERCACHE_KERNEL={kernel}" in done.stderr
@@ -222,11 +222,11 @@ def sums_of(mapping: mmap.mmap, kernel: str) -> list[int | None]:
 
 
 @pytest.mark.parametrize("kernel", kernels())
-def test_a_truncated_mapping_is_an_error_and_the_process_lives(kernel: str, truncated: mmap.mmap) -> None:
+def test_a_truncated_mapping_raises_an_error_and_the_process_survives(kernel: str, truncated: mmap.mmap) -> None:
     assert sums_of(truncated, kernel) == [errno.EIO] * 4 + [None]
 
 
-def test_a_file_truncated_while_other_threads_sum_it_is_an_error_in_each(tmp_path: Path) -> None:
+def test_a_file_truncated_while_threads_read_it_raises_an_error_in_each(tmp_path: Path) -> None:
     path = tmp_path / "shard"
     path.write_bytes(bytes(1 << 20))
     expected, started, failures = crc32c(bytes(1 << 20)), threading.Barrier(4), []

@@ -1,4 +1,4 @@
-"""Long rows and runs are copied by a kernel of their own, and large batches by several threads: no byte differs."""
+"""Copies of long rows and runs, and batches that several threads copy: every byte is right."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiercache._native import gather
-from tiercache._native.ring import END, Plan, Ring, pretend_far
+from tiercache._native.ring import END, Plan, Ring, override_distance
 
 PAGE = 4096
 MEMORY = np.random.default_rng(5).integers(0, 256, 1 << 20, np.uint8)
@@ -21,11 +21,11 @@ MEMORY = np.random.default_rng(5).integers(0, 256, 1 << 20, np.uint8)
 @pytest.fixture(autouse=True, scope="module", params=[False, True], ids=["by the caches", "past the caches"])
 def passes(request):
     """What another core is to read is copied by other instructions."""
-    gather.pass_caches(request.param)
-    pretend_far(request.param)
+    gather.set_nontemporal_copies(request.param)
+    override_distance(request.param)
     yield request.param
-    gather.pass_caches(False)
-    pretend_far(None)
+    gather.set_nontemporal_copies(False)
+    override_distance(None)
 
 
 @settings(max_examples=50, deadline=None)
@@ -36,7 +36,7 @@ def passes(request):
     st.integers(1, 9),
     st.booleans(),
 )
-def test_rows_of_any_width_arrive_whole_from_any_place_to_any_place(start, target, width, n_rows, is_run):
+def test_rows_of_any_width_are_copied_between_any_alignments(start, target, width, n_rows, is_run):
     blocks = np.zeros(n_rows, np.uint32)
     order = np.arange(n_rows) if is_run else np.random.default_rng(width).permutation(n_rows)
     rows = MEMORY[start : start + n_rows * width].reshape(n_rows, width)
@@ -49,7 +49,7 @@ def test_rows_of_any_width_arrive_whole_from_any_place_to_any_place(start, targe
     assert (out[target + n_rows * width :] == 7).all()
 
 
-def test_a_target_a_little_behind_its_source_within_a_page_is_no_exception():
+def test_a_target_just_behind_its_source_in_a_page_is_copied_correctly():
     width, out = 3 * PAGE, np.zeros(8 * PAGE, np.uint8)
     for behind in range(0, 2 * PAGE, 13):
         at = (MEMORY.ctypes.data + behind - out.ctypes.data) % PAGE
@@ -61,7 +61,7 @@ def test_a_target_a_little_behind_its_source_within_a_page_is_no_exception():
 
 @pytest.mark.parametrize("n_threads", [1, 2, 5])
 @pytest.mark.parametrize("is_run", [True, False])
-def test_a_batch_that_threads_share_is_that_of_one_thread(n_threads, is_run):
+def test_a_batch_gathered_by_several_threads_equals_that_of_one_thread(n_threads, is_run):
     """3.4 MB a batch, in shares of 256 KiB; batches end inside plans, plans inside shares."""
     rng, width, n = np.random.default_rng(1), 9000, 700
     fixed = rng.integers(0, 256, (n, width), np.uint8)
@@ -96,7 +96,7 @@ def test_a_batch_that_threads_share_is_that_of_one_thread(n_threads, is_run):
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.one_of(st.just(0), st.integers(1, 300), st.integers(1, 9000)), min_size=1, max_size=60), st.data())
-def test_rows_of_any_lengths_arrive_whole_in_any_order(sizes, data):
+def test_rows_of_any_lengths_are_copied_in_any_order(sizes, data):
     """Short ones, those of middling length, which are asked for ahead, and long ones, together and apart."""
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     values = np.resize(MEMORY, offsets[-1] + 1)
@@ -114,7 +114,7 @@ def test_rows_of_any_lengths_arrive_whole_in_any_order(sizes, data):
     ring.close()
 
 
-def test_portable_kernels_copy_the_same(request):
+def test_portable_kernels_give_the_same_result(request):
     """Forced, for no other run on a processor with the string instruction would try them."""
     chosen = "not portable and " + ("past" if "past" in request.node.name else "not past")
     done = subprocess.run(

@@ -1,91 +1,136 @@
-"""Whether a consumer's core is far: asked for, written, read, and believed only when it is said again and again."""
+"""Core distance (csrc/core_distance.h): measured on request, and changed only by repeated measurements."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import shlex
+import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tiercache._native import gather, ring
-from tiercache._native.distance import Distance
 from tiercache._native.ring import Plan, Ring
 from tiercache.waiting import wait_for
 
-IDLE, ASKED, MARKED = 0, 1, 2
+IDLE, REQUESTED, WRITTEN = 0, 1, 2
+CSRC = Path(__file__).parents[2] / "csrc"
 
 
-def test_lines_are_written_once_for_each_time_that_they_are_asked_for():
-    distance = Distance()
-    distance.mark()
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """Return csrc/core_distance.c, compiled as a library of its own: the package does not export its functions."""
+    target = tmp_path_factory.mktemp("core_distance") / "core_distance.so"
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    source = str(CSRC / "core_distance.c")
+    command = [*compiler, "-std=c11", "-D_GNU_SOURCE", "-O2", "-shared", "-fPIC", "-pthread", source, "-o", str(target)]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(target))
+
+
+class Distance:
+    """A tc_distance, which must lie at a multiple of 4096 bytes."""
+
+    def __init__(self, library):
+        self._library = library
+        self._memory = np.zeros(65536 + 4096, np.uint8)
+        self._address = ctypes.c_void_p(-(-self._memory.ctypes.data // 4096) * 4096)
+
+    def request(self):
+        self._library.tc_distance_request(self._address)
+
+    def write(self):
+        self._library.tc_distance_write(self._address)
+
+    def measure(self):
+        self._library.tc_distance_measure(self._address)
+
+    def add(self, is_far):
+        self._library.tc_distance_add(self._address, ctypes.c_int(is_far))
+
+    @property
+    def step(self):
+        return self._library.tc_distance_step(self._address)
+
+    @property
+    def is_far(self):
+        return self._library.tc_distance_is_far(self._address) == 1
+
+
+def test_lines_are_written_once_per_request(library):
+    distance = Distance(library)
+    distance.write()
     assert distance.step == IDLE
-    distance.ask()
-    assert distance.step == ASKED
-    distance.look()
-    assert distance.step == ASKED
-    distance.mark()
-    distance.ask()
-    assert distance.step == MARKED
-    distance.look()
+    distance.request()
+    assert distance.step == REQUESTED
+    distance.measure()
+    assert distance.step == REQUESTED
+    distance.write()
+    distance.request()
+    assert distance.step == WRITTEN
+    distance.measure()
     assert distance.step == IDLE
 
 
-def test_seven_answers_more_change_what_is_held_true_and_six_do_not():
-    distance = Distance()
+def test_seven_more_measurements_of_one_kind_change_the_estimate_and_six_do_not(library):
+    distance = Distance(library)
     for _ in range(100):
-        distance.learn(is_far=False)
+        distance.add(is_far=False)
     for _ in range(6):
-        distance.learn(is_far=True)
+        distance.add(is_far=True)
     assert not distance.is_far
-    distance.learn(is_far=True)
+    distance.add(is_far=True)
     assert distance.is_far
     for _ in range(100):
-        distance.learn(is_far=True)
-    for answer in (False, True, False, False, False, False, False, False):
-        distance.learn(is_far=answer)
+        distance.add(is_far=True)
+    for is_far in (False, True, False, False, False, False, False, False):
+        distance.add(is_far=is_far)
     assert distance.is_far
-    distance.learn(is_far=False)
+    distance.add(is_far=False)
     assert distance.is_far is False
 
 
-def test_what_this_core_has_written_is_near():
+def test_lines_that_this_core_wrote_are_near(library):
     """Most times: a thread may lose its processor while it reads."""
-    distance = Distance()
+    distance = Distance(library)
     for _ in range(7):
-        distance.learn(is_far=True)
+        distance.add(is_far=True)
     assert distance.is_far
     for _ in range(200):
-        distance.ask()
-        distance.mark()
-        distance.look()
+        distance.request()
+        distance.write()
+        distance.measure()
     assert not distance.is_far
 
 
-def test_what_was_written_long_before_it_is_read_says_nothing():
-    distance = Distance()
+def test_lines_that_were_written_long_before_they_are_read_are_ignored(library):
+    distance = Distance(library)
     for _ in range(4):
-        distance.learn(is_far=True)
+        distance.add(is_far=True)
     for _ in range(20):
-        distance.ask()
-        distance.mark()
+        distance.request()
+        distance.write()
         until_s = time.perf_counter() + 0.002
         while time.perf_counter() < until_s:
             pass
-        distance.look()
+        distance.measure()
         assert distance.step == IDLE
     assert distance.is_far
 
 
-def test_a_ring_asks_and_its_workers_answer():
-    """An answer over a millisecond old does not count. On a loaded machine most are: this reads on until one counts."""
-    if not ring.can_pass():
-        pytest.skip("this processor does not copy past its caches")
-    before = ring.n_answers()
+def test_the_consumer_of_a_ring_measures_the_distance_of_its_workers():
+    """Lines older than a millisecond, as most are on a loaded machine, are ignored: read until a measurement counts."""
+    if not ring.has_nontemporal_copies():
+        pytest.skip("this processor has no non-temporal copies")
+    before = ring.n_distance_measurements()
     assert wait_for(lambda: _read_through_a_ring() > before, 120)
 
 
 def _read_through_a_ring() -> int:
-    """Returns the number of answers so far, after a busy ring of 2,000 batches was read."""
+    """Read a busy ring of 2,000 batches, and return the number of measurements so far."""
     rows = np.zeros((64, 2048), np.uint8)
     addresses = np.array([[[rows.ctypes.data, 0, 0]]], np.uint64)
     order = np.zeros(64 * 2000, np.uint32)
@@ -95,4 +140,4 @@ def _read_through_a_ring() -> int:
     while not isinstance(busy.take(10), int):
         pass
     busy.close()
-    return ring.n_answers()
+    return ring.n_distance_measurements()

@@ -1,4 +1,4 @@
-"""The keyed permutation: a bijection for every n, the same for ever, and as random as a shuffle."""
+"""The keyed permutation: a bijection for every n, stable between releases, and as random as a shuffle."""
 
 import itertools
 import math
@@ -54,24 +54,24 @@ def z_score(counts: np.ndarray, degrees: int) -> float:
 
 
 @pytest.mark.parametrize(("key", "n", "start", "expected"), GOLDEN)
-def test_values_stay_the_same_for_ever(key: tuple[int, int] | bytes, n: int, start: int, expected: list[int]) -> None:
+def test_permutations_never_change(key: tuple[int, int] | bytes, n: int, start: int, expected: list[int]) -> None:
     assert shuffled(key, n, start, len(expected)).tolist() == expected
 
 
-def test_every_small_n_is_permuted_bijectively() -> None:
+def test_the_permutation_of_every_small_n_is_a_bijection() -> None:
     for n in [*range(1, 600), *range(1000, 1050), 4095, 4096, 4097]:
         assert np.array_equal(np.sort(shuffled((n, 1), n)), np.arange(n))
 
 
 @given(KEYS, st.integers(1, 60_000))
-def test_any_n_is_permuted_bijectively(key: tuple[int, int] | bytes, n: int) -> None:
+def test_the_permutation_of_any_n_is_a_bijection(key: tuple[int, int] | bytes, n: int) -> None:
     assert np.array_equal(np.sort(shuffled(key, n)), np.arange(n))
 
 
 @given(KEYS, st.integers(1, MAX_N), st.data())
 @example((0, 0), MAX_N, None)
 @example((0, 0), MAX_N - 1, None)
-def test_records_are_inside_and_lead_back_to_their_positions(
+def test_records_are_in_range_and_invert_to_their_positions(
     key: tuple[int, int] | bytes, n: int, data: st.DataObject | None
 ) -> None:
     position = n - 1 if data is None else data.draw(st.integers(0, n - 1))
@@ -80,7 +80,7 @@ def test_records_are_inside_and_lead_back_to_their_positions(
     assert invert_one(key, n, record) == position
 
 
-def test_sizes_around_squares_products_and_powers_lead_back_too() -> None:
+def test_sizes_around_squares_products_and_powers_invert_to_their_positions() -> None:
     """Where the two halves change size or just fit: from 1 to 2^63, first, last and some positions between."""
     roots = [2**k for k in range(1, 32)] + [3**k for k in range(1, 20)] + [10**k for k in range(1, 10)]
     sizes = {n + d for r in roots for n in (r * r, r * (r + 1), 2 * r) for d in (-1, 0, 1)} | {MAX_N - 1, MAX_N}
@@ -94,20 +94,20 @@ def test_sizes_around_squares_products_and_powers_lead_back_too() -> None:
 
 
 @pytest.mark.parametrize("n", [10**6 + 3, 10**9 + 7, 2**40 - 1, MAX_N])
-def test_no_record_comes_twice_among_many_positions_of_a_large_n(n: int) -> None:
+def test_no_record_occurs_twice_among_many_positions_of_a_large_n(n: int) -> None:
     m = 200_000
     for start in (0, n // 2, n - m):
         assert len(np.unique(shuffled((7, n), n, start, m))) == m
 
 
 @given(KEYS, st.integers(1, MAX_N), st.data())
-def test_a_run_is_what_its_positions_give_one_by_one(key: tuple[int, int] | bytes, n: int, data: st.DataObject) -> None:
+def test_a_range_equals_its_positions_one_by_one(key: tuple[int, int] | bytes, n: int, data: st.DataObject) -> None:
     m = data.draw(st.integers(0, min(n, 40)))
     start = data.draw(st.integers(0, n - m))
     assert shuffled(key, n, start, m).tolist() == [permute_one(key, n, start + i) for i in range(m)]
 
 
-def test_a_key_of_bytes_is_its_two_little_endian_words() -> None:
+def test_a_key_of_bytes_equals_its_two_little_endian_words() -> None:
     key = bytes(range(16))
     words = (int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little"))
     assert np.array_equal(shuffled(key, 5000), shuffled(words, 5000))
@@ -117,12 +117,12 @@ def test_a_key_of_bytes_is_its_two_little_endian_words() -> None:
     ("key", "n", "start", "m"),
     [((0, 0), 0, 0, 0), ((0, 0), MAX_N + 1, 0, 1), ((0, 0), 10, 5, 6), ((0, 0), 10, -1, 2), (b"short", 10, 0, 1)],
 )
-def test_values_out_of_range_are_refused(key: tuple[int, int] | bytes, n: int, start: int, m: int) -> None:
+def test_arguments_out_of_range_raise_an_error(key: tuple[int, int] | bytes, n: int, start: int, m: int) -> None:
     with pytest.raises(ValueError, match=r"needs|not inside|16 bytes"):
         permute(key, n, start, np.empty(m, np.uint64))
 
 
-def test_an_array_of_another_type_or_read_only_is_refused() -> None:
+def test_an_output_that_is_read_only_or_of_another_dtype_raises_an_error() -> None:
     frozen = np.empty(4, np.uint64)
     frozen.flags.writeable = False
     for out in (np.empty(4, np.int32), np.empty(8, np.uint64)[::2], frozen):
@@ -131,7 +131,7 @@ def test_an_array_of_another_type_or_read_only_is_refused() -> None:
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 6])
-def test_all_orders_of_a_few_records_come_equally_often(n: int) -> None:
+def test_all_orders_of_a_few_records_are_equally_frequent(n: int) -> None:
     orders = {order: i for i, order in enumerate(itertools.permutations(range(n)))}
     counts = np.zeros(len(orders))
     for key in range(len(orders) * 40):
@@ -141,7 +141,7 @@ def test_all_orders_of_a_few_records_come_equally_often(n: int) -> None:
 
 @pytest.mark.parametrize("shuffle", SHUFFLES)
 @pytest.mark.parametrize("n", [7, 16, 31, 100])
-def test_every_record_comes_at_every_position_equally_often(n: int, shuffle: Shuffle) -> None:
+def test_every_record_is_equally_frequent_at_every_position(n: int, shuffle: Shuffle) -> None:
     counts = np.zeros((n, n))
     for trial in range(4000):
         counts[np.arange(n), shuffle(n, trial)] += 1
@@ -151,7 +151,7 @@ def test_every_record_comes_at_every_position_equally_often(n: int, shuffle: Shu
 
 @pytest.mark.parametrize("shuffle", SHUFFLES)
 @pytest.mark.parametrize("n", [1_023, 1_024, 10_007, 65_536])
-def test_every_tenth_of_the_records_comes_in_every_tenth_of_the_positions_equally_often(
+def test_every_tenth_of_the_records_is_equally_frequent_in_every_tenth_of_the_positions(
     n: int, shuffle: Shuffle
 ) -> None:
     trials, cells = 1_000_000 // n, 10
@@ -191,7 +191,7 @@ def test_neighbours_rise_and_fall_as_in_a_shuffle(n: int, shuffle: Shuffle) -> N
 
 
 @pytest.mark.parametrize("shuffle", SHUFFLES)
-def test_cycles_and_fixed_records_are_as_many_as_in_a_shuffle(shuffle: Shuffle) -> None:
+def test_cycles_and_fixed_points_are_as_frequent_as_in_a_shuffle(shuffle: Shuffle) -> None:
     n, trials = 1_500, 300
     cycles = fixed = 0
     for trial in range(trials):
@@ -251,7 +251,7 @@ def test_neighbouring_seeds_and_epochs_give_orders_that_have_nothing_in_common()
 
 
 @pytest.mark.parametrize("n", [2**32, MAX_N])
-def test_half_of_a_record_s_bits_change_with_the_seed_the_epoch_or_the_position(n: int) -> None:
+def test_half_of_the_bits_change_with_the_seed_the_epoch_or_the_position(n: int) -> None:
     """Avalanche: each of the n's bits by itself, over 4,000 positions; 0.05 is 6 standard deviations."""
     start, m, bits = n // 3, 4_000, n.bit_length() - 1
     base = shuffled(derive_key(5, "rows", 7, 0), n, start, m)
@@ -282,7 +282,9 @@ def test_rows_are_found_in_the_blocks_that_hold_them(
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.one_of(st.none(), KEYS), st.data())
-def test_rows_count_from_where_their_block_begins(records: list[int], key: bytes | None, data: st.DataObject) -> None:
+def test_rows_are_counted_from_the_row_start_of_their_block(
+    records: list[int], key: bytes | None, data: st.DataObject
+) -> None:
     first = np.concatenate([[0], np.cumsum(records)]).astype(np.int64)
     if not (n := int(first[-1])):
         return
@@ -297,7 +299,7 @@ def test_rows_count_from_where_their_block_begins(records: list[int], key: bytes
     assert (finder.n_rows, finder.n_blocks) == (n, n_blocks)
 
 
-def test_every_block_has_a_row_to_begin_with() -> None:
+def test_row_start_needs_a_number_for_every_block() -> None:
     with pytest.raises(ValueError, match="a number for each of 2 blocks, got 3"):
         RowFinder(np.array([0, 4, 8], np.int64), None, np.zeros(3, np.uint32))
 
@@ -312,7 +314,7 @@ def test_rows_are_found_in_very_uneven_blocks() -> None:
 
 
 @pytest.mark.parametrize("start", [0, 2**32 - 5, 2**32 - 1, 2**32, 2**33 - 12])
-def test_rows_are_found_in_blocks_of_as_many_rows_as_there_may_be(start: int) -> None:
+def test_rows_are_found_in_blocks_of_the_maximum_size(start: int) -> None:
     most = 2**32 - 1
     first = np.array([0, 0, most, most, 2 * most, 2 * most + 4, 2 * most + 4], np.int64)
     block, row = np.empty(10, np.uint32), np.empty(10, np.uint32)
@@ -322,13 +324,13 @@ def test_rows_are_found_in_blocks_of_as_many_rows_as_there_may_be(start: int) ->
     assert np.array_equal(row, expected - first[block])
 
 
-def test_cumulative_rows_that_cannot_be_are_refused() -> None:
+def test_invalid_cumulative_rows_raise_an_error() -> None:
     for first in ([0], [0, 0], [1, 2], [0, 5, 3], [0, -1, 4], [0, 2**32, 2**32 + 1]):
         with pytest.raises(ValueError, match=r"first must be|rows; a block"):
             RowFinder(np.array(first, np.int64), None)
 
 
-def test_places_outside_the_blocks_are_refused() -> None:
+def test_positions_outside_the_blocks_raise_an_error() -> None:
     finder = RowFinder(np.array([0, 4], np.int64), None)
     for start, m_block, m_row in ((0, 5, 5), (4, 1, 1), (-1, 1, 1), (0, 2, 3)):
         with pytest.raises(ValueError, match=r"not inside|one length"):

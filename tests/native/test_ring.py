@@ -1,4 +1,4 @@
-"""The ring: batches in order, memory that is never reused while somebody looks at it, and an end in every case."""
+"""The ring: batches in order, memory that is not reused while it is referred to, and an end in every case."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tiercache._native import gather
 from tiercache._native.permute import RowFinder
-from tiercache._native.ring import CLOSED, END, FAILED, Plan, Ring, Slot, held_bytes, pretend_far
+from tiercache._native.ring import CLOSED, END, FAILED, Plan, Ring, Slot, held_bytes, override_distance
 from tiercache.waiting import wait_for
 
 REF = 3
@@ -27,9 +27,9 @@ WIDTH = 24
 @pytest.fixture(autouse=True, scope="module", params=[None, True], ids=["", "far"])
 def distance(request):
     """Whether workers copy for a core that is far."""
-    pretend_far(request.param)
+    override_distance(request.param)
     yield
-    pretend_far(None)
+    override_distance(None)
 
 
 def fixed_streams(width: int = WIDTH) -> np.ndarray:
@@ -58,7 +58,7 @@ def take_all(ring: Ring, width: int = WIDTH) -> list[np.ndarray]:
     st.integers(1, 3),
     st.sampled_from([0, 64, 1 << 12]),
 )
-def test_rows_come_in_the_order_pushed_cut_into_batches(sizes, batch_rows, depth, n_threads, slot_bytes):
+def test_rows_are_served_in_the_pushed_order_as_batches(sizes, batch_rows, depth, n_threads, slot_bytes):
     rng = np.random.default_rng(0)
     parts = [rng.integers(0, 256, (max(n, 1), WIDTH), dtype=np.uint8) for n in sizes]
     orders = [rng.permutation(n) for n in sizes]
@@ -73,7 +73,7 @@ def test_rows_come_in_the_order_pushed_cut_into_batches(sizes, batch_rows, depth
     assert np.array_equal(np.concatenate(found) if found else np.zeros((0, WIDTH)), expected)
 
 
-def test_every_kind_of_stream_comes_right_also_over_the_borders_of_windows():
+def test_batches_that_span_windows_are_right_for_every_kind_of_stream():
     rng = np.random.default_rng(3)
     texts = [[bytes(rng.integers(97, 123, rng.integers(0, 9), dtype=np.uint8)) for _ in range(30)] for _ in range(3)]
     labels = [rng.integers(-9, 9, 30) for _ in texts]
@@ -114,7 +114,7 @@ def test_every_kind_of_stream_comes_right_also_over_the_borders_of_windows():
     assert n_bytes == 2 * sum(map(len, flat)) + 90 * 9
 
 
-def test_slots_that_are_held_are_never_written_again_and_come_back_when_dropped():
+def test_slots_in_use_are_not_overwritten_and_return_when_dropped():
     rows = np.arange(4000 * 8, dtype=np.uint8).reshape(4000, 8)
     ring = Ring(fixed_streams(8), batch_rows=10, depth=4, n_threads=2, slot_bytes=80)
     ring.push(plan_of(rows, np.arange(4000)))
@@ -135,7 +135,7 @@ def test_slots_that_are_held_are_never_written_again_and_come_back_when_dropped(
 # Until 2 MiB rest, or of small slots as many as are ahead, but one. Those that had to grow are 84 KiB; the last of too
 # many is unmapped, and now and then a new one gets its address: other memory.
 @pytest.mark.parametrize(("width", "expected", "n_resting"), [(1024, 64 << 10, 31), (1024, 1024, 24), (16, 1024, 31)])
-def test_memory_that_a_consumer_has_read_rests_until_enough_of_others_was_written(width, expected, n_resting):
+def test_a_released_slot_stays_idle_until_enough_other_memory_was_written(width, expected, n_resting):
     rows, batch_rows = np.arange(1 << 20, dtype=np.uint8).reshape(-1, width), 64
     ring = Ring(fixed_streams(width), batch_rows=batch_rows, depth=32, n_threads=1, slot_bytes=expected)
     ring.push(plan_of(rows, np.arange(200 * batch_rows) % len(rows)))
@@ -185,7 +185,7 @@ def test_close_wakes_a_waiting_consumer_and_a_waiting_planner():
     assert full.push(plan_of(rows, np.arange(3))) is False
 
 
-def test_who_closes_second_waits_until_no_plan_is_read_any_more():
+def test_a_second_close_waits_until_no_plan_is_read_any_more():
     rows = np.zeros((1 << 16, 1024), np.uint8)
     order = np.random.default_rng(0).permutation(1 << 16)
     ring = Ring(fixed_streams(1024), batch_rows=1 << 16, depth=1, n_threads=1)
@@ -210,7 +210,7 @@ def bytes_plan(records: list[bytes], order: np.ndarray) -> Plan:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.sampled_from([0, 1, 63, 5_000, 70_000, 200_000]), min_size=1, max_size=40), st.integers(1, 4))
-def test_bytes_objects_are_filled_by_all_threads_together(sizes, n_threads):
+def test_bytes_objects_are_filled_by_all_threads(sizes, n_threads):
     rng = np.random.default_rng(len(sizes))
     records = [rng.bytes(n) for n in sizes]
     order = rng.integers(0, len(records), 60)
@@ -224,7 +224,7 @@ def test_bytes_objects_are_filled_by_all_threads_together(sizes, n_threads):
     assert found == [records[i] for i in order]
 
 
-def test_a_ring_that_is_closed_while_lists_are_filled_waits_for_them():
+def test_close_waits_for_bytes_objects_that_are_being_filled():
     rng = np.random.default_rng(5)
     records = [rng.bytes(60_000) for _ in range(64)]
     for pause in range(12):
@@ -245,7 +245,7 @@ def test_a_ring_that_is_closed_while_lists_are_filled_waits_for_them():
         assert not closer.is_alive()
 
 
-def test_a_consumer_that_would_wait_gathers_what_no_worker_has_begun():
+def test_a_waiting_consumer_gathers_rows_that_no_worker_has_started():
     """Its own processor time says so: handing over 30 batches takes less than 1 ms, gathering one of 16 MiB more.
 
     The ring's own figures are wall time, which grows where a thread waits for its processor, and are no measure here.
@@ -265,12 +265,12 @@ def test_a_consumer_that_would_wait_gathers_what_no_worker_has_begun():
     ring.close()
 
 
-def test_a_slot_is_made_by_a_ring_only():
+def test_only_a_ring_creates_slots():
     with pytest.raises(TypeError, match=r"Ring\.take"):
         Slot()
 
 
-def test_a_planner_goes_on_when_the_next_batch_needs_more_rows_than_were_pushed():
+def test_wait_room_returns_when_the_next_batch_needs_more_rows():
     rows = np.zeros((8, WIDTH), np.uint8)
     ring = Ring(fixed_streams(), batch_rows=20, depth=2, n_threads=1)
     for _ in range(3):
@@ -281,7 +281,7 @@ def test_a_planner_goes_on_when_the_next_batch_needs_more_rows_than_were_pushed(
     ring.close()
 
 
-def test_a_failed_planner_is_heard_of_after_every_whole_batch_before():
+def test_a_planner_failure_is_reported_after_all_whole_batches():
     rows = np.zeros((8, WIDTH), np.uint8)
     ring = Ring(fixed_streams(), batch_rows=4, depth=2, n_threads=1)
     ring.push(plan_of(rows, np.arange(8)))
@@ -294,13 +294,13 @@ def test_a_failed_planner_is_heard_of_after_every_whole_batch_before():
     ring.close()
 
 
-def test_a_wait_ends_with_its_deadline():
+def test_take_ends_at_its_timeout():
     ring = Ring(fixed_streams(), batch_rows=4, depth=2, n_threads=1)
     assert ring.take(0.01) not in (END, FAILED, CLOSED)
     ring.close()
 
 
-def test_plans_are_held_until_their_rows_are_retired_and_no_longer():
+def test_plans_are_kept_exactly_until_their_rows_are_retired():
     class Held:
         pass
 
@@ -332,7 +332,7 @@ def test_plans_are_held_until_their_rows_are_retired_and_no_longer():
     ring.close()
 
 
-def test_a_file_truncated_under_a_running_ring_is_an_error_of_its_batch(tmp_path):
+def test_a_file_truncated_under_a_running_ring_fails_its_batch(tmp_path):
     path = tmp_path / "mapped"
     path.write_bytes(b"x" * (64 << 10))
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 64 << 10, access=mmap.ACCESS_READ) as mapping:
@@ -350,7 +350,7 @@ def test_a_file_truncated_under_a_running_ring_is_an_error_of_its_batch(tmp_path
         gc.collect()
 
 
-def test_a_forked_child_finds_the_ring_closed_and_may_drop_everything():
+def test_a_forked_child_sees_a_closed_ring_and_can_drop_everything():
     rows = np.zeros((400, WIDTH), np.uint8)
     ring = Ring(fixed_streams(), batch_rows=4, depth=2, n_threads=2)
     ring.push(plan_of(rows, np.arange(400)))
@@ -370,64 +370,9 @@ def test_a_forked_child_finds_the_ring_closed_and_may_drop_everything():
 
 
 @pytest.mark.parametrize("bad", [{"batch_rows": 0}, {"depth": 0}, {"n_threads": 0}])
-def test_a_ring_without_rows_depth_or_threads_is_refused(bad):
+def test_a_ring_without_rows_depth_or_threads_raises_an_error(bad):
     with pytest.raises(ValueError, match="1 or more"):
         Ring(fixed_streams(), **{"batch_rows": 1, "depth": 1, "n_threads": 1, **bad})
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.lists(st.integers(1, 40), max_size=12),
-    st.lists(st.integers(0, 12), max_size=4),
-    st.lists(st.integers(0, 300), max_size=4),
-    st.integers(1, 5),
-    st.integers(1, 3),
-)
-def test_batches_have_the_sizes_that_were_pushed_wherever_plans_end(sizes, size_cuts, row_cuts, depth, n_threads):
-    rng = np.random.default_rng(0)
-    rows = rng.integers(0, 256, (max(sum(sizes), 1), WIDTH), dtype=np.uint8)
-    order = rng.permutation(sum(sizes))
-    told = np.split(np.array(sizes, np.uint32), sorted(min(cut, len(sizes)) for cut in size_cuts))
-    plans = np.split(order, sorted(min(cut, len(order)) for cut in row_cuts))
-    ring = Ring(fixed_streams(), batch_rows=7, depth=depth, n_threads=n_threads, slot_bytes=64)
-    for i in range(max(len(told), len(plans))):
-        assert i >= len(told) or ring.push_sizes(told[i])
-        assert i >= len(plans) or ring.push(plan_of(rows, plans[i]))
-    ring.finish()
-    found = take_all(ring)
-    ring.close()
-    expected = np.split(rows[order], np.cumsum(sizes)[:-1]) if sizes else []
-    assert [b.tolist() for b in found] == [b.tolist() for b in expected]
-
-
-def test_batches_of_pushed_sizes_are_served_before_the_end_is_known_and_before_a_failure():
-    rows = np.zeros((9, WIDTH), np.uint8)
-    ring = Ring(fixed_streams(), batch_rows=100, depth=4, n_threads=1)
-    ring.push_sizes(np.array([2, 7, 5], np.uint32))
-    ring.push(plan_of(rows, np.arange(9)))
-    assert ring.take(10).n_rows == 2
-    ring.finish(failed=True)
-    assert ring.take(10).n_rows == 7
-    assert ring.take(10) == FAILED  # of the third not all rows came
-    ring.close()
-
-
-def test_a_batch_of_no_rows_is_refused():
-    ring = Ring(fixed_streams(), batch_rows=4, depth=4, n_threads=1)
-    with pytest.raises(ValueError, match="size 1 of 3 is 0"):
-        ring.push_sizes(np.array([3, 0, 6], np.uint32))
-    ring.close()
-    assert not ring.push_sizes(np.array([3], np.uint32))
-
-
-def test_sizes_that_come_behind_their_rows_wake_a_worker():
-    ring = Ring(fixed_streams(), batch_rows=4, depth=4, n_threads=2)
-    assert ring.push_sizes(np.array([2], np.uint32))
-    assert ring.push(plan_of(np.zeros((5, WIDTH), np.uint8), np.arange(5)))
-    assert wait_for(lambda: ring.figures()["ready"] == 1, 10)
-    assert ring.push_sizes(np.array([3], np.uint32))
-    assert wait_for(lambda: ring.figures()["ready"] == 2, 10)
-    ring.close()
 
 
 @given(
@@ -437,7 +382,7 @@ def test_sizes_that_come_behind_their_rows_wake_a_worker():
     st.integers(1, 3),
     st.data(),
 )
-def test_a_run_is_gathered_as_the_rows_that_its_finder_names(records, key, batch_rows, n_threads, data):
+def test_rows_of_a_finder_are_gathered(records, key, batch_rows, n_threads, data):
     n_blocks, n = len(records), sum(records)
     rng = np.random.default_rng(n)
     starts = rng.integers(0, 5, n_blocks).astype(np.uint32)
@@ -453,15 +398,8 @@ def test_a_run_is_gathered_as_the_rows_that_its_finder_names(records, key, batch
     cuts = sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=3))})
     streams = np.array([[gather.FIXED, WIDTH], [gather.VAR, 1]], np.uint32)
 
-    sizes = data.draw(st.one_of(st.none(), st.lists(st.integers(1, 60), min_size=n)))  # of batches; None: one size
-    sizes = sizes and [
-        min(size, n - before) for size, before in zip(sizes, np.cumsum([0, *sizes]), strict=False) if before < n
-    ]
-
     def served(plans):
         ring = Ring(streams, batch_rows=batch_rows, depth=3, n_threads=n_threads)
-        if sizes is not None:
-            assert ring.push_sizes(np.array(sizes, np.uint32))
         for plan in plans:
             assert ring.push(plan)
         ring.finish()
@@ -485,7 +423,7 @@ def test_a_run_is_gathered_as_the_rows_that_its_finder_names(records, key, batch
         return Plan(addresses, block, row, None)
 
     pairs = list(itertools.pairwise(cuts))
-    runs = [Plan.of_run(addresses, (finder, lo, hi - lo), None) for lo, hi in pairs]
+    runs = [Plan.from_finder(addresses, (finder, lo, hi - lo), None) for lo, hi in pairs]
     assert [plan.n_rows for plan in runs] == [hi - lo for lo, hi in pairs]
     expected = served([arrays(lo, hi) for lo, hi in pairs])
     assert sum(batch[0] for batch in expected) == n
@@ -495,13 +433,13 @@ def test_a_run_is_gathered_as_the_rows_that_its_finder_names(records, key, batch
 
 
 @pytest.mark.parametrize("run", [(-1, 2), (0, 11), (10, 1), (0, -1)])
-def test_a_run_outside_its_finder_is_refused(run):
+def test_positions_outside_the_finder_raise_an_error(run):
     finder = RowFinder(np.array([0, 4, 10], np.int64), None)
     with pytest.raises(ValueError, match="of 10 in 2 blocks, with addresses of 2 blocks"):
-        Plan.of_run(np.zeros((1, 2, 3), np.uint64), (finder, *run), None)
+        Plan.from_finder(np.zeros((1, 2, 3), np.uint64), (finder, *run), None)
 
 
-def test_a_run_of_more_blocks_than_there_are_addresses_for_is_refused():
+def test_a_finder_of_more_blocks_than_addresses_raises_an_error():
     finder = RowFinder(np.array([0, 4, 10], np.int64), None)
     with pytest.raises(ValueError, match="with addresses of 1 blocks"):
-        Plan.of_run(np.zeros((1, 1, 3), np.uint64), (finder, 0, 10), None)
+        Plan.from_finder(np.zeros((1, 1, 3), np.uint64), (finder, 0, 10), None)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache._native.records import join
+from tiercache._native.block_builder import join
 from tiercache.errors import SchemaError
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.read.values import as_batch

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tiercache._native.records import Records
+from tiercache._native.block_builder import BlockBuilder
 from tiercache.errors import SchemaError
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.read.values import as_batch
 from tiercache.shard.schema import Image, Ragged, Schema, Tensor
 from tiercache.shard.write.shard_writer import (
+    ADDED,
     EXCEEDS_BLOCK,
-    KEPT,
     NEEDS_CONVERSION,
     RecordBuffer,
     ShardOptions,
@@ -141,7 +141,7 @@ USUAL = {
 @pytest.mark.parametrize(("kind", "value"), USUAL.items())
 def test_usual_values_need_no_closer_look(kind, value):
     buffer = RecordBuffer(Schema.of({"x": kind}).columns, 1 << 20)
-    assert buffer.add_fast({"x": value}) == KEPT
+    assert buffer.add_fast({"x": value}) == ADDED
     assert buffer.n_records == 1
 
 
@@ -243,7 +243,7 @@ def test_what_was_put_of_a_refused_record_is_not_seen_in_the_next():
 def test_a_record_that_is_too_much_for_the_block_stays_for_the_next():
     buffer = RecordBuffer(Schema.of({"b": "bytes", "n": "int64"}).columns, 100)
     kept = [buffer.add_fast({"b": b"x" * 14, "n": n}) for n in range(4)]
-    assert kept == [KEPT, KEPT, KEPT, EXCEEDS_BLOCK]
+    assert kept == [ADDED, ADDED, ADDED, EXCEEDS_BLOCK]
     first, (b, n) = buffer.take(3), buffer.take(1)
     assert first[1].values.ravel().tolist() == [0, 1, 2]
     assert (n.values.ravel().tolist(), b.offsets.tolist()) == ([3], [0, 14])
@@ -270,7 +270,7 @@ def test_only_all_records_or_all_but_the_last_can_be_taken(n):
 
 
 def test_columns_and_rows_that_are_not_there_are_refused():
-    records = Records([], 10)
+    records = BlockBuilder([], 10)
     with pytest.raises(IndexError):
         records.put(0, 1)
     with pytest.raises(IndexError):
@@ -282,7 +282,7 @@ def test_a_record_that_needs_more_memory_keeps_its_shape_and_that_it_is_there():
     buffer = RecordBuffer(schema.columns, 1 << 24)
     rows = [np.full((1 << (i % 13), 2), i, np.int16) for i in range(130)]
     for row in rows:
-        assert buffer.add_fast({"r": row, "b": row.tobytes(), "s": "x" * len(row)}) == KEPT
+        assert buffer.add_fast({"r": row, "b": row.tobytes(), "s": "x" * len(row)}) == ADDED
     r, b, s = buffer.take(len(rows))
     assert r.shapes.tolist() == [list(row.shape) for row in rows]
     assert r.values[: r.offsets[-1]].tobytes() == b.values[: b.offsets[-1]].tobytes() == b"".join(rows)

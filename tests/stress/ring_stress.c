@@ -4,8 +4,7 @@
  *   ring_stress SEED N_RUNS      prints what was wrong and exits with 1 in that case
  *
  * A run may have these faults: a page of a chunk with a wrong checksum, a mapped file that is truncated, a number that
- * does not fit its cast. A run may be closed at any time, have pushed batch sizes, and be taken from with short
- * timeouts. Its slots may be released by other threads, and tensors over them may live longer than the consumer's
+ * does not fit its cast. A run may be closed at any time, and be taken from with short timeouts. Its slots may be released by other threads, and tensors over them may live longer than the consumer's
  * reference, or than the ring.
  */
 #include <pthread.h>
@@ -25,7 +24,7 @@
 #include "ring.h"
 #include "dlpack.h"
 
-enum { WIDTH = 5000, N_ROWS = 400, N_BLOCKS = 3, N_PLANS = 16, MOST_SIZES = N_PLANS * N_ROWS, PAGE_BYTES = 65536 };
+enum { WIDTH = 5000, N_ROWS = 400, N_BLOCKS = 3, N_PLANS = 16, PAGE_BYTES = 65536 };
 enum { N_PAGES = (WIDTH * N_ROWS + PAGE_BYTES - 1) / PAGE_BYTES };
 enum { FIXED, VAR, CAST, REF, N_STREAMS };
 enum { CUT_FROM_ROW = 250, CUT_BLOCK = 1, BAD_PAGE = 9, BAD_BLOCK = 2, MISFIT_BLOCK = 0, MISFIT_ROW = 77 };
@@ -53,8 +52,7 @@ static const tc_stream streams[N_STREAMS] = {
 
 typedef struct {
     tc_ring *ring;
-    size_t batch_rows, depth, n_threads, n_sizes; /* n_sizes 0: batches have batch_rows rows. */
-    uint32_t sizes[MOST_SIZES];
+    size_t batch_rows, depth, n_threads;
     int is_cut, is_bad, is_misfit, close_us; /* close_us 0: runs to its end. */
     uint64_t timeout_ns;
 } run;
@@ -171,12 +169,8 @@ static int batch_is_right(const tc_slot *slot, size_t first) {
 
 static void *push_all(void *argument) {
     run *r = argument;
-    size_t told = 0;
     for (size_t p = 0; p < N_PLANS; p++) {
         uint64_t retired;
-        size_t n = p + 1 < N_PLANS ? any(r->n_sizes - told + 1) : r->n_sizes - told;
-        if (r->n_sizes && tc_ring_push_sizes(r->ring, r->sizes + told, n)) return NULL;
-        told += n;
         if (tc_ring_wait_room(r->ring, p > 1 ? (p - 1) * N_ROWS : 0, &retired) || tc_ring_push(r->ring, &plans[p])) return NULL;
     }
     tc_ring_finish(r->ring, TC_END);
@@ -227,7 +221,7 @@ static int take_all(run *r) {
     for (;;) {
         while ((status = tc_ring_take(r->ring, r->timeout_ns, &slot, &first)) == TC_TIMEOUT) {}
         if (status == TC_END || status == TC_CLOSED) break;
-        size_t n = r->n_sizes ? r->sizes[n_batches] : total - n_taken < r->batch_rows ? total - n_taken : r->batch_rows;
+        size_t n = total - n_taken < r->batch_rows ? total - n_taken : r->batch_rows;
         int is_right = first == n_taken && n_taken + n <= total && status_is_right(r, status, n_taken, n);
         if (status == TC_OK) {
             is_right = is_right && slot->n_rows == n && batch_is_right(slot, n_taken) && copy_task_is_right(slot, n_taken);
@@ -255,11 +249,6 @@ static void choose(run *r) {
     r->is_misfit = any(3) == 0;
     r->close_us = any(3) == 0 ? 1 + (int)any(3000) : 0;
     r->timeout_ns = any(2) ? 1000 : 2000000000u;
-    if (any(2)) return;
-    for (size_t left = N_PLANS * N_ROWS; left; left -= r->sizes[r->n_sizes++]) {
-        size_t n = 1 + any(2 * r->batch_rows);
-        r->sizes[r->n_sizes] = (uint32_t)(n < left ? n : left);
-    }
 }
 
 static int is_right(run *r) {
@@ -290,7 +279,7 @@ int main(int count, char **words) {
         choose(&r);
         tc_distance_override((int)any(3) - 1);
         if (is_right(&r)) continue;
-        printf("run %d: batches of %zu, %zu sizes, depth %zu, %zu threads, cut %d, bad %d, misfit %d, closed after %d us\n", i, r.batch_rows, r.n_sizes,
+        printf("run %d: batches of %zu, depth %zu, %zu threads, cut %d, bad %d, misfit %d, closed after %d us\n", i, r.batch_rows,
                r.depth, r.n_threads, r.is_cut, r.is_bad, r.is_misfit, r.close_us);
         return 1;
     }

@@ -91,8 +91,5 @@ def check_chunk(chunk: _U64) -> int | None:
 def offsets_ok(address: int, n: int, limit: int) -> bool:
     """Return whether the n + 1 int64 offsets at address are 0 or more, never decrease, and are at most limit."""
 
-def copy_guarded(address: int, out: Any) -> None:
-    """Copy len(out) bytes from an address in a mapping into out, a writable contiguous uint8 buffer."""
-
-def pass_caches(on: bool) -> None:
+def set_nontemporal_copies(on: bool) -> None:
     """For tests: turn non-temporal stores for this thread's long copies on or off, if the processor supports them."""

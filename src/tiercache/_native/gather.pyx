@@ -99,14 +99,6 @@ cdef int64_t guarded_check_chunk(const tc_chunk *chunk) noexcept nogil:
     return page
 
 
-cdef int guarded_copy(uint8_t *out, const uint8_t *source, size_t n) noexcept nogil:
-    if tc_guard_enter():
-        return TC_EIO
-    memcpy(out, source, n)
-    tc_guard_leave()
-    return 0
-
-
 cdef int guarded_fill(uint8_t **places, const tc_ref *refs, size_t n) noexcept nogil:
     if tc_guard_enter():
         return TC_EIO
@@ -346,14 +338,5 @@ def offsets_ok(uint64_t address, size_t n, int64_t limit):
     return code == 1
 
 
-def copy_guarded(uint64_t address, uint8_t[::1] out not None):
-    cdef size_t n = out.shape[0]
-    cdef int code = 0
-    if n:
-        with nogil:
-            code = guarded_copy(&out[0], <const uint8_t *><size_t>address, n)
-    check(code)
-
-
-def pass_caches(bint on):
+def set_nontemporal_copies(bint on):
     tc_copy_set_nontemporal(on)

@@ -1,8 +1,13 @@
-"""Wrapper of csrc/ring.h: owns the ring, its plans and its slots. Every wait releases the GIL and handles signals."""
+"""Wrapper of csrc/ring.h: the ring, its plans and slots, batches built from slots, and the fast path of the iterator.
 
+Every wait releases the GIL and handles signals.
+"""
+
+cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.object cimport PyObject_GenericSetAttr
 from cpython.pycapsule cimport PyCapsule_Destructor, PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New
 from libc.errno cimport EIO
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -16,7 +21,39 @@ from tiercache._native.gather import CastError, CorruptError
 from tiercache._native.gather cimport str_of_buffer, tc_chunk, tc_gather_init, tc_ref, tc_source, tc_stream
 from tiercache._native.permute cimport RowFinder, tc_row_finder
 
+cdef extern from "output_layout.h" nogil:
+    ctypedef struct tc_output_layout:
+        pass
+
 cdef extern from "ring.h" nogil:
+    ctypedef struct tc_plan:
+        const tc_source *sources
+        const tc_chunk *chunks
+        size_t n_blocks
+        const uint32_t *block
+        const uint32_t *row
+        const tc_row_finder *finder
+        uint64_t start
+        size_t n_rows
+        const tc_output_layout *output_layouts
+
+    ctypedef struct tc_ring:
+        pass
+
+    ctypedef struct tc_copy_task:
+        const tc_ref *refs
+        char **destinations
+        size_t n
+
+    ctypedef struct tc_slot:
+        uint8_t *memory
+        size_t capacity
+        size_t n_rows
+        size_t n_bytes
+        size_t *values_at
+        size_t *offsets_at
+        size_t *n_elements
+
     enum:
         TC_OK
         TC_END
@@ -36,7 +73,6 @@ cdef extern from "ring.h" nogil:
 
     tc_ring *tc_ring_new(const tc_stream *, size_t, size_t, size_t, size_t, size_t)
     int tc_ring_push(tc_ring *, const tc_plan *)
-    int tc_ring_push_sizes(tc_ring *, const uint32_t *, size_t)
     void tc_ring_finish(tc_ring *, int)
     int tc_ring_wait_room(tc_ring *, uint64_t, uint64_t *)
     int tc_ring_take(tc_ring *, uint64_t, tc_slot **, uint64_t *)
@@ -55,6 +91,13 @@ cdef extern from "ring.h" nogil:
 cdef extern from "dlpack.h" nogil:
     enum:
         TC_TENSOR_DIMS
+
+    ctypedef struct tc_row_layout:
+        uint8_t code
+        uint8_t bits
+        int n_dims
+        int64_t *dims
+        size_t row_bytes
 
     void *tc_tensor_new(tc_slot *, size_t, const tc_row_layout *, size_t)
     void tc_tensor_drop(void *)
@@ -118,7 +161,7 @@ cdef class Plan:
         self.plan.row = &row[0] if row.shape[0] else NULL
 
     @staticmethod
-    def of_run(
+    def from_finder(
         const uint64_t[:, :, ::1] addresses not None,
         run,
         held,
@@ -171,7 +214,7 @@ cdef class Plan:
         return self.held
 
 
-cdef class Filling:
+cdef class BytesCopy:
     """The bytes objects of a batch, made at their size and filled once by the ring's threads. CPython does not share an
     object made with NULL, except the empty one, which is not written.
     """
@@ -181,8 +224,8 @@ cdef class Filling:
     cdef list objects
 
     @staticmethod
-    cdef Filling start(tc_slot *slot, size_t stream):
-        cdef Filling self = Filling.__new__(Filling)
+    cdef BytesCopy start(tc_slot *slot, size_t stream):
+        cdef BytesCopy self = BytesCopy.__new__(BytesCopy)
         cdef const tc_ref *refs = <const tc_ref *>(slot.memory + slot.values_at[stream])
         cdef Py_ssize_t i, n = <Py_ssize_t>slot.n_rows
         self.task = tc_copy_task(refs, <char **>malloc(max(n, 1) * sizeof(char *)), n)
@@ -216,11 +259,13 @@ cdef class Filling:
 cdef class Layout:
     """Layout of consecutive rows: DLPack's code and bits of the element type, and the shape of a row."""
 
+    cdef tc_row_layout layout
+
     def __init__(self, uint8_t code, uint8_t bits, shape=()):
         if len(shape) >= TC_TENSOR_DIMS or bits % 8 or min(shape, default=0) < 0:
             raise ValueError(f"expected fewer than {TC_TENSOR_DIMS} dimensions of whole bytes, got {tuple(shape)} of {bits} bits")
         self.layout.code, self.layout.bits, self.layout.n_dims = code, bits, <int>len(shape)
-        # Exact: a product that wrapped would let rows outside the slot pass.
+        # Exact: a product that normalize_indices would let rows outside the slot pass.
         self.layout.row_bytes = math.prod(shape, start=bits // 8)
         for i, n in enumerate(shape):
             self.layout.dims[<Py_ssize_t>i] = n
@@ -235,6 +280,10 @@ cdef void drop_unused(object capsule) noexcept:
 cdef class Slot:
     """The memory of a batch, as a writable buffer of bytes. It returns to the ring when the last tensor over it is dropped."""
 
+    cdef tc_slot *slot
+    cdef readonly uint64_t first_row
+    cdef dict bytes_copies  # stream -> BytesCopy; None until the first one
+
     def __cinit__(self):
         self.slot = NULL
 
@@ -242,7 +291,7 @@ cdef class Slot:
         raise TypeError("slots come from Ring.take()")
 
     def __dealloc__(self):
-        self.fillings = None  # They use the slot until they are finished or cancelled.
+        self.bytes_copies = None  # They use the slot until they are finished or cancelled.
         if self.slot != NULL:
             tc_slot_release(self.slot)
 
@@ -277,14 +326,14 @@ cdef class Slot:
             raise
 
     def start_bytes(self, size_t stream):
-        if self.fillings is None:
-            self.fillings = {}
-        self.fillings[stream] = Filling.start(self.slot, stream)
+        if self.bytes_copies is None:
+            self.bytes_copies = {}
+        self.bytes_copies[stream] = BytesCopy.start(self.slot, stream)
 
     def bytes_list(self, size_t stream):
-        if self.fillings is None or stream not in self.fillings:
+        if self.bytes_copies is None or stream not in self.bytes_copies:
             self.start_bytes(stream)
-        return (<Filling>self.fillings.pop(stream)).finish()
+        return (<BytesCopy>self.bytes_copies.pop(stream)).finish()
 
     def str_list(self, size_t stream):
         cdef const uint8_t *values = self.slot.memory + self.slot.values_at[stream]
@@ -299,10 +348,13 @@ cdef Slot slot_of(tc_slot *slot, uint64_t first_row):
 
 
 cdef class Ring:
-    """Gathers batches ahead of one consumer, in threads without Python. The planner calls push, push_sizes, finish and
-    wait_room, the consumer calls take, any thread calls close and figures, and the thread that has closed the ring
+    """Gathers batches ahead of one consumer, in threads without Python. The planner calls push, finish and wait_room, the consumer calls take, any thread calls close and figures, and the thread that has closed the ring
     calls forget.
     """
+
+    cdef tc_ring *ring
+    cdef object plans  # deque of (end row in the sequence, Plan), appended and retired by the planner
+    cdef uint64_t pushed
 
     def __cinit__(self):
         self.ring = NULL
@@ -334,16 +386,6 @@ cdef class Ring:
         status = tc_ring_push(self.ring, &plan.plan)
         if status == TC_NOMEM:
             raise MemoryError("no memory to queue a window")
-        return status == TC_OK
-
-    def push_sizes(self, const uint32_t[::1] rows not None):
-        cdef Py_ssize_t i
-        for i in range(rows.shape[0]):
-            if rows[i] == 0:
-                raise ValueError(f"size {i} of {rows.shape[0]} is 0: a batch has rows")
-        cdef int status = tc_ring_push_sizes(self.ring, &rows[0] if rows.shape[0] else NULL, rows.shape[0])
-        if status == TC_NOMEM:
-            raise MemoryError("no memory to queue the sizes of batches")
         return status == TC_OK
 
     def finish(self, bint failed=False):
@@ -386,6 +428,7 @@ cdef class Ring:
         return status
 
     cdef Slot take_ready(self):
+        """Return the next batch; None if it is not ready or has an error, which take() raises."""
         cdef tc_slot *slot = NULL
         cdef uint64_t first_row = 0
         return slot_of(slot, first_row) if tc_ring_take_ready(self.ring, &slot, &first_row) == TC_OK else None
@@ -403,7 +446,7 @@ cdef class Ring:
         return figures
 
 
-cdef class SpareMemory:
+cdef class ArenaKeeper:
     """While an instance lives, a ring that ends leaves its memory, up to 64 MiB, to the next ring of the same size."""
 
     def __cinit__(self):
@@ -421,13 +464,174 @@ def is_far():
     return tc_ring_is_consumer_far() != 0
 
 
-def pretend_far(is_far):
+def override_distance(is_far):
     tc_distance_override(-1 if is_far is None else 1 if is_far else 0)
 
 
-def n_answers():
+def n_distance_measurements():
     return tc_ring_n_measurements()
 
 
-def can_pass():
+def has_nontemporal_copies():
     return tc_copy_has_nontemporal() != 0
+
+
+cdef class TensorEntry:
+    """A tensor over a stream of rows of fixed size."""
+
+    cdef size_t stream
+    cdef Layout layout
+
+    def __init__(self, size_t stream, Layout layout not None):
+        self.stream, self.layout = stream, layout
+
+
+cdef class BufferEntry:
+    """Values of varying length and their offsets, as an object of `cls` with attributes values, offsets and shapes."""
+
+    cdef size_t stream, n_inner
+    cdef Layout values, offsets
+    cdef object cls, make_empty
+
+    def __init__(self, size_t stream, Layout values not None, Layout offsets not None, cls, make_empty):
+        self.stream, self.values, self.offsets = stream, values, offsets
+        self.cls, self.make_empty = cls, make_empty
+        self.n_inner = 8 * values.layout.row_bytes // values.layout.bits
+        if self.n_inner == 0:
+            raise ValueError("a row of the values has no elements, so the number of rows cannot be computed")
+
+
+cdef class BatchBuilder:
+    """The names and makers of a batch's entries, in order."""
+
+    cdef readonly bint is_native
+    cdef list names, makers
+    cdef size_t n_streams
+    cdef object from_dlpack
+
+    def __init__(self, entries, size_t n_streams, from_dlpack):
+        self.names = [name for name, _ in entries]
+        self.makers = [maker for _, maker in entries]
+        self.n_streams = n_streams
+        self.from_dlpack = from_dlpack
+        self.is_native = True
+        for maker in self.makers:
+            if isinstance(maker, TensorEntry):
+                stream = (<TensorEntry>maker).stream
+            elif isinstance(maker, BufferEntry):
+                stream = (<BufferEntry>maker).stream
+            else:
+                self.is_native = False
+                continue
+            if stream >= n_streams:
+                raise ValueError(f"an entry has stream {stream}, but there are {n_streams} streams")
+
+    def build(self, Slot slot not None):
+        cdef dict out = {}
+        cdef Py_ssize_t i
+        cdef list names = self.names, makers = self.makers
+        for i in range(len(names)):
+            maker = makers[i]
+            if type(maker) is TensorEntry:
+                out[names[i]] = self.tensor(slot, <TensorEntry>maker)
+            elif type(maker) is BufferEntry:
+                out[names[i]] = self.buffer(slot, <BufferEntry>maker)
+            else:
+                out[names[i]] = maker(slot, slot.slot.n_rows)
+        return out
+
+    cdef object tensor(self, Slot slot, TensorEntry entry):
+        return self.from_dlpack(slot.capsule(entry.layout, slot.slot.values_at[entry.stream], slot.slot.n_rows))
+
+    cdef object buffer(self, Slot slot, BufferEntry entry):
+        cdef size_t stream = entry.stream, n_elements = slot.slot.n_elements[stream]
+        if n_elements == 0:
+            return entry.make_empty(slot, slot.slot.n_rows)
+        values = self.from_dlpack(slot.capsule(entry.values, slot.slot.values_at[stream], n_elements // entry.n_inner))
+        offsets = self.from_dlpack(slot.capsule(entry.offsets, slot.slot.offsets_at[stream], slot.slot.n_rows + 1))
+        out = entry.cls.__new__(entry.cls)  # The __init__ of a frozen dataclass takes 0.6 us.
+        PyObject_GenericSetAttr(out, "values", values)
+        PyObject_GenericSetAttr(out, "offsets", offsets)
+        PyObject_GenericSetAttr(out, "shapes", None)
+        return out
+
+
+cdef class BatchTaker:
+    """Takes ready batches from a ring, and counts all batches that are taken."""
+
+    cdef readonly uint64_t rows, samples, batches, n_bytes
+    cdef Ring ring
+    cdef BatchBuilder entries
+    cdef object pieces, odd, lock
+    cdef list waits
+
+    def __init__(self, Ring ring not None, BatchBuilder entries not None, pieces, tuple odd, lock, list waits not None):
+        self.ring, self.entries, self.pieces, self.odd = ring, entries, pieces, odd
+        self.lock, self.waits = lock, waits
+
+    def count(self, Slot slot not None):
+        self.rows = slot.first_row + slot.slot.n_rows  # Not a sum: a batch that Ctrl-C interrupted was not counted.
+        self.samples += slot.slot.n_rows
+        self.batches += 1
+        self.n_bytes += slot.slot.n_bytes
+        while self.pieces and <uint64_t>self.pieces[0][0] <= self.rows:
+            self.pieces.popleft()
+
+    def take_ready(self):
+        cdef Slot slot
+        if not self.lock.acquire(False):
+            return None
+        try:
+            for some in self.odd:
+                if some:
+                    return None
+            slot = self.ring.take_ready()
+            if slot is None:
+                return None
+            batch = self.entries.build(slot)
+            self.count(slot)
+            self.waits[0] += 1
+            return batch
+        finally:
+            self.lock.release()
+
+
+@cython.auto_pickle(False)  # The subclass defines pickling.
+cdef class FastIterator:
+    """The fast path of an iterator. A subclass implements the normal path: `_next()` and `_on_take_error(error)`."""
+
+    cdef object progress, profiler, take_ready
+    cdef int64_t n_undrawn
+    cdef bint is_plain
+
+    def __init__(self, progress, profiler, int64_t n_undrawn, bint is_plain):
+        self.progress, self.profiler = progress, profiler
+        self.n_undrawn, self.is_plain = n_undrawn, is_plain
+
+    def _set_fast_path(self, take_ready):
+        self.take_ready = take_ready
+
+    def _next_ready(self):
+        return self.ready()
+
+    cdef object ready(self):
+        if self.take_ready is None or not 0 < <int64_t>self.progress.n_yielded < self.n_undrawn:
+            return None
+        try:
+            batch = self.take_ready()
+            if batch is not None:
+                self.progress.n_yielded += 1
+            return batch
+        except (KeyboardInterrupt, MemoryError, RuntimeError) as error:
+            self._on_take_error(error)
+            raise
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.is_plain and not self.profiler._is_profiler_enabled:
+            batch = self.ready()
+            if batch is not None:
+                return batch
+        return self._next()

@@ -23,8 +23,7 @@ import torch
 from torch.utils import dlpack
 
 from tiercache._native import gather
-from tiercache._native.assembly import BufferEntry, Entries, TensorEntry
-from tiercache._native.ring import Layout, SpareMemory
+from tiercache._native.ring import ArenaKeeper, BatchBuilder, BufferEntry, Layout, TensorEntry
 from tiercache.load.output_spec import (
     Buffer,
     LazyRecords,
@@ -69,7 +68,7 @@ class BatchMemory:
 
     def __init__(self, keep: int = 0) -> None:
         self.keep = keep
-        self._rings_spare = SpareMemory()  # keeps the ring's pages for the next epoch in the same way
+        self._rings_spare = ArenaKeeper()  # keeps the ring's pages for the next epoch in the same way
         # By size. Any thread, including finalizers, appends and pops by single operations, which need no lock.
         self._free: defaultdict[int, deque[Bytes]] = defaultdict(deque)
 
@@ -278,7 +277,7 @@ class Assembler:
             names += [name for name, _ in made]
             first += len(streams)
         self.order = tuple(names)
-        self.entries = Entries(entries, len(kinds), _from_dlpack)
+        self.entries = BatchBuilder(entries, len(kinds), _from_dlpack)
         self.is_native = self.entries.is_native and not self.object_columns
 
     def batch(self, slot: Slot) -> Batch:
@@ -289,7 +288,7 @@ class Assembler:
             InvalidValueError: Text is not UTF-8, or a JSON value cannot be parsed.
         """
         try:
-            return self.entries.batch(slot)
+            return self.entries.build(slot)
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise InvalidValueError(f"a value cannot be read: {error}") from error
 

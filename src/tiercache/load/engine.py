@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from tiercache import config
-from tiercache._native.assembly import ReadyIterator
+from tiercache._native.ring import FastIterator
 from tiercache.errors import CorruptShard
 from tiercache.load.batch import Batch, BatchMemory, PipelineSetup
 from tiercache.load.corrupt import corruption_map_for
@@ -102,7 +102,7 @@ class EpochPosition:
         return self.finished or self._redirected is not None
 
 
-class NativeIterator(ReadyIterator, Iterator[Batch]):
+class NativeIterator(FastIterator, Iterator[Batch]):
     """Batches of one epoch from a state on. Independent of the loader's other iterators; closes itself when dropped."""
 
     def __init__(
@@ -168,7 +168,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
     def _start(self, work: PipelineInputs) -> None:
         kind = DecodedPipeline if work.output_spec.decode else Pipeline
         self._pipeline: Pipeline | DecodedPipeline = kind(work, self._resources)
-        self._take_by(self._pipeline.take_ready)
+        self._set_fast_path(self._pipeline.take_ready)
 
     def _next(self) -> Any:
         try:
@@ -178,10 +178,10 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
                     return self._take()
             return self._take()
         except KeyboardInterrupt as error:
-            self._missed(error)
+            self._on_take_error(error)
             raise
 
-    def _missed(self, error: BaseException) -> None:
+    def _on_take_error(self, error: BaseException) -> None:
         if isinstance(error, KeyboardInterrupt):
             # Ctrl-C struck after a batch was taken and before it was counted: that batch is lost, as with torch, but
             # later batches keep their positions.
@@ -194,7 +194,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
             self._work.counters.add(name, figure)
 
     def _take(self) -> Any:
-        batch = self._take_ready()
+        batch = self._next_ready()
         if batch is None:
             batch = self._take_drawing()
         if self._pin is not None:

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, TypeGuard, cast
 import numpy as np
 
 from tiercache._native import gather
-from tiercache._native.assembly import Taker
-from tiercache._native.ring import CLOSED, END, FAILED, Ring, Slot
+from tiercache._native.ring import CLOSED, END, FAILED, BatchTaker, Ring, Slot
 from tiercache.errors import CorruptShard, TierCacheError
 from tiercache.load.batch import (
     Batch,
@@ -196,7 +195,7 @@ class Pipeline(ClosingPipeline):
         self._is_closed = False
         self._taking = threading.RLock()
         exceptional = (self._waited, self._shared.patched)
-        self._taker = Taker(
+        self._taker = BatchTaker(
             self._ring, self._assembler.entries, self._shared.pieces, exceptional, self._taking, work.waits.bins
         )
         # The thread holds no reference to this object, so that dropping the last outside reference closes it.

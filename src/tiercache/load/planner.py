@@ -66,7 +66,7 @@ class PushedRows:
         """Return the rows in the form that the ring takes."""
         joined, checks = self.joined, self.joined.checks_for(self.n_rows)
         if isinstance(self.rows, RowRun):
-            return Plan.of_run(joined.addresses, self.rows, joined, checks, layouts)
+            return Plan.from_finder(joined.addresses, self.rows, joined, checks, layouts)
         return Plan(joined.addresses, *self.rows, joined, checks, layouts)
 
 

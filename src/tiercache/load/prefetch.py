@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 import numpy as np
 
 from tiercache import config
-from tiercache._native.residence import are_resident
+from tiercache._native.mapping import are_resident
 from tiercache.errors import CorruptShard
 from tiercache.model import format_bytes
 from tiercache.order import Window

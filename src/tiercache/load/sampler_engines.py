@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from torch.utils import data as torch_data
 
-from tiercache._native.finder import wrapped
+from tiercache._native.record_finder import normalize_indices
 from tiercache.load.engine import Engine, EpochPosition, LoaderArguments, NativeEngine, NativeIterator
 from tiercache.load.epoch import OrderShare, epoch_records, explicit_order, plan_epoch
 from tiercache.load.ranks import Rank, find_rank
@@ -168,7 +168,9 @@ class SamplerEngine(Engine):
 
     def _begin(self, epoch: SamplerPass, pin: Callable[[Any], Any] | None) -> NativeIterator:
         listed = self._source.record_order
-        numbers = wrapped(epoch.begin(), int(self._source.shard_records.sum()) if listed is None else len(listed))
+        numbers = normalize_indices(
+            epoch.begin(), int(self._source.shard_records.sum()) if listed is None else len(listed)
+        )
         if listed is not None:
             numbers = listed[numbers]
         read = self._source if self._corruption is None else self._corruption

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 import numpy as np
 import pyarrow.compute as pc
 
-from tiercache._native.finder import wrapped
+from tiercache._native.record_finder import normalize_indices
 from tiercache.errors import NotFound, ObjectChanged
 from tiercache.order import BlockTable
 from tiercache.views.scan import matching
@@ -599,7 +599,7 @@ def record_numbers(indices: Any, n: int) -> NDArray[np.int64]:
         raise TypeError(f"record numbers must be integers, got {rows.dtype}{hints.get(rows.dtype.kind, '')}")
     if rows.size and rows.dtype == np.uint64 and int(rows.max()) >= n:  # as int64 it may be -1
         raise IndexError(f"record {int(rows.max())} of a data set of {n}")
-    return wrapped(np.ascontiguousarray(rows, np.int64).reshape(-1), n)
+    return normalize_indices(np.ascontiguousarray(rows, np.int64).reshape(-1), n)
 
 
 def _of_range(chosen: range, n: int) -> Selection:

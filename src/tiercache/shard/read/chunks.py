@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tiercache._native.checksum import crc32c_many
-from tiercache._native.frames import Decoder
+from tiercache._native.zstd import ZstdDecoder
 from tiercache.errors import CorruptShard
 from tiercache.model import ByteRange
 from tiercache.shard.column_types import Kind
@@ -74,7 +74,7 @@ def _decode_native(frames: Frames, out: _Uint64s) -> int:
     """Decode frames in one call, until the first bad one. Returns the number of decoded frames; 0 without a libzstd."""
     if not hasattr(_here, "decoder"):
         functions = find_libzstd()
-        _here.decoder = None if functions is None else Decoder(*functions)
+        _here.decoder = None if functions is None else ZstdDecoder(*functions)
     if _here.decoder is None:
         return 0
     columns = [np.ascontiguousarray(numbers, np.uint64) for numbers in (frames.addresses, frames.stored)]
@@ -92,7 +92,7 @@ def _decode_one(frames: Frames, number: int, content: Bytes) -> None:
 
 @cache
 def find_libzstd() -> tuple[int, int, int, int] | None:
-    """Return the addresses of the functions that a Decoder needs, or None.
+    """Return the addresses of the functions that a ZstdDecoder needs, or None.
 
     They come from the system's libzstd, else from the libzstd that the module zstandard._cffi exports.
     """
@@ -408,8 +408,8 @@ class Chunks:
         offsets = self._rows["offset"][ids]
         run_starts = np.array([run.start for run in runs], np.uint64)
         shifts = np.array([address_of(memory) + run.position - run.start for run in runs], np.int64)
-        of_run = np.searchsorted(run_starts, offsets, side="right") - 1
-        addresses = (offsets.astype(np.int64) + shifts[of_run]).astype(np.uint64)
+        from_finder = np.searchsorted(run_starts, offsets, side="right") - 1
+        addresses = (offsets.astype(np.int64) + shifts[from_finder]).astype(np.uint64)
         return LoadedChunks(addresses, [memory], memory.nbytes)
 
     def _check(self, ids: Ids, addresses: Addresses) -> None:

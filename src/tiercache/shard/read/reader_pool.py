@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tiercache import file_limit
 from tiercache._native import gather
-from tiercache._native.finder import BlockTable, RecordFinder
+from tiercache._native.record_finder import BlockTable, RecordFinder
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.shard.conversion import ServedColumns, cast_kind
 from tiercache.shard.read.chunks import STAT_INTERVAL_S
@@ -22,7 +22,7 @@ from tiercache.shard.read.values import ColumnValues, gather_values
 from tiercache.shard.schema import Column, Kind, Schema
 
 if TYPE_CHECKING:
-    from tiercache._native.finder import Found
+    from tiercache._native.record_finder import FoundRecords
     from tiercache.model import PublishedPlan, ReadingPlan
     from tiercache.shard.format.layout import Footer
     from tiercache.shard.read.shard_reader import ShardReader
@@ -173,14 +173,14 @@ class _ColumnGatherer:
         self._streams = streams
         self._url = url
 
-    def many(self, found: Found) -> ColumnValues:
+    def many(self, found: FoundRecords) -> ColumnValues:
         """Return the values of all records that were found."""
         addresses, checks, block, row, _kept = found
         mine = None if checks is None else checks[self._streams]
         places = addresses[self._streams], block, row
         return gather_values(self.column, *places, url=self._url, checks=mine, served=self.served)
 
-    def one(self, found: Found) -> Any:
+    def one(self, found: FoundRecords) -> Any:
         """Return the value of the single record that was found."""
         return self.many(found).record(0)
 
@@ -195,15 +195,15 @@ class _FixedGatherer(_ColumnGatherer):
         self._dtype, self._row_bytes = served.stored, served.row_bytes
         self._shape = tuple(d or 0 for d in column.shape)
 
-    def many(self, found: Found) -> ColumnValues:
+    def many(self, found: FoundRecords) -> ColumnValues:
         n = len(found[3])
         return ColumnValues(self.served, np.ndarray((n, *self._shape), self._dtype, self._bytes(found, n)))
 
-    def one(self, found: Found) -> Any:
+    def one(self, found: FoundRecords) -> Any:
         value = np.ndarray(self._shape, self._dtype, self._bytes(found, 1))
         return value if self._shape else value[()]
 
-    def _bytes(self, found: Found, n: int) -> npt.NDArray[np.uint8]:
+    def _bytes(self, found: FoundRecords, n: int) -> npt.NDArray[np.uint8]:
         addresses, checks, block, row, _kept = found
         stream = self._stream
         out = np.empty(n * self._row_bytes, np.uint8)
@@ -220,13 +220,13 @@ class _ObjectGatherer(_ColumnGatherer):
         self._stream = streams.start
         self._gather: Callable[..., list[Any]] = gather.gather_str if column.kind is Kind.STR else gather.gather_bytes
 
-    def many(self, found: Found) -> ColumnValues:
+    def many(self, found: FoundRecords) -> ColumnValues:
         return ColumnValues(self.column, self._objects(found))
 
-    def one(self, found: Found) -> Any:
+    def one(self, found: FoundRecords) -> Any:
         return self._objects(found)[0]
 
-    def _objects(self, found: Found) -> list[Any]:
+    def _objects(self, found: FoundRecords) -> list[Any]:
         addresses, checks, block, row, _kept = found
         return self._gather(addresses[self._stream], block, row, None if checks is None else checks[self._stream])
 

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from tiercache._native.residence import Mapping
+from tiercache._native.mapping import Mapping
 from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ShardIdentity, ShardInfo
 from tiercache.shard.format.layout import TAIL_BYTES, Footer, Tail

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache._native.checksum import crc32c
-from tiercache._native.residence import Mapping
+from tiercache._native.mapping import Mapping
 from tiercache.errors import CorruptShard, NotFound, StoreError
 from tiercache.model import ByteRange, ShardIdentity, ShardInfo
 from tiercache.shard.read.source import check_claimed_size

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from tiercache._native.records import join
+from tiercache._native.block_builder import join
 from tiercache.shard.column_types import FLOATS, INTEGERS, STORED, BFloat16Type, Kind
 from tiercache.shard.conversion import ConversionError, as_numpy, check_value, fit
 from tiercache.shard.schema import Column, find_bad_shape

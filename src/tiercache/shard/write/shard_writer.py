@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tiercache._native import records
-from tiercache._native.records import EXCEEDS_BLOCK, KEPT, NEEDS_CONVERSION, Records
+from tiercache._native import block_builder
+from tiercache._native.block_builder import ADDED, EXCEEDS_BLOCK, NEEDS_CONVERSION, BlockBuilder
 from tiercache.errors import SchemaError, StoreError
 from tiercache.model import ShardInfo
 from tiercache.shard.column_types import FLOATS, INTEGERS, Kind
@@ -27,7 +27,7 @@ from tiercache.shard.write.ingest import StoredArray, build_column_data, convert
 from tiercache.shard.write.shard_file import ShardFile, UploadQueue
 from tiercache.store.contract import Store
 
-__all__ = ["EXCEEDS_BLOCK", "KEPT", "NEEDS_CONVERSION", "RecordBuffer", "misfit_error"]
+__all__ = ["ADDED", "EXCEEDS_BLOCK", "NEEDS_CONVERSION", "RecordBuffer", "misfit_error"]
 
 _LARGEST_INT64 = 2**63 - 1
 
@@ -36,7 +36,7 @@ class RecordBuffer:
     """Buffer of records that are not written yet: at most a block and one record. For one thread.
 
     add_fast(record) is the fast path, which takes a tenth of the time of add(): it accepts a dict whose values have
-    exactly the types of the columns. It returns KEPT; EXCEEDS_BLOCK (the record is kept and exceeds the block: take()
+    exactly the types of the columns. It returns ADDED; EXCEEDS_BLOCK (the record is kept and exceeds the block: take()
     the records before it); or NEEDS_CONVERSION (nothing was kept: check the names, then call add()).
     """
 
@@ -44,7 +44,7 @@ class RecordBuffer:
         self._columns = columns
         self._converters = [value_converter(column) for column in columns]
         self._objects: dict[int, list[Any]] = {i: [] for i, c in enumerate(columns) if c.kind is Kind.ARROW}
-        self._records = Records([_spec_of(column) for column in columns], block_bytes)
+        self._records = BlockBuilder([_spec_of(column) for column in columns], block_bytes)
         self.add_fast = self._records.add
 
     @property
@@ -59,7 +59,7 @@ class RecordBuffer:
 
     def set_room(self, room_bytes: int) -> None:
         """Set the number of bytes that fit into the next block."""
-        self._records.room_bytes = max(room_bytes, 0)
+        self._records.limit_bytes = max(room_bytes, 0)
 
     def add(self, record: Mapping[str, Any], number: int) -> int:
         """Add a record, whose names the caller has checked.
@@ -69,7 +69,7 @@ class RecordBuffer:
             number: Number of the record in the writer's input, for errors.
 
         Returns:
-            KEPT or EXCEEDS_BLOCK.
+            ADDED or EXCEEDS_BLOCK.
 
         Raises:
             SchemaError: A value does not fit; nothing of the record is kept.
@@ -127,14 +127,14 @@ def misfit_error(column: Column, error: ConversionError, record: int) -> SchemaE
 
 @dataclass(frozen=True, slots=True)
 class _Spec:
-    """Description of a column for _native.records. See Spec there."""
+    """Description of a column for _native.block_builder. See Spec there."""
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | None, ...]
     varying: bool
     nullable: bool
-    usual: int = records.NONE
+    fast_kind: int = block_builder.NONE
     format: str = ""
     scalar_type: type | None = None
     low: int = 0
@@ -146,30 +146,35 @@ def _spec_of(column: Column) -> _Spec:
     dtype, shape, nullable = column.stored, column.shape, column.nullable
     if column.kind is Kind.ARROW:  # self._objects keeps the values; the native buffer has a byte for each
         return _Spec(column.name, np.dtype("u1"), (), varying=False, nullable=False)
-    usual = _usual(column)
+    fast_kind = _fast_kind(column)
     limits: dict[str, Any] = {}
-    if usual == records.INTEGERS:
+    if fast_kind == block_builder.INTEGERS:
         info = np.iinfo(dtype.type)  # type: ignore[type-var]
         limits = {"low": int(info.min), "high": min(int(info.max), _LARGEST_INT64)}
-    elif usual == records.FLOATS:
+    elif fast_kind == block_builder.FLOATS:
         limits = {"limit": float(np.finfo(dtype.type).max)}  # type: ignore[type-var]
     text = "?" if column.dtype == "bool" else np.empty(1, dtype).data.format
-    return _Spec(column.name, dtype, shape, column.has_offsets, nullable, usual, text, dtype.type, **limits)
+    return _Spec(column.name, dtype, shape, column.has_offsets, nullable, fast_kind, text, dtype.type, **limits)
 
 
-def _usual(column: Column) -> int:
-    kinds = {Kind.BOOL: records.BOOLS, Kind.BYTES: records.BYTES, Kind.IMAGE: records.BYTES, Kind.STR: records.TEXT}
+def _fast_kind(column: Column) -> int:
+    kinds = {
+        Kind.BOOL: block_builder.BOOLS,
+        Kind.BYTES: block_builder.BYTES,
+        Kind.IMAGE: block_builder.BYTES,
+        Kind.STR: block_builder.TEXT,
+    }
     if column.kind in kinds:
         return kinds[column.kind]
     if column.dtype == "bfloat16" or sys.byteorder != "little":  # bits that look like integers; another byte order
-        return records.NONE
+        return block_builder.NONE
     if column.kind in (Kind.TENSOR, Kind.RAGGED):
-        return records.ARRAYS
+        return block_builder.ARRAYS
     if column.kind is Kind.SCALAR and column.dtype in INTEGERS:
-        return records.INTEGERS
+        return block_builder.INTEGERS
     if column.kind is Kind.SCALAR and column.dtype in FLOATS and column.stored.itemsize >= 4:
-        return records.FLOATS
-    return records.NONE
+        return block_builder.FLOATS
+    return block_builder.NONE
 
 
 _BROKEN = "broken by an earlier error: only abort() can be called"
@@ -264,7 +269,7 @@ class ShardWriter:
             self._check_names(record, at_record=self.n_records)
             kept = self._rows.add(record, self.n_records)
         self.n_records += 1
-        if kept != KEPT:
+        if kept != ADDED:
             self._end_block()
 
     def _end_block(self) -> None:

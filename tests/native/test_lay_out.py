@@ -1,4 +1,4 @@
-"""Laying out a chunk: pieces in their places, zeros between them, and the sums that the bytes have."""
+"""lay_out(): pieces at their offsets, zeros between them, and the checksums of the pages."""
 
 import mmap
 import os
@@ -23,7 +23,7 @@ def laid_out(pieces, align, page_bytes):
 
 
 @given(LENGTHS, st.sampled_from([1, 8, 64]), st.sampled_from([1, 100, 4096, 65536]), st.integers(0, 9))
-def test_pieces_lie_aligned_and_every_page_is_summed(lengths, align, page_bytes, seed):
+def test_pieces_are_aligned_and_every_page_has_its_checksum(lengths, align, page_bytes, seed):
     if page_bytes == 1:
         lengths = [length % 300 for length in lengths]
     rng = np.random.default_rng(seed)
@@ -48,7 +48,7 @@ def test_pieces_lie_aligned_and_every_page_is_summed(lengths, align, page_bytes,
         ([2**63, 2**63], 64, 64, 64, 1),
     ],
 )
-def test_lengths_that_do_not_fit_one_another_are_refused(lengths, align, room, page_bytes, n_sums):
+def test_mismatched_lengths_raise_an_error(lengths, align, room, page_bytes, n_sums):
     piece, out = np.zeros(10, np.uint8), np.zeros(room, np.uint8)
     addresses = np.full(len(lengths), piece.ctypes.data, np.uint64)
     with pytest.raises(ValueError, match=r"longer|expected|align"):
@@ -57,7 +57,7 @@ def test_lengths_that_do_not_fit_one_another_are_refused(lengths, align, room, p
         lay_out(addresses[:0], np.array(lengths, np.uint64), 64, out, 64, np.zeros(n_sums, np.uint32))
 
 
-def test_a_mapping_whose_file_was_cut_short_is_an_error(tmp_path):
+def test_a_truncated_mapping_raises_an_error(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(3 * mmap.PAGESIZE))
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 U64: TypeAlias = NDArray[np.uint64]
-Places: TypeAlias = NDArray[np.uint32]
-Found: TypeAlias = tuple[tuple[U64, ...], tuple[U64, ...] | None, Places, Places, Any]
+Indices: TypeAlias = NDArray[np.uint32]
+FoundRecords: TypeAlias = tuple[tuple[U64, ...], tuple[U64, ...] | None, Indices, Indices, Any]
 """Result of a search: addresses, checks, block, row, kept.
 
 addresses: uint64[n_blocks, 3] for each stream. checks: uint64[n_blocks, 4] for each stream, or None if nothing is to be
@@ -68,7 +68,7 @@ class RecordFinder:
     def clear(self) -> None:
         """Drop all tables."""
 
-    def find(self, records: NDArray[np.int64]) -> Found | None:
+    def find(self, records: NDArray[np.int64]) -> FoundRecords | None:
         """Return the locations of records, int64[n]; None if a record's shard has no table, or its file has changed.
 
         The records of several shards become separate blocks, so that one gather serves all of them.
@@ -77,10 +77,10 @@ class RecordFinder:
             IndexError: A record does not exist.
         """
 
-    def find_one(self, record: int) -> Found | None:
+    def find_one(self, record: int) -> FoundRecords | None:
         """Return the location of one record, as `find` does, without an array of record numbers."""
 
-def wrapped(records: NDArray[np.int64], n_records: int) -> NDArray[np.int64]:
+def normalize_indices(records: NDArray[np.int64], n_records: int) -> NDArray[np.int64]:
     """Return records with negative numbers counted from the end; the array itself if there are none.
 
     Args:

@@ -16,15 +16,15 @@ BYTES: int
 TEXT: int
 # Results of add() and commit(): not added, because a value needs conversion; added; added, and the block is full.
 NEEDS_CONVERSION: int
-KEPT: int
+ADDED: int
 EXCEEDS_BLOCK: int
 
 class Spec(Protocol):
     """A column of the block.
 
     dtype: Dtype of a stored element. shape: Shape of a record, None where it varies. varying: Whether records differ in
-    length. usual: Kind of values for the fast path. format: Format of an array's buffer. scalar_type: numpy's scalar
-    type. low, high: Least and greatest integer. limit: Greatest finite float.
+    length. fast_kind: Kind of values that are stored directly. format: Format of an array's buffer. scalar_type: Its
+    numpy scalar type. low, high: Least and greatest integer. limit: Greatest finite float.
     """
 
     @property
@@ -38,7 +38,7 @@ class Spec(Protocol):
     @property
     def nullable(self) -> bool: ...
     @property
-    def usual(self) -> int: ...
+    def fast_kind(self) -> int: ...
     @property
     def format(self) -> str: ...
     @property
@@ -51,19 +51,19 @@ class Spec(Protocol):
     def limit(self) -> float: ...
 
 @final
-class Records:
+class BlockBuilder:
     """Rows of several columns in memory that grows. Only one thread may use it.
 
     Args:
         specs: Columns.
-        room_bytes: Size of a full block in bytes. n_bytes, the size of the rows, is compared with it.
+        limit_bytes: Size of a full block in bytes. n_bytes, the size of the rows, is compared with it.
     """
 
     n_records: int
     n_bytes: int
     last_bytes: int
-    room_bytes: int
-    def __new__(cls, specs: Sequence[Spec], room_bytes: int) -> Records: ...
+    limit_bytes: int
+    def __new__(cls, specs: Sequence[Spec], limit_bytes: int) -> BlockBuilder: ...
     def add(self, record: object) -> int:
         """Add a dict with exactly the column names and values of the fast path, or return NEEDS_CONVERSION."""
 
@@ -74,7 +74,7 @@ class Records:
         """Put a converted value: None (a null), a value that numpy can assign, or contiguous bytes and their shape."""
 
     def commit(self, extra_bytes: int = 0) -> int:
-        """Count the record whose columns are all put, with extra_bytes beside them. Return KEPT or EXCEEDS_BLOCK."""
+        """Count the record whose columns are all put, with extra_bytes beside them. Return ADDED or EXCEEDS_BLOCK."""
 
     def take(self, n: int) -> list[tuple[NDArray[Any], NDArray[np.int64] | None, NDArray[np.int32] | None, Any]]:
         """Return the first n records (all, or all but the last); the rest becomes the start of a new block.

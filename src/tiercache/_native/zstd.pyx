@@ -11,10 +11,10 @@ cdef extern from "zstd_frames.h" nogil:
         size_t (*decode)(void *context, void *out, size_t room, const void *data, size_t n) noexcept nogil
         unsigned long long (*content_size)(const void *data, size_t n) noexcept nogil
     size_t tc_zstd_decode_frames(const tc_zstd_functions *zstd, void *context, const uint64_t *frames, const uint64_t *stored,
-                            const uint64_t *out, const uint64_t *raw, size_t count)
+                                const uint64_t *out, const uint64_t *raw, size_t count)
 
 
-cdef class Decoder:
+cdef class ZstdDecoder:
     cdef tc_zstd_functions _zstd
     cdef void *_context
 
@@ -41,7 +41,7 @@ cdef class Decoder:
             raise ValueError("frames, stored, out and raw must be of one length")
         if count == 0:
             return 0
-        cdef size_t n_right
+        cdef size_t n_decoded
         with nogil:
-            n_right = tc_zstd_decode_frames(&self._zstd, self._context, &frames[0], &stored[0], &out[0], &raw[0], count)
-        return n_right
+            n_decoded = tc_zstd_decode_frames(&self._zstd, self._context, &frames[0], &stored[0], &out[0], &raw[0], count)
+        return n_decoded

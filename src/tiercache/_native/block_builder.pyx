@@ -31,20 +31,20 @@ cdef enum:
     _BOOLS = 4
     _BYTES = 5
     _TEXT = 6
-    _NOT_USUAL = 0
-    _KEPT = 1
-    _OVER = 2
+    _NEEDS_CONVERSION = 0
+    _ADDED = 1
+    _EXCEEDS_BLOCK = 2
     _MAX_DIMENSIONS = 32
-# Names of records.pyi.
+# Names of block_builder.pyi.
 NONE, ARRAYS, INTEGERS, FLOATS, BOOLS, BYTES, TEXT = _NONE, _ARRAYS, _INTEGERS, _FLOATS, _BOOLS, _BYTES, _TEXT
-NEEDS_CONVERSION, KEPT, EXCEEDS_BLOCK = _NOT_USUAL, _KEPT, _OVER
+NEEDS_CONVERSION, ADDED, EXCEEDS_BLOCK = _NEEDS_CONVERSION, _ADDED, _EXCEEDS_BLOCK
 
 # Initial capacity of a column: FIRST_ROWS rows, or fewer if they are long.
 cdef size_t FIRST_ROWS = 64
 cdef size_t FIRST_BYTES = 64 << 10
 cdef object _array = np.ndarray
 
-cdef struct _Room:
+cdef struct _ColumnMemory:
     uint8_t *values
     int64_t *offsets
     int32_t *shapes
@@ -52,14 +52,14 @@ cdef struct _Room:
     size_t rows, n_bytes
 
 
-cdef class _Rows:
+cdef class _ColumnBuilder:
     """The rows of one column. `values` holds rows of row_bytes or, if varying, one run of elements that offsets divide.
 
-    Used only by Records. A row that was started and not counted by Records is overwritten by the next one.
+    Used only by BlockBuilder. A row that was started and not counted is overwritten by the next one.
     """
 
     cdef object name, scalar_type, dtype, shape
-    cdef int usual, n_dimensions
+    cdef int fast_kind, n_dimensions
     cdef bint nullable, varying, nulls
     cdef char format
     cdef Py_ssize_t dimensions[_MAX_DIMENSIONS]
@@ -68,13 +68,13 @@ cdef class _Rows:
     cdef double limit
     # Addresses of the rows, and the numpy arrays that own them: values, offsets, shapes, valid, and values in their
     # dtype.
-    cdef _Room room, next_room
+    cdef _ColumnMemory memory, next_memory
     cdef tuple arrays, next_arrays
 
     def __cinit__(self, spec):
         cdef int i
         self.name, self.dtype, self.shape, self.scalar_type = spec.name, spec.dtype, spec.shape, spec.scalar_type
-        self.usual, self.nullable, self.varying = spec.usual, spec.nullable, spec.varying
+        self.fast_kind, self.nullable, self.varying = spec.fast_kind, spec.nullable, spec.varying
         self.format = ord(spec.format) if len(spec.format) == 1 else 0
         self.low, self.high, self.limit = spec.low, spec.high, spec.limit
         self.n_dimensions = len(spec.shape)
@@ -90,34 +90,34 @@ cdef class _Rows:
 
     cdef int prepare(self, size_t rows, size_t n_bytes) except -1:
         """Allocate memory of this capacity for adopt(). If it fails (no memory, Ctrl-C), nothing has changed."""
-        cdef _Room room
+        cdef _ColumnMemory memory
         if not self.varying:
             n_bytes = rows * self.row_bytes
         values, valid = np.empty(n_bytes, np.uint8), np.empty(rows, np.bool_)
         offsets = shapes = typed = None
-        room = _Room(<uint8_t *><uintptr_t>values.ctypes.data, NULL, NULL, <uint8_t *><uintptr_t>valid.ctypes.data, rows, n_bytes)
+        memory = _ColumnMemory(<uint8_t *><uintptr_t>values.ctypes.data, NULL, NULL, <uint8_t *><uintptr_t>valid.ctypes.data, rows, n_bytes)
         if self.varying:
             offsets, shapes = np.empty(rows + 1, np.int64), np.empty((rows, self.n_dimensions), np.int32)
-            room.offsets = <int64_t *><uintptr_t>offsets.ctypes.data
-            room.offsets[0] = 0
-            room.shapes = <int32_t *><uintptr_t>shapes.ctypes.data
+            memory.offsets = <int64_t *><uintptr_t>offsets.ctypes.data
+            memory.offsets[0] = 0
+            memory.shapes = <int32_t *><uintptr_t>shapes.ctypes.data
         else:
             typed = values.view(self.dtype).reshape((rows, *self.shape))
         self.next_arrays = (values, offsets, shapes, valid, typed)
-        self.next_room = room
+        self.next_memory = memory
         return 0
 
     cdef void adopt(self, size_t first, size_t kept) noexcept:
         """Continue in the prepared memory, with copies of the rows [first, first + kept) and of a started row."""
-        cdef _Room old = self.room
-        cdef _Room new = self.next_room
-        cdef size_t begun = min(kept + 1, old.rows - first, new.rows)
+        cdef _ColumnMemory old = self.memory
+        cdef _ColumnMemory new = self.next_memory
+        cdef size_t n_copied = min(kept + 1, old.rows - first, new.rows)
         cdef int64_t start
         cdef size_t i
-        if begun:
-            memcpy(new.valid, old.valid + first, begun)
-        if begun and self.varying:
-            memcpy(new.shapes, old.shapes + first * self.n_dimensions, 4 * begun * self.n_dimensions)
+        if n_copied:
+            memcpy(new.valid, old.valid + first, n_copied)
+        if n_copied and self.varying:
+            memcpy(new.shapes, old.shapes + first * self.n_dimensions, 4 * n_copied * self.n_dimensions)
         if kept and self.varying:
             start = old.offsets[first]
             for i in range(1, kept + 1):
@@ -125,67 +125,67 @@ cdef class _Rows:
             memcpy(new.values, old.values + start * self.item_bytes, new.offsets[kept] * self.item_bytes)
         elif kept:
             memcpy(new.values, old.values + first * self.row_bytes, kept * self.row_bytes)
-        self.room, self.arrays, self.next_arrays = new, self.next_arrays, None
+        self.memory, self.arrays, self.next_arrays = new, self.next_arrays, None
 
     cdef size_t bytes_of(self, size_t first, size_t kept) noexcept:
         """Return the size in bytes of the runs of these rows."""
-        return (self.room.offsets[first + kept] - self.room.offsets[first]) * self.item_bytes if self.varying else 0
+        return (self.memory.offsets[first + kept] - self.memory.offsets[first]) * self.item_bytes if self.varying else 0
 
-    cdef int make_room(self, size_t row, size_t n_bytes) except -1:
-        """Make room for row number `row`, with a run of n_bytes if varying."""
-        cdef size_t rows = self.room.rows
+    cdef int reserve(self, size_t row, size_t n_bytes) except -1:
+        """Make memory for row number `row`, with a run of n_bytes if varying."""
+        cdef size_t rows = self.memory.rows
         cdef size_t wanted = 0
         if row >= rows:
             rows = max(2 * row, min(FIRST_ROWS, FIRST_BYTES // max(self.row_bytes, <size_t>1)), <size_t>1)
         if self.varying:
             wanted = self.bytes_of(0, row) + n_bytes
-            wanted = self.room.n_bytes if wanted <= self.room.n_bytes else wanted + wanted // 2
-        if rows > self.room.rows or wanted > self.room.n_bytes:
+            wanted = self.memory.n_bytes if wanted <= self.memory.n_bytes else wanted + wanted // 2
+        if rows > self.memory.rows or wanted > self.memory.n_bytes:
             self.prepare(rows, wanted)
             self.adopt(0, row)
         return 0
 
     cdef int put_run(self, size_t row, const void *data, size_t n_bytes) except -1:
-        cdef size_t start = self.room.offsets[row] * self.item_bytes
-        if start + n_bytes > self.room.n_bytes:
-            self.make_room(row, n_bytes)
-        memcpy(self.room.values + start, data, n_bytes)
-        self.room.offsets[row + 1] = (start + n_bytes) // self.item_bytes
+        cdef size_t start = self.memory.offsets[row] * self.item_bytes
+        if start + n_bytes > self.memory.n_bytes:
+            self.reserve(row, n_bytes)
+        memcpy(self.memory.values + start, data, n_bytes)
+        self.memory.offsets[row + 1] = (start + n_bytes) // self.item_bytes
         return 1
 
     cdef void put_null(self, size_t row) noexcept:
         cdef int i
-        self.room.valid[row] = 0
+        self.memory.valid[row] = 0
         if not self.varying:
-            memset(self.room.values + row * self.row_bytes, 0, self.row_bytes)
+            memset(self.memory.values + row * self.row_bytes, 0, self.row_bytes)
             return
-        self.room.offsets[row + 1] = self.room.offsets[row]
+        self.memory.offsets[row + 1] = self.memory.offsets[row]
         for i in range(self.n_dimensions):
-            self.room.shapes[row * self.n_dimensions + i] = max(self.dimensions[i], 0)
+            self.memory.shapes[row * self.n_dimensions + i] = max(self.dimensions[i], 0)
 
-    cdef bint put_usual(self, size_t row, object value) except -1:
+    cdef bint put_fast(self, size_t row, object value) except -1:
         """Put a value that needs no conversion. Return False if the value needs conversion."""
-        if row >= self.room.rows:
-            self.make_room(row, 0)
-        self.room.valid[row] = 1
+        if row >= self.memory.rows:
+            self.reserve(row, 0)
+        self.memory.valid[row] = 1
         if value is None:
-            if not self.nullable or self.usual == _NONE:  # In JSON, None is a value.
+            if not self.nullable or self.fast_kind == _NONE:  # In JSON, None is a value.
                 return False
             self.put_null(row)
             return True
-        if self.usual == _ARRAYS:
+        if self.fast_kind == _ARRAYS:
             return isinstance(value, _array) and self.put_array(row, value)
-        if self.usual == _INTEGERS:
+        if self.fast_kind == _INTEGERS:
             return self.put_integer(row, value)
-        if self.usual == _FLOATS:
+        if self.fast_kind == _FLOATS:
             return self.put_float(row, value)
-        if self.usual == _BYTES:
+        if self.fast_kind == _BYTES:
             return PyBytes_CheckExact(value) and self.put_run(row, PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value))
-        if self.usual == _TEXT:
+        if self.fast_kind == _TEXT:
             return (PyUnicode_CheckExact(value) and PyUnicode_IS_COMPACT_ASCII(value)
                     and self.put_run(row, PyUnicode_DATA(value), PyUnicode_GET_LENGTH(value)))
-        if self.usual == _BOOLS and (value is True or value is False):
-            self.room.values[row] = value is True
+        if self.fast_kind == _BOOLS and (value is True or value is False):
+            self.memory.values[row] = value is True
             return True
         return False
 
@@ -208,15 +208,15 @@ cdef class _Rows:
             if not fits:
                 return False
             if not self.varying:
-                memcpy(self.room.values + row * self.row_bytes, view.buf, self.row_bytes)
+                memcpy(self.memory.values + row * self.row_bytes, view.buf, self.row_bytes)
                 return True
             for i in range(self.n_dimensions):
-                self.room.shapes[row * self.n_dimensions + i] = <int32_t>view.shape[i]
+                self.memory.shapes[row * self.n_dimensions + i] = <int32_t>view.shape[i]
             return self.put_run(row, view.buf, view.len)
         finally:
             PyBuffer_Release(&view)
 
-    cdef tuple taken(self, size_t n):
+    cdef tuple first_rows(self, size_t n):
         """Return the first n rows, in the memory that adopt() leaves to them."""
         values, offsets, shapes, valid, typed = self.arrays
         valid = valid[:n] if self.nullable else None
@@ -233,13 +233,13 @@ cdef class _Rows:
         if overflow or number < self.low or number > self.high:
             return False
         if self.item_bytes == 8:
-            (<int64_t *>self.room.values)[row] = number
+            (<int64_t *>self.memory.values)[row] = number
         elif self.item_bytes == 4:
-            (<int32_t *>self.room.values)[row] = <int32_t>number
+            (<int32_t *>self.memory.values)[row] = <int32_t>number
         elif self.item_bytes == 2:
-            (<int16_t *>self.room.values)[row] = <int16_t>number
+            (<int16_t *>self.memory.values)[row] = <int16_t>number
         else:
-            (<int8_t *>self.room.values)[row] = <int8_t>number
+            (<int8_t *>self.memory.values)[row] = <int8_t>number
         return True
 
     cdef bint put_float(self, size_t row, object value) except -1:
@@ -250,40 +250,40 @@ cdef class _Rows:
         if not -self.limit <= number <= self.limit:  # Also excludes infinity and NaN, whose bits must be kept.
             return False
         if self.item_bytes == 8:
-            (<double *>self.room.values)[row] = number
+            (<double *>self.memory.values)[row] = number
         else:
-            (<float *>self.room.values)[row] = <float>number
+            (<float *>self.memory.values)[row] = <float>number
         return True
 
 
-cdef class Records:
+cdef class BlockBuilder:
     cdef tuple columns
     cdef list varying
     cdef size_t fixed_bytes, block_bytes
     cdef readonly size_t n_records, n_bytes, last_bytes
-    cdef public size_t room_bytes
+    cdef public size_t limit_bytes
 
-    def __cinit__(self, specs, size_t room_bytes):
-        self.columns = tuple(_Rows(spec) for spec in specs)
-        self.varying = [column for column in self.columns if (<_Rows>column).varying]
-        self.fixed_bytes = sum((<_Rows>column).counted_bytes for column in self.columns)
-        self.room_bytes = self.block_bytes = room_bytes
+    def __cinit__(self, specs, size_t limit_bytes):
+        self.columns = tuple(_ColumnBuilder(spec) for spec in specs)
+        self.varying = [column for column in self.columns if (<_ColumnBuilder>column).varying]
+        self.fixed_bytes = sum((<_ColumnBuilder>column).counted_bytes for column in self.columns)
+        self.limit_bytes = self.block_bytes = limit_bytes
 
     def add(self, record) -> int:
         if not PyDict_CheckExact(record) or len(<dict>record) != len(self.columns):
-            return _NOT_USUAL
+            return _NEEDS_CONVERSION
         if self._fill(<dict>record, 0) != len(self.columns):
-            return _NOT_USUAL
+            return _NEEDS_CONVERSION
         return self.commit()
 
     cdef Py_ssize_t _fill(self, dict record, Py_ssize_t start) except -1:
-        cdef _Rows column
+        cdef _ColumnBuilder column
         cdef Py_ssize_t i
         for i in range(start, len(self.columns)):
-            column = <_Rows>self.columns[i]
+            column = <_ColumnBuilder>self.columns[i]
             # The record itself is the marker for a missing name: no record contains itself.
             value = record.get(column.name, record)
-            if value is record or not column.put_usual(self.n_records, value):
+            if value is record or not column.put_fast(self.n_records, value):
                 return i
         return len(self.columns)
 
@@ -293,15 +293,15 @@ cdef class Records:
         return self._fill(record, start)
 
     def put(self, Py_ssize_t index, value, shape=()) -> None:
-        cdef _Rows column
+        cdef _ColumnBuilder column
         cdef const uint8_t[::1] run
         cdef size_t row = self.n_records
         cdef int i
         if not 0 <= index < len(self.columns):
             raise IndexError(f"column {index} of {len(self.columns)}")
-        column = <_Rows>self.columns[index]
-        column.make_room(row, 0)
-        column.room.valid[row] = value is not None
+        column = <_ColumnBuilder>self.columns[index]
+        column.reserve(row, 0)
+        column.memory.valid[row] = value is not None
         if value is None:
             column.put_null(row)
         elif not column.varying:
@@ -312,34 +312,34 @@ cdef class Records:
             run = value
             column.put_run(row, &run[0] if run.shape[0] else NULL, run.shape[0])
             for i in range(column.n_dimensions):
-                column.room.shapes[row * column.n_dimensions + i] = shape[i]
+                column.memory.shapes[row * column.n_dimensions + i] = shape[i]
 
     def commit(self, size_t extra_bytes=0) -> int:
         cdef size_t row = self.n_records
         cdef size_t n_bytes = self.fixed_bytes + extra_bytes
-        cdef _Rows column
+        cdef _ColumnBuilder column
         for rows in self.varying:
-            column = <_Rows>rows
-            n_bytes += (column.room.offsets[row + 1] - column.room.offsets[row]) * column.item_bytes
+            column = <_ColumnBuilder>rows
+            n_bytes += (column.memory.offsets[row + 1] - column.memory.offsets[row]) * column.item_bytes
         self.last_bytes = n_bytes
         self.n_bytes += n_bytes
         self.n_records += 1
-        return _OVER if self.n_bytes > self.room_bytes else _KEPT
+        return _EXCEEDS_BLOCK if self.n_bytes > self.limit_bytes else _ADDED
 
     def take(self, size_t n) -> list:
-        cdef _Rows column
+        cdef _ColumnBuilder column
         cdef size_t left, wanted
         if self.n_records < n or n + 1 < self.n_records:
             raise ValueError(f"expected n to be all {self.n_records} records or all but the last, got {n}")
         left = self.n_records - n
         for rows in self.columns:  # First everything that can fail.
-            column = <_Rows>rows
+            column = <_ColumnBuilder>rows
             # One long record must not make the memory of every later block as long.
-            wanted = max(min(column.room.n_bytes, 2 * self.block_bytes), column.bytes_of(n, left))
-            column.prepare(column.room.rows, wanted)
-        taken = [(<_Rows>rows).taken(n) for rows in self.columns]
+            wanted = max(min(column.memory.n_bytes, 2 * self.block_bytes), column.bytes_of(n, left))
+            column.prepare(column.memory.rows, wanted)
+        taken = [(<_ColumnBuilder>rows).first_rows(n) for rows in self.columns]
         for rows in self.columns:
-            (<_Rows>rows).adopt(n, left)
+            (<_ColumnBuilder>rows).adopt(n, left)
         self.n_records = left
         self.n_bytes = self.last_bytes if left else 0
         return taken

@@ -1,4 +1,4 @@
-"""Batches made in one native call: what they hold, whose memory it is, and what take_ready() leaves to others."""
+"""Batches built in one native call: their content, the lifetime of their memory, and batches left to the slow path."""
 
 from __future__ import annotations
 
@@ -17,8 +17,17 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from tiercache._native import gather
-from tiercache._native.assembly import BufferEntry, Entries, ReadyIterator, Taker, TensorEntry
-from tiercache._native.ring import Layout, Plan, Ring, held_bytes
+from tiercache._native.ring import (
+    BatchBuilder,
+    BatchTaker,
+    BufferEntry,
+    FastIterator,
+    Layout,
+    Plan,
+    Ring,
+    TensorEntry,
+    held_bytes,
+)
 from tiercache.load.output_spec import Buffer
 from tiercache.waiting import wait_for
 
@@ -56,9 +65,9 @@ def ring_of(plan: Plan | None, *, ended: bool = True) -> Ring:
     return ring
 
 
-def entries_of(*more) -> Entries:
+def entries_of(*more) -> BatchBuilder:
     text = BufferEntry(1, UINT8, INT64, Buffer, lambda _slot, n: Buffer("none", n))
-    return Entries([("id", TensorEntry(0, INT64)), ("text", text), *more], len(STREAMS), from_dlpack)
+    return BatchBuilder([("id", TensorEntry(0, INT64)), ("text", text), *more], len(STREAMS), from_dlpack)
 
 
 def ready(ring: Ring) -> None:
@@ -71,13 +80,13 @@ def rows():
     return Rows()
 
 
-def test_a_batch_has_its_entries_in_order_and_each_its_rows(rows):
+def test_a_batch_has_its_entries_in_order_with_their_rows(rows):
     order = np.random.default_rng(3).permutation(N_ROWS)
     ring, entries = ring_of(rows.plan(order)), entries_of(("n", lambda _slot, n: n))
     assert not entries.is_native
     found, texts = [], []
     while not isinstance(slot := ring.take(10), int):
-        batch = entries.batch(slot)
+        batch = entries.build(slot)
         assert list(batch) == ["id", "text", "n"]
         assert batch["n"] == slot.n_rows
         assert (batch["id"].dtype, batch["text"].offsets.dtype) == (torch.int64, torch.int64)
@@ -89,17 +98,17 @@ def test_a_batch_has_its_entries_in_order_and_each_its_rows(rows):
     assert texts == [rows.texts[i] for i in order]
 
 
-def test_values_without_elements_are_made_by_who_knows_how(rows):
+def test_a_buffer_without_elements_is_made_by_make_empty(rows):
     ring = ring_of(rows.plan(np.array([0, 7, 14])))
-    assert entries_of().batch(ring.take(10))["text"].values == "none"
+    assert entries_of().build(ring.take(10))["text"].values == "none"
     ring.close()
 
 
-def test_the_slot_goes_with_the_last_of_a_batch(rows):
+def test_a_slot_is_released_with_the_last_tensor_of_its_batch(rows):
     gc.collect()
     before = held_bytes()
     ring = ring_of(rows.plan(rows.numbers))
-    batch = entries_of().batch(ring.take(10))
+    batch = entries_of().build(ring.take(10))
     for name, attribute in (("id", None), ("text", "offsets")):
         kept = batch[name] if attribute is None else getattr(batch[name], attribute)
         assert held_bytes() > before
@@ -111,7 +120,7 @@ def test_the_slot_goes_with_the_last_of_a_batch(rows):
     ring.close()
 
 
-def test_entries_that_no_slot_has_are_refused():
+def test_an_entry_of_a_missing_stream_raises_an_error():
     with pytest.raises(ValueError, match="stream 2"):
         entries_of(("more", TensorEntry(2, INT64)))
     with pytest.raises(ValueError, match="no elements"):
@@ -120,17 +129,17 @@ def test_entries_that_no_slot_has_are_refused():
         BufferEntry(1, None, INT64, Buffer, Buffer)
 
 
-def test_a_buffer_has_no_attributes_that_it_is_not_given():
+def test_a_buffer_has_only_the_attributes_that_are_set():
     assert [field.name for field in dataclasses.fields(Buffer)] == ["values", "offsets", "shapes"]
 
 
 @pytest.mark.parametrize("what", ["nothing is ready", "something is odd", "somebody takes", "it failed", "it ended"])
-def test_what_is_not_as_most_batches_is_left_to_take(rows, what):
+def test_take_ready_leaves_special_batches_to_take(rows, what):
     plan, odd, lock = rows.plan(rows.numbers), deque(), threading.RLock()
     if what == "it failed":
         rows.offsets[3] = 1 << 40
     ring = ring_of(None if what in ("nothing is ready", "it ended") else plan, ended=what != "nothing is ready")
-    taker = Taker(ring, entries_of(), deque(), (deque(), odd), lock, waits := [0, 0])
+    taker = BatchTaker(ring, entries_of(), deque(), (deque(), odd), lock, waits := [0, 0])
     if what in ("something is odd", "somebody takes", "it failed"):
         ready(ring)
     if what == "something is odd":
@@ -154,9 +163,9 @@ def test_what_is_not_as_most_batches_is_left_to_take(rows, what):
     ring.close()
 
 
-def test_what_is_taken_is_counted_and_lets_go_of_its_pieces(rows):
+def test_taken_batches_are_counted_and_their_pieces_dropped(rows):
     ring, pieces, lock = ring_of(rows.plan(rows.numbers)), deque([(8, "a"), (20, "b"), (40, "c")]), threading.RLock()
-    taker = Taker(ring, entries_of(), pieces, (deque(),), lock, waits := [0, 0])
+    taker = BatchTaker(ring, entries_of(), pieces, (deque(),), lock, waits := [0, 0])
     left = []
     for number in range(N_ROWS // BATCH_ROWS):
         ready(ring)
@@ -172,9 +181,9 @@ def test_what_is_taken_is_counted_and_lets_go_of_its_pieces(rows):
     ring.close()
 
 
-def test_a_batch_that_was_lost_moves_no_later_one(rows):
+def test_a_lost_batch_does_not_shift_the_position_of_later_batches(rows):
     ring = ring_of(rows.plan(rows.numbers))
-    taker = Taker(ring, entries_of(), deque(), (), threading.RLock(), [0])
+    taker = BatchTaker(ring, entries_of(), deque(), (), threading.RLock(), [0])
     ring.take(10)  # as where Ctrl-C struck before it was counted
     ready(ring)
     assert taker.take_ready()["id"].tolist() == list(range(8, 16))
@@ -182,7 +191,7 @@ def test_a_batch_that_was_lost_moves_no_later_one(rows):
     ring.close()
 
 
-class Short(ReadyIterator):
+class Short(FastIterator):
     """Hands out what is ready, and "long" for all that comes the long way."""
 
     def __init__(
@@ -198,16 +207,16 @@ class Short(ReadyIterator):
         self.profiler = SimpleNamespace(_is_profiler_enabled=False)
         self.missed: list[BaseException] = []
         super().__init__(self.progress, self.profiler, n_undrawn, plain)
-        self._take_by(ready)
+        self._set_fast_path(ready)
 
     def _next(self) -> str:
         return "long"
 
-    def _missed(self, error: BaseException) -> None:
+    def _on_take_error(self, error: BaseException) -> None:
         self.missed.append(error)
 
 
-def test_a_batch_that_is_ready_comes_the_short_way_and_counts():
+def test_a_ready_batch_takes_the_fast_path_and_is_counted():
     iterator = Short(itertools.count().__next__)
     assert iter(iterator) is iterator
     assert ([next(iterator) for _ in range(3)], iterator.progress.n_yielded) == ([0, 1, 2], 4)
@@ -223,23 +232,23 @@ def test_a_batch_that_is_ready_comes_the_short_way_and_counts():
         (lambda: "short", {"plain": False}),
     ],
 )
-def test_all_other_batches_come_the_long_way_which_counts_itself(ready, how):
+def test_all_other_batches_take_the_slow_path(ready, how):
     iterator = Short(ready, **how)
     before = iterator.progress.n_yielded
     assert (next(iterator), iterator.progress.n_yielded) == ("long", before)
 
 
-def test_while_somebody_profiles_batches_come_the_long_way():
+def test_batches_take_the_slow_path_under_the_profiler():
     iterator = Short(lambda: "short")
     iterator.profiler._is_profiler_enabled = True
     assert next(iterator) == "long"
-    assert iterator._take_ready() == "short"  # what the long way asks for first
+    assert iterator._next_ready() == "short"  # what the long way asks for first
     iterator.profiler._is_profiler_enabled = False
     assert (next(iterator), iterator.progress.n_yielded) == ("short", 3)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
-def test_what_is_raised_where_a_batch_is_taken_is_told_and_passes_through(error):
+def test_an_error_of_a_take_is_passed_to_the_iterator_and_raised(error):
     def fail():
         raise error
 
@@ -249,7 +258,7 @@ def test_what_is_raised_where_a_batch_is_taken_is_told_and_passes_through(error)
     assert ([type(one) for one in iterator.missed], iterator.progress.n_yielded) == ([error], 1)
 
 
-def test_ctrl_c_in_the_count_of_a_batch_is_told_as_well():
+def test_ctrl_c_while_a_batch_is_counted_is_passed_to_the_iterator():
     class KillResult:
         @property
         def n_yielded(self):

@@ -1,4 +1,4 @@
-"""Checks on first touch: every damaged page is found by the rows that lie on it, by no others, whoever comes first."""
+"""Page checks on first touch: every corrupt page is found by the rows on it, and by no other rows."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def pages_of(start: int, end: int) -> set[int]:
 
 
 @given(st.sampled_from([1, 2, 4, 8, 16, 60, 64, 2048, 12288, 70000]), st.integers(0, N_BYTES - 1), st.integers(0, 7))
-def test_a_flipped_bit_is_found_by_the_rows_on_its_page_and_by_no_others(width, position, bit):
+def test_a_flipped_bit_is_found_by_the_rows_on_its_page_only(width, position, bit):
     chunk = random_chunk()
     whole = chunk.data.copy()
     chunk.data[position] ^= 1 << bit
@@ -87,7 +87,7 @@ def test_a_flipped_bit_is_found_by_the_rows_on_its_page_and_by_no_others(width, 
 
 
 @pytest.mark.parametrize("rows", [range(96), [5, 90, 2, 61, 7]])
-def test_pages_that_were_right_are_not_looked_at_again(rows):
+def test_verified_pages_are_not_checked_again(rows):
     chunk = random_chunk()
     fixed(chunk, 2048, list(rows))
     assert chunk.checked.all() == (list(rows) == list(range(96)) and len(chunk.checked) == 4)
@@ -97,7 +97,7 @@ def test_pages_that_were_right_are_not_looked_at_again(rows):
     fixed(chunk, 2048, list(rows))
 
 
-def test_bits_are_checked_where_they_lie_and_not_where_there_are_none():
+def test_validity_bits_are_checked_only_where_they_are_stored():
     chunk = random_chunk()
     chunk.data[PAGE + 5] ^= 4
     sources = np.array([[chunk.address(), 0, 0]], np.uint64)
@@ -123,7 +123,7 @@ def text_chunk(n_rows: int = 20_000, width: int = 30) -> tuple[Stored, np.ndarra
 
 
 @pytest.mark.parametrize("where", ["offsets", "values"])
-def test_a_flipped_bit_of_varied_rows_is_found_by_the_rows_of_its_page_alone(where):
+def test_a_flipped_bit_of_varying_rows_is_found_by_the_rows_of_its_page_only(where):
     chunk, sources, start = text_chunk()
     sources[0, 0], sources[0, 2] = chunk.address(start), 20_000 * 30
     position = PAGE + 100 if where == "offsets" else start + 10_000 * 30
@@ -148,7 +148,7 @@ def test_a_flipped_bit_of_varied_rows_is_found_by_the_rows_of_its_page_alone(whe
 
 @pytest.mark.parametrize("spoil", [(11, -1), (11, 2**40), (11, 5), (10, 2**62)])
 @pytest.mark.parametrize("run", [True, False])
-def test_offsets_that_fall_or_leave_their_chunk_are_found_always(spoil, run):
+def test_offsets_that_decrease_or_leave_their_chunk_are_always_found(spoil, run):
     values, offsets = np.zeros(200, np.uint8), np.arange(21, dtype=np.int64) * 10
     offsets[spoil[0]] = spoil[1]
     sources = np.array([[values.ctypes.data, offsets.ctypes.data, 200]], np.uint64)
@@ -163,7 +163,7 @@ def test_offsets_that_fall_or_leave_their_chunk_are_found_always(spoil, run):
     assert (bad[index] in wrong, page) == (True, None)
 
 
-def test_offsets_that_change_after_they_were_measured_are_found_too():
+def test_offsets_that_change_after_measure_are_found():
     values, offsets = np.zeros(200, np.uint8), np.arange(21, dtype=np.int64) * 10
     sources = np.array([[values.ctypes.data, offsets.ctypes.data, 200]], np.uint64)
     for rows in (list(range(20)), [3, 19, 7]):
@@ -175,7 +175,7 @@ def test_offsets_that_change_after_they_were_measured_are_found_too():
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_threads_that_touch_the_same_pages_at_once_all_see_the_same(damaged):
+def test_threads_that_check_the_same_pages_agree(damaged):
     chunk = random_chunk(64 * PAGE)
     whole = chunk.data.copy()
     if damaged:
@@ -202,7 +202,7 @@ def test_threads_that_touch_the_same_pages_at_once_all_see_the_same(damaged):
     assert damaged or chunk.checked.all()
 
 
-def test_a_file_that_is_truncated_before_its_first_check_cannot_be_read(tmp_path):
+def test_a_file_truncated_before_its_first_check_raises_an_error(tmp_path):
     path = tmp_path / "mapped"
     path.write_bytes(bytes(2 * PAGE))
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 2 * PAGE, access=mmap.ACCESS_READ) as mapping:
@@ -227,7 +227,7 @@ def ring_of(chunk: Stored, rows, batch_rows: int) -> Ring:
     return ring
 
 
-def test_a_ring_serves_every_batch_before_the_one_that_touches_a_damaged_page():
+def test_a_ring_serves_every_batch_before_the_one_with_a_corrupt_page():
     chunk = random_chunk(8 * PAGE)
     whole = chunk.data.copy().reshape(-1, 2048)
     chunk.data[5 * PAGE + 9] ^= 16
@@ -241,7 +241,7 @@ def test_a_ring_serves_every_batch_before_the_one_that_touches_a_damaged_page():
     ring.close()
 
 
-def test_a_ring_serves_an_order_that_avoids_the_damaged_page_to_its_end():
+def test_a_ring_serves_an_order_without_the_corrupt_page_to_its_end():
     chunk = random_chunk(8 * PAGE)
     chunk.data[5 * PAGE + 9] ^= 16
     rows = [row for row in np.random.default_rng(1).permutation(8 * 32).tolist() if row // 32 != 5]
@@ -255,7 +255,7 @@ def test_a_ring_serves_an_order_that_avoids_the_damaged_page_to_its_end():
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (2, 4)])
-def test_checks_that_do_not_fit_their_addresses_are_refused(shape):
+def test_checks_of_the_wrong_shape_raise_an_error(shape):
     values, out = np.zeros(64, np.uint8), np.zeros(8, np.uint8)
     sources = np.array([[values.ctypes.data, 0, 0]], np.uint64)
     checks = np.zeros(shape, np.uint64)

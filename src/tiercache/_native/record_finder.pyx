@@ -27,11 +27,7 @@ cdef extern from *:
     static int64_t tc_changed_ns(int fd) {
         struct stat status;
         if (fstat(fd, &status)) return -1;
-    #ifdef __APPLE__
-        return (int64_t)status.st_ctimespec.tv_sec * 1000000000 + status.st_ctimespec.tv_nsec;
-    #else
         return (int64_t)status.st_ctim.tv_sec * 1000000000 + status.st_ctim.tv_nsec;
-    #endif
     }
     """
     int64_t tc_now_ns() noexcept
@@ -246,7 +242,7 @@ cdef class RecordFinder:
         return tuple(addresses), tuple(checks) if is_checked else None
 
 
-def wrapped(records not None, int64_t n_records):
+def normalize_indices(records not None, int64_t n_records):
     cdef const int64_t[::1] given = records
     cdef size_t n = <size_t>given.shape[0], i
     cdef bint from_end = False

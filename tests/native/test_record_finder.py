@@ -1,4 +1,4 @@
-"""Where records lie: the finder against a plain search, and what it keeps alive."""
+"""The record finder against a plain search, and what its results keep alive."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache._native.finder import BlockTable, RecordFinder, wrapped
+from tiercache._native.record_finder import BlockTable, RecordFinder, normalize_indices
 from tiercache.waiting import wait_for
 
 N_STREAMS = 2
@@ -95,7 +95,7 @@ def test_every_record_is_found_in_its_shard_block_and_row(shards, data):
                     assert checks is None or not checks[stream][of_block[at]].any()
 
 
-def test_a_shard_without_a_table_is_not_found_alone_or_among_others():
+def test_records_of_a_shard_without_a_table_are_not_found():
     finder = RecordFinder(np.array([0, 4, 8]), N_STREAMS)
     finder.put(0, table_of([4], 0))
     assert finder.find(np.array([0, 3])) is not None
@@ -114,7 +114,7 @@ def test_a_shard_without_a_table_is_not_found_alone_or_among_others():
 
 
 @pytest.mark.parametrize("record", [-1, 8, 2**62])
-def test_a_record_that_is_not_there_is_an_index_error(record):
+def test_a_record_out_of_range_raises_index_error(record):
     finder = RecordFinder(np.array([0, 8]), N_STREAMS)
     finder.put(0, table_of([8], 0))
     with pytest.raises(IndexError, match="data set of 8"):
@@ -123,7 +123,7 @@ def test_a_record_that_is_not_there_is_an_index_error(record):
         finder.find(np.array([0, record]))
 
 
-def test_tables_that_do_not_fit_are_refused():
+def test_invalid_tables_raise_an_error():
     finder = RecordFinder(np.array([0, 8]), N_STREAMS)
     with pytest.raises(ValueError, match="another number of records"):
         finder.put(0, table_of([4], 0))
@@ -142,7 +142,7 @@ def test_tables_that_do_not_fit_are_refused():
         RecordFinder(np.zeros(0, np.int64), 1)
 
 
-def test_what_was_found_keeps_its_owner_when_the_table_is_forgotten():
+def test_a_result_keeps_its_owner_after_the_table_is_dropped():
     finder, owner = RecordFinder(np.array([0, 8]), N_STREAMS), Owner()
     finder.put(0, table_of([8], 0, owner=owner))
     alive = weakref.ref(owner)
@@ -158,13 +158,13 @@ def test_what_was_found_keeps_its_owner_when_the_table_is_forgotten():
 
 
 @given(records=st.lists(st.integers(-9, 9), max_size=6), n_records=st.integers(0, 9))
-def test_records_below_zero_count_from_the_end(records, n_records):
+def test_negative_records_count_from_the_end(records, n_records):
     given_records = np.array(records, np.int64)
     if all(-n_records <= record < n_records for record in records):
-        found = wrapped(given_records, n_records)
+        found = normalize_indices(given_records, n_records)
         assert found.tolist() == [record % n_records for record in records]
         assert (found is given_records) == all(record >= 0 for record in records)
         assert given_records.tolist() == records
     else:
         with pytest.raises(IndexError, match=f"data set of {n_records}"):
-            wrapped(given_records, n_records)
+            normalize_indices(given_records, n_records)

@@ -1,4 +1,4 @@
-"""A ring's memory is the next ring's while somebody expects one, and the system's otherwise.
+"""Memory that a ring leaves to the next ring of the same size.
 
 Each test is a process of its own: others' rings and loaders, still alive, would keep memory too.
 """
@@ -11,7 +11,7 @@ import sys
 BEGINNING = """
 import numpy as np
 from tiercache._native import gather
-from tiercache._native.ring import Plan, Ring, SpareMemory
+from tiercache._native.ring import Plan, Ring, ArenaKeeper
 
 ROWS = np.zeros((4, 64), np.uint8)
 ADDRESSES = np.array([[[ROWS.ctypes.data, 0, 0]]], np.uint64)
@@ -40,19 +40,19 @@ def run(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_next_ring_of_the_same_size_begins_with_the_memory_of_the_last():
+def test_the_next_ring_of_the_same_size_reuses_the_memory_of_the_last():
     run("""
-spare = SpareMemory()
+spare = ArenaKeeper()
 place = place_of_one(SMALL)
 assert is_mapped(place)
 assert place_of_one(SMALL) == place
 """)
 
 
-def test_memory_goes_with_the_last_who_expects_a_ring():
+def test_memory_is_freed_with_the_last_arena_keeper():
     run("""
 assert not is_mapped(place_of_one(SMALL))
-one, other = SpareMemory(), SpareMemory()
+one, other = ArenaKeeper(), ArenaKeeper()
 place = place_of_one(SMALL)
 del one
 assert is_mapped(place)
@@ -61,9 +61,9 @@ assert not is_mapped(place)
 """)
 
 
-def test_rings_at_the_same_time_share_nothing_and_leave_one_arena():
+def test_concurrent_rings_share_nothing_and_leave_one_arena():
     run("""
-spare = SpareMemory()
+spare = ArenaKeeper()
 rings = [ring_of(SMALL), ring_of(SMALL)]
 places = [first_place(ring) for ring in rings]
 assert abs(places[0] - places[1]) >= 4 * SMALL
@@ -72,7 +72,7 @@ assert sum(map(is_mapped, places)) == 1
 """)
 
 
-def test_a_ring_of_another_size_takes_the_place_of_what_was_kept():
+def test_a_ring_of_another_size_replaces_the_kept_memory():
     # Memory that can be written to: a thread's heap is 64 MiB of mere addresses, a stack more, 8 MiB, tells nothing.
     run("""
 def writable_bytes():
@@ -81,7 +81,7 @@ def writable_bytes():
 
 SIZE = 7 << 20
 place_of_one(0)  # a thread's stack, which stays
-spare, before = SpareMemory(), writable_bytes()
+spare, before = ArenaKeeper(), writable_bytes()
 place_of_one(SIZE)
 assert writable_bytes() - before >= 4 * SIZE
 place_of_one(2 * SIZE)
@@ -91,15 +91,15 @@ assert 8 * SIZE <= writable_bytes() - before < 10 * SIZE
 
 def test_memory_of_large_batches_is_not_kept():
     run("""
-spare = SpareMemory()
+spare = ArenaKeeper()
 assert not is_mapped(place_of_one(LARGE))
 """)
 
 
-def test_a_forked_child_goes_on_with_memory_of_its_own():
+def test_a_forked_child_has_memory_of_its_own():
     run("""
 import os
-spare = SpareMemory()
+spare = ArenaKeeper()
 place = place_of_one(SMALL)
 child = os.fork()
 if not child:

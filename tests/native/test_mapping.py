@@ -1,4 +1,4 @@
-"""Which pages are in memory: all of all ranges or not, more of them than one call asks for, and what is not mapped."""
+"""are_resident(): whether all pages of all ranges are in memory."""
 
 import mmap
 import os
@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from tiercache._native.residence import are_resident
+from tiercache._native.mapping import are_resident
 
 PAGE = mmap.PAGESIZE
 N_PAGES = 9000  # three calls
@@ -41,7 +41,7 @@ def touch(memory, first, stop):
     assert sum(memory[page * PAGE] for page in range(first, stop)) == 0
 
 
-def test_pages_are_in_memory_once_all_of_them_were_touched(memory):
+def test_ranges_are_resident_once_all_their_pages_were_read(memory):
     touch(memory, 0, N_PAGES - 1)
     assert are_resident(ranges(memory, (0, N_PAGES - 1)))
     assert not are_resident(ranges(memory, (0, N_PAGES)))
@@ -50,7 +50,7 @@ def test_pages_are_in_memory_once_all_of_them_were_touched(memory):
 
 
 @pytest.mark.parametrize("missing", [0, 5, 9])
-def test_one_page_of_one_range_is_enough_to_say_no(memory, missing):
+def test_one_missing_page_makes_the_ranges_not_resident(memory, missing):
     pages = [(page, page + 10) for page in range(0, 100, 20)]
     for first, stop in pages:
         touch(memory, first, stop)
@@ -59,7 +59,7 @@ def test_one_page_of_one_range_is_enough_to_say_no(memory, missing):
     assert not are_resident(ranges(memory, (99 + missing, 101 + missing), *pages))
 
 
-def test_the_last_part_of_a_page_is_that_page(memory):
+def test_a_range_that_ends_inside_a_page_includes_that_page(memory):
     touch(memory, 0, 1)
     part = ranges(memory, (0, 1))
     part[0, 1] += 1
@@ -68,14 +68,14 @@ def test_the_last_part_of_a_page_is_that_page(memory):
     assert are_resident(part)
 
 
-def test_what_is_not_mapped_is_not_in_memory():
+def test_an_unmapped_range_is_not_resident():
     memory = mmap.mmap(-1, 4 * PAGE)
     gone = ranges(memory, (0, 4))
     memory.close()
     assert not are_resident(gone)
 
 
-def test_nothing_is_in_memory_as_a_whole_and_other_shapes_are_refused():
+def test_no_ranges_are_resident_and_wrong_shapes_raise_an_error():
     assert are_resident(np.zeros((0, 2), np.uint64))
     assert are_resident(np.zeros((1, 2), np.uint64))
     with pytest.raises(ValueError, match=r"\[n, 2\]"):

@@ -1,4 +1,4 @@
-"""Tensors over a slot by DLPack: the right bytes, and memory that stays theirs as long as one of them lives."""
+"""DLPack tensors over a slot: their content, and the lifetime of their memory."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_tensor_over_a_slot_has_its_dtype_shape_and_bytes(monkeypatch, dtype, 
     tensor.zero_()  # it is the user's own
 
 
-def test_a_tensor_without_elements_is_not_where_the_next_column_s_is(rows, ring):
+def test_a_tensor_without_elements_does_not_alias_the_next_column(rows, ring):
     slot = ring.take(10)
     column, nothing = (
         batch_module._tensors_over(dtype, shape) for dtype, shape in ((torch.uint8, (64,)), (torch.int16, (0,)))
@@ -85,11 +85,11 @@ def test_a_tensor_without_elements_is_not_where_the_next_column_s_is(rows, ring)
     assert np.array_equal(torch.load(file)["column"].numpy(), rows[:BATCH_ROWS])
 
 
-def test_this_torch_takes_every_dtype_by_dlpack():
+def test_torch_accepts_every_dtype_by_dlpack():
     assert [dtype for dtype in DTYPES if batch_module._dlpack_code(dtype) is None] == []
 
 
-def test_memory_is_used_again_only_when_the_last_tensor_over_it_is_gone(rows, ring):
+def test_memory_is_reused_only_after_the_last_tensor_over_it_is_dropped(rows, ring):
     kept, addresses = [], set()
     while not isinstance(slot := ring.take(10), int):
         kept.append(from_dlpack(slot.tensor(UINT8, 0, slot.n_rows)))
@@ -99,7 +99,7 @@ def test_memory_is_used_again_only_when_the_last_tensor_over_it_is_gone(rows, ri
     assert np.array_equal(torch.cat(kept).numpy(), rows)
 
 
-def test_the_slot_stays_for_a_view_of_a_view_and_goes_with_it(ring):
+def test_a_view_of_a_view_keeps_the_slot_alive(ring):
     before = held_bytes()
     slot = ring.take(10)
     first, second = (from_dlpack(slot.tensor(UINT8, 0, slot.n_rows)) for _ in range(2))
@@ -113,7 +113,7 @@ def test_the_slot_stays_for_a_view_of_a_view_and_goes_with_it(ring):
     assert held_bytes() == before
 
 
-def test_a_capsule_that_nobody_takes_over_lets_the_slot_go(ring):
+def test_an_unused_capsule_releases_the_slot(ring):
     before = held_bytes()
     slot = ring.take(10)
     capsule = slot.tensor(UINT8, 0, slot.n_rows)
@@ -123,14 +123,14 @@ def test_a_capsule_that_nobody_takes_over_lets_the_slot_go(ring):
     assert held_bytes() == before
 
 
-def test_a_tensor_without_elements_has_the_strides_that_torch_gives_it(ring):
+def test_a_tensor_without_elements_has_torchs_strides(ring):
     slot = ring.take(10)
     for shape in ((0,), (3, 0), (0, 3), (2, 0, 2)):
         tensor = from_dlpack(slot.tensor(Layout(1, 8, shape), 0, slot.n_rows))
         assert tensor.stride() == torch.empty(slot.n_rows, *shape).stride()
 
 
-def test_the_slot_goes_where_there_is_no_memory_for_a_capsule(ring):
+def test_the_slot_is_released_when_memory_for_a_capsule_is_missing(ring):
     testcapi = pytest.importorskip("_testcapi")
     before = held_bytes()
     slot = ring.take(10)
@@ -160,7 +160,7 @@ def test_a_tensor_outlives_its_ring(rows):
     assert np.array_equal(tensor.numpy(), rows[:BATCH_ROWS])
 
 
-def test_tensors_may_be_dropped_by_any_threads_at_once(rows):
+def test_any_thread_may_drop_a_tensor(rows):
     before, start = held_bytes(), threading.Barrier(4)
 
     def drop(held: list[torch.Tensor]) -> None:
@@ -181,17 +181,17 @@ def test_tensors_may_be_dropped_by_any_threads_at_once(rows):
 
 
 @pytest.mark.parametrize(("offset", "n_rows"), [(0, 1 << 20), (1 << 40, 1), (64, 1 << 58)])
-def test_rows_outside_the_slot_are_refused(ring, offset, n_rows):
+def test_rows_outside_the_slot_raise_an_error(ring, offset, n_rows):
     with pytest.raises(ValueError, match="the slot's"):
         ring.take(10).tensor(UINT8, offset, n_rows)
 
 
-def test_rows_of_more_bytes_than_can_be_counted_are_refused():
+def test_rows_whose_size_overflows_raise_an_error():
     with pytest.raises(OverflowError):
         Layout(1, 8, (1 << 32, 1 << 32))
 
 
 @pytest.mark.parametrize(("bits", "shape"), [(8, (1,) * 64), (4, (2,)), (8, (-1, -1))])
-def test_a_layout_that_no_tensor_has_is_refused(bits, shape):
+def test_an_invalid_layout_raises_an_error(bits, shape):
     with pytest.raises(ValueError, match="whole bytes"):
         Layout(1, bits, shape)
