@@ -7,14 +7,14 @@ import pytest
 import typer
 from tests.support.http_server import HttpFaultServer
 
-from tiercache.cli.output import INTERRUPTED, report_errors
+from tiercache.cli.output import INTERRUPTED, command
 from tiercache.store import retry
 
 
 def struck(monkeypatch, where):
     """A verb that Ctrl-C strikes in its middle, or just after it has ended."""
 
-    def verb():
+    def verb(output):
         if where == "in it":
             raise KeyboardInterrupt
 
@@ -25,7 +25,7 @@ def struck(monkeypatch, where):
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(warnings, "catch_warnings", KillResult)
-    return report_errors(verb, how_to_go_on="nothing was committed")
+    return command(verb, how_to_go_on="nothing was committed")
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_a_tier_plan_fails_at_once_where_nobody_listens(tiercache, nobody, tmp_p
 
 
 def test_warnings_of_the_log_stand_on_standard_error(capsys):
-    def verb():
+    def verb(output):
         logging.getLogger("tiercache").warning("s3://bucket: has waited %d s", 2)
 
-    report_errors(verb, how_to_go_on="")()
+    command(verb, how_to_go_on="")()
     assert capsys.readouterr().err == "tiercache: warning: s3://bucket: has waited 2 s\n"
     assert not logging.getLogger("tiercache").handlers

@@ -21,16 +21,13 @@ from tiercache.cli.options import (
     FilesFrom,
     Include,
     Jobs,
-    Json,
     Placement,
-    Quiet,
     Rules,
     Seed,
     ShuffleGroup,
     StorageOptions,
     Streams,
     Url,
-    Verbose,
     VersionNumber,
     Yes,
     parse_age,
@@ -88,6 +85,7 @@ Keep = Annotated[
 
 
 def pack(
+    output: Output,
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="Input: a file, a folder or a glob, as a path or a URL.")
     ],
@@ -131,9 +129,6 @@ def pack(
         ),
     ] = None,
     dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Convert images, Parquet files or JSON lines into a data set.
 
@@ -156,10 +151,11 @@ def pack(
         storage_options=parse_storage_options(storage_option),
         source_options=parse_storage_options(source_option),
     )
-    data_sets.pack(Output(as_json, quiet), source, url, options, dry_run=dry_run)
+    data_sets.pack(output, source, url, options, dry_run=dry_run)
 
 
 def ls(
+    output: Output,
     url: Url,
     versions: Annotated[
         bool, typer.Option("--versions", help="List the versions of the data set instead of its shards.")
@@ -168,34 +164,30 @@ def ls(
     include: Include = None,
     exclude: Exclude = None,
     storage_option: StorageOptions = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """List the shards of a data set in record order, or its versions."""
     from tiercache.cli import data_sets
 
     if versions:
-        data_sets.list_versions(Output(as_json, quiet), url, storage_option)
+        data_sets.list_versions(output, url, storage_option)
     else:
-        data_sets.list_shards(Output(as_json, quiet), url, at, include, exclude, storage_option)
+        data_sets.list_shards(output, url, at, include, exclude, storage_option)
 
 
 def info(
+    output: Output,
     url: Url,
     at: VersionNumber = None,
     storage_option: StorageOptions = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Show a data set's version, size, columns and class names."""
     from tiercache.cli import data_sets
 
-    data_sets.show_info(Output(as_json, quiet), url, at, storage_option)
+    data_sets.show_info(output, url, at, storage_option)
 
 
 def head(
+    output: Output,
     url: Url,
     n: Annotated[int, typer.Option("-n", min=1, metavar="N", help="Number of records to show.")] = 5,
     start: Annotated[
@@ -204,9 +196,6 @@ def head(
     columns: Columns = None,
     at: VersionNumber = None,
     storage_option: StorageOptions = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Show some records of a data set.
 
@@ -215,10 +204,11 @@ def head(
     from tiercache.cli import data_sets
 
     rows = range(start, start + n)
-    data_sets.show_records(Output(as_json, quiet), url, rows, parse_columns(columns), at, storage_option)
+    data_sets.show_records(output, url, rows, parse_columns(columns), at, storage_option)
 
 
 def export(
+    output: Output,
     url: Url,
     target: Annotated[
         str,
@@ -243,9 +233,6 @@ def export(
         ),
     ] = None,
     dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Write a data set as Parquet files with standard Arrow types. Images keep their encoding."""
     from tiercache.cli import data_sets
@@ -253,10 +240,11 @@ def export(
 
     options = ExportOptions(columns=parse_columns(columns), jobs=jobs, overwrite=overwrite, compression=compression)
     storage_options = (storage_option, target_option)
-    data_sets.export(Output(as_json, quiet), (url, target), storage_options, at, options, dry_run=dry_run)
+    data_sets.export(output, (url, target), storage_options, at, options, dry_run=dry_run)
 
 
 def verify(
+    output: Output,
     url: MaybeUrl = None,
     sample: Annotated[
         str | None,
@@ -278,9 +266,6 @@ def verify(
     cache_size: CacheSize = None,
     jobs: Jobs = 4,
     storage_option: StorageOptions = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Check every byte of a data set, or of copies in the cache.
 
@@ -290,7 +275,6 @@ def verify(
     from tiercache.cli import verify as verb
     from tiercache.cli.cache_verbs import CacheScope
 
-    output = Output(as_json, quiet)
     if cached or repair or cache_dir is not None:
         if sample is not None or at is not None:
             raise ValueError("--sample and --at apply to data sets, and cannot be given for copies in the cache")
@@ -304,6 +288,7 @@ def verify(
 
 
 def warm(
+    output: Output,
     url: Url,
     fraction: Fraction = None,
     limit: Limit = None,
@@ -326,9 +311,6 @@ def warm(
     cache_size: CacheSize = None,
     storage_option: StorageOptions = None,
     dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Copy a data set, or a part of it, from its store into the cache.
 
@@ -341,10 +323,11 @@ def warm(
     part, size = selection.AmountOptions(fraction, limit, minutes, rate).limits()
     choice = selection.ShardSelection(include, exclude, selection.read_names(files_from), order, part, size)
     request = cache_verbs.CopyRequest(url, choice, at, parse_columns(columns), storage_option, cache_dir, cache_size)
-    cache_verbs.warm(Output(as_json, quiet), request, jobs, dry_run=dry_run)
+    cache_verbs.warm(output, request, jobs, dry_run=dry_run)
 
 
 def pin(
+    output: Output,
     url: Url,
     fraction: Fraction = None,
     limit: Limit = None,
@@ -357,9 +340,6 @@ def pin(
     cache_size: CacheSize = None,
     storage_option: StorageOptions = None,
     dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Copy a data set into the cache, and keep the copies until unpin.
 
@@ -371,10 +351,11 @@ def pin(
     part, size = selection.AmountOptions(fraction, limit).limits()
     choice = selection.ShardSelection(include, exclude, selection.read_names(files_from), None, part, size)
     request = cache_verbs.CopyRequest(url, choice, at, None, storage_option, cache_dir, cache_size)
-    cache_verbs.pin(Output(as_json, quiet), request, jobs, dry_run=dry_run)
+    cache_verbs.pin(output, request, jobs, dry_run=dry_run)
 
 
 def unpin(
+    output: Output,
     url: Annotated[str | None, typer.Argument(metavar="[URL]", help="Data set whose copies are unpinned.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Instead of a URL: unpin all copies.")] = False,
     include: Include = None,
@@ -383,9 +364,6 @@ def unpin(
     cache_size: CacheSize = None,
     storage_option: StorageOptions = None,
     dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Unpin cached copies, so that eviction may delete them."""
     from tiercache.cli import cache_verbs
@@ -393,10 +371,11 @@ def unpin(
     if everything == (url is not None):
         raise ValueError("unpin takes a URL or --all")
     scope = cache_verbs.CacheScope(url, include, exclude, storage_option, cache_dir, cache_size)
-    cache_verbs.unpin(Output(as_json, quiet), scope, dry_run=dry_run)
+    cache_verbs.unpin(output, scope, dry_run=dry_run)
 
 
 def evict(
+    output: Output,
     url: Annotated[
         str | None, typer.Argument(metavar="[URL]", help="Data set whose cached copies are deleted.")
     ] = None,
@@ -425,9 +404,6 @@ def evict(
     storage_option: StorageOptions = None,
     yes: Yes = False,
     dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Delete cached copies, least recently used first.
 
@@ -441,23 +417,22 @@ def evict(
     larger_than_bytes = None if larger_than is None else parse_size("--larger-than", larger_than)
     scope = cache_verbs.CacheScope(url, include, exclude, storage_option, cache_dir, cache_size)
     limits = cache_verbs.EvictLimits(older_than_s, larger_than_bytes, target_size)
-    cache_verbs.evict(Output(as_json, quiet), scope, limits, yes=yes, dry_run=dry_run)
+    cache_verbs.evict(output, scope, limits, yes=yes, dry_run=dry_run)
 
 
 def status(
+    output: Output,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Show what the cache holds, who uses it, and damage found in it."""
     from tiercache.cli import cache_verbs
 
-    cache_verbs.status(Output(as_json, quiet), cache_dir, cache_size)
+    cache_verbs.status(output, cache_dir, cache_size)
 
 
 def simulate(
+    output: Output,
     url: Annotated[
         str | None,
         typer.Argument(metavar="[URL]", help="Data set that a training reads; only its list of shards is used."),
@@ -511,9 +486,6 @@ def simulate(
     ] = None,
     at: VersionNumber = None,
     storage_option: StorageOptions = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Simulate caches of several sizes: hits, bytes, dollars, time.
 
@@ -539,13 +511,12 @@ def simulate(
     else:
         raise ValueError("simulate takes a URL, or --trace FILE")
     costs = verb.parse_costs(egress, request, rate, train_rate)
-    verb.simulate(Output(as_json, quiet), replay, policy, size, costs, plot)
+    verb.simulate(output, replay, policy, size, costs, plot)
 
 
 def demo(
+    output: Output,
     keep: Keep = None,
-    as_json: Json = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Demonstrate tiercache on this machine in one to three minutes.
 
@@ -556,10 +527,11 @@ def demo(
     """
     from tiercache.cli import demo as verb
 
-    verb.demo(Output(as_json), keep)
+    verb.demo(output, keep)
 
 
 def restore(
+    output: Output,
     what: Annotated[
         list[str],
         typer.Argument(
@@ -583,9 +555,6 @@ def restore(
     rules: Rules = None,
     yes: Yes = False,
     dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Restore archived objects and copy them to the home tier.
 
@@ -595,4 +564,4 @@ def restore(
     """
     from tiercache.cli import tier_verbs
 
-    tier_verbs.restore(Output(as_json, quiet), what, rules, tier_verbs.RestoreOptions(wait, speed, days, yes, dry_run))
+    tier_verbs.restore(output, what, rules, tier_verbs.RestoreOptions(wait, speed, days, yes, dry_run))

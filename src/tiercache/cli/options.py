@@ -14,9 +14,6 @@ from tiercache.model import parse_bytes, parse_duration
 Url: TypeAlias = Annotated[
     str, typer.Argument(metavar="URL", help="Data set: a local path, or a URL such as s3://bucket/name.")
 ]
-Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the results as JSON, one object per line.")]
-Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor a summary.")]
-Verbose: TypeAlias = Annotated[bool, typer.Option("--verbose", "-v", help="Also print the traceback of a failure.")]
 DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and change nothing.")]
 Yes: TypeAlias = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 Jobs: TypeAlias = Annotated[
