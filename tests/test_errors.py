@@ -20,7 +20,7 @@ from tiercache.errors import (
 ERRORS = [
     TierCacheError("it failed", path="p"),
     StoreError("it failed", url="s3://b/k", retryable=True, status=503, code="SlowDown", maybe_done=True, sent=True),
-    NotFound(url="s3://b/k", status=404),
+    NotFound("no such object", url="s3://b/k", status=404),
     ObjectChanged(url="s3://b/k", expected="a", found="b"),
     CorruptShard("bad checksum", url="s3://b/k", part="block", block=3, column="x", place=(1, 3, 7)),
     SchemaError("not an integer", column="x", record=4, expected="int64", got="str"),

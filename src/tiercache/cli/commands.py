@@ -283,8 +283,8 @@ def verify(
     elif url is None:
         raise ValueError("verify needs a URL, or --cached, --repair or --cache DIR for copies in the cache")
     else:
-        shards = verb.ShardSample(include, exclude, 1.0 if sample is None else parse_fraction(sample))
-        verb.verify_data_set(output, url, at, shards, jobs, storage_option)
+        fraction = 1.0 if sample is None else parse_fraction(sample)
+        verb.verify_data_set(output, url, at, include, exclude, fraction, jobs, storage_option)
 
 
 def warm(

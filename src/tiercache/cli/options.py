@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -109,9 +110,6 @@ def parse_storage_options(pairs: Sequence[str] | None) -> dict[str, Any]:
 
     Numbers stay text, because a key or an account name may look like a number; back ends parse numbers from text.
 
-    Args:
-        pairs: Texts of the form KEY=VALUE, or None.
-
     Raises:
         ValueError: A text has no "=" or no key, or a value in braces is not JSON.
     """
@@ -120,12 +118,8 @@ def parse_storage_options(pairs: Sequence[str] | None) -> dict[str, Any]:
         key, found, text = pair.partition("=")
         if not found or not key:
             raise ValueError("--storage-option takes KEY=VALUE, e.g. region=eu-central-1")
-        options[key] = text
-        if text in ("true", "false") or text.startswith("{"):
-            try:
-                options[key] = json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"--storage-option {key}: not a JSON object: {error}") from error
+        with errors_name(f"--storage-option {key}: not a JSON object"):
+            options[key] = json.loads(text) if text in ("true", "false") or text.startswith("{") else text
     return options
 
 
@@ -150,14 +144,21 @@ def parse_fraction(text: str) -> float:
     return share
 
 
+@contextmanager
+def errors_name(option: str) -> Iterator[None]:
+    """Let a ValueError in the block name the option."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
+
+
 def check_size(option: str, text: str | None) -> str | None:
     """Return text unchanged if it is a valid size, or None for None. Raises ValueError, which names the option."""
-    if text is not None:
-        try:
+    with errors_name(option):
+        if text is not None:
             parse_bytes(text, whole_bytes=1)
-        except ValueError as error:
-            raise ValueError(f"{option}: {error}") from error
-    return text
+        return text
 
 
 def parse_rate(option: str, text: str) -> int:
@@ -172,22 +173,12 @@ def parse_rate(option: str, text: str) -> int:
 
 
 def parse_size(option: str, text: str, *, whole_bytes: int | None = None) -> int:
-    """Return the bytes of a size such as "200GB". Raises ValueError, which names the option.
-
-    Args:
-        option: Name of the option, for the error message.
-        text: The size.
-        whole_bytes: Bytes that 100% stands for; None: percentages are errors.
-    """
-    try:
+    """Return the bytes of a size: "200GB", or "25%" of whole_bytes. Raises ValueError, which names the option."""
+    with errors_name(option):
         return parse_bytes(text, whole_bytes=whole_bytes)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from error
 
 
 def parse_age(option: str, text: str) -> float:
     """Return the seconds of a duration such as "7d". Raises ValueError, which names the option."""
-    try:
+    with errors_name(option):
         return parse_duration(text)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from error
