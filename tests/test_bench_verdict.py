@@ -1,7 +1,6 @@
 """What the comparison's rows say: the verdict on them, and the forms that pictures and columns are compared in."""
 
 import importlib
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -118,21 +117,6 @@ def test_each_form_is_named_as_one_would_say_it(bench: Callable[[str], ModuleTyp
     absent = [{**row, "form": form, "missing": "why"} for form in ("", "buffer", "fast DCT")]
     expected = "- tiercache (shuffle full; shuffle full as buffer; shuffle full by fast DCT): why"
     assert report.missing(absent)[1] == expected
-
-
-def test_a_ledger_from_before_the_fast_transform_still_holds_the_usual_pictures(
-    bench: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    usual, fast = (images_job(bench, form) for form in ("list", "fast DCT"))
-    assert (usual.shown_form, fast.shown_form) == ("", "fast DCT")
-    task = {"task": "measure", "peer": "tiercache", "workload": usual.workload.as_json()}
-    task |= {"source_folder": "", "folder": "", "library_folder": ""}
-    task |= {"shuffle": "none", "form": "list", "workers": 0, "min_s": 0.0, "check_s": float("inf")}
-    line = {"task": json.dumps([task, 1]), "found": {"samples_per_s": 1.0}}
-    (tmp_path / "ledger.jsonl").write_text(json.dumps(line) + "\n")
-    ledger = bench("peers.ledger").Ledger(tmp_path / "ledger.jsonl", resume=True)
-    assert ledger.get(usual, 1) == {"samples_per_s": 1.0}
-    assert ledger.get(fast, 1) is None
 
 
 @pytest.mark.parametrize("form", ["fast DCT", pytest.param("planes and fast DCT", marks=BY_PLANES)])

@@ -43,7 +43,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path, warm_python
     command = ["-m", "peers", "--workload", "tensors", "--shuffle", "full", "--keep"]
     _, before = run_quick(warm_python, [*command, "--only", "numpy_memmap"], tmp_path)
     with (tmp_path / "ledger.jsonl").open("a") as file:
-        file.write('{"task": "torn')
+        file.write('{"case": "torn')
     _, after = run_quick(warm_python, [*command, "--resume", "--only", "numpy_memmap", "c_floor"], tmp_path)
     figures = [row["samples_per_s.every"] for row in loads(before)]
     assert [row["samples_per_s.every"] for row in loads(after) if row["peer"] == "numpy_memmap"] == figures
@@ -87,23 +87,11 @@ def loads(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["benchmark"] == "load"]
 
 
-def test_the_loaders_are_compared_record_by_record(tmp_path: Path, warm_python: WarmPython) -> None:
-    command = ["bench_loader.py", "--workload", "tokens", "--only", "tiercache", "c_floor"]
-    text, rows = run_quick(warm_python, command, tmp_path)
-    assert [row["peer"] for row in loads(rows)] == ["tiercache", "c_floor"]
-    assert "x floor" in text
-    for row in loads(rows):
-        assert row["workload"]["name"] == "tokens"
-        assert row["samples_per_s.every"]["min"] > 0
-        assert row["neighbour_distance"]["median"] > 0.5
-        assert {"cores", "kernel", "processor", "versions"} <= set(row)
-
-
 @pytest.mark.parametrize("workload", ["bytes", pytest.param("images", marks=pytest.mark.stress)])
 def test_the_comparison_has_a_row_for_each_way_of_a_contender(
     workload: str, tmp_path: Path, warm_python: WarmPython
 ) -> None:
-    command = ["-m", "peers", "--workload", workload, "--shuffle", "none", "--only", "tiercache"]
+    command = ["-m", "peers", "--workload", workload, "--shuffle", "full", "--only", "tiercache"]
     _, rows = run_quick(warm_python, command, tmp_path)
     planes = "planes and fast DCT"
     forms = ["", "fast DCT", planes] if workload == "images" else ["list", "buffer"]
@@ -112,7 +100,9 @@ def test_the_comparison_has_a_row_for_each_way_of_a_contender(
         if row["form"] == planes and not has_turbojpeg():
             assert "libturbojpeg" in row["missing"]
         else:
-            assert row["rank_correlation"]["median"] == 1
+            assert row["samples_per_s.every"]["min"] > 0
+            assert row["neighbour_distance"]["median"] > 0.5
+            assert {"cores", "kernel", "processor", "versions"} <= set(row)
 
 
 def test_what_cannot_be_installed_is_named_with_its_reason(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
