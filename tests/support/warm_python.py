@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import runpy
+import select
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tests.testing.warm_process import ROOT, WITHOUT_THREADS
 
 
+class WarmProcess:
+    """A program in a fork of a warm process. It is killed when the warm process ends."""
+
+    def __init__(self, warm: WarmPython, pid: int) -> None:
+        self._warm = warm
+        self.pid = pid
+        self.returncode: int | None = None
+        self._pidfd = os.pidfd_open(pid)
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def poll(self) -> int | None:
+        """Return the exit code; None while the program runs."""
+        return self.wait(0.0)
+
+    def wait(self, timeout_s: float = 150.0) -> int | None:
+        """Return the exit code as subprocess does; None if the program runs longer."""
+        if self.returncode is None and select.select([self._pidfd], [], [], timeout_s)[0]:
+            self.returncode = int(self._warm.ask({"wait": self.pid}))
+            os.close(self._pidfd)
+        return self.returncode
+
+
 class WarmPython:
-    """Runs Python programs, one at a time, each in a new fork of a warm process.
+    """Runs Python programs, each in a new fork of a warm process. One thread at a time may use it.
 
     A program has its own folder, environment, arguments, warning filters, streams and end. It shares with others only
     what was imported before.
@@ -46,6 +76,44 @@ class WarmPython:
         self._process.wait()
         self._process.stdout.close()
 
+    def ask(self, request: dict[str, Any]) -> str:
+        """Return the warm process's answer to a request."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        assert answer, "the warm process ended"
+        return answer
+
+    def start(
+        self,
+        arguments: Sequence[str],
+        *,
+        out: IO[str],
+        errors: IO[str],
+        cwd: Path = ROOT,
+        environment: Mapping[str, str] | None = None,
+        is_strict: bool = False,
+    ) -> WarmProcess:
+        """Start a program as ``python ARGUMENTS`` would.
+
+        Args:
+            arguments: A script or ``-m`` and a module, and the arguments of that.
+            out: Open file for its standard output.
+            errors: Open file for its standard error.
+            cwd: Folder in which it runs.
+            environment: All of its environment variables. Those of this process if None.
+            is_strict: Whether warnings are errors.
+        """
+        request = {
+            "arguments": list(arguments),
+            "cwd": str(cwd),
+            "environment": dict(os.environ if environment is None else environment),
+            "is_strict": is_strict,
+            "streams": [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (out, errors)],
+        }
+        return WarmProcess(self, int(self.ask(request)))
+
     def run(
         self,
         arguments: Sequence[str],
@@ -55,40 +123,24 @@ class WarmPython:
         is_strict: bool = False,
         timeout_s: float = 150.0,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a program as ``python ARGUMENTS`` would, and return its exit code and output.
-
-        Args:
-            arguments: A script or ``-m`` and a module, and the arguments of that.
-            cwd: Folder in which it runs.
-            environment: All of its environment variables. Those of this process if None.
-            is_strict: Whether warnings are errors.
-            timeout_s: Seconds after which it is killed, and the warm process with it.
-        """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        """Run a program as start() does, and return its exit code and output. It is killed after timeout_s seconds."""
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-            request = {
-                "arguments": list(arguments),
-                "cwd": str(cwd),
-                "environment": dict(os.environ if environment is None else environment),
-                "is_strict": is_strict,
-                "streams": [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (out, errors)],
-            }
-            print(json.dumps(request), file=self._process.stdin, flush=True)
-            killer = threading.Timer(timeout_s, os.killpg, (self._process.pid, 9))
-            killer.start()
-            code = self._process.stdout.readline()
-            killer.cancel()
-            killer.join()
+            process = self.start(
+                arguments, out=out, errors=errors, cwd=cwd, environment=environment, is_strict=is_strict
+            )
+            code = process.wait(timeout_s)
+            if code is None:
+                process.kill()
+                process.wait()
             out.seek(0)
             errors.seek(0)
-            found = subprocess.CompletedProcess(list(arguments), int(code or -9), out.read(), errors.read())
-        assert code, f"{found.args} took longer than {timeout_s} s, or its warm process ended:\n{found.stderr}"
+            found = subprocess.CompletedProcess(list(arguments), code or 0, out.read(), errors.read())
+        assert code is not None, f"{found.args} took longer than {timeout_s} s:\n{found.stderr}"
         return found
 
 
 def _serve() -> None:
-    """Fork for each request. Returns only in forks, when their program has ended."""
+    """Fork for each program. Returns only in forks, when their program has ended."""
     import torch
 
     import tiercache
@@ -98,22 +150,38 @@ def _serve() -> None:
     assert all((torch, app, *loaded))
     n_threads = len(list(Path("/proc/self/task").iterdir()))
     assert n_threads == 1, f"{n_threads} threads: a fork would have their locks, and not them"
+    prctl = ctypes.CDLL(None).prctl
     for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), flush=True)
+            continue
+        ready, begun = os.pipe()
         pid = os.fork()
         if pid == 0:
-            _become(json.loads(line))
+            prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            _open_streams(request["streams"])
+            os.close(ready)
+            os.close(begun)
+            _become(request)
             return
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        os.close(begun)
+        os.read(ready, 1)  # until the fork has opened its streams: the test may close them then
+        os.close(ready)
+        print(pid, flush=True)
+
+
+def _open_streams(paths: Sequence[str]) -> None:
+    for number, path in enumerate([os.devnull, *paths]):
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
 
 
 def _become(request: dict[str, Any]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    for number, path in enumerate([os.devnull, *request["streams"]]):
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND)
-        os.dup2(descriptor, number)
-        os.close(descriptor)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - what was read ahead are requests
     warnings.resetwarnings()
     warnings.simplefilter("error" if request["is_strict"] else "default")
