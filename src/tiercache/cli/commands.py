@@ -30,6 +30,9 @@ from tiercache.cli.options import (
     Url,
     VersionNumber,
     Yes,
+    argument,
+    flag,
+    option,
     parse_age,
     parse_columns,
     parse_fraction,
@@ -40,81 +43,61 @@ from tiercache.cli.output import Output
 
 Fraction = Annotated[
     str | None,
-    typer.Option(
-        "--fraction",
-        metavar="FRACTION",
-        help="Fetch only this fraction of the selected bytes, from the first shard on, e.g. 25%.",
+    option(
+        "--fraction", "FRACTION", "Fetch only this fraction of the selected bytes, from the first shard on, e.g. 25%."
     ),
 ]
 Limit = Annotated[
     str | None,
-    typer.Option(
-        "--limit",
-        metavar="SIZE",
-        help="Fetch only this many of the selected bytes, from the first shard on, e.g. 200GB.",
-    ),
+    option("--limit", "SIZE", "Fetch only this many of the selected bytes, from the first shard on, e.g. 200GB."),
 ]
 Minutes = Annotated[
     float | None,
-    typer.Option("--minutes", metavar="N", help="Fetch only what a training reads in N minutes at --rate."),
+    option("--minutes", "N", "Fetch only what a training reads in N minutes at --rate."),
 ]
 Rate = Annotated[
     str | None,
-    typer.Option(
-        "--rate", metavar="SIZE/s", help="Rate at which the training reads stored bytes, e.g. 500MB/s; for --minutes."
-    ),
+    option("--rate", "SIZE/s", "Rate at which the training reads stored bytes, e.g. 500MB/s; for --minutes."),
 ]
-Epoch = Annotated[
-    int | None, typer.Option("--epoch", min=0, metavar="N", help="Epoch of the training, counted from 0; default: 0.")
-]
+Epoch = Annotated[int | None, option("--epoch", "N", "Epoch of the training, counted from 0; default: 0.", min=0)]
 Rank = Annotated[
     list[str] | None,
-    typer.Option(
-        "--rank",
-        metavar="R/W",
-        help="Fetch only what these ranks read: RANK/RANKS, e.g. 3/8 or 0-3/8. May be repeated.",
-    ),
+    option("--rank", "R/W", "Fetch only what these ranks read: RANK/RANKS, e.g. 3/8 or 0-3/8. May be repeated."),
 ]
-MaybeUrl = Annotated[
-    str | None, typer.Argument(metavar="[URL]", help="Data set: a local path, or a URL such as s3://bucket/name.")
-]
+MaybeUrl = Annotated[str | None, argument("[URL]", "Data set: a local path, or a URL such as s3://bucket/name.")]
 Keep = Annotated[
     Path | None,
-    typer.Option("--keep", metavar="DIR", help="Work in this new or empty folder, and keep it afterwards."),
+    option("--keep", "DIR", "Work in this new or empty folder, and keep it afterwards."),
 ]
 
 
 def pack(
     output: Output,
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Input: a file, a folder or a glob, as a path or a URL.")
-    ],
+    source: Annotated[str, argument("SOURCE", "Input: a file, a folder or a glob, as a path or a URL.")],
     url: Url,
     kind: Annotated[
         str | None,
-        typer.Option(metavar="KIND", help="Kind of the input: images, parquet or jsonl; default: from the file names."),
+        option("--kind", "KIND", "Kind of the input: images, parquet or jsonl; default: from the file names."),
     ] = None,
     column: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=TYPE", help="Type of a column, e.g. label=int64; see `tiercache info`. May be repeated."
-        ),
+        option("--column", "NAME=TYPE", "Type of a column, e.g. label=int64; see `tiercache info`. May be repeated."),
     ] = None,
     mode: Annotated[
         str,
-        typer.Option(
-            metavar="MODE", help="create (a new data set), append (add records) or overwrite (replace all records)."
-        ),
+        option("--mode", "MODE", "create (a new data set), append (add records) or overwrite (replace all records)."),
     ] = "create",
-    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Target size of a shard.")] = "128MiB",
+    shard_size: Annotated[str, option("--shard-size", "SIZE", "Target size of a shard.")] = "128MiB",
     block_size: Annotated[
         str,
-        typer.Option(
-            metavar="SIZE", help="Target size of a block, uncompressed; a block is the unit of reading and shuffling."
+        option(
+            "--block-size",
+            "SIZE",
+            "Target size of a block, uncompressed; a block is the unit of reading and shuffling.",
         ),
     ] = "1MiB",
     compression: Annotated[
-        str, typer.Option(metavar="CODEC", help="Compression: auto, none, zstd or zstd:LEVEL.")
+        str, option("--compression", "CODEC", "Compression: auto, none, zstd or zstd:LEVEL.")
     ] = "auto",
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Number of processes; 0: one per CPU.")] = 1,
     include: Include = None,
@@ -122,10 +105,8 @@ def pack(
     storage_option: StorageOptions = None,
     source_option: Annotated[
         list[str] | None,
-        typer.Option(
-            "--source-option",
-            metavar="KEY=VALUE",
-            help="Option of the source's store, e.g. region=eu-central-1. May be repeated.",
+        option(
+            "--source-option", "KEY=VALUE", "Option of the source's store, e.g. region=eu-central-1. May be repeated."
         ),
     ] = None,
     dry_run: DryRun = False,
@@ -157,9 +138,7 @@ def pack(
 def ls(
     output: Output,
     url: Url,
-    versions: Annotated[
-        bool, typer.Option("--versions", help="List the versions of the data set instead of its shards.")
-    ] = False,
+    versions: Annotated[bool, flag("--versions", "List the versions of the data set instead of its shards.")] = False,
     at: VersionNumber = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -189,10 +168,8 @@ def info(
 def head(
     output: Output,
     url: Url,
-    n: Annotated[int, typer.Option("-n", min=1, metavar="N", help="Number of records to show.")] = 5,
-    start: Annotated[
-        int, typer.Option("--start", min=0, metavar="I", help="Index of the first record to show, counted from 0.")
-    ] = 0,
+    n: Annotated[int, option("-n", "N", "Number of records to show.", min=1)] = 5,
+    start: Annotated[int, option("--start", "I", "Index of the first record to show, counted from 0.", min=0)] = 0,
     columns: Columns = None,
     at: VersionNumber = None,
     storage_option: StorageOptions = None,
@@ -212,24 +189,20 @@ def export(
     url: Url,
     target: Annotated[
         str,
-        typer.Argument(
-            metavar="TARGET", help="Output: one file that ends in .parquet, or a folder, which gets one file per shard."
-        ),
+        argument("TARGET", "Output: one file that ends in .parquet, or a folder, which gets one file per shard."),
     ],
     columns: Columns = None,
     at: VersionNumber = None,
     jobs: Jobs = 1,
     compression: Annotated[
-        str, typer.Option(metavar="CODEC", help="Compression of the Parquet files, e.g. zstd, snappy or none.")
+        str, option("--compression", "CODEC", "Compression of the Parquet files, e.g. zstd, snappy or none.")
     ] = "zstd",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    overwrite: Annotated[bool, flag("--overwrite", "Replace existing files.")] = False,
     storage_option: StorageOptions = None,
     target_option: Annotated[
         list[str] | None,
-        typer.Option(
-            "--target-option",
-            metavar="KEY=VALUE",
-            help="Option of the target's store, e.g. region=eu-central-1. May be repeated.",
+        option(
+            "--target-option", "KEY=VALUE", "Option of the target's store, e.g. region=eu-central-1. May be repeated."
         ),
     ] = None,
     dry_run: DryRun = False,
@@ -248,20 +221,16 @@ def verify(
     url: MaybeUrl = None,
     sample: Annotated[
         str | None,
-        typer.Option(
-            "--sample", metavar="FRACTION", help="Check only this fraction of the shards, chosen at random, e.g. 5%."
-        ),
+        option("--sample", "FRACTION", "Check only this fraction of the shards, chosen at random, e.g. 5%."),
     ] = None,
     include: Include = None,
     exclude: Exclude = None,
     at: VersionNumber = None,
     cached: Annotated[
         bool,
-        typer.Option(
-            "--cached", help="Check the cached copies of the data set, not its store; without URL: all copies."
-        ),
+        flag("--cached", "Check the cached copies of the data set, not its store; without URL: all copies."),
     ] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="Like --cached, and fetch damaged copies again.")] = False,
+    repair: Annotated[bool, flag("--repair", "Like --cached, and fetch damaged copies again.")] = False,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = None,
     jobs: Jobs = 4,
@@ -356,8 +325,8 @@ def pin(
 
 def unpin(
     output: Output,
-    url: Annotated[str | None, typer.Argument(metavar="[URL]", help="Data set whose copies are unpinned.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Instead of a URL: unpin all copies.")] = False,
+    url: Annotated[str | None, argument("[URL]", "Data set whose copies are unpinned.")] = None,
+    everything: Annotated[bool, flag("--all", "Instead of a URL: unpin all copies.")] = False,
     include: Include = None,
     exclude: Exclude = None,
     cache_dir: CacheDir = None,
@@ -376,27 +345,21 @@ def unpin(
 
 def evict(
     output: Output,
-    url: Annotated[
-        str | None, typer.Argument(metavar="[URL]", help="Data set whose cached copies are deleted.")
-    ] = None,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Instead of a URL: delete copies of all data sets.")
-    ] = False,
+    url: Annotated[str | None, argument("[URL]", "Data set whose cached copies are deleted.")] = None,
+    everything: Annotated[bool, flag("--all", "Instead of a URL: delete copies of all data sets.")] = False,
     include: Include = None,
     exclude: Exclude = None,
     older_than: Annotated[
         str | None,
-        typer.Option("--older-than", metavar="AGE", help="Only copies that were not read for this time, e.g. 7d."),
+        option("--older-than", "AGE", "Only copies that were not read for this time, e.g. 7d."),
     ] = None,
     larger_than: Annotated[
-        str | None, typer.Option("--larger-than", metavar="SIZE", help="Only copies larger than this, e.g. 100MB.")
+        str | None, option("--larger-than", "SIZE", "Only copies larger than this, e.g. 100MB.")
     ] = None,
     target_size: Annotated[
         str | None,
-        typer.Option(
-            "--target-size",
-            metavar="SIZE",
-            help="Evict until the cache holds at most SIZE, e.g. 200GB, or 50% (of its size limit).",
+        option(
+            "--target-size", "SIZE", "Evict until the cache holds at most SIZE, e.g. 200GB, or 50% (of its size limit)."
         ),
     ] = None,
     cache_dir: CacheDir = None,
@@ -435,55 +398,37 @@ def simulate(
     output: Output,
     url: Annotated[
         str | None,
-        typer.Argument(metavar="[URL]", help="Data set that a training reads; only its list of shards is used."),
+        argument("[URL]", "Data set that a training reads; only its list of shards is used."),
     ] = None,
     trace: Annotated[
         Path | None,
-        typer.Option("--trace", metavar="FILE", help="Instead of a URL: a trace that TIERCACHE_CACHE_TRACE recorded."),
+        option("--trace", "FILE", "Instead of a URL: a trace that TIERCACHE_CACHE_TRACE recorded."),
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option("--policy", metavar="NAME", help="Eviction policy to simulate; default: all. May be repeated."),
+        option("--policy", "NAME", "Eviction policy to simulate; default: all. May be repeated."),
     ] = None,
     size: Annotated[
         list[str] | None,
-        typer.Option(
-            "--size",
-            metavar="SIZE",
-            help="Cache size per node, e.g. 200GB, or 25% (of all data read). May be repeated.",
-        ),
+        option("--size", "SIZE", "Cache size per node, e.g. 200GB, or 25% (of all data read). May be repeated."),
     ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Seed of the training's shuffle, as in LoaderOptions(seed=N).")
-    ] = 0,
-    no_shuffle: Annotated[
-        bool, typer.Option("--no-shuffle", help="Replay the stored order instead of a shuffled order.")
-    ] = False,
-    epochs: Annotated[int, typer.Option("--epochs", metavar="N", help="Number of epochs to replay.")] = 5,
-    ranks: Annotated[
-        int, typer.Option("--ranks", min=1, metavar="N", help="Number of ranks of the training, on all nodes together.")
-    ] = 1,
-    nodes: Annotated[int, typer.Option("--nodes", metavar="N", help="Number of machines; each has its own cache.")] = 1,
+    seed: Annotated[int, option("--seed", "N", "Seed of the training's shuffle, as in LoaderOptions(seed=N).")] = 0,
+    no_shuffle: Annotated[bool, flag("--no-shuffle", "Replay the stored order instead of a shuffled order.")] = False,
+    epochs: Annotated[int, option("--epochs", "N", "Number of epochs to replay.")] = 5,
+    ranks: Annotated[int, option("--ranks", "N", "Number of ranks of the training, on all nodes together.", min=1)] = 1,
+    nodes: Annotated[int, option("--nodes", "N", "Number of machines; each has its own cache.")] = 1,
     streams: Streams = None,
     placement: Placement = None,
     shuffle_group: ShuffleGroup = None,
     batch_size: BatchSize = None,
-    egress: Annotated[
-        float, typer.Option("--egress", metavar="DOLLARS", help="Price of fetching 1 GB (2^30 bytes) from the store.")
-    ] = 0,
-    request: Annotated[
-        float, typer.Option("--request", metavar="DOLLARS", help="Price of 1,000 requests to the store.")
-    ] = 0,
-    rate: Annotated[
-        str | None, typer.Option("--rate", metavar="SIZE/s", help="Bandwidth from the store to one node, e.g. 1GB/s.")
-    ] = None,
+    egress: Annotated[float, option("--egress", "DOLLARS", "Price of fetching 1 GB (2^30 bytes) from the store.")] = 0,
+    request: Annotated[float, option("--request", "DOLLARS", "Price of 1,000 requests to the store.")] = 0,
+    rate: Annotated[str | None, option("--rate", "SIZE/s", "Bandwidth from the store to one node, e.g. 1GB/s.")] = None,
     train_rate: Annotated[
         str | None,
-        typer.Option("--train-rate", metavar="SIZE/s", help="Rate at which one node's training reads, e.g. 500MB/s."),
+        option("--train-rate", "SIZE/s", "Rate at which one node's training reads, e.g. 500MB/s."),
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Also draw the results to FILE: .svg, .png or .pdf.")
-    ] = None,
+    plot: Annotated[Path | None, option("--plot", "FILE", "Also draw the results to FILE: .svg, .png or .pdf.")] = None,
     at: VersionNumber = None,
     storage_option: StorageOptions = None,
 ) -> None:
@@ -541,16 +486,14 @@ def restore(
         ),
     ],
     wait: Annotated[
-        bool, typer.Option("--wait", help="Wait until all objects are restored, then copy them to the home tier.")
+        bool, flag("--wait", "Wait until all objects are restored, then copy them to the home tier.")
     ] = False,
     speed: Annotated[
-        str, typer.Option("--speed", metavar="SPEED", help="Speed of the restore: expedited, standard or bulk.")
+        str, option("--speed", "SPEED", "Speed of the restore: expedited, standard or bulk.")
     ] = "standard",
     days: Annotated[
         int | None,
-        typer.Option(
-            "--days", min=1, metavar="N", help="Restore temporarily, for N days, without copying to the home tier."
-        ),
+        option("--days", "N", "Restore temporarily, for N days, without copying to the home tier.", min=1),
     ] = None,
     rules: Rules = None,
     yes: Yes = False,

@@ -5,23 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from tiercache.cli.options import DryRun, Rules, Yes
+from tiercache.cli.options import DryRun, Rules, Yes, argument, flag, option
 from tiercache.cli.output import Output
 
-Rows = Annotated[
-    int, typer.Option("--rows", "-n", min=0, metavar="N", help="Number of moves and of refusals to show; 0: all.")
-]
+Rows = Annotated[int, option("--rows -n", "N", "Number of moves and of refusals to show; 0: all.", min=0)]
 
 
 def check(
     output: Output,
     rules: Rules = None,
-    prices: Annotated[bool, typer.Option("--prices", help="Print only the built-in price table.")] = False,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Only check the rule file, without reaching any tier.")
-    ] = False,
+    prices: Annotated[bool, flag("--prices", "Print only the built-in price table.")] = False,
+    offline: Annotated[bool, flag("--offline", "Only check the rule file, without reaching any tier.")] = False,
 ) -> None:
     """Check the rule file and its tiers, and print what rules match.
 
@@ -43,7 +37,7 @@ def plan(
     output: Output,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE", help="Write the plan to FILE, for `tiercache tier apply FILE`."),
+        option("--out", "FILE", "Write the plan to FILE, for `tiercache tier apply FILE`."),
     ] = None,
     rows: Rows = 20,
     rules: Rules = None,
@@ -60,7 +54,7 @@ def plan(
 
 def apply(
     output: Output,
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file that `tiercache tier plan --out` wrote.")],
+    plan: Annotated[Path, argument("PLAN", "Plan file that `tiercache tier plan --out` wrote.")],
     rows: Rows = 20,
     rules: Rules = None,
     yes: Yes = False,
@@ -80,7 +74,7 @@ def apply(
 
 def run(
     output: Output,
-    once: Annotated[bool, typer.Option("--once", help="Required: run once, and do not stay resident.")] = False,
+    once: Annotated[bool, flag("--once", "Required: run once, and do not stay resident.")] = False,
     rows: Rows = 20,
     rules: Rules = None,
     dry_run: DryRun = False,
@@ -103,7 +97,7 @@ def ls(
     output: Output,
     path: Annotated[
         str | None,
-        typer.Argument(metavar="[PATH]", help="Folder below the tiers' URLs, URL in a tier, or glob; default: all."),
+        argument("[PATH]", "Folder below the tiers' URLs, URL in a tier, or glob; default: all."),
     ] = None,
     rules: Rules = None,
 ) -> None:
