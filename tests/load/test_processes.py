@@ -31,10 +31,12 @@ def begin(code: str, path: object) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     "code",
     [
-        "iterator = iter(loader); next(iterator)",
-        "iterators = [iter(loader) for _ in range(3)]; batch = next(iterators[1])",
+        """
+iterators = [iter(loader) for _ in range(3)]
+batch = next(iterators[1])
+threading.Thread(target=lambda: globals().update(iterator=iter(loader))).start()
+""",
         "for batch in loader: sys.exit(0)",
-        "thread = threading.Thread(target=lambda: globals().update(iterator=iter(loader))); thread.start()",
     ],
 )
 def test_an_interpreter_that_ends_in_mid_epoch_ends_in_silence(make_dataset, code):
@@ -52,30 +54,24 @@ cache = tc.Cache(sys.argv[1] + "-cache", size="100MB")
 """
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "iterator = iter(loader); next(iterator)",
-        "for batch in loader: pass",
-        """
+def test_finalizers_are_silent_where_module_globals_are_gone(make_dataset):
+    code = """
+ended = iter(loader)
+for batch in ended: pass
+left = iter(loader)
+next(left)
 sampled = iter(tc.DataLoader(loader.dataset, 4, sampler=range(100)))
 cached = iter(tc.DataLoader(tc.Dataset(sys.argv[1], cache=cache), shuffle=True))
 foreign = iter(tc.DataLoader(range(9), shuffle=True))
 batches = [next(iterator) for iterator in (sampled, cached, foreign)]
-""",
-        """
-cached = tc.Dataset(sys.argv[1], cache=cache)
-record, batch, records, arrow = cached[7], cached[[1, 2]], iter(cached), cached.to_arrow(16)
+other = tc.Dataset(sys.argv[1], cache=cache)
+record, batch, records, arrow = other[7], other[[1, 2]], iter(other), other.to_arrow(16)
 next(records), next(arrow)
-view = cached.select(range(0, 400, 3))
+view = other.select(range(0, 400, 3))
 pickled = view.__reduce_ex__(2)
 writer = tc.Writer(sys.argv[1] + "-written", schema={"x": "int64"}, shard_size="4KiB")
 for x in range(4096): writer.write({"x": x})
-""",
-    ],
-    ids=["left", "ended", "others", "no loader"],
-)
-def test_finalizers_are_silent_where_module_globals_are_gone(make_dataset, code):
+"""
     process = begin(KEEP_MAIN + code, make_dataset(500, compression="zstd"))
     assert process.communicate(timeout=120) == ("", "")
     assert process.returncode == 0

@@ -111,7 +111,7 @@ class WarmPython:
         """Start a program as ``python ARGUMENTS`` would.
 
         Args:
-            arguments: A script or ``-m`` and a module, and the arguments of that.
+            arguments: A script, ``-m`` and a module, or ``-c`` and code; then the arguments of that.
             out: Open file for its standard output.
             errors: Open file for its standard error.
             cwd: Folder in which it runs.
@@ -200,6 +200,9 @@ def _become(request: dict[str, Any]) -> int:
             sys.path[0] = request["cwd"]
             sys.argv = arguments
             runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        elif program == "-c":
+            sys.argv = ["-c", *arguments[1:]]
+            exec(compile(arguments[0], "<string>", "exec"), {"__name__": "__main__"})
         else:
             script = Path(program).resolve()
             sys.path[0] = str(script.parent)
