@@ -68,7 +68,9 @@ def test_epochs_are_counted_beside_their_bounds_and_a_second_run_goes_on(
     assert "| lru |" in more
 
 
-def test_the_trace_of_the_bound_is_what_the_loader_reads(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+def test_the_bound_is_computed_from_the_shards_that_the_loader_reads(
+    bench: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
     data, jobs, bounds = (bench(f"cachebench.{name}") for name in ("data", "jobs", "bounds"))
     packed = data.pack(tmp_path, "main", data.Sizes(12, 64 << 10))
     with data.serving(packed) as served:
@@ -109,6 +111,6 @@ def test_min_misses_no_more_than_any_choice_of_what_to_keep(epochs: list[list[in
     assert sum(bounds.min_misses(epochs, capacity)) == min(best.values())
 
 
-def test_an_lru_is_expected_to_get_next_to_nothing_of_a_small_cache(bench: Callable[[str], ModuleType]) -> None:
+def test_the_expected_lru_fraction_is_near_one_for_a_small_cache(bench: Callable[[str], ModuleType]) -> None:
     shares = [bench("cachebench.bounds").lru_share(f) for f in (0.0, 0.25, 1.0)]
     assert np.allclose(shares, [1.0, 0.966, 0.0], atol=1e-3)

@@ -38,7 +38,7 @@ def run_quick(python: WarmPython, command: list[str], folder: Path) -> tuple[str
 
 
 @pytest.mark.stress
-def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path, warm_python: WarmPython) -> None:
+def test_an_interrupted_comparison_resumes(tmp_path: Path, warm_python: WarmPython) -> None:
     """The second run takes the first one's repetition, and adds another contender's rows to its."""
     command = ["-m", "peers", "--workload", "tensors", "--shuffle", "full", "--keep"]
     _, before = run_quick(warm_python, [*command, "--only", "numpy_memmap"], tmp_path)
@@ -50,7 +50,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path, warm_python
     assert {row["peer"] for row in loads(after)} == {"numpy_memmap", "c_floor"}
 
 
-def test_rows_of_an_earlier_run_stay_unless_their_case_was_run_again(bench: Callable[[str], ModuleType]) -> None:
+def test_rows_of_an_earlier_run_are_kept_unless_their_case_was_run_again(bench: Callable[[str], ModuleType]) -> None:
     def row(workload: str, peer: str, **others: Any) -> dict[str, Any]:
         case = {"benchmark": "load", "peer": peer, "workload": {"name": workload}, "shuffle": "full", "form": ""}
         return {**case, **others}
@@ -125,7 +125,9 @@ def test_the_comparison_has_a_row_for_each_way_to_decode_images(tmp_path: Path, 
             assert {"cores", "kernel", "processor", "versions"} <= set(row)
 
 
-def test_what_cannot_be_installed_is_named_with_its_reason(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+def test_a_contender_that_cannot_be_installed_is_listed_with_the_reason(
+    bench: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
     peer = bench("peers.catalogue").Peer(title="one", requirements=("numpy",), system=("no-such-module",))
     environments = bench("peers.environments")
     with pytest.raises(environments.NotInstalledError, match="needs"):
@@ -203,14 +205,14 @@ def test_every_share_of_a_workload_is_one_of_many_batches(bench: Callable[[str],
         assert 32 * workloads[name].batch_size <= n < workloads[name].n_records
 
 
-def test_of_a_small_workload_nobody_gets_more_than_there_is(bench: Callable[[str], ModuleType]) -> None:
+def test_a_contender_gets_no_more_records_than_the_workload_has(bench: Callable[[str], ModuleType]) -> None:
     workloads = bench("workloads")
     tenth = workloads.scaled(workloads.ROWS, 0.1)
     assert workloads.first_of(tenth, 131_072).n_records == 131_072
     assert workloads.first_of(tenth, 1 << 20) == tenth
 
 
-def test_what_is_packed_of_fewer_records_does_not_pass_for_all_of_them(
+def test_data_packed_from_fewer_records_is_not_reused_for_all_records(
     bench: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
     compare, peers, workloads = bench("peers.compare"), bench("peers.catalogue").PEERS, bench("workloads")
@@ -254,7 +256,7 @@ def swapped(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, "label": batch["label"].flip(0)}
 
 
-def test_an_epoch_that_is_cut_is_checked_as_far_as_it_came(checked: tuple[Any, list[dict[str, Any]]]) -> None:
+def test_a_partial_epoch_is_checked_as_far_as_it_was_read(checked: tuple[Any, list[dict[str, Any]]]) -> None:
     consumer, (one, two) = checked
     assert not consumer.check_records([one, two], until_s=0.0)
     assert consumer.order.tolist() == one["label"].tolist()
@@ -272,7 +274,7 @@ def test_an_epoch_that_is_cut_is_checked_as_far_as_it_came(checked: tuple[Any, l
         consumer.check_sums(1, whole=False)
 
 
-def test_what_is_read_and_forgotten_is_read_and_no_memory_is_kept_of_it(
+def test_read_and_forget_keeps_no_memory(
     checked: tuple[Any, list[dict[str, Any]]],
 ) -> None:
     consumer, batches = checked
@@ -284,7 +286,7 @@ def test_what_is_read_and_forgotten_is_read_and_no_memory_is_kept_of_it(
     assert not consumer.read_and_forget(batches, until_s=0.0)
 
 
-def test_spans_go_on_in_the_epoch_that_was_cut(
+def test_a_timed_span_continues_the_epoch_that_was_cut(
     bench: Callable[[str], ModuleType], checked: tuple[Any, list[dict[str, Any]]]
 ) -> None:
     (consumer, batches), spans, begun = checked, bench("peers.spans"), []
@@ -328,13 +330,13 @@ def test_the_floor_serves_each_row_and_can_be_closed_in_mid_epoch(
     made.close()
 
 
-def test_a_run_ends_with_how_long_each_workload_took(bench: Callable[[str], ModuleType]) -> None:
+def test_a_run_prints_the_duration_of_each_workload(bench: Callable[[str], ModuleType]) -> None:
     said = bench("peers.__main__").durations({"tokens": 90.0, "rows": 300.0})
     assert said == "took tokens 1.5 min, rows 5.0 min, all 6.5 min"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the page cache as Linux has it")
-def test_what_a_contender_reads_is_in_the_page_cache_before_it_starts(
+def test_data_is_in_the_page_cache_before_a_contender_starts(
     bench: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
     path = tmp_path / "inner" / "file"
@@ -352,7 +354,7 @@ def test_what_a_contender_reads_is_in_the_page_cache_before_it_starts(
         assert are_resident(pages)
 
 
-def test_right_batches_pass_both_checks_in_either_form(checked: tuple[Any, list[dict[str, Any]]]) -> None:
+def test_correct_batches_pass_both_checks_in_both_layouts(checked: tuple[Any, list[dict[str, Any]]]) -> None:
     consumer, batches = checked
     buffers = [
         {**b, "text": (np.frombuffer("".join(b["text"]).encode(), np.uint8), np.arange(0, 33 * 60, 60))}
@@ -386,7 +388,7 @@ def test_a_record_beyond_the_first_ones_is_refused(checked: tuple[Any, list[dict
             consumer.check_records([numbers])
 
 
-def test_the_quality_of_a_shuffle_is_told_from_the_order(bench: Callable[[str], ModuleType]) -> None:
+def test_shuffle_quality_is_computed_from_the_order(bench: Callable[[str], ModuleType]) -> None:
     quality, n = bench("consumer").shuffle_quality, 4096
     assert quality(np.arange(n), n) == {"rank_correlation": 1.0, "neighbour_distance": pytest.approx(0, abs=0.001)}
     # Runs of neighbours, themselves well mixed: the rank correlation alone would not tell.

@@ -37,7 +37,7 @@ def test_an_error_keeps_its_class_message_and_facts_between_processes(error):
     assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
 
 
-def test_facts_that_are_no_attributes_are_details():
+def test_other_facts_of_an_error_are_in_details():
     assert ERRORS[1].details == {"sent": True}
     with pytest.raises(AttributeError):
         _ = ERRORS[1].sent

@@ -127,7 +127,7 @@ class TestVerb:
         assert {c["epoch_bytes"] for c in whole} == {0}
         assert {c["first_bytes"] for c in cases} == {summary["data_bytes"]}
 
-    def test_the_table_has_what_was_asked_for(self, tiercache, data_set):
+    def test_the_table_has_the_requested_policies_and_sizes(self, tiercache, data_set):
         flags = "--policy", "plan", "--size", "50%", "--size", "1KB"
         text = tiercache("simulate", data_set, *flags).out.splitlines()
         assert text[0].split() == ["policy", "cache", "of", "data", "hits", "fetched", "per", "epoch"]
@@ -173,7 +173,7 @@ class TestVerb:
         assert case["epoch_bytes"] == case["first_bytes"] == summary["data_bytes"]
         assert case["hit_ratio"] >= 0.5
 
-    def test_what_cannot_be_is_wrong_usage(self, tiercache, data_set, tmp_path):
+    def test_invalid_arguments_are_wrong_usage(self, tiercache, data_set, tmp_path):
         (tmp_path / "trace").write_text("not a trace\n")
         for flags, message in (
             ([], "simulate takes a URL, or --trace FILE"),

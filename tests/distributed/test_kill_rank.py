@@ -60,7 +60,7 @@ def check_resumed_with_fewer(python: WarmPython, url: Path, folder: Path, n_rank
     with_one.dataset.close()
 
 
-def test_what_a_killed_job_of_three_left_is_served_by_two(packed, tmp_path, warm_python):
+def test_two_ranks_serve_the_rest_of_a_killed_job_of_three(packed, tmp_path, warm_python):
     check_resumed_with_fewer(warm_python, packed(N), tmp_path, 3, 2, seed=1)
 
 
@@ -68,7 +68,7 @@ def test_what_a_killed_job_of_three_left_is_served_by_two(packed, tmp_path, warm
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("n_ranks", "n_left"), [(2, 1), (3, 1), (4, 3), (4, 2), (4, 1)])
-def test_whatever_was_left_is_served_by_any_fewer(packed, tmp_path, warm_python, n_ranks, n_left, seed):
+def test_fewer_ranks_serve_the_rest_of_a_killed_job(packed, tmp_path, warm_python, n_ranks, n_left, seed):
     check_resumed_with_fewer(warm_python, packed(N), tmp_path, n_ranks, n_left, seed)
 
 
@@ -120,7 +120,7 @@ class Trainings:
         return [(int(step), loss) for step, loss in (line.split() for line in lines)]
 
 
-def test_a_training_that_was_killed_goes_on_bit_by_bit(tmp_path, warm_python):
+def test_a_killed_training_resumes_bit_for_bit(tmp_path, warm_python):
     Trainings(warm_python, tmp_path, epochs=1).kill_and_resume(1, seed=2)
 
 

@@ -53,7 +53,7 @@ class Training:
 
 
 @pytest.mark.timeout(120)
-def test_a_killed_training_resumes_as_if_nothing_had_been(tmp_path, warm_python):
+def test_a_killed_training_resumes_with_the_same_batches(tmp_path, warm_python):
     assert Training(warm_python, tmp_path, seed=3).run(3) == 3
 
 

@@ -49,7 +49,7 @@ class Warming:
 
 
 @pytest.mark.timeout(120)
-def test_a_killed_warming_goes_on_without_a_hand(tmp_path, warm_python):
+def test_a_killed_warming_continues_without_clean_up(tmp_path, warm_python):
     assert Warming(warm_python, tmp_path, seed=5).run(3) == 3
 
 
