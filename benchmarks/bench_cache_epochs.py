@@ -34,11 +34,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # For processes that this script
 from cachebench.bounds import belady, lru_share
 from cachebench.data import Packed, Served, Sizes, pack, serving, serving_s3
 from cachebench.jobs import Job, Nursery
-from cachebench.ledger import Rows
 from cachebench.peers import epochs_of, peer_job
-from cachebench.report import put_into, show
+from cachebench.report import MARKS, show
 from cachebench.simulated import shares_of_trace
-from rows import OUT
+from ledger import Ledger
+from peers.report import put
+from rows import OUT, machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -191,23 +192,21 @@ def main() -> None:
     given = parser.parse_args()
     if given.quick:
         given.shards, given.shard_kib, given.epochs = 24, 64, 1
-    rows = Rows(given.folder / "cache_epochs.jsonl", resume=given.resume)
+    ledger = Ledger(given.folder / "cache_epochs.jsonl", resume=given.resume)
     with ExitStack() as stack:
         bench = Bench(given, stack)
         facts = {"shards": given.shards, "shard_kib": given.shard_kib, "store": given.store, "n_epochs": given.epochs}
         facts["group_shards"] = given.group_shards
         for case in cases(given):
             wanted = case["part"] in given.only and (given.policy is None or case["policy"] in given.policy)
-            if wanted and not rows.has(case | facts):
-                row = rows.add(case | facts, RUNS[case["part"]](bench, case))
-                print(
-                    json.dumps({k: row.get(k) for k in ("part", "policy", "f", "ranks", "nodes", "share", "bound")}),
-                    flush=True,
-                )
-    text = show(rows.all())
+            if wanted and ledger.get(case | facts) is None:
+                found = RUNS[case["part"]](bench, case)
+                ledger.put(case | facts, machine() | found)
+                print(json.dumps(case | {name: found.get(name) for name in ("share", "bound")}), flush=True)
+    text = show([case | found for case, found in ledger.all()])
     print(text)
     if given.into:
-        put_into(given.into, text)
+        put(given.into, text, MARKS)
 
 
 if __name__ == "__main__":

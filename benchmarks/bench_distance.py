@@ -17,12 +17,44 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 import tiercache as tc
-from bench_huge_pages import KINDS, epoch, write
 from rows import OUT, table, write_rows
 from tiercache._native.ring import is_far, override_distance
 
+# Kind: (schema of the wide column, bytes per record, batch size).
+KINDS: dict[str, tuple[Any, int, int]] = {
+    "tokens": (tc.Tensor("uint16", (1024,)), 2048, 64),
+    "tensors": (tc.Tensor("uint8", (3, 64, 64)), 12288, 256),
+    "bytes": ("bytes", 20000, 256),
+    "rows": (tc.Tensor("float32", (16,)), 64, 1024),
+}
 WAYS = {"caches": False, "memory": True, "found": None}
+
+
+def write(folder: Path, kind: str, n: int) -> None:
+    """Pack n records of random bytes."""
+    spec, n_bytes, _ = KINDS[kind]
+    random = np.random.default_rng(0)
+    with tc.Writer(folder, schema={"wide": spec, "label": "int64"}, compression="none") as writer:
+        for first in range(0, n, 4096):
+            m = min(4096, n - first)
+            raw = random.integers(0, 256, (m, n_bytes), np.uint8)
+            wide = [row.tobytes() for row in raw] if kind == "bytes" else raw.view(spec.dtype).reshape(m, *spec.shape)
+            writer.write_batch({"wide": wide, "label": np.arange(first, first + m)})
+
+
+def epoch(loader: tc.DataLoader) -> float:
+    """Return the seconds of one epoch in which every byte is read."""
+    start_s, total = time.perf_counter(), 0
+    for batch in loader:
+        for value in batch.values():
+            tensor = value if torch.is_tensor(value) else value.values
+            words = tensor.numpy().reshape(-1).view(np.uint8)
+            total += int(words[: words.size // 8 * 8].view(np.uint64).sum())
+    return time.perf_counter() - start_s
 
 
 def measure(folder: Path, kind: str, seconds: float, *, shuffled: bool) -> list[dict[str, Any]]:

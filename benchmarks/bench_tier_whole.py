@@ -3,11 +3,12 @@
     python benchmarks/bench_tier_whole.py [--objects 1000000] [--rules 20] [--only files folders named books]
 
 It runs the command's functions for inventory, decision, plan, plan file and output, on stores that list from memory.
-The cases are those of bench_tier_inventory.py, with a SQLite catalog for books. Most files move; of the checkpoints in
-folders, those that keep lists do not name. `listing_s` is the time of the stores' listing (including Python objects of
-a million keys), and `rest_s` that of everything else, which must be below 10 s; `peak_bytes`, the peak memory of the
-process, must be below 1 GiB. Each repetition is a process of its own. The rows are written to tier_whole.jsonl. --quick
-uses small data.
+files: each object is a group. folders: checkpoints of ten objects each, with numbered shards. named: checkpoints of one
+file each, with a metric in the name that a rule uses. books: files, all of which are in a SQLite catalog. Most files
+move; of the checkpoints in folders, those that keep lists do not name. `listing_s` is the time of the stores' listing
+(including Python objects of a million keys), and `rest_s` that of everything else, which must be below 10 s;
+`peak_bytes`, the peak memory of the process, must be below 1 GiB. Each repetition is a process of its own. The rows are
+written to tier_whole.jsonl. --quick uses small data.
 """
 
 from __future__ import annotations
@@ -22,26 +23,52 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench_tier_inventory import CASES, NOW_S, MadeStore, ranges_of
-from bench_tier_plan import DAY_S, TIERS
+from bench_tier_plan import DAY_S, NOW_S, TIERS
 from cases import Bench, asked, mib, peak_bytes
 from rows import spread
 from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.cli.output import Output
 from tiercache.cli.tier_verbs import plan_facts, plan_text, plan_tiers, print_plan
 from tiercache.cli.tiers import OpenTiers
+from tiercache.model import ObjectInfo
 from tiercache.prices import prices_if_known
+from tiercache.store import MemoryStore
 from tiercache.tier.inventory.listing import list_tiers
 from tiercache.tier.plan.plan import write_plan
 from tiercache.tier.rules import BestMetric, KeepList, Rule, RuleFile, Tier
 from tiercache.tier.stores import Stores
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 LIMIT_S, LIMIT_BYTES = 10.0, 1 << 30
 SHOWN = 20
+CASES: dict[str, Callable[[int], str]] = {
+    "files": lambda i: f"users/team-{i % 50}/results/{i // 1000}/file-{i}.{('bin', 'csv', 'npz')[i % 3]}",
+    "folders": lambda i: f"runs/run-{i // 1000}/checkpoint-{i // 10 % 100}/model-{i % 10 + 1:05d}-of-00010.safetensors",
+    "named": lambda i: f"runs/run-{i // 1000}/epoch={i % 1000}-step={i}-val_loss={i % 97 / 50}.ckpt",
+    "books": lambda i: f"users/team-{i % 50}/results/{i // 1000}/file-{i}.bin",
+}
 MEASURED = ("seconds", "listing_s", "rest_s", "cpu_s")
+
+
+class MadeStore(MemoryStore):
+    """A store that lists the objects first, first + 1, ..., which do not exist."""
+
+    def __init__(self, name: str, case: str, numbers: range) -> None:
+        super().__init__(name)
+        self.case, self.numbers = case, numbers
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:  # noqa: ARG002 - all is asked for
+        """Yield all objects."""
+        name = CASES[self.case]
+        for i in self.numbers:
+            yield ObjectInfo(name(i), 1_000_000 + i % 7, f'"{i:032x}"', modified_s=NOW_S - DAY_S - i % 1000)
+
+
+def ranges_of(n: int) -> dict[str, range]:
+    """Return the numbers of the objects in each tier: 70% in standard, 20% in archive, 10% in hot and in standard."""
+    return {"hot": range(n // 10), "standard": range(n * 7 // 10), "archive": range(n * 8 // 10, n)}
 
 
 def made_file(n_rules: int) -> RuleFile:

@@ -22,12 +22,12 @@ def test_each_case_is_a_row(rows):
     assert [row["case"] for row in rows] == ["mixed"]
 
 
-def test_there_is_something_to_decide_in_the_mixed_case(rows):
+def test_the_mixed_case_has_moves_and_refusals(rows):
     assert rows[0]["moves"] > 1000
     assert rows[0]["refusals"] > 10
 
 
-def test_memory_and_time_are_those_of_a_process_that_did_something(rows):
+def test_rows_have_peak_memory_and_time(rows):
     for row in rows:
         assert row["peak_bytes"] > row["made_bytes"] >= 0
         assert row["seconds"]["median"] > 0

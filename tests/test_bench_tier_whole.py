@@ -25,7 +25,7 @@ def test_a_plan_with_most_of_the_objects_in_it_is_written(rows):
         assert row["plan_bytes"] > 200 * row["moves"]
 
 
-def test_all_but_listing_is_told_apart_from_it(rows):
+def test_listing_time_and_the_rest_are_separate(rows):
     for row in rows.values():
         assert row["seconds"]["median"] > row["listing_s"]["median"] > 0
         assert row["rest_s"]["median"] == pytest.approx(row["seconds"]["median"] - row["listing_s"]["median"])

@@ -1,7 +1,6 @@
 """What the comparison's rows say: the verdict on them, and the forms that pictures and columns are compared in."""
 
 import importlib
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +70,7 @@ def test_the_verdict_says_when_the_best_library_got_fewer_records(bench: Callabl
     assert line.figures.endswith("(lit, 512 records)")
 
 
-def test_the_verdict_compares_pictures_with_those_of_the_same_transform(bench: Callable[[str], ModuleType]) -> None:
+def test_the_verdict_compares_images_of_the_same_dct(bench: Callable[[str], ModuleType]) -> None:
     images = {"workload": {"name": "images"}}
     usual = [
         rates(peer, "full", "", rate, **images) for peer, rate in (("tiercache", 9.0), ("beton", 5.0), ("lit", 6.0))
@@ -95,7 +94,7 @@ def test_every_requirement_names_a_contender_that_runs_it(bench: Callable[[str],
         assert required.form in [replace(images_job(bench, form), workload=workload).shown_form for form in forms]
 
 
-def test_only_those_who_decode_by_the_fast_transform_are_run_by_it_too(bench: Callable[[str], ModuleType]) -> None:
+def test_only_contenders_with_the_fast_dct_are_also_run_with_it(bench: Callable[[str], ModuleType]) -> None:
     peers, workloads, forms = bench("peers.catalogue").PEERS, bench("workloads").WORKLOADS, bench("peers.compare").forms
     ways = ("list", "fast DCT", "planes and fast DCT")
     several = {name for name, peer in peers.items() if forms(peer, workloads["images"]) == ways}
@@ -105,7 +104,7 @@ def test_only_those_who_decode_by_the_fast_transform_are_run_by_it_too(bench: Ca
     assert forms(peers["beton"], workloads["rows"]) == ("list", "buffer")
 
 
-def test_each_form_is_named_as_one_would_say_it(bench: Callable[[str], ModuleType]) -> None:
+def test_each_variant_has_a_readable_name(bench: Callable[[str], ModuleType]) -> None:
     report, compare = bench("peers.report"), bench("peers.compare")
     said = [compare.Case(images_job(bench, form), None).name for form in ("list", "fast DCT")]
     assert said == ["images: tiercache, shuffle none", "images: tiercache, shuffle none, by fast DCT"]
@@ -120,24 +119,9 @@ def test_each_form_is_named_as_one_would_say_it(bench: Callable[[str], ModuleTyp
     assert report.missing(absent)[1] == expected
 
 
-def test_a_ledger_from_before_the_fast_transform_still_holds_the_usual_pictures(
-    bench: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    usual, fast = (images_job(bench, form) for form in ("list", "fast DCT"))
-    assert (usual.shown_form, fast.shown_form) == ("", "fast DCT")
-    task = {"task": "measure", "peer": "tiercache", "workload": usual.workload.as_json()}
-    task |= {"source_folder": "", "folder": "", "library_folder": ""}
-    task |= {"shuffle": "none", "form": "list", "workers": 0, "min_s": 0.0, "check_s": float("inf")}
-    line = {"task": json.dumps([task, 1]), "found": {"samples_per_s": 1.0}}
-    (tmp_path / "ledger.jsonl").write_text(json.dumps(line) + "\n")
-    ledger = bench("peers.ledger").Ledger(tmp_path / "ledger.jsonl", resume=True)
-    assert ledger.get(usual, 1) == {"samples_per_s": 1.0}
-    assert ledger.get(fast, 1) is None
-
-
 @pytest.mark.parametrize("form", ["fast DCT", pytest.param("planes and fast DCT", marks=BY_PLANES)])
 @pytest.mark.parametrize("adapter", ["tiercache", "decoder_alone"])
-def test_pictures_by_a_faster_way_are_others_by_a_little(
+def test_images_by_faster_variants_differ_slightly(
     adapter: str, form: str, bench: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
     module, served = bench(f"peers.adapters.{adapter}"), []

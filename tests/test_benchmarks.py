@@ -38,19 +38,19 @@ def run_quick(python: WarmPython, command: list[str], folder: Path) -> tuple[str
 
 
 @pytest.mark.stress
-def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path, warm_python: WarmPython) -> None:
+def test_an_interrupted_comparison_resumes(tmp_path: Path, warm_python: WarmPython) -> None:
     """The second run takes the first one's repetition, and adds another contender's rows to its."""
     command = ["-m", "peers", "--workload", "tensors", "--shuffle", "full", "--keep"]
     _, before = run_quick(warm_python, [*command, "--only", "numpy_memmap"], tmp_path)
     with (tmp_path / "ledger.jsonl").open("a") as file:
-        file.write('{"task": "torn')
+        file.write('{"case": "torn')
     _, after = run_quick(warm_python, [*command, "--resume", "--only", "numpy_memmap", "c_floor"], tmp_path)
     figures = [row["samples_per_s.every"] for row in loads(before)]
     assert [row["samples_per_s.every"] for row in loads(after) if row["peer"] == "numpy_memmap"] == figures
     assert {row["peer"] for row in loads(after)} == {"numpy_memmap", "c_floor"}
 
 
-def test_rows_of_an_earlier_run_stay_unless_their_case_was_run_again(bench: Callable[[str], ModuleType]) -> None:
+def test_rows_of_an_earlier_run_are_kept_unless_their_case_was_run_again(bench: Callable[[str], ModuleType]) -> None:
     def row(workload: str, peer: str, **others: Any) -> dict[str, Any]:
         case = {"benchmark": "load", "peer": peer, "workload": {"name": workload}, "shuffle": "full", "form": ""}
         return {**case, **others}
@@ -87,35 +87,47 @@ def loads(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["benchmark"] == "load"]
 
 
-def test_the_loaders_are_compared_record_by_record(tmp_path: Path, warm_python: WarmPython) -> None:
-    command = ["bench_loader.py", "--workload", "tokens", "--only", "tiercache", "c_floor"]
-    text, rows = run_quick(warm_python, command, tmp_path)
-    assert [row["peer"] for row in loads(rows)] == ["tiercache", "c_floor"]
-    assert "x floor" in text
-    for row in loads(rows):
-        assert row["workload"]["name"] == "tokens"
-        assert row["samples_per_s.every"]["min"] > 0
-        assert row["neighbour_distance"]["median"] > 0.5
-        assert {"cores", "kernel", "processor", "versions"} <= set(row)
-
-
-@pytest.mark.parametrize("workload", ["bytes", pytest.param("images", marks=pytest.mark.stress)])
-def test_the_comparison_has_a_row_for_each_way_of_a_contender(
-    workload: str, tmp_path: Path, warm_python: WarmPython
+def test_the_comparison_has_a_row_for_each_layout_of_a_contender(
+    bench: Callable[[str], ModuleType], tmp_path: Path, warm_python: WarmPython, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["-m", "peers", "--workload", workload, "--shuffle", "none", "--only", "tiercache"]
+    compare, workloads = bench("peers.compare"), bench("workloads")
+
+    def run_in_a_fork(_runner: Any, _python: Path, job: Any) -> dict[str, Any]:
+        done = warm_python.run(["-m", "peers.child", json.dumps(job.as_json())], cwd=BENCHMARKS)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    monkeypatch.setattr(bench("peers.runner").Runner, "run", run_in_a_fork)
+    plan = replace(small_plan(compare, tmp_path, "tiercache"), shuffles=("full",))
+    tiny = replace(workloads.ROWS, batch_size=64, n_records=2048)
+    packed, *rows = compare.compare(tiny, plan, compare.Tasks(plan))
+    assert packed["records_per_s"] > 0
+    assert [row["form"] for row in rows] == ["list", "buffer"]
+    for row in rows:
+        assert row["samples_per_s.every"]["min"] > 0
+        assert row["checked_share"]["median"] == 1
+        assert row["neighbour_distance"]["median"] > 0.5
+    text = bench("peers.report").markdown([{**row, **bench("rows").machine()} for row in rows])
+    assert "Shuffled, varied columns as list:" in text
+
+
+@pytest.mark.stress
+def test_the_comparison_has_a_row_for_each_way_to_decode_images(tmp_path: Path, warm_python: WarmPython) -> None:
+    command = ["-m", "peers", "--workload", "images", "--shuffle", "none", "--only", "tiercache"]
     _, rows = run_quick(warm_python, command, tmp_path)
     planes = "planes and fast DCT"
-    forms = ["", "fast DCT", planes] if workload == "images" else ["list", "buffer"]
-    assert [row["form"] for row in loads(rows)] == forms
+    assert [row["form"] for row in loads(rows)] == ["", "fast DCT", planes]
     for row in loads(rows):
         if row["form"] == planes and not has_turbojpeg():
             assert "libturbojpeg" in row["missing"]
         else:
             assert row["rank_correlation"]["median"] == 1
+            assert {"cores", "kernel", "processor", "versions"} <= set(row)
 
 
-def test_what_cannot_be_installed_is_named_with_its_reason(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+def test_a_contender_that_cannot_be_installed_is_listed_with_the_reason(
+    bench: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
     peer = bench("peers.catalogue").Peer(title="one", requirements=("numpy",), system=("no-such-module",))
     environments = bench("peers.environments")
     with pytest.raises(environments.NotInstalledError, match="needs"):
@@ -193,14 +205,14 @@ def test_every_share_of_a_workload_is_one_of_many_batches(bench: Callable[[str],
         assert 32 * workloads[name].batch_size <= n < workloads[name].n_records
 
 
-def test_of_a_small_workload_nobody_gets_more_than_there_is(bench: Callable[[str], ModuleType]) -> None:
+def test_a_contender_gets_no_more_records_than_the_workload_has(bench: Callable[[str], ModuleType]) -> None:
     workloads = bench("workloads")
     tenth = workloads.scaled(workloads.ROWS, 0.1)
     assert workloads.first_of(tenth, 131_072).n_records == 131_072
     assert workloads.first_of(tenth, 1 << 20) == tenth
 
 
-def test_what_is_packed_of_fewer_records_does_not_pass_for_all_of_them(
+def test_data_packed_from_fewer_records_is_not_reused_for_all_records(
     bench: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
     compare, peers, workloads = bench("peers.compare"), bench("peers.catalogue").PEERS, bench("workloads")
@@ -244,7 +256,7 @@ def swapped(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, "label": batch["label"].flip(0)}
 
 
-def test_an_epoch_that_is_cut_is_checked_as_far_as_it_came(checked: tuple[Any, list[dict[str, Any]]]) -> None:
+def test_a_partial_epoch_is_checked_as_far_as_it_was_read(checked: tuple[Any, list[dict[str, Any]]]) -> None:
     consumer, (one, two) = checked
     assert not consumer.check_records([one, two], until_s=0.0)
     assert consumer.order.tolist() == one["label"].tolist()
@@ -262,7 +274,7 @@ def test_an_epoch_that_is_cut_is_checked_as_far_as_it_came(checked: tuple[Any, l
         consumer.check_sums(1, whole=False)
 
 
-def test_what_is_read_and_forgotten_is_read_and_no_memory_is_kept_of_it(
+def test_read_and_forget_keeps_no_memory(
     checked: tuple[Any, list[dict[str, Any]]],
 ) -> None:
     consumer, batches = checked
@@ -274,7 +286,7 @@ def test_what_is_read_and_forgotten_is_read_and_no_memory_is_kept_of_it(
     assert not consumer.read_and_forget(batches, until_s=0.0)
 
 
-def test_spans_go_on_in_the_epoch_that_was_cut(
+def test_a_timed_span_continues_the_epoch_that_was_cut(
     bench: Callable[[str], ModuleType], checked: tuple[Any, list[dict[str, Any]]]
 ) -> None:
     (consumer, batches), spans, begun = checked, bench("peers.spans"), []
@@ -318,13 +330,13 @@ def test_the_floor_serves_each_row_and_can_be_closed_in_mid_epoch(
     made.close()
 
 
-def test_a_run_ends_with_how_long_each_workload_took(bench: Callable[[str], ModuleType]) -> None:
+def test_a_run_prints_the_duration_of_each_workload(bench: Callable[[str], ModuleType]) -> None:
     said = bench("peers.__main__").durations({"tokens": 90.0, "rows": 300.0})
     assert said == "took tokens 1.5 min, rows 5.0 min, all 6.5 min"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the page cache as Linux has it")
-def test_what_a_contender_reads_is_in_the_page_cache_before_it_starts(
+def test_data_is_in_the_page_cache_before_a_contender_starts(
     bench: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
     path = tmp_path / "inner" / "file"
@@ -342,7 +354,7 @@ def test_what_a_contender_reads_is_in_the_page_cache_before_it_starts(
         assert are_resident(pages)
 
 
-def test_right_batches_pass_both_checks_in_either_form(checked: tuple[Any, list[dict[str, Any]]]) -> None:
+def test_correct_batches_pass_both_checks_in_both_layouts(checked: tuple[Any, list[dict[str, Any]]]) -> None:
     consumer, batches = checked
     buffers = [
         {**b, "text": (np.frombuffer("".join(b["text"]).encode(), np.uint8), np.arange(0, 33 * 60, 60))}
@@ -376,7 +388,7 @@ def test_a_record_beyond_the_first_ones_is_refused(checked: tuple[Any, list[dict
             consumer.check_records([numbers])
 
 
-def test_the_quality_of_a_shuffle_is_told_from_the_order(bench: Callable[[str], ModuleType]) -> None:
+def test_shuffle_quality_is_computed_from_the_order(bench: Callable[[str], ModuleType]) -> None:
     quality, n = bench("consumer").shuffle_quality, 4096
     assert quality(np.arange(n), n) == {"rank_correlation": 1.0, "neighbour_distance": pytest.approx(0, abs=0.001)}
     # Runs of neighbours, themselves well mixed: the rank correlation alone would not tell.

@@ -28,7 +28,7 @@ def anchors(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_links_between_pages_lead_somewhere(path):
+def test_links_between_pages_resolve(path):
     broken = []
     for link in LINK.findall(FENCE.sub("", path.read_text())):
         target, _, anchor = link.partition("#")

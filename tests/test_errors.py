@@ -20,7 +20,7 @@ from tiercache.errors import (
 ERRORS = [
     TierCacheError("it failed", path="p"),
     StoreError("it failed", url="s3://b/k", retryable=True, status=503, code="SlowDown", maybe_done=True, sent=True),
-    NotFound(url="s3://b/k", status=404),
+    NotFound("no such object", url="s3://b/k", status=404),
     ObjectChanged(url="s3://b/k", expected="a", found="b"),
     CorruptShard("bad checksum", url="s3://b/k", part="block", block=3, column="x", place=(1, 3, 7)),
     SchemaError("not an integer", column="x", record=4, expected="int64", got="str"),
@@ -37,7 +37,7 @@ def test_an_error_keeps_its_class_message_and_facts_between_processes(error):
     assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
 
 
-def test_facts_that_are_no_attributes_are_details():
+def test_other_facts_of_an_error_are_in_details():
     assert ERRORS[1].details == {"sent": True}
     with pytest.raises(AttributeError):
         _ = ERRORS[1].sent

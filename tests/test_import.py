@@ -21,7 +21,7 @@ def test_importing_loads_no_heavy_library():
 
 
 @pytest.mark.parametrize("name", ["Dataset", "Writer", "Cache", "Tensor", "pack"])
-def test_what_needs_no_tensor_loads_no_torch(name):
+def test_names_that_need_no_tensor_load_no_torch(name):
     code = f"import sys, tiercache; tiercache.{name}; print('torch' in sys.modules)"
     assert run_python("-c", code).stdout.strip() == "False"
 

@@ -75,7 +75,7 @@ def test_each_rule_names_file_line_and_fact(lint, root, name, line, text, fact):
     assert fact in found[0]
 
 
-def test_what_is_allowed_in_one_place_is_no_violation_there(lint, root):
+def test_code_in_its_allowed_file_is_no_violation(lint, root):
     source = root / "src" / "tiercache"
     (source / "waiting.py").write_text("import time\ntime.sleep(1)\n")
     (source / "config.py").write_text("import os\nos.environ.get('X')\n")
@@ -85,7 +85,7 @@ def test_what_is_allowed_in_one_place_is_no_violation_there(lint, root):
     assert lint(root) == []
 
 
-def test_a_back_end_may_be_imported_where_it_is_named_and_by_testing(lint, root):
+def test_a_backend_library_may_be_imported_in_its_listed_files_and_in_testing(lint, root):
     architecture = root / "docs" / "architecture.md"
     architecture.write_text(DOCUMENT + "  store/  [2] x\n  testing/  [4] y\n")
     for name in ("store/s3.py", "testing/s3_server.py"):

@@ -26,12 +26,12 @@ def tier(url="s3://bucket/x", prices=None):
 
 
 class TestTheTable:
-    def test_it_has_a_date_and_says_that_its_figures_are_secondary(self):
+    def test_the_table_has_a_date_and_notes_that_its_figures_are_secondary(self):
         dated, _ = price_table()
         assert re.fullmatch(r"20\d\d-\d\d-\d\d", dated)
         assert "Secondary figures" in " ".join(price_notes())
 
-    def test_it_has_all_classes_of_s3_and_those_of_google_and_azure(self):
+    def test_the_table_has_the_classes_of_s3_google_and_azure(self):
         _, table = price_table()
         names = {name.partition(":")[0]: set() for name in table}
         for name in table:
@@ -43,7 +43,7 @@ class TestTheTable:
             "azure": {"HOT", "COOL", "COLD", "ARCHIVE"},
         }
 
-    def test_a_colder_class_is_cheaper_to_keep_and_dearer_to_write(self):
+    def test_a_colder_class_costs_less_to_store_and_more_to_write(self):
         """Within each provider, in the order of the file: a price with a slipped decimal point stands out."""
         chains = [
             ["aws:us-east-1:" + name for name in ("STANDARD", "STANDARD_IA", "GLACIER_IR", "GLACIER", "DEEP_ARCHIVE")],
@@ -59,7 +59,7 @@ class TestTheTable:
         written = [named_prices(name).put_1000 for name in chains[0]]
         assert written == sorted(written)
 
-    def test_classes_that_must_be_restored_say_how_fast_and_the_faster_is_dearer(self):
+    def test_faster_restores_cost_more(self):
         _, table = price_table()
         restored = {name for name, prices in table.items() if prices.restore}
         assert restored == {"aws:us-east-1:GLACIER", "aws:us-east-1:DEEP_ARCHIVE", "azure:eastus2:ARCHIVE"}
@@ -67,15 +67,15 @@ class TestTheTable:
             by_hours = sorted(table[name].restore.values(), key=lambda price: price.hours)
             assert [p.gb for p in by_hours] == sorted((p.gb for p in by_hours), reverse=True)
 
-    def test_it_cannot_be_changed(self):
+    def test_the_table_is_read_only(self):
         _, table = price_table()
         with pytest.raises(TypeError):
             table["mine"] = FREE
 
-    def test_a_change_of_class_costs_a_write_where_nothing_else_is_said(self):
+    def test_a_transition_costs_as_much_as_a_write_by_default(self):
         assert named_prices("gcs:us-central1:NEARLINE").transition_1000 == 0.01
 
-    def test_an_unknown_name_is_an_error_with_those_that_are_near(self):
+    def test_an_unknown_name_is_an_error_with_similar_names(self):
         with pytest.raises(ValueError, match=r"no prices are called 'aws:us-east-1:GLACER'; did you mean .*GLACIER'"):
             named_prices("aws:us-east-1:GLACER")
         with pytest.raises(ValueError, match=r"'x'; there are aws:us-east-1:STANDARD, .*; or write a table"):
@@ -83,7 +83,7 @@ class TestTheTable:
 
 
 class TestATableOfOnesOwn:
-    def test_it_has_the_same_keys(self):
+    def test_an_own_table_has_the_same_keys(self):
         given = {
             "store_gb_month": 0.004,
             "get_1000": 0.01,
@@ -97,7 +97,7 @@ class TestATableOfOnesOwn:
             "mine", 0.004, 0.02, 0.01, 0.02, 0.03, 0.0, 90.0, 131072, 0, {"bulk": RestorePrice(0.1, 0.0, 9.0)}
         )
 
-    def test_it_may_begin_from_another_and_say_what_differs(self):
+    def test_an_own_table_may_start_from_named_prices(self):
         base = named_prices("aws:us-east-1:GLACIER")
         found = parse_prices("mine", {"like": "aws:us-east-1:GLACIER", "store_gb_month": 0.003})
         assert found == replace(base, name="aws:us-east-1:GLACIER (mine)", store_gb_month=0.003)
@@ -123,17 +123,17 @@ class TestATableOfOnesOwn:
             ({"like": 3}, "like: expected a name of prices, got 3"),
         ],
     )
-    def test_what_does_not_fit_names_its_key(self, given, message):
+    def test_an_invalid_key_or_value_is_named(self, given, message):
         with pytest.raises(ValueError, match=re.escape(message)):
             parse_prices("mine", given)
 
 
 class TestOfATier:
-    def test_a_local_path_is_free_unless_it_says_otherwise(self):
+    def test_a_local_path_is_free_unless_it_has_prices(self):
         assert prices_of(tier("/nvme")) == prices_of(tier("file:///nvme")) == FREE
         assert prices_of(tier("/nvme", {"store_gb_month": 0.1})).store_gb_month == 0.1
 
-    def test_a_name_is_looked_up(self):
+    def test_a_name_is_looked_up_in_the_table(self):
         assert prices_of(tier(prices="gcs:us-central1:ARCHIVE")).min_days == 365
 
     def test_a_remote_tier_without_prices_is_an_error_only_where_dollars_are_needed(self):
@@ -141,5 +141,5 @@ class TestOfATier:
         with pytest.raises(ValueError, match=r"tiers\.cold\.prices: not given, and dollars are asked for"):
             prices_of(tier())
 
-    def test_its_own_table_is_called_after_it(self):
+    def test_an_own_table_is_named_after_its_tier(self):
         assert prices_of(tier(prices={"store_gb_month": 1})).name == "tiers.cold"

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peers.report import put
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
 
 MARKS = ("<!-- cache epochs: begin -->", "<!-- cache epochs: end -->")
 # Requirement: allowed share of fetched bytes above the bound.
@@ -60,8 +57,3 @@ def line(row: Row, where: str) -> tuple[str, ...]:
         f"{row['wall_s']:.1f}",
         row.get("note", ""),
     )
-
-
-def put_into(path: Path, text: str) -> None:
-    """Replace the text between the marks of a document. Raises ValueError if it has no marks."""
-    put(path, text, MARKS)

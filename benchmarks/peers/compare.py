@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from generate import generate
+from ledger import Ledger
 from peers.catalogue import PEERS, Peer, manner
 from peers.environments import NotInstalledError, interpreter
 from peers.job import USUAL, Job, cores
-from peers.ledger import Ledger
 from peers.runner import FailedError, Runner
 from rows import spread
 from workloads import first_of
@@ -87,7 +87,7 @@ class Tasks:
 
     def known(self, job: Job, repetition: int = 0) -> dict[str, Any] | None:
         """Return the stored result of a task, if any."""
-        return self._ledger.get(job, repetition)
+        return self._ledger.get(_task(job, repetition))
 
     def run(self, python: Path, job: Job, repetition: int = 0) -> dict[str, Any]:
         """Return the result of a task.
@@ -96,8 +96,13 @@ class Tasks:
             FailedError: The task failed. Failures are not stored, so another run tries again.
         """
         found = self._runner.run(python, job)
-        self._ledger.put(job, repetition, found)
+        self._ledger.put(_task(job, repetition), found)
         return found
+
+
+def _task(job: Job, repetition: int) -> list[Any]:
+    """Return the key of a task, without the folders, which may move."""
+    return [replace(job, source_folder="", folder="", library_folder="").as_json(), repetition]
 
 
 def compare(workload: Workload, plan: Plan, tasks: Tasks) -> list[dict[str, Any]]:

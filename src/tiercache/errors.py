@@ -91,72 +91,35 @@ class StoreError(TierCacheError):
 
 
 class NotFound(StoreError, FileNotFoundError):
-    """The object does not exist.
-
-    Args:
-        message: What happened.
-        url: URL of the object, without credentials.
-        retryable: Whether the same request may succeed later.
-        status: HTTP status; None if there is none.
-        code: Error code of the server's answer; None if there is none.
-        maybe_done: Whether the store may have executed the request.
-        details: Further facts for the library itself.
-    """
-
-    def __init__(
-        self,
-        message: str = "no such object",
-        *,
-        url: str,
-        retryable: bool = False,
-        status: int | None = None,
-        code: str | None = None,
-        maybe_done: bool = False,
-        **details: object,
-    ) -> None:
-        super().__init__(
-            message, url=url, retryable=retryable, status=status, code=code, maybe_done=maybe_done, **details
-        )
+    """The object does not exist. The arguments are those of StoreError."""
 
 
 class ObjectChanged(StoreError):
     """The object (or data set) is not the one that was opened.
 
     Args:
-        message: What happened; "": the object changed while it was being read.
+        message: What happened.
         url: URL of the object, without credentials.
         expected: ETag, size or fingerprint of the object that was opened.
         found: ETag, size or fingerprint of the object that was found.
-        retryable: Whether the same request may succeed later.
         status: HTTP status; None if there is none.
         code: Error code of the server's answer; None if there is none.
-        maybe_done: Whether the store may have executed the request.
         details: Further facts for the library itself.
     """
 
     def __init__(
         self,
-        message: str = "",
+        message: str = "the object changed while it was being read",
         *,
         url: str,
         expected: object = None,
         found: object = None,
-        retryable: bool = False,
         status: int | None = None,
         code: str | None = None,
-        maybe_done: bool = False,
         **details: object,
     ) -> None:
-        text = message or "the object changed while it was being read"
-        super().__init__(
-            f"{text} (expected {expected}, found {found})",
-            url=url,
-            retryable=retryable,
-            status=status,
-            code=code,
-            maybe_done=maybe_done,
-            **details,
-        )
+        super().__init__(f"{message} (expected {expected}, found {found})", url=url, status=status, code=code)
+        self.details = details
         self.expected = expected
         self.found = found
 

@@ -89,11 +89,13 @@ def parse_bool(value: object) -> bool:
 
 def format_bytes(n_bytes: float) -> str:
     """Return a size as text for people: "1.5 MiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(n_bytes) < 1024 or unit == "TiB":
-            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
+    if abs(n_bytes) < 1024:
+        return f"{n_bytes:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
         n_bytes /= 1024
-    return ""  # not reached: the loop ends at TiB
+        if abs(n_bytes) < 1024:
+            return f"{n_bytes:.1f} {unit}"
+    return f"{n_bytes / 1024:.1f} TiB"
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -7,7 +7,7 @@ come from secondary sources and age; ``docs/reference/tiers.md`` explains them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
@@ -99,48 +99,48 @@ _MOST = 1e15  # largest value of a price key, in dollars, days or bytes
 
 
 class HasPrices(Protocol):
-    """Anything with a URL and prices, such as a tier of a rule file."""
+    """A tier of a rule file; its prices are a name, a table, or None."""
 
     @property
-    def name(self) -> str:
-        """Name of the tier."""
+    def name(self) -> str: ...  # noqa: D102
 
     @property
-    def url(self) -> str:
-        """URL of the tier."""
+    def url(self) -> str: ...  # noqa: D102
 
     @property
-    def prices(self) -> str | dict[str, Any] | None:
-        """Prices in the rule file: a name, a table, or None."""
+    def prices(self) -> str | dict[str, Any] | None: ...  # noqa: D102
+
+
+@cache
+def _built_in() -> dict[str, Any]:
+    text = files("tiercache").joinpath("prices.json").read_text(encoding="utf-8")
+    data: dict[str, Any] = json.loads(text)
+    data["prices"] = MappingProxyType({name: _parsed(name, given) for name, given in data["prices"].items()})
+    return data
 
 
 def price_table() -> tuple[str, Mapping[str, Prices]]:
     """Return the date of the built-in price table, and its prices by name ("aws:us-east-1:STANDARD")."""
-    dated, _, table = _shipped()
-    return dated, table
+    return _built_in()["dated"], _built_in()["prices"]
 
 
-def price_notes() -> tuple[str, ...]:
+def price_notes() -> Sequence[str]:
     """Return the notes on the figures in the table, a sentence or two each."""
-    return _shipped()[1]
-
-
-@cache
-def _shipped() -> tuple[str, tuple[str, ...], Mapping[str, Prices]]:
-    text = files("tiercache").joinpath("prices.json").read_text(encoding="utf-8")
-    data = json.loads(text)
-    table = {name: _parsed(name, given) for name, given in data["prices"].items()}
-    return data["dated"], tuple(data["notes"]), MappingProxyType(table)
+    notes: list[str] = _built_in()["notes"]
+    return notes
 
 
 def named_prices(name: str) -> Prices:
     """Return the prices with a name in the table. Raises ValueError, with similar names."""
     _, table = price_table()
     if name not in table:
-        near = get_close_matches(name, table, n=3, cutoff=0.7)
-        known = "did you mean " + " or ".join(map(repr, near)) if near else "there are " + ", ".join(table)
-        raise ValueError(f"no prices are called {name!r}; {known}; or write a table of your own")
+        raise ValueError(f"no prices are called {name!r}; {_alternatives(name, table)}; or write a table of your own")
     return table[name]
+
+
+def _alternatives(name: str, names: Collection[str]) -> str:
+    near = get_close_matches(name, names, n=3, cutoff=0.7)
+    return "did you mean " + " or ".join(map(repr, near)) if near else "there are " + ", ".join(names)
 
 
 def parse_prices(name: str, given: Mapping[str, Any]) -> Prices:
@@ -202,9 +202,7 @@ def _values(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the checked values of a table, by field of Prices."""
     for key in given:
         if key not in _KEYS:
-            near = get_close_matches(key, _KEYS, n=1)
-            known = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(_KEYS)
-            raise ValueError(f"{key}: no such price; {known}")
+            raise ValueError(f"{key}: no such price; {_alternatives(key, _KEYS)}")
     parse = {"restore": lambda _, value: _restore(value)} | dict.fromkeys(_BYTES, _whole)
     return {key: parse.get(key, _number)(key, value) for key, value in given.items()}
 
@@ -219,9 +217,8 @@ def _restore(given: object) -> Mapping[str, RestorePrice]:
             raise ValueError(f"{where}: no such speed; there are {', '.join(SPEEDS)}")
         if not isinstance(price, Mapping):
             raise ValueError(f"{where}: expected a table with {', '.join(_RESTORE_KEYS)}, got {price!r}")
-        for key in price:
-            if key not in _RESTORE_KEYS:
-                raise ValueError(f"{where}.{key}: no such price; there are {', '.join(_RESTORE_KEYS)}")
+        if unknown := [key for key in price if key not in _RESTORE_KEYS]:
+            raise ValueError(f"{where}.{unknown[0]}: no such price; there are {', '.join(_RESTORE_KEYS)}")
         found[speed] = RestorePrice(**{key: _number(f"{where}.{key}", value) for key, value in price.items()})
     return found
 

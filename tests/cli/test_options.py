@@ -13,7 +13,7 @@ from tiercache.errors import SchemaError
 from tiercache.shard.schema import Column, Image, Ragged, Tensor
 
 
-def test_storage_options_are_texts_but_for_true_false_and_objects():
+def test_storage_options_stay_text_except_true_false_and_objects():
     assert parse_storage_options(["key=123", "anon=true", "sse=false", 'client_kwargs={"a": 1}', "token=a=b="]) == {
         "key": "123",
         "anon": True,
@@ -27,7 +27,7 @@ def test_storage_options_are_texts_but_for_true_false_and_objects():
 @pytest.mark.parametrize(
     ("text", "message"), [("region", "takes KEY=VALUE"), ("=x", "takes KEY=VALUE"), ("a={x", "a: not")]
 )
-def test_a_storage_option_that_cannot_be_read_is_an_error_without_its_value(text, message):
+def test_an_invalid_storage_option_is_an_error_that_hides_its_value(text, message):
     with pytest.raises(ValueError, match=message):
         parse_storage_options([text])
 
@@ -44,13 +44,13 @@ def test_a_storage_option_that_cannot_be_read_is_an_error_without_its_value(text
         ("float32[*, 4]", Ragged("float32", (None, 4))),
     ],
 )
-def test_a_type_is_read_as_info_prints_it(text, expected):
+def test_a_column_type_is_parsed_as_info_prints_it(text, expected):
     assert parse_type(text) == expected
     assert str(Column.of("x", parse_type(text))) == text
 
 
 @pytest.mark.parametrize("text", ["", "int64[a]", "int64[]", "list<int>x", "a b"])
-def test_what_is_no_type_is_an_error(text):
+def test_an_invalid_column_type_is_an_error(text):
     with pytest.raises((ValueError, SchemaError)):
         Column.of("x", parse_type(text))
 
@@ -61,7 +61,7 @@ def test_column_types_may_have_an_equals_sign_in_the_name():
         parse_types(["int8"])
 
 
-def test_shares_columns_and_sizes():
+def test_fractions_columns_and_sizes_are_parsed_and_errors_name_the_option():
     assert [parse_fraction(t) for t in ("25%", "0.5", "100%", "0")] == [0.25, 0.5, 1.0, 0.0]
     for text in ("101%", "-1", "half", "nan"):
         with pytest.raises(ValueError, match="from 0% to 100%"):

@@ -10,26 +10,26 @@ from tiercache.cli.output import Output, aligned, count
 from tiercache.shard.schema import Column, Image, Ragged, Tensor
 
 
-def test_columns_stand_under_each_other_and_numbers_to_the_right():
+def test_table_columns_are_aligned_and_numbers_right_aligned():
     rows = [["name", "size"], ["a", "1.0 KiB"], ["longer", "12 B"]]
     assert aligned(rows) == ["name       size", "a       1.0 KiB", "longer     12 B"]
     assert aligned([["only", "head"]]) == ["only  head"]
 
 
-def test_names_of_files_do_nothing_to_a_table_or_its_terminal(capsys):
+def test_control_characters_in_file_names_are_escaped_in_tables(capsys):
     Output().table("x", [], [{"path": "a\nb\x1b[2J\u202egpj.\udcff", "n": "1"}, {"path": "é 🎉", "n": "2"}])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["path", r"a\nb\x1b[2J\u202egpj.\udcff", "é 🎉"]
 
 
-def test_a_name_with_a_line_break_does_not_break_the_line_of_an_event(capsys):
+def test_a_line_break_in_a_name_is_escaped_in_an_event(capsys):
     output = Output()
     output.event("finding", {}, "set/a\nb.tcs: file: it is missing")
     output.summary({}, "checked set/a\nb.tcs")
     assert capsys.readouterr().out.splitlines() == [r"set/a\nb.tcs: file: it is missing", r"checked set/a\nb.tcs"]
 
 
-def test_counting():
+def test_a_count_has_a_singular_or_plural_noun():
     assert [count(0, "shard"), count(1, "shard"), count(1200, "copy", "copies")] == [
         "0 shards",
         "1 shard",
@@ -37,7 +37,7 @@ def test_counting():
     ]
 
 
-def test_json_is_one_object_a_line_and_quiet_hides_only_the_summary_for_people(capsys):
+def test_json_is_one_object_per_line_and_quiet_hides_only_the_summary_for_people(capsys):
     Output(as_json=True, quiet=True).table("x", [{"a": 1}, {"a": 2}], [{"A": "1"}, {"A": "2"}])
     Output(as_json=True, quiet=True).summary({"n": 2}, "two")
     lines = capsys.readouterr().out.splitlines()
@@ -51,7 +51,7 @@ def test_json_is_one_object_a_line_and_quiet_hides_only_the_summary_for_people(c
     assert capsys.readouterr().out == "A\n1\n"
 
 
-def test_there_is_no_progress_bar_where_there_is_no_terminal(capsys):
+def test_without_a_terminal_there_is_no_progress_bar(capsys):
     with Output().byte_progress("working") as advance:
         advance(1, 2)
     assert capsys.readouterr() == ("", "")
@@ -77,7 +77,7 @@ def test_there_is_no_progress_bar_where_there_is_no_terminal(capsys):
         (Ragged("float32", (None,)), np.array([0.5], "f4"), "float32[1] [0.5]", [0.5]),
     ],
 )
-def test_values_are_shown_in_one_line_and_kept_whole_in_json(kind, value, line, as_json):
+def test_values_are_one_line_for_people_and_complete_in_json(kind, value, line, as_json):
     column = Column.of("x", kind)
     assert format_value(column, value) == line
     assert json_value(column, value) == as_json

@@ -42,7 +42,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path, jobs):
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
 
 
-def test_a_warming_that_is_stopped_says_how_to_go_on_and_goes_on_there(data_set, tmp_path):
+def test_an_interrupted_warm_says_how_to_go_on_and_continues_from_there(data_set, tmp_path):
     objects = {p.relative_to(data_set).as_posix(): p.read_bytes() for p in data_set.rglob("*") if p.is_file()}
     shards = sorted(name for name in objects if name.endswith(".tcs"))
     cache = ["--cache", str(tmp_path / "cache"), "--cache-size", "100MB"]
@@ -68,7 +68,7 @@ def test_a_warming_that_is_stopped_says_how_to_go_on_and_goes_on_there(data_set,
     assert json.loads(done.stdout.splitlines()[-1])["fetched"] == len(again)
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(data_set):
+def test_a_closed_pipe_is_no_error(data_set):
     process = subprocess.Popen([*COMMAND, "ls", data_set, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     errors = process.stderr.read()

@@ -24,7 +24,7 @@ def test_without_a_verb_the_help_lists_them_all(tiercache):
 
 
 class TestPack:
-    def test_it_packs_and_says_what_there_is_now(self, tiercache, photos, tmp_path):
+    def test_pack_prints_the_new_version(self, tiercache, photos, tmp_path):
         done = tiercache("pack", photos, tmp_path / "out")
         assert done.out.startswith(f"{tmp_path}/out: version 1 has 20 records in 1 shard, ")
         assert done.err == ""
@@ -39,14 +39,14 @@ class TestPack:
         assert f"would create {tmp_path}/out from 21.1 KiB of source, in 1 process" in done.out
         assert not (tmp_path / "out").exists()
 
-    def test_column_types_can_be_said(self, tiercache, tmp_path):
+    def test_column_types_can_be_given(self, tiercache, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"x": 1, "v": [1, 2]}\n')
         flags = ["--column", "x=int8?", "--column", "v=float32[2]"]
         tiercache("pack", tmp_path / "a.jsonl", tmp_path / "out", *flags)
         columns = tiercache("info", tmp_path / "out", "--json").events[0]["columns"]
         assert columns == [{"name": "x", "type": "int8?"}, {"name": "v", "type": "float32[2]"}]
 
-    def test_errors_are_one_line_with_a_code_of_their_own(self, tiercache, photos, data_set, tmp_path):
+    def test_errors_are_one_line_with_an_exit_code(self, tiercache, photos, data_set, tmp_path):
         done = tiercache("pack", photos, data_set, code=1)
         assert done.err.count("\n") == 1
         assert done.err.startswith(f"tiercache: error: {data_set}: a data set exists already")
@@ -74,7 +74,7 @@ class TestPack:
 
 
 class TestListing:
-    def test_ls_lists_shards_and_sums_them_up(self, tiercache, data_set):
+    def test_ls_lists_shards_and_their_totals(self, tiercache, data_set):
         lines = tiercache("ls", data_set).out.splitlines()
         assert lines[0].split() == ["shard", "records", "size", "id"]
         assert lines[-1].startswith(f"version 1: {len(lines) - 2} shards, 20 records, ")
@@ -83,7 +83,7 @@ class TestListing:
         assert {shard["event"] for shard in shards} == {"shard"}
         assert sum(shard["bytes"] for shard in shards) == summary["bytes"]
 
-    def test_globs_choose_shards(self, tiercache, data_set):
+    def test_globs_select_shards(self, tiercache, data_set):
         assert tiercache("ls", data_set, "--include", "*-000000.tcs", "--json").events[-1]["shards"] == 1
 
     def test_ls_lists_versions(self, tiercache, photos, data_set):
@@ -94,7 +94,7 @@ class TestListing:
         assert tiercache("ls", data_set, "--at", "1", "--json").events[-1]["records"] == 20
         assert "no version 9" in tiercache("ls", data_set, "--at", "9", code=1).err
 
-    def test_info_says_what_it_is(self, tiercache, data_set):
+    def test_info_shows_version_size_and_columns(self, tiercache, data_set):
         text = tiercache("info", data_set).out
         assert "records      20\n" in text
         assert "  label: int64, 2 classes\n    0  cat\n    1  dog\n  path: str" in text
@@ -102,7 +102,7 @@ class TestListing:
         assert facts["columns"][1] == {"name": "label", "type": "int64", "classes": ["cat", "dog"]}
         assert facts["url"] == str(data_set)
 
-    def test_info_names_each_class_in_a_line_of_its_own_beside_its_number(self, tiercache, photos, tmp_path):
+    def test_info_prints_each_class_name_with_its_number(self, tiercache, photos, tmp_path):
         for name in ("a\nb", *(f"bird {i}" for i in range(9))):
             shutil.copytree(photos / "cat", photos / name)
         pack(photos, tmp_path / "many")
@@ -118,7 +118,7 @@ class TestListing:
 
 
 class TestHead:
-    def test_records_are_shown_over_the_borders_of_shards(self, tiercache, data_set):
+    def test_head_shows_records_across_shards(self, tiercache, data_set):
         lines = tiercache("head", data_set, "-n", "15", "--start", "3").out.splitlines()
         assert lines[:4] == ["record 3", "  image  <png 1.1 KiB>", "  label  0 (cat)", '  path   "cat/3.png"']
         assert [line for line in lines if line.startswith("record")] == [f"record {i}" for i in range(3, 18)]
@@ -129,7 +129,7 @@ class TestHead:
         assert [r["record"] for r in records] == [{"path": f"dog/{i}.png", "label": 1} for i in (8, 9)]
         assert summary["shown"] == 2
 
-    def test_beyond_the_end_there_is_nothing(self, tiercache, data_set):
+    def test_head_beyond_the_end_shows_nothing(self, tiercache, data_set):
         assert tiercache("head", data_set, "--start", "20").out == "0 of 20 records\n"
 
     def test_an_unknown_column_is_an_error(self, tiercache, data_set):
@@ -149,7 +149,7 @@ class TestExport:
         tiercache("pack", tmp_path / "a.jsonl", tmp_path / "mixed", *flags)
         return tmp_path / "mixed", rows
 
-    def test_one_file_holds_plain_types_that_pack_reads_back(self, tiercache, mixed, tmp_path):
+    def test_an_exported_file_has_plain_types_that_pack_reads_back(self, tiercache, mixed, tmp_path):
         url, rows = mixed
         done = tiercache("export", url, tmp_path / "out.parquet")
         assert done.out.startswith(f"exported 30 records to {tmp_path}/out.parquet, 1 file, ")
@@ -165,7 +165,7 @@ class TestExport:
         columns = [tiercache("info", u, "--json").events[0]["columns"] for u in (url, tmp_path / "again")]
         assert columns[0] == columns[1]
 
-    def test_pictures_and_class_names_survive(self, tiercache, data_set, photos, tmp_path):
+    def test_images_and_class_names_survive_export_and_pack(self, tiercache, data_set, photos, tmp_path):
         tiercache("export", data_set, tmp_path / "out.parquet")
         table = pq.read_table(tmp_path / "out.parquet", columns=["image"])
         storage = table["image"].combine_chunks()
@@ -177,7 +177,7 @@ class TestExport:
             {"name": "label", "type": "int64", "classes": ["cat", "dog"]},
         ]
 
-    def test_a_folder_gets_a_file_a_shard(self, tiercache, mixed, tmp_path):
+    def test_export_to_a_folder_writes_one_file_per_shard(self, tiercache, mixed, tmp_path):
         url, rows = mixed
         n_shards = tiercache("ls", url, "--json").events[-1]["shards"]
         assert n_shards > 2
@@ -187,14 +187,14 @@ class TestExport:
         assert [f.name for f in files] == [f"part-{i:05d}.parquet" for i in range(n_shards)]
         assert [s for f in files for s in pq.read_table(f)["s"].to_pylist()] == [row["s"] for row in rows]
 
-    def test_what_is_there_is_not_replaced_by_accident(self, tiercache, data_set, tmp_path):
+    def test_existing_files_are_replaced_only_with_overwrite(self, tiercache, data_set, tmp_path):
         tiercache("export", data_set, tmp_path / "out.parquet")
         tiercache("export", data_set, tmp_path / "parts")
         for target in ("out.parquet", "parts"):
             assert "already" in tiercache("export", data_set, tmp_path / target, code=1).err
             tiercache("export", data_set, tmp_path / target, "--overwrite")
 
-    def test_parts_of_a_longer_export_are_not_left_among_those_of_this_one(self, tiercache, data_set, tmp_path):
+    def test_files_of_a_longer_earlier_export_are_removed(self, tiercache, data_set, tmp_path):
         tiercache("export", data_set, tmp_path / "parts")
         n_before = len(list((tmp_path / "parts").iterdir()))
         tiercache("pack", tmp_path / "parts" / "part-00000.parquet", tmp_path / "one")

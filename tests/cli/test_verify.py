@@ -18,7 +18,7 @@ def shards(data_set):
     return sorted((data_set / "shards").iterdir())
 
 
-def test_a_whole_data_set_is_whole(tiercache, data_set, shards):
+def test_an_intact_data_set_has_no_findings(tiercache, data_set, shards):
     done = tiercache("verify", data_set, "-j", "2")
     assert done.out.startswith(f"checked {len(shards)} shards, ")
     assert done.out.endswith(": nothing is damaged\n")
@@ -28,7 +28,7 @@ def test_a_whole_data_set_is_whole(tiercache, data_set, shards):
     assert list(verify_dataset(open_store(data_set))) == []
 
 
-def test_each_damaged_part_is_named_and_the_code_is_4(tiercache, data_set, shards):
+def test_each_damaged_shard_is_named_and_the_exit_code_is_4(tiercache, data_set, shards):
     flip(shards[0], 70)
     flip(shards[1], 0)
     shards[2].unlink()
@@ -44,7 +44,7 @@ def test_each_damaged_part_is_named_and_the_code_is_4(tiercache, data_set, shard
     assert len(list(verify_dataset(open_store(data_set)))) == len(findings)
 
 
-def test_a_missing_segment_is_damage(tiercache, data_set):
+def test_a_missing_segment_is_a_finding(tiercache, data_set):
     segment = next((data_set / "_tiercache" / "segments").iterdir())
     segment.unlink()
     finding, summary = tiercache("verify", data_set, "--json", code=4).events
@@ -53,7 +53,7 @@ def test_a_missing_segment_is_damage(tiercache, data_set):
     assert [f.part for f in verify_dataset(open_store(data_set))] == ["segment"]
 
 
-def test_a_finding_says_once_where_it_is(tiercache, data_set, shards):
+def test_a_finding_names_its_location_once(tiercache, data_set, shards):
     shards[0].chmod(0o644)
     shards[0].write_bytes(shards[0].read_bytes()[:100])
     finding = tiercache("verify", data_set, "--json", code=4).events[0]
@@ -69,7 +69,7 @@ def test_a_damaged_version_or_segment_is_a_finding(tiercache, data_set, folder):
     assert tiercache("info", data_set, code=4).err.startswith("tiercache: error: ")
 
 
-def test_a_sample_looks_at_a_share_of_the_shards(tiercache, data_set, shards):
+def test_a_sample_verifies_a_fraction_of_the_shards(tiercache, data_set, shards):
     summary = tiercache("verify", data_set, "--sample", "30%", "--json").events[-1]
     assert summary["shards"] == round(0.3 * len(shards))
     assert summary["of"] == len(shards)
@@ -77,7 +77,7 @@ def test_a_sample_looks_at_a_share_of_the_shards(tiercache, data_set, shards):
     assert "checked 1 shard of " in tiercache("verify", data_set, "--include", "*-000000.tcs").out
 
 
-def test_a_shard_that_cannot_be_read_now_is_not_damaged_but_not_done_either(tiercache, data_set, shards, monkeypatch):
+def test_an_unreadable_shard_is_not_damaged_but_the_exit_code_is_3(tiercache, data_set, shards, monkeypatch):
     from tiercache.errors import StoreError
     from tiercache.shard.read import verify
 

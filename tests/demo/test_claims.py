@@ -2,127 +2,85 @@
 
 import pytest
 
-from tiercache.demo import events
-from tiercache.demo.events import Epoch
+from tiercache.demo import results
+from tiercache.demo.results import Epoch
 
 
-def epoch(
-    how: str, *, digests: tuple[str, ...] = (), fetched_bytes: int = 0, task: str = "digits", weights: str = "w"
-) -> Epoch:
-    return Epoch(
-        task=task, epoch=3, mode=how, n_samples=10, elapsed_s=1.0, wait_share=0.0, served_bytes=100,
-        fetched_bytes=fetched_bytes, hits=1, misses=0, loss=1.0, accuracy=None, digests=digests, weights=weights,
-    )  # fmt: skip
+def epoch(*digests: str, fetched_bytes: int = 0, weights: str = "w") -> Epoch:
+    return Epoch("digits", 3, "mode", 10, 1.0, fetched_bytes, 1.0, 1.0, None, list(digests), weights)
 
 
-def test_a_warm_epoch_without_a_fetched_byte_holds():
-    assert events.warm_fetched_nothing([epoch("warm"), epoch("warm")]).holds
+def test_a_warm_epoch_must_fetch_no_byte():
+    assert results.warm_fetched_nothing([epoch(), epoch()]).holds
+    assert not results.warm_fetched_nothing([epoch(), epoch(fetched_bytes=1)]).holds
+    assert not results.warm_fetched_nothing([]).holds
 
 
-@pytest.mark.parametrize("epochs", [[], [epoch("warm"), epoch("warm", fetched_bytes=1)]], ids=["none ran", "one byte"])
-def test_a_warm_epoch_that_fetched_or_never_ran_fails(epochs):
-    assert not events.warm_fetched_nothing(epochs).holds
-
-
-def resumed(stopped: tuple[str, ...], rest: tuple[str, ...], whole: tuple[str, ...] = ("a", "b", "c")) -> bool:
-    before = [epoch("whole", digests=whole), epoch("stopped", digests=stopped)]
-    [claim] = events.resumed_exactly(before, [epoch("resumed", digests=rest)])
-    return claim.holds
-
-
-def test_two_parts_that_are_the_whole_hold():
-    assert resumed(("a",), ("b", "c"))
+def test_two_parts_that_have_the_batches_of_the_whole_epoch_equal_it():
+    assert results.resumed_exactly(epoch("a", "b", "c"), epoch("a"), epoch("b", "c")).holds
 
 
 @pytest.mark.parametrize(
-    ("stopped", "rest"),
-    [
-        (("a",), ("c", "b")),
-        (("a",), ("b",)),
-        (("a",), ("a", "b", "c")),
-        (("a",), ("b", "c", "d")),
-        ((), ("a", "b", "c")),
-        (("a", "b", "c"), ()),
-    ],
+    ("stopped", "resumed"),
+    [("a", "cb"), ("a", "b"), ("a", "abc"), ("a", "bcd"), ("", "abc"), ("abc", "")],
     ids=["other order", "one missing", "from the start", "one too many", "nothing before", "nothing after"],
 )
-def test_parts_that_are_not_the_whole_fail(stopped, rest):
-    assert not resumed(stopped, rest)
+def test_two_parts_that_do_not_have_the_batches_of_the_whole_epoch_fail(stopped, resumed):
+    assert not results.resumed_exactly(epoch("a", "b", "c"), epoch(*stopped), epoch(*resumed)).holds
 
 
-def test_another_model_at_the_end_fails():
-    before = [epoch("whole", digests=("a", "b")), epoch("stopped", digests=("a",))]
-    [claim] = events.resumed_exactly(before, [epoch("resumed", digests=("b",), weights="other")])
+def test_a_resumed_epoch_that_leaves_another_model_fails():
+    claim = results.resumed_exactly(epoch("a", "b"), epoch("a"), epoch("b", weights="other"))
     assert not claim.holds
     assert "other weights" in claim.found
-
-
-def test_each_task_has_its_own_claim():
-    before = [epoch(how, digests=("a",), task=task) for task in ("digits", "python") for how in ("whole", "stopped")]
-    assert [c.text.split(":")[0] for c in events.resumed_exactly(before, [])] == ["digits", "python"]
 
 
 SHARDS = ("python/a.tcs", "python/b.tcs")
 
 
-def test_a_data_set_that_lies_in_the_archive_alone_is_moved():
-    assert events.moved_whole("python", SHARDS, ["python/_tiercache/versions/1"], SHARDS).holds
-
-
 @pytest.mark.parametrize(
-    ("standard", "archive"),
-    [((), SHARDS[:1]), (SHARDS, ()), (SHARDS[:1], SHARDS)],
-    ids=["one is nowhere", "nothing moved", "one is in both"],
+    ("standard", "archive", "holds"),
+    [((), SHARDS, True), ((), SHARDS[:1], False), (SHARDS, (), False), (SHARDS[:1], SHARDS, False)],
+    ids=["all in the archive", "one is nowhere", "nothing moved", "one is in both"],
 )
-def test_a_shard_that_is_missing_or_left_behind_fails(standard, archive):
-    assert not events.moved_whole("python", SHARDS, standard, archive).holds
-
-
-def test_no_shards_at_all_fail():
-    assert not events.moved_whole("python", (), (), ()).holds
+def test_all_shards_must_be_in_the_archive_tier_alone(standard, archive, holds):
+    assert results.all_archived("python", SHARDS, ["python/_tiercache/v", *standard], archive).holds is holds
+    assert not results.all_archived("python", (), standard, archive).holds
 
 
 FILES = {"checkpoints/a/step-1/model.pt": "x", "checkpoints/a/step-2/model.pt": "y"}
 OLD, NEW = FILES
 
 
-def test_files_in_any_tier_are_not_lost():
-    assert events.nothing_lost(FILES, {"hot": {NEW: "y"}, "archive": {OLD: "x"}}).holds
-
-
 @pytest.mark.parametrize(
-    "after",
-    [{"hot": {NEW: "y"}, "archive": {}}, {"hot": FILES, "archive": {OLD: "z"}}, {"hot": {}}],
-    ids=["one is gone", "one copy has other bytes", "all are gone"],
+    ("after", "holds"),
+    [
+        ({"hot": {NEW: "y"}, "archive": {OLD: "x"}}, True),
+        ({"hot": {NEW: "y"}, "archive": {}}, False),
+        ({"hot": FILES, "archive": {OLD: "z"}}, False),
+        ({"hot": {}}, False),
+    ],
+    ids=["in two tiers", "one is gone", "one copy has other bytes", "all are gone"],
 )
-def test_a_file_that_is_gone_or_has_other_bytes_fails(after):
-    assert not events.nothing_lost(FILES, after).holds
+def test_every_checkpoint_file_must_be_in_some_tier_with_its_bytes(after, holds):
+    assert results.nothing_lost(FILES, after).holds is holds
 
 
 @pytest.mark.parametrize(("hot", "holds"), [({30}, True), ({20}, False), ({20, 30}, False), (set(), False)], ids=str)
-def test_the_newest_checkpoint_alone_stays(hot, holds):
-    assert events.newest_stayed("a", {10, 20, 30}, hot).holds is holds
-
-
-def alike(*moved: Epoch) -> bool:
-    return all(claim.holds for claim in events.trained_alike([epoch("warm", digests=("a", "b"))], moved))
-
-
-def test_the_same_batches_from_the_store_hold():
-    assert alike(epoch("moved", digests=("a", "b"), fetched_bytes=1))
+def test_the_newest_checkpoint_alone_must_stay_in_the_hot_tier(hot, holds):
+    assert results.newest_stayed("a", {10, 20, 30}, hot).holds is holds
 
 
 @pytest.mark.parametrize(
-    "moved",
+    ("after", "holds"),
     [
-        (),
-        (epoch("moved", digests=("a", "b")),),
-        (epoch("moved", digests=("a", "c"), fetched_bytes=1),),
-        (epoch("moved", digests=("a",), fetched_bytes=1),),
-        (epoch("moved", digests=("a", "b"), fetched_bytes=1, weights="other"),),
-        (epoch("moved", digests=("a", "b"), fetched_bytes=1, task="another"),),
+        (epoch("a", "b", fetched_bytes=1), True),
+        (epoch("a", "b"), False),
+        (epoch("a", "c", fetched_bytes=1), False),
+        (epoch("a", fetched_bytes=1), False),
+        (epoch("a", "b", fetched_bytes=1, weights="other"), False),
     ],
-    ids=["none ran", "nothing fetched", "another batch", "one missing", "other weights", "another task"],
+    ids=["equal", "nothing fetched", "another batch", "one missing", "other weights"],
 )
-def test_a_training_that_is_not_the_same_fails(moved):
-    assert not alike(*moved)
+def test_training_on_moved_data_must_have_the_same_batches_from_the_store(after, holds):
+    assert results.trained_alike(epoch("a", "b"), after).holds is holds

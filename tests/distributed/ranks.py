@@ -6,17 +6,16 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.support.warm_python import WarmPython
+
 from tiercache.waiting import wait_for
 
-ROOT = Path(__file__).parents[2]
-# Of a whole job: a bound for hangs. On an idle machine one takes some 4 s, most of it the import of torch.
+# Of a whole job: a bound for hangs.
 LONGEST_S = 240.0
 
 
@@ -24,29 +23,21 @@ class Job:
     """One function, run by n_ranks processes that find each other by torchrun's variables.
 
     Each rank calls `target` ("module:function") with the arguments, and what that returns, as JSON, is its result.
-    Left by `with` no process lives: each is killed, and each ends by itself when the process that made it is gone.
+    A rank is a fork of a warm process, because the import of torch takes two seconds. The end of `with` kills all.
     """
 
-    def __init__(self, target: str, n_ranks: int, folder: Path, arguments: dict[str, Any]) -> None:
+    def __init__(self, python: WarmPython, target: str, n_ranks: int, folder: Path, arguments: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._results = [folder / f"result-{rank}.json" for rank in range(n_ranks)]
         self._errors = [folder / f"errors-{rank}.txt" for rank in range(n_ranks)]
-        command = [sys.executable, "-m", "tests.distributed.child", target, json.dumps(arguments)]
+        command = ["-m", "tests.distributed.child", target, json.dumps(arguments)]
         port = str(_free_port())
         self._processes = []
-        for rank in range(n_ranks):
+        for rank, (result, path) in enumerate(zip(self._results, self._errors, strict=True)):
             environment = os.environ | _torchrun_environment(rank, n_ranks, port)
-            with self._errors[rank].open("w") as errors:
-                self._processes.append(
-                    subprocess.Popen(
-                        [*command, str(self._results[rank])],
-                        stdin=subprocess.PIPE,  # held open: its end tells a rank that nobody waits for it any more
-                        stdout=errors,
-                        stderr=errors,
-                        cwd=ROOT,
-                        env=environment,
-                    )
-                )
+            with path.open("w") as errors:
+                process = python.start([*command, str(result)], out=errors, errors=errors, environment=environment)
+            self._processes.append(process)
 
     def __enter__(self) -> Job:
         return self
@@ -56,7 +47,7 @@ class Job:
     ) -> None:
         for process in self._processes:
             process.kill()
-            process.communicate()
+            process.wait()
 
     def kill(self, rank: int) -> None:
         """SIGKILL to one rank."""
@@ -82,9 +73,9 @@ class Job:
         return "\n".join(f"-- rank {rank}\n{path.read_text()}" for rank, path in enumerate(self._errors))
 
 
-def run_ranks(target: str, n_ranks: int, folder: Path, arguments: dict[str, Any]) -> list[Any]:
+def run_ranks(python: WarmPython, target: str, n_ranks: int, folder: Path, arguments: dict[str, Any]) -> list[Any]:
     """What each of n_ranks processes returned from the function. Fails as `Job.results`."""
-    with Job(target, n_ranks, folder, arguments) as job:
+    with Job(python, target, n_ranks, folder, arguments) as job:
         return job.results()
 
 

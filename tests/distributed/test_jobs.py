@@ -13,12 +13,12 @@ SMALL = {"shuffle_window_bytes": "4KiB", "shuffle_group_bytes": "16KiB"}
 pytestmark = pytest.mark.timeout(300)
 
 N = 1013  # a prime: no batch size and no number of ranks divides it
-# Four show little that three do not, and a rank is two seconds of a processor.
+# Four show little that three do not.
 WORLDS = [2, 3, pytest.param(4, marks=pytest.mark.stress)]
 
 
 @pytest.fixture(scope="module", params=WORLDS, ids="{} ranks".format)
-def job(request, packed, tmp_path_factory):
+def job(request, packed, tmp_path_factory, warm_python):
     """Everything that one job of so many ranks served: {case: (one answer a rank)}."""
     world, url = request.param, packed(N)
     first = tc.Dataset(url).version
@@ -38,7 +38,7 @@ def job(request, packed, tmp_path_factory):
     }
     cases["0 records"]["loader"] = {"batch_size": 7, "shuffle": False}  # torch's RandomSampler refuses no records
     folder = tmp_path_factory.mktemp("job")
-    answers = run_ranks("tests.distributed.jobs:serve", world, folder, {"cases": [*cases.values()]})
+    answers = run_ranks(warm_python, "tests.distributed.jobs:serve", world, folder, {"cases": [*cases.values()]})
     return {"url": url, **dict(zip(cases, zip(*answers, strict=True), strict=True))}
 
 
@@ -149,10 +149,10 @@ def test_any_other_number_of_ranks_serves_the_rest(job):
 
 
 @pytest.fixture(scope="module")
-def ways(packed, tmp_path_factory):
+def ways(packed, tmp_path_factory, warm_python):
     """What two ranks are served on torch's path: {way: (one answer a rank)}."""
     arguments = {"url": str(packed(N)), "batch_size": 60}
-    answers = run_ranks("tests.distributed.jobs:serve_ways", 2, tmp_path_factory.mktemp("ways"), arguments)
+    answers = run_ranks(warm_python, "tests.distributed.jobs:serve_ways", 2, tmp_path_factory.mktemp("ways"), arguments)
     return {name: [answer[name] for answer in answers] for name in answers[0]}
 
 

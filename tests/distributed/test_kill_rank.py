@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tests.distributed.ranks import LONGEST_S, Job, run_ranks, together
+from tests.support.warm_python import WarmPython
 
 import tiercache as tc
 from tiercache.waiting import wait_for
@@ -35,12 +36,12 @@ def kill_one(job: Job, progress: Path, after: int, rank: int) -> None:
     assert all(codes), "a rank went on without its peer"
 
 
-def check_resumed_with_fewer(url: Path, folder: Path, n_ranks: int, n_left: int, seed: int) -> None:
+def check_resumed_with_fewer(python: WarmPython, url: Path, folder: Path, n_ranks: int, n_left: int, seed: int) -> None:
     chance = random.Random(seed)
     n_steps = N // (n_ranks * BATCH_SIZE)
     arguments = {"url": str(url), "folder": str(folder), "batch_size": BATCH_SIZE, "save_every": SAVE_EVERY}
     after, rank = chance.randrange(SAVE_EVERY + 1, n_steps - 10), chance.randrange(n_ranks)
-    with Job(TRAIN, n_ranks, folder, {**arguments, "resume": False}) as job:
+    with Job(python, TRAIN, n_ranks, folder, {**arguments, "resume": False}) as job:
         kill_one(job, folder / "served-0.jsonl", after, rank)
     logs = [[json.loads(line) for line in lines_of(folder / f"served-{rank}.jsonl")] for rank in range(n_ranks)]
     state = json.loads((folder / "state.json").read_text())
@@ -49,7 +50,7 @@ def check_resumed_with_fewer(url: Path, folder: Path, n_ranks: int, n_left: int,
     assert n_saved > 0
     served = list(chain.from_iterable(chain.from_iterable(log[:n_saved]) for log in logs))
 
-    parts = run_ranks(TRAIN, n_left, folder / "resumed", {**arguments, "resume": True})
+    parts = run_ranks(python, TRAIN, n_left, folder / "resumed", {**arguments, "resume": True})
 
     rest = list(chain.from_iterable(chain.from_iterable(parts)))
     assert sorted(served + rest) == list(range(N))
@@ -59,16 +60,16 @@ def check_resumed_with_fewer(url: Path, folder: Path, n_ranks: int, n_left: int,
     with_one.dataset.close()
 
 
-def test_two_ranks_serve_the_rest_of_a_killed_job_of_three(packed, tmp_path):
-    check_resumed_with_fewer(packed(N), tmp_path, 3, 2, seed=1)
+def test_two_ranks_serve_the_rest_of_a_killed_job_of_three(packed, tmp_path, warm_python):
+    check_resumed_with_fewer(warm_python, packed(N), tmp_path, 3, 2, seed=1)
 
 
 @pytest.mark.stress
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("n_ranks", "n_left"), [(2, 1), (3, 1), (4, 3), (4, 2), (4, 1)])
-def test_fewer_ranks_serve_the_rest_of_a_killed_job(packed, tmp_path, n_ranks, n_left, seed):
-    check_resumed_with_fewer(packed(N), tmp_path, n_ranks, n_left, seed)
+def test_fewer_ranks_serve_the_rest_of_a_killed_job(packed, tmp_path, warm_python, n_ranks, n_left, seed):
+    check_resumed_with_fewer(warm_python, packed(N), tmp_path, n_ranks, n_left, seed)
 
 
 SAVE_EVERY = 7  # steps
@@ -77,8 +78,9 @@ SAVE_EVERY = 7  # steps
 class Trainings:
     """examples/ddp.py on two ranks: once in one go, and once killed again and again."""
 
-    def __init__(self, folder: Path, epochs: int) -> None:
+    def __init__(self, python: WarmPython, folder: Path, epochs: int) -> None:
         self.folder = folder
+        self._python = python
         self._epochs = epochs
         self.weights = self._finish("whole")
         self.losses = [dict(self._steps("whole", rank)) for rank in (0, 1)]
@@ -91,7 +93,7 @@ class Trainings:
             if len(dict(done)) > len(self.losses[0]) - 40:
                 break  # too near the end to be struck with certainty
             after = len(done) + chance.randrange(1, 30)
-            with Job(EXAMPLE, 2, self.folder / "job", self._arguments("killed")) as job:
+            with Job(self._python, EXAMPLE, 2, self.folder / "job", self._arguments("killed")) as job:
                 kill_one(job, self.folder / "killed" / "losses-0.txt", after, chance.randrange(2))
         assert self._finish("killed") == self.weights
         for rank in (0, 1):
@@ -108,7 +110,7 @@ class Trainings:
         return {**folders, "epochs": self._epochs, "save_every": SAVE_EVERY}
 
     def _finish(self, name: str) -> str:
-        answers = run_ranks(EXAMPLE, 2, self.folder / "job", self._arguments(name))
+        answers = run_ranks(self._python, EXAMPLE, 2, self.folder / "job", self._arguments(name))
         assert answers[0] == answers[1]
         return answers[0]
 
@@ -118,13 +120,13 @@ class Trainings:
         return [(int(step), loss) for step, loss in (line.split() for line in lines)]
 
 
-def test_a_killed_training_resumes_bit_for_bit(tmp_path):
-    Trainings(tmp_path, epochs=1).kill_and_resume(1, seed=2)
+def test_a_killed_training_resumes_bit_for_bit(tmp_path, warm_python):
+    Trainings(warm_python, tmp_path, epochs=1).kill_and_resume(1, seed=2)
 
 
 @pytest.mark.stress
 @pytest.mark.timeout(1800)
-def test_twenty_kills_of_a_training_change_no_bit(tmp_path, capsys):
-    n_again = Trainings(tmp_path, epochs=8).kill_and_resume(20, seed=3)
+def test_twenty_kills_of_a_training_change_no_bit(tmp_path, warm_python, capsys):
+    n_again = Trainings(warm_python, tmp_path, epochs=8).kill_and_resume(20, seed=3)
     with capsys.disabled():
         print(f"\ntwo-rank training: 20 kills, {n_again} steps trained again")

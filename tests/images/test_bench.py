@@ -24,7 +24,7 @@ def test_the_loader_is_measured_beside_the_decoder_alone(tmp_path, warm_python):
     assert all(row["of_baseline"] > 0 for row in loaders)
 
 
-def test_the_places_of_scratch_memory_are_measured_for_each_size(tmp_path, warm_python):
+def test_alignments_of_scratch_memory_are_measured_for_each_size(tmp_path, warm_python):
     command = ["bench_images.py", "--places", "--quick", "--folder", str(tmp_path)]
     done = warm_python.run(command, cwd=BENCHMARKS)
     assert done.returncode == 0, done.stderr

@@ -27,7 +27,7 @@ OPTIONS = st.one_of(
 
 
 @given(SIDES, SIDES, OPTIONS, DRAWS)
-def test_a_plan_lies_inside_its_picture_at_every_reduction(height, width, options, draws):
+def test_a_crop_lies_inside_its_image_at_every_reduction(height, width, options, draws):
     plan = plan_crop(height, width, options, draws)
     # The centre's edges are fractions of pixels: they are right to within rounding.
     assert plan.top >= -1e-6
@@ -46,7 +46,7 @@ def test_a_plan_lies_inside_its_picture_at_every_reduction(height, width, option
 
 
 @given(SIDES, SIDES, st.integers(1, 300), st.integers(0, 200))
-def test_the_centre_is_the_one_that_torchvision_resizes_and_cuts(height, width, size, more):
+def test_the_center_crop_is_that_of_torchvision(height, width, size, more):
     plan = plan_crop(height, width, DecodeImage(size, resize=size + more), ())
     short, long = min(height, width), max(height, width)
     full = (size + more, int((size + more) * long / short))
@@ -58,7 +58,7 @@ def test_the_centre_is_the_one_that_torchvision_resizes_and_cuts(height, width, 
     assert extent == pytest.approx((size, size), abs=1e-6)
 
 
-def test_the_centre_is_torchvisions_for_real_sizes():
+def test_the_center_crop_is_that_of_torchvision_for_real_sizes():
     rows, columns = torch.meshgrid(torch.arange(375.0), torch.arange(500.0), indexing="ij")
     coordinates = torch.stack([rows, columns])
     whole = functional.resize(coordinates, [256], antialias=False)
@@ -88,7 +88,7 @@ def test_random_crops_have_the_areas_shapes_and_places_of_torchvision(size, scal
 
 
 @given(st.binary(min_size=16, max_size=16), st.integers(0, 2**40), st.integers(1, 40), st.integers(0, 40))
-def test_the_numbers_of_a_position_do_not_depend_on_its_neighbours(key, start, n, cut):
+def test_random_numbers_of_a_position_do_not_depend_on_its_neighbours(key, start, n, cut):
     cut = min(cut, n)
     whole = keyed_draws(key, [(start, start + n)])
     assert whole.shape == (n, N_DRAWS)
@@ -97,19 +97,19 @@ def test_the_numbers_of_a_position_do_not_depend_on_its_neighbours(key, start, n
     assert np.array_equal(whole, keyed_draws(key, pieces))
 
 
-def test_the_numbers_of_a_run_are_the_same_for_ever():
+def test_random_numbers_of_a_run_never_change():
     draws = keyed_draws(draw_key(1, 2), [(3, 4)])[0]
     assert draws[:3].tolist() == GOLDEN
 
 
-def test_seed_epoch_and_position_each_give_other_numbers():
+def test_seed_epoch_and_position_each_change_the_random_numbers():
     keys = [draw_key(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     found = np.concatenate([keyed_draws(key, [(0, 100)]) for key in keys]).ravel()
     assert len(np.unique(found)) == found.size
     assert stats.kstest(found, "uniform").pvalue > 1e-4
 
 
-def test_every_second_picture_is_mirrored():
+def test_about_half_of_the_images_are_mirrored():
     draws = keyed_draws(draw_key(0, 0), [(0, 4000)]).tolist()
     flips = [plan_crop(10, 10, DecodeImage(8, flip=True), d).flip for d in draws]
     assert 0.45 < np.mean(flips) < 0.55

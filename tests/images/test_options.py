@@ -38,26 +38,26 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("error", "given", "message"), WRONG)
-def test_a_wrong_argument_is_named_with_what_it_takes(error, given, message):
+def test_a_wrong_argument_is_an_error_that_names_it_and_its_values(error, given, message):
     with pytest.raises(error, match=message):
         tc.DecodeImage(**given)
 
 
-def test_equal_options_are_equal_however_they_are_given():
+def test_options_that_mean_the_same_are_equal():
     given = tc.DecodeImage(np.int64(8), dtype=torch.float16, scale=[0.5, 1])
     assert given == tc.DecodeImage((8, 8), dtype="float16", scale=(0.5, 1.0))
     assert pickle.loads(pickle.dumps(given)) == given
     assert hash(given) == hash(pickle.loads(pickle.dumps(given)))
 
 
-def test_the_shape_of_a_result_is_known_where_there_is_a_size():
+def test_options_with_a_size_know_the_shape_of_results():
     assert tc.DecodeImage((8, 12)).batch_shape == (3, 8, 12)
     assert tc.DecodeImage((8, 12), layout="HWC").batch_shape == (8, 12, 3)
     with pytest.raises(ValueError, match="no common shape"):
         _ = tc.DecodeImage(None).shape
 
 
-def test_options_are_made_without_the_libraries_that_decode():
+def test_options_need_no_decoding_library():
     code = "import sys, tiercache as tc; tc.DecodeImage(8); print({'cv2', 'numpy', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -56,7 +56,7 @@ def by_rgb(data: bytes, draws: Any, options: DecodeImage) -> np.ndarray:
 @pytest.mark.parametrize("size", [(375, 500), (500, 375), (333, 447), (225, 301), (101, 77)])
 @pytest.mark.parametrize("subsampling", SUBSAMPLED)
 @pytest.mark.parametrize("dct", ["accurate", "fast"])
-def test_a_picture_looks_as_it_does_when_its_rgb_is_resized(size, subsampling, dct):
+def test_an_image_by_planes_looks_like_one_by_rgb(size, subsampling, dct):
     options = DecodeImage(224, dct=dct, layout="HWC", resize_in="ycbcr")
     data = jpeg(*size, subsampling)
     difference = np.abs(Decoder(options).decode(data, ()).astype(int) - by_rgb(data, (), options))
@@ -66,7 +66,7 @@ def test_a_picture_looks_as_it_does_when_its_rgb_is_resized(size, subsampling, d
 
 @BY_PLANES
 @pytest.mark.parametrize("size", [(375, 500), (500, 375), (333, 447), (225, 301)])
-def test_the_centre_is_widened_by_so_little_that_it_is_the_centre_still(size):
+def test_the_center_crop_is_widened_by_less_than_a_chroma_pixel(size):
     found, expected = both(jpeg(*size), size=224)
     difference = np.abs(found.astype(int) - expected)
     assert difference.mean() < 1
@@ -75,7 +75,7 @@ def test_the_centre_is_widened_by_so_little_that_it_is_the_centre_still(size):
 
 @BY_PLANES
 @given(st.data())
-def test_a_random_crop_is_the_one_that_was_drawn(data):
+def test_a_random_crop_by_planes_is_the_crop_that_was_drawn(data):
     size = data.draw(st.integers(40, 120)), data.draw(st.integers(40, 120))
     draws = data.draw(st.lists(st.floats(0, 0.999), min_size=24, max_size=24))
     options = DecodeImage(40, crop="random", flip=True, layout="HWC", resize_in="ycbcr", scale=(0.5, 1.0))
@@ -101,7 +101,7 @@ def test_every_dtype_and_layout_has_the_same_values(layout, dtype):
 
 
 @BY_PLANES
-def test_colours_keep_their_places_where_they_are_sharp():
+def test_sharp_colours_keep_their_positions():
     """A red square on blue, its edges on odd pixels: chroma moves with luma, by less than a pixel of its own."""
     shown = np.zeros((200, 200, 3), np.uint8)
     shown[:, :, 2] = 255
@@ -118,7 +118,7 @@ def test_colours_keep_their_places_where_they_are_sharp():
 
 
 @BY_PLANES
-def test_one_decoder_takes_pictures_of_any_order_of_sizes_and_samplings():
+def test_one_decoder_decodes_images_of_changing_sizes_and_samplings():
     one = Decoder(DecodeImage(32, resize_in="ycbcr"))
     sizes = [(40, 50), (300, 200), (33, 35), (64, 999), (40, 50)]
     for i, size in enumerate(sizes):
@@ -158,14 +158,14 @@ OTHERS = {
 
 @BY_PLANES
 @pytest.mark.parametrize("how", OTHERS)
-def test_what_is_no_jpeg_with_half_its_chroma_comes_as_by_rgb(how):
+def test_images_other_than_subsampled_jpegs_equal_those_by_rgb(how):
     found, expected = both(OTHERS[how](picture(100, 140)), size=64)
     assert np.array_equal(found, expected)
 
 
 @BY_PLANES
 @pytest.mark.parametrize(("height", "width", "size"), [(64, 90, 64), (64, 64, 64), (128, 200, 64), (700, 900, 64)])
-def test_what_is_not_resized_or_decoded_at_a_half_or_less_comes_as_by_rgb(height, width, size):
+def test_images_that_are_not_resized_or_reduced_equal_those_by_rgb(height, width, size):
     found, expected = both(jpeg(height, width), size=size)
     assert np.array_equal(found, expected)
 
@@ -189,7 +189,7 @@ def without(data: bytes, marker: int) -> bytes:
 
 
 @BY_PLANES
-def test_a_jpeg_without_its_tables_is_not_decoded_by_those_of_the_one_before():
+def test_a_jpeg_without_tables_is_not_decoded_with_those_of_the_previous_image():
     data = jpeg(100, 140)
     no_quantisation, no_huffman = without(data, 0xDB), without(data, 0xC4)
     standard = Decoder(DecodeImage(64, resize_in="ycbcr")).decode(no_huffman, ())
@@ -203,7 +203,7 @@ def test_a_jpeg_without_its_tables_is_not_decoded_by_those_of_the_one_before():
 
 @BY_PLANES
 @pytest.mark.parametrize("at", [b"\xff\xc4", b"\xff\xdb", b"\xff\xc0", b"\xff\xda"])
-def test_after_a_damaged_header_the_next_picture_is_as_if_nothing_had_been(at):
+def test_a_damaged_header_does_not_affect_the_next_image(at):
     data = jpeg(100, 140)
     place = data.index(at)
     damaged = data[: place + 2] + b"\xff\xff" + data[place + 4 :]
@@ -217,7 +217,7 @@ def test_after_a_damaged_header_the_next_picture_is_as_if_nothing_had_been(at):
 
 @BY_PLANES
 @pytest.mark.parametrize("size", [(64, 256), (32, 224)])
-def test_what_is_averaged_comes_as_by_rgb_so_that_its_chroma_is_averaged_too(size):
+def test_averaged_images_equal_those_by_rgb(size):
     y = np.mgrid[:400, :400][0]
     stripes = np.where(((y // 4) % 2 == 1)[:, :, None], [200, 60, 60], [20, 130, 180]).astype(np.uint8)
     data = simplejpeg.encode_jpeg(np.ascontiguousarray(stripes), 95, "RGB", "420")
@@ -226,7 +226,7 @@ def test_what_is_averaged_comes_as_by_rgb_so_that_its_chroma_is_averaged_too(siz
 
 
 @BY_PLANES
-def test_a_result_of_a_side_beyond_the_librarys_comes_as_by_rgb():
+def test_a_result_larger_than_the_librarys_limit_equals_that_by_rgb():
     found, expected = both(jpeg(20, 30), size=(1, 65501))
     assert np.array_equal(found, expected)
 
@@ -234,7 +234,7 @@ def test_a_result_of_a_side_beyond_the_librarys_comes_as_by_rgb():
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of damage that it reads past
 @BY_PLANES
 @given(st.data())
-def test_damage_anywhere_is_a_picture_or_an_error_and_nothing_else(data):
+def test_damage_anywhere_gives_an_image_or_a_decode_error(data):
     damaged = bytearray(jpeg(24, 34, data.draw(st.sampled_from(SUBSAMPLED))))
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(3, len(damaged) - 1))] = data.draw(st.integers(0, 255))
@@ -246,7 +246,7 @@ def test_damage_anywhere_is_a_picture_or_an_error_and_nothing_else(data):
 
 
 @BY_PLANES
-def test_a_picture_of_more_pixels_than_pillow_allows_is_an_error(monkeypatch):
+def test_an_image_of_more_pixels_than_pillow_allows_is_an_error(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2399)
     monkeypatch.setattr(decoder, "MAX_PIXELS", 4799)
     with pytest.raises(DecodeError, match=r"4800 pixels.*exceeds limit"):
@@ -258,7 +258,7 @@ def test_a_picture_of_more_pixels_than_pillow_allows_is_an_error(monkeypatch):
 
 @BY_PLANES
 @pytest.mark.parametrize("other", [(64, 96, "444"), (640, 960, "420"), (61, 93, "411"), (16, 16, "420")])
-def test_a_jpeg_that_is_another_one_by_now_is_not_written_beyond_its_memory(other):
+def test_a_jpeg_that_changed_after_its_header_was_read_does_not_overflow_its_memory(other):
     reader = PlaneReader(DecodeImage(32, resize_in="ycbcr"), 1 << 30)
     reader._memory = np.full(1 << 20, 7, np.uint8)
     found = reader.look(array_of(jpeg(64, 96)))
@@ -267,7 +267,7 @@ def test_a_jpeg_that_is_another_one_by_now_is_not_written_beyond_its_memory(othe
 
 
 @BY_PLANES
-def test_a_large_picture_leaves_no_memory_of_its_size_behind():
+def test_scratch_memory_of_a_large_image_is_not_kept():
     reader = PlaneReader(DecodeImage(32, resize_in="ycbcr"), 3 * 64 * 64)
     for side, kept in ((64, 3 * 64 * 64), (400, 3 * 64 * 64), (40, 3 * 64 * 64)):
         data = array_of(jpeg(side, side))
@@ -278,7 +278,7 @@ def test_a_large_picture_leaves_no_memory_of_its_size_behind():
 
 
 @BY_PLANES
-def test_no_handle_is_left(monkeypatch):
+def test_every_libturbojpeg_handle_is_destroyed(monkeypatch):
     library, made, gone = decoder_module.load_turbojpeg(), [], []
 
     class Recorded:
@@ -308,7 +308,7 @@ def test_no_handle_is_left(monkeypatch):
 
 
 @given(st.data())
-def test_a_box_is_widened_to_whole_pixels_of_chroma_and_no_further(data):
+def test_a_box_is_widened_to_whole_chroma_pixels_and_no_further(data):
     size = height, width = data.draw(st.integers(1, 99)), data.draw(st.integers(1, 99))
     steps = data.draw(st.sampled_from(sorted(decoder_module._STEPS.values())))
     top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
@@ -325,7 +325,7 @@ def test_a_box_is_widened_to_whole_pixels_of_chroma_and_no_further(data):
 # -- the library -------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_library_is_an_error_that_says_whence_to_get_it(monkeypatch):
+def test_a_missing_libturbojpeg_is_an_error_that_names_its_package(monkeypatch):
     monkeypatch.setattr(decoder_module, "_NAME", "no-such-library.so")
     monkeypatch.setattr(decoder_module, "find_library", lambda name: None)
     decoder_module.load_turbojpeg.cache_clear()

@@ -175,13 +175,13 @@ def test_accelerates_own_prepare_serves_gathered_batches(dataset, accelerator):
 SIZES = [101, 100, 82, 81, 80, 1]
 
 
-# Of two ranks there is little that three do not show, and a rank is two seconds of a processor.
+# Of two ranks there is little that three do not show.
 @pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.stress), 3], ids="{} ranks".format)
-def job(request, packed, tmp_path_factory):
+def job(request, packed, tmp_path_factory, warm_python):
     """By name, what each rank found."""
     urls, folder = [str(packed(n)) for n in SIZES], tmp_path_factory.mktemp("job")
     arguments = {"urls": urls, "batch_size": 8, "folder": str(folder)}
-    answers = run_ranks("tests.integration.accelerate_jobs:serve", request.param, folder, arguments)
+    answers = run_ranks(warm_python, "tests.integration.accelerate_jobs:serve", request.param, folder, arguments)
     return {name: [answer[name] for answer in answers] for name in answers[0]}
 
 

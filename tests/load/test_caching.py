@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 import weakref
 from pathlib import Path
@@ -106,7 +104,7 @@ def test_a_loader_whose_disk_is_full_says_so_once(server, tmp_path, monkeypatch)
     assert str(tmp_path / "cache") in said
 
 
-def test_what_has_no_room_is_shown_without_any_configuration(server, tmp_path):
+def test_what_has_no_room_is_shown_without_any_configuration(server, tmp_path, warm_python):
     script = (
         "import sys, tiercache as tc\n"
         "with tc.Cache(sys.argv[2], size='1MB', min_free='100%') as cache:\n"
@@ -115,8 +113,7 @@ def test_what_has_no_room_is_shown_without_any_configuration(server, tmp_path):
         "    print(sum(len(batch['id']) for _ in range(2) for batch in loader))\n"
         "    dataset.close()\n"
     )
-    command = [sys.executable, "-c", script, f"{server.url}/data", str(tmp_path / "cache")]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    run = warm_python.run(["-c", script, f"{server.url}/data", str(tmp_path / "cache")], cwd=tmp_path)
     assert run.stdout.split() == [str(2 * N)]
     assert run.stderr.count("no space") == 1
 

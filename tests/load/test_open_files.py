@@ -4,12 +4,12 @@ import dataclasses
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.support.warm_python import WarmPython
+from tests.testing.warm_process import ROOT
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import StoreError
@@ -23,6 +23,7 @@ from tiercache.store.posix import os_errors
 
 SCHEMA = Schema.of({"id": "int64", "double": "int64"})
 N_RECORDS = 3  # of each shard
+N_SHARDS, LIMIT = 200, 128
 
 CHILD = """
 import json, resource, sys
@@ -87,19 +88,19 @@ def write(folder: Path, n_shards: int) -> None:
     commit(store, infos, schema=SCHEMA, mode="create")
 
 
-def read(folder: Path, limit: int, *, cache: Path | None = None, columns=(), way: str = "one", hard: int | None = None):
+def read(python: WarmPython, folder: Path, limit: int, *, cache=None, columns=(), way: str = "one", hard=None):
     """What a child process says that read the data set under a limit of open files."""
     argument = json.dumps([limit, hard or limit, str(folder), cache and str(cache), columns, way])
-    done = subprocess.run([sys.executable, "-c", CHILD, argument], capture_output=True, check=False, text=True)
+    done = python.run(["-c", CHILD, argument], cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """400 shards: more than the limit of 256 descriptors that the tests set."""
+    """More shards than the descriptors that the tests leave."""
     folder = tmp_path_factory.mktemp("few") / "data"
-    write(folder, 400)
+    write(folder, N_SHARDS)
     return folder
 
 
@@ -113,23 +114,23 @@ WAYS = {
 
 
 @pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
-def test_a_window_of_more_shards_than_descriptors_is_served(few, tmp_path, how):
+def test_a_window_of_more_shards_than_descriptors_is_served(few, tmp_path, warm_python, how):
     cache = tmp_path / "cache" if how.get("cache") else None
-    read(few, 256, **(how | {"cache": cache}))
+    read(warm_python, few, LIMIT, **(how | {"cache": cache}))
 
 
 @pytest.mark.stress
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", list(WAYS.values())[:3], ids=list(WAYS)[:3])
-def test_ten_thousand_shards_in_one_window_are_served_at_1024_descriptors(tmp_path, how):
+def test_ten_thousand_shards_in_one_window_are_served_at_1024_descriptors(tmp_path, warm_python, how):
     write(tmp_path / "data", 10_000)
     cache = tmp_path / "cache" if how.get("cache") else None
-    read(tmp_path / "data", 1024, **(how | {"cache": cache}))
+    read(warm_python, tmp_path / "data", 1024, **(how | {"cache": cache}))
 
 
-def test_the_soft_limit_is_raised_when_open_shards_need_it_and_not_before(few):
-    assert read(few, 256, hard=4096, way="records")["soft"] == 4096
-    assert read(few, 1600, hard=4096, way="records")["soft"] == 1600
+def test_the_soft_limit_is_raised_when_open_shards_need_it_and_not_before(few, warm_python):
+    assert read(warm_python, few, LIMIT, hard=4096, way="records")["soft"] == 4096
+    assert read(warm_python, few, 1600, hard=4096, way="records")["soft"] == 1600
 
 
 FULL = """
@@ -153,22 +154,22 @@ except tc.StoreError as error:
 """
 
 
-def read_beside_files(folder: Path, n_left: int):
-    argument = json.dumps([200, str(folder), n_left])
-    done = subprocess.run([sys.executable, "-c", FULL, argument], capture_output=True, check=False, text=True)
+def read_beside_files(python: WarmPython, folder: Path, n_left: int):
+    argument = json.dumps([LIMIT, str(folder), n_left])
+    done = python.run(["-c", FULL, argument], cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_shards_hold_fewer_descriptors_if_other_files_are_open(few):
-    assert read_beside_files(few, 12)["ids"] == list(range(400 * N_RECORDS))
+def test_shards_hold_fewer_descriptors_if_other_files_are_open(few, warm_python):
+    assert read_beside_files(warm_python, few, 12)["ids"] == list(range(N_SHARDS * N_RECORDS))
 
 
-def test_the_error_at_the_limit_names_ulimit_and_the_limits_and_is_not_retryable(few):
-    found = read_beside_files(few, 0)
+def test_the_error_at_the_limit_names_ulimit_and_the_limits_and_is_not_retryable(few, warm_python):
+    found = read_beside_files(warm_python, few, 0)
     assert not found["retryable"]
     assert "ulimit -n" in found["message"]
-    assert "200" in found["message"]
+    assert str(LIMIT) in found["message"]
 
 
 def test_a_limit_of_the_whole_machine_is_no_limit_of_the_process():

@@ -1,17 +1,14 @@
-"""Processes: several ranks that agree, Ctrl-C, and an interpreter that ends while batches are on their way."""
+"""Processes: Ctrl-C, a fork, and an interpreter that ends while batches are being prepared."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import traceback
 import warnings
 
 import pytest
-from tests.load.conftest import make_columns
 
 import tiercache as tc
 
@@ -31,10 +28,12 @@ def begin(code: str, path: object) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     "code",
     [
-        "iterator = iter(loader); next(iterator)",
-        "iterators = [iter(loader) for _ in range(3)]; batch = next(iterators[1])",
+        """
+iterators = [iter(loader) for _ in range(3)]
+batch = next(iterators[1])
+threading.Thread(target=lambda: globals().update(iterator=iter(loader))).start()
+""",
         "for batch in loader: sys.exit(0)",
-        "thread = threading.Thread(target=lambda: globals().update(iterator=iter(loader))); thread.start()",
     ],
 )
 def test_an_interpreter_that_ends_in_mid_epoch_ends_in_silence(make_dataset, code):
@@ -52,30 +51,24 @@ cache = tc.Cache(sys.argv[1] + "-cache", size="100MB")
 """
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "iterator = iter(loader); next(iterator)",
-        "for batch in loader: pass",
-        """
+def test_finalizers_are_silent_where_module_globals_are_gone(make_dataset):
+    code = """
+ended = iter(loader)
+for batch in ended: pass
+left = iter(loader)
+next(left)
 sampled = iter(tc.DataLoader(loader.dataset, 4, sampler=range(100)))
 cached = iter(tc.DataLoader(tc.Dataset(sys.argv[1], cache=cache), shuffle=True))
 foreign = iter(tc.DataLoader(range(9), shuffle=True))
 batches = [next(iterator) for iterator in (sampled, cached, foreign)]
-""",
-        """
-cached = tc.Dataset(sys.argv[1], cache=cache)
-record, batch, records, arrow = cached[7], cached[[1, 2]], iter(cached), cached.to_arrow(16)
+other = tc.Dataset(sys.argv[1], cache=cache)
+record, batch, records, arrow = other[7], other[[1, 2]], iter(other), other.to_arrow(16)
 next(records), next(arrow)
-view = cached.select(range(0, 400, 3))
+view = other.select(range(0, 400, 3))
 pickled = view.__reduce_ex__(2)
 writer = tc.Writer(sys.argv[1] + "-written", schema={"x": "int64"}, shard_size="4KiB")
 for x in range(4096): writer.write({"x": x})
-""",
-    ],
-    ids=["left", "ended", "others", "no loader"],
-)
-def test_finalizers_are_silent_where_module_globals_are_gone(make_dataset, code):
+"""
     process = begin(KEEP_MAIN + code, make_dataset(500, compression="zstd"))
     assert process.communicate(timeout=120) == ("", "")
     assert process.returncode == 0
@@ -111,59 +104,3 @@ def test_a_child_forked_while_another_thread_holds_a_lock_ends_all_the_same(make
             os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     iterator.close()
-
-
-def serve_rank(rank, world_size, path, meeting_point, version, options, answers):
-    import torch
-    import torch.distributed as dist
-
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=world_size)
-        torch.manual_seed(rank)  # each would draw a seed of its own
-        dataset = tc.Dataset(path, version=version)
-        loader = tc.DataLoader(dataset, batch_size=8, shuffle=True, options=tc.LoaderOptions(**options))
-        ids = [batch["id"].tolist() for batch in loader]
-        answers.put((rank, ids, loader.state_dict(), repr(loader), len(loader)))
-        dist.destroy_process_group()
-    except Exception:  # noqa: BLE001 -- the process's top: the test shows it
-        answers.put((rank, traceback.format_exc(), None, "", 0))
-
-
-def serve_ranks(path, meeting_point, versions, options):
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    n = len(versions)
-    processes = [
-        context.Process(
-            target=serve_rank, args=(rank, n, path, meeting_point, versions[rank], options[rank], answers), daemon=True
-        )
-        for rank in range(n)
-    ]
-    for process in processes:
-        process.start()
-    found = sorted((answers.get(timeout=120) for _ in processes), key=lambda answer: answer[0])
-    for process in processes:
-        process.join(30)
-        process.close() if process.exitcode is not None else process.kill()
-    answers.close()
-    answers.join_thread()
-    return found
-
-
-def test_ranks_of_torch_distributed_agree_on_seed_and_version(make_dataset, tmp_path):
-    path = make_dataset(100)
-    first = tc.Dataset(path).version
-    with tc.Writer(path, mode="append") as writer:
-        writer.write_batch(make_columns(20, 100))
-    zero, one = serve_ranks(path, tmp_path / "meet", [first, None], [{}, {}])
-    assert sorted(i for _, ids, *_ in (zero, one) for batch in ids for i in batch) == list(range(100))
-    assert [len(batch) for batch in zero[1]] == [len(batch) for batch in one[1]] == [8] * 6 + [2]
-    assert zero[2] == one[2]
-    assert zero[4] == one[4] == 7
-    assert "rank 1 of 2 (from torch.distributed)" in one[3]
-
-
-def test_ranks_that_were_given_different_options_are_told(make_dataset, tmp_path):
-    options = [{"seed": 1}, {"seed": 1, "shuffle_window_bytes": "1KiB"}]
-    _, one = serve_ranks(make_dataset(100), tmp_path / "meet", [None, None], options)
-    assert "window_bytes=1024 on rank 1 differs from rank 0's 268435456" in one[1]

@@ -6,8 +6,6 @@ import collections
 import itertools
 import json
 import os
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -16,6 +14,8 @@ from tests.load.conftest import N_REMOTE as N
 from tests.load.conftest import SCHEMA, check_batch, make_columns
 from tests.s3_fixtures import s3_server  # noqa: F401
 from tests.support.http_server import HttpFault, HttpFaultServer
+from tests.support.warm_python import WarmPython
+from tests.testing.warm_process import ROOT
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
@@ -40,14 +40,14 @@ def ids_of(loader) -> list[int]:
     return list(itertools.chain(*map(check_batch, loader)))
 
 
-def read_in_a_new_process(url: str, cache, options: dict[str, object]) -> dict[str, object]:
+def read_in_a_new_process(python: WarmPython, url: str, cache, options: dict[str, object]) -> dict[str, object]:
     argument = json.dumps([url, str(cache), options])
-    done = subprocess.run([sys.executable, "-c", READ_AN_EPOCH, argument], capture_output=True, check=False, text=True)
+    done = python.run(["-c", READ_AN_EPOCH, argument], cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_a_warm_epoch_in_a_new_process_asks_the_server_for_no_shard_footer_or_segment(server, tmp_path):
+def test_a_warm_epoch_in_a_new_process_asks_the_server_for_no_shard_footer_or_segment(server, tmp_path, warm_python):
     with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, batch_size=32, shuffle=True, options=tc.LoaderOptions(seed=2))
@@ -61,7 +61,7 @@ def test_a_warm_epoch_in_a_new_process_asks_the_server_for_no_shard_footer_or_se
         f"/{key}" for key in server.objects if "/shards/" in key
     }
     server.log.clear()
-    warm = read_in_a_new_process(f"{server.url}/data", tmp_path / "cache", {})
+    warm = read_in_a_new_process(warm_python, f"{server.url}/data", tmp_path / "cache", {})
     assert warm["ids"] == second
     assert shard_requests(server) == []
     assert warm["hit_ratio"] == 1
@@ -144,7 +144,7 @@ def test_a_shard_that_is_gone_is_an_error_that_names_it_after_every_batch_before
 
 
 @pytest.mark.s3
-def test_from_s3_by_the_native_path_resumed_and_in_a_new_process(s3_server, tmp_path):  # noqa: F811
+def test_from_s3_by_the_native_path_resumed_and_in_a_new_process(s3_server, tmp_path, warm_python):  # noqa: F811
     url, options = f"{s3_server.url}/load/native", s3_server.storage_options
     with tc.Writer(url, schema=SCHEMA, shard_size="8KiB", block_size="1KiB", storage_options=options) as writer:
         writer.write_batch(make_columns(N))
@@ -165,7 +165,7 @@ def test_from_s3_by_the_native_path_resumed_and_in_a_new_process(s3_server, tmp_
         assert sorted(itertools.chain(*begun, *rest)) == list(range(N))
         second = ids_of(loader)
         dataset.close()
-    warm = read_in_a_new_process(url, tmp_path / "cache", options)
+    warm = read_in_a_new_process(warm_python, url, tmp_path / "cache", options)
     assert warm["ids"] == second
     assert warm["hit_ratio"] == 1
 

@@ -8,8 +8,8 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -20,6 +20,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from tests.support.forks import ChildEnd
 from tests.support.kill_points import KillAt, points_in
+from tests.support.warm_python import WarmPython
 from tests.testing.warm_process import WITHOUT_THREADS
 
 import tiercache
@@ -28,7 +29,6 @@ from tiercache.waiting import SYSTEM_CLOCK, wait_for
 Place = TypeVar("Place")  # a job, and what else tells where a point can be struck
 
 LONGEST_RUN_S = 60.0
-ROOT = Path(__file__).parents[2]
 
 
 class KillLoop:
@@ -38,10 +38,13 @@ class KillLoop:
     is done. A kill counts only if it came between the two.
     """
 
-    def __init__(self, module: str, progress: Path, arguments: list[str], *, work_s: float, seed: int) -> None:
+    def __init__(
+        self, python: WarmPython, module: str, progress: Path, arguments: list[str], *, work_s: float, seed: int
+    ) -> None:
         self.random = random.Random(seed)
         self.n_struck = 0
-        self._command = [sys.executable, "-W", "error", "-m", module, str(progress), *arguments]
+        self._python = python
+        self._command = ["-m", module, str(progress), *arguments]
         self._progress = progress
         self._work_s = work_s
 
@@ -52,11 +55,7 @@ class KillLoop:
 
     def kill_once(self) -> bool:
         """Run it and kill it somewhere in its work; whether the kill struck."""
-        with self._start() as child:
-            SYSTEM_CLOCK.sleep(self.random.uniform(0, self._work_s))
-            child.send_signal(signal.SIGKILL)
-            code = child.wait()
-            errors = child.stderr.read()
+        code, errors = self._run(self.random.uniform(0, self._work_s))
         assert code in (0, -signal.SIGKILL), errors
         struck = code == -signal.SIGKILL and "begin" in self.lines() and "end" not in self.lines()
         self.n_struck += struck
@@ -64,10 +63,22 @@ class KillLoop:
 
     def finish(self) -> None:
         """Let it run to its end, with no help."""
-        with self._start() as child:
-            errors = child.stderr.read()
-            assert child.wait() == 0, errors
+        code, errors = self._run(None)
+        assert code == 0, errors
         assert self.lines()[-1] == "end", errors
+
+    def _run(self, killed_after_s: float | None) -> tuple[int | None, str]:
+        """Run it, and kill it so many seconds after its first line; its exit code, and what it wrote as errors."""
+        self._progress.unlink(missing_ok=True)
+        with tempfile.TemporaryFile("w+") as errors:
+            child = self._python.start(self._command, out=errors, errors=errors, is_strict=True)
+            assert wait_for(lambda: self.lines() or child.poll() is not None, LONGEST_RUN_S), "the child never began"
+            if killed_after_s is not None:
+                SYSTEM_CLOCK.sleep(killed_after_s)
+                child.kill()
+            code = child.wait()
+            errors.seek(0)
+            return code, errors.read()
 
     def run(self, n_kills: int, check: Callable[[], None]) -> None:
         """Kill until n_kills have struck, checking after each; every now and then, and at last, let it finish."""
@@ -80,12 +91,6 @@ class KillLoop:
             if self.random.random() < 0.2 or self.n_struck == n_kills:
                 self.finish()
                 check()
-
-    def _start(self) -> subprocess.Popen[str]:
-        self._progress.unlink(missing_ok=True)
-        child = subprocess.Popen(self._command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        assert wait_for(lambda: self.lines() or child.poll() is not None, LONGEST_RUN_S), "the child never began"
-        return child
 
 
 def points_where(belongs: Callable[[str], bool]) -> dict[str, str]:

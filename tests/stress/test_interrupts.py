@@ -19,7 +19,7 @@ def rounds(folder, n, *arguments, timeout_s=170):
 
 
 @pytest.mark.parametrize("only", ["verb pack", "loop, on by state", "cache come_back", "tiers apply"])
-def test_ctrl_c_anywhere_spoils_nothing(tmp_path, only):
+def test_ctrl_c_at_any_line_leaves_nothing_wrong(tmp_path, only):
     rounds(tmp_path, 3, "--only", only)
 
 

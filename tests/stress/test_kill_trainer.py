@@ -7,6 +7,7 @@ import pytest
 from tests.load.conftest import SCHEMA, check_batch, make_columns
 from tests.stress.kills import KillLoop
 from tests.stress.training import N_EPOCHS, make_loader
+from tests.support.warm_python import WarmPython
 
 import tiercache as tc
 
@@ -16,7 +17,7 @@ N = 1600
 class Training:
     """A packed data set, the run that nobody interrupted, and a child that is killed."""
 
-    def __init__(self, root: Path, seed: int) -> None:
+    def __init__(self, python: WarmPython, root: Path, seed: int) -> None:
         self.url, self.cache, self.state, self.log = root / "data", root / "cache", root / "state", root / "log"
         with tc.Writer(self.url, schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
             writer.write_batch(make_columns(N))
@@ -28,7 +29,7 @@ class Training:
                     self.expected[epoch, step * 8] = check_batch(batch)
             loader.dataset.close()
         arguments = [str(self.url), str(self.cache), str(self.state), str(self.log)]
-        self.loop = KillLoop("tests.stress.training", root / "progress", arguments, work_s=0.25, seed=seed)
+        self.loop = KillLoop(python, "tests.stress.training", root / "progress", arguments, work_s=0.25, seed=seed)
 
     def check(self) -> None:
         """Each step served what it must, and at the end each was served; the next run finds an emptier cache."""
@@ -52,14 +53,14 @@ class Training:
 
 
 @pytest.mark.timeout(120)
-def test_a_killed_training_resumes_as_if_nothing_had_been(tmp_path):
-    assert Training(tmp_path, seed=3).run(3) == 3
+def test_a_killed_training_resumes_with_the_same_batches(tmp_path, warm_python):
+    assert Training(warm_python, tmp_path, seed=3).run(3) == 3
 
 
 @pytest.mark.stress
 @pytest.mark.timeout(1800)
-def test_fifty_kills_of_training_serve_no_wrong_record(tmp_path, capsys):
-    n_struck = Training(tmp_path, seed=4).run(50)
+def test_fifty_kills_of_training_serve_no_wrong_record(tmp_path, warm_python, capsys):
+    n_struck = Training(warm_python, tmp_path, seed=4).run(50)
     with capsys.disabled():
         print(f"\ntraining: {n_struck} kills struck inside the work")
     assert n_struck == 50

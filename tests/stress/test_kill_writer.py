@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tests.stress.kills import KillLoop
 from tests.stress.writing import N_RECORDS, records
+from tests.support.warm_python import WarmPython
 
 import tiercache as tc
 from tiercache.shard.read.verify import verify_dataset
@@ -28,22 +29,22 @@ def check(url: Path) -> None:
     dataset.close()
 
 
-def run(root: Path, n_kills: int, seed: int) -> KillLoop:
+def run(python: WarmPython, root: Path, n_kills: int, seed: int) -> KillLoop:
     url = root / "data"
-    loop = KillLoop("tests.stress.writing", root / "progress", [str(url)], work_s=0.12, seed=seed)
+    loop = KillLoop(python, "tests.stress.writing", root / "progress", [str(url)], work_s=0.12, seed=seed)
     loop.run(n_kills, lambda: check(url))
     return loop
 
 
 @pytest.mark.timeout(120)
-def test_a_killed_writer_needs_no_hand(tmp_path):
-    assert run(tmp_path, 3, seed=1).n_struck == 3
+def test_a_killed_writer_needs_no_clean_up(tmp_path, warm_python):
+    assert run(warm_python, tmp_path, 3, seed=1).n_struck == 3
 
 
 @pytest.mark.stress
 @pytest.mark.timeout(1800)
-def test_fifty_kills_of_writing_leave_no_wrong_record(tmp_path, capsys):
-    loop = run(tmp_path, 50, seed=2)
+def test_fifty_kills_of_writing_leave_no_wrong_record(tmp_path, warm_python, capsys):
+    loop = run(warm_python, tmp_path, 50, seed=2)
     with capsys.disabled():
         print(f"\nwriting: {loop.n_struck} kills struck inside the work")
     assert loop.n_struck == 50

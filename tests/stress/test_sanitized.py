@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.stress.kills import ROOT
+from tests.testing.warm_process import ROOT
 
 STRESS = Path(__file__).with_name("ring_stress.c")
 COMPILER = os.environ.get("CC", "cc")

@@ -1,6 +1,6 @@
 """A process to be killed, which warms every object of SOURCE into CACHE.
 
-    python -m tests.stress.warming SOURCE CACHE PROGRESS SIZE
+    python -m tests.stress.warming PROGRESS SOURCE CACHE SIZE
 
 PROGRESS gets a line when warming begins, one for each copy that came, and one at the end: who kills it knows where.
 Reading takes a moment that differs from part to part, so that a kill at a random instant meets every step.
@@ -26,7 +26,7 @@ def identities(source: Path) -> list[tuple[str, ShardIdentity]]:
     return found
 
 
-def main(source: str, cache_folder: str, progress: str, size: str) -> None:
+def main(progress: str, source: str, cache_folder: str, size: str) -> None:
     wanted = identities(Path(source))
     with Path(progress).open("a") as file:
         warm(source, cache_folder, file, size, wanted)

@@ -68,12 +68,12 @@ def answer(shim, folder, code):
     return json.loads(done.stdout)
 
 
-def test_every_kind_has_a_call_here():
+def test_every_kind_of_call_is_covered():
     assert CALLS.keys() == KINDS.keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_call_of_each_kind_fails_below_the_folder_and_nowhere_else(shim, tmp_path, kind):
+def test_each_kind_of_call_fails_below_the_folder_and_nowhere_else(shim, tmp_path, kind):
     code = f"""
 call, told = {CALLS[kind]!r}, []
 def work(tell):
@@ -123,7 +123,7 @@ print(json.dumps(fail_calls(work, ours, Position("pread", "EIO", 1)).ended.lines
     assert answer(shim, tmp_path, code) == ["5"]
 
 
-def test_calls_of_sqlite_are_met_too(shim, tmp_path):
+def test_calls_of_sqlite_fail_too(shim, tmp_path):
     code = """
 def work(tell):
     db = sqlite3.connect(ours / "db")

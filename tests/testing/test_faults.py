@@ -46,7 +46,7 @@ class TestAWrapperWithoutFaultsIsTheStoreItself(StoreSuite):
     test_a_pickled_store_works = None
 
 
-def test_the_nth_calls_of_a_verb_fail_and_no_other(inner):
+def test_only_the_scripted_calls_fail(inner):
     store = FaultStore(inner, [Fault("get", nth=2, times=2, status=500)])
     assert store.get("a")
     for _ in range(2):
@@ -58,7 +58,7 @@ def test_the_nth_calls_of_a_verb_fail_and_no_other(inner):
     assert store.faulted_calls == [("get", "a"), ("get", "a")]
 
 
-def test_a_script_may_speak_of_some_keys_only(inner):
+def test_a_fault_may_apply_to_some_keys_only(inner):
     inner.put("shards/x", b"x")
     store = FaultStore(inner, [Fault("get", keys="shards/*", error=NotFound)])
     assert store.get("a")
@@ -67,7 +67,7 @@ def test_a_script_may_speak_of_some_keys_only(inner):
     assert store.get("shards/x") == b"x"
 
 
-def test_equal_lines_of_a_script_count_by_themselves_and_lines_may_be_added(inner):
+def test_equal_faults_count_separately_and_faults_may_be_added(inner):
     store = FaultStore(inner)
     store.get("a")
     store.add(Fault("get"), Fault("get", nth=3))
@@ -82,7 +82,7 @@ def test_equal_lines_of_a_script_count_by_themselves_and_lines_may_be_added(inne
 
 
 @pytest.mark.parametrize("verb", ["put", "put_if_absent"])
-def test_a_lost_answer_comes_after_the_effect(inner, verb):
+def test_a_lost_response_comes_after_the_effect(inner, verb):
     store = FaultStore(inner, [Fault(verb, kind=FaultKind.LOST_RESPONSE)])
     with pytest.raises(StoreError) as caught:
         getattr(store, verb)("new", b"written")
@@ -132,7 +132,7 @@ def test_an_object_replaced_between_two_ranges_is_noticed(inner, with_etag):
 @pytest.mark.parametrize(
     "wrong", [{"verb": "fetch"}, {"verb": "get", "nth": 0}, {"verb": "put", "kind": FaultKind.SHORT_READ}]
 )
-def test_a_script_that_cannot_be_is_refused(wrong):
+def test_an_invalid_fault_is_refused(wrong):
     with pytest.raises(ValueError, match=r"verb|applies only to"):
         Fault(**wrong)
 
@@ -177,7 +177,7 @@ def test_a_gate_that_nobody_reaches_or_opens_fails_the_test(inner):
         store.stop_at("during_get")
 
 
-def test_counting_writes_down_every_call(inner):
+def test_a_counting_store_records_every_call(inner):
     store = CountingStore(inner)
     store.get("a")
     list(store.list("x/"))

@@ -25,18 +25,18 @@ def look(copies, **options):
     return FolderCheck(copies.parent, Expected({NAME: DATA}, **options))
 
 
-def test_a_part_that_has_just_become_a_copy_takes_its_bytes_once(copies):
+def test_a_partial_copy_that_was_just_completed_is_counted_once(copies):
     lay(copies, f"{NAME}.part", DATA)
     once = allocated_bytes(copies)
     os.link(copies / f"{NAME}.part", copies / NAME)
     assert allocated_bytes(copies) == allocated_at_once(copies) == once >= 3 * BLOCK_BYTES
 
 
-def test_a_folder_that_is_not_there_takes_nothing(tmp_path):
+def test_a_missing_folder_has_no_bytes(tmp_path):
     assert allocated_bytes(tmp_path / "none") == allocated_at_once(tmp_path / "none") == 0
 
 
-def test_a_whole_copy_with_its_record_is_right_at_any_time(copies):
+def test_a_complete_copy_with_its_record_is_valid_at_any_time(copies):
     lay(copies, NAME, DATA)
     lay(copies, f"{NAME}.json")
     assert look(copies).crash_problems() == []

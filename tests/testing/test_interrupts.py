@@ -65,7 +65,7 @@ print(json.dumps({
 """
 
 
-def test_each_line_can_be_struck_and_what_came_of_it_is_told():
+def test_each_line_can_be_interrupted_and_its_outcome_is_reported():
     done = run_warm(["-c", PROGRAM])
     assert done.stdout, done.stderr
     found = json.loads(done.stdout)

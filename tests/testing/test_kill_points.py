@@ -33,7 +33,7 @@ def write(folder, name, text):
     (folder / name).write_text(text)
 
 
-def test_points_are_listed_with_their_places(tmp_path):
+def test_points_are_listed_with_their_locations(tmp_path):
     (tmp_path / "cache").mkdir()
     write(
         tmp_path, "cache/a.py", 'def f():\n    crash_point("fetch.reserved")\n    points.crash_point("fetch.named")\n'
@@ -47,20 +47,20 @@ def test_points_are_listed_with_their_places(tmp_path):
 
 
 @pytest.mark.parametrize("argument", ["name", "", '"fetch"', '"Fetch.Named"', 'f"fetch.{i}"', '"a.b.c"'])
-def test_a_point_without_a_plain_name_is_refused_with_its_place(tmp_path, argument):
+def test_a_point_without_a_literal_name_is_refused_with_its_location(tmp_path, argument):
     write(tmp_path, "a.py", f"\ncrash_point({argument})\n")
     with pytest.raises(ValueError, match=r"a\.py:2"):
         points_in(tmp_path)
 
 
-def test_a_name_that_stands_twice_is_refused_with_both_places(tmp_path):
+def test_a_point_name_that_occurs_twice_is_refused_with_both_locations(tmp_path):
     write(tmp_path, "a.py", 'crash_point("a.b")\n')
     write(tmp_path, "b.py", 'crash_point("a.b")\n')
     with pytest.raises(ValueError, match=r"b\.py:1.*a\.py:1"):
         points_in(tmp_path)
 
 
-def test_a_hook_is_called_at_each_point_and_given_back():
+def test_a_hook_is_called_at_each_point_and_returned():
     seen = []
     before = crash_points.set_hook(seen.append)
     try:
@@ -72,26 +72,26 @@ def test_a_hook_is_called_at_each_point_and_given_back():
 
 
 @pytest.mark.parametrize("nth", [1, 3])
-def test_a_strike_kills_at_the_nth_time_and_keeps_what_was_told(nth):
+def test_a_kill_at_the_nth_time_keeps_earlier_messages(nth):
     code = f"struck = kill_at(work, KillAt('rig.step', {nth}))\n"
     code += "print(json.dumps([struck.hit, struck.ended.code, struck.lines]))"
     told = [f"{when} {i}" for i in range(nth) for when in ("before", "after")][:-1]
     assert answer(code) == [True, -9, told]
 
 
-def test_a_point_that_is_not_reached_is_no_hit():
+def test_a_point_that_is_not_reached_is_not_counted():
     code = "struck = kill_at(work, KillAt('rig.step', 4)); print(json.dumps([struck.hit, struck.ended.code]))"
     assert answer(code) == [False, 0]
 
 
-def test_a_child_that_somebody_else_killed_is_no_hit():
+def test_a_child_that_was_killed_otherwise_is_not_counted():
     code = """
 struck = kill_at(lambda tell: os.kill(os.getpid(), signal.SIGKILL), KillAt('rig.step'))
 print(json.dumps([struck.hit, struck.ended.code]))"""
     assert answer(code) == [False, -9]
 
 
-def test_a_strike_in_a_thread_of_the_child_kills_all_of_it():
+def test_a_kill_in_a_thread_ends_the_whole_child():
     code = """
 def threaded(tell):
     threads = [threading.Thread(target=work, args=(tell,)) for _ in range(4)]
@@ -108,7 +108,7 @@ def test_all_times_that_points_are_reached_are_counted():
     assert answer(code) == [{"rig.step": 3}, 0, 6]
 
 
-def test_a_child_that_never_ends_is_killed_and_says_where_it_hung():
+def test_a_child_that_hangs_is_killed_and_its_stack_is_reported():
     code = """
 def hang_here(tell):
     tell("begun")
@@ -118,7 +118,7 @@ print(json.dumps([ended.hung, ended.code, ended.lines, "in hang_here" in ended.e
     assert answer(code) == [True, -9, ["begun"], True]
 
 
-def test_a_childs_error_comes_to_the_parent_as_its_traceback():
+def test_an_error_of_a_child_reaches_the_parent_as_a_traceback():
     code = "ended = run_forked(lambda tell: 1 / 0); print(json.dumps([ended.code, ended.error]))"
     code, error = answer(code)
     assert code == 1

@@ -25,7 +25,7 @@ def problems(tmp_path_factory):
 @pytest.mark.stress  # it breaks the cache on purpose; the tests of the cache find each fault of the cache itself
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("mutant", CASES)
-def test_a_cache_that_is_broken_is_found_out_and_one_that_is_whole_is_not(problems, mutant):
+def test_a_broken_cache_is_detected_and_an_intact_one_is_not(problems, mutant):
     case = CASES[mutant]
     if case.needs_shim and not HAS_COMPILER:
         pytest.skip("there is no C compiler cc")

@@ -50,11 +50,11 @@ def ask(server, path="/a%20b", method="GET", body=None, **header):
         ("lines=1-2", 200, b"0123456789"),
     ],
 )
-def test_it_serves_ranges(server, asked, status, body):
+def test_the_http_server_serves_ranges(server, asked, status, body):
     assert ask(server, Range=asked)[:2] == (status, body)
 
 
-def test_it_serves_whole_objects_heads_and_conditions(server):
+def test_the_http_server_serves_objects_heads_and_conditions(server):
     status, body, header = ask(server)
     assert (status, body, header["ETag"]) == (200, b"0123456789", server.etag("a b"))
     assert ask(server, method="HEAD")[:2] == (200, b"")
@@ -70,7 +70,7 @@ def test_it_serves_whole_objects_heads_and_conditions(server):
     assert server.n_bytes_sent == 20 + len(b"no such object") + len(b"changed")
 
 
-def test_scripts_go_by_order_then_by_rule(server):
+def test_scripted_faults_apply_in_order_then_by_rule(server):
     server.when(lambda method, path: HttpFault("status", 404) if path == "/gone" else None)
     server.next(HttpFault("status", 418, body=b"teapot", header=(("Retry-After", "1"),)), None)
     status, body, header = ask(server)
@@ -87,14 +87,14 @@ def test_scripts_go_by_order_then_by_rule(server):
         (HttpFault("drop"), (ConnectionResetError, urllib.error.URLError)),
     ],
 )
-def test_it_breaks_off(server, fault, error):
+def test_the_http_server_can_break_a_connection(server, fault, error):
     server.next(fault)
     with pytest.raises(error):
         ask(server)
     assert ask(server)[0] == 200
 
 
-def test_it_answers_a_range_with_the_whole_and_replaces(server):
+def test_the_http_server_can_ignore_a_range_or_replace_an_object(server):
     server.next(HttpFault("whole"), HttpFault("replace"), HttpFault("replace", body=b"new"))
     assert ask(server, Range="bytes=0-1")[:2] == (200, b"0123456789")
     assert ask(server, Range="bytes=0-1")[:2] == (206, b"98")
@@ -118,7 +118,7 @@ def test_a_server_has_a_url_only_while_it_runs():
 
 
 @pytest.mark.s3
-def test_the_s3_server_runs_alone_in_its_group_and_says_what_it_is(s3_server):
+def test_the_s3_server_runs_in_its_own_process_group(s3_server):
     assert s3_server.kind == "seaweedfs" if weed_binary() else "moto"
     assert s3_server.is_running
     assert os.getpgid(s3_server._process.pid) == s3_server._process.pid != os.getpgid(0)
@@ -130,7 +130,7 @@ def test_the_s3_server_runs_alone_in_its_group_and_says_what_it_is(s3_server):
 
 
 @pytest.mark.s3
-def test_a_server_that_is_killed_is_gone_and_may_be_started_again(tmp_path):
+def test_a_killed_server_can_be_started_again(tmp_path):
     with S3Server(tmp_path, kind="moto") as server:
         server.kill()
         assert not server.is_running
@@ -148,7 +148,7 @@ def test_a_server_that_ends_at_once_is_an_error_with_its_log(tmp_path, monkeypat
         server.start()
 
 
-def test_a_missing_wheel_is_an_error_where_there_is_one(monkeypatch):
+def test_a_missing_server_package_is_an_error_if_the_platform_has_a_wheel(monkeypatch):
     def missing(name):
         raise s3_module.importlib.metadata.PackageNotFoundError(name)
 
@@ -170,7 +170,7 @@ def test_free_ports_are_free():
 
 
 @pytest.mark.stress  # rare, and two starts of moto
-def test_a_server_whose_port_was_taken_meanwhile_is_started_on_others(monkeypatch):
+def test_a_server_whose_port_was_taken_starts_on_other_ports(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -151,7 +151,7 @@ class DiskBucket(Store):
         try:
             return read_object(self._path(key))
         except FileNotFoundError as error:
-            raise NotFound(url=self._at(key)) from error
+            raise NotFound("no such object", url=self._at(key)) from error
 
     def _read(self, key: str, due: str) -> tuple[dict, bytes]:
         about, data = self._found(key)

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from tiercache.cli import commands, tier_commands
-from tiercache.cli.output import report_errors, show_warning
+from tiercache.cli.output import command, show_warning
 from tiercache.version import __version__
 
 _NAME = "tiercache"
@@ -89,7 +89,7 @@ _VERBS: tuple[tuple[typer.Typer, Callable[..., None], str], ...] = (
     (tier, tier_commands.ls, _AGAIN),
 )
 for _group, _verb, _how_to_go_on in _VERBS:
-    _group.command(cls=_Command)(report_errors(_verb, how_to_go_on=_how_to_go_on))
+    _group.command(cls=_Command)(command(_verb, how_to_go_on=_how_to_go_on))
 
 
 def _print_version(wanted: bool) -> None:

@@ -21,18 +21,18 @@ from tiercache.cli.options import (
     FilesFrom,
     Include,
     Jobs,
-    Json,
     Placement,
-    Quiet,
     Rules,
     Seed,
     ShuffleGroup,
     StorageOptions,
     Streams,
     Url,
-    Verbose,
     VersionNumber,
     Yes,
+    argument,
+    flag,
+    option,
     parse_age,
     parse_columns,
     parse_fraction,
@@ -43,80 +43,61 @@ from tiercache.cli.output import Output
 
 Fraction = Annotated[
     str | None,
-    typer.Option(
-        "--fraction",
-        metavar="FRACTION",
-        help="Fetch only this fraction of the selected bytes, from the first shard on, e.g. 25%.",
+    option(
+        "--fraction", "FRACTION", "Fetch only this fraction of the selected bytes, from the first shard on, e.g. 25%."
     ),
 ]
 Limit = Annotated[
     str | None,
-    typer.Option(
-        "--limit",
-        metavar="SIZE",
-        help="Fetch only this many of the selected bytes, from the first shard on, e.g. 200GB.",
-    ),
+    option("--limit", "SIZE", "Fetch only this many of the selected bytes, from the first shard on, e.g. 200GB."),
 ]
 Minutes = Annotated[
     float | None,
-    typer.Option("--minutes", metavar="N", help="Fetch only what a training reads in N minutes at --rate."),
+    option("--minutes", "N", "Fetch only what a training reads in N minutes at --rate."),
 ]
 Rate = Annotated[
     str | None,
-    typer.Option(
-        "--rate", metavar="SIZE/s", help="Rate at which the training reads stored bytes, e.g. 500MB/s; for --minutes."
-    ),
+    option("--rate", "SIZE/s", "Rate at which the training reads stored bytes, e.g. 500MB/s; for --minutes."),
 ]
-Epoch = Annotated[
-    int | None, typer.Option("--epoch", min=0, metavar="N", help="Epoch of the training, counted from 0; default: 0.")
-]
+Epoch = Annotated[int | None, option("--epoch", "N", "Epoch of the training, counted from 0; default: 0.", min=0)]
 Rank = Annotated[
     list[str] | None,
-    typer.Option(
-        "--rank",
-        metavar="R/W",
-        help="Fetch only what these ranks read: RANK/RANKS, e.g. 3/8 or 0-3/8. May be repeated.",
-    ),
+    option("--rank", "R/W", "Fetch only what these ranks read: RANK/RANKS, e.g. 3/8 or 0-3/8. May be repeated."),
 ]
-MaybeUrl = Annotated[
-    str | None, typer.Argument(metavar="[URL]", help="Data set: a local path, or a URL such as s3://bucket/name.")
-]
+MaybeUrl = Annotated[str | None, argument("[URL]", "Data set: a local path, or a URL such as s3://bucket/name.")]
 Keep = Annotated[
     Path | None,
-    typer.Option("--keep", metavar="DIR", help="Work in this new or empty folder, and keep it afterwards."),
+    option("--keep", "DIR", "Work in this new or empty folder, and keep it afterwards."),
 ]
 
 
 def pack(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Input: a file, a folder or a glob, as a path or a URL.")
-    ],
+    output: Output,
+    source: Annotated[str, argument("SOURCE", "Input: a file, a folder or a glob, as a path or a URL.")],
     url: Url,
     kind: Annotated[
         str | None,
-        typer.Option(metavar="KIND", help="Kind of the input: images, parquet or jsonl; default: from the file names."),
+        option("--kind", "KIND", "Kind of the input: images, parquet or jsonl; default: from the file names."),
     ] = None,
     column: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=TYPE", help="Type of a column, e.g. label=int64; see `tiercache info`. May be repeated."
-        ),
+        option("--column", "NAME=TYPE", "Type of a column, e.g. label=int64; see `tiercache info`. May be repeated."),
     ] = None,
     mode: Annotated[
         str,
-        typer.Option(
-            metavar="MODE", help="create (a new data set), append (add records) or overwrite (replace all records)."
-        ),
+        option("--mode", "MODE", "create (a new data set), append (add records) or overwrite (replace all records)."),
     ] = "create",
-    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Target size of a shard.")] = "128MiB",
+    shard_size: Annotated[str, option("--shard-size", "SIZE", "Target size of a shard.")] = "128MiB",
     block_size: Annotated[
         str,
-        typer.Option(
-            metavar="SIZE", help="Target size of a block, uncompressed; a block is the unit of reading and shuffling."
+        option(
+            "--block-size",
+            "SIZE",
+            "Target size of a block, uncompressed; a block is the unit of reading and shuffling.",
         ),
     ] = "1MiB",
     compression: Annotated[
-        str, typer.Option(metavar="CODEC", help="Compression: auto, none, zstd or zstd:LEVEL.")
+        str, option("--compression", "CODEC", "Compression: auto, none, zstd or zstd:LEVEL.")
     ] = "auto",
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Number of processes; 0: one per CPU.")] = 1,
     include: Include = None,
@@ -124,16 +105,11 @@ def pack(
     storage_option: StorageOptions = None,
     source_option: Annotated[
         list[str] | None,
-        typer.Option(
-            "--source-option",
-            metavar="KEY=VALUE",
-            help="Option of the source's store, e.g. region=eu-central-1. May be repeated.",
+        option(
+            "--source-option", "KEY=VALUE", "Option of the source's store, e.g. region=eu-central-1. May be repeated."
         ),
     ] = None,
     dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Convert images, Parquet files or JSON lines into a data set.
 
@@ -156,57 +132,47 @@ def pack(
         storage_options=parse_storage_options(storage_option),
         source_options=parse_storage_options(source_option),
     )
-    data_sets.pack(Output(as_json, quiet), source, url, options, dry_run=dry_run)
+    data_sets.pack(output, source, url, options, dry_run=dry_run)
 
 
 def ls(
+    output: Output,
     url: Url,
-    versions: Annotated[
-        bool, typer.Option("--versions", help="List the versions of the data set instead of its shards.")
-    ] = False,
+    versions: Annotated[bool, flag("--versions", "List the versions of the data set instead of its shards.")] = False,
     at: VersionNumber = None,
     include: Include = None,
     exclude: Exclude = None,
     storage_option: StorageOptions = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """List the shards of a data set in record order, or its versions."""
     from tiercache.cli import data_sets
 
     if versions:
-        data_sets.list_versions(Output(as_json, quiet), url, storage_option)
+        data_sets.list_versions(output, url, storage_option)
     else:
-        data_sets.list_shards(Output(as_json, quiet), url, at, include, exclude, storage_option)
+        data_sets.list_shards(output, url, at, include, exclude, storage_option)
 
 
 def info(
+    output: Output,
     url: Url,
     at: VersionNumber = None,
     storage_option: StorageOptions = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Show a data set's version, size, columns and class names."""
     from tiercache.cli import data_sets
 
-    data_sets.show_info(Output(as_json, quiet), url, at, storage_option)
+    data_sets.show_info(output, url, at, storage_option)
 
 
 def head(
+    output: Output,
     url: Url,
-    n: Annotated[int, typer.Option("-n", min=1, metavar="N", help="Number of records to show.")] = 5,
-    start: Annotated[
-        int, typer.Option("--start", min=0, metavar="I", help="Index of the first record to show, counted from 0.")
-    ] = 0,
+    n: Annotated[int, option("-n", "N", "Number of records to show.", min=1)] = 5,
+    start: Annotated[int, option("--start", "I", "Index of the first record to show, counted from 0.", min=0)] = 0,
     columns: Columns = None,
     at: VersionNumber = None,
     storage_option: StorageOptions = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Show some records of a data set.
 
@@ -215,37 +181,31 @@ def head(
     from tiercache.cli import data_sets
 
     rows = range(start, start + n)
-    data_sets.show_records(Output(as_json, quiet), url, rows, parse_columns(columns), at, storage_option)
+    data_sets.show_records(output, url, rows, parse_columns(columns), at, storage_option)
 
 
 def export(
+    output: Output,
     url: Url,
     target: Annotated[
         str,
-        typer.Argument(
-            metavar="TARGET", help="Output: one file that ends in .parquet, or a folder, which gets one file per shard."
-        ),
+        argument("TARGET", "Output: one file that ends in .parquet, or a folder, which gets one file per shard."),
     ],
     columns: Columns = None,
     at: VersionNumber = None,
     jobs: Jobs = 1,
     compression: Annotated[
-        str, typer.Option(metavar="CODEC", help="Compression of the Parquet files, e.g. zstd, snappy or none.")
+        str, option("--compression", "CODEC", "Compression of the Parquet files, e.g. zstd, snappy or none.")
     ] = "zstd",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    overwrite: Annotated[bool, flag("--overwrite", "Replace existing files.")] = False,
     storage_option: StorageOptions = None,
     target_option: Annotated[
         list[str] | None,
-        typer.Option(
-            "--target-option",
-            metavar="KEY=VALUE",
-            help="Option of the target's store, e.g. region=eu-central-1. May be repeated.",
+        option(
+            "--target-option", "KEY=VALUE", "Option of the target's store, e.g. region=eu-central-1. May be repeated."
         ),
     ] = None,
     dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Write a data set as Parquet files with standard Arrow types. Images keep their encoding."""
     from tiercache.cli import data_sets
@@ -253,34 +213,28 @@ def export(
 
     options = ExportOptions(columns=parse_columns(columns), jobs=jobs, overwrite=overwrite, compression=compression)
     storage_options = (storage_option, target_option)
-    data_sets.export(Output(as_json, quiet), (url, target), storage_options, at, options, dry_run=dry_run)
+    data_sets.export(output, (url, target), storage_options, at, options, dry_run=dry_run)
 
 
 def verify(
+    output: Output,
     url: MaybeUrl = None,
     sample: Annotated[
         str | None,
-        typer.Option(
-            "--sample", metavar="FRACTION", help="Check only this fraction of the shards, chosen at random, e.g. 5%."
-        ),
+        option("--sample", "FRACTION", "Check only this fraction of the shards, chosen at random, e.g. 5%."),
     ] = None,
     include: Include = None,
     exclude: Exclude = None,
     at: VersionNumber = None,
     cached: Annotated[
         bool,
-        typer.Option(
-            "--cached", help="Check the cached copies of the data set, not its store; without URL: all copies."
-        ),
+        flag("--cached", "Check the cached copies of the data set, not its store; without URL: all copies."),
     ] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="Like --cached, and fetch damaged copies again.")] = False,
+    repair: Annotated[bool, flag("--repair", "Like --cached, and fetch damaged copies again.")] = False,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = None,
     jobs: Jobs = 4,
     storage_option: StorageOptions = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Check every byte of a data set, or of copies in the cache.
 
@@ -290,7 +244,6 @@ def verify(
     from tiercache.cli import verify as verb
     from tiercache.cli.cache_verbs import CacheScope
 
-    output = Output(as_json, quiet)
     if cached or repair or cache_dir is not None:
         if sample is not None or at is not None:
             raise ValueError("--sample and --at apply to data sets, and cannot be given for copies in the cache")
@@ -299,11 +252,12 @@ def verify(
     elif url is None:
         raise ValueError("verify needs a URL, or --cached, --repair or --cache DIR for copies in the cache")
     else:
-        shards = verb.ShardSample(include, exclude, 1.0 if sample is None else parse_fraction(sample))
-        verb.verify_data_set(output, url, at, shards, jobs, storage_option)
+        fraction = 1.0 if sample is None else parse_fraction(sample)
+        verb.verify_data_set(output, url, at, include, exclude, fraction, jobs, storage_option)
 
 
 def warm(
+    output: Output,
     url: Url,
     fraction: Fraction = None,
     limit: Limit = None,
@@ -326,9 +280,6 @@ def warm(
     cache_size: CacheSize = None,
     storage_option: StorageOptions = None,
     dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Copy a data set, or a part of it, from its store into the cache.
 
@@ -341,10 +292,11 @@ def warm(
     part, size = selection.parse_limits(fraction, limit, minutes, rate)
     choice = selection.ShardSelection(include, exclude, selection.read_names(files_from), order, part, size)
     request = cache_verbs.CopyRequest(url, choice, at, parse_columns(columns), storage_option, cache_dir, cache_size)
-    cache_verbs.warm(Output(as_json, quiet), request, jobs, dry_run=dry_run)
+    cache_verbs.warm(output, request, jobs, dry_run=dry_run)
 
 
 def pin(
+    output: Output,
     url: Url,
     fraction: Fraction = None,
     limit: Limit = None,
@@ -357,9 +309,6 @@ def pin(
     cache_size: CacheSize = None,
     storage_option: StorageOptions = None,
     dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Copy a data set into the cache, and keep the copies until unpin.
 
@@ -371,21 +320,19 @@ def pin(
     part, size = selection.parse_limits(fraction, limit)
     choice = selection.ShardSelection(include, exclude, selection.read_names(files_from), None, part, size)
     request = cache_verbs.CopyRequest(url, choice, at, None, storage_option, cache_dir, cache_size)
-    cache_verbs.pin(Output(as_json, quiet), request, jobs, dry_run=dry_run)
+    cache_verbs.pin(output, request, jobs, dry_run=dry_run)
 
 
 def unpin(
-    url: Annotated[str | None, typer.Argument(metavar="[URL]", help="Data set whose copies are unpinned.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Instead of a URL: unpin all copies.")] = False,
+    output: Output,
+    url: Annotated[str | None, argument("[URL]", "Data set whose copies are unpinned.")] = None,
+    everything: Annotated[bool, flag("--all", "Instead of a URL: unpin all copies.")] = False,
     include: Include = None,
     exclude: Exclude = None,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = None,
     storage_option: StorageOptions = None,
     dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Unpin cached copies, so that eviction may delete them."""
     from tiercache.cli import cache_verbs
@@ -393,31 +340,26 @@ def unpin(
     if everything == (url is not None):
         raise ValueError("unpin takes a URL or --all")
     scope = cache_verbs.CacheScope(url, include, exclude, storage_option, cache_dir, cache_size)
-    cache_verbs.unpin(Output(as_json, quiet), scope, dry_run=dry_run)
+    cache_verbs.unpin(output, scope, dry_run=dry_run)
 
 
 def evict(
-    url: Annotated[
-        str | None, typer.Argument(metavar="[URL]", help="Data set whose cached copies are deleted.")
-    ] = None,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Instead of a URL: delete copies of all data sets.")
-    ] = False,
+    output: Output,
+    url: Annotated[str | None, argument("[URL]", "Data set whose cached copies are deleted.")] = None,
+    everything: Annotated[bool, flag("--all", "Instead of a URL: delete copies of all data sets.")] = False,
     include: Include = None,
     exclude: Exclude = None,
     older_than: Annotated[
         str | None,
-        typer.Option("--older-than", metavar="AGE", help="Only copies that were not read for this time, e.g. 7d."),
+        option("--older-than", "AGE", "Only copies that were not read for this time, e.g. 7d."),
     ] = None,
     larger_than: Annotated[
-        str | None, typer.Option("--larger-than", metavar="SIZE", help="Only copies larger than this, e.g. 100MB.")
+        str | None, option("--larger-than", "SIZE", "Only copies larger than this, e.g. 100MB.")
     ] = None,
     target_size: Annotated[
         str | None,
-        typer.Option(
-            "--target-size",
-            metavar="SIZE",
-            help="Evict until the cache holds at most SIZE, e.g. 200GB, or 50% (of its size limit).",
+        option(
+            "--target-size", "SIZE", "Evict until the cache holds at most SIZE, e.g. 200GB, or 50% (of its size limit)."
         ),
     ] = None,
     cache_dir: CacheDir = None,
@@ -425,9 +367,6 @@ def evict(
     storage_option: StorageOptions = None,
     yes: Yes = False,
     dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Delete cached copies, least recently used first.
 
@@ -441,79 +380,57 @@ def evict(
     larger_than_bytes = None if larger_than is None else parse_size("--larger-than", larger_than)
     scope = cache_verbs.CacheScope(url, include, exclude, storage_option, cache_dir, cache_size)
     limits = cache_verbs.EvictLimits(older_than_s, larger_than_bytes, target_size)
-    cache_verbs.evict(Output(as_json, quiet), scope, limits, yes=yes, dry_run=dry_run)
+    cache_verbs.evict(output, scope, limits, yes=yes, dry_run=dry_run)
 
 
 def status(
+    output: Output,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Show what the cache holds, who uses it, and damage found in it."""
     from tiercache.cli import cache_verbs
 
-    cache_verbs.status(Output(as_json, quiet), cache_dir, cache_size)
+    cache_verbs.status(output, cache_dir, cache_size)
 
 
 def simulate(
+    output: Output,
     url: Annotated[
         str | None,
-        typer.Argument(metavar="[URL]", help="Data set that a training reads; only its list of shards is used."),
+        argument("[URL]", "Data set that a training reads; only its list of shards is used."),
     ] = None,
     trace: Annotated[
         Path | None,
-        typer.Option("--trace", metavar="FILE", help="Instead of a URL: a trace that TIERCACHE_CACHE_TRACE recorded."),
+        option("--trace", "FILE", "Instead of a URL: a trace that TIERCACHE_CACHE_TRACE recorded."),
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option("--policy", metavar="NAME", help="Eviction policy to simulate; default: all. May be repeated."),
+        option("--policy", "NAME", "Eviction policy to simulate; default: all. May be repeated."),
     ] = None,
     size: Annotated[
         list[str] | None,
-        typer.Option(
-            "--size",
-            metavar="SIZE",
-            help="Cache size per node, e.g. 200GB, or 25% (of all data read). May be repeated.",
-        ),
+        option("--size", "SIZE", "Cache size per node, e.g. 200GB, or 25% (of all data read). May be repeated."),
     ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Seed of the training's shuffle, as in LoaderOptions(seed=N).")
-    ] = 0,
-    no_shuffle: Annotated[
-        bool, typer.Option("--no-shuffle", help="Replay the stored order instead of a shuffled order.")
-    ] = False,
-    epochs: Annotated[int, typer.Option("--epochs", metavar="N", help="Number of epochs to replay.")] = 5,
-    ranks: Annotated[
-        int, typer.Option("--ranks", min=1, metavar="N", help="Number of ranks of the training, on all nodes together.")
-    ] = 1,
-    nodes: Annotated[int, typer.Option("--nodes", metavar="N", help="Number of machines; each has its own cache.")] = 1,
+    seed: Annotated[int, option("--seed", "N", "Seed of the training's shuffle, as in LoaderOptions(seed=N).")] = 0,
+    no_shuffle: Annotated[bool, flag("--no-shuffle", "Replay the stored order instead of a shuffled order.")] = False,
+    epochs: Annotated[int, option("--epochs", "N", "Number of epochs to replay.")] = 5,
+    ranks: Annotated[int, option("--ranks", "N", "Number of ranks of the training, on all nodes together.", min=1)] = 1,
+    nodes: Annotated[int, option("--nodes", "N", "Number of machines; each has its own cache.")] = 1,
     streams: Streams = None,
     placement: Placement = None,
     shuffle_group: ShuffleGroup = None,
     batch_size: BatchSize = None,
-    egress: Annotated[
-        float, typer.Option("--egress", metavar="DOLLARS", help="Price of fetching 1 GB (2^30 bytes) from the store.")
-    ] = 0,
-    request: Annotated[
-        float, typer.Option("--request", metavar="DOLLARS", help="Price of 1,000 requests to the store.")
-    ] = 0,
-    rate: Annotated[
-        str | None, typer.Option("--rate", metavar="SIZE/s", help="Bandwidth from the store to one node, e.g. 1GB/s.")
-    ] = None,
+    egress: Annotated[float, option("--egress", "DOLLARS", "Price of fetching 1 GB (2^30 bytes) from the store.")] = 0,
+    request: Annotated[float, option("--request", "DOLLARS", "Price of 1,000 requests to the store.")] = 0,
+    rate: Annotated[str | None, option("--rate", "SIZE/s", "Bandwidth from the store to one node, e.g. 1GB/s.")] = None,
     train_rate: Annotated[
         str | None,
-        typer.Option("--train-rate", metavar="SIZE/s", help="Rate at which one node's training reads, e.g. 500MB/s."),
+        option("--train-rate", "SIZE/s", "Rate at which one node's training reads, e.g. 500MB/s."),
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Also draw the results to FILE: .svg, .png or .pdf.")
-    ] = None,
+    plot: Annotated[Path | None, option("--plot", "FILE", "Also draw the results to FILE: .svg, .png or .pdf.")] = None,
     at: VersionNumber = None,
     storage_option: StorageOptions = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Simulate caches of several sizes: hits, bytes, dollars, time.
 
@@ -539,13 +456,12 @@ def simulate(
     else:
         raise ValueError("simulate takes a URL, or --trace FILE")
     costs = verb.parse_costs(egress, request, rate, train_rate)
-    verb.simulate(Output(as_json, quiet), replay, policy, size, costs, plot)
+    verb.simulate(output, replay, policy, size, costs, plot)
 
 
 def demo(
+    output: Output,
     keep: Keep = None,
-    as_json: Json = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Demonstrate tiercache on this machine in one to three minutes.
 
@@ -556,10 +472,11 @@ def demo(
     """
     from tiercache.cli import demo as verb
 
-    verb.demo(Output(as_json), keep)
+    verb.demo(output, keep)
 
 
 def restore(
+    output: Output,
     what: Annotated[
         list[str],
         typer.Argument(
@@ -569,23 +486,18 @@ def restore(
         ),
     ],
     wait: Annotated[
-        bool, typer.Option("--wait", help="Wait until all objects are restored, then copy them to the home tier.")
+        bool, flag("--wait", "Wait until all objects are restored, then copy them to the home tier.")
     ] = False,
     speed: Annotated[
-        str, typer.Option("--speed", metavar="SPEED", help="Speed of the restore: expedited, standard or bulk.")
+        str, option("--speed", "SPEED", "Speed of the restore: expedited, standard or bulk.")
     ] = "standard",
     days: Annotated[
         int | None,
-        typer.Option(
-            "--days", min=1, metavar="N", help="Restore temporarily, for N days, without copying to the home tier."
-        ),
+        option("--days", "N", "Restore temporarily, for N days, without copying to the home tier.", min=1),
     ] = None,
     rules: Rules = None,
     yes: Yes = False,
     dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Restore archived objects and copy them to the home tier.
 
@@ -595,4 +507,4 @@ def restore(
     """
     from tiercache.cli import tier_verbs
 
-    tier_verbs.restore(Output(as_json, quiet), what, rules, tier_verbs.RestoreOptions(wait, speed, days, yes, dry_run))
+    tier_verbs.restore(output, what, rules, tier_verbs.RestoreOptions(wait, speed, days, yes, dry_run))

@@ -1,4 +1,4 @@
-"""The verb demo: runs the story of `tiercache.demo` and prints its events and tables."""
+"""The verb demo: tells the story of `tiercache.demo` and prints its tables."""
 
 from __future__ import annotations
 
@@ -6,55 +6,44 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from tiercache.cli.output import Output, count
-from tiercache.demo.events import Claim, Epoch, Event, Note, PackedDataSet, Step, TierContents
-from tiercache.demo.story import run_story
+from tiercache.demo.story import Story, run_story
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
 
-SHOWN = ("cold", "warm", "whole", "stopped", "resumed", "moved")
-
 
 def demo(output: Output, keep: Path | None) -> None:
-    """Run the story in the folder keep, or in a temporary folder, and print its events and tables."""
+    """Run the story in the folder keep, or in a temporary folder, and print its events and tables.
+
+    Raises:
+        typer.Exit: With 1 if a claim does not hold.
+    """
+
+    def show(kind: str, facts: Mapping[str, Any], text: str) -> None:
+        if kind == "step" and not output.as_json:
+            typer.echo()
+        output.event(kind, facts, text)
+
     started_s = time.monotonic()
-    epochs: list[Epoch] = []
-    claims: list[Claim] = []
-    held: list[TierContents] = []
-    with _ended_by_sigterm(), _work_folder(keep) as folder, closing(run_story(folder)) as events:
-        for event in events:
-            if isinstance(event, Epoch):
-                epochs.append(event)
-            elif isinstance(event, Claim):
-                claims.append(event)
-            elif isinstance(event, TierContents):
-                held.append(event)
-            if isinstance(event, Step) and not output.as_json:
-                typer.echo()
-            output.event(type(event).__name__.lower(), _facts(event), _text(event))
-    if not output.as_json:
-        Console(width=None if sys.stdout.isatty() else 120).print(_table(epochs), _tiers(held))
-    _finish(output, claims, elapsed_s=time.monotonic() - started_s, kept=keep)
-
-
-def _finish(output: Output, claims: Sequence[Claim], *, elapsed_s: float, kept: Path | None) -> None:
-    failed = [claim for claim in claims if not claim.holds]
+    with _ended_by_sigterm(), _work_folder(keep) as folder:
+        story = run_story(folder, show)
+    _print_tables(output, story)
+    failed = [claim for claim in story.claims if not claim.holds]
     for claim in failed:
         if not output.as_json:
-            typer.echo(str(_text(claim)))
-    where = f"; kept in {kept}" if kept is not None else ""
-    text = f"{count(len(claims), 'claim')} checked, {len(failed)} failed, in {elapsed_s:.0f} s{where}"
-    output.summary({"claims": len(claims), "failed": len(failed), "elapsed_s": round(elapsed_s, 1)}, text)
+            output.event("claim", {}, f"FAILS: {claim.text} ({claim.found})")
+    elapsed_s = time.monotonic() - started_s
+    where = f"; kept in {keep}" if keep is not None else ""
+    text = f"{count(len(story.claims), 'claim')} checked, {len(failed)} failed, in {elapsed_s:.0f} s{where}"
+    output.summary({"claims": len(story.claims), "failed": len(failed), "elapsed_s": round(elapsed_s, 1)}, text)
     if failed:
         raise typer.Exit(1)
 
@@ -90,76 +79,33 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _facts(event: Event) -> dict[str, object]:
-    """Return an event for JSON output; digests serve only the comparison and are left out."""
-    facts = asdict(event)
-    if isinstance(event, Epoch):
-        facts["hit_ratio"] = event.hit_ratio
-        facts["n_batches"] = len(facts.pop("digests"))
-    return facts
-
-
-def _text(event: Event) -> str | None:
-    """Return an event as a line for people; None: no line."""
-    match event:
-        case Step(title):
-            return title
-        case Note(text):
-            return f"  {text}"
-        case PackedDataSet():
-            return (
-                f"  {event.url}: {count(event.n_records, 'record')} of {event.columns} in "
-                f"{count(event.n_shards, 'shard')}; {format_bytes(event.raw_bytes)} of input, "
-                f"{format_bytes(event.stored_bytes)} stored"
-            )
-        case Epoch():
-            accuracy = "" if event.accuracy is None else f", {event.accuracy:.1%} accuracy on held-out images"
-            return (
-                f"  {event.task}, epoch {event.epoch} {event.mode}: {count(event.n_samples, 'sample')} in "
-                f"{event.elapsed_s:.1f} s, {format_bytes(event.fetched_bytes)} fetched, loss {event.loss:.3f}{accuracy}"
-            )
-        case TierContents():
-            return None  # the table of tiers shows it
-        case Claim():
-            return f"  {'holds' if event.holds else 'FAILS'}: {event.text} ({event.found})"
-
-
-def _table(epochs: Sequence[Epoch]) -> Table:
-    """Return the table of all epochs, by task."""
-    table = Table(title="\nEpochs; the time includes training", title_justify="left")
-    for name in ("model", "epoch", "read"):
-        table.add_column(name)
-    for name in ("samples/s", "MB/s", "waited", "fetched", "hit ratio", "loss", "accuracy"):
-        table.add_column(name, justify="right")
-    for epoch in sorted(epochs, key=lambda e: (e.task, SHOWN.index(e.mode))):
-        table.add_row(
-            epoch.task,
-            str(epoch.epoch),
-            epoch.mode,
-            f"{epoch.n_samples / epoch.elapsed_s:,.0f}",
-            f"{epoch.served_bytes / epoch.elapsed_s / 1e6:.2f}",
-            f"{epoch.wait_share:.0%}",
-            format_bytes(epoch.fetched_bytes),
-            f"{epoch.hit_ratio:.0%}",
-            f"{epoch.loss:.3f}",
-            "" if epoch.accuracy is None else f"{epoch.accuracy:.1%}",
-        )
-    return table
-
-
-def _tiers(held: Sequence[TierContents]) -> Table:
-    """Return the table of objects, bytes and dollars per tier, before and after the moves."""
-    table = Table(title="\nTiers, before and after the rules were applied", title_justify="left")
-    table.add_column("tier")
-    for when in ("before", "after"):
-        for name in ("objects", "bytes", "$ per month"):
-            table.add_column(f"{name} {when}", justify="right")
-    for tier in dict.fromkeys(one.tier for one in held):
-        cells = [
-            cell
-            for one in held
-            if one.tier == tier
-            for cell in (str(one.n_objects), format_bytes(one.n_bytes), f"{one.dollars_month:.7f}")
+def _print_tables(output: Output, story: Story) -> None:
+    """Print the epochs by model, and the contents and dollars of each tier before and after the moves."""
+    if not output.as_json:  # as JSON, each epoch was printed when it ended
+        typer.echo("\nEpochs; the time includes training")
+        epochs = [
+            {
+                "model": epoch.model,
+                "epoch": str(epoch.epoch),
+                "read": epoch.mode,
+                "samples/s": f"{epoch.n_samples / epoch.elapsed_s:,.0f}",
+                "fetched": format_bytes(epoch.fetched_bytes),
+                "hit ratio": f"{epoch.hit_ratio:.0%}",
+                "loss": f"{epoch.loss:.3f}",
+                "accuracy": "" if epoch.accuracy is None else f"{epoch.accuracy:.1%}",
+            }
+            for epoch in sorted(story.epochs, key=lambda epoch: epoch.model)
         ]
-        table.add_row(tier, *cells)
-    return table
+        output.table("epoch", [], epochs)
+        typer.echo("\nTiers, before and after the rules were applied")
+    rows: list[dict[str, object]] = []
+    texts: list[dict[str, str]] = []
+    for tier, totals in story.tiers.items():
+        rows.append({"tier": tier})
+        texts.append({"tier": tier})
+        for when, found in zip(("before", "after"), totals, strict=True):
+            facts = {"objects": found.n_objects, "bytes": found.n_bytes, "dollars_month": found.dollars_month}
+            rows[-1] |= {f"{name}_{when}": value for name, value in facts.items()}
+            cells = (str(found.n_objects), format_bytes(found.n_bytes), f"{found.dollars_month:.7f}")
+            texts[-1] |= {f"{name} {when}": c for name, c in zip(("objects", "bytes", "$ a month"), cells, strict=True)}
+    output.table("tier", rows, texts)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -11,98 +12,91 @@ import typer
 
 from tiercache.model import parse_bytes, parse_duration
 
-Url: TypeAlias = Annotated[
-    str, typer.Argument(metavar="URL", help="Data set: a local path, or a URL such as s3://bucket/name.")
-]
-Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the results as JSON, one object per line.")]
-Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor a summary.")]
-Verbose: TypeAlias = Annotated[bool, typer.Option("--verbose", "-v", help="Also print the traceback of a failure.")]
-DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and change nothing.")]
-Yes: TypeAlias = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
+
+def option(flags: str, metavar: str | None, text: str, **more: Any) -> Any:
+    """Return typer's description of an option with a value. flags: Its names, separated by spaces."""
+    return typer.Option(*flags.split(), metavar=metavar, help=text, **more)
+
+
+def flag(flags: str, text: str) -> Any:
+    """Return typer's description of an option without a value."""
+    return option(flags, None, text)
+
+
+def argument(metavar: str, text: str) -> Any:
+    """Return typer's description of an argument."""
+    return typer.Argument(metavar=metavar, help=text)
+
+
+Url: TypeAlias = Annotated[str, argument("URL", "Data set: a local path, or a URL such as s3://bucket/name.")]
+DryRun: TypeAlias = Annotated[bool, flag("--dry-run", "Print what would be done, and change nothing.")]
+Yes: TypeAlias = Annotated[bool, flag("--yes -y", "Do not ask for confirmation.")]
 Jobs: TypeAlias = Annotated[
     int, typer.Option("--jobs", "-j", min=0, help="Number of shards to process at a time; 0: one per CPU.")
 ]
 Include: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option(
-        "--include", metavar="GLOB", help="Only names that match, e.g. '*.jpg' or 'train/**'. May be repeated."
-    ),
+    option("--include", "GLOB", "Only names that match, e.g. '*.jpg' or 'train/**'. May be repeated."),
 ]
-Exclude: TypeAlias = Annotated[
-    list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Skip names that match. May be repeated.")
-]
+Exclude: TypeAlias = Annotated[list[str] | None, option("--exclude", "GLOB", "Skip names that match. May be repeated.")]
 VersionNumber: TypeAlias = Annotated[
     int | None,
-    typer.Option("--at", metavar="VERSION", help="Number of the data set version to use; default: the newest."),
+    option("--at", "VERSION", "Number of the data set version to use; default: the newest."),
 ]
 Columns: TypeAlias = Annotated[
     str | None,
-    typer.Option("--columns", metavar="A,B", help="Names of the columns to use, in this order; default: all."),
+    option("--columns", "A,B", "Names of the columns to use, in this order; default: all."),
 ]
 StorageOptions: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option(
-        "--storage-option",
-        metavar="KEY=VALUE",
-        help="Option of the URL's store, e.g. region=eu-central-1. May be repeated.",
-    ),
+    option("--storage-option", "KEY=VALUE", "Option of the URL's store, e.g. region=eu-central-1. May be repeated."),
 ]
 CacheDir: TypeAlias = Annotated[
-    str | None, typer.Option("--cache", metavar="DIR", help="Folder of the cache; default: the configured folder.")
+    str | None, option("--cache", "DIR", "Folder of the cache; default: the configured folder.")
 ]
 CacheSize: TypeAlias = Annotated[
     str | None,
-    typer.Option("--cache-size", metavar="SIZE", help="Size limit of the cache, e.g. 200GB, or 80% (of its disk)."),
+    option("--cache-size", "SIZE", "Size limit of the cache, e.g. 200GB, or 80% (of its disk)."),
 ]
 FilesFrom: TypeAlias = Annotated[
     str | None,
-    typer.Option(
-        "--files-from", "-f", metavar="FILE", help="Only shards named in FILE, one name per line; -: standard input."
-    ),
+    option("--files-from -f", "FILE", "Only shards named in FILE, one name per line; -: standard input."),
 ]
 Seed: TypeAlias = Annotated[
     int | None,
-    typer.Option("--seed", metavar="N", help="Seed of the training's shuffle, as in LoaderOptions(seed=N)."),
+    option("--seed", "N", "Seed of the training's shuffle, as in LoaderOptions(seed=N)."),
 ]
 Placement: TypeAlias = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--placement",
-        metavar="HOW",
-        help="The training's assignment of shards to ranks, as in LoaderOptions: sticky (default) or global.",
+        "HOW",
+        "The training's assignment of shards to ranks, as in LoaderOptions: sticky (default) or global.",
     ),
 ]
 Streams: TypeAlias = Annotated[
     int | None,
-    typer.Option(
-        "--streams",
-        metavar="N",
-        help="Number of the training's shuffle streams, as in LoaderOptions; default: one per rank.",
-    ),
+    option("--streams", "N", "Number of the training's shuffle streams, as in LoaderOptions; default: one per rank."),
 ]
 ShuffleGroup: TypeAlias = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--shuffle-group",
-        metavar="SIZE",
-        help="Size of the training's shuffle groups, as in LoaderOptions, or 'all'; default: 4GiB.",
+        "SIZE",
+        "Size of the training's shuffle groups, as in LoaderOptions, or 'all'; default: 4GiB.",
     ),
 ]
 Rules: TypeAlias = Annotated[
     Path | None,
-    typer.Option(
-        "--rules",
-        metavar="FILE",
-        help="Rule file; default: the nearest tiercache.toml, from this folder upwards.",
-    ),
+    option("--rules", "FILE", "Rule file; default: the nearest tiercache.toml, from this folder upwards."),
 ]
 BatchSize: TypeAlias = Annotated[
     int | None,
-    typer.Option(
+    option(
         "--batch-size",
+        "N",
+        "The training's batch size per rank; needed only if --streams does not divide the global batch size.",
         min=1,
-        metavar="N",
-        help="The training's batch size per rank; needed only if --streams does not divide the global batch size.",
     ),
 ]
 
@@ -112,9 +106,6 @@ def parse_storage_options(pairs: Sequence[str] | None) -> dict[str, Any]:
 
     Numbers stay text, because a key or an account name may look like a number; back ends parse numbers from text.
 
-    Args:
-        pairs: Texts of the form KEY=VALUE, or None.
-
     Raises:
         ValueError: A text has no "=" or no key, or a value in braces is not JSON.
     """
@@ -123,12 +114,8 @@ def parse_storage_options(pairs: Sequence[str] | None) -> dict[str, Any]:
         key, found, text = pair.partition("=")
         if not found or not key:
             raise ValueError("--storage-option takes KEY=VALUE, e.g. region=eu-central-1")
-        options[key] = text
-        if text in ("true", "false") or text.startswith("{"):
-            try:
-                options[key] = json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"--storage-option {key}: not a JSON object: {error}") from error
+        with errors_name(f"--storage-option {key}: not a JSON object"):
+            options[key] = json.loads(text) if text in ("true", "false") or text.startswith("{") else text
     return options
 
 
@@ -153,14 +140,21 @@ def parse_fraction(text: str) -> float:
     return share
 
 
+@contextmanager
+def errors_name(option: str) -> Iterator[None]:
+    """Let a ValueError in the block name the option."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
+
+
 def check_size(option: str, text: str | None) -> str | None:
     """Return text unchanged if it is a valid size, or None for None. Raises ValueError, which names the option."""
-    if text is not None:
-        try:
+    with errors_name(option):
+        if text is not None:
             parse_bytes(text, whole_bytes=1)
-        except ValueError as error:
-            raise ValueError(f"{option}: {error}") from error
-    return text
+        return text
 
 
 def parse_rate(option: str, text: str) -> int:
@@ -175,22 +169,12 @@ def parse_rate(option: str, text: str) -> int:
 
 
 def parse_size(option: str, text: str, *, whole_bytes: int | None = None) -> int:
-    """Return the bytes of a size such as "200GB". Raises ValueError, which names the option.
-
-    Args:
-        option: Name of the option, for the error message.
-        text: The size.
-        whole_bytes: Bytes that 100% stands for; None: percentages are errors.
-    """
-    try:
+    """Return the bytes of a size: "200GB", or "25%" of whole_bytes. Raises ValueError, which names the option."""
+    with errors_name(option):
         return parse_bytes(text, whole_bytes=whole_bytes)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from error
 
 
 def parse_age(option: str, text: str) -> float:
     """Return the seconds of a duration such as "7d". Raises ValueError, which names the option."""
-    try:
+    with errors_name(option):
         return parse_duration(text)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from error

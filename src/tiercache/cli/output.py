@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -121,15 +121,13 @@ def confirm(question: str, otherwise: str) -> None:
     if not sys.stdin.isatty():
         raise ValueError("cannot ask for confirmation, because standard input is not a terminal; give --yes")
     if not typer.confirm(question, err=True):
-        _say(otherwise)
+        _print_line(otherwise)
         raise typer.Exit(FAILED)
 
 
 def _no_progress(_done: int, _total: int) -> None:
     pass
 
-
-P = ParamSpec("P")
 
 FAILED = 1
 USAGE = 2
@@ -140,35 +138,48 @@ INTERRUPTED = 130
 _DONE = "everything was already done"
 
 
-def report_errors(verb: Callable[P, object], *, how_to_go_on: str) -> Callable[P, None]:
-    """Wrap a verb so that its errors become one line on standard error and an exit code.
+# Options of every verb.
+_Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the results as JSON, one object per line.")]
+_Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor a summary.")]
+_Verbose: TypeAlias = Annotated[bool, typer.Option("--verbose", "-v", help="Also print the traceback of a failure.")]
+_COMMON_OPTIONS = {"as_json": _Json, "quiet": _Quiet, "verbose": _Verbose}
 
-    With --verbose, the traceback precedes the line. Exceptions other than TierCacheError, ValueError, TypeError,
-    OSError and KeyboardInterrupt are bugs and keep their traceback, which a bug report needs.
+
+def command(verb: Callable[..., object], *, how_to_go_on: str) -> Callable[..., None]:
+    """Return a verb as typer's command: with the options --json, --quiet and --verbose, which make its Output.
+
+    Its errors become one line on standard error and an exit code. With --verbose, the traceback precedes the line.
+    Exceptions other than TierCacheError, ValueError, TypeError, OSError and KeyboardInterrupt are bugs and keep their
+    traceback, which a bug report needs.
 
     Args:
-        verb: The verb's function.
+        verb: The verb's function; its first parameter is output.
         how_to_go_on: Advice that is printed after Ctrl-C.
     """
 
-    @wraps(verb)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+    def run(*, as_json: bool = False, quiet: bool = False, verbose: bool = False, **options: Any) -> None:
         is_done = False
         try:
             with warnings.catch_warnings(), _shown_log(), fail_fast_if_unreachable():
                 warnings.showwarning = show_warning
-                is_done = verb(*args, **kwargs) is None
+                is_done = verb(Output(as_json, quiet), **options) is None
         except BrokenPipeError:
             raise  # the reader of the pipe closed it, e.g. head: typer ends without a message
         except KeyboardInterrupt as error:  # has a text only if our own code raised it: that advice is more precise
-            _say(f"interrupted: {_said(error) or (_DONE if is_done else how_to_go_on)}")
+            _print_line(f"interrupted: {_one_line(error) or (_DONE if is_done else how_to_go_on)}")
             raise typer.Exit(INTERRUPTED) from None
         except (TierCacheError, ValueError, TypeError, OSError) as error:
-            if kwargs.get("verbose"):
+            if verbose:
                 traceback.print_exc()
-            _say(f"error: {_said(error) or type(error).__name__}")
+            _print_line(f"error: {_one_line(error) or type(error).__name__}")
             raise typer.Exit(exit_code_of(error)) from None
 
+    # Typer reads the options from the signature.
+    own = [parameter for parameter in signature(verb, eval_str=True).parameters.values() if parameter.name != "output"]
+    common = [Parameter(n, Parameter.KEYWORD_ONLY, default=False, annotation=o) for n, o in _COMMON_OPTIONS.items()]
+    run.__name__, run.__doc__ = verb.__name__, verb.__doc__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *common)}
+    run.__signature__ = Signature([*own, *common])  # type: ignore[attr-defined]
     return run
 
 
@@ -195,14 +206,14 @@ def exit_code_of(error: Exception) -> int:
     return USAGE if isinstance(error, ValueError | TypeError) else FAILED
 
 
-def _said(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     typer.echo(f"tiercache: {text}", err=True)
 
 
 def show_warning(message: Warning | str, *_rest: object, **_named: object) -> None:
     """Print a warning on standard error, in the form of warnings.showwarning()."""
-    _say(f"warning: {message}")
+    _print_line(f"warning: {message}")

@@ -5,25 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from tiercache.cli.options import DryRun, Json, Quiet, Rules, Verbose, Yes
+from tiercache.cli.options import DryRun, Rules, Yes, argument, flag, option
 from tiercache.cli.output import Output
 
-Rows = Annotated[
-    int, typer.Option("--rows", "-n", min=0, metavar="N", help="Number of moves and of refusals to show; 0: all.")
-]
+Rows = Annotated[int, option("--rows -n", "N", "Number of moves and of refusals to show; 0: all.", min=0)]
 
 
 def check(
+    output: Output,
     rules: Rules = None,
-    prices: Annotated[bool, typer.Option("--prices", help="Print only the built-in price table.")] = False,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Only check the rule file, without reaching any tier.")
-    ] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
+    prices: Annotated[bool, flag("--prices", "Print only the built-in price table.")] = False,
+    offline: Annotated[bool, flag("--offline", "Only check the rule file, without reaching any tier.")] = False,
 ) -> None:
     """Check the rule file and its tiers, and print what rules match.
 
@@ -33,7 +25,6 @@ def check(
     """
     from tiercache.cli import tier_check
 
-    output = Output(as_json, quiet)
     if prices:
         tier_check.print_prices(output)
     elif offline:
@@ -43,15 +34,13 @@ def check(
 
 
 def plan(
+    output: Output,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE", help="Write the plan to FILE, for `tiercache tier apply FILE`."),
+        option("--out", "FILE", "Write the plan to FILE, for `tiercache tier apply FILE`."),
     ] = None,
     rows: Rows = 20,
     rules: Rules = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Show what would be moved, why, and what it costs and saves.
 
@@ -60,18 +49,16 @@ def plan(
     """
     from tiercache.cli import tier_verbs
 
-    tier_verbs.plan(Output(as_json, quiet), rules, out, rows)
+    tier_verbs.plan(output, rules, out, rows)
 
 
 def apply(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file that `tiercache tier plan --out` wrote.")],
+    output: Output,
+    plan: Annotated[Path, argument("PLAN", "Plan file that `tiercache tier plan --out` wrote.")],
     rows: Rows = 20,
     rules: Rules = None,
     yes: Yes = False,
     dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Make the moves of a stored plan, and no others.
 
@@ -82,17 +69,15 @@ def apply(
     """
     from tiercache.cli import tier_verbs
 
-    tier_verbs.apply(Output(as_json, quiet), plan, rules, rows, yes=yes, dry_run=dry_run)
+    tier_verbs.apply(output, plan, rules, rows, yes=yes, dry_run=dry_run)
 
 
 def run(
-    once: Annotated[bool, typer.Option("--once", help="Required: run once, and do not stay resident.")] = False,
+    output: Output,
+    once: Annotated[bool, flag("--once", "Required: run once, and do not stay resident.")] = False,
     rows: Rows = 20,
     rules: Rules = None,
     dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """Plan and make all moves that are due; for schedulers.
 
@@ -105,18 +90,16 @@ def run(
 
     if not once:
         raise ValueError("give --once: tiercache does not stay resident, a scheduler such as cron repeats the command")
-    tier_verbs.run(Output(as_json, quiet), rules, rows, dry_run=dry_run)
+    tier_verbs.run(output, rules, rows, dry_run=dry_run)
 
 
 def ls(
+    output: Output,
     path: Annotated[
         str | None,
-        typer.Argument(metavar="[PATH]", help="Folder below the tiers' URLs, URL in a tier, or glob; default: all."),
+        argument("[PATH]", "Folder below the tiers' URLs, URL in a tier, or glob; default: all."),
     ] = None,
     rules: Rules = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - report_errors() reads it
 ) -> None:
     """List shards, checkpoints and files with their tiers and costs.
 
@@ -124,4 +107,4 @@ def ls(
     """
     from tiercache.cli import tier_verbs
 
-    tier_verbs.ls(Output(as_json, quiet), rules, path)
+    tier_verbs.ls(output, rules, path)

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from tiercache.cache import Cache
 from tiercache.dataset import Dataset
-from tiercache.demo import events
-from tiercache.demo.events import (
-    Claim,
-    Epoch,
-    Event,
-    Job,
-    Note,
-    PackedDataSet,
-    Phase,
-    Step,
-    TierContents,
-    event_from_line,
-)
+from tiercache.demo import results
+from tiercache.demo.results import Claim, Epoch, Job, Phase
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
 from tiercache.pack import pack
@@ -44,6 +34,7 @@ from tiercache.testing.s3_server import S3Server
 from tiercache.tier.model import Plan, TierTotals
 from tiercache.tier.plan.plan import read_plan
 
+PACKAGES = ("torch", "torchdata", "sklearn", "PIL")
 HELD_OUT_EVERY = 6
 GREY_STEP = 15  # scikit-learn's digits have 17 shades, 0 to 16
 
@@ -51,18 +42,262 @@ TEXT_PACKAGES = ("sklearn", "numpy")
 TEXT_BYTES = 1 << 20
 WINDOW_BYTES = 128
 
+DATA_SETS = ("digits/train", "digits/test", "python")
+COLD = "python"  # the data set that the rules archive
+CACHE_BYTES = 1 << 30
+# Real rules have idle = "30d", after = "14d" and grace = "24h". even_if_dearer = true, because the demo's shards have
+# 64 KiB and archive classes bill at least 128 KiB per object. The price of hot is that of a cloud disk.
+RULES = """\
+[tiers.hot]
+url = "{hot}"
+prices = {{ store_gb_month = 0.08 }}
 
-def check_packages(names: tuple[str, ...]) -> None:
-    """Check that the packages of the extra `demo` are installed.
+[tiers.standard]
+url = "{standard}"
+prices = "aws:us-east-1:STANDARD"
+storage_options = {options}
+
+[tiers.archive]
+url = "{archive}"
+storage_class = "GLACIER_IR"
+prices = "aws:us-east-1:GLACIER_IR"
+storage_options = {options}
+
+[[rules]]
+name = "cold data"
+match = "python/**"
+idle = "0s"
+to = "archive"
+even_if_dearer = true
+
+[[rules]]
+name = "checkpoints"
+match = "checkpoints/**"
+keep_hot = {{ last = 1 }}
+keep_standard = {{ last = 2, best = "loss:1" }}
+then = "archive"
+after = "0s"
+even_if_dearer = true
+
+[tiering]
+grace = "0s"
+quiet_period = "0s"
+state_dir = "{state}"
+"""
+COMMAND_S = 300.0  # deadline of one command
+ERROR_CHARACTERS = 4000  # of a training process that failed, from the end of its standard error
+
+Show: TypeAlias = Callable[[str, Mapping[str, Any], str], None]
+"""Function that prints an event of the story: its kind, its facts, and its text for people."""
+
+
+def run_story(folder: Path, show: Show) -> Story:
+    """Tell the whole story in a folder, and return what it found. A claim that does not hold does not end it.
 
     Raises:
-        TierCacheError: A package is missing; the message says how to install it.
+        TierCacheError: A package of the extra `demo` is missing, the server does not start, or a step failed.
     """
+    check_packages(PACKAGES)
+    show("step", {"title": "An object store"}, "An object store")
+    with ExitStack() as stack:
+        try:
+            server = S3Server(folder / "server")
+            stack.callback(server.stop)
+            server.start()
+        except RuntimeError as error:
+            raise TierCacheError(str(error)) from error
+        story = Story(folder, server, show)
+        story.pack()
+        story.verify()
+        warm = story.train()
+        story.evict()
+        story.tier(warm)
+    return story
+
+
+class Story:
+    """The steps of the demo, in the order of the methods.
+
+    Attributes:
+        epochs: Epochs that were trained.
+        claims: Claims that were checked.
+        tiers: Contents of each tier before and after the rules were applied, by its name.
+    """
+
+    def __init__(self, folder: Path, server: S3Server, show: Show) -> None:
+        self._folder, self._server, self._show = folder, server, show
+        self._cache, self._hot = folder / "cache", folder / "nvme"
+        self._standard, self._archive = f"{server.url}/data", f"{server.url}/cold"
+        self.epochs: list[Epoch] = []
+        self.claims: list[Claim] = []
+        self.tiers: dict[str, list[TierTotals]] = {}
+        kind = "SeaweedFS, a real S3 server" if server.kind == "seaweedfs" else "moto's S3 server"
+        self._note(f"{kind}, one process on this machine, at {server.endpoint}")
+
+    def _step(self, title: str) -> None:
+        self._show("step", {"title": title}, title)
+
+    def _note(self, text: str) -> None:
+        self._show("note", {"text": text}, f"  {text}")
+
+    def _claim(self, claim: Claim) -> None:
+        self.claims.append(claim)
+        self._show("claim", asdict(claim), f"  {'holds' if claim.holds else 'FAILS'}: {claim.text} ({claim.found})")
+
+    def _url(self, name: str) -> str:
+        return f"{self._standard}/{name}"
+
+    def pack(self) -> None:
+        """Pack the digits, and Python source."""
+        self._step("Pack two data sets, from files of installed packages, to s3://")
+        images, options = self._folder / "digits", self._server.storage_options
+        n_train, n_test = write_digits(images)
+        self._note(f"scikit-learn's digits: {n_train + n_test} PNG images, one folder per digit, {n_test} held out")
+        for part in ("train", "test"):
+            url = self._url(f"digits/{part}")
+            pack(images / part, url, shard_size="64KiB", block_size="16KiB", storage_options=options)
+            self._describe(f"digits/{part}", sum(path.stat().st_size for path in (images / part).rglob("*.png")))
+        windows = python_windows()
+        self._note(f"Python source of installed packages: {len(windows)} windows of {WINDOW_BYTES + 1} bytes")
+        schema = {"tokens": Tensor("uint8", (WINDOW_BYTES + 1,))}
+        with Writer(
+            self._url("python"), schema=schema, shard_size="64KiB", block_size="32KiB", storage_options=options
+        ) as writer:
+            writer.write_batch({"tokens": windows})
+        self._describe("python", windows.nbytes)
+
+    def _describe(self, name: str, input_bytes: int) -> None:
+        with closing(Dataset(self._url(name), cache=False, storage_options=self._server.storage_options)) as dataset:
+            columns = ", ".join(dataset.column_names)
+            self._note(f"{self._url(name)}: {len(dataset)} records of {columns}; {format_bytes(input_bytes)} of input")
+
+    def verify(self) -> None:
+        """List the data sets and verify every byte."""
+        self._step("List the data sets and verify every byte")
+        for name in DATA_SETS:
+            with closing(open_store(self._url(name), **self._server.storage_options)) as store:
+                shards = [info for info in store.list("") if info.key.endswith(".tcs")]
+                findings = list(verify_dataset(store))
+            self._note(f"{self._url(name)}: {len(shards)} shards, {format_bytes(sum(s.n_bytes for s in shards))}")
+            found = "; ".join(map(str, findings)) or "no damage found"
+            self._claim(Claim(f"{name} contains what was written", not findings, found))
+
+    def train(self) -> list[Epoch]:
+        """Train three epochs, each in a process of its own, the last one in two; return those of epoch 2."""
+        self._step("Epoch 1, cold: shards are fetched from S3 while the models train on them")
+        self._run("cold")
+        self._step("Epoch 2, warm: a new process, the same cache")
+        warm = self._run("warm")
+        self._claim(results.warm_fetched_nothing(warm))
+        self._step("Epoch 3, in a third process: once as a whole, then again up to its middle")
+        before = self._run("stop")
+        self._step("The rest of epoch 3, resumed in a fourth process")
+        after = self._run("resume")
+        for whole, stopped, resumed in zip(before[::2], before[1::2], after, strict=True):
+            self._claim(results.resumed_exactly(whole, stopped, resumed))
+        return warm
+
+    def _run(self, phase: Phase) -> list[Epoch]:
+        """Run a training process, print its epochs as they end, and return them: those of one model, then the other."""
+        urls = {name: self._url(name) for name in DATA_SETS}
+        paths = (str(self._cache), CACHE_BYTES, str(self._folder), str(self._hot / "checkpoints"))
+        epochs = []
+        for epoch in run_job(Job(phase, urls, self._server.storage_options, *paths)):
+            epochs.append(epoch)
+            facts = asdict(epoch)
+            facts["n_batches"] = len(facts.pop("digests"))
+            accuracy = "" if epoch.accuracy is None else f", {epoch.accuracy:.1%} accuracy on held-out images"
+            text = (
+                f"  {epoch.model}, epoch {epoch.epoch} {epoch.mode}: {epoch.n_samples:,} samples in "
+                f"{epoch.elapsed_s:.1f} s, {format_bytes(epoch.fetched_bytes)} fetched, loss {epoch.loss:.3f}{accuracy}"
+            )
+            self._show("epoch", facts, text)
+        self.epochs += epochs
+        return epochs
+
+    def evict(self) -> None:
+        """Empty the cache."""
+        self._step("Evict: the cache frees its disk space; the store still has everything")
+        with Cache(self._cache, size=CACHE_BYTES) as cache:
+            used_bytes, n_copies = cache.stats()["bytes_used"], len(cache.entries())
+            freed_bytes = cache.evict()
+            left_bytes = cache.stats()["bytes_used"]
+        self._note(f"{n_copies} cached files, {format_bytes(used_bytes)}; {format_bytes(freed_bytes)} freed")
+        self._claim(Claim("the cache is empty after eviction", left_bytes == 0, f"{left_bytes} bytes left"))
+
+    def tier(self, warm: list[Epoch]) -> None:
+        """Archive data and checkpoints by rules, and train again.
+
+        Args:
+            warm: Epochs that were read before anything was moved.
+        """
+        shards = [key for key in self._keys(self._standard) if key.startswith(f"{COLD}/") and key.endswith(".tcs")]
+        files = self._hot_checkpoints()
+        self._step("Tiers: a rule file sends the cold data set and old checkpoints to an archive tier")
+        self._note("hot is a folder, standard and archive are prefixes of the bucket; archive has class GLACIER_IR")
+        self._apply_rules()
+        self._claim(results.all_archived(COLD, shards, self._keys(self._standard), self._keys(self._archive)))
+        hot = self._hot_checkpoints()
+        remote = {"standard": self._checkpoints(self._standard), "archive": self._checkpoints(self._archive)}
+        self._claim(results.nothing_lost(files, {"hot": hot, **remote}))
+        for epoch in warm:
+            self._claim(results.newest_stayed(epoch.model, _steps(files, epoch.model), _steps(hot, epoch.model)))
+        self._step("The next training, unchanged, in a fifth process with an empty cache")
+        for before, after in zip(warm, self._run("moved"), strict=True):
+            self._claim(results.trained_alike(before, after))
+
+    def _apply_rules(self) -> None:
+        """Write the rule file, then plan, apply and run as a user would."""
+        rules, stored = self._folder / "tiers.toml", self._folder / "plan.jsonl"
+        rules.touch(mode=0o600)  # it contains the server's key, as the server's own configuration does
+        options = ", ".join(f'{name} = "{value}"' for name, value in self._server.storage_options.items())
+        urls = {"hot": self._hot, "standard": self._standard, "archive": self._archive}
+        rules.write_text(RULES.format(**urls, state=self._folder / "state", options=f"{{ {options} }}"))
+        plan = self._plan(rules, stored)
+        n_shards = sum(move.kind == "shard" for move in plan.moves)
+        counts = f"{len(plan.moves)} moves, {n_shards} of shards and {len(plan.moves) - n_shards} of checkpoints"
+        n_bytes = sum(move.n_bytes for move in plan.moves)
+        self._note(f"tiercache tier plan --out plan.jsonl: {counts}; {format_bytes(n_bytes)}")
+        self._note(f"the first of them: {plan.moves[0].path} to {plan.moves[0].dst}, {plan.moves[0].reason}")
+        self._note(f"tiercache tier apply plan.jsonl: {_command('apply', str(stored), '--yes', rules=rules)}")
+        for _ in range(2):  # the first run completes the moves, the second finds nothing to do
+            self._note(f"tiercache tier run --once, as cron would: {_command('run', '--once', rules=rules)}")
+        self._plan(rules, self._folder / "after.jsonl")
+
+    def _plan(self, rules: Path, path: Path) -> Plan:
+        _command("plan", "--out", str(path), rules=rules)
+        plan = read_plan(path)
+        for tier in plan.tiers:
+            self.tiers.setdefault(tier.name, []).append(plan.before.get(tier.name, TierTotals()))
+        return plan
+
+    def _keys(self, url: str) -> list[str]:
+        with closing(open_store(url, **self._server.storage_options)) as store:
+            return [info.key for info in store.list("")]
+
+    def _hot_checkpoints(self) -> dict[str, str]:
+        """Return the SHA-256 of each checkpoint file in the hot tier, by its path there."""
+        files = [path for path in (self._hot / "checkpoints").rglob("*") if path.is_file()]
+        return {path.relative_to(self._hot).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    def _checkpoints(self, url: str) -> dict[str, str]:
+        """Return the SHA-256 of each checkpoint file in a tier of the object store, by its path there."""
+        with closing(open_store(url, **self._server.storage_options)) as store:
+            keys = [info.key for info in store.list("checkpoints/")]
+            return {key: hashlib.sha256(store.get(key)).hexdigest() for key in keys}
+
+
+def _steps(paths: Mapping[str, str], model: str) -> set[int]:
+    """Return the steps of a model's checkpoints, from the paths of their files."""
+    names = [path.split("/") for path in paths]
+    return {int(step.removeprefix("step-")) for _, run, step, _ in names if run == model}
+
+
+def check_packages(names: tuple[str, ...]) -> None:
+    """Check that the packages of the extra `demo` are installed. Raises TierCacheError, which says how to do it."""
     missing = [name for name in names if find_spec(name) is None]
     if missing:
-        raise TierCacheError(
-            f"the demo needs {', '.join(missing)}: pip install 'tiercache[demo]'", missing=tuple(missing)
-        )
+        raise TierCacheError(f"the demo needs {', '.join(missing)}: pip install 'tiercache[demo]'")
 
 
 def write_digits(folder: Path) -> tuple[int, int]:
@@ -102,222 +337,30 @@ def python_windows(n_bytes: int = TEXT_BYTES) -> npt.NDArray[np.uint8]:
     return np.frombuffer(bytes(text[: n_windows * width]), np.uint8).reshape(n_windows, width)
 
 
-END_S = 10.0
-TAIL_CHARACTERS = 4000
-
-
-def run_job(job: Job) -> Generator[Event, None, None]:
-    """Run job in a new Python process and yield its events as they come. Closing the iterator ends the process.
+def run_job(job: Job) -> Iterator[Epoch]:
+    """Run a job in a new Python process and yield its epochs as they end. Closing the iterator ends the process.
 
     Raises:
         TierCacheError: The process failed; the message has the end of its standard error.
     """
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tiercache.demo.train"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-        )  # fmt: skip
+    command = [sys.executable, "-m", "tiercache.demo.train"]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
         try:
-            yield from _talk(process, job)
+            if process.stdin is None or process.stdout is None:
+                raise AssertionError("stdin and stdout are pipes")
+            process.stdin.write(json.dumps(asdict(job)))
+            process.stdin.close()
+            for line in process.stdout:
+                yield Epoch(**json.loads(line))
             if process.wait() != 0:
                 errors.seek(0)
-                text = errors.read()[-TAIL_CHARACTERS:].strip()
+                text = errors.read()[-ERROR_CHARACTERS:].strip()
                 raise TierCacheError(f"the training process ({job.phase}) ended with {process.returncode}:\n{text}")
         finally:
-            _end(process)
-
-
-def _talk(process: subprocess.Popen[str], job: Job) -> Iterator[Event]:
-    if process.stdin is None or process.stdout is None:
-        raise AssertionError("stdin and stdout are pipes")
-    with process.stdin, process.stdout:
-        process.stdin.write(job.to_json())
-        process.stdin.close()
-        for line in process.stdout:
-            yield event_from_line(line)
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(END_S)
-        except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
-
-
-NAMES = ("digits/train", "digits/test", "python")
-CACHE_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class DemoSetup:
-    """Folders and URLs of the demo.
-
-    Attributes:
-        folder: Folder of everything that the demo writes.
-        server: The S3 server.
-    """
-
-    folder: Path
-    server: S3Server
-
-    @property
-    def cache(self) -> Path:
-        """Return the folder of the cache that all training processes share."""
-        return self.folder / "cache"
-
-    @property
-    def hot(self) -> Path:
-        """Return the folder of the checkpoints, which is later the hot tier."""
-        return self.folder / "nvme"
-
-    @property
-    def standard_url(self) -> str:
-        """Return the URL of all data sets, which is later the standard tier."""
-        return f"{self.server.url}/data"
-
-    @property
-    def archive_url(self) -> str:
-        """Return the URL that is later the archive tier."""
-        return f"{self.server.url}/cold"
-
-    def url(self, name: str) -> str:
-        """Return the URL of a data set."""
-        return f"{self.standard_url}/{name}"
-
-    def run(self, phase: Phase) -> Generator[Event, None, list[Epoch]]:
-        """Run a training process; yield its events and return its epochs."""
-        job = Job(
-            phase=phase,
-            urls={name: self.url(name) for name in NAMES},
-            storage_options=self.server.storage_options,
-            cache=str(self.cache),
-            cache_bytes=CACHE_BYTES,
-            folder=str(self.folder),
-            checkpoints=str(self.hot / "checkpoints"),
-        )
-        epochs = []
-        with closing(run_job(job)) as events:
-            for event in events:
-                if isinstance(event, Epoch):
-                    epochs.append(event)
-                yield event
-        return epochs
-
-
-COLD = "python"
-TASKS = ("digits", "python")
-# Real rules have idle = "30d", after = "14d" and grace = "24h". even_if_dearer = true, because the demo's shards have
-# 64 KiB and archive classes bill at least 128 KiB per object. The price of hot is that of a cloud disk.
-RULES = """\
-[tiers.hot]
-url = "{hot}"
-prices = {{ store_gb_month = 0.08 }}
-
-[tiers.standard]
-url = "{standard}"
-prices = "aws:us-east-1:STANDARD"
-storage_options = {options}
-
-[tiers.archive]
-url = "{archive}"
-storage_class = "GLACIER_IR"
-prices = "aws:us-east-1:GLACIER_IR"
-storage_options = {options}
-
-[[rules]]
-name = "cold data"
-match = "python/**"
-idle = "0s"
-to = "archive"
-even_if_dearer = true
-
-[[rules]]
-name = "checkpoints"
-match = "checkpoints/**"
-keep_hot = {{ last = 1 }}
-keep_standard = {{ last = 2, best = "loss:1" }}
-then = "archive"
-after = "0s"
-even_if_dearer = true
-
-[tiering]
-grace = "0s"
-settle = "0s"
-state_dir = "{state}"
-"""
-# Deadline of one command, in seconds.
-COMMAND_S = 300.0
-# The first run completes the moves, the second finds nothing to do.
-N_RUNS = 2
-
-
-def run_tiering(stage: DemoSetup, warm: Sequence[Epoch]) -> Generator[Event, None, None]:
-    """Yield the events of the tiering step.
-
-    Args:
-        stage: Folders and URLs.
-        warm: Epochs of the second epoch, which was read before anything was moved.
-
-    Raises:
-        TierCacheError: A command failed; the message has the end of its output.
-    """
-    rules = _write_rules(stage)
-    shards = [key for key in _keys(stage, stage.standard_url) if key.startswith(f"{COLD}/") and key.endswith(".tcs")]
-    files = _checkpoint_files(stage.hot)
-    yield Step("Tiers: a rule file sends the cold data set and old checkpoints to an archive tier")
-    yield Note("hot is a folder, standard and archive are prefixes of the bucket; archive has class GLACIER_IR")
-    yield from _move(rules, stage.folder)
-    yield from _holdings("after", _plan(rules, stage.folder / "after.jsonl"))
-    yield from _check(stage, shards, files)
-    yield Step("The next training, unchanged, in a fifth process with an empty cache")
-    moved = yield from stage.run("moved")
-    yield from events.trained_alike([epoch for epoch in warm if epoch.mode == "warm"], moved)
-
-
-def _write_rules(stage: DemoSetup) -> Path:
-    """Write the rule file. It contains the S3 server's key, as the server's own configuration beside it does."""
-    path = stage.folder / "tiers.toml"
-    path.touch(mode=0o600)
-    options = ", ".join(f'{name} = "{value}"' for name, value in stage.server.storage_options.items())
-    path.write_text(
-        RULES.format(
-            hot=stage.hot,
-            standard=stage.standard_url,
-            archive=stage.archive_url,
-            state=stage.folder / "state",
-            options=f"{{ {options} }}",
-        )
-    )
-    return path
-
-
-def _move(rules: Path, folder: Path) -> Iterator[Event]:
-    """Yield the events of planning, applying and running."""
-    stored = folder / "plan.jsonl"
-    plan = _plan(rules, stored)
-    yield from _holdings("before", plan)
-    n_shards = sum(move.kind == "shard" for move in plan.moves)
-    yield Note(
-        f"tiercache tier plan --out plan.jsonl: {len(plan.moves)} moves, {n_shards} of shards and "
-        f"{len(plan.moves) - n_shards} of checkpoints; {format_bytes(sum(move.n_bytes for move in plan.moves))}"
-    )
-    yield Note(f"the first of them: {plan.moves[0].path} to {plan.moves[0].dst}, {plan.moves[0].reason}")
-    yield Note(f"tiercache tier apply plan.jsonl: {_command('apply', str(stored), '--yes', rules=rules)}")
-    for _ in range(N_RUNS):
-        yield Note(f"tiercache tier run --once, as cron would: {_command('run', '--once', rules=rules)}")
-
-
-def _plan(rules: Path, path: Path) -> Plan:
-    _command("plan", "--out", str(path), rules=rules)
-    return read_plan(path)
-
-
-def _holdings(when: str, plan: Plan) -> list[TierContents]:
-    held = ((tier.name, plan.before.get(tier.name, TierTotals())) for tier in plan.tiers)
-    return [TierContents(when, name, one.n_bytes, one.n_objects, one.dollars_month) for name, one in held]
 
 
 def _command(*arguments: str, rules: Path) -> str:
@@ -328,157 +371,6 @@ def _command(*arguments: str, rules: Path) -> str:
     except subprocess.TimeoutExpired as error:
         raise TierCacheError(f"tiercache tier {' '.join(arguments)} took longer than {COMMAND_S:g} s") from error
     if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip()
-        raise TierCacheError(f"tiercache tier {' '.join(arguments)} ended with {done.returncode}:\n{said}")
+        message = (done.stderr or done.stdout).strip()
+        raise TierCacheError(f"tiercache tier {' '.join(arguments)} ended with {done.returncode}:\n{message}")
     return done.stdout.strip().rpartition("\n")[2]
-
-
-def _check(stage: DemoSetup, shards: Sequence[str], files: dict[str, str]) -> Iterator[Claim]:
-    standard, archive = (_keys(stage, url) for url in (stage.standard_url, stage.archive_url))
-    yield events.moved_whole(COLD, shards, standard, archive)
-    hot = _checkpoint_files(stage.hot)
-    remote = {name: _digests(stage, url) for name, url in _remote(stage).items()}
-    yield events.nothing_lost(files, {"hot": hot} | remote)
-    for task in TASKS:
-        yield events.newest_stayed(task, _steps(files, task), _steps(hot, task))
-
-
-def _remote(stage: DemoSetup) -> dict[str, str]:
-    return {"standard": stage.standard_url, "archive": stage.archive_url}
-
-
-def _steps(paths: dict[str, str], task: str) -> set[int]:
-    """Return the steps of a task's checkpoints, from the paths of their files."""
-    parts = [path.split("/") for path in paths]
-    return {int(step.removeprefix("step-")) for _, run, step, _ in parts if run == task}
-
-
-def _checkpoint_files(hot: Path) -> dict[str, str]:
-    """Return the SHA-256 of each checkpoint file in the hot tier, by its path there."""
-    files = [path for path in (hot / "checkpoints").rglob("*") if path.is_file()]
-    return {path.relative_to(hot).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def _keys(stage: DemoSetup, url: str) -> list[str]:
-    with closing(open_store(url, **stage.server.storage_options)) as store:
-        return [info.key for info in store.list("")]
-
-
-def _digests(stage: DemoSetup, url: str) -> dict[str, str]:
-    """Return the SHA-256 of each checkpoint file in a tier of the object store, by its path there."""
-    with closing(open_store(url, **stage.server.storage_options)) as store:
-        keys = [info.key for info in store.list("checkpoints/")]
-        return {key: hashlib.sha256(bytes(store.get(key))).hexdigest() for key in keys}
-
-
-PACKAGES = ("torch", "torchdata", "sklearn", "PIL")
-
-
-def run_story(folder: Path) -> Generator[Event, None, None]:
-    """Yield the events of the whole story in a folder. A claim that does not hold does not end the story.
-
-    The S3 server runs until the iterator is closed or exhausted.
-
-    Raises:
-        TierCacheError: A package of the extra `demo` is missing, the server does not start, or a step failed.
-    """
-    check_packages(PACKAGES)
-    yield Step("An object store")
-    with _started(folder / "server") as server:
-        stage = DemoSetup(folder, server)
-        yield _about(server)
-        yield from _pack(stage)
-        yield from _look(stage)
-        warm = yield from _train(stage)
-        yield from _evict(stage)
-        yield from run_tiering(stage, warm)
-
-
-@contextmanager
-def _started(folder: Path) -> Iterator[S3Server]:
-    """Yield a running server, which is stopped even if its start is interrupted."""
-    with ExitStack() as stack:
-        try:
-            server = S3Server(folder)
-            stack.callback(server.stop)
-            server.start()
-        except RuntimeError as error:
-            raise TierCacheError(str(error)) from error
-        yield server
-
-
-def _about(server: S3Server) -> Note:
-    if server.kind == "moto":
-        return Note(f"moto's S3 server, because SeaweedFS has no package for this platform, at {server.endpoint}")
-    return Note(f"SeaweedFS, a real S3 server, one process on this machine, at {server.endpoint}")
-
-
-def _pack(stage: DemoSetup) -> Iterator[Event]:
-    yield Step("Pack two data sets, from files of installed packages, to s3://")
-    images = stage.folder / "digits"
-    n_train, n_test = write_digits(images)
-    yield Note(f"scikit-learn's digits: {n_train + n_test} PNG images, one folder per digit, {n_test} held out")
-    options = stage.server.storage_options
-    for part in ("train", "test"):
-        pack(
-            images / part, stage.url(f"digits/{part}"), shard_size="64KiB", block_size="16KiB", storage_options=options
-        )
-        raw_bytes = sum(path.stat().st_size for path in (images / part).rglob("*.png"))
-        yield _packed(stage, f"digits/{part}", raw_bytes)
-    windows = python_windows()
-    yield Note(
-        f"Python source of installed packages: {len(windows)} windows of {WINDOW_BYTES} bytes and their next byte"
-    )
-    schema = {"tokens": Tensor("uint8", (WINDOW_BYTES + 1,))}
-    with Writer(
-        stage.url("python"), schema=schema, shard_size="64KiB", block_size="32KiB", storage_options=options
-    ) as writer:
-        writer.write_batch({"tokens": windows})
-    yield _packed(stage, "python", windows.nbytes)
-
-
-def _packed(stage: DemoSetup, name: str, raw_bytes: int) -> PackedDataSet:
-    dataset = Dataset(stage.url(name), cache=False, storage_options=stage.server.storage_options)
-    shards_bytes = dataset.__tiercache__().source.shard_bytes
-    columns = ", ".join(dataset.column_names)
-    return PackedDataSet(
-        name, stage.url(name), columns, len(dataset), len(shards_bytes), raw_bytes, int(shards_bytes.sum())
-    )
-
-
-def _look(stage: DemoSetup) -> Iterator[Event]:
-    yield Step("List the data sets and verify every byte")
-    for name in NAMES:
-        with closing(open_store(stage.url(name), **stage.server.storage_options)) as store:
-            names = [info.key for info in store.list("")]
-            findings = list(verify_dataset(store))
-        shards = sum(1 for key in names if key.endswith(".tcs"))
-        yield Note(f"{stage.url(name)}: {len(names)} objects: {shards} shards, and the files of its versions")
-        yield Claim(
-            f"{name} contains what was written", not findings, "; ".join(map(str, findings)) or "no damage found"
-        )
-
-
-def _train(stage: DemoSetup) -> Generator[Event, None, Sequence[Epoch]]:
-    """Yield the events of three epochs; return the epochs of the second."""
-    yield Step("Epoch 1, cold: shards are fetched from S3 while the models train on them")
-    yield from stage.run("cold")
-    yield Step("Epoch 2, warm: a new process, the same cache")
-    warm = yield from stage.run("warm")
-    yield events.warm_fetched_nothing(warm)
-    yield Step("Epoch 3, in a third process: once as a whole, then again up to its middle")
-    before = yield from stage.run("stop")
-    yield Step("The rest of epoch 3, resumed in a fourth process")
-    after = yield from stage.run("resume")
-    yield from events.resumed_exactly(before, after)
-    return warm
-
-
-def _evict(stage: DemoSetup) -> Iterator[Event]:
-    yield Step("Evict: the cache frees its disk space; the store still has everything")
-    with Cache(stage.cache, size=CACHE_BYTES) as cache:
-        used_bytes, n_copies = cache.stats()["bytes_used"], len(cache.entries())
-        freed_bytes = cache.evict()
-        left_bytes = cache.stats()["bytes_used"]
-    yield Note(f"{n_copies} cached files, {format_bytes(used_bytes)}; {format_bytes(freed_bytes)} freed")
-    yield Claim("the cache is empty after eviction", left_bytes == 0, f"{left_bytes} bytes left")

@@ -46,13 +46,7 @@ REDUCTIONS = (8, 4, 2)
 
 @dataclass(frozen=True, slots=True)
 class CropPlan:
-    """Box of an image, and its size in the result.
-
-    Attributes:
-        top, left, height, width: Box in pixels of the image; the values may be fractions.
-        out_height, out_width: Size that the box is resized to, in pixels.
-        flip: Whether the result is mirrored horizontally.
-    """
+    """Box of an image, in pixels, which may be fractions; its size in the result, and whether that is mirrored."""
 
     top: float
     left: float
@@ -71,23 +65,14 @@ class CropPlan:
     def pixels(self, picture: tuple[int, int], decoded: tuple[int, int]) -> tuple[int, int, int, int]:
         """Return the box as (top, bottom, left, right) of the decoded image, in whole pixels, at least 1 x 1.
 
-        Args:
-            picture: (height, width) of the image that the plan was made for.
-            decoded: (height, width) of the decoded image.
+        The arguments are (height, width) of the image that the plan was made for, and of the decoded image.
         """
         rows = _edges(self.top, self.height, picture[0], decoded[0])
         return *rows, *_edges(self.left, self.width, picture[1], decoded[1])
 
 
 def plan_crop(height: int, width: int, options: DecodeImage, draws: Sequence[float]) -> CropPlan:
-    """Return the crop of an image.
-
-    Args:
-        height: Height of the image in pixels, 1 or more.
-        width: Width of the image in pixels, 1 or more.
-        options: Options of which crop, size, resize, scale, ratio and flip are used.
-        draws: N_DRAWS random numbers in [0, 1); not read if nothing is random.
-    """
+    """Return the crop of an image. draws: N_DRAWS random numbers in [0, 1); not read if nothing is random."""
     flip = options.flip and draws[_FLIP] < 0.5
     if options.size is None:
         return CropPlan(0, 0, height, width, height, width, flip)
@@ -111,12 +96,8 @@ def draw_key(seed: int, epoch: int) -> bytes:
 def keyed_draws(key: bytes, runs: Iterable[tuple[int, int]]) -> NDArray[np.float64]:
     """Return the random numbers of positions, float64[n, N_DRAWS] in [0, 1).
 
-    They are Philox 4x64 numbers with the key; position p has the counters from p * N_DRAWS / 4 on. A run is repeatable
-    only if this never changes.
-
-    Args:
-        key: Key of the epoch, from draw_key().
-        runs: Half-open ranges of positions, in order.
+    They are Philox 4x64 numbers with the epoch's key; position p has the counters from p * N_DRAWS / 4 on. A run is
+    repeatable only if this never changes. runs: Half-open ranges of positions, in order.
     """
     number = int.from_bytes(key, "little")
     words = [
@@ -183,12 +164,7 @@ _PAD = 2
 
 @dataclass(frozen=True, slots=True)
 class JpegPlanesHeader:
-    """Header of a JPEG whose chroma has half or a quarter of luma's pixels.
-
-    Attributes:
-        size: (height, width) in pixels.
-        steps: (down, across), luma pixels that a chroma pixel covers.
-    """
+    """Header of a JPEG: (height, width) in pixels, and (down, across), luma pixels that a chroma pixel covers."""
 
     size: tuple[int, int]
     steps: tuple[int, int]
@@ -234,9 +210,6 @@ class PlaneReader:
     Args:
         options: Options with dct and size; size must not be None.
         max_kept_bytes: Maximum scratch memory that is kept between images.
-
-    Raises:
-        ModuleNotFoundError: libturbojpeg is missing.
     """
 
     def __init__(self, options: DecodeImage, max_kept_bytes: int) -> None:
@@ -277,10 +250,7 @@ class PlaneReader:
         return y[:height, :width], cb[chroma], cr[chroma]
 
     def to_rgb(self, out: NDArray[np.uint8]) -> bool:
-        """Convert the planes in `resized` to RGB by JFIF's equations.
-
-        Args:
-            out: C-contiguous uint8[h, w, 3], owned by the caller.
+        """Convert the planes in `resized` to RGB by JFIF's equations, into a C-contiguous uint8[h, w, 3].
 
         Returns:
             False if the library failed: it limits a side to 65,500 pixels, and may lack memory.
@@ -303,11 +273,9 @@ def load_turbojpeg() -> Any:
         except OSError:
             continue
         if library is not None and hasattr(library, "tjDecompressToYUVPlanes"):
-            return _declared(library)
-    raise ModuleNotFoundError(_MISSING, name="libturbojpeg")
-
-
-def _declared(library: CDLL) -> CDLL:
+            break
+    else:
+        raise ModuleNotFoundError(_MISSING, name="libturbojpeg")
     encoded: list[Any] = [c_void_p, c_void_p, c_ulong]  # handle, pointer to the bytes, number of bytes
     library.tjInitDecompress.restype = c_void_p
     library.tjDestroy.argtypes = [c_void_p]
@@ -359,9 +327,7 @@ class Decoder:
         self._jpeg, self._cv2, self._pillow = load_libraries(options)
         if options.resize_in == "ycbcr":
             self._reader = PlaneReader(options, MAX_KEPT_BYTES)
-        self._scratch = np.empty(0, np.uint8)
-        self._planes = np.empty(0, np.uint8)
-        self._scaled = np.empty(0, np.uint8)
+        self._kept: dict[str, NDArray[np.uint8]] = {}
         self._table = _table_of(options.dtype)
 
     def decode_into(self, data: Any, draws: Sequence[float], out: NDArray[Any]) -> None:
@@ -426,12 +392,10 @@ class Decoder:
         """Return the image, reduced; None if the decoder rejects it."""
         height, width = (-(-side // reduction) for side in size)
         n_bytes = height * width * 3
-        scratch = _grown(self._scratch, n_bytes)
-        self._scratch = _kept(scratch, self._scratch)
         how: dict[str, Any] = (
             {"min_height": height, "min_width": width, "min_factor": reduction} if reduction > 1 else {}
         )
-        how |= {"buffer": scratch[:n_bytes], "fastdct": self._options.dct == "fast"}
+        how |= {"buffer": self._scratch("decoded", n_bytes), "fastdct": self._options.dct == "fast"}
         try:
             picture: NDArray[np.uint8] = self._jpeg.decode_jpeg(data, **how)
         except ValueError:
@@ -485,10 +449,23 @@ class Decoder:
 
     def _room(self, plan: CropPlan) -> NDArray[np.uint8]:
         """Return scratch memory uint8[h, w, 3] for a result before it is converted to out's layout and dtype."""
-        n_bytes = plan.out_height * plan.out_width * 3
-        scaled = _grown(self._scaled, n_bytes)
-        self._scaled = _kept(scaled, self._scaled)
-        return scaled[:n_bytes].reshape(plan.out_height, plan.out_width, 3)
+        shape = plan.out_height, plan.out_width, 3
+        return self._scratch("resized", math.prod(shape)).reshape(shape)
+
+    def _scratch(self, name: str, n_bytes: int) -> NDArray[np.uint8]:
+        """Return scratch memory of n_bytes that does not start on a multiple of 32, and keep it unless it is large.
+
+        If rows start on a multiple of 32, libjpeg-turbo writes past the CPU caches (vmovntdq, with AVX2), although they
+        are read at once: decoding 512x384 and resizing to 224 took 674 us instead of 584 us.
+        """
+        memory = self._kept.get(name)
+        if memory is None or memory.size < n_bytes:
+            more = np.empty(n_bytes + 32, np.uint8)
+            first = (16 - more.ctypes.data) % 32
+            memory = more[first : first + n_bytes]
+            if n_bytes <= MAX_KEPT_BYTES:
+                self._kept[name] = memory
+        return memory[:n_bytes]
 
     def _resize(self, box: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
         if box.shape == out.shape:
@@ -513,9 +490,7 @@ class Decoder:
             # cv2.split takes 7 us, a transposed numpy copy 45 us.
             source = out
             if self._table is not None:
-                planes = _grown(self._planes, out.size)
-                self._planes = _kept(planes, self._planes)
-                source = planes[: out.size].reshape(out.shape)
+                source = self._scratch("planes", out.size).reshape(out.shape)
             cv2.split(shown, list(source))
         elif self._table is None:
             np.copyto(out, shown)
@@ -552,10 +527,6 @@ def _are_planes_enough(plan: CropPlan, box: tuple[int, int, int, int]) -> bool:
     At a reduction of 2 or more libjpeg decodes chroma at luma's size: nothing would be saved. If the image is averaged
     (INTER_AREA), chroma, which has fewer pixels, would be sampled instead. An image that is not resized gets its exact
     pixels from the RGB path.
-
-    Args:
-        plan: Crop of the image.
-        box: (top, bottom, left, right) in pixels.
     """
     height, width = box[1] - box[0], box[3] - box[2]
     shrink = max(height / plan.out_height, width / plan.out_width)
@@ -587,23 +558,6 @@ def _table_of(dtype: str) -> NDArray[Any] | None:
         bits = values.view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return values
-
-
-def _grown(memory: NDArray[np.uint8], n_bytes: int) -> NDArray[np.uint8]:
-    """Return the memory, or new memory of at least n_bytes that does not start on a multiple of 32.
-
-    If rows start on a multiple of 32, libjpeg-turbo writes past the CPU caches (vmovntdq, with AVX2), although they are
-    read at once: decoding 512x384 and resizing to 224 took 674 us instead of 584 us.
-    """
-    if memory.size >= n_bytes:
-        return memory
-    more = np.empty(n_bytes + 32, np.uint8)
-    first = (16 - more.ctypes.data) % 32
-    return more[first : first + n_bytes]
-
-
-def _kept(memory: NDArray[np.uint8], before: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return memory if memory.size <= MAX_KEPT_BYTES else before
 
 
 def declared_pixels(data: Any) -> int:
@@ -652,11 +606,6 @@ def decode_columns(
 
     A decoded column is an array [n, ...], zero for a null, or a list if sizes differ. Random numbers come from torch's
     generator if torch is imported, else from numpy's global one.
-
-    Args:
-        columns: Columns of the records that were read.
-        decode: Mapping from an image column to its options.
-        explain: Function that returns the error for an image that cannot be decoded.
 
     Raises:
         Exception: The result of explain, for an image that cannot be decoded.

@@ -75,7 +75,7 @@ class MemoryStore(Store):
         with bucket.lock:
             found = bucket.objects.get(self.prefix + key)
         if found is None:
-            raise NotFound(url=self._at(key))
+            raise NotFound("no such object", url=self._at(key))
         return found[0], _renamed(found[1], key)
 
     def head(self, key: str) -> ObjectInfo:

@@ -48,7 +48,7 @@ class Fault:
     """A scripted fault: calls number nth, nth + 1, ... nth + times - 1 of a verb go wrong, counted from 1.
 
     Attributes:
-        verb: Name of the call, one of `wrapper.VERBS`.
+        verb: Name of the call, one of VERBS.
         nth: First call that goes wrong.
         times: Number of calls that go wrong.
         kind: Kind of the fault.
@@ -102,7 +102,7 @@ class FaultStore(WrapperStore):
         script: Faults, in any order; if two apply to one call, the first one is used.
 
     Attributes:
-        struck: Verb and key of each call that went wrong, in order.
+        faulted_calls: Verb and key of each call that went wrong, in order.
     """
 
     def __init__(self, inner: Store, script: Sequence[Fault] = ()) -> None:

@@ -7,14 +7,14 @@ import pytest
 import typer
 from tests.support.http_server import HttpFaultServer
 
-from tiercache.cli.output import INTERRUPTED, report_errors
+from tiercache.cli.output import INTERRUPTED, command
 from tiercache.store import retry
 
 
 def struck(monkeypatch, where):
     """A verb that Ctrl-C strikes in its middle, or just after it has ended."""
 
-    def verb():
+    def verb(output):
         if where == "in it":
             raise KeyboardInterrupt
 
@@ -25,13 +25,13 @@ def struck(monkeypatch, where):
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(warnings, "catch_warnings", KillResult)
-    return report_errors(verb, how_to_go_on="nothing was committed")
+    return command(verb, how_to_go_on="nothing was committed")
 
 
 @pytest.mark.parametrize(
     ("where", "said"), [("in it", "nothing was committed"), ("after it", "everything was already done")]
 )
-def test_ctrl_c_says_what_to_do_and_of_a_verb_that_is_done_that_it_is(monkeypatch, capsys, where, said):
+def test_ctrl_c_prints_how_to_go_on_or_that_everything_was_done(monkeypatch, capsys, where, said):
     with pytest.raises(typer.Exit) as ended:
         struck(monkeypatch, where)()
     assert (ended.value.exit_code, capsys.readouterr().err) == (INTERRUPTED, f"tiercache: interrupted: {said}\n")
@@ -51,7 +51,7 @@ def nobody(monkeypatch):
 
 @pytest.mark.parametrize("verb", ["ls", "info", "verify", "warm"])
 @pytest.mark.parametrize("scheme", ["s3", "http"])
-def test_a_verb_fails_at_once_where_nobody_listens_and_names_the_endpoint(tiercache, nobody, tmp_path, verb, scheme):
+def test_a_verb_fails_at_once_and_names_the_endpoint_if_no_server_listens(tiercache, nobody, tmp_path, verb, scheme):
     url = "s3://bucket/set" if scheme == "s3" else f"{nobody}/set"
     options = [f"endpoint={nobody}", "anon=true"] if scheme == "s3" else []
     more = ["--cache", tmp_path / "cache"] if verb == "warm" else []
@@ -59,7 +59,7 @@ def test_a_verb_fails_at_once_where_nobody_listens_and_names_the_endpoint(tierca
     assert f"cannot connect to {nobody}" in tiercache(verb, url, *given, *more, code=1).err
 
 
-def test_a_tier_plan_fails_at_once_where_nobody_listens(tiercache, nobody, tmp_path, monkeypatch):
+def test_tier_ls_fails_at_once_if_no_server_listens(tiercache, nobody, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", nobody)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
@@ -69,10 +69,10 @@ def test_a_tier_plan_fails_at_once_where_nobody_listens(tiercache, nobody, tmp_p
     assert nobody in tiercache("tier", "ls", "--rules", rules, code=1).err
 
 
-def test_warnings_of_the_log_stand_on_standard_error(capsys):
-    def verb():
+def test_log_warnings_are_printed_on_standard_error(capsys):
+    def verb(output):
         logging.getLogger("tiercache").warning("s3://bucket: has waited %d s", 2)
 
-    report_errors(verb, how_to_go_on="")()
+    command(verb, how_to_go_on="")()
     assert capsys.readouterr().err == "tiercache: warning: s3://bucket: has waited 2 s\n"
     assert not logging.getLogger("tiercache").handlers
