@@ -34,7 +34,9 @@ from tiercache.load.source import NativeAccess, image_decode_error
 from tiercache.opened_version import OpenedVersion
 from tiercache.shard.conversion import parse_casts
 from tiercache.shard.read.values import ColumnValues, as_records
-from tiercache.views import Joined, Mixed, Readable, SelectionMethods, SourceSpec, arrow_batches, record_numbers, spans
+from tiercache.shard.versions.manifest import list_versions
+from tiercache.views import Records, RecordsSpec, SelectionMethods, arrow_batches, join, record_numbers, spans
+from tiercache.views import mix as mixed_records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from tiercache.images.options import DecodeImage
     from tiercache.shard.schema import Schema
 
-DatasetSpec = tuple[SourceSpec, Callable[[Record], Any] | None, OutputSpec]
+DatasetSpec = tuple[RecordsSpec, Callable[[Record], Any] | None, OutputSpec]
 """Complete picklable description of a data set: the source spec that opens it, the transform, and the output spec."""
 
 
@@ -99,7 +101,7 @@ class Dataset(SelectionMethods):
         ValueError, TypeError: An argument is invalid; the message names it.
     """
 
-    _opened: Readable | None
+    _opened: Records | None
 
     def __init__(
         self,
@@ -126,14 +128,14 @@ class Dataset(SelectionMethods):
         if transform is not None and layouts:
             raise ValueError("layouts= cannot be combined with transform=: the transform's results make up a batch")
         place = DatasetSource(os.fspath(url), cache, verify, dict(storage_options or {}), parse_casts(cast))
-        opened = OpenedVersion(place, version, columns)
+        opened = Records((OpenedVersion(place, version, columns),))
         serving = OutputSpec.of(opened.schema, layouts=layouts, fill_nulls=fill_nulls, decode=decode, cast=place.casts)
         self.__setstate__(((opened.spec, transform, serving), {}))
         self._opened = opened
 
     @property
-    def _source(self) -> Readable:
-        """Opened source that the loader reads: a version, a view of it, or several sources joined or mixed."""
+    def _source(self) -> Records:
+        """Opened records, which the loader reads."""
         opened = self._opened
         return self._open() if opened is None else opened
 
@@ -194,7 +196,7 @@ class Dataset(SelectionMethods):
         opened_versions = self._source.opened_versions
         if len(opened_versions) > 1:
             raise ValueError(f"this data set joins {len(opened_versions)} data sets: call versions() of each of them")
-        return opened_versions[0].versions()
+        return list_versions(opened_versions[0].inner)
 
     def select_columns(self, columns: Sequence[str]) -> Self:
         """Return the same records with only these columns, in this order. Raises SchemaError for an unknown column.
@@ -299,8 +301,7 @@ class Dataset(SelectionMethods):
         Raises:
             CacheFull: The data does not fit into the cache.
         """
-        shards = range(len(self._source.shard_records))
-        self._source.warm(shards, jobs=jobs, on_progress=on_progress)
+        self._source.warm(jobs=jobs, on_progress=on_progress)
 
     def close(self) -> None:
         """Release open shards and connections. The data set may be used again afterwards."""
@@ -335,7 +336,7 @@ class Dataset(SelectionMethods):
         """Return the attributes that a subclass has set."""
         return {name: value for name, value in vars(self).items() if name not in _OF_THE_PROCESS}
 
-    def _derive(self, source: Readable, serving: OutputSpec | None = None) -> Self:
+    def _derive(self, source: Records, serving: OutputSpec | None = None) -> Self:
         """Return the same data set over another source, with this output spec or another one."""
         derived = type(self).__new__(type(self))
         recipe = (source.spec, self.transform, self._output_spec if serving is None else serving)
@@ -343,12 +344,12 @@ class Dataset(SelectionMethods):
         derived._opened = source  # noqa: SLF001 -- of this class
         return derived
 
-    def _open(self) -> Readable:
+    def _open(self) -> Records:
         if self._pid != os.getpid():  # after a fork: a thread of the parent may hold the lock for ever
             self._lock, self._pid = threading.Lock(), os.getpid()
         with self._lock:  # two threads that race share the source that the first one opens
             if self._opened is None:
-                self._opened = self._recipe[0].open({})
+                self._opened = self._recipe[0].open()
             return self._opened
 
     def _record(self, index: int) -> Any:
@@ -423,9 +424,7 @@ def concat(datasets: Iterable[Dataset]) -> Dataset:
         TypeError: An item is not a tiercache data set.
     """
     datasets = _alike(datasets, "concat")
-    parts = [dataset._source for dataset in datasets]  # noqa: SLF001 -- of this class
-    flat = [below for part in parts for below in (part.below if type(part) is Joined else (part,))]
-    return _over(Joined(flat), datasets[0])
+    return _over(join([dataset._source for dataset in datasets]), datasets[0])  # noqa: SLF001 -- of this class
 
 
 MixStop: TypeAlias = Literal["first_exhausted", "all_exhausted", "first", "all"]
@@ -460,10 +459,10 @@ def mix(datasets: Iterable[Dataset], weights: Iterable[float], stop: MixStop = "
     if stop not in _MIX_STOPS:
         raise ValueError(f"stop must be {', '.join(map(repr, _MIX_STOPS))}, got {stop!r}")
     sources = [dataset._source for dataset in datasets]  # noqa: SLF001 -- of this class
-    return _over(Mixed(sources, tuple(weights), _MIX_STOPS[stop]), datasets[0])
+    return _over(mixed_records(sources, tuple(weights), _MIX_STOPS[stop]), datasets[0])
 
 
-def _over(source: Readable, first: Dataset) -> Dataset:
+def _over(source: Records, first: Dataset) -> Dataset:
     made = Dataset.__new__(Dataset)
     made.__setstate__(((source.spec, first.transform, first.__tiercache__().output_spec), {}))
     made._opened = source  # noqa: SLF001 -- of this class

@@ -1,7 +1,4 @@
-"""One version of a data set, open for reading: its stores, segments and shards.
-
-The class `OpenedVersion` is the source through which the loader and `Dataset` read a version.
-"""
+"""One version of a data set, open for reading: its stores, segments and shards."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from tiercache.cache import CachedStore
 from tiercache.cache.cache import DatasetSource, warn_if_larger
 from tiercache.cache.names import CopyNames
 from tiercache.errors import CorruptShard
-from tiercache.model import ByteRange, CloseListener, ReadingPlan, ShardIdentity, SourcePart
+from tiercache.model import ByteRange, CloseListener, ReadingPlan, ShardIdentity
 from tiercache.order import BlockTable
 from tiercache.shard.conversion import served_columns
 from tiercache.shard.format.statistics import parse_statistics
@@ -28,8 +25,8 @@ from tiercache.shard.read import reader_pool
 from tiercache.shard.read.reader_pool import FooterCache, MappedRecords
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.read.source import column_ranges, fetch_footer
-from tiercache.shard.read.values import empty_values, join_arrow, join_values
-from tiercache.shard.versions.manifest import latest, list_versions, read_shards, read_version
+from tiercache.shard.read.values import empty_values, join_values
+from tiercache.shard.versions.manifest import latest, read_shards, read_version
 from tiercache.shard.versions.segments import as_arrow
 from tiercache.store import LocalStore, MemoryStore, Store
 from tiercache.tier.placement.redirecting_store import TieredReader, follow_placement
@@ -192,21 +189,13 @@ class VersionSpec:
     version: int
     columns: tuple[str, ...]
 
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """See SourceSpec.versions."""
-        return (self.version,)
-
-    def open(self, opened: dict[int, Any]) -> OpenedVersion:
-        """See SourceSpec.open."""
-        found: OpenedVersion | None = opened.get(id(self))
-        if found is None:
-            found = opened[id(self)] = OpenedVersion(self.place, self.version, self.columns)
-        return found
+    def open(self) -> OpenedVersion:
+        """Open the version."""
+        return OpenedVersion(self.place, self.version, self.columns)
 
 
 class OpenedVersion:
-    """One version of a data set with some of its columns; implements load.source.Source and views.Readable.
+    """One version of a data set with some of its columns: all access to its shards.
 
     Safe from any thread. After a fork the child opens its own shards. Nothing of a shard is read before it is needed.
     """
@@ -268,50 +257,11 @@ class OpenedVersion:
         """Served columns, in order, with their stored types; a cast column is served with another dtype."""
         return self._schema
 
-    @property
-    def parts(self) -> tuple[SourcePart, ...]:
-        """One part: this version with all its records."""
-        return (SourcePart(self.dataset_id, self.version, self.fingerprint),)
-
-    @property
-    def record_order(self) -> None:
-        """None: records are served in stored order."""
-
-    @property
-    def mixture(self) -> None:
-        """None: this is not a mixture."""
-
-    @property
-    def shard_records(self) -> NDArray[np.int64]:
-        """Number of records of each shard, int64[n_shards]."""
-        return self.table.n_records
-
-    @property
-    def shard_bytes(self) -> NDArray[np.int64]:
-        """Stored bytes of each shard, int64[n_shards]."""
-        return self.table.n_bytes
-
-    @property
-    def first_record(self) -> NDArray[np.int64]:
-        """Number of each shard's first record, then the number of all records; int64[n_shards + 1]."""
-        return self.table.first_record
-
-    @property
-    def is_in_stored_order(self) -> bool:
-        """True: records are served in stored order."""
-        return True
-
-    @property
-    def opened_versions(self) -> tuple[OpenedVersion, ...]:
-        """This version alone."""
-        return (self,)
-
-    def versions(self) -> list[int]:
-        """Return the numbers of all versions of the data set, oldest first."""
-        return list_versions(self.inner)
-
     def statistics(self, shard: int) -> Statistics:
-        """See Readable.statistics."""
+        """Return the statistics of a shard's columns: {column: {"nulls", "bytes", "stored", "min", "max"}}.
+
+        Any entry may be missing. Raises CorruptShard for an implausible value.
+        """
         text = self.table.arrow["statistics"][shard].as_py()
         try:
             return parse_statistics(text, self.stored_schema, int(self.table.n_records[shard]))
@@ -337,23 +287,10 @@ class OpenedVersion:
             tables.update(zip(missing, pool.map(self._read_table, missing), strict=True))
         return [tables[shard] for shard in shards]
 
-    @property
-    def selects_all(self) -> bool:
-        """See Source.selects_all."""
-        return True
-
-    def stored_rows(
-        self,
-        shards: NDArray[np.int32],  # noqa: ARG002 -- of Source
-        blocks: NDArray[np.int32],  # noqa: ARG002
-        block: NDArray[np.uint32],  # noqa: ARG002
-        row: NDArray[np.uint32],
-    ) -> NDArray[np.uint32]:
-        """Return the rows unchanged: all rows of a block are served."""
-        return row
-
     def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """Return blocks of a shard in memory, with the served columns.
+        """Return blocks of a shard in memory, with the served columns, by their numbers in that shard's schema.
+
+        The shard stays open for some time.
 
         Raises:
             NotFound, StoreError: The store failed.
@@ -395,30 +332,18 @@ class OpenedVersion:
         found = self.take_mapped(records)
         if found is not None:
             return found
-        shards, places = self._by_shard(records)
-        within = [records[where] - self.first_record[shard] for shard, where in zip(shards, places, strict=True)]
-        return join_values(self._take_all(shards, within), places)
+        of_record = np.searchsorted(self.table.first_record, records, side="right") - 1
+        shards = np.unique(of_record).tolist()
+        places = [np.flatnonzero(of_record == shard) for shard in shards]
+        rows = [records[where] - self.table.first_record[shard] for shard, where in zip(shards, places, strict=True)]
+        if len(shards) < 2 or isinstance(self.inner, LocalStore):
+            return join_values(list(map(self._take, shards, rows)), places)
+        # In parallel: as for footers, the time is round trips.
+        with ThreadPoolExecutor(min(FOOTER_THREADS, len(shards)), "tiercache-records") as pool:
+            return join_values(list(pool.map(self._take, shards, rows)), places)
 
-    def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
-        """Return the values of records as Arrow arrays; see `values`. Each block is read once."""
-        taken: list[list[pa.Array]] = []
-        order: list[NDArray[np.int64]] = []
-        for shard, where in zip(*self._by_shard(records), strict=True):
-            rows = records[where] - self.first_record[shard]
-            ends = np.cumsum(self.block_tables([shard])[0].records)
-            of_block = np.searchsorted(ends, rows, side="right")
-            for block in np.unique(of_block).tolist():
-                mine = np.flatnonzero(of_block == block)
-                within = pa.array(rows[mine] - (ends[block - 1] if block else 0))
-                taken.append([array.take(within) for array in self.arrays(shard, block)])
-                order.append(where[mine])
-        return join_arrow(taken, order, self._schema)
-
-    def _by_shard(self, records: NDArray[np.int64]) -> tuple[list[int], list[NDArray[np.int64]]]:
-        """Return the shards that hold these records, and for each shard the indices of its records."""
-        shards = np.searchsorted(self.first_record, records, side="right") - 1
-        asked: list[int] = np.unique(shards).tolist()
-        return asked, [np.flatnonzero(shards == shard) for shard in asked]
+    def _take(self, shard: int, rows: NDArray[np.int64]) -> list[ColumnValues]:
+        return self._read(shard, lambda reader: reader.take(rows, self.stored_columns))
 
     def take_mapped(self, records: NDArray[np.int64]) -> list[ColumnValues] | None:
         """Return the values of records if all their shards can be mapped, else None."""
@@ -430,21 +355,13 @@ class OpenedVersion:
                 found = self._mapped.take(records)
         return found
 
-    def _take_all(self, shards: Sequence[int], rows: Sequence[NDArray[np.int64]]) -> list[list[ColumnValues]]:
-        """Return values of rows of each of these shards, by column."""
-        if len(shards) < 2 or isinstance(self.inner, LocalStore):
-            return [self._take(shard, within) for shard, within in zip(shards, rows, strict=True)]
-        # In parallel: as for footers, the time is round trips.
-        with ThreadPoolExecutor(min(FOOTER_THREADS, len(shards)), "tiercache-records") as pool:
-            return list(pool.map(self._take, shards, rows))
-
     @property
     def has_cache(self) -> bool:
         """Whether the data set is read through a cache."""
         return isinstance(self.store, CachedStore)
 
     def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
-        """See Source.publish. The mapped segments stay in use as long as the plan is published."""
+        """See Records.publish. The mapped segments stay in use as long as the plan is published."""
         if not isinstance(self.store, CachedStore) or self.cache is None:
             return None
         # Read limit_bytes first: it raises if the cache is being closed, and then nothing must have been published.
@@ -454,7 +371,7 @@ class OpenedVersion:
 
     @property
     def can_prefetch(self) -> bool:
-        """See Source.can_prefetch."""
+        """See Records.can_prefetch."""
         return self.access.fetcher is not None
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -491,14 +408,13 @@ class OpenedVersion:
         return is_open or self.access.is_local(key, identity, self._ranges.get(shard))
 
     def prepare_reading(self, shards: NDArray[np.int64]) -> None:
-        """See Source.prepare_reading."""
+        """See Records.prepare_reading."""
         keys = self.table.names.take(as_arrow(shards))
         reads_all = len(shards) == len(self.table)
         self.access.prepare_reading(keys, lambda i: self.identity(int(shards[i])), reads_all=reads_all)
 
-    def at_versions(self, versions: Sequence[int]) -> OpenedVersion:
+    def at_version(self, number: int) -> OpenedVersion:
         """Return another version with the same columns. Raises NotFound, or SchemaError if it lacks a column."""
-        (number,) = versions
         names = self._schema.names
         return self._shared((number, names), lambda: OpenedVersion(self.place, number, names))
 
@@ -556,14 +472,11 @@ class OpenedVersion:
         self.access.close()
 
     def on_close(self, keeper: CloseListener) -> None:
-        """See Source.on_close.
+        """See Records.on_close.
 
         If two threads call it at once, one registration may be lost: that loader keeps its blocks until it is deleted.
         """
         self._keepers = [*(known for known in self._keepers if known() is not None), ref(keeper)]
-
-    def _take(self, shard: int, rows: NDArray[np.int64]) -> list[ColumnValues]:
-        return self._read(shard, lambda reader: reader.take(rows, self.stored_columns))
 
     def _read_table(self, shard: int) -> BlockTable:
         footer = self._footer(shard)

@@ -135,7 +135,7 @@ def test_chosen_columns_and_their_order_hold_everywhere(dataset):
 
 
 def test_a_transform_makes_what_a_record_is_under_any_loader(dataset):
-    doubled = tc.Dataset(dataset._source.place.url, columns=["id"], transform=_double)
+    doubled = tc.Dataset(dataset._source.leaves[0].place.url, columns=["id"], transform=_double)
     assert doubled[4] == 8
     assert doubled[[1, 2]] == [2, 4]
     for make in (tc.DataLoader, TorchLoader):
@@ -313,7 +313,7 @@ def _exit_with_record_4(dataset):
 
 def test_a_forked_childs_second_thread_does_not_take_its_parents_lock(dataset, monkeypatch):
     dataset[3]
-    readers, make = dataset._source._readers, threading.Lock
+    readers, make = dataset._source.leaves[0]._readers, threading.Lock
     done = []
 
     def make_while_another_comes():

@@ -125,9 +125,9 @@ def test_where_tiers_do_not_look_after_it_nothing_is_written(moved):
 
 def test_an_opened_data_set_that_was_not_read_asks_for_no_mark_when_it_is_closed(moved):
     dataset = tc.Dataset(moved.store.url)
-    before = dataset._source.inner.counters["requests"]
+    before = dataset._source.leaves[0].inner.counters["requests"]
     dataset.close()
-    assert dataset._source.inner.counters["requests"] == before
+    assert dataset._source.leaves[0].inner.counters["requests"] == before
 
 
 def test_a_store_that_cannot_be_written_is_read_without_reports(packed):

@@ -233,7 +233,7 @@ def test_shards_without_chosen_records_are_neither_opened_nor_warmed(packed, mon
 
     monkeypatch.setattr(ShardReader, "__init__", note)
     view = tc.Dataset(packed).select([0, N - 1])
-    names = [view._source.source.table.info(i).name for i in range(len(view._source.shard_records))]
+    names = [view._source.leaves[0].table.info(i).name for i in range(len(view._source.shard_records))]
     for read in (list, lambda v: v[:], lambda v: list(v.to_arrow()), lambda v: list(tc.DataLoader(v, shuffle=True))):
         seen.clear()
         view.close()
