@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tiercache.shard.conversion import widen_bfloat16
-from tiercache.shard.format.codec import BlockCodec, ColumnCodec
+from tiercache.shard.format.codec import BlockCodec
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.read.values import as_batch, as_records, block_values
 from tiercache.shard.schema import Image, Kind, Ragged, Schema, Tensor
@@ -222,7 +222,7 @@ def test_a_shard_without_records_is_read_as_one():
     store = MemoryStore("round-trip-empty")
     schema = Schema.of({"x": "int64", "y": "str"})
     uploads = UploadQueue(store)
-    block_codec = BlockCodec([ColumnCodec("auto", c.kind) for c in schema.columns])
+    block_codec = BlockCodec([("auto", c.kind) for c in schema.columns])
     info = ShardFile(uploads, "empty", schema, block_codec).finish({})
     uploads.wait()
     reader = ShardReader(store, "empty", info=info)

@@ -126,7 +126,7 @@ def test_an_abort_that_was_interrupted_can_be_repeated(store, monkeypatch):
         def struck(self):
             raise KeyboardInterrupt
 
-        patch.setattr(shard_file._Tasks, "join", struck)
+        patch.setattr(shard_file._UploadThread, "join", struck)
         with pytest.raises(KeyboardInterrupt):
             writer.abort()
     with pytest.raises(ValueError, match="only abort"):

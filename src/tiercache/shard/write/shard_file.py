@@ -7,10 +7,10 @@ import os
 import secrets
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
+from queue import SimpleQueue
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -40,82 +40,64 @@ _MAX_WAITING = 2
 _SLACK_BYTES = 2 << 20
 
 
-class _Tasks:
-    """A thread that runs tasks in order. The lock guards all attributes; tasks run outside the lock.
+class _UploadThread:
+    """A thread that runs tasks in order. After an error or cancel() it drops tasks instead.
 
     The object holds no reference to its owner, so that an abandoned writer can be collected while its thread waits.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._waiting: deque[Task] = deque()
-        self._busy = self._cancelled = False
         self.error: BaseException | None = None
+        self._is_cancelled = False
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self._free = threading.Semaphore(_MAX_WAITING + 1)  # the task that runs has its place until it is done
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._work, name="tiercache-upload", daemon=True)
         self._thread.start()
 
     def put(self, task: Task) -> None:
         """Queue a task; wait while the queue is full. Raises the error of an earlier task."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._waiting) < _MAX_WAITING or self.error is not None)
-            self._check()
-            self._waiting.append(task)
-            self._changed.notify_all()
+        self._raise_error()
+        self._free.acquire()
+        self._raise_error()
+        self._tasks.put(task)
 
-    def wait(self) -> None:
-        """Wait until all tasks are done. Raises the error of a failed task."""
-        with self._changed:
-            self._changed.wait_for(lambda: not (self._waiting or self._busy) or self.error is not None)
-            self._check()
-
-    def _check(self) -> None:
-        if self.error is not None:
-            raise self.error
+    def finish(self) -> None:
+        """Wait until all tasks are done, and end the thread. Raises the error of a failed task."""
+        self._tasks.put(None)
+        self._thread.join()
+        self._raise_error()
 
     def cancel(self) -> None:
-        """Discard the queued tasks, and end the thread after its current task.
+        """Drop the queued tasks, and end the thread after its current task. The garbage collector may call this.
 
-        In a forked child process the call does nothing: the child has no thread, and the lock may be locked forever.
+        In a forked child process, which has no such thread, the call does nothing.
         """
         if os.getpid() == self._pid:
-            with self._changed:
-                # The thread clears the queue, because the garbage collector may call this method in the middle of
-                # _next().
-                self._cancelled = True
-                self._changed.notify_all()
+            self._is_cancelled = True
+            self._tasks.put(None)  # reentrant, unlike a lock, which the interrupted thread may hold
 
     def join(self) -> None:
         """Wait for the thread to end."""
         self._thread.join()
 
+    def _raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error
+
     def _work(self) -> None:
-        self._do_all()
-        self._waiting.clear()  # after cancel(), no thread queues tasks
+        while self._run_next():
+            pass
 
-    def _do_all(self) -> None:
-        while (task := self._next()) is not None:
-            try:
+    def _run_next(self) -> bool:
+        task = self._tasks.get()
+        try:
+            if task is not None and self.error is None and not self._is_cancelled:
                 task()
-            except BaseException as error:  # noqa: BLE001 -- top of a thread: the writer raises it at its next call
-                with self._changed:
-                    self.error = error
-                    self._waiting.clear()
-            finally:
-                del task  # the task references the memory of a part
-                with self._changed:
-                    self._busy = False
-                    self._changed.notify_all()
-
-    def _next(self) -> Task | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._cancelled)
-            if self._cancelled:
-                return None
-            self._busy = True
-            task = self._waiting.popleft()
-            self._changed.notify_all()
-            return task
+        except BaseException as error:  # noqa: BLE001 -- top of a thread: the writer raises it at its next call
+            self.error = error
+        self._free.release()
+        return task is not None
 
 
 class UploadQueue:
@@ -128,14 +110,14 @@ class UploadQueue:
     def __init__(self, store: Store) -> None:
         self._store = store
         self.part_bytes = max(PART_BYTES, store.min_part_bytes)
-        self._tasks: _Tasks | None = None
+        self._thread: _UploadThread | None = None
         self._pid: int | None = None
         self._open: list[Upload] = []
 
     @property
     def failed(self) -> bool:
         """Whether a task has failed; the next call raises its error."""
-        return self._tasks is not None and self._tasks.error is not None
+        return self._thread is not None and self._thread.error is not None
 
     @property
     def is_owner(self) -> bool:
@@ -143,11 +125,7 @@ class UploadQueue:
         return self._pid in (None, os.getpid())
 
     def claim_process(self) -> None:
-        """Make this process the owner of the uploads.
-
-        Raises:
-            ValueError: The uploads belong to the parent process.
-        """
+        """Make this process the owner of the uploads. Raises ValueError if they belong to the parent process."""
         if not self.is_owner:
             raise ValueError(
                 "a writer can be used only in the process that began to write, not in a forked child of it"
@@ -162,16 +140,9 @@ class UploadQueue:
         return upload
 
     def send(self, upload: Upload, number: int, memory: Bytes, n_bytes: int) -> int:
-        """Queue the first n_bytes of memory for upload, as parts with the numbers from `number` on.
+        """Queue the first n_bytes of memory as parts with the numbers from `number` on. Returns the next number.
 
-        Args:
-            upload: Upload that begin() returned.
-            number: Number of the first part.
-            memory: Bytes to upload. The caller must not change them afterwards.
-            n_bytes: Number of bytes to upload.
-
-        Returns:
-            Number of the next part.
+        The caller must not change the memory afterwards.
         """
         parts = [memory[start : min(start + self.part_bytes, n_bytes)] for start in range(0, n_bytes, self.part_bytes)]
 
@@ -194,21 +165,16 @@ class UploadQueue:
 
     def _put(self, task: Task) -> None:
         self.claim_process()
-        if self._tasks is None:
-            self._tasks = _Tasks()
-            weakref.finalize(self, self._tasks.cancel)
-        self._tasks.put(task)
+        if self._thread is None:
+            self._thread = _UploadThread()
+            weakref.finalize(self, self._thread.cancel)
+        self._thread.put(task)
 
     def wait(self) -> None:
-        """Wait until all tasks are done, and end the thread.
-
-        Raises:
-            StoreError: The store failed.
-        """
+        """Wait until all tasks are done, and end the thread. Raises StoreError if the store failed."""
         self.claim_process()
-        if self._tasks is not None:
-            self._tasks.wait()
-            self._end()
+        if self._thread is not None:
+            self._thread.finish()
 
     def abort(self) -> None:
         """Abort the uploads that are not complete, after the current task of the thread. A repeated call does nothing.
@@ -217,16 +183,13 @@ class UploadQueue:
         """
         if not self.is_owner:
             return
-        self._end()
+        if self._thread is not None:
+            self._thread.cancel()
+            self._thread.join()
         while self._open:
             with suppress(StoreError):
                 self._open[-1].abort()
             self._open.pop()
-
-    def _end(self) -> None:
-        if self._tasks is not None:
-            self._tasks.cancel()
-            self._tasks.join()
 
 
 _EMPTY = np.zeros(0, np.uint8)

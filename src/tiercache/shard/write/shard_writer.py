@@ -19,7 +19,7 @@ from tiercache.errors import SchemaError, StoreError
 from tiercache.model import ShardInfo
 from tiercache.shard.column_types import FLOATS, INTEGERS, Kind
 from tiercache.shard.conversion import ConversionError
-from tiercache.shard.format.codec import BlockCodec, ColumnCodec, parse_compression
+from tiercache.shard.format.codec import BlockCodec, parse_compression
 from tiercache.shard.format.layout import FOOTER_LIMIT_BYTES
 from tiercache.shard.schema import TYPE_KEY, Column, Schema, check_mapping
 from tiercache.shard.write.column_data import BlockCutter, BlockData, ColumnData
@@ -237,8 +237,7 @@ class ShardWriter:
             for name in self._options.compression:
                 schema.index(name)
         self.writer_id = writer_id or secrets.token_hex(8)
-        codecs = [ColumnCodec(self._options.compression_of(c.name), c.kind) for c in schema.columns]
-        self._codec = BlockCodec(codecs)
+        self._codec = BlockCodec([(self._options.compression_of(c.name), c.kind) for c in schema.columns])
         self._block_bytes = min(self._options.block_bytes, self._options.shard_bytes)
         self._cutter = BlockCutter(schema.columns, self._block_bytes)
         self._rows = RecordBuffer(schema.columns, self._block_bytes)
