@@ -149,7 +149,8 @@ class BlockCodec:
             lengths: Number of bytes of each chunk.
             chunk: Function from a column's number to its chunk, a contiguous buffer that is valid until the next call.
         """
-        is_forced, raw = any(self._is_forced), [None] * len(lengths)
+        is_forced = any(self._is_forced)
+        raw: list[bytes | None] = [None] * len(lengths)
         is_measured = self._n_blocks == MEASURED_BLOCKS
         if is_measured and not is_forced and self._saved_bytes < MIN_SAVED_FRACTION * self._raw_bytes:
             return raw
