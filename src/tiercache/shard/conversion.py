@@ -35,10 +35,9 @@ class ConversionError(ValueError):
 
 
 def as_numpy(data: Any) -> tuple[npt.NDArray[Any], str] | None:
-    """Return the array and the dtype name of a numpy scalar or array, a torch tensor, or an object with __array__.
+    """Return array and dtype name of a numpy value, a torch tensor or an object with __array__; else None.
 
-    bfloat16 elements are returned as their bits in uint16, with the name "bfloat16". The array may share the object's
-    memory. For any other object, the result is None.
+    bfloat16 elements are returned as their bits in uint16. The array may share the object's memory.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(data, torch.Tensor):
@@ -64,18 +63,11 @@ def as_numpy(data: Any) -> tuple[npt.NDArray[Any], str] | None:
 
 
 def fit(array: npt.NDArray[Any], given: str, dtype: str) -> npt.NDArray[Any]:
-    """Return the elements of an array in the stored form of another dtype.
+    """Return the elements of an array of the dtype `given` in the stored form of another dtype.
 
-    Args:
-        array: Elements.
-        given: Name of the dtype of the elements; for "bfloat16" the array holds the bits as uint16.
-        dtype: Name of the dtype of the result.
-
-    Returns:
-        An array of STORED[dtype], over the same memory if no conversion is necessary.
-
-    Raises:
-        ConversionError: An element does not fit; its index is along the first dimension.
+    The result has the dtype STORED[dtype], and shares the memory if no conversion is necessary. bfloat16 elements are
+    given and returned as bits in uint16. Raises ConversionError for an element that does not fit, with its index along
+    the first dimension.
     """
     stored = STORED[dtype]
     if given == dtype:
@@ -162,11 +154,7 @@ _MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 1}
 
 
 def check_value(arrow_type: pa.DataType, value: Any) -> None:
-    """Check that the Arrow type can hold a value, including nested values, without loss.
-
-    Raises:
-        ConversionError: The value has another type, or would lose information.
-    """
+    """Raise ConversionError unless the Arrow type can hold a value, including nested values, without loss."""
     if isinstance(value, pa.Scalar):
         value = value.as_py()
     if value is None:
@@ -304,12 +292,7 @@ _NUMBERS = (Kind.SCALAR, Kind.BOOL, Kind.TENSOR, Kind.RAGGED)
 
 
 def parse_casts(casts: object) -> dict[str, str]:
-    """Return the casts that a user states, with dtypes by name.
-
-    Raises:
-        TypeError: The casts are not a mapping.
-        SchemaError: A dtype does not exist.
-    """
+    """Return the casts that a user states, with dtypes by name. Raises TypeError and SchemaError."""
     if casts is None:
         return {}
     if not isinstance(casts, Mapping):
@@ -324,10 +307,9 @@ def parse_casts(casts: object) -> dict[str, str]:
 
 
 def served_column(column: Column, casts: Casts) -> Column:
-    """Return the column as it is served: the column itself if it is not cast.
+    """Return the column as it is served: itself if it is not cast.
 
-    Raises:
-        SchemaError: The column cannot be cast to this dtype; the message lists what is possible.
+    Raises SchemaError if it cannot be cast to this dtype; the message lists what is possible.
     """
     dtype = casts.get(column.name)
     if dtype is None or dtype == column.dtype:

@@ -73,9 +73,9 @@ class _Loan:
 class BufferPool:
     """Pool of memory. Thread-safe; the garbage collector may return memory at any moment.
 
-    There is no lock, because a fork could leave it locked, and a garbage collection under the lock would deadlock. Each
-    step is a single operation of a dict or list; at worst, two concurrent threads keep one piece too many for a moment.
-    The pool keeps at most as many free bytes as are in use, so it keeps none after the last array is dropped.
+    There is no lock, because a fork could leave it locked, and a garbage collection under it would deadlock. Each step
+    is one operation of a dict or list; at worst, two threads keep one piece too many for a moment. The pool keeps at
+    most as many free bytes as are in use.
     """
 
     def __init__(self) -> None:

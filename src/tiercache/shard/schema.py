@@ -37,11 +37,7 @@ _PYTHON_TYPES: dict[type, str] = {bool: "bool", int: "int64", float: "float64", 
 
 
 def type_of_value(name: str, value: object) -> UserType:
-    """Return the type of a column that has this value in a record.
-
-    Raises:
-        SchemaError: The value is None, which has no type, or an object whose type cannot be inferred.
-    """
+    """Return the type of a column that has this value in a record. Raises SchemaError if it cannot be inferred."""
     for python_type, text in _PYTHON_TYPES.items():
         if type(value) is python_type:
             return text
@@ -65,8 +61,7 @@ def type_of_value(name: str, value: object) -> UserType:
 def type_of_column(name: str, values: Any) -> UserType:
     """Return the type of a column with these values: a numpy or Arrow array, a torch tensor, or a list.
 
-    Raises:
-        SchemaError: The type cannot be inferred, or the values have different types.
+    Raises SchemaError if it cannot be inferred, or the values have different types.
     """
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return pa.field(name, values.type, nullable=values.null_count > 0)
@@ -269,11 +264,7 @@ class Column:
 
     @staticmethod
     def of(name: str, user: UserType) -> Column:
-        """Return the column with this name and this type, as a user states it.
-
-        Raises:
-            SchemaError: The type does not exist, or the name is invalid.
-        """
+        """Return the column with this name and this type, as a user states it. Raises SchemaError."""
         check_name(name)
         try:
             return _column_of(name, user)
@@ -317,11 +308,7 @@ class Column:
         return count_nodes_and_buffers(self.storage_type)
 
     def streams(self, index: int) -> tuple[Stream, ...]:
-        """Return the streams of the column: values, then shapes, then validity. An ARROW column has none.
-
-        Args:
-            index: Index of the column in its schema.
-        """
+        """Return the streams of column `index` of a schema: values, then shapes, then validity. ARROW has none."""
         if self.kind is Kind.ARROW:
             return ()
         found: list[Stream] = []
@@ -356,13 +343,7 @@ class Column:
 
 
 def find_bad_shape(column: Column, shapes: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> int | None:
-    """Return the first record of a ragged column whose shape does not fit its column or its number of elements.
-
-    Args:
-        column: Column of the records.
-        shapes: Shapes of the records, [n, n_dimensions].
-        lengths: Number of elements of each record, int64[n].
-    """
+    """Return the first record of a ragged column whose shape, [n, n_dimensions], does not fit column or length."""
     # An int64 product may wrap around to the correct number; a float64 product cannot.
     wrong = (shapes < 0).any(axis=1) | (shapes.prod(axis=1, dtype=np.int64) != lengths)
     wrong |= shapes.prod(axis=1, dtype=np.float64) != lengths
@@ -389,11 +370,7 @@ class Schema:
 
     @staticmethod
     def of(user: Mapping[str, UserType] | pa.Schema | Schema) -> Schema:
-        """Return the schema that a user states as a mapping of names to types, or as an Arrow schema.
-
-        Raises:
-            SchemaError: A type or a name is invalid.
-        """
+        """Return the schema that a user states as a mapping of names to types, or as an Arrow schema."""
         if isinstance(user, Schema):
             return user
         if isinstance(user, pa.Schema):
@@ -404,20 +381,15 @@ class Schema:
 
     @staticmethod
     def infer_record(record: Mapping[str, object]) -> Schema:
-        """Return the schema inferred from the values of one record.
-
-        Raises:
-            SchemaError: The type of a value cannot be inferred.
-        """
+        """Return the schema inferred from the values of one record. Raises SchemaError."""
         check_mapping(record)
         return Schema.of({name: type_of_value(name, value) for name, value in record.items()})
 
     @staticmethod
     def infer_columns(columns: Mapping[str, object] | pa.RecordBatch | pa.Table) -> Schema:
-        """Return the schema inferred from a batch: arrays or lists by column name, or an Arrow record batch or table.
+        """Return the schema of a batch: arrays or lists by column name, or an Arrow record batch or table.
 
-        Raises:
-            SchemaError: The type of a column cannot be inferred, or its values differ in type.
+        Raises SchemaError.
         """
         if isinstance(columns, pa.RecordBatch | pa.Table):
             return Schema.of(columns.schema)
@@ -435,11 +407,7 @@ class Schema:
         return tuple(column.name for column in self.columns)
 
     def index(self, name: str) -> int:
-        """Return the index of the column with this name.
-
-        Raises:
-            SchemaError: There is no such column; the message lists the existing columns.
-        """
+        """Return the index of the column with this name. Raises SchemaError, which lists the existing columns."""
         if name not in self._index:
             raise SchemaError(f"no such column; there are {', '.join(map(repr, self.names)) or 'none'}", column=name)
         return self._index[name]
@@ -454,11 +422,7 @@ class Schema:
 
     @staticmethod
     def from_bytes(data: bytes) -> Schema:
-        """Return the schema that to_bytes() wrote.
-
-        Raises:
-            SchemaError: The data is not a schema that this release can read.
-        """
+        """Return the schema that to_bytes() wrote. Raises SchemaError if this release cannot read it."""
         return _schema_from_bytes(data)
 
     def __eq__(self, other: object) -> bool:
@@ -489,10 +453,7 @@ def _schema_bytes(schema: pa.Schema) -> bytes:
 
 @lru_cache(maxsize=64)
 def _schema_from_bytes(data: bytes) -> Schema:
-    """Return the schema of an IPC message.
-
-    Schemas are cached: all shards of a data set share one, and parsing it costs more than the rest of a footer.
-    """
+    """Return the schema of an IPC message. All shards share one, and parsing costs more than the rest of a footer."""
     try:
         arrow = pa.ipc.read_schema(pa.py_buffer(data))
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
@@ -629,12 +590,7 @@ def _kept(field: pa.Field) -> dict[bytes, bytes]:
 
 
 def check_same_schema(there: Schema, given: Schema) -> None:
-    """Check that records of the schema `given` can be appended to a data set of the schema `there`.
-
-    Raises:
-        SchemaError: The schemas differ. The message describes the first difference: a missing or an additional column,
-            another type, another order, or other metadata.
-    """
+    """Raise SchemaError for the first difference that prevents appending `given` to a data set of schema `there`."""
     if there == given:
         return
     for name in there.names:

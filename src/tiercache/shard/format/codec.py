@@ -67,11 +67,7 @@ def compress(data: Any, level: int) -> bytes:
 
 
 def decompress(frame: bytes | memoryview, raw_bytes: int) -> memoryview:
-    """Return the content of a frame, read-only.
-
-    Raises:
-        CodecError: The data is not a frame with raw_bytes bytes of content.
-    """
+    """Return the content of a frame, read-only. Raises CodecError unless it has raw_bytes bytes."""
     _check_promise(frame, raw_bytes)  # before memory is allocated
     out = bytearray(raw_bytes)
     decompress_into(frame, memoryview(out))
@@ -79,11 +75,7 @@ def decompress(frame: bytes | memoryview, raw_bytes: int) -> memoryview:
 
 
 def decompress_into(frame: bytes | memoryview, out: memoryview) -> None:
-    """Decode a frame into out, whose length must equal that of the content. Releases the GIL while it decodes.
-
-    Raises:
-        CodecError: The data is not a frame with content of that length.
-    """
+    """Decode a frame into out without the GIL. Raises CodecError unless the content has that length."""
     _check_promise(frame, len(out))
     try:
         if not hasattr(_here, "decompressor"):
@@ -108,11 +100,7 @@ def _check_promise(frame: bytes | memoryview, raw_bytes: int) -> None:
 
 
 def parse_compression(text: str) -> int | None:
-    """Return the zstd level of a compression: None for "none", N for "zstd:N", DEFAULT_LEVEL for "zstd" and "auto".
-
-    Raises:
-        ValueError: The text is not a compression.
-    """
+    """Return the zstd level of a compression such as "zstd:9", or None for "none". Raises ValueError."""
     if text == "none":
         return None
     if text in ("auto", "zstd"):
@@ -124,11 +112,7 @@ def parse_compression(text: str) -> int | None:
 
 
 class BlockCodec:
-    """Chooses the codec of each chunk in a writer. Not thread-safe.
-
-    Args:
-        columns: Compression and kind of each column.
-    """
+    """Chooses the codec of each chunk, from compression and kind of each column. Not thread-safe."""
 
     def __init__(self, columns: Sequence[tuple[str, Kind]]) -> None:
         # Encoded images are compressed already, so no block is compressed as a test.
@@ -145,9 +129,7 @@ class BlockCodec:
     def encode(self, lengths: Sequence[int], chunk: Callable[[int], Any]) -> list[bytes | None]:
         """Return for each column the chunk as a zstd frame, or None if it should be stored raw.
 
-        Args:
-            lengths: Number of bytes of each chunk.
-            chunk: Function from a column's number to its chunk, a contiguous buffer that is valid until the next call.
+        chunk() returns the chunk of a column as a contiguous buffer that is valid until the next call.
         """
         is_forced = any(self._is_forced)
         raw: list[bytes | None] = [None] * len(lengths)

@@ -47,14 +47,10 @@ class BadFrameError(codec.CodecError):
 
 
 def decode(addresses: Addresses, stored: Addresses, raw: Addresses) -> tuple[Bytes, Addresses]:
-    """Decode n frames, given by their addresses, stored lengths and decoded lengths, uint64[n].
+    """Decode n frames, given by addresses, stored lengths and decoded lengths, uint64[n].
 
-    Returns:
-        The memory that holds the decoded content, which the caller owns; and the address of the content of each frame,
-        uint64[n], a multiple of 64.
-
-    Raises:
-        BadFrameError: A frame does not hold the stated number of bytes. Nothing is written beyond that length.
+    Returns the memory of the content, which the caller owns, and the address of each content, a multiple of 64. Raises
+    BadFrameError; nothing is written beyond the stated lengths.
     """
     lengths = np.array([align(n_bytes) for n_bytes in raw.tolist()], np.uint64)
     ends = np.cumsum(lengths, dtype=np.uint64)
@@ -85,10 +81,7 @@ def _decode_native(addresses: Addresses, stored: Addresses, out: Addresses, raw:
 
 @cache
 def find_libzstd() -> tuple[int, int, int, int] | None:
-    """Return the addresses of the functions that a Decoder needs, or None.
-
-    They come from the system's libzstd, else from the libzstd that the module zstandard._cffi exports.
-    """
+    """Return the addresses of a Decoder's functions in the system's libzstd or zstandard._cffi, or None."""
     part = importlib.util.find_spec("zstandard._cffi")
     for name in ("libzstd.so.1", part.origin if part is not None else None):
         try:
@@ -119,12 +112,10 @@ STAT_INTERVAL_S = 0.010
 
 
 class CheckedPages:
-    """Record of the pages of a local copy whose checksums have matched, and of the time of the oldest check.
+    """The pages of a local copy whose checksums have matched, and the time of the oldest check.
 
-    Thread-safe without a lock: if two threads reset the flags at once, some pages are checked once more than necessary.
-
-    Attributes:
-        flags: uint8[n_pages], 1 for each page that matched. The threads that gather set the flags.
+    flags is uint8[n_pages], 1 for each page that matched; the threads that gather set it. There is no lock: if two
+    threads reset the flags at once, some pages are checked once more.
     """
 
     def __init__(self, n_pages: int) -> None:
@@ -137,14 +128,8 @@ class CheckedPages:
         """Reset all flags if the file may have been written to since the pages were checked.
 
         A rename, a link or a change of permissions counts as a write. The caller calls this before it reads or sets
-        flags. The file is examined at most once per STAT_INTERVAL_S.
-
-        Args:
-            copy: The open copy. None: the copy is closed, so changes cannot be detected; pages are then checked once
-                more, and not again.
-
-        Returns:
-            LocalCopy.changed_ns() to which the flags now refer; -1 for a closed copy.
+        flags; the file is examined at most once per STAT_INTERVAL_S. Returns LocalCopy.changed_ns(); -1 for a closed
+        copy (None), whose pages are checked once more and not again.
         """
         now_s = SYSTEM_CLOCK.monotonic()
         if now_s < self._look_s:
@@ -189,12 +174,7 @@ class PendingChecks:
         self._last = self._first + n_pages
 
     def select(self, blocks: Ids, n_columns: int) -> PendingChecks:
-        """Return the pending checks of some blocks.
-
-        Args:
-            blocks: Positions of the blocks, int64[n].
-            n_columns: Number of columns; this object must have all chunks of each block.
-        """
+        """Return the pending checks of the blocks at these positions; this object must have all columns of each."""
         rows = self._rows.reshape(-1, n_columns, 4)[blocks]
         return PendingChecks(rows.reshape(-1, 4), self.checked, self._crcs, self._copy)
 
@@ -208,10 +188,7 @@ class PendingChecks:
             self._flags[first:last] = 0
 
     def rows(self) -> Addresses | None:
-        """Return the rows of chunks with unchecked pages, zeros for the others; None if all pages are checked.
-
-        If the file has been written to, all pages count as unchecked.
-        """
+        """Return the rows of chunks with unchecked pages, zeros for the others; None if all pages are checked."""
         self.reset_if_written()
         if self._flags.all():  # the usual case from the second epoch on, if all columns are served
             return None
@@ -263,8 +240,8 @@ class _Run:
 class Chunks:
     """The chunks of an open shard, numbered by block (block * n_columns + column). Thread-safe.
 
-    Chunks that are fetched, or read into private memory, are checked at each read. `pages` records which pages of a
-    mapping have matched their checksums. Two threads may check the same page, which is harmless.
+    Chunks in private memory are checked at each read. `pages` records the checked pages of a mapping; two threads may
+    check the same page, which is harmless.
     """
 
     def __init__(self, source: ByteSource, footer: Footer, verify: Verify) -> None:
@@ -304,11 +281,7 @@ class Chunks:
     def prefetch_columns(self, columns: Sequence[int], deadline_s: float | None) -> bool:
         """Have the local copy fetch whole columns whose single records are read, once that is as cheap.
 
-        Returns:
-            True if the fetch has started or is done, or if there is no local copy: no further call is needed.
-
-        Raises:
-            StoreError: The store failed, or the deadline passed.
+        Returns whether no further call is needed.
         """
         if self._source.local_copy is None:
             return True
@@ -330,12 +303,7 @@ class Chunks:
         return not (self._rows["codec"][ids] == codec.RAW).any()
 
     def load(self, ids: Ids, deadline_s: float | None) -> LoadedChunks:
-        """Load these chunks into memory, checked and decoded.
-
-        Raises:
-            CorruptShard: A checksum or a length does not match; the error names the block and the column.
-            StoreError: The store failed.
-        """
+        """Load these chunks into memory, checked and decoded. Raises CorruptShard and StoreError."""
         if not len(ids):
             return LoadedChunks(np.zeros(0, np.uint64))
         ids, inverse = np.unique(ids, return_inverse=True)
@@ -370,19 +338,11 @@ class Chunks:
     def load_rows(
         self, blocks: Ids, columns: Sequence[int], position: Ids, row: Ids, deadline_s: float | None
     ) -> LoadedChunks:
-        """Load the chunks of blocks and columns, but of raw chunks only the pages that hold some rows.
+        """Load chunks as load() does, but of raw chunks only the pages that hold some rows. No column is ARROW.
 
         A page stays where it lies in the file: in the mapping of the local copy, or in private memory of the shard's
-        size, of which only the pages that are read take memory.
-
-        Args:
-            blocks: Numbers of the blocks, int64[k].
-            columns: Indices of the columns; none has the kind ARROW.
-            position, row: int64[n], index of each row's block in blocks, and its number there.
-            deadline_s: Number of seconds after which the wait for the store ends; None: no limit.
-
-        Raises:
-            CorruptShard, StoreError: See load().
+        size, of which only the pages that are read take memory. position, row: int64[n], index of each row's block in
+        blocks, and its number there.
         """
         ids = chunk_ids(blocks, columns, len(self._footer.schema))
         raw = self._rows["codec"][ids] == codec.RAW
@@ -411,8 +371,7 @@ class Chunks:
     ) -> tuple[list[_RowRanges], list[tuple[Stream, Ids, Ids]]]:
         """Return the ranges of raw chunks that hold rows or their offsets.
 
-        Returns:
-            The ranges; and (stream, chunk of each row, start of its offsets) of the streams with offsets.
+        Also (stream, chunk of each row, start of its offsets) of the streams with offsets.
         """
         ranges: list[_RowRanges] = []
         runs: list[tuple[Stream, Ids, Ids]] = []

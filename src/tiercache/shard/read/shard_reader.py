@@ -39,20 +39,11 @@ class ShardReader:
     ) -> None:
         """Open a shard: one ranged request if info is given, at most two otherwise.
 
-        Args:
-            store: Store that holds the shard.
-            key: Key of the shard in the store.
-            info: The data set's description of the shard.
-            identity: Identity under which a cache keeps its copy.
-            verify: When checksums of a local copy are compared: at the "first" read of a page, "always", or "never".
-            served: Columns that take() casts, as they are served.
-            footer: Footer of the shard that was read earlier; saves the request if there is no local copy. The footer
-                of a local copy is always read, because the copy's own footer must be checked.
+        verify: When checksums of a local copy are compared: at the "first" read of a page, "always", or "never".
+        served: Columns that take() casts. footer: Footer that was read earlier; saves the request if there is no local
+        copy, whose own footer must be checked.
 
-        Raises:
-            NotFound: There is no such object.
-            CorruptShard: The object is not a shard, is damaged, or is not the shard that info or identity describes.
-            UnsupportedFormat: A newer release wrote the shard.
+        Raises NotFound, UnsupportedFormat, and CorruptShard if it is not the shard that info or identity describes.
         """
         if verify not in ("first", "always", "never"):
             raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
@@ -100,20 +91,12 @@ class ShardReader:
         self._source.prefetch(self._chunks.ranges(self._ids(blocks, columns)))
 
     def load(self, blocks: Sequence[int], columns: Sequence[int], *, deadline_s: float | None = None) -> Blocks:
-        """Load blocks into memory, checked and decoded.
+        """Load some blocks and columns, by their numbers, into memory, checked and decoded.
 
         Raw chunks of a local copy stay in the mapping. Their pages are checked when they are first read: by the caller
-        of the gather (Blocks.pending_checks), by block_values, or by Blocks.array. If the local copy is complete, the
-        blocks are a selection of the result of mapped_blocks().
+        of the gather (Blocks.pending_checks), by block_values, or by Blocks.array.
 
-        Args:
-            blocks: Numbers of the blocks, below footer.n_blocks.
-            columns: Indices of the columns in the schema, without repetition.
-            deadline_s: Number of seconds from now after which the wait for the store ends; None: no limit.
-
-        Raises:
-            CorruptShard: Bytes are damaged; the error names the block and the column.
-            StoreError: The store failed, or the deadline passed.
+        Raises CorruptShard, which names block and column; or StoreError if the store failed or deadline_s passed.
         """
         self._check_open()
         check_indices("columns", columns, len(self.schema))
@@ -129,16 +112,10 @@ class ShardReader:
         return self._chunks.are_mapped(self._ids(range(self.footer.n_blocks), columns))
 
     def mapped_blocks(self, columns: Sequence[int]) -> Blocks | None:
-        """Return all blocks of these columns in the mapping of a local copy.
+        """Return all blocks of these columns in the mapping of a local copy; None if they are not all mapped.
 
-        The result is kept until a call with other columns: computing it again costs 0.4 ms per shard and epoch.
-
-        Returns:
-            The blocks; None if the local copy does not have all of them, if a chunk is not raw, or if verify is
-            "always".
-
-        Raises:
-            CorruptShard: The file of the copy has been truncated.
+        The result is kept until a call with other columns: computing it again costs 0.4 ms per shard and epoch. Raises
+        CorruptShard if the file of the copy has been truncated.
         """
         self._check_open()
         kept, copy = self._kept_of(columns), self._source.local_copy
@@ -161,15 +138,7 @@ class ShardReader:
     ) -> list[ColumnValues]:
         """Return the values of single records, in the order of rows. Of a raw column, only the needed pages are read.
 
-        Args:
-            rows: Numbers of the records in the shard, int64[n]; may repeat.
-            columns: Indices of the columns in the schema.
-            deadline_s: Number of seconds from now after which the wait for the store ends; None: no limit.
-
-        Raises:
-            IndexError: A row or column does not exist.
-            CorruptShard: Bytes are damaged.
-            StoreError: The store failed, or the deadline passed.
+        Raises IndexError for a row or column that does not exist, and as load().
         """
         self._check_open()
         numbers = np.asarray(rows, np.int64).reshape(-1)

@@ -42,14 +42,9 @@ class LocalCopy:
     def map_file(self) -> Bytes:
         """Return the whole copy, read-only uint8[n_bytes]. The caller must not touch bytes that are not present yet.
 
-        Each call reads the size of the file (0.4 us). Reason: if a file is truncated in the middle of a memory page,
-        the rest of that page reads as zeros without a signal, although the page was checked before.
-
-        Two threads may both map the file at first; one mapping is kept. There is no lock, because a fork could leave it
-        locked.
-
-        Raises:
-            CorruptShard: The file is shorter than its lease states.
+        Each call reads the size of the file (0.4 us): if a file is truncated in the middle of a memory page, the rest
+        of that page reads as zeros without a signal, although it was checked before. Raises CorruptShard for a shorter
+        file. There is no lock, which a fork could leave locked: of two threads that map at once, one mapping is kept.
         """
         found = self._mapped.get("it")
         if found is None:
@@ -63,11 +58,7 @@ class LocalCopy:
         return found
 
     def changed_ns(self) -> int:
-        """Return the ctime of the file in ns. Every write changes it, and no program can set it back.
-
-        Returns:
-            0 if the file was changed so recently that a further write may leave the same ctime.
-        """
+        """Return the file's ctime in ns, which no program can set back; 0 if another write may leave it unchanged."""
         changed_ns = os.fstat(self.lease.fd).st_ctime_ns
         return changed_ns if time.time_ns() - changed_ns > MIN_CTIME_AGE_NS else 0
 
@@ -77,12 +68,7 @@ class LocalCopy:
         return os.fstat(self.lease.fd).st_uid == os.geteuid() or os.access(f"/proc/self/fd/{self.lease.fd}", os.W_OK)
 
     def read(self, spans: Sequence[Span]) -> None:
-        """Fill each span from the file with pread, so that a concurrent truncation raises an error and no SIGBUS.
-
-        Raises:
-            CorruptShard: The file ends before the end of a span.
-            StoreError: The disk failed.
-        """
+        """Fill each span from the file with pread: a concurrent truncation raises CorruptShard and no SIGBUS."""
         for span, buffer in spans:
             filled = 0
             while filled < span.n_bytes:
@@ -98,12 +84,9 @@ class LocalCopy:
 def check_claimed_size(
     store: Store, key: str, span: ByteRange, *, url: str, part: str, cause: StoreError | None = None
 ) -> None:
-    """Check with the store that an object has a range that its data set or its own tail states.
+    """Raise CorruptShard if an object is shorter than its data set or its own tail states.
 
-    Without a cause (an error of reading the range), short ranges are not checked.
-
-    Raises:
-        CorruptShard: The object is shorter.
+    Without a cause (an error of reading the range), short ranges are not checked with the store.
     """
     if cause is None and span.n_bytes <= _CLAIMED_BYTES:
         return
@@ -155,9 +138,7 @@ class ByteSource:
     def read(self, spans: Sequence[Span], deadline_s: float | None) -> None:
         """Fill each span from the store. If tail() has read an ETag, an object that has changed since is an error.
 
-        Raises:
-            CorruptShard: The object ends before the end of a span.
-            StoreError: See Store.read_into.
+        Raises CorruptShard if the object is too short, and StoreError.
         """
         try:
             self._store.read_into(self._key, spans, if_match=self.etag, deadline_s=deadline_s)
@@ -187,12 +168,7 @@ class ByteSource:
         return data_read, info.n_bytes
 
     def range(self, start: int, end: int) -> bytes:
-        """Return the bytes [start, end) of the object.
-
-        Raises:
-            CorruptShard: The object is shorter.
-            StoreError: See Store.read_into.
-        """
+        """Return the bytes [start, end) of the object. Raises CorruptShard if it is shorter, and StoreError."""
         span = ByteRange(start, end)
         if self._copy is None or not self._copy.lease.present([span]):
             check_claimed_size(self._store, self._key, span, url=self.url, part="file")
@@ -218,10 +194,7 @@ def read_footer(source: ByteSource, info: ShardInfo | None) -> tuple[Footer, Tai
     """Return footer and tail of a shard, with one ranged read if info is given, and at most two otherwise.
 
     If data from a store fails its checksum, it is fetched once more, because it may have been damaged in transit. Data
-    of a local copy is not read again: the caller drops the copy and opens the shard again.
-
-    Raises:
-        CorruptShard, UnsupportedFormat: The object is not a shard that this release reads.
+    of a local copy is not read again: the caller drops the copy. Raises CorruptShard and UnsupportedFormat.
     """
     try:
         return _read_footer(source, info)
@@ -251,12 +224,7 @@ def _read_footer(source: ByteSource, info: ShardInfo | None) -> tuple[Footer, Ta
 
 
 def fetch_footer(store: Store, key: str, info: ShardInfo) -> Footer:
-    """Return the footer of a shard that is read later, with one ranged request that bypasses any local copy.
-
-    Raises:
-        NotFound, StoreError: The store failed.
-        CorruptShard, UnsupportedFormat: The object is not the shard that info describes.
-    """
+    """Return the footer of a shard that is read later, with one ranged request that bypasses any local copy."""
     source = ByteSource(store, key, None)
     try:
         footer, _ = read_footer(source, info)
@@ -277,17 +245,7 @@ def _check_row(source: ByteSource, info: ShardInfo) -> None:
 
 
 def check_identity(footer: Footer, info: ShardInfo | None, identity: ShardIdentity | None, url: str) -> None:
-    """Check that a footer belongs to the shard that the data set describes.
-
-    Args:
-        footer: Footer that was read.
-        info: The data set's description of the shard, or None.
-        identity: Identity under which the cache keeps the shard, or None.
-        url: URL of the shard, for errors.
-
-    Raises:
-        CorruptShard: The footer belongs to another shard, or states another number of records.
-    """
+    """Raise CorruptShard unless a footer belongs to the shard that the data set or the cache describes."""
     shard_id = footer.shard_id.hex()
     for named in (info, identity):
         if named is not None and named.shard_id != shard_id:

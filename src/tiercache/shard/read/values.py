@@ -129,19 +129,12 @@ def gather_values(
 ) -> ColumnValues:
     """Return the values of rows of a column, which may be in blocks of different shards. Not for ARROW columns.
 
-    Args:
-        column: The column as it is stored.
-        addresses: uint64[n_streams of the column, n_blocks, 3], as Blocks.addresses. The caller keeps the memory alive.
-        block: uint32[n], index of each row's block in addresses, below n_blocks.
-        row: uint32[n], number of the row in its block.
-        url: URL for errors.
-        checks: Pending checks of pages, as Blocks.pending_checks; None if nothing is left to check.
-        served: The column as it is served, if it is cast.
+    addresses, checks: As Blocks.addresses and pending_checks, of the column's streams; the caller keeps the memory
+    alive. block, row: uint32[n], index of each row's block in addresses, and its number there. served: The column as it
+    is served, if it is cast.
 
-    Raises:
-        CorruptShard: The mapping cannot be read, the checksum of a page does not match, or a value is invalid.
-        SchemaError: The column has dtype bfloat16 and torch is not imported; or a value has no equal in the dtype to
-            which it is cast.
+    Raises CorruptShard; or SchemaError if bfloat16 is served without torch, or a value has no equal in the dtype to
+    which it is cast.
     """
     served = served or column
     with as_corrupt_shard(column, url):
@@ -242,16 +235,9 @@ _HOW = {
 
 
 def arrow_values(column: Column, arrays: Sequence[pa.Array], block: Indices, row: Indices) -> ColumnValues:
-    """Return the values of rows of an ARROW column as Python objects.
+    """Return the values of rows of an ARROW column, given as one array per block, as Python objects.
 
-    Args:
-        column: The column.
-        arrays: Arrow arrays, one per block.
-        block: uint32[n], index of each row's block in arrays.
-        row: uint32[n], number of the row in its block.
-
-    Raises:
-        SchemaError: Python has no object for a value, such as a timestamp in the year 20000.
+    Raises SchemaError if Python has no object for a value, such as a timestamp in the year 20000.
     """
     values: list[Any] = [None] * len(row)
     for number in np.unique(block).tolist():
@@ -272,16 +258,8 @@ def block_values(
 ) -> list[ColumnValues]:
     """Return the values of rows of loaded blocks, by column.
 
-    Args:
-        blocks: Loaded blocks.
-        columns: Indices of the columns in the schema; all of them must be loaded.
-        block: uint32[n], position of each row's block in blocks.blocks.
-        row: uint32[n], number of the row in its block.
-        served: Columns that are cast, as they are served.
-
-    Raises:
-        CorruptShard: See gather_values. The error also names the block if a page or an offset is wrong.
-        SchemaError: See gather_values and arrow_values.
+    block, row: uint32[n], position of each row's block in blocks.blocks, and its number there. Raises as gather_values
+    and arrow_values; CorruptShard also names the block if a page or an offset is wrong.
     """
     found, checks = [], blocks.pending_checks
     for number in columns:
@@ -320,12 +298,7 @@ def as_records(columns: Sequence[ColumnValues]) -> list[dict[str, Any]]:
 
 
 def join_values(parts: Sequence[Sequence[ColumnValues]], places: Sequence[NDArray[np.int64]]) -> list[ColumnValues]:
-    """Return the values of several reads as one result.
-
-    Args:
-        parts: Values by read and column.
-        places: Positions in the result of the values of each read; together a permutation of 0..n-1.
-    """
+    """Return the values of several reads as one result. places: Positions of each read's values in the result."""
     if len(parts) == 1:  # a single read has its values in order already
         return list(parts[0])
     n = sum(len(place) for place in places)
@@ -370,10 +343,7 @@ def _none_of_column(column: Column, served: Column | None) -> ColumnValues:
 def join_arrow(
     parts: Sequence[Sequence[pa.Array]], places: Sequence[NDArray[np.int64]], schema: Schema
 ) -> list[pa.Array]:
-    """Return the Arrow arrays of several reads as one result, by column. See join().
-
-    Without parts, the arrays are empty.
-    """
+    """Return the Arrow arrays of several reads as one result, by column; empty arrays without reads."""
     if not parts:
         return [pa.array([], column.arrow.type) for column in schema.columns]
     where = np.concatenate(places)

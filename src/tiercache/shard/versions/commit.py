@@ -258,8 +258,8 @@ def no_data_set_error(store: Store) -> NotFound:
 def plan_merge(n_rows: Sequence[int]) -> int:
     """Return the index from which the last segments are merged into one; len(n_rows) if there are few segments.
 
-    Half of the segments are merged at once, so merging is rare. Earlier segments are included while they are no larger
-    than the sum of the later ones, so a row is copied only a few times in total, whatever the sizes of the appends.
+    Half of them are merged at once, and earlier ones while they are no larger than the sum of the later ones, so a row
+    is copied only a few times in total, whatever the sizes of the appends.
     """
     if len(n_rows) <= MAX_SEGMENTS:
         return len(n_rows)

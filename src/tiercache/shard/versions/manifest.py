@@ -91,10 +91,7 @@ def version_key(number: int) -> str:
 
 
 def fingerprint_of(dataset_id: str, number: int, schema_bytes: bytes, n_records: int, digests: Iterable[str]) -> str:
-    """Return the fingerprint that a resumed run compares: 32 hex digits.
-
-    The fingerprint covers the data set, the version, the schema, and the ids and record counts of the shards, in order.
-    """
+    """Return the 32 hex digits that a resumed run compares: a hash of data set, version, schema and shards in order."""
     facts = [dataset_id, number, hashlib.sha256(schema_bytes).hexdigest(), n_records, list(digests)]
     return hashlib.sha256(_canonical(facts)).hexdigest()[:32]
 
@@ -130,16 +127,9 @@ def encode_version(version: Version) -> bytes:
 
 
 def parse_version(data: bytes, *, number: int, url: str) -> Version:
-    """Return the version that a text describes.
+    """Return the version that a text, read from version_key(number), describes.
 
-    Args:
-        data: Text that was read from version_key(number).
-        number: Number that the version must have.
-        url: URL of the text, for errors.
-
-    Raises:
-        CorruptShard: A byte differs from what was written, or a value is invalid.
-        UnsupportedFormat: A newer release wrote the version.
+    Raises CorruptShard if a byte differs from what was written, and UnsupportedFormat.
     """
     body = _checked_body(data, url)
     _check_readable(body, url)
@@ -185,15 +175,7 @@ def _check_readable(body: Mapping[str, Any], url: str) -> None:
 
 
 def check_writable(version: Version, url: str) -> None:
-    """Check that this release may append to the data set or overwrite it.
-
-    Args:
-        version: Newest version of the data set.
-        url: URL of the data set, for errors.
-
-    Raises:
-        UnsupportedFormat: The data set uses features of a later release.
-    """
+    """Raise UnsupportedFormat unless this release may append to, or overwrite, the data set of a newest version."""
     check_features(version.needs_to_write, version.release, what="data set", url=url, doing="writing to")
 
 
@@ -297,12 +279,9 @@ def parse_hint(data: bytes) -> int | None:
 
 
 def latest(store: Store) -> Version:
-    """Return the newest version: probe upward from the hint, else from the highest listed version, else from version 1.
+    """Return the newest version: probe upward from the hint, else from the highest listed version, else from 1.
 
-    Raises:
-        NotFound: There is no data set.
-        CorruptShard, UnsupportedFormat: The newest version cannot be read.
-        StoreError: The store failed.
+    Raises NotFound without a data set, CorruptShard, UnsupportedFormat and StoreError.
     """
     found = newest_from(store, _hinted(store) or 0) or newest_from(store, _listed(store))
     if found is None:
@@ -317,13 +296,7 @@ def newest_from(store: Store, number: int) -> Version | None:
 
 
 def read_version(store: Store, number: int) -> Version:
-    """Return the version with this number.
-
-    Raises:
-        NotFound: There is no such version.
-        CorruptShard, UnsupportedFormat: The version cannot be read.
-        StoreError: The store failed.
-    """
+    """Return the version with this number. Raises NotFound, CorruptShard, UnsupportedFormat and StoreError."""
     data = version_log(store).get(number) if number <= MAX_NUMBER else None
     if data is None:
         raise NotFound(f"no version {number}", url=store.url, number=number)
@@ -336,11 +309,9 @@ def list_versions(store: Store) -> list[int]:
 
 
 def read_shards(store: Store, version: Version) -> ShardTable:
-    """Return the shards of a version. On a store with local files (such as a cache), the segments are memory-mapped.
+    """Return the shards of a version. On a store with local files (such as a cache), the segments are mapped.
 
-    Raises:
-        CorruptShard: A segment, or the totals of all segments, differ from what the version states.
-        NotFound, StoreError: The store failed.
+    Raises CorruptShard if a segment, or their totals, differ from what the version states.
     """
     table = ShardTable(read_segments(store, version.dataset_id, version.segments))
     for name, found, stated in (

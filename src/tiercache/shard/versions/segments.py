@@ -145,11 +145,7 @@ def as_arrow(numbers: NDArray[np.int64]) -> pa.Int64Array:
 
 
 def new_segment(infos: Iterable[ShardInfo]) -> tuple[SegmentRef, bytes]:
-    """Return the entry and the file of a new segment with these shards, in this order.
-
-    Raises:
-        ValueError: A shard has an invalid value.
-    """
+    """Return entry and file of a new segment with these shards, in this order. Raises ValueError."""
     rows = [
         (
             i.name,
@@ -169,11 +165,7 @@ def new_segment(infos: Iterable[ShardInfo]) -> tuple[SegmentRef, bytes]:
 
 
 def pack_segment(table: pa.Table) -> tuple[SegmentRef, bytes]:
-    """Return the entry and the file of a new segment with the rows of a table in the form of ShardTable.arrow.
-
-    Raises:
-        ValueError: A row has an invalid value.
-    """
+    """Return entry and file of a new segment with rows in the form of ShardTable.arrow. Raises ValueError."""
     if problem := _problem(table):
         raise ValueError(f"cannot write a segment of these shards: {problem}")
     sink = pa.BufferOutputStream()
@@ -199,9 +191,7 @@ def digest_rows(table: pa.Table) -> str:
 def read_segments(store: Store, dataset_id: str, refs: Sequence[SegmentRef]) -> list[pa.Table]:
     """Return the checked rows of each segment, fetched in parallel.
 
-    Raises:
-        CorruptShard: A segment differs from what the version states.
-        NotFound, StoreError: The store failed.
+    Raises CorruptShard for one that differs from what the version states, NotFound and StoreError.
     """
     if len(refs) < 2:
         return [_read_segment(store, dataset_id, ref) for ref in refs]
@@ -226,10 +216,9 @@ def _read_segment(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Table:
 
 
 def parse_segment(data: pa.Buffer, ref: SegmentRef, *, url: str) -> pa.Table:
-    """Return the rows of a segment file whose CRC matches; no copy of data. Columns of later releases are left out.
+    """Return the rows of a file whose CRC matches; no copy of data. Columns of later releases are left out.
 
-    Raises:
-        CorruptShard: A value is invalid, or the rows differ from what ref states.
+    Raises CorruptShard for an invalid value, or rows that differ from what ref states.
     """
     try:
         table = _read_table(data)
@@ -250,12 +239,8 @@ def _read_table(data: pa.Buffer) -> pa.Table:
     """Return the table of an Arrow IPC file, without a copy of data.
 
     The file is read as the stream that it contains, because Arrow then reads exactly the messages that are checked
-    here; the footer of a file could refer to other messages.
-
-    Raises:
-        ValueError: The data is not an Arrow IPC file, or is compressed. For a compressed buffer, Arrow would allocate
-            the size that the buffer claims before it decodes the buffer.
-        pa.ArrowException, OSError, struct.error: The data cannot be read.
+    here. A compressed buffer is refused: Arrow would allocate the size that it claims. Raises ValueError and Arrow's
+    errors.
     """
     if data.slice(0, len(_IPC_MAGIC)).to_pybytes() != _IPC_MAGIC:
         raise ValueError("not an Arrow IPC file")
@@ -268,10 +253,7 @@ def _read_table(data: pa.Buffer) -> pa.Table:
 
 
 def _is_compressed(message: pa.Message) -> bool:
-    """Return whether the body of a record batch is compressed; pyarrow has no function for it.
-
-    Arrow has verified the flatbuffers offsets of the message.
-    """
+    """Return whether the body of a message, whose flatbuffers offsets Arrow has verified, is compressed."""
     metadata = memoryview(message.metadata)
 
     def table_at(position: int) -> int:
@@ -335,7 +317,7 @@ def _is_whole(data: pa.Buffer, ref: SegmentRef) -> bool:
 
 
 def _local(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Buffer | None:
-    """Return the local copy of the segment, mapped (or copied if it is small); None if there is no local copy.
+    """Return the local copy of the segment, mapped (or copied if it is small); None if there is none.
 
     The mapping may outlive the lease, because a published file is only ever unlinked, not rewritten or truncated.
     """

@@ -147,10 +147,7 @@ def _encode_arrow(array: pa.Array) -> EncodedChunk:
 
 
 def _plain(array: pa.Array) -> pa.Array:
-    """Return a copy of an array, made through an IPC record batch.
-
-    The copy has no slice offsets, no unused child values, and no validity bits without nulls, at any depth.
-    """
+    """Return a copy without slice offsets, unused child values and needless validity bits, by an IPC record batch."""
     batch = pa.RecordBatch.from_arrays([array], ["x"])
     return pa.ipc.read_record_batch(batch.serialize(), batch.schema).column(0)
 
@@ -176,10 +173,7 @@ BlockData: TypeAlias = list[ColumnData]
 
 
 class BlockCutter:
-    """Collects records until they fill a block.
-
-    Records that are kept between calls are copied, so callers may change their arrays.
-    """
+    """Collects records until they fill a block. It copies what it keeps: callers may change their arrays."""
 
     def __init__(self, columns: Sequence[Column], block_bytes: int) -> None:
         self._columns = columns

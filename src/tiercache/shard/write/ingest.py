@@ -26,20 +26,13 @@ Array: TypeAlias = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class StoredArray:
-    """An Arrow array that is known to be in the stored form of a column.
-
-    Its uint16 values may be bfloat16 bits, and its uint8 values bools; in a plain Arrow array they would be numbers.
-    """
+    """An Arrow array that is known to be in stored form: its uint16 may be bfloat16 bits, and its uint8 bools."""
 
     array: pa.Array | pa.ChunkedArray
 
 
 def convert_stored(column: Column, data: StoredArray) -> ColumnData:
-    """Return the records of an array in stored form.
-
-    Raises:
-        ConversionError: The array is not in stored form, or has nulls that the column does not allow.
-    """
+    """Return the records of an array in stored form. Raises ConversionError if it is not, or has forbidden nulls."""
     if column.dtype != "bfloat16" and (column.dtype != "bool" or column.kind is Kind.BOOL):
         return convert_arrow(column, data.array)
     part = convert_arrow(replace(column, dtype=column.stored.name), data.array)
@@ -49,11 +42,7 @@ def convert_stored(column: Column, data: StoredArray) -> ColumnData:
 
 
 def convert_arrow(column: Column, data: pa.Array | pa.ChunkedArray) -> ColumnData:
-    """Return the records of an Arrow array that has the column's type, or a type that casts to it without loss.
-
-    Raises:
-        ConversionError: The array has another type, or a value does not fit.
-    """
+    """Return the records of an Arrow array of a type that casts to the column's without loss; or ConversionError."""
     if isinstance(data.type, BFloat16Type) and column.kind is Kind.SCALAR and column.dtype == "bfloat16":
         column = replace(column, dtype="uint16")
     array = data.combine_chunks() if isinstance(data, pa.ChunkedArray) else data
@@ -261,11 +250,7 @@ _BYTES_LIKE = (Kind.BYTES, Kind.IMAGE, Kind.STR, Kind.JSON)
 
 
 def convert_column(column: Column, data: Any) -> ColumnData:
-    """Return a column of a batch in stored form. Numpy and Arrow memory is shared if no conversion is necessary.
-
-    Raises:
-        ConversionError: A value does not fit the column.
-    """
+    """Return a column of a batch in stored form, over the same memory if possible; or raise ConversionError."""
     if isinstance(data, StoredArray):
         return convert_column(column, data.array) if column.kind is Kind.JSON else convert_stored(column, data)
     if isinstance(data, pa.Array | pa.ChunkedArray):
@@ -357,9 +342,9 @@ def _plain_numbers(column: Column, values: Sequence[Any]) -> Array | None:
 
 
 def value_converter(column: Column) -> Callable[[Any], Any]:
-    """Return a function that converts a value for build_column_data(): to bytes, an array, a Python value, or None.
+    """Return a function that converts a value for build_column_data(), or raises ConversionError.
 
-    The function raises ConversionError if the value does not fit. An array may share the value's memory.
+    Its result is bytes, an array, a Python value, or None; an array may share the value's memory.
     """
     scalar = column.kind is Kind.SCALAR
     plain = _number_converter(column) if scalar else partial(_CONVERTERS[column.kind], column)

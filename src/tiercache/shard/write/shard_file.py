@@ -196,7 +196,7 @@ _EMPTY = np.zeros(0, np.uint8)
 
 
 class _PartBuffer:
-    """Buffer that collects bytes into upload parts, and computes the CRC-32C of the whole file.
+    """Collects bytes into upload parts, and computes the CRC-32C of the whole file.
 
     It holds at most one part and the longest reserved piece.
     """
@@ -272,10 +272,7 @@ class _Chunk:
 
 
 class ShardFile:
-    """A shard that is being written. It is not visible under `key` before finish(). For one thread.
-
-    To discard the shard, abort its uploads.
-    """
+    """A shard that is being written, invisible before finish(). For one thread. Abort its uploads to discard it."""
 
     def __init__(self, uploads: UploadQueue, key: str, schema: Schema, block_codec: BlockCodec) -> None:
         self.key = key

@@ -62,17 +62,10 @@ class RecordBuffer:
         self._records.room_bytes = max(room_bytes, 0)
 
     def add(self, record: Mapping[str, Any], number: int) -> int:
-        """Add a record, whose names the caller has checked.
+        """Add a record, whose names are checked; a missing column is null. Returns KEPT or EXCEEDS_BLOCK.
 
-        Args:
-            record: Mapping of column names to values; missing columns are null.
-            number: Number of the record in the writer's input, for errors.
-
-        Returns:
-            KEPT or EXCEEDS_BLOCK.
-
-        Raises:
-            SchemaError: A value does not fit; nothing of the record is kept.
+        number: Number of the record in the writer's input, for the SchemaError of a value that does not fit; then
+        nothing of the record is kept.
         """
         named = {column.name: record.get(column.name) for column in self._columns}
         extra_bytes = 0
@@ -250,12 +243,7 @@ class ShardWriter:
         self.n_records = 0
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Add a record: a value for each column. A nullable column may be missing.
-
-        Raises:
-            SchemaError: A value does not fit, or a column is missing or unknown; the record is not written.
-            StoreError: The upload of an earlier record failed.
-        """
+        """See Writer.write."""
         if self._ended:
             self._check_open()
         kept = self._rows.add_fast(record)
@@ -280,18 +268,7 @@ class ShardWriter:
         self._ended = ""
 
     def write_batch(self, columns: Mapping[str, Any] | pa.RecordBatch | pa.Table) -> None:
-        """Add several records, given by column.
-
-        Args:
-            columns: Arrays, lists or tensors of equal length by column name, or an Arrow record batch or table. They
-                are read only during the call.
-
-        Raises:
-            SchemaError: A value does not fit (the error names the column, the record's number in the writer's whole
-                input, the expected and the actual value), or columns are missing, unknown or of different lengths.
-                Nothing of the batch is written.
-            StoreError: The upload of earlier records failed.
-        """
+        """See Writer.write_batch. The columns are read only during the call."""
         self._check_open()
         if isinstance(columns, pa.RecordBatch | pa.Table):
             if len(set(columns.schema.names)) != len(columns.schema.names):
@@ -394,10 +371,7 @@ class ShardWriter:
         self._finish_file()
 
     def abort(self) -> None:
-        """Discard the unfinished shard and delete the finished ones.
-
-        A repeated call, a call after finish() and a call in a forked child process do nothing.
-        """
+        """Discard the unfinished shard and delete the finished ones; do nothing after the end or in a forked child."""
         if self._ended in ("finished", "aborted"):
             return
         self._ended = _BROKEN  # if a second Ctrl-C interrupts the wait for the thread, the next abort() continues
@@ -433,13 +407,7 @@ def _as_said(field: pa.Field, data: pa.Array | pa.ChunkedArray) -> Any:
 
 
 def convert_batch_column(column: Column, data: Any, first_record: int) -> Any:
-    """Return convert_column(column, data), with a ConversionError turned into a SchemaError.
-
-    Args:
-        column: Column that the data belongs to.
-        data: Values of the batch. See convert_column.
-        first_record: Number of the batch's first record in the whole input.
-    """
+    """Return convert_column(column, data); its ConversionError becomes a SchemaError with the number of the record."""
     try:
         return convert_column(column, data)
     except ConversionError as error:
