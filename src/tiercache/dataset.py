@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -46,10 +46,8 @@ if TYPE_CHECKING:
     from tiercache.images.options import DecodeImage
     from tiercache.shard.schema import Schema
 
+# Complete picklable description of a data set: its records, the transform, and the output spec.
 DatasetSpec = tuple[RecordsSpec, Callable[[Record], Any] | None, OutputSpec]
-"""Complete picklable description of a data set: the source spec that opens it, the transform, and the output spec."""
-
-
 _OF_THE_PROCESS = ("_recipe", "_lock", "_pid", "_opened")
 
 
@@ -372,10 +370,7 @@ class Dataset(SelectionMethods):
 
     def _columns(self, rows: NDArray[np.int64]) -> list[ColumnValues]:
         """Return the records' values by column, with nulls filled and images decoded as the output spec says."""
-        return self._served(self._source.values(rows), rows)
-
-    def _served(self, columns: list[ColumnValues], rows: Sequence[int] | NDArray[np.int64]) -> list[ColumnValues]:
-        fills, decode = self._output_spec.nulls, self._output_spec.decode
+        columns, fills, decode = self._source.values(rows), self._output_spec.nulls, self._output_spec.decode
         if fills:
             columns = [replace_nulls(c, fills[c.column.name]) if c.column.name in fills else c for c in columns]
         if not decode:
@@ -389,11 +384,7 @@ class Dataset(SelectionMethods):
 
 
 def _derive_from_torchs_class() -> type | None:
-    """Add torch's Dataset class to the bases of Dataset once torch is loaded; nothing here imports torch.
-
-    Returns:
-        torch's class if this call added it, else None.
-    """
+    """Add torch's Dataset class to the bases of Dataset once torch is loaded. Returns it if this call added it."""
     torchs_class = getattr(sys.modules.get("torch.utils.data.dataset"), "Dataset", None)
     if torchs_class is None or issubclass(Dataset, torchs_class):
         return None
@@ -428,12 +419,7 @@ def concat(datasets: Iterable[Dataset]) -> Dataset:
 
 
 MixStop: TypeAlias = Literal["first_exhausted", "all_exhausted", "first", "all"]
-_MIX_STOPS: Mapping[MixStop, Literal["first", "all"]] = {
-    "first_exhausted": "first",
-    "all_exhausted": "all",
-    "first": "first",
-    "all": "all",
-}
+_MIX_STOPS = get_args(MixStop)
 
 
 def mix(datasets: Iterable[Dataset], weights: Iterable[float], stop: MixStop = "first_exhausted") -> Dataset:
@@ -459,7 +445,8 @@ def mix(datasets: Iterable[Dataset], weights: Iterable[float], stop: MixStop = "
     if stop not in _MIX_STOPS:
         raise ValueError(f"stop must be {', '.join(map(repr, _MIX_STOPS))}, got {stop!r}")
     sources = [dataset._source for dataset in datasets]  # noqa: SLF001 -- of this class
-    return _over(mixed_records(sources, tuple(weights), _MIX_STOPS[stop]), datasets[0])
+    short: Literal["first", "all"] = "first" if stop.startswith("first") else "all"
+    return _over(mixed_records(sources, tuple(weights), short), datasets[0])
 
 
 def _over(source: Records, first: Dataset) -> Dataset:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 class VersionStores:
-    """Joined stores through which one process reads a data set. Safe from any thread and in a forked child.
+    """Stores through which one process reads a data set. Safe from any thread and in a forked child.
 
     Attributes:
         inner: The data set's own store.
@@ -66,13 +66,7 @@ class VersionStores:
         self.tiers = TieredReader(self.placed)
 
     def is_local(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None) -> bool:
-        """Return whether bytes of a shard are on this machine, in a folder or in the cache.
-
-        Args:
-            key: Key of the shard.
-            identity: Identity of the shard.
-            ranges: Byte ranges in question; None: the whole shard.
-        """
+        """Return whether ranges of a shard (None: all of it) are on this machine, in a folder or in the cache."""
         if isinstance(self.store, CachedStore):
             return self.store.is_cached(key, identity, ranges)
         if self.tiers.has_moved:
@@ -95,23 +89,13 @@ class VersionStores:
         return not self.tiers.has_moved or not self._is_at_a_disk(key, identity)
 
     def verify_copy(self, key: str, identity: ShardIdentity) -> bool:
-        """Verify the local copy of a shard that was found to be corrupt.
-
-        Returns:
-            Whether a local copy was to blame; it is no longer read.
-        """
+        """Verify the local copy of a corrupt shard. Returns whether it was to blame; it is then no longer read."""
         return isinstance(self.store, LocalStore) and self.store.verify_copy(key, identity)
 
     def prepare_reading(
         self, keys: pa.ChunkedArray, identity: Callable[[int], ShardIdentity], *, reads_all: bool
     ) -> None:
-        """Prepare a run that reads these shards; see TieredReader.prepare_reading.
-
-        Args:
-            keys: Keys of the shards.
-            identity: Function that returns the identity of the i-th of these shards.
-            reads_all: Whether these are all shards of the data set.
-        """
+        """Prepare a run that reads these shards. See TieredReader.prepare_reading."""
 
         def is_cached(i: int) -> bool:
             return isinstance(self.store, CachedStore) and self.store.is_cached(keys[i].as_py(), identity(i))
@@ -135,40 +119,22 @@ class VersionStores:
         self.store.close()
 
 
-@dataclass(frozen=True, slots=True)
-class ShardOpener:
-    """Opens shards of one version.
-
-    Attributes:
-        store: Store to read through.
-        tiers: Reading state of the tiers.
-        table: Shards of the version.
-        dataset_id: Id of the data set.
-        footers: Footers that have already been read.
-    """
-
-    store: Store
-    tiers: TieredReader
-    table: ShardTable
-    dataset_id: str
-    footers: FooterCache
-
-    def open(self, shard: int, **how: Any) -> ShardReader:
-        """Open a shard through the cache, if there is one."""
-        return self._open_through(self.store, shard, **how)
-
-    def open_past_cache(self, shard: int, **how: Any) -> ShardReader:
-        """Open a shard at its source unless the cache already holds it."""
-        store, info = self.store, self.table.info(shard)
-        if isinstance(store, CachedStore) and not store.is_cached(info.name, info.identity(self.dataset_id)):
-            store = store.inner
-        return self._open_through(store, shard, **how)
-
-    def _open_through(self, store: Store, shard: int, **how: Any) -> ShardReader:
-        info = self.table.info(shard)
-        identity, footer = info.identity(self.dataset_id), self.footers.take(shard)
-        near = self.tiers.opened(info.name, identity)
-        return ShardReader(near or store, info.name, info=info, identity=identity, footer=footer, **how)
+def _open_shard(
+    stores: VersionStores,
+    table: ShardTable,
+    dataset_id: str,
+    footers: FooterCache,
+    past_cache: bool,  # open a shard at its source unless the cache already holds it
+    shard: int,
+    **how: Any,
+) -> ShardReader:
+    """Open a shard of a version through the cache, if there is one."""
+    store, info = stores.store, table.info(shard)
+    identity = info.identity(dataset_id)
+    if past_cache and isinstance(store, CachedStore) and not store.is_cached(info.name, identity):
+        store = store.inner
+    local = stores.tiers.opened(info.name, identity)
+    return ShardReader(local or store, info.name, info=info, identity=identity, footer=footers.take(shard), **how)
 
 
 # Footers of a shard group are read in parallel: their time is round trips.
@@ -216,7 +182,7 @@ class OpenedVersion:
             warn_if_larger(self.url, self.dataset_id, np.asarray(self.table.n_bytes), self.cache)
         self._serve(self.stored_schema.names if columns is None else columns)
 
-    def _serve(self, columns: Sequence[str], open_shard: Callable[..., ShardReader] = ShardOpener.open) -> None:
+    def _serve(self, columns: Sequence[str], *, past_cache: bool = False) -> None:
         self._schema = self.stored_schema.select(columns)
         self._tables: dict[int, BlockTable] = {}
         self._ranges: dict[int, tuple[ByteRange, ...] | None] = {}  # of the served columns; None: the whole shard
@@ -227,10 +193,10 @@ class OpenedVersion:
             self.stored_schema, self.stored_columns, self.table.first_record, self.url, self._served
         )
         # Not a bound method: the reference cycle would keep descriptors open until the garbage collector runs.
-        how = {"verify": self.place.verify, "served": self._served}
         self._footers = FooterCache()
-        opener = ShardOpener(self.store, self.access.tiers, self.table, self.dataset_id, self._footers)
-        self._readers = reader_pool.ReaderPool(partial(open_shard, opener, **how), self._mapped)
+        opened = (self.access, self.table, self.dataset_id, self._footers, past_cache)
+        open_shard = partial(_open_shard, *opened, verify=self.place.verify, served=self._served)
+        self._readers = reader_pool.ReaderPool(open_shard, self._mapped)
 
     @property
     def url(self) -> str:
@@ -288,13 +254,9 @@ class OpenedVersion:
         return [tables[shard] for shard in shards]
 
     def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """Return blocks of a shard in memory, with the served columns, by their numbers in that shard's schema.
+        """Return blocks of a shard, which stays open for some time, in memory, with the served columns.
 
-        The shard stays open for some time.
-
-        Raises:
-            NotFound, StoreError: The store failed.
-            CorruptShard: Bytes are damaged, and fetching them again did not help.
+        Raises NotFound and StoreError; or CorruptShard if fetching damaged bytes again did not help.
         """
         return self._read(shard, lambda reader: reader.load(blocks, self.stored_columns))
 
@@ -308,24 +270,13 @@ class OpenedVersion:
         return self._read(shard, read)
 
     def record(self, number: int) -> dict[str, Any] | None:
-        """Return a record by its number in the data set, as a dict of values by column.
-
-        Returns:
-            None if the record's shard is not mapped; `values` then reads it.
-
-        Raises:
-            IndexError: There is no such record.
-        """
+        """Return a record by its number, as a dict of values by column; None if its shard is not mapped. IndexError."""
         return self._mapped.record(number)
 
     def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
-        """Return the values of records by column.
+        """Return the values of records, int64[n], by column. Raises as `load`, and IndexError.
 
-        Records of mapped shards are read all at once, others shard by shard. Raises as `load`, and IndexError for a
-        record that does not exist.
-
-        Args:
-            records: int64[n], numbers of the records in the data set.
+        Records of mapped shards are read all at once, others shard by shard.
         """
         if not len(records):
             return empty_values(self._schema, self._served)
@@ -419,27 +370,23 @@ class OpenedVersion:
         return self._shared((number, names), lambda: OpenedVersion(self.place, number, names))
 
     def with_columns(self, columns: Sequence[str]) -> OpenedVersion:
-        """Return the same version with other columns and its own open shards.
-
-        Raises:
-            SchemaError: A column does not exist.
-        """
-        return self._served_otherwise(columns, ShardOpener.open)
+        """Return the same version with other columns and its own open shards. Raises SchemaError."""
+        return self._served_otherwise(columns, past_cache=False)
 
     def for_scan(self, columns: Sequence[str]) -> OpenedVersion:
-        """Return a source as `with_columns` does, for a single pass: shards that are not cached bypass the cache.
+        """Return a version as `with_columns` does, for a single pass: shards that are not cached bypass the cache.
 
         Caching them would evict other shards.
         """
-        return self._served_otherwise(columns, ShardOpener.open_past_cache)
+        return self._served_otherwise(columns, past_cache=True)
 
-    def _served_otherwise(self, columns: Sequence[str], open_shard: Callable[..., ShardReader]) -> OpenedVersion:
+    def _served_otherwise(self, columns: Sequence[str], *, past_cache: bool) -> OpenedVersion:
         def make() -> OpenedVersion:
             other = copy.copy(self)
-            other._serve(columns, open_shard)  # noqa: SLF001 -- of this class
+            other._serve(columns, past_cache=past_cache)  # noqa: SLF001 -- of this class
             return other
 
-        return self._shared((tuple(columns), open_shard), make)
+        return self._shared((tuple(columns), past_cache), make)
 
     def _shared(self, key: tuple[Any, ...], make: Callable[[], OpenedVersion]) -> OpenedVersion:
         """Return the live object with this key, or create it."""
@@ -449,10 +396,7 @@ class OpenedVersion:
     def warm(
         self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
     ) -> None:
-        """Fetch the served columns of shards into the cache; for a local folder there is nothing to do.
-
-        Raises CacheFull, StoreError, CorruptShard.
-        """
+        """Fetch the served columns of shards into the cache, if there is one."""
         if self.cache is not None:
             wanted = self.table.objects(self.dataset_id, np.array(shards, np.int64))
             ranges = self._ranges_of(shards)
@@ -472,10 +416,7 @@ class OpenedVersion:
         self.access.close()
 
     def on_close(self, keeper: CloseListener) -> None:
-        """See Records.on_close.
-
-        If two threads call it at once, one registration may be lost: that loader keeps its blocks until it is deleted.
-        """
+        """See Records.on_close. Of two calls at once, one may be lost: its loader keeps blocks until it is deleted."""
         self._keepers = [*(known for known in self._keepers if known() is not None), ref(keeper)]
 
     def _read_table(self, shard: int) -> BlockTable:
@@ -496,10 +437,7 @@ class OpenedVersion:
         return self._read(shard, lambda reader: reader.footer)
 
     def _ranges_of(self, shards: Sequence[int]) -> dict[str, tuple[ByteRange, ...]]:
-        """Return the byte ranges of the served columns by shard key, for shards that are not served whole.
-
-        Reads each footer that is not known yet.
-        """
+        """Return the ranges of the served columns by shard key, for shards not served whole. Reads missing footers."""
         found: dict[str, tuple[ByteRange, ...]] = {}
         is_all = len(self.stored_columns) == len(self.stored_schema)
         for first in range(0, 0 if is_all else len(shards), MAX_TABLES):
@@ -513,10 +451,7 @@ class OpenedVersion:
         return self.table.objects(self.dataset_id, np.array([shard], np.int64))[0]
 
     def _read(self, shard: int, read: Callable[[ShardReader], T]) -> T:
-        """Return the result of read(reader); after CorruptShard, retry once unless there is no copy to replace.
-
-        The retry is useful if the cache's copy was wrong, or if the copy differs from the one that was read.
-        """
+        """Return the result of read(reader); after CorruptShard, retry once unless there is no copy to replace."""
         try:
             return read(self._readers.get(shard))
         except CorruptShard:

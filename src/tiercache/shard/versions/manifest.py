@@ -32,6 +32,29 @@ _TEXT = re.compile(r"[^\0]{1,200}")
 _SEGMENT_NAME = re.compile(r"[0-9a-f]{32}\.arrow")
 _RELEASE = re.compile(r"[0-9]{1,5}\.[0-9]{1,5}")
 _FEATURE = re.compile("[a-z][a-z0-9-]{0,63}")
+_BASE64 = re.compile(r"[A-Za-z0-9+/]+=*")
+# Key in the JSON text: attribute, and the pattern of its text; None for an integer from 0.
+_Fields: TypeAlias = Mapping[str, tuple[str, re.Pattern[str] | None]]
+_VERSION_FIELDS: _Fields = {
+    "release": ("release", _RELEASE),
+    "software": ("software", _TEXT),
+    "dataset_id": ("dataset_id", _HEX32),
+    "number": ("number", None),
+    "kind": ("kind", _KIND),
+    "writer": ("writer", _TEXT),
+    "nonce": ("nonce", _HEX32),
+    "created": ("created", _TEXT),
+    "fingerprint": ("fingerprint", _HEX32),
+    "records": ("n_records", None),
+    "bytes": ("n_bytes", None),
+}
+_SEGMENT_FIELDS: _Fields = {
+    "name": ("name", _SEGMENT_NAME),
+    "bytes": ("n_bytes", None),
+    "crc32c": ("crc32c", None),
+    "rows": ("n_shards", None),
+    "digest": ("digest", _HEX64),
+}
 
 
 @dataclass(frozen=True)
@@ -101,27 +124,13 @@ def encode_version(version: Version) -> bytes:
 
     Its key "crc32c" is the checksum of the text without that key and without the newline.
     """
-    body: dict[str, object] = {
+    body = _as_json(version, _VERSION_FIELDS) | {
         "format": FORMAT_VERSION,
-        "release": version.release,
         "needs_to_read": [],
         "needs_to_write": list(version.needs_to_write),
-        "software": version.software,
-        "dataset_id": version.dataset_id,
-        "number": version.number,
         "parent": version.parent,
-        "kind": version.kind,
         "schema": base64.b64encode(version.schema_bytes).decode("ascii"),
-        "writer": version.writer,
-        "nonce": version.nonce,
-        "created": version.created,
-        "fingerprint": version.fingerprint,
-        "records": version.n_records,
-        "bytes": version.n_bytes,
-        "segments": [
-            {"name": s.name, "bytes": s.n_bytes, "crc32c": s.crc32c, "rows": s.n_shards, "digest": s.digest}
-            for s in version.segments
-        ],
+        "segments": [_as_json(segment, _SEGMENT_FIELDS) for segment in version.segments],
     }
     return _canonical(body | {"crc32c": crc32c(_canonical(body))}) + b"\n"
 
@@ -182,32 +191,24 @@ def check_writable(version: Version, url: str) -> None:
 def _version_of(body: Mapping[str, Any]) -> Version:
     """Return the version that a JSON object describes; unknown keys, which a later release wrote, are ignored."""
     return Version(
-        dataset_id=_text(body, "dataset_id", _HEX32),
-        number=_int(body, "number"),
         parent=None if body["parent"] is None else _int(body, "parent"),
-        kind=_text(body, "kind", _KIND),
-        schema_bytes=base64.b64decode(_text(body, "schema", re.compile(r"[A-Za-z0-9+/]+=*")), validate=True),
-        writer=_text(body, "writer", _TEXT),
-        nonce=_text(body, "nonce", _HEX32),
-        created=_text(body, "created", _TEXT),
-        fingerprint=_text(body, "fingerprint", _HEX32),
-        n_records=_int(body, "records"),
-        n_bytes=_int(body, "bytes"),
-        segments=tuple(map(_segment_of, body["segments"])),
-        software=_text(body, "software", _TEXT),
-        release=_text(body, "release", _RELEASE),
+        schema_bytes=base64.b64decode(_text(body, "schema", _BASE64), validate=True),
+        segments=tuple(SegmentRef(**_checked(line, _SEGMENT_FIELDS)) for line in body["segments"]),
         needs_to_write=_features(body, "needs_to_write"),
+        **_checked(body, _VERSION_FIELDS),
     )
 
 
-def _segment_of(line: Mapping[str, Any]) -> SegmentRef:
-    return SegmentRef(
-        name=_text(line, "name", _SEGMENT_NAME),
-        n_bytes=_int(line, "bytes"),
-        crc32c=_int(line, "crc32c"),
-        n_shards=_int(line, "rows"),
-        digest=_text(line, "digest", _HEX64),
-    )
+def _as_json(found: Version | SegmentRef, fields: _Fields) -> dict[str, Any]:
+    return {key: getattr(found, attribute) for key, (attribute, _) in fields.items()}
+
+
+def _checked(body: Mapping[str, Any], fields: _Fields) -> dict[str, Any]:
+    """Return the attributes that a JSON object states. Raises ValueError for an invalid value, KeyError, TypeError."""
+    return {
+        attribute: _int(body, key) if pattern is None else _text(body, key, pattern)
+        for key, (attribute, pattern) in fields.items()
+    }
 
 
 def _int(body: Mapping[str, Any], name: str) -> int:
