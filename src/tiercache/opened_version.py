@@ -224,9 +224,9 @@ class OpenedVersion:
         return self._schema
 
     def statistics(self, shard: int) -> Statistics:
-        """Return the statistics of a shard's columns: {column: {"nulls", "bytes", "stored", "min", "max"}}.
+        """Return a shard's {column: {"nulls", "bytes", "stored", "min", "max"}}, each if known.
 
-        Any entry may be missing. Raises CorruptShard for an implausible value.
+        Raises CorruptShard for an implausible value.
         """
         text = self.table.arrow["statistics"][shard].as_py()
         try:

@@ -119,10 +119,10 @@ class TestSchemas:
     @pytest.mark.parametrize(
         ("given_schema", "column", "message"),
         [
-            ({"tokens": "int64"}, "caption", "the data set has this column, the appended records do not"),
-            ({"tokens": "int64", "caption": "str", "x": "bool"}, "x", "the data set does not"),
-            ({"tokens": "int32", "caption": "str"}, "tokens", "int64, the appended records have int32"),
-            ({"tokens": "int64?", "caption": "str"}, "tokens", r"int64, the appended records have int64\?"),
+            ({"tokens": "int64"}, "caption", "the data set has this column, but not the appended batch"),
+            ({"tokens": "int64", "caption": "str", "x": "bool"}, "x", "but not the data set"),
+            ({"tokens": "int32", "caption": "str"}, "tokens", "int64, the appended batch has int32"),
+            ({"tokens": "int64?", "caption": "str"}, "tokens", r"int64, the appended batch has int64\?"),
             ({"caption": "str", "tokens": "int64"}, None, "another order: the data set has tokens, caption"),
         ],
     )

@@ -177,7 +177,7 @@ class TestSchemas:
         self, url: str, store: MemoryStore
     ) -> None:
         Writer(url, schema=SCHEMA).close()
-        with pytest.raises(SchemaError, match="column 'x': the data set has int64, the appended records have float32"):
+        with pytest.raises(SchemaError, match="column 'x': the data set has int64, the appended batch has float32"):
             Writer(url, schema={"x": "float32", "text": "str"}, mode="append")
 
     def test_a_value_that_does_not_fit_leaves_the_writer_usable(self, url: str, store: MemoryStore) -> None:

@@ -177,33 +177,24 @@ def _fits_float(arrow_type: pa.DataType, value: Any) -> bool:
     return not math.isfinite(value) or abs(float(value)) <= largest
 
 
-def _fits_timestamp(arrow_type: pa.DataType, value: Any) -> bool:
-    if isinstance(value, dt.datetime):
-        return not value.microsecond % _MICROSECONDS[arrow_type.unit] and _fits_nanosecond(arrow_type, value)
-    return isinstance(value, np.datetime64) or _is_integer(value)
+def _fits_moment(python: type, numpy: type | None) -> Callable[[pa.DataType, Any], bool]:
+    """Return the check of timestamps, times or durations: the unit must hold the value exactly."""
 
+    def fits(arrow_type: pa.DataType, value: Any) -> bool:
+        if not isinstance(value, python):
+            return _is_integer(value) or (numpy is not None and isinstance(value, numpy))
+        micro = getattr(value, "microsecond", 0) + getattr(value, "microseconds", 0)
+        # pandas' subclasses of datetime and timedelta have nanoseconds.
+        nano = getattr(value, "nanosecond", 0) + getattr(value, "nanoseconds", 0)
+        return not micro % _MICROSECONDS[arrow_type.unit] and (arrow_type.unit == "ns" or not nano)
 
-def _fits_nanosecond(arrow_type: pa.DataType, value: Any) -> bool:
-    """Return whether the unit can hold the nanoseconds that the pandas subclasses of datetime and timedelta have."""
-    return arrow_type.unit == "ns" or not getattr(value, "nanosecond", 0) + getattr(value, "nanoseconds", 0)
+    return fits
 
 
 def _fits_date(_: pa.DataType, value: Any) -> bool:
     if isinstance(value, dt.datetime):
         return value.time() == dt.time() and not getattr(value, "nanosecond", 0)
     return isinstance(value, dt.date | np.datetime64) or _is_integer(value)
-
-
-def _fits_time(arrow_type: pa.DataType, value: Any) -> bool:
-    if isinstance(value, dt.time):
-        return not value.microsecond % _MICROSECONDS[arrow_type.unit]
-    return _is_integer(value)
-
-
-def _fits_duration(arrow_type: pa.DataType, value: Any) -> bool:
-    if isinstance(value, dt.timedelta):
-        return not value.microseconds % _MICROSECONDS[arrow_type.unit] and _fits_nanosecond(arrow_type, value)
-    return isinstance(value, np.timedelta64) or _is_integer(value)
 
 
 def _fits_list(arrow_type: pa.DataType, value: Any) -> bool:
@@ -262,10 +253,10 @@ _CHECKS: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.DataType, Any],
     (pt.is_decimal, lambda _, value: isinstance(value, Decimal) or _is_integer(value)),
     (lambda t: pt.is_string(t) or pt.is_large_string(t), lambda _, value: isinstance(value, str)),
     (_is_binary, lambda _, value: isinstance(value, _BYTES)),
-    (pt.is_timestamp, _fits_timestamp),
+    (pt.is_timestamp, _fits_moment(dt.datetime, np.datetime64)),
     (pt.is_date, _fits_date),
-    (pt.is_time, _fits_time),
-    (pt.is_duration, _fits_duration),
+    (pt.is_time, _fits_moment(dt.time, None)),
+    (pt.is_duration, _fits_moment(dt.timedelta, np.timedelta64)),
     (_is_list, _fits_list),
     (pt.is_struct, _fits_struct),
     (pt.is_map, _fits_map),

@@ -589,23 +589,34 @@ def _kept(field: pa.Field) -> dict[bytes, bytes]:
     return {CLASSES_KEY: said}
 
 
-def check_same_schema(there: Schema, given: Schema) -> None:
-    """Raise SchemaError for the first difference that prevents appending `given` to a data set of schema `there`."""
-    if there == given:
+def check_same_schema(
+    first: Schema, other: Schema, *, names: tuple[str, str] = ("the data set", "the appended batch")
+) -> None:
+    """Raise SchemaError for the first difference that prevents appending records of the schema `other`."""
+    if first == other:
         return
-    for name in there.names:
-        if name not in given.names:
-            raise SchemaError("the data set has this column, the appended records do not", column=name)
-    for name, column in zip(given.names, given.columns, strict=True):
-        if name not in there.names:
-            raise SchemaError("the appended records have this column, the data set does not", column=name)
-        expected = there.columns[there.index(name)]
-        if str(expected) != str(column):
-            text = f"the data set has {expected}, the appended records have {column}"
-            raise SchemaError(text, column=name, expected=str(expected), got=str(column))
-    if there.names != given.names:
-        text = (
-            f"the columns are in another order: the data set has {', '.join(there.names)}, not {', '.join(given.names)}"
+    check_same_columns(first, other, names=names)
+    message = f"the columns' Arrow metadata differs from that of {names[0]}"
+    raise SchemaError(message, expected=first.arrow, got=other.arrow)
+
+
+def check_same_columns(first: Schema, other: Schema, *, names: tuple[str, str]) -> None:
+    """Raise SchemaError for the first difference in columns, their types and order, or class names that both have."""
+    for schema, missing, has, lacks in ((first, other, *names), (other, first, *names[::-1])):
+        for name in schema.names:
+            if name not in missing.names:
+                raise SchemaError(f"{has} has this column, but not {lacks}", column=name)
+    for mine in first.columns:
+        theirs = other.columns[other.index(mine.name)]
+        if str(mine) != str(theirs):
+            message = f"{names[0]} has {mine}, {names[1]} has {theirs}"
+            raise SchemaError(message, column=mine.name, expected=str(mine), got=str(theirs))
+        if mine.classes and theirs.classes and mine.classes != theirs.classes:
+            message = f"{names[1]} has other class names for its labels than {names[0]}"
+            raise SchemaError(message, column=mine.name, expected=str(mine.classes), got=str(theirs.classes))
+    if first.names != other.names:
+        message = (
+            f"the columns are in another order: {names[0]} has {', '.join(first.names)}; use the same order in "
+            f"{names[1]} (select_columns() changes that of a data set)"
         )
-        raise SchemaError(text, expected=there.names, got=given.names)
-    raise SchemaError("the columns' Arrow metadata differs from the data set's", expected=there.arrow, got=given.arrow)
+        raise SchemaError(message, expected=first.names, got=other.names)

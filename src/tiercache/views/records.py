@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
-from tiercache.errors import NotFound, ObjectChanged, SchemaError
+from tiercache.errors import NotFound, ObjectChanged
 from tiercache.model import NEVER, PublishedPlan, ReadingPlan, SourcePart
 from tiercache.opened_version import OpenedVersion, VersionSpec
 from tiercache.order import BlockTable
 from tiercache.order.mixture import MixtureSpec, StoredMixture
 from tiercache.shard.read.values import join_arrow, join_values
-from tiercache.shard.schema import Schema
+from tiercache.shard.schema import Schema, check_same_columns
 from tiercache.shard.versions.segments import as_arrow
 from tiercache.views.scan import matching
 from tiercache.views.selection import BlockSpans, RowTables, Selection
@@ -265,7 +265,7 @@ class Records:
         self.leaves = leaves
         self.opened_versions = tuple({id(leaf): leaf for leaf in leaves}.values())
         if self.node is None:  # one call less for each record of a whole version
-            self.record = leaves[0].record  # type: ignore[method-assign]
+            self.__dict__["record"] = leaves[0].record
 
     def _over(self, leaves: Iterator[OpenedVersion]) -> Records:
         """Return the same records of other objects of the same versions."""
@@ -302,7 +302,7 @@ class Records:
 
     @cached_property
     def record_order(self) -> NDArray[np.int64] | None:
-        """Place of each served record among the selected records in stored order, int64[n]; None: in stored order.
+        """Place of each served record among the selected records in stored order, int64[n]; None: in that order.
 
         Of a mixture, the order of an unshuffled epoch: samplers number records by it.
         """
@@ -418,15 +418,10 @@ class Records:
     def stored_rows(
         self, shards: NDArray[np.int32], blocks: NDArray[np.int32], block: NDArray[np.uint32], row: NDArray[np.uint32]
     ) -> NDArray[np.uint32]:
-        """Return the stored row numbers of selected rows.
+        """Return for selected rows their numbers among all rows of the stored block, uint32[n].
 
-        Args:
-            shards, blocks: int32[k], the shard of each of k blocks, and the block's number in that shard.
-            block: uint32[n], for each row the index of its block among the k blocks.
-            row: uint32[n], number of each row among the selected rows of its block.
-
-        Returns:
-            uint32[n], number of each row among all rows of the stored block.
+        shards, blocks: int32[k], the shard of each of k blocks, and the block's number there. block: uint32[n], index
+        of each row's block among the k. row: uint32[n], number of each row among the selected rows of its block.
         """
         selection = self.selection
         if selection is None or self._rows is None:
@@ -446,8 +441,7 @@ class Records:
     def record(self, number: int) -> dict[str, Any] | None:
         """Return a served record as a dict of values by column; None if it is not mapped: then call `values`.
 
-        Raises:
-            IndexError: There is no such record.
+        Raises IndexError.
         """
         if not 0 <= number < self.n_records:
             raise IndexError(f"record {number} of a data set of {self.n_records}")
@@ -471,7 +465,10 @@ class Records:
         return join_values(found, places)
 
     def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
-        """Return the values of served records as Arrow arrays; see `values`. Each block is read once."""
+        """Return the values of served records as Arrow arrays; see `values`. Each block is read once.
+
+        A run of records of one block refers to the block's memory.
+        """
         numbers = self._stored_numbers(records)
         shards = np.searchsorted(self._stored_first, numbers, side="right") - 1
         taken: list[list[pa.Array]] = []
@@ -482,8 +479,14 @@ class Records:
             blocks = np.searchsorted(ends, numbers[where], side="right")
             for block in np.unique(blocks).tolist():
                 places.append(where[blocks == block])
-                rows = as_arrow(numbers[places[-1]] - (ends[block] - table.records[block]))
-                taken.append([array.take(rows) for array in self.arrays(shard, block)])
+                rows = numbers[places[-1]] - (ends[block] - table.records[block])
+                is_run = bool((np.diff(rows) == 1).all())
+                taken.append(
+                    [
+                        array.slice(int(rows[0]), len(rows)) if is_run else array.take(as_arrow(rows))
+                        for array in self.arrays(shard, block)
+                    ]
+                )
         return join_arrow(taken, places, self.schema)
 
     def _unmixed_numbers(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -499,10 +502,7 @@ class Records:
     def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
         """Tell the caches when shards are read, until the returned object is closed; None: there is no cache.
 
-        All leaves of a version share one plan, because there may be many.
-
-        Raises:
-            OSError: The plan cannot be written.
+        All leaves of a version share one plan, because there may be many. Raises OSError if it cannot be written.
         """
         if len(self.leaves) == 1:
             return self.leaves[0].publish(plan)
@@ -520,9 +520,8 @@ class Records:
     def prepare_reading(self, shards: NDArray[np.int64]) -> None:
         """Check that a run can read these shards, int64[m]. The engine calls it before the first epoch.
 
-        Raises:
-            ArchivedShards: Some shards must be restored first; the error names all of them.
-            StoreError: Their location cannot be determined.
+        Raises ArchivedShards, which names all shards that must be restored first; or StoreError if their location is
+        unknown.
         """
         for version, _, numbers in self._by_version(shards[self.shard_records[shards] > 0]):
             version.prepare_reading(np.unique(numbers))
@@ -559,10 +558,9 @@ class Records:
             version.close()
 
     def at_versions(self, versions: Sequence[int]) -> Records:
-        """Return records selected and joined in the same way at other versions: one per entry of `parts`.
+        """Return records selected and joined in the same way at other versions, one per entry of `parts`.
 
-        Raises:
-            NotFound: There is no such version.
+        Raises NotFound.
         """
         leaves = [leaf.at_version(number) for leaf, number in zip(self.leaves, versions, strict=True)]
         return _build(self.node, iter(leaves), is_known=False)
@@ -633,14 +631,10 @@ def _combined(before: str | None, digest: str) -> str:
 
 
 def join(parts: Sequence[Records]) -> Records:
-    """Return the records of all parts, one part after the other.
-
-    Raises:
-        SchemaError: The parts' columns differ; the message names the first difference.
-    """
+    """Return the records of all parts in turn. Raises SchemaError for the first difference of their columns."""
     schemas = {id(part.schema): (part.schema, number) for number, part in reversed(list(enumerate(parts)))}
     for schema, number in schemas.values():  # many views of one data set share one schema: check it once
-        _check_same(parts[0].schema, schema, number)
+        check_same_columns(parts[0].schema, schema, names=("data set 0", f"data set {number}"))
     leaves = tuple(leaf for part in parts for leaf in part.leaves)
     nodes = tuple(node for part in parts for node in _joined_nodes(part))
     return Records(leaves, JoinNode(nodes), _joined_selection(parts))
@@ -669,11 +663,8 @@ def _joined_selection(parts: Sequence[Records]) -> Selection | None:
 def mix(parts: Sequence[Records], weights: Sequence[Any], stop: Stop) -> Records:
     """Return the parts mixed by weight. Record i is the record at position i of an unshuffled epoch.
 
-    Each part is taken in stored order, and again from its start after its end.
-
-    Raises:
-        SchemaError: The parts' columns differ.
-        ValueError: A part has no records, or the weights are invalid.
+    Each part is taken in stored order, and again from its start after its end. Raises SchemaError; or ValueError if a
+    part has no records, or the weights are invalid.
     """
     # A mixture decides the order itself: explicit orders of the parts are dropped.
     parts = [part if part.record_order is None else part.with_step(StoredOrderStep()) for part in parts]
@@ -682,26 +673,6 @@ def mix(parts: Sequence[Records], weights: Sequence[Any], stop: Stop) -> Records
     mixture = MixtureSpec(tuple(np.cumsum([0, *n_shards[:-1]]).tolist()), tuple(weights), stop)
     node = JoinNode(tuple(part.node for part in parts), mixture.weights, stop)
     return Records(joined.leaves, node, joined.selection, mixture)
-
-
-def _check_same(first: Schema, other: Schema, number: int) -> None:
-    """Raise SchemaError for the first difference between the columns of data set 0 and data set `number`."""
-    if set(first.names) == set(other.names) and first.names != other.names:
-        message = (
-            f"data set {number} has the same columns in another order: call select_columns({list(first.names)}) first"
-        )
-        raise SchemaError(message, expected=str(list(first.names)), got=str(list(other.names)))
-    for mine, theirs in zip(first.columns, other.columns, strict=False):
-        if mine.name != theirs.name or str(mine) != str(theirs):
-            message = f"data set {number} has {theirs.name!r}: {theirs} where data set 0 has {mine.name!r}: {mine}"
-            raise SchemaError(message, column=mine.name, expected=str(mine), got=str(theirs))
-        if mine.classes and theirs.classes and mine.classes != theirs.classes:
-            message = f"data set {number} has other class names for its labels than data set 0"
-            raise SchemaError(message, column=mine.name, expected=str(mine.classes), got=str(theirs.classes))
-    if len(first) != len(other):
-        longer = (first if len(first) > len(other) else other).names[min(len(first), len(other))]
-        message = f"data set {number} has {len(other)} columns and data set 0 has {len(first)}: only one has {longer!r}"
-        raise SchemaError(message, column=longer, expected=str(list(first.names)), got=str(list(other.names)))
 
 
 def _plan_of(plan: ReadingPlan, where: NDArray[np.int64], numbers: NDArray[np.int64]) -> ReadingPlan:

@@ -48,25 +48,9 @@ def spans(source: Records) -> Iterator[tuple[int, int]]:
 
 
 def arrow_batches(source: Records) -> Iterator[pa.RecordBatch]:
-    """Yield record batches in order.
-
-    A batch refers to the block's memory if its records are one run of the block; otherwise it is a copy.
-    """
-    schema = source.schema.arrow
-    if not source.is_in_stored_order:
-        for start, stop in spans(source):
-            yield pa.RecordBatch.from_arrays(source.take_arrow(np.arange(start, stop)), schema=schema)
-        return
-    for shard in np.flatnonzero(source.shard_records).tolist():
-        (table,) = source.block_tables([shard])
-        for block in np.flatnonzero(table.records).tolist():
-            rows = _rows(source, shard, np.array([block]), table)
-            arrays = source.arrays(shard, block)
-            if bool((np.diff(rows.astype(np.int64)) == 1).all()):
-                arrays = [array.slice(int(rows[0]), len(rows)) for array in arrays]
-            else:
-                arrays = [array.take(pa.array(rows)) for array in arrays]
-            yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+    """Yield record batches in order. A run of records of one block refers to its memory; other batches are copies."""
+    for start, stop in spans(source):
+        yield pa.RecordBatch.from_arrays(source.take_arrow(np.arange(start, stop)), schema=source.schema.arrow)
 
 
 # Limit, per thread, of the raw bytes (all columns) of the blocks whose columns are in memory at a time.
@@ -83,10 +67,8 @@ _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 def matching(source: Records, expression: pc.Expression) -> Selection:
     """Return which records make an expression true (null is not true), as a selection of served records.
 
-    Raises:
-        SchemaError: A column does not exist; the expression cannot be evaluated over its columns or their values; or it
-            is not a condition.
-        CorruptShard, StoreError: Reading failed.
+    Raises SchemaError if a column does not exist, or the expression is not a condition over the columns and their
+    values; CorruptShard and StoreError.
     """
     names = columns_of(source.stored_schema, expression)
     if not names:  # a constant: Arrow needs some column to know the number of rows

@@ -55,8 +55,7 @@ class _SharedArrays:
 def _map_arrays(reference: tuple[Any, ...]) -> list[NDArray[np.int64] | None]:
     """Return the arrays of a reference, mapped read-only; they stay valid after their owner is gone.
 
-    Raises:
-        NotFound: The owner is gone, or another file has its name.
+    Raises NotFound if the owner is gone.
     """
     path, token, lengths = reference
     n_bytes = _TOKEN_BYTES + sum(8 * n for n in lengths if n is not None)
@@ -114,11 +113,7 @@ class Selection:
 
     @staticmethod
     def of(numbers: NDArray[np.int64]) -> Selection:
-        """Return the selection of these numbers in this order.
-
-        Args:
-            numbers: int64[n], record numbers, each 0 or more.
-        """
+        """Return the selection of these numbers, int64[n], in this order."""
         if len(numbers) < 2 or bool((numbers[1:] >= numbers[:-1]).all()):
             return Selection(*runs_of(numbers), None)
         by_number = np.argsort(numbers, kind="stable")
@@ -128,11 +123,9 @@ class Selection:
 
     @staticmethod
     def of_runs(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Selection:
-        """Return the selection of runs of numbers. Adjacent runs are merged.
+        """Return the selection of runs of numbers: int64[k] first numbers, never descending, and lengths, 1 or more.
 
-        Args:
-            starts: int64[k], first number of each run, never descending.
-            lengths: int64[k], length of each run, 1 or more.
+        Adjacent runs are merged.
         """
         if not len(starts):
             return Selection.span(0, 0)
@@ -197,11 +190,7 @@ class Selection:
         return np.where(run < 0, 0, self.first[before] + inside)
 
     def compose(self, chosen: Selection) -> Selection:
-        """Return the selection of a selection.
-
-        Args:
-            chosen: Selection of places of this selection, in its served order.
-        """
+        """Return the selection that `chosen` makes of this selection, by places in its served order."""
         if self.order is None and chosen.order is None:
             return self._cut(chosen) if len(chosen.starts) == 1 else self._compose_runs(chosen)
         places = chosen.numbers(np.arange(len(chosen)))
@@ -244,11 +233,7 @@ class Selection:
 
     @staticmethod
     def unpack(packed: tuple[Any, ...]) -> Selection:
-        """Return the selection of `pack`, in this or another process of the machine.
-
-        Raises:
-            NotFound: The process or the object that has packed it is gone.
-        """
+        """Return the selection of `pack`, in any process of the machine. Raises NotFound if its packer is gone."""
         if isinstance(packed[0], str):
             starts, first, order = _map_arrays(packed)
         else:
@@ -289,13 +274,7 @@ LAID_OUT_ROWS = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class BlockSpans:
-    """Blocks, and a selection's records in them; int64[k] each.
-
-    Attributes:
-        stored: Number of the block's first record.
-        place: Number of the selection's records before the block.
-        n_rows: Number of the selection's records in the block.
-    """
+    """Blocks, int64[k] each: number of the first record; selected records before the block, and in it."""
 
     stored: NDArray[np.int64]
     place: NDArray[np.int64]
@@ -320,11 +299,8 @@ class RowTables:
     ) -> NDArray[np.uint32]:
         """Return the rows in the stored blocks, uint32[n].
 
-        Args:
-            key: Key that identifies the blocks and their order.
-            spans: Function that returns the spans of these blocks; called if the key is new.
-            block: uint32[n], index of each row's block.
-            row: uint32[n], number of each row among the selection's rows of its block.
+        key identifies the blocks and their order; spans() is called if it is new. block: uint32[n], index of each row's
+        block; row: uint32[n], its number among the selection's rows of the block.
         """
         if not len(block):
             return row

@@ -135,9 +135,7 @@ class SelectionMethods:
 def record_numbers(indices: Any, n: int) -> NDArray[np.int64]:
     """Return record numbers as int64[n], 0 <= number < n, with negative ones counted from the end.
 
-    Raises:
-        IndexError: A record does not exist.
-        TypeError: A number is not an integer.
+    Raises IndexError and TypeError.
     """
     rows = np.asarray(indices)
     if rows.dtype == np.bool_ or (rows.size and rows.dtype.kind not in "iu"):

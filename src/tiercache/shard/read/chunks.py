@@ -6,9 +6,10 @@ import ctypes
 import importlib.util
 import mmap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 from typing import Any, Literal, NoReturn, TypeAlias
 from weakref import ref
 
@@ -25,7 +26,7 @@ from tiercache.shard.column_types import Kind
 from tiercache.shard.format import codec
 from tiercache.shard.format.layout import PAGE_BYTES, Footer, align
 from tiercache.shard.memory import BUFFER_POOL, Bytes, address_of
-from tiercache.shard.read.source import ByteSource, LocalCopy
+from tiercache.shard.read.source import ByteSource, LocalCopy, merge_ranges
 from tiercache.shard.schema import BITS, VAR, Stream
 from tiercache.waiting import SYSTEM_CLOCK
 
@@ -228,15 +229,6 @@ class LoadedChunks:
 _RowRanges: TypeAlias = tuple[Ids, Ids, Ids]
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """A range [start, end) of the file that holds neighbouring chunks, and its position in the receiving memory."""
-
-    start: int
-    end: int
-    position: int
-
-
 class Chunks:
     """The chunks of an open shard, numbered by block (block * n_columns + column). Thread-safe.
 
@@ -257,7 +249,9 @@ class Chunks:
 
     def ranges(self, ids: Ids) -> list[ByteRange]:
         """Return the ranges of the file that hold these chunks, int64[n]; neighbours form one range."""
-        return [ByteRange(run.start, run.end) for run in self._runs(np.unique(ids))]
+        ids = np.unique(ids)
+        starts = self._rows["offset"][ids].astype(np.int64)
+        return merge_ranges(starts, starts + self._rows["stored"][ids].astype(np.int64), _GAP_BYTES)
 
     def is_cached(self, ids: Ids) -> bool:
         """Return whether a complete or partial local copy holds these chunks now."""
@@ -278,7 +272,7 @@ class Chunks:
             return False
         return copy.lease.present([ByteRange(0, copy.n_bytes)])
 
-    def prefetch_columns(self, columns: Sequence[int], deadline_s: float | None) -> bool:
+    def prefetch_columns(self, columns: Sequence[int]) -> bool:
         """Have the local copy fetch whole columns whose single records are read, once that is as cheap.
 
         Returns whether no further call is needed.
@@ -288,7 +282,7 @@ class Chunks:
         ids = chunk_ids(range(self._footer.n_blocks), columns, len(self._footer.schema))
         n_bytes = int(self._rows["stored"][ids].sum())
         if n_bytes <= _BYTES_A_REQUEST:
-            self._source.ensure_cached(self.ranges(ids), deadline_s)
+            self._source.ensure_cached(self.ranges(ids))
         elif self._source.n_misses < min(n_bytes // _BYTES_A_REQUEST, _MOST_MISSES):
             return False
         else:
@@ -302,15 +296,13 @@ class Chunks:
             return True
         return not (self._rows["codec"][ids] == codec.RAW).any()
 
-    def load(self, ids: Ids, deadline_s: float | None) -> LoadedChunks:
+    def load(self, ids: Ids) -> LoadedChunks:
         """Load these chunks into memory, checked and decoded. Raises CorruptShard and StoreError."""
         if not len(ids):
             return LoadedChunks(np.zeros(0, np.uint64))
         ids, inverse = np.unique(ids, return_inverse=True)
         # If the copy has the chunks, ensure_cached() is not called: it touches each range, and waits for a cold disk.
-        copy = (
-            self._source.local_copy if self.is_cached(ids) else self._source.ensure_cached(self.ranges(ids), deadline_s)
-        )
+        copy = self._source.local_copy if self.is_cached(ids) else self._source.ensure_cached(self.ranges(ids))
         addresses = np.zeros(len(ids), np.uint64)
         mapped = self._mappable[ids] if copy is not None else np.zeros(len(ids), bool)
         owners: list[Any] = []
@@ -318,26 +310,22 @@ class Chunks:
             memory = copy.map_file()
             addresses[mapped] = np.uint64(address_of(memory)) + self._rows["offset"][ids[mapped]]
             owners.append(memory)
-        read = self._read(ids[~mapped], copy, deadline_s)
-        addresses[~mapped] = read.addresses
-        self._check(ids[~mapped], read.addresses)
-        decoded = self._decode(ids, addresses)
+        read, addresses[~mapped] = self._read(ids[~mapped], copy)
+        self._check(ids[~mapped], addresses[~mapped])
+        decoded, contents = self._decode(ids, addresses)
         keep_read = (self._rows["codec"][ids[~mapped]] == codec.RAW).any()
-        owners += (read.owners if keep_read else []) + decoded.owners
-        private_bytes = (read.private_bytes if keep_read else 0) + decoded.private_bytes
+        private = [*([read] if keep_read else []), *decoded]
         mapped_bytes = np.where(mapped, self._rows["stored"][ids].astype(np.uint64), np.uint64(0))
         return LoadedChunks(
-            decoded.addresses[inverse.ravel()],
-            owners,
-            private_bytes,
+            contents[inverse.ravel()],
+            owners + private,
+            sum(memory.nbytes for memory in private),
             mapped_bytes[inverse.ravel()],
             None if copy is None else self._pending(ids, addresses, mapped, copy, inverse.ravel()),
             copy,
         )
 
-    def load_rows(
-        self, blocks: Ids, columns: Sequence[int], position: Ids, row: Ids, deadline_s: float | None
-    ) -> LoadedChunks:
+    def load_rows(self, blocks: Ids, columns: Sequence[int], position: Ids, row: Ids) -> LoadedChunks:
         """Load chunks as load() does, but of raw chunks only the pages that hold some rows. No column is ARROW.
 
         A page stays where it lies in the file: in the mapping of the local copy, or in private memory of the shard's
@@ -346,13 +334,13 @@ class Chunks:
         """
         ids = chunk_ids(blocks, columns, len(self._footer.schema))
         raw = self._rows["codec"][ids] == codec.RAW
-        whole = self.load(ids[~raw], deadline_s)
+        whole = self.load(ids[~raw])
         rows, runs = self._row_ranges(ids, len(columns), position, row)
         copy = self._source.local_copy
         while True:
             memory = self._sparse_memory() if copy is None else copy.map_file()
-            if self._fetch(memory, rows, copy, deadline_s) and self._fetch(
-                memory, [self._run_ranges(memory, *run) for run in runs], copy, deadline_s
+            if self._fetch(memory, rows, copy) and self._fetch(
+                memory, [self._run_ranges(memory, *run) for run in runs], copy
             ):
                 break
             copy = None  # the cache does not fetch these pages: read them from the store
@@ -415,9 +403,7 @@ class Chunks:
         ends = (offset[:, None] + bounds * stream.width_bytes)[fits]
         return chunks[fits], ends[:, 0], ends[:, 1]
 
-    def _fetch(
-        self, memory: Bytes, ranges: Sequence[_RowRanges], copy: LocalCopy | None, deadline_s: float | None
-    ) -> bool:
+    def _fetch(self, memory: Bytes, ranges: Sequence[_RowRanges], copy: LocalCopy | None) -> bool:
         """Fetch the pages of byte ranges of chunks to their places in memory, with adjacent pages in one range."""
         if not ranges:
             return True
@@ -429,15 +415,11 @@ class Chunks:
             offset + starts // PAGE_BYTES * PAGE_BYTES,
             offset + np.minimum(-(-ends // PAGE_BYTES) * PAGE_BYTES, stored),
         )
-        order = np.argsort(first)
-        first, last = first[order], np.maximum.accumulate(last[order])
-        breaks = np.flatnonzero(first[1:] > last[:-1]) + 1
-        edges = zip([0, *breaks.tolist()], [*breaks.tolist(), len(first)], strict=True)
-        pages = [ByteRange(int(first[begin]), int(last[end - 1])) for begin, end in edges if begin < end]
+        pages = merge_ranges(first, last, 0)
         if copy is not None:
-            return self._source.ensure_cached(pages, deadline_s) is not None
+            return self._source.ensure_cached(pages) is not None
         if pages:
-            self._source.read([(page, memory[page.start : page.end].data) for page in pages], deadline_s)
+            self._source.read([(page, memory[page.start : page.end].data) for page in pages])
         return True
 
     def _pending(
@@ -460,33 +442,21 @@ class Chunks:
         rows[~paged] = 0
         return PendingChecks(rows[order], checked, self._footer.pages, _no_copy if copy is None else ref(copy))
 
-    def _runs(self, ids: Ids) -> Iterator[_Run]:
-        """Yield the ranges that hold these chunks, which are in file order; close chunks form one range."""
-        position = 0
-        starts = self._rows["offset"][ids]
-        ends = starts + self._rows["stored"][ids]
-        breaks = np.flatnonzero(starts[1:] > ends[:-1] + np.uint64(_GAP_BYTES)) + 1
-        for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), len(ids)], strict=True):
-            if first < last:
-                run = _Run(int(starts[first]), int(ends[last - 1]), position)
-                position = align(position + run.end - run.start)
-                yield run
-
-    def _read(self, ids: Ids, copy: LocalCopy | None, deadline_s: float | None) -> LoadedChunks:
-        """Read the stored bytes of chunks into private memory; each chunk keeps its alignment in the file."""
-        runs = list(self._runs(ids))
-        memory = BUFFER_POOL.allocate(align(runs[-1].position + runs[-1].end - runs[-1].start) if runs else 0)
-        spans = [(ByteRange(r.start, r.end), memory[r.position : r.position + r.end - r.start].data) for r in runs]
+    def _read(self, ids: Ids, copy: LocalCopy | None) -> tuple[Bytes, Addresses]:
+        """Read stored bytes of chunks into private memory, aligned as in the file. Returns memory and addresses."""
+        ranges = self.ranges(ids)
+        positions = list(accumulate((align(r.n_bytes) for r in ranges), initial=0))
+        memory = BUFFER_POOL.allocate(positions[-1])
+        spans = [(r, memory[at : at + r.n_bytes].data) for r, at in zip(ranges, positions, strict=False)]
         if copy is not None:
             copy.read(spans)
         elif spans:
-            self._source.read(spans, deadline_s)
-        offsets = self._rows["offset"][ids]
-        run_starts = np.array([run.start for run in runs], np.uint64)
-        shifts = np.array([address_of(memory) + run.position - run.start for run in runs], np.int64)
-        of_run = np.searchsorted(run_starts, offsets, side="right") - 1
-        addresses = (offsets.astype(np.int64) + shifts[of_run]).astype(np.uint64)
-        return LoadedChunks(addresses, [memory], memory.nbytes)
+            self._source.read(spans)
+        starts = np.array([r.start for r in ranges], np.int64)
+        offsets = self._rows["offset"][ids].astype(np.int64)
+        of_range = np.searchsorted(starts, offsets, side="right") - 1
+        shifts = address_of(memory) + np.array(positions[:-1], np.int64) - starts
+        return memory, (offsets + shifts[of_range]).astype(np.uint64)
 
     def _check(self, ids: Ids, addresses: Addresses) -> None:
         """Compare the checksums of stored bytes that were read into private memory."""
@@ -499,20 +469,19 @@ class Chunks:
         if wrong.any():
             self.fail(int(ids[np.argmax(wrong)]), "CRC-32C does not match")
 
-    def _decode(self, ids: Ids, addresses: Addresses) -> LoadedChunks:
-        """Decode compressed chunks into one allocation, and return the addresses with those of the decoded content."""
+    def _decode(self, ids: Ids, addresses: Addresses) -> tuple[list[Bytes], Addresses]:
+        """Decode compressed chunks. Returns the memory, if any, and the addresses with those of the decoded content."""
         rows = self._rows[ids]
         frames = np.flatnonzero(rows["codec"] == codec.ZSTD)
         if not len(frames):
-            return LoadedChunks(addresses)
+            return [], addresses
         stored, raw = (rows[field][frames].astype(np.uint64) for field in ("stored", "raw"))
+        decoded = addresses.copy()
         try:
-            memory, contents = decode(addresses[frames], stored, raw)
+            memory, decoded[frames] = decode(addresses[frames], stored, raw)
         except BadFrameError as error:
             self.fail(int(ids[frames[error.number]]), str(error), error)
-        decoded = addresses.copy()
-        decoded[frames] = contents
-        return LoadedChunks(decoded, [memory], memory.nbytes)
+        return [memory], decoded
 
     def fail(self, chunk: int, message: str, cause: BaseException | None = None) -> NoReturn:
         """Raise CorruptShard for the chunk with this number."""

@@ -85,24 +85,19 @@ class ShardReader:
         copy = self._source.local_copy
         return 0 if copy is None else copy.lease.n_descriptors
 
-    def prefetch(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
-        """Start fetching these blocks into the local copy, without waiting. Does nothing without a local copy."""
-        self._check_open()
-        self._source.prefetch(self._chunks.ranges(self._ids(blocks, columns)))
-
-    def load(self, blocks: Sequence[int], columns: Sequence[int], *, deadline_s: float | None = None) -> Blocks:
+    def load(self, blocks: Sequence[int], columns: Sequence[int]) -> Blocks:
         """Load some blocks and columns, by their numbers, into memory, checked and decoded.
 
         Raw chunks of a local copy stay in the mapping. Their pages are checked when they are first read: by the caller
         of the gather (Blocks.pending_checks), by block_values, or by Blocks.array.
 
-        Raises CorruptShard, which names block and column; or StoreError if the store failed or deadline_s passed.
+        Raises CorruptShard, which names block and column, and StoreError.
         """
         self._check_open()
         check_indices("columns", columns, len(self.schema))
         is_kept = self._kept_of(columns) is not None or self._chunks.can_keep_blocks(columns)
         whole = self.mapped_blocks(columns) if is_kept else None
-        return self._load(blocks, columns, deadline_s) if whole is None else whole.select(blocks)
+        return self._load(blocks, columns) if whole is None else whole.select(blocks)
 
     def is_mapped(self, columns: Sequence[int]) -> bool:
         """Return whether all blocks of these columns are read in place, in the mapping of a local copy."""
@@ -125,7 +120,7 @@ class ShardReader:
         blocks = range(self.footer.n_blocks)
         if not blocks or self._verify == "always" or not self._chunks.are_mapped(self._ids(blocks, columns)):
             return None
-        found = self._load(blocks, columns, None)
+        found = self._load(blocks, columns)
         if not found.is_cached:  # another thread closed the reader
             return None
         self._kept = found
@@ -133,9 +128,7 @@ class ShardReader:
             self._kept = None
         return found
 
-    def take(
-        self, rows: npt.ArrayLike, columns: Sequence[int], *, deadline_s: float | None = None
-    ) -> list[ColumnValues]:
+    def take(self, rows: npt.ArrayLike, columns: Sequence[int]) -> list[ColumnValues]:
         """Return the values of single records, in the order of rows. Of a raw column, only the needed pages are read.
 
         Raises IndexError for a row or column that does not exist, and as load().
@@ -148,7 +141,7 @@ class ShardReader:
             )
         self._ids([], columns)
         asked = list(dict.fromkeys(map(int, columns)))
-        if not self._prefetched.issuperset(asked) and self._chunks.prefetch_columns(asked, deadline_s):
+        if not self._prefetched.issuperset(asked) and self._chunks.prefetch_columns(asked):
             self._prefetched = self._prefetched.union(asked)
         of_row = np.searchsorted(self.footer.block_first, numbers.astype(np.uint64), side="right") - 1
         row = numbers - self.footer.block_first[of_row].astype(np.int64)
@@ -160,9 +153,9 @@ class ShardReader:
             if not chosen:
                 continue
             if chosen is whole:
-                loaded = self._chunks.load(chunk_ids(blocks, chosen, len(self.schema)), deadline_s)
+                loaded = self._chunks.load(chunk_ids(blocks, chosen, len(self.schema)))
             else:
-                loaded = self._chunks.load_rows(blocks, chosen, position, row, deadline_s)
+                loaded = self._chunks.load_rows(blocks, chosen, position, row)
             loaded_blocks = Blocks(self.footer, self.url, tuple(blocks.tolist()), tuple(chosen), loaded)
             places = position.astype(np.uint32), row.astype(np.uint32)
             found |= zip(chosen, block_values(loaded_blocks, chosen, *places, self._served), strict=True)
@@ -172,8 +165,8 @@ class ShardReader:
         kept = self._kept
         return kept if kept is not None and kept.columns == tuple(columns) else None
 
-    def _load(self, blocks: Sequence[int], columns: Sequence[int], deadline_s: float | None) -> Blocks:
-        loaded = self._chunks.load(self._ids(blocks, columns), deadline_s)
+    def _load(self, blocks: Sequence[int], columns: Sequence[int]) -> Blocks:
+        loaded = self._chunks.load(self._ids(blocks, columns))
         return Blocks(self.footer, self.url, tuple(map(int, blocks)), tuple(map(int, columns)), loaded)
 
     def _ids(self, blocks: Sequence[int], columns: Sequence[int]) -> Ids:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tiercache._native.residence import Mapping
 from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
@@ -124,7 +125,7 @@ class ByteSource:
         if self._copy is not None:
             self._copy.lease.prefetch(ranges)
 
-    def ensure_cached(self, ranges: Sequence[ByteRange], deadline_s: float | None) -> LocalCopy | None:
+    def ensure_cached(self, ranges: Sequence[ByteRange]) -> LocalCopy | None:
         """Return the local copy after these ranges are present; None if the caller must read() them from the store."""
         copy = self._copy
         if copy is None:
@@ -133,15 +134,15 @@ class ByteSource:
             self.n_misses += 1
             copy.lease.prefetch(ranges)
         with os_errors("open the local copy", self.url):  # wait() may open the file that was fetched
-            return copy if copy.lease.wait(ranges, deadline_s=deadline_s) else None
+            return copy if copy.lease.wait(ranges) else None
 
-    def read(self, spans: Sequence[Span], deadline_s: float | None) -> None:
+    def read(self, spans: Sequence[Span]) -> None:
         """Fill each span from the store. If tail() has read an ETag, an object that has changed since is an error.
 
         Raises CorruptShard if the object is too short, and StoreError.
         """
         try:
-            self._store.read_into(self._key, spans, if_match=self.etag, deadline_s=deadline_s)
+            self._store.read_into(self._key, spans, if_match=self.etag)
         except (NotFound, ObjectChanged):
             raise
         except StoreError as error:
@@ -159,7 +160,7 @@ class ByteSource:
         copy = self._copy
         if copy is not None:
             span = ByteRange(max(copy.n_bytes - n_bytes, 0), copy.n_bytes)
-            if self.ensure_cached([span], None) is not None:
+            if self.ensure_cached([span]) is not None:
                 data = bytearray(span.n_bytes)
                 copy.read([(span, memoryview(data))])
                 return bytes(data), copy.n_bytes
@@ -173,11 +174,11 @@ class ByteSource:
         if self._copy is None or not self._copy.lease.present([span]):
             check_claimed_size(self._store, self._key, span, url=self.url, part="file")
         data = bytearray(span.n_bytes)
-        copy = self.ensure_cached([span], None)
+        copy = self.ensure_cached([span])
         if copy is not None:
             copy.read([(span, memoryview(data))])
         else:
-            self.read([(span, memoryview(data))], None)
+            self.read([(span, memoryview(data))])
         return bytes(data)
 
     def close(self) -> None:
@@ -266,11 +267,17 @@ _GAP_BYTES = 16 << 10
 def column_ranges(footer: Footer, info: ShardInfo, columns: Sequence[int]) -> tuple[ByteRange, ...] | None:
     """Return the ranges of all blocks of these columns and of the footer; None if they are nearly the whole shard."""
     chunks = footer.chunks[:, list(columns)].ravel()
-    starts = np.sort(chunks["offset"].astype(np.int64))
-    ends = (chunks["offset"] + chunks["stored"]).astype(np.int64)[np.argsort(chunks["offset"], kind="stable")]
-    starts, ends = np.append(starts, info.footer_offset), np.append(ends, info.n_bytes)
-    breaks = np.flatnonzero(starts[1:] > ends[:-1] + _GAP_BYTES) + 1
-    first, last = np.append(0, breaks), np.append(breaks, len(starts)) - 1
-    if int((ends[last] - starts[first]).sum()) * _OF >= info.n_bytes * _MOST:
-        return None
-    return tuple(map(ByteRange, starts[first].tolist(), ends[last].tolist()))
+    starts = np.append(chunks["offset"].astype(np.int64), info.footer_offset)
+    ends = np.append((chunks["offset"] + chunks["stored"]).astype(np.int64), info.n_bytes)
+    ranges = merge_ranges(starts, ends, _GAP_BYTES)
+    return None if sum(r.n_bytes for r in ranges) * _OF >= info.n_bytes * _MOST else tuple(ranges)
+
+
+def merge_ranges(starts: NDArray[np.int64], ends: NDArray[np.int64], gap_bytes: int) -> list[ByteRange]:
+    """Return ranges in order, with those merged that overlap or have at most gap_bytes between them."""
+    if not len(starts):
+        return []
+    order = np.argsort(starts, kind="stable")
+    starts, ends = starts[order], np.maximum.accumulate(ends[order])
+    first = np.flatnonzero(np.r_[True, starts[1:] > ends[:-1] + gap_bytes])
+    return list(map(ByteRange, starts[first].tolist(), ends[np.r_[first[1:] - 1, len(ends) - 1]].tolist()))

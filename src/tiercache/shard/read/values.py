@@ -350,5 +350,5 @@ def join_arrow(
     order = np.empty(len(where), np.int64)
     order[where] = np.arange(len(where))
     is_in_order = bool((where[1:] > where[:-1]).all())
-    columns = [pa.concat_arrays([part[c] for part in parts]) for c in range(len(parts[0]))]
+    columns = [part[0] if len(part) == 1 else pa.concat_arrays(part) for part in zip(*parts, strict=True)]
     return columns if is_in_order else [column.take(pa.array(order)) for column in columns]

@@ -284,7 +284,14 @@ def latest(store: Store) -> Version:
 
     Raises NotFound without a data set, CorruptShard, UnsupportedFormat and StoreError.
     """
-    found = newest_from(store, _hinted(store) or 0) or newest_from(store, _listed(store))
+    try:
+        hint = parse_hint(store.get(HINT_KEY)) or 0
+    except NotFound:
+        hint = 0
+    found = newest_from(store, hint)
+    if found is None:
+        highest = version_log(store).highest()
+        found = newest_from(store, 1 if highest is None else highest)  # None: the store cannot list
     if found is None:
         raise NotFound("no data set here: it has no version", url=store.url)
     return found
@@ -342,16 +349,3 @@ def _parsed(store: Store, data: bytes, number: int) -> Version:
     except SchemaError as error:
         raise CorruptShard(f"the schema cannot be read: {error}", url=url, part="version") from error
     return version
-
-
-def _hinted(store: Store) -> int | None:
-    try:
-        return parse_hint(store.get(HINT_KEY))
-    except NotFound:
-        return None
-
-
-def _listed(store: Store) -> int:
-    """Return the version number to probe from without a hint: the highest listed one, or 1 if the store cannot list."""
-    highest = version_log(store).highest()
-    return 1 if highest is None else highest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,7 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.types as pt
 
+from tiercache._native.checksum import lay_out
 from tiercache.shard.column_types import Kind
+from tiercache.shard.format.layout import ALIGN_BYTES, PAGE_BYTES, align
+from tiercache.shard.memory import Bytes, address_of
 from tiercache.shard.schema import Column
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -98,29 +102,45 @@ def record_bytes(column: Column, part: ColumnData) -> int | npt.NDArray[np.int64
     return sizes
 
 
-@dataclass(frozen=True, slots=True)
 class EncodedChunk:
-    """The Arrow nodes (length, nulls) and buffers (contiguous arrays, or None) of a chunk, both depth first."""
+    """A chunk to be written: its buffers one after the other, each aligned to ALIGN_BYTES.
 
-    nodes: tuple[tuple[int, int], ...]
-    buffers: tuple[Any, ...]
+    Attributes:
+        nodes: (length, nulls) of the Arrow nodes, depth first.
+        lengths: Number of bytes of each buffer, depth first, without padding.
+        ends: Offset of each buffer in the chunk, and the end of the chunk.
+    """
+
+    def __init__(self, nodes: Sequence[tuple[int, int]], buffers: Sequence[Any]) -> None:
+        self.nodes = nodes
+        self._buffers = [np.zeros(0, np.uint8) if one is None else np.ascontiguousarray(one) for one in buffers]
+        self.lengths = [buffer.nbytes for buffer in self._buffers]
+        self.ends = list(accumulate(map(align, self.lengths), initial=0))
+        self.n_bytes = self.ends[-1]
+
+    def lay_out(self, raw: Bytes) -> tuple[int, npt.NDArray[np.uint32]]:
+        """Copy the buffers to raw, uint8[n_bytes]. Returns the CRC-32C of the chunk and of each page."""
+        sums = np.empty(-(-len(raw) // PAGE_BYTES), np.uint32)
+        addresses = np.array([address_of(buffer) for buffer in self._buffers], np.uint64)
+        return lay_out(addresses, np.array(self.lengths, np.uint64), ALIGN_BYTES, raw, PAGE_BYTES, sums), sums
 
 
 def encode(column: Column, part: ColumnData) -> EncodedChunk:
-    """Return the Arrow nodes and buffers of column data. Offsets begin at 0; validity bits exist only with nulls."""
+    """Return column data as Arrow buffers. Offsets begin at 0; validity bits exist only with nulls."""
     if part.array is not None:
-        return _encode_arrow(part.array)
-    n = part.n
+        plain = _plain(part.array)
+        buffers = [None if buffer is None else np.frombuffer(buffer, np.uint8) for buffer in plain.buffers()]
+        return EncodedChunk(tuple(_nodes(plain)), buffers)
+    n, values = part.n, part.values
     nulls = 0 if part.valid is None else n - int(np.count_nonzero(part.valid))
     validity = _bits(part.valid) if nulls else None
     top = (n, nulls)
-    if column.kind is Kind.SCALAR:
-        return EncodedChunk((top,), (validity, part.values))
-    if column.kind is Kind.BOOL:
-        return EncodedChunk((top,), (validity, _bits(part.values)))
-    if column.kind is Kind.TENSOR:
-        return EncodedChunk((top, (n * column.n_elements, 0)), (validity, None, part.values))
-    values, offsets = _from_zero(part)
+    if part.offsets is None or values is None:
+        if column.kind is Kind.TENSOR:
+            return EncodedChunk((top, (n * column.n_elements, 0)), (validity, None, values))
+        return EncodedChunk((top,), (validity, _bits(values) if column.kind is Kind.BOOL else values))
+    first, last = int(part.offsets[0]), int(part.offsets[-1])
+    values, offsets = values[first:last], part.offsets - first if first else part.offsets
     if column.kind is not Kind.RAGGED:
         return EncodedChunk((top,), (validity, offsets, values))
     inner = ((n, 0), (len(values), 0), (n, 0), (n * len(column.shape), 0))
@@ -132,20 +152,6 @@ def _bits(flags: Any) -> Array:
     return np.packbits(flags, bitorder="little")
 
 
-def _from_zero(part: ColumnData) -> tuple[Array, Array]:
-    values, offsets = part.values, part.offsets
-    if values is None or offsets is None:
-        raise TypeError("a part without offsets has no runs")
-    first = int(offsets[0])
-    return values[first : int(offsets[-1])], offsets - first if first else offsets
-
-
-def _encode_arrow(array: pa.Array) -> EncodedChunk:
-    plain = _plain(array)
-    buffers = tuple(None if buffer is None else np.frombuffer(buffer, np.uint8) for buffer in plain.buffers())
-    return EncodedChunk(tuple(_nodes(plain)), buffers)
-
-
 def _plain(array: pa.Array) -> pa.Array:
     """Return a copy without slice offsets, unused child values and needless validity bits, by an IPC record batch."""
     batch = pa.RecordBatch.from_arrays([array], ["x"])
@@ -155,13 +161,10 @@ def _plain(array: pa.Array) -> pa.Array:
 def _nodes(array: pa.Array) -> Iterator[tuple[int, int]]:
     yield len(array), array.null_count
     if pt.is_struct(array.type):
-        children = [array.field(i) for i in range(array.type.num_fields)]
+        for i in range(array.type.num_fields):
+            yield from _nodes(array.field(i))
     elif pt.is_nested(array.type):
-        children = [array.values]
-    else:
-        children = []
-    for child in children:
-        yield from _nodes(child)
+        yield from _nodes(array.values)
 
 
 def shapes_of(column: Column, n: int, shape: Sequence[int]) -> Array:

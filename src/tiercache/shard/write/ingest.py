@@ -49,21 +49,12 @@ def convert_arrow(column: Column, data: pa.Array | pa.ChunkedArray) -> ColumnDat
     if isinstance(array, pa.ChunkedArray):  # older pyarrow returns a ChunkedArray if there are no chunks
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
     if isinstance(array.type, pa.BaseExtensionType):
-        array = _storage(array)
+        array = pc.not_equal(array.storage, 0) if array.type.extension_name == "arrow.bool8" else array.storage
     if pt.is_dictionary(array.type):
         array = array.dictionary_decode()
     valid = _valid(column, array)
     part = _HOW[column.kind](column, array)
-    return (
-        part
-        if valid is None or part.array is not None
-        else ColumnData(part.n, part.values, part.offsets, part.shapes, valid)
-    )
-
-
-def _storage(array: pa.Array) -> pa.Array:
-    storage = array.storage
-    return pc.not_equal(storage, 0) if array.type.extension_name == "arrow.bool8" else storage
+    return part if valid is None or part.array is not None else replace(part, valid=valid)
 
 
 def _valid(column: Column, array: pa.Array) -> Array | None:
@@ -87,14 +78,6 @@ def _numbers(column: Column, array: pa.Array) -> Array:
         raise _no(column, array)
     elements = array.to_numpy(zero_copy_only=False)
     return fit(elements, elements.dtype.name, column.dtype or "")
-
-
-def _scalars(column: Column, array: pa.Array) -> ColumnData:
-    return ColumnData(len(array), _numbers(column, array).reshape(-1, 1))
-
-
-def _bools(column: Column, array: pa.Array) -> ColumnData:
-    return ColumnData(len(array), _numbers(column, array))
 
 
 def _tensors(column: Column, array: pa.Array) -> ColumnData:
@@ -233,9 +216,9 @@ def _any_arrow(column: Column, array: pa.Array) -> ColumnData:
 
 
 # JSON is missing, because its values are parsed and arrive as a list.
-_HOW = {
-    Kind.SCALAR: _scalars,
-    Kind.BOOL: _bools,
+_HOW: dict[Kind, Callable[[Column, pa.Array], ColumnData]] = {
+    Kind.SCALAR: lambda column, array: ColumnData(len(array), _numbers(column, array).reshape(-1, 1)),
+    Kind.BOOL: lambda column, array: ColumnData(len(array), _numbers(column, array)),
     Kind.TENSOR: _tensors,
     Kind.RAGGED: _ragged,
     Kind.BYTES: _runs,
@@ -508,7 +491,7 @@ def build_column_data(column: Column, converted: Sequence[Any]) -> ColumnData:
     """Join the results of value_converter() into column data in new memory. A null is stored as zeros, or as empty."""
     n = len(converted)
     valid = None
-    if column.nullable and None in map(_none_or_not, converted):
+    if column.nullable and any(value is None for value in converted):
         valid = np.fromiter((value is not None for value in converted), bool, n)
     if column.kind is Kind.ARROW:
         null = pa.nulls(1, column.arrow.type)
@@ -523,10 +506,6 @@ def build_column_data(column: Column, converted: Sequence[Any]) -> ColumnData:
     zero: Any = np.zeros(column.shape, column.stored) if column.kind is Kind.TENSOR else 0
     values = np.array([zero if value is None else value for value in converted], column.stored)
     return ColumnData(n, values if column.kind is Kind.BOOL else values.reshape(n, column.n_elements), valid=valid)
-
-
-def _none_or_not(value: Any) -> bool | None:
-    return None if value is None else True
 
 
 def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -9,21 +9,20 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import accumulate
 from queue import SimpleQueue
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from tiercache._native.checksum import combine, crc32c, lay_out
+from tiercache._native.checksum import combine, crc32c
 from tiercache.errors import StoreError
 from tiercache.model import ShardInfo
 from tiercache.shard.format import codec
 from tiercache.shard.format.codec import BlockCodec
-from tiercache.shard.format.layout import ALIGN_BYTES, CHUNK_ROW, PAGE_BYTES, Footer, Tail, align, pack_head
+from tiercache.shard.format.layout import CHUNK_ROW, Footer, Tail, align, pack_head
 from tiercache.shard.format.statistics import ColumnStatistics
-from tiercache.shard.memory import BUFFER_POOL, Bytes, address_of
+from tiercache.shard.memory import BUFFER_POOL, Bytes
 from tiercache.shard.schema import Schema
 from tiercache.shard.write.column_data import ColumnData, EncodedChunk, encode
 from tiercache.store.contract import Store, Upload
@@ -192,9 +191,6 @@ class UploadQueue:
             self._open.pop()
 
 
-_EMPTY = np.zeros(0, np.uint8)
-
-
 class _PartBuffer:
     """Collects bytes into upload parts, and computes the CRC-32C of the whole file.
 
@@ -245,32 +241,6 @@ class _PartBuffer:
         self._uploads.complete(self._upload)
 
 
-class _Chunk:
-    """A chunk to be written: its buffers one after the other, each aligned to ALIGN_BYTES.
-
-    Attributes:
-        lengths: Number of bytes of each buffer, without padding.
-        ends: Offset of each buffer in the chunk, and the end of the chunk.
-    """
-
-    def __init__(self, encoded: EncodedChunk) -> None:
-        self.nodes = encoded.nodes
-        self._pieces = [_EMPTY if buffer is None else np.ascontiguousarray(buffer) for buffer in encoded.buffers]
-        self.lengths = [piece.nbytes for piece in self._pieces]
-        self.ends = list(accumulate(map(align, self.lengths), initial=0))
-
-    @property
-    def n_bytes(self) -> int:
-        """Number of bytes of the chunk before compression."""
-        return self.ends[-1]
-
-    def lay_out(self, raw: Bytes) -> tuple[int, npt.NDArray[np.uint32]]:
-        """Copy the buffers to raw, uint8[n_bytes]. Returns the CRC-32C of the chunk and of each page."""
-        sums = np.empty(-(-len(raw) // PAGE_BYTES), np.uint32)
-        addresses = np.array([address_of(piece) for piece in self._pieces], np.uint64)
-        return lay_out(addresses, np.array(self.lengths, np.uint64), ALIGN_BYTES, raw, PAGE_BYTES, sums), sums
-
-
 class ShardFile:
     """A shard that is being written, invisible before finish(). For one thread. Abort its uploads to discard it."""
 
@@ -303,7 +273,7 @@ class ShardFile:
 
     def add_block(self, parts: Sequence[ColumnData]) -> None:
         """Append a block. parts: Data of each column, of equal lengths."""
-        chunks = [_Chunk(encode(column, part)) for column, part in zip(self._schema.columns, parts, strict=True)]
+        chunks = [encode(column, part) for column, part in zip(self._schema.columns, parts, strict=True)]
         frames = self._codec.encode([chunk.n_bytes for chunk in chunks], lambda number: self._laid_out(chunks[number]))
         for number, (chunk, frame) in enumerate(zip(chunks, frames, strict=True)):
             stored_bytes = self._add_chunk(chunk, frame)
@@ -313,13 +283,13 @@ class ShardFile:
         self._block_first.append(self._block_first[-1] + parts[0].n)
         self.n_blocks += 1
 
-    def _laid_out(self, chunk: _Chunk) -> Bytes:
+    def _laid_out(self, chunk: EncodedChunk) -> Bytes:
         """Lay out a chunk in the memory of the file's next bytes, and return it; it is not appended yet."""
         raw = self._out.reserve(chunk.n_bytes)
         chunk.lay_out(raw)
         return raw
 
-    def _add_chunk(self, chunk: _Chunk, frame: bytes | None) -> int:
+    def _add_chunk(self, chunk: EncodedChunk, frame: bytes | None) -> int:
         """Append a chunk, raw if frame is None, otherwise as the frame. Returns its number of stored bytes."""
         first_node, first_buffer, first_page = len(self._nodes), len(self._buffers), self._n_pages
         self._nodes.extend(chunk.nodes)
@@ -342,7 +312,19 @@ class ShardFile:
         """Write footer and tail, and queue the completion of the upload. Returns the description of the shard."""
         names = self._schema.names
         statistics = {name: column.as_json() for name, column in zip(names, self._statistics, strict=True)}
-        footer = self._footer(statistics, metadata)
+        footer = Footer(
+            schema=self._schema,
+            shard_id=self._shard_id,
+            n_records=self._block_first[-1],
+            n_blocks=self.n_blocks,
+            block_first=np.array(self._block_first, np.uint64),
+            chunks=np.array(self._chunks, CHUNK_ROW).reshape(self.n_blocks, len(self._schema)),
+            nodes=np.array(self._nodes, np.uint64).reshape(-1, 2),
+            buffers=np.array(self._buffers, np.uint64).reshape(-1, 2),
+            pages=np.concatenate([np.zeros(0, np.uint32), *self._pages]),
+            statistics=statistics,
+            metadata=metadata,
+        )
         stored, raw_bytes = footer.pack()
         tail = Tail(self._out.n_bytes, len(stored), raw_bytes, crc32c(stored))
         self._out.append(stored)
@@ -357,19 +339,4 @@ class ShardFile:
             footer_offset=tail.footer_offset,
             footer_bytes=tail.footer_bytes,
             stats_json=json.dumps(statistics, sort_keys=True, separators=(",", ":")),
-        )
-
-    def _footer(self, statistics: Mapping[str, Any], metadata: Mapping[str, Any]) -> Footer:
-        return Footer(
-            schema=self._schema,
-            shard_id=self._shard_id,
-            n_records=self._block_first[-1],
-            n_blocks=self.n_blocks,
-            block_first=np.array(self._block_first, np.uint64),
-            chunks=np.array(self._chunks, CHUNK_ROW).reshape(self.n_blocks, len(self._schema)),
-            nodes=np.array(self._nodes, np.uint64).reshape(-1, 2),
-            buffers=np.array(self._buffers, np.uint64).reshape(-1, 2),
-            pages=np.concatenate([np.zeros(0, np.uint32), *self._pages]),
-            statistics=statistics,
-            metadata=metadata,
         )

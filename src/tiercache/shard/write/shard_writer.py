@@ -273,7 +273,11 @@ class ShardWriter:
         if isinstance(columns, pa.RecordBatch | pa.Table):
             if len(set(columns.schema.names)) != len(columns.schema.names):
                 raise SchemaError(f"column names must differ, got {columns.schema.names}")
-            columns = {field.name: _as_said(field, columns.column(field.name)) for field in columns.schema}
+            # The metadata of a field says whether the column is in stored form.
+            columns = {
+                field.name: StoredArray(data) if TYPE_KEY in (field.metadata or {}) else data
+                for field, data in zip(columns.schema, columns.columns, strict=True)
+            }
         self._check_names(columns, at_record=None)
         parts = self._parts(columns)
         if not parts[0].n:
@@ -286,10 +290,13 @@ class ShardWriter:
         self._ended = ""
 
     def _parts(self, columns: Mapping[str, Any]) -> BlockData:
-        given = {
-            name: convert_batch_column(self._schema.columns[self._schema.index(name)], data, self.n_records)
-            for name, data in columns.items()
-        }
+        given: dict[str, ColumnData] = {}
+        for name, data in columns.items():
+            column = self._schema.columns[self._schema.index(name)]
+            try:
+                given[name] = convert_column(column, data)
+            except ConversionError as error:
+                raise misfit_error(column, error, self.n_records + error.index) from error
         lengths = {name: part.n for name, part in given.items()}
         n = next(iter(lengths.values()), 0)
         for name, length in lengths.items():
@@ -399,16 +406,3 @@ class ShardWriter:
                 self.finish()
         finally:
             self.abort()  # does nothing after finish()
-
-
-def _as_said(field: pa.Field, data: pa.Array | pa.ChunkedArray) -> Any:
-    """Return a column of an Arrow table; as Stored if the metadata of its field says that it is in stored form."""
-    return StoredArray(data) if TYPE_KEY in (field.metadata or {}) else data
-
-
-def convert_batch_column(column: Column, data: Any, first_record: int) -> Any:
-    """Return convert_column(column, data); its ConversionError becomes a SchemaError with the number of the record."""
-    try:
-        return convert_column(column, data)
-    except ConversionError as error:
-        raise misfit_error(column, error, first_record + error.index) from error
