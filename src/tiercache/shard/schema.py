@@ -339,7 +339,7 @@ class Column:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Not every pyarrow release can pickle a field of an extension type; the metadata of the field holds the type.
-        return _column_from_bytes, (_schema_bytes(pa.schema([self.arrow])),)
+        return _column_from_bytes, (Schema([self]).to_bytes(),)
 
 
 def find_bad_shape(column: Column, shapes: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> int | None:
@@ -418,7 +418,7 @@ class Schema:
 
     def to_bytes(self) -> bytes:
         """Return the schema as an Arrow IPC schema message."""
-        return _schema_bytes(self.arrow)
+        return bytes(self.arrow.serialize())
 
     @staticmethod
     def from_bytes(data: bytes) -> Schema:
@@ -445,10 +445,6 @@ def check_mapping(named: object) -> None:
     """Check that values are given as a mapping of column names to values. Raises TypeError otherwise."""
     if not isinstance(named, Mapping):
         raise TypeError(f"values come as a mapping from column names (or an Arrow batch), got {type(named).__name__}")
-
-
-def _schema_bytes(schema: pa.Schema) -> bytes:
-    return bytes(schema.serialize())
 
 
 @lru_cache(maxsize=64)
@@ -495,7 +491,6 @@ def _build(
     name: str,
     kind: Kind,
     nullable: bool,
-    *,
     dtype: str | None = None,
     shape: tuple[int | None, ...] = (),
     encoding: str | None = None,
@@ -527,24 +522,15 @@ def _arrow_type(kind: Kind, dtype: str | None, shape: tuple[int | None, ...], en
 
 def _column_of_field(name: str, field: pa.Field) -> Column:
     said = (field.metadata or {}).get(TYPE_KEY)
-    if said is not None:
-        return _column_as_said(name, field, said)
-    user = type_of_arrow(field.type)
-    if isinstance(user, pa.DataType):
-        storable = storable_type(user)
-        return Column(
-            name, Kind.ARROW, None, (), field.nullable, None, pa.field(name, storable, nullable=field.nullable)
-        )
-    column = _column_of(name, user)
-    return _build(
-        name,
-        column.kind,
-        field.nullable,
-        dtype=column.dtype,
-        shape=column.shape,
-        encoding=column.encoding,
-        kept=_kept(field),
-    )
+    if said is None:
+        user = type_of_arrow(field.type)
+        if isinstance(user, pa.DataType):
+            arrow = pa.field(name, storable_type(user), nullable=field.nullable)
+            return Column(name, Kind.ARROW, None, (), field.nullable, None, arrow)
+        plain = _column_of(name, user)
+    else:
+        plain = _column_as_said(name, field, said)
+    return _build(name, plain.kind, field.nullable, plain.dtype, plain.shape, plain.encoding, _kept(field))
 
 
 def _column_as_said(name: str, field: pa.Field, said: bytes) -> Column:
@@ -555,14 +541,14 @@ def _column_as_said(name: str, field: pa.Field, said: bytes) -> Column:
             raise UnknownKindError(f"no such kind here: {facts['kind']!r}", column=name, kind=facts["kind"])
         kind, shape = Kind(facts["kind"]), tuple(facts.get("shape", ()))
         dtype, encoding = facts.get("dtype"), facts.get("encoding")
-        users: dict[Kind, UserType] = {Kind.SCALAR: dtype, Kind.BOOL: "bool"}
+        user: UserType = {Kind.SCALAR: dtype, Kind.BOOL: "bool"}.get(kind, kind.value)
         if kind is Kind.TENSOR:
-            users[kind] = Tensor(dtype, shape)
+            user = Tensor(dtype, shape)
         elif kind is Kind.RAGGED:
-            users[kind] = Ragged(dtype, shape)
+            user = Ragged(dtype, shape)
         elif kind is Kind.IMAGE:
-            users[kind] = Image(encoding)
-        plain = _column_of(name, users.get(kind, kind.value))
+            user = Image(encoding)
+        plain = _column_of(name, user)
     except UnknownKindError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -570,9 +556,7 @@ def _column_as_said(name: str, field: pa.Field, said: bytes) -> Column:
     storage = field.type.storage_type if isinstance(field.type, pa.BaseExtensionType) else field.type
     if plain.kind is not kind or plain.storage_type != storage:
         raise SchemaError(f"the type {said!r} is not stored as {storage}", column=name)
-    return _build(
-        name, kind, field.nullable, dtype=plain.dtype, shape=plain.shape, encoding=plain.encoding, kept=_kept(field)
-    )
+    return plain
 
 
 def _kept(field: pa.Field) -> dict[bytes, bytes]:

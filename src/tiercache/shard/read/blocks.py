@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import mmap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +20,6 @@ from tiercache.shard.schema import VAR, Kind, Schema, Stream
 
 Indices: TypeAlias = npt.NDArray[np.uint32]
 _MEMORY_PAGE_BYTES = np.uint64(mmap.PAGESIZE)
-
-
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """Reference that Arrow buffers hold: the owners of the bytes to which the buffers point."""
-
-    owners: tuple[Any, ...]
 
 
 class Blocks:
@@ -67,7 +59,7 @@ class Blocks:
         mapped_bytes = np.zeros_like(loaded.addresses) if loaded.mapped_bytes is None else loaded.mapped_bytes
         self._mapped_bytes = mapped_bytes.reshape(self._bases.shape)
         self._pages: Addresses | None = None
-        self._memory = _Memory(tuple(loaded.owners))
+        self._owners = tuple(loaded.owners)
         self._unchecked = loaded.pending_checks
         self._arrays: dict[tuple[int, int], pa.Array] = {}
         self.addresses = self._find()
@@ -167,7 +159,7 @@ class Blocks:
         self._check_whole(position, column)
         base = int(self._bases[position, self.columns.index(column)])
         buffers = [
-            pa.foreign_buffer(base + offset, length, self._memory)
+            pa.foreign_buffer(base + offset, length, self._owners)
             for offset, length in self._footer.buffers[int(row["first_buffer"]) :][:n_buffers].tolist()
         ]
         try:
@@ -206,17 +198,26 @@ class Blocks:
         """Check the pages and the offsets of a block's column, before Arrow reads it."""
         place, name = position * len(self.columns) + self.columns.index(column), self.schema.columns[column].name
         left = None if self._unchecked is None else self._unchecked.rows()
-        if left is not None:
-            try:
-                page = gather.check_chunk(left[place])
-            except OSError as error:
-                message = f"the local copy cannot be read: {error.strerror}"
-                raise CorruptShard(message, url=self.url, block=self.blocks[position], column=name) from error
+        message = ""
+        try:
+            page = None if left is None else gather.check_chunk(left[place])
             if page is not None:
-                raise CorruptShard(damage_message(page), url=self.url, block=self.blocks[position], column=name)
-        for number, stream in enumerate(self.streams):
-            if stream.column == column and stream.kind == VAR:
-                check_offsets(self, number, position)
+                message = damage_message(page)
+            elif not self._has_right_offsets(position, column):
+                message = damage_message(None)
+        except OSError as error:
+            message = f"the local copy cannot be read: {error.strerror}"
+            raise CorruptShard(message, url=self.url, block=self.blocks[position], column=name) from error
+        if message:
+            raise CorruptShard(message, url=self.url, block=self.blocks[position], column=name)
+
+    def _has_right_offsets(self, position: int, column: int) -> bool:
+        """Return whether the offsets of a column never decrease, and stay within the values of the block."""
+        return all(
+            gather.offsets_ok(int(address[1]), int(self.n_rows[position]), int(address[2]))
+            for stream, address in zip(self.streams, self.addresses[:, position], strict=True)
+            if stream.column == column and stream.kind == VAR
+        )
 
 
 def merge_pages(addresses: Addresses, n_bytes: Addresses) -> Addresses:
@@ -247,16 +248,3 @@ def check_indices(what: str, numbers: Iterable[int], n: int) -> None:
 def damage_message(page: int | None) -> str:
     """Return the description of damage that gather.locate found: a page with a wrong checksum, or None for offsets."""
     return "offsets decrease or exceed the chunk" if page is None else f"CRC-32C of page {page} does not match"
-
-
-def check_offsets(blocks: Blocks, stream: int, position: int) -> None:
-    """Raise CorruptShard if the offsets of a VAR stream decrease, exceed the block's values or cannot be read."""
-    column = blocks.schema.columns[blocks.streams[stream].column].name
-    address, n_rows = int(blocks.addresses[stream, position, 1]), int(blocks.n_rows[position])
-    try:
-        fits = gather.offsets_ok(address, n_rows, int(blocks.addresses[stream, position, 2]))
-    except OSError as error:
-        message = f"the local copy cannot be read: {error.strerror}"
-        raise CorruptShard(message, url=blocks.url, block=blocks.blocks[position], column=column) from error
-    if not fits:
-        raise CorruptShard(damage_message(None), url=blocks.url, block=blocks.blocks[position], column=column)

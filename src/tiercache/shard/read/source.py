@@ -82,20 +82,6 @@ class LocalCopy:
                 filled += n_read
 
 
-def check_claimed_size(
-    store: Store, key: str, span: ByteRange, *, url: str, part: str, cause: StoreError | None = None
-) -> None:
-    """Raise CorruptShard if an object is shorter than its data set or its own tail states.
-
-    Without a cause (an error of reading the range), short ranges are not checked with the store.
-    """
-    if cause is None and span.n_bytes <= _CLAIMED_BYTES:
-        return
-    n_bytes = store.head(key).n_bytes
-    if n_bytes < span.end:
-        raise CorruptShard(f"has {n_bytes} bytes, but {span.end} or more are stated", url=url, part=part) from cause
-
-
 class ByteSource:
     """The bytes of an object of a store. Thread-safe without locks.
 
@@ -104,7 +90,8 @@ class ByteSource:
             counts.
     """
 
-    def __init__(self, store: Store, key: str, identity: ShardIdentity | None) -> None:
+    def __init__(self, store: Store, key: str, identity: ShardIdentity | None, *, part: str = "file") -> None:
+        self._part = part  # name of the object in errors
         self.url = f"{store.url.rstrip('/')}/{key}"
         self.etag: str | None = None
         self.n_misses = 0
@@ -146,11 +133,25 @@ class ByteSource:
         except (NotFound, ObjectChanged):
             raise
         except StoreError as error:
-            end = max(span.end for span, _ in spans)
             # A permanent error does not tell whether the object is too short; head() does.
             if not error.retryable:
-                check_claimed_size(self._store, self._key, ByteRange(0, end), url=self.url, part="file", cause=error)
+                self._check_end(max(span.end for span, _ in spans), error)
             raise
+
+    def check_claimed(self, span: ByteRange) -> None:
+        """Raise CorruptShard if the object is shorter than its data set or its own tail states.
+
+        Only long ranges that are not in the local copy are compared with the store.
+        """
+        is_cached = self._copy is not None and self._copy.lease.present([span])
+        if span.n_bytes > _CLAIMED_BYTES and not is_cached:
+            self._check_end(span.end)
+
+    def _check_end(self, end: int, cause: StoreError | None = None) -> None:
+        n_bytes = self._store.head(self._key).n_bytes
+        if n_bytes < end:
+            message = f"has {n_bytes} bytes, but {end} or more are stated"
+            raise CorruptShard(message, url=self.url, part=self._part) from cause
 
     def tail(self, n_bytes: int) -> tuple[bytes, int]:
         """Return the last n_bytes of the object (or all of it, if it is shorter) and its size, with one request.
@@ -171,8 +172,7 @@ class ByteSource:
     def range(self, start: int, end: int) -> bytes:
         """Return the bytes [start, end) of the object. Raises CorruptShard if it is shorter, and StoreError."""
         span = ByteRange(start, end)
-        if self._copy is None or not self._copy.lease.present([span]):
-            check_claimed_size(self._store, self._key, span, url=self.url, part="file")
+        self.check_claimed(span)
         data = bytearray(span.n_bytes)
         copy = self.ensure_cached([span])
         if copy is not None:

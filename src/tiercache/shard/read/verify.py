@@ -18,11 +18,11 @@ from tiercache.shard.format import codec
 from tiercache.shard.format.layout import HEAD_BYTES, PAGE_BYTES, Footer, align, n_pages, parse_head
 from tiercache.shard.format.statistics import ColumnStatistics, invalid_statistics
 from tiercache.shard.memory import Bytes, address_of, aligned_empty
-from tiercache.shard.read.blocks import Blocks, check_offsets
+from tiercache.shard.read.blocks import Blocks
 from tiercache.shard.read.chunks import LoadedChunks
 from tiercache.shard.read.source import ByteSource, check_identity, read_footer
 from tiercache.shard.read.values import gather_values
-from tiercache.shard.schema import VAR, Column, Kind
+from tiercache.shard.schema import Column, Kind
 from tiercache.shard.versions.manifest import Version, latest, read_shards, read_version
 from tiercache.shard.versions.segments import ShardTable
 from tiercache.store.contract import Store
@@ -218,9 +218,7 @@ def check_values(blocks: Blocks, number: int) -> None:
     """Raise CorruptShard if a column of the first of loaded blocks holds invalid values of its type."""
     column = blocks.schema.columns[number]
     n = int(blocks.n_rows[0])
-    for place, stream in enumerate(blocks.streams):
-        if stream.kind == VAR:
-            check_offsets(blocks, place, 0)
+    array = blocks.array(0, number)  # checks the offsets
     if column.kind in (Kind.JSON, Kind.RAGGED):
         row = np.arange(n, dtype=np.uint32)
         # bfloat16 values would need torch; the shapes do not depend on the dtype.
@@ -228,7 +226,7 @@ def check_values(blocks: Blocks, number: int) -> None:
         addresses = blocks.addresses[blocks.column_streams(number)]
         gather_values(plain, addresses, np.zeros(n, np.uint32), row, url=blocks.url)
     try:
-        blocks.array(0, number).validate(full=True)
+        array.validate(full=True)
     except pa.ArrowException as error:
         raise CorruptShard(str(error), url=blocks.url, column=column.name) from error
 

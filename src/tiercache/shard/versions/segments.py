@@ -8,7 +8,6 @@ are consistent.
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 import struct
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,10 +20,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache._native.checksum import crc32c
-from tiercache._native.residence import Mapping
-from tiercache.errors import CorruptShard, NotFound, StoreError
+from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ByteRange, ShardIdentity, ShardInfo
-from tiercache.shard.read.source import check_claimed_size
+from tiercache.shard.read.source import ByteSource
 from tiercache.store.contract import LocalStore, Store
 
 SEGMENTS_FOLDER = "_tiercache/segments/"
@@ -200,19 +198,41 @@ def read_segments(store: Store, dataset_id: str, refs: Sequence[SegmentRef]) -> 
 
 
 def _read_segment(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Table:
-    data = _local(store, dataset_id, ref)
-    # If the local copy differs from what the version states, only the copy may be damaged: read the source instead.
-    if data is None or not _is_whole(data, ref):
-        if isinstance(store, LocalStore):
+    source = ByteSource(store, ref.key, ref.identity(dataset_id), part="segment")
+    n_fetches = 0
+    while True:
+        data = _read_whole(source, ref)
+        if data is not None and _is_whole(data, ref):
+            return parse_segment(data, ref, url=source.url)
+        # If the local copy differs from what the version states, only the copy may be damaged: read the source instead,
+        # and once more, because the data may have been damaged in transit.
+        if source.local_copy is not None and isinstance(store, LocalStore):
             store.verify_copy(ref.key, ref.identity(dataset_id))
-        data = _fetched(store, ref)
-        if not _is_whole(data, ref):  # the data may have been damaged in transit
-            data = _fetched(store, ref)
-        if not _is_whole(data, ref):
-            raise CorruptShard(
-                f"the CRC-32C is not {ref.crc32c:#010x}, which the version states", url=_url(store, ref), part="segment"
-            )
-    return parse_segment(data, ref, url=_url(store, ref))
+            source.close()
+            continue
+        n_fetches += 1
+        if n_fetches == 2:
+            message = f"the CRC-32C is not {ref.crc32c:#010x}, which the version states"
+            raise CorruptShard(message, url=source.url, part="segment")
+
+
+def _read_whole(source: ByteSource, ref: SegmentRef) -> pa.Buffer | None:
+    """Return the bytes of a segment: the local copy, mapped (or copied if it is small), else those of the store.
+
+    None: the local copy cannot be read. The mapping may outlive the lease, because a published file is only ever
+    unlinked, not rewritten or truncated.
+    """
+    try:
+        if ref.n_bytes >= _MAP_BYTES and source.local_copy is not None:
+            source.check_claimed(ByteRange(0, ref.n_bytes))
+            copy = source.ensure_cached([ByteRange(0, ref.n_bytes)])
+            if copy is not None:
+                return pa.py_buffer(copy.map_file()[: ref.n_bytes])
+        return pa.py_buffer(source.range(0, ref.n_bytes))
+    except (CorruptShard, StoreError):
+        if source.local_copy is None:
+            raise
+        return None
 
 
 def parse_segment(data: pa.Buffer, ref: SegmentRef, *, url: str) -> pa.Table:
@@ -305,57 +325,8 @@ def _numbers(table: pa.Table, name: str) -> NDArray[np.int64]:
     return numbers
 
 
-def _url(store: Store, ref: SegmentRef) -> str:
-    return f"{store.url}/{ref.key}"
-
-
 def _is_whole(data: pa.Buffer, ref: SegmentRef) -> bool:
     try:
         return data.size == ref.n_bytes and crc32c(data) == ref.crc32c
     except OSError:  # the mapping could not be read
         return False
-
-
-def _local(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Buffer | None:
-    """Return the local copy of the segment, mapped (or copied if it is small); None if there is none.
-
-    The mapping may outlive the lease, because a published file is only ever unlinked, not rewritten or truncated.
-    """
-    if not isinstance(store, LocalStore):
-        return None
-    lease = store.open_local(ref.key, ref.identity(dataset_id))
-    if lease is None:
-        return None
-    whole = [ByteRange(0, ref.n_bytes)]
-    try:
-        if not lease.present(whole):
-            check_claimed_size(store, ref.key, whole[0], url=_url(store, ref), part="segment")
-        lease.prefetch(whole)
-        return _open_copy(lease.fd, ref.n_bytes) if lease.wait(whole) else None
-    finally:
-        lease.close()
-
-
-def _open_copy(fd: int, n_bytes: int) -> pa.Buffer | None:
-    try:
-        if os.fstat(fd).st_size < n_bytes:
-            return None
-        if n_bytes < _MAP_BYTES:
-            return pa.py_buffer(os.pread(fd, n_bytes, 0))
-        return pa.py_buffer(Mapping(fd, n_bytes))
-    except OSError:  # the disk failed: the caller reads the source
-        return None
-
-
-def _fetched(store: Store, ref: SegmentRef) -> pa.Buffer:
-    whole = ByteRange(0, ref.n_bytes)
-    check_claimed_size(store, ref.key, whole, url=_url(store, ref), part="segment")
-    data = bytearray(ref.n_bytes)
-    try:
-        store.read_into(ref.key, [(whole, memoryview(data))])
-    except NotFound:
-        raise
-    except StoreError as error:
-        check_claimed_size(store, ref.key, whole, url=_url(store, ref), part="segment", cause=error)
-        raise
-    return pa.py_buffer(data)
