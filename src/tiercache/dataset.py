@@ -125,10 +125,10 @@ class Dataset(SelectionMethods):
         columns = None if columns is None else _names(columns)
         if transform is not None and layouts:
             raise ValueError("layouts= cannot be combined with transform=: the transform's results make up a batch")
-        place = DatasetSource(os.fspath(url), cache, verify, dict(storage_options or {}), parse_casts(cast))
-        opened = Records((OpenedVersion(place, version, columns),))
-        serving = OutputSpec.of(opened.schema, layouts=layouts, fill_nulls=fill_nulls, decode=decode, cast=place.casts)
-        self.__setstate__(((opened.spec, transform, serving), {}))
+        location = DatasetSource(os.fspath(url), cache, verify, dict(storage_options or {}), parse_casts(cast))
+        opened = Records((OpenedVersion(location, version, columns),))
+        spec = OutputSpec.of(opened.schema, layouts=layouts, fill_nulls=fill_nulls, decode=decode, cast=location.casts)
+        self.__setstate__(((opened.spec, transform, spec), {}))
         self._opened = opened
 
     @property
@@ -334,10 +334,10 @@ class Dataset(SelectionMethods):
         """Return the attributes that a subclass has set."""
         return {name: value for name, value in vars(self).items() if name not in _OF_THE_PROCESS}
 
-    def _derive(self, source: Records, serving: OutputSpec | None = None) -> Self:
+    def _derive(self, source: Records, spec: OutputSpec | None = None) -> Self:
         """Return the same data set over another source, with this output spec or another one."""
         derived = type(self).__new__(type(self))
-        recipe = (source.spec, self.transform, self._output_spec if serving is None else serving)
+        recipe = (source.spec, self.transform, self._output_spec if spec is None else spec)
         derived.__setstate__((recipe, self._own()))
         derived._opened = source  # noqa: SLF001 -- of this class
         return derived
@@ -351,15 +351,15 @@ class Dataset(SelectionMethods):
             return self._opened
 
     def _record(self, index: int) -> Any:
-        n, serving = len(self), self._output_spec
+        n, spec = len(self), self._output_spec
         if not -n <= index < n:
             raise IndexError(f"record {index} of a data set of {n}")
         number = index + n if index < 0 else index
-        record = None if serving.nulls or serving.decode else self._source.record(number)
+        record = None if spec.nulls or spec.decode else self._source.record(number)
         if record is None:
             record = as_records(self._columns(np.array([number], np.int64)))[0]
-        if serving.names is not None:
-            return record_tuple(record, serving.names, self._source.schema)
+        if spec.names is not None:
+            return record_tuple(record, spec.names, self._source.schema)
         return record if self.transform is None else self.transform(record)
 
     def _batch(self, rows: NDArray[np.int64]) -> Any:
@@ -376,9 +376,9 @@ class Dataset(SelectionMethods):
         if not decode:
             return columns
 
-        def explain(column: str, index: int, said: str) -> Exception:
-            listed, served = self._source.record_order, int(rows[index])
-            return image_decode_error(self._source, column, served if listed is None else int(listed[served]), said)
+        def explain(column: str, index: int, reason: str) -> Exception:
+            order, served = self._source.record_order, int(rows[index])
+            return image_decode_error(self._source, column, served if order is None else int(order[served]), reason)
 
         return decode_columns(columns, decode, explain)
 
@@ -469,8 +469,8 @@ def _alike(given: Iterable[Any], what: str) -> list[Dataset]:
         raise ValueError(f"{what}() needs one or more data sets, got none")
     for number, dataset in enumerate(datasets):
         if _overrides_record_access(type(dataset)):
-            why = f"data set {number} is a {type(dataset).__name__}, which overrides record access"
-            raise ValueError(f"{why}: join such data sets with torch's ConcatDataset")
+            reason = f"data set {number} is a {type(dataset).__name__}, which overrides record access"
+            raise ValueError(f"{reason}: join such data sets with torch's ConcatDataset")
         if dataset.__tiercache__().source.mixture is not None:
             raise ValueError(f"data set {number} is a mixture: pass the data sets that it mixes to {what}() instead")
         if dataset.transform != datasets[0].transform:
@@ -487,13 +487,13 @@ def _check_output_spec(spec: OutputSpec, first: OutputSpec, number: int) -> None
         message = f"data set {number} serves {spec.names or 'dicts'}, data set 0 {first.names or 'dicts'}"
         raise SchemaError(f"{message}: call as_tuple() on both", expected=str(first.names), got=str(spec.names))
     for argument in (f.name for f in fields(OutputSpec) if f.name != "names"):
-        mine, theirs = getattr(first, argument), getattr(spec, argument)
-        for column in sorted({*mine, *theirs}):
-            if pickle.dumps(mine.get(column)) != pickle.dumps(theirs.get(column)):
-                message = f"data set {number} has {argument}={theirs.get(column)!r}, data set 0 {mine.get(column)!r}"
+        own, other = getattr(first, argument), getattr(spec, argument)
+        for column in sorted({*own, *other}):
+            if pickle.dumps(own.get(column)) != pickle.dumps(other.get(column)):
+                message = f"data set {number} has {argument}={other.get(column)!r}, data set 0 {own.get(column)!r}"
                 if argument == "cast":
                     message += "; joined columns must also be stored with the same dtype"
-                raise SchemaError(message, column=column, expected=repr(mine.get(column)), got=repr(theirs.get(column)))
+                raise SchemaError(message, column=column, expected=repr(own.get(column)), got=repr(other.get(column)))
 
 
 def _overrides_record_access(kind: type[Dataset]) -> bool:

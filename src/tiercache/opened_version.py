@@ -58,10 +58,10 @@ class VersionStores:
         tiers: State of the tiers: counts uses of shards.
     """
 
-    def __init__(self, place: DatasetSource) -> None:
-        self.inner = place.open()
-        self.placed = follow_placement(self.inner, place.storage_options, place.cached)
-        self.cache = place.cache_of(self.inner)
+    def __init__(self, location: DatasetSource) -> None:
+        self.inner = location.open()
+        self.placed = follow_placement(self.inner, location.storage_options, location.cached)
+        self.cache = location.cache_of(self.inner)
         self.store: Store = self.placed if self.cache is None else self.cache.store(self.placed)
         self.tiers = TieredReader(self.placed)
 
@@ -151,13 +151,13 @@ logger = logging.getLogger("tiercache")
 class VersionSpec:
     """Spec of an opened version: its location, its number, and the names of the columns in order."""
 
-    place: DatasetSource
+    location: DatasetSource
     version: int
     columns: tuple[str, ...]
 
     def open(self) -> OpenedVersion:
         """Open the version."""
-        return OpenedVersion(self.place, self.version, self.columns)
+        return OpenedVersion(self.location, self.version, self.columns)
 
 
 class OpenedVersion:
@@ -166,9 +166,9 @@ class OpenedVersion:
     Safe from any thread. After a fork the child opens its own shards. Nothing of a shard is read before it is needed.
     """
 
-    def __init__(self, place: DatasetSource, version: int | None, columns: Sequence[str] | None) -> None:
-        self.place = place
-        self.access = access = VersionStores(place)
+    def __init__(self, location: DatasetSource, version: int | None, columns: Sequence[str] | None) -> None:
+        self.location = location
+        self.access = access = VersionStores(location)
         self.inner, self.cache, self.store = access.inner, access.cache, access.store
         self.manifest: Version = latest(self.store) if version is None else read_version(self.store, version)
         self.stored_schema: Schema = self.manifest.schema
@@ -187,15 +187,15 @@ class OpenedVersion:
         self._tables: dict[int, BlockTable] = {}
         self._ranges: dict[int, tuple[ByteRange, ...] | None] = {}  # of the served columns; None: the whole shard
         self.stored_columns = tuple(self.stored_schema.index(name) for name in self._schema.names)
-        self.spec = VersionSpec(self.place, self.version, self._schema.names)
-        self._served = served_columns(self._schema, self.place.casts)
+        self.spec = VersionSpec(self.location, self.version, self._schema.names)
+        self._served = served_columns(self._schema, self.location.casts)
         self._mapped = MappedRecords(
             self.stored_schema, self.stored_columns, self.table.first_record, self.url, self._served
         )
         # Not a bound method: the reference cycle would keep descriptors open until the garbage collector runs.
         self._footers = FooterCache()
         opened = (self.access, self.table, self.dataset_id, self._footers, past_cache)
-        open_shard = partial(_open_shard, *opened, verify=self.place.verify, served=self._served)
+        open_shard = partial(_open_shard, *opened, verify=self.location.verify, served=self._served)
         self._readers = reader_pool.ReaderPool(open_shard, self._mapped)
 
     @property
@@ -333,9 +333,9 @@ class OpenedVersion:
         # An open shard requests what it needs itself. If the cache refused an open shard, the shard is read by ranges
         # to its end: fetching it as a whole once there is room would transfer the part that was already read a second
         # time.
-        coming = [shard for shard in dict.fromkeys(shards) if shard not in self._readers]
-        objects = self.table.objects(self.dataset_id, np.array(coming, np.int64))
-        for shard, (key, identity) in zip(coming, objects, strict=True):
+        unopened = [shard for shard in dict.fromkeys(shards) if shard not in self._readers]
+        objects = self.table.objects(self.dataset_id, np.array(unopened, np.int64))
+        for shard, (key, identity) in zip(unopened, objects, strict=True):
             if self.access.is_worth_fetching(key, identity):
                 fetcher.fetch_ahead(key, identity, self._ranges.get(shard))
 
@@ -367,7 +367,7 @@ class OpenedVersion:
     def at_version(self, number: int) -> OpenedVersion:
         """Return another version with the same columns. Raises NotFound, or SchemaError if it lacks a column."""
         names = self._schema.names
-        return self._shared((number, names), lambda: OpenedVersion(self.place, number, names))
+        return self._shared((number, names), lambda: OpenedVersion(self.location, number, names))
 
     def with_columns(self, columns: Sequence[str]) -> OpenedVersion:
         """Return the same version with other columns and its own open shards. Raises SchemaError."""
@@ -398,9 +398,9 @@ class OpenedVersion:
     ) -> None:
         """Fetch the served columns of shards into the cache, if there is one."""
         if self.cache is not None:
-            wanted = self.table.objects(self.dataset_id, np.array(shards, np.int64))
+            objects = self.table.objects(self.dataset_id, np.array(shards, np.int64))
             ranges = self._ranges_of(shards)
-            self.cache.warm(self.store, wanted, jobs=jobs, ranges=ranges, on_progress=on_progress)
+            self.cache.warm(self.store, objects, jobs=jobs, ranges=ranges, on_progress=on_progress)
 
     def figures(self) -> dict[str, float]:
         """Return the counters of this process: requests, bytes_fetched, cache_hits, cache_misses."""
@@ -417,7 +417,7 @@ class OpenedVersion:
 
     def on_close(self, keeper: CloseListener) -> None:
         """See Records.on_close. Of two calls at once, one may be lost: its loader keeps blocks until it is deleted."""
-        self._keepers = [*(known for known in self._keepers if known() is not None), ref(keeper)]
+        self._keepers = [*(one for one in self._keepers if one() is not None), ref(keeper)]
 
     def _read_table(self, shard: int) -> BlockTable:
         footer = self._footer(shard)
@@ -443,8 +443,10 @@ class OpenedVersion:
         for first in range(0, 0 if is_all else len(shards), MAX_TABLES):
             some = shards[first : first + MAX_TABLES]
             self.block_tables(some)
-            known = [(shard, self._ranges.get(shard)) for shard in some]
-            found |= {self.table.info(shard).name: ranges for shard, ranges in known if ranges is not None}
+            for shard in some:
+                ranges = self._ranges.get(shard)
+                if ranges is not None:
+                    found[self.table.info(shard).name] = ranges
         return found
 
     def _object(self, shard: int) -> tuple[str, ShardIdentity]:

@@ -135,7 +135,7 @@ def test_chosen_columns_and_their_order_hold_everywhere(dataset):
 
 
 def test_a_transform_makes_what_a_record_is_under_any_loader(dataset):
-    doubled = tc.Dataset(dataset._source.leaves[0].place.url, columns=["id"], transform=_double)
+    doubled = tc.Dataset(dataset._source.leaves[0].location.url, columns=["id"], transform=_double)
     assert doubled[4] == 8
     assert doubled[[1, 2]] == [2, 4]
     for make in (tc.DataLoader, TorchLoader):

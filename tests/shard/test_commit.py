@@ -18,7 +18,7 @@ from tiercache.model import ShardInfo
 from tiercache.shard.schema import Schema
 from tiercache.shard.versions import commit as commits
 from tiercache.shard.versions import manifest
-from tiercache.shard.versions.commit import MAX_SEGMENTS, Commit, CommitRequest, commit, plan_merge
+from tiercache.shard.versions.commit import MAX_SEGMENTS, Commit, commit, plan_merge
 from tiercache.shard.versions.manifest import Version, version_key
 from tiercache.store import LocalFolder, MemoryStore, Store
 from tiercache.testing import Fault, FaultKind, FaultStore
@@ -322,7 +322,7 @@ class TestLostAnswers:
     ) -> None:
         faulty = FaultStore(store, [lost("put_if_absent"), Fault("get", keys=version_key(2), nth=2, times=n_closes)])
         ours = shard()
-        landing = Commit(faulty, CommitRequest((ours,), SCHEMA, "append", first))
+        landing = Commit(faulty, [ours], schema=SCHEMA, mode="append", parent=first)
         for _ in range(n_closes):
             with pytest.raises(StoreError, match=r"may have happened.*close\(\) again") as failure:
                 landing.run()
@@ -346,7 +346,7 @@ class TestLostAnswers:
                 raise StoreError("timed out", url=self.url, retryable=True, maybe_done=True)
 
         faulty, ours = TimesOutOnce(FaultStore(store, [Fault("get", keys=version_key(2), nth=2)])), shard()
-        landing = Commit(faulty, CommitRequest((ours,), SCHEMA, "append", first))
+        landing = Commit(faulty, [ours], schema=SCHEMA, mode="append", parent=first)
         with pytest.raises(StoreError, match="may have happened"):
             landing.run()
         append(store, shard())
@@ -355,7 +355,7 @@ class TestLostAnswers:
 
     def test_a_refused_put_is_the_stores_error_and_may_be_tried_again(self, store: MemoryStore, first: Version) -> None:
         faulty = FaultStore(store, [Fault("put_if_absent", retryable=False, status=403)])
-        landing = Commit(faulty, CommitRequest((shard(),), SCHEMA, "append"))
+        landing = Commit(faulty, [shard()], schema=SCHEMA, mode="append")
         with pytest.raises(StoreError) as failure:
             landing.run()
         assert failure.value.status == 403
@@ -365,7 +365,7 @@ class TestLostAnswers:
 
     def test_a_segment_that_cannot_be_written_commits_nothing(self, store: MemoryStore, first: Version) -> None:
         faulty = FaultStore(store, [Fault("put", keys="_tiercache/segments/*")])
-        landing = Commit(faulty, CommitRequest((shard(),), SCHEMA, "append"))
+        landing = Commit(faulty, [shard()], schema=SCHEMA, mode="append")
         with pytest.raises(StoreError):
             landing.run()
         assert manifest.list_versions(store) == [1]
@@ -384,7 +384,7 @@ class TestLostAnswers:
         landed, unsure = [], []
         for _ in range(4):
             ours = shard()
-            landing = Commit(faulty, CommitRequest((ours,), SCHEMA, "append"))
+            landing = Commit(faulty, [ours], schema=SCHEMA, mode="append")
             for _ in range(data.draw(st.integers(1, 4))):
                 try:
                     landing.run()

@@ -59,7 +59,7 @@ def record_number(source: Source, shard: int, block: int, row: int) -> int:
     return int(before) + row
 
 
-def image_decode_error(source: Source, column: str, record: int, said: str) -> CorruptShard:
+def image_decode_error(source: Source, column: str, record: int, reason: str) -> CorruptShard:
     """Return the error of an image that cannot be decoded: url, block, column, record and the decoder's message."""
     ends = np.cumsum(source.shard_records)
     shard = int(np.searchsorted(ends, record, side="right"))
@@ -70,5 +70,5 @@ def image_decode_error(source: Source, column: str, record: int, said: str) -> C
         url = source.load(shard, [block]).url
     except TierCacheError:  # The shard can no longer be read; the image's error is the one to report.
         url = source.url
-    message = f"record {record}: the image cannot be decoded: {said}"
+    message = f"record {record}: the image cannot be decoded: {reason}"
     return CorruptShard(message, url=url, block=block, column=column, record=record)

@@ -145,8 +145,8 @@ def widen_bfloat16(bits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 
 def _fail(array: npt.NDArray[Any], wrong: npt.NDArray[Any], expected: str) -> NoReturn:
-    place = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
-    raise ConversionError(expected, str(array[place].item()), int(place[0]) if place else 0)
+    position = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
+    raise ConversionError(expected, str(array[position].item()), int(position[0]) if position else 0)
 
 
 _BYTES = bytes | bytearray | memoryview
@@ -310,10 +310,10 @@ def served_column(column: Column, casts: Casts) -> Column:
         hint = "; DecodeImage(dtype=) sets the dtype of decoded images" if pictures else ""
         raise _refusal(column.name, f"cast: only numbers can be cast, and this is {column}{hint}", "no cast", dtype)
     if column.dtype in FLOATS and dtype not in FLOATS:
-        why = (
+        reason = (
             f"cast: {column.dtype} has values without an equal {dtype}, such as 0.5; convert the served values instead"
         )
-        raise _refusal(column.name, why, f"one of {', '.join(name for name in STORED if name in FLOATS)}", dtype)
+        raise _refusal(column.name, reason, f"one of {', '.join(name for name in STORED if name in FLOATS)}", dtype)
     plain = Column.of(column.name, _user_type(column, dtype))
     names = (column.arrow.metadata or {}).get(CLASSES_KEY)
     if names is None:

@@ -93,15 +93,15 @@ def _type_of_list(name: str, values: Sequence[object]) -> UserType:
     for record, value in enumerate(values):
         if value is None:
             continue
-        here = type_of_value(name, value)
-        joined = here if found is None else _join(found, here)
+        value_type = type_of_value(name, value)
+        joined = value_type if found is None else _join(found, value_type)
         if joined is None:
             raise SchemaError(
-                f"expected {found}, like the records before, got {here}",
+                f"expected {found}, like the records before, got {value_type}",
                 column=name,
                 record=record,
                 expected=str(found),
-                got=str(here),
+                got=str(value_type),
             )
         found = joined
     if found is None:
@@ -496,8 +496,8 @@ def _build(
     encoding: str | None = None,
     kept: Mapping[bytes, bytes] | None = None,
 ) -> Column:
-    said = {"kind": kind.value, "dtype": dtype, "shape": list(shape), "encoding": encoding}
-    metadata = {TYPE_KEY: json.dumps({key: value for key, value in said.items() if value}, sort_keys=True).encode()}
+    stated = {"kind": kind.value, "dtype": dtype, "shape": list(shape), "encoding": encoding}
+    metadata = {TYPE_KEY: json.dumps({key: value for key, value in stated.items() if value}, sort_keys=True).encode()}
     metadata |= kept or {}
     field = pa.field(name, _arrow_type(kind, dtype, shape, encoding), nullable=nullable, metadata=metadata)
     return Column(name, kind, dtype, shape, nullable, encoding, field)
@@ -521,22 +521,22 @@ def _arrow_type(kind: Kind, dtype: str | None, shape: tuple[int | None, ...], en
 
 
 def _column_of_field(name: str, field: pa.Field) -> Column:
-    said = (field.metadata or {}).get(TYPE_KEY)
-    if said is None:
+    stated = (field.metadata or {}).get(TYPE_KEY)
+    if stated is None:
         user = type_of_arrow(field.type)
         if isinstance(user, pa.DataType):
             arrow = pa.field(name, storable_type(user), nullable=field.nullable)
             return Column(name, Kind.ARROW, None, (), field.nullable, None, arrow)
         plain = _column_of(name, user)
     else:
-        plain = _column_as_said(name, field, said)
+        plain = _stated_column(name, field, stated)
     return _build(name, plain.kind, field.nullable, plain.dtype, plain.shape, plain.encoding, _kept(field))
 
 
-def _column_as_said(name: str, field: pa.Field, said: bytes) -> Column:
+def _stated_column(name: str, field: pa.Field, stated: bytes) -> Column:
     """Return the column that the metadata of the field describes, if the field's storage type agrees with it."""
     try:
-        facts = json.loads(said)
+        facts = json.loads(stated)
         if isinstance(facts["kind"], str) and facts["kind"] not in set(Kind):
             raise UnknownKindError(f"no such kind here: {facts['kind']!r}", column=name, kind=facts["kind"])
         kind, shape = Kind(facts["kind"]), tuple(facts.get("shape", ()))
@@ -552,25 +552,25 @@ def _column_as_said(name: str, field: pa.Field, said: bytes) -> Column:
     except UnknownKindError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SchemaError(f"cannot read the type {said!r}: {error}", column=name) from error
+        raise SchemaError(f"cannot read the type {stated!r}: {error}", column=name) from error
     storage = field.type.storage_type if isinstance(field.type, pa.BaseExtensionType) else field.type
     if plain.kind is not kind or plain.storage_type != storage:
-        raise SchemaError(f"the type {said!r} is not stored as {storage}", column=name)
+        raise SchemaError(f"the type {stated!r} is not stored as {storage}", column=name)
     return plain
 
 
 def _kept(field: pa.Field) -> dict[bytes, bytes]:
     """Return the metadata that a schema keeps of a field: known keys only, so equal data sets have equal schemas."""
-    said = (field.metadata or {}).get(CLASSES_KEY)
-    if said is None:
+    stated = (field.metadata or {}).get(CLASSES_KEY)
+    if stated is None:
         return {}
     try:
-        names = json.loads(said)
+        names = json.loads(stated)
     except ValueError:
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise SchemaError(f"{CLASSES_KEY.decode()} is a JSON list of names, got {said[:80]!r}", column=field.name)
-    return {CLASSES_KEY: said}
+        raise SchemaError(f"{CLASSES_KEY.decode()} is a JSON list of names, got {stated[:80]!r}", column=field.name)
+    return {CLASSES_KEY: stated}
 
 
 def check_same_schema(
@@ -590,14 +590,14 @@ def check_same_columns(first: Schema, other: Schema, *, names: tuple[str, str]) 
         for name in schema.names:
             if name not in missing.names:
                 raise SchemaError(f"{has} has this column, but not {lacks}", column=name)
-    for mine in first.columns:
-        theirs = other.columns[other.index(mine.name)]
-        if str(mine) != str(theirs):
-            message = f"{names[0]} has {mine}, {names[1]} has {theirs}"
-            raise SchemaError(message, column=mine.name, expected=str(mine), got=str(theirs))
-        if mine.classes and theirs.classes and mine.classes != theirs.classes:
+    for column in first.columns:
+        other_column = other.columns[other.index(column.name)]
+        if str(column) != str(other_column):
+            message = f"{names[0]} has {column}, {names[1]} has {other_column}"
+            raise SchemaError(message, column=column.name, expected=str(column), got=str(other_column))
+        if column.classes and other_column.classes and column.classes != other_column.classes:
             message = f"{names[1]} has other class names for its labels than {names[0]}"
-            raise SchemaError(message, column=mine.name, expected=str(mine.classes), got=str(theirs.classes))
+            raise SchemaError(message, column=column.name, expected=str(column.classes), got=str(other_column.classes))
     if first.names != other.names:
         message = (
             f"the columns are in another order: {names[0]} has {', '.join(first.names)}; use the same order in "

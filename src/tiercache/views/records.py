@@ -410,9 +410,9 @@ class Records:
             run = pool.map if len(groups) > 1 else map
             found = list(run(lambda group: group[0].block_tables(group[2].tolist()), groups))
         return {
-            shards[place]: table
+            shards[position]: table
             for (_, where, _), tables in zip(groups, found, strict=True)
-            for place, table in zip(where.tolist(), tables, strict=True)
+            for position, table in zip(where.tolist(), tables, strict=True)
         }
 
     def stored_rows(
@@ -435,8 +435,8 @@ class Records:
             where = np.flatnonzero(shards == shard)
             n_rows[where] = table.records[blocks[where]]
             first[where] = np.cumsum(table.records)[blocks[where]] - n_rows[where] + self._stored_first[shard]
-        place = selection.n_below(first)
-        return BlockSpans(first, place, selection.n_below(first + n_rows) - place)
+        position = selection.n_below(first)
+        return BlockSpans(first, position, selection.n_below(first + n_rows) - position)
 
     def record(self, number: int) -> dict[str, Any] | None:
         """Return a served record as a dict of values by column; None if it is not mapped: then call `values`.
@@ -458,11 +458,11 @@ class Records:
         if len(self.leaves) == 1 or not len(numbers):
             return self.leaves[0].values(numbers)
         leaves = np.searchsorted(self._leaf_records, numbers, side="right") - 1
-        found, places = [], []
+        found, positions = [], []
         for leaf in np.unique(leaves).tolist():
-            places.append(np.flatnonzero(leaves == leaf))
-            found.append(self.leaves[leaf].values(numbers[places[-1]] - self._leaf_records[leaf]))
-        return join_values(found, places)
+            positions.append(np.flatnonzero(leaves == leaf))
+            found.append(self.leaves[leaf].values(numbers[positions[-1]] - self._leaf_records[leaf]))
+        return join_values(found, positions)
 
     def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
         """Return the values of served records as Arrow arrays; see `values`. Each block is read once.
@@ -471,23 +471,23 @@ class Records:
         """
         numbers = self._stored_numbers(records)
         shards = np.searchsorted(self._stored_first, numbers, side="right") - 1
-        taken: list[list[pa.Array]] = []
-        places: list[NDArray[np.int64]] = []
+        arrays: list[list[pa.Array]] = []
+        positions: list[NDArray[np.int64]] = []
         for shard, table in self._stored_tables(np.unique(shards).tolist()).items():
             where = np.flatnonzero(shards == shard)
             ends = np.cumsum(table.records) + self._stored_first[shard]
             blocks = np.searchsorted(ends, numbers[where], side="right")
             for block in np.unique(blocks).tolist():
-                places.append(where[blocks == block])
-                rows = numbers[places[-1]] - (ends[block] - table.records[block])
+                positions.append(where[blocks == block])
+                rows = numbers[positions[-1]] - (ends[block] - table.records[block])
                 is_run = bool((np.diff(rows) == 1).all())
-                taken.append(
+                arrays.append(
                     [
                         array.slice(int(rows[0]), len(rows)) if is_run else array.take(as_arrow(rows))
                         for array in self.arrays(shard, block)
                     ]
                 )
-        return join_arrow(taken, places, self.schema)
+        return join_arrow(arrays, positions, self.schema)
 
     def _unmixed_numbers(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
         part, within = self._mixed.locate(records)

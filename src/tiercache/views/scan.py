@@ -79,12 +79,12 @@ def matching(source: Records, expression: pc.Expression) -> Selection:
         found = list(pool.map(lambda shard: _matches_of_shard(scanned, expression, shard), shards))
     starts = np.concatenate([np.empty(0, np.int64), *(first for first, _ in found)])
     stored = Selection.of_runs(starts, np.concatenate([np.empty(0, np.int64), *(n for _, n in found)]))
-    listed = source.record_order
-    if listed is None:
+    order = source.record_order
+    if order is None:
         return stored
     keep = np.zeros(source.n_records, np.bool_)
     keep[stored.stored_numbers(np.arange(len(stored)))] = True
-    return Selection.of(np.flatnonzero(keep[listed]))
+    return Selection.of(np.flatnonzero(keep[order]))
 
 
 def columns_of(schema: Schema, expression: pc.Expression) -> list[str]:
@@ -117,13 +117,13 @@ def _explained(schema: Schema, expression: pc.Expression) -> Iterator[None]:
         raise _cannot(schema, expression, str(error)) from error
 
 
-def _cannot(schema: Schema, expression: pc.Expression, said: str) -> SchemaError:
-    unknown = re.search(r"No match for FieldRef\.Name\((.*?)\)", said)
+def _cannot(schema: Schema, expression: pc.Expression, reason: str) -> SchemaError:
+    unknown = re.search(r"No match for FieldRef\.Name\((.*?)\)", reason)
     names = ", ".join(schema.names)
     if unknown is not None:
         message = f"filter: there is no such column; there are {names}"
         return SchemaError(message, column=unknown[1], expected=names, got=unknown[1])
-    first_line = said.partition("\n")[0]
+    first_line = reason.partition("\n")[0]
     message = f"filter: cannot evaluate {expression} as a condition over the columns: {first_line}"
     return SchemaError(message, expected="an expression that is true or false", got=str(expression))
 
@@ -168,7 +168,7 @@ def _may_match(source: Records, expression: pc.Expression, shards: Sequence[int]
         return list(shards)
     form, nowhere = pds.IpcFileFormat(), fs.LocalFileSystem()
     fragments = [
-        form.make_fragment(str(shard), nowhere, partition_expression=_known(numbers, source.statistics(shard)))
+        form.make_fragment(str(shard), nowhere, partition_expression=_bounds_of(numbers, source.statistics(shard)))
         for shard in shards
     ]
     schema = _empty(source.schema.columns).schema
@@ -179,17 +179,17 @@ def _may_match(source: Records, expression: pc.Expression, shards: Sequence[int]
         return list(shards)
 
 
-def _known(numbers: dict[str, Column], facts: Statistics) -> pc.Expression:
+def _bounds_of(numbers: dict[str, Column], facts: Statistics) -> pc.Expression:
     """Return an expression that is true for every record of a shard."""
-    known = pc.scalar(True)
+    bounds = pc.scalar(True)
     for name, column in numbers.items():
         fact = facts.get(name, {})
         if "min" not in fact or "max" not in fact:
             continue
         field, kind = pc.field(name), column.arrow.type
         inside = (field >= pa.scalar(fact["min"], kind)) & (field <= pa.scalar(fact["max"], kind))
-        known = known & (inside | field.is_null() if fact.get("nulls", 1) else inside)
-    return known
+        bounds = bounds & (inside | field.is_null() if fact.get("nulls", 1) else inside)
+    return bounds
 
 
 def _matches_of_shard(
@@ -208,8 +208,8 @@ def _matches_of_shard(
         block = np.repeat(np.arange(len(blocks)), table.records[blocks])
         matches = np.flatnonzero(found[before[block] + rows])
         kept.append(matches + first[blocks[0]])  # blocks in between hold no records of the source
-    places = np.concatenate([np.empty(0, np.int64), *kept])
-    starts, first = runs_of(places)
+    positions = np.concatenate([np.empty(0, np.int64), *kept])
+    starts, first = runs_of(positions)
     return starts, np.diff(first)
 
 

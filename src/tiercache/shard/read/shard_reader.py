@@ -140,16 +140,16 @@ class ShardReader:
                 f"rows must be 0 to {self.n_records - 1}, got {int(numbers.min())} to {int(numbers.max())}"
             )
         self._ids([], columns)
-        asked = list(dict.fromkeys(map(int, columns)))
-        if not self._prefetched.issuperset(asked) and self._chunks.prefetch_columns(asked):
-            self._prefetched = self._prefetched.union(asked)
+        requested = list(dict.fromkeys(map(int, columns)))
+        if not self._prefetched.issuperset(requested) and self._chunks.prefetch_columns(requested):
+            self._prefetched = self._prefetched.union(requested)
         of_row = np.searchsorted(self.footer.block_first, numbers.astype(np.uint64), side="right") - 1
         row = numbers - self.footer.block_first[of_row].astype(np.int64)
         blocks, position = np.unique(of_row, return_inverse=True)
         position = position.reshape(-1)
-        whole = [c for c in asked if self._chunks.loads_whole(blocks, c)]
+        whole = [c for c in requested if self._chunks.loads_whole(blocks, c)]
         found: dict[int, ColumnValues] = {}
-        for chosen in (whole, [c for c in asked if c not in whole]):
+        for chosen in (whole, [c for c in requested if c not in whole]):
             if not chosen:
                 continue
             if chosen is whole:

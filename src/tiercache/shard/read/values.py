@@ -241,14 +241,14 @@ def arrow_values(column: Column, arrays: Sequence[pa.Array], block: Indices, row
     """
     values: list[Any] = [None] * len(row)
     for number in np.unique(block).tolist():
-        places = np.flatnonzero(block == number)
+        positions = np.flatnonzero(block == number)
         try:
-            found = arrays[number].take(pa.array(row[places])).to_pylist()
+            found = arrays[number].take(pa.array(row[positions])).to_pylist()
         except (OverflowError, ValueError) as error:
             message = f"Python cannot hold a value of the type {column}: {error}; read it as Arrow, with to_arrow()"
             raise SchemaError(message, column=column.name) from error
-        for place, value in zip(places.tolist(), found, strict=True):
-            values[place] = value
+        for position, value in zip(positions.tolist(), found, strict=True):
+            values[position] = value
     valid = np.array([value is not None for value in values], np.bool_) if column.nullable else None
     return ColumnValues(column, values, valid)
 
@@ -297,29 +297,29 @@ def as_records(columns: Sequence[ColumnValues]) -> list[dict[str, Any]]:
     return [{values.column.name: values.record(index) for values in columns} for index in range(n)]
 
 
-def join_values(parts: Sequence[Sequence[ColumnValues]], places: Sequence[NDArray[np.int64]]) -> list[ColumnValues]:
+def join_values(parts: Sequence[Sequence[ColumnValues]], positions: Sequence[NDArray[np.int64]]) -> list[ColumnValues]:
     """Return the values of several reads as one result. places: Positions of each read's values in the result."""
     if len(parts) == 1:  # a single read has its values in order already
         return list(parts[0])
-    n = sum(len(place) for place in places)
-    return [_join_column([part[c] for part in parts], places, n) for c in range(len(parts[0]))]
+    n = sum(len(position) for position in positions)
+    return [_join_column([part[c] for part in parts], positions, n) for c in range(len(parts[0]))]
 
 
-def _join_column(parts: Sequence[ColumnValues], places: Sequence[NDArray[np.int64]], n: int) -> ColumnValues:
-    first, values = parts[0], _room(parts[0].values, n)
+def _join_column(parts: Sequence[ColumnValues], positions: Sequence[NDArray[np.int64]], n: int) -> ColumnValues:
+    first, values = parts[0], _empty_like(parts[0].values, n)
     valid = None if first.valid is None else np.empty(n, np.bool_)
-    for part, place in zip(parts, places, strict=True):
+    for part, position in zip(parts, positions, strict=True):
         if isinstance(values, list):
-            for at, value in zip(place.tolist(), part.values, strict=True):
+            for at, value in zip(position.tolist(), part.values, strict=True):
                 values[at] = value
         else:
-            values[place] = part.values
+            values[position] = part.values
         if valid is not None:
-            valid[place] = part.valid
+            valid[position] = part.valid
     return ColumnValues(first.column, values, valid)
 
 
-def _room(like: Any, n: int) -> Any:
+def _empty_like(like: Any, n: int) -> Any:
     if isinstance(like, list):
         return [None] * n
     if isinstance(like, np.ndarray):
@@ -341,12 +341,12 @@ def _none_of_column(column: Column, served: Column | None) -> ColumnValues:
 
 
 def join_arrow(
-    parts: Sequence[Sequence[pa.Array]], places: Sequence[NDArray[np.int64]], schema: Schema
+    parts: Sequence[Sequence[pa.Array]], positions: Sequence[NDArray[np.int64]], schema: Schema
 ) -> list[pa.Array]:
     """Return the Arrow arrays of several reads as one result, by column; empty arrays without reads."""
     if not parts:
         return [pa.array([], column.arrow.type) for column in schema.columns]
-    where = np.concatenate(places)
+    where = np.concatenate(positions)
     order = np.empty(len(where), np.int64)
     order[where] = np.arange(len(where))
     is_in_order = bool((where[1:] > where[:-1]).all())

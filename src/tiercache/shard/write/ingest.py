@@ -35,10 +35,10 @@ def convert_stored(column: Column, data: StoredArray) -> ColumnData:
     """Return the records of an array in stored form. Raises ConversionError if it is not, or has forbidden nulls."""
     if column.dtype != "bfloat16" and (column.dtype != "bool" or column.kind is Kind.BOOL):
         return convert_arrow(column, data.array)
-    part = convert_arrow(replace(column, dtype=column.stored.name), data.array)
-    if column.dtype == "bool" and part.values is not None and (part.values > 1).any():
+    converted = convert_arrow(replace(column, dtype=column.stored.name), data.array)
+    if column.dtype == "bool" and converted.values is not None and (converted.values > 1).any():
         raise ConversionError(str(column), "bytes that are neither 0 nor 1")
-    return part
+    return converted
 
 
 def convert_arrow(column: Column, data: pa.Array | pa.ChunkedArray) -> ColumnData:
@@ -53,8 +53,8 @@ def convert_arrow(column: Column, data: pa.Array | pa.ChunkedArray) -> ColumnDat
     if pt.is_dictionary(array.type):
         array = array.dictionary_decode()
     valid = _valid(column, array)
-    part = _HOW[column.kind](column, array)
-    return part if valid is None or part.array is not None else replace(part, valid=valid)
+    converted = _HOW[column.kind](column, array)
+    return converted if valid is None or converted.array is not None else replace(converted, valid=valid)
 
 
 def _valid(column: Column, array: pa.Array) -> Array | None:
@@ -237,14 +237,14 @@ def convert_column(column: Column, data: Any) -> ColumnData:
     if isinstance(data, StoredArray):
         return convert_column(column, data.array) if column.kind is Kind.JSON else convert_stored(column, data)
     if isinstance(data, pa.Array | pa.ChunkedArray):
-        return _part_of_list(column, _parsed(data)) if column.kind is Kind.JSON else convert_arrow(column, data)
+        return _convert_list(column, _parsed(data)) if column.kind is Kind.JSON else convert_arrow(column, data)
     if isinstance(data, list | tuple):
-        return _part_of_list(column, data)
+        return _convert_list(column, data)
     found = as_numpy(data)
     if found is not None:
-        return _part_of_numpy(column, *found)
+        return _convert_numpy(column, *found)
     if isinstance(data, Sequence) and not isinstance(data, str | bytes | bytearray | memoryview):
-        return _part_of_list(column, list(data))
+        return _convert_list(column, list(data))
     raise ConversionError(f"an array or a list of {column}", _type_name(data))
 
 
@@ -260,11 +260,11 @@ def _parsed(data: pa.Array | pa.ChunkedArray) -> list[Any]:
     return values
 
 
-def _part_of_numpy(column: Column, array: Array, dtype: str) -> ColumnData:
+def _convert_numpy(column: Column, array: Array, dtype: str) -> ColumnData:
     if array.ndim == 0:
         raise ConversionError(f"an array or a list of {column}", "a single value")
     if array.dtype.kind in "OU" or column.kind in _BYTES_LIKE:
-        return _part_of_list(column, array.tolist())
+        return _convert_list(column, array.tolist())
     if column.kind is Kind.ARROW:
         try:
             return convert_arrow(column, pa.array(array))
@@ -286,7 +286,7 @@ def _check_shape(column: Column, shape: tuple[int, ...]) -> None:
     raise ConversionError(str(column), f"the shape {shape}" if shape else "a single number")
 
 
-def _part_of_list(column: Column, values: Sequence[Any]) -> ColumnData:
+def _convert_list(column: Column, values: Sequence[Any]) -> ColumnData:
     fast = _plain_numbers(column, values) if column.kind is Kind.SCALAR else None
     if fast is not None:
         return ColumnData(len(values), fast.reshape(-1, 1))
@@ -295,7 +295,7 @@ def _part_of_list(column: Column, values: Sequence[Any]) -> ColumnData:
         if joined is not None:
             return ColumnData(len(values), joined[0], joined[1], valid=joined[2])
     if column.kind is Kind.ARROW:
-        return _arrow_part_of_list(column, values)
+        return _convert_arrow_list(column, values)
     return build_column_data(column, _each(values, value_converter(column)))
 
 
@@ -498,9 +498,9 @@ def build_column_data(column: Column, converted: Sequence[Any]) -> ColumnData:
         arrays = [null if value is None else value for value in converted]
         return ColumnData(n, array=pa.concat_arrays(arrays) if arrays else pa.array([], column.arrow.type))
     if column.kind in _BYTES_LIKE:
-        pieces = [value or b"" for value in converted]
-        values = np.frombuffer(b"".join(pieces), np.uint8)
-        return ColumnData(n, values, _offsets(np.fromiter(map(len, pieces), np.int64, n)), valid=valid)
+        values_bytes = [value or b"" for value in converted]
+        values = np.frombuffer(b"".join(values_bytes), np.uint8)
+        return ColumnData(n, values, _offsets(np.fromiter(map(len, values_bytes), np.int64, n)), valid=valid)
     if column.kind is Kind.RAGGED:
         return _build_ragged(column, converted, valid)
     zero: Any = np.zeros(column.shape, column.stored) if column.kind is Kind.TENSOR else 0
@@ -523,7 +523,7 @@ def _build_ragged(column: Column, converted: Sequence[Any], valid: Array | None)
     return ColumnData(len(arrays), np.concatenate(runs), _offsets(lengths), shapes, valid)
 
 
-def _arrow_part_of_list(column: Column, values: Sequence[Any]) -> ColumnData:
+def _convert_arrow_list(column: Column, values: Sequence[Any]) -> ColumnData:
     _each(values, partial(check_value, column.arrow.type))
     try:
         return convert_arrow(column, pa.array(values, column.arrow.type))

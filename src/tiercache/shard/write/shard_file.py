@@ -271,16 +271,16 @@ class ShardFile:
         rows = CHUNK_ROW.itemsize * len(self._chunks) + 16 * (len(self._nodes) + len(self._buffers))
         return rows + 4 * self._n_pages
 
-    def add_block(self, parts: Sequence[ColumnData]) -> None:
+    def add_block(self, columns: Sequence[ColumnData]) -> None:
         """Append a block. parts: Data of each column, of equal lengths."""
-        chunks = [encode(column, part) for column, part in zip(self._schema.columns, parts, strict=True)]
+        chunks = [encode(column, data) for column, data in zip(self._schema.columns, columns, strict=True)]
         frames = self._codec.encode([chunk.n_bytes for chunk in chunks], lambda number: self._laid_out(chunks[number]))
         for number, (chunk, frame) in enumerate(zip(chunks, frames, strict=True)):
             stored_bytes = self._add_chunk(chunk, frame)
-            part = parts[number]
+            data = columns[number]
             nulls = chunk.nodes[0][1]
-            self._statistics[number].add(part.values, part.valid, part.n, nulls, chunk.n_bytes, stored_bytes)
-        self._block_first.append(self._block_first[-1] + parts[0].n)
+            self._statistics[number].add(data.values, data.valid, data.n, nulls, chunk.n_bytes, stored_bytes)
+        self._block_first.append(self._block_first[-1] + columns[0].n)
         self.n_blocks += 1
 
     def _laid_out(self, chunk: EncodedChunk) -> Bytes:

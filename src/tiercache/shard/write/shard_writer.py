@@ -96,21 +96,21 @@ class RecordBuffer:
 
     def take(self, n: int) -> BlockData:
         """Remove and return the first n records: all, or all but the last. The result owns its memory."""
-        parts = []
-        for index, (column, taken) in enumerate(zip(self._columns, self._records.take(n), strict=True)):
+        batch = []
+        for index, (column, arrays) in enumerate(zip(self._columns, self._records.take(n), strict=True)):
             if column.kind is Kind.ARROW:
                 kept = self._objects[index]
-                parts.append(build_column_data(column, kept[:n]))
+                batch.append(build_column_data(column, kept[:n]))
                 del kept[:n]
                 continue
-            values, offsets, shapes, valid = taken
+            values, offsets, shapes, valid = arrays
             if column.kind is Kind.RAGGED:
                 values = values[: len(values) // column.stored.itemsize * column.stored.itemsize].view(column.stored)
             elif offsets is None and column.kind is not Kind.BOOL:
                 values = values.reshape(n, column.n_elements)
             valid = None if valid is None or valid.all() else valid
-            parts.append(ColumnData(n, values, offsets, shapes if column.kind is Kind.RAGGED else None, valid))
-        return parts
+            batch.append(ColumnData(n, values, offsets, shapes if column.kind is Kind.RAGGED else None, valid))
+        return batch
 
 
 def misfit_error(column: Column, error: ConversionError, record: int) -> SchemaError:
@@ -279,17 +279,17 @@ class ShardWriter:
                 for field, data in zip(columns.schema, columns.columns, strict=True)
             }
         self._check_names(columns, at_record=None)
-        parts = self._parts(columns)
-        if not parts[0].n:
+        batch = self._convert(columns)
+        if not batch[0].n:
             return
         self._ended = _BROKEN
         self._add_rows()
-        self.n_records += parts[0].n
-        self._write_blocks(self._cutter.add(parts))
+        self.n_records += batch[0].n
+        self._write_blocks(self._cutter.add(batch))
         self._rows.set_room(self._cutter.room_bytes)
         self._ended = ""
 
-    def _parts(self, columns: Mapping[str, Any]) -> BlockData:
+    def _convert(self, columns: Mapping[str, Any]) -> BlockData:
         given: dict[str, ColumnData] = {}
         for name, data in columns.items():
             column = self._schema.columns[self._schema.index(name)]
