@@ -35,14 +35,14 @@ def encoded(codec: BlockCodec, block: list[np.ndarray]) -> list[bool]:
         (["auto", "auto", "zstd"], blocks_of(256, 256, 1), [False, False, True]),  # somebody wants it
     ],
 )
-def test_auto_leaves_a_block_raw_whose_columns_together_save_little(
+def test_auto_stores_a_block_raw_if_its_columns_together_save_little(
     compression: list[str], block: list[np.ndarray], kept: list[bool]
 ) -> None:
     codec = BlockCodec([(text, Kind.BYTES) for text in compression])
     assert [encoded(codec, block) for _ in range(MEASURED_BLOCKS + 2)] == [kept] * (MEASURED_BLOCKS + 2)
 
 
-def test_what_the_first_blocks_say_is_not_tried_again() -> None:
+def test_auto_stops_compressing_if_the_first_blocks_saved_little() -> None:
     codec = BlockCodec([("auto", Kind.BYTES)] * 2)
     for _ in range(MEASURED_BLOCKS):
         assert encoded(codec, blocks_of(256, 1, n_bytes=1 << 18)[:1] + blocks_of(1)) == [False, False]

@@ -66,7 +66,7 @@ class _Loan:
         }
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not is_exiting() and hasattr(self, "_piece"):  # a KeyboardInterrupt in __init__ leaves no _piece
+        if not is_exiting() and hasattr(self, "_allocation"):  # a KeyboardInterrupt in __init__ leaves no _allocation
             self._pool.release(self._allocation)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -170,11 +170,8 @@ def _blank(values: Any, valid: npt.NDArray[np.bool_]) -> None:
     if isinstance(values, list):
         for index in np.flatnonzero(~valid).tolist():
             values[index] = None
-    elif isinstance(values, np.ndarray):
-        values[~valid] = 0
     else:
-        for index in np.flatnonzero(~valid).tolist():  # values is a torch tensor
-            values[index] = 0
+        values[~valid] = 0
 
 
 def _numbers(column: Column, rows: _Rows) -> Any:
@@ -213,23 +210,19 @@ def _bytes(_: Column, rows: _Rows) -> list[Any]:
     return gather.gather_bytes(*rows.at(0), rows.check(0))
 
 
-def _texts(_: Column, rows: _Rows) -> list[Any]:
-    return gather.gather_str(*rows.at(0), rows.check(0))
-
-
 def _objects(column: Column, rows: _Rows) -> list[Any]:
     # A null has no text to parse.
     return [json.loads(text) if text else None for text in _bytes(column, rows)]
 
 
-_HOW = {
+_HOW: dict[Kind, Callable[[Column, _Rows], Any]] = {
     Kind.SCALAR: _numbers,
     Kind.TENSOR: _numbers,
     Kind.BOOL: _numbers,
     Kind.RAGGED: _ragged,
     Kind.BYTES: _bytes,
     Kind.IMAGE: _bytes,
-    Kind.STR: _texts,
+    Kind.STR: lambda _, rows: gather.gather_str(*rows.at(0), rows.check(0)),
     Kind.JSON: _objects,
 }
 
@@ -298,7 +291,7 @@ def as_records(columns: Sequence[ColumnValues]) -> list[dict[str, Any]]:
 
 
 def join_values(parts: Sequence[Sequence[ColumnValues]], positions: Sequence[NDArray[np.int64]]) -> list[ColumnValues]:
-    """Return the values of several reads as one result. places: Positions of each read's values in the result."""
+    """Return the values of several reads as one result. positions: Those of each read's values in the result."""
     if len(parts) == 1:  # a single read has its values in order already
         return list(parts[0])
     n = sum(len(position) for position in positions)
