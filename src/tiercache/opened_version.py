@@ -249,8 +249,9 @@ class OpenedVersion:
         if len(tables) + len(missing) > MAX_TABLES:
             self._tables = tables = {shard: tables[shard] for shard in shards if shard in tables}
             self._ranges = {shard: self._ranges.get(shard) for shard in tables}
-        with ThreadPoolExecutor(min(FOOTER_THREADS, max(len(missing), 1)), "tiercache-footer") as pool:
-            tables.update(zip(missing, pool.map(self._read_table, missing), strict=True))
+        if missing:
+            with ThreadPoolExecutor(min(FOOTER_THREADS, len(missing)), "tiercache-footer") as pool:
+                tables.update(zip(missing, pool.map(self._read_table, missing), strict=True))
         return [tables[shard] for shard in shards]
 
     def load(self, shard: int, blocks: Sequence[int]) -> Blocks:

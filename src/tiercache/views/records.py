@@ -406,9 +406,11 @@ class Records:
     def _stored_tables(self, shards: Sequence[int]) -> dict[int, BlockTable]:
         """Return the tables of whole blocks by shard. Several versions are read in parallel."""
         groups = self._by_version(shards)
-        with ThreadPoolExecutor(min(_THREADS, max(len(groups), 1)), "tiercache-joined") as pool:
-            run = pool.map if len(groups) > 1 else map
-            found = list(run(lambda group: group[0].block_tables(group[2].tolist()), groups))
+        if len(groups) < 2:
+            found = [version.block_tables(numbers.tolist()) for version, _, numbers in groups]
+        else:
+            with ThreadPoolExecutor(min(_THREADS, len(groups)), "tiercache-joined") as pool:
+                found = list(pool.map(lambda group: group[0].block_tables(group[2].tolist()), groups))
         return {
             shards[position]: table
             for (_, where, _), tables in zip(groups, found, strict=True)
@@ -465,10 +467,7 @@ class Records:
         return join_values(found, positions)
 
     def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
-        """Return the values of served records as Arrow arrays; see `values`. Each block is read once.
-
-        A run of records of one block refers to the block's memory.
-        """
+        """Return the values of served records as Arrow arrays; see `values`. Each block is read once."""
         numbers = self._stored_numbers(records)
         shards = np.searchsorted(self._stored_first, numbers, side="right") - 1
         arrays: list[list[pa.Array]] = []
@@ -479,14 +478,8 @@ class Records:
             blocks = np.searchsorted(ends, numbers[where], side="right")
             for block in np.unique(blocks).tolist():
                 positions.append(where[blocks == block])
-                rows = numbers[positions[-1]] - (ends[block] - table.records[block])
-                is_run = bool((np.diff(rows) == 1).all())
-                arrays.append(
-                    [
-                        array.slice(int(rows[0]), len(rows)) if is_run else array.take(as_arrow(rows))
-                        for array in self.arrays(shard, block)
-                    ]
-                )
+                rows = as_arrow(numbers[positions[-1]] - (ends[block] - table.records[block]))
+                arrays.append([array.take(rows) for array in self.arrays(shard, block)])
         return join_arrow(arrays, positions, self.schema)
 
     def _unmixed_numbers(self, records: NDArray[np.int64]) -> NDArray[np.int64]:

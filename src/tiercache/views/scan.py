@@ -49,8 +49,22 @@ def spans(source: Records) -> Iterator[tuple[int, int]]:
 
 def arrow_batches(source: Records) -> Iterator[pa.RecordBatch]:
     """Yield record batches in order. A run of records of one block refers to its memory; other batches are copies."""
-    for start, stop in spans(source):
-        yield pa.RecordBatch.from_arrays(source.take_arrow(np.arange(start, stop)), schema=source.schema.arrow)
+    schema = source.schema.arrow
+    if not source.is_in_stored_order:
+        for start, stop in spans(source):
+            yield pa.RecordBatch.from_arrays(source.take_arrow(np.arange(start, stop)), schema=schema)
+        return
+    for shard in np.flatnonzero(source.shard_records).tolist():
+        (table,) = source.block_tables([shard])
+        for block in np.flatnonzero(table.records).tolist():
+            arrays = source.arrays(shard, block)
+            if not source.selects_all:
+                rows = _rows(source, shard, np.array([block]), table)
+                if bool((np.diff(rows.astype(np.int64)) == 1).all()):
+                    arrays = [array.slice(int(rows[0]), len(rows)) for array in arrays]
+                else:
+                    arrays = [array.take(pa.array(rows)) for array in arrays]
+            yield pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 # Limit, per thread, of the raw bytes (all columns) of the blocks whose columns are in memory at a time.
