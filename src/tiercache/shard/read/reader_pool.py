@@ -34,20 +34,30 @@ LIMIT_BYTES = 32 << 20
 
 
 class FooterCache:
-    """Footers by shard number; each is taken once. Thread-safe without a lock, which a fork could leave locked."""
+    """Footers by shard number; each is taken once. Thread-safe without a lock, which a fork could leave locked.
+
+    Concurrent threads may miscount the bytes; put() counts them again before it refuses a footer.
+    """
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
         self._limit_bytes = limit_bytes
         self._kept: dict[int, Footer] = {}
+        self._n_bytes = 0
 
     def put(self, shard: int, footer: Footer) -> None:
         """Keep a footer if it fits within the limit."""
-        if footer.nbytes + sum(kept.nbytes for kept in list(self._kept.values())) <= self._limit_bytes:
+        if self._n_bytes + footer.nbytes > self._limit_bytes:
+            self._n_bytes = sum(kept.nbytes for kept in list(self._kept.values()))
+        if shard not in self._kept and self._n_bytes + footer.nbytes <= self._limit_bytes:
             self._kept[shard] = footer
+            self._n_bytes += footer.nbytes
 
     def take(self, shard: int) -> Footer | None:
         """Remove and return the footer of a shard; None if there is none."""
-        return self._kept.pop(shard, None)
+        footer = self._kept.pop(shard, None)
+        if footer is not None:
+            self._n_bytes = max(self._n_bytes - footer.nbytes, 0)
+        return footer
 
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
