@@ -32,7 +32,7 @@ LAZY_FILES = ("cli/commands.py", "cli/tier_commands.py")
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
-LAYER_LINE = re.compile(r"^\s*`?([\w/.]+)`?\s+\[(\d)\]", re.MULTILINE)
+LAYER_LINE = re.compile(r"^\s*`?([\w/.]+)`?\s+\[(\d+)\]", re.MULTILINE)
 CYTHON_IMPORT = re.compile(r"^\s*(?:from|cimport|import)\s+(tiercache[\w.]*)(?:\s+c?import\s+(\w+))?")
 # A broad handler is allowed at the top of a thread, which passes the error on, and around the user's code.
 BROAD_HANDLER_REASON = re.compile(r"#.*\b(top|the user's code)\b")

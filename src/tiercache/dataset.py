@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,9 @@ from tiercache.load.source import NativeAccess, image_decode_error
 from tiercache.opened_version import OpenedVersion
 from tiercache.shard.conversion import parse_casts
 from tiercache.shard.read.values import ColumnValues, as_records
-from tiercache.views import Joined, Mixed, Readable, SelectionMethods, SourceSpec, arrow_batches, record_numbers, spans
+from tiercache.shard.versions.manifest import list_versions
+from tiercache.views import Records, RecordsSpec, SelectionMethods, arrow_batches, join, record_numbers, spans
+from tiercache.views import mix as mixed_records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,10 +46,8 @@ if TYPE_CHECKING:
     from tiercache.images.options import DecodeImage
     from tiercache.shard.schema import Schema
 
-DatasetSpec = tuple[SourceSpec, Callable[[Record], Any] | None, OutputSpec]
-"""Complete picklable description of a data set: the source spec that opens it, the transform, and the output spec."""
-
-
+# Complete picklable description of a data set: its records, the transform, and the output spec.
+DatasetSpec = tuple[RecordsSpec, Callable[[Record], Any] | None, OutputSpec]
 _OF_THE_PROCESS = ("_recipe", "_lock", "_pid", "_opened")
 
 
@@ -99,7 +99,7 @@ class Dataset(SelectionMethods):
         ValueError, TypeError: An argument is invalid; the message names it.
     """
 
-    _opened: Readable | None
+    _opened: Records | None
 
     def __init__(
         self,
@@ -125,15 +125,15 @@ class Dataset(SelectionMethods):
         columns = None if columns is None else _names(columns)
         if transform is not None and layouts:
             raise ValueError("layouts= cannot be combined with transform=: the transform's results make up a batch")
-        place = DatasetSource(os.fspath(url), cache, verify, dict(storage_options or {}), parse_casts(cast))
-        opened = OpenedVersion(place, version, columns)
-        serving = OutputSpec.of(opened.schema, layouts=layouts, fill_nulls=fill_nulls, decode=decode, cast=place.casts)
-        self.__setstate__(((opened.spec, transform, serving), {}))
+        location = DatasetSource(os.fspath(url), cache, verify, dict(storage_options or {}), parse_casts(cast))
+        opened = Records((OpenedVersion(location, version, columns),))
+        spec = OutputSpec.of(opened.schema, layouts=layouts, fill_nulls=fill_nulls, decode=decode, cast=location.casts)
+        self.__setstate__(((opened.spec, transform, spec), {}))
         self._opened = opened
 
     @property
-    def _source(self) -> Readable:
-        """Opened source that the loader reads: a version, a view of it, or several sources joined or mixed."""
+    def _source(self) -> Records:
+        """Opened records, which the loader reads."""
         opened = self._opened
         return self._open() if opened is None else opened
 
@@ -194,7 +194,7 @@ class Dataset(SelectionMethods):
         opened_versions = self._source.opened_versions
         if len(opened_versions) > 1:
             raise ValueError(f"this data set joins {len(opened_versions)} data sets: call versions() of each of them")
-        return opened_versions[0].versions()
+        return list_versions(opened_versions[0].inner)
 
     def select_columns(self, columns: Sequence[str]) -> Self:
         """Return the same records with only these columns, in this order. Raises SchemaError for an unknown column.
@@ -299,8 +299,7 @@ class Dataset(SelectionMethods):
         Raises:
             CacheFull: The data does not fit into the cache.
         """
-        shards = range(len(self._source.shard_records))
-        self._source.warm(shards, jobs=jobs, on_progress=on_progress)
+        self._source.warm(jobs=jobs, on_progress=on_progress)
 
     def close(self) -> None:
         """Release open shards and connections. The data set may be used again afterwards."""
@@ -335,32 +334,32 @@ class Dataset(SelectionMethods):
         """Return the attributes that a subclass has set."""
         return {name: value for name, value in vars(self).items() if name not in _OF_THE_PROCESS}
 
-    def _derive(self, source: Readable, serving: OutputSpec | None = None) -> Self:
+    def _derive(self, source: Records, spec: OutputSpec | None = None) -> Self:
         """Return the same data set over another source, with this output spec or another one."""
         derived = type(self).__new__(type(self))
-        recipe = (source.spec, self.transform, self._output_spec if serving is None else serving)
+        recipe = (source.spec, self.transform, self._output_spec if spec is None else spec)
         derived.__setstate__((recipe, self._own()))
         derived._opened = source  # noqa: SLF001 -- of this class
         return derived
 
-    def _open(self) -> Readable:
+    def _open(self) -> Records:
         if self._pid != os.getpid():  # after a fork: a thread of the parent may hold the lock for ever
             self._lock, self._pid = threading.Lock(), os.getpid()
         with self._lock:  # two threads that race share the source that the first one opens
             if self._opened is None:
-                self._opened = self._recipe[0].open({})
+                self._opened = self._recipe[0].open()
             return self._opened
 
     def _record(self, index: int) -> Any:
-        n, serving = len(self), self._output_spec
+        n, spec = len(self), self._output_spec
         if not -n <= index < n:
             raise IndexError(f"record {index} of a data set of {n}")
         number = index + n if index < 0 else index
-        record = None if serving.nulls or serving.decode else self._source.record(number)
+        record = None if spec.nulls or spec.decode else self._source.record(number)
         if record is None:
             record = as_records(self._columns(np.array([number], np.int64)))[0]
-        if serving.names is not None:
-            return record_tuple(record, serving.names, self._source.schema)
+        if spec.names is not None:
+            return record_tuple(record, spec.names, self._source.schema)
         return record if self.transform is None else self.transform(record)
 
     def _batch(self, rows: NDArray[np.int64]) -> Any:
@@ -371,28 +370,21 @@ class Dataset(SelectionMethods):
 
     def _columns(self, rows: NDArray[np.int64]) -> list[ColumnValues]:
         """Return the records' values by column, with nulls filled and images decoded as the output spec says."""
-        return self._served(self._source.values(rows), rows)
-
-    def _served(self, columns: list[ColumnValues], rows: Sequence[int] | NDArray[np.int64]) -> list[ColumnValues]:
-        fills, decode = self._output_spec.nulls, self._output_spec.decode
+        columns, fills, decode = self._source.values(rows), self._output_spec.nulls, self._output_spec.decode
         if fills:
             columns = [replace_nulls(c, fills[c.column.name]) if c.column.name in fills else c for c in columns]
         if not decode:
             return columns
 
-        def explain(column: str, index: int, said: str) -> Exception:
-            listed, served = self._source.record_order, int(rows[index])
-            return image_decode_error(self._source, column, served if listed is None else int(listed[served]), said)
+        def explain(column: str, index: int, reason: str) -> Exception:
+            order, served = self._source.record_order, int(rows[index])
+            return image_decode_error(self._source, column, served if order is None else int(order[served]), reason)
 
         return decode_columns(columns, decode, explain)
 
 
 def _derive_from_torchs_class() -> type | None:
-    """Add torch's Dataset class to the bases of Dataset once torch is loaded; nothing here imports torch.
-
-    Returns:
-        torch's class if this call added it, else None.
-    """
+    """Add torch's Dataset class to the bases of Dataset once torch is loaded. Returns it if this call added it."""
     torchs_class = getattr(sys.modules.get("torch.utils.data.dataset"), "Dataset", None)
     if torchs_class is None or issubclass(Dataset, torchs_class):
         return None
@@ -423,18 +415,11 @@ def concat(datasets: Iterable[Dataset]) -> Dataset:
         TypeError: An item is not a tiercache data set.
     """
     datasets = _alike(datasets, "concat")
-    parts = [dataset._source for dataset in datasets]  # noqa: SLF001 -- of this class
-    flat = [below for part in parts for below in (part.below if type(part) is Joined else (part,))]
-    return _over(Joined(flat), datasets[0])
+    return _over(join([dataset._source for dataset in datasets]), datasets[0])  # noqa: SLF001 -- of this class
 
 
 MixStop: TypeAlias = Literal["first_exhausted", "all_exhausted", "first", "all"]
-_MIX_STOPS: Mapping[MixStop, Literal["first", "all"]] = {
-    "first_exhausted": "first",
-    "all_exhausted": "all",
-    "first": "first",
-    "all": "all",
-}
+_MIX_STOPS = get_args(MixStop)
 
 
 def mix(datasets: Iterable[Dataset], weights: Iterable[float], stop: MixStop = "first_exhausted") -> Dataset:
@@ -460,10 +445,11 @@ def mix(datasets: Iterable[Dataset], weights: Iterable[float], stop: MixStop = "
     if stop not in _MIX_STOPS:
         raise ValueError(f"stop must be {', '.join(map(repr, _MIX_STOPS))}, got {stop!r}")
     sources = [dataset._source for dataset in datasets]  # noqa: SLF001 -- of this class
-    return _over(Mixed(sources, tuple(weights), _MIX_STOPS[stop]), datasets[0])
+    short: Literal["first", "all"] = "first" if stop.startswith("first") else "all"
+    return _over(mixed_records(sources, tuple(weights), short), datasets[0])
 
 
-def _over(source: Readable, first: Dataset) -> Dataset:
+def _over(source: Records, first: Dataset) -> Dataset:
     made = Dataset.__new__(Dataset)
     made.__setstate__(((source.spec, first.transform, first.__tiercache__().output_spec), {}))
     made._opened = source  # noqa: SLF001 -- of this class
@@ -483,8 +469,8 @@ def _alike(given: Iterable[Any], what: str) -> list[Dataset]:
         raise ValueError(f"{what}() needs one or more data sets, got none")
     for number, dataset in enumerate(datasets):
         if _overrides_record_access(type(dataset)):
-            why = f"data set {number} is a {type(dataset).__name__}, which overrides record access"
-            raise ValueError(f"{why}: join such data sets with torch's ConcatDataset")
+            reason = f"data set {number} is a {type(dataset).__name__}, which overrides record access"
+            raise ValueError(f"{reason}: join such data sets with torch's ConcatDataset")
         if dataset.__tiercache__().source.mixture is not None:
             raise ValueError(f"data set {number} is a mixture: pass the data sets that it mixes to {what}() instead")
         if dataset.transform != datasets[0].transform:
@@ -501,13 +487,13 @@ def _check_output_spec(spec: OutputSpec, first: OutputSpec, number: int) -> None
         message = f"data set {number} serves {spec.names or 'dicts'}, data set 0 {first.names or 'dicts'}"
         raise SchemaError(f"{message}: call as_tuple() on both", expected=str(first.names), got=str(spec.names))
     for argument in (f.name for f in fields(OutputSpec) if f.name != "names"):
-        mine, theirs = getattr(first, argument), getattr(spec, argument)
-        for column in sorted({*mine, *theirs}):
-            if pickle.dumps(mine.get(column)) != pickle.dumps(theirs.get(column)):
-                message = f"data set {number} has {argument}={theirs.get(column)!r}, data set 0 {mine.get(column)!r}"
+        own, other = getattr(first, argument), getattr(spec, argument)
+        for column in sorted({*own, *other}):
+            if pickle.dumps(own.get(column)) != pickle.dumps(other.get(column)):
+                message = f"data set {number} has {argument}={other.get(column)!r}, data set 0 {own.get(column)!r}"
                 if argument == "cast":
                     message += "; joined columns must also be stored with the same dtype"
-                raise SchemaError(message, column=column, expected=repr(mine.get(column)), got=repr(theirs.get(column)))
+                raise SchemaError(message, column=column, expected=repr(own.get(column)), got=repr(other.get(column)))
 
 
 def _overrides_record_access(kind: type[Dataset]) -> bool:

@@ -1,7 +1,4 @@
-"""One version of a data set, open for reading: its stores, segments and shards.
-
-The class `OpenedVersion` is the source through which the loader and `Dataset` read a version.
-"""
+"""One version of a data set, open for reading: its stores, segments and shards."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ import pyarrow as pa
 from tiercache.cache import CachedStore
 from tiercache.cache.datasets import CopyNames, DatasetSource, warn_if_larger
 from tiercache.errors import CorruptShard
-from tiercache.model import ByteRange, CloseListener, ReadingPlan, ShardIdentity, SourcePart
+from tiercache.model import ByteRange, CloseListener, ReadingPlan, ShardIdentity
 from tiercache.order import BlockTable
 from tiercache.shard.conversion import served_columns
 from tiercache.shard.format.statistics import parse_statistics
@@ -27,8 +24,8 @@ from tiercache.shard.read import reader_pool
 from tiercache.shard.read.reader_pool import FooterCache, MappedRecords
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.read.source import column_ranges, fetch_footer
-from tiercache.shard.read.values import empty_values, join_arrow, join_values
-from tiercache.shard.versions.manifest import latest, list_versions, read_shards, read_version
+from tiercache.shard.read.values import empty_values, join_values
+from tiercache.shard.versions.manifest import latest, read_shards, read_version
 from tiercache.shard.versions.segments import as_arrow
 from tiercache.store import LocalStore, MemoryStore, Store
 from tiercache.tier.placement.redirecting_store import TieredReader, follow_placement
@@ -50,7 +47,7 @@ if TYPE_CHECKING:
 
 
 class VersionStores:
-    """Joined stores through which one process reads a data set. Safe from any thread and in a forked child.
+    """Stores through which one process reads a data set. Safe from any thread and in a forked child.
 
     Attributes:
         inner: The data set's own store.
@@ -60,21 +57,15 @@ class VersionStores:
         tiers: State of the tiers: counts uses of shards.
     """
 
-    def __init__(self, place: DatasetSource) -> None:
-        self.inner = place.open()
-        self.placed = follow_placement(self.inner, place.storage_options, place.cached)
-        self.cache = place.cache_of(self.inner)
+    def __init__(self, location: DatasetSource) -> None:
+        self.inner = location.open()
+        self.placed = follow_placement(self.inner, location.storage_options, location.cached)
+        self.cache = location.cache_of(self.inner)
         self.store: Store = self.placed if self.cache is None else self.cache.store(self.placed)
         self.tiers = TieredReader(self.placed)
 
     def is_local(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None) -> bool:
-        """Return whether bytes of a shard are on this machine, in a folder or in the cache.
-
-        Args:
-            key: Key of the shard.
-            identity: Identity of the shard.
-            ranges: Byte ranges in question; None: the whole shard.
-        """
+        """Return whether ranges of a shard (None: all of it) are on this machine, in a folder or in the cache."""
         if isinstance(self.store, CachedStore):
             return self.store.is_cached(key, identity, ranges)
         if self.tiers.has_moved:
@@ -97,23 +88,13 @@ class VersionStores:
         return not self.tiers.has_moved or not self._is_at_a_disk(key, identity)
 
     def verify_copy(self, key: str, identity: ShardIdentity) -> bool:
-        """Verify the local copy of a shard that was found to be corrupt.
-
-        Returns:
-            Whether a local copy was to blame; it is no longer read.
-        """
+        """Verify the local copy of a corrupt shard. Returns whether it was to blame; it is then no longer read."""
         return isinstance(self.store, LocalStore) and self.store.verify_copy(key, identity)
 
     def prepare_reading(
         self, keys: pa.ChunkedArray, identity: Callable[[int], ShardIdentity], *, reads_all: bool
     ) -> None:
-        """Prepare a run that reads these shards; see TieredReader.prepare_reading.
-
-        Args:
-            keys: Keys of the shards.
-            identity: Function that returns the identity of the i-th of these shards.
-            reads_all: Whether these are all shards of the data set.
-        """
+        """Prepare a run that reads these shards. See TieredReader.prepare_reading."""
 
         def is_cached(i: int) -> bool:
             return isinstance(self.store, CachedStore) and self.store.is_cached(keys[i].as_py(), identity(i))
@@ -137,40 +118,22 @@ class VersionStores:
         self.store.close()
 
 
-@dataclass(frozen=True, slots=True)
-class ShardOpener:
-    """Opens shards of one version.
-
-    Attributes:
-        store: Store to read through.
-        tiers: Reading state of the tiers.
-        table: Shards of the version.
-        dataset_id: Id of the data set.
-        footers: Footers that have already been read.
-    """
-
-    store: Store
-    tiers: TieredReader
-    table: ShardTable
-    dataset_id: str
-    footers: FooterCache
-
-    def open(self, shard: int, **how: Any) -> ShardReader:
-        """Open a shard through the cache, if there is one."""
-        return self._open_through(self.store, shard, **how)
-
-    def open_past_cache(self, shard: int, **how: Any) -> ShardReader:
-        """Open a shard at its source unless the cache already holds it."""
-        store, info = self.store, self.table.info(shard)
-        if isinstance(store, CachedStore) and not store.is_cached(info.name, info.identity(self.dataset_id)):
-            store = store.inner
-        return self._open_through(store, shard, **how)
-
-    def _open_through(self, store: Store, shard: int, **how: Any) -> ShardReader:
-        info = self.table.info(shard)
-        identity, footer = info.identity(self.dataset_id), self.footers.take(shard)
-        near = self.tiers.opened(info.name, identity)
-        return ShardReader(near or store, info.name, info=info, identity=identity, footer=footer, **how)
+def _open_shard(
+    stores: VersionStores,
+    table: ShardTable,
+    dataset_id: str,
+    footers: FooterCache,
+    past_cache: bool,  # open a shard at its source unless the cache already holds it
+    shard: int,
+    **how: Any,
+) -> ShardReader:
+    """Open a shard of a version through the cache, if there is one."""
+    store, info = stores.store, table.info(shard)
+    identity = info.identity(dataset_id)
+    if past_cache and isinstance(store, CachedStore) and not store.is_cached(info.name, identity):
+        store = store.inner
+    local = stores.tiers.opened(info.name, identity)
+    return ShardReader(local or store, info.name, info=info, identity=identity, footer=footers.take(shard), **how)
 
 
 # Footers of a shard group are read in parallel: their time is round trips.
@@ -187,32 +150,24 @@ logger = logging.getLogger("tiercache")
 class VersionSpec:
     """Spec of an opened version: its location, its number, and the names of the columns in order."""
 
-    place: DatasetSource
+    location: DatasetSource
     version: int
     columns: tuple[str, ...]
 
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """See SourceSpec.versions."""
-        return (self.version,)
-
-    def open(self, opened: dict[int, Any]) -> OpenedVersion:
-        """See SourceSpec.open."""
-        found: OpenedVersion | None = opened.get(id(self))
-        if found is None:
-            found = opened[id(self)] = OpenedVersion(self.place, self.version, self.columns)
-        return found
+    def open(self) -> OpenedVersion:
+        """Open the version."""
+        return OpenedVersion(self.location, self.version, self.columns)
 
 
 class OpenedVersion:
-    """One version of a data set with some of its columns; implements load.source.Source and views.Readable.
+    """One version of a data set with some of its columns: all access to its shards.
 
     Safe from any thread. After a fork the child opens its own shards. Nothing of a shard is read before it is needed.
     """
 
-    def __init__(self, place: DatasetSource, version: int | None, columns: Sequence[str] | None) -> None:
-        self.place = place
-        self.access = access = VersionStores(place)
+    def __init__(self, location: DatasetSource, version: int | None, columns: Sequence[str] | None) -> None:
+        self.location = location
+        self.access = access = VersionStores(location)
         self.inner, self.cache, self.store = access.inner, access.cache, access.store
         self.manifest: Version = latest(self.store) if version is None else read_version(self.store, version)
         self.stored_schema: Schema = self.manifest.schema
@@ -226,21 +181,21 @@ class OpenedVersion:
             warn_if_larger(self.url, self.dataset_id, np.asarray(self.table.n_bytes), self.cache)
         self._serve(self.stored_schema.names if columns is None else columns)
 
-    def _serve(self, columns: Sequence[str], open_shard: Callable[..., ShardReader] = ShardOpener.open) -> None:
+    def _serve(self, columns: Sequence[str], *, past_cache: bool = False) -> None:
         self._schema = self.stored_schema.select(columns)
         self._tables: dict[int, BlockTable] = {}
         self._ranges: dict[int, tuple[ByteRange, ...] | None] = {}  # of the served columns; None: the whole shard
         self.stored_columns = tuple(self.stored_schema.index(name) for name in self._schema.names)
-        self.spec = VersionSpec(self.place, self.version, self._schema.names)
-        self._served = served_columns(self._schema, self.place.casts)
+        self.spec = VersionSpec(self.location, self.version, self._schema.names)
+        self._served = served_columns(self._schema, self.location.casts)
         self._mapped = MappedRecords(
             self.stored_schema, self.stored_columns, self.table.first_record, self.url, self._served
         )
         # Not a bound method: the reference cycle would keep descriptors open until the garbage collector runs.
-        how = {"verify": self.place.verify, "served": self._served}
         self._footers = FooterCache()
-        opener = ShardOpener(self.store, self.access.tiers, self.table, self.dataset_id, self._footers)
-        self._readers = reader_pool.ReaderPool(partial(open_shard, opener, **how), self._mapped)
+        opened = (self.access, self.table, self.dataset_id, self._footers, past_cache)
+        open_shard = partial(_open_shard, *opened, verify=self.location.verify, served=self._served)
+        self._readers = reader_pool.ReaderPool(open_shard, self._mapped)
 
     @property
     def url(self) -> str:
@@ -267,50 +222,11 @@ class OpenedVersion:
         """Served columns, in order, with their stored types; a cast column is served with another dtype."""
         return self._schema
 
-    @property
-    def parts(self) -> tuple[SourcePart, ...]:
-        """One part: this version with all its records."""
-        return (SourcePart(self.dataset_id, self.version, self.fingerprint),)
-
-    @property
-    def record_order(self) -> None:
-        """None: records are served in stored order."""
-
-    @property
-    def mixture(self) -> None:
-        """None: this is not a mixture."""
-
-    @property
-    def shard_records(self) -> NDArray[np.int64]:
-        """Number of records of each shard, int64[n_shards]."""
-        return self.table.n_records
-
-    @property
-    def shard_bytes(self) -> NDArray[np.int64]:
-        """Stored bytes of each shard, int64[n_shards]."""
-        return self.table.n_bytes
-
-    @property
-    def first_record(self) -> NDArray[np.int64]:
-        """Number of each shard's first record, then the number of all records; int64[n_shards + 1]."""
-        return self.table.first_record
-
-    @property
-    def is_in_stored_order(self) -> bool:
-        """True: records are served in stored order."""
-        return True
-
-    @property
-    def opened_versions(self) -> tuple[OpenedVersion, ...]:
-        """This version alone."""
-        return (self,)
-
-    def versions(self) -> list[int]:
-        """Return the numbers of all versions of the data set, oldest first."""
-        return list_versions(self.inner)
-
     def statistics(self, shard: int) -> Statistics:
-        """See Readable.statistics."""
+        """Return a shard's {column: {"nulls", "bytes", "stored", "min", "max"}}, each if known.
+
+        Raises CorruptShard for an implausible value.
+        """
         text = self.table.arrow["statistics"][shard].as_py()
         try:
             return parse_statistics(text, self.stored_schema, int(self.table.n_records[shard]))
@@ -332,31 +248,15 @@ class OpenedVersion:
         if len(tables) + len(missing) > MAX_TABLES:
             self._tables = tables = {shard: tables[shard] for shard in shards if shard in tables}
             self._ranges = {shard: self._ranges.get(shard) for shard in tables}
-        with ThreadPoolExecutor(min(FOOTER_THREADS, max(len(missing), 1)), "tiercache-footer") as pool:
-            tables.update(zip(missing, pool.map(self._read_table, missing), strict=True))
+        if missing:
+            with ThreadPoolExecutor(min(FOOTER_THREADS, len(missing)), "tiercache-footer") as pool:
+                tables.update(zip(missing, pool.map(self._read_table, missing), strict=True))
         return [tables[shard] for shard in shards]
 
-    @property
-    def selects_all(self) -> bool:
-        """See Source.selects_all."""
-        return True
-
-    def stored_rows(
-        self,
-        shards: NDArray[np.int32],  # noqa: ARG002 -- of Source
-        blocks: NDArray[np.int32],  # noqa: ARG002
-        block: NDArray[np.uint32],  # noqa: ARG002
-        row: NDArray[np.uint32],
-    ) -> NDArray[np.uint32]:
-        """Return the rows unchanged: all rows of a block are served."""
-        return row
-
     def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """Return blocks of a shard in memory, with the served columns.
+        """Return blocks of a shard, which stays open for some time, in memory, with the served columns.
 
-        Raises:
-            NotFound, StoreError: The store failed.
-            CorruptShard: Bytes are damaged, and fetching them again did not help.
+        Raises NotFound and StoreError; or CorruptShard if fetching damaged bytes again did not help.
         """
         return self._read(shard, lambda reader: reader.load(blocks, self.stored_columns))
 
@@ -370,54 +270,31 @@ class OpenedVersion:
         return self._read(shard, read)
 
     def record(self, number: int) -> dict[str, Any] | None:
-        """Return a record by its number in the data set, as a dict of values by column.
-
-        Returns:
-            None if the record's shard is not mapped; `values` then reads it.
-
-        Raises:
-            IndexError: There is no such record.
-        """
+        """Return a record by its number, as a dict of values by column; None if its shard is not mapped. IndexError."""
         return self._mapped.record(number)
 
     def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
-        """Return the values of records by column.
+        """Return the values of records, int64[n], by column. Raises as `load`, and IndexError.
 
-        Records of mapped shards are read all at once, others shard by shard. Raises as `load`, and IndexError for a
-        record that does not exist.
-
-        Args:
-            records: int64[n], numbers of the records in the data set.
+        Records of mapped shards are read all at once, others shard by shard.
         """
         if not len(records):
             return empty_values(self._schema, self._served)
         found = self.take_mapped(records)
         if found is not None:
             return found
-        shards, places = self._by_shard(records)
-        within = [records[where] - self.first_record[shard] for shard, where in zip(shards, places, strict=True)]
-        return join_values(self._take_all(shards, within), places)
+        of_record = np.searchsorted(self.table.first_record, records, side="right") - 1
+        shards = np.unique(of_record).tolist()
+        places = [np.flatnonzero(of_record == shard) for shard in shards]
+        rows = [records[where] - self.table.first_record[shard] for shard, where in zip(shards, places, strict=True)]
+        if len(shards) < 2 or isinstance(self.inner, LocalStore):
+            return join_values(list(map(self._take, shards, rows)), places)
+        # In parallel: as for footers, the time is round trips.
+        with ThreadPoolExecutor(min(FOOTER_THREADS, len(shards)), "tiercache-records") as pool:
+            return join_values(list(pool.map(self._take, shards, rows)), places)
 
-    def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
-        """Return the values of records as Arrow arrays; see `values`. Each block is read once."""
-        taken: list[list[pa.Array]] = []
-        order: list[NDArray[np.int64]] = []
-        for shard, where in zip(*self._by_shard(records), strict=True):
-            rows = records[where] - self.first_record[shard]
-            ends = np.cumsum(self.block_tables([shard])[0].records)
-            of_block = np.searchsorted(ends, rows, side="right")
-            for block in np.unique(of_block).tolist():
-                mine = np.flatnonzero(of_block == block)
-                within = pa.array(rows[mine] - (ends[block - 1] if block else 0))
-                taken.append([array.take(within) for array in self.arrays(shard, block)])
-                order.append(where[mine])
-        return join_arrow(taken, order, self._schema)
-
-    def _by_shard(self, records: NDArray[np.int64]) -> tuple[list[int], list[NDArray[np.int64]]]:
-        """Return the shards that hold these records, and for each shard the indices of its records."""
-        shards = np.searchsorted(self.first_record, records, side="right") - 1
-        asked: list[int] = np.unique(shards).tolist()
-        return asked, [np.flatnonzero(shards == shard) for shard in asked]
+    def _take(self, shard: int, rows: NDArray[np.int64]) -> list[ColumnValues]:
+        return self._read(shard, lambda reader: reader.take(rows, self.stored_columns))
 
     def take_mapped(self, records: NDArray[np.int64]) -> list[ColumnValues] | None:
         """Return the values of records if all their shards can be mapped, else None."""
@@ -429,21 +306,13 @@ class OpenedVersion:
                 found = self._mapped.take(records)
         return found
 
-    def _take_all(self, shards: Sequence[int], rows: Sequence[NDArray[np.int64]]) -> list[list[ColumnValues]]:
-        """Return values of rows of each of these shards, by column."""
-        if len(shards) < 2 or isinstance(self.inner, LocalStore):
-            return [self._take(shard, within) for shard, within in zip(shards, rows, strict=True)]
-        # In parallel: as for footers, the time is round trips.
-        with ThreadPoolExecutor(min(FOOTER_THREADS, len(shards)), "tiercache-records") as pool:
-            return list(pool.map(self._take, shards, rows))
-
     @property
     def has_cache(self) -> bool:
         """Whether the data set is read through a cache."""
         return isinstance(self.store, CachedStore)
 
     def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
-        """See Source.publish. The mapped segments stay in use as long as the plan is published."""
+        """See Records.publish. The mapped segments stay in use as long as the plan is published."""
         if not isinstance(self.store, CachedStore) or self.cache is None:
             return None
         # Read limit_bytes first: it raises if the cache is being closed, and then nothing must have been published.
@@ -453,7 +322,7 @@ class OpenedVersion:
 
     @property
     def can_prefetch(self) -> bool:
-        """See Source.can_prefetch."""
+        """See Records.can_prefetch."""
         return self.access.fetcher is not None
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -464,9 +333,9 @@ class OpenedVersion:
         # An open shard requests what it needs itself. If the cache refused an open shard, the shard is read by ranges
         # to its end: fetching it as a whole once there is room would transfer the part that was already read a second
         # time.
-        coming = [shard for shard in dict.fromkeys(shards) if shard not in self._readers]
-        objects = self.table.objects(self.dataset_id, np.array(coming, np.int64))
-        for shard, (key, identity) in zip(coming, objects, strict=True):
+        unopened = [shard for shard in dict.fromkeys(shards) if shard not in self._readers]
+        objects = self.table.objects(self.dataset_id, np.array(unopened, np.int64))
+        for shard, (key, identity) in zip(unopened, objects, strict=True):
             if self.access.is_worth_fetching(key, identity):
                 fetcher.fetch_ahead(key, identity, self._ranges.get(shard))
 
@@ -490,39 +359,34 @@ class OpenedVersion:
         return is_open or self.access.is_local(key, identity, self._ranges.get(shard))
 
     def prepare_reading(self, shards: NDArray[np.int64]) -> None:
-        """See Source.prepare_reading."""
+        """See Records.prepare_reading."""
         keys = self.table.names.take(as_arrow(shards))
         reads_all = len(shards) == len(self.table)
         self.access.prepare_reading(keys, lambda i: self.identity(int(shards[i])), reads_all=reads_all)
 
-    def at_versions(self, versions: Sequence[int]) -> OpenedVersion:
+    def at_version(self, number: int) -> OpenedVersion:
         """Return another version with the same columns. Raises NotFound, or SchemaError if it lacks a column."""
-        (number,) = versions
         names = self._schema.names
-        return self._shared((number, names), lambda: OpenedVersion(self.place, number, names))
+        return self._shared((number, names), lambda: OpenedVersion(self.location, number, names))
 
     def with_columns(self, columns: Sequence[str]) -> OpenedVersion:
-        """Return the same version with other columns and its own open shards.
-
-        Raises:
-            SchemaError: A column does not exist.
-        """
-        return self._served_otherwise(columns, ShardOpener.open)
+        """Return the same version with other columns and its own open shards. Raises SchemaError."""
+        return self._served_otherwise(columns, past_cache=False)
 
     def for_scan(self, columns: Sequence[str]) -> OpenedVersion:
-        """Return a source as `with_columns` does, for a single pass: shards that are not cached bypass the cache.
+        """Return a version as `with_columns` does, for a single pass: shards that are not cached bypass the cache.
 
         Caching them would evict other shards.
         """
-        return self._served_otherwise(columns, ShardOpener.open_past_cache)
+        return self._served_otherwise(columns, past_cache=True)
 
-    def _served_otherwise(self, columns: Sequence[str], open_shard: Callable[..., ShardReader]) -> OpenedVersion:
+    def _served_otherwise(self, columns: Sequence[str], *, past_cache: bool) -> OpenedVersion:
         def make() -> OpenedVersion:
             other = copy.copy(self)
-            other._serve(columns, open_shard)  # noqa: SLF001 -- of this class
+            other._serve(columns, past_cache=past_cache)  # noqa: SLF001 -- of this class
             return other
 
-        return self._shared((tuple(columns), open_shard), make)
+        return self._shared((tuple(columns), past_cache), make)
 
     def _shared(self, key: tuple[Any, ...], make: Callable[[], OpenedVersion]) -> OpenedVersion:
         """Return the live object with this key, or create it."""
@@ -532,14 +396,11 @@ class OpenedVersion:
     def warm(
         self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
     ) -> None:
-        """Fetch the served columns of shards into the cache; for a local folder there is nothing to do.
-
-        Raises CacheFull, StoreError, CorruptShard.
-        """
+        """Fetch the served columns of shards into the cache, if there is one."""
         if self.cache is not None:
-            wanted = self.table.objects(self.dataset_id, np.array(shards, np.int64))
+            objects = self.table.objects(self.dataset_id, np.array(shards, np.int64))
             ranges = self._ranges_of(shards)
-            self.cache.warm(self.store, wanted, jobs=jobs, ranges=ranges, on_progress=on_progress)
+            self.cache.warm(self.store, objects, jobs=jobs, ranges=ranges, on_progress=on_progress)
 
     def figures(self) -> dict[str, float]:
         """Return the counters of this process: requests, bytes_fetched, cache_hits, cache_misses."""
@@ -555,14 +416,8 @@ class OpenedVersion:
         self.access.close()
 
     def on_close(self, keeper: CloseListener) -> None:
-        """See Source.on_close.
-
-        If two threads call it at once, one registration may be lost: that loader keeps its blocks until it is deleted.
-        """
-        self._keepers = [*(known for known in self._keepers if known() is not None), ref(keeper)]
-
-    def _take(self, shard: int, rows: NDArray[np.int64]) -> list[ColumnValues]:
-        return self._read(shard, lambda reader: reader.take(rows, self.stored_columns))
+        """See Records.on_close. Of two calls at once, one may be lost: its loader keeps blocks until it is deleted."""
+        self._keepers = [*(one for one in self._keepers if one() is not None), ref(keeper)]
 
     def _read_table(self, shard: int) -> BlockTable:
         footer = self._footer(shard)
@@ -582,27 +437,23 @@ class OpenedVersion:
         return self._read(shard, lambda reader: reader.footer)
 
     def _ranges_of(self, shards: Sequence[int]) -> dict[str, tuple[ByteRange, ...]]:
-        """Return the byte ranges of the served columns by shard key, for shards that are not served whole.
-
-        Reads each footer that is not known yet.
-        """
+        """Return the ranges of the served columns by shard key, for shards not served whole. Reads missing footers."""
         found: dict[str, tuple[ByteRange, ...]] = {}
         is_all = len(self.stored_columns) == len(self.stored_schema)
         for first in range(0, 0 if is_all else len(shards), MAX_TABLES):
             some = shards[first : first + MAX_TABLES]
             self.block_tables(some)
-            known = [(shard, self._ranges.get(shard)) for shard in some]
-            found |= {self.table.info(shard).name: ranges for shard, ranges in known if ranges is not None}
+            for shard in some:
+                ranges = self._ranges.get(shard)
+                if ranges is not None:
+                    found[self.table.info(shard).name] = ranges
         return found
 
     def _object(self, shard: int) -> tuple[str, ShardIdentity]:
         return self.table.objects(self.dataset_id, np.array([shard], np.int64))[0]
 
     def _read(self, shard: int, read: Callable[[ShardReader], T]) -> T:
-        """Return the result of read(reader); after CorruptShard, retry once unless there is no copy to replace.
-
-        The retry is useful if the cache's copy was wrong, or if the copy differs from the one that was read.
-        """
+        """Return the result of read(reader); after CorruptShard, retry once unless there is no copy to replace."""
         try:
             return read(self._readers.get(shard))
         except CorruptShard:

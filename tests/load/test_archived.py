@@ -166,7 +166,9 @@ def test_the_message_names_some_of_many_archived_shards_and_the_error_all(world)
     world.archived |= set(names)
     world.cold.objects.update({f"far/{key}": b"x" for key in names})
     with pytest.raises(ArchivedShards) as caught:
-        dataset._source.access.tiers.prepare_reading(pa.chunked_array([names]), lambda i: False, reads_all=True)
+        dataset._source.leaves[0].access.tiers.prepare_reading(
+            pa.chunked_array([names]), lambda i: False, reads_all=True
+        )
     assert caught.value.names == tuple(names)
     assert "and 42 more" in str(caught.value)
     assert caught.value.command == f"tiercache restore {world.moved.store.url} --wait"
@@ -248,9 +250,9 @@ def test_an_untracked_data_set_costs_one_request_for_the_marker(packed, tmp_path
     moved = Moved(packed, MemoryStore(f"{tmp_path.name}", "data"))
     dataset = tc.Dataset(moved.store.url)
     loader = tc.DataLoader(dataset, batch_size=N)
-    before = dataset._source.inner.counters["requests"]
+    before = dataset._source.leaves[0].inner.counters["requests"]
     dataset._source.prepare_reading(np.arange(len(moved.keys)))
-    assert dataset._source.inner.counters["requests"] - before == 1
+    assert dataset._source.leaves[0].inner.counters["requests"] - before == 1
     assert by_loader(dataset) == ALL
     del loader
     dataset.close()
@@ -261,7 +263,7 @@ def test_a_process_checks_once_for_archived_shards(world):
     dataset = world.dataset()
     for _ in range(3):
         assert by_loader(dataset) == ALL
-    counted = dataset._source.inner.counters
+    counted = dataset._source.leaves[0].inner.counters
     before = counted["requests"]
     dataset._source.prepare_reading(np.arange(len(world.moved.keys)))
     assert counted["requests"] == before

@@ -178,7 +178,7 @@ def test_a_plan_begins_at_the_resumed_position_and_advances_with_served_records(
         batches.close()
         assert not list((tmp_path / "cache" / "plans").iterdir())
         first = plans[0]
-        n_shards = len(dataset._source.table)
+        n_shards = len(dataset._source.leaves[0].table)
         assert len(first.shards) == n_shards
         assert first.first.min() == 0
         assert (first.then >= first.last.max()).all()
@@ -250,7 +250,7 @@ def test_at_the_end_of_an_epoch_no_shard_is_in_use(server, packed, tmp_path, mon
         assert len(list(loader)) == 1  # a third of the records is dropped
         last = plans[0].last
         assert max(clocks) == last[last != NEVER].max()
-        assert len(dataset._source._readers._open) == 0  # which would hold copies that others need room of
+        assert len(dataset._source.leaves[0]._readers._open) == 0  # which would hold copies that others need room of
         del loader
         dataset.close()
 
@@ -439,7 +439,7 @@ def test_views_joined_and_mixed_data_sets_publish_what_they_read_of_each(server,
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
         batches = iter(loader)
         next(batches)
-        by_url, n_shards = dict(plans), len(one._source.table)
+        by_url, n_shards = dict(plans), len(one._source.leaves[0].table)
         assert len(by_url) == (1 if kind in ("view", "views of one") else 2)
         for plan in by_url.values():
             assert (np.diff(plan.shards) > 0).all()

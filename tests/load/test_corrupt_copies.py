@@ -68,7 +68,7 @@ def test_a_corrupt_copy_is_fetched_again_and_the_run_continues(server, cache, ho
     first = tc.Dataset(f"{server.url}/data", cache=cache)
     first.warm()
     first.close()
-    assert damage(cache, how) > len(first._source.table)
+    assert damage(cache, how) > len(first._source.leaves[0].table)
     server.log.clear()
     dataset = tc.Dataset(f"{server.url}/data", cache=cache)
     if read == "loader":
@@ -78,7 +78,7 @@ def test_a_corrupt_copy_is_fetched_again_and_the_run_continues(server, cache, ho
     else:
         found = [i for start in range(0, N, 50) for i in check_batch(dataset[list(range(start, start + 50))])]
     assert sorted(found) == list(range(N))
-    assert len(sent_shards(server)) == len(dataset._source.table)
+    assert len(sent_shards(server)) == len(dataset._source.leaves[0].table)
     dataset.close()
 
 
@@ -102,10 +102,10 @@ def flip_bits(paths, how: str) -> None:
 
 def shards_of(cache: tc.Cache, dataset: tc.Dataset) -> list[Path]:
     """The cached copies of a data set's shards, by the size that tells them from the list of shards."""
-    sizes = set(np.asarray(dataset._source.table.n_bytes).tolist())
+    sizes = set(np.asarray(dataset._source.leaves[0].table.n_bytes).tolist())
     files = [path for path in (cache.path / "copies").iterdir() if "." not in path.name]
     found = [path for path in files if path.stat().st_size in sizes]
-    assert len(found) == len(dataset._source.table)
+    assert len(found) == len(dataset._source.leaves[0].table)
     return found
 
 
@@ -196,7 +196,7 @@ def test_pages_that_are_read_from_disk_again_are_checked_again(tmp_path):
     dataset = tc.Dataset(tmp_path / "data")
     wait_until_settled(path)
     dataset[list(range(1024))]
-    blocks = dataset._source.load(0, range(dataset._source._footer(0).n_blocks))
+    blocks = dataset._source.load(0, range(dataset._source.leaves[0]._footer(0).n_blocks))
     prefetch.renew_checks(blocks)
     assert blocks.pending_checks is None  # in memory, and checked a moment ago
     with path.open("rb") as file:
@@ -276,7 +276,7 @@ def test_a_corrupt_copy_is_fetched_again_with_a_sampler(server, cache, how):
     first = tc.Dataset(f"{server.url}/data", cache=cache)
     first.warm()
     first.close()
-    assert damage(cache, how) > len(first._source.table)
+    assert damage(cache, how) > len(first._source.leaves[0].table)
     dataset = tc.Dataset(f"{server.url}/data", cache=cache)
     numbers = [i for start in range(40) for i in range(start, N, 97)]
     loader = tc.DataLoader(dataset, 4, sampler=numbers, options=tc.LoaderOptions(memory_bytes=1))
@@ -294,8 +294,8 @@ def test_a_local_file_truncated_inside_a_checked_page_serves_no_zeros(tmp_path):
     loader = tc.DataLoader(dataset, 16, options=options)
     assert sum(len(batch["x"]) for batch in loader) == 1024
     assert (dataset[[700, 900]]["x"] != 0).all()
-    footer = dataset._source._footer(0)
-    os.truncate(path / dataset._source.table.info(0).name, int(footer.chunks[6, 0]["offset"]) + 100)
+    footer = dataset._source.leaves[0]._footer(0)
+    os.truncate(path / dataset._source.leaves[0].table.info(0).name, int(footer.chunks[6, 0]["offset"]) + 100)
     seen: list[torch.Tensor] = []
     with pytest.raises(tc.CorruptShard, match="shorter than"):
         seen.extend(batch["x"] for batch in loader)
@@ -341,7 +341,7 @@ def faulty(monkeypatch, tmp_path):
 def test_a_corrupt_first_response_is_fetched_again(faulty, cache, is_cached, read):
     version, store = faulty(cache if is_cached else False, 1)
     if read == "footer":
-        assert version.block_tables([0])[0].records.sum() == version.shard_records[0]
+        assert version.block_tables([0])[0].records.sum() == version.table.n_records[0]
     ids = version.values(np.arange(40))[0].values
     assert ids.tolist() == list(range(40))
     assert len(store.faulted_calls) == 1

@@ -65,7 +65,7 @@ def test_a_record_is_a_dict_of_the_columns_own_types(dataset, i):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(indices=st.lists(st.integers(-150, 149), max_size=20))
-def test_many_records_come_as_a_batch_in_the_order_asked(dataset, indices):
+def test_many_indices_give_a_batch_in_their_order(dataset, indices):
     batch = dataset[indices]
     assert batch["id"].tolist() == [i % 150 for i in indices]
     assert batch["tokens"].flags.writeable
@@ -79,7 +79,7 @@ def test_a_slice_is_a_batch(dataset, cut):
 
 
 @pytest.mark.parametrize("index", [np.array([3, 1]), torch.tensor([3, 1]), (3, 1)])
-def test_indices_come_in_any_form(dataset, index):
+def test_indices_are_accepted_in_any_container(dataset, index):
     assert check_batch(dataset[index]) == [3, 1]
 
 
@@ -94,12 +94,12 @@ def test_indices_come_in_any_form(dataset, index):
         ("a", TypeError),
     ],
 )
-def test_an_invalid_index_is_refused(dataset, index, error):
+def test_an_invalid_index_is_an_error(dataset, index, error):
     with pytest.raises(error):
         dataset[index]
 
 
-def test_a_mask_is_refused_rather_than_read_as_numbers(dataset):
+def test_a_mask_is_not_accepted_as_indices(dataset):
     with pytest.raises(TypeError, match="bool"):
         dataset[np.ones(150, bool)]
 
@@ -120,13 +120,13 @@ def test_arrow_batches_hold_everything_in_order(dataset, batch_size):
     assert table["score"].null_count == 30
 
 
-def test_pandas_gets_all_of_it(dataset):
+def test_to_pandas_gives_all_records(dataset):
     frame = dataset.to_pandas()
     assert list(frame.columns) == list(SCHEMA)
     assert frame["id"].tolist() == list(range(150))
 
 
-def test_chosen_columns_and_their_order_hold_everywhere(dataset):
+def test_selected_columns_and_their_order_apply_to_every_way_of_reading(dataset):
     chosen = dataset.select_columns(["text", "id"])
     assert chosen.column_names == ["text", "id"]
     assert chosen[3] == {"text": "text 3", "id": 3}
@@ -134,8 +134,8 @@ def test_chosen_columns_and_their_order_hold_everywhere(dataset):
         dataset.select_columns(["nothing"])
 
 
-def test_a_transform_makes_what_a_record_is_under_any_loader(dataset):
-    doubled = tc.Dataset(dataset._source.place.url, columns=["id"], transform=_double)
+def test_a_transform_applies_under_any_loader(dataset):
+    doubled = tc.Dataset(dataset._source.leaves[0].location.url, columns=["id"], transform=_double)
     assert doubled[4] == 8
     assert doubled[[1, 2]] == [2, 4]
     for make in (tc.DataLoader, TorchLoader):
@@ -146,7 +146,7 @@ def _double(record):
     return int(record["id"]) * 2
 
 
-def test_a_version_that_was_opened_stays_the_one_that_is_read(tmp_path):
+def test_an_opened_data_set_keeps_its_version(tmp_path):
     with tc.Writer(tmp_path / "d", schema={"id": "int64"}) as writer:
         writer.write_batch({"id": np.arange(3)})
     first = tc.Dataset(tmp_path / "d")
@@ -159,12 +159,12 @@ def test_a_version_that_was_opened_stays_the_one_that_is_read(tmp_path):
         tc.Dataset(tmp_path / "d", version=99)
 
 
-def test_a_missing_data_set_is_not_found_and_named(tmp_path):
+def test_a_missing_data_set_is_not_found_and_the_error_names_its_url(tmp_path):
     with pytest.raises(tc.NotFound, match="nowhere"):
         tc.Dataset(tmp_path / "nowhere")
 
 
-def test_collate_gives_what_the_native_path_gives(dataset):
+def test_collate_gives_the_batches_of_the_native_path(dataset):
     native = list(tc.DataLoader(dataset, batch_size=32))
     through_torch = list(TorchLoader(dataset, batch_size=32, collate_fn=tc.collate))
     one_by_one = [tc.collate([dataset[i] for i in range(s, min(s + 32, 150))]) for s in range(0, 150, 32)]
@@ -178,7 +178,7 @@ def test_collate_gives_what_the_native_path_gives(dataset):
         assert torch.equal(a["tokens"], c["tokens"])
 
 
-def test_torchs_own_collate_sees_ordinary_records(dataset):
+def test_torchs_default_collate_gets_ordinary_records(dataset):
     numbers = dataset.select_columns(["id", "tokens", "text"])
     for batch in TorchLoader(numbers, batch_size=50, collate_fn=default_collate):
         ids = batch["id"].tolist()
@@ -232,7 +232,7 @@ def test_records_of_a_batch_are_changed_as_a_list_is(dataset, change):
     assert list(records) == plain
 
 
-def test_what_a_collate_function_did_to_its_records_is_in_the_batch(dataset):
+def test_changes_that_a_collate_function_makes_to_records_are_in_the_batch(dataset):
     def collate(records):
         records.sort(key=lambda record: -record["id"])
         for record in records:
@@ -295,7 +295,7 @@ def test_a_forked_child_reads_with_its_own_shards(dataset):
     assert dataset[5]["id"] == 5
 
 
-def test_a_forked_child_does_not_wait_for_what_its_parent_was_opening(dataset):
+def test_a_forked_child_does_not_wait_for_a_shard_that_its_parent_was_opening(dataset):
     unopened = pickle.loads(pickle.dumps(dataset))
     with unopened._lock, warnings.catch_warnings():  # as a thread holds it while it opens
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -313,7 +313,7 @@ def _exit_with_record_4(dataset):
 
 def test_a_forked_childs_second_thread_does_not_take_its_parents_lock(dataset, monkeypatch):
     dataset[3]
-    readers, make = dataset._source._readers, threading.Lock
+    readers, make = dataset._source.leaves[0]._readers, threading.Lock
     done = []
 
     def make_while_another_comes():
@@ -347,7 +347,7 @@ def _id_of(dataset, i):
     return int(dataset[i]["id"])
 
 
-def test_invalid_arguments_are_refused_by_name(tmp_path):
+def test_invalid_arguments_are_errors_that_name_them(tmp_path):
     with pytest.raises(ValueError, match="verify"):
         tc.Dataset(tmp_path, verify="sometimes")
     with pytest.raises(TypeError, match="list of names"):
@@ -364,7 +364,7 @@ class OfBoth(tc.Dataset, torch.utils.data.Dataset):
     """One that was made a data set of torch's by hand."""
 
 
-def test_it_is_a_data_set_of_torchs_whatever_it_is_made_of(dataset, packed):
+def test_every_data_set_is_an_instance_of_torchs_dataset(dataset, packed):
     assert issubclass(tc.Dataset, torch.utils.data.Dataset)
     views = [dataset, dataset.take(3), dataset + dataset, tc.mix([dataset, dataset], [1, 1])]
     kinds = [*views, Mine(packed), OfBoth(packed)]
@@ -383,7 +383,7 @@ def test_it_is_a_data_set_of_torchs_whatever_it_is_made_of(dataset, packed):
         ("pickle.loads(pickle.dumps(made))", "tc.Dataset, Generic[T]"),
     ],
 )
-def test_one_that_was_made_before_torch_was_imported_is_a_data_set_of_torchs_as_well(packed, first, bases):
+def test_a_data_set_made_before_torch_was_imported_is_an_instance_of_torchs_dataset(packed, first, bases):
     code = f"""
 import pickle, sys
 from typing import Generic, TypeVar
@@ -404,6 +404,6 @@ print(len(torch.utils.data.DataLoader(made, 2)))
     assert (done.stdout, done.stderr) == ("75\n", "")
 
 
-def test_its_repr_says_where_which_and_what(dataset):
+def test_the_repr_names_url_version_and_schema(dataset):
     assert "150 records" in repr(dataset)
     assert "tokens: uint16[6]" in repr(dataset)

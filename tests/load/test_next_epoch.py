@@ -70,7 +70,7 @@ def test_the_first_shards_of_the_next_epoch_are_requested_before_the_last_batch_
     with tc.Cache(tmp_path / "cache", size=data_bytes // 2, min_free=0) as cache:
         with pytest.warns(RuntimeWarning, match="will be fetched again"):
             dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-        names = dataset._source.table
+        names = dataset._source.leaves[0].table
         needed = {names.info(shard).name.rsplit("/", 1)[1] for shard, _ in first_blocks(dataset, 1)}
         dataset.close()
         for path in (tmp_path / "cache").rglob("*.shard"):

@@ -44,8 +44,8 @@ def blocks_of(dataset: tc.Dataset) -> list[tuple[int, int, list[int]]]:
 
 def strike(dataset: tc.Dataset, path: Path, shard: int, block: int, column: str, at: int = 3) -> None:
     """Turn a bit of the stored bytes of one column of one block."""
-    info = dataset._source.table.info(shard)
-    footer = dataset._source._footer(shard)
+    info = dataset._source.leaves[0].table.info(shard)
+    footer = dataset._source.leaves[0]._footer(shard)
     chunk = footer.chunks[block, footer.schema.index(column)]
     file = path / info.name
     data = bytearray(file.read_bytes())
@@ -55,7 +55,7 @@ def strike(dataset: tc.Dataset, path: Path, shard: int, block: int, column: str,
 
 
 def strike_footer(dataset: tc.Dataset, path: Path, shard: int) -> None:
-    info = dataset._source.table.info(shard)
+    info = dataset._source.leaves[0].table.info(shard)
     data = bytearray((path / info.name).read_bytes())
     data[info.footer_offset + info.footer_bytes // 2] ^= 0x41
     (path / info.name).write_bytes(data)
@@ -227,7 +227,7 @@ def test_a_shard_without_a_footer_is_replaced_whole(make_dataset, opened, shuffl
 def test_a_missing_shard_is_an_error_with_on_corrupt(make_dataset):
     path = make_dataset(N)
     dataset = tc.Dataset(path)
-    (path / dataset._source.table.info(1).name).unlink()
+    (path / dataset._source.leaves[0].table.info(1).name).unlink()
     with pytest.raises(tc.NotFound):
         list(tc.DataLoader(dataset, 8, shuffle=True, options=options()))
 
@@ -297,7 +297,7 @@ def test_invalid_text_is_replaced_for_its_record_alone(tmp_path):
     clean = tc.Dataset(path)
     sequence = flat([batch["id"].tolist() for batch in tc.DataLoader(clean, 5, shuffle=True, options=options())])
     good = tc.Dataset(path, verify="never")
-    info, footer = good._source.table.info(0), good._source._footer(0)
+    info, footer = good._source.leaves[0].table.info(0), good._source.leaves[0]._footer(0)
     chunk = footer.chunks[0, 1]
     file = path / info.name
     data = bytearray(file.read_bytes())

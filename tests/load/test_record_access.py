@@ -93,7 +93,7 @@ def both(packed: Path, far: str, request: pytest.FixtureRequest) -> Any:
     """Read through mapped shards, and shard by shard: from blocks that are checked every time, or by pages."""
     fast = tc.Dataset(packed)
     slow = tc.Dataset(packed, verify="always") if request.param == "blocks" else tc.Dataset(far)
-    assert len(fast._source.table) > 5
+    assert len(fast._source.leaves[0].table) > 5
     yield fast, slow
     fast.close()
     slow.close()
@@ -112,7 +112,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def mapped_now(dataset: tc.Dataset, indices: list[int]) -> bool:
-    return dataset._source.take_mapped(np.array(indices, np.int64)) is not None
+    return dataset._source.leaves[0].take_mapped(np.array(indices, np.int64)) is not None
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -174,7 +174,7 @@ def open_copies(path: Path) -> int:
 def test_more_shards_than_may_be_open_are_served_and_do_not_pile_up(packed, monkeypatch):
     monkeypatch.setattr(reader_pool, "MAX_READERS", 2)
     dataset = tc.Dataset(packed)
-    n_shards = len(dataset._source.table)
+    n_shards = len(dataset._source.leaves[0].table)
     rng = np.random.default_rng(0)
     for size in (1, 1, 5, 40, 2):
         indices = rng.integers(0, N, size).tolist()
@@ -256,7 +256,7 @@ def wide(path: Path, n: int = 64) -> list[Path]:
         for i in range(n):
             writer.write({"id": i, "wide": np.full(8 << 10, i, np.uint8), "text": f"{i}"})
     dataset = tc.Dataset(path)
-    files = [path / info.name for info in dataset._source.table.infos()]
+    files = [path / info.name for info in dataset._source.leaves[0].table.infos()]
     dataset.close()
     return files
 
@@ -334,7 +334,9 @@ def test_a_copy_that_becomes_corrupt_while_mapped_is_fetched_again(tmp_path, mon
                 break
         server.log.clear()
         assert (dataset[20]["wide"] == 20).all()
-        assert {seen.path for seen in server.log if seen.n_bytes} == {f"/d/{dataset._source.table.info(0).name}"}
+        assert {seen.path for seen in server.log if seen.n_bytes} == {
+            f"/d/{dataset._source.leaves[0].table.info(0).name}"
+        }
         wait_until_settled(*(cache.path / "copies").iterdir())
         assert mapped_now(dataset, [20, 63])
         dataset.close()
@@ -356,7 +358,7 @@ def remote(tmp_path):
 
 def body_ranges(dataset: tc.Dataset, server: HttpFaultServer) -> list[tuple[int, int]]:
     """Ranges of chunks that were asked for: all but the footers, in the shards."""
-    ends = {f"/d/{info.name}": info.footer_offset for info in dataset._source.table.infos()}
+    ends = {f"/d/{info.name}": info.footer_offset for info in dataset._source.leaves[0].table.infos()}
     of_shards = [seen for seen in server.log if seen.path in ends]
     asked = [(seen.path, (seen.range or "").removeprefix("bytes=").split("-")) for seen in of_shards]
     ranges = [(path, int(first), int(last) + 1) for path, (first, last) in asked]
@@ -366,7 +368,7 @@ def body_ranges(dataset: tc.Dataset, server: HttpFaultServer) -> list[tuple[int,
 def test_a_cold_remote_record_costs_the_footer_and_the_pages_that_hold_it(remote):
     dataset, server = remote
     assert dataset[37]["id"] == 37
-    info = dataset._source.table.info(int(dataset._source.table.first_record[1] <= 37))
+    info = dataset._source.leaves[0].table.info(int(dataset._source.leaves[0].table.first_record[1] <= 37))
     footer_bytes = info.n_bytes - info.footer_offset
     chunks = sum(end - start for start, end in body_ranges(dataset, server))
     assert sum(seen.n_bytes for seen in server.log) == footer_bytes + chunks
@@ -412,8 +414,8 @@ def test_an_epoch_of_single_records_in_random_order_takes_two_requests_a_shard(t
         order = np.random.default_rng(0).permutation(64).tolist()
         assert [int(dataset[i]["wide"][0]) for i in order] == order
         of_shards = [seen for seen in server.log if "/shards/" in seen.path]
-        assert len(of_shards) <= 2 * len(dataset._source.table)  # the footer, and all the rest
-        assert sum(seen.n_bytes for seen in of_shards) == dataset._source.table.n_bytes.sum()
+        assert len(of_shards) <= 2 * len(dataset._source.leaves[0].table)  # the footer, and all the rest
+        assert sum(seen.n_bytes for seen in of_shards) == dataset._source.leaves[0].table.n_bytes.sum()
         dataset.close()
 
 

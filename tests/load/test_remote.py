@@ -55,7 +55,7 @@ def test_a_warm_epoch_in_a_new_process_asks_the_server_for_no_shard_footer_or_se
         cold = loader.stats()
         second = ids_of(loader)
         dataset.close()
-    n_shards = len(dataset._source.table)
+    n_shards = len(dataset._source.leaves[0].table)
     assert cold["bytes_fetched"] >= sum(len(data) for key, data in server.objects.items() if "/shards/" in key)
     assert {path for path in shard_requests(server) if "/shards/" in path} == {
         f"/{key}" for key in server.objects if "/shards/" in key
@@ -74,7 +74,7 @@ def test_each_shard_is_fetched_once_in_a_cold_epoch_and_its_footer_once_more(ser
         ids_of(tc.DataLoader(dataset, batch_size=32, shuffle=True))
         sent = sum(seen.n_bytes for seen in server.log if "/shards/" in seen.path)
         dataset.close()
-    infos = list(dataset._source.table.infos())
+    infos = list(dataset._source.leaves[0].table.infos())
     assert sent == sum(info.n_bytes + (info.n_bytes - info.footer_offset) for info in infos)
 
 
@@ -132,14 +132,14 @@ def test_a_server_with_occasional_errors_only_slows_a_run(server, tmp_path, faul
 
 def test_a_shard_that_is_gone_is_an_error_that_names_it_after_every_batch_before_it(server):
     dataset = tc.Dataset(f"{server.url}/data", cache=False)
-    name = dataset._source.table.info(3).name
+    name = dataset._source.leaves[0].table.info(3).name
     del server.objects[f"data/{name}"]
     options = tc.LoaderOptions(shuffle_window_bytes="1KiB", shuffle_group_bytes="1KiB")
     served: list[int] = []
     with pytest.raises(tc.NotFound, match=name.split("/")[1]):
         served.extend(i for batch in tc.DataLoader(dataset, batch_size=4, options=options) for i in check_batch(batch))
     assert served == list(range(len(served)))
-    assert len(served) >= int(dataset._source.table.first_record[3]) - 4
+    assert len(served) >= int(dataset._source.leaves[0].table.first_record[3]) - 4
     dataset.close()
 
 

@@ -1,4 +1,4 @@
-"""Views, joined data sets and mixtures on the native path: what they serve, in order, by ranks, and after a stop."""
+"""Views, concatenations and mixtures on the native path: order, ranks and resumption."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def make_loader(dataset, rank=0, world_size=1, batch_size=7, *, shuffle=False, d
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_shuffle_a_view_is_served_in_its_order(parts, name):
+def test_a_view_without_shuffle_is_served_in_its_order(parts, name):
     dataset, expected = a_view(name, *parts)
     expected = expected or [int(record["id"]) for record in dataset]
     assert list(itertools.chain(*ids_of(make_loader(dataset)))) == expected
@@ -74,7 +74,7 @@ def test_without_shuffle_a_view_is_served_in_its_order(parts, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_shuffled_a_view_serves_its_records_and_no_others(parts, name):
+def test_a_shuffled_view_serves_exactly_its_records(parts, name):
     dataset, expected = a_view(name, *parts)
     expected = expected or [int(record["id"]) for record in dataset]
     loader = make_loader(dataset, shuffle=True, shuffle_streams=3)
@@ -84,7 +84,7 @@ def test_shuffled_a_view_serves_its_records_and_no_others(parts, name):
         assert epochs[0] != epochs[1]
 
 
-def test_a_state_of_another_choice_or_mixture_is_refused(parts):
+def test_a_state_of_another_selection_or_mixture_is_an_error(parts):
     a, b = parts
     state = make_loader(a.take(40), shuffle=True).state_dict()
     assert len(json.dumps(state)) < 500
@@ -101,7 +101,7 @@ def test_a_state_of_another_choice_or_mixture_is_refused(parts):
 
 @pytest.mark.parametrize("stop", ["first", "all"])
 @pytest.mark.parametrize("streams", [1, 4])
-def test_a_mixture_has_exact_shares_in_any_range(parts, stop, streams):
+def test_a_mixture_has_exact_shares_in_any_range_and_serves_all_of_its_parts(parts, stop, streams):
     a, b = parts
     mixed = tc.mix([a, b], weights=[0.6, 0.4], stop=stop)
     loader = make_loader(mixed, shuffle=True, shuffle_streams=streams)
@@ -131,7 +131,7 @@ def test_a_mixture_has_exact_shares_in_any_range(parts, stop, streams):
     placement=st.sampled_from(["sticky", "global"]),
     drop_last=st.booleans(),
 )
-def test_any_ranks_serve_one_sequence_of_any_source(parts, data, name, streams, shuffle, placement, drop_last):
+def test_the_ranks_of_any_world_size_serve_one_sequence(parts, data, name, streams, shuffle, placement, drop_last):
     warnings.simplefilter("ignore", RuntimeWarning)  # of streams that do not divide the global batch
     a, b = parts
     if name.startswith("mixed"):
@@ -175,7 +175,7 @@ def test_any_ranks_serve_one_sequence_of_any_source(parts, data, name, streams, 
     assert len(ranks[0]) == n_global
 
 
-def test_a_view_goes_on_at_the_version_that_its_state_names(make_dataset):
+def test_a_resumed_view_reads_the_version_of_its_state(make_dataset):
     path = make_dataset(120)
     whole = ids_of(make_loader(tc.Dataset(path).skip(20), shuffle=True))
     loader = make_loader(tc.Dataset(path).skip(20), shuffle=True)
@@ -192,7 +192,7 @@ def test_a_view_goes_on_at_the_version_that_its_state_names(make_dataset):
     assert len(dataset) == 140
 
 
-def test_objects_come_from_parts_whose_columns_stand_elsewhere(tmp_path):
+def test_objects_are_read_from_parts_with_other_column_numbers(tmp_path):
     pairs = [{"a": i, "b": [i] * (i % 3)} for i in range(60)]
     with tc.Writer(tmp_path / "a", block_size="64B") as writer:
         writer.write_batch(pa.table({"id": pa.array(range(60)), "pair": pairs}))

@@ -1,7 +1,8 @@
 """Files as a later release may write them within format version 1: with parts that this one does not know.
 
 What may be passed by: other bytes where zeros are called for, more sections and keys, chunks that are aligned to 4096
-with other bytes between them, more columns in a segment, other kinds of versions. What must not be: see test_needs.py.
+with other bytes between them, more columns in a segment, other kinds of versions. What must not be:
+see test_forward_compatibility.py.
 """
 
 import hashlib

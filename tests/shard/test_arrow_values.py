@@ -1,4 +1,4 @@
-"""Values of columns of plain Arrow types: Arrow alone would let some through, changed."""
+"""Values of columns of plain Arrow types: values that Arrow alone would change are errors."""
 
 import datetime as dt
 from decimal import Decimal
@@ -97,7 +97,7 @@ def test_a_value_that_fits_is_read_back_equal(writer_of, arrow_type, value):
     assert batch["n"].tolist() == [1, 2]
 
 
-def test_a_value_that_python_cannot_hold_is_an_error_that_says_how_to_read_it(writer_of):
+def test_a_value_that_python_cannot_represent_is_an_error_that_names_to_arrow(writer_of):
     store, writer = writer_of(pa.timestamp("s"))
     writer.write_batch({"c": pa.array([2**40], pa.timestamp("s")), "n": [1]})
     with pytest.raises(SchemaError, match=r"'c'.*to_arrow") as caught:

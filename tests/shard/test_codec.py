@@ -1,17 +1,17 @@
-"""ColumnCodec: what `auto` keeps."""
+"""BlockCodec: the chunks that `auto` compresses."""
 
 import numpy as np
 import pytest
 
 from tiercache.shard.column_types import Kind
-from tiercache.shard.format.codec import MEASURED_BLOCKS, BlockCodec, ColumnCodec
+from tiercache.shard.format.codec import MEASURED_BLOCKS, BlockCodec
 
 
 @pytest.mark.parametrize(("n_letters", "kept"), [(26, False), (4, True)])  # zstd leaves 0.60 and 0.27 of them
 def test_auto_keeps_zstd_where_it_saves_half(n_letters: int, kept: bool) -> None:
-    codec = ColumnCodec("auto", Kind.BYTES)
+    codec = BlockCodec([("auto", Kind.BYTES)])
     blocks = np.random.default_rng(5).integers(0, n_letters, (6, 1 << 16), np.uint8)
-    assert [codec.encode(block) is not None for block in blocks] == [kept] * 6
+    assert [encoded(codec, [block]) for block in blocks] == [[kept]] * 6
 
 
 def blocks_of(*n_letters: int, n_bytes: int = 1 << 16) -> list[np.ndarray]:
@@ -35,15 +35,15 @@ def encoded(codec: BlockCodec, block: list[np.ndarray]) -> list[bool]:
         (["auto", "auto", "zstd"], blocks_of(256, 256, 1), [False, False, True]),  # somebody wants it
     ],
 )
-def test_auto_leaves_a_block_raw_whose_columns_together_save_little(
+def test_auto_stores_a_block_raw_if_its_columns_together_save_little(
     compression: list[str], block: list[np.ndarray], kept: list[bool]
 ) -> None:
-    codec = BlockCodec([ColumnCodec(text, Kind.BYTES) for text in compression])
+    codec = BlockCodec([(text, Kind.BYTES) for text in compression])
     assert [encoded(codec, block) for _ in range(MEASURED_BLOCKS + 2)] == [kept] * (MEASURED_BLOCKS + 2)
 
 
-def test_what_the_first_blocks_say_is_not_tried_again() -> None:
-    codec = BlockCodec([ColumnCodec("auto", Kind.BYTES), ColumnCodec("auto", Kind.BYTES)])
+def test_auto_stops_compressing_if_the_first_blocks_saved_little() -> None:
+    codec = BlockCodec([("auto", Kind.BYTES)] * 2)
     for _ in range(MEASURED_BLOCKS):
         assert encoded(codec, blocks_of(256, 1, n_bytes=1 << 18)[:1] + blocks_of(1)) == [False, False]
     asked: list[int] = []

@@ -1,4 +1,4 @@
-"""Commits: who wins a race, what a lost answer becomes, and what the version holds afterwards."""
+"""Commits: races, lost responses of the store, and the content of the new version."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiercache.model import ShardInfo
 from tiercache.shard.schema import Schema
 from tiercache.shard.versions import commit as commits
 from tiercache.shard.versions import manifest
-from tiercache.shard.versions.commit import MAX_SEGMENTS, Commit, CommitRequest, commit, plan_merge
+from tiercache.shard.versions.commit import MAX_SEGMENTS, Commit, commit, plan_merge
 from tiercache.shard.versions.manifest import Version, version_key
 from tiercache.store import LocalFolder, MemoryStore, Store
 from tiercache.testing import Fault, FaultKind, FaultStore
@@ -51,7 +51,7 @@ def first(store: MemoryStore) -> Version:
 
 
 class TestModes:
-    def test_create_append_and_overwrite_make_a_chain(self, store: MemoryStore) -> None:
+    def test_create_append_and_overwrite_make_consecutive_versions(self, store: MemoryStore) -> None:
         a, b, c, d = shard(1), shard(2), shard(3), shard(4)
         made = commit(store, [a], schema=SCHEMA, mode="create")
         grown = commit(store, [b, c], schema=SCHEMA, mode="append", parent=made, writer_id="w9")
@@ -80,16 +80,18 @@ class TestModes:
         assert faulty.faulted_calls
         assert manifest.latest(store).number == 2
 
-    def test_creating_on_a_data_set_names_the_other_modes(self, store: MemoryStore, first: Version) -> None:
+    def test_create_where_a_data_set_exists_is_an_error_that_names_the_other_modes(
+        self, store: MemoryStore, first: Version
+    ) -> None:
         with pytest.raises(CommitConflict, match=r'mode="append".*mode="overwrite"'):
             commit(store, [shard()], schema=SCHEMA, mode="create")
         assert manifest.list_versions(store) == [1]
 
-    def test_appending_to_nothing_names_create(self, store: MemoryStore) -> None:
+    def test_append_without_a_data_set_is_an_error_that_names_create(self, store: MemoryStore) -> None:
         with pytest.raises(NotFound, match='mode="create"'):
             append(store, shard())
 
-    def test_overwriting_nothing_creates(self, store: MemoryStore) -> None:
+    def test_overwrite_without_a_data_set_creates_one(self, store: MemoryStore) -> None:
         assert commit(store, [shard()], schema=SCHEMA, mode="overwrite").kind == "create"
 
     def test_appending_no_shards_commits_nothing(self, store: MemoryStore, first: Version) -> None:
@@ -102,7 +104,7 @@ class TestModes:
         append(store, shard(2))
         assert manifest.latest(store).n_records == 2
 
-    def test_another_mode_is_refused(self, store: MemoryStore) -> None:
+    def test_an_unknown_mode_is_an_error(self, store: MemoryStore) -> None:
         with pytest.raises(ValueError, match="'create', 'append' or 'overwrite'"):
             commit(store, [], schema=SCHEMA, mode="add")  # type: ignore[arg-type]
 
@@ -119,10 +121,10 @@ class TestSchemas:
     @pytest.mark.parametrize(
         ("given_schema", "column", "message"),
         [
-            ({"tokens": "int64"}, "caption", "the data set has this column, the appended records do not"),
-            ({"tokens": "int64", "caption": "str", "x": "bool"}, "x", "the data set does not"),
-            ({"tokens": "int32", "caption": "str"}, "tokens", "int64, the appended records have int32"),
-            ({"tokens": "int64?", "caption": "str"}, "tokens", r"int64, the appended records have int64\?"),
+            ({"tokens": "int64"}, "caption", "the data set has this column, but not the appended batch"),
+            ({"tokens": "int64", "caption": "str", "x": "bool"}, "x", "but not the data set"),
+            ({"tokens": "int32", "caption": "str"}, "tokens", "int64, the appended batch has int32"),
+            ({"tokens": "int64?", "caption": "str"}, "tokens", r"int64, the appended batch has int64\?"),
             ({"caption": "str", "tokens": "int64"}, None, "another order: the data set has tokens, caption"),
         ],
     )
@@ -171,7 +173,7 @@ class in_thread:
 
 
 class TestRaces:
-    def test_sixteen_racing_appenders_all_land(self, store: MemoryStore, first: Version) -> None:
+    def test_sixteen_concurrent_appends_are_all_committed(self, store: MemoryStore, first: Version) -> None:
         ours = [[shard() for _ in range(1 + i % 3)] for i in range(16)]
         start = threading.Barrier(16)
 
@@ -193,7 +195,7 @@ class TestRaces:
             start_at = found.index(infos[0].name)
             assert found[start_at : start_at + len(infos)] == [info.name for info in infos]
 
-    def test_processes_race_on_a_local_folder(self, tmp_path: Path) -> None:
+    def test_concurrent_appends_of_processes_are_all_committed(self, tmp_path: Path) -> None:
         store = LocalFolder(tmp_path)
         commit(store, [shard()], schema=SCHEMA, mode="create")
         script = Path(__file__).with_name("append_in_a_process.py")
@@ -204,7 +206,7 @@ class TestRaces:
         assert manifest.list_versions(store) == list(range(1, 14))
 
     @pytest.mark.parametrize("mode", ["create", "append", "overwrite"])
-    def test_who_loses_an_overwrite_or_a_create_gets_a_conflict(self, store: MemoryStore, mode: str) -> None:
+    def test_the_loser_of_a_race_to_create_or_overwrite_gets_a_conflict(self, store: MemoryStore, mode: str) -> None:
         creating = mode == "create"
         parent = None if creating else commit(store, [shard()], schema=SCHEMA, mode="create")
         gates, late = GateStore(store), shard()
@@ -231,7 +233,7 @@ class TestRaces:
         commit(store, [added], schema=SCHEMA, mode="append", parent=first)
         assert names(store) == [replacement.name, added.name]
 
-    def test_an_append_that_was_overtaken_by_many_catches_up_at_once(self, store: MemoryStore, first: Version) -> None:
+    def test_an_append_rebases_once_past_many_other_appends(self, store: MemoryStore, first: Version) -> None:
         gates = GateStore(counting := CountingStore(store))
         with gates.stop_at("before_put_if_absent") as gate, in_thread(lambda: append(gates, shard())) as late:
             gate.wait_reached()
@@ -242,13 +244,15 @@ class TestRaces:
         assert late.result.number == 7
         assert counting.n_calls("put_if_absent") == 2
 
-    def test_an_append_never_lands_in_another_data_set(self, store: MemoryStore, first: Version) -> None:
+    def test_an_append_is_not_committed_to_a_data_set_that_replaced_its_own(
+        self, store: MemoryStore, first: Version
+    ) -> None:
         store.delete([version_key(1), manifest.HINT_KEY])
         commit(store, [shard()], schema=SCHEMA, mode="create")
         with pytest.raises(CommitConflict, match="the data set was replaced"):
             commit(store, [shard()], schema=SCHEMA, mode="append", parent=first)
 
-    def test_losing_for_ever_ends_in_a_conflict(
+    def test_an_append_that_loses_every_race_ends_with_a_conflict(
         self, store: MemoryStore, first: Version, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(commits, "MAX_REBASES", 5)
@@ -273,7 +277,7 @@ def lost(verb: str, **facts: object) -> Fault:
 
 class TestLostAnswers:
     @pytest.mark.parametrize("mode", ["create", "append", "overwrite"])
-    def test_a_commit_whose_answer_was_lost_is_found_to_be_ours(self, store: MemoryStore, mode: str) -> None:
+    def test_a_commit_whose_response_was_lost_is_recognised_as_our_own(self, store: MemoryStore, mode: str) -> None:
         if mode != "create":
             commit(store, [shard()], schema=SCHEMA, mode="create")
         faulty, ours = FaultStore(store, [lost("put_if_absent")]), shard()
@@ -282,7 +286,9 @@ class TestLostAnswers:
         assert manifest.latest(store) == version
         assert names(store).count(ours.name) == 1
 
-    def test_a_no_that_a_back_ends_second_try_got_is_found_to_be_ours(self, store: MemoryStore, first: Version) -> None:
+    def test_a_refusal_of_a_retried_put_is_recognised_as_our_own_commit(
+        self, store: MemoryStore, first: Version
+    ) -> None:
         class TriesAgain(CountingStore):
             def put_if_absent(self, key: str, data: bytes) -> bool:
                 super().put_if_absent(key, data)
@@ -291,7 +297,7 @@ class TestLostAnswers:
         assert append(TriesAgain(store), shard()).number == 2
         assert manifest.list_versions(store) == [1, 2]
 
-    def test_a_put_that_was_lost_on_the_way_is_put_again(self, store: MemoryStore, first: Version) -> None:
+    def test_a_put_that_was_lost_in_transit_is_repeated(self, store: MemoryStore, first: Version) -> None:
         class Swallows(CountingStore):
             def put_if_absent(self, key: str, data: bytes) -> bool:
                 if self.n_calls("put_if_absent"):
@@ -303,7 +309,9 @@ class TestLostAnswers:
         assert append(swallows, shard()).number == 2
         assert swallows.n_calls("put_if_absent") == 2
 
-    def test_a_lost_answer_and_a_winner_there_means_lost(self, store: MemoryStore, first: Version) -> None:
+    def test_a_lost_response_and_another_version_with_the_number_is_a_lost_race(
+        self, store: MemoryStore, first: Version
+    ) -> None:
         class Beaten(CountingStore):
             def put_if_absent(self, key: str, data: bytes) -> bool:
                 if self.n_calls("put_if_absent"):
@@ -317,12 +325,12 @@ class TestLostAnswers:
         assert names(store)[2] == ours.name
 
     @pytest.mark.parametrize("n_closes", [1, 3])
-    def test_what_cannot_be_settled_says_so_and_is_settled_later(
+    def test_a_commit_of_unknown_result_is_an_error_and_can_be_settled_later(
         self, store: MemoryStore, first: Version, n_closes: int
     ) -> None:
         faulty = FaultStore(store, [lost("put_if_absent"), Fault("get", keys=version_key(2), nth=2, times=n_closes)])
         ours = shard()
-        landing = Commit(faulty, CommitRequest((ours,), SCHEMA, "append", first))
+        landing = Commit(faulty, [ours], schema=SCHEMA, mode="append", parent=first)
         for _ in range(n_closes):
             with pytest.raises(StoreError, match=r"may have happened.*close\(\) again") as failure:
                 landing.run()
@@ -337,7 +345,9 @@ class TestLostAnswers:
         assert names(store)[1:] == [ours.name]
         assert manifest.list_versions(store) == [1, 2]
 
-    def test_what_could_not_be_settled_and_was_lost_rebases_later(self, store: MemoryStore, first: Version) -> None:
+    def test_a_commit_of_unknown_result_that_lost_the_race_rebases_later(
+        self, store: MemoryStore, first: Version
+    ) -> None:
         class TimesOutOnce(CountingStore):
             def put_if_absent(self, key: str, data: bytes) -> bool:
                 self.calls.append(("put_if_absent", key))
@@ -346,16 +356,18 @@ class TestLostAnswers:
                 raise StoreError("timed out", url=self.url, retryable=True, maybe_done=True)
 
         faulty, ours = TimesOutOnce(FaultStore(store, [Fault("get", keys=version_key(2), nth=2)])), shard()
-        landing = Commit(faulty, CommitRequest((ours,), SCHEMA, "append", first))
+        landing = Commit(faulty, [ours], schema=SCHEMA, mode="append", parent=first)
         with pytest.raises(StoreError, match="may have happened"):
             landing.run()
         append(store, shard())
         assert landing.run().number == 3
         assert names(store)[2] == ours.name
 
-    def test_a_refused_put_is_the_stores_error_and_may_be_tried_again(self, store: MemoryStore, first: Version) -> None:
+    def test_a_refused_put_raises_the_stores_error_and_can_be_repeated(
+        self, store: MemoryStore, first: Version
+    ) -> None:
         faulty = FaultStore(store, [Fault("put_if_absent", retryable=False, status=403)])
-        landing = Commit(faulty, CommitRequest((shard(),), SCHEMA, "append"))
+        landing = Commit(faulty, [shard()], schema=SCHEMA, mode="append")
         with pytest.raises(StoreError) as failure:
             landing.run()
         assert failure.value.status == 403
@@ -365,14 +377,14 @@ class TestLostAnswers:
 
     def test_a_segment_that_cannot_be_written_commits_nothing(self, store: MemoryStore, first: Version) -> None:
         faulty = FaultStore(store, [Fault("put", keys="_tiercache/segments/*")])
-        landing = Commit(faulty, CommitRequest((shard(),), SCHEMA, "append"))
+        landing = Commit(faulty, [shard()], schema=SCHEMA, mode="append")
         with pytest.raises(StoreError):
             landing.run()
         assert manifest.list_versions(store) == [1]
         assert landing.run().number == 2
 
     @given(data=st.data())
-    def test_whatever_fails_each_append_lands_once_or_not_at_all(self, data: st.DataObject) -> None:
+    def test_with_any_store_error_an_append_is_committed_once_or_not_at_all(self, data: st.DataObject) -> None:
         store = MemoryStore(secrets.token_hex(8))
         commit(store, [], schema=SCHEMA, mode="create")
         verbs = st.sampled_from(["get", "put", "put_if_absent", "read_into"])
@@ -384,7 +396,7 @@ class TestLostAnswers:
         landed, unsure = [], []
         for _ in range(4):
             ours = shard()
-            landing = Commit(faulty, CommitRequest((ours,), SCHEMA, "append"))
+            landing = Commit(faulty, [ours], schema=SCHEMA, mode="append")
             for _ in range(data.draw(st.integers(1, 4))):
                 try:
                     landing.run()
@@ -402,7 +414,7 @@ class TestLostAnswers:
 
 class TestMerging:
     @given(appends=st.lists(st.integers(1, 50) | st.just(3000), min_size=MAX_SEGMENTS, max_size=300))
-    def test_segments_stay_few_in_order_and_rows_are_copied_seldom(self, appends: list[int]) -> None:
+    def test_merging_keeps_segments_few_and_in_order_and_copies_rows_rarely(self, appends: list[int]) -> None:
         rows: list[list[int]] = []
         n_copied = n_merges = 0
         for i, n_rows in enumerate(appends):

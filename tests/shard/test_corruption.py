@@ -1,4 +1,4 @@
-"""Every byte of a small shard with every column type flipped, cut off, appended to: an error of ours, or equal data."""
+"""Every byte of a small shard is flipped, truncated, appended to: the result is a tiercache error, or equal data."""
 
 import importlib.util
 import os
@@ -130,7 +130,7 @@ def test_a_flipped_byte_of_head_footer_or_tail_is_reported_or_harmless(sample, h
             assert got is None or (position < 64 and got == sample.rows), position
 
 
-def test_a_shard_cut_at_any_length_is_reported(sample):
+def test_a_shard_truncated_at_any_length_is_reported(sample):
     store = OneObject(sample.data)
     for n_bytes in range(len(sample.data)):
         store.data = bytearray(sample.data[:n_bytes])
@@ -147,7 +147,7 @@ def test_a_shard_that_was_appended_to_is_reported(sample, more):
     assert [f.part for f in verify_shard(store, "shard")] != []
 
 
-def test_a_local_shard_of_another_size_than_its_row_says_is_reported(sample, tmp_path):
+def test_a_local_shard_of_another_size_than_its_data_set_states_is_reported(sample, tmp_path):
     (tmp_path / "shard").write_bytes(sample.data + b"\0")
     with pytest.raises(CorruptShard, match="bytes, its data set states"):
         ShardReader(LocalFolder(tmp_path), "shard", info=sample.infos[0])
@@ -164,7 +164,7 @@ def test_another_shard_under_the_same_name_is_reported(sample):
 
 
 @pytest.mark.parametrize("junk", [b"", b"x", bytes(64), bytes(500), b"\x89PNG\r\n" * 50])
-def test_what_is_no_shard_is_reported(junk):
+def test_an_object_that_is_not_a_shard_is_reported(junk):
     with pytest.raises(CorruptShard, match=r"memory://corruption/shard"):
         ShardReader(OneObject(junk), "shard")
 

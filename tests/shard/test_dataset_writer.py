@@ -1,4 +1,4 @@
-"""Writer: what is committed, what an error leaves, and what a kill leaves."""
+"""Writer: commits, errors, races and kills."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def faulty(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> FaultStore:
 
 
 class TestWriting:
-    def test_what_is_committed_names_whole_shards_in_order(self, url: str, store: MemoryStore) -> None:
+    def test_a_commit_lists_complete_shards_in_order(self, url: str, store: MemoryStore) -> None:
         with Writer(url, schema=SCHEMA, shard_size="4KiB", block_size="1KiB", compression="none") as writer:
             for start in range(0, 1000, 100):
                 writer.write_batch(batch(start, 100))
@@ -99,7 +99,7 @@ class TestWriting:
             assert (len(data), crc32c(data)) == (info.n_bytes, info.crc32c)
         assert records(store) == written(0, 1000)
 
-    def test_appends_add_and_overwrites_replace(self, url: str, store: MemoryStore) -> None:
+    def test_append_adds_records_and_overwrite_replaces_them(self, url: str, store: MemoryStore) -> None:
         expected = []
         for mode, start, n in (("create", 0, 3), ("append", 3, 4), ("append", 7, 1), ("overwrite", 90, 2)):
             with Writer(url, schema=SCHEMA, mode=mode) as writer:
@@ -108,7 +108,7 @@ class TestWriting:
             assert records(store) == expected
         assert [manifest.read_version(store, n).n_records for n in (1, 2, 3, 4)] == [3, 7, 8, 2]
 
-    def test_writers_that_race_lose_no_record_and_double_none(self, url: str, store: MemoryStore) -> None:
+    def test_concurrent_writers_lose_and_repeat_no_record(self, url: str, store: MemoryStore) -> None:
         Writer(url, schema=SCHEMA).close()
         start = threading.Barrier(6)
 
@@ -124,13 +124,13 @@ class TestWriting:
         firsts = [x for x, _ in found[::300]]
         assert found == [record for first in firsts for record in written(first, 300)]
 
-    def test_a_path_is_a_url(self, tmp_path: Path) -> None:
+    def test_a_path_is_accepted_as_url(self, tmp_path: Path) -> None:
         with Writer(tmp_path / "train", schema=SCHEMA) as writer:
             writer.write({"x": 1, "text": "a"})
         assert manifest.latest(LocalFolder(tmp_path / "train")).n_records == 1
         assert writer.url == str(tmp_path / "train")
 
-    def test_closing_twice_is_harmless_and_writing_after_it_is_not_possible(self, url: str, store: MemoryStore) -> None:
+    def test_close_can_be_repeated_and_write_after_it_is_an_error(self, url: str, store: MemoryStore) -> None:
         writer = Writer(url, schema=SCHEMA)
         writer.write_batch(batch(0, 3))
         writer.close()
@@ -143,20 +143,20 @@ class TestWriting:
 
 
 class TestSchemas:
-    def test_the_first_record_makes_the_schema(self, url: str) -> None:
+    def test_the_schema_is_inferred_from_the_first_record(self, url: str) -> None:
         with Writer(url) as writer:
             assert writer.schema is None
             writer.write({"x": 1, "tokens": np.zeros(4, np.uint16)})
         assert str(writer.schema) == "Schema(x: int64, tokens: uint16[4])"
 
     @pytest.mark.parametrize("arrow", [pa.table({"x": [1, 2]}), pa.record_batch({"x": [1, 2]})])
-    def test_the_first_batch_makes_the_schema(self, url: str, arrow: pa.Table | pa.RecordBatch) -> None:
+    def test_the_schema_is_inferred_from_the_first_batch(self, url: str, arrow: pa.Table | pa.RecordBatch) -> None:
         with Writer(url) as writer:
             writer.write_batch(arrow)
         assert writer.version is not None
         assert (writer.version.schema.names, writer.version.n_records) == (("x",), 2)
 
-    def test_a_first_record_that_cannot_be_written_fixes_nothing(self, url: str) -> None:
+    def test_a_rejected_first_record_does_not_fix_the_schema(self, url: str) -> None:
         with Writer(url) as writer:
             for bad in ({"x": object()}, {}):
                 with pytest.raises(SchemaError):
@@ -167,20 +167,20 @@ class TestSchemas:
         assert writer.version is not None
         assert writer.version.schema.names == ("z",)
 
-    def test_an_append_takes_the_schema_that_is_there(self, url: str, store: MemoryStore) -> None:
+    def test_an_append_uses_the_schema_of_the_data_set(self, url: str, store: MemoryStore) -> None:
         Writer(url, schema={"x": "int32", "text": "str"}).close()
         with Writer(url, mode="append") as writer:
             writer.write({"x": 1, "text": "a"})  # would be int64 if it were inferred
         assert manifest.latest(store).schema.columns[0].dtype == "int32"
 
-    def test_an_append_of_another_schema_is_refused_before_anything_is_written(
+    def test_an_append_of_another_schema_is_an_error_before_anything_is_written(
         self, url: str, store: MemoryStore
     ) -> None:
         Writer(url, schema=SCHEMA).close()
-        with pytest.raises(SchemaError, match="column 'x': the data set has int64, the appended records have float32"):
+        with pytest.raises(SchemaError, match="column 'x': the data set has int64, the appended batch has float32"):
             Writer(url, schema={"x": "float32", "text": "str"}, mode="append")
 
-    def test_a_value_that_does_not_fit_leaves_the_writer_usable(self, url: str, store: MemoryStore) -> None:
+    def test_a_writer_is_usable_after_a_value_that_does_not_fit(self, url: str, store: MemoryStore) -> None:
         with Writer(url, schema=SCHEMA) as writer:
             writer.write({"x": 1, "text": "a"})
             with pytest.raises(SchemaError, match="column 'x', record 1"):
@@ -190,35 +190,37 @@ class TestSchemas:
             writer.write({"x": 2, "text": "b"})
         assert manifest.latest(store).n_records == 2
 
-    def test_nothing_written_with_a_schema_is_an_empty_data_set(self, url: str, store: MemoryStore) -> None:
+    def test_a_writer_with_a_schema_and_no_records_creates_an_empty_data_set(
+        self, url: str, store: MemoryStore
+    ) -> None:
         with Writer(url, schema=SCHEMA):
             pass
         assert (manifest.latest(store).n_records, shard_keys(store)) == (0, set())
 
-    def test_nothing_written_without_a_schema_is_an_error(self, url: str, store: MemoryStore) -> None:
+    def test_a_writer_without_schema_and_records_is_an_error(self, url: str, store: MemoryStore) -> None:
         with pytest.raises(SchemaError, match="no schema was given"), Writer(url):
             pass
         assert manifest.list_versions(store) == []
 
 
 class TestRefusals:
-    def test_creating_on_a_data_set_names_the_other_modes(self, url: str) -> None:
+    def test_create_where_a_data_set_exists_is_an_error_that_names_the_other_modes(self, url: str) -> None:
         Writer(url, schema=SCHEMA).close()
         with pytest.raises(CommitConflict, match=r'mode="append".*mode="overwrite"'):
             Writer(url, schema=SCHEMA)
 
-    def test_appending_to_nothing_names_create(self, url: str) -> None:
+    def test_append_without_a_data_set_is_an_error_that_names_create(self, url: str) -> None:
         with pytest.raises(NotFound, match='mode="create"'):
             Writer(url, schema=SCHEMA, mode="append")
 
     @pytest.mark.parametrize(
         "arguments", [{"mode": "add"}, {"shard_size": "huge"}, {"block_size": 0}, {"compression": "lz77"}], ids=str
     )
-    def test_arguments_that_cannot_be_are_refused_at_once(self, url: str, arguments: dict[str, object]) -> None:
+    def test_invalid_arguments_are_errors_at_once(self, url: str, arguments: dict[str, object]) -> None:
         with pytest.raises(ValueError):  # noqa: PT011 - four different messages
             Writer(url, schema=SCHEMA, **arguments)
 
-    def test_two_creators_race_and_one_gets_a_conflict(self, url: str, store: MemoryStore) -> None:
+    def test_of_two_concurrent_creates_one_gets_a_conflict(self, url: str, store: MemoryStore) -> None:
         late = Writer(url, schema=SCHEMA)
         late.write_batch(batch(0, 5))
         with Writer(url, schema=SCHEMA) as early:
@@ -227,7 +229,7 @@ class TestRefusals:
             late.close()
         assert manifest.latest(store) == early.version
 
-    def test_an_overwrite_loses_to_what_was_committed_since_it_began(self, url: str, store: MemoryStore) -> None:
+    def test_an_overwrite_conflicts_with_a_commit_made_since_it_began(self, url: str, store: MemoryStore) -> None:
         Writer(url, schema=SCHEMA).close()
         late = Writer(url, schema=SCHEMA, mode="overwrite")
         with Writer(url, mode="append") as early:
@@ -238,7 +240,9 @@ class TestRefusals:
 
 
 class TestFailures:
-    def test_leaving_by_an_exception_commits_nothing_and_leaves_no_shard(self, url: str, store: MemoryStore) -> None:
+    def test_an_exception_in_the_with_block_commits_nothing_and_leaves_no_shard(
+        self, url: str, store: MemoryStore
+    ) -> None:
         writer = Writer(url, schema=SCHEMA, shard_size=4000, block_size=1000)
         with pytest.raises(KeyError):
             write_and_fail(writer, store)
@@ -247,7 +251,7 @@ class TestFailures:
         with pytest.raises(ValueError, match="the writer is aborted"):
             writer.close()
 
-    def test_aborting_inside_the_block_is_a_way_to_leave_it(self, url: str, store: MemoryStore) -> None:
+    def test_abort_inside_the_with_block_commits_nothing(self, url: str, store: MemoryStore) -> None:
         with Writer(url, schema=SCHEMA) as writer:
             writer.write_batch(batch(0, 10))
             writer.abort()
@@ -276,13 +280,15 @@ class TestFailures:
             writer.close()
         assert [info.key for info in store.list()] == []
 
-    def test_an_abort_that_cannot_delete_hides_no_error(self, url: str, store: MemoryStore, faulty: FaultStore) -> None:
+    def test_an_abort_that_cannot_delete_does_not_hide_the_first_error(
+        self, url: str, store: MemoryStore, faulty: FaultStore
+    ) -> None:
         faulty.add(Fault("delete"))
         with pytest.raises(KeyError):
             write_and_fail(Writer(url, schema=SCHEMA, shard_size=4000, block_size=1000), store)
         assert manifest.list_versions(store) == []
 
-    def test_a_commit_that_may_have_happened_is_settled_by_closing_again(
+    def test_a_second_close_settles_a_commit_that_may_have_happened(
         self, url: str, store: MemoryStore, faulty: FaultStore
     ) -> None:
         faulty.add(
@@ -301,7 +307,7 @@ class TestFailures:
         assert writer.version == manifest.latest(store)
         assert manifest.list_versions(store) == [1]
 
-    def test_aborting_what_may_have_been_committed_deletes_nothing(
+    def test_abort_after_a_commit_that_may_have_happened_deletes_nothing(
         self, url: str, store: MemoryStore, faulty: FaultStore
     ) -> None:
         faulty.add(Fault("put_if_absent", kind=FaultKind.LOST_RESPONSE), Fault("get", keys=version_key(1)))

@@ -1,4 +1,4 @@
-"""Many frames decoded to reused memory, by libzstd and without it."""
+"""Many frames are decoded to reused memory, by libzstd and without it."""
 
 import gc
 
@@ -12,24 +12,24 @@ from tiercache.shard.memory import HUGE_PAGE_BYTES, BufferPool, address_of
 from tiercache.shard.read import chunks
 
 
-def frames_of(contents: list[bytes], stored: list[bytes] | None = None) -> tuple[chunks.Frames, list[np.ndarray]]:
+def frames_of(contents: list[bytes], stored: list[bytes] | None = None) -> tuple[list[np.ndarray], list[np.ndarray]]:
     kept = [np.frombuffer(s, np.uint8) for s in stored or [codec.compress(c, 3) for c in contents]]
     numbers = ([address_of(k) for k in kept], [len(k) for k in kept], [len(c) for c in contents])
-    return chunks.Frames(*(np.array(n, np.uint64) for n in numbers)), kept
+    return [np.array(n, np.uint64) for n in numbers], kept
 
 
 @pytest.fixture(params=["libzstd", "python"])
 def way(request, monkeypatch):
     if request.param == "python":
-        monkeypatch.setattr(chunks, "_decode_native", lambda frames, out: 0)
+        monkeypatch.setattr(chunks, "_decode_native", lambda *_: 0)
     elif chunks.find_libzstd() is None:
         pytest.skip("no libzstd here")
 
 
 @given(contents=st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=12))
-def test_one_call_gives_what_frame_by_frame_gives(contents):
+def test_decoding_many_frames_gives_the_content_of_each(contents):
     frames, kept = frames_of(contents)
-    memory, addresses = chunks.decode(frames)
+    memory, addresses = chunks.decode(*frames)
     places = (addresses - np.uint64(address_of(memory))).tolist()
     assert [memory[p : p + len(c)].tobytes() for p, c in zip(places, contents, strict=True)] == contents
     assert all(address % 64 == 0 for address in addresses.tolist())
@@ -44,18 +44,18 @@ def test_a_frame_that_cannot_be_decoded_is_named_by_its_number(bad):
     stored[bad] = stored[bad][:-3] + b"\xff\xff\xff"
     frames, _kept = frames_of(contents, stored)
     with pytest.raises(chunks.BadFrameError) as caught:
-        chunks.decode(frames)
+        chunks.decode(*frames)
     assert caught.value.number == bad
 
 
 @pytest.mark.usefixtures("way")
-def test_a_frame_of_another_length_than_promised_is_refused():
+def test_a_frame_of_another_length_than_stated_is_an_error():
     frames, _kept = frames_of([b"a" * 10, b"b" * 10], [codec.compress(b"a" * 10, 3), codec.compress(b"b" * 11, 3)])
     with pytest.raises(chunks.BadFrameError, match="11 bytes, expected 10"):
-        chunks.decode(frames)
+        chunks.decode(*frames)
 
 
-def test_memory_is_lent_again_while_some_is_in_use_and_given_back_when_none_is():
+def test_the_pool_reuses_memory_while_some_is_in_use_and_frees_it_afterwards():
     pool = BufferPool()
     first, second = pool.allocate(3 << 20), pool.allocate(3 << 20)
     address = address_of(second)
@@ -72,7 +72,7 @@ def test_memory_is_lent_again_while_some_is_in_use_and_given_back_when_none_is()
     assert (pool.used_bytes, pool.free_bytes) == (0, 0)
 
 
-def test_no_more_memory_is_kept_than_is_in_use():
+def test_the_pool_keeps_at_most_as_much_memory_as_is_in_use():
     pool = BufferPool()
     kept = pool.allocate(2 << 20)
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""Forged data sets: values that cannot be or are not true, under checksums and a fingerprint that match them."""
+"""Forged data sets: impossible or false values under matching checksums and a matching fingerprint."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def use(folder: Path) -> list[str]:
     return failed
 
 
-def test_what_is_written_anew_with_nothing_forged_is_whole(forgery):
+def test_a_rewritten_data_set_without_forgeries_is_intact(forgery):
     forgery.put(0, *forgery.footer(0))
     forgery.save()
     assert use(forgery.folder) == []
@@ -193,7 +193,7 @@ FORGED_STATISTICS = {
 
 
 @pytest.mark.parametrize("forged", FORGED_STATISTICS.values(), ids=FORGED_STATISTICS)
-def test_statistics_that_cannot_be_are_corruption_that_names_segment_shard_and_field(forgery, forged):
+def test_impossible_statistics_are_corruption_and_the_error_names_segment_shard_and_field(forgery, forged):
     text = forged if isinstance(forged, str) else json.dumps(forgery.facts(1) | forged)
     forgery.rows[1]["statistics"] = text
     segment = forgery.save()
@@ -223,7 +223,7 @@ UNTRUE = {
 
 @pytest.mark.parametrize("where", ["the segment", "the footer"])
 @pytest.mark.parametrize("untrue", UNTRUE.values(), ids=UNTRUE)
-def test_statistics_that_are_not_true_are_found_by_verify(forgery, where, untrue):
+def test_false_statistics_are_found_by_verify(forgery, where, untrue):
     ((column, fact),) = untrue.items()
     if where == "the segment":
         facts = forgery.facts(0)
@@ -241,7 +241,7 @@ def test_statistics_that_are_not_true_are_found_by_verify(forgery, where, untrue
     assert all(repr(field) in finding.message for field in fact)
 
 
-def test_statistics_that_say_nothing_or_more_than_is_known_are_no_damage(forgery):
+def test_missing_or_unknown_statistics_are_not_damage(forgery):
     facts = forgery.facts(0)
     facts["text"]["min"] = "a least text, of a later release"
     facts["id"] |= {"distinct": 3}
@@ -285,7 +285,7 @@ def other_nulls(chunk, buffers, nodes):
         ("when", other_nulls),
     ],
 )
-def test_to_arrow_gives_no_text_that_is_no_utf8_and_no_wrong_count_of_nulls(forgery, column, change):
+def test_to_arrow_refuses_invalid_utf8_and_wrong_null_counts(forgery, column, change):
     forge_chunk(forgery, column, change)
     with pytest.raises(CorruptShard) as caught:
         list(tc.Dataset(forgery.folder, cache=False).to_arrow())
@@ -301,7 +301,7 @@ NUMBERS = [0, 1, -1, 63, 64, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1]
 
 @pytest.mark.parametrize("column", ["records", "bytes", "crc32c", "footer_offset", "footer_bytes"])
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_forged_number_of_a_segments_row_is_an_error_of_ours_and_found_by_verify(forgery, column, number):
+def test_a_forged_number_in_a_segment_is_a_tiercache_error_and_found_by_verify(forgery, column, number):
     if column == "crc32c" and not 0 <= number < 2**32:
         pytest.skip("not a number of that column")
     forgery.rows[1][column] = number
@@ -313,7 +313,7 @@ def test_a_forged_number_of_a_segments_row_is_an_error_of_ours_and_found_by_veri
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_footer_with_forged_numbers_is_an_error_of_ours_or_found_by_verify(forgery, seed):
+def test_a_forged_number_in_a_footer_is_a_tiercache_error_or_found_by_verify(forgery, seed):
     """Numbers of 4 or 8 bytes anywhere in the footer, sealed; what still reads without an error reads as before."""
     random_, original = random.Random(seed), forgery.footer(0)
     chunks, footer, raw = original
@@ -334,7 +334,7 @@ def test_a_footer_with_forged_numbers_is_an_error_of_ours_or_found_by_verify(for
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_segment_with_forged_bytes_is_an_error_of_ours(forgery, seed):
+def test_forged_bytes_of_a_segment_are_a_tiercache_error(forgery, seed):
     forgery.save()
     path = forgery.folder / forgery.version.segments[0].key
     data, random_ = path.read_bytes(), random.Random(seed)
@@ -434,7 +434,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize("forge", SIZES, ids=lambda forge: forge.__name__)
-def test_no_memory_is_taken_for_a_size_that_is_only_claimed(forgery, original, tmp_path, forge):
+def test_no_memory_is_allocated_for_a_size_that_is_only_claimed(forgery, original, tmp_path, forge):
     name = forge(forgery)
     command = [sys.executable, "-c", CHILD, str(forgery.folder), str(tmp_path / "cache"), str(original)]
     done = subprocess.run(command, capture_output=True, check=False, text=True)
@@ -442,7 +442,7 @@ def test_no_memory_is_taken_for_a_size_that_is_only_claimed(forgery, original, t
     assert all(name in said for said in json.loads(done.stdout)), done.stdout
 
 
-def test_a_segment_that_is_compressed_is_refused_before_arrow_decodes_it(forgery):
+def test_a_compressed_segment_is_refused_before_arrow_decodes_it(forgery):
     table = pa.Table.from_pylist(forgery.rows, forgery.table.schema)
     for compression in ("zstd", "lz4"):
         sink = pa.BufferOutputStream()

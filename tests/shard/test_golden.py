@@ -1,4 +1,4 @@
-"""Files of format version 1 that were written once: they never change, and are read for ever."""
+"""Golden files of format version 1: they never change, and every release reads them."""
 
 import hashlib
 import importlib.util
@@ -149,7 +149,7 @@ def test_a_golden_shard_gives_the_records_that_were_written(stored):
         assert [column for column in one if not equal(got[column], one[column])] == []
 
 
-def test_a_golden_shard_gives_the_arrow_arrays_that_lie_beside_it(stored):
+def test_a_golden_shard_gives_the_stored_arrow_arrays(stored):
     name, store, info = stored
     kept = pa.ipc.open_file(pa.OSFile(str(FOLDER / f"{name}.arrow"))).read_all()
     now = golden.tables(store.get(info.name))
@@ -163,7 +163,7 @@ def test_a_golden_shard_passes_verification(stored):
     assert list(verify_shard(store, info.name, info, info.identity("any"))) == []
 
 
-def test_the_golden_shards_hold_what_the_format_has(stored):
+def test_the_golden_shards_cover_all_features_of_the_format(stored):
     """Else a reader could lose a part of it and nobody would see."""
     name, store, info = stored
     footer = ShardReader(store, info.name).footer
@@ -175,7 +175,7 @@ def test_the_golden_shards_hold_what_the_format_has(stored):
         assert footer.chunks["raw"].max() > 65536
 
 
-def test_what_is_written_today_differs_from_the_golden_shards_only_where_it_may():
+def test_a_shard_written_now_equals_the_golden_shard_except_for_random_fields():
     """Ids are random and zstd may improve, so raw chunks and the tables that describe them are what must not change."""
     for name, records in (("none", golden.RECORDS), ("wide", golden.WIDE_RECORDS)):
         info, data = golden.write("none", written(name)[0], records, 600 if name == "none" else 110_000)
@@ -209,12 +209,12 @@ def test_the_golden_data_set_was_created_appended_to_and_overwritten():
     assert latest(store).number == 5
 
 
-def test_the_golden_data_set_without_records_is_one():
+def test_the_golden_data_set_without_records_is_readable():
     with closing(tc.Dataset(str(FOLDER / "nothing"))) as dataset:
         assert (len(dataset), dataset.schema, list(dataset)) == (0, golden.ROWS, [])
 
 
-def test_the_data_set_of_a_later_release_has_what_this_one_does_not_know():
+def test_the_golden_data_set_of_a_later_release_has_unknown_additions():
     version = read_version(LocalFolder(FOLDER / "later"), 5)
     assert (version.kind, version.release, version.software) == ("drop-shards", "1.4", "tiercache 1.4.2")
     assert version.needs_to_write == ("row-ids",)

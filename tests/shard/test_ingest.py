@@ -1,4 +1,4 @@
-"""What a ShardWriter takes for a column, and what it refuses, by name."""
+"""Values that a ShardWriter accepts for a column, and the errors for other values."""
 
 import numpy as np
 import pyarrow as pa
@@ -65,7 +65,7 @@ SAME_NUMBERS = [
 
 @pytest.mark.parametrize("data", SAME_NUMBERS, ids=lambda d: type(d).__name__)
 @pytest.mark.parametrize("dtype", ["int64", "uint8", "float32", "bfloat16", "int16?"])
-def test_numbers_may_come_in_any_container(store, data, dtype):
+def test_numbers_are_accepted_in_any_container(store, data, dtype):
     (batch,) = written(store, {"x": dtype}, [{"x": data}])
     assert batch["x"].tolist() == [1, 2, 3]
     assert str(batch["x"].dtype).removeprefix("torch.") == dtype.removesuffix("?")
@@ -88,7 +88,7 @@ SAME_TENSORS = [
 @pytest.mark.parametrize(
     "kind", [Tensor("int32", (2,)), Tensor("float64", (2,)), Tensor("bfloat16", (2,), nullable=True)]
 )
-def test_tensors_may_come_in_any_container(store, data, kind):
+def test_tensors_are_accepted_in_any_container(store, data, kind):
     expected = np.array(data.to_pylist() if isinstance(data, pa.Array) else [list(map(int, row)) for row in data])
     (batch,) = written(store, {"x": kind}, [{"x": data}])
     assert batch["x"].tolist() == expected.reshape(3, 2).tolist()
@@ -103,7 +103,7 @@ def test_tensors_may_come_in_any_container(store, data, kind):
         pa.array([[7], [1], [2, 3], []])[1:],
     ],
 )
-def test_ragged_arrays_may_come_in_any_container(store, data):
+def test_ragged_arrays_are_accepted_in_any_container(store, data):
     (batch,) = written(store, {"x": Ragged("int16", (None,))}, [{"x": data}])
     assert [x.tolist() for x in batch["x"]] == [[1], [2, 3], []]
     assert {x.dtype for x in batch["x"]} == {np.dtype("int16")}
@@ -125,7 +125,7 @@ def test_ragged_arrays_may_come_in_any_container(store, data):
         ("json", pa.array(['"a"', '"bc"', '""'], pa.json_())),
     ],
 )
-def test_text_and_bytes_may_come_in_any_container(store, kind, data):
+def test_text_and_bytes_are_accepted_in_any_container(store, kind, data):
     (batch,) = written(store, {"x": kind}, [{"x": data}])
     assert [x.decode() if isinstance(x, bytes) else x for x in batch["x"]] == ["a", "bc", ""]
 
@@ -188,7 +188,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("kind", "data", "record", "got"), BAD)
-def test_a_value_that_does_not_fit_is_named_and_nothing_of_its_batch_is_written(store, kind, data, record, got):
+def test_an_error_names_the_value_that_does_not_fit_and_nothing_of_the_batch_is_written(store, kind, data, record, got):
     writer = ShardWriter(store, Schema.of({"ok": "int8", "x": kind}), ShardOptions())
     n = len(data) if hasattr(data, "__len__") and getattr(data, "ndim", 1) else 1
     with pytest.raises(SchemaError, match=got) as caught:
@@ -200,7 +200,7 @@ def test_a_value_that_does_not_fit_is_named_and_nothing_of_its_batch_is_written(
 
 
 @pytest.mark.parametrize(("kind", "data", "record", "got"), [bad for bad in BAD if isinstance(bad[1], list)])
-def test_a_record_that_does_not_fit_is_named_by_its_number_in_the_whole_input(store, kind, data, record, got):
+def test_an_error_names_the_record_by_its_number_in_the_whole_input(store, kind, data, record, got):
     with ShardWriter(store, Schema.of({"ok": "int8", "x": kind}), ShardOptions()) as writer:
         for value in data[:record]:
             writer.write({"ok": 1, "x": value})
@@ -210,7 +210,7 @@ def test_a_record_that_does_not_fit_is_named_by_its_number_in_the_whole_input(st
     assert sum(info.n_records for info in writer.finish()) == record
 
 
-def test_errors_count_records_from_the_first_that_was_ever_written(store):
+def test_record_numbers_in_errors_count_from_the_writers_first_record(store):
     with ShardWriter(store, Schema.of({"x": "int8"}), ShardOptions()) as writer:
         writer.write_batch({"x": [1, 2]})
         writer.write({"x": 3})
@@ -230,7 +230,7 @@ def test_errors_count_records_from_the_first_that_was_ever_written(store):
         ({}, "column 'x': it is missing"),
     ],
 )
-def test_a_batch_of_other_columns_is_refused(store, batch, message):
+def test_a_batch_with_other_columns_is_an_error(store, batch, message):
     writer = ShardWriter(store, Schema.of({"x": "int8", "y": "str", "z": "int8?"}), ShardOptions())
     with pytest.raises(SchemaError, match=message):
         writer.write_batch(batch)
@@ -241,7 +241,7 @@ def test_a_batch_of_other_columns_is_refused(store, batch, message):
     ("record", "message"),
     [({"x": 1}, "column 'y', record 1: it is missing"), ({"x": 1, "y": "a", "w": 1}, "column 'w': no such column")],
 )
-def test_a_record_of_other_columns_is_refused(store, record, message):
+def test_a_record_with_other_columns_is_an_error(store, record, message):
     with ShardWriter(store, Schema.of({"x": "int8", "y": "str", "z": "int8?"}), ShardOptions()) as writer:
         writer.write({"x": 0, "y": ""})
         with pytest.raises(SchemaError, match=message):
@@ -250,7 +250,7 @@ def test_a_record_of_other_columns_is_refused(store, record, message):
 
 
 @pytest.mark.parametrize("given", [[1], "a", pa.table({"a": [1]}).to_reader()])
-def test_what_names_no_columns_is_refused(store, given):
+def test_a_batch_without_column_names_is_an_error(store, given):
     writer = ShardWriter(store, Schema.of({"a": "int64"}))
     for call in (writer.write, writer.write_batch, Schema.infer_record, Schema.infer_columns):
         with pytest.raises(TypeError, match="mapping"):
@@ -263,7 +263,7 @@ class Unreadable:
 
 
 @pytest.mark.parametrize("value", [Unreadable(), torch.zeros(1, device="meta"), torch.zeros(1).to_sparse()])
-def test_an_array_that_cannot_be_read_is_a_value_that_does_not_fit(store, value):
+def test_an_array_that_numpy_cannot_read_is_a_schema_error(store, value):
     writer = ShardWriter(store, Schema.of({"n": "int8", "x": Tensor("float32", (1,))}))
     for call in (writer.write, lambda record: writer.write_batch({name: [v] for name, v in record.items()})):
         with pytest.raises(SchemaError) as caught:
@@ -272,7 +272,7 @@ def test_an_array_that_cannot_be_read_is_a_value_that_does_not_fit(store, value)
     assert writer.finish() == []
 
 
-def test_an_error_shows_the_beginning_of_a_long_value(store):
+def test_an_error_shows_only_the_beginning_of_a_long_value(store):
     writer = ShardWriter(store, Schema.of({"n": "int8"}))
     with pytest.raises(SchemaError) as caught:
         writer.write({"n": 10**4000})
@@ -285,7 +285,7 @@ USUAL = st.lists(st.none() | st.binary(max_size=9)) | st.lists(st.none() | ASCII
 
 
 @given(USUAL | st.lists(VALUES, max_size=4), st.booleans(), st.booleans())
-def test_lists_of_bytes_and_text_are_joined_as_value_by_value(values, text, nullable):
+def test_lists_of_bytes_and_text_are_converted_as_their_values_are(values, text, nullable):
     column = Schema.of({"x": ("str" if text else "bytes") + ("?" if nullable else "")}).columns[0]
     joined = join(values, text, nullable)
     usual = all(
@@ -304,7 +304,7 @@ class Text(str):
     __slots__ = ()
 
 
-def test_a_list_with_one_unusual_text_is_written_whole(store):
+def test_a_list_with_one_value_that_needs_conversion_is_written_completely(store):
     texts = ["a", None, "ä", "", Text("b")]
     (batch,) = written(store, {"x": "str?"}, [{"x": texts}])
     assert batch["x"] == texts

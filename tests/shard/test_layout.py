@@ -1,4 +1,4 @@
-"""Head, tail and footer as bytes: what is written is read, newer versions are told apart, and no number is believed."""
+"""Head, tail and footer as bytes: they read back equal, newer versions are recognised, and every number is checked."""
 
 import tracemalloc
 from dataclasses import replace
@@ -55,19 +55,19 @@ def sealed(chunks: bytes, footer: Footer) -> MemoryStore:
     return store
 
 
-def test_a_head_is_read_as_it_was_written():
+def test_a_head_reads_back_equal():
     head = pack_head(bytes(range(16)))
     assert len(head) == HEAD_BYTES
     assert parse_head(head, "u") == bytes(range(16))
 
 
-def test_a_tail_is_read_as_it_was_written():
+def test_a_tail_reads_back_equal():
     tail = Tail(64 * 10**9, 1234, 5678, 9)
     assert len(tail.pack()) == TAIL_BYTES
     assert Tail.parse(tail.pack(), tail.file_bytes, "u") == tail
 
 
-def test_a_newer_head_or_tail_is_told_apart_from_a_damaged_one():
+def test_a_newer_head_or_tail_is_unsupported_and_a_damaged_one_corrupt():
     head, tail = bytearray(pack_head(bytes(16))), Tail(64, 10, 10, 0)
     head[8:12] = (FORMAT_VERSION + 1).to_bytes(4, "little")
     with pytest.raises(CorruptShard, match="CRC-32C"):
@@ -85,13 +85,13 @@ def test_a_newer_head_or_tail_is_told_apart_from_a_damaged_one():
         Tail.parse(bytes(data), tail.file_bytes, "u")
 
 
-def test_a_footer_too_large_to_be_one_is_refused_before_it_is_decoded():
+def test_a_footer_above_the_size_limit_is_refused_before_it_is_decoded():
     tail = Tail(64, 100, 2**40, 0)
     with pytest.raises(CorruptShard, match="invalid footer"):
         Tail.parse(tail.pack(), tail.file_bytes, "u")
 
 
-def test_a_footer_is_read_as_it_was_written(shard):
+def test_a_footer_reads_back_equal(shard):
     _, footer, _ = shard
     stored, raw_bytes = footer.pack()
     again = Footer.parse(
@@ -117,7 +117,7 @@ TABLES = [
 TABLES += [(name, None) for name in ("block_first", "nodes", "buffers", "pages")]
 
 
-def test_a_buffer_that_begins_in_another_one_is_found(shard):
+def test_overlapping_buffers_are_corruption(shard):
     chunks, footer, _ = shard
     for row in np.flatnonzero(footer.buffers[:, 0]).tolist():
         if footer.buffers[row, 1]:
@@ -128,7 +128,7 @@ def test_a_buffer_that_begins_in_another_one_is_found(shard):
 
 
 @given(data=st.data())
-def test_a_wrong_number_in_a_sealed_footer_is_found_or_harmless(shard, data):
+def test_a_wrong_number_under_a_right_checksum_is_found_or_harmless(shard, data):
     chunks, footer, rows = shard
     table, field = data.draw(st.sampled_from(TABLES))
     changed = getattr(footer, table).copy()
@@ -190,7 +190,7 @@ def test_a_wrong_number_in_a_sealed_footer_is_found_or_harmless(shard, data):
         ({"shard_id": b"short"}, None),
     ],
 )
-def test_tables_that_contradict_each_other_are_refused(shard, change, message):
+def test_contradicting_tables_of_a_footer_are_corruption(shard, change, message):
     chunks, footer, _ = shard
     store = sealed(chunks, replace(footer, **change))
     if message is None:
@@ -200,7 +200,7 @@ def test_tables_that_contradict_each_other_are_refused(shard, change, message):
         ShardReader(store, "shard")
 
 
-def test_a_frame_that_promises_another_length_is_refused(shard):
+def test_a_frame_that_states_another_length_is_corruption(shard):
     chunks, footer, _ = shard
     stored, raw_bytes = footer.pack()
     for lie in (0, raw_bytes - 1, raw_bytes + 1, 2**30):
@@ -212,14 +212,14 @@ def test_a_frame_that_promises_another_length_is_refused(shard):
 
 
 @given(junk=st.binary(max_size=300))
-def test_a_footer_of_any_bytes_is_refused(shard, junk):
+def test_random_bytes_are_not_a_footer(shard, junk):
     stored = codec.compress(junk, 1)
     tail = Tail(64, len(stored), len(junk), crc32c(stored))
     with pytest.raises(CorruptShard, match="footer"):
         Footer.parse(stored, tail, "u")
 
 
-def test_a_frame_is_decoded_once_and_not_copied_so_that_a_bomb_costs_no_more_than_it_promises():
+def test_a_compression_bomb_takes_no_more_memory_than_its_stated_length():
     n_bytes = 8 << 20
     frame = codec.compress(bytes(n_bytes), 3)
     tracemalloc.start()

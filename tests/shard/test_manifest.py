@@ -1,4 +1,4 @@
-"""Versions and segments: their forms, how the newest is found, and what damage does to them."""
+"""Versions and segments: their text, how the newest version is found, and damage."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class TestVersionText:
         assert again.schema == SCHEMA
         assert again.n_shards == 3
 
-    def test_the_text_is_canonical_json_with_its_own_sum(self, version: Version) -> None:
+    def test_a_version_is_canonical_json_with_its_checksum(self, version: Version) -> None:
         text = encode_version(version)
         body = json.loads(text)
         assert text == json.dumps(body, sort_keys=True, separators=(",", ":")).encode() + b"\n"
@@ -101,7 +101,7 @@ class TestVersionText:
                 with pytest.raises(CorruptShard, match="version"):
                     parse_version(bytes(damaged), number=3, url="u")
 
-    def test_every_cut_and_every_appended_byte_is_corruption(self, version: Version) -> None:
+    def test_every_truncation_and_every_appended_byte_is_corruption(self, version: Version) -> None:
         text = encode_version(version)
         for damaged in [text[:end] for end in range(len(text))] + [text + bytes([b]) for b in range(256)]:
             with pytest.raises(CorruptShard, match="version"):
@@ -111,7 +111,7 @@ class TestVersionText:
         data=st.binary(max_size=200)
         | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(lambda v: json.dumps(v).encode())
     )
-    def test_anything_else_is_corruption(self, data: bytes) -> None:
+    def test_any_other_text_is_corruption(self, data: bytes) -> None:
         with pytest.raises(CorruptShard):
             parse_version(data, number=1, url="u")
 
@@ -142,7 +142,7 @@ class TestVersionText:
         ],
         ids=lambda changes: str(*changes),
     )
-    def test_values_that_cannot_be_are_refused_though_the_sum_is_right(
+    def test_impossible_values_are_corruption_under_a_right_checksum(
         self, version: Version, changes: dict[str, object]
     ) -> None:
         with pytest.raises(CorruptShard):
@@ -185,12 +185,12 @@ class TestShardTable:
             with pytest.raises(ValueError, match="read-only"):
                 array[0] = 7
 
-    def test_a_segment_that_does_not_add_up_to_its_version_is_corruption(self, store: MemoryStore) -> None:
+    def test_segments_whose_totals_differ_from_the_version_are_corruption(self, store: MemoryStore) -> None:
         version = store_version(store, 1, [[shard(1)]])
         with pytest.raises(CorruptShard, match="10 records, the version says 11"):
             manifest.read_shards(store, replace(version, n_records=11))
 
-    def test_a_lost_segment_is_not_found(self, store: MemoryStore) -> None:
+    def test_a_missing_segment_is_not_found(self, store: MemoryStore) -> None:
         version = store_version(store, 1, [[shard(1)]])
         store.delete([version.segments[0].key])
         with pytest.raises(NotFound, match=re.escape(version.segments[0].name)):
@@ -198,21 +198,21 @@ class TestShardTable:
 
 
 class TestLatest:
-    def test_no_data_set_is_not_found(self, store: MemoryStore) -> None:
+    def test_a_folder_without_versions_is_not_found(self, store: MemoryStore) -> None:
         with pytest.raises(NotFound, match="no data set here"):
             manifest.latest(store)
 
     @pytest.mark.parametrize(
         "hint", [None, b"1\n", b"3\n", b"5\n", b"9\n", b"", b"\xff\x00", b"-1", b"0", b"9" * 40, b"../x", b"4.5"]
     )
-    def test_any_hint_leads_to_the_newest(self, store: MemoryStore, hint: bytes | None) -> None:
+    def test_the_newest_version_is_found_from_any_hint(self, store: MemoryStore, hint: bytes | None) -> None:
         for number in range(1, 6):
             store_version(store, number)
         if hint is not None:
             store.put(manifest.HINT_KEY, hint)
         assert manifest.latest(store).number == 5
 
-    def test_a_good_hint_costs_three_requests_and_no_listing(self, store: MemoryStore) -> None:
+    def test_a_correct_hint_costs_three_requests_and_no_listing(self, store: MemoryStore) -> None:
         for number in range(1, 4):
             store_version(store, number)
         store.put(manifest.HINT_KEY, manifest.encode_hint(3))
@@ -221,7 +221,9 @@ class TestLatest:
         assert counting.calls == [("get", manifest.HINT_KEY), ("get", version_key(3)), ("get", version_key(4))]
 
     @pytest.mark.parametrize("hint", [None, b"2", b"77"])
-    def test_a_store_that_cannot_list_is_read_all_the_same(self, store: MemoryStore, hint: bytes | None) -> None:
+    def test_the_newest_version_is_found_in_a_store_that_cannot_list(
+        self, store: MemoryStore, hint: bytes | None
+    ) -> None:
         for number in range(1, 4):
             store_version(store, number)
         if hint is not None:
@@ -229,12 +231,12 @@ class TestLatest:
         blind = FaultStore(store, [Fault("list", times=100, retryable=False, status=405)])
         assert manifest.latest(blind).number == 3
 
-    def test_a_listing_that_fails_for_now_is_the_stores_error(self, store: MemoryStore) -> None:
+    def test_a_temporary_error_of_a_listing_is_raised(self, store: MemoryStore) -> None:
         store_version(store, 1)
         with pytest.raises(StoreError):
             manifest.latest(FaultStore(store, [Fault("list", retryable=True)]))
 
-    def test_collected_old_versions_do_not_hide_the_newest(self, store: MemoryStore) -> None:
+    def test_deleted_old_versions_do_not_hide_the_newest(self, store: MemoryStore) -> None:
         for number in (7, 8):
             store_version(store, number)
         assert manifest.latest(store).number == 8
@@ -248,7 +250,7 @@ class TestLatest:
         with pytest.raises(CorruptShard):
             manifest.read_version(store, 2)
 
-    def test_a_damaged_newest_version_is_corruption_and_never_the_one_before(self, store: MemoryStore) -> None:
+    def test_a_damaged_newest_version_is_corruption_and_not_replaced_by_an_older_one(self, store: MemoryStore) -> None:
         for number in (1, 2):
             store_version(store, number)
         store.put(version_key(2), b"rotten")
@@ -264,7 +266,7 @@ class TestLatest:
             with pytest.raises(NotFound, match="no version"):
                 manifest.read_version(store, number)
 
-    def test_other_files_among_the_versions_are_passed_by(self, store: MemoryStore) -> None:
+    def test_other_files_among_the_versions_are_ignored(self, store: MemoryStore) -> None:
         store_version(store, 1)
         for name in ("00000000000000000002.json.tmp", "notes.txt", "00000000000000000000.json", "2.json"):
             store.put(manifest_module.VERSIONS_FOLDER + name, b"x")
@@ -306,7 +308,7 @@ class TestMillionShards:
         local.put(version_key(1), encode_version(version))
         return CountingStore(local), version, local
 
-    def test_it_is_mapped_once_and_no_row_is_touched_in_python(
+    def test_a_large_segment_is_mapped_and_not_read_row_by_row(
         self, opened: tuple[CountingStore, Version, LocalFolder], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         counting, version, local = opened
@@ -332,14 +334,14 @@ class TestTransferErrors:
 
     @pytest.mark.parametrize("read", [manifest.latest, lambda store: manifest.read_version(store, 2)])
     @pytest.mark.parametrize("number", [1, 2])
-    def test_a_version_whose_first_answer_is_damaged_is_read(self, store: MemoryStore, read, number) -> None:
+    def test_a_version_that_is_damaged_in_transit_is_fetched_again(self, store: MemoryStore, read, number) -> None:
         for n in (1, 2):
             version = store_version(store, n, [[shard(n)]])
         faulty = FaultStore(store, [Fault("get", kind=FaultKind.BIT_FLIP, keys=version_key(number))])
         assert read(faulty) == version
 
     @pytest.mark.parametrize("read", [manifest.latest, lambda store: manifest.read_version(store, 1)])
-    def test_a_version_that_is_damaged_each_time_is_corruption_after_two(self, store: MemoryStore, read) -> None:
+    def test_a_version_that_is_damaged_twice_is_corruption(self, store: MemoryStore, read) -> None:
         store_version(store, 1, [[shard(1)]])
         faulty = FaultStore(store, [Fault("get", kind=FaultKind.BIT_FLIP, times=99, keys=version_key(1))])
         with pytest.raises(CorruptShard, match="version"):
@@ -347,7 +349,7 @@ class TestTransferErrors:
         assert len(faulty.faulted_calls) == 2
 
     @pytest.mark.parametrize(("times", "is_read"), [(1, True), (99, False)])
-    def test_a_segment_is_fetched_twice_at_most(self, store: MemoryStore, times, is_read) -> None:
+    def test_a_segment_is_fetched_at_most_twice(self, store: MemoryStore, times, is_read) -> None:
         version = store_version(store, 1, [[shard(1), shard(2)]])
         faulty = FaultStore(store, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=times)])
         if is_read:

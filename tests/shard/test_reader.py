@@ -75,11 +75,11 @@ def expect(values, rows):
 ROWS = [0, N - 1, 17, 1234, 1234, 2000]
 
 
-def test_the_kernel_and_the_streams_mean_the_same():
+def test_stream_kinds_equal_those_of_the_gather_kernel():
     assert (schema.FIXED, schema.BITS, schema.VAR) == (gather.FIXED, gather.BITS, gather.VAR)
 
 
-def test_opening_costs_one_request_with_its_row_and_two_at_most_without(remote):
+def test_opening_a_shard_costs_one_request_with_its_description_and_at_most_two_without(remote):
     store, info = remote
     store.requests.clear()
     ShardReader(store, info.name, info=info)
@@ -101,14 +101,14 @@ def test_a_footer_longer_than_the_guess_costs_two_requests():
     assert reader.footer.n_blocks == 6000
 
 
-def test_records_are_read_in_any_order_from_anywhere(remote):
+def test_records_are_read_in_any_order_from_any_store(remote):
     store, info = remote
     reader = ShardReader(store, info.name, info=info)
     expect(reader.take(ROWS, range(len(SCHEMA))), ROWS)
     assert reader.local_copy is None
 
 
-def test_a_record_of_raw_columns_costs_the_pages_it_touches(remote):
+def test_a_record_of_raw_columns_costs_the_pages_that_contain_it(remote):
     store, info = remote
     reader = ShardReader(store, info.name, info=info)
     store.requests.clear()
@@ -129,7 +129,7 @@ def test_a_record_of_a_compressed_column_costs_its_chunk(remote):
     assert store.n_bytes == reader.footer.chunks[block, SCHEMA.index("s")]["stored"]
 
 
-def test_only_the_columns_that_were_asked_for_are_read(remote):
+def test_only_the_requested_columns_are_read(remote):
     store, info = remote
     reader = ShardReader(store, info.name, info=info)
     store.requests.clear()
@@ -163,7 +163,7 @@ def test_blocks_and_arrays_outlive_their_reader(folder):
     assert array[3].as_py() == batch()["b"][3]
 
 
-def test_the_lease_is_given_back_when_the_reader_is_gone_and_blocks_stay_readable_without_a_descriptor(folder):
+def test_blocks_are_readable_without_a_descriptor_after_the_reader_has_released_its_lease(folder):
     store, info = folder
     closed = []
 
@@ -185,7 +185,7 @@ def test_the_lease_is_given_back_when_the_reader_is_gone_and_blocks_stay_readabl
         reader.load([0], [0])
 
 
-def test_a_store_that_cannot_keep_a_copy_is_read_by_ranges(folder):
+def test_a_shard_that_the_cache_does_not_keep_is_read_by_ranges(folder):
     store, info = folder
 
     class Full(LocalFolder):
@@ -236,7 +236,7 @@ def flip(path, offset, how="write"):
 @pytest.mark.parametrize("how", ["write", "restored", "mmap"])
 @pytest.mark.parametrize("is_settled", [True, False])
 @pytest.mark.parametrize("verify", ["first", "always"])
-def test_a_local_shard_that_was_written_to_is_checked_again(folder, verify, is_settled, how):
+def test_a_changed_local_shard_is_checked_again(folder, verify, is_settled, how):
     store, info = folder
     column, path = SCHEMA.index("t"), store.root / info.name
     with ShardReader(store, info.name, verify=verify) as reader:
@@ -256,7 +256,7 @@ def test_a_local_shard_that_was_written_to_is_checked_again(folder, verify, is_s
                 read()
 
 
-def test_a_local_shard_that_nobody_writes_to_is_checked_on_first_touch_only(folder):
+def test_an_unchanged_local_shard_is_checked_once(folder):
     store, info = folder
     column, path = SCHEMA.index("t"), store.root / info.name
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory, ShardReader(store, info.name) as reader:
@@ -278,7 +278,7 @@ def test_a_local_shard_that_nobody_writes_to_is_checked_on_first_touch_only(fold
             values_of(blocks, "t", [0])
 
 
-def test_a_new_open_starts_unchecked(folder):
+def test_a_reopened_shard_is_checked_again(folder):
     store, info = folder
     column = SCHEMA.index("t")
     damage(store, info, "t")
@@ -302,7 +302,7 @@ def test_loading_reads_nothing_of_mapped_chunks(folder):
 
 
 @pytest.mark.parametrize("verify", ["first", "always"])
-def test_once_every_page_was_right_nothing_is_left_to_check(folder, verify):
+def test_nothing_is_left_to_check_after_every_page_was_right(folder, verify):
     store, info = folder
     columns = [SCHEMA.index("t"), SCHEMA.index("b")]
     with ShardReader(store, info.name, verify=verify) as reader:
@@ -325,7 +325,7 @@ def test_once_every_page_was_right_nothing_is_left_to_check(folder, verify):
         assert reader.load([0, 1], columns).pending_checks is None
 
 
-def test_what_is_not_mapped_is_checked_when_it_is_loaded(remote, folder):
+def test_chunks_that_are_not_mapped_are_checked_when_they_are_loaded(remote, folder):
     store, info = folder
     damage(store, info, "s")  # compressed
     with ShardReader(store, info.name) as reader, pytest.raises(CorruptShard, match="column 's': CRC-32C"):
@@ -358,14 +358,14 @@ def test_a_flipped_bit_is_found_by_the_rows_of_its_page_and_by_no_other(folder):
                 assert np.array_equal(values_of(blocks, "t", [row])[0], whole[row])
 
 
-def test_verify_never_reads_what_is_there(folder):
+def test_verify_never_reads_damaged_bytes(folder):
     store, info = folder
     damage(store, info, "t")
     with ShardReader(store, info.name, verify="never") as reader:
         assert reader.take([0], [SCHEMA.index("t")])[0].values[0, 0] == batch()["t"][0, 0] ^ 1
 
 
-def test_offsets_that_point_outside_are_found_without_checksums(folder):
+def test_invalid_offsets_are_found_without_checksums(folder):
     store, info = folder
     reader = ShardReader(store, info.name, verify="never")
     row = reader.footer.chunks[0, SCHEMA.index("b")]
@@ -405,7 +405,7 @@ def test_a_file_that_is_truncated_under_its_reader_is_an_error(folder):
     reader.close()
 
 
-def test_a_deadline_and_the_opened_version_reach_the_store():
+def test_reads_of_an_object_that_has_changed_since_it_was_opened_are_an_error():
     options = []
 
     class Asked(MemoryStore):
@@ -416,8 +416,7 @@ def test_a_deadline_and_the_opened_version_reach_the_store():
     store = Asked("reader-asked")
     info = fill(store)
     reader = ShardReader(store, info.name)
-    reader.load([0], [0], deadline_s=3.5)
-    assert options[-1]["deadline_s"] == 3.5
+    reader.load([0], [0])
     assert options[-1]["if_match"] == store.head(info.name).etag
     store.put(info.name, store.get(info.name))
     with pytest.raises(StoreError, match="changed"):
@@ -435,7 +434,7 @@ def test_a_deadline_and_the_opened_version_reach_the_store():
         lambda r: r.take([0], [-1]),
     ],
 )
-def test_what_is_not_there_is_an_index_error(remote, call):
+def test_a_missing_row_block_or_column_is_an_index_error(remote, call):
     store, info = remote
     with pytest.raises(IndexError):
         call(ShardReader(store, info.name))
@@ -478,7 +477,7 @@ def test_an_open_reader_is_not_pickled(remote):
         pickle.dumps(ShardReader(store, info.name))
 
 
-def test_an_unknown_way_to_verify_is_refused(remote):
+def test_an_unknown_verify_mode_is_an_error(remote):
     with pytest.raises(ValueError, match="verify must be"):
         ShardReader(remote[0], remote[1].name, verify="sometimes")
 
@@ -507,7 +506,7 @@ class DamagedTails(FaultStore):
 
 @pytest.mark.parametrize("verb", ["read_into", "read_tail"])
 @pytest.mark.parametrize("times", [1, 99])
-def test_a_footer_that_is_damaged_on_the_way_is_fetched_once_more_and_no_more_than_once(remote, verb, times):
+def test_a_footer_that_is_damaged_in_transit_is_fetched_once_more(remote, verb, times):
     store, info = remote
     faulty = DamagedTails(store, [Fault(verb, kind=FaultKind.BIT_FLIP, times=times)])
     known = info if verb == "read_into" else None

@@ -1,4 +1,4 @@
-"""Records one by one: the quick way keeps just what the careful way keeps, and refuses what it refuses, by name."""
+"""RecordBuffer: the fast path keeps exactly what the conversion keeps, with the same errors."""
 
 import datetime as dt
 import tracemalloc
@@ -112,7 +112,7 @@ def nested(schema: Schema) -> bool:
 
 
 @given(data_sets(), st.sampled_from([1, 60, 200, 1 << 20]), st.lists(st.integers(0, 12), max_size=4))
-def test_records_written_one_by_one_give_the_shards_that_batches_give(drawn, block_bytes, ends):
+def test_single_records_and_batches_give_equal_shards(drawn, block_bytes, ends):
     schema, rows = drawn
     if nested(schema):  # their blocks are cut by the mean of a batch
         block_bytes, ends = 1 << 20, []
@@ -139,7 +139,7 @@ USUAL = {
 
 
 @pytest.mark.parametrize(("kind", "value"), USUAL.items())
-def test_usual_values_need_no_closer_look(kind, value):
+def test_values_of_exact_types_take_the_fast_path(kind, value):
     buffer = RecordBuffer(Schema.of({"x": kind}).columns, 1 << 20)
     assert buffer.add_fast({"x": value}) == ADDED
     assert buffer.n_records == 1
@@ -173,14 +173,14 @@ UNUSUAL = [
 
 
 @pytest.mark.parametrize(("kind", "value"), UNUSUAL)
-def test_what_is_not_usual_is_left_to_a_closer_look_and_nothing_is_kept(kind, value):
+def test_other_values_are_left_to_the_conversion_and_nothing_of_the_record_is_kept(kind, value):
     buffer = RecordBuffer(Schema.of({"n": "int8", "x": kind}).columns, 1 << 20)
     assert buffer.add_fast({"n": 1, "x": value}) == NEEDS_CONVERSION
     assert buffer.n_records == 0
 
 
 @pytest.mark.parametrize("record", [{}, {"x": 1}, {"x": 1, "z": 1}, {"x": 1, "y": 1, "z": 1}, [1, 2], None, "xy"])
-def test_records_of_other_names_are_not_usual(record):
+def test_records_with_other_names_do_not_take_the_fast_path(record):
     assert RecordBuffer(Schema.of({"x": "int8", "y": "int8"}).columns, 100).add_fast(record) == NEEDS_CONVERSION
 
 
@@ -199,7 +199,7 @@ MISFITS = [
 
 
 @pytest.mark.parametrize(("kind", "value", "message"), MISFITS)
-def test_a_record_and_a_batch_are_refused_with_the_same_words(kind, value, message):
+def test_errors_of_a_record_and_of_a_batch_have_the_same_message(kind, value, message):
     good = {"a": 1, "x": np.zeros((0, 2), np.uint16) if isinstance(kind, Ragged) else 0, "z": "z"}
     if isinstance(kind, Tensor):
         good["x"] = np.zeros(4, np.uint16)
@@ -220,7 +220,7 @@ def test_a_record_and_a_batch_are_refused_with_the_same_words(kind, value, messa
     assert errors[0][1:] == ("x", 1)
 
 
-def test_a_misnamed_record_is_refused_for_its_names_before_its_values():
+def test_the_names_of_a_record_are_checked_before_its_values():
     with (
         ShardWriter(MemoryStore("names"), Schema.of({"x": "int8", "y": "int8"})) as writer,
         pytest.raises(SchemaError, match="column 'y', record 0: it is missing"),
@@ -228,7 +228,7 @@ def test_a_misnamed_record_is_refused_for_its_names_before_its_values():
         writer.write({"x": 999})
 
 
-def test_what_was_put_of_a_refused_record_is_not_seen_in_the_next():
+def test_values_of_a_rejected_record_do_not_appear_in_the_next():
     schema = Schema.of({"b": "bytes", "r": Ragged("int8", (None,)), "w": pa.list_(pa.int8()), "x": "int8"})
     buffer = RecordBuffer(schema.columns, 1 << 20)
     with pytest.raises(SchemaError):
@@ -240,7 +240,7 @@ def test_what_was_put_of_a_refused_record_is_not_seen_in_the_next():
     assert parts[2].array.to_pylist() == [[2]]
 
 
-def test_a_record_that_is_too_much_for_the_block_stays_for_the_next():
+def test_a_record_that_exceeds_the_block_begins_the_next_block():
     buffer = RecordBuffer(Schema.of({"b": "bytes", "n": "int64"}).columns, 100)
     kept = [buffer.add_fast({"b": b"x" * 14, "n": n}) for n in range(4)]
     assert kept == [ADDED, ADDED, ADDED, EXCEEDS_BLOCK]
@@ -249,7 +249,7 @@ def test_a_record_that_is_too_much_for_the_block_stays_for_the_next():
     assert (n.values.ravel().tolist(), b.offsets.tolist()) == ([3], [0, 14])
 
 
-def test_parts_that_were_taken_do_not_change_when_more_is_written():
+def test_taken_records_do_not_change_when_more_are_written():
     buffer = RecordBuffer(Schema.of({"n": "int64"}).columns, 1 << 20)
     buffer.add_fast({"n": 1})
     (taken,) = buffer.take(1)
@@ -269,7 +269,7 @@ def test_only_all_records_or_all_but_the_last_can_be_taken(n):
         buffer.take(n)
 
 
-def test_columns_and_rows_that_are_not_there_are_refused():
+def test_missing_columns_and_rows_are_errors():
     records = BlockBuilder([], 10)
     with pytest.raises(IndexError):
         records.put(0, 1)
@@ -277,7 +277,7 @@ def test_columns_and_rows_that_are_not_there_are_refused():
         records.fill({}, 1)
 
 
-def test_a_record_that_needs_more_memory_keeps_its_shape_and_that_it_is_there():
+def test_a_record_that_makes_the_buffer_grow_keeps_shape_and_validity():
     schema = Schema.of({"r": Ragged("int16", (None, 2)), "b": "bytes?", "s": "str?"})
     buffer = RecordBuffer(schema.columns, 1 << 24)
     rows = [np.full((1 << (i % 13), 2), i, np.int16) for i in range(130)]
@@ -324,7 +324,7 @@ def record(i):
 
 
 @pytest.mark.parametrize("n", range(12))
-def test_want_of_memory_leaves_all_records_as_they_were(monkeypatch, n):
+def test_a_memory_error_leaves_all_records_unchanged(monkeypatch, n):
     buffer = RecordBuffer(Schema.of(KINDS).columns, 4000)
     number = failed = 0
     for goal in (64, 65):
@@ -351,7 +351,7 @@ def test_want_of_memory_leaves_all_records_as_they_were(monkeypatch, n):
     assert (b.valid, k.values.ravel().tolist()) == (None, list(range(65)))
 
 
-def test_columns_of_huge_records_take_no_memory_before_one_comes():
+def test_columns_of_huge_records_take_no_memory_before_the_first_record():
     columns = Schema.of({"x": Tensor("uint8", (2**31 - 1,))}).columns
     tracemalloc.start()
     try:
@@ -363,7 +363,7 @@ def test_columns_of_huge_records_take_no_memory_before_one_comes():
     assert taken_bytes < 1 << 20
 
 
-def test_one_long_record_does_not_make_the_memory_of_later_blocks_long():
+def test_one_long_record_does_not_enlarge_the_memory_of_later_blocks():
     buffer = RecordBuffer(Schema.of({"b": "bytes"}).columns, 1000)
     buffer.add_fast({"b": bytes(1 << 20)})
     buffer.take(1)

@@ -1,4 +1,4 @@
-"""Any schema and values are read back as they were written: by record, batch and Arrow, mapped and by ranges."""
+"""Records of any schema read back equal: by record, by batch and as Arrow, mapped and by ranges."""
 
 import datetime as dt
 import json
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tiercache.shard.conversion import widen_bfloat16
-from tiercache.shard.format.codec import BlockCodec, ColumnCodec
+from tiercache.shard.format.codec import BlockCodec
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.read.values import as_batch, as_records, block_values
 from tiercache.shard.schema import Image, Kind, Ragged, Schema, Tensor
@@ -182,7 +182,7 @@ def through_arrow(readers, schema):
 
 
 @given(data=data_sets(), cuts=st.lists(st.integers(0, 9), max_size=3))
-def test_what_is_written_is_read_back_equal(data, cuts):
+def test_written_records_are_read_back_equal(data, cuts):
     schema, rows, options = data
     cuts = [min(cut, len(rows)) for cut in cuts]
     remote = MemoryStore("round-trip")
@@ -195,7 +195,7 @@ def test_what_is_written_is_read_back_equal(data, cuts):
 
 
 @given(data=data_sets())
-def test_a_local_folder_gives_the_same_as_what_was_written(data):
+def test_records_of_a_local_folder_are_read_back_equal(data):
     schema, rows, options = data
     with tempfile.TemporaryDirectory() as folder:
         store = LocalFolder(folder)
@@ -218,11 +218,11 @@ def test_a_column_of_nulls_alone_is_read_back():
     check([{"x": None, "y": y} for y in (1, 2, 3)], by_block([ShardReader(store, info.name)]))
 
 
-def test_a_shard_without_records_is_read_as_one():
+def test_a_shard_without_records_is_readable():
     store = MemoryStore("round-trip-empty")
     schema = Schema.of({"x": "int64", "y": "str"})
     uploads = UploadQueue(store)
-    block_codec = BlockCodec([ColumnCodec("auto", c.kind) for c in schema.columns])
+    block_codec = BlockCodec([("auto", c.kind) for c in schema.columns])
     info = ShardFile(uploads, "empty", schema, block_codec).finish({})
     uploads.wait()
     reader = ShardReader(store, "empty", info=info)
@@ -251,7 +251,7 @@ def test_bfloat16_is_read_as_a_torch_tensor():
     assert torch.equal(batch["y"], given_values[:, 1].flip(0))
 
 
-def test_a_batch_says_which_values_of_a_nullable_column_are_there():
+def test_a_batch_has_the_validity_of_nullable_columns():
     store = MemoryStore("round-trip-nulls")
     with ShardWriter(store, Schema.of({"x": "int32?", "s": "str?", "z": "int8"}), ShardOptions()) as writer:
         writer.write_batch({"x": [1, None, 3], "s": ["a", "b", None], "z": [1, 2, 3]})
@@ -263,7 +263,7 @@ def test_a_batch_says_which_values_of_a_nullable_column_are_there():
 
 
 @pytest.mark.parametrize("rows", [[0], [0, 1]])
-def test_what_is_read_is_writable_and_owned(rows):
+def test_returned_arrays_are_writable_and_owned_by_the_caller(rows):
     store = MemoryStore("round-trip-owned")
     schema = Schema.of({"t": Tensor("int16", (2,)), "r": Ragged("int16", (None,))})
     with ShardWriter(store, schema, ShardOptions()) as writer:
@@ -277,7 +277,7 @@ def test_what_is_read_is_writable_and_owned(rows):
     assert again["t"].tolist() == again["r"].tolist() == [1, 1]
 
 
-def test_statistics_say_least_greatest_and_nulls():
+def test_statistics_have_minimum_maximum_and_nulls():
     store = MemoryStore("round-trip-statistics")
     with ShardWriter(
         store, Schema.of({"x": "float32?", "n": "int64", "s": "str"}), ShardOptions(block_bytes=1)

@@ -1,4 +1,4 @@
-"""Segments: their rows, the rules for what may stand in them, what damage does to them, and local copies of them."""
+"""Segments: rows, checks of their values, damage, and local copies."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def store() -> MemoryStore:
 
 
 class TestSegment:
-    def test_a_shard_that_is_not_there_is_an_index_error(self) -> None:
+    def test_a_shard_number_out_of_range_is_an_index_error(self) -> None:
         for i in (-1, 0):
             with pytest.raises(IndexError):
                 ShardTable([]).info(i)
@@ -58,7 +58,7 @@ class TestSegment:
                 read_segments(store, DATASET_ID, [ref])
 
     @pytest.mark.parametrize("kind", ["memory", "local", "ranges"])
-    def test_cuts_are_corruption_and_appended_bytes_are_harmless(self, kind: str, tmp_path: Path) -> None:
+    def test_a_truncated_segment_is_corruption_and_appended_bytes_are_harmless(self, kind: str, tmp_path: Path) -> None:
         store: Store = MemoryStore(secrets.token_hex(8)) if kind == "memory" else LocalFolder(tmp_path)
         store = CountingStore(store) if kind == "ranges" else store
         ref, data = new_segment([shard(1)])
@@ -69,7 +69,7 @@ class TestSegment:
         store.put(ref.key, data + b"x")
         assert list(ShardTable(read_segments(store, DATASET_ID, [ref])).infos()) == [shard(1)]
 
-    def test_damage_under_a_right_sum_never_crashes(self) -> None:
+    def test_damage_under_a_right_checksum_never_crashes(self) -> None:
         # What a hostile writer can do: the sum is right, the contents are not.
         ref, data = new_segment([shard(1), shard(2)])
         for at, flip in [(at, flip) for at in range(len(data)) for flip in (0xFF, 0x01, 0x80)]:
@@ -82,7 +82,7 @@ class TestSegment:
             assert table.num_rows == 2
 
     @given(name=st.text(st.sampled_from("a./\\:\0\n-"), max_size=8) | st.text(max_size=20))
-    def test_names_are_refused_exactly_where_keys_are(self, name: str) -> None:
+    def test_shard_names_are_refused_exactly_as_store_keys_are(self, name: str) -> None:
         try:
             check_key(name)
         except ValueError:
@@ -114,11 +114,11 @@ class TestSegment:
         ],
         ids=str,
     )
-    def test_numbers_that_cannot_be_are_refused(self, changes: dict[str, int]) -> None:
+    def test_impossible_numbers_of_a_segment_are_errors(self, changes: dict[str, int]) -> None:
         with pytest.raises(ValueError, match=r"has a value below 0|beyond the end"):
             new_segment([shard(1, **changes)])
 
-    def test_sums_that_would_wrap_are_refused(self) -> None:
+    def test_sums_that_would_overflow_are_errors(self) -> None:
         with pytest.raises(ValueError, match="records has a value below 0"):
             new_segment([shard(i, n_records=2**61) for i in range(16)])
 
@@ -134,7 +134,7 @@ class TestSegment:
         text = b"".join(bytes.fromhex(i.shard_id) + i.n_records.to_bytes(8, "little") for i in rows)
         assert ref.digest == hashlib.sha256(text).hexdigest()
 
-    def test_other_shards_than_the_fingerprints_are_corruption(self) -> None:
+    def test_rows_that_differ_from_the_fingerprint_are_corruption(self) -> None:
         ref, data = new_segment([shard(1)])
         with pytest.raises(CorruptShard, match="fingerprint"):
             parse_segment(pa.py_buffer(data), replace(ref, digest="0" * 64), url="u")
@@ -198,7 +198,7 @@ class TestLocalCopies:
         return tmp_path / "copy"
 
     @pytest.mark.parametrize("map_bytes", [1, 1 << 20], ids=["mapped", "copied"])
-    def test_a_good_copy_is_all_that_is_read(
+    def test_an_intact_local_copy_of_a_segment_is_read_and_nothing_else(
         self, store: MemoryStore, path: Path, map_bytes: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(segments, "_MAP_BYTES", map_bytes)
@@ -211,7 +211,9 @@ class TestLocalCopies:
         assert copies.leases[0].log == ["prefetch", "wait", "close"]
 
     @pytest.mark.parametrize("copy", ["rotten", "short", "never comes"])
-    def test_a_bad_copy_is_passed_by_for_the_source(self, store: MemoryStore, path: Path, copy: str) -> None:
+    def test_a_bad_local_copy_of_a_segment_is_replaced_by_the_source(
+        self, store: MemoryStore, path: Path, copy: str
+    ) -> None:
         ref, data = new_segment([shard(1)])
         store.put(ref.key, data)
         path.write_bytes({"rotten": bytes([data[0] ^ 1]) + data[1:], "short": data[:-1]}.get(copy, data))

@@ -1,4 +1,4 @@
-"""verify_shard: names what is wrong and where, in one pass over the bytes."""
+"""verify_shard names all damage in one pass over the bytes."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def chunk(store, info, block, column):
     return footer.chunks[block, SCHEMA.index(column)]
 
 
-def test_a_whole_shard_has_no_findings_and_its_bytes_are_read_once(shard):
+def test_an_intact_shard_has_no_findings_and_its_bytes_are_read_once(shard):
     store, info = shard
     before = store.counters["bytes_read"]
     assert list(verify_shard(store, info.name, info, info.identity("d"))) == []
@@ -67,7 +67,7 @@ def test_damage_outside_the_chunks_is_named_by_part(shard, position, part):
     assert [f.part for f in verify_shard(store, info.name)] == [part]
 
 
-def test_a_shard_that_is_not_the_one_meant_is_found(shard):
+def test_another_shard_under_the_name_is_found(shard):
     store, info = shard
     for wrong in ({"shard_id": "0" * 32}, {"n_records": 49}, {"n_bytes": 5}, {"crc32c": 5}):
         found = list(verify_shard(store, info.name, replace(info, **wrong)))
@@ -75,7 +75,7 @@ def test_a_shard_that_is_not_the_one_meant_is_found(shard):
 
 
 @pytest.mark.parametrize(("kind", "as_if"), [("bytes", "str"), ("str", "json")])
-def test_values_that_are_not_what_the_column_holds_are_found_behind_right_checksums(kind, as_if):
+def test_invalid_values_are_found_under_right_checksums(kind, as_if):
     store = MemoryStore("verify-values")
     value = {"bytes": b"\xff\xfe", "str": "{"}[kind]
     with ShardWriter(store, Schema.of({"b": kind}), ShardOptions(compression="none")) as writer:
@@ -90,7 +90,7 @@ def test_values_that_are_not_what_the_column_holds_are_found_behind_right_checks
         ShardReader(store, "lie").take([0], [0])
 
 
-def test_a_local_shard_is_verified_and_let_go(tmp_path):
+def test_verification_of_a_local_shard_releases_its_lease(tmp_path):
     store = LocalFolder(tmp_path)
     with ShardWriter(store, Schema.of({"b": "bytes"}), ShardOptions()) as writer:
         writer.write_batch({"b": [b"x"]})

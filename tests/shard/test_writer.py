@@ -1,4 +1,4 @@
-"""ShardWriter: how it cuts, what it compresses, and what it leaves behind."""
+"""ShardWriter: blocks, shards, compression, and the objects that it leaves."""
 
 from itertools import pairwise
 
@@ -25,7 +25,7 @@ def store(request: pytest.FixtureRequest) -> MemoryStore:
 
 
 @pytest.mark.parametrize("nulls", [(), (0,), (3, 39)])
-def test_tensors_written_one_by_one_are_read_back_equal_whatever_their_callers_do_next(store, nulls):
+def test_written_tensors_do_not_change_with_the_callers_arrays(store, nulls):
     values = [None if i in nulls else np.full((2, 3), i, np.int16) for i in range(40)]
     mine = np.zeros((2, 3), np.int16)
     with ShardWriter(
@@ -51,7 +51,7 @@ def test_a_nullable_column_may_be_left_out(store):
 
 
 @given(sizes=st.lists(st.integers(0, 40), max_size=25), cuts=st.lists(st.integers(0, 25), max_size=5))
-def test_how_records_were_batched_makes_no_difference_to_the_blocks(sizes, cuts):
+def test_blocks_do_not_depend_on_the_batches(sizes, cuts):
     schema = Schema.of({"n": "int16", "b": "bytes", "r": Ragged("int16", (None, 2))})
     rows = [{"n": i, "b": b"x" * size, "r": np.full((size % 5, 2), i, np.int16)} for i, size in enumerate(sizes)]
     shards = []
@@ -106,7 +106,7 @@ def test_arrays_may_be_changed_after_they_were_written(store):
     assert x.values.tolist() == t.values[:, 0].tolist() == list(range(101))
 
 
-def test_auto_stores_raw_what_does_not_shrink_and_zstd_what_does(store):
+def test_auto_compresses_only_columns_that_shrink(store):
     noise = np.random.default_rng(2).integers(0, 256, (4000, 32), np.uint8)
     labels = np.arange(16000).reshape(4000, 4) % 10
     batch = {"noise": noise, "label": labels, "picture": [b"\xff\xd8" + bytes(40)] * 4000}
@@ -131,17 +131,17 @@ def test_a_named_compression_is_forced(store, compression, codec):
 
 
 @pytest.mark.parametrize("text", ["gzip", "zstd:0", "zstd:23", "zstd:", "zstd:-1", "lz4:1", "Zstd"])
-def test_a_compression_that_is_not_there_is_refused(text):
+def test_an_unknown_compression_is_an_error(text):
     with pytest.raises(ValueError, match="a compression is"):
         ShardOptions(compression=text)
 
 
-def test_a_compression_for_a_column_that_is_not_there_is_refused(store):
+def test_a_compression_of_an_unknown_column_is_an_error(store):
     with pytest.raises(SchemaError, match="no such column"):
         ShardWriter(store, Schema.of({"x": "int8"}), ShardOptions(compression={"y": "none"}))
 
 
-def test_leaving_by_an_exception_leaves_nothing(store):
+def test_an_exception_in_the_with_block_leaves_no_object(store):
     writer = ShardWriter(store, Schema.of({"x": "int64"}), ShardOptions(shard_bytes=1000, compression="none"))
 
     def fail():
@@ -162,7 +162,7 @@ class Failing(MemoryStore):
         raise StoreError("no more", url=self.url)
 
 
-def test_after_a_stores_error_the_writer_only_aborts():
+def test_after_a_store_error_the_writer_can_only_abort():
     writer = ShardWriter(Failing("writer-fails"), Schema.of({"x": "int64"}), ShardOptions(block_bytes=8))
     with pytest.raises(StoreError):
         writer.write_batch({"x": np.arange(10)})
@@ -172,14 +172,14 @@ def test_after_a_stores_error_the_writer_only_aborts():
     writer.abort()
 
 
-def test_nothing_is_visible_before_a_shard_is_whole(store):
+def test_a_shard_is_invisible_before_it_is_complete(store):
     with ShardWriter(store, Schema.of({"x": "int64"}), ShardOptions(block_bytes=64)) as writer:
         writer.write_batch({"x": np.arange(1000)})
         assert list(store.list()) == []
     assert len(list(store.list())) == 1
 
 
-def test_uploads_get_parts_of_at_least_what_the_store_needs_and_the_row_sums_the_file():
+def test_parts_have_the_stores_minimum_size_and_the_checksum_covers_the_file():
     sizes = []
 
     class Watching(MemoryStore):
@@ -200,7 +200,7 @@ def test_uploads_get_parts_of_at_least_what_the_store_needs_and_the_row_sums_the
     assert (info.n_bytes, info.crc32c) == (len(data), crc32c(data))
 
 
-def test_a_table_of_arrow_is_a_batch(store):
+def test_an_arrow_table_is_accepted_as_a_batch(store):
     table = pa.table({"b": ["x", None, "z"], "a": pa.chunked_array([[1], [2, 3]])})
     schema = Schema.infer_columns(table)
     with ShardWriter(store, schema, ShardOptions()) as writer:
@@ -211,7 +211,7 @@ def test_a_table_of_arrow_is_a_batch(store):
     assert (batch["a"].tolist(), batch["b"]) == ([1, 2, 3, 1], ["x", None, "z", "x"])
 
 
-def test_bits_of_arrow_are_numbers_unless_their_field_says_otherwise(store):
+def test_arrow_values_are_bits_only_if_their_field_states_it(store):
     schema = Schema.of({"x": "bfloat16", "t": Tensor("bfloat16", (1,)), "m": Tensor("bool", (1,))})
     bits, byte = pa.array([0x3F80, 0x4000], pa.uint16()), pa.array([1, 0], pa.uint8())
     arrays = [bits, pa.FixedSizeListArray.from_arrays(bits, 1), pa.FixedSizeListArray.from_arrays(byte, 1)]
@@ -234,6 +234,6 @@ def test_a_schema_without_columns_is_refused(store):
 
 
 @pytest.mark.parametrize("options", [{"shard_bytes": 0}, {"block_bytes": 0}, {"metadata": {"x": object()}}])
-def test_options_that_cannot_be_are_refused(options):
+def test_invalid_options_are_errors(options):
     with pytest.raises(ValueError, match=r"must be"):
         ShardOptions(**options)

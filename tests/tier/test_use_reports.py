@@ -137,9 +137,9 @@ def test_an_untracked_data_set_gets_no_report(moved):
 
 def test_closing_an_unread_data_set_reads_no_marker(moved):
     dataset = tc.Dataset(moved.store.url)
-    before = dataset._source.inner.counters["requests"]
+    before = dataset._source.leaves[0].inner.counters["requests"]
     dataset.close()
-    assert dataset._source.inner.counters["requests"] == before
+    assert dataset._source.leaves[0].inner.counters["requests"] == before
 
 
 def test_a_store_that_cannot_be_written_is_read_without_reports(packed):

@@ -1,4 +1,4 @@
-"""Filters against pandas: which records match, which columns and shards are read, what is refused."""
+"""Filters compared with pandas: the selected records, the columns and shards that are read, and errors."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def as_mask(tree, frame):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=TREE)
-def test_a_filter_keeps_what_pandas_keeps(dataset, frame, tree):
+def test_a_filter_selects_the_records_that_pandas_selects(dataset, frame, tree):
     expected = frame["id"][as_mask(tree, frame).fillna(value=False).to_numpy(bool)].tolist()
     assert ids_of(dataset.filter(as_expression(tree))) == expected
 
@@ -132,7 +132,7 @@ def test_a_filter_keeps_what_pandas_keeps(dataset, frame, tree):
         (pc.field("big").isin([7, 1]) | (pc.field("id") < 3), lambda f: f.id < 3),
     ],
 )
-def test_functions_of_any_column_are_evaluated(dataset, frame, expression, expected):
+def test_a_filter_evaluates_functions_of_any_column(dataset, frame, expression, expected):
     text = expected(frame)
     if "facts" in str(expression):  # however its text is spaced
         expression = pc.match_substring_regex(pc.field("facts"), r'"i": ?12')
@@ -163,7 +163,7 @@ def test_a_filter_of_a_view_keeps_its_order_and_repeats(dataset):
         (pc.Expression._call("cumulative_sum", [pc.field("id")], pc.CumulativeOptions()) > 3, "non-scalar"),
     ],
 )
-def test_what_is_no_condition_over_the_columns_is_refused(dataset, expression, said):
+def test_an_expression_that_is_not_a_condition_is_an_error(dataset, expression, said):
     with pytest.raises(tc.SchemaError, match=said):
         dataset.filter(expression)
 
@@ -182,13 +182,13 @@ def read_by(monkeypatch, work):
     return seen
 
 
-def test_only_the_columns_that_are_named_are_read(dataset, monkeypatch):
+def test_a_filter_reads_only_the_columns_of_its_expression(dataset, monkeypatch):
     condition = (pc.field("label") == 3) & (pc.field("score") > 5)
     seen = read_by(monkeypatch, lambda: dataset.filter(condition))
     assert {columns for columns, _ in seen} == {("label", "score")}
 
 
-def test_shards_whose_numbers_rule_them_out_are_not_read(dataset, monkeypatch):
+def test_a_filter_skips_shards_whose_statistics_exclude_a_match(dataset, monkeypatch):
     n_shards = len(dataset._source.shard_records)
     seen = read_by(monkeypatch, lambda: dataset.filter(pc.field("id") >= 390))
     assert n_shards > 4
@@ -201,7 +201,7 @@ def test_shards_whose_numbers_rule_them_out_are_not_read(dataset, monkeypatch):
     assert {shard for _, shard in seen} == {0}
 
 
-def test_a_filter_takes_little_memory_whatever_its_shards_hold(dataset, monkeypatch, frame):
+def test_a_filter_takes_bounded_memory(dataset, monkeypatch, frame):
     monkeypatch.setattr(scan, "CHUNK_BYTES", 1)  # block by block
     sizes, evaluate = [], scan._evaluate
     monkeypatch.setattr(scan, "_evaluate", lambda table, e: sizes.append(table.num_rows) or evaluate(table, e))
@@ -209,7 +209,7 @@ def test_a_filter_takes_little_memory_whatever_its_shards_hold(dataset, monkeypa
     assert max(sizes) < N / len(dataset._source.shard_records)
 
 
-def test_what_the_cache_has_not_is_filtered_past_it(tmp_path):
+def test_a_filter_bypasses_the_cache_for_shards_that_are_not_cached(tmp_path):
     url = f"memory://filter-{tmp_path.name}"
     with tc.Writer(url, schema={"id": "int64"}, shard_size="1KiB", block_size="512B") as writer:
         writer.write_batch({"id": np.arange(500)})
@@ -223,7 +223,7 @@ def test_what_the_cache_has_not_is_filtered_past_it(tmp_path):
     cache.close()
 
 
-def test_a_damaged_shard_is_said_by_the_filter(tmp_path):
+def test_a_filter_reports_a_damaged_shard(tmp_path):
     with tc.Writer(tmp_path / "d", schema={"id": "int64"}, compression="none") as writer:
         writer.write_batch({"id": np.arange(10_000)})
     (shard,) = [path for path in (tmp_path / "d").rglob("*") if path.is_file() and path.stat().st_size > 70_000]
@@ -234,7 +234,7 @@ def test_a_damaged_shard_is_said_by_the_filter(tmp_path):
         tc.Dataset(tmp_path / "d").filter(pc.field("id") < 5)
 
 
-def test_dates_and_structs_are_filtered_as_arrow_does(tmp_path):
+def test_dates_and_structs_are_filtered_as_by_arrow(tmp_path):
     days = [dt.date(2024, 1, 1) + dt.timedelta(days=i) for i in range(20)]
     table = pa.table({"day": pa.array(days), "at": pa.array([{"x": i} for i in range(20)])})
     with tc.Writer(tmp_path / "d", schema=table.schema) as writer:

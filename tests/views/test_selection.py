@@ -1,4 +1,4 @@
-"""Selections against plain lists of numbers: what they hold, what is chosen of them, what they cost."""
+"""Selections compared with plain lists of numbers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_numbers_below_any_number_are_counted(numbers, below):
 
 
 @given(numbers=ANY, data=st.data())
-def test_a_selection_of_a_selection_is_one_again(numbers, data):
+def test_selections_compose(numbers, data):
     if not numbers:
         return
     places = data.draw(st.one_of(st.lists(st.integers(0, len(numbers) - 1)), st.just(list(range(len(numbers) // 2)))))
@@ -54,12 +54,12 @@ def test_a_selection_of_a_selection_is_one_again(numbers, data):
 
 
 @given(a=ANY, b=ANY)
-def test_hashes_are_equal_for_equal_numbers_in_equal_order_only(a, b):
+def test_digests_are_equal_only_for_equal_numbers_in_equal_order(a, b):
     assert (selection(a).digest == selection(b).digest) == (a == b)
 
 
 @given(numbers=ANY)
-def test_a_selection_comes_back_from_a_pickle(numbers):
+def test_a_selection_can_be_pickled(numbers):
     chosen = selection(numbers)
     again = pickle.loads(pickle.dumps(chosen))
     assert served(again) == numbers
@@ -72,13 +72,13 @@ def test_a_range_costs_the_same_whatever_its_length():
     assert Selection.span(3, 10**15).compose(Selection.span(10**6, 10**14)).n_bytes == 24
 
 
-def test_neighbouring_runs_become_one():
+def test_adjacent_runs_are_merged():
     joined = Selection.of_runs(np.array([0, 4, 9]), np.array([4, 2, 1]))
     assert served(joined) == [0, 1, 2, 3, 4, 5, 9]
     assert joined.starts.tolist() == [0, 9]
 
 
-def test_a_selection_cannot_be_changed():
+def test_a_selection_is_immutable():
     chosen = selection([3, 1, 2])
     for array in (chosen.starts, chosen.first, chosen.order):
         with pytest.raises(ValueError, match="read-only"):

@@ -29,7 +29,7 @@ def dataset(packed):
     dataset.close()
 
 
-def test_records_are_tuples_and_batches_lists_in_the_order_of_the_names(dataset):
+def test_as_tuple_gives_tuples_and_lists_in_the_order_of_the_names(dataset):
     pairs = dataset.as_tuple("flag", "id")
     assert pairs.column_names == ["flag", "id"]
     assert pairs[7] == (False, 7)
@@ -42,7 +42,7 @@ def test_records_are_tuples_and_batches_lists_in_the_order_of_the_names(dataset)
     assert (pairs + pairs.take(1))[-1] == (True, 0)
 
 
-def test_the_same_name_may_come_twice_and_columns_are_chosen_anew(dataset):
+def test_as_tuple_accepts_a_name_twice_and_replaces_an_earlier_choice(dataset):
     assert dataset.as_tuple("id", "flag", "id")[3] == (3, True, 3)
     assert dataset.as_tuple("id", "flag").select_columns(["flag"])[3] == (True,)
     assert dataset.as_tuple("id", "flag").as_tuple("id")[3] == (3,)
@@ -80,13 +80,13 @@ def test_batches_of_every_loader_are_lists_of_tensors_as_from_torchs_default_col
     assert sorted(seen) == list(range(N))
 
 
-def test_torchs_own_collate_gives_what_it_gives_of_tuples(dataset):
+def test_torchs_default_collate_works_on_tuples(dataset):
     batches = list(TorchLoader(dataset.as_tuple("id", "flag"), batch_size=10, collate_fn=default_collate))
     assert all(isinstance(batch, list) and len(batch) == 2 for batch in batches)
     assert torch.cat([ids for ids, _ in batches]).tolist() == list(range(N))
 
 
-def test_what_goes_with_a_column_may_be_named_alone(dataset):
+def test_as_tuple_accepts_masks_and_lengths_without_their_column(dataset):
     only = dataset.as_tuple("score.valid", "boxes.lengths")
     assert only.column_names == ["score", "boxes"]
     assert only[[0, 1]][0].tolist() == [False, True]
@@ -104,12 +104,12 @@ def test_what_goes_with_a_column_may_be_named_alone(dataset):
         (("score",), tc.SchemaError, "score.valid"),
     ],
 )
-def test_names_that_no_batch_has_are_refused(dataset, names, error, said):
+def test_as_tuple_refuses_unknown_names(dataset, names, error, said):
     with pytest.raises(error, match=said):
         dataset.as_tuple(*names)
 
 
-def test_nulls_that_are_filled_or_seen_need_no_mask(packed, tmp_path):
+def test_as_tuple_needs_no_mask_for_filled_nulls(packed, tmp_path):
     assert tc.Dataset(packed, fill_nulls={"score": -1.0}).as_tuple("score")[0] == (np.float32(-1),)
     with tc.Writer(tmp_path / "d", schema={"text": "str?"}) as writer:
         writer.write_batch({"text": ["a", None]})
@@ -118,7 +118,7 @@ def test_nulls_that_are_filled_or_seen_need_no_mask(packed, tmp_path):
     assert list(tc.DataLoader(texts, batch_size=2)) == [[["a", None]]]
 
 
-def test_a_transform_says_itself_what_a_record_is(packed):
+def test_as_tuple_cannot_be_combined_with_a_transform(packed):
     with pytest.raises(ValueError, match="transform"):
         tc.Dataset(packed, transform=len).as_tuple("id")
 

@@ -1,4 +1,4 @@
-"""Chains of views against a plain list of records: every way of reading gives what the list gives."""
+"""Nested views compared with a plain list of records, by every way of reading."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def apply(step: tuple, dataset: tc.Dataset, ids: list[int]) -> tuple[tc.Dataset,
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(STEP, min_size=1, max_size=4), data=st.data())
-def test_every_way_of_reading_a_chain_of_views_gives_the_lists_records(dataset, steps, data):
+def test_every_way_of_reading_nested_views_gives_the_same_records(dataset, steps, data):
     view, ids = dataset, list(range(N))
     for step in steps:
         view, ids = apply(step, view, ids)
@@ -115,7 +115,7 @@ def test_every_way_of_reading_a_chain_of_views_gives_the_lists_records(dataset, 
         assert sorted(shuffled) == sorted(ids)
 
 
-def test_block_tables_that_another_thread_pushes_out_are_still_given(packed, monkeypatch):
+def test_block_tables_are_returned_while_another_thread_evicts_them(packed, monkeypatch):
     source = tc.Dataset(packed)._source
     expected = [table.records.tolist() for table in source.block_tables([0, 1])]
     source = tc.Dataset(packed)._source
@@ -131,7 +131,7 @@ def test_block_tables_that_another_thread_pushes_out_are_still_given(packed, mon
     assert [table.records.tolist() for table in source.block_tables([0, 1])] == expected
 
 
-def test_numbers_outside_a_view_are_refused(dataset):
+def test_record_numbers_outside_a_view_are_errors(dataset):
     view = dataset.skip(10).take(5)
     assert view[-5]["id"] == 10
     for index in (5, -6, [0, 5]):
@@ -145,7 +145,7 @@ def test_numbers_outside_a_view_are_refused(dataset):
 
 
 @pytest.mark.parametrize("n", [1, 3, 7, 149, 150, 151, 1000])
-def test_shards_are_runs_that_differ_by_one_record_at_most_and_are_everything(dataset, n):
+def test_shard_divides_all_records_into_runs_of_nearly_equal_length(dataset, n):
     parts = [dataset.shard(num_shards=n, index=i) for i in range(n)] if n < 200 else [dataset.shard(n, 0)]
     if n < 200:
         assert list(itertools.chain(*map(ids_of, parts))) == list(range(N))
@@ -180,7 +180,7 @@ def test_shards_are_runs_that_differ_by_one_record_at_most_and_are_everything(da
         (lambda d: d.select_columns("id"), TypeError, "a list of names"),
     ],
 )
-def test_what_cannot_be_chosen_is_refused_with_what_can(dataset, call, error, said):
+def test_invalid_selections_are_errors_that_name_valid_ones(dataset, call, error, said):
     with pytest.raises(error, match=said):
         call(dataset)
 
@@ -188,11 +188,11 @@ def test_what_cannot_be_chosen_is_refused_with_what_can(dataset, call, error, sa
 @pytest.mark.parametrize(
     "chosen", [[4, 2, 4], (4, 2, 4), np.array([4, 2, 4], np.uint8), torch.tensor([4, 2, 4]), pa.array([4, 2, 4])]
 )
-def test_numbers_come_in_any_form(dataset, chosen):
+def test_select_accepts_numbers_in_any_container(dataset, chosen):
     assert ids_of(dataset.select(chosen)) == [4, 2, 4]
 
 
-def test_masks_come_in_any_form_and_ranges_too(dataset):
+def test_select_accepts_masks_and_ranges(dataset):
     mask = [i % 50 == 0 for i in range(N)]
     for form in (mask, np.array(mask), torch.tensor(mask)):
         assert ids_of(dataset.select(form)) == [0, 50, 100]
@@ -204,7 +204,7 @@ def test_masks_come_in_any_form_and_ranges_too(dataset):
     assert dataset.select(range(3, 140))._source.selection.n_bytes == 24
 
 
-def test_columns_transforms_and_subclasses_stay_with_a_view(packed):
+def test_a_view_keeps_columns_transform_and_subclass(packed):
     class Named(tc.Dataset):
         pass
 
@@ -223,7 +223,7 @@ def _text(record):
     return record["text"]
 
 
-def test_shards_without_chosen_records_are_neither_opened_nor_warmed(packed, monkeypatch):
+def test_shards_without_selected_records_are_neither_opened_nor_warmed(packed, monkeypatch):
     seen = []
     make = ShardReader.__init__
 
@@ -233,7 +233,7 @@ def test_shards_without_chosen_records_are_neither_opened_nor_warmed(packed, mon
 
     monkeypatch.setattr(ShardReader, "__init__", note)
     view = tc.Dataset(packed).select([0, N - 1])
-    names = [view._source.source.table.info(i).name for i in range(len(view._source.shard_records))]
+    names = [view._source.leaves[0].table.info(i).name for i in range(len(view._source.shard_records))]
     for read in (list, lambda v: v[:], lambda v: list(v.to_arrow()), lambda v: list(tc.DataLoader(v, shuffle=True))):
         seen.clear()
         view.close()
@@ -246,7 +246,7 @@ def test_shards_without_chosen_records_are_neither_opened_nor_warmed(packed, mon
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
-def test_remote_and_cached_data_sets_have_views(tmp_path, packed, compression):
+def test_views_of_remote_and_cached_data_sets_work(tmp_path, packed, compression):
     url = f"memory://views-{tmp_path.name}"
     with tc.Writer(url, schema=SCHEMA, shard_size="4KiB", block_size="512B", compression=compression) as writer:
         writer.write_batch(make_columns(N))
@@ -293,7 +293,7 @@ def test_a_view_resumes_at_every_batch_also_from_an_appended_data_set(tmp_path, 
         assert [batch["id"].tolist() for batch in again] == whole[n:]
 
 
-def test_rows_are_laid_out_in_pieces_as_at_once(dataset, monkeypatch):
+def test_rows_are_laid_out_equally_in_one_step_and_in_several(dataset, monkeypatch):
     mask = np.random.default_rng(5).random(N) < 0.6
     whole = [batch["id"].tolist() for batch in tc.DataLoader(dataset.select(mask), batch_size=16)]
     monkeypatch.setattr(selection, "LAID_OUT_ROWS", 3)
@@ -310,7 +310,7 @@ def test_a_state_of_another_selection_is_refused(dataset):
     tc.DataLoader(dataset.take(100).take(50), batch_size=10).load_state_dict(loader.state_dict())
 
 
-def test_a_view_of_everything_is_the_data_set_to_a_state(dataset):
+def test_a_state_treats_a_view_of_all_records_as_the_data_set(dataset):
     loader = tc.DataLoader(dataset, batch_size=10)
     next(iter(loader))
     everything = tc.DataLoader(dataset.take(10**6), batch_size=10)
@@ -320,13 +320,13 @@ def test_a_view_of_everything_is_the_data_set_to_a_state(dataset):
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.stress)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_views_are_read_by_torchs_workers(dataset, start):
+def test_torchs_workers_read_views(dataset, start):
     view = dataset.filter(pc.field("flag")).select(range(20, 0, -1))
     loader = TorchLoader(view, batch_size=6, num_workers=1, collate_fn=tc.collate, multiprocessing_context=start)
     assert list(itertools.chain(*map(check_batch, loader))) == [3 * i for i in range(20, 0, -1)]
 
 
-def test_fingerprints_tell_views_apart(dataset):
+def test_different_views_have_different_fingerprints(dataset):
     made = [dataset, dataset.take(3), dataset.skip(3), dataset + dataset, dataset.select([1, 0])]
     assert len({each.fingerprint for each in made}) == len(made)
     assert dataset.take(N).fingerprint == dataset.fingerprint

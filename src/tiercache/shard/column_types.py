@@ -129,22 +129,14 @@ UserType: TypeAlias = str | Image | Tensor | Ragged | pa.DataType | pa.Field
 
 
 def check_name(name: object) -> str:
-    """Return the name if it is a valid column name.
-
-    Raises:
-        SchemaError: The name is not a str, is empty, or contains NUL.
-    """
+    """Return the name if it is a non-empty str without NUL; raise SchemaError otherwise."""
     if not isinstance(name, str) or not name or "\0" in name:
         raise SchemaError(f"a column's name is a non-empty str without NUL, got {name!r}")
     return name
 
 
 def check_dtype(dtype: object) -> str:
-    """Return the name of a dtype, which is given as a name, a numpy dtype or type, or a torch dtype.
-
-    Raises:
-        SchemaError: The dtype is not supported.
-    """
+    """Return the name of a dtype given as a name, a numpy dtype or type, or a torch dtype. Raises SchemaError."""
     name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else dtype.__name__
     if name not in STORED:
         raise SchemaError(f"no such dtype: {dtype!r}", expected=f"one of {', '.join(STORED)}", got=repr(dtype))
@@ -195,12 +187,7 @@ class ImageType(pa.ExtensionType):  # type: ignore[misc]  # pyarrow ships no typ
 
 
 class RaggedType(pa.ExtensionType):  # type: ignore[misc]  # pyarrow ships no types
-    """Arrow type of ragged arrays, stored as struct<data: large_list<T>, shape: fixed_size_list<int32>[n_dimensions]>.
-
-    Args:
-        value_type: Arrow type of the elements.
-        shape: Shape of the arrays, with None for a dimension that varies.
-    """
+    """Arrow type of ragged arrays: struct<data: large_list<T>, shape: fixed_size_list<int32>[n_dimensions]>."""
 
     def __init__(self, value_type: pa.DataType, shape: tuple[int | None, ...]) -> None:
         self.value_type = value_type
@@ -230,12 +217,9 @@ MAX_DEPTH = 32
 
 
 def storable_type(arrow_type: pa.DataType, depth: int = 0) -> pa.DataType:
-    """Return the type as which an Arrow type is stored.
+    """Return the type as which an Arrow type is stored; raise SchemaError if it has no storable form.
 
     A dictionary is stored as its values, a view as the large type, and an extension type as its storage type.
-
-    Raises:
-        SchemaError: The type has no storable form (union, run-end encoding), or is nested too deeply.
     """
     if depth > MAX_DEPTH:
         raise SchemaError(f"an Arrow type may be nested at most {MAX_DEPTH} levels deep")
@@ -272,11 +256,7 @@ def _storable_field(field: pa.Field, depth: int) -> pa.Field:
 
 @lru_cache(maxsize=1024)
 def count_nodes_and_buffers(arrow_type: pa.DataType) -> tuple[int, int]:
-    """Return the numbers of nodes and of buffers of an array of a storable type.
-
-    Raises:
-        SchemaError: The type cannot be stored.
-    """
+    """Return the numbers of nodes and buffers of an array of a type; raise SchemaError if it cannot be stored."""
     nodes, buffers = 1, _own_buffers(arrow_type)
     for child in _children(arrow_type):
         child_nodes, child_buffers = count_nodes_and_buffers(child)
@@ -312,15 +292,9 @@ def _children(arrow_type: pa.DataType) -> list[pa.DataType]:
 def build_array(
     arrow_type: pa.DataType, nodes: Iterator[tuple[int, int]], buffers: Iterator[pa.Buffer | None]
 ) -> pa.Array:
-    """Return an array over buffers, without a copy.
+    """Return an array over buffers, without a copy. Nodes are (length, nulls); both are depth first.
 
-    Args:
-        arrow_type: Storable type of the array.
-        nodes: (length, nulls) of each node, depth first.
-        buffers: Buffers, depth first.
-
-    Raises:
-        pyarrow.ArrowException: Nodes and buffers do not fit the type. Arrow makes only cheap checks.
+    Raises ArrowException if they do not fit the type, as far as Arrow's cheap checks find it.
     """
     length, nulls = next(nodes)
     own = [next(buffers) for _ in range(_own_buffers(arrow_type))]

@@ -35,10 +35,9 @@ class ConversionError(ValueError):
 
 
 def as_numpy(data: Any) -> tuple[npt.NDArray[Any], str] | None:
-    """Return the array and the dtype name of a numpy scalar or array, a torch tensor, or an object with __array__.
+    """Return array and dtype name of a numpy value, a torch tensor or an object with __array__; else None.
 
-    bfloat16 elements are returned as their bits in uint16, with the name "bfloat16". The array may share the object's
-    memory. For any other object, the result is None.
+    bfloat16 elements are returned as their bits in uint16. The array may share the object's memory.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(data, torch.Tensor):
@@ -64,18 +63,11 @@ def as_numpy(data: Any) -> tuple[npt.NDArray[Any], str] | None:
 
 
 def fit(array: npt.NDArray[Any], given: str, dtype: str) -> npt.NDArray[Any]:
-    """Return the elements of an array in the stored form of another dtype.
+    """Return the elements of an array of the dtype `given` in the stored form of another dtype.
 
-    Args:
-        array: Elements.
-        given: Name of the dtype of the elements; for "bfloat16" the array holds the bits as uint16.
-        dtype: Name of the dtype of the result.
-
-    Returns:
-        An array of STORED[dtype], over the same memory if no conversion is necessary.
-
-    Raises:
-        ConversionError: An element does not fit; its index is along the first dimension.
+    The result has the dtype STORED[dtype], and shares the memory if no conversion is necessary. bfloat16 elements are
+    given and returned as bits in uint16. Raises ConversionError for an element that does not fit, with its index along
+    the first dimension.
     """
     stored = STORED[dtype]
     if given == dtype:
@@ -153,8 +145,8 @@ def widen_bfloat16(bits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 
 def _fail(array: npt.NDArray[Any], wrong: npt.NDArray[Any], expected: str) -> NoReturn:
-    place = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
-    raise ConversionError(expected, str(array[place].item()), int(place[0]) if place else 0)
+    position = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
+    raise ConversionError(expected, str(array[position].item()), int(position[0]) if position else 0)
 
 
 _BYTES = bytes | bytearray | memoryview
@@ -162,11 +154,7 @@ _MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 1}
 
 
 def check_value(arrow_type: pa.DataType, value: Any) -> None:
-    """Check that the Arrow type can hold a value, including nested values, without loss.
-
-    Raises:
-        ConversionError: The value has another type, or would lose information.
-    """
+    """Raise ConversionError unless the Arrow type can hold a value, including nested values, without loss."""
     if isinstance(value, pa.Scalar):
         value = value.as_py()
     if value is None:
@@ -189,33 +177,24 @@ def _fits_float(arrow_type: pa.DataType, value: Any) -> bool:
     return not math.isfinite(value) or abs(float(value)) <= largest
 
 
-def _fits_timestamp(arrow_type: pa.DataType, value: Any) -> bool:
-    if isinstance(value, dt.datetime):
-        return not value.microsecond % _MICROSECONDS[arrow_type.unit] and _fits_nanosecond(arrow_type, value)
-    return isinstance(value, np.datetime64) or _is_integer(value)
+def _fits_moment(python: type, numpy: type | None) -> Callable[[pa.DataType, Any], bool]:
+    """Return the check of timestamps, times or durations: the unit must hold the value exactly."""
 
+    def fits(arrow_type: pa.DataType, value: Any) -> bool:
+        if not isinstance(value, python):
+            return _is_integer(value) or (numpy is not None and isinstance(value, numpy))
+        micro = getattr(value, "microsecond", 0) + getattr(value, "microseconds", 0)
+        # pandas' subclasses of datetime and timedelta have nanoseconds.
+        nano = getattr(value, "nanosecond", 0) + getattr(value, "nanoseconds", 0)
+        return not micro % _MICROSECONDS[arrow_type.unit] and (arrow_type.unit == "ns" or not nano)
 
-def _fits_nanosecond(arrow_type: pa.DataType, value: Any) -> bool:
-    """Return whether the unit can hold the nanoseconds that the pandas subclasses of datetime and timedelta have."""
-    return arrow_type.unit == "ns" or not getattr(value, "nanosecond", 0) + getattr(value, "nanoseconds", 0)
+    return fits
 
 
 def _fits_date(_: pa.DataType, value: Any) -> bool:
     if isinstance(value, dt.datetime):
         return value.time() == dt.time() and not getattr(value, "nanosecond", 0)
     return isinstance(value, dt.date | np.datetime64) or _is_integer(value)
-
-
-def _fits_time(arrow_type: pa.DataType, value: Any) -> bool:
-    if isinstance(value, dt.time):
-        return not value.microsecond % _MICROSECONDS[arrow_type.unit]
-    return _is_integer(value)
-
-
-def _fits_duration(arrow_type: pa.DataType, value: Any) -> bool:
-    if isinstance(value, dt.timedelta):
-        return not value.microseconds % _MICROSECONDS[arrow_type.unit] and _fits_nanosecond(arrow_type, value)
-    return isinstance(value, np.timedelta64) or _is_integer(value)
 
 
 def _fits_list(arrow_type: pa.DataType, value: Any) -> bool:
@@ -274,10 +253,10 @@ _CHECKS: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.DataType, Any],
     (pt.is_decimal, lambda _, value: isinstance(value, Decimal) or _is_integer(value)),
     (lambda t: pt.is_string(t) or pt.is_large_string(t), lambda _, value: isinstance(value, str)),
     (_is_binary, lambda _, value: isinstance(value, _BYTES)),
-    (pt.is_timestamp, _fits_timestamp),
+    (pt.is_timestamp, _fits_moment(dt.datetime, np.datetime64)),
     (pt.is_date, _fits_date),
-    (pt.is_time, _fits_time),
-    (pt.is_duration, _fits_duration),
+    (pt.is_time, _fits_moment(dt.time, None)),
+    (pt.is_duration, _fits_moment(dt.timedelta, np.timedelta64)),
     (_is_list, _fits_list),
     (pt.is_struct, _fits_struct),
     (pt.is_map, _fits_map),
@@ -304,12 +283,7 @@ _NUMBERS = (Kind.SCALAR, Kind.BOOL, Kind.TENSOR, Kind.RAGGED)
 
 
 def parse_casts(casts: object) -> dict[str, str]:
-    """Return the casts that a user states, with dtypes by name.
-
-    Raises:
-        TypeError: The casts are not a mapping.
-        SchemaError: A dtype does not exist.
-    """
+    """Return the casts that a user states, with dtypes by name. Raises TypeError and SchemaError."""
     if casts is None:
         return {}
     if not isinstance(casts, Mapping):
@@ -324,10 +298,9 @@ def parse_casts(casts: object) -> dict[str, str]:
 
 
 def served_column(column: Column, casts: Casts) -> Column:
-    """Return the column as it is served: the column itself if it is not cast.
+    """Return the column as it is served: itself if it is not cast.
 
-    Raises:
-        SchemaError: The column cannot be cast to this dtype; the message lists what is possible.
+    Raises SchemaError if it cannot be cast to this dtype; the message lists what is possible.
     """
     dtype = casts.get(column.name)
     if dtype is None or dtype == column.dtype:
@@ -337,10 +310,10 @@ def served_column(column: Column, casts: Casts) -> Column:
         hint = "; DecodeImage(dtype=) sets the dtype of decoded images" if pictures else ""
         raise _refusal(column.name, f"cast: only numbers can be cast, and this is {column}{hint}", "no cast", dtype)
     if column.dtype in FLOATS and dtype not in FLOATS:
-        why = (
+        reason = (
             f"cast: {column.dtype} has values without an equal {dtype}, such as 0.5; convert the served values instead"
         )
-        raise _refusal(column.name, why, f"one of {', '.join(name for name in STORED if name in FLOATS)}", dtype)
+        raise _refusal(column.name, reason, f"one of {', '.join(name for name in STORED if name in FLOATS)}", dtype)
     plain = Column.of(column.name, _user_type(column, dtype))
     names = (column.arrow.metadata or {}).get(CLASSES_KEY)
     if names is None:

@@ -1,4 +1,4 @@
-"""Aligned memory, and a pool of large pieces for decoded frames and upload parts, reused when nothing refers to it."""
+"""Aligned memory, and a pool of large allocations for decoded frames and upload parts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ALIGN_BYTES = 64
 HUGE_PAGE_BYTES = 2 << 20
 # Smaller allocations come from malloc, which keeps touched memory itself.
 SMALL_BYTES = 1 << 20
-# A free piece is reused for a request if it is at most this many times larger.
+# A free allocation is reused for a request if it is at most this many times larger.
 FIT = 2
 
 
@@ -37,7 +37,7 @@ def address_of(memory: npt.NDArray[Any]) -> int:
     return address
 
 
-class _Piece:
+class _Allocation:
     """An allocation of private pages whose address is a multiple of HUGE_PAGE_BYTES."""
 
     __slots__ = ("address", "n_bytes", "pages")
@@ -54,67 +54,71 @@ class _Piece:
 
 
 class _Loan:
-    """The owner that all arrays over a piece reference; its deletion returns the piece to the pool."""
+    """The owner that all arrays over an allocation reference; its deletion returns the allocation to the pool."""
 
-    def __init__(self, pool: BufferPool, piece: _Piece, n_bytes: int) -> None:
-        self._pool, self._piece = pool, piece
+    def __init__(self, pool: BufferPool, allocation: _Allocation, n_bytes: int) -> None:
+        self._pool, self._allocation = pool, allocation
         self.__array_interface__: dict[str, Any] = {
             "version": 3,
             "shape": (n_bytes,),
             "typestr": "|u1",
-            "data": (piece.address, False),
+            "data": (allocation.address, False),
         }
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not is_exiting() and hasattr(self, "_piece"):  # a KeyboardInterrupt in __init__ leaves no _piece
-            self._pool.release(self._piece)
+        if not is_exiting() and hasattr(self, "_allocation"):  # a KeyboardInterrupt in __init__ leaves no _allocation
+            self._pool.release(self._allocation)
 
 
 class BufferPool:
     """Pool of memory. Thread-safe; the garbage collector may return memory at any moment.
 
-    There is no lock, because a fork could leave it locked, and a garbage collection under the lock would deadlock. Each
-    step is a single operation of a dict or list; at worst, two concurrent threads keep one piece too many for a moment.
-    The pool keeps at most as many free bytes as are in use, so it keeps none after the last array is dropped.
+    There is no lock, because a fork could leave it locked, and a garbage collection under it would deadlock. Each step
+    is one operation of a dict or list; at worst, two threads keep one allocation too many for a moment. The pool keeps
+    at most as many free bytes as are in use.
     """
 
     def __init__(self) -> None:
-        self._lent: dict[int, _Piece] = {}
-        self._free: list[_Piece] = []
+        self._lent: dict[int, _Allocation] = {}
+        self._free: list[_Allocation] = []
 
     def allocate(self, n_bytes: int) -> Bytes:
         """Return writable, uninitialised uint8[n_bytes], aligned to 64 bytes, or to HUGE_PAGE_BYTES if it is large."""
         if n_bytes < SMALL_BYTES:
             return aligned_empty(n_bytes)
-        piece = self._find(n_bytes) or _Piece(-(-n_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES)
-        self._lent[id(piece)] = piece
-        return np.asarray(_Loan(self, piece, n_bytes))
+        allocation = self._find(n_bytes) or _Allocation(-(-n_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES)
+        self._lent[id(allocation)] = allocation
+        return np.asarray(_Loan(self, allocation, n_bytes))
 
-    def release(self, piece: _Piece) -> None:
-        """Keep a piece that is no longer used, or free it. Called when the last array over the piece is dropped."""
-        self._lent.pop(id(piece), None)
-        self._free.append(piece)
+    def release(self, allocation: _Allocation) -> None:
+        """Keep an allocation, or free it, after the last array over it was dropped."""
+        self._lent.pop(id(allocation), None)
+        self._free.append(allocation)
         while self._free and self.free_bytes > self.used_bytes:
-            with contextlib.suppress(IndexError):  # another thread took the last piece
+            with contextlib.suppress(IndexError):  # another thread took the last allocation
                 self._free.pop(0)
 
     @property
     def used_bytes(self) -> int:
-        """Number of bytes of the pieces in use."""
-        return sum(piece.n_bytes for piece in list(self._lent.values()))
+        """Number of bytes of the allocations in use."""
+        return sum(allocation.n_bytes for allocation in list(self._lent.values()))
 
     @property
     def free_bytes(self) -> int:
-        """Number of bytes of the pieces that are kept for reuse."""
-        return sum(piece.n_bytes for piece in list(self._free))
+        """Number of bytes of the allocations that are kept for reuse."""
+        return sum(allocation.n_bytes for allocation in list(self._free))
 
-    def _find(self, n_bytes: int) -> _Piece | None:
-        """Remove and return the smallest free piece that fits; None if none fits."""
-        fitting = [piece for piece in list(self._free) if n_bytes <= piece.n_bytes <= FIT * n_bytes + HUGE_PAGE_BYTES]
-        for piece in sorted(fitting, key=lambda piece: piece.n_bytes):
-            with contextlib.suppress(ValueError):  # another thread took the piece
-                self._free.remove(piece)
-                return piece
+    def _find(self, n_bytes: int) -> _Allocation | None:
+        """Remove and return the smallest free allocation that fits; None if none fits."""
+        fitting = [
+            allocation
+            for allocation in list(self._free)
+            if n_bytes <= allocation.n_bytes <= FIT * n_bytes + HUGE_PAGE_BYTES
+        ]
+        for allocation in sorted(fitting, key=lambda allocation: allocation.n_bytes):
+            with contextlib.suppress(ValueError):  # another thread took the allocation
+                self._free.remove(allocation)
+                return allocation
         return None
 
 

@@ -37,11 +37,7 @@ _PYTHON_TYPES: dict[type, str] = {bool: "bool", int: "int64", float: "float64", 
 
 
 def type_of_value(name: str, value: object) -> UserType:
-    """Return the type of a column that has this value in a record.
-
-    Raises:
-        SchemaError: The value is None, which has no type, or an object whose type cannot be inferred.
-    """
+    """Return the type of a column that has this value in a record. Raises SchemaError if it cannot be inferred."""
     for python_type, text in _PYTHON_TYPES.items():
         if type(value) is python_type:
             return text
@@ -65,8 +61,7 @@ def type_of_value(name: str, value: object) -> UserType:
 def type_of_column(name: str, values: Any) -> UserType:
     """Return the type of a column with these values: a numpy or Arrow array, a torch tensor, or a list.
 
-    Raises:
-        SchemaError: The type cannot be inferred, or the values have different types.
+    Raises SchemaError if it cannot be inferred, or the values have different types.
     """
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return pa.field(name, values.type, nullable=values.null_count > 0)
@@ -98,15 +93,15 @@ def _type_of_list(name: str, values: Sequence[object]) -> UserType:
     for record, value in enumerate(values):
         if value is None:
             continue
-        here = type_of_value(name, value)
-        joined = here if found is None else _join(found, here)
+        value_type = type_of_value(name, value)
+        joined = value_type if found is None else _join(found, value_type)
         if joined is None:
             raise SchemaError(
-                f"expected {found}, like the records before, got {here}",
+                f"expected {found}, like the records before, got {value_type}",
                 column=name,
                 record=record,
                 expected=str(found),
-                got=str(here),
+                got=str(value_type),
             )
         found = joined
     if found is None:
@@ -269,11 +264,7 @@ class Column:
 
     @staticmethod
     def of(name: str, user: UserType) -> Column:
-        """Return the column with this name and this type, as a user states it.
-
-        Raises:
-            SchemaError: The type does not exist, or the name is invalid.
-        """
+        """Return the column with this name and this type, as a user states it. Raises SchemaError."""
         check_name(name)
         try:
             return _column_of(name, user)
@@ -317,11 +308,7 @@ class Column:
         return count_nodes_and_buffers(self.storage_type)
 
     def streams(self, index: int) -> tuple[Stream, ...]:
-        """Return the streams of the column: values, then shapes, then validity. An ARROW column has none.
-
-        Args:
-            index: Index of the column in its schema.
-        """
+        """Return the streams of column `index` of a schema: values, then shapes, then validity. ARROW has none."""
         if self.kind is Kind.ARROW:
             return ()
         found: list[Stream] = []
@@ -352,17 +339,11 @@ class Column:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Not every pyarrow release can pickle a field of an extension type; the metadata of the field holds the type.
-        return _column_from_bytes, (_schema_bytes(pa.schema([self.arrow])),)
+        return _column_from_bytes, (Schema([self]).to_bytes(),)
 
 
 def find_bad_shape(column: Column, shapes: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> int | None:
-    """Return the first record of a ragged column whose shape does not fit its column or its number of elements.
-
-    Args:
-        column: Column of the records.
-        shapes: Shapes of the records, [n, n_dimensions].
-        lengths: Number of elements of each record, int64[n].
-    """
+    """Return the first record of a ragged column whose shape, [n, n_dimensions], does not fit column or length."""
     # An int64 product may wrap around to the correct number; a float64 product cannot.
     wrong = (shapes < 0).any(axis=1) | (shapes.prod(axis=1, dtype=np.int64) != lengths)
     wrong |= shapes.prod(axis=1, dtype=np.float64) != lengths
@@ -389,11 +370,7 @@ class Schema:
 
     @staticmethod
     def of(user: Mapping[str, UserType] | pa.Schema | Schema) -> Schema:
-        """Return the schema that a user states as a mapping of names to types, or as an Arrow schema.
-
-        Raises:
-            SchemaError: A type or a name is invalid.
-        """
+        """Return the schema that a user states as a mapping of names to types, or as an Arrow schema."""
         if isinstance(user, Schema):
             return user
         if isinstance(user, pa.Schema):
@@ -404,20 +381,15 @@ class Schema:
 
     @staticmethod
     def infer_record(record: Mapping[str, object]) -> Schema:
-        """Return the schema inferred from the values of one record.
-
-        Raises:
-            SchemaError: The type of a value cannot be inferred.
-        """
+        """Return the schema inferred from the values of one record. Raises SchemaError."""
         check_mapping(record)
         return Schema.of({name: type_of_value(name, value) for name, value in record.items()})
 
     @staticmethod
     def infer_columns(columns: Mapping[str, object] | pa.RecordBatch | pa.Table) -> Schema:
-        """Return the schema inferred from a batch: arrays or lists by column name, or an Arrow record batch or table.
+        """Return the schema of a batch: arrays or lists by column name, or an Arrow record batch or table.
 
-        Raises:
-            SchemaError: The type of a column cannot be inferred, or its values differ in type.
+        Raises SchemaError.
         """
         if isinstance(columns, pa.RecordBatch | pa.Table):
             return Schema.of(columns.schema)
@@ -435,11 +407,7 @@ class Schema:
         return tuple(column.name for column in self.columns)
 
     def index(self, name: str) -> int:
-        """Return the index of the column with this name.
-
-        Raises:
-            SchemaError: There is no such column; the message lists the existing columns.
-        """
+        """Return the index of the column with this name. Raises SchemaError, which lists the existing columns."""
         if name not in self._index:
             raise SchemaError(f"no such column; there are {', '.join(map(repr, self.names)) or 'none'}", column=name)
         return self._index[name]
@@ -450,15 +418,11 @@ class Schema:
 
     def to_bytes(self) -> bytes:
         """Return the schema as an Arrow IPC schema message."""
-        return _schema_bytes(self.arrow)
+        return bytes(self.arrow.serialize())
 
     @staticmethod
     def from_bytes(data: bytes) -> Schema:
-        """Return the schema that to_bytes() wrote.
-
-        Raises:
-            SchemaError: The data is not a schema that this release can read.
-        """
+        """Return the schema that to_bytes() wrote. Raises SchemaError if this release cannot read it."""
         return _schema_from_bytes(data)
 
     def __eq__(self, other: object) -> bool:
@@ -483,16 +447,9 @@ def check_mapping(named: object) -> None:
         raise TypeError(f"values come as a mapping from column names (or an Arrow batch), got {type(named).__name__}")
 
 
-def _schema_bytes(schema: pa.Schema) -> bytes:
-    return bytes(schema.serialize())
-
-
 @lru_cache(maxsize=64)
 def _schema_from_bytes(data: bytes) -> Schema:
-    """Return the schema of an IPC message.
-
-    Schemas are cached: all shards of a data set share one, and parsing it costs more than the rest of a footer.
-    """
+    """Return the schema of an IPC message. All shards share one, and parsing costs more than the rest of a footer."""
     try:
         arrow = pa.ipc.read_schema(pa.py_buffer(data))
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
@@ -534,14 +491,13 @@ def _build(
     name: str,
     kind: Kind,
     nullable: bool,
-    *,
     dtype: str | None = None,
     shape: tuple[int | None, ...] = (),
     encoding: str | None = None,
     kept: Mapping[bytes, bytes] | None = None,
 ) -> Column:
-    said = {"kind": kind.value, "dtype": dtype, "shape": list(shape), "encoding": encoding}
-    metadata = {TYPE_KEY: json.dumps({key: value for key, value in said.items() if value}, sort_keys=True).encode()}
+    stated = {"kind": kind.value, "dtype": dtype, "shape": list(shape), "encoding": encoding}
+    metadata = {TYPE_KEY: json.dumps({key: value for key, value in stated.items() if value}, sort_keys=True).encode()}
     metadata |= kept or {}
     field = pa.field(name, _arrow_type(kind, dtype, shape, encoding), nullable=nullable, metadata=metadata)
     return Column(name, kind, dtype, shape, nullable, encoding, field)
@@ -565,91 +521,86 @@ def _arrow_type(kind: Kind, dtype: str | None, shape: tuple[int | None, ...], en
 
 
 def _column_of_field(name: str, field: pa.Field) -> Column:
-    said = (field.metadata or {}).get(TYPE_KEY)
-    if said is not None:
-        return _column_as_said(name, field, said)
-    user = type_of_arrow(field.type)
-    if isinstance(user, pa.DataType):
-        storable = storable_type(user)
-        return Column(
-            name, Kind.ARROW, None, (), field.nullable, None, pa.field(name, storable, nullable=field.nullable)
-        )
-    column = _column_of(name, user)
-    return _build(
-        name,
-        column.kind,
-        field.nullable,
-        dtype=column.dtype,
-        shape=column.shape,
-        encoding=column.encoding,
-        kept=_kept(field),
-    )
+    stated = (field.metadata or {}).get(TYPE_KEY)
+    if stated is None:
+        user = type_of_arrow(field.type)
+        if isinstance(user, pa.DataType):
+            arrow = pa.field(name, storable_type(user), nullable=field.nullable)
+            return Column(name, Kind.ARROW, None, (), field.nullable, None, arrow)
+        plain = _column_of(name, user)
+    else:
+        plain = _stated_column(name, field, stated)
+    return _build(name, plain.kind, field.nullable, plain.dtype, plain.shape, plain.encoding, _kept(field))
 
 
-def _column_as_said(name: str, field: pa.Field, said: bytes) -> Column:
+def _stated_column(name: str, field: pa.Field, stated: bytes) -> Column:
     """Return the column that the metadata of the field describes, if the field's storage type agrees with it."""
     try:
-        facts = json.loads(said)
+        facts = json.loads(stated)
         if isinstance(facts["kind"], str) and facts["kind"] not in set(Kind):
             raise UnknownKindError(f"no such kind here: {facts['kind']!r}", column=name, kind=facts["kind"])
         kind, shape = Kind(facts["kind"]), tuple(facts.get("shape", ()))
         dtype, encoding = facts.get("dtype"), facts.get("encoding")
-        users: dict[Kind, UserType] = {Kind.SCALAR: dtype, Kind.BOOL: "bool"}
+        user: UserType = {Kind.SCALAR: dtype, Kind.BOOL: "bool"}.get(kind, kind.value)
         if kind is Kind.TENSOR:
-            users[kind] = Tensor(dtype, shape)
+            user = Tensor(dtype, shape)
         elif kind is Kind.RAGGED:
-            users[kind] = Ragged(dtype, shape)
+            user = Ragged(dtype, shape)
         elif kind is Kind.IMAGE:
-            users[kind] = Image(encoding)
-        plain = _column_of(name, users.get(kind, kind.value))
+            user = Image(encoding)
+        plain = _column_of(name, user)
     except UnknownKindError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SchemaError(f"cannot read the type {said!r}: {error}", column=name) from error
+        raise SchemaError(f"cannot read the type {stated!r}: {error}", column=name) from error
     storage = field.type.storage_type if isinstance(field.type, pa.BaseExtensionType) else field.type
     if plain.kind is not kind or plain.storage_type != storage:
-        raise SchemaError(f"the type {said!r} is not stored as {storage}", column=name)
-    return _build(
-        name, kind, field.nullable, dtype=plain.dtype, shape=plain.shape, encoding=plain.encoding, kept=_kept(field)
-    )
+        raise SchemaError(f"the type {stated!r} is not stored as {storage}", column=name)
+    return plain
 
 
 def _kept(field: pa.Field) -> dict[bytes, bytes]:
     """Return the metadata that a schema keeps of a field: known keys only, so equal data sets have equal schemas."""
-    said = (field.metadata or {}).get(CLASSES_KEY)
-    if said is None:
+    stated = (field.metadata or {}).get(CLASSES_KEY)
+    if stated is None:
         return {}
     try:
-        names = json.loads(said)
+        names = json.loads(stated)
     except ValueError:
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise SchemaError(f"{CLASSES_KEY.decode()} is a JSON list of names, got {said[:80]!r}", column=field.name)
-    return {CLASSES_KEY: said}
+        raise SchemaError(f"{CLASSES_KEY.decode()} is a JSON list of names, got {stated[:80]!r}", column=field.name)
+    return {CLASSES_KEY: stated}
 
 
-def check_same_schema(there: Schema, given: Schema) -> None:
-    """Check that records of the schema `given` can be appended to a data set of the schema `there`.
-
-    Raises:
-        SchemaError: The schemas differ. The message describes the first difference: a missing or an additional column,
-            another type, another order, or other metadata.
-    """
-    if there == given:
+def check_same_schema(
+    first: Schema, other: Schema, *, names: tuple[str, str] = ("the data set", "the appended batch")
+) -> None:
+    """Raise SchemaError for the first difference that prevents appending records of the schema `other`."""
+    if first == other:
         return
-    for name in there.names:
-        if name not in given.names:
-            raise SchemaError("the data set has this column, the appended records do not", column=name)
-    for name, column in zip(given.names, given.columns, strict=True):
-        if name not in there.names:
-            raise SchemaError("the appended records have this column, the data set does not", column=name)
-        expected = there.columns[there.index(name)]
-        if str(expected) != str(column):
-            text = f"the data set has {expected}, the appended records have {column}"
-            raise SchemaError(text, column=name, expected=str(expected), got=str(column))
-    if there.names != given.names:
-        text = (
-            f"the columns are in another order: the data set has {', '.join(there.names)}, not {', '.join(given.names)}"
+    check_same_columns(first, other, names=names)
+    message = f"the columns' Arrow metadata differs from that of {names[0]}"
+    raise SchemaError(message, expected=first.arrow, got=other.arrow)
+
+
+def check_same_columns(first: Schema, other: Schema, *, names: tuple[str, str]) -> None:
+    """Raise SchemaError for the first difference in columns, their types and order, or class names that both have."""
+    for schema, missing, has, lacks in ((first, other, *names), (other, first, *names[::-1])):
+        for name in schema.names:
+            if name not in missing.names:
+                raise SchemaError(f"{has} has this column, but not {lacks}", column=name)
+    for column in first.columns:
+        other_column = other.columns[other.index(column.name)]
+        if str(column) != str(other_column):
+            message = f"{names[0]} has {column}, {names[1]} has {other_column}"
+            raise SchemaError(message, column=column.name, expected=str(column), got=str(other_column))
+        if column.classes and other_column.classes and column.classes != other_column.classes:
+            message = f"{names[1]} has other class names for its labels than {names[0]}"
+            raise SchemaError(message, column=column.name, expected=str(column.classes), got=str(other_column.classes))
+    if first.names != other.names:
+        message = (
+            f"the columns are in another order: {names[0]} has {', '.join(first.names)}; use the same order in "
+            f"{names[1]} (select_columns() changes that of a data set)"
         )
-        raise SchemaError(text, expected=there.names, got=given.names)
-    raise SchemaError("the columns' Arrow metadata differs from the data set's", expected=there.arrow, got=given.arrow)
+        raise SchemaError(message, expected=first.names, got=other.names)

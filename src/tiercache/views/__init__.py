@@ -1,22 +1,11 @@
-"""Views, joined data sets and mixtures: sources over other sources, which the loader and `Dataset` read.
+"""The records that the loader and `Dataset` read: versions, views of them, and several data sets joined or mixed.
 
-`view` holds the selection methods of `Dataset`, their steps and the source that they make; `scan` evaluates a filter
-to a `Selection`; `joined` has joined and mixed sources; `selection` has `Selection` and the interface of all sources.
+`records` has `Records`, its tree of nodes and the steps of views; `selection_methods` the methods of `Dataset` that add
+steps; `scan` evaluates filters and yields Arrow batches; `selection` has `Selection`, the runs of record numbers.
 """
 
-from tiercache.views.joined import Joined, Mixed
+from tiercache.views.records import Records, RecordsSpec, join, mix
 from tiercache.views.scan import arrow_batches, spans
-from tiercache.views.selection import Readable, SourceSpec
-from tiercache.views.view import SelectionMethods, View, record_numbers
+from tiercache.views.selection_methods import SelectionMethods, record_numbers
 
-__all__ = [
-    "Joined",
-    "Mixed",
-    "Readable",
-    "SelectionMethods",
-    "SourceSpec",
-    "View",
-    "arrow_batches",
-    "record_numbers",
-    "spans",
-]
+__all__ = ["Records", "RecordsSpec", "SelectionMethods", "arrow_batches", "join", "mix", "record_numbers", "spans"]

@@ -6,11 +6,10 @@ A filter reads the columns of its expression in bounded memory, and skips shards
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 
 from tiercache.errors import SchemaError
 from tiercache.shard.schema import Kind
-from tiercache.views.selection import Selection
+from tiercache.views.selection import Selection, runs_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,9 +25,7 @@ if TYPE_CHECKING:
     from tiercache.order import BlockTable
     from tiercache.shard.format.statistics import Statistics
     from tiercache.shard.schema import Column, Schema
-    from tiercache.views.selection import Readable
-
-    Runs = tuple[NDArray[np.int64], NDArray[np.int64]]
+    from tiercache.views.records import Records
 
 
 # Records per range of a source with an explicit order. Neighbours lie anywhere: within a range, each block is read
@@ -36,7 +33,7 @@ if TYPE_CHECKING:
 LISTED_RECORDS = 4096
 
 
-def spans(source: Readable) -> Iterator[tuple[int, int]]:
+def spans(source: Records) -> Iterator[tuple[int, int]]:
     """Yield ranges of record numbers [start, stop), in order; one per block if the source is in stored order."""
     if not source.is_in_stored_order:
         for start in range(0, source.n_records, LISTED_RECORDS):
@@ -50,31 +47,24 @@ def spans(source: Readable) -> Iterator[tuple[int, int]]:
             start += n
 
 
-def arrow_batches(source: Readable) -> Iterator[pa.RecordBatch]:
-    """Yield record batches in order.
-
-    A batch refers to the block's memory if its records are one run of the block; otherwise it is a copy.
-    """
+def arrow_batches(source: Records) -> Iterator[pa.RecordBatch]:
+    """Yield record batches in order. A run of records of one block refers to its memory; other batches are copies."""
     schema = source.schema.arrow
     if not source.is_in_stored_order:
         for start, stop in spans(source):
             yield pa.RecordBatch.from_arrays(source.take_arrow(np.arange(start, stop)), schema=schema)
         return
     for shard in np.flatnonzero(source.shard_records).tolist():
-        records = source.block_tables([shard])[0].records
-        for block in np.flatnonzero(records).tolist():
-            rows = _block_rows(source, shard, block, int(records[block]))
+        (table,) = source.block_tables([shard])
+        for block in np.flatnonzero(table.records).tolist():
             arrays = source.arrays(shard, block)
-            if bool((np.diff(rows.astype(np.int64)) == 1).all()):
-                arrays = [array.slice(int(rows[0]), len(rows)) for array in arrays]
-            else:
-                arrays = [array.take(pa.array(rows)) for array in arrays]
+            if not source.selects_all:
+                rows = _rows(source, shard, np.array([block]), table)
+                if bool((np.diff(rows.astype(np.int64)) == 1).all()):
+                    arrays = [array.slice(int(rows[0]), len(rows)) for array in arrays]
+                else:
+                    arrays = [array.take(pa.array(rows)) for array in arrays]
             yield pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-
-def _block_rows(source: Readable, shard: int, block: int, n: int) -> NDArray[np.uint32]:
-    where = (np.array([shard], np.int32), np.array([block], np.int32))
-    return source.stored_rows(*where, np.zeros(n, np.uint32), np.arange(n, dtype=np.uint32))
 
 
 # Limit, per thread, of the raw bytes (all columns) of the blocks whose columns are in memory at a time.
@@ -87,32 +77,28 @@ THREADS = 8
 _WEIGHED_WRONG = re.compile(r"\bnan\b|allow_int_overflow=true")
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 
-T = TypeVar("T")
-R = TypeVar("R")
 
-
-def matching(source: Readable, expression: pc.Expression) -> Selection:
+def matching(source: Records, expression: pc.Expression) -> Selection:
     """Return which records make an expression true (null is not true), as a selection of served records.
 
-    Raises:
-        SchemaError: A column does not exist; the expression cannot be evaluated over its columns or their values; or it
-            is not a condition.
-        CorruptShard, StoreError: Reading failed.
+    Raises SchemaError if a column does not exist, or the expression is not a condition over the columns and their
+    values; CorruptShard and StoreError.
     """
     names = columns_of(source.stored_schema, expression)
     if not names:  # a constant: Arrow needs some column to know the number of rows
         names = [source.schema.names[0]]
     scanned = source.for_scan(names)
     shards = _may_match(scanned, expression, np.flatnonzero(scanned.shard_records).tolist())
-    found = list(_ahead(lambda shard: _runs_of_shard(scanned, expression, shard), shards))
-    starts, lengths = (np.concatenate([np.empty(0, np.int64), *(runs[i] for runs in found)]) for i in (0, 1))
-    stored = Selection.of_runs(starts, lengths)
-    listed = source.record_order
-    if listed is None:
+    with ThreadPoolExecutor(min(THREADS, max(len(shards), 1)), "tiercache-filter") as pool:
+        found = list(pool.map(lambda shard: _matches_of_shard(scanned, expression, shard), shards))
+    starts = np.concatenate([np.empty(0, np.int64), *(first for first, _ in found)])
+    stored = Selection.of_runs(starts, np.concatenate([np.empty(0, np.int64), *(n for _, n in found)]))
+    order = source.record_order
+    if order is None:
         return stored
     keep = np.zeros(source.n_records, np.bool_)
     keep[stored.stored_numbers(np.arange(len(stored)))] = True
-    return Selection.of(np.flatnonzero(keep[listed]))
+    return Selection.of(np.flatnonzero(keep[order]))
 
 
 def columns_of(schema: Schema, expression: pc.Expression) -> list[str]:
@@ -145,13 +131,13 @@ def _explained(schema: Schema, expression: pc.Expression) -> Iterator[None]:
         raise _cannot(schema, expression, str(error)) from error
 
 
-def _cannot(schema: Schema, expression: pc.Expression, said: str) -> SchemaError:
-    unknown = re.search(r"No match for FieldRef\.Name\((.*?)\)", said)
+def _cannot(schema: Schema, expression: pc.Expression, reason: str) -> SchemaError:
+    unknown = re.search(r"No match for FieldRef\.Name\((.*?)\)", reason)
     names = ", ".join(schema.names)
     if unknown is not None:
         message = f"filter: there is no such column; there are {names}"
         return SchemaError(message, column=unknown[1], expected=names, got=unknown[1])
-    first_line = said.partition("\n")[0]
+    first_line = reason.partition("\n")[0]
     message = f"filter: cannot evaluate {expression} as a condition over the columns: {first_line}"
     return SchemaError(message, expected="an expression that is true or false", got=str(expression))
 
@@ -180,7 +166,7 @@ def _evaluate(table: pa.Table, expression: pc.Expression) -> NDArray[np.bool_]:
     return np.concatenate([np.empty(0, np.bool_), *parts])
 
 
-def _may_match(source: Readable, expression: pc.Expression, shards: Sequence[int]) -> list[int]:
+def _may_match(source: Records, expression: pc.Expression, shards: Sequence[int]) -> list[int]:
     """Return the shards in which a record may match, judged by the minimum and maximum of each column.
 
     Arrow evaluates the expression against the partition expression of a dataset fragment before it would open the
@@ -196,7 +182,7 @@ def _may_match(source: Readable, expression: pc.Expression, shards: Sequence[int
         return list(shards)
     form, nowhere = pds.IpcFileFormat(), fs.LocalFileSystem()
     fragments = [
-        form.make_fragment(str(shard), nowhere, partition_expression=_known(numbers, source.statistics(shard)))
+        form.make_fragment(str(shard), nowhere, partition_expression=_bounds_of(numbers, source.statistics(shard)))
         for shard in shards
     ]
     schema = _empty(source.schema.columns).schema
@@ -207,20 +193,22 @@ def _may_match(source: Readable, expression: pc.Expression, shards: Sequence[int
         return list(shards)
 
 
-def _known(numbers: dict[str, Column], facts: Statistics) -> pc.Expression:
+def _bounds_of(numbers: dict[str, Column], facts: Statistics) -> pc.Expression:
     """Return an expression that is true for every record of a shard."""
-    known = pc.scalar(True)
+    bounds = pc.scalar(True)
     for name, column in numbers.items():
         fact = facts.get(name, {})
         if "min" not in fact or "max" not in fact:
             continue
         field, kind = pc.field(name), column.arrow.type
         inside = (field >= pa.scalar(fact["min"], kind)) & (field <= pa.scalar(fact["max"], kind))
-        known = known & (inside | field.is_null() if fact.get("nulls", 1) else inside)
-    return known
+        bounds = bounds & (inside | field.is_null() if fact.get("nulls", 1) else inside)
+    return bounds
 
 
-def _runs_of_shard(source: Readable, expression: pc.Expression, shard: int) -> Runs:
+def _matches_of_shard(
+    source: Records, expression: pc.Expression, shard: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return (starts, lengths) of the runs of matching records of a shard, as record numbers in stored order."""
     (table,) = source.block_tables([shard])
     first = np.r_[0, np.cumsum(table.records)] + source.first_record[shard]
@@ -234,12 +222,12 @@ def _runs_of_shard(source: Readable, expression: pc.Expression, shard: int) -> R
         block = np.repeat(np.arange(len(blocks)), table.records[blocks])
         matches = np.flatnonzero(found[before[block] + rows])
         kept.append(matches + first[blocks[0]])  # blocks in between hold no records of the source
-    places = np.concatenate([np.empty(0, np.int64), *kept])
-    heads = np.flatnonzero(np.r_[True, np.diff(places) != 1]) if len(places) else np.empty(0, np.int64)
-    return places[heads], np.diff(np.r_[heads, len(places)])
+    positions = np.concatenate([np.empty(0, np.int64), *kept])
+    starts, first = runs_of(positions)
+    return starts, np.diff(first)
 
 
-def _rows(source: Readable, shard: int, blocks: NDArray[np.int64], table: BlockTable) -> NDArray[np.uint32]:
+def _rows(source: Records, shard: int, blocks: NDArray[np.int64], table: BlockTable) -> NDArray[np.uint32]:
     """Return the rows of blocks of a shard that belong to the source, one block after the other."""
     counts = table.records[blocks]
     block = np.repeat(np.arange(len(blocks), dtype=np.uint32), counts)
@@ -269,22 +257,3 @@ def _chunks(table: BlockTable) -> Iterator[NDArray[np.int64]]:
         end = max(int(np.searchsorted(sums, done + CHUNK_BYTES, side="right")), begin + 1)
         yield chosen[begin:end]
         begin = end
-
-
-def _ahead(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-    """Yield the results of work(item) in the order of the items; threads compute a bounded number ahead."""
-    if len(items) < 2:
-        yield from map(work, items)
-        return
-    with ThreadPoolExecutor(min(THREADS, len(items)), "tiercache-filter") as pool:
-        coming: deque[Future[R]] = deque()
-        try:
-            for item in items:
-                coming.append(pool.submit(work, item))
-                if len(coming) > 2 * THREADS:
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
-        finally:
-            for future in coming:
-                future.cancel()

@@ -1,230 +1,79 @@
-"""Selections: the records of a source that a view has, and the protocols of sources that can be read record by record.
+"""Selections: runs of record numbers and their served order, shared with other processes if they are large.
 
-A selection is runs of record numbers and their served order. The module also maps the rows of a selection to rows of
-stored blocks, and writes the files by which large selections reach other processes.
+The module also maps the rows of a selection to rows of stored blocks.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import mmap
 import os
 import secrets
-import tempfile
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tiercache.errors import NotFound
-from tiercache.load.source import Source
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    from numpy.typing import NDArray
-
-    from tiercache.cache import Cache, WarmProgress
-    from tiercache.shard.format.statistics import Statistics
-    from tiercache.shard.read.values import ColumnValues
-    from tiercache.shard.schema import Schema
-
-
-class SourceSpec(Protocol):
-    """Small picklable spec of a source: everything needed to open it, and nothing that is open."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the served columns, in order."""
-
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """Version number of each data set that is read."""
-
-    def open(self, opened: dict[int, Any]) -> Readable:
-        """Open the source.
-
-        Args:
-            opened: Sources that this call has already opened, by id() of their specs. They are shared.
-        """
-
-
-@runtime_checkable
-class VersionHandle(Protocol):
-    """One opened version below a source, where its counters are kept."""
-
-    @property
-    def url(self) -> str:
-        """URL of the data set, without credentials."""
-
-    @property
-    def cache(self) -> Cache | None:
-        """Cache that the version is read through; None: no cache."""
-
-    def figures(self) -> Mapping[str, float]:
-        """See Source.figures."""
-
-    def versions(self) -> list[int]:
-        """Return the numbers of all versions of the data set, oldest first."""
-
-    def close(self) -> None:
-        """See Readable.close."""
-
-
-class Readable(Source, Protocol):
-    """Source with what reading by index, filters and warming need. All methods may be called from any thread."""
-
-    def at_versions(self, versions: Sequence[int]) -> Readable:
-        """See Source.at_versions."""
-
-    @property
-    def spec(self) -> SourceSpec:
-        """Spec that opens the source again."""
-
-    @property
-    def n_records(self) -> int:
-        """Number of records that are served."""
-
-    @property
-    def first_record(self) -> NDArray[np.int64]:
-        """int64[n_shards + 1]: number of each shard's first record in stored order, then the number of all records."""
-
-    @property
-    def is_in_stored_order(self) -> bool:
-        """Whether served record i is record i of the concatenated shards."""
-
-    @property
-    def stored_schema(self) -> Schema:
-        """All stored columns, served or not."""
-
-    @property
-    def opened_versions(self) -> tuple[VersionHandle, ...]:
-        """Opened versions below the source, each once."""
-
-    def statistics(self, shard: int) -> Statistics:
-        """Return the statistics of a shard's columns: {column: {"nulls", "bytes", "stored", "min", "max"}}.
-
-        Any entry may be missing. Entries have been checked for plausibility.
-
-        Raises:
-            CorruptShard: A value is impossible; the message names the segment, the shard, the column and the field.
-        """
-
-    def arrays(self, shard: int, block: int) -> list[pa.Array]:
-        """Return a whole stored block as Arrow arrays of the served columns, completely checked."""
-
-    def record(self, number: int) -> dict[str, Any] | None:
-        """Return a served record as a dict of values by column; None if it is not mapped: then call `values`.
-
-        Raises:
-            IndexError: There is no such record.
-        """
-
-    def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
-        """Return the values of served records, int64[n], by column. Raises as `load`, and IndexError."""
-
-    def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
-        """Return the values of records as Arrow arrays; see `values`."""
-
-    def with_columns(self, columns: Sequence[str]) -> Readable:
-        """Return the same records with other columns of the stored schema. Raises SchemaError for an unknown column."""
-
-    def for_scan(self, columns: Sequence[str]) -> Readable:
-        """Return a source as `with_columns` does, for a single pass: shards that are not cached bypass the cache."""
-
-    def warm(
-        self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
-    ) -> None:
-        """Fetch the served columns of shards into the cache.
-
-        Args:
-            shards: Numbers of the shards.
-            jobs: Number of shards fetched in parallel.
-            on_progress: Function called after each shard.
-        """
-
-    def close(self) -> None:
-        """Release shards and connections. The source may be used again afterwards."""
-
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Arrays = Sequence[NDArray[np.int64] | None]
-
-PREFIX = "tiercache-selection-"
 _TOKEN_BYTES = 16
 
-_lock = threading.Lock()
 
+class _SharedArrays:
+    """Arrays in memory of their own, which other processes of the machine map while this object exists.
 
-def _after_fork() -> None:
-    global _lock  # a thread of the parent may hold it for ever
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-class Spool:
-    """File of some arrays, written on the first request for its ticket and removed with this object. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._file: _File | None = None
-
-    def ticket(self, arrays: Arrays) -> tuple[Any, ...] | None:
-        """Return plain values by which `restore` finds the arrays; None if no file can be written.
-
-        A forked child writes its own file, because the parent may remove its file at any time.
-
-        Args:
-            arrays: Arrays to pass on; the same ones in each call.
-        """
-        with _lock:  # two threads that pickle at once share one file
-            if self._file is None or self._file.pid != os.getpid():
-                _sweep()
-                try:
-                    self._file = _write(arrays)
-                except OSError:  # a full disk makes pickles large, not wrong
-                    return None
-            return self._file.ticket
-
-
-class _File:
-    """File that this process has written and removes."""
-
-    def __init__(self, path: Path, fd: int, ticket: tuple[Any, ...]) -> None:
-        self.ticket = ticket
-        self.pid = os.getpid()
-        weakref.finalize(self, _remove, path, fd, self.pid)
-
-
-def restore(ticket: tuple[Any, ...]) -> list[NDArray[np.int64] | None]:
-    """Return the arrays of a ticket, mapped read-only; they stay valid after the file is removed.
-
-    Raises:
-        NotFound: The file is gone, or another file has its name.
+    The memory is a file of this process without a name (memfd), so a killed process leaves nothing behind. A forked
+    child inherits it.
     """
-    path, token, lengths = ticket
+
+    def __init__(self, arrays: Sequence[NDArray[np.int64] | None]) -> None:
+        self._token = secrets.token_bytes(_TOKEN_BYTES)
+        self._lengths = tuple(None if array is None else len(array) for array in arrays)
+        self._file = os.fdopen(os.memfd_create("tiercache-selection"), "wb", buffering=0)
+        weakref.finalize(self, self._file.close)
+        for array in (np.frombuffer(self._token, np.uint8), *arrays):
+            data = memoryview(b"") if array is None else array.view(np.uint8).data
+            while data:  # one call writes at most 2 GiB
+                data = data[self._file.write(data) :]
+
+    @property
+    def reference(self) -> tuple[Any, ...]:
+        """Plain values by which `_map_arrays` finds the arrays in any process."""
+        return f"/proc/{os.getpid()}/fd/{self._file.fileno()}", self._token, self._lengths
+
+
+def _map_arrays(reference: tuple[Any, ...]) -> list[NDArray[np.int64] | None]:
+    """Return the arrays of a reference, mapped read-only; they stay valid after their owner is gone.
+
+    Raises NotFound if the owner is gone.
+    """
+    path, token, lengths = reference
+    n_bytes = _TOKEN_BYTES + sum(8 * n for n in lengths if n is not None)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            if os.fstat(fd).st_size != n_bytes or os.pread(fd, _TOKEN_BYTES, 0) != token:
+                raise FileNotFoundError(path)
+            memory = mmap.mmap(fd, n_bytes, prot=mmap.PROT_READ)
+        finally:
+            os.close(fd)
     except OSError as error:
-        raise _gone(path, lengths) from error
-    try:
-        n_bytes = _TOKEN_BYTES + sum(8 * n for n in lengths if n is not None)
-        if os.fstat(fd).st_size != n_bytes or os.pread(fd, _TOKEN_BYTES, 0) != token:
-            raise _gone(path, lengths)
-        memory = mmap.mmap(fd, n_bytes, prot=mmap.PROT_READ)
-    finally:
-        os.close(fd)
+        raise NotFound(
+            f"the memory of a pickled selection of {lengths[-1] or 'many'} records is gone: it exists on one machine, "
+            "while the pickled data set exists. Keep that data set until its pickle has been read, or pickle its URL "
+            "and record numbers",
+            url=path,
+        ) from error
     arrays: list[NDArray[np.int64] | None] = []
     offset = _TOKEN_BYTES
     for n in lengths:
@@ -233,56 +82,7 @@ def restore(ticket: tuple[Any, ...]) -> list[NDArray[np.int64] | None]:
     return arrays
 
 
-def _gone(path: str, lengths: Sequence[int | None]) -> NotFound:
-    n_records = lengths[-1] or "many"
-    return NotFound(
-        f"the file of a pickled selection of {n_records} records is gone: it exists on one machine, while the pickled "
-        "data set exists. Keep that data set until its pickle has been read, or pickle its URL and record numbers",
-        url=path,
-    )
-
-
-def _write(arrays: Arrays) -> _File:
-    while True:
-        fd, name = tempfile.mkstemp(prefix=PREFIX)
-        path, token = Path(name), secrets.token_bytes(_TOKEN_BYTES)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH)
-            is_here = path.exists()  # False: another process swept it before it was locked
-            with open(fd, "wb", closefd=False) as file:
-                file.write(token)
-                for array in arrays if is_here else ():
-                    if array is not None:
-                        file.write(array.data)
-        except BaseException:
-            _remove(path, fd, os.getpid())
-            raise
-        if is_here:
-            return _File(path, fd, (name, token, tuple(None if array is None else len(array) for array in arrays)))
-        os.close(fd)
-
-
-def _remove(path: Path, fd: int, pid: int) -> None:
-    """Close and remove the file; a forked child only closes its descriptor, because the file belongs to its parent."""
-    os.close(fd)
-    if pid == os.getpid():
-        path.unlink(missing_ok=True)
-
-
-def _sweep() -> None:
-    """Remove the files of killed processes: no process holds a lock on them."""
-    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError):  # another user's, already gone, or in use
-            # O_NONBLOCK: opening a pipe of that name would block.
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-            finally:
-                os.close(fd)
-
-
-# Arrays above this size are pickled as a reference to a file, so that a pickled view stays a few hundred bytes long.
+# Larger arrays are pickled as a reference to shared memory, so that a pickled view stays a few hundred bytes long.
 INLINE_BYTES = 256
 
 
@@ -303,7 +103,6 @@ class Selection:
         self.starts = _frozen(starts)
         self.first = _frozen(first)
         self.order = None if order is None else _frozen(order)
-        self._spool = Spool()
 
     @staticmethod
     def span(start: int, stop: int) -> Selection:
@@ -314,25 +113,19 @@ class Selection:
 
     @staticmethod
     def of(numbers: NDArray[np.int64]) -> Selection:
-        """Return the selection of these numbers in this order.
-
-        Args:
-            numbers: int64[n], record numbers, each 0 or more.
-        """
+        """Return the selection of these numbers, int64[n], in this order."""
         if len(numbers) < 2 or bool((numbers[1:] >= numbers[:-1]).all()):
-            return Selection(*_runs_of(numbers), None)
+            return Selection(*runs_of(numbers), None)
         by_number = np.argsort(numbers, kind="stable")
         order = np.empty(len(numbers), np.int64)
         order[by_number] = np.arange(len(numbers))
-        return Selection(*_runs_of(numbers[by_number]), order)
+        return Selection(*runs_of(numbers[by_number]), order)
 
     @staticmethod
     def of_runs(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Selection:
-        """Return the selection of runs of numbers. Adjacent runs are merged.
+        """Return the selection of runs of numbers: int64[k] first numbers, never descending, and lengths, 1 or more.
 
-        Args:
-            starts: int64[k], first number of each run, never descending.
-            lengths: int64[k], length of each run, 1 or more.
+        Adjacent runs are merged.
         """
         if not len(starts):
             return Selection.span(0, 0)
@@ -397,11 +190,7 @@ class Selection:
         return np.where(run < 0, 0, self.first[before] + inside)
 
     def compose(self, chosen: Selection) -> Selection:
-        """Return the selection of a selection.
-
-        Args:
-            chosen: Selection of places of this selection, in its served order.
-        """
+        """Return the selection that `chosen` makes of this selection, by places in its served order."""
         if self.order is None and chosen.order is None:
             return self._cut(chosen) if len(chosen.starts) == 1 else self._compose_runs(chosen)
         places = chosen.numbers(np.arange(len(chosen)))
@@ -431,27 +220,22 @@ class Selection:
         return Selection.of_runs(self.starts[run] + (start - self.first[run]), stop - start)
 
     def pack(self) -> tuple[Any, ...]:
-        """Return plain values from which `unpack` restores the selection: its arrays, or a file reference.
+        """Return plain values from which `unpack` restores the selection: its arrays, or a reference to shared memory.
 
-        Large arrays are written to a file. It belongs to this object and is removed with it or at the end of its
-        process; a process that has unpacked it keeps the mapping.
+        The memory belongs to this object; a process that has unpacked the reference keeps the mapping.
         """
+        arrays = (self.starts, self.first, self.order)
         if self.n_bytes > INLINE_BYTES:
-            ticket = self._spool.ticket((self.starts, self.first, self.order))
-            if ticket is not None:
-                return ticket
-        order = None if self.order is None else self.order.tobytes()
-        return self.starts.tobytes(), self.first.tobytes(), order
+            with suppress(OSError):  # without memory or descriptors, pickles are large, not wrong
+                shared = self.__dict__.get("_shared") or self.__dict__.setdefault("_shared", _SharedArrays(arrays))
+                return tuple(shared.reference)
+        return tuple(None if array is None else array.tobytes() for array in arrays)
 
     @staticmethod
     def unpack(packed: tuple[Any, ...]) -> Selection:
-        """Return the selection of `pack`, in this or another process of the machine.
-
-        Raises:
-            NotFound: The file of the selection is gone.
-        """
+        """Return the selection of `pack`, in any process of the machine. Raises NotFound if its packer is gone."""
         if isinstance(packed[0], str):
-            starts, first, order = restore(packed)
+            starts, first, order = _map_arrays(packed)
         else:
             starts, first, order = (None if part is None else np.frombuffer(part, np.int64) for part in packed)
         if starts is None or first is None:
@@ -468,7 +252,7 @@ class Selection:
         return f"Selection({len(self)} records, {len(self.starts)} runs{'' if self.order is None else ', listed'})"
 
 
-def _runs_of(numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def runs_of(numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return (starts, first) of numbers that never descend."""
     if not len(numbers):
         return np.empty(0, np.int64), np.zeros(1, np.int64)
@@ -490,13 +274,7 @@ LAID_OUT_ROWS = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class BlockSpans:
-    """Blocks, and a selection's records in them; int64[k] each.
-
-    Attributes:
-        stored: Number of the block's first record.
-        place: Number of the selection's records before the block.
-        n_rows: Number of the selection's records in the block.
-    """
+    """Blocks, int64[k] each: number of the first record; selected records before the block, and in it."""
 
     stored: NDArray[np.int64]
     place: NDArray[np.int64]
@@ -521,11 +299,8 @@ class RowTables:
     ) -> NDArray[np.uint32]:
         """Return the rows in the stored blocks, uint32[n].
 
-        Args:
-            key: Key that identifies the blocks and their order.
-            spans: Function that returns the spans of these blocks; called if the key is new.
-            block: uint32[n], index of each row's block.
-            row: uint32[n], number of each row among the selection's rows of its block.
+        key identifies the blocks and their order; spans() is called if it is new. block: uint32[n], index of each row's
+        block; row: uint32[n], its number among the selection's rows of the block.
         """
         if not len(block):
             return row

@@ -67,11 +67,7 @@ def compress(data: Any, level: int) -> bytes:
 
 
 def decompress(frame: bytes | memoryview, raw_bytes: int) -> memoryview:
-    """Return the content of a frame, read-only.
-
-    Raises:
-        CodecError: The data is not a frame with raw_bytes bytes of content.
-    """
+    """Return the content of a frame, read-only. Raises CodecError unless it has raw_bytes bytes."""
     _check_promise(frame, raw_bytes)  # before memory is allocated
     out = bytearray(raw_bytes)
     decompress_into(frame, memoryview(out))
@@ -79,11 +75,7 @@ def decompress(frame: bytes | memoryview, raw_bytes: int) -> memoryview:
 
 
 def decompress_into(frame: bytes | memoryview, out: memoryview) -> None:
-    """Decode a frame into out, whose length must equal that of the content. Releases the GIL while it decodes.
-
-    Raises:
-        CodecError: The data is not a frame with content of that length.
-    """
+    """Decode a frame into out without the GIL. Raises CodecError unless the content has that length."""
     _check_promise(frame, len(out))
     try:
         if not hasattr(_here, "decompressor"):
@@ -108,11 +100,7 @@ def _check_promise(frame: bytes | memoryview, raw_bytes: int) -> None:
 
 
 def parse_compression(text: str) -> int | None:
-    """Return the zstd level of a compression: None for "none", N for "zstd:N", DEFAULT_LEVEL for "zstd" and "auto".
-
-    Raises:
-        ValueError: The text is not a compression.
-    """
+    """Return the zstd level of a compression such as "zstd:9", or None for "none". Raises ValueError."""
     if text == "none":
         return None
     if text in ("auto", "zstd"):
@@ -123,78 +111,49 @@ def parse_compression(text: str) -> int | None:
     return int(level)
 
 
-class ColumnCodec:
-    """Chooses the codec of the chunks of a column in a writer. Not thread-safe."""
-
-    def __init__(self, compression: str, kind: Kind) -> None:
-        self._level = parse_compression(compression)
-        # Encoded images are compressed already, so no block is compressed as a test.
-        self._measuring = MEASURED_BLOCKS if compression == "auto" and kind is not Kind.IMAGE else 0
-        self._forced = compression != "auto"
-        self._raw_bytes = self._zstd_bytes = 0
-        if compression == "auto" and kind is Kind.IMAGE:
-            self._level = None
-
-    def encode(self, data: Any) -> bytes | None:
-        """Return a chunk, a contiguous buffer, as a zstd frame; None if it should be stored raw."""
-        n_bytes = memoryview(data).nbytes
-        if self._level is None or not self.tries(n_bytes):
-            return None
-        frame = compress(data, self._level)
-        if self._measuring:
-            self._measure(n_bytes, len(frame))
-        return frame if self._forced or len(frame) <= n_bytes * MAX_ZSTD_FRACTION else None
-
-    def tries(self, n_bytes: int) -> bool:
-        """Return whether encode() tries to compress a chunk of this many bytes."""
-        least_bytes = 1 if self._forced else MIN_ZSTD_BYTES
-        return self._level is not None and least_bytes <= n_bytes <= ZSTD_LIMIT_BYTES
-
-    @property
-    def is_forced(self) -> bool:
-        """Whether the user chose zstd for the column."""
-        return self._forced and self._level is not None
-
-    def _measure(self, raw_bytes: int, zstd_bytes: int) -> None:
-        self._measuring -= 1
-        self._raw_bytes += raw_bytes
-        self._zstd_bytes += zstd_bytes
-        if not self._measuring and self._zstd_bytes > self._raw_bytes * MAX_ZSTD_FRACTION:
-            self._level = None
-
-
 class BlockCodec:
-    """Chooses the codecs of the chunks of each block in a writer. Not thread-safe."""
+    """Chooses the codec of each chunk, from compression and kind of each column. Not thread-safe."""
 
-    def __init__(self, columns: Sequence[ColumnCodec]) -> None:
-        self._columns = columns
-        self._is_forced = any(column.is_forced for column in columns)
+    def __init__(self, columns: Sequence[tuple[str, Kind]]) -> None:
+        # Encoded images are compressed already, so no block is compressed as a test.
+        self._levels = [
+            None if text == "auto" and kind is Kind.IMAGE else parse_compression(text) for text, kind in columns
+        ]
+        self._is_forced = [
+            level is not None and text != "auto" for level, (text, _) in zip(self._levels, columns, strict=True)
+        ]
+        # The first blocks of each column that "auto" compressed: their number, raw bytes and bytes of the frames.
+        self._tried = [(0, 0, 0)] * len(columns)
         self._raw_bytes = self._saved_bytes = self._n_blocks = 0
 
     def encode(self, lengths: Sequence[int], chunk: Callable[[int], Any]) -> list[bytes | None]:
         """Return for each column the chunk as a zstd frame, or None if it should be stored raw.
 
-        Args:
-            lengths: Number of bytes of each chunk.
-            chunk: Function from a column's number to its chunk, a contiguous buffer that is valid until the next call.
+        chunk() returns the chunk of a column as a contiguous buffer that is valid until the next call.
         """
-        if self._saves_little:
-            return [None] * len(lengths)
-        frames = [
-            column.encode(chunk(number)) if column.tries(n_bytes) else None
-            for number, (column, n_bytes) in enumerate(zip(self._columns, lengths, strict=True))
-        ]
+        is_forced = any(self._is_forced)
+        raw: list[bytes | None] = [None] * len(lengths)
+        is_measured = self._n_blocks == MEASURED_BLOCKS
+        if is_measured and not is_forced and self._saved_bytes < MIN_SAVED_FRACTION * self._raw_bytes:
+            return raw
+        frames = [self._frame(number, n_bytes, chunk) for number, n_bytes in enumerate(lengths)]
         saved_bytes = sum(n - len(frame) for n, frame in zip(lengths, frames, strict=True) if frame is not None)
-        if self._n_blocks < MEASURED_BLOCKS:
+        if not is_measured:
             self._n_blocks += 1
             self._raw_bytes += sum(lengths)
             self._saved_bytes += saved_bytes
-        if not self._is_forced and saved_bytes < MIN_SAVED_FRACTION * sum(lengths):
-            return [None] * len(lengths)
-        return frames
+        return raw if not is_forced and saved_bytes < MIN_SAVED_FRACTION * sum(lengths) else frames
 
-    @property
-    def _saves_little(self) -> bool:
-        """Whether the first blocks have shown that compression does not pay."""
-        is_measured = self._n_blocks == MEASURED_BLOCKS and not self._is_forced
-        return is_measured and self._saved_bytes < MIN_SAVED_FRACTION * self._raw_bytes
+    def _frame(self, column: int, n_bytes: int, chunk: Callable[[int], Any]) -> bytes | None:
+        level, is_forced = self._levels[column], self._is_forced[column]
+        if level is None or not (1 if is_forced else MIN_ZSTD_BYTES) <= n_bytes <= ZSTD_LIMIT_BYTES:
+            return None
+        frame = compress(chunk(column), level)
+        if is_forced:
+            return frame
+        n_tried, raw_bytes, zstd_bytes = self._tried[column]
+        if n_tried < MEASURED_BLOCKS:
+            self._tried[column] = n_tried + 1, raw_bytes + n_bytes, zstd_bytes + len(frame)
+            if n_tried + 1 == MEASURED_BLOCKS and zstd_bytes + len(frame) > (raw_bytes + n_bytes) * MAX_ZSTD_FRACTION:
+                self._levels[column] = None
+        return frame if len(frame) <= n_bytes * MAX_ZSTD_FRACTION else None

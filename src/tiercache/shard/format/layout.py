@@ -36,16 +36,9 @@ SHARD_FEATURES = 0
 
 
 def check_format(found: int, release: str, *, what: str, url: str) -> None:
-    """Check that this release reads the format.
+    """Raise UnsupportedFormat unless this release reads the format `found` of a "shard" or "data set".
 
-    Args:
-        found: Number of the format in the file.
-        release: First release that reads the format; "" if unknown.
-        what: "shard" or "data set", for the message.
-        url: URL of the file, for errors.
-
-    Raises:
-        UnsupportedFormat: This release does not read the format.
+    release: First release that reads the format; "" if unknown.
     """
     if found == FORMAT_VERSION:
         return
@@ -60,17 +53,9 @@ def check_format(found: int, release: str, *, what: str, url: str) -> None:
 
 
 def check_features(needed: Collection[str], release: str, *, what: str, url: str, doing: str = "reading") -> None:
-    """Check that this release has every feature that an operation on a shard or data set needs.
+    """Raise UnsupportedFormat, which lists them in .needs, if this release lacks some of the needed features.
 
-    Args:
-        needed: Names of the needed features.
-        release: First release that has the features; "" if unknown.
-        what: "shard" or "data set", for the message.
-        url: URL of the shard or data set, for errors.
-        doing: The operation, for the message.
-
-    Raises:
-        UnsupportedFormat: Features are missing; .needs lists them.
+    release: First release that has them; "" if unknown. doing: The operation, for the message.
     """
     missing = tuple(sorted(set(needed) - FEATURES))
     if missing:
@@ -112,10 +97,9 @@ def n_pages(raw_bytes: Table, codecs: Table) -> U64:
 
 
 def check_chunks(chunks: Table, pages: Table, footer_offset: int) -> str:
-    """Check that chunks follow one another between head and footer, with consistent codecs, lengths and pages.
+    """Check that chunks lie between head and footer, with consistent codecs, lengths and pages.
 
-    Raises:
-        UnknownCodecError: This release does not know a codec.
+    Returns the problem, or "". Raises UnknownCodecError.
     """
     flat = chunks.ravel()
     offset, stored, raw, codecs = flat["offset"], flat["stored"], flat["raw"], flat["codec"]
@@ -292,11 +276,7 @@ def pack_head(shard_id: bytes) -> bytes:
 
 
 def parse_head(data: bytes, url: str) -> bytes:
-    """Return the shard id in a head, the first 64 bytes of a shard. url: URL of the shard, for errors.
-
-    Raises:
-        CorruptShard, UnsupportedFormat: The data is not a head that this release reads.
-    """
+    """Return the shard id in the first 64 bytes of a shard. Raises CorruptShard and UnsupportedFormat."""
     if len(data) != HEAD_BYTES or data[:8] != HEAD_MAGIC:
         raise CorruptShard(
             f"does not begin with {HEAD_MAGIC!r}: not a shard, or its first bytes are damaged", url=url, part="head"
@@ -339,15 +319,9 @@ class Tail:
 
     @staticmethod
     def parse(data: bytes, file_bytes: int, url: str) -> Tail:
-        """Return the tail in the last 64 bytes of an object.
+        """Return the tail in the last 64 bytes of an object of file_bytes bytes.
 
-        Args:
-            data: Last 64 bytes of the object.
-            file_bytes: Size of the object in bytes.
-            url: URL of the object, for errors.
-
-        Raises:
-            CorruptShard, UnsupportedFormat: The data is not a tail that this release reads.
+        Raises CorruptShard and UnsupportedFormat.
         """
         if len(data) != TAIL_BYTES or data[-8:] != TAIL_MAGIC:
             raise CorruptShard(
@@ -440,14 +414,7 @@ class Footer:
     def parse(stored: bytes | memoryview, tail: Tail, url: str) -> Footer:
         """Return the footer, after each number in it is checked against the others and against the shard's size.
 
-        Args:
-            stored: The compressed footer.
-            tail: Tail of the shard.
-            url: URL of the shard, for errors.
-
-        Raises:
-            CorruptShard: A checksum does not match, or a number is inconsistent.
-            UnsupportedFormat: This release does not know a codec or a kind of column.
+        Raises CorruptShard; or UnsupportedFormat if this release does not know a codec or a kind of column.
         """
         if len(stored) != tail.footer_bytes or crc32c(stored) != tail.footer_crc:
             raise CorruptShard("CRC-32C does not match", url=url, part="footer")

@@ -22,13 +22,7 @@ _GREATEST = {2: 65504.0, 4: float(np.finfo(np.float32).max), 8: float(np.finfo(n
 def parse_statistics(text: str, schema: Schema, n_records: int) -> Statistics:
     """Return the statistics in a shard's row of a segment, by column. Unknown columns are left out.
 
-    Args:
-        text: JSON text of the row.
-        schema: Schema of the data set.
-        n_records: Number of records of the shard.
-
-    Raises:
-        ValueError: The text is not a JSON object, or a value is invalid; the message names the column and the field.
+    Raises ValueError for an invalid value; the message names the column and the field.
     """
     try:
         facts = json.loads(text or "{}")
@@ -42,13 +36,7 @@ def parse_statistics(text: str, schema: Schema, n_records: int) -> Statistics:
 
 
 def invalid_statistics(facts: Any, schema: Schema, n_records: int) -> Iterator[tuple[str, str]]:
-    """Yield (column, message) for each column whose statistics have an invalid value.
-
-    Args:
-        facts: Parsed JSON of any form.
-        schema: Schema of the shard.
-        n_records: Number of records of the shard.
-    """
+    """Yield (column, message) for each column of parsed JSON of any form whose statistics are invalid."""
     if not isinstance(facts, dict):
         yield "", f"statistics: a JSON object is expected, got {_shown(facts)}"
         return
@@ -110,16 +98,7 @@ class ColumnStatistics:
         raw_bytes: int,
         stored_bytes: int,
     ) -> None:
-        """Add the records of a block.
-
-        Args:
-            values: Stored elements of the records; None if the column has none.
-            valid: bool[n]; None if there are no nulls.
-            n: Number of records.
-            nulls: Number of nulls.
-            raw_bytes: Number of bytes of the decoded chunk.
-            stored_bytes: Number of bytes of the chunk in the file.
-        """
+        """Add the records of a block: n records, whose stored elements are `values` if the column has any."""
         self._nulls += nulls
         self._bytes += raw_bytes
         self._stored += stored_bytes

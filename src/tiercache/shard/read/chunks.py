@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import mmap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 from typing import Any, Literal, NoReturn, TypeAlias
-from weakref import ReferenceType, ref
+from weakref import ref
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from tiercache._native import gather
 from tiercache._native.checksum import crc32c_many
 from tiercache._native.zstd import ZstdDecoder
 from tiercache.errors import CorruptShard
@@ -22,11 +25,14 @@ from tiercache.model import ByteRange
 from tiercache.shard.column_types import Kind
 from tiercache.shard.format import codec
 from tiercache.shard.format.layout import PAGE_BYTES, Footer, align
-from tiercache.shard.memory import BUFFER_POOL, Bytes, address_of, aligned_empty
-from tiercache.shard.read.source import ByteSource, LocalCopy
+from tiercache.shard.memory import BUFFER_POOL, Bytes, address_of
+from tiercache.shard.read.source import ByteSource, LocalCopy, merge_ranges
+from tiercache.shard.schema import BITS, VAR, Stream
 from tiercache.waiting import SYSTEM_CLOCK
 
-_Uint64s = npt.NDArray[np.uint64]
+Verify: TypeAlias = Literal["first", "always", "never"]
+Ids: TypeAlias = npt.NDArray[np.int64]
+Addresses: TypeAlias = npt.NDArray[np.uint64]
 
 _FUNCTIONS = ("ZSTD_createDCtx", "ZSTD_freeDCtx", "ZSTD_decompressDCtx", "ZSTD_getFrameContentSize")
 # Creating a decoder costs more than decoding a small frame; a decoder is for one thread at a time.
@@ -41,61 +47,42 @@ class BadFrameError(codec.CodecError):
         self.number = number
 
 
-@dataclass(frozen=True, slots=True)
-class Frames:
-    """n frames in memory, uint64[n] each: their addresses, their stored lengths and their decoded lengths in bytes."""
+def decode(addresses: Addresses, stored: Addresses, raw: Addresses) -> tuple[Bytes, Addresses]:
+    """Decode n frames, given by addresses, stored lengths and decoded lengths, uint64[n].
 
-    addresses: _Uint64s
-    stored: _Uint64s
-    raw: _Uint64s
-
-
-def decode(frames: Frames) -> tuple[Bytes, _Uint64s]:
-    """Decode all frames.
-
-    Returns:
-        The memory that holds the decoded content, which the caller owns; and the address of the content of each frame,
-        uint64[n], a multiple of 64.
-
-    Raises:
-        BadFrameError: A frame does not hold the stated number of bytes. Nothing is written beyond that length.
+    Returns the memory of the content, which the caller owns, and the address of each content, a multiple of 64. Raises
+    BadFrameError; nothing is written beyond the stated lengths.
     """
-    lengths = np.array([align(n_bytes) for n_bytes in frames.raw.tolist()], np.uint64)
+    lengths = np.array([align(n_bytes) for n_bytes in raw.tolist()], np.uint64)
     ends = np.cumsum(lengths, dtype=np.uint64)
     memory = BUFFER_POOL.allocate(int(ends[-1]) if len(ends) else 0)
     out = np.uint64(address_of(memory)) + ends - lengths
-    n_right = _decode_native(frames, out)
-    for number in range(n_right, len(out)):  # the first of these may be damaged; _decode_one raises the reason
-        _decode_one(frames, number, memory[int(ends[number] - lengths[number]) :][: int(frames.raw[number])])
+    for number in range(_decode_native(addresses, stored, out, raw), len(out)):
+        # The first of these may be damaged; decompress_into raises the reason.
+        frame = memoryview(pa.foreign_buffer(int(addresses[number]), int(stored[number])))
+        try:
+            codec.decompress_into(frame, memory[int(ends[number] - lengths[number]) :][: int(raw[number])].data)
+        except codec.CodecError as error:
+            raise BadFrameError(number, str(error)) from error
     return memory, out
 
 
-def _decode_native(frames: Frames, out: _Uint64s) -> int:
+def _decode_native(addresses: Addresses, stored: Addresses, out: Addresses, raw: Addresses) -> int:
     """Decode frames in one call, until the first bad one. Returns the number of decoded frames; 0 without a libzstd."""
     if not hasattr(_here, "decoder"):
         functions = find_libzstd()
         _here.decoder = None if functions is None else ZstdDecoder(*functions)
     if _here.decoder is None:
         return 0
-    columns = [np.ascontiguousarray(numbers, np.uint64) for numbers in (frames.addresses, frames.stored)]
-    n_right: int = _here.decoder.decode(*columns, out, np.ascontiguousarray(frames.raw, np.uint64))
+    n_right: int = _here.decoder.decode(
+        *(np.ascontiguousarray(one, np.uint64) for one in (addresses, stored, out, raw))
+    )
     return n_right
-
-
-def _decode_one(frames: Frames, number: int, content: Bytes) -> None:
-    stored = memoryview(pa.foreign_buffer(int(frames.addresses[number]), int(frames.stored[number])))
-    try:
-        codec.decompress_into(stored, content.data)
-    except codec.CodecError as error:
-        raise BadFrameError(number, str(error)) from error
 
 
 @cache
 def find_libzstd() -> tuple[int, int, int, int] | None:
-    """Return the addresses of the functions that a ZstdDecoder needs, or None.
-
-    They come from the system's libzstd, else from the libzstd that the module zstandard._cffi exports.
-    """
+    """Return the addresses of a ZstdDecoder's functions in the system's libzstd or zstandard._cffi, or None."""
     part = importlib.util.find_spec("zstandard._cffi")
     for name in ("libzstd.so.1", part.origin if part is not None else None):
         try:
@@ -112,9 +99,6 @@ def find_libzstd() -> tuple[int, int, int, int] | None:
     return None
 
 
-Verify: TypeAlias = Literal["first", "always", "never"]
-Ids: TypeAlias = npt.NDArray[np.int64]
-Addresses: TypeAlias = npt.NDArray[np.uint64]
 # Chunks with a smaller gap are read as one range, because the bytes between cost less than another request.
 _GAP_BYTES = 4096
 # Bytes that arrive in the 20 ms that a request takes. While single pages cost fewer requests than the whole columns,
@@ -122,18 +106,17 @@ _GAP_BYTES = 4096
 # if the columns are complete. For 10,000 records in random order from 49 shards of 0.8 MB: 97 requests instead of 707.
 _BYTES_A_REQUEST = 2 << 20
 _MOST_MISSES = 8
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has the name from 3.13 on
 # Interval between two fstat() calls on a file, about one tick of the clock that sets the ctime. A call takes 0.3 to 3
 # us; a call for each record that is read by index took up to 20 % of its time.
 STAT_INTERVAL_S = 0.010
 
 
 class CheckedPages:
-    """Record of the pages of a local copy whose checksums have matched, and of the time of the oldest check.
+    """The pages of a local copy whose checksums have matched, and the time of the oldest check.
 
-    Thread-safe without a lock: if two threads reset the flags at once, some pages are checked once more than necessary.
-
-    Attributes:
-        flags: uint8[n_pages], 1 for each page that matched. The threads that gather set the flags.
+    flags is uint8[n_pages], 1 for each page that matched; the threads that gather set it. There is no lock: if two
+    threads reset the flags at once, some pages are checked once more.
     """
 
     def __init__(self, n_pages: int) -> None:
@@ -146,14 +129,8 @@ class CheckedPages:
         """Reset all flags if the file may have been written to since the pages were checked.
 
         A rename, a link or a change of permissions counts as a write. The caller calls this before it reads or sets
-        flags. The file is examined at most once per STAT_INTERVAL_S.
-
-        Args:
-            copy: The open copy. None: the copy is closed, so changes cannot be detected; pages are then checked once
-                more, and not again.
-
-        Returns:
-            LocalCopy.changed_ns() to which the flags now refer; -1 for a closed copy.
+        flags; the file is examined at most once per STAT_INTERVAL_S. Returns LocalCopy.changed_ns(); -1 for a closed
+        copy (None), whose pages are checked once more and not again.
         """
         now_s = SYSTEM_CLOCK.monotonic()
         if now_s < self._look_s:
@@ -186,7 +163,7 @@ class PendingChecks:
     """
 
     def __init__(
-        self, rows: Addresses, checked: CheckedPages, crcs: npt.NDArray[np.uint32], copy: ReferenceType[LocalCopy]
+        self, rows: Addresses, checked: CheckedPages, crcs: npt.NDArray[np.uint32], copy: Callable[[], LocalCopy | None]
     ) -> None:
         self.checked = checked
         self._rows = rows
@@ -198,12 +175,7 @@ class PendingChecks:
         self._last = self._first + n_pages
 
     def select(self, blocks: Ids, n_columns: int) -> PendingChecks:
-        """Return the pending checks of some blocks.
-
-        Args:
-            blocks: Positions of the blocks, int64[n].
-            n_columns: Number of columns; this object must have all chunks of each block.
-        """
+        """Return the pending checks of the blocks at these positions; this object must have all columns of each."""
         rows = self._rows.reshape(-1, n_columns, 4)[blocks]
         return PendingChecks(rows.reshape(-1, 4), self.checked, self._crcs, self._copy)
 
@@ -217,10 +189,7 @@ class PendingChecks:
             self._flags[first:last] = 0
 
     def rows(self) -> Addresses | None:
-        """Return the rows of chunks with unchecked pages, zeros for the others; None if all pages are checked.
-
-        If the file has been written to, all pages count as unchecked.
-        """
+        """Return the rows of chunks with unchecked pages, zeros for the others; None if all pages are checked."""
         self.reset_if_written()
         if self._flags.all():  # the usual case from the second epoch on, if all columns are served
             return None
@@ -256,20 +225,15 @@ class LoadedChunks:
     copy: LocalCopy | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """A range [start, end) of the file that holds neighbouring chunks, and its position in the receiving memory."""
-
-    start: int
-    end: int
-    position: int
+# Byte ranges of rows: the chunk of each row, and start and end in the chunk; int64[n] each.
+_RowRanges: TypeAlias = tuple[Ids, Ids, Ids]
 
 
 class Chunks:
     """The chunks of an open shard, numbered by block (block * n_columns + column). Thread-safe.
 
-    Chunks that are fetched, or read into private memory, are checked at each read. `pages` records which pages of a
-    mapping have matched their checksums. Two threads may check the same page, which is harmless.
+    Chunks in private memory are checked at each read. `pages` records the checked pages of a mapping; two threads may
+    check the same page, which is harmless.
     """
 
     def __init__(self, source: ByteSource, footer: Footer, verify: Verify) -> None:
@@ -285,7 +249,9 @@ class Chunks:
 
     def ranges(self, ids: Ids) -> list[ByteRange]:
         """Return the ranges of the file that hold these chunks, int64[n]; neighbours form one range."""
-        return [ByteRange(run.start, run.end) for run in self._runs(np.unique(ids))]
+        ids = np.unique(ids)
+        starts = self._rows["offset"][ids].astype(np.int64)
+        return merge_ranges(starts, starts + self._rows["stored"][ids].astype(np.int64), _GAP_BYTES)
 
     def is_cached(self, ids: Ids) -> bool:
         """Return whether a complete or partial local copy holds these chunks now."""
@@ -306,41 +272,37 @@ class Chunks:
             return False
         return copy.lease.present([ByteRange(0, copy.n_bytes)])
 
-    def prefetch_columns(self, columns: Sequence[int], deadline_s: float | None) -> bool:
+    def prefetch_columns(self, columns: Sequence[int]) -> bool:
         """Have the local copy fetch whole columns whose single records are read, once that is as cheap.
 
-        Returns:
-            True if the fetch has started or is done, or if there is no local copy: no further call is needed.
-
-        Raises:
-            StoreError: The store failed, or the deadline passed.
+        Returns whether no further call is needed.
         """
         if self._source.local_copy is None:
             return True
         ids = chunk_ids(range(self._footer.n_blocks), columns, len(self._footer.schema))
         n_bytes = int(self._rows["stored"][ids].sum())
         if n_bytes <= _BYTES_A_REQUEST:
-            self._source.ensure_cached(self.ranges(ids), deadline_s)
+            self._source.ensure_cached(self.ranges(ids))
         elif self._source.n_misses < min(n_bytes // _BYTES_A_REQUEST, _MOST_MISSES):
             return False
         else:
             self._source.prefetch(self.ranges(ids))
         return True
 
-    def load(self, ids: Ids, deadline_s: float | None) -> LoadedChunks:
-        """Load these chunks into memory, checked and decoded.
+    def loads_whole(self, blocks: Ids, column: int) -> bool:
+        """Return whether to load whole chunks of a column for single rows of blocks, and not only their pages."""
+        ids = blocks * len(self._footer.schema) + column
+        if self._footer.schema.columns[column].kind is Kind.ARROW or self.is_cached(ids):
+            return True
+        return not (self._rows["codec"][ids] == codec.RAW).any()
 
-        Raises:
-            CorruptShard: A checksum or a length does not match; the error names the block and the column.
-            StoreError: The store failed.
-        """
+    def load(self, ids: Ids) -> LoadedChunks:
+        """Load these chunks into memory, checked and decoded. Raises CorruptShard and StoreError."""
         if not len(ids):
             return LoadedChunks(np.zeros(0, np.uint64))
         ids, inverse = np.unique(ids, return_inverse=True)
         # If the copy has the chunks, ensure_cached() is not called: it touches each range, and waits for a cold disk.
-        copy = (
-            self._source.local_copy if self.is_cached(ids) else self._source.ensure_cached(self.ranges(ids), deadline_s)
-        )
+        copy = self._source.local_copy if self.is_cached(ids) else self._source.ensure_cached(self.ranges(ids))
         addresses = np.zeros(len(ids), np.uint64)
         mapped = self._mappable[ids] if copy is not None else np.zeros(len(ids), bool)
         owners: list[Any] = []
@@ -348,69 +310,153 @@ class Chunks:
             memory = copy.map_file()
             addresses[mapped] = np.uint64(address_of(memory)) + self._rows["offset"][ids[mapped]]
             owners.append(memory)
-        read = self._read(ids[~mapped], copy, deadline_s)
-        addresses[~mapped] = read.addresses
-        self._check(ids[~mapped], read.addresses)
-        decoded = self._decode(ids, addresses)
+        read, addresses[~mapped] = self._read(ids[~mapped], copy)
+        self._check(ids[~mapped], addresses[~mapped])
+        decoded, contents = self._decode(ids, addresses)
         keep_read = (self._rows["codec"][ids[~mapped]] == codec.RAW).any()
-        owners += (read.owners if keep_read else []) + decoded.owners
-        private_bytes = (read.private_bytes if keep_read else 0) + decoded.private_bytes
+        private = [*([read] if keep_read else []), *decoded]
         mapped_bytes = np.where(mapped, self._rows["stored"][ids].astype(np.uint64), np.uint64(0))
         return LoadedChunks(
-            decoded.addresses[inverse.ravel()],
-            owners,
-            private_bytes,
+            contents[inverse.ravel()],
+            owners + private,
+            sum(memory.nbytes for memory in private),
             mapped_bytes[inverse.ravel()],
-            None if copy is None else self._left(ids, addresses, mapped, inverse, copy),
+            None if copy is None else self._pending(ids, addresses, mapped, copy, inverse.ravel()),
             copy,
         )
 
-    def _left(
-        self, ids: Ids, addresses: Addresses, mapped: npt.NDArray[np.bool_], inverse: Ids, copy: LocalCopy
-    ) -> PendingChecks | None:
-        """Return the pending checks of mapped chunks; None if there are none.
+    def load_rows(self, blocks: Ids, columns: Sequence[int], position: Ids, row: Ids) -> LoadedChunks:
+        """Load chunks as load() does, but of raw chunks only the pages that hold some rows. No column is ARROW.
 
-        The gather checks mapped pages when it first reads them: checking 500 MB here would delay the first batch.
+        A page stays where it lies in the file: in the mapping of the local copy, or in private memory of the shard's
+        size, of which only the pages that are read take memory. position, row: int64[n], index of each row's block in
+        blocks, and its number there.
         """
-        if self._verify == "never" or not mapped.any():
+        ids = chunk_ids(blocks, columns, len(self._footer.schema))
+        raw = self._rows["codec"][ids] == codec.RAW
+        whole = self.load(ids[~raw])
+        rows, runs = self._row_ranges(ids, len(columns), position, row)
+        copy = self._source.local_copy
+        while True:
+            memory = self._sparse_memory() if copy is None else copy.map_file()
+            if self._fetch(memory, rows, copy) and self._fetch(
+                memory, [self._run_ranges(memory, *run) for run in runs], copy
+            ):
+                break
+            copy = None  # the cache does not fetch these pages: read them from the store
+        addresses = np.uint64(address_of(memory)) + self._rows["offset"][ids]
+        addresses[~raw] = whole.addresses
+        pending = self._pending(ids, addresses, raw, copy, np.arange(len(ids)))
+        return LoadedChunks(addresses, [memory, *whole.owners], pending_checks=pending, copy=copy)
+
+    def _sparse_memory(self) -> Bytes:
+        n_bytes = int((self._rows["offset"] + self._rows["stored"]).max(initial=np.uint64(1)))
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        return np.frombuffer(mmap.mmap(-1, n_bytes, flags=flags), np.uint8)
+
+    def _row_ranges(
+        self, ids: Ids, n_columns: int, position: Ids, row: Ids
+    ) -> tuple[list[_RowRanges], list[tuple[Stream, Ids, Ids]]]:
+        """Return the ranges of raw chunks that hold rows or their offsets.
+
+        Also (stream, chunk of each row, start of its offsets) of the streams with offsets.
+        """
+        ranges: list[_RowRanges] = []
+        runs: list[tuple[Stream, Ids, Ids]] = []
+        for index in range(n_columns):
+            chunks = ids[position * n_columns + index]
+            number = int(ids[index]) % len(self._footer.schema)
+            for stream in self._footer.schema.columns[number].streams(number):
+                item, n_bytes = stream.width_bytes * row, stream.width_bytes
+                if stream.kind == VAR:
+                    item, n_bytes = 8 * row, 16
+                elif stream.kind == BITS:
+                    item, n_bytes = row // 8, 1
+                which = stream.values_buffer if stream.offsets_buffer is None else stream.offsets_buffer
+                offset, length = self._buffer(chunks, which)
+                kept = (self._rows["codec"][chunks] == codec.RAW) & (length > 0)
+                start = (offset + item)[kept]
+                ranges.append((chunks[kept], start, start + n_bytes))
+                if stream.kind == VAR:
+                    runs.append((stream, chunks[kept], start))
+        return ranges, runs
+
+    def _buffer(self, chunks: Ids, buffer: int) -> tuple[Ids, Ids]:
+        """Return offset and length of a buffer in each chunk, by the buffer's index in the chunk."""
+        rows = self._footer.buffers[self._rows["first_buffer"][chunks] + np.uint64(buffer)].astype(np.int64)
+        return rows[:, 0], rows[:, 1]
+
+    def _run_ranges(self, memory: Bytes, stream: Stream, chunks: Ids, start: Ids) -> _RowRanges:
+        """Return the ranges of the elements of rows, by their offsets in memory, whose pages are not checked yet.
+
+        Nothing is fetched for wrong offsets; the gather finds them.
+        """
+        sources, n = np.zeros((len(chunks), 3), np.uint64), np.arange(len(chunks), dtype=np.uint32)
+        sources[:, 0] = np.uint64(address_of(memory)) + self._rows["offset"][chunks] + start.astype(np.uint64)
+        bounds = np.empty((len(chunks), 2), np.int64)
+        try:
+            gather.gather(gather.FIXED, 16, sources, n, np.zeros_like(n), bounds.view(np.uint8).reshape(-1))
+        except OSError as error:
+            raise CorruptShard(f"the local copy cannot be read: {error.strerror}", url=self._source.url) from error
+        offset, length = self._buffer(chunks, stream.values_buffer)
+        fits = (bounds[:, 0] >= 0) & (bounds[:, 1] >= bounds[:, 0]) & (bounds[:, 1] <= length // stream.width_bytes)
+        ends = (offset[:, None] + bounds * stream.width_bytes)[fits]
+        return chunks[fits], ends[:, 0], ends[:, 1]
+
+    def _fetch(self, memory: Bytes, ranges: Sequence[_RowRanges], copy: LocalCopy | None) -> bool:
+        """Fetch the pages of byte ranges of chunks to their places in memory, with adjacent pages in one range."""
+        if not ranges:
+            return True
+        chunks, starts, ends = (np.concatenate([one[i] for one in ranges]) for i in range(3))
+        rows = self._rows[chunks[ends > starts]]
+        starts, ends = starts[ends > starts], ends[ends > starts]
+        offset, stored = rows["offset"].astype(np.int64), rows["stored"].astype(np.int64)
+        first, last = (
+            offset + starts // PAGE_BYTES * PAGE_BYTES,
+            offset + np.minimum(-(-ends // PAGE_BYTES) * PAGE_BYTES, stored),
+        )
+        pages = merge_ranges(first, last, 0)
+        if copy is not None:
+            return self._source.ensure_cached(pages) is not None
+        if pages:
+            self._source.read([(page, memory[page.start : page.end].data) for page in pages])
+        return True
+
+    def _pending(
+        self, ids: Ids, addresses: Addresses, paged: npt.NDArray[np.bool_], copy: LocalCopy | None, order: Ids
+    ) -> PendingChecks | None:
+        """Return the pending checks of chunks whose pages the gather checks when it first reads them; None if none are.
+
+        Checking 500 MB here would delay the first batch. copy: Copy whose mapping holds the chunks; None: own memory.
+        """
+        if self._verify == "never" or not paged.any():
             return None
-        checked = self.pages if self._verify == "first" else CheckedPages(len(self.pages.flags))
+        is_kept = self._verify == "first" and copy is not None
+        checked = self.pages if is_kept else CheckedPages(len(self.pages.flags))
         rows = np.zeros((len(ids), 4), np.uint64)
         first_page = self._rows["first_page"][ids]
         rows[:, 0] = addresses
         rows[:, 1] = self._rows["stored"][ids]
         rows[:, 2] = np.uint64(address_of(self._footer.pages)) + np.uint64(4) * first_page
         rows[:, 3] = np.uint64(address_of(checked.flags)) + first_page
-        rows[~mapped] = 0
-        return PendingChecks(rows[inverse.ravel()], checked, self._footer.pages, ref(copy))
+        rows[~paged] = 0
+        return PendingChecks(rows[order], checked, self._footer.pages, _no_copy if copy is None else ref(copy))
 
-    def _runs(self, ids: Ids) -> Iterator[_Run]:
-        """Yield the ranges that hold these chunks, which are in file order; close chunks form one range."""
-        position = 0
-        starts = self._rows["offset"][ids]
-        ends = starts + self._rows["stored"][ids]
-        breaks = np.flatnonzero(starts[1:] > ends[:-1] + np.uint64(_GAP_BYTES)) + 1
-        for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), len(ids)], strict=True):
-            if first < last:
-                run = _Run(int(starts[first]), int(ends[last - 1]), position)
-                position = align(position + run.end - run.start)
-                yield run
-
-    def _read(self, ids: Ids, copy: LocalCopy | None, deadline_s: float | None) -> LoadedChunks:
-        """Read the stored bytes of chunks into private memory; each chunk keeps its alignment in the file."""
-        runs = list(self._runs(ids))
-        memory = BUFFER_POOL.allocate(align(runs[-1].position + runs[-1].end - runs[-1].start) if runs else 0)
-        spans = [(ByteRange(r.start, r.end), memory[r.position : r.position + r.end - r.start].data) for r in runs]
+    def _read(self, ids: Ids, copy: LocalCopy | None) -> tuple[Bytes, Addresses]:
+        """Read stored bytes of chunks into private memory, aligned as in the file. Returns memory and addresses."""
+        ranges = self.ranges(ids)
+        positions = list(accumulate((align(r.n_bytes) for r in ranges), initial=0))
+        memory = BUFFER_POOL.allocate(positions[-1])
+        spans = [(r, memory[at : at + r.n_bytes].data) for r, at in zip(ranges, positions, strict=False)]
         if copy is not None:
             copy.read(spans)
         elif spans:
-            self._source.read(spans, deadline_s)
-        offsets = self._rows["offset"][ids]
-        run_starts = np.array([run.start for run in runs], np.uint64)
-        shifts = np.array([address_of(memory) + run.position - run.start for run in runs], np.int64)
-        from_finder = np.searchsorted(run_starts, offsets, side="right") - 1
-        addresses = (offsets.astype(np.int64) + shifts[from_finder]).astype(np.uint64)
-        return LoadedChunks(addresses, [memory], memory.nbytes)
+            self._source.read(spans)
+        starts = np.array([r.start for r in ranges], np.int64)
+        offsets = self._rows["offset"][ids].astype(np.int64)
+        of_range = np.searchsorted(starts, offsets, side="right") - 1
+        shifts = address_of(memory) + np.array(positions[:-1], np.int64) - starts
+        return memory, (offsets + shifts[of_range]).astype(np.uint64)
 
     def _check(self, ids: Ids, addresses: Addresses) -> None:
         """Compare the checksums of stored bytes that were read into private memory."""
@@ -423,20 +469,19 @@ class Chunks:
         if wrong.any():
             self.fail(int(ids[np.argmax(wrong)]), "CRC-32C does not match")
 
-    def _decode(self, ids: Ids, addresses: Addresses) -> LoadedChunks:
-        """Decode compressed chunks into one allocation, and return the addresses with those of the decoded content."""
+    def _decode(self, ids: Ids, addresses: Addresses) -> tuple[list[Bytes], Addresses]:
+        """Decode compressed chunks. Returns the memory, if any, and the addresses with those of the decoded content."""
         rows = self._rows[ids]
         frames = np.flatnonzero(rows["codec"] == codec.ZSTD)
         if not len(frames):
-            return LoadedChunks(addresses)
+            return [], addresses
         stored, raw = (rows[field][frames].astype(np.uint64) for field in ("stored", "raw"))
+        decoded = addresses.copy()
         try:
-            memory, contents = decode(Frames(addresses[frames], stored, raw))
+            memory, decoded[frames] = decode(addresses[frames], stored, raw)
         except BadFrameError as error:
             self.fail(int(ids[frames[error.number]]), str(error), error)
-        decoded = addresses.copy()
-        decoded[frames] = contents
-        return LoadedChunks(decoded, [memory], memory.nbytes)
+        return [memory], decoded
 
     def fail(self, chunk: int, message: str, cause: BaseException | None = None) -> NoReturn:
         """Raise CorruptShard for the chunk with this number."""
@@ -445,135 +490,11 @@ class Chunks:
         raise CorruptShard(message, url=self._source.url, block=block, column=name) from cause
 
 
-def chunk_ids(blocks: Sequence[int], columns: Sequence[int], n_columns: int) -> Ids:
+def chunk_ids(blocks: npt.ArrayLike, columns: Sequence[int], n_columns: int) -> Ids:
     """Return the numbers of the chunks of blocks and columns, by block: int64[len(blocks) * len(columns)]."""
     numbers: Ids = np.asarray(blocks, np.int64)[:, None] * n_columns + np.asarray(columns, np.int64)[None, :]
     return numbers.ravel()
 
 
-Numbers: TypeAlias = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkRanges:
-    """n byte ranges [start, end) of raw chunks.
-
-    Attributes:
-        chunk: int64[n], numbers of the chunks.
-        start, end: int64[n], relative to the start of the chunk.
-    """
-
-    chunk: Ids
-    start: Numbers
-    end: Numbers
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedRanges:
-    """Addresses of byte ranges, uint64[n]; valid while `owners` are referenced."""
-
-    addresses: Addresses
-    owners: list[Any] = field(default_factory=list)
-
-
-class Pages:
-    """The pages of an open shard's raw chunks. Thread-safe. Chunks.pages records the checked pages of a local copy."""
-
-    def __init__(self, source: ByteSource, footer: Footer, verify: Verify, chunks: Chunks) -> None:
-        self._source = source
-        self._footer = footer
-        self._verify = verify
-        self._chunks = chunks
-        self._rows = footer.chunks.ravel()
-
-    def load(self, pieces: ChunkRanges, deadline_s: float | None) -> LoadedRanges:
-        """Load byte ranges into memory and check their pages. The caller ensures that they are inside raw chunks.
-
-        Raises:
-            CorruptShard: The checksum of a page does not match.
-            StoreError: The store failed.
-        """
-        pages, chunk_of_page = self._pages_of(pieces)
-        starts = self._starts(pages, chunk_of_page)
-        ends = np.minimum(starts + PAGE_BYTES, self._ends(chunk_of_page))
-        runs = _runs(starts, ends)
-        copy = self._source.ensure_cached(runs, deadline_s)
-        if copy is not None:
-            memory = copy.map_file()
-            self._check(pages, chunk_of_page, starts + address_of(memory), ends - starts, copy)
-            in_file = self._rows["offset"][pieces.chunk].astype(np.int64) + pieces.start
-            return LoadedRanges((in_file + address_of(memory)).astype(np.uint64), [copy, memory])
-        memory = self._read(runs, starts, pages, deadline_s)
-        slots = address_of(memory) + PAGE_BYTES * np.arange(len(pages), dtype=np.int64)
-        self._check(pages, chunk_of_page, slots, ends - starts, None)
-        first = self._rows["first_page"][pieces.chunk].astype(np.int64) + pieces.start // PAGE_BYTES
-        slot = np.searchsorted(pages, first)
-        addresses = address_of(memory) + PAGE_BYTES * slot + pieces.start % PAGE_BYTES
-        return LoadedRanges(addresses.astype(np.uint64), [memory])
-
-    def _pages_of(self, pieces: ChunkRanges) -> tuple[Numbers, Ids]:
-        """Return the pages that the ranges touch, ascending and without repetition, and the chunk of each page."""
-        first, last = pieces.start // PAGE_BYTES, (pieces.end - 1) // PAGE_BYTES
-        counts = np.where(pieces.end > pieces.start, last - first + 1, 0)
-        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-        base = self._rows["first_page"][pieces.chunk].astype(np.int64) + first
-        pages, where = np.unique(np.repeat(base, counts) + within, return_index=True)
-        return pages, np.repeat(pieces.chunk, counts)[where]
-
-    def _starts(self, pages: Numbers, chunk: Ids) -> Numbers:
-        """Return the offsets of pages in the file."""
-        rows = self._rows[chunk]
-        starts: Numbers = rows["offset"].astype(np.int64) + (pages - rows["first_page"].astype(np.int64)) * PAGE_BYTES
-        return starts
-
-    def _ends(self, chunk: Ids) -> Numbers:
-        rows = self._rows[chunk]
-        ends: Numbers = (rows["offset"] + rows["stored"]).astype(np.int64)
-        return ends
-
-    def _read(
-        self, runs: list[ByteRange], starts: Numbers, pages: Numbers, deadline_s: float | None
-    ) -> npt.NDArray[np.uint8]:
-        """Fetch runs of pages into memory with PAGE_BYTES for each page, so that neighbouring pages stay adjacent."""
-        memory = aligned_empty(len(pages) * PAGE_BYTES)
-        spans = []
-        for run in runs:
-            slot = int(np.searchsorted(starts, run.start)) * PAGE_BYTES
-            spans.append((run, memory[slot : slot + run.n_bytes].data))
-        if spans:
-            self._source.read(spans, deadline_s)
-        return memory
-
-    def _check(self, pages: Numbers, chunk: Ids, addresses: Numbers, lengths: Numbers, copy: LocalCopy | None) -> None:
-        """Compare the checksums of pages. copy: Local copy whose mapping holds the pages; None: private memory."""
-        if self._verify == "never":
-            return
-        todo = np.ones(len(pages), bool)
-        checked = self._chunks.pages if copy is not None and self._verify == "first" else None
-        if copy is not None and checked is not None:
-            checked.reset_if_written(copy)
-            todo = checked.flags[pages] == 0
-        if not todo.any():
-            return
-        sums = np.empty(int(todo.sum()), np.uint32)
-        try:
-            crc32c_many(addresses[todo].astype(np.uint64), lengths[todo].astype(np.uint64), sums)
-        except OSError as error:
-            raise CorruptShard(f"the local copy cannot be read: {error.strerror}", url=self._source.url) from error
-        wrong = sums != self._footer.pages[pages[todo]]
-        if wrong.any():
-            place = int(np.flatnonzero(todo)[np.argmax(wrong)])
-            page = int(pages[place]) - int(self._rows["first_page"][chunk[place]])
-            self._chunks.fail(int(chunk[place]), f"CRC-32C of page {page} does not match")
-        if checked is not None:
-            checked.flags[pages[todo]] = 1
-
-
-def _runs(starts: Numbers, ends: Numbers) -> list[ByteRange]:
-    """Return the ranges of pages, with adjacent pages merged.
-
-    A page that is not full ends its range, so that all pages of a range have PAGE_BYTES in memory as in the file.
-    """
-    breaks = np.flatnonzero((starts[1:] != ends[:-1]) | (ends[:-1] - starts[:-1] != PAGE_BYTES)) + 1
-    edges = zip([0, *breaks.tolist()], [*breaks.tolist(), len(starts)], strict=True)
-    return [ByteRange(int(starts[first]), int(ends[last - 1])) for first, last in edges if first < last]
+def _no_copy() -> None:
+    """Stand for the weak reference to a copy where there is none."""

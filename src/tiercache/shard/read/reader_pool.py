@@ -34,10 +34,9 @@ LIMIT_BYTES = 32 << 20
 
 
 class FooterCache:
-    """Footers by shard number; each is taken once. Thread-safe.
+    """Footers by shard number; each is taken once. Thread-safe without a lock, which a fork could leave locked.
 
-    There is no lock, because a fork could leave it locked. Concurrent threads may miscount the bytes; put() counts them
-    again before it refuses a footer.
+    Concurrent threads may miscount the bytes; put() counts them again before it refuses a footer.
     """
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
@@ -72,13 +71,6 @@ class MappedRecords:
     If a shard is not mapped or a value is damaged, the methods return None, and the caller uses ShardReader.take(),
     which raises the error. The object holds a table for each shard: about 50 bytes per block and stream, a third of the
     footer's size. Thread-safe without locks. In a forked child process nothing is found until clear() is called.
-
-    Args:
-        schema: Schema of the shards.
-        columns: Indices of the columns to read in the schema.
-        first_record: int64[n_shards + 1], first record of each shard and the total; this object keeps a reference.
-        url: URL for errors.
-        served: Columns that are cast, as they are served.
     """
 
     def __init__(
@@ -134,14 +126,9 @@ class MappedRecords:
         self._pid = os.getpid()
 
     def take(self, records: Numbers) -> list[ColumnValues] | None:
-        """Return the values of records by column; None if the caller must read shard by shard.
+        """Return the values of one or more records, int64[n], by column; None if the caller must read shard by shard.
 
-        Args:
-            records: Numbers of the records in the data set, int64[n], n >= 1.
-
-        Raises:
-            IndexError: A record does not exist.
-            SchemaError: See gather_values.
+        Raises IndexError, and SchemaError as gather_values.
         """
         found = self._finder.find(records) if self._pid == os.getpid() else None
         if found is None:
@@ -152,10 +139,7 @@ class MappedRecords:
             return None
 
     def record(self, number: int) -> dict[str, Any] | None:
-        """Return the values of a record by column name, None for a null; None if the caller must read its shard.
-
-        Raises as take().
-        """
+        """Return the values of a record by column name, None for a null; None if the caller must read its shard."""
         found = self._finder.find_one(number) if self._pid == os.getpid() else None
         if found is None:
             return None
@@ -246,15 +230,10 @@ MAX_READERS = 1024
 
 
 class ReleasingPlan:
-    """A published read plan that also closes each shard after its last read.
+    """A published read plan that also closes each shard of a pool after its last read.
 
     An open shard is pinned in the cache. If the cache is smaller than the data set, the pinned shards leave no room for
     others.
-
-    Args:
-        following: Published plan that receives each call too.
-        readers: Pool of the open shards.
-        plan: Read plan, whose shards are numbers in the pool.
     """
 
     def __init__(self, following: PublishedPlan, readers: ReaderPool, plan: ReadingPlan) -> None:
@@ -339,8 +318,7 @@ class ReaderPool:
     def map_shard(self, shard: int) -> bool:
         """Make the records of a shard available through its mapping, for as long as its reader stays open.
 
-        Returns:
-            False if the shard has no mapping or is damaged. A read through the shard's reader then raises the error.
+        Returns False if the shard has no mapping or is damaged; a read through its reader then raises the error.
         """
         if shard in self._mapped:
             return True
@@ -363,11 +341,7 @@ class ReaderPool:
                 self._forget(shard)
 
     def drop_oldest(self) -> bool:
-        """Remove the least recently used shard; in a forked child process, all shards of the parent.
-
-        Returns:
-            False if no shard is open.
-        """
+        """Remove the least recently used shard (after a fork, all of the parent). Returns False if none is open."""
         if self._pid != os.getpid():
             self._begin()
             return True

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tiercache._native.mapping import Mapping
 from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
@@ -42,14 +43,9 @@ class LocalCopy:
     def map_file(self) -> Bytes:
         """Return the whole copy, read-only uint8[n_bytes]. The caller must not touch bytes that are not present yet.
 
-        Each call reads the size of the file (0.4 us). Reason: if a file is truncated in the middle of a memory page,
-        the rest of that page reads as zeros without a signal, although the page was checked before.
-
-        Two threads may both map the file at first; one mapping is kept. There is no lock, because a fork could leave it
-        locked.
-
-        Raises:
-            CorruptShard: The file is shorter than its lease states.
+        Each call reads the size of the file (0.4 us): if a file is truncated in the middle of a memory page, the rest
+        of that page reads as zeros without a signal, although it was checked before. Raises CorruptShard for a shorter
+        file. There is no lock, which a fork could leave locked: of two threads that map at once, one mapping is kept.
         """
         found = self._mapped.get("it")
         if found is None:
@@ -63,11 +59,7 @@ class LocalCopy:
         return found
 
     def changed_ns(self) -> int:
-        """Return the ctime of the file in ns. Every write changes it, and no program can set it back.
-
-        Returns:
-            0 if the file was changed so recently that a further write may leave the same ctime.
-        """
+        """Return the file's ctime in ns, which no program can set back; 0 if another write may leave it unchanged."""
         changed_ns = os.fstat(self.lease.fd).st_ctime_ns
         return changed_ns if time.time_ns() - changed_ns > MIN_CTIME_AGE_NS else 0
 
@@ -77,12 +69,7 @@ class LocalCopy:
         return os.fstat(self.lease.fd).st_uid == os.geteuid() or os.access(f"/proc/self/fd/{self.lease.fd}", os.W_OK)
 
     def read(self, spans: Sequence[Span]) -> None:
-        """Fill each span from the file with pread, so that a concurrent truncation raises an error and no SIGBUS.
-
-        Raises:
-            CorruptShard: The file ends before the end of a span.
-            StoreError: The disk failed.
-        """
+        """Fill each span from the file with pread: a concurrent truncation raises CorruptShard and no SIGBUS."""
         for span, buffer in spans:
             filled = 0
             while filled < span.n_bytes:
@@ -95,23 +82,6 @@ class LocalCopy:
                 filled += n_read
 
 
-def check_claimed_size(
-    store: Store, key: str, span: ByteRange, *, url: str, part: str, cause: StoreError | None = None
-) -> None:
-    """Check with the store that an object has a range that its data set or its own tail states.
-
-    Without a cause (an error of reading the range), short ranges are not checked.
-
-    Raises:
-        CorruptShard: The object is shorter.
-    """
-    if cause is None and span.n_bytes <= _CLAIMED_BYTES:
-        return
-    n_bytes = store.head(key).n_bytes
-    if n_bytes < span.end:
-        raise CorruptShard(f"has {n_bytes} bytes, but {span.end} or more are stated", url=url, part=part) from cause
-
-
 class ByteSource:
     """The bytes of an object of a store. Thread-safe without locks.
 
@@ -120,7 +90,8 @@ class ByteSource:
             counts.
     """
 
-    def __init__(self, store: Store, key: str, identity: ShardIdentity | None) -> None:
+    def __init__(self, store: Store, key: str, identity: ShardIdentity | None, *, part: str = "file") -> None:
+        self._part = part  # name of the object in errors
         self.url = f"{store.url.rstrip('/')}/{key}"
         self.etag: str | None = None
         self.n_misses = 0
@@ -141,7 +112,7 @@ class ByteSource:
         if self._copy is not None:
             self._copy.lease.prefetch(ranges)
 
-    def ensure_cached(self, ranges: Sequence[ByteRange], deadline_s: float | None) -> LocalCopy | None:
+    def ensure_cached(self, ranges: Sequence[ByteRange]) -> LocalCopy | None:
         """Return the local copy after these ranges are present; None if the caller must read() them from the store."""
         copy = self._copy
         if copy is None:
@@ -150,25 +121,37 @@ class ByteSource:
             self.n_misses += 1
             copy.lease.prefetch(ranges)
         with os_errors("open the local copy", self.url):  # wait() may open the file that was fetched
-            return copy if copy.lease.wait(ranges, deadline_s=deadline_s) else None
+            return copy if copy.lease.wait(ranges) else None
 
-    def read(self, spans: Sequence[Span], deadline_s: float | None) -> None:
+    def read(self, spans: Sequence[Span]) -> None:
         """Fill each span from the store. If tail() has read an ETag, an object that has changed since is an error.
 
-        Raises:
-            CorruptShard: The object ends before the end of a span.
-            StoreError: See Store.read_into.
+        Raises CorruptShard if the object is too short, and StoreError.
         """
         try:
-            self._store.read_into(self._key, spans, if_match=self.etag, deadline_s=deadline_s)
+            self._store.read_into(self._key, spans, if_match=self.etag)
         except (NotFound, ObjectChanged):
             raise
         except StoreError as error:
-            end = max(span.end for span, _ in spans)
             # A permanent error does not tell whether the object is too short; head() does.
             if not error.retryable:
-                check_claimed_size(self._store, self._key, ByteRange(0, end), url=self.url, part="file", cause=error)
+                self._check_end(max(span.end for span, _ in spans), error)
             raise
+
+    def check_claimed(self, span: ByteRange) -> None:
+        """Raise CorruptShard if the object is shorter than its data set or its own tail states.
+
+        Only long ranges that are not in the local copy are compared with the store.
+        """
+        is_cached = self._copy is not None and self._copy.lease.present([span])
+        if span.n_bytes > _CLAIMED_BYTES and not is_cached:
+            self._check_end(span.end)
+
+    def _check_end(self, end: int, cause: StoreError | None = None) -> None:
+        n_bytes = self._store.head(self._key).n_bytes
+        if n_bytes < end:
+            message = f"has {n_bytes} bytes, but {end} or more are stated"
+            raise CorruptShard(message, url=self.url, part=self._part) from cause
 
     def tail(self, n_bytes: int) -> tuple[bytes, int]:
         """Return the last n_bytes of the object (or all of it, if it is shorter) and its size, with one request.
@@ -178,7 +161,7 @@ class ByteSource:
         copy = self._copy
         if copy is not None:
             span = ByteRange(max(copy.n_bytes - n_bytes, 0), copy.n_bytes)
-            if self.ensure_cached([span], None) is not None:
+            if self.ensure_cached([span]) is not None:
                 data = bytearray(span.n_bytes)
                 copy.read([(span, memoryview(data))])
                 return bytes(data), copy.n_bytes
@@ -187,21 +170,15 @@ class ByteSource:
         return data_read, info.n_bytes
 
     def range(self, start: int, end: int) -> bytes:
-        """Return the bytes [start, end) of the object.
-
-        Raises:
-            CorruptShard: The object is shorter.
-            StoreError: See Store.read_into.
-        """
+        """Return the bytes [start, end) of the object. Raises CorruptShard if it is shorter, and StoreError."""
         span = ByteRange(start, end)
-        if self._copy is None or not self._copy.lease.present([span]):
-            check_claimed_size(self._store, self._key, span, url=self.url, part="file")
+        self.check_claimed(span)
         data = bytearray(span.n_bytes)
-        copy = self.ensure_cached([span], None)
+        copy = self.ensure_cached([span])
         if copy is not None:
             copy.read([(span, memoryview(data))])
         else:
-            self.read([(span, memoryview(data))], None)
+            self.read([(span, memoryview(data))])
         return bytes(data)
 
     def close(self) -> None:
@@ -218,10 +195,7 @@ def read_footer(source: ByteSource, info: ShardInfo | None) -> tuple[Footer, Tai
     """Return footer and tail of a shard, with one ranged read if info is given, and at most two otherwise.
 
     If data from a store fails its checksum, it is fetched once more, because it may have been damaged in transit. Data
-    of a local copy is not read again: the caller drops the copy and opens the shard again.
-
-    Raises:
-        CorruptShard, UnsupportedFormat: The object is not a shard that this release reads.
+    of a local copy is not read again: the caller drops the copy. Raises CorruptShard and UnsupportedFormat.
     """
     try:
         return _read_footer(source, info)
@@ -251,12 +225,7 @@ def _read_footer(source: ByteSource, info: ShardInfo | None) -> tuple[Footer, Ta
 
 
 def fetch_footer(store: Store, key: str, info: ShardInfo) -> Footer:
-    """Return the footer of a shard that is read later, with one ranged request that bypasses any local copy.
-
-    Raises:
-        NotFound, StoreError: The store failed.
-        CorruptShard, UnsupportedFormat: The object is not the shard that info describes.
-    """
+    """Return the footer of a shard that is read later, with one ranged request that bypasses any local copy."""
     source = ByteSource(store, key, None)
     try:
         footer, _ = read_footer(source, info)
@@ -277,17 +246,7 @@ def _check_row(source: ByteSource, info: ShardInfo) -> None:
 
 
 def check_identity(footer: Footer, info: ShardInfo | None, identity: ShardIdentity | None, url: str) -> None:
-    """Check that a footer belongs to the shard that the data set describes.
-
-    Args:
-        footer: Footer that was read.
-        info: The data set's description of the shard, or None.
-        identity: Identity under which the cache keeps the shard, or None.
-        url: URL of the shard, for errors.
-
-    Raises:
-        CorruptShard: The footer belongs to another shard, or states another number of records.
-    """
+    """Raise CorruptShard unless a footer belongs to the shard that the data set or the cache describes."""
     shard_id = footer.shard_id.hex()
     for named in (info, identity):
         if named is not None and named.shard_id != shard_id:
@@ -308,11 +267,17 @@ _GAP_BYTES = 16 << 10
 def column_ranges(footer: Footer, info: ShardInfo, columns: Sequence[int]) -> tuple[ByteRange, ...] | None:
     """Return the ranges of all blocks of these columns and of the footer; None if they are nearly the whole shard."""
     chunks = footer.chunks[:, list(columns)].ravel()
-    starts = np.sort(chunks["offset"].astype(np.int64))
-    ends = (chunks["offset"] + chunks["stored"]).astype(np.int64)[np.argsort(chunks["offset"], kind="stable")]
-    starts, ends = np.append(starts, info.footer_offset), np.append(ends, info.n_bytes)
-    breaks = np.flatnonzero(starts[1:] > ends[:-1] + _GAP_BYTES) + 1
-    first, last = np.append(0, breaks), np.append(breaks, len(starts)) - 1
-    if int((ends[last] - starts[first]).sum()) * _OF >= info.n_bytes * _MOST:
-        return None
-    return tuple(map(ByteRange, starts[first].tolist(), ends[last].tolist()))
+    starts = np.append(chunks["offset"].astype(np.int64), info.footer_offset)
+    ends = np.append((chunks["offset"] + chunks["stored"]).astype(np.int64), info.n_bytes)
+    ranges = merge_ranges(starts, ends, _GAP_BYTES)
+    return None if sum(r.n_bytes for r in ranges) * _OF >= info.n_bytes * _MOST else tuple(ranges)
+
+
+def merge_ranges(starts: NDArray[np.int64], ends: NDArray[np.int64], gap_bytes: int) -> list[ByteRange]:
+    """Return ranges in order, with those merged that overlap or have at most gap_bytes between them."""
+    if not len(starts):
+        return []
+    order = np.argsort(starts, kind="stable")
+    starts, ends = starts[order], np.maximum.accumulate(ends[order])
+    first = np.flatnonzero(np.r_[True, starts[1:] > ends[:-1] + gap_bytes])
+    return list(map(ByteRange, starts[first].tolist(), ends[np.r_[first[1:] - 1, len(ends) - 1]].tolist()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -129,19 +129,12 @@ def gather_values(
 ) -> ColumnValues:
     """Return the values of rows of a column, which may be in blocks of different shards. Not for ARROW columns.
 
-    Args:
-        column: The column as it is stored.
-        addresses: uint64[n_streams of the column, n_blocks, 3], as Blocks.addresses. The caller keeps the memory alive.
-        block: uint32[n], index of each row's block in addresses, below n_blocks.
-        row: uint32[n], number of the row in its block.
-        url: URL for errors.
-        checks: Pending checks of pages, as Blocks.pending_checks; None if nothing is left to check.
-        served: The column as it is served, if it is cast.
+    addresses, checks: As Blocks.addresses and pending_checks, of the column's streams; the caller keeps the memory
+    alive. block, row: uint32[n], index of each row's block in addresses, and its number there. served: The column as it
+    is served, if it is cast.
 
-    Raises:
-        CorruptShard: The mapping cannot be read, the checksum of a page does not match, or a value is invalid.
-        SchemaError: The column has dtype bfloat16 and torch is not imported; or a value has no equal in the dtype to
-            which it is cast.
+    Raises CorruptShard; or SchemaError if bfloat16 is served without torch, or a value has no equal in the dtype to
+    which it is cast.
     """
     served = served or column
     with as_corrupt_shard(column, url):
@@ -177,11 +170,8 @@ def _blank(values: Any, valid: npt.NDArray[np.bool_]) -> None:
     if isinstance(values, list):
         for index in np.flatnonzero(~valid).tolist():
             values[index] = None
-    elif isinstance(values, np.ndarray):
-        values[~valid] = 0
     else:
-        for index in np.flatnonzero(~valid).tolist():  # values is a torch tensor
-            values[index] = 0
+        values[~valid] = 0
 
 
 def _numbers(column: Column, rows: _Rows) -> Any:
@@ -220,49 +210,38 @@ def _bytes(_: Column, rows: _Rows) -> list[Any]:
     return gather.gather_bytes(*rows.at(0), rows.check(0))
 
 
-def _texts(_: Column, rows: _Rows) -> list[Any]:
-    return gather.gather_str(*rows.at(0), rows.check(0))
-
-
 def _objects(column: Column, rows: _Rows) -> list[Any]:
     # A null has no text to parse.
     return [json.loads(text) if text else None for text in _bytes(column, rows)]
 
 
-_HOW = {
+_HOW: dict[Kind, Callable[[Column, _Rows], Any]] = {
     Kind.SCALAR: _numbers,
     Kind.TENSOR: _numbers,
     Kind.BOOL: _numbers,
     Kind.RAGGED: _ragged,
     Kind.BYTES: _bytes,
     Kind.IMAGE: _bytes,
-    Kind.STR: _texts,
+    Kind.STR: lambda _, rows: gather.gather_str(*rows.at(0), rows.check(0)),
     Kind.JSON: _objects,
 }
 
 
 def arrow_values(column: Column, arrays: Sequence[pa.Array], block: Indices, row: Indices) -> ColumnValues:
-    """Return the values of rows of an ARROW column as Python objects.
+    """Return the values of rows of an ARROW column, given as one array per block, as Python objects.
 
-    Args:
-        column: The column.
-        arrays: Arrow arrays, one per block.
-        block: uint32[n], index of each row's block in arrays.
-        row: uint32[n], number of the row in its block.
-
-    Raises:
-        SchemaError: Python has no object for a value, such as a timestamp in the year 20000.
+    Raises SchemaError if Python has no object for a value, such as a timestamp in the year 20000.
     """
     values: list[Any] = [None] * len(row)
     for number in np.unique(block).tolist():
-        places = np.flatnonzero(block == number)
+        positions = np.flatnonzero(block == number)
         try:
-            found = arrays[number].take(pa.array(row[places])).to_pylist()
+            found = arrays[number].take(pa.array(row[positions])).to_pylist()
         except (OverflowError, ValueError) as error:
             message = f"Python cannot hold a value of the type {column}: {error}; read it as Arrow, with to_arrow()"
             raise SchemaError(message, column=column.name) from error
-        for place, value in zip(places.tolist(), found, strict=True):
-            values[place] = value
+        for position, value in zip(positions.tolist(), found, strict=True):
+            values[position] = value
     valid = np.array([value is not None for value in values], np.bool_) if column.nullable else None
     return ColumnValues(column, values, valid)
 
@@ -272,16 +251,8 @@ def block_values(
 ) -> list[ColumnValues]:
     """Return the values of rows of loaded blocks, by column.
 
-    Args:
-        blocks: Loaded blocks.
-        columns: Indices of the columns in the schema; all of them must be loaded.
-        block: uint32[n], position of each row's block in blocks.blocks.
-        row: uint32[n], number of the row in its block.
-        served: Columns that are cast, as they are served.
-
-    Raises:
-        CorruptShard: See gather_values. The error also names the block if a page or an offset is wrong.
-        SchemaError: See gather_values and arrow_values.
+    block, row: uint32[n], position of each row's block in blocks.blocks, and its number there. Raises as gather_values
+    and arrow_values; CorruptShard also names the block if a page or an offset is wrong.
     """
     found, checks = [], blocks.pending_checks
     for number in columns:
@@ -319,34 +290,29 @@ def as_records(columns: Sequence[ColumnValues]) -> list[dict[str, Any]]:
     return [{values.column.name: values.record(index) for values in columns} for index in range(n)]
 
 
-def join_values(parts: Sequence[Sequence[ColumnValues]], places: Sequence[NDArray[np.int64]]) -> list[ColumnValues]:
-    """Return the values of several reads as one result.
-
-    Args:
-        parts: Values by read and column.
-        places: Positions in the result of the values of each read; together a permutation of 0..n-1.
-    """
+def join_values(parts: Sequence[Sequence[ColumnValues]], positions: Sequence[NDArray[np.int64]]) -> list[ColumnValues]:
+    """Return the values of several reads as one result. positions: Those of each read's values in the result."""
     if len(parts) == 1:  # a single read has its values in order already
         return list(parts[0])
-    n = sum(len(place) for place in places)
-    return [_join_column([part[c] for part in parts], places, n) for c in range(len(parts[0]))]
+    n = sum(len(position) for position in positions)
+    return [_join_column([part[c] for part in parts], positions, n) for c in range(len(parts[0]))]
 
 
-def _join_column(parts: Sequence[ColumnValues], places: Sequence[NDArray[np.int64]], n: int) -> ColumnValues:
-    first, values = parts[0], _room(parts[0].values, n)
+def _join_column(parts: Sequence[ColumnValues], positions: Sequence[NDArray[np.int64]], n: int) -> ColumnValues:
+    first, values = parts[0], _empty_like(parts[0].values, n)
     valid = None if first.valid is None else np.empty(n, np.bool_)
-    for part, place in zip(parts, places, strict=True):
+    for part, position in zip(parts, positions, strict=True):
         if isinstance(values, list):
-            for at, value in zip(place.tolist(), part.values, strict=True):
+            for at, value in zip(position.tolist(), part.values, strict=True):
                 values[at] = value
         else:
-            values[place] = part.values
+            values[position] = part.values
         if valid is not None:
-            valid[place] = part.valid
+            valid[position] = part.valid
     return ColumnValues(first.column, values, valid)
 
 
-def _room(like: Any, n: int) -> Any:
+def _empty_like(like: Any, n: int) -> Any:
     if isinstance(like, list):
         return [None] * n
     if isinstance(like, np.ndarray):
@@ -368,17 +334,14 @@ def _none_of_column(column: Column, served: Column | None) -> ColumnValues:
 
 
 def join_arrow(
-    parts: Sequence[Sequence[pa.Array]], places: Sequence[NDArray[np.int64]], schema: Schema
+    parts: Sequence[Sequence[pa.Array]], positions: Sequence[NDArray[np.int64]], schema: Schema
 ) -> list[pa.Array]:
-    """Return the Arrow arrays of several reads as one result, by column. See join().
-
-    Without parts, the arrays are empty.
-    """
+    """Return the Arrow arrays of several reads as one result, by column; empty arrays without reads."""
     if not parts:
         return [pa.array([], column.arrow.type) for column in schema.columns]
-    where = np.concatenate(places)
+    where = np.concatenate(positions)
     order = np.empty(len(where), np.int64)
     order[where] = np.arange(len(where))
     is_in_order = bool((where[1:] > where[:-1]).all())
-    columns = [pa.concat_arrays([part[c] for part in parts]) for c in range(len(parts[0]))]
+    columns = [part[0] if len(part) == 1 else pa.concat_arrays(part) for part in zip(*parts, strict=True)]
     return columns if is_in_order else [column.take(pa.array(order)) for column in columns]

@@ -18,11 +18,11 @@ from tiercache.shard.format import codec
 from tiercache.shard.format.layout import HEAD_BYTES, PAGE_BYTES, Footer, align, n_pages, parse_head
 from tiercache.shard.format.statistics import ColumnStatistics, invalid_statistics
 from tiercache.shard.memory import Bytes, address_of, aligned_empty
-from tiercache.shard.read.blocks import Blocks, check_offsets
+from tiercache.shard.read.blocks import Blocks
 from tiercache.shard.read.chunks import LoadedChunks
 from tiercache.shard.read.source import ByteSource, check_identity, read_footer
 from tiercache.shard.read.values import gather_values
-from tiercache.shard.schema import VAR, Column, Kind
+from tiercache.shard.schema import Column, Kind
 from tiercache.shard.versions.manifest import Version, latest, read_shards, read_version
 from tiercache.shard.versions.segments import ShardTable
 from tiercache.store.contract import Store
@@ -61,19 +61,9 @@ def verify_shard(
 ) -> Iterator[Finding]:
     """Yield all damage of a shard; nothing if it is intact.
 
-    The function checks head, footer and tail, the checksums of all chunks and pages, and that chunks decode to valid
-    arrays of their columns. With info or identity, it also checks that the shard is the expected one and that the
-    CRC-32C of the whole file matches. It reads each byte once, in large requests, and holds about a block in memory.
-
-    Args:
-        store: Store of the shard.
-        key: Key of the shard.
-        info: The data set's description of the shard, or None.
-        identity: Identity under which a cache keeps the shard, or None.
-
-    Raises:
-        NotFound: There is no such object.
-        StoreError: The store failed.
+    Checks head, footer and tail, the checksums of all chunks and pages, that chunks decode to valid arrays of their
+    columns, and, with info or identity, that the shard and its whole file are the expected ones. Reads each byte once,
+    in large requests, and holds about a block in memory. Raises NotFound and StoreError.
     """
     source = ByteSource(store, key, identity)
     try:
@@ -120,7 +110,7 @@ class _Verification:
         yield from self._rest()
 
     def _read_to(self, end: int) -> Bytes:
-        """Return the bytes from the end of the previous call to end, and add them to the checksum of the file.
+        """Return the bytes from the end of the previous call to end, which the file's checksum then covers.
 
         Each request to the store reads at least _PIECE_BYTES.
         """
@@ -225,20 +215,10 @@ class _Verification:
 
 
 def check_values(blocks: Blocks, number: int) -> None:
-    """Check that a column of the first of loaded blocks holds valid values of its type.
-
-    Args:
-        blocks: Loaded blocks.
-        number: Index of the column in the schema.
-
-    Raises:
-        CorruptShard: Offsets, text, JSON, shapes or nested buffers are invalid.
-    """
+    """Raise CorruptShard if a column of the first of loaded blocks holds invalid values of its type."""
     column = blocks.schema.columns[number]
     n = int(blocks.n_rows[0])
-    for place, stream in enumerate(blocks.streams):
-        if stream.kind == VAR:
-            check_offsets(blocks, place, 0)
+    array = blocks.array(0, number)  # checks the offsets
     if column.kind in (Kind.JSON, Kind.RAGGED):
         row = np.arange(n, dtype=np.uint32)
         # bfloat16 values would need torch; the shapes do not depend on the dtype.
@@ -246,19 +226,14 @@ def check_values(blocks: Blocks, number: int) -> None:
         addresses = blocks.addresses[blocks.column_streams(number)]
         gather_values(plain, addresses, np.zeros(n, np.uint32), row, url=blocks.url)
     try:
-        blocks.array(0, number).validate(full=True)
+        array.validate(full=True)
     except pa.ArrowException as error:
         raise CorruptShard(str(error), url=blocks.url, column=column.name) from error
 
 
 @dataclass(frozen=True, slots=True)
 class ShardCheck:
-    """Result of the verification of a shard.
-
-    Attributes:
-        findings: Damage that was found.
-        error: Error of the store, because of which the shard could not be verified; None if it was read.
-    """
+    """Damage of a shard, or the error of the store because of which it could not be verified."""
 
     info: ShardInfo
     findings: tuple[Finding, ...] = ()
@@ -266,17 +241,7 @@ class ShardCheck:
 
 
 def verify_dataset(store: Store, number: int | None = None, *, jobs: int = 4) -> Iterator[Finding]:
-    """Yield all damage of a version of the data set in a store; nothing if the version is intact.
-
-    Args:
-        store: Store of the data set.
-        number: Number of the version; None for the newest.
-        jobs: Number of shards that are verified in parallel.
-
-    Raises:
-        NotFound: There is no data set, or no such version.
-        StoreError: The store failed.
-    """
+    """Yield all damage of a version (None: the newest), `jobs` shards in parallel. Raises NotFound and StoreError."""
     try:
         version, shards = open_whole(store, number)
     except CorruptShard as error:
@@ -289,12 +254,9 @@ def verify_dataset(store: Store, number: int | None = None, *, jobs: int = 4) ->
 
 
 def open_whole(store: Store, number: int | None) -> tuple[Version, ShardTable]:
-    """Return a version (None: the newest) and its shards. A missing segment counts as damage.
+    """Return a version (None: the newest) and its shards. A missing segment is CorruptShard.
 
-    Raises:
-        CorruptShard: The version or a segment is damaged, or a segment is missing.
-        NotFound: There is no data set, or no such version.
-        StoreError: The store failed.
+    Raises NotFound if there is no data set or no such version, and StoreError.
     """
     version = latest(store) if number is None else read_version(store, number)
     try:
@@ -304,10 +266,7 @@ def open_whole(store: Store, number: int | None) -> tuple[Version, ShardTable]:
 
 
 def check_shards(store: Store, version: Version, infos: Sequence[ShardInfo], *, jobs: int) -> Iterator[ShardCheck]:
-    """Verify some shards of a version, `jobs` in parallel, and yield each result as soon as it is known.
-
-    If the caller closes the generator early, no further shard is started.
-    """
+    """Verify some shards, `jobs` in parallel, and yield each result as it comes; a closed generator starts no more."""
     with ThreadPoolExecutor(jobs, "tiercache-verify") as pool:
         try:
             for future in as_completed([pool.submit(_check, store, version, info) for info in infos]):

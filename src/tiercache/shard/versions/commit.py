@@ -5,9 +5,8 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import get_args
+from typing import Any, get_args
 
 import pyarrow as pa
 
@@ -30,55 +29,37 @@ MAX_REBASES = 100
 MAX_SEGMENTS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class CommitRequest:
-    """The content of a commit.
-
-    Attributes:
-        infos: New shards, in data-set order.
-        schema: Schema of the shards.
-        mode: "create", "append" or "overwrite".
-        parent: Version that an overwrite replaces, and from which an append starts to look for the newest version.
-        writer_id, nonce: Identifiers by which the commit recognises its own version; the nonce is new for each commit.
-    """
-
-    infos: tuple[ShardInfo, ...]
-    schema: Schema
-    mode: VersionKind
-    parent: Version | None = None
-    writer_id: str = field(default_factory=lambda: secrets.token_hex(16))
-    nonce: str = field(default_factory=lambda: secrets.token_hex(16))
-
-    def __post_init__(self) -> None:
-        check_mode(self.mode)
-
-
 def check_mode(mode: str) -> None:
     """Check that mode is a mode of writing. Raises ValueError otherwise."""
     if mode not in get_args(VersionKind):
         raise ValueError(f"mode is 'create', 'append' or 'overwrite', got {mode!r}")
 
 
-def commit(
-    store: Store,
-    infos: Sequence[ShardInfo],
-    *,
-    schema: Schema,
-    mode: VersionKind,
-    parent: Version | None = None,
-    writer_id: str | None = None,
-) -> Version:
-    """Commit finished shards as the next version of the store's data set, and return it. Raises as Commit.run()."""
-    who = {} if writer_id is None else {"writer_id": writer_id}
-    return Commit(store, CommitRequest(tuple(infos), schema, mode, parent, **who)).run()
-
-
 class Commit:
-    """A commit, from the first attempt until its result is known. For one thread at a time."""
+    """A commit of finished shards, from the first attempt until its result is known. For one thread at a time.
 
-    def __init__(self, store: Store, request: CommitRequest) -> None:
-        self._store = store
-        self._request = request
+    Args:
+        store: Store of the data set.
+        infos: New shards, in data-set order.
+        schema: Schema of the shards.
+        mode: "create", "append" or "overwrite".
+        parent: Version that an overwrite replaces, and from which an append starts to look for the newest version.
+        writer_id: Identifier by which the commit, with a nonce of its own, recognises its version.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        infos: Sequence[ShardInfo],
+        *,
+        schema: Schema,
+        mode: VersionKind,
+        parent: Version | None = None,
+        writer_id: str | None = None,
+    ) -> None:
+        check_mode(mode)
+        self._store, self._infos, self._schema, self._mode, self._parent = store, tuple(infos), schema, mode, parent
+        self._writer_id, self._nonce = writer_id or secrets.token_hex(16), secrets.token_hex(16)
         self._own: tuple[SegmentRef, ...] | None = None
         self._unsettled: Version | None = None
         self._landed: Version | None = None
@@ -103,7 +84,7 @@ class Commit:
     def _land(self) -> Version:
         base = None if self._unsettled else self._base()
         for _ in range(MAX_REBASES):
-            if base is not None and self._request.mode == "append" and not self._request.infos:
+            if base is not None and self._mode == "append" and not self._infos:
                 return base
             version = self._unsettled or self._next(base)
             standing = self._put(version)
@@ -116,13 +97,13 @@ class Commit:
 
     def _base(self) -> Version | None:
         """Return the version on which the first attempt is based."""
-        parent = self._request.parent
-        if self._request.mode == "overwrite" and parent is not None:
+        parent = self._parent
+        if self._mode == "overwrite" and parent is not None:
             return parent
         newest = (manifest.newest_from(self._store, parent.number) if parent else None) or find_latest(self._store)
-        if self._request.mode == "create" and newest is not None:
+        if self._mode == "create" and newest is not None:
             raise data_set_exists_error(self._store, newest)
-        if self._request.mode == "append":
+        if self._mode == "append":
             if newest is None:
                 raise no_data_set_error(self._store)
             self._check_base(newest)
@@ -130,7 +111,7 @@ class Commit:
 
     def _rebase(self, winner: Version) -> Version:
         """Return the base of the next attempt, after winner took the number of this attempt."""
-        mode, number = self._request.mode, winner.number
+        mode, number = self._mode, winner.number
         if mode == "create":
             raise data_set_exists_error(self._store, winner)
         if mode == "overwrite":
@@ -145,43 +126,42 @@ class Commit:
         return newest
 
     def _check_base(self, base: Version) -> None:
-        parent = self._request.parent
+        parent = self._parent
         if parent is not None and parent.dataset_id != base.dataset_id:
             raise CommitConflict(
                 "the data set was replaced by another one meanwhile", url=self._store.url, number=base.number
             )
-        check_same_schema(base.schema, self._request.schema)
+        check_same_schema(base.schema, self._schema)
 
     def _next(self, base: Version | None) -> Version:
-        request = self._request
         if base is not None:
             check_writable(base, self._store.url)
         refs = self._segments(base)
         number = base.number + 1 if base else 1
         dataset_id = base.dataset_id if base else secrets.token_hex(16)
-        appended = base if base is not None and request.mode == "append" else None
-        schema_bytes = appended.schema_bytes if appended else request.schema.to_bytes()
-        n_records = sum(info.n_records for info in request.infos) + (appended.n_records if appended else 0)
+        appended = base if base is not None and self._mode == "append" else None
+        schema_bytes = appended.schema_bytes if appended else self._schema.to_bytes()
+        n_records = sum(info.n_records for info in self._infos) + (appended.n_records if appended else 0)
         return Version(
             dataset_id=dataset_id,
             number=number,
             parent=base.number if base else None,
-            kind=request.mode if base else "create",
+            kind=self._mode if base else "create",
             schema_bytes=schema_bytes,
-            writer=request.writer_id,
-            nonce=request.nonce,
+            writer=self._writer_id,
+            nonce=self._nonce,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             fingerprint=fingerprint_of(dataset_id, number, schema_bytes, n_records, [ref.digest for ref in refs]),
             n_records=n_records,
-            n_bytes=sum(info.n_bytes for info in request.infos) + (appended.n_bytes if appended else 0),
+            n_bytes=sum(info.n_bytes for info in self._infos) + (appended.n_bytes if appended else 0),
             segments=refs,
         )
 
     def _segments(self, base: Version | None) -> tuple[SegmentRef, ...]:
         """Return the segments of the next version, after the new ones are written to the store."""
         if self._own is None:
-            self._own = (self._write(segments.new_segment(self._request.infos)),) if self._request.infos else ()
-        if base is None or self._request.mode != "append":
+            self._own = (self._write(segments.new_segment(self._infos)),) if self._infos else ()
+        if base is None or self._mode != "append":
             return self._own
         refs = (*base.segments, *self._own)
         start = plan_merge([ref.n_shards for ref in refs])
@@ -258,8 +238,8 @@ def no_data_set_error(store: Store) -> NotFound:
 def plan_merge(n_rows: Sequence[int]) -> int:
     """Return the index from which the last segments are merged into one; len(n_rows) if there are few segments.
 
-    Half of the segments are merged at once, so merging is rare. Earlier segments are included while they are no larger
-    than the sum of the later ones, so a row is copied only a few times in total, whatever the sizes of the appends.
+    Half of them are merged at once, and earlier ones while they are no larger than the sum of the later ones, so a row
+    is copied only a few times in total, whatever the sizes of the appends.
     """
     if len(n_rows) <= MAX_SEGMENTS:
         return len(n_rows)
@@ -269,3 +249,8 @@ def plan_merge(n_rows: Sequence[int]) -> int:
         start -= 1
         total += n_rows[start]
     return start
+
+
+def commit(store: Store, infos: Sequence[ShardInfo], **options: Any) -> Version:
+    """Commit finished shards as the next version of the store's data set, and return it. See Commit."""
+    return Commit(store, infos, **options).run()

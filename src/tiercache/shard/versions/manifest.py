@@ -32,6 +32,29 @@ _TEXT = re.compile(r"[^\0]{1,200}")
 _SEGMENT_NAME = re.compile(r"[0-9a-f]{32}\.arrow")
 _RELEASE = re.compile(r"[0-9]{1,5}\.[0-9]{1,5}")
 _FEATURE = re.compile("[a-z][a-z0-9-]{0,63}")
+_BASE64 = re.compile(r"[A-Za-z0-9+/]+=*")
+# Key in the JSON text: attribute, and the pattern of its text; None for an integer from 0.
+_Fields: TypeAlias = Mapping[str, tuple[str, re.Pattern[str] | None]]
+_VERSION_FIELDS: _Fields = {
+    "release": ("release", _RELEASE),
+    "software": ("software", _TEXT),
+    "dataset_id": ("dataset_id", _HEX32),
+    "number": ("number", None),
+    "kind": ("kind", _KIND),
+    "writer": ("writer", _TEXT),
+    "nonce": ("nonce", _HEX32),
+    "created": ("created", _TEXT),
+    "fingerprint": ("fingerprint", _HEX32),
+    "records": ("n_records", None),
+    "bytes": ("n_bytes", None),
+}
+_SEGMENT_FIELDS: _Fields = {
+    "name": ("name", _SEGMENT_NAME),
+    "bytes": ("n_bytes", None),
+    "crc32c": ("crc32c", None),
+    "rows": ("n_shards", None),
+    "digest": ("digest", _HEX64),
+}
 
 
 @dataclass(frozen=True)
@@ -91,10 +114,7 @@ def version_key(number: int) -> str:
 
 
 def fingerprint_of(dataset_id: str, number: int, schema_bytes: bytes, n_records: int, digests: Iterable[str]) -> str:
-    """Return the fingerprint that a resumed run compares: 32 hex digits.
-
-    The fingerprint covers the data set, the version, the schema, and the ids and record counts of the shards, in order.
-    """
+    """Return the 32 hex digits that a resumed run compares: a hash of data set, version, schema and shards in order."""
     facts = [dataset_id, number, hashlib.sha256(schema_bytes).hexdigest(), n_records, list(digests)]
     return hashlib.sha256(_canonical(facts)).hexdigest()[:32]
 
@@ -104,42 +124,21 @@ def encode_version(version: Version) -> bytes:
 
     Its key "crc32c" is the checksum of the text without that key and without the newline.
     """
-    body: dict[str, object] = {
+    body = _as_json(version, _VERSION_FIELDS) | {
         "format": FORMAT_VERSION,
-        "release": version.release,
         "needs_to_read": [],
         "needs_to_write": list(version.needs_to_write),
-        "software": version.software,
-        "dataset_id": version.dataset_id,
-        "number": version.number,
         "parent": version.parent,
-        "kind": version.kind,
         "schema": base64.b64encode(version.schema_bytes).decode("ascii"),
-        "writer": version.writer,
-        "nonce": version.nonce,
-        "created": version.created,
-        "fingerprint": version.fingerprint,
-        "records": version.n_records,
-        "bytes": version.n_bytes,
-        "segments": [
-            {"name": s.name, "bytes": s.n_bytes, "crc32c": s.crc32c, "rows": s.n_shards, "digest": s.digest}
-            for s in version.segments
-        ],
+        "segments": [_as_json(segment, _SEGMENT_FIELDS) for segment in version.segments],
     }
     return _canonical(body | {"crc32c": crc32c(_canonical(body))}) + b"\n"
 
 
 def parse_version(data: bytes, *, number: int, url: str) -> Version:
-    """Return the version that a text describes.
+    """Return the version that a text, read from version_key(number), describes.
 
-    Args:
-        data: Text that was read from version_key(number).
-        number: Number that the version must have.
-        url: URL of the text, for errors.
-
-    Raises:
-        CorruptShard: A byte differs from what was written, or a value is invalid.
-        UnsupportedFormat: A newer release wrote the version.
+    Raises CorruptShard if a byte differs from what was written, and UnsupportedFormat.
     """
     body = _checked_body(data, url)
     _check_readable(body, url)
@@ -185,47 +184,31 @@ def _check_readable(body: Mapping[str, Any], url: str) -> None:
 
 
 def check_writable(version: Version, url: str) -> None:
-    """Check that this release may append to the data set or overwrite it.
-
-    Args:
-        version: Newest version of the data set.
-        url: URL of the data set, for errors.
-
-    Raises:
-        UnsupportedFormat: The data set uses features of a later release.
-    """
+    """Raise UnsupportedFormat unless this release may append to, or overwrite, the data set of a newest version."""
     check_features(version.needs_to_write, version.release, what="data set", url=url, doing="writing to")
 
 
 def _version_of(body: Mapping[str, Any]) -> Version:
     """Return the version that a JSON object describes; unknown keys, which a later release wrote, are ignored."""
     return Version(
-        dataset_id=_text(body, "dataset_id", _HEX32),
-        number=_int(body, "number"),
         parent=None if body["parent"] is None else _int(body, "parent"),
-        kind=_text(body, "kind", _KIND),
-        schema_bytes=base64.b64decode(_text(body, "schema", re.compile(r"[A-Za-z0-9+/]+=*")), validate=True),
-        writer=_text(body, "writer", _TEXT),
-        nonce=_text(body, "nonce", _HEX32),
-        created=_text(body, "created", _TEXT),
-        fingerprint=_text(body, "fingerprint", _HEX32),
-        n_records=_int(body, "records"),
-        n_bytes=_int(body, "bytes"),
-        segments=tuple(map(_segment_of, body["segments"])),
-        software=_text(body, "software", _TEXT),
-        release=_text(body, "release", _RELEASE),
+        schema_bytes=base64.b64decode(_text(body, "schema", _BASE64), validate=True),
+        segments=tuple(SegmentRef(**_checked(line, _SEGMENT_FIELDS)) for line in body["segments"]),
         needs_to_write=_features(body, "needs_to_write"),
+        **_checked(body, _VERSION_FIELDS),
     )
 
 
-def _segment_of(line: Mapping[str, Any]) -> SegmentRef:
-    return SegmentRef(
-        name=_text(line, "name", _SEGMENT_NAME),
-        n_bytes=_int(line, "bytes"),
-        crc32c=_int(line, "crc32c"),
-        n_shards=_int(line, "rows"),
-        digest=_text(line, "digest", _HEX64),
-    )
+def _as_json(found: Version | SegmentRef, fields: _Fields) -> dict[str, Any]:
+    return {key: getattr(found, attribute) for key, (attribute, _) in fields.items()}
+
+
+def _checked(body: Mapping[str, Any], fields: _Fields) -> dict[str, Any]:
+    """Return the attributes that a JSON object states. Raises ValueError for an invalid value, KeyError, TypeError."""
+    return {
+        attribute: _int(body, key) if pattern is None else _text(body, key, pattern)
+        for key, (attribute, pattern) in fields.items()
+    }
 
 
 def _int(body: Mapping[str, Any], name: str) -> int:
@@ -297,14 +280,18 @@ def parse_hint(data: bytes) -> int | None:
 
 
 def latest(store: Store) -> Version:
-    """Return the newest version: probe upward from the hint, else from the highest listed version, else from version 1.
+    """Return the newest version: probe upward from the hint, else from the highest listed version, else from 1.
 
-    Raises:
-        NotFound: There is no data set.
-        CorruptShard, UnsupportedFormat: The newest version cannot be read.
-        StoreError: The store failed.
+    Raises NotFound without a data set, CorruptShard, UnsupportedFormat and StoreError.
     """
-    found = newest_from(store, _hinted(store) or 0) or newest_from(store, _listed(store))
+    try:
+        hint = parse_hint(store.get(HINT_KEY)) or 0
+    except NotFound:
+        hint = 0
+    found = newest_from(store, hint)
+    if found is None:
+        highest = version_log(store).highest()
+        found = newest_from(store, 1 if highest is None else highest)  # None: the store cannot list
     if found is None:
         raise NotFound("no data set here: it has no version", url=store.url)
     return found
@@ -317,13 +304,7 @@ def newest_from(store: Store, number: int) -> Version | None:
 
 
 def read_version(store: Store, number: int) -> Version:
-    """Return the version with this number.
-
-    Raises:
-        NotFound: There is no such version.
-        CorruptShard, UnsupportedFormat: The version cannot be read.
-        StoreError: The store failed.
-    """
+    """Return the version with this number. Raises NotFound, CorruptShard, UnsupportedFormat and StoreError."""
     data = version_log(store).get(number) if number <= MAX_NUMBER else None
     if data is None:
         raise NotFound(f"no version {number}", url=store.url, number=number)
@@ -336,11 +317,9 @@ def list_versions(store: Store) -> list[int]:
 
 
 def read_shards(store: Store, version: Version) -> ShardTable:
-    """Return the shards of a version. On a store with local files (such as a cache), the segments are memory-mapped.
+    """Return the shards of a version. On a store with local files (such as a cache), the segments are mapped.
 
-    Raises:
-        CorruptShard: A segment, or the totals of all segments, differ from what the version states.
-        NotFound, StoreError: The store failed.
+    Raises CorruptShard if a segment, or their totals, differ from what the version states.
     """
     table = ShardTable(read_segments(store, version.dataset_id, version.segments))
     for name, found, stated in (
@@ -370,16 +349,3 @@ def _parsed(store: Store, data: bytes, number: int) -> Version:
     except SchemaError as error:
         raise CorruptShard(f"the schema cannot be read: {error}", url=url, part="version") from error
     return version
-
-
-def _hinted(store: Store) -> int | None:
-    try:
-        return parse_hint(store.get(HINT_KEY))
-    except NotFound:
-        return None
-
-
-def _listed(store: Store) -> int:
-    """Return the version number to probe from without a hint: the highest listed one, or 1 if the store cannot list."""
-    highest = version_log(store).highest()
-    return 1 if highest is None else highest

@@ -8,7 +8,6 @@ are consistent.
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 import struct
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,10 +20,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache._native.checksum import crc32c
-from tiercache._native.mapping import Mapping
-from tiercache.errors import CorruptShard, NotFound, StoreError
+from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ByteRange, ShardIdentity, ShardInfo
-from tiercache.shard.read.source import check_claimed_size
+from tiercache.shard.read.source import ByteSource
 from tiercache.store.contract import LocalStore, Store
 
 SEGMENTS_FOLDER = "_tiercache/segments/"
@@ -145,11 +143,7 @@ def as_arrow(numbers: NDArray[np.int64]) -> pa.Int64Array:
 
 
 def new_segment(infos: Iterable[ShardInfo]) -> tuple[SegmentRef, bytes]:
-    """Return the entry and the file of a new segment with these shards, in this order.
-
-    Raises:
-        ValueError: A shard has an invalid value.
-    """
+    """Return entry and file of a new segment with these shards, in this order. Raises ValueError."""
     rows = [
         (
             i.name,
@@ -169,11 +163,7 @@ def new_segment(infos: Iterable[ShardInfo]) -> tuple[SegmentRef, bytes]:
 
 
 def pack_segment(table: pa.Table) -> tuple[SegmentRef, bytes]:
-    """Return the entry and the file of a new segment with the rows of a table in the form of ShardTable.arrow.
-
-    Raises:
-        ValueError: A row has an invalid value.
-    """
+    """Return entry and file of a new segment with rows in the form of ShardTable.arrow. Raises ValueError."""
     if problem := _problem(table):
         raise ValueError(f"cannot write a segment of these shards: {problem}")
     sink = pa.BufferOutputStream()
@@ -199,9 +189,7 @@ def digest_rows(table: pa.Table) -> str:
 def read_segments(store: Store, dataset_id: str, refs: Sequence[SegmentRef]) -> list[pa.Table]:
     """Return the checked rows of each segment, fetched in parallel.
 
-    Raises:
-        CorruptShard: A segment differs from what the version states.
-        NotFound, StoreError: The store failed.
+    Raises CorruptShard for one that differs from what the version states, NotFound and StoreError.
     """
     if len(refs) < 2:
         return [_read_segment(store, dataset_id, ref) for ref in refs]
@@ -210,26 +198,47 @@ def read_segments(store: Store, dataset_id: str, refs: Sequence[SegmentRef]) -> 
 
 
 def _read_segment(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Table:
-    data = _local(store, dataset_id, ref)
-    # If the local copy differs from what the version states, only the copy may be damaged: read the source instead.
-    if data is None or not _is_whole(data, ref):
-        if isinstance(store, LocalStore):
+    source = ByteSource(store, ref.key, ref.identity(dataset_id), part="segment")
+    n_fetches = 0
+    while True:
+        data = _read_whole(source, ref)
+        if data is not None and _is_whole(data, ref):
+            return parse_segment(data, ref, url=source.url)
+        # If the local copy differs from what the version states, only the copy may be damaged: read the source instead,
+        # and once more, because the data may have been damaged in transit.
+        if source.local_copy is not None and isinstance(store, LocalStore):
             store.verify_copy(ref.key, ref.identity(dataset_id))
-        data = _fetched(store, ref)
-        if not _is_whole(data, ref):  # the data may have been damaged in transit
-            data = _fetched(store, ref)
-        if not _is_whole(data, ref):
-            raise CorruptShard(
-                f"the CRC-32C is not {ref.crc32c:#010x}, which the version states", url=_url(store, ref), part="segment"
-            )
-    return parse_segment(data, ref, url=_url(store, ref))
+            source.close()
+            continue
+        n_fetches += 1
+        if n_fetches == 2:
+            message = f"the CRC-32C is not {ref.crc32c:#010x}, which the version states"
+            raise CorruptShard(message, url=source.url, part="segment")
+
+
+def _read_whole(source: ByteSource, ref: SegmentRef) -> pa.Buffer | None:
+    """Return the bytes of a segment: the local copy, mapped (or copied if it is small), else those of the store.
+
+    None: the local copy cannot be read. The mapping may outlive the lease, because a published file is only ever
+    unlinked, not rewritten or truncated.
+    """
+    try:
+        if ref.n_bytes >= _MAP_BYTES and source.local_copy is not None:
+            source.check_claimed(ByteRange(0, ref.n_bytes))
+            copy = source.ensure_cached([ByteRange(0, ref.n_bytes)])
+            if copy is not None:
+                return pa.py_buffer(copy.map_file()[: ref.n_bytes])
+        return pa.py_buffer(source.range(0, ref.n_bytes))
+    except (CorruptShard, StoreError):
+        if source.local_copy is None:
+            raise
+        return None
 
 
 def parse_segment(data: pa.Buffer, ref: SegmentRef, *, url: str) -> pa.Table:
-    """Return the rows of a segment file whose CRC matches; no copy of data. Columns of later releases are left out.
+    """Return the rows of a file whose CRC matches; no copy of data. Columns of later releases are left out.
 
-    Raises:
-        CorruptShard: A value is invalid, or the rows differ from what ref states.
+    Raises CorruptShard for an invalid value, or rows that differ from what ref states.
     """
     try:
         table = _read_table(data)
@@ -250,12 +259,8 @@ def _read_table(data: pa.Buffer) -> pa.Table:
     """Return the table of an Arrow IPC file, without a copy of data.
 
     The file is read as the stream that it contains, because Arrow then reads exactly the messages that are checked
-    here; the footer of a file could refer to other messages.
-
-    Raises:
-        ValueError: The data is not an Arrow IPC file, or is compressed. For a compressed buffer, Arrow would allocate
-            the size that the buffer claims before it decodes the buffer.
-        pa.ArrowException, OSError, struct.error: The data cannot be read.
+    here. A compressed buffer is refused: Arrow would allocate the size that it claims. Raises ValueError and Arrow's
+    errors.
     """
     if data.slice(0, len(_IPC_MAGIC)).to_pybytes() != _IPC_MAGIC:
         raise ValueError("not an Arrow IPC file")
@@ -268,10 +273,7 @@ def _read_table(data: pa.Buffer) -> pa.Table:
 
 
 def _is_compressed(message: pa.Message) -> bool:
-    """Return whether the body of a record batch is compressed; pyarrow has no function for it.
-
-    Arrow has verified the flatbuffers offsets of the message.
-    """
+    """Return whether the body of a message, whose flatbuffers offsets Arrow has verified, is compressed."""
     metadata = memoryview(message.metadata)
 
     def table_at(position: int) -> int:
@@ -323,57 +325,8 @@ def _numbers(table: pa.Table, name: str) -> NDArray[np.int64]:
     return numbers
 
 
-def _url(store: Store, ref: SegmentRef) -> str:
-    return f"{store.url}/{ref.key}"
-
-
 def _is_whole(data: pa.Buffer, ref: SegmentRef) -> bool:
     try:
         return data.size == ref.n_bytes and crc32c(data) == ref.crc32c
     except OSError:  # the mapping could not be read
         return False
-
-
-def _local(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Buffer | None:
-    """Return the local copy of the segment, mapped (or copied if it is small); None if there is no local copy.
-
-    The mapping may outlive the lease, because a published file is only ever unlinked, not rewritten or truncated.
-    """
-    if not isinstance(store, LocalStore):
-        return None
-    lease = store.open_local(ref.key, ref.identity(dataset_id))
-    if lease is None:
-        return None
-    whole = [ByteRange(0, ref.n_bytes)]
-    try:
-        if not lease.present(whole):
-            check_claimed_size(store, ref.key, whole[0], url=_url(store, ref), part="segment")
-        lease.prefetch(whole)
-        return _open_copy(lease.fd, ref.n_bytes) if lease.wait(whole) else None
-    finally:
-        lease.close()
-
-
-def _open_copy(fd: int, n_bytes: int) -> pa.Buffer | None:
-    try:
-        if os.fstat(fd).st_size < n_bytes:
-            return None
-        if n_bytes < _MAP_BYTES:
-            return pa.py_buffer(os.pread(fd, n_bytes, 0))
-        return pa.py_buffer(Mapping(fd, n_bytes))
-    except OSError:  # the disk failed: the caller reads the source
-        return None
-
-
-def _fetched(store: Store, ref: SegmentRef) -> pa.Buffer:
-    whole = ByteRange(0, ref.n_bytes)
-    check_claimed_size(store, ref.key, whole, url=_url(store, ref), part="segment")
-    data = bytearray(ref.n_bytes)
-    try:
-        store.read_into(ref.key, [(whole, memoryview(data))])
-    except NotFound:
-        raise
-    except StoreError as error:
-        check_claimed_size(store, ref.key, whole, url=_url(store, ref), part="segment", cause=error)
-        raise
-    return pa.py_buffer(data)

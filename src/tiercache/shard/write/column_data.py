@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,7 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.types as pt
 
+from tiercache._native.checksum import lay_out
 from tiercache.shard.column_types import Kind
+from tiercache.shard.format.layout import ALIGN_BYTES, PAGE_BYTES, align
+from tiercache.shard.memory import Bytes, address_of
 from tiercache.shard.schema import Column
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -57,74 +61,90 @@ class ColumnData:
         return join_column_data([self], copy_one=True)
 
 
-def join_column_data(parts: Sequence[ColumnData], *, copy_one: bool = False) -> ColumnData:
+def join_column_data(items: Sequence[ColumnData], *, copy_one: bool = False) -> ColumnData:
     """Return the records of all items, in order, in new memory; a single item is returned itself unless copy_one."""
-    if len(parts) == 1 and not copy_one:
-        return parts[0]
-    n = sum(part.n for part in parts)
+    if len(items) == 1 and not copy_one:
+        return items[0]
+    n = sum(item.n for item in items)
     valid = None
-    if any(part.valid is not None for part in parts):
-        valid = np.concatenate([np.ones(part.n, bool) if part.valid is None else part.valid for part in parts])
-    if parts[0].array is not None:
-        arrays = [part.array for part in parts]
+    if any(item.valid is not None for item in items):
+        valid = np.concatenate([np.ones(item.n, bool) if item.valid is None else item.valid for item in items])
+    if items[0].array is not None:
+        arrays = [item.array for item in items]
         return ColumnData(n, array=pa.concat_arrays(arrays) if len(arrays) > 1 else _plain(arrays[0]))
-    if parts[0].offsets is None:
-        return ColumnData(n, np.concatenate([part.values for part in parts if part.values is not None]), valid=valid)
-    return replace(_join_runs(parts), valid=valid)
+    if items[0].offsets is None:
+        return ColumnData(n, np.concatenate([item.values for item in items if item.values is not None]), valid=valid)
+    return replace(_join_runs(items), valid=valid)
 
 
-def _join_runs(parts: Sequence[ColumnData]) -> ColumnData:
+def _join_runs(items: Sequence[ColumnData]) -> ColumnData:
     runs, offsets, total = [], [np.zeros(1, np.int64)], 0
-    for part in parts:
-        if part.offsets is None or part.values is None:
+    for item in items:
+        if item.offsets is None or item.values is None:
             continue
-        first, last = int(part.offsets[0]), int(part.offsets[-1])
-        runs.append(part.values[first:last])
-        offsets.append(part.offsets[1:] + (total - first))
+        first, last = int(item.offsets[0]), int(item.offsets[-1])
+        runs.append(item.values[first:last])
+        offsets.append(item.offsets[1:] + (total - first))
         total += last - first
     shapes = (
-        None if parts[0].shapes is None else np.concatenate([part.shapes for part in parts if part.shapes is not None])
+        None if items[0].shapes is None else np.concatenate([item.shapes for item in items if item.shapes is not None])
     )
-    return ColumnData(sum(part.n for part in parts), np.concatenate(runs), np.concatenate(offsets), shapes)
+    return ColumnData(sum(item.n for item in items), np.concatenate(runs), np.concatenate(offsets), shapes)
 
 
-def record_bytes(column: Column, part: ColumnData) -> int | npt.NDArray[np.int64]:
+def record_bytes(column: Column, data: ColumnData) -> int | npt.NDArray[np.int64]:
     """Return the raw bytes of each record, which decide where blocks end: one number for all records, or int64[n]."""
-    if column.kind is Kind.ARROW and part.array is not None:
-        return max(1, -(-int(part.array.nbytes) // max(part.n, 1)))
-    if part.offsets is None:
+    if column.kind is Kind.ARROW and data.array is not None:
+        return max(1, -(-int(data.array.nbytes) // max(data.n, 1)))
+    if data.offsets is None:
         return max(1, column.row_bytes)
-    sizes: npt.NDArray[np.int64] = np.diff(part.offsets) * column.stored.itemsize + (8 + 4 * len(column.shape))
+    sizes: npt.NDArray[np.int64] = np.diff(data.offsets) * column.stored.itemsize + (8 + 4 * len(column.shape))
     return sizes
 
 
-@dataclass(frozen=True, slots=True)
 class EncodedChunk:
-    """The Arrow nodes (length, nulls) and buffers (contiguous arrays, or None) of a chunk, both depth first."""
+    """A chunk to be written: its buffers one after the other, each aligned to ALIGN_BYTES.
 
-    nodes: tuple[tuple[int, int], ...]
-    buffers: tuple[Any, ...]
+    Attributes:
+        nodes: (length, nulls) of the Arrow nodes, depth first.
+        lengths: Number of bytes of each buffer, depth first, without padding.
+        ends: Offset of each buffer in the chunk, and the end of the chunk.
+    """
+
+    def __init__(self, nodes: Sequence[tuple[int, int]], buffers: Sequence[Any]) -> None:
+        self.nodes = nodes
+        self._buffers = [np.zeros(0, np.uint8) if one is None else np.ascontiguousarray(one) for one in buffers]
+        self.lengths = [buffer.nbytes for buffer in self._buffers]
+        self.ends = list(accumulate(map(align, self.lengths), initial=0))
+        self.n_bytes = self.ends[-1]
+
+    def lay_out(self, raw: Bytes) -> tuple[int, npt.NDArray[np.uint32]]:
+        """Copy the buffers to raw, uint8[n_bytes]. Returns the CRC-32C of the chunk and of each page."""
+        sums = np.empty(-(-len(raw) // PAGE_BYTES), np.uint32)
+        addresses = np.array([address_of(buffer) for buffer in self._buffers], np.uint64)
+        return lay_out(addresses, np.array(self.lengths, np.uint64), ALIGN_BYTES, raw, PAGE_BYTES, sums), sums
 
 
-def encode(column: Column, part: ColumnData) -> EncodedChunk:
-    """Return the Arrow nodes and buffers of column data. Offsets begin at 0; validity bits exist only with nulls."""
-    if part.array is not None:
-        return _encode_arrow(part.array)
-    n = part.n
-    nulls = 0 if part.valid is None else n - int(np.count_nonzero(part.valid))
-    validity = _bits(part.valid) if nulls else None
+def encode(column: Column, data: ColumnData) -> EncodedChunk:
+    """Return column data as Arrow buffers. Offsets begin at 0; validity bits exist only with nulls."""
+    if data.array is not None:
+        plain = _plain(data.array)
+        buffers = [None if buffer is None else np.frombuffer(buffer, np.uint8) for buffer in plain.buffers()]
+        return EncodedChunk(tuple(_nodes(plain)), buffers)
+    n, values = data.n, data.values
+    nulls = 0 if data.valid is None else n - int(np.count_nonzero(data.valid))
+    validity = _bits(data.valid) if nulls else None
     top = (n, nulls)
-    if column.kind is Kind.SCALAR:
-        return EncodedChunk((top,), (validity, part.values))
-    if column.kind is Kind.BOOL:
-        return EncodedChunk((top,), (validity, _bits(part.values)))
-    if column.kind is Kind.TENSOR:
-        return EncodedChunk((top, (n * column.n_elements, 0)), (validity, None, part.values))
-    values, offsets = _from_zero(part)
+    if data.offsets is None or values is None:
+        if column.kind is Kind.TENSOR:
+            return EncodedChunk((top, (n * column.n_elements, 0)), (validity, None, values))
+        return EncodedChunk((top,), (validity, _bits(values) if column.kind is Kind.BOOL else values))
+    first, last = int(data.offsets[0]), int(data.offsets[-1])
+    values, offsets = values[first:last], data.offsets - first if first else data.offsets
     if column.kind is not Kind.RAGGED:
         return EncodedChunk((top,), (validity, offsets, values))
     inner = ((n, 0), (len(values), 0), (n, 0), (n * len(column.shape), 0))
-    return EncodedChunk((top, *inner), (validity, None, offsets, None, values, None, None, part.shapes))
+    return EncodedChunk((top, *inner), (validity, None, offsets, None, values, None, None, data.shapes))
 
 
 def _bits(flags: Any) -> Array:
@@ -132,25 +152,8 @@ def _bits(flags: Any) -> Array:
     return np.packbits(flags, bitorder="little")
 
 
-def _from_zero(part: ColumnData) -> tuple[Array, Array]:
-    values, offsets = part.values, part.offsets
-    if values is None or offsets is None:
-        raise TypeError("a part without offsets has no runs")
-    first = int(offsets[0])
-    return values[first : int(offsets[-1])], offsets - first if first else offsets
-
-
-def _encode_arrow(array: pa.Array) -> EncodedChunk:
-    plain = _plain(array)
-    buffers = tuple(None if buffer is None else np.frombuffer(buffer, np.uint8) for buffer in plain.buffers())
-    return EncodedChunk(tuple(_nodes(plain)), buffers)
-
-
 def _plain(array: pa.Array) -> pa.Array:
-    """Return a copy of an array, made through an IPC record batch.
-
-    The copy has no slice offsets, no unused child values, and no validity bits without nulls, at any depth.
-    """
+    """Return a copy without slice offsets, unused child values and needless validity bits, by an IPC record batch."""
     batch = pa.RecordBatch.from_arrays([array], ["x"])
     return pa.ipc.read_record_batch(batch.serialize(), batch.schema).column(0)
 
@@ -158,13 +161,10 @@ def _plain(array: pa.Array) -> pa.Array:
 def _nodes(array: pa.Array) -> Iterator[tuple[int, int]]:
     yield len(array), array.null_count
     if pt.is_struct(array.type):
-        children = [array.field(i) for i in range(array.type.num_fields)]
+        for i in range(array.type.num_fields):
+            yield from _nodes(array.field(i))
     elif pt.is_nested(array.type):
-        children = [array.values]
-    else:
-        children = []
-    for child in children:
-        yield from _nodes(child)
+        yield from _nodes(array.values)
 
 
 def shapes_of(column: Column, n: int, shape: Sequence[int]) -> Array:
@@ -176,10 +176,7 @@ BlockData: TypeAlias = list[ColumnData]
 
 
 class BlockCutter:
-    """Collects records until they fill a block.
-
-    Records that are kept between calls are copied, so callers may change their arrays.
-    """
+    """Collects records until they fill a block. It copies what it keeps: callers may change their arrays."""
 
     def __init__(self, columns: Sequence[Column], block_bytes: int) -> None:
         self._columns = columns
@@ -187,18 +184,18 @@ class BlockCutter:
         self._pending: list[BlockData] = []
         self._pending_bytes = 0
 
-    def add(self, parts: BlockData) -> Iterator[BlockData]:
+    def add(self, batch: BlockData) -> Iterator[BlockData]:
         """Add a batch (the data of each column, of equal lengths); yield each full block. The rest stays pending."""
-        n = parts[0].n
-        ends_bytes = self._ends_bytes(parts)
+        n = batch[0].n
+        ends_bytes = self._ends_bytes(batch)
         start = 0
         while start < n:
             end = self._end_of_block(ends_bytes, start)
             if end == n:
-                self._pending.append([part.slice(start, n).own() for part in parts])
+                self._pending.append([data.slice(start, n).own() for data in batch])
                 self._pending_bytes += int(ends_bytes[n] - ends_bytes[start])
                 return
-            head = [part.slice(start, end) for part in parts]
+            head = [data.slice(start, end) for data in batch]
             yield self._joined(head if end > start else None)
             start = end
 
@@ -207,19 +204,19 @@ class BlockCutter:
         """Number of bytes that still fit into the pending block."""
         return self._block_bytes - self._pending_bytes
 
-    def end_block(self, parts: BlockData) -> BlockData:
+    def end_block(self, batch: BlockData) -> BlockData:
         """Return the block of the pending records and these records. Without pending records, nothing is copied."""
-        return self._joined(parts if parts[0].n else None)
+        return self._joined(batch if batch[0].n else None)
 
     def flush(self) -> BlockData | None:
         """Return the block of the pending records; None if there are none."""
         return self._joined(None) if self._pending else None
 
-    def _ends_bytes(self, parts: BlockData) -> npt.NDArray[np.int64]:
+    def _ends_bytes(self, batch: BlockData) -> npt.NDArray[np.int64]:
         """Return int64[n + 1]: the number of bytes before each record; the last entry is the total."""
-        ends = np.zeros(parts[0].n + 1, np.int64)
-        for column, part in zip(self._columns, parts, strict=True):
-            ends[1:] += record_bytes(column, part)
+        ends = np.zeros(batch[0].n + 1, np.int64)
+        for column, data in zip(self._columns, batch, strict=True):
+            ends[1:] += record_bytes(column, data)
         np.cumsum(ends, out=ends)
         return ends
 

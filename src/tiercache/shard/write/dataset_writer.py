@@ -15,7 +15,6 @@ from tiercache.shard.column_types import UserType
 from tiercache.shard.schema import Schema, check_same_schema
 from tiercache.shard.versions.commit import (
     Commit,
-    CommitRequest,
     check_mode,
     data_set_exists_error,
     find_latest,
@@ -182,9 +181,10 @@ class Writer:
     def _finished(self) -> Commit:
         if self._shards is None or self._schema is None:
             raise SchemaError("cannot create a data set: no schema was given and no record was written")
-        infos = tuple(self._shards.finish())
-        request = CommitRequest(infos, self._schema, self._mode, self._parent, self._shards.writer_id)
-        return Commit(self._store, request)
+        infos, writer_id = self._shards.finish(), self._shards.writer_id
+        return Commit(
+            self._store, infos, schema=self._schema, mode=self._mode, parent=self._parent, writer_id=writer_id
+        )
 
     def abort(self) -> None:
         """Commit nothing, and delete the shards that were written. On a closed or aborted writer, do nothing.

@@ -26,55 +26,35 @@ Array: TypeAlias = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class StoredArray:
-    """An Arrow array that is known to be in the stored form of a column.
-
-    Its uint16 values may be bfloat16 bits, and its uint8 values bools; in a plain Arrow array they would be numbers.
-    """
+    """An Arrow array that is known to be in stored form: its uint16 may be bfloat16 bits, and its uint8 bools."""
 
     array: pa.Array | pa.ChunkedArray
 
 
 def convert_stored(column: Column, data: StoredArray) -> ColumnData:
-    """Return the records of an array in stored form.
-
-    Raises:
-        ConversionError: The array is not in stored form, or has nulls that the column does not allow.
-    """
+    """Return the records of an array in stored form. Raises ConversionError if it is not, or has forbidden nulls."""
     if column.dtype != "bfloat16" and (column.dtype != "bool" or column.kind is Kind.BOOL):
         return convert_arrow(column, data.array)
-    part = convert_arrow(replace(column, dtype=column.stored.name), data.array)
-    if column.dtype == "bool" and part.values is not None and (part.values > 1).any():
+    converted = convert_arrow(replace(column, dtype=column.stored.name), data.array)
+    if column.dtype == "bool" and converted.values is not None and (converted.values > 1).any():
         raise ConversionError(str(column), "bytes that are neither 0 nor 1")
-    return part
+    return converted
 
 
 def convert_arrow(column: Column, data: pa.Array | pa.ChunkedArray) -> ColumnData:
-    """Return the records of an Arrow array that has the column's type, or a type that casts to it without loss.
-
-    Raises:
-        ConversionError: The array has another type, or a value does not fit.
-    """
+    """Return the records of an Arrow array of a type that casts to the column's without loss; or ConversionError."""
     if isinstance(data.type, BFloat16Type) and column.kind is Kind.SCALAR and column.dtype == "bfloat16":
         column = replace(column, dtype="uint16")
     array = data.combine_chunks() if isinstance(data, pa.ChunkedArray) else data
     if isinstance(array, pa.ChunkedArray):  # older pyarrow returns a ChunkedArray if there are no chunks
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
     if isinstance(array.type, pa.BaseExtensionType):
-        array = _storage(array)
+        array = pc.not_equal(array.storage, 0) if array.type.extension_name == "arrow.bool8" else array.storage
     if pt.is_dictionary(array.type):
         array = array.dictionary_decode()
     valid = _valid(column, array)
-    part = _HOW[column.kind](column, array)
-    return (
-        part
-        if valid is None or part.array is not None
-        else ColumnData(part.n, part.values, part.offsets, part.shapes, valid)
-    )
-
-
-def _storage(array: pa.Array) -> pa.Array:
-    storage = array.storage
-    return pc.not_equal(storage, 0) if array.type.extension_name == "arrow.bool8" else storage
+    converted = _HOW[column.kind](column, array)
+    return converted if valid is None or converted.array is not None else replace(converted, valid=valid)
 
 
 def _valid(column: Column, array: pa.Array) -> Array | None:
@@ -98,14 +78,6 @@ def _numbers(column: Column, array: pa.Array) -> Array:
         raise _no(column, array)
     elements = array.to_numpy(zero_copy_only=False)
     return fit(elements, elements.dtype.name, column.dtype or "")
-
-
-def _scalars(column: Column, array: pa.Array) -> ColumnData:
-    return ColumnData(len(array), _numbers(column, array).reshape(-1, 1))
-
-
-def _bools(column: Column, array: pa.Array) -> ColumnData:
-    return ColumnData(len(array), _numbers(column, array))
 
 
 def _tensors(column: Column, array: pa.Array) -> ColumnData:
@@ -244,9 +216,9 @@ def _any_arrow(column: Column, array: pa.Array) -> ColumnData:
 
 
 # JSON is missing, because its values are parsed and arrive as a list.
-_HOW = {
-    Kind.SCALAR: _scalars,
-    Kind.BOOL: _bools,
+_HOW: dict[Kind, Callable[[Column, pa.Array], ColumnData]] = {
+    Kind.SCALAR: lambda column, array: ColumnData(len(array), _numbers(column, array).reshape(-1, 1)),
+    Kind.BOOL: lambda column, array: ColumnData(len(array), _numbers(column, array)),
     Kind.TENSOR: _tensors,
     Kind.RAGGED: _ragged,
     Kind.BYTES: _runs,
@@ -261,22 +233,18 @@ _BYTES_LIKE = (Kind.BYTES, Kind.IMAGE, Kind.STR, Kind.JSON)
 
 
 def convert_column(column: Column, data: Any) -> ColumnData:
-    """Return a column of a batch in stored form. Numpy and Arrow memory is shared if no conversion is necessary.
-
-    Raises:
-        ConversionError: A value does not fit the column.
-    """
+    """Return a column of a batch in stored form, over the same memory if possible; or raise ConversionError."""
     if isinstance(data, StoredArray):
         return convert_column(column, data.array) if column.kind is Kind.JSON else convert_stored(column, data)
     if isinstance(data, pa.Array | pa.ChunkedArray):
-        return _part_of_list(column, _parsed(data)) if column.kind is Kind.JSON else convert_arrow(column, data)
+        return _convert_list(column, _parsed(data)) if column.kind is Kind.JSON else convert_arrow(column, data)
     if isinstance(data, list | tuple):
-        return _part_of_list(column, data)
+        return _convert_list(column, data)
     found = as_numpy(data)
     if found is not None:
-        return _part_of_numpy(column, *found)
+        return _convert_numpy(column, *found)
     if isinstance(data, Sequence) and not isinstance(data, str | bytes | bytearray | memoryview):
-        return _part_of_list(column, list(data))
+        return _convert_list(column, list(data))
     raise ConversionError(f"an array or a list of {column}", _type_name(data))
 
 
@@ -292,11 +260,11 @@ def _parsed(data: pa.Array | pa.ChunkedArray) -> list[Any]:
     return values
 
 
-def _part_of_numpy(column: Column, array: Array, dtype: str) -> ColumnData:
+def _convert_numpy(column: Column, array: Array, dtype: str) -> ColumnData:
     if array.ndim == 0:
         raise ConversionError(f"an array or a list of {column}", "a single value")
     if array.dtype.kind in "OU" or column.kind in _BYTES_LIKE:
-        return _part_of_list(column, array.tolist())
+        return _convert_list(column, array.tolist())
     if column.kind is Kind.ARROW:
         try:
             return convert_arrow(column, pa.array(array))
@@ -318,7 +286,7 @@ def _check_shape(column: Column, shape: tuple[int, ...]) -> None:
     raise ConversionError(str(column), f"the shape {shape}" if shape else "a single number")
 
 
-def _part_of_list(column: Column, values: Sequence[Any]) -> ColumnData:
+def _convert_list(column: Column, values: Sequence[Any]) -> ColumnData:
     fast = _plain_numbers(column, values) if column.kind is Kind.SCALAR else None
     if fast is not None:
         return ColumnData(len(values), fast.reshape(-1, 1))
@@ -327,7 +295,7 @@ def _part_of_list(column: Column, values: Sequence[Any]) -> ColumnData:
         if joined is not None:
             return ColumnData(len(values), joined[0], joined[1], valid=joined[2])
     if column.kind is Kind.ARROW:
-        return _arrow_part_of_list(column, values)
+        return _convert_arrow_list(column, values)
     return build_column_data(column, _each(values, value_converter(column)))
 
 
@@ -357,9 +325,9 @@ def _plain_numbers(column: Column, values: Sequence[Any]) -> Array | None:
 
 
 def value_converter(column: Column) -> Callable[[Any], Any]:
-    """Return a function that converts a value for build_column_data(): to bytes, an array, a Python value, or None.
+    """Return a function that converts a value for build_column_data(), or raises ConversionError.
 
-    The function raises ConversionError if the value does not fit. An array may share the value's memory.
+    Its result is bytes, an array, a Python value, or None; an array may share the value's memory.
     """
     scalar = column.kind is Kind.SCALAR
     plain = _number_converter(column) if scalar else partial(_CONVERTERS[column.kind], column)
@@ -523,25 +491,21 @@ def build_column_data(column: Column, converted: Sequence[Any]) -> ColumnData:
     """Join the results of value_converter() into column data in new memory. A null is stored as zeros, or as empty."""
     n = len(converted)
     valid = None
-    if column.nullable and None in map(_none_or_not, converted):
+    if column.nullable and any(value is None for value in converted):
         valid = np.fromiter((value is not None for value in converted), bool, n)
     if column.kind is Kind.ARROW:
         null = pa.nulls(1, column.arrow.type)
         arrays = [null if value is None else value for value in converted]
         return ColumnData(n, array=pa.concat_arrays(arrays) if arrays else pa.array([], column.arrow.type))
     if column.kind in _BYTES_LIKE:
-        pieces = [value or b"" for value in converted]
-        values = np.frombuffer(b"".join(pieces), np.uint8)
-        return ColumnData(n, values, _offsets(np.fromiter(map(len, pieces), np.int64, n)), valid=valid)
+        values_bytes = [value or b"" for value in converted]
+        values = np.frombuffer(b"".join(values_bytes), np.uint8)
+        return ColumnData(n, values, _offsets(np.fromiter(map(len, values_bytes), np.int64, n)), valid=valid)
     if column.kind is Kind.RAGGED:
         return _build_ragged(column, converted, valid)
     zero: Any = np.zeros(column.shape, column.stored) if column.kind is Kind.TENSOR else 0
     values = np.array([zero if value is None else value for value in converted], column.stored)
     return ColumnData(n, values if column.kind is Kind.BOOL else values.reshape(n, column.n_elements), valid=valid)
-
-
-def _none_or_not(value: Any) -> bool | None:
-    return None if value is None else True
 
 
 def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -559,7 +523,7 @@ def _build_ragged(column: Column, converted: Sequence[Any], valid: Array | None)
     return ColumnData(len(arrays), np.concatenate(runs), _offsets(lengths), shapes, valid)
 
 
-def _arrow_part_of_list(column: Column, values: Sequence[Any]) -> ColumnData:
+def _convert_arrow_list(column: Column, values: Sequence[Any]) -> ColumnData:
     _each(values, partial(check_value, column.arrow.type))
     try:
         return convert_arrow(column, pa.array(values, column.arrow.type))

@@ -7,23 +7,22 @@ import os
 import secrets
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import accumulate
+from queue import SimpleQueue
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from tiercache._native.checksum import combine, crc32c, lay_out
+from tiercache._native.checksum import combine, crc32c
 from tiercache.errors import StoreError
 from tiercache.model import ShardInfo
 from tiercache.shard.format import codec
 from tiercache.shard.format.codec import BlockCodec
-from tiercache.shard.format.layout import ALIGN_BYTES, CHUNK_ROW, PAGE_BYTES, Footer, Tail, align, pack_head
+from tiercache.shard.format.layout import CHUNK_ROW, Footer, Tail, align, pack_head
 from tiercache.shard.format.statistics import ColumnStatistics
-from tiercache.shard.memory import BUFFER_POOL, Bytes, address_of
+from tiercache.shard.memory import BUFFER_POOL, Bytes
 from tiercache.shard.schema import Schema
 from tiercache.shard.write.column_data import ColumnData, EncodedChunk, encode
 from tiercache.store.contract import Store, Upload
@@ -40,82 +39,64 @@ _MAX_WAITING = 2
 _SLACK_BYTES = 2 << 20
 
 
-class _Tasks:
-    """A thread that runs tasks in order. The lock guards all attributes; tasks run outside the lock.
+class _UploadThread:
+    """A thread that runs tasks in order. After an error or cancel() it drops tasks instead.
 
     The object holds no reference to its owner, so that an abandoned writer can be collected while its thread waits.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._waiting: deque[Task] = deque()
-        self._busy = self._cancelled = False
         self.error: BaseException | None = None
+        self._is_cancelled = False
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self._free = threading.Semaphore(_MAX_WAITING + 1)  # the task that runs has its place until it is done
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._work, name="tiercache-upload", daemon=True)
         self._thread.start()
 
     def put(self, task: Task) -> None:
         """Queue a task; wait while the queue is full. Raises the error of an earlier task."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._waiting) < _MAX_WAITING or self.error is not None)
-            self._check()
-            self._waiting.append(task)
-            self._changed.notify_all()
+        self._raise_error()
+        self._free.acquire()
+        self._raise_error()
+        self._tasks.put(task)
 
-    def wait(self) -> None:
-        """Wait until all tasks are done. Raises the error of a failed task."""
-        with self._changed:
-            self._changed.wait_for(lambda: not (self._waiting or self._busy) or self.error is not None)
-            self._check()
-
-    def _check(self) -> None:
-        if self.error is not None:
-            raise self.error
+    def finish(self) -> None:
+        """Wait until all tasks are done, and end the thread. Raises the error of a failed task."""
+        self._tasks.put(None)
+        self._thread.join()
+        self._raise_error()
 
     def cancel(self) -> None:
-        """Discard the queued tasks, and end the thread after its current task.
+        """Drop the queued tasks, and end the thread after its current task. The garbage collector may call this.
 
-        In a forked child process the call does nothing: the child has no thread, and the lock may be locked forever.
+        In a forked child process, which has no such thread, the call does nothing.
         """
         if os.getpid() == self._pid:
-            with self._changed:
-                # The thread clears the queue, because the garbage collector may call this method in the middle of
-                # _next().
-                self._cancelled = True
-                self._changed.notify_all()
+            self._is_cancelled = True
+            self._tasks.put(None)  # reentrant, unlike a lock, which the interrupted thread may hold
 
     def join(self) -> None:
         """Wait for the thread to end."""
         self._thread.join()
 
+    def _raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error
+
     def _work(self) -> None:
-        self._do_all()
-        self._waiting.clear()  # after cancel(), no thread queues tasks
+        while self._run_next():
+            pass
 
-    def _do_all(self) -> None:
-        while (task := self._next()) is not None:
-            try:
+    def _run_next(self) -> bool:
+        task = self._tasks.get()
+        try:
+            if task is not None and self.error is None and not self._is_cancelled:
                 task()
-            except BaseException as error:  # noqa: BLE001 -- top of a thread: the writer raises it at its next call
-                with self._changed:
-                    self.error = error
-                    self._waiting.clear()
-            finally:
-                del task  # the task references the memory of a part
-                with self._changed:
-                    self._busy = False
-                    self._changed.notify_all()
-
-    def _next(self) -> Task | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._cancelled)
-            if self._cancelled:
-                return None
-            self._busy = True
-            task = self._waiting.popleft()
-            self._changed.notify_all()
-            return task
+        except BaseException as error:  # noqa: BLE001 -- top of a thread: the writer raises it at its next call
+            self.error = error
+        self._free.release()
+        return task is not None
 
 
 class UploadQueue:
@@ -128,14 +109,14 @@ class UploadQueue:
     def __init__(self, store: Store) -> None:
         self._store = store
         self.part_bytes = max(PART_BYTES, store.min_part_bytes)
-        self._tasks: _Tasks | None = None
+        self._thread: _UploadThread | None = None
         self._pid: int | None = None
         self._open: list[Upload] = []
 
     @property
     def failed(self) -> bool:
         """Whether a task has failed; the next call raises its error."""
-        return self._tasks is not None and self._tasks.error is not None
+        return self._thread is not None and self._thread.error is not None
 
     @property
     def is_owner(self) -> bool:
@@ -143,11 +124,7 @@ class UploadQueue:
         return self._pid in (None, os.getpid())
 
     def claim_process(self) -> None:
-        """Make this process the owner of the uploads.
-
-        Raises:
-            ValueError: The uploads belong to the parent process.
-        """
+        """Make this process the owner of the uploads. Raises ValueError if they belong to the parent process."""
         if not self.is_owner:
             raise ValueError(
                 "a writer can be used only in the process that began to write, not in a forked child of it"
@@ -162,16 +139,9 @@ class UploadQueue:
         return upload
 
     def send(self, upload: Upload, number: int, memory: Bytes, n_bytes: int) -> int:
-        """Queue the first n_bytes of memory for upload, as parts with the numbers from `number` on.
+        """Queue the first n_bytes of memory as parts with the numbers from `number` on. Returns the next number.
 
-        Args:
-            upload: Upload that begin() returned.
-            number: Number of the first part.
-            memory: Bytes to upload. The caller must not change them afterwards.
-            n_bytes: Number of bytes to upload.
-
-        Returns:
-            Number of the next part.
+        The caller must not change the memory afterwards.
         """
         parts = [memory[start : min(start + self.part_bytes, n_bytes)] for start in range(0, n_bytes, self.part_bytes)]
 
@@ -194,21 +164,16 @@ class UploadQueue:
 
     def _put(self, task: Task) -> None:
         self.claim_process()
-        if self._tasks is None:
-            self._tasks = _Tasks()
-            weakref.finalize(self, self._tasks.cancel)
-        self._tasks.put(task)
+        if self._thread is None:
+            self._thread = _UploadThread()
+            weakref.finalize(self, self._thread.cancel)
+        self._thread.put(task)
 
     def wait(self) -> None:
-        """Wait until all tasks are done, and end the thread.
-
-        Raises:
-            StoreError: The store failed.
-        """
+        """Wait until all tasks are done, and end the thread. Raises StoreError if the store failed."""
         self.claim_process()
-        if self._tasks is not None:
-            self._tasks.wait()
-            self._end()
+        if self._thread is not None:
+            self._thread.finish()
 
     def abort(self) -> None:
         """Abort the uploads that are not complete, after the current task of the thread. A repeated call does nothing.
@@ -217,23 +182,17 @@ class UploadQueue:
         """
         if not self.is_owner:
             return
-        self._end()
+        if self._thread is not None:
+            self._thread.cancel()
+            self._thread.join()
         while self._open:
             with suppress(StoreError):
                 self._open[-1].abort()
             self._open.pop()
 
-    def _end(self) -> None:
-        if self._tasks is not None:
-            self._tasks.cancel()
-            self._tasks.join()
-
-
-_EMPTY = np.zeros(0, np.uint8)
-
 
 class _PartBuffer:
-    """Buffer that collects bytes into upload parts, and computes the CRC-32C of the whole file.
+    """Collects bytes into upload parts, and computes the CRC-32C of the whole file.
 
     It holds at most one part and the longest reserved piece.
     """
@@ -282,37 +241,8 @@ class _PartBuffer:
         self._uploads.complete(self._upload)
 
 
-class _Chunk:
-    """A chunk to be written: its buffers one after the other, each aligned to ALIGN_BYTES.
-
-    Attributes:
-        lengths: Number of bytes of each buffer, without padding.
-        ends: Offset of each buffer in the chunk, and the end of the chunk.
-    """
-
-    def __init__(self, encoded: EncodedChunk) -> None:
-        self.nodes = encoded.nodes
-        self._pieces = [_EMPTY if buffer is None else np.ascontiguousarray(buffer) for buffer in encoded.buffers]
-        self.lengths = [piece.nbytes for piece in self._pieces]
-        self.ends = list(accumulate(map(align, self.lengths), initial=0))
-
-    @property
-    def n_bytes(self) -> int:
-        """Number of bytes of the chunk before compression."""
-        return self.ends[-1]
-
-    def lay_out(self, raw: Bytes) -> tuple[int, npt.NDArray[np.uint32]]:
-        """Copy the buffers to raw, uint8[n_bytes]. Returns the CRC-32C of the chunk and of each page."""
-        sums = np.empty(-(-len(raw) // PAGE_BYTES), np.uint32)
-        addresses = np.array([address_of(piece) for piece in self._pieces], np.uint64)
-        return lay_out(addresses, np.array(self.lengths, np.uint64), ALIGN_BYTES, raw, PAGE_BYTES, sums), sums
-
-
 class ShardFile:
-    """A shard that is being written. It is not visible under `key` before finish(). For one thread.
-
-    To discard the shard, abort its uploads.
-    """
+    """A shard that is being written, invisible before finish(). For one thread. Abort its uploads to discard it."""
 
     def __init__(self, uploads: UploadQueue, key: str, schema: Schema, block_codec: BlockCodec) -> None:
         self.key = key
@@ -341,25 +271,25 @@ class ShardFile:
         rows = CHUNK_ROW.itemsize * len(self._chunks) + 16 * (len(self._nodes) + len(self._buffers))
         return rows + 4 * self._n_pages
 
-    def add_block(self, parts: Sequence[ColumnData]) -> None:
+    def add_block(self, columns: Sequence[ColumnData]) -> None:
         """Append a block. parts: Data of each column, of equal lengths."""
-        chunks = [_Chunk(encode(column, part)) for column, part in zip(self._schema.columns, parts, strict=True)]
+        chunks = [encode(column, data) for column, data in zip(self._schema.columns, columns, strict=True)]
         frames = self._codec.encode([chunk.n_bytes for chunk in chunks], lambda number: self._laid_out(chunks[number]))
         for number, (chunk, frame) in enumerate(zip(chunks, frames, strict=True)):
             stored_bytes = self._add_chunk(chunk, frame)
-            part = parts[number]
+            data = columns[number]
             nulls = chunk.nodes[0][1]
-            self._statistics[number].add(part.values, part.valid, part.n, nulls, chunk.n_bytes, stored_bytes)
-        self._block_first.append(self._block_first[-1] + parts[0].n)
+            self._statistics[number].add(data.values, data.valid, data.n, nulls, chunk.n_bytes, stored_bytes)
+        self._block_first.append(self._block_first[-1] + columns[0].n)
         self.n_blocks += 1
 
-    def _laid_out(self, chunk: _Chunk) -> Bytes:
+    def _laid_out(self, chunk: EncodedChunk) -> Bytes:
         """Lay out a chunk in the memory of the file's next bytes, and return it; it is not appended yet."""
         raw = self._out.reserve(chunk.n_bytes)
         chunk.lay_out(raw)
         return raw
 
-    def _add_chunk(self, chunk: _Chunk, frame: bytes | None) -> int:
+    def _add_chunk(self, chunk: EncodedChunk, frame: bytes | None) -> int:
         """Append a chunk, raw if frame is None, otherwise as the frame. Returns its number of stored bytes."""
         first_node, first_buffer, first_page = len(self._nodes), len(self._buffers), self._n_pages
         self._nodes.extend(chunk.nodes)
@@ -382,7 +312,19 @@ class ShardFile:
         """Write footer and tail, and queue the completion of the upload. Returns the description of the shard."""
         names = self._schema.names
         statistics = {name: column.as_json() for name, column in zip(names, self._statistics, strict=True)}
-        footer = self._footer(statistics, metadata)
+        footer = Footer(
+            schema=self._schema,
+            shard_id=self._shard_id,
+            n_records=self._block_first[-1],
+            n_blocks=self.n_blocks,
+            block_first=np.array(self._block_first, np.uint64),
+            chunks=np.array(self._chunks, CHUNK_ROW).reshape(self.n_blocks, len(self._schema)),
+            nodes=np.array(self._nodes, np.uint64).reshape(-1, 2),
+            buffers=np.array(self._buffers, np.uint64).reshape(-1, 2),
+            pages=np.concatenate([np.zeros(0, np.uint32), *self._pages]),
+            statistics=statistics,
+            metadata=metadata,
+        )
         stored, raw_bytes = footer.pack()
         tail = Tail(self._out.n_bytes, len(stored), raw_bytes, crc32c(stored))
         self._out.append(stored)
@@ -397,19 +339,4 @@ class ShardFile:
             footer_offset=tail.footer_offset,
             footer_bytes=tail.footer_bytes,
             stats_json=json.dumps(statistics, sort_keys=True, separators=(",", ":")),
-        )
-
-    def _footer(self, statistics: Mapping[str, Any], metadata: Mapping[str, Any]) -> Footer:
-        return Footer(
-            schema=self._schema,
-            shard_id=self._shard_id,
-            n_records=self._block_first[-1],
-            n_blocks=self.n_blocks,
-            block_first=np.array(self._block_first, np.uint64),
-            chunks=np.array(self._chunks, CHUNK_ROW).reshape(self.n_blocks, len(self._schema)),
-            nodes=np.array(self._nodes, np.uint64).reshape(-1, 2),
-            buffers=np.array(self._buffers, np.uint64).reshape(-1, 2),
-            pages=np.concatenate([np.zeros(0, np.uint32), *self._pages]),
-            statistics=statistics,
-            metadata=metadata,
         )

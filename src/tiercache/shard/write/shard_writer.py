@@ -19,7 +19,7 @@ from tiercache.errors import SchemaError, StoreError
 from tiercache.model import ShardInfo
 from tiercache.shard.column_types import FLOATS, INTEGERS, Kind
 from tiercache.shard.conversion import ConversionError
-from tiercache.shard.format.codec import BlockCodec, ColumnCodec, parse_compression
+from tiercache.shard.format.codec import BlockCodec, parse_compression
 from tiercache.shard.format.layout import FOOTER_LIMIT_BYTES
 from tiercache.shard.schema import TYPE_KEY, Column, Schema, check_mapping
 from tiercache.shard.write.column_data import BlockCutter, BlockData, ColumnData
@@ -62,17 +62,10 @@ class RecordBuffer:
         self._records.limit_bytes = max(room_bytes, 0)
 
     def add(self, record: Mapping[str, Any], number: int) -> int:
-        """Add a record, whose names the caller has checked.
+        """Add a record, whose names are checked; a missing column is null. Returns ADDED or EXCEEDS_BLOCK.
 
-        Args:
-            record: Mapping of column names to values; missing columns are null.
-            number: Number of the record in the writer's input, for errors.
-
-        Returns:
-            ADDED or EXCEEDS_BLOCK.
-
-        Raises:
-            SchemaError: A value does not fit; nothing of the record is kept.
+        number: Number of the record in the writer's input, for the SchemaError of a value that does not fit; then
+        nothing of the record is kept.
         """
         named = {column.name: record.get(column.name) for column in self._columns}
         extra_bytes = 0
@@ -103,21 +96,21 @@ class RecordBuffer:
 
     def take(self, n: int) -> BlockData:
         """Remove and return the first n records: all, or all but the last. The result owns its memory."""
-        parts = []
-        for index, (column, taken) in enumerate(zip(self._columns, self._records.take(n), strict=True)):
+        batch = []
+        for index, (column, arrays) in enumerate(zip(self._columns, self._records.take(n), strict=True)):
             if column.kind is Kind.ARROW:
                 kept = self._objects[index]
-                parts.append(build_column_data(column, kept[:n]))
+                batch.append(build_column_data(column, kept[:n]))
                 del kept[:n]
                 continue
-            values, offsets, shapes, valid = taken
+            values, offsets, shapes, valid = arrays
             if column.kind is Kind.RAGGED:
                 values = values[: len(values) // column.stored.itemsize * column.stored.itemsize].view(column.stored)
             elif offsets is None and column.kind is not Kind.BOOL:
                 values = values.reshape(n, column.n_elements)
             valid = None if valid is None or valid.all() else valid
-            parts.append(ColumnData(n, values, offsets, shapes if column.kind is Kind.RAGGED else None, valid))
-        return parts
+            batch.append(ColumnData(n, values, offsets, shapes if column.kind is Kind.RAGGED else None, valid))
+        return batch
 
 
 def misfit_error(column: Column, error: ConversionError, record: int) -> SchemaError:
@@ -242,8 +235,7 @@ class ShardWriter:
             for name in self._options.compression:
                 schema.index(name)
         self.writer_id = writer_id or secrets.token_hex(8)
-        codecs = [ColumnCodec(self._options.compression_of(c.name), c.kind) for c in schema.columns]
-        self._codec = BlockCodec(codecs)
+        self._codec = BlockCodec([(self._options.compression_of(c.name), c.kind) for c in schema.columns])
         self._block_bytes = min(self._options.block_bytes, self._options.shard_bytes)
         self._cutter = BlockCutter(schema.columns, self._block_bytes)
         self._rows = RecordBuffer(schema.columns, self._block_bytes)
@@ -256,12 +248,7 @@ class ShardWriter:
         self.n_records = 0
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Add a record: a value for each column. A nullable column may be missing.
-
-        Raises:
-            SchemaError: A value does not fit, or a column is missing or unknown; the record is not written.
-            StoreError: The upload of an earlier record failed.
-        """
+        """See Writer.write."""
         if self._ended:
             self._check_open()
         kept = self._rows.add_fast(record)
@@ -286,39 +273,35 @@ class ShardWriter:
         self._ended = ""
 
     def write_batch(self, columns: Mapping[str, Any] | pa.RecordBatch | pa.Table) -> None:
-        """Add several records, given by column.
-
-        Args:
-            columns: Arrays, lists or tensors of equal length by column name, or an Arrow record batch or table. They
-                are read only during the call.
-
-        Raises:
-            SchemaError: A value does not fit (the error names the column, the record's number in the writer's whole
-                input, the expected and the actual value), or columns are missing, unknown or of different lengths.
-                Nothing of the batch is written.
-            StoreError: The upload of earlier records failed.
-        """
+        """See Writer.write_batch. The columns are read only during the call."""
         self._check_open()
         if isinstance(columns, pa.RecordBatch | pa.Table):
             if len(set(columns.schema.names)) != len(columns.schema.names):
                 raise SchemaError(f"column names must differ, got {columns.schema.names}")
-            columns = {field.name: _as_said(field, columns.column(field.name)) for field in columns.schema}
+            # The metadata of a field says whether the column is in stored form.
+            columns = {
+                field.name: StoredArray(data) if TYPE_KEY in (field.metadata or {}) else data
+                for field, data in zip(columns.schema, columns.columns, strict=True)
+            }
         self._check_names(columns, at_record=None)
-        parts = self._parts(columns)
-        if not parts[0].n:
+        batch = self._convert(columns)
+        if not batch[0].n:
             return
         self._ended = _BROKEN
         self._add_rows()
-        self.n_records += parts[0].n
-        self._write_blocks(self._cutter.add(parts))
+        self.n_records += batch[0].n
+        self._write_blocks(self._cutter.add(batch))
         self._rows.set_room(self._cutter.room_bytes)
         self._ended = ""
 
-    def _parts(self, columns: Mapping[str, Any]) -> BlockData:
-        given = {
-            name: convert_batch_column(self._schema.columns[self._schema.index(name)], data, self.n_records)
-            for name, data in columns.items()
-        }
+    def _convert(self, columns: Mapping[str, Any]) -> BlockData:
+        given: dict[str, ColumnData] = {}
+        for name, data in columns.items():
+            column = self._schema.columns[self._schema.index(name)]
+            try:
+                given[name] = convert_column(column, data)
+            except ConversionError as error:
+                raise misfit_error(column, error, self.n_records + error.index) from error
         lengths = {name: part.n for name, part in given.items()}
         n = next(iter(lengths.values()), 0)
         for name, length in lengths.items():
@@ -400,10 +383,7 @@ class ShardWriter:
         self._finish_file()
 
     def abort(self) -> None:
-        """Discard the unfinished shard and delete the finished ones.
-
-        A repeated call, a call after finish() and a call in a forked child process do nothing.
-        """
+        """Discard the unfinished shard and delete the finished ones; do nothing after the end or in a forked child."""
         if self._ended in ("finished", "aborted"):
             return
         self._ended = _BROKEN  # if a second Ctrl-C interrupts the wait for the thread, the next abort() continues
@@ -431,22 +411,3 @@ class ShardWriter:
                 self.finish()
         finally:
             self.abort()  # does nothing after finish()
-
-
-def _as_said(field: pa.Field, data: pa.Array | pa.ChunkedArray) -> Any:
-    """Return a column of an Arrow table; as Stored if the metadata of its field says that it is in stored form."""
-    return StoredArray(data) if TYPE_KEY in (field.metadata or {}) else data
-
-
-def convert_batch_column(column: Column, data: Any, first_record: int) -> Any:
-    """Return convert_column(column, data), with a ConversionError turned into a SchemaError.
-
-    Args:
-        column: Column that the data belongs to.
-        data: Values of the batch. See convert_column.
-        first_record: Number of the batch's first record in the whole input.
-    """
-    try:
-        return convert_column(column, data)
-    except ConversionError as error:
-        raise misfit_error(column, error, first_record + error.index) from error

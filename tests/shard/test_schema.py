@@ -1,4 +1,4 @@
-"""Schemas and columns: what users may say, what is guessed, what is kept in Arrow and in bytes."""
+"""Schemas and columns: types that users state, inference, and their Arrow form."""
 
 import datetime as dt
 import pickle
@@ -36,7 +36,7 @@ TEXT = (
 )
 
 
-def test_a_schema_is_readable():
+def test_the_repr_of_a_schema_names_columns_and_types():
     assert repr(Schema.of(EVERYTHING)) == TEXT
 
 
@@ -51,7 +51,7 @@ def test_a_schema_is_readable():
         lambda s: s.select(s.names),
     ],
 )
-def test_a_schema_comes_back_equal(again):
+def test_a_schema_reads_back_equal(again):
     schema = Schema.of(EVERYTHING)
     found = again(schema)
     assert found == schema
@@ -71,7 +71,7 @@ def test_schemas_of_other_types_names_or_order_differ():
         assert Schema.of(other) != schema
 
 
-def test_streams_say_which_buffers_the_gather_reads():
+def test_streams_name_the_buffers_that_the_gather_reads():
     schema = Schema.of(EVERYTHING)
     streams = {c.name: c.streams(n) for n, c in enumerate(schema.columns)}
     assert streams["i"] == (Stream(0, "values", FIXED, 8, 1), Stream(0, "valid", BITS, 0, 0))
@@ -87,7 +87,7 @@ def test_streams_say_which_buffers_the_gather_reads():
     assert streams["l"] == ()
 
 
-def test_selected_columns_keep_the_order_that_was_asked_for():
+def test_selected_columns_have_the_requested_order():
     assert Schema.of({"a": "int8", "b": "str", "c": "bool"}).select(["c", "a"]).names == ("c", "a")
     with pytest.raises(SchemaError, match="column 'x': no such column; there are 'a'"):
         Schema.of({"a": "int8"}).select(["x"])
@@ -139,7 +139,7 @@ def test_arrow_types_that_cannot_be_stored_are_refused(arrow):
 
 
 @pytest.mark.parametrize("bad", ["int65", "", "?", "float", "object", 5, None, int, {"a": 1}])
-def test_a_type_that_is_not_there_is_refused_with_those_that_are(bad):
+def test_an_unknown_type_is_an_error_that_lists_the_types(bad):
     with pytest.raises(SchemaError, match="column 'x': no such type") as caught:
         Schema.of({"x": bad})
     assert "bfloat16" in caught.value.expected
@@ -170,7 +170,7 @@ def test_a_type_that_is_not_there_is_refused_with_those_that_are(bad):
         lambda: Schema.of(pa.schema([pa.field("a", pa.int8(), metadata={"tiercache.type": "[]"})])),
     ],
 )
-def test_a_schema_that_cannot_be_is_refused(make):
+def test_an_invalid_schema_is_an_error(make):
     with pytest.raises(SchemaError):
         make()
 
@@ -193,14 +193,14 @@ def test_a_schema_that_cannot_be_is_refused(make):
         (torch.tensor(1), "int64"),
     ],
 )
-def test_a_records_values_say_their_types(value, text):
+def test_types_are_inferred_from_the_values_of_a_record(value, text):
     assert str(Schema.infer_record({"x": value}).columns[0]) == text
 
 
 @pytest.mark.parametrize(
     "value", [None, [1, 2], (1,), object(), 1j, {1, 2}, dt.datetime(2026, 1, 1), np.array(["a"]), np.zeros(2, complex)]
 )
-def test_a_value_of_an_unknown_type_is_refused_with_the_types_that_exist(value):
+def test_a_value_of_an_unknown_type_is_an_error_that_lists_the_types(value):
     with pytest.raises(SchemaError, match="column 'x'") as caught:
         Schema.infer_record({"x": value})
     assert "bfloat16" in caught.value.expected
@@ -224,7 +224,7 @@ def test_a_value_of_an_unknown_type_is_refused_with_the_types_that_exist(value):
         ([np.zeros((1, 2)), np.zeros((1, 2))], "float64[1, 2]"),
     ],
 )
-def test_a_batchs_columns_say_their_types(values, text):
+def test_types_are_inferred_from_the_columns_of_a_batch(values, text):
     assert str(Schema.infer_columns({"x": values}).columns[0]) == text
 
 
@@ -241,7 +241,7 @@ def test_a_batchs_columns_say_their_types(values, text):
         (np.int64(5), "first dimension"),
     ],
 )
-def test_a_batch_whose_types_cannot_be_guessed_is_refused(values, message):
+def test_a_batch_whose_types_cannot_be_inferred_is_an_error(values, message):
     with pytest.raises(SchemaError, match=f"column 'x'.*{message}"):
         Schema.infer_columns({"x": values})
 
@@ -264,7 +264,7 @@ def test_arrow_alone_reads_a_schema_without_our_types():
     assert Schema.of(plain) == Schema.of(EVERYTHING)
 
 
-def test_every_kind_of_column_is_described():
+def test_every_kind_of_column_has_a_readable_description():
     kinds = {column.kind for column in Schema.of(EVERYTHING).columns}
     assert kinds == set(Kind)
 

@@ -1,4 +1,4 @@
-"""However a writer ends, by Ctrl-C anywhere, in a fork, with its process, beside others: all records or no shard."""
+"""A writer that ends by Ctrl-C, in a fork, or with its process writes all records or no shard."""
 
 import gc
 import subprocess
@@ -47,7 +47,7 @@ HAND_OVERS = [
 
 @pytest.mark.parametrize(("owner", "name"), HAND_OVERS, ids=lambda x: getattr(x, "__name__", x))
 @pytest.mark.parametrize("by", ["write", "batch"])
-def test_ctrl_c_between_two_hand_overs_breaks_the_writer(store, monkeypatch, owner, name, by):
+def test_ctrl_c_in_the_middle_of_a_write_breaks_the_writer(store, monkeypatch, owner, name, by):
     monkeypatch.setattr(shard_file, "PART_BYTES", 2048)
     store.min_part_bytes = 2048
     before, calls = getattr(owner, name), []
@@ -79,7 +79,7 @@ def test_ctrl_c_between_two_hand_overs_breaks_the_writer(store, monkeypatch, own
 
 
 @pytest.mark.parametrize("n", [1, 300], ids=["records", "blocks"])
-def test_a_fork_before_the_first_part_leaves_all_to_the_parent(tmp_path, n):
+def test_after_a_fork_before_the_first_part_only_the_parent_can_write(tmp_path, n):
     store = LocalFolder(tmp_path)
     writer = ShardWriter(store, SCHEMA, OPTIONS)
 
@@ -113,7 +113,7 @@ class Stubborn(MemoryStore):
         return upload
 
 
-def test_the_error_that_made_a_writer_abort_is_shown_and_not_that_of_the_abort():
+def test_an_error_of_the_abort_does_not_hide_the_first_error():
     with pytest.raises(StoreError, match="first"), ShardWriter(Stubborn("ends-stubborn"), SCHEMA, OPTIONS) as writer:
         writer.write({"x": 1})
 
@@ -126,7 +126,7 @@ def test_an_abort_that_was_interrupted_can_be_repeated(store, monkeypatch):
         def struck(self):
             raise KeyboardInterrupt
 
-        patch.setattr(shard_file._Tasks, "join", struck)
+        patch.setattr(shard_file._UploadThread, "join", struck)
         with pytest.raises(KeyboardInterrupt):
             writer.abort()
     with pytest.raises(ValueError, match="only abort"):
@@ -135,7 +135,7 @@ def test_an_abort_that_was_interrupted_can_be_repeated(store, monkeypatch):
     assert list(store.list()) == []
 
 
-def test_a_process_that_ends_without_closing_ends_quietly_and_leaves_no_data_set(tmp_path):
+def test_a_process_that_exits_without_close_leaves_no_data_set(tmp_path):
     script = Path(__file__).with_name("exit_while_writing.py")
     folder = tmp_path / "d"
     ended = subprocess.run(
@@ -163,7 +163,7 @@ def test_many_writers_at_once_do_not_disturb_each_other(tmp_path, monkeypatch):
     assert [thread for thread in threading.enumerate() if thread.name == "tiercache-upload"] == []
 
 
-def test_memory_of_parts_is_gone_with_the_writer(store):
+def test_memory_of_parts_is_freed_with_the_writer(store):
     with ShardWriter(store, SCHEMA, OPTIONS) as writer:
         writer.write_batch({"x": np.arange(1000)})
         memory = weakref.ref(writer._file._out._memory)
@@ -196,7 +196,7 @@ class Faulty(MemoryStore):
 
 
 @pytest.mark.parametrize("n", range(14))
-def test_whichever_call_of_the_store_fails_the_error_comes_and_nothing_stays(monkeypatch, n):
+def test_an_error_of_any_store_call_is_raised_and_leaves_no_object(monkeypatch, n):
     monkeypatch.setattr(shard_file, "PART_BYTES", 2048)
     store = Faulty("ends-faulty", n)
 

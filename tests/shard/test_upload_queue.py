@@ -1,4 +1,4 @@
-"""Uploads go on behind the writer: in order, in bounded memory; errors, Ctrl-C, forks and forgetting leave nothing."""
+"""Uploads in the background: order, bounded memory, errors, Ctrl-C, forks and abandoned writers."""
 
 import gc
 import os
@@ -79,7 +79,7 @@ def options(**others: int) -> ShardOptions:
     return ShardOptions(block_bytes=1024, compression="none", **others)
 
 
-def test_the_writer_goes_on_while_a_part_is_uploaded_and_all_is_in_order(store: Gated) -> None:
+def test_the_writer_continues_during_an_upload_and_parts_stay_in_order(store: Gated) -> None:
     store.gate.clear()
     with ShardWriter(store, SCHEMA, options()) as writer:
         for i in range(1200):  # 9600 bytes: a part that is stuck, one that waits, and a beginning
@@ -93,7 +93,7 @@ def test_the_writer_goes_on_while_a_part_is_uploaded_and_all_is_in_order(store: 
     assert ShardReader(store, info.name, info=info).take(range(5000), [0])[0].values.tolist() == list(range(5000))
 
 
-def test_one_part_is_sent_and_two_wait_and_no_more_are_taken(store: Gated) -> None:
+def test_the_queue_holds_one_part_in_transit_and_two_waiting(store: Gated) -> None:
     store.gate.clear()
     uploads = UploadQueue(store)
     upload, taken = uploads.begin("a"), threading.Event()
@@ -129,7 +129,7 @@ def test_twenty_parts_never_take_the_memory_of_more_than_four(store: Gated) -> N
 
 
 @pytest.mark.parametrize("one_by_one", [True, False])
-def test_an_error_of_the_store_is_raised_by_the_next_call_and_then_only_abort_is_left(
+def test_a_store_error_is_raised_by_the_next_call_and_then_only_abort_is_allowed(
     store: Gated, one_by_one: bool
 ) -> None:
     store.fail_at = 1
@@ -165,7 +165,7 @@ def test_an_error_in_the_last_part_is_raised_by_finish(store: Gated) -> None:
     assert list(store.list()) == []
 
 
-def test_abort_leaves_neither_parts_that_wait_nor_shards(store: Gated) -> None:
+def test_abort_discards_waiting_parts_and_shards(store: Gated) -> None:
     writer = ShardWriter(store, SCHEMA, options(shard_bytes=3000))
     writer.write_batch({"x": np.arange(2000)})
     store.gate.clear()
@@ -178,7 +178,7 @@ def test_abort_leaves_neither_parts_that_wait_nor_shards(store: Gated) -> None:
     writer.abort()
 
 
-def test_ctrl_c_while_the_store_is_waited_for_leaves_nothing(store: Gated) -> None:
+def test_ctrl_c_during_an_upload_leaves_no_object(store: Gated) -> None:
     store.interrupt_at = 3
 
     def write_for_ever() -> None:
@@ -191,7 +191,7 @@ def test_ctrl_c_while_the_store_is_waited_for_leaves_nothing(store: Gated) -> No
     assert list(store.list()) == []
 
 
-def test_a_writer_that_is_forgotten_ends_its_thread(store: Gated) -> None:
+def test_an_abandoned_writer_ends_its_thread(store: Gated) -> None:
     writer = ShardWriter(store, SCHEMA, options())
     writer.write_batch({"x": np.arange(2000)})
     (thread,) = upload_threads()
@@ -208,7 +208,7 @@ def test_a_writer_that_writes_nothing_starts_no_thread(store: Gated) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_process_can_neither_write_on_nor_take_its_parents_shards_away(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_forked_child_cannot_continue_the_writer_or_delete_its_parents_shards(tmp_path) -> None:  # type: ignore[no-untyped-def]
     def child() -> int:
         refused = 0
         for call in (writer.finish, lambda: writer.write_batch({"x": np.arange(100_000)})):
@@ -230,7 +230,7 @@ def test_a_forked_process_can_neither_write_on_nor_take_its_parents_shards_away(
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_writer_that_wrote_nothing_yet_may_be_used_in_a_fork(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_new_writer_can_be_used_in_a_forked_child(tmp_path) -> None:  # type: ignore[no-untyped-def]
     store = LocalFolder(tmp_path)
     writer = ShardWriter(store, SCHEMA, options(), writer_id="w")
 
@@ -243,7 +243,7 @@ def test_a_writer_that_wrote_nothing_yet_may_be_used_in_a_fork(tmp_path) -> None
     assert ShardReader(store, "shards/w-000000.tcs").take([0], [0])[0].values.tolist() == [7]
 
 
-def test_an_array_may_be_changed_while_its_records_are_still_uploaded(store: Gated) -> None:
+def test_an_array_may_be_changed_while_its_records_are_uploaded(store: Gated) -> None:
     store.gate.clear()
     mine = np.arange(1100)
     with ShardWriter(store, SCHEMA, options()) as writer:

@@ -1,4 +1,4 @@
-"""A footer that was read before its shard is opened: it saves the request, never the check."""
+"""A footer that was read before its shard is opened saves the request, not the check."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ def footer_of(store, info):
         return reader.footer
 
 
-def test_a_footer_that_was_read_before_saves_the_request_but_not_the_check():
+def test_a_known_footer_saves_the_request_but_not_the_check():
     store = CountingStore(MemoryStore("footers"))
     info = fill(store)
     footer = footer_of(store, info)
@@ -37,14 +37,14 @@ def test_a_footer_that_was_read_before_saves_the_request_but_not_the_check():
         ShardReader(store, info.name, info=replace(info, shard_id="ff" * 16), footer=footer)
 
 
-def test_a_local_copy_has_its_own_footer_read_whatever_was_read_before(tmp_path):
+def test_the_footer_of_a_local_copy_is_always_read(tmp_path):
     store = LocalFolder(tmp_path)
     info = fill(store)
     footer = footer_of(store, info)
     assert ShardReader(store, info.name, info=info, footer=footer).footer is not footer
 
 
-def test_footers_are_kept_for_one_opening_and_within_a_limit():
+def test_the_footer_cache_gives_each_footer_once_and_has_a_limit():
     store = MemoryStore("footers-kept")
     footer = footer_of(store, fill(store))
     kept = FooterCache(limit_bytes=2 * footer.nbytes)

@@ -1,4 +1,4 @@
-"""What a reader keeps of a shard that stays mapped: chosen blocks, damage, and files that change under it."""
+"""Blocks of a mapped shard that the reader keeps: selection, damage, and files that change."""
 
 import os
 
@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("chosen", [[0], [1], [1, 0], range(1, 3), [2, 0, 2], []])
-def test_blocks_chosen_from_a_mapped_shard_are_what_loading_them_alone_gives(folder, chosen):
+def test_blocks_selected_from_a_mapped_shard_equal_blocks_loaded_alone(folder, chosen):
     store, info = folder
     with ShardReader(store, info.name) as reader, ShardReader(store, info.name, verify="always") as alone:
         whole, part, anew = reader.load(range(3), RAW), reader.load(chosen, RAW), alone.load(chosen, RAW)
@@ -50,7 +50,7 @@ def test_blocks_chosen_from_a_mapped_shard_are_what_loading_them_alone_gives(fol
         assert (part.pending_checks is None) is (not chosen)
 
 
-def test_what_is_kept_of_a_shard_is_of_the_columns_that_were_asked_for_last(folder):
+def test_mapped_blocks_are_kept_for_the_columns_of_the_last_call(folder):
     store, info = folder
     with ShardReader(store, info.name) as reader:
         both = reader.mapped_blocks(RAW[:2])
@@ -63,7 +63,7 @@ def test_what_is_kept_of_a_shard_is_of_the_columns_that_were_asked_for_last(fold
             reader.load([0, 3], RAW[:2])
 
 
-def test_nothing_is_kept_where_every_read_is_checked_or_something_is_decoded(folder):
+def test_mapped_blocks_are_not_kept_with_verify_always_or_compressed_chunks(folder):
     store, info = folder
     with ShardReader(store, info.name, verify="always") as reader:
         assert reader.mapped_blocks(RAW) is None
@@ -76,7 +76,7 @@ def test_nothing_is_kept_where_every_read_is_checked_or_something_is_decoded(fol
 
 
 @pytest.mark.parametrize("is_one_block", [True, False])
-def test_arrow_is_given_no_offsets_that_changed_since_they_were_looked_at(tmp_path, is_one_block):
+def test_offsets_are_checked_again_for_each_arrow_array(tmp_path, is_one_block):
     store = LocalFolder(tmp_path)
     with ShardWriter(store, Schema.of({"b": "bytes"}), ShardOptions(compression="none"), writer_id="w") as writer:
         writer.write_batch({"b": [bytes(20_000) for _ in range(30 if is_one_block else 100)]})
@@ -99,7 +99,7 @@ def test_arrow_is_given_no_offsets_that_changed_since_they_were_looked_at(tmp_pa
             checking.load([0], [0]).array(0, 0)
 
 
-def test_a_file_that_is_cut_short_is_noticed_when_kept_blocks_are_asked_for(folder):
+def test_a_truncated_file_is_detected_when_mapped_blocks_are_reused(folder):
     store, info = folder
     with ShardReader(store, info.name) as reader:
         reader.load([0], RAW)

@@ -1,4 +1,4 @@
-"""Numbers into columns: exact or refused."""
+"""Conversion of numbers to the dtype of a column: exact, or an error."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ INTEGER_DTYPES = st.sampled_from(sorted(INTEGERS))
 
 
 @given(data=st.data(), source=INTEGER_DTYPES, target=INTEGER_DTYPES)
-def test_integers_fit_exactly_or_the_first_that_does_not_is_named(data, source, target):
+def test_integers_are_converted_exactly_or_the_error_names_the_first_that_does_not_fit(data, source, target):
     values = data.draw(hnp.arrays(source, st.integers(0, 5)))
     limits = np.iinfo(target)
     wrong = [i for i, value in enumerate(values.tolist()) if not limits.min <= value <= limits.max]
@@ -29,7 +29,7 @@ def test_integers_fit_exactly_or_the_first_that_does_not_is_named(data, source, 
 
 
 @given(value=st.integers(-(2**63), 2**64 - 1), target=st.sampled_from(["float16", "float32", "float64", "bfloat16"]))
-def test_an_integer_goes_into_a_float_that_holds_it_exactly_and_no_other(value, target):
+def test_an_integer_is_converted_only_to_a_float_of_equal_value(value, target):
     source = "uint64" if value > 0 else "int64"
     wanted = torch.tensor(float(value), dtype=getattr(torch, target)).item()
     exact = np.isfinite(wanted) and int(wanted) == value
@@ -42,7 +42,7 @@ def test_an_integer_goes_into_a_float_that_holds_it_exactly_and_no_other(value, 
 
 
 @given(values=hnp.arrays(np.float32, 20, elements=st.floats(width=32)))
-def test_float32_is_rounded_to_bfloat16_as_torch_does(values):
+def test_float32_is_rounded_to_bfloat16_as_in_torch(values):
     expected = torch.from_numpy(values).to(torch.bfloat16).float().numpy()
     assert np.array_equal(widen_bfloat16(round_to_bfloat16(values)), expected, equal_nan=True)
 
@@ -60,7 +60,7 @@ def test_float64_is_rounded_once(bits, side, shrink):
     assert widen_bfloat16(round_to_bfloat16(np.array([value])))[0] == expected
 
 
-def test_floats_become_narrower_but_not_infinite():
+def test_floats_are_rounded_to_narrower_types_but_not_to_infinity():
     assert fit(np.array([0.1, np.inf, np.nan]), "float64", "float32").tolist()[1] == np.inf
     for target, value in (("float32", 1e39), ("float16", 65520.0), ("bfloat16", 3.4e38)):
         with pytest.raises(ConversionError, match=f"within the range of {target}"):
@@ -73,7 +73,7 @@ def test_an_array_of_the_columns_dtype_is_not_copied(target):
     assert np.shares_memory(fit(array, target, target), array)
 
 
-def test_bfloat16_tensors_come_as_their_bits():
+def test_bfloat16_tensors_are_converted_to_their_bits():
     tensor = torch.tensor([1.0, -2.0], dtype=torch.bfloat16, requires_grad=True)
     array, name = as_numpy(tensor)
     assert (name, array.dtype) == ("bfloat16", np.uint16)
@@ -89,6 +89,6 @@ def test_a_tensor_that_numpy_cannot_hold_is_refused():
 @pytest.mark.parametrize(
     ("given_dtype", "target"), [("bool", "int8"), ("uint8", "bool"), ("float32", "int64"), ("bool", "float32")]
 )
-def test_other_sorts_of_numbers_are_refused(given_dtype, target):
+def test_other_kinds_of_numbers_are_errors(given_dtype, target):
     with pytest.raises(ConversionError):
         fit(np.zeros(1, given_dtype), given_dtype, target)

@@ -1,4 +1,4 @@
-"""What a later release may add to format version 1: passed by, or refused by naming the release that knows it."""
+"""Additions of later releases to format version 1: ignored, or an error that names the needed release."""
 
 import json
 import re
@@ -62,7 +62,7 @@ def with_tail(data: bytes, at: int, value: bytes) -> bytes:
     return data[:-64] + later.resum_tail(tail)
 
 
-def test_a_shard_says_the_first_release_that_reads_it_and_which_software_wrote_it(shard):
+def test_a_shard_states_its_first_reading_release_and_its_software(shard):
     _, data = shard
     features, major, minor = struct.unpack_from("<IHH", data, len(data) - 24)
     assert (features, (major, minor)) == (0, (0, 1))
@@ -72,7 +72,7 @@ def test_a_shard_says_the_first_release_that_reads_it_and_which_software_wrote_i
     assert json.loads(content[offset : offset + length])["software"] == f"tiercache {__version__}"
 
 
-def test_unknown_features_of_a_shard_are_refused_by_the_release_that_has_them(shard):
+def test_unknown_features_of_a_shard_are_an_error_that_names_the_needed_release(shard):
     _, data = shard
     changed = with_tail(data, 40, struct.pack("<IHH", 0b1001, 1, 7))
     with pytest.raises(UnsupportedFormat, match=r"bit 0, feature bit 3, which tiercache 1\.7 and later") as error:
@@ -84,7 +84,7 @@ def test_unknown_features_of_a_shard_are_refused_by_the_release_that_has_them(sh
     assert [finding.part for finding in verify_shard(store, "shard")] == ["footer"]
 
 
-def test_a_later_format_is_refused_by_the_release_that_reads_it(shard):
+def test_a_later_format_is_an_error_that_names_the_needed_release(shard):
     _, data = shard
     changed = with_tail(with_tail(data, 28, b"\2"), 44, struct.pack("<HH", 2, 0))
     with pytest.raises(UnsupportedFormat, match=r"format 2, which tiercache 2\.0 and later know; this is") as error:
@@ -92,27 +92,27 @@ def test_a_later_format_is_refused_by_the_release_that_reads_it(shard):
     assert (error.value.found, error.value.supported) == (2, 1)
 
 
-def test_a_shard_of_the_format_before_the_first_says_to_pack_again(shard):
+def test_a_shard_of_a_format_before_the_first_release_is_an_error_that_says_to_pack_again(shard):
     _, data = shard
     with pytest.raises(UnsupportedFormat, match=r"format 0 of a build before the first release.*pack the data again"):
         opened(with_tail(data, 28, b"\0"))
 
 
 @pytest.mark.parametrize("at", range(48, 52))
-def test_bytes_of_the_tail_that_are_zeros_today_are_passed_by(shard, at):
+def test_padding_bytes_of_the_tail_are_ignored(shard, at):
     _, data = shard
     assert opened(with_tail(data, at, b"\xff")).n_records == 5
 
 
 @pytest.mark.parametrize("at", [*range(12, 16), *range(32, 60)])
-def test_bytes_of_the_head_that_are_zeros_today_are_passed_by(at):
+def test_padding_bytes_of_the_head_are_ignored(at):
     head = bytearray(pack_head(bytes(range(16))))
     head[at] = 0xFF
     assert parse_head(later.resum_head(head), "u") == bytes(range(16))
 
 
 @pytest.mark.parametrize("more", [(), (b"",), (b"x" * 1000, b"")])
-def test_more_sections_and_keys_of_a_footer_are_passed_by(shard, more):
+def test_additional_sections_and_keys_of_a_footer_are_ignored(shard, more):
     info, data = shard
     footer = opened(data).footer
     raw = later.content_with(footer, {"new": [1.5]}, more)
@@ -123,7 +123,7 @@ def test_more_sections_and_keys_of_a_footer_are_passed_by(shard, more):
     assert reader.footer.statistics["id"]["distinct"] == 3
 
 
-def test_fewer_sections_than_version_1_has_are_corruption(shard, monkeypatch):
+def test_missing_sections_of_a_footer_are_corruption(shard, monkeypatch):
     info, data = shard
     footer = opened(data).footer
     raw = bytearray(later.content_with(footer, {}, ()))
@@ -144,7 +144,7 @@ def test_a_later_section_outside_the_footer_is_corruption(shard):
 
 
 @pytest.mark.parametrize("number", [2, 1 << 16, 2**32 - 1])
-def test_a_codec_of_a_later_release_is_refused_and_is_no_damage(shard, number):
+def test_a_codec_of_a_later_release_is_unsupported_and_not_corruption(shard, number):
     info, data = shard
     footer = opened(data).footer
     chunks = footer.chunks.copy()
@@ -159,7 +159,7 @@ def schema_with_kind(kind: str) -> bytes:
     return bytes(pa.schema([pa.field("sound", pa.large_binary(), nullable=False, metadata=said)]).serialize())
 
 
-def test_a_kind_of_column_of_a_later_release_is_refused_and_is_no_damage(shard):
+def test_a_kind_of_column_of_a_later_release_is_unsupported_and_not_corruption(shard):
     class Later(Schema):
         def to_bytes(self) -> bytes:
             return schema_with_kind("audio")
@@ -171,11 +171,11 @@ def test_a_kind_of_column_of_a_later_release_is_refused_and_is_no_damage(shard):
         opened(changed)
 
 
-def test_what_a_type_says_beyond_what_is_known_is_passed_by():
+def test_unknown_keys_of_a_column_type_are_ignored():
     assert str(Schema.from_bytes(schema_with_kind("bytes")).columns[0]) == "bytes"
 
 
-def test_bytes_between_chunks_are_passed_by_when_read_and_found_by_verify_unless_a_section_may_speak_of_them(shard):
+def test_bytes_between_chunks_are_found_by_verify_unless_a_later_section_may_describe_them(shard):
     info, data = shard
     footer = opened(data).footer
     row = footer.chunks[0, 1]
@@ -215,14 +215,14 @@ def changed_version(store: MemoryStore, **changes: object) -> bytes:
     return later.version_text({key: value for key, value in (body | changes).items() if value is not ...})
 
 
-def test_the_text_of_a_version_is_what_its_specification_makes_of_it(store):
+def test_the_text_of_a_version_follows_the_specification(store):
     assert changed_version(store) == store.get(version_key(1))
 
 
 @pytest.mark.parametrize(
     "changes", [{"new": {"a": [1, 2.5, None, "ä"]}}, {"kind": "merge"}, {"needs_to_write": ["row-ids"]}, {"zz": 2**80}]
 )
-def test_what_a_version_says_beyond_what_is_known_is_passed_by(store, changes):
+def test_unknown_keys_of_a_version_are_ignored(store, changes):
     version = parse_version(changed_version(store, **changes), number=1, url="u")
     assert version.n_records == 5
 
@@ -242,7 +242,7 @@ def test_what_a_version_says_beyond_what_is_known_is_passed_by(store, changes):
         ({"format": 0}, "pack the data again"),
     ],
 )
-def test_a_version_that_needs_a_later_release_is_refused_by_its_name(store, changes, text):
+def test_a_version_that_needs_a_later_release_is_an_error_that_names_it(store, changes, text):
     with pytest.raises(UnsupportedFormat, match=re.escape(text)):
         parse_version(changed_version(store, **changes), number=1, url="u")
 
@@ -262,12 +262,12 @@ def test_a_version_that_needs_a_later_release_is_refused_by_its_name(store, chan
         {"software": ""},
     ],
 )
-def test_a_version_whose_demands_cannot_be_read_is_corruption(store, changes):
+def test_a_version_with_unreadable_requirements_is_corruption(store, changes):
     with pytest.raises(CorruptShard):
         parse_version(changed_version(store, **changes), number=1, url="u")
 
 
-def test_a_data_set_that_only_a_later_release_may_write_to_is_read_and_left_alone(store, shard):
+def test_a_data_set_that_only_a_later_release_may_write_is_readable(store, shard):
     info, _ = shard
     version = replace(read_version(store, 1), number=2, parent=1, needs_to_write=("row-ids",), release="1.4")
     facts = version.dataset_id, 2, version.schema_bytes, version.n_records, [s.digest for s in version.segments]
@@ -280,7 +280,7 @@ def test_a_data_set_that_only_a_later_release_may_write_to_is_read_and_left_alon
     assert latest(store).number == 2
 
 
-def test_a_writer_is_refused_before_it_has_written_anything(tmp_path):
+def test_a_writer_to_a_later_data_set_is_an_error_before_anything_is_written(tmp_path):
     with tc.Writer(str(tmp_path), schema=SCHEMA) as writer:
         writer.write({"id": 1, "text": "a"})
     path = tmp_path / version_key(1)
@@ -292,7 +292,7 @@ def test_a_writer_is_refused_before_it_has_written_anything(tmp_path):
             tc.Writer(str(tmp_path), schema=SCHEMA, mode=mode)
 
 
-def test_more_columns_of_a_segment_are_left_out_and_fewer_or_others_are_corruption(store):
+def test_additional_columns_of_a_segment_are_ignored_and_missing_ones_corruption(store):
     (ref,) = read_version(store, 1).segments
     data = store.get(ref.key)
     table = segments.parse_segment(pa.py_buffer(later.segment(data)), ref, url="u")
@@ -306,7 +306,7 @@ def test_more_columns_of_a_segment_are_left_out_and_fewer_or_others_are_corrupti
             segments.parse_segment(sink.getvalue(), ref, url="u")
 
 
-def test_statistics_say_what_a_column_takes_in_the_file_where_that_is_not_what_it_decodes_to(shard):
+def test_statistics_state_the_stored_size_of_a_compressed_column(shard):
     info, data = shard
     footer = opened(data).footer
     found = json.loads(info["stats_json"])
