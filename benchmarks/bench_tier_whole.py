@@ -32,7 +32,7 @@ from tiercache.cli.tier_verbs import plan_facts, plan_text, plan_tiers, print_pl
 from tiercache.cli.tiers import OpenTiers
 from tiercache.prices import prices_if_known
 from tiercache.tier.inventory.listing import list_tiers
-from tiercache.tier.plan.plan import write_plan
+from tiercache.tier.plan.plan_file import write_plan
 from tiercache.tier.rules import BestMetric, KeepList, Rule, RuleFile, Tier
 from tiercache.tier.stores import Stores
 

@@ -125,7 +125,7 @@ class Look:
         return getattr(self.snapshot, column)[self.copy(path, tier)].item()
 
     def objects(self, path, tier):
-        table = self.inventory.pieces(
+        table = self.inventory.objects_of(
             np.array([self.group(path)]), np.array([self.snapshot.tiers.index(tier)], np.int8)
         )
         return tuple(

@@ -154,9 +154,9 @@ def test_the_objects_of_many_copies_are_those_of_each(tmp_path):
     look = tiers.take()
     n_groups = look.snapshot.n_groups
     groups, of_tiers = np.repeat(np.arange(n_groups), 3)[::-1], np.tile(np.arange(3), n_groups).astype(np.int8)
-    pieces = look.inventory.pieces(groups, of_tiers)
+    pieces = look.inventory.objects_of(groups, of_tiers)
     for i in range(len(groups)):
-        wanted = look.inventory.pieces(groups[i : i + 1], of_tiers[i : i + 1])
+        wanted = look.inventory.objects_of(groups[i : i + 1], of_tiers[i : i + 1])
         assert [*pieces.named(i, i + 1)] == [*wanted.named(0, 1)]
     tiers.clear()
 

@@ -6,13 +6,14 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import typer
 from numpy.typing import NDArray
 
@@ -42,9 +43,9 @@ from tiercache.tier.model import KINDS, READABLE, SHARD, Move, Plan, Refusal, Sn
 from tiercache.tier.move.mover import ApplyResult, Mover, RunReport, StoppedMove, run_once
 from tiercache.tier.move.placement_updates import track_planned
 from tiercache.tier.move.transfer import Transfer
-from tiercache.tier.plan.plan import make_plan, read_plan, write_plan
+from tiercache.tier.plan.plan import make_plan, totals_by_route
+from tiercache.tier.plan.plan_file import read_plan, write_plan
 from tiercache.tier.plan.policy import decide
-from tiercache.tier.plan.tables import paths_of, total_moves, totals_by_route
 from tiercache.tier.restore import RestorePlan
 from tiercache.tier.stores import state_of
 
@@ -66,11 +67,13 @@ def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
     inventory = tiers.read_inventory(output)
     unseen = tiers.unavailable_tiers()
     limits = tiers.capacities()
-    decisions = decide(inventory.snapshot, tiers.file, tiers.prices, capacity_bytes=limits, missing=unseen)
+    snapshot = inventory.snapshot
+    decisions = decide(snapshot, tiers.file, tiers.prices, capacity_bytes=limits, missing=unseen)
     made = make_plan(decisions, inventory, tiers.file, tiers.prices)
     print_unavailable(output, tiers.file, unseen)
     tiers.print_missing_metrics(output, inventory)
-    tiers.print_untracked(output, inventory, paths_of(made.moves, SHARD))
+    moved = decisions.moves.group
+    tiers.print_untracked(output, inventory, snapshot.paths.take(pa.array(moved[snapshot.kind[moved] == SHARD])))
     return made
 
 
@@ -89,15 +92,9 @@ def print_plan(output: Output, made: Plan, max_rows: int) -> None:
 def _print_sums(output: Output, moves: Sequence[Move]) -> None:
     """Print the moves of each rule between two tiers, summed, for people only."""
     texts = [
-        {
-            "rule": rule,
-            "does": action,
-            "from": src,
-            "to": dst or "",
-            "moves": f"{n:,}",
-            "size": format_bytes(of.n_bytes),
-        }
-        | {"cost": format_dollars(of.once), "saves/month": format_dollars(of.saving_month)}
+        {"rule": rule, "does": action, "from": src, "to": dst or "", "moves": f"{n:,}"}
+        | {"size": format_bytes(of.n_bytes), "cost": format_dollars(of.cost)}
+        | {"saves/month": format_dollars(of.saving_month)}
         for (rule, action, src, dst), (n, of) in totals_by_route(moves).items()
     ]
     output.table("sum", texts, texts)
@@ -126,7 +123,7 @@ def _print_refusals(output: Output, refusals: Sequence[Refusal]) -> None:
         | {"size": format_bytes(one.n_bytes), "why": f"{one.rule}: {one.reason}"}
         for one in refusals
     ]
-    output.table("refused", [refusal_facts(one) for one in refusals], texts)
+    output.table("refused", [asdict(one) for one in refusals], texts)
 
 
 def _say_more(n_all: int, most: int | None, noun: str) -> None:
@@ -134,43 +131,30 @@ def _say_more(n_all: int, most: int | None, noun: str) -> None:
         typer.echo(f"... and {count(n_all - most, noun)} more: --rows 0 shows all")
 
 
+_HEAD = ("path", "kind", "action", "src", "dst", "rule", "reason")
+
+
 def move_facts(move: Move) -> dict[str, Any]:
     """Return a move for JSON output: as in the plan file, without its objects."""
-    return {
-        "id": move.number,
-        "path": move.path,
-        "kind": move.kind,
-        "action": move.action,
-        "src": move.src,
-        "dst": move.dst,
-        "rule": move.rule,
-        "reason": move.reason,
-        "n_objects": len(move.objects),
-        "n_bytes": move.n_bytes,
-        "cost": move.money.once,
-        "saving_month": move.money.saving_month,
-        "break_even_days": move.money.break_even_days,
-        "seconds": move.seconds,
-    }
-
-
-def refusal_facts(one: Refusal) -> dict[str, Any]:
-    """Return a refusal for JSON output."""
-    names = ("path", "kind", "action", "src", "dst", "rule", "reason", "n_bytes")
-    return {name: getattr(one, name) for name in names}
+    head = {name: getattr(move, name) for name in _HEAD}
+    return (
+        {"id": move.number}
+        | head
+        | {
+            "n_objects": len(move.objects),
+            "n_bytes": move.n_bytes,
+            "cost": move.money.once,
+            "saving_month": move.money.saving_month,
+            "break_even_days": move.money.break_even_days,
+            "seconds": move.seconds,
+        }
+    )
 
 
 def plan_facts(made: Plan) -> dict[str, Any]:
     """Return the summary of a plan for JSON output."""
-    of = total_moves(made.moves)
-    return {
-        "plan": made.id,
-        "n_moves": len(made.moves),
-        "n_refused": len(made.refusals),
-        "n_bytes": of.n_bytes,
-        "cost": of.once,
-        "saving_month": of.saving_month,
-    }
+    numbers = {"plan": made.id, "n_moves": len(made.moves), "n_refused": len(made.refusals)}
+    return numbers | asdict(made.totals)
 
 
 def plan_text(made: Plan) -> str:

@@ -42,7 +42,7 @@ from tiercache.shard.write.dataset_writer import Writer
 from tiercache.store import open_store
 from tiercache.testing.s3_server import S3Server
 from tiercache.tier.model import Plan, TierTotals
-from tiercache.tier.plan.plan import read_plan
+from tiercache.tier.plan.plan_file import read_plan
 
 HELD_OUT_EVERY = 6
 GREY_STEP = 15  # scikit-learn's digits have 17 shades, 0 to 16

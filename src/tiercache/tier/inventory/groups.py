@@ -328,7 +328,7 @@ class Inventory:
         """Return whether an object with each key was listed in any tier; bool[len(keys)]."""
         return index_in(keys, self._listed.keys) >= 0
 
-    def pieces(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> ObjectTable:
+    def objects_of(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> ObjectTable:
         """Return the objects of many copies as columns: for each group, its copy in the tier at the same index.
 
         Their crc32c comes from the store, the manifest or the catalog, if it is valid for the current object. Objects
