@@ -12,7 +12,7 @@ from tests.tier.test_run import Tiers as Folders
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.move.mover import catalog_path
-from tiercache.tier.plan.proposals import evaluate_keep_list
+from tiercache.tier.plan.selection import evaluate_keep_list
 from tiercache.tier.rules import KeepList
 from tiercache.tier.stores import Stores
 

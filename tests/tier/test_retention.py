@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.tier.planner_oracle import kept_plainly, unscored_plainly
 from tests.tier.snapshots import DAY_S, Copy, Group, checkpoint, snapshot_of
 
-from tiercache.tier.plan.proposals import evaluate_keep_list, find_newest
+from tiercache.tier.plan.selection import evaluate_keep_list, find_newest
 from tiercache.tier.rules import BestMetric, KeepList
 
 HERE = {"standard": Copy()}

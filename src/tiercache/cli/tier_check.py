@@ -22,7 +22,7 @@ from tiercache.store.options import ParsedUrl
 from tiercache.tier.findings import Loss, bucket_findings
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.model import KINDS
-from tiercache.tier.plan.proposals import rules_of
+from tiercache.tier.plan.selection import rules_of
 from tiercache.tier.rules import Rule, RuleFile, Tier
 from tiercache.tier.stores import missing_folder_message
 

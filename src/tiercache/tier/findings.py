@@ -25,7 +25,7 @@ from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY
 from tiercache.tier.inventory.metrics import metrics_in_name, wanted_metrics
 from tiercache.tier.model import CHECKPOINT
 from tiercache.tier.placement import log
-from tiercache.tier.plan.proposals import Flags, fits_size, largest_copies, rules_of, scores_of
+from tiercache.tier.plan.selection import Flags, fits_size, largest_copies, rules_of, scores_of
 from tiercache.tier.stores import RESTORED_FIRST, unavailable_tiers
 from tiercache.tier.text_columns import first_match, match_regex
 

@@ -27,7 +27,9 @@ from tiercache.tier.model import (
     KINDS,
     MOVE,
     RECLASS,
+    Action,
     Decisions,
+    Kind,
     Move,
     MoveColumns,
     MoveCost,
@@ -117,12 +119,12 @@ class PlanTable(Sequence[T], Generic[T]):
     def heads(self, start: int, end: int) -> Iterator[tuple[str, Kind, Action, str, str | None, str, str]]:
         """Yield the columns with names row by row, as tuples."""
         path, *columns = self.columns_with_names(start, end).values()
-        dictionaries: list[list[Any]] = [
-            column.dictionary.to_pylist() for column in columns
-        ]  # to_pylist() of the column is slow
+        # to_pylist() of a dictionary column is slow.
+        dictionaries: list[list[Any]] = [column.dictionary.to_pylist() for column in columns]
         numbers = zip(*(column.indices.to_numpy().tolist() for column in columns), strict=True)
         for name, row in zip(path.to_pylist(), numbers, strict=True):
-            yield (name, *(dictionary[number] for dictionary, number in zip(dictionaries, row, strict=True)))  # type: ignore[misc]
+            kind, action, src, dst, rule, reason = (of[number] for of, number in zip(dictionaries, row, strict=True))
+            yield name, kind, action, src, dst, rule, reason
 
 
 class RefusalTable(PlanTable[Refusal]):

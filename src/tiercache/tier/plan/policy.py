@@ -40,10 +40,7 @@ from tiercache.tier.model import (
     Snapshot,
 )
 from tiercache.tier.plan.proposals import (
-    Flags,
-    Rows,
     RuleProposals,
-    SnapshotIndex,
     Texts,
     ago,
     append_to_reasons,
@@ -54,6 +51,7 @@ from tiercache.tier.plan.proposals import (
     propose_moves,
     span,
 )
+from tiercache.tier.plan.selection import Flags, Rows, SnapshotIndex
 from tiercache.tier.stores import deletion_block_reason
 
 if TYPE_CHECKING:
@@ -366,7 +364,7 @@ class _Deciding:
         rules = [propose(self.view, rule, number) for number, rule in enumerate(self.view.file.rules)]
         for rule in rules:
             self.refused.append(reject_protected(self.view, rule.refused, self.refused))
-            moves = keep_newest(self.view, reject_protected(self.view, rule.wanted, self.refused), self.refused)
+            moves = keep_newest(self.view, reject_protected(self.view, rule.proposed, self.refused), self.refused)
             moves = keep_symlink_targets(self.view, moves, self.refused)
             moves = reject_unavailable(self.view, moves, self.refused, self.missing)
             self._make(reject_unprofitable(self.view, moves, self.refused))
