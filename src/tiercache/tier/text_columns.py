@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -104,7 +105,7 @@ def index_in(texts: pa.Array, among: pa.Array | pa.ChunkedArray) -> NDArray[np.i
     return as_numpy(pc.index_in(texts, value_set=among.cast(texts.type)).fill_null(-1), np.int64)
 
 
-def as_numpy(column: pa.Array | pa.ChunkedArray, kind: type[np.int64] | type[np.float64]) -> NDArray[np.int64]:
+def as_numpy(column: pa.Array | pa.ChunkedArray, kind: type[Any]) -> NDArray[Any]:
     """Return a column without nulls as a numpy array, without pandas."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
