@@ -91,8 +91,9 @@ def list_tiers(
         try:
             for batch in _batches(file, stores, names):
                 found.append(_columns(batch, now_s))
+                numbers = [number for number, _ in batch]
                 for name in names:
-                    n_objects[name] += sum(number == file.index(name) for number, _ in batch)
+                    n_objects[name] += numbers.count(file.index(name))
                     if on_progress is not None:
                         on_progress(name, n_objects[name])
                 if stop.is_set():
