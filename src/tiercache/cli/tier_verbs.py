@@ -389,21 +389,13 @@ def _print_ls_summary(output: Output, rows: Sequence[Mapping[str, Any]], tiers: 
 
 @dataclass(frozen=True, slots=True)
 class RestoreOptions:
-    """Options of a restore.
+    """Options of a restore."""
 
-    Attributes:
-        wait: Whether to wait until all objects are restored.
-        speed: Speed of the restore, in SPEEDS.
-        days: Days of a temporary restore; None: the objects are copied to the home tier.
-        yes: Whether not to ask for confirmation.
-        dry_run: Whether to print only what would be restored.
-    """
-
-    wait: bool
-    speed: str
-    days: int | None
-    yes: bool
-    dry_run: bool
+    wait: bool  # whether to wait until all objects are restored
+    speed: str  # speed of the restore, in SPEEDS
+    days: int | None  # days of a temporary restore; None: the objects are copied to the home tier
+    yes: bool  # whether not to ask for confirmation
+    dry_run: bool  # whether to print only what would be restored
 
 
 def restore(output: Output, what: Sequence[str], rules: Path | None, options: RestoreOptions) -> None:

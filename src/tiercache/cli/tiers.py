@@ -88,19 +88,12 @@ _SIGNS = "*?[{"
 
 @dataclass(frozen=True, slots=True)
 class OpenTiers:
-    """The opened tiers of a rule file.
+    """The opened tiers of a rule file."""
 
-    Attributes:
-        file: The rule file.
-        stores: Stores of the tiers.
-        catalog: Catalog of this machine.
-        prices: Prices of each tier; None: no prices are known.
-    """
-
-    file: RuleFile
-    stores: Stores
-    catalog: TierCatalog
-    prices: tuple[Prices | None, ...]
+    file: RuleFile  # the rule file
+    stores: Stores  # stores of the tiers
+    catalog: TierCatalog  # catalog of this machine
+    prices: tuple[Prices | None, ...]  # prices of each tier; None: no prices are known
 
     def read_inventory(self, output: Output) -> Inventory:
         """Take the inventory: all objects in the tiers now. A progress bar counts the objects."""

@@ -29,17 +29,11 @@ Dollars = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sizes:
-    """Sizes of some copies; int64[n] each.
+    """Sizes of some copies; int64[n] each."""
 
-    Attributes:
-        n_objects: Number of objects.
-        n_bytes: Total size.
-        smallest_bytes: Size of the smallest object.
-    """
-
-    n_objects: NDArray[np.int64]
-    n_bytes: NDArray[np.int64]
-    smallest_bytes: NDArray[np.int64]
+    n_objects: NDArray[np.int64]  # number of objects
+    n_bytes: NDArray[np.int64]  # total size
+    smallest_bytes: NDArray[np.int64]  # size of the smallest object
 
     @classmethod
     def of(cls, snapshot: Snapshot, copies: NDArray[np.int64]) -> Sizes:

@@ -45,21 +45,13 @@ Kind: TypeAlias = Literal["expiration", "transition", "versions", "object_lock",
 
 @dataclass(frozen=True, slots=True)
 class BucketFinding:
-    """An effect of a bucket's settings on a tier's objects.
+    """An effect of a bucket's settings on a tier's objects."""
 
-    Attributes:
-        tier: Name of the tier.
-        kind: Kind of the setting; "unread": a setting that could not be read.
-        lifecycle_rule: ID of the lifecycle rule; None: another setting.
-        is_danger: Whether objects are deleted, or become unreadable, without tiercache.
-        text: Message for people.
-    """
-
-    tier: str
-    kind: Kind
-    lifecycle_rule: str | None
-    is_danger: bool
-    text: str
+    tier: str  # name of the tier
+    kind: Kind  # kind of the setting; "unread": a setting that could not be read
+    lifecycle_rule: str | None  # ID of the lifecycle rule; None: another setting
+    is_danger: bool  # whether objects are deleted, or become unreadable, without tiercache
+    text: str  # message for people
 
 
 def bucket_findings(tier: str, folder: str, class_of: str, settings: BucketSettings) -> tuple[BucketFinding, ...]:
@@ -167,17 +159,11 @@ _NO_FILE = rf"{SHARD_KEY}|{OWN_KEY}"
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A lost object.
+    """A lost object."""
 
-    Attributes:
-        path: Path below the tier's URL.
-        tiers: Tiers that held it last, as far as is known.
-        known_by: The source that says that it should exist.
-    """
-
-    path: str
-    tiers: tuple[str, ...]
-    known_by: str
+    path: str  # path below the tier's URL
+    tiers: tuple[str, ...]  # tiers that held it last, as far as is known
+    known_by: str  # the source that says that it should exist
 
     @property
     def text(self) -> str:
@@ -339,25 +325,15 @@ _NO_WORD = re.compile(r"[^a-z0-9]+")
 
 @dataclass(frozen=True, slots=True)
 class MetricGap:
-    """A metric of a keep list that no complete checkpoint of a run has, so that the list keeps all of the run.
+    """A metric of a keep list that no complete checkpoint of a run has, so that the list keeps all of the run."""
 
-    Attributes:
-        rule: Name of the rule.
-        tiers: Tiers whose keep lists use the metric.
-        metrics: Names of the metric in the keep list.
-        run: Checkpoints of the run, as a glob.
-        n_checkpoints: Number of complete checkpoints of the run.
-        found: Metrics that the run has.
-        likely: Metric of the run with the most similar name; None: there is no similar name.
-    """
-
-    rule: str
-    tiers: tuple[str, ...]
-    metrics: tuple[str, ...]
-    run: str
-    n_checkpoints: int
-    found: tuple[str, ...]
-    likely: str | None
+    rule: str  # name of the rule
+    tiers: tuple[str, ...]  # tiers whose keep lists use the metric
+    metrics: tuple[str, ...]  # names of the metric in the keep list
+    run: str  # checkpoints of the run, as a glob
+    n_checkpoints: int  # number of complete checkpoints of the run
+    found: tuple[str, ...]  # metrics that the run has
+    likely: str | None  # metric of the run with the most similar name; None: there is no similar name
 
     @property
     def text(self) -> str:
@@ -378,21 +354,13 @@ class MetricGap:
 
 @dataclass(frozen=True, slots=True)
 class UnscoredCheckpoints:
-    """Complete checkpoints without a metric that others of their runs have, so that `best` does not keep them.
+    """Complete checkpoints without a metric that others of their runs have, so that `best` does not keep them."""
 
-    Attributes:
-        rule: Name of the rule.
-        metrics: Names of the metric in the keep list.
-        n_checkpoints: Number of such checkpoints.
-        n_runs: Number of their runs.
-        paths: Paths of the first few.
-    """
-
-    rule: str
-    metrics: tuple[str, ...]
-    n_checkpoints: int
-    n_runs: int
-    paths: tuple[str, ...]
+    rule: str  # name of the rule
+    metrics: tuple[str, ...]  # names of the metric in the keep list
+    n_checkpoints: int  # number of such checkpoints
+    n_runs: int  # number of their runs
+    paths: tuple[str, ...]  # paths of the first few
 
     @property
     def text(self) -> str:

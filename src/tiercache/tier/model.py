@@ -87,17 +87,11 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class MoveCost:
-    """The cost of a move and its effect on the monthly cost, in US dollars.
+    """The cost of a move and its effect on the monthly cost, in US dollars."""
 
-    Attributes:
-        once: One-time cost: requests, retrieval, egress and early-deletion fee.
-        saving_month: Storage cost saved per month; negative: the move makes storage dearer.
-        break_even_days: Days until the savings exceed `once`; None: never.
-    """
-
-    once: float = 0.0
-    saving_month: float = 0.0
-    break_even_days: float | None = None
+    once: float = 0.0  # one-time cost: requests, retrieval, egress and early-deletion fee
+    saving_month: float = 0.0  # storage cost saved per month; negative: the move makes storage dearer
+    break_even_days: float | None = None  # days until the savings exceed `once`; None: never
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -172,28 +172,18 @@ class RuleTable(BaseModel):
 
 
 class Tier(RuleTable):
-    """A storage location that holds copies: a local folder or a URL.
+    """A storage location that holds copies: a local folder or a URL."""
 
-    Attributes:
-        name: Name in the rule file.
-        role: "hot", "standard" or "archive".
-        url: URL or absolute path below which the tier's objects lie.
-        storage_class: S3 storage class of new copies; None: the store's default class.
-        prices: Name in the price table, or a table of prices; None: not given.
-        capacity: Size, or percentage of the disk, as written in the file; None: unlimited.
-        high: Fraction of the capacity above which the planner sends copies down.
-        low: Fraction of the capacity at which the planner stops.
-        storage_options: Options of the store; never shown, since they may contain secrets.
-    """
-
-    name: str
-    role: Role
-    url: str
-    storage_class: str | None = None
-    prices: str | dict[str, Any] | None = None
+    name: str  # name in the rule file
+    role: Role  # "hot", "standard" or "archive"
+    url: str  # URL or absolute path below which the tier's objects lie
+    storage_class: str | None = None  # S3 storage class of new copies; None: the store's default class
+    prices: str | dict[str, Any] | None = None  # name in the price table, or a table of prices; None: not given
+    # Size, or percentage of the disk, as written in the file; None: unlimited.
     capacity: Annotated[str, BeforeValidator(read_capacity)] | None = None
-    high: Share = 0.9
-    low: Share = 0.75
+    high: Share = 0.9  # fraction of the capacity above which the planner sends copies down
+    low: Share = 0.75  # fraction of the capacity at which the planner stops
+    # Options of the store; never shown, since they may contain secrets.
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
 
     @property
@@ -256,17 +246,12 @@ class Tier(RuleTable):
 
 
 class BestMetric(RuleTable):
-    """The n checkpoints with the lowest ("min") or the highest ("max") value of a metric.
+    """The n checkpoints with the lowest ("min") or the highest ("max") value of a metric."""
 
-    Attributes:
-        metrics: Names of the metric; the first name that any checkpoint of a run has is used for that run.
-        n: Number of checkpoints to keep.
-        mode: Whether the lowest or the highest values are the best.
-    """
-
+    # Names of the metric; the first name that any checkpoint of a run has is used for that run.
     metrics: Annotated[Texts, AfterValidator(require_values)] = Field(validation_alias="metric")
-    n: int = Field(ge=1, le=MOST)
-    mode: Literal["min", "max"] = "min"
+    n: int = Field(ge=1, le=MOST)  # number of checkpoints to keep
+    mode: Literal["min", "max"] = "min"  # whether the lowest or the highest values are the best
 
 
 def read_bests(value: object) -> tuple[object, ...]:
@@ -310,14 +295,7 @@ class KeepList(RuleTable):
 
 
 class Rule(RuleTable):
-    """A rule: to which tier the objects that it matches belong.
-
-    Attributes:
-        sources: Names of the tiers from which `to` takes copies.
-        keep: Keep list of each tier, the fastest tier first.
-        idle_by: "mtime": use the modification time as the time of the last use of objects whose uses are not recorded.
-        even_if_dearer: Whether the rule's moves may cost more than they save.
-    """
+    """A rule: to which tier the objects that it matches belong."""
 
     name: str = Field(min_length=1)
     match: Globs
@@ -326,13 +304,14 @@ class Rule(RuleTable):
     larger_than_bytes: Bytes | None = Field(default=None, validation_alias="larger_than")
     smaller_than_bytes: Bytes | None = Field(default=None, validation_alias="smaller_than")
     to: str | None = None
-    sources: Texts = Field(default=(), validation_alias="from")
+    sources: Texts = Field(default=(), validation_alias="from")  # names of the tiers from which `to` takes copies
     idle_s: Seconds | None = Field(default=None, validation_alias="idle")
     age_s: Seconds | None = Field(default=None, validation_alias="age")
     uses_below: int | None = Field(default=None, ge=1, le=MOST)
+    # "mtime": use the modification time as the time of the last use of objects whose uses are not recorded.
     idle_by: Literal["use", "mtime"] = "use"
-    even_if_dearer: bool = False
-    keep: Mapping[str, KeepList] = Field(default_factory=dict)
+    even_if_dearer: bool = False  # whether the rule's moves may cost more than they save
+    keep: Mapping[str, KeepList] = Field(default_factory=dict)  # keep list of each tier, the fastest tier first
     then: str | None = None
     after_s: Seconds | None = Field(default=None, validation_alias="after")
     delete_after_s: SomeSeconds | None = Field(default=None, validation_alias="delete_after")
@@ -363,17 +342,12 @@ class Rule(RuleTable):
 
 
 class Pin(RuleTable):
-    """Globs of objects that no rule may move.
+    """Globs of objects that no rule may move."""
 
-    Attributes:
-        match: Globs of paths.
-        until_s: End of the pin, in seconds since the epoch; None: the pin does not expire.
-        why: Reason, for people.
-    """
-
-    match: Globs
+    match: Globs  # globs of paths
+    # End of the pin, in seconds since the epoch; None: the pin does not expire.
     until_s: Annotated[float, BeforeValidator(read_moment)] | None = Field(default=None, validation_alias="until")
-    why: str = ""
+    why: str = ""  # reason, for people
 
 
 class Tag(RuleTable):
@@ -397,25 +371,15 @@ class TieringOptions(RuleTable):
 
 
 class RuleFile(RuleTable):
-    """A rule file.
+    """A rule file."""
 
-    Attributes:
-        path: Path of the file.
-        sha256: SHA-256 of the file's bytes, in hex.
-        tiers: Tiers, the fastest first.
-        rules: Rules, in the order of the file; the first that matches an object applies.
-        pins: Pins.
-        tags: Tags of checkpoints.
-        tiering: Options of the planner and the mover.
-    """
-
-    path: Path
-    sha256: str
-    tiers: tuple[Tier, ...] = Field(min_length=1)
-    rules: tuple[Rule, ...] = ()
+    path: Path  # path of the file
+    sha256: str  # SHA-256 of the file's bytes, in hex
+    tiers: tuple[Tier, ...] = Field(min_length=1)  # tiers, the fastest first
+    rules: tuple[Rule, ...] = ()  # rules, in the order of the file; the first that matches an object applies
     pins: tuple[Pin, ...] = ()
-    tags: tuple[Tag, ...] = ()
-    tiering: TieringOptions = TieringOptions()
+    tags: tuple[Tag, ...] = ()  # tags of checkpoints
+    tiering: TieringOptions = TieringOptions()  # options of the planner and the mover
 
     def tier(self, name: str) -> Tier:
         """Return the tier of this name. Raises ValueError, which lists the names of all tiers."""

@@ -14,7 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ from tiercache.store import LocalFolder
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
 from tiercache.tier.inventory.layouts import LACKS, MARK, NO_GROUP, NOTHING, Layout, recognise_layout
 from tiercache.tier.inventory.listing import NO_CRC, Listing, ObjectTable, Progress, list_tiers, release_memory
-from tiercache.tier.inventory.metrics import MetricReader, wanted_metrics
+from tiercache.tier.inventory.metrics import find_metrics
 from tiercache.tier.model import (
     ARCHIVED,
     CHECKPOINT,
@@ -43,6 +43,7 @@ from tiercache.tier.model import (
 from tiercache.tier.text_columns import ROWS_AT_A_TIME, index_in, inverse, match_regex, sort_order, take_rows
 
 if TYPE_CHECKING:
+    from tiercache.catalog.tiers import TierCatalog
     from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
 
@@ -59,45 +60,22 @@ _TIERS = 256  # above every tier number
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Objects:
-    """The listed objects that belong to groups. Row i of every column is one object.
+    """The listed objects that belong to groups. Row i of every column is one object."""
 
-    Attributes:
-        row: int64[m], row in the listing.
-        key: int64[m], number of the key, in sorted order.
-        group: int32[m].
-        rank: uint8[m], see layouts.Layout.
-        is_shard: bool[m], whether a manifest gives size and checksum.
-        n_bytes: int64[m], size of a shard in the manifest; unused for other objects.
-        crc32c: int64[m], checksum of a shard in the manifest; unused for other objects.
-        unfinished: bool[m], whether the name says that the object is still being written.
-        on_top: bool[m], whether the object lies directly in the group's folder.
-    """
-
-    row: NDArray[np.int64]
-    key: NDArray[np.int64]
+    row: NDArray[np.int64]  # row in the listing
+    key: NDArray[np.int64]  # number of the key, in sorted order
     group: NDArray[np.int32]
-    rank: NDArray[np.uint8]
-    is_shard: NDArray[np.bool_]
-    n_bytes: NDArray[np.int64]
-    crc32c: NDArray[np.int64]
-    unfinished: NDArray[np.bool_]
-    on_top: NDArray[np.bool_]
+    rank: NDArray[np.uint8]  # see layouts.Layout
+    is_shard: NDArray[np.bool_]  # whether a manifest gives size and checksum
+    n_bytes: NDArray[np.int64]  # size of a shard in the manifest; unused for other objects
+    crc32c: NDArray[np.int64]  # checksum of a shard in the manifest; unused for other objects
+    unfinished: NDArray[np.bool_]  # whether the name says that the object is still being written
+    on_top: NDArray[np.bool_]  # whether the object lies directly in the group's folder
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Copies:
-    """Copies of groups. The columns without a description have one row per copy, as in model.Snapshot.
-
-    Attributes:
-        written_s: float64[n], latest first-write time of its objects, preserved across moves.
-        marked_s: float64[n], time when its newest final object was written; -inf: it has none.
-        rest_s: float64[n], time when the newest of its other objects was written.
-        unfinished: bool[n], whether it has an object that is still being written.
-        start: int64[n + 1], offsets of each copy's objects in the columns below.
-        row: int64[m], row in the listing; by copy, its final object last.
-        crc32c: int64[m], checksum of each object; NO_CRC where it is unknown.
-        differing: int64[k], positions in `row` of objects that have another size or checksum in another tier.
-    """
+    """Copies of groups. The columns without a description have one row per copy, as in model.Snapshot."""
 
     group: NDArray[np.int32]
     tier: NDArray[np.int8]
@@ -105,18 +83,18 @@ class Copies:
     n_bytes: NDArray[np.int64]
     smallest_bytes: NDArray[np.int64]
     modified_s: NDArray[np.float64]
-    written_s: NDArray[np.float64]
-    marked_s: NDArray[np.float64]
-    rest_s: NDArray[np.float64]
-    unfinished: NDArray[np.bool_]
+    written_s: NDArray[np.float64]  # latest first-write time of its objects, preserved across moves
+    marked_s: NDArray[np.float64]  # time when its newest final object was written; -inf: it has none
+    rest_s: NDArray[np.float64]  # time when the newest of its other objects was written
+    unfinished: NDArray[np.bool_]  # whether it has an object that is still being written
     storage_class: NDArray[np.int16]
     state: NDArray[np.uint8]
     whole: NDArray[np.bool_]
     verified: NDArray[np.bool_]
-    start: NDArray[np.int64]
-    row: NDArray[np.int64]
-    crc32c: NDArray[np.int64]
-    differing: NDArray[np.int64]
+    start: NDArray[np.int64]  # int64[n + 1], offsets of each copy's objects in the columns below
+    row: NDArray[np.int64]  # row in the listing; by copy, its final object last
+    crc32c: NDArray[np.int64]  # checksum of each object; NO_CRC where it is unknown
+    differing: NDArray[np.int64]  # positions in `row` of objects that have another size or checksum in another tier
 
     def find(self, group: int, tier: int) -> int | None:
         """Return the number of a group's copy in a tier; None: there is none."""
@@ -161,7 +139,7 @@ def copies_of(listed: Listing, objects: Objects, book: Callable[[int], ChecksumT
     is_first = np.ones(len(row), np.bool_)
     is_first[1:] = (group[1:] != group[:-1]) | (tier[1:] != tier[:-1])
     first = np.flatnonzero(is_first)
-    facts = _Facts(listed, objects, order, book)
+    facts = _ObjectFacts(listed, objects, order, book)
     n_objects = np.diff(np.append(first, len(row)))
     n_keys = np.bincount(_group_of_each_key(key, group), minlength=int(group.max(initial=-1)) + 1)
     n_bytes, modified_s = listed.n_bytes[row], listed.modified_s[row]
@@ -188,14 +166,11 @@ def copies_of(listed: Listing, objects: Objects, book: Callable[[int], ChecksumT
     )
 
 
-class _Facts:
+class _ObjectFacts:
     """Properties of each object, in the given order.
 
-    Attributes:
-        crc32c: int64[m].
-        differs: bool[m], whether it differs from the manifest, or from the object with the same key in another tier.
-        verified: bool[m], whether the catalog says so, and the object with the same key in other tiers is equal.
-        written_s: float64[m], time of the first write in the catalog; inf: unknown.
+    crc32c; written_s: first-write time in the catalog, inf if unknown; differs: from the manifest, or from the object
+    with the same key in another tier; verified: by the catalog, and equal to the objects with this key in other tiers.
     """
 
     def __init__(
@@ -291,32 +266,21 @@ def _largest(n_bytes: NDArray[np.int64], first: NDArray[np.int64], n_objects: ND
 _MANY = 10
 
 
-class KnownChecksums(Protocol):
-    """The catalog's knowledge of copies."""
-
-    def checksums(self, tier: str, /) -> Mapping[str, tuple[int, str | None, int | None, bool, float | None]]:
-        """Return, by key: size, ETag, CRC-32C, whether the bytes were verified, and the time of the first write."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Inventory:
     """The content of all tiers. Immutable; safe from any thread.
 
-    Attributes:
-        snapshot: Snapshot for the planner.
-        facts: Further findings, by name:
+    `facts` contains further findings, by name:
 
-            - `datasets`: tuple of FoundDataset.
-            - `missed`: tiers that were not listed.
-            - `n_objects`: number of listed objects; `n_own`: number of tiercache's own objects among them.
-            - Findings with a count and example names: `orphans` (shards that no version names), `missing` (shards that
-              no tier has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid
-              keys), `differing` (objects that differ between two tiers), `unread` (checkpoints whose metrics cannot be
-              read).
-            - `incomplete`: number of incomplete checkpoints, by what they lack.
-            - `in_files`: group to the names of the metrics in its files, for groups whose files were read.
-            - `missing_shards`: keys of all shards that no tier has and that are not placed elsewhere, and the time when
-              each was first named, in seconds since the epoch.
+    - `datasets`: tuple of FoundDataset; `missed`: tiers that were not listed.
+    - `n_objects`: number of listed objects; `n_own`: number of tiercache's own objects among them.
+    - Findings with a count and example names: `orphans` (shards that no version names), `missing` (shards that no tier
+      has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid keys), `differing`
+      (objects that differ between two tiers), `unread` (checkpoints whose metrics cannot be read).
+    - `incomplete`: number of incomplete checkpoints, by what they lack.
+    - `in_files`: group to the names of the metrics in its files, for groups whose files were read.
+    - `missing_shards`: keys of all shards that no tier has and that are not placed elsewhere, and when each was first
+      named, in seconds since the epoch.
     """
 
     snapshot: Snapshot
@@ -346,7 +310,7 @@ class Inventory:
 def take_inventory(
     file: RuleFile,
     stores: Stores,
-    known: KnownChecksums,
+    known: TierCatalog,
     *,
     now_s: float,
     on_progress: Progress | None = None,
@@ -374,23 +338,26 @@ def take_inventory(
     release_memory()
     copies = copies_of(listed, grouped.objects, lambda tier: known.checksums(file.tiers[tier].name))
     complete = _complete(grouped, copies, now_s=now_s, quiet_period_s=file.tiering.quiet_period_s)
-    scores = MetricReader(stores, tuple(tier.name for tier in file.tiers), listed, copies)
-    metrics = scores.of(wanted_metrics(file), grouped.paths, np.flatnonzero(grouped.kind == CHECKPOINT))
-    links = _links(file, stores, listed, grouped.paths, copies)
-    of_groups = {
-        "links": links,
-        "complete": complete,
-        "metrics": metrics,
-        "unread": _unread(scores.unread, copies, len(grouped.kind)),
-    }
-    snapshot = _snapshot(file, listed, grouped, copies, now_s=now_s, **of_groups)
+    checkpoints = np.flatnonzero(grouped.kind == CHECKPOINT)
+    found = find_metrics(file, stores, listed, copies, grouped.paths, checkpoints)
+    unread = np.zeros(len(grouped.kind), np.bool_)
+    unread[found.unread] = True
+    # A checkpoint that the mover has moved was not among the best while its metrics were readable.
+    unread[copies.group[copies.verified]] = False
+    snapshot = _snapshot(
+        file,
+        listed,
+        grouped,
+        copies,
+        now_s=now_s,
+        links=_links(file, stores, listed, grouped.paths, copies),
+        complete=complete,
+        metrics=found.columns,
+        unread=unread,
+    )
     facts = _facts(listed, grouped, copies, complete, datasets)
-    more = {
-        "n_own": int(own.sum()),
-        "unread": _some(grouped.paths.take(pa.array(scores.unread))),
-        "in_files": scores.in_files,
-    }
-    return Inventory(snapshot, facts | more, listed, copies)
+    facts |= {"n_own": int(own.sum()), "unread": _some(grouped.paths.take(pa.array(found.unread)))}
+    return Inventory(snapshot, facts | {"in_files": found.in_files}, listed, copies)
 
 
 # -- groups -----------------------------------------------------------------------------------------------------------
@@ -398,31 +365,18 @@ def take_inventory(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Grouped:
-    """All groups, sorted by path.
+    """All groups, sorted by path."""
 
-    Attributes:
-        paths: Paths of the groups.
-        kind: uint8[n_groups].
-        shard: int64[n_groups], row of the group in `shards`; -1: no shard.
-        of: int64[n_groups], number of the group in `layout`; -1: a shard.
-        layout: Files and checkpoints.
-        shards: Live shards of all data sets.
-        objects: Objects that belong to groups.
-        orphans: Keys of shards that no version names.
-        unfinished: Keys that are still being written.
-        no_keys: Names that are not valid keys.
-    """
-
-    paths: pa.Array
+    paths: pa.Array  # paths of the groups
     kind: NDArray[np.uint8]
-    shard: NDArray[np.int64]
-    of: NDArray[np.int64]
-    layout: Layout
-    shards: LiveShards
-    objects: Objects
-    orphans: pa.Array
-    unfinished: pa.Array
-    no_keys: pa.Array
+    shard: NDArray[np.int64]  # row of the group in `shards`; -1: no shard
+    of: NDArray[np.int64]  # number of the group in `layout`; -1: a shard
+    layout: Layout  # files and checkpoints
+    shards: LiveShards  # live shards of all data sets
+    objects: Objects  # objects that belong to groups
+    orphans: pa.Array  # keys of shards that no version names
+    unfinished: pa.Array  # keys that are still being written
+    no_keys: pa.Array  # names that are not valid keys
 
     def from_layout(self, column: NDArray[Any], otherwise: object) -> NDArray[Any]:
         """Expand a column of the layout's groups to all groups."""
@@ -528,17 +482,6 @@ def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, quiet_period_s
     complete &= lacks == NOTHING
     complete[grouped.kind != CHECKPOINT] = True
     return complete
-
-
-def _unread(groups: NDArray[np.int64], copies: Copies, n_groups: int) -> NDArray[np.bool_]:
-    """Return the groups whose metrics cannot be read, without those that the mover has put where they are.
-
-    A checkpoint that the mover has moved was not among the best while its metrics were readable.
-    """
-    found = np.zeros(n_groups, np.bool_)
-    found[groups] = True
-    found[copies.group[copies.verified]] = False
-    return found
 
 
 def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, copies: Copies) -> dict[int, str]:

@@ -97,31 +97,18 @@ _INDEX = r"\.index\.json$|^meta\.pt$|^metadata\.json$"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """Groups of keys. Row g of a group column is group g, row k of a key column is key k.
+    """Groups of keys. Row g of a group column is group g, row k of a key column is key k."""
 
-    Attributes:
-        paths: large_string[n_groups], sorted, unique.
-        checkpoint: bool[n_groups]; the other groups are files.
-        step: int64[n_groups]; NO_STEP for files.
-        series: int32[n_groups], equal for the checkpoints that one run writes under one name; NO_SERIES for files.
-        lacks: uint8[n_groups], indices of LACKS.
-        marked: bool[n_groups], whether the group has an object that its writer writes last.
-        group: int32[n_keys]; NO_GROUP for unfinished objects and for names that are not valid keys.
-        rank: uint8[n_keys], MEMBER, INDEX or MARK.
-        unfinished: bool[n_keys], by the name.
-        on_top: bool[n_keys], whether the object lies directly in the folder of its group.
-    """
-
-    paths: pa.Array
-    checkpoint: NDArray[np.bool_]
-    step: NDArray[np.int64]
-    series: NDArray[np.int32]
-    lacks: NDArray[np.uint8]
-    marked: NDArray[np.bool_]
-    group: NDArray[np.int32]
-    rank: NDArray[np.uint8]
-    unfinished: NDArray[np.bool_]
-    on_top: NDArray[np.bool_]
+    paths: pa.Array  # large_string[n_groups], sorted, unique
+    checkpoint: NDArray[np.bool_]  # the other groups are files
+    step: NDArray[np.int64]  # NO_STEP for files
+    series: NDArray[np.int32]  # equal for the checkpoints that one run writes under one name; NO_SERIES for files
+    lacks: NDArray[np.uint8]  # indices of LACKS
+    marked: NDArray[np.bool_]  # whether the group has an object that its writer writes last
+    group: NDArray[np.int32]  # NO_GROUP for unfinished objects and for names that are not valid keys
+    rank: NDArray[np.uint8]  # MEMBER, INDEX or MARK
+    unfinished: NDArray[np.bool_]  # by the name
+    on_top: NDArray[np.bool_]  # whether the object lies directly in the folder of its group
 
 
 def recognise_layout(keys: pa.Array) -> Layout:

@@ -434,107 +434,99 @@ def wanted_metrics(file: RuleFile) -> tuple[tuple[str, ...], ...]:
     return tuple(sorted({best.metrics for keep in keeps for best in keep.best}))
 
 
-class MetricReader:
-    """Finds the metrics of checkpoints.
+@dataclass(frozen=True, slots=True, eq=False)
+class CheckpointMetrics:
+    """The metrics of checkpoints that keep lists use."""
 
-    Attributes (valid after of()):
-        unread: int64[k], ascending: groups with files that may hold metrics, none of which can be read.
-        in_files: Group to the names of all metrics in its files, for groups whose files were read.
+    columns: Mapping[str, NDArray[np.float64]]  # by name, of all groups; NaN where there is none
+    unread: NDArray[np.int64]  # ascending: groups with files that may hold metrics, none of which can be read
+    in_files: Mapping[int, frozenset[str]]  # by group: names of all metrics in its files, where these were read
+
+
+def find_metrics(
+    file: RuleFile, stores: Stores, listed: Listing, copies: Copies, paths: pa.Array, checkpoints: NDArray[np.int64]
+) -> CheckpointMetrics:
+    """Find the metrics of checkpoints that keep lists use, in names and in files.
+
+    No file is read if no rule uses a metric, or if a checkpoint's name contains the first name of each metric.
+
+    Args:
+        file: Rule file.
+        stores: Stores of its tiers.
+        listed: Listing of the tiers.
+        copies: Copies of all groups.
+        paths: Paths of all groups.
+        checkpoints: Numbers of the groups that are checkpoints.
+
+    Raises:
+        StoreError: A file exists and cannot be read now, so that the best checkpoints are unknown.
     """
+    wanted = wanted_metrics(file)
+    names = sorted({name for some in wanted for name in some})
+    columns = {name: np.full(len(paths), np.nan) for name in names}
+    if not names:
+        return CheckpointMetrics(columns, np.empty(0, np.int64), {})
+    for groups in _parts(checkpoints):
+        texts = paths.take(pa.array(groups))
+        says = match_regex(texts, _MAY_SAY)
+        last = split_keys(texts.filter(pa.array(says)))[2]
+        for name, column in metrics_in_names(last, names).items():
+            columns[name][groups[says]] = column
+    lacking = checkpoints[np.isnan(np.array([columns[some[0]][checkpoints] for some in wanted])).any(axis=0)]
+    copy_of = _copies_to_read(listed, copies, lacking)
+    unread = [group for group, copy in copy_of.items() if copy is None]
+    readable = {group: copy for group, copy in copy_of.items() if copy is not None}
 
-    def __init__(self, stores: Stores, tiers: Sequence[str], listed: Listing, copies: Copies) -> None:
-        self._stores, self._tiers, self._listed, self._copies = stores, tiers, listed, copies
-        self.unread = np.empty(0, np.int64)
-        self.in_files: dict[int, frozenset[str]] = {}
-        self._names: dict[frozenset[str], frozenset[str]] = {}  # interned: a million checkpoints have equal sets
-
-    def of(
-        self, wanted: Sequence[Sequence[str]], paths: pa.Array, checkpoints: NDArray[np.int64]
-    ) -> dict[str, NDArray[np.float64]]:
-        """Return each wanted metric as float64[n_groups], NaN where there is none.
-
-        No file is read if no rule uses a metric, or if a checkpoint's name contains the first name of each metric.
-
-        Args:
-            wanted: Result of wanted_metrics().
-            paths: Paths of all groups.
-            checkpoints: int64[m], group numbers.
-
-        Raises:
-            StoreError: A file exists and cannot be read now, so that the best checkpoints are unknown.
-        """
-        names = sorted({name for some in wanted for name in some})
-        found = {name: np.full(len(paths), np.nan) for name in names}
-        if not names:
-            return found
-        for groups in _parts(checkpoints):
-            texts = paths.take(pa.array(groups))
-            says = match_regex(texts, _MAY_SAY)
-            last = split_keys(texts.filter(pa.array(says)))[2]
-            for name, column in metrics_in_names(last, names).items():
-                found[name][groups[says]] = column
-        lacking = np.isnan(np.array([found[some[0]][checkpoints] for some in wanted])).any(axis=0)
-        self._read(found, paths, checkpoints[lacking])
-        return found
-
-    def _read(self, found: dict[str, NDArray[np.float64]], paths: pa.Array, groups: NDArray[np.int64]) -> None:
-        """Read the missing metrics of each group from the fastest tier with a readable copy that has a metrics file."""
-        asked = self._asked(groups)
-        unread = [group for group, copy in asked.items() if copy is None]
-        readable = [(group, copy, paths[group].as_py()) for group, copy in asked.items() if copy is not None]
-        if readable:
-            with ThreadPoolExecutor(min(_THREADS, len(readable)), "tiercache-metrics") as pool:
-                for (group, *_), metrics in zip(readable, pool.map(self._one, readable), strict=True):
-                    if metrics is None:
-                        unread.append(group)
-                    else:
-                        _fill(found, group, metrics)
-                        names = frozenset(metrics)
-                        self.in_files[group] = self._names.setdefault(names, names)
-        self.unread = np.array(sorted(unread), np.int64)
-
-    def _asked(self, groups: NDArray[np.int64]) -> dict[int, int | None]:
-        """Return the groups that have a metrics file, each with the copy to read; None: no such copy is readable."""
-        copies = self._copies
-        wanted = np.zeros(int(copies.group.max(initial=-1)) + 1, np.bool_)
-        wanted[groups] = True
-        copy_of = np.repeat(np.arange(len(copies.group)), copies.n_objects)
-        rows = np.flatnonzero(wanted[copies.group[copy_of]])
-        rows = np.concatenate([rows[:0], *(self._holding(some) for some in _parts(rows))])
-        asked: dict[int, int | None] = {}
-        for copy in np.unique(copy_of[rows]).tolist():
-            group = int(copies.group[copy])
-            if asked.get(group) is None:
-                asked[group] = copy if copies.state[copy] in (READABLE, RESTORED) else None
-        return asked
-
-    def _holding(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows of objects that may hold metrics."""
-        return rows[match_regex(self._listed.keys.take(pa.array(self._copies.row[rows])), MAY_HOLD)]
-
-    def _one(self, readable: tuple[int, int, str]) -> Mapping[str, float] | None:
-        _, copy, path = readable
-        start, end = self._copies.start[copy : copy + 2].tolist()
-        rows = self._copies.row[start:end]
-        rows = rows[match_regex(self._listed.keys.take(pa.array(rows)), MAY_HOLD)]
-        keys = self._listed.keys.take(pa.array(rows)).to_pylist()
-        objects = [ObjectInfo(*one) for one in zip(keys, self._listed.n_bytes[rows].tolist(), strict=True)]
+    def read(group: int) -> Mapping[str, float] | None:
+        copy = readable[group]
+        start, end = copies.start[copy : copy + 2].tolist()
+        rows = copies.row[start:end]
+        rows = rows[_may_hold(listed, rows)]
+        keys = listed.keys.take(pa.array(rows)).to_pylist()
+        objects = [ObjectInfo(*one) for one in zip(keys, listed.n_bytes[rows].tolist(), strict=True)]
+        store = stores.store(file.tiers[int(copies.tier[copy])].name)
         try:
-            return read_metrics(self._stores.store(self._tiers[int(self._copies.tier[copy])]), objects, path)
+            return read_metrics(store, objects, paths[group].as_py())
         except StoreError as error:
             if error.retryable:
                 raise
             return None
+
+    in_files: dict[int, frozenset[str]] = {}
+    interned: dict[frozenset[str], frozenset[str]] = {}  # a million checkpoints have equal sets
+    with ThreadPoolExecutor(_THREADS, "tiercache-metrics") as pool:
+        for group, metrics in zip(readable, pool.map(read, readable), strict=True):
+            if metrics is None:
+                unread.append(group)
+                continue
+            in_files[group] = interned.setdefault(frozenset(metrics), frozenset(metrics))
+            for name, column in columns.items():
+                if name in metrics and np.isnan(column[group]):  # a metric in the name has precedence
+                    column[group] = metrics[name]
+    return CheckpointMetrics(columns, np.array(sorted(unread), np.int64), in_files)
+
+
+def _copies_to_read(listed: Listing, copies: Copies, groups: NDArray[np.int64]) -> dict[int, int | None]:
+    """Return, by group with a metrics file, the first readable copy that has one; None: no such copy is readable."""
+    is_wanted = np.zeros(int(copies.group.max(initial=-1)) + 1, np.bool_)
+    is_wanted[groups] = True
+    copy_of = np.repeat(np.arange(len(copies.group)), copies.n_objects)
+    at = np.flatnonzero(is_wanted[copies.group[copy_of]])
+    at = np.concatenate([at[:0], *(some[_may_hold(listed, copies.row[some])] for some in _parts(at))])
+    found: dict[int, int | None] = {}
+    for copy in np.unique(copy_of[at]).tolist():
+        group = int(copies.group[copy])
+        if found.get(group) is None:
+            found[group] = copy if copies.state[copy] in (READABLE, RESTORED) else None
+    return found
+
+
+def _may_hold(listed: Listing, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return whether each of the listed objects may hold metrics."""
+    return match_regex(listed.keys.take(pa.array(rows)), MAY_HOLD)
 
 
 def _parts(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
     """Yield the rows in parts, so that temporary arrays stay small."""
     for start in range(0, len(rows), ROWS_AT_A_TIME):
         yield rows[start : start + ROWS_AT_A_TIME]
-
-
-def _fill(found: dict[str, NDArray[np.float64]], group: int, metrics: Mapping[str, float]) -> None:
-    """Record the wanted metrics that are still missing; a metric in the name has precedence over one in a file."""
-    for name, column in found.items():
-        if name in metrics and np.isnan(column[group]):
-            column[group] = metrics[name]
