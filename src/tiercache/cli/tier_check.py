@@ -50,8 +50,7 @@ def check_file(output: Output, rules: Path | None) -> None:
 def check_tiers(output: Output, rules: Path | None) -> None:
     """Check the rule file and its tiers, and print what rules match.
 
-    Raises:
-        typer.Exit: With FAILED if a tier cannot be reached or seen; with PARTIAL if an object is lost.
+    Raises typer.Exit with FAILED if a tier cannot be reached or seen, and with PARTIAL if an object is lost.
     """
     with open_tiers(rules) as tiers:
         _check(output, tiers)

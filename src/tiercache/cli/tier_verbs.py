@@ -166,11 +166,7 @@ def plan_text(made: Plan) -> str:
 
 
 def apply(output: Output, file: Path, rules: Path | None, max_rows: int, *, yes: bool, dry_run: bool) -> None:
-    """Make the moves of a plan file, or print them.
-
-    Raises:
-        typer.Exit: With PARTIAL if moves were stopped.
-    """
+    """Make the moves of a plan file, or print them. Raises typer.Exit with PARTIAL if moves were stopped."""
     stored = read_plan(file)
     if dry_run:
         print_plan(output, stored, max_rows)
@@ -239,11 +235,7 @@ def _apply_text(plan: Plan, applied: ApplyResult, grace_s: float) -> str:
 
 
 def run(output: Output, rules: Path | None, max_rows: int, *, dry_run: bool) -> None:
-    """Plan and make all moves that are due, or print them.
-
-    Raises:
-        typer.Exit: With the exit code of the report, unless it is 0.
-    """
+    """Plan and make all moves that are due, or print them. Raises typer.Exit unless the report's code is 0."""
     file = read_rules(rules)
     with output.byte_progress("moving") as advance:
         report = run_once(file, dry_run=dry_run, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
@@ -401,8 +393,8 @@ class RestoreOptions:
 def restore(output: Output, what: Sequence[str], rules: Path | None, options: RestoreOptions) -> None:
     """Restore the archived objects that the arguments name, and copy them home.
 
-    Raises:
-        typer.Exit: With PENDING while restores are in progress; with PARTIAL if moves to the home tier were stopped.
+    Raises typer.Exit with PENDING while restores are in progress, and with PARTIAL if moves to the home tier were
+    stopped.
     """
     speed = _speed(options.speed)
     with open_tiers(rules) as tiers:

@@ -221,13 +221,8 @@ def read_rules(rules: Path | None) -> RuleFile:
 def tier_path(file: RuleFile, text: str) -> str:
     """Return the path below the tiers' URLs that an argument names; "" is a whole tier.
 
-    Args:
-        file: Rule file with the tiers.
-        text: URL or local path in a tier, or a path below the tiers' URLs. A local path is absolute, or begins with
-            "~/", "./" or "../".
-
-    Raises:
-        ValueError: The URL or absolute path is in no tier.
+    text: URL or local path in a tier, or a path below the tiers' URLs. A local path is absolute, or begins with "~/",
+    "./" or "../". Raises ValueError if the URL or absolute path is in no tier.
     """
     place = ParsedUrl.parse(os.path.abspath(text) if text.startswith(_HERE) else text)  # noqa: PTH100 - keeps links
     if not place.scheme and not Path(place.path).is_absolute():
@@ -263,9 +258,7 @@ def base_folder(text: str) -> str:
 def select_paths(paths: pa.Array, wanted: Sequence[str]) -> NDArray[np.bool_]:
     """Return which paths the arguments select, bool[n].
 
-    Args:
-        paths: Paths below the tiers' URLs, string[n].
-        wanted: Globs, or paths, which select everything below them; "" selects all.
+    wanted: Globs, or paths, which select everything below them; "" selects all.
     """
     found = np.zeros(len(paths), np.bool_)
     for text in wanted:

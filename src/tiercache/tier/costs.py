@@ -86,14 +86,8 @@ def copy_dollars(src: Prices, dst: Prices, sizes: Sizes, *, leaves: bool, stream
     CompleteMultipartUpload at the rate of the class. For copies of several objects the number of parts is an upper
     bound.
 
-    Args:
-        src: Prices of the source tier.
-        dst: Prices of the destination tier.
-        sizes: Sizes of the copies.
-        leaves: Whether the bytes leave the provider's region.
-        streams: Whether the bytes pass through this machine. Then each part costs a GET and a PUT, and an object of
-            several parts one request each to begin and to complete the upload. Otherwise the store copies each object
-            by one request.
+    leaves: Whether the bytes leave the provider's region. streams: Whether they pass through this machine; then each
+    part costs a GET and a PUT, and otherwise the store copies each object by one request.
     """
     per_gb = src.retrieve_gb + (src.egress_gb if leaves else 0.0)
     return _requests_dollars(src, dst, sizes, streams=streams) + sizes.n_bytes / GB * per_gb

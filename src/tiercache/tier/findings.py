@@ -57,11 +57,7 @@ class BucketFinding:
 def bucket_findings(tier: str, folder: str, class_of: str, settings: BucketSettings) -> tuple[BucketFinding, ...]:
     """Return the effects of a bucket's settings on the objects of a tier.
 
-    Args:
-        tier: Name of the tier.
-        folder: Prefix of all its keys in the bucket; "" or ending in "/".
-        class_of: Storage class of its copies.
-        settings: Settings of the bucket.
+    folder: Prefix of all its keys in the bucket; "" or ending in "/". class_of: Storage class of its copies.
     """
     return tuple(_findings(tier, folder, class_of, settings))
 
@@ -175,18 +171,7 @@ class Loss:
 def find_losses(
     inventory: Inventory, file: RuleFile, stores: Stores, catalog: TierCatalog, *, now_s: float
 ) -> tuple[Loss, ...]:
-    """Return all lost objects, by path. Changes nothing.
-
-    Args:
-        inventory: Inventory of the tiers.
-        file: Rule file.
-        stores: Stores of its tiers.
-        catalog: Catalog of this machine.
-        now_s: Current time, in seconds since the epoch.
-
-    Raises:
-        StoreError: A store cannot be reached now.
-    """
+    """Return all lost objects, by path. Changes nothing. Raises StoreError if a store cannot be reached now."""
     hidden = {*unavailable_tiers(file, stores, catalog), *inventory.facts["missed"]}
     known = _Expected()
     keys, named_s = inventory.facts["missing_shards"]
@@ -378,10 +363,7 @@ def metric_gaps(
 ) -> tuple[tuple[MetricGap, ...], tuple[UnscoredCheckpoints, ...]]:
     """Return the metrics that keep lists use and that are missing: in whole runs, and in some checkpoints of a run.
 
-    Args:
-        snapshot: Snapshot.
-        file: Rule file.
-        in_files: Group to the names of the metrics in its files.
+    in_files: Group to the names of the metrics in its files.
     """
     gaps: list[MetricGap] = []
     passed: list[UnscoredCheckpoints] = []

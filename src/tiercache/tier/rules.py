@@ -197,13 +197,9 @@ class Tier(RuleTable):
         return self.capacity is not None and self.capacity.strip().endswith("%")
 
     def capacity_bytes(self, disk_bytes: int | None) -> int | None:
-        """Return the capacity in bytes; None: unlimited.
+        """Return the capacity in bytes; None: unlimited. disk_bytes: Size of the disk, for a capacity in percent.
 
-        Args:
-            disk_bytes: Size of the whole disk, for a capacity in percent.
-
-        Raises:
-            ValueError: The capacity is a percentage and disk_bytes is None.
+        Raises ValueError if the capacity is a percentage and disk_bytes is None.
         """
         if self.capacity is None:
             return None
@@ -424,15 +420,10 @@ _COMPLETE = ("value_error", "missing")
 
 
 def load_rule_file(path: Path | None = None, *, start: Path | None = None) -> RuleFile:
-    """Read a rule file.
+    """Read a rule file. path: None: the tiercache.toml that applies to the folder start, or to the working folder.
 
-    Args:
-        path: Path of the file; None: the tiercache.toml that applies to start.
-        start: Folder in which the search begins; None: the working folder.
-
-    Raises:
-        ValueError: There is no file, it is not TOML, or it has a wrong key or value. The message names the file and the
-            key, or the line of a syntax error.
+    Raises ValueError if there is no file, if it is not TOML, or for a wrong key or value. The message names the file
+    and the key, or the line of a syntax error.
     """
     here = Path.cwd() if start is None else start.absolute()
     found = config.find_file(here) if path is None else path.absolute()

@@ -36,14 +36,10 @@ _EXPIRY = re.compile(r'expiry-date="([^"]+)"')
 
 
 def state_of(info: ObjectInfo, now_s: float | None = None) -> int:
-    """Return HERE, ARCHIVED, RESTORING or RESTORED for an object of a store.
+    """Return READABLE, ARCHIVED, RESTORING or RESTORED for an object of a store's head() or list().
 
-    The store's restore field (`x-amz-restore`) decides; the storage class decides only without such a field.
-
-    Args:
-        info: Result of a store's head() or list().
-        now_s: Current time, in seconds since the epoch, at which an expired restored copy is ARCHIVED; None: ignore
-            expiry.
+    The store's restore field (`x-amz-restore`) decides; the storage class decides only without such a field. now_s:
+    Time at which an expired restored copy is ARCHIVED; None: ignore expiry.
     """
     said = info.restore or ""
     if (ongoing := _ONGOING.search(said)) is not None:
@@ -82,11 +78,8 @@ class Stores:
     ) -> None:
         """Open no store yet.
 
-        Args:
-            file: Rule file.
-            stores: Tier name to a store that replaces the one at its URL; the caller closes it. Such a tier has an
-                archive only if `archives` contains one.
-            archives: Tier name to its archive, likewise.
+        stores: Tier name to a store that replaces the one at its URL; the caller closes it. Such a tier has an archive
+        only if `archives` contains one.
         """
         self.file = file
         self._given, self._given_archives = dict(stores or {}), dict(archives or {})
@@ -112,11 +105,7 @@ class Stores:
             store.close()
 
     def store(self, name: str) -> Store:
-        """Return the store of a tier.
-
-        Raises:
-            ValueError: There is no such tier, or its URL is invalid.
-        """
+        """Return the store of a tier. Raises ValueError if there is no such tier, or if its URL is invalid."""
         given = self._given.get(name)
         if given is not None:
             return given
@@ -130,8 +119,7 @@ class Stores:
     def archive(self, name: str) -> S3Archive | None:
         """Return the client for storage classes, restores and batches of a tier; None: not S3, or boto3 is missing.
 
-        Raises:
-            ValueError: The tier has a storage class, but is not S3 or boto3 is missing.
+        Raises ValueError if the tier has a storage class, but is not S3 or boto3 is missing.
         """
         if name in self._given or name in self._given_archives:
             return self._given_archives.get(name)
@@ -279,13 +267,7 @@ def unavailable_tiers(
     """Return the reason for each tier that may be unmounted, or that cannot be reached, by name. Writes nothing.
 
     A local tier that this machine has never used and whose folder does not exist is not included; for it see
-    missing_folder_message().
-
-    Args:
-        file: Rule file.
-        stores: Stores of its tiers.
-        catalog: Catalog of this machine.
-        but: Names of tiers that are not checked.
+    missing_folder_message(). but: Names of tiers that are not checked.
     """
     found = {}
     for tier in file.tiers:
@@ -306,19 +288,12 @@ def ensure_marker(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool)
     The race that the marker prevents:
 
     1. The disk of /mnt/archive is not mounted, but the mount point exists.
-    2. The mover copies groups into the mount point, and verifies the copies.
-    3. The mover drops the sources.
-    4. The disk is mounted and hides the copies.
+    2. The mover copies groups into the mount point, verifies the copies, and drops the sources.
+    3. The disk is mounted and hides the copies.
 
-    Args:
-        tier: Tier of the rule file.
-        store: Store of the tier.
-        catalog: Catalog of this machine.
-        gets: Whether the mover is about to copy into the tier. Otherwise an empty or read-only tier gets no marker: the
-            folder may be the mount point of an unmounted disk, and a marker in it would identify the wrong disk.
-
-    Raises:
-        StoreError: The store fails, or the marker cannot be written although the mover is about to copy into the tier.
+    gets: Whether the mover is about to copy into the tier. Otherwise an empty or read-only tier gets no marker: the
+    folder may be the mount point of an unmounted disk, and a marker in it would identify the wrong disk. Raises
+    StoreError.
     """
     if not tier.is_local or catalog.mark(tier.name) is not None:
         return unavailable_reason(tier, store, catalog)
@@ -341,15 +316,10 @@ def ensure_marker(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool)
 
 
 def deletion_block_reason(missing: Mapping[str, str]) -> str:
-    """Return why nothing may be deleted while a tier may be unmounted; "": no tier is.
+    """Return why nothing may be deleted while a tier may be unmounted; "": no tier is. missing: Reason, or "", by tier.
 
-    The race that this prevents:
-
-    1. A group has a copy in an unmounted tier and a copy elsewhere.
-    2. A rule deletes the group from all tiers.
-    3. Its tags, its use and whether it is the newest were computed without the unmounted copy.
-
-    missing: Reason, or "", by tier.
+    A rule would delete a group from all tiers although its tags, its use and whether it is the newest were computed
+    without its copy in the unmounted tier.
     """
     found = next(((name, why) for name, why in missing.items() if why), None)
     if found is None:

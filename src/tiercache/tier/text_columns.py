@@ -21,12 +21,10 @@ _SLASH = ord("/")
 
 
 def split_keys(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64], pa.Array]:
-    """Split keys at their last slash.
+    """Split keys (large_string, without nulls) at their last slash.
 
-    keys: large_string, without nulls.
-
-    Returns:
-        The distinct folders ("" or ending in "/"); the number of each key's folder; the last segment of each key.
+    Returns the distinct folders ("" or ending in "/"), the number of each key's folder, and the last segment of each
+    key.
     """
     folders, names = [], []
     for start in range(0, len(keys), ROWS_AT_A_TIME):
@@ -134,17 +132,9 @@ _UNCLOSED = {
 
 
 def first_match(paths: pa.Array, globs: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> NDArray[np.int16]:
-    """Return the number of the first rule that matches each path; -1: none.
+    """Return the number of the first rule that matches each path; -1: none. int16[n].
 
-    Args:
-        paths: Strings without nulls.
-        globs: For each rule, the globs that match, and the globs of exceptions.
-
-    Returns:
-        int16[n].
-
-    Raises:
-        ValueError: A glob is malformed; the message names the glob and the error.
+    globs: For each rule, the globs that match, and the globs of exceptions. Raises ValueError for a malformed glob.
     """
     rules = [(_pattern(match), _pattern(excepted)) for match, excepted in globs]
     found = np.full(len(paths), -1, np.int16)

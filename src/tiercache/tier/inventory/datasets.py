@@ -77,17 +77,9 @@ def _no_shards() -> LiveShards:
 def read_datasets(
     file: RuleFile, stores: Stores, listed: Listing, own: pa.Array, *, now_s: float
 ) -> tuple[LiveShards, tuple[FoundDataset, ...]]:
-    """Read all data sets whose versions are among the listed objects.
+    """Read all data sets whose versions are among the listed objects. Raises StoreError.
 
-    Args:
-        file: Rule file.
-        stores: Stores of its tiers.
-        listed: Listing of the tiers.
-        own: int64[m], rows of tiercache's own objects (in a _tiercache/ folder).
-        now_s: Current time, in seconds since the epoch.
-
-    Raises:
-        StoreError: A store fails.
+    own: Rows of tiercache's own objects (in a _tiercache/ folder).
     """
     shards, found = [], []
     own_keys = listed.keys.take(own)

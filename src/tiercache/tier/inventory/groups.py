@@ -108,11 +108,8 @@ def copies_at(
 ) -> NDArray[np.int64]:
     """Return the number of each group's copy in the tier at the same index; -1: none. int64[len(groups)].
 
-    Args:
-        group: Group of each copy, ascending.
-        tier: Tier of each copy, ascending within a group.
-        groups: Groups to look up.
-        tiers: Tier to look up for each of them.
+    group, tier: Group of each copy, ascending, and its tier, ascending within a group. groups, tiers: What is looked
+    up.
     """
     known = group.astype(np.int64) * _TIERS + tier
     asked = groups.astype(np.int64) * _TIERS + tiers
@@ -121,17 +118,12 @@ def copies_at(
     return np.where(there, at, -1)
 
 
-def copies_of(listed: Listing, objects: Objects, book: Callable[[int], ChecksumTable]) -> Copies:
-    """Return the copies that the objects form.
+def copies_of(listed: Listing, objects: Objects, checksums_of: Callable[[int], ChecksumTable]) -> Copies:
+    """Return the copies that the objects form. checksums_of: Known checksums of a tier.
 
     A copy is whole if it has every key that any copy of its group has, each with the same size in all copies; of two
     copies that differ, neither is whole. A copy is verified if the catalog says so of each of its objects in their
     present state, and the objects with the same keys in other tiers are known to be equal.
-
-    Args:
-        listed: Listing of the tiers.
-        objects: Objects that belong to groups.
-        book: Function that returns the known checksums of a tier; called for one tier after another.
     """
     order = np.lexsort((objects.key, objects.rank, listed.tier[objects.row], objects.group))
     row, key, group = objects.row[order], objects.key[order], objects.group[order]
@@ -139,7 +131,7 @@ def copies_of(listed: Listing, objects: Objects, book: Callable[[int], ChecksumT
     is_first = np.ones(len(row), np.bool_)
     is_first[1:] = (group[1:] != group[:-1]) | (tier[1:] != tier[:-1])
     first = np.flatnonzero(is_first)
-    facts = _ObjectFacts(listed, objects, order, book)
+    facts = _ObjectFacts(listed, objects, order, checksums_of)
     n_objects = np.diff(np.append(first, len(row)))
     n_keys = np.bincount(_group_of_each_key(key, group), minlength=int(group.max(initial=-1)) + 1)
     n_bytes, modified_s = listed.n_bytes[row], listed.modified_s[row]
@@ -174,7 +166,7 @@ class _ObjectFacts:
     """
 
     def __init__(
-        self, listed: Listing, objects: Objects, order: NDArray[np.int64], book: Callable[[int], ChecksumTable]
+        self, listed: Listing, objects: Objects, order: NDArray[np.int64], checksums_of: Callable[[int], ChecksumTable]
     ) -> None:
         row, key, is_shard = objects.row[order], objects.key[order], objects.is_shard[order]
         n_bytes = listed.n_bytes[row]
@@ -182,7 +174,7 @@ class _ObjectFacts:
         self.written_s = np.full(len(row), np.inf)
         for number in listed.tiers:
             at = np.flatnonzero(listed.tier[row] == number)
-            for same, found in _look_up(listed, row, at[np.argsort(key[at])], book(number)):
+            for same, found in _look_up(listed, row, at[np.argsort(key[at])], checksums_of(number)):
                 verified[same] = found["verified"].to_numpy()
                 crcs = found["crc32c"].fill_null(NO_CRC).to_numpy()
                 crc32c[same] = np.where(crcs == NO_CRC, crc32c[same], crcs)
@@ -213,15 +205,15 @@ def _look_up(
     """
     if not known or not len(at):
         return
-    book = EntryTable.of(known).table
-    if not _is_rising(book["key"]):
-        book = book.sort_by("key")
-    places, name = range(len(book)), lambda place: book["key"][place].as_py()
+    entries = EntryTable.of(known).table
+    if not _is_rising(entries["key"]):
+        entries = entries.sort_by("key")
+    places, name = range(len(entries)), lambda place: entries["key"][place].as_py()
     for start in range(0, len(at), ROWS_AT_A_TIME):
         some = at[start : start + ROWS_AT_A_TIME]
         keys = listed.keys.take(pa.array(row[some]))
         first = bisect_left(places, keys[0].as_py(), key=name)
-        part = book.slice(first, bisect_right(places, keys[-1].as_py(), key=name) - first)
+        part = entries.slice(first, bisect_right(places, keys[-1].as_py(), key=name) - first)
         hit = index_in(keys, part["key"])
         some, found = some[hit >= 0], part.drop_columns(["key"]).take(pa.array(hit[hit >= 0])).combine_chunks()
         # Without an ETag, a rewritten object cannot be detected, so that the catalog's entry does not apply.
@@ -310,7 +302,7 @@ class Inventory:
 def take_inventory(
     file: RuleFile,
     stores: Stores,
-    known: TierCatalog,
+    catalog: TierCatalog,
     *,
     now_s: float,
     on_progress: Progress | None = None,
@@ -321,14 +313,12 @@ def take_inventory(
     Args:
         file: Rule file.
         stores: Stores of its tiers.
-        known: Catalog.
+        catalog: Catalog of this machine, whose checksums and dates of copies are used.
         now_s: Current time, in seconds since the epoch.
         on_progress: Callback that receives (tier, number of objects listed so far), from several threads.
         may_miss: Tiers that are left out if they cannot be listed; `facts["missed"]` names them.
 
-    Raises:
-        StoreError: A tier cannot be listed, or an object that decides about moves cannot be read now.
-        ValueError: The URL or the options of a tier's store are invalid.
+    Raises StoreError if a tier cannot be listed, or an object that decides about moves cannot be read now.
     """
     listed = list_tiers(file, stores, now_s=now_s, on_progress=on_progress, may_miss=may_miss)
     release_memory()
@@ -336,7 +326,7 @@ def take_inventory(
     shards, datasets = read_datasets(file, stores, listed, pa.array(np.flatnonzero(own)), now_s=now_s)
     grouped = _grouped(listed, own, shards)
     release_memory()
-    copies = copies_of(listed, grouped.objects, lambda tier: known.checksums(file.tiers[tier].name))
+    copies = copies_of(listed, grouped.objects, lambda tier: catalog.checksums(file.tiers[tier].name))
     complete = _complete(grouped, copies, now_s=now_s, quiet_period_s=file.tiering.quiet_period_s)
     checkpoints = np.flatnonzero(grouped.kind == CHECKPOINT)
     found = find_metrics(file, stores, listed, copies, grouped.paths, checkpoints)

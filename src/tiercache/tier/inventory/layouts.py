@@ -290,9 +290,8 @@ def _numbered(
 ) -> tuple[NDArray[np.int32], pa.Array, NDArray[np.int64]]:
     """Assign keys to groups.
 
-    Returns:
-        The group of each key; the sorted paths of groups; the group of each folder (-1: none), then of each key in
-        left.
+    Returns the group of each key; the sorted paths of groups; and the group of each folder (-1: none), then of each key
+    in left.
     """
     inside, n_folders = np.flatnonzero((row >= 0) & ~no_key), len(folders)
     is_used = np.zeros(n_folders + 1, np.bool_)  # index -1 (no folder) is the last entry

@@ -71,15 +71,7 @@ def list_tiers(
 ) -> Listing:
     """List all tiers; tiers with the same URL share one listing, which one thread makes.
 
-    Args:
-        file: Rule file.
-        stores: Stores of its tiers.
-        now_s: Current time, in seconds since the epoch.
-        on_progress: See Progress.
-        may_miss: Tiers that are left out if they cannot be listed.
-
-    Raises:
-        StoreError: A tier that is not in may_miss cannot be listed.
+    may_miss: Tiers that are left out if they cannot be listed. Raises StoreError if another tier cannot be listed.
     """
     stop = Event()
     missed: set[str] = set()

@@ -61,15 +61,8 @@ _NO_CHECKPOINT = (
 def read_scores(store: Store, key: str, n_bytes: int, name: str) -> Mapping[str, float]:
     """Return the scores of a checkpoint by metric; empty if the object is not a Lightning checkpoint.
 
-    Args:
-        store: Store of the object.
-        key: Key of the object.
-        n_bytes: Size of the object, as listed.
-        name: Name of the checkpoint's file or folder, by which its scores are found.
-
-    Raises:
-        NotFound: The object no longer exists.
-        StoreError: The object cannot be read, or has changed since it was listed.
+    name: Name of the checkpoint's file or folder, by which its scores are found. Raises StoreError if the object is
+    gone, cannot be read, or has changed since it was listed.
     """
     if n_bytes < len(_ZIP_SIGN):
         return {}
@@ -339,15 +332,8 @@ def _file_name(key: str) -> str:
 def read_metrics(store: Store, objects: Sequence[ObjectInfo], path: str) -> dict[str, float]:
     """Return the metrics in the small files of a checkpoint; files that cannot be parsed are ignored.
 
-    Reads at most four objects of at most MAX_BYTES each, and some blocks of a Lightning file.
-
-    Args:
-        store: Store of the checkpoint.
-        objects: Objects of the checkpoint.
-        path: Path of the checkpoint.
-
-    Raises:
-        StoreError: A file exists and cannot be read now, so that the best checkpoints are unknown.
+    Reads at most four objects of at most MAX_BYTES each, and some blocks of a Lightning file. Raises StoreError if a
+    file exists and cannot be read now, so that the best checkpoints are unknown.
     """
     found: dict[str, float] = {}
     for one in objects:
@@ -406,12 +392,7 @@ def _finite(name: str, value: float) -> dict[str, float]:
 
 
 def metrics_in_names(names: pa.Array, wanted: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """Return the wanted metrics of each name, as metrics.metrics_in_name(): float64[n] each, NaN where there is none.
-
-    Args:
-        names: large_string, names of files or folders, without nulls.
-        wanted: Names of the metrics.
-    """
+    """Return the wanted metrics of each name, as metrics_in_name(): float64[n] each, NaN where there is none."""
     found = {name: np.full(len(names), np.nan) for name in wanted}
     rows = np.flatnonzero(match_regex(names, "|".join(map(re.escape, wanted))))
     for row, name in zip(rows.tolist(), names.take(pa.array(rows)).to_pylist(), strict=True):
@@ -446,20 +427,10 @@ class CheckpointMetrics:
 def find_metrics(
     file: RuleFile, stores: Stores, listed: Listing, copies: Copies, paths: pa.Array, checkpoints: NDArray[np.int64]
 ) -> CheckpointMetrics:
-    """Find the metrics of checkpoints that keep lists use, in names and in files.
+    """Find the metrics that keep lists use, in the names and files of checkpoints. checkpoints: Numbers of groups.
 
-    No file is read if no rule uses a metric, or if a checkpoint's name contains the first name of each metric.
-
-    Args:
-        file: Rule file.
-        stores: Stores of its tiers.
-        listed: Listing of the tiers.
-        copies: Copies of all groups.
-        paths: Paths of all groups.
-        checkpoints: Numbers of the groups that are checkpoints.
-
-    Raises:
-        StoreError: A file exists and cannot be read now, so that the best checkpoints are unknown.
+    No file is read if no rule uses a metric, or if a checkpoint's name contains the first name of each metric. Raises
+    StoreError if a file exists and cannot be read now, so that the best checkpoints are unknown.
     """
     wanted = wanted_metrics(file)
     names = sorted({name for some in wanted for name in some})

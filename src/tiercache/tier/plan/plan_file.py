@@ -54,9 +54,7 @@ _LARGE = pa.large_string()
 def write_plan(plan: Plan, path: Path) -> None:
     """Write a plan of make_plan() to a file, which replaces an existing file atomically.
 
-    Raises:
-        ValueError: The plan has a figure that JSON cannot represent.
-        OSError: The file cannot be written.
+    Raises ValueError if the plan has a figure that JSON cannot represent, and OSError.
     """
     with open_folder(path.absolute().parent, [], make=True) as folder_fd:
         new = UnpublishedFile(folder_fd)
@@ -288,10 +286,8 @@ L = TypeVar("L")
 def read_plan(path: Path) -> Plan:
     """Read the plan from a file.
 
-    Raises:
-        ValueError: The file is not a plan, has another version, was truncated or changed, or has an invalid line. The
-            message contains the line, what was expected and what was found.
-        OSError: The file cannot be read.
+    Raises ValueError if the file is not a plan, has another version, was truncated or changed, or has an invalid line;
+    the message contains the line, what was expected and what was found. Raises OSError if the file cannot be read.
     """
     moves: list[Move] = []
     refusals: list[Refusal] = []
