@@ -12,19 +12,27 @@ import pyarrow as pa
 import typer
 
 from tiercache.cli.output import FAILED, PARTIAL, Output, count, printable
-from tiercache.cli.tiers import OpenTiers, open_tiers, print_losses, print_notes, print_unavailable, read_rules
+from tiercache.cli.tiers import (
+    OpenTiers,
+    open_tiers,
+    print_losses,
+    print_metric_gaps,
+    print_notes,
+    print_unavailable,
+    read_rules,
+)
 from tiercache.errors import StoreError
 from tiercache.model import format_bytes
-from tiercache.prices import Prices, price_notes, price_table
+from tiercache.prices import price_notes, price_table
 from tiercache.store import redact
 from tiercache.store.archive import S3Archive
 from tiercache.store.options import ParsedUrl
-from tiercache.tier.findings import Loss, bucket_findings
+from tiercache.tier.findings import Loss, bucket_findings, find_losses, metric_gaps
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.model import KINDS
-from tiercache.tier.plan.selection import rules_of
+from tiercache.tier.plan.selection import largest_copies, rules_of
 from tiercache.tier.rules import Rule, RuleFile, Tier
-from tiercache.tier.stores import missing_folder_message
+from tiercache.tier.stores import missing_folder_message, unavailable_tiers
 
 _NO_RULE = "(no rule)"
 # Facts of an inventory, and why no plan touches the objects that they count.
@@ -60,17 +68,20 @@ def _check(output: Output, tiers: OpenTiers) -> None:
     file = tiers.file
     reached = {tier.name: _reached(tiers, tier) for tier in file.tiers}
     failed = {name for name, answer in reached.items() if answer != "yes"}
-    unseen = tiers.unavailable_tiers(but=failed)
+    unseen = unavailable_tiers(file, tiers.stores, tiers.catalog, but=failed)
     _print_tiers(output, file, reached | dict.fromkeys(unseen, _UNSEEN))
     print_unavailable(output, file, unseen)
     losses: tuple[Loss, ...] | None = None
     if not failed:
         inventory = tiers.read_inventory(output)
         _print_rules(output, file, inventory)
-        losses = tiers.losses(inventory)
+        losses = find_losses(inventory, file, tiers.stores, tiers.catalog, now_s=inventory.snapshot.now_s)
         _print_buckets(output, tiers)
         _print_left_alone(output, inventory.facts, lost={loss.path for loss in losses})
-        tiers.print_missing_metrics(output, inventory, passed_over=True)
+        gaps, unscored = metric_gaps(inventory.snapshot, file, inventory.facts["in_files"])
+        print_metric_gaps(output, gaps)
+        for one in unscored:
+            output.event("passed_over", asdict(one), printable(f"note: {one.text}"))
         tiers.print_pending_moves(output)
         folders = [found.folder for found in inventory.facts["datasets"]]
         tiers.print_untracked(output, inventory, pa.array(folders, pa.large_string()))
@@ -109,21 +120,17 @@ def _print_tiers(output: Output, file: RuleFile, reached: dict[str, str]) -> Non
 def _print_rules(output: Output, file: RuleFile, inventory: Inventory) -> None:
     """Print a row for each rule with the objects that it matches, and a row for objects that no rule matches."""
     snapshot = inventory.snapshot
-    matched = rules_of(snapshot, file)
-    sizes = np.zeros(snapshot.n_groups, np.int64)
-    np.maximum.at(sizes, snapshot.group, snapshot.n_bytes)
+    matched, sizes = rules_of(snapshot, file), largest_copies(snapshot)
     rows: list[dict[str, Any]] = []
     texts: list[dict[str, str]] = []
     for number, name in [*enumerate(rule.name for rule in file.rules), (-1, _NO_RULE)]:
         mine = matched == number
-        kinds = {kind: int(np.count_nonzero(mine & (snapshot.kind == i))) for i, kind in enumerate(KINDS)}
+        kinds = {f"{kind}s": int(np.count_nonzero(mine & (snapshot.kind == i))) for i, kind in enumerate(KINDS)}
         n_bytes = int(sizes[mine].sum())
         does = _does(file.rules[number]) if number >= 0 else "stays where it is"
-        rows.append({"rule": name, "does": does, **{f"{kind}s": n for kind, n in kinds.items()}, "n_bytes": n_bytes})
-        texts.append(
-            {"rule": name, **{f"{kind}s": f"{n:,}" for kind, n in kinds.items()}}
-            | {"size": format_bytes(n_bytes), "does": does}
-        )
+        rows.append({"rule": name, "does": does, **kinds, "n_bytes": n_bytes})
+        counts = {kind: f"{n:,}" for kind, n in kinds.items()}
+        texts.append({"rule": name, **counts, "size": format_bytes(n_bytes), "does": does})
     output.table("rule", rows, texts)
 
 
@@ -205,7 +212,7 @@ def _sum_up(output: Output, file: RuleFile, n_unreached: int, losses: Sequence[L
 def print_prices(output: Output) -> None:
     """Print the built-in price table."""
     dated, table = price_table()
-    rows = [price_facts(prices) for prices in table.values()]
+    rows = [asdict(prices) for prices in table.values()]
     names = ("store_gb_month", "put_1000", "get_1000", "transition_1000", "retrieve_gb", "egress_gb", "min_days")
     texts = [
         {"prices": row["name"], **{name: f"{row[name]:.5f}".rstrip("0").rstrip(".") for name in names}}
@@ -223,12 +230,3 @@ def print_prices(output: Output) -> None:
         {"dated": dated, "prices": len(rows)},
         f"prices as of {dated}, in dollars; price tables in a rule file override them",
     )
-
-
-def price_facts(prices: Prices) -> dict[str, Any]:
-    """Return prices for JSON output."""
-    restore = {s: {"gb": p.gb, "per_1000": p.per_1000, "hours": p.hours} for s, p in prices.restore.items()}
-    names = ("name", "store_gb_month", "put_1000", "get_1000", "transition_1000", "retrieve_gb", "egress_gb")
-    minima = ("min_days", "min_bytes", "overhead_bytes", "standard_overhead_bytes")
-    standard = ("standard_gb_month", "standard_put_1000")
-    return {name: getattr(prices, name) for name in (*names, *minima, *standard)} | {"restore": restore}

@@ -38,6 +38,7 @@ from tiercache.model import ObjectInfo, format_bytes
 from tiercache.prices import SPEEDS, Prices, Speed
 from tiercache.tier import restore as restoring
 from tiercache.tier.costs import Sizes, month_dollars
+from tiercache.tier.findings import metric_gaps
 from tiercache.tier.inventory.listing import keys_of
 from tiercache.tier.model import KINDS, READABLE, SHARD, Move, Plan, Refusal, Snapshot
 from tiercache.tier.move.mover import ApplyResult, Mover, RunReport, StoppedMove, run_once
@@ -47,7 +48,7 @@ from tiercache.tier.plan.plan import make_plan, totals_by_route
 from tiercache.tier.plan.plan_file import read_plan, write_plan
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.restore import RestorePlan
-from tiercache.tier.stores import state_of
+from tiercache.tier.stores import state_of, unavailable_tiers
 
 
 def plan(output: Output, rules: Path | None, out: Path | None, max_rows: int) -> None:
@@ -65,13 +66,13 @@ def plan(output: Output, rules: Path | None, out: Path | None, max_rows: int) ->
 def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
     """Return a plan of what is in the tiers now."""
     inventory = tiers.read_inventory(output)
-    unseen = tiers.unavailable_tiers()
-    limits = tiers.capacities()
-    snapshot = inventory.snapshot
-    decisions = decide(snapshot, tiers.file, tiers.prices, capacity_bytes=limits, missing=unseen)
-    made = make_plan(decisions, inventory, tiers.file, tiers.prices)
-    print_unavailable(output, tiers.file, unseen)
-    tiers.print_missing_metrics(output, inventory)
+    file, snapshot = tiers.file, inventory.snapshot
+    unseen = unavailable_tiers(file, tiers.stores, tiers.catalog)
+    limits = [tiers.stores.capacity(tier.name) for tier in file.tiers]
+    decisions = decide(snapshot, file, tiers.prices, capacity_bytes=limits, missing=unseen)
+    made = make_plan(decisions, inventory, file, tiers.prices)
+    print_unavailable(output, file, unseen)
+    print_metric_gaps(output, metric_gaps(snapshot, file, inventory.facts["in_files"])[0])
     moved = decisions.moves.group
     tiers.print_untracked(output, inventory, snapshot.paths.take(pa.array(moved[snapshot.kind[moved] == SHARD])))
     return made
@@ -281,7 +282,7 @@ def ls(output: Output, rules: Path | None, path: str | None) -> None:
     with open_tiers(rules) as tiers:
         wanted = "" if path is None else tier_path(tiers.file, path)
         inventory = tiers.read_inventory(output)
-        print_unavailable(output, tiers.file, tiers.unavailable_tiers())
+        print_unavailable(output, tiers.file, unavailable_tiers(tiers.file, tiers.stores, tiers.catalog))
         tiers.print_pending_moves(output)
         snapshot = inventory.snapshot
         note = tiers.unpriced_note()

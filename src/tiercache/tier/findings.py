@@ -8,7 +8,6 @@ says that it exists and no tier has a copy; unless its last tier is unavailable,
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.catalog.tiers import EntryTable
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tiercache.tier.stores import Stores
 
 
-Kind: TypeAlias = Literal["expiration", "transition", "versions", "object_lock", "unread"]
+SettingKind: TypeAlias = Literal["expiration", "transition", "versions", "object_lock", "unread"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +48,17 @@ class BucketFinding:
     """An effect of a bucket's settings on a tier's objects."""
 
     tier: str  # name of the tier
-    kind: Kind  # kind of the setting; "unread": a setting that could not be read
+    kind: SettingKind  # "unread": a setting that could not be read
     lifecycle_rule: str | None  # ID of the lifecycle rule; None: another setting
     is_danger: bool  # whether objects are deleted, or become unreadable, without tiercache
     text: str  # message for people
 
 
-def bucket_findings(tier: str, folder: str, class_of: str, settings: BucketSettings) -> tuple[BucketFinding, ...]:
-    """Return the effects of a bucket's settings on the objects of a tier.
+def bucket_findings(tier: str, folder: str, class_of: str, settings: BucketSettings) -> Iterator[BucketFinding]:
+    """Yield the effects of a bucket's settings on the objects of a tier.
 
     folder: Prefix of all its keys in the bucket; "" or ending in "/". class_of: Storage class of its copies.
     """
-    return tuple(_findings(tier, folder, class_of, settings))
-
-
-def _findings(tier: str, folder: str, class_of: str, settings: BucketSettings) -> Iterator[BucketFinding]:
     where = f"tiers.{tier}"
     has_versions = settings.versioning in ("Enabled", "Suspended")
     rules = [rule for rule in settings.lifecycle if _applies(rule, folder)]
@@ -173,16 +169,16 @@ def find_losses(
 ) -> tuple[Loss, ...]:
     """Return all lost objects, by path. Changes nothing. Raises StoreError if a store cannot be reached now."""
     hidden = {*unavailable_tiers(file, stores, catalog), *inventory.facts["missed"]}
-    known = _Expected()
+    expected: dict[str, _Expected] = {}
     keys, named_s = inventory.facts["missing_shards"]
-    known.add(keys, named_s, "", "a version of its data set names it")
-    _add_from_catalog(known, inventory, file, catalog)
+    _add(expected, keys, named_s, "", "a version of its data set names it")
+    _add_from_catalog(expected, inventory, file, catalog)
     if file.home.name not in hidden:
-        _add_from_placement(known, inventory, file, stores)
-    found = {path: one for path, one in known.by_path.items() if hidden.isdisjoint(one.tiers)}
+        _add_from_placement(expected, inventory, file, stores)
+    found = {path: one for path, one in expected.items() if hidden.isdisjoint(one.tiers)}
     paths = pa.array(sorted(found), pa.large_string())
     written_s = np.array([found[path].written_s for path in paths.to_pylist()], np.float64)
-    may_be_gone = _said_gone(paths, file) | _may_be_deleted(paths, now_s - written_s, file)
+    may_be_gone = (first_match(paths, [(file.tiering.gone, ())]) >= 0) | _may_be_deleted(paths, now_s - written_s, file)
     left = paths.filter(pa.array(~may_be_gone)).to_pylist()
     there = _there_after_all(left[:_CONFIRMED], [tier.name for tier in file.tiers if tier.name not in hidden], stores)
     return tuple(
@@ -193,53 +189,41 @@ def find_losses(
 
 
 @dataclass(slots=True)
-class _Known:
-    """An object that no tier has. written_s: Latest time at which it can have been written; NaN: unknown."""
+class _Expected:
+    """An object that should exist and was not listed. written_s: Latest possible time of its write; NaN: unknown."""
 
     tiers: set[str]
     written_s: float
     known_by: str
 
 
-class _Expected:
-    """Objects that should exist and were not listed, by path."""
-
-    def __init__(self) -> None:
-        self.by_path: dict[str, _Known] = {}
-
-    def add(self, keys: pa.Array, written_s: NDArray[np.float64], tier: str, known_by: str) -> None:
-        for path, since_s in zip(keys.to_pylist(), written_s.tolist(), strict=True):
-            one = self.by_path.setdefault(path, _Known(set(), since_s, known_by))
-            one.written_s = since_s if np.isnan(one.written_s) else one.written_s
-            if tier:
-                one.tiers.add(tier)
+def _add(
+    expected: dict[str, _Expected], keys: pa.Array, written_s: NDArray[np.float64], tier: str, known_by: str
+) -> None:
+    for path, since_s in zip(keys.to_pylist(), written_s.tolist(), strict=True):
+        one = expected.setdefault(path, _Expected(set(), since_s, known_by))
+        one.written_s = since_s if np.isnan(one.written_s) else one.written_s
+        one.tiers |= {tier} - {""}
 
 
-def _add_from_catalog(known: _Expected, inventory: Inventory, file: RuleFile, catalog: TierCatalog) -> None:
+def _add_from_catalog(
+    expected: dict[str, _Expected], inventory: Inventory, file: RuleFile, catalog: TierCatalog
+) -> None:
+    shards = [path for path in expected if path.endswith(".tcs")]
     for tier in file.tiers:
-        book = EntryTable.of(catalog.checksums(tier.name)).table
-        book = book.filter(book["verified"]).combine_chunks()
-        keys = pa.concat_arrays([pa.array([], pa.large_string()), *book["key"].chunks])
-        lacking = ~inventory.lies(keys) & ~match_regex(keys, _NO_FILE)
-        if lacking.any():
-            mask = pa.array(lacking)
-            written_s = book["written_s"].fill_null(np.nan).filter(mask).to_numpy()
-            known.add(keys.filter(mask), written_s, tier.name, "a move has verified it")
-    # For shards, the catalog only adds the tiers that held them last.
-    _add_tiers_of_shards(known, file, catalog)
-
-
-def _add_tiers_of_shards(known: _Expected, file: RuleFile, catalog: TierCatalog) -> None:
-    shards = [path for path in known.by_path if path.endswith(".tcs")]
-    if not shards:
-        return
-    for tier in file.tiers:
-        for key, copy in catalog.entries(tier.name, shards).items():
+        entries = EntryTable.of(catalog.checksums(tier.name)).table
+        entries = entries.filter(entries["verified"]).combine_chunks()
+        keys = pa.concat_arrays([pa.array([], pa.large_string()), *entries["key"].chunks])
+        lacking = pa.array(~inventory.lies(keys) & ~match_regex(keys, _NO_FILE))
+        written_s = entries["written_s"].fill_null(np.nan).filter(lacking).to_numpy()
+        _add(expected, keys.filter(lacking), written_s, tier.name, "a move has verified it")
+        # For shards, the catalog only adds the tiers that held them last.
+        for key, copy in catalog.entries(tier.name, shards).items() if shards else ():
             if copy.verified and not copy.is_intended:
-                known.by_path[key].tiers.add(tier.name)
+                expected[key].tiers.add(tier.name)
 
 
-def _add_from_placement(known: _Expected, inventory: Inventory, file: RuleFile, stores: Stores) -> None:
+def _add_from_placement(expected: dict[str, _Expected], inventory: Inventory, file: RuleFile, stores: Stores) -> None:
     """Add files and checkpoints that the home tier's placement leads readers to."""
     if not inventory.lies(pa.array([log.TRACKING_MARKER_KEY], pa.large_string()))[0]:
         return
@@ -250,20 +234,11 @@ def _add_from_placement(known: _Expected, inventory: Inventory, file: RuleFile, 
     if placed is None or not len(placed):
         return
     keys = pa.concat_arrays([pa.array([], pa.large_string()), *placed.rows["key"].cast(pa.large_string()).chunks])
+    urls = pc.utf8_rtrim(placed.rows["url"], "/")
     lacking = ~inventory.lies(keys) & ~match_regex(keys, _NO_FILE)
-    tiers: Mapping[str, str] = {tier.url.rstrip("/"): tier.name for tier in file.tiers}
-    rows: dict[str, list[str]] = defaultdict(list)
-    urls = placed.rows["url"].filter(pa.array(lacking)).to_pylist()
-    for key, url in zip(keys.filter(pa.array(lacking)).to_pylist(), urls, strict=True):
-        if url.rstrip("/") in tiers:
-            rows[tiers[url.rstrip("/")]].append(key)
-    for tier, some in rows.items():
-        nobody_knows = np.full(len(some), np.nan)
-        known.add(pa.array(some, pa.large_string()), nobody_knows, tier, "readers are led there")
-
-
-def _said_gone(paths: pa.Array, file: RuleFile) -> Flags:
-    return first_match(paths, [(file.tiering.gone, ())]) >= 0 if file.tiering.gone else np.zeros(len(paths), np.bool_)
+    for tier in file.tiers:
+        here = keys.filter(pc.and_(pa.array(lacking), pc.equal(urls, tier.url.rstrip("/")).combine_chunks()))
+        _add(expected, here, np.full(len(here), np.nan), tier.name, "readers are led there")
 
 
 def _may_be_deleted(paths: pa.Array, age_s: NDArray[np.float64], file: RuleFile) -> Flags:
@@ -295,9 +270,7 @@ def _there_after_all(paths: Sequence[str], tiers: Collection[str], stores: Store
             return True
         return False
 
-    if not paths:
-        return set()
-    with ThreadPoolExecutor(min(_THREADS, len(paths)), "tiercache-losses") as pool:
+    with ThreadPoolExecutor(_THREADS, "tiercache-losses") as pool:
         return {path for path, there in zip(paths, pool.map(is_there, paths), strict=True) if there}
 
 
