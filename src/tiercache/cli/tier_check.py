@@ -19,7 +19,6 @@ from tiercache.cli.tiers import (
     print_metric_gaps,
     print_notes,
     print_unavailable,
-    read_rules,
 )
 from tiercache.errors import StoreError
 from tiercache.model import format_bytes
@@ -31,7 +30,7 @@ from tiercache.tier.findings import Loss, bucket_findings, find_losses, metric_g
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.model import KINDS
 from tiercache.tier.plan.selection import largest_copies, rules_of
-from tiercache.tier.rules import Rule, RuleFile, Tier
+from tiercache.tier.rules import Rule, RuleFile, Tier, load_rule_file
 from tiercache.tier.stores import missing_folder_message, unavailable_tiers
 
 _NO_RULE = "(no rule)"
@@ -49,7 +48,7 @@ _OFFLINE, _UNSEEN = "not asked", "cannot be seen"
 
 def check_file(output: Output, rules: Path | None) -> None:
     """Check the rule file without reaching any tier."""
-    file = read_rules(rules)
+    file = load_rule_file(rules)
     _print_tiers(output, file, {tier.name: _OFFLINE for tier in file.tiers})
     print_notes(output, filter(None, map(missing_folder_message, file.tiers)))
     _sum_up(output, file, 0, None)

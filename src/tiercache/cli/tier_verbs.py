@@ -29,7 +29,6 @@ from tiercache.cli.tiers import (
     print_losses,
     print_metric_gaps,
     print_unavailable,
-    read_rules,
     select_paths,
     tier_path,
 )
@@ -48,6 +47,7 @@ from tiercache.tier.plan.plan import make_plan, totals_by_route
 from tiercache.tier.plan.plan_file import read_plan, write_plan
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.restore import RestorePlan
+from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import state_of, unavailable_tiers
 
 
@@ -237,7 +237,7 @@ def _apply_text(plan: Plan, applied: ApplyResult, grace_s: float) -> str:
 
 def run(output: Output, rules: Path | None, max_rows: int, *, dry_run: bool) -> None:
     """Plan and make all moves that are due, or print them. Raises typer.Exit unless the report's code is 0."""
-    file = read_rules(rules)
+    file = load_rule_file(rules)
     with output.byte_progress("moving") as advance:
         report = run_once(file, dry_run=dry_run, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
     print_unavailable(output, file, report.unseen)

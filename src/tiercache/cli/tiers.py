@@ -154,28 +154,11 @@ def print_notes(output: Output, doubts: Iterable[str]) -> None:
 @contextmanager
 def open_tiers(rules: Path | None) -> Iterator[OpenTiers]:
     """Yield the opened tiers of the rule file, and close them at the end."""
-    file = read_rules(rules)
+    file = load_rule_file(rules)
     prices = tuple(prices_if_known(tier) for tier in file.tiers)
     places = {tier.name: tier.url for tier in file.tiers}
     with Stores(file) as stores, TierCatalog(catalog_path(file), places) as catalog:
         yield OpenTiers(file, stores, catalog, prices)
-
-
-def read_rules(rules: Path | None) -> RuleFile:
-    """Return the rule file after checking that its globs compile. Raises ValueError, which names file and key."""
-    file = load_rule_file(rules)
-    nothing = pa.nulls(0, pa.large_string())  # pa.array() of a list imports pandas
-    globs = {"tiering.gone": file.tiering.gone}
-    for rule in file.rules:
-        globs |= {f"{rule.name}.match": rule.match, f"{rule.name}.except": rule.exclude}
-    globs |= {f"pins[{i}].match": pin.match for i, pin in enumerate(file.pins, start=1)}
-    globs |= {f"tags[{i}].match": tag.match for i, tag in enumerate(file.tags, start=1)}
-    for key, some in globs.items():
-        try:
-            first_match(nothing, [(some, ())])
-        except ValueError as error:
-            raise ValueError(f"{file.path}: {key}: {error}") from error
-    return file
 
 
 def tier_path(file: RuleFile, text: str) -> str:

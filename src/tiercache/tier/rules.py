@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, date, datetime, time, timedelta
 from difflib import get_close_matches
 from pathlib import Path
@@ -33,10 +34,10 @@ from pydantic import (
 from tiercache import config
 from tiercache.model import parse_bytes, parse_duration
 from tiercache.prices import named_prices, parse_prices, prices_of
+from tiercache.tier.text_columns import check_globs
 
 _PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
 _LONGEST_S = 10_000 * 365.0 * 86400.0
-_SET = re.compile(r"\[!?\]?[^\]]*\]")  # a character class of a glob: [a-z], [!x], []]
 
 
 def read_seconds(value: object) -> float:
@@ -100,16 +101,14 @@ def require_values(values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def read_globs(value: object) -> tuple[str, ...]:
-    """Return a glob, or a list of globs, as a tuple. Raises ValueError for a glob that cannot match any path."""
+    """Return a glob, or a list of globs, as a tuple. Raises ValueError for one that is malformed or matches no path."""
     globs = read_texts(value)
     for glob in globs:
         if glob.startswith("/") or "//" in glob or "\\" in glob:
             raise ValueError(
                 f"a glob matches paths below a tier's URL: no '/' at its start, no '//' and no '\\', got {glob!r}"
             )
-        plain = _SET.sub("", glob)
-        if "[" in plain or plain.count("{") != plain.count("}"):
-            raise ValueError(f"'[' or '{{' is not closed in {glob!r}")
+    check_globs(globs)
     return globs
 
 
@@ -120,19 +119,16 @@ def read_moment(value: object) -> float:
     """
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LONGEST_S:
         return float(value)
-    found = _from_text(value) if isinstance(value, str) else value
+    found = value
+    if isinstance(value, str):
+        with suppress(ValueError):
+            is_date = len(value) == len("2027-06-30")
+            found = date.fromisoformat(value) if is_date else datetime.fromisoformat(value)
     if isinstance(found, date) and not isinstance(found, datetime):
         return datetime.combine(found, time(), UTC).timestamp() + timedelta(days=1).total_seconds()
     if not isinstance(found, datetime):
         raise ValueError(f"expected a date or time such as 2027-06-30 or 2027-06-30T12:00:00Z, got {value!r}")
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
-
-
-def _from_text(text: str) -> date | None:
-    try:
-        return date.fromisoformat(text) if len(text) == len("2027-06-30") else datetime.fromisoformat(text)
-    except ValueError:
-        return None
 
 
 def read_path(value: object) -> object:
@@ -251,32 +247,17 @@ class BestMetric(RuleTable):
 
 
 def read_bests(value: object) -> tuple[object, ...]:
-    """Parse "val_loss:2", "accuracy:1:max", a table with the keys of Best, or a list of these. Raises ValueError."""
+    """Return one or more of "val_loss:2", "accuracy:1:max" and tables as a tuple of tables. Raises ValueError."""
     return tuple(_best(one) for one in (value if isinstance(value, list | tuple) else (value,)))
 
 
 def _best(given: object) -> object:
-    if isinstance(given, BestMetric):
+    if isinstance(given, BestMetric | dict):
         return given
-    if isinstance(given, dict):
-        return _best_of(given)
     match = _BEST.fullmatch(given) if isinstance(given, str) else None
     if match is None or not 1 <= int(match["n"]) <= MOST:
         raise ValueError(f"expected METRIC:N or METRIC:N:max, as in 'val_loss:2' or 'accuracy:1:max', got {given!r}")
-    return BestMetric(
-        metrics=(match["metric"].strip(),), n=int(match["n"]), mode="max" if match["mode"] == "max" else "min"
-    )
-
-
-def _best_of(given: dict[str, object]) -> BestMetric:
-    try:
-        return BestMetric.model_validate(given)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key, text = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
-        raise ValueError(
-            f"{key}: {text}; expected a table as {{ metric = ['val_loss', 'eval_loss'], n = 2, mode = 'min' }}"
-        ) from error
+    return {"metric": match["metric"].strip(), "n": int(match["n"]), "mode": match["mode"] or "min"}
 
 
 class KeepList(RuleTable):
@@ -458,8 +439,10 @@ def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> RuleFile:
     if tiering.state_dir is not None:
         tiering = tiering.model_copy(update={"state_dir": path.parent / tiering.state_dir})
     if "max_break_even_s" in tiering.model_fields_set:
-        for tier in tiers:
-            _priced_for_break_even(tier)
+        try:
+            [prices_of(tier) for tier in tiers]
+        except ValueError as error:
+            raise ValueError(f"tiering.max_break_even: {error}") from error
     return RuleFile(
         path=path,
         sha256=sha256,
@@ -469,13 +452,6 @@ def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> RuleFile:
         tags=tags,
         tiering=tiering,
     )
-
-
-def _priced_for_break_even(tier: Tier) -> None:
-    try:
-        prices_of(tier)
-    except ValueError as error:
-        raise ValueError(f"tiering.max_break_even: {error}") from error
 
 
 def _tiers(given: object, folder: Path) -> tuple[Tier, ...]:
@@ -653,7 +629,9 @@ def _message(error: ValidationError, where: str) -> str:
     text = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # an error about the whole table: its text begins with the key
         return f"{where}.{text}"
-    key = str(first["loc"][0])
+    key, *inner = map(str, first["loc"])
+    if inner:  # in a table of `best`
+        return f"{where}.{key}: {inner[-1]}: {text}"
     if first["type"] == "missing":
         return f"{where}.{key}: is missing"
     got = "" if first["type"] in _COMPLETE or key in _NOT_SHOWN else f", got {first['input']!r}"
@@ -667,19 +645,3 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 def _near(name: str, known: Sequence[str]) -> str:
     near = get_close_matches(name, known, n=2)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}"
-
-
-__all__ = [
-    "ROLES",
-    "BestMetric",
-    "KeepList",
-    "Kind",
-    "Pin",
-    "Role",
-    "Rule",
-    "RuleFile",
-    "Tag",
-    "Tier",
-    "TieringOptions",
-    "load_rule_file",
-]

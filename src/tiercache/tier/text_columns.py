@@ -153,6 +153,11 @@ def first_match(paths: pa.Array, globs: Sequence[tuple[tuple[str, ...], tuple[st
     return found
 
 
+def check_globs(globs: tuple[str, ...]) -> None:
+    """Raise ValueError for a malformed glob; the message names the glob and the error."""
+    _pattern(globs)
+
+
 def _pattern(globs: tuple[str, ...]) -> str:
     """Return the expression that matches what any of the globs matches."""
     parts: list[str] = []
