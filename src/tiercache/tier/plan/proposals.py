@@ -99,7 +99,7 @@ def propose_move(
     least = np.full(len(rows), np.inf)
     for tier in range(view.n_tiers):
         can = np.flatnonzero(~drops & sources[tier] & view.whole[tier, rows] & view.readable[tier, rows])
-        cost = _cost(view, rows[can], tier, dst)
+        cost = transfer_dollars(view, rows[can], tier, dst)
         cheaper = cost < least[can]
         can = can[cheaper]
         least[can], src[can] = cost[cheaper], tier
@@ -126,7 +126,8 @@ def droppable(view: SnapshotIndex, rows: Rows, src: int, dst: int) -> Flags:
     return np.asarray(found, np.bool_)
 
 
-def _cost(view: SnapshotIndex, rows: Rows, src: int, dst: int) -> NDArray[np.float64]:
+def transfer_dollars(view: SnapshotIndex, rows: Rows, src: int, dst: int) -> NDArray[np.float64]:
+    """Return the cost to copy the groups from src to dst, or to change their class; 0 if a tier has no prices."""
     src_prices, dst_prices = view.prices[src], view.prices[dst]
     if src_prices is None or dst_prices is None:
         return np.zeros(len(rows))
