@@ -11,7 +11,7 @@ from tiercache.catalog.tiers import CatalogEntry, EntryTable, TierCatalog, batch
 from tiercache.tier import text_columns
 from tiercache.tier.inventory import groups as groups_module
 from tiercache.tier.inventory import layouts, metrics
-from tiercache.tier.inventory.layouts import Layout, recognise_layout
+from tiercache.tier.inventory.layouts import KeyGroups, group_keys
 from tiercache.tier.text_columns import sort_order, take_rows
 
 PART = (
@@ -58,12 +58,12 @@ def test_keys_that_are_recognised_in_parts_are_what_they_are_at_once(monkeypatch
     @given(key_lists)
     def check(some):
         texts = pa.array(some, pa.large_string())
-        whole = recognise_layout(texts)
+        whole = group_keys(texts)
         with monkeypatch.context() as patch:
             patch.setattr(layouts, "ROWS_AT_A_TIME", n_rows)
             patch.setattr(text_columns, "ROWS_AT_A_TIME", n_rows)
-            parts = recognise_layout(texts)
-        for name in Layout.__slots__:
+            parts = group_keys(texts)
+        for name in KeyGroups.__slots__:
             assert equal(getattr(whole, name), getattr(parts, name)), name
 
     check()
@@ -71,7 +71,7 @@ def test_keys_that_are_recognised_in_parts_are_what_they_are_at_once(monkeypatch
 
 @given(key_lists)
 def test_an_object_is_on_top_where_its_group_is_its_folder(some):
-    found = recognise_layout(pa.array(some, pa.large_string()))
+    found = group_keys(pa.array(some, pa.large_string()))
     paths = found.paths.to_pylist()
     for key, group, on_top in zip(some, found.group.tolist(), found.on_top.tolist(), strict=True):
         assert on_top == (group >= 0 and key.rpartition("/")[0] == paths[group] and "/" in key)

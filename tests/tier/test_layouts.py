@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.tier.inventory.layouts import INDEX, LACKS, MARK, MEMBER, NO_GROUP, Layout, recognise_layout
+from tiercache.tier.inventory.layouts import INDEX, LACKS, MARK, MEMBER, NO_GROUP, KeyGroups, group_keys
 from tiercache.tier.model import NO_SERIES, NO_STEP
 
 
-def layout_of(*keys: str) -> Layout:
-    return recognise_layout(pa.array(keys, pa.large_string()))
+def layout_of(*keys: str) -> KeyGroups:
+    return group_keys(pa.array(keys, pa.large_string()))
 
 
-def groups(layout: Layout, keys) -> dict[str, set[str]]:
+def groups(layout: KeyGroups, keys) -> dict[str, set[str]]:
     """Path -> its keys."""
     paths = layout.paths.to_pylist()
     found = {path: set() for path in paths}

@@ -25,7 +25,7 @@ from tiercache.catalog import tiers as tiers_module
 from tiercache.catalog.tiers import EntryTable
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
-from tiercache.tier.inventory.layouts import LACKS, MARK, NO_GROUP, NOTHING, Layout, recognise_layout
+from tiercache.tier.inventory.layouts import LACKS, MARK, NO_GROUP, NOTHING, KeyGroups, group_keys
 from tiercache.tier.inventory.listing import NO_CRC, Listing, ObjectTable, Progress, list_tiers, release_memory
 from tiercache.tier.inventory.metrics import find_metrics
 from tiercache.tier.model import (
@@ -65,7 +65,7 @@ class Objects:
     row: NDArray[np.int64]  # row in the listing
     key: NDArray[np.int64]  # number of the key, in sorted order
     group: NDArray[np.int32]
-    rank: NDArray[np.uint8]  # see layouts.Layout
+    rank: NDArray[np.uint8]  # see layouts.KeyGroups
     is_shard: NDArray[np.bool_]  # whether a manifest gives size and checksum
     n_bytes: NDArray[np.int64]  # size of a shard in the manifest; unused for other objects
     crc32c: NDArray[np.int64]  # checksum of a shard in the manifest; unused for other objects
@@ -361,7 +361,7 @@ class _Grouped:
     kind: NDArray[np.uint8]
     shard: NDArray[np.int64]  # row of the group in `shards`; -1: no shard
     of: NDArray[np.int64]  # number of the group in `layout`; -1: a shard
-    layout: Layout  # files and checkpoints
+    layout: KeyGroups  # files and checkpoints
     shards: LiveShards  # live shards of all data sets
     objects: Objects  # objects that belong to groups
     orphans: pa.Array  # keys of shards that no version names
@@ -382,7 +382,7 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards) -> _Gr
     shard = index_in(keys, shards.keys)
     is_orphan = (shard < 0) & match_regex(keys, SHARD_KEY)
     others = np.flatnonzero((shard < 0) & ~is_orphan)
-    layout = recognise_layout(take_rows(keys, others))
+    layout = group_keys(take_rows(keys, others))
     release_memory()
     is_shard = np.flatnonzero(shard >= 0)
     # A checkpoint folder may have the name of a shard; paths of the snapshot must be unique, so the folder wins.
@@ -427,7 +427,7 @@ def _objects(
     rows: NDArray[np.int64],
     key: NDArray[np.int64],
     by_key: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
-    layout: Layout,
+    layout: KeyGroups,
     shards: LiveShards,
 ) -> Objects:
     """Return the objects in groups. by_key: Group and shard of each key, and the keys that the layout covers."""
