@@ -109,10 +109,10 @@ def _print_tiers(output: Output, file: RuleFile, reached: dict[str, str]) -> Non
         prices = tier.prices if isinstance(tier.prices, str) else "own" if tier.prices else None
         shown = {"tier": tier.name, "role": tier.role, "url": redact(tier.url)}
         facts = {"storage_class": tier.storage_class, "capacity": tier.capacity, "prices": prices}
-        says = reached[tier.name]
-        rows.append({**shown, **facts, "home": tier is file.home, "reached": says == "yes", "answer": says})
+        answer = reached[tier.name]
+        rows.append({**shown, **facts, "home": tier is file.home, "reached": answer == "yes", "answer": answer})
         words = {"class": tier.storage_class or "", "capacity": tier.capacity or "", "prices": prices or ""}
-        texts.append({**shown, **words, "reached": says})
+        texts.append({**shown, **words, "reached": answer})
     output.table("tier", rows, texts)
 
 

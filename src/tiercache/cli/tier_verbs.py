@@ -280,15 +280,15 @@ STATES = ("here", "archived", "restoring", "restored")
 def ls(output: Output, rules: Path | None, path: str | None) -> None:
     """List shards, checkpoints and files with their tiers and costs. path: Path, URL in a tier, or glob; None: all."""
     with open_tiers(rules) as tiers:
-        wanted = "" if path is None else tier_path(tiers.file, path)
+        selected = "" if path is None else tier_path(tiers.file, path)
         inventory = tiers.read_inventory(output)
         print_unavailable(output, tiers.file, unavailable_tiers(tiers.file, tiers.stores, tiers.catalog))
         tiers.print_pending_moves(output)
         snapshot = inventory.snapshot
         note = tiers.unpriced_note()
-    found = np.flatnonzero(select_paths(snapshot.paths, [wanted])).tolist()
+    found = np.flatnonzero(select_paths(snapshot.paths, [selected])).tolist()
     if path is not None and not found:
-        raise NotFound(f"no object has this name or matches it in the tiers {', '.join(snapshot.tiers)}", url=wanted)
+        raise NotFound(f"no object has this name or matches it in the tiers {', '.join(snapshot.tiers)}", url=selected)
     month = monthly(snapshot, tiers.prices)
     first = np.searchsorted(snapshot.group, np.arange(snapshot.n_groups + 1))
     groups = sorted(found, key=lambda group: _natural(snapshot.paths[group].as_py()))
@@ -369,13 +369,13 @@ def _where(copy: Mapping[str, Any]) -> str:
 
 
 def _print_ls_summary(output: Output, rows: Sequence[Mapping[str, Any]], tiers: Sequence[str], note: str) -> None:
-    held = {name: [0, 0.0] for name in tiers}
+    totals = {name: [0, 0.0] for name in tiers}
     for copy in (copy for row in rows for copy in row["copies"]):
-        held[copy["tier"]][0] += copy["n_bytes"]
-        held[copy["tier"]][1] += copy["dollars_month"]
-    month = sum(amount for _, amount in held.values())
-    by_tier = {name: {"n_bytes": n_bytes, "dollars_month": round(d, 6)} for name, (n_bytes, d) in held.items()}
-    shown = ", ".join(f"{format_bytes(n_bytes)} in {name}" for name, (n_bytes, _) in held.items())
+        totals[copy["tier"]][0] += copy["n_bytes"]
+        totals[copy["tier"]][1] += copy["dollars_month"]
+    month = sum(amount for _, amount in totals.values())
+    by_tier = {name: {"n_bytes": n_bytes, "dollars_month": round(d, 6)} for name, (n_bytes, d) in totals.items()}
+    shown = ", ".join(f"{format_bytes(n_bytes)} in {name}" for name, (n_bytes, _) in totals.items())
     facts = {"groups": len(rows), "tiers": by_tier, "dollars_month": round(month, 6)}
     output.summary(facts, f"{count(len(rows), 'group')}: {shown}; ${format_dollars(month)} a month{note}")
 
@@ -425,29 +425,29 @@ def _paths(tiers: OpenTiers, what: Sequence[str]) -> list[str]:
     return found[1:] if is_place and len(found) > 1 else found
 
 
-def _archived_keys(tiers: OpenTiers, wanted: Sequence[str]) -> list[str]:
+def _archived_keys(tiers: OpenTiers, arguments: Sequence[str]) -> list[str]:
     """Return the keys of the selected objects whose every copy must be restored before it can be read.
 
     The listings of the tiers tell the states, so no request per object is needed. Raises NotFound if nothing matches an
     argument.
     """
-    here: set[str] = set()
+    readable: set[str] = set()
     cold: set[str] = set()
-    for text in wanted:
-        found = [info for tier in tiers.file.tiers for info in _meant(tiers, tier.name, text)]
+    for text in arguments:
+        found = [info for tier in tiers.file.tiers for info in _selected(tiers, tier.name, text)]
         if not found:
             names = ", ".join(tier.name for tier in tiers.file.tiers)
             raise NotFound(f"no object has this name or matches it in the tiers {names}", url=text or "/")
-        here.update(info.key for info in found if state_of(info) == READABLE)
+        readable.update(info.key for info in found if state_of(info) == READABLE)
         cold.update(info.key for info in found if state_of(info) != READABLE)
-    return sorted(cold - here)
+    return sorted(cold - readable)
 
 
-def _meant(tiers: OpenTiers, tier: str, text: str) -> list[ObjectInfo]:
+def _selected(tiers: OpenTiers, tier: str, text: str) -> list[ObjectInfo]:
     """Return the objects of a tier that a path or glob selects."""
     listed = list(tiers.stores.listing(tier, base_folder(text)))
-    is_meant = select_paths(keys_of(listed), [text])
-    found = [listed[i] for i in np.flatnonzero(is_meant)]
+    is_selected = select_paths(keys_of(listed), [text])
+    found = [listed[i] for i in np.flatnonzero(is_selected)]
     if text and not found and not is_glob(text):
         with suppress(NotFound):
             found.append(tiers.stores.head(tier, text))

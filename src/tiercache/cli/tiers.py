@@ -139,9 +139,9 @@ def print_losses(output: Output, losses: Sequence[Loss]) -> None:
 
 def print_unavailable(output: Output, file: RuleFile, unseen: Mapping[str, str]) -> None:
     """Print a warning for each tier whose copies cannot be seen, and a note for each other tier without a folder."""
-    for tier, why in unseen.items():
-        text = f"tiers.{tier} cannot be seen: {why}"
-        output.event("unseen", {"tier": tier, "reason": why}, printable(f"warning: {text}"))
+    for tier, reason in unseen.items():
+        text = f"tiers.{tier} cannot be seen: {reason}"
+        output.event("unseen", {"tier": tier, "reason": reason}, printable(f"warning: {text}"))
     print_notes(output, filter(None, (missing_folder_message(tier) for tier in file.tiers if tier.name not in unseen)))
 
 
@@ -198,13 +198,13 @@ def base_folder(text: str) -> str:
     return text[:first].rpartition("/")[0]
 
 
-def select_paths(paths: pa.Array, wanted: Sequence[str]) -> NDArray[np.bool_]:
+def select_paths(paths: pa.Array, arguments: Sequence[str]) -> NDArray[np.bool_]:
     """Return which paths the arguments select, bool[n].
 
-    wanted: Globs, or paths, which select everything below them; "" selects all.
+    arguments: Globs, or paths, which select everything below them; "" selects all.
     """
     found = np.zeros(len(paths), np.bool_)
-    for text in wanted:
+    for text in arguments:
         if is_glob(text):
             found |= first_match(paths, [((text,), ())]) >= 0
         elif text:

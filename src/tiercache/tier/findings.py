@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tiercache.catalog.tiers import EntryTable
 from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY
-from tiercache.tier.inventory.metrics import metrics_in_name, wanted_metrics
+from tiercache.tier.inventory.metrics import metrics_in_name, used_metrics
 from tiercache.tier.model import CHECKPOINT
 from tiercache.tier.placement import log
 from tiercache.tier.plan.selection import Flags, fits_size, largest_copies, rules_of, scores_of
@@ -64,24 +64,25 @@ def bucket_findings(tier: str, folder: str, class_of: str, settings: BucketSetti
     rules = [rule for rule in settings.lifecycle if _applies(rule, folder)]
     for rule in rules:
         name = str(rule.get("ID") or "without ID")
-        says = f"{where}: the bucket's lifecycle rule {name!r}{_of(rule)}"
+        described = f"{where}: the bucket's lifecycle rule {name!r}{_of(rule)}"
         if when := _when(rule.get("Expiration", {})):
             kept = " (old versions stay, hidden)" if has_versions else ""
-            text = f"{says} deletes objects of this tier {when}{kept}, last copies too: take the tier out of its prefix"
+            text = f"{described} deletes objects of this tier {when}{kept}, last copies too:"
+            text += " take the tier out of its prefix"
             yield BucketFinding(tier, "expiration", name, True, text)
         for transition in rule.get("Transitions", ()):
             target = str(transition.get("StorageClass", ""))
             if target != class_of:
                 more = "; they cannot be read before a restore" if target in RESTORED_FIRST else ""
-                text = f"{says} moves objects of this tier to {target} {_when(transition) or 'at once'}{more}"
+                text = f"{described} moves objects of this tier to {target} {_when(transition) or 'at once'}{more}"
                 yield BucketFinding(tier, "transition", name, target in RESTORED_FIRST, text)
     if has_versions:
         yield BucketFinding(tier, "versions", None, False, f"{where}: {_versions(settings.versioning, rules)}")
     if settings.lock is not None:
         text = f"{where}: the bucket has object lock{_retention(settings.lock)}: a deletion adds only a delete marker"
         yield BucketFinding(tier, "object_lock", None, False, f"{text}, and what is locked stays and is billed")
-    for name, why in settings.unread.items():
-        text = f"{where}: the bucket's {name} could not be read, and is not checked: {why}"
+    for name, reason in settings.unread.items():
+        text = f"{where}: the bucket's {name} could not be read, and is not checked: {reason}"
         yield BucketFinding(tier, "unread", None, False, text)
 
 
@@ -178,13 +179,13 @@ def find_losses(
     found = {path: one for path, one in expected.items() if hidden.isdisjoint(one.tiers)}
     paths = pa.array(sorted(found), pa.large_string())
     written_s = np.array([found[path].written_s for path in paths.to_pylist()], np.float64)
-    may_be_gone = (first_match(paths, [(file.tiering.gone, ())]) >= 0) | _may_be_deleted(paths, now_s - written_s, file)
+    may_be_gone = (first_match(paths, [(file.tiering.gone, ())]) >= 0) | _is_deletable(paths, now_s - written_s, file)
     left = paths.filter(pa.array(~may_be_gone)).to_pylist()
-    there = _there_after_all(left[:_CONFIRMED], [tier.name for tier in file.tiers if tier.name not in hidden], stores)
+    existing = _existing(left[:_CONFIRMED], [tier.name for tier in file.tiers if tier.name not in hidden], stores)
     return tuple(
         Loss(path, tuple(sorted(found[path].tiers, key=file.index)), found[path].known_by)
         for path in left
-        if path not in there
+        if path not in existing
     )
 
 
@@ -241,7 +242,7 @@ def _add_from_placement(expected: dict[str, _Expected], inventory: Inventory, fi
         _add(expected, here, np.full(len(here), np.nan), tier.name, "readers are led there")
 
 
-def _may_be_deleted(paths: pa.Array, age_s: NDArray[np.float64], file: RuleFile) -> Flags:
+def _is_deletable(paths: pa.Array, age_s: NDArray[np.float64], file: RuleFile) -> Flags:
     """Return whether a rule deletes objects of this age: another machine's mover may have done so; bool[n]."""
     is_shard = match_regex(paths, SHARD_KEY)
     found = np.zeros(len(paths), np.bool_)
@@ -254,10 +255,10 @@ def _may_be_deleted(paths: pa.Array, age_s: NDArray[np.float64], file: RuleFile)
     return found
 
 
-def _there_after_all(paths: Sequence[str], tiers: Collection[str], stores: Stores) -> set[str]:
+def _existing(paths: Sequence[str], tiers: Collection[str], stores: Stores) -> set[str]:
     """Return the paths that exist in a tier now."""
 
-    def is_there(path: str) -> bool:
+    def exists(path: str) -> bool:
         for tier in tiers:
             try:
                 stores.head(tier, path)
@@ -271,7 +272,7 @@ def _there_after_all(paths: Sequence[str], tiers: Collection[str], stores: Store
         return False
 
     with ThreadPoolExecutor(_THREADS, "tiercache-losses") as pool:
-        return {path for path, there in zip(paths, pool.map(is_there, paths), strict=True) if there}
+        return {path for path, is_there in zip(paths, pool.map(exists, paths), strict=True) if is_there}
 
 
 # -- missing metrics -------------------------------------------------------------------------------------------------
@@ -297,16 +298,16 @@ class MetricGap:
     def text(self) -> str:
         """The message for people."""
         lists = ", ".join(f"keep_{tier}" for tier in self.tiers)
-        asked = " or ".join(map(repr, self.metrics))
+        names = " or ".join(map(repr, self.metrics))
         if self.found:
             more = ", ..." if len(self.found) > _SHOWN else ""
-            there = f"found: {', '.join(self.found[:_SHOWN])}{more}"
+            found = f"found: {', '.join(self.found[:_SHOWN])}{more}"
         else:
-            there = "no metric was found, neither in names nor in readable files"
-        meant = f"; did you mean {self.likely!r}?" if self.likely else ""
+            found = "no metric was found, neither in names nor in readable files"
+        likely = f"; did you mean {self.likely!r}?" if self.likely else ""
         return (
-            f"{self.rule}: no checkpoint of {self.run} has the metric {asked}, so that {lists} keeps all "
-            f"{self.n_checkpoints:,} of them and none is deleted; {there}{meant}"
+            f"{self.rule}: no checkpoint of {self.run} has the metric {names}, so that {lists} keeps all "
+            f"{self.n_checkpoints:,} of them and none is deleted; {found}{likely}"
         )
 
 
@@ -323,10 +324,10 @@ class UnscoredCheckpoints:
     @property
     def text(self) -> str:
         """The message for people."""
-        asked = " or ".join(map(repr, self.metrics))
+        names = " or ".join(map(repr, self.metrics))
         more = ", ..." if self.n_checkpoints > len(self.paths) else ""
         return (
-            f"{self.rule}: {self.n_checkpoints:,} checkpoints lack the metric {asked}, which others of their run have, "
+            f"{self.rule}: {self.n_checkpoints:,} checkpoints lack the metric {names}, which others of their run have, "
             f"so that `best` does not keep them: {', '.join(self.paths)}{more}"
         )
 
@@ -339,18 +340,18 @@ def metric_gaps(
     in_files: Group to the names of the metrics in its files.
     """
     gaps: list[MetricGap] = []
-    passed: list[UnscoredCheckpoints] = []
-    if not wanted_metrics(file):
+    unscored_checkpoints: list[UnscoredCheckpoints] = []
+    if not used_metrics(file):
         return (), ()
     rule_of, n_bytes = rules_of(snapshot, file), largest_copies(snapshot)
     for number, rule in enumerate(file.rules):
         rows = np.flatnonzero((rule_of == number) & (snapshot.kind == CHECKPOINT) & snapshot.complete)
         rows = rows[fits_size(rule, n_bytes[rows])]
-        asked: dict[tuple[str, ...], tuple[BestMetric, list[str]]] = {}
+        used: dict[tuple[str, ...], tuple[BestMetric, list[str]]] = {}
         for tier, keep in rule.keep.items():
             for best in keep.best:
-                asked.setdefault(best.metrics, (best, []))[1].append(tier)
-        for metrics, (best, tiers) in asked.items():
+                used.setdefault(best.metrics, (best, []))[1].append(tier)
+        for metrics, (best, tiers) in used.items():
             scores = scores_of(snapshot, rows, best)
             unscored = rows[scores.is_unscored]
             for series in np.unique(snapshot.series[unscored]).tolist():
@@ -362,8 +363,8 @@ def metric_gaps(
             if len(without):
                 paths = tuple(snapshot.paths[row].as_py() for row in without[:3].tolist())
                 n_runs = len(np.unique(snapshot.series[without]))
-                passed.append(UnscoredCheckpoints(rule.name, metrics, len(without), n_runs, paths))
-    return tuple(gaps), tuple(passed)
+                unscored_checkpoints.append(UnscoredCheckpoints(rule.name, metrics, len(without), n_runs, paths))
+    return tuple(gaps), tuple(unscored_checkpoints)
 
 
 def _names_in(snapshot: Snapshot, run: NDArray[np.int64], in_files: Mapping[int, frozenset[str]]) -> tuple[str, ...]:

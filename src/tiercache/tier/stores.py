@@ -41,13 +41,13 @@ def state_of(info: ObjectInfo, now_s: float | None = None) -> int:
     The store's restore field (`x-amz-restore`) decides; the storage class decides only without such a field. now_s:
     Time at which an expired restored copy is ARCHIVED; None: ignore expiry.
     """
-    said = info.restore or ""
-    if (ongoing := _ONGOING.search(said)) is not None:
+    restore = info.restore or ""
+    if (ongoing := _ONGOING.search(restore)) is not None:
         if ongoing[1] == "true":
             return RESTORING
         until_s = restored_until(info)
         return ARCHIVED if now_s is not None and until_s is not None and until_s <= now_s else RESTORED
-    if "archive-status" in said or info.storage_class in RESTORED_FIRST:
+    if "archive-status" in restore or info.storage_class in RESTORED_FIRST:
         return ARCHIVED
     return READABLE
 
@@ -86,7 +86,7 @@ class Stores:
         self._lock = Lock()
         self._stores: dict[str, Store] = {}
         self._archives: dict[str, S3Archive | None] = {}
-        self._places: dict[str, tuple[str, ...]] = {}
+        self._locations: dict[str, tuple[str, ...]] = {}
 
     def __enter__(self) -> Stores:
         return self
@@ -167,27 +167,24 @@ class Stores:
 
     def same_url(self, first: str, second: str) -> bool:
         """Return whether two tiers have one URL: a move between them changes the class and copies no bytes."""
-        return first == second or self._known_place(first) == self._known_place(second)
+        return first == second or self._location(first) == self._location(second)
 
     def same_endpoint(self, first: str, second: str) -> bool:
         """Return whether the server itself can copy from the first tier to the second."""
         src, dst = self.archive(first), self.archive(second)
         return src is not None and dst is not None and dst.can_copy_from(src)
 
-    def _known_place(self, name: str) -> tuple[str, ...]:
-        """Return the cached location of a tier: the mover needs it for every object."""
-        place = self._places.get(name)
-        if place is None:
-            place = self._places[name] = self._place(name)
-        return place
-
-    def _place(self, name: str) -> tuple[str, ...]:
-        store = self.store(name)
-        if isinstance(store, CloudStore):
-            return ("cloud", *store.identity)
-        if isinstance(store, LocalFolder):
-            return ("local", os.path.realpath(store.root))
-        return ("other", ParsedUrl.parse(self.file.tier(name).url).full.rstrip("/"))
+    def _location(self, name: str) -> tuple[str, ...]:
+        if name not in self._locations:  # cached, because the mover needs it for every object
+            store = self.store(name)
+            if isinstance(store, CloudStore):
+                found: tuple[str, ...] = ("cloud", *store.identity)
+            elif isinstance(store, LocalFolder):
+                found = ("local", os.path.realpath(store.root))
+            else:
+                found = ("other", ParsedUrl.parse(self.file.tier(name).url).full.rstrip("/"))
+            self._locations[name] = found
+        return self._locations[name]
 
     def capacity(self, name: str) -> int | None:
         """Return the capacity of a tier in bytes; None: unlimited. A percentage refers to the disk of a local path."""
@@ -274,11 +271,11 @@ def unavailable_tiers(
         if tier.name in but:
             continue
         try:
-            why = unavailable_reason(tier, stores.store(tier.name), catalog)
+            reason = unavailable_reason(tier, stores.store(tier.name), catalog)
         except StoreError as error:
-            why = str(error)
-        if why:
-            found[tier.name] = why
+            reason = str(error)
+        if reason:
+            found[tier.name] = reason
     return found
 
 
@@ -321,10 +318,10 @@ def deletion_block_reason(missing: Mapping[str, str]) -> str:
     A rule would delete a group from all tiers although its tags, its use and whether it is the newest were computed
     without its copy in the unmounted tier.
     """
-    found = next(((name, why) for name, why in missing.items() if why), None)
-    if found is None:
-        return ""
-    return f"nothing is deleted while tier {found[0]} cannot be seen: {found[1]}"
+    for name, reason in missing.items():
+        if reason:
+            return f"nothing is deleted while tier {name} cannot be seen: {reason}"
+    return ""
 
 
 def was_seen(store: Store) -> str:

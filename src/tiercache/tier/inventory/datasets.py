@@ -106,7 +106,7 @@ def _versions_of(
         if int(number):
             everywhere.setdefault(folder, {}).setdefault(tier, []).append(int(number))
     home = file.index(file.home.name)
-    chosen = {folder: home if home in there else min(there) for folder, there in everywhere.items()}
+    chosen = {folder: home if home in by_tier else min(by_tier) for folder, by_tier in everywhere.items()}
     return {(folder, tier): sorted(everywhere[folder][tier]) for folder, tier in chosen.items()}
 
 

@@ -111,11 +111,9 @@ def copies_at(
     group, tier: Group of each copy, ascending, and its tier, ascending within a group. groups, tiers: What is looked
     up.
     """
-    known = group.astype(np.int64) * _TIERS + tier
-    asked = groups.astype(np.int64) * _TIERS + tiers
-    at = np.searchsorted(known, asked)
-    there = np.append(known, -1)[at] == asked
-    return np.where(there, at, -1)
+    numbers, sought = group.astype(np.int64) * _TIERS + tier, groups.astype(np.int64) * _TIERS + tiers
+    at = np.searchsorted(numbers, sought)
+    return np.where(np.append(numbers, -1)[at] == sought, at, -1)
 
 
 def copies_of(listed: Listing, objects: Objects, checksums_of: Callable[[int], ChecksumTable]) -> Copies:
@@ -186,8 +184,8 @@ class _ObjectFacts:
         n_keys = int(key.max(initial=-1)) + 1
         free = ~is_shard
         two_sizes = _spread(key[free], n_bytes[free], n_keys)
-        known_crc = free & (crc32c != NO_CRC)
-        two_crcs = _spread(key[known_crc], crc32c[known_crc], n_keys)
+        has_crc = free & (crc32c != NO_CRC)
+        two_crcs = _spread(key[has_crc], crc32c[has_crc], n_keys)
         unsure = np.zeros(n_keys, np.bool_)
         unsure[key[crc32c == NO_CRC]] = True
         shared = np.bincount(key, minlength=n_keys) > 1
@@ -197,15 +195,15 @@ class _ObjectFacts:
 
 
 def _look_up(
-    listed: Listing, row: NDArray[np.int64], at: NDArray[np.int64], known: ChecksumTable
+    listed: Listing, row: NDArray[np.int64], at: NDArray[np.int64], checksums: ChecksumTable
 ) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
     """Yield, in parts, the objects whose size and ETag equal the catalog's, and the catalog's entry of each.
 
     at: The tier's objects, sorted by key, so that a part is searched in the matching range of the catalog only.
     """
-    if not known or not len(at):
+    if not checksums or not len(at):
         return
-    entries = EntryTable.of(known).table
+    entries = EntryTable.of(checksums).table
     if not _is_rising(entries["key"]):
         entries = entries.sort_by("key")
     places, name = range(len(entries)), lambda place: entries["key"][place].as_py()
@@ -505,11 +503,11 @@ def _uses(file: RuleFile, listed: Listing, grouped: _Grouped) -> tuple[NDArray[n
     n_groups = len(grouped.kind)
     last_s, counts = np.full(n_groups, np.nan), np.zeros(n_groups, np.int64)
     try:
-        known = tiers_module.read_uses()
+        uses = tiers_module.read_uses()
     except (OSError, ValueError):  # there is no usable state folder, so that no use is known
-        known = {}
-    for number in listed.tiers if known else ():
-        found = tiers_module.uses_under(known, file.tiers[number].url)
+        uses = {}
+    for number in listed.tiers if uses else ():
+        found = tiers_module.uses_under(uses, file.tiers[number].url)
         rows = np.flatnonzero(listed.tier[grouped.objects.row] == number)
         keys = take_rows(listed.keys, grouped.objects.row[rows])
         at = index_in(keys, pa.array(list(found), pa.large_string()))
@@ -570,10 +568,10 @@ def _facts(
     listed: Listing, grouped: _Grouped, copies: Copies, complete: NDArray[np.bool_], datasets: tuple[FoundDataset, ...]
 ) -> dict[str, Any]:
     lacks = grouped.from_layout(grouped.layout.lacks, NOTHING)[~complete]
-    there = np.zeros(len(grouped.shards), np.bool_)
-    there[grouped.shard[grouped.shard >= 0]] = True
-    missing = grouped.shards.keys.take(pa.array(np.flatnonzero(~there)))
-    lacking = np.flatnonzero(~there & ~grouped.shards.elsewhere)
+    is_listed = np.zeros(len(grouped.shards), np.bool_)
+    is_listed[grouped.shard[grouped.shard >= 0]] = True
+    missing = grouped.shards.keys.take(pa.array(np.flatnonzero(~is_listed)))
+    lacking = np.flatnonzero(~is_listed & ~grouped.shards.elsewhere)
     differing = listed.keys.take(pa.array(copies.row[copies.differing])).unique()
     return {
         "datasets": datasets,

@@ -238,18 +238,18 @@ class _Interpreter:
     def _last(self, n: int) -> list[Any]:
         if len(self._stack) < n:
             raise ValueError("the pickle pops more values than are on the stack")
-        taken = self._stack[len(self._stack) - n :]
+        values = self._stack[len(self._stack) - n :]
         del self._stack[len(self._stack) - n :]
-        return taken
+        return values
 
     def _to_mark(self) -> list[Any]:
         """Pop and return the values above the last mark, and the mark."""
         n = next((n for n, value in enumerate(reversed(self._stack)) if value is _MARK), None)
         if n is None:
             raise ValueError("the pickle refers to a mark that is not on the stack")
-        taken = self._last(n)
+        values = self._last(n)
         self._stack.pop()
-        return taken
+        return values
 
 
 def _with(target: Any, items: list[Any]) -> Any:
@@ -403,10 +403,10 @@ def metrics_in_names(names: pa.Array, wanted: Sequence[str]) -> dict[str, NDArra
 
 
 _THREADS = 16
-_MAY_SAY = r"=|\d\.\d"
+_MAY_NAME = r"=|\d\.\d"
 
 
-def wanted_metrics(file: RuleFile) -> tuple[tuple[str, ...], ...]:
+def used_metrics(file: RuleFile) -> tuple[tuple[str, ...], ...]:
     """Return the metrics that keep lists use, sorted.
 
     Each is a tuple of names; a run uses the first name that any of its checkpoints has.
@@ -432,17 +432,17 @@ def find_metrics(
     No file is read if no rule uses a metric, or if a checkpoint's name contains the first name of each metric. Raises
     StoreError if a file exists and cannot be read now, so that the best checkpoints are unknown.
     """
-    wanted = wanted_metrics(file)
+    wanted = used_metrics(file)
     names = sorted({name for some in wanted for name in some})
     columns = {name: np.full(len(paths), np.nan) for name in names}
     if not names:
         return CheckpointMetrics(columns, np.empty(0, np.int64), {})
     for groups in _parts(checkpoints):
         texts = paths.take(pa.array(groups))
-        says = match_regex(texts, _MAY_SAY)
-        last = split_keys(texts.filter(pa.array(says)))[2]
+        may_name = match_regex(texts, _MAY_NAME)
+        last = split_keys(texts.filter(pa.array(may_name)))[2]
         for name, column in metrics_in_names(last, names).items():
-            columns[name][groups[says]] = column
+            columns[name][groups[may_name]] = column
     lacking = checkpoints[np.isnan(np.array([columns[some[0]][checkpoints] for some in wanted])).any(axis=0)]
     copy_of = _copies_to_read(listed, copies, lacking)
     unread = [group for group, copy in copy_of.items() if copy is None]
@@ -479,10 +479,10 @@ def find_metrics(
 
 def _copies_to_read(listed: Listing, copies: Copies, groups: NDArray[np.int64]) -> dict[int, int | None]:
     """Return, by group with a metrics file, the first readable copy that has one; None: no such copy is readable."""
-    is_wanted = np.zeros(int(copies.group.max(initial=-1)) + 1, np.bool_)
-    is_wanted[groups] = True
+    is_asked_for = np.zeros(int(copies.group.max(initial=-1)) + 1, np.bool_)
+    is_asked_for[groups] = True
     copy_of = np.repeat(np.arange(len(copies.group)), copies.n_objects)
-    at = np.flatnonzero(is_wanted[copies.group[copy_of]])
+    at = np.flatnonzero(is_asked_for[copies.group[copy_of]])
     at = np.concatenate([at[:0], *(some[_may_hold(listed, copies.row[some])] for some in _parts(at))])
     found: dict[int, int | None] = {}
     for copy in np.unique(copy_of[at]).tolist():

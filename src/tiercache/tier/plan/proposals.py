@@ -41,16 +41,16 @@ def format_reasons(words: Callable[..., str], *figures: NDArray[Any]) -> Texts:
         values, inverse = np.unique(figure, return_inverse=True)
         _, code = np.unique(code * len(values) + inverse, return_inverse=True)
     _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
-    said = np.empty(len(first), np.object_)
-    said[:] = [words(*(figure[row].item() for figure in figures)) for row in first.tolist()]
-    return np.asarray(said[inverse], np.object_)
+    texts = np.empty(len(first), np.object_)
+    texts[:] = [words(*(figure[row].item() for figure in figures)) for row in first.tolist()]
+    return np.asarray(texts[inverse], np.object_)
 
 
 def append_to_reasons(texts: Texts, mask: Flags, end: str) -> Texts:
     """Append `end` to the texts of the mask. Rows that shared one text share the new text."""
-    known: dict[str, str] = {}
+    new: dict[str, str] = {}
     out = texts.copy()
-    out[mask] = [known.setdefault(text, text + end) for text in texts[mask].tolist()]
+    out[mask] = [new.setdefault(text, text + end) for text in texts[mask].tolist()]
     return out
 
 
@@ -79,17 +79,17 @@ def ago(n_hours: int) -> str:
 
 
 def propose_move(
-    view: SnapshotIndex, rows: Rows, sources: Flags, dst: int, why: tuple[int, Texts]
+    view: SnapshotIndex, rows: Rows, sources: Flags, dst: int, reasons: tuple[int, Texts]
 ) -> tuple[MoveColumns, MoveColumns]:
     """Propose how groups get from any of their source tiers to dst. Returns (proposed, rejected).
 
     A copy is dropped where dst has a verified copy already; otherwise it is moved, from the source tier with the lowest
     cost. A group is rejected if none of its source copies can be read.
 
-    sources: bool[n_tiers, n_rows], copies that may be moved: at least one of each row, none in dst. why: Number of the
-    rule, and the reason of each row.
+    sources: bool[n_tiers, n_rows], copies that may be moved: at least one of each row, none in dst. reasons: Number of
+    the rule, and the reason of each row.
     """
-    rule, text = why
+    rule, text = reasons
     src, action = np.full(len(rows), -1, np.int8), np.full(len(rows), MOVE, np.int8)
     for tier in range(view.n_tiers):
         drops = sources[tier] & (src < 0) & droppable(view, rows, tier, dst)
@@ -108,7 +108,7 @@ def propose_move(
     src[nowhere] = np.argmax(sources[:, nowhere], axis=0)
     moves = MoveColumns.of(rows, action, src, dst, rule, text)
     stuck = moves.take(nowhere)
-    return moves.take(~nowhere), replace(stuck, reason=_why_stuck(view, stuck))
+    return moves.take(~nowhere), replace(stuck, reason=_reasons_of_stuck(view, stuck))
 
 
 def droppable(view: SnapshotIndex, rows: Rows, src: int, dst: int) -> Flags:
@@ -138,7 +138,7 @@ def transfer_dollars(view: SnapshotIndex, rows: Rows, src: int, dst: int) -> NDA
     return copy_dollars(src_prices, dst_prices, sizes, leaves=leaves, streams=streams)
 
 
-def _why_stuck(view: SnapshotIndex, stuck: MoveColumns) -> Texts:
+def _reasons_of_stuck(view: SnapshotIndex, stuck: MoveColumns) -> Texts:
     out = np.empty(len(stuck), np.object_)
     state = view.snapshot.state[view.at[stuck.src, stuck.group]]
     paths = view.snapshot.paths.take(pa.array(stuck.group)).to_pylist()
@@ -174,7 +174,9 @@ def propose(view: SnapshotIndex, rule: Rule, number: int) -> RuleProposals:
     sources[dst] = False
     lies = sources.any(axis=0)
     goes, waits = lies & fits & ~unsure, lies & unsure
-    proposed, refused = propose_move(view, left[goes], sources[:, goes], dst, (number, _why(view, rule, left[goes])))
+    proposed, refused = propose_move(
+        view, left[goes], sources[:, goes], dst, (number, _reasons(view, rule, left[goes]))
+    )
     waiting = MoveColumns.concat(
         propose_move(view, left[waits], sources[:, waits], dst, (number, np.full(int(waits.sum()), "", np.object_)))
     )
@@ -235,7 +237,7 @@ def _unused_s(view: SnapshotIndex, rule: Rule, rows: Rows) -> NDArray[np.float64
     return np.where(np.isposinf(since_s), unused_s, np.minimum(unused_s, view.snapshot.now_s - since_s))
 
 
-def _why(view: SnapshotIndex, rule: Rule, rows: Rows) -> Texts:
+def _reasons(view: SnapshotIndex, rule: Rule, rows: Rows) -> Texts:
     def words(unused: int, age: int, uses: int, is_by_mtime: bool) -> str:
         parts = []
         if rule.idle_s is not None and is_by_mtime:
@@ -287,8 +289,8 @@ def _by_keep_lists(view: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> 
         without_by += found.without_by
     anywhere = np.asarray(named.any(axis=0), np.bool_)
     deletes = _deletes(view, rule, number, rows, anywhere)
-    says = f"; it lacks {_worded(without_by)}, which other checkpoints of its run have"
-    deletes = replace(deletes, reason=append_to_reasons(deletes.reason, without[deletes.group], says))
+    lacks = f"; it lacks {_worded(without_by)}, which other checkpoints of its run have"
+    deletes = replace(deletes, reason=append_to_reasons(deletes.reason, without[deletes.group], lacks))
     # Checkpoints that only the unknown result of `best` saves from deletion: reported as rejected deletions.
     unscored = _deletes(view, rule, number, rows[anywhere], by_keys[anywhere])
     where = "found in no checkpoint of its run, or only in files that cannot be read"
@@ -346,7 +348,7 @@ def _down(view: SnapshotIndex, rows: Rows, tier: int, named: Flags, number: int)
 
 
 def propose_moves(
-    view: SnapshotIndex, rows: Rows, src: int, dst: NDArray[np.int8], why: tuple[int, Texts]
+    view: SnapshotIndex, rows: Rows, src: int, dst: NDArray[np.int8], reasons: tuple[int, Texts]
 ) -> tuple[MoveColumns, MoveColumns]:
     """Propose moves from one source tier, with a destination tier for each row."""
     parts = []
@@ -354,6 +356,6 @@ def propose_moves(
         to = dst == tier
         sources = np.zeros((view.n_tiers, int(to.sum())), np.bool_)
         sources[src] = True
-        parts.append(propose_move(view, rows[to], sources, tier, (why[0], why[1][to])))
+        parts.append(propose_move(view, rows[to], sources, tier, (reasons[0], reasons[1][to])))
     proposed, refused = zip(*parts, strict=True) if parts else ((), ())
     return MoveColumns.concat(proposed), MoveColumns.concat(refused)

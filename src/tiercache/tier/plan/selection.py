@@ -196,8 +196,8 @@ def evaluate_keep_list(snapshot: Snapshot, rows: Rows, keep: KeepList) -> KeepRe
         unscored_by += [best.metrics] if unsure.any() else []
         without_by += [best.metrics] if lacks.any() else []
     if keep.tags:
-        wanted = set(keep.tags)
-        named[[group for group, tags in snapshot.tags.items() if not wanted.isdisjoint(tags)]] = True
+        names = set(keep.tags)
+        named[[group for group, tags in snapshot.tags.items() if not names.isdisjoint(tags)]] = True
     if keep.younger_s is not None:
         named[rows[snapshot.now_s - snapshot.created_s[rows] <= keep.younger_s]] = True
     return KeepResult(named[rows], unscored[rows], without[rows], tuple(unscored_by), tuple(without_by))
