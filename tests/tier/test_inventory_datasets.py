@@ -199,12 +199,15 @@ def test_whether_tiers_look_after_a_data_set_is_said(local):
     assert local.take().facts["datasets"][0].is_adopted
 
 
-def test_shards_that_are_placed_where_no_tier_is_are_counted_by_place(local):
+def test_shards_that_are_placed_outside_the_tiers_are_not_missing(local):
     names = [name.removeprefix("sets/a/") for name in local.names[:3]]
     places = [f"{local.root}/archive/sets/a", "/gone/sets/a", "/gone/sets/a"]
     log.start_tracking(local.store)
     log.commit_placement(local.store, {name: PlacementRow(name, url) for name, url in zip(names, places, strict=True)})
-    assert local.take().facts["datasets"][0].elsewhere == (("/gone/sets/a", 2),)
+    for name in local.names[:3]:
+        (local.root / "standard" / name).unlink()
+    keys, _ = local.take().facts["missing_shards"]
+    assert keys.to_pylist() == local.names[:1]
 
 
 def test_a_data_set_in_a_tier_that_is_missed_is_left_alone_in_the_others(local):

@@ -286,7 +286,7 @@ def ls(output: Output, rules: Path | None, path: str | None) -> None:
         tiers.print_pending_moves(output)
         snapshot = inventory.snapshot
         note = tiers.unpriced_note()
-    found = np.flatnonzero(select_paths(snapshot.paths, [selected])).tolist()
+    found = np.flatnonzero(select_paths(snapshot.paths, selected)).tolist()
     if path is not None and not found:
         raise NotFound(f"no object has this name or matches it in the tiers {', '.join(snapshot.tiers)}", url=selected)
     month = monthly(snapshot, tiers.prices)
@@ -446,8 +446,7 @@ def _archived_keys(tiers: OpenTiers, arguments: Sequence[str]) -> list[str]:
 def _selected(tiers: OpenTiers, tier: str, text: str) -> list[ObjectInfo]:
     """Return the objects of a tier that a path or glob selects."""
     listed = list(tiers.stores.listing(tier, base_folder(text)))
-    is_selected = select_paths(keys_of(listed), [text])
-    found = [listed[i] for i in np.flatnonzero(is_selected)]
+    found = [listed[i] for i in np.flatnonzero(select_paths(keys_of(listed), text))]
     if text and not found and not is_glob(text):
         with suppress(NotFound):
             found.append(tiers.stores.head(tier, text))

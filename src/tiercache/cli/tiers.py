@@ -198,18 +198,11 @@ def base_folder(text: str) -> str:
     return text[:first].rpartition("/")[0]
 
 
-def select_paths(paths: pa.Array, arguments: Sequence[str]) -> NDArray[np.bool_]:
-    """Return which paths the arguments select, bool[n].
-
-    arguments: Globs, or paths, which select everything below them; "" selects all.
-    """
-    found = np.zeros(len(paths), np.bool_)
-    for text in arguments:
-        if is_glob(text):
-            found |= first_match(paths, [((text,), ())]) >= 0
-        elif text:
-            hits = pc.or_(pc.equal(paths, text), pc.starts_with(paths, f"{text}/"))
-            found |= np.asarray(hits.to_numpy(zero_copy_only=False), np.bool_)
-        else:
-            found[:] = True
-    return found
+def select_paths(paths: pa.Array, text: str) -> NDArray[np.bool_]:
+    """Return which paths a glob, or a path with everything below it, selects; "" selects all. bool[n]."""
+    if is_glob(text):
+        return first_match(paths, [((text,), ())]) >= 0
+    if not text:
+        return np.ones(len(paths), np.bool_)
+    hits = pc.or_(pc.equal(paths, text), pc.starts_with(paths, f"{text}/"))
+    return np.asarray(hits.to_numpy(zero_copy_only=False), np.bool_)

@@ -56,21 +56,25 @@ _HARDER = np.array([0, 3, 2, 1], np.uint8)
 _STATES = np.array([READABLE, RESTORED, RESTORING, ARCHIVED], np.uint8)
 _NEVER_S = -np.inf
 _TIERS = 256  # above every tier number
+_COPY_COLUMNS = (
+    *("group", "tier", "n_objects", "n_bytes", "smallest_bytes"),
+    *("modified_s", "storage_class", "state", "whole", "verified"),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Objects:
-    """The listed objects that belong to groups. Row i of every column is one object."""
+    """The listed objects that belong to groups. Row i of row and key is one object."""
 
     row: NDArray[np.int64]  # row in the listing
     key: NDArray[np.int64]  # number of the key, in sorted order
+    # Columns of keys.
     group: NDArray[np.int32]
-    rank: NDArray[np.uint8]  # see layouts.KeyGroups
-    is_shard: NDArray[np.bool_]  # whether a manifest gives size and checksum
-    n_bytes: NDArray[np.int64]  # size of a shard in the manifest; unused for other objects
-    crc32c: NDArray[np.int64]  # checksum of a shard in the manifest; unused for other objects
-    unfinished: NDArray[np.bool_]  # whether the name says that the object is still being written
-    on_top: NDArray[np.bool_]  # whether the object lies directly in the group's folder
+    shard: NDArray[np.int64]  # row in `shards`, whose manifest gives size and checksum; -1: not a shard
+    rank: NDArray[np.uint8]  # see layouts.KeyGroups, as the following columns
+    unfinished: NDArray[np.bool_]
+    on_top: NDArray[np.bool_]
+    shards: LiveShards
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,17 +127,17 @@ def copies_of(listed: Listing, objects: Objects, checksums_of: Callable[[int], C
     copies that differ, neither is whole. A copy is verified if the catalog says so of each of its objects in their
     present state, and the objects with the same keys in other tiers are known to be equal.
     """
-    order = np.lexsort((objects.key, objects.rank, listed.tier[objects.row], objects.group))
-    row, key, group = objects.row[order], objects.key[order], objects.group[order]
-    tier = listed.tier[row]
+    order = np.lexsort((objects.key, objects.rank[objects.key], listed.tier[objects.row], objects.group[objects.key]))
+    row, key = objects.row[order], objects.key[order]
+    group, tier = objects.group[key], listed.tier[row]
     is_first = np.ones(len(row), np.bool_)
     is_first[1:] = (group[1:] != group[:-1]) | (tier[1:] != tier[:-1])
     first = np.flatnonzero(is_first)
-    facts = _ObjectFacts(listed, objects, order, checksums_of)
+    facts = _ObjectFacts(listed, row, key, objects, checksums_of)
     n_objects = np.diff(np.append(first, len(row)))
     n_keys = np.bincount(_group_of_each_key(key, group), minlength=int(group.max(initial=-1)) + 1)
     n_bytes, modified_s = listed.n_bytes[row], listed.modified_s[row]
-    is_mark = (objects.rank[order] == MARK) & objects.on_top[order]
+    is_mark = (objects.rank[key] == MARK) & objects.on_top[key]
     return Copies(
         group=group[first],
         tier=tier[first],
@@ -144,7 +148,7 @@ def copies_of(listed: Listing, objects: Objects, checksums_of: Callable[[int], C
         written_s=_reduced(np.maximum, np.minimum(modified_s, facts.written_s), first),
         marked_s=_reduced(np.maximum, np.where(is_mark, modified_s, _NEVER_S), first),
         rest_s=_reduced(np.maximum, np.where(is_mark, _NEVER_S, modified_s), first),
-        unfinished=_reduced(np.logical_or, objects.unfinished[order], first),
+        unfinished=_reduced(np.logical_or, objects.unfinished[key], first),
         storage_class=listed.storage_class[row][_largest(n_bytes, first, n_objects)],
         state=_STATES[_reduced(np.maximum, _HARDER[listed.state[row]], first)],
         whole=(n_objects == n_keys[group[first]]) & ~_reduced(np.logical_or, facts.differs, first),
@@ -164,9 +168,15 @@ class _ObjectFacts:
     """
 
     def __init__(
-        self, listed: Listing, objects: Objects, order: NDArray[np.int64], checksums_of: Callable[[int], ChecksumTable]
+        self,
+        listed: Listing,
+        row: NDArray[np.int64],
+        key: NDArray[np.int64],
+        objects: Objects,
+        checksums_of: Callable[[int], ChecksumTable],
     ) -> None:
-        row, key, is_shard = objects.row[order], objects.key[order], objects.is_shard[order]
+        shard, shards = objects.shard[key], objects.shards
+        is_shard = shard >= 0
         n_bytes = listed.n_bytes[row]
         crc32c, verified = listed.crc32c[row].copy(), np.zeros(len(row), np.bool_)
         self.written_s = np.full(len(row), np.inf)
@@ -177,8 +187,8 @@ class _ObjectFacts:
                 crcs = found["crc32c"].fill_null(NO_CRC).to_numpy()
                 crc32c[same] = np.where(crcs == NO_CRC, crc32c[same], crcs)
                 self.written_s[same] = found["written_s"].fill_null(np.inf).to_numpy()
-        stated = objects.crc32c[order]
-        wrong = is_shard & ((n_bytes != objects.n_bytes[order]) | ((crc32c != NO_CRC) & (crc32c != stated)))
+        stated_bytes, stated = (np.append(column, 0)[shard] for column in (shards.n_bytes, shards.crc32c))
+        wrong = is_shard & ((n_bytes != stated_bytes) | ((crc32c != NO_CRC) & (crc32c != stated)))
         # The manifest's checksum identifies a shard in every tier, regardless of who wrote it.
         crc32c = np.where(is_shard & ~wrong, stated, crc32c)
         n_keys = int(key.max(initial=-1)) + 1
@@ -398,7 +408,11 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards) -> _Gr
     kind = np.full(len(order), FILE, np.uint8)
     kind[of >= 0] = np.where(layout.checkpoint[of[of >= 0]], CHECKPOINT, FILE)
     kind[of < 0] = SHARD
-    left = ~in_layout
+    rank = np.zeros(len(keys), np.uint8)
+    unfinished, on_top = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
+    rank[others], unfinished[others], on_top[others] = layout.rank, layout.unfinished, layout.on_top
+    is_in_group = group[key] != NO_GROUP
+    rows, key = rows[is_in_group], key[is_in_group]
     return _Grouped(
         paths=take_rows(paths, order),
         kind=kind,
@@ -406,10 +420,10 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards) -> _Gr
         of=of,
         layout=layout,
         shards=shards,
-        objects=_objects(rows, key, (group, shard, others), layout, shards),
+        objects=Objects(rows, key, group.astype(np.int32), shard, rank, unfinished, on_top, shards),
         orphans=keys.take(pa.array(np.flatnonzero(is_orphan))),
-        unfinished=keys.take(pa.array(others[left & layout.unfinished])),
-        no_keys=keys.take(pa.array(others[left & ~layout.unfinished])),
+        unfinished=keys.take(pa.array(others[~in_layout & layout.unfinished])),
+        no_keys=keys.take(pa.array(others[~in_layout & ~layout.unfinished])),
     )
 
 
@@ -419,37 +433,6 @@ def _numbered(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
     order = sort_order(encoded.dictionary)
     place = inverse(order)
     return take_rows(encoded.dictionary, order), place[np.asarray(encoded.indices.to_numpy(), np.int64)]
-
-
-def _objects(
-    rows: NDArray[np.int64],
-    key: NDArray[np.int64],
-    by_key: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
-    layout: KeyGroups,
-    shards: LiveShards,
-) -> Objects:
-    """Return the objects in groups. by_key: Group and shard of each key, and the keys that the layout covers."""
-    group, shard, others = by_key
-    rank = np.zeros(len(group), np.uint8)
-    unfinished, on_top = np.zeros(len(group), np.bool_), np.zeros(len(group), np.bool_)
-    rank[others], unfinished[others], on_top[others] = layout.rank, layout.unfinished, layout.on_top
-    mine = group[key] != NO_GROUP
-    rows, key = rows[mine], key[mine]
-    is_shard = shard[key] >= 0
-    at = shard[key][is_shard]
-    n_bytes, crc32c = np.zeros(len(key), np.int64), np.zeros(len(key), np.int64)
-    n_bytes[is_shard], crc32c[is_shard] = shards.n_bytes[at], shards.crc32c[at]
-    return Objects(
-        row=rows,
-        key=key,
-        group=group[key].astype(np.int32),
-        rank=rank[key],
-        is_shard=is_shard,
-        n_bytes=n_bytes,
-        crc32c=crc32c,
-        unfinished=unfinished[key],
-        on_top=on_top[key],
-    )
 
 
 # -- completeness, links, use, and the snapshot ----------------------------------------------------------------------
@@ -512,7 +495,7 @@ def _uses(file: RuleFile, listed: Listing, grouped: _Grouped) -> tuple[NDArray[n
         keys = take_rows(listed.keys, grouped.objects.row[rows])
         at = index_in(keys, pa.array(list(found), pa.large_string()))
         rows, at = rows[at >= 0], at[at >= 0]
-        group = grouped.objects.group[rows]
+        group = grouped.objects.group[grouped.objects.key[rows]]
         columns = np.array(list(found.values()), np.float64).reshape(-1, 2)[at]
         np.fmax.at(last_s, group, columns[:, 0])
         np.add.at(counts, group, columns[:, 1].astype(np.int64))
@@ -550,16 +533,7 @@ def _snapshot(
         unreported=unreported,
         in_use=in_use,
         tags={},
-        group=copies.group,
-        tier=copies.tier,
-        n_objects=copies.n_objects,
-        n_bytes=copies.n_bytes,
-        smallest_bytes=copies.smallest_bytes,
-        modified_s=copies.modified_s,
-        storage_class=copies.storage_class,
-        state=copies.state,
-        whole=copies.whole,
-        verified=copies.verified,
+        **{name: getattr(copies, name) for name in _COPY_COLUMNS},
         **columns,
     )
 
