@@ -121,7 +121,7 @@ def test_nothing_is_planned_to_go_to_a_tier_that_is_missing(tmp_path, clock):
         tiers.write("standard", f"ck/run/step-{step}.pt", b"%d" % step)
     clock.jump(2 * DAY_S)
     report = tiers.run()
-    assert report.plan.moves == ()
+    assert not report.plan.moves
     assert ["nothing goes to tier archive" in one.reason for one in report.plan.refusals] == [True]
 
 
