@@ -1,4 +1,4 @@
-"""What a bucket does by itself with a tier's objects is found and told, from S3's own words."""
+"""Effects of a bucket's settings on a tier: lifecycle rules, versioning and object lock, as S3 returns them."""
 
 import uuid
 from datetime import UTC, datetime
@@ -42,19 +42,19 @@ EXPIRATION = [("expiration", True)]
         ({"Filter": {"And": {"Prefix": "logs/", "Tags": []}}}, "train/", []),
     ],
 )
-def test_a_rule_counts_where_its_prefix_and_the_tier_s_have_objects_in_common(where, folder, findings):
+def test_a_lifecycle_rule_affects_a_tier_if_their_prefixes_share_objects(where, folder, findings):
     assert found(rule(EXPIRES, **where), folder=folder) == findings
 
 
-def test_a_rule_that_is_off_does_nothing():
+def test_a_disabled_lifecycle_rule_is_ignored():
     assert found(rule(EXPIRES, status="Disabled")) == []
 
 
-def test_an_expiry_of_delete_markers_deletes_no_data():
+def test_an_expiration_of_delete_markers_is_ignored():
     assert found(rule({"Expiration": {"ExpiredObjectDeleteMarker": True}})) == []
 
 
-def test_an_expiry_is_told_with_rule_objects_and_time():
+def test_an_expiration_is_reported_with_its_rule_objects_and_time():
     where = {"Filter": {"And": {"Prefix": "train/", "Tags": [{"Key": "a", "Value": "b"}], "ObjectSizeLessThan": 9}}}
     date = {"Expiration": {"Date": datetime(2027, 5, 1, tzinfo=UTC)}}
     one, other = bucket_findings(
@@ -73,12 +73,12 @@ def test_an_expiry_is_told_with_rule_objects_and_time():
         ("GLACIER", "GLACIER", []),
     ],
 )
-def test_a_transition_into_another_class_than_the_tier_s_is_told(target, class_of, findings):
+def test_a_transition_to_another_storage_class_is_reported(target, class_of, findings):
     action = {"Transitions": [{"Days": 3, "StorageClass": target}]}
     assert found(rule(action), class_of=class_of) == findings
 
 
-def test_what_becomes_of_old_versions_is_told():
+def test_what_happens_to_old_versions_is_reported():
     kept = {"NoncurrentVersionExpiration": {"NoncurrentDays": 14}}
     (one,) = bucket_findings("t", "", "STANDARD", BucketSettings((rule(kept),), versioning="Enabled"))
     assert (one.kind, "14 days" in one.text) == ("versions", True)
@@ -87,7 +87,7 @@ def test_what_becomes_of_old_versions_is_told():
     assert found(rule(kept)) == []
 
 
-def test_object_lock_is_told_with_its_retention():
+def test_object_lock_is_reported_with_its_retention():
     lock = {"ObjectLockEnabled": "Enabled", "Rule": {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 7}}}
     (one,) = bucket_findings("t", "", "STANDARD", BucketSettings(lock=lock))
     assert (one.kind, "COMPLIANCE, 7 days" in one.text, "delete marker" in one.text) == ("object_lock", True, True)
@@ -114,12 +114,12 @@ def own_bucket(moto_server):
 
 
 @pytest.mark.s3
-def test_a_bucket_without_settings_has_none_and_none_is_unread(own_bucket):
+def test_a_bucket_without_settings_has_no_findings(own_bucket):
     assert own_bucket.settings() == BucketSettings()
 
 
 @pytest.mark.s3
-def test_the_settings_of_a_bucket_are_read(own_bucket):
+def test_the_settings_of_a_bucket_are_read_from_the_server(own_bucket):
     lifecycle = {"Rules": [rule(EXPIRES, Filter={"Prefix": "train/"})]}
     lock = {"ObjectLockEnabled": "Enabled", "Rule": {"DefaultRetention": {"Mode": "GOVERNANCE", "Days": 5}}}
 
@@ -135,14 +135,14 @@ def test_the_settings_of_a_bucket_are_read(own_bucket):
 
 
 @pytest.mark.s3
-def test_another_server_is_asked_likewise(s3_server):
+def test_the_settings_are_requested_from_the_configured_endpoint(s3_server):
     archive = archive_of(s3_server, s3_server.bucket, "train")
     assert archive.settings() == BucketSettings()
     archive.close()
 
 
 @pytest.mark.parametrize("status", [403, 501])
-def test_settings_that_may_not_be_read_are_named_and_no_error(status):
+def test_unreadable_settings_are_reported_and_raise_no_error(status):
     with HttpFaultServer() as server:
         server.when(lambda method, path: HttpFault("status", status))
         options = {"endpoint": server.url, "region": "us-east-1", "access_key_id": "a", "secret_access_key": "b"}

@@ -1,4 +1,4 @@
-"""What the inventory does in parts, to hold little at a time, is what it does of all at once."""
+"""The inventory works in parts to limit its memory, with the same results as all at once."""
 
 import numpy as np
 import pyarrow as pa
@@ -54,7 +54,7 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 5])
-def test_keys_that_are_recognised_in_parts_are_what_they_are_at_once(monkeypatch, n_rows):
+def test_keys_are_grouped_in_parts_as_all_at_once(monkeypatch, n_rows):
     @given(key_lists)
     def check(some):
         texts = pa.array(some, pa.large_string())
@@ -70,7 +70,7 @@ def test_keys_that_are_recognised_in_parts_are_what_they_are_at_once(monkeypatch
 
 
 @given(key_lists)
-def test_an_object_is_on_top_where_its_group_is_its_folder(some):
+def test_an_object_is_on_top_if_it_lies_directly_in_the_folder_of_its_group(some):
     found = group_keys(pa.array(some, pa.large_string()))
     paths = found.paths.to_pylist()
     for key, group, on_top in zip(some, found.group.tolist(), found.on_top.tolist(), strict=True):
@@ -78,14 +78,14 @@ def test_an_object_is_on_top_where_its_group_is_its_folder(some):
 
 
 @given(key_lists, st.booleans())
-def test_texts_are_put_in_order_whether_or_not_they_are_so_already(some, is_sorted):
+def test_sorted_and_unsorted_strings_are_ordered_alike(some, is_sorted):
     some = sorted(some) if is_sorted else some
     texts = pa.array(some, pa.large_string())
     assert take_rows(texts, sort_order(texts)).to_pylist() == sorted(some)
 
 
 @given(key_lists, st.data())
-def test_texts_of_rows_are_those_whether_or_not_they_are_all(some, data):
+def test_all_rows_and_some_rows_are_taken_alike(some, data):
     rows = data.draw(st.permutations(range(len(some))))[: data.draw(st.integers(0, len(some)))]
     found = take_rows(pa.array(some, pa.large_string()), np.array(rows, np.int64))
     assert found.to_pylist() == [some[row] for row in rows]
@@ -103,7 +103,7 @@ known = st.tuples(
 
 
 @given(st.dictionaries(keys, known, max_size=6))
-def test_checksums_in_columns_are_the_mapping_that_they_stand_for(books):
+def test_checksums_in_columns_equal_the_mapping(books):
     rows = [(key, *one) for key, one in books.items()]
     found = EntryTable([batch_of(rows[:2]), batch_of(rows[2:])])
     assert found == books
@@ -112,7 +112,7 @@ def test_checksums_in_columns_are_the_mapping_that_they_stand_for(books):
     assert EntryTable.of(books) == books
 
 
-def test_a_catalog_reads_its_copies_in_parts_by_their_keys(tmp_path, monkeypatch):
+def test_the_catalog_reads_its_entries_in_parts_by_key(tmp_path, monkeypatch):
     monkeypatch.setattr("tiercache.catalog.tiers._ROWS_AT_A_TIME", 2)
     with TierCatalog(tmp_path / "tiers.sqlite") as catalog:
         catalog.record(("memory://x", key, CatalogEntry(1, "e", 7)) for key in ("é", "b", "a\n", "Z", "a"))
@@ -120,7 +120,7 @@ def test_a_catalog_reads_its_copies_in_parts_by_their_keys(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 5])
-def test_books_that_are_looked_up_in_parts_say_what_they_say_at_once(tmp_path, monkeypatch, n_rows):
+def test_checksums_are_looked_up_in_parts_as_all_at_once(tmp_path, monkeypatch, n_rows):
     tiers = scripted(tmp_path, f"parts-{n_rows}")
 
     @settings(max_examples=50)
@@ -144,7 +144,7 @@ def test_books_that_are_looked_up_in_parts_say_what_they_say_at_once(tmp_path, m
     tiers.clear()
 
 
-def test_the_objects_of_many_copies_are_those_of_each(tmp_path):
+def test_the_objects_of_many_copies_are_those_of_each_copy(tmp_path):
     tiers = scripted(tmp_path, "pieces")
     for n in range(3):
         tiers.hot.add(f"step-{n}/a.pt", n)

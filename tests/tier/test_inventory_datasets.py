@@ -1,4 +1,4 @@
-"""Data sets in an inventory: the shards that versions name, wherever they lie, and what machines said of their use."""
+"""Data sets in an inventory: the shards that versions name, wherever they lie, and their reported uses."""
 
 import os
 import shutil
@@ -54,13 +54,13 @@ def test_shards_that_only_an_old_version_names_are_live(local):
     assert set(local.names) < set(local.take().paths)
 
 
-def test_before_anybody_counts_no_use_is_known(local):
+def test_without_reports_no_use_is_known(local):
     snapshot = local.take().snapshot
     assert np.isposinf(snapshot.uses_recorded_since_s).all()
     assert not snapshot.unreported.any()
 
 
-def test_uses_are_counted_from_when_tiers_begin_to_look(local):
+def test_uses_are_recorded_from_the_start_of_tracking(local):
     local.store.put(log.TRACKING_MARKER_KEY, log.encode_mark(0, NOW_S - 5000))
     for path in local.home.rglob("*.tcs"):
         os.utime(path, (NOW_S - 10**6, NOW_S - 10**6))
@@ -77,7 +77,7 @@ def test_a_shard_has_the_checksum_of_its_manifest(local):
         assert (found.n_bytes, found.crc32c) == (info.n_bytes, info.crc32c)
 
 
-def test_a_shard_of_another_size_than_its_manifest_s_is_not_whole(local):
+def test_a_shard_whose_size_differs_from_the_manifest_is_not_whole(local):
     name = local.names[0]
     (local.root / "archive" / name).parent.mkdir(parents=True)
     (local.root / "archive" / name).write_bytes(b"short")
@@ -93,12 +93,12 @@ def test_a_shard_that_lies_only_in_another_tier_is_a_group_there(local):
     assert (look.has(name, "archive", "whole"), look.facts["missing"]) == (True, (0, ()))
 
 
-def test_a_shard_that_lies_nowhere_is_said(local):
+def test_a_missing_shard_is_reported(local):
     (local.root / "standard" / local.names[0]).unlink()
     assert local.take().facts["missing"] == (1, (local.names[0],))
 
 
-def test_a_shard_that_no_version_names_is_left_alone_and_said(local):
+def test_a_shard_that_no_version_names_is_left_out_and_reported(local):
     (local.home / "lost.tcs").write_bytes(b"of a writer that died")
     look = local.take()
     assert look.paths == local.names
@@ -111,7 +111,7 @@ def test_another_file_in_a_data_set_is_a_file(local):
     assert KINDS[look.of("sets/a/README.md", "kind")] == "file"
 
 
-def test_a_data_set_that_cannot_be_read_is_left_alone_whole_and_said(local):
+def test_an_unreadable_data_set_is_left_out_and_reported(local):
     newest = sorted((local.home / "_tiercache" / "versions").iterdir())[-1]
     newest.write_bytes(newest.read_bytes()[:-3])
     look = local.take()
@@ -132,14 +132,14 @@ def test_a_data_set_may_be_all_that_a_tier_has(local):
     assert len(look.paths) == len(local.names)
 
 
-def test_a_data_set_that_is_not_at_home_is_read_where_it_is(local):
+def test_a_data_set_outside_the_home_tier_is_read_where_it_lies(local):
     shutil.move(local.root / "standard", local.root / "hot")
     look = local.take()
     (dataset,) = look.facts["datasets"]
     assert (dataset.tier, len(look.paths)) == ("hot", len(local.names))
 
 
-def test_a_verified_copy_of_a_shard_needs_nothing_on_the_books_of_its_source(local):
+def test_a_verified_copy_of_a_shard_needs_no_catalog_entry_of_its_source(local):
     name = local.names[0]
     (local.root / "archive" / name).parent.mkdir(parents=True)
     shutil.copy(local.root / "standard" / name, local.root / "archive" / name)
@@ -148,7 +148,7 @@ def test_a_verified_copy_of_a_shard_needs_nothing_on_the_books_of_its_source(loc
     assert local.take(books).has(name, "archive", "verified")
 
 
-def test_a_copy_of_a_shard_with_another_checksum_than_its_manifest_s_is_not_whole(local):
+def test_a_shard_whose_checksum_differs_from_the_manifest_is_not_whole(local):
     name = local.names[0]
     (local.root / "archive" / name).parent.mkdir(parents=True)
     shutil.copy(local.root / "standard" / name, local.root / "archive" / name)
@@ -162,7 +162,7 @@ def report(local, machine, **facts):
     local.store.put(use_reports.usage_key(machine), use_reports.encode(use_reports.UseReport(machine, **facts)))
 
 
-def test_what_machines_report_of_a_shard_is_in_the_snapshot(local):
+def test_reported_uses_are_in_the_snapshot(local):
     name = local.names[0].removeprefix("sets/a/")
     report(local, "m", reported_s=NOW_S, shards={name: (NOW_S - 5, 3)})
     look = local.take()
@@ -170,7 +170,7 @@ def test_what_machines_report_of_a_shard_is_in_the_snapshot(local):
     assert look.of(local.names[1], "last_use_s") == look.of(local.names[1], "created_s")
 
 
-def test_what_is_read_now_is_in_use(local):
+def test_a_shard_that_is_being_read_is_in_use(local):
     name = local.names[0].removeprefix("sets/a/")
     readers = {"1": use_reports.ActiveReader(NOW_S - 100, NOW_S - 10)}
     report(local, "m", reported_s=NOW_S, readers=readers, shards={name: (NOW_S - 5, 1)})
@@ -178,13 +178,13 @@ def test_what_is_read_now_is_in_use(local):
     assert (look.of(local.names[0], "in_use"), look.of(local.names[1], "in_use")) == (True, False)
 
 
-def test_while_a_reader_is_waited_for_nothing_of_its_data_set_is_reported(local):
+def test_a_data_set_counts_as_unreported_while_a_reader_is_silent(local):
     heard_s = NOW_S - 86_400
     report(local, "m", reported_s=heard_s, readers={"1": use_reports.ActiveReader(heard_s, heard_s)})
     assert local.take().snapshot.unreported.all()
 
 
-def test_versions_at_home_count_and_not_those_of_an_old_copy(local):
+def test_versions_are_read_from_the_home_tier_and_not_from_an_old_copy(local):
     shutil.copytree(local.root / "standard", local.root / "hot")
     with tc.Writer(local.home, schema={"id": "int64"}, mode="append") as writer:
         writer.write_batch({"id": np.arange(3)})
@@ -193,7 +193,7 @@ def test_versions_at_home_count_and_not_those_of_an_old_copy(local):
     assert (dataset.tier, dataset.n_versions, look.facts["orphans"]) == ("standard", 3, (0, ()))
 
 
-def test_whether_tiers_look_after_a_data_set_is_said(local):
+def test_a_tracked_data_set_is_reported_as_adopted(local):
     assert not local.take().facts["datasets"][0].is_adopted
     log.start_tracking(local.store)
     assert local.take().facts["datasets"][0].is_adopted
@@ -210,7 +210,7 @@ def test_shards_that_are_placed_outside_the_tiers_are_not_missing(local):
     assert keys.to_pylist() == local.names[:1]
 
 
-def test_a_data_set_in_a_tier_that_is_missed_is_left_alone_in_the_others(local):
+def test_shards_of_a_data_set_whose_tier_is_missed_are_left_out(local):
     shutil.copytree(local.root / "standard", local.root / "archive")
     shutil.rmtree(local.root / "archive" / "sets" / "a" / "_tiercache")
     home = FaultStore(LocalFolder(local.root / "standard"), [Fault("list")])
@@ -218,7 +218,7 @@ def test_a_data_set_in_a_tier_that_is_missed_is_left_alone_in_the_others(local):
     assert (look.paths, look.facts["orphans"][0]) == ([], len(local.names))
 
 
-def test_the_catalog_of_moves_is_understood(local):
+def test_copies_in_the_catalog_of_moves_are_verified(local):
     name = local.names[0]
     (local.root / "archive" / name).parent.mkdir(parents=True)
     shutil.copy(local.root / "standard" / name, local.root / "archive" / name)

@@ -78,19 +78,19 @@ def test_a_refusal_has_names_and_bytes():
     assert (refusal.path, refusal.src, refusal.dst, refusal.n_bytes) == ("data/y", "standard", "archive", 60)
 
 
-def test_a_plan_says_for_which_tiers_rules_and_prices_it_was_made():
+def test_a_plan_names_its_tiers_rules_and_prices():
     plan = made(OLD, TO_ARCHIVE)
     assert plan.rules_sha256 == "5" * 64
     assert plan.tiers[1] == PlannedTier("standard", "standard", "s3://warm/train", None, "x:r:S")
     assert plan.made_s == NOW_S
 
 
-def test_the_id_is_that_of_the_contents():
+def test_the_id_depends_on_the_content():
     assert made(OLD, TO_ARCHIVE).id == made(OLD, TO_ARCHIVE).id
     assert made(OLD, TO_ARCHIVE).id != made(OLD[:1], TO_ARCHIVE.model_copy(update={"to": "hot"})).id
 
 
-def test_a_slow_rate_makes_a_move_longer():
+def test_the_duration_of_a_move_depends_on_the_rate():
     (fast,), (slow,) = (
         made(OLD, TO_ARCHIVE, tiering=TieringOptions(rate_bytes_s=rate)).moves for rate in (None, 10**6)
     )
@@ -99,7 +99,7 @@ def test_a_slow_rate_makes_a_move_longer():
 
 @FEWER
 @given(worlds(), files(), capacities)
-def test_bytes_and_objects_before_and_after_are_those_of_the_groups(groups, file, limits):
+def test_totals_before_and_after_are_those_of_the_groups(groups, file, limits):
     groups = fitting(file, groups)
     snapshot = snapshot_of(groups)
     decisions = decide(snapshot, file, PRICES, capacity_bytes=limits)
@@ -113,7 +113,7 @@ def test_bytes_and_objects_before_and_after_are_those_of_the_groups(groups, file
 
 @FEWER
 @given(worlds(), files())
-def test_dollars_a_month_fall_by_what_moves_save(groups, file):
+def test_monthly_costs_fall_by_the_savings_of_the_moves(groups, file):
     groups = fitting(file, groups)
     # A copy that is written over is paid for before as well: leave the cases where there is one out.
     groups = [replace(one, copies=dict(list(one.copies.items())[:1])) for one in groups]

@@ -200,7 +200,7 @@ def one_move(rules: list[str], *rows: tuple) -> MoveTable:
     return MoveTable(columns_of([*rows], ["x"]), rules, table.bytes_of_copies(), *of_groups, table, rate_bytes_s=1.0)
 
 
-def test_a_rule_that_is_called_as_a_watermark_is_summed_with_it():
+def test_a_rule_with_the_name_of_a_watermark_is_summed_with_it():
     rows = [(0, 3, 0, 1, rule, "why", 0.0, 0.0) for rule in (0, -1, 0)]
     assert [n for n, _ in totals_by_route(one_move(["tiers.hot.high"] * 2, *rows)).values()] == [3]
 
@@ -224,7 +224,7 @@ def test_a_figure_that_json_cannot_represent_is_refused(figure, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plan_is_written_in_place_of_an_older_one_and_leaves_nothing_beside_it(tmp_path):
+def test_a_new_plan_replaces_the_old_file_and_leaves_no_other_file(tmp_path):
     path = tmp_path / "new" / "plan.jsonl"
     write_plan(made(OLD), path)
     write_plan(made(OLD, TO_ARCHIVE), path)
@@ -232,7 +232,7 @@ def test_a_plan_is_written_in_place_of_an_older_one_and_leaves_nothing_beside_it
     assert [one.name for one in path.parent.iterdir()] == ["plan.jsonl"]
 
 
-def test_its_lines_are_those_of_the_reference(tmp_path):
+def test_lines_have_the_keys_of_the_reference(tmp_path):
     header, move, refusal, summary = map(json.loads, lines_of(made(OLD, TO_ARCHIVE)))
     assert header["format"] == "tiercache-plan"
     assert header["made"] == "1997-05-19T00:00:00.000+00:00"
@@ -252,7 +252,7 @@ def stored(folder: Path) -> tuple[Path, bytes]:
     return path, path.read_bytes()
 
 
-def test_a_plan_that_was_cut_anywhere_is_refused(tmp_path):
+def test_a_truncated_plan_is_refused(tmp_path):
     path, data = stored(tmp_path)
     # Without its last line end it is whole all the same.
     ends = [n for n, sign in enumerate(data[:-1]) if sign == ord("\n")]
@@ -262,7 +262,7 @@ def test_a_plan_that_was_cut_anywhere_is_refused(tmp_path):
             read_plan(path)
 
 
-def test_a_plan_with_a_bit_turned_anywhere_before_its_summary_is_refused(tmp_path):
+def test_a_plan_with_a_flipped_bit_is_refused(tmp_path):
     path, data = stored(tmp_path)
     for at in range(0, data.rindex(b'{"line": "summary"'), 3):
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
@@ -271,7 +271,7 @@ def test_a_plan_with_a_bit_turned_anywhere_before_its_summary_is_refused(tmp_pat
 
 
 @given(data=st.data())
-def test_whatever_a_file_holds_it_is_a_plan_or_a_value_error(folder, data):
+def test_reading_any_file_gives_a_plan_or_a_value_error(folder, data):
     """Lines of a plan with values of other types, and the sum put right: what only a person would write."""
     lines = [json.loads(line) for line in lines_of(made(OLD, TO_ARCHIVE))]
     row = data.draw(st.sampled_from(lines))
@@ -297,14 +297,14 @@ def summed(rows: list[dict]) -> list[str]:
     return lines
 
 
-def test_a_plan_of_another_version_says_so(tmp_path):
+def test_a_plan_of_another_version_is_refused(tmp_path):
     path, data = stored(tmp_path)
     path.write_bytes(data.replace(b'"version": 1', b'"version": 2', 1))
     with pytest.raises(ValueError, match="expected a plan of version 1, got 2"):
         read_plan(path)
 
 
-def test_another_file_is_no_plan(tmp_path):
+def test_another_file_is_refused_as_no_plan(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"benchmark": "load"}\n')
     with pytest.raises(ValueError, match="this is not a plan"):
@@ -351,7 +351,7 @@ def test_a_move_that_no_planner_writes_is_refused(tmp_path, change, said):
         assert read_plan(path).moves[0].path == change["path"]
 
 
-def test_what_is_nested_without_end_is_refused(tmp_path):
+def test_a_deeply_nested_line_is_refused(tmp_path):
     path = tmp_path / "plan.jsonl"
     path.write_text("[" * 100_000)
     with pytest.raises(ValueError, match="expected a JSON object"):

@@ -36,14 +36,11 @@ class RuleProposals:
 
 def format_reasons(words: Callable[..., str], *figures: NDArray[Any]) -> Texts:
     """Return words(figure, ...) of each row. Rows with equal figures share one text object, which is formatted once."""
-    code = np.zeros(len(figures[0]), np.int64)
-    for figure in figures:
-        values, inverse = np.unique(figure, return_inverse=True)
-        _, code = np.unique(code * len(values) + inverse, return_inverse=True)
-    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
-    texts = np.empty(len(first), np.object_)
-    texts[:] = [words(*(figure[row].item() for figure in figures)) for row in first.tolist()]
-    return np.asarray(texts[inverse], np.object_)
+    texts: dict[tuple[Any, ...], str] = {}
+    out = np.empty(len(figures[0]), np.object_)
+    rows = zip(*(figure.tolist() for figure in figures), strict=True)
+    out[:] = [texts.get(row) or texts.setdefault(row, words(*row)) for row in rows]
+    return out
 
 
 def append_to_reasons(texts: Texts, mask: Flags, end: str) -> Texts:

@@ -1,4 +1,4 @@
-"""Columns of texts are what their texts are one by one, in parts and as slices too."""
+"""Columns of strings: operations on parts and slices give the same results as on the strings one by one."""
 
 import pyarrow as pa
 import pytest
@@ -12,7 +12,7 @@ keys = st.lists(st.text("ab/é\n/", max_size=8), max_size=12)
 
 
 @pytest.mark.parametrize("n_rows", [1, 3, 1 << 16])
-def test_keys_are_cut_at_their_last_slash(monkeypatch, n_rows):
+def test_keys_are_split_at_their_last_slash(monkeypatch, n_rows):
     monkeypatch.setattr(text_columns, "ROWS_AT_A_TIME", n_rows)
 
     @given(keys, st.integers(0, 3))
@@ -28,7 +28,7 @@ def test_keys_are_cut_at_their_last_slash(monkeypatch, n_rows):
 
 
 @given(keys, st.integers(0, 3))
-def test_the_bytes_of_texts_are_theirs_from_end_to_end(texts, skipped):
+def test_the_bytes_of_a_slice_are_those_of_its_strings(texts, skipped):
     ends, text = text_of(pa.array(texts, pa.large_string()).slice(skipped))
     bounds = zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
     assert [text[start:end].tobytes().decode() for start, end in bounds] == texts[skipped:]

@@ -1,4 +1,4 @@
-"""Age outlives moves: what was written in spring is from spring, wherever it lies."""
+"""Dates of groups: a move does not change when a group was first written, wherever it lies."""
 
 import os
 from dataclasses import replace
@@ -68,13 +68,13 @@ def ages(folders):
     return dict(zip(snapshot.paths.to_pylist(), snapshot.created_s.tolist(), strict=True))
 
 
-def test_a_move_whose_source_is_gone_makes_nothing_younger(folders):
+def test_the_date_of_a_group_survives_a_move(folders):
     before = ages(folders)
     move_all(folders)
     assert ages(folders) == before
 
 
-def test_a_second_move_makes_nothing_younger(folders):
+def test_the_date_of_a_group_survives_two_moves(folders):
     before = ages(folders)
     move_all(folders)
     down = RULES.replace("standard", "archive").replace('"archive"', '"deep"')
@@ -87,20 +87,20 @@ def test_a_second_move_makes_nothing_younger(folders):
     assert ages(folders) == before
 
 
-def test_a_checkpoint_that_was_written_anew_under_its_path_begins_anew(folders):
+def test_a_checkpoint_that_is_rewritten_under_its_path_gets_a_new_date(folders):
     move_all(folders)
     (folders.root / "archive" / name(3)).unlink()
     write(folders, 3, SPRING_S + 300 * DAY_S, data=b"another")
     assert ages(folders)[name(3)] == SPRING_S + 300 * DAY_S
 
 
-def test_a_checkpoint_that_was_written_anew_over_its_copy_begins_anew(folders):
+def test_a_checkpoint_that_is_rewritten_over_its_copy_gets_a_new_date(folders):
     move_all(folders)
     write(folders, 3, SPRING_S + 300 * DAY_S, tier="archive", data=b"step X")
     assert ages(folders)[name(3)] == SPRING_S + 300 * DAY_S
 
 
-def test_one_that_was_written_anew_and_moved_has_its_own_age(folders):
+def test_a_rewritten_and_moved_checkpoint_has_its_own_date(folders):
     move_all(folders)
     (folders.root / "archive" / name(3)).unlink()
     write(folders, 3, SPRING_S + 300 * DAY_S, data=b"another")
@@ -109,7 +109,7 @@ def test_one_that_was_written_anew_and_moved_has_its_own_age(folders):
     assert ages(folders)[name(3)] == SPRING_S + 300 * DAY_S
 
 
-def test_a_lost_catalog_makes_things_younger_and_never_older(folders):
+def test_without_the_catalog_groups_look_younger_and_never_older(folders):
     before = ages(folders)
     move_all(folders)
     for path in catalog_path(folders.file).parent.glob("tiers.sqlite*"):
@@ -118,7 +118,7 @@ def test_a_lost_catalog_makes_things_younger_and_never_older(folders):
     assert all(after[path] > before[path] for path in before if path != name(STEPS[-1]))
 
 
-def test_one_of_every_so_many_hours_is_named_as_before_when_a_batch_was_moved(folders):
+def test_keep_every_keeps_the_same_checkpoints_after_a_batch_was_moved(folders):
     def named():
         snapshot = look(folders)
         return evaluate_keep_list(snapshot, np.arange(snapshot.n_groups), KeepList(every_s=6 * HOUR_S)).named.tolist()
@@ -130,7 +130,7 @@ def test_one_of_every_so_many_hours_is_named_as_before_when_a_batch_was_moved(fo
 
 
 @pytest.mark.parametrize("point", ["tier_move.object", "tier_move.copied", "tier_move.recorded", "tier_drop.dropped"])
-def test_a_mover_that_was_killed_makes_nothing_younger(folders, point):
+def test_the_date_of_a_group_survives_a_killed_mover(folders, point):
     before = ages(folders)
     if point == "tier_drop.dropped":
         folders.run()
@@ -162,7 +162,7 @@ def written_s(world):
 
 
 @pytest.mark.parametrize("cold_class", ["STANDARD_IA", "GLACIER"])
-def test_a_change_of_class_makes_nothing_younger(tmp_path, cold_class):
+def test_the_date_of_a_group_survives_a_change_of_storage_class(tmp_path, cold_class):
     world = shared(tmp_path, cold_class)
     before, _ = written_s(world)
     with JumpingClock() as clock:
@@ -176,7 +176,7 @@ def test_a_change_of_class_makes_nothing_younger(tmp_path, cold_class):
     assert dated > before
 
 
-def test_an_object_that_nobody_has_verified_keeps_its_age_and_is_not_verified(tmp_path):
+def test_an_unverified_object_keeps_its_date_and_stays_unverified(tmp_path):
     world = shared(tmp_path, "STANDARD_IA")
     world.inner["standard"].says_sums = False
     before, _ = written_s(world)
