@@ -196,18 +196,14 @@ class Stores:
 
 
 def _archive(tier: Tier, store: Store) -> S3Archive | None:
-    where = f"tiers.{tier.name}"
-    if not isinstance(store, CloudStore) or store.cloud != "s3":
-        if tier.storage_class is not None:
-            raise ValueError(f"{where}.storage_class: only S3 has storage classes, and {tier.url!r} is not S3")
-        return None
-    if not has_boto3():
-        if tier.storage_class is not None:
-            raise ValueError(
-                f"{where}.storage_class: needs boto3, which is not installed: pip install 'tiercache[archive]'"
-            )
-        return None
-    return S3Archive.of(store)
+    is_s3 = isinstance(store, CloudStore) and store.cloud == "s3"
+    if isinstance(store, CloudStore) and is_s3 and has_boto3():
+        return S3Archive.of(store)
+    if tier.storage_class is not None:
+        reason = "needs boto3, which is not installed: pip install 'tiercache[archive]'"
+        reason = reason if is_s3 else f"only S3 has storage classes, and {tier.url!r} is not S3"
+        raise ValueError(f"tiers.{tier.name}.storage_class: {reason}")
+    return None
 
 
 def _disk_bytes(path: str) -> int:

@@ -42,11 +42,10 @@ from tiercache.tier.plan.proposals import (
     Texts,
     ago,
     append_to_reasons,
-    droppable,
     format_reasons,
     hours,
     propose,
-    propose_moves,
+    propose_down,
     span,
     transfer_dollars,
 )
@@ -371,7 +370,11 @@ class _Policy:
         if limit is None or used <= limit * of_tier.high:
             return
         rows = self._may_go(tier, rules)
-        proposed, stuck = self._sent_down(tier, rows, f"{of_tier.name} is {used / max(limit, 1):.1%} full")
+        full = f"{of_tier.name} is {used / max(limit, 1):.1%} full (high = {of_tier.high:.0%})"
+        text = format_reasons(
+            lambda n_hours: f"{full}, and this was not used for {ago(n_hours)}", hours(unused_s[rows])
+        )
+        proposed, stuck = propose_down(self.view, rows, tier, (-1 - tier, text))
         passed = [stuck]
         proposed = reject_unavailable(self.view, proposed, passed, self.missing)
         moves = proposed.take(np.lexsort((proposed.group, -unused_s[proposed.group])))
@@ -398,12 +401,3 @@ class _Policy:
             if rule.kept is not None:
                 is_held[rule.rows[rule.kept[tier]]] = True
         return np.flatnonzero(~is_held)
-
-    def _sent_down(self, tier: int, rows: Rows, full: str) -> tuple[MoveColumns, MoveColumns]:
-        """Propose to drop copies that a lower tier holds verified, and to move the others to the next tier."""
-        dst = np.full(len(rows), tier + 1, np.int8)
-        for lower in range(self.view.n_tiers - 1, tier, -1):
-            dst[droppable(self.view, rows, tier, lower)] = lower
-        high = f"(high = {self.view.file.tiers[tier].high:.0%}), and this was not used for"
-        text = format_reasons(lambda unused: f"{full} {high} {ago(unused)}", hours(self.view.unused_s[rows]))
-        return propose_moves(self.view, rows, tier, dst, (-1 - tier, text))

@@ -301,10 +301,12 @@ def _by_keep_lists(view: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> 
     parts = [(deletes, unscored), _then(view, rule, number, rows[old])]
     tiers = sorted(view.file.index(name) for name in rule.keep)
     undecided = ~old
-    for tier in tiers if rule.then is None else tiers[:-1]:
+    # Without `then`, the last tier with a keep list sends copies down too, unless it is the last tier.
+    for tier in [tier for tier in tiers if tier + 1 < view.n_tiers] if rule.then is None else tiers[:-1]:
         goes = undecided & ~named[tier] & view.has(tier, rows)
         undecided &= ~goes
-        parts.append(_down(view, rows[goes], tier, named[:, goes], number))
+        reasons = np.full(int(goes.sum()), f"keep_{view.name(tier)} does not name it", np.object_)
+        parts.append(propose_down(view, rows[goes], tier, (number, reasons), named[tier + 1, goes]))
     proposed, refused = (MoveColumns.concat(part) for part in zip(*parts, strict=True))
     return RuleProposals(rows, proposed, refused, named)
 
@@ -327,32 +329,24 @@ def _then(view: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> tuple[Mov
     return propose_move(view, rows[lies], sources[:, lies], dst, (number, text))
 
 
-def _down(view: SnapshotIndex, rows: Rows, tier: int, named: Flags, number: int) -> tuple[MoveColumns, MoveColumns]:
-    """Propose to send down what the tier's keep list does not keep.
-
-    A copy is dropped if a lower tier holds a verified copy, and otherwise moved to the next tier.
-
-    named: bool[n_tiers, n_rows]: a group that the keep list of the next tier keeps must get a copy in that tier.
-    """
-    if tier + 1 == view.n_tiers:
-        return NO_MOVES, NO_MOVES
-    dst = np.full(len(rows), tier + 1, np.int8)
-    for lower in range(view.n_tiers - 1, tier + 1, -1):
-        dst[~named[tier + 1] & droppable(view, rows, tier, lower)] = lower
-    dst[droppable(view, rows, tier, tier + 1)] = tier + 1
-    text = np.full(len(rows), f"keep_{view.name(tier)} does not name it", np.object_)
-    return propose_moves(view, rows, tier, dst, (number, text))
-
-
-def propose_moves(
-    view: SnapshotIndex, rows: Rows, src: int, dst: NDArray[np.int8], reasons: tuple[int, Texts]
+def propose_down(
+    view: SnapshotIndex, rows: Rows, tier: int, reasons: tuple[int, Texts], kept_below: Flags | None = None
 ) -> tuple[MoveColumns, MoveColumns]:
-    """Propose moves from one source tier, with a destination tier for each row."""
-    parts = []
-    for tier in np.unique(dst).tolist():
-        to = dst == tier
-        sources = np.zeros((view.n_tiers, int(to.sum())), np.bool_)
-        sources[src] = True
-        parts.append(propose_move(view, rows[to], sources, tier, (reasons[0], reasons[1][to])))
-    proposed, refused = zip(*parts, strict=True) if parts else ((), ())
+    """Propose to send copies in a tier down. Returns (proposed, rejected).
+
+    A copy is dropped if a lower tier holds a verified copy, and otherwise moved to the next tier. reasons: See
+    propose_move(). kept_below: Rows that must get a copy in the next tier.
+    """
+    dst = np.full(len(rows), tier + 1, np.int8)
+    for lower in range(view.n_tiers - 1, tier, -1):
+        drops = droppable(view, rows, tier, lower)
+        dst[drops if kept_below is None or lower == tier + 1 else drops & ~kept_below] = lower
+    number, texts = reasons
+    parts = [(NO_MOVES, NO_MOVES)]
+    for to in np.unique(dst).tolist():
+        here = dst == to
+        sources = np.zeros((view.n_tiers, int(here.sum())), np.bool_)
+        sources[tier] = True
+        parts.append(propose_move(view, rows[here], sources, to, (number, texts[here])))
+    proposed, refused = zip(*parts, strict=True)
     return MoveColumns.concat(proposed), MoveColumns.concat(refused)
