@@ -467,51 +467,42 @@ def _tiers(given: object, folder: Path) -> tuple[Tier, ...]:
             )
         values.setdefault("role", name)
         tier = _built(Tier, values, where, name=name)
-        tier = tier.model_copy(update={"url": _resolved(tier, folder)})
-        _check_order(found, tier)
-        _check_place(found, tier)
+        if "://" not in tier.url:
+            tier = tier.model_copy(update={"url": os.path.normpath(folder / Path(tier.url).expanduser())})
+        for other in found:
+            _check_pair(other, tier)
         found.append(tier)
     if len(found) > _MOST_TIERS:
         raise ValueError(f"tiers: expected at most {_MOST_TIERS}, got {len(found)}")
     return tuple(found)
 
 
-def _resolved(tier: Tier, folder: Path) -> str:
-    """Return the tier's URL; a relative path is resolved against the folder of the rule file."""
-    if "://" in tier.url:
-        return tier.url
-    return os.path.normpath(folder / Path(tier.url).expanduser())
-
-
-def _check_order(before: Sequence[Tier], tier: Tier) -> None:
-    for other in before:
-        if ROLES.index(other.role) > ROLES.index(tier.role):
+def _check_pair(other: Tier, tier: Tier) -> None:
+    """Raise ValueError for tiers in the wrong order, or inside one another: each would list the other's objects."""
+    where = f"tiers.{tier.name}"
+    if ROLES.index(other.role) > ROLES.index(tier.role):
+        raise ValueError(
+            f"{where}: stands after the colder tier tiers.{other.name} ({other.role}):"
+            " write the tiers in order, from the fastest to the coldest"
+        )
+    location, other_location = _location(tier), _location(other)
+    if location == other_location:
+        if (tier.storage_class or "STANDARD") == (other.storage_class or "STANDARD"):
             raise ValueError(
-                f"tiers.{tier.name}: stands after the colder tier tiers.{other.name} ({other.role}):"
-                " write the tiers in order, from the fastest to the coldest"
+                f"{where}.url: tiers.{other.name} has the same URL:"
+                " two tiers with one URL need different storage classes"
             )
+    elif f"{location}/".startswith(f"{other_location}/") or f"{other_location}/".startswith(f"{location}/"):
+        raise ValueError(f"{where}.url: must not lie inside tiers.{other.name}.url, nor contain it")
 
 
-def _check_place(before: Sequence[Tier], tier: Tier) -> None:
-    """Raise ValueError where one tier lies inside another: each would list the other's objects as its own."""
-    place = _place(tier)
-    for other in before:
-        elsewhere = _place(other)
-        if place == elsewhere:
-            if (tier.storage_class or "STANDARD") == (other.storage_class or "STANDARD"):
-                raise ValueError(
-                    f"tiers.{tier.name}.url: tiers.{other.name} has the same URL:"
-                    " two tiers with one URL need different storage classes"
-                )
-        elif place.startswith(elsewhere.rstrip("/") + "/") or elsewhere.startswith(place.rstrip("/") + "/"):
-            raise ValueError(f"tiers.{tier.name}.url: must not lie inside tiers.{other.name}.url, nor contain it")
-
-
-def _place(tier: Tier) -> str:
+def _location(tier: Tier) -> str:
+    """Return the URL or path without a slash at its end."""
     if not tier.is_local:
         return tier.url.rstrip("/")
     text = tier.url
-    return os.path.normpath(unquote("/" + text.partition("://")[2].partition("/")[2]) if "://" in text else text)
+    path = unquote("/" + text.partition("://")[2].partition("/")[2]) if "://" in text else text
+    return os.path.normpath(path).rstrip("/")
 
 
 def _rule(given: object, where: str, tiers: Sequence[Tier], tags: Sequence[Tag]) -> Rule:
@@ -528,7 +519,11 @@ def _rule(given: object, where: str, tiers: Sequence[Tier], tags: Sequence[Tag])
         if empty := [inner for inner, value in table.items() if value == []]:
             raise ValueError(f"{where}.{key}.{empty[0]}: expected one or more values, got an empty list")
         keep[name] = _built(KeepList, table, f"{where}.{key}")
-        _check_tags(keep[name].tags, f"{where}.{key}", tags)
+        # The rule would delete what an undefined tag was to keep.
+        defined = sorted({name for tag in tags for name in tag.tags})
+        for tag in [tag for tag in keep[name].tags if tag not in defined]:
+            hint = _near(tag, defined) if defined else "there is no [[tags]] table: write one with match and tags"
+            raise ValueError(f"{where}.{key}.tags: no [[tags]] table defines the tag {tag!r}; {hint}")
     values.setdefault("name", where)
     rule = _built(Rule, values, where, keep={name: keep[name] for name in names if name in keep})
     update: dict[str, Any] = {}
@@ -541,15 +536,6 @@ def _rule(given: object, where: str, tiers: Sequence[Tier], tags: Sequence[Tag])
         if names.index(then) <= names.index(last):
             raise ValueError(f"{where}.then: tier {then!r} is not colder than {last!r}, which has a keep list")
     return rule.model_copy(update=update)
-
-
-def _check_tags(names: Sequence[str], where: str, tags: Sequence[Tag]) -> None:
-    """Raise ValueError for a tag that no [[tags]] table defines: the rule would delete what the tag was to keep."""
-    given = sorted({name for tag in tags for name in tag.tags})
-    for name in names:
-        if name not in given:
-            known = _near(name, given) if given else "there is no [[tags]] table: write one with match and tags"
-            raise ValueError(f"{where}.tags: no [[tags]] table defines the tag {name!r}; {known}")
 
 
 def _sources(given: Sequence[str], to: str, where: str, tiers: Sequence[Tier]) -> tuple[str, ...]:
