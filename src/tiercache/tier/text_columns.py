@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 # Limits the size of temporary arrays; larger parts are not faster.
 ROWS_AT_A_TIME = 1 << 16
-_SLASH = ord("/")
 
 
 def split_keys(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64], pa.Array]:
@@ -26,34 +25,17 @@ def split_keys(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64], pa.Array]:
     Returns the distinct folders ("" or ending in "/"), the number of each key's folder, and the last segment of each
     key.
     """
-    folders, names = [], []
+    large, slash = pa.large_string(), pa.scalar("/", pa.large_string())
+    folders, names = [], [pa.nulls(0, large)]
     for start in range(0, len(keys), ROWS_AT_A_TIME):
-        both = _cut(keys.slice(start, ROWS_AT_A_TIME))
-        places = np.arange(0, len(both), 2)
-        folders.append(both.take(pa.array(places)).dictionary_encode())
-        names.append(both.take(pa.array(places + 1)))
-    number, once = joined_codes(folders, keys.type)
-    return once, number, pa.concat_arrays([pa.array([], keys.type), *names])
-
-
-def _cut(keys: pa.Array) -> pa.Array:
-    """Return folder and last segment of each key, alternating, as slices of the keys' buffer."""
-    # For a million keys a regular expression took 0.4 to 0.9 s, and this takes 0.05 to 0.15 s.
-    ends, text = text_of(keys)
-    slashes = np.flatnonzero(text == _SLASH) + 1
-    last = np.append(slashes, 0)[np.searchsorted(slashes, ends[1:], side="right") - 1]
-    cuts = np.empty(2 * len(keys) + 1, np.int64)
-    cuts[::2], cuts[1::2] = ends, np.maximum(last, ends[:-1])
-    return pa.LargeStringArray.from_buffers(2 * len(keys), pa.py_buffer(cuts), pa.py_buffer(text))
-
-
-def text_of(texts: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Return the offsets of large_strings, beginning with 0, and their concatenated bytes."""
-    _, offsets, data = texts.buffers()
-    if not len(texts):
-        return np.zeros(1, np.int64), np.empty(0, np.uint8)
-    ends = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
-    return ends - ends[0], np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]]
+        parts = pc.split_pattern(keys.slice(start, ROWS_AT_A_TIME), "/", max_splits=1, reverse=True)
+        segments, ends = parts.values, np.asarray(parts.offsets)
+        names.append(segments.take(pa.array(ends[1:] - 1)))
+        above = pc.binary_join_element_wise(segments.take(pa.array(ends[:-1])), pa.scalar("", large), slash)
+        has_folder = pa.array(np.diff(ends) == 2)
+        folders.append(pc.if_else(has_folder, above, pa.scalar("", large)).dictionary_encode())
+    number, once = joined_codes(folders, large)
+    return once, number, pa.concat_arrays(names)
 
 
 def joined_codes(encoded: Sequence[pa.DictionaryArray], kind: pa.DataType) -> tuple[NDArray[np.int64], pa.Array]:
