@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tier.listed import NOW_S, OLD_S, Books, scripted
+from tests.tier.scripted_tiers import NOW_S, OLD_S, ScriptedCatalog, scripted
 
 from tiercache.catalog.tiers import CatalogEntry, EntryTable, TierCatalog, batch_of
 from tiercache.tier import text_columns
@@ -103,13 +103,13 @@ known = st.tuples(
 
 
 @given(st.dictionaries(keys, known, max_size=6))
-def test_checksums_in_columns_equal_the_mapping(books):
-    rows = [(key, *one) for key, one in books.items()]
+def test_checksums_in_columns_equal_the_mapping(catalog):
+    rows = [(key, *one) for key, one in catalog.items()]
     found = EntryTable([batch_of(rows[:2]), batch_of(rows[2:])])
-    assert found == books
-    assert [*found] == [*books]
-    assert (len(found), bool(found), found.get("nothing")) == (len(books), bool(books), None)
-    assert EntryTable.of(books) == books
+    assert found == catalog
+    assert [*found] == [*catalog]
+    assert (len(found), bool(found), found.get("nothing")) == (len(catalog), bool(catalog), None)
+    assert EntryTable.of(catalog) == catalog
 
 
 def test_the_catalog_reads_its_entries_in_parts_by_key(tmp_path, monkeypatch):
@@ -125,20 +125,20 @@ def test_checksums_are_looked_up_in_parts_as_all_at_once(tmp_path, monkeypatch, 
 
     @settings(max_examples=50)
     @given(st.dictionaries(st.sampled_from("abcdefghé"), known, max_size=8), st.data())
-    def check(books, data):
+    def check(catalog, data):
         tiers.clear()
         listed = data.draw(st.lists(st.sampled_from("abcdefghé"), unique=True))
         for key in listed:
             tiers.hot.add(key, data.draw(st.integers(0, 2)), etag=data.draw(st.none() | st.sampled_from(["x", '"y"'])))
-        tiers.books = Books({("hot", key): one for key, one in books.items()})
+        tiers.catalog = ScriptedCatalog({("hot", key): one for key, one in catalog.items()})
         with monkeypatch.context() as patch:
             patch.setattr(groups_module, "ROWS_AT_A_TIME", n_rows)
-            look = tiers.take()
-        for path in look.paths:
-            (info,) = look.objects(path, "hot")
-            same = path in books and books[path][:2] == (info.n_bytes, info.etag) and info.etag is not None
-            assert look.has(path, "hot", "verified") == (same and books[path][3])
-            assert info.crc32c == (books[path][2] if same else None)
+            by_name = tiers.take()
+        for path in by_name.paths:
+            (info,) = by_name.objects(path, "hot")
+            same = path in catalog and catalog[path][:2] == (info.n_bytes, info.etag) and info.etag is not None
+            assert by_name.has(path, "hot", "verified") == (same and catalog[path][3])
+            assert info.crc32c == (catalog[path][2] if same else None)
 
     check()
     tiers.clear()
@@ -151,12 +151,12 @@ def test_the_objects_of_many_copies_are_those_of_each_copy(tmp_path):
         tiers.archive.add(f"step-{n}/a.pt", n)
         tiers.archive.add(f"step-{n}/b.pt", 7)
     tiers.standard.add("x", 5)
-    look = tiers.take()
-    n_groups = look.snapshot.n_groups
+    by_name = tiers.take()
+    n_groups = by_name.snapshot.n_groups
     groups, of_tiers = np.repeat(np.arange(n_groups), 3)[::-1], np.tile(np.arange(3), n_groups).astype(np.int8)
-    pieces = look.inventory.objects_of(groups, of_tiers)
+    pieces = by_name.inventory.objects_of(groups, of_tiers)
     for i in range(len(groups)):
-        wanted = look.inventory.objects_of(groups[i : i + 1], of_tiers[i : i + 1])
+        wanted = by_name.inventory.objects_of(groups[i : i + 1], of_tiers[i : i + 1])
         assert [*pieces.named(i, i + 1)] == [*wanted.named(0, 1)]
     tiers.clear()
 
@@ -168,8 +168,8 @@ def test_metrics_in_names_are_found_in_parts_too(tmp_path, monkeypatch, n_rows):
     tiers.rules = '[[rules]]\nname = "r"\nmatch = "**"\nkeep_hot = { best = "loss:1" }\n'
     for n in range(12):
         tiers.hot.add(f"run/step-{n}-loss={n / 4}.ckpt", 1)
-    look = tiers.take()
-    assert [look.snapshot.metrics["loss"][look.group(f"run/step-{n}-loss={n / 4}.ckpt")] for n in range(12)] == [
+    by_name = tiers.take()
+    assert [by_name.snapshot.metrics["loss"][by_name.group(f"run/step-{n}-loss={n / 4}.ckpt")] for n in range(12)] == [
         n / 4 for n in range(12)
     ]
     tiers.clear()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tests.support.stores import CountingStore
-from tests.tier.listed import NOW_S, scripted
+from tests.tier.scripted_tiers import NOW_S, scripted
 
 from tiercache.errors import StoreError
 from tiercache.testing import Fault, FaultStore
@@ -39,9 +39,9 @@ def test_a_metric_is_found_in_a_name(tiers):
     tiers.rules = BEST
     tiers.hot.add("c/epoch=1-step=10-val_loss=0.5.ckpt")
     tiers.hot.add("c/last.ckpt")
-    look = tiers.take()
-    assert look.snapshot.metrics["val_loss"][look.group("c/epoch=1-step=10-val_loss=0.5.ckpt")] == 0.5
-    assert np.isnan(look.snapshot.metrics["val_loss"][look.group("c/last.ckpt")])
+    by_name = tiers.take()
+    assert by_name.snapshot.metrics["val_loss"][by_name.group("c/epoch=1-step=10-val_loss=0.5.ckpt")] == 0.5
+    assert np.isnan(by_name.snapshot.metrics["val_loss"][by_name.group("c/last.ckpt")])
 
 
 def test_a_metric_is_found_in_a_small_file(tiers):
@@ -61,9 +61,9 @@ def test_a_metric_is_read_from_a_readable_copy(tiers):
 def test_a_metric_in_an_archived_copy_is_reported_as_unread(tiers):
     tiers.rules = BEST
     tiers.archive.add("step-1/metrics.json", storage_class="GLACIER")
-    look = tiers.take()
-    assert np.isnan(look.snapshot.metrics["val_loss"]).all()
-    assert look.facts["unread"] == (1, ("step-1",))
+    by_name = tiers.take()
+    assert np.isnan(by_name.snapshot.metrics["val_loss"]).all()
+    assert by_name.facts["unread"] == (1, ("step-1",))
 
 
 def test_a_metric_that_cannot_be_read_now_is_an_error(tiers):
@@ -87,9 +87,9 @@ def test_orbax_metrics_are_read(tiers):
         tiers.hot.add(f"run/{step}/_CHECKPOINT_METADATA")
         tiers.hot.add(f"run/{step}/default/manifest.ocdbt")
         tiers.hot.text(f"run/{step}/metrics/metrics", {"val_loss": step / 100, "train": {"acc": 0.5}})
-    look = tiers.take()
-    assert [look.snapshot.metrics["val_loss"][look.group(f"run/{step}")] for step in (100, 200)] == [1.0, 2.0]
-    assert look.facts["in_files"][look.group("run/100")] == {"val_loss", "train/acc"}
+    by_name = tiers.take()
+    assert [by_name.snapshot.metrics["val_loss"][by_name.group(f"run/{step}")] for step in (100, 200)] == [1.0, 2.0]
+    assert by_name.facts["in_files"][by_name.group("run/100")] == {"val_loss", "train/acc"}
 
 
 @pytest.mark.parametrize("part", ["", "/meta.pt"], ids=["a file", "a folder of FSDP"])
@@ -118,9 +118,9 @@ def test_unreadable_metrics_count_as_unread_unless_the_mover_has_archived_the_ch
         for file in ("metrics.json", "a.pt"):
             tiers.archive.add(f"{name}/step-1/{file}", storage_class="GLACIER")
     for file in ("metrics.json", "a.pt"):
-        tiers.books.verify(tiers.archive, f"by-mover/step-1/{file}")
-    look = tiers.take()
-    assert [look.of(f"{name}/step-1", "unread") for name in ("by-hand", "by-mover")] == [True, False]
+        tiers.catalog.verify(tiers.archive, f"by-mover/step-1/{file}")
+    by_name = tiers.take()
+    assert [by_name.of(f"{name}/step-1", "unread") for name in ("by-hand", "by-mover")] == [True, False]
 
 
 # -- tiers ------------------------------------------------------------------------------------------------------------
@@ -134,8 +134,8 @@ def test_a_tier_that_cannot_be_listed_is_an_error(tiers):
 
 def test_a_tier_that_may_be_missed_is_left_out_and_reported(tiers):
     tiers.hot.add("x")
-    look = tiers.take(archive=FaultStore(tiers.archive, [Fault("list")]), may_miss=["archive"])
-    assert (look.paths, look.facts["missed"]) == (["x"], ("archive",))
+    by_name = tiers.take(archive=FaultStore(tiers.archive, [Fault("list")]), may_miss=["archive"])
+    assert (by_name.paths, by_name.facts["missed"]) == (["x"], ("archive",))
 
 
 def test_progress_counts_the_listed_objects_of_each_tier(tiers):
@@ -154,8 +154,8 @@ def test_tiers_with_one_url_have_the_objects_of_their_storage_class(tiers):
     tiers.standard.add("x", storage_class="STANDARD")
     tiers.standard.add("y", storage_class="GLACIER")
     tiers.stores["archive"] = tiers.standard
-    look = tiers.take()
-    assert [(look.paths[g], t) for g, t in zip(look.snapshot.group, look.snapshot.tier, strict=True)] == [
+    by_name = tiers.take()
+    assert [(by_name.paths[g], t) for g, t in zip(by_name.snapshot.group, by_name.snapshot.tier, strict=True)] == [
         ("x", 1),
         ("y", 2),
     ]
