@@ -243,7 +243,7 @@ def test_only_groups_that_a_rule_deletes_and_nothing_keeps_are_deleted(groups, f
             assert rule.delete_after_s is not None
             assert gone.days * DAY_S >= rule.delete_after_s
             assert not gone.tags
-            assert not any(one.group in oracle._kept(rule, keep) for keep in rule.keep.values())
+            assert not any(one.group in oracle.kept(rule, keep) for keep in rule.keep.values())
 
 
 def bytes_in(groups: Sequence[Group], tier: int) -> int:
@@ -315,7 +315,7 @@ def holds(groups: list[Group], row: int, tier: int, file, priced) -> bool:
     too_small = (
         rule.larger_than_bytes is not None and max(c.n_bytes for c in one.copies.values()) <= rule.larger_than_bytes
     )
-    return not too_small and row in oracle._kept(rule, rule.keep[TIERS[tier]])
+    return not too_small and row in oracle.kept(rule, rule.keep[TIERS[tier]])
 
 
 # -- plan after plan -------------------------------------------------------------------------------------------------
