@@ -34,6 +34,7 @@ from pydantic import (
 from tiercache import config
 from tiercache.model import parse_bytes, parse_duration
 from tiercache.prices import named_prices, parse_prices, prices_of
+from tiercache.tier.model import Kind
 from tiercache.tier.text_columns import check_globs
 
 _PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
@@ -137,7 +138,6 @@ def read_path(value: object) -> object:
 
 
 Role: TypeAlias = Literal["hot", "standard", "archive"]
-Kind: TypeAlias = Literal["file", "shard", "checkpoint"]
 ROLES: tuple[Role, ...] = ("hot", "standard", "archive")
 
 Seconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds)]

@@ -391,10 +391,10 @@ def _finite(name: str, value: float) -> dict[str, float]:
     return {name: number} if math.isfinite(number) else {}
 
 
-def metrics_in_names(names: pa.Array, wanted: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """Return the wanted metrics of each name, as metrics_in_name(): float64[n] each, NaN where there is none."""
-    found = {name: np.full(len(names), np.nan) for name in wanted}
-    rows = np.flatnonzero(match_regex(names, "|".join(map(re.escape, wanted))))
+def metrics_in_names(names: pa.Array, metrics: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """Return the given metrics of each name, as metrics_in_name(): float64[n] each, NaN where there is none."""
+    found = {name: np.full(len(names), np.nan) for name in metrics}
+    rows = np.flatnonzero(match_regex(names, "|".join(map(re.escape, metrics))))
     for row, name in zip(rows.tolist(), names.take(pa.array(rows)).to_pylist(), strict=True):
         for metric, value in metrics_in_name(name).items():
             if metric in found:
@@ -432,8 +432,8 @@ def find_metrics(
     No file is read if no rule uses a metric, or if a checkpoint's name contains the first name of each metric. Raises
     StoreError if a file exists and cannot be read now, so that the best checkpoints are unknown.
     """
-    wanted = used_metrics(file)
-    names = sorted({name for some in wanted for name in some})
+    used = used_metrics(file)
+    names = sorted({name for some in used for name in some})
     columns = {name: np.full(len(paths), np.nan) for name in names}
     if not names:
         return CheckpointMetrics(columns, np.empty(0, np.int64), {})
@@ -443,7 +443,7 @@ def find_metrics(
         last = split_keys(texts.filter(pa.array(may_name)))[2]
         for name, column in metrics_in_names(last, names).items():
             columns[name][groups[may_name]] = column
-    lacking = checkpoints[np.isnan(np.array([columns[some[0]][checkpoints] for some in wanted])).any(axis=0)]
+    lacking = checkpoints[np.isnan(np.array([columns[some[0]][checkpoints] for some in used])).any(axis=0)]
     copy_of = _copies_to_read(listed, copies, lacking)
     unread = [group for group, copy in copy_of.items() if copy is None]
     readable = {group: copy for group, copy in copy_of.items() if copy is not None}
