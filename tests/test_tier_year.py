@@ -49,7 +49,7 @@ def test_the_archive_is_restored_once_per_use(story, year):
 
 
 def test_a_directly_readable_class_needs_no_restore(story):
-    assert story.live("GLACIER_IR", N_SHARDS).bill.restores == []
+    assert story.live("GLACIER_IR", 10).bill.restores == []
 
 
 def test_the_newest_checkpoint_of_each_run_is_on_the_fast_disk(story, year):
