@@ -101,19 +101,21 @@ class PlanTable(Sequence[T], Generic[T]):
     def columns_with_names(self, start: int, end: int) -> dict[str, pa.Array]:
         """Return path, kind, action, src, dst (null: delete), rule and reason of rows from start to end, as texts."""
         columns, part = self.columns, slice(start, end)
-
-        def named(names: Sequence[str | None], numbers: NDArray[Any]) -> pa.Array:
-            # The number -1 is the last name.
-            return pa.DictionaryArray.from_arrays(numbers.astype(np.int32) % len(names), pa.array(names, _LARGE))
-
         return {
             "path": self.paths.take(pa.array(columns.group[part])),
-            "kind": named(KINDS, self.kind[columns.group[part]]),
-            "action": named(ACTIONS, columns.action[part]),
-            "src": named(self.tiers, columns.src[part]),
-            "dst": named((*self.tiers, None), columns.dst[part]),
-            "rule": named(self.rules, columns.rule[part]),
+            "kind": _named(KINDS, self.kind[columns.group[part]]),
+            **self.route(start, end),
             "reason": pa.array(columns.reason[part].tolist(), _LARGE).dictionary_encode(),
+        }
+
+    def route(self, start: int, end: int) -> dict[str, pa.DictionaryArray]:
+        """Return action, src, dst (null: delete) and rule of rows from start to end."""
+        columns, part = self.columns, slice(start, end)
+        return {
+            "action": _named(ACTIONS, columns.action[part]),
+            "src": _named(self.tiers, columns.src[part]),
+            "dst": _named((*self.tiers, None), columns.dst[part]),
+            "rule": _named(self.rules, columns.rule[part]),
         }
 
     def heads(self, start: int, end: int) -> Iterator[tuple[str, Kind, Action, str, str | None, str, str]]:
@@ -125,6 +127,11 @@ class PlanTable(Sequence[T], Generic[T]):
         for name, row in zip(path.to_pylist(), numbers, strict=True):
             kind, action, src, dst, rule, reason = (of[number] for of, number in zip(dictionaries, row, strict=True))
             yield name, kind, action, src, dst, rule, reason
+
+
+def _named(names: Sequence[str | None], numbers: NDArray[Any]) -> pa.DictionaryArray:
+    """Return the names with these numbers; -1 is the last name."""
+    return pa.DictionaryArray.from_arrays(numbers.astype(np.int32) % len(names), pa.array(names, _LARGE))
 
 
 class RefusalTable(PlanTable[Refusal]):
@@ -182,26 +189,24 @@ class MoveTable(PlanTable[Move]):
 
     def digest(self) -> str:
         """Return the SHA-256, in hex, of the moves and of the identity of their objects."""
-        digest = hashlib.sha256()
+        digest, columns, objects = hashlib.sha256(), self.columns, self.objects
         for start, end in self.parts():
-            part, objects = slice(start, end), slice(*self.objects.start[[start, end]].tolist())
-            row = self.objects.row[objects]
-            columns = self.columns
-            for numbers in (columns.action[part], columns.src[part], columns.dst[part], self.objects.n_bytes[row]):
-                digest.update(numbers.tobytes())
-            digest.update(np.diff(self.objects.start[start : end + 1]).tobytes())
-            texts = self.paths.take(pa.array(columns.group[part])).to_pylist()
-            texts += self.objects.keys.take(pa.array(row)).to_pylist()
-            texts += self.objects.etags.take(pa.array(row)).to_pylist()
-            digest.update(repr(texts).encode(errors="surrogatepass"))
+            part, row = slice(start, end), objects.row[slice(*objects.start[[start, end]].tolist())]
+            moves = [self.paths.take(pa.array(columns.group[part])), columns.action[part], columns.src[part]]
+            moves += [columns.dst[part], np.diff(objects.start[start : end + 1])]
+            keys, etags = (texts.take(pa.array(row)) for texts in (objects.keys, objects.etags))
+            for batch in (moves, [keys, etags.is_null(), etags.fill_null(""), objects.n_bytes[row]]):
+                names = [str(number) for number in range(len(batch))]
+                digest.update(pa.RecordBatch.from_arrays([pa.array(column) for column in batch], names).serialize())
         return digest.hexdigest()
 
 
 def totals_by_route(moves: Sequence[Move]) -> dict[tuple[str, str, str, str | None], tuple[int, PlanTotals]]:
     """Return count and totals for each (rule, action, src, dst), in order of first appearance."""
     if isinstance(moves, MoveTable):
-        columns = moves.columns_with_names(0, len(moves))
-        route = [columns[name].cast(_LARGE) for name in ("rule", "action", "src", "dst")]
+        columns = moves.route(0, len(moves))
+        # As texts, because a rule may have the name of a watermark.
+        route = [columns[name].cast(pa.string()) for name in ("rule", "action", "src", "dst")]
         figures = [moves.n_bytes, moves.columns.once, moves.columns.saving_month]
     else:
         rows = [(m.rule, m.action, m.src, m.dst, m.n_bytes, m.money.once, m.money.saving_month) for m in moves]
