@@ -34,7 +34,7 @@ from tiercache.model import ObjectInfo
 from tiercache.prices import prices_if_known
 from tiercache.store import MemoryStore
 from tiercache.tier.inventory.listing import list_tiers
-from tiercache.tier.plan.plan import write_plan
+from tiercache.tier.plan.plan_file import write_plan
 from tiercache.tier.rules import BestMetric, KeepList, Rule, RuleFile, Tier
 from tiercache.tier.stores import Stores
 

@@ -18,13 +18,13 @@ def differences(text: str, now: str) -> list[str]:
     return list(difflib.unified_diff(was, now, "the guide", "what is printed now", lineterm="", n=0))
 
 
-def test_the_commands_of_the_guide_to_tiers_print_what_it_shows(tmp_path, warm_python):
+def test_the_commands_of_the_guide_print_what_it_shows(tmp_path, warm_python):
     text = PAGE.read_text()
     assert differences(text, guide_session.replay(text, tmp_path, warm_python)) == []
 
 
 @pytest.mark.s3
-def test_the_commands_of_the_guide_to_restores_print_what_it_shows(tmp_path, warm_python):
+def test_the_restore_commands_of_the_guide_print_what_it_shows(tmp_path, warm_python):
     text = PAGE.read_text()
     with S3Server(kind="moto", bucket="bucket") as server:
         assert differences(text, guide_session.replay_s3(text, tmp_path, server, warm_python)) == []
@@ -34,7 +34,7 @@ TIERS = "".join(f"""[tiers.{name}]\nurl = "/{name}"\n""" for name in ("hot", "st
 
 
 @pytest.mark.parametrize("part", guide_session.blocks(PAGE.read_text(), "toml part"), ids=lambda part: part.split()[0])
-def test_rule_file_excerpts_in_the_guide_are_valid(part, tmp_path):
+def test_rule_file_examples_of_the_guide_are_valid(part, tmp_path):
     path = tmp_path / "tiercache.toml"
     path.write_text(part if "[tiers." in part else TIERS + part)
     file = load_rule_file(path)

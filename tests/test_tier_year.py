@@ -1,4 +1,4 @@
-"""The year of docs/guide/tiers.md, with fewer shards: nothing is lost, and the policy's figures are those of a bill."""
+"""The example year of docs/guide/tiers.md with fewer shards: nothing is lost, and planned costs are those of a bill."""
 
 import importlib.util
 import sys
@@ -30,26 +30,26 @@ def year(story):
     return story.live("GLACIER", N_SHARDS)
 
 
-def test_everything_that_was_written_is_somewhere_at_the_end(year):
+def test_nothing_is_lost_in_a_year(year):
     assert year.world.present.any(axis=1).all()
 
 
-def test_tiers_cost_less_than_everything_in_standard(year, plain):
+def test_tiers_cost_less_than_standard_storage_alone(year, plain):
     parts = ("storage", "moves", "reads", "writes", "restores")
     assert 0 < year.bill.of(*parts) < 0.8 * plain.bill.of(*parts)
 
 
-def test_what_the_policy_says_that_moves_cost_is_what_the_bill_says(year):
+def test_planned_costs_of_moves_are_those_of_the_bill(year):
     assert year.world.promised == pytest.approx(year.bill.of("moves"), rel=0.01)
 
 
-def test_the_archive_is_restored_once_for_each_time_that_somebody_needs_it(story, year):
+def test_the_archive_is_restored_once_per_use(story, year):
     days = [day for day, *_ in year.bill.restores]
     assert days == [150, story.EVALUATED_DAY, 300]
 
 
-def test_a_class_that_is_read_as_it_is_needs_no_restore(story):
-    assert story.live("GLACIER_IR", N_SHARDS).bill.restores == []
+def test_a_directly_readable_class_needs_no_restore(story):
+    assert story.live("GLACIER_IR", 10).bill.restores == []
 
 
 def test_the_newest_checkpoint_of_each_run_is_on_the_fast_disk(story, year):
@@ -59,11 +59,11 @@ def test_the_newest_checkpoint_of_each_run_is_on_the_fast_disk(story, year):
         assert year.world.present[newest, 0]
 
 
-def test_the_guide_shows_the_year_of_these_rules(story):
+def test_the_guide_shows_the_result_of_these_rules(story):
     assert story.RULES in (ROOT / "docs" / "guide" / "tiers.md").read_text()
 
 
-def test_a_document_without_marks_is_an_error(story, tmp_path):
+def test_a_document_without_markers_is_an_error(story, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("nothing")
     with pytest.raises(ValueError, match="expected the marks"):

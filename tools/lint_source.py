@@ -22,7 +22,7 @@ HOMES = {
     "botocore": ("store/s3.py", "store/credentials.py", "testing/"),
     **dict.fromkeys(("torch", "torchdata"), _TORCH_HOMES),
     **dict.fromkeys(("typer", "rich", "click"), ("cli/",)),
-    "pydantic": ("tier/rules.py",),
+    "pydantic": ("tier/rules.py", "tier/plan/plan_file.py"),
 }
 ENVIRONMENT_FILE, SLEEPING_FILE = "config.py", "waiting.py"
 ENVIRONMENT_NAMES = frozenset({"os.environ", "os.environb", "os.getenv"})

@@ -1,4 +1,4 @@
-"""tier check, plan, apply, run, ls: on three folders of this machine."""
+"""tier check, plan, apply, run and ls on three folders of this machine."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def score_checkpoints(root: Path) -> None:
 
 class TestMetrics:
     @pytest.mark.parametrize("verb", [["check"], ["plan"], ["run", "--once", "--dry-run"]])
-    def test_a_metric_that_no_checkpoint_of_a_run_has_is_warned_of_and_nothing_is_deleted(self, tiercache, root, verb):
+    def test_a_metric_that_no_checkpoint_of_a_run_has_is_reported_and_nothing_is_deleted(self, tiercache, root, verb):
         score_checkpoints(root)
         rules = RULES.replace("keep_hot = { last = 1 }", f'{MISSPELT}\ndelete_after = "365d"')
         (root / "tiercache.toml").write_text(rules)
@@ -130,7 +130,7 @@ class TestMetrics:
         tiercache("tier", "run", "--once")
         assert steps(root, "nvme") == ["step-11", "step-9"]
 
-    def test_checkpoints_without_the_metric_of_their_run_are_said_by_check(self, tiercache, root):
+    def test_check_reports_checkpoints_without_the_metric_of_their_run(self, tiercache, root):
         score_checkpoints(root)
         (root / "nvme/runs/a/step-10/metrics.json").unlink()
         rules = RULES.replace("{ last = 1 }", '{ best = { metric = ["other", "val_loss"], n = 1 } }')
@@ -140,7 +140,7 @@ class TestMetrics:
         assert (note["n_checkpoints"], note["paths"]) == (1, ["runs/a/step-10"])
         assert [one for one in events if one["event"] == "no_metric"] == []
 
-    def test_a_run_without_any_metric_is_said_to_have_none(self, tiercache, root):
+    def test_the_warning_says_if_a_run_has_no_metric(self, tiercache, root):
         (root / "tiercache.toml").write_text(RULES.replace("{ last = 1 }", '{ best = "val_loss:1" }'))
         (warning,) = [e for e in tiercache("tier", "plan", "--json").events if e["event"] == "no_metric"]
         assert (warning["found"], warning["likely"]) == ([], None)
@@ -148,7 +148,7 @@ class TestMetrics:
 
 class TestLosses:
     @pytest.mark.parametrize("verb", [["check"], ["run", "--once", "--dry-run"], ["run", "--once"]])
-    def test_a_shard_without_any_copy_ends_with_3_and_is_named(self, tiercache, root, verb):
+    def test_a_shard_without_a_copy_is_named_and_exits_with_3(self, tiercache, root, verb):
         tiercache("tier", *verb)
         shard = next((root / "store").rglob("*.tcs") if verb[0] == "check" else root.rglob("*.tcs"))
         for copy in root.rglob(shard.name):
@@ -159,14 +159,14 @@ class TestLosses:
         assert done.events[-1]["lost"] == [name]
         assert [line for line in tiercache("tier", *verb, code=3).out.splitlines() if name in line and "LOST" in line]
 
-    def test_where_nothing_is_lost_the_field_is_empty(self, tiercache, root):
+    def test_the_lost_field_is_empty_if_nothing_is_lost(self, tiercache, root):
         for verb in (["check"], ["run", "--once"]):
             assert tiercache("tier", *verb, "--json").events[-1]["lost"] == []
 
-    def test_what_was_not_asked_is_not_known(self, tiercache, root):
+    def test_offline_the_lost_field_is_null(self, tiercache, root):
         assert tiercache("tier", "check", "--offline", "--json").events[-1]["lost"] is None
 
-    def test_of_many_losses_people_see_some_and_programs_all(self, tiercache, root):
+    def test_people_see_the_first_losses_and_json_has_all(self, tiercache, root):
         for step in range(20, 50):
             write_checkpoint(root, step, 1)
         tiercache("tier", "run", "--once")
@@ -204,7 +204,7 @@ class TestBucket:
 
 
 class TestCheck:
-    def test_it_says_where_tiers_are_and_what_rules_match(self, tiercache, root):
+    def test_check_prints_the_tiers_and_what_rules_match(self, tiercache, root):
         *rows, summary = tiercache("tier", "check", "--json").events
         tiers = [row for row in rows if row["event"] == "tier"]
         assert [(t["tier"], t["home"], t["reached"]) for t in tiers] == [
@@ -226,14 +226,14 @@ class TestCheck:
             "lost": [],
         }
 
-    def test_people_get_two_tables(self, tiercache, root):
+    def test_check_prints_two_tables(self, tiercache, root):
         lines = tiercache("tier", "check").out.splitlines()
         assert lines[0].split() == ["tier", "role", "url", "class", "capacity", "prices", "reached"]
         assert lines[4].split() == ["rule", "files", "shards", "checkpoints", "size", "does"]
         assert lines[5].endswith("from hot, standard to archive")
         assert lines[-1] == f"{root}/tiercache.toml: 3 tiers, 2 rules, 0 pins"
 
-    def test_a_tier_that_cannot_be_reached_is_said_and_ends_with_1(self, tiercache, root):
+    def test_an_unreachable_tier_is_reported_and_exits_with_1(self, tiercache, root):
         (root / "cold").rmdir()
         (root / "cold").write_text("a file, where a folder should be")
         done = tiercache("tier", "check", "--json", code=1)
@@ -243,7 +243,7 @@ class TestCheck:
         assert [event for event in done.events if event["event"] == "rule"] == []
         assert done.events[-1]["not_reached"] == 1
 
-    def test_a_folder_that_is_not_there_yet_is_told(self, tiercache, root):
+    def test_a_folder_that_does_not_exist_yet_is_noted(self, tiercache, root):
         """It may be a disk that is not mounted."""
         (root / "cold").rmdir()
         note = f"note: tiers.archive: there is no folder {root}/cold: it counts as empty\n"
@@ -251,7 +251,7 @@ class TestCheck:
             assert tiercache("tier", *more).out.count(note) == 1, more
 
     @pytest.mark.parametrize("tier", ["cold", "nvme"])
-    def test_a_disk_that_is_not_mounted_is_told(self, tiercache, root, tier):
+    def test_an_unmounted_disk_is_reported(self, tiercache, root, tier):
         """Its folder is there, and empty."""
         (root / "tiercache.toml").write_text(RULES.replace('grace = "0s"', 'grace = "1d"'))
         tiercache("tier", "run", "--once")
@@ -263,9 +263,7 @@ class TestCheck:
             assert [(one["tier"], "tier.id: expected " in one["reason"]) for one in unseen] == [(name, True)], more
 
     @pytest.mark.parametrize("folder_stays", [True, False])
-    def test_a_tier_that_holds_the_only_copies_and_has_vanished_ends_check_with_1_and_run_with_3(
-        self, tiercache, root, folder_stays
-    ):
+    def test_a_vanished_tier_exits_check_with_1_and_run_with_3(self, tiercache, root, folder_stays):
         tiercache("tier", "run", "--once")
         only = [
             path
@@ -289,25 +287,25 @@ class TestCheck:
         assert tiercache("tier", "check", "--json").events[-1]["not_reached"] == 0
         assert tiercache("tier", "run", "--once", "--json").events[-1]["unseen"] == []
 
-    def test_a_vanished_tier_counts_beside_one_that_cannot_be_reached(self, tiercache, root):
+    def test_vanished_and_unreachable_tiers_are_counted_together(self, tiercache, root):
         tiercache("tier", "run", "--once")
         (root / "cold").rename(root / "away")
         (root / "nvme").rename(root / "aside")
         (root / "nvme").write_text("a file, where a folder should be")
         assert tiercache("tier", "check", "--json", code=1).events[-1]["not_reached"] == 2
 
-    def test_tiers_that_are_as_they_were_raise_no_doubt(self, tiercache, root):
+    def test_unchanged_tiers_give_no_notes(self, tiercache, root):
         tiercache("tier", "run", "--once")
         for more in (["check"], ["plan"], ["ls"], ["run", "--once"]):
             events = tiercache("tier", *more, "--json").events
             assert not [event for event in events if event["event"] in ("doubt", "unseen")], more
 
-    def test_what_nobody_can_be_sure_of_is_told(self, tiercache, root):
+    def test_groups_that_are_left_alone_are_reported(self, tiercache, root):
         (root / "store/datasets/photos/shards/0123456789abcdef-000000.tcs").write_bytes(b"of a commit that never came")
         out = tiercache("tier", "check").out
         assert "note: 1 object left alone, shards that no version of their data set contains: datasets/" in out
 
-    def test_a_file_name_that_is_no_text_is_left_alone_and_stops_nothing(self, tiercache, root):
+    def test_a_file_name_that_is_not_utf8_is_left_alone(self, tiercache, root):
         (root / "nvme" / "runs" / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"from an old archive")
         assert (
             "note: 1 object left alone, names that are not valid keys: runs/caf\\udce9.txt\n"
@@ -317,14 +315,14 @@ class TestCheck:
         assert steps(root, "cold") == ["step-10", "step-9"]
         assert tiercache("restore", "runs", "--dry-run").out == "nothing to restore: all objects can be read\n"
 
-    def test_offline_no_tier_is_asked(self, tiercache, tmp_path):
+    def test_offline_sends_no_request_to_any_tier(self, tiercache, tmp_path):
         rules = tmp_path / "rules.toml"
         rules.write_text('[tiers.standard]\nurl = "s3://nobody/x"\nstorage_class = "STANDARD_IA"\n')
         out = tiercache("tier", "check", "--offline", "--rules", rules).out
         assert "not asked" in out
         assert "note: tiers.standard has no prices, so plans contain no dollars for it" in out
 
-    def test_prices_of_another_class_than_is_written_are_doubted(self, tiercache, tmp_path):
+    def test_prices_of_another_storage_class_give_a_note(self, tiercache, tmp_path):
         rules = tmp_path / "rules.toml"
         rules.write_text('[tiers.standard]\nurl = "s3://nobody/x"\nprices = "aws:us-east-1:GLACIER"\n')
         events = tiercache("tier", "check", "--offline", "--rules", rules, "--json").events
@@ -332,7 +330,7 @@ class TestCheck:
             "tiers.standard writes storage class STANDARD, but has the prices of GLACIER"
         ]
 
-    def test_a_rule_that_does_not_fit_ends_with_2_and_names_file_and_key(self, tiercache, root):
+    def test_a_wrong_rule_exits_with_2_and_names_file_and_key(self, tiercache, root):
         (root / "tiercache.toml").write_text(RULES.replace('"30d"', '"soon"'))
         done = tiercache("tier", "check", code=2)
         assert done.err == (
@@ -340,9 +338,9 @@ class TestCheck:
             "write seconds as a number, or '30s', '5m', '24h', '7d'\n"
         )
 
-    def test_a_glob_that_is_none_names_its_rule(self, tiercache, root):
+    def test_a_malformed_glob_names_its_rule(self, tiercache, root):
         (root / "tiercache.toml").write_text(RULES.replace('"runs/**"', '"runs/[9-1]"'))
-        assert "tiercache.toml: runs.match: " in tiercache("tier", "check", code=2).err
+        assert "tiercache.toml: rules[2].match: not a glob: " in tiercache("tier", "check", code=2).err
 
     def test_the_price_table_is_printed_without_a_rule_file(self, tiercache, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -355,7 +353,7 @@ class TestCheck:
 
 
 class TestPlan:
-    def test_it_says_what_would_be_moved_and_why_and_moves_nothing(self, tiercache, root):
+    def test_plan_prints_moves_with_reasons_and_moves_nothing(self, tiercache, root):
         before = sorted(root.rglob("*"))
         *rows, summary = tiercache("tier", "plan", "--json").events
         moves = {row["path"]: row for row in rows if row["event"] == "move"}
@@ -369,7 +367,7 @@ class TestPlan:
         assert tiers["hot"]["after"]["n_bytes"] == 5000
         assert sorted(path for path in root.rglob("*") if root / "state" not in (path, *path.parents)) == before
 
-    def test_people_see_the_first_moves_with_sums_and_a_summary(self, tiercache, root):
+    def test_plan_prints_the_first_moves_sums_and_a_summary(self, tiercache, root):
         note, *lines = tiercache("tier", "plan", "--rows", "1").out.splitlines()
         assert note.startswith("note: datasets/photos: its use is not tracked yet; ")
         assert lines[0].split() == ["rule", "does", "from", "to", "moves", "size", "cost", "saves/month"]
@@ -377,7 +375,7 @@ class TestPlan:
         assert f"... and {n - 1} moves more: --rows 0 shows all" in lines
         assert lines[-1].startswith(f"{n} moves, ")
 
-    def test_out_writes_a_file_that_apply_takes(self, tiercache, root):
+    def test_plan_out_writes_a_file_for_apply(self, tiercache, root):
         tiercache("tier", "plan", "--out", "plan.jsonl")
         lines = [json.loads(line) for line in Path("plan.jsonl").read_text().splitlines()]
         assert (lines[0]["format"], lines[0]["rules"]) == ("tiercache-plan", str(root / "tiercache.toml"))
@@ -390,7 +388,7 @@ class TestApply:
         tiercache("tier", "plan", "--out", "plan.jsonl")
         return root / "plan.jsonl"
 
-    def test_it_makes_the_moves_of_the_plan_and_sources_stay_until_a_run(self, tiercache, root, plan):
+    def test_apply_makes_the_moves_and_keeps_the_sources_until_a_run(self, tiercache, root, plan):
         summary = tiercache("tier", "apply", plan, "--yes", "--json").events[-1]
         n = len(shards(root, "store")) + 2
         assert (summary["n_moves"], summary["done"], summary["stopped"]) == (n, n, 0)
@@ -399,12 +397,12 @@ class TestApply:
         assert steps(root, "cold") == ["step-10", "step-9"]
         assert steps(root, "nvme") == ["step-10", "step-11", "step-9"]
 
-    def test_a_plan_that_was_applied_is_not_made_twice(self, tiercache, root, plan):
+    def test_an_applied_plan_is_not_applied_twice(self, tiercache, root, plan):
         tiercache("tier", "apply", plan, "--yes")
         again = tiercache("tier", "apply", plan, "--yes", "--json").events[-1]
         assert (again["stopped"], again["n_bytes"]) == (0, 0)
 
-    def test_data_sets_that_it_speaks_of_are_looked_after(self, tiercache, root):
+    def test_data_sets_in_the_plan_are_tracked(self, tiercache, root):
         """Also where it moves nothing of them yet: whose use nobody counts would wait for ever."""
         (root / "tiercache.toml").write_text(RULES.replace('idle_by = "mtime"\n', ""))
         tiercache("tier", "plan", "--out", "plan.jsonl")
@@ -416,7 +414,7 @@ class TestApply:
         again = tiercache("tier", "apply", "plan.jsonl", "--yes", "--json").events[-1]
         assert again["adopted"] == []
 
-    def test_what_has_changed_since_is_stopped_and_the_rest_is_made(self, tiercache, root, plan):
+    def test_a_move_whose_objects_have_changed_is_stopped_and_the_others_are_made(self, tiercache, root, plan):
         (root / "nvme/runs/a/step-9/model.bin").write_bytes(b"another")
         done = tiercache("tier", "apply", plan, "--yes", "--json", code=3)
         stopped = [event for event in done.events if event["event"] == "stopped"]
@@ -425,7 +423,7 @@ class TestApply:
         assert done.events[-1]["done"] == done.events[-1]["n_moves"] - 1
         assert steps(root, "cold") == ["step-10"]
 
-    def test_nobody_to_ask_is_an_error(self, tiercache, root, plan):
+    def test_without_a_terminal_apply_needs_yes(self, tiercache, root, plan):
         assert tiercache("tier", "apply", plan, code=2).err.endswith("not a terminal; give --yes\n")
         assert not any((root / "cold").iterdir())
 
@@ -434,23 +432,23 @@ class TestApply:
         assert (summary["dry_run"], summary["n_moves"]) == (True, len(shards(root, "store")) + 2)
         assert not any((root / "cold").iterdir())
 
-    def test_the_rule_file_is_the_one_that_the_plan_was_made_by(self, tiercache, root, plan, tmp_path, monkeypatch):
+    def test_apply_uses_the_rule_file_of_the_plan(self, tiercache, root, plan, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         tiercache("tier", "apply", plan, "--yes")
         assert steps(root, "cold") == ["step-10", "step-9"]
 
-    def test_a_rule_file_that_has_changed_is_told(self, tiercache, root, plan):
+    def test_a_changed_rule_file_is_noted(self, tiercache, root, plan):
         (root / "tiercache.toml").write_text(RULES + "\n# more\n")
         assert "tiercache.toml has changed since the plan was made" in tiercache("tier", "apply", plan, "--yes").out
 
-    def test_what_is_no_plan_is_an_error(self, tiercache, root):
+    def test_a_file_that_is_no_plan_is_an_error(self, tiercache, root):
         (root / "plan.jsonl").write_text("{}\n")
         assert "this is not a plan" in tiercache("tier", "apply", root / "plan.jsonl", "--yes", code=2).err
         assert "gone.jsonl" in tiercache("tier", "apply", root / "gone.jsonl", code=1).err
 
 
 class TestLs:
-    def test_it_lists_groups_with_where_they_lie(self, tiercache, root):
+    def test_ls_lists_groups_with_their_tiers(self, tiercache, root):
         *rows, summary = tiercache("tier", "ls", "--json").events
         runs = [row for row in rows if row["kind"] == "checkpoint"]
         assert [row["path"] for row in runs] == [f"runs/a/step-{step}" for step in (9, 10, 11)], "as people order them"
@@ -458,7 +456,7 @@ class TestLs:
         assert summary["groups"] == len(rows)
         assert summary["tiers"]["standard"]["dollars_month"] > 0
 
-    def test_people_see_sizes_and_when_it_was_used_last(self, tiercache, root):
+    def test_ls_prints_sizes_and_the_last_use(self, tiercache, root):
         lines = tiercache("tier", "ls", "runs").out.splitlines()
         assert lines[0].split() == ["path", "kind", "size", "where", "last", "use", "uses", "$/month"]
         assert lines[1].split() == ["runs/a/step-9", "checkpoint", "4.9", "KiB", "hot", "3", "d", "ago", "0", "0.00"]
@@ -467,11 +465,11 @@ class TestLs:
         "wanted",
         ["runs/a/step-9", "runs/*/step-9", "{root}/nvme/runs/a/step-9/", "./cold/runs/a/step-9", "**/step-[9]"],
     )
-    def test_a_path_a_glob_or_a_place_in_a_tier_chooses(self, tiercache, root, wanted):
+    def test_ls_selects_by_path_glob_or_url(self, tiercache, root, wanted):
         *rows, _ = tiercache("tier", "ls", wanted.format(root=root), "--json").events
         assert [row["path"] for row in rows] == ["runs/a/step-9"]
 
-    def test_moves_of_a_home_that_the_rule_file_has_no_more_are_kept_and_said(self, tiercache, root):
+    def test_pending_moves_of_another_home_are_kept_and_noted(self, tiercache, root):
         rules = RULES.replace('grace = "0s"', 'grace = "1d"')
         (root / "tiercache.toml").write_text(rules)
         n_moves = tiercache("tier", "run", "--once", "--json").events[-1]["waiting_drops"]
@@ -491,7 +489,7 @@ class TestLs:
 
 
 class TestRun:
-    def test_it_moves_and_drops_what_is_due_and_says_so_in_one_line(self, tiercache, root):
+    def test_run_makes_moves_and_due_deletions_and_prints_one_summary(self, tiercache, root):
         n = len(shards(root, "store")) + 2
         summary = tiercache("tier", "run", "--once", "--json").events[-1]
         assert summary["event"] == "summary"
@@ -506,7 +504,7 @@ class TestRun:
         tiercache("tier", "run", "--once")
         assert tiercache("head", root / "store" / "datasets" / "photos", "-n", "20", "--json").events == records
 
-    def test_people_see_what_lies_where_and_a_summary(self, tiercache, root):
+    def test_run_prints_totals_of_tiers_and_a_summary(self, tiercache, root):
         lines = tiercache("tier", "run", "--once").out.splitlines()
         n = len(shards(root, "cold")) + 2
         assert [line.split()[0] for line in lines[:4]] == ["tier", "hot", "standard", "archive"]
@@ -519,7 +517,7 @@ class TestRun:
         assert sum(row["event"] == "move" for row in rows) == summary["moves"] == len(shards(root, "store")) + 2
         assert not any((root / "cold").iterdir())
 
-    def test_moves_that_are_stopped_end_with_3(self, tiercache, root):
+    def test_stopped_moves_exit_with_3(self, tiercache, root):
         (root / "cold" / "runs").write_text("a file, where a folder should be")
         done = tiercache("tier", "run", "--once", "--json", code=3)
         stopped = [event["path"] for event in done.events if event["event"] == "stopped"]
@@ -528,15 +526,15 @@ class TestRun:
         assert done.events[-1]["exit_code"] == 3
         assert steps(root, "nvme") == ["step-10", "step-11", "step-9"]
 
-    def test_while_another_mover_is_at_work_it_fails_and_says_so(self, tiercache, root):
+    def test_run_fails_while_another_mover_holds_the_lock(self, tiercache, root):
         with closing(open_store(str(root / "store"))) as store, TierLock(store):
             done = tiercache("tier", "run", "--once", code=1)
         assert "is moving things between these tiers" in done.err
         assert not any((root / "cold").iterdir())
 
-    def test_without_once_it_says_that_nothing_stays_resident(self, tiercache, root):
+    def test_run_without_once_is_an_error(self, tiercache, root):
         assert "give --once" in tiercache("tier", "run", code=2).err
 
-    def test_a_rule_file_can_be_named(self, tiercache, root, tmp_path, monkeypatch):
+    def test_a_rule_file_can_be_named_with_an_option(self, tiercache, root, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         assert tiercache("tier", "run", "--once", "--rules", root / "tiercache.toml", "--json").events[-1]["done"] > 0

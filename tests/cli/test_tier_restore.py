@@ -1,4 +1,4 @@
-"""restore: objects of class GLACIER in moto, whose restores take as many questions as a test says."""
+"""restore: objects of class GLACIER in moto, whose restores take as many requests as a test sets."""
 
 import json
 import urllib.request
@@ -108,7 +108,7 @@ def bucket(server, client, tmp_path, monkeypatch):
 COPIED_HOME = 3 * (0.0004 + 0.005) / 1000 + 3000 / 2**30 * 0.023 * 3 / 30
 
 
-def test_a_dry_run_says_what_it_would_cost_and_asks_for_nothing(tiercache, bucket):
+def test_a_dry_run_prints_the_cost_and_requests_nothing(tiercache, bucket):
     *objects, summary = tiercache("restore", "runs", "--dry-run", "--json").events
     assert [(one["key"], one["state"]) for one in objects] == [(f"runs/{n}/data.bin", "archived") for n in "abc"]
     assert (summary["objects"], summary["n_bytes"], summary["hours"]) == (3, 3000, 5.0)
@@ -119,7 +119,7 @@ def test_a_dry_run_says_what_it_would_cost_and_asks_for_nothing(tiercache, bucke
     )
 
 
-def test_what_is_restored_is_copied_home_and_the_archived_copy_stays(tiercache, bucket):
+def test_restored_objects_are_copied_home_and_the_archived_copies_stay(tiercache, bucket):
     summary = tiercache("restore", "runs/a", "--yes", "--json").events[-1]
     assert (summary["objects"], summary["copied"], summary["stopped"], summary["pending"]) == (1, 1, 0, 0)
     assert bucket.get("standard", "runs/a/data.bin") == b"a" * 1000
@@ -127,7 +127,7 @@ def test_what_is_restored_is_copied_home_and_the_archived_copy_stays(tiercache, 
     assert tiercache("restore", "runs/a").out == "nothing to restore: all objects can be read\n"
 
 
-def test_what_is_on_its_way_ends_with_5_and_the_same_command_goes_on(tiercache, bucket, restores_take):
+def test_running_restores_exit_with_5_and_the_same_command_continues(tiercache, bucket, restores_take):
     restores_take(6)
     done = tiercache("restore", "runs/a", "--yes", code=5)
     assert done.out == "1 object being restored, up to 5 h (standard); give --wait to wait and to copy them home\n"
@@ -137,14 +137,14 @@ def test_what_is_on_its_way_ends_with_5_and_the_same_command_goes_on(tiercache, 
     assert bucket.get("standard", "runs/a/data.bin") == b"a" * 1000
 
 
-def test_with_days_there_is_only_a_temporary_copy(tiercache, bucket):
+def test_with_days_only_a_temporary_copy_is_made(tiercache, bucket):
     out = tiercache("restore", "runs/a", "--days", "3", "--yes").out
     assert out == "1 object can be read for 3 days\n"
     assert bucket.keys("standard") == ["notes.txt"]
     assert bucket.get("cold", "runs/a/data.bin") == b"a" * 1000
 
 
-def test_names_after_a_url_are_below_it(tiercache, bucket):
+def test_names_after_a_url_are_relative_to_it(tiercache, bucket):
     """As ArchivedShards says it: the URL of the data set, then names of shards."""
     *objects, _ = tiercache(
         "restore", bucket.url("standard") + "/runs", "a/data.bin", "c/data.bin", "--dry-run", "--json"
@@ -152,21 +152,21 @@ def test_names_after_a_url_are_below_it(tiercache, bucket):
     assert [one["key"] for one in objects] == ["runs/a/data.bin", "runs/c/data.bin"]
 
 
-def test_a_glob_chooses(tiercache, bucket):
+def test_a_glob_selects_objects(tiercache, bucket):
     *objects, _ = tiercache("restore", "runs/[ab]/**", "--dry-run", "--json").events
     assert [one["key"] for one in objects] == ["runs/a/data.bin", "runs/b/data.bin"]
 
 
-def test_a_faster_or_cheaper_way_has_its_own_price(tiercache, bucket):
+def test_each_speed_has_its_own_price(tiercache, bucket):
     summary = tiercache("restore", "runs", "--speed", "bulk", "--dry-run", "--json").events[-1]
     assert (summary["cost"], summary["hours"]) == (pytest.approx(COPIED_HOME), 12.0)
     assert "--speed: 'slow' is not one of expedited" in tiercache("restore", "runs", "--speed", "slow", code=2).err
 
 
-def test_dollars_are_not_spent_without_asking(tiercache, bucket):
+def test_a_restore_needs_a_confirmation(tiercache, bucket):
     assert tiercache("restore", "runs", code=2).err.endswith("not a terminal; give --yes\n")
     assert "Restore" not in bucket.head("cold", "runs/a/data.bin")
 
 
-def test_what_is_not_there_is_an_error(tiercache, bucket):
+def test_a_path_that_does_not_exist_is_an_error(tiercache, bucket):
     assert "no object has this name or matches it" in tiercache("restore", "runs/z", code=1).err

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tests.tier.world import SHAPES, World, content
 
 from tiercache.errors import ArchivedShards
-from tiercache.tier.plan.plan import read_plan, write_plan
+from tiercache.tier.plan.plan_file import read_plan, write_plan
 
 SIZES = (20_000, 700, 300)  # of the parts of a checkpoint, the last of which makes it whole
 

@@ -120,7 +120,7 @@ class PlannerOracle:
             return None
         if rule.keep and (group.kind != "checkpoint" or row in self.newest):
             return None
-        named = {name: row in self._kept(rule, keep) for name, keep in rule.keep.items()}
+        named = {name: row in self.kept(rule, keep) for name, keep in rule.keep.items()}
         by_keys = any(row in self._named(rule, keep, kept_plainly) for keep in rule.keep.values())
         refused = None
         is_old = rule.delete_after_s is not None and group.days * DAY_S >= rule.delete_after_s
@@ -134,11 +134,11 @@ class PlannerOracle:
         wish = self._by_keep(row, rule, named) if rule.keep else self._by_to(row, rule)
         return refused if wish is None else self._checked(row, wish)
 
-    def _kept(self, rule: Any, keep: Any) -> set[int]:
+    def kept(self, rule: Any, keep: Any) -> set[int]:
         return self._named(rule, keep, kept_plainly) | self._named(rule, keep, unscored_plainly)
 
     def _named(self, rule: Any, keep: Any, by: Any) -> set[int]:
-        """As _kept, by one of the two. Those that a size excludes stay out, for a run is what a rule holds for."""
+        """As kept, by one of the two. Those that a size excludes stay out, for a run is what a rule holds for."""
         rows = [i for i, g in enumerate(self.groups) if g.kind == "checkpoint" and self.rule_of(g) is rule]
         if rule.larger_than_bytes is not None:
             sizes = [max((copy.n_bytes for copy in self.groups[i].copies.values()), default=0) for i in rows]

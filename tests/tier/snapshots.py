@@ -1,4 +1,4 @@
-"""Small worlds for planners: groups and copies as people think of them, made into a snapshot's columns."""
+"""Snapshots for tests of the policy: groups and copies as small objects, converted to columns; decisions by row."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ PRICES = (FREE, STANDARD, COLD)
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy. days: since its youngest object was written; None: as long as its group is."""
+    """A copy. days: since its newest object was written; None: as for its group."""
 
     n_bytes: int = 1000
     n_objects: int = 1
@@ -61,7 +61,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Group:
-    """A group. days: since it was written; unused_days: since it was used; None: never was."""
+    """A group. days: since it was written; unused_days: since its last use, None: it was never used."""
 
     path: str
     copies: Mapping[str, Copy]
@@ -73,7 +73,7 @@ class Group:
     unused_days: float | None = None
     uses: int = 0
     unreported: bool = False
-    counted_days: float | None = np.inf  # since uses are counted; None: nobody counts them
+    counted_days: float | None = np.inf  # since uses are recorded; None: they are not
     in_use: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict)
     unread: bool = False
@@ -138,7 +138,7 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
 
 @dataclass(frozen=True)
 class Decided:
-    """One row of what was decided."""
+    """A decision about one group."""
 
     group: int
     action: str
@@ -176,7 +176,7 @@ def _rows(columns: MoveColumns, rules: Sequence[str]) -> Iterator[Decided]:
 
 
 def decided(*args, **keys) -> Outcome:
-    """What decide() says, row by row."""
+    """Return the decisions of decide(), row by row."""
     return in_rows(decide(*args, **keys))
 
 

@@ -1,4 +1,4 @@
-"""Lifecycle rules, versioning and object lock of the buckets of tiers are reported."""
+"""Effects of a bucket's settings on a tier: lifecycle rules, versioning and object lock, as S3 returns them."""
 
 import uuid
 from datetime import UTC, datetime
@@ -43,19 +43,19 @@ EXPIRATION = [("expiration", True)]
         ({"Filter": {"And": {"Prefix": "logs/", "Tags": []}}}, "train/", []),
     ],
 )
-def test_a_lifecycle_rule_matters_if_its_prefix_overlaps_the_tier(where, folder, findings):
+def test_a_lifecycle_rule_affects_a_tier_if_their_prefixes_share_objects(where, folder, findings):
     assert found(rule(EXPIRES, **where), folder=folder) == findings
 
 
-def test_a_disabled_lifecycle_rule_is_no_finding():
+def test_a_disabled_lifecycle_rule_is_ignored():
     assert found(rule(EXPIRES, status="Disabled")) == []
 
 
-def test_an_expiry_of_delete_markers_is_no_finding():
+def test_an_expiration_of_delete_markers_is_ignored():
     assert found(rule({"Expiration": {"ExpiredObjectDeleteMarker": True}})) == []
 
 
-def test_an_expiry_is_reported_with_its_rule_objects_and_time():
+def test_an_expiration_is_reported_with_its_rule_objects_and_time():
     where = {"Filter": {"And": {"Prefix": "train/", "Tags": [{"Key": "a", "Value": "b"}], "ObjectSizeLessThan": 9}}}
     date = {"Expiration": {"Date": datetime(2027, 5, 1, tzinfo=UTC)}}
     one, other = bucket_findings(
@@ -74,12 +74,12 @@ def test_an_expiry_is_reported_with_its_rule_objects_and_time():
         ("GLACIER", "GLACIER", []),
     ],
 )
-def test_a_transition_into_another_class_than_the_tiers_is_reported(target, class_of, findings):
+def test_a_transition_to_another_storage_class_is_reported(target, class_of, findings):
     action = {"Transitions": [{"Days": 3, "StorageClass": target}]}
     assert found(rule(action), class_of=class_of) == findings
 
 
-def test_the_handling_of_old_versions_is_reported():
+def test_what_happens_to_old_versions_is_reported():
     kept = {"NoncurrentVersionExpiration": {"NoncurrentDays": 14}}
     (one,) = bucket_findings("t", "", "STANDARD", BucketSettings((rule(kept),), versioning="Enabled"))
     assert (one.kind, "14 days" in one.text) == ("versions", True)
@@ -120,7 +120,7 @@ def test_a_bucket_without_settings_has_no_findings(own_bucket):
 
 
 @pytest.mark.s3
-def test_the_settings_of_a_bucket_are_read(own_bucket):
+def test_the_settings_of_a_bucket_are_read_from_the_server(own_bucket):
     lifecycle = {"Rules": [rule(EXPIRES, Filter={"Prefix": "train/"})]}
     lock = {"ObjectLockEnabled": "Enabled", "Rule": {"DefaultRetention": {"Mode": "GOVERNANCE", "Days": 5}}}
 
@@ -136,14 +136,14 @@ def test_the_settings_of_a_bucket_are_read(own_bucket):
 
 
 @pytest.mark.s3
-def test_the_settings_of_another_server_are_read(s3_server):
+def test_the_settings_are_requested_from_the_configured_endpoint(s3_server):
     archive = archive_of(s3_server, s3_server.bucket, "train")
     assert archive.settings() == BucketSettings()
     archive.close()
 
 
 @pytest.mark.parametrize("status", [403, 501])
-def test_settings_that_may_not_be_read_are_named_without_an_error(status):
+def test_unreadable_settings_are_reported_and_raise_no_error(status):
     with HttpFaultServer() as server:
         server.when(lambda method, path: HttpFault("status", status))
         options = {"endpoint": server.url, "region": "us-east-1", "access_key_id": "a", "secret_access_key": "b"}

@@ -1,4 +1,4 @@
-"""What moves cost: figures that were worked out by hand, and sums over objects one by one."""
+"""Cost formulas: figures that were worked out by hand, and sums over single objects."""
 
 import math
 
@@ -27,41 +27,41 @@ def price(name: str) -> Prices:
     return price_table()[1][f"aws:us-east-1:{name}"]
 
 
-def test_storage_is_billed_by_the_gib_as_aws_and_google_do():
+def test_storage_is_billed_per_gib():
     assert costs.month_dollars(price("STANDARD"), sizes((1000 << 30,))) == pytest.approx([23.0])
 
 
-def test_a_small_object_is_billed_at_the_minimum_of_its_class():
+def test_a_small_object_is_billed_at_the_minimum_size_of_its_class():
     assert costs.billed_bytes(price("GLACIER_IR"), sizes((1000,), (10**6,))).tolist() == [131072, 10**6]
 
 
-def test_what_is_billed_beside_an_object_counts_for_each():
+def test_the_overhead_is_billed_for_each_object():
     assert costs.billed_bytes(price("DEEP_ARCHIVE"), sizes((1000, 2000))).tolist() == [3000 + 2 * 32768]
 
 
-def test_a_part_of_what_is_billed_beside_an_object_has_the_price_of_standard():
+def test_a_part_of_the_overhead_is_billed_as_standard_storage():
     month = costs.month_dollars(price("GLACIER"), sizes((0,)))
     assert month == pytest.approx([(32768 * 0.0036 + 8192 * 0.023) / 2**30])
 
 
-def test_leaving_a_class_early_costs_what_is_left_of_its_days():
+def test_an_early_deletion_costs_the_rest_of_the_minimum_duration():
     """64 MB in DEEP_ARCHIVE for its 180 days cost $0.00038 in all: half of it when they leave after 90."""
     fee = costs.early_dollars(price("DEEP_ARCHIVE"), sizes((64_000_000,), (64_000_000,)), np.array([90, 181]) * DAY_S)
     assert fee[0] == pytest.approx(((64_000_000 + 32768) * 0.00099 + 8192 * 0.023) / 2**30 * 3)
     assert fee[1] == 0
 
 
-def test_a_copy_of_the_future_pays_no_more_than_all_days():
+def test_a_copy_dated_in_the_future_pays_at_most_the_minimum_duration():
     days = costs.early_days(price("GLACIER_IR"), np.array([-5.0]) * DAY_S)
     assert days.tolist() == [90]
 
 
-def test_changing_a_class_costs_a_transition_and_reading_what_is_there():
+def test_a_change_of_class_costs_a_transition_and_the_retrieval():
     cost = costs.reclass_dollars(price("STANDARD_IA"), price("DEEP_ARCHIVE"), sizes((1 << 30, 1 << 30)))
     assert cost == pytest.approx([2 * 0.05 / 1000 + 2 * 0.01])
 
 
-def test_a_copy_through_this_machine_costs_a_request_for_each_part():
+def test_a_copy_through_this_machine_costs_one_request_per_part():
     of_100_parts = sizes((800 << 20,))
     cost = {
         streams: costs.copy_dollars(price("STANDARD"), price("GLACIER_IR"), of_100_parts, leaves=False, streams=streams)
@@ -72,7 +72,7 @@ def test_a_copy_through_this_machine_costs_a_request_for_each_part():
 
 
 @pytest.mark.parametrize("name", ["GLACIER", "DEEP_ARCHIVE"])
-def test_parts_into_a_class_of_archives_have_the_price_of_standard_and_only_the_end_that_of_the_class(name):
+def test_parts_of_uploads_into_archive_classes_are_billed_as_standard_requests(name):
     def cost(n_bytes):
         return costs.copy_dollars(Prices("disk"), price(name), sizes((n_bytes,)), leaves=False, streams=True)[0]
 
@@ -81,7 +81,7 @@ def test_parts_into_a_class_of_archives_have_the_price_of_standard_and_only_the_
     assert cost(800 << 20) == pytest.approx((of_class + 101 * 0.005) / 1000)
 
 
-def test_a_restore_pays_for_its_temporary_copy_too():
+def test_a_restore_also_pays_for_its_temporary_copy():
     speed = price("GLACIER").restore["standard"]
     cost = costs.restore_dollars(price("GLACIER"), speed, np.array([1 << 30]), days=3)
     assert cost == pytest.approx([0.01 + 0.05 / 1000 + 0.023 * 3 / 30])
@@ -98,7 +98,7 @@ def test_bytes_that_leave_the_region_cost_egress():
 @pytest.mark.parametrize(
     ("n_bytes", "days"), [(128 << 10, 19 * 30), (1 << 20, 2.3 * 30), (16 << 20, 4.1), (64 << 20, 1.0)]
 )
-def test_the_break_even_of_a_move_to_deep_archive_is_what_others_have_computed(n_bytes, days):
+def test_the_break_even_of_a_move_to_deep_archive_matches_published_figures(n_bytes, days):
     """$0.05 for 1,000 transitions against $0.022 a GB and month saved, with nothing beside the object."""
     bare = Prices("", store_gb_month=0.00099, transition_1000=0.05)
     once = costs.reclass_dollars(price("STANDARD"), bare, sizes((n_bytes,)))
@@ -106,12 +106,12 @@ def test_the_break_even_of_a_move_to_deep_archive_is_what_others_have_computed(n
     assert costs.break_even_days(once, saving)[0] == pytest.approx(days, rel=0.1)
 
 
-def test_what_saves_nothing_is_never_earned_back_and_what_costs_nothing_at_once():
+def test_a_move_without_savings_never_breaks_even_and_one_without_cost_does_at_once():
     days = costs.break_even_days(np.array([1.0, 1.0, 0.0]), np.array([0.0, -1.0, 2.0]))
     assert days.tolist() == [math.inf, math.inf, 0.0]
 
 
-def test_a_region_is_the_name_of_the_price_table_without_its_class():
+def test_the_region_of_prices_is_their_name_without_the_class():
     assert costs.region_of(price("STANDARD")) == "aws:us-east-1"
     assert costs.region_of(Prices("tiers.archive")) == ""
 
@@ -120,7 +120,7 @@ copies = st.lists(st.lists(st.integers(0, 500), min_size=1, max_size=5).map(tupl
 
 
 @given(copies, st.integers(0, 300), st.integers(0, 50))
-def test_billed_bytes_are_those_of_single_objects_and_never_more_than_those_of_many(given_copies, least, beside):
+def test_billed_bytes_are_exact_for_one_object_and_a_lower_bound_for_many(given_copies, least, beside):
     prices = Prices("", min_bytes=least, overhead_bytes=beside)
     found = costs.billed_bytes(prices, sizes(*given_copies)).tolist()
     for n_bytes, copy in zip(found, given_copies, strict=True):

@@ -1,11 +1,11 @@
-"""The inventory of several tiers: groups and their copies, whether they are whole, verified and complete."""
+"""The inventory of several tiers: groups and their copies, and whether these are whole, verified and complete."""
 
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.tier.listed import NOW_S, OLD_S, SETTLE_S, Books, ListedStore, Tiers, scripted
+from tests.tier.scripted_tiers import NOW_S, OLD_S, SETTLE_S, ListedStore, ScriptedCatalog, Tiers, scripted
 
 from tiercache.tier.model import ARCHIVED, FILE, NO_SERIES, NO_STEP, READABLE, RESTORED, RESTORING
 
@@ -23,11 +23,15 @@ def tiers(tmp_path, request):
 def test_an_object_of_two_tiers_is_one_group_with_two_copies(tiers):
     tiers.hot.add("a/x.bin", 10)
     tiers.archive.add("a/x.bin", 10)
-    look = tiers.take()
-    assert (look.paths, look.snapshot.group.tolist(), look.snapshot.tier.tolist()) == (["a/x.bin"], [0, 0], [0, 2])
+    by_name = tiers.take()
+    assert (by_name.paths, by_name.snapshot.group.tolist(), by_name.snapshot.tier.tolist()) == (
+        ["a/x.bin"],
+        [0, 0],
+        [0, 2],
+    )
 
 
-def test_groups_are_in_the_order_of_their_paths(tiers):
+def test_groups_are_sorted_by_path(tiers):
     for key in ("b", "step-10.pt", "a/x", "step-9.pt"):
         tiers.hot.add(key)
     assert tiers.take().paths == ["a/x", "b", "step-10.pt", "step-9.pt"]
@@ -35,15 +39,20 @@ def test_groups_are_in_the_order_of_their_paths(tiers):
 
 def test_a_file_has_neither_step_nor_series_and_is_complete(tiers):
     tiers.hot.add("a/x", modified_s=NOW_S)
-    look = tiers.take()
-    assert [look.of("a/x", name) for name in ("kind", "step", "series", "complete")] == [FILE, NO_STEP, NO_SERIES, True]
+    by_name = tiers.take()
+    assert [by_name.of("a/x", name) for name in ("kind", "step", "series", "complete")] == [
+        FILE,
+        NO_STEP,
+        NO_SERIES,
+        True,
+    ]
 
 
-def test_a_checkpoint_s_copy_sums_up_its_objects(tiers):
+def test_a_copy_of_a_checkpoint_has_the_totals_of_its_objects(tiers):
     tiers.hot.add("step-1/a.pt", 10, modified_s=OLD_S)
     tiers.hot.add("step-1/b.pt", 30, modified_s=OLD_S + 5)
-    look = tiers.take()
-    facts = [look.has("step-1", "hot", name) for name in ("n_objects", "n_bytes", "smallest_bytes", "modified_s")]
+    by_name = tiers.take()
+    facts = [by_name.has("step-1", "hot", name) for name in ("n_objects", "n_bytes", "smallest_bytes", "modified_s")]
     assert facts == [2, 40, 10, OLD_S + 5]
 
 
@@ -53,42 +62,42 @@ def test_a_group_was_created_when_its_oldest_copy_was_written(tiers):
     assert tiers.take().of("x", "created_s") == OLD_S
 
 
-def test_a_copy_is_as_old_as_its_object_where_the_books_know_it(tiers):
+def test_a_copy_has_the_first_write_time_of_the_catalog(tiers):
     tiers.archive.add("x", modified_s=NOW_S)
-    tiers.books.verify(tiers.archive, "x", written_s=OLD_S)
-    look = tiers.take()
-    assert (look.of("x", "created_s"), look.has("x", "archive", "modified_s")) == (OLD_S, NOW_S)
+    tiers.catalog.verify(tiers.archive, "x", written_s=OLD_S)
+    by_name = tiers.take()
+    assert (by_name.of("x", "created_s"), by_name.has("x", "archive", "modified_s")) == (OLD_S, NOW_S)
 
 
 @pytest.mark.parametrize("written", [{"etag": '"another"'}, {"n_bytes": 101}, {"etag": None}])
-def test_an_object_that_was_written_anew_begins_anew(tiers, written):
+def test_a_rewritten_object_has_its_own_date(tiers, written):
     tiers.archive.add("x", modified_s=NOW_S - 60)
-    tiers.books.verify(tiers.archive, "x", written_s=OLD_S)
+    tiers.catalog.verify(tiers.archive, "x", written_s=OLD_S)
     tiers.archive.add("x", **{"n_bytes": 100, "modified_s": NOW_S, **written})
     assert tiers.take().of("x", "created_s") == NOW_S
 
 
-def test_a_checkpoint_is_as_young_as_what_was_written_last_of_it(tiers):
+def test_a_checkpoint_has_the_date_of_its_newest_object(tiers):
     for key, written_s in (("step-1/a.pt", OLD_S), ("step-1/b.pt", OLD_S + 5)):
         tiers.archive.add(key, modified_s=NOW_S)
-        tiers.books.verify(tiers.archive, key, written_s=written_s)
+        tiers.catalog.verify(tiers.archive, key, written_s=written_s)
     assert tiers.take().of("step-1", "created_s") == OLD_S + 5
 
 
-def test_an_object_that_is_known_for_its_date_alone_is_not_verified(tiers):
+def test_a_catalog_entry_with_only_a_date_does_not_verify_an_object(tiers):
     tiers.archive.add("x", modified_s=NOW_S)
-    tiers.books.verify(tiers.archive, "x", None, verified=False, written_s=OLD_S)
-    look = tiers.take()
-    assert (look.of("x", "created_s"), look.has("x", "archive", "verified")) == (OLD_S, False)
+    tiers.catalog.verify(tiers.archive, "x", None, verified=False, written_s=OLD_S)
+    by_name = tiers.take()
+    assert (by_name.of("x", "created_s"), by_name.has("x", "archive", "verified")) == (OLD_S, False)
 
 
-def test_what_came_down_or_up_is_not_idle_at_once(tiers):
+def test_a_copied_group_is_not_idle_at_once(tiers):
     tiers.archive.add("x", modified_s=NOW_S)
-    tiers.books.verify(tiers.archive, "x", written_s=OLD_S)
+    tiers.catalog.verify(tiers.archive, "x", written_s=OLD_S)
     assert tiers.take().of("x", "last_use_s") == NOW_S
 
 
-def test_an_object_without_a_date_is_as_old_as_it_is_known(tiers):
+def test_an_object_without_a_date_has_the_time_of_the_listing(tiers):
     tiers.hot.add("x", modified_s=None)
     assert tiers.take().of("x", "created_s") == NOW_S
 
@@ -97,36 +106,36 @@ def test_a_copy_that_lacks_an_object_is_not_whole(tiers):
     for key in ("step-1/a.pt", "step-1/b.pt"):
         tiers.hot.add(key)
     tiers.standard.add("step-1/a.pt")
-    look = tiers.take()
-    assert (look.has("step-1", "hot", "whole"), look.has("step-1", "standard", "whole")) == (True, False)
+    by_name = tiers.take()
+    assert (by_name.has("step-1", "hot", "whole"), by_name.has("step-1", "standard", "whole")) == (True, False)
 
 
-def test_of_two_copies_with_another_size_neither_is_whole(tiers):
+def test_two_copies_with_different_sizes_are_both_not_whole(tiers):
     tiers.hot.add("x", 10)
     tiers.standard.add("x", 11)
-    look = tiers.take()
-    assert (look.snapshot.whole.tolist(), look.facts["differing"]) == ([False, False], (1, ("x",)))
+    by_name = tiers.take()
+    assert (by_name.snapshot.whole.tolist(), by_name.facts["differing"]) == ([False, False], (1, ("x",)))
 
 
-def test_of_two_copies_with_another_checksum_neither_is_whole(tiers):
+def test_two_copies_with_different_checksums_are_both_not_whole(tiers):
     tiers.hot.add("x", crc32c=1)
     tiers.standard.add("x", crc32c=2)
     assert tiers.take().snapshot.whole.tolist() == [False, False]
 
 
-def test_objects_of_a_copy_have_what_makes_it_whole_last(tiers):
+def test_the_final_object_of_a_copy_comes_last(tiers):
     for name in (".metadata", "__0_0.distcp", "a.index.json", "z.txt"):
         tiers.hot.add(f"step-1/{name}")
     keys = [info.key for info in tiers.take().objects("step-1", "hot")]
     assert keys == ["step-1/__0_0.distcp", "step-1/z.txt", "step-1/a.index.json", "step-1/.metadata"]
 
 
-def test_objects_are_as_the_store_said_them(tiers):
+def test_objects_are_as_the_store_lists_them(tiers):
     tiers.standard.add("x", 5, crc32c=9, storage_class="GLACIER", restore='ongoing-request="true"')
-    look = tiers.take()
-    assert look.objects("x", "standard") == (replace(tiers.standard.infos["x"], storage_class=None, restore=None),)
-    assert look.has("x", "standard", "state") == RESTORING
-    assert look.snapshot.classes[look.has("x", "standard", "storage_class")] == "GLACIER"
+    by_name = tiers.take()
+    assert by_name.objects("x", "standard") == (replace(tiers.standard.infos["x"], storage_class=None, restore=None),)
+    assert by_name.has("x", "standard", "state") == RESTORING
+    assert by_name.snapshot.classes[by_name.has("x", "standard", "storage_class")] == "GLACIER"
 
 
 def test_a_tier_without_a_copy_has_no_objects(tiers):
@@ -134,9 +143,9 @@ def test_a_tier_without_a_copy_has_no_objects(tiers):
     assert tiers.take().objects("x", "archive") == ()
 
 
-def test_nothing_anywhere_is_an_empty_inventory(tiers):
-    look = tiers.take()
-    assert (look.snapshot.n_groups, look.snapshot.n_copies, look.facts["n_objects"]) == (0, 0, 0)
+def test_empty_tiers_have_an_empty_inventory(tiers):
+    by_name = tiers.take()
+    assert (by_name.snapshot.n_groups, by_name.snapshot.n_copies, by_name.facts["n_objects"]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -148,36 +157,36 @@ def test_nothing_anywhere_is_an_empty_inventory(tiers):
         ({"storage_class": "GLACIER", "restore": 'ongoing-request="false"'}, RESTORED),
     ],
 )
-def test_a_copy_is_as_hard_to_read_as_the_hardest_of_its_objects(tiers, facts, state):
+def test_a_copy_has_the_state_of_its_least_readable_object(tiers, facts, state):
     tiers.hot.add("step-1/a.pt", 10, **facts)
     tiers.hot.add("step-1/b.pt", 10)
     assert tiers.take().has("step-1", "hot", "state") == state
 
 
-def test_a_copy_has_the_class_of_its_largest_object(tiers):
+def test_a_copy_has_the_storage_class_of_its_largest_object(tiers):
     tiers.hot.add("step-1/a.pt", 10, storage_class="STANDARD")
     tiers.hot.add("step-1/b.pt", 99, storage_class="STANDARD_IA")
-    look = tiers.take()
-    assert look.snapshot.classes[look.has("step-1", "hot", "storage_class")] == "STANDARD_IA"
+    by_name = tiers.take()
+    assert by_name.snapshot.classes[by_name.has("step-1", "hot", "storage_class")] == "STANDARD_IA"
 
 
-def test_what_is_still_being_written_or_no_key_is_left_alone_and_said(tiers):
+def test_unfinished_objects_and_invalid_keys_are_left_out_and_reported(tiers):
     for key in ("x.tmp", "tmp-checkpoint-5/model.bin", "folder/"):
         tiers.hot.add(key)
-    look = tiers.take()
-    assert look.paths == []
-    assert look.facts["unfinished"] == (2, ("tmp-checkpoint-5/model.bin", "x.tmp"))
-    assert look.facts["no_keys"] == (1, ("folder/",))
+    by_name = tiers.take()
+    assert by_name.paths == []
+    assert by_name.facts["unfinished"] == (2, ("tmp-checkpoint-5/model.bin", "x.tmp"))
+    assert by_name.facts["no_keys"] == (1, ("folder/",))
 
 
-def test_what_is_ours_is_of_no_group(tiers):
+def test_the_own_objects_of_tiercache_belong_to_no_group(tiers):
     tiers.standard.add("_tiercache/tier.lock")
     tiers.standard.add("set/_tiercache/usage/m.json")
-    look = tiers.take()
-    assert (look.paths, look.facts["n_own"]) == ([], 2)
+    by_name = tiers.take()
+    assert (by_name.paths, by_name.facts["n_own"]) == ([], 2)
 
 
-def test_the_same_tiers_give_the_same_inventory_in_whatever_order_they_are_listed(tiers):
+def test_the_inventory_does_not_depend_on_the_order_of_listings(tiers):
     keys = [f"run/step-{n}/{name}" for n in (1, 10, 9) for name in (".metadata", "__0_0.distcp")] + ["a", "b/c"]
     for key in keys:
         tiers.hot.add(key)
@@ -192,109 +201,109 @@ def test_the_same_tiers_give_the_same_inventory_in_whatever_order_they_are_liste
 # -- verified ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_copy_is_verified_if_the_books_know_it_as_it_is(tiers):
+def test_a_copy_is_verified_if_the_catalog_has_its_present_state(tiers):
     tiers.standard.add("x")
-    tiers.books.verify(tiers.standard, "x")
-    look = tiers.take()
-    assert look.has("x", "standard", "verified")
-    assert look.objects("x", "standard")[0].crc32c == 7
+    tiers.catalog.verify(tiers.standard, "x")
+    by_name = tiers.take()
+    assert by_name.has("x", "standard", "verified")
+    assert by_name.objects("x", "standard")[0].crc32c == 7
 
 
 @pytest.mark.parametrize("change", [{"etag": '"new"'}, {"n_bytes": 99}, {"etag": None}])
-def test_a_copy_that_changed_since_is_not_verified(tiers, change):
+def test_a_copy_that_has_changed_since_is_not_verified(tiers, change):
     tiers.standard.add("x")
-    tiers.books.verify(tiers.standard, "x")
+    tiers.catalog.verify(tiers.standard, "x")
     tiers.standard.add("x", **change)
-    look = tiers.take()
-    assert not look.has("x", "standard", "verified")
-    assert look.objects("x", "standard")[0].crc32c is None
+    by_name = tiers.take()
+    assert not by_name.has("x", "standard", "verified")
+    assert by_name.objects("x", "standard")[0].crc32c is None
 
 
-def test_a_copy_of_which_one_object_is_not_verified_is_not(tiers):
+def test_a_copy_with_one_unverified_object_is_not_verified(tiers):
     for key in ("step-1/a.pt", "step-1/b.pt"):
         tiers.hot.add(key)
-    tiers.books.verify(tiers.hot, "step-1/a.pt")
+    tiers.catalog.verify(tiers.hot, "step-1/a.pt")
     assert not tiers.take().has("step-1", "hot", "verified")
 
 
-def test_a_copy_is_verified_beside_a_source_that_is_known_to_be_the_same(tiers):
+def test_a_copy_is_verified_beside_a_source_that_is_equal(tiers):
     tiers.hot.add("x")
     tiers.standard.add("x")
-    tiers.books.verify(tiers.hot, "x")
-    tiers.books.verify(tiers.standard, "x")
+    tiers.catalog.verify(tiers.hot, "x")
+    tiers.catalog.verify(tiers.standard, "x")
     assert tiers.take().has("x", "standard", "verified")
 
 
-def test_a_copy_is_not_verified_beside_a_source_that_was_written_anew(tiers):
+def test_a_copy_is_not_verified_beside_a_rewritten_source(tiers):
     tiers.hot.add("x")
     tiers.standard.add("x")
-    tiers.books.verify(tiers.hot, "x")
-    tiers.books.verify(tiers.standard, "x")
+    tiers.catalog.verify(tiers.hot, "x")
+    tiers.catalog.verify(tiers.standard, "x")
     tiers.hot.add("x", etag='"new, of the same size"')
     assert not tiers.take().has("x", "standard", "verified")
 
 
-def test_two_copies_with_different_checksums_in_the_books_are_not_whole(tiers):
+def test_two_copies_with_different_checksums_in_the_catalog_are_not_whole(tiers):
     tiers.hot.add("x")
     tiers.standard.add("x")
-    tiers.books.verify(tiers.hot, "x", crc32c=1)
-    tiers.books.verify(tiers.standard, "x", crc32c=2)
-    look = tiers.take()
-    assert (look.snapshot.whole.any(), look.snapshot.verified.any()) == (False, False)
+    tiers.catalog.verify(tiers.hot, "x", crc32c=1)
+    tiers.catalog.verify(tiers.standard, "x", crc32c=2)
+    by_name = tiers.take()
+    assert (by_name.snapshot.whole.any(), by_name.snapshot.verified.any()) == (False, False)
 
 
 # -- complete ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_without_a_mark_is_complete_when_it_has_settled(tiers):
+def test_a_checkpoint_without_a_final_object_is_complete_after_the_quiet_period(tiers):
     tiers.hot.add("step-1/a.pt", modified_s=OLD_S)
     tiers.hot.add("step-1/b.pt", modified_s=NOW_S - SETTLE_S + 1)
     assert not tiers.take().of("step-1", "complete")
     assert tiers.take(now_s=NOW_S + 1).of("step-1", "complete")
 
 
-def test_a_checkpoint_whose_mark_is_the_youngest_is_complete_at_once(tiers):
+def test_a_checkpoint_whose_final_object_is_the_newest_is_complete_at_once(tiers):
     tiers.hot.add("step-1/__0_0.distcp", modified_s=NOW_S)
     tiers.hot.add("step-1/.metadata", modified_s=NOW_S)
     assert tiers.take().of("step-1", "complete")
 
 
-def test_a_checkpoint_that_is_being_written_over_is_not_complete(tiers):
+def test_a_checkpoint_that_is_being_overwritten_is_not_complete(tiers):
     tiers.hot.add("step-1/.metadata", modified_s=OLD_S)
     tiers.hot.add("step-1/__0_0.distcp", modified_s=NOW_S)
     assert not tiers.take().of("step-1", "complete")
 
 
-def test_a_mark_further_down_does_not_make_a_checkpoint_complete_at_once(tiers):
+def test_a_final_object_in_a_subfolder_does_not_complete_a_checkpoint(tiers):
     tiers.hot.add("step-1/model/__0_0.distcp", modified_s=NOW_S)
     tiers.hot.add("step-1/model/.metadata", modified_s=NOW_S)
     assert not tiers.take().of("step-1", "complete")
     assert tiers.take(now_s=NOW_S + SETTLE_S).of("step-1", "complete")
 
 
-def test_a_checkpoint_without_its_mark_is_never_complete(tiers):
+def test_a_checkpoint_without_its_required_final_object_is_never_complete(tiers):
     tiers.hot.add("step-1/__0_0.distcp")
-    look = tiers.take()
-    assert not look.of("step-1", "complete")
-    assert look.facts["incomplete"] == {"a .metadata beside each .distcp": 1}
+    by_name = tiers.take()
+    assert not by_name.of("step-1", "complete")
+    assert by_name.facts["incomplete"] == {"a .metadata beside each .distcp": 1}
 
 
-def test_an_unfinished_object_keeps_a_checkpoint_from_being_complete_at_once(tiers):
+def test_a_checkpoint_with_an_unfinished_object_is_not_complete_at_once(tiers):
     tiers.hot.add("step-1/__0_0.distcp", modified_s=NOW_S)
     tiers.hot.add("step-1/.metadata", modified_s=NOW_S)
     tiers.hot.add("step-1/loader.json.tmp", modified_s=NOW_S)
     assert not tiers.take().of("step-1", "complete")
 
 
-def test_a_checkpoint_of_which_no_copy_is_whole_is_not_complete(tiers):
+def test_a_checkpoint_without_a_whole_copy_is_not_complete(tiers):
     tiers.hot.add("step-1/a.pt")
     tiers.standard.add("step-1/b.pt")
     assert not tiers.take().of("step-1", "complete")
 
 
-def test_a_copy_that_was_just_made_and_verified_is_a_complete_checkpoint(tiers):
+def test_a_verified_new_copy_is_a_complete_checkpoint(tiers):
     tiers.archive.add("step-1.pt", modified_s=NOW_S)
-    tiers.books.verify(tiers.archive, "step-1.pt")
+    tiers.catalog.verify(tiers.archive, "step-1.pt")
     assert tiers.take().of("step-1.pt", "complete")
 
 
@@ -308,24 +317,24 @@ WORLDS = st.dictionaries(
 
 
 @given(WORLDS)
-def test_copies_are_whole_and_verified_as_a_plain_look_at_each_says(tmp_path_factory, world):
+def test_copies_are_whole_and_verified_as_a_plain_loop_computes(tmp_path_factory, world):
     """world: (tier, key) -> size, checksum on the books, whether it changed since."""
     stores = {name: ListedStore(f"plain-{name}") for name in ("hot", "standard", "archive")}
-    books = Books()
+    catalog = ScriptedCatalog()
     for (tier, key), (n_bytes, crc, changed) in world.items():
         stores[tier].add(key, n_bytes)
         if crc is not None:
-            books.verify(stores[tier], key, crc)
+            catalog.verify(stores[tier], key, crc)
         if changed:
             stores[tier].add(key, n_bytes, etag='"other"')
-    look = Tiers(tmp_path_factory.mktemp("look"), stores, books).take()
+    by_name = Tiers(tmp_path_factory.mktemp("look"), stores, catalog).take()
     for path, keys in {"f": ["f"], "step-1": ["step-1/a.pt", "step-1/b.pt"]}.items():
         everywhere = {key for key in keys if any(of == key for _, of in world)}
         for tier in stores:
             mine = {key for key in keys if (tier, key) in world}
             if mine:
                 plain = plain_look(world, mine, everywhere, tier)
-                assert (look.has(path, tier, "whole"), look.has(path, tier, "verified")) == plain
+                assert (by_name.has(path, tier, "whole"), by_name.has(path, tier, "verified")) == plain
 
 
 def plain_look(world, mine, everywhere, tier):

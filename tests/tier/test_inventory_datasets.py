@@ -1,4 +1,4 @@
-"""Data sets in an inventory: the shards that versions name, wherever they lie, and what machines said of their use."""
+"""Data sets in an inventory: the shards that versions name, wherever they lie, and their reported uses."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tests.tier.listed import NOW_S, Books, Look
+from tests.tier.scripted_tiers import NOW_S, InventoryByName, ScriptedCatalog
 
 import tiercache as tc
 from tiercache.catalog.tiers import CatalogEntry, TierCatalog
@@ -32,20 +32,20 @@ def local(tmp_path):
         with tc.Writer(home, schema={"id": "int64"}, mode=mode, shard_size="4KiB", block_size="1KiB") as writer:
             writer.write_batch({"id": np.random.default_rng(3).integers(0, 1 << 60, 2000)})
 
-    def take(books=None, stores=None, **options):
+    def take(catalog=None, stores=None, **options):
         file = load_rule_file(path)
         with Stores(file, stores=stores) as stores:
-            return Look(take_inventory(file, stores, Books() if books is None else books, now_s=NOW_S, **options))
+            return InventoryByName(take_inventory(file, stores, catalog or ScriptedCatalog(), now_s=NOW_S, **options))
 
     names = [p.relative_to(tmp_path / "standard").as_posix() for p in sorted(home.rglob("*.tcs"))]
     return SimpleNamespace(root=tmp_path, home=home, take=take, names=names, store=LocalFolder(home))
 
 
 def test_the_shards_of_all_versions_are_groups(local):
-    look = local.take()
+    by_name = local.take()
     assert len(local.names) > 3
-    assert look.paths == local.names
-    assert set(look.snapshot.kind.tolist()) == {SHARD}
+    assert by_name.paths == local.names
+    assert set(by_name.snapshot.kind.tolist()) == {SHARD}
 
 
 def test_shards_that_only_an_old_version_names_are_live(local):
@@ -54,13 +54,13 @@ def test_shards_that_only_an_old_version_names_are_live(local):
     assert set(local.names) < set(local.take().paths)
 
 
-def test_before_anybody_counts_no_use_is_known(local):
+def test_without_reports_no_use_is_known(local):
     snapshot = local.take().snapshot
     assert np.isposinf(snapshot.uses_recorded_since_s).all()
     assert not snapshot.unreported.any()
 
 
-def test_uses_are_counted_from_when_tiers_begin_to_look(local):
+def test_uses_are_recorded_from_the_start_of_tracking(local):
     local.store.put(log.TRACKING_MARKER_KEY, log.encode_mark(0, NOW_S - 5000))
     for path in local.home.rglob("*.tcs"):
         os.utime(path, (NOW_S - 10**6, NOW_S - 10**6))
@@ -71,54 +71,54 @@ def test_uses_are_counted_from_when_tiers_begin_to_look(local):
 
 def test_a_shard_has_the_checksum_of_its_manifest(local):
     table = manifest.read_shards(local.store, manifest.latest(local.store))
-    look = local.take()
+    by_name = local.take()
     for info in table.infos():
-        (found,) = look.objects(f"sets/a/{info.name}", "standard")
+        (found,) = by_name.objects(f"sets/a/{info.name}", "standard")
         assert (found.n_bytes, found.crc32c) == (info.n_bytes, info.crc32c)
 
 
-def test_a_shard_of_another_size_than_its_manifest_s_is_not_whole(local):
+def test_a_shard_whose_size_differs_from_the_manifest_is_not_whole(local):
     name = local.names[0]
     (local.root / "archive" / name).parent.mkdir(parents=True)
     (local.root / "archive" / name).write_bytes(b"short")
-    look = local.take()
-    assert (look.has(name, "standard", "whole"), look.has(name, "archive", "whole")) == (True, False)
+    by_name = local.take()
+    assert (by_name.has(name, "standard", "whole"), by_name.has(name, "archive", "whole")) == (True, False)
 
 
 def test_a_shard_that_lies_only_in_another_tier_is_a_group_there(local):
     name = local.names[0]
     (local.root / "archive" / name).parent.mkdir(parents=True)
     shutil.move(local.root / "standard" / name, local.root / "archive" / name)
-    look = local.take()
-    assert (look.has(name, "archive", "whole"), look.facts["missing"]) == (True, (0, ()))
+    by_name = local.take()
+    assert (by_name.has(name, "archive", "whole"), by_name.facts["missing"]) == (True, (0, ()))
 
 
-def test_a_shard_that_lies_nowhere_is_said(local):
+def test_a_missing_shard_is_reported(local):
     (local.root / "standard" / local.names[0]).unlink()
     assert local.take().facts["missing"] == (1, (local.names[0],))
 
 
-def test_a_shard_that_no_version_names_is_left_alone_and_said(local):
+def test_a_shard_that_no_version_names_is_left_out_and_reported(local):
     (local.home / "lost.tcs").write_bytes(b"of a writer that died")
-    look = local.take()
-    assert look.paths == local.names
-    assert look.facts["orphans"] == (1, ("sets/a/lost.tcs",))
+    by_name = local.take()
+    assert by_name.paths == local.names
+    assert by_name.facts["orphans"] == (1, ("sets/a/lost.tcs",))
 
 
 def test_another_file_in_a_data_set_is_a_file(local):
     (local.home / "README.md").write_text("of apples")
-    look = local.take()
-    assert KINDS[look.of("sets/a/README.md", "kind")] == "file"
+    by_name = local.take()
+    assert KINDS[by_name.of("sets/a/README.md", "kind")] == "file"
 
 
-def test_a_data_set_that_cannot_be_read_is_left_alone_whole_and_said(local):
+def test_an_unreadable_data_set_is_left_out_and_reported(local):
     newest = sorted((local.home / "_tiercache" / "versions").iterdir())[-1]
     newest.write_bytes(newest.read_bytes()[:-3])
-    look = local.take()
-    assert look.paths == []
-    (dataset,) = look.facts["datasets"]
+    by_name = local.take()
+    assert by_name.paths == []
+    (dataset,) = by_name.facts["datasets"]
     assert (dataset.folder, dataset.problem != "") == ("sets/a/", True)
-    assert look.facts["orphans"][0] == len(local.names)
+    assert by_name.facts["orphans"][0] == len(local.names)
 
 
 def test_a_data_set_may_be_all_that_a_tier_has(local):
@@ -126,101 +126,104 @@ def test_a_data_set_may_be_all_that_a_tier_has(local):
         (local.root / name).mkdir()
     for path in local.home.iterdir():
         shutil.move(path, local.root / "standard" / path.name)
-    look = local.take()
-    (dataset,) = look.facts["datasets"]
+    by_name = local.take()
+    (dataset,) = by_name.facts["datasets"]
     assert (dataset.folder, dataset.n_versions, dataset.n_shards) == ("", 2, len(local.names))
-    assert len(look.paths) == len(local.names)
+    assert len(by_name.paths) == len(local.names)
 
 
-def test_a_data_set_that_is_not_at_home_is_read_where_it_is(local):
+def test_a_data_set_outside_the_home_tier_is_read_where_it_lies(local):
     shutil.move(local.root / "standard", local.root / "hot")
-    look = local.take()
-    (dataset,) = look.facts["datasets"]
-    assert (dataset.tier, len(look.paths)) == ("hot", len(local.names))
+    by_name = local.take()
+    (dataset,) = by_name.facts["datasets"]
+    assert (dataset.tier, len(by_name.paths)) == ("hot", len(local.names))
 
 
-def test_a_verified_copy_of_a_shard_needs_nothing_on_the_books_of_its_source(local):
+def test_a_verified_copy_of_a_shard_needs_no_catalog_entry_of_its_source(local):
     name = local.names[0]
     (local.root / "archive" / name).parent.mkdir(parents=True)
     shutil.copy(local.root / "standard" / name, local.root / "archive" / name)
     (found,) = local.take().objects(name, "archive")
-    books = Books({("archive", name): (found.n_bytes, found.etag, found.crc32c, True, None)})
-    assert local.take(books).has(name, "archive", "verified")
+    catalog = ScriptedCatalog({("archive", name): (found.n_bytes, found.etag, found.crc32c, True, None)})
+    assert local.take(catalog).has(name, "archive", "verified")
 
 
-def test_a_copy_of_a_shard_with_another_checksum_than_its_manifest_s_is_not_whole(local):
+def test_a_shard_whose_checksum_differs_from_the_manifest_is_not_whole(local):
     name = local.names[0]
     (local.root / "archive" / name).parent.mkdir(parents=True)
     shutil.copy(local.root / "standard" / name, local.root / "archive" / name)
     (found,) = local.take().objects(name, "archive")
-    books = Books({("archive", name): (found.n_bytes, found.etag, found.crc32c ^ 1, True, None)})
-    look = local.take(books)
-    assert [look.has(name, tier, "whole") for tier in ("standard", "archive")] == [True, False]
+    catalog = ScriptedCatalog({("archive", name): (found.n_bytes, found.etag, found.crc32c ^ 1, True, None)})
+    by_name = local.take(catalog)
+    assert [by_name.has(name, tier, "whole") for tier in ("standard", "archive")] == [True, False]
 
 
 def report(local, machine, **facts):
     local.store.put(use_reports.usage_key(machine), use_reports.encode(use_reports.UseReport(machine, **facts)))
 
 
-def test_what_machines_report_of_a_shard_is_in_the_snapshot(local):
+def test_reported_uses_are_in_the_snapshot(local):
     name = local.names[0].removeprefix("sets/a/")
     report(local, "m", reported_s=NOW_S, shards={name: (NOW_S - 5, 3)})
-    look = local.take()
-    assert (look.of(local.names[0], "last_use_s"), look.of(local.names[0], "uses")) == (NOW_S - 5, 3)
-    assert look.of(local.names[1], "last_use_s") == look.of(local.names[1], "created_s")
+    by_name = local.take()
+    assert (by_name.of(local.names[0], "last_use_s"), by_name.of(local.names[0], "uses")) == (NOW_S - 5, 3)
+    assert by_name.of(local.names[1], "last_use_s") == by_name.of(local.names[1], "created_s")
 
 
-def test_what_is_read_now_is_in_use(local):
+def test_a_shard_that_is_being_read_is_in_use(local):
     name = local.names[0].removeprefix("sets/a/")
     readers = {"1": use_reports.ActiveReader(NOW_S - 100, NOW_S - 10)}
     report(local, "m", reported_s=NOW_S, readers=readers, shards={name: (NOW_S - 5, 1)})
-    look = local.take()
-    assert (look.of(local.names[0], "in_use"), look.of(local.names[1], "in_use")) == (True, False)
+    by_name = local.take()
+    assert (by_name.of(local.names[0], "in_use"), by_name.of(local.names[1], "in_use")) == (True, False)
 
 
-def test_while_a_reader_is_waited_for_nothing_of_its_data_set_is_reported(local):
+def test_a_data_set_counts_as_unreported_while_a_reader_is_silent(local):
     heard_s = NOW_S - 86_400
     report(local, "m", reported_s=heard_s, readers={"1": use_reports.ActiveReader(heard_s, heard_s)})
     assert local.take().snapshot.unreported.all()
 
 
-def test_versions_at_home_count_and_not_those_of_an_old_copy(local):
+def test_versions_are_read_from_the_home_tier_and_not_from_an_old_copy(local):
     shutil.copytree(local.root / "standard", local.root / "hot")
     with tc.Writer(local.home, schema={"id": "int64"}, mode="append") as writer:
         writer.write_batch({"id": np.arange(3)})
-    look = local.take()
-    (dataset,) = look.facts["datasets"]
-    assert (dataset.tier, dataset.n_versions, look.facts["orphans"]) == ("standard", 3, (0, ()))
+    by_name = local.take()
+    (dataset,) = by_name.facts["datasets"]
+    assert (dataset.tier, dataset.n_versions, by_name.facts["orphans"]) == ("standard", 3, (0, ()))
 
 
-def test_whether_tiers_look_after_a_data_set_is_said(local):
+def test_a_tracked_data_set_is_reported_as_adopted(local):
     assert not local.take().facts["datasets"][0].is_adopted
     log.start_tracking(local.store)
     assert local.take().facts["datasets"][0].is_adopted
 
 
-def test_shards_that_are_placed_where_no_tier_is_are_counted_by_place(local):
+def test_shards_that_are_placed_outside_the_tiers_are_not_missing(local):
     names = [name.removeprefix("sets/a/") for name in local.names[:3]]
     places = [f"{local.root}/archive/sets/a", "/gone/sets/a", "/gone/sets/a"]
     log.start_tracking(local.store)
     log.commit_placement(local.store, {name: PlacementRow(name, url) for name, url in zip(names, places, strict=True)})
-    assert local.take().facts["datasets"][0].elsewhere == (("/gone/sets/a", 2),)
+    for name in local.names[:3]:
+        (local.root / "standard" / name).unlink()
+    keys, _ = local.take().facts["missing_shards"]
+    assert keys.to_pylist() == local.names[:1]
 
 
-def test_a_data_set_in_a_tier_that_is_missed_is_left_alone_in_the_others(local):
+def test_shards_of_a_data_set_whose_tier_is_missed_are_left_out(local):
     shutil.copytree(local.root / "standard", local.root / "archive")
     shutil.rmtree(local.root / "archive" / "sets" / "a" / "_tiercache")
     home = FaultStore(LocalFolder(local.root / "standard"), [Fault("list")])
-    look = local.take(stores={"standard": home}, may_miss=["standard"])
-    assert (look.paths, look.facts["orphans"][0]) == ([], len(local.names))
+    by_name = local.take(stores={"standard": home}, may_miss=["standard"])
+    assert (by_name.paths, by_name.facts["orphans"][0]) == ([], len(local.names))
 
 
-def test_the_catalog_of_moves_is_understood(local):
+def test_copies_in_the_catalog_of_moves_are_verified(local):
     name = local.names[0]
     (local.root / "archive" / name).parent.mkdir(parents=True)
     shutil.copy(local.root / "standard" / name, local.root / "archive" / name)
     (found,) = local.take().objects(name, "archive")
     with TierCatalog(local.root / "state" / "tiers.sqlite") as catalog:
         catalog.record([("archive", name, CatalogEntry(found.n_bytes, found.etag, found.crc32c, made_from="standard"))])
-        look = local.take(catalog)
-    assert [look.has(name, tier, "verified") for tier in ("standard", "archive")] == [False, True]
+        by_name = local.take(catalog)
+    assert [by_name.has(name, tier, "verified") for tier in ("standard", "archive")] == [False, True]

@@ -1,4 +1,4 @@
-"""How tiers are listed for an inventory, and how metrics that rules ask for are found in it."""
+"""How tiers are listed for an inventory, and how metrics that rules use are found in it."""
 
 import io
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tests.support.stores import CountingStore
-from tests.tier.listed import NOW_S, scripted
+from tests.tier.scripted_tiers import NOW_S, scripted
 
 from tiercache.errors import StoreError
 from tiercache.testing import Fault, FaultStore
@@ -27,7 +27,7 @@ def tiers(tmp_path, request):
 BEST = '[[rules]]\nmatch = "**"\nkeep_hot = { best = "val_loss:2" }\nthen = "archive"\n'
 
 
-def test_metrics_that_no_rule_asks_for_are_not_looked_for(tiers):
+def test_metrics_that_no_rule_uses_are_not_read(tiers):
     tiers.hot.text("step-1/metrics.json", {"val_loss": 1.5})
     tiers.hot.add("step-1/a.pt")
     counting = CountingStore(tiers.hot)
@@ -35,35 +35,35 @@ def test_metrics_that_no_rule_asks_for_are_not_looked_for(tiers):
     assert counting.n_calls() == counting.n_calls("list") == 1
 
 
-def test_a_metric_stands_in_a_name(tiers):
+def test_a_metric_is_found_in_a_name(tiers):
     tiers.rules = BEST
     tiers.hot.add("c/epoch=1-step=10-val_loss=0.5.ckpt")
     tiers.hot.add("c/last.ckpt")
-    look = tiers.take()
-    assert look.snapshot.metrics["val_loss"][look.group("c/epoch=1-step=10-val_loss=0.5.ckpt")] == 0.5
-    assert np.isnan(look.snapshot.metrics["val_loss"][look.group("c/last.ckpt")])
+    by_name = tiers.take()
+    assert by_name.snapshot.metrics["val_loss"][by_name.group("c/epoch=1-step=10-val_loss=0.5.ckpt")] == 0.5
+    assert np.isnan(by_name.snapshot.metrics["val_loss"][by_name.group("c/last.ckpt")])
 
 
-def test_a_metric_stands_in_a_small_file(tiers):
+def test_a_metric_is_found_in_a_small_file(tiers):
     tiers.rules = BEST
     tiers.hot.text("step-1/metrics.json", {"val_loss": 1.5})
     tiers.hot.add("step-1/a.pt")
     assert tiers.take().snapshot.metrics["val_loss"].tolist() == [1.5]
 
 
-def test_a_metric_is_read_from_a_tier_that_can_be_read(tiers):
+def test_a_metric_is_read_from_a_readable_copy(tiers):
     tiers.rules = BEST
     tiers.hot.add("step-1/metrics.json", storage_class="GLACIER")
     tiers.archive.text("step-1/metrics.json", {"val_loss": 1.5})
     assert tiers.take().snapshot.metrics["val_loss"].tolist() == [1.5]
 
 
-def test_a_metric_that_is_archived_is_not_known_and_said(tiers):
+def test_a_metric_in_an_archived_copy_is_reported_as_unread(tiers):
     tiers.rules = BEST
     tiers.archive.add("step-1/metrics.json", storage_class="GLACIER")
-    look = tiers.take()
-    assert np.isnan(look.snapshot.metrics["val_loss"]).all()
-    assert look.facts["unread"] == (1, ("step-1",))
+    by_name = tiers.take()
+    assert np.isnan(by_name.snapshot.metrics["val_loss"]).all()
+    assert by_name.facts["unread"] == (1, ("step-1",))
 
 
 def test_a_metric_that_cannot_be_read_now_is_an_error(tiers):
@@ -73,7 +73,7 @@ def test_a_metric_that_cannot_be_read_now_is_an_error(tiers):
         tiers.take(hot=FaultStore(tiers.hot, [Fault("read_tail")]))
 
 
-def test_a_metric_that_can_never_be_read_is_not_known_and_said(tiers):
+def test_a_metric_that_cannot_be_read_at_all_is_reported_as_unread(tiers):
     tiers.rules = BEST
     tiers.hot.text("step-1/metrics.json", {"val_loss": 1.5})
     fault = Fault("read_tail", retryable=False, status=403)
@@ -87,13 +87,13 @@ def test_orbax_metrics_are_read(tiers):
         tiers.hot.add(f"run/{step}/_CHECKPOINT_METADATA")
         tiers.hot.add(f"run/{step}/default/manifest.ocdbt")
         tiers.hot.text(f"run/{step}/metrics/metrics", {"val_loss": step / 100, "train": {"acc": 0.5}})
-    look = tiers.take()
-    assert [look.snapshot.metrics["val_loss"][look.group(f"run/{step}")] for step in (100, 200)] == [1.0, 2.0]
-    assert look.facts["in_files"][look.group("run/100")] == {"val_loss", "train/acc"}
+    by_name = tiers.take()
+    assert [by_name.snapshot.metrics["val_loss"][by_name.group(f"run/{step}")] for step in (100, 200)] == [1.0, 2.0]
+    assert by_name.facts["in_files"][by_name.group("run/100")] == {"val_loss", "train/acc"}
 
 
 @pytest.mark.parametrize("part", ["", "/meta.pt"], ids=["a file", "a folder of FSDP"])
-def test_scores_that_lightning_keeps_in_a_checkpoint_are_read(tiers, part):
+def test_lightning_scores_are_read(tiers, part):
     tiers.rules = BEST
     name = "epoch=1-step=8.ckpt"
     state = {"monitor": "val_loss", "best_k_models": {f"/runs/{name}": torch.tensor(0.25)}}
@@ -111,16 +111,16 @@ def test_a_checkpoint_whose_name_has_the_first_metric_is_not_read_for_the_second
     assert counting.n_calls() == counting.n_calls("list")
 
 
-def test_metrics_that_cannot_be_read_are_unread_but_for_what_a_mover_has_archived(tiers):
+def test_unreadable_metrics_count_as_unread_unless_the_mover_has_archived_the_checkpoint(tiers):
     """A mover archives what was not among the best when it could be read."""
     tiers.rules = BEST
     for name in ("by-hand", "by-mover"):
         for file in ("metrics.json", "a.pt"):
             tiers.archive.add(f"{name}/step-1/{file}", storage_class="GLACIER")
     for file in ("metrics.json", "a.pt"):
-        tiers.books.verify(tiers.archive, f"by-mover/step-1/{file}")
-    look = tiers.take()
-    assert [look.of(f"{name}/step-1", "unread") for name in ("by-hand", "by-mover")] == [True, False]
+        tiers.catalog.verify(tiers.archive, f"by-mover/step-1/{file}")
+    by_name = tiers.take()
+    assert [by_name.of(f"{name}/step-1", "unread") for name in ("by-hand", "by-mover")] == [True, False]
 
 
 # -- tiers ------------------------------------------------------------------------------------------------------------
@@ -132,13 +132,13 @@ def test_a_tier_that_cannot_be_listed_is_an_error(tiers):
         tiers.take(archive=FaultStore(tiers.archive, [Fault("list")]))
 
 
-def test_a_tier_that_may_be_missed_is_left_out_and_said(tiers):
+def test_a_tier_that_may_be_missed_is_left_out_and_reported(tiers):
     tiers.hot.add("x")
-    look = tiers.take(archive=FaultStore(tiers.archive, [Fault("list")]), may_miss=["archive"])
-    assert (look.paths, look.facts["missed"]) == (["x"], ("archive",))
+    by_name = tiers.take(archive=FaultStore(tiers.archive, [Fault("list")]), may_miss=["archive"])
+    assert (by_name.paths, by_name.facts["missed"]) == (["x"], ("archive",))
 
 
-def test_progress_says_how_many_objects_of_each_tier_are_listed(tiers):
+def test_progress_counts_the_listed_objects_of_each_tier(tiers):
     for n in range(3):
         tiers.hot.add(f"x{n}")
     heard = []
@@ -146,7 +146,7 @@ def test_progress_says_how_many_objects_of_each_tier_are_listed(tiers):
     assert set(heard) == {("hot", 3), ("standard", 0), ("archive", 0)}
 
 
-def test_of_two_tiers_with_one_url_each_has_the_objects_of_its_class(tiers):
+def test_tiers_with_one_url_have_the_objects_of_their_storage_class(tiers):
     tiers.tables = (
         '[tiers.hot]\nurl = "memory://h"\n[tiers.standard]\nurl = "memory://s"\n[tiers.archive]\nurl = "memory://s"\n'
     )
@@ -154,8 +154,8 @@ def test_of_two_tiers_with_one_url_each_has_the_objects_of_its_class(tiers):
     tiers.standard.add("x", storage_class="STANDARD")
     tiers.standard.add("y", storage_class="GLACIER")
     tiers.stores["archive"] = tiers.standard
-    look = tiers.take()
-    assert [(look.paths[g], t) for g, t in zip(look.snapshot.group, look.snapshot.tier, strict=True)] == [
+    by_name = tiers.take()
+    assert [(by_name.paths[g], t) for g, t in zip(by_name.snapshot.group, by_name.snapshot.tier, strict=True)] == [
         ("x", 1),
         ("y", 2),
     ]
@@ -171,7 +171,7 @@ def test_tiers_with_one_url_are_listed_once(tiers):
     assert counting.n_calls("list") == 1
 
 
-def test_a_folder_that_is_not_there_holds_nothing(tmp_path):
+def test_a_folder_that_does_not_exist_is_an_empty_tier(tmp_path):
     path = tmp_path / "tiercache.toml"
     path.write_text(f'[tiers.hot]\nurl = "{tmp_path}/hot"\n[tiers.standard]\nurl = "{tmp_path}/standard"\n')
     file = load_rule_file(path)

@@ -1,4 +1,4 @@
-"""Layouts: which keys are a checkpoint together, at which step, of which run, and whether names say it is whole."""
+"""Layouts: which keys form a checkpoint, at which step, of which run, and whether its names show it complete."""
 
 import itertools
 import warnings
@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.tier.inventory.layouts import INDEX, LACKS, MARK, MEMBER, NO_GROUP, Layout, recognise_layout
+from tiercache.tier.inventory.layouts import INDEX, LACKS, MARK, MEMBER, NO_GROUP, KeyGroups, group_keys
 from tiercache.tier.model import NO_SERIES, NO_STEP
 
 
-def layout_of(*keys: str) -> Layout:
-    return recognise_layout(pa.array(keys, pa.large_string()))
+def layout_of(*keys: str) -> KeyGroups:
+    return group_keys(pa.array(keys, pa.large_string()))
 
 
-def groups(layout: Layout, keys) -> dict[str, set[str]]:
+def groups(layout: KeyGroups, keys) -> dict[str, set[str]]:
     """Path -> its keys."""
     paths = layout.paths.to_pylist()
     found = {path: set() for path in paths}
@@ -165,7 +165,7 @@ def test_a_checkpoint_is_found_with_its_step(name):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_checkpoint_is_all_that_lies_in_its_folder(name):
+def test_a_checkpoint_contains_all_keys_in_its_folder(name):
     keys, expected = LAYOUTS[name]
     found = groups(layout_of(*keys), keys)
     for path in expected:
@@ -173,7 +173,7 @@ def test_a_checkpoint_is_all_that_lies_in_its_folder(name):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_whole_checkpoint_lacks_nothing(name):
+def test_a_complete_checkpoint_lacks_nothing(name):
     keys, _ = LAYOUTS[name]
     assert set(lacks(*keys).values()) == {""}
 
@@ -192,7 +192,7 @@ def test_other_names_are_files(key):
     assert (layout.paths.to_pylist(), layout.checkpoint.tolist(), layout.step.tolist()) == ([key], [False], [NO_STEP])
 
 
-def test_numbers_are_steps_only_beside_their_like():
+def test_a_numbered_folder_is_a_checkpoint_only_beside_another():
     assert steps("a/1000/model.pt", "a/readme.txt") == {}
     assert steps("a/1000/model.pt", "a/2000/model.pt") == {"a/1000": 1000, "a/2000": 2000}
 
@@ -202,7 +202,7 @@ def test_numbered_folders_without_weights_are_no_checkpoints():
     assert steps("results/0/file-7.bin", "results/1/file-8.bin", "features/0/1.pt", "features/1/2.pt") == {}
 
 
-def test_the_outermost_of_nested_numbers_is_the_checkpoint():
+def test_the_outermost_of_nested_numbered_folders_is_the_checkpoint():
     assert steps("a/1000/0/model.pt", "a/1000/1/model.pt", "a/2000/0/model.pt") == {"a/1000": 1000, "a/2000": 2000}
 
 
@@ -211,7 +211,7 @@ def test_a_folder_of_a_numbered_checkpoint_that_holds_no_weights_belongs_to_it()
     assert groups(layout_of(*keys), keys)["a/1000"] == {"a/1000/model.pt", "a/1000/logs/events.txt"}
 
 
-def test_steps_are_numbers():
+def test_steps_are_parsed_as_numbers():
     found = steps("r/step-9.pt", "r/step-10.pt", "r/step-0011.pt")
     assert sorted(found, key=found.get) == ["r/step-9.pt", "r/step-10.pt", "r/step-0011.pt"]
 
@@ -235,7 +235,7 @@ def series(*keys: str) -> dict[str, int]:
         ("x/100/optim.pt", "x/200/optim.pt"),
     ],
 )
-def test_checkpoints_of_one_run_are_one_series(one, other):
+def test_checkpoints_of_one_run_form_one_series(one, other):
     first, second = series(one, other).values()
     assert first == second != NO_SERIES
 
@@ -250,7 +250,7 @@ def test_checkpoints_of_one_run_are_one_series(one, other):
         ("a/step1000/x.pt", "a/step1000-unsharded/x.pt"),
     ],
 )
-def test_what_is_written_under_other_names_is_another_series(one, other):
+def test_other_names_form_another_series(one, other):
     assert len(set(series(one, other).values())) == 2
 
 
@@ -278,28 +278,28 @@ def test_files_have_no_series():
         ),
     ],
 )  # fmt: skip
-def test_what_names_promise_and_is_not_there_is_lacking(keys, missing):
+def test_a_checkpoint_lacks_what_its_names_promise(keys, missing):
     assert set(lacks(*keys).values()) == {missing}
 
 
-def test_trainer_s_mark_is_asked_of_all_checkpoints_of_a_run_that_has_one():
+def test_trainer_state_is_required_of_all_checkpoints_of_a_trainer_run():
     found = lacks("o/checkpoint-1/trainer_state.json", "o/checkpoint-1/model.bin", "o/checkpoint-2/model.bin")
     assert found == {"o/checkpoint-1": "", "o/checkpoint-2": "trainer_state.json"}
 
 
-def test_folders_called_checkpoint_n_by_others_need_no_mark_of_trainer():
+def test_checkpoint_folders_of_other_libraries_need_no_trainer_state():
     assert lacks("o/checkpoint-1/unet/diffusion_pytorch_model.safetensors", "o/checkpoint-1/optimizer.bin") == {
         "o/checkpoint-1": ""
     }
 
 
-def test_shards_that_are_counted_in_several_folders_are_counted_apart():
+def test_numbered_shards_are_counted_per_folder():
     keys = [f"s/step-1/{part}/m-0000{n}-of-00002.bin" for part in ("a", "b") for n in (1, 2)]
     assert lacks(*keys) == {"s/step-1": ""}
     assert lacks(*keys[:3]) == {"s/step-1": "some of the shards that their names count"}
 
 
-def test_what_makes_a_checkpoint_whole_has_the_highest_rank():
+def test_the_final_object_has_the_highest_rank():
     keys = ("s/step-1/.metadata", "s/step-1/__0_0.distcp", "s/step-1/meta.pt", "s/step-1/m.safetensors.index.json")
     assert layout_of(*keys).rank.tolist() == [MARK, MEMBER, INDEX, INDEX]
 
@@ -311,7 +311,7 @@ def test_what_makes_a_checkpoint_whole_has_the_highest_rank():
         "x/1000.orbax-checkpoint-tmp-1/m", "a/x.incomplete", "s/step-5.tmp/model.pt", "s/step-5-tmp/model.pt",
     ],
 )  # fmt: skip
-def test_what_somebody_is_still_writing_is_of_no_group(key):
+def test_unfinished_objects_belong_to_no_group(key):
     layout = layout_of(key)
     assert (layout.group.tolist(), len(layout.paths), layout.unfinished.tolist()) == ([NO_GROUP], 0, [True])
 
@@ -324,11 +324,11 @@ def test_an_unfinished_object_in_a_checkpoint_belongs_to_it():
 
 
 @pytest.mark.parametrize("key", ["step-1/", "a//b", "/a", "step-1/../x", "a\\b"])
-def test_what_is_no_key_is_of_no_group(key):
+def test_invalid_keys_belong_to_no_group(key):
     assert layout_of(key).group.tolist() == [NO_GROUP]
 
 
-def test_an_object_with_the_name_of_a_checkpoint_s_folder_belongs_to_it():
+def test_an_object_with_the_name_of_a_checkpoint_folder_belongs_to_it():
     keys = ("s/step-1", "s/step-1/model.pt")
     assert groups(layout_of(*keys), keys) == {"s/step-1": set(keys)}
 
@@ -369,7 +369,7 @@ def plain_group(key: str) -> tuple[str, int | None]:
 
 
 @given(KEYS)
-def test_groups_are_those_that_a_plain_walk_over_each_key_finds(keys):
+def test_groups_are_those_that_a_plain_loop_over_the_keys_finds(keys):
     layout = layout_of(*keys)
     expected = {}
     for key in keys:
@@ -392,7 +392,7 @@ def test_the_order_of_keys_changes_nothing(keys, random):
 
 
 @given(st.lists(st.text(alphabet="ab1/-_.=\\stepmtd\x00é", min_size=1, max_size=12), unique=True, max_size=20))
-def test_any_text_is_in_one_group_or_none_and_no_two_groups_have_a_path(keys):
+def test_every_key_is_in_at_most_one_group_and_paths_are_unique(keys):
     layout = layout_of(*keys)
     paths = layout.paths.to_pylist()
     assert paths == sorted(paths, key=lambda path: path.encode())
@@ -401,7 +401,7 @@ def test_any_text_is_in_one_group_or_none_and_no_two_groups_have_a_path(keys):
         assert group == NO_GROUP or key == paths[group] or key.startswith(f"{paths[group]}/")
 
 
-def test_a_large_inventory_is_recognised_as_a_small_one_is():
+def test_many_keys_are_grouped_as_few_are():
     keys = [f"runs/r{run}/checkpoint-{step}/m-{n:05d}-of-00004.bin" for run, step, n in
             itertools.product(range(20), range(100, 2100, 100), range(1, 5))]  # fmt: skip
     layout = layout_of(*keys)
@@ -421,7 +421,7 @@ def model():
     return torch.nn.Linear(4, 4)
 
 
-def test_torch_s_distributed_checkpoint_is_whole_with_its_mark(tmp_path, model):
+def test_a_torch_distributed_checkpoint_is_complete_with_its_metadata(tmp_path, model):
     import torch.distributed.checkpoint as dcp
 
     with warnings.catch_warnings():
@@ -435,7 +435,7 @@ def test_torch_s_distributed_checkpoint_is_whole_with_its_mark(tmp_path, model):
     assert lacks(*keys_below(tmp_path))["step-9"] == "a .metadata beside each .distcp"
 
 
-def test_torch_s_safetensors_checkpoint_is_one_group(tmp_path, model):
+def test_a_torch_safetensors_checkpoint_is_one_group(tmp_path, model):
     dcp = pytest.importorskip("torch.distributed.checkpoint")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -454,7 +454,7 @@ def test_files_of_torch_save_are_checkpoints_by_name(tmp_path, model):
     assert steps(*keys_below(tmp_path)) == {"step-5.pt": 5, "epoch=1-step=7.ckpt": 7}
 
 
-def test_accelerate_s_checkpoints_are_groups_and_need_no_mark(tmp_path, model):
+def test_accelerate_checkpoints_need_no_final_object(tmp_path, model):
     accelerate = pytest.importorskip("accelerate")
     config = accelerate.utils.ProjectConfiguration(project_dir=str(tmp_path), automatic_checkpoint_naming=True)
     accelerator = accelerate.Accelerator(cpu=True, project_config=config)

@@ -1,4 +1,4 @@
-"""Scores that Lightning's ModelCheckpoint has left in a checkpoint: read from the pickle, which is never executed."""
+"""Scores of Lightning's ModelCheckpoint: read from the pickle in a checkpoint, which is never executed."""
 
 import io
 import pickle
@@ -93,13 +93,13 @@ def test_an_integer_tensor_is_a_score(scores_in):
     assert scores_in(saved(checkpoint(callback("n_wrong", scores)))) == {"n_wrong": 3.0}
 
 
-def test_each_callback_has_a_metric_of_its_own_and_one_that_monitors_none_has_no_score(scores_in):
+def test_each_callback_has_its_own_metric(scores_in):
     scores = {f"C:\\runs\\{NAME}": torch.tensor(0.25)}
     data = saved(checkpoint(callback("val_loss", scores), callback("val/acc", scores), callback(None, scores)))
     assert scores_in(data) == {"val_loss": 0.25, "val/acc": 0.25}
 
 
-def test_the_score_of_another_checkpoint_is_not_taken_for_its_own(scores_in):
+def test_the_score_of_another_checkpoint_is_ignored(scores_in):
     """current_score is that of the last one that this callback saved: another callback may have saved since."""
     scores = {"/runs/a/epoch=0-step=4.ckpt": torch.tensor(0.5)}
     data = saved(checkpoint(callback("val_loss", scores, current_score=torch.tensor(0.5))))
@@ -107,7 +107,7 @@ def test_the_score_of_another_checkpoint_is_not_taken_for_its_own(scores_in):
 
 
 @pytest.mark.parametrize("score", [float("inf"), torch.tensor(float("nan")), None, "0.5", True, torch.tensor([])])
-def test_what_is_no_number_is_no_score(scores_in, score):
+def test_values_that_are_no_numbers_are_ignored(scores_in, score):
     assert scores_in(saved(checkpoint(callback("val_loss", {NAME: score})))) == {}
 
 
@@ -121,7 +121,7 @@ class Touch:
         return Path.touch, (self.path,)
 
 
-def test_nothing_that_a_checkpoint_asks_for_is_executed(scores_in, tmp_path):
+def test_the_pickle_is_not_executed(scores_in, tmp_path):
     body = checkpoint(callback("val_loss", {NAME: torch.tensor(0.25)})) | {"hyper_parameters": Touch(tmp_path / "ran")}
     data = saved(body)
     assert scores_in(data) == {"val_loss": 0.25}
@@ -141,7 +141,7 @@ def test_any_pickle_protocol_is_read(scores_in, protocol):
     assert scores_in(file.getvalue()) == {"val_loss": 0.25}
 
 
-def test_of_a_large_checkpoint_little_is_read(scores_in):
+def test_only_little_of_a_large_checkpoint_is_read(scores_in):
     data = saved(checkpoint(callback("val_loss", {NAME: torch.tensor(0.25)}), n_weights=2_000_000))
     scores_in.store.put("x", data)
     before = scores_in.store.counters.snapshot()["bytes_read"]
@@ -158,7 +158,7 @@ def test_a_store_that_fails_is_an_error(scores_in):
 
 
 @pytest.mark.parametrize("name", ["other/data.txt", "archive/data.pkl"])
-def test_a_zip_file_of_something_else_has_no_scores(scores_in, name):
+def test_another_zip_file_has_no_scores(scores_in, name):
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as records:
         records.writestr(name, b"x" * 100)
@@ -175,7 +175,7 @@ GOOD = saved(checkpoint(callback("val_loss", {NAME: torch.tensor(0.25)})))
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 @given(st.data())
-def test_whatever_is_changed_in_a_checkpoint_there_is_a_score_or_none(scores_in, data):
+def test_a_damaged_checkpoint_has_a_score_or_none(scores_in, data):
     changed = bytearray(GOOD[: data.draw(st.integers(0, len(GOOD)) | st.just(len(GOOD)))])
     for _ in range(data.draw(st.integers(0, 4)) if changed else 0):
         changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
@@ -185,7 +185,7 @@ def test_whatever_is_changed_in_a_checkpoint_there_is_a_score_or_none(scores_in,
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 @given(st.binary(max_size=60))
-def test_whatever_the_pickle_is_there_is_a_score_or_none(scores_in, data):
+def test_any_pickle_has_a_score_or_none(scores_in, data):
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as records:
         records.writestr("archive/data.pkl", data)

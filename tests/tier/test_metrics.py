@@ -21,7 +21,7 @@ def store(request):
     store.delete([info.key for info in store.list()])
 
 
-def test_names_of_files_that_hold_metrics_are_those_of_the_docs():
+def test_the_files_with_metrics_are_those_of_the_reference():
     assert set(metrics.FILES) == {"trainer_state.json", "metrics.json", "metadata.json", "metrics/metrics"}
 
 
@@ -45,21 +45,21 @@ def test_names_of_files_that_hold_metrics_are_those_of_the_docs():
         ("model-00001-of-00002.bin", {}),
     ],
 )
-def test_a_name_says_metrics(name, expected):
+def test_metrics_are_read_from_a_name(name, expected):
     assert metrics_in_name(name) == expected
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(0, 10**9))
-def test_what_python_writes_into_a_name_is_read_back(value, step):
+def test_a_formatted_metric_is_read_back(value, step):
     assert metrics_in_name(f"epoch=1-step={step}-val_loss={value!r}.ckpt") == {"val_loss": value}
 
 
 @given(st.text(max_size=40))
-def test_any_name_has_metrics_that_are_numbers_or_none(name):
+def test_metrics_of_any_name_are_finite_numbers(name):
     assert all(isinstance(value, float) and value == value for value in metrics_in_name(name).values())
 
 
-def test_trainer_s_metrics_are_those_of_the_checkpoint_s_own_step():
+def test_trainer_metrics_are_those_of_the_step_of_the_checkpoint():
     log = [
         {"epoch": 1.0, "step": 100, "loss": 2.5},
         {"epoch": 1.0, "step": 100, "eval_loss": 1.5, "eval_runtime": 3.0},
@@ -70,12 +70,12 @@ def test_trainer_s_metrics_are_those_of_the_checkpoint_s_own_step():
     assert parse_metrics("trainer_state.json", json.dumps(body).encode()) == {"eval_loss": 1.25, "loss": 2.0}
 
 
-def test_trainer_s_checkpoint_without_an_evaluation_at_its_step_has_no_metric():
+def test_a_trainer_checkpoint_without_an_evaluation_at_its_step_has_no_metric():
     body = {"best_metric": 0.5, "global_step": 300, "log_history": [{"step": 200, "eval_loss": 1.25}]}
     assert parse_metrics("trainer_state.json", json.dumps(body).encode()) == {}
 
 
-def test_metrics_may_stand_in_a_table_of_their_own():
+def test_metrics_may_be_nested_in_a_table():
     body = {"step": 5, "metrics": {"val_loss": 1.5, "name": "x"}, "train": {"loss": 2}, "done": True}
     assert parse_metrics("metrics.json", json.dumps(body).encode()) == {"step": 5, "val_loss": 1.5, "train/loss": 2}
 
@@ -85,17 +85,17 @@ HUGE = b'{"a": NaN, "b": Infinity, "c": 1' + b"0" * 400 + b"}"
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"null", b"\xff\xfe", HUGE, b"[" * 10**5])
 @pytest.mark.parametrize("name", metrics.FILES)
-def test_a_text_that_is_something_else_has_no_metrics(name, data):
+def test_a_file_with_other_content_has_no_metrics(name, data):
     assert parse_metrics(name, data) == {}
 
 
-def test_metrics_json_counts_more_than_the_others(store):
+def test_metrics_json_has_precedence(store):
     found = [store.put(f"step-1/{name}", json.dumps({"val_loss": n}).encode()) for n, name in enumerate(metrics.FILES)]
     assert metrics.FILES[-1] == "metrics.json"
     assert read_metrics(store, found, "step-1") == {"val_loss": len(found) - 1}
 
 
-def test_the_file_nearest_to_the_top_is_read(store):
+def test_the_file_in_the_outermost_folder_is_read(store):
     found = [
         store.put("step-1/part/metrics.json", b'{"val_loss": 1}'),
         store.put("step-1/metrics.json", b'{"val_loss": 2}'),
@@ -110,12 +110,12 @@ def test_a_large_file_is_not_read(store):
     assert store.counters.snapshot()["requests"] == before
 
 
-def test_a_file_that_has_grown_since_it_was_listed_is_passed_by(store):
+def test_a_file_that_has_grown_too_large_since_the_listing_is_skipped(store):
     store.put("step-1/metrics.json", b'{"val_loss": 1}'.ljust(MAX_BYTES + 1))
     assert read_metrics(store, [ObjectInfo("step-1/metrics.json", 15)], "step-1") == {}
 
 
-def test_a_file_that_is_gone_since_it_was_listed_has_no_metrics(store):
+def test_a_file_that_was_deleted_since_the_listing_has_no_metrics(store):
     assert read_metrics(store, [ObjectInfo("step-1/metrics.json", 15)], "step-1") == {}
 
 

@@ -121,7 +121,7 @@ def test_no_move_to_an_unavailable_tier_is_planned(tmp_path, clock):
         tiers.write("standard", f"ck/run/step-{step}.pt", b"%d" % step)
     clock.jump(2 * DAY_S)
     report = tiers.run()
-    assert report.plan.moves == ()
+    assert not report.plan.moves
     assert ["nothing goes to tier archive" in one.reason for one in report.plan.refusals] == [True]
 
 

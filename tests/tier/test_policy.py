@@ -1,4 +1,4 @@
-"""The policy, sentence by sentence: what is moved, what is refused, and with which words and figures."""
+"""The policy: what is moved, what is refused, and with which reasons and figures."""
 
 from dataclasses import replace
 
@@ -97,13 +97,13 @@ def test_a_metric_that_one_run_has_holds_for_that_run_alone():
     assert moves_of(groups, BEST) == [("ckpt/r1/step-3", "delete", "standard", None)]
 
 
-def test_what_another_keep_list_does_not_name_still_goes_down_to_the_tier_that_keeps_all():
+def test_a_checkpoint_outside_one_keep_list_moves_to_the_tier_whose_list_keeps_all():
     rule = BEST.model_copy(update={"keep": {"hot": KeepList(last=1), **BEST.keep}})
     groups = [checkpoint(0, step, {"hot": BIG}, days=400.0) for step in (1, 2, 3)]
     assert moves_of(groups, rule) == [(f"ckpt/r0/step-{step}", "move", "hot", "standard") for step in (1, 2)]
 
 
-def test_a_watermark_sends_away_nothing_of_a_run_whose_metric_is_not_found():
+def test_a_watermark_moves_nothing_of_a_run_whose_metric_is_not_found():
     groups = [*scored(0, 1, 2, 3), *scored(1, 1, 2, 3, 4, metric="val_los")]
     rule = BEST.model_copy(update={"delete_after_s": None, "then": None, "after_s": None})
     moves = moves_of(groups, rule, capacity=(None, 100 * MB, None))
@@ -111,7 +111,7 @@ def test_a_watermark_sends_away_nothing_of_a_run_whose_metric_is_not_found():
     assert {path.split("/")[1] for path, *_ in moves} == {"r1"}
 
 
-def test_the_deletion_of_a_checkpoint_without_the_metric_of_its_run_says_so():
+def test_deleting_a_checkpoint_without_the_metric_of_its_run_says_so():
     groups = [*scored(0, 1, 2, metric="val_los"), checkpoint(0, 3, {"standard": BIG}, days=400.0)]
     groups.append(checkpoint(0, 4, {"standard": BIG}, days=400.0, metrics={"val_los": 9.0}))
     (move,), _ = planned(groups, BEST)
@@ -129,25 +129,25 @@ def test_a_checkpoint_whose_metrics_cannot_be_read_is_not_deleted():
 # -- rules -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_nobody_has_used_for_so_long_moves_with_its_days_in_the_reason():
+def test_an_idle_group_moves_and_the_reason_states_the_days():
     (move,), _ = planned([lying("standard", unused_days=45)], TO_ARCHIVE)
     assert (move.action, move.rule) == ("move", "cold")
     assert move.reason == "not used for 45 days (idle = 30 days)"
 
 
-def test_what_was_used_lately_stays():
+def test_a_recently_used_group_stays():
     assert moves_of([lying("standard", unused_days=29)], TO_ARCHIVE) == []
 
 
-def test_what_is_younger_than_its_last_use_counts_from_when_it_was_written():
+def test_idle_time_starts_at_the_last_write_or_use():
     assert moves_of([lying("standard", days=5, unused_days=45)], TO_ARCHIVE) == []
 
 
-def test_what_a_machine_may_have_used_that_has_not_reported_is_not_idle():
+def test_a_group_is_not_idle_while_a_machine_has_not_reported():
     assert "its use is not known yet" in refusal_of([lying("standard", unreported=True)], TO_ARCHIVE)
 
 
-def test_what_nobody_counts_uses_of_is_not_idle_unless_the_rule_says_that_its_date_is_enough():
+def test_a_group_without_recorded_uses_is_idle_only_with_idle_by_mtime():
     uncounted = lying("standard", counted_days=None)
     why = refusal_of([uncounted], TO_ARCHIVE)
     assert "its use is not known" in why
@@ -157,33 +157,33 @@ def test_what_nobody_counts_uses_of_is_not_idle_unless_the_rule_says_that_its_da
     assert move.reason == 'not written for 100 days, its uses are not recorded (idle = 30 days, idle_by = "mtime")'
 
 
-def test_a_use_that_is_known_counts_whatever_the_rule_says_of_dates():
+def test_a_recorded_use_counts_with_idle_by_mtime_too():
     by_mtime = TO_ARCHIVE.model_copy(update={"idle_by": "mtime"})
     assert moves_of([lying("standard", unused_days=1, counted_days=1)], by_mtime) == []
 
 
-def test_idleness_is_not_longer_than_uses_have_been_counted():
+def test_idle_time_is_at_most_the_time_since_uses_are_recorded():
     assert moves_of([lying("standard", counted_days=29)], TO_ARCHIVE) == []
     (move,), _ = planned([lying("standard", counted_days=45)], TO_ARCHIVE)
     assert move.reason == "not used for 45 days (idle = 30 days)"
 
 
-def test_how_often_something_was_used_is_not_known_where_nobody_counts():
+def test_uses_below_needs_recorded_uses():
     rule = Rule(name="r", match=("**",), to="archive", uses_below=3)
     assert "for uses_below" in refusal_of([lying("standard", counted_days=None)], rule)
 
 
-def test_what_may_go_however_lately_it_was_used_needs_no_report():
+def test_idle_0_needs_no_report_of_uses():
     rule = Rule(name="r", match=("**",), to="archive", idle_s=0.0)
     assert moves_of([lying("standard", unreported=True, unused_days=0)], rule)
 
 
-def test_age_asks_nobody_what_was_used():
+def test_age_does_not_depend_on_uses():
     rule = Rule(name="old", match=("**",), to="archive", age_s=30 * DAY_S)
     assert moves_of([lying("standard", unreported=True, unused_days=0)], rule)
 
 
-def test_all_conditions_must_hold_and_all_are_named():
+def test_all_conditions_must_hold_and_the_reason_names_all():
     rule = Rule(name="r", match=("**",), to="archive", idle_s=DAY_S, age_s=DAY_S, uses_below=3)
     (move,), _ = planned([lying("standard", uses=2)], rule)
     assert move.reason == (
@@ -192,109 +192,109 @@ def test_all_conditions_must_hold_and_all_are_named():
     assert moves_of([lying("standard", uses=3)], rule) == []
 
 
-def test_the_first_rule_that_matches_is_the_only_one():
+def test_only_the_first_matching_rule_applies():
     first = Rule(name="stay", match=("data/**",))
     assert moves_of([lying("standard")], first, TO_ARCHIVE) == []
 
 
-def test_a_rule_of_another_kind_is_passed_over():
+def test_a_rule_of_another_kind_does_not_apply():
     first = Rule(name="stay", match=("**",), kind="shard")
     assert moves_of([lying("standard")], first, TO_ARCHIVE)
 
 
-def test_sizes_are_of_the_group():
+def test_size_conditions_refer_to_the_group():
     rule = Rule(name="r", match=("**",), to="archive", larger_than_bytes=100 * MB)
     assert moves_of([lying("standard")], rule) == []
     assert moves_of([lying("standard", copy=replace(BIG, n_bytes=100 * MB + 1))], rule)
 
 
-def test_only_copies_in_the_named_tiers_go():
+def test_only_copies_in_the_source_tiers_move():
     rule = Rule(name="r", match=("**",), to="archive", sources=("hot",))
     assert moves_of([lying("standard")], rule) == []
     assert moves_of([lying("hot")], rule) == [("data/x", "move", "hot", "archive")]
 
 
-def test_a_rule_may_bring_back_what_lies_in_a_colder_tier():
+def test_a_rule_may_move_from_a_colder_tier():
     rule = Rule(name="r", match=("**",), to="standard", sources=("archive",), even_if_dearer=True)
     assert moves_of([lying("archive")], rule, prices=(FREE, STANDARD, STANDARD)) == [
         ("data/x", "move", "archive", "standard")
     ]
 
 
-def test_a_copy_goes_where_a_verified_one_lies_in_the_target():
+def test_a_copy_is_dropped_if_the_destination_has_a_verified_one():
     (move,), _ = planned([lying("hot", "archive")], TO_ARCHIVE)
     assert (move.action, move.src, move.dst) == ("drop", 0, 2)
     assert move.reason.endswith("; a verified copy is in archive")
 
 
 @pytest.mark.parametrize("wrong", [{"whole": False}, {"verified": False}])
-def test_a_copy_that_is_not_whole_or_not_verified_is_no_reason_to_drop_another(wrong):
+def test_a_partial_or_unverified_copy_is_no_reason_to_drop_another(wrong):
     group = Group("data/x", {"hot": BIG, "archive": replace(BIG, **wrong)}, days=100)
     assert moves_of([group], TO_ARCHIVE) == [("data/x", "move", "hot", "archive")]
 
 
-def test_what_was_written_again_since_it_was_copied_is_copied_again():
+def test_a_group_that_was_rewritten_after_its_copy_is_copied_again():
     group = Group("data/x", {"hot": replace(BIG, days=50, verified=False), "archive": BIG}, days=100)
     assert moves_of([group], TO_ARCHIVE) == [("data/x", "move", "hot", "archive")]
 
 
-def test_a_shard_is_never_written_again_so_a_younger_copy_is_the_same():
+def test_a_newer_copy_of_a_shard_counts_as_equal():
     group = Group("data/x", {"hot": replace(BIG, days=50, verified=False), "archive": BIG}, "shard", days=100)
     assert moves_of([group], TO_ARCHIVE) == [("data/x", "drop", "hot", "archive")]
 
 
-def test_between_classes_of_one_bucket_the_class_is_changed_in_place():
+def test_between_classes_of_one_bucket_the_storage_class_is_changed():
     assert moves_of([lying("standard")], TO_ARCHIVE, one_bucket=True) == [("data/x", "reclass", "standard", "archive")]
 
 
-def test_of_two_copies_the_cheaper_way_is_taken():
+def test_the_cheaper_of_two_source_copies_is_used():
     """Through this machine from hot each part is a request; within the provider each object is."""
     assert moves_of([lying("hot", "standard")], TO_ARCHIVE) == [("data/x", "move", "standard", "archive")]
 
 
-def test_of_two_ways_that_cost_the_same_the_faster_tier_is_read():
+def test_at_equal_cost_the_faster_tier_is_read():
     assert moves_of([lying("hot", "standard")], TO_ARCHIVE, prices=(None,) * 3) == [
         ("data/x", "move", "hot", "archive")
     ]
 
 
-def test_one_hour_is_no_hours():
+def test_durations_in_reasons_use_the_singular_for_one_hour():
     assert [ago(0), ago(1), ago(2), ago(48)] == ["0 hours", "1 hour", "2 hours", "2 days"]
 
 
 # -- what is held ----------------------------------------------------------------------------------------------------
 
 
-def test_a_pin_holds_what_it_matches_and_says_why():
+def test_a_pinned_group_stays_and_the_refusal_gives_the_reason():
     pins = (Pin(match=("other/**",)), Pin(match=("data/**",), why="the paper's figures"))
     assert refusal_of([lying("standard")], TO_ARCHIVE, pins=pins) == "pinned (pins[2]): the paper's figures"
 
 
-def test_a_pin_of_all_that_is_in_a_checkpoint_pins_the_checkpoint():
+def test_a_pin_of_all_objects_in_a_checkpoint_pins_the_checkpoint():
     assert "pinned" in refusal_of([lying("standard")], TO_ARCHIVE, pins=(Pin(match=("data/x/**",)),))
 
 
-def test_a_pin_whose_time_is_over_holds_nothing():
+def test_an_expired_pin_has_no_effect():
     assert moves_of([lying("standard")], TO_ARCHIVE, pins=(Pin(match=("**",), until_s=1.0),))
 
 
-def test_what_somebody_reads_stays():
+def test_a_group_in_use_stays():
     assert refusal_of([lying("standard", in_use=True)], TO_ARCHIVE) == "in use"
 
 
-def test_a_checkpoint_that_is_not_complete_stays():
+def test_an_incomplete_checkpoint_stays():
     groups = [checkpoint(0, step, {"standard": BIG}, days=100.0, complete=step == 2) for step in (1, 2)]
     _, refusals = planned(groups[:1], TO_ARCHIVE)
     assert refusals[0].reason == "not complete yet"
 
 
-def test_a_checkpoint_of_which_no_copy_is_whole_stays_and_people_hear_why():
+def test_a_checkpoint_without_a_whole_copy_stays_and_the_refusal_says_why():
     half = replace(BIG, whole=False)
     _, refusals = planned([checkpoint(0, 1, {"standard": half}, days=100.0, complete=False)], TO_ARCHIVE)
     assert "no copy of it is whole" in refusals[0].reason
 
 
-def test_the_newest_checkpoint_of_a_run_is_copied_and_goes_only_when_that_copy_can_be_read():
+def test_the_newest_checkpoint_is_copied_and_dropped_only_when_the_copy_is_readable():
     newest = checkpoint(0, 9, {"standard": BIG}, days=100.0)
     (move,), _ = planned([newest], TO_ARCHIVE)
     assert (move.action, move.src, move.dst) == ("copy", 1, 2)
@@ -305,7 +305,7 @@ def test_the_newest_checkpoint_of_a_run_is_copied_and_goes_only_when_that_copy_c
     assert "is never deleted" in refusal_of([frozen], TO_ARCHIVE)
 
 
-def test_the_newest_checkpoint_does_not_change_its_class_in_place():
+def test_the_storage_class_of_the_newest_checkpoint_is_not_changed():
     newest = checkpoint(0, 9, {"standard": BIG}, days=100.0)
     assert "newest" in refusal_of([newest], TO_ARCHIVE, one_bucket=True)
 
@@ -317,41 +317,41 @@ def run_of(*steps: int, tier: str = "hot", **facts) -> list[Group]:
     return [checkpoint(0, step, {tier: BIG}, **{"days": 20.0, **facts}) for step in steps]
 
 
-def test_what_keep_lists_do_not_name_goes_down_and_what_none_names_to_the_end():
+def test_a_checkpoint_outside_a_keep_list_moves_down_and_outside_all_lists_to_then():
     assert moves_of(run_of(1, 2, 3), KEEP) == [
         ("ckpt/r0/step-1", "move", "hot", "archive"),
         ("ckpt/r0/step-2", "move", "hot", "standard"),
     ]
 
 
-def test_what_is_too_young_for_the_end_waits_in_the_last_tier_with_a_keep_list():
+def test_a_checkpoint_younger_than_after_waits_in_the_last_tier_with_a_keep_list():
     groups = [checkpoint(0, 1, {"standard": BIG}, days=13.0), *run_of(2, 3, tier="standard")]
     assert moves_of(groups, KEEP) == []
     young = [checkpoint(0, 1, {"hot": BIG}, days=13.0), *run_of(2, 3, tier="standard")]
     assert moves_of(young, KEEP) == [("ckpt/r0/step-1", "move", "hot", "standard")]
 
 
-def test_what_lies_further_down_already_is_dropped_and_not_copied_to_the_next_tier():
+def test_a_checkpoint_with_a_verified_copy_further_down_is_dropped():
     groups = [checkpoint(0, 1, {"hot": BIG, "archive": BIG}, days=13.0), *run_of(2, 3, tier="standard")]
     assert moves_of(groups, KEEP) == [("ckpt/r0/step-1", "drop", "hot", "archive")]
 
 
-def test_what_lies_below_the_end_stays_there():
+def test_a_copy_below_the_tier_of_then_stays():
     rule = Rule(name="r", match=("**",), keep={"hot": KeepList(last=1)}, then="standard")
     assert moves_of([*run_of(1, tier="archive"), *run_of(2)], rule) == []
 
 
-def test_without_an_end_it_goes_to_the_next_tier():
+def test_without_then_a_checkpoint_moves_to_the_next_tier():
     rule = Rule(name="r", match=("**",), keep={"hot": KeepList(last=1)})
     assert moves_of(run_of(1, 2), rule) == [("ckpt/r0/step-1", "move", "hot", "standard")]
 
 
-def test_files_beside_checkpoints_are_not_what_keep_lists_are_about():
+def test_keep_lists_do_not_apply_to_files():
     log = Group("ckpt/r0/train.log", {"hot": BIG}, days=1000.0)
     assert planned([log], KEEP) == ((), ())
 
 
-def test_a_tag_of_the_rule_file_counts_in_keep_lists():
+def test_keep_lists_use_the_tags_of_the_rule_file():
     rule = KEEP.model_copy(update={"keep": {"hot": KeepList(tags=("release",)), "standard": KeepList(last=1)}})
     groups = run_of(1, 2, 3)
     tags = (Tag(match=("ckpt/*/step-1",), tags=("release",)),)
@@ -361,7 +361,7 @@ def test_a_tag_of_the_rule_file_counts_in_keep_lists():
 # -- deleting --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_old_enough_is_deleted_from_all_tiers():
+def test_delete_after_deletes_old_groups_from_all_tiers():
     (move,), _ = planned([lying("standard", "archive", copy=replace(BIG, days=95))], DELETE)
     assert (move.action, move.src, move.dst) == ("delete", 1, None)
     assert move.reason == "written 100 days ago (delete_after = 10 days)"
@@ -375,14 +375,14 @@ def test_what_is_old_enough_is_deleted_from_all_tiers():
         ((1,), {"tags": frozenset({"a"})}, "tagged a"),
     ],
 )
-def test_neither_the_newest_nor_what_is_tagged_is_ever_deleted(steps, facts, why):
+def test_the_newest_checkpoint_and_tagged_checkpoints_are_never_deleted(steps, facts, why):
     groups = run_of(*steps, tier="standard", **facts)
     moves, refusals = planned(groups, DELETE)
     assert len(moves) == len(groups) - 1
     assert why in refusals[-1].reason
 
 
-def test_what_a_keep_list_names_is_never_deleted():
+def test_a_checkpoint_in_a_keep_list_is_never_deleted():
     deleted = [path for path, action, *_ in moves_of(run_of(1, 2, 3, 4, days=400.0), KEEP) if action == "delete"]
     assert deleted == ["ckpt/r0/step-1", "ckpt/r0/step-2"]
 
@@ -390,7 +390,7 @@ def test_what_a_keep_list_names_is_never_deleted():
 # -- dollars ---------------------------------------------------------------------------------------------------------
 
 
-def test_small_objects_that_cost_more_where_they_go_are_refused_unless_the_rule_says_otherwise():
+def test_moves_of_small_objects_that_cost_more_are_refused_unless_even_if_dearer():
     """1,000 files of 5 KB to GLACIER: 40 KiB are billed beside each."""
     table = price_table()[1]
     prices = (FREE, table["aws:us-east-1:STANDARD"], table["aws:us-east-1:GLACIER"])
@@ -403,27 +403,27 @@ def test_small_objects_that_cost_more_where_they_go_are_refused_unless_the_rule_
     assert move.money.saving_month < 0
 
 
-def test_objects_below_the_minimum_of_a_class_are_refused_where_that_makes_it_dearer():
+def test_objects_below_the_minimum_size_are_refused_if_storage_gets_dearer():
     small = lying("standard", copy=Copy(15, days=100))  # 0.02 a GB for 15 B, or 0.004 for 100 B
     assert "never earned back" in refusal_of([small], TO_ARCHIVE)
 
 
-def test_a_small_file_beside_large_ones_does_not_hold_a_checkpoint():
+def test_one_small_file_does_not_keep_a_checkpoint_from_moving():
     assert moves_of([lying("standard", copy=Copy(50 * MB, 2, 10, days=100))], TO_ARCHIVE)
 
 
-def test_what_leaves_a_class_before_its_days_are_over_pays_the_rest_of_them():
+def test_an_early_deletion_fee_is_part_of_the_cost():
     back = Rule(name="back", match=("**",), to="standard", sources=("archive",), even_if_dearer=True)
     (move,), _ = planned([lying("archive", copy=Copy(2**30, days=30))], back)
     assert move.money.once == pytest.approx(0.004 * 60 / 30 + 0.03 + 0.015 / 1000)
 
 
-def test_a_move_up_to_a_dearer_tier_is_refused_unless_its_rule_says_otherwise():
+def test_a_move_to_a_dearer_tier_is_refused_unless_even_if_dearer():
     back = Rule(name="back", match=("**",), to="standard", sources=("archive",))
     assert "never earned back" in refusal_of([lying("archive", copy=Copy(2**30, days=100))], back)
 
 
-def test_what_is_deleted_soon_must_pay_back_before_that_with_the_days_that_are_paid_all_the_same():
+def test_a_move_must_pay_back_before_its_rule_deletes_the_group():
     def rule(days: float) -> Rule:
         return TO_ARCHIVE.model_copy(update={"delete_after_s": days * DAY_S})
 
@@ -435,7 +435,7 @@ def test_what_is_deleted_soon_must_pay_back_before_that_with_the_days_that_are_p
     assert move.money.once - lasting.money.once == pytest.approx(0.004 * 30 / 30)
 
 
-def test_a_move_that_is_not_earned_back_in_time_is_refused_with_its_figures():
+def test_a_move_that_does_not_break_even_in_time_is_refused_with_its_figures():
     prices = (FREE, STANDARD, replace(COLD, put_1000=5.0))
     group = lying("standard", copy=Copy(2**30, days=100))
     tiering = TieringOptions(max_break_even_s=5 * DAY_S)
@@ -446,30 +446,30 @@ def test_a_move_that_is_not_earned_back_in_time_is_refused_with_its_figures():
     assert moves_of([group], TO_ARCHIVE, prices=prices, tiering=TieringOptions(max_break_even_s=10 * DAY_S))
 
 
-def test_without_a_limit_in_the_file_a_move_must_pay_back_within_a_year():
+def test_by_default_a_move_must_break_even_within_a_year():
     group = lying("standard", copy=Copy(2**30, days=100))
     dear = {days: (FREE, STANDARD, replace(COLD, put_1000=0.016 / 30 * days * 1000)) for days in (360, 370)}
     assert moves_of([group], TO_ARCHIVE, prices=dear[360])
     assert "max_break_even = 365 days" in refusal_of([group], TO_ARCHIVE, prices=dear[370])
 
 
-def test_what_costs_and_saves_nothing_needs_no_time_to_pay_back():
+def test_a_move_without_cost_and_savings_breaks_even_at_once():
     prices = (FREE, STANDARD, Prices("x:r:S2", store_gb_month=0.02))
     free_reads = (FREE, replace(STANDARD, get_1000=0.0), prices[2])
     assert moves_of([lying("standard")], TO_ARCHIVE, prices=free_reads)
 
 
-def test_what_costs_more_where_it_goes_is_never_earned_back():
+def test_a_move_to_a_dearer_class_never_breaks_even():
     group = lying("standard", copy=Copy(2**30, days=100))
     prices = (FREE, STANDARD, replace(COLD, store_gb_month=0.03))
     assert "saves -$0.01 a month: never earned back" in refusal_of([group], TO_ARCHIVE, prices=prices)
 
 
-def test_room_on_a_disk_of_ones_own_is_not_weighed_in_dollars():
+def test_moves_from_an_unpriced_local_disk_are_not_checked_for_cost():
     assert moves_of([lying("hot")], TO_ARCHIVE, tiering=TieringOptions(max_break_even_s=DAY_S))
 
 
-def test_where_prices_are_unknown_dollars_decide_nothing():
+def test_without_prices_costs_are_not_considered():
     tiering = TieringOptions(max_break_even_s=1.0)
     (move,), _ = planned([lying("standard")], TO_ARCHIVE, prices=(FREE, None, COLD), tiering=tiering)
     assert (move.money.once, move.money.saving_month) == (0.0, 0.0)
@@ -485,18 +485,18 @@ def test_where_prices_are_unknown_dollars_decide_nothing():
         (RESTORING, "its copy in archive is being restored: it can be read when that is done"),
     ],
 )
-def test_what_must_be_restored_is_no_source(state, why):
+def test_an_archived_copy_is_no_source(state, why):
     back = Rule(name="back", match=("**",), to="standard", sources=("archive",))
     frozen = lying("archive", copy=replace(BIG, state=state))
     assert refusal_of([frozen], back, prices=(FREE, STANDARD, FROZEN)) == why
 
 
-def test_what_was_restored_for_a_while_is_a_source():
+def test_a_temporarily_restored_copy_is_a_source():
     back = Rule(name="back", match=("**",), to="standard", sources=("archive",), even_if_dearer=True)
     assert moves_of([lying("archive", copy=replace(BIG, state=RESTORED))], back)
 
 
-def test_a_copy_that_is_not_whole_is_no_source():
+def test_a_partial_copy_is_no_source():
     assert "is not whole" in refusal_of([lying("hot", copy=replace(BIG, whole=False))], TO_ARCHIVE)
 
 
@@ -510,7 +510,7 @@ def ten_in_hot(**facts) -> list[Group]:
     return [Group(f"f{i}", {"hot": Copy(10, days=100)}, days=100.0, unused_days=float(i), **facts) for i in range(10)]
 
 
-def test_over_high_the_least_recently_used_go_down_until_low():
+def test_above_high_the_least_recently_used_groups_move_down_until_low():
     moves, refusals = planned(ten_in_hot(), STAY, capacity=(105, None, None))
     assert [one.group for one in moves] == [9, 8, 7]
     assert {one.rule for one in moves} == {"tiers.hot.high"}
@@ -518,52 +518,52 @@ def test_over_high_the_least_recently_used_go_down_until_low():
     assert refusals == ()
 
 
-def test_below_high_nothing_goes():
+def test_below_high_nothing_moves():
     assert moves_of(ten_in_hot(), STAY, capacity=(112, None, None)) == []
 
 
-def test_what_rules_send_away_counts_before_the_watermark():
+def test_moves_of_rules_count_before_the_watermark():
     rule = Rule(name="r", match=("f9", "f8"), to="standard", age_s=0.0)
     assert [path for path, *_ in moves_of(ten_in_hot(), rule, STAY, capacity=(105, None, None))] == ["f8", "f9"]
 
 
-def test_what_has_a_verified_copy_further_down_is_only_dropped():
+def test_a_watermark_drops_copies_that_have_a_verified_copy_further_down():
     groups = [replace(one, copies={"hot": Copy(10, days=100), "archive": Copy(10, days=100)}) for one in ten_in_hot()]
     assert {way[1:] for way in moves_of(groups, STAY, capacity=(105, None, None))} == {("drop", "hot", "archive")}
 
 
-def test_a_keep_list_and_a_pin_hold_against_a_watermark():
+def test_a_watermark_respects_keep_lists_and_pins():
     groups = [checkpoint(0, step, {"hot": Copy(10)}, unused_days=float(9 - step), days=20.0) for step in range(10)]
     rule = Rule(name="runs", match=("**",), keep={"hot": KeepList(every_steps=1)})
     assert moves_of(groups, rule, capacity=(105, None, None)) == []
     assert moves_of(ten_in_hot(), STAY, capacity=(105, None, None), pins=(Pin(match=("**",)),)) == []
 
 
-def test_a_watermark_leaves_the_newest_checkpoint_of_a_run_where_it_is():
+def test_a_watermark_does_not_move_the_newest_checkpoint():
     groups = [checkpoint(run, 1, {"hot": Copy(10)}, days=20.0) for run in range(10)]
     assert planned(groups, STAY, capacity=(50, None, None)) == ((), ())
 
 
-def test_a_watermark_is_about_room_and_not_about_earning_back():
+def test_a_watermark_ignores_the_break_even():
     groups = [Group(f"f{i}", {"standard": Copy(10, days=100)}, days=100.0) for i in range(10)]
     prices = (FREE, STANDARD, replace(STANDARD, name="x:r:T"))
     tiering = TieringOptions(max_break_even_s=DAY_S)
     assert moves_of(groups, STAY, capacity=(None, 105, None), prices=prices, tiering=tiering)
 
 
-def test_what_is_smaller_may_still_have_room_where_something_larger_has_none():
+def test_a_smaller_group_may_fit_where_a_larger_one_does_not():
     groups = [Group(f"f{n}", {"standard": Copy(n, days=100)}, days=100.0) for n in (400, 600, 300)]
     moves, refusals = planned(groups, DEARER, capacity=(None, None, 900))
     assert [[one.group for one in found] for found in (moves, refusals)] == [[0, 2], [1]]
 
 
-def test_room_that_one_rule_has_taken_is_not_there_for_the_next():
+def test_capacity_that_one_rule_uses_is_not_available_to_the_next():
     groups = [Group(f"f{i}", {"standard": Copy(400, days=100)}, days=100.0) for i in range(3)]
     rules = [DEARER.model_copy(update={"match": (f"f{i}",)}) for i in range(3)]
     assert [path for path, *_ in moves_of(groups, *rules, capacity=(None, None, 900))] == ["f0", "f1"]
 
 
-def test_what_has_no_room_where_it_should_go_is_refused():
+def test_a_move_to_a_full_tier_is_refused():
     groups = [Group(f"f{i}", {"standard": Copy(400, days=100)}, days=100.0) for i in range(3)]
     moves, refusals = planned(groups, DEARER, capacity=(None, None, 900))
     assert [one.group for one in moves] == [0, 1]
@@ -580,10 +580,10 @@ def test_a_snapshot_of_other_tiers_is_refused():
 
 
 @pytest.mark.parametrize(("prices", "limits"), [(PRICES[:2], (None,) * 3), (PRICES, (None,) * 2)])
-def test_prices_and_capacities_are_one_a_tier(prices, limits):
+def test_prices_and_capacities_need_one_entry_per_tier(prices, limits):
     with pytest.raises(ValueError, match="of 3 tiers, got 2"):
         decided(snapshot_of([]), tier_file(), prices, capacity_bytes=limits)
 
 
-def test_of_nothing_nothing_is_decided():
+def test_an_empty_snapshot_has_no_decisions():
     assert planned([], TO_ARCHIVE, KEEP) == ((), ())

@@ -1,4 +1,4 @@
-"""The policy by property: what it decides is what an oracle decides group by group, and never loses anything."""
+"""The policy by property: it decides what an oracle decides for each group, and never loses data."""
 
 import math
 from collections.abc import Sequence
@@ -157,7 +157,7 @@ def fitting(file, groups: Sequence[Group]) -> list[Group]:
 
 
 @given(worlds(), files(), prices, unseen)
-def test_without_capacities_each_group_goes_where_the_oracle_sends_it(groups, file, priced, missing):
+def test_without_capacities_the_moves_are_those_of_the_oracle(groups, file, priced, missing):
     groups = fitting(file, groups)
     oracle = PlannerOracle(file, priced, groups, missing)
     expected = {row: wish for row in range(len(groups)) if (wish := oracle.decide(row)) is not None}
@@ -177,7 +177,7 @@ capacities = st.tuples(limits_of_one, limits_of_one, st.none() | limits_of_one)
 
 @FEWER
 @given(worlds(), files(), prices, capacities)
-def test_a_group_has_one_move_or_one_refusal_and_the_same_snapshot_the_same_plan(groups, file, priced, limits):
+def test_a_group_has_at_most_one_move_or_refusal_and_plans_are_deterministic(groups, file, priced, limits):
     snapshot = snapshot_of(fitting(file, groups))
     found = decided(snapshot, file, priced, capacity_bytes=limits)
     names = [one.group for one in (*found.moves, *found.refusals)]
@@ -187,7 +187,7 @@ def test_a_group_has_one_move_or_one_refusal_and_the_same_snapshot_the_same_plan
 
 @FEWER
 @given(worlds(), files(), prices, capacities)
-def test_what_is_held_is_left_alone_and_the_newest_keeps_a_copy_that_can_be_read(groups, file, priced, limits):
+def test_protected_groups_stay_and_the_newest_checkpoint_keeps_a_readable_copy(groups, file, priced, limits):
     groups = fitting(file, groups)
     oracle = PlannerOracle(file, priced, groups)
     for one in decided(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
@@ -203,7 +203,7 @@ def test_what_is_held_is_left_alone_and_the_newest_keeps_a_copy_that_can_be_read
 
 @FEWER
 @given(worlds(), files(), prices, capacities)
-def test_a_copy_goes_only_for_one_that_is_whole_and_verified_or_that_is_made_of_it(groups, file, priced, limits):
+def test_a_copy_is_removed_only_for_a_verified_copy_or_one_made_from_it(groups, file, priced, limits):
     groups = fitting(file, groups)
     for one in decided(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
         at = groups[one.group].copies
@@ -223,7 +223,7 @@ def test_a_copy_goes_only_for_one_that_is_whole_and_verified_or_that_is_made_of_
 
 @FEWER
 @given(worlds(), files(), prices, capacities, unseen.filter(bool))
-def test_while_a_tier_cannot_be_seen_nothing_is_deleted_and_nothing_goes_there(groups, file, priced, limits, missing):
+def test_while_a_tier_is_unavailable_nothing_is_deleted_and_nothing_moves_there(groups, file, priced, limits, missing):
     snapshot = snapshot_of(fitting(file, groups))
     for one in decided(snapshot, file, priced, capacity_bytes=limits, missing=missing).moves:
         assert one.action != "delete"
@@ -233,7 +233,7 @@ def test_while_a_tier_cannot_be_seen_nothing_is_deleted_and_nothing_goes_there(g
 
 @FEWER
 @given(worlds(), files(), prices, capacities)
-def test_only_what_a_rule_deletes_by_age_and_nothing_keeps_is_deleted(groups, file, priced, limits):
+def test_only_groups_that_a_rule_deletes_and_nothing_keeps_are_deleted(groups, file, priced, limits):
     groups = fitting(file, groups)
     oracle = PlannerOracle(file, priced, groups)
     for one in decided(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
@@ -243,7 +243,7 @@ def test_only_what_a_rule_deletes_by_age_and_nothing_keeps_is_deleted(groups, fi
             assert rule.delete_after_s is not None
             assert gone.days * DAY_S >= rule.delete_after_s
             assert not gone.tags
-            assert not any(one.group in oracle._kept(rule, keep) for keep in rule.keep.values())
+            assert not any(one.group in oracle.kept(rule, keep) for keep in rule.keep.values())
 
 
 def bytes_in(groups: Sequence[Group], tier: int) -> int:
@@ -266,7 +266,7 @@ def balance(groups: Sequence[Group], found: Outcome, tier: int) -> tuple[int, in
 
 @FEWER
 @given(worlds(), files(), prices, capacities)
-def test_nothing_is_sent_where_it_has_no_room_even_before_grace_is_over(groups, file, priced, limits):
+def test_moves_fit_into_the_capacity_even_before_the_grace_period_is_over(groups, file, priced, limits):
     groups = fitting(file, groups)
     found = decided(snapshot_of(groups), file, priced, capacity_bytes=limits)
     for tier, limit in enumerate(limits):
@@ -276,9 +276,7 @@ def test_nothing_is_sent_where_it_has_no_room_even_before_grace_is_over(groups, 
 
 @FEWER
 @given(worlds(), files(), prices, capacities)
-def test_a_tier_over_its_mark_gives_up_the_least_recently_used_until_the_low_mark_and_no_more(
-    groups, file, priced, limits
-):
+def test_a_tier_above_high_moves_the_least_recently_used_groups_until_low_and_no_more(groups, file, priced, limits):
     groups = fitting(file, groups)
     found = decided(snapshot_of(groups), file, priced, capacity_bytes=limits)
     refused = {one.group for one in found.refusals}
@@ -317,7 +315,7 @@ def holds(groups: list[Group], row: int, tier: int, file, priced) -> bool:
     too_small = (
         rule.larger_than_bytes is not None and max(c.n_bytes for c in one.copies.values()) <= rule.larger_than_bytes
     )
-    return not too_small and row in oracle._kept(rule, rule.keep[TIERS[tier]])
+    return not too_small and row in oracle.kept(rule, rule.keep[TIERS[tier]])
 
 
 # -- plan after plan -------------------------------------------------------------------------------------------------
@@ -342,7 +340,7 @@ def applied(groups: Sequence[Group], found: Outcome, priced) -> list[Group | Non
 
 
 @given(worlds(8), files(), prices, capacities)
-def test_plan_after_plan_comes_to_rest_and_what_was_whole_stays_so(groups, file, priced, limits):
+def test_repeated_plans_converge_and_whole_groups_stay_whole(groups, file, priced, limits):
     """Nothing goes up and down again for ever; no group loses its last whole copy, nor the newest its last readable."""
     groups = fitting(file, groups)
     file = file.model_copy(update={"tiering": TieringOptions()})

@@ -1,4 +1,4 @@
-"""Files that are read through a cache of this machine, or through fsspec, count as used."""
+"""Files that are read through a cache of this machine count as used for the rules of tiers."""
 
 import os
 import subprocess
@@ -114,27 +114,27 @@ def test_every_way_to_read_through_tiercache_counts_as_a_use(tiers, tmp_path, ve
     assert tiers.decide() == ([KEYS[1]], {})
 
 
-def test_reads_that_fsspec_makes_itself_count_as_uses(tiers):
+def test_reads_through_fsspec_count_as_use(tiers):
     fs = fsspec.filesystem("tiercache", target_protocol="file", cache=tiers.cache)
     fs.cache, fs._is_uncached = None, True
     assert fs.cat_file(str(tiers.root / "store" / KEYS[0])) == KEYS[0].encode() * 100
     assert tiers.decide() == ([KEYS[1]], {})
 
 
-def test_a_plan_reports_untracked_files_and_does_not_move_them(tiers):
+def test_without_recorded_uses_a_plan_moves_nothing_and_says_why(tiers):
     tiers.write_rules(RULE)
     moves, refused = tiers.decide()
     assert (moves, sorted(refused)) == ([], sorted(KEYS))
     assert all("its use is not known" in why and 'idle_by = "mtime"' in why for why in refused.values())
 
 
-def test_a_file_that_is_read_by_its_plain_path_counts_as_untracked(tiers):
+def test_a_read_by_local_path_is_not_recorded_as_use(tiers):
     tiers.write_rules(RULE)
     (tiers.root / "store" / KEYS[0]).read_bytes()
     assert sorted(tiers.decide()[1]) == sorted(KEYS)
 
 
-def test_a_file_is_idle_if_its_last_known_use_is_long_ago(tiers, monkeypatch):
+def test_a_file_is_idle_if_its_recorded_last_use_is_long_ago(tiers, monkeypatch):
     tiers.write_rules(RULE)
     shift_clock(monkeypatch, -35)
     read_by_fsspec(tiers, KEYS[0])
@@ -143,7 +143,7 @@ def test_a_file_is_idle_if_its_last_known_use_is_long_ago(tiers, monkeypatch):
     assert (moves, list(refused)) == ([KEYS[0]], [KEYS[1]])
 
 
-def test_a_checkpoint_is_in_use_if_one_of_its_files_is(tiers):
+def test_the_use_of_one_file_is_a_use_of_its_checkpoint(tiers):
     for step in (1, 2, 3):
         for name in ("model.safetensors", "optimizer.bin"):
             tiers.write(f"runs/step-{step}/{name}")
@@ -160,7 +160,7 @@ def test_uses_are_counted_and_listed(tiers):
     assert tiers.snapshot.last_use_s[row] > time.time() - 3600
 
 
-def test_a_file_that_is_read_through_a_link_is_the_same_file(tiers, tmp_path):
+def test_a_read_through_a_symbolic_link_is_a_use_of_the_target(tiers, tmp_path):
     (tmp_path / "link").symlink_to(tiers.root / "store")
     url = f"tiercache::file://{tmp_path}/link/{KEYS[0]}"
     with fsspec.open(url, "rb", tiercache={"cache": tiers.cache}) as file:
@@ -168,7 +168,7 @@ def test_a_file_that_is_read_through_a_link_is_the_same_file(tiers, tmp_path):
     assert tiers.decide() == ([KEYS[1]], {})
 
 
-def test_openings_within_a_minute_count_once_for_all_spellings_of_the_url(tiers, tmp_path):
+def test_opens_within_a_minute_count_as_one_use(tiers, tmp_path):
     (tmp_path / "link").symlink_to(tiers.root / "store")
     read_by_fsspec(tiers, KEYS[0])
     for folder in ("store", "link"):
@@ -178,7 +178,7 @@ def test_openings_within_a_minute_count_once_for_all_spellings_of_the_url(tiers,
     assert tiers.snapshot.uses.tolist()[row] == 1
 
 
-def test_uses_of_a_killed_process_are_kept(tiers):
+def test_reads_of_a_killed_process_count_as_use(tiers):
     code = (
         "import fsspec, os, signal\n"
         f"fsspec.open('tiercache::file://{tiers.root}/store/{KEYS[0]}', 'rb').open().read()\n"
@@ -188,7 +188,7 @@ def test_uses_of_a_killed_process_are_kept(tiers):
     assert tiers.decide() == ([KEYS[1]], {})
 
 
-def test_full_logs_are_merged_without_losing_uses(tiers, monkeypatch, tmp_path):
+def test_full_logs_are_compacted_without_losing_uses(tiers, monkeypatch, tmp_path):
     monkeypatch.setenv("TIERCACHE_STATE_DIR", str(tmp_path / "own"))
     monkeypatch.setattr(tiers_module, "_LOG_BYTES", 200)
     for number in range(30):
@@ -204,7 +204,7 @@ def test_full_logs_are_merged_without_losing_uses(tiers, monkeypatch, tmp_path):
     assert len(before) == 30
 
 
-def test_an_unusable_state_folder_does_not_fail_a_read(tiers, monkeypatch, tmp_path):
+def test_an_unusable_state_folder_does_not_disturb_readers(tiers, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("TIERCACHE_STATE_DIR", str(tmp_path / "file"))
     read_by_fsspec(tiers, KEYS[0])
@@ -212,7 +212,7 @@ def test_an_unusable_state_folder_does_not_fail_a_read(tiers, monkeypatch, tmp_p
     assert sorted(tiers.decide()[1]) == sorted(KEYS)
 
 
-def test_a_torn_line_is_skipped(monkeypatch, tmp_path):
+def test_a_truncated_line_of_the_log_is_ignored(monkeypatch, tmp_path):
     monkeypatch.setenv("TIERCACHE_STATE_DIR", str(tmp_path))
     tiers_module.record_use("s3://bucket/torn-test")
     path = next((tmp_path / tiers_module.FOLDER).iterdir())
@@ -222,7 +222,7 @@ def test_a_torn_line_is_skipped(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("rule", "goes"), [('idle = "1d"\nidle_by = "mtime"', False), ('age = "1d"', True)])
-def test_a_file_read_during_its_grace_period_stays_if_the_rule_is_about_idleness(tmp_path, rule, goes):
+def test_a_file_that_is_read_during_the_grace_period_is_not_deleted(tmp_path, rule, goes):
     world = World(tmp_path / "world", rules=f'[[rules]]\nname = "cold"\nmatch = "**"\nto = "archive"\n{rule}\n')
     moved_away(world, "f")
     world.guard = DeletionGuard(used_s={"f": world.now_s + 60})
@@ -231,7 +231,7 @@ def test_a_file_read_during_its_grace_period_stays_if_the_rule_is_about_idleness
     assert world.where("f") == (["archive"] if goes else ["standard", "archive"])
 
 
-def test_the_deletion_guard_has_the_uses_through_a_cache(tiers):
+def test_the_deletion_guard_knows_reads_through_a_cache(tiers):
     read_by_fsspec(tiers, KEYS[0])
     tiers.decide()
     assert list(deletion_guard_of(tiers.snapshot, Decisions()).used_s) == [KEYS[0]]

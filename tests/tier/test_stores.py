@@ -1,4 +1,4 @@
-"""The stores of a rule file's tiers, and the state of copies."""
+"""The stores of a rule file's tiers, and the state of a copy."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def rules(tmp_path):
         ("INTELLIGENT_TIERING", GOES, RESTORING),
     ],
 )
-def test_the_restore_field_decides_before_the_storage_class(storage_class, restore, state):
+def test_the_restore_field_decides_the_state_and_the_storage_class_without_it(storage_class, restore, state):
     assert state_of(info_of(storage_class, restore)) == state
 
 
@@ -63,7 +63,7 @@ def test_a_restored_copy_that_has_expired_is_archived(now_s, state):
     assert state_of(info_of("GLACIER", STAYS), now_s) == state
 
 
-def test_the_expiry_of_a_restored_copy_is_in_seconds_since_the_epoch():
+def test_the_expiry_of_a_restored_copy_is_parsed():
     assert restored_until(info_of("GLACIER", STAYS)) == STAYS_UNTIL_S
 
 
@@ -72,20 +72,20 @@ def test_any_restore_field_has_a_state(said):
     assert state_of(info_of("GLACIER", said), 0.0) in (ARCHIVED, RESTORING, RESTORED)
 
 
-def test_an_invalid_expiry_date_is_unknown():
+def test_an_invalid_expiry_is_unknown():
     assert restored_until(info_of("GLACIER", 'ongoing-request="false", expiry-date="soon"')) is None
 
 
 # -- stores ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_tier_has_one_store(rules, tmp_path):
+def test_the_store_of_a_tier_is_opened_once(rules, tmp_path):
     with Stores(rules(hot=f"url = '{tmp_path / 'hot'}'")) as stores:
         assert isinstance(stores.store("hot"), LocalFolder)
         assert stores.store("hot") is stores.store("hot")
 
 
-def test_a_given_store_replaces_the_url(rules):
+def test_a_given_store_replaces_that_of_the_url(rules):
     given_store = MemoryStore()
     with Stores(rules(hot="url = 's3://bucket'"), stores={"hot": given_store}) as stores:
         assert (stores.store("hot") is given_store, stores.archive("hot")) == (True, None)
@@ -96,7 +96,7 @@ def test_a_local_tier_has_no_archive(rules, tmp_path):
         assert stores.archive("hot") is None
 
 
-def test_a_class_without_boto3_names_the_extra(rules, monkeypatch):
+def test_a_storage_class_without_boto3_is_an_error_that_names_the_extra(rules, monkeypatch):
     monkeypatch.setattr("tiercache.tier.stores.has_boto3", lambda: False)
     file = rules(standard="url = 's3://b'", archive="url = 's3://c'\nstorage_class = 'GLACIER'")
     with Stores(file) as stores:
@@ -105,7 +105,7 @@ def test_a_class_without_boto3_names_the_extra(rules, monkeypatch):
             stores.archive("archive")
 
 
-def test_a_listing_and_a_head_are_those_of_the_store(rules, tmp_path):
+def test_listing_and_head_of_a_local_tier_are_those_of_its_store(rules, tmp_path):
     with Stores(rules(hot=f"url = '{tmp_path / 'hot'}'")) as stores:
         stores.store("hot").put("a/b", b"12")
         assert [(info.key, info.n_bytes) for info in stores.listing("hot", "a/")] == [("a/b", 2)]
@@ -133,12 +133,12 @@ def two_tiers(first, second, **more):
         ("memory://b/x", "memory://b/x/", True),
     ],
 )
-def test_equal_locations_are_recognised_by_their_urls(first, second, is_same):
+def test_two_urls_may_be_the_same_location(first, second, is_same):
     with Stores(two_tiers(first, second)) as stores:
         assert stores.same_url("hot", "cold") == is_same
 
 
-def test_a_link_is_the_same_location_as_its_target(rules, tmp_path):
+def test_a_symbolic_link_is_the_location_of_its_target(rules, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with Stores(rules(hot=f"url = '{tmp_path / 'real'}'", standard=f"url = '{tmp_path / 'link'}'")) as stores:
@@ -154,13 +154,13 @@ def test_one_bucket_name_at_two_endpoints_is_two_locations():
     ("storage_class", "tier"),
     [("STANDARD", "standard"), (None, "standard"), ("GLACIER", "archive"), ("STANDARD_IA", "standard")],
 )
-def test_an_object_belongs_to_the_tier_of_its_class(rules, storage_class, tier):
+def test_an_object_belongs_to_the_tier_of_its_storage_class(rules, storage_class, tier):
     file = rules(standard="url = 's3://b'", archive="url = 's3://b'\nstorage_class = 'GLACIER'")
     with Stores(file) as stores:
         assert stores.tier_of(stores.sharing("standard"), info_of(storage_class)) == tier
 
 
-def test_objects_of_other_classes_belong_to_the_first_tier(rules):
+def test_the_first_tier_of_a_url_has_objects_of_other_classes(rules):
     tables = {
         name: f"url = 's3://b'\nstorage_class = '{name.upper()}'\nrole = 'archive'"
         for name in ("glacier_ir", "glacier")

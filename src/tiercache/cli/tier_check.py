@@ -12,19 +12,26 @@ import pyarrow as pa
 import typer
 
 from tiercache.cli.output import FAILED, PARTIAL, Output, count, printable
-from tiercache.cli.tiers import OpenTiers, open_tiers, print_losses, print_notes, print_unavailable, read_rules
+from tiercache.cli.tiers import (
+    OpenTiers,
+    open_tiers,
+    print_losses,
+    print_metric_gaps,
+    print_notes,
+    print_unavailable,
+)
 from tiercache.errors import StoreError
 from tiercache.model import format_bytes
-from tiercache.prices import Prices, price_notes, price_table
+from tiercache.prices import price_notes, price_table
 from tiercache.store import redact
 from tiercache.store.archive import S3Archive
 from tiercache.store.options import ParsedUrl
-from tiercache.tier.findings import Loss, bucket_findings
+from tiercache.tier.findings import Loss, bucket_findings, find_losses, metric_gaps
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.model import KINDS
-from tiercache.tier.plan.proposals import rules_of
-from tiercache.tier.rules import Rule, RuleFile, Tier
-from tiercache.tier.stores import missing_folder_message
+from tiercache.tier.plan.selection import largest_copies, rules_of
+from tiercache.tier.rules import Rule, RuleFile, Tier, load_rule_file
+from tiercache.tier.stores import missing_folder_message, unavailable_tiers
 
 _NO_RULE = "(no rule)"
 # Facts of an inventory, and why no plan touches the objects that they count.
@@ -41,7 +48,7 @@ _OFFLINE, _UNSEEN = "not asked", "cannot be seen"
 
 def check_file(output: Output, rules: Path | None) -> None:
     """Check the rule file without reaching any tier."""
-    file = read_rules(rules)
+    file = load_rule_file(rules)
     _print_tiers(output, file, {tier.name: _OFFLINE for tier in file.tiers})
     print_notes(output, filter(None, map(missing_folder_message, file.tiers)))
     _sum_up(output, file, 0, None)
@@ -50,8 +57,7 @@ def check_file(output: Output, rules: Path | None) -> None:
 def check_tiers(output: Output, rules: Path | None) -> None:
     """Check the rule file and its tiers, and print what rules match.
 
-    Raises:
-        typer.Exit: With FAILED if a tier cannot be reached or seen; with PARTIAL if an object is lost.
+    Raises typer.Exit with FAILED if a tier cannot be reached or seen, and with PARTIAL if an object is lost.
     """
     with open_tiers(rules) as tiers:
         _check(output, tiers)
@@ -61,17 +67,20 @@ def _check(output: Output, tiers: OpenTiers) -> None:
     file = tiers.file
     reached = {tier.name: _reached(tiers, tier) for tier in file.tiers}
     failed = {name for name, answer in reached.items() if answer != "yes"}
-    unseen = tiers.unavailable_tiers(but=failed)
+    unseen = unavailable_tiers(file, tiers.stores, tiers.catalog, but=failed)
     _print_tiers(output, file, reached | dict.fromkeys(unseen, _UNSEEN))
     print_unavailable(output, file, unseen)
     losses: tuple[Loss, ...] | None = None
     if not failed:
         inventory = tiers.read_inventory(output)
         _print_rules(output, file, inventory)
-        losses = tiers.losses(inventory)
+        losses = find_losses(inventory, file, tiers.stores, tiers.catalog, now_s=inventory.snapshot.now_s)
         _print_buckets(output, tiers)
         _print_left_alone(output, inventory.facts, lost={loss.path for loss in losses})
-        tiers.print_missing_metrics(output, inventory, passed_over=True)
+        gaps, unscored = metric_gaps(inventory.snapshot, file, inventory.facts["in_files"])
+        print_metric_gaps(output, gaps)
+        for one in unscored:
+            output.event("passed_over", asdict(one), printable(f"note: {one.text}"))
         tiers.print_pending_moves(output)
         folders = [found.folder for found in inventory.facts["datasets"]]
         tiers.print_untracked(output, inventory, pa.array(folders, pa.large_string()))
@@ -100,31 +109,27 @@ def _print_tiers(output: Output, file: RuleFile, reached: dict[str, str]) -> Non
         prices = tier.prices if isinstance(tier.prices, str) else "own" if tier.prices else None
         shown = {"tier": tier.name, "role": tier.role, "url": redact(tier.url)}
         facts = {"storage_class": tier.storage_class, "capacity": tier.capacity, "prices": prices}
-        says = reached[tier.name]
-        rows.append({**shown, **facts, "home": tier is file.home, "reached": says == "yes", "answer": says})
+        answer = reached[tier.name]
+        rows.append({**shown, **facts, "home": tier is file.home, "reached": answer == "yes", "answer": answer})
         words = {"class": tier.storage_class or "", "capacity": tier.capacity or "", "prices": prices or ""}
-        texts.append({**shown, **words, "reached": says})
+        texts.append({**shown, **words, "reached": answer})
     output.table("tier", rows, texts)
 
 
 def _print_rules(output: Output, file: RuleFile, inventory: Inventory) -> None:
     """Print a row for each rule with the objects that it matches, and a row for objects that no rule matches."""
     snapshot = inventory.snapshot
-    matched = rules_of(snapshot, file)
-    sizes = np.zeros(snapshot.n_groups, np.int64)
-    np.maximum.at(sizes, snapshot.group, snapshot.n_bytes)
+    matched, sizes = rules_of(snapshot, file), largest_copies(snapshot)
     rows: list[dict[str, Any]] = []
     texts: list[dict[str, str]] = []
     for number, name in [*enumerate(rule.name for rule in file.rules), (-1, _NO_RULE)]:
         mine = matched == number
-        kinds = {kind: int(np.count_nonzero(mine & (snapshot.kind == i))) for i, kind in enumerate(KINDS)}
+        kinds = {f"{kind}s": int(np.count_nonzero(mine & (snapshot.kind == i))) for i, kind in enumerate(KINDS)}
         n_bytes = int(sizes[mine].sum())
         does = _does(file.rules[number]) if number >= 0 else "stays where it is"
-        rows.append({"rule": name, "does": does, **{f"{kind}s": n for kind, n in kinds.items()}, "n_bytes": n_bytes})
-        texts.append(
-            {"rule": name, **{f"{kind}s": f"{n:,}" for kind, n in kinds.items()}}
-            | {"size": format_bytes(n_bytes), "does": does}
-        )
+        rows.append({"rule": name, "does": does, **kinds, "n_bytes": n_bytes})
+        counts = {kind: f"{n:,}" for kind, n in kinds.items()}
+        texts.append({"rule": name, **counts, "size": format_bytes(n_bytes), "does": does})
     output.table("rule", rows, texts)
 
 
@@ -206,7 +211,7 @@ def _sum_up(output: Output, file: RuleFile, n_unreached: int, losses: Sequence[L
 def print_prices(output: Output) -> None:
     """Print the built-in price table."""
     dated, table = price_table()
-    rows = [price_facts(prices) for prices in table.values()]
+    rows = [asdict(prices) for prices in table.values()]
     names = ("store_gb_month", "put_1000", "get_1000", "transition_1000", "retrieve_gb", "egress_gb", "min_days")
     texts = [
         {"prices": row["name"], **{name: f"{row[name]:.5f}".rstrip("0").rstrip(".") for name in names}}
@@ -224,12 +229,3 @@ def print_prices(output: Output) -> None:
         {"dated": dated, "prices": len(rows)},
         f"prices as of {dated}, in dollars; price tables in a rule file override them",
     )
-
-
-def price_facts(prices: Prices) -> dict[str, Any]:
-    """Return prices for JSON output."""
-    restore = {s: {"gb": p.gb, "per_1000": p.per_1000, "hours": p.hours} for s, p in prices.restore.items()}
-    names = ("name", "store_gb_month", "put_1000", "get_1000", "transition_1000", "retrieve_gb", "egress_gb")
-    minima = ("min_days", "min_bytes", "overhead_bytes", "standard_overhead_bytes")
-    standard = ("standard_gb_month", "standard_put_1000")
-    return {name: getattr(prices, name) for name in (*names, *minima, *standard)} | {"restore": restore}

@@ -6,12 +6,13 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import typer
 from numpy.typing import NDArray
 
@@ -27,7 +28,6 @@ from tiercache.cli.tiers import (
     print_losses,
     print_metric_gaps,
     print_unavailable,
-    read_rules,
     select_paths,
     tier_path,
 )
@@ -36,17 +36,19 @@ from tiercache.model import ObjectInfo, format_bytes
 from tiercache.prices import SPEEDS, Prices, Speed
 from tiercache.tier import restore as restoring
 from tiercache.tier.costs import Sizes, month_dollars
+from tiercache.tier.findings import metric_gaps
 from tiercache.tier.inventory.listing import keys_of
 from tiercache.tier.model import KINDS, READABLE, SHARD, Move, Plan, Refusal, Snapshot
 from tiercache.tier.move.checks import ApplyResult, StoppedMove
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.mover import RunReport, open_mover, run_once
 from tiercache.tier.move.placement_updates import track_planned
-from tiercache.tier.plan.plan import make_plan, read_plan, write_plan
+from tiercache.tier.plan.plan import make_plan, totals_by_route
+from tiercache.tier.plan.plan_file import read_plan, write_plan
 from tiercache.tier.plan.policy import decide
-from tiercache.tier.plan.tables import paths_of, total_moves, totals_by_route
 from tiercache.tier.restore import RestorePlan
-from tiercache.tier.stores import state_of
+from tiercache.tier.rules import load_rule_file
+from tiercache.tier.stores import state_of, unavailable_tiers
 
 
 def plan(output: Output, rules: Path | None, out: Path | None, max_rows: int) -> None:
@@ -64,13 +66,15 @@ def plan(output: Output, rules: Path | None, out: Path | None, max_rows: int) ->
 def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
     """Return a plan of what is in the tiers now."""
     inventory = tiers.read_inventory(output)
-    unseen = tiers.unavailable_tiers()
-    limits = tiers.capacities()
-    decisions = decide(inventory.snapshot, tiers.file, tiers.prices, capacity_bytes=limits, missing=unseen)
-    made = make_plan(decisions, inventory, tiers.file, tiers.prices)
-    print_unavailable(output, tiers.file, unseen)
-    tiers.print_missing_metrics(output, inventory)
-    tiers.print_untracked(output, inventory, paths_of(made.moves, SHARD))
+    file, snapshot = tiers.file, inventory.snapshot
+    unseen = unavailable_tiers(file, tiers.stores, tiers.catalog)
+    limits = [tiers.stores.capacity(tier.name) for tier in file.tiers]
+    decisions = decide(snapshot, file, tiers.prices, capacity_bytes=limits, missing=unseen)
+    made = make_plan(decisions, inventory, file, tiers.prices)
+    print_unavailable(output, file, unseen)
+    print_metric_gaps(output, metric_gaps(snapshot, file, inventory.facts["in_files"])[0])
+    moved = decisions.moves.group
+    tiers.print_untracked(output, inventory, snapshot.paths.take(pa.array(moved[snapshot.kind[moved] == SHARD])))
     return made
 
 
@@ -89,15 +93,9 @@ def print_plan(output: Output, made: Plan, max_rows: int) -> None:
 def _print_sums(output: Output, moves: Sequence[Move]) -> None:
     """Print the moves of each rule between two tiers, summed, for people only."""
     texts = [
-        {
-            "rule": rule,
-            "does": action,
-            "from": src,
-            "to": dst or "",
-            "moves": f"{n:,}",
-            "size": format_bytes(of.n_bytes),
-        }
-        | {"cost": format_dollars(of.once), "saves/month": format_dollars(of.saving_month)}
+        {"rule": rule, "does": action, "from": src, "to": dst or "", "moves": f"{n:,}"}
+        | {"size": format_bytes(of.n_bytes), "cost": format_dollars(of.cost)}
+        | {"saves/month": format_dollars(of.saving_month)}
         for (rule, action, src, dst), (n, of) in totals_by_route(moves).items()
     ]
     output.table("sum", texts, texts)
@@ -126,7 +124,7 @@ def _print_refusals(output: Output, refusals: Sequence[Refusal]) -> None:
         | {"size": format_bytes(one.n_bytes), "why": f"{one.rule}: {one.reason}"}
         for one in refusals
     ]
-    output.table("refused", [refusal_facts(one) for one in refusals], texts)
+    output.table("refused", [asdict(one) for one in refusals], texts)
 
 
 def _say_more(n_all: int, most: int | None, noun: str) -> None:
@@ -134,43 +132,30 @@ def _say_more(n_all: int, most: int | None, noun: str) -> None:
         typer.echo(f"... and {count(n_all - most, noun)} more: --rows 0 shows all")
 
 
+_HEAD = ("path", "kind", "action", "src", "dst", "rule", "reason")
+
+
 def move_facts(move: Move) -> dict[str, Any]:
     """Return a move for JSON output: as in the plan file, without its objects."""
-    return {
-        "id": move.number,
-        "path": move.path,
-        "kind": move.kind,
-        "action": move.action,
-        "src": move.src,
-        "dst": move.dst,
-        "rule": move.rule,
-        "reason": move.reason,
-        "n_objects": len(move.objects),
-        "n_bytes": move.n_bytes,
-        "cost": move.money.once,
-        "saving_month": move.money.saving_month,
-        "break_even_days": move.money.break_even_days,
-        "seconds": move.seconds,
-    }
-
-
-def refusal_facts(one: Refusal) -> dict[str, Any]:
-    """Return a refusal for JSON output."""
-    names = ("path", "kind", "action", "src", "dst", "rule", "reason", "n_bytes")
-    return {name: getattr(one, name) for name in names}
+    head = {name: getattr(move, name) for name in _HEAD}
+    return (
+        {"id": move.number}
+        | head
+        | {
+            "n_objects": len(move.objects),
+            "n_bytes": move.n_bytes,
+            "cost": move.money.once,
+            "saving_month": move.money.saving_month,
+            "break_even_days": move.money.break_even_days,
+            "seconds": move.seconds,
+        }
+    )
 
 
 def plan_facts(made: Plan) -> dict[str, Any]:
     """Return the summary of a plan for JSON output."""
-    of = total_moves(made.moves)
-    return {
-        "plan": made.id,
-        "n_moves": len(made.moves),
-        "n_refused": len(made.refusals),
-        "n_bytes": of.n_bytes,
-        "cost": of.once,
-        "saving_month": of.saving_month,
-    }
+    numbers = {"plan": made.id, "n_moves": len(made.moves), "n_refused": len(made.refusals)}
+    return numbers | asdict(made.totals)
 
 
 def plan_text(made: Plan) -> str:
@@ -182,11 +167,7 @@ def plan_text(made: Plan) -> str:
 
 
 def apply(output: Output, file: Path, rules: Path | None, max_rows: int, *, yes: bool, dry_run: bool) -> None:
-    """Make the moves of a plan file, or print them.
-
-    Raises:
-        typer.Exit: With PARTIAL if moves were stopped.
-    """
+    """Make the moves of a plan file, or print them. Raises typer.Exit with PARTIAL if moves were stopped."""
     stored = read_plan(file)
     if dry_run:
         print_plan(output, stored, max_rows)
@@ -250,12 +231,8 @@ def _apply_text(plan: Plan, applied: ApplyResult, grace_s: float) -> str:
 
 
 def run(output: Output, rules: Path | None, max_rows: int, *, dry_run: bool) -> None:
-    """Plan and make all moves that are due, or print them.
-
-    Raises:
-        typer.Exit: With the exit code of the report, unless it is 0.
-    """
-    file = read_rules(rules)
+    """Plan and make all moves that are due, or print them. Raises typer.Exit unless the report's code is 0."""
+    file = load_rule_file(rules)
     with output.byte_progress("moving") as advance:
         report = run_once(file, dry_run=dry_run, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
     print_unavailable(output, file, report.unseen)
@@ -298,15 +275,15 @@ STATES = ("here", "archived", "restoring", "restored")
 def ls(output: Output, rules: Path | None, path: str | None) -> None:
     """List shards, checkpoints and files with their tiers and costs. path: Path, URL in a tier, or glob; None: all."""
     with open_tiers(rules) as tiers:
-        wanted = "" if path is None else tier_path(tiers.file, path)
+        selected = "" if path is None else tier_path(tiers.file, path)
         inventory = tiers.read_inventory(output)
-        print_unavailable(output, tiers.file, tiers.unavailable_tiers())
+        print_unavailable(output, tiers.file, unavailable_tiers(tiers.file, tiers.stores, tiers.catalog))
         tiers.print_pending_moves(output)
         snapshot = inventory.snapshot
         note = tiers.unpriced_note()
-    found = np.flatnonzero(select_paths(snapshot.paths, [wanted])).tolist()
+    found = np.flatnonzero(select_paths(snapshot.paths, selected)).tolist()
     if path is not None and not found:
-        raise NotFound(f"no object has this name or matches it in the tiers {', '.join(snapshot.tiers)}", url=wanted)
+        raise NotFound(f"no object has this name or matches it in the tiers {', '.join(snapshot.tiers)}", url=selected)
     month = monthly(snapshot, tiers.prices)
     first = np.searchsorted(snapshot.group, np.arange(snapshot.n_groups + 1))
     groups = sorted(found, key=lambda group: _natural(snapshot.paths[group].as_py()))
@@ -387,41 +364,33 @@ def _where(copy: Mapping[str, Any]) -> str:
 
 
 def _print_ls_summary(output: Output, rows: Sequence[Mapping[str, Any]], tiers: Sequence[str], note: str) -> None:
-    held = {name: [0, 0.0] for name in tiers}
+    totals = {name: [0, 0.0] for name in tiers}
     for copy in (copy for row in rows for copy in row["copies"]):
-        held[copy["tier"]][0] += copy["n_bytes"]
-        held[copy["tier"]][1] += copy["dollars_month"]
-    month = sum(amount for _, amount in held.values())
-    by_tier = {name: {"n_bytes": n_bytes, "dollars_month": round(d, 6)} for name, (n_bytes, d) in held.items()}
-    shown = ", ".join(f"{format_bytes(n_bytes)} in {name}" for name, (n_bytes, _) in held.items())
+        totals[copy["tier"]][0] += copy["n_bytes"]
+        totals[copy["tier"]][1] += copy["dollars_month"]
+    month = sum(amount for _, amount in totals.values())
+    by_tier = {name: {"n_bytes": n_bytes, "dollars_month": round(d, 6)} for name, (n_bytes, d) in totals.items()}
+    shown = ", ".join(f"{format_bytes(n_bytes)} in {name}" for name, (n_bytes, _) in totals.items())
     facts = {"groups": len(rows), "tiers": by_tier, "dollars_month": round(month, 6)}
     output.summary(facts, f"{count(len(rows), 'group')}: {shown}; ${format_dollars(month)} a month{note}")
 
 
 @dataclass(frozen=True, slots=True)
 class RestoreOptions:
-    """Options of a restore.
+    """Options of a restore."""
 
-    Attributes:
-        wait: Whether to wait until all objects are restored.
-        speed: Speed of the restore, in SPEEDS.
-        days: Days of a temporary restore; None: the objects are copied to the home tier.
-        yes: Whether not to ask for confirmation.
-        dry_run: Whether to print only what would be restored.
-    """
-
-    wait: bool
-    speed: str
-    days: int | None
-    yes: bool
-    dry_run: bool
+    wait: bool  # whether to wait until all objects are restored
+    speed: str  # speed of the restore, in SPEEDS
+    days: int | None  # days of a temporary restore; None: the objects are copied to the home tier
+    yes: bool  # whether not to ask for confirmation
+    dry_run: bool  # whether to print only what would be restored
 
 
 def restore(output: Output, what: Sequence[str], rules: Path | None, options: RestoreOptions) -> None:
     """Restore the archived objects that the arguments name, and copy them home.
 
-    Raises:
-        typer.Exit: With PENDING while restores are in progress; with PARTIAL if moves to the home tier were stopped.
+    Raises typer.Exit with PENDING while restores are in progress, and with PARTIAL if moves to the home tier were
+    stopped.
     """
     speed = _speed(options.speed)
     with open_tiers(rules) as tiers:
@@ -451,29 +420,28 @@ def _paths(tiers: OpenTiers, what: Sequence[str]) -> list[str]:
     return found[1:] if is_place and len(found) > 1 else found
 
 
-def _archived_keys(tiers: OpenTiers, wanted: Sequence[str]) -> list[str]:
+def _archived_keys(tiers: OpenTiers, arguments: Sequence[str]) -> list[str]:
     """Return the keys of the selected objects whose every copy must be restored before it can be read.
 
     The listings of the tiers tell the states, so no request per object is needed. Raises NotFound if nothing matches an
     argument.
     """
-    here: set[str] = set()
+    readable: set[str] = set()
     cold: set[str] = set()
-    for text in wanted:
-        found = [info for tier in tiers.file.tiers for info in _meant(tiers, tier.name, text)]
+    for text in arguments:
+        found = [info for tier in tiers.file.tiers for info in _selected(tiers, tier.name, text)]
         if not found:
             names = ", ".join(tier.name for tier in tiers.file.tiers)
             raise NotFound(f"no object has this name or matches it in the tiers {names}", url=text or "/")
-        here.update(info.key for info in found if state_of(info) == READABLE)
+        readable.update(info.key for info in found if state_of(info) == READABLE)
         cold.update(info.key for info in found if state_of(info) != READABLE)
-    return sorted(cold - here)
+    return sorted(cold - readable)
 
 
-def _meant(tiers: OpenTiers, tier: str, text: str) -> list[ObjectInfo]:
+def _selected(tiers: OpenTiers, tier: str, text: str) -> list[ObjectInfo]:
     """Return the objects of a tier that a path or glob selects."""
     listed = list(tiers.stores.listing(tier, base_folder(text)))
-    is_meant = select_paths(keys_of(listed), [text])
-    found = [listed[i] for i in np.flatnonzero(is_meant)]
+    found = [listed[i] for i in np.flatnonzero(select_paths(keys_of(listed), text))]
     if text and not found and not is_glob(text):
         with suppress(NotFound):
             found.append(tiers.stores.head(tier, text))

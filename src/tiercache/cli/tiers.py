@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +23,12 @@ from tiercache.model import format_bytes
 from tiercache.prices import Prices, prices_if_known
 from tiercache.store import redact
 from tiercache.store.options import ParsedUrl
-from tiercache.tier.findings import Loss, MetricGap, find_losses, metric_gaps
+from tiercache.tier.findings import Loss, MetricGap
 from tiercache.tier.inventory.groups import Inventory, take_inventory
 from tiercache.tier.model import TierTotals
 from tiercache.tier.move.mover import catalog_path
 from tiercache.tier.rules import RuleFile, load_rule_file
-from tiercache.tier.stores import Stores, missing_folder_message, unavailable_tiers
+from tiercache.tier.stores import Stores, missing_folder_message
 from tiercache.tier.text_columns import first_match
 
 _DURATION_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
@@ -57,28 +57,16 @@ def print_holdings(
     rows: list[dict[str, Any]] = []
     texts: list[dict[str, str]] = []
     for name in tiers:
-        old, new = before.get(name, TierTotals()), after.get(name, TierTotals())
-        rows.append({"tier": name, "before": _holding_facts(old), "after": _holding_facts(new)})
-        texts.append(
-            {
-                "tier": name,
-                "objects": f"{old.n_objects:,}",
-                "bytes": format_bytes(old.n_bytes),
-                "$/month": format_dollars(old.dollars_month),
-                "objects then": f"{new.n_objects:,}",
-                "bytes then": format_bytes(new.n_bytes),
-                "$/month then": format_dollars(new.dollars_month),
-            }
-        )
+        totals = {"before": before.get(name, TierTotals()), "after": after.get(name, TierTotals())}
+        facts = {when: asdict(of) | {"dollars_month": round(of.dollars_month, 6)} for when, of in totals.items()}
+        rows.append({"tier": name} | facts)
+        text = {"tier": name}
+        for when, of in totals.items():
+            then = "" if when == "before" else " then"
+            text |= {f"objects{then}": f"{of.n_objects:,}", f"bytes{then}": format_bytes(of.n_bytes)}
+            text[f"$/month{then}"] = format_dollars(of.dollars_month)
+        texts.append(text)
     output.table("tier", rows, texts)
-
-
-def _holding_facts(holding: TierTotals) -> dict[str, Any]:
-    return {
-        "n_bytes": holding.n_bytes,
-        "n_objects": holding.n_objects,
-        "dollars_month": round(holding.dollars_month, 6),
-    }
 
 
 _LOSSES_SHOWN = 20
@@ -88,19 +76,12 @@ _SIGNS = "*?[{"
 
 @dataclass(frozen=True, slots=True)
 class OpenTiers:
-    """The opened tiers of a rule file.
+    """The opened tiers of a rule file."""
 
-    Attributes:
-        file: The rule file.
-        stores: Stores of the tiers.
-        catalog: Catalog of this machine.
-        prices: Prices of each tier; None: no prices are known.
-    """
-
-    file: RuleFile
-    stores: Stores
-    catalog: TierCatalog
-    prices: tuple[Prices | None, ...]
+    file: RuleFile  # the rule file
+    stores: Stores  # stores of the tiers
+    catalog: TierCatalog  # catalog of this machine
+    prices: tuple[Prices | None, ...]  # prices of each tier; None: no prices are known
 
     def read_inventory(self, output: Output) -> Inventory:
         """Take the inventory: all objects in the tiers now. A progress bar counts the objects."""
@@ -125,30 +106,6 @@ class OpenTiers:
                 text = f"{folder}: its use is not tracked yet; {from_then}"
                 output.event("uncounted", {"data_set": folder}, f"note: {text}")
 
-    def unavailable_tiers(self, *, but: Collection[str] = ()) -> dict[str, str]:
-        """Return the tiers whose copies cannot be seen now, with the reason.
-
-        Args:
-            but: Names of tiers that are not checked.
-        """
-        return unavailable_tiers(self.file, self.stores, self.catalog, but=but)
-
-    def losses(self, inventory: Inventory) -> tuple[Loss, ...]:
-        """Return the objects that should be in a tier but are in no tier."""
-        return find_losses(inventory, self.file, self.stores, self.catalog, now_s=inventory.snapshot.now_s)
-
-    def print_missing_metrics(self, output: Output, inventory: Inventory, *, passed_over: bool = False) -> None:
-        """Print a warning for each run without a metric that a keep list needs.
-
-        Args:
-            inventory: Inventory of the tiers.
-            passed_over: Whether checkpoints without a metric are noted too.
-        """
-        gaps, passed = metric_gaps(inventory.snapshot, self.file, inventory.facts["in_files"])
-        print_metric_gaps(output, gaps)
-        for one in passed if passed_over else ():
-            output.event("passed_over", asdict(one), printable(f"note: {one.text}"))
-
     def print_pending_moves(self, output: Output) -> None:
         """Print a note for each home tier of another rule file that moves in this machine's catalog wait for."""
         for home, n_moves in self.catalog.waiting_homes().items():
@@ -158,10 +115,6 @@ class OpenTiers:
                     f"their sources are deleted only by `tiercache tier run --once` with a rule file of that home tier"
                 )
                 output.event("left", {"home": redact(home), "moves": n_moves}, f"note: {text}")
-
-    def capacities(self) -> list[int | None]:
-        """Return the bytes that each tier may hold; None: no limit."""
-        return [self.stores.capacity(tier.name) for tier in self.file.tiers]
 
     def unpriced_note(self) -> str:
         """Return the end of a summary that names tiers without prices; "" if all tiers have prices."""
@@ -186,9 +139,9 @@ def print_losses(output: Output, losses: Sequence[Loss]) -> None:
 
 def print_unavailable(output: Output, file: RuleFile, unseen: Mapping[str, str]) -> None:
     """Print a warning for each tier whose copies cannot be seen, and a note for each other tier without a folder."""
-    for tier, why in unseen.items():
-        text = f"tiers.{tier} cannot be seen: {why}"
-        output.event("unseen", {"tier": tier, "reason": why}, printable(f"warning: {text}"))
+    for tier, reason in unseen.items():
+        text = f"tiers.{tier} cannot be seen: {reason}"
+        output.event("unseen", {"tier": tier, "reason": reason}, printable(f"warning: {text}"))
     print_notes(output, filter(None, (missing_folder_message(tier) for tier in file.tiers if tier.name not in unseen)))
 
 
@@ -201,40 +154,18 @@ def print_notes(output: Output, doubts: Iterable[str]) -> None:
 @contextmanager
 def open_tiers(rules: Path | None) -> Iterator[OpenTiers]:
     """Yield the opened tiers of the rule file, and close them at the end."""
-    file = read_rules(rules)
+    file = load_rule_file(rules)
     prices = tuple(prices_if_known(tier) for tier in file.tiers)
     places = {tier.name: tier.url for tier in file.tiers}
     with Stores(file) as stores, TierCatalog(catalog_path(file), places) as catalog:
         yield OpenTiers(file, stores, catalog, prices)
 
 
-def read_rules(rules: Path | None) -> RuleFile:
-    """Return the rule file after checking that its globs compile. Raises ValueError, which names file and key."""
-    file = load_rule_file(rules)
-    nothing = pa.nulls(0, pa.large_string())  # pa.array() of a list imports pandas
-    globs = [(f"{rule.name}.match", rule.match) for rule in file.rules]
-    globs += [(f"{rule.name}.except", rule.exclude) for rule in file.rules]
-    globs += [(f"pins[{i}].match", pin.match) for i, pin in enumerate(file.pins, start=1)]
-    globs += [("tiering.gone", file.tiering.gone)]
-    globs += [(f"tags[{i}].match", tag.match) for i, tag in enumerate(file.tags, start=1)]
-    for key, some in globs:
-        try:
-            first_match(nothing, [(some, ())])
-        except ValueError as error:
-            raise ValueError(f"{file.path}: {key}: {error}") from error
-    return file
-
-
 def tier_path(file: RuleFile, text: str) -> str:
     """Return the path below the tiers' URLs that an argument names; "" is a whole tier.
 
-    Args:
-        file: Rule file with the tiers.
-        text: URL or local path in a tier, or a path below the tiers' URLs. A local path is absolute, or begins with
-            "~/", "./" or "../".
-
-    Raises:
-        ValueError: The URL or absolute path is in no tier.
+    text: URL or local path in a tier, or a path below the tiers' URLs. A local path is absolute, or begins with "~/",
+    "./" or "../". Raises ValueError if the URL or absolute path is in no tier.
     """
     place = ParsedUrl.parse(os.path.abspath(text) if text.startswith(_HERE) else text)  # noqa: PTH100 - keeps links
     if not place.scheme and not Path(place.path).is_absolute():
@@ -267,20 +198,11 @@ def base_folder(text: str) -> str:
     return text[:first].rpartition("/")[0]
 
 
-def select_paths(paths: pa.Array, wanted: Sequence[str]) -> NDArray[np.bool_]:
-    """Return which paths the arguments select, bool[n].
-
-    Args:
-        paths: Paths below the tiers' URLs, string[n].
-        wanted: Globs, or paths, which select everything below them; "" selects all.
-    """
-    found = np.zeros(len(paths), np.bool_)
-    for text in wanted:
-        if is_glob(text):
-            found |= first_match(paths, [((text,), ())]) >= 0
-        elif text:
-            hits = pc.or_(pc.equal(paths, text), pc.starts_with(paths, f"{text}/"))
-            found |= np.asarray(hits.to_numpy(zero_copy_only=False), np.bool_)
-        else:
-            found[:] = True
-    return found
+def select_paths(paths: pa.Array, text: str) -> NDArray[np.bool_]:
+    """Return which paths a glob, or a path with everything below it, selects; "" selects all. bool[n]."""
+    if is_glob(text):
+        return first_match(paths, [((text,), ())]) >= 0
+    if not text:
+        return np.ones(len(paths), np.bool_)
+    hits = pc.or_(pc.equal(paths, text), pc.starts_with(paths, f"{text}/"))
+    return np.asarray(hits.to_numpy(zero_copy_only=False), np.bool_)

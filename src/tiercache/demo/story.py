@@ -32,7 +32,7 @@ from tiercache.shard.write.dataset_writer import Writer
 from tiercache.store import open_store
 from tiercache.testing.s3_server import S3Server
 from tiercache.tier.model import Plan, TierTotals
-from tiercache.tier.plan.plan import read_plan
+from tiercache.tier.plan.plan_file import read_plan
 
 PACKAGES = ("torch", "torchdata", "sklearn", "PIL")
 HELD_OUT_EVERY = 6

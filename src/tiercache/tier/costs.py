@@ -29,17 +29,11 @@ Dollars = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sizes:
-    """Sizes of some copies; int64[n] each.
+    """Sizes of some copies; int64[n] each."""
 
-    Attributes:
-        n_objects: Number of objects.
-        n_bytes: Total size.
-        smallest_bytes: Size of the smallest object.
-    """
-
-    n_objects: NDArray[np.int64]
-    n_bytes: NDArray[np.int64]
-    smallest_bytes: NDArray[np.int64]
+    n_objects: NDArray[np.int64]  # number of objects
+    n_bytes: NDArray[np.int64]  # total size
+    smallest_bytes: NDArray[np.int64]  # size of the smallest object
 
     @classmethod
     def of(cls, snapshot: Snapshot, copies: NDArray[np.int64]) -> Sizes:
@@ -92,14 +86,8 @@ def copy_dollars(src: Prices, dst: Prices, sizes: Sizes, *, leaves: bool, stream
     CompleteMultipartUpload at the rate of the class. For copies of several objects the number of parts is an upper
     bound.
 
-    Args:
-        src: Prices of the source tier.
-        dst: Prices of the destination tier.
-        sizes: Sizes of the copies.
-        leaves: Whether the bytes leave the provider's region.
-        streams: Whether the bytes pass through this machine. Then each part costs a GET and a PUT, and an object of
-            several parts one request each to begin and to complete the upload. Otherwise the store copies each object
-            by one request.
+    leaves: Whether the bytes leave the provider's region. streams: Whether they pass through this machine; then each
+    part costs a GET and a PUT, and otherwise the store copies each object by one request.
     """
     per_gb = src.retrieve_gb + (src.egress_gb if leaves else 0.0)
     return _requests_dollars(src, dst, sizes, streams=streams) + sizes.n_bytes / GB * per_gb

@@ -8,7 +8,6 @@ says that it exists and no tier has a copy; unless its last tier is unavailable,
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,14 +16,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY
-from tiercache.tier.inventory.metrics import metrics_in_name, wanted_metrics
+from tiercache.tier.inventory.metrics import metrics_in_name, used_metrics
 from tiercache.tier.model import CHECKPOINT
 from tiercache.tier.placement import log
-from tiercache.tier.plan.proposals import Flags, fits_size, largest_copies, rules_of, scores_of
+from tiercache.tier.plan.selection import Flags, fits_size, largest_copies, rules_of, scores_of
 from tiercache.tier.stores import RESTORED_FIRST, unavailable_tiers
 from tiercache.tier.text_columns import first_match, match_regex
 
@@ -39,64 +39,49 @@ if TYPE_CHECKING:
     from tiercache.tier.stores import Stores
 
 
-Kind: TypeAlias = Literal["expiration", "transition", "versions", "object_lock", "unread"]
+SettingKind: TypeAlias = Literal["expiration", "transition", "versions", "object_lock", "unread"]
 
 
 @dataclass(frozen=True, slots=True)
 class BucketFinding:
-    """An effect of a bucket's settings on a tier's objects.
+    """An effect of a bucket's settings on a tier's objects."""
 
-    Attributes:
-        tier: Name of the tier.
-        kind: Kind of the setting; "unread": a setting that could not be read.
-        lifecycle_rule: ID of the lifecycle rule; None: another setting.
-        is_danger: Whether objects are deleted, or become unreadable, without tiercache.
-        text: Message for people.
+    tier: str  # name of the tier
+    kind: SettingKind  # "unread": a setting that could not be read
+    lifecycle_rule: str | None  # ID of the lifecycle rule; None: another setting
+    is_danger: bool  # whether objects are deleted, or become unreadable, without tiercache
+    text: str  # message for people
+
+
+def bucket_findings(tier: str, folder: str, class_of: str, settings: BucketSettings) -> Iterator[BucketFinding]:
+    """Yield the effects of a bucket's settings on the objects of a tier.
+
+    folder: Prefix of all its keys in the bucket; "" or ending in "/". class_of: Storage class of its copies.
     """
-
-    tier: str
-    kind: Kind
-    lifecycle_rule: str | None
-    is_danger: bool
-    text: str
-
-
-def bucket_findings(tier: str, folder: str, class_of: str, settings: BucketSettings) -> tuple[BucketFinding, ...]:
-    """Return the effects of a bucket's settings on the objects of a tier.
-
-    Args:
-        tier: Name of the tier.
-        folder: Prefix of all its keys in the bucket; "" or ending in "/".
-        class_of: Storage class of its copies.
-        settings: Settings of the bucket.
-    """
-    return tuple(_findings(tier, folder, class_of, settings))
-
-
-def _findings(tier: str, folder: str, class_of: str, settings: BucketSettings) -> Iterator[BucketFinding]:
     where = f"tiers.{tier}"
     has_versions = settings.versioning in ("Enabled", "Suspended")
     rules = [rule for rule in settings.lifecycle if _applies(rule, folder)]
     for rule in rules:
         name = str(rule.get("ID") or "without ID")
-        says = f"{where}: the bucket's lifecycle rule {name!r}{_of(rule)}"
+        described = f"{where}: the bucket's lifecycle rule {name!r}{_of(rule)}"
         if when := _when(rule.get("Expiration", {})):
             kept = " (old versions stay, hidden)" if has_versions else ""
-            text = f"{says} deletes objects of this tier {when}{kept}, last copies too: take the tier out of its prefix"
+            text = f"{described} deletes objects of this tier {when}{kept}, last copies too:"
+            text += " take the tier out of its prefix"
             yield BucketFinding(tier, "expiration", name, True, text)
         for transition in rule.get("Transitions", ()):
             target = str(transition.get("StorageClass", ""))
             if target != class_of:
                 more = "; they cannot be read before a restore" if target in RESTORED_FIRST else ""
-                text = f"{says} moves objects of this tier to {target} {_when(transition) or 'at once'}{more}"
+                text = f"{described} moves objects of this tier to {target} {_when(transition) or 'at once'}{more}"
                 yield BucketFinding(tier, "transition", name, target in RESTORED_FIRST, text)
     if has_versions:
         yield BucketFinding(tier, "versions", None, False, f"{where}: {_versions(settings.versioning, rules)}")
     if settings.lock is not None:
         text = f"{where}: the bucket has object lock{_retention(settings.lock)}: a deletion adds only a delete marker"
         yield BucketFinding(tier, "object_lock", None, False, f"{text}, and what is locked stays and is billed")
-    for name, why in settings.unread.items():
-        text = f"{where}: the bucket's {name} could not be read, and is not checked: {why}"
+    for name, reason in settings.unread.items():
+        text = f"{where}: the bucket's {name} could not be read, and is not checked: {reason}"
         yield BucketFinding(tier, "unread", None, False, text)
 
 
@@ -166,17 +151,11 @@ _NO_FILE = rf"{SHARD_KEY}|{OWN_KEY}"
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A lost object.
+    """A lost object."""
 
-    Attributes:
-        path: Path below the tier's URL.
-        tiers: Tiers that held it last, as far as is known.
-        known_by: The source that says that it should exist.
-    """
-
-    path: str
-    tiers: tuple[str, ...]
-    known_by: str
+    path: str  # path below the tier's URL
+    tiers: tuple[str, ...]  # tiers that held it last, as far as is known
+    known_by: str  # the source that says that it should exist
 
     @property
     def text(self) -> str:
@@ -188,86 +167,63 @@ class Loss:
 def find_losses(
     inventory: Inventory, file: RuleFile, stores: Stores, catalog: TierCatalog, *, now_s: float
 ) -> tuple[Loss, ...]:
-    """Return all lost objects, by path. Changes nothing.
-
-    Args:
-        inventory: Inventory of the tiers.
-        file: Rule file.
-        stores: Stores of its tiers.
-        catalog: Catalog of this machine.
-        now_s: Current time, in seconds since the epoch.
-
-    Raises:
-        StoreError: A store cannot be reached now.
-    """
+    """Return all lost objects, by path. Changes nothing. Raises StoreError if a store cannot be reached now."""
     hidden = {*unavailable_tiers(file, stores, catalog), *inventory.facts["missed"]}
-    known = _Expected()
+    expected: dict[str, _Expected] = {}
     keys, named_s = inventory.facts["missing_shards"]
-    known.add(keys, named_s, "", "a version of its data set names it")
-    _add_from_catalog(known, inventory, file, catalog)
+    _add(expected, keys, named_s, "", "a version of its data set names it")
+    _add_from_catalog(expected, inventory, file, catalog)
     if file.home.name not in hidden:
-        _add_from_placement(known, inventory, file, stores)
-    found = {path: one for path, one in known.by_path.items() if hidden.isdisjoint(one.tiers)}
+        _add_from_placement(expected, inventory, file, stores)
+    found = {path: one for path, one in expected.items() if hidden.isdisjoint(one.tiers)}
     paths = pa.array(sorted(found), pa.large_string())
     written_s = np.array([found[path].written_s for path in paths.to_pylist()], np.float64)
-    may_be_gone = _said_gone(paths, file) | _may_be_deleted(paths, now_s - written_s, file)
+    may_be_gone = (first_match(paths, [(file.tiering.gone, ())]) >= 0) | _is_deletable(paths, now_s - written_s, file)
     left = paths.filter(pa.array(~may_be_gone)).to_pylist()
-    there = _there_after_all(left[:_CONFIRMED], [tier.name for tier in file.tiers if tier.name not in hidden], stores)
+    existing = _existing(left[:_CONFIRMED], [tier.name for tier in file.tiers if tier.name not in hidden], stores)
     return tuple(
         Loss(path, tuple(sorted(found[path].tiers, key=file.index)), found[path].known_by)
         for path in left
-        if path not in there
+        if path not in existing
     )
 
 
 @dataclass(slots=True)
-class _Known:
-    """An object that no tier has. written_s: Latest time at which it can have been written; NaN: unknown."""
+class _Expected:
+    """An object that should exist and was not listed. written_s: Latest possible time of its write; NaN: unknown."""
 
     tiers: set[str]
     written_s: float
     known_by: str
 
 
-class _Expected:
-    """Objects that should exist and were not listed, by path."""
-
-    def __init__(self) -> None:
-        self.by_path: dict[str, _Known] = {}
-
-    def add(self, keys: pa.Array, written_s: NDArray[np.float64], tier: str, known_by: str) -> None:
-        for path, since_s in zip(keys.to_pylist(), written_s.tolist(), strict=True):
-            one = self.by_path.setdefault(path, _Known(set(), since_s, known_by))
-            one.written_s = since_s if np.isnan(one.written_s) else one.written_s
-            if tier:
-                one.tiers.add(tier)
+def _add(
+    expected: dict[str, _Expected], keys: pa.Array, written_s: NDArray[np.float64], tier: str, known_by: str
+) -> None:
+    for path, since_s in zip(keys.to_pylist(), written_s.tolist(), strict=True):
+        one = expected.setdefault(path, _Expected(set(), since_s, known_by))
+        one.written_s = since_s if np.isnan(one.written_s) else one.written_s
+        one.tiers |= {tier} - {""}
 
 
-def _add_from_catalog(known: _Expected, inventory: Inventory, file: RuleFile, catalog: TierCatalog) -> None:
+def _add_from_catalog(
+    expected: dict[str, _Expected], inventory: Inventory, file: RuleFile, catalog: TierCatalog
+) -> None:
+    shards = [path for path in expected if path.endswith(".tcs")]
     for tier in file.tiers:
-        book = catalog.checksums(tier.name)
-        book = book.filter(book["verified"]).combine_chunks()
-        keys = pa.concat_arrays([pa.array([], pa.large_string()), *book["key"].chunks])
-        lacking = ~inventory.lies(keys) & ~match_regex(keys, _NO_FILE)
-        if lacking.any():
-            mask = pa.array(lacking)
-            written_s = book["written_s"].fill_null(np.nan).filter(mask).to_numpy()
-            known.add(keys.filter(mask), written_s, tier.name, "a move has verified it")
-    # For shards, the catalog only adds the tiers that held them last.
-    _add_tiers_of_shards(known, file, catalog)
-
-
-def _add_tiers_of_shards(known: _Expected, file: RuleFile, catalog: TierCatalog) -> None:
-    shards = [path for path in known.by_path if path.endswith(".tcs")]
-    if not shards:
-        return
-    for tier in file.tiers:
-        for key, copy in catalog.entries(tier.name, shards).items():
+        entries = catalog.checksums(tier.name)
+        entries = entries.filter(entries["verified"]).combine_chunks()
+        keys = pa.concat_arrays([pa.array([], pa.large_string()), *entries["key"].chunks])
+        lacking = pa.array(~inventory.lies(keys) & ~match_regex(keys, _NO_FILE))
+        written_s = entries["written_s"].fill_null(np.nan).filter(lacking).to_numpy()
+        _add(expected, keys.filter(lacking), written_s, tier.name, "a move has verified it")
+        # For shards, the catalog only adds the tiers that held them last.
+        for key, copy in catalog.entries(tier.name, shards).items() if shards else ():
             if copy.verified and not copy.is_intended:
-                known.by_path[key].tiers.add(tier.name)
+                expected[key].tiers.add(tier.name)
 
 
-def _add_from_placement(known: _Expected, inventory: Inventory, file: RuleFile, stores: Stores) -> None:
+def _add_from_placement(expected: dict[str, _Expected], inventory: Inventory, file: RuleFile, stores: Stores) -> None:
     """Add files and checkpoints that the home tier's placement leads readers to."""
     if not inventory.lies(pa.array([log.TRACKING_MARKER_KEY], pa.large_string()))[0]:
         return
@@ -278,23 +234,14 @@ def _add_from_placement(known: _Expected, inventory: Inventory, file: RuleFile, 
     if placed is None or not len(placed):
         return
     keys = pa.concat_arrays([pa.array([], pa.large_string()), *placed.rows["key"].cast(pa.large_string()).chunks])
+    urls = pc.utf8_rtrim(placed.rows["url"], "/")
     lacking = ~inventory.lies(keys) & ~match_regex(keys, _NO_FILE)
-    tiers: Mapping[str, str] = {tier.url.rstrip("/"): tier.name for tier in file.tiers}
-    rows: dict[str, list[str]] = defaultdict(list)
-    urls = placed.rows["url"].filter(pa.array(lacking)).to_pylist()
-    for key, url in zip(keys.filter(pa.array(lacking)).to_pylist(), urls, strict=True):
-        if url.rstrip("/") in tiers:
-            rows[tiers[url.rstrip("/")]].append(key)
-    for tier, some in rows.items():
-        nobody_knows = np.full(len(some), np.nan)
-        known.add(pa.array(some, pa.large_string()), nobody_knows, tier, "readers are led there")
+    for tier in file.tiers:
+        here = keys.filter(pc.and_(pa.array(lacking), pc.equal(urls, tier.url.rstrip("/")).combine_chunks()))
+        _add(expected, here, np.full(len(here), np.nan), tier.name, "readers are led there")
 
 
-def _said_gone(paths: pa.Array, file: RuleFile) -> Flags:
-    return first_match(paths, [(file.tiering.gone, ())]) >= 0 if file.tiering.gone else np.zeros(len(paths), np.bool_)
-
-
-def _may_be_deleted(paths: pa.Array, age_s: NDArray[np.float64], file: RuleFile) -> Flags:
+def _is_deletable(paths: pa.Array, age_s: NDArray[np.float64], file: RuleFile) -> Flags:
     """Return whether a rule deletes objects of this age: another machine's mover may have done so; bool[n]."""
     is_shard = match_regex(paths, SHARD_KEY)
     found = np.zeros(len(paths), np.bool_)
@@ -307,10 +254,10 @@ def _may_be_deleted(paths: pa.Array, age_s: NDArray[np.float64], file: RuleFile)
     return found
 
 
-def _there_after_all(paths: Sequence[str], tiers: Collection[str], stores: Stores) -> set[str]:
+def _existing(paths: Sequence[str], tiers: Collection[str], stores: Stores) -> set[str]:
     """Return the paths that exist in a tier now."""
 
-    def is_there(path: str) -> bool:
+    def exists(path: str) -> bool:
         for tier in tiers:
             try:
                 stores.head(tier, path)
@@ -323,10 +270,8 @@ def _there_after_all(paths: Sequence[str], tiers: Collection[str], stores: Store
             return True
         return False
 
-    if not paths:
-        return set()
-    with ThreadPoolExecutor(min(_THREADS, len(paths)), "tiercache-losses") as pool:
-        return {path for path, there in zip(paths, pool.map(is_there, paths), strict=True) if there}
+    with ThreadPoolExecutor(_THREADS, "tiercache-losses") as pool:
+        return {path for path, is_there in zip(paths, pool.map(exists, paths), strict=True) if is_there}
 
 
 # -- missing metrics -------------------------------------------------------------------------------------------------
@@ -338,68 +283,50 @@ _NO_WORD = re.compile(r"[^a-z0-9]+")
 
 @dataclass(frozen=True, slots=True)
 class MetricGap:
-    """A metric of a keep list that no complete checkpoint of a run has, so that the list keeps all of the run.
+    """A metric of a keep list that no complete checkpoint of a run has, so that the list keeps all of the run."""
 
-    Attributes:
-        rule: Name of the rule.
-        tiers: Tiers whose keep lists use the metric.
-        metrics: Names of the metric in the keep list.
-        run: Checkpoints of the run, as a glob.
-        n_checkpoints: Number of complete checkpoints of the run.
-        found: Metrics that the run has.
-        likely: Metric of the run with the most similar name; None: there is no similar name.
-    """
-
-    rule: str
-    tiers: tuple[str, ...]
-    metrics: tuple[str, ...]
-    run: str
-    n_checkpoints: int
-    found: tuple[str, ...]
-    likely: str | None
+    rule: str  # name of the rule
+    tiers: tuple[str, ...]  # tiers whose keep lists use the metric
+    metrics: tuple[str, ...]  # names of the metric in the keep list
+    run: str  # checkpoints of the run, as a glob
+    n_checkpoints: int  # number of complete checkpoints of the run
+    found: tuple[str, ...]  # metrics that the run has
+    likely: str | None  # metric of the run with the most similar name; None: there is no similar name
 
     @property
     def text(self) -> str:
         """The message for people."""
         lists = ", ".join(f"keep_{tier}" for tier in self.tiers)
-        asked = " or ".join(map(repr, self.metrics))
+        names = " or ".join(map(repr, self.metrics))
         if self.found:
             more = ", ..." if len(self.found) > _SHOWN else ""
-            there = f"found: {', '.join(self.found[:_SHOWN])}{more}"
+            found = f"found: {', '.join(self.found[:_SHOWN])}{more}"
         else:
-            there = "no metric was found, neither in names nor in readable files"
-        meant = f"; did you mean {self.likely!r}?" if self.likely else ""
+            found = "no metric was found, neither in names nor in readable files"
+        likely = f"; did you mean {self.likely!r}?" if self.likely else ""
         return (
-            f"{self.rule}: no checkpoint of {self.run} has the metric {asked}, so that {lists} keeps all "
-            f"{self.n_checkpoints:,} of them and none is deleted; {there}{meant}"
+            f"{self.rule}: no checkpoint of {self.run} has the metric {names}, so that {lists} keeps all "
+            f"{self.n_checkpoints:,} of them and none is deleted; {found}{likely}"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class UnscoredCheckpoints:
-    """Complete checkpoints without a metric that others of their runs have, so that `best` does not keep them.
+    """Complete checkpoints without a metric that others of their runs have, so that `best` does not keep them."""
 
-    Attributes:
-        rule: Name of the rule.
-        metrics: Names of the metric in the keep list.
-        n_checkpoints: Number of such checkpoints.
-        n_runs: Number of their runs.
-        paths: Paths of the first few.
-    """
-
-    rule: str
-    metrics: tuple[str, ...]
-    n_checkpoints: int
-    n_runs: int
-    paths: tuple[str, ...]
+    rule: str  # name of the rule
+    metrics: tuple[str, ...]  # names of the metric in the keep list
+    n_checkpoints: int  # number of such checkpoints
+    n_runs: int  # number of their runs
+    paths: tuple[str, ...]  # paths of the first few
 
     @property
     def text(self) -> str:
         """The message for people."""
-        asked = " or ".join(map(repr, self.metrics))
+        names = " or ".join(map(repr, self.metrics))
         more = ", ..." if self.n_checkpoints > len(self.paths) else ""
         return (
-            f"{self.rule}: {self.n_checkpoints:,} checkpoints lack the metric {asked}, which others of their run have, "
+            f"{self.rule}: {self.n_checkpoints:,} checkpoints lack the metric {names}, which others of their run have, "
             f"so that `best` does not keep them: {', '.join(self.paths)}{more}"
         )
 
@@ -409,24 +336,21 @@ def metric_gaps(
 ) -> tuple[tuple[MetricGap, ...], tuple[UnscoredCheckpoints, ...]]:
     """Return the metrics that keep lists use and that are missing: in whole runs, and in some checkpoints of a run.
 
-    Args:
-        snapshot: Snapshot.
-        file: Rule file.
-        in_files: Group to the names of the metrics in its files.
+    in_files: Group to the names of the metrics in its files.
     """
     gaps: list[MetricGap] = []
-    passed: list[UnscoredCheckpoints] = []
-    if not wanted_metrics(file):
+    unscored_checkpoints: list[UnscoredCheckpoints] = []
+    if not used_metrics(file):
         return (), ()
     rule_of, n_bytes = rules_of(snapshot, file), largest_copies(snapshot)
     for number, rule in enumerate(file.rules):
         rows = np.flatnonzero((rule_of == number) & (snapshot.kind == CHECKPOINT) & snapshot.complete)
         rows = rows[fits_size(rule, n_bytes[rows])]
-        asked: dict[tuple[str, ...], tuple[BestMetric, list[str]]] = {}
+        used: dict[tuple[str, ...], tuple[BestMetric, list[str]]] = {}
         for tier, keep in rule.keep.items():
             for best in keep.best:
-                asked.setdefault(best.metrics, (best, []))[1].append(tier)
-        for metrics, (best, tiers) in asked.items():
+                used.setdefault(best.metrics, (best, []))[1].append(tier)
+        for metrics, (best, tiers) in used.items():
             scores = scores_of(snapshot, rows, best)
             unscored = rows[scores.is_unscored]
             for series in np.unique(snapshot.series[unscored]).tolist():
@@ -438,8 +362,8 @@ def metric_gaps(
             if len(without):
                 paths = tuple(snapshot.paths[row].as_py() for row in without[:3].tolist())
                 n_runs = len(np.unique(snapshot.series[without]))
-                passed.append(UnscoredCheckpoints(rule.name, metrics, len(without), n_runs, paths))
-    return tuple(gaps), tuple(passed)
+                unscored_checkpoints.append(UnscoredCheckpoints(rule.name, metrics, len(without), n_runs, paths))
+    return tuple(gaps), tuple(unscored_checkpoints)
 
 
 def _names_in(snapshot: Snapshot, run: NDArray[np.int64], in_files: Mapping[int, frozenset[str]]) -> tuple[str, ...]:

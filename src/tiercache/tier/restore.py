@@ -18,7 +18,7 @@ import pyarrow as pa
 from tiercache.errors import NotFound, StoreError
 from tiercache.prices import SPEEDS, Speed
 from tiercache.tier.costs import PROMOTION_DAYS, restore_dollars, restored_home_dollars
-from tiercache.tier.inventory.layouts import recognise_layout
+from tiercache.tier.inventory.layouts import group_keys
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, Action, Kind, Move, Plan, PlannedObject, PlannedTier
 from tiercache.tier.stores import RESTORED_FIRST, Stores, state_of
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
@@ -279,7 +279,7 @@ def plan_copy_home(
 
 def _groups(objects: Sequence[ArchivedObject]) -> list[tuple[str, Kind, list[ArchivedObject]]]:
     """Return the groups that are moved as one: path, kind, and objects of one tier, the completing objects last."""
-    layout = recognise_layout(pa.array([one.key for one in objects], pa.large_string()))
+    layout = group_keys(pa.array([one.key for one in objects], pa.large_string()))
     found: dict[tuple[int, str], list[int]] = {}
     for i, one in enumerate(objects):
         found.setdefault((int(layout.group[i]), one.tier), []).append(i)

@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, date, datetime, time, timedelta
 from difflib import get_close_matches
 from pathlib import Path
@@ -33,10 +34,11 @@ from pydantic import (
 from tiercache import config
 from tiercache.model import parse_bytes, parse_duration
 from tiercache.prices import named_prices, parse_prices, prices_of
+from tiercache.tier.model import Kind
+from tiercache.tier.text_columns import check_globs
 
 _PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
 _LONGEST_S = 10_000 * 365.0 * 86400.0
-_SET = re.compile(r"\[!?\]?[^\]]*\]")  # a character class of a glob: [a-z], [!x], []]
 
 
 def read_seconds(value: object) -> float:
@@ -100,16 +102,14 @@ def require_values(values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def read_globs(value: object) -> tuple[str, ...]:
-    """Return a glob, or a list of globs, as a tuple. Raises ValueError for a glob that cannot match any path."""
+    """Return a glob, or a list of globs, as a tuple. Raises ValueError for one that is malformed or matches no path."""
     globs = read_texts(value)
     for glob in globs:
         if glob.startswith("/") or "//" in glob or "\\" in glob:
             raise ValueError(
                 f"a glob matches paths below a tier's URL: no '/' at its start, no '//' and no '\\', got {glob!r}"
             )
-        plain = _SET.sub("", glob)
-        if "[" in plain or plain.count("{") != plain.count("}"):
-            raise ValueError(f"'[' or '{{' is not closed in {glob!r}")
+    check_globs(globs)
     return globs
 
 
@@ -120,19 +120,16 @@ def read_moment(value: object) -> float:
     """
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LONGEST_S:
         return float(value)
-    found = _from_text(value) if isinstance(value, str) else value
+    found = value
+    if isinstance(value, str):
+        with suppress(ValueError):
+            is_date = len(value) == len("2027-06-30")
+            found = date.fromisoformat(value) if is_date else datetime.fromisoformat(value)
     if isinstance(found, date) and not isinstance(found, datetime):
         return datetime.combine(found, time(), UTC).timestamp() + timedelta(days=1).total_seconds()
     if not isinstance(found, datetime):
         raise ValueError(f"expected a date or time such as 2027-06-30 or 2027-06-30T12:00:00Z, got {value!r}")
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
-
-
-def _from_text(text: str) -> date | None:
-    try:
-        return date.fromisoformat(text) if len(text) == len("2027-06-30") else datetime.fromisoformat(text)
-    except ValueError:
-        return None
 
 
 def read_path(value: object) -> object:
@@ -141,7 +138,6 @@ def read_path(value: object) -> object:
 
 
 Role: TypeAlias = Literal["hot", "standard", "archive"]
-Kind: TypeAlias = Literal["file", "shard", "checkpoint"]
 ROLES: tuple[Role, ...] = ("hot", "standard", "archive")
 
 Seconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds)]
@@ -172,28 +168,18 @@ class RuleTable(BaseModel):
 
 
 class Tier(RuleTable):
-    """A storage location that holds copies: a local folder or a URL.
+    """A storage location that holds copies: a local folder or a URL."""
 
-    Attributes:
-        name: Name in the rule file.
-        role: "hot", "standard" or "archive".
-        url: URL or absolute path below which the tier's objects lie.
-        storage_class: S3 storage class of new copies; None: the store's default class.
-        prices: Name in the price table, or a table of prices; None: not given.
-        capacity: Size, or percentage of the disk, as written in the file; None: unlimited.
-        high: Fraction of the capacity above which the planner sends copies down.
-        low: Fraction of the capacity at which the planner stops.
-        storage_options: Options of the store; never shown, since they may contain secrets.
-    """
-
-    name: str
-    role: Role
-    url: str
-    storage_class: str | None = None
-    prices: str | dict[str, Any] | None = None
+    name: str  # name in the rule file
+    role: Role  # "hot", "standard" or "archive"
+    url: str  # URL or absolute path below which the tier's objects lie
+    storage_class: str | None = None  # S3 storage class of new copies; None: the store's default class
+    prices: str | dict[str, Any] | None = None  # name in the price table, or a table of prices; None: not given
+    # Size, or percentage of the disk, as written in the file; None: unlimited.
     capacity: Annotated[str, BeforeValidator(read_capacity)] | None = None
-    high: Share = 0.9
-    low: Share = 0.75
+    high: Share = 0.9  # fraction of the capacity above which the planner sends copies down
+    low: Share = 0.75  # fraction of the capacity at which the planner stops
+    # Options of the store; never shown, since they may contain secrets.
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
 
     @property
@@ -207,13 +193,9 @@ class Tier(RuleTable):
         return self.capacity is not None and self.capacity.strip().endswith("%")
 
     def capacity_bytes(self, disk_bytes: int | None) -> int | None:
-        """Return the capacity in bytes; None: unlimited.
+        """Return the capacity in bytes; None: unlimited. disk_bytes: Size of the disk, for a capacity in percent.
 
-        Args:
-            disk_bytes: Size of the whole disk, for a capacity in percent.
-
-        Raises:
-            ValueError: The capacity is a percentage and disk_bytes is None.
+        Raises ValueError if the capacity is a percentage and disk_bytes is None.
         """
         if self.capacity is None:
             return None
@@ -256,46 +238,26 @@ class Tier(RuleTable):
 
 
 class BestMetric(RuleTable):
-    """The n checkpoints with the lowest ("min") or the highest ("max") value of a metric.
+    """The n checkpoints with the lowest ("min") or the highest ("max") value of a metric."""
 
-    Attributes:
-        metrics: Names of the metric; the first name that any checkpoint of a run has is used for that run.
-        n: Number of checkpoints to keep.
-        mode: Whether the lowest or the highest values are the best.
-    """
-
+    # Names of the metric; the first name that any checkpoint of a run has is used for that run.
     metrics: Annotated[Texts, AfterValidator(require_values)] = Field(validation_alias="metric")
-    n: int = Field(ge=1, le=MOST)
-    mode: Literal["min", "max"] = "min"
+    n: int = Field(ge=1, le=MOST)  # number of checkpoints to keep
+    mode: Literal["min", "max"] = "min"  # whether the lowest or the highest values are the best
 
 
 def read_bests(value: object) -> tuple[object, ...]:
-    """Parse "val_loss:2", "accuracy:1:max", a table with the keys of Best, or a list of these. Raises ValueError."""
+    """Return one or more of "val_loss:2", "accuracy:1:max" and tables as a tuple of tables. Raises ValueError."""
     return tuple(_best(one) for one in (value if isinstance(value, list | tuple) else (value,)))
 
 
 def _best(given: object) -> object:
-    if isinstance(given, BestMetric):
+    if isinstance(given, BestMetric | dict):
         return given
-    if isinstance(given, dict):
-        return _best_of(given)
     match = _BEST.fullmatch(given) if isinstance(given, str) else None
     if match is None or not 1 <= int(match["n"]) <= MOST:
         raise ValueError(f"expected METRIC:N or METRIC:N:max, as in 'val_loss:2' or 'accuracy:1:max', got {given!r}")
-    return BestMetric(
-        metrics=(match["metric"].strip(),), n=int(match["n"]), mode="max" if match["mode"] == "max" else "min"
-    )
-
-
-def _best_of(given: dict[str, object]) -> BestMetric:
-    try:
-        return BestMetric.model_validate(given)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key, text = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
-        raise ValueError(
-            f"{key}: {text}; expected a table as {{ metric = ['val_loss', 'eval_loss'], n = 2, mode = 'min' }}"
-        ) from error
+    return {"metric": match["metric"].strip(), "n": int(match["n"]), "mode": match["mode"] or "min"}
 
 
 class KeepList(RuleTable):
@@ -310,14 +272,7 @@ class KeepList(RuleTable):
 
 
 class Rule(RuleTable):
-    """A rule: to which tier the objects that it matches belong.
-
-    Attributes:
-        sources: Names of the tiers from which `to` takes copies.
-        keep: Keep list of each tier, the fastest tier first.
-        idle_by: "mtime": use the modification time as the time of the last use of objects whose uses are not recorded.
-        even_if_dearer: Whether the rule's moves may cost more than they save.
-    """
+    """A rule: to which tier the objects that it matches belong."""
 
     name: str = Field(min_length=1)
     match: Globs
@@ -326,13 +281,14 @@ class Rule(RuleTable):
     larger_than_bytes: Bytes | None = Field(default=None, validation_alias="larger_than")
     smaller_than_bytes: Bytes | None = Field(default=None, validation_alias="smaller_than")
     to: str | None = None
-    sources: Texts = Field(default=(), validation_alias="from")
+    sources: Texts = Field(default=(), validation_alias="from")  # names of the tiers from which `to` takes copies
     idle_s: Seconds | None = Field(default=None, validation_alias="idle")
     age_s: Seconds | None = Field(default=None, validation_alias="age")
     uses_below: int | None = Field(default=None, ge=1, le=MOST)
+    # "mtime": use the modification time as the time of the last use of objects whose uses are not recorded.
     idle_by: Literal["use", "mtime"] = "use"
-    even_if_dearer: bool = False
-    keep: Mapping[str, KeepList] = Field(default_factory=dict)
+    even_if_dearer: bool = False  # whether the rule's moves may cost more than they save
+    keep: Mapping[str, KeepList] = Field(default_factory=dict)  # keep list of each tier, the fastest tier first
     then: str | None = None
     after_s: Seconds | None = Field(default=None, validation_alias="after")
     delete_after_s: SomeSeconds | None = Field(default=None, validation_alias="delete_after")
@@ -363,17 +319,12 @@ class Rule(RuleTable):
 
 
 class Pin(RuleTable):
-    """Globs of objects that no rule may move.
+    """Globs of objects that no rule may move."""
 
-    Attributes:
-        match: Globs of paths.
-        until_s: End of the pin, in seconds since the epoch; None: the pin does not expire.
-        why: Reason, for people.
-    """
-
-    match: Globs
+    match: Globs  # globs of paths
+    # End of the pin, in seconds since the epoch; None: the pin does not expire.
     until_s: Annotated[float, BeforeValidator(read_moment)] | None = Field(default=None, validation_alias="until")
-    why: str = ""
+    why: str = ""  # reason, for people
 
 
 class Tag(RuleTable):
@@ -397,25 +348,15 @@ class TieringOptions(RuleTable):
 
 
 class RuleFile(RuleTable):
-    """A rule file.
+    """A rule file."""
 
-    Attributes:
-        path: Path of the file.
-        sha256: SHA-256 of the file's bytes, in hex.
-        tiers: Tiers, the fastest first.
-        rules: Rules, in the order of the file; the first that matches an object applies.
-        pins: Pins.
-        tags: Tags of checkpoints.
-        tiering: Options of the planner and the mover.
-    """
-
-    path: Path
-    sha256: str
-    tiers: tuple[Tier, ...] = Field(min_length=1)
-    rules: tuple[Rule, ...] = ()
+    path: Path  # path of the file
+    sha256: str  # SHA-256 of the file's bytes, in hex
+    tiers: tuple[Tier, ...] = Field(min_length=1)  # tiers, the fastest first
+    rules: tuple[Rule, ...] = ()  # rules, in the order of the file; the first that matches an object applies
     pins: tuple[Pin, ...] = ()
-    tags: tuple[Tag, ...] = ()
-    tiering: TieringOptions = TieringOptions()
+    tags: tuple[Tag, ...] = ()  # tags of checkpoints
+    tiering: TieringOptions = TieringOptions()  # options of the planner and the mover
 
     def tier(self, name: str) -> Tier:
         """Return the tier of this name. Raises ValueError, which lists the names of all tiers."""
@@ -460,15 +401,10 @@ _COMPLETE = ("value_error", "missing")
 
 
 def load_rule_file(path: Path | None = None, *, start: Path | None = None) -> RuleFile:
-    """Read a rule file.
+    """Read a rule file. path: None: the tiercache.toml that applies to the folder start, or to the working folder.
 
-    Args:
-        path: Path of the file; None: the tiercache.toml that applies to start.
-        start: Folder in which the search begins; None: the working folder.
-
-    Raises:
-        ValueError: There is no file, it is not TOML, or it has a wrong key or value. The message names the file and the
-            key, or the line of a syntax error.
+    Raises ValueError if there is no file, if it is not TOML, or for a wrong key or value. The message names the file
+    and the key, or the line of a syntax error.
     """
     here = Path.cwd() if start is None else start.absolute()
     found = config.find_file(here) if path is None else path.absolute()
@@ -503,8 +439,10 @@ def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> RuleFile:
     if tiering.state_dir is not None:
         tiering = tiering.model_copy(update={"state_dir": path.parent / tiering.state_dir})
     if "max_break_even_s" in tiering.model_fields_set:
-        for tier in tiers:
-            _priced_for_break_even(tier)
+        try:
+            [prices_of(tier) for tier in tiers]
+        except ValueError as error:
+            raise ValueError(f"tiering.max_break_even: {error}") from error
     return RuleFile(
         path=path,
         sha256=sha256,
@@ -514,13 +452,6 @@ def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> RuleFile:
         tags=tags,
         tiering=tiering,
     )
-
-
-def _priced_for_break_even(tier: Tier) -> None:
-    try:
-        prices_of(tier)
-    except ValueError as error:
-        raise ValueError(f"tiering.max_break_even: {error}") from error
 
 
 def _tiers(given: object, folder: Path) -> tuple[Tier, ...]:
@@ -536,51 +467,42 @@ def _tiers(given: object, folder: Path) -> tuple[Tier, ...]:
             )
         values.setdefault("role", name)
         tier = _built(Tier, values, where, name=name)
-        tier = tier.model_copy(update={"url": _resolved(tier, folder)})
-        _check_order(found, tier)
-        _check_place(found, tier)
+        if "://" not in tier.url:
+            tier = tier.model_copy(update={"url": os.path.normpath(folder / Path(tier.url).expanduser())})
+        for other in found:
+            _check_pair(other, tier)
         found.append(tier)
     if len(found) > _MOST_TIERS:
         raise ValueError(f"tiers: expected at most {_MOST_TIERS}, got {len(found)}")
     return tuple(found)
 
 
-def _resolved(tier: Tier, folder: Path) -> str:
-    """Return the tier's URL; a relative path is resolved against the folder of the rule file."""
-    if "://" in tier.url:
-        return tier.url
-    return os.path.normpath(folder / Path(tier.url).expanduser())
-
-
-def _check_order(before: Sequence[Tier], tier: Tier) -> None:
-    for other in before:
-        if ROLES.index(other.role) > ROLES.index(tier.role):
+def _check_pair(other: Tier, tier: Tier) -> None:
+    """Raise ValueError for tiers in the wrong order, or inside one another: each would list the other's objects."""
+    where = f"tiers.{tier.name}"
+    if ROLES.index(other.role) > ROLES.index(tier.role):
+        raise ValueError(
+            f"{where}: stands after the colder tier tiers.{other.name} ({other.role}):"
+            " write the tiers in order, from the fastest to the coldest"
+        )
+    location, other_location = _location(tier), _location(other)
+    if location == other_location:
+        if (tier.storage_class or "STANDARD") == (other.storage_class or "STANDARD"):
             raise ValueError(
-                f"tiers.{tier.name}: stands after the colder tier tiers.{other.name} ({other.role}):"
-                " write the tiers in order, from the fastest to the coldest"
+                f"{where}.url: tiers.{other.name} has the same URL:"
+                " two tiers with one URL need different storage classes"
             )
+    elif f"{location}/".startswith(f"{other_location}/") or f"{other_location}/".startswith(f"{location}/"):
+        raise ValueError(f"{where}.url: must not lie inside tiers.{other.name}.url, nor contain it")
 
 
-def _check_place(before: Sequence[Tier], tier: Tier) -> None:
-    """Raise ValueError where one tier lies inside another: each would list the other's objects as its own."""
-    place = _place(tier)
-    for other in before:
-        elsewhere = _place(other)
-        if place == elsewhere:
-            if (tier.storage_class or "STANDARD") == (other.storage_class or "STANDARD"):
-                raise ValueError(
-                    f"tiers.{tier.name}.url: tiers.{other.name} has the same URL:"
-                    " two tiers with one URL need different storage classes"
-                )
-        elif place.startswith(elsewhere.rstrip("/") + "/") or elsewhere.startswith(place.rstrip("/") + "/"):
-            raise ValueError(f"tiers.{tier.name}.url: must not lie inside tiers.{other.name}.url, nor contain it")
-
-
-def _place(tier: Tier) -> str:
+def _location(tier: Tier) -> str:
+    """Return the URL or path without a slash at its end."""
     if not tier.is_local:
         return tier.url.rstrip("/")
     text = tier.url
-    return os.path.normpath(unquote("/" + text.partition("://")[2].partition("/")[2]) if "://" in text else text)
+    path = unquote("/" + text.partition("://")[2].partition("/")[2]) if "://" in text else text
+    return os.path.normpath(path).rstrip("/")
 
 
 def _rule(given: object, where: str, tiers: Sequence[Tier], tags: Sequence[Tag]) -> Rule:
@@ -597,7 +519,11 @@ def _rule(given: object, where: str, tiers: Sequence[Tier], tags: Sequence[Tag])
         if empty := [inner for inner, value in table.items() if value == []]:
             raise ValueError(f"{where}.{key}.{empty[0]}: expected one or more values, got an empty list")
         keep[name] = _built(KeepList, table, f"{where}.{key}")
-        _check_tags(keep[name].tags, f"{where}.{key}", tags)
+        # The rule would delete what an undefined tag was to keep.
+        defined = sorted({name for tag in tags for name in tag.tags})
+        for tag in [tag for tag in keep[name].tags if tag not in defined]:
+            hint = _near(tag, defined) if defined else "there is no [[tags]] table: write one with match and tags"
+            raise ValueError(f"{where}.{key}.tags: no [[tags]] table defines the tag {tag!r}; {hint}")
     values.setdefault("name", where)
     rule = _built(Rule, values, where, keep={name: keep[name] for name in names if name in keep})
     update: dict[str, Any] = {}
@@ -610,15 +536,6 @@ def _rule(given: object, where: str, tiers: Sequence[Tier], tags: Sequence[Tag])
         if names.index(then) <= names.index(last):
             raise ValueError(f"{where}.then: tier {then!r} is not colder than {last!r}, which has a keep list")
     return rule.model_copy(update=update)
-
-
-def _check_tags(names: Sequence[str], where: str, tags: Sequence[Tag]) -> None:
-    """Raise ValueError for a tag that no [[tags]] table defines: the rule would delete what the tag was to keep."""
-    given = sorted({name for tag in tags for name in tag.tags})
-    for name in names:
-        if name not in given:
-            known = _near(name, given) if given else "there is no [[tags]] table: write one with match and tags"
-            raise ValueError(f"{where}.tags: no [[tags]] table defines the tag {name!r}; {known}")
 
 
 def _sources(given: Sequence[str], to: str, where: str, tiers: Sequence[Tier]) -> tuple[str, ...]:
@@ -698,7 +615,9 @@ def _message(error: ValidationError, where: str) -> str:
     text = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # an error about the whole table: its text begins with the key
         return f"{where}.{text}"
-    key = str(first["loc"][0])
+    key, *inner = map(str, first["loc"])
+    if inner:  # in a table of `best`
+        return f"{where}.{key}: {inner[-1]}: {text}"
     if first["type"] == "missing":
         return f"{where}.{key}: is missing"
     got = "" if first["type"] in _COMPLETE or key in _NOT_SHOWN else f", got {first['input']!r}"
@@ -712,19 +631,3 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 def _near(name: str, known: Sequence[str]) -> str:
     near = get_close_matches(name, known, n=2)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}"
-
-
-__all__ = [
-    "ROLES",
-    "BestMetric",
-    "KeepList",
-    "Kind",
-    "Pin",
-    "Role",
-    "Rule",
-    "RuleFile",
-    "Tag",
-    "Tier",
-    "TieringOptions",
-    "load_rule_file",
-]

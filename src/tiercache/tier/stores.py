@@ -36,22 +36,18 @@ _EXPIRY = re.compile(r'expiry-date="([^"]+)"')
 
 
 def state_of(info: ObjectInfo, now_s: float | None = None) -> int:
-    """Return HERE, ARCHIVED, RESTORING or RESTORED for an object of a store.
+    """Return READABLE, ARCHIVED, RESTORING or RESTORED for an object of a store's head() or list().
 
-    The store's restore field (`x-amz-restore`) decides; the storage class decides only without such a field.
-
-    Args:
-        info: Result of a store's head() or list().
-        now_s: Current time, in seconds since the epoch, at which an expired restored copy is ARCHIVED; None: ignore
-            expiry.
+    The store's restore field (`x-amz-restore`) decides; the storage class decides only without such a field. now_s:
+    Time at which an expired restored copy is ARCHIVED; None: ignore expiry.
     """
-    said = info.restore or ""
-    if (ongoing := _ONGOING.search(said)) is not None:
+    restore = info.restore or ""
+    if (ongoing := _ONGOING.search(restore)) is not None:
         if ongoing[1] == "true":
             return RESTORING
         until_s = restored_until(info)
         return ARCHIVED if now_s is not None and until_s is not None and until_s <= now_s else RESTORED
-    if "archive-status" in said or info.storage_class in RESTORED_FIRST:
+    if "archive-status" in restore or info.storage_class in RESTORED_FIRST:
         return ARCHIVED
     return READABLE
 
@@ -87,18 +83,15 @@ class Stores:
     ) -> None:
         """Open no store yet.
 
-        Args:
-            file: Rule file.
-            stores: Tier name to a store that replaces the one at its URL; the caller closes it. Such a tier has an
-                archive only if `archives` contains one.
-            archives: Tier name to its archive, likewise.
+        stores: Tier name to a store that replaces the one at its URL; the caller closes it. Such a tier has an archive
+        only if `archives` contains one.
         """
         self.file = file
         self._given, self._given_archives = dict(stores or {}), dict(archives or {})
         self._lock = Lock()
         self._stores: dict[str, Store] = {}
         self._archives: dict[str, S3Archive | None] = {}
-        self._places: dict[str, tuple[str, ...]] = {}
+        self._locations: dict[str, tuple[str, ...]] = {}
 
     def __enter__(self) -> Stores:
         return self
@@ -117,11 +110,7 @@ class Stores:
             store.close()
 
     def store(self, name: str) -> Store:
-        """Return the store of a tier.
-
-        Raises:
-            ValueError: There is no such tier, or its URL is invalid.
-        """
+        """Return the store of a tier. Raises ValueError if there is no such tier, or if its URL is invalid."""
         given = self._given.get(name)
         if given is not None:
             return given
@@ -135,8 +124,7 @@ class Stores:
     def archive(self, name: str) -> S3Archive | None:
         """Return the client for storage classes, restores and batches of a tier; None: not S3, or boto3 is missing.
 
-        Raises:
-            ValueError: The tier has a storage class, but is not S3 or boto3 is missing.
+        Raises ValueError if the tier has a storage class, but is not S3 or boto3 is missing.
         """
         if name in self._given or name in self._given_archives:
             return self._given_archives.get(name)
@@ -184,27 +172,24 @@ class Stores:
 
     def same_url(self, first: str, second: str) -> bool:
         """Return whether two tiers have one URL: a move between them changes the class and copies no bytes."""
-        return first == second or self._known_place(first) == self._known_place(second)
+        return first == second or self._location(first) == self._location(second)
 
     def same_endpoint(self, first: str, second: str) -> bool:
         """Return whether the server itself can copy from the first tier to the second."""
         src, dst = self.archive(first), self.archive(second)
         return src is not None and dst is not None and dst.can_copy_from(src)
 
-    def _known_place(self, name: str) -> tuple[str, ...]:
-        """Return the cached location of a tier: the mover needs it for every object."""
-        place = self._places.get(name)
-        if place is None:
-            place = self._places[name] = self._place(name)
-        return place
-
-    def _place(self, name: str) -> tuple[str, ...]:
-        store = self.store(name)
-        if isinstance(store, CloudStore):
-            return ("cloud", *store.identity)
-        if isinstance(store, LocalFolder):
-            return ("local", os.path.realpath(store.root))
-        return ("other", ParsedUrl.parse(self.file.tier(name).url).full.rstrip("/"))
+    def _location(self, name: str) -> tuple[str, ...]:
+        if name not in self._locations:  # cached, because the mover needs it for every object
+            store = self.store(name)
+            if isinstance(store, CloudStore):
+                found: tuple[str, ...] = ("cloud", *store.identity)
+            elif isinstance(store, LocalFolder):
+                found = ("local", os.path.realpath(store.root))
+            else:
+                found = ("other", ParsedUrl.parse(self.file.tier(name).url).full.rstrip("/"))
+            self._locations[name] = found
+        return self._locations[name]
 
     def capacity(self, name: str) -> int | None:
         """Return the capacity of a tier in bytes; None: unlimited. A percentage refers to the disk of a local path."""
@@ -216,18 +201,14 @@ class Stores:
 
 
 def _archive(tier: Tier, store: Store) -> S3Archive | None:
-    where = f"tiers.{tier.name}"
-    if not isinstance(store, CloudStore) or store.cloud != "s3":
-        if tier.storage_class is not None:
-            raise ValueError(f"{where}.storage_class: only S3 has storage classes, and {tier.url!r} is not S3")
-        return None
-    if not has_boto3():
-        if tier.storage_class is not None:
-            raise ValueError(
-                f"{where}.storage_class: needs boto3, which is not installed: pip install 'tiercache[archive]'"
-            )
-        return None
-    return S3Archive.of(store)
+    is_s3 = isinstance(store, CloudStore) and store.cloud == "s3"
+    if isinstance(store, CloudStore) and is_s3 and has_boto3():
+        return S3Archive.of(store)
+    if tier.storage_class is not None:
+        reason = "needs boto3, which is not installed: pip install 'tiercache[archive]'"
+        reason = reason if is_s3 else f"only S3 has storage classes, and {tier.url!r} is not S3"
+        raise ValueError(f"tiers.{tier.name}.storage_class: {reason}")
+    return None
 
 
 def _disk_bytes(path: str) -> int:
@@ -284,24 +265,18 @@ def unavailable_tiers(
     """Return the reason for each tier that may be unmounted, or that cannot be reached, by name. Writes nothing.
 
     A local tier that this machine has never used and whose folder does not exist is not included; for it see
-    missing_folder_message().
-
-    Args:
-        file: Rule file.
-        stores: Stores of its tiers.
-        catalog: Catalog of this machine.
-        but: Names of tiers that are not checked.
+    missing_folder_message(). but: Names of tiers that are not checked.
     """
     found = {}
     for tier in file.tiers:
         if tier.name in but:
             continue
         try:
-            why = unavailable_reason(tier, stores.store(tier.name), catalog)
+            reason = unavailable_reason(tier, stores.store(tier.name), catalog)
         except StoreError as error:
-            why = str(error)
-        if why:
-            found[tier.name] = why
+            reason = str(error)
+        if reason:
+            found[tier.name] = reason
     return found
 
 
@@ -311,19 +286,12 @@ def ensure_marker(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool)
     The race that the marker prevents:
 
     1. The disk of /mnt/archive is not mounted, but the mount point exists.
-    2. The mover copies groups into the mount point, and verifies the copies.
-    3. The mover drops the sources.
-    4. The disk is mounted and hides the copies.
+    2. The mover copies groups into the mount point, verifies the copies, and drops the sources.
+    3. The disk is mounted and hides the copies.
 
-    Args:
-        tier: Tier of the rule file.
-        store: Store of the tier.
-        catalog: Catalog of this machine.
-        gets: Whether the mover is about to copy into the tier. Otherwise an empty or read-only tier gets no marker: the
-            folder may be the mount point of an unmounted disk, and a marker in it would identify the wrong disk.
-
-    Raises:
-        StoreError: The store fails, or the marker cannot be written although the mover is about to copy into the tier.
+    gets: Whether the mover is about to copy into the tier. Otherwise an empty or read-only tier gets no marker: the
+    folder may be the mount point of an unmounted disk, and a marker in it would identify the wrong disk. Raises
+    StoreError.
     """
     if not tier.is_local or catalog.mark(tier.name) is not None:
         return unavailable_reason(tier, store, catalog)
@@ -346,20 +314,15 @@ def ensure_marker(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool)
 
 
 def deletion_block_reason(missing: Mapping[str, str]) -> str:
-    """Return why nothing may be deleted while a tier may be unmounted; "": no tier is.
+    """Return why nothing may be deleted while a tier may be unmounted; "": no tier is. missing: Reason, or "", by tier.
 
-    The race that this prevents:
-
-    1. A group has a copy in an unmounted tier and a copy elsewhere.
-    2. A rule deletes the group from all tiers.
-    3. Its tags, its use and whether it is the newest were computed without the unmounted copy.
-
-    missing: Reason, or "", by tier.
+    A rule would delete a group from all tiers although its tags, its use and whether it is the newest were computed
+    without its copy in the unmounted tier.
     """
-    found = next(((name, why) for name, why in missing.items() if why), None)
-    if found is None:
-        return ""
-    return f"nothing is deleted while tier {found[0]} cannot be seen: {found[1]}"
+    for name, reason in missing.items():
+        if reason:
+            return f"nothing is deleted while tier {name} cannot be seen: {reason}"
+    return ""
 
 
 def was_seen(store: Store) -> str:

@@ -38,94 +38,53 @@ _THREADS = 16
 
 @dataclass(frozen=True, slots=True)
 class FoundDataset:
-    """A data set that was found.
+    """A data set that was found."""
 
-    Attributes:
-        folder: Folder below the URL of a tier; "" or ending in "/".
-        tier: Name of the tier from which its versions were read.
-        n_versions: Number of versions, all of which are live.
-        n_shards: Number of shards that any version names.
-        is_adopted: Whether tiers manage the data set.
-        problem: Reason why the data set is left alone; "": there is none.
-        elsewhere: URL that is not a tier's, and the number of shards that the placement puts there.
-    """
-
-    folder: str
-    tier: str
-    n_versions: int
-    n_shards: int = 0
-    is_adopted: bool = False
-    problem: str = ""
-    elsewhere: tuple[tuple[str, int], ...] = ()
+    folder: str  # folder below the URL of a tier; "" or ending in "/"
+    tier: str  # name of the tier from which its versions were read
+    n_versions: int  # number of versions, all of which are live
+    n_shards: int = 0  # number of shards that any version names
+    is_adopted: bool = False  # whether tiers manage the data set
+    problem: str = ""  # reason why the data set is left alone; "": there is none
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LiveShards:
-    """The live shards of all data sets. Row i of every column is one; keys are unique.
+    """The live shards of all data sets. Row i of every column is one; keys are unique."""
 
-    Attributes:
-        keys: large_string[n], below the URL of a tier.
-        n_bytes: int64[n], from the manifests.
-        crc32c: int64[n], from the manifests.
-        last_use_s: float64[n], NaN where no use was reported.
-        uses: int64[n].
-        in_use: bool[n].
-        unreported: bool[n], whether a machine that may read the data set has not reported.
-        named_s: float64[n], commit time of the first version that names the shard, in seconds since the epoch; NaN:
-            unknown.
-        elsewhere: bool[n], whether the placement leads to a URL that is not a tier's.
-        counted_since_s: float64[n], time since which machines report uses; inf: they do not yet.
-    """
-
-    keys: pa.Array
-    n_bytes: NDArray[np.int64]
-    crc32c: NDArray[np.int64]
-    last_use_s: NDArray[np.float64]
+    keys: pa.Array  # large_string[n], below the URL of a tier
+    n_bytes: NDArray[np.int64]  # from the manifests
+    crc32c: NDArray[np.int64]  # from the manifests
+    last_use_s: NDArray[np.float64]  # NaN where no use was reported
     uses: NDArray[np.int64]
     in_use: NDArray[np.bool_]
-    unreported: NDArray[np.bool_]
+    unreported: NDArray[np.bool_]  # whether a machine that may read the data set has not reported
+    # Commit time of the first version that names the shard, in seconds since the epoch; NaN: unknown.
     named_s: NDArray[np.float64]
-    elsewhere: NDArray[np.bool_]
-    counted_since_s: NDArray[np.float64]
+    elsewhere: NDArray[np.bool_]  # whether the placement leads to a URL that is not a tier's
+    counted_since_s: NDArray[np.float64]  # time since which machines report uses; inf: they do not yet
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
-# pa.array() of a list imports pandas, which costs 150 ms.
-_NONE = LiveShards(
-    pa.nulls(0, pa.large_string()),
-    np.empty(0, np.int64),
-    np.empty(0, np.int64),
-    np.empty(0, np.float64),
-    np.empty(0, np.int64),
-    np.empty(0, np.bool_),
-    np.empty(0, np.bool_),
-    np.empty(0, np.float64),
-    np.empty(0, np.bool_),
-    np.empty(0, np.float64),
-)
+def _no_shards() -> LiveShards:
+    ints, floats, flags = np.empty(0, np.int64), np.empty(0, np.float64), np.empty(0, np.bool_)
+    keys = pa.nulls(0, pa.large_string())  # pa.array() of a list imports pandas, which costs 150 ms
+    return LiveShards(keys, ints, ints, floats, ints, flags, flags, floats, flags, floats)
 
 
 def read_datasets(
     file: RuleFile, stores: Stores, listed: Listing, own: pa.Array, *, now_s: float
 ) -> tuple[LiveShards, tuple[FoundDataset, ...]]:
-    """Read all data sets whose versions are among the listed objects.
+    """Read all data sets whose versions are among the listed objects. Raises StoreError.
 
-    Args:
-        file: Rule file.
-        stores: Stores of its tiers.
-        listed: Listing of the tiers.
-        own: int64[m], rows of tiercache's own objects (in a _tiercache/ folder).
-        now_s: Current time, in seconds since the epoch.
-
-    Raises:
-        StoreError: A store fails.
+    own: Rows of tiercache's own objects (in a _tiercache/ folder).
     """
     shards, found = [], []
     own_keys = listed.keys.take(own)
     for (folder, tier), numbers in sorted(_versions_of(file, listed, own, own_keys).items()):
-        reader = _Reader(file, stores, folder, file.tiers[tier].name)
+        reader = _DatasetReader(file, stores, folder, file.tiers[tier].name)
         some, dataset = reader.read(numbers, own_keys, now_s)
         shards.append(some)
         found.append(dataset)
@@ -147,11 +106,11 @@ def _versions_of(
         if int(number):
             everywhere.setdefault(folder, {}).setdefault(tier, []).append(int(number))
     home = file.index(file.home.name)
-    chosen = {folder: home if home in there else min(there) for folder, there in everywhere.items()}
+    chosen = {folder: home if home in by_tier else min(by_tier) for folder, by_tier in everywhere.items()}
     return {(folder, tier): sorted(everywhere[folder][tier]) for folder, tier in chosen.items()}
 
 
-class _Reader:
+class _DatasetReader:
     """Reads one data set."""
 
     def __init__(self, file: RuleFile, stores: Stores, folder: str, tier: str) -> None:
@@ -164,17 +123,17 @@ class _Reader:
             versions = self._versions(numbers)
             table, named_s = self._table(versions)
         except (CorruptShard, UnsupportedFormat) as error:
-            return _NONE, FoundDataset(self._folder, self._tier, len(numbers), problem=str(error))
+            return _no_shards(), FoundDataset(self._folder, self._tier, len(numbers), problem=str(error))
         has_mark = bool(match_regex(own_keys, f"^{re.escape(self._folder + log.TRACKING_MARKER_KEY)}$").any())
         reports = match_regex(own_keys, f"^{re.escape(self._folder + use_reports.USAGE_FOLDER)}").any()
         found = use_reports.read_reports(self._store) if reports else []
         used = use_reports.merge_reports(found, table.names, now_s=now_s, silence_s=self._file.tiering.reader_timeout_s)
-        urls, elsewhere = self._elsewhere(table.names) if has_mark else ((), np.zeros(len(table), np.bool_))
         # Without the adoption marker, readers do not report: a data set that is read daily must not be archived on the
         # day of the first rules. A marker without a date comes from an early release: uses have been recorded for long.
         since_s = (log.tracked_since_s(self._store) or 0.0) if has_mark else np.inf
+        names = pa.concat_arrays([pa.nulls(0, pa.large_string()), *table.names.chunks])
         shards = LiveShards(
-            keys=_below(self._folder, table.names),
+            keys=pc.binary_join_element_wise(pa.scalar(self._folder, names.type), names, pa.scalar("", names.type)),
             n_bytes=table.n_bytes,
             crc32c=table.crc32c.astype(np.int64),
             last_use_s=used.last_use_s,
@@ -182,12 +141,10 @@ class _Reader:
             in_use=used.in_use,
             unreported=np.full(len(table), used.unreported),
             named_s=named_s,
-            elsewhere=elsewhere,
+            elsewhere=self._elsewhere(names) if has_mark else np.zeros(len(table), np.bool_),
             counted_since_s=np.full(len(table), since_s),
         )
-        return shards, FoundDataset(
-            self._folder, self._tier, len(versions), len(table), is_adopted=has_mark, elsewhere=urls
-        )
+        return shards, FoundDataset(self._folder, self._tier, len(versions), len(table), is_adopted=has_mark)
 
     def _versions(self, numbers: Sequence[int]) -> list[Version]:
         """Return the versions with these numbers that still exist."""
@@ -198,11 +155,8 @@ class _Reader:
             except NotFound:
                 return None
 
-        if len(numbers) == 1:
-            found = [read(numbers[0])]
-        else:
-            with ThreadPoolExecutor(min(_THREADS, len(numbers)), "tiercache-versions") as pool:
-                found = list(pool.map(read, numbers))
+        with ThreadPoolExecutor(min(_THREADS, len(numbers)), "tiercache-versions") as pool:
+            found = list(pool.map(read, numbers))
         return [version for version in found if version is not None]
 
     def _table(self, versions: Sequence[Version]) -> tuple[ShardTable, NDArray[np.float64]]:
@@ -224,25 +178,21 @@ class _Reader:
             tables += read
             named_s += [np.full(len(one), first_s[key]) for (key, _), one in zip(mine, read, strict=True)]
         table, since_s = ShardTable(tables), np.concatenate(named_s)
-        once = table.names.combine_chunks().dictionary_encode() if len(table) else None
-        if once is None or len(_one(once).dictionary) == len(table):
+        first = np.flatnonzero(index_in(table.names, table.names) == np.arange(len(table)))
+        if len(first) == len(table):
             return table, since_s
-        first = np.sort(np.unique(np.asarray(_one(once).indices.to_numpy(), np.int64), return_index=True)[1])
         return ShardTable([table.arrow.take(pa.array(first))]), since_s[first]
 
-    def _elsewhere(self, names: pa.ChunkedArray) -> tuple[tuple[tuple[str, int], ...], NDArray[np.bool_]]:
-        """Return the shards that are placed at a URL that is not a tier's: their number by URL, and bool[n]."""
-        placed = log.read_placement(self._store)
-        if placed is None or not len(placed):
-            return (), np.zeros(len(names), np.bool_)
-        at = placed.row_numbers(names)
-        urls = placed.rows["url"].take(pa.array(at[at >= 0]))
-        tiers = {f"{tier.url.rstrip('/')}/{self._folder}".rstrip("/") for tier in self._file.tiers}
+    def _elsewhere(self, names: pa.Array) -> NDArray[np.bool_]:
+        """Return whether each shard is placed at a URL that is not a tier's; bool[n]."""
         is_elsewhere = np.zeros(len(names), np.bool_)
-        is_elsewhere[at >= 0] = [url.rstrip("/") not in tiers for url in urls.to_pylist()]
-        counts = urls.value_counts().to_pylist()
-        found = sorted((one["values"], one["counts"]) for one in counts if one["values"].rstrip("/") not in tiers)
-        return tuple(found), is_elsewhere
+        placed = log.read_placement(self._store)
+        if placed is not None and len(placed):
+            at = placed.row_numbers(names)
+            tiers = {f"{tier.url.rstrip('/')}/{self._folder}".rstrip("/") for tier in self._file.tiers}
+            urls = placed.rows["url"].take(pa.array(at[at >= 0])).to_pylist()
+            is_elsewhere[at >= 0] = [url.rstrip("/") not in tiers for url in urls]
+        return is_elsewhere
 
 
 def _seconds(created: str) -> float:
@@ -253,20 +203,9 @@ def _seconds(created: str) -> float:
         return np.nan
 
 
-def _one(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-
-
-def _below(folder: str, names: pa.ChunkedArray) -> pa.Array:
-    """Return the names with the folder prepended, as one array."""
-    texts = pa.concat_arrays([pa.array([], pa.large_string()), *names.chunks])
-    large = pa.large_string()
-    return pc.binary_join_element_wise(pa.scalar(folder, large), texts, pa.scalar("", large))
-
-
 def _joined(shards: Sequence[LiveShards]) -> LiveShards:
     """Concatenate the shards of all data sets; of duplicate keys, the first is kept."""
-    every = [_NONE, *shards]
+    every = [_no_shards(), *shards]
     keys = pa.concat_arrays([one.keys for one in every])
     rows = np.flatnonzero(index_in(keys, keys) == np.arange(len(keys)))
 

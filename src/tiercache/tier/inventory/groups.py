@@ -14,7 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from tiercache.catalog import tiers as tiers_module
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
-from tiercache.tier.inventory.layouts import LACKS, MARK, NO_GROUP, NOTHING, Layout, recognise_layout
+from tiercache.tier.inventory.layouts import LACKS, MARK, NO_GROUP, NOTHING, KeyGroups, group_keys
 from tiercache.tier.inventory.listing import NO_CRC, Listing, ObjectTable, Progress, list_tiers, release_memory
-from tiercache.tier.inventory.metrics import MetricReader, wanted_metrics
+from tiercache.tier.inventory.metrics import find_metrics
 from tiercache.tier.model import (
     ARCHIVED,
     CHECKPOINT,
@@ -42,6 +42,7 @@ from tiercache.tier.model import (
 from tiercache.tier.text_columns import ROWS_AT_A_TIME, index_in, inverse, match_regex, sort_order, take_rows
 
 if TYPE_CHECKING:
+    from tiercache.catalog.tiers import TierCatalog
     from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
 
@@ -53,49 +54,30 @@ _HARDER = np.array([0, 3, 2, 1], np.uint8)
 _STATES = np.array([READABLE, RESTORED, RESTORING, ARCHIVED], np.uint8)
 _NEVER_S = -np.inf
 _TIERS = 256  # above every tier number
+_COPY_COLUMNS = (
+    *("group", "tier", "n_objects", "n_bytes", "smallest_bytes"),
+    *("modified_s", "storage_class", "state", "whole", "verified"),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Objects:
-    """The listed objects that belong to groups. Row i of every column is one object.
+    """The listed objects that belong to groups. Row i of row and key is one object."""
 
-    Attributes:
-        row: int64[m], row in the listing.
-        key: int64[m], number of the key, in sorted order.
-        group: int32[m].
-        rank: uint8[m], see layouts.Layout.
-        is_shard: bool[m], whether a manifest gives size and checksum.
-        n_bytes: int64[m], size of a shard in the manifest; unused for other objects.
-        crc32c: int64[m], checksum of a shard in the manifest; unused for other objects.
-        unfinished: bool[m], whether the name says that the object is still being written.
-        on_top: bool[m], whether the object lies directly in the group's folder.
-    """
-
-    row: NDArray[np.int64]
-    key: NDArray[np.int64]
+    row: NDArray[np.int64]  # row in the listing
+    key: NDArray[np.int64]  # number of the key, in sorted order
+    # Columns of keys.
     group: NDArray[np.int32]
-    rank: NDArray[np.uint8]
-    is_shard: NDArray[np.bool_]
-    n_bytes: NDArray[np.int64]
-    crc32c: NDArray[np.int64]
+    shard: NDArray[np.int64]  # row in `shards`, whose manifest gives size and checksum; -1: not a shard
+    rank: NDArray[np.uint8]  # see layouts.KeyGroups, as the following columns
     unfinished: NDArray[np.bool_]
     on_top: NDArray[np.bool_]
+    shards: LiveShards
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Copies:
-    """Copies of groups. The columns without a description have one row per copy, as in model.Snapshot.
-
-    Attributes:
-        written_s: float64[n], latest first-write time of its objects, preserved across moves.
-        marked_s: float64[n], time when its newest final object was written; -inf: it has none.
-        rest_s: float64[n], time when the newest of its other objects was written.
-        unfinished: bool[n], whether it has an object that is still being written.
-        start: int64[n + 1], offsets of each copy's objects in the columns below.
-        row: int64[m], row in the listing; by copy, its final object last.
-        crc32c: int64[m], checksum of each object; NO_CRC where it is unknown.
-        differing: int64[k], positions in `row` of objects that have another size or checksum in another tier.
-    """
+    """Copies of groups. The columns without a description have one row per copy, as in model.Snapshot."""
 
     group: NDArray[np.int32]
     tier: NDArray[np.int8]
@@ -103,18 +85,18 @@ class Copies:
     n_bytes: NDArray[np.int64]
     smallest_bytes: NDArray[np.int64]
     modified_s: NDArray[np.float64]
-    written_s: NDArray[np.float64]
-    marked_s: NDArray[np.float64]
-    rest_s: NDArray[np.float64]
-    unfinished: NDArray[np.bool_]
+    written_s: NDArray[np.float64]  # latest first-write time of its objects, preserved across moves
+    marked_s: NDArray[np.float64]  # time when its newest final object was written; -inf: it has none
+    rest_s: NDArray[np.float64]  # time when the newest of its other objects was written
+    unfinished: NDArray[np.bool_]  # whether it has an object that is still being written
     storage_class: NDArray[np.int16]
     state: NDArray[np.uint8]
     whole: NDArray[np.bool_]
     verified: NDArray[np.bool_]
-    start: NDArray[np.int64]
-    row: NDArray[np.int64]
-    crc32c: NDArray[np.int64]
-    differing: NDArray[np.int64]
+    start: NDArray[np.int64]  # int64[n + 1], offsets of each copy's objects in the columns below
+    row: NDArray[np.int64]  # row in the listing; by copy, its final object last
+    crc32c: NDArray[np.int64]  # checksum of each object; NO_CRC where it is unknown
+    differing: NDArray[np.int64]  # positions in `row` of objects that have another size or checksum in another tier
 
     def find(self, group: int, tier: int) -> int | None:
         """Return the number of a group's copy in a tier; None: there is none."""
@@ -128,42 +110,32 @@ def copies_at(
 ) -> NDArray[np.int64]:
     """Return the number of each group's copy in the tier at the same index; -1: none. int64[len(groups)].
 
-    Args:
-        group: Group of each copy, ascending.
-        tier: Tier of each copy, ascending within a group.
-        groups: Groups to look up.
-        tiers: Tier to look up for each of them.
+    group, tier: Group of each copy, ascending, and its tier, ascending within a group. groups, tiers: What is looked
+    up.
     """
-    known = group.astype(np.int64) * _TIERS + tier
-    asked = groups.astype(np.int64) * _TIERS + tiers
-    at = np.searchsorted(known, asked)
-    there = np.append(known, -1)[at] == asked
-    return np.where(there, at, -1)
+    numbers, sought = group.astype(np.int64) * _TIERS + tier, groups.astype(np.int64) * _TIERS + tiers
+    at = np.searchsorted(numbers, sought)
+    return np.where(np.append(numbers, -1)[at] == sought, at, -1)
 
 
-def copies_of(listed: Listing, objects: Objects, book: Callable[[int], pa.Table]) -> Copies:
-    """Return the copies that the objects form.
+def copies_of(listed: Listing, objects: Objects, checksums_of: Callable[[int], pa.Table]) -> Copies:
+    """Return the copies that the objects form. checksums_of: Known checksums of a tier.
 
     A copy is whole if it has every key that any copy of its group has, each with the same size in all copies; of two
     copies that differ, neither is whole. A copy is verified if the catalog says so of each of its objects in their
     present state, and the objects with the same keys in other tiers are known to be equal.
-
-    Args:
-        listed: Listing of the tiers.
-        objects: Objects that belong to groups.
-        book: Function that returns the known checksums of a tier; called for one tier after another.
     """
-    order = np.lexsort((objects.key, objects.rank, listed.tier[objects.row], objects.group))
-    row, key, group = objects.row[order], objects.key[order], objects.group[order]
-    tier = listed.tier[row]
+    order = np.lexsort((objects.key, objects.rank[objects.key], listed.tier[objects.row], objects.group[objects.key]))
+    row, key = objects.row[order], objects.key[order]
+    group, tier = objects.group[key], listed.tier[row]
     is_first = np.ones(len(row), np.bool_)
     is_first[1:] = (group[1:] != group[:-1]) | (tier[1:] != tier[:-1])
     first = np.flatnonzero(is_first)
-    facts = _Facts(listed, objects, order, book)
+    facts = _ObjectFacts(listed, row, key, objects, checksums_of)
     n_objects = np.diff(np.append(first, len(row)))
     n_keys = np.bincount(_group_of_each_key(key, group), minlength=int(group.max(initial=-1)) + 1)
     n_bytes, modified_s = listed.n_bytes[row], listed.modified_s[row]
-    is_mark = (objects.rank[order] == MARK) & objects.on_top[order]
+    is_mark = (objects.rank[key] == MARK) & objects.on_top[key]
     return Copies(
         group=group[first],
         tier=tier[first],
@@ -174,7 +146,7 @@ def copies_of(listed: Listing, objects: Objects, book: Callable[[int], pa.Table]
         written_s=_reduced(np.maximum, np.minimum(modified_s, facts.written_s), first),
         marked_s=_reduced(np.maximum, np.where(is_mark, modified_s, _NEVER_S), first),
         rest_s=_reduced(np.maximum, np.where(is_mark, _NEVER_S, modified_s), first),
-        unfinished=_reduced(np.logical_or, objects.unfinished[order], first),
+        unfinished=_reduced(np.logical_or, objects.unfinished[key], first),
         storage_class=listed.storage_class[row][_largest(n_bytes, first, n_objects)],
         state=_STATES[_reduced(np.maximum, _HARDER[listed.state[row]], first)],
         whole=(n_objects == n_keys[group[first]]) & ~_reduced(np.logical_or, facts.differs, first),
@@ -186,39 +158,42 @@ def copies_of(listed: Listing, objects: Objects, book: Callable[[int], pa.Table]
     )
 
 
-class _Facts:
+class _ObjectFacts:
     """Properties of each object, in the given order.
 
-    Attributes:
-        crc32c: int64[m].
-        differs: bool[m], whether it differs from the manifest, or from the object with the same key in another tier.
-        verified: bool[m], whether the catalog says so, and the object with the same key in other tiers is equal.
-        written_s: float64[m], time of the first write in the catalog; inf: unknown.
+    crc32c; written_s: first-write time in the catalog, inf if unknown; differs: from the manifest, or from the object
+    with the same key in another tier; verified: by the catalog, and equal to the objects with this key in other tiers.
     """
 
     def __init__(
-        self, listed: Listing, objects: Objects, order: NDArray[np.int64], book: Callable[[int], pa.Table]
+        self,
+        listed: Listing,
+        row: NDArray[np.int64],
+        key: NDArray[np.int64],
+        objects: Objects,
+        checksums_of: Callable[[int], pa.Table],
     ) -> None:
-        row, key, is_shard = objects.row[order], objects.key[order], objects.is_shard[order]
+        shard, shards = objects.shard[key], objects.shards
+        is_shard = shard >= 0
         n_bytes = listed.n_bytes[row]
         crc32c, verified = listed.crc32c[row].copy(), np.zeros(len(row), np.bool_)
         self.written_s = np.full(len(row), np.inf)
         for number in listed.tiers:
             at = np.flatnonzero(listed.tier[row] == number)
-            for same, found in _look_up(listed, row, at[np.argsort(key[at])], book(number)):
+            for same, found in _look_up(listed, row, at[np.argsort(key[at])], checksums_of(number)):
                 verified[same] = found["verified"].to_numpy()
                 crcs = found["crc32c"].fill_null(NO_CRC).to_numpy()
                 crc32c[same] = np.where(crcs == NO_CRC, crc32c[same], crcs)
                 self.written_s[same] = found["written_s"].fill_null(np.inf).to_numpy()
-        stated = objects.crc32c[order]
-        wrong = is_shard & ((n_bytes != objects.n_bytes[order]) | ((crc32c != NO_CRC) & (crc32c != stated)))
+        stated_bytes, stated = (np.append(column, 0)[shard] for column in (shards.n_bytes, shards.crc32c))
+        wrong = is_shard & ((n_bytes != stated_bytes) | ((crc32c != NO_CRC) & (crc32c != stated)))
         # The manifest's checksum identifies a shard in every tier, regardless of who wrote it.
         crc32c = np.where(is_shard & ~wrong, stated, crc32c)
         n_keys = int(key.max(initial=-1)) + 1
         free = ~is_shard
         two_sizes = _spread(key[free], n_bytes[free], n_keys)
-        known_crc = free & (crc32c != NO_CRC)
-        two_crcs = _spread(key[known_crc], crc32c[known_crc], n_keys)
+        has_crc = free & (crc32c != NO_CRC)
+        two_crcs = _spread(key[has_crc], crc32c[has_crc], n_keys)
         unsure = np.zeros(n_keys, np.bool_)
         unsure[key[crc32c == NO_CRC]] = True
         shared = np.bincount(key, minlength=n_keys) > 1
@@ -228,22 +203,21 @@ class _Facts:
 
 
 def _look_up(
-    listed: Listing, row: NDArray[np.int64], at: NDArray[np.int64], book: pa.Table
+    listed: Listing, row: NDArray[np.int64], at: NDArray[np.int64], checksums: pa.Table
 ) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
     """Yield, in parts, the objects whose size and ETag equal the catalog's, and the catalog's entry of each.
 
     at: The tier's objects, sorted by key, so that a part is searched in the matching range of the catalog only.
     """
-    if not len(book) or not len(at):
+    if not len(checksums) or not len(at):
         return
-    if not _is_rising(book["key"]):
-        book = book.sort_by("key")
-    places, name = range(len(book)), lambda place: book["key"][place].as_py()
+    entries = checksums if _is_rising(checksums["key"]) else checksums.sort_by("key")
+    rows, key_of = range(len(entries)), lambda number: entries["key"][number].as_py()
     for start in range(0, len(at), ROWS_AT_A_TIME):
         some = at[start : start + ROWS_AT_A_TIME]
         keys = listed.keys.take(pa.array(row[some]))
-        first = bisect_left(places, keys[0].as_py(), key=name)
-        part = book.slice(first, bisect_right(places, keys[-1].as_py(), key=name) - first)
+        first = bisect_left(rows, keys[0].as_py(), key=key_of)
+        part = entries.slice(first, bisect_right(rows, keys[-1].as_py(), key=key_of) - first)
         hit = index_in(keys, part["key"])
         some, found = some[hit >= 0], part.drop_columns(["key"]).take(pa.array(hit[hit >= 0])).combine_chunks()
         # Without an ETag, a rewritten object cannot be detected, so that the catalog's entry does not apply.
@@ -288,32 +262,21 @@ def _largest(n_bytes: NDArray[np.int64], first: NDArray[np.int64], n_objects: ND
 _MANY = 10
 
 
-class KnownChecksums(Protocol):
-    """The catalog's knowledge of copies."""
-
-    def checksums(self, tier: str, /) -> pa.Table:
-        """Return the entries of a tier's objects; see TierCatalog.checksums()."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Inventory:
     """The content of all tiers. Immutable; safe from any thread.
 
-    Attributes:
-        snapshot: Snapshot for the planner.
-        facts: Further findings, by name:
+    `facts` contains further findings, by name:
 
-            - `datasets`: tuple of FoundDataset.
-            - `missed`: tiers that were not listed.
-            - `n_objects`: number of listed objects; `n_own`: number of tiercache's own objects among them.
-            - Findings with a count and example names: `orphans` (shards that no version names), `missing` (shards that
-              no tier has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid
-              keys), `differing` (objects that differ between two tiers), `unread` (checkpoints whose metrics cannot be
-              read).
-            - `incomplete`: number of incomplete checkpoints, by what they lack.
-            - `in_files`: group to the names of the metrics in its files, for groups whose files were read.
-            - `missing_shards`: keys of all shards that no tier has and that are not placed elsewhere, and the time when
-              each was first named, in seconds since the epoch.
+    - `datasets`: tuple of FoundDataset; `missed`: tiers that were not listed.
+    - `n_objects`: number of listed objects; `n_own`: number of tiercache's own objects among them.
+    - Findings with a count and example names: `orphans` (shards that no version names), `missing` (shards that no tier
+      has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid keys), `differing`
+      (objects that differ between two tiers), `unread` (checkpoints whose metrics cannot be read).
+    - `incomplete`: number of incomplete checkpoints, by what they lack.
+    - `in_files`: group to the names of the metrics in its files, for groups whose files were read.
+    - `missing_shards`: keys of all shards that no tier has and that are not placed elsewhere, and when each was first
+      named, in seconds since the epoch.
     """
 
     snapshot: Snapshot
@@ -325,7 +288,7 @@ class Inventory:
         """Return whether an object with each key was listed in any tier; bool[len(keys)]."""
         return index_in(keys, self._listed.keys) >= 0
 
-    def pieces(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> ObjectTable:
+    def objects_of(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> ObjectTable:
         """Return the objects of many copies as columns: for each group, its copy in the tier at the same index.
 
         Their crc32c comes from the store, the manifest or the catalog, if it is valid for the current object. Objects
@@ -343,7 +306,7 @@ class Inventory:
 def take_inventory(
     file: RuleFile,
     stores: Stores,
-    known: KnownChecksums,
+    catalog: TierCatalog,
     *,
     now_s: float,
     on_progress: Progress | None = None,
@@ -354,14 +317,12 @@ def take_inventory(
     Args:
         file: Rule file.
         stores: Stores of its tiers.
-        known: Catalog.
+        catalog: Catalog of this machine, whose checksums and dates of copies are used.
         now_s: Current time, in seconds since the epoch.
         on_progress: Callback that receives (tier, number of objects listed so far), from several threads.
         may_miss: Tiers that are left out if they cannot be listed; `facts["missed"]` names them.
 
-    Raises:
-        StoreError: A tier cannot be listed, or an object that decides about moves cannot be read now.
-        ValueError: The URL or the options of a tier's store are invalid.
+    Raises StoreError if a tier cannot be listed, or an object that decides about moves cannot be read now.
     """
     listed = list_tiers(file, stores, now_s=now_s, on_progress=on_progress, may_miss=may_miss)
     release_memory()
@@ -369,25 +330,28 @@ def take_inventory(
     shards, datasets = read_datasets(file, stores, listed, pa.array(np.flatnonzero(own)), now_s=now_s)
     grouped = _grouped(listed, own, shards)
     release_memory()
-    copies = copies_of(listed, grouped.objects, lambda tier: known.checksums(file.tiers[tier].name))
+    copies = copies_of(listed, grouped.objects, lambda tier: catalog.checksums(file.tiers[tier].name))
     complete = _complete(grouped, copies, now_s=now_s, quiet_period_s=file.tiering.quiet_period_s)
-    scores = MetricReader(stores, tuple(tier.name for tier in file.tiers), listed, copies)
-    metrics = scores.of(wanted_metrics(file), grouped.paths, np.flatnonzero(grouped.kind == CHECKPOINT))
-    links = _links(file, stores, listed, grouped.paths, copies)
-    of_groups = {
-        "links": links,
-        "complete": complete,
-        "metrics": metrics,
-        "unread": _unread(scores.unread, copies, len(grouped.kind)),
-    }
-    snapshot = _snapshot(file, listed, grouped, copies, now_s=now_s, **of_groups)
+    checkpoints = np.flatnonzero(grouped.kind == CHECKPOINT)
+    found = find_metrics(file, stores, listed, copies, grouped.paths, checkpoints)
+    unread = np.zeros(len(grouped.kind), np.bool_)
+    unread[found.unread] = True
+    # A checkpoint that the mover has moved was not among the best while its metrics were readable.
+    unread[copies.group[copies.verified]] = False
+    snapshot = _snapshot(
+        file,
+        listed,
+        grouped,
+        copies,
+        now_s=now_s,
+        links=_links(file, stores, listed, grouped.paths, copies),
+        complete=complete,
+        metrics=found.columns,
+        unread=unread,
+    )
     facts = _facts(listed, grouped, copies, complete, datasets)
-    more = {
-        "n_own": int(own.sum()),
-        "unread": _some(grouped.paths.take(pa.array(scores.unread))),
-        "in_files": scores.in_files,
-    }
-    return Inventory(snapshot, facts | more, listed, copies)
+    facts |= {"n_own": int(own.sum()), "unread": _some(grouped.paths.take(pa.array(found.unread)))}
+    return Inventory(snapshot, facts | {"in_files": found.in_files}, listed, copies)
 
 
 # -- groups -----------------------------------------------------------------------------------------------------------
@@ -395,31 +359,18 @@ def take_inventory(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Grouped:
-    """All groups, sorted by path.
+    """All groups, sorted by path."""
 
-    Attributes:
-        paths: Paths of the groups.
-        kind: uint8[n_groups].
-        shard: int64[n_groups], row of the group in `shards`; -1: no shard.
-        of: int64[n_groups], number of the group in `layout`; -1: a shard.
-        layout: Files and checkpoints.
-        shards: Live shards of all data sets.
-        objects: Objects that belong to groups.
-        orphans: Keys of shards that no version names.
-        unfinished: Keys that are still being written.
-        no_keys: Names that are not valid keys.
-    """
-
-    paths: pa.Array
+    paths: pa.Array  # paths of the groups
     kind: NDArray[np.uint8]
-    shard: NDArray[np.int64]
-    of: NDArray[np.int64]
-    layout: Layout
-    shards: LiveShards
-    objects: Objects
-    orphans: pa.Array
-    unfinished: pa.Array
-    no_keys: pa.Array
+    shard: NDArray[np.int64]  # row of the group in `shards`; -1: no shard
+    of: NDArray[np.int64]  # number of the group in `layout`; -1: a shard
+    layout: KeyGroups  # files and checkpoints
+    shards: LiveShards  # live shards of all data sets
+    objects: Objects  # objects that belong to groups
+    orphans: pa.Array  # keys of shards that no version names
+    unfinished: pa.Array  # keys that are still being written
+    no_keys: pa.Array  # names that are not valid keys
 
     def from_layout(self, column: NDArray[Any], otherwise: object) -> NDArray[Any]:
         """Expand a column of the layout's groups to all groups."""
@@ -435,7 +386,7 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards) -> _Gr
     shard = index_in(keys, shards.keys)
     is_orphan = (shard < 0) & match_regex(keys, SHARD_KEY)
     others = np.flatnonzero((shard < 0) & ~is_orphan)
-    layout = recognise_layout(take_rows(keys, others))
+    layout = group_keys(take_rows(keys, others))
     release_memory()
     is_shard = np.flatnonzero(shard >= 0)
     # A checkpoint folder may have the name of a shard; paths of the snapshot must be unique, so the folder wins.
@@ -453,7 +404,11 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards) -> _Gr
     kind = np.full(len(order), FILE, np.uint8)
     kind[of >= 0] = np.where(layout.checkpoint[of[of >= 0]], CHECKPOINT, FILE)
     kind[of < 0] = SHARD
-    left = ~in_layout
+    rank = np.zeros(len(keys), np.uint8)
+    unfinished, on_top = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
+    rank[others], unfinished[others], on_top[others] = layout.rank, layout.unfinished, layout.on_top
+    is_in_group = group[key] != NO_GROUP
+    rows, key = rows[is_in_group], key[is_in_group]
     return _Grouped(
         paths=take_rows(paths, order),
         kind=kind,
@@ -461,10 +416,10 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards) -> _Gr
         of=of,
         layout=layout,
         shards=shards,
-        objects=_objects(rows, key, (group, shard, others), layout, shards),
+        objects=Objects(rows, key, group.astype(np.int32), shard, rank, unfinished, on_top, shards),
         orphans=keys.take(pa.array(np.flatnonzero(is_orphan))),
-        unfinished=keys.take(pa.array(others[left & layout.unfinished])),
-        no_keys=keys.take(pa.array(others[left & ~layout.unfinished])),
+        unfinished=keys.take(pa.array(others[~in_layout & layout.unfinished])),
+        no_keys=keys.take(pa.array(others[~in_layout & ~layout.unfinished])),
     )
 
 
@@ -474,37 +429,6 @@ def _numbered(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
     order = sort_order(encoded.dictionary)
     place = inverse(order)
     return take_rows(encoded.dictionary, order), place[np.asarray(encoded.indices.to_numpy(), np.int64)]
-
-
-def _objects(
-    rows: NDArray[np.int64],
-    key: NDArray[np.int64],
-    by_key: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
-    layout: Layout,
-    shards: LiveShards,
-) -> Objects:
-    """Return the objects in groups. by_key: Group and shard of each key, and the keys that the layout covers."""
-    group, shard, others = by_key
-    rank = np.zeros(len(group), np.uint8)
-    unfinished, on_top = np.zeros(len(group), np.bool_), np.zeros(len(group), np.bool_)
-    rank[others], unfinished[others], on_top[others] = layout.rank, layout.unfinished, layout.on_top
-    mine = group[key] != NO_GROUP
-    rows, key = rows[mine], key[mine]
-    is_shard = shard[key] >= 0
-    at = shard[key][is_shard]
-    n_bytes, crc32c = np.zeros(len(key), np.int64), np.zeros(len(key), np.int64)
-    n_bytes[is_shard], crc32c[is_shard] = shards.n_bytes[at], shards.crc32c[at]
-    return Objects(
-        row=rows,
-        key=key,
-        group=group[key].astype(np.int32),
-        rank=rank[key],
-        is_shard=is_shard,
-        n_bytes=n_bytes,
-        crc32c=crc32c,
-        unfinished=unfinished[key],
-        on_top=on_top[key],
-    )
 
 
 # -- completeness, links, use, and the snapshot ----------------------------------------------------------------------
@@ -525,17 +449,6 @@ def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, quiet_period_s
     complete &= lacks == NOTHING
     complete[grouped.kind != CHECKPOINT] = True
     return complete
-
-
-def _unread(groups: NDArray[np.int64], copies: Copies, n_groups: int) -> NDArray[np.bool_]:
-    """Return the groups whose metrics cannot be read, without those that the mover has put where they are.
-
-    A checkpoint that the mover has moved was not among the best while its metrics were readable.
-    """
-    found = np.zeros(n_groups, np.bool_)
-    found[groups] = True
-    found[copies.group[copies.verified]] = False
-    return found
 
 
 def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, copies: Copies) -> dict[int, str]:
@@ -569,16 +482,16 @@ def _uses(file: RuleFile, listed: Listing, grouped: _Grouped) -> tuple[NDArray[n
     n_groups = len(grouped.kind)
     last_s, counts = np.full(n_groups, np.nan), np.zeros(n_groups, np.int64)
     try:
-        known = tiers_module.read_uses()
+        uses = tiers_module.read_uses()
     except (OSError, ValueError):  # there is no usable state folder, so that no use is known
-        known = {}
-    for number in listed.tiers if known else ():
-        found = tiers_module.uses_under(known, file.tiers[number].url)
+        uses = {}
+    for number in listed.tiers if uses else ():
+        found = tiers_module.uses_under(uses, file.tiers[number].url)
         rows = np.flatnonzero(listed.tier[grouped.objects.row] == number)
         keys = take_rows(listed.keys, grouped.objects.row[rows])
         at = index_in(keys, pa.array(list(found), pa.large_string()))
         rows, at = rows[at >= 0], at[at >= 0]
-        group = grouped.objects.group[rows]
+        group = grouped.objects.group[grouped.objects.key[rows]]
         columns = np.array(list(found.values()), np.float64).reshape(-1, 2)[at]
         np.fmax.at(last_s, group, columns[:, 0])
         np.add.at(counts, group, columns[:, 1].astype(np.int64))
@@ -616,16 +529,7 @@ def _snapshot(
         unreported=unreported,
         in_use=in_use,
         tags={},
-        group=copies.group,
-        tier=copies.tier,
-        n_objects=copies.n_objects,
-        n_bytes=copies.n_bytes,
-        smallest_bytes=copies.smallest_bytes,
-        modified_s=copies.modified_s,
-        storage_class=copies.storage_class,
-        state=copies.state,
-        whole=copies.whole,
-        verified=copies.verified,
+        **{name: getattr(copies, name) for name in _COPY_COLUMNS},
         **columns,
     )
 
@@ -634,10 +538,10 @@ def _facts(
     listed: Listing, grouped: _Grouped, copies: Copies, complete: NDArray[np.bool_], datasets: tuple[FoundDataset, ...]
 ) -> dict[str, Any]:
     lacks = grouped.from_layout(grouped.layout.lacks, NOTHING)[~complete]
-    there = np.zeros(len(grouped.shards), np.bool_)
-    there[grouped.shard[grouped.shard >= 0]] = True
-    missing = grouped.shards.keys.take(pa.array(np.flatnonzero(~there)))
-    lacking = np.flatnonzero(~there & ~grouped.shards.elsewhere)
+    is_listed = np.zeros(len(grouped.shards), np.bool_)
+    is_listed[grouped.shard[grouped.shard >= 0]] = True
+    missing = grouped.shards.keys.take(pa.array(np.flatnonzero(~is_listed)))
+    lacking = np.flatnonzero(~is_listed & ~grouped.shards.elsewhere)
     differing = listed.keys.take(pa.array(copies.row[copies.differing])).unique()
     return {
         "datasets": datasets,

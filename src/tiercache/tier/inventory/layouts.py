@@ -17,9 +17,8 @@ The outermost folder with such a name is the checkpoint: global_step100 inside c
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -96,54 +95,51 @@ _INDEX = r"\.index\.json$|^meta\.pt$|^metadata\.json$"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Layout:
-    """Groups of keys. Row g of a group column is group g, row k of a key column is key k.
+class KeyGroups:
+    """Groups of keys. Row g of a group column is group g, row k of a key column is key k."""
 
-    Attributes:
-        paths: large_string[n_groups], sorted, unique.
-        checkpoint: bool[n_groups]; the other groups are files.
-        step: int64[n_groups]; NO_STEP for files.
-        series: int32[n_groups], equal for the checkpoints that one run writes under one name; NO_SERIES for files.
-        lacks: uint8[n_groups], indices of LACKS.
-        marked: bool[n_groups], whether the group has an object that its writer writes last.
-        group: int32[n_keys]; NO_GROUP for unfinished objects and for names that are not valid keys.
-        rank: uint8[n_keys], MEMBER, INDEX or MARK.
-        unfinished: bool[n_keys], by the name.
-        on_top: bool[n_keys], whether the object lies directly in the folder of its group.
-    """
-
-    paths: pa.Array
-    checkpoint: NDArray[np.bool_]
-    step: NDArray[np.int64]
-    series: NDArray[np.int32]
-    lacks: NDArray[np.uint8]
-    marked: NDArray[np.bool_]
-    group: NDArray[np.int32]
-    rank: NDArray[np.uint8]
-    unfinished: NDArray[np.bool_]
-    on_top: NDArray[np.bool_]
+    paths: pa.Array  # large_string, sorted, unique
+    checkpoint: NDArray[np.bool_]  # whether the group is a checkpoint; the other groups are files
+    step: NDArray[np.int64]  # NO_STEP for files
+    series: NDArray[np.int32]  # equal for the checkpoints that one run writes under one name; NO_SERIES for files
+    lacks: NDArray[np.uint8]  # indices of LACKS
+    marked: NDArray[np.bool_]  # whether the group has an object that its writer writes last
+    # Columns of keys.
+    group: NDArray[np.int32]  # NO_GROUP for unfinished objects and for names that are not valid keys
+    rank: NDArray[np.uint8]  # MEMBER, INDEX or MARK
+    unfinished: NDArray[np.bool_]  # by the name
+    on_top: NDArray[np.bool_]  # whether the object lies directly in the folder of its group
 
 
-def recognise_layout(keys: pa.Array) -> Layout:
+def group_keys(keys: pa.Array) -> KeyGroups:
     """Return the groups that these keys form. keys: string or large_string, unique, without nulls."""
     keys = keys.cast(pa.large_string())
     folders, folder, names = split_keys(keys)
-    in_folder = _checkpoint_folders(folders, folder, names)
-    at_row = in_folder.row[folder] if len(keys) else np.empty(0, np.int64)
+    in_folders, folder_row = _checkpoint_folders(folders, folder, names)
+    row = folder_row[folder] if len(keys) else np.empty(0, np.int64)
     unfinished, no_key = match_regex(keys, _TEMPORARY), match_regex(keys, _NO_KEY)
-    left = np.flatnonzero((at_row < 0) & ~unfinished & ~no_key)
-    group, paths, place = _numbered(keys, at_row, in_folder.table["path"], left, no_key)
-    known = _known_groups(in_folder.table, _checkpoint_files(folders, folder, names, left), place, len(paths))
-    seen = _Members(names, folder, group, len(folders), known.checkpoint)
-    return Layout(
+    rest = np.flatnonzero((row < 0) & ~unfinished & ~no_key)
+    group, paths, place = _numbered(keys, row, in_folders["path"], rest, no_key)
+    in_files, file_rows = _checkpoint_files(folders, folder, names, rest)
+    # Folders come last and overwrite: a file and a folder with one name count as the folder.
+    used = np.flatnonzero(place[: len(in_folders)] >= 0)
+    of_group = place[np.concatenate([len(in_folders) + file_rows, used])]
+    checkpoints = pa.concat_tables([in_files, in_folders.drop_columns(["path"]).take(pa.array(used))])
+    step, series = np.full(len(paths), NO_STEP, np.int64), np.full(len(paths), NO_SERIES, np.int32)
+    step[of_group] = as_numpy(checkpoints["step"], np.int64)
+    series[of_group] = joined_codes(checkpoints["series"].chunks, pa.large_string())[0]
+    checkpoint = series != NO_SERIES
+    series[checkpoint] = _in_order(series[checkpoint])
+    members = _Members(names, folder, group, len(folders), checkpoint)
+    return KeyGroups(
         paths=paths,
-        checkpoint=known.checkpoint,
-        step=known.step,
-        series=known.series,
-        lacks=np.where(known.checkpoint, _lacking(seen, known.series), NOTHING).astype(np.uint8),
-        marked=known.checkpoint & seen.groups_with(seen.marks()),
+        checkpoint=checkpoint,
+        step=step,
+        series=series,
+        lacks=np.where(checkpoint, _lacking(members, series), NOTHING).astype(np.uint8),
+        marked=checkpoint & members.groups_with(members.marks()),
         group=group,
-        rank=seen.ranks(),
+        rank=members.ranks(),
         unfinished=unfinished,
         on_top=_on_top(folders, folder, paths, group),
     )
@@ -151,49 +147,35 @@ def recognise_layout(keys: pa.Array) -> Layout:
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
-_NAMES = ("parent", "prefix", "word", "rest", "suffix")
-_KNOWN = pa.schema([("step", pa.int64()), ("series", pa.dictionary(pa.int32(), pa.large_string()))])
+_NAME_PARTS = ("parent", "prefix", "word", "rest", "suffix")
+_STEP_AND_SERIES = pa.schema([("step", pa.int64()), ("series", pa.dictionary(pa.int32(), pa.large_string()))])
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _InFolders:
-    """Checkpoints that are folders. table: _KNOWN and path; row: int64[n_folders], row in the table; -1: none."""
-
-    table: pa.Table
-    row: NDArray[np.int64]
-
-
-def _checkpoint_folders(folders: pa.Array, folder: NDArray[np.int64], names: pa.Array) -> _InFolders:
-    whole = pc.extract_regex(folders, _IN_FOLDER)
-    named = pc.is_valid(whole)
-    if len(folders):
-        # A temporary folder is still being written; the writer renames it at the end.
-        named = pc.and_(named, pc.invert(pc.match_substring_regex(folders, _TEMPORARY)))
-    by_name = np.flatnonzero(as_numpy(named, np.int64))
-    found = whole.take(pa.array(by_name))
-    path = _joined([pc.struct_field(found, "parent"), pc.struct_field(found, "name")], "")
-    by_number = dict(_number_folders(folders, folder, names, np.asarray(named.to_numpy(zero_copy_only=False), bool)))
+def _checkpoint_folders(
+    folders: pa.Array, folder: NDArray[np.int64], names: pa.Array
+) -> tuple[pa.Table, NDArray[np.int64]]:
+    """Return step, series and path of the checkpoints that are folders, and the row of each folder; -1: none."""
+    parts = pc.extract_regex(folders, _IN_FOLDER)
+    # A temporary folder is still being written; the writer renames it at the end.
+    is_named = np.asarray(pc.is_valid(parts).to_numpy(zero_copy_only=False), bool) & ~match_regex(folders, _TEMPORARY)
+    by_name = np.flatnonzero(is_named)
+    parts = parts.take(pa.array(by_name))
+    path = _joined([pc.struct_field(parts, "parent"), pc.struct_field(parts, "name")], "")
+    by_number = dict(_number_folders(folders, folder, names, is_named))
     numbered = pa.array(list(by_number.values()), pa.large_string())
     more = pc.extract_regex(numbered, r"^(?P<parent>(?:.*/)?)(?P<number>[0-9]+)$")
     empty = pa.array([""] * len(numbered), pa.large_string())
     columns = {}
-    for name in (*_NAMES, "number"):
+    for name in (*_NAME_PARTS, "number"):
         rest = pc.struct_field(more, name) if name in ("parent", "number") else empty
-        columns[name] = pa.concat_arrays([pc.struct_field(found, name), rest])
-    rows = _known_of(columns).append_column("path", pa.concat_arrays([path, numbered]))
-    once, first = _first_of_each(rows)
+        columns[name] = pa.concat_arrays([pc.struct_field(parts, name), rest])
+    paths = pa.concat_arrays([path, numbered]).dictionary_encode()
+    number = as_numpy(paths.indices, np.int64)
+    first = np.unique(number, return_index=True)[1]
+    table = _step_and_series(columns).append_column("path", paths.cast(pa.large_string())).take(pa.array(first))
     row = np.full(len(folders), -1, np.int64)
-    row[np.concatenate([by_name, np.fromiter(by_number, np.int64, len(by_number))])] = first
-    return _InFolders(once, row)
-
-
-def _first_of_each(rows: pa.Table) -> tuple[pa.Table, NDArray[np.int64]]:
-    """Return the first row of each distinct path, and for every row the number of its path."""
-    encoded = rows["path"].combine_chunks().dictionary_encode() if len(rows) else None
-    if encoded is None:
-        return rows, np.empty(0, np.int64)
-    which = as_numpy(encoded.indices, np.int64)
-    return rows.take(pa.array(np.unique(which, return_index=True)[1])).combine_chunks(), which
+    row[np.concatenate([by_name, np.fromiter(by_number, np.int64, len(by_number))])] = number
+    return table.combine_chunks(), row
 
 
 def _number_folders(
@@ -231,20 +213,22 @@ def _numbered_above(folder: str) -> Iterator[str]:
 
 
 def _checkpoint_files(
-    folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, left: NDArray[np.int64]
-) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
-    """Yield, in parts, the keys in `left` that are a checkpoint each: positions in `left`, with step and series."""
-    for start in range(0, len(left), ROWS_AT_A_TIME):
-        some = left[start : start + ROWS_AT_A_TIME]
+    folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, rest: NDArray[np.int64]
+) -> tuple[pa.Table, NDArray[np.int64]]:
+    """Return step and series of the keys in `rest` that are a checkpoint each, and their positions in `rest`."""
+    tables, rows = [_STEP_AND_SERIES.empty_table()], [np.empty(0, np.int64)]
+    for start in range(0, len(rest), ROWS_AT_A_TIME):
+        some = rest[start : start + ROWS_AT_A_TIME]
         is_one = np.flatnonzero(match_regex(names.take(pa.array(some)), _FILE_NAME))
-        found = pc.extract_regex(names.take(pa.array(some[is_one])), _FILE_NAME)
-        columns = {name: pc.struct_field(found, name) for name in (*_NAMES[1:], "number")}
-        parents = folders.take(pa.array(folder[some[is_one]]))
-        yield start + is_one, _known_of(columns | {"parent": parents})
+        parts = pc.extract_regex(names.take(pa.array(some[is_one])), _FILE_NAME)
+        columns = {name: pc.struct_field(parts, name) for name in (*_NAME_PARTS[1:], "number")}
+        tables.append(_step_and_series(columns | {"parent": folders.take(pa.array(folder[some[is_one]]))}))
+        rows.append(start + is_one)
+    return pa.concat_tables(tables), np.concatenate(rows)
 
 
-def _known_of(columns: dict[str, pa.Array]) -> pa.Table:
-    """Return step and series of checkpoints from the parts of their names: _NAMES and number.
+def _step_and_series(columns: dict[str, pa.Array]) -> pa.Table:
+    """Return step and series of checkpoints from the parts of their names: _NAME_PARTS and number.
 
     A step in the rest of the name has precedence over an epoch before it. The series is the part of the name that is
     equal for all checkpoints of a run.
@@ -256,40 +240,7 @@ def _known_of(columns: dict[str, pa.Array]) -> pa.Table:
     word = pc.if_else(is_better, pc.utf8_lower(pc.struct_field(inner, "word")), word)
     prefix, rest = (pc.replace_substring_regex(part, _VARYING, "") for part in (columns["prefix"], rest))
     series = _joined([columns["parent"], prefix, word, rest, columns["suffix"]], "\n")
-    return pa.Table.from_arrays([step, series.dictionary_encode()], schema=_KNOWN)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Known:
-    """Group columns: whether the group is a checkpoint, its step, and the number of its series."""
-
-    checkpoint: NDArray[np.bool_]
-    step: NDArray[np.int64]
-    series: NDArray[np.int32]
-
-
-def _known_groups(
-    in_folder: pa.Table,
-    in_files: Iterable[tuple[NDArray[np.int64], pa.Table]],
-    place: NDArray[np.int64],
-    n_groups: int,
-) -> _Known:
-    """Return what is known of each group. place: int64[n], group of each folder (-1: none), then of each file."""
-    groups, steps, series = [], [], []
-    # Folders come last and overwrite: a file and a folder with one name count as the folder.
-    files = ((len(in_folder) + rows, table) for rows, table in in_files)
-    for rows, table in chain(files, [(np.flatnonzero(place[: len(in_folder)] >= 0), in_folder)]):
-        groups.append(place[rows])
-        some = table if table is not in_folder else table.take(pa.array(rows))
-        steps.append(as_numpy(some["step"], np.int64))
-        series.append(_one(some["series"]))
-    group, codes = np.concatenate(groups), joined_codes(series, pa.large_string())[0]
-    step, code = np.full(n_groups, NO_STEP, np.int64), np.full(n_groups, NO_SERIES, np.int64)
-    step[group], code[group] = np.concatenate(steps), codes
-    checkpoint = code != NO_SERIES
-    numbered = np.full(n_groups, NO_SERIES, np.int32)
-    numbered[checkpoint] = _in_order(code[checkpoint])
-    return _Known(checkpoint, step, numbered)
+    return pa.Table.from_arrays([step, series.dictionary_encode()], schema=_STEP_AND_SERIES)
 
 
 def _in_order(codes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -299,19 +250,18 @@ def _in_order(codes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _numbered(
-    keys: pa.Array, row: NDArray[np.int64], folders: pa.ChunkedArray, left: NDArray[np.int64], no_key: NDArray[np.bool_]
+    keys: pa.Array, row: NDArray[np.int64], folders: pa.ChunkedArray, rest: NDArray[np.int64], no_key: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int32], pa.Array, NDArray[np.int64]]:
     """Assign keys to groups.
 
-    Returns:
-        The group of each key; the sorted paths of groups; the group of each folder (-1: none), then of each key in
-        left.
+    Returns the group of each key; the sorted paths of groups; and the group of each folder (-1: none), then of each key
+    in rest.
     """
     inside, n_folders = np.flatnonzero((row >= 0) & ~no_key), len(folders)
     is_used = np.zeros(n_folders + 1, np.bool_)  # index -1 (no folder) is the last entry
     is_used[row[inside]] = True
     used = np.flatnonzero(is_used)
-    of_folders, of_keys = _one(folders), take_rows(keys, left)
+    of_folders, of_keys = _one(folders), take_rows(keys, rest)
     # A key with the name of a checkpoint folder belongs to that folder's group, even if the folder is otherwise empty.
     same = index_in(of_keys, of_folders)
     alone, to_folder = np.flatnonzero(~is_used[same]), np.flatnonzero(is_used[same])
@@ -319,7 +269,7 @@ def _numbered(
     paths = pa.concat_arrays([of_folders.take(pa.array(used)), paths]) if len(used) else paths
     order = sort_order(paths)
     of_path = inverse(order)
-    place = np.full(n_folders + len(left), -1, np.int64)
+    place = np.full(n_folders + len(rest), -1, np.int64)
     place[used] = of_path[: len(used)]
     place[n_folders + alone] = of_path[len(used) :]
     named = np.flatnonzero(same >= 0)
@@ -327,7 +277,7 @@ def _numbered(
     place[same[named]] = place[n_folders + named]
     group = np.full(len(keys), NO_GROUP, np.int32)
     group[inside] = place[row[inside]]
-    group[left] = place[n_folders:]
+    group[rest] = place[n_folders:]
     return group, take_rows(paths, order), place
 
 
@@ -416,21 +366,21 @@ class _Members:
         return wrong
 
 
-def _lacking(seen: _Members, series: NDArray[np.int32]) -> NDArray[np.uint8]:
+def _lacking(members: _Members, series: NDArray[np.int32]) -> NDArray[np.uint8]:
     """Return what each group lacks, as indices of LACKS; meaningless for files."""
     lacks = np.full(len(series), NOTHING, np.uint8)
-    weights = seen.named(_WEIGHTS) & ~seen.named(_NO_WEIGHTS)
+    weights = members.named(_WEIGHTS) & ~members.named(_NO_WEIGHTS)
     # Either of two files in any checkpoint of the run identifies Trainer: other libraries write checkpoint-N too.
-    trainer = seen.groups_with(seen.trainer_state)
-    trainers = np.unique(series[trainer | seen.groups_with(seen.named(r"^training_args\.bin$"))])
+    trainer = members.groups_with(members.trainer_state)
+    trainers = np.unique(series[trainer | members.groups_with(members.named(r"^training_args\.bin$"))])
     is_trainer = np.isin(series, trainers[trainers != NO_SERIES])
-    lacks[seen.count_wrong()] = SHARDS
+    lacks[members.count_wrong()] = SHARDS
     # A lone .metadata, whose .distcp files were deleted by hand, must not count as the newest complete checkpoint.
-    lacks[seen.groups_with(seen.metadata & ~seen.beside(weights)[seen.folder])] = WEIGHTS
-    lacks[is_trainer & ~seen.groups_with(weights)] = WEIGHTS
+    lacks[members.groups_with(members.metadata & ~members.beside(weights)[members.folder])] = WEIGHTS
+    lacks[is_trainer & ~members.groups_with(weights)] = WEIGHTS
     lacks[is_trainer & ~trainer] = TRAINER_STATE
-    parts = seen.named(r"^__[0-9]+_[0-9]+\.distcp$")
-    closed = seen.beside(seen.metadata | seen.named(_RANK_METADATA))
-    lacks[seen.groups_with(parts & ~closed[seen.folder])] = METADATA
-    lacks[seen.groups_with(seen.named(_METADATA_TMP))] = END_OF_SAVE
+    parts = members.named(r"^__[0-9]+_[0-9]+\.distcp$")
+    closed = members.beside(members.metadata | members.named(_RANK_METADATA))
+    lacks[members.groups_with(parts & ~closed[members.folder])] = METADATA
+    lacks[members.groups_with(members.named(_METADATA_TMP))] = END_OF_SAVE
     return lacks

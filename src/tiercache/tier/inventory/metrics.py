@@ -61,15 +61,8 @@ _NO_CHECKPOINT = (
 def read_scores(store: Store, key: str, n_bytes: int, name: str) -> Mapping[str, float]:
     """Return the scores of a checkpoint by metric; empty if the object is not a Lightning checkpoint.
 
-    Args:
-        store: Store of the object.
-        key: Key of the object.
-        n_bytes: Size of the object, as listed.
-        name: Name of the checkpoint's file or folder, by which its scores are found.
-
-    Raises:
-        NotFound: The object no longer exists.
-        StoreError: The object cannot be read, or has changed since it was listed.
+    name: Name of the checkpoint's file or folder, by which its scores are found. Raises StoreError if the object is
+    gone, cannot be read, or has changed since it was listed.
     """
     if n_bytes < len(_ZIP_SIGN):
         return {}
@@ -245,18 +238,18 @@ class _Interpreter:
     def _last(self, n: int) -> list[Any]:
         if len(self._stack) < n:
             raise ValueError("the pickle pops more values than are on the stack")
-        taken = self._stack[len(self._stack) - n :]
+        values = self._stack[len(self._stack) - n :]
         del self._stack[len(self._stack) - n :]
-        return taken
+        return values
 
     def _to_mark(self) -> list[Any]:
         """Pop and return the values above the last mark, and the mark."""
         n = next((n for n, value in enumerate(reversed(self._stack)) if value is _MARK), None)
         if n is None:
             raise ValueError("the pickle refers to a mark that is not on the stack")
-        taken = self._last(n)
+        values = self._last(n)
         self._stack.pop()
-        return taken
+        return values
 
 
 def _with(target: Any, items: list[Any]) -> Any:
@@ -339,15 +332,8 @@ def _file_name(key: str) -> str:
 def read_metrics(store: Store, objects: Sequence[ObjectInfo], path: str) -> dict[str, float]:
     """Return the metrics in the small files of a checkpoint; files that cannot be parsed are ignored.
 
-    Reads at most four objects of at most MAX_BYTES each, and some blocks of a Lightning file.
-
-    Args:
-        store: Store of the checkpoint.
-        objects: Objects of the checkpoint.
-        path: Path of the checkpoint.
-
-    Raises:
-        StoreError: A file exists and cannot be read now, so that the best checkpoints are unknown.
+    Reads at most four objects of at most MAX_BYTES each, and some blocks of a Lightning file. Raises StoreError if a
+    file exists and cannot be read now, so that the best checkpoints are unknown.
     """
     found: dict[str, float] = {}
     for one in objects:
@@ -405,15 +391,10 @@ def _finite(name: str, value: float) -> dict[str, float]:
     return {name: number} if math.isfinite(number) else {}
 
 
-def metrics_in_names(names: pa.Array, wanted: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """Return the wanted metrics of each name, as metrics.metrics_in_name(): float64[n] each, NaN where there is none.
-
-    Args:
-        names: large_string, names of files or folders, without nulls.
-        wanted: Names of the metrics.
-    """
-    found = {name: np.full(len(names), np.nan) for name in wanted}
-    rows = np.flatnonzero(match_regex(names, "|".join(map(re.escape, wanted))))
+def metrics_in_names(names: pa.Array, metrics: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """Return the given metrics of each name, as metrics_in_name(): float64[n] each, NaN where there is none."""
+    found = {name: np.full(len(names), np.nan) for name in metrics}
+    rows = np.flatnonzero(match_regex(names, "|".join(map(re.escape, metrics))))
     for row, name in zip(rows.tolist(), names.take(pa.array(rows)).to_pylist(), strict=True):
         for metric, value in metrics_in_name(name).items():
             if metric in found:
@@ -422,10 +403,10 @@ def metrics_in_names(names: pa.Array, wanted: Sequence[str]) -> dict[str, NDArra
 
 
 _THREADS = 16
-_MAY_SAY = r"=|\d\.\d"
+_MAY_NAME = r"=|\d\.\d"
 
 
-def wanted_metrics(file: RuleFile) -> tuple[tuple[str, ...], ...]:
+def used_metrics(file: RuleFile) -> tuple[tuple[str, ...], ...]:
     """Return the metrics that keep lists use, sorted.
 
     Each is a tuple of names; a run uses the first name that any of its checkpoints has.
@@ -434,107 +415,89 @@ def wanted_metrics(file: RuleFile) -> tuple[tuple[str, ...], ...]:
     return tuple(sorted({best.metrics for keep in keeps for best in keep.best}))
 
 
-class MetricReader:
-    """Finds the metrics of checkpoints.
+@dataclass(frozen=True, slots=True, eq=False)
+class CheckpointMetrics:
+    """The metrics of checkpoints that keep lists use."""
 
-    Attributes (valid after of()):
-        unread: int64[k], ascending: groups with files that may hold metrics, none of which can be read.
-        in_files: Group to the names of all metrics in its files, for groups whose files were read.
+    columns: Mapping[str, NDArray[np.float64]]  # by name, of all groups; NaN where there is none
+    unread: NDArray[np.int64]  # ascending: groups with files that may hold metrics, none of which can be read
+    in_files: Mapping[int, frozenset[str]]  # by group: names of all metrics in its files, where these were read
+
+
+def find_metrics(
+    file: RuleFile, stores: Stores, listed: Listing, copies: Copies, paths: pa.Array, checkpoints: NDArray[np.int64]
+) -> CheckpointMetrics:
+    """Find the metrics that keep lists use, in the names and files of checkpoints. checkpoints: Numbers of groups.
+
+    No file is read if no rule uses a metric, or if a checkpoint's name contains the first name of each metric. Raises
+    StoreError if a file exists and cannot be read now, so that the best checkpoints are unknown.
     """
+    used = used_metrics(file)
+    names = sorted({name for some in used for name in some})
+    columns = {name: np.full(len(paths), np.nan) for name in names}
+    if not names:
+        return CheckpointMetrics(columns, np.empty(0, np.int64), {})
+    for groups in _parts(checkpoints):
+        texts = paths.take(pa.array(groups))
+        may_name = match_regex(texts, _MAY_NAME)
+        last = split_keys(texts.filter(pa.array(may_name)))[2]
+        for name, column in metrics_in_names(last, names).items():
+            columns[name][groups[may_name]] = column
+    lacking = checkpoints[np.isnan(np.array([columns[some[0]][checkpoints] for some in used])).any(axis=0)]
+    copy_of = _copies_to_read(listed, copies, lacking)
+    unread = [group for group, copy in copy_of.items() if copy is None]
+    readable = {group: copy for group, copy in copy_of.items() if copy is not None}
 
-    def __init__(self, stores: Stores, tiers: Sequence[str], listed: Listing, copies: Copies) -> None:
-        self._stores, self._tiers, self._listed, self._copies = stores, tiers, listed, copies
-        self.unread = np.empty(0, np.int64)
-        self.in_files: dict[int, frozenset[str]] = {}
-        self._names: dict[frozenset[str], frozenset[str]] = {}  # interned: a million checkpoints have equal sets
-
-    def of(
-        self, wanted: Sequence[Sequence[str]], paths: pa.Array, checkpoints: NDArray[np.int64]
-    ) -> dict[str, NDArray[np.float64]]:
-        """Return each wanted metric as float64[n_groups], NaN where there is none.
-
-        No file is read if no rule uses a metric, or if a checkpoint's name contains the first name of each metric.
-
-        Args:
-            wanted: Result of wanted_metrics().
-            paths: Paths of all groups.
-            checkpoints: int64[m], group numbers.
-
-        Raises:
-            StoreError: A file exists and cannot be read now, so that the best checkpoints are unknown.
-        """
-        names = sorted({name for some in wanted for name in some})
-        found = {name: np.full(len(paths), np.nan) for name in names}
-        if not names:
-            return found
-        for groups in _parts(checkpoints):
-            texts = paths.take(pa.array(groups))
-            says = match_regex(texts, _MAY_SAY)
-            last = split_keys(texts.filter(pa.array(says)))[2]
-            for name, column in metrics_in_names(last, names).items():
-                found[name][groups[says]] = column
-        lacking = np.isnan(np.array([found[some[0]][checkpoints] for some in wanted])).any(axis=0)
-        self._read(found, paths, checkpoints[lacking])
-        return found
-
-    def _read(self, found: dict[str, NDArray[np.float64]], paths: pa.Array, groups: NDArray[np.int64]) -> None:
-        """Read the missing metrics of each group from the fastest tier with a readable copy that has a metrics file."""
-        asked = self._asked(groups)
-        unread = [group for group, copy in asked.items() if copy is None]
-        readable = [(group, copy, paths[group].as_py()) for group, copy in asked.items() if copy is not None]
-        if readable:
-            with ThreadPoolExecutor(min(_THREADS, len(readable)), "tiercache-metrics") as pool:
-                for (group, *_), metrics in zip(readable, pool.map(self._one, readable), strict=True):
-                    if metrics is None:
-                        unread.append(group)
-                    else:
-                        _fill(found, group, metrics)
-                        names = frozenset(metrics)
-                        self.in_files[group] = self._names.setdefault(names, names)
-        self.unread = np.array(sorted(unread), np.int64)
-
-    def _asked(self, groups: NDArray[np.int64]) -> dict[int, int | None]:
-        """Return the groups that have a metrics file, each with the copy to read; None: no such copy is readable."""
-        copies = self._copies
-        wanted = np.zeros(int(copies.group.max(initial=-1)) + 1, np.bool_)
-        wanted[groups] = True
-        copy_of = np.repeat(np.arange(len(copies.group)), copies.n_objects)
-        rows = np.flatnonzero(wanted[copies.group[copy_of]])
-        rows = np.concatenate([rows[:0], *(self._holding(some) for some in _parts(rows))])
-        asked: dict[int, int | None] = {}
-        for copy in np.unique(copy_of[rows]).tolist():
-            group = int(copies.group[copy])
-            if asked.get(group) is None:
-                asked[group] = copy if copies.state[copy] in (READABLE, RESTORED) else None
-        return asked
-
-    def _holding(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows of objects that may hold metrics."""
-        return rows[match_regex(self._listed.keys.take(pa.array(self._copies.row[rows])), MAY_HOLD)]
-
-    def _one(self, readable: tuple[int, int, str]) -> Mapping[str, float] | None:
-        _, copy, path = readable
-        start, end = self._copies.start[copy : copy + 2].tolist()
-        rows = self._copies.row[start:end]
-        rows = rows[match_regex(self._listed.keys.take(pa.array(rows)), MAY_HOLD)]
-        keys = self._listed.keys.take(pa.array(rows)).to_pylist()
-        objects = [ObjectInfo(*one) for one in zip(keys, self._listed.n_bytes[rows].tolist(), strict=True)]
+    def read(group: int) -> Mapping[str, float] | None:
+        copy = readable[group]
+        start, end = copies.start[copy : copy + 2].tolist()
+        rows = copies.row[start:end]
+        rows = rows[_may_hold(listed, rows)]
+        keys = listed.keys.take(pa.array(rows)).to_pylist()
+        objects = [ObjectInfo(*one) for one in zip(keys, listed.n_bytes[rows].tolist(), strict=True)]
+        store = stores.store(file.tiers[int(copies.tier[copy])].name)
         try:
-            return read_metrics(self._stores.store(self._tiers[int(self._copies.tier[copy])]), objects, path)
+            return read_metrics(store, objects, paths[group].as_py())
         except StoreError as error:
             if error.retryable:
                 raise
             return None
+
+    in_files: dict[int, frozenset[str]] = {}
+    interned: dict[frozenset[str], frozenset[str]] = {}  # a million checkpoints have equal sets
+    with ThreadPoolExecutor(_THREADS, "tiercache-metrics") as pool:
+        for group, metrics in zip(readable, pool.map(read, readable), strict=True):
+            if metrics is None:
+                unread.append(group)
+                continue
+            in_files[group] = interned.setdefault(frozenset(metrics), frozenset(metrics))
+            for name, column in columns.items():
+                if name in metrics and np.isnan(column[group]):  # a metric in the name has precedence
+                    column[group] = metrics[name]
+    return CheckpointMetrics(columns, np.array(sorted(unread), np.int64), in_files)
+
+
+def _copies_to_read(listed: Listing, copies: Copies, groups: NDArray[np.int64]) -> dict[int, int | None]:
+    """Return, by group with a metrics file, the first readable copy that has one; None: no such copy is readable."""
+    is_asked_for = np.zeros(int(copies.group.max(initial=-1)) + 1, np.bool_)
+    is_asked_for[groups] = True
+    copy_of = np.repeat(np.arange(len(copies.group)), copies.n_objects)
+    at = np.flatnonzero(is_asked_for[copies.group[copy_of]])
+    at = np.concatenate([at[:0], *(some[_may_hold(listed, copies.row[some])] for some in _parts(at))])
+    found: dict[int, int | None] = {}
+    for copy in np.unique(copy_of[at]).tolist():
+        group = int(copies.group[copy])
+        if found.get(group) is None:
+            found[group] = copy if copies.state[copy] in (READABLE, RESTORED) else None
+    return found
+
+
+def _may_hold(listed: Listing, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return whether each of the listed objects may hold metrics."""
+    return match_regex(listed.keys.take(pa.array(rows)), MAY_HOLD)
 
 
 def _parts(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
     """Yield the rows in parts, so that temporary arrays stay small."""
     for start in range(0, len(rows), ROWS_AT_A_TIME):
         yield rows[start : start + ROWS_AT_A_TIME]
-
-
-def _fill(found: dict[str, NDArray[np.float64]], group: int, metrics: Mapping[str, float]) -> None:
-    """Record the wanted metrics that are still missing; a metric in the name has precedence over one in a file."""
-    for name, column in found.items():
-        if name in metrics and np.isnan(column[group]):
-            column[group] = metrics[name]

@@ -36,7 +36,7 @@ from tiercache.tier.move.checks import (
 from tiercache.tier.move.executor import change_classes
 from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
 from tiercache.tier.plan.policy import decide
-from tiercache.tier.plan.proposals import find_newest
+from tiercache.tier.plan.selection import find_newest
 from tiercache.tier.stores import deletion_block_reason, unavailable_tiers
 from tiercache.waiting import SYSTEM_CLOCK
 

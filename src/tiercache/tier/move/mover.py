@@ -191,8 +191,8 @@ class RunReport:
             "waiting_drops": self.settled.waiting_drops,
             "restoring": self.n_restoring,
             "adopted": list(self.adopted),
-            "cost": round(sum(move.money.once for move in self.plan.moves), 6),
-            "saving_month": round(sum(move.money.saving_month for move in self.plan.moves), 6),
+            "cost": round(self.plan.totals.cost, 6),
+            "saving_month": round(self.plan.totals.saving_month, 6),
             "stopped": [
                 {"plan": one.plan, "id": one.number, "path": one.path, "reason": one.reason} for one in self.stopped
             ],

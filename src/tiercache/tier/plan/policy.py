@@ -22,10 +22,8 @@ from tiercache.tier.costs import (
     DAY_S,
     Sizes,
     break_even_days,
-    copy_dollars,
     early_dollars,
     month_dollars,
-    reclass_dollars,
 )
 from tiercache.tier.model import (
     CHECKPOINT,
@@ -40,20 +38,18 @@ from tiercache.tier.model import (
     Snapshot,
 )
 from tiercache.tier.plan.proposals import (
-    Flags,
-    Rows,
     RuleProposals,
-    SnapshotIndex,
     Texts,
     ago,
     append_to_reasons,
-    droppable,
     format_reasons,
     hours,
     propose,
-    propose_moves,
+    propose_down,
     span,
+    transfer_dollars,
 )
+from tiercache.tier.plan.selection import Flags, Rows, SnapshotIndex
 from tiercache.tier.stores import deletion_block_reason
 
 if TYPE_CHECKING:
@@ -72,7 +68,8 @@ def with_costs(view: SnapshotIndex, moves: MoveColumns) -> MoveColumns:
     stays_s = _stays_s(view, moves)
 
     def add(rows: NDArray[np.int64], action: int, src: int, dst: int) -> None:
-        copies = view.at[src, moves.group[rows]].astype(np.int64)
+        groups = moves.group[rows]
+        copies = view.at[src, groups].astype(np.int64)
         sizes = Sizes.of(view.snapshot, copies)
         is_new = action in (MOVE, COPY, RECLASS)
         old, new = view.prices[src], view.prices[dst] if is_new else None
@@ -84,17 +81,12 @@ def with_costs(view: SnapshotIndex, moves: MoveColumns) -> MoveColumns:
         if new is not None:
             saving_month[rows] -= month_dollars(new, sizes)
             # The rule may delete the group before the minimum storage duration of dst ends, which costs the early fee.
-            once[rows] += early_dollars(new, sizes, stays_s[rows])
-            if action == RECLASS:
-                once[rows] += reclass_dollars(old, new, sizes)
-            else:
-                leaves, streams = bool(view.leaves[src, dst]), bool(view.streams[src, dst])
-                once[rows] += copy_dollars(old, new, sizes, leaves=leaves, streams=streams)
+            once[rows] += early_dollars(new, sizes, stays_s[rows]) + transfer_dollars(view, groups, src, dst)
 
-    code = (moves.action.astype(np.int64) * 256 + moves.src) * 256 + (moves.dst + 1)
-    for one in np.unique(code).tolist():
-        rows = np.flatnonzero(code == one)
-        action, src, dst = one >> 16, one >> 8 & 255, (one & 255) - 1
+    route = (moves.action.astype(np.int64) * 256 + moves.src) * 256 + (moves.dst + 1)
+    for number in np.unique(route).tolist():
+        rows = np.flatnonzero(route == number)
+        action, src, dst = number >> 16, number >> 8 & 255, (number & 255) - 1
         if action != DELETE:
             add(rows, action, src, dst)
             continue
@@ -134,7 +126,8 @@ def reject_protected(view: SnapshotIndex, moves: MoveColumns, refused: list[Move
     whole = view.whole[:, moves.group[partial]].any(axis=0)
     moves = reject(moves, refused, partial, np.where(whole, "not complete yet", _NOT_WHOLE).astype(np.object_))
     tagged = view.tagged[moves.group] & (moves.action == DELETE)
-    return reject(moves, refused, tagged, _tagged(view, moves.take(tagged)))
+    names = [f"tagged {', '.join(sorted(view.snapshot.tags[group]))}" for group in moves.group[tagged].tolist()]
+    return reject(moves, refused, tagged, np.array(names, np.object_))
 
 
 def keep_newest(view: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
@@ -180,31 +173,20 @@ def reject_unavailable(
     view: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns], missing: Mapping[str, str]
 ) -> MoveColumns:
     """Reject moves to tiers that may not be mounted, and all deletions while there is such a tier."""
-    if why := deletion_block_reason(missing):
-        deletes = moves.action == DELETE
-        moves = reject(moves, refused, deletes, why)
-    for name, why in missing.items():
-        there = moves.dst == view.file.index(name)
-        moves = reject(moves, refused, there, f"nothing goes to tier {name}: {why}")
+    if reason := deletion_block_reason(missing):
+        moves = reject(moves, refused, moves.action == DELETE, reason)
+    for name, reason in missing.items():
+        moves = reject(moves, refused, moves.dst == view.file.index(name), f"nothing goes to tier {name}: {reason}")
     return moves
 
 
 def _readable_elsewhere(view: SnapshotIndex, moves: MoveColumns) -> Flags:
     """Return whether another tier than src holds a verified copy that stays readable; bool[n_rows]."""
     found = np.zeros(len(moves), np.bool_)
+    is_readable = np.append(view.snapshot.state == READABLE, False)  # index -1 (no copy) is the last entry
     for tier in range(view.n_tiers):
-        copies = view.at[tier, moves.group]
-        here = (
-            view.ok[tier, moves.group] & (view.snapshot.state[copies] == READABLE) if view.snapshot.n_copies else found
-        )
-        found |= here & (moves.src != tier)
+        found |= view.ok[tier, moves.group] & is_readable[view.at[tier, moves.group]] & (moves.src != tier)
     return found
-
-
-def _tagged(view: SnapshotIndex, moves: MoveColumns) -> Texts:
-    out = np.empty(len(moves), np.object_)
-    out[:] = [f"tagged {', '.join(sorted(view.snapshot.tags[group]))}" for group in moves.group.tolist()]
-    return out
 
 
 def reject_unprofitable(view: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
@@ -265,7 +247,7 @@ def format_dollars(dollars: float) -> str:
 
 
 class CapacityLedger:
-    """Bytes in each tier: present, arriving and leaving.
+    """Bytes in each tier: held, arriving and leaving.
 
     Leaving bytes still occupy the tier until the grace period is over.
     """
@@ -273,9 +255,9 @@ class CapacityLedger:
     def __init__(self, view: SnapshotIndex, capacity_bytes: Sequence[int | None]) -> None:
         snapshot = view.snapshot
         self._view, self.limits = view, tuple(capacity_bytes)
-        there = np.bincount(snapshot.tier, weights=snapshot.n_bytes.astype(np.float64), minlength=view.n_tiers)
-        self.there = there.astype(np.int64)
-        self.coming, self.going = np.zeros_like(self.there), np.zeros_like(self.there)
+        held = np.bincount(snapshot.tier, weights=snapshot.n_bytes.astype(np.float64), minlength=view.n_tiers)
+        self.held = held.astype(np.int64)
+        self.arriving, self.leaving = np.zeros_like(self.held), np.zeros_like(self.held)
 
     def fitting(self, moves: MoveColumns) -> Flags:
         """Return which proposed moves fit, in their order; bool[n]."""
@@ -283,29 +265,25 @@ class CapacityLedger:
         for tier, limit in enumerate(self.limits):
             rows = np.flatnonzero((moves.dst == tier) & (moves.action >= RECLASS))
             if limit is not None and len(rows):
-                left_bytes = limit - int(self.there[tier] + self.coming[tier])
+                left_bytes = limit - int(self.held[tier] + self.arriving[tier])
                 fits[rows] = _fits(bytes_of(self._view, moves.take(rows)), left_bytes)
         return fits
 
     def admit(self, moves: MoveColumns, refused: list[MoveColumns]) -> Flags:
         """Return which proposed moves fit, as fitting(). Counts these, and rejects the others."""
         fits = self.fitting(moves)
-        full = [f"no room in {name}: its capacity is {format_bytes(limit or 0)}" for name, limit in self._limits()]
+        capacities = zip(self._view.snapshot.tiers, self.limits, strict=True)
+        full = [f"no room in {name}: its capacity is {format_bytes(limit or 0)}" for name, limit in capacities]
         reject(moves, refused, ~fits, np.array([*full, ""], np.object_)[moves.dst[~fits]])
-        self._count(moves.take(fits))
-        return fits
-
-    def _limits(self) -> list[tuple[str, int | None]]:
-        return [(self._view.name(tier), limit) for tier, limit in enumerate(self.limits)]
-
-    def _count(self, moves: MoveColumns) -> None:
+        moves = moves.take(fits)
         n_bytes = bytes_of(self._view, moves)
         for tier in range(self._view.n_tiers):
-            goes = (moves.src == tier) & (moves.action != COPY) & (moves.action != DELETE)
-            self.going[tier] += n_bytes[goes].sum()
-            self.coming[tier] += n_bytes[(moves.dst == tier) & (moves.action >= RECLASS)].sum()
+            leaves = (moves.src == tier) & (moves.action != COPY) & (moves.action != DELETE)
+            self.leaving[tier] += n_bytes[leaves].sum()
+            self.arriving[tier] += n_bytes[(moves.dst == tier) & (moves.action >= RECLASS)].sum()
             deleted = self._view.at[tier, moves.group[moves.action == DELETE]]
-            self.going[tier] += self._view.snapshot.n_bytes[deleted[deleted >= 0]].sum()
+            self.leaving[tier] += self._view.snapshot.n_bytes[deleted[deleted >= 0]].sum()
+        return fits
 
 
 def bytes_of(view: SnapshotIndex, moves: MoveColumns) -> NDArray[np.int64]:
@@ -339,66 +317,74 @@ def decide(
         file: Rule file, for its tiers, rules, pins and tags.
         prices: Prices of each tier; None: unknown, and costs are not considered for moves of this tier.
         capacity_bytes: Capacity of each tier in bytes; None: unlimited.
-        missing: Name of each tier that may not be mounted, and the reason. The policy moves nothing to
-            such a tier, and deletes nothing while there is one.
+        missing: Name of each tier that may not be mounted, and the reason. Nothing moves to such a tier, and nothing
+            is deleted while there is one.
 
-    Raises:
-        ValueError: The snapshot has other tiers than the file, prices or capacities do not have one entry per tier, or
-            a glob is malformed.
+    Raises ValueError if the snapshot has other tiers than the file, if prices or capacities do not have one entry per
+    tier, or if a glob is malformed.
     """
     for name, values in (("prices", prices), ("capacity_bytes", capacity_bytes)):
         if len(values) != len(file.tiers):
             raise ValueError(f"expected {name} of {len(file.tiers)} tiers, got {len(values)}")
-    return _Deciding(SnapshotIndex.of(snapshot, file, prices), capacity_bytes, missing or {}).all()
+    return _Policy(SnapshotIndex.of(snapshot, file, prices), capacity_bytes, missing or {}).decide()
 
 
-class _Deciding:
-    """Collects the moves of one plan. moving: bool[n_groups], whether the group has a move already."""
+class _Policy:
+    """Collects the moves of one plan. is_moved: bool[n_groups], whether the group has a move already."""
 
     def __init__(self, view: SnapshotIndex, capacity_bytes: Sequence[int | None], missing: Mapping[str, str]) -> None:
-        self.view, self.room, self.missing = view, CapacityLedger(view, capacity_bytes), missing
-        self.moving = np.zeros(view.snapshot.n_groups, np.bool_)
+        self.view, self.ledger, self.missing = view, CapacityLedger(view, capacity_bytes), missing
+        self.is_moved = np.zeros(view.snapshot.n_groups, np.bool_)
         self.moves: list[MoveColumns] = []
         self.refused: list[MoveColumns] = []
 
-    def all(self) -> Decisions:
+    def decide(self) -> Decisions:
         """Run both steps of the policy."""
-        rules = [propose(self.view, rule, number) for number, rule in enumerate(self.view.file.rules)]
+        view, refused = self.view, self.refused
+        rules = [propose(view, rule, number) for number, rule in enumerate(view.file.rules)]
         for rule in rules:
-            self.refused.append(reject_protected(self.view, rule.refused, self.refused))
-            moves = keep_newest(self.view, reject_protected(self.view, rule.wanted, self.refused), self.refused)
-            moves = keep_symlink_targets(self.view, moves, self.refused)
-            moves = reject_unavailable(self.view, moves, self.refused, self.missing)
-            self._make(reject_unprofitable(self.view, moves, self.refused))
-        for tier in range(self.view.n_tiers - 1):
+            refused.append(reject_protected(view, rule.refused, refused))
+            moves = keep_newest(view, reject_protected(view, rule.proposed, refused), refused)
+            moves = reject_unavailable(view, keep_symlink_targets(view, moves, refused), refused, self.missing)
+            self._admit(reject_unprofitable(view, moves, refused))
+        for tier in range(view.n_tiers - 1):
             self._keep_below_high(tier, rules)
-        return self._decisions()
+        moves, rejected = MoveColumns.concat(self.moves), MoveColumns.concat(refused)
+        _, first = np.unique(rejected.group, return_index=True)
+        first = first[~self.is_moved[rejected.group[first]]]
+        names = [rule.name for rule in view.file.rules]
+        names += [f"tiers.{name}.high" for name in reversed(view.snapshot.tiers)]
+        return Decisions(moves.take(np.argsort(moves.action, kind="stable")), rejected.take(first), tuple(names))
 
-    def _make(self, moves: MoveColumns) -> None:
-        moves = moves.take(self.room.admit(moves, self.refused))
-        self.moving[moves.group] = True
+    def _admit(self, moves: MoveColumns) -> None:
+        moves = moves.take(self.ledger.admit(moves, self.refused))
+        self.is_moved[moves.group] = True
         self.moves.append(moves)
 
     # -- watermarks --------------------------------------------------------------------------------------------------
 
     def _keep_below_high(self, tier: int, rules: Sequence[RuleProposals]) -> None:
-        limit = self.room.limits[tier]
-        used = int(self.room.there[tier] + self.room.coming[tier] - self.room.going[tier])
-        what = self.view.file.tiers[tier]
-        if limit is None or used <= limit * what.high:
+        ledger, of_tier, unused_s = self.ledger, self.view.file.tiers[tier], self.view.unused_s
+        limit = ledger.limits[tier]
+        used = int(ledger.held[tier] + ledger.arriving[tier] - ledger.leaving[tier])
+        if limit is None or used <= limit * of_tier.high:
             return
         rows = self._may_go(tier, rules)
-        wanted, stuck = self._sent_down(tier, rows, f"{what.name} is {used / max(limit, 1):.1%} full")
+        full = f"{of_tier.name} is {used / max(limit, 1):.1%} full (high = {of_tier.high:.0%})"
+        text = format_reasons(
+            lambda n_hours: f"{full}, and this was not used for {ago(n_hours)}", hours(unused_s[rows])
+        )
+        proposed, stuck = propose_down(self.view, rows, tier, (-1 - tier, text))
         passed = [stuck]
-        wanted = reject_unavailable(self.view, wanted, passed, self.missing)
-        moves = wanted.take(np.lexsort((wanted.group, -self.view.unused_s[wanted.group])))
-        freed = np.cumsum(np.where(self.room.fitting(moves), bytes_of(self.view, moves), 0))
-        n = int(np.searchsorted(freed, used - int(limit * what.low))) + 1
+        proposed = reject_unavailable(self.view, proposed, passed, self.missing)
+        moves = proposed.take(np.lexsort((proposed.group, -unused_s[proposed.group])))
+        freed = np.cumsum(np.where(ledger.fitting(moves), bytes_of(self.view, moves), 0))
+        n = int(np.searchsorted(freed, used - int(limit * of_tier.low))) + 1
         # Report only those rejected groups that the watermark would have chosen: unused for at least as long.
-        last_s = self.view.unused_s[moves.group[n - 1]] if n <= len(moves) else -np.inf
+        last_s = unused_s[moves.group[n - 1]] if n <= len(moves) else -np.inf
         over = MoveColumns.concat(passed)
-        self.refused.append(over.take(self.view.unused_s[over.group] >= last_s))
-        self._make(with_costs(self.view, moves.take(np.arange(len(moves))[:n])))
+        self.refused.append(over.take(unused_s[over.group] >= last_s))
+        self._admit(with_costs(self.view, moves.take(np.arange(len(moves))[:n])))
 
     def _may_go(self, tier: int, rules: Sequence[RuleProposals]) -> Rows:
         """Return the groups whose copy in the tier the watermark may send down.
@@ -407,30 +393,11 @@ class _Deciding:
         copy.
         """
         view = self.view
-        held = self.moving | view.snapshot.in_use | (view.pin >= 0) | (view.at[tier] < 0)
-        held |= (view.snapshot.kind == CHECKPOINT) & (~view.snapshot.complete | view.newest)
+        is_held = self.is_moved | view.snapshot.in_use | (view.pin >= 0) | (view.at[tier] < 0)
+        is_held |= (view.snapshot.kind == CHECKPOINT) & (~view.snapshot.complete | view.newest)
         linked = [copy for copy in view.snapshot.links if view.snapshot.tier[copy] == tier]
-        held[view.snapshot.group[linked]] = True
+        is_held[view.snapshot.group[linked]] = True
         for rule in rules:
             if rule.kept is not None:
-                held[rule.rows[rule.kept[tier]]] = True
-        return np.flatnonzero(~held)
-
-    def _sent_down(self, tier: int, rows: Rows, full: str) -> tuple[MoveColumns, MoveColumns]:
-        """Propose to drop copies that a lower tier holds verified, and to move the others to the next tier."""
-        dst = np.full(len(rows), tier + 1, np.int8)
-        for lower in range(self.view.n_tiers - 1, tier, -1):
-            dst[droppable(self.view, rows, tier, lower)] = lower
-        high = f"(high = {self.view.file.tiers[tier].high:.0%}), and this was not used for"
-        text = format_reasons(lambda unused: f"{full} {high} {ago(unused)}", hours(self.view.unused_s[rows]))
-        return propose_moves(self.view, rows, tier, dst, (-1 - tier, text))
-
-    # -- decisions ---------------------------------------------------------------------------------------------------
-
-    def _decisions(self) -> Decisions:
-        moves, refused = MoveColumns.concat(self.moves), MoveColumns.concat(self.refused)
-        _, first = np.unique(refused.group, return_index=True)
-        first = first[~self.moving[refused.group[first]]]
-        rules = [rule.name for rule in self.view.file.rules]
-        rules += [f"tiers.{name}.high" for name in reversed(self.view.snapshot.tiers)]
-        return Decisions(moves.take(np.argsort(moves.action, kind="stable")), refused.take(first), tuple(rules))
+                is_held[rule.rows[rule.kept[tier]]] = True
+        return np.flatnonzero(~is_held)

@@ -1,13 +1,8 @@
-"""Evaluates rules: indexes the snapshot by tier and group, evaluates keep lists, and proposes moves as columns.
-
-Steps of checkpoints are compared as numbers. Among equal steps, the checkpoint that was written later ranks higher. An
-incomplete checkpoint is kept only by its tags and its age, so that it does not displace a complete one. If no
-checkpoint of a run has the metric of a `best`, the keep list keeps all checkpoints of that run.
-"""
+"""Evaluates rules: proposes moves as columns, each with its reason for people."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,335 +10,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tiercache.tier.costs import Sizes, copy_dollars, leaves_and_streams, reclass_dollars
-from tiercache.tier.model import (
-    CHECKPOINT,
-    DELETE,
-    DROP,
-    KINDS,
-    MOVE,
-    NO_MOVES,
-    READABLE,
-    RECLASS,
-    RESTORED,
-    RESTORING,
-    SHARD,
-    MoveColumns,
-)
-from tiercache.tier.text_columns import first_match
+from tiercache.tier.costs import Sizes, copy_dollars, reclass_dollars
+from tiercache.tier.model import CHECKPOINT, DELETE, DROP, MOVE, NO_MOVES, RECLASS, RESTORING, SHARD, MoveColumns
+from tiercache.tier.plan.selection import Flags, Rows, SnapshotIndex, evaluate_keep_list, fits_size
 
 if TYPE_CHECKING:
-    from tiercache.prices import Prices
-    from tiercache.tier.model import Snapshot
-    from tiercache.tier.rules import BestMetric, KeepList, Rule, RuleFile, Tier
-
-
-_Rows = NDArray[np.int64]
-_Flags = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class KeepResult:
-    """The result of a keep list for some groups; bool[n_rows] each, in the order of the rows.
-
-    Attributes:
-        named: Whether the list keeps the group.
-        unscored: Whether `best` cannot be evaluated for the group, so that the group is kept.
-        without: Whether the group lacks a metric of `best` that another group of its run has, so that `best` ignores
-            it.
-        unscored_by: Metrics of each `best` for which any group is unscored.
-        without_by: Metrics of each `best` that any group lacks.
-    """
-
-    named: _Flags
-    unscored: _Flags
-    without: _Flags
-    unscored_by: tuple[tuple[str, ...], ...] = ()
-    without_by: tuple[tuple[str, ...], ...] = ()
-
-
-def evaluate_keep_list(snapshot: Snapshot, rows: _Rows, keep: KeepList) -> KeepResult:
-    """Return which of the groups a keep list keeps, evaluated per run.
-
-    Args:
-        snapshot: Snapshot, for its columns, metrics and tags.
-        rows: Group numbers of checkpoints, unique, in any order.
-        keep: Keep list; it keeps the union of what its keys keep.
-    """
-    named, unscored, without = (np.zeros(snapshot.n_groups, np.bool_) for _ in range(3))
-    complete = rows[snapshot.complete[rows]]
-    if keep.last is not None or keep.every_steps is not None:
-        rising = _sorted(snapshot, complete)
-        if keep.last is not None:
-            named[rising[_from_end(snapshot.series[rising]) < keep.last]] = True
-        if keep.every_steps is not None:
-            named[_first_of_steps(snapshot, rising, keep.every_steps)] = True
-    if keep.every_s is not None:
-        named[_first_of_stretches(snapshot, complete, keep.every_s)] = True
-    unscored_by: list[tuple[str, ...]] = []
-    without_by: list[tuple[str, ...]] = []
-    for best in keep.best:
-        scores = scores_of(snapshot, complete, best)
-        named[_best(snapshot, complete, scores.values, best)] = True
-        unsure = scores.is_unscored | (np.isnan(scores.values) & snapshot.unread[complete])
-        lacks = np.isnan(scores.values) & ~unsure
-        unscored[complete[unsure]], without[complete[lacks]] = True, True
-        unscored_by += [best.metrics] if unsure.any() else []
-        without_by += [best.metrics] if lacks.any() else []
-    if keep.tags:
-        wanted = set(keep.tags)
-        named[[group for group, tags in snapshot.tags.items() if not wanted.isdisjoint(tags)]] = True
-    if keep.younger_s is not None:
-        named[rows[snapshot.now_s - snapshot.created_s[rows] <= keep.younger_s]] = True
-    return KeepResult(named[rows], unscored[rows], without[rows], tuple(unscored_by), tuple(without_by))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BestScores:
-    """Values of the metric of a `best`.
-
-    Attributes:
-        values: float64[n_rows], NaN where the group has no value.
-        is_unscored: bool[n_rows], whether no group of the run has any of the metrics.
-    """
-
-    values: NDArray[np.float64]
-    is_unscored: _Flags
-
-
-def scores_of(snapshot: Snapshot, complete: _Rows, best: BestMetric) -> BestScores:
-    """Return the metric of complete checkpoints: per run, the first metric that any of its checkpoints has.
-
-    One metric is used per run, because values of two metrics cannot be compared.
-    """
-    _, run = np.unique(snapshot.series[complete], return_inverse=True)
-    values = np.full(len(complete), np.nan)
-    has = np.zeros(int(run.max(initial=-1)) + 1, np.bool_)
-    for name in best.metrics:
-        if name in snapshot.metrics:
-            found = snapshot.metrics[name][complete]
-            is_first = np.bincount(run, weights=~np.isnan(found), minlength=len(has)).astype(np.bool_) & ~has
-            values = np.where(is_first[run], found, values)
-            has |= is_first
-    return BestScores(values, ~has[run])
-
-
-def find_newest(snapshot: Snapshot) -> _Flags:
-    """Return whether each group is the newest complete checkpoint of its run; bool[n_groups]."""
-    found = np.zeros(snapshot.n_groups, np.bool_)
-    rows = _sorted(snapshot, np.flatnonzero((snapshot.kind == CHECKPOINT) & snapshot.complete))
-    found[rows[_from_end(snapshot.series[rows]) == 0]] = True
-    return found
-
-
-def _sorted(snapshot: Snapshot, rows: _Rows) -> _Rows:
-    """Sort rows by run and step."""
-    columns = (rows, snapshot.created_s[rows], snapshot.step[rows], snapshot.series[rows])
-    return rows[np.lexsort(columns)]
-
-
-def _begins(*columns: NDArray[np.generic]) -> _Flags:
-    """Return whether each row differs from the previous row in any column; bool[n]."""
-    begins = np.ones(len(columns[0]), np.bool_)
-    begins[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
-    return begins
-
-
-def _from_start(series: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return, for each row of a sorted column, the number of earlier rows of its run; int64[n]."""
-    starts = np.flatnonzero(_begins(series))
-    places = np.arange(len(series))
-    return places - np.repeat(starts, np.diff(np.append(starts, len(series))))
-
-
-def _from_end(series: NDArray[np.int32]) -> NDArray[np.int64]:
-    return _from_start(series[::-1])[::-1]
-
-
-def _first_of_steps(snapshot: Snapshot, rising: _Rows, every: int) -> _Rows:
-    rows = rising[snapshot.step[rising] >= 0]
-    return rows[_begins(snapshot.series[rows], snapshot.step[rows] // every)]
-
-
-def _first_of_stretches(snapshot: Snapshot, rows: _Rows, every_s: float) -> _Rows:
-    rows = rows[np.lexsort((rows, snapshot.created_s[rows], snapshot.series[rows]))]
-    series, created_s = snapshot.series[rows], snapshot.created_s[rows]
-    starts = np.flatnonzero(_begins(series))
-    first_s = np.repeat(created_s[starts], np.diff(np.append(starts, len(rows))))
-    return rows[_begins(series, np.floor((created_s - first_s) / every_s))]
-
-
-def _best(snapshot: Snapshot, rows: _Rows, values: NDArray[np.float64], best: BestMetric) -> _Rows:
-    """Return the best rows of each run. Among equal values, the higher step is better. values: Value of each row."""
-    rows, values = rows[~np.isnan(values)], values[~np.isnan(values)]
-    worse = values if best.mode == "min" else -values
-    rows = rows[np.lexsort((-rows, -snapshot.created_s[rows], -snapshot.step[rows], worse, snapshot.series[rows]))]
-    return rows[_from_start(snapshot.series[rows]) < best.n]
-
-
-Rows = NDArray[np.int64]
-Flags = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SnapshotIndex:
-    """The snapshot indexed for the policy. In two-dimensional columns, tiers are rows and groups are columns.
-
-    Attributes:
-        snapshot: Snapshot, with the tags of the rule file.
-        file: Rule file.
-        prices: Prices of each tier; None: unknown.
-        at: int32[n_tiers, n_groups], number of the group's copy in the tier; -1: none.
-        readable: bool[n_tiers, n_groups], whether the copy can be read now.
-        whole: bool[n_tiers, n_groups], whether the copy is whole.
-        ok: bool[n_tiers, n_groups], whether the copy is whole and verified.
-        rule: int16[n_groups], number of the rule that applies to the group; -1: none.
-        pin: int16[n_groups], number of the first pin in force that matches the group; -1: none.
-        newest: bool[n_groups], whether the group is the newest complete checkpoint of its run.
-        tagged: bool[n_groups], whether the group has a tag.
-        age_s: float64[n_groups], seconds since the group was written.
-        unused_s: float64[n_groups], seconds since its last use, or since it was written if that is later.
-        group_bytes: int64[n_groups], size of the largest copy.
-        same_place: bool[n_tiers, n_tiers], whether the tiers share a URL: a move between them changes the storage
-            class.
-        leaves: bool[n_tiers, n_tiers], whether a copy between the tiers leaves the provider's region.
-        streams: bool[n_tiers, n_tiers], whether a copy between the tiers passes through this machine; otherwise the
-            store copies the objects itself.
-    """
-
-    snapshot: Snapshot
-    file: RuleFile
-    prices: Sequence[Prices | None]
-    at: NDArray[np.int32]
-    readable: Flags
-    whole: Flags
-    ok: Flags
-    rule: NDArray[np.int16]
-    pin: NDArray[np.int16]
-    newest: Flags
-    tagged: Flags
-    age_s: NDArray[np.float64]
-    unused_s: NDArray[np.float64]
-    group_bytes: NDArray[np.int64]
-    same_place: Flags
-    leaves: Flags
-    streams: Flags
-
-    @classmethod
-    def of(cls, snapshot: Snapshot, file: RuleFile, prices: Sequence[Prices | None]) -> SnapshotIndex:
-        """Index a snapshot. Raises ValueError if its tiers differ from those of the rule file."""
-        names = tuple(tier.name for tier in file.tiers)
-        if snapshot.tiers != names:
-            raise ValueError(f"the snapshot has tiers {snapshot.tiers}, and {file.path} has {names}: take a new one")
-        snapshot = with_tags(snapshot, file)
-        shape = len(names), snapshot.n_groups
-
-        def spread(column: NDArray[np.bool_]) -> Flags:
-            out = np.zeros(shape, np.bool_)
-            out[snapshot.tier, snapshot.group] = column
-            return out
-
-        at = np.full(shape, -1, np.int32)
-        at[snapshot.tier, snapshot.group] = np.arange(snapshot.n_copies, dtype=np.int32)
-        tagged = np.zeros(snapshot.n_groups, np.bool_)
-        tagged[[group for group, tags in snapshot.tags.items() if tags]] = True
-        pins = [pin for pin in file.pins if pin.until_s is None or pin.until_s > snapshot.now_s]
-        # The snapshot has no objects: the path of a folder stands for the objects that `run/step-10/**` matches.
-        pin = first_match(snapshot.paths, [(pin.match + _folders(pin.match), ()) for pin in pins])
-
-        def way(a: int, b: int) -> tuple[bool, bool]:
-            return leaves_and_streams(file.tiers[a].url, file.tiers[b].url, prices[a], prices[b])
-
-        return cls(
-            snapshot=snapshot,
-            file=file,
-            prices=prices,
-            at=at,
-            readable=spread((snapshot.state == READABLE) | (snapshot.state == RESTORED)),
-            whole=spread(snapshot.whole),
-            ok=spread(snapshot.whole & snapshot.verified),
-            rule=rules_of(snapshot, file),
-            pin=np.append([file.pins.index(pin) for pin in pins], -1).astype(np.int16)[pin],
-            newest=find_newest(snapshot),
-            tagged=tagged,
-            age_s=snapshot.now_s - snapshot.created_s,
-            unused_s=snapshot.now_s - np.maximum(snapshot.last_use_s, snapshot.created_s),
-            group_bytes=largest_copies(snapshot),
-            same_place=_pairs(file.tiers, lambda a, b: _folder(file.tiers[a]) == _folder(file.tiers[b])),
-            leaves=_pairs(file.tiers, lambda a, b: way(a, b)[0]),
-            streams=_pairs(file.tiers, lambda a, b: way(a, b)[1]),
-        )
-
-    @property
-    def n_tiers(self) -> int:
-        """Number of tiers."""
-        return len(self.at)
-
-    def name(self, tier: int) -> str:
-        """Return the name of a tier."""
-        return self.snapshot.tiers[tier]
-
-    def has(self, tier: int, rows: Rows) -> Flags:
-        """Return whether each of the groups has a copy in the tier; bool[n_rows]."""
-        return np.asarray(self.at[tier, rows] >= 0)
-
-
-def rules_of(snapshot: Snapshot, file: RuleFile) -> NDArray[np.int16]:
-    """Return the number of the first rule whose globs and kind match each group; -1: none. int16[n_groups]."""
-    if all(rule.kind is None for rule in file.rules):
-        return first_match(snapshot.paths, [(rule.match, rule.exclude) for rule in file.rules])
-    found = np.full(snapshot.n_groups, -1, np.int16)
-    for number, kind in enumerate(KINDS):
-        of_kind = snapshot.kind == number
-        rules = [i for i, rule in enumerate(file.rules) if rule.kind in (None, kind)]
-        globs = [(file.rules[i].match, file.rules[i].exclude) for i in rules]
-        hits = first_match(snapshot.paths.filter(pa.array(of_kind)), globs)
-        found[of_kind] = np.append(rules, -1).astype(np.int16)[hits]
-    return found
-
-
-def fits_size(rule: Rule, n_bytes: NDArray[np.int64]) -> Flags:
-    """Return whether groups of these sizes satisfy larger_than and smaller_than of a rule; bool[n]."""
-    fits = np.ones(len(n_bytes), np.bool_)
-    if rule.larger_than_bytes is not None:
-        fits &= n_bytes > rule.larger_than_bytes
-    if rule.smaller_than_bytes is not None:
-        fits &= n_bytes < rule.smaller_than_bytes
-    return fits
-
-
-def largest_copies(snapshot: Snapshot) -> NDArray[np.int64]:
-    """Return the size in bytes of each group's largest copy; int64[n_groups]."""
-    n_bytes = np.zeros(snapshot.n_groups, np.int64)
-    np.maximum.at(n_bytes, snapshot.group, snapshot.n_bytes)
-    return n_bytes
-
-
-def with_tags(snapshot: Snapshot, file: RuleFile) -> Snapshot:
-    """Return the snapshot with the tags of the rule file added to those that its checkpoints have."""
-    if not file.tags:
-        return snapshot
-    checkpoints = np.flatnonzero(snapshot.kind == CHECKPOINT)
-    paths = snapshot.paths.take(pa.array(checkpoints))
-    tags = dict(snapshot.tags)
-    for tag in file.tags:
-        for group in checkpoints[first_match(paths, [(tag.match, ())]) >= 0].tolist():
-            tags[group] = tags.get(group, frozenset()) | frozenset(tag.tags)
-    return replace(snapshot, tags=tags)
-
-
-def _pairs(tiers: Sequence[Tier], of: Callable[[int, int], bool]) -> Flags:
-    numbers = range(len(tiers))
-    return np.array([[a != b and of(a, b) for b in numbers] for a in numbers], np.bool_).reshape(len(tiers), -1)
-
-
-def _folder(tier: Tier) -> str:
-    return tier.url.rstrip("/")
-
-
-def _folders(globs: Sequence[str]) -> tuple[str, ...]:
-    """Return the folders that `**` globs cover completely: "a/b" for "a/b/**"."""
-    return tuple(glob.removesuffix("/**") for glob in globs if glob.endswith("/**") and glob != "/**")
+    from tiercache.tier.rules import Rule
 
 
 Texts = NDArray[np.object_]
@@ -351,20 +23,12 @@ Texts = NDArray[np.object_]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RuleProposals:
-    """The proposals of one rule.
+    """The proposals of one rule."""
 
-    Attributes:
-        rows: Groups that the rule applies to and does not delete.
-        wanted: Proposed moves.
-        refused: Moves that the rule implies and that are rejected already.
-        kept: bool[n_tiers, n_rows], whether the keep list of the tier keeps the group; None: the rule has no keep
-            lists.
-    """
-
-    rows: Rows
-    wanted: MoveColumns
-    refused: MoveColumns
-    kept: Flags | None = None
+    rows: Rows  # groups that the rule applies to and does not delete
+    proposed: MoveColumns
+    refused: MoveColumns  # moves that the rule implies and that are rejected already
+    kept: Flags | None = None  # [n_tiers, n_rows], whether the tier's keep list keeps the group; None: no keep lists
 
 
 # -- reasons ---------------------------------------------------------------------------------------------------------
@@ -372,21 +36,18 @@ class RuleProposals:
 
 def format_reasons(words: Callable[..., str], *figures: NDArray[Any]) -> Texts:
     """Return words(figure, ...) of each row. Rows with equal figures share one text object, which is formatted once."""
-    code = np.zeros(len(figures[0]), np.int64)
-    for figure in figures:
-        values, inverse = np.unique(figure, return_inverse=True)
-        _, code = np.unique(code * len(values) + inverse, return_inverse=True)
-    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
-    said = np.empty(len(first), np.object_)
-    said[:] = [words(*(figure[row].item() for figure in figures)) for row in first.tolist()]
-    return np.asarray(said[inverse], np.object_)
+    texts: dict[tuple[Any, ...], str] = {}
+    out = np.empty(len(figures[0]), np.object_)
+    rows = zip(*(figure.tolist() for figure in figures), strict=True)
+    out[:] = [texts.get(row) or texts.setdefault(row, words(*row)) for row in rows]
+    return out
 
 
 def append_to_reasons(texts: Texts, mask: Flags, end: str) -> Texts:
     """Append `end` to the texts of the mask. Rows that shared one text share the new text."""
-    known: dict[str, str] = {}
+    new: dict[str, str] = {}
     out = texts.copy()
-    out[mask] = [known.setdefault(text, text + end) for text in texts[mask].tolist()]
+    out[mask] = [new.setdefault(text, text + end) for text in texts[mask].tolist()]
     return out
 
 
@@ -415,21 +76,17 @@ def ago(n_hours: int) -> str:
 
 
 def propose_move(
-    view: SnapshotIndex, rows: Rows, sources: Flags, dst: int, why: tuple[int, Texts]
+    view: SnapshotIndex, rows: Rows, sources: Flags, dst: int, reasons: tuple[int, Texts]
 ) -> tuple[MoveColumns, MoveColumns]:
     """Propose how groups get from any of their source tiers to dst. Returns (proposed, rejected).
 
     A copy is dropped where dst has a verified copy already; otherwise it is moved, from the source tier with the lowest
     cost. A group is rejected if none of its source copies can be read.
 
-    Args:
-        view: Indexed snapshot.
-        rows: Groups that have a copy in at least one source tier.
-        sources: bool[n_tiers, n_rows], copies that may be moved; none in dst.
-        dst: Destination tier.
-        why: Number of the rule, and the reason of each row.
+    sources: bool[n_tiers, n_rows], copies that may be moved: at least one of each row, none in dst. reasons: Number of
+    the rule, and the reason of each row.
     """
-    rule, text = why
+    rule, text = reasons
     src, action = np.full(len(rows), -1, np.int8), np.full(len(rows), MOVE, np.int8)
     for tier in range(view.n_tiers):
         drops = sources[tier] & (src < 0) & droppable(view, rows, tier, dst)
@@ -439,16 +96,16 @@ def propose_move(
     least = np.full(len(rows), np.inf)
     for tier in range(view.n_tiers):
         can = np.flatnonzero(~drops & sources[tier] & view.whole[tier, rows] & view.readable[tier, rows])
-        cost = _cost(view, rows[can], tier, dst)
+        cost = transfer_dollars(view, rows[can], tier, dst)
         cheaper = cost < least[can]
         can = can[cheaper]
         least[can], src[can] = cost[cheaper], tier
-        action[can] = RECLASS if view.same_place[tier, dst] else MOVE
+        action[can] = RECLASS if view.same_url[tier, dst] else MOVE
     nowhere = src < 0
     src[nowhere] = np.argmax(sources[:, nowhere], axis=0)
     moves = MoveColumns.of(rows, action, src, dst, rule, text)
     stuck = moves.take(nowhere)
-    return moves.take(~nowhere), replace(stuck, reason=_why_stuck(view, stuck))
+    return moves.take(~nowhere), replace(stuck, reason=_reasons_of_stuck(view, stuck))
 
 
 def droppable(view: SnapshotIndex, rows: Rows, src: int, dst: int) -> Flags:
@@ -466,18 +123,19 @@ def droppable(view: SnapshotIndex, rows: Rows, src: int, dst: int) -> Flags:
     return np.asarray(found, np.bool_)
 
 
-def _cost(view: SnapshotIndex, rows: Rows, src: int, dst: int) -> NDArray[np.float64]:
+def transfer_dollars(view: SnapshotIndex, rows: Rows, src: int, dst: int) -> NDArray[np.float64]:
+    """Return the cost to copy the groups from src to dst, or to change their class; 0 if a tier has no prices."""
     src_prices, dst_prices = view.prices[src], view.prices[dst]
     if src_prices is None or dst_prices is None:
         return np.zeros(len(rows))
     sizes = Sizes.of(view.snapshot, view.at[src, rows].astype(np.int64))
-    if view.same_place[src, dst]:
+    if view.same_url[src, dst]:
         return reclass_dollars(src_prices, dst_prices, sizes)
     leaves, streams = bool(view.leaves[src, dst]), bool(view.streams[src, dst])
     return copy_dollars(src_prices, dst_prices, sizes, leaves=leaves, streams=streams)
 
 
-def _why_stuck(view: SnapshotIndex, stuck: MoveColumns) -> Texts:
+def _reasons_of_stuck(view: SnapshotIndex, stuck: MoveColumns) -> Texts:
     out = np.empty(len(stuck), np.object_)
     state = view.snapshot.state[view.at[stuck.src, stuck.group]]
     paths = view.snapshot.paths.take(pa.array(stuck.group)).to_pylist()
@@ -513,13 +171,15 @@ def propose(view: SnapshotIndex, rule: Rule, number: int) -> RuleProposals:
     sources[dst] = False
     lies = sources.any(axis=0)
     goes, waits = lies & fits & ~unsure, lies & unsure
-    wanted, refused = propose_move(view, left[goes], sources[:, goes], dst, (number, _why(view, rule, left[goes])))
+    proposed, refused = propose_move(
+        view, left[goes], sources[:, goes], dst, (number, _reasons(view, rule, left[goes]))
+    )
     waiting = MoveColumns.concat(
         propose_move(view, left[waits], sources[:, waits], dst, (number, np.full(int(waits.sum()), "", np.object_)))
     )
     late = view.snapshot.unreported[waiting.group]
     unknown = replace(waiting, reason=np.where(late, _UNREPORTED, _uncounted(rule, view, waiting)))
-    return RuleProposals(left, MoveColumns.concat([deletes, wanted]), MoveColumns.concat([refused, unknown]))
+    return RuleProposals(left, MoveColumns.concat([deletes, proposed]), MoveColumns.concat([refused, unknown]))
 
 
 _UNREPORTED = "its use is not known yet: a machine that may have used it has not reported"
@@ -574,7 +234,7 @@ def _unused_s(view: SnapshotIndex, rule: Rule, rows: Rows) -> NDArray[np.float64
     return np.where(np.isposinf(since_s), unused_s, np.minimum(unused_s, view.snapshot.now_s - since_s))
 
 
-def _why(view: SnapshotIndex, rule: Rule, rows: Rows) -> Texts:
+def _reasons(view: SnapshotIndex, rule: Rule, rows: Rows) -> Texts:
     def words(unused: int, age: int, uses: int, is_by_mtime: bool) -> str:
         parts = []
         if rule.idle_s is not None and is_by_mtime:
@@ -626,8 +286,8 @@ def _by_keep_lists(view: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> 
         without_by += found.without_by
     anywhere = np.asarray(named.any(axis=0), np.bool_)
     deletes = _deletes(view, rule, number, rows, anywhere)
-    says = f"; it lacks {_worded(without_by)}, which other checkpoints of its run have"
-    deletes = replace(deletes, reason=append_to_reasons(deletes.reason, without[deletes.group], says))
+    lacks = f"; it lacks {_worded(without_by)}, which other checkpoints of its run have"
+    deletes = replace(deletes, reason=append_to_reasons(deletes.reason, without[deletes.group], lacks))
     # Checkpoints that only the unknown result of `best` saves from deletion: reported as rejected deletions.
     unscored = _deletes(view, rule, number, rows[anywhere], by_keys[anywhere])
     where = "found in no checkpoint of its run, or only in files that cannot be read"
@@ -641,12 +301,14 @@ def _by_keep_lists(view: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> 
     parts = [(deletes, unscored), _then(view, rule, number, rows[old])]
     tiers = sorted(view.file.index(name) for name in rule.keep)
     undecided = ~old
-    for tier in tiers if rule.then is None else tiers[:-1]:
+    # Without `then`, the last tier with a keep list sends copies down too, unless it is the last tier.
+    for tier in [tier for tier in tiers if tier + 1 < view.n_tiers] if rule.then is None else tiers[:-1]:
         goes = undecided & ~named[tier] & view.has(tier, rows)
         undecided &= ~goes
-        parts.append(_down(view, rows[goes], tier, named[:, goes], number))
-    wanted, refused = (MoveColumns.concat(part) for part in zip(*parts, strict=True))
-    return RuleProposals(rows, wanted, refused, named)
+        reasons = np.full(int(goes.sum()), f"keep_{view.name(tier)} does not name it", np.object_)
+        parts.append(propose_down(view, rows[goes], tier, (number, reasons), named[tier + 1, goes]))
+    proposed, refused = (MoveColumns.concat(part) for part in zip(*parts, strict=True))
+    return RuleProposals(rows, proposed, refused, named)
 
 
 def _worded(metrics: Iterable[tuple[str, ...]]) -> str:
@@ -667,32 +329,24 @@ def _then(view: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> tuple[Mov
     return propose_move(view, rows[lies], sources[:, lies], dst, (number, text))
 
 
-def _down(view: SnapshotIndex, rows: Rows, tier: int, named: Flags, number: int) -> tuple[MoveColumns, MoveColumns]:
-    """Propose to send down what the tier's keep list does not keep.
-
-    A copy is dropped if a lower tier holds a verified copy, and otherwise moved to the next tier.
-
-    named: bool[n_tiers, n_rows]: a group that the keep list of the next tier keeps must get a copy in that tier.
-    """
-    if tier + 1 == view.n_tiers:
-        return NO_MOVES, NO_MOVES
-    dst = np.full(len(rows), tier + 1, np.int8)
-    for lower in range(view.n_tiers - 1, tier + 1, -1):
-        dst[~named[tier + 1] & droppable(view, rows, tier, lower)] = lower
-    dst[droppable(view, rows, tier, tier + 1)] = tier + 1
-    text = np.full(len(rows), f"keep_{view.name(tier)} does not name it", np.object_)
-    return propose_moves(view, rows, tier, dst, (number, text))
-
-
-def propose_moves(
-    view: SnapshotIndex, rows: Rows, src: int, dst: NDArray[np.int8], why: tuple[int, Texts]
+def propose_down(
+    view: SnapshotIndex, rows: Rows, tier: int, reasons: tuple[int, Texts], kept_below: Flags | None = None
 ) -> tuple[MoveColumns, MoveColumns]:
-    """Propose moves from one source tier, with a destination tier for each row."""
-    parts = []
-    for tier in np.unique(dst).tolist():
-        to = dst == tier
-        sources = np.zeros((view.n_tiers, int(to.sum())), np.bool_)
-        sources[src] = True
-        parts.append(propose_move(view, rows[to], sources, tier, (why[0], why[1][to])))
-    wanted, refused = zip(*parts, strict=True) if parts else ((), ())
-    return MoveColumns.concat(wanted), MoveColumns.concat(refused)
+    """Propose to send copies in a tier down. Returns (proposed, rejected).
+
+    A copy is dropped if a lower tier holds a verified copy, and otherwise moved to the next tier. reasons: See
+    propose_move(). kept_below: Rows that must get a copy in the next tier.
+    """
+    dst = np.full(len(rows), tier + 1, np.int8)
+    for lower in range(view.n_tiers - 1, tier, -1):
+        drops = droppable(view, rows, tier, lower)
+        dst[drops if kept_below is None or lower == tier + 1 else drops & ~kept_below] = lower
+    number, texts = reasons
+    parts = [(NO_MOVES, NO_MOVES)]
+    for to in np.unique(dst).tolist():
+        here = dst == to
+        sources = np.zeros((view.n_tiers, int(here.sum())), np.bool_)
+        sources[tier] = True
+        parts.append(propose_move(view, rows[here], sources, to, (number, texts[here])))
+    proposed, refused = zip(*parts, strict=True)
+    return MoveColumns.concat(proposed), MoveColumns.concat(refused)

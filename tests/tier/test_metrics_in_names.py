@@ -1,4 +1,4 @@
-"""Metrics of many names at once are those of each name alone."""
+"""Metrics of many names at once are those of each name."""
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ def plain(texts: list[str]) -> dict[str, list[float]]:
 
 
 @given(st.lists(names, max_size=6), st.integers(1, 12))
-def test_names_read_together_have_the_metrics_that_each_has_alone(texts, times):
+def test_many_names_have_the_metrics_that_each_name_has(texts, times):
     texts = [text for text in texts for _ in range(times)]
     found = metrics_in_names(pa.array(texts, pa.large_string()), NAMES)
     for name, values in plain(texts).items():
@@ -40,7 +40,7 @@ digits = st.text("0123456789", min_size=1, max_size=25)
 
 
 @given(st.lists(names.map(lambda text: text or "x"), max_size=3), st.data())
-def test_names_that_differ_in_their_digits_alone_have_each_its_own(texts, data):
+def test_names_that_differ_only_in_digits_have_their_own_metrics(texts, data):
     filled = ["".join(data.draw(digits) if c == "0" else c for c in text) for text in texts for _ in range(9)]
     found = metrics_in_names(pa.array(filled, pa.large_string()), NAMES)
     for name, values in plain(filled).items():
@@ -48,7 +48,7 @@ def test_names_that_differ_in_their_digits_alone_have_each_its_own(texts, data):
 
 
 @pytest.mark.parametrize("n", [1, 100])
-def test_a_slice_of_names_is_read_as_its_own_names(n):
+def test_a_slice_of_names_has_the_metrics_of_its_names(n):
     texts = [f"epoch={i}-val_loss={i / 8}.ckpt" for i in range(n + 2)]
     found = metrics_in_names(pa.array(texts, pa.large_string()).slice(1, n), ["val_loss"])
     assert found["val_loss"].tolist() == [i / 8 for i in range(1, n + 1)]

@@ -1,4 +1,4 @@
-"""The date on which an object was first written survives moves, class changes and killed movers."""
+"""Dates of groups: a move does not change when a group was first written, wherever it lies."""
 
 import os
 from dataclasses import replace
@@ -12,7 +12,7 @@ from tests.tier.test_run_once import Tiers as Folders
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.move.mover import catalog_path
-from tiercache.tier.plan.proposals import evaluate_keep_list
+from tiercache.tier.plan.selection import evaluate_keep_list
 from tiercache.tier.rules import KeepList
 from tiercache.tier.stores import Stores
 
@@ -68,13 +68,13 @@ def ages(folders):
     return dict(zip(snapshot.paths.to_pylist(), snapshot.created_s.tolist(), strict=True))
 
 
-def test_a_move_whose_source_is_gone_keeps_the_first_date(folders):
+def test_the_date_of_a_group_survives_a_move(folders):
     before = ages(folders)
     move_all(folders)
     assert ages(folders) == before
 
 
-def test_a_second_move_keeps_the_first_date(folders):
+def test_the_date_of_a_group_survives_two_moves(folders):
     before = ages(folders)
     move_all(folders)
     down = RULES.replace("standard", "archive").replace('"archive"', '"deep"')
@@ -87,20 +87,20 @@ def test_a_second_move_keeps_the_first_date(folders):
     assert ages(folders) == before
 
 
-def test_a_checkpoint_rewritten_under_its_path_has_a_new_date(folders):
+def test_a_checkpoint_that_is_rewritten_under_its_path_gets_a_new_date(folders):
     move_all(folders)
     (folders.root / "archive" / name(3)).unlink()
     write(folders, 3, SPRING_S + 300 * DAY_S, data=b"another")
     assert ages(folders)[name(3)] == SPRING_S + 300 * DAY_S
 
 
-def test_a_checkpoint_rewritten_over_its_copy_has_a_new_date(folders):
+def test_a_checkpoint_that_is_rewritten_over_its_copy_gets_a_new_date(folders):
     move_all(folders)
     write(folders, 3, SPRING_S + 300 * DAY_S, tier="archive", data=b"step X")
     assert ages(folders)[name(3)] == SPRING_S + 300 * DAY_S
 
 
-def test_a_checkpoint_rewritten_and_moved_has_its_own_date(folders):
+def test_a_rewritten_and_moved_checkpoint_has_its_own_date(folders):
     move_all(folders)
     (folders.root / "archive" / name(3)).unlink()
     write(folders, 3, SPRING_S + 300 * DAY_S, data=b"another")
@@ -109,7 +109,7 @@ def test_a_checkpoint_rewritten_and_moved_has_its_own_date(folders):
     assert ages(folders)[name(3)] == SPRING_S + 300 * DAY_S
 
 
-def test_a_lost_catalog_makes_objects_younger_and_never_older(folders):
+def test_without_the_catalog_groups_look_younger_and_never_older(folders):
     before = ages(folders)
     move_all(folders)
     for path in catalog_path(folders.file).parent.glob("tiers.sqlite*"):
@@ -118,7 +118,7 @@ def test_a_lost_catalog_makes_objects_younger_and_never_older(folders):
     assert all(after[path] > before[path] for path in before if path != name(STEPS[-1]))
 
 
-def test_a_keep_every_rule_keeps_the_same_checkpoints_after_a_move(folders):
+def test_keep_every_keeps_the_same_checkpoints_after_a_batch_was_moved(folders):
     def named():
         snapshot = look(folders)
         return evaluate_keep_list(snapshot, np.arange(snapshot.n_groups), KeepList(every_s=6 * HOUR_S)).named.tolist()
@@ -130,7 +130,7 @@ def test_a_keep_every_rule_keeps_the_same_checkpoints_after_a_move(folders):
 
 
 @pytest.mark.parametrize("point", ["tier_move.object", "tier_move.copied", "tier_move.recorded", "tier_drop.dropped"])
-def test_a_killed_mover_keeps_the_first_date(folders, point):
+def test_the_date_of_a_group_survives_a_killed_mover(folders, point):
     before = ages(folders)
     if point == "tier_drop.dropped":
         folders.run()
@@ -162,7 +162,7 @@ def written_s(world):
 
 
 @pytest.mark.parametrize("cold_class", ["STANDARD_IA", "GLACIER"])
-def test_a_change_of_class_keeps_the_first_date(tmp_path, cold_class):
+def test_the_date_of_a_group_survives_a_change_of_storage_class(tmp_path, cold_class):
     world = shared(tmp_path, cold_class)
     before, _ = written_s(world)
     with JumpingClock() as clock:

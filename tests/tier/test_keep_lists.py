@@ -1,4 +1,4 @@
-"""Keep lists by property: sorting all series together names what walking each of them names."""
+"""Keep lists by property: evaluating all runs at once keeps what a loop over each run keeps."""
 
 import math
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.tier.planner_oracle import kept_plainly, unscored_plainly
 from tests.tier.snapshots import DAY_S, Copy, Group, checkpoint, snapshot_of
 
-from tiercache.tier.plan.proposals import evaluate_keep_list, find_newest
+from tiercache.tier.plan.selection import evaluate_keep_list, find_newest
 from tiercache.tier.rules import BestMetric, KeepList
 
 HERE = {"standard": Copy()}
@@ -46,7 +46,7 @@ keeps = st.builds(
 
 
 @given(st.lists(checkpoints, max_size=14), keeps, st.data())
-def test_a_keep_list_names_what_walking_each_series_names(groups, keep, data):
+def test_a_keep_list_keeps_what_a_loop_over_each_run_keeps(groups, keep, data):
     rows = data.draw(st.permutations(range(len(groups)))) if groups else []
     rows = rows[: data.draw(st.integers(0, len(rows)))]
     found = evaluate_keep_list(snapshot_of(groups), np.array(rows, np.int64), keep)
@@ -78,7 +78,7 @@ def run(*steps: int, **facts: object) -> list[Group]:
     return [checkpoint(0, step, HERE, days=float(1000 - step), **facts) for step in steps]
 
 
-def test_steps_are_numbers_not_texts():
+def test_steps_are_compared_as_numbers():
     assert named_steps(run(9, 10, 100), last=2) == [10, 100]
 
 
@@ -86,13 +86,13 @@ def test_every_n_steps_keeps_the_first_at_or_after_each_multiple():
     assert named_steps(run(40, 90, 110, 150, 300), every_steps=100) == [40, 110, 300]
 
 
-def test_every_so_long_counts_from_the_first():
+def test_every_counts_from_the_first_checkpoint():
     groups = [checkpoint(0, step, HERE, days=days) for step, days in ((1, 9.5), (2, 9.0), (3, 8.4), (4, 7.5), (5, 7.4))]
     assert named_steps(groups, every_s=DAY_S) == [1, 3, 4]
 
 
 @pytest.mark.parametrize(("mode", "steps"), [("min", [20, 30]), ("max", [10, 40])])
-def test_the_best_of_a_metric_are_lowest_or_highest_and_those_without_it_are_not_among_them(mode, steps):
+def test_best_keeps_the_lowest_or_highest_values_and_ignores_checkpoints_without_one(mode, steps):
     values = {10: 9.0, 20: 1.0, 30: 2.0, 40: 8.0}
     groups = [checkpoint(0, step, HERE, metrics={"loss": value}) for step, value in values.items()]
     groups.append(checkpoint(0, 50, HERE))
@@ -119,7 +119,7 @@ def test_a_metric_that_only_incomplete_checkpoints_have_is_not_found_in_their_ru
     assert found.unscored.tolist() == [True, True, False]
 
 
-def test_of_several_metrics_the_first_that_a_run_has_counts_for_all_of_that_run():
+def test_the_first_metric_that_a_run_has_is_used_for_the_whole_run():
     """The values of two metrics are not compared."""
     groups = [
         checkpoint(0, 10, HERE, metrics={"val_loss": 5.0, "eval_loss": 1.0}),
@@ -146,11 +146,11 @@ def test_a_checkpoint_whose_metrics_cannot_be_read_may_be_the_best():
     assert (found.named.tolist(), found.unscored.tolist()) == ([True, False, False], [False, True, False])
 
 
-def test_of_equal_values_the_later_step_is_the_better():
+def test_among_equal_values_the_later_step_is_better():
     groups = [checkpoint(0, step, HERE, metrics={"loss": 1.0}) for step in (10, 20, 30)]
     assert named_steps(groups, best=(BestMetric(metric="loss", n=1),)) == [30]
 
 
-def test_one_that_is_not_complete_takes_nobodys_place():
+def test_an_incomplete_checkpoint_does_not_displace_a_complete_one():
     groups = [*run(10, 20), checkpoint(0, 30, HERE, complete=False)]
     assert named_steps(groups, last=1) == [20]

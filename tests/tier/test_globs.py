@@ -1,4 +1,4 @@
-"""Globs: RE2 over columns does what a matcher that walks one path does."""
+"""Globs: RE2 over columns matches what a plain matcher of single paths matches."""
 
 import pyarrow as pa
 import pytest
@@ -59,12 +59,12 @@ def first(path: str, given_rules: list) -> int:
 
 
 @given(st.lists(paths, max_size=20), st.lists(rules, max_size=4))
-def test_the_first_rule_that_matches_is_found_as_by_walking_each_path(texts, given_rules):
+def test_the_first_matching_rule_is_the_one_that_the_plain_matcher_finds(texts, given_rules):
     found = first_match(pa.array(texts, pa.string()), given_rules)
     assert found.tolist() == [first(path, given_rules) for path in texts]
 
 
-def test_more_paths_than_pass_at_once_keep_their_places():
+def test_paths_are_matched_in_parts_in_their_order():
     texts = [f"{'ab'[i % 2]}/{i}" for i in range(150_001)]
     found = first_match(pa.array(texts, pa.large_string()), [(("b/**",), ("b/*7",)), (("a/*",), ())])
     assert found.tolist() == [1 if i % 2 == 0 else -1 if str(i).endswith("7") else 0 for i in range(150_001)]
@@ -117,7 +117,7 @@ def test_more_paths_than_pass_at_once_keep_their_places():
         ("{a/**,*.b}", "x.b", True),
     ],
 )
-def test_globs_mean_what_the_reference_says(glob, path, matches):
+def test_a_glob_matches_as_the_reference_says(glob, path, matches):
     assert (first_match(pa.array([path]), [((glob,), ())])[0] == 0) == matches
 
 
@@ -138,18 +138,18 @@ def test_globs_mean_what_the_reference_says(glob, path, matches):
         ("{" * 2000 + "a" + "}" * 2000, "more than 100 braces"),
     ],
 )
-def test_what_is_no_glob_is_said_with_the_glob(glob, what):
+def test_a_malformed_glob_is_an_error_that_names_it(glob, what):
     with pytest.raises(ValueError, match=what) as caught:
         first_match(pa.array(["a"]), [((glob,), ())])
     assert repr(glob) in str(caught.value)
 
 
-def test_every_other_character_stands_for_itself():
+def test_other_characters_are_literal():
     signs = [chr(code) for code in [*range(1, 128), 0x1F600] if chr(code) not in "*?[]{}/,\\"]
     found = first_match(pa.array(signs), [((sign,), ()) for sign in signs])
     assert found.tolist() == list(range(len(signs)))
 
 
-def test_no_rule_matches_where_there_is_none_and_no_path_is_no_row():
+def test_no_rules_and_no_paths_give_no_matches():
     assert first_match(pa.array(["a"]), []).tolist() == [-1]
     assert first_match(pa.array([], pa.string()), [(("**",), ())]).tolist() == []

@@ -1,4 +1,4 @@
-"""Each key of a rule file with values that nobody would write: taken or refused by name, and nothing else."""
+"""Each key of a rule file with unusual values: accepted, or refused with the name of the key."""
 
 import pytest
 
@@ -61,7 +61,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("line", [line for line in EVERYTHING.splitlines() if " = " in line])
-def test_an_odd_value_of_any_key_is_taken_or_refused_by_name(tmp_path, line):
+def test_an_unusual_value_of_any_key_is_accepted_or_refused_by_name(tmp_path, line):
     path = tmp_path / "tiercache.toml"
     assert said_of(path, EVERYTHING) == f"{path}: ", "as it stands it fits"
     key, _, value = line.partition(" = ")

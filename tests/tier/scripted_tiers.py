@@ -1,4 +1,4 @@
-"""Tiers whose listings are scripted, and an inventory by names."""
+"""Tiers whose listings a test sets, and an inventory that is read by names of groups and tiers."""
 
 import json
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ ONE_URL = THREE.replace("memory://a", "memory://s") + 'storage_class = "GLACIER"
 
 
 class ListedStore(MemoryStore):
-    """What a script lists, word for word; small objects may be put beside it, to be read."""
+    """A store that lists the objects that a test adds; small objects may have content that can be read."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -51,8 +51,8 @@ class ListedStore(MemoryStore):
         return iter([info for key, info in self.infos.items() if key.startswith(prefix)])
 
 
-class Books(dict):
-    """A catalog: (tier, key) -> what is known."""
+class ScriptedCatalog(dict):
+    """A catalog: (tier, key) -> size, ETag, checksum, whether it is verified, first write time."""
 
     def checksums(self, tier, /):
         return entry_table([[(key, *known) for (of, key), known in self.items() if of == tier]])
@@ -68,7 +68,7 @@ class Tiers:
 
     folder: Path
     stores: dict[str, ListedStore]
-    books: Books
+    catalog: ScriptedCatalog
     rules: str = ""
     tables: str = (
         '[tiers.hot]\nurl = "memory://h"\n[tiers.standard]\nurl = "memory://s"\n[tiers.archive]\nurl = "memory://a"\n'
@@ -96,14 +96,14 @@ class Tiers:
         for store in self.stores.values():
             store.delete([info.key for info in MemoryStore.list(store)])
 
-    def take(self, now_s=NOW_S, **options) -> "Look":
+    def take(self, now_s=NOW_S, **options) -> "InventoryByName":
         file = self.file
         given = {tier.name: options.pop(tier.name, self.stores[tier.name]) for tier in file.tiers}
         with Stores(file, stores=given) as stores:
-            return Look(take_inventory(file, stores, self.books, now_s=now_s, **options))
+            return InventoryByName(take_inventory(file, stores, self.catalog, now_s=now_s, **options))
 
 
-class Look:
+class InventoryByName:
     """An inventory by names."""
 
     def __init__(self, inventory: Inventory) -> None:
@@ -126,7 +126,7 @@ class Look:
         return getattr(self.snapshot, column)[self.copy(path, tier)].item()
 
     def objects(self, path, tier):
-        table = self.inventory.pieces(
+        table = self.inventory.objects_of(
             np.array([self.group(path)]), np.array([self.snapshot.tiers.index(tier)], np.int8)
         )
         return tuple(
@@ -136,6 +136,6 @@ class Look:
 
 
 def scripted(folder, name):
-    """Three tiers that hold nothing. name: of the test; they are its own."""
+    """Return three empty tiers. name: Name of the test."""
     stores = {tier: ListedStore(f"{name}-{tier}") for tier in ("hot", "standard", "archive")}
-    return Tiers(folder, stores, Books())
+    return Tiers(folder, stores, ScriptedCatalog())
