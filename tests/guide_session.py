@@ -58,7 +58,7 @@ def run(command: str, folder: Path, environment: Mapping[str, str], python: Warm
     """What a command prints, errors included; one that ends with another code than 0 says so in a line of its own."""
     program, *arguments = shlex.split(command)
     if program == "tiercache":
-        done = python.run(["-m", "tiercache.cli", *arguments], cwd=folder, environment=environment)
+        done = python.run(["-m", "tiercache.cli.app", *arguments], cwd=folder, environment=environment)
     else:
         done = subprocess.run(
             [program, *arguments], cwd=folder, env=dict(environment), capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""The public Dataset: records by index, batches by indices, versions and columns; and `concat` and `mix`."""
+"""The public Dataset: records by index, batches by indices, views, versions and columns; and `concat` and `mix`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import threading
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from hashlib import sha256
@@ -14,29 +15,32 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from tiercache.cache.datasets import DatasetSource, Verify
-from tiercache.deprecation import renamed_argument
-from tiercache.errors import SchemaError
+from tiercache._native.record_finder import normalize_indices
+from tiercache.errors import SchemaError, renamed_argument
 from tiercache.images.decoder import decode_columns
 from tiercache.load.output_spec import (
     ColumnLayout,
     LazyRecords,
+    NativeAccess,
     OutputSpec,
     Record,
     apply_layouts,
     as_columns,
+    image_decode_error,
     record_tuple,
     replace_nulls,
     tuple_columns,
 )
-from tiercache.load.source import NativeAccess, image_decode_error
-from tiercache.opened_version import OpenedVersion
+from tiercache.opened_version import DatasetSource, OpenedVersion, Verify
 from tiercache.shard.conversion import parse_casts
 from tiercache.shard.read.values import ColumnValues, as_records
 from tiercache.shard.versions.manifest import list_versions
-from tiercache.views import Records, RecordsSpec, SelectionMethods, arrow_batches, join, record_numbers, spans
+from tiercache.views import Records, RecordsSpec, arrow_batches, join, spans
 from tiercache.views import mix as mixed_records
+from tiercache.views.records import FilterStep, RangeStep, SelectStep, ShardStep, Step
+from tiercache.views.selection import Selection
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +49,156 @@ if TYPE_CHECKING:
     from tiercache.cache import Cache, WarmProgress
     from tiercache.images.options import DecodeImage
     from tiercache.shard.schema import Schema
+    from tiercache.views.records import Records
+
+
+class SelectionMethods:
+    """Mixin with the selection methods of a data set. They return views: fewer records with the same output options.
+
+    A view is a data set in every respect: any loader reads it, `tiercache.DataLoader` by its native path; it can be
+    pickled, resumed and selected from again. A range of records costs nothing per record, other selections some bytes.
+    Shards and blocks without selected records are never read.
+    """
+
+    @property
+    @abstractmethod
+    def _source(self) -> Records:
+        """Opened records of the data set."""
+
+    @abstractmethod
+    def _derive(self, source: Records) -> Self:
+        """Return the same data set over other records."""
+
+    def select(self, chosen: Any) -> Self:
+        """Return the records with these numbers, in this order; or the records for which a mask is true.
+
+        With shuffle=False a loader keeps the order of the numbers; with shuffle=True it shuffles the records as usual.
+
+        Args:
+            chosen: Record numbers (a sequence, array or tensor of integers; negative ones count from the end;
+                repetitions are allowed), or a mask of len() booleans.
+
+        Raises:
+            IndexError: A record does not exist.
+            ValueError: The mask has the wrong length.
+            TypeError: The argument is neither numbers nor a mask.
+        """
+        n = self._source.n_records
+        if isinstance(chosen, pc.Expression) or callable(chosen):
+            raise TypeError("select() takes record numbers or a mask; filter() takes a pyarrow expression")
+        if isinstance(chosen, range):
+            return self._choose(SelectStep(_of_range(chosen, n)))
+        given = np.asarray(chosen)
+        if given.ndim != 1:
+            found = f"{given.ndim} dimensions" if given.ndim else f"the type {type(chosen).__name__}"
+            raise TypeError(f"select() takes a list or array of record numbers or a mask, got {found}")
+        if given.dtype == np.bool_:
+            if len(given) != n:
+                raise ValueError(f"the mask has {len(given)} values for {n} records; it needs one value per record")
+            return self._choose(SelectStep(Selection.of(np.flatnonzero(given))))
+        return self._choose(SelectStep(Selection.of(record_numbers(given, n))))
+
+    def filter(self, expression: pc.Expression) -> Self:
+        """Return the records for which an expression is true, in their order; null is not true.
+
+        The columns of the expression are read now, block by block in bounded memory. Shards whose minimum and maximum
+        rule out a match are not read. The columns need not be among the served columns.
+
+        Args:
+            expression: Expression such as `pyarrow.compute.field("label") == 3`. It sees images and JSON as bytes and
+                text.
+
+        Raises:
+            SchemaError: A column does not exist, or the expression is not a condition over the columns.
+            TypeError: The argument is not an expression.
+        """
+        if not isinstance(expression, pc.Expression):
+            raise TypeError(
+                f"filter() takes a pyarrow expression, such as pyarrow.compute.field('label') == 3, got {expression!r};"
+                " for a Python function: dataset.select([i for i, record in enumerate(dataset) if function(record)])"
+            )
+        return self._choose(FilterStep(expression))
+
+    def shard(self, num_shards: int, index: int) -> Self:
+        """Return part `index` of `num_shards` runs of consecutive records, whose lengths differ by at most one.
+
+        Args:
+            num_shards: Number of runs, 1 or more.
+            index: Number of the run, 0 <= index < num_shards.
+
+        Raises:
+            ValueError: num_shards is below 1, or index is outside [0, num_shards).
+        """
+        num_shards, index = operator.index(num_shards), operator.index(index)
+        if num_shards < 1:
+            raise ValueError(f"num_shards must be 1 or more, got {num_shards}")
+        if not 0 <= index < num_shards:
+            raise ValueError(f"index must be 0 to {num_shards - 1}, got {index}")
+        return self._choose(ShardStep(num_shards, index))
+
+    def take(self, n: int) -> Self:
+        """Return the first n records, or all records if there are fewer.
+
+        Args:
+            n: Number of records, 0 or more.
+
+        Raises:
+            ValueError: n is negative.
+        """
+        return self._choose(RangeStep(0, _count(n)))
+
+    def skip(self, n: int) -> Self:
+        """Return all records except the first n; none if there are fewer.
+
+        Args:
+            n: Number of records, 0 or more.
+
+        Raises:
+            ValueError: n is negative.
+        """
+        return self._choose(RangeStep(_count(n), None))
+
+    def _choose(self, step: Step) -> Self:
+        source = self._source
+        if source.mixture is not None:
+            raise ValueError("cannot select from a mixture: select from the data sets before mix()")
+        return self._derive(source.with_step(step))
+
+
+def record_numbers(indices: Any, n: int) -> NDArray[np.int64]:
+    """Return record numbers as int64[n], 0 <= number < n, with negative ones counted from the end.
+
+    Raises IndexError and TypeError.
+    """
+    rows = np.asarray(indices)
+    if rows.dtype == np.bool_ or (rows.size and rows.dtype.kind not in "iu"):
+        hints = {"O": ": a number is missing or has more than 64 bits"}
+        hints["U"] = f" ({indices!r:.60}): columns are chosen by select_columns([...])"
+        raise TypeError(f"record numbers must be integers, got {rows.dtype}{hints.get(rows.dtype.kind, '')}")
+    if rows.size and rows.dtype == np.uint64 and int(rows.max()) >= n:  # as int64 it may be -1
+        raise IndexError(f"record {int(rows.max())} of a data set of {n}")
+    return normalize_indices(np.ascontiguousarray(rows, np.int64).reshape(-1), n)
+
+
+def _of_range(chosen: range, n: int) -> Selection:
+    """Return the selection of a range, without an array if the range is contiguous."""
+    if not chosen:
+        return Selection.span(0, 0)
+    for end in (chosen[0], chosen[-1]):
+        if not -n <= end < n:
+            raise IndexError(f"record {end} of a data set of {n}")
+    if chosen.step == 1 and chosen.start >= 0:
+        return Selection.span(chosen.start, chosen.stop)
+    # np.arange is 100 times faster than converting the range object.
+    return Selection.of(record_numbers(np.arange(chosen.start, chosen.stop, chosen.step), n))
+
+
+def _count(n: int) -> int:
+    n = operator.index(n)
+    if n < 0:
+        raise ValueError(f"the number of records must be 0 or more, got {n}")
+    return n
+
 
 # Complete picklable description of a data set: its records, the transform, and the output spec.
 DatasetSpec = tuple[RecordsSpec, Callable[[Record], Any] | None, OutputSpec]

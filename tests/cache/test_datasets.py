@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 import tiercache as tc
-from tiercache.cache.datasets import CopyNames, DatasetSource
 from tiercache.cache.names import name_of_identity
 from tiercache.model import NEVER, ReadingPlan
-from tiercache.opened_version import OpenedVersion
+from tiercache.opened_version import CopyNames, DatasetSource, OpenedVersion
 
 
 def test_the_names_of_many_shards_equal_those_of_their_identities(tmp_path):

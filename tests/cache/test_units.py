@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache._native.checksum import crc32c
-from tiercache.cache.fetch import partial, units
+from tiercache.cache.fetch import partial
+from tiercache.cache.fetch import partial as partial_module
 from tiercache.cache.fetch.partial import PartialCopy, charge_of, hold_part, map_bytes
 from tiercache.cache.folder import Folder
 from tiercache.model import ByteRange
 
-UNIT = units.UNIT_BYTES
+UNIT = partial_module.UNIT_BYTES
 MIB = 1 << 20
 NAME = "a" * 40
 
@@ -41,39 +42,39 @@ def units_by_byte(ranges, n_bytes):
 @given(ranges_in())
 def test_the_units_of_ranges_contain_their_bytes(case):
     n_bytes, ranges = case
-    mask = units.mask_of(ranges, n_bytes)
+    mask = partial_module.mask_of(ranges, n_bytes)
     assert len(mask) == max(-(-n_bytes // UNIT), 1)
     assert set(np.flatnonzero(mask).tolist()) == units_by_byte(ranges, n_bytes)
-    assert units.covers(mask, [r for r in ranges if r.end <= n_bytes], n_bytes)
-    assert not units.covers(mask, [ByteRange(n_bytes, n_bytes + 1)], n_bytes)
+    assert partial_module.covers(mask, [r for r in ranges if r.end <= n_bytes], n_bytes)
+    assert not partial_module.covers(mask, [ByteRange(n_bytes, n_bytes + 1)], n_bytes)
 
 
 @given(ranges_in(), st.sampled_from([UNIT, 3 * UNIT, 1 << 30]))
 def test_pieces_contain_each_unit_once_and_respect_the_size_limit(case, piece_bytes):
     n_bytes, ranges = case
-    mask = units.mask_of(ranges, n_bytes)
+    mask = partial_module.mask_of(ranges, n_bytes)
     left, bytes_seen, last = mask.copy(), 0, -1
-    while piece := units.first_piece(left, n_bytes, piece_bytes):
+    while piece := partial_module.first_piece(left, n_bytes, piece_bytes):
         assert sum(r.n_bytes for r in piece) <= piece_bytes
         for found in piece:
             assert found.start % UNIT == 0
             assert found.start >= last
             last = found.end
             bytes_seen += found.n_bytes
-        taken = units.mask_of(piece, n_bytes)
+        taken = partial_module.mask_of(piece, n_bytes)
         assert not (taken & ~left).any()
         left &= ~taken
     assert not left.any()
-    assert bytes_seen == units.bytes_of(mask, n_bytes)
-    assert units.ranges_of(mask, n_bytes) == units.first_piece(mask, n_bytes, 1 << 30)
+    assert bytes_seen == partial_module.bytes_of(mask, n_bytes)
+    assert partial_module.ranges_of(mask, n_bytes) == partial_module.first_piece(mask, n_bytes, 1 << 30)
 
 
 @given(ranges_in(), st.data())
 def test_a_small_rest_is_fetched_with_the_missing_units(case, data):
     n_bytes, ranges = case
-    present = units.mask_of(data.draw(ranges_in())[1], n_bytes)
-    wanted = units.mask_of(ranges, n_bytes)
-    fetched = units.to_fetch(present, wanted, n_bytes)
+    present = partial_module.mask_of(data.draw(ranges_in())[1], n_bytes)
+    wanted = partial_module.mask_of(ranges, n_bytes)
+    fetched = partial_module.to_fetch(present, wanted, n_bytes)
     missing = wanted & ~present
     assert not (fetched & present).any()
     assert (fetched >= missing).all()
@@ -83,11 +84,11 @@ def test_a_small_rest_is_fetched_with_the_missing_units(case, data):
 
 def test_a_large_rest_is_not_fetched():
     n_bytes = 64 * MIB
-    nothing = np.zeros(units.n_units(n_bytes), bool)
-    half = units.mask_of([ByteRange(0, 32 * MIB)], n_bytes)
-    assert (units.to_fetch(nothing, half, n_bytes) == half).all()
-    most = units.mask_of([ByteRange(0, 63 * MIB)], n_bytes)
-    assert units.to_fetch(nothing, most, n_bytes).all()
+    nothing = np.zeros(partial_module.n_units(n_bytes), bool)
+    half = partial_module.mask_of([ByteRange(0, 32 * MIB)], n_bytes)
+    assert (partial_module.to_fetch(nothing, half, n_bytes) == half).all()
+    most = partial_module.mask_of([ByteRange(0, 63 * MIB)], n_bytes)
+    assert partial_module.to_fetch(nothing, most, n_bytes).all()
 
 
 # -- the two files --

@@ -164,7 +164,7 @@ class TestStatus:
         )
 
     def test_status_names_readers_and_their_copies(self, data_set, cache, warmed, tmp_path):
-        command = [sys.executable, "-m", "tiercache.cli", "status", *cache]
+        command = [sys.executable, "-m", "tiercache.cli.app", "status", *cache]
         with Cache(tmp_path / "cache", size="100MB") as held:
             dataset = Dataset(str(data_set), cache=held)
             dataset[0]

@@ -10,7 +10,7 @@ import sys
 import pytest
 from tests.support.http_server import HttpFault, HttpFaultServer
 
-COMMAND = [sys.executable, "-m", "tiercache.cli"]
+COMMAND = [sys.executable, "-m", "tiercache.cli.app"]
 
 
 def run(*arguments, **options):

@@ -17,9 +17,8 @@ from tests.shard.mixed_shard import wait_until_settled
 from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
-from tiercache.cache.datasets import DatasetSource
 from tiercache.load import prefetch
-from tiercache.opened_version import OpenedVersion
+from tiercache.opened_version import DatasetSource, OpenedVersion
 from tiercache.testing import Fault, FaultKind, FaultStore
 
 N = 600

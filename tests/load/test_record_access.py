@@ -21,7 +21,7 @@ from tests.support.http_server import HttpFaultServer
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
-from tiercache.shard.read import chunks, reader_pool
+from tiercache.shard.read import chunks, shard_reader
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.read.source import ByteSource
 
@@ -172,7 +172,7 @@ def open_copies(path: Path) -> int:
 
 
 def test_more_shards_than_may_be_open_are_served_and_do_not_pile_up(packed, monkeypatch):
-    monkeypatch.setattr(reader_pool, "MAX_READERS", 2)
+    monkeypatch.setattr(shard_reader, "MAX_READERS", 2)
     dataset = tc.Dataset(packed)
     n_shards = len(dataset._source.leaves[0].table)
     rng = np.random.default_rng(0)
@@ -190,7 +190,7 @@ def test_more_shards_than_may_be_open_are_served_and_do_not_pile_up(packed, monk
 
 @pytest.mark.parametrize("max_readers", [2, 256])
 def test_many_threads_read_anything_while_shards_come_and_go(packed, monkeypatch, max_readers):
-    monkeypatch.setattr(reader_pool, "MAX_READERS", max_readers)
+    monkeypatch.setattr(shard_reader, "MAX_READERS", max_readers)
     dataset = tc.Dataset(packed)
     wrong: list[object] = []
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.load.conftest import ids_of, join_loading, make_columns
 
 import tiercache as tc
-from tiercache.load.source import record_number
+from tiercache.load.output_spec import record_number
 from tiercache.opened_version import OpenedVersion
 
 # Of each some 60 ms; `pytest --hypothesis-profile fuzz` draws 5,000.

@@ -7,8 +7,7 @@ import pytest
 from tests.support.stores import CountingStore
 
 from tiercache.errors import CorruptShard
-from tiercache.shard.read.reader_pool import FooterCache
-from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.read.shard_reader import FooterCache, ShardReader
 from tiercache.shard.schema import Schema
 from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder

@@ -27,7 +27,7 @@ from tests.testing.warm_process import ROOT, WITHOUT_THREADS
 WARM_MODULES = (
     "torch.distributed", "torch.utils.data", "tiercache.integrations.accelerate", "tiercache.testing.s3_server",
     "boto3", "obstore", "s3fs", "tiercache.cli.app", "tiercache.cli.cache_verbs", "tiercache.cli.data_sets",
-    "tiercache.cli.simulate", "tiercache.cli.tier_check", "tiercache.cli.tier_verbs", "tiercache.cli.verify",
+    "tiercache.cli.simulate", "tiercache.cli.tier_verbs", "tiercache.cli.tier_verbs", "tiercache.cli.cache_verbs",
     "tiercache.images.decoder", "tiercache.load.loader", "tiercache.pack", "tiercache.shard.write.dataset_writer",
 )  # fmt: skip
 

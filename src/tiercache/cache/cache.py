@@ -30,8 +30,7 @@ from tiercache.cache.owners import Owner
 from tiercache.cache.session import CacheOptions, CacheSession
 from tiercache.cache.warm import plan_warm, warm
 from tiercache.catalog import FIGURES, CopyRow, tiers
-from tiercache.deprecation import renamed_argument
-from tiercache.errors import StoreError
+from tiercache.errors import StoreError, renamed_argument
 from tiercache.model import OWN_FOLDER, ShardIdentity, parse_bytes
 from tiercache.stats import Counters
 from tiercache.store import Lease, Span, Store, redact

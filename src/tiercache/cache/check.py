@@ -12,8 +12,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from tiercache.cache.fetch.partial import hold_part, wrong_units
-from tiercache.cache.fetch.units import bytes_of, read_checksum
+from tiercache.cache.fetch.partial import bytes_of, hold_part, read_checksum, wrong_units
 from tiercache.cache.locks import NameLock, try_shared
 from tiercache.cache.names import Record, copy_spec
 from tiercache.errors import CorruptShard, StoreError

@@ -17,10 +17,18 @@ from tiercache.cache.disk import Breaker, disk_space, is_disk_full
 from tiercache.cache.evict.evictor import Evictor
 from tiercache.cache.evict.policy import POLICIES
 from tiercache.cache.evict.reading_plans import ReadingPlans
-from tiercache.cache.fetch.partial import CopyHandle, hold_part, open_map, read_all, read_verified, wrong_units
+from tiercache.cache.fetch.partial import (
+    CopyHandle,
+    bytes_of,
+    hold_part,
+    open_map,
+    read_all,
+    read_checksum,
+    read_verified,
+    wrong_units,
+)
 from tiercache.cache.fetch.publish import Publisher
 from tiercache.cache.fetch.queue import FetchQueue
-from tiercache.cache.fetch.units import bytes_of, read_checksum
 from tiercache.cache.folder import Folder
 from tiercache.cache.lease import CopyLease, open_leased
 from tiercache.cache.locks import NameLock

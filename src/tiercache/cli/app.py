@@ -138,3 +138,7 @@ def main() -> None:
     with suppress(ImportError, AttributeError):
         import_module("typer._completion_classes").completion_init()
     app(prog_name=_NAME)
+
+
+if __name__ == "__main__":  # python -m tiercache.cli.app, where the script is not on the PATH
+    main()

@@ -209,7 +209,7 @@ def export(
 ) -> None:
     """Write a data set as Parquet files with standard Arrow types. Images keep their encoding."""
     from tiercache.cli import data_sets
-    from tiercache.pack.export import ExportOptions
+    from tiercache.pack.parquet import ExportOptions
 
     options = ExportOptions(columns=parse_columns(columns), jobs=jobs, overwrite=overwrite, compression=compression)
     storage_options = (storage_option, target_option)
@@ -241,7 +241,7 @@ def verify(
     Of a data set, the manifest, the segments and the shards of one version are checked. The exit code is 4 if something
     is damaged and was not repaired.
     """
-    from tiercache.cli import verify as verb
+    from tiercache.cli import cache_verbs as verb
     from tiercache.cli.cache_verbs import CacheScope
 
     if cached or repair or cache_dir is not None:

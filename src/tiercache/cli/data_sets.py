@@ -18,8 +18,8 @@ from tiercache.cli.output import Output, count, printable
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import format_bytes
 from tiercache.pack import PackOptions, PackPlan, plan_pack, run_pack
-from tiercache.pack.export import Export, ExportOptions
 from tiercache.pack.files import selected
+from tiercache.pack.parquet import Export, ExportOptions
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.schema import Column, Image, Kind, Ragged, Tensor, UserType
 from tiercache.shard.versions.manifest import Version, latest, read_shards, read_version

@@ -23,14 +23,14 @@ def check(
     not mounted). It is 3 if an object is lost: a data set version, the placement or this machine's catalog names it,
     but no tier has it.
     """
-    from tiercache.cli import tier_check
+    from tiercache.cli import tier_verbs
 
     if prices:
-        tier_check.print_prices(output)
+        tier_verbs.print_prices(output)
     elif offline:
-        tier_check.check_file(output, rules)
+        tier_verbs.check_file(output, rules)
     else:
-        tier_check.check_tiers(output, rules)
+        tier_verbs.check_tiers(output, rules)
 
 
 def plan(

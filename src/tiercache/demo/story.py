@@ -365,7 +365,7 @@ def run_job(job: Job) -> Iterator[Epoch]:
 
 def _command(*arguments: str, rules: Path) -> str:
     """Run `tiercache tier ...` as a user would; return the last line that it prints."""
-    command = [sys.executable, "-m", "tiercache.cli", "tier", *arguments, "--rules", str(rules)]
+    command = [sys.executable, "-m", "tiercache.cli.app", "tier", *arguments, "--rules", str(rules)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, check=False)
     except subprocess.TimeoutExpired as error:

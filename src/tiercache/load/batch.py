@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache._native.ring import Slot
-    from tiercache.load.source import Source
+    from tiercache.load.output_spec import Source
 
 
 Bytes = npt.NDArray[np.uint8]

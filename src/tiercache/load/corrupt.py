@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from tiercache.load.epoch import RecordWalk
     from tiercache.load.options import LoaderOptions
+    from tiercache.load.output_spec import Source
     from tiercache.load.prefetch import AnyPiece, LoadedWindow
-    from tiercache.load.source import Source
     from tiercache.order import Window
     from tiercache.shard.read.blocks import Blocks
 

@@ -20,8 +20,8 @@ import torch
 
 from tiercache.images.decoder import DecodeError, Decoder, draw_key, keyed_draws, load_libraries, stored_dtype
 from tiercache.load.batch import TORCH_DTYPES, Batch
+from tiercache.load.output_spec import image_decode_error, record_number
 from tiercache.load.pipeline import ClosingPipeline, Pipeline, PipelineInputs, Resources
-from tiercache.load.source import image_decode_error, record_number
 from tiercache.stats import WaitHistogram
 
 if TYPE_CHECKING:

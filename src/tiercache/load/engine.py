@@ -25,13 +25,11 @@ from tiercache.load.corrupt import corruption_map_for
 from tiercache.load.decode import DecodedPipeline
 from tiercache.load.epoch import NextEpoch, OrderShare, epoch_records, mixture_values, order_options, plan_epoch
 from tiercache.load.options import LoaderOptions
-from tiercache.load.output_spec import OutputSpec, as_columns
-from tiercache.load.pipeline import Pipeline, PipelineInputs, Resources, share_resources
+from tiercache.load.output_spec import OutputSpec, Source, as_columns
+from tiercache.load.pipeline import Pipeline, PipelineInputs, Resources, share_resources, summarise
 from tiercache.load.ranks import Rank, agree, find_rank, must_not_draw
 from tiercache.load.read_plan import ReadPlanPublisher
-from tiercache.load.source import Source
 from tiercache.load.state import RunState, reopen
-from tiercache.load.stats import summarise
 from tiercache.load.torch_rng import TorchDraws, next_seed, predict_seed
 from tiercache.order import RankPlan
 from tiercache.stats import Counters, WaitHistogram

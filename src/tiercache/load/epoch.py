@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from tiercache.load.corrupt import RecordLocation
+    from tiercache.load.output_spec import Source
     from tiercache.load.prefetch import AnyPiece, LoadThreads, MemoryPressure
     from tiercache.load.ranks import Rank
-    from tiercache.load.source import Source
     from tiercache.load.state import RunState
     from tiercache.order import Order, Section
 

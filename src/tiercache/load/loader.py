@@ -21,6 +21,7 @@ from torchdata.stateful_dataloader import sampler as torchdata_samplers
 from tiercache.load.batch import collate
 from tiercache.load.engine import LoaderArguments, NativeEngine
 from tiercache.load.options import LoaderOptions
+from tiercache.load.output_spec import NativeAccess, NativeDataset, native_access
 from tiercache.load.ranks import Rank, find_rank
 from tiercache.load.sampler_engines import IndexEngine, OrderSampler, SamplerEngine, ShuffledOrder, StoredOrder
 from tiercache.load.samplers import (
@@ -34,7 +35,6 @@ from tiercache.load.samplers import (
     set_sampler_epoch,
     with_state,
 )
-from tiercache.load.source import NativeAccess, NativeDataset, native_access
 from tiercache.load.state import STEPS_SINCE, RunState, state_for_workers
 from tiercache.load.torch_rng import RandomGenerators, loadable, next_seed, settled
 

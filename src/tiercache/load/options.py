@@ -6,7 +6,7 @@ import operator
 from dataclasses import InitVar, dataclass
 from typing import Literal
 
-from tiercache.deprecation import renamed_argument
+from tiercache.errors import renamed_argument
 from tiercache.model import parse_bytes
 from tiercache.order import MAX_STREAMS
 

@@ -1,7 +1,8 @@
-"""How columns are served: layouts, fill values of nulls, decoded images, casts, tuples, and lists of records.
+"""What a data set gives to the loader: `NativeAccess`, the records and how their columns are served.
 
-This module imports neither torch nor the native path, because `Dataset` uses it without a loader. apply_layouts() is
-the plain counterpart of what the native path does in a slot's memory (csrc/output_layout.h), without common code.
+An `OutputSpec` has layouts, fill values of nulls, decoded images, casts, tuples, and lists of records. This module
+imports neither torch nor the native path, because `Dataset` uses it without a loader. apply_layouts() is the plain
+counterpart of what the native path does in a slot's memory (csrc/output_layout.h), without common code.
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from importlib import import_module
-from typing import Any, Literal, NoReturn, SupportsIndex, TypeAlias, TypeVar
+from typing import Any, Literal, NoReturn, Protocol, SupportsIndex, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.errors import SchemaError
+from tiercache.errors import CorruptShard, SchemaError, TierCacheError
 from tiercache.images.options import DecodeImage
+from tiercache.model import CloseListener, SourcePart
 from tiercache.shard.conversion import Casts, ConversionError, as_numpy, served_column, served_columns
 from tiercache.shard.read.values import ColumnValues, as_batch, as_records
 from tiercache.shard.schema import Column, Kind, Schema
 from tiercache.shard.write.ingest import value_converter
+from tiercache.views import Records as Source
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -537,3 +540,59 @@ def _after_making(name: str) -> Callable[..., Any]:
 
 for _name in _LOOK:
     setattr(LazyRecords, _name, _after_making(_name))
+
+
+__all__ = ["CloseListener", "Source", "SourcePart"]
+
+
+@dataclass(frozen=True, slots=True)
+class NativeAccess:
+    """What a tiercache data set gives to the loader, by its method `__tiercache__`.
+
+    Attributes:
+        source: The records that are read.
+        output_spec: Layouts, fill values, casts and decoders of the columns.
+        is_plain: Whether records are served as stored: no transform, and no subclass that overrides record access.
+        with_source: Function that returns the same data set over another source.
+    """
+
+    source: Source
+    output_spec: OutputSpec
+    is_plain: bool
+    with_source: Callable[[Any], Any]
+
+
+@runtime_checkable
+class NativeDataset(Protocol):
+    """A data set that the loader reads by its native path: `tiercache.Dataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __tiercache__(self) -> NativeAccess:
+        """Return what the loader reads."""
+
+
+def native_access(dataset: object) -> NativeAccess | None:
+    """Return the access to a tiercache data set; None for any other data set."""
+    return dataset.__tiercache__() if isinstance(dataset, NativeDataset) else None
+
+
+def record_number(source: Source, shard: int, block: int, row: int) -> int:
+    """Return the number, in stored order, of the record in a row of a block of a shard. May read a footer."""
+    before = source.block_tables([shard])[0].records[:block].sum() + source.shard_records[:shard].sum()
+    return int(before) + row
+
+
+def image_decode_error(source: Source, column: str, record: int, reason: str) -> CorruptShard:
+    """Return the error of an image that cannot be decoded: url, block, column, record and the decoder's message."""
+    ends = np.cumsum(source.shard_records)
+    shard = int(np.searchsorted(ends, record, side="right"))
+    within = record - int(ends[shard] - source.shard_records[shard])
+    block_ends = np.cumsum(source.block_tables([shard])[0].records)
+    block = int(np.searchsorted(block_ends, within, side="right"))
+    try:
+        url = source.load(shard, [block]).url
+    except TierCacheError:  # The shard can no longer be read; the image's error is the one to report.
+        url = source.url
+    message = f"record {record}: the image cannot be decoded: {reason}"
+    return CorruptShard(message, url=url, block=block, column=column, record=record)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from tiercache.load.corrupt import RecordLocation
     from tiercache.load.epoch import Piece
-    from tiercache.load.source import Source
+    from tiercache.load.output_spec import Source
     from tiercache.shard.read.blocks import Blocks
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.load.epoch import OrderShare
-    from tiercache.load.source import Source
+    from tiercache.load.output_spec import Source
     from tiercache.load.state import RunState
     from tiercache.model import PublishedPlan
     from tiercache.order.window import ShardGroups

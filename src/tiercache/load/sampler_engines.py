@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tiercache.load.output_spec import NativeDataset, Source
     from tiercache.load.prefetch import AnyPiece
-    from tiercache.load.source import NativeDataset, Source
 
 
 class SampledIterator(Iterator[Any]):

@@ -2,8 +2,6 @@
 
 The package uses stores; it does not know the cache or the loader. A written record goes from `write/` (ingest, column
 data, shard file) through `versions/commit` into a version. A read goes from `versions/manifest` (which shards there
-are) through `read/reader_pool` and `read/shard_reader` to blocks and values. `format/` has the bytes of both:
-`schema`, `column_types` and `conversion` say what a column holds.
+are) through `read/shard_reader` to blocks and values. `format/` has the bytes of both; `schema`, `column_types` and
+`conversion` say what a column holds.
 """
-
-from __future__ import annotations

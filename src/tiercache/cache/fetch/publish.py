@@ -16,15 +16,19 @@ import numpy as np
 
 from tiercache._native.checksum import combine
 from tiercache.cache.disk import is_disk_full
-from tiercache.cache.fetch.partial import CopyHandle, PartialCopy, charge_of, hold_part, map_bytes
-from tiercache.cache.fetch.units import (
+from tiercache.cache.fetch.partial import (
     LITTLE_BYTES,
     PIECE_BYTES,
     UNIT_BYTES,
+    CopyHandle,
     Mask,
+    PartialCopy,
     bytes_of,
+    charge_of,
     checksum_of,
     first_piece,
+    hold_part,
+    map_bytes,
     mask_of,
     n_units,
     to_fetch,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.cache.fetch.units import Mask, covers, mask_of, n_units
+from tiercache.cache.fetch.partial import Mask, covers, mask_of, n_units
 from tiercache.errors import StoreError, TierCacheError
 
 if TYPE_CHECKING:

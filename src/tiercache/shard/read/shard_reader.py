@@ -1,22 +1,34 @@
-"""ShardReader: an open shard, read by blocks or by single records."""
+"""ShardReader, an open shard read by blocks or by single records; and the pool of the open shards of a data set."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
 
+from tiercache import file_limit
+from tiercache._native import gather
+from tiercache._native.record_finder import BlockTable, RecordFinder
+from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ShardIdentity, ShardInfo
-from tiercache.shard.conversion import ServedColumns
+from tiercache.shard.conversion import ServedColumns, cast_kind
 from tiercache.shard.format.layout import Footer
 from tiercache.shard.read.blocks import Blocks, check_indices
-from tiercache.shard.read.chunks import Chunks, Ids, Verify, chunk_ids
+from tiercache.shard.read.chunks import STAT_INTERVAL_S, Chunks, Ids, Verify, chunk_ids
 from tiercache.shard.read.source import ByteSource, LocalCopy, check_identity, read_footer
-from tiercache.shard.read.values import ColumnValues, block_values
-from tiercache.shard.schema import Schema
+from tiercache.shard.read.values import ColumnValues, block_values, gather_values
+from tiercache.shard.schema import Column, Kind, Schema
 from tiercache.store.contract import Store
+
+if TYPE_CHECKING:
+    from tiercache._native.record_finder import FoundRecords
+    from tiercache.model import PublishedPlan, ReadingPlan
 
 
 class ShardReader:
@@ -192,3 +204,375 @@ class ShardReader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("an open shard cannot be pickled: open it again in the other process")
+
+
+# A shuffle group has about a hundred shards with footers of a few KiB to 100 KiB each. A footer that does not fit is
+# read again, which is one more request for a shard that is read by ranges.
+LIMIT_BYTES = 32 << 20
+
+
+class FooterCache:
+    """Footers by shard number; each is taken once. Thread-safe without a lock, which a fork could leave locked.
+
+    Concurrent threads may miscount the bytes; put() counts them again before it refuses a footer.
+    """
+
+    def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._kept: dict[int, Footer] = {}
+        self._n_bytes = 0
+
+    def put(self, shard: int, footer: Footer) -> None:
+        """Keep a footer if it fits within the limit."""
+        if self._n_bytes + footer.nbytes > self._limit_bytes:
+            self._n_bytes = sum(kept.nbytes for kept in list(self._kept.values()))
+        if shard not in self._kept and self._n_bytes + footer.nbytes <= self._limit_bytes:
+            self._kept[shard] = footer
+            self._n_bytes += footer.nbytes
+
+    def take(self, shard: int) -> Footer | None:
+        """Remove and return the footer of a shard; None if there is none."""
+        footer = self._kept.pop(shard, None)
+        if footer is not None:
+            self._n_bytes = max(self._n_bytes - footer.nbytes, 0)
+        return footer
+
+
+Numbers: TypeAlias = npt.NDArray[np.int64]
+# The slow path reads again after these errors, names the block and the page or value, and has a bad copy fetched again.
+_DAMAGE = (CorruptShard, gather.CorruptError, gather.CastError, OSError, UnicodeDecodeError)
+
+
+class MappedRecords:
+    """The fast path for single records. It never reports damage.
+
+    If a shard is not mapped or a value is damaged, the methods return None, and the caller uses ShardReader.take(),
+    which raises the error. The object holds a table for each shard: about 50 bytes per block and stream, a third of the
+    footer's size. Thread-safe without locks. In a forked child process nothing is found until clear() is called.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        columns: Sequence[int],
+        first_record: Numbers,
+        url: str,
+        served: ServedColumns | None = None,
+    ) -> None:
+        self._columns = tuple(columns)
+        self._parts: list[_ColumnGatherer] = []
+        n_streams = 0
+        for number in columns:
+            column = schema.columns[number]
+            part = slice(n_streams, n_streams + len(column.streams(number)))
+            other = (served or {}).get(column.name, column)
+            self._parts.append(_gatherer_class(column, other)(column, part, url, other))
+            n_streams = part.stop
+        self._names = [part.column.name for part in self._parts]
+        self._has_arrow = any(part.column.kind is Kind.ARROW for part in self._parts)
+        self._finder = RecordFinder(first_record, n_streams)
+        self._pid = os.getpid()
+
+    def __contains__(self, shard: int) -> bool:
+        return shard in self._finder
+
+    def table(self, reader: ShardReader) -> BlockTable | None:
+        """Return the table of a shard for put(); None if the shard cannot be read through a mapping (yet)."""
+        blocks, copy = None if self._has_arrow else reader.mapped_blocks(self._columns), reader.local_copy
+        if blocks is None or copy is None:
+            return None
+        changed_ns = (
+            blocks.reset_if_written()
+        )  # before `checks`: a later write changes the ctime and so discards the table
+        file = None if changed_ns is None else (copy.lease.fd, changed_ns, round(STAT_INTERVAL_S * 1e9))
+        # The table keeps the reader too, which owns the checksums and the flags of checked pages.
+        return BlockTable(
+            reader.footer.block_first, blocks.addresses, blocks.pending_checks, (blocks, reader, copy), file
+        )
+
+    def put(self, shard: int, table: BlockTable) -> None:
+        """Use this table for the shard's records from now on."""
+        self._finder.put(shard, table)
+
+    def forget(self, shard: int) -> None:
+        """Drop the table of a shard, if there is one; reads in progress keep it."""
+        self._finder.forget(shard)
+
+    def clear(self) -> None:
+        """Drop all tables. A forked child process must call this, because the leases belong to the parent."""
+        self._finder.clear()
+        self._pid = os.getpid()
+
+    def take(self, records: Numbers) -> list[ColumnValues] | None:
+        """Return the values of one or more records, int64[n], by column; None if the caller must read shard by shard.
+
+        Raises IndexError, and SchemaError as gather_values.
+        """
+        found = self._finder.find(records) if self._pid == os.getpid() else None
+        if found is None:
+            return None
+        try:
+            return [part.many(found) for part in self._parts]
+        except _DAMAGE:
+            return None
+
+    def record(self, number: int) -> dict[str, Any] | None:
+        """Return the values of a record by column name, None for a null; None if the caller must read its shard."""
+        found = self._finder.find_one(number) if self._pid == os.getpid() else None
+        if found is None:
+            return None
+        try:
+            return dict(zip(self._names, [part.one(found) for part in self._parts], strict=True))
+        except _DAMAGE:
+            return None
+
+
+class _ColumnGatherer:
+    """Gathers a column of any kind but ARROW. streams: The column's streams among those that the finder returns."""
+
+    def __init__(self, column: Column, streams: slice, url: str, served: Column) -> None:
+        self.column, self.served = column, served
+        self._streams = streams
+        self._url = url
+
+    def many(self, found: FoundRecords) -> ColumnValues:
+        """Return the values of all records that were found."""
+        addresses, checks, block, row, _kept = found
+        mine = None if checks is None else checks[self._streams]
+        places = addresses[self._streams], block, row
+        return gather_values(self.column, *places, url=self._url, checks=mine, served=self.served)
+
+    def one(self, found: FoundRecords) -> Any:
+        """Return the value of the single record that was found."""
+        return self.many(found).record(0)
+
+
+class _FixedGatherer(_ColumnGatherer):
+    """Gathers a column whose gathered bytes are the values; saves the 2 us of gather_values for other columns."""
+
+    def __init__(self, column: Column, streams: slice, url: str, served: Column) -> None:
+        super().__init__(column, streams, url, served)
+        self._stream = streams.start
+        self._how = cast_kind(gather.FIXED, column, served), column.row_bytes
+        self._dtype, self._row_bytes = served.stored, served.row_bytes
+        self._shape = tuple(d or 0 for d in column.shape)
+
+    def many(self, found: FoundRecords) -> ColumnValues:
+        n = len(found[3])
+        return ColumnValues(self.served, np.ndarray((n, *self._shape), self._dtype, self._bytes(found, n)))
+
+    def one(self, found: FoundRecords) -> Any:
+        value = np.ndarray(self._shape, self._dtype, self._bytes(found, 1))
+        return value if self._shape else value[()]
+
+    def _bytes(self, found: FoundRecords, n: int) -> npt.NDArray[np.uint8]:
+        addresses, checks, block, row, _kept = found
+        stream = self._stream
+        out = np.empty(n * self._row_bytes, np.uint8)
+        check = None if checks is None else checks[stream]
+        gather.gather(*self._how, addresses[stream], block, row, out, None, check)
+        return out
+
+
+class _ObjectGatherer(_ColumnGatherer):
+    """Gathers a column of bytes or text without nulls."""
+
+    def __init__(self, column: Column, streams: slice, url: str, served: Column) -> None:
+        super().__init__(column, streams, url, served)
+        self._stream = streams.start
+        self._gather: Callable[..., list[Any]] = gather.gather_str if column.kind is Kind.STR else gather.gather_bytes
+
+    def many(self, found: FoundRecords) -> ColumnValues:
+        return ColumnValues(self.column, self._objects(found))
+
+    def one(self, found: FoundRecords) -> Any:
+        return self._objects(found)[0]
+
+    def _objects(self, found: FoundRecords) -> list[Any]:
+        addresses, checks, block, row, _kept = found
+        return self._gather(addresses[self._stream], block, row, None if checks is None else checks[self._stream])
+
+
+def _gatherer_class(column: Column, served: Column) -> type[_ColumnGatherer]:
+    if column.nullable:
+        return _ColumnGatherer
+    if column.kind in (Kind.BYTES, Kind.STR, Kind.IMAGE):
+        return _ObjectGatherer
+    fixed = column.kind in (Kind.SCALAR, Kind.TENSOR) and served.dtype not in ("bool", "bfloat16")
+    return _FixedGatherer if fixed and column.row_bytes else _ColumnGatherer
+
+
+# Largest number of open shards of one data set. Each holds a footer (some KiB to 100 KiB) and a mapping.
+# file_limit.max_shard_descriptors() limits the file descriptors of all data sets of the process together.
+MAX_READERS = 1024
+
+
+class ReleasingPlan:
+    """A published read plan that also closes each shard of a pool after its last read.
+
+    An open shard is pinned in the cache. If the cache is smaller than the data set, the pinned shards leave no room for
+    others.
+    """
+
+    def __init__(self, following: PublishedPlan, readers: ReaderPool, plan: ReadingPlan) -> None:
+        self._following = following
+        self._readers = readers
+        order = np.argsort(plan.last, kind="stable")
+        self._shards, self._last = plan.shards[order], plan.last[order]
+        self._n_done = 0
+
+    def advance(self, clock: int) -> None:
+        """See PublishedPlan.advance."""
+        self._following.advance(clock)
+        n_done = int(np.searchsorted(self._last, clock, side="right"))
+        for shard in self._shards[self._n_done : n_done].tolist():
+            self._readers.drop(shard)
+        self._n_done = max(n_done, self._n_done)
+
+    def close(self) -> None:
+        """See PublishedPlan.close."""
+        self._following.close()
+
+
+class ReaderPool:
+    """LRU pool of the open shards of a data set. Thread-safe. Reads through `mapped` do not count as uses.
+
+    The lock is not held while a shard is opened: threads open different shards in parallel, and a second thread that
+    wants the same shard waits at a lock for this shard. All pools of the process share one limit of file descriptors;
+    when it is reached, the pool that holds most of them drops shards.
+    """
+
+    def __init__(self, opener: Callable[[int], ShardReader], mapped: MappedRecords) -> None:
+        self._opener = opener
+        self._mapped = mapped
+        self._begin()
+        _of_process[id(self)] = self
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, tuple[ShardReader, int]] = OrderedDict()  # reader and its number of descriptors
+        self.n_descriptors = 0
+        self._gates: dict[int, threading.Lock] = {}
+        self._mapped.clear()
+        self._pid = os.getpid()  # last: a thread that sees the new pid takes the lock, which must be the new one
+
+    def __contains__(self, shard: int) -> bool:
+        return self._pid == os.getpid() and shard in self._open
+
+    @property
+    def capacity(self) -> int:
+        """Largest number of shards that can be open at once."""
+        return min(MAX_READERS, file_limit.max_shard_descriptors())
+
+    def get(self, shard: int) -> ShardReader:
+        """Return the reader of a shard, and open the shard if necessary. Raises as ShardReader."""
+        # In a forked child process the leases belong to the parent, and the copied lock may be locked forever.
+        if self._pid != os.getpid():
+            self._begin()
+        with self._lock:
+            found = self._open.get(shard)
+            if found is not None:
+                self._open.move_to_end(shard)
+                return found[0]
+            gate = self._gates.setdefault(shard, threading.Lock())
+        with gate:
+            with self._lock:
+                found = self._open.get(shard)
+            if found is not None:
+                return found[0]
+            reader = self._open_shard(shard)
+            self._keep(shard, reader)
+        return reader
+
+    def _open_shard(self, shard: int) -> ShardReader:
+        try:
+            return self._opener(shard)
+        except StoreError as error:
+            # Other files of the process use the descriptors that were meant for open shards: close half of the shards.
+            if not error.details.get("too_many_open") or not (file_limit.raise_limit() or _drop_half()):
+                raise
+        return self._opener(shard)
+
+    def map_shard(self, shard: int) -> bool:
+        """Make the records of a shard available through its mapping, for as long as its reader stays open.
+
+        Returns False if the shard has no mapping or is damaged; a read through its reader then raises the error.
+        """
+        if shard in self._mapped:
+            return True
+        try:
+            reader = self.get(shard)
+            table = self._mapped.table(reader)
+        except CorruptShard:
+            return False
+        if table is None:
+            return False
+        with self._lock:
+            if self._open.get(shard, (None,))[0] is reader:
+                self._mapped.put(shard, table)
+        return True
+
+    def drop(self, shard: int) -> None:
+        """Remove a shard from the pool, so that the next get() opens it again. Reads in progress continue."""
+        if self._pid == os.getpid():
+            with self._lock:
+                self._forget(shard)
+
+    def drop_oldest(self) -> bool:
+        """Remove the least recently used shard (after a fork, all of the parent). Returns False if none is open."""
+        if self._pid != os.getpid():
+            self._begin()
+            return True
+        with self._lock:
+            oldest = next(iter(self._open), None)
+            if oldest is not None:
+                self._forget(oldest)
+        return oldest is not None
+
+    def clear(self) -> None:
+        """Remove all shards from the pool."""
+        if self._pid == os.getpid():
+            with self._lock:
+                self._open.clear()
+                self.n_descriptors = 0
+                self._mapped.clear()
+
+    def _forget(self, shard: int) -> None:
+        # The reader is dropped and not closed, because another thread may be reading from it.
+        _, n_descriptors = self._open.pop(shard, (None, 0))
+        self.n_descriptors -= n_descriptors
+        self._mapped.forget(shard)
+
+    def _keep(self, shard: int, reader: ShardReader) -> None:
+        with self._lock:
+            self._gates.pop(shard, None)
+            self._open[shard] = reader, reader.n_descriptors
+            self.n_descriptors += self._open[shard][1]
+            while len(self._open) > MAX_READERS:
+                self._forget(next(iter(self._open)))
+        n_descriptors = sum(readers.n_descriptors for readers in _all())
+        file_limit.raise_limit_for(n_descriptors)
+        _drop_to(file_limit.max_shard_descriptors())
+
+
+# The pools of all data sets of this process, by id(): valuerefs() copies a dict in one step, whatever other threads
+# add. There is no lock, because a fork could leave it locked.
+_of_process: WeakValueDictionary[int, ReaderPool] = WeakValueDictionary()
+
+
+def _all() -> list[ReaderPool]:
+    return [readers for found in _of_process.valuerefs() if (readers := found()) is not None]
+
+
+def _drop_to(n_descriptors: int) -> bool:
+    """Drop shards until all pools together hold at most n_descriptors. Returns whether any shard was dropped."""
+    has_dropped = False
+    while sum(readers.n_descriptors for readers in _all()) > n_descriptors:
+        if not max(_all(), key=lambda readers: readers.n_descriptors).drop_oldest():
+            break
+        has_dropped = True
+    return has_dropped
+
+
+def _drop_half() -> bool:
+    return _drop_to(sum(readers.n_descriptors for readers in _all()) // 2)
