@@ -47,7 +47,7 @@ def frames_of(folder: Path) -> list[bytes]:
     found = []
     for shard in range(len(dataset.__tiercache__().source.shard_records)):
         rows = dataset.__tiercache__().source._footer(shard).chunks.ravel()  # noqa: SLF001 -- no public way to frames as stored
-        data = (folder / dataset.__tiercache__().source.table.info(shard).name).read_bytes()
+        data = (folder / dataset.__tiercache__().source.leaves[0].table.info(shard).name).read_bytes()
         found += [data[offset : offset + stored] for offset, stored in rows[["offset", "stored"]].tolist()]
     dataset.close()
     return found

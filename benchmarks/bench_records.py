@@ -168,7 +168,7 @@ def remote(path: Path) -> list[dict[str, Any]]:
     files = {f"d/{f.relative_to(path).as_posix()}": f.read_bytes() for f in path.rglob("*") if f.is_file()}
     found = []
     with HttpFaultServer(files) as server, opened(f"{server.url}/d", cache=False) as dataset:
-        n = int(dataset.__tiercache__().source.table.n_records[0])
+        n = int(dataset.__tiercache__().source.shard_records[0])
         asked = {"the first record": n // 2, "another record": n // 3, "64 records": list(range(0, n, -(-n // 64)))}
         for name, index in asked.items():
             server.log.clear()

@@ -57,7 +57,7 @@ def test_every_make_target_that_the_docs_name_exists():
 
 def test_every_verb_that_the_readme_names_exists(warm_python):
     verbs = set(re.findall(r"^tiercache ([a-z]+)", "\n".join(blocks(ROOT / "README.md", "sh")), re.M))
-    shown = warm_python.run(["-m", "tiercache.cli.app", "--help"], cwd=ROOT).stdout
+    shown = warm_python.run(["-c", "from tiercache.cli.app import main; main()", "--help"], cwd=ROOT).stdout
     assert verbs
     assert verbs <= set(re.findall(r"[a-z]+", shown))
 

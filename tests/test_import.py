@@ -42,7 +42,7 @@ print(len(os.listdir("/proc/self/task")), len(after - before), others)
 
 
 def test_the_command_starts_without_torch():
-    code = "import sys, tiercache.cli; print('torch' in sys.modules)"
+    code = "import sys, tiercache.cli.app; print('torch' in sys.modules)"
     assert run_python("-c", code).stdout.strip() == "False"
 
 

@@ -55,8 +55,8 @@ def test_an_unknown_name_is_an_attribute_error():
         "import tiercache as tc",
         "import tiercache.pack, tiercache as tc",
         "import tiercache as tc; tc.pack; import tiercache.pack",
-        "import tiercache as tc; from tiercache.pack import pack; import tiercache.cli",
-        "import tiercache.cli, tiercache as tc",
+        "import tiercache as tc; from tiercache.pack import pack; import tiercache.cli.app",
+        "import tiercache.cli.app, tiercache as tc",
     ],
 )
 def test_pack_is_the_function_whatever_was_imported_before(imports):

@@ -7,7 +7,7 @@ import pytest
 from tests.pack.pictures import png
 from typer.testing import CliRunner
 
-from tiercache.cli import app
+from tiercache.cli.app import app
 from tiercache.pack import pack
 
 

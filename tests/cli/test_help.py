@@ -6,7 +6,7 @@ import sys
 import pytest
 import typer
 
-from tiercache.cli import app
+from tiercache.cli.app import app
 
 GROUP = typer.main.get_command(app)
 TIER = GROUP.commands["tier"]
@@ -15,7 +15,7 @@ HEAVY = ["numpy", "pandas", "pyarrow", "torch", "rich", "sqlite3", "obstore", "f
 LIGHT = ["tiercache.cli", "tiercache.errors", "tiercache.model", "tiercache.version", "tiercache.waiting"]
 CODE = f"""
 import contextlib, io, sys
-from tiercache.cli import main
+from tiercache.cli.app import main
 for verb in sys.argv[1:]:
     sys.argv[1:] = [*verb.split(), "--help"]
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):

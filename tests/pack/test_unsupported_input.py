@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.pack.pictures import jpeg, png
 from typer.testing import CliRunner
 
-from tiercache.cli import app
+from tiercache.cli.app import app
 from tiercache.errors import NotFound, SchemaError
 from tiercache.pack.executor import pack
 from tiercache.pack.images import find_damage, sniff

@@ -61,6 +61,7 @@ objects = st.builds(
     st.none() | texts,
     st.none() | amounts,
     st.none() | st.integers(0, 2**32 - 1),
+    st.just(""),
 )
 totals = st.dictionaries(
     texts, st.builds(TierTotals, st.integers(0, 2**60), st.integers(0, 2**40), amounts), max_size=2
@@ -88,7 +89,7 @@ def written_plans(draw) -> tuple[Plan, Plan]:
     kind = draw(st.lists(st.integers(0, 2), min_size=len(paths), max_size=len(paths)))
     moved, refused = (draw(st.lists(rows, max_size=5)) for _ in range(2))
     copies = [
-        [replace(one, key=f"{paths[row[0] % len(paths)]}/{one.key}") for one in draw(st.lists(objects, max_size=3))]
+        [one._replace(key=f"{paths[row[0] % len(paths)]}/{one.key}") for one in draw(st.lists(objects, max_size=3))]
         for row in moved
     ]
     sizes = [draw(st.integers(0, 2**50)) for _ in refused]

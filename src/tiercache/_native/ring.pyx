@@ -265,7 +265,7 @@ cdef class Layout:
         if len(shape) >= TC_TENSOR_DIMS or bits % 8 or min(shape, default=0) < 0:
             raise ValueError(f"expected fewer than {TC_TENSOR_DIMS} dimensions of whole bytes, got {tuple(shape)} of {bits} bits")
         self.layout.code, self.layout.bits, self.layout.n_dims = code, bits, <int>len(shape)
-        # Exact: a product that normalize_indices would let rows outside the slot pass.
+        # Exact: a product that wraps around would let rows outside the slot pass.
         self.layout.row_bytes = math.prod(shape, start=bits // 8)
         for i, n in enumerate(shape):
             self.layout.dims[<Py_ssize_t>i] = n

@@ -80,7 +80,7 @@ _NO_ROWS = np.empty(0, np.int64)
 
 
 class CorruptionMap:
-    """The corrupt records of a source by shard, block and row, as they are stored. BatchBuilder are only added.
+    """The corrupt records of a source by shard, block and row, as they are stored. Entries are only added.
 
     Thread-safe: writers replace the values under the lock and never change them in place.
     """

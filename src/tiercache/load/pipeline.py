@@ -2,7 +2,7 @@
 
 The planner (Python) loads windows and pushes their rows to the ring (C threads), which gathers batches ahead of the
 consumer. A window is dropped when its last batch was taken; only then the window after the next is loaded.
-loader_stats() returns the counters of a loader.
+summarise() returns the counters that DataLoader.stats() shows.
 """
 
 from __future__ import annotations

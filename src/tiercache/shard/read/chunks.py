@@ -336,23 +336,33 @@ class Chunks:
         raw = self._rows["codec"][ids] == codec.RAW
         whole = self.load(ids[~raw])
         rows, runs = self._row_ranges(ids, len(columns), position, row)
-        copy = self._source.local_copy
-        while True:
-            memory = self._sparse_memory() if copy is None else copy.map_file()
-            if self._fetch(memory, rows, copy) and self._fetch(
-                memory, [self._run_ranges(memory, *run) for run in runs], copy
-            ):
-                break
-            copy = None  # the cache does not fetch these pages: read them from the store
+        pages = self._pages(rows)
+        copy = self._source.ensure_cached(pages) if pages else None
+        memory = self._row_memory(pages, copy)
+        # The offsets in memory say where the elements of rows of varying length are.
+        more = self._pages([self._run_ranges(memory, *run) for run in runs])
+        if more and copy is not None and self._source.ensure_cached(more) is None:
+            copy, memory = None, self._row_memory(pages, None)
+        if more and copy is None:
+            self._read_pages(memory, more)
         addresses = np.uint64(address_of(memory)) + self._rows["offset"][ids]
         addresses[~raw] = whole.addresses
         pending = self._pending(ids, addresses, raw, copy, np.arange(len(ids)))
         return LoadedChunks(addresses, [memory, *whole.owners], pending_checks=pending, copy=copy)
 
-    def _sparse_memory(self) -> Bytes:
+    def _row_memory(self, pages: Sequence[ByteRange], copy: LocalCopy | None) -> Bytes:
+        """Return memory of the shard's size that holds these pages: the mapping of the copy, or private memory."""
+        if copy is not None:
+            return copy.map_file()
         n_bytes = int((self._rows["offset"] + self._rows["stored"]).max(initial=np.uint64(1)))
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        return np.frombuffer(mmap.mmap(-1, n_bytes, flags=flags), np.uint8)
+        memory = np.frombuffer(mmap.mmap(-1, n_bytes, flags=flags), np.uint8)
+        self._read_pages(memory, pages)
+        return memory
+
+    def _read_pages(self, memory: Bytes, pages: Sequence[ByteRange]) -> None:
+        if pages:
+            self._source.read([(page, memory[page.start : page.end].data) for page in pages])
 
     def _row_ranges(
         self, ids: Ids, n_columns: int, position: Ids, row: Ids
@@ -403,24 +413,16 @@ class Chunks:
         ends = (offset[:, None] + bounds * stream.width_bytes)[fits]
         return chunks[fits], ends[:, 0], ends[:, 1]
 
-    def _fetch(self, memory: Bytes, ranges: Sequence[_RowRanges], copy: LocalCopy | None) -> bool:
-        """Fetch the pages of byte ranges of chunks to their places in memory, with adjacent pages in one range."""
+    def _pages(self, ranges: Sequence[_RowRanges]) -> list[ByteRange]:
+        """Return the pages that hold byte ranges of chunks, with adjacent pages in one range."""
         if not ranges:
-            return True
+            return []
         chunks, starts, ends = (np.concatenate([one[i] for one in ranges]) for i in range(3))
         rows = self._rows[chunks[ends > starts]]
         starts, ends = starts[ends > starts], ends[ends > starts]
         offset, stored = rows["offset"].astype(np.int64), rows["stored"].astype(np.int64)
-        first, last = (
-            offset + starts // PAGE_BYTES * PAGE_BYTES,
-            offset + np.minimum(-(-ends // PAGE_BYTES) * PAGE_BYTES, stored),
-        )
-        pages = merge_ranges(first, last, 0)
-        if copy is not None:
-            return self._source.ensure_cached(pages) is not None
-        if pages:
-            self._source.read([(page, memory[page.start : page.end].data) for page in pages])
-        return True
+        first = offset + starts // PAGE_BYTES * PAGE_BYTES
+        return merge_ranges(first, offset + np.minimum(-(-ends // PAGE_BYTES) * PAGE_BYTES, stored), 0)
 
     def _pending(
         self, ids: Ids, addresses: Addresses, paged: npt.NDArray[np.bool_], copy: LocalCopy | None, order: Ids

@@ -74,7 +74,7 @@ class Version:
         fingerprint: See fingerprint_of().
         n_records: Number of records.
         n_bytes: Number of stored bytes of all shards.
-        segments: BatchBuilder of the segments, in data-set order.
+        segments: Entries of the segments, in data-set order.
         software: Name and release of the software that wrote the version.
         release: First release that reads the version, such as "0.1".
         needs_to_write: Features that a release must have to append to the data set or to overwrite it. parse_version
