@@ -4,7 +4,7 @@
 
 Blocks that begin with ```console are one session: the page's Python blocks are run before, in the user's home, and its
 first TOML block is laid there as tiercache.toml. Those with ```console s3 are another, with the second TOML block and
-a data set in a bucket of moto, whose restores take RESTORE_S.
+a data set in a bucket of moto, where an object is restored when it is looked at for the second time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from tiercache.testing.s3_server import S3Server
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.M | re.S)
 LOCAL, S3 = "console", "console s3"
 # Of moto: a copy that is older than this is on its way when it is first looked at, and restored as much later.
-RESTORE_S = 6  # A loaded machine asks for a restore and looks at its state within this time.
 MAIN = "from tiercache.cli.app import main; main()"
 
 
@@ -96,7 +95,7 @@ def replay(text: str, home: Path, python: WarmPython) -> str:
 
 def replay_s3(text: str, home: Path, server: S3Server, python: WarmPython) -> str:
     """The same of the session in S3; server is moto's, with the bucket that the page has."""
-    how = json.dumps({"model_name": "s3::keyrestore", "transition": {"progression": "time", "seconds": RESTORE_S}})
+    how = json.dumps({"model_name": "s3::keyrestore", "transition": {"progression": "manual", "times": 1}})
     url = f"{server.endpoint}/moto-api/state-manager/set-transition"
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     direct.open(url, data=how.encode(), timeout=5).close()
