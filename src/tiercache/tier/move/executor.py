@@ -672,6 +672,6 @@ def _is_same_deletion(old: JournalRow, new: JournalRow) -> bool:
     """Return whether two moves wait for the same deletion (or end of readability) of the same objects."""
     drops = ("move", "drop")
     same_action = old.action == new.action or (old.action in drops and new.action in drops)
-    same_places = (old.src_place, old.dst_place, old.src, old.dst) == (new.src_place, new.dst_place, new.src, new.dst)
+    same_urls = (old.src_place, old.dst_place, old.src, old.dst) == (new.src_place, new.dst_place, new.src, new.dst)
     facts = [sorted((obj.tier, obj.key, obj.n_bytes, obj.etag or "") for obj in row.objects) for row in (old, new)]
-    return old.since_s > 0 and new.action != "copy" and same_action and same_places and facts[0] == facts[1]
+    return old.since_s > 0 and new.action != "copy" and same_action and same_urls and facts[0] == facts[1]
