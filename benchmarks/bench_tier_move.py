@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from tiercache.store import Store
-    from tiercache.store.archive import S3Archive
+    from tiercache.store.archive import S3StorageClasses
 
 PART_BYTES = 8 << 20
 TOGETHER = 6
@@ -80,7 +80,7 @@ class Case:
 
 def plain(case: Case) -> None:
     """Copy with the same client and nothing else."""
-    src, dst, archive = case.stores.store(case.src), case.stores.store(case.dst), case.stores.archive(case.dst)
+    src, dst, archive = case.stores.store(case.src), case.stores.store(case.dst), case.stores.s3_classes(case.dst)
 
     def copy(one: PlannedObject) -> None:
         if archive is None:
@@ -105,7 +105,7 @@ def copy_in_order(src: Store, dst: Store, one: PlannedObject, buffers: PartBuffe
     buffers.give(buffer)
 
 
-def copy_side_by_side(src: Store, archive: S3Archive, one: PlannedObject, threads: ThreadPoolExecutor) -> None:
+def copy_side_by_side(src: Store, archive: S3StorageClasses, one: PlannedObject, threads: ThreadPoolExecutor) -> None:
     """Copy with a multipart upload by boto3 without checksums; an object of one part with one request."""
 
     def read(span: ByteRange) -> bytearray:

@@ -166,7 +166,7 @@ class World:
         self._in_use = np.zeros(n, bool)
         self._due: list[tuple[int, int]] = []  # copies that go when their grace of a day is over
         self._born_in = file.index(born_in)
-        self._home = file.index(file.home.name)
+        self._home = file.index(file.home_tier.name)
         self._n_alive = 0
 
     @property

@@ -38,4 +38,4 @@ def test_rule_file_examples_of_the_guide_are_valid(part, tmp_path):
     path = tmp_path / "tiercache.toml"
     path.write_text(part if "[tiers." in part else TIERS + part)
     file = load_rule_file(path)
-    assert file.rules or file.pins or prices_of(file.home).store_gb_month == 0.021
+    assert file.rules or file.pins or prices_of(file.home_tier).store_gb_month == 0.021

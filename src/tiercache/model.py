@@ -142,7 +142,7 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True)
 class ShardIdentity:
-    """Identity of a shard, independent of its location; the key of every copy. Ids are lower-case hex."""
+    """Identity of a shard, independent of its location; the key of every copy of the shard. Ids are lower-case hex."""
 
     dataset_id: str
     shard_id: str

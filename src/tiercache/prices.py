@@ -77,7 +77,7 @@ class Prices:
 
     @property
     def temporary_gb_month(self) -> float:
-        """Dollars for storing 1 GB for a month at the price of the standard class."""
+        """Dollars for 1 GB and month in the standard class, where temporary copies and some overhead are billed."""
         return self.store_gb_month if self.standard_gb_month is None else self.standard_gb_month
 
     @property
@@ -89,10 +89,11 @@ class Prices:
 FREE = Prices("free")
 """Prices of local paths."""
 
-_DOLLARS = ("store_gb_month", "put_1000", "get_1000", "transition_1000", "retrieve_gb", "egress_gb", "min_days")
+_DOLLARS = ("store_gb_month", "put_1000", "get_1000", "transition_1000", "retrieve_gb", "egress_gb")
+_DAYS = ("min_days",)
 _BYTES = ("min_bytes", "overhead_bytes", "standard_overhead_bytes")
 _STANDARD = ("standard_gb_month", "standard_put_1000")
-_KEYS = (*_DOLLARS, *_BYTES, *_STANDARD, "restore")
+_KEYS = (*_DOLLARS, *_DAYS, *_BYTES, *_STANDARD, "restore")
 _RESTORE_KEYS = ("gb", "per_1000", "hours")
 _LIKE = "like"
 _MOST = 1e15  # largest value of a price key, in dollars, days or bytes

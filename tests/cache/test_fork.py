@@ -6,7 +6,7 @@ import os
 import pickle
 
 import pytest
-from tests.forks import in_child
+from tests.support.forks import in_child
 from tests.support.stores import GateStore
 
 from tiercache.model import ByteRange

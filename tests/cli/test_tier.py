@@ -11,7 +11,7 @@ import pytest
 
 from tiercache.pack import pack
 from tiercache.store import open_store
-from tiercache.store.archive import S3Archive
+from tiercache.store.archive import S3StorageClasses
 from tiercache.testing.s3_server import S3Server
 from tiercache.tier.move.lock import TierLock
 
@@ -188,7 +188,7 @@ class TestBucket:
                 f"storage_options = {{ {options} }}\n"
             )
             assert [one for one in tiercache("tier", "check", "--json").events if one["event"] == "bucket"] == []
-            archive = S3Archive.of(open_store(server.url, **server.storage_options))
+            archive = S3StorageClasses.of(open_store(server.url, **server.storage_options))
             lifecycle = {"ID": "tidy", "Status": "Enabled", "Filter": {"Prefix": "tr"}, "Expiration": {"Days": 30}}
             archive.calls(
                 "put_bucket_lifecycle_configuration",

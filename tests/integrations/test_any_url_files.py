@@ -12,8 +12,8 @@ import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.forks import in_child
 from tests.integrations.conftest import DATA
+from tests.support.forks import in_child
 
 import tiercache as tc
 from tiercache.integrations.fsspec_files import CachedFile

@@ -8,8 +8,8 @@ import uuid
 
 import fsspec
 import pytest
-from tests.forks import in_child
 from tests.s3_fixtures import s3_server
+from tests.support.forks import in_child
 
 import tiercache as tc
 

@@ -221,7 +221,7 @@ def test_a_reader_is_told_the_same_cost_as_a_dry_run_of_the_restore(world, tmp_p
     home = Tier(name="home", role="standard", url=world.moved.store.url)
     tiers = home, Tier(name="cold", role="archive", url=f"{world.cold.url}/far", storage_class="GLACIER")
     file = RuleFile(path=tmp_path / "tiers.toml", sha256="of the file", tiers=tiers)
-    stores = Stores(file, stores={"home": MemoryStore(tmp_path.name, "home"), "cold": archive}, archives={})
+    stores = Stores(file, stores={"home": MemoryStore(tmp_path.name, "home"), "cold": archive}, s3_classes={})
     plan = plan_restore(file, stores, gone, (FREE, price_table()[1]["aws:us-east-1:GLACIER"]))
     assert plan.names == tuple(gone)
     assert (caught.value.cost, caught.value.hours) == (pytest.approx(plan.cost, rel=1e-9), plan.hours)

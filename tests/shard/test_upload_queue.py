@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from tests.forks import in_a_fork
+from tests.support.forks import in_a_fork
 
 from tiercache.errors import StoreError
 from tiercache.shard.memory import BUFFER_POOL, HUGE_PAGE_BYTES, SMALL_BYTES

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.forks import in_a_fork
+from tests.support.forks import in_a_fork
 
 from tiercache.errors import StoreError
 from tiercache.shard.read.shard_reader import ShardReader

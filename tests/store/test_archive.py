@@ -9,7 +9,7 @@ import pytest
 from tiercache._native.checksum import crc32c
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.store import CloudStore, open_store
-from tiercache.store.archive import CopySizes, S3Archive
+from tiercache.store.archive import CopySizes, S3StorageClasses
 from tiercache.store.s3 import Boto3Client
 
 PART = 5 << 20  # the smallest that S3 takes
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.s3
 
 
 def open_archive(url, **options):
-    return S3Archive.of(open_store(url, **options))
+    return S3StorageClasses.of(open_store(url, **options))
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def opened():
         url = f"{door.server.url}/{door.prefix}{folder}"
         archive = open_archive(url, **door.server.storage_options)
         if sizes:
-            archive = S3Archive(archive.calls, archive.bucket, archive.prefix, sizes=CopySizes(**sizes))
+            archive = S3StorageClasses(archive.calls, archive.bucket, archive.prefix, sizes=CopySizes(**sizes))
         found.append(archive)
         return archive
 
@@ -435,7 +435,7 @@ def test_an_endpoint_of_the_environment_applies_to_the_archive(s3, monkeypatch, 
 def test_an_archive_has_the_location_of_its_store(door):
     store = door.server.store(door.prefix)
     assert isinstance(store, CloudStore)
-    archive = S3Archive.of(store)
+    archive = S3StorageClasses.of(store)
     assert (archive.url, archive.counters is store.counters) == (store.url, True)
     archive.close()
     store.close()

@@ -11,7 +11,7 @@ from tests.support.http_server import HttpFaultServer
 
 from tiercache.errors import StoreError
 from tiercache.store import open_store
-from tiercache.store.archive import S3Archive
+from tiercache.store.archive import S3StorageClasses
 from tiercache.store.options import CloudOptions
 
 
@@ -90,7 +90,7 @@ def test_aws_ca_bundle_is_trusted_by_every_back_end(server, certificate, as_in_a
     assert store.get("a") == b"data"
     stand_in = as_in_a_forked_child(store)
     assert stand_in.get("a") == b"data"
-    archive = S3Archive.of(store)
+    archive = S3StorageClasses.of(store)
     assert archive.head("a").n_bytes == 4
     archive.close()
     store.close()
@@ -127,7 +127,7 @@ def test_requester_pays_is_sent_by_every_back_end(http_server, as_in_a_forked_ch
     keys = {"access_key_id": "k", "secret_access_key": "s"}  # S3 lets nobody pay whom it does not know
     store = open_store("s3://bucket", endpoint=http_server.url, region="us-east-1", **given, **keys)
     stand_in = as_in_a_forked_child(store)
-    archive = S3Archive.of(store)
+    archive = S3StorageClasses.of(store)
     store.get("a")
     stand_in.get("a")
     archive.head("a")
@@ -140,7 +140,7 @@ def test_requester_pays_is_not_sent_by_default(http_server):
     http_server.objects = {"bucket/a": b"data"}
     keys = {"access_key_id": "k", "secret_access_key": "s", "requester_pays": False}
     store = open_store("s3://bucket", endpoint=http_server.url, region="us-east-1", **keys)
-    archive = S3Archive.of(store)
+    archive = S3StorageClasses.of(store)
     store.get("a")
     archive.head("a")
     archive.close()

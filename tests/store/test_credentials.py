@@ -14,7 +14,7 @@ from tests.support.http_server import HttpFault
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store import open_store
-from tiercache.store.archive import S3Archive
+from tiercache.store.archive import S3StorageClasses
 from tiercache.store.credentials import Credentials, Keys, s3_access
 from tiercache.store.obstore import ObstoreClient
 from tiercache.store.options import CloudOptions
@@ -99,7 +99,7 @@ def test_keys_renewed_by_another_program_are_read_when_s3_refuses_the_old_ones(
 def test_an_archive_reads_renewed_keys_too(http_server, opened, as_in_a_forked_child, monkeypatch, tmp_path):
     pytest.importorskip("boto3")
     renew_file(tmp_path, monkeypatch, "OLD")
-    archive = S3Archive.of(opened(profile="work"))
+    archive = S3StorageClasses.of(opened(profile="work"))
     archive.head("a")
     renew_file(tmp_path, monkeypatch, "NEW")
     http_server.next(REFUSED, REFUSED, REFUSED)  # botocore asks the bucket for its region in between

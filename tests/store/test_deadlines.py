@@ -14,7 +14,7 @@ from tests.support.http_server import HttpFault, HttpFaultServer
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store import CloudStore, open_store
-from tiercache.store.archive import S3Archive
+from tiercache.store.archive import S3StorageClasses
 from tiercache.store.fsspec import FsspecStore
 from tiercache.store.obstore import BucketFolder, to_store_error
 from tiercache.store.options import CloudOptions
@@ -85,7 +85,7 @@ def test_a_body_that_stalls_ends_a_call_after_its_timeout(http_server, opened, c
 def test_an_archive_has_the_same_timeout(http_server, opened):
     pytest.importorskip("boto3")
     http_server.when(lambda method, path: HttpFault("silence"))
-    archive = S3Archive.of(opened(timeout=0.5))
+    archive = S3StorageClasses.of(opened(timeout=0.5))
     started_s = time.monotonic()
     with pytest.raises(StoreError, match=http_server.url):
         archive.head("a")
@@ -259,7 +259,7 @@ def test_a_command_retries_an_endpoint_that_has_answered_before(http_server, ope
 
 def test_an_archive_names_the_endpoint_that_it_cannot_connect_to(nobody, opened):
     pytest.importorskip("boto3")
-    archive = S3Archive.of(opened(endpoint=nobody))
+    archive = S3StorageClasses.of(opened(endpoint=nobody))
     with fail_fast_if_unreachable(), pytest.raises(StoreError, match=f"cannot connect to {nobody}") as caught:
         archive.head("a")
     assert caught.value.retryable

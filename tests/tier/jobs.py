@@ -108,7 +108,7 @@ JOBS = {
     for job in (
         TierJob("apply", planned, apply),
         TierJob("first_run", fill, World.run_once),
-        TierJob("settle", waiting, World.settle),
+        TierJob("settle", waiting, World.run_due_deletions),
         TierJob("second_run", waiting, World.run_once),
         TierJob("delete", old, World.run_once),
         TierJob("changed", changed, World.run_once),

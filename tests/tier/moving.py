@@ -17,7 +17,7 @@ from tiercache.store import MemoryStore, Store
 from tiercache.testing import Fault, FaultStore
 from tiercache.tier.model import Move, Plan, PlannedObject, PlannedTier
 from tiercache.tier.move.checks import MoveContext
-from tiercache.tier.move.deletions import DeletionGuard, settle
+from tiercache.tier.move.deletions import DeletionFacts, run_due_deletions
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.mover import open_mover
@@ -42,13 +42,13 @@ def content(key: str, n_bytes: int = 1000) -> bytes:
 
 @dataclass
 class World:
-    """hot, standard (home) and archive. `now_s` is the wall clock. guard: state of the tiers that settle() checks."""
+    """hot, standard (home) and archive. `now_s` is the wall clock. facts: What run_due_deletions() knows of them."""
 
     root: Path
     rules: str = '[[rules]]\nname = "cold"\nmatch = "**"\nto = "archive"\n'
     classes: bool = False
     now_s: float = NOW_S
-    guard: DeletionGuard = field(default_factory=DeletionGuard)
+    facts: DeletionFacts = field(default_factory=DeletionFacts)
     inner: dict[str, Store] = field(default_factory=dict)
     faulty: dict[str, FaultStore] = field(default_factory=dict)
     cold_class: str = "GLACIER"
@@ -139,7 +139,7 @@ class World:
         file = self.file
         archives = {name: self.inner[name] for name in TIERS if isinstance(self.inner[name], DiskBucket)}
         with (
-            Stores(file, stores=self.faulty, archives=archives) as stores,
+            Stores(file, stores=self.faulty, s3_classes=archives) as stores,
             TierCatalog(self.catalog_path) as catalog,
             open_mover(file, stores, catalog, clock=lambda: self.now_s, lock=lock) as context,
         ):
@@ -149,11 +149,11 @@ class World:
         with self.opened() as context:
             return apply_plan(context, plan, **kwargs)
 
-    def settle(self, context: MoveContext | None = None, **kwargs):
+    def run_due_deletions(self, context: MoveContext | None = None, **kwargs):
         if context is not None:
-            return settle(context, guard=(self.guard, SYSTEM_CLOCK.monotonic()), **kwargs)
+            return run_due_deletions(context, facts=(self.facts, SYSTEM_CLOCK.monotonic()), **kwargs)
         with self.opened() as opened:
-            return self.settle(opened, **kwargs)
+            return self.run_due_deletions(opened, **kwargs)
 
     def later(self, seconds: float = GRACE_S + 1) -> None:
         self.now_s += seconds

@@ -7,7 +7,7 @@ import pytest
 from tests.support.http_server import HttpFault, HttpFaultServer
 
 from tiercache.store import open_store
-from tiercache.store.archive import BucketSettings, S3Archive
+from tiercache.store.archive import BucketSettings, S3StorageClasses
 from tiercache.tier.findings import bucket_findings
 
 EXPIRES = {"Expiration": {"Days": 30}}
@@ -100,7 +100,7 @@ def test_object_lock_is_reported_with_its_retention():
 
 def archive_of(server, bucket, folder):
     store = server.store()
-    made = S3Archive(S3Archive.of(store).calls, bucket, folder)
+    made = S3StorageClasses(S3StorageClasses.of(store).calls, bucket, folder)
     store.close()
     return made
 
@@ -147,7 +147,7 @@ def test_unreadable_settings_are_reported_and_raise_no_error(status):
     with HttpFaultServer() as server:
         server.when(lambda method, path: HttpFault("status", status))
         options = {"endpoint": server.url, "region": "us-east-1", "access_key_id": "a", "secret_access_key": "b"}
-        archive = S3Archive.of(open_store("s3://bucket/train", **options))
+        archive = S3StorageClasses.of(open_store("s3://bucket/train", **options))
         settings = archive.settings()
         archive.close()
     assert set(settings.unread) == {"lifecycle", "versioning", "object lock"}

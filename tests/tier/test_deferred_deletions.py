@@ -8,7 +8,7 @@ from tests.tier.moving import PARTS, HookAt, Killed, World, checkpoint, moved_aw
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.store import LocalFolder
 from tiercache.testing import Fault, FaultStore
-from tiercache.tier.move.deletions import DeletionGuard
+from tiercache.tier.move.deletions import DeletionFacts
 
 
 @pytest.fixture
@@ -23,15 +23,15 @@ def test_a_clock_that_was_ahead_does_not_prolong_the_grace_period(world):
     world.now_s += 3.2e7
     moved_away(world, "f")
     world.now_s -= 3.2e7
-    assert world.settle().waiting_drops == 1
+    assert world.run_due_deletions().waiting_drops == 1
     world.later()
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
 
 
 def test_a_clock_that_goes_back_deletes_nothing(world):
     moved_away(world, "f")
     world.now_s -= 3.2e7
-    world.settle()
+    world.run_due_deletions()
     assert world.where("f") == ["standard", "archive"]
 
 
@@ -42,28 +42,28 @@ def test_a_deletion_waits_for_grace_and_is_made_if_rules_still_ask_for_it(world)
     world.put("standard", "f")
     world.put("archive", "f")
     world.apply(world.plan(world.move("f", "standard", None, action="delete")))
-    world.guard = DeletionGuard(deletes=frozenset(["f"]))
-    world.settle()
+    world.facts = DeletionFacts(deletes=frozenset(["f"]))
+    world.run_due_deletions()
     assert world.where("f") == ["standard", "archive"]
     world.later()
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
     assert world.where("f") == []
 
 
 @pytest.mark.parametrize(
-    ("guard", "reason"),
+    ("facts", "reason"),
     [
-        (DeletionGuard(), "no rule deletes it now"),
-        (DeletionGuard(deletes=frozenset(["f"]), protected=frozenset(["f"])), "newest complete checkpoint"),
-        (DeletionGuard(deletes=frozenset(["f"]), in_use=frozenset(["f"])), "a machine reads it"),
+        (DeletionFacts(), "no rule deletes it now"),
+        (DeletionFacts(deletes=frozenset(["f"]), protected=frozenset(["f"])), "newest complete checkpoint"),
+        (DeletionFacts(deletes=frozenset(["f"]), in_use=frozenset(["f"])), "a machine reads it"),
     ],
 )
-def test_a_last_copy_stays_if_no_rule_deletes_it_now_or_it_is_needed(world, guard, reason):
+def test_a_last_copy_stays_if_no_rule_deletes_it_now_or_it_is_needed(world, facts, reason):
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "standard", None, action="delete")))
     world.later()
-    world.guard = guard
-    assert reason in world.settle().stopped[0].reason
+    world.facts = facts
+    assert reason in world.run_due_deletions().stopped[0].reason
     assert world.where("f") == ["standard"]
 
 
@@ -72,8 +72,8 @@ def test_a_new_copy_stops_the_deletion_of_a_last_copy(world):
     world.apply(world.plan(world.move("f", "standard", None, action="delete")))
     world.put("hot", "f")
     world.later()
-    world.guard = DeletionGuard(deletes=frozenset(["f"]))
-    assert "expected no copy there" in world.settle().stopped[0].reason
+    world.facts = DeletionFacts(deletes=frozenset(["f"]))
+    assert "expected no copy there" in world.run_due_deletions().stopped[0].reason
     assert world.where("f") == ["hot", "standard"]
 
 
@@ -88,17 +88,17 @@ def last_copy_may_go(world):
     """Put f into the archive only, with a deletion that is due."""
     moved_away(world, "f")
     world.later()
-    world.settle()
+    world.run_due_deletions()
     world.apply(world.plan(world.move("f", "archive", None, action="delete"), name="delete"))
     world.later()
-    world.guard = DeletionGuard(deletes=frozenset(["f"]))
+    world.facts = DeletionFacts(deletes=frozenset(["f"]))
 
 
 def test_the_placement_row_is_removed_before_a_last_copy(world):
     last_copy_may_go(world)
     rows = []
     with HookAt("tier_drop.unplaced", do=lambda: rows.append(world.row("f"))):
-        world.settle()
+        world.run_due_deletions()
     assert rows == [None]
     assert world.where("f") == []
 
@@ -122,7 +122,7 @@ def test_a_change_to_an_archive_class_is_announced_and_waits(bucket):
     assert class_of(bucket, "f") == "STANDARD"
     assert bucket.row("f").state == "archived"
     bucket.later()
-    assert bucket.settle().done == 1
+    assert bucket.run_due_deletions().n_made == 1
     assert class_of(bucket, "f") == "GLACIER"
     assert bucket.where("f") != []
 
@@ -131,7 +131,7 @@ def test_a_change_to_a_readable_class_is_made_at_once(tmp_path):
     world = World(tmp_path / "world", classes=True, shared=True, cold_class="STANDARD_IA")
     world.put("standard", "f")
     applied = world.apply(world.plan(world.move("f", "standard", "archive", action="reclass")))
-    assert (applied.done, applied.waiting_drops) == (1, 0)
+    assert (applied.n_made, applied.waiting_drops) == (1, 0)
     assert class_of(world, "f") == "STANDARD_IA"
     assert world.row("f") is None
 
@@ -140,8 +140,8 @@ def test_the_newest_checkpoint_stays_readable(bucket):
     bucket.put("standard", "f")
     bucket.apply(bucket.plan(bucket.move("f", "standard", "archive", action="reclass")))
     bucket.later()
-    bucket.guard = DeletionGuard(protected=frozenset(["f"]))
-    assert "stays where it can be read" in bucket.settle().stopped[0].reason
+    bucket.facts = DeletionFacts(protected=frozenset(["f"]))
+    assert "stays where it can be read" in bucket.run_due_deletions().stopped[0].reason
     assert class_of(bucket, "f") == "STANDARD"
     assert bucket.row("f") is None
 
@@ -150,8 +150,8 @@ def test_the_newest_checkpoint_keeps_its_readable_copy(tmp_path):
     world = World(tmp_path / "world", classes=True)
     moved_away(world, "f")
     world.later()
-    world.guard = DeletionGuard(protected=frozenset(["f"]))
-    assert "stays where it can be read" in world.settle().stopped[0].reason
+    world.facts = DeletionFacts(protected=frozenset(["f"]))
+    assert "stays where it can be read" in world.run_due_deletions().stopped[0].reason
     assert world.where("f") == ["standard", "archive"]
 
 
@@ -189,7 +189,7 @@ def test_nothing_is_deleted_while_the_disk_of_the_copy_is_unmounted(world, disk,
     world.apply(world.plan(world.move("f", "standard", "archive")))
     disk.rename(tmp_path / "unmounted")
     world.later()
-    assert "found none" in world.settle().stopped[0].reason
+    assert "found none" in world.run_due_deletions().stopped[0].reason
     assert world.where("f") == ["standard"]
 
 
@@ -203,8 +203,8 @@ def test_deletions_that_rely_on_each_others_sources_are_not_made_together(world)
         world.apply(world.plan(world.move("f", "archive", "hot", action="drop"), name="up"))
         catalog.write([down])
     world.later()
-    world.settle()
-    world.settle()
+    world.run_due_deletions()
+    world.run_due_deletions()
     assert len(world.where("f")) == 1
 
 
@@ -213,10 +213,10 @@ def test_a_source_that_is_written_just_before_its_deletion_stays(world, what):
     world.put("standard", "f")
     action, dst = ("move", "archive") if what == "a move" else ("delete", None)
     world.apply(world.plan(world.move("f", "standard", dst, action=action)))
-    world.guard = DeletionGuard(deletes=frozenset(["f"]))
+    world.facts = DeletionFacts(deletes=frozenset(["f"]))
     world.later()
     with HookAt("tier_drop.journaled", do=lambda: world.inner["standard"].put("f", b"written now")) as hook:
-        settled = world.settle()
+        settled = world.run_due_deletions()
     assert hook.hit
     assert "expected 1000 bytes, found 11" in settled.stopped[0].reason
     assert world.inner["standard"].get("f") == b"written now"
@@ -229,9 +229,9 @@ def test_a_source_that_cannot_be_checked_again_is_deleted_by_a_later_run(world):
     world.apply(world.plan(world.move("f", "standard", "archive")))
     world.later()
     with HookAt("tier_drop.journaled", do=lambda: world.fail("standard", Fault("head"))):
-        assert world.settle().waiting_drops == 1
+        assert world.run_due_deletions().waiting_drops == 1
     assert world.where("f") == ["standard", "archive"]
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
 
 
 @pytest.mark.parametrize("point", ["tier_drop.checked", "tier_drop.journaled"])
@@ -241,9 +241,9 @@ def test_a_copy_that_vanishes_while_others_are_read_back_keeps_its_source(world,
     world.later()
     archive = world.inner["archive"]
     with HookAt(point, do=lambda: archive.delete(["f"]) if harm == "removed" else archive.put("f", b"theirs")) as hook:
-        settled = world.settle()
+        settled = world.run_due_deletions()
     assert hook.hit
-    assert settled.done == 0
+    assert settled.n_made == 0
     assert f"{world.url('archive')}/f" in settled.stopped[0].reason
     assert "standard" in world.where("f")
 
@@ -252,13 +252,13 @@ def test_the_completing_object_is_deleted_first_in_each_tier(world):
     world.put("hot", *PARTS)
     world.put("standard", *PARTS[:-1])
     plan = world.plan(world.move("ck/step-1", "hot", None, action="delete", keys=PARTS, kind="checkpoint"))
-    world.guard = DeletionGuard(deletes=frozenset(["ck/step-1"]))
+    world.facts = DeletionFacts(deletes=frozenset(["ck/step-1"]))
     world.apply(plan)
     world.later()
     seen = []
     with HookAt("tier_drop.unmade", do=lambda: seen.append(world.keys("hot"))):
-        settled = world.settle()
-    assert settled.done == 1
+        settled = world.run_due_deletions()
+    assert settled.n_made == 1
     assert PARTS[-1] not in seen[0]
     assert seen[0] != []
     assert world.keys("hot") == world.keys("standard") == []
@@ -276,10 +276,10 @@ def test_a_pin_that_is_added_during_the_checks_counts(tmp_path, point, action):
     world = World(tmp_path / "world", classes=action == "reclass", shared=action == "reclass")
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "standard", None if action == "delete" else "archive", action=action)))
-    world.guard = DeletionGuard(deletes=frozenset(["f"]))
+    world.facts = DeletionFacts(deletes=frozenset(["f"]))
     world.later()
     with HookAt(point, do=lambda: world.write_rules(PIN)) as hook:
-        settled = world.settle()
+        settled = world.run_due_deletions()
     assert hook.hit
     assert "the paper" in settled.stopped[0].reason
     assert "standard" in world.where("f")
@@ -292,11 +292,11 @@ def test_nothing_is_deleted_if_the_rule_file_cannot_be_read_any_more(world):
     moved_away(world, "f")
     world.later()
     with HookAt("tier_drop.journaled", do=lambda: (world.root / "tiercache.toml").write_text("[[pins")):
-        settled = world.settle()
+        settled = world.run_due_deletions()
     assert "expected to read the pins anew" in settled.stopped[0].reason
     assert world.where("f") == ["standard", "archive"]
     world.write_rules()
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
 
 
 def test_a_pin_at_the_start_of_a_run_counts_for_the_whole_run(world):
@@ -306,7 +306,7 @@ def test_a_pin_at_the_start_of_a_run_counts_for_the_whole_run(world):
     world.write_rules(PIN)
     with world.opened() as context:
         world.write_rules()
-        settled = world.settle(context)
+        settled = world.run_due_deletions(context)
     assert "the paper" in settled.stopped[0].reason
     assert world.where("f") == ["standard", "archive"]
 
@@ -316,12 +316,12 @@ def test_a_half_deleted_checkpoint_waits_while_it_is_pinned(world):
     world.apply(checkpoint(world))
     world.later()
     with HookAt("tier_drop.unmade"), pytest.raises(Killed):
-        world.settle()
+        world.run_due_deletions()
     world.write_rules('[[pins]]\nmatch = "ck/step-1"\n')
-    assert world.settle().waiting_drops == 1
+    assert world.run_due_deletions().waiting_drops == 1
     assert world.where(PARTS[0]) == ["standard", "archive"]
     world.write_rules()
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
     assert world.where(PARTS[0]) == ["archive"]
 
 
@@ -335,8 +335,8 @@ def test_a_pin_after_the_placement_row_was_removed_brings_the_row_back(world, is
             raise Killed
 
     with HookAt("tier_drop.unplaced", do=come), suppress(Killed):
-        world.settle()
-    world.settle()
+        world.run_due_deletions()
+    world.run_due_deletions()
     assert world.where("f") == ["archive"]
     assert world.row("f").url == world.url("archive")
 
@@ -355,7 +355,7 @@ def waiting(world, action):
         world.move("f", "standard", "archive", number=2),
     ]
     assert world.apply(world.plan(*moves)).stopped == ()
-    world.guard = DeletionGuard(deletes=frozenset([SHARD]))
+    world.facts = DeletionFacts(deletes=frozenset([SHARD]))
     world.inner["standard"].put(SHARD, b"anew")
     world.later()
 
@@ -364,7 +364,7 @@ def waiting(world, action):
 def test_a_shard_without_a_data_set_does_not_stop_other_moves(world, action):
     waiting(world, action)
     world.inner["standard"].delete([VERSION])
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
     assert world.journal() == {1: "cancelled", 2: "done"}
     assert world.inner["standard"].get(SHARD) == b"anew"
 
@@ -372,10 +372,10 @@ def test_a_shard_without_a_data_set_does_not_stop_other_moves(world, action):
 def test_a_shard_whose_data_set_cannot_be_queried_waits_and_other_moves_finish(world):
     waiting(world, "move")
     world.fail("standard", Fault("list", keys="data/_tiercache/versions/"))
-    settled = world.settle()
+    settled = world.run_due_deletions()
     assert "_tiercache/versions" in settled.stopped[0].reason
     assert world.journal() == {1: "waiting", 2: "done"}
-    world.settle()
+    world.run_due_deletions()
     assert world.journal() == {1: "cancelled", 2: "done"}
 
 
@@ -383,5 +383,5 @@ def test_a_deletion_that_never_began_does_not_change_the_placement(world):
     world.put("hot", "f")
     world.apply(world.plan(world.move("f", "hot", None, action="delete")))
     world.later()
-    assert "no rule deletes it" in world.settle().stopped[0].reason
+    assert "no rule deletes it" in world.run_due_deletions().stopped[0].reason
     assert world.row("f") is None

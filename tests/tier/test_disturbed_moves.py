@@ -43,19 +43,19 @@ def waited(world: World) -> list[str]:
 def copy_is_lost(world: World) -> list[str]:
     found = waited(world)
     world.remove("cold", "files/a.bin")
-    return found + step(world, world.settle)
+    return found + step(world, world.run_due_deletions)
 
 
 def copy_is_spoilt(world: World) -> list[str]:
     found = waited(world)
     world.rot("cold", "files/a.bin")
-    return found + step(world, world.settle)
+    return found + step(world, world.run_due_deletions)
 
 
 def source_is_new(world: World) -> list[str]:
     found = waited(world)
     write(world, "hot", "files/a.bin", version=1)
-    return found + step(world, world.settle)
+    return found + step(world, world.run_due_deletions)
 
 
 def undisturbed(world: World) -> list[str]:
@@ -74,7 +74,7 @@ def other_is_there(world: World) -> list[str]:
 def pinned_since(world: World) -> list[str]:
     found = waited(world)
     world.pin("checkpoints/run/step-20")
-    return found + step(world, world.settle)
+    return found + step(world, world.run_due_deletions)
 
 
 def pinned_meanwhile(world: World) -> list[str]:
@@ -87,11 +87,11 @@ def pinned_meanwhile(world: World) -> list[str]:
             world.pin("files/a.bin")
 
     world.script.on_call = pin
-    return found + step(world, world.settle)
+    return found + step(world, world.run_due_deletions)
 
 
 def dies_in_mid_drop(world: World) -> list[str]:
-    return waited(world) + step(world, world.settle, "tier_drop.unmade")
+    return waited(world) + step(world, world.run_due_deletions, "tier_drop.unmade")
 
 
 def dies_in_mid_copy(world: World) -> list[str]:
@@ -105,7 +105,7 @@ def copy_is_flipped(world: World) -> list[str]:
     world.script.faults = [["copy_from", 1, "flip"]]
     found = step(world, world.run_once)
     world.days_pass(1.5)
-    return found + step(world, world.settle)
+    return found + step(world, world.run_due_deletions)
 
 
 CASES = (

@@ -7,7 +7,7 @@ from tests.tier.bucket import flipped, read_object, write_object
 from tests.tier.moving import GRACE_S, PARTS, HookAt, Killed, World, checkpoint, content, moved_away
 
 from tiercache.testing import Fault
-from tiercache.tier.move.deletions import DeletionGuard
+from tiercache.tier.move.deletions import DeletionFacts
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.placement import log
 
@@ -22,15 +22,15 @@ def world(tmp_path):
 
 def test_a_move_copies_commits_the_placement_and_keeps_its_source_until_grace_is_over(world):
     _, applied = moved_away(world, "f")
-    assert (applied.done, applied.stopped, applied.waiting_drops, applied.n_bytes) == (1, (), 1, 1000)
+    assert (applied.n_made, applied.stopped, applied.waiting_drops, applied.n_bytes) == (1, (), 1, 1000)
     assert world.where("f") == ["standard", "archive"]
     assert world.row("f").url == world.url("archive")
     world.later(GRACE_S - 1)
-    assert world.settle().waiting_drops == 1
+    assert world.run_due_deletions().waiting_drops == 1
     assert world.where("f") == ["standard", "archive"]
     world.later(2)
-    settled = world.settle()
-    assert (settled.done, settled.stopped, settled.waiting_drops, settled.n_bytes) == (1, (), 0, 1000)
+    settled = world.run_due_deletions()
+    assert (settled.n_made, settled.stopped, settled.waiting_drops, settled.n_bytes) == (1, (), 0, 1000)
     assert world.where("f") == ["archive"]
 
 
@@ -38,7 +38,7 @@ def test_a_copy_keeps_its_source_and_the_placement(world):
     world.put("standard", "f")
     assert world.apply(world.plan(world.move("f", "standard", "hot", action="copy"))).waiting_drops == 0
     world.later()
-    world.settle()
+    world.run_due_deletions()
     assert world.where("f") == ["hot", "standard"]
     assert world.row("f") is None
 
@@ -46,11 +46,11 @@ def test_a_copy_keeps_its_source_and_the_placement(world):
 def test_a_move_to_home_removes_the_placement_row(world):
     moved_away(world, "f")
     world.later()
-    world.settle()
+    world.run_due_deletions()
     world.apply(world.plan(world.move("f", "archive", "standard"), name="back"))
     assert world.row("f") is None
     world.later()
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
     assert world.where("f") == ["standard"]
 
 
@@ -58,21 +58,21 @@ def test_applying_a_plan_twice_repeats_nothing(world):
     plan, _ = moved_away(world, "f", "g")
     calls = world.inner["archive"].counters.snapshot()["bytes_written"]
     again = world.apply(plan)
-    assert (again.done, again.n_bytes, again.waiting_drops) == (2, 0, 2)
+    assert (again.n_made, again.n_bytes, again.waiting_drops) == (2, 0, 2)
     assert world.inner["archive"].counters.snapshot()["bytes_written"] == calls
     world.later()
-    world.settle()
-    assert world.apply(plan).done == 2
+    world.run_due_deletions()
+    assert world.apply(plan).n_made == 2
 
 
 def test_a_drop_of_an_earlier_copy_waits_for_grace(world):
     world.put("standard", "f")
     world.apply(world.plan(world.move("f", "standard", "archive", action="copy"), name="copy"))
     world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="drop"))
-    world.settle()
+    world.run_due_deletions()
     assert world.where("f") == ["standard", "archive"]
     world.later()
-    world.settle()
+    world.run_due_deletions()
     assert world.where("f") == ["archive"]
 
 
@@ -88,7 +88,7 @@ def test_a_daily_plan_does_not_restart_the_grace_period(world):
     world.later(GRACE_S / 2)
     world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="tomorrow"))
     world.later(GRACE_S / 2 + 1)
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
     assert world.journal() == {1: "cancelled"}
 
 
@@ -97,7 +97,7 @@ def test_the_grace_period_begins_when_the_placement_is_committed(world):
     plan = world.plan(world.move("f", "standard", "archive"))
     with HookAt("tier_move.copied", do=lambda: world.later(2 * GRACE_S)):
         world.apply(plan)
-    assert world.settle().waiting_drops == 1
+    assert world.run_due_deletions().waiting_drops == 1
     assert world.where("f") == ["standard", "archive"]
 
 
@@ -123,7 +123,7 @@ def test_a_temporary_stop_does_not_restart_the_grace_period(world):
         with HookAt("tier_move.looked", do=lambda: world.fail("archive", *[Fault("head", nth=1)] * faults)):  # noqa: B023
             assert len(world.apply(world.plan(drop, name=name)).stopped) == faults
     world.later(GRACE_S / 4 + 1)
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
 
 
 def test_progress_is_reported_while_a_plan_is_applied(world):
@@ -152,7 +152,7 @@ def test_a_checkpoint_never_looks_complete_while_it_is_deleted(world):
     world.later()
     seen = []
     with HookAt("tier_drop.unmade", do=lambda: seen.append(world.keys("standard"))):
-        world.settle()
+        world.run_due_deletions()
     assert seen == [sorted(PARTS[:2])]
     assert world.keys("standard") == []
     assert world.keys("archive") == sorted(PARTS)
@@ -162,7 +162,7 @@ def test_a_checkpoint_that_grew_since_it_was_copied_is_not_deleted(world):
     world.apply(checkpoint(world))
     world.put("standard", "ck/step-1/c")
     world.later()
-    settled = world.settle()
+    settled = world.run_due_deletions()
     assert "found 'ck/step-1/c' beside them" in settled.stopped[0].reason
     assert world.keys("standard") == sorted([*PARTS, "ck/step-1/c"])
 
@@ -172,7 +172,7 @@ def test_objects_that_only_share_a_prefix_with_a_group_are_not_part_of_it(world)
     world.put("standard", "ck/step-10/a")
     world.apply(plan)
     world.later()
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
     assert world.keys("standard") == ["ck/step-10/a"]
 
 
@@ -205,7 +205,7 @@ def test_a_source_that_changes_while_the_placement_is_committed_stays_and_the_pl
     with HookAt("tier_move.looked", do=lambda: world.inner["standard"].put("f", content("f")[::-1])):
         world.apply(plan)
     world.later()
-    assert "expected ETag" in world.settle().stopped[0].reason
+    assert "expected ETag" in world.run_due_deletions().stopped[0].reason
     assert world.inner["standard"].get("f") == content("f")[::-1]
     assert world.row("f") is None
 
@@ -218,7 +218,7 @@ def test_a_source_stays_if_its_copy_is_no_longer_the_verified_one(world, harm):
     else:
         world.inner["archive"].put("f", content("f")[::-1] if harm == "other bytes" else b"")
     world.later()
-    assert len(world.settle().stopped) == 1
+    assert len(world.run_due_deletions().stopped) == 1
     assert world.where("f") == ["standard"]
     assert world.row("f") is None
 
@@ -227,7 +227,7 @@ def test_a_copy_that_was_rewritten_with_equal_bytes_is_accepted(world):
     moved_away(world, "f")
     world.put("archive", "f")  # another ETag
     world.later()
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
     assert world.where("f") == ["archive"]
 
 
@@ -264,7 +264,7 @@ def test_a_corrupt_source_is_copied_from_another_tier(world):
     assert world.apply(rotten_in_hot(world)).stopped == ()
     assert world.where("f") == ["standard", "archive"]
     world.later()
-    assert world.settle().stopped == ()
+    assert world.run_due_deletions().stopped == ()
     assert [info.key for info in world.inner["hot"].list() if info.key == "f"] == []
 
 
@@ -279,7 +279,7 @@ def test_a_move_stops_if_every_copy_of_its_source_is_corrupt(world, harm):
     assert world.url("hot") in reason
     assert world.keys("archive") == []
     world.later()
-    world.settle()
+    world.run_due_deletions()
     assert world.keys("hot") == ["f"]
 
 
@@ -287,9 +287,9 @@ def test_an_equal_object_at_the_destination_is_compared_and_not_copied(world):
     world.put("standard", "f")
     world.put("archive", "f")
     applied = world.apply(world.plan(world.move("f", "standard", "archive")))
-    assert (applied.done, applied.n_bytes) == (1, 0)
+    assert (applied.n_made, applied.n_bytes) == (1, 0)
     world.later()
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
 
 
 def test_a_pin_stops_a_move_and_a_waiting_deletion(world):
@@ -297,7 +297,7 @@ def test_a_pin_stops_a_move_and_a_waiting_deletion(world):
     pin = '[[pins]]\nmatch = "f"\nwhy = "the paper"\n'
     world.write_rules(pin)
     world.later()
-    assert "the paper" in world.settle().stopped[0].reason
+    assert "the paper" in world.run_due_deletions().stopped[0].reason
     assert world.where("f") == ["standard", "archive"]
     assert world.row("f") is None
     assert "the paper" in world.apply(world.plan(*plan.moves, name="again")).stopped[0].reason
@@ -326,25 +326,25 @@ def test_an_expired_pin_protects_nothing(world):
     world.write_rules('[[pins]]\nmatch = "f"\nuntil = 2020-01-01\n')
     moved_away(world, "f")
     world.later()
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
 
 
 def test_a_deletion_waits_while_a_machine_reads_the_object(world):
     moved_away(world, "f")
     world.later()
-    world.guard = DeletionGuard(in_use=frozenset(["f"]))
-    assert world.settle().waiting_drops == 1
+    world.facts = DeletionFacts(in_use=frozenset(["f"]))
+    assert world.run_due_deletions().waiting_drops == 1
     assert world.where("f") == ["standard", "archive"]
-    world.guard = DeletionGuard()
-    assert world.settle().done == 1
+    world.facts = DeletionFacts()
+    assert world.run_due_deletions().n_made == 1
 
 
 def test_a_changed_rule_file_must_still_ask_for_the_deletion(world):
     moved_away(world, "f", "g")
     world.write_rules("# changed")
-    world.guard = DeletionGuard(asked=frozenset([("g", "standard")]))
+    world.facts = DeletionFacts(asked=frozenset([("g", "standard")]))
     world.later()
-    settled = world.settle()
+    settled = world.run_due_deletions()
     assert [one.path for one in settled.stopped] == ["f"]
     assert world.where("f") == ["standard", "archive"]
     assert world.where("g") == ["archive"]
@@ -363,7 +363,7 @@ def test_a_deletion_is_cancelled_if_the_url_of_its_tier_changed(world):
     world.later()
     text = (world.root / "tiercache.toml").read_text()
     (world.root / "tiercache.toml").write_text(text.replace(f'"{world.url("archive")}"', '"memory://elsewhere"'))
-    assert "in the rule file" in world.settle().stopped[0].reason
+    assert "in the rule file" in world.run_due_deletions().stopped[0].reason
     assert world.where("f") == ["standard", "archive"]
 
 
@@ -371,7 +371,7 @@ def test_a_placement_that_leads_home_stops_a_deletion_at_home(world):
     moved_away(world, "f")
     log.commit_placement(world.inner["standard"], {"f": None})
     world.later()
-    assert "expected placement to lead to" in world.settle().stopped[0].reason
+    assert "expected placement to lead to" in world.run_due_deletions().stopped[0].reason
     assert world.where("f") == ["standard", "archive"]
 
 
@@ -381,7 +381,7 @@ def test_two_tiers_that_are_one_folder_lose_no_data(world):
     world.faulty["archive"] = world.faulty["standard"]
     applied = world.apply(world.plan(world.move("f", "standard", "archive")))
     world.later()
-    stopped = [*applied.stopped, *world.settle().stopped]
+    stopped = [*applied.stopped, *world.run_due_deletions().stopped]
     assert "are one: a drop would delete both" in stopped[0].reason
     assert world.where("f") != []
 
@@ -392,7 +392,7 @@ def test_the_placement_does_not_redirect_from_a_home_that_has_the_object(world):
     world.apply(world.plan(world.move("f", "hot", "archive")))
     assert world.row("f") is None
     world.later()
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
     assert world.where("f") == ["standard", "archive"]
 
 
@@ -410,7 +410,7 @@ def test_a_copy_that_was_made_again_starts_a_new_grace_period(world):
     world.inner["archive"].delete(["f"])
     world.apply(world.plan(world.move("f", "standard", "archive"), name="tomorrow"))
     world.later(GRACE_S / 2 + 1)
-    assert world.settle().waiting_drops == 1
+    assert world.run_due_deletions().waiting_drops == 1
     assert world.where("f") == ["standard", "archive"]
 
 
@@ -423,10 +423,10 @@ def test_a_copy_that_was_made_again_by_a_killed_mover_starts_a_new_grace_period(
         world.apply(world.plan(world.move("f", "standard", "archive"), name="tomorrow"))
     world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="again"))
     world.later(GRACE_S / 2 + 1)
-    assert world.settle().waiting_drops == 1
+    assert world.run_due_deletions().waiting_drops == 1
     assert world.where("f") == ["standard", "archive"]
     world.later(GRACE_S / 2)
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
 
 
 @pytest.mark.parametrize("keys", [("f",), PARTS])
@@ -454,7 +454,7 @@ def test_a_copy_that_came_from_another_tier_is_not_replaced(world, is_dropped):
     world.apply(world.plan(world.move("f", "hot", "archive"), name="1"))
     if is_dropped:
         world.later()
-        assert world.settle().done == 1
+        assert world.run_due_deletions().n_made == 1
     move = world.move("f", "standard", "archive", number=2)
     move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
     assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
@@ -464,7 +464,7 @@ def test_a_copy_that_came_from_another_tier_is_not_replaced(world, is_dropped):
 def test_a_copy_whose_source_was_deleted_is_not_replaced(world):
     moved_away(world, "f")
     world.later()
-    world.settle()
+    world.run_due_deletions()
     world.inner["standard"].put("f", b"anew")
     move = world.move("f", "standard", "archive")
     move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
@@ -476,7 +476,7 @@ def test_a_copy_whose_source_a_user_removed_is_not_replaced(world):
     moved_away(world, "f")
     world.inner["standard"].delete(["f"])
     world.later()
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
     world.inner["standard"].put("f", b"anew")
     move = world.move("f", "standard", "archive")
     move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
@@ -488,7 +488,7 @@ def test_a_copy_whose_move_was_found_complete_is_not_replaced(world):
     plan = moved_away(world, "f")[0]
     world.inner["standard"].delete(["f"])
     world.lose_journal()
-    assert world.apply(plan).done == 1
+    assert world.apply(plan).n_made == 1
     world.inner["standard"].put("f", b"anew")
     move = world.move("f", "standard", "archive")
     move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))

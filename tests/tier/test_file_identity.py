@@ -53,7 +53,7 @@ def test_a_source_that_changed_during_its_copy_is_not_deleted(world, point):
         world.apply(plan)
     assert hook.hit
     world.later()
-    assert world.settle().done == 0
+    assert world.run_due_deletions().n_made == 0
     assert world.inner["standard"].get("f") == new_content("f")
 
 
@@ -63,10 +63,10 @@ def test_a_source_that_changed_while_it_was_about_to_be_deleted_stays(world, poi
     world.apply(plan)
     world.later()
     with HookAt(point, do=lambda: write_unseen(world, "f")) as hook:
-        settled = world.settle()
+        settled = world.run_due_deletions()
     assert hook.hit
-    assert (settled.done, len(settled.stopped)) == (0, 1)
-    world.settle()
+    assert (settled.n_made, len(settled.stopped)) == (0, 1)
+    world.run_due_deletions()
     assert world.inner["standard"].get("f") == new_content("f")
 
 
@@ -74,12 +74,12 @@ def test_one_changed_file_of_a_checkpoint_is_not_deleted_with_the_others(world):
     world.apply(checkpoint(world))
     world.later()
     with HookAt("tier_drop.decided", do=lambda: write_unseen(world, "ck/step-1/b")):
-        assert world.settle().done == 0
+        assert world.run_due_deletions().n_made == 0
     assert world.inner["standard"].get("ck/step-1/b") == new_content("ck/step-1/b")
 
 
 def test_a_file_that_did_not_change_is_deleted_when_grace_is_over(world):
     world.apply(moves(world))
     world.later()
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
     assert world.where("f") == ["archive"]

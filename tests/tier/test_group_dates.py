@@ -155,7 +155,7 @@ def shared(tmp_path, cold_class):
 def written_s(world):
     inner = {tier: world.inner[tier] for tier in TIERS}
     archives = {tier: inner[tier] for tier in ("standard", "archive")}
-    with Stores(world.file, stores=inner, archives=archives) as stores, TierCatalog(world.catalog_path) as catalog:
+    with Stores(world.file, stores=inner, s3_classes=archives) as stores, TierCatalog(world.catalog_path) as catalog:
         catalog.bind({tier.name: tier.url for tier in world.file.tiers})
         snapshot = take_inventory(world.file, stores, catalog, now_s=world.now_s).snapshot
         return snapshot.created_s.item(), snapshot.modified_s.item()
@@ -169,7 +169,7 @@ def test_the_date_of_a_group_survives_a_change_of_storage_class(tmp_path, cold_c
         clock.jump(DAY_S)
         world.apply(world.plan(world.move("f", "standard", "archive", action="reclass")))
         world.later()
-        world.settle()
+        world.run_due_deletions()
     assert (world.inner["standard"].head("f").storage_class, content("f")) == (cold_class, world._raw("standard", "f"))
     after, dated = written_s(world)
     assert after == before

@@ -61,7 +61,7 @@ def test_without_reports_no_use_is_known(local):
 
 
 def test_uses_are_recorded_from_the_start_of_tracking(local):
-    local.store.put(log.TRACKING_MARKER_KEY, log.encode_mark(0, NOW_S - 5000))
+    local.store.put(log.TRACKING_MARKER_KEY, log.encode_tracking_marker(0, NOW_S - 5000))
     for path in local.home.rglob("*.tcs"):
         os.utime(path, (NOW_S - 10**6, NOW_S - 10**6))
     snapshot = local.take().snapshot
@@ -194,9 +194,9 @@ def test_versions_are_read_from_the_home_tier_and_not_from_an_old_copy(local):
 
 
 def test_a_tracked_data_set_is_reported_as_adopted(local):
-    assert not local.take().facts["datasets"][0].is_adopted
+    assert not local.take().facts["datasets"][0].is_tracked
     log.start_tracking(local.store)
-    assert local.take().facts["datasets"][0].is_adopted
+    assert local.take().facts["datasets"][0].is_tracked
 
 
 def test_shards_that_are_placed_outside_the_tiers_are_not_missing(local):

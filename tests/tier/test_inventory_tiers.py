@@ -132,10 +132,10 @@ def test_a_tier_that_cannot_be_listed_is_an_error(tiers):
         tiers.take(archive=FaultStore(tiers.archive, [Fault("list")]))
 
 
-def test_a_tier_that_may_be_missed_is_left_out_and_reported(tiers):
+def test_a_tier_that_may_be_left_out_is_left_out_and_reported(tiers):
     tiers.hot.add("x")
     by_name = tiers.take(archive=FaultStore(tiers.archive, [Fault("list")]), may_miss=["archive"])
-    assert (by_name.paths, by_name.facts["missed"]) == (["x"], ("archive",))
+    assert (by_name.paths, by_name.facts["unlisted"]) == (["x"], ("archive",))
 
 
 def test_progress_counts_the_listed_objects_of_each_tier(tiers):

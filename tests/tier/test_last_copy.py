@@ -171,8 +171,8 @@ class TierMachine(RuleBasedStateMachine):
             self.watched(lambda: self.world.apply(plan), faults, nth)
 
     @rule(faults=faults, nth=st.integers(0, 30))
-    def settle(self, faults, nth):
-        self.watched(self.world.settle, faults, nth)
+    def run_due_deletions(self, faults, nth):
+        self.watched(self.world.run_due_deletions, faults, nth)
 
     @rule(faults=faults, nth=st.integers(0, 40))
     def run_once(self, faults, nth):

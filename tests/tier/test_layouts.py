@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.tier.inventory.layouts import INDEX, LACKS, MARK, MEMBER, NO_GROUP, KeyGroups, group_keys
+from tiercache.tier.inventory.layouts import COMPLETION_MARKER, INDEX, LACKS, MEMBER, NO_GROUP, KeyGroups, group_keys
 from tiercache.tier.model import NO_SERIES, NO_STEP
 
 
@@ -187,7 +187,7 @@ def test_a_complete_checkpoint_lacks_nothing(name):
         "run/steps-10/x.pt", "run/step-/x.pt", "run/step-0000000000000000001/x.pt", "iteration", "epoch.pt",
     ],
 )  # fmt: skip
-def test_other_names_are_files(key):
+def test_keys_that_name_no_checkpoint_are_single_files(key):
     layout = layout_of(key)
     assert (layout.paths.to_pylist(), layout.checkpoint.tolist(), layout.step.tolist()) == ([key], [False], [NO_STEP])
 
@@ -301,7 +301,7 @@ def test_numbered_shards_are_counted_per_folder():
 
 def test_the_final_object_has_the_highest_rank():
     keys = ("s/step-1/.metadata", "s/step-1/__0_0.distcp", "s/step-1/meta.pt", "s/step-1/m.safetensors.index.json")
-    assert layout_of(*keys).rank.tolist() == [MARK, MEMBER, INDEX, INDEX]
+    assert layout_of(*keys).rank.tolist() == [COMPLETION_MARKER, MEMBER, INDEX, INDEX]
 
 
 @pytest.mark.parametrize(

@@ -229,9 +229,9 @@ def test_a_lock_that_could_not_be_released_is_a_leftover_of_this_process(store):
 def test_copies_that_a_sleeping_holder_may_delete_are_unreliable(store):
     store.put(key(1), foreign(renewed_s=0.0, dropping=(("s3://a", "f"),)).encode())
     with lock_of(store) as lock:
-        assert list(lock.unreliable_copies) == [("s3://a", "f")]
+        assert list(lock.doomed_copies) == [("s3://a", "f")]
     with lock_of(store) as lock:  # the next after that hears of it too
-        assert list(lock.unreliable_copies) == [("s3://a", "f")]
+        assert list(lock.doomed_copies) == [("s3://a", "f")]
 
 
 def test_copies_that_a_dead_process_was_deleting_are_reliable(store):
@@ -240,21 +240,21 @@ def test_copies_that_a_dead_process_was_deleting_are_reliable(store):
     dead = replace(LockRecord.of_this_process(), pid=child.pid, started=1, dropping=(("s3://a", "f"),))
     store.put(key(1), dead.encode())
     with lock_of(store) as lock:
-        assert lock.unreliable_copies == {}
+        assert lock.doomed_copies == {}
 
 
 def test_a_released_lock_makes_no_copy_unreliable(store):
     with lock_of(store) as lock:
         lock.announce([("s3://a", "f")])
     with lock_of(store) as lock:
-        assert lock.unreliable_copies == {}
+        assert lock.doomed_copies == {}
 
 
 def test_a_copy_is_unreliable_for_a_week(store):
     doomed = (("s3://a", "old", time.time() - DOOMED_S - 1), ("s3://a", "new", time.time() - DOOMED_S + 60))
     store.put(key(1), foreign(renewed_s=0.0, released=True, doomed=doomed).encode())
     with lock_of(store) as lock:
-        assert list(lock.unreliable_copies) == [("s3://a", "new")]
+        assert list(lock.doomed_copies) == [("s3://a", "new")]
 
 
 def test_deletions_are_announced_before_the_lock_is_checked(store):

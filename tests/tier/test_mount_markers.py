@@ -13,7 +13,7 @@ from tiercache.store import LocalFolder
 from tiercache.testing import Fault, FaultStore
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.mover import DONE, PARTLY, catalog_path, open_mover, run_once
-from tiercache.tier.stores import MARKER_KEY, Stores, ensure_marker, unavailable_reason
+from tiercache.tier.stores import MOUNT_MARKER_KEY, Stores, ensure_mount_marker, unavailable_reason
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def mount(tiers, tier):
 
 
 def mark_of(tiers, tier):
-    path = tiers.root / tier / MARKER_KEY
+    path = tiers.root / tier / MOUNT_MARKER_KEY
     return path.read_text().strip() if path.exists() else None
 
 
@@ -59,23 +59,23 @@ def test_no_last_copy_is_planned_for_deletion_while_a_tier_is_unavailable(tiers,
     report = tiers.run()
     assert [move for move in report.plan.moves if move.action == "delete"] == []
     reasons = [one.reason for one in report.plan.refusals if one.path == "scratch/a"]
-    assert [f"while tier {tier} cannot be seen: {tiers.root / tier}/{MARKER_KEY}: expected " in r for r in reasons] == [
-        True
-    ]
+    assert [
+        f"while tier {tier} cannot be seen: {tiers.root / tier}/{MOUNT_MARKER_KEY}: expected " in r for r in reasons
+    ] == [True]
 
 
 @pytest.mark.parametrize("tier", ["hot", "archive"])
 def test_a_due_deletion_waits_until_the_unavailable_tier_is_back(tiers, clock, tier):
     clock.jump(6 * DAY_S)
-    assert tiers.run().applied.done == 1
+    assert tiers.run().applied.n_made == 1
     unmount(tiers, tier)
     clock.jump(DAY_S + 1)
     report = tiers.run()
-    assert (report.settled.done, report.settled.waiting_drops, report.exit_code) == (0, 1, PARTLY)
+    assert (report.deletions.n_made, report.deletions.waiting_drops, report.exit_code) == (0, 1, PARTLY)
     assert tiers.keys("standard") == ["scratch/a"]
     mount(tiers, tier)
     report = tiers.run()
-    assert (report.settled.done, report.exit_code) == (1, DONE)
+    assert (report.deletions.n_made, report.exit_code) == (1, DONE)
     assert (tiers.keys("standard"), tiers.keys("archive")) == ([], [])
 
 
@@ -102,13 +102,13 @@ def test_an_unavailable_source_is_not_taken_for_a_deleted_one(tmp_path, clock):
         tiers.write("hot", f"ck/run/step-{step}.pt", b"%d" % step)
         (tmp_path / "standard" / f"ck/run/step-{step}.pt").unlink()
     clock.jump(2 * DAY_S)
-    assert tiers.run().settled.waiting_drops == 1
+    assert tiers.run().deletions.waiting_drops == 1
     unmount(tiers, "hot")
     clock.jump(DAY_S + 1)
     report = tiers.run()
-    assert (report.settled.done, report.settled.waiting_drops) == (0, 1)
+    assert (report.deletions.n_made, report.deletions.waiting_drops) == (0, 1)
     mount(tiers, "hot")
-    assert tiers.run().settled.done == 1
+    assert tiers.run().deletions.n_made == 1
     assert tiers.keys("hot") == ["ck/run/step-2.pt"]
 
 
@@ -146,10 +146,10 @@ def test_an_empty_tier_gets_no_marker(tmp_path):
 
 
 def test_the_marker_of_another_machine_is_remembered(tiers):
-    tiers.write("hot", MARKER_KEY, b"theirs\n")
+    tiers.write("hot", MOUNT_MARKER_KEY, b"theirs\n")
     tiers.run()
     with TierCatalog(catalog_path(tiers.file)) as catalog:
-        assert catalog.mark(str(tiers.root / "hot")) == "theirs"
+        assert catalog.mount_marker(str(tiers.root / "hot")) == "theirs"
 
 
 def test_a_dry_run_and_a_plan_write_no_marker(tiers):
@@ -161,8 +161,8 @@ def test_a_read_only_source_has_no_marker_and_is_moved_from(tiers):
     file = tiers.file
     store = FaultStore(LocalFolder(tiers.root / "hot"), [Fault("put_if_absent", retryable=False)])
     with TierCatalog(catalog_path(file), {tier.name: tier.url for tier in file.tiers}) as catalog:
-        assert ensure_marker(file.tier("hot"), store, catalog, gets=False) == ""
-        assert catalog.mark("hot") is None
+        assert ensure_mount_marker(file.tier("hot"), store, catalog, gets=False) == ""
+        assert catalog.mount_marker("hot") is None
 
 
 def test_an_empty_tier_without_a_marker_that_held_copies_is_unavailable(tiers):
@@ -179,11 +179,11 @@ def test_an_empty_tier_without_a_marker_that_held_copies_is_unavailable(tiers):
         Stores(file) as stores,
     ):
         for gets in (True, False):
-            assert "hot is empty, although it held copies" in ensure_marker(
+            assert "hot is empty, although it held copies" in ensure_mount_marker(
                 file.tier("hot"), stores.store("hot"), catalog, gets=gets
             )
         (tiers.root / "hot" / "_tiercache").mkdir()
-        (tiers.root / "hot" / MARKER_KEY).write_text("it is this one")
+        (tiers.root / "hot" / MOUNT_MARKER_KEY).write_text("it is this one")
         assert unavailable_reason(file.tier("hot"), stores.store("hot"), catalog) == ""
 
 
@@ -204,7 +204,7 @@ def test_a_run_succeeds_when_the_tier_is_back_or_its_marker_is_on_a_new_disk(tie
     mount(tiers, "hot")
     assert tiers.run().exit_code == DONE
     unmount(tiers, "hot")
-    tiers.write("hot", MARKER_KEY, mark.encode())
+    tiers.write("hot", MOUNT_MARKER_KEY, mark.encode())
     assert tiers.run().exit_code == DONE
 
 
@@ -214,7 +214,7 @@ def test_a_tier_that_was_never_used_is_not_unavailable(tmp_path):
     (tmp_path / "hot").mkdir()  # and there is no folder of archive
     for dry_run in (True, False, False):
         report = tiers.run(dry_run=dry_run)
-        assert (report.unseen, report.exit_code) == ({}, DONE)
+        assert (report.unavailable, report.exit_code) == ({}, DONE)
 
 
 def test_an_unmounted_home_tier_is_unavailable(tiers):
@@ -222,7 +222,7 @@ def test_an_unmounted_home_tier_is_unavailable(tiers):
     unmount(tiers, "standard")
     for dry_run in (True, False):
         report = tiers.run(dry_run=dry_run)
-        assert (list(report.unseen), report.exit_code) == (["standard"], PARTLY)
+        assert (list(report.unavailable), report.exit_code) == (["standard"], PARTLY)
 
 
 def apply(tiers, plan):

@@ -10,7 +10,7 @@ from tests.tier.moving import PARTS, HookAt, Killed, World, moved_away
 from tiercache.errors import CommitConflict, StoreError
 from tiercache.testing import Fault
 from tiercache.testing.faults import FaultKind
-from tiercache.tier.move.deletions import DeletionGuard
+from tiercache.tier.move.deletions import DeletionFacts
 from tiercache.tier.move.lock import LockRecord, TierLock
 
 
@@ -26,27 +26,27 @@ def test_a_lost_catalog_costs_work_but_no_data(world):
     plan, _ = moved_away(world, "f")
     world.lose_catalog()
     world.later()
-    assert world.settle().waiting_drops == 0
+    assert world.run_due_deletions().waiting_drops == 0
     applied = world.apply(plan)
-    assert (applied.done, applied.n_bytes, applied.waiting_drops) == (1, 0, 1)
+    assert (applied.n_made, applied.n_bytes, applied.waiting_drops) == (1, 0, 1)
     world.later()
-    world.settle()
+    world.run_due_deletions()
     assert world.where("f") == ["archive"]
     world.lose_catalog()
-    assert world.apply(plan).done == 1
+    assert world.apply(plan).n_made == 1
 
 
 def test_an_old_catalog_does_not_delete_a_copy_that_was_moved_back(world):
     moved_away(world, "f")
     old = world.catalog_path.read_bytes()
     world.later()
-    world.settle()
+    world.run_due_deletions()
     world.apply(world.plan(world.move("f", "archive", "standard"), name="back"))
     world.later()
-    world.settle()
+    world.run_due_deletions()
     assert world.where("f") == ["standard"]
     world.catalog_path.write_bytes(old)
-    world.settle()
+    world.run_due_deletions()
     assert world.where("f") == ["standard"]
 
 
@@ -55,11 +55,11 @@ def test_an_old_catalog_does_not_delete_the_newer_of_two_copies(world):
     moved_away(world, "f")
     old = world.catalog_path.read_bytes()
     world.later()
-    world.settle()
+    world.run_due_deletions()
     world.apply(world.plan(world.move("f", "archive", "standard"), name="back"))
     world.catalog_path.write_bytes(old)
     world.later()
-    assert len(world.settle().stopped) == 1
+    assert len(world.run_due_deletions().stopped) == 1
     assert "standard" in world.where("f")
 
 
@@ -70,7 +70,7 @@ def a_day(world):
     """Make all kinds of moves, from the first to the last step."""
     world.apply(world.day_plan)
     world.later()
-    world.settle()
+    world.run_due_deletions()
 
 
 def prepared(tmp_path, name):
@@ -83,7 +83,7 @@ def prepared(tmp_path, name):
         world.move("g", "hot", "standard", number=3),
         world.move("old", "standard", None, action="delete", number=4),
     )
-    world.guard = DeletionGuard(deletes=frozenset(["old"]))
+    world.facts = DeletionFacts(deletes=frozenset(["old"]))
     return world
 
 
@@ -148,7 +148,7 @@ def test_a_second_mover_is_refused(world):
     plan = world.plan(world.move("f", "standard", "archive"))
     with TierLock(world.inner["standard"]), pytest.raises(CommitConflict, match="expected to be alone"):
         world.apply(plan)
-    assert world.apply(plan).done == 1
+    assert world.apply(plan).n_made == 1
 
 
 @pytest.mark.parametrize("point", ["tier_drop.checked", "tier_drop.journaled", "tier_lock.announced"])
@@ -157,7 +157,7 @@ def test_a_process_that_lost_its_lock_deletes_nothing(world, point):
     world.later()
     steal = HookAt(point, do=lambda: world.inner["standard"].put(f"_tiercache/tier.lock/{99:020d}", b"{}"))
     with steal, pytest.raises(CommitConflict, match="lost"):
-        world.settle()
+        world.run_due_deletions()
     assert world.where("f") == ["standard", "archive"]
 
 
@@ -173,6 +173,6 @@ def test_a_copy_that_a_sleeping_process_may_delete_is_not_relied_on(world):
         TierLock(world.inner["standard"], lifetime_s=1.0, clock=FakeClock()) as lock,
         world.opened(lock=lock) as context,
     ):
-        settled = world.settle(context)
+        settled = world.run_due_deletions(context)
     assert "may still delete this copy" in settled.stopped[0].reason
     assert world.where("f") == ["standard", "archive"]

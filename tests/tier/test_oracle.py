@@ -39,7 +39,7 @@ def found(oracle, now, day=1.0):
     return "; ".join(oracle.look(now, day * DAY_S))
 
 
-def test_unchanged_tiers_are_right(oracle):
+def test_the_oracle_finds_no_fault_in_unchanged_tiers(oracle):
     assert found(oracle, picture()) == ""
 
 

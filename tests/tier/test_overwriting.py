@@ -12,9 +12,9 @@ from tests.tier.world import World as TierWorld
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.errors import ObjectChanged
 from tiercache.store import LocalFolder
-from tiercache.store.archive import S3Archive
+from tiercache.store.archive import S3StorageClasses
 from tiercache.testing import WrapperStore
-from tiercache.tier.move.deletions import settle
+from tiercache.tier.move.deletions import run_due_deletions
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.mover import open_mover
 from tiercache.tier.stores import Stores
@@ -108,8 +108,8 @@ def test_without_boto3_the_destination_is_checked_before_the_upload_completes(s3
 @pytest.mark.s3
 def test_an_old_boto3_checks_the_destination_and_replaces_it(s3_server, tmp_path, monkeypatch):
     here = Bucket(s3_server, tmp_path)
-    archive = here.stores.archive("other")
-    assert isinstance(archive, S3Archive)
+    archive = here.stores.s3_classes("other")
+    assert isinstance(archive, S3StorageClasses)
     monkeypatch.setattr(type(archive.calls), "supports", lambda *_: False)
     with here.transfer, here.stores:
         here.stores.store("hot").put("a", SMALL)
@@ -184,7 +184,7 @@ def test_an_object_created_during_a_copy_is_not_overwritten(tmp_path, monkeypatc
         ):
             applied = apply_plan(context, plan)
             world.days_pass(1.5)
-            settle(context)
+            run_due_deletions(context)
     assert [one.path for one in applied.stopped] == [KEY]
     assert world.path("cold", KEY).read_bytes() == MINE
     assert world.path("hot", KEY).exists()
@@ -231,7 +231,7 @@ def test_a_corrupt_source_does_not_replace_an_archived_copy_in_a_store_without_c
     write_object(file, about, flipped(data))
     assert world.apply(world.plan(move, name="2")).stopped == ()
     world.later()
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
     assert all(world.where(key) == ["archive"] for key in keys)
 
 
@@ -246,7 +246,7 @@ def test_a_copy_made_again_with_the_same_etag_starts_a_new_grace_period(tmp_path
         world.apply(world.plan(world.move("f", "standard", "archive"), name="tomorrow"))
     world.apply(world.plan(world.move("f", "standard", "archive"), name="again"))
     world.later(GRACE_S / 2 + 1)
-    assert world.settle().waiting_drops == 1
+    assert world.run_due_deletions().waiting_drops == 1
     assert world.where("f") == ["standard", "archive"]
     world.later(GRACE_S / 2)
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1

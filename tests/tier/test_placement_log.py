@@ -140,7 +140,7 @@ def test_a_hint_to_a_missing_placement_is_no_error(store, hint):
 def test_an_old_hint_leads_to_the_newest_placement(store, hint):
     for n in range(2 * N_KEPT):
         log.commit_placement(store, {"a": row("a", n_bytes=n)})
-    store.put(TRACKING_MARKER_KEY, log.encode_mark(hint))
+    store.put(TRACKING_MARKER_KEY, log.encode_tracking_marker(hint))
     assert log.read_placement(store).number == 2 * N_KEPT
 
 
@@ -148,7 +148,7 @@ def test_deleted_numbers_are_skipped_where_the_store_cannot_list():
     memory = MemoryStore("placement-listless")
     for n in range(2 * N_KEPT):
         log.commit_placement(memory, {"a": row("a", n_bytes=n)})
-    memory.put(TRACKING_MARKER_KEY, log.encode_mark(3))
+    memory.put(TRACKING_MARKER_KEY, log.encode_tracking_marker(3))
     objects = {info.key: memory.get(info.key) for info in memory.list()}
     with HttpFaultServer(objects) as server:
         http = open_store(server.url)
@@ -162,7 +162,7 @@ def test_the_marker_keeps_the_start_of_tracking_over_commits(store):
     log.start_tracking(store)
     since_s = log.tracked_since_s(store)
     assert before_s <= since_s <= time.time()
-    store.put(TRACKING_MARKER_KEY, log.encode_mark(0, since_s - 1000))
+    store.put(TRACKING_MARKER_KEY, log.encode_tracking_marker(0, since_s - 1000))
     for n in range(2):
         log.commit_placement(store, {"a": row("a", n_bytes=n)})
     assert log.tracked_since_s(store) == since_s - 1000
@@ -192,7 +192,7 @@ def test_the_newest_placement_is_found_past_many_newer_ones_without_hints(store)
     known = log.commit_placement(store, {"a": row("a")})
     for n in range(3 * N_KEPT):
         log.commit_placement(store, {"a": row("a", n_bytes=n)})
-    store.put(TRACKING_MARKER_KEY, log.encode_mark(1))
+    store.put(TRACKING_MARKER_KEY, log.encode_tracking_marker(1))
     assert log.find_newest_placement(store, known).number == 3 * N_KEPT + 1
 
 
@@ -339,7 +339,7 @@ def damage(store, number: int) -> None:
     store.put(placement_key(number), data.replace(b"s3://", b"s3:/0"))
 
 
-@pytest.mark.parametrize("mark", [log.encode_mark(2), log.encode_mark(7), b"{}", b"", None])
+@pytest.mark.parametrize("mark", [log.encode_tracking_marker(2), log.encode_tracking_marker(7), b"{}", b"", None])
 def test_a_corrupt_placement_is_reported_to_readers_and_writers(store, mark):
     for n in range(2):
         log.commit_placement(store, {"a": row("a", n_bytes=n)})

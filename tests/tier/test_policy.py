@@ -518,7 +518,7 @@ def test_above_high_the_least_recently_used_groups_move_down_until_low():
     assert refusals == ()
 
 
-def test_below_high_nothing_moves():
+def test_a_watermark_moves_nothing_below_high():
     assert moves_of(ten_in_hot(), STAY, capacity=(112, None, None)) == []
 
 

@@ -161,7 +161,7 @@ def test_without_capacities_the_moves_are_those_of_the_oracle(groups, file, pric
     groups = fitting(file, groups)
     oracle = PlannerOracle(file, priced, groups, missing)
     expected = {row: wish for row in range(len(groups)) if (wish := oracle.decide(row)) is not None}
-    found = decided(snapshot_of(groups), file, priced, capacity_bytes=UNLIMITED, missing=missing)
+    found = decided(snapshot_of(groups), file, priced, capacity_bytes=UNLIMITED, unavailable=missing)
     moves = {
         one.group: (one.action, TIERS[one.src], None if one.dst is None else TIERS[one.dst]) for one in found.moves
     }
@@ -225,7 +225,7 @@ def test_a_copy_is_removed_only_for_a_verified_copy_or_one_made_from_it(groups, 
 @given(worlds(), files(), prices, capacities, unseen.filter(bool))
 def test_while_a_tier_is_unavailable_nothing_is_deleted_and_nothing_moves_there(groups, file, priced, limits, missing):
     snapshot = snapshot_of(fitting(file, groups))
-    for one in decided(snapshot, file, priced, capacity_bytes=limits, missing=missing).moves:
+    for one in decided(snapshot, file, priced, capacity_bytes=limits, unavailable=missing).moves:
         assert one.action != "delete"
         assert one.dst is not None
         assert TIERS[one.dst] not in missing

@@ -10,14 +10,14 @@ import pytest
 from tests.tier.moving import World, moved_away
 
 import tiercache as tc
-from tiercache.catalog import tiers as tiers_module
+from tiercache.catalog import tiers as read_log
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.model import ByteRange
 from tiercache.prices import prices_if_known
 from tiercache.store import open_store
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.model import Decisions
-from tiercache.tier.move.deletions import DeletionGuard, deletion_guard_of
+from tiercache.tier.move.deletions import DeletionFacts, deletion_facts_of
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores
@@ -74,7 +74,7 @@ def tiers(tmp_path):
 
 def shift_clock(monkeypatch, days):
     now_s = time.time() + days * DAY_S
-    monkeypatch.setattr(tiers_module.time, "time", lambda: now_s)
+    monkeypatch.setattr(read_log.time, "time", lambda: now_s)
 
 
 def read_by_fsspec(tiers, key):
@@ -190,17 +190,17 @@ def test_reads_of_a_killed_process_count_as_use(tiers):
 
 def test_full_logs_are_compacted_without_losing_uses(tiers, monkeypatch, tmp_path):
     monkeypatch.setenv("TIERCACHE_STATE_DIR", str(tmp_path / "own"))
-    monkeypatch.setattr(tiers_module, "_LOG_BYTES", 200)
+    monkeypatch.setattr(read_log, "_LOG_BYTES", 200)
     for number in range(30):
-        tiers_module.record_use(f"s3://bucket/{number % 5}-{number}")
-    folder = tmp_path / "own" / tiers_module.FOLDER
+        read_log.record_use(f"s3://bucket/{number % 5}-{number}")
+    folder = tmp_path / "own" / read_log.FOLDER
     n_logs = len(list(folder.iterdir()))
     assert n_logs > 2
-    before = tiers_module.read_uses()
+    before = read_log.read_uses()
     shift_clock(monkeypatch, 1)
-    assert tiers_module.read_uses() == before
+    assert read_log.read_uses() == before
     assert len(list(folder.iterdir())) < n_logs
-    assert tiers_module.read_uses() == before
+    assert read_log.read_uses() == before
     assert len(before) == 30
 
 
@@ -214,24 +214,24 @@ def test_an_unusable_state_folder_does_not_disturb_readers(tiers, monkeypatch, t
 
 def test_a_truncated_line_of_the_log_is_ignored(monkeypatch, tmp_path):
     monkeypatch.setenv("TIERCACHE_STATE_DIR", str(tmp_path))
-    tiers_module.record_use("s3://bucket/torn-test")
-    path = next((tmp_path / tiers_module.FOLDER).iterdir())
+    read_log.record_use("s3://bucket/torn-test")
+    path = next((tmp_path / read_log.FOLDER).iterdir())
     with path.open("a") as file:
         file.write('[1.0, "s3://buck\n{}\n[null, 3, 4]\n[5]\n')
-    assert list(tiers_module.read_uses()) == ["s3://bucket/torn-test"]
+    assert list(read_log.read_uses()) == ["s3://bucket/torn-test"]
 
 
 @pytest.mark.parametrize(("rule", "goes"), [('idle = "1d"\nidle_by = "mtime"', False), ('age = "1d"', True)])
 def test_a_file_that_is_read_during_the_grace_period_is_not_deleted(tmp_path, rule, goes):
     world = World(tmp_path / "world", rules=f'[[rules]]\nname = "cold"\nmatch = "**"\nto = "archive"\n{rule}\n')
     moved_away(world, "f")
-    world.guard = DeletionGuard(used_s={"f": world.now_s + 60})
+    world.facts = DeletionFacts(used_s={"f": world.now_s + 60})
     world.later()
-    assert world.settle().done == goes
+    assert world.run_due_deletions().n_made == goes
     assert world.where("f") == (["archive"] if goes else ["standard", "archive"])
 
 
 def test_the_deletion_guard_knows_reads_through_a_cache(tiers):
     read_by_fsspec(tiers, KEYS[0])
     tiers.decide()
-    assert list(deletion_guard_of(tiers.snapshot, Decisions()).used_s) == [KEYS[0]]
+    assert list(deletion_facts_of(tiers.snapshot, Decisions()).used_s) == [KEYS[0]]

@@ -62,7 +62,7 @@ def rot(world, key):
 def test_a_source_is_deleted_if_its_copy_reads_back_equal(world):
     moved_away(world, "f")
     world.later()
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
     assert world.where("f") == ["archive"]
 
 
@@ -70,7 +70,7 @@ def test_a_copy_that_became_corrupt_keeps_its_source_and_the_placement_is_revert
     moved_away(world, "f")
     rot(world, "f")
     world.later()
-    assert "on its disk: what it was made from stays" in world.settle().stopped[0].reason
+    assert "on its disk: what it was made from stays" in world.run_due_deletions().stopped[0].reason
     assert (world.where("f"), world.row("f"), world.journal()) == (["standard"], None, {1: "cancelled"})
 
 
@@ -78,13 +78,13 @@ def test_a_corrupt_copy_is_not_trusted_and_made_again(world):
     moved_away(world, "f")
     rot(world, "f")
     world.later()
-    world.settle()
+    world.run_due_deletions()
     with TierCatalog(world.catalog_path) as catalog:
         assert not catalog.entries(str(world.inner["archive"].root), ["f"])["f"].verified
     applied = world.apply(replace(world.plan(world.move("f", "standard", "archive")), id="again"))
     assert applied.stopped == ()
     world.later()
-    world.settle()
+    world.run_due_deletions()
     assert world.where("f") == ["archive"]
 
 
@@ -92,7 +92,7 @@ def test_one_corrupt_object_keeps_the_whole_group(world):
     world.apply(checkpoint(world))
     rot(world, PARTS[1])
     world.later()
-    assert world.settle().done == 0
+    assert world.run_due_deletions().n_made == 0
     assert all("standard" in world.where(key) for key in PARTS)
 
 
@@ -102,7 +102,7 @@ def test_the_copy_of_a_drop_is_read_back_too(world):
     world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="drop"))
     rot(world, "f")
     world.later()
-    assert "on its disk" in world.settle().stopped[0].reason
+    assert "on its disk" in world.run_due_deletions().stopped[0].reason
     assert world.where("f") == ["standard"]
 
 
@@ -110,10 +110,10 @@ def test_an_unreadable_copy_keeps_its_source_until_it_can_be_read(world):
     moved_away(world, "f")
     world.later()
     world.inner["archive"].fails = True
-    assert "Input/output error" in world.settle().stopped[0].reason
+    assert "Input/output error" in world.run_due_deletions().stopped[0].reason
     assert world.where("f")[0] == "standard"
     world.inner["archive"].fails = False
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
     assert world.where("f") == ["archive"]
 
 
@@ -121,7 +121,7 @@ def test_a_copy_that_was_replaced_after_it_was_read_back_keeps_its_source(world)
     moved_away(world, "f")
     world.later()
     with HookAt("tier_drop.checked", do=lambda: world.inner["archive"].put("f", b"another")) as hook:
-        settled = world.settle()
+        settled = world.run_due_deletions()
     assert hook.hit
     assert "expected the 1000 bytes that were verified, found 7" in settled.stopped[0].reason
     assert world.where("f") == ["standard"]
@@ -131,10 +131,10 @@ def test_a_copy_that_becomes_corrupt_during_the_deletion_keeps_the_rest_of_the_s
     world.apply(checkpoint(world))
     world.later()
     with pytest.raises(Killed), HookAt("tier_drop.unmade"):
-        world.settle()
+        world.run_due_deletions()
     left = world.keys("standard")
     rot(world, left[0])
-    assert world.settle().waiting_drops == 1
+    assert world.run_due_deletions().waiting_drops == 1
     assert (world.keys("standard"), world.journal()) == (left, {1: "dropping"})
     assert world.inner["standard"].get(left[0]) == content(left[0])
 
@@ -145,7 +145,7 @@ def test_copies_are_read_back_and_sources_deleted_batch_by_batch(world, monkeypa
     moved_away(world, "f", "g", "h")
     world.later()
     with HookAt() as hook:
-        assert world.settle().done == 3
+        assert world.run_due_deletions().n_made == 3
     assert hook.reached.count("tier_drop.checked") == 3
 
 
@@ -153,9 +153,9 @@ def test_a_copy_that_cannot_be_read_twice_is_not_trusted_and_the_placement_is_re
     moved_away(world, "f")
     world.later()
     world.inner["archive"].fails = True
-    world.settle()
+    world.run_due_deletions()
     assert world.row("f") is not None
-    assert "Input/output error" in world.settle().stopped[0].reason
+    assert "Input/output error" in world.run_due_deletions().stopped[0].reason
     assert (world.row("f"), world.journal()) == (None, {1: "cancelled"})
     applied = world.apply(replace(world.plan(world.move("f", "standard", "archive")), id="again"))
     assert "Input/output error" in applied.stopped[0].reason
@@ -166,9 +166,9 @@ def test_a_daily_plan_remembers_that_the_copy_could_not_be_read(world):
     moved_away(world, "f")
     world.later()
     world.inner["archive"].fails = True
-    world.settle()
+    world.run_due_deletions()
     world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="daily"))
-    world.settle()
+    world.run_due_deletions()
     assert (world.where("f")[0], world.row("f")) == ("standard", None)
 
 
@@ -178,7 +178,7 @@ def test_readers_of_a_corrupt_copy_are_redirected_to_a_source_that_is_not_home(w
     assert world.row("f").url == str(world.inner["archive"].root)
     rot(world, "f")
     world.later()
-    world.settle()
+    world.run_due_deletions()
     assert (world.row("f").url, world.where("f")) == (world.url("hot"), ["hot"])
 
 
@@ -187,23 +187,23 @@ def test_readers_are_not_redirected_to_a_source_that_changed(world):
     world.apply(world.plan(world.move("f", "hot", "archive")))
     world.inner["hot"].put("f", b"anew")
     world.later()
-    assert world.settle().stopped
+    assert world.run_due_deletions().stopped
     assert world.row("f").url == str(world.inner["archive"].root)
 
 
-def test_the_deletion_guard_is_taken_again_if_reading_back_took_long(world, monkeypatch):
+def test_the_deletion_facts_are_taken_again_if_reading_back_took_long(world, monkeypatch):
     monkeypatch.setattr("tiercache.tier.move.deletions._BATCH_LIMITS", BatchLimits(64, 1000, 1500))
-    monkeypatch.setattr("tiercache.tier.move.deletions._GUARD_S", -1.0)
-    monkeypatch.setattr("tiercache.tier.move.deletions.take_deletion_guard", lambda *_: world.guard)
+    monkeypatch.setattr("tiercache.tier.move.deletions._FACTS_MAX_AGE_S", -1.0)
+    monkeypatch.setattr("tiercache.tier.move.deletions.take_deletion_facts", lambda *_: world.facts)
     moved_away(world, "f", "g")
     world.later()
 
     def begins_to_read():
-        world.guard = replace(world.guard, in_use=frozenset({"g"}))
+        world.facts = replace(world.facts, in_use=frozenset({"g"}))
 
     with HookAt("tier_drop.ended", do=begins_to_read):
-        settled = world.settle()
-    assert (settled.done, settled.waiting_drops) == (1, 1)
+        settled = world.run_due_deletions()
+    assert (settled.n_made, settled.waiting_drops) == (1, 1)
     assert "found that a machine reads it" in settled.stopped[0].reason
 
 
@@ -212,7 +212,7 @@ def test_progress_and_result_have_the_bytes_that_were_read_back(world):
     world.later()
     told = []
     with world.opened() as context:
-        assert world.settle(context, on_progress=told.append).proof_bytes == 2000
+        assert world.run_due_deletions(context, on_progress=told.append).proof_bytes == 2000
     assert sorted((one.done_bytes, one.n_bytes, one.n_moves) for one in told) == [(1000, 2000, 2), (2000, 2000, 2)]
 
 
@@ -220,10 +220,10 @@ def test_a_half_deleted_group_waits_until_its_copy_can_be_read(world):
     world.apply(checkpoint(world))
     world.later()
     with pytest.raises(Killed), HookAt("tier_drop.unmade"):
-        world.settle()
+        world.run_due_deletions()
     world.inner["archive"].fails = True
     for _ in range(3):
-        assert world.settle().waiting_drops == 1
+        assert world.run_due_deletions().waiting_drops == 1
     world.inner["archive"].fails = False
-    assert world.settle().done == 1
+    assert world.run_due_deletions().n_made == 1
     assert [world.where(key) for key in PARTS] == [["archive"]] * 3

@@ -76,7 +76,7 @@ class World:
         )
         self.file = RuleFile(path=Path("/etc/tiers.toml"), sha256="of the file", tiers=tiers)
         self.stores = Stores(
-            self.file, stores={"home": self.home, "vault": self.vault.store}, archives={"vault": self.vault}
+            self.file, stores={"home": self.home, "vault": self.vault.store}, s3_classes={"vault": self.vault}
         )
 
     def plan(self, *keys, prices=(FREE, GLACIER), **more):
@@ -301,7 +301,7 @@ def test_the_class_is_changed_if_the_archive_is_a_class_of_home(clock):
     )
     file = RuleFile(path=Path("t.toml"), sha256="", tiers=tiers)
     archives = dict.fromkeys(("home", "vault"), vault)
-    stores = Stores(file, stores=dict.fromkeys(archives, vault.store), archives=archives)
+    stores = Stores(file, stores=dict.fromkeys(archives, vault.store), s3_classes=archives)
     vault.store.put("a", b"x")
     plan = plan_restore(file, stores, ["a"], [FREE, GLACIER])
     assert [one.tier for one in plan.objects] == ["vault"]
@@ -356,7 +356,7 @@ def test_on_seaweedfs_a_restore_reports_that_classes_are_only_labels(s3_server):
     )  # fmt: skip
     file = RuleFile(path=Path("t.toml"), sha256="", tiers=(tier,))
     with Stores(file) as stores:
-        with stores.archive("vault").create("a", storage_class="GLACIER") as upload:
+        with stores.s3_classes("vault").create("a", storage_class="GLACIER") as upload:
             upload.put_part(0, b"x")
             upload.complete()
         with pytest.raises(StoreError, match="only labels"):

@@ -132,8 +132,8 @@ class TestTiers:
         assert [tier.role for tier in read(TIERS).tiers] == ["hot", "standard", "archive"]
 
     def test_home_is_the_first_standard_tier_or_else_the_first(self, read):
-        assert read(FOUR).home.name == "bucket"
-        assert read('[tiers.hot]\nurl = "/a"\n[tiers.archive]\nurl = "/b"').home.name == "hot"
+        assert read(FOUR).home_tier.name == "bucket"
+        assert read('[tiers.hot]\nurl = "/a"\n[tiers.archive]\nurl = "/b"').home_tier.name == "hot"
 
     def test_tiers_are_found_by_name(self, read):
         file = read(FOUR)
@@ -199,7 +199,7 @@ class TestTiers:
 
     def test_the_name_of_a_container_in_a_url_is_allowed(self, read):
         url = "abfss://container@account.dfs.core.windows.net/x"
-        assert read(f'[tiers.standard]\nurl = "{url}"').home.url == url
+        assert read(f'[tiers.standard]\nurl = "{url}"').home_tier.url == url
 
     def test_a_colder_tier_before_a_faster_one_is_refused(self, complaint):
         message = complaint('[tiers.archive]\nurl = "/a"\n[tiers.hot]\nurl = "/b"')

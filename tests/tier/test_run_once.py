@@ -101,11 +101,11 @@ def test_old_checkpoints_are_archived_and_the_newest_stays(tiers, clock):
     checkpoints(tiers, 1, 2, 10)
     clock.jump(2 * DAY_S)
     report = tiers.run()
-    assert (report.applied.done, report.settled.waiting_drops, report.exit_code) == (2, 2, DONE)
+    assert (report.applied.n_made, report.deletions.waiting_drops, report.exit_code) == (2, 2, DONE)
     assert len(tiers.keys("standard")) == 6
     clock.jump(DAY_S + 1)
     report = tiers.run()
-    assert (report.settled.done, report.stopped) == (2, ())
+    assert (report.deletions.n_made, report.stopped) == (2, ())
     assert tiers.keys("standard") == ["ck/run/step-10/.metadata", "ck/run/step-10/__0_0.distcp"]
     assert len(tiers.keys("archive")) == 4
 
@@ -117,14 +117,14 @@ def test_a_run_without_due_work_does_nothing(tiers, clock):
     clock.jump(2 * DAY_S)
     tiers.run()
     report = tiers.run()
-    assert (len(report.plan.moves), report.settled.done, report.settled.waiting_drops) == (0, 0, 0)
+    assert (len(report.plan.moves), report.deletions.n_made, report.deletions.waiting_drops) == (0, 0, 0)
 
 
 def test_readers_find_the_shards_of_a_cold_data_set(tiers, clock):
     url, values = write_data(tiers)
     clock.jump(2 * DAY_S)
     report = tiers.run()
-    assert report.adopted == ("data",)
+    assert report.newly_tracked == ("data",)
     assert log.is_tracked(LocalFolder(url))
     clock.jump(DAY_S + 1)
     report = tiers.run()
@@ -155,7 +155,7 @@ def test_a_checkpoint_that_became_the_newest_is_not_archived_away(tmp_path, cloc
     tiers.write("standard", "run/step-1.pt", b"one")
     tiers.write("standard", "run/step-2.pt", b"two")
     clock.jump(6 * DAY_S)
-    assert tiers.run().applied.done == 1
+    assert tiers.run().applied.n_made == 1
     (tmp_path / "standard" / "run" / "step-2.pt").unlink()
     clock.jump(DAY_S + 1)
     report = tiers.run()
@@ -199,11 +199,11 @@ def test_a_run_finishes_interrupted_deletions_before_it_plans(tiers, clock):
     with HookAt("tier_run.finished", do=lambda: left.extend(tiers.keys("standard"))):
         report = tiers.run()
     assert [key for key in left if "step-1" in key] == []
-    assert report.settled.done == 1
+    assert report.deletions.n_made == 1
 
 
 @pytest.mark.parametrize(
-    "point", ["tier_run.finished", "tier_run.planned", "tier_run.adopted", "tier_run.applied", "tier_placement.written"]
+    "point", ["tier_run.finished", "tier_run.planned", "tier_run.tracked", "tier_run.applied", "tier_placement.written"]
 )
 def test_the_next_run_completes_a_killed_run(tiers, clock, point):
     checkpoints(tiers, 1, 2)
@@ -229,7 +229,7 @@ def test_the_catalog_is_in_the_state_folder(tiers):
 
 
 def lost(report):
-    assert report.exit_code == (PARTLY if report.losses or report.unseen else DONE)
+    assert report.exit_code == (PARTLY if report.losses or report.unavailable else DONE)
     assert report.to_json()["lost"] == [one.path for one in report.losses]
     return {one.path: one.tiers for one in report.losses}
 
@@ -296,7 +296,7 @@ def test_an_object_in_an_unavailable_tier_is_not_lost(tiers, clock):
     (tiers.root / "archive").rename(tiers.root / "not mounted")
     report = tiers.run()
     assert lost(report) == {}
-    assert (list(report.unseen), report.exit_code) == (["archive"], PARTLY)
+    assert (list(report.unavailable), report.exit_code) == (["archive"], PARTLY)
     assert report.to_json()["unseen"] == ["archive"]
 
 
@@ -353,7 +353,7 @@ def test_shards_that_a_rule_deletes_are_lost_only_before_they_are_old_enough(tie
     clock.jump(DAY_S + 1)
     report = tiers.run()
     assert lost(report) == {}
-    assert report.settled.done == len(shards) - 1
+    assert report.deletions.n_made == len(shards) - 1
 
 
 class Overlooks(WrapperStore):

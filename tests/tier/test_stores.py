@@ -88,21 +88,21 @@ def test_the_store_of_a_tier_is_opened_once(rules, tmp_path):
 def test_a_given_store_replaces_that_of_the_url(rules):
     given_store = MemoryStore()
     with Stores(rules(hot="url = 's3://bucket'"), stores={"hot": given_store}) as stores:
-        assert (stores.store("hot") is given_store, stores.archive("hot")) == (True, None)
+        assert (stores.store("hot") is given_store, stores.s3_classes("hot")) == (True, None)
 
 
 def test_a_local_tier_has_no_archive(rules, tmp_path):
     with Stores(rules(hot=f"url = '{tmp_path}'")) as stores:
-        assert stores.archive("hot") is None
+        assert stores.s3_classes("hot") is None
 
 
 def test_a_storage_class_without_boto3_is_an_error_that_names_the_extra(rules, monkeypatch):
     monkeypatch.setattr("tiercache.tier.stores.has_boto3", lambda: False)
     file = rules(standard="url = 's3://b'", archive="url = 's3://c'\nstorage_class = 'GLACIER'")
     with Stores(file) as stores:
-        assert stores.archive("standard") is None
+        assert stores.s3_classes("standard") is None
         with pytest.raises(ValueError, match=r"tiers.archive.storage_class.*tiercache\[archive\]"):
-            stores.archive("archive")
+            stores.s3_classes("archive")
 
 
 def test_listing_and_head_of_a_local_tier_are_those_of_its_store(rules, tmp_path):

@@ -51,7 +51,7 @@ class Place:
         self.stores = Stores(
             RuleFile(path=Path("rules.toml"), sha256="", tiers=tiers),
             stores={"near": near, "far": far},
-            archives=archives,
+            s3_classes=archives,
         )
         self.transfer = Transfer(self.stores, **options)
 

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.forks import in_a_fork
 from tests.support.clock import FakeClock
+from tests.support.forks import in_a_fork
 from tests.support.http_server import HttpFault, HttpFaultServer
 from tests.support.stores import CountingStore, GateStore
 from tests.tier.moved import Moved, N, ServedStore, by_loader, by_record
@@ -370,8 +370,8 @@ def test_reports_are_written_without_a_state_folder(moved, monkeypatch):
 NAMES = pa.array(["a", "b", "c"])
 
 
-def merged(*found: UseReport, silence_s: float = 7 * DAY_S) -> use_reports.ShardUse:
-    return use_reports.merge_reports(found, NAMES, now_s=NOW_S, silence_s=silence_s)
+def merged(*found: UseReport, reader_timeout_s: float = 7 * DAY_S) -> use_reports.ShardUse:
+    return use_reports.merge_reports(found, NAMES, now_s=NOW_S, reader_timeout_s=reader_timeout_s)
 
 
 def test_no_reports_give_no_uses():
@@ -471,7 +471,7 @@ REPORTS = st.builds(
 
 @given(st.lists(REPORTS, max_size=4))
 def test_merging_reports_equals_a_plain_loop(found):
-    said = use_reports.merge_reports(found, NAMES, now_s=NOW_S, silence_s=DAY_S)
+    said = use_reports.merge_reports(found, NAMES, now_s=NOW_S, reader_timeout_s=DAY_S)
     for at, name in enumerate(NAMES.to_pylist()):
         times = [r.all_s for r in found if r.all_s] + [r.shards[name][0] for r in found if name in r.shards]
         assert max(times, default=math.nan) == pytest.approx(said.last_use_s[at], nan_ok=True)

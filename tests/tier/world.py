@@ -32,7 +32,7 @@ from tiercache.store.posix import file_info
 from tiercache.tier import stores as tier_stores
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.model import Plan
-from tiercache.tier.move.deletions import settle
+from tiercache.tier.move.deletions import run_due_deletions
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.lock import BootClock
 from tiercache.tier.move.mover import open_mover, run_once
@@ -298,7 +298,7 @@ class World:
     @contextmanager
     def entered(self) -> Iterator[None]:
         """URLs of this world open its buckets, and its clock is the time."""
-        really, really_archive = stores_of_urls.open_store, tier_stores._archive
+        really, really_archive = stores_of_urls.open_store, tier_stores._s3_classes
 
         def open_store(url, **options):
             return self.bucket(str(url)) or really(url, **options)
@@ -315,7 +315,7 @@ class World:
             for name, module in [*sys.modules.items()]:
                 if name.startswith("tiercache") and getattr(module, "open_store", None) is really:
                     stack.enter_context(patch.object(module, "open_store", open_store))
-            stack.enter_context(patch.object(tier_stores, "_archive", archive_of))
+            stack.enter_context(patch.object(tier_stores, "_s3_classes", archive_of))
             stack.enter_context(patch.object(BootClock, "monotonic", lambda clock: time.monotonic() + self.slept_s))
             stack.enter_context(patch.object(BootClock, "sleep", lambda clock, s, cancel=None: self._sleep(s)))
             stack.enter_context(self.clock)
@@ -348,7 +348,7 @@ class World:
     def open_moves(self) -> list[str]:
         """Moves in the journal that were broken off after something was promised, or wait longer than they should."""
         with self.opened() as (file, _, catalog):
-            moves = catalog.open_moves(file.home.url)
+            moves = catalog.open_moves(file.home_tier.url)
         return [
             f"{move.action} of {move.path} from {move.src} is {move.state} {move.note}"
             for move in moves
@@ -369,9 +369,9 @@ class World:
         with self.opened() as opened, open_mover(*opened) as context:
             return apply_plan(context, plan)
 
-    def settle(self):
+    def run_due_deletions(self):
         with self.opened() as opened, open_mover(*opened) as context:
-            return settle(context)
+            return run_due_deletions(context)
 
     def run_once(self):
         self.oracle.asked(self.oracle.groups, time.time())

@@ -1,7 +1,7 @@
 """This machine's catalog of tiers: verified copies, and the journal of moves, in `<state>/tiers.sqlite`.
 
 The file is durable, but nothing depends on it: a copy without an entry is verified again, a move without a journal row
-is started again. If the file is lost, work is lost, never data; tier/move/mover.py gives the reasons. The dates of
+is started again. If the file is lost, work is lost, never data; tier/move/__init__.py gives the reasons. The dates of
 first writing are lost too: a moved object then counts as young as its copies, which is the safe side, because it is
 deleted later.
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import sqlite3
 
 
+# -- the log of reads ------------------------------------------------------------------------------------------------
+
 FOLDER = "uses"
 # Minimum time between two lines of a process on one object.
 _AGAIN_S = 60.0
@@ -41,7 +43,7 @@ _MOST_REMEMBERED = 1 << 16
 # Size at which a log is closed, and a new one begun. The planner reduces closed logs to one line per object.
 _LOG_BYTES = 8 << 20
 # A process may have opened a log just before it was closed, and may write its line shortly after.
-_SETTLED_S = 60.0
+_LATE_LINE_S = 60.0
 _UNFIT = re.compile(r"[^A-Za-z0-9.-]+")
 
 Uses = dict[str, tuple[float, int]]
@@ -85,7 +87,7 @@ def read_uses() -> Uses:
     for path in sorted((config.state_folder() / FOLDER).glob("*.log*")):
         # The name of a closed log has the time at which it was closed.
         closed_s = path.name.rpartition(".log.")[2]
-        is_closed = closed_s.isdecimal() and time.time() - int(closed_s) / 1e9 > _SETTLED_S
+        is_closed = closed_s.isdecimal() and time.time() - int(closed_s) / 1e9 > _LATE_LINE_S
         closed += [path] if is_closed else []
         for url, last_s, n in _lines(path):
             for uses in (found, reduced) if is_closed else (found,):
@@ -135,6 +137,8 @@ def _append(line: bytes) -> None:
         path.rename(f"{path}.{time.time_ns()}")
 
 
+# -- the catalog and the journal -------------------------------------------------------------------------------------
+
 # Columns of the objects of a tier, see TierCatalog.checksums().
 _ENTRY_SCHEMA = pa.schema(
     [
@@ -159,8 +163,13 @@ def entry_table(batches: Iterable[Sequence[Sequence[Any]]]) -> pa.Table:
     return pa.Table.from_batches(made, _ENTRY_SCHEMA)
 
 
-# begun: nothing is promised yet; a stopped move keeps this state. waiting: the grace period runs until due_s. dropping:
-# deletions may have begun. done. cancelled: another move replaced it, or objects or rules have changed.
+# begun: The journal has the move; nothing that readers rely on has changed. The copies may be in progress. A move that
+#   was stopped keeps this state, with the reason in `note`: the next plan replaces the row, or prune() deletes it.
+# waiting: The copies, if there are any, and the placement are made; the grace period runs until due_s. Deletions that
+#   a check postponed keep this state.
+# dropping: The grace period is over, and deletions may have been made. The next run finishes them.
+# done: Nothing is left to do.
+# cancelled: Another move of the path replaced it, or objects or rules changed before the deletions.
 MoveState: TypeAlias = Literal["begun", "waiting", "dropping", "done", "cancelled"]
 OPEN_STATES: tuple[MoveState, ...] = ("begun", "waiting", "dropping")
 _PRUNED_STATES: tuple[MoveState, ...] = ("begun", "done", "cancelled")
@@ -189,9 +198,14 @@ CREATE INDEX moves_path ON moves (home, path);
 
 
 class CatalogEntry(NamedTuple):
-    """Catalog entry: an object as it was when its bytes were verified.
+    """Catalog entry: what this machine knows of an object in a tier.
 
-    While size and ETag are equal, it is that object.
+    There are three kinds, of which only the first proves that a copy is good. While size and ETag are equal, it is that
+    object:
+
+    - verified: the object as it was when its bytes were compared;
+    - not verified (verified=False): an object whose bytes nobody has compared, or that was found damaged;
+    - intended (is_intended): a copy that was about to be made, and that may not exist.
 
     Attributes:
         n_bytes: Size, in bytes.
@@ -201,7 +215,7 @@ class CatalogEntry(NamedTuple):
         made_from: URL of the tier from which a move has copied it, while that tier still has the object; otherwise "".
         written_s: Time at which the object was first written, whichever copy this is. None: the object's own date
             counts.
-        verified: False if nobody has compared its bytes, and the entry exists for its date only.
+        verified: False if nobody has compared its bytes, or if they were wrong; an intended copy has True.
     """
 
     n_bytes: int
@@ -226,7 +240,7 @@ class PlannedObject(NamedTuple):
         etag: ETag of the store; None: the store gives none.
         modified_s: Modification time, in seconds since the epoch.
         crc32c: CRC-32C, if the store, the manifest or the catalog knows it.
-        where: Name of its tier, in the journal of a move that covers several tiers.
+        tier: Name of its tier, in the journal of a move that covers several tiers.
     """
 
     key: str
@@ -234,7 +248,7 @@ class PlannedObject(NamedTuple):
     etag: str | None = None
     modified_s: float | None = None
     crc32c: int | None = None
-    where: str = ""
+    tier: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +258,8 @@ class JournalRow:
     Attributes:
         plan, number: Identify the move.
         path, kind, action, src, dst, rule: As in the plan; dst is "" where there is none.
-        src_place, dst_place, home: URLs of the tiers, because the names may mean other tiers later.
+        src_place, dst_place, home: URLs of src, of dst and of the home tier, because the names may mean other tiers
+            later.
         rules: SHA-256 of the rule file that asked for the move.
         state: Progress of the move.
         since_s, due_s: Start and end of the grace period, in seconds since the epoch; 0 before it begins.
@@ -284,10 +299,10 @@ class TierCatalog:
     A damaged or missing file is made anew, empty. Use it as a context manager, or call close().
     """
 
-    def __init__(self, path: Path, places: Mapping[str, str] | None = None) -> None:
-        """Store the path. places: Names of tiers -> their URLs; see bind()."""
+    def __init__(self, path: Path, urls: Mapping[str, str] | None = None) -> None:
+        """Store the path. urls: Names of tiers -> their URLs; see bind()."""
         self.path = path
-        self._places = dict(places or {})
+        self._urls = dict(urls or {})
         # No WAL: by default the file is in a home folder, which may be on NFS, and there are few commits, each of many
         # rows.
         self._database = Database(
@@ -304,13 +319,13 @@ class TierCatalog:
         """Close the file. The next call opens it again."""
         self._database.close()
 
-    def bind(self, places: Mapping[str, str]) -> None:
+    def bind(self, urls: Mapping[str, str]) -> None:
         """Set the URLs of tier names. Entries are kept by URL, because URLs outlive names."""
-        self._places = dict(places)
+        self._urls = dict(urls)
 
-    def place(self, tier: str) -> str:
+    def url(self, tier: str) -> str:
         """Return the URL of a tier's name. A URL stands for itself."""
-        return self._places.get(tier, tier)
+        return self._urls.get(tier, tier)
 
     # -- copies -----------------------------------------------------------------------------------------------------
 
@@ -323,7 +338,7 @@ class TierCatalog:
         query = f"SELECT {names} FROM copies WHERE place = ? AND {_KNOWN} ORDER BY key"  # noqa: S608
 
         def work(db: sqlite3.Connection) -> pa.Table:
-            rows = db.execute(query, (self.place(tier),))
+            rows = db.execute(query, (self.url(tier),))
             return entry_table(iter(lambda: rows.fetchmany(_ROWS_AT_A_TIME), []))
 
         return self._database.run(work)
@@ -331,22 +346,22 @@ class TierCatalog:
     def has_entries(self, tier: str) -> bool:
         """Return whether a tier has held an object, as far as this machine knows."""
         query = f"SELECT EXISTS (SELECT 1 FROM copies WHERE place = ? AND {_KNOWN})"  # noqa: S608
-        return bool(self._database.run(lambda db: db.execute(query, (self.place(tier),)).fetchone()[0]))
+        return bool(self._database.run(lambda db: db.execute(query, (self.url(tier),)).fetchone()[0]))
 
     def entries(self, tier: str, keys: Iterable[str]) -> Mapping[str, CatalogEntry]:
         """Return the entries of these objects, by key."""
-        place, wanted = self.place(tier), [*keys]
+        url, wanted = self.url(tier), [*keys]
         query = f"SELECT {_COPY} FROM copies WHERE place = ? AND key = ?"  # noqa: S608
 
         def work(db: sqlite3.Connection) -> dict[str, CatalogEntry]:
-            rows = ((key, db.execute(query, (place, key)).fetchone()) for key in wanted)
+            rows = ((key, db.execute(query, (url, key)).fetchone()) for key in wanted)
             return {key: CatalogEntry(*row)._replace(verified=bool(row[-1])) for key, row in rows if row is not None}
 
         return self._database.run(work)
 
     def record(self, copies: Iterable[tuple[str, str, CatalogEntry]]) -> None:
         """Record entries, as (tier, key, entry)."""
-        rows = [(self.place(tier), key, *one) for tier, key, one in copies]
+        rows = [(self.url(tier), key, *entry) for tier, key, entry in copies]
         if rows:
             query = f"INSERT OR REPLACE INTO copies (place, key, {_COPY}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
             self._database.run(lambda db: db.executemany(query, rows))
@@ -356,28 +371,28 @@ class TierCatalog:
 
         copies: (tier, key) pairs.
         """
-        rows = [(self.place(tier), key) for tier, key in copies]
+        rows = [(self.url(tier), key) for tier, key in copies]
         if rows:
             query = "UPDATE copies SET made_from = '' WHERE place = ? AND key = ?"
             self._database.run(lambda db: db.executemany(query, rows))
 
     def forget(self, copies: Iterable[tuple[str, str]]) -> None:
         """Forget copies that are gone or no longer trusted. copies: (tier, key) pairs."""
-        rows = [(self.place(tier), key) for tier, key in copies]
+        rows = [(self.url(tier), key) for tier, key in copies]
         if rows:
             self._database.run(lambda db: db.executemany("DELETE FROM copies WHERE place = ? AND key = ?", rows))
 
     # -- markers of tiers -------------------------------------------------------------------------------------------
 
-    def mark(self, tier: str) -> str | None:
+    def mount_marker(self, tier: str) -> str | None:
         """Return the marker that distinguishes a tier from an empty folder at its path; None if it was never used."""
-        query, place = "SELECT mark FROM marks WHERE place = ?", self.place(tier)
-        found = self._database.run(lambda db: db.execute(query, (place,)).fetchone())
+        query, url = "SELECT mark FROM marks WHERE place = ?", self.url(tier)
+        found = self._database.run(lambda db: db.execute(query, (url,)).fetchone())
         return None if found is None else str(found[0])
 
-    def remember_mark(self, tier: str, mark: str) -> None:
+    def record_mount_marker(self, tier: str, marker: str) -> None:
         """Record the marker that distinguishes a tier from an empty folder at its path."""
-        row = self.place(tier), mark
+        row = self.url(tier), marker
         self._database.run(lambda db: db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", row))
 
     # -- the journal ------------------------------------------------------------------------------------------------

@@ -409,7 +409,7 @@ def name_matches(entry: Entry, include: Sequence[str] | None, exclude: Sequence[
     return selected(path, include or (), exclude or ())
 
 
-def verify_copies(output: Output, scope: CacheScope, jobs: int, *, repair: bool) -> None:
+def verify_cached(output: Output, scope: CacheScope, jobs: int, *, repair: bool) -> None:
     """Verify copies in the cache and print each damaged one; with repair, fetch those again.
 
     Raises:

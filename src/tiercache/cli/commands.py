@@ -248,7 +248,7 @@ def verify(
         if sample is not None or at is not None:
             raise ValueError("--sample and --at apply to data sets, and cannot be given for copies in the cache")
         scope = CacheScope(url, include, exclude, storage_option, cache_dir, cache_size)
-        verb.verify_copies(output, scope, jobs, repair=repair)
+        verb.verify_cached(output, scope, jobs, repair=repair)
     elif url is None:
         raise ValueError("verify needs a URL, or --cached, --repair or --cache DIR for copies in the cache")
     else:

@@ -1,4 +1,4 @@
-"""The verbs `tiercache tier check`, `plan`, `apply`, `run`, `ls` and `restore`; tier_commands.py has their options."""
+"""The verbs of `tiercache tier`, and `tiercache restore`; tier_commands.py and commands.py have their options."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo, format_bytes
 from tiercache.prices import SPEEDS, Prices, Speed, price_notes, price_table
 from tiercache.store import redact
-from tiercache.store.archive import S3Archive
+from tiercache.store.archive import S3StorageClasses
 from tiercache.store.options import ParsedUrl
 from tiercache.tier import restore as restoring
 from tiercache.tier.costs import Sizes, month_dollars
 from tiercache.tier.findings import Loss, bucket_findings, find_losses, metric_gaps
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.inventory.listing import keys_of
-from tiercache.tier.model import KINDS, READABLE, SHARD, Move, Plan, Refusal, Snapshot
+from tiercache.tier.model import KINDS, READABLE, SHARD, STANDARD, Move, Plan, Refusal, Snapshot
 from tiercache.tier.move.checks import ApplyResult, StoppedMove
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.mover import RunReport, open_mover, run_once
@@ -73,11 +73,11 @@ def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
     """Return a plan of what is in the tiers now."""
     inventory = tiers.read_inventory(output)
     file, snapshot = tiers.file, inventory.snapshot
-    unseen = unavailable_tiers(file, tiers.stores, tiers.catalog)
+    unavailable = unavailable_tiers(file, tiers.stores, tiers.catalog)
     limits = [tiers.stores.capacity(tier.name) for tier in file.tiers]
-    decisions = decide(snapshot, file, tiers.prices, capacity_bytes=limits, missing=unseen)
+    decisions = decide(snapshot, file, tiers.prices, capacity_bytes=limits, unavailable=unavailable)
     made = make_plan(decisions, inventory, file, tiers.prices)
-    print_unavailable(output, file, unseen)
+    print_unavailable(output, file, unavailable)
     print_metric_gaps(output, metric_gaps(snapshot, file, inventory.facts["in_files"])[0])
     moved = decisions.moves.group
     tiers.print_untracked(output, inventory, snapshot.paths.take(pa.array(moved[snapshot.kind[moved] == SHARD])))
@@ -187,10 +187,10 @@ def apply(output: Output, file: Path, rules: Path | None, max_rows: int, *, yes:
             n_deletions = sum(move.action == "delete" for move in stored.moves)
             deletions = f", including {count(n_deletions, 'permanent deletion')}" if n_deletions else ""
             confirm(f"Make {plan_text(stored)}{deletions}?", "nothing was moved")
-        adopted = track_planned(stored, tiers.stores)
+        newly_tracked = track_planned(stored, tiers.stores)
         applied = execute_plan(output, tiers, stored)
-    text = _apply_text(stored, applied, tiers.file.tiering.grace_s) + tracked_text(adopted)
-    output.summary(_apply_facts(stored, applied) | {"adopted": list(adopted)}, text)
+    text = _apply_text(stored, applied, tiers.file.tiering.grace_s) + tracked_text(newly_tracked)
+    output.summary(_apply_facts(stored, applied) | {"adopted": list(newly_tracked)}, text)
     if applied.stopped:
         raise typer.Exit(PARTIAL)
 
@@ -210,16 +210,16 @@ def print_stopped(output: Output, stopped: Sequence[StoppedMove]) -> None:
         output.event("stopped", facts, printable(f"stopped: {one.path}: {one.reason}"))
 
 
-def tracked_text(adopted: Sequence[str]) -> str:
+def tracked_text(newly_tracked: Sequence[str]) -> str:
     """Return the end of a summary, which counts data sets that are tracked from now on."""
-    return f"; {count(len(adopted), 'data set')} tracked from now on" if adopted else ""
+    return f"; {count(len(newly_tracked), 'data set')} tracked from now on" if newly_tracked else ""
 
 
 def _apply_facts(plan: Plan, applied: ApplyResult) -> dict[str, Any]:
     return {
         "plan": plan.id,
         "n_moves": len(plan.moves),
-        "done": applied.done,
+        "done": applied.n_made,
         "stopped": len(applied.stopped),
         "waiting_drops": applied.waiting_drops,
         "n_bytes": applied.n_bytes,
@@ -227,7 +227,7 @@ def _apply_facts(plan: Plan, applied: ApplyResult) -> dict[str, Any]:
 
 
 def _apply_text(plan: Plan, applied: ApplyResult, grace_s: float) -> str:
-    text = f"{applied.done:,} of {count(len(plan.moves), 'move')} done, {format_bytes(applied.n_bytes)} copied"
+    text = f"{applied.n_made:,} of {count(len(plan.moves), 'move')} done, {format_bytes(applied.n_bytes)} copied"
     if applied.waiting_drops:
         text += (
             f"; {count(applied.waiting_drops, 'deletion')} due after the grace period ({format_duration(grace_s)}), "
@@ -241,7 +241,7 @@ def run(output: Output, rules: Path | None, max_rows: int, *, dry_run: bool) -> 
     file = load_rule_file(rules)
     with output.byte_progress("moving") as advance:
         report = run_once(file, dry_run=dry_run, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
-    print_unavailable(output, file, report.unseen)
+    print_unavailable(output, file, report.unavailable)
     print_metric_gaps(output, report.gaps)
     if dry_run:
         print_plan(output, report.plan, max_rows)
@@ -258,20 +258,20 @@ def run(output: Output, rules: Path | None, max_rows: int, *, dry_run: bool) -> 
 def _run_text(report: RunReport) -> str:
     """Return the summary for people."""
     if report.dry_run:
-        return f"would make {plan_text(report.plan)}; {count(report.settled.waiting_drops, 'deletion')} waiting"
-    applied, settled = report.applied, report.settled
-    text = f"{applied.done:,} of {count(len(report.plan.moves), 'move')} done, {format_bytes(applied.n_bytes)} copied"
-    text += f"; {count(settled.done, 'deletion')} made, {format_bytes(settled.n_bytes)}"
+        return f"would make {plan_text(report.plan)}; {count(report.deletions.waiting_drops, 'deletion')} waiting"
+    applied, settled = report.applied, report.deletions
+    text = f"{applied.n_made:,} of {count(len(report.plan.moves), 'move')} done, {format_bytes(applied.n_bytes)} copied"
+    text += f"; {count(settled.n_made, 'deletion')} made, {format_bytes(settled.n_bytes)}"
     parts = [
         (settled.proof_bytes, f"{format_bytes(settled.proof_bytes)} of copies read back first"),
         (settled.waiting_drops, f"{count(settled.waiting_drops, 'deletion')} waiting for grace"),
         (len(report.stopped), f"{len(report.stopped):,} stopped"),
         (len(report.losses), f"{count(len(report.losses), 'object')} lost"),
-        (len(report.unseen), f"{count(len(report.unseen), 'tier')} not seen"),
+        (len(report.unavailable), f"{count(len(report.unavailable), 'tier')} not seen"),
         (len(report.plan.refusals), f"{len(report.plan.refusals):,} refused"),
         (report.n_restoring, f"{count(report.n_restoring, 'copy', 'copies')} being restored"),
     ]
-    return "; ".join([text, *(words for n, words in parts if n)]) + tracked_text(report.adopted)
+    return "; ".join([text, *(words for n, words in parts if n)]) + tracked_text(report.newly_tracked)
 
 
 _DIGITS = re.compile(r"([0-9]+)")
@@ -488,9 +488,11 @@ def _promote(output: Output, tiers: OpenTiers, plan: RestorePlan, facts: dict[st
     moves = restoring.plan_copy_home(tiers.file, plan, made_s=time.time(), catalog=tiers.catalog)
     applied = execute_plan(output, tiers, moves)
     stopped = len(applied.stopped)
-    text = f"{count(len(plan.objects), 'object')}, {format_bytes(plan.n_bytes)}, restored to {tiers.file.home.name}"
+    text = (
+        f"{count(len(plan.objects), 'object')}, {format_bytes(plan.n_bytes)}, restored to {tiers.file.home_tier.name}"
+    )
     text += f"; {count(stopped, 'move')} of {len(moves.moves)} stopped" if stopped else ""
-    output.summary(facts | {"copied": applied.done, "stopped": stopped}, text)
+    output.summary(facts | {"copied": applied.n_made, "stopped": stopped}, text)
     return PARTIAL if stopped else 0
 
 
@@ -526,7 +528,7 @@ _LEFT_ALONE = {
     "differing": "different copies in two tiers",
 }
 _SHOWN = 3
-_OFFLINE, _UNSEEN = "not asked", "cannot be seen"
+_OFFLINE, _UNAVAILABLE = "not asked", "cannot be seen"
 
 
 def check_file(output: Output, rules: Path | None) -> None:
@@ -550,9 +552,9 @@ def _check(output: Output, tiers: OpenTiers) -> None:
     file = tiers.file
     reached = {tier.name: _reached(tiers, tier) for tier in file.tiers}
     failed = {name for name, answer in reached.items() if answer != "yes"}
-    unseen = unavailable_tiers(file, tiers.stores, tiers.catalog, but=failed)
-    _print_tiers(output, file, reached | dict.fromkeys(unseen, _UNSEEN))
-    print_unavailable(output, file, unseen)
+    unavailable = unavailable_tiers(file, tiers.stores, tiers.catalog, but=failed)
+    _print_tiers(output, file, reached | dict.fromkeys(unavailable, _UNAVAILABLE))
+    print_unavailable(output, file, unavailable)
     losses: tuple[Loss, ...] | None = None
     if not failed:
         inventory = tiers.read_inventory(output)
@@ -568,7 +570,7 @@ def _check(output: Output, tiers: OpenTiers) -> None:
         folders = [found.folder for found in inventory.facts["datasets"]]
         tiers.print_untracked(output, inventory, pa.array(folders, pa.large_string()))
         print_losses(output, losses)
-    n_unreached = len(failed) + len(unseen)
+    n_unreached = len(failed) + len(unavailable)
     _sum_up(output, file, n_unreached, losses)
     if n_unreached or losses:
         raise typer.Exit(FAILED if n_unreached else PARTIAL)
@@ -593,7 +595,7 @@ def _print_tiers(output: Output, file: RuleFile, reached: dict[str, str]) -> Non
         shown = {"tier": tier.name, "role": tier.role, "url": redact(tier.url)}
         facts = {"storage_class": tier.storage_class, "capacity": tier.capacity, "prices": prices}
         answer = reached[tier.name]
-        rows.append({**shown, **facts, "home": tier is file.home, "reached": answer == "yes", "answer": answer})
+        rows.append({**shown, **facts, "home": tier is file.home_tier, "reached": answer == "yes", "answer": answer})
         words = {"class": tier.storage_class or "", "capacity": tier.capacity or "", "prices": prices or ""}
         texts.append({**shown, **words, "reached": answer})
     output.table("tier", rows, texts)
@@ -619,8 +621,8 @@ def _print_rules(output: Output, file: RuleFile, inventory: Inventory) -> None:
 def _print_buckets(output: Output, tiers: OpenTiers) -> None:
     """Print what the tiers' buckets do with objects by themselves (lifecycle rules, versioning)."""
     for tier in tiers.file.tiers:
-        archive = tiers.stores.archive(tier.name)
-        if isinstance(archive, S3Archive):
+        archive = tiers.stores.s3_classes(tier.name)
+        if isinstance(archive, S3StorageClasses):
             folder = f"{archive.prefix}/" if archive.prefix else ""
             for found in bucket_findings(tier.name, folder, tiers.stores.class_of(tier.name), archive.settings()):
                 text = printable(f"{'warning' if found.is_danger else 'note'}: {found.text}")
@@ -670,7 +672,7 @@ def _setting_notes(file: RuleFile) -> Iterator[str]:
         if tier.prices is None and not tier.is_local:
             yield f"tiers.{tier.name} has no prices, so plans contain no dollars for it"
         if isinstance(tier.prices, str) and tier.prices.startswith("aws:"):
-            priced, written = tier.prices.rpartition(":")[2], tier.storage_class or "STANDARD"
+            priced, written = tier.prices.rpartition(":")[2], tier.storage_class or STANDARD
             if priced != written and not tier.is_local:
                 yield f"tiers.{tier.name} writes storage class {written}, but has the prices of {priced}"
 

@@ -100,7 +100,7 @@ class OpenTiers:
     def print_untracked(self, output: Output, inventory: Inventory, paths: pa.Array) -> None:
         """Print a note for each data set among paths whose use is not tracked: whether it is idle is unknown."""
         for found in inventory.facts.get("datasets", ()):
-            if not found.is_adopted and not found.problem and pc.any(pc.starts_with(paths, found.folder)).as_py():
+            if not found.is_tracked and not found.problem and pc.any(pc.starts_with(paths, found.folder)).as_py():
                 folder = found.folder.rstrip("/") or "/"
                 from_then = "machines report it after the first `tier apply` or `tier run --once`"
                 text = f"{folder}: its use is not tracked yet; {from_then}"
@@ -109,7 +109,7 @@ class OpenTiers:
     def print_pending_moves(self, output: Output) -> None:
         """Print a note for each home tier of another rule file that moves in this machine's catalog wait for."""
         for home, n_moves in self.catalog.waiting_homes().items():
-            if home != self.file.home.url:
+            if home != self.file.home_tier.url:
                 text = (
                     f"{count(n_moves, 'move')} of another home tier, {redact(home)}, in the catalog of this machine: "
                     f"their sources are deleted only by `tiercache tier run --once` with a rule file of that home tier"
@@ -137,18 +137,20 @@ def print_losses(output: Output, losses: Sequence[Loss]) -> None:
         typer.echo(f"LOST: ... and {count(len(losses) - len(shown), 'object')} more: --json names all")
 
 
-def print_unavailable(output: Output, file: RuleFile, unseen: Mapping[str, str]) -> None:
+def print_unavailable(output: Output, file: RuleFile, unavailable: Mapping[str, str]) -> None:
     """Print a warning for each tier whose copies cannot be seen, and a note for each other tier without a folder."""
-    for tier, reason in unseen.items():
+    for tier, reason in unavailable.items():
         text = f"tiers.{tier} cannot be seen: {reason}"
         output.event("unseen", {"tier": tier, "reason": reason}, printable(f"warning: {text}"))
-    print_notes(output, filter(None, (missing_folder_message(tier) for tier in file.tiers if tier.name not in unseen)))
+    print_notes(
+        output, filter(None, (missing_folder_message(tier) for tier in file.tiers if tier.name not in unavailable))
+    )
 
 
-def print_notes(output: Output, doubts: Iterable[str]) -> None:
-    """Print a note for each setting that is valid but probably not intended."""
-    for doubt in doubts:
-        output.event("doubt", {"text": doubt}, f"note: {doubt}")
+def print_notes(output: Output, notes: Iterable[str]) -> None:
+    """Print notes on settings that are valid but probably not intended, as events `doubt`."""
+    for note in notes:
+        output.event("doubt", {"text": note}, f"note: {note}")
 
 
 @contextmanager
@@ -156,8 +158,8 @@ def open_tiers(rules: Path | None) -> Iterator[OpenTiers]:
     """Yield the opened tiers of the rule file, and close them at the end."""
     file = load_rule_file(rules)
     prices = tuple(prices_if_known(tier) for tier in file.tiers)
-    places = {tier.name: tier.url for tier in file.tiers}
-    with Stores(file) as stores, TierCatalog(catalog_path(file), places) as catalog:
+    urls = {tier.name: tier.url for tier in file.tiers}
+    with Stores(file) as stores, TierCatalog(catalog_path(file), urls) as catalog:
         yield OpenTiers(file, stores, catalog, prices)
 
 
@@ -167,10 +169,10 @@ def tier_path(file: RuleFile, text: str) -> str:
     text: URL or local path in a tier, or a path below the tiers' URLs. A local path is absolute, or begins with "~/",
     "./" or "../". Raises ValueError if the URL or absolute path is in no tier.
     """
-    place = ParsedUrl.parse(os.path.abspath(text) if text.startswith(_HERE) else text)  # noqa: PTH100 - keeps links
-    if not place.scheme and not Path(place.path).is_absolute():
+    location = ParsedUrl.parse(os.path.abspath(text) if text.startswith(_HERE) else text)  # noqa: PTH100 - keeps links
+    if not location.scheme and not Path(location.path).is_absolute():
         return text.strip("/")
-    whole = _whole(place)
+    whole = _whole(location)
     for tier in file.tiers:
         root = _whole(ParsedUrl.parse(tier.url))
         if whole == root:
@@ -178,11 +180,11 @@ def tier_path(file: RuleFile, text: str) -> str:
         if whole.startswith(root.rstrip("/") + "/"):
             return whole.removeprefix(root.rstrip("/") + "/")
     known = ", ".join(ParsedUrl.parse(tier.url).shown for tier in file.tiers)
-    raise ValueError(f"{place.shown}: not in any tier of {file.path}: {known}")
+    raise ValueError(f"{location.shown}: not in any tier of {file.path}: {known}")
 
 
-def _whole(place: ParsedUrl) -> str:
-    return place.full.rstrip("/") if place.scheme else os.path.normpath(place.path)
+def _whole(location: ParsedUrl) -> str:
+    return location.full.rstrip("/") if location.scheme else os.path.normpath(location.path)
 
 
 def is_glob(text: str) -> bool:

@@ -34,7 +34,7 @@ from tiercache.store.s3 import (
 )
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
-__all__ = ["BucketSettings", "CopySizes", "RestoreState", "S3Archive", "has_boto3"]
+__all__ = ["BucketSettings", "CopySizes", "RestoreState", "S3StorageClasses", "has_boto3"]
 
 RestoreState: TypeAlias = Literal["started", "running", "done"]
 DeleteFailures: TypeAlias = list[tuple[str, str]]  # (key, reason)
@@ -86,7 +86,7 @@ class CopySizes:
     n_parts: int = 8
 
 
-class S3Archive:
+class S3StorageClasses:
     """Objects with storage classes: a folder of a bucket through boto3. Keys are those of the Store with the same URL.
 
     Safe for threads. Each process creates its clients and threads at first use.
@@ -114,7 +114,7 @@ class S3Archive:
         self._monitor = ProcessLocal(CallMonitor, CallMonitor.close)
 
     @classmethod
-    def of(cls, store: CloudStore, *, sizes: CopySizes | None = None) -> S3Archive:
+    def of(cls, store: CloudStore, *, sizes: CopySizes | None = None) -> S3StorageClasses:
         """Return the archive of an S3 store: the same bucket, folder, options and counters.
 
         Raises:
@@ -127,7 +127,7 @@ class S3Archive:
         return cls(calls, store.folder.bucket, store.folder.prefix, sizes=sizes)
 
     def __repr__(self) -> str:
-        return f"S3Archive({self.url!r})"
+        return f"S3StorageClasses({self.url!r})"
 
     def close(self) -> None:
         """End the threads of this process and close its connections."""
@@ -217,13 +217,13 @@ class S3Archive:
         """
         return self._copy(self, key, key, storage_class, if_match, condition=None)
 
-    def can_copy_from(self, src: S3Archive) -> bool:
+    def can_copy_from(self, src: S3StorageClasses) -> bool:
         """Return whether the server can copy from src: both have the same endpoint and the same credentials."""
         return src.calls.endpoint_and_identity == self.calls.endpoint_and_identity
 
     def copy_from(
         self,
-        src: S3Archive,
+        src: S3StorageClasses,
         src_key: str,
         key: str,
         *,
@@ -252,7 +252,7 @@ class S3Archive:
 
     def _copy(
         self,
-        src: S3Archive,
+        src: S3StorageClasses,
         src_key: str,
         key: str,
         storage_class: str | None,
@@ -453,7 +453,9 @@ class S3Upload(Upload):
     read back.
     """
 
-    def __init__(self, archive: S3Archive, key: str, writing: dict[str, Any], *, if_match: str | None = None) -> None:
+    def __init__(
+        self, archive: S3StorageClasses, key: str, writing: dict[str, Any], *, if_match: str | None = None
+    ) -> None:
         """Send nothing yet. writing: Arguments of the request that creates the object: storage class, encryption."""
         self._archive, self._key, self._writing, self._if_match = archive, key, writing, if_match
         self._lock = Lock()

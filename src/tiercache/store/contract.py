@@ -53,7 +53,8 @@ class Upload(ABC):
     def put_part(self, number: int, data: Buffer) -> None:
         """Add the next part. Parts come in the order of their numbers, from any thread but one at a time.
 
-        A part that fails ends the upload. (The uploads of S3Archive also take parts in any order and in parallel.)
+        A part that fails ends the upload. (The uploads of S3StorageClasses also take parts in any order and in
+        parallel.)
 
         Args:
             number: Number of the part: 0, 1, 2, ...

@@ -64,7 +64,7 @@ def month_dollars(prices: Prices, sizes: Sizes) -> Dollars:
     return billed_bytes(prices, sizes) / GB * prices.store_gb_month + standard
 
 
-def early_days(prices: Prices, age_s: NDArray[np.float64]) -> Dollars:
+def early_days(prices: Prices, age_s: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the days that remain of the storage class's minimum duration for copies of this age."""
     return np.maximum(prices.min_days - np.maximum(age_s, 0.0) / DAY_S, 0.0)
 

@@ -25,7 +25,7 @@ from tiercache.tier.inventory.metrics import metrics_in_name, used_metrics
 from tiercache.tier.model import CHECKPOINT
 from tiercache.tier.placement import log
 from tiercache.tier.plan.selection import Flags, fits_size, largest_copies, rules_of, scores_of
-from tiercache.tier.stores import RESTORED_FIRST, unavailable_tiers
+from tiercache.tier.stores import CLASSES_TO_RESTORE, unavailable_tiers
 from tiercache.tier.text_columns import first_match, match_regex
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ def bucket_findings(tier: str, folder: str, class_of: str, settings: BucketSetti
         for transition in rule.get("Transitions", ()):
             target = str(transition.get("StorageClass", ""))
             if target != class_of:
-                more = "; they cannot be read before a restore" if target in RESTORED_FIRST else ""
+                more = "; they cannot be read before a restore" if target in CLASSES_TO_RESTORE else ""
                 text = f"{described} moves objects of this tier to {target} {_when(transition) or 'at once'}{more}"
-                yield BucketFinding(tier, "transition", name, target in RESTORED_FIRST, text)
+                yield BucketFinding(tier, "transition", name, target in CLASSES_TO_RESTORE, text)
     if has_versions:
         yield BucketFinding(tier, "versions", None, False, f"{where}: {_versions(settings.versioning, rules)}")
     if settings.lock is not None:
@@ -168,12 +168,12 @@ def find_losses(
     inventory: Inventory, file: RuleFile, stores: Stores, catalog: TierCatalog, *, now_s: float
 ) -> tuple[Loss, ...]:
     """Return all lost objects, by path. Changes nothing. Raises StoreError if a store cannot be reached now."""
-    hidden = {*unavailable_tiers(file, stores, catalog), *inventory.facts["missed"]}
+    hidden = {*unavailable_tiers(file, stores, catalog), *inventory.facts["unlisted"]}
     expected: dict[str, _Expected] = {}
     keys, named_s = inventory.facts["missing_shards"]
     _add(expected, keys, named_s, "", "a version of its data set names it")
     _add_from_catalog(expected, inventory, file, catalog)
-    if file.home.name not in hidden:
+    if file.home_tier.name not in hidden:
         _add_from_placement(expected, inventory, file, stores)
     found = {path: one for path, one in expected.items() if hidden.isdisjoint(one.tiers)}
     paths = pa.array(sorted(found), pa.large_string())
@@ -228,7 +228,7 @@ def _add_from_placement(expected: dict[str, _Expected], inventory: Inventory, fi
     if not inventory.lies(pa.array([log.TRACKING_MARKER_KEY], pa.large_string()))[0]:
         return
     try:
-        placed = log.read_placement(stores.store(file.home.name))
+        placed = log.read_placement(stores.store(file.home_tier.name))
     except (CorruptShard, UnsupportedFormat):
         return  # the mover reports the damaged placement, and moves nothing
     if placed is None or not len(placed):

@@ -1,7 +1,9 @@
 """Frozen values of tiering: the snapshot of all copies, moves as columns, the plan with its moves.
 
 A *group* is the unit of a move: a file, a shard or a checkpoint. Its path is relative to the URLs of the tiers. A
-*copy* is a group in one tier. Columns refer to tiers and groups by number; values for people contain names.
+*copy* is a group in one tier; the loading path uses the word for a cached object. A *move* is any change of where a
+group lies, with one of five *actions*: copy, move, drop, reclass or delete. The action `move` copies a group and
+deletes its source. Columns refer to tiers and groups by number; values for people contain names.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ Action: TypeAlias = Literal["copy", "move", "drop", "reclass", "delete"]
 # In execution order: actions that free room come first, and of these the ones that transfer no bytes.
 ACTIONS: tuple[Action, ...] = ("delete", "drop", "reclass", "move", "copy")
 DELETE, DROP, RECLASS, MOVE, COPY = range(5)
+
+STANDARD = "STANDARD"  # storage class of S3 objects that name none
 
 # States of a copy. READABLE; ARCHIVED: must be restored first; RESTORING: a restore is in progress;
 # RESTORED: readable until the restored copy expires.
@@ -101,14 +105,14 @@ class MoveCost:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MoveColumns:
-    """Moves that a rule proposes, that the policy has decided, or that it rejects; row i of every column is one."""
+    """Moves that a rule proposes, that the policy has decided, or that it refuses; row i of every column is one."""
 
     group: NDArray[np.int64]
     action: NDArray[np.int8]  # indices of ACTIONS
     src: NDArray[np.int8]  # tier that is read, or from which the copy is dropped
     dst: NDArray[np.int8]  # tier that receives the copy, or (drop) holds the other copy; -1: delete
     rule: NDArray[np.int16]  # number of the rule, or -1 - tier for the watermark of a tier
-    reason: NDArray[np.object_]  # for people: why it is moved, with the figures, or why it is rejected
+    reason: NDArray[np.object_]  # for people: why it is moved, with the figures, or why it is refused
     once: NDArray[np.float64]  # one-time cost in US dollars: requests, retrieval, egress and early-deletion fee
     saving_month: NDArray[np.float64]  # US dollars of storage saved per month; negative: the move makes it dearer
 
@@ -140,7 +144,7 @@ NO_MOVES = MoveColumns.of(np.empty(0, np.int64), 0, 0, -1, 0, "")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decisions:
-    """The output of the policy: moves in execution order, at most one per group, and rejected moves."""
+    """The output of the policy: moves in execution order, at most one per group, and refused moves."""
 
     moves: MoveColumns = NO_MOVES
     refusals: MoveColumns = NO_MOVES  # at most one per group, and none for groups that are moved

@@ -20,7 +20,7 @@ from tiercache.prices import SPEEDS, Speed
 from tiercache.tier.costs import PROMOTION_DAYS, restore_dollars, restored_home_dollars
 from tiercache.tier.inventory.layouts import group_keys
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, Action, Kind, Move, Plan, PlannedObject, PlannedTier
-from tiercache.tier.stores import RESTORED_FIRST, Stores, state_of
+from tiercache.tier.stores import CLASSES_TO_RESTORE, Stores, state_of
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def plan_restore(
     for key, copies in zip(wanted, found, strict=True):
         if not copies:
             names = ", ".join(tier.name for tier in file.tiers)
-            raise NotFound(f"{key} is in none of the tiers {names}", url=stores.store(file.home.name).url)
+            raise NotFound(f"{key} is in none of the tiers {names}", url=stores.store(file.home_tier.name).url)
         if any(copy.state not in _NEARER for copy in copies):
             readable.append(key)
         else:
@@ -159,7 +159,7 @@ def _estimate(
     cost: float | None = 0.0
     hours: float | None = 0.0
     for name in {one.tier: None for one in objects}:
-        archive, home = prices[name], prices[file.home.name]
+        archive, home = prices[name], prices[file.home_tier.name]
         price = None if archive is None else archive.restore.get(speed)
         if archive is not None and archive.restore and price is None:
             speeds = ", ".join(archive.restore)
@@ -172,12 +172,12 @@ def _estimate(
             continue
         if archive is None or price is None:
             cost = None
-        elif days is not None or name == file.home.name:
+        elif days is not None or name == file.home_tier.name:
             cost += float(restore_dollars(archive, price, n_bytes, PROMOTION_DAYS if days is None else days).sum())
         elif home is None:
             cost = None
         else:
-            urls = file.tier(name).url, file.home.url
+            urls = file.tier(name).url, file.home_tier.url
             cost += float(restored_home_dollars(archive, price, home, n_bytes, urls=urls).sum())
     return cost, hours
 
@@ -205,11 +205,11 @@ def request_restore(stores: Stores, plan: RestorePlan) -> Counter[RestoreState]:
     def request(one: ArchivedObject) -> RestoreState:
         if one.state == RESTORING:
             return "running"
-        archive = stores.archive(one.tier)
+        archive = stores.s3_classes(one.tier)
         if archive is None:
             url = stores.store(one.tier).url
             raise StoreError(f"{one.key}: the tier {one.tier} cannot restore", url=url, unable=True)
-        takes_days = one.storage_class in RESTORED_FIRST
+        takes_days = one.storage_class in CLASSES_TO_RESTORE
         return archive.restore(one.key, days=days if takes_days else None, speed=plan.speed)
 
     return Counter(_in_parallel(request, plan.objects))
@@ -260,7 +260,7 @@ def plan_copy_home(
     Objects of one checkpoint are one move, so that it appears complete. Where the archive is only another storage class
     of the home, the class is changed. to: Name of another destination tier. catalog: Has checksums for the copies.
     """
-    target = file.home if to is None else file.tier(to)
+    target = file.home_tier if to is None else file.tier(to)
     tiers = tuple(PlannedTier(tier.name, tier.role, tier.url, tier.storage_class) for tier in file.tiers)
     moves: list[Move] = []
     for path, kind, objects in _groups([one for one in plan.objects if one.tier != target.name]):

@@ -34,7 +34,7 @@ from pydantic import (
 from tiercache import config
 from tiercache.model import parse_bytes, parse_duration
 from tiercache.prices import named_prices, parse_prices, prices_of
-from tiercache.tier.model import Kind
+from tiercache.tier.model import STANDARD, Kind
 from tiercache.tier.text_columns import check_globs
 
 _PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
@@ -141,17 +141,18 @@ Role: TypeAlias = Literal["hot", "standard", "archive"]
 ROLES: tuple[Role, ...] = ("hot", "standard", "archive")
 
 Seconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds)]
-SomeSeconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds), Field(gt=0)]
+PositiveSeconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds), Field(gt=0)]
 Bytes: TypeAlias = Annotated[int, BeforeValidator(read_bytes)]
-Share: TypeAlias = Annotated[float, BeforeValidator(read_fraction)]
+Fraction: TypeAlias = Annotated[float, BeforeValidator(read_fraction)]
 Texts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(read_texts)]
 Globs: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(read_globs), AfterValidator(require_values)]
 
-MOST = 1 << 62  # largest count in a rule file: the planner stores counts as int64
+MAX_COUNT = 1 << 62  # largest count in a rule file: the planner stores counts as int64
 
 _BEST = re.compile(r"\s*(?P<metric>[^:]*[^:\s])\s*:\s*(?P<n>[0-9]+)\s*(?::\s*(?P<mode>min|max)\s*)?")
-# Attributes of a rule that are conditions of `to`, and their keys in messages.
-_CONDITIONS = {"sources": "from", "idle_s": "idle", "age_s": "age", "uses_below": "uses_below"}
+# Attributes of a rule that have an effect only with `to`, and their keys in messages. Sizes are no such attributes:
+# they apply to keep lists and delete_after, too.
+_KEYS_OF_TO = {"sources": "from", "idle_s": "idle", "age_s": "age", "uses_below": "uses_below"}
 _URLS_WITHOUT_USERS = ("s3:", "gs:", "http:", "https:")
 
 
@@ -177,8 +178,8 @@ class Tier(RuleTable):
     prices: str | dict[str, Any] | None = None  # name in the price table, or a table of prices; None: not given
     # Size, or percentage of the disk, as written in the file; None: unlimited.
     capacity: Annotated[str, BeforeValidator(read_capacity)] | None = None
-    high: Share = 0.9  # fraction of the capacity above which the planner sends copies down
-    low: Share = 0.75  # fraction of the capacity at which the planner stops
+    high: Fraction = 0.9  # fraction of the capacity above which the planner sends copies down
+    low: Fraction = 0.75  # fraction of the capacity at which the planner stops
     # Options of the store; never shown, since they may contain secrets.
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
 
@@ -227,7 +228,7 @@ class Tier(RuleTable):
         return url
 
     @model_validator(mode="after")
-    def _fits(self) -> Tier:
+    def _check_watermarks(self) -> Tier:
         if self.low >= self.high:
             raise ValueError(f"low: must be below high, got {self.low:.0%} and {self.high:.0%}")
         if self.is_percentage and not self.is_local:
@@ -242,7 +243,7 @@ class BestMetric(RuleTable):
 
     # Names of the metric; the first name that any checkpoint of a run has is used for that run.
     metrics: Annotated[Texts, AfterValidator(require_values)] = Field(validation_alias="metric")
-    n: int = Field(ge=1, le=MOST)  # number of checkpoints to keep
+    n: int = Field(ge=1, le=MAX_COUNT)  # number of checkpoints to keep
     mode: Literal["min", "max"] = "min"  # whether the lowest or the highest values are the best
 
 
@@ -255,7 +256,7 @@ def _best(given: object) -> object:
     if isinstance(given, BestMetric | dict):
         return given
     match = _BEST.fullmatch(given) if isinstance(given, str) else None
-    if match is None or not 1 <= int(match["n"]) <= MOST:
+    if match is None or not 1 <= int(match["n"]) <= MAX_COUNT:
         raise ValueError(f"expected METRIC:N or METRIC:N:max, as in 'val_loss:2' or 'accuracy:1:max', got {given!r}")
     return {"metric": match["metric"].strip(), "n": int(match["n"]), "mode": match["mode"] or "min"}
 
@@ -263,12 +264,12 @@ def _best(given: object) -> object:
 class KeepList(RuleTable):
     """A keep list: the checkpoints that stay in a tier. It keeps a checkpoint that any of its keys selects."""
 
-    last: int | None = Field(default=None, ge=1, le=MOST)
-    every_steps: int | None = Field(default=None, ge=1, le=MOST)
-    every_s: SomeSeconds | None = Field(default=None, validation_alias="every")
+    last: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    every_steps: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    every_s: PositiveSeconds | None = Field(default=None, validation_alias="every")
     best: Annotated[tuple[BestMetric, ...], BeforeValidator(read_bests)] = ()
     tags: Texts = ()
-    younger_s: SomeSeconds | None = Field(default=None, validation_alias="younger")
+    younger_s: PositiveSeconds | None = Field(default=None, validation_alias="younger")
 
 
 class Rule(RuleTable):
@@ -284,26 +285,26 @@ class Rule(RuleTable):
     sources: Texts = Field(default=(), validation_alias="from")  # names of the tiers from which `to` takes copies
     idle_s: Seconds | None = Field(default=None, validation_alias="idle")
     age_s: Seconds | None = Field(default=None, validation_alias="age")
-    uses_below: int | None = Field(default=None, ge=1, le=MOST)
+    uses_below: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     # "mtime": use the modification time as the time of the last use of objects whose uses are not recorded.
     idle_by: Literal["use", "mtime"] = "use"
     even_if_dearer: bool = False  # whether the rule's moves may cost more than they save
     keep: Mapping[str, KeepList] = Field(default_factory=dict)  # keep list of each tier, the fastest tier first
     then: str | None = None
     after_s: Seconds | None = Field(default=None, validation_alias="after")
-    delete_after_s: SomeSeconds | None = Field(default=None, validation_alias="delete_after")
+    delete_after_s: PositiveSeconds | None = Field(default=None, validation_alias="delete_after")
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Rule:
         """Check that the rule has `to` with conditions, or keep lists with `then`, and no key without effect."""
-        conditions = [key for name, key in _CONDITIONS.items() if getattr(self, name)]
-        if self.keep and (self.to is not None or conditions):
-            key = "to" if self.to is not None else conditions[0]
+        keys_of_to = [key for name, key in _KEYS_OF_TO.items() if getattr(self, name)]
+        if self.keep and (self.to is not None or keys_of_to):
+            key = "to" if self.to is not None else keys_of_to[0]
             raise ValueError(f"{key}: cannot be combined with keep lists: write two rules")
         if self.keep and self.kind not in (None, "checkpoint"):
             raise ValueError(f"kind: keep lists apply to checkpoints only, and this rule is for kind {self.kind!r}")
-        if self.to is None and conditions:
-            raise ValueError(f"{conditions[0]}: is a condition of `to`, and the rule has no `to`")
+        if self.to is None and keys_of_to:
+            raise ValueError(f"{keys_of_to[0]}: is a condition of `to`, and the rule has no `to`")
         if self.idle_by != "use" and self.idle_s is None and self.uses_below is None:
             raise ValueError("idle_by: needs `idle` or `uses_below`, and the rule has neither")
         if self.even_if_dearer and self.to is None and not self.keep:
@@ -343,7 +344,7 @@ class TieringOptions(RuleTable):
     max_break_even_s: Seconds = Field(default=365 * 86400.0, validation_alias="max_break_even")
     jobs: int = Field(default=8, ge=1, le=1024)
     rate_bytes_s: Annotated[int, BeforeValidator(read_rate)] | None = Field(default=None, validation_alias="rate")
-    gone: Annotated[tuple[str, ...], BeforeValidator(read_globs)] = ()
+    gone: Annotated[tuple[str, ...], BeforeValidator(read_globs)] = ()  # globs of objects whose loss is accepted
     state_dir: Annotated[Path, BeforeValidator(read_path)] | None = None
 
 
@@ -370,7 +371,7 @@ class RuleFile(RuleTable):
         return names.index(name)
 
     @property
-    def home(self) -> Tier:
+    def home_tier(self) -> Tier:
         """The home tier: the first standard tier, or else the first tier.
 
         It holds the versions of data sets, the placements and the lock.
@@ -487,7 +488,7 @@ def _check_pair(other: Tier, tier: Tier) -> None:
         )
     location, other_location = _location(tier), _location(other)
     if location == other_location:
-        if (tier.storage_class or "STANDARD") == (other.storage_class or "STANDARD"):
+        if (tier.storage_class or STANDARD) == (other.storage_class or STANDARD):
             raise ValueError(
                 f"{where}.url: tiers.{other.name} has the same URL:"
                 " two tiers with one URL need different storage classes"

@@ -18,18 +18,17 @@ from typing import TYPE_CHECKING
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store import CloudStore, LocalFolder, Store, open_store
-from tiercache.store.archive import S3Archive, has_boto3
+from tiercache.store.archive import S3StorageClasses, has_boto3
 from tiercache.store.options import ParsedUrl
-from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
+from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING, STANDARD
 
 if TYPE_CHECKING:
     from tiercache.catalog.tiers import TierCatalog
     from tiercache.tier.rules import RuleFile, Tier
 
 
-STANDARD = "STANDARD"
 # Classes whose objects must be restored before a read. For INTELLIGENT_TIERING, the object's restore field tells.
-RESTORED_FIRST = ("GLACIER", "DEEP_ARCHIVE")
+CLASSES_TO_RESTORE = ("GLACIER", "DEEP_ARCHIVE")
 
 _ONGOING = re.compile(r'ongoing-request="(true|false)"')
 _EXPIRY = re.compile(r'expiry-date="([^"]+)"')
@@ -47,7 +46,7 @@ def state_of(info: ObjectInfo, now_s: float | None = None) -> int:
             return RESTORING
         until_s = restored_until(info)
         return ARCHIVED if now_s is not None and until_s is not None and until_s <= now_s else RESTORED
-    if "archive-status" in restore or info.storage_class in RESTORED_FIRST:
+    if "archive-status" in restore or info.storage_class in CLASSES_TO_RESTORE:
         return ARCHIVED
     return READABLE
 
@@ -79,18 +78,18 @@ class Stores:
         file: RuleFile,
         *,
         stores: Mapping[str, Store] | None = None,
-        archives: Mapping[str, S3Archive] | None = None,
+        s3_classes: Mapping[str, S3StorageClasses] | None = None,
     ) -> None:
         """Open no store yet.
 
-        stores: Tier name to a store that replaces the one at its URL; the caller closes it. Such a tier has an archive
-        only if `archives` contains one.
+        stores: Tier name to a store that replaces the one at its URL; the caller closes it. Such a tier has
+        storage classes only if `s3_classes` contains it.
         """
         self.file = file
-        self._given, self._given_archives = dict(stores or {}), dict(archives or {})
+        self._given, self._given_s3_classes = dict(stores or {}), dict(s3_classes or {})
         self._lock = Lock()
         self._stores: dict[str, Store] = {}
-        self._archives: dict[str, S3Archive | None] = {}
+        self._s3_classes: dict[str, S3StorageClasses | None] = {}
         self._locations: dict[str, tuple[str, ...]] = {}
 
     def __enter__(self) -> Stores:
@@ -102,10 +101,10 @@ class Stores:
     def close(self) -> None:
         """Close the stores that were opened here. The object can be used again afterwards."""
         with self._lock:
-            opened: list[Store | S3Archive] = [*self._stores.values()]
-            opened += [archive for archive in self._archives.values() if archive is not None]
+            opened: list[Store | S3StorageClasses] = [*self._stores.values()]
+            opened += [client for client in self._s3_classes.values() if client is not None]
             self._stores.clear()
-            self._archives.clear()
+            self._s3_classes.clear()
         for store in opened:
             store.close()
 
@@ -121,34 +120,36 @@ class Stores:
                 store = self._stores[name] = open_store(tier.url, **tier.storage_options)
             return store
 
-    def archive(self, name: str) -> S3Archive | None:
-        """Return the client for storage classes, restores and batches of a tier; None: not S3, or boto3 is missing.
+    def s3_classes(self, name: str) -> S3StorageClasses | None:
+        """Return the client for storage classes, restores and batches of any tier on S3, not only of an archive tier.
+
+        None: The tier is not on S3, or boto3 is missing.
 
         Raises ValueError if the tier has a storage class, but is not S3 or boto3 is missing.
         """
-        if name in self._given or name in self._given_archives:
-            return self._given_archives.get(name)
+        if name in self._given or name in self._given_s3_classes:
+            return self._given_s3_classes.get(name)
         tier, store = self.file.tier(name), self.store(name)
         with self._lock:
-            if name not in self._archives:
-                self._archives[name] = _archive(tier, store)
-            return self._archives[name]
+            if name not in self._s3_classes:
+                self._s3_classes[name] = _s3_classes(tier, store)
+            return self._s3_classes[name]
 
     def head(self, name: str, key: str) -> ObjectInfo:
         """Return an object's info with storage class, restore state and checksum, where the store has them.
 
         Raises NotFound.
         """
-        archive = self.archive(name)
-        return self.store(name).head(key) if archive is None else archive.head(key)
+        client = self.s3_classes(name)
+        return self.store(name).head(key) if client is None else client.head(key)
 
     def listing(self, name: str, prefix: str = "") -> Iterator[ObjectInfo]:
         """List the objects of a tier below a folder ("": all), with storage class and restore state; unordered.
 
         If tiers share a URL, each lists only the objects of its own class; see tier_of().
         """
-        archive = self.archive(name)
-        found = self.store(name).list(prefix) if archive is None else archive.list(prefix)
+        client = self.s3_classes(name)
+        found = self.store(name).list(prefix) if client is None else client.list(prefix)
         sharing = self.sharing(name)
         if len(sharing) == 1:
             return found
@@ -176,7 +177,7 @@ class Stores:
 
     def same_endpoint(self, first: str, second: str) -> bool:
         """Return whether the server itself can copy from the first tier to the second."""
-        src, dst = self.archive(first), self.archive(second)
+        src, dst = self.s3_classes(first), self.s3_classes(second)
         return src is not None and dst is not None and dst.can_copy_from(src)
 
     def _location(self, name: str) -> tuple[str, ...]:
@@ -200,10 +201,10 @@ class Stores:
         return tier.capacity_bytes(_disk_bytes(place.path))
 
 
-def _archive(tier: Tier, store: Store) -> S3Archive | None:
+def _s3_classes(tier: Tier, store: Store) -> S3StorageClasses | None:
     is_s3 = isinstance(store, CloudStore) and store.cloud == "s3"
     if isinstance(store, CloudStore) and is_s3 and has_boto3():
-        return S3Archive.of(store)
+        return S3StorageClasses.of(store)
     if tier.storage_class is not None:
         reason = "needs boto3, which is not installed: pip install 'tiercache[archive]'"
         reason = reason if is_s3 else f"only S3 has storage classes, and {tier.url!r} is not S3"
@@ -222,20 +223,20 @@ def _disk_bytes(path: str) -> int:
         raise StoreError(f"the size of its disk cannot be read ({error.strerror})", url=path) from error
 
 
-MARKER_KEY = "_tiercache/tier.id"
+MOUNT_MARKER_KEY = "_tiercache/tier.id"
 
 
-def read_marker(store: Store) -> str | None:
+def read_mount_marker(store: Store) -> str | None:
     """Return the content of a tier's mount marker; None: there is none. Raises StoreError."""
     try:
-        return store.get(MARKER_KEY).decode(errors="replace").strip()
+        return store.get(MOUNT_MARKER_KEY).decode(errors="replace").strip()
     except NotFound:
         return None
 
 
-def marker_mismatch(tier: str, store: Store, found: str | None, before: str | None) -> str:
+def mount_marker_mismatch(tier: str, store: Store, found: str | None, before: str | None) -> str:
     """Return why a tier's marker differs from the remembered one; "": it is the same, or none was remembered."""
-    at = f"{store.url}/{MARKER_KEY}"
+    at = f"{store.url}/{MOUNT_MARKER_KEY}"
     if before is None or found == before:
         return ""
     if found is None:
@@ -253,16 +254,16 @@ def unavailable_reason(tier: Tier, store: Store, catalog: TierCatalog) -> str:
     """
     if not tier.is_local:
         return ""
-    found, before = read_marker(store), catalog.mark(tier.name)
+    found, before = read_mount_marker(store), catalog.mount_marker(tier.name)
     if found is None and before is None and _is_empty(store) and catalog.has_entries(tier.name):
-        return was_seen(store)
-    return marker_mismatch(tier.name, store, found, before)
+        return emptied_tier_reason(store)
+    return mount_marker_mismatch(tier.name, store, found, before)
 
 
 def unavailable_tiers(
     file: RuleFile, stores: Stores, catalog: TierCatalog, *, but: Collection[str] = ()
 ) -> dict[str, str]:
-    """Return the reason for each tier that may be unmounted, or that cannot be reached, by name. Writes nothing.
+    """Return the reason for each unavailable tier, by name: it may be unmounted, or cannot be reached. Writes nothing.
 
     A local tier that this machine has never used and whose folder does not exist is not included; for it see
     missing_folder_message(). but: Names of tiers that are not checked.
@@ -280,10 +281,10 @@ def unavailable_tiers(
     return found
 
 
-def ensure_marker(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool) -> str:
-    """Return why a local tier may be missing, or ""; on first use, create its marker and remember it in the catalog.
+def ensure_mount_marker(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool) -> str:
+    """Return why a local tier may be unavailable, or "".
 
-    The race that the marker prevents:
+    On first use, create its marker and remember it in the catalog. The race that the marker prevents:
 
     1. The disk of /mnt/archive is not mounted, but the mount point exists.
     2. The mover copies groups into the mount point, verifies the copies, and drops the sources.
@@ -293,43 +294,45 @@ def ensure_marker(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool)
     folder may be the mount point of an unmounted disk, and a marker in it would identify the wrong disk. Raises
     StoreError.
     """
-    if not tier.is_local or catalog.mark(tier.name) is not None:
+    if not tier.is_local or catalog.mount_marker(tier.name) is not None:
         return unavailable_reason(tier, store, catalog)
-    found = read_marker(store)
+    found = read_mount_marker(store)
     if found is None:
         is_empty = _is_empty(store)
         if is_empty and catalog.has_entries(tier.name):
-            return was_seen(store)
+            return emptied_tier_reason(store)
         if is_empty and not gets:
             return ""
         try:
-            store.put_if_absent(MARKER_KEY, f"{secrets.token_hex(16)}\n".encode())
+            store.put_if_absent(MOUNT_MARKER_KEY, f"{secrets.token_hex(16)}\n".encode())
         except StoreError:
             if gets:
                 raise
-        found = read_marker(store)  # another process may have created it first
+        found = read_mount_marker(store)  # another process may have created it first
     if found is not None:
-        catalog.remember_mark(tier.name, found)
+        catalog.record_mount_marker(tier.name, found)
     return ""
 
 
-def deletion_block_reason(missing: Mapping[str, str]) -> str:
-    """Return why nothing may be deleted while a tier may be unmounted; "": no tier is. missing: Reason, or "", by tier.
+def deletion_block_reason(unavailable: Mapping[str, str]) -> str:
+    """Return why nothing may be deleted while a tier is unavailable; "": none is.
+
+    unavailable: Reason of each unavailable tier; "" for a tier that is available.
 
     A rule would delete a group from all tiers although its tags, its use and whether it is the newest were computed
     without its copy in the unmounted tier.
     """
-    for name, reason in missing.items():
+    for name, reason in unavailable.items():
         if reason:
             return f"nothing is deleted while tier {name} cannot be seen: {reason}"
     return ""
 
 
-def was_seen(store: Store) -> str:
-    """Return the message for a tier without a marker that is empty although copies in it are known."""
+def emptied_tier_reason(store: Store) -> str:
+    """Return why a tier is unavailable that has no marker and is empty although copies in it are known."""
     return (
         f"{store.url} is empty, although it held copies before: is its disk mounted? If it is, write any text to "
-        f"{store.url}/{MARKER_KEY}"
+        f"{store.url}/{MOUNT_MARKER_KEY}"
     )
 
 

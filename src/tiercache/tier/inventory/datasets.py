@@ -44,7 +44,7 @@ class FoundDataset:
     tier: str  # name of the tier from which its versions were read
     n_versions: int  # number of versions, all of which are live
     n_shards: int = 0  # number of shards that any version names
-    is_adopted: bool = False  # whether tiers manage the data set
+    is_tracked: bool = False  # whether machines report uses of the data set
     problem: str = ""  # reason why the data set is left alone; "": there is none
 
 
@@ -62,7 +62,7 @@ class LiveShards:
     # Commit time of the first version that names the shard, in seconds since the epoch; NaN: unknown.
     named_s: NDArray[np.float64]
     elsewhere: NDArray[np.bool_]  # whether the placement leads to a URL that is not a tier's
-    counted_since_s: NDArray[np.float64]  # time since which machines report uses; inf: they do not yet
+    uses_recorded_since_s: NDArray[np.float64]  # time since which machines report uses; inf: they do not yet
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -105,7 +105,7 @@ def _versions_of(
     ):
         if int(number):
             everywhere.setdefault(folder, {}).setdefault(tier, []).append(int(number))
-    home = file.index(file.home.name)
+    home = file.index(file.home_tier.name)
     chosen = {folder: home if home in by_tier else min(by_tier) for folder, by_tier in everywhere.items()}
     return {(folder, tier): sorted(everywhere[folder][tier]) for folder, tier in chosen.items()}
 
@@ -124,13 +124,17 @@ class _DatasetReader:
             table, named_s = self._table(versions)
         except (CorruptShard, UnsupportedFormat) as error:
             return _no_shards(), FoundDataset(self._folder, self._tier, len(numbers), problem=str(error))
-        has_mark = bool(match_regex(own_keys, f"^{re.escape(self._folder + log.TRACKING_MARKER_KEY)}$").any())
+        has_tracking_marker = bool(
+            match_regex(own_keys, f"^{re.escape(self._folder + log.TRACKING_MARKER_KEY)}$").any()
+        )
         reports = match_regex(own_keys, f"^{re.escape(self._folder + use_reports.USAGE_FOLDER)}").any()
         found = use_reports.read_reports(self._store) if reports else []
-        used = use_reports.merge_reports(found, table.names, now_s=now_s, silence_s=self._file.tiering.reader_timeout_s)
-        # Without the adoption marker, readers do not report: a data set that is read daily must not be archived on the
+        used = use_reports.merge_reports(
+            found, table.names, now_s=now_s, reader_timeout_s=self._file.tiering.reader_timeout_s
+        )
+        # Without the tracking marker, readers do not report: a data set that is read daily must not be archived on the
         # day of the first rules. A marker without a date comes from an early release: uses have been recorded for long.
-        since_s = (log.tracked_since_s(self._store) or 0.0) if has_mark else np.inf
+        since_s = (log.tracked_since_s(self._store) or 0.0) if has_tracking_marker else np.inf
         names = pa.concat_arrays([pa.nulls(0, pa.large_string()), *table.names.chunks])
         shards = LiveShards(
             keys=pc.binary_join_element_wise(pa.scalar(self._folder, names.type), names, pa.scalar("", names.type)),
@@ -141,10 +145,10 @@ class _DatasetReader:
             in_use=used.in_use,
             unreported=np.full(len(table), used.unreported),
             named_s=named_s,
-            elsewhere=self._elsewhere(names) if has_mark else np.zeros(len(table), np.bool_),
-            counted_since_s=np.full(len(table), since_s),
+            elsewhere=self._elsewhere(names) if has_tracking_marker else np.zeros(len(table), np.bool_),
+            uses_recorded_since_s=np.full(len(table), since_s),
         )
-        return shards, FoundDataset(self._folder, self._tier, len(versions), len(table), is_adopted=has_mark)
+        return shards, FoundDataset(self._folder, self._tier, len(versions), len(table), is_tracked=has_tracking_marker)
 
     def _versions(self, numbers: Sequence[int]) -> list[Version]:
         """Return the versions with these numbers that still exist."""

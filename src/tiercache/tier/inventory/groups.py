@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tiercache.catalog import tiers as tiers_module
+from tiercache.catalog.tiers import read_uses, uses_under
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
-from tiercache.tier.inventory.layouts import LACKS, MARK, NO_GROUP, NOTHING, KeyGroups, group_keys
+from tiercache.tier.inventory.layouts import COMPLETION_MARKER, LACKS, NO_GROUP, NOTHING, KeyGroups, group_keys
 from tiercache.tier.inventory.listing import NO_CRC, Listing, ObjectTable, Progress, list_tiers, release_memory
 from tiercache.tier.inventory.metrics import find_metrics
 from tiercache.tier.model import (
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
 
-
-# Known checksums of a tier: key -> (n_bytes, etag, crc32c, verified, written_s).
 
 # The state of a copy is the state of its least readable object.
 _HARDER = np.array([0, 3, 2, 1], np.uint8)
@@ -135,7 +133,7 @@ def copies_of(listed: Listing, objects: Objects, checksums_of: Callable[[int], p
     n_objects = np.diff(np.append(first, len(row)))
     n_keys = np.bincount(_group_of_each_key(key, group), minlength=int(group.max(initial=-1)) + 1)
     n_bytes, modified_s = listed.n_bytes[row], listed.modified_s[row]
-    is_mark = (objects.rank[key] == MARK) & objects.on_top[key]
+    is_completion_marker = (objects.rank[key] == COMPLETION_MARKER) & objects.on_top[key]
     return Copies(
         group=group[first],
         tier=tier[first],
@@ -144,8 +142,8 @@ def copies_of(listed: Listing, objects: Objects, checksums_of: Callable[[int], p
         smallest_bytes=_reduced(np.minimum, n_bytes, first),
         modified_s=_reduced(np.maximum, modified_s, first),
         written_s=_reduced(np.maximum, np.minimum(modified_s, facts.written_s), first),
-        marked_s=_reduced(np.maximum, np.where(is_mark, modified_s, _NEVER_S), first),
-        rest_s=_reduced(np.maximum, np.where(is_mark, _NEVER_S, modified_s), first),
+        marked_s=_reduced(np.maximum, np.where(is_completion_marker, modified_s, _NEVER_S), first),
+        rest_s=_reduced(np.maximum, np.where(is_completion_marker, _NEVER_S, modified_s), first),
         unfinished=_reduced(np.logical_or, objects.unfinished[key], first),
         storage_class=listed.storage_class[row][_largest(n_bytes, first, n_objects)],
         state=_STATES[_reduced(np.maximum, _HARDER[listed.state[row]], first)],
@@ -268,7 +266,7 @@ class Inventory:
 
     `facts` contains further findings, by name:
 
-    - `datasets`: tuple of FoundDataset; `missed`: tiers that were not listed.
+    - `datasets`: tuple of FoundDataset; `unlisted`: tiers that were not listed.
     - `n_objects`: number of listed objects; `n_own`: number of tiercache's own objects among them.
     - Findings with a count and example names: `orphans` (shards that no version names), `missing` (shards that no tier
       has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid keys), `differing`
@@ -320,7 +318,7 @@ def take_inventory(
         catalog: Catalog of this machine, whose checksums and dates of copies are used.
         now_s: Current time, in seconds since the epoch.
         on_progress: Callback that receives (tier, number of objects listed so far), from several threads.
-        may_miss: Tiers that are left out if they cannot be listed; `facts["missed"]` names them.
+        may_miss: Tiers that are left out if they cannot be listed; `facts["unlisted"]` names them.
 
     Raises StoreError if a tier cannot be listed, or an object that decides about moves cannot be read now.
     """
@@ -482,11 +480,11 @@ def _uses(file: RuleFile, listed: Listing, grouped: _Grouped) -> tuple[NDArray[n
     n_groups = len(grouped.kind)
     last_s, counts = np.full(n_groups, np.nan), np.zeros(n_groups, np.int64)
     try:
-        uses = tiers_module.read_uses()
+        uses = read_uses()
     except (OSError, ValueError):  # there is no usable state folder, so that no use is known
         uses = {}
     for number in listed.tiers if uses else ():
-        found = tiers_module.uses_under(uses, file.tiers[number].url)
+        found = uses_under(uses, file.tiers[number].url)
         rows = np.flatnonzero(listed.tier[grouped.objects.row] == number)
         keys = take_rows(listed.keys, grouped.objects.row[rows])
         at = index_in(keys, pa.array(list(found), pa.large_string()))
@@ -512,8 +510,8 @@ def _snapshot(
     in_use[of_shard], unreported[of_shard] = grouped.shards.in_use[shard], grouped.shards.unreported[shard]
     last_use_s = np.fmax(last_use_s, log_use_s)
     last_use_s[of_shard] = np.fmax(last_use_s[of_shard], grouped.shards.last_use_s[shard])
-    counted_since_s = np.where(np.isnan(log_use_s), np.inf, log_use_s)
-    counted_since_s[of_shard] = grouped.shards.counted_since_s[shard]
+    uses_recorded_since_s = np.where(np.isnan(log_use_s), np.inf, log_use_s)
+    uses_recorded_since_s[of_shard] = grouped.shards.uses_recorded_since_s[shard]
     return Snapshot(
         now_s=now_s,
         tiers=tuple(tier.name for tier in file.tiers),
@@ -525,7 +523,7 @@ def _snapshot(
         created_s=created_s,
         last_use_s=last_use_s,
         uses=n_uses,
-        uses_recorded_since_s=counted_since_s,
+        uses_recorded_since_s=uses_recorded_since_s,
         unreported=unreported,
         in_use=in_use,
         tags={},
@@ -545,7 +543,7 @@ def _facts(
     differing = listed.keys.take(pa.array(copies.row[copies.differing])).unique()
     return {
         "datasets": datasets,
-        "missed": listed.missed,
+        "unlisted": listed.unlisted,
         "n_objects": len(listed),
         "orphans": _some(grouped.orphans),
         "missing": _some(missing),

@@ -42,7 +42,7 @@ from tiercache.tier.text_columns import (
 NO_GROUP = -1
 
 # Copy order of a group's objects: the object that marks it complete comes last.
-MEMBER, INDEX, MARK = range(3)
+MEMBER, INDEX, COMPLETION_MARKER = range(3)
 
 # What a checkpoint lacks to be complete, judged by names.
 NOTHING, METADATA, TRAINER_STATE, WEIGHTS, SHARDS, END_OF_SAVE = range(6)
@@ -106,7 +106,7 @@ class KeyGroups:
     marked: NDArray[np.bool_]  # whether the group has an object that its writer writes last
     # Columns of keys.
     group: NDArray[np.int32]  # NO_GROUP for unfinished objects and for names that are not valid keys
-    rank: NDArray[np.uint8]  # MEMBER, INDEX or MARK
+    rank: NDArray[np.uint8]  # MEMBER, INDEX or COMPLETION_MARKER
     unfinished: NDArray[np.bool_]  # by the name
     on_top: NDArray[np.bool_]  # whether the object lies directly in the folder of its group
 
@@ -348,9 +348,9 @@ class _Members:
         return self.metadata | self.trainer_state
 
     def ranks(self) -> NDArray[np.uint8]:
-        """Return MEMBER, INDEX or MARK for each key; uint8[n_keys]."""
+        """Return MEMBER, INDEX or COMPLETION_MARKER for each key; uint8[n_keys]."""
         rank = np.where(match_regex(self.names, _INDEX) & self._is_in, INDEX, MEMBER).astype(np.uint8)
-        rank[self.marks()] = MARK
+        rank[self.marks()] = COMPLETION_MARKER
         return rank
 
     def count_wrong(self) -> NDArray[np.bool_]:

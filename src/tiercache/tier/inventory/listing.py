@@ -46,7 +46,7 @@ class Listing:
     """The objects of all tiers. Row i of every column is one object."""
 
     tiers: tuple[int, ...]  # numbers of the tiers that were listed
-    missed: tuple[str, ...]  # names of the tiers that could not be listed
+    unlisted: tuple[str, ...]  # names of the tiers that could not be listed
     classes: tuple[str, ...]  # names of storage classes; "" is the store's default
     keys: pa.Array  # large_string
     etags: pa.Array  # large_string, null where the store gives none
@@ -74,10 +74,10 @@ def list_tiers(
     may_miss: Tiers that are left out if they cannot be listed. Raises StoreError if another tier cannot be listed.
     """
     stop = Event()
-    missed: set[str] = set()
+    unlisted: set[str] = set()
 
     def batches(names: tuple[str, ...]) -> list[pa.RecordBatch]:
-        """List the URL of these tiers; empty if it cannot be listed and may be missed."""
+        """List the URL of these tiers; empty if it cannot be listed and may be left out."""
         n_objects = dict.fromkeys(names, 0)
         found = []
         try:
@@ -94,20 +94,20 @@ def list_tiers(
             if not set(names).issubset(may_miss):
                 stop.set()
                 raise
-            missed.update(names)
+            unlisted.update(names)
             return []
         return found
 
     urls = list(dict.fromkeys(stores.sharing(tier.name) for tier in file.tiers))
     with ThreadPoolExecutor(len(urls), "tiercache-listing") as pool:
         parts = [batch for some in pool.map(batches, urls) for batch in some]
-    return _joined(file, pa.Table.from_batches(parts, pa.schema(_COLUMNS)), now_s, missed)
+    return _joined(file, pa.Table.from_batches(parts, pa.schema(_COLUMNS)), now_s, unlisted)
 
 
 def _batches(file: RuleFile, stores: Stores, names: tuple[str, ...]) -> Iterator[list[tuple[int, ObjectInfo]]]:
     """Yield the objects at the URL of these tiers, each with the number of its tier; the last batch may be empty."""
     numbers = {name: file.index(name) for name in names}
-    archive = stores.archive(names[0])
+    archive = stores.s3_classes(names[0])
     batch = []
     for info in stores.store(names[0]).list() if archive is None else archive.list():
         name = names[0] if len(names) == 1 else stores.tier_of(names, info)
@@ -133,7 +133,7 @@ def _columns(batch: list[tuple[int, ObjectInfo]], now_s: float) -> pa.RecordBatc
     return pa.record_batch(columns, pa.schema(_COLUMNS))
 
 
-def _joined(file: RuleFile, table: pa.Table, now_s: float, missed: Collection[str]) -> Listing:
+def _joined(file: RuleFile, table: pa.Table, now_s: float, unlisted: Collection[str]) -> Listing:
     pairs = pc.binary_join_element_wise(table["storage_class"], table["restore"], pa.scalar("\n", _LARGE))
     pair = pairs.combine_chunks().dictionary_encode()
     words = [word.split("\n", 1) for word in pair.dictionary.to_pylist()]
@@ -142,8 +142,8 @@ def _joined(file: RuleFile, table: pa.Table, now_s: float, missed: Collection[st
     class_of = [classes.index(storage_class) for storage_class, _ in words]
     states = [state_of(ObjectInfo("", 0, storage_class=word[0], restore=word[1]), now_s) for word in words]
     return Listing(
-        tiers=tuple(number for number, tier in enumerate(file.tiers) if tier.name not in missed),
-        missed=tuple(tier.name for tier in file.tiers if tier.name in missed),
+        tiers=tuple(number for number, tier in enumerate(file.tiers) if tier.name not in unlisted),
+        unlisted=tuple(tier.name for tier in file.tiers if tier.name in unlisted),
         classes=tuple(classes),
         keys=table["key"].combine_chunks(),
         etags=table["etag"].combine_chunks(),

@@ -1,8 +1,10 @@
 """Checks that moves make, and the results of moves.
 
-A check tells whether an object is still the planned one, or a copy still the verified one. No function here writes the
-journal or deletes data. A function whose name ends in `_reason` returns "" if everything is as expected, otherwise a
-text for people that says what was expected and what was found.
+A check tells whether an object is still the planned one, or a copy still the verified one. No check writes the journal,
+or changes objects of users. Three of them write: ensure_tier_marker() creates a mount marker, probe_shared_location()
+puts an object and deletes it again, and unconfirmed_reason() records a new ETag in the catalog. A function whose name
+ends in `_reason` returns "" if everything is as expected, otherwise a text for people that says what was expected and
+what was found.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ import pyarrow as pa
 
 from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.errors import NotFound, StoreError, TierCacheError
-from tiercache.tier.model import READABLE
+from tiercache.tier.model import READABLE, STANDARD
 from tiercache.tier.move.transfer import Transfer, find_difference
 from tiercache.tier.rules import load_rule_file
-from tiercache.tier.stores import RESTORED_FIRST, ensure_marker, needs_restore, state_of
+from tiercache.tier.stores import CLASSES_TO_RESTORE, ensure_mount_marker, needs_restore, state_of
 from tiercache.tier.text_columns import first_match
 
 if TYPE_CHECKING:
@@ -44,28 +46,35 @@ class StoppedMove:
 
 @dataclass(frozen=True, slots=True)
 class ApplyResult:
-    """Result of apply_plan() or settle().
+    """Result of apply_plan() or run_due_deletions().
 
     Attributes:
-        done: Number of moves that are now as their plan asks, whenever they were made.
+        n_made: Number of moves that were made, now or earlier. It includes moves whose deletions wait for the grace
+            period, unlike the journal's state "done", after which nothing is left to do.
         stopped: Moves that were not made, with reasons.
         waiting_drops: Number of deletions of all plans that wait for their grace period.
-        n_bytes: Bytes that were copied; of settle(): bytes that were deleted.
-        proof_bytes: Bytes of copies in local folders that settle() read back before it deleted their sources.
+        n_bytes: Bytes that were copied; of run_due_deletions(): bytes that were deleted.
+        proof_bytes: Bytes of copies in local folders that run_due_deletions() read back before it deleted their
+            sources.
     """
 
-    done: int = 0
+    n_made: int = 0
     stopped: tuple[StoppedMove, ...] = ()
     waiting_drops: int = 0
     n_bytes: int = 0
     proof_bytes: int = 0
 
     def followed_by(self, later: ApplyResult) -> ApplyResult:
-        """Return the results of two calls of settle() as one. The second call has checked again what the first kept."""
-        again = {(one.plan, one.number) for one in later.stopped}
-        stopped = tuple(one for one in self.stopped if (one.plan, one.number) not in again)
+        """Return the results of two calls of run_due_deletions() as one.
+
+        The second call has checked again what the first one left.
+        """
+        again = {(move.plan, move.number) for move in later.stopped}
+        stopped = tuple(move for move in self.stopped if (move.plan, move.number) not in again)
         n_bytes, proof_bytes = self.n_bytes + later.n_bytes, self.proof_bytes + later.proof_bytes
-        return ApplyResult(self.done + later.done, stopped + later.stopped, later.waiting_drops, n_bytes, proof_bytes)
+        return ApplyResult(
+            self.n_made + later.n_made, stopped + later.stopped, later.waiting_drops, n_bytes, proof_bytes
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +118,7 @@ class Heads:
 
     def infos(self, tier: str, row: JournalRow) -> Infos:
         """Return the metadata of a move's objects in a tier, by key."""
-        return {one.key: self.info(tier, one.key) for one in row.objects}
+        return {obj.key: self.info(tier, obj.key) for obj in row.objects}
 
 
 @dataclass(slots=True)
@@ -126,7 +135,7 @@ class MoveContext:
     pool: Executor
     lock: TierLock
     clock: Callable[[], float]
-    _separate: dict[tuple[str, str], str] = field(default_factory=dict)
+    _shared_reasons: dict[tuple[str, str], str] = field(default_factory=dict)  # results of probe_shared_location()
 
     # -- objects ----------------------------------------------------------------------------------------------------
 
@@ -151,26 +160,26 @@ class MoveContext:
 
     def has_class(self, tier: str, info: ObjectInfo) -> bool:
         """Return whether an object already has the storage class of a tier."""
-        return (info.storage_class or "STANDARD") == self.stores.class_of(tier)
+        return (info.storage_class or STANDARD) == self.stores.class_of(tier)
 
     def ends_readability(self, row: JournalRow) -> bool:
         """Return whether a move gives objects, in place, a class from which they must be restored before a read."""
-        return row.action == "reclass" and self.stores.class_of(row.dst) in RESTORED_FIRST
+        return row.action == "reclass" and self.stores.class_of(row.dst) in CLASSES_TO_RESTORE
 
     # -- the copy that is moved -------------------------------------------------------------------------------------
 
-    def change_reason(self, tier: str, info: ObjectInfo, one: PlannedObject) -> str:
+    def change_reason(self, tier: str, info: ObjectInfo, obj: PlannedObject) -> str:
         """Return why an object is not the planned one; "" if it is."""
-        at = f"{self.stores.store(tier).url}/{one.key}"
-        if (difference := find_difference(one, info)) is not None:
+        at = f"{self.stores.store(tier).url}/{obj.key}"
+        if (difference := find_difference(obj, info)) is not None:
             what, expected, found = difference
             return f"{at}: expected {f'{expected} bytes' if what == 'size' else f'{what} {expected}'}, found {found}"
-        if None not in (info.etag, one.etag) or None not in (info.modified_s, one.modified_s):
+        if None not in (info.etag, obj.etag) or None not in (info.modified_s, obj.modified_s):
             return ""
-        if one.crc32c is None:
+        if obj.crc32c is None:
             return f"{at}: the store says neither ETag nor date, and its checksum is not known: it cannot be compared"
         crc = self.transfer.checksum_of(tier, info)
-        return "" if crc == one.crc32c else f"{at}: expected CRC-32C {one.crc32c:08x}, found {crc:08x}"
+        return "" if crc == obj.crc32c else f"{at}: expected CRC-32C {obj.crc32c:08x}, found {crc:08x}"
 
     def extra_object_reason(self, tier: str, path: str, keys: Iterable[str]) -> str:
         """Return why a group has more objects than planned; "" if it has not. Raises StoreError."""
@@ -214,7 +223,7 @@ class MoveContext:
 
     def unconfirmed_move_reason(self, row: JournalRow, copies: Infos) -> str:
         """Return why the copies of a move in dst cannot be relied on; "" if all can. Raises StoreError."""
-        entries = self.catalog.entries(row.dst, [one.key for one in row.objects])
+        entries = self.catalog.entries(row.dst, [obj.key for obj in row.objects])
         reasons = (self.unconfirmed_reason(row.dst, key, copies[key], entries.get(key)) for key, *_ in row.objects)
         return next(filter(None, reasons), "")
 
@@ -232,15 +241,15 @@ class MoveContext:
 
     def remember_dates(self, tier: str, objects: Sequence[PlannedObject]) -> None:
         """Record in the catalog when these objects were first written: a change of class gives them a new date."""
-        entries = self.catalog.entries(tier, [one.key for one in objects])
+        entries = self.catalog.entries(tier, [obj.key for obj in objects])
         dated = []
-        for one in objects:
-            entry = entries.get(one.key)
-            if one.etag is None or (first_s := first_written_s(one, entry)) is None:
+        for obj in objects:
+            entry = entries.get(obj.key)
+            if obj.etag is None or (first_s := first_written_s(obj, entry)) is None:
                 continue
-            if entry is None or (entry.n_bytes, entry.etag) != (one.n_bytes, one.etag):
-                entry = CatalogEntry(one.n_bytes, one.etag, None, verified=False)
-            dated.append((tier, one.key, entry._replace(written_s=first_s)))
+            if entry is None or (entry.n_bytes, entry.etag) != (obj.n_bytes, obj.etag):
+                entry = CatalogEntry(obj.n_bytes, obj.etag, None, verified=False)
+            dated.append((tier, obj.key, entry._replace(written_s=first_s)))
         self.catalog.record(dated)
 
     # -- checks of a whole move -------------------------------------------------------------------------------------
@@ -264,7 +273,7 @@ class MoveContext:
             return {}
         texts, owners = [], []
         for row in rows:
-            for text in {row.path, *(one.key for one in row.objects)}:
+            for text in {row.path, *(obj.key for obj in row.objects)}:
                 texts.append(text)
                 owners.append((row.plan, row.number))
         found = first_match(pa.array(texts, pa.large_string()), [(pin.match, ()) for pin in pins])
@@ -275,14 +284,17 @@ class MoveContext:
                 reasons[owner] = f"expected no pin, found {', '.join(pin.match)}" + (f" ({pin.why})" if pin.why else "")
         return reasons
 
-    def tier_unavailable_reason(self, tier: str, *, gets: bool = True) -> str:
-        """Return why a local tier may not be the one used before, or "". See ensure_marker()."""
+    def ensure_tier_marker(self, tier: str, *, gets: bool = True) -> str:
+        """Return why a local tier may not be the one used before, or ""; on first use, create its mount marker.
+
+        See stores.ensure_mount_marker().
+        """
         try:
-            return ensure_marker(self.file.tier(tier), self.stores.store(tier), self.catalog, gets=gets)
+            return ensure_mount_marker(self.file.tier(tier), self.stores.store(tier), self.catalog, gets=gets)
         except StoreError as error:
             return str(error)
 
-    def shared_location_reason(self, src: str, dst: str) -> str:
+    def probe_shared_location(self, src: str, dst: str) -> str:
         """Return why two tiers may be one location, whose copies are one copy; "" if they are not. Raises StoreError.
 
         URLs do not show this: 1. /data/a and /mnt/b are one folder by a link, a mount or NFS. 2. The copy "in both" is
@@ -291,7 +303,7 @@ class MoveContext:
         """
         if self.stores.same_url(src, dst):
             return f"tiers {src} and {dst} have one URL"
-        if (src, dst) not in self._separate:
+        if (src, dst) not in self._shared_reasons:
             key, source = f"{_PROBE_FOLDER}{secrets.token_hex(16)}", self.stores.store(src)
             try:
                 source.put(key, b"a probe, gone at once\n")
@@ -301,8 +313,8 @@ class MoveContext:
                     source.delete([key])
             urls = f"{source.url} and {self.stores.store(dst).url}"
             reason = f"expected two locations, found that {urls} (tiers {src}, {dst}) are one: a drop would delete both"
-            self._separate[src, dst] = reason if is_one else ""
-        return self._separate[src, dst]
+            self._shared_reasons[src, dst] = reason if is_one else ""
+        return self._shared_reasons[src, dst]
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,10 +332,10 @@ def in_batches(items: Sequence[T], limits: BatchLimits) -> Iterator[list[T]]:
     n_objects = n_bytes = 0
     for item in items:
         objects = item.row.objects
-        n_objects, n_bytes = n_objects + len(objects), n_bytes + sum(one.n_bytes for one in objects)
+        n_objects, n_bytes = n_objects + len(objects), n_bytes + sum(obj.n_bytes for obj in objects)
         if batch and (len(batch) >= limits.n_moves or n_objects > limits.n_objects or n_bytes > limits.n_bytes):
             yield batch
-            batch, n_objects, n_bytes = [], len(objects), sum(one.n_bytes for one in objects)
+            batch, n_objects, n_bytes = [], len(objects), sum(obj.n_bytes for obj in objects)
         batch.append(item)
     if batch:
         yield batch
@@ -334,10 +346,10 @@ def matches_entry(info: ObjectInfo, entry: CatalogEntry) -> bool:
     return info.n_bytes == entry.n_bytes and None not in (info.etag, entry.etag) and info.etag == entry.etag
 
 
-def first_written_s(one: PlannedObject, entry: CatalogEntry | None) -> float | None:
+def first_written_s(obj: PlannedObject, entry: CatalogEntry | None) -> float | None:
     """Return when an object was first written: its date, or an earlier one that the catalog has of this very object."""
-    is_it = entry is not None and one.etag is not None and (entry.n_bytes, entry.etag) == (one.n_bytes, one.etag)
-    return earliest(one.modified_s, entry.written_s if entry is not None and is_it else None)
+    is_it = entry is not None and obj.etag is not None and (entry.n_bytes, entry.etag) == (obj.n_bytes, obj.etag)
+    return earliest(obj.modified_s, entry.written_s if entry is not None and is_it else None)
 
 
 def earliest(*dates_s: float | None) -> float | None:
@@ -346,17 +358,17 @@ def earliest(*dates_s: float | None) -> float | None:
 
 
 def entry_after_class_change(
-    one: PlannedObject, entry: CatalogEntry | None, changed: CatalogEntry
+    obj: PlannedObject, entry: CatalogEntry | None, changed: CatalogEntry
 ) -> CatalogEntry | None:
     """Return the new catalog entry of an object whose class was changed; None if nothing changes.
 
     entry: The entry before, see remember_dates(). An object without a checksum has an entry only for its date.
     """
-    crc = changed.crc32c if changed.crc32c is not None else one.crc32c
-    came_from, first_s = ("", one.modified_s) if entry is None else (entry.made_from, first_written_s(one, entry))
+    crc = changed.crc32c if changed.crc32c is not None else obj.crc32c
+    came_from, first_s = ("", obj.modified_s) if entry is None else (entry.made_from, first_written_s(obj, entry))
     if crc is not None:
         return CatalogEntry(changed.n_bytes, changed.etag, crc, came_from, first_s)
-    if changed.etag in (None, one.etag):
+    if changed.etag in (None, obj.etag):
         return None
     return CatalogEntry(changed.n_bytes, changed.etag, None, written_s=first_s, verified=False)
 

@@ -1,8 +1,9 @@
 """Deferred deletions: drops, deletions of last copies, class changes that end readability, after their grace period.
 
-The deletion guard lists and plans once more, whatever an earlier plan said. Every condition is checked again, directly
-before the deletion; mover.py gives the reasons. A deletion whose conditions no longer hold is cancelled if the objects
-or rules have changed, and its redirect is reverted; or it keeps waiting if the reason may pass.
+The tiers are listed and planned once more (DeletionFacts), whatever an earlier plan said. Every condition is checked
+again, directly before the deletion; the package's docstring gives the reasons. A deletion whose conditions no longer
+hold is cancelled if the objects or rules have changed, and its redirect is reverted; or it keeps waiting if the reason
+may pass.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class DeletionGuard:
+class DeletionFacts:
     """State of the tiers, as far as deletions depend on it. Paths are paths of groups.
 
     Attributes:
@@ -71,22 +72,23 @@ class DeletionGuard:
     used_s: Mapping[str, float] = field(default_factory=dict)
 
 
-def take_deletion_guard(file: RuleFile, stores: Stores, catalog: TierCatalog, now_s: float) -> DeletionGuard:
+def take_deletion_facts(file: RuleFile, stores: Stores, catalog: TierCatalog, now_s: float) -> DeletionFacts:
     """List all tiers and plan once more. Raises as take_inventory()."""
     snapshot = take_inventory(file, stores, catalog, now_s=now_s).snapshot
     prices = [prices_if_known(tier) for tier in file.tiers]
     capacity = [stores.capacity(tier.name) for tier in file.tiers]
-    missing = unavailable_tiers(file, stores, catalog)
-    return deletion_guard_of(snapshot, decide(snapshot, file, prices, capacity_bytes=capacity, missing=missing))
+    unavailable = unavailable_tiers(file, stores, catalog)
+    decisions = decide(snapshot, file, prices, capacity_bytes=capacity, unavailable=unavailable)
+    return deletion_facts_of(snapshot, decisions)
 
 
-def deletion_guard_of(snapshot: Snapshot, decisions: Decisions) -> DeletionGuard:
-    """Return the guard that a snapshot and the decisions on it make."""
+def deletion_facts_of(snapshot: Snapshot, decisions: Decisions) -> DeletionFacts:
+    """Return what deletions need to know of a snapshot and of the decisions on it."""
     tiers = snapshot.tiers
     is_used = np.isfinite(snapshot.uses_recorded_since_s) & (snapshot.kind != SHARD)
     moves = decisions.moves
     takes, deletes = np.isin(moves.action, (MOVE, DROP, RECLASS)), moves.action == DELETE
-    return DeletionGuard(
+    return DeletionFacts(
         in_use=_paths(snapshot, snapshot.in_use),
         protected=_paths(snapshot, find_newest(snapshot) | find_newest(_readable(snapshot))),
         deletes=frozenset(snapshot.paths.take(pa.array(moves.group[deletes])).to_pylist()),
@@ -116,15 +118,15 @@ def _paths(snapshot: Snapshot, groups: NDArray[np.bool_]) -> frozenset[str]:
     return frozenset(snapshot.paths[int(group)].as_py() for group in np.flatnonzero(groups))
 
 
-# go: no check speaks against the deletion. done: nothing is left to delete. keep: it waits, the reason may pass.
-# cancel: objects or rules have changed.
-Verdict: TypeAlias = Literal["go", "done", "keep", "cancel"]
+# go: no check speaks against the deletion. done: nothing is left to delete. wait: the next run checks it again, because
+# the reason may pass. cancel: objects or rules have changed.
+Verdict: TypeAlias = Literal["go", "done", "wait", "cancel"]
 
 # Small batches: between the checks and the deletions lie the queries of one batch, and the reading of its local copies.
 _BATCH_LIMITS = BatchLimits(64, 1000, 64 << 30)
 _CLOCK_SKEW_S = 60.0
-# Maximum age of the deletion guard.
-_GUARD_S = 600.0
+# Maximum age of DeletionFacts when a batch begins.
+_FACTS_MAX_AGE_S = 600.0
 
 
 @dataclass(slots=True)
@@ -146,15 +148,18 @@ class DueDeletion:
     is_begun: bool = False
 
     def set_verdict(self, verdict: Verdict, reason: str) -> None:
-        """Set the verdict, if there is a reason and no earlier verdict.
+        """Set the verdict, if there is no earlier one. reason: As a check returns it; "": the verdict stays.
 
         Where some objects are gone already, a deletion is not cancelled: the rest is deleted when that is possible.
         """
         if reason and self.verdict == "go":
-            self.verdict, self.reason = "keep" if verdict == "cancel" and self.is_half_made else verdict, reason
+            self.verdict, self.reason = "wait" if verdict == "cancel" and self.is_half_made else verdict, reason
 
     def cancel_changed(self, reason: str) -> None:
-        """Cancel the deletion, even a half-made one, because its objects have changed. why: "": they have not."""
+        """Cancel the deletion, even a half-made one, because its objects have changed.
+
+        reason: As a check returns it; "": they have not changed, and the verdict stays.
+        """
         if reason and self.verdict == "go":
             self.verdict, self.reason = "cancel", reason
 
@@ -164,10 +169,10 @@ class DueDeletion:
         return self.is_begun and not self.is_whole
 
 
-def settle(
+def run_due_deletions(
     context: MoveContext,
     *,
-    guard: tuple[DeletionGuard, float] | None = None,
+    facts: tuple[DeletionFacts, float] | None = None,
     only_begun: bool = False,
     on_progress: Callable[[Progress], object] | None = None,
 ) -> ApplyResult:
@@ -177,24 +182,24 @@ def settle(
 
     Args:
         context: Tiers, with the lock.
-        guard: Guard of a listing that was made already, and when it began, by SYSTEM_CLOCK. None: the tiers are listed
+        facts: Facts of a listing that was made already, and when it began, by SYSTEM_CLOCK. None: the tiers are listed
             and planned again, before anything is deleted.
         only_begun: Whether to finish interrupted deletions only.
         on_progress: Function that receives how many bytes of the copies were read back; called from several threads.
     """
-    return DeferredDeletions(context, guard, on_progress).run(only_begun=only_begun)
+    return DeferredDeletions(context, facts, on_progress).run(only_begun=only_begun)
 
 
 class DeferredDeletions:
-    """One call of settle(). A lock guards the bytes that were read back."""
+    """One call of run_due_deletions(). A lock guards the bytes that were read back."""
 
     def __init__(
         self,
         context: MoveContext,
-        guard: tuple[DeletionGuard, float] | None,
+        facts: tuple[DeletionFacts, float] | None,
         on_progress: Callable[[Progress], object] | None,
     ) -> None:
-        self._context, self._guard, self._on_progress = context, guard, on_progress
+        self._context, self._facts, self._on_progress = context, facts, on_progress
         self._file, self._catalog, self._now_s = context.file, context.catalog, context.clock()
         self._count_lock, self._n_due, self._due_bytes = Lock(), 0, 0
         self._placements = PlacementUpdates(context)
@@ -205,20 +210,20 @@ class DeferredDeletions:
     def run(self, *, only_begun: bool) -> ApplyResult:
         """Make the deletions that are due, and return the counts."""
         due = self._due(only_begun=only_begun)
-        proven = [one.row for one in due if self._needs_proof(one.row)]
-        self._n_due, self._due_bytes = len(due), sum(one.n_bytes for row in proven for one in row.objects)
+        proven = [deletion.row for deletion in due if self._needs_proof(deletion.row)]
+        self._n_due, self._due_bytes = len(due), sum(obj.n_bytes for row in proven for obj in row.objects)
         for batch in in_batches(due, _BATCH_LIMITS):
             # Reading the copies of earlier batches may have taken hours.
-            if self._guard is None or SYSTEM_CLOCK.monotonic() - self._guard[1] > _GUARD_S:
+            if self._facts is None or SYSTEM_CLOCK.monotonic() - self._facts[1] > _FACTS_MAX_AGE_S:
                 listed_s, context = SYSTEM_CLOCK.monotonic(), self._context
-                found = take_deletion_guard(context.file, context.stores, context.catalog, self._now_s)
-                self._guard = found, listed_s
-            self._run_batch(batch, self._guard[0])
+                found = take_deletion_facts(context.file, context.stores, context.catalog, self._now_s)
+                self._facts = found, listed_s
+            self._run_batch(batch, self._facts[0])
         return ApplyResult(self._n_done, tuple(self._stopped), self._n_waiting, self._n_bytes, self._proof_bytes)
 
     def _due(self, *, only_begun: bool) -> list[DueDeletion]:
         due, again = [], []
-        for row in self._catalog.open_moves(self._file.home.url, "waiting", "dropping"):
+        for row in self._catalog.open_moves(self._file.home_tier.url, "waiting", "dropping"):
             if row.state == "dropping" or (not only_begun and row.due_s <= self._now_s):
                 due.append(DueDeletion(row, is_begun=row.state == "dropping"))
                 continue
@@ -234,54 +239,59 @@ class DeferredDeletions:
         """Return whether a source is deleted whose copy must be read back from disk: no store verifies its bytes."""
         return row.action in ("move", "drop") and self._context.transfer.needs_disk_check(row.dst)
 
-    def _run_batch(self, due: Sequence[DueDeletion], guard: DeletionGuard) -> None:
+    def _run_batch(self, due: Sequence[DueDeletion], facts: DeletionFacts) -> None:
         self._context.lock.check()
         self._placements.forget_placements()
-        self._check(due, guard)
-        self._separate(due)
-        self._prove([one for one in due if one.verdict == "go" and self._needs_proof(one.row)])
+        self._check(due, facts)
+        self._postpone_overlaps(due)
+        self._read_back([deletion for deletion in due if deletion.verdict == "go" and self._needs_proof(deletion.row)])
         self._check_pins(due)  # again, because reading copies may have taken hours
         crash_point("tier_drop.checked")
-        self._carry_out([one for one in due if one.verdict == "go"])
+        self._carry_out([deletion for deletion in due if deletion.verdict == "go"])
         self._end(due)
         crash_point("tier_drop.ended")
 
     # -- checks -----------------------------------------------------------------------------------------------------
 
-    def _check(self, due: Sequence[DueDeletion], guard: DeletionGuard) -> None:
-        for one in due:
-            one.set_verdict("cancel", self._misnamed_reason(one.row))
-        due = [one for one in due if one.verdict == "go"]
+    def _check(self, due: Sequence[DueDeletion], facts: DeletionFacts) -> None:
+        for deletion in due:
+            deletion.set_verdict("cancel", self._misnamed_reason(deletion.row))
+        due = [deletion for deletion in due if deletion.verdict == "go"]
         pinned = self._pin_reasons(due)
         heads = self._context.heads(
-            (tier, obj.key) for one in due for tier in self._tiers_to_query(one.row) for obj in one.row.objects
+            (tier, obj.key)
+            for deletion in due
+            for tier in self._tiers_to_query(deletion.row)
+            for obj in deletion.row.objects
         )
-        missing = unavailable_tiers(self._file, self._context.stores, self._catalog)
-        for one in due:
+        unavailable = unavailable_tiers(self._file, self._context.stores, self._catalog)
+        for deletion in due:
             # Where dst cannot be seen, its copies cannot be confirmed: the checks of the copies find that.
-            is_delete = one.row.action == "delete"
-            one.set_verdict("keep", deletion_block_reason(missing) if is_delete else missing.get(one.row.src, ""))
-            if one.verdict == "go":
+            is_delete = deletion.row.action == "delete"
+            deletion.set_verdict(
+                "wait", deletion_block_reason(unavailable) if is_delete else unavailable.get(deletion.row.src, "")
+            )
+            if deletion.verdict == "go":
                 try:
-                    self._check_one(one, heads, guard, pinned.get((one.row.plan, one.row.number), ""))
+                    self._check_one(deletion, heads, facts, pinned.get((deletion.row.plan, deletion.row.number), ""))
                 except TierCacheError as error:
-                    one.set_verdict("keep", str(error))
+                    deletion.set_verdict("wait", str(error))
 
     def _pin_reasons(self, due: Sequence[DueDeletion]) -> Mapping[tuple[str, int], str]:
-        """Return the moves that a pin protects now, with reasons. All are kept where the pins are unknown."""
+        """Return the moves that a pin protects now, with reasons. All wait where the pins are unknown."""
         try:
-            return self._context.pin_reasons([one.row for one in due], self._now_s)
+            return self._context.pin_reasons([deletion.row for deletion in due], self._now_s)
         except TierCacheError as error:
-            for one in due:
-                one.set_verdict("keep", str(error))
+            for deletion in due:
+                deletion.set_verdict("wait", str(error))
             return {}
 
     def _check_pins(self, due: Sequence[DueDeletion]) -> None:
         """Cancel what is pinned now."""
-        due = [one for one in due if one.verdict == "go"]
+        due = [deletion for deletion in due if deletion.verdict == "go"]
         pinned = self._pin_reasons(due)
-        for one in due:
-            one.set_verdict("cancel", pinned.get((one.row.plan, one.row.number), ""))
+        for deletion in due:
+            deletion.set_verdict("cancel", pinned.get((deletion.row.plan, deletion.row.number), ""))
 
     def _misnamed_reason(self, row: JournalRow) -> str:
         """Return why the rule file no longer has the tiers of a move; "" if it has."""
@@ -289,61 +299,63 @@ class DeferredDeletions:
         for name, url in ((row.src, row.src_place), (row.dst, row.dst_place)):
             if name and urls.get(name) != url:
                 return f"expected tier {name!r} at {url}, found {urls.get(name, 'no such tier')} in the rule file"
-        gone = {one.where for one in row.objects if one.where} - urls.keys()
+        gone = {obj.tier for obj in row.objects if obj.tier} - urls.keys()
         return f"expected tiers {', '.join(sorted(gone))}, found none of that name in the rule file" if gone else ""
 
     def _tiers_to_query(self, row: JournalRow) -> set[str]:
         if row.action == "delete":
             return {tier.name for tier in self._file.tiers}
-        return {row.src, row.dst, self._placements.home}
+        return {row.src, row.dst, self._placements.home_name}
 
-    def _check_one(self, one: DueDeletion, heads: Heads, guard: DeletionGuard, pin: str) -> None:
-        row = one.row
-        one.cancel_changed(self._change_reason(one, heads))
-        if one.verdict != "go":
+    def _check_one(self, deletion: DueDeletion, heads: Heads, facts: DeletionFacts, pin: str) -> None:
+        row = deletion.row
+        deletion.cancel_changed(self._change_reason(deletion, heads))
+        if deletion.verdict != "go":
             return
-        if not one.present and (one.is_begun or row.action in ("delete", "reclass")):
-            one.verdict = "done"
+        if not deletion.present and (deletion.is_begun or row.action in ("delete", "reclass")):
+            deletion.verdict = "done"
             return
         if row.action == "delete":
-            self._check_delete(one, guard)
+            self._check_delete(deletion, facts)
         else:
-            self._check_target(one, heads, guard)
-        one.set_verdict("cancel", pin)
-        links = (guard.linked.get((row.path, where)) for where in sorted({where for where, _ in one.present}))
+            self._check_target(deletion, heads, facts)
+        deletion.set_verdict("cancel", pin)
+        links = (facts.linked.get((row.path, tier)) for tier in sorted({tier for tier, _ in deletion.present}))
         # A link cannot use a group whose objects are partly deleted already: such a deletion is finished.
-        if (link := next(filter(None, links), None)) and not one.is_half_made:
-            one.set_verdict("keep", f"{row.path}: expected no symbolic link to it, found {link}")
-        if row.rule in self._by_use and guard.used_s.get(row.path, 0.0) > row.since_s > 0:
+        if (link := next(filter(None, links), None)) and not deletion.is_half_made:
+            deletion.set_verdict("wait", f"{row.path}: expected no symbolic link to it, found {link}")
+        if row.rule in self._by_use and facts.used_s.get(row.path, 0.0) > row.since_s > 0:
             # No placement redirects readers of plain files to the copy: a reader that uses the URL reads the source.
-            one.set_verdict("cancel", f"{row.path}: expected no reader since it was copied, found that it was read")
-        if row.path in guard.in_use:
-            one.set_verdict("keep", f"{row.path}: expected no reader, found that a machine reads it now")
-        if row.rules != self._file.sha256 and row.action != "delete" and (row.path, row.src) not in guard.asked:
-            one.set_verdict("cancel", f"{row.path}: the rule file was changed and no longer asks for this")
+            deletion.set_verdict(
+                "cancel", f"{row.path}: expected no reader since it was copied, found that it was read"
+            )
+        if row.path in facts.in_use:
+            deletion.set_verdict("wait", f"{row.path}: expected no reader, found that a machine reads it now")
+        if row.rules != self._file.sha256 and row.action != "delete" and (row.path, row.src) not in facts.asked:
+            deletion.set_verdict("cancel", f"{row.path}: the rule file was changed and no longer asks for this")
 
-    def _change_reason(self, one: DueDeletion, heads: Heads) -> str:
+    def _change_reason(self, deletion: DueDeletion, heads: Heads) -> str:
         """Compare the objects to delete with those that the journal recorded, and note which of them exist."""
-        row, context, changed = one.row, self._context, ""
-        where_of = {obj: obj.where if row.action == "delete" else row.src for obj in row.objects}
-        for obj, where in where_of.items():
-            info = heads.info(where, obj.key)
+        row, context, changed = deletion.row, self._context, ""
+        where_of = {obj: obj.tier if row.action == "delete" else row.src for obj in row.objects}
+        for obj, tier in where_of.items():
+            info = heads.info(tier, obj.key)
             if info is None:
-                one.is_whole = False
+                deletion.is_whole = False
                 continue
             if row.action == "reclass" and context.has_class(row.dst, info) and info.n_bytes == obj.n_bytes:
                 continue
-            one.present.append((where, obj))
-            changed = changed or context.change_reason(where, info, obj)
-        if row.action == "reclass" and not one.is_whole:
+            deletion.present.append((tier, obj))
+            changed = changed or context.change_reason(tier, info, obj)
+        if row.action == "reclass" and not deletion.is_whole:
             changed = changed or f"{row.src_place}/{row.path}: expected {len(row.objects)} objects, some are missing"
-        for where in sorted(set(where_of.values())):
-            changed = changed or context.extra_object_reason(where, row.path, [obj.key for obj in row.objects])
+        for tier in sorted(set(where_of.values())):
+            changed = changed or context.extra_object_reason(tier, row.path, [obj.key for obj in row.objects])
         return changed or (self._new_copy_reason(row, heads) if row.action == "delete" else "")
 
     def _new_copy_reason(self, row: JournalRow, heads: Heads) -> str:
         """Return why there are more copies than the last copies that were to be deleted; "" if there are not."""
-        stores, planned = self._context.stores, {(one.where, one.key) for one in row.objects}
+        stores, planned = self._context.stores, {(obj.tier, obj.key) for obj in row.objects}
         for tier in self._file.tiers:
             for info in heads.infos(tier.name, row).values():
                 if info is None or (tier.name, info.key) in planned:
@@ -352,38 +364,38 @@ class DeferredDeletions:
                     return f"{tier.url}/{info.key}: expected no copy there, found one of {info.n_bytes} bytes"
         return ""
 
-    def _check_delete(self, one: DueDeletion, guard: DeletionGuard) -> None:
-        path = one.row.path
-        if path in guard.protected:
-            one.set_verdict("cancel", f"{path}: it is the newest complete checkpoint of its run")
-        elif one.is_whole and path not in guard.deletes:
-            one.set_verdict("cancel", f"{path}: no rule deletes it now")
+    def _check_delete(self, deletion: DueDeletion, facts: DeletionFacts) -> None:
+        path = deletion.row.path
+        if path in facts.protected:
+            deletion.set_verdict("cancel", f"{path}: it is the newest complete checkpoint of its run")
+        elif deletion.is_whole and path not in facts.deletes:
+            deletion.set_verdict("cancel", f"{path}: no rule deletes it now")
 
-    def _check_target(self, one: DueDeletion, heads: Heads, guard: DeletionGuard) -> None:
-        row, context = one.row, self._context
+    def _check_target(self, deletion: DueDeletion, heads: Heads, facts: DeletionFacts) -> None:
+        row, context = deletion.row, self._context
         copies = heads.infos(row.dst, row)
         if row.action != "reclass":
-            one.set_verdict("cancel", context.unconfirmed_move_reason(row, copies))
-            if since_s := context.lock.unreliable_copies.get((row.dst_place, row.path)):
-                one.set_verdict(
-                    "keep",
+            deletion.set_verdict("cancel", context.unconfirmed_move_reason(row, copies))
+            if since_s := context.lock.doomed_copies.get((row.dst_place, row.path)):
+                deletion.set_verdict(
+                    "wait",
                     f"{row.dst_place}/{row.path}: another process lost the tier lock {self._now_s - since_s:.0f} s ago "
                     f"and may still delete this copy: it is not relied on for a week",
                 )
-            if one.verdict == "go" and not one.present:
-                one.verdict = "done"
-            if one.present:
-                one.set_verdict("cancel", context.shared_location_reason(row.src, row.dst))
+            if deletion.verdict == "go" and not deletion.present:
+                deletion.verdict = "done"
+            if deletion.present:
+                deletion.set_verdict("cancel", context.probe_shared_location(row.src, row.dst))
         stays = row.action != "reclass" and all(info is not None and is_readable(info) for info in copies.values())
-        if row.path in guard.protected and not stays:
-            one.set_verdict(
+        if row.path in facts.protected and not stays:
+            deletion.set_verdict(
                 "cancel", f"{row.path}: the newest complete checkpoint of its run stays where it can be read"
             )
-        if one.verdict == "go":
+        if deletion.verdict == "go":
             at_home = self._placements.copies_at_home(row, heads)
-            one.set_verdict("cancel", self._placements.unredirected_reason(row, at_home))
+            deletion.set_verdict("cancel", self._placements.unredirected_reason(row, at_home))
 
-    def _separate(self, due: Sequence[DueDeletion]) -> None:
+    def _postpone_overlaps(self, due: Sequence[DueDeletion]) -> None:
         """Postpone a deletion if its source proves another deletion of the batch, or the reverse, for any paths.
 
         Without this: 1. A drops from src, because dst has a copy. 2. B drops from dst, because src has a copy. 3. Both
@@ -392,31 +404,36 @@ class DeferredDeletions:
         """
         needed: set[tuple[str, str]] = set()
         dropped: set[tuple[str, str]] = set()
-        for one in due:
-            if one.verdict != "go" or one.row.action == "reclass":
+        for deletion in due:
+            if deletion.verdict != "go" or deletion.row.action == "reclass":
                 continue
-            drops = {(where, obj.key) for where, obj in one.present}
-            needs = {(one.row.dst, obj.key) for obj in one.row.objects} if one.row.action != "delete" else set()
+            drops = {(tier, obj.key) for tier, obj in deletion.present}
+            needs = (
+                {(deletion.row.dst, obj.key) for obj in deletion.row.objects}
+                if deletion.row.action != "delete"
+                else set()
+            )
             if drops & needed or needs & dropped:
-                one.set_verdict("keep", f"{one.row.path}: another move of the same objects comes first")
+                deletion.set_verdict("wait", f"{deletion.row.path}: another move of the same objects comes first")
                 continue
             needed |= needs
             dropped |= drops
 
-    def _prove(self, due: Sequence[DueDeletion]) -> None:
+    def _read_back(self, due: Sequence[DueDeletion]) -> None:
         """Read local copies back from disk, once, before their sources are deleted."""
         copies: list[tuple[DueDeletion, str, CatalogEntry | None]] = []
-        for one in due:
-            keys = [obj.key for obj in one.row.objects]
-            entries = self._catalog.entries(one.row.dst, keys)
-            copies += [(one, key, entries.get(key)) for key in keys]
-        for (one, _, _), (verdict, reason) in zip(copies, self._context.pool.map(self._proof, copies), strict=True):
-            one.set_verdict(verdict, reason)
+        for deletion in due:
+            keys = [obj.key for obj in deletion.row.objects]
+            entries = self._catalog.entries(deletion.row.dst, keys)
+            copies += [(deletion, key, entries.get(key)) for key in keys]
+        for (deletion, _, _), finding in zip(copies, self._context.pool.map(self._read_back_copy, copies), strict=True):
+            if finding is not None:
+                deletion.set_verdict(*finding)
 
-    def _proof(self, copy: tuple[DueDeletion, str, CatalogEntry | None]) -> tuple[Verdict, str]:
-        """Return the verdict on a copy, by its bytes on the disk, and the reason; "" if it is equal to its source."""
-        (one, key, entry), context = copy, self._context
-        dst = one.row.dst
+    def _read_back_copy(self, copy: tuple[DueDeletion, str, CatalogEntry | None]) -> tuple[Verdict, str] | None:
+        """Return None if a copy's bytes on the disk equal its source; otherwise the verdict and the reason."""
+        (deletion, key, entry), context = copy, self._context
+        dst = deletion.row.dst
         try:
             info = context.head(dst, key)
             if reason := context.unconfirmed_reason(dst, key, info, entry):
@@ -427,14 +444,16 @@ class DeferredDeletions:
             found = context.transfer.checksum_on_disk(dst, info, self._count_read)
         except TierCacheError as error:
             reason = str(error)
-            if reason != one.row.note or entry is None or one.is_half_made:  # half made: the copy is the only one
-                return "keep", reason
+            if (
+                reason != deletion.row.note or entry is None or deletion.is_half_made
+            ):  # half made: the copy is the only one
+                return "wait", reason
             # The same error as last time: a broken disk does not repair itself, and readers cannot read the copy
             # either.
             context.disbelieve(dst, key, entry)
             return "cancel", reason
         if found == entry.crc32c:
-            return "cancel", ""
+            return None
         context.disbelieve(dst, key, entry)
         return "cancel", (
             f"{at}: expected CRC-32C {entry.crc32c:08x}, found {found:08x} on its disk: what it was made from stays; "
@@ -453,72 +472,77 @@ class DeferredDeletions:
     def _carry_out(self, due: Sequence[DueDeletion]) -> None:
         if not due:
             return
-        self._catalog.write([replace(one.row, state="dropping", changed_s=self._now_s) for one in due])
-        for one in due:
-            one.is_begun = True
-        self._catalog.source_deleted([(o.row.dst, one.key) for o in due if o.row.dst for one in o.row.objects])
+        self._catalog.write([replace(deletion.row, state="dropping", changed_s=self._now_s) for deletion in due])
+        for deletion in due:
+            deletion.is_begun = True
+        self._catalog.source_deleted(
+            [(deletion.row.dst, obj.key) for deletion in due if deletion.row.dst for obj in deletion.row.objects]
+        )
         crash_point("tier_drop.journaled")
-        self._remove_placements([one for one in due if one.row.action == "delete"])
+        self._remove_placements([deletion for deletion in due if deletion.row.action == "delete"])
         self._look_again(due)
         self._check_pins(due)
         crash_point("tier_drop.decided")  # a pin that is added from here on is too late for this batch
-        going = [one for one in due if one.verdict == "go"]
-        drops = [one for one in going if one.row.action != "reclass"]
+        going = [deletion for deletion in due if deletion.verdict == "go"]
+        drops = [deletion for deletion in going if deletion.row.action != "reclass"]
         urls = {tier.name: tier.url for tier in self._file.tiers}
         # From here to the deletions there are no further queries: see lock.py.
-        self._context.lock.announce(sorted({(urls[where], one.row.path) for one in drops for where, _ in one.present}))
+        self._context.lock.announce(
+            sorted({(urls[tier], deletion.row.path) for deletion in drops for tier, _ in deletion.present})
+        )
         self._drop(drops)
-        reclassed = [one for one in going if one.row.action == "reclass"]
-        objects = [(one, one.row.dst, [obj for _, obj in one.present]) for one in reclassed]
-        change_classes(self._context, objects, lambda one, reason: one.set_verdict("keep", reason))
+        reclassed = [deletion for deletion in going if deletion.row.action == "reclass"]
+        objects = [(deletion, deletion.row.dst, [obj for _, obj in deletion.present]) for deletion in reclassed]
+        change_classes(self._context, objects, lambda deletion, reason: deletion.set_verdict("wait", reason))
         crash_point("tier_drop.reclassed")
 
     def _look_again(self, due: Sequence[DueDeletion]) -> None:
-        """Keep what was written, or has lost its other copy, since the first check, which may be hours ago."""
-        drops = [one for one in due if one.verdict == "go" and one.row.action != "reclass"]
-        moved = [one for one in drops if one.row.dst]
+        """Postpone what was written, or has lost its other copy, since the first check, which may be hours ago."""
+        drops = [deletion for deletion in due if deletion.verdict == "go" and deletion.row.action != "reclass"]
+        moved = [deletion for deletion in drops if deletion.row.dst]
         heads = self._context.heads(
-            [(where, obj.key) for one in drops for where, obj in one.present]
-            + [(one.row.dst, obj.key) for one in moved for obj in one.row.objects]
+            [(tier, obj.key) for deletion in drops for tier, obj in deletion.present]
+            + [(deletion.row.dst, obj.key) for deletion in moved for obj in deletion.row.objects]
         )
-        for one in moved:
+        for deletion in moved:
             try:  # the next run checks it again
-                one.set_verdict(
-                    "keep", self._context.unconfirmed_move_reason(one.row, heads.infos(one.row.dst, one.row))
+                deletion.set_verdict(
+                    "wait",
+                    self._context.unconfirmed_move_reason(deletion.row, heads.infos(deletion.row.dst, deletion.row)),
                 )
             except TierCacheError as error:
-                one.set_verdict("keep", str(error))
-        for one in drops:
-            for where, obj in one.present:
+                deletion.set_verdict("wait", str(error))
+        for deletion in drops:
+            for tier, obj in deletion.present:
                 try:
-                    info = heads.info(where, obj.key)
-                    one.cancel_changed("" if info is None else self._context.change_reason(where, info, obj))
+                    info = heads.info(tier, obj.key)
+                    deletion.cancel_changed("" if info is None else self._context.change_reason(tier, info, obj))
                 except TierCacheError as error:
-                    one.set_verdict("keep", str(error))
+                    deletion.set_verdict("wait", str(error))
         crash_point("tier_drop.looked_again")
 
     def _remove_placements(self, due: Sequence[DueDeletion]) -> None:
         """Remove placement rows of last copies, so that readers find no object rather than a location without one."""
         changes: list[tuple[DueDeletion, str, RowChanges]] = []
-        for one in due:
+        for deletion in due:
             try:
-                changes.append((one, *self._placements.changes(one.row, {}, {})))
+                changes.append((deletion, *self._placements.changes(deletion.row, {}, {})))
             except TierCacheError as error:
-                one.set_verdict("keep", str(error))
-        for one, reason in self._placements.commit(changes):
-            one.set_verdict("keep", reason)
+                deletion.set_verdict("wait", str(error))
+        for deletion, reason in self._placements.commit(changes):
+            deletion.set_verdict("wait", reason)
         crash_point("tier_drop.unplaced")
 
     def _drop(self, due: Sequence[DueDeletion]) -> None:
         """Delete the objects that make groups complete, so that no partial group looks complete; then all others."""
         first: list[tuple[DueDeletion, str, PlannedObject]] = []
         rest: list[tuple[DueDeletion, str, PlannedObject]] = []
-        for one in due:
+        for deletion in due:
             # By tier: the object that makes the group complete may exist in one of several tiers, and only there comes
             # last.
-            last = {obj.where: obj.key for obj in one.row.objects} if len(one.row.objects) > 1 else {}
-            for where, obj in one.present:
-                (first if obj.key == last.get(obj.where) else rest).append((one, where, obj))
+            last = {obj.tier: obj.key for obj in deletion.row.objects} if len(deletion.row.objects) > 1 else {}
+            for tier, obj in deletion.present:
+                (first if obj.key == last.get(obj.tier) else rest).append((deletion, tier, obj))
         self._delete(first)
         crash_point("tier_drop.unmade")
         self._delete(rest)
@@ -526,43 +550,45 @@ class DeferredDeletions:
 
     def _delete(self, objects: Sequence[tuple[DueDeletion, str, PlannedObject]]) -> None:
         by_tier: dict[str, list[tuple[DueDeletion, PlannedObject]]] = defaultdict(list)
-        for one, where, obj in objects:
-            if one.verdict == "go":
-                by_tier[where].append((one, obj))
+        for deletion, tier, obj in objects:
+            if deletion.verdict == "go":
+                by_tier[tier].append((deletion, obj))
         for tier, pairs in by_tier.items():
             try:
                 self._context.transfer.delete_objects(tier, [obj for _, obj in pairs])
             except StoreError as error:  # some may be gone: the row says "dropping", and the next run deletes the rest
-                for one, _ in pairs:
-                    one.set_verdict("keep", str(error))
+                for deletion, _ in pairs:
+                    deletion.set_verdict("wait", str(error))
 
     # -- results ----------------------------------------------------------------------------------------------------
 
     def _end(self, due: Sequence[DueDeletion]) -> None:
-        back = [one for one in due if one.verdict == "cancel" and one.is_whole and one.present]
+        back = [deletion for deletion in due if deletion.verdict == "cancel" and deletion.is_whole and deletion.present]
         # The placement of a last copy changes when its deletion begins, not before.
-        self._revert_placements([one for one in back if one.is_begun or one.row.action != "delete"])
+        self._revert_placements([deletion for deletion in back if deletion.is_begun or deletion.row.action != "delete"])
         rows, gone, lasting = [], [], []
-        for one in due:
-            row = one.row
-            if one.verdict in ("go", "done"):
+        for deletion in due:
+            row = deletion.row
+            if deletion.verdict in ("go", "done"):
                 rows.append(replace(row, state="done", note="", changed_s=self._now_s))
                 self._n_done += 1
                 if row.action != "reclass":
                     lasting += [(row.dst, obj.key) for obj in row.objects if row.dst]
-                    gone += [(where, obj.key) for where, obj in one.present]
+                    gone += [(tier, obj.key) for tier, obj in deletion.present]
                 if row.action == "delete":  # and the catalog entries of copies that others have deleted
                     gone += [(tier.name, obj.key) for tier in self._file.tiers for obj in row.objects]
-                self._n_bytes += sum(obj.n_bytes for _, obj in one.present) if one.verdict == "go" else 0
+                self._n_bytes += sum(obj.n_bytes for _, obj in deletion.present) if deletion.verdict == "go" else 0
                 continue
-            if one.verdict == "cancel":
-                rows.append(replace(row, state="cancelled", note=one.reason, changed_s=self._now_s))
+            if deletion.verdict == "cancel":
+                rows.append(replace(row, state="cancelled", note=deletion.reason, changed_s=self._now_s))
             else:
-                kept = replace(row, state="dropping" if one.is_begun else row.state)
-                rows.append(replace(kept, note=one.reason, changed_s=self._now_s))
+                waits = replace(row, state="dropping" if deletion.is_begun else row.state)
+                rows.append(replace(waits, note=deletion.reason, changed_s=self._now_s))
                 self._n_waiting += 1
-            self._stopped.append(StoppedMove(row.number, one.reason, row.path, row.plan))
-        self._remove_folders([one for one in due if one.verdict in ("go", "done") and one.row.action != "reclass"])
+            self._stopped.append(StoppedMove(row.number, deletion.reason, row.path, row.plan))
+        self._remove_folders(
+            [deletion for deletion in due if deletion.verdict in ("go", "done") and deletion.row.action != "reclass"]
+        )
         self._catalog.source_deleted(lasting)  # also of sources that somebody else deleted
         self._catalog.write(rows)
         crash_point("tier_drop.done")
@@ -570,20 +596,20 @@ class DeferredDeletions:
 
     def _remove_folders(self, due: Sequence[DueDeletion]) -> None:
         """Remove empty folders of deleted checkpoints from local tiers: frameworks would try to resume from them."""
-        for one in due:
-            row = one.row
+        for deletion in due:
+            row = deletion.row
             if row.kind != "checkpoint" or any(obj.key == row.path for obj in row.objects):
                 continue
-            for where in sorted({obj.where or row.src for obj in row.objects}):
-                store = self._context.stores.store(where)
+            for tier in sorted({obj.tier or row.src for obj in row.objects}):
+                store = self._context.stores.store(tier)
                 if isinstance(store, LocalFolder):
                     with suppress(StoreError):  # the objects are gone; an empty folder is only cosmetic
                         store.remove_empty(row.path)
 
     def _revert_placements(self, due: Sequence[DueDeletion]) -> None:
         """Revert the placement where src stays, before the redirect is forgotten."""
-        failed = self._placements.revert([one.row for one in due])
-        for one in due:
-            if reason := failed.get((one.row.plan, one.row.number)):
-                one.verdict, one.reason = "keep", f"{one.reason}; {reason}"
+        failed = self._placements.revert([deletion.row for deletion in due])
+        for deletion in due:
+            if reason := failed.get((deletion.row.plan, deletion.row.number)):
+                deletion.verdict, deletion.reason = "wait", f"{deletion.reason}; {reason}"
         crash_point("tier_drop.taken_back")

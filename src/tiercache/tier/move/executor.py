@@ -1,8 +1,8 @@
 """The plan executor: takes the moves of one plan from the first check of their sources until they are done or wait.
 
-mover.py describes the steps and the races. An object in dst is never overwritten, with one exception: a move made it
-from this very src, it is unchanged since, and src has a different object now. A copy whose source was dropped, or that
-came from another tier, is never overwritten::
+The package's docstring lists the steps and the races. An object in dst is never overwritten, with one exception: a move
+made it from this very src, it is unchanged since, and src has a different object now. A copy whose source was dropped,
+or that came from another tier, is never overwritten::
 
     1. hot has v1 of a key, and home has v2. 2. v1 is copied to the archive, and dropped from hot.
     3. v2 is copied to the archive, and overwrites the last copy of v1.
@@ -37,8 +37,8 @@ from tiercache.tier.move.checks import (
     matches_entry,
 )
 from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
-from tiercache.tier.move.transfer import is_md5
-from tiercache.tier.stores import RESTORED_FIRST, deletion_block_reason, needs_restore
+from tiercache.tier.move.transfer import MayReplace, is_md5
+from tiercache.tier.stores import CLASSES_TO_RESTORE, deletion_block_reason, needs_restore
 
 if TYPE_CHECKING:
     from tiercache.model import ObjectInfo
@@ -74,9 +74,14 @@ class MoveJob:
     lock: Lock = field(default_factory=Lock)
 
     def stop(self, reason: str) -> None:
-        """Stop the move. Only the first reason is kept."""
+        """Stop the move. Only the first reason is kept. reason: Not empty; see stop_if()."""
         with self.lock:
             self.stop_reason = self.stop_reason or reason
+
+    def stop_if(self, reason: str) -> None:
+        """Stop the move if a check gave a reason; "" means that the check found nothing."""
+        if reason:
+            self.stop(reason)
 
     @property
     def is_active(self) -> bool:
@@ -97,7 +102,7 @@ class CopyMaker:
         """
         self._intend(jobs)
         crash_point("tier_move.intended")
-        self._for_each(self._ensure, [(job, one) for job in jobs for one in job.row.objects[:-1]])
+        self._for_each(self._ensure, [(job, obj) for job in jobs for obj in job.row.objects[:-1]])
         crash_point("tier_move.parts_copied")
         self._for_each(self._ensure, [(job, job.row.objects[-1]) for job in jobs])
         crash_point("tier_move.copied")
@@ -111,13 +116,13 @@ class CopyMaker:
         copy. 3. Nobody can compare the copy, and a copy that was never compared is not overwritten: it and its source
         would stay for good.
         """
-        jobs = [job for job in jobs if self._context.stores.class_of(job.row.dst) in RESTORED_FIRST]
-        objects = [(job.row, one) for job in jobs for one in job.row.objects]
-        heads = self._context.heads((row.dst, one.key) for row, one in objects)
+        jobs = [job for job in jobs if self._context.stores.class_of(job.row.dst) in CLASSES_TO_RESTORE]
+        objects = [(job.row, obj) for job in jobs for obj in job.row.objects]
+        heads = self._context.heads((row.dst, obj.key) for row, obj in objects)
         self._context.catalog.record(
-            (row.dst, one.key, CatalogEntry(one.n_bytes, None, None, row.src_place))
-            for row, one in objects
-            if heads.is_absent(row.dst, one.key)
+            (row.dst, obj.key, CatalogEntry(obj.n_bytes, None, None, row.src_place))
+            for row, obj in objects
+            if heads.is_absent(row.dst, obj.key)
         )
 
     def _record(self, jobs: Sequence[MoveJob]) -> None:
@@ -128,42 +133,44 @@ class CopyMaker:
     def _for_each(
         self, work: Callable[[MoveJob, PlannedObject], None], objects: Sequence[tuple[MoveJob, PlannedObject]]
     ) -> None:
-        def one_of(pair: tuple[MoveJob, PlannedObject]) -> None:
-            job, one = pair
+        def work_on(pair: tuple[MoveJob, PlannedObject]) -> None:
+            job, obj = pair
             if job.is_active:
                 try:
-                    work(job, one)
+                    work(job, obj)
                 except CommitConflict:
                     raise  # the lock was lost: all work must stop
                 except TierCacheError as error:
                     job.stop(str(error))
 
-        for _ in self._context.pool.map(one_of, objects):
+        for _ in self._context.pool.map(work_on, objects):
             pass
 
     # -- one object -------------------------------------------------------------------------------------------------
 
-    def _ensure(self, job: MoveJob, one: PlannedObject) -> None:
+    def _ensure(self, job: MoveJob, obj: PlannedObject) -> None:
         context, src, dst = self._context, job.row.src, job.row.dst
-        info = context.head(dst, one.key)
-        if info is not None and self._is_there(job, one, info):
+        info = context.head(dst, obj.key)
+        if info is not None and self._is_there(job, obj, info):
             return
         if not job.is_active:
             return
         self._begin_anew(job)
-        replaces, source = (False if info is None else info.etag or True), src
+        source = src
+        # Only the object that was seen is replaced, where the store gives it an ETag.
+        replaces: MayReplace = False if info is None else info.etag or True
         try:
-            copied = context.transfer.copy(src, dst, one, on_bytes=self._on_bytes, replaces=replaces)
+            copied = context.transfer.copy(src, dst, obj, on_bytes=self._on_bytes, replaces=replaces)
         except StoreError as error:
             if not error.details.get("corrupt"):
                 raise
-            source, copied = self._copied_from_others(job, one, replaces, error)
+            source, copied = self._copied_from_others(job, obj, replaces, error)
         crash_point("tier_move.object")
-        crc = copied.crc32c if copied.crc32c is not None else one.crc32c
+        crc = copied.crc32c if copied.crc32c is not None else obj.crc32c
         # A copy that was made from a third tier must not be replaced by one from src: a damaged object of src may
         # have a newer date.
         copied = copied._replace(crc32c=crc, made_from=context.file.tier(source).url)
-        self._record_copy(job, one, copied, copied.n_bytes, of_source=source == src)
+        self._record_copy(job, obj, copied, copied.n_bytes, of_source=source == src)
 
     def _begin_anew(self, job: MoveJob) -> None:
         """Record that the copy in dst is new, before it exists or is recorded as verified.
@@ -182,7 +189,7 @@ class CopyMaker:
                 self._context.catalog.write([job.row])
 
     def _copied_from_others(
-        self, job: MoveJob, one: PlannedObject, replaces: bool | str, failure: StoreError
+        self, job: MoveJob, obj: PlannedObject, replaces: MayReplace, failure: StoreError
     ) -> tuple[str, CatalogEntry]:
         """Copy an object that has rotted in src from another tier with an equal object. Return that tier and the copy.
 
@@ -193,30 +200,30 @@ class CopyMaker:
         for tier in context.file.tiers:
             if any(context.stores.same_url(tier.name, other) for other in (job.row.src, dst)):
                 continue
-            entry = context.catalog.entries(tier.name, [one.key]).get(one.key)
-            if entry is None or not entry.verified or (entry.n_bytes, entry.crc32c) != (one.n_bytes, one.crc32c):
+            entry = context.catalog.entries(tier.name, [obj.key]).get(obj.key)
+            if entry is None or not entry.verified or (entry.n_bytes, entry.crc32c) != (obj.n_bytes, obj.crc32c):
                 continue
-            equal = one._replace(etag=entry.etag, modified_s=None)
+            equal = obj._replace(etag=entry.etag, modified_s=None)
             with suppress(StoreError):  # the error to report is the one of src
                 copied = context.transfer.copy(tier.name, dst, equal, on_bytes=self._on_bytes, replaces=replaces)
                 return tier.name, copied
         raise failure
 
     def _record_copy(
-        self, job: MoveJob, one: PlannedObject, copy: CatalogEntry, n_bytes: int, *, of_source: bool = True
+        self, job: MoveJob, obj: PlannedObject, copy: CatalogEntry, n_bytes: int, *, of_source: bool = True
     ) -> None:
         """Record a verified copy in the catalog. If src was the source, record src too: both were read and are equal.
 
         The copy keeps the date of the object that it copies, also when the source is gone.
         """
         catalog = self._context.catalog
-        source = catalog.entries(job.row.src, [one.key]).get(one.key)
-        came_from = source.made_from if source is not None and source.etag == one.etag else ""
-        first_s = first_written_s(one, source)
+        source = catalog.entries(job.row.src, [obj.key]).get(obj.key)
+        came_from = source.made_from if source is not None and source.etag == obj.etag else ""
+        first_s = first_written_s(obj, source)
         copy = copy._replace(written_s=earliest(copy.written_s, first_s))
-        pair = [(job.row.dst, one.key, copy)]
-        if of_source and one.etag is not None:
-            pair.append((job.row.src, one.key, CatalogEntry(one.n_bytes, one.etag, copy.crc32c, came_from, first_s)))
+        pair = [(job.row.dst, obj.key, copy)]
+        if of_source and obj.etag is not None:
+            pair.append((job.row.src, obj.key, CatalogEntry(obj.n_bytes, obj.etag, copy.crc32c, came_from, first_s)))
         if copy.n_bytes >= _AT_ONCE_BYTES:
             catalog.record(pair)
             pair = []
@@ -224,50 +231,50 @@ class CopyMaker:
             job.n_bytes += n_bytes
             job.made.extend(pair)
 
-    def _is_there(self, job: MoveJob, one: PlannedObject, info: ObjectInfo) -> bool:
+    def _is_there(self, job: MoveJob, obj: PlannedObject, info: ObjectInfo) -> bool:
         """Return whether dst has an equal copy.
 
         Stop the job if dst has a different object that must not be overwritten.
         """
         context, dst = self._context, job.row.dst
-        entry = context.catalog.entries(dst, [one.key]).get(one.key)
-        expected = self._expected_checksum(job, one)
+        entry = context.catalog.entries(dst, [obj.key]).get(obj.key)
+        expected = self._expected_checksum(job, obj)
         is_cold = needs_restore(info)
-        if info.n_bytes == one.n_bytes and expected is not None:
+        if info.n_bytes == obj.n_bytes and expected is not None:
             found = context.checksum_of(dst, info, entry)
             # For an object that cannot be read, the checksum that the store reports is all there is.
             if expected == (info.crc32c if found is None else found):
                 same = entry if entry is not None and entry.verified and matches_entry(info, entry) else None
                 came_from, first_s = ("", None) if same is None else (same.made_from, same.written_s)
                 copy = CatalogEntry(info.n_bytes, info.etag, expected, came_from, first_s)
-                return self._found(job, one, copy, is_new=same is None)
+                return self._found(job, obj, copy, is_new=same is None)
         if entry is not None and entry.made_from == job.row.src_place:
-            is_size = entry.n_bytes == info.n_bytes == one.n_bytes
+            is_size = entry.n_bytes == info.n_bytes == obj.n_bytes
             if entry.is_intended and is_size and is_cold:  # a readable object was compared above
-                if _is_by_etag(info, one):
+                if _is_by_etag(info, obj):
                     copy = CatalogEntry(info.n_bytes, info.etag, None, job.row.src_place)
-                    return self._found(job, one, copy, is_new=True)
-                if self._may_make_again(job, one, info):
+                    return self._found(job, obj, copy, is_new=True)
+                if self._may_make_again(job, obj, info):
                     return False
             if matches_entry(info, entry) and len(job.row.objects) == 1:
                 return False  # a copy of an earlier object of src: it may be replaced
-        where = f"{context.stores.store(dst).url}/{one.key}"
+        where = f"{context.stores.store(dst).url}/{obj.key}"
         archived = ", which must be restored before it can be compared" if is_cold else ""
         job.stop(
-            f"{where}: expected nothing there, or a copy of the {one.n_bytes} bytes in {job.row.src}; found another "
+            f"{where}: expected nothing there, or a copy of the {obj.n_bytes} bytes in {job.row.src}; found another "
             f"object of {info.n_bytes} bytes{archived}: it is not overwritten, remove or rename one of the two"
         )
         return False
 
-    def _found(self, job: MoveJob, one: PlannedObject, copy: CatalogEntry, *, is_new: bool) -> Literal[True]:
+    def _found(self, job: MoveJob, obj: PlannedObject, copy: CatalogEntry, *, is_new: bool) -> Literal[True]:
         """Record that dst has a copy already."""
         if is_new:
             self._begin_anew(job)
-        self._record_copy(job, one, copy, 0)
-        self._on_bytes(one.n_bytes)
+        self._record_copy(job, obj, copy, 0)
+        self._on_bytes(obj.n_bytes)
         return True
 
-    def _may_make_again(self, job: MoveJob, one: PlannedObject, info: ObjectInfo) -> bool:
+    def _may_make_again(self, job: MoveJob, obj: PlannedObject, info: ObjectInfo) -> bool:
         """Return whether src may replace an archived, never verified copy that a killed process has left.
 
         If the store reports a checksum of the copy, it differs from that of src: one of the two is wrong, and it may be
@@ -280,30 +287,30 @@ class CopyMaker:
         """
         if info.crc32c is None:
             return True
-        if one.modified_s is None or info.modified_s is None or one.modified_s <= info.modified_s + _STORE_SKEW_S:
+        if obj.modified_s is None or info.modified_s is None or obj.modified_s <= info.modified_s + _STORE_SKEW_S:
             return False
         objects = job.row.objects
         return len(objects) == 1 or self._context.head(job.row.dst, objects[-1].key) is None
 
-    def _expected_checksum(self, job: MoveJob, one: PlannedObject) -> int | None:
+    def _expected_checksum(self, job: MoveJob, obj: PlannedObject) -> int | None:
         """Return the CRC-32C that a copy must have; None where nothing records it and src cannot be read."""
-        if one.crc32c is not None:
-            return one.crc32c
+        if obj.crc32c is not None:
+            return obj.crc32c
         context, src = self._context, job.row.src
-        info = context.head(src, one.key)
-        if info is None or context.change_reason(src, info, one):
+        info = context.head(src, obj.key)
+        if info is None or context.change_reason(src, info, obj):
             return None
-        return context.checksum_of(src, info, context.catalog.entries(src, [one.key]).get(one.key))
+        return context.checksum_of(src, info, context.catalog.entries(src, [obj.key]).get(obj.key))
 
 
-def _is_by_etag(info: ObjectInfo, one: PlannedObject) -> bool:
+def _is_by_etag(info: ObjectInfo, obj: PlannedObject) -> bool:
     """Return whether the ETag alone shows that a copy equals src, as for server-side copies without a checksum.
 
     Without this: 1. The object is copied, and the process is killed. 2. src rots, with its old ETag. 3. The copy in dst
     is the last good one. Copying again would overwrite it first, and compare afterwards.
     """
-    has_sum = info.crc32c is not None or one.crc32c is not None
-    return not has_sum and info.etag is not None and info.etag == one.etag and is_md5(info.etag)
+    has_sum = info.crc32c is not None or obj.crc32c is not None
+    return not has_sum and info.etag is not None and info.etag == obj.etag and is_md5(info.etag)
 
 
 def change_classes(
@@ -317,26 +324,26 @@ def change_classes(
     """
 
     def change(work: tuple[T, str, PlannedObject]) -> list[tuple[str, str, CatalogEntry]]:
-        move, dst, one = work
+        move, dst, obj = work
         try:
-            info = context.head(dst, one.key)
+            info = context.head(dst, obj.key)
             # Left by an earlier attempt that was killed: its change of class may have changed the ETag.
-            if info is not None and info.n_bytes == one.n_bytes and context.has_class(dst, info):
+            if info is not None and info.n_bytes == obj.n_bytes and context.has_class(dst, info):
                 return []
-            entry = context.catalog.entries(dst, [one.key]).get(one.key)
-            changed = context.transfer.change_class(dst, one)
+            entry = context.catalog.entries(dst, [obj.key]).get(obj.key)
+            changed = context.transfer.change_class(dst, obj)
             crash_point("tier_move.class_changed")
         except CommitConflict:
             raise
         except TierCacheError as error:
             on_failure(move, str(error))
             return []
-        after = entry_after_class_change(one, entry, changed)
-        return [] if after is None else [(dst, one.key, after)]
+        after = entry_after_class_change(obj, entry, changed)
+        return [] if after is None else [(dst, obj.key, after)]
 
     for _, dst, objects in moves:
         context.remember_dates(dst, objects)
-    made = context.pool.map(change, [(move, dst, one) for move, dst, objects in moves for one in objects])
+    made = context.pool.map(change, [(move, dst, obj) for move, dst, objects in moves for obj in objects])
     context.catalog.record([entry for entries in made for entry in entries])
 
 
@@ -350,7 +357,7 @@ def apply_plan(
     """Make the moves of a plan, exactly as planned. Moves that were made earlier stay as they are.
 
     A move is stopped where the objects are not as the plan saw them; the other moves go on. Deletions wait for
-    settle(). on_progress: Receives the progress; called from several threads.
+    run_due_deletions(). on_progress: Receives the progress; called from several threads.
 
     Raises:
         CommitConflict: The tier lock was lost to another process.
@@ -373,32 +380,34 @@ class PlanExecutor:
         self._n_done, self._done_bytes, self._copied_bytes = 0, 0, 0
         self._n_bytes = sum(move.n_bytes for move in plan.moves if move.action in ("copy", "move"))
         self._stopped: list[StoppedMove] = []
-        self._missing: dict[str, str] = {}
+        self._unavailable: dict[str, str] = {}
 
     def run(self) -> ApplyResult:
         """Apply the plan and return the result."""
         self._catalog.prune(self._now_s)
         before = self._catalog.of_plan(self._plan.id)
-        for old in self._catalog.open_moves(self._file.home.url):
+        for old in self._catalog.open_moves(self._file.home_tier.url):
             self._open[old.path].append(old)
         jobs = []
         paths = Counter(move.path for move in self._plan.moves)
         receiving = {move.dst for move in self._plan.moves if move.action in ("copy", "move")}
-        self._missing = {
-            tier.name: self._context.tier_unavailable_reason(tier.name, gets=tier.name in receiving)
+        self._unavailable = {
+            tier.name: self._context.ensure_tier_marker(tier.name, gets=tier.name in receiving)
             for tier in self._file.tiers
         }
         for move in self._plan.moves:
             earlier = before.get(move.number)
             if earlier is not None and earlier.state in ("waiting", "dropping", "done"):
                 self._n_done += 1
-            elif reason := self._unfit(move) or ("expected one move of it in the plan" if paths[move.path] > 1 else ""):
+            elif reason := self._unfit_reason(move) or (
+                "expected one move of it in the plan" if paths[move.path] > 1 else ""
+            ):
                 self._stopped.append(StoppedMove(move.number, reason, move.path, self._plan.id))
             else:
                 jobs.append(MoveJob(self._row(move)))
         for batch in in_batches(jobs, _BATCH_LIMITS):
             self._run_batch(batch)
-        n_waiting = len(self._catalog.open_moves(self._file.home.url, "waiting", "dropping"))
+        n_waiting = len(self._catalog.open_moves(self._file.home_tier.url, "waiting", "dropping"))
         return ApplyResult(self._n_done, tuple(self._stopped), n_waiting, self._copied_bytes)
 
     def _count_bytes(self, n_bytes: int) -> None:
@@ -414,7 +423,7 @@ class PlanExecutor:
 
     # -- which moves are allowed ------------------------------------------------------------------------------------
 
-    def _unfit(self, move: Move) -> str:
+    def _unfit_reason(self, move: Move) -> str:
         """Return the reason why the rule file, as it is now, does not allow a move; "" if it does."""
         if not move.objects:
             return "expected the objects of the move, found none in the plan"
@@ -428,10 +437,10 @@ class PlanExecutor:
             if facts[0] != facts[1]:
                 return f"tiers.{name}: expected {facts[0]} as planned, found {facts[1]} in the rule file: plan anew"
         if move.action == "delete":
-            missing = sorted(now.keys() - planned.keys())
-            if missing:
-                return f"expected the tiers of the plan, found {', '.join(missing)} too: plan anew"
-            return deletion_block_reason(self._missing)
+            added = sorted(now.keys() - planned.keys())
+            if added:
+                return f"expected the tiers of the plan, found {', '.join(added)} too: plan anew"
+            return deletion_block_reason(self._unavailable)
         if move.dst is None or move.dst == move.src:
             return f"expected two different tiers, found {move.src} and {move.dst}"
         is_one = self._context.stores.same_url(move.src, move.dst)
@@ -439,10 +448,10 @@ class PlanExecutor:
             return f"expected {'one location' if not is_one else 'two locations'}, found {move.src} and {move.dst}"
         if any(row.state == "dropping" for row in self._open[move.path]):
             return "deletions of an earlier move of it were interrupted: `tiercache tier run --once` finishes them"
-        return self._missing.get(move.dst, "")
+        return self._unavailable.get(move.dst, "")
 
     def _row(self, move: Move) -> JournalRow:
-        objects = tuple(one._replace(where=move.src) for one in move.objects)
+        objects = tuple(obj._replace(tier=move.src) for obj in move.objects)
         return JournalRow(
             plan=self._plan.id,
             number=move.number,
@@ -453,7 +462,7 @@ class PlanExecutor:
             dst=move.dst or "",
             src_place=self._file.tier(move.src).url,
             dst_place="" if move.dst is None else self._file.tier(move.dst).url,
-            home=self._file.home.url,
+            home=self._file.home_tier.url,
             rules=self._file.sha256,
             rule=move.rule,
             state="begun",
@@ -468,83 +477,83 @@ class PlanExecutor:
 
     def _run_batch(self, jobs: Sequence[MoveJob]) -> None:
         self._context.lock.check()
-        self._look(jobs)
+        self._check_sources(jobs)
         self._check_pins(jobs)
         self._begin([job for job in jobs if job.is_active])
         crash_point("tier_move.begun")
         self._make([job for job in jobs if job.is_active])
-        self._look([job for job in jobs if job.is_active and job.row.action in ("move", "drop")])
+        self._check_sources([job for job in jobs if job.is_active and job.row.action in ("move", "drop")])
         crash_point("tier_move.looked")
-        self._place([job for job in jobs if job.is_active])
+        self._commit_placements([job for job in jobs if job.is_active])
         crash_point("tier_move.placed")
         self._end(jobs)
         crash_point("tier_move.ended")
 
-    def _look(self, jobs: Sequence[MoveJob]) -> None:
+    def _check_sources(self, jobs: Sequence[MoveJob]) -> None:
         """Compare the objects in src with the plan. For a delete: compare all tiers, and update the row."""
         names = [tier.name for tier in self._file.tiers]
         heads = self._context.heads(
-            (tier, one.key)
+            (tier, obj.key)
             for job in jobs
             for tier in (names if job.row.action == "delete" else [job.row.src])
-            for one in job.row.objects
+            for obj in job.row.objects
         )
         for job in jobs:
-            look = self._look_everywhere if job.row.action == "delete" else self._look_at_source
+            compare = self._compare_all_tiers if job.row.action == "delete" else self._compare_source
             try:
-                look(job, heads)
+                compare(job, heads)
             except TierCacheError as error:
                 job.stop(str(error))
 
-    def _look_at_source(self, job: MoveJob, heads: Heads) -> None:
+    def _compare_source(self, job: MoveJob, heads: Heads) -> None:
         context, row = self._context, job.row
         found = heads.infos(row.src, row)
         if row.action in ("move", "drop") and not any(found.values()) and self._was_made(row):
             job.is_finished = True
             return
-        for one in row.objects:
-            info = found[one.key]
+        for obj in row.objects:
+            info = found[obj.key]
             if info is None:
-                job.stop(f"{row.src_place}/{one.key}: expected {one.n_bytes} bytes, found nothing")
+                job.stop(f"{row.src_place}/{obj.key}: expected {obj.n_bytes} bytes, found nothing")
                 return
             # An earlier attempt may have changed the class already, and the ETag with it.
-            is_made = row.action == "reclass" and context.has_class(row.dst, info) and info.n_bytes == one.n_bytes
-            if not is_made and (reason := context.change_reason(row.src, info, one)):
+            is_made = row.action == "reclass" and context.has_class(row.dst, info) and info.n_bytes == obj.n_bytes
+            if not is_made and (reason := context.change_reason(row.src, info, obj)):
                 job.stop(reason)
                 return
-        job.stop(context.extra_object_reason(row.src, row.path, found))
+        job.stop_if(context.extra_object_reason(row.src, row.path, found))
 
     def _was_made(self, row: JournalRow) -> bool:
         """Return whether a move whose source is gone was made before: as far as can be told, dst is complete."""
-        entries = self._catalog.entries(row.dst, [one.key for one in row.objects])
-        for one in row.objects:
-            info = self._context.head(row.dst, one.key)
-            if info is None or info.n_bytes != one.n_bytes:
+        entries = self._catalog.entries(row.dst, [obj.key for obj in row.objects])
+        for obj in row.objects:
+            info = self._context.head(row.dst, obj.key)
+            if info is None or info.n_bytes != obj.n_bytes:
                 return False
-            found = self._context.checksum_of(row.dst, info, entries.get(one.key)) if one.crc32c is not None else None
-            if found is not None and found != one.crc32c:
+            found = self._context.checksum_of(row.dst, info, entries.get(obj.key)) if obj.crc32c is not None else None
+            if found is not None and found != obj.crc32c:
                 return False
         return True
 
-    def _look_everywhere(self, job: MoveJob, heads: Heads) -> None:
+    def _compare_all_tiers(self, job: MoveJob, heads: Heads) -> None:
         row, stores = job.row, self._context.stores
         objects: list[PlannedObject] = []
         for tier in self._file.tiers:
             found = heads.infos(tier.name, row)
-            for one in row.objects:
-                info = found[one.key]
+            for obj in row.objects:
+                info = found[obj.key]
                 if info is None or stores.tier_of(stores.sharing(tier.name), info) != tier.name:
                     continue
                 if tier.name == row.src:
-                    job.stop(self._context.change_reason(tier.name, info, one))
-                elif info.n_bytes != one.n_bytes:
-                    at = f"{tier.url}/{one.key}"
-                    job.stop(f"{at}: expected a copy of {one.n_bytes} bytes, found {info.n_bytes}")
-                objects.append(one._replace(etag=info.etag, modified_s=info.modified_s, where=tier.name))
-            job.stop(self._context.extra_object_reason(tier.name, row.path, found))
+                    job.stop_if(self._context.change_reason(tier.name, info, obj))
+                elif info.n_bytes != obj.n_bytes:
+                    at = f"{tier.url}/{obj.key}"
+                    job.stop(f"{at}: expected a copy of {obj.n_bytes} bytes, found {info.n_bytes}")
+                objects.append(obj._replace(etag=info.etag, modified_s=info.modified_s, tier=tier.name))
+            job.stop_if(self._context.extra_object_reason(tier.name, row.path, found))
         if not objects:
             job.is_finished = True
-        elif not any(one.where == row.src for one in objects):
+        elif not any(obj.tier == row.src for obj in objects):
             job.stop(f"{row.src_place}/{row.path}: expected the copy that was planned, found none")
         job.row = replace(row, objects=tuple(objects) or row.objects)
 
@@ -555,7 +564,7 @@ class PlanExecutor:
         except TierCacheError as error:
             pinned = {(job.row.plan, job.row.number): str(error) for job in jobs}
         for job in jobs:
-            job.stop(pinned.get((job.row.plan, job.row.number), ""))
+            job.stop_if(pinned.get((job.row.plan, job.row.number), ""))
 
     def _begin(self, jobs: Sequence[MoveJob]) -> None:
         """Write the jobs into the journal. Earlier moves of the same paths are cancelled in the same transaction.
@@ -566,7 +575,7 @@ class PlanExecutor:
         rows: list[JournalRow] = []
         gone: list[tuple[str, int]] = []
         for job in jobs:
-            gone += self._stopped_before(job)
+            gone += self._take_stopped(job)
             for old in self._open.pop(job.row.path, ()):
                 if _is_same_deletion(old, job.row):
                     job.row = replace(job.row, since_s=old.since_s, due_s=old.due_s, note=old.note)
@@ -575,7 +584,7 @@ class PlanExecutor:
             rows.append(job.row)
         self._catalog.write(rows, instead_of=gone)
 
-    def _stopped_before(self, job: MoveJob) -> list[tuple[str, int]]:
+    def _take_stopped(self, job: MoveJob) -> list[tuple[str, int]]:
         """Return the earlier, stopped moves of the job's path, whose rows the job's row replaces.
 
         Otherwise a move that is stopped every day would leave one row a day.
@@ -598,14 +607,14 @@ class PlanExecutor:
         change_classes(self._context, [(job, job.row.dst, job.row.objects) for job in active], MoveJob.stop)
         crash_point("tier_move.reclassed")
 
-    def _place(self, jobs: Sequence[MoveJob]) -> None:
+    def _commit_placements(self, jobs: Sequence[MoveJob]) -> None:
         """Confirm the copies in dst, and commit the placement."""
         jobs = [job for job in jobs if job.row.action != "delete"]
         heads = self._context.heads(
-            (tier, one.key)
+            (tier, obj.key)
             for job in jobs
             for tier in self._placements.tiers_to_query(job.row)
-            for one in job.row.objects
+            for obj in job.row.objects
         )
         changes: list[tuple[MoveJob, str, RowChanges]] = []
         for job in jobs:
@@ -636,9 +645,9 @@ class PlanExecutor:
             if job.is_finished and not job.stop_reason:
                 rows.append(replace(job.row, state="done"))
                 # The source was deleted by somebody, so the copy in dst may be the last one.
-                self._catalog.source_deleted([(job.row.dst, one.key) for one in job.row.objects if job.row.dst])
+                self._catalog.source_deleted([(job.row.dst, obj.key) for obj in job.row.objects if job.row.dst])
             elif job.stop_reason:
-                gone += self._stopped_before(job)
+                gone += self._take_stopped(job)
                 rows.append(replace(job.row, note=job.stop_reason))
             elif job.row.action == "copy" or (
                 job.row.action == "reclass" and not self._context.ends_readability(job.row)
@@ -663,6 +672,6 @@ def _is_same_deletion(old: JournalRow, new: JournalRow) -> bool:
     """Return whether two moves wait for the same deletion (or end of readability) of the same objects."""
     drops = ("move", "drop")
     same_action = old.action == new.action or (old.action in drops and new.action in drops)
-    same_places = (old.src_place, old.dst_place, old.src, old.dst) == (new.src_place, new.dst_place, new.src, new.dst)
-    facts = [sorted((one.where, one.key, one.n_bytes, one.etag or "") for one in row.objects) for row in (old, new)]
-    return old.since_s > 0 and new.action != "copy" and same_action and same_places and facts[0] == facts[1]
+    same_urls = (old.src_place, old.dst_place, old.src, old.dst) == (new.src_place, new.dst_place, new.src, new.dst)
+    facts = [sorted((obj.tier, obj.key, obj.n_bytes, obj.etag or "") for obj in row.objects) for row in (old, new)]
+    return old.since_s > 0 and new.action != "copy" and same_action and same_urls and facts[0] == facts[1]

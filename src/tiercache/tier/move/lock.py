@@ -17,7 +17,7 @@ lifetime of a lock, and is dead if it does not renew the lock by then.
 No lock stops a process that sleeps between its last check of the lock and the deletion that the check allowed (a
 machine that is suspended for days)::
 
-    1. Z notes in its lock object what it is about to drop, as (place, path) pairs. Z checks that it still holds the
+    1. Z notes in its lock object what it is about to drop, as (URL, path) pairs. Z checks that it still holds the
        lock.
     2. Z sleeps. N takes over, and reads in Z's object what Z may still drop.
     3. N does not rely on any of these copies, and tells its successors: for a week, or until Z's process is known to be
@@ -78,8 +78,8 @@ class LockRecord:
         owner: Unique token of this lock.
         renewed_s: Last renewal, in seconds since the epoch, by the holder's clock.
         released: Whether the holder gave the lock back.
-        dropping: (place, path) pairs of copies that are being deleted.
-        doomed: (place, path, since_s) of copies that earlier holders, who may still run, may delete.
+        dropping: (URL, path) pairs of copies that are being deleted.
+        doomed: (URL, path, since_s) of copies that earlier holders, who may still run, may delete.
     """
 
     owner: str
@@ -107,8 +107,8 @@ class LockRecord:
         try:
             body: dict[str, Any] = json.loads(data)
             body.pop("format")
-            body["dropping"] = tuple((str(place), str(path)) for place, path in body["dropping"])
-            body["doomed"] = tuple((str(place), str(path), float(since)) for place, path, since in body["doomed"])
+            body["dropping"] = tuple((str(url), str(path)) for url, path in body["dropping"])
+            body["doomed"] = tuple((str(url), str(path), float(since)) for url, path, since in body["doomed"])
             record = cls(**body)
             float(record.renewed_s)
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -136,7 +136,7 @@ class TierLock:
     """Lock on the tiers of a home. Use `with TierLock(store):`, or take() and release().
 
     A thread renews the lock. Call check(), which asks the store, before any step that two processes must not both make.
-    An internal lock guards the record while it is written. Thread-safe.
+    A mutex guards the record while it is written. Thread-safe.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class TierLock:
         self._store, self._clock = store, clock
         self._log = NumberedLog(store, LOCK_FOLDER)
         self._lifetime_s, self._renew_s = lifetime_s, renew_s
-        self._guard = Lock()
+        self._mutex = Lock()
         self._number = 0
         self._record: LockRecord | None = None
         self._renewed_s = 0.0
@@ -194,7 +194,7 @@ class TierLock:
         for _ in range(_MOST_TRIES):
             newest, before = self._newest()
             if newest:
-                self._see_over(newest, before)
+                self._wait_until_free(newest, before)
             mine = replace(LockRecord.of_this_process(), doomed=_doomed_after(before, time.time()))
             started_s = self._clock.monotonic()
             _held_here.add(mine.owner)  # before the put, so that no other thread takes it for a leftover
@@ -212,8 +212,8 @@ class TierLock:
         number = max(self._log.numbers(), default=0)
         return number, LockRecord.parse(self._log.get(number) or b"")
 
-    def _see_over(self, number: int, record: LockRecord | None) -> None:
-        """Return when the holder of a number no longer holds it. Raise CommitConflict if it does."""
+    def _wait_until_free(self, number: int, record: LockRecord | None) -> None:
+        """Wait until the holder of a number no longer holds the lock. Raise CommitConflict if it does."""
         if record is not None:
             if record.released or record.runs is False:
                 return
@@ -240,10 +240,10 @@ class TierLock:
     # -- holding ----------------------------------------------------------------------------------------------------
 
     @property
-    def unreliable_copies(self) -> dict[tuple[str, str], float]:
-        """Copies that must not be relied on, as (place, path) -> since_s: an earlier holder may still delete them."""
+    def doomed_copies(self) -> dict[tuple[str, str], float]:
+        """Copies that must not be relied on, as (URL, path) -> since_s: an earlier holder may still delete them."""
         record = self._record
-        return {} if record is None else {(place, path): since for place, path, since in record.doomed}
+        return {} if record is None else {(url, path): since for url, path, since in record.doomed}
 
     def check(self) -> None:
         """Check that the lock is still held: another process may have taken it over.
@@ -264,7 +264,7 @@ class TierLock:
             )
 
     def announce(self, dropping: Iterable[tuple[str, str]]) -> None:
-        """Record the (place, path) pairs that are about to be deleted, and check the lock. Raises as check().
+        """Record the (URL, path) pairs that are about to be deleted, and check the lock. Raises as check().
 
         The record is written before the check, so that a process that takes over after the check reads it.
         """
@@ -274,7 +274,7 @@ class TierLock:
 
     def renew(self, **changes: Any) -> None:
         """Renew the lock. Raises CommitConflict if it is not held, StoreError if the write may have failed."""
-        with self._guard:
+        with self._mutex:
             if self._record is None:
                 raise CommitConflict("the tier lock is not held", url=self._store.url)
             before_s = self._clock.monotonic()
@@ -315,11 +315,11 @@ def _doomed_after(before: LockRecord | None, now_s: float) -> tuple[tuple[str, s
     since: dict[tuple[str, str], float] = {}
     if not before.released and before.runs is not False:
         since = dict.fromkeys(before.dropping, now_s)
-    for place, path, since_s in before.doomed:
+    for url, path, since_s in before.doomed:
         # A time in the future comes from a clock that was ahead.
         if now_s - min(since_s, now_s) < DOOMED_S:
-            since.setdefault((place, path), min(since_s, now_s))
-    return tuple((place, path, since_s) for (place, path), since_s in since.items())
+            since.setdefault((url, path), min(since_s, now_s))
+    return tuple((url, path, since_s) for (url, path), since_s in since.items())
 
 
 def boot_id() -> str:

@@ -1,59 +1,7 @@
-"""The mover, which makes the moves of a plan. No data is lost, whatever interrupts the mover and whatever else runs.
+"""The mover: one run for a scheduler. The package's docstring lists the steps of a move, and the races between them.
 
-A move from src to dst has these steps. Each step is journaled before the next one, and each is harmless when repeated::
-
-    1. begin     the journal records the move and the expected state of every object; it cancels earlier moves of the
-       path
-    2. copy      copies the objects that dst lacks, and last the one that makes the group complete; verifies each copy
-    3. record    the catalog of this machine records the verified copies in src and dst, by size, ETag and CRC-32C
-    4. look      checks src again: an object that changed during the copy is not what dst has
-    5. place     commits the placement, which tells every reader where the objects are from now on
-    6. wait      waits for the grace period: readers that do not know the new placement yet still read src
-    7. re-check  dst is complete and as it was verified; src is as it was copied; nobody reads src; no pin
-                 protects it; the placement leads to dst; src and dst are two locations; files in dst are read from disk
-    8. drop      deletes from src, first the object that makes the group complete, then the rest
-    9. done
-
-What can happen between two steps:
-
-    1-2  The process is killed: a row stays open and does no harm. Applying the same plan again continues; a move of the
-         path in another plan replaces the row.
-    2-3  The process is killed: copies exist that the catalog does not know. They are compared with src, and are not
-         copied again.
-    2-6  The process is killed after a lost copy was made again: the row was reset before the catalog knew the new copy,
-         so the grace period starts again.
-    3-4  src is replaced: step 4 sees another ETag and stops. The copy in dst stays, verified as what it is. A later
-         move from src overwrites it only while it is as it was made, and only if the group consists of that one object.
-    4-5  src is replaced in this instant: readers are led to the old object. Step 7 notices and reverts the placement.
-    5-6  The process is killed: readers know the placement, but no deletion waits. Applying the same plan again starts
-         the grace period; another plan asks for a drop.
-    6-7  The copy in dst is lost, damaged, or restored and moved by somebody: step 7 compares, and stops. No store
-         reports that a file has rotted; only reading the file shows it.
-    6-7  Another process with another journal moves the object back: its placement leads to src, and step 7 reads that.
-    7-8  src is replaced: the mover checks src again after all slow checks, and the delete request to S3 names the ETag.
-         Other stores have no such request: the time that the announcement takes remains as a window.
-    7-8  Somebody removes the copy in dst: the mover checks dst again, as it does src. A copy that is removed while the
-         deletion of the other one is announced and made is lost with it: no store deletes one object only if another
-         object exists.
-    7-8  The object is pinned: the mover reads the rule file again after all slow checks. From tier_drop.decided on,
-         while one batch of deletions is announced and made, a pin is too late for that batch; it protects the rest.
-    7-8  The lock was lost while this process slept: the mover checks the lock after everything that step 7 checks,
-         directly before the deletion. lock.py describes a process that sleeps just after that check.
-    8-8  The process is killed between deletions: the row says "dropping", and the rest is deleted when dst is confirmed
-         once more.
-    any  The catalog is lost or old: what it does not know is verified again, or stops the move; what it says is
-         compared with the stores by ETag. The worst request of an old journal is a drop that step 7 refuses.
-    any  The answer of a store is lost: a copy exists or not, deletions are repeated, the placement is read back.
-    any  The clock jumps: the grace period gets shorter or longer. Only the convenience of readers depends on it.
-
-A `drop` is a move whose copy was made earlier: nothing is copied, but the copy must be verified. A `delete` removes
-last copies: it waits too, and is made only if a new plan still asks for it. A `reclass` into a class from
-which objects must be restored before they can be read is announced and waits; a `reclass` into any other class is made
-at once.
-
-run_once() is one run for a scheduler: it finishes interrupted deletions, plans, makes the moves and settles the
-deletions that are due. No process stays resident. Two runs at once do not conflict: the second one fails and names the
-process that holds the lock.
+run_once() finishes interrupted deletions, plans, makes the moves, and makes the deletions that are due. No process
+stays resident. Two runs at once do not conflict: the second one fails and names the process that holds the lock.
 """
 
 from __future__ import annotations
@@ -77,7 +25,7 @@ from tiercache.tier.findings import Loss, MetricGap, find_losses, metric_gaps
 from tiercache.tier.inventory.groups import Inventory, take_inventory
 from tiercache.tier.model import RESTORING, Decisions, Plan
 from tiercache.tier.move.checks import ApplyResult, MoveContext, Progress, StoppedMove
-from tiercache.tier.move.deletions import deletion_guard_of, settle
+from tiercache.tier.move.deletions import deletion_facts_of, run_due_deletions
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.placement_updates import track_ruled
@@ -100,7 +48,7 @@ def open_mover(
     clock: Callable[[], float] | None = None,
     lock: TierLock | None = None,
 ) -> Iterator[MoveContext]:
-    """Yield the context for apply_plan() and settle(): it holds the lock of the home tier, and threads.
+    """Yield the context for apply_plan() and run_due_deletions(): it holds the lock of the home tier, and threads.
 
     One mover works at a time, on all machines. The caller keeps the ownership of the arguments. clock: Returns seconds
     since the epoch. lock: Lock that the caller already holds.
@@ -112,7 +60,7 @@ def open_mover(
     catalog.bind({tier.name: tier.url for tier in file.tiers})
     tiering, cancel = file.tiering, Event()
     with ExitStack() as stack:
-        lock = lock or stack.enter_context(TierLock(stores.store(file.home.name)))
+        lock = lock or stack.enter_context(TierLock(stores.store(file.home_tier.name)))
         transfer = Transfer(stores, jobs=tiering.jobs, rate_bytes_s=tiering.rate_bytes_s, cancel=cancel)
         stack.enter_context(transfer)
         pool = ThreadPoolExecutor(tiering.jobs, thread_name_prefix="tiercache-mover")
@@ -135,11 +83,11 @@ class RunReport:
     Attributes:
         plan: Plan that the run made and, unless dry_run, applied.
         applied: Result of applying the plan.
-        settled: Deletions whose grace period was over, and those that an earlier run had left unfinished.
-        adopted: Folders of data sets whose use is tracked from now on.
-        unseen: Tiers whose copies cannot be seen now (for example a disk that is not mounted), with reasons; see
+        deletions: Deletions whose grace period was over, and those that an earlier run had left unfinished.
+        newly_tracked: Folders of data sets whose use is tracked from now on.
+        unavailable: Tiers whose copies cannot be seen now (for example a disk that is not mounted), with reasons; see
             stores.unavailable_tiers().
-        gaps: Metrics that keep rules need and that are missing for some checkpoint runs.
+        gaps: Metrics that keep lists need and that are missing for some checkpoint runs.
         losses: Objects that should exist and of which no tier has a copy.
         n_groups: Number of groups (shards, checkpoints, files) in all tiers.
         n_restoring: Number of copies whose restore is in progress.
@@ -149,9 +97,9 @@ class RunReport:
 
     plan: Plan
     applied: ApplyResult = field(default_factory=ApplyResult)
-    settled: ApplyResult = field(default_factory=ApplyResult)
-    adopted: tuple[str, ...] = ()
-    unseen: Mapping[str, str] = field(default_factory=dict)
+    deletions: ApplyResult = field(default_factory=ApplyResult)
+    newly_tracked: tuple[str, ...] = ()
+    unavailable: Mapping[str, str] = field(default_factory=dict)
     gaps: tuple[MetricGap, ...] = ()
     losses: tuple[Loss, ...] = ()
     n_groups: int = 0
@@ -162,7 +110,7 @@ class RunReport:
     @property
     def stopped(self) -> tuple[StoppedMove, ...]:
         """All moves that were not made, with reasons."""
-        return self.applied.stopped + self.settled.stopped
+        return self.applied.stopped + self.deletions.stopped
 
     @property
     def exit_code(self) -> int:
@@ -170,7 +118,7 @@ class RunReport:
 
         3: moves were stopped, objects are lost or a tier cannot be seen. 5: restores are in progress. Otherwise 0.
         """
-        if self.stopped or self.losses or self.unseen:
+        if self.stopped or self.losses or self.unavailable:
             return PARTLY
         return PENDING if self.n_restoring else DONE
 
@@ -183,21 +131,21 @@ class RunReport:
             "groups": self.n_groups,
             "moves": len(self.plan.moves),
             "refused": len(self.plan.refusals),
-            "done": self.applied.done,
+            "done": self.applied.n_made,
             "copied_bytes": self.applied.n_bytes,
-            "dropped": self.settled.done,
-            "dropped_bytes": self.settled.n_bytes,
-            "proof_bytes": self.settled.proof_bytes,
-            "waiting_drops": self.settled.waiting_drops,
+            "dropped": self.deletions.n_made,
+            "dropped_bytes": self.deletions.n_bytes,
+            "proof_bytes": self.deletions.proof_bytes,
+            "waiting_drops": self.deletions.waiting_drops,
             "restoring": self.n_restoring,
-            "adopted": list(self.adopted),
+            "adopted": list(self.newly_tracked),
             "cost": round(self.plan.totals.cost, 6),
             "saving_month": round(self.plan.totals.saving_month, 6),
             "stopped": [
                 {"plan": one.plan, "id": one.number, "path": one.path, "reason": one.reason} for one in self.stopped
             ],
             "lost": [one.path for one in self.losses],
-            "unseen": list(self.unseen),
+            "unseen": list(self.unavailable),
             "before": _holdings(self.plan, "before"),
             "after": _holdings(self.plan, "after"),
             "seconds": round(self.seconds, 3),
@@ -238,25 +186,27 @@ def run_once(
         catalog = stack.enter_context(TierCatalog(catalog_path(file), urls))
         if dry_run:
             report, _, _ = _plan(file, stores, catalog)
-            waiting = len(catalog.open_moves(file.home.url, "waiting", "dropping"))
-            report = replace(report, settled=ApplyResult(waiting_drops=waiting), dry_run=True)
+            waiting = len(catalog.open_moves(file.home_tier.url, "waiting", "dropping"))
+            report = replace(report, deletions=ApplyResult(waiting_drops=waiting), dry_run=True)
         else:
             context = stack.enter_context(open_mover(file, stores, catalog))
             # First, because the plan would otherwise count half of a copy.
-            finished = settle(context, only_begun=True)
+            finished = run_due_deletions(context, only_begun=True)
             crash_point("tier_run.finished")
             listed_s = SYSTEM_CLOCK.monotonic()
             report, inventory, decisions = _plan(file, stores, catalog)
             crash_point("tier_run.planned")
-            adopted = track_ruled(inventory, stores)
-            crash_point("tier_run.adopted")
+            newly_tracked = track_ruled(inventory, stores)
+            crash_point("tier_run.tracked")
             applied = apply_plan(context, report.plan, on_progress=on_progress)
             crash_point("tier_run.applied")
             # The listing is before this run's own moves. Without a grace period they are due already: it is made anew.
             has_grace = file.tiering.grace_s > 0
-            guard = (deletion_guard_of(inventory.snapshot, decisions), listed_s) if has_grace else None
-            settled = settle(context, guard=guard, on_progress=on_progress)
-            report = replace(report, applied=applied, settled=finished.followed_by(settled), adopted=adopted)
+            facts = (deletion_facts_of(inventory.snapshot, decisions), listed_s) if has_grace else None
+            deleted = run_due_deletions(context, facts=facts, on_progress=on_progress)
+            report = replace(
+                report, applied=applied, deletions=finished.followed_by(deleted), newly_tracked=newly_tracked
+            )
     return replace(report, seconds=time.monotonic() - started_s)
 
 
@@ -265,13 +215,13 @@ def _plan(file: RuleFile, stores: Stores, catalog: TierCatalog) -> tuple[RunRepo
     prices = [prices_if_known(tier) for tier in file.tiers]
     now_s = time.time()
     inventory = take_inventory(file, stores, catalog, now_s=now_s)
-    unseen = unavailable_tiers(file, stores, catalog)
+    unavailable = unavailable_tiers(file, stores, catalog)
     capacity = [stores.capacity(tier.name) for tier in file.tiers]
     snapshot = inventory.snapshot
-    decisions = decide(snapshot, file, prices, capacity_bytes=capacity, missing=unseen)
+    decisions = decide(snapshot, file, prices, capacity_bytes=capacity, unavailable=unavailable)
     report = RunReport(
         make_plan(decisions, inventory, file, prices),
-        unseen=unseen,
+        unavailable=unavailable,
         gaps=metric_gaps(snapshot, file, inventory.facts["in_files"])[0],
         losses=find_losses(inventory, file, stores, catalog, now_s=now_s),
         n_groups=snapshot.n_groups,

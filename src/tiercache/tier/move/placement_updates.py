@@ -43,7 +43,7 @@ class PlacementUpdates:
 
     def __init__(self, context: MoveContext) -> None:
         self._context, self._stores = context, context.stores
-        self.home = context.file.home.name
+        self.home_name = context.file.home_tier.name
         self._folders: dict[str, str | None] = {}
         self._placements: dict[str, Placement | None] = {}
 
@@ -56,10 +56,10 @@ class PlacementUpdates:
             return ""
         parent = row.path.rpartition("/")[0]
         if parent not in self._folders:
-            self._folders[parent] = dataset_folder_above(self._stores.store(self.home), parent)
+            self._folders[parent] = dataset_folder_above(self._stores.store(self.home_name), parent)
         found = self._folders[parent]
         if found is None:
-            url = self._stores.store(self.home).url
+            url = self._stores.store(self.home_name).url
             message = f"{url}: expected a data set above {row.path}, found none: no versions lie there"
             raise TierCacheError(message, no_data_set=True)
         return found
@@ -71,15 +71,15 @@ class PlacementUpdates:
 
     def is_home(self, tier: str) -> bool:
         """Return whether a tier has the same location as home."""
-        return self._stores.same_url(tier, self.home)
+        return self._stores.same_url(tier, self.home_name)
 
     def tiers_to_query(self, row: JournalRow) -> list[str]:
         """Return the tiers whose copies decide about the placement: dst, and home where it is neither src nor dst."""
-        return [row.dst] if self.is_home(row.src) or self.is_home(row.dst) else [row.dst, self.home]
+        return [row.dst] if self.is_home(row.src) or self.is_home(row.dst) else [row.dst, self.home_name]
 
     def copies_at_home(self, row: JournalRow, heads: Heads) -> Infos:
         """Return the metadata of a move's objects at home; nothing where home is src or dst."""
-        return heads.infos(self.home, row) if len(self.tiers_to_query(row)) > 1 else {}
+        return heads.infos(self.home_name, row) if len(self.tiers_to_query(row)) > 1 else {}
 
     # -- writing placements -----------------------------------------------------------------------------------------
 
@@ -91,18 +91,18 @@ class PlacementUpdates:
         folder = self._folder(row)
         ends = self._context.ends_readability(row)
         if row.action == "delete" or _is_complete(row, at_home) or (self.is_home(row.dst) and not ends):
-            return folder, {_relative(folder, one.key): None for one in row.objects}
-        entries = self._context.catalog.entries(row.dst, [one.key for one in row.objects])
+            return folder, {_relative(folder, obj.key): None for obj in row.objects}
+        entries = self._context.catalog.entries(row.dst, [obj.key for obj in row.objects])
         changes: RowChanges = {}
-        for one in row.objects:
-            key, info, entry = _relative(folder, one.key), copies.get(one.key), entries.get(one.key)
+        for obj in row.objects:
+            key, info, entry = _relative(folder, obj.key), copies.get(obj.key), entries.get(obj.key)
             changes[key] = PlacementRow(
                 key,
                 self._url(row.dst, folder),
                 storage_class=self._context.file.tier(row.dst).storage_class,
                 state="archived" if ends or (info is not None and not is_readable(info)) else "here",
-                n_bytes=one.n_bytes,
-                crc32c=one.crc32c if entry is None or entry.crc32c is None else entry.crc32c,
+                n_bytes=obj.n_bytes,
+                crc32c=obj.crc32c if entry is None or entry.crc32c is None else entry.crc32c,
             )
         return folder, changes
 
@@ -123,7 +123,7 @@ class PlacementUpdates:
         return failed
 
     def _log(self, folder: str) -> Store:
-        return prefix_store(self._stores.store(self.home), folder)
+        return prefix_store(self._stores.store(self.home_name), folder)
 
     # -- reading placements -----------------------------------------------------------------------------------------
 
@@ -145,8 +145,8 @@ class PlacementUpdates:
         """
         folder = self._folder(row)
         target = self._url(row.dst, folder)
-        for one in row.objects:
-            placed = self._row(folder, one.key)
+        for obj in row.objects:
+            placed = self._row(folder, obj.key)
             if placed is not None and _equal_urls(placed.url, target):
                 if row.action == "reclass" and placed.state != "archived":
                     return f"{row.path}: expected placement to say that it is archived, found {placed.state!r}"
@@ -158,7 +158,7 @@ class PlacementUpdates:
                 continue
             if placed is None and row.action == "reclass" and not self.is_home(row.dst) and _is_complete(row, at_home):
                 continue
-            found = self._url(self.home, folder) if placed is None else placed.url
+            found = self._url(self.home_name, folder) if placed is None else placed.url
             return f"{row.path}: expected placement to lead to {target}, found {found}"
         return ""
 
@@ -185,26 +185,26 @@ class PlacementUpdates:
         if row.action == "delete":
             return folder, self._rows_of_last_copies(row, folder)
         target = self._url(row.dst, folder)
-        placed = [(one.key, self._row(folder, one.key)) for one in row.objects]
+        placed = [(obj.key, self._row(folder, obj.key)) for obj in row.objects]
         led = [_relative(folder, key) for key, found in placed if found is not None and _equal_urls(found.url, target)]
         if not led or self.is_home(row.src):
             return folder, dict.fromkeys(led)
-        infos = self._context.heads((row.src, one.key) for one in row.objects).infos(row.src, row)
-        for one in row.objects:
-            info = infos[one.key]
-            if info is None or self._context.change_reason(row.src, info, one):
+        infos = self._context.heads((row.src, obj.key) for obj in row.objects).infos(row.src, row)
+        for obj in row.objects:
+            info = infos[obj.key]
+            if info is None or self._context.change_reason(row.src, info, obj):
                 return folder, {}
         back = self.changes(replace(row, dst=row.src, dst_place=row.src_place), infos, {})[1]
         return folder, {key: back[key] for key in led}
 
     def _rows_of_last_copies(self, row: JournalRow, folder: str) -> RowChanges:
         """Return rows for the objects of a cancelled delete, if the placement has none of them and home has no copy."""
-        if any(self.is_home(one.where) or self._row(folder, one.key) for one in row.objects):
+        if any(self.is_home(obj.tier) or self._row(folder, obj.key) for obj in row.objects):
             return {}
-        keys = {one.key for one in row.objects}
+        keys = {obj.key for obj in row.objects}
         for tier in reversed(self._context.file.tiers):
-            objects = tuple(one for one in row.objects if one.where == tier.name)
-            if {one.key for one in objects} == keys:
+            objects = tuple(obj for obj in row.objects if obj.tier == tier.name)
+            if {obj.key for obj in objects} == keys:
                 infos = self._context.heads((tier.name, key) for key in keys).infos(tier.name, row)
                 if all(infos.values()):
                     moved = replace(row, action="move", dst=tier.name, dst_place=tier.url, objects=objects)
@@ -218,7 +218,7 @@ def _relative(folder: str, key: str) -> str:
 
 def _is_complete(row: JournalRow, copies: Infos) -> bool:
     """Return whether these copies are all objects of a move, by their sizes."""
-    found = [(copies.get(one.key), one.n_bytes) for one in row.objects]
+    found = [(copies.get(obj.key), obj.n_bytes) for obj in row.objects]
     return bool(copies) and all(info is not None and info.n_bytes == n_bytes for info, n_bytes in found)
 
 
@@ -226,11 +226,11 @@ def _equal_urls(first: str, second: str) -> bool:
     return first.rstrip("/") == second.rstrip("/")
 
 
-def dataset_folder_above(home: Store, folder: str) -> str | None:
+def dataset_folder_above(home_store: Store, folder: str) -> str | None:
     """Return the nearest folder, from `folder` upwards, that holds versions of a data set. Raises StoreError."""
     while True:
         prefix = f"{folder}/{_VERSIONS}" if folder else _VERSIONS
-        if next(iter(home.list(prefix)), None) is not None:
+        if next(iter(home_store.list(prefix)), None) is not None:
             return folder
         if not folder:
             return None
@@ -242,13 +242,13 @@ def track_ruled(inventory: Inventory, stores: Stores) -> tuple[str, ...]:
     file, snapshot = stores.file, inventory.snapshot
     shards = snapshot.paths.filter(pa.array(snapshot.kind == SHARD))
     ruled = shards.filter(pa.array(first_match(shards, [(rule.match, rule.exclude) for rule in file.rules]) >= 0))
-    return _adopted(
+    return _start_tracking(
         stores,
         (
             found.folder.rstrip("/")
             for found in inventory.facts.get("datasets", ())
-            if not (found.problem or found.is_adopted)
-            and stores.same_url(found.tier, file.home.name)
+            if not (found.problem or found.is_tracked)
+            and stores.same_url(found.tier, file.home_tier.name)
             and np.any(pc.starts_with(ruled, found.folder).to_numpy(zero_copy_only=False))
         ),
     )
@@ -256,19 +256,20 @@ def track_ruled(inventory: Inventory, stores: Stores) -> tuple[str, ...]:
 
 def track_planned(plan: Plan, stores: Stores) -> tuple[str, ...]:
     """Start tracking the data sets at home whose shards a plan moves or refuses. Return the newly tracked folders."""
-    home = stores.store(stores.file.home.name)
-    shards = [one.path for one in plan.moves if one.kind == "shard"]
-    shards += [one.path for one in plan.refusals if one.kind == "shard"]
+    home_store = stores.store(stores.file.home_tier.name)
+    shards = [move.path for move in plan.moves if move.kind == "shard"]
+    shards += [refusal.path for refusal in plan.refusals if refusal.kind == "shard"]
     folders = {path.rpartition("/")[0] for path in shards}
-    found = {dataset_folder_above(home, folder) for folder in folders}
-    return _adopted(stores, sorted(folder for folder in found if folder is not None))
+    found = {dataset_folder_above(home_store, folder) for folder in folders}
+    return _start_tracking(stores, sorted(folder for folder in found if folder is not None))
 
 
-def _adopted(stores: Stores, folders: Iterable[str]) -> tuple[str, ...]:
-    home, adopted = stores.store(stores.file.home.name), []
+def _start_tracking(stores: Stores, folders: Iterable[str]) -> tuple[str, ...]:
+    """Start tracking data sets at home. Return the folders of the newly tracked ones."""
+    home_store, newly_tracked = stores.store(stores.file.home_tier.name), []
     for folder in folders:
         # A store that cannot be written: the moves report that.
         with suppress(StoreError):
-            if log.start_tracking(prefix_store(home, folder)):
-                adopted.append(folder)
-    return tuple(adopted)
+            if log.start_tracking(prefix_store(home_store, folder)):
+                newly_tracked.append(folder)
+    return tuple(newly_tracked)

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Event, Lock
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from tiercache._native.checksum import combine, crc32c
 from tiercache.catalog.tiers import CatalogEntry
@@ -19,7 +19,7 @@ from tiercache.crash_points import crash_point
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store import CloudStore, LocalFolder
-from tiercache.store.archive import MOST_PARTS, S3Archive
+from tiercache.store.archive import MOST_PARTS, S3StorageClasses
 from tiercache.store.contract import Upload
 from tiercache.tier.model import PART_BYTES, PlannedObject
 from tiercache.tier.stores import Stores, needs_restore
@@ -64,15 +64,19 @@ class _CopiedPart(NamedTuple):
     buffer: memoryview | None
 
 
+# What a copy may replace at its destination. False: nothing; True: any object; a string: the object with this ETag.
+MayReplace: TypeAlias = bool | str
+
+
 @dataclass(frozen=True, slots=True)
 class _CopyRequest:
     """The arguments of Transfer.copy()."""
 
     src: str
     dst: str
-    one: PlannedObject
+    obj: PlannedObject
     on_bytes: Callable[[int], object]
-    replaces: bool | str
+    replaces: MayReplace
 
     @property
     def replaced_etag(self) -> str | None:
@@ -129,10 +133,10 @@ class Transfer:
         self,
         src: str,
         dst: str,
-        one: PlannedObject,
+        obj: PlannedObject,
         *,
         on_bytes: Callable[[int], object] | None = None,
-        replaces: bool | str = True,
+        replaces: MayReplace = True,
     ) -> CatalogEntry:
         """Copy an object to another tier, under the same key and with that tier's storage class, and verify the copy.
 
@@ -145,12 +149,12 @@ class Transfer:
         Args:
             src: Name of the source tier.
             dst: Name of the destination tier.
-            one: Expected object: size, ETag (or else date), and CRC-32C, as far as they are known.
+            obj: Expected object: size, ETag (or else date), and CRC-32C, as far as they are known.
             on_bytes: Function that receives the length of each part that was read; called from any thread.
-            replaces: False: nothing was at the destination when the caller looked, and an object that appears there
-                stays. The store enforces this; for more than 1 MiB in a cloud without boto3, the destination is checked
-                directly before the upload completes. An ETag: only the object with this ETag is overwritten. This is
-                checked directly before; with boto3 the request names the ETag too.
+            replaces: See MayReplace. False: nothing was at the destination when the caller looked, and an object that
+                appears there stays. The store enforces this; for more than 1 MiB in a cloud without boto3, the
+                destination is checked directly before the upload completes. An ETag: only the object with this ETag is
+                overwritten. This is checked directly before; with boto3 the request names the ETag too.
 
         Raises:
             NotFound, ObjectChanged: The object is not in src, is not the expected one or changed during the copy; or
@@ -160,34 +164,34 @@ class Transfer:
                 checksum. Otherwise a store failed.
         """
         if self._stores.same_url(src, dst):
-            raise ValueError(f"{src} and {dst} have one URL: a move between them changes the class of {one.key}")
-        self._check_cancelled(src, one.key)
-        request = _CopyRequest(src, dst, one, on_bytes or _nothing, replaces)
+            raise ValueError(f"{src} and {dst} have one URL: a move between them changes the class of {obj.key}")
+        self._check_cancelled(src, obj.key)
+        request = _CopyRequest(src, dst, obj, on_bytes or _nothing, replaces)
         made = self._copy_by_server(request) if self._stores.same_endpoint(src, dst) else None
         if made is None:
-            made = self._copy_small(request) if one.n_bytes <= _SMALL_BYTES else self._copy_in_parts(request)
+            made = self._copy_small(request) if obj.n_bytes <= _SMALL_BYTES else self._copy_in_parts(request)
         return made
 
-    def check(self, name: str, one: PlannedObject) -> ObjectInfo:
+    def check(self, name: str, obj: PlannedObject) -> ObjectInfo:
         """Return the metadata of an object, if it is the planned one and can be read. Raises as copy()."""
-        self._check_cancelled(name, one.key)
-        info = self._stores.head(name, one.key)
-        self._expect(name, one, info)
+        self._check_cancelled(name, obj.key)
+        info = self._stores.head(name, obj.key)
+        self._expect(name, obj, info)
         if needs_restore(info):
-            message = f"it is archived ({info.storage_class}) and must be restored first: tiercache restore {one.key}"
-            raise StoreError(message, url=self._at(name, one.key), archived=True)
+            message = f"it is archived ({info.storage_class}) and must be restored first: tiercache restore {obj.key}"
+            raise StoreError(message, url=self._at(name, obj.key), archived=True)
         return info
 
-    def _expect(self, name: str, one: PlannedObject, info: ObjectInfo) -> None:
+    def _expect(self, name: str, obj: PlannedObject, info: ObjectInfo) -> None:
         """Raise ObjectChanged if an object is not the planned one."""
-        if (difference := find_difference(one, info)) is not None:
+        if (difference := find_difference(obj, info)) is not None:
             what, expected, found = difference
             message = f"its {what} is not what was planned"
-            raise ObjectChanged(message, url=self._at(name, one.key), expected=expected, found=found)
+            raise ObjectChanged(message, url=self._at(name, obj.key), expected=expected, found=found)
 
     def _check_destination(self, request: _CopyRequest) -> None:
         """Raise ObjectChanged unless the destination has what may be overwritten: one object, or nothing."""
-        dst, key = request.dst, request.one.key
+        dst, key = request.dst, request.obj.key
         try:
             found = self._stores.head(dst, key).etag
         except NotFound:
@@ -205,61 +209,61 @@ class Transfer:
 
     def _copy_by_server(self, request: _CopyRequest) -> CatalogEntry | None:
         """Return the copy that the server made; None, after removing it, if checksums do not show that it is equal."""
-        one, dst = request.one, request.dst
-        info = self.check(request.src, one)
-        source, target = self._archive(request.src), self._archive(dst)
+        obj, dst = request.obj, request.dst
+        info = self.check(request.src, obj)
+        source, target = self._s3_classes(request.src), self._s3_classes(dst)
         if request.replaced_etag is not None:
             self._check_destination(request)
         self._wait_for_rate(info.n_bytes)
-        before = source.checksums(one.key)
+        before = source.checksums(obj.key)
         try:
             made = target.copy_from(
                 source,
-                one.key,
-                one.key,
+                obj.key,
+                obj.key,
                 storage_class=self._stores.file.tier(dst).storage_class,
                 if_match=info.etag,
-                crc32c=one.crc32c,
+                crc32c=obj.crc32c,
                 replaces=request.replaces,
             )
         except ObjectChanged:
             if not request.replaces:
                 self._check_destination(request)
             raise
-        if one.crc32c is not None and made.crc32c is None:
+        if obj.crc32c is not None and made.crc32c is None:
             # A copy that equals the source does not show that the source is the expected object: only its bytes do.
-            is_proven = not needs_restore(made) and self.checksum_of(dst, made) == one.crc32c
+            is_proven = not needs_restore(made) and self.checksum_of(dst, made) == obj.crc32c
         else:
-            is_proven = _is_proven(before, target.checksums(one.key), one, made)
+            is_proven = _is_proven(before, target.checksums(obj.key), obj, made)
         if made.n_bytes != info.n_bytes or not is_proven:
             # This copy is ours, perhaps of a source that rotted: it must not stay, nor be taken for somebody else's
             # object.
             self._remove(dst, made)
             return None
         request.on_bytes(info.n_bytes)
-        return CatalogEntry(made.n_bytes, made.etag, one.crc32c if made.crc32c is None else made.crc32c)
+        return CatalogEntry(made.n_bytes, made.etag, obj.crc32c if made.crc32c is None else made.crc32c)
 
     def _copy_small(self, request: _CopyRequest) -> CatalogEntry:
         """Copy an object of one part. One request reads it and its metadata: requests dominate the cost."""
-        src, one = request.src, request.one
-        self._wait_for_rate(one.n_bytes)
+        src, obj = request.src, request.obj
+        self._wait_for_rate(obj.n_bytes)
         try:
-            data, info = self._stores.store(src).read_tail(one.key, max(one.n_bytes, 1))
+            data, info = self._stores.store(src).read_tail(obj.key, max(obj.n_bytes, 1))
         except NotFound:
             raise
         except StoreError:
-            self.check(src, one)  # raises a better error if it knows why the object cannot be read
+            self.check(src, obj)  # raises a better error if it knows why the object cannot be read
             raise
-        self._expect(src, one, info)
+        self._expect(src, obj, info)
         request.on_bytes(len(data))
         with self._upload(request.dst, info, request) as upload:
             upload.put_part(0, data)
             return self._complete(request, upload, crc32c(data))
 
     def _copy_in_parts(self, request: _CopyRequest) -> CatalogEntry:
-        info = self.check(request.src, request.one)
+        info = self.check(request.src, request.obj)
         with self._upload(request.dst, info, request) as upload:
-            is_ordered = self._stores.archive(request.dst) is None
+            is_ordered = self._stores.s3_classes(request.dst) is None
             parts = self._parts(request.src, info, request.on_bytes, None if is_ordered else upload)
             crc = 0
             with closing(parts):  # no part is in flight afterwards
@@ -272,29 +276,29 @@ class Transfer:
 
     def _complete(self, request: _CopyRequest, upload: Upload, crc: int) -> CatalogEntry:
         """Publish and verify the copy. crc: CRC-32C of the bytes that the upload was given."""
-        dst, one = request.dst, request.one
-        if one.crc32c is not None and crc != one.crc32c:
+        dst, obj = request.dst, request.obj
+        if obj.crc32c is not None and crc != obj.crc32c:
             # Before complete(), so that the object at the destination stays.
-            raise _wrong(self._at(request.src, one.key), one.crc32c, crc, "the source")
-        self._check_cancelled(dst, one.key)
+            raise _wrong(self._at(request.src, obj.key), obj.crc32c, crc, "the source")
+        self._check_cancelled(dst, obj.key)
         if request.replaced_etag is not None:  # reading the source took minutes, in which somebody may have written
             self._check_destination(request)
         made = upload.complete(if_absent=not request.replaces)
         if made is None:
             self._check_destination(request)
-            raise ObjectChanged("the destination was changed concurrently: run again", url=self._at(dst, one.key))
+            raise ObjectChanged("the destination was changed concurrently: run again", url=self._at(dst, obj.key))
         crash_point("tier_transfer.published")
-        if getattr(upload, "is_confirmed", False) and made.etag is not None and made.n_bytes == one.n_bytes:
-            return CatalogEntry(one.n_bytes, made.etag, crc)
-        return self._verify(dst, one.n_bytes, crc, made)
+        if getattr(upload, "is_confirmed", False) and made.etag is not None and made.n_bytes == obj.n_bytes:
+            return CatalogEntry(obj.n_bytes, made.etag, crc)
+        return self._verify(dst, obj.n_bytes, crc, made)
 
     @contextmanager
     def _upload(self, dst: str, info: ObjectInfo, request: _CopyRequest) -> Iterator[Upload]:
         """Yield an upload to a tier."""
-        archive, store = self._stores.archive(dst), self._stores.store(dst)
-        if archive is not None:
+        s3_classes, store = self._stores.s3_classes(dst), self._stores.store(dst)
+        if s3_classes is not None:
             storage_class = self._stores.file.tier(dst).storage_class
-            with archive.create(info.key, storage_class=storage_class, if_match=request.replaced_etag) as upload:
+            with s3_classes.create(info.key, storage_class=storage_class, if_match=request.replaced_etag) as upload:
                 yield upload
             return
         if isinstance(store, CloudStore) and info.n_bytes > MOST_PARTS * PART_BYTES:
@@ -370,7 +374,7 @@ class Transfer:
     def _verify(self, dst: str, n_bytes: int, crc: int, made: ObjectInfo) -> CatalogEntry:
         """Return the copy, if it is there and equals what was read; otherwise remove it and raise."""
         store, info, found = self._stores.store(dst), made, None
-        if n_bytes <= _SMALL_BYTES and self._stores.archive(dst) is None:
+        if n_bytes <= _SMALL_BYTES and self._stores.s3_classes(dst) is None:
             data, info = store.read_tail(made.key, n_bytes + 1)
             found = crc32c(data)
         elif isinstance(store, LocalFolder):
@@ -421,26 +425,26 @@ class Transfer:
                 self._buffers.give(part.buffer)
         return crc
 
-    def change_class(self, dst: str, one: PlannedObject) -> CatalogEntry:
+    def change_class(self, dst: str, obj: PlannedObject) -> CatalogEntry:
         """Give an object, in place, the storage class of a tier with the same URL. Raises as copy().
 
         No data is read unless checksums leave doubt. .wrong: The object is not the expected one afterwards.
         """
-        archive = self._archive(dst)
-        info = self.check(dst, one)
+        s3_classes = self._s3_classes(dst)
+        info = self.check(dst, obj)
         wanted = self._stores.class_of(dst)
-        before = archive.checksums(one.key)
-        made = info if info.storage_class == wanted else archive.set_class(one.key, wanted, if_match=info.etag)
-        where = self._at(dst, one.key)
+        before = s3_classes.checksums(obj.key)
+        made = info if info.storage_class == wanted else s3_classes.set_class(obj.key, wanted, if_match=info.etag)
+        where = self._at(dst, obj.key)
         if made.n_bytes != info.n_bytes or made.storage_class != wanted:
             found = f"{made.n_bytes} bytes, {made.storage_class}"
             raise _wrong(where, f"{info.n_bytes} bytes, {wanted}", found, "the object")
-        if _is_proven(before, archive.checksums(one.key), one, made):
-            return CatalogEntry(made.n_bytes, made.etag, one.crc32c if made.crc32c is None else made.crc32c)
+        if _is_proven(before, s3_classes.checksums(obj.key), obj, made):
+            return CatalogEntry(made.n_bytes, made.etag, obj.crc32c if made.crc32c is None else made.crc32c)
         # The checksums are not conclusive: a readable object is read; of an archived one only size and class are known.
         crc = None if needs_restore(made) else self.checksum_of(dst, made)
-        if None not in (crc, one.crc32c) and crc != one.crc32c:
-            raise _wrong(where, one.crc32c, crc, "the object")
+        if None not in (crc, obj.crc32c) and crc != obj.crc32c:
+            raise _wrong(where, obj.crc32c, crc, "the object")
         return CatalogEntry(made.n_bytes, made.etag, crc)
 
     def delete_objects(self, name: str, objects: Sequence[PlannedObject]) -> None:
@@ -449,29 +453,29 @@ class Transfer:
         The order is not defined. Only S3 and local folders check that an object still has its ETag; a local folder
         checks directly before it unlinks each file. Raises StoreError; .failed names the objects that were not deleted.
         """
-        archive, store = self._stores.archive(name), self._stores.store(name)
-        if archive is None:
+        s3_classes, store = self._stores.s3_classes(name), self._stores.store(name)
+        if s3_classes is None:
             if not isinstance(store, LocalFolder):
-                store.delete([one.key for one in objects])
+                store.delete([obj.key for obj in objects])
                 return
-            dated = [(one.key, one.etag) for one in objects if one.etag is not None]
-            store.delete([one.key for one in objects if one.etag is None])
+            dated = [(obj.key, obj.etag) for obj in objects if obj.etag is not None]
+            store.delete([obj.key for obj in objects if obj.etag is None])
             if changed := [key for key, etag in dated if not store.delete_unchanged(key, etag)]:
                 message = f"{len(changed)} files were changed since they were looked at, and were not deleted"
                 raise StoreError(message, url=self._at(name, changed[0]), failed=tuple(changed))
             return
         if objects:
             self._check_cancelled(name, objects[0].key)
-        if failed := archive.delete_many([one.key for one in objects], if_match=[one.etag for one in objects]):
+        if failed := s3_classes.delete_many([obj.key for obj in objects], if_match=[obj.etag for obj in objects]):
             (key, reason), n_failed = failed[0], len(failed)
             message = f"{n_failed} objects could not be deleted, the first because of {reason}"
             raise StoreError(message, url=self._at(name, key), failed=tuple(key for key, _ in failed))
 
-    def _archive(self, name: str) -> S3Archive:
-        archive = self._stores.archive(name)
-        if archive is None:
+    def _s3_classes(self, name: str) -> S3StorageClasses:
+        s3_classes = self._stores.s3_classes(name)
+        if s3_classes is None:
             raise ValueError(f"tiers.{name}: its store has no storage classes to change")
-        return archive
+        return s3_classes
 
     def _remove(self, name: str, info: ObjectInfo) -> None:
         """Delete a wrong copy, if it is still there and was not replaced by somebody else."""
@@ -484,14 +488,14 @@ class Transfer:
             raise _cancelled(self._at(name, key))
 
 
-def find_difference(one: PlannedObject, info: ObjectInfo) -> tuple[str, object, object] | None:
+def find_difference(obj: PlannedObject, info: ObjectInfo) -> tuple[str, object, object] | None:
     """Return what differs between a planned object and the store's, with both values: size, ETag, or else date."""
-    pairs: list[tuple[str, object, object]] = [("size", one.n_bytes, info.n_bytes)]
-    if one.etag is not None and info.etag is not None:
-        pairs.append(("ETag", one.etag, info.etag))
-    elif one.modified_s is not None and info.modified_s is not None:
+    pairs: list[tuple[str, object, object]] = [("size", obj.n_bytes, info.n_bytes)]
+    if obj.etag is not None and info.etag is not None:
+        pairs.append(("ETag", obj.etag, info.etag))
+    elif obj.modified_s is not None and info.modified_s is not None:
         # A listing and a HEAD may give the date with different fractions of a second.
-        pairs.append(("date", int(one.modified_s), int(info.modified_s)))
+        pairs.append(("date", int(obj.modified_s), int(info.modified_s)))
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
@@ -500,10 +504,10 @@ def is_md5(etag: str) -> bool:
     return _MD5.fullmatch(etag) is not None
 
 
-def _is_proven(before: Mapping[str, str], after: Mapping[str, str], one: PlannedObject, made: ObjectInfo) -> bool:
+def _is_proven(before: Mapping[str, str], after: Mapping[str, str], obj: PlannedObject, made: ObjectInfo) -> bool:
     """Return whether the store's checksums prove that a server-side copy is equal: all common ones must be equal."""
-    if None not in (one.crc32c, made.crc32c):
-        return one.crc32c == made.crc32c
+    if None not in (obj.crc32c, made.crc32c):
+        return obj.crc32c == made.crc32c
     names = [name for name in before.keys() & after.keys() if name != "ETag"]
     if names:
         return all(before[name] == after[name] for name in names)

@@ -2,7 +2,7 @@
 
 ::
 
-    _tiercache/tiers.json                      the marker: the data set is tracked; the number of a recent placement
+    _tiercache/tiers.json                      tracking marker: it is tracked; the number of a recent placement
     _tiercache/placement/<20 digits>.arrow     a complete placement each: one row for each object that is away from home
 
 An untracked data set costs its readers one small GET. The placements are a numbered log (store/numbered_log.py): a
@@ -53,7 +53,7 @@ PLACEMENT_FOLDER = "_tiercache/placement/"
 N_KEPT = 10
 # A lost race means that another writer succeeded: a hundred losses in a row is overload, not bad luck.
 MAX_REBASES = 100
-_MARK_BYTES = 64 << 10  # our markers have 100 bytes: of a longer file only the end is read, which does not parse
+_MARKER_BYTES = 64 << 10  # our markers have 100 bytes: of a longer file only the end is read, which does not parse
 _NEVER_S = 1e12  # later than any clock
 FORMAT_VERSION = 1
 # A million moved shards with URLs of 50 characters take 207 bytes each: 197 MiB, and 1.1 GiB of memory while they are
@@ -326,7 +326,7 @@ def find_newest_placement(store: Store, known: Placement | None = None) -> Place
     return _found(store, placements.newest(start))
 
 
-def encode_mark(number: int | None, since_s: float | None = None) -> bytes:
+def encode_tracking_marker(number: int | None, since_s: float | None = None) -> bytes:
     """Return the content of the marker: the number of a recent placement and the start of tracking, if known."""
     facts: dict[str, Any] = {"format": "tiercache-tiers", "version": FORMAT_VERSION}
     facts |= {} if number is None else {"placement": number}
@@ -358,7 +358,7 @@ def _marked(store: Store) -> int | None:
 def _mark(store: Store) -> dict[str, Any] | None:
     """Return the facts in the marker, {} if it cannot be parsed; None if there is no marker."""
     try:
-        data, _ = store.read_tail(TRACKING_MARKER_KEY, _MARK_BYTES)
+        data, _ = store.read_tail(TRACKING_MARKER_KEY, _MARKER_BYTES)
     except NotFound:
         return None
     except StoreError as error:
@@ -397,7 +397,7 @@ def start_tracking(store: Store) -> bool:
     """Put the marker: machines report their use from now on. Return whether it was missing. Raises StoreError."""
     if is_tracked(store):
         return False
-    store.put_if_absent(TRACKING_MARKER_KEY, encode_mark(_log_of(store).highest(), time.time()))
+    store.put_if_absent(TRACKING_MARKER_KEY, encode_tracking_marker(_log_of(store).highest(), time.time()))
     return True
 
 
@@ -422,7 +422,7 @@ def commit_placement(store: Store, changes: Mapping[str, PlacementRow | None]) -
         if placements.put_newest(proposed.number, _encoded(store, proposed)):
             crash_point("tier_placement.written")
             with suppress(StoreError):  # readers begin to look there: a failure only costs them some requests
-                store.put(TRACKING_MARKER_KEY, encode_mark(proposed.number, tracked_since_s(store)))
+                store.put(TRACKING_MARKER_KEY, encode_tracking_marker(proposed.number, tracked_since_s(store)))
             crash_point("tier_placement.hinted")
             with suppress(StoreError):  # the next commit deletes them
                 placements.delete(range(max(1, proposed.number - 2 * N_KEPT), proposed.number - N_KEPT + 1))

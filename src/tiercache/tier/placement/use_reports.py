@@ -134,11 +134,15 @@ def _by_store_clock(report: UseReport, modified_s: float) -> UseReport:
 
 
 def merge_reports(
-    reports: Sequence[UseReport], names: pa.Array | pa.ChunkedArray, *, now_s: float, silence_s: float = 7 * 86400.0
+    reports: Sequence[UseReport],
+    names: pa.Array | pa.ChunkedArray,
+    *,
+    now_s: float,
+    reader_timeout_s: float = 7 * 86400.0,
 ) -> ShardUse:
     """Merge the reports on one data set. Pure. The result is in the order of `names`, the names of its shards.
 
-    silence_s: Time without a report after which a reader counts as gone.
+    reader_timeout_s: Time without a report after which a reader counts as gone.
     """
     n = len(names)
     last, uses, in_use = np.full(n, np.nan), np.zeros(n, np.int64), np.zeros(n, np.bool_)
@@ -146,7 +150,9 @@ def merge_reports(
     text = names.cast(pa.large_string())
     for report in reports:
         active = [reader for reader in report.readers.values() if now_s - reader.reported_s <= IN_USE_S]
-        unreported |= any(IN_USE_S < now_s - reader.reported_s <= silence_s for reader in report.readers.values())
+        unreported |= any(
+            IN_USE_S < now_s - reader.reported_s <= reader_timeout_s for reader in report.readers.values()
+        )
         if report.all_s:
             last = np.fmax(last, report.all_s)
         in_use |= any(reader.reads_all for reader in active)

@@ -4,7 +4,7 @@ The policy works on columns, so that it sorts and compares a million groups with
 docs/reference/tiers.md defines the rules. A group gets at most one move. Steps, in this order:
 
 1. Each rule proposes moves. Moves of protected groups, unprofitable moves and moves without room are
-   rejected.
+   refused. If several checks refuse a move, the refusal gives the reason of the first.
 2. A tier that would still be above `high` of its capacity sends its least recently used groups down until `low`.
 """
 
@@ -59,29 +59,31 @@ if TYPE_CHECKING:
 
 Dollars = NDArray[np.float64]
 
+# Actions after which dst holds more bytes; for the others, dst is -1 or has the copy already.
+_ADDS_BYTES_TO_DST = (RECLASS, MOVE, COPY)
 _NOT_WHOLE = "no copy of it is whole: it is not complete yet, or two copies differ: remove or rename one of the two"
 
 
-def with_costs(view: SnapshotIndex, moves: MoveColumns) -> MoveColumns:
+def with_costs(index: SnapshotIndex, moves: MoveColumns) -> MoveColumns:
     """Return the moves with their costs; zero where a tier has no prices."""
     once, saving_month = np.zeros(len(moves)), np.zeros(len(moves))
-    stays_s = _stays_s(view, moves)
+    deleted_in_s = _seconds_until_deletion(index, moves)
 
     def add(rows: NDArray[np.int64], action: int, src: int, dst: int) -> None:
         groups = moves.group[rows]
-        copies = view.at[src, groups].astype(np.int64)
-        sizes = Sizes.of(view.snapshot, copies)
+        copies = index.at[src, groups].astype(np.int64)
+        sizes = Sizes.of(index.snapshot, copies)
         is_new = action in (MOVE, COPY, RECLASS)
-        old, new = view.prices[src], view.prices[dst] if is_new else None
+        old, new = index.prices[src], index.prices[dst] if is_new else None
         if old is None or (is_new and new is None):
             return
         if action != COPY:
-            once[rows] += early_dollars(old, sizes, view.snapshot.now_s - view.snapshot.modified_s[copies])
+            once[rows] += early_dollars(old, sizes, index.snapshot.now_s - index.snapshot.modified_s[copies])
             saving_month[rows] += month_dollars(old, sizes)
         if new is not None:
             saving_month[rows] -= month_dollars(new, sizes)
             # The rule may delete the group before the minimum storage duration of dst ends, which costs the early fee.
-            once[rows] += early_dollars(new, sizes, stays_s[rows]) + transfer_dollars(view, groups, src, dst)
+            once[rows] += early_dollars(new, sizes, deleted_in_s[rows]) + transfer_dollars(index, groups, src, dst)
 
     route = (moves.action.astype(np.int64) * 256 + moves.src) * 256 + (moves.dst + 1)
     for number in np.unique(route).tolist():
@@ -90,144 +92,146 @@ def with_costs(view: SnapshotIndex, moves: MoveColumns) -> MoveColumns:
         if action != DELETE:
             add(rows, action, src, dst)
             continue
-        for tier in range(view.n_tiers):
-            add(rows[view.has(tier, moves.group[rows])], DROP, tier, -1)
+        for tier in range(index.n_tiers):
+            add(rows[index.has(tier, moves.group[rows])], DROP, tier, -1)
     return replace(moves, once=once, saving_month=saving_month)
 
 
-def _stays_s(view: SnapshotIndex, moves: MoveColumns) -> NDArray[np.float64]:
+def _seconds_until_deletion(index: SnapshotIndex, moves: MoveColumns) -> NDArray[np.float64]:
     """Return the seconds from now until the rule of each proposed move deletes its group; inf: never."""
-    limits = [np.inf if rule.delete_after_s is None else rule.delete_after_s for rule in view.file.rules]
+    limits = [np.inf if rule.delete_after_s is None else rule.delete_after_s for rule in index.file.rules]
     by_rule = np.array([*limits, np.inf])[np.where(moves.rule < 0, len(limits), moves.rule)]
-    by_rule[view.newest[moves.group] | view.tagged[moves.group]] = np.inf  # never deleted
-    return np.asarray(np.maximum(by_rule - view.age_s[moves.group], 0.0), np.float64)
+    by_rule[index.newest[moves.group] | index.tagged[moves.group]] = np.inf  # never deleted
+    return np.asarray(np.maximum(by_rule - index.age_s[moves.group], 0.0), np.float64)
 
 
-# -- rejections ------------------------------------------------------------------------------------------------------
+# -- refusals -----------------------------------------------------------------------------------------------------
 
 
-def reject(moves: MoveColumns, refused: list[MoveColumns], mask: Flags, text: Texts | str) -> MoveColumns:
-    """Reject the proposed moves of a mask, and return the others. text: Reason of each rejected move, or of all."""
+def refuse(moves: MoveColumns, refused: list[MoveColumns], mask: Flags, text: Texts | str) -> MoveColumns:
+    """Refuse the proposed moves of a mask, and return the others. text: Reason of each refused move, or of all."""
     if not mask.any():
         return moves
     refused.append(replace(moves.take(mask), reason=np.full(int(mask.sum()), text, np.object_)))
     return moves.take(~mask)
 
 
-def reject_protected(view: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
-    """Reject moves of groups that are pinned, in use or incomplete, and deletions of tagged groups."""
-    whys = [f": {pin.why}" if pin.why else "" for pin in view.file.pins]
-    pinned = view.pin[moves.group]
+def refuse_protected(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
+    """Refuse moves of groups that are pinned, in use or incomplete, and deletions of tagged groups."""
+    whys = [f": {pin.why}" if pin.why else "" for pin in index.file.pins]
+    pinned = index.pin[moves.group]
     text = format_reasons(lambda pin: f"pinned (pins[{pin + 1}]){whys[pin]}", pinned[pinned >= 0])
-    moves = reject(moves, refused, pinned >= 0, text)
-    in_use = view.snapshot.in_use[moves.group]
-    moves = reject(moves, refused, in_use, "in use")
-    partial = ~view.snapshot.complete[moves.group] & (view.snapshot.kind[moves.group] == CHECKPOINT)
-    whole = view.whole[:, moves.group[partial]].any(axis=0)
-    moves = reject(moves, refused, partial, np.where(whole, "not complete yet", _NOT_WHOLE).astype(np.object_))
-    tagged = view.tagged[moves.group] & (moves.action == DELETE)
-    names = [f"tagged {', '.join(sorted(view.snapshot.tags[group]))}" for group in moves.group[tagged].tolist()]
-    return reject(moves, refused, tagged, np.array(names, np.object_))
+    moves = refuse(moves, refused, pinned >= 0, text)
+    in_use = index.snapshot.in_use[moves.group]
+    moves = refuse(moves, refused, in_use, "in use")
+    partial = ~index.snapshot.complete[moves.group] & (index.snapshot.kind[moves.group] == CHECKPOINT)
+    whole = index.whole[:, moves.group[partial]].any(axis=0)
+    moves = refuse(moves, refused, partial, np.where(whole, "not complete yet", _NOT_WHOLE).astype(np.object_))
+    tagged = index.tagged[moves.group] & (moves.action == DELETE)
+    names = [f"tagged {', '.join(sorted(index.snapshot.tags[group]))}" for group in moves.group[tagged].tolist()]
+    return refuse(moves, refused, tagged, np.array(names, np.object_))
 
 
-def keep_newest(view: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
-    """Reject moves that would remove the newest complete checkpoint of a run.
+def keep_newest(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
+    """Refuse moves that would remove the newest complete checkpoint of a run.
 
     The checkpoint may be copied, and dropped where another copy is readable. A move of it becomes a copy, so that a
     later plan drops the source once the new copy is known to be verified.
     """
-    of_newest = view.newest[moves.group]
+    of_newest = index.newest[moves.group]
     lasts = of_newest & ((moves.action == DELETE) | (moves.action == RECLASS))
-    lasts |= of_newest & (moves.action == DROP) & ~_readable_elsewhere(view, moves)
+    lasts |= of_newest & (moves.action == DROP) & ~_readable_elsewhere(index, moves)
     what = "the newest complete checkpoint of a run is never deleted, and keeps at least one readable copy"
-    moves = reject(moves, refused, lasts, what)
-    becomes = view.newest[moves.group] & (moves.action == MOVE)
+    moves = refuse(moves, refused, lasts, what)
+    becomes = index.newest[moves.group] & (moves.action == MOVE)
     action = np.where(becomes, COPY, moves.action).astype(np.int8)
     text = append_to_reasons(moves.reason, becomes, "; copied only: it is the newest complete checkpoint of its run")
     return replace(moves, action=action, reason=text)
 
 
-def keep_symlink_targets(view: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
-    """Reject moves that would remove a copy to which a symbolic link points. A move of such a copy becomes a copy."""
-    links = view.snapshot.links
+def keep_symlink_targets(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
+    """Refuse moves that would remove a copy to which a symbolic link points. A move of such a copy becomes a copy."""
+    links = index.snapshot.links
     if not links:
         return moves
-    has_link = np.zeros(view.snapshot.n_copies + 1, np.bool_)  # index -1 (no copy) is the last entry
+    has_link = np.zeros(index.snapshot.n_copies + 1, np.bool_)  # index -1 (no copy) is the last entry
     has_link[[*links]] = True
-    takes = has_link[view.at[moves.src, moves.group]]
+    takes = has_link[index.at[moves.src, moves.group]]
     deletes = moves.action == DELETE
-    takes |= deletes & has_link[view.at[:, moves.group]].any(axis=0)
+    takes |= deletes & has_link[index.at[:, moves.group]].any(axis=0)
     stays = takes & (deletes | (moves.action == DROP))
     text = np.empty(int(stays.sum()), np.object_)
     for row, group in enumerate(moves.group[stays].tolist()):
-        link = next(links[copy] for copy in view.at[:, group].tolist() if copy in links)
+        link = next(links[copy] for copy in index.at[:, group].tolist() if copy in links)
         text[row] = f"the symbolic link {link} points to it and would dangle"
-    moves, takes = reject(moves, refused, stays, text), takes[~stays]
+    moves, takes = refuse(moves, refused, stays, text), takes[~stays]
     becomes = takes & (moves.action == MOVE)
     action = np.where(becomes, COPY, moves.action).astype(np.int8)
     text = append_to_reasons(moves.reason, becomes, "; copied only: a symbolic link points to it")
     return replace(moves, action=action, reason=text)
 
 
-def reject_unavailable(
-    view: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns], missing: Mapping[str, str]
+def refuse_unavailable(
+    index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns], unavailable: Mapping[str, str]
 ) -> MoveColumns:
-    """Reject moves to tiers that may not be mounted, and all deletions while there is such a tier."""
-    if reason := deletion_block_reason(missing):
-        moves = reject(moves, refused, moves.action == DELETE, reason)
-    for name, reason in missing.items():
-        moves = reject(moves, refused, moves.dst == view.file.index(name), f"nothing goes to tier {name}: {reason}")
+    """Refuse moves to tiers that may not be mounted, and all deletions while there is such a tier."""
+    if reason := deletion_block_reason(unavailable):
+        moves = refuse(moves, refused, moves.action == DELETE, reason)
+    for name, reason in unavailable.items():
+        moves = refuse(moves, refused, moves.dst == index.file.index(name), f"nothing goes to tier {name}: {reason}")
     return moves
 
 
-def _readable_elsewhere(view: SnapshotIndex, moves: MoveColumns) -> Flags:
+def _readable_elsewhere(index: SnapshotIndex, moves: MoveColumns) -> Flags:
     """Return whether another tier than src holds a verified copy that stays readable; bool[n_rows]."""
     found = np.zeros(len(moves), np.bool_)
-    is_readable = np.append(view.snapshot.state == READABLE, False)  # index -1 (no copy) is the last entry
-    for tier in range(view.n_tiers):
-        found |= view.ok[tier, moves.group] & is_readable[view.at[tier, moves.group]] & (moves.src != tier)
+    is_readable = np.append(index.snapshot.state == READABLE, False)  # index -1 (no copy) is the last entry
+    for tier in range(index.n_tiers):
+        found |= index.reliable[tier, moves.group] & is_readable[index.at[tier, moves.group]] & (moves.src != tier)
     return found
 
 
-def reject_unprofitable(view: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
-    """Reject moves that do not pay back within max_break_even, or before their rule deletes the group.
+def refuse_unprofitable(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
+    """Refuse moves that do not pay back within max_break_even, or before their rule deletes the group.
 
     The costs include minimum sizes and durations, overheads, requests and fees. A rule with even_if_dearer = true is
     exempt. The policy does not apply this check to moves of a watermark, whose purpose is room.
     """
-    moves = with_costs(view, moves)
-    limit_s = view.file.tiering.max_break_even_s
-    stays_s = _stays_s(view, moves)
-    may_lose = np.array([rule.even_if_dearer for rule in view.file.rules], np.bool_)[moves.rule]
-    late = break_even_days(moves.once, moves.saving_month) * DAY_S > np.minimum(limit_s, stays_s)
-    late &= _earns(view, moves) & ~may_lose
-    return reject(moves, refused, late, _too_late(moves.take(late), limit_s, stays_s[late]))
+    moves = with_costs(index, moves)
+    limit_s = index.file.tiering.max_break_even_s
+    deleted_in_s = _seconds_until_deletion(index, moves)
+    may_lose = np.array([rule.even_if_dearer for rule in index.file.rules], np.bool_)[moves.rule]
+    too_late = break_even_days(moves.once, moves.saving_month) * DAY_S > np.minimum(limit_s, deleted_in_s)
+    too_late &= _is_about_cost(index, moves) & ~may_lose
+    return refuse(
+        moves, refused, too_late, _unprofitable_reasons(moves.take(too_late), limit_s, deleted_in_s[too_late])
+    )
 
 
-def _earns(view: SnapshotIndex, moves: MoveColumns) -> Flags:
+def _is_about_cost(index: SnapshotIndex, moves: MoveColumns) -> Flags:
     """Return whether each move is about cost: storage in src has a price.
 
     A local disk has none, and costs are not compared.
     """
-    paid = np.array([price is not None and price.store_gb_month > 0 for price in view.prices], np.bool_)
-    known = np.array([price is not None for price in view.prices], np.bool_)
+    paid = np.array([price is not None and price.store_gb_month > 0 for price in index.prices], np.bool_)
+    known = np.array([price is not None for price in index.prices], np.bool_)
     is_move = (moves.action == MOVE) | (moves.action == RECLASS)
     return np.asarray(is_move & paid[moves.src] & known[moves.dst], np.bool_)
 
 
-def _too_late(late: MoveColumns, limit_s: float, stays_s: NDArray[np.float64]) -> Texts:
-    def words(once: float, saving: float, days: float, stays_days: int) -> str:
+def _unprofitable_reasons(too_late: MoveColumns, limit_s: float, deleted_in_s: NDArray[np.float64]) -> Texts:
+    def words(once: float, saving: float, days: float, deleted_in_days: int) -> str:
         when = "never earned back" if np.isinf(days) else f"earned back in {days:.3g} days"
-        what = f"costs {format_dollars(once)} once and saves {format_dollars(saving)} a month: {when}"
-        if stays_days >= 0:
-            limit = f", and it is deleted in {stays_days} days (delete_after)"
+        what = f"costs {dollars_in_reason(once)} once and saves {dollars_in_reason(saving)} a month: {when}"
+        if deleted_in_days >= 0:
+            limit = f", and it is deleted in {deleted_in_days} days (delete_after)"
         else:
             limit = f" (max_break_even = {span(limit_s)})"
         return f"{what}{limit}; use larger files, another class, or `even_if_dearer = true` in the rule"
 
-    stays_days = np.where(stays_s < limit_s, np.minimum(stays_s, limit_s) // DAY_S, -1).astype(np.int64)
-    days = break_even_days(late.once, late.saving_month)
-    return format_reasons(words, figures(late.once), figures(late.saving_month), figures(days), stays_days)
+    deleted_in_days = np.where(deleted_in_s < limit_s, np.minimum(deleted_in_s, limit_s) // DAY_S, -1).astype(np.int64)
+    days = break_even_days(too_late.once, too_late.saving_month)
+    return format_reasons(words, figures(too_late.once), figures(too_late.saving_month), figures(days), deleted_in_days)
 
 
 def figures(values: NDArray[Any]) -> Dollars:
@@ -240,8 +244,8 @@ def figures(values: NDArray[Any]) -> Dollars:
     return np.asarray(rounded, np.float64)
 
 
-def format_dollars(dollars: float) -> str:
-    """Format US dollars for people."""
+def dollars_in_reason(dollars: float) -> str:
+    """Format US dollars for reasons, which are part of the plan file: "$1.50", or "$0.00123" with three digits."""
     sign = "-" if dollars < 0 else ""
     return f"{sign}${abs(dollars):,.2f}" if abs(dollars) >= 1 else f"{sign}${abs(dollars):.3g}"
 
@@ -252,10 +256,10 @@ class CapacityLedger:
     Leaving bytes still occupy the tier until the grace period is over.
     """
 
-    def __init__(self, view: SnapshotIndex, capacity_bytes: Sequence[int | None]) -> None:
-        snapshot = view.snapshot
-        self._view, self.limits = view, tuple(capacity_bytes)
-        held = np.bincount(snapshot.tier, weights=snapshot.n_bytes.astype(np.float64), minlength=view.n_tiers)
+    def __init__(self, index: SnapshotIndex, capacity_bytes: Sequence[int | None]) -> None:
+        snapshot = index.snapshot
+        self._index, self.limits = index, tuple(capacity_bytes)
+        held = np.bincount(snapshot.tier, weights=snapshot.n_bytes.astype(np.float64), minlength=index.n_tiers)
         self.held = held.astype(np.int64)
         self.arriving, self.leaving = np.zeros_like(self.held), np.zeros_like(self.held)
 
@@ -263,35 +267,35 @@ class CapacityLedger:
         """Return which proposed moves fit, in their order; bool[n]."""
         fits = np.ones(len(moves), np.bool_)
         for tier, limit in enumerate(self.limits):
-            rows = np.flatnonzero((moves.dst == tier) & (moves.action >= RECLASS))
+            rows = np.flatnonzero((moves.dst == tier) & np.isin(moves.action, _ADDS_BYTES_TO_DST))
             if limit is not None and len(rows):
                 left_bytes = limit - int(self.held[tier] + self.arriving[tier])
-                fits[rows] = _fits(bytes_of(self._view, moves.take(rows)), left_bytes)
+                fits[rows] = _first_fit(bytes_of(self._index, moves.take(rows)), left_bytes)
         return fits
 
     def admit(self, moves: MoveColumns, refused: list[MoveColumns]) -> Flags:
-        """Return which proposed moves fit, as fitting(). Counts these, and rejects the others."""
+        """Return which proposed moves fit, as fitting(). Counts these, and refuses the others."""
         fits = self.fitting(moves)
-        capacities = zip(self._view.snapshot.tiers, self.limits, strict=True)
+        capacities = zip(self._index.snapshot.tiers, self.limits, strict=True)
         full = [f"no room in {name}: its capacity is {format_bytes(limit or 0)}" for name, limit in capacities]
-        reject(moves, refused, ~fits, np.array([*full, ""], np.object_)[moves.dst[~fits]])
+        refuse(moves, refused, ~fits, np.array([*full, ""], np.object_)[moves.dst[~fits]])
         moves = moves.take(fits)
-        n_bytes = bytes_of(self._view, moves)
-        for tier in range(self._view.n_tiers):
+        n_bytes = bytes_of(self._index, moves)
+        for tier in range(self._index.n_tiers):
             leaves = (moves.src == tier) & (moves.action != COPY) & (moves.action != DELETE)
             self.leaving[tier] += n_bytes[leaves].sum()
-            self.arriving[tier] += n_bytes[(moves.dst == tier) & (moves.action >= RECLASS)].sum()
-            deleted = self._view.at[tier, moves.group[moves.action == DELETE]]
-            self.leaving[tier] += self._view.snapshot.n_bytes[deleted[deleted >= 0]].sum()
+            self.arriving[tier] += n_bytes[(moves.dst == tier) & np.isin(moves.action, _ADDS_BYTES_TO_DST)].sum()
+            deleted = self._index.at[tier, moves.group[moves.action == DELETE]]
+            self.leaving[tier] += self._index.snapshot.n_bytes[deleted[deleted >= 0]].sum()
         return fits
 
 
-def bytes_of(view: SnapshotIndex, moves: MoveColumns) -> NDArray[np.int64]:
+def bytes_of(index: SnapshotIndex, moves: MoveColumns) -> NDArray[np.int64]:
     """Return the size in bytes of each move's copy in src; int64[n]."""
-    return view.snapshot.n_bytes[view.at[moves.src, moves.group]]
+    return index.snapshot.n_bytes[index.at[moves.src, moves.group]]
 
 
-def _fits(n_bytes: NDArray[np.int64], left_bytes: int) -> Flags:
+def _first_fit(n_bytes: NDArray[np.int64], left_bytes: int) -> Flags:
     """Return which sizes fit into left_bytes, in order; a size that does not fit is skipped."""
     if int(n_bytes.sum()) <= left_bytes:
         return np.ones(len(n_bytes), np.bool_)
@@ -308,7 +312,7 @@ def decide(
     prices: Sequence[Prices | None],
     *,
     capacity_bytes: Sequence[int | None],
-    missing: Mapping[str, str] | None = None,
+    unavailable: Mapping[str, str] | None = None,
 ) -> Decisions:
     """Return the moves and refusals for a snapshot. Deterministic: equal inputs give equal decisions.
 
@@ -317,8 +321,8 @@ def decide(
         file: Rule file, for its tiers, rules, pins and tags.
         prices: Prices of each tier; None: unknown, and costs are not considered for moves of this tier.
         capacity_bytes: Capacity of each tier in bytes; None: unlimited.
-        missing: Name of each tier that may not be mounted, and the reason. Nothing moves to such a tier, and nothing
-            is deleted while there is one.
+        unavailable: Name of each tier that is unavailable (perhaps not mounted), and the reason. Nothing moves to such
+            a tier, and nothing is deleted while there is one.
 
     Raises ValueError if the snapshot has other tiers than the file, if prices or capacities do not have one entry per
     tier, or if a glob is malformed.
@@ -326,35 +330,40 @@ def decide(
     for name, values in (("prices", prices), ("capacity_bytes", capacity_bytes)):
         if len(values) != len(file.tiers):
             raise ValueError(f"expected {name} of {len(file.tiers)} tiers, got {len(values)}")
-    return _Policy(SnapshotIndex.of(snapshot, file, prices), capacity_bytes, missing or {}).decide()
+    return _Policy(SnapshotIndex.of(snapshot, file, prices), capacity_bytes, unavailable or {}).decide()
 
 
 class _Policy:
     """Collects the moves of one plan. is_moved: bool[n_groups], whether the group has a move already."""
 
-    def __init__(self, view: SnapshotIndex, capacity_bytes: Sequence[int | None], missing: Mapping[str, str]) -> None:
-        self.view, self.ledger, self.missing = view, CapacityLedger(view, capacity_bytes), missing
-        self.is_moved = np.zeros(view.snapshot.n_groups, np.bool_)
+    def __init__(
+        self, index: SnapshotIndex, capacity_bytes: Sequence[int | None], unavailable: Mapping[str, str]
+    ) -> None:
+        self.index, self.ledger, self.unavailable = index, CapacityLedger(index, capacity_bytes), unavailable
+        self.is_moved = np.zeros(index.snapshot.n_groups, np.bool_)
         self.moves: list[MoveColumns] = []
         self.refused: list[MoveColumns] = []
 
     def decide(self) -> Decisions:
         """Run both steps of the policy."""
-        view, refused = self.view, self.refused
-        rules = [propose(view, rule, number) for number, rule in enumerate(view.file.rules)]
-        for rule in rules:
-            refused.append(reject_protected(view, rule.refused, refused))
-            moves = keep_newest(view, reject_protected(view, rule.proposed, refused), refused)
-            moves = reject_unavailable(view, keep_symlink_targets(view, moves, refused), refused, self.missing)
-            self._admit(reject_unprofitable(view, moves, refused))
-        for tier in range(view.n_tiers - 1):
-            self._keep_below_high(tier, rules)
-        moves, rejected = MoveColumns.concat(self.moves), MoveColumns.concat(refused)
-        _, first = np.unique(rejected.group, return_index=True)
-        first = first[~self.is_moved[rejected.group[first]]]
-        names = [rule.name for rule in view.file.rules]
-        names += [f"tiers.{name}.high" for name in reversed(view.snapshot.tiers)]
-        return Decisions(moves.take(np.argsort(moves.action, kind="stable")), rejected.take(first), tuple(names))
+        index, refused = self.index, self.refused
+        proposals = [propose(index, rule, number) for number, rule in enumerate(index.file.rules)]
+        for of_rule in proposals:
+            # Protection comes first, because its reason holds for a move that the rule itself refuses, too.
+            refused_by_rule = refuse_protected(index, of_rule.refused, refused)
+            refused.append(refused_by_rule)
+            moves = keep_newest(index, refuse_protected(index, of_rule.proposed, refused), refused)
+            moves = refuse_unavailable(index, keep_symlink_targets(index, moves, refused), refused, self.unavailable)
+            self._admit(refuse_unprofitable(index, moves, refused))
+        for tier in range(index.n_tiers - 1):
+            self._keep_below_high(tier, proposals)
+        moves, all_refused = MoveColumns.concat(self.moves), MoveColumns.concat(refused)
+        # One refusal per group, with the reason that was found first; none for a group that another rule moves.
+        _, first = np.unique(all_refused.group, return_index=True)
+        first = first[~self.is_moved[all_refused.group[first]]]
+        names = [rule.name for rule in index.file.rules]
+        names += [f"tiers.{name}.high" for name in reversed(index.snapshot.tiers)]
+        return Decisions(moves.take(np.argsort(moves.action, kind="stable")), all_refused.take(first), tuple(names))
 
     def _admit(self, moves: MoveColumns) -> None:
         moves = moves.take(self.ledger.admit(moves, self.refused))
@@ -363,41 +372,41 @@ class _Policy:
 
     # -- watermarks --------------------------------------------------------------------------------------------------
 
-    def _keep_below_high(self, tier: int, rules: Sequence[RuleProposals]) -> None:
-        ledger, of_tier, unused_s = self.ledger, self.view.file.tiers[tier], self.view.unused_s
+    def _keep_below_high(self, tier: int, proposals: Sequence[RuleProposals]) -> None:
+        ledger, of_tier, unused_s = self.ledger, self.index.file.tiers[tier], self.index.unused_s
         limit = ledger.limits[tier]
         used = int(ledger.held[tier] + ledger.arriving[tier] - ledger.leaving[tier])
         if limit is None or used <= limit * of_tier.high:
             return
-        rows = self._may_go(tier, rules)
+        rows = self._may_go(tier, proposals)
         full = f"{of_tier.name} is {used / max(limit, 1):.1%} full (high = {of_tier.high:.0%})"
         text = format_reasons(
             lambda n_hours: f"{full}, and this was not used for {ago(n_hours)}", hours(unused_s[rows])
         )
-        proposed, stuck = propose_down(self.view, rows, tier, (-1 - tier, text))
-        passed = [stuck]
-        proposed = reject_unavailable(self.view, proposed, passed, self.missing)
+        proposed, unreadable = propose_down(self.index, rows, tier, (-1 - tier, text))
+        skipped = [unreadable]
+        proposed = refuse_unavailable(self.index, proposed, skipped, self.unavailable)
         moves = proposed.take(np.lexsort((proposed.group, -unused_s[proposed.group])))
-        freed = np.cumsum(np.where(ledger.fitting(moves), bytes_of(self.view, moves), 0))
+        freed = np.cumsum(np.where(ledger.fitting(moves), bytes_of(self.index, moves), 0))
         n = int(np.searchsorted(freed, used - int(limit * of_tier.low))) + 1
-        # Report only those rejected groups that the watermark would have chosen: unused for at least as long.
+        # Report only those refused groups that the watermark would have chosen: unused for at least as long.
         last_s = unused_s[moves.group[n - 1]] if n <= len(moves) else -np.inf
-        over = MoveColumns.concat(passed)
+        over = MoveColumns.concat(skipped)
         self.refused.append(over.take(unused_s[over.group] >= last_s))
-        self._admit(with_costs(self.view, moves.take(np.arange(len(moves))[:n])))
+        self._admit(with_costs(self.index, moves.take(np.arange(len(moves))[:n])))
 
-    def _may_go(self, tier: int, rules: Sequence[RuleProposals]) -> Rows:
+    def _may_go(self, tier: int, proposals: Sequence[RuleProposals]) -> Rows:
         """Return the groups whose copy in the tier the watermark may send down.
 
         A move of its own, a pin, a reader, an incomplete or newest checkpoint, a symbolic link and a keep list hold a
         copy.
         """
-        view = self.view
-        is_held = self.is_moved | view.snapshot.in_use | (view.pin >= 0) | (view.at[tier] < 0)
-        is_held |= (view.snapshot.kind == CHECKPOINT) & (~view.snapshot.complete | view.newest)
-        linked = [copy for copy in view.snapshot.links if view.snapshot.tier[copy] == tier]
-        is_held[view.snapshot.group[linked]] = True
-        for rule in rules:
-            if rule.kept is not None:
-                is_held[rule.rows[rule.kept[tier]]] = True
+        index = self.index
+        is_held = self.is_moved | index.snapshot.in_use | (index.pin >= 0) | (index.at[tier] < 0)
+        is_held |= (index.snapshot.kind == CHECKPOINT) & (~index.snapshot.complete | index.newest)
+        linked = [copy for copy in index.snapshot.links if index.snapshot.tier[copy] == tier]
+        is_held[index.snapshot.group[linked]] = True
+        for of_rule in proposals:
+            if of_rule.kept is not None:
+                is_held[of_rule.rows[of_rule.kept[tier]]] = True
         return np.flatnonzero(~is_held)

@@ -27,7 +27,7 @@ class RuleProposals:
 
     rows: Rows  # groups that the rule applies to and does not delete
     proposed: MoveColumns
-    refused: MoveColumns  # moves that the rule implies and that are rejected already
+    refused: MoveColumns  # moves that the rule implies and that are refused already
     kept: Flags | None = None  # [n_tiers, n_rows], whether the tier's keep list keeps the group; None: no keep lists
 
 
@@ -76,165 +76,165 @@ def ago(n_hours: int) -> str:
 
 
 def propose_move(
-    view: SnapshotIndex, rows: Rows, sources: Flags, dst: int, reasons: tuple[int, Texts]
+    index: SnapshotIndex, rows: Rows, sources: Flags, dst: int, reasons: tuple[int, Texts]
 ) -> tuple[MoveColumns, MoveColumns]:
-    """Propose how groups get from any of their source tiers to dst. Returns (proposed, rejected).
+    """Propose how groups get from any of their source tiers to dst. Returns (proposed, refused).
 
     A copy is dropped where dst has a verified copy already; otherwise it is moved, from the source tier with the lowest
-    cost. A group is rejected if none of its source copies can be read.
+    cost. A group is refused if none of its source copies can be read.
 
     sources: bool[n_tiers, n_rows], copies that may be moved: at least one of each row, none in dst. reasons: Number of
     the rule, and the reason of each row.
     """
     rule, text = reasons
     src, action = np.full(len(rows), -1, np.int8), np.full(len(rows), MOVE, np.int8)
-    for tier in range(view.n_tiers):
-        drops = sources[tier] & (src < 0) & droppable(view, rows, tier, dst)
+    for tier in range(index.n_tiers):
+        drops = sources[tier] & (src < 0) & droppable(index, rows, tier, dst)
         src[drops], action[drops] = tier, DROP
     drops = action == DROP
-    text = append_to_reasons(text, drops, f"; a verified copy is in {view.name(dst)}")
+    text = append_to_reasons(text, drops, f"; a verified copy is in {index.name(dst)}")
     least = np.full(len(rows), np.inf)
-    for tier in range(view.n_tiers):
-        can = np.flatnonzero(~drops & sources[tier] & view.whole[tier, rows] & view.readable[tier, rows])
-        cost = transfer_dollars(view, rows[can], tier, dst)
+    for tier in range(index.n_tiers):
+        can = np.flatnonzero(~drops & sources[tier] & index.whole[tier, rows] & index.readable[tier, rows])
+        cost = transfer_dollars(index, rows[can], tier, dst)
         cheaper = cost < least[can]
         can = can[cheaper]
         least[can], src[can] = cost[cheaper], tier
-        action[can] = RECLASS if view.same_url[tier, dst] else MOVE
+        action[can] = RECLASS if index.same_url[tier, dst] else MOVE
     nowhere = src < 0
     src[nowhere] = np.argmax(sources[:, nowhere], axis=0)
     moves = MoveColumns.of(rows, action, src, dst, rule, text)
-    stuck = moves.take(nowhere)
-    return moves.take(~nowhere), replace(stuck, reason=_reasons_of_stuck(view, stuck))
+    refused = moves.take(nowhere)
+    return moves.take(~nowhere), replace(refused, reason=_unreadable_reasons(index, refused))
 
 
-def droppable(view: SnapshotIndex, rows: Rows, src: int, dst: int) -> Flags:
+def droppable(index: SnapshotIndex, rows: Rows, src: int, dst: int) -> Flags:
     """Return whether the copy in src may be dropped because dst holds the same data; bool[n_rows].
 
     The copy in dst must be whole and verified. An unverified copy in src must not be newer than it: somebody has
     written to src since dst received its copy, and the group is copied again. Shards are immutable, so that this does
     not apply to them.
     """
-    found = view.whole[src, rows] & view.ok[dst, rows]
+    found = index.whole[src, rows] & index.reliable[dst, rows]
     some = rows[found]
-    written_s = view.snapshot.modified_s
-    not_newer = written_s[view.at[src, some]] <= written_s[view.at[dst, some]]
-    found[found] = not_newer | view.ok[src, some] | (view.snapshot.kind[some] == SHARD)
+    written_s = index.snapshot.modified_s
+    not_newer = written_s[index.at[src, some]] <= written_s[index.at[dst, some]]
+    found[found] = not_newer | index.reliable[src, some] | (index.snapshot.kind[some] == SHARD)
     return np.asarray(found, np.bool_)
 
 
-def transfer_dollars(view: SnapshotIndex, rows: Rows, src: int, dst: int) -> NDArray[np.float64]:
+def transfer_dollars(index: SnapshotIndex, rows: Rows, src: int, dst: int) -> NDArray[np.float64]:
     """Return the cost to copy the groups from src to dst, or to change their class; 0 if a tier has no prices."""
-    src_prices, dst_prices = view.prices[src], view.prices[dst]
+    src_prices, dst_prices = index.prices[src], index.prices[dst]
     if src_prices is None or dst_prices is None:
         return np.zeros(len(rows))
-    sizes = Sizes.of(view.snapshot, view.at[src, rows].astype(np.int64))
-    if view.same_url[src, dst]:
+    sizes = Sizes.of(index.snapshot, index.at[src, rows].astype(np.int64))
+    if index.same_url[src, dst]:
         return reclass_dollars(src_prices, dst_prices, sizes)
-    leaves, streams = bool(view.leaves[src, dst]), bool(view.streams[src, dst])
+    leaves, streams = bool(index.leaves[src, dst]), bool(index.streams[src, dst])
     return copy_dollars(src_prices, dst_prices, sizes, leaves=leaves, streams=streams)
 
 
-def _reasons_of_stuck(view: SnapshotIndex, stuck: MoveColumns) -> Texts:
-    out = np.empty(len(stuck), np.object_)
-    state = view.snapshot.state[view.at[stuck.src, stuck.group]]
-    paths = view.snapshot.paths.take(pa.array(stuck.group)).to_pylist()
-    whole = view.whole[stuck.src, stuck.group]
-    for row, (path, tier, is_whole) in enumerate(zip(paths, stuck.src.tolist(), whole.tolist(), strict=True)):
+def _unreadable_reasons(index: SnapshotIndex, refused: MoveColumns) -> Texts:
+    out = np.empty(len(refused), np.object_)
+    state = index.snapshot.state[index.at[refused.src, refused.group]]
+    paths = index.snapshot.paths.take(pa.array(refused.group)).to_pylist()
+    whole = index.whole[refused.src, refused.group]
+    for row, (path, tier, is_whole) in enumerate(zip(paths, refused.src.tolist(), whole.tolist(), strict=True)):
         if not is_whole:
-            out[row] = f"its copy in {view.name(tier)} is not whole: objects are missing, or sizes differ"
+            out[row] = f"its copy in {index.name(tier)} is not whole: objects are missing, or sizes differ"
         elif state[row] == RESTORING:
-            out[row] = f"its copy in {view.name(tier)} is being restored: it can be read when that is done"
+            out[row] = f"its copy in {index.name(tier)} is being restored: it can be read when that is done"
         else:
-            out[row] = f"its copy in {view.name(tier)} is archived: restore it first: tiercache restore {path}"
+            out[row] = f"its copy in {index.name(tier)} is archived: restore it first: tiercache restore {path}"
     return out
 
 
 # -- proposals of a rule ---------------------------------------------------------------------------------------------
 
 
-def propose(view: SnapshotIndex, rule: Rule, number: int) -> RuleProposals:
+def propose(index: SnapshotIndex, rule: Rule, number: int) -> RuleProposals:
     """Return the proposals of a rule for the groups that it applies to."""
-    rows = np.flatnonzero(view.rule == number)
-    rows = rows[fits_size(rule, view.group_bytes[rows])]
+    rows = np.flatnonzero(index.rule == number)
+    rows = rows[fits_size(rule, index.group_bytes[rows])]
     if rule.keep:
-        return _by_keep_lists(view, rule, number, rows[view.snapshot.kind[rows] == CHECKPOINT])
-    deletes = _deletes(view, rule, number, rows)
-    left = _left(view, rows, deletes)
+        return _by_keep_lists(index, rule, number, rows[index.snapshot.kind[rows] == CHECKPOINT])
+    deletes = _deletes(index, rule, number, rows)
+    left = _left(index, rows, deletes)
     if rule.to is None:
         return RuleProposals(left, deletes, NO_MOVES)
-    dst = view.file.index(rule.to)
-    fits, unsure = _fits(view, rule, left)
-    tiers = [view.file.index(name) for name in rule.sources] or list(range(dst))
-    sources = np.zeros((view.n_tiers, len(left)), np.bool_)
-    sources[tiers] = view.at[tiers][:, left] >= 0
+    dst = index.file.index(rule.to)
+    fits, unsure = _conditions_hold(index, rule, left)
+    tiers = [index.file.index(name) for name in rule.sources] or list(range(dst))
+    sources = np.zeros((index.n_tiers, len(left)), np.bool_)
+    sources[tiers] = index.at[tiers][:, left] >= 0
     sources[dst] = False
     lies = sources.any(axis=0)
     goes, waits = lies & fits & ~unsure, lies & unsure
     proposed, refused = propose_move(
-        view, left[goes], sources[:, goes], dst, (number, _reasons(view, rule, left[goes]))
+        index, left[goes], sources[:, goes], dst, (number, _reasons(index, rule, left[goes]))
     )
     waiting = MoveColumns.concat(
-        propose_move(view, left[waits], sources[:, waits], dst, (number, np.full(int(waits.sum()), "", np.object_)))
+        propose_move(index, left[waits], sources[:, waits], dst, (number, np.full(int(waits.sum()), "", np.object_)))
     )
-    late = view.snapshot.unreported[waiting.group]
-    unknown = replace(waiting, reason=np.where(late, _UNREPORTED, _uncounted(rule, view, waiting)))
+    is_unreported = index.snapshot.unreported[waiting.group]
+    unknown = replace(waiting, reason=np.where(is_unreported, _UNREPORTED, _untracked_reasons(rule, index, waiting)))
     return RuleProposals(left, MoveColumns.concat([deletes, proposed]), MoveColumns.concat([refused, unknown]))
 
 
 _UNREPORTED = "its use is not known yet: a machine that may have used it has not reported"
 
 
-def _uncounted(rule: Rule, view: SnapshotIndex, waiting: MoveColumns) -> Texts:
+def _untracked_reasons(rule: Rule, index: SnapshotIndex, waiting: MoveColumns) -> Texts:
     """Explain why a rule on idle time does not move groups whose uses are not recorded."""
     key = "idle" if rule.idle_s is not None else "uses_below"
 
     def words(is_shard: bool) -> str:
         if is_shard:
-            how = "machines report uses only after the first `tier apply` or `tier run`"
+            how = "machines report uses only after the first `tier apply` or `tier run --once`"
         else:
             how = "it was never read through tiercache here, and other programs do not report their reads"
         return f'its use is not known: {how}; to use its modification time for {key}, write idle_by = "mtime"'
 
-    return format_reasons(words, view.snapshot.kind[waiting.group] == SHARD)
+    return format_reasons(words, index.snapshot.kind[waiting.group] == SHARD)
 
 
-def _left(view: SnapshotIndex, rows: Rows, deletes: MoveColumns) -> Rows:
+def _left(index: SnapshotIndex, rows: Rows, deletes: MoveColumns) -> Rows:
     """Return the rows that will not be deleted.
 
     The newest checkpoint of a run and tagged groups are never deleted, so that the rule moves them as it does others.
     """
-    out = np.zeros(view.snapshot.n_groups, np.bool_)
+    out = np.zeros(index.snapshot.n_groups, np.bool_)
     out[deletes.group] = True
-    return rows[~out[rows] | view.newest[rows] | view.tagged[rows]]
+    return rows[~out[rows] | index.newest[rows] | index.tagged[rows]]
 
 
-def _fits(view: SnapshotIndex, rule: Rule, rows: Rows) -> tuple[Flags, Flags]:
+def _conditions_hold(index: SnapshotIndex, rule: Rule, rows: Rows) -> tuple[Flags, Flags]:
     """Return whether the conditions hold, and for which of these groups an unreported use may contradict them."""
     fits = np.ones(len(rows), np.bool_)
     if rule.age_s is not None:
-        fits &= view.age_s[rows] >= rule.age_s
+        fits &= index.age_s[rows] >= rule.age_s
     if rule.idle_s is not None:
-        fits &= _unused_s(view, rule, rows) >= rule.idle_s
+        fits &= _unused_s(index, rule, rows) >= rule.idle_s
     if rule.uses_below is not None:
-        fits &= view.snapshot.uses[rows] < rule.uses_below
+        fits &= index.snapshot.uses[rows] < rule.uses_below
     asks_use = bool(rule.idle_s) or rule.uses_below is not None  # idle = 0 holds for every group
-    uncounted = np.isposinf(view.snapshot.uses_recorded_since_s[rows]) & (rule.idle_by == "use")
-    return fits, fits & (view.snapshot.unreported[rows] | uncounted) & asks_use
+    untracked = np.isposinf(index.snapshot.uses_recorded_since_s[rows]) & (rule.idle_by == "use")
+    return fits, fits & (index.snapshot.unreported[rows] | untracked) & asks_use
 
 
-def _unused_s(view: SnapshotIndex, rule: Rule, rows: Rows) -> NDArray[np.float64]:
+def _unused_s(index: SnapshotIndex, rule: Rule, rows: Rows) -> NDArray[np.float64]:
     """Return the idle time of each row in seconds, at most the time since which uses are recorded.
 
     A rule with idle_by = "mtime" uses the time since the last write or use instead.
     """
-    unused_s, since_s = view.unused_s[rows], view.snapshot.uses_recorded_since_s[rows]
+    unused_s, since_s = index.unused_s[rows], index.snapshot.uses_recorded_since_s[rows]
     if rule.idle_by == "mtime":
         return unused_s
-    return np.where(np.isposinf(since_s), unused_s, np.minimum(unused_s, view.snapshot.now_s - since_s))
+    return np.where(np.isposinf(since_s), unused_s, np.minimum(unused_s, index.snapshot.now_s - since_s))
 
 
-def _reasons(view: SnapshotIndex, rule: Rule, rows: Rows) -> Texts:
+def _reasons(index: SnapshotIndex, rule: Rule, rows: Rows) -> Texts:
     def words(unused: int, age: int, uses: int, is_by_mtime: bool) -> str:
         parts = []
         if rule.idle_s is not None and is_by_mtime:
@@ -249,64 +249,64 @@ def _reasons(view: SnapshotIndex, rule: Rule, rows: Rows) -> Texts:
         return ", ".join(parts) or f"belongs in {rule.to}"
 
     none = np.zeros(len(rows), np.int64)
-    unused = none if rule.idle_s is None else hours(_unused_s(view, rule, rows))
-    age = none if rule.age_s is None else hours(view.age_s[rows])
-    n_uses = none if rule.uses_below is None else view.snapshot.uses[rows]
-    is_by_mtime = np.isposinf(view.snapshot.uses_recorded_since_s[rows]) & (rule.idle_by == "mtime")
+    unused = none if rule.idle_s is None else hours(_unused_s(index, rule, rows))
+    age = none if rule.age_s is None else hours(index.age_s[rows])
+    n_uses = none if rule.uses_below is None else index.snapshot.uses[rows]
+    is_by_mtime = np.isposinf(index.snapshot.uses_recorded_since_s[rows]) & (rule.idle_by == "mtime")
     return format_reasons(words, unused, age, n_uses, is_by_mtime)
 
 
-def _deletes(view: SnapshotIndex, rule: Rule, number: int, rows: Rows, named: Flags | None = None) -> MoveColumns:
+def _deletes(index: SnapshotIndex, rule: Rule, number: int, rows: Rows, named: Flags | None = None) -> MoveColumns:
     """Propose to delete the rows that are old enough and that no keep list keeps."""
     limit_s = rule.delete_after_s
     if limit_s is None:
         return NO_MOVES
-    old = view.age_s[rows] >= limit_s
+    old = index.age_s[rows] >= limit_s
     rows = rows[old if named is None else old & ~named]
     what = "" if named is None else ", in no keep list"
     text = format_reasons(
-        lambda age: f"written {ago(age)} ago (delete_after = {span(limit_s)}){what}", hours(view.age_s[rows])
+        lambda age: f"written {ago(age)} ago (delete_after = {span(limit_s)}){what}", hours(index.age_s[rows])
     )
-    src = np.argmax(view.at[:, rows] >= 0, axis=0).astype(np.int8)
+    src = np.argmax(index.at[:, rows] >= 0, axis=0).astype(np.int8)
     return MoveColumns.of(rows, DELETE, src, -1, number, text)
 
 
-def _by_keep_lists(view: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> RuleProposals:
-    named, by_keys = np.zeros((view.n_tiers, len(rows)), np.bool_), view.newest[rows]
-    without = np.zeros(view.snapshot.n_groups, np.bool_)
+def _by_keep_lists(index: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> RuleProposals:
+    named, by_keys = np.zeros((index.n_tiers, len(rows)), np.bool_), index.newest[rows]
+    without = np.zeros(index.snapshot.n_groups, np.bool_)
     unscored_by: list[tuple[str, ...]] = []
     without_by: list[tuple[str, ...]] = []
     for name, keep in rule.keep.items():
-        found = evaluate_keep_list(view.snapshot, rows, keep)
+        found = evaluate_keep_list(index.snapshot, rows, keep)
         # Each keep list keeps the newest checkpoint of a run.
-        named[view.file.index(name)] = found.named | found.unscored | view.newest[rows]
+        named[index.file.index(name)] = found.named | found.unscored | index.newest[rows]
         by_keys = by_keys | found.named
         without[rows] |= found.without
         unscored_by += found.unscored_by
         without_by += found.without_by
     anywhere = np.asarray(named.any(axis=0), np.bool_)
-    deletes = _deletes(view, rule, number, rows, anywhere)
+    deletes = _deletes(index, rule, number, rows, anywhere)
     lacks = f"; it lacks {_worded(without_by)}, which other checkpoints of its run have"
     deletes = replace(deletes, reason=append_to_reasons(deletes.reason, without[deletes.group], lacks))
-    # Checkpoints that only the unknown result of `best` saves from deletion: reported as rejected deletions.
-    unscored = _deletes(view, rule, number, rows[anywhere], by_keys[anywhere])
+    # Checkpoints that only the unknown result of `best` saves from deletion: reported as refused deletions.
+    unscored = _deletes(index, rule, number, rows[anywhere], by_keys[anywhere])
     where = "found in no checkpoint of its run, or only in files that cannot be read"
     text = f"it may be the best by {_worded(unscored_by)}, which is {where}"
     unscored = replace(unscored, reason=np.full(len(unscored), text, np.object_))
-    left = np.isin(rows, _left(view, rows, deletes), assume_unique=True)
+    left = np.isin(rows, _left(index, rows, deletes), assume_unique=True)
     rows, named, anywhere = rows[left], named[:, left], anywhere[left]
     old = np.zeros(len(rows), np.bool_)
     if rule.then is not None:
-        old = ~anywhere & (view.age_s[rows] >= (rule.after_s or 0.0))
-    parts = [(deletes, unscored), _then(view, rule, number, rows[old])]
-    tiers = sorted(view.file.index(name) for name in rule.keep)
+        old = ~anywhere & (index.age_s[rows] >= (rule.after_s or 0.0))
+    parts = [(deletes, unscored), _then(index, rule, number, rows[old])]
+    tiers = sorted(index.file.index(name) for name in rule.keep)
     undecided = ~old
     # Without `then`, the last tier with a keep list sends copies down too, unless it is the last tier.
-    for tier in [tier for tier in tiers if tier + 1 < view.n_tiers] if rule.then is None else tiers[:-1]:
-        goes = undecided & ~named[tier] & view.has(tier, rows)
+    for tier in [tier for tier in tiers if tier + 1 < index.n_tiers] if rule.then is None else tiers[:-1]:
+        goes = undecided & ~named[tier] & index.has(tier, rows)
         undecided &= ~goes
-        reasons = np.full(int(goes.sum()), f"keep_{view.name(tier)} does not name it", np.object_)
-        parts.append(propose_down(view, rows[goes], tier, (number, reasons), named[tier + 1, goes]))
+        reasons = np.full(int(goes.sum()), f"keep_{index.name(tier)} does not name it", np.object_)
+        parts.append(propose_down(index, rows[goes], tier, (number, reasons), named[tier + 1, goes]))
     proposed, refused = (MoveColumns.concat(part) for part in zip(*parts, strict=True))
     return RuleProposals(rows, proposed, refused, named)
 
@@ -316,37 +316,37 @@ def _worded(metrics: Iterable[tuple[str, ...]]) -> str:
     return ", ".join(dict.fromkeys(" or ".join(map(repr, names)) for names in metrics))
 
 
-def _then(view: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> tuple[MoveColumns, MoveColumns]:
+def _then(index: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> tuple[MoveColumns, MoveColumns]:
     """Propose to move what no keep list keeps to the tier of `then`, from any tier, once it is old enough."""
     if rule.then is None:
         return NO_MOVES, NO_MOVES
-    dst = view.file.index(rule.then)
-    sources = view.at[:, rows] >= 0
+    dst = index.file.index(rule.then)
+    sources = index.at[:, rows] >= 0
     sources[dst:] = False
     lies = sources.any(axis=0)
     after = "" if rule.after_s is None else f" (after = {span(rule.after_s)})"
-    text = format_reasons(lambda age: f"in no keep list, written {ago(age)} ago{after}", hours(view.age_s[rows[lies]]))
-    return propose_move(view, rows[lies], sources[:, lies], dst, (number, text))
+    text = format_reasons(lambda age: f"in no keep list, written {ago(age)} ago{after}", hours(index.age_s[rows[lies]]))
+    return propose_move(index, rows[lies], sources[:, lies], dst, (number, text))
 
 
 def propose_down(
-    view: SnapshotIndex, rows: Rows, tier: int, reasons: tuple[int, Texts], kept_below: Flags | None = None
+    index: SnapshotIndex, rows: Rows, tier: int, reasons: tuple[int, Texts], kept_below: Flags | None = None
 ) -> tuple[MoveColumns, MoveColumns]:
-    """Propose to send copies in a tier down. Returns (proposed, rejected).
+    """Propose to send copies in a tier down. Returns (proposed, refused).
 
     A copy is dropped if a lower tier holds a verified copy, and otherwise moved to the next tier. reasons: See
     propose_move(). kept_below: Rows that must get a copy in the next tier.
     """
     dst = np.full(len(rows), tier + 1, np.int8)
-    for lower in range(view.n_tiers - 1, tier, -1):
-        drops = droppable(view, rows, tier, lower)
+    for lower in range(index.n_tiers - 1, tier, -1):
+        drops = droppable(index, rows, tier, lower)
         dst[drops if kept_below is None or lower == tier + 1 else drops & ~kept_below] = lower
     number, texts = reasons
     parts = [(NO_MOVES, NO_MOVES)]
     for to in np.unique(dst).tolist():
         here = dst == to
-        sources = np.zeros((view.n_tiers, int(here.sum())), np.bool_)
+        sources = np.zeros((index.n_tiers, int(here.sum())), np.bool_)
         sources[tier] = True
-        parts.append(propose_move(view, rows[here], sources, to, (number, texts[here])))
+        parts.append(propose_move(index, rows[here], sources, to, (number, texts[here])))
     proposed, refused = zip(*parts, strict=True)
     return MoveColumns.concat(proposed), MoveColumns.concat(refused)

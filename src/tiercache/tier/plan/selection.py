@@ -38,7 +38,7 @@ class SnapshotIndex:
     at: NDArray[np.int32]  # [n_tiers, n_groups], number of the group's copy in the tier; -1: none
     readable: Flags  # [n_tiers, n_groups], whether the copy can be read now
     whole: Flags  # [n_tiers, n_groups]
-    ok: Flags  # [n_tiers, n_groups], whether the copy is whole and verified
+    reliable: Flags  # [n_tiers, n_groups], whether the copy is whole and verified
     rule: NDArray[np.int16]  # [n_groups], number of the rule that applies to the group; -1: none
     pin: NDArray[np.int16]  # [n_groups], number of the first pin in force that matches the group; -1: none
     newest: Flags  # [n_groups], whether the group is the newest complete checkpoint of its run
@@ -82,7 +82,7 @@ class SnapshotIndex:
             at=at,
             readable=spread((snapshot.state == READABLE) | (snapshot.state == RESTORED)),
             whole=spread(snapshot.whole),
-            ok=spread(snapshot.whole & snapshot.verified),
+            reliable=spread(snapshot.whole & snapshot.verified),
             rule=rules_of(snapshot, file),
             pin=np.append([file.pins.index(pin) for pin in pins], -1).astype(np.int16)[pin],
             newest=find_newest(snapshot),
