@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from tiercache.load.corrupt import RecordLocation
     from tiercache.load.epoch import Piece
-    from tiercache.load.output_spec import Source
     from tiercache.shard.read.blocks import Blocks
+    from tiercache.views import Records
 
 
 # Parts per thread: at the end the other threads wait at most for one such part.
@@ -224,7 +224,7 @@ class WindowLoad:
 
     def __init__(
         self,
-        source: Source,
+        source: Records,
         window: Window,
         needed: NDArray[np.bool_],
         executor: Executor,
@@ -292,7 +292,7 @@ class WindowLoad:
                 renew_checks(blocks)
             return blocks
         except CorruptShard as error:
-            error.place = shard, error.block, None  # used if corrupt records are replaced
+            error.location = shard, error.block, None  # used if corrupt records are replaced
             raise
 
 
