@@ -276,7 +276,7 @@ def _open_shard(
 
 # Footers of a shard group are read in parallel: their time is round trips.
 FOOTER_THREADS = 16
-# A block table takes a few KiB; a shard group has a few dozen shards.
+# The block sizes of a shard take a few KiB; a shard group has a few dozen shards.
 MAX_TABLES = 4096
 
 T = TypeVar("T")
@@ -380,7 +380,7 @@ class OpenedVersion:
         return self.table.info(shard).identity(self.dataset_id)
 
     def block_sizes(self, shards: Sequence[int]) -> list[BlockSizes]:
-        """Return the block table of each of these shards, read from their footers in parallel. Raises as `load`."""
+        """Return the block sizes of each of these shards, read from their footers in parallel. Raises as `load`."""
         tables = self._tables  # local reference: another thread may replace the attribute
         missing = [shard for shard in dict.fromkeys(shards) if shard not in tables]
         if len(tables) + len(missing) > MAX_TABLES:

@@ -379,21 +379,21 @@ class Pipeline(ClosingPipeline):
 
     def _with_objects(self, batch: Batch, slot: Slot) -> Batch:
         """Return the batch with its ARROW columns, in the schema's order."""
-        places = list(self._places(slot.first_row, slot.first_row + slot.n_rows))
+        locations = list(self._locations(slot.first_row, slot.first_row + slot.n_rows))
         for name, index in self._assembler.object_columns:
-            values = [_value(loaded, block, row, index) for loaded, block, row in places]
+            values = [_value(loaded, block, row, index) for loaded, block, row in locations]
             batch[name] = self._assembler.filled(name, values)
             if f"{name}.valid" in self._assembler.order:
                 batch[f"{name}.valid"] = valid_mask(values)
         return {name: batch[name] for name in self._assembler.order}
 
-    def _places(self, start: int, stop: int) -> Iterator[tuple[LoadedWindow, int, int]]:
+    def _locations(self, start: int, stop: int) -> Iterator[tuple[LoadedWindow, int, int]]:
         """Yield (window, block in it, row in the block) of the rows [start, stop) of the sequence."""
         for end, pushed in list(self._shared.pushed):  # the planner may append at any time
             first = end - pushed.n_rows
             lo, hi = max(start, first), min(stop, end)
             if lo < hi:
-                block, row = pushed.places(lo - first, hi - first)
+                block, row = pushed.locations(lo - first, hi - first)
                 yield from ((*pushed.joined.find(b), r) for b, r in zip(block.tolist(), row.tolist(), strict=True))
 
     def _failed(self, error: OSError | ValueError) -> TierCacheError:
@@ -413,7 +413,7 @@ class Pipeline(ClosingPipeline):
         served = served_columns(
             source.schema, self._work.output_spec.cast if isinstance(error, gather.CastError) else {}
         )
-        for loaded, block, row in self._places(self._taker.rows, stop):
+        for loaded, block, row in self._locations(self._taker.rows, stop):
             misfit = bad_value(source.schema, loaded, block, row, served) if served else None
             if misfit is not None:
                 return misfit
@@ -456,15 +456,15 @@ def _stored_location(loaded: LoadedWindow, block: int, row: int) -> RecordLocati
 def _fault(stream: tuple[int, int, NDArray[np.uint64], NDArray[np.uint64] | None], block: int, row: int) -> str | None:
     """Return the fault in one row of a stream (kind, width, addresses, checks); None if the row can be served."""
     kind, width, addresses, _ = stream
-    place = (np.array([block], np.uint32), np.array([row], np.uint32))
+    location = (np.array([block], np.uint32), np.array([row], np.uint32))
     try:
-        corruption = gather.locate(*stream, *place)
+        corruption = gather.locate(*stream, *location)
         if corruption is not None:
             return damage_message(corruption[1])
         if kind in (gather.FIXED, gather.BITS):
-            gather.gather(kind, width, addresses, *place, bytearray(max(width, 1)))
+            gather.gather(kind, width, addresses, *location, bytearray(max(width, 1)))
         else:
-            gather.gather_bytes(addresses, *place)
+            gather.gather_bytes(addresses, *location)
     except OSError as error:
         return str(error.strerror)
     return None

@@ -58,7 +58,7 @@ class PushedRows:
         """Number of rows."""
         return self.rows.n_rows if isinstance(self.rows, RowRun) else len(self.rows[1])
 
-    def places(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    def locations(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         """Return block and row of the rows [lo, hi)."""
         return self.rows.find(lo, hi) if isinstance(self.rows, RowRun) else (self.rows[0][lo:hi], self.rows[1][lo:hi])
 

@@ -386,7 +386,7 @@ class Records:
         ]
 
     def block_sizes(self, shards: Sequence[int]) -> list[BlockSizes]:
-        """Return the block table of each of these shards, from their footers, which are read concurrently.
+        """Return the block sizes of each of these shards, from their footers, which are read concurrently.
 
         records: Number of the selected records of each block; raw_bytes: of the whole block. A shard without selected
         records has no blocks.
