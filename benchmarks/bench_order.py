@@ -27,7 +27,7 @@ from tiercache._native.permute import RowFinder, permute
 from tiercache.load.epoch import pieces
 from tiercache.load.state import RunState
 from tiercache.model import SourcePart
-from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions, RankPlan
+from tiercache.order import BlockSizes, DatasetLayout, EpochOrder, OrderOptions, RankPlan
 from tiercache.order.mixture import MixtureOrder, MixtureSpec
 
 if TYPE_CHECKING:
@@ -104,15 +104,15 @@ def speed(given: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def made_up(n_records: int, n_shards: int, n_blocks: int) -> Layout:
+def made_up(n_records: int, n_shards: int, n_blocks: int) -> DatasetLayout:
     """Return a layout of equal shards with equal blocks; reading a block table costs as much as making two arrays."""
     per_block = n_records // n_shards // n_blocks
 
-    def tables(shards: Sequence[int]) -> list[BlockTable]:
-        return [BlockTable(np.full(n_blocks, per_block), np.full(n_blocks, per_block * RECORD_BYTES)) for _ in shards]
+    def tables(shards: Sequence[int]) -> list[BlockSizes]:
+        return [BlockSizes(np.full(n_blocks, per_block), np.full(n_blocks, per_block * RECORD_BYTES)) for _ in shards]
 
     records = np.full(n_shards, per_block * n_blocks)
-    return Layout(records, records * RECORD_BYTES, tables)
+    return DatasetLayout(records, records * RECORD_BYTES, tables)
 
 
 def resume(given: argparse.Namespace) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions
+from tiercache.order import BlockSizes, DatasetLayout, EpochOrder, OrderOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,16 +65,16 @@ class Setting:
         return served(EpochOrder(layout, options, epoch), first, self.block_records)
 
 
-def even_layout(n: int, n_shards: int, block_records: int) -> tuple[Layout, np.ndarray]:
+def even_layout(n: int, n_shards: int, block_records: int) -> tuple[DatasetLayout, np.ndarray]:
     """Return shards of about equal size in blocks of block_records records, and the first record of each shard."""
     ends = np.linspace(0, n, n_shards + 1).astype(np.int64)
     records = np.diff(ends)
 
-    def tables(shards: Sequence[int]) -> list[BlockTable]:
+    def tables(shards: Sequence[int]) -> list[BlockSizes]:
         found = [np.diff(np.append(np.arange(0, records[shard], block_records), records[shard])) for shard in shards]
-        return [BlockTable(blocks, blocks * RECORD_BYTES) for blocks in found]
+        return [BlockSizes(blocks, blocks * RECORD_BYTES) for blocks in found]
 
-    return Layout(records, records * RECORD_BYTES, tables), ends[:-1]
+    return DatasetLayout(records, records * RECORD_BYTES, tables), ends[:-1]
 
 
 def served(order: EpochOrder, first: np.ndarray, block_records: int) -> np.ndarray:

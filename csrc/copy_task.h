@@ -4,7 +4,7 @@
  * sources, slice by slice. */
 #include "gather.h"
 
-/* The caller owns the task, refs, places and the sources until the task is finished or cancelled. The ring's lock
+/* The caller owns the task, refs, destinations and the sources until the task is finished or cancelled. The ring's lock
  * guards the fields below the line. */
 typedef struct tc_copy_task {
     const tc_ref *refs; /* [n] Source of each object. */
@@ -22,7 +22,7 @@ typedef struct {
     size_t first, stop;
 } tc_slice;
 
-/* Reserve and return the next slice. There is one while begun < n. */
+/* Reserve and return the next slice. A slice is left while n_started < n. */
 tc_slice tc_copy_task_slice(tc_copy_task *task);
 
 /* Copy a slice. Returns 0 or TC_EIO. */

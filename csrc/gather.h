@@ -95,7 +95,7 @@ int tc_measure(const tc_rows *rows, int64_t *offsets);
  * address for offset 0. Returns 0, TC_CORRUPT or TC_MISFIT. */
 int tc_gather(const tc_stream *stream, const tc_rows *rows, const tc_sink *sink);
 
-/* Copy the bytes of refs[i] to places[i]. */
+/* Copy the bytes of refs[i] to destinations[i]. */
 void tc_copy_refs(uint8_t *const *destinations, const tc_ref *refs, size_t n);
 
 /* Check every page of a chunk. Returns the index of the first wrong page, or -1. */

@@ -1,6 +1,6 @@
 #ifndef TC_GATHER_ROWS_H
 #define TC_GATHER_ROWS_H
-/* Shared by the kernels of gather.c, gather.c and others: runs of consecutive rows, and bounds checks of offsets. */
+/* Shared by gather.c, cast.c and output_layout.c: runs of consecutive rows, and bounds checks of offsets. */
 #include "prefetch.h"
 #include "gather.h"
 

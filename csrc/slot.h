@@ -93,8 +93,8 @@ typedef struct {
 void tc_pool_init(tc_pool *pool, size_t n_streams, size_t n_ahead, size_t slot_bytes);
 void tc_pool_free(tc_pool *pool);
 
-/* Between a call of hold and its let_go, the arena of a freed pool, up to 64 MiB, is kept for the next pool of the same
- * size. Callers are those that run several rings one after the other. */
+/* Between a call of tc_arena_keep and the matching tc_arena_let_go, the arena of a freed pool, up to 64 MiB, is kept for
+ * the next pool of the same size. Callers are those that run several rings one after the other. */
 void tc_arena_keep(void);
 void tc_arena_let_go(void);
 

@@ -1,8 +1,5 @@
 """Old public names work for one release and warn; both names at once are an error."""
 
-import inspect
-import re
-
 import numpy as np
 import pytest
 
@@ -38,19 +35,3 @@ def test_both_names_at_once_are_an_error(path):
         tc.Dataset(path, layouts={}, forms={})
     with pytest.raises(TypeError, match="give shuffle_streams= alone"):
         tc.LoaderOptions(shuffle_streams=1, streams=1)
-
-
-def test_a_data_set_shows_its_users_no_internals():
-    names = [name for name in dir(tc.Dataset) if not name.startswith("_")]
-    assert not {"source", "serving", "is_plain", "with_source", "over"} & set(names)
-
-
-@pytest.mark.parametrize(
-    "described", [tc.DataLoader, tc.Dataset, tc.LoaderOptions, tc.Cache, tc.Writer, tc.DecodeImage, tc.pack, tc.mix]
-)
-def test_help_describes_every_parameter(described):
-    text = inspect.getdoc(described) or ""
-    if inspect.isclass(described):
-        text += inspect.getdoc(described.__init__) or ""
-    names = [name for name in inspect.signature(described).parameters if name != "self"]
-    assert [name for name in names if not re.search(rf"^\s*(\w+, )*{name}(, \w+)*:", text, re.M)] == []

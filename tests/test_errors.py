@@ -22,7 +22,7 @@ ERRORS = [
     StoreError("it failed", url="s3://b/k", retryable=True, status=503, code="SlowDown", maybe_done=True, sent=True),
     NotFound("no such object", url="s3://b/k", status=404),
     ObjectChanged(url="s3://b/k", expected="a", found="b"),
-    CorruptShard("bad checksum", url="s3://b/k", part="block", block=3, column="x", place=(1, 3, 7)),
+    CorruptShard("bad checksum", url="s3://b/k", part="block", block=3, column="x", location=(1, 3, 7)),
     SchemaError("not an integer", column="x", record=4, expected="int64", got="str"),
     CommitConflict("another writer was first", url="s3://b", number=3),
     CacheFull("no space", need_bytes=3, freeable_bytes=2, limit_bytes=1),

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +67,29 @@ def test_pack_is_the_function_whatever_was_imported_before(imports):
 @pytest.mark.parametrize("name", [n for n in tiercache.__all__ if n[0].isupper()])
 def test_a_public_class_does_not_show_private_modules_as_its_own(name):
     assert getattr(tiercache, name).__module__.startswith("tiercache")
+
+
+def test_a_data_set_shows_its_users_no_internals():
+    names = [name for name in dir(tiercache.Dataset) if not name.startswith("_")]
+    assert not {"source", "serving", "is_plain", "with_source", "over"} & set(names)
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        tiercache.DataLoader,
+        tiercache.Dataset,
+        tiercache.LoaderOptions,
+        tiercache.Cache,
+        tiercache.Writer,
+        tiercache.DecodeImage,
+        tiercache.pack,
+        tiercache.mix,
+    ],
+)
+def test_help_describes_every_parameter(described):
+    text = inspect.getdoc(described) or ""
+    if inspect.isclass(described):
+        text += inspect.getdoc(described.__init__) or ""
+    names = [name for name in inspect.signature(described).parameters if name != "self"]
+    assert [name for name in names if not re.search(rf"^\s*(\w+, )*{name}(, \w+)*:", text, re.M)] == []

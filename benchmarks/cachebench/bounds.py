@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.order.contract import Layout, OrderOptions
+from tiercache.order.contract import DatasetLayout, OrderOptions
 from tiercache.order.epoch_order import EpochOrder
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ AHEAD_EPOCHS = 24
 
 def orders(packed: Packed, job: Job, n_epochs: int) -> list[list[int]]:
     """Return the shards that the job's rank reads in each epoch, in reading order."""
-    layout = Layout(packed.shard_records, packed.shard_bytes, _no_footers)
+    layout = DatasetLayout(packed.shard_records, packed.shard_bytes, _no_footers)
     options = OrderOptions(
         job.seed, True, job.group_bytes, job.window_bytes, streams=job.world_size, placement=job.placement
     )

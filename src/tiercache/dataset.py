@@ -33,7 +33,7 @@ from tiercache.load.output_spec import (
     replace_nulls,
     tuple_columns,
 )
-from tiercache.opened_version import DatasetSource, OpenedVersion, Verify
+from tiercache.opened_version import DatasetLocation, OpenedVersion, Verify
 from tiercache.shard.conversion import parse_casts
 from tiercache.shard.read.values import ColumnValues, as_records
 from tiercache.shard.versions.manifest import list_versions
@@ -279,7 +279,7 @@ class Dataset(SelectionMethods):
         columns = None if columns is None else _names(columns)
         if transform is not None and layouts:
             raise ValueError("layouts= cannot be combined with transform=: the transform's results make up a batch")
-        location = DatasetSource(os.fspath(url), cache, verify, dict(storage_options or {}), parse_casts(cast))
+        location = DatasetLocation(os.fspath(url), cache, verify, dict(storage_options or {}), parse_casts(cast))
         opened = Records((OpenedVersion(location, version, columns),))
         spec = OutputSpec.of(opened.schema, layouts=layouts, fill_nulls=fill_nulls, decode=decode, cast=location.casts)
         self.__setstate__(((opened.spec, transform, spec), {}))

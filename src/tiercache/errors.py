@@ -137,7 +137,7 @@ class CorruptShard(TierCacheError):
         block: Number of the damaged block; None if unknown.
         column: Name of the damaged column; None if unknown.
         record: Number of the damaged record in the data set; None if unknown.
-        place: Location of the damage in the data set, which the loader sets: shard, block and row. None if unknown.
+        location: Location of the damage in the data set, which the loader sets: shard, block and row. None if unknown.
         details: Further facts for the library itself.
 
     Attributes:
@@ -155,7 +155,7 @@ class CorruptShard(TierCacheError):
         block: int | None = None,
         column: str | None = None,
         record: int | None = None,
-        place: tuple[int, int | None, int | None] | None = None,
+        location: tuple[int, int | None, int | None] | None = None,
         **details: object,
     ) -> None:
         places = [part, "" if block is None else f"block {block}", "" if column is None else f"column {column!r}"]
@@ -167,7 +167,7 @@ class CorruptShard(TierCacheError):
         self.block = block
         self.column = column
         self.record = record
-        self.place = place
+        self.location = location
 
 
 class SchemaError(TierCacheError, ValueError):

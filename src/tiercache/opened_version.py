@@ -1,6 +1,6 @@
 """One version of a data set, open for reading: its stores and cache, its segments and shards.
 
-`DatasetSource` says how a data set is opened.
+`DatasetLocation` says how a data set is opened.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tiercache.cache.cache import Cache
 from tiercache.cache.names import NAME_BYTES, name_of_identity
 from tiercache.errors import CorruptShard
 from tiercache.model import NEVER, ByteRange, CloseListener, ReadingPlan, ShardIdentity, format_bytes
-from tiercache.order import BlockTable
+from tiercache.order import BlockSizes
 from tiercache.shard.conversion import served_columns
 from tiercache.shard.format.statistics import parse_statistics
 from tiercache.shard.read import shard_reader
@@ -57,7 +57,7 @@ Verify = Literal["first", "always", "never"]
 
 
 @dataclass(frozen=True, slots=True)
-class DatasetSource:
+class DatasetLocation:
     """The URL of a data set and how it is read: everything except the version and the columns. Picklable.
 
     Attributes:
@@ -121,7 +121,7 @@ def warn_if_larger(url: str, dataset_id: str, shard_bytes: NDArray[np.int64], ca
     limit_bytes, n_bytes = cache.limit_bytes, int(shard_bytes.sum())
     reason = (url, n_bytes, str(cache.path))
     if n_bytes <= limit_bytes:
-        cache.expect(dataset_id, f"{url} ({format_bytes(n_bytes)} of shards)")
+        cache.warn_if_too_small(dataset_id, f"{url} ({format_bytes(n_bytes)} of shards)")
     if n_bytes <= limit_bytes or reason in _warned:
         return
     _warned.add(reason)
@@ -195,7 +195,7 @@ class VersionStores:
         tiers: State of the tiers: counts uses of shards.
     """
 
-    def __init__(self, location: DatasetSource) -> None:
+    def __init__(self, location: DatasetLocation) -> None:
         self.inner = location.open()
         self.placed = follow_placement(self.inner, location.storage_options, location.cached)
         self.cache = location.cache_of(self.inner)
@@ -225,9 +225,9 @@ class VersionStores:
         """Return whether prefetching a shard is useful: it does not lie in a local folder."""
         return not self.tiers.has_moved or not self._is_at_a_disk(key, identity)
 
-    def verify_copy(self, key: str, identity: ShardIdentity) -> bool:
-        """Verify the local copy of a corrupt shard. Returns whether it was to blame; it is then no longer read."""
-        return isinstance(self.store, LocalStore) and self.store.verify_copy(key, identity)
+    def remove_if_corrupt(self, key: str, identity: ShardIdentity) -> bool:
+        """See LocalStore.remove_if_corrupt. Returns False if the store has no local copies."""
+        return isinstance(self.store, LocalStore) and self.store.remove_if_corrupt(key, identity)
 
     def prepare_reading(
         self, keys: pa.ChunkedArray, identity: Callable[[int], ShardIdentity], *, reads_all: bool
@@ -276,7 +276,7 @@ def _open_shard(
 
 # Footers of a shard group are read in parallel: their time is round trips.
 FOOTER_THREADS = 16
-# A block table takes a few KiB; a shard group has a few dozen shards.
+# The block sizes of a shard take a few KiB; a shard group has a few dozen shards.
 MAX_TABLES = 4096
 
 T = TypeVar("T")
@@ -288,7 +288,7 @@ logger = logging.getLogger("tiercache")
 class VersionSpec:
     """Spec of an opened version: its location, its number, and the names of the columns in order."""
 
-    location: DatasetSource
+    location: DatasetLocation
     version: int
     columns: tuple[str, ...]
 
@@ -303,7 +303,7 @@ class OpenedVersion:
     Safe from any thread. After a fork the child opens its own shards. Nothing of a shard is read before it is needed.
     """
 
-    def __init__(self, location: DatasetSource, version: int | None, columns: Sequence[str] | None) -> None:
+    def __init__(self, location: DatasetLocation, version: int | None, columns: Sequence[str] | None) -> None:
         self.location = location
         self.access = access = VersionStores(location)
         self.inner, self.cache, self.store = access.inner, access.cache, access.store
@@ -321,7 +321,7 @@ class OpenedVersion:
 
     def _serve(self, columns: Sequence[str], *, past_cache: bool = False) -> None:
         self._schema = self.stored_schema.select(columns)
-        self._tables: dict[int, BlockTable] = {}
+        self._tables: dict[int, BlockSizes] = {}
         self._ranges: dict[int, tuple[ByteRange, ...] | None] = {}  # of the served columns; None: the whole shard
         self.stored_columns = tuple(self.stored_schema.index(name) for name in self._schema.names)
         self.spec = VersionSpec(self.location, self.version, self._schema.names)
@@ -329,9 +329,9 @@ class OpenedVersion:
         self._mapped = MappedRecords(
             self.stored_schema, self.stored_columns, self.table.first_record, self.url, self._served
         )
-        # Not a bound method: the reference cycle would keep descriptors open until the garbage collector runs.
         self._footers = FooterCache()
         opened = (self.access, self.table, self.dataset_id, self._footers, past_cache)
+        # Not a bound method: the reference cycle would keep descriptors open until the garbage collector runs.
         open_shard = partial(_open_shard, *opened, verify=self.location.verify, served=self._served)
         self._readers = shard_reader.ReaderPool(open_shard, self._mapped)
 
@@ -379,8 +379,8 @@ class OpenedVersion:
         """Return the identity by which the cache keeps the shard's copy."""
         return self.table.info(shard).identity(self.dataset_id)
 
-    def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
-        """Return the block table of each of these shards, read from their footers in parallel. Raises as `load`."""
+    def block_sizes(self, shards: Sequence[int]) -> list[BlockSizes]:
+        """Return the block sizes of each of these shards, read from their footers in parallel. Raises as `load`."""
         tables = self._tables  # local reference: another thread may replace the attribute
         missing = [shard for shard in dict.fromkeys(shards) if shard not in tables]
         if len(tables) + len(missing) > MAX_TABLES:
@@ -475,20 +475,20 @@ class OpenedVersion:
         objects = self.table.objects(self.dataset_id, np.array(unopened, np.int64))
         for shard, (key, identity) in zip(unopened, objects, strict=True):
             if self.access.is_worth_fetching(key, identity):
-                fetcher.fetch_ahead(key, identity, self._ranges.get(shard))
+                fetcher.prefetch(key, identity, self._ranges.get(shard))
 
     def is_mapped(self, shard: int) -> bool:
         """Whether the shard is open and its served columns are mapped in the form in which they are served."""
         return shard in self._readers and self._readers.get(shard).is_mapped(self.stored_columns)
 
-    def discard_corrupt_copy(self, shard: int) -> bool:
-        """Verify a shard's local copy and drop it if it differs from the source. Returns True if it did: load again."""
+    def remove_if_corrupt(self, shard: int) -> bool:
+        """Remove a shard's local copy if it is corrupt. Returns True if it was: the caller loads the shard again."""
         key, identity = self._object(shard)
-        healed = self.access.verify_copy(key, identity)
+        was_removed = self.access.remove_if_corrupt(key, identity)
         self._readers.drop(shard)  # even if the copy is right: it may be newer than the opened one
-        if healed:
+        if was_removed:
             logger.warning("%s: the local copy of %s was damaged and is fetched again", self.url, key)
-        return healed
+        return was_removed
 
     def is_local(self, shard: int) -> bool:
         """Whether the served columns of the shard are on this machine: in a local folder or in the cache."""
@@ -557,11 +557,11 @@ class OpenedVersion:
         """See Records.on_close. Of two calls at once, one may be lost: its loader keeps blocks until it is deleted."""
         self._keepers = [*(one for one in self._keepers if one() is not None), ref(keeper)]
 
-    def _read_table(self, shard: int) -> BlockTable:
+    def _read_table(self, shard: int) -> BlockSizes:
         footer = self._footer(shard)
         if self.has_cache:
             self._ranges[shard] = column_ranges(footer, self.table.info(shard), self.stored_columns)
-        return BlockTable(footer.block_records.astype(np.int64), footer.block_raw_bytes.astype(np.int64))
+        return BlockSizes(footer.block_records.astype(np.int64), footer.block_raw_bytes.astype(np.int64))
 
     def _footer(self, shard: int) -> Footer:
         if isinstance(self.store, CachedStore) and shard not in self._readers:
@@ -580,7 +580,7 @@ class OpenedVersion:
         is_all = len(self.stored_columns) == len(self.stored_schema)
         for first in range(0, 0 if is_all else len(shards), MAX_TABLES):
             some = shards[first : first + MAX_TABLES]
-            self.block_tables(some)
+            self.block_sizes(some)
             for shard in some:
                 ranges = self._ranges.get(shard)
                 if ranges is not None:
@@ -595,6 +595,6 @@ class OpenedVersion:
         try:
             return read(self._readers.get(shard))
         except CorruptShard:
-            if not self.discard_corrupt_copy(shard) and self.cache is None:
+            if not self.remove_if_corrupt(shard) and self.cache is None:
                 raise  # without a cache, a retry reads the same bytes
         return read(self._readers.get(shard))

@@ -118,7 +118,7 @@ class MachineWorld:
             name = name_of_identity(identity)
             is_past = self.objects.get(key) != data
             assert name in self.rotten or is_past, f"{key}: wrong bytes that nobody turned"
-            cache.store(self.source).verify_copy(key, identity)
+            cache.store(self.source).remove_if_corrupt(key, identity)
             self.rotten.discard(name)
             if is_last:
                 assert is_past, f"{key}: wrong bytes again"

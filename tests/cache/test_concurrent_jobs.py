@@ -38,9 +38,9 @@ def publish(world, cache, keys, then):
     return world.store(cache).publish(rows, plan)
 
 
-def fetch_ahead(world, store, key):
+def prefetch(world, store, key):
     """Fetch ahead, to the end."""
-    store.fetch_ahead(key, world.identity(key))
+    store.prefetch(key, world.identity(key))
     fetcher, name = store.cache._open().writing.fetcher, name_of_identity(world.identity(key))
     assert wait_for(lambda: not fetcher.is_fetching(name), 60)
 
@@ -56,7 +56,7 @@ def test_prefetched_copies_are_not_evicted_for_another_job(world, policy):
     first, *others = put_shards(world, 9)
     mine, yours = shards_cache(world, 4, policy=policy), shards_cache(world, 4, policy=policy)
     with closing(publish(world, yours, [others[-1], first], [NEVER, NEVER])) as plan:
-        fetch_ahead(world, world.store(yours), first)
+        prefetch(world, world.store(yours), first)
         for key in others[:6]:
             world.fetch(world.store(mine), key)
         assert world.store(yours).is_cached(first, world.identity(first))
@@ -73,7 +73,7 @@ def test_copies_prefetched_for_a_distant_use_can_be_evicted(world, policy):
     store = world.store(cache)
     with closing(publish(world, cache, keys, [NEVER] * 12)):
         for key in keys[8:]:  # warmed, say
-            fetch_ahead(world, store, key)
+            prefetch(world, store, key)
         world.fetch(store, keys[2])
         assert cache.stats()["evicted"] > 0
 
@@ -87,7 +87,7 @@ def test_copies_needed_soon_keep_at_most_their_share_of_the_cache(world, policy)
         for first in range(0, 8, 2):  # jobs that stand still, each before what was fetched ahead for it
             plans.enter_context(closing(publish(world, cache, keys[first : first + 2], [NEVER, NEVER])))
         for key in keys:
-            fetch_ahead(world, store, key)
+            prefetch(world, store, key)
         world.fetch(store, more)
         assert store.is_cached(more, world.identity(more))
         smaller = shards_cache(world, 4, policy=policy)
@@ -98,7 +98,7 @@ def test_copies_needed_soon_keep_at_most_their_share_of_the_cache(world, policy)
 def test_the_opening_of_a_prefetched_copy_is_not_a_second_use(world):
     (key,) = put_shards(world, 1)
     cache = shards_cache(world, 4, policy="s3fifo")
-    fetch_ahead(world, world.store(cache), key)
+    prefetch(world, world.store(cache), key)
     world.fetch(world.store(cache), key)
     assert row_of(cache, world, key).freq == 0
     world.fetch(world.store(cache), key)
@@ -125,7 +125,7 @@ class Side:
         with closing(publish(self.world, self.cache, [self.keys[i] for i in order], then)) as plan:
             for at, number in enumerate(order):
                 for ahead in order[at : at + 1 + self.n_ahead]:
-                    fetch_ahead(self.world, self.store, self.keys[ahead])
+                    prefetch(self.world, self.store, self.keys[ahead])
                 self.n_past += self.world.read(self.store, self.keys[number]) is None
                 plan.advance((at + 1) * SHARD_BYTES)
                 yield number

@@ -36,7 +36,7 @@ def damage_cut(path):
 @pytest.mark.parametrize("damage", [damage_bit, damage_cut])
 def test_a_corrupt_copy_is_removed_counted_and_fetched_again(world, store, damage):
     damage(world.copy("a"))
-    assert store.verify_copy("a", world.identity("a")) is True
+    assert store.remove_if_corrupt("a", world.identity("a")) is True
     assert world.copies() == []
     world.fetch(store, "a")
     status = store.cache.status()
@@ -45,7 +45,7 @@ def test_a_corrupt_copy_is_removed_counted_and_fetched_again(world, store, damag
 
 
 def test_a_correct_copy_that_a_reader_doubts_stays(world, store):
-    assert store.verify_copy("a", world.identity("a")) is False
+    assert store.remove_if_corrupt("a", world.identity("a")) is False
     assert (store.cache.stats()["quarantined"], world.n_reads()) == (0, 1)
 
 
@@ -53,7 +53,7 @@ def test_the_pin_of_a_corrupt_copy_applies_to_its_replacement(world, store):
     cache = store.cache
     cache.pin(store, [("a", world.identity("a"))])
     world.damage("a")
-    assert store.verify_copy("a", world.identity("a")) is True
+    assert store.remove_if_corrupt("a", world.identity("a")) is True
     cache.close()
     assert cache.stats()["pinned_bytes"] == 0
     world.fetch(store, "a")
@@ -73,7 +73,7 @@ def test_an_unreadable_copy_is_removed(world, store, monkeypatch):
     inode = copy.stat().st_ino
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", read)
-        assert store.verify_copy("a", world.identity("a")) is True
+        assert store.remove_if_corrupt("a", world.identity("a")) is True
     world.fetch(store, "a")
     assert store.cache.stats()["quarantined"] == 1
 
@@ -94,7 +94,7 @@ def test_a_corrupt_copy_that_the_disk_does_not_let_us_check_is_not_served(world,
 
     with monkeypatch.context() as patch:
         patch.setattr(place, call, fail)
-        assert store.verify_copy("a", world.identity("a")) is True
+        assert store.remove_if_corrupt("a", world.identity("a")) is True
     assert failed
     assert world.read(store, "a") in (None, world.data["a"])
 
@@ -104,10 +104,10 @@ def test_the_second_reader_of_a_corrupt_copy_does_not_remove_its_replacement(wor
     writing = store.cache._open().writing
     fd = store.cache._open().folder.open_copy(world.copy("a").name)
     try:
-        assert store.verify_copy("a", world.identity("a")) is True
+        assert store.remove_if_corrupt("a", world.identity("a")) is True
         world.fetch(store, "a")
         name = world.copy("a").name
-        assert writing.publisher.remove_corrupt(name, fd) is False
+        assert writing.fetch_runner.remove_corrupt(name, fd) is False
     finally:
         os.close(fd)
     assert world.copy("a").read_bytes() == world.data["a"]
@@ -126,14 +126,14 @@ def test_a_process_killed_after_removing_a_corrupt_copy_leaves_a_usable_cache(wo
         try:
             crash_points.set_hook(die)
             child = world.store(world.cache())
-            child.verify_copy("a", identity)
+            child.remove_if_corrupt("a", identity)
             world.fetch(child, "a")
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     store.cache.close()
     store = world.store(world.cache())
-    store.verify_copy("a", identity)
+    store.remove_if_corrupt("a", identity)
     world.fetch(store, "a")
     assert world.copy("a").read_bytes() == world.data["a"]
     assert store.cache.status()["reserved_bytes"] == 0

@@ -28,10 +28,10 @@ def test_a_partial_copy_that_a_reader_finds_corrupt_is_fetched_once_more_and_the
             return wait(lease, (0, UNIT))
 
     assert read()
-    assert store.verify_copy("a", identity) is True
+    assert store.remove_if_corrupt("a", identity) is True
     assert world.parts() == []
     assert read()
-    assert store.verify_copy("a", identity) is False
+    assert store.remove_if_corrupt("a", identity) is False
     assert store.open_local("a", identity) is None
     assert cache.stats()["poisoned"] == 1
 
@@ -46,7 +46,7 @@ def test_a_partial_copy_damaged_on_disk_does_not_count_as_corrupt_at_its_source(
         (part,) = [path for path in world.parts() if path.suffix == ".part"]
         with part.open("r+b") as file:
             file.write(b"rot")
-        assert store.verify_copy("a", identity) is True
+        assert store.remove_if_corrupt("a", identity) is True
     assert (cache.stats()["poisoned"], cache.stats()["quarantined"]) == (0, 3)
 
 
@@ -153,11 +153,11 @@ def test_a_damaged_partial_copy_is_counted_and_a_corrupt_source_is_known_to_all_
     with part.open("r+b") as file:
         file.seek(UNIT + 5)
         file.write(b"rot")
-    assert store.verify_copy("a", identity) is True
+    assert store.remove_if_corrupt("a", identity) is True
     assert cache.stats()["quarantined"] == 1
     for _ in range(2):
         read()
-        store.verify_copy("a", identity)
+        store.remove_if_corrupt("a", identity)
     assert [one["url"].rpartition("/")[2] for one in other.status()["poisoned_now"].values()] == ["a"]
     assert world.store(other).open_local("a", identity) is None
 
@@ -172,7 +172,7 @@ def test_a_pin_outlives_a_corrupt_copy(world, harm):
     copy.chmod(0o600)
     if harm == "rot":
         copy.write_bytes(bytes(10_000))
-        assert world.store(cache).verify_copy("a", identity) is True
+        assert world.store(cache).remove_if_corrupt("a", identity) is True
     else:
         copy.write_bytes(b"short")
         with world.store(cache).open_local("a", identity) as lease:  # (what is found is removed by who fetches it)
@@ -194,7 +194,7 @@ def test_unpinning_all_copies_removes_pins_of_missing_copies(world):
     cache.pin(world.inner, [("a", identity)])
     world.copy("a").chmod(0o600)
     world.copy("a").write_bytes(bytes(10_000))
-    assert world.store(cache).verify_copy("a", identity) is True
+    assert world.store(cache).remove_if_corrupt("a", identity) is True
     assert cache.unpin() == 0
     world.fetch(world.store(cache), "a")
     assert [entry.pinned for entry in cache.entries()] == [False]

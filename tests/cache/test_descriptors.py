@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tests.cache.conftest import open_below
 
-from tiercache.cache.fetch import partial, publish
+from tiercache.cache.fetch import fetch_runner, partial
 from tiercache.cache.fetch.partial import PartialCopy, hold_part, open_map
 from tiercache.cache.folder import Folder
 from tiercache.cache.lease import CopyLease
@@ -157,7 +157,7 @@ def fetch_in_vain(world):
 
 
 def test_no_descriptor_stays_open_if_looking_for_a_copy_fails(world, monkeypatch):
-    monkeypatch.setattr(publish, "open_leased", refuse)
+    monkeypatch.setattr(fetch_runner, "open_leased", refuse)
     fetch_in_vain(world)
 
 

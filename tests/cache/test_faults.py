@@ -18,7 +18,7 @@ from tiercache.cache import folder as folder_module
 from tiercache.cache import locks as locks_module
 from tiercache.cache import owners, session
 from tiercache.cache.disk import Breaker
-from tiercache.cache.fetch import partial, publish
+from tiercache.cache.fetch import fetch_runner, partial
 from tiercache.cache.folder import Folder
 from tiercache.cache.owners import Owners
 from tiercache.catalog import Accounts
@@ -185,7 +185,7 @@ def test_a_failing_disk_is_bypassed_probed_and_used_again(world, monkeypatch):
     store = world.store(cache)
     clock = FakeClock()
     writing = cache._open().writing
-    writing.breaker = writing.publisher.breaker = Breaker(clock)
+    writing.breaker = writing.fetch_runner.breaker = Breaker(clock)
     world.fetch(store, "a")
     fail_writes(monkeypatch, errno.EIO, 2)
     with pytest.warns(RuntimeWarning, match="bypassing the cache"):
@@ -214,7 +214,7 @@ STEPS = {
     "the record": (Folder, "write_record", "disk"),
     "the name": (Folder, "give_name", "disk"),
     "reserving": (Accounts, "reserve", "catalog"),
-    "booking": (Accounts, "book", "catalog"),
+    "booking": (Accounts, "set_charge", "catalog"),
 }
 
 
@@ -429,7 +429,7 @@ def test_a_busy_catalog_makes_reads_bypass_the_cache(world, monkeypatch):
 
 
 def test_waits_for_other_processes_have_deadlines():
-    assert 0 < publish.LOCK_WAIT_S < 600
+    assert 0 < fetch_runner.LOCK_WAIT_S < 600
     assert session.USES_PER_FLUSH > 1
 
 
@@ -466,7 +466,7 @@ def test_a_cache_that_cannot_be_reopened_is_bypassed_and_tried_again(world, monk
         with pytest.warns(RuntimeWarning, match="cannot be opened"):
             assert world.read(store, "a") is None
         assert not store.is_cached("a", world.identity("a"))  # a second warning would be an error here
-        store.fetch_ahead("a", world.identity("a"))
+        store.prefetch("a", world.identity("a"))
         store.publish(np.zeros((0, 20), np.uint8), ReadingPlan("me", *np.zeros((4, 0), np.int64))).close()
         buffer = memoryview(bytearray(10_000))
         store.read_into("a", [(ByteRange(0, 10_000), buffer)])

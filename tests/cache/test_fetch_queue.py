@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from tests.support.stores import CountingStore, GateStore
 
-from tiercache.cache.fetch import publish
+from tiercache.cache.fetch import fetch_runner
 from tiercache.cache.fetch.partial import PartialCopy
 from tiercache.cache.locks import is_locked
 from tiercache.errors import StoreError
@@ -39,7 +39,7 @@ def test_an_awaited_fetch_does_not_wait_for_prefetches(world):
     source = Held(world.inner, keys)
     store = world.cache().store(source)
     for key in keys:
-        store.fetch_ahead(key, world.identity(key))
+        store.prefetch(key, world.identity(key))
     assert wait_for(lambda: source.n_waiting == 4, 30), "no more than four at a time are fetched ahead"
     with store.open_local("urgent", world.identity("urgent")) as lease:
         assert lease.wait([ByteRange(0, 10_000)], deadline_s=30)
@@ -54,7 +54,7 @@ def test_a_queued_prefetch_gets_a_thread_when_a_reader_waits_for_it(world):
     source = Held(world.inner, keys[:4])
     store = world.cache().store(source)
     for key in keys:
-        store.fetch_ahead(key, world.identity(key))
+        store.prefetch(key, world.identity(key))
     with store.open_local(keys[5], world.identity(keys[5])) as lease:
         assert lease.wait([ByteRange(0, 10_000)], deadline_s=30)
     source.go.set()
@@ -74,7 +74,7 @@ def test_a_fetch_uses_as_many_threads_as_the_system_allows(world, monkeypatch, n
                 given.append(self)
             super().start()
 
-    monkeypatch.setattr(publish, "Thread", Scarce)
+    monkeypatch.setattr(fetch_runner, "Thread", Scarce)
     store = world.store(world.cache("100MB"))
     assert world.read(store, "a", identity) == world.data["a"]
     assert len(given) == n_given
@@ -162,14 +162,14 @@ def test_the_first_opening_of_a_prefetched_copy_is_not_a_hit(world):
     def figures():
         return [cache.stats()[name] for name in ("hits", "misses", "prefetched")]
 
-    store.fetch_ahead("a", identity)
+    store.prefetch("a", identity)
     assert wait_for(lambda: store.is_cached("a", identity), 30)
     world.fetch(store, "a")
     assert figures() == [0, 1, 1]
-    store.fetch_ahead("a", identity)
+    store.prefetch("a", identity)
     world.fetch(store, "a")
     assert figures() == [1, 1, 1]
-    store.fetch_ahead("b", world.put("b"))
+    store.prefetch("b", world.put("b"))
     assert wait_for(lambda: store.is_cached("b", world.identity("b")), 30)
     other = world.cache()
     world.fetch(world.store(other), "b")

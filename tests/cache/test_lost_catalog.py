@@ -60,8 +60,8 @@ def test_an_ended_fetch_leaves_no_reservation_in_rebuilt_accounts(world):
         return True
 
     accounts = busy._open().writing.accounts
-    book = accounts.book
-    accounts.book = lambda *args: (booked(), book(*args))
+    book = accounts.set_charge
+    accounts.set_charge = lambda *args: (booked(), book(*args))
     world.fetch(world.store(busy), "a")
     assert noted
     assert all('"reserved_bytes": 0' in text for text in noted)

@@ -188,10 +188,10 @@ def test_a_lock_that_vanished_between_open_and_flock_is_not_taken(tmp_path, monk
 
 
 def test_a_fetch_continues_without_the_lock_if_its_holder_never_ends(world, monkeypatch):
-    from tiercache.cache.fetch import publish
+    from tiercache.cache.fetch import fetch_runner
     from tiercache.cache.names import name_of_identity
 
-    monkeypatch.setattr(publish, "LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(fetch_runner, "LOCK_WAIT_S", 0.05)
     identity = world.put("a")
     cache = world.cache()
     stuck = NameLock(world.root / "cache" / "locks" / name_of_identity(identity))

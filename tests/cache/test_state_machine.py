@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 from tests.cache.state_machine_world import KEYS, LIMITS, SIZES, MachineWorld, random_bytes
 from tests.support.clock import JumpingClock
 
-from tiercache.cache.fetch import publish
+from tiercache.cache.fetch import fetch_runner
 from tiercache.cache.names import name_of_identity
 from tiercache.errors import CacheFull, NotFound, TierCacheError
 from tiercache.model import ByteRange
@@ -120,10 +120,10 @@ class CacheMachine(RuleBasedStateMachine):
             held[0].close()
 
     @rule(number=st.integers(0, 9), key=keys, version=st.integers(0, 3))
-    def fetch_ahead(self, number, key, version):
+    def prefetch(self, number, key, version):
         known = self.known(key, version)
         if known is not None:
-            self.cache(number).store(self.world.source).fetch_ahead(key, known[0])
+            self.cache(number).store(self.world.source).prefetch(key, known[0])
 
     # -- what people do ---------------------------------------------------------------------------------------------
 
@@ -249,8 +249,8 @@ def refuse(fd, operation):
 
 
 def test_locks_that_are_never_free_only_delay_reads(world, monkeypatch):
-    monkeypatch.setattr(publish, "LOCK_WAIT_S", 0.05)
-    monkeypatch.setattr(publish, "SLOWEST_BYTES_S", 1e12)
+    monkeypatch.setattr(fetch_runner, "LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(fetch_runner, "SLOWEST_BYTES_S", 1e12)
     monkeypatch.setattr("tiercache.cache.evict.evictor.SPACE_WAIT_S", 0.05)
     monkeypatch.setattr("tiercache.catalog.database.BUSY_S", 0.05)
     monkeypatch.setattr(fcntl, "flock", refuse)

@@ -50,12 +50,12 @@ def test_the_units_of_ranges_contain_their_bytes(case):
 
 
 @given(ranges_in(), st.sampled_from([UNIT, 3 * UNIT, 1 << 30]))
-def test_pieces_contain_each_unit_once_and_respect_the_size_limit(case, piece_bytes):
+def test_pieces_contain_each_unit_once_and_respect_the_size_limit(case, request_bytes):
     n_bytes, ranges = case
     mask = partial_module.mask_of(ranges, n_bytes)
     left, bytes_seen, last = mask.copy(), 0, -1
-    while piece := partial_module.first_piece(left, n_bytes, piece_bytes):
-        assert sum(r.n_bytes for r in piece) <= piece_bytes
+    while piece := partial_module.next_request(left, n_bytes, request_bytes):
+        assert sum(r.n_bytes for r in piece) <= request_bytes
         for found in piece:
             assert found.start % UNIT == 0
             assert found.start >= last
@@ -66,7 +66,7 @@ def test_pieces_contain_each_unit_once_and_respect_the_size_limit(case, piece_by
         left &= ~taken
     assert not left.any()
     assert bytes_seen == partial_module.bytes_of(mask, n_bytes)
-    assert partial_module.ranges_of(mask, n_bytes) == partial_module.first_piece(mask, n_bytes, 1 << 30)
+    assert partial_module.ranges_of(mask, n_bytes) == partial_module.next_request(mask, n_bytes, 1 << 30)
 
 
 @given(ranges_in(), st.data())

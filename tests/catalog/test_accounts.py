@@ -72,12 +72,12 @@ def open_accounts(files):
 
 
 def reserve(accounts, name, charge, spare=PLENTY):
-    return accounts.reserve(name, charge, spare_bytes=lambda: spare)
+    return accounts.reserve(name, charge, usable_bytes=lambda: spare)
 
 
-def book(accounts, files, name, charge):
+def set_charge(accounts, files, name, charge):
     files.copies[name] = charge
-    accounts.book(name, f"record of {name}", charge)
+    accounts.set_charge(name, f"record of {name}", charge)
 
 
 @pytest.mark.parametrize(("n_bytes", "charged"), [(0, 4096), (1, 8192), (4096, 8192), (4097, 12_288)])
@@ -90,7 +90,7 @@ def test_reservations_and_copies_together_keep_to_the_limit(open_accounts, files
     assert reserve(me, "a", 40_000)
     assert reserve(you, "b", 40_000)
     assert not reserve(me, "c", 40_000)
-    book(me, files, "a", 40_000)
+    set_charge(me, files, "a", 40_000)
     assert not reserve(me, "c", 40_000)
     you.release("b")
     assert reserve(me, "c", 40_000)
@@ -113,7 +113,7 @@ def test_the_free_space_of_the_disk_bounds_reservations(open_accounts):
     assert not reserve(me, "a", 8_192, spare=8_191)
     assert reserve(me, "a", 8_192, spare=8_192)
     assert not reserve(me, "b", 4_096, spare=8_192)
-    assert me.lack_bytes(4_096, spare_bytes=lambda: 8_192) == 4_096
+    assert me.lack_bytes(4_096, usable_bytes=lambda: 8_192) == 4_096
 
 
 def test_dead_owners_lose_their_limit_and_reservations(open_accounts, files):
@@ -140,7 +140,7 @@ def test_booking_more_than_was_reserved_is_an_error(open_accounts, files):
     me = open_accounts("me")
     assert reserve(me, "a", 1_000)
     with pytest.raises(RuntimeError, match="more bytes than were reserved"):
-        book(me, files, "a", 50_000)
+        set_charge(me, files, "a", 50_000)
     assert me.sums() == (0, 1_000, 100_000)
 
 
@@ -148,15 +148,15 @@ def test_a_copy_published_twice_counts_once(open_accounts, files):
     me, you = open_accounts("me"), open_accounts("you")
     assert reserve(me, "a", 5_000)
     assert reserve(you, "a", 5_000)
-    book(me, files, "a", 5_000)
-    book(you, files, "a", 5_000)
+    set_charge(me, files, "a", 5_000)
+    set_charge(you, files, "a", 5_000)
     assert me.sums()[:2] == (5_000, 0)
 
 
 def test_a_copy_that_was_fetched_again_before_its_removal_stays_booked(open_accounts, files):
     me = open_accounts("me")
     assert reserve(me, "a", 5_000)
-    book(me, files, "a", 5_000)
+    set_charge(me, files, "a", 5_000)
     me.remove(["a"])
     assert me.sums()[0] == 5_000
     del files.copies["a"]
@@ -167,11 +167,11 @@ def test_a_copy_that_was_fetched_again_before_its_removal_stays_booked(open_acco
 def test_a_partial_copy_grows_by_its_reservation(open_accounts, files):
     me = open_accounts("me")
     assert reserve(me, "a", 10_000)
-    book(me, files, "a", 8_000)
+    set_charge(me, files, "a", 8_000)
     assert me.sums()[:2] == (8_000, 0)
     assert reserve(me, "a", 20_000)
     assert me.sums()[:2] == (8_000, 20_000)
-    book(me, files, "a", 28_000)
+    set_charge(me, files, "a", 28_000)
     assert me.sums()[:2] == (28_000, 0)
     assert [row.charge_bytes for row in me.rows()] == [28_000]
 
@@ -181,7 +181,7 @@ def test_a_reservation_that_cannot_be_enlarged_stays_as_it_was(open_accounts, fi
     assert reserve(me, "a", 60_000)
     assert not reserve(me, "a", 100_001)
     assert me.sums() == (0, 60_000, 100_000)
-    book(me, files, "a", 60_000)
+    set_charge(me, files, "a", 60_000)
 
 
 def test_bytes_that_two_owners_write_into_one_partial_copy_count_once(open_accounts, files):
@@ -189,16 +189,16 @@ def test_bytes_that_two_owners_write_into_one_partial_copy_count_once(open_accou
     me, you = open_accounts("me"), open_accounts("you")
     assert reserve(me, "a", 40_000)
     assert reserve(you, "a", 60_000)
-    book(me, files, "a", 70_000)
+    set_charge(me, files, "a", 70_000)
     assert me.sums()[:2] == (40_000, 60_000)
-    book(you, files, "a", 100_000)
+    set_charge(you, files, "a", 100_000)
     assert me.sums()[:2] == (100_000, 0)
 
 
 def test_bytes_that_a_dead_owner_did_not_book_are_measured(open_accounts, files):
     me, you = open_accounts("me"), open_accounts("you")
     assert reserve(you, "a", 40_000)
-    book(you, files, "a", 40_000)
+    set_charge(you, files, "a", 40_000)
     assert reserve(you, "a", 30_000)
     files.copies["a"] = 55_000
     files.living.remove("you")
@@ -209,7 +209,7 @@ def test_bytes_that_a_dead_owner_did_not_book_are_measured(open_accounts, files)
 def test_an_unbooked_copy_is_measured_by_reconcile(open_accounts, files):
     me = open_accounts("me")
     assert reserve(me, "a", 5_000)
-    book(me, files, "a", 5_000)
+    set_charge(me, files, "a", 5_000)
     files.copies["a"] = 9_000
     me.reconcile()
     assert me.sums()[0] == 9_000
@@ -222,33 +222,33 @@ def test_an_unbooked_copy_is_measured_by_reconcile(open_accounts, files):
 def test_an_evicted_copy_that_comes_back_enters_the_main_queue(open_accounts, files):
     me = open_accounts("me")
     for name in "ab":
-        book(me, files, name, 10)
+        set_charge(me, files, name, 10)
     del files.copies["a"], files.copies["b"]
     me.remove(["a"], evicted=True)
     me.remove(["b"])
     assert [me.is_ghost(name) for name in "abc"] == [True, False, False]
     for name in "abc":
-        book(me, files, name, 10)
+        set_charge(me, files, name, 10)
     assert {row.name: row.main for row in me.rows()} == {"a": True, "b": False, "c": False}
     assert not me.is_ghost("a")
 
 
 def test_a_copy_evicted_from_the_main_queue_comes_back_into_the_small_queue(open_accounts, files):
     me = open_accounts("me")
-    book(me, files, "a", 10)
+    set_charge(me, files, "a", 10)
     me.requeue([("a", True, 2)])
     assert [(row.main, row.freq) for row in me.rows()] == [(True, 2)]
     del files.copies["a"]
     me.remove(["a"], evicted=True)
     assert me.is_ghost("a")
-    book(me, files, "a", 10)
+    set_charge(me, files, "a", 10)
     assert [(row.main, row.freq) for row in me.rows()] == [(False, 0)]
 
 
 def test_ghosts_are_forgotten_oldest_first_beyond_the_share_of_the_limit(open_accounts, files):
     me = open_accounts("me", limit=1_000)
     for name in "abcd":
-        book(me, files, name, 300)
+        set_charge(me, files, name, 300)
     files.copies.clear()
     me.remove("abcd", evicted=True)
     assert [me.is_ghost(name) for name in "abcd"] == [False, True, True, True]
@@ -257,7 +257,7 @@ def test_ghosts_are_forgotten_oldest_first_beyond_the_share_of_the_limit(open_ac
 def test_uses_count_up_to_three_for_the_queues_and_moves_go_to_the_end(open_accounts, files):
     me = open_accounts("me")
     for name in "abc":
-        book(me, files, name, 10)
+        set_charge(me, files, name, 10)
     me.add_uses({"a": 2})
     me.add_uses({"a": 5, "b": 1})
     me.requeue([("a", True, 1), ("c", False, 0)])
@@ -268,7 +268,7 @@ def test_uses_count_up_to_three_for_the_queues_and_moves_go_to_the_end(open_acco
 def test_every_process_gets_each_change_once(open_accounts, files):
     me, you = open_accounts("me"), open_accounts("you")
     for name in "ab":
-        book(me, files, name, 10)
+        set_charge(me, files, name, 10)
     first = you.changes(("", 0))
     assert first.whole
     assert sorted(row.name for row in first.rows) == ["a", "b"]
@@ -287,12 +287,12 @@ def test_every_process_gets_each_change_once(open_accounts, files):
 def test_a_query_from_before_the_oldest_known_change_gets_all_rows(open_accounts, files):
     me = open_accounts("me", limit=1_000)
     for name in "abcd":
-        book(me, files, name, 300)
+        set_charge(me, files, name, 300)
     before = me.changes(("", 0))
     files.copies = {"d": 300}
     me.remove("abc", evicted=True)
     assert not me.changes(before.since).whole
-    book(me, files, "e", 300)
+    set_charge(me, files, "e", 300)
     files.copies = {"d": 300}
     me.remove("e", evicted=True)
     after = me.changes(before.since)
@@ -302,7 +302,7 @@ def test_a_query_from_before_the_oldest_known_change_gets_all_rows(open_accounts
 
 def test_a_query_with_the_state_of_a_lost_catalog_gets_all_rows(open_accounts, files):
     me = open_accounts("me")
-    book(me, files, "a", 10)
+    set_charge(me, files, "a", 10)
     since = me.changes(("", 0)).since
     for path in files.path.glob("catalog.sqlite*"):
         path.unlink()
@@ -321,7 +321,7 @@ def test_uses_are_counted_and_ordered(open_accounts, files):
     me = open_accounts("me")
     for name in "abc":
         assert reserve(me, name, 10)
-        book(me, files, name, 10)
+        set_charge(me, files, name, 10)
     me.add_uses({"b": 2, "a": 1})
     assert [(row.name, row.uses) for row in me.rows()] == [("c", 0), ("b", 2), ("a", 1)]
 
@@ -343,14 +343,14 @@ def test_a_copy_that_is_being_published_counts_once(open_accounts, files):
     files.copies = {"a": 5_000, "b": 5_000}
     me.reconcile()
     assert me.sums()[:2] == (5_000, 5_000)
-    book(me, files, "a", 5_000)
+    set_charge(me, files, "a", 5_000)
     assert me.sums()[:2] == (10_000, 0)
 
 
 def test_accounts_of_another_boot_are_rebuilt(open_accounts, files):
     me = open_accounts("me", boot="yesterday")
     assert reserve(me, "a", 5_000)
-    book(me, files, "a", 5_000)
+    set_charge(me, files, "a", 5_000)
     me.close()
     files.copies["a"] = 100
     today = open_accounts("me", boot="today")
@@ -371,7 +371,7 @@ def test_a_rebuilt_catalog_gets_the_owners_limit_again(files, open_accounts):
     files.limit = {}  # with the folder went the owner files
     open_accounts("you", 70_000)
     assert mine.sums()[2] == 50_000
-    assert mine.reserve("a", 1, spare_bytes=lambda: PLENTY)
+    assert mine.reserve("a", 1, usable_bytes=lambda: PLENTY)
 
 
 def test_an_owner_that_left_is_not_registered_again(files, open_accounts):
@@ -426,12 +426,12 @@ class AccountStates(RuleBasedStateMachine):
             self.reserved[owner, name] = before
 
     @rule(owner=owners, name=names, share=st.floats(0.01, 1.0))
-    def book(self, owner, name, share):
+    def set_charge(self, owner, name, share):
         """Some or all reserved bytes were written; another owner that writes the same copy books its own later."""
         held = self.reserved.pop((owner, name), 0)
         if held:
             self.booked[name] = self.files.copies[name] = self.booked.get(name, 0) + int(held * share)
-            self.accounts[owner].book(name, "r", self.booked[name])
+            self.accounts[owner].set_charge(name, "r", self.booked[name])
 
     @rule(owner=owners, name=names)
     def release(self, owner, name):

@@ -159,8 +159,8 @@ class TestStatus:
         }
         assert summary_of(facts) == (
             "/c: 5 B of 10 B, 0 B pinned; 2 B being fetched; 75.0% of 4 opens were hits, 7 B fetched; "
-            "2 evicted too early; 1 quarantined; the folder is read-only, so the cache only serves the copies that it "
-            "holds; the cache is bypassed for now, because its disk failed; the folder is on nfs"
+            "2 evicted too early; 1 corrupt and removed; the folder is read-only, so the cache only serves the copies "
+            "that it holds; the cache is bypassed for now, because its disk failed; the folder is on nfs"
         )
 
     def test_status_names_readers_and_their_copies(self, data_set, cache, warmed, tmp_path):
@@ -182,7 +182,7 @@ class TestVerify:
         done = tiercache("verify", *cache, "--json").events[-1]
         assert (done["copies"], done["damaged"]) == (len(warmed), 0)
         assert done["bytes"] == sum(path.stat().st_size for path in warmed)
-        assert tiercache("verify", data_set, *cache).out.endswith(": nothing is damaged\n")
+        assert tiercache("verify", data_set, *cache).out.endswith(": nothing is corrupt\n")
 
     def test_a_damaged_copy_is_named_and_stays_without_repair(self, tiercache, data_set, cache, warmed):
         damage(warmed[0])
@@ -191,7 +191,7 @@ class TestVerify:
         assert copy["source"].startswith(str(data_set))
         assert (summary["damaged"], summary["repaired"], summary["removed"]) == (1, 0, 0)
         assert warmed[0].exists()
-        assert "1 damaged" in tiercache("verify", data_set, *cache, code=4).out
+        assert "1 corrupt" in tiercache("verify", data_set, *cache, code=4).out
 
     @pytest.mark.parametrize("with_url", [True, False])
     def test_repair_fetches_a_damaged_copy_again(self, tiercache, data_set, cache, warmed, with_url):
@@ -199,12 +199,12 @@ class TestVerify:
         damage(warmed[0])
         url = [data_set] if with_url else []
         done = tiercache("verify", *url, *cache, "--repair")
-        assert done.out.endswith(": 1 damaged, 1 of them repaired\n")
+        assert done.out.endswith(": 1 corrupt, 1 of them repaired\n")
         assert warmed[0].read_bytes() == right
         assert tiercache("verify", *cache, "--json").events[-1]["damaged"] == 0
         events = tiercache("status", *cache, "--json").events
         assert events[-1]["quarantined"] == 1
-        assert "1 quarantined" in tiercache("status", *cache).out
+        assert "1 corrupt and removed" in tiercache("status", *cache).out
 
     def test_a_copy_that_cannot_be_fetched_again_is_removed_and_the_exit_code_is_3(
         self, tiercache, data_set, cache, warmed
@@ -213,7 +213,7 @@ class TestVerify:
         for shard in (data_set / "shards").iterdir():
             shard.unlink()
         done = tiercache("verify", data_set, *cache, "--repair", code=3)
-        assert ": 1 damaged, 1 removed" in done.out
+        assert ": 1 corrupt, 1 removed" in done.out
         assert not warmed[0].exists()
 
     def test_only_copies_of_the_data_set_and_the_globs_are_read(

@@ -21,7 +21,7 @@ def shards(data_set):
 def test_an_intact_data_set_has_no_findings(tiercache, data_set, shards):
     done = tiercache("verify", data_set, "-j", "2")
     assert done.out.startswith(f"checked {len(shards)} shards, ")
-    assert done.out.endswith(": nothing is damaged\n")
+    assert done.out.endswith(": nothing is corrupt\n")
     summary = tiercache("verify", data_set, "--json").events[-1]
     assert (summary["damaged"], summary["findings"], summary["shards"]) == (0, 0, len(shards))
     assert summary["bytes"] == sum(s.stat().st_size for s in shards)
@@ -40,7 +40,7 @@ def test_each_damaged_shard_is_named_and_the_exit_code_is_4(tiercache, data_set,
     assert summary["damaged"] == 3
     text = tiercache("verify", data_set, code=4).out
     assert f"{shards[2]}: file: it is missing\n" in text
-    assert text.endswith(": 3 damaged\n")
+    assert text.endswith(": 3 corrupt\n")
     assert len(list(verify_dataset(open_store(data_set)))) == len(findings)
 
 
@@ -86,6 +86,6 @@ def test_an_unreadable_shard_is_not_damaged_but_the_exit_code_is_3(tiercache, da
 
     monkeypatch.setattr(verify, "verify_shard", refuse)
     done = tiercache("verify", data_set, code=3)
-    assert done.out.endswith(f": nothing is damaged, {len(shards)} could not be read\n")
+    assert done.out.endswith(f": nothing is corrupt, {len(shards)} could not be read\n")
     with pytest.raises(StoreError, match="the network is down"):
         list(verify_dataset(open_store(data_set)))

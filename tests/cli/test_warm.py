@@ -166,7 +166,7 @@ def test_an_object_corrupt_at_its_source_ends_with_4_and_is_named_by_status(tier
         assert str(bad) in tiercache("warm", data_set, *cache, "-j", "1", code=4).err
     poisoned = [e for e in tiercache("status", *cache, "--json").events if e["event"] == "poisoned"]
     assert [e["url"] for e in poisoned] == [str(bad)]
-    assert f"poisoned: {bad}: damaged in its store" in tiercache("status", *cache).out
+    assert f"{bad}: corrupt at its source" in tiercache("status", *cache).out
     n_shards = len(list(bad.parent.iterdir()))
     assert tiercache("warm", data_set, *cache, "--exclude", bad.name, "--json").events[-1]["objects"] == n_shards
 

@@ -18,7 +18,7 @@ from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
 from tiercache.load import prefetch
-from tiercache.opened_version import DatasetSource, OpenedVersion
+from tiercache.opened_version import DatasetLocation, OpenedVersion
 from tiercache.testing import Fault, FaultKind, FaultStore
 
 N = 600
@@ -303,7 +303,7 @@ def test_a_local_file_truncated_inside_a_checked_page_serves_no_zeros(tmp_path):
     dataset.close()
 
 
-class FaultyPlace(DatasetSource):
+class FaultyPlace(DatasetLocation):
     """A place whose store damages what it is scripted to."""
 
     script: ClassVar[list[Fault]] = []
@@ -340,7 +340,7 @@ def faulty(monkeypatch, tmp_path):
 def test_a_corrupt_first_response_is_fetched_again(faulty, cache, is_cached, read):
     version, store = faulty(cache if is_cached else False, 1)
     if read == "footer":
-        assert version.block_tables([0])[0].records.sum() == version.table.n_records[0]
+        assert version.block_sizes([0])[0].records.sum() == version.table.n_records[0]
     ids = version.values(np.arange(40))[0].values
     assert ids.tolist() == list(range(40))
     assert len(store.faulted_calls) == 1
@@ -350,5 +350,5 @@ def test_a_corrupt_first_response_is_fetched_again(faulty, cache, is_cached, rea
 def test_responses_that_are_always_corrupt_are_an_error_that_names_the_shard(faulty, cache, is_cached):
     version, store = faulty(cache if is_cached else False, 10_000)
     with pytest.raises(tc.CorruptShard, match=r"shards/.*\.tcs"):
-        version.block_tables([0])
+        version.block_sizes([0])
     assert 2 <= len(store.faulted_calls) <= 6

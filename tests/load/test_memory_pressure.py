@@ -69,7 +69,7 @@ def test_enough_memory_for_two_windows_of_each_stream_is_enough(make_dataset, mo
 
 def tables_of(path):
     source = tc.Dataset(path)._source
-    return source.block_tables(range(len(source.shard_records)))
+    return source.block_sizes(range(len(source.shard_records)))
 
 
 @given(

@@ -125,7 +125,7 @@ def test_shards_that_the_cache_has_lost_are_fetched_for_the_next_epoch_before_it
 def test_a_run_of_one_epoch_reads_nothing_from_a_store_for_a_second_one(server, loads):
     dataset = tc.Dataset(f"{server.url}/data", cache=False)
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1))
-    tables = dataset._source.block_tables(range(len(dataset._source.shard_records)))
+    tables = dataset._source.block_sizes(range(len(dataset._source.shard_records)))
     n_blocks = sum(len(table.records) for table in tables)
     assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(N))
     join_loading()
@@ -158,7 +158,7 @@ def test_the_next_epoch_is_prepared_without_a_seed_if_no_other_code_draws(make_d
     generator = torch.Generator().manual_seed(2) if given else None
     dataset = tc.Dataset(make_dataset(200, compression="zstd:3"))
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, generator=generator)
-    tables = dataset._source.block_tables(range(len(dataset._source.shard_records)))
+    tables = dataset._source.block_sizes(range(len(dataset._source.shard_records)))
     n_blocks = sum(len(table.records) for table in tables)
 
     def serve(n_epochs):
@@ -267,7 +267,7 @@ def test_loads_of_a_prepared_epoch_are_cancelled_when_the_loader_is_dropped(make
     dataset = tc.Dataset(make_dataset(600, compression="zstd:3"))
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1, threads=1))
     gate, begun, load = threading.Event(), [], OpenedVersion.load
-    n_parts = sum(len(t.records) for t in dataset._source.block_tables(range(len(dataset._source.shard_records))))
+    n_parts = sum(len(t.records) for t in dataset._source.block_sizes(range(len(dataset._source.shard_records))))
 
     def slow(self, *what):
         begun.append(what)

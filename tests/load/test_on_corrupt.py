@@ -34,7 +34,7 @@ def options(**more) -> tc.LoaderOptions:
 def blocks_of(dataset: tc.Dataset) -> list[tuple[int, int, list[int]]]:
     """(shard, block, records in it) of each block that has any."""
     source, found = dataset._source, []
-    for shard, table in enumerate(source.block_tables(range(len(source.shard_records)))):
+    for shard, table in enumerate(source.block_sizes(range(len(source.shard_records)))):
         first = int(source.first_record[shard])
         for block, n in enumerate(table.records.tolist()):
             found.append((shard, block, list(range(first, first + n))))

@@ -24,7 +24,7 @@ from tests.order.brute import (
 from tests.order.brute_mixture import Mixed, mixed_sequence, mixtures
 
 from tiercache.load.epoch import RUN_PIECES, RUN_ROWS, Piece, PieceSizes, pieces
-from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions, RankPlan, Window
+from tiercache.order import BlockSizes, DatasetLayout, EpochOrder, OrderOptions, RankPlan, Window
 from tiercache.order.window import MOST_ROWS, allocate_rows
 
 # Each takes some 8 ms; `make fuzz` draws 5,000 of every kind.
@@ -146,8 +146,8 @@ def test_a_run_has_the_rows_of_its_piece(case: Case, data: st.DataObject) -> Non
 
 
 def test_pieces_of_a_rank_alone_or_with_a_stream_of_its_own_are_runs_and_longer_than_arrays() -> None:
-    footer = BlockTable(np.full(10, 10**6), np.full(10, 1 << 20))
-    layout = Layout(np.full(100, 10**7), np.full(100, 10 << 20), lambda shards: [footer] * len(shards))
+    footer = BlockSizes(np.full(10, 10**6), np.full(10, 1 << 20))
+    layout = DatasetLayout(np.full(100, 10**7), np.full(100, 10 << 20), lambda shards: [footer] * len(shards))
     for world_size in (1, 4):
         order = EpochOrder(layout, OrderOptions(1, True, None, None, streams=world_size), 0)
         plan = RankPlan(0, world_size, 0, 256, True, order.n_records, order.n_streams)
@@ -285,8 +285,8 @@ def test_blocks_before_the_position_are_not_needed_of_an_unshuffled_window() -> 
 
 
 def test_pieces_grow_from_a_small_first_one() -> None:
-    footer = BlockTable(np.full(10, 10**6), np.full(10, 1 << 20))
-    layout = Layout(np.full(100, 10**7), np.full(100, 10 << 20), lambda shards: [footer] * len(shards))
+    footer = BlockSizes(np.full(10, 10**6), np.full(10, 1 << 20))
+    layout = DatasetLayout(np.full(100, 10**7), np.full(100, 10 << 20), lambda shards: [footer] * len(shards))
     order = EpochOrder(layout, OrderOptions(1, True, None, None, streams=4), 0)
     plan = RankPlan(0, 2, 1, 256, True, order.n_records, order.n_streams)
     found = list(itertools.islice(pieces(order, plan), 6))

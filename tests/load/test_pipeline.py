@@ -39,7 +39,7 @@ class After:
 
 def after_ready(iterator, then):
     """Let what an iterator's batches that are ready are go through `then`."""
-    take_ready = iterator._pipeline.take_ready
+    take_ready = iterator._pipeline.fast_take
     iterator._set_fast_path(lambda: then(take_ready() if take_ready else None))
 
 
@@ -131,7 +131,7 @@ def test_ready_batches_by_the_fast_path_are_the_same(make_dataset, monkeypatch, 
 
     torch.manual_seed(5)
     short, n_short = serve()
-    monkeypatch.setattr(Pipeline, "take_ready", None)
+    monkeypatch.setattr(Pipeline, "fast_take", None)
     torch.manual_seed(5)
     long, n_long = serve()
     assert (n_short, n_long) == (len(short) - (1 if drop_last else 2), 0)  # not the first, nor a short last one
@@ -150,7 +150,7 @@ def test_only_some_of_a_windows_order_is_in_memory(make_dataset, monkeypatch):
     iterator, served, most, ends = iter(loader), [], 0, set()
     for batch in iterator:
         served += check_batch(batch)
-        held = list(iterator._pipeline._shared.pieces)
+        held = list(iterator._pipeline._shared.pushed)
         most, ends = max(most, len(held)), ends | {end for end, _ in held}
     assert sorted(served) == list(range(5, 3005))
     assert len(ends) > 3000 // 64  # pieces
@@ -260,7 +260,7 @@ def test_windows_stay_in_memory_while_a_batch_is_made_of_them(make_dataset):
     consumer = threading.Thread(target=lambda: found.append(next(iterator)))
     consumer.start()
     assert inside.wait(30)
-    window = weakref.ref(pipeline._shared.pieces[0][1].joined.addresses)
+    window = weakref.ref(pipeline._shared.pushed[0][1].joined.addresses)
     closer = threading.Thread(target=iterator.close)
     closer.start()
     closer.join(0.2)
@@ -409,6 +409,6 @@ def test_objects_of_blocks_that_are_cut_between_streams_are_those_of_their_rows(
     for batch in iterator:
         assert [value["a"] for value in batch["s"]] == (3 * batch["id"]).tolist()
         n_rows += len(batch["id"])
-        windows |= {w.window for _, pushed in list(iterator._pipeline._shared.pieces) for w in pushed.joined.windows}
+        windows |= {w.window for _, pushed in list(iterator._pipeline._shared.pushed) for w in pushed.joined.windows}
     assert n_rows in (499, 500)
     assert any(window.row_start is not None and window.row_start.any() for window in windows) == (rank == 1)

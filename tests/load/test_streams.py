@@ -210,7 +210,7 @@ def test_two_ranks_on_a_node_read_and_decode_each_block_once(make_dataset, monke
 
 def tables_of(path):
     source = tc.Dataset(path)._source
-    return source.block_tables(range(len(source.shard_records)))
+    return source.block_sizes(range(len(source.shard_records)))
 
 
 def test_a_sticky_stream_reads_the_same_shards_in_every_epoch_and_a_global_one_others(make_dataset):

@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tiercache._native.permute import permute_one
-from tiercache.order import BlockTable, Layout, Order, OrderOptions, Window, derive_key
+from tiercache.order import BlockSizes, DatasetLayout, Order, OrderOptions, Window, derive_key
 
 Record = tuple[int, int, int]  # shard, block, row
 
@@ -27,18 +27,18 @@ class Shards:
     footers: list[int] = field(default_factory=list)
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> DatasetLayout:
         records = np.array([sum(r for r, _ in shard) for shard in self.blocks], np.int64)
-        return Layout(records, np.array(self.stored_bytes, np.int64), self._footers)
+        return DatasetLayout(records, np.array(self.stored_bytes, np.int64), self._footers)
 
     @property
     def n_records(self) -> int:
         return sum(r for shard in self.blocks for r, _ in shard)
 
-    def _footers(self, shards: list[int]) -> list[BlockTable]:
+    def _footers(self, shards: list[int]) -> list[BlockSizes]:
         self.footers += shards
         tables = [np.array(self.blocks[shard], np.int64).reshape(-1, 2) for shard in shards]
-        return [BlockTable(table[:, 0], table[:, 1]) for table in tables]
+        return [BlockSizes(table[:, 0], table[:, 1]) for table in tables]
 
     def all_records(self) -> list[Record]:
         """Every record in stored order."""

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.order.brute import Shards, greedy, options, read, records_of, sequence, shards, stream_windows, uniform
 
-from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions
+from tiercache.order import BlockSizes, DatasetLayout, EpochOrder, OrderOptions
 from tiercache.order.epoch_order import MAX_GROUP_SHARDS
 from tiercache.order.window import cut_by_size
 
@@ -224,8 +224,8 @@ def test_shards_ahead_of_a_stream_are_those_of_its_windows(data: Shards, how: Or
 
 
 def test_the_cost_of_an_order_grows_with_shards_and_not_with_records() -> None:
-    footer = BlockTable(np.full(10, 10**6), np.full(10, 1 << 20))
-    layout = Layout(np.full(1000, 10**7), np.full(1000, 10 << 20), lambda shards: [footer] * len(shards))
+    footer = BlockSizes(np.full(10, 10**6), np.full(10, 1 << 20))
+    layout = DatasetLayout(np.full(1000, 10**7), np.full(1000, 10 << 20), lambda shards: [footer] * len(shards))
     window = EpochOrder(layout, OrderOptions(1, True, None, None), 0).section_at(0, 9_999_999_999)
     assert (window.start, window.stop) == (0, 10**10)
     block, row = window.rows(10**10 - 1000, 10**10)
@@ -248,8 +248,8 @@ def test_a_position_outside_the_stream_is_refused() -> None:
 
 
 def test_a_footer_with_another_record_count_than_the_version_is_an_error() -> None:
-    layout = Layout(
-        np.array([5, 6]), np.array([1, 1]), lambda shards: [BlockTable(np.array([5]), np.array([1]))] * len(shards)
+    layout = DatasetLayout(
+        np.array([5, 6]), np.array([1, 1]), lambda shards: [BlockSizes(np.array([5]), np.array([1]))] * len(shards)
     )
     with pytest.raises(ValueError, match="shard 1: its footer holds 5 records, but the version lists 6"):
         EpochOrder(layout, OrderOptions(1, True, None, None), 0).section_at(0, 0)
@@ -260,10 +260,10 @@ def test_invalid_options_and_tables_are_refused() -> None:
         with pytest.raises(ValueError, match="must be"):
             replace(OrderOptions(1, True, 10, 10), **wrong)
     with pytest.raises(ValueError, match="must be 0 or more"):
-        BlockTable(np.array([-1]), np.array([1]))
+        BlockSizes(np.array([-1]), np.array([1]))
     with pytest.raises(ValueError, match="records has 2 shards"):
-        Layout(np.array([1, 2]), np.array([1]), lambda _: BlockTable(np.array([1]), np.array([1])))
+        DatasetLayout(np.array([1, 2]), np.array([1]), lambda _: BlockSizes(np.array([1]), np.array([1])))
     with pytest.raises(ValueError, match="one-dimensional integer array"):
-        BlockTable(np.array([1.5]), np.array([1]))
+        BlockSizes(np.array([1.5]), np.array([1]))
     with pytest.raises(ValueError, match="epoch must be 0 or more"):
         EpochOrder(uniform(1, 1, 1, 1).layout, OrderOptions(1, True, 10, 10), -1)

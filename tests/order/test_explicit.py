@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.order import BlockTable, Layout
+from tiercache.order import BlockSizes, DatasetLayout
 from tiercache.order.explicit import ExplicitOrder, RecordLocator, count_fitting, explicit_section
 
 SHARDS = st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=5)
@@ -15,7 +15,7 @@ SHARDS = st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=
 
 def layout_of(shards, asked=None):
     """A layout of shards whose blocks have these records, and 10 bytes and one for each record."""
-    tables = [BlockTable(np.array(b, np.int64), 10 + np.array(b, np.int64)) for b in shards]
+    tables = [BlockSizes(np.array(b, np.int64), 10 + np.array(b, np.int64)) for b in shards]
 
     def blocks(numbers):
         if asked is not None:
@@ -23,7 +23,7 @@ def layout_of(shards, asked=None):
         return [tables[number] for number in numbers]
 
     records = np.array([sum(b) for b in shards], np.int64)
-    return Layout(records, records * 100 + 7, blocks)
+    return DatasetLayout(records, records * 100 + 7, blocks)
 
 
 def all_places(shards):
@@ -62,7 +62,7 @@ def test_only_footers_of_requested_shards_are_read_and_each_once():
 
 
 def test_a_footer_with_another_record_count_is_an_error_that_names_the_shard():
-    layout = Layout(np.array([3, 4]), np.array([1, 1]), lambda numbers: [BlockTable([5], [9]) for _ in numbers])
+    layout = DatasetLayout(np.array([3, 4]), np.array([1, 1]), lambda numbers: [BlockSizes([5], [9]) for _ in numbers])
     with pytest.raises(ValueError, match="shard 1: its footer holds 5 records, but the version lists 4"):
         RecordLocator(layout).find(np.array([4]))
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.order.brute import read
 from tests.order.brute_mixture import Mixed, mixed_sequence, mixtures
 
-from tiercache.order import BlockTable, Layout, OrderOptions
+from tiercache.order import BlockSizes, DatasetLayout, OrderOptions
 from tiercache.order.interleaving import StreamAllocation, StreamInterleaving
 from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture
 
@@ -34,13 +34,13 @@ class Parts:
         return [shard for part in self.parts for shard in part]
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> DatasetLayout:
         records = np.array([sum(shard) for shard in self.shards], np.int64)
-        return Layout(records, records * RAW_BYTES // 2, self._tables)
+        return DatasetLayout(records, records * RAW_BYTES // 2, self._tables)
 
-    def _tables(self, shards: list[int]) -> list[BlockTable]:
+    def _tables(self, shards: list[int]) -> list[BlockSizes]:
         blocks = [np.array(self.shards[shard], np.int64) for shard in shards]
-        return [BlockTable(records, records * RAW_BYTES) for records in blocks]
+        return [BlockSizes(records, records * RAW_BYTES) for records in blocks]
 
     @property
     def sizes(self) -> list[int]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.order.brute import Shards, options, owners, read, shards, uniform
 
-from tiercache.order import EpochOrder, Layout, OrderOptions
+from tiercache.order import DatasetLayout, EpochOrder, OrderOptions
 
 
 def of_stream(order: EpochOrder, stream: int) -> list[tuple[int, int, int]]:
@@ -113,7 +113,9 @@ def test_a_cut_shard_counts_to_a_group_by_its_share_of_rows() -> None:
     data = Shards([[(10, 100)] * 4, [(10, 100)] * 4], [400, 400])
     order = EpochOrder(data.layout, OrderOptions(1, True, 100, None, streams=8), 0)
     assert [len(list(order.windows(stream))) for stream in range(8)] == [1] * 8
-    huge = Layout(np.array([2**33]), np.array([2**62]), data.layout.blocks)  # the product needs more than 64 bits
+    huge = DatasetLayout(
+        np.array([2**33]), np.array([2**62]), data.layout.blocks
+    )  # the product needs more than 64 bits
     assert EpochOrder(huge, OrderOptions(1, True, 2**40, None, streams=2), 0).shards_ahead(1, 0, 2**60).tolist() == [0]
 
 

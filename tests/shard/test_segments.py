@@ -188,7 +188,7 @@ class CopyStore(CountingStore):
         self.leases.append(CopyLease(self.path, self.comes))
         return self.leases[-1]
 
-    def verify_copy(self, key: str, identity: ShardIdentity | None = None) -> bool:
+    def remove_if_corrupt(self, key: str, identity: ShardIdentity | None = None) -> bool:
         return False
 
 

@@ -68,7 +68,7 @@ class _Threads:
             if what < 0.05:
                 cache.evict([self.scene.names[key]] if key in self.scene.names else [])
             elif what < 0.15:
-                store.fetch_ahead(key, self.scene.identity(key))
+                store.prefetch(key, self.scene.identity(key))
             elif what < 0.2:
                 _in_a_fork(self.scene, store, key)
             else:

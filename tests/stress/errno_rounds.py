@@ -26,7 +26,7 @@ from tests.support.errnos import FOR_EVER, KINDS, FailedCalls, Position, count_c
 from tests.support.forks import ChildEnd, SendLine, run_forked
 
 from tiercache.cache.evict import evictor
-from tiercache.cache.fetch import publish
+from tiercache.cache.fetch import fetch_runner
 from tiercache.catalog import database
 
 
@@ -163,8 +163,8 @@ def copy_sparse(source: Path, target: Path) -> None:
 
 def wait_shortly() -> None:
     """A lock that is never to be had is waited for as always, only not as long: some lives would take half an hour."""
-    database.BUSY_S = publish.LOCK_WAIT_S = evictor.SPACE_WAIT_S = 0.1
-    publish.SLOWEST_BYTES_S = 1e12
+    database.BUSY_S = fetch_runner.LOCK_WAIT_S = evictor.SPACE_WAIT_S = 0.1
+    fetch_runner.SLOWEST_BYTES_S = 1e12
 
 
 def main() -> None:

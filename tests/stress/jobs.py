@@ -42,7 +42,7 @@ class Job:
         try:
             self.scene.read(store, key)
         except AssertionError:
-            store.verify_copy(key, self.scene.identity(key))
+            store.remove_if_corrupt(key, self.scene.identity(key))
             self.scene.read(store, key)
 
     def read_some(self, size, policy) -> None:
@@ -97,13 +97,13 @@ def fetch_in_part(job: Job) -> None:
                     job.scene.read(store, key, job.ranges(key))
 
 
-def fetch_ahead(job: Job) -> None:
+def prefetch(job: Job) -> None:
     job.evict_some(4)
     with job.scene.cache() as cache:
         store = cache.store(job.scene.source)
         keys = job.keys(4)
         for key in keys:
-            store.fetch_ahead(key, job.scene.identity(key))
+            store.prefetch(key, job.scene.identity(key))
         for key in keys:
             job.read_whole(store, key)
 
@@ -283,7 +283,7 @@ def distrust(job: Job) -> None:
         job.scene.read(store, key)
         job.tell(f"rotting {name}")
         if damage(job.scene.cache_root / "copies" / name):
-            store.verify_copy(key, job.scene.identity(key))
+            store.remove_if_corrupt(key, job.scene.identity(key))
         job.read_whole(store, key)
 
 
@@ -299,7 +299,7 @@ def poison(job: Job) -> None:
             if (job.scene.cache_root / "copies" / name_of_identity(identity)).exists():
                 raise AssertionError("what is bad at its source was published as a copy")
             if is_held:
-                store.verify_copy("bad", identity)
+                store.remove_if_corrupt("bad", identity)
 
 
 def holds(lease, n_bytes: int) -> bool:
@@ -345,7 +345,7 @@ JOBS = {
     for work in (
         fetch,
         fetch_in_part,
-        fetch_ahead,
+        prefetch,
         press_lru,
         press_s3fifo,
         press_resident,

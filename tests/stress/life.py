@@ -59,7 +59,7 @@ def _live(scene: Scene, tell, size: int, policy: str) -> None:
     for key in KEYS:
         scene.read(store, key, [ByteRange(0, len(scene.data[key]) // 2)])
     for key in KEYS:
-        store.fetch_ahead(key, scene.identity(key))
+        store.prefetch(key, scene.identity(key))
         scene.read(store, key)
         scene.read(store, key)
     scene.read(store, "x")
@@ -123,7 +123,7 @@ def _read_doubting(scene: Scene, store, key: str) -> None:
     try:
         scene.read(store, key)
     except AssertionError:
-        store.verify_copy(key, scene.identity(key))
+        store.remove_if_corrupt(key, scene.identity(key))
         scene.read(store, key)
 
 
@@ -133,7 +133,7 @@ def _meet_poison(scene: Scene, store) -> None:
     identity = ShardIdentity(good.dataset_id, "bad0", good.n_bytes, good.crc32c)
     for _ in range(2):
         if holds(store.open_local("bad", identity), good.n_bytes):
-            store.verify_copy("bad", identity)
+            store.remove_if_corrupt("bad", identity)
 
 
 def cut_off(scene: Scene) -> None:

@@ -32,7 +32,7 @@ from tests.support.kill_points import KillAt, kill_at
 from tiercache.cache import locks as locks_module
 from tiercache.cache.evict import evictor
 from tiercache.cache.fetch import partial
-from tiercache.cache.fetch.publish import Publisher
+from tiercache.cache.fetch.fetch_runner import FetchRunner
 from tiercache.cache.folder import Folder
 from tiercache.cache.owners import Owners
 from tiercache.cache.session import WriteSession
@@ -138,19 +138,19 @@ def name_before_record() -> Iterator[None]:
 @contextmanager
 def whole_sum_not_checked() -> Iterator[None]:
     """What was fetched is published whatever it is."""
-    really = Publisher._publish
+    really = FetchRunner._publish
 
     def publish(self, fetch, part, whole):
         return really(self, fetch, part, fetch.spec.crc32c)
 
-    with patch.object(Publisher, "_publish", publish):
+    with patch.object(FetchRunner, "_publish", publish):
         yield
 
 
 @contextmanager
 def no_reservation() -> Iterator[None]:
     """Bytes come before there is room for them."""
-    with patch.object(Accounts, "reserve", lambda self, name, charge_bytes, *, spare_bytes: True):
+    with patch.object(Accounts, "reserve", lambda self, name, charge_bytes, *, usable_bytes: True):
         yield
 
 
@@ -232,7 +232,7 @@ def reader_told() -> Iterator[None]:
     def disk_failed(self, error):
         raise error
 
-    with patch.object(Publisher, "disk_failed", disk_failed):
+    with patch.object(FetchRunner, "disk_failed", disk_failed):
         yield
 
 

@@ -117,18 +117,18 @@ def test_every_way_of_reading_nested_views_gives_the_same_records(dataset, steps
 
 def test_block_tables_are_returned_while_another_thread_evicts_them(packed, monkeypatch):
     source = tc.Dataset(packed)._source
-    expected = [table.records.tolist() for table in source.block_tables([0, 1])]
+    expected = [table.records.tolist() for table in source.block_sizes([0, 1])]
     source = tc.Dataset(packed)._source
     monkeypatch.setattr(opened_version, "MAX_TABLES", 2)
     read = OpenedVersion._read_table
 
     def crowded(self, shard):
         if shard == 0:
-            self.block_tables([2, 3, 4])
+            self.block_sizes([2, 3, 4])
         return read(self, shard)
 
     monkeypatch.setattr(OpenedVersion, "_read_table", crowded)
-    assert [table.records.tolist() for table in source.block_tables([0, 1])] == expected
+    assert [table.records.tolist() for table in source.block_sizes([0, 1])] == expected
 
 
 def test_record_numbers_outside_a_view_are_errors(dataset):

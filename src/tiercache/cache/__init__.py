@@ -5,13 +5,14 @@ tell whether a cache is present.
 
 A read takes this path: `CachedStore` names the copy (`names.py`); `session.CacheSession`, the cache as one process has
 it open, looks for the copy in the folder (`folder.py`) and returns a lease on it (`lease.py`). On a miss,
-`fetch.queue.FetchQueue` queues a fetch; `fetch.publish.Publisher` takes the lock of the name, `evict.evictor.Evictor`
-reserves space (`evict.policy` chooses the copies to evict, `evict.reading_plans` says when running jobs need each
-copy), `fetch.publish.Download` writes the bytes into a partial copy (`fetch.partial`), and the publisher verifies the
-complete copy and gives it its final name.
+`fetch.queue.FetchQueue` queues a fetch; `fetch.fetch_runner.FetchRunner` takes the lock of the name,
+`evict.evictor.Evictor` reserves space (`evict.policy` chooses the copies to evict, `evict.reading_plans` says when
+running jobs need each copy), `fetch.fetch_runner.Download` writes the bytes into a partial copy (`fetch.partial`), and
+the fetch runner verifies the complete copy and gives it its final name.
 
-`warm.py` fetches many copies, `check.py` verifies them, `datasets.py` names the copies of a data set, and `simulate.py`
-simulates policies. Below: `locks.py`, `owners.py` (which processes have the cache open) and `disk.py`.
+`warm.py` fetches many copies, `check.py` verifies them, and `simulate.py` simulates policies.
+`opened_version.CopyNames`, outside this package, names the copies of a version's shards. Below: `locks.py`, `owners.py`
+(which processes have the cache open) and `disk.py` (free space, the breaker after disk errors, and warnings).
 """
 
 from tiercache.cache.cache import Cache, CachedStore, Entry, drop_objects

@@ -113,11 +113,11 @@ class CachedStore(WrapperStore):
     def _count(self, is_hit: bool) -> None:
         self.counters.add("cache_hits" if is_hit else "cache_misses")
 
-    def fetch_ahead(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None = None) -> None:
+    def prefetch(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None = None) -> None:
         """Start to prefetch ranges (None: all) of an object that a reader will open soon, and return at once."""
         spec, session = self.spec_of(key, identity), self._session()
         if spec is not None and session is not None:
-            session.fetch_ahead(spec, self.inner, ranges)
+            session.prefetch(spec, self.inner, ranges)
 
     def is_cached(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None = None) -> bool:
         """Return whether these byte ranges (None: all) of the object are cached now.
@@ -130,8 +130,8 @@ class CachedStore(WrapperStore):
     def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan:
         """Publish the reading plan of this job to all processes that use the cache's folder.
 
-        names are those of the copies (datasets.CopyNames), uint8[m, 20], in the order of plan.shards. The job advances
-        and closes the published plan.
+        names are those of the copies (opened_version.CopyNames), uint8[m, 20], in the order of plan.shards. The job
+        advances and closes the published plan.
         """
         session = self._session()
         return _UnpublishedPlan() if session is None else session.publish(names, plan) or _UnpublishedPlan()
@@ -151,15 +151,15 @@ class CachedStore(WrapperStore):
                 self._specs.popitem(last=False)
         return spec
 
-    def verify_copy(self, key: str, identity: ShardIdentity | None = None) -> bool:
-        """Verify the cached copy after a reader found it corrupt.
+    def remove_if_corrupt(self, key: str, identity: ShardIdentity | None = None) -> bool:
+        """Check the cached copy, which a reader found corrupt, and remove it if it is.
 
         Returns:
             True: The copy was corrupt and is removed; the caller opens the object again. False: The copy is what the
                 source sent.
         """
         spec, session = self.spec_of(key, identity), self._session()
-        return spec is not None and (session is None or session.verify_copy(spec))
+        return spec is not None and (session is None or session.remove_if_corrupt(spec))
 
     def read_into(
         self,
@@ -417,23 +417,23 @@ class Cache:
         self._lock, self._notices, self.counters = RLock(), self._notices.copied(), Counters(*FIGURES)
         self._reopening = Breaker()
 
-    def expect(self, dataset_id: str, url: str) -> None:
+    def warn_if_too_small(self, dataset_id: str, description: str) -> None:
         """Let the cache warn once if it has no space for an object of this data set, which would fit as a whole.
 
         Args:
             dataset_id: Identifier of the data set.
-            url: Description of the data set for the warning.
+            description: Name of the data set and its size, for the warning.
         """
-        self._notices.add_dataset(dataset_id, url)
+        self._notices.add_dataset(dataset_id, description)
 
     # -- for users and the command line --------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int]:
-        """Return the space that is used and the counters of this process.
+        """Return the space that the folder uses, and the counters of this process.
 
         The keys are bytes_used, limit_bytes and pinned_bytes, and the counters: hits (the copy was cached before this
         process asked for it), misses, prefetched (misses for which this process had already fetched the data with
-        fetch_ahead()), bytes_hit, bytes_fetched, evicted, evicted_early (evicted, and fetched again soon after),
+        prefetch()), bytes_hit, bytes_fetched, evicted, evicted_early (evicted, and fetched again soon after),
         quarantined (corrupt copies, which were removed) and poisoned (objects that are corrupt at their source).
         """
         opened, limit_bytes = self._open(), self.limit_bytes
@@ -464,10 +464,12 @@ class Cache:
     def status(self) -> dict[str, Any]:
         """Return stats() and further details for the command line and for monitoring.
 
-        The further keys are path, policy, min_free, shared; n_copies, n_parts (partial copies), reserved_bytes,
-        disk_free_bytes, disk_total_bytes, network_file_system, writable, bypassed (the disk fails, and reads bypass the
-        cache); figures and hit_ratio (of all processes since the catalog was created); holders (see Holder); plans
-        (label of each live reading plan) and poisoned_now (objects known to be corrupt at their source).
+        The counters of stats() are those of this process since it opened the cache. Other keys describe the folder,
+        which all processes share: n_copies, n_parts (partial copies), reserved_bytes, disk_free_bytes,
+        disk_total_bytes, network_file_system; figures (the same counters, summed over all processes since the catalog
+        was created) and hit_ratio (of figures); holders (see Holder); plans (label of each live reading plan);
+        poisoned_now (objects known to be corrupt at their source). And path, policy, min_free, shared, writable and
+        bypassed (the disk fails, and reads bypass the cache) describe how this process has opened the cache.
         """
         opened = self._open()
         facts: dict[str, Any] = {**self.stats()}  # first, because it recreates a deleted folder
@@ -725,12 +727,12 @@ def _holders(opened: CacheSession) -> list[Holder]:
         for file in (f"{name}.part", name):
             with suppress(OSError):
                 inodes[name] = os.lstat(folder.copy_path(file)).st_ino
-    found = {holder.pid: holder for holder in holders_of(folder.copies, inodes)}
+    by_pid = {holder.pid: holder for holder in holders_of(folder.copies, inodes)}
     if opened.writing is not None:
         for owner in map(Owner.parse, opened.writing.owners.limits()):
             if owner is not None and owner.runs():
-                found.setdefault(owner.pid, Holder(owner.pid, command_of(owner.pid)))
-    return [found[pid] for pid in sorted(found)]
+                by_pid.setdefault(owner.pid, Holder(owner.pid, command_of(owner.pid)))
+    return [by_pid[pid] for pid in sorted(by_pid)]
 
 
 _caches: weakref.WeakSet[Cache] = weakref.WeakSet()

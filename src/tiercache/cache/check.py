@@ -105,17 +105,17 @@ def verify_copies(
     on_progress: Callable[[CheckProgress], None] | None,
 ) -> VerifyReport:
     """Verify these copies, and remove corrupt ones (repair) or fetch them again (store). See Cache.verify."""
-    found: list[CopyCheck] = []
+    checks: list[CopyCheck] = []
     pool = ThreadPoolExecutor(jobs, "tiercache-verify")
     try:
         for number, one in enumerate(pool.map(partial(_check_one, opened, repair, store), names), start=1):
             if one is not None:
-                found.append(one)
+                checks.append(one)
                 if on_progress is not None:
                     on_progress(CheckProgress(number, len(names), one))
     finally:
         pool.shutdown(cancel_futures=True)
-    return VerifyReport(tuple(found))
+    return VerifyReport(tuple(checks))
 
 
 def _check_one(opened: CacheSession, repair: bool, store: Store | None, name: str) -> CopyCheck | None:
@@ -159,12 +159,12 @@ def _check_copy(fd: int, name: str, record: Record | None) -> CopyCheck:
 
 def _findings(opened: CacheSession, name: str) -> list[str]:
     """Return which blocks of a cached shard are damaged, by the shard's own checksums."""
-    found: list[str] = []
+    defects: list[str] = []
     with closing(LocalFolder(opened.folder.copies)) as folder, suppress(StoreError):
         for one in islice(verify_shard(folder, name), _MOST_FINDINGS):
             places = [one.part, "" if one.block is None else f"block {one.block}", one.column or ""]
-            found.append(f"{', '.join(place for place in places if place)}: {one.message}")
-    return found
+            defects.append(f"{', '.join(place for place in places if place)}: {one.message}")
+    return defects
 
 
 def _check_partial_copy(opened: CacheSession, name: str, *, repair: bool) -> CopyCheck | None:

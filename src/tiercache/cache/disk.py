@@ -116,9 +116,9 @@ class Notices:
 
     def copied(self) -> Notices:
         """Return a copy for a forked child, in which another thread's hold on the lock would never end."""
-        found = Notices()
-        found._given, found._datasets = set(self._given), dict(self._datasets)
-        return found
+        notices = Notices()
+        notices._given, notices._datasets = set(self._given), dict(self._datasets)
+        return notices
 
     def add_dataset(self, dataset_id: str, description: str) -> None:
         """Let the cache warn once, as kind dataset_id, when it has no space for this data set."""

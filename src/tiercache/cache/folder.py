@@ -306,7 +306,7 @@ class Folder:
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes that each copy, whole or partial, takes of the size limit, by name."""
-        found: dict[str, dict[str, int]] = {}
+        files: dict[str, dict[str, int]] = {}
         # The folder itself may have been deleted.
         with suppress(FileNotFoundError), os.scandir(self.copies) as entries:
             for entry in entries:
@@ -314,8 +314,8 @@ class Folder:
                 if suffix in ("", "part", "map") and NAME.fullmatch(name) and entry.is_file(follow_symlinks=False):
                     with suppress(FileNotFoundError):  # evicted during the scan
                         status, kind = entry.stat(follow_symlinks=False), f"{dot}{suffix}"
-                        found.setdefault(name, {})[kind] = _disk_bytes(status, kind)
-        charges = {name: _charge(disk_bytes) for name, disk_bytes in found.items()}
+                        files.setdefault(name, {})[kind] = _disk_bytes(status, kind)
+        charges = {name: _charge(disk_bytes) for name, disk_bytes in files.items()}
         return {name: charge for name, charge in charges.items() if charge is not None}
 
     def has_file(self, file: str) -> bool:
@@ -480,8 +480,8 @@ class Folder:
 
     def corrupt_sources(self) -> dict[str, dict[str, Any]]:
         """Return corrupt_source() of all objects that are known to be corrupt and are not cached, by name."""
-        found = {name: self.corrupt_source(name) for name in self._poisoned() if not self.has_copy(name)}
-        return {name: source for name, source in found.items() if source is not None}
+        sources = {name: self.corrupt_source(name) for name in self._poisoned() if not self.has_copy(name)}
+        return {name: source for name, source in sources.items() if source is not None}
 
     def sweep_corrupt_sources(self) -> None:
         """Remove records that are too old."""

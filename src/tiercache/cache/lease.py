@@ -57,16 +57,16 @@ class CopyLease:
     def __init__(
         self,
         n_bytes: int,
-        held: CopyHandle | None = None,
+        handle: CopyHandle | None = None,
         *,
         join: Callable[[], Fetch] | None = None,
         on_lookup: Callable[[bool], object] | None = None,
     ) -> None:
-        """Create a lease, which then owns held.
+        """Create a lease, which then owns handle.
 
         Args:
             n_bytes: Size of the whole object.
-            held: Open copy; None: nothing is cached yet.
+            handle: Open copy; None: nothing is cached yet.
             join: Function that returns the fetch of the missing data, of which this lease is then a user; None: nothing
                 is missing.
             on_lookup: Callback that is called once, with whether the first requested ranges were already cached.
@@ -77,7 +77,7 @@ class CopyLease:
         self._lock = Lock()
         self._pid = os.getpid()
         # Last: from here on close() works.
-        self._fd, self._presence = (-1, None) if held is None else (held.fd, held.presence)
+        self._fd, self._presence = (-1, None) if handle is None else (handle.fd, handle.presence)
         _leases.add(self)
 
     @property
@@ -194,9 +194,9 @@ class CopyLease:
         with self._lock:
             if self._fd >= 0 or self._fetch is not fetch or not self._is_user or self._pid != os.getpid():
                 return
-            held, has_left = fetch.claim()
-            if held is not None:
-                self._presence, self._fd = held.presence, held.fd
+            handle, has_left = fetch.claim()
+            if handle is not None:
+                self._presence, self._fd = handle.presence, handle.fd
             self._is_user = not has_left
 
     def close(self) -> None:

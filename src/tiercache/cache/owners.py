@@ -152,7 +152,7 @@ class Owners:
 
         A fetch writes this note before it reserves, and clears it before it commits. Notes of dead owners are included.
         """
-        found: list[tuple[str, str, int]] = []
+        fetches: list[tuple[str, str, int]] = []
         with suppress(OSError):
             for file in self._folder.locks.iterdir():
                 # Not the lock of a fetch, or released meanwhile.
@@ -160,8 +160,8 @@ class Owners:
                     note = json.loads(read_text(file))
                     fetch = str(note["owner"]), file.name, int(note["reserved_bytes"])
                     if fetch[2] > 0 and NAME.fullmatch(file.name):
-                        found.append(fetch)
-        return found
+                        fetches.append(fetch)
+        return fetches
 
     def charge_of(self, name: str) -> int | None:
         """See Folder.charge_of."""

@@ -1,7 +1,7 @@
 """`CacheSession`: the cache as one process has it open, and `WriteSession`, the parts that change its folder.
 
-Hits need only the folder; evictor, publisher, fetch threads and accounts exist only if the folder is writable. A forked
-child opens its own session.
+Hits need only the folder; evictor, fetch runner, fetch threads and accounts exist only if the folder is writable. A
+forked child opens its own session.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tiercache.cache.disk import Breaker, disk_space, is_disk_full
 from tiercache.cache.evict.evictor import Evictor
 from tiercache.cache.evict.policy import POLICIES
 from tiercache.cache.evict.reading_plans import ReadingPlans
+from tiercache.cache.fetch.fetch_runner import FetchRunner
 from tiercache.cache.fetch.partial import (
     CopyHandle,
     bytes_of,
@@ -27,7 +28,6 @@ from tiercache.cache.fetch.partial import (
     read_verified,
     wrong_units,
 )
-from tiercache.cache.fetch.publish import Publisher
 from tiercache.cache.fetch.queue import FetchQueue
 from tiercache.cache.folder import Folder
 from tiercache.cache.lease import CopyLease, open_leased
@@ -68,15 +68,17 @@ class WriteSession:
             folder, self.accounts, counters, self.plans, policy=options.policy, min_free=options.min_free
         )
         self.breaker = Breaker()
-        self.publisher = Publisher(folder, self.owners, self.accounts, self.evictor, self.breaker, notices, counters)
-        self.fetcher = FetchQueue(self.publisher.run, keep)
+        self.fetch_runner = FetchRunner(
+            folder, self.owners, self.accounts, self.evictor, self.breaker, notices, counters
+        )
+        self.fetcher = FetchQueue(self.fetch_runner.run, keep)
 
     def sweep(self) -> None:
         """Remove the files of dead processes and records without copies, and make the accounts agree with the files."""
         self.owners.remove_files_of_dead()
         self.folder.sweep_temp_files()
         self.accounts.reconcile()
-        self.publisher.unrecorded |= self.accounts.unrecorded()
+        self.fetch_runner.unrecorded |= self.accounts.unrecorded()
         sizes = self.folder.sizes()
         beside = {name for kind in (".json", ".map") for name in self.folder.names(kind)}
         doubtful = (beside - sizes.keys()) | set(self.folder.names(".part"))
@@ -134,7 +136,7 @@ class WriteSession:
 
 USES_PER_FLUSH = 1024
 # Limit of remembered prefetches whose copies were not opened yet. A prefetch runs a few hundred shards ahead at most.
-MOST_AHEAD = 65_536
+MOST_PREFETCHED = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,7 @@ class CacheSession:
         self._untrusted: set[str] = set()  # corrupt copies that cannot be removed
         # Partial copies that a reader found corrupt although the disk holds what the source sent.
         self._suspected: set[str] = set()
-        self._ahead: dict[str, bool] = {}  # requested by fetch_ahead() and not opened since
+        self._prefetched: dict[str, bool] = {}  # requested by prefetch() and not opened since
         self.folder = Folder(options.path, shared=options.shared)
         self.notices, self.counters = notices, counters
         self._tracer = self._open_trace(config.load().cache_trace)
@@ -246,15 +248,15 @@ class CacheSession:
         try:
             # A prefetched copy is used for the first time by this opening, like a copy that is fetched during an
             # opening.
-            if writing.evictor.note_use(name, 0 if name in self._ahead else 1) >= USES_PER_FLUSH:
+            if writing.evictor.note_use(name, 0 if name in self._prefetched else 1) >= USES_PER_FLUSH:
                 writing.evictor.flush_uses()
         except OSError as error:
-            writing.publisher.disk_failed(error)
+            writing.fetch_runner.disk_failed(error)
 
     def look_up(self, name: str, n_bytes: int) -> CopyLease | None:
         """Return a lease like hit(), without recording a use of the copy."""
         writing = self.writing
-        if name in self._untrusted or (writing is not None and name in writing.publisher.unrecorded):
+        if name in self._untrusted or (writing is not None and name in writing.fetch_runner.unrecorded):
             return None
         try:
             fd = open_leased(self.folder, name, n_bytes)
@@ -279,19 +281,19 @@ class CacheSession:
 
     def _disk_failed(self, error: Exception) -> None:
         if self.writing is not None:
-            self.writing.publisher.disk_failed(error)
+            self.writing.fetch_runner.disk_failed(error)
 
     def is_cached(self, spec: CopySpec, ranges: Sequence[ByteRange] | None = None) -> bool:
         """Return whether these ranges of a copy (None: the whole copy) are cached, without recording a use."""
         if self.folder.size_of(spec.name) == spec.n_bytes:
             return True
-        held = None if ranges is None else self._hold_part(spec)
-        if held is None or ranges is None:
+        handle = None if ranges is None else self._hold_part(spec)
+        if handle is None or ranges is None:
             return False
         try:
-            return held.presence is None or held.presence.covers(ranges)
+            return handle.presence is None or handle.presence.covers(ranges)
         finally:
-            held.close()
+            handle.close()
 
     def read(self, spec: CopySpec, spans: Sequence[Span]) -> bool:
         """Fill spans from the cached copy; return False if it is missing, or if it is corrupt (it is then removed).
@@ -299,8 +301,8 @@ class CacheSession:
         The copy of an object without identity has no checksums inside; each unit is verified against the unit map.
         """
         lease = self.hit(spec.name, spec.n_bytes)
-        if lease is None and (held := self._hold_part(spec)) is not None:
-            lease = CopyLease(spec.n_bytes, held)
+        if lease is None and (handle := self._hold_part(spec)) is not None:
+            lease = CopyLease(spec.n_bytes, handle)
         if lease is None:
             return False
         with lease:
@@ -317,9 +319,9 @@ class CacheSession:
                 if presence is not None and not is_partial:
                     presence.close()
         if is_partial:
-            self._verify_partial_copy(spec)
+            self._remove_partial_if_corrupt(spec)
         else:
-            self.verify_copy(spec)
+            self.remove_if_corrupt(spec)
         return False
 
     # -- fetches -------------------------------------------------------------------------------------------------------
@@ -337,12 +339,12 @@ class CacheSession:
                 self._count(spec, on_lookup, spec.n_bytes)
                 return lease
             if self.folder.corrupt_source(spec.name) is None:
-                held = self._hold_part(spec)
+                handle = self._hold_part(spec)
                 join = None if writing is None else partial(writing.fetcher.join, spec, store)
-                if held is not None:
+                if handle is not None:
                     self._note_use(spec.name)
-                    count = partial(self._count_partial, spec, on_lookup, held)
-                    return CopyLease(spec.n_bytes, held, join=join, on_lookup=count)
+                    count = partial(self._count_partial, spec, on_lookup, handle)
+                    return CopyLease(spec.n_bytes, handle, join=join, on_lookup=count)
                 if writing is not None and self._admits(writing, spec):
                     self._count(spec, on_lookup, 0)
                     return CopyLease(spec.n_bytes, join=join)
@@ -350,9 +352,9 @@ class CacheSession:
         return None
 
     def _count_partial(
-        self, spec: CopySpec, on_lookup: Callable[[bool], object], held: CopyHandle, is_present: bool
+        self, spec: CopySpec, on_lookup: Callable[[bool], object], handle: CopyHandle, is_present: bool
     ) -> None:
-        presence = held.presence
+        presence = handle.presence
         n_bytes = 0 if presence is None or not is_present else bytes_of(presence.mask(), spec.n_bytes)
         self._count(spec, on_lookup, n_bytes)
 
@@ -361,7 +363,7 @@ class CacheSession:
 
         A copy that this process prefetched for this opening came from the store: it counts as a miss that took no time.
         """
-        is_present, is_ours = hit_bytes > 0 or spec.n_bytes == 0, self._ahead.pop(spec.name, False)
+        is_present, is_ours = hit_bytes > 0 or spec.n_bytes == 0, self._prefetched.pop(spec.name, False)
         is_hit = is_present and not is_ours
         if is_present and is_ours:
             self.counters.add("prefetched")
@@ -379,7 +381,7 @@ class CacheSession:
                 self.notices.warn("trace", f"cache {self.folder.root}: the trace ends here: {error}")
         on_lookup(is_hit)
 
-    def fetch_ahead(self, spec: CopySpec, store: Store, ranges: Sequence[ByteRange] | None = None) -> None:
+    def prefetch(self, spec: CopySpec, store: Store, ranges: Sequence[ByteRange] | None = None) -> None:
         """Start to fetch what is missing of ranges (None: of the whole copy). It is not recorded as a use."""
         writing = self.writing
         if writing is None or not writing.breaker.allows():
@@ -388,9 +390,9 @@ class CacheSession:
             return
         ranges = [ByteRange(0, spec.n_bytes)] if ranges is None else list(ranges)
         if self._admits(writing, spec, sum(span.n_bytes for span in ranges)):
-            if len(self._ahead) >= MOST_AHEAD:
-                self._ahead.clear()
-            self._ahead[spec.name] = True
+            if len(self._prefetched) >= MOST_PREFETCHED:
+                self._prefetched.clear()
+            self._prefetched[spec.name] = True
             writing.fetcher.prefetch(spec, store, ranges)
 
     def _admits(self, writing: WriteSession, spec: CopySpec, need_bytes: int | None = None) -> bool:
@@ -398,13 +400,13 @@ class CacheSession:
         need_bytes = spec.n_bytes if need_bytes is None else need_bytes
         try:
             writing.owners.ensure()  # a deleted folder cannot be asked for its free space
-            if writing.fetcher.is_fetching(spec.name) or spec.name in writing.publisher.unrecorded:
+            if writing.fetcher.is_fetching(spec.name) or spec.name in writing.fetch_runner.unrecorded:
                 return True
             if not writing.evictor.would_refuse(spec.name, charge_bytes(need_bytes)):
                 return True
             limit_bytes = writing.accounts.limit_bytes()
             if spec.identity is not None:
-                writing.publisher.warn_no_space(spec, charge_bytes(need_bytes))
+                writing.fetch_runner.warn_no_space(spec, charge_bytes(need_bytes))
             elif charge_bytes(need_bytes) > limit_bytes:
                 self.notices.warn(
                     "too-large",
@@ -413,7 +415,7 @@ class CacheSession:
                     "larger objects; a larger cache (TIERCACHE_CACHE_SIZE, or Cache(path, size=...)) avoids that",
                 )
         except OSError as error:
-            writing.publisher.disk_failed(error)
+            writing.fetch_runner.disk_failed(error)
         return False
 
     def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan | None:
@@ -430,27 +432,26 @@ class CacheSession:
         """Remove a corrupt copy. If it cannot be removed, this process never serves it again."""
         try:
             if self.writing is not None:
-                self.writing.publisher.remove(name)
+                self.writing.fetch_runner.remove(name)
                 return
         except OSError as error:
             self.notices.warn("discard", f"cache {self.folder.root}: a corrupt copy cannot be removed: {error}")
         self._untrusted.add(name)
 
-    def verify_copy(self, spec: CopySpec) -> bool:
-        """Verify a copy that a reader found corrupt; return False if it is what the source sent.
+    def remove_if_corrupt(self, spec: CopySpec) -> bool:
+        """Check a copy that a reader found corrupt, and remove it if it is; return False if it is what the source sent.
 
-        A corrupt copy is removed. If the disk does not allow the check, the copy is removed too, or at least not served
-        by this process again.
+        If the disk does not allow the check, the copy is removed too, or at least not served by this process again.
         """
         try:
             fd = self.folder.open_copy(spec.name)
             if fd is None:
-                return self._verify_partial_copy(spec)
+                return self._remove_partial_if_corrupt(spec)
             try:
                 record = self.folder.read_record(spec.name)
                 expected = spec.crc32c if spec.crc32c is not None or record is None else record.crc32c
-                found, offset, _ = read_checksum(fd, spec.n_bytes)
-                if offset == spec.n_bytes == os.fstat(fd).st_size and found == expected:
+                crc, offset, _ = read_checksum(fd, spec.n_bytes)
+                if offset == spec.n_bytes == os.fstat(fd).st_size and crc == expected:
                     return False
                 self.remove_corrupt(spec.name, fd)
             finally:
@@ -467,22 +468,22 @@ class CacheSession:
         if self.writing is None:
             self.discard(name)
             return False
-        return self.writing.publisher.remove_corrupt(name, fd)
+        return self.writing.fetch_runner.remove_corrupt(name, fd)
 
-    def _verify_partial_copy(self, spec: CopySpec) -> bool:
-        """Handle a partial copy that a reader found corrupt; return True if it was removed and can be opened again.
+    def _remove_partial_if_corrupt(self, spec: CopySpec) -> bool:
+        """Remove a partial copy that a reader found corrupt; return True if the object can be opened again.
 
         A partial copy has no checksum of the whole. If the disk holds what the source sent, the transfer may have
         failed, so the copy is fetched once more. If the reader finds it corrupt again, the object is corrupt at its
         source: the result is False, and the object is read from the store for some time.
         """
-        held = self._hold_part(spec)
-        if held is None:
+        handle = self._hold_part(spec)
+        if handle is None:
             return True
         try:
-            wrong = [] if held.presence is None else wrong_units(held.fd, held.presence)
+            wrong = [] if handle.presence is None else wrong_units(handle.fd, handle.presence)
         finally:
-            held.close()
+            handle.close()
         is_corrupt_at_source = not wrong and spec.name in self._suspected
         self._suspected.discard(spec.name)
         if is_corrupt_at_source:

@@ -144,7 +144,7 @@ def plan_warm(
 def _measured(opened: CacheSession, item: WarmItem, exists: bool, has_part: bool) -> WarmItem:
     """Return the item with what is missing of it."""
     name, n_bytes = item.spec.name, item.spec.n_bytes
-    is_doubtful = opened.writing is not None and name in opened.writing.publisher.unrecorded
+    is_doubtful = opened.writing is not None and name in opened.writing.fetch_runner.unrecorded
     if exists and (not is_doubtful or _is_present(opened, item)):
         return item
     if item.is_whole and not has_part:
@@ -227,7 +227,7 @@ def _full(writing: WriteSession, need_bytes: int, freeable_bytes: int) -> CacheF
     return CacheFull(
         f"cache {writing.folder.root}: {format_bytes(need_bytes)} more are needed, but of {format_bytes(limit)}, "
         f"{format_bytes(used + reserved)} are used, {format_bytes(freeable_bytes)} of which can be evicted, and the "
-        f"disk has {format_bytes(max(writing.evictor.spare_bytes(), 0))} above min_free; evict or unpin copies, "
+        f"disk has {format_bytes(max(writing.evictor.usable_bytes(), 0))} above min_free; evict or unpin copies, "
         "enlarge the cache, or request less",
         need_bytes=need_bytes,
         freeable_bytes=freeable_bytes,
@@ -261,7 +261,7 @@ class _Fetches:
             fetch.leave()  # it ended after join()
         try:
             if is_ours:
-                fetch.spare = self._names
+                fetch.protected = self._names
                 self._running.add(fetch)
                 if self._is_cancelled:
                     fetch.cancel.set()

@@ -280,18 +280,18 @@ class Accounts:
 
     # -- bytes ------------------------------------------------------------------------------------------------------
 
-    def reserve(self, name: str, charge_bytes: int, *, spare_bytes: Callable[[], int]) -> bool:
+    def reserve(self, name: str, charge_bytes: int, *, usable_bytes: Callable[[], int]) -> bool:
         """Reserve room for bytes that will be added to a copy, before they are fetched. Return whether there is room.
 
         An owner holds one reservation per name. A second call replaces it; if there is no room for the new size, the
-        first reservation stays. spare_bytes: Returns the free bytes of the disk above its required minimum.
+        first reservation stays. usable_bytes: Returns the free bytes of the disk above its required minimum.
         """
         before = self._held.get(name)
 
         def work(db: sqlite3.Connection) -> bool:
             self._held.pop(name, None)
             self._delete_reservation(db, name)
-            if self._lack(db, charge_bytes, spare_bytes) > 0:
+            if self._lack(db, charge_bytes, usable_bytes) > 0:
                 if before is not None:
                     self._held[name] = before
                     self._come_back(db)
@@ -305,22 +305,22 @@ class Accounts:
 
         return self._database.run(work)
 
-    def lack_bytes(self, charge_bytes: int, *, spare_bytes: Callable[[], int]) -> int:
+    def lack_bytes(self, charge_bytes: int, *, usable_bytes: Callable[[], int]) -> int:
         """Return how many bytes must be evicted before charge_bytes can be reserved; 0 or less: none."""
-        return self._database.run(lambda db: self._lack(db, charge_bytes, spare_bytes))
+        return self._database.run(lambda db: self._lack(db, charge_bytes, usable_bytes))
 
-    def _lack(self, db: sqlite3.Connection, charge_bytes: int, spare_bytes: Callable[[], int]) -> int:
+    def _lack(self, db: sqlite3.Connection, charge_bytes: int, usable_bytes: Callable[[], int]) -> int:
         limit = self._limit(db)
         self._forget_dead(db, "reservations")
         used, reserved = _meta(db, "used"), _meta(db, "reserved")
         # Some of the reserved bytes are on disk already. Counting all of them against the free space is the safe side.
-        return max(used + reserved - limit, reserved - spare_bytes()) + charge_bytes
+        return max(used + reserved - limit, reserved - usable_bytes()) + charge_bytes
 
-    def book(self, name: str, record: str, charge_bytes: int) -> None:
+    def set_charge(self, name: str, record: str, charge_bytes: int) -> None:
         """Set the row of a copy or partial copy, and release this owner's reservation for the name.
 
-        Bytes without a reservation (the catalog was lost, or the file was found) are booked too. Raises RuntimeError,
-        and books nothing, if the copy takes more than its row and the reservations for it.
+        Bytes without a reservation (the catalog was lost, or the file was found) are charged too. Raises RuntimeError,
+        and changes nothing, if the copy takes more than its row and the reservations for it.
         """
 
         def work(db: sqlite3.Connection) -> None:

@@ -208,7 +208,7 @@ def status(output: Output, cache_dir: str | None, cache_size: str | None) -> Non
     for label in facts["plans"]:
         output.event("plan", {"owner": label}, f"plan of {label}")
     for name, source in facts["poisoned_now"].items():
-        text = f"poisoned: {source['url']}: damaged in its store, so not cached for now"
+        text = f"{source['url']}: corrupt at its source, so not cached for now"
         output.event("poisoned", {"name": name, **source}, text)
     # The counters of this process are zero, because it only looks; "figures" sums the counters of all processes.
     shown = {name: value for name, value in facts.items() if name not in _ROWS} | facts["figures"]
@@ -249,7 +249,11 @@ def summary_of(facts: Mapping[str, Any]) -> str:
         ahead = f"{figures['prefetched']:,} prefetched, " if figures.get("prefetched") else ""
         found = f"{facts['hit_ratio']:.1%} of {count(n_opens, 'open')} were hits"
         texts.append(f"{found}, {ahead}{fetched} fetched")
-    names = {"evicted_early": "evicted too early", "quarantined": "quarantined", "poisoned": "poisoned"}
+    names = {
+        "evicted_early": "evicted too early",
+        "quarantined": "corrupt and removed",
+        "poisoned": "corrupt at their source",
+    }
     texts += [f"{figures[name]:,} {text}" for name, text in names.items() if figures.get(name)]
     texts += [note for (name, value), note in _TROUBLES.items() if facts[name] == value]
     if facts["network_file_system"]:
@@ -410,10 +414,10 @@ def name_matches(entry: Entry, include: Sequence[str] | None, exclude: Sequence[
 
 
 def verify_cached(output: Output, scope: CacheScope, jobs: int, *, repair: bool) -> None:
-    """Verify copies in the cache and print each damaged one; with repair, fetch those again.
+    """Verify copies in the cache and print each corrupt one; with repair, fetch those again.
 
     Raises:
-        typer.Exit: With CORRUPT if a damaged copy is still in the cache; with PARTIAL if one was removed but not
+        typer.Exit: With CORRUPT if a corrupt copy is still in the cache; with PARTIAL if one was removed but not
             repaired.
     """
     checked: list[CopyCheck] = []
@@ -436,7 +440,7 @@ def verify_cached(output: Output, scope: CacheScope, jobs: int, *, repair: bool)
     facts = {"copies": len(checked), "gone": len(entries) - len(checked), "bytes": sum(one.n_bytes for one in checked)}
     facts |= {"damaged": len(wrong), "repaired": repaired, "removed": removed, "unknown": unknown}
     text = f"checked {count(len(checked), 'copy', 'copies')}, {format_bytes(facts['bytes'])}: "
-    text += f"{len(wrong):,} damaged" if wrong else "nothing is damaged"
+    text += f"{len(wrong):,} corrupt" if wrong else "nothing is corrupt"
     text += f", {repaired:,} of them repaired" if repaired else ""
     text += f", {removed - repaired:,} removed" if removed > repaired else ""
     text += f", {unknown:,} that could not be verified: no checksum is known for them" if unknown else ""
@@ -446,7 +450,7 @@ def verify_cached(output: Output, scope: CacheScope, jobs: int, *, repair: bool)
 
 
 def _batches(entries: Sequence[Entry], scope: CacheScope, *, repair: bool) -> Iterator[tuple[list[str], Store | None]]:
-    """Yield names of copies, each list with the store to fetch damaged ones from; None if they cannot be fetched."""
+    """Yield names of copies, each list with the store to fetch corrupt ones from; None if they cannot be fetched."""
     if not repair:
         yield [entry.name for entry in entries], None
         return
@@ -490,7 +494,7 @@ def verify_data_set(
     """Verify the manifest, the segments and a random fraction of the shards of one version, and print each damage.
 
     Raises:
-        typer.Exit: With CORRUPT if something is damaged; with PARTIAL if a shard could not be read.
+        typer.Exit: With CORRUPT if something is corrupt; with PARTIAL if a shard could not be read.
     """
     checks: list[ShardCheck] = []
     with open_data_set_store(url, storage_options) as store:
@@ -524,7 +528,7 @@ def verify_data_set(
     facts |= {"damaged": damaged, "unread": unread, "findings": n_findings}
     of = f" of {len(data_set.shards)}" if len(checks) < len(data_set.shards) else ""
     text = f"checked {count(len(checks), 'shard')}{of}, {format_bytes(n_bytes)}: "
-    text += f"{damaged} damaged" if damaged else "nothing is damaged"
+    text += f"{damaged} corrupt" if damaged else "nothing is corrupt"
     text += f", {unread} could not be read" if unread else ""
     output.summary(facts, text)
     if damaged or unread:

@@ -230,7 +230,7 @@ def verify(
         bool,
         flag("--cached", "Check the cached copies of the data set, not its store; without URL: all copies."),
     ] = False,
-    repair: Annotated[bool, flag("--repair", "Like --cached, and fetch damaged copies again.")] = False,
+    repair: Annotated[bool, flag("--repair", "Like --cached, and fetch corrupt copies again.")] = False,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = None,
     jobs: Jobs = 4,
@@ -239,7 +239,7 @@ def verify(
     """Check every byte of a data set, or of copies in the cache.
 
     Of a data set, the manifest, the segments and the shards of one version are checked. The exit code is 4 if something
-    is damaged and was not repaired.
+    is corrupt and was not repaired.
     """
     from tiercache.cli import cache_verbs as verb
     from tiercache.cli.cache_verbs import CacheScope

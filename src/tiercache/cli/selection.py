@@ -13,13 +13,13 @@ import numpy as np
 
 from tiercache.cli.options import parse_fraction, parse_rate, parse_size
 from tiercache.load.options import LoaderOptions
-from tiercache.order import EpochOrder, Layout, OrderOptions, RankPlan
+from tiercache.order import DatasetLayout, EpochOrder, OrderOptions, RankPlan
 from tiercache.pack.files import selected
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tiercache.order import BlockTable
+    from tiercache.order import BlockSizes
     from tiercache.shard.versions.segments import ShardTable
 
 
@@ -81,7 +81,7 @@ def epoch_reads(
 
     records and stored_bytes are those of each shard, int64[n_shards].
     """
-    order = EpochOrder(Layout(records, stored_bytes, _no_footers), training.options, training.epoch)
+    order = EpochOrder(DatasetLayout(records, stored_bytes, _no_footers), training.options, training.epoch)
     runs = [order.shards_ahead(stream, 0, None) for stream in range(order.n_streams)]
     plan = RankPlan(
         offset=0,
@@ -123,7 +123,7 @@ def _interleave(runs: Sequence[NDArray[np.int64]], stored_bytes: NDArray[np.int6
     return ReadOrder(shards, np.cumsum(stored_bytes[shards]) - stored_bytes[shards])
 
 
-def _no_footers(shards: Sequence[int]) -> Sequence[BlockTable]:
+def _no_footers(shards: Sequence[int]) -> Sequence[BlockSizes]:
     raise RuntimeError(f"bug: the order of shards read the footers of {list(shards)}")
 
 

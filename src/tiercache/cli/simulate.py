@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tiercache.cache.evict.policy import POLICIES
-from tiercache.cache.fetch.partial import PIECE_BYTES
+from tiercache.cache.fetch.partial import REQUEST_BYTES
 from tiercache.cache.simulate import Trace, bound, read_trace
 from tiercache.cache.simulate import simulate as simulate_cache
 from tiercache.cli.data_sets import open_data_set, open_data_set_store
@@ -89,7 +89,7 @@ class SimulationResult:
         byte_hit_ratio: Fraction of an epoch's bytes that are hits.
         first_bytes: Bytes fetched in the first epoch.
         epoch_bytes: Bytes fetched per epoch.
-        epoch_requests: Requests per epoch, of at most PIECE_BYTES each.
+        epoch_requests: Requests per epoch, of at most REQUEST_BYTES each.
         dollars: Price of an epoch.
         epoch_s: Seconds of an epoch on the slowest node; None if no bandwidth is known.
     """
@@ -136,7 +136,7 @@ def simulate_case(nodes: Sequence[NodeReads], policy: str, size_bytes: int, cost
         n_epochs = int(epoch.max(initial=0)) + 1
         counted = epoch > 0 if n_epochs > 1 else np.ones(len(trace), np.bool_)
         epoch_bytes, read_bytes = fetched[counted].sum(), trace.n_bytes[counted].sum()
-        requests = (-(-fetched[counted] // PIECE_BYTES)).sum()
+        requests = (-(-fetched[counted] // REQUEST_BYTES)).sum()
         sums = np.array([(fetched[counted] == 0).sum(), counted.sum(), epoch_bytes, read_bytes, requests])
         averages = sums / max(n_epochs - 1, 1)
         totals += [*averages, fetched[epoch == 0].sum()]

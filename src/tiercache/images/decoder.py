@@ -26,6 +26,7 @@ import numpy as np
 
 from tiercache.errors import SchemaError
 from tiercache.order.epoch_order import derive_key
+from tiercache.shard.conversion import bfloat16_tensor
 from tiercache.shard.read.values import ColumnValues
 
 if TYPE_CHECKING:
@@ -643,8 +644,8 @@ def _typed(stored: Any, options: DecodeImage, column: str) -> Any:
     """Return stored elements as elements of the dtype of the options."""
     if options.dtype != "bfloat16":
         return stored
-    torch = sys.modules.get("torch")
-    if torch is None:
+    tensor = bfloat16_tensor(stored)
+    if tensor is None:
         message = "images of dtype bfloat16 are torch tensors: import torch first (numpy has no such dtype)"
         raise SchemaError(message, column=column, expected="torch", got="no torch")
-    return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
+    return tensor

@@ -121,7 +121,7 @@ class PreparedLoader(DataLoaderStateMixin, DataLoader[Any]):  # type: ignore[mis
         self.__setstate__({**state, "_native": (replace(options, fills_first=accelerator.even_batches), started)})
         # torch does not allow setting batch_sampler; code that uses Accelerate's loaders reads it.
         batches = _NativeBatches(self, _n_data_ranks(accelerator), accelerator.even_batches)
-        self.__dict__["batch_sampler"] = self._run_of = batches
+        self.__dict__["batch_sampler"] = self._served_batch_sampler = batches
         on_device = accelerator.device_placement and accelerator.device.type != "cpu"
         self.device = accelerator.device if on_device else None
         self._non_blocking = accelerator.non_blocking

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache._native.ring import Slot
-    from tiercache.load.output_spec import Source
+    from tiercache.views import Records
 
 
 Bytes = npt.NDArray[np.uint8]
@@ -492,7 +492,7 @@ class PipelineSetup:
         layouts: See `layout_table`.
     """
 
-    def __init__(self, source: Source, output_spec: OutputSpec | None = None) -> None:
+    def __init__(self, source: Records, output_spec: OutputSpec | None = None) -> None:
         self.source = source
         self.output_spec = output_spec or OutputSpec()
         gathered = self.output_spec.without_decoding()

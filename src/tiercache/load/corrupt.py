@@ -18,7 +18,7 @@ from tiercache._native import gather
 from tiercache.errors import CorruptShard, SchemaError
 from tiercache.load.batch import gather_streams
 from tiercache.load.prefetch import ArrayPiece
-from tiercache.order import BlockTable
+from tiercache.order import BlockSizes
 from tiercache.order.explicit import ExplicitWindow
 from tiercache.shard.read.values import gather_values
 from tiercache.shard.schema import Column, Kind, Schema
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
     from tiercache.load.epoch import RecordWalk
     from tiercache.load.options import LoaderOptions
-    from tiercache.load.output_spec import Source
     from tiercache.load.prefetch import AnyPiece, LoadedWindow
     from tiercache.order import Window
     from tiercache.shard.read.blocks import Blocks
+    from tiercache.views import Records
 
     Rows: TypeAlias = NDArray[np.int64] | None  # rows of a block, rising; None: all rows
 
@@ -85,13 +85,13 @@ class CorruptionMap:
     Thread-safe: writers replace the values under the lock and never change them in place.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Records) -> None:
         self.source = source
         self._lock, self._pid = threading.Lock(), os.getpid()
         self._blocks: dict[tuple[int, int], Rows] = {}
         # wholly corrupt shards; block numbers are those of the shard, or of its stand-in table
         self._shards: frozenset[int] = frozenset()
-        self._stand_ins: dict[int, BlockTable] = {}
+        self._stand_ins: dict[int, BlockSizes] = {}
         self._surveyed: set[int] = set()
         self._warned: set[int] = set()
         self.shards = np.empty(0, np.int64)  # shards with any corruption
@@ -103,50 +103,50 @@ class CorruptionMap:
         """Return the rows of a block that cannot be read; None: all of them."""
         return None if shard in self._shards else self._blocks.get((shard, block), _NO_ROWS)
 
-    def is_bad(self, place: RecordLocation) -> bool:
-        """Whether a record cannot be read. place: location in the order's row numbers, in a view its own ones."""
-        shard, block, row = self.stored(place)
+    def is_bad(self, location: RecordLocation) -> bool:
+        """Whether a record cannot be read. location: in the order's row numbers, in a view its own ones."""
+        shard, block, row = self.stored(location)
         rows = self.rows(shard, block)
         return rows is None or row in rows
 
-    def stored(self, place: RecordLocation) -> RecordLocation:
+    def stored(self, location: RecordLocation) -> RecordLocation:
         """Convert a location of the order to stored row numbers: in a view, rows count all rows of their block."""
-        shard, block, row = place
+        shard, block, row = location
         if shard in self._shards:  # A view's choice of its rows is unknown now, and does not matter.
-            return place
+            return location
         where = np.array([shard], np.int32), np.array([block], np.int32)
-        found = self.source.stored_rows(*where, np.zeros(1, np.uint32), np.array([row], np.uint32))
-        return shard, block, int(found[0])
+        stored = self.source.stored_rows(*where, np.zeros(1, np.uint32), np.array([row], np.uint32))
+        return shard, block, int(stored[0])
 
-    def add(self, place: CorruptLocation) -> None:
-        """Add a corrupt record, block (no row) or shard (no block). place: in stored row numbers."""
-        shard, block, row = place
+    def add(self, location: CorruptLocation) -> None:
+        """Add a corrupt record, block (no row) or shard (no block). location: in stored row numbers."""
+        shard, block, row = location
         self._add(shard, block, None if row is None else np.array([row], np.int64))
 
-    def note_corruption(self, place: CorruptLocation, error: CorruptShard) -> None:
+    def note_corruption(self, location: CorruptLocation, error: CorruptShard) -> None:
         """Note corruption that a reader found; check the whole shard once, and warn about it once.
 
         Raises:
             StoreError: The shard cannot be checked.
         """
-        shard = place[0]
+        shard = location[0]
         if shard not in self._surveyed:
             self._surveyed.add(shard)
             for block, rows in self._survey(shard).items():
                 self._add(shard, block, rows)
-        if place[1] is not None:
-            self.add(place)
+        if location[1] is not None:
+            self.add(location)
         self._warn(shard, error)
 
-    def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
-        """See Source.block_tables. A shard with an unreadable footer has one block, which is corrupt."""
-        found = dict(self._stand_ins)
-        left = [shard for shard in dict.fromkeys(shards) if shard not in found]
+    def block_sizes(self, shards: Sequence[int]) -> list[BlockSizes]:
+        """See Records.block_sizes. A shard with an unreadable footer has one block, which is corrupt."""
+        tables = dict(self._stand_ins)
+        left = [shard for shard in dict.fromkeys(shards) if shard not in tables]
         try:
-            found.update(zip(left, self.source.block_tables(left), strict=True))
+            tables.update(zip(left, self.source.block_sizes(left), strict=True))
         except CorruptShard:
-            found.update((shard, self._table(shard)) for shard in left)
-        return [found[shard] for shard in shards]
+            tables.update((shard, self._table(shard)) for shard in left)
+        return [tables[shard] for shard in shards]
 
     def _add(self, shard: int, block: int | None, rows: Rows) -> None:
         if self._pid != os.getpid():  # a forked child may have inherited the lock locked
@@ -160,20 +160,20 @@ class CorruptionMap:
                 self._blocks = {**self._blocks, (shard, block): both}
             self.shards = np.union1d(self.shards, [shard])
 
-    def _table(self, shard: int) -> BlockTable:
+    def _table(self, shard: int) -> BlockSizes:
         try:
-            return self.source.block_tables([shard])[0]
+            return self.source.block_sizes([shard])[0]
         except CorruptShard as error:
             counts = self.source.shard_records[shard : shard + 1], self.source.shard_bytes[shard : shard + 1]
-            table = self._stand_ins[shard] = BlockTable(*counts)
+            table = self._stand_ins[shard] = BlockSizes(*counts)
             self.add((shard, None, None))
             self._warn(shard, error)
             return table
 
     def _survey(self, shard: int) -> dict[int, Rows]:
         """Return the corrupt rows of a shard, by block. Reads and checks the whole shard once, block by block."""
-        found: dict[int, Rows] = {}
-        for block in range(len(self.block_tables([shard])[0].records)):
+        bad_rows: dict[int, Rows] = {}
+        for block in range(len(self.block_sizes([shard])[0].records)):
             if shard in self._shards:
                 break
             try:
@@ -181,8 +181,8 @@ class CorruptionMap:
             except CorruptShard:
                 rows = None
             if rows is None or len(rows):
-                found[block] = rows
-        return found
+                bad_rows[block] = rows
+        return bad_rows
 
     def _warn(self, shard: int, error: CorruptShard) -> None:
         if shard in self._warned:
@@ -196,7 +196,7 @@ class CorruptionMap:
         )
 
 
-def corruption_map_for(source: Source, options: LoaderOptions) -> CorruptionMap | None:
+def corruption_map_for(source: Records, options: LoaderOptions) -> CorruptionMap | None:
     """Return the record of corruption of a run; None if corrupt data is an error."""
     return CorruptionMap(source) if options.on_corrupt == "previous" else None
 
@@ -205,7 +205,7 @@ def _bad_rows(blocks: Blocks, streams: NDArray[np.uint32]) -> Rows:
     """Return the corrupt rows of the single loaded block; None if all of it is unreadable."""
     blocks.reset_checks()  # the file may have been corrupted since
     checks, n_rows = blocks.pending_checks, int(blocks.n_rows[0])
-    found: set[int] = set()
+    corrupt_rows: set[int] = set()
     try:
         for number, (kind, width) in enumerate(streams.tolist()):
             stream = kind, width, blocks.addresses[number], None if checks is None else checks[number]
@@ -215,10 +215,10 @@ def _bad_rows(blocks: Blocks, streams: NDArray[np.uint32]) -> Rows:
                 bad = gather.locate(*stream, np.zeros(len(rows), np.uint32), rows)
                 start += len(rows) if bad is None else bad[0] + 1
                 if bad is not None:
-                    found.add(start - 1)
+                    corrupt_rows.add(start - 1)
     except OSError:
         return None
-    return np.array(sorted(found), np.int64)
+    return np.array(sorted(corrupt_rows), np.int64)
 
 
 def replace_corrupt(pieces: Iterable[AnyPiece], corruption: CorruptionMap, walk: RecordWalk) -> Iterator[AnyPiece]:
@@ -270,17 +270,17 @@ class _RecordReplacer:
         inside = np.flatnonzero(bad & (stand_in >= 0))
         block[inside], row[inside] = block[stand_in[inside]], row[stand_in[inside]]
         n_first = int(good[0]) if len(good) else len(bad)
-        place = self._before(n_before) if n_first else None
-        if n_first and place is None and len(good):
+        location = self._before(n_before) if n_first else None
+        if n_first and location is None and len(good):
             block[:n_first], row[:n_first] = block[n_first], row[n_first]
-        elif n_first and place is None:
-            place = self._after(n_before + len(bad))
-        self.last = ArrayPiece(piece.windows, piece.needed, block, row).locate(good[-1]) if len(good) else place
+        elif n_first and location is None:
+            location = self._after(n_before + len(bad))
+        self.last = ArrayPiece(piece.windows, piece.needed, block, row).locate(good[-1]) if len(good) else location
         windows, needed, numbers = self._left(piece)
         block = numbers[block].astype(np.uint32)
-        if place is not None:
-            window = self._window_of(place)
-            block[:n_first], row[:n_first] = sum(len(w.blocks) for w in windows), place[2]
+        if location is not None:
+            window = self._window_of(location)
+            block[:n_first], row[:n_first] = sum(len(w.blocks) for w in windows), location[2]
             windows, needed = (*windows, window), (*needed, np.ones(1, np.bool_))
         return ArrayPiece(windows, needed, block, row, np.flatnonzero(bad))
 
@@ -314,10 +314,10 @@ class _RecordReplacer:
         return next((p for p in self.walk.before(n_rows) if not self.corruption.is_bad(p)), None)
 
     def _after(self, n_rows: int) -> RecordLocation:
-        found = next((p for p in self.walk.after(n_rows) if not self.corruption.is_bad(p)), None)
-        if found is None:
+        location = next((p for p in self.walk.after(n_rows) if not self.corruption.is_bad(p)), None)
+        if location is None:
             raise CorruptShard("no record of this rank's share can be read", url=self.corruption.source.url)
-        return found
+        return location
 
     def _left(self, piece: AnyPiece) -> tuple[tuple[Window, ...], tuple[NDArray[np.bool_], ...], NDArray[np.int64]]:
         """Return the windows without unreadable blocks, their needed blocks, and the new number of each block."""
@@ -342,11 +342,11 @@ class _RecordReplacer:
         left = ExplicitWindow(window.start, window.stop, *parts)
         return _TrimmedWindow(window, kept, cast("Window", left))
 
-    def _window_of(self, place: RecordLocation) -> Window:
+    def _window_of(self, location: RecordLocation) -> Window:
         """Return a window of the single block of a record; the last one is cached."""
-        shard, block, _ = place
+        shard, block, _ = location
         if self._alone is None or self._alone[0][:2] != (shard, block):
-            raw_bytes = self.corruption.block_tables([shard])[0].raw_bytes[block : block + 1]
+            raw_bytes = self.corruption.block_sizes([shard])[0].raw_bytes[block : block + 1]
             numbers = np.array([shard], np.int32), np.array([block], np.int32)
-            self._alone = place, cast("Window", ExplicitWindow(0, 0, *numbers, raw_bytes))
+            self._alone = location, cast("Window", ExplicitWindow(0, 0, *numbers, raw_bytes))
         return self._alone[1]

@@ -22,6 +22,7 @@ from tiercache.images.decoder import DecodeError, Decoder, draw_key, keyed_draws
 from tiercache.load.batch import TORCH_DTYPES, Batch
 from tiercache.load.output_spec import image_decode_error, record_number
 from tiercache.load.pipeline import ClosingPipeline, Pipeline, PipelineInputs, Resources
+from tiercache.shard.conversion import bfloat16_tensor
 from tiercache.stats import WaitHistogram
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class DecodedPipeline(ClosingPipeline):
         )
         work.memory.keep = (ahead + HELD_BY_CONSUMER) * len(work.output_spec.decode)
         opener = _Opener(work, self._gathered)
-        self._n_rows = self._n_batches = self._n_bytes = self._n_skipped = 0
+        self._n_rows = self._n_batches = self._n_bytes = self._n_replaced = 0
         self._threads = [
             threading.Thread(target=_decode, args=(self._queue, opener), name=f"tiercache-decode-{i}", daemon=True)
             for i in range(resources.n_threads)
@@ -87,12 +88,12 @@ class DecodedPipeline(ClosingPipeline):
         self._n_rows += job.n_rows
         self._n_batches += 1
         self._n_bytes += job.n_bytes
-        self._n_skipped += len(job.replaced)
+        self._n_replaced += len(job.replaced)
         return job.batch
 
     @property
-    def take_ready(self) -> None:
-        """None: decoded batches are returned by take() only. See Pipeline.take_ready."""
+    def fast_take(self) -> None:
+        """None: decoded batches are returned by take() only. See Pipeline.fast_take."""
 
     def close(self) -> None:
         """End all threads; batches that were taken stay valid. See Pipeline.close."""
@@ -120,7 +121,7 @@ class DecodedPipeline(ClosingPipeline):
     def figures(self) -> dict[str, float]:
         """See Pipeline.figures, for the batches handed out; also decode_ns of all threads."""
         handed_out = {"samples": self._n_rows, "batches": self._n_batches, "bytes_served": self._n_bytes}
-        decoded = {"skipped": self._n_skipped, "decode_ns": self._queue.decode_ns}
+        decoded = {"skipped": self._n_replaced, "decode_ns": self._queue.decode_ns}
         return {**self._gathered.figures(), **handed_out, **decoded}
 
 
@@ -164,7 +165,7 @@ class _Job:
     replaced: Mapping[int, RecordLocation] = field(default_factory=dict)
     error: Exception | None = None
     failed_at: int = -1
-    n_begun: int = 0
+    n_started: int = 0
     n_done: int = 0
 
     @property
@@ -209,9 +210,9 @@ class _DecodeQueue:
         with self._lock:
             while not self._closed:
                 for job in self._jobs:
-                    if job.n_begun < job.n_tasks:
-                        job.n_begun += 1
-                        return job, job.n_begun - 1
+                    if job.n_started < job.n_tasks:
+                        job.n_started += 1
+                        return job, job.n_started - 1
                 if not self._opening and not self._ended and len(self._jobs) < self._ahead:
                     self._opening = True
                     return _Job(None), -1
@@ -236,8 +237,8 @@ class _DecodeQueue:
             if error is not None:
                 job.fail(task, error)
             if error is not None and not self._goes_on:
-                job.n_done += job.n_tasks - job.n_begun  # the rest of the batch is never handed out
-                job.n_begun = job.n_tasks
+                job.n_done += job.n_tasks - job.n_started  # the rest of the batch is never handed out
+                job.n_started = job.n_tasks
                 self._ended = True
             job.n_done += 1
             self._tell(job)
@@ -310,15 +311,15 @@ class _Opener:
     def error_of(self, job: _Job, task: int, decode_error: DecodeError) -> Exception:
         """Return the consumer's error for an image that cannot be decoded."""
         column, index = divmod(task, job.n_rows)
-        place = job.replaced.get(index)
-        if place is None:
-            place = self.work.share.locate(int(self.work.share.ranks.positions(job.number)[index]))
-        record = record_number(self.work.source, *place)
+        location = job.replaced.get(index)
+        if location is None:
+            location = self.work.share.locate(int(self.work.share.ranks.positions(job.number)[index]))
+        record = record_number(self.work.source, *location)
         error = image_decode_error(self.work.source, job.columns[column].name, record, str(decode_error))
         error.__cause__ = decode_error.with_traceback(None)  # the frames of the traceback would hold the batch's memory
         corruption = self.work.corruption
         if corruption is not None:
-            error.place = stored = corruption.stored(place)
+            error.location = stored = corruption.stored(location)
             corruption.add(stored)  # so that later images are replaced without starting a new pipeline for each
         return error
 
@@ -387,8 +388,8 @@ def _copy_small_columns(batch: Batch, decoded: Set[str], slot_bytes: int) -> Non
 
 
 def _tensor_of(picture: Any, options: DecodeImage) -> torch.Tensor:
-    tensor = torch.from_numpy(picture.view(np.int16) if options.dtype == "bfloat16" else picture)
-    return tensor.view(torch.bfloat16) if options.dtype == "bfloat16" else tensor
+    tensor: torch.Tensor = bfloat16_tensor(picture) if options.dtype == "bfloat16" else torch.from_numpy(picture)
+    return tensor
 
 
 def _ahead(work: PipelineInputs, resources: Resources) -> int:

@@ -25,19 +25,22 @@ from tiercache.load.corrupt import corruption_map_for
 from tiercache.load.decode import DecodedPipeline
 from tiercache.load.epoch import NextEpoch, OrderShare, epoch_records, mixture_values, order_options, plan_epoch
 from tiercache.load.options import LoaderOptions
-from tiercache.load.output_spec import OutputSpec, Source, as_columns
+from tiercache.load.output_spec import OutputSpec, as_columns
 from tiercache.load.pipeline import Pipeline, PipelineInputs, Resources, share_resources, summarise
 from tiercache.load.ranks import Rank, agree, find_rank, must_not_draw
-from tiercache.load.read_plan import ReadPlanPublisher
+from tiercache.load.reading_plan import ReadingPlanPublisher
 from tiercache.load.state import RunState, reopen
 from tiercache.load.torch_rng import TorchDraws, next_seed, predict_seed
 from tiercache.order import RankPlan
 from tiercache.stats import Counters, WaitHistogram
+from tiercache.views import Records
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
 
     from tiercache.load.corrupt import CorruptLocation
+    from tiercache.load.epoch import EpochStart
     from tiercache.load.samplers import SamplerPass
 
 
@@ -54,8 +57,8 @@ class EpochPosition:
         is_counted: Whether n_yielded is known; it is not if another loader hands the batches out.
     """
 
-    def __init__(self, begun: RunState, ranks: RankPlan, *, is_counted: bool = True) -> None:
-        self._begun = begun
+    def __init__(self, start: RunState, ranks: RankPlan, *, is_counted: bool = True) -> None:
+        self._start = start
         self.ranks = ranks
         self._is_counted = is_counted
         self._redirected: RunState | None = None
@@ -75,24 +78,24 @@ class EpochPosition:
             return self.next_state()
         if not self._is_counted:
             raise RuntimeError(
-                f"the position in epoch {self._begun.epoch} is unknown: this loader's sampler or batch_sampler was "
+                f"the position in epoch {self._start.epoch} is unknown: this loader's sampler or batch_sampler was "
                 "iterated, usually by another loader that was made from it (as by Accelerate's skip_first_batches). "
                 "Call state_dict() before that loader begins or after it ends; if it has worker processes, call "
-                f"set_epoch({self._begun.epoch + 1}) of this loader first. To resume within an epoch, use "
+                f"set_epoch({self._start.epoch + 1}) of this loader first. To resume within an epoch, use "
                 "load_state_dict() instead"
             )
-        return replace(self._begun, offset=self.ranks.offset_after(self.n_yielded))
+        return replace(self._start, offset=self.ranks.offset_after(self.n_yielded))
 
     def next_state(self) -> RunState:
         """Return the state from which the loader's next iter() begins: the next epoch, even if this one did not end."""
         if self._next is None:
-            self._next = self._begun.following(self._begun.epoch + 1)
+            self._next = self._start.following(self._start.epoch + 1)
         return self._redirected or self._next
 
     def redirect(self, epoch: int) -> None:
         """Make another epoch the next one."""
         if self.next_state().epoch != epoch:
-            self._redirected = self._begun.following(epoch)
+            self._redirected = self._start.following(epoch)
 
     @property
     def is_between_epochs(self) -> bool:
@@ -121,7 +124,7 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         self._start_s = time.perf_counter()
         self._counted = False
         self._read_again: set[int] = set()  # numbers of shards that were read a second time
-        self._replaced_places: set[CorruptLocation] = set()
+        self._replaced_locations: set[CorruptLocation] = set()
         self._draws = draws
         # torch's sampler draws numbers before the first batch. It draws again at its end, which comes before a short
         # last batch.
@@ -166,7 +169,7 @@ class NativeIterator(FastIterator, Iterator[Batch]):
     def _start(self, work: PipelineInputs) -> None:
         kind = DecodedPipeline if work.output_spec.decode else Pipeline
         self._pipeline: Pipeline | DecodedPipeline = kind(work, self._resources)
-        self._set_fast_path(self._pipeline.take_ready)
+        self._set_fast_path(self._pipeline.fast_take)
 
     def _next(self) -> Any:
         try:
@@ -230,8 +233,13 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         corruption = self._work.corruption
         try:
             while True:
-                was_replaced = self._may_read_again()
-                if was_replaced is None:
+                shard = self._pipeline.corrupt_shard
+                was_removed = shard is not None and self._work.source.remove_if_corrupt(shard)
+                # Every shard is read again once: another loader or process may have replaced the copy in the meantime.
+                # If that did not help and the local copy is right, the data itself is corrupt.
+                if shard is not None and (was_removed or shard not in self._read_again):
+                    self._read_again.add(shard)
+                else:
                     self._replace_corrupt(error)
                 self._count(self._pipeline.figures())
                 if self._work.next_epoch is not None:
@@ -242,33 +250,21 @@ class NativeIterator(FastIterator, Iterator[Batch]):
                     return self._pipeline.take(self._timeout_s)
                 except CorruptShard as again:
                     # Else keep the first error: it names the block.
-                    if was_replaced or corruption is not None or self._pipeline.corrupt_shard is not None:
+                    if was_removed or corruption is not None or self._pipeline.corrupt_shard is not None:
                         error = again
         finally:
             del error  # The error's traceback would form a cycle that holds windows.
 
-    def _may_read_again(self) -> bool | None:
-        """Whether a local copy was replaced; None: the shard was read again before, so the data itself is corrupt.
-
-        Every shard is read again once: another loader or process may have replaced the copy in the meantime.
-        """
-        shard = self._pipeline.corrupt_shard
-        was_replaced = shard is not None and self._work.source.discard_corrupt_copy(shard)
-        if shard is None or (not was_replaced and shard in self._read_again):
-            return None
-        self._read_again.add(shard)
-        return was_replaced
-
     def _replace_corrupt(self, error: CorruptShard) -> None:
         """Replace the corrupt records from now on. Raises the error if they must not be replaced, or already were."""
-        place: CorruptLocation | None = error.place
-        if self._work.corruption is None or place is None or place in self._replaced_places:
+        location: CorruptLocation | None = error.location
+        if self._work.corruption is None or location is None or location in self._replaced_locations:
             try:
                 raise error
             finally:
                 del error  # as in _take_past()
-        self._replaced_places.add(place)
-        self._work.corruption.note_corruption(place, error)
+        self._replaced_locations.add(location)
+        self._work.corruption.note_corruption(location, error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +291,7 @@ class LoaderArguments:
 class Engine(ABC):
     """Base of the native path's engines: the source, the counters, and what the epochs' pipelines have in common."""
 
-    def __init__(self, source: Source, arguments: LoaderArguments) -> None:
+    def __init__(self, source: Records, arguments: LoaderArguments) -> None:
         self._arguments = arguments
         self._source = source
         self._corruption = corruption_map_for(source, arguments.options)
@@ -305,7 +301,7 @@ class Engine(ABC):
         self._memory = BatchMemory()
         self._warned: set[str] = set()
         self._figures_before = dict(source.figures())
-        self._ready: Source | None = None  # the source whose shards were found readable
+        self._ready: Records | None = None  # the source whose shards were found readable
         self._limits: tuple[int, int] | None = None  # cores and memory; reading the cgroups takes 1.2 ms
         self._n_epochs = 0  # epochs that began in this process
         # weak: if a loop is left early, its iterator must be dropped and end its threads
@@ -335,7 +331,7 @@ class Engine(ABC):
         return share_resources(self._arguments.options, self.rank(), *self._limits)
 
     def _check_readable(self) -> None:
-        """Check that all shards with records can be read. See Source.prepare_reading."""
+        """Check that all shards with records can be read. See Records.prepare_reading."""
         if self._ready is not self._source:
             self._source.prepare_reading(np.flatnonzero(self._source.shard_records))
             self._ready = self._source
@@ -381,13 +377,13 @@ class Engine(ABC):
         return NativeIterator(position, work, self._resources(), self._arguments.timeout_s, pin, draws)
 
 
-class NativeEngine(Engine):
+class OrderEngine(Engine):
     """The engine of a loader without a sampler: the epochs' order, the loader's position and the counters.
 
     One consumer thread uses it.
     """
 
-    def __init__(self, source: Source, arguments: LoaderArguments) -> None:
+    def __init__(self, source: Records, arguments: LoaderArguments) -> None:
         super().__init__(source, arguments)
         self._dataset = source
         self._options = arguments.options
@@ -509,12 +505,14 @@ class NativeEngine(Engine):
         rank = self.rank()
         read = self._source if self._corruption is None else self._corruption
         plan_share = partial(plan_epoch, read, rank, self._arguments.batch_size, self._arguments.fills_first)
-        found = None if self._next_epoch is None else self._next_epoch.take(self._source, state)
-        if found is None:
-            found = plan_share(state), None, ReadPlanPublisher(self._source, state, plan_share)
+        epoch_start: Future[EpochStart | None] | None = None
+        prepared = None if self._next_epoch is None else self._next_epoch.take(self._source, state)
+        if prepared is not None:
+            share, epoch_start, publisher = prepared
+        else:
+            share, publisher = plan_share(state), ReadingPlanPublisher(self._source, state, plan_share)
             if self._next_epoch is not None:
-                found[2].succeed(self._next_epoch.publisher)
-        share, epoch_start, publisher = found
+                publisher.succeed(self._next_epoch.publisher)
         if share.ranks.ignores_streams:
             self._warn_of_streams(share.ranks)
         position = EpochPosition(state, share.ranks)
@@ -651,7 +649,7 @@ class NativeEngine(Engine):
             self._n_records = self._records_of(self._source)
         return self._n_records
 
-    def _records_of(self, source: Source) -> int:
+    def _records_of(self, source: Records) -> int:
         """Return the records of an epoch of a source, all ranks together."""
         return epoch_records(source)
 
@@ -669,7 +667,7 @@ class NativeEngine(Engine):
             stacklevel=4,  # the caller of iter(loader)
         )
 
-    def _use(self, source: Source) -> None:
+    def _use(self, source: Records) -> None:
         """Read another version from now on.
 
         The counters of its store begin at 0, so earlier fetches are carried over.

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from tiercache.errors import TierCacheError
 from tiercache.load.corrupt import CorruptionMap, replace_corrupt
 from tiercache.load.prefetch import WindowLoad, loading_pool
-from tiercache.load.read_plan import ReadPlanPublisher
-from tiercache.order import EpochOrder, Layout, OrderOptions, RankPlan, RowRun, Window
+from tiercache.load.reading_plan import ReadingPlanPublisher
+from tiercache.order import DatasetLayout, EpochOrder, OrderOptions, RankPlan, RowRun, Window
 from tiercache.order.explicit import ExplicitOrder, ExplicitWindow
 from tiercache.order.mixture import MixtureOrder
 from tiercache.order.window import MOST_ROWS, allocate_rows
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from tiercache.load.corrupt import RecordLocation
-    from tiercache.load.output_spec import Source
     from tiercache.load.prefetch import AnyPiece, LoadThreads, MemoryPressure
     from tiercache.load.ranks import Rank
     from tiercache.load.state import RunState
     from tiercache.order import Order, Section
+    from tiercache.views import Records
 
     PlanEpoch: TypeAlias = Callable[[RunState], "OrderShare"]
-    ClaimedEpoch: TypeAlias = tuple["OrderShare", Future["EpochStart | None"] | None, ReadPlanPublisher]
+    ClaimedEpoch: TypeAlias = tuple["OrderShare", Future["EpochStart | None"] | None, ReadingPlanPublisher]
 
 
 # Rising numbers. A single rank is served all positions, so a range is used for them: as arrays they took a third of the
@@ -285,13 +285,13 @@ class _Cutter:
             if rest is None:
                 rest = np.arange(position, section.stop, dtype=np.int64)
                 rest = rest[ranks.owns(rest * self._order.n_streams + stream)]
-            found = np.zeros(n_blocks, np.bool_)
-            found[_rows_at(section, rest)[0]] = True
+            needed = np.zeros(n_blocks, np.bool_)
+            needed[_rows_at(section, rest)[0]] = True
         elif window.key is None and isinstance(window, Window):  # blocks before the position are not needed
-            found = window.first[1:] > position - window.start
+            needed = window.first[1:] > position - window.start
         else:
-            found = np.ones(n_blocks, np.bool_)
-        return (found,)
+            needed = np.ones(n_blocks, np.bool_)
+        return (needed,)
 
 
 def _is_covered(window: Any, section: Section) -> bool:
@@ -339,8 +339,8 @@ def _rows_at(section: Section, at: _Rising) -> tuple[NDArray[np.uint32], NDArray
     starts = np.concatenate([[0], breaks])
     lengths = np.diff(np.append(starts, n))
     runs = zip((at[starts] - section.start).tolist(), lengths.tolist(), strict=True)
-    found = [section.rows(lo, lo + length) for lo, length in runs]
-    return np.concatenate([block for block, _ in found]), np.concatenate([row for _, row in found])
+    rows_of_runs = [section.rows(lo, lo + length) for lo, length in runs]
+    return np.concatenate([block for block, _ in rows_of_runs]), np.concatenate([row for _, row in rows_of_runs])
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,8 +365,10 @@ class OrderShare:
     def pieces(self, n_batches: int) -> Iterator[AnyPiece]:
         """Yield what is served after n_batches, in order, padding last. Reads footers."""
         ranks = replace(self.ranks, offset=self.ranks.offset_after(n_batches))
-        found = pieces(self.order, ranks, self.sizes)
-        return found if self.corruption is None else replace_corrupt(found, self.corruption, RecordWalk(self, ranks))
+        all_pieces = pieces(self.order, ranks, self.sizes)
+        if self.corruption is None:
+            return all_pieces
+        return replace_corrupt(all_pieces, self.corruption, RecordWalk(self, ranks))
 
     def locate(self, position: int) -> tuple[int, int, int]:
         """Return (shard, block, row in the block) of a position of the epoch. Reads footers."""
@@ -407,12 +409,12 @@ class RecordWalk:
 
     def before(self, n_rows: int) -> Iterator[RecordLocation]:
         """Yield the records before row n_rows, latest first, back to the start of the epoch."""
-        ranks, place = self.ranks, self.share.locate
+        ranks, locate = self.ranks, self.share.locate
         for row in reversed(range(n_rows)):
-            yield place(int(ranks.positions_between(row, row + 1)[0]))
+            yield locate(int(ranks.positions_between(row, row + 1)[0]))
         while ranks.offset >= ranks.global_batch:
             ranks = replace(ranks, offset=ranks.offset - ranks.global_batch)
-            yield from map(place, ranks.positions(0)[::-1].tolist())
+            yield from map(locate, ranks.positions(0)[::-1].tolist())
 
     def after(self, n_rows: int) -> Iterator[RecordLocation]:
         """Yield the record at row n_rows, and those after it."""
@@ -427,7 +429,7 @@ def interleaved(runs: Sequence[Sequence[int]]) -> list[int]:
 
 
 def plan_epoch(
-    read: Source | CorruptionMap, rank: Rank, batch_size: int, fills_first: bool, state: RunState
+    read: Records | CorruptionMap, rank: Rank, batch_size: int, fills_first: bool, state: RunState
 ) -> OrderShare:
     """Return the rank's share of the state's epoch. Costs O(shards); reads no data.
 
@@ -452,10 +454,10 @@ def plan_epoch(
     return OrderShare(order, ranks, state.seed, state.key_epoch, corruption, sizes)
 
 
-def make_order(read: Source | CorruptionMap, state: RunState) -> Order:
+def make_order(read: Records | CorruptionMap, state: RunState) -> Order:
     """Return the order of the state's epoch."""
     source = read.source if isinstance(read, CorruptionMap) else read
-    layout = Layout(source.shard_records, source.shard_bytes, read.block_tables)
+    layout = DatasetLayout(source.shard_records, source.shard_bytes, read.block_sizes)
     options = order_options(state)
     if source.mixture is not None:
         return MixtureOrder(layout, source.mixture, options, state.key_epoch)
@@ -465,10 +467,10 @@ def make_order(read: Source | CorruptionMap, state: RunState) -> Order:
     return EpochOrder(layout, options, state.key_epoch)
 
 
-def explicit_order(read: Source | CorruptionMap, numbers: NDArray[np.int64], window_bytes: int | None) -> Order:
+def explicit_order(read: Records | CorruptionMap, numbers: NDArray[np.int64], window_bytes: int | None) -> Order:
     """Return the order that serves these records, counted in stored order. window_bytes: limit of unmapped blocks."""
     source = read.source if isinstance(read, CorruptionMap) else read
-    layout = Layout(source.shard_records, source.shard_bytes, read.block_tables)
+    layout = DatasetLayout(source.shard_records, source.shard_bytes, read.block_sizes)
     # Its windows have the interface of Window; its sections store their rows, so no permutation is computed.
     return cast("Order", ExplicitOrder(layout, numbers, window_bytes, source.is_mapped))
 
@@ -485,7 +487,7 @@ def order_options(state: RunState) -> OrderOptions:
     )
 
 
-def epoch_records(source: Source) -> int:
+def epoch_records(source: Records) -> int:
     """Return the number of records of an epoch, all ranks together."""
     mixture = source.mixture
     if mixture is not None:
@@ -493,7 +495,7 @@ def epoch_records(source: Source) -> int:
     return int(source.shard_records.sum())
 
 
-def mixture_values(source: Source) -> dict[str, Any] | None:
+def mixture_values(source: Records) -> dict[str, Any] | None:
     """Return the source's mixture as plain values for a state; None if the parts are not mixed."""
     mixture = source.mixture
     if mixture is None:
@@ -523,34 +525,34 @@ def cancel_loads(ready: Future[EpochStart | None]) -> None:
 
 
 def _cancel(ready: Future[EpochStart | None]) -> None:
-    begun = ready.result()
-    for one in begun.loading if begun is not None else ():
-        one.cancel()
+    epoch_start = ready.result()
+    for load in epoch_start.loading if epoch_start is not None else ():
+        load.cancel()
 
 
 class NextEpoch:
     """The epoch after the current one, if it begins as predicted. The planner prepares it, and the engine takes it.
 
     Args:
-        source: Source that both epochs read.
+        source: Records that both epochs read.
         state: State at the predicted start of the next epoch.
         plan_epoch: Function that returns a rank's share of an epoch. It must not refer to the loader, which would then
             live too long.
         is_expected: Whether this run has gone from one epoch to the next before. If not, no store is read for the next
             epoch.
-        is_predicted: Whether the next iter() will probably draw the state's seed. If not, only the read plan is
+        is_predicted: Whether the next iter() will probably draw the state's seed. If not, only the reading plan is
             published: the cache learns which shards the epoch reads, and nothing is loaded.
     """
 
     def __init__(
-        self, source: Source, state: RunState, plan_epoch: PlanEpoch, *, is_expected: bool, is_predicted: bool = True
+        self, source: Records, state: RunState, plan_epoch: PlanEpoch, *, is_expected: bool, is_predicted: bool = True
     ) -> None:
         self._source = source
         self._state = state
         self._plan_epoch = plan_epoch
         self._is_expected = is_expected
         self._is_predicted = is_predicted
-        self.publisher = ReadPlanPublisher(source, state, plan_epoch)
+        self.publisher = ReadingPlanPublisher(source, state, plan_epoch)
         self._lock = threading.Lock()
         self._ready: Future[EpochStart | None] | None = None  # None: no planner has begun to prepare it
         self._share: OrderShare | None = None
@@ -589,15 +591,15 @@ class NextEpoch:
                 return
             ready = self._ready = Future()
             publisher = self.publisher
-        begun = None
+        epoch_start = None
         try:
             # The error is raised when the epoch itself is read.
             with contextlib.suppress(TierCacheError, CancelledError):
-                begun = self._begin(threads, pressure, ahead_bytes, publisher)
+                epoch_start = self._begin(threads, pressure, ahead_bytes, publisher)
         finally:
-            ready.set_result(begun)
+            ready.set_result(epoch_start)
 
-    def take(self, source: Source, state: RunState) -> ClaimedEpoch | None:
+    def take(self, source: Records, state: RunState) -> ClaimedEpoch | None:
         """Return the epoch, once, if the loader continues there: its share, prepared start and publisher.
 
         None: the loader continues elsewhere, or this is a forked child. The caller's publisher must then follow this
@@ -611,7 +613,7 @@ class NextEpoch:
             return None
         taken = self.share, ready, self.publisher
         # the taken publisher belongs to the engine now
-        self.publisher = ReadPlanPublisher(self._source, self._state, self._plan_epoch)
+        self.publisher = ReadingPlanPublisher(self._source, self._state, self._plan_epoch)
         return taken
 
     def on_source_closed(self) -> None:
@@ -619,14 +621,14 @@ class NextEpoch:
         if self._pid != os.getpid():
             return
         ready, plan = self._end(), self.publisher
-        self.publisher = ReadPlanPublisher(self._source, self._state, self._plan_epoch)  # the epoch may still begin
+        self.publisher = ReadingPlanPublisher(self._source, self._state, self._plan_epoch)  # the epoch may still begin
         self._release(ready, plan)
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_exiting() and hasattr(self, "_pid") and self._pid == os.getpid():
             self._release(self._end(), self.publisher)
 
-    def _release(self, ready: Future[EpochStart | None] | None, plan: ReadPlanPublisher) -> None:
+    def _release(self, ready: Future[EpochStart | None] | None, plan: ReadingPlanPublisher) -> None:
         self._drop(ready)
         plan.close()
 
@@ -643,7 +645,7 @@ class NextEpoch:
         return ready
 
     def _begin(
-        self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int, publisher: ReadPlanPublisher
+        self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int, publisher: ReadingPlanPublisher
     ) -> EpochStart | None:
         with self._a_step():
             if self._is_predicted or self._source.has_cache:

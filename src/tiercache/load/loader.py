@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
 
@@ -19,11 +19,11 @@ from torchdata.stateful_dataloader import Stateful, StatefulDataLoader
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
 
 from tiercache.load.batch import collate
-from tiercache.load.engine import LoaderArguments, NativeEngine
+from tiercache.load.engine import LoaderArguments, OrderEngine
 from tiercache.load.options import LoaderOptions
 from tiercache.load.output_spec import NativeAccess, NativeDataset, native_access
 from tiercache.load.ranks import Rank, find_rank
-from tiercache.load.sampler_engines import IndexEngine, OrderSampler, SamplerEngine, ShuffledOrder, StoredOrder
+from tiercache.load.sampler_engines import OrderSampler, SamplerEngine, ShuffledOrder, StoredOrder, TorchPathEngine
 from tiercache.load.samplers import (
     NEXT_EPOCH,
     SAMPLER_EPOCH,
@@ -119,28 +119,21 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         options: LoaderOptions | None = None,
     ) -> None:
         access = native_access(dataset)
-        ours = access is not None
-        why_not = _NOT_OURS.format(dataset)
-        if access is not None:
-            why_not = _why_not_native(access, batch_size, collate_fn, batch_sampler)
-            if collate_fn is None and batch_size is not None:
-                collate_fn = collate if access.is_plain else default_collate
-        self._sampled = sampler is not None or batch_sampler is not None
+        path = _choose_path(dataset, access, batch_size, sampler, batch_sampler, collate_fn)
+        if access is not None and collate_fn is None and batch_size is not None:
+            collate_fn = collate if access.is_plain else default_collate
+        self._has_sampler, self._is_mixture = path.has_sampler, path.is_mixture
+        self._starts_workers = path.starts_workers
         shuffled = bool(shuffle)
-        is_ordered, has_state = ours and not self._sampled, isinstance(dataset, Stateful)
-        # A record of a mixture has no fixed number: which record of a part comes next depends on the epoch.
-        self._is_mixture = access is not None and access.source.mixture is not None
-        known = is_known(sampler) if batch_sampler is None else is_known_batch_sampler(batch_sampler)
-        self._starts_workers = bool(why_not) or (self._sampled and (self._is_mixture or not known))
         records: Any = dataset  # torch's stub of a data set has no length
-        is_empty = shuffled and is_ordered and not len(records)
+        is_empty = shuffled and path.is_ordered and not len(records)
         if is_empty:
             shuffle = None  # torch's RandomSampler raises an error for an empty data set.
-        if not self._sampled and not isinstance(dataset, IterableDataset):
+        if not self._has_sampler and not isinstance(dataset, IterableDataset):
             if shuffled and not is_empty:
-                kind = ShuffledOrder if is_ordered else RandomSampler
+                kind = ShuffledOrder if path.is_ordered else RandomSampler
                 shuffle, sampler = None, kind(records, generator=generator)
-            elif is_ordered:
+            elif path.is_ordered:
                 sampler = StoredOrder(records)
         with warnings.catch_warnings():
             # torchdata calls a function that torch 2.13 deprecated; neither its users nor this library can change that.
@@ -168,11 +161,12 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         if type(self.batch_sampler) is torchdata_samplers.BatchSampler and batch_sampler is None:
             self.batch_sampler.__class__ = BatchSampler  # torchdata creates it, and torch forbids replacing it later
         self.in_order = in_order
-        _check_options(options, why_not, is_ordered=is_ordered, has_state=has_state)
+        has_state = isinstance(dataset, Stateful)
+        _check_options(options, path.why_not_native, is_ordered=path.is_ordered, has_state=has_state)
         self._is_split = False
-        self._native: NativeEngine | SamplerEngine | None = None
-        self._indexed: IndexEngine | None = None
-        if access is not None and (is_ordered or not why_not):
+        self._native: OrderEngine | SamplerEngine | None = None
+        self._indexed: TorchPathEngine | None = None
+        if access is not None and (path.is_ordered or not path.why_not_native):
             arguments = LoaderArguments(
                 batch_size=int(batch_size or 1),
                 shuffle=shuffled,
@@ -185,18 +179,18 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 num_workers=num_workers,
                 persistent_workers=persistent_workers,
             )
-            if not why_not:
+            if not path.why_not_native:
                 self._native = self._make_engine(arguments)
             elif has_state:  # torchdata keeps the data set's state beside the sampler's
                 self._is_split = arguments.options.split_ranks
             else:
-                self._indexed = IndexEngine(records, arguments, is_batched=batch_size is not None)
+                self._indexed = TorchPathEngine(records, arguments, is_batched=batch_size is not None)
         self._bind_sampler()
         # Set after a mid-epoch state in torchdata's form, which earlier releases saved, was loaded: torchdata serves
         # the rest of that epoch.
-        self._has_rest = self._serves_rest = False
-        self._run_of = self.batch_sampler
-        self._newest: Any = None
+        self._resumes_in_torchdata = self._torchdata_serves_rest = False
+        self._served_batch_sampler = self.batch_sampler
+        self._newest_torch_iterator: Any = None
         if self._native is not None and num_workers:
             given = {
                 "worker_init_fn": worker_init_fn is not None,
@@ -209,12 +203,12 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             _log_ignored(num_workers, [name for name, is_given in given.items() if is_given])
 
     def __iter__(self) -> Any:
-        if self.batch_sampler is not self._run_of:
+        if self.batch_sampler is not self._served_batch_sampler:
             self._replace_batch_sampler(self.batch_sampler)
         if self._native is None:
-            if self._indexed is not None and not self._has_rest:
+            if self._indexed is not None and not self._resumes_in_torchdata:
                 return self._iterate_indexed(self._indexed)
-            self._has_rest = False
+            self._resumes_in_torchdata = False
             access = native_access(self.dataset)
             if access is not None:
                 self._check_unsplit()
@@ -231,8 +225,8 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             super().check_worker_number_rationality()
 
     def __len__(self) -> int:
-        run = self._native or self._indexed
-        return super().__len__() if run is None else run.n_batches()
+        engine = self._native or self._indexed
+        return super().__len__() if engine is None else engine.n_batches()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loader's position as plain values for a checkpoint.
@@ -240,9 +234,9 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         Over a tiercache data set the state is equal on all ranks. With a sampler it has torchdata's form and belongs to
         one rank.
         """
-        run = self._ordered
-        if run is not None:
-            return run.state().to_dict()
+        engine = self._order_engine
+        if engine is not None:
+            return engine.state().to_dict()
         state: dict[str, Any]
         if isinstance(self._native, SamplerEngine):
             state = self._native.state()
@@ -273,7 +267,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         if SAMPLER_EPOCH in state_dict:  # The sampler must know the epoch before it makes its iterator.
             set_sampler_epoch(self._index_sampler, state_dict[SAMPLER_EPOCH])
         is_ordered = {"parts", "offset"} <= state_dict.keys()
-        if is_ordered and (self._sampled or (self._native is None and self._indexed is None)):
+        if is_ordered and (self._has_sampler or (self._native is None and self._indexed is None)):
             raise ValueError(
                 "the state was saved by a loader over a tiercache.Dataset without a sampler, and this loader has a "
                 f"sampler or another data set: {self!r}. Load it into a loader without sampler= and batch_sampler="
@@ -286,12 +280,12 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             if is_ordered:
                 self._indexed.load(RunState.from_dict(state_dict))
         elif self._native is None:
-            self._has_rest = self._serves_rest = self._indexed is not None
+            self._resumes_in_torchdata = self._torchdata_serves_rest = self._indexed is not None
             with self._torchdata_iterator():
                 super().load_state_dict(loadable(state_dict))
             if NEXT_EPOCH in state_dict and isinstance(self.sampler, RandomSampler):
                 self.sampler.load_next_epoch(state_dict[NEXT_EPOCH])
-        elif isinstance(self._native, NativeEngine):
+        elif isinstance(self._native, OrderEngine):
             self._native.load(RunState.from_dict(state_dict))
         else:
             self._native.load(loadable(state_dict))
@@ -302,9 +296,9 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         Args:
             epoch: Number of the epoch, 0 or more.
         """
-        run = self._native or self._indexed
-        if run is not None:
-            run.set_epoch(epoch)
+        engine = self._native or self._indexed
+        if engine is not None:
+            engine.set_epoch(epoch)
         else:
             set_sampler_epoch(self._index_sampler, epoch)
 
@@ -326,31 +320,33 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for pickling: the copy continues at this loader's position, with its own threads."""
-        runs = {name: getattr(self, name) for name in ("_native", "_indexed")}
-        state = {**vars(self), **{name: None if run is None else run.rebuild_arguments for name, run in runs.items()}}
+        engines = {name: getattr(self, name) for name in ("_native", "_indexed")}
+        rebuilt = {name: None if engine is None else engine.rebuild_arguments for name, engine in engines.items()}
+        state = {**vars(self), **rebuilt}
         newest = self._newest_iterator
-        if newest is not None and self._ordered is None:
-            state |= {"next_iter_state": newest.state_dict(), "_has_rest": self._serves_rest}
-        return {**state, "_iterator": None, "_newest": None, "_initial_iter_for_state_dict": False}
+        if newest is not None and self._order_engine is None:
+            state |= {"next_iter_state": newest.state_dict(), "_resumes_in_torchdata": self._torchdata_serves_rest}
+        return {**state, "_iterator": None, "_newest_torch_iterator": None, "_initial_iter_for_state_dict": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if isinstance(self.sampler, OrderSampler):  # An OrderSampler is bound to one loader.
             sampler, batch_sampler = copy(self.sampler), copy(self.batch_sampler)
-            if self.batch_sampler is self._run_of and batch_sampler is not None:  # else a user replaced it later
+            is_own = self.batch_sampler is self._served_batch_sampler  # otherwise a user replaced it later
+            if is_own and batch_sampler is not None:
                 batch_sampler.sampler = sampler
-                self._run_of = batch_sampler
+                self._served_batch_sampler = batch_sampler
             self.__dict__.update(sampler=sampler, batch_sampler=batch_sampler)  # torch forbids setting them
         if state["_native"] is not None:
-            arguments, begun = state["_native"]
+            arguments, position = state["_native"]
             self._native = self._make_engine(arguments)
-            if begun is not None and self._native is not None:
-                self._native.load(begun)
+            if position is not None and self._native is not None:
+                self._native.load(position)
         if state["_indexed"] is not None:
-            arguments, begun = state["_indexed"]
-            self._indexed = IndexEngine(self.dataset, arguments, is_batched=self.batch_size is not None)
-            if begun is not None:
-                self._indexed.load(begun)
+            arguments, position = state["_indexed"]
+            self._indexed = TorchPathEngine(self.dataset, arguments, is_batched=self.batch_size is not None)
+            if position is not None:
+                self._indexed.load(position)
         self._bind_sampler()
 
     def __repr__(self) -> str:
@@ -367,35 +363,35 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         indexed = vars(self).get("_indexed")  # None while torchdata's constructor runs
         if indexed is None:
             return with_state(super()._index_sampler)
-        if not self._serves_rest:
+        if not self._torchdata_serves_rest:
             return indexed.sampler
         sampler = copy(self.sampler)  # A copy is bound to no loader, so it behaves as torch's sampler.
         return with_state(BatchSampler(sampler, self.batch_size, self.drop_last) if self._auto_collation else sampler)
 
     def _bind_sampler(self) -> None:
         """Let the loader's own sampler return this loader's order."""
-        run = self._native or self._indexed
-        if isinstance(self.sampler, OrderSampler) and isinstance(run, NativeEngine):
-            self.sampler.run = run
+        engine = self._native or self._indexed
+        if isinstance(self.sampler, OrderSampler) and isinstance(engine, OrderEngine):
+            self.sampler.engine = engine
 
     @property
-    def _ordered(self) -> NativeEngine | None:
+    def _order_engine(self) -> OrderEngine | None:
         """Engine of tiercache's own order, whose state is a RunState; None: a sampler or torchdata has the state."""
         if self._indexed is None:
-            return self._native if isinstance(self._native, NativeEngine) else None
+            return self._native if isinstance(self._native, OrderEngine) else None
         iterator: Any = self._newest_iterator
         is_over = iterator is not None and iterator._finished  # noqa: SLF001 -- torchdata's
-        return None if self._serves_rest and not is_over else self._indexed
+        return None if self._torchdata_serves_rest and not is_over else self._indexed
 
-    def _iterate_indexed(self, run: IndexEngine) -> Any:
+    def _iterate_indexed(self, engine: TorchPathEngine) -> Any:
         """Return torch's iterator over the next epoch of tiercache's order."""
-        is_resumed = run.begin()
-        if self._serves_rest:
+        is_resumed = engine.begin()
+        if self._torchdata_serves_rest:
             self._forget_torch_iterator()
         random_state = torch.get_rng_state()
         own_state = None if self.generator is None else self.generator.get_state()
         # The iterator takes the loader's data set, which torch forbids setting.
-        dataset, self.__dict__["dataset"] = self.dataset, run.fetched_dataset
+        dataset, self.__dict__["dataset"] = self.dataset, engine.fetched_dataset
         try:
             with self._torchdata_iterator():
                 iterator = super().__iter__()
@@ -405,7 +401,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             torch.set_rng_state(random_state)
             if self.generator is not None:
                 self.generator.set_state(own_state)
-        run.begun(iterator)
+        engine.set_iterator(iterator)
         return iterator
 
     def _get_iterator(self) -> Any:
@@ -446,9 +442,9 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
     def _forget_torch_iterator(self) -> None:
         """Drop torch's iterator and its state, so that the next iter() makes a new one."""
-        self._iterator = self._newest = None
+        self._iterator = self._newest_torch_iterator = None
         self.next_iter_state: Any = None
-        self._initial_iter_for_state_dict = self._has_rest = self._serves_rest = False
+        self._initial_iter_for_state_dict = self._resumes_in_torchdata = self._torchdata_serves_rest = False
 
     def _check_unsplit(self) -> None:
         """Warn, or raise ValueError, if torchdata serves all records to every rank although ranks share the epochs."""
@@ -460,7 +456,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 f"a data set with a state_dict() of its own cannot be split among ranks, and this is {rank}: give a "
                 "sampler (torch's DistributedSampler), or LoaderOptions(split_ranks=False)"
             )
-        if self._serves_rest:
+        if self._torchdata_serves_rest:
             warnings.warn(
                 f"the state was saved by a loader that served all records to every rank: until this epoch ends, {rank} "
                 "is served all records too",
@@ -475,7 +471,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
     @property
     def _newest_iterator(self) -> Any:
         """Iterator that the last iter() made on torch's path; None: there is none."""
-        return self._iterator if self._keeps_workers else self._newest
+        return self._iterator if self._keeps_workers else self._newest_torch_iterator
 
     @contextmanager
     def _torchdata_iterator(self) -> Iterator[None]:
@@ -485,26 +481,26 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         workers of an iterator that they find there.
         """
         if not self._keeps_workers:
-            self._iterator = self._newest
+            self._iterator = self._newest_torch_iterator
         try:
             yield
         finally:
             if not self._keeps_workers:
-                self._newest, self._iterator = self._iterator, None
+                self._newest_torch_iterator, self._iterator = self._iterator, None
 
     def _for_own_workers(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Convert the state of a loader with another number of workers. Raises ValueError if that is impossible."""
         n_workers = 0 if self._native is not None else self.num_workers
         is_iterable = isinstance(self.dataset, IterableDataset)
         base_seed = next_seed(self.generator, after_begin=True)
-        found = state_for_workers(state, n_workers, base_seed, is_iterable=is_iterable)
-        if self._native is not None and STEPS_SINCE in found:
+        converted = state_for_workers(state, n_workers, base_seed, is_iterable=is_iterable)
+        if self._native is not None and STEPS_SINCE in converted:
             raise ValueError(
-                f"the state's snapshot is {found[STEPS_SINCE]} batches older than the position to resume, because "
+                f"the state's snapshot is {converted[STEPS_SINCE]} batches older than the position to resume, because "
                 "snapshot_every_n_steps was above 1 when it was saved: only a loader on torch's path (with a "
                 "collate_fn=) can resume from it"
             )
-        return found
+        return converted
 
     def _replace_batch_sampler(self, batch_sampler: Any) -> None:
         """Serve a batch sampler that replaced the loader's own after the loader was made.
@@ -512,19 +508,19 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         torch's loader asks whichever batch sampler it has at iter(). MultiEpochsDataLoader (timm and others) installs
         one that never ends, so that worker processes live from epoch to epoch.
         """
-        native, self._run_of = self._native, batch_sampler
-        self._sampled, self._native, self._indexed = True, None, None
+        native, self._served_batch_sampler = self._native, batch_sampler
+        self._has_sampler, self._native, self._indexed = True, None, None
         if native is not None:
             arguments, _ = native.rebuild_arguments
             self._native = self._make_engine(replace(arguments, shuffle=False))
         self._starts_workers = self._native is None
 
-    def _make_engine(self, arguments: LoaderArguments) -> NativeEngine | SamplerEngine | None:
+    def _make_engine(self, arguments: LoaderArguments) -> OrderEngine | SamplerEngine | None:
         """Return the engine of the native path; None: torch's path serves the sampler."""
         source = self.dataset.__tiercache__().source
-        if not self._sampled:
-            return NativeEngine(source, arguments)
-        _check_sampled(arguments.options)
+        if not self._has_sampler:
+            return OrderEngine(source, arguments)
+        _check_sampler_options(arguments.options)
         index_sampler = super()._index_sampler
         known = is_known_batch_sampler(index_sampler) and not self._is_mixture
         if not known and arguments.options.on_corrupt != "raise":
@@ -533,6 +529,41 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 f"your own samplers and mixtures, here {index_sampler!r}: remove on_corrupt=, or give a known sampler"
             )
         return SamplerEngine(source, arguments, index_sampler) if known else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """How a loader serves its data set, as far as its arguments decide it.
+
+    Attributes:
+        why_not_native: Reason why the loader cannot take the native path; "" if it can (with a known sampler, if it
+            has one).
+        has_sampler: Whether the caller gave a sampler or a batch sampler.
+        is_ordered: Whether the order is tiercache's own, on either path.
+        is_mixture: Whether the data set is a mixture. A record of a mixture has no fixed number: which record of a part
+            comes next depends on the epoch.
+        starts_workers: Whether torch's path serves the loader, which may start worker processes.
+    """
+
+    why_not_native: str
+    has_sampler: bool
+    is_ordered: bool
+    is_mixture: bool
+    starts_workers: bool
+
+
+def _choose_path(
+    dataset: Any, access: NativeAccess | None, batch_size: int | None, sampler: Any, batch_sampler: Any, collate_fn: Any
+) -> _Path:
+    """Return the path for the loader's arguments. access: None for a data set of another library."""
+    why_not_native = _NOT_OURS.format(dataset)
+    if access is not None:
+        why_not_native = _why_not_native(access, batch_size, collate_fn, batch_sampler)
+    has_sampler = sampler is not None or batch_sampler is not None
+    is_mixture = access is not None and access.source.mixture is not None
+    is_known_sampler = is_known(sampler) if batch_sampler is None else is_known_batch_sampler(batch_sampler)
+    starts_workers = bool(why_not_native) or (has_sampler and (is_mixture or not is_known_sampler))
+    return _Path(why_not_native, has_sampler, access is not None and not has_sampler, is_mixture, starts_workers)
 
 
 def _why_not_native(access: NativeAccess, batch_size: int | None, collate_fn: Any, batch_sampler: Any) -> str:
@@ -583,7 +614,7 @@ def _check_options(options: Any, why_not: str, *, is_ordered: bool, has_state: b
             raise ValueError(f"{name}={value!r} {_OF_NATIVE_PATH} {why_not}: remove {name}=")
 
 
-def _check_sampled(options: LoaderOptions) -> None:
+def _check_sampler_options(options: LoaderOptions) -> None:
     """Raise ValueError for options of the order, which a sampler decides."""
     defaults = LoaderOptions()
     for name in ("rank", "world_size", "shuffle_streams", "placement", "shuffle_group_bytes"):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
@@ -23,11 +22,11 @@ import numpy.typing as npt
 from tiercache.errors import CorruptShard, SchemaError, TierCacheError
 from tiercache.images.options import DecodeImage
 from tiercache.model import CloseListener, SourcePart
-from tiercache.shard.conversion import Casts, ConversionError, as_numpy, served_column, served_columns
+from tiercache.shard.conversion import Casts, ConversionError, as_numpy, bfloat16_tensor, served_column, served_columns
 from tiercache.shard.read.values import ColumnValues, as_batch, as_records
 from tiercache.shard.schema import Column, Kind, Schema
 from tiercache.shard.write.ingest import value_converter
-from tiercache.views import Records as Source
+from tiercache.views import Records
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -81,7 +80,7 @@ def replace_nulls(found: ColumnValues, fill: Any) -> ColumnValues:
         for index in where:
             values[index] = value_of(column, stored)
     else:
-        values[where] = _bfloat16(stored)
+        values[where] = bfloat16_tensor(np.array(stored))
     return ColumnValues(column, values)
 
 
@@ -89,19 +88,13 @@ def value_of(column: Column, stored: Any) -> Any:
     """Return a stored fill value as the value of a column that is served as a list, in memory of its own."""
     if column.kind is Kind.RAGGED:
         if column.dtype == "bfloat16":
-            return _bfloat16(stored)
+            return bfloat16_tensor(np.array(stored))
         return stored.astype(np.bool_) if column.dtype == "bool" else stored.copy()
     if column.kind is Kind.STR:
         return stored.decode()
     if column.kind is Kind.JSON:
         return json.loads(stored)
     return stored[0].as_py() if column.kind is Kind.ARROW else stored
-
-
-def _bfloat16(bits: Array) -> Any:
-    """Convert bits to a torch tensor. torch is imported, because the column's values are tensors too."""
-    torch = sys.modules["torch"]
-    return torch.from_numpy(np.array(bits).view(np.int16)).view(torch.bfloat16)
 
 
 ColumnLayout: TypeAlias = Literal["list", "padded", "nested", "buffer"]
@@ -427,8 +420,7 @@ def _typed(column: Column, stored: Array) -> Any:
         return stored.view(np.bool_)
     if column.dtype != "bfloat16":
         return stored
-    torch = sys.modules["torch"]  # torch is imported, because the values are its tensors
-    return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
+    return bfloat16_tensor(stored)
 
 
 def _shapes(column: Column, runs: Sequence[Array]) -> npt.NDArray[np.int64]:
@@ -542,7 +534,7 @@ for _name in _LOOK:
     setattr(LazyRecords, _name, _after_making(_name))
 
 
-__all__ = ["CloseListener", "Source", "SourcePart"]
+__all__ = ["CloseListener", "SourcePart"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -556,7 +548,7 @@ class NativeAccess:
         with_source: Function that returns the same data set over another source.
     """
 
-    source: Source
+    source: Records
     output_spec: OutputSpec
     is_plain: bool
     with_source: Callable[[Any], Any]
@@ -577,18 +569,18 @@ def native_access(dataset: object) -> NativeAccess | None:
     return dataset.__tiercache__() if isinstance(dataset, NativeDataset) else None
 
 
-def record_number(source: Source, shard: int, block: int, row: int) -> int:
+def record_number(source: Records, shard: int, block: int, row: int) -> int:
     """Return the number, in stored order, of the record in a row of a block of a shard. May read a footer."""
-    before = source.block_tables([shard])[0].records[:block].sum() + source.shard_records[:shard].sum()
+    before = source.block_sizes([shard])[0].records[:block].sum() + source.shard_records[:shard].sum()
     return int(before) + row
 
 
-def image_decode_error(source: Source, column: str, record: int, reason: str) -> CorruptShard:
+def image_decode_error(source: Records, column: str, record: int, reason: str) -> CorruptShard:
     """Return the error of an image that cannot be decoded: url, block, column, record and the decoder's message."""
     ends = np.cumsum(source.shard_records)
     shard = int(np.searchsorted(ends, record, side="right"))
     within = record - int(ends[shard] - source.shard_records[shard])
-    block_ends = np.cumsum(source.block_tables([shard])[0].records)
+    block_ends = np.cumsum(source.block_sizes([shard])[0].records)
     block = int(np.searchsorted(block_ends, within, side="right"))
     try:
         url = source.load(shard, [block]).url

@@ -51,11 +51,12 @@ if TYPE_CHECKING:
     from tiercache.load.corrupt import CorruptionMap, RecordLocation
     from tiercache.load.epoch import EpochStart, NextEpoch, OrderShare
     from tiercache.load.options import LoaderOptions
-    from tiercache.load.output_spec import OutputSpec, Source
+    from tiercache.load.output_spec import OutputSpec
     from tiercache.load.prefetch import LoadedWindow
     from tiercache.load.ranks import Rank
-    from tiercache.load.read_plan import ReadPlanPublisher
+    from tiercache.load.reading_plan import ReadingPlanPublisher
     from tiercache.stats import Counters, WaitHistogram
+    from tiercache.views import Records
 
 
 # Batches ahead: more batches hide longer stalls of the consumer. But batches ahead should still be in the processor's
@@ -99,7 +100,7 @@ class PipelineInputs:
         epoch_start: The prepared start of this epoch, if the epoch before prepared one.
         next_epoch: The epoch that may follow.
         corruption: Corrupt records that are replaced. None: corrupt data is an error.
-        publisher: Publisher of the epoch's read plan. None: a sampler decides the order, so there is no plan.
+        publisher: Publisher of the epoch's reading plan. None: a sampler decides the order, so there is no plan.
     """
 
     setup: PipelineSetup
@@ -112,11 +113,11 @@ class PipelineInputs:
     epoch_start: Future[EpochStart | None] | None = None
     next_epoch: NextEpoch | None = None
     corruption: CorruptionMap | None = None
-    publisher: ReadPlanPublisher | None = None
+    publisher: ReadingPlanPublisher | None = None
 
     @property
-    def source(self) -> Source:
-        """Source that is read."""
+    def source(self) -> Records:
+        """Records that is read."""
         return self.setup.source
 
     @property
@@ -190,14 +191,14 @@ class Pipeline(ClosingPipeline):
         self._ahead: deque[Slot | Exception] = deque(maxlen=1)  # taken from the ring, not handed out yet
         # also taken from the ring; empty again at once, unless Ctrl-C struck
         self._waited: deque[Slot | int] = deque(maxlen=1)
-        self._n_skipped = 0
+        self._n_replaced = 0
         # replaced rows of the batch that take() returned last, and the locations of their replacements
         self.replaced: dict[int, RecordLocation] = {}
         self._is_closed = False
         self._taking = threading.RLock()
-        exceptional = (self._waited, self._shared.patched)
+        special_queues = (self._waited, self._shared.replaced_pieces)
         self._taker = BatchTaker(
-            self._ring, self._assembler.entries, self._shared.pieces, exceptional, self._taking, work.waits.bins
+            self._ring, self._assembler.entries, self._shared.pushed, special_queues, self._taking, work.waits.bins
         )
         # The thread holds no reference to this object, so that dropping the last outside reference closes it.
         self._planner = threading.Thread(
@@ -223,7 +224,7 @@ class Pipeline(ClosingPipeline):
             return self._take(timeout_s)
 
     @property
-    def take_ready(self) -> Callable[[], Batch | None] | None:
+    def fast_take(self) -> Callable[[], Batch | None] | None:
         """Function that returns the next batch if it is ready and an ordinary one; None: call take().
 
         It does the work of take() in one native call, which saves the consumer's thread 1 us here, and 2 us if the last
@@ -250,7 +251,7 @@ class Pipeline(ClosingPipeline):
             self._ahead.clear()
             self._waited.clear()
             self._ring.forget()
-            self._shared.pieces.clear()
+            self._shared.pushed.clear()
         self._unregister()
         self._is_closed = not self._planner.is_alive()  # A planner that ends later may leave something to drop.
 
@@ -269,7 +270,7 @@ class Pipeline(ClosingPipeline):
             "samples": self._taker.samples,
             "batches": self._taker.batches,
             "bytes_served": self._taker.n_bytes,
-            "skipped": self._n_skipped,
+            "skipped": self._n_replaced,
             "gather_ns": ring["gather_ns"],
         }
 
@@ -293,21 +294,23 @@ class Pipeline(ClosingPipeline):
             raise
         if self._assembler.object_columns:
             batch = self._with_objects(batch, slot)
-        self.replaced = self._replaced(slot.first_row, slot.first_row + slot.n_rows) if self._shared.patched else {}
-        self._n_skipped += len(self.replaced)
+        self.replaced = {}
+        if self._shared.replaced_pieces:
+            self.replaced = self._replaced(slot.first_row, slot.first_row + slot.n_rows)
+        self._n_replaced += len(self.replaced)
         self._taker.count(slot)
         return batch
 
     def _replaced(self, start: int, stop: int) -> dict[int, RecordLocation]:
         """Return the replaced rows of [start, stop) of the sequence, counted from `start`, and their replacements."""
-        found: dict[int, RecordLocation] = {}
-        patched = self._shared.patched
-        for first, piece in list(patched):  # the planner may append at any time
+        replacements: dict[int, RecordLocation] = {}
+        replaced_pieces = self._shared.replaced_pieces
+        for first, piece in list(replaced_pieces):  # the planner may append at any time
             lo, hi = np.searchsorted(piece.replaced, (start - first, stop - first))
-            found.update((first + row - start, piece.locate(row)) for row in piece.replaced[lo:hi].tolist())
-        while patched and patched[0][0] + patched[0][1].n_rows <= stop:
-            patched.popleft()
-        return found
+            replacements.update((first + row - start, piece.locate(row)) for row in piece.replaced[lo:hi].tolist())
+        while replaced_pieces and replaced_pieces[0][0] + replaced_pieces[0][1].n_rows <= stop:
+            replaced_pieces.popleft()
+        return replacements
 
     def _next_slot(self, timeout_s: float) -> Slot | int:
         """Return the next slot of the ring, or a status."""
@@ -330,18 +333,18 @@ class Pipeline(ClosingPipeline):
 
         While the consumer reads this slot's batch, threads fill the lists of the slot after it.
         """
-        found: Slot | int | Exception
+        slot: Slot | int | Exception
         if self._ahead:
             self._work.waits.add_zero()
-            found = self._ahead.popleft()
+            slot = self._ahead.popleft()
         else:
-            found = self._started(self._next_slot(timeout_s))
-        if isinstance(found, Exception):
+            slot = self._started(self._next_slot(timeout_s))
+        if isinstance(slot, Exception):
             try:
-                raise found
+                raise slot
             finally:
-                del found  # its traceback would form a reference cycle
-        if not isinstance(found, int) and 2 * found.n_bytes <= self._memory_bytes:
+                del slot  # its traceback would form a reference cycle
+        if not isinstance(slot, int) and 2 * slot.n_bytes <= self._memory_bytes:
             try:
                 # C code moves the slot into the deque, and its lists are begun only then, or when they are asked for:
                 # Ctrl-C here loses only the batch before this one, which was taken.
@@ -352,7 +355,7 @@ class Pipeline(ClosingPipeline):
                 # It is raised at the slot's place in the order, if that slot arrived. Its frames would hold this
                 # pipeline.
                 self._ahead.append(error.with_traceback(None))
-        return found
+        return slot
 
     def _started(self, slot: Slot | int) -> Slot | int:
         if not isinstance(slot, int):
@@ -376,27 +379,27 @@ class Pipeline(ClosingPipeline):
 
     def _with_objects(self, batch: Batch, slot: Slot) -> Batch:
         """Return the batch with its ARROW columns, in the schema's order."""
-        places = list(self._places(slot.first_row, slot.first_row + slot.n_rows))
+        locations = list(self._locations(slot.first_row, slot.first_row + slot.n_rows))
         for name, index in self._assembler.object_columns:
-            values = [_value(loaded, block, row, index) for loaded, block, row in places]
+            values = [_value(loaded, block, row, index) for loaded, block, row in locations]
             batch[name] = self._assembler.filled(name, values)
             if f"{name}.valid" in self._assembler.order:
                 batch[f"{name}.valid"] = valid_mask(values)
         return {name: batch[name] for name in self._assembler.order}
 
-    def _places(self, start: int, stop: int) -> Iterator[tuple[LoadedWindow, int, int]]:
+    def _locations(self, start: int, stop: int) -> Iterator[tuple[LoadedWindow, int, int]]:
         """Yield (window, block in it, row in the block) of the rows [start, stop) of the sequence."""
-        for end, pushed in list(self._shared.pieces):  # the planner may append at any time
+        for end, pushed in list(self._shared.pushed):  # the planner may append at any time
             first = end - pushed.n_rows
             lo, hi = max(start, first), min(stop, end)
             if lo < hi:
-                block, row = pushed.places(lo - first, hi - first)
+                block, row = pushed.locations(lo - first, hi - first)
                 yield from ((*pushed.joined.find(b), r) for b, r in zip(block.tolist(), row.tolist(), strict=True))
 
     def _failed(self, error: OSError | ValueError) -> TierCacheError:
-        found = self._explain(error)
+        explained = self._explain(error)
         self.close()
-        return found
+        return explained
 
     def _explain(self, error: OSError | ValueError) -> TierCacheError:
         """Return the error of the first block that cannot be read, found by reading the batch's rows one by one."""
@@ -410,7 +413,7 @@ class Pipeline(ClosingPipeline):
         served = served_columns(
             source.schema, self._work.output_spec.cast if isinstance(error, gather.CastError) else {}
         )
-        for loaded, block, row in self._places(self._taker.rows, stop):
+        for loaded, block, row in self._locations(self._taker.rows, stop):
             misfit = bad_value(source.schema, loaded, block, row, served) if served else None
             if misfit is not None:
                 return misfit
@@ -427,11 +430,11 @@ class Pipeline(ClosingPipeline):
                         url=blocks.url,
                         block=blocks.blocks[loaded.position[block]],
                         column=names[number],
-                        place=_stored_place(loaded, block, row),
+                        location=_stored_location(loaded, block, row),
                     )
             wrong = bad_value(source.schema, loaded, block, row)
             if isinstance(wrong, CorruptShard):
-                wrong.place = _stored_place(loaded, block, row)
+                wrong.location = _stored_location(loaded, block, row)
                 return wrong
         return CorruptShard(text, url=source.url)
 
@@ -441,11 +444,11 @@ def _value(loaded: LoadedWindow, block: int, row: int, index: int) -> object:
     try:
         return loaded.value(block, row, index)
     except CorruptShard as error:  # Arrow checks a column of a block as a whole.
-        error.place = *_stored_place(loaded, block, row)[:2], None
+        error.location = *_stored_location(loaded, block, row)[:2], None
         raise
 
 
-def _stored_place(loaded: LoadedWindow, block: int, row: int) -> RecordLocation:
+def _stored_location(loaded: LoadedWindow, block: int, row: int) -> RecordLocation:
     """Return the location of a row as it is stored."""
     return int(loaded.window.shards[block]), int(loaded.window.blocks[block]), row
 
@@ -453,15 +456,15 @@ def _stored_place(loaded: LoadedWindow, block: int, row: int) -> RecordLocation:
 def _fault(stream: tuple[int, int, NDArray[np.uint64], NDArray[np.uint64] | None], block: int, row: int) -> str | None:
     """Return the fault in one row of a stream (kind, width, addresses, checks); None if the row can be served."""
     kind, width, addresses, _ = stream
-    place = (np.array([block], np.uint32), np.array([row], np.uint32))
+    location = (np.array([block], np.uint32), np.array([row], np.uint32))
     try:
-        found = gather.locate(*stream, *place)
-        if found is not None:
-            return damage_message(found[1])
+        corruption = gather.locate(*stream, *location)
+        if corruption is not None:
+            return damage_message(corruption[1])
         if kind in (gather.FIXED, gather.BITS):
-            gather.gather(kind, width, addresses, *place, bytearray(max(width, 1)))
+            gather.gather(kind, width, addresses, *location, bytearray(max(width, 1)))
         else:
-            gather.gather_bytes(addresses, *place)
+            gather.gather_bytes(addresses, *location)
     except OSError as error:
         return str(error.strerror)
     return None

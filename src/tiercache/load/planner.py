@@ -58,7 +58,7 @@ class PushedRows:
         """Number of rows."""
         return self.rows.n_rows if isinstance(self.rows, RowRun) else len(self.rows[1])
 
-    def places(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    def locations(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         """Return block and row of the rows [lo, hi)."""
         return self.rows.find(lo, hi) if isinstance(self.rows, RowRun) else (self.rows[0][lo:hi], self.rows[1][lo:hi])
 
@@ -75,15 +75,15 @@ class PlannerState:
     """State shared by the planner and the consumer.
 
     Attributes:
-        pieces: Pushed rows, oldest first, with the row of the sequence after their last one.
-        patched: Pieces with replaced records, with the row of the sequence before their first one.
+        pushed: Pushed rows, oldest first, with the row of the sequence after their last one.
+        replaced_pieces: Pieces with replaced records, with the row of the sequence before their first one.
         error: Error that stopped the planner.
         stop: Future that is done when the planner must end, so that it can be waited for together with a window.
         ended: Whether the consumer has taken the last batch.
     """
 
-    pieces: deque[tuple[int, PushedRows]] = field(default_factory=deque)
-    patched: deque[tuple[int, ArrayPiece]] = field(default_factory=deque)
+    pushed: deque[tuple[int, PushedRows]] = field(default_factory=deque)
+    replaced_pieces: deque[tuple[int, ArrayPiece]] = field(default_factory=deque)
     error: Exception | None = None
     stop: Future[None] = field(default_factory=Future)
     ended: bool = False
@@ -126,7 +126,7 @@ class _Planner:
         self._shared = shared
         self._threads = threads
         self._pushed_rows = self._last_rows = 0  # rows pushed so far; rows of the last push
-        self._held: dict[int, LoadedWindow] = {}  # by the window's id; each holds its window
+        self._windows: dict[int, LoadedWindow] = {}  # by the window's id; each holds its window
         self._loading: dict[int, WindowLoad] = {}  # started by the epoch before
         self._joined: JoinedWindows | None = None
         self._served_windows: tuple[Window, ...] = ()  # the windows of the last push
@@ -138,7 +138,7 @@ class _Planner:
         """Push every piece. Raises CancelledError if the ring is closed meanwhile."""
         for piece in self._pieces():
             if isinstance(piece, ArrayPiece) and len(piece.replaced):
-                self._shared.patched.append((self._pushed_rows, piece))
+                self._shared.replaced_pieces.append((self._pushed_rows, piece))
             if self.pressure.fits(piece):
                 self._push(piece)
                 continue
@@ -155,16 +155,18 @@ class _Planner:
 
     def drop_windows(self) -> None:
         """Drop all windows: the ring holds those whose rows are not served yet."""
-        self._held.clear()
+        self._windows.clear()
         self._joined = None
 
     def _pieces(self) -> Iterator[AnyPiece]:
         start_s = time.perf_counter()
-        begun = None if self._work.epoch_start is None else self._threads.result(self._work.epoch_start)
-        if begun is not None:
-            self._loading = {id(loading.window): loading for loading in begun.loading}
-        found = self._work.share.pieces(self._work.first_batch) if begun is None else begun.pieces
-        for piece in found:
+        epoch_start = None if self._work.epoch_start is None else self._threads.result(self._work.epoch_start)
+        if epoch_start is not None:
+            self._loading = {id(load.window): load for load in epoch_start.loading}
+            pieces = epoch_start.pieces
+        else:
+            pieces = self._work.share.pieces(self._work.first_batch)
+        for piece in pieces:
             self._count("plan_s", start_s)
             yield piece
             start_s = time.perf_counter()
@@ -194,7 +196,7 @@ class _Planner:
         pushed = PushedRows(rows, joined)
         self._last_rows = pushed.n_rows
         self._pushed_rows += self._last_rows
-        self._shared.pieces.append((self._pushed_rows, pushed))
+        self._shared.pushed.append((self._pushed_rows, pushed))
         if not self._ring.push(pushed.as_plan(self._work.setup.layouts)):
             raise CancelledError
         if is_first:  # The first batch does not wait for its whole window.
@@ -210,15 +212,15 @@ class _Planner:
 
     def _drop_other_windows(self, part: AnyPiece) -> list[tuple[Window, NDArray[np.bool_]]]:
         """Drop the windows that the part does not need, before more memory is used; return the missing ones."""
-        kept: dict[int, LoadedWindow] = {}
+        still_needed: dict[int, LoadedWindow] = {}
         missing = []
         for window, needed in zip(part.windows, part.needed, strict=True):
-            loaded = self._held.get(id(window))
+            loaded = self._windows.get(id(window))
             if loaded is not None and loaded.covers(needed):
-                kept[id(window)] = loaded
+                still_needed[id(window)] = loaded
             else:
                 missing.append((window, needed))
-        self._held = kept
+        self._windows = still_needed
         if missing:
             self._joined = None
         return missing
@@ -235,10 +237,10 @@ class _Planner:
             self._prefetch(unasked)
         loading = []
         for window, needed in missing:
-            begun = self._loading.pop(id(window), None)
-            if begun is None:
-                begun = WindowLoad(self._work.source, window, needed, self._threads.executor, self._threads.n_threads)
-            loading.append(begun)
+            load = self._loading.pop(id(window), None)
+            if load is None:
+                load = WindowLoad(self._work.source, window, needed, self._threads.executor, self._threads.n_threads)
+            loading.append(load)
         return loading
 
     def _prefetch(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> None:
@@ -254,18 +256,18 @@ class _Planner:
     def _finish(self, loading: list[WindowLoad]) -> list[LoadedWindow]:
         new = []
         try:
-            for one in loading:
-                loaded = one.finish(self._threads)
-                self._held[id(loaded.window)] = loaded
+            for load in loading:
+                loaded = load.finish(self._threads)
+                self._windows[id(loaded.window)] = loaded
                 self.pressure.record_usage(loaded)
                 new.append(loaded)
         finally:
-            for one in loading:
-                one.cancel()
+            for load in loading:
+                load.cancel()
         return new
 
     def _join(self, part: AnyPiece) -> JoinedWindows:
-        windows = tuple(self._held[id(window)] for window in part.windows)
+        windows = tuple(self._windows[id(window)] for window in part.windows)
         if self._joined is None or self._joined.windows != windows:
             self._joined = JoinedWindows(windows)
         return self._joined

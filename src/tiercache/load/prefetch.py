@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from tiercache.load.corrupt import RecordLocation
     from tiercache.load.epoch import Piece
-    from tiercache.load.output_spec import Source
     from tiercache.shard.read.blocks import Blocks
+    from tiercache.views import Records
 
 
 # Parts per thread: at the end the other threads wait at most for one such part.
@@ -54,16 +54,16 @@ def split_window(
         Whole shards that are only mapped; and the parts to read, fetch or decode, of about the same size and at most
         MAX_PART_BYTES unless a part is a single block. Shards are in the order in which the window names them.
     """
-    places = np.flatnonzero(needed)
-    if not len(places):
+    indices = np.flatnonzero(needed)
+    if not len(indices):
         return [], []
-    shards = window.shards[places]
-    order = np.lexsort((window.blocks[places], shards))
-    places, shards = places[order], shards[order]
+    shards = window.shards[indices]
+    order = np.lexsort((window.blocks[indices], shards))
+    indices, shards = indices[order], shards[order]
     starts = np.concatenate([[0], np.flatnonzero(shards[1:] != shards[:-1]) + 1])
-    stops = [*starts[1:].tolist(), len(places)]
-    turns = np.argsort(np.minimum.reduceat(places, starts))  # sorted by the first block of each shard in the window
-    runs = [places[starts[turn] : stops[turn]] for turn in turns.tolist()]
+    stops = [*starts[1:].tolist(), len(indices)]
+    turns = np.argsort(np.minimum.reduceat(indices, starts))  # sorted by the first block of each shard in the window
+    runs = [indices[starts[turn] : stops[turn]] for turn in turns.tolist()]
     free = [is_mapped(int(window.shards[run[0]])) for run in runs]
     mapped = [run for run, is_free in zip(runs, free, strict=True) if is_free]
     work = [run for run, is_free in zip(runs, free, strict=True) if not is_free]
@@ -136,8 +136,8 @@ class LoadedWindow:
                 continue
             if checks is None:
                 checks = np.zeros((*self.addresses.shape[:2], 4), np.uint64)
-            places = np.flatnonzero(self.group_of_block == number)
-            checks[:, places[np.argsort(self.position[places])]] = left
+            indices = np.flatnonzero(self.group_of_block == number)
+            checks[:, indices[np.argsort(self.position[indices])]] = left
         return checks
 
     @property
@@ -224,7 +224,7 @@ class WindowLoad:
 
     def __init__(
         self,
-        source: Source,
+        source: Records,
         window: Window,
         needed: NDArray[np.bool_],
         executor: Executor,
@@ -238,7 +238,7 @@ class WindowLoad:
         self._n_streams = sum(len(column.streams(0)) for column in source.schema.columns)
         self._mapped, work = split_window(window, needed, n_threads, source.is_mapped)
         self._loaded: list[tuple[NDArray[np.int64], Blocks]] = []
-        self._work = [(places, executor.submit(self._load_unless_unwanted, places)) for places in work]
+        self._work = [(indices, executor.submit(self._load_unless_unwanted, indices)) for indices in work]
 
     def finish(self, threads: LoadThreads) -> LoadedWindow:
         """Return the window when all of it is loaded. May be called once.
@@ -253,23 +253,23 @@ class WindowLoad:
         try:
             while self.map_next_shard():
                 pass
-            loaded = [*self._loaded, *((places, threads.result(future)) for places, future in self._work)]
+            loaded = [*self._loaded, *((indices, threads.result(future)) for indices, future in self._work)]
         finally:
             self.cancel()  # after an error the other parts need not start
             # The epoch refers to this object to its end, and must not keep this memory.
             self._loaded, self._work = [], []
-        for number, (places, blocks) in enumerate(loaded):
-            addresses[:, places] = blocks.addresses
-            holder[places] = number
-            position[places] = np.arange(len(places))
+        for number, (indices, blocks) in enumerate(loaded):
+            addresses[:, indices] = blocks.addresses
+            holder[indices] = number
+            position[indices] = np.arange(len(indices))
         return LoadedWindow(self.window, addresses, tuple(blocks for _, blocks in loaded), holder, position)
 
     def map_next_shard(self) -> bool:
         """Map the next mapped shard in this thread; False: there is none left. Raises as finish()."""
         if not self._mapped:
             return False
-        places = self._mapped.pop()
-        self._loaded.append((places, self._load(places)))
+        indices = self._mapped.pop()
+        self._loaded.append((indices, self._load(indices)))
         return True
 
     def cancel(self) -> None:
@@ -277,22 +277,22 @@ class WindowLoad:
         for _, future in self._work:
             future.cancel()
 
-    def _load_unless_unwanted(self, places: NDArray[np.int64]) -> Blocks:
+    def _load_unless_unwanted(self, indices: NDArray[np.int64]) -> Blocks:
         if self._unwanted is not None and self._unwanted.is_set():
             raise CancelledError
         with stop_retries_when(self._unwanted):
-            return self._load(places)
+            return self._load(indices)
 
-    def _load(self, places: NDArray[np.int64]) -> Blocks:
-        shard = int(self.window.shards[places[0]])
+    def _load(self, indices: NDArray[np.int64]) -> Blocks:
+        shard = int(self.window.shards[indices[0]])
         try:
-            blocks = self._source.load(shard, self.window.blocks[places].tolist())
+            blocks = self._source.load(shard, self.window.blocks[indices].tolist())
             # Single pages of 4 KiB are read for listed rows; checking would read 64 KiB for each of them.
             if isinstance(self.window, Window):
                 renew_checks(blocks)
             return blocks
         except CorruptShard as error:
-            error.place = shard, error.block, None  # used if corrupt records are replaced
+            error.location = shard, error.block, None  # used if corrupt records are replaced
             raise
 
 

@@ -1,7 +1,7 @@
 """The engines of loaders with a sampler: known samplers on the native path, and tiercache's order on torch's path.
 
-SamplerEngine serves the indices of a sampler of torch or torchdata as an explicit order. IndexEngine gives torch's
-fetchers the indices of the native order. OrderSampler gives that order to libraries that rebuild a loader from its
+SamplerEngine serves the indices of a sampler of torch or torchdata as an explicit order. TorchPathEngine gives torch's
+fetchers the indices of tiercache's order. OrderSampler gives that order to libraries that rebuild a loader from its
 sampler.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from torch.utils import data as torch_data
 
 from tiercache._native.record_finder import normalize_indices
-from tiercache.load.engine import Engine, EpochPosition, LoaderArguments, NativeEngine, NativeIterator
+from tiercache.load.engine import Engine, EpochPosition, LoaderArguments, NativeIterator, OrderEngine
 from tiercache.load.epoch import OrderShare, epoch_records, explicit_order, plan_epoch
 from tiercache.load.ranks import Rank, find_rank
 from tiercache.load.samplers import (
@@ -31,15 +31,16 @@ from tiercache.load.samplers import (
 )
 from tiercache.load.state import RunState
 from tiercache.load.torch_rng import RandomGenerators, TorchDraws, next_seed
-from tiercache.order import BlockTable
+from tiercache.order import BlockSizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-    from tiercache.load.output_spec import NativeDataset, Source
+    from tiercache.load.output_spec import NativeDataset
     from tiercache.load.prefetch import AnyPiece
+    from tiercache.views import Records
 
 
 class SampledIterator(Iterator[Any]):
@@ -84,7 +85,7 @@ class SamplerEngine(Engine):
     One consumer thread uses it.
     """
 
-    def __init__(self, source: Source, arguments: LoaderArguments, batch_sampler: Any) -> None:
+    def __init__(self, source: Records, arguments: LoaderArguments, batch_sampler: Any) -> None:
         super().__init__(source, arguments)
         self._batch_sampler = batch_sampler
         self._saved: Mapping[str, Any] | None = None  # the state to continue from
@@ -187,7 +188,7 @@ _CHUNK_ROWS = 1 << 16
 class _Numbered:
     """The records of a data set whose class defines its own length, as one block.
 
-    It has the part of Source that an order needs. Its record numbers are not places in shards, so nothing is known
+    It has the part of Records that an order needs. Its record numbers are not positions in shards, so nothing is known
     about which records are adjacent.
     """
 
@@ -204,8 +205,8 @@ class _Numbered:
     def shard_bytes(self) -> NDArray[np.int64]:
         return np.array([self.n_records], np.int64)
 
-    def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
-        return [BlockTable(self.shard_records, self.shard_records) for _ in shards]
+    def block_sizes(self, shards: Sequence[int]) -> list[BlockSizes]:
+        return [BlockSizes(self.shard_records, self.shard_records) for _ in shards]
 
 
 class IndexSampler:
@@ -238,8 +239,10 @@ class IndexSampler:
             yield left.tolist()
 
 
-class IndexEngine(NativeEngine):
-    """The engine of a loader on torch's path. Call begin() before torch's iterator is made, and begun() after it.
+class TorchPathEngine(OrderEngine):
+    """The engine of tiercache's order on torch's path: it gives the order as indices to torch's fetchers.
+
+    Call begin() before torch's iterator is made, and set_iterator() after it.
 
     sampler: The sampler that torch's iterators ask for indices.
     """
@@ -250,7 +253,7 @@ class IndexEngine(NativeEngine):
         self._users = dataset
         self._pending: Any = None  # the position of the epoch that begin() chose
         self._torch_iterator: Any = None  # of the newest epoch
-        self._over: tuple[Source, Any] | None = None  # the source, and the data set over it
+        self._over: tuple[Records, Any] | None = None  # the source, and the data set over it
 
     @property
     def fetched_dataset(self) -> Any:
@@ -258,9 +261,9 @@ class IndexEngine(NativeEngine):
         if self._over is None or self._over[0] is not self._source:
             source: Any = self._source
             access = self._users.__tiercache__()
-            found = self._users if source is access.source else access.with_source(source)
+            dataset = self._users if source is access.source else access.with_source(source)
             is_mixed = source.mixture is not None and self._arguments.shuffle
-            self._over = source, access.with_source(source.unmixed()) if is_mixed else found
+            self._over = source, access.with_source(source.unmixed()) if is_mixed else dataset
         return self._over[1]
 
     def begin(self) -> bool:
@@ -284,25 +287,25 @@ class IndexEngine(NativeEngine):
         self._pending = EpochPosition(state, share.ranks)
         return is_resumed
 
-    def begun(self, iterator: Any) -> None:
-        """Note that torch's iterator of the epoch was made."""
+    def set_iterator(self, iterator: Any) -> None:
+        """Set torch's iterator over the epoch that begin() chose; the position is read from it."""
         self._position, self._torch_iterator = self._pending, iterator
         self._n_epochs += 1
 
     def begin_for_sampler(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, TorchDraws]:
-        """See NativeEngine.begin_for_sampler."""
+        """See OrderEngine.begin_for_sampler."""
         self._n_records = None  # as in begin()
         self._torch_iterator = None
         return super().begin_for_sampler(state)
 
     def state(self) -> RunState:
-        """Return the state after the batches that torch's iterator has handed out. See NativeEngine.state."""
+        """Return the state after the batches that torch's iterator has handed out. See OrderEngine.state."""
         if self._position is not None and self._torch_iterator is not None:
             self._position.n_yielded = self._torch_iterator._num_yielded  # noqa: SLF001 -- torchdata's count
             self._position.finished = self._torch_iterator._finished  # noqa: SLF001
         return super().state()
 
-    def _records_of(self, source: Source) -> int:
+    def _records_of(self, source: Records) -> int:
         access = self._users.__tiercache__()
         return len(self._users if source is access.source else access.with_source(source))
 
@@ -335,7 +338,7 @@ def _shuffled_numbers(read: Any, share: OrderShare) -> Iterator[NDArray[np.int64
         shards = sorted({int(shard) for window in piece.windows for shard in window.shards})
         missing = [shard for shard in shards if shard not in starts]
         starts = {shard: starts[shard] for shard in shards if shard in starts}
-        for shard, table in zip(missing, read.block_tables(missing), strict=True):
+        for shard, table in zip(missing, read.block_sizes(missing), strict=True):
             starts[shard] = first_records[shard] + np.cumsum(table.records) - table.records
         numbers = _record_numbers(piece, starts)
         yield numbers if served is None else served[numbers]
@@ -358,30 +361,30 @@ _YIELDED, _ORDER = "yielded", "order"
 class OrderSampler(torch_data.Sampler[int]):
     """Mixin for torch's samplers: its iterators return the record numbers of the loader's next epoch.
 
-    Such an iterator begins the epoch, as iter(loader) does. If `run` is None, the class behaves as torch's sampler.
+    Such an iterator begins the epoch, as iter(loader) does. If `engine` is None, the class behaves as torch's sampler.
 
     Attributes:
-        run: The loader's engine.
+        engine: The loader's engine.
         is_split_by_others: Whether another library splits the record numbers among processes. Then the sampler returns
             all records in torch's order: that library keeps the generators of torch's samplers equal on all processes.
         requested_epoch: The epoch that set_epoch() chose for the next iterator.
     """
 
-    run: NativeEngine | None = None
+    engine: OrderEngine | None = None
     is_split_by_others = False
     requested_epoch: int | None = None
 
     def __iter__(self) -> Iterator[int]:
-        run = self.run
-        if run is None or (self.is_split_by_others and run.rank().world_size > 1):
+        engine = self.engine
+        if engine is None or (self.is_split_by_others and engine.rank().world_size > 1):
             return super().__iter__()
-        return OrderIterator(self, run)
+        return OrderIterator(self, engine)
 
     def __len__(self) -> int:
-        run = self.run
-        if run is None or (self.is_split_by_others and run.rank().world_size > 1):
+        engine = self.engine
+        if engine is None or (self.is_split_by_others and engine.rank().world_size > 1):
             return super().__len__()  # type: ignore[misc, no-any-return]  # torch's samplers define it
-        return run.n_served()
+        return engine.n_served()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of this sampler's next iterator. The loader's own iterators ignore it."""
@@ -392,7 +395,7 @@ class OrderSampler(torch_data.Sampler[int]):
 
         The copy behaves as torch's sampler until it is bound to a loader.
         """
-        return {name: value for name, value in vars(self).items() if name != "run"}
+        return {name: value for name, value in vars(self).items() if name != "engine"}
 
 
 class ShuffledOrder(OrderSampler, RandomSampler):
@@ -406,11 +409,11 @@ class StoredOrder(OrderSampler, torch_data.SequentialSampler):
 class OrderIterator(Iterator[int]):
     """This rank's record numbers of one epoch, which begins with the first number: torch's samplers draw then."""
 
-    def __init__(self, sampler: OrderSampler, run: NativeEngine) -> None:
+    def __init__(self, sampler: OrderSampler, engine: OrderEngine) -> None:
         self._sampler = sampler
-        self._run = run
+        self._engine = engine
         self._numbers: Iterator[int] | None = None
-        self._begun: RunState | None = None
+        self._epoch_state: RunState | None = None
         self._n_yielded = 0
 
     def __next__(self) -> int:
@@ -421,7 +424,7 @@ class OrderIterator(Iterator[int]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values: the epoch's order, once it has begun, and how many numbers were returned."""
-        order = None if self._begun is None else self._begun.to_dict()
+        order = None if self._epoch_state is None else self._epoch_state.to_dict()
         return {_YIELDED: self._n_yielded, _ORDER: order}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -435,12 +438,12 @@ class OrderIterator(Iterator[int]):
     def _begin(self, state: RunState | None) -> Iterator[int]:
         epoch, self._sampler.requested_epoch = self._sampler.requested_epoch, None
         if state is None and epoch is not None:
-            self._run.set_epoch(epoch)
-        self._begun, read, share, draws = self._run.begin_for_sampler(state)
+            self._engine.set_epoch(epoch)
+        self._epoch_state, read, share, draws = self._engine.begin_for_sampler(state)
         self._numbers = self._given(read, share, draws)
         return self._numbers
 
     def _given(self, read: Any, share: OrderShare, draws: TorchDraws) -> Iterator[int]:
         for numbers in served_numbers(read, share, draws):
             yield from numbers.tolist()
-        self._run.end_for_sampler(share)
+        self._engine.end_for_sampler(share)

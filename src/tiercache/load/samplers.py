@@ -146,10 +146,10 @@ def draw_indices(sampler: Any) -> NDArray[np.int64]:
     """
     kind = type(sampler)
     if kind in _PLAIN:
-        found = np.asarray(sampler.numpy(force=True) if isinstance(sampler, torch.Tensor) else sampler)
-        if len(found) and (found.ndim != 1 or found.dtype.kind not in "iu"):
-            raise TypeError(f"a sampler must return integer record numbers, it returned {found.dtype}")
-        return np.ascontiguousarray(found, np.int64)
+        numbers = np.asarray(sampler.numpy(force=True) if isinstance(sampler, torch.Tensor) else sampler)
+        if len(numbers) and (numbers.ndim != 1 or numbers.dtype.kind not in "iu"):
+            raise TypeError(f"a sampler must return integer record numbers, it returned {numbers.dtype}")
+        return np.ascontiguousarray(numbers, np.int64)
     if kind is torch_data.SequentialSampler:
         return np.arange(len(sampler))
     if kind is torch_data.WeightedRandomSampler:
@@ -253,7 +253,7 @@ class _RandomIterator:
         self._sampler = sampler
         self._indices: Iterator[int] | None = None
         self._n = 0
-        self._begun: dict[str, Any] | None = None  # the seed or the generator state that determines the order
+        self._seed_or_state: dict[str, Any] | None = None  # the seed or the generator state that determines the order
 
     def __iter__(self) -> _RandomIterator:
         return self
@@ -266,38 +266,38 @@ class _RandomIterator:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values, and the generator's state if the user gave a generator. Draws nothing."""
-        if self._begun is None and self._sampler.generator is None:
-            self._begun = {_SEED: self._sampler.look_at_seed()}
-        state = {_N_INDICES: self._n, **(self._begun or {_GENERATOR: self._sampler.generator.get_state()})}
+        if self._seed_or_state is None and self._sampler.generator is None:
+            self._seed_or_state = {_SEED: self._sampler.look_at_seed()}
+        state = {_N_INDICES: self._n, **(self._seed_or_state or {_GENERATOR: self._sampler.generator.get_state()})}
         return {**state, _IS_DRAWN: False} if self._indices is None else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state. Does not repeat draws from torch's own random numbers."""
         self._n = state[_N_INDICES]
-        begun = {key: state[key] for key in (_SEED, _GENERATOR) if key in state}
-        if _SEED in begun and not state.get(_IS_DRAWN, True):
-            self._begun = begun
+        seed_or_state = {key: state[key] for key in (_SEED, _GENERATOR) if key in state}
+        if _SEED in seed_or_state and not state.get(_IS_DRAWN, True):
+            self._seed_or_state = seed_or_state
             return
-        for _ in islice(self._begin(begun), self._n):
+        for _ in islice(self._begin(seed_or_state), self._n):
             pass
 
-    def _begin(self, begun: dict[str, Any] | None) -> Iterator[int]:
-        """Draw the order. begun: the seed or generator state of a loaded state; None: a new epoch."""
+    def _begin(self, seed_or_state: dict[str, Any] | None) -> Iterator[int]:
+        """Draw the order. seed_or_state: the seed or generator state of a loaded state; None: a new epoch."""
         sampler, generator = self._sampler, self._sampler.generator
         if generator is None:
-            if begun is None:  # a state that was taken before the first index stays valid
+            if seed_or_state is None:  # a state that was taken before the first index stays valid
                 seed = sampler.take_seed()
-                begun = self._begun or {_SEED: seed}
+                seed_or_state = self._seed_or_state or {_SEED: seed}
             generator = torch.Generator()
-            if _SEED in begun:
-                generator.manual_seed(begun[_SEED])
+            if _SEED in seed_or_state:
+                generator.manual_seed(seed_or_state[_SEED])
             else:
-                generator.set_state(begun[_GENERATOR])
-        elif begun is None:
-            begun = {_GENERATOR: generator.get_state()}
-        elif _GENERATOR in begun:
-            generator.set_state(begun[_GENERATOR])
-        self._begun = begun
+                generator.set_state(seed_or_state[_GENERATOR])
+        elif seed_or_state is None:
+            seed_or_state = {_GENERATOR: generator.get_state()}
+        elif _GENERATOR in seed_or_state:
+            generator.set_state(seed_or_state[_GENERATOR])
+        self._seed_or_state = seed_or_state
         n_samples = sampler._num_samples  # noqa: SLF001 -- None: one per record
         self._indices = iter(torch_data.RandomSampler(sampler.data_source, sampler.replacement, n_samples, generator))
         return self._indices

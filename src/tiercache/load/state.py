@@ -15,7 +15,7 @@ from tiercache.errors import ObjectChanged, UnsupportedFormat
 from tiercache.model import SourcePart
 
 if TYPE_CHECKING:
-    from tiercache.load.output_spec import Source
+    from tiercache.views import Records
 
 
 # Format 2 has streams, several data sets and selections. This release does not read format 1 (one stream, other keys).
@@ -156,7 +156,7 @@ def _check_values(state: Mapping[str, Any]) -> None:
             raise ValueError(f"the state's {name} must be {expected}, got {state[name]!r}")
 
 
-def reopen(source: Source, state: RunState) -> Source:
+def reopen(source: Records, state: RunState) -> Records:
     """Return the source at the versions that the state names: the same data sets and the same selection.
 
     Raises:
@@ -170,8 +170,8 @@ def reopen(source: Source, state: RunState) -> Source:
             found=", ".join(part.dataset_id for part in source.parts),
         )
     versions = [part.version for part in state.parts]
-    found = source if versions == [part.version for part in source.parts] else source.at_versions(versions)
-    for expected, part in zip(state.parts, found.parts, strict=True):
+    reopened = source if versions == [part.version for part in source.parts] else source.at_versions(versions)
+    for expected, part in zip(state.parts, reopened.parts, strict=True):
         if part.fingerprint != expected.fingerprint:
             raise ObjectChanged(
                 f"version {part.version} is not the one that the state was saved on",
@@ -186,7 +186,7 @@ def reopen(source: Source, state: RunState) -> Source:
                 expected=expected.selection or "all records",
                 found=part.selection or "all records",
             )
-    return found
+    return reopened
 
 
 # torchdata's keys of a state without workers, and of the snapshot's sampler.
@@ -245,9 +245,9 @@ def state_for_workers(state: Mapping[str, Any], n_workers: int, base_seed: int, 
 
 def _has_data_set_state(state: Mapping[str, Any]) -> bool:
     parts = state[_SNAPSHOT][_WORKERS].values() if _SNAPSHOT in state else [state]
-    found = [part.get(_DATASET) for part in parts if part is not None]
-    found += [(part.get(_FETCHER) or {}).get("dataset_iter_state") for part in parts if part is not None]
-    return any(one is not None for one in found)
+    states = [part.get(_DATASET) for part in parts if part is not None]
+    states += [(part.get(_FETCHER) or {}).get("dataset_iter_state") for part in parts if part is not None]
+    return any(one is not None for one in states)
 
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:

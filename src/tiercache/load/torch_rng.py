@@ -407,8 +407,8 @@ class RandomGenerators:
 
         with_own: whether the generators that the sampler holds are restored too.
         """
-        kept = {name: generator for name, generator in self._generators.items() if with_own or name in SHARED}
-        before = {name: _plain(_get(generator)) for name, generator in kept.items()}
+        restored = {name: generator for name, generator in self._generators.items() if with_own or name in SHARED}
+        before = {name: _plain(_get(generator)) for name, generator in restored.items()}
         try:
             yield
         finally:

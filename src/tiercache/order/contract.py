@@ -1,7 +1,7 @@
 """Inputs and interface of an order.
 
-`OrderOptions`, `Layout` and `BlockTable` are what an order is made from; `Order` and its sections are what a loader
-reads by.
+`OrderOptions`, `DatasetLayout` and `BlockSizes` are what an order is made from; `Order` and its sections are what a
+loader reads by.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class OrderOptions:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class BlockTable:
-    """Blocks of one shard, from its footer.
+class BlockSizes:
+    """Sizes of the blocks of one shard, from its footer.
 
     Attributes:
         records: int64[n_blocks], number of records of each block.
@@ -77,20 +77,20 @@ class BlockTable:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Layout:
+class DatasetLayout:
     """Shards of a data set in stored order, and access to their footers.
 
     Attributes:
         records: int64[n_shards], number of records of each shard.
         stored_bytes: int64[n_shards], bytes of each whole shard as stored.
-        blocks: Function that returns the block tables of shards, given their numbers, in the same order. An order calls
+        blocks: Function that returns the block sizes of shards, given their numbers, in the same order. An order calls
             it for the non-empty shards of one shard group, or of the records of one window, from any thread. Its
             exceptions are passed on; the function itself should cache its results.
     """
 
     records: NDArray[np.int64]
     stored_bytes: NDArray[np.int64]
-    blocks: Callable[[Sequence[int]], Sequence[BlockTable]]
+    blocks: Callable[[Sequence[int]], Sequence[BlockSizes]]
 
     def __post_init__(self) -> None:
         """Convert integer arrays to int64. Raises ValueError if their lengths differ or a number is negative."""

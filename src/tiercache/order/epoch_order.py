@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.order.contract import BlockTable, Layout, OrderOptions
+    from tiercache.order.contract import BlockSizes, DatasetLayout, OrderOptions
 
 
 _PERSON = b"tiercache.order1"  # 16 bytes of BLAKE2b personalisation: no other use of the hash yields the same keys
@@ -175,7 +175,7 @@ class EpochOrder:
     two of them build the same group.
     """
 
-    def __init__(self, layout: Layout, options: OrderOptions, epoch: int) -> None:
+    def __init__(self, layout: DatasetLayout, options: OrderOptions, epoch: int) -> None:
         if epoch < 0:
             raise ValueError(f"epoch must be 0 or more, got {epoch}")
         self.layout = layout
@@ -332,7 +332,7 @@ class EpochOrder:
             cuts=cuts,
         )
 
-    def _tables_of(self, members: NDArray[np.int64]) -> Sequence[BlockTable]:
+    def _tables_of(self, members: NDArray[np.int64]) -> Sequence[BlockSizes]:
         tables = self.layout.blocks(members.tolist())
         for shard, table in zip(members.tolist(), tables, strict=True):
             found, expected = int(table.records.sum()), int(self.layout.records[shard])

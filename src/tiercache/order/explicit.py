@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.order.contract import Layout
+    from tiercache.order.contract import DatasetLayout
 
 # Record locations of a window take 24 bytes a row; the maximum is located in about 20 ms. The first batch does not wait
 # for that: the first section is small, and each section has at most four times the rows of the one before.
@@ -96,7 +96,7 @@ class RecordLocator:
     Threads may share it: at worst two of them read the same footers.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: DatasetLayout) -> None:
         self._first_record = offsets_of_counts(layout.records)
         self._n_filled = int(np.count_nonzero(layout.records))  # number of non-empty shards
         self._blocks = layout.blocks
@@ -259,7 +259,7 @@ class ExplicitOrder:
 
     def __init__(
         self,
-        layout: Layout,
+        layout: DatasetLayout,
         numbers: NDArray[np.int64],
         window_bytes: int | None,
         is_mapped: Callable[[int], bool] = lambda _shard: False,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from tiercache._native.permute import RowFinder
-from tiercache.order.contract import Layout, OrderOptions
+from tiercache.order.contract import DatasetLayout, OrderOptions
 from tiercache.order.epoch_order import EpochOrder, derive_key
 from tiercache.order.interleaving import StreamAllocation, StreamInterleaving, apportion, stream_records
 from tiercache.order.window import ShardGroups, allocate_rows, concat_groups
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.order.contract import BlockTable
+    from tiercache.order.contract import BlockSizes
     from tiercache.order.window import Window
 
 
@@ -42,10 +42,10 @@ _KEPT_EPOCHS = 4  # the streams of a part are in the same part epoch or in neigh
 class MixturePart:
     """One part of a mixture: its orders by part epoch, of which the last few are cached. Threads may share it."""
 
-    def __init__(self, layout: Layout, shards: slice, options: OrderOptions, n_drawn: int) -> None:
+    def __init__(self, layout: DatasetLayout, shards: slice, options: OrderOptions, n_drawn: int) -> None:
         self.first_shard = shards.start
         self.n_drawn = n_drawn
-        self.layout = Layout(layout.records[shards], layout.stored_bytes[shards], self._blocks)
+        self.layout = DatasetLayout(layout.records[shards], layout.stored_bytes[shards], self._blocks)
         self.n_records = int(self.layout.records.sum())
         self.n_stored_bytes = int(self.layout.stored_bytes.sum())
         has_streams = min(self.n_records, n_drawn) >= OWN_STREAM_RECORDS * options.streams
@@ -88,7 +88,7 @@ class MixturePart:
         """Return the key of the row order of the whole part in a part epoch; None without shuffle."""
         return derive_key(self.options.seed, "whole", own_epoch) if self.options.shuffle else None
 
-    def _blocks(self, shards: Sequence[int]) -> Sequence[BlockTable]:
+    def _blocks(self, shards: Sequence[int]) -> Sequence[BlockSizes]:
         return self._joined.blocks([self.first_shard + shard for shard in shards])
 
 
@@ -415,7 +415,7 @@ class MixtureOrder:
     It is immutable except for the last windows, which are cached as in `EpochOrder`; threads may share it.
     """
 
-    def __init__(self, layout: Layout, spec: MixtureSpec, options: OrderOptions, epoch: int) -> None:
+    def __init__(self, layout: DatasetLayout, spec: MixtureSpec, options: OrderOptions, epoch: int) -> None:
         if epoch < 0:
             raise ValueError(f"epoch must be 0 or more, got {epoch}")
         self.layout = layout

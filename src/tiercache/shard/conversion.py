@@ -139,6 +139,15 @@ def round_to_bfloat16(array: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
     return np.where(np.isnan(single), quiet_nan, rounded).astype(np.uint16)
 
 
+def bfloat16_tensor(bits: npt.NDArray[Any]) -> Any:
+    """Return the torch tensor of these bits of bfloat16 elements, in the same memory; None if torch is not imported.
+
+    numpy has no such dtype. The function does not import torch: a program that has no torch cannot use the tensor.
+    """
+    torch = sys.modules.get("torch")
+    return None if torch is None else torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+
+
 def widen_bfloat16(bits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Return the float32 values that equal bfloat16 values, given by their bits."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)

@@ -399,13 +399,12 @@ class LocalStore(Protocol):
             NotFound: The object does not exist.
         """
 
-    def verify_copy(self, key: str, identity: ShardIdentity | None = None) -> bool:
-        """Verify the local copy of key after a reader found wrong bytes in it.
+    def remove_if_corrupt(self, key: str, identity: ShardIdentity | None = None) -> bool:
+        """Check the local copy of key, in which a reader found wrong bytes, and remove it if it is corrupt.
 
         Returns:
-            True if the copy was wrong and has been removed: the caller opens the object again. False if the copy is
-                right,
-            or is the object itself.
+            True: The copy was corrupt and is removed; the caller opens the object again. False: The copy is right, or
+                it is the object itself.
         """
 
 

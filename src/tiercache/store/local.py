@@ -305,7 +305,7 @@ class LocalFolder(Store):
         with self._opened(key, "forget_cached") as fd:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def verify_copy(self, key: str, identity: ShardIdentity | None = None) -> bool:  # noqa: ARG002 -- the contract's names
+    def remove_if_corrupt(self, key: str, identity: ShardIdentity | None = None) -> bool:  # noqa: ARG002 -- the contract's names
         """Return False: the file is the object itself, and there is no other source to fetch it from."""
         return False
 

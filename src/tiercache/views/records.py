@@ -21,7 +21,7 @@ import numpy as np
 from tiercache.errors import NotFound, ObjectChanged
 from tiercache.model import NEVER, PublishedPlan, ReadingPlan, SourcePart
 from tiercache.opened_version import OpenedVersion, VersionSpec
-from tiercache.order import BlockTable
+from tiercache.order import BlockSizes
 from tiercache.order.mixture import MixtureSpec, StoredMixture
 from tiercache.shard.read.values import join_arrow, join_values
 from tiercache.shard.schema import Schema, check_same_columns
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 Stop = Literal["first", "all"]
 # Number of threads that read footers of several versions in parallel.
 _THREADS = 16
-_NO_BLOCKS = BlockTable(np.empty(0, np.int64), np.empty(0, np.int64))
+_NO_BLOCKS = BlockSizes(np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 class Step:
@@ -322,7 +322,7 @@ class Records:
 
     @property
     def has_cache(self) -> bool:
-        """Whether a cache is in use for any version; publish() gives that cache the read plan."""
+        """Whether a cache is in use for any version; publish() gives that cache the reading plan."""
         return any(version.has_cache for version in self.opened_versions)
 
     @property
@@ -360,10 +360,10 @@ class Records:
         version, number = self.locate(shard)
         return version.is_local(number)
 
-    def discard_corrupt_copy(self, shard: int) -> bool:
-        """See OpenedVersion.discard_corrupt_copy."""
+    def remove_if_corrupt(self, shard: int) -> bool:
+        """See OpenedVersion.remove_if_corrupt."""
         version, number = self.locate(shard)
-        return version.discard_corrupt_copy(number)
+        return version.remove_if_corrupt(number)
 
     def _by_leaf(self, shards: Any) -> list[tuple[OpenedVersion, NDArray[np.int64], NDArray[np.int64]]]:
         """Return (version, indices of its shards, their numbers there) for each leaf that has any of the shards."""
@@ -385,32 +385,32 @@ class Records:
             for groups in by_version.values()
         ]
 
-    def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
-        """Return the block table of each of these shards, from their footers, which are read concurrently.
+    def block_sizes(self, shards: Sequence[int]) -> list[BlockSizes]:
+        """Return the block sizes of each of these shards, from their footers, which are read concurrently.
 
         records: Number of the selected records of each block; raw_bytes: of the whole block. A shard without selected
         records has no blocks.
         """
         if self.node is None:
-            return self.leaves[0].block_tables(shards)
+            return self.leaves[0].block_sizes(shards)
         chosen = [shard for shard in dict.fromkeys(shards) if self.shard_records[shard]]
         found = {shard: self._selected(shard, table) for shard, table in self._stored_tables(chosen).items()}
         return [found.get(shard, _NO_BLOCKS) for shard in shards]
 
-    def _selected(self, shard: int, table: BlockTable) -> BlockTable:
+    def _selected(self, shard: int, table: BlockSizes) -> BlockSizes:
         if self.selection is None:
             return table
         bounds = np.r_[0, np.cumsum(table.records)] + self._stored_first[shard]
-        return BlockTable(np.diff(self.selection.n_below(bounds)), table.raw_bytes)
+        return BlockSizes(np.diff(self.selection.n_below(bounds)), table.raw_bytes)
 
-    def _stored_tables(self, shards: Sequence[int]) -> dict[int, BlockTable]:
+    def _stored_tables(self, shards: Sequence[int]) -> dict[int, BlockSizes]:
         """Return the tables of whole blocks by shard. Several versions are read in parallel."""
         groups = self._by_version(shards)
         if len(groups) < 2:
-            found = [version.block_tables(numbers.tolist()) for version, _, numbers in groups]
+            found = [version.block_sizes(numbers.tolist()) for version, _, numbers in groups]
         else:
             with ThreadPoolExecutor(min(_THREADS, len(groups)), "tiercache-joined") as pool:
-                found = list(pool.map(lambda group: group[0].block_tables(group[2].tolist()), groups))
+                found = list(pool.map(lambda group: group[0].block_sizes(group[2].tolist()), groups))
         return {
             shards[position]: table
             for (_, where, _), tables in zip(groups, found, strict=True)

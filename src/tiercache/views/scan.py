@@ -22,7 +22,7 @@ from tiercache.views.selection import Selection, runs_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tiercache.order import BlockTable
+    from tiercache.order import BlockSizes
     from tiercache.shard.format.statistics import Statistics
     from tiercache.shard.schema import Column, Schema
     from tiercache.views.records import Records
@@ -41,7 +41,7 @@ def spans(source: Records) -> Iterator[tuple[int, int]]:
         return
     for shard in np.flatnonzero(source.shard_records).tolist():
         start = int(source.first_record[shard])
-        for n in source.block_tables([shard])[0].records.tolist():
+        for n in source.block_sizes([shard])[0].records.tolist():
             if n:
                 yield start, start + n
             start += n
@@ -55,7 +55,7 @@ def arrow_batches(source: Records) -> Iterator[pa.RecordBatch]:
             yield pa.RecordBatch.from_arrays(source.take_arrow(np.arange(start, stop)), schema=schema)
         return
     for shard in np.flatnonzero(source.shard_records).tolist():
-        (table,) = source.block_tables([shard])
+        (table,) = source.block_sizes([shard])
         for block in np.flatnonzero(table.records).tolist():
             arrays = source.arrays(shard, block)
             if not source.selects_all:
@@ -210,7 +210,7 @@ def _matches_of_shard(
     source: Records, expression: pc.Expression, shard: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return (starts, lengths) of the runs of matching records of a shard, as record numbers in stored order."""
-    (table,) = source.block_tables([shard])
+    (table,) = source.block_sizes([shard])
     first = np.r_[0, np.cumsum(table.records)] + source.first_record[shard]
     kept = []
     for blocks in _chunks(table):
@@ -227,7 +227,7 @@ def _matches_of_shard(
     return starts, np.diff(first)
 
 
-def _rows(source: Records, shard: int, blocks: NDArray[np.int64], table: BlockTable) -> NDArray[np.uint32]:
+def _rows(source: Records, shard: int, blocks: NDArray[np.int64], table: BlockSizes) -> NDArray[np.uint32]:
     """Return the rows of blocks of a shard that belong to the source, one block after the other."""
     counts = table.records[blocks]
     block = np.repeat(np.arange(len(blocks), dtype=np.uint32), counts)
@@ -247,7 +247,7 @@ def _table(columns: Sequence[Column], blocks: Sequence[Sequence[pa.Array]]) -> p
     )
 
 
-def _chunks(table: BlockTable) -> Iterator[NDArray[np.int64]]:
+def _chunks(table: BlockSizes) -> Iterator[NDArray[np.int64]]:
     """Yield blocks that hold records of the source, in chunks of CHUNK_BYTES or of one block."""
     chosen = np.flatnonzero(table.records)
     begin = 0

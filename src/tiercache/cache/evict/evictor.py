@@ -106,7 +106,7 @@ class AccountsMirror:
 
 # Number of files that one more copy may need beside it (record, pin, lock file, SQLite's journal); the accounts do not
 # count files.
-SPARE_FILES = 8
+MIN_FREE_FILES = 8
 # A leased copy cannot be evicted, and the policy does not know about leases. No copy is tried twice (20 us each), but a
 # round reads the accounts and the plans (1 to 3 ms), so each round goes WIDER times further down the list: three rounds
 # try a hundred leased copies, five try 65,536. The first round does not try all copies: if only one of 25,000 is
@@ -120,7 +120,7 @@ WATERMARK_SHARE = 0.01
 SOON_SHARE = 0.25
 # At most this share of the limit is kept for uses that come soon. Otherwise, many jobs, or stalled ones, could keep the
 # whole cache: no new copy would fit, and a smaller limit could not be enforced.
-SPARED_SHARE = 0.5
+PROTECTED_SHARE = 0.5
 # Copies that were deleted by hand, or by a process that died before it updated the accounts, leave the accounts too
 # high. The folder is scanned again before space is refused, but at most this often: a full cache refuses often, and a
 # scan takes milliseconds.
@@ -192,20 +192,20 @@ class Evictor:
 
     # -- space ---------------------------------------------------------------------------------------------------------
 
-    def spare_bytes(self) -> int:
+    def usable_bytes(self) -> int:
         """Return the free disk space above the reserve; at most 0 if the disk can take no more files.
 
         Eviction frees files too.
         """
         disk = disk_space(self._folder.root)
-        spare_bytes = disk.free_bytes - parse_bytes(self._min_free, whole_bytes=disk.total_bytes)
-        if disk.n_free_files is not None and disk.n_free_files < SPARE_FILES:
-            return min(spare_bytes, 0)
-        return spare_bytes
+        usable_bytes = disk.free_bytes - parse_bytes(self._min_free, whole_bytes=disk.total_bytes)
+        if disk.n_free_files is not None and disk.n_free_files < MIN_FREE_FILES:
+            return min(usable_bytes, 0)
+        return usable_bytes
 
     def lack_bytes(self, charge_bytes: int) -> int:
         """Return how many bytes must be evicted before charge_bytes can be reserved; 0 or less: none."""
-        return self._accounts.lack_bytes(charge_bytes, spare_bytes=self.spare_bytes)
+        return self._accounts.lack_bytes(charge_bytes, usable_bytes=self.usable_bytes)
 
     def freeable_bytes(self, requested: Set[str]) -> int:
         """Return the most bytes that the policy could evict for copies of these names, other than those copies."""
@@ -239,24 +239,24 @@ class Evictor:
         self._accounts.reconcile()
         return True
 
-    def reserve(self, name: str, charge_bytes: int, *, spare: Set[str] = frozenset()) -> bool:
-        """Reserve space for a copy; evict what the policy chooses, except the names in spare.
+    def reserve(self, name: str, charge_bytes: int, *, protected: Set[str] = frozenset()) -> bool:
+        """Reserve space for a copy; evict what the policy chooses, except the names in protected.
 
         Return False if there is no space.
         """
-        if self._accounts.reserve(name, charge_bytes, spare_bytes=self.spare_bytes):
+        if self._accounts.reserve(name, charge_bytes, usable_bytes=self.usable_bytes):
             return True
         self._reconcile()
-        kept, wider = {name, *spare}, 1
+        excluded, wider = {name, *protected}, 1
         with self._making_space():
             for _ in range(MAX_ROUNDS):
-                if self._accounts.reserve(name, charge_bytes, spare_bytes=self.spare_bytes):
+                if self._accounts.reserve(name, charge_bytes, usable_bytes=self.usable_bytes):
                     return True
                 lack_bytes = self.lack_bytes(charge_bytes)  # none, if another process has just freed space
-                if lack_bytes > 0 and not self._free(name, lack_bytes, kept, wider):
+                if lack_bytes > 0 and not self._free(name, lack_bytes, excluded, wider):
                     return False
                 wider *= WIDER
-            return self._accounts.reserve(name, charge_bytes, spare_bytes=self.spare_bytes)
+            return self._accounts.reserve(name, charge_bytes, usable_bytes=self.usable_bytes)
 
     def note_fetch(self, name: str) -> None:
         """Count a fetch of a copy that was evicted recently."""
@@ -281,27 +281,27 @@ class Evictor:
             finally:
                 lock.release()
 
-    def free_disk(self, charge_bytes: int, *, spare: Set[str] = frozenset()) -> None:
+    def free_disk(self, charge_bytes: int, *, protected: Set[str] = frozenset()) -> None:
         """Evict charge_bytes of copies that no plan names, whatever the accounts say: the disk itself is full."""
         if self._evicts:
             with self._making_space():
-                self._free("", charge_bytes, set(spare), 1)
+                self._free("", charge_bytes, set(protected), 1)
 
     def shrink(self) -> None:
         """Evict until the cache fits a smaller limit, with any policy, as far as copies can be evicted."""
         if self._over_bytes() <= 0:
             return
         policy, wider = self._policy if self._evicts else lru, 1
-        kept: set[str] = set()
+        excluded: set[str] = set()
         with self._making_space() as is_alone:
             while (need_bytes := self._over_bytes()) > 0:
                 request = SpaceRequest(0, need_bytes * wider, then=-1)
-                stayed = self._carry_out(*self._decide("", request, kept, policy), need_bytes)
+                stayed = self._carry_out(*self._decide("", request, excluded, policy), need_bytes)
                 # If every chosen copy was deleted, that is enough, or there are no more. And a copy that another
                 # process is deleting looks like one in use, and stays in the accounts until that process is done.
                 if not stayed or not is_alone:
                     return
-                kept |= stayed
+                excluded |= stayed
                 wider *= WIDER
 
     def _over_bytes(self) -> int:
@@ -310,8 +310,8 @@ class Evictor:
 
     # -- deciding ---------------------------------------------------------------------------------------------------
 
-    def _free(self, name: str, need_bytes: int, kept: set[str], wider: int) -> bool:
-        """Evict need_bytes for a copy; add copies that turn out to be in use to kept.
+    def _free(self, name: str, need_bytes: int, excluded: set[str], wider: int) -> bool:
+        """Evict need_bytes for a copy; add copies that turn out to be in use to excluded.
 
         Return False if there is nothing to try.
 
@@ -320,29 +320,29 @@ class Evictor:
         until = need_bytes
         if not self._uses_plans:
             until += int(self._accounts.limit_bytes() * WATERMARK_SHARE)
-        names, copies, decision = self._decide(name, SpaceRequest(need_bytes, max(until, need_bytes * wider)), kept)
+        names, copies, decision = self._decide(name, SpaceRequest(need_bytes, max(until, need_bytes * wider)), excluded)
         if decision.admit:
-            kept |= self._carry_out(names, copies, decision, until)
+            excluded |= self._carry_out(names, copies, decision, until)
         return bool(decision.victims)
 
     def _decide(
-        self, name: str, request: SpaceRequest, kept: Set[str], policy: Policy | None = None
+        self, name: str, request: SpaceRequest, excluded: Set[str], policy: Policy | None = None
     ) -> tuple[NameTable, CopyTable, Decision]:
         """Return the policy's decision about space for a copy; the name "" stands for no copy in particular."""
         with self._mirror_lock:
-            names, copies, (coming, after) = self._read_state(kept, [name] if name else [])
+            names, copies, (coming, after) = self._read_state(excluded, [name] if name else [])
             if name:
                 then = UNPLANNED if coming[0] == UNPLANNED else int(after[0])
                 request = SpaceRequest(request.need_bytes, request.want_bytes, then)
             return names, copies, (policy or self._policy)(copies, request)
 
-    def _read_state(self, kept: Iterable[str], requested: Iterable[str]) -> tuple[NameTable, CopyTable, Uses]:
+    def _read_state(self, excluded: Iterable[str], requested: Iterable[str]) -> tuple[NameTable, CopyTable, Uses]:
         """Return the names of all copies, the snapshot for the policy, and the next uses of the requested names."""
         self.flush_uses()
         mirror = self._mirror
         mirror.update()
         columns = {name: np.ascontiguousarray(mirror.rows[name]) for name in _ROW.names or ()}
-        keep = mirror.mask_of([*kept, *self._pinned()]) | ~columns.pop("recorded")
+        keep = mirror.mask_of([*excluded, *self._pinned()]) | ~columns.pop("recorded")
         (next_use, _), uses = self._plans.uses(mirror.names, NameTable.of_texts(requested))
         copies = CopyTable(
             **columns,
@@ -422,7 +422,7 @@ class Evictor:
 def _needed_soon(copies: CopyTable) -> NDArray[np.bool_]:
     """Return a mask of the copies that a live plan reads now, and of those fetched for a use that comes soon: bool[n].
 
-    Copies with the nearest uses are preferred, up to SPARED_SHARE. The mask is for policies that do not use plans. A
+    Copies with the nearest uses are preferred, up to PROTECTED_SHARE. The mask is for policies that do not use plans. A
     loader prefetches, and its copies have no reader yet: of two concurrent jobs, each evicted what the other had
     prefetched, and both fetched it twice (docs/design/eviction.md).
     """
@@ -431,7 +431,7 @@ def _needed_soon(copies: CopyTable) -> NDArray[np.bool_]:
     mask: NDArray[np.bool_] = (next_use == 0) | (is_fresh & (next_use <= limit_bytes * SOON_SHARE))
     rows = np.flatnonzero(mask)
     rows = rows[np.argsort(next_use[rows], kind="stable")]
-    mask[rows[np.cumsum(copies.charge_bytes[rows]) > limit_bytes * SPARED_SHARE]] = False
+    mask[rows[np.cumsum(copies.charge_bytes[rows]) > limit_bytes * PROTECTED_SHARE]] = False
     return mask
 
 

@@ -85,20 +85,20 @@ class PlanTable:
 
         Shards with the same copy become one row.
         """
-        found = NameTable.of(names)
-        order = found.order()
-        found = found.take(order)
+        copies = NameTable.of(names)
+        order = copies.order()
+        copies = copies.take(order)
         first, last, then = (np.asarray(column, np.int64)[order] for column in (plan.first, plan.last, plan.then))
-        starts = np.flatnonzero(found.is_new())
-        if len(starts) < len(found):
-            found = found.take(starts)
+        starts = np.flatnonzero(copies.is_new())
+        if len(starts) < len(copies):
+            copies = copies.take(starts)
             first, then = np.minimum.reduceat(first, starts), np.minimum.reduceat(then, starts)
             # The copy is in use until the last of its shards was read; NEVER stands for shards that this epoch does not
             # read.
             last = np.maximum.reduceat(np.where(last == NEVER, -1, last), starts)
             last = np.where(first == NEVER, NEVER, last)
         reader = blake2b(plan.reader.encode(), digest_size=len(_NOBODY)).digest() if plan.reader else _NOBODY
-        return cls(found, first, last, then, plan.owner, reader)
+        return cls(copies, first, last, then, plan.owner, reader)
 
     @property
     def end(self) -> int:

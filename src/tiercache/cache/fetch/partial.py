@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 # reader needs when columns are selected, up to two units per chunk.
 UNIT_BYTES = 4096
 # The size of one request: long enough for the full speed of a store. It is also the buffer size of a worker.
-PIECE_BYTES = 8 << 20
+REQUEST_BYTES = 8 << 20
 # If less than this is missing of a file, it is fetched too: a whole copy needs no map and is verified as a whole.
 LITTLE_BYTES = 256 << 10
 LITTLE_SHARE = 32
@@ -101,10 +101,10 @@ def ranges_of(mask: Mask, n_bytes: int) -> list[ByteRange]:
     return [ByteRange(first * UNIT_BYTES, min(last * UNIT_BYTES, n_bytes)) for first, last in runs_of(mask)]
 
 
-def first_piece(mask: Mask, n_bytes: int, piece_bytes: int = PIECE_BYTES) -> list[ByteRange]:
-    """Return the ranges of the first units of a mask, at most piece_bytes in total (whole units), for one request."""
+def next_request(mask: Mask, n_bytes: int, request_bytes: int = REQUEST_BYTES) -> list[ByteRange]:
+    """Return the ranges of the first units of a mask, at most request_bytes in total (whole units), for one request."""
     first = np.zeros_like(mask)
-    first[np.flatnonzero(mask)[: piece_bytes // UNIT_BYTES]] = True
+    first[np.flatnonzero(mask)[: request_bytes // UNIT_BYTES]] = True
     return ranges_of(first, n_bytes)
 
 
@@ -133,7 +133,7 @@ def sums_of(data: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint32], int]:
 
 def read_checksum(fd: int, n_bytes: int) -> tuple[int, int, OSError | None]:
     """Return the CRC-32C of a file as far as it can be read, the number of bytes read, and the error that ended it."""
-    buffer = memoryview(bytearray(min(PIECE_BYTES, max(n_bytes, 1))))
+    buffer = memoryview(bytearray(min(REQUEST_BYTES, max(n_bytes, 1))))
     crc = offset = 0
     while offset < n_bytes:
         try:
@@ -495,12 +495,12 @@ def read_all(fd: int, buffer: memoryview, offset: int) -> bool:
 def wrong_units(fd: int, presence: UnitMap) -> list[int]:
     """Return the offsets of the present units that differ from what the source sent.
 
-    For a piece that cannot be read, only its first offset is in the list.
+    For a part that cannot be read, only its first offset is in the list.
     """
     wrong: list[int] = []
     for span in ranges_of(presence.mask(), presence.n_bytes):
-        for start in range(span.start, span.end, PIECE_BYTES):
-            data = np.empty(min(PIECE_BYTES, span.end - start), np.uint8)
+        for start in range(span.start, span.end, REQUEST_BYTES):
+            data = np.empty(min(REQUEST_BYTES, span.end - start), np.uint8)
             if not read_all(fd, data.data, start):
                 wrong.append(start)
                 continue
@@ -524,8 +524,8 @@ def read_verified(fd: int, presence: UnitMap, spans: Sequence[Span]) -> bool:
 def _read_span(fd: int, presence: UnitMap, span: ByteRange, buffer: memoryview) -> bool:
     if span.end > presence.n_bytes:
         return False
-    for start in range(span.start // UNIT_BYTES * UNIT_BYTES, span.end, PIECE_BYTES):
-        end = min(start + PIECE_BYTES, -(-span.end // UNIT_BYTES) * UNIT_BYTES, presence.n_bytes)
+    for start in range(span.start // UNIT_BYTES * UNIT_BYTES, span.end, REQUEST_BYTES):
+        end = min(start + REQUEST_BYTES, -(-span.end // UNIT_BYTES) * UNIT_BYTES, presence.n_bytes)
         data = np.empty(end - start, np.uint8)
         if not read_all(fd, data.data, start):
             return False

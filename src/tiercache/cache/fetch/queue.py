@@ -30,7 +30,7 @@ JOIN_S = 30.0
 
 
 class Fetch:
-    """The fetch of one copy. The condition guards all state; no I/O happens while it is held.
+    """The fetch of one copy. The condition guards all state; no data is read or written while it is held.
 
     Leases request units while the fetch runs, and each waiting lease wakes as soon as its own units are present. The
     fetch ends when no requested unit is missing; a later request needs a new fetch.
@@ -41,20 +41,20 @@ class Fetch:
     Attributes:
         cancel: Event that stops the download.
         step: What the fetch does at the moment, for error messages.
-        spare: Names of copies that must not be evicted for this fetch.
+        protected: Names of copies that must not be evicted for this fetch.
     """
 
     def __init__(self, spec: CopySpec, store: Store, queue: FetchQueue, keep: Callable[[], object]) -> None:
         self.spec, self.store = spec, store
         self.cancel = Event()
         self.step = "waiting for a free thread"
-        self.spare: Set[str] = frozenset()
+        self.protected: Set[str] = frozenset()
         self._queue, self._keep = queue, keep
-        self._kept: object = None
+        self._cache_reference: object = None
         self._changed = Condition()
         self._started = self._done = self._closed = False
         self._n_users = 0
-        self._held: CopyHandle | None = None
+        self._handle: CopyHandle | None = None
         self._error: BaseException | None = None
         self._requested, self._urgent, self._refused, self._present = np.zeros((4, n_units(spec.n_bytes)), bool)
 
@@ -78,7 +78,7 @@ class Fetch:
                 self._urgent |= mask
             is_new = not self._started
             if is_new:
-                self._started, self._kept = True, self._keep()
+                self._started, self._cache_reference = True, self._keep()
         if is_new:
             self._queue.start(self, urgent=urgent)
         elif urgent:
@@ -111,7 +111,7 @@ class Fetch:
                 raise StoreError(
                     f"not in the cache after {limit_s:g} s: {self.step}", url=self.spec.source, retryable=True
                 )
-            error = None if self._covers(ranges) and self._held is not None else self._error
+            error = None if self._covers(ranges) and self._handle is not None else self._error
         if isinstance(error, TierCacheError):
             raise copy.copy(error) from error  # a copy for each waiting thread: a traceback belongs to one thread
         if error is not None:
@@ -127,11 +127,11 @@ class Fetch:
         one lock, which lasts until the last of them is closed.
         """
         with self._changed:
-            held = None if self._held is None else self._held.dup()
-            has_left = held is not None or self._done
+            handle = None if self._handle is None else self._handle.dup()
+            has_left = handle is not None or self._done
             if has_left:
                 self._leave()
-        return held, has_left
+        return handle, has_left
 
     def leave(self) -> None:
         """Stop being a user."""
@@ -149,11 +149,11 @@ class Fetch:
 
     # -- for the thread that runs it -----------------------------------------------------------------------------------
 
-    def set_file(self, held: CopyHandle, present: Mask) -> None:
+    def set_file(self, handle: CopyHandle, present: Mask) -> None:
         """Give this file to the leases and set the units that are present. The fetch takes ownership of the handle."""
-        held.keep_private()
+        handle.keep_private()
         with self._changed:
-            before, self._held = self._held, held
+            before, self._handle = self._handle, handle
             self._present = present.copy()
             self._changed.notify_all()
         if before is not None:
@@ -168,10 +168,10 @@ class Fetch:
     def reset(self) -> None:
         """Mark all units as missing, so that they are fetched again. Leases keep the handles that they have."""
         with self._changed:
-            held, self._held = self._held, None
+            handle, self._handle = self._handle, None
             self._present[:] = False
-        if held is not None:
-            held.close()
+        if handle is not None:
+            handle.close()
 
     def missing_units(self) -> tuple[Mask, Mask]:
         """Return the requested units that are neither present nor refused, and the urgent ones among them."""
@@ -206,15 +206,15 @@ class Fetch:
         with self._changed:
             self._done = self._closed = True
             self._error = error
-            kept, self._kept = self._kept, None
+            reference, self._cache_reference = self._cache_reference, None
             self._drop_unused()
             self._changed.notify_all()
-        del kept  # possibly the last reference to the cache, whose finalizer must not run under the lock
+        del reference  # possibly the last reference to the cache, whose finalizer must not run under the lock
 
     def _drop_unused(self) -> None:
-        if self._done and not self._n_users and self._held is not None:
-            held, self._held = self._held, None
-            held.close()
+        if self._done and not self._n_users and self._handle is not None:
+            handle, self._handle = self._handle, None
+            handle.close()
 
 
 class FetchQueue:

@@ -408,7 +408,7 @@ MAX_READERS = 1024
 
 
 class ReleasingPlan:
-    """A published read plan that also closes each shard of a pool after its last read.
+    """A published reading plan that also closes each shard of a pool after its last read.
 
     An open shard is pinned in the cache. If the cache is smaller than the data set, the pinned shards leave no room for
     others.

@@ -7,7 +7,6 @@ list), and the array "<column>.valid" is False for it.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ import pyarrow as pa
 
 from tiercache._native import gather
 from tiercache.errors import CorruptShard, SchemaError
-from tiercache.shard.conversion import ServedColumns, cast_kind, raise_cast_error
+from tiercache.shard.conversion import ServedColumns, bfloat16_tensor, cast_kind, raise_cast_error
 from tiercache.shard.read.blocks import Blocks
 from tiercache.shard.schema import Column, Kind, find_bad_shape
 
@@ -184,11 +183,11 @@ def _as_dtype(column: Column, stored: npt.NDArray[Any]) -> Any:
         return stored.view(np.bool_) if column.kind is Kind.BOOL else stored != 0  # a tensor's byte may have any value
     if column.dtype != "bfloat16":
         return stored
-    torch = sys.modules.get("torch")
-    if torch is None:
+    tensor = bfloat16_tensor(stored)
+    if tensor is None:
         message = "values of dtype bfloat16 are torch tensors: import torch first (numpy has no such dtype)"
         raise SchemaError(message, column=column.name, expected="torch", got="no torch")
-    return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
+    return tensor
 
 
 def _ragged(column: Column, rows: _Rows) -> list[Any]:

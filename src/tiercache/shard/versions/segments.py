@@ -207,7 +207,7 @@ def _read_segment(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Table:
         # If the local copy differs from what the version states, only the copy may be damaged: read the source instead,
         # and once more, because the data may have been damaged in transit.
         if source.local_copy is not None and isinstance(store, LocalStore):
-            store.verify_copy(ref.key, ref.identity(dataset_id))
+            store.remove_if_corrupt(ref.key, ref.identity(dataset_id))
             source.close()
             continue
         n_fetches += 1

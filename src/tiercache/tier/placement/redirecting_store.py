@@ -151,12 +151,12 @@ class RedirectingLocalStore(RedirectingStore):
 
         return self.resolver.follow(key, open_at)
 
-    def verify_copy(self, key: str, identity: ShardIdentity | None = None) -> bool:
-        """Distrust the cached copy of a remote object, see LocalStore.verify_copy; False for a file of this home."""
+    def remove_if_corrupt(self, key: str, identity: ShardIdentity | None = None) -> bool:
+        """See LocalStore.remove_if_corrupt. Returns False for a file of this home, which is the object itself."""
         if not self.is_remote(key):
             return False
         store = self.remote_store
-        return isinstance(store, LocalStore) and store.verify_copy(key, identity)
+        return isinstance(store, LocalStore) and store.remove_if_corrupt(key, identity)
 
 
 # -- check before a run ---------------------------------------------------------------------------------------------

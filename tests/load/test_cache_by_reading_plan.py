@@ -20,9 +20,9 @@ from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
 from tiercache.cache.evict.reading_plans import ReadingPlans
-from tiercache.load import read_plan
+from tiercache.load import reading_plan
 from tiercache.load.epoch import NextEpoch
-from tiercache.load.read_plan import ReadPlanPublisher
+from tiercache.load.reading_plan import ReadingPlanPublisher
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.opened_version import OpenedVersion
 from tiercache.shard.read.shard_reader import ReleasingPlan
@@ -309,7 +309,7 @@ def test_publishing_the_plan_of_many_shards_delays_no_batch(server, packed, tmp_
         return publish(self, plan)
 
     monkeypatch.setattr(OpenedVersion, "publish", publish_when_all_is_served)
-    monkeypatch.setattr(read_plan, "QUICK_SHARDS", 1)
+    monkeypatch.setattr(reading_plan, "QUICK_SHARDS", 1)
     with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options(), timeout=30)
@@ -382,15 +382,15 @@ def test_closing_the_cache_during_planning_leaves_no_plan(server, packed, tmp_pa
 
 
 def test_a_plan_that_is_ready_after_close_does_not_open_the_cache(server, packed, tmp_path, monkeypatch):
-    closed, forecast = threading.Event(), read_plan.make_read_plan
+    closed, forecast = threading.Event(), reading_plan.make_reading_plan
 
     def forecast_late(*given):
         plan = forecast(*given)
         assert closed.wait(60)
         return plan
 
-    monkeypatch.setattr(read_plan, "make_read_plan", forecast_late)
-    monkeypatch.setattr(read_plan, "QUICK_SHARDS", 1)  # so that a thread of its own makes it
+    monkeypatch.setattr(reading_plan, "make_reading_plan", forecast_late)
+    monkeypatch.setattr(reading_plan, "QUICK_SHARDS", 1)  # so that a thread of its own makes it
     monkeypatch.setattr(NextEpoch, "prepare", lambda *_: None)
     with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
@@ -415,7 +415,7 @@ def test_nothing_is_planned_where_nothing_is_cached(server, packed, tmp_path, mo
     def refuse(*_):
         raise AssertionError("planned")
 
-    monkeypatch.setattr(ReadPlanPublisher, "_publish", refuse)
+    monkeypatch.setattr(ReadingPlanPublisher, "_publish", refuse)
     dataset = tc.Dataset(f"{server.url}/data", cache=False)
     loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
     assert sum(len(batch["id"]) for batch in loader) == N

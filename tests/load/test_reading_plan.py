@@ -12,9 +12,9 @@ from tests.load.test_pieces import Case, cases
 from tests.order.brute import uniform
 from tests.order.brute_mixture import Mixed, mixtures
 
-from tiercache.load import read_plan as module
+from tiercache.load import reading_plan as module
 from tiercache.load.epoch import OrderShare
-from tiercache.load.read_plan import ReadClock, find_shard_uses, make_read_plan
+from tiercache.load.reading_plan import ReadClock, find_shard_uses, make_reading_plan
 from tiercache.model import NEVER
 from tiercache.order import EpochOrder, OrderOptions, RankPlan
 
@@ -67,7 +67,7 @@ def test_a_shard_is_read_then_when_the_next_epochs_first_use_of_it_comes(case: C
         orders = [EpochOrder(case.data.layout, case.how, case.epoch + 1 + i) for i in range(n_later)]
         later = [share_of(order, replace(ranks, offset=0)) for order in orders]
         uses = find_shard_uses(share, offset, n_shards)
-        plan = make_read_plan("me", uses, later, n_shards + 1)
+        plan = make_reading_plan("me", uses, later, n_shards + 1)
         assert plan.owner == "me"
         assert (np.diff(plan.shards) > 0).all()
         then, passed = dict.fromkeys(range(n_shards), NEVER), uses.clock.total
@@ -113,7 +113,7 @@ def plans_of(placement, streams: int, world_size: int, n_later: int, n_shards: i
             yield share_of(order, ranks, epoch)
 
     first = share_of(orders[0], ranks)
-    plan = make_read_plan("me", find_shard_uses(first, 0, n_shards), later(), n_shards, max_shards)
+    plan = make_reading_plan("me", find_shard_uses(first, 0, n_shards), later(), n_shards, max_shards)
     assert data.footers == []
     return plan, len(looked)
 

@@ -1,7 +1,7 @@
-"""The read plan that the cache gets: when a rank reads each shard, in this epoch and in later ones.
+"""The reading plan that the cache gets: when a rank reads each shard, in this epoch and in later ones.
 
-The clock of a read plan is the number of stored bytes that the job has read since the start of its epoch.
-make_read_plan() is a pure function; ReadPlanPublisher publishes, advances and withdraws the plan.
+The clock of a reading plan is the number of stored bytes that the job has read since the start of its epoch.
+make_reading_plan() is a pure function; ReadingPlanPublisher publishes, advances and withdraws the plan.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.load.epoch import OrderShare
-    from tiercache.load.output_spec import Source
     from tiercache.load.state import RunState
     from tiercache.model import PublishedPlan
     from tiercache.order.window import ShardGroups
+    from tiercache.views import Records
 
 
 # Maximum of later epochs that are examined. If a rank reads the same shards in each epoch, one is enough.
@@ -113,10 +113,10 @@ def _groups_from(groups: ShardGroups, stream: int, n_streams: int, start: int) -
     return replace(groups, starts=begins, stops=ends).moved_to(np.maximum(begins, start), ends)
 
 
-def make_read_plan(
+def make_reading_plan(
     owner: str, uses: ShardUses, later: Iterable[OrderShare], n_filled: int, max_shards: int = MAX_SHARDS_AHEAD
 ) -> ReadingPlan:
-    """Return the read plan of a rank.
+    """Return the reading plan of a rank.
 
     Args:
         owner: Description of the job for people.
@@ -130,10 +130,10 @@ def make_read_plan(
     next_read = np.full(n_shards, NEVER)
     elapsed, cost, n_quiet = uses.clock.total, 0, 0
     for number, share in enumerate(later):
-        found = find_shard_uses(share, 0, n_shards)
-        new_shards = found.shards[next_read[found.shards] == NEVER]
-        next_read[new_shards] = elapsed + found.clock.at(found.begins[new_shards])
-        elapsed += found.clock.total
+        later_uses = find_shard_uses(share, 0, n_shards)
+        new_shards = later_uses.shards[next_read[later_uses.shards] == NEVER]
+        next_read[new_shards] = elapsed + later_uses.clock.at(later_uses.begins[new_shards])
+        elapsed += later_uses.clock.total
         cost += cost_of(share, n_shards)
         n_quiet = n_quiet + 1 if not len(new_shards) and (next_read[uses.shards] != NEVER).all() else 0
         if n_quiet >= EPOCHS_WITHOUT_NEWS or np.count_nonzero(next_read != NEVER) == n_filled:
@@ -161,15 +161,15 @@ logger = logging.getLogger("tiercache")
 QUICK_SHARDS, QUICK_SHARDS_AHEAD = 4096, 1 << 17
 
 
-class ReadPlanPublisher:
-    """Publishes the read plan of one rank's epoch.
+class ReadingPlanPublisher:
+    """Publishes the reading plan of one rank's epoch.
 
     The planner begins, completes and advances it; the owner of the epoch closes it. Without a cache nothing is
     computed. A plan that cannot be written is not an error: the cache then knows less. Thread-safe; in a forked child
     the methods do nothing.
     """
 
-    def __init__(self, source: Source, state: RunState, plan_epoch: Callable[[RunState], OrderShare]) -> None:
+    def __init__(self, source: Records, state: RunState, plan_epoch: Callable[[RunState], OrderShare]) -> None:
         self._source = source
         self._state = state
         self._plan_epoch = plan_epoch
@@ -177,7 +177,7 @@ class ReadPlanPublisher:
         self._share: OrderShare | None = None
         self._uses: ShardUses | None = None
         self._following: PublishedPlan | None = None
-        self._before: ReadPlanPublisher | None = None  # closed once this publisher has published
+        self._before: ReadingPlanPublisher | None = None  # closed once this publisher has published
         self._is_complete = self._is_closed = False
         self._clock = 0
         self._pid = os.getpid()
@@ -213,7 +213,7 @@ class ReadPlanPublisher:
         if self._uses is not None and self._pid == os.getpid():  # a forked child may have inherited the lock locked
             self._advance(self._uses.clock.total)
 
-    def succeed(self, before: ReadPlanPublisher) -> None:
+    def succeed(self, before: ReadingPlanPublisher) -> None:
         """Close another publisher as soon as this one has published, or is closed."""
         if self._pid != os.getpid():
             return
@@ -275,7 +275,7 @@ class ReadPlanPublisher:
         owner = f"rank {ranks.rank} of {ranks.world_size}, epoch {self._state.epoch}, seed {share.seed}"
         # The rank's shares of the following epochs.
         later = (self._plan_epoch(self._state.following(n)) for n in itertools.count(self._state.epoch + 1))
-        plan = make_read_plan(owner, self._uses, later, n_filled, max_shards)
+        plan = make_reading_plan(owner, self._uses, later, n_filled, max_shards)
         # Closed while the plan was computed. The cache may be closed too, and must not be opened again.
         if self._is_closed:
             return None

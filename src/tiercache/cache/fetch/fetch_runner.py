@@ -1,4 +1,4 @@
-"""`Publisher` carries out a fetch, from the request to the published copy; `Download` transfers the bytes.
+"""`FetchRunner` carries out fetches, from the request to the published copy; `Download` transfers the bytes.
 
 Each fetch runs beside those of all other processes, under the lock of the name.
 """
@@ -18,7 +18,7 @@ from tiercache._native.checksum import combine
 from tiercache.cache.disk import is_disk_full
 from tiercache.cache.fetch.partial import (
     LITTLE_BYTES,
-    PIECE_BYTES,
+    REQUEST_BYTES,
     UNIT_BYTES,
     CopyHandle,
     Mask,
@@ -26,11 +26,11 @@ from tiercache.cache.fetch.partial import (
     bytes_of,
     charge_of,
     checksum_of,
-    first_piece,
     hold_part,
     map_bytes,
     mask_of,
     n_units,
+    next_request,
     to_fetch,
 )
 from tiercache.cache.lease import open_leased
@@ -59,35 +59,35 @@ if TYPE_CHECKING:
     from tiercache.stats import Counters
 
 
-N_PIECES_IN_FLIGHT = 4
+N_REQUESTS_IN_FLIGHT = 4
 
 
 class Download:
-    """The transfer of one fetch into its partial copy: reserves space, reads missing units, and settles the accounts.
+    """The transfer of one fetch into its partial copy: reserves space, reads missing units, and corrects the accounts.
 
     Space is reserved before the first byte. The reservation covers the space beyond what the accounts already charge
     for the partial copy; a larger reservation replaces a smaller one. Threads share the unit masks and the partial
-    copy under the lock; each thread has a buffer of at most PIECE_BYTES. New requests are admitted, under the lock, by
-    the thread that takes the next piece.
+    copy under the lock; each thread has a buffer of at most REQUEST_BYTES. New units are admitted, under the lock, by
+    the thread that takes the next ranges.
 
     Attributes:
         part: The partial copy; None: it is created with the first request.
     """
 
-    def __init__(self, publisher: Publisher, fetch: Fetch, lock: NameLock) -> None:
+    def __init__(self, fetch_runner: FetchRunner, fetch: Fetch, lock: NameLock) -> None:
         """Open the existing partial copy, if there is one, and offer it to the waiting leases. Raises OSError.
 
         On file systems where flock is not enforced, another process may hold the lock of the name too.
         """
-        self._publisher, self._fetch, self._name_lock = publisher, fetch, lock
+        self._fetch_runner, self._fetch, self._name_lock = fetch_runner, fetch, lock
         self._spec = fetch.spec
         self._reserved_bytes = self._charged_bytes = 0
         self._lock = Lock()
         self._error: BaseException | None = None
-        # CRC-32C and length of each piece that was written as a whole, by offset
+        # CRC-32C and length of each range that was written as a whole, by offset
         self._sums: dict[int, tuple[int, int]] = {}
         fetch.step = f"being fetched by process {os.getpid()}"
-        self.part = PartialCopy.open(publisher.folder, self._spec.name, self._spec.n_bytes)
+        self.part = PartialCopy.open(fetch_runner.folder, self._spec.name, self._spec.n_bytes)
         if self.part is not None:
             self._adopt(self.part)
         self._admitted = self._present().copy()
@@ -97,7 +97,7 @@ class Download:
 
     def _adopt(self, part: PartialCopy) -> None:
         """Enter a partial copy in the accounts and offer it to readers; on an error it is closed."""
-        folder, spec = self._publisher.folder, self._spec
+        folder, spec = self._fetch_runner.folder, self._spec
         try:
             if folder.read_record(spec.name) is None:
                 folder.write_record(spec.name, spec.record(spec.crc32c))
@@ -110,13 +110,13 @@ class Download:
             self._fetch.set_file(part.hold(), part.present)
         except BaseException as error:
             with closing(part):  # for example, the disk is too full for the record; a later fetch starts again
-                # Another process deletes these files, and drop() would not know this one.
+                # Another process deletes these files, and remove_partial_copy() would not know this one.
                 if isinstance(error, FileNotFoundError):
                     part.unlink_names(keep_map=False)
             raise
 
     def _charge(self, n_bytes: int) -> None:
-        self._publisher.book(self._spec, self._spec.record(self._spec.crc32c).to_json(), n_bytes)
+        self._fetch_runner.set_charge(self._spec, self._spec.record(self._spec.crc32c).to_json(), n_bytes)
 
     # -- transfer ---------------------------------------------------------------------------------------------------
 
@@ -139,10 +139,10 @@ class Download:
                     raise
                 if was_full:
                     self._fetch.refuse(self._fetch.missing_units()[0])
-                    self._publisher.disk_is_full()
+                    self._fetch_runner.disk_is_full()
                 else:
-                    spare = self._fetch.spare | {self._spec.name}
-                    self._publisher.evictor.free_disk(self._reserved_bytes, spare=spare)
+                    protected = self._fetch.protected | {self._spec.name}
+                    self._fetch_runner.evictor.free_disk(self._reserved_bytes, protected=protected)
                 was_full = not was_full
 
     def _transfer(self) -> None:
@@ -152,7 +152,7 @@ class Download:
             left_bytes = UNIT_BYTES * int((self._admitted & ~self._assigned).sum())
             helpers: list[Thread] = []
             try:
-                for _ in range(min(N_PIECES_IN_FLIGHT - 1, -(-left_bytes // PIECE_BYTES))):
+                for _ in range(min(N_REQUESTS_IN_FLIGHT - 1, -(-left_bytes // REQUEST_BYTES))):
                     helper = Thread(target=self._work, name="tiercache-part", daemon=True)
                     with suppress(RuntimeError):  # no more threads are allowed; the existing ones do all the work
                         helper.start()
@@ -167,7 +167,7 @@ class Download:
 
     def _work(self, ranges: list[ByteRange] | None = None) -> None:
         try:
-            buffer = np.empty(min(PIECE_BYTES, n_units(self._spec.n_bytes) * UNIT_BYTES), np.uint8)
+            buffer = np.empty(min(REQUEST_BYTES, n_units(self._spec.n_bytes) * UNIT_BYTES), np.uint8)
             ranges = self._next_ranges() if ranges is None else ranges
             while ranges is not None:
                 self._fetch_ranges(ranges, buffer)
@@ -187,21 +187,21 @@ class Download:
             todo = self._admitted & ~self._assigned
             # A small rest is fetched in one request, urgent or not: a second request would take longer than its bytes.
             first = todo if bytes_of(todo, n_bytes) <= LITTLE_BYTES else urgent & todo
-            ranges = first_piece(first, n_bytes) or first_piece(todo, n_bytes)
+            ranges = next_request(first, n_bytes) or next_request(todo, n_bytes)
             self._assigned |= mask_of(ranges, n_bytes)
             if ranges and self.part is None:
                 self.part = self._create()
             return ranges or None
 
     def _create(self) -> PartialCopy:
-        folder, name, n_bytes = self._publisher.folder, self._spec.name, self._spec.n_bytes
+        folder, name, n_bytes = self._fetch_runner.folder, self._spec.name, self._spec.n_bytes
         try:
             part = PartialCopy.create(folder, name, n_bytes)
         except FileExistsError:  # without enforced flock: another process has created one since the last check
-            found = PartialCopy.open(folder, name, n_bytes)
-            if found is None:
+            existing = PartialCopy.open(folder, name, n_bytes)
+            if existing is None:
                 raise FileNotFoundError(errno.ENOENT, "gone as soon as it was made", name) from None
-            part = found
+            part = existing
         self._adopt(part)
         return part
 
@@ -218,11 +218,11 @@ class Download:
     def _reserve(self, units: Mask) -> bool:
         """Reserve space for a partial copy of these units; return False if there is no space."""
         need_bytes = max(charge_of(units, self._spec.n_bytes) - self._charged_bytes, 0)
-        evictor, name = self._publisher.evictor, self._spec.name
-        self.note(need_bytes)
-        if not evictor.reserve(name, need_bytes, spare=self._fetch.spare | {name}):
-            self.note(self._reserved_bytes)
-            self._publisher.warn_no_space(self._spec, need_bytes)
+        evictor, name = self._fetch_runner.evictor, self._spec.name
+        self.note_reservation(need_bytes)
+        if not evictor.reserve(name, need_bytes, protected=self._fetch.protected | {name}):
+            self.note_reservation(self._reserved_bytes)
+            self._fetch_runner.warn_no_space(self._spec, need_bytes)
             return False
         if not self._reserved_bytes:
             evictor.note_fetch(name)
@@ -246,7 +246,7 @@ class Download:
             crc = part.write(span.start, data)
             if crc is not None:
                 self._sums[span.start] = crc, span.n_bytes
-        self._publisher.counters.add("bytes_fetched", position)
+        self._fetch_runner.counters.add("bytes_fetched", position)
         self._fetch.add_present(part.present)
 
     def _read(self, spans: list[tuple[ByteRange, memoryview]]) -> None:
@@ -272,46 +272,47 @@ class Download:
     # -- end --------------------------------------------------------------------------------------------------------
 
     def checksum(self) -> int | None:
-        """Return the CRC-32C of the whole file from its pieces; None if other processes wrote some: read it back."""
+        """Return the CRC-32C of the whole file, combined from its ranges; None if other processes wrote some."""
         crc = offset = 0
         while offset in self._sums and (offset < self._spec.n_bytes or not offset):
-            piece_crc, n_bytes = self._sums[offset]
-            crc = combine(crc, piece_crc, n_bytes)
+            range_crc, n_bytes = self._sums[offset]
+            crc = combine(crc, range_crc, n_bytes)
             offset += n_bytes
             if not n_bytes:
                 break
         return crc if offset == self._spec.n_bytes else None
 
-    def note(self, n_bytes: int) -> None:
-        """Note in the lock file how many bytes this fetch may still add, in case the accounts must be rebuilt."""
-        self._name_lock.note({"owner": str(self._publisher.owners.me), "reserved_bytes": n_bytes})
+    def note_reservation(self, n_bytes: int) -> None:
+        """Write to the lock file how many bytes this fetch may still add, in case the accounts must be rebuilt."""
+        self._name_lock.note({"owner": str(self._fetch_runner.owners.me), "reserved_bytes": n_bytes})
 
-    def settle(self) -> None:
+    def update_charge(self) -> None:
         """Set the charge of the partial copy in the accounts to its present size; one without units is removed."""
-        self.note(0)  # first: after the commit, the note would be counted whenever the accounts are rebuilt
+        # First: after the commit, the entry would be counted whenever the accounts are rebuilt.
+        self.note_reservation(0)
         if self.part is None or not self.part.has_name:  # another process found it corrupt and removed it
-            self._publisher.accounts.release(self._spec.name)
+            self._fetch_runner.accounts.release(self._spec.name)
         elif self.part.present.any():
             self._charge(charge_of(self.part.present, self._spec.n_bytes))
             crash_point("fetch.booked")
         else:
-            self.drop()
+            self.remove_partial_copy()
 
-    def drop(self) -> None:
+    def remove_partial_copy(self) -> None:
         """Remove the partial copy and its charge. If it has lost its name, the name belongs to another file."""
-        self.note(0)
+        self.note_reservation(0)
         self._fetch.reset()  # with our own handle open, the file would count as deleted but still in use
         if self.part is not None and self.part.has_name:
-            self._publisher.remove(self._spec.name)
-        self._publisher.accounts.release(self._spec.name)
+            self._fetch_runner.remove(self._spec.name)
+        self._fetch_runner.accounts.release(self._spec.name)
 
     def fail(self, error: BaseException) -> None:
         """After an error, keep what has come for a later fetch, unless the object has changed at its source."""
         with suppress(OSError):  # the first error is the one to report
             if isinstance(error, ObjectChanged):
-                self.drop()
+                self.remove_partial_copy()
             else:
-                self.settle()
+                self.update_charge()
 
     def close(self) -> None:
         """Close the partial copy."""
@@ -330,8 +331,10 @@ MAX_BEGINNINGS = 3
 
 
 @dataclass(slots=True)
-class Publisher:
-    """Fetches copies and publishes them. run() is called by one thread per fetch, and by many threads at once.
+class FetchRunner:
+    """Carries out fetches: takes the lock of the name, downloads, verifies, publishes, and removes corrupt copies.
+
+    run() is called by one thread per fetch, and by many threads at once.
 
     Attributes:
         unrecorded: Names of copies without a record. Each is verified before it is used, and then gets a record.
@@ -360,7 +363,7 @@ class Publisher:
                     raise
                 # The disk was full for a record, a name or the accounts, which downloads do not handle. What was
                 # fetched stays.
-                self.evictor.free_disk(charge_bytes(fetch.spec.n_bytes), spare=fetch.spare)
+                self.evictor.free_disk(charge_bytes(fetch.spec.n_bytes), protected=fetch.protected)
                 self._run_locked(fetch)
         except StoreError:
             raise  # NotFound is also an OSError
@@ -398,9 +401,9 @@ class Publisher:
         if dataset is None:
             return
         used_bytes, reserved_bytes, limit_bytes = self.accounts.sums()
-        spare_bytes = max(self.evictor.spare_bytes(), 0)
-        if spare_bytes < need_bytes:
-            reason = f"the disk has only {format_bytes(spare_bytes)} left above the cache's min_free"
+        usable_bytes = max(self.evictor.usable_bytes(), 0)
+        if usable_bytes < need_bytes:
+            reason = f"the disk has only {format_bytes(usable_bytes)} left above the cache's min_free"
             remedy = "free disk space, lower min_free=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
         else:
             used = f"{format_bytes(used_bytes + reserved_bytes)} of {format_bytes(limit_bytes)}"
@@ -449,10 +452,10 @@ class Publisher:
         if fd is not None:
             _offer(fetch, CopyHandle(fd))
             return True
-        held = hold_part(self.folder, spec.name, spec.n_bytes)
-        if held is None:
+        handle = hold_part(self.folder, spec.name, spec.n_bytes)
+        if handle is None:
             return False
-        present = _offer(fetch, held)
+        present = _offer(fetch, handle)
         # A partial copy with all units gets its final name in a moment.
         return not present.all() and not fetch.missing_units()[0].any()
 
@@ -460,16 +463,16 @@ class Publisher:
         """Serve the request from an existing copy, or fetch what is missing, and once more if it was corrupt."""
         if self._offer_copy(fetch):
             return
-        spec, found = fetch.spec, None
+        spec, crc = fetch.spec, None
         for _ in range(2):
-            found = self._fetch_missing(fetch, lock)
-            if found is None:
+            crc = self._fetch_missing(fetch, lock)
+            if crc is None:
                 return
         self.counters.add("poisoned")
         if spec.crc32c is not None:
-            self.folder.add_corrupt_source(spec.name, spec.source, spec.crc32c, found)
+            self.folder.add_corrupt_source(spec.name, spec.source, spec.crc32c, crc)
         raise CorruptShard(
-            f"corrupt at its source: two fetches did not match the checksum (CRC-32C {found:08x}, expected "
+            f"corrupt at its source: two fetches did not match the checksum (CRC-32C {crc:08x}, expected "
             f"{spec.crc32c or 0:08x})",
             url=spec.source,
         )
@@ -552,7 +555,7 @@ class Publisher:
                     raise
                 fetch.reset()
                 self.owners.ensure()
-                download.drop()
+                download.remove_partial_copy()
             except BaseException as error:
                 download.fail(error)
                 raise
@@ -569,15 +572,15 @@ class Publisher:
             download.run()
             part = download.part
             if part is not None and part.is_complete():
-                download.note(0)
-                found = self._publish(fetch, part, download.checksum())
-                if found is not None:
+                download.note_reservation(0)
+                crc = self._publish(fetch, part, download.checksum())
+                if crc is not None:
                     fetch.reset()
-                    return found
+                    return crc
                 if fetch.close_if_done():
                     return None
             elif fetch.close_if_done():
-                download.settle()
+                download.update_charge()
                 return None
 
     def _publish(self, fetch: Fetch, part: PartialCopy, crc: int | None) -> int | None:
@@ -616,12 +619,12 @@ class Publisher:
             keep_map = spec.identity is None  # no footer inside contains the checksums of its units
             part.unlink_names(keep_map=keep_map)
             crash_point("publish.unparted")
-        self.book(spec, record.to_json(), self._charge_of_copy(spec))
+        self.set_charge(spec, record.to_json(), self._charge_of_copy(spec))
         crash_point("publish.booked")
         self.unrecorded.discard(spec.name)
         return was_first
 
-    def book(self, spec: CopySpec, record: str, charge: int) -> None:
+    def set_charge(self, spec: CopySpec, record: str, charge: int) -> None:
         """Set the charge of a copy in the accounts.
 
         On a file system where flock is not enforced, two processes may have extended one partial copy, and each may
@@ -629,10 +632,10 @@ class Publisher:
         removed.
         """
         try:
-            self.accounts.book(spec.name, record, charge)
+            self.accounts.set_charge(spec.name, record, charge)
         except RuntimeError:
-            if self.evictor.reserve(spec.name, charge, spare=frozenset([spec.name])):
-                self.accounts.book(spec.name, record, charge)
+            if self.evictor.reserve(spec.name, charge, protected=frozenset([spec.name])):
+                self.accounts.set_charge(spec.name, record, charge)
             else:
                 self.remove(spec.name)
                 self.accounts.release(spec.name)
@@ -650,15 +653,15 @@ class Publisher:
         return min(max(self.folder.charge_of(spec.name) or 0, least), most)
 
 
-def _offer(fetch: Fetch, held: CopyHandle) -> Mask:
+def _offer(fetch: Fetch, handle: CopyHandle) -> Mask:
     """Give a handle to a fetch, which then owns it, and return the units that are present.
 
     An error closes the handle.
     """
     try:
-        present = np.ones(n_units(fetch.spec.n_bytes), bool) if held.presence is None else held.presence.mask()
+        present = np.ones(n_units(fetch.spec.n_bytes), bool) if handle.presence is None else handle.presence.mask()
     except BaseException:
-        held.close()
+        handle.close()
         raise
-    fetch.set_file(held, present)
+    fetch.set_file(handle, present)
     return present

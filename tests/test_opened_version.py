@@ -7,7 +7,7 @@ import numpy as np
 import tiercache as tc
 from tiercache.cache.names import name_of_identity
 from tiercache.model import NEVER, ReadingPlan
-from tiercache.opened_version import CopyNames, DatasetSource, OpenedVersion
+from tiercache.opened_version import CopyNames, DatasetLocation, OpenedVersion
 
 
 def test_the_names_of_many_shards_equal_those_of_their_identities(tmp_path):
@@ -16,7 +16,7 @@ def test_the_names_of_many_shards_equal_those_of_their_identities(tmp_path):
             tmp_path / "d", schema={"i": "int64"}, shard_size="4KiB", mode="append" if first else "create"
         ) as w:
             w.write_batch({"i": np.arange(first * 100, (first + 30) * 100)})
-    opened = OpenedVersion(DatasetSource(str(tmp_path / "d")), None, None)
+    opened = OpenedVersion(DatasetLocation(str(tmp_path / "d")), None, None)
     names, n = CopyNames(opened.manifest, opened.table), len(opened.table)
     shards = np.array([n - 1, 0, 2, 1], np.int64)
     for _ in range(2):

@@ -19,7 +19,7 @@ from tiercache.cli.selection import (
 )
 from tiercache.load.epoch import OrderShare
 from tiercache.model import ShardInfo
-from tiercache.order import EpochOrder, Layout, RankPlan
+from tiercache.order import DatasetLayout, EpochOrder, RankPlan
 from tiercache.shard.versions.segments import ShardTable, new_segment, parse_segment
 
 
@@ -50,7 +50,7 @@ def test_a_rank_reads_what_the_loader_says_it_reads_and_all_ranks_read_everythin
     records, sizes = np.array(shards, np.int64).T.copy()
     training = Training(seed, epoch, tuple(range(world_size)), world_size, placement=placement, group_bytes=group_bytes)
     reads = epoch_reads(records, sizes, training)
-    order = EpochOrder(Layout(records, sizes, lambda _: []), training.options, epoch)
+    order = EpochOrder(DatasetLayout(records, sizes, lambda _: []), training.options, epoch)
     for rank, mine in reads.items():
         plan = RankPlan(0, world_size, rank, 4, False, order.n_records, order.n_streams)
         expected = OrderShare(order, plan, seed, epoch).shards_ahead(0, 0, 1 << 60)
@@ -62,7 +62,7 @@ def test_a_rank_reads_what_the_loader_says_it_reads_and_all_ranks_read_everythin
 def test_a_rank_with_several_streams_reads_them_side_by_side():
     records, sizes = np.full(40, 10), np.full(40, 1000)
     mine = epoch_reads(records, sizes, Training(3, ranks=(1,), world_size=2, streams=8))[1].shards.tolist()
-    order = EpochOrder(Layout(records, sizes, lambda _: []), Training(3, streams=8).options, 0)
+    order = EpochOrder(DatasetLayout(records, sizes, lambda _: []), Training(3, streams=8).options, 0)
     streams = [order.shards_ahead(s, 0, None).tolist() for s in range(4, 8)]
     assert [mine[:4], mine[4:8]] == [[run[i] for run in streams] for i in range(2)]
 
@@ -73,7 +73,7 @@ def test_without_a_seed_every_rank_reads_everything_in_stored_order():
     assert [r.shards.tolist() for r in reads.values()] == [[0, 1, 2, 3, 4]] * 2
 
 
-def test_nobody_reads_nothing():
+def test_no_ranks_and_no_shards_give_no_reads():
     assert merge_reads([]).tolist() == []
     empty = np.zeros(0, np.int64)
     assert epoch_reads(empty, empty, Training(1))[0].shards.tolist() == []
@@ -128,7 +128,7 @@ class TestFlags:
         with pytest.raises(ValueError, match="--rank"):
             parse_ranks(texts)
 
-    def test_without_any_flag_there_is_no_training(self):
+    def test_no_flags_give_no_training_and_a_seed_gives_one(self):
         assert parse_training() is None
         assert parse_training(seed=3) == Training(3)
         assert parse_training(7, 2, ["1/4"], 8, "global", "all", 32) == Training(7, 2, (1,), 4, 8, "global", None, 32)
@@ -151,7 +151,7 @@ class TestFlags:
         with pytest.raises(ValueError, match="from 0 to 1 of 2"):
             Training(1, ranks=(2,), world_size=2)
 
-    def test_how_much_is_said_in_one_way(self):
+    def test_fraction_limit_and_minutes_exclude_each_other(self):
         assert parse_limits() == (1.0, None)
         assert parse_limits(fraction="25%") == (0.25, None)
         assert parse_limits(limit="3KB") == (1.0, 3000)
