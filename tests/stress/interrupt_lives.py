@@ -267,11 +267,11 @@ class PackLife(VerbLife):
         return 0 if version is None else version.n_records
 
     def left(self, said: str) -> Iterator[str]:
-        is_committed = self._n_records() != self._n_before
-        if is_committed and "check whether the version exists" not in said and "is committed" not in said:
+        is_committed, is_unknown = self._n_records() != self._n_before, "check whether the version exists" in said
+        if is_committed and not is_unknown and "is committed" not in said:
             yield f"it was committed, and it said {said!r}"
         files = [path for path in (self.here / "out").rglob("*") if path.is_file()]
-        if not is_committed and "look" not in said and len(files) != self._n_files:
+        if not is_committed and not is_unknown and len(files) != self._n_files:
             yield f"{len(files)} files, {self._n_files} before"
 
     @cached_property

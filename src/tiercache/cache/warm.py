@@ -243,6 +243,7 @@ class _Fetches:
         self._names: Set[str] = frozenset(item.spec.name for item in plan.items)
         self._running: set[Fetch] = set()
         self._is_cancelled = False
+        self._first_error: BaseException | None = None
 
     def cancel(self) -> None:
         """Cancel all fetches, now and later."""
@@ -251,7 +252,19 @@ class _Fetches:
             fetch.cancel.set()
 
     def fetch(self, item: WarmItem) -> bool:
-        """Fetch the requested part of one copy; return False if another thread or process fetched it."""
+        """Fetch the requested part of one copy; return False if another thread or process fetched it.
+
+        After the first error, every call raises that error and fetches nothing.
+        """
+        if self._first_error is not None:
+            raise self._first_error
+        try:
+            return self._fetch(item)
+        except BaseException as error:
+            self._first_error = self._first_error or error
+            raise
+
+    def _fetch(self, item: WarmItem) -> bool:
         spec, fetcher = item.spec, self._writing.fetcher
         while True:
             fetch = fetcher.join(spec, self._store)
