@@ -243,7 +243,7 @@ class _Fetches:
         self._names: Set[str] = frozenset(item.spec.name for item in plan.items)
         self._running: set[Fetch] = set()
         self._is_cancelled = False
-        self._first_error: BaseException | None = None
+        self._error: BaseException | None = None
 
     def cancel(self) -> None:
         """Cancel all fetches, now and later."""
@@ -254,14 +254,14 @@ class _Fetches:
     def fetch(self, item: WarmItem) -> bool:
         """Fetch the requested part of one copy; return False if another thread or process fetched it.
 
-        After the first error, every call raises that error and fetches nothing.
+        After an error, every call raises that error and fetches nothing.
         """
-        if self._first_error is not None:
-            raise self._first_error
+        if self._error is not None:
+            raise self._error
         try:
             return self._fetch(item)
         except BaseException as error:
-            self._first_error = self._first_error or error
+            self._error = error
             raise
 
     def _fetch(self, item: WarmItem) -> bool:
