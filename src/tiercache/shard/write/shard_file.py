@@ -90,13 +90,15 @@ class _UploadThread:
 
     def _run_next(self) -> bool:
         task = self._tasks.get()
+        is_last = task is None
         try:
             if task is not None and self.error is None and not self._is_cancelled:
                 task()
         except BaseException as error:  # noqa: BLE001 -- top of a thread: the writer raises it at its next call
             self.error = error
+        del task  # before the next task gets its place: a task holds the memory of a part
         self._free.release()
-        return task is not None
+        return not is_last
 
 
 class UploadQueue:
