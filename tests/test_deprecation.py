@@ -30,6 +30,12 @@ def test_the_old_number_of_streams_is_read(path):
     assert tc.DataLoader(tc.Dataset(path), shuffle=True, options=options).state_dict()["streams"] == 3
 
 
+def test_the_old_name_of_an_error_s_location_gives_the_location():
+    error = tc.CorruptShard("wrong", url="memory://x", location=(1, 2, 3))
+    with pytest.warns(DeprecationWarning, match="place is now called location"):
+        assert error.place == (1, 2, 3)
+
+
 def test_both_names_at_once_are_an_error(path):
     with pytest.raises(TypeError, match="give layouts= alone"):
         tc.Dataset(path, layouts={}, forms={})

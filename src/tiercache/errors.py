@@ -133,11 +133,11 @@ class CorruptShard(TierCacheError):
     Args:
         message: Description of the defect.
         url: URL of the object, without credentials.
-        part: Damaged part of the object, e.g. "footer" or "segment"; "" if unknown.
-        block: Number of the damaged block; None if unknown.
-        column: Name of the damaged column; None if unknown.
-        record: Number of the damaged record in the data set; None if unknown.
-        location: Location of the damage in the data set, which the loader sets: shard, block and row. None if unknown.
+        part: Corrupt part of the object, e.g. "footer" or "segment"; "" if unknown.
+        block: Number of the corrupt block; None if unknown.
+        column: Name of the corrupt column; None if unknown.
+        record: Number of the corrupt record in the data set; None if unknown.
+        location: Shard, block and row in the data set, which the loader sets; None if unknown.
         details: Further facts for the library itself.
 
     Attributes:
@@ -168,6 +168,12 @@ class CorruptShard(TierCacheError):
         self.column = column
         self.record = record
         self.location = location
+
+    @property
+    def place(self) -> tuple[int, int | None, int | None] | None:
+        """Old name of location; deprecated."""
+        warnings.warn("CorruptShard.place is now called location", DeprecationWarning, stacklevel=2)
+        return self.location
 
 
 class SchemaError(TierCacheError, ValueError):

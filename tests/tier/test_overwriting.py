@@ -122,7 +122,7 @@ def test_an_old_boto3_checks_the_destination_and_replaces_it(s3_server, tmp_path
 
 
 class Contested(WrapperStore):
-    """Another writer puts the object when an upload of it has begun."""
+    """A store in which another writer puts the object as soon as its upload starts."""
 
     def create(self, key):
         upload = super().create(key)

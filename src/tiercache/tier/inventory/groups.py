@@ -108,8 +108,7 @@ def copies_at(
 ) -> NDArray[np.int64]:
     """Return the number of each group's copy in the tier at the same index; -1: none. int64[len(groups)].
 
-    group, tier: Group of each copy, ascending, and its tier, ascending within a group. groups, tiers: What is looked
-    up.
+    group, tier: Group and tier of each copy, sorted by group, then by tier. groups, tiers: Pairs to look up.
     """
     numbers, sought = group.astype(np.int64) * _TIERS + tier, groups.astype(np.int64) * _TIERS + tiers
     at = np.searchsorted(numbers, sought)
